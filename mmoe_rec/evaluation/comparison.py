@@ -1,29 +1,19 @@
-"""What decides which of several models is better: one number, named before anything is measured.
+"""Compares a model with others on the same rows, and decides which one is better.
 
-Differences of models on the same rows, from a paired bootstrap over users.
+The objective, one number named before anything is measured (`evaluation.decide_by`), decides, in `decide`.
+A model is better where the 95% interval of the difference lies on the better side of 0 and no guardrail holds it back:
+for no task may the interval of its loss reach beyond a margin, nor may its probabilities be far off where those of the
+other model are less so.
 
-All models see the same redrawn users, so what these have in common cancels. The standard error of a difference is its
-deviation over the resamples x sqrt(U / (U - 1)) for U users; intervals and p-values are Student's, of U - 1 degrees of
-freedom. Where few users have most of the rows, of the weight, or of the positive labels, they decide alone: so U is the
-number of users alike that would tell as much: by their sizes, (sum of sizes)^2 / sum of sizes^2 (Kish, 1965), which are
-their rows and what the metric divides by; or by their influence on this very difference
-(`mmoe_rec.evaluation.intervals`), whichever is least. p-values are corrected for how many differences are
-looked at by Holm's method (1979).
-
-
-Whether a model is better than another, in words: the one rule by which models are compared, reported and promoted.
-
-A model is better where its objective is (its 95% interval lies above 0), and no guardrail holds it back: for no task
-may the interval of what it loses reach beyond a margin, nor may its probabilities be far off where they were not.
-
-
-A model beside others: differences of all metrics, and a verdict on each of them."""
+All models see the same redrawn users (`mmoe_rec.evaluation.intervals`). p-values of the metrics in tables are corrected
+for how many they are by Holm's method (1979); the objective's for the number of models alone, as it was chosen before.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -31,20 +21,31 @@ from scipy.stats import t as student
 
 from mmoe_rec.auc import FEWEST
 from mmoe_rec.errors import UserError
-from mmoe_rec.evaluation.intervals import LEAST_FREEDOM, Resampled, Resampling, Values, are_few, user_counts
+from mmoe_rec.evaluation.intervals import (
+    LEVEL,
+    POWER,
+    Difference,
+    Interval,
+    Key,
+    Values,
+    correct_by_holm,
+    find_difference,
+    resample,
+)
 from mmoe_rec.evaluation.metrics import METRICS, metrics_of
 from mmoe_rec.evaluation.metrics.metric import Metric
-from mmoe_rec.evaluation.numbers import number, numbers, once_corrected, with_interval
-from mmoe_rec.evaluation.summary import effective_by_metric, evaluate, sums_by_user
+from mmoe_rec.evaluation.summary import SCORE, GroupSummary, Summary, effective_by_metric, evaluate, sums_by_user
 from mmoe_rec.evaluation.sums import ClosedSums
-from mmoe_rec.settings.sections import Evaluation
 
-SCORE = "score"
+OBJECTIVE: Key = ("objective", "objective")
+BETTER, HELD_BACK, NOT_SHOWN, WORSE, UNDECIDED = "better", "held back", "not shown", "worse", "undecided"
+_GUARDED = {"binary": "auc", "regression": "r2"}
+_SAME = ["user", "rows", "requests", "digest"]
 
 
 @dataclass(frozen=True)
 class Objective:
-    """A metric of the score, or the mean of one over tasks.
+    """What decides: a metric of the score, or the mean of one over tasks.
 
     groups: `score`, or the tasks; better: which values are, higher or lower.
     """
@@ -55,17 +56,17 @@ class Objective:
 
     @staticmethod
     def of(decide_by: str, sums: ClosedSums, tasks: Collection[str]) -> Objective | None:
-        """That of a setting: a metric of tasks, such as `auc`, or of the score, such as `score.ndcg_at_10`.
+        """The objective of a setting: a metric of tasks, such as `auc`, or of the score, such as `score.ndcg_at_10`.
 
-        That of tasks is the mean over the `tasks` which have it and labels enough to judge by; where none has, R2 of
+        A metric of tasks is averaged over those `tasks` that have it and enough labels; where none has, it is R2 of
         the regressions, and None where there are none either. Raises UserError for what is no such metric.
         """
-        metric = _asked(decide_by)
+        metric = find_objective(decide_by)
         if decide_by.startswith(f"{SCORE}."):
             return Objective(metric.name, (SCORE,), metric.better)
-        for each in (metric, _asked("r2")):
+        for each in (metric, find_objective("r2")):
             kinds = {task.name: task.kind for task in sums.tasks if task.kind in each.kinds}
-            if judged := tuple(task for task in tasks if task in kinds and rarer(sums, task) >= FEWEST):
+            if judged := tuple(task for task in tasks if task in kinds and count_rarer_label(sums, task) >= FEWEST):
                 return Objective(each.name, judged, each.better)
         return None
 
@@ -76,27 +77,19 @@ class Objective:
             return f"{self.metric} of the score"
         return f"{'mean ' if len(self.groups) > 1 else ''}{self.metric} of {', '.join(self.groups)}"
 
-    def of_values(self, values: Values) -> np.ndarray:
-        """(R,) float64, of the values of all metrics."""
-        return np.asarray(np.mean([values[group, self.metric] for group in self.groups], axis=0))
+    def add_to(self, values: Values) -> Values:
+        """Values of metrics, with the objective's where all of its parts are there."""
+        if all((each, self.metric) in values for each in self.groups):
+            values[OBJECTIVE] = np.asarray(np.mean([values[group, self.metric] for group in self.groups], axis=0))
+        return values
+
+    def effective_users(self, effective: Mapping[Key, float]) -> float:
+        """The least effective number of users of its parts."""
+        return min(effective[group, self.metric] for group in self.groups)
 
 
-def check_objective(decide_by: str) -> None:
-    """Raises UserError for a setting that names no metric by which models can be told apart."""
-    _asked(decide_by)
-
-
-def rarer(sums: ClosedSums, task: str) -> int:
-    """How many rows have the rarer label of a binary task, or an observed label of a regression."""
-    table = sums.tables[f"{task}.users"]
-    rows = int(table["rows"].to_numpy().sum())
-    if "positives" not in table.column_names:
-        return rows
-    positives = int(table["positives"].to_numpy().sum())
-    return min(positives, rows - positives)
-
-
-def _asked(decide_by: str) -> Metric[Any]:
+def find_objective(decide_by: str) -> Metric[Any]:
+    """The metric of a setting. Raises UserError where models can't be told apart by it."""
     group, _, name = decide_by.rpartition(".")
     for metric in METRICS:
         is_of = SCORE in metric.kinds if group == SCORE else {"binary", "regression"} & set(metric.kinds)
@@ -108,169 +101,269 @@ def _asked(decide_by: str) -> Metric[Any]:
     )
 
 
-LEVEL, POWER = 0.05, 0.9
-"""Chance that equal models are told apart; and that models are whose difference is called detectable."""
-_ROUNDING = 1e-9  # as a share of the values: a smaller difference is none
-_SAME = ["user", "rows", "requests", "digest"]
-OBJECTIVE = ("objective", "objective")
+def count_rarer_label(sums: ClosedSums, task: str) -> int:
+    """How many rows have the rarer label of a binary task, or an observed label of a regression."""
+    table = sums.tables[f"{task}.users"]
+    rows = int(table["rows"].to_numpy().sum())
+    if "positives" not in table.column_names:
+        return rows
+    positives = int(table["positives"].to_numpy().sum())
+    return min(positives, rows - positives)
 
-Difference = dict[str, float | None]
+
+@dataclass(frozen=True)
+class Rule:
+    """margin: of AUC, or R2, that no task may lose; calibration: largest factor by which probabilities may be off."""
+
+    margin: float = 0.005
+    calibration: float = 1.25
 
 
-def differences(
+@dataclass(frozen=True)
+class Guard:
+    """Whether a guardrail of a task has passed.
+
+    metric: `auc` or `r2`, with the `difference`, or `calibration`, with the calibration of the model and of the other
+    one; is_outside: whether the difference is shown to be a loss beyond the margin, or the model's probabilities to be
+    beyond the limit.
+    """
+
+    task: str
+    metric: str
+    passed: bool
+    is_outside: bool
+    difference: Difference | None = None
+    calibrations: tuple[Interval, Interval] | None = None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What is decided between two models.
+
+    kind: `better`, `held back` (better, but for guardrails), `not shown`, `worse`, or `undecided`, where the objective
+    is undefined; guards: all guardrails; detectable: the gain, the same for all tasks, with which nine of ten
+    evaluations like this one would call a model better.
+    """
+
+    kind: str
+    guards: tuple[Guard, ...]
+    detectable: float | None
+
+
+@dataclass(frozen=True)
+class Versus:
+    """Differences of a model from another one: of the objective, and of all metrics, task or `score` -> metric."""
+
+    objective: Difference
+    groups: dict[str, dict[str, Difference]]
+    verdict: Verdict | None = None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A model beside others.
+
+    units: users, or groups of them, that were redrawn; effective_users: by rows, of each task and the score; against:
+    name of each other model -> the differences from it; judged: tasks with enough labels; left_out: each other task ->
+    rows of its rarer label.
+    """
+
+    model: str
+    resamples: int
+    seed: int
+    units: int
+    effective_users: dict[str, float]
+    objective: Objective | None
+    against: dict[str, Versus]
+    rule: Rule = field(default_factory=Rule)
+    judged: tuple[str, ...] = ()
+    left_out: dict[str, int] = field(default_factory=dict)
+
+
+def compare(
+    models: Mapping[str, ClosedSums],
+    model: str,
+    summaries: Mapping[str, Summary],
+    tasks: Sequence[str],
+    decide_by: str,
+    rule: Rule,
+    resamples: int,
+    seed: int = 0,
+) -> Comparison:
+    """Compares a model with all others and decides.
+
+    summaries: of all; tasks: those that may decide; decide_by: see `Objective.of`. Raises UserError where the rows are
+    not the same, or for a metric that there is not.
+    """
+    labels = {task: count_rarer_label(models[model], task) for task in tasks}
+    judged = tuple(task for task, rows in labels.items() if rows >= FEWEST)
+    compared = find_differences(models, model, Objective.of(decide_by, models[model], tasks), resamples, seed)
+    left_out = {task: rows for task, rows in labels.items() if task not in judged}
+    compared = replace(compared, rule=rule, judged=judged, left_out=left_out)
+    decided = {
+        other: replace(versus, verdict=decide(compared, other, summaries)) for other, versus in compared.against.items()
+    }
+    return replace(compared, against=decided)
+
+
+def decide(compared: Comparison, other: str, summaries: Mapping[str, Summary]) -> Verdict:
+    """The verdict on the model that is compared with another one. summaries: of both, by name."""
+    objective, versus, mine = compared.objective, compared.against[other], summaries[compared.model]
+    its = summaries[other]
+    guards = [
+        guard
+        for task in compared.judged
+        for guard in (
+            guard_loss(task, mine.tasks[task].kind, versus, compared.rule),
+            guard_calibration(task, mine.tasks[task], its.tasks[task], compared.rule),
+        )
+        if guard is not None
+    ]
+    apart = versus.objective
+    if objective is None or apart.p is None or apart.p_corrected is None or apart.value is None:
+        return Verdict(UNDECIDED, tuple(guards), None)
+    detectable = find_detectable_gain(compared, versus, mine)
+    low, high = apart.low or 0.0, apart.high or 0.0
+    if not apart.is_significant or low <= 0 <= high:
+        return Verdict(NOT_SHOWN, tuple(guards), detectable)
+    if (apart.value > 0) != (objective.better == "higher"):
+        return Verdict(WORSE, tuple(guards), detectable)
+    return Verdict(BETTER if all(guard.passed for guard in guards) else HELD_BACK, tuple(guards), detectable)
+
+
+def guard_loss(task: str, kind: str, versus: Versus, rule: Rule) -> Guard:
+    """Passes where the interval rules out that a task loses more than the margin."""
+    apart = versus.groups.get(task, {}).get(_GUARDED[kind], Difference(None))
+    passed = apart.low is not None and apart.low >= -rule.margin
+    return Guard(task, _GUARDED[kind], passed, apart.high is not None and apart.high < -rule.margin, apart)
+
+
+def guard_calibration(task: str, model: GroupSummary, other: GroupSummary, rule: Rule) -> Guard | None:
+    """Passes unless the probabilities are shown to be off by more than the limit, and by more than the other model's.
+
+    None for a regression, or without a positive label.
+    """
+    mine, its = model.get("calibration"), other.get("calibration")
+    if mine.value is None or its.value is None:
+        return None
+    low, high = (mine.value, mine.value) if mine.low is None or mine.high is None else (mine.low, mine.high)
+    is_outside = low > rule.calibration or high < 1 / rule.calibration
+    passed = not (is_outside and distance_from_one(mine.value) > distance_from_one(its.value))
+    return Guard(task, "calibration", passed, is_outside, calibrations=(mine, its))
+
+
+def distance_from_one(ratio: float) -> float:
+    """How far probabilities are off, by either factor."""
+    return abs(math.log(ratio)) if ratio > 0 else math.inf
+
+
+def find_detectable_gain(compared: Comparison, versus: Versus, summary: Summary) -> float:
+    """The gain, the same for all tasks, with which nine of ten evaluations would call a model better.
+
+    The objective and all guardrails of its metric have to hold at once, so each has to fail that much more rarely; and
+    where several models are compared, the first p-value has to be that much smaller.
+    """
+    assert compared.objective is not None, "without an objective there is no gain"
+    guarded = []
+    for task in compared.judged:
+        metric = guarded_metric(summary, task)
+        apart = versus.groups.get(task, {}).get(metric, Difference(None))
+        if metric == compared.objective.metric and apart.error and apart.effective_users is not None:
+            guarded.append((apart.error, apart.effective_users))
+    power, own, sizes = 1 - (1 - POWER) / (1 + len(guarded)), versus.objective, [0.0]
+    if own.error and own.effective_users is not None:
+        levels = [1 - LEVEL / len(compared.against) / 2, power]
+        sizes = [own.error * sum(student.ppf(levels, own.effective_users - 1))]
+    margin = compared.rule.margin
+    sizes += [error * sum(student.ppf([1 - LEVEL / 2, power], users - 1)) - margin for error, users in guarded]
+    return float(max(sizes))
+
+
+def guarded_metric(summary: Summary, task: str) -> str:
+    """Of which a task may not lose more than the margin."""
+    return _GUARDED[summary.tasks[task].kind]
+
+
+def find_differences(
     models: Mapping[str, ClosedSums],
     model: str,
     objective: Objective | None = None,
     resamples: int = 1000,
     seed: int = 0,
-) -> dict[str, Any]:
-    """Differences of one of the models from each of the others, with 95% intervals.
+) -> Comparison:
+    """Differences of a model from each of the others in all metrics, without a verdict.
 
-    Returns:
-        `model`, `resamples`, `seed`, `units` that were redrawn, `effective_users` of each task and the `score`,
-        `objective` (`name`, `metric`, `groups`, `better`; or None), and `against`: name of each other model ->
-        `objective` -> the difference, model - other, and `groups` -> task or `score` -> metric -> the difference. That
-        is `value`, `low`, `high`; `error`, its standard error; `effective_users`, how many users alike would tell as
-        much; `p`, two-sided; `p_corrected` for all headline metrics and all others, None for further metrics; and
-        `detectable`, the size that nine of ten evaluations like this one would show, by an interval without 0. What is
-        undefined is None. There is no `score` of a model that weighs relevance differently, as its truth is another
-        one, nor are there tasks that one of the two lacks.
-
-    Raises:
-        UserError: two models were not measured on the same rows with the same labels.
+    There is no `score` of a model that weighs relevance differently, as its truth is another one, nor are there tasks
+    that one of the two lacks. Raises UserError where two models were not measured on the same rows with the same
+    labels.
     """
     mine, others = models[model], [name for name in models if name != model]
     for other in others:
         check_same_rows(model, mine, other, models[other])
     groups = {name: sums_by_user(sums) for name, sums in models.items()}
-
-    def at(name: str, counts: np.ndarray) -> Values:
-        return with_objective(evaluate(groups[name], counts), objective)
-
     units, effective = len(mine.tables["ranking"]), effective_by_metric(groups[model])
-    resampling = {name: Resampling(at(name, np.ones((units, 1))), units) for name in models}
-    for counts in user_counts(units, resamples, seed):
-        for name, its in resampling.items():
-            its.add(counts, at(name, counts))
-    resampled = {name: each.found() for name, each in resampling.items()}
-    found: dict[str, Any] = {}
+    if objective is not None:
+        effective |= {OBJECTIVE: objective.effective_users(effective)}
+
+    def values_of(name: str, counts: np.ndarray) -> Values:
+        values = evaluate(groups[name], counts)
+        return values if objective is None else objective.add_to(values)
+
+    sides = {name: lambda counts, name=name: values_of(name, counts) for name in models}
+    resampled = resample(sides, units, resamples, seed)
+    against = {}
     for other in others:
         same_truth = _weights(mine) == _weights(models[other])
         paired = {
-            key: difference(mine_of, resampled[other][key], effective_of(key, effective, objective))
-            for key, mine_of in resampled[model].items()
+            key: find_difference(its, resampled[other][key], effective[key])
+            for key, its in resampled[model].items()
             if key in resampled[other] and (same_truth or not _is_of_score(key, objective))
         }
-        found[other] = {"objective": paired.pop(OBJECTIVE, told_as(None)), "groups": {}}
+        decides, by_group = paired.pop(OBJECTIVE, Difference(None)), dict[str, dict[str, Difference]]()
         for (group, metric), each in paired.items():
-            found[other]["groups"].setdefault(group, {})[metric] = each
-    correct(mine, found)
-    told = None if objective is None else asdict(objective) | {"name": objective.name}
-    return {
-        "model": model,
-        "resamples": resamples,
-        "seed": seed,
-        "units": units,
-        "effective_users": {name: each.effective_rows for name, each in groups[model].items()},
-        "objective": told,
-        "against": found,
-    }
+            by_group.setdefault(group, {})[metric] = each
+        against[other] = Versus(decides, by_group)
+    by_rows = {name: each.effective_rows for name, each in groups[model].items()}
+    return Comparison(model, resamples, seed, units, by_rows, objective, correct(mine, against))
 
 
-def with_objective(values: Values, objective: Objective | None) -> Values:
-    """Values of metrics, with that of what decides where all of its parts are there."""
-    if objective is not None and all((each, objective.metric) in values for each in objective.groups):
-        values[OBJECTIVE] = objective.of_values(values)
-    return values
-
-
-def holm(p: Sequence[float]) -> list[float]:
-    """p-values of several tests, each corrected so that all together err as rarely as one (Holm, 1979)."""
-    order = np.argsort(p, kind="stable")
-    corrected = np.minimum(np.maximum.accumulate(np.asarray(p)[order] * np.arange(len(p), 0, -1)), 1.0)
-    found = np.empty(len(p))
-    found[order] = corrected
-    return [float(each) for each in found]
-
-
-def effective_of(
-    key: tuple[str, str], effective: Mapping[tuple[str, str], float], objective: Objective | None
-) -> float:
-    """That of a metric, or of the objective, which is of several groups."""
-    if key != OBJECTIVE or objective is None:
-        return effective[key]
-    return min(effective[group, objective.metric] for group in objective.groups)
-
-
-def difference(mine: Resampled, other: Resampled, effective: float, units: int | None = None) -> Difference:
-    """Of one metric of two models. effective: how many users alike would tell as much by their sizes; units: of those
-    that are redrawn, how many have rows, None for all."""
-    apart = mine.less(other)
-    if not np.isfinite(apart.value):
-        return told_as(None)
-    rounding = rounding_of(mine.value, other.value)
-    value = 0.0 if abs(apart.value) <= rounding else apart.value
-    error, effective = apart.error(effective, units)
-    return told_as(value) if error is None else by_student(value, error, effective - 1, rounding)
-
-
-def rounding_of(*values: float) -> float:
-    """Up to which size a difference of such values is none."""
-    return _ROUNDING * max(map(abs, values))
-
-
-def by_student(apart: float, error: float, freedom: float, rounding: float) -> Difference:
-    """A difference with its standard error and the degrees of freedom of that."""
-    if error <= rounding:
-        # What differs and does not vary rests on too few resamples, or users, to say how sure it is.
-        return told_as(apart, 0.0, 0.0, 1.0, 0.0) if apart == 0 else told_as(apart)
-    if freedom < LEAST_FREEDOM:
-        return told_as(apart)
-    reach, extra = student.ppf([1 - LEVEL / 2, POWER], freedom)
-    p = 2 * student.sf(abs(apart) / error, freedom)
-    return told_as(apart, error, float(reach * error), float(p), float((reach + extra) * error), freedom + 1)
-
-
-def told_as(
-    value: float | None,
-    error: float | None = None,
-    reach: float | None = None,
-    p: float | None = None,
-    detectable: float | None = None,
-    effective: float | None = None,
-) -> Difference:
-    """A difference with its standard error, and how far its interval reaches to either side."""
-    low, high = (None, None) if value is None or reach is None else (value - reach, value + reach)
-    told = {"value": value, "low": low, "high": high, "error": error, "effective_users": effective}
-    return {**told, "p": p, "p_corrected": None, "detectable": detectable}
-
-
-def correct(base: ClosedSums, found: Mapping[str, Any]) -> None:
-    """Adds the corrected p-values of the metrics that tables show. found: name of each other model -> `objective` and
-    `groups`, as `differences` gives them."""
-    kinds = {task.name: task.kind for task in base.tasks}
+def correct(base: ClosedSums, against: Mapping[str, Versus]) -> dict[str, Versus]:
+    """The same differences with the corrected p-values: of the metrics that tables show, and of the objectives."""
+    kinds = {SCORE: SCORE} | {task.name: task.kind for task in base.tasks}
     shown = {
-        group: {each.name for each in metrics_of(kinds.get(group, SCORE)) if each.is_shown(group == SCORE)}
-        for group in [*kinds, SCORE]
+        (group, metric.name)
+        for group, kind in kinds.items()
+        for metric in metrics_of(kind)
+        if metric.is_shown(kind == SCORE)
     }
-    looked_at = [
-        each
-        for model in found.values()
-        for group, metrics in model["groups"].items()
-        for metric, each in metrics.items()
-        if metric in shown[group] and each["p"] is not None
-    ]
-    # The objective was chosen before, so it is corrected for the number of models alone.
-    objectives = [model["objective"] for model in found.values() if model["objective"]["p"] is not None]
-    for family in (looked_at, objectives):
-        for each, corrected in zip(family, holm([each["p"] for each in family]), strict=True):
-            each["p_corrected"] = corrected
+    differences = {
+        (name, *key): each for name, versus in against.items() for key, each in _differences_of(versus).items()
+    }
+    tested = {key: each.p for key, each in differences.items() if each.p is not None}
+    for family in ([key for key in tested if key[1:] in shown], [key for key in tested if key[1:] == OBJECTIVE]):
+        for key, p in zip(family, correct_by_holm([tested[key] for key in family]), strict=True):
+            differences[key] = replace(differences[key], p_corrected=p)
+    return {
+        name: replace(
+            versus,
+            objective=differences[name, *OBJECTIVE],
+            groups={
+                group: {metric: differences[name, group, metric] for metric in metrics}
+                for group, metrics in versus.groups.items()
+            },
+        )
+        for name, versus in against.items()
+    }
+
+
+def _differences_of(versus: Versus) -> dict[Key, Difference]:
+    of_metrics = {(group, metric): each for group, its in versus.groups.items() for metric, each in its.items()}
+    return of_metrics | {OBJECTIVE: versus.objective}
 
 
 def check_same_rows(name: str, sums: ClosedSums, against: str, base: ClosedSums) -> None:
     """Raises UserError where two models were not measured on the same rows with the same labels."""
-    tables = ["ranking", *(f"{task.name}.users" for task in base.tasks if f"{task.name}.users" in sums.tables)]
-    for table in tables:
+    for table in ["ranking", *(f"{task.name}.users" for task in base.tasks if f"{task.name}.users" in sums.tables)]:
         mine, its = (
             each.tables[table].select([key for key in _SAME if key in each.tables[table].column_names])
             for each in (sums, base)
@@ -280,6 +373,16 @@ def check_same_rows(name: str, sums: ClosedSums, against: str, base: ClosedSums)
                 f"'{name}' and '{against}' were not measured on the same rows ({_what_differs(table, sums, base)}): "
                 "differences of models need the same requests and candidates, with the same labels"
             )
+
+
+def have_same_rows(sums: ClosedSums, other: ClosedSums | None) -> bool:
+    """True if both were measured on the same rows."""
+    try:
+        if other is not None:
+            check_same_rows("", sums, "", other)
+    except UserError:
+        return False
+    return other is not None
 
 
 def _what_differs(table: str, sums: ClosedSums, base: ClosedSums) -> str:
@@ -299,224 +402,9 @@ def _what_differs(table: str, sums: ClosedSums, base: ClosedSums) -> str:
     return f"{what} of {apart or 'some'} of {len(mine):,} {who} differ"
 
 
-def _is_of_score(key: tuple[str, str], objective: Objective | None) -> bool:
+def _is_of_score(key: Key, objective: Objective | None) -> bool:
     return SCORE in (objective.groups if key == OBJECTIVE and objective is not None else key[:1])
 
 
 def _weights(sums: ClosedSums) -> dict[str, float]:
     return {task.name: task.weight for task in sums.tasks if task.weight}
-
-
-BETTER, HELD_BACK, NOT_SHOWN, WORSE, UNDECIDED = "better", "held back", "not shown", "worse", "undecided"
-_GUARDED = {"binary": "auc", "regression": "r2"}
-
-
-@dataclass(frozen=True)
-class Rule:
-    """margin: of AUC, or R2, that no task may lose; calibration: largest factor by which probabilities may be off."""
-
-    margin: float = 0.005
-    calibration: float = 1.25
-
-    @staticmethod
-    def of(settings: Evaluation) -> Rule:
-        """That of the settings."""
-        return Rule(settings.margin, settings.calibration)
-
-
-def verdict(
-    compared: Mapping[str, Any],
-    other: str,
-    summaries: Mapping[str, Mapping[str, Any]],
-    judged: Sequence[str],
-    rule: Rule,
-) -> dict[str, Any]:
-    """What a model is beside another one.
-
-    compared: of `differences`; other: one that the model is compared with; summaries: of both, by name; judged: tasks
-    with labels enough.
-
-    Returns:
-        `kind`: `better`, `held back` (better, but for guardrails), `not shown`, `worse`, or `undecided`, where the
-        objective is undefined; `sentence`; `detectable`, the gain, the same for all tasks, with which nine of ten
-        evaluations like this one would call a model better; and `guards`, each with its `task`, `metric`, whether it
-        has `passed`, and a `sentence`.
-    """
-    name, against, objective, found = compared["model"], other, compared["objective"], compared["against"][other]
-    apart = found["objective"]
-    guards = [
-        guard
-        for task in judged
-        for guard in (_loss(task, found, summaries[name], rule), _calibration(task, name, against, summaries, rule))
-        if guard is not None
-    ]
-    told: dict[str, Any] = {"guards": guards, "detectable": None}
-    if objective is None or apart["p"] is None:
-        why = f"no task has labels enough ({FEWEST} rows of either)"
-        if objective is not None:
-            alone = "has no interval, as one user decides nearly alone, or many redraws leave it undefined"
-            why = f"{objective['name']} {'is undefined' if apart['value'] is None else alone}"
-        return {"kind": UNDECIDED, "sentence": f"'{name}' and '{against}' can't be told apart: {why}", **told}
-    gain, low, high = apart["value"], apart["low"], apart["high"]
-    if objective["better"] == "lower":
-        gain, low, high = -gain, -high, -low
-    what, detectable = objective["name"], _detectable(compared, found, summaries[name], judged, rule)
-    told["detectable"] = detectable
-    if apart["p_corrected"] >= LEVEL or not (low > 0 or high < 0):
-        if apart["low"] == apart["high"] == 0:
-            return {
-                "kind": NOT_SHOWN,
-                "sentence": f"'{name}' and '{against}' do not differ{_others(found)}: {what} is the same",
-                **told,
-            }
-        sentence = (
-            f"no difference is shown between '{name}' and '{against}'{once_corrected(apart)}: {what} differs by "
-            f"{with_interval(apart)}; nine of ten evaluations like this one would show a gain of "
-            f"{number(detectable, sign=False)}{_besides(objective, summaries[name], judged)}"
-        )
-        return {"kind": NOT_SHOWN, "sentence": sentence, **told}
-    which = "higher" if apart["value"] > 0 else "lower"
-    ends = sorted(abs(each) for each in (apart["low"], apart["high"]))
-    size, *shown = numbers(abs(gain), *ends, sign=False)
-    size = f"{size} ({' to '.join(shown)})"
-    if gain < 0:
-        return {"kind": WORSE, "sentence": f"'{name}' is worse than '{against}': {what} is {which} by {size}", **told}
-    if failed := [guard["sentence"] for guard in guards if not guard["passed"]]:
-        although = f"'{name}' is held back, although {what} is {which} than that of '{against}' by {size}"
-        return {"kind": HELD_BACK, "sentence": f"{although}: {'; '.join(failed)}", **told}
-    return {"kind": BETTER, "sentence": f"'{name}' is better than '{against}': {what} is {which} by {size}", **told}
-
-
-def _detectable(
-    compared: Mapping[str, Any],
-    found: Mapping[str, Any],
-    summary: Mapping[str, Any],
-    judged: Sequence[str],
-    rule: Rule,
-) -> float:
-    """The gain, the same for all tasks, with which nine of ten evaluations would call a model better.
-
-    The objective and all guardrails of its metric have to hold at once, so each has to fail that much more rarely; and
-    where several models are looked at, the first p-value has to be that much smaller.
-    """
-    objective = compared["objective"]
-    guarded = [
-        (found["groups"][task][metric]["error"], found["groups"][task][metric]["effective_users"])
-        for task in judged
-        if (metric := _GUARDED[summary["tasks"][task]["kind"]]) == objective["metric"]
-        and found["groups"].get(task, {}).get(metric, {}).get("error")
-    ]
-    power = 1 - (1 - POWER) / (1 + len(guarded))
-    own = found["objective"]["error"]
-    levels = [1 - LEVEL / len(compared["against"]) / 2, power]
-    sizes = [own * sum(student.ppf(levels, found["objective"]["effective_users"] - 1))] if own else [0.0]
-    # What the guardrail of a task asks for.
-    sizes += [error * sum(student.ppf([1 - LEVEL / 2, power], users - 1)) - rule.margin for error, users in guarded]
-    return float(max(sizes))
-
-
-def _others(found: Mapping[str, Any]) -> str:
-    """Which other metrics are shown to differ where what decides is the same."""
-    shown = [
-        f"{metric} of {'the score' if group == SCORE else group}"
-        for group, metrics in found["groups"].items()
-        for metric, each in metrics.items()
-        if each["p_corrected"] is not None and each["p_corrected"] < LEVEL
-    ]
-    more = f" and {len(shown) - 2} more" if len(shown) > 2 else ""
-    return f" in what decides, though in {', '.join(shown[:2])}{more}" if shown else ""
-
-
-def _besides(objective: Mapping[str, Any], summary: Mapping[str, Any], judged: Sequence[str]) -> str:
-    """What else may hold a model back, where guardrails are of another metric than the objective."""
-    metrics = {_GUARDED[summary["tasks"][task]["kind"]] for task in judged} - {objective["metric"]}
-    return f", if guardrails of {' and '.join(sorted(metrics))} allow it" if metrics else ""
-
-
-def _loss(task: str, found: Mapping[str, Any], summary: Mapping[str, Any], rule: Rule) -> dict[str, Any]:
-    metric = _GUARDED[summary["tasks"][task]["kind"]]
-    apart = found["groups"].get(task, {}).get(metric)
-    told = {"task": task, "metric": metric}
-    if apart is None or apart["low"] is None:
-        missing = "is undefined" if apart is None or apart["value"] is None else "has no interval"
-        limit = f"a loss of more than {rule.margin:g} (evaluation.margin) can't be ruled out"
-        return {**told, "passed": False, "sentence": f"the difference in {metric} of {task} {missing}, so {limit}"}
-    passed = apart["low"] >= -rule.margin
-    changes = f"{metric} of {task} changes by {with_interval(apart)}"
-    limit = f"loss of more than {rule.margin:g} (evaluation.margin)"
-    shown = f"which is a {limit}" if apart["high"] < -rule.margin else f"so a {limit} can't be ruled out"
-    end = f"so a {limit} is ruled out" if passed else shown
-    return {**told, "passed": passed, "sentence": f"{changes}, {end}"}
-
-
-def _calibration(
-    task: str, name: str, against: str, summaries: Mapping[str, Mapping[str, Any]], rule: Rule
-) -> dict[str, Any] | None:
-    mine, its = (summaries[each]["tasks"][task].get("calibration") for each in (name, against))
-    if mine is None or its is None or mine["value"] is None or its["value"] is None:
-        return None  # of a regression, or without a positive label
-    low, high = (mine["value"], mine["value"]) if mine["low"] is None else (mine["low"], mine["high"])
-    outside = low > rule.calibration or high < 1 / rule.calibration
-    passed = not (outside and _off(mine["value"]) > _off(its["value"]))
-    where = "beyond" if outside else "not shown to be beyond"
-    sentence = (
-        f"the probabilities of {task} are {mine['value']:.2f} times what was observed ({low:.2f} to {high:.2f}), which "
-        f"is {where} a factor of {rule.calibration:g} (evaluation.calibration); those of '{against}' are "
-        f"{its['value']:.2f} times"
-    )
-    return {"task": task, "metric": "calibration", "passed": passed, "sentence": sentence}
-
-
-def _off(ratio: float) -> float:
-    return abs(math.log(ratio)) if ratio > 0 else math.inf
-
-
-def compare(
-    models: Mapping[str, ClosedSums],
-    model: str,
-    summaries: Mapping[str, Mapping[str, Any]],
-    tasks: Sequence[str],
-    decide_by: str,
-    rule: Rule,
-    resamples: int,
-    seed: int = 0,
-) -> dict[str, Any]:
-    """What `differences` gives of a model from all others, with a `verdict` on each.
-
-    summaries: of all; tasks: those that may decide; decide_by: see `Objective.of`. Also holds `judged`, those of the
-    tasks with labels enough, and `left_out`: each other task -> rows of its rarer label. Raises UserError where the
-    rows are not the same, or for a metric that there is not.
-    """
-    mine = models[model]
-    labels = {task: rarer(mine, task) for task in tasks}
-    judged = [task for task, rows in labels.items() if rows >= FEWEST]
-    found = differences(models, model, Objective.of(decide_by, mine, tasks), resamples, seed)
-    for other, each in found["against"].items():
-        each["verdict"] = verdict(found, other, summaries, judged, rule)
-    return found | {"judged": judged, "left_out": {task: rows for task, rows in labels.items() if task not in judged}}
-
-
-def told_of(compared: Mapping[str, Any]) -> list[str]:
-    """For people: the verdicts, with the guardrails that hold a model back, and tasks that were not judged."""
-    found = [each["verdict"]["sentence"] for each in compared["against"].values()]
-    found += [
-        f"{task} was not judged: {rows:,} rows have its rarer label, and {FEWEST} are needed"
-        for task, rows in compared["left_out"].items()
-    ]
-    few = {name: users for name, users in compared["effective_users"].items() if are_few(users, compared["units"])}
-    found += [
-        f"few users have most rows of {name}: all tell as much as {users:.1f} of equal size, by which intervals of "
-        "differences are wide"
-        for name, users in few.items()
-    ]
-    if compared["objective"] is not None:
-        what = compared["objective"]["name"]
-        fewest = min(
-            (each["objective"]["effective_users"] or np.inf for each in compared["against"].values()), default=np.inf
-        )
-        if not few and are_few(fewest, compared["units"]):
-            found.append(
-                f"few users decide on {what}, by their rows, weight, positive labels or influence: all tell as much as "
-                f"{fewest:.1f} alike, by which intervals of differences are wide"
-            )
-    return found

@@ -1,40 +1,79 @@
-"""The bootstrap over users: what the metrics would have been had other users come (Efron and Tibshirani, 1993).
+"""How sure a number is: the bootstrap over users, what few users make of it, and differences with their intervals.
 
-Rows of one user are alike, so intervals that resample rows are too narrow; whole users are drawn instead, with
-replacement, as many as there are. The interval is that of percentiles; of few users, or where few have most of what a
-metric is of, these are too narrow, and it is Student's.
+Rows of one user are alike, so whole users are drawn with replacement, as many as there are (Efron and Tibshirani,
+1993). A metric's interval is that of percentiles, or Student's where few users decide. Models that are compared see the
+same draws, so what they have in common cancels; the interval of a difference is Student's.
 
-
-How many users tell what a difference is, judged by how much each of them moves it.
-
-A resample draws a user more often or less, and a metric moves with it: their covariance over the resamples is the
-user's influence d (for a mean over users, its deviation / their number). Where U users tell alike, with normal
-influence, the mean of sum d^4 / (sum d^2)^2 is 3 (U - 1) / (U (U + 1)); the U that would give what was found is the
-effective number. It falls where few users have most rows, most of the weight, or nearly all positive labels, and is
-what Student's degrees of freedom are counted from.
+The number of users counts for less where few of them have most of the rows, weight or positive labels. The effective
+number is the least of two: by their sizes, (sum of sizes)^2 / sum of sizes^2 (Kish, 1965); and by their influence. A
+user's influence d is the covariance of the number with how often the user is drawn (of a mean: the user's deviation /
+the number of users). For U equal users of normal influence the mean of sum d^4 / (sum d^2)^2 is 3 (U - 1) / (U (U +
+1)): the U that gives what is observed is the effective number.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 from scipy.stats import t as student
 
-Values = dict[tuple[str, str], np.ndarray]
+Key = tuple[str, str]
+Values = dict[Key, np.ndarray]
 """(task or `score`, metric) -> (R,) float64"""
 
+LEVEL, POWER = 0.05, 0.9
+"""Chance that equal models are told apart; and that models are whose difference is called detectable."""
+FEW_USERS = 30
+"""Effective users, below which percentiles are too narrow."""
+LEAST_FREEDOM = 0.5
+"""Degrees of freedom, below which an interval says nothing."""
 _ENTRIES_AT_A_TIME = 2_000_000
 _DEFINED_SHARE = 0.95
-FEW_USERS = 30
-"""Alike, below which percentiles are too narrow."""
-LEAST_FREEDOM = 0.5
-"""Degrees of freedom, below which an interval is no news."""
+_ROUNDING = 1e-9  # as a share of the values: a smaller difference is none
+_INFLUENCE_OF_FOUR = 0.45  # sum d^4 / (sum d^2)^2 that four users give
+_INDISTINCT = 2.0  # users: two or three who have all of the influence can't be told apart by it
 
 
-def user_counts(users: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
+@dataclass(frozen=True)
+class Interval:
+    """A metric with the ends of its 95% interval; None where it is undefined, or has no interval."""
+
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+
+
+UNDEFINED = Interval(None)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A difference of two models in one metric; None where it is undefined, or has no interval.
+
+    value, low, high: with its 95% interval; error: its standard error; effective_users: how many equal users would say
+    as much; p: two-sided, p_corrected: by Holm's method, for all differences that are looked at; detectable: the size
+    that nine of ten evaluations like this one would show.
+    """
+
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+    error: float | None = None
+    effective_users: float | None = None
+    p: float | None = None
+    p_corrected: float | None = None
+    detectable: float | None = None
+
+    @property
+    def is_significant(self) -> bool:
+        """Whether the difference is shown after the correction."""
+        return self.p_corrected is not None and self.p_corrected < LEVEL
+
+
+def draw_users(users: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
     """Chunks (users, R) float64 of how often each user is drawn: `resamples` columns, each summing to `users`."""
     generator = np.random.default_rng(seed)
     at_a_time = int(np.clip(_ENTRIES_AT_A_TIME // users, 1, 128))
@@ -45,80 +84,57 @@ def user_counts(users: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
         yield np.ascontiguousarray(counts.T, dtype=np.float64)
 
 
-def replicate(at: Callable[[np.ndarray], Values], users: int, resamples: int, seed: int) -> Values:
-    """The values of `at(counts)` in every resample, (resamples,) each."""
-    chunks = [at(counts) for counts in user_counts(users, resamples, seed)]
-    return {key: np.concatenate([chunk[key] for chunk in chunks]) for key in chunks[0]}
-
-
-def intervals(
-    at: Callable[[np.ndarray], Values],
-    users: int,
-    resamples: int,
-    seed: int,
-    effective: Mapping[tuple[str, str], float],
-) -> dict[str, dict[str, dict[str, float | None]]]:
-    """Task or `score` -> metric -> its value, that of every user counted once, with its interval.
-
-    effective: of each, how many users alike would tell as much.
+def bootstrap(at: Callable[[np.ndarray], Values], users: int, resamples: int, seed: int) -> Values:
+    """The values of `at(counts)` in every resample, (resamples,) each.
 
     Raises:
         ValueError: no resample is asked for.
     """
     if resamples < 1:
         raise ValueError(f"resamples is {resamples}; expected at least 1")
-    replicates = replicate(at, users, resamples, seed)
-    found: dict[str, dict[str, dict[str, float | None]]] = {}
-    for (name, metric), value in at(np.ones((users, 1))).items():
-        found.setdefault(name, {})[metric] = with_interval(
-            value[0], replicates[name, metric], users, effective[name, metric]
-        )
-    return found
+    chunks = [at(counts) for counts in draw_users(users, resamples, seed)]
+    return {key: np.concatenate([chunk[key] for chunk in chunks]) for key in chunks[0]}
 
 
-def defined_well(defined: np.ndarray, resamples: int, users: int) -> bool:
-    """Whether the values of those resamples in which a metric is defined are a fair sample, so that it has an
-    interval."""
+def find_interval(value: float, resampled: np.ndarray, users: int, effective: float | None = None) -> Interval:
+    """The interval of a metric from its values (R,) in resamples.
+
+    effective: effective number of users, None for all. There is no interval with a single user, or one who decides
+    nearly alone, nor where the metric is undefined in more than 5% of the resamples: the rest would not be a fair
+    sample. Other resamples in which it is undefined are left out.
+    """
+    if not np.isfinite(value):
+        return Interval(None)
+    value, defined = float(value), resampled[np.isfinite(resampled)]
+    effective = users if effective is None else min(users, effective)
+    if not is_fair_sample(defined, len(resampled), users) or effective - 1 < LEAST_FREEDOM:
+        return Interval(value)
+    if effective < FEW_USERS:
+        reach = float(student.ppf(0.975, effective - 1)) * float(defined.std()) * small_sample_factor(effective)
+        return Interval(value, value - reach, value + reach)
+    low, high = np.percentile(defined, [2.5, 97.5])
+    return Interval(value, float(low), float(high))
+
+
+def is_fair_sample(defined: np.ndarray, resamples: int, users: int) -> bool:
+    """True if the resamples in which a metric is defined are enough for an interval."""
     return users >= 2 and len(defined) >= _DEFINED_SHARE * resamples
 
 
-def are_few(effective: float, users: int) -> bool:
-    """Whether so few users alike tell as much as those there are that one has to know of it."""
+def is_small_sample(effective: float, users: int) -> bool:
+    """True if the effective number of users is low enough to warn."""
     return effective < min(FEW_USERS, users / 2)
 
 
-def of_few(effective: float) -> float:
-    """By which the deviation of what so many users tell is too small, as it is that from what these very users tell."""
+def small_sample_factor(effective: float) -> float:
+    """By which a bootstrap over so many users underestimates the standard error: sqrt(U / (U - 1))."""
     return float(np.sqrt(effective / (effective - 1))) if effective > 1 else 1.0
 
 
-def with_interval(
-    value: float, replicates: np.ndarray, users: int, effective: float | None = None
-) -> dict[str, float | None]:
-    """A metric with its 95% interval: `value`, `low`, `high`; None where undefined.
-
-    effective: how many users alike would tell as much; None is all. There is no interval with a single user, or one who
-    decides nearly alone, nor when the metric is undefined in more than 5% of the resamples: the rest
-    would not be a fair sample. Resamples in which it is undefined are otherwise left out.
-    """
-    if not np.isfinite(value):
-        return {"value": None, "low": None, "high": None}
-    defined = replicates[np.isfinite(replicates)]
-    if not defined_well(defined, len(replicates), users):
-        return {"value": float(value), "low": None, "high": None}
-    effective = users if effective is None else min(users, effective)
-    if effective - 1 < LEAST_FREEDOM:
-        return {"value": float(value), "low": None, "high": None}
-    if effective < FEW_USERS:
-        reach = float(student.ppf(0.975, effective - 1)) * float(defined.std()) * of_few(effective)
-        return {"value": float(value), "low": float(value) - reach, "high": float(value) + reach}
-    low, high = np.percentile(defined, [2.5, 97.5])
-    return {"value": float(value), "low": float(low), "high": float(high)}
-
-
-Key = tuple[str, str]
-_FEW = 0.45  # what four users give
-_ALONE = 2.0  # users, where two or three have all of the influence, who can't be told apart by it
+def effective_sample_size(sizes: np.ndarray) -> float:
+    """How many parts of equal size would say as much as parts of these sizes (Kish, 1965), 1 or more."""
+    squares = float((sizes**2).sum())
+    return float(sizes.sum()) ** 2 / squares if squares else 1.0
 
 
 @dataclass(frozen=True)
@@ -129,18 +145,18 @@ class Resampled:
     redrawn: np.ndarray
     influence: np.ndarray
 
-    def less(self, other: Resampled) -> Resampled:
+    def subtract(self, other: Resampled) -> Resampled:
         """The difference from another one in the same resamples."""
         return Resampled(self.value - other.value, self.redrawn - other.redrawn, self.influence - other.influence)
 
     @cached_property
     def defined(self) -> np.ndarray:
-        """(D,) of the resamples, those in which it is."""
+        """(D,) of the resamples, those in which it is defined."""
         return self.redrawn[np.isfinite(self.redrawn)]
 
     @property
     def effective_users(self) -> float:
-        """From 1 to U; U where nothing varies."""
+        """By influence, from 1 to U; U where nothing varies."""
         users, resamples = len(self.influence), len(self.defined)
         variance = float(self.defined.var()) if resamples else 0.0
         if not variance:
@@ -150,46 +166,89 @@ class Resampled:
         return min(float(users), _users_of(float((self.influence**4).sum()) / variance**2 - noise))
 
     def error(self, effective: float, units: int | None = None) -> tuple[float | None, float]:
-        """The standard error from the choice of users, None where too few resamples are defined, and how many users
-        alike would tell as much.
+        """The standard error from the choice of users, None where too few resamples are defined, and the effective
+        number of users.
 
-        effective: how many would by their sizes; units: how many of the U have rows, None for all.
+        effective: that by their sizes; units: how many of the U have rows, None for all.
         """
-        if not defined_well(self.defined, len(self.redrawn), len(self.influence) if units is None else units):
+        if not is_fair_sample(self.defined, len(self.redrawn), len(self.influence) if units is None else units):
             return None, effective
         effective = min(effective, self.effective_users)
-        return float(self.defined.std()) * of_few(effective), effective
+        return float(self.defined.std()) * small_sample_factor(effective), effective
 
 
 def _users_of(share: float) -> float:
-    """How many users alike, of normal influence, give this sum d^4 / (sum d^2)^2."""
+    """How many equal users of normal influence give this sum d^4 / (sum d^2)^2."""
     if share <= 0:
         return np.inf
-    if share <= _FEW:
+    if share <= _INFLUENCE_OF_FOUR:
         return ((3 - share) + float(np.sqrt((3 - share) ** 2 - 12 * share))) / (2 * share)
-    return max(1.0, float(np.interp(share, [_FEW, 0.5, 1.0], [4.0, _ALONE, 1.0])))
+    return max(1.0, float(np.interp(share, [_INFLUENCE_OF_FOUR, 0.5, 1.0], [4.0, _INDISTINCT, 1.0])))
 
 
-class Resampling:
-    """Values of metrics in resamples, which are added some at a time. once: those of all users."""
+def resample(
+    sides: Mapping[str, Callable[[np.ndarray], Values]], users: int, resamples: int, seed: int
+) -> dict[str, dict[Key, Resampled]]:
+    """Numbers of several models in the same resamples of users.
 
-    def __init__(self, once: Values, users: int) -> None:
-        self._once = {key: float(value[0]) for key, value in once.items()}
-        self._redrawn: dict[Key, list[np.ndarray]] = {key: [] for key in once}
-        self._sums = np.zeros((users, len(once)))
-
-    def add(self, counts: np.ndarray, values: Values) -> None:
-        """Values (R,) of resamples that draw the users `counts` (U, R) times."""
-        for key, value in values.items():
-            self._redrawn[key].append(value)
-        away = np.array([values[key] - once for key, once in self._once.items()])
-        away[~np.isfinite(away)] = 0.0
-        self._sums += (counts - 1) @ away.T
-
-    def found(self) -> Mapping[Key, Resampled]:
-        """All that was added."""
-        redrawn = {key: np.concatenate(each) for key, each in self._redrawn.items()}
-        return {
-            key: Resampled(once, redrawn[key], self._sums[:, place] / len(redrawn[key]))
-            for place, (key, once) in enumerate(self._once.items())
+    sides: name -> what gives its numbers (R,) for counts (U, R) of how often users are drawn.
+    """
+    once = {
+        name: {key: float(value[0]) for key, value in at(np.ones((users, 1))).items()} for name, at in sides.items()
+    }
+    redrawn: dict[str, dict[Key, list[np.ndarray]]] = {name: {key: [] for key in of} for name, of in once.items()}
+    sums = {name: np.zeros((users, len(of))) for name, of in once.items()}
+    for counts in draw_users(users, resamples, seed):
+        for name, at in sides.items():
+            values = at(counts)
+            for key, value in values.items():
+                redrawn[name][key].append(value)
+            away = np.array([values[key] - whole for key, whole in once[name].items()])
+            away[~np.isfinite(away)] = 0.0
+            sums[name] += (counts - 1) @ away.T
+    found = {name: {key: np.concatenate(each) for key, each in of.items()} for name, of in redrawn.items()}
+    return {
+        name: {
+            key: Resampled(whole, found[name][key], sums[name][:, place] / len(found[name][key]))
+            for place, (key, whole) in enumerate(of.items())
         }
+        for name, of in once.items()
+    }
+
+
+def find_difference(mine: Resampled, other: Resampled, effective: float, units: int | None = None) -> Difference:
+    """The difference of two models in one metric. effective, units: see `Resampled.error`."""
+    apart = mine.subtract(other)
+    if not np.isfinite(apart.value):
+        return Difference(None)
+    rounding = rounding_of(mine.value, other.value)
+    value = 0.0 if abs(apart.value) <= rounding else apart.value
+    error, effective = apart.error(effective, units)
+    return Difference(value) if error is None else student_difference(value, error, effective - 1, rounding)
+
+
+def rounding_of(*values: float) -> float:
+    """Up to which size a difference of such values is none."""
+    return _ROUNDING * max(map(abs, values))
+
+
+def student_difference(value: float, error: float, freedom: float, rounding: float) -> Difference:
+    """A difference by its standard error and the degrees of freedom of that."""
+    if error <= rounding:
+        # A difference that does not vary rests on too few resamples, or users, to say how sure it is.
+        return Difference(value) if value else Difference(value, value, value, 0.0, None, 1.0, None, 0.0)
+    if freedom < LEAST_FREEDOM:
+        return Difference(value)
+    reach, extra = student.ppf([1 - LEVEL / 2, POWER], freedom)
+    half, p = float(reach * error), float(2 * student.sf(abs(value) / error, freedom))
+    detectable = float((reach + extra) * error)
+    return Difference(value, value - half, value + half, error, freedom + 1, p, None, detectable)
+
+
+def correct_by_holm(p: Sequence[float]) -> list[float]:
+    """p-values of several tests, each corrected so that all together err as rarely as one (Holm, 1979)."""
+    order = np.argsort(p, kind="stable")
+    corrected = np.minimum(np.maximum.accumulate(np.asarray(p)[order] * np.arange(len(p), 0, -1)), 1.0)
+    values = np.empty(len(p))
+    values[order] = corrected
+    return [float(each) for each in values]

@@ -13,12 +13,13 @@ the ends of its interval over users, `low` and `high`, where there are any.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from mmoe_rec.evaluation.metrics import metrics_of
-from mmoe_rec.evaluation.summary import summarise
+from mmoe_rec.evaluation.summary import GroupSummary, summarise
 from mmoe_rec.evaluation.sums import MeasuredTask, measure
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ class _Computed:
         self._task = MeasuredTask(_TASK, kind, 1.0)  # type: ignore[arg-type]
         self._rows = (np.asarray(users), np.asarray(requests), None if weight is None else np.asarray(weight))
         self._resamples = resamples
-        self._last: tuple[np.ndarray, np.ndarray, dict[str, Any]] | None = None
+        self._last: tuple[np.ndarray, np.ndarray, GroupSummary] | None = None
 
     def of(self, name: str) -> Callable[[Any, Any], MetricValue]:
         """What computes the metric of that name of predictions and targets, (N,) each."""
@@ -77,14 +78,13 @@ class _Computed:
 
             given = np.asarray(predictions)
             given = given if given.dtype == np.float32 else given.astype(np.float64)  # its precision tells what 0 is
-            found = self._summary(given, np.asarray(targets, np.float64))[name]
-            ends = found if isinstance(found, dict) else {"value": found}
+            ends = asdict(self._summary(given, np.asarray(targets, np.float64)).get(name))
             return MetricValue(aggregate_results={end: each for end, each in ends.items() if each is not None})
 
         computed.__name__ = name
         return computed
 
-    def _summary(self, predictions: np.ndarray, targets: np.ndarray) -> dict[str, Any]:
+    def _summary(self, predictions: np.ndarray, targets: np.ndarray) -> GroupSummary:
         last = self._last
         if last is None or not (
             np.array_equal(last[0], predictions) and np.array_equal(last[1], targets, equal_nan=True)
@@ -94,5 +94,5 @@ class _Computed:
                 users, requests, weight = users[:1], requests[:1], None
             given, labels = {_TASK: predictions}, {_TASK: targets}
             sums = measure([self._task], users, requests, given, labels, score=predictions, weight=weight)
-            last = self._last = predictions, targets, summarise(sums, self._resamples)["tasks"][_TASK]
+            last = self._last = predictions, targets, summarise(sums, self._resamples).tasks[_TASK]
         return last[2]

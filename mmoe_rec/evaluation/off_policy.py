@@ -13,14 +13,12 @@ where few rows have nearly all of the weight, these decide alone.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
 
-from mmoe_rec.evaluation.intervals import user_counts, with_interval
-from mmoe_rec.evaluation.metrics.metric import alike
+from mmoe_rec.evaluation.intervals import UNDEFINED, Interval, Values, bootstrap, effective_sample_size, find_interval
 from mmoe_rec.evaluation.sums import units_of
 
 CAPS = (None, 100.0, 30.0, 10.0, 3.0, 1.0)
@@ -28,10 +26,15 @@ CAPS = (None, 100.0, 30.0, 10.0, 3.0, 1.0)
 _SURELY = 2.0  # times the reach of a 95% interval, so that a log with support is hardly ever refused
 LEAST_EFFECTIVE = 100.0
 """Rows of equal weight that would tell as much, below which there is no estimate."""
+NO_LABEL, NEVER_CHOSEN, FEW_ROWS = "no label", "never chosen", "few rows"
+FEW_EFFECTIVE_ROWS, ONE_USER, NO_SUPPORT = "few effective rows", "one user", "no support"
+"""Why there is no estimate."""
+BELOW_ONE, ABOVE_ONE, CONTRADICTION = "mean weight below 1", "mean weight above 1", "estimates contradict each other"
+"""What is suspicious."""
 
 
 @dataclass(frozen=True)
-class Shown:
+class LoggedChoices:
     """N rows, each of something that was shown. users: (N,); propensity, target: (N,) probabilities with which the
     policy that logged and the one that is asked for choose it; label: (N,), NaN where unobserved; predicted, expected:
     (N,), what a model expects of what was shown, and of the target's choices; None for no doubly robust estimate."""
@@ -43,98 +46,111 @@ class Shown:
     predicted: np.ndarray | None = None
     expected: np.ndarray | None = None
 
-    def take(self, rows: np.ndarray) -> Shown:
+    def take(self, rows: np.ndarray) -> LoggedChoices:
         """Those of the rows whose numbers are given."""
         model = (None if each is None else each[rows] for each in (self.predicted, self.expected))
         users = self.users.take(pa.array(rows))
-        return Shown(users, self.propensity[rows], self.target[rows], self.label[rows], *model)
+        return LoggedChoices(users, self.propensity[rows], self.target[rows], self.label[rows], *model)
 
 
-def estimate(shown: Shown, resamples: int, seed: int = 0) -> dict[str, Any]:
-    """Estimates of the mean label under the target policy.
+@dataclass(frozen=True)
+class CappedEstimate:
+    """Estimates with weights clipped at a cap. clipped: share of the weight that the cap takes away; effective_rows:
+    (sum of w)^2 / sum of w^2; doubly_robust: None without a model."""
 
-    Returns:
-        `rows` with an observed label, those `without_label`, and their `users`; `logged`, the mean label as it was
-        logged; `mean_weight`, with its interval, which has to hold 1; `effective_rows`, (sum of w)^2 / sum of w^2;
-        `refused`, a sentence, or None; and where it is None, `warnings`, sentences, and `estimates`: one for each cap,
-        with `cap`, `clipped` (share of the weight that the cap takes away), `effective_rows`, `snips`, and
-        `doubly_robust` where there is a model. All but counts and shares are `value`, `low`, `high`.
+    cap: float | None
+    clipped: float
+    effective_rows: float
+    snips: Interval
+    doubly_robust: Interval | None
+
+
+@dataclass(frozen=True)
+class PolicyEstimate:
+    """The mean label under the target policy.
+
+    rows: with an observed label; logged: the mean label as it was logged; mean_weight: has to be 1; apart: the doubly
+    robust estimate less SNIPS, with all weights as they are; estimates: one for each cap, none where refused; refusal:
+    why there is no estimate, and warnings: what is suspicious of the estimates, each a constant of this module.
     """
-    known = shown.take(np.flatnonzero(~np.isnan(shown.label)))
+
+    rows: int
+    without_label: int
+    refusal: str | None
+    users: int = 0
+    logged: Interval = UNDEFINED
+    mean_weight: Interval = UNDEFINED
+    effective_rows: float = 0.0
+    apart: Interval = UNDEFINED
+    warnings: tuple[str, ...] = ()
+    estimates: tuple[CappedEstimate, ...] = ()
+
+
+def estimate(choices: LoggedChoices, resamples: int, seed: int = 0) -> PolicyEstimate:
+    """Estimates the mean label under the target policy, or says why that is not possible."""
+    known = choices.take(np.flatnonzero(~np.isnan(choices.label)))
     rows = len(known.label)
-    told: dict[str, Any] = {"rows": rows, "without_label": len(shown.label) - rows, "refused": None}
+    without_label = len(choices.label) - rows
     if not rows:
-        return {**told, "refused": "no row has an observed label"}
+        return PolicyEstimate(0, without_label, NO_LABEL)
     weight = known.target / known.propensity
+    clipped = {cap: weight if cap is None else np.minimum(weight, cap) for cap in CAPS}
     units, count = units_of(known.users)
-    sums = {None: _sums(known, weight, units, count)} | {
-        cap: _sums(known, np.minimum(weight, cap), units, count) for cap in CAPS if cap is not None
-    }
-    values = _values(sums, resamples, seed, count)
-    told |= {
-        "users": len(known.users.unique()),
-        "logged": values[None]["logged"],
-        "mean_weight": values[None]["weight"],
-    }
-    told["effective_rows"] = _effective(weight)
-    told["refused"] = _refusal(told)
-    if told["refused"] is None:
-        told["warnings"] = list(_warnings(values[None]))
-        told["estimates"] = [
-            {
-                "cap": cap,
-                "clipped": 0.0 if cap is None else float(1 - np.minimum(weight, cap).sum() / weight.sum()),
-                "effective_rows": _effective(weight if cap is None else np.minimum(weight, cap)),
-                **{name: each for name, each in values[cap].items() if name in ("snips", "doubly_robust")},
-            }
-            for cap in CAPS
-        ]
-    return told
+    values = _values({cap: _sums(known, each, units, count) for cap, each in clipped.items()}, resamples, seed, count)
+    whole = values[None]
+    users, effective = len(known.users.unique()), _effective(weight)
+    refusal = find_refusal(rows, effective, whole["weight"])
+    apart = whole.get("apart", UNDEFINED)
+    found = PolicyEstimate(rows, without_label, refusal, users, whole["logged"], whole["weight"], effective, apart)
+    if refusal is not None:
+        return found
+    estimates = tuple(
+        CappedEstimate(
+            cap,
+            0.0 if cap is None else float(1 - each.sum() / weight.sum()),
+            _effective(each),
+            values[cap]["snips"],
+            values[cap].get("doubly_robust"),
+        )
+        for cap, each in clipped.items()
+    )
+    return replace(found, warnings=tuple(find_warnings(whole["weight"], apart)), estimates=estimates)
 
 
-def _warnings(values: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+def find_warnings(mean: Interval, apart: Interval) -> Iterator[str]:
     """What is suspicious of the estimates with all weights as they are."""
-    mean, apart = values["weight"], values.get("apart")
-    if not mean["low"] <= 1 <= mean["high"]:
-        what = f"target / propensity is {mean['value']:.3f} on average ({mean['low']:.3f} to {mean['high']:.3f})"
-        if mean["value"] < 1:
-            most = f"up to {1 - mean['low']:.0%} of what the target chooses may never have been shown"
-            yield f"{what}, below 1: {most}, and the estimates say nothing of it"
-        else:
-            yield f"{what}, above 1: these may not be the probabilities of the two policies' choices"
-    if apart is not None and apart["low"] is not None:
-        reach = _SURELY * max(apart["high"] - apart["value"], apart["value"] - apart["low"])
-        if abs(apart["value"]) > reach:
-            yield (
-                f"the doubly robust estimate is {abs(apart['value']):.4f} {'above' if apart['value'] > 0 else 'below'} "
-                "SNIPS, by more than chance explains: what the model expects may be of another policy than the "
-                "target, or of other rows"
-            )
+    assert mean.low is not None
+    assert mean.high is not None
+    if not mean.low <= 1 <= mean.high:
+        yield BELOW_ONE if _of(mean) < 1 else ABOVE_ONE
+    if apart.low is not None and abs(_of(apart)) > _SURELY * _reach(apart):
+        yield CONTRADICTION
 
 
-def _refusal(told: Mapping[str, Any]) -> str | None:
-    mean = told["mean_weight"]
-    if mean["value"] == 0 or told["effective_rows"] == 0:
-        return "the target policy never chooses what was shown"
-    if told["rows"] < LEAST_EFFECTIVE:
-        return f"{told['rows']:,} rows have a label, and {LEAST_EFFECTIVE:g} are needed"
-    if told["effective_rows"] < LEAST_EFFECTIVE:
-        return (
-            f"{told['rows']:,} rows tell as much as {told['effective_rows']:,.0f} of equal weight, and "
-            f"{LEAST_EFFECTIVE:g} are needed: the target chooses mostly what was hardly ever shown"
-        )
-    if mean["low"] is None:
-        return "the rows are of one user, or one user has nearly all of the weight, so there is no interval"
-    value, reach = mean["value"], _SURELY * max(mean["high"] - mean["value"], mean["value"] - mean["low"])
-    if abs(value - 1) > reach:
-        return (
-            f"target / propensity is {value:.3f} on average ({mean['low']:.3f} to {mean['high']:.3f}) and has to be 1: "
-            "the log never shows some of what the target chooses, or these are not the probabilities of its choices"
-        )
-    return None
+def find_refusal(rows: int, effective: float, mean: Interval) -> str | None:
+    """Why there is no estimate. effective: rows of equal weight that would say as much; mean: of the weights."""
+    if mean.value == 0 or effective == 0:
+        return NEVER_CHOSEN
+    if rows < LEAST_EFFECTIVE:
+        return FEW_ROWS
+    if effective < LEAST_EFFECTIVE:
+        return FEW_EFFECTIVE_ROWS
+    if mean.low is None:
+        return ONE_USER
+    return NO_SUPPORT if abs(_of(mean) - 1) > _SURELY * _reach(mean) else None
 
 
-def _sums(shown: Shown, weight: np.ndarray, units: np.ndarray, count: int) -> np.ndarray:
+def _of(interval: Interval) -> float:
+    return np.nan if interval.value is None else interval.value
+
+
+def _reach(interval: Interval) -> float:
+    assert interval.low is not None
+    assert interval.high is not None
+    return max(interval.high - _of(interval), _of(interval) - interval.low)
+
+
+def _sums(shown: LoggedChoices, weight: np.ndarray, units: np.ndarray, count: int) -> np.ndarray:
     """(S, U) sums by unit: rows, labels, weights, weighted labels, weighted errors of the model, expectations."""
     columns: Sequence[np.ndarray] = (np.ones(len(weight)), shown.label, weight, weight * shown.label)
     if shown.predicted is not None and shown.expected is not None:
@@ -144,20 +160,17 @@ def _sums(shown: Shown, weight: np.ndarray, units: np.ndarray, count: int) -> np
 
 def _values(
     sums: Mapping[float | None, np.ndarray], resamples: int, seed: int, units: int
-) -> dict[float | None, dict[str, dict[str, float | None]]]:
-    once = {cap: _at(each, np.ones((units, 1))) for cap, each in sums.items()}
-    redrawn: dict[float | None, dict[str, list[np.ndarray]]]
-    redrawn = {cap: {name: [] for name in each} for cap, each in once.items()}
-    for counts in user_counts(units, resamples, seed):
-        for cap, each in sums.items():
-            for name, values in _at(each, counts).items():
-                redrawn[cap][name].append(values)
+) -> dict[float | None, dict[str, Interval]]:
+    def at(counts: np.ndarray) -> Values:
+        return {(str(cap), name): each for cap, of in sums.items() for name, each in _at(of, counts).items()}
+
+    resampled, once = bootstrap(at, units, resamples, seed), np.ones((units, 1))
     return {
         cap: {
-            name: with_interval(float(value[0]), np.concatenate(redrawn[cap][name]), units, _alike(sums[cap]))
-            for name, value in each.items()
+            name: find_interval(float(value[0]), resampled[str(cap), name], units, _effective_units(of))
+            for name, value in _at(of, once).items()
         }
-        for cap, each in once.items()
+        for cap, of in sums.items()
     }
 
 
@@ -171,10 +184,10 @@ def _at(sums: np.ndarray, counts: np.ndarray) -> dict[str, np.ndarray]:
     return found
 
 
-def _alike(sums: np.ndarray) -> float:
-    """How many users alike would tell as much, by their rows or their weights, whichever is less. sums: of `_sums`."""
-    return min(alike(sums[0]), alike(sums[2]))
+def _effective_units(sums: np.ndarray) -> float:
+    """The effective number of units by their rows or their weights, whichever is less. sums: of `_sums`."""
+    return min(effective_sample_size(sums[0]), effective_sample_size(sums[2]))
 
 
 def _effective(weight: np.ndarray) -> float:
-    return alike(weight) if weight.any() else 0.0
+    return effective_sample_size(weight) if weight.any() else 0.0

@@ -77,7 +77,7 @@ class NotFiniteError(UserError):
 
 
 @dataclass(frozen=True)
-class Scored:
+class ScoredRows:
     """N scored rows, together because a request's rows may lie anywhere in a log.
 
     users, requests, candidates: (N,) int64 or string; predictions, labels: (N, T), NaN where unobserved; score:
@@ -126,7 +126,7 @@ class Scored:
             candidates=self.candidates,
         )
 
-    def take(self, rows: np.ndarray) -> Scored:
+    def take(self, rows: np.ndarray) -> ScoredRows:
         """Those of the rows whose numbers are given."""
         names = ("predictions", "labels", "score")
         return replace(
@@ -139,7 +139,7 @@ class Scored:
             **{name: getattr(self, name)[rows] for name in names},
         )
 
-    def with_predictions(self, values: np.ndarray) -> Scored:
+    def with_predictions(self, values: np.ndarray) -> ScoredRows:
         """The same rows with another model's predictions (N, T), fused by the relevance weights."""
         weights = np.array([self.relevance[task.name] for task in self.layout.tasks])
         score = np.log(np.clip(values, 1e-12, None)) @ weights
@@ -159,7 +159,7 @@ def score_rows(
     top_k: int | None = None,
     usable: torch.Tensor | None = None,
     first: int | None = None,
-) -> Scored:
+) -> ScoredRows:
     """Scores all rows without placement, in fp32, on the model's device, under a progress bar.
 
     The score is the one that the model serves, by its own weights. relevance: weight of each task's label in what a row
@@ -197,7 +197,7 @@ def score_rows(
     predicted, labels, score = (np.concatenate(each) for each in zip(*parts, strict=True))
     ids = pa.concat_tables(tables)
     users, requests, candidates = (ids.column(name).combine_chunks() for name in COLUMNS)
-    return Scored(
+    return ScoredRows(
         layout,
         users,
         requests,

@@ -378,15 +378,15 @@ class ClosedSums:
     def load(folder: str | Path) -> ClosedSums:
         """Reads what this or `EvaluationSums.save` wrote. Raises UserError as `EvaluationSums.load`."""
         tasks, tables, is_closed = load_tables(folder)
-        return ClosedSums(tasks, tables) if is_closed else closed(EvaluationSums(tasks, tables))
+        return ClosedSums(tasks, tables) if is_closed else close_sums(EvaluationSums(tasks, tables))
 
 
 def as_closed(sums: EvaluationSums | ClosedSums) -> ClosedSums:
     """The sums, closed if they are not yet."""
-    return sums if isinstance(sums, ClosedSums) else closed(sums)
+    return sums if isinstance(sums, ClosedSums) else close_sums(sums)
 
 
-def closed(
+def close_sums(
     sums: EvaluationSums, edges: Mapping[str, np.ndarray] | None = None, grouped: bool | None = None
 ) -> ClosedSums:
     """Sums that hold all rows of each of their users.
@@ -415,7 +415,7 @@ def closed(
     return ClosedSums(sums.tasks, tables)
 
 
-def joined(parts: Sequence[ClosedSums]) -> ClosedSums:
+def join_sums(parts: Sequence[ClosedSums]) -> ClosedSums:
     """The sums of all parts, no two of which have a unit in common, and whose bins are the same."""
     tables = {name: pa.concat_tables([part.tables[name] for part in parts]) for name in parts[0].tables}
     for name, table in tables.items():

@@ -9,21 +9,28 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.evaluation.comparison import Difference, difference
-from mmoe_rec.evaluation.intervals import Resampled, Resampling, Values, user_counts, with_interval
-from mmoe_rec.evaluation.metrics.metric import alike
+from mmoe_rec.evaluation.intervals import (
+    Difference,
+    Interval,
+    Resampled,
+    Values,
+    effective_sample_size,
+    find_difference,
+    find_interval,
+    resample,
+)
 from mmoe_rec.evaluation.metrics.ranking import RankedLists, ndcg, ranks_nothing
 from mmoe_rec.evaluation.sums import units_of
 from mmoe_rec.model.score import SMALLEST_VALUE
 
 if TYPE_CHECKING:
-    from mmoe_rec.evaluation.scoring import Scored
+    from mmoe_rec.evaluation.scoring import ScoredRows
 
 
 CUTOFF = 10
@@ -44,7 +51,7 @@ class Lists:
     labels: np.ndarray
 
 
-def lists_of(scored: Scored) -> Lists:
+def lists_of(scored: ScoredRows) -> Lists:
     """Rows of a model as a sweep reads them."""
     kinds = [task.kind for task in scored.layout.tasks]
     least = np.where([kind == "binary" for kind in kinds], _SMALLEST_PROBABILITY, SMALLEST_VALUE)
@@ -66,7 +73,7 @@ class Sweep:
         self._sums = np.zeros((len(weights), len(tasks), self.units))
         self._counts = np.zeros((len(tasks), self.units))
         rows = np.bincount(units, minlength=self.units).astype(np.float64)
-        by_rows = alike(rows)
+        by_rows = effective_sample_size(rows)
         ranked: list[np.ndarray] = []
         for number, each in enumerate(weights):
             order = RankedLists.of(request, lists.logs @ np.array(each), np.zeros(len(request)), requests)
@@ -77,7 +84,7 @@ class Sweep:
                     self._counts[task] = np.bincount(unit_of_request[ranked[task]], minlength=self.units)
                 found = np.where(ranked[task], ndcg(mine, CUTOFF), 0.0)
                 self._sums[number, task] = np.bincount(unit_of_request, found, self.units)
-        self.effective = [min(by_rows, alike(counts)) for counts in self._counts]
+        self.effective = [min(by_rows, effective_sample_size(counts)) for counts in self._counts]
 
     def resampled(self, resamples: int, seed: int = 0) -> list[list[Resampled]]:
         """P of T, in resamples of the users; NaN where no request ranks anything for a task."""
@@ -88,14 +95,11 @@ class Sweep:
                 (str(p), task): each for p, of in enumerate(found) for task, each in zip(self.tasks, of, strict=True)
             }
 
-        resampling = Resampling(at(np.ones((self.units, 1))), self.units)
-        for counts in user_counts(self.units, resamples, seed):
-            resampling.add(counts, at(counts))
-        found = resampling.found()
+        found = resample({"": at}, self.units, resamples, seed)[""]
         return [[found[str(p), task] for task in self.tasks] for p in range(len(self.weights))]
 
 
-def grid(tasks: int, deployed: Weights, seed: int = 0) -> list[Weights]:
+def make_grid(tasks: int, deployed: Weights, seed: int = 0) -> list[Weights]:
     """Weights that sum to 1: the deployed ones first, then all of a grid, or some that are drawn where that is
     large."""
     if (steps := _DENOMINATORS.get(tasks)) is None:
@@ -107,7 +111,7 @@ def grid(tasks: int, deployed: Weights, seed: int = 0) -> list[Weights]:
     return [deployed, *(each for each in others if not np.allclose(each, deployed))]
 
 
-def normalised(weights: Sequence[float]) -> Weights:
+def normalise(weights: Sequence[float]) -> Weights:
     """Weights that sum to 1. Raises UserError where none is above 0, or one is below."""
     total = sum(weights)
     if total <= 0 or min(weights) < 0:
@@ -117,29 +121,55 @@ def normalised(weights: Sequence[float]) -> Weights:
     return tuple(each / total for each in weights)
 
 
-def told_of_sweep(sweep: Sweep, resamples: int, seed: int = 0) -> list[dict[str, Any]]:
-    """A record for each weights, in their order: `weights`, by task; `values`, task -> NDCG@10 with its interval; and
-    `dominated_by`, the number of another record that is better for one task and worse for none, None on the front."""
+@dataclass(frozen=True)
+class WeightsRecord:
+    """What a ranking gives. weights: of tasks; values: task -> NDCG@10; dominated_by: the number of another record that
+    is better for one task and worse for none, None on the front."""
+
+    weights: dict[str, float]
+    values: dict[str, Interval]
+    dominated_by: int | None
+
+
+@dataclass(frozen=True)
+class WeightsChoice:
+    """Weights for a goal. before, weights: task -> weight, which sum to 1; apart: task -> difference of NDCG on the
+    test rows; goal, margins: as they were given; records: of the sweep over the test rows."""
+
+    goal: str
+    margins: dict[str, float]
+    before: dict[str, float]
+    weights: dict[str, float]
+    apart: dict[str, Difference]
+    records: list[WeightsRecord]
+
+    @property
+    def changes(self) -> bool:
+        """Whether other weights were chosen than those that the model has."""
+        return self.before != self.weights
+
+
+def find_front(sweep: Sweep, resamples: int, seed: int = 0) -> list[WeightsRecord]:
+    """A record for each weights, in their order."""
     found = sweep.resampled(resamples, seed)
     once = np.array([[each.value for each in of] for of in found])
     records = []
     for number, each in enumerate(sweep.weights):
         values = {
-            task: with_interval(of.value, of.redrawn, sweep.units)
+            task: find_interval(of.value, of.redrawn, sweep.units)
             for task, of in zip(sweep.tasks, found[number], strict=True)
         }
-        weights = dict(zip(sweep.tasks, each, strict=True))
-        records.append({"weights": weights, "values": values, "dominated_by": _dominated_by(number, once)})
+        records.append(WeightsRecord(dict(zip(sweep.tasks, each, strict=True)), values, _dominated_by(number, once)))
     return records
 
 
-def apart_from_first(sweep: Sweep, number: int, resamples: int, seed: int = 0) -> dict[str, Difference]:
+def compare_with_first(sweep: Sweep, number: int, resamples: int, seed: int = 0) -> dict[str, Difference]:
     """By how much each task's NDCG@10 by some weights differs from that by the first ones."""
     found = sweep.resampled(resamples, seed)
     return _apart(sweep, found[number], found[0])
 
 
-def choose(sweep: Sweep, goal: str, margins: Mapping[str, float], resamples: int, seed: int = 0) -> int:
+def choose_weights(sweep: Sweep, goal: str, margins: Mapping[str, float], resamples: int, seed: int = 0) -> int:
     """The number of the weights that serve a task best while no other one loses more than its margin, beside the first.
 
     margins: task -> NDCG@10 that it may lose: the interval of its loss must not reach further.
@@ -155,13 +185,13 @@ def choose(sweep: Sweep, goal: str, margins: Mapping[str, float], resamples: int
 
 def _apart(sweep: Sweep, mine: Sequence[Resampled], first: Sequence[Resampled]) -> dict[str, Difference]:
     return {
-        task: difference(each, its, effective)
+        task: find_difference(each, its, effective)
         for task, each, its, effective in zip(sweep.tasks, mine, first, sweep.effective, strict=True)
     }
 
 
 def _at_least(apart: Difference, least: float) -> bool:
-    return apart["low"] is not None and apart["low"] >= least
+    return apart.low is not None and apart.low >= least
 
 
 def _dominated_by(number: int, values: np.ndarray) -> int | None:

@@ -2,178 +2,150 @@
 
 The mean over trainings errs by both: its variance is that of the trainings / S plus that of the users, by the bootstrap
 of the mean of all S on the same redrawn users. The interval is Student's, with degrees of freedom by Welch and
-Satterthwaite. So it is with the difference of two settings' means: their users are the same, and their trainings not.
+Satterthwaite. So it is with the difference of two settings' means, whose users are the same, and trainings not.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from scipy.stats import t as student
 
-from mmoe_rec.evaluation.comparison import (
+from mmoe_rec.evaluation.comparison import OBJECTIVE, Objective, Versus, check_same_rows, correct
+from mmoe_rec.evaluation.intervals import (
+    LEAST_FREEDOM,
     LEVEL,
-    OBJECTIVE,
     Difference,
-    Objective,
-    by_student,
-    check_same_rows,
-    correct,
-    effective_of,
+    Key,
+    Resampled,
+    Values,
+    resample,
     rounding_of,
-    told_as,
-    with_objective,
+    student_difference,
 )
-from mmoe_rec.evaluation.intervals import LEAST_FREEDOM, Resampled, Resampling, Values, user_counts
-from mmoe_rec.evaluation.numbers import number, once_corrected, with_interval
 from mmoe_rec.evaluation.summary import effective_by_metric, evaluate, sums_by_user
 from mmoe_rec.evaluation.sums import ClosedSums
 
 
-def over_trainings(sums: Sequence[ClosedSums], resamples: int, seed: int = 0) -> dict[str, dict[str, dict[str, Any]]]:
-    """Task or `score` -> metric -> `mean`, `low`, `high`; `values` of the trainings, `between_trainings`, their
-    standard deviation, and `between_users`, the standard error of their mean from the choice of users.
+@dataclass(frozen=True)
+class TrainingsMean:
+    """A metric over trainings: their mean with its 95% interval; between_trainings: their standard deviation;
+    between_users: the standard error of the mean from the choice of users; values: of each training."""
 
-    sums: of two or more trainings, measured on the same rows. What is undefined is None.
-    """
+    mean: float | None
+    low: float | None
+    high: float | None
+    between_trainings: float | None
+    between_users: float | None
+    values: tuple[float | None, ...]
+
+
+@dataclass(frozen=True)
+class SettingsDifference:
+    """Differences of the means over trainings from those of other settings: of the objective, which has a name and
+    values that are `better`, and of all metrics, task or `score` -> metric; means: of the other settings."""
+
+    objective: Difference
+    groups: dict[str, dict[str, Difference]]
+    means: dict[str, dict[str, float | None]]
+    name: str | None
+    better: str | None
+
+
+def average_trainings(sums: Sequence[ClosedSums], resamples: int, seed: int = 0) -> dict[str, dict[str, TrainingsMean]]:
+    """Task or `score` -> metric -> its mean over two or more trainings that were measured on the same rows."""
     effective = effective_by_metric(sums_by_user(sums[0]))
-    summary: dict[str, dict[str, dict[str, Any]]] = {}
-    for (group, metric), (values, mean) in _redrawn(sums, resamples, seed).items():
-        summary.setdefault(group, {})[metric] = _joined(values, mean, effective[group, metric])
-    return summary
+    means: dict[str, dict[str, TrainingsMean]] = {}
+    for (group, metric), (values, mean) in _resample_mean(sums, resamples, seed).items():
+        means.setdefault(group, {})[metric] = _mean_of(values, mean, effective[group, metric])
+    return means
 
 
-def apart_over_trainings(
+def compare_trainings(
     sums: Sequence[ClosedSums],
     others: Mapping[str, Sequence[ClosedSums]],
     objective: Objective | None = None,
     resamples: int = 1000,
     seed: int = 0,
-) -> dict[str, dict[str, Any]]:
-    """Name of each other setting -> `objective`, with its `name` and which values are `better`; `groups`: task or
-    `score` -> metric -> the difference of the means over trainings, as those of `differences`; and `means`, of the
-    other one. A difference's variance is that of either's trainings / their number, and that on the same redrawn users.
+) -> dict[str, SettingsDifference]:
+    """Name of each other setting -> the difference of the means over trainings from its own.
 
     sums, others: of two or more trainings each. Raises UserError where the rows are not the same.
     """
-    mine = _redrawn(sums, resamples, seed, objective)
-    effective, found = effective_by_metric(sums_by_user(sums[0])), dict[str, Any]()
+    mine, effective = _resample_mean(sums, resamples, seed, objective), effective_by_metric(sums_by_user(sums[0]))
+    if objective is not None:
+        effective |= {OBJECTIVE: objective.effective_users(effective)}
+    against, means = dict[str, Versus](), dict[str, dict[str, dict[str, float | None]]]()
     for name, its in others.items():
         for each in its:
             check_same_rows("these settings", sums[0], name, each)
-        theirs = _redrawn(its, resamples, seed, objective)
+        theirs = _resample_mean(its, resamples, seed, objective)
         groups: dict[str, dict[str, Difference]] = {}
         for key in (key for key in mine if key in theirs):
-            apart = _apart(*mine[key], *theirs[key], effective_of(key, effective, objective))
-            groups.setdefault(key[0], {})[key[1]] = apart
-        (decides,) = groups.pop(OBJECTIVE[0], {"": told_as(None)}).values()
-        found[name] = {"objective": decides, "groups": groups}
-        found[name]["means"] = _means(theirs)
-        found[name] |= {"name": None if objective is None else objective.name}
-        found[name] |= {"better": None if objective is None else objective.better}
-    correct(sums[0], found)
-    return found
+            groups.setdefault(key[0], {})[key[1]] = _difference_of(*mine[key], *theirs[key], effective[key])
+        (decides,) = groups.pop(OBJECTIVE[0], {"": Difference(None)}).values()
+        against[name], means[name] = Versus(decides, groups), {}
+        for group, metric in (key for key in theirs if key != OBJECTIVE):
+            values = theirs[group, metric][0]
+            mean = float(values.mean()) if np.isfinite(values).all() else None
+            means[name].setdefault(group, {})[metric] = mean
+    named = (None, None) if objective is None else (objective.name, objective.better)
+    return {
+        name: SettingsDifference(each.objective, each.groups, means[name], *named)
+        for name, each in correct(sums[0], against).items()
+    }
 
 
-def _means(redrawn: Mapping[tuple[str, str], tuple[np.ndarray, Resampled]]) -> dict[str, dict[str, float | None]]:
-    found: dict[str, dict[str, float | None]] = {}
-    for (group, metric), (values, _) in redrawn.items():
-        if (group, metric) != OBJECTIVE:
-            found.setdefault(group, {})[metric] = float(values.mean()) if np.isfinite(values).all() else None
-    return found
-
-
-def _redrawn(
+def _resample_mean(
     sums: Sequence[ClosedSums], resamples: int, seed: int, objective: Objective | None = None
-) -> dict[tuple[str, str], tuple[np.ndarray, Resampled]]:
+) -> dict[Key, tuple[np.ndarray, Resampled]]:
     """Task or `score` and metric -> (S,) values of the trainings, and their mean when users are redrawn."""
     groups, units = [sums_by_user(each) for each in sums], len(sums[0].tables["ranking"])
 
-    def at(counts: np.ndarray) -> list[Values]:
-        return [with_objective(evaluate(each, counts), objective) for each in groups]
+    def values_of(counts: np.ndarray) -> list[Values]:
+        values = [evaluate(each, counts) for each in groups]
+        return values if objective is None else [objective.add_to(each) for each in values]
 
-    def mean(values: list[Values]) -> Values:
+    def mean_of(counts: np.ndarray) -> Values:
+        values = values_of(counts)
         return {key: np.mean([each[key] for each in values], axis=0) for key in values[0]}
 
-    once = at(np.ones((units, 1)))
-    resampling = Resampling(mean(once), units)
-    for counts in user_counts(units, resamples, seed):
-        resampling.add(counts, mean(at(counts)))
-    return {key: (np.array([each[key][0] for each in once]), of) for key, of in resampling.found().items()}
+    once = values_of(np.ones((units, 1)))
+    resampled = resample({"mean": mean_of}, units, resamples, seed)["mean"]
+    return {key: (np.array([each[key][0] for each in once]), of) for key, of in resampled.items()}
 
 
-def larger(summary: Mapping[str, Mapping[str, Mapping[str, Any]]], units: str = "users") -> Iterator[str]:
-    """Of each task, which of the two is the larger uncertainty of one training, as a sentence.
-
-    summary: of `over_trainings`; units: what was redrawn.
-    """
-    for group, metrics in summary.items():
-        metric = "auc" if "auc" in metrics else "r2"
-        each = metrics.get(metric)
-        if each is None or each["between_users"] is None:
-            continue
-        seeds, users = each["between_trainings"], each["between_users"]
-        which = f"another seed changes it more than other {units}" if seeds > users else f"other {units} change it more"
-        yield (
-            f"{group}: the {metric} of one training has a standard deviation of {seeds:.2g} over seeds, and one of "
-            f"{users:.2g} over the choice of {units}: {which}"
-        )
-
-
-def told_apart(against: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
-    """Beside each other setting, whether this one is better on average, by what decides. against: of
-    `apart_over_trainings`."""
-    for other, each in against.items():
-        apart, name = each["objective"], each["name"]
-        if apart["value"] is None or apart["low"] is None:
-            yield f"it can't be told how the trainings differ from those of '{other}': too few labels, or users"
-            continue
-        if apart["p_corrected"] < LEVEL:
-            which = "better" if (apart["value"] > 0) == (each["better"] == "higher") else "worse"
-            told = f"{name} differs by {with_interval(apart)}"
-            yield f"on average these settings are {which} than '{other}': {told}"
-        else:
-            yield (
-                f"no difference from '{other}' is shown on average{once_corrected(apart)}: {name} differs by "
-                f"{with_interval(apart)}; nine of ten such comparisons would show one of "
-                f"{number(apart['detectable'], sign=False)}"
-            )
-
-
-def _joined(values: np.ndarray, redrawn: Resampled, effective: float) -> dict[str, Any]:
-    told = [float(each) if np.isfinite(each) else None for each in values]
-    names = ("mean", "low", "high", "between_trainings", "between_users")
-    nothing = {**dict.fromkeys(names), "values": told}
+def _mean_of(values: np.ndarray, redrawn: Resampled, effective: float) -> TrainingsMean:
+    each = tuple(float(value) if np.isfinite(value) else None for value in values)
     if not np.isfinite(values).all():
-        return nothing
+        return TrainingsMean(None, None, None, None, None, each)
     mean, spread = float(values.mean()), float(values.std(ddof=1))
     of_users, effective = redrawn.error(effective)
     if of_users is None or effective - 1 < LEAST_FREEDOM:
-        return nothing | {"mean": mean, "between_trainings": spread}
+        return TrainingsMean(mean, None, None, spread, None, each)
     error, freedom = _welch((spread**2 / len(values), of_users**2), (len(values) - 1, effective - 1))
     reach = float(student.ppf(1 - LEVEL / 2, freedom)) * error
-    ends = {"low": mean - reach, "high": mean + reach}
-    return nothing | {"mean": mean, **ends, "between_trainings": spread, "between_users": of_users}
+    return TrainingsMean(mean, mean - reach, mean + reach, spread, of_users, each)
 
 
-def _apart(
+def _difference_of(
     mine: np.ndarray, redrawn: Resampled, its: np.ndarray, its_redrawn: Resampled, effective: float
 ) -> Difference:
     if not (np.isfinite(mine).all() and np.isfinite(its).all()):
-        return told_as(None)
+        return Difference(None)
     rounding = rounding_of(mine.mean(), its.mean())
-    apart, (of_users, effective) = float(mine.mean() - its.mean()), redrawn.less(its_redrawn).error(effective)
+    apart, (of_users, effective) = float(mine.mean() - its.mean()), redrawn.subtract(its_redrawn).error(effective)
     apart = 0.0 if abs(apart) <= rounding else apart
     if of_users is None:
-        return told_as(apart)
+        return Difference(apart)
     of_users = 0.0 if of_users <= rounding else of_users
-    if by_student(apart, of_users, effective - 1, rounding)["low"] is None and of_users > rounding:
-        return told_as(apart)  # a few users decide nearly alone
+    if student_difference(apart, of_users, effective - 1, rounding).low is None and of_users > rounding:
+        return Difference(apart)  # a few users decide nearly alone
     of_seeds = (each.var(ddof=1) / len(each) for each in (mine, its))
     error, freedom = _welch((*of_seeds, of_users**2), (len(mine) - 1, len(its) - 1, effective - 1))
-    return by_student(apart, error, freedom, rounding)
+    return student_difference(apart, error, freedom, rounding)
 
 
 def _welch(variances: Sequence[float], freedom: Sequence[float]) -> tuple[float, float]:

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.evaluation.comparison import check_objective
+from mmoe_rec.evaluation.comparison import find_objective
+from mmoe_rec.evaluation.results import RESAMPLES_OF_SLICES, MeasuredModel, Results
+from mmoe_rec.evaluation.summary import Summary
 from mmoe_rec.jobs.judging.log_columns import LogColumns
 from mmoe_rec.jobs.judging.logged import PROMOTION, log_evaluation
 from mmoe_rec.jobs.judging.overlap import overlap, users_in_both
-from mmoe_rec.jobs.judging.placement import placement_told
+from mmoe_rec.jobs.judging.placement import describe_placement
 from mmoe_rec.jobs.judging.predictions import check_predictions, write_predictions
-from mmoe_rec.jobs.judging.results import RESAMPLES_OF_SLICES, Measured, Results, check_names, check_out, short_names
 from mmoe_rec.jobs.judging.training_rows import TrainingRows
+from mmoe_rec.jobs.places import check_names, check_out, short_names
 from mmoe_rec.locks import writing
 from mmoe_rec.progress import say
 from mmoe_rec.settings.sections import Settings
@@ -25,21 +27,22 @@ from mmoe_rec.tracking.outbox import UnreachableError
 from mmoe_rec.tracking.registry import FoundModel, find_model
 
 if TYPE_CHECKING:
-    from mmoe_rec.evaluation.scoring import Scored
+    from mmoe_rec.evaluation.scoring import ScoredRows
+    from mmoe_rec.evaluation.tradeoffs import WeightsRecord
     from mmoe_rec.inference.loaded import LoadedRanker
 
 
 @dataclass(frozen=True)
-class Evaluated:
+class EvaluationResult:
     """An evaluation: the test rows as the model scores them, and what was measured of it and of others."""
 
-    scored: Scored
+    scored: ScoredRows
     results: Results
 
     @property
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> Summary:
         """The model's metrics."""
-        return next(iter(self.results.summaries.values()))
+        return self.results.first.summary
 
 
 def evaluate_model(
@@ -49,7 +52,7 @@ def evaluate_model(
     against: Sequence[str] = (),
     split: str = "test",
     predictions: Path | None = None,
-) -> Evaluated:
+) -> EvaluationResult:
     """Scores the rows of a split with the model at an address, writes metrics, sums and plots to a folder, logs to
     MLflow.
 
@@ -81,19 +84,23 @@ def place_of(split: str) -> str:
 
 def evaluate_found(
     settings: Settings, found: Mapping[str, FoundModel], out: Path, place: str = "evaluation", split: str = "test"
-) -> Evaluated:
+) -> EvaluationResult:
     """As `evaluate_model`, of models by their names, of which the first is compared with the others.
 
     place: folder of the run's files.
     """
     check_out(out, settings)
-    check_objective(settings.evaluation.decide_by)
+    find_objective(settings.evaluation.decide_by)
     with writing(out, "an evaluation", "give another folder with --out", queue=True):
         return _evaluated(settings, found, out, place, split)
 
 
-def _evaluated(settings: Settings, found: Mapping[str, FoundModel], out: Path, place: str, split: str) -> Evaluated:
-    measured: dict[str, Measured] = {}
+def _evaluated(
+    settings: Settings, found: Mapping[str, FoundModel], out: Path, place: str, split: str
+) -> EvaluationResult:
+    from mmoe_rec.report.documents import write_results
+
+    measured: dict[str, MeasuredModel] = {}
     (first, *_) = found.values()
     training, columns = TrainingRows.of(settings), LogColumns.of(settings, first.folder)
     for number, (name, each) in enumerate(found.items()):
@@ -108,8 +115,8 @@ def _evaluated(settings: Settings, found: Mapping[str, FoundModel], out: Path, p
     what = "Promotion" if place == PROMOTION else "Evaluation"
     title = f"{what} of {settings.name}" + ("" if split == "test" else f" on {split} rows")
     results = Results(measured, tuple(settings.tasks), settings.evaluation, title, _facts(settings, its, split))
-    evaluated = Evaluated(its, results)
-    evaluated.results.write(out)
+    evaluated = EvaluationResult(its, results)
+    write_results(results, out)
     try:
         log_evaluation(settings, first, evaluated.scored, results, out, place, split)
     except UnreachableError as error:
@@ -119,7 +126,7 @@ def _evaluated(settings: Settings, found: Mapping[str, FoundModel], out: Path, p
     return evaluated
 
 
-def measured_on_test_rows(settings: Settings, models: Sequence[FoundModel]) -> list[Measured]:
+def measured_on_test_rows(settings: Settings, models: Sequence[FoundModel]) -> list[MeasuredModel]:
     """Metrics on the test rows, without slices, of models that have the same features, for which rows are encoded
     once."""
     from mmoe_rec.inference.ranker import Ranker
@@ -135,7 +142,7 @@ def measured_on_test_rows(settings: Settings, models: Sequence[FoundModel]) -> l
     return measured
 
 
-def scored_rows(settings: Settings, found: FoundModel, name: str, split: str = "test") -> Scored:
+def scored_rows(settings: Settings, found: FoundModel, name: str, split: str = "test") -> ScoredRows:
     """The rows of a split as a model scores them. Raises UserError where its tasks mean something else,
     NotFiniteError."""
     from mmoe_rec.inference.ranker import Ranker
@@ -146,7 +153,7 @@ def scored_rows(settings: Settings, found: FoundModel, name: str, split: str = "
         return _scored(settings, ranker, folder, name)
 
 
-def _scored(settings: Settings, ranker: LoadedRanker, rows: Path, name: str) -> Scored:
+def _scored(settings: Settings, ranker: LoadedRanker, rows: Path, name: str) -> ScoredRows:
     from mmoe_rec.evaluation.scoring import NotFiniteError
     from mmoe_rec.jobs.truth import score_by
 
@@ -158,48 +165,50 @@ def _scored(settings: Settings, ranker: LoadedRanker, rows: Path, name: str) -> 
 
 def _measured(
     settings: Settings,
-    scored: Scored,
+    scored: ScoredRows,
     found: FoundModel,
     training: TrainingRows | None,
     slices: Mapping[str, Mapping[str, np.ndarray]],
-) -> Measured:
+) -> MeasuredModel:
     from mmoe_rec.evaluation.summary import summarise
-    from mmoe_rec.evaluation.sums import closed
+    from mmoe_rec.evaluation.sums import close_sums
 
     sums = scored.measure()
-    whole = closed(sums)
-    summary = summarise(whole, settings.evaluation.resamples)
-    summary["sampling_correction"] = settings.training.sampling_correction
-    summary["relevance_weights"] = dict(scored.relevance)
-    summary["score_weights"] = {task.name: task.score_weight for task in scored.layout.tasks}
+    whole = close_sums(sums)
+    facts = {
+        "sampling_correction": settings.training.sampling_correction,
+        "relevance_weights": dict(scored.relevance),
+        "score_weights": {task.name: task.score_weight for task in scored.layout.tasks},
+    }
+    summary = replace(summarise(whole, settings.evaluation.resamples), facts=facts)
     assert scored.experts is not None, "a model scored the rows"
     gates = [[round(float(each), 4) for each in weights] for weights in scored.experts.weights]
     grouped = whole.users > len(whole.tables["ranking"])
     sliced = {
-        (by, name): closed(scored.take(rows).measure(), grouped=grouped)
+        (by, name): close_sums(scored.take(rows).measure(), grouped=grouped)
         for by, named in slices.items()
         for name, rows in named.items()
     }
     of_tasks = {task.name: weights for task, weights in zip(scored.layout.tasks, gates, strict=True)}
     seen, users = overlap(settings, found.folder), users_in_both(settings, found.folder, scored, training)
-    placement = placement_told(scored, found.folder / "features")
+    placement = describe_placement(scored, found.folder / "features")
     tradeoffs = _tradeoffs(scored, settings)
-    return Measured(sums, summary, found.address, of_tasks, seen, users, sliced, tradeoffs, placement)
+    return MeasuredModel(sums, summary, found.address, of_tasks, seen, users, sliced, tradeoffs, placement)
 
 
-def _tradeoffs(scored: Scored, settings: Settings) -> list[dict[str, Any]]:
+def _tradeoffs(scored: ScoredRows, settings: Settings) -> list[WeightsRecord]:
     """What other weights of the tasks would give; none of one task, or where a weight is negative."""
-    from mmoe_rec.evaluation.tradeoffs import Sweep, grid, lists_of, normalised, told_of_sweep
+    from mmoe_rec.evaluation.tradeoffs import Sweep, find_front, lists_of, make_grid, normalise
 
     given = [task.score_weight for task in scored.layout.tasks]
     if len(given) < 2 or min(given) < 0 or max(given) == 0 or not scored.ranks:
         return []
-    names, weights = [task.name for task in scored.layout.tasks], grid(len(given), normalised(given))
+    names, weights = [task.name for task in scored.layout.tasks], make_grid(len(given), normalise(given))
     resamples = min(settings.evaluation.resamples, RESAMPLES_OF_SLICES)
-    return told_of_sweep(Sweep(names, lists_of(scored), weights), resamples)
+    return find_front(Sweep(names, lists_of(scored), weights), resamples)
 
 
-def _facts(settings: Settings, scored: Scored, split: str) -> dict[str, str]:
+def _facts(settings: Settings, scored: ScoredRows, split: str) -> dict[str, str]:
     """What a reader wants to know of the rows."""
     asked = settings.split
     facts = {"log": settings.data.log}

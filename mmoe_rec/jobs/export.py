@@ -16,7 +16,7 @@ from mmoe_rec.settings.sections import Settings
 from mmoe_rec.tracking.registry import FoundModel, find_model
 
 if TYPE_CHECKING:
-    from mmoe_rec.evaluation.scoring import Scored
+    from mmoe_rec.evaluation.scoring import ScoredRows
     from mmoe_rec.inference.export.compare import Answers
     from mmoe_rec.inference.export.small import Dense
     from mmoe_rec.inference.loaded import LoadedRanker
@@ -149,7 +149,7 @@ def _on_test_rows(settings: Settings, folder: Path, ranker: LoadedRanker, small:
     from mmoe_rec.evaluation.scoring import score_rows
     from mmoe_rec.jobs.truth import rows_to_measure
 
-    scored: list[Scored] = []
+    scored: list[ScoredRows] = []
     with rows_to_measure(settings, folder, ranker) as encoded:
         for each in (ranker, small):
             rows = EncodedRows(encoded, each.layout)

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.evaluation.comparison import check_objective
-from mmoe_rec.evaluation.sums import MOST_UNITS, ClosedSums, joined
-from mmoe_rec.jobs.judging.results import Measured, Results, check_names, check_out, short_names
+from mmoe_rec.evaluation.comparison import find_objective
+from mmoe_rec.evaluation.results import MeasuredModel, Results
+from mmoe_rec.evaluation.sums import MOST_UNITS, ClosedSums, join_sums
 from mmoe_rec.jobs.measuring.asked import WEIGHT, Asked
 from mmoe_rec.jobs.measuring.parts import MeasureJob, Read, Sliced, check_requests, measure_partition, send_part
 from mmoe_rec.jobs.measuring.reading import Footer, key_types, precision_of
+from mmoe_rec.jobs.places import check_names, check_out, short_names
 from mmoe_rec.jobs.scoring.folder import learnt_from
 from mmoe_rec.locks import writing
 from mmoe_rec.log.checks import BadFile
@@ -55,12 +56,14 @@ def measure_predictions(
     source: a folder of Parquet files, one file or a glob; against: further ones with other predictions of the same
     rows, which are compared with these; rules: by which. Raises UserError for a wrong file, column or value.
     """
+    from mmoe_rec.report.documents import write_results
+
     if is_remote(str(out)):
         raise UserError(f"--out '{out}' must be a folder of this machine, or one mounted like one")
     out = Path(os.path.abspath(out))
     check_out(out)
     check_names([source, *against], "--against")
-    check_objective((rules or Evaluation()).decide_by)
+    find_objective((rules or Evaluation()).decide_by)
     found = {each: find_files(each, _option(each, source)) for each in (source, *against)}
     _check_places(found, out)
     files = {each: [Footer.read(file) for file in those] for each, those in found.items()}
@@ -80,7 +83,7 @@ def measure_predictions(
         facts = {"predictions": source, "files": f"{len(files[source]):,}"}
         facts |= {"columns": ", ".join(f"{part}={name}" for part, name in present[source].told().items() if name)}
         results = Results(measured, judged, rules or Evaluation(), f"Evaluation of {names[source]}", facts)
-        results.write(out)
+        write_results(results, out)
     return results
 
 
@@ -117,16 +120,14 @@ def _check_columns(present: Mapping[str, Asked]) -> None:
         )
 
 
-def _measured(asked: Asked, files: list[Footer], source: str, out: Path, how: How) -> Measured:
+def _measured(asked: Asked, files: list[Footer], source: str, out: Path, how: How) -> MeasuredModel:
     from mmoe_rec.evaluation.summary import summarise
 
     sums, slices = _sums(asked, files, out.with_name(f".{out.name}.measuring"), how)
-    summary = summarise(sums, how.resamples, how.seed)
-    summary["predictions"] = source
-    summary["files"] = len(files)
-    summary["columns"] = asked.told()
-    summary["relevance_weights"] = {task.name: task.weight for task in asked.tasks}
-    return Measured(sums, summary, source, seen=learnt_from(file.file.address for file in files), slices=slices)
+    weights = {task.name: task.weight for task in asked.tasks}
+    facts = {"predictions": source, "files": len(files), "columns": asked.told(), "relevance_weights": weights}
+    summary = replace(summarise(sums, how.resamples, how.seed), facts=facts)
+    return MeasuredModel(sums, summary, source, seen=learnt_from(file.file.address for file in files), slices=slices)
 
 
 def _present(asked: Asked, files: list[Footer]) -> Asked:
@@ -199,4 +200,4 @@ def _measured_parts(engine: Engine, job: MeasureJob, parts: list[LogPart], rows:
                     sliced[key].append(of_slice)
                 requests.append(found[2])
     check_requests(job, requests)
-    return joined(sums), {key: joined(found) for key, found in sliced.items() if found}
+    return join_sums(sums), {key: join_sums(found) for key, found in sliced.items() if found}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
@@ -10,7 +11,9 @@ from pathlib import Path
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.locks import reading
+from mmoe_rec.log.files import is_remote
 from mmoe_rec.point_in_time.join import Window
+from mmoe_rec.point_in_time.windows import Window
 from mmoe_rec.preprocessing.logs import BuildOptions, Logs
 from mmoe_rec.preprocessing.prepare import Prepared, existing, prepare
 from mmoe_rec.settings.schema import Schema
@@ -73,3 +76,36 @@ def features_in_use(settings: Settings, what: str, going_on: bool = False) -> It
             if existing(*log_and_place(settings)) is not None:
                 yield prepared
                 return
+
+
+def short_names(addresses: Sequence[str]) -> list[str]:
+    """Names for files and folders, by the ends of their paths that tell them apart; other addresses are names."""
+    parts = [[each] if ":" in each else each.rstrip("/").split("/") for each in addresses]
+    for length in range(1, max(map(len, parts), default=0) + 1):
+        names = ["/".join(each[-length:]) for each in parts]
+        if len(set(names)) == len(names):
+            return names
+    return list(addresses)
+
+
+def check_out(out: Path, settings: Settings | None = None) -> None:
+    """Raises UserError for a folder of results that is a file, or lies where the log or what is made of it lies."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out '{out}' is a file; name a folder")
+    if settings is None:
+        return
+    real, work = Path(os.path.realpath(out)), Path(settings.data.work)
+    sources = [settings.data.log, *(each.path for each in settings.data.events.values())]
+    taken = [Path(each) for each in sources if not is_remote(each) and Path(each).is_dir()]
+    taken += [
+        work / name for name in ("features", "checkpoints", "model", "seeds", "tuning", "unsent", "before_training")
+    ]
+    inside = next((each for each in taken if real.is_relative_to(os.path.realpath(each))), None)
+    if inside is not None or real == Path(os.path.realpath(work)):
+        raise UserError(f"--out '{out}' lies in '{inside or work}', which holds other things; name another folder")
+
+
+def check_names(names: list[str], option: str) -> None:
+    """Raises UserError where two models are called the same. option: of the command, for the others."""
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise UserError(f"'{twice}' is compared with itself; give other models with {option}")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmoe_rec.atomic import checksum
-from mmoe_rec.evaluation.comparison import check_objective
+from mmoe_rec.evaluation.comparison import find_objective
 from mmoe_rec.jobs.finished import Finished, Trained, training_key
 from mmoe_rec.jobs.judging.after_training import Promotion, promote
 from mmoe_rec.jobs.places import log_and_place
@@ -55,7 +55,7 @@ def train_model(
     goes into the registry. Raises UserError where another process trains in `data.work`.
     """
     # A wrong setting, log or address is reported before torch is loaded.
-    check_objective(settings.evaluation.decide_by)
+    find_objective(settings.evaluation.decide_by)
     found = existing(*log_and_place(settings))
     checkpoints = Path(settings.data.work) / "checkpoints"
     if not (resume and something_left(checkpoints)):

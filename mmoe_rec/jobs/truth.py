@@ -18,7 +18,7 @@ from mmoe_rec.settings.schema import Schema
 from mmoe_rec.settings.sections import Settings, differences
 
 if TYPE_CHECKING:
-    from mmoe_rec.evaluation.scoring import Scored
+    from mmoe_rec.evaluation.scoring import ScoredRows
     from mmoe_rec.inference.loaded import LoadedRanker
     from mmoe_rec.model.layout import ModelLayout
     from mmoe_rec.model.mmoe import RankingModel
@@ -68,7 +68,7 @@ def are_its_own(settings: Settings, artifact: Path) -> bool:
 
 def score_by(
     settings: Settings, model: RankingModel, layout: ModelLayout, rows: Path, calibration: Calibration
-) -> Scored:
+) -> ScoredRows:
     """Encoded rows as a model scores them, to be measured against what the settings say that labels are worth.
 
     layout: the model's. Raises NotFiniteError.

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
-from rich.text import Text
+from mmoe_rec.report.tables import validations_table
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from mmoe_rec.jobs.finished import Trained
     from mmoe_rec.settings.sections import Settings
-    from mmoe_rec.training.validation import Validation
 
 FEW_STEPS = 50
-_COLUMNS = {"loss ↓": "loss", "auc ↑": "auc", "gauc ↑": "gauc", "calibration → 1": "calibration"}
 
 
 def told_of(trained: Trained, settings: Settings) -> Iterator[Table | str]:
@@ -36,26 +34,3 @@ def told_of(trained: Trained, settings: Settings) -> Iterator[Table | str]:
     yield from why_chosen(trained.best, trained.best_step, settings.training.select_by)
     for warning in warnings_of(trained.best, read_calibration(trained.artifact).tasks):
         yield f"warning: {warning}"
-
-
-def validations_table(history: Sequence[tuple[int, Validation]], best_step: int) -> Table:
-    """A row for each step and task; what is undefined is a dash. history: (step, validation) of each."""
-    table = Table(title="Validations", title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.caption = "placement hidden, before calibration; gauc: by user; calibration: predicted / observed"
-    table.caption_justify = "left"
-    table.add_column("step", justify="right", no_wrap=True)
-    table.add_column("task", overflow="fold")
-    for name in _COLUMNS:
-        table.add_column(name, justify="right", no_wrap=True)
-    for step, found in history:
-        names = dict.fromkeys([*found.loss, *found.auc])
-        for place, name in enumerate(names):
-            cells = [_cell(getattr(found, metric).get(name)) for metric in _COLUMNS.values()]
-            shown = f"{step:,}{' chosen' if step == best_step else ''}" if place == 0 else ""
-            style = "bold" if step == best_step else ""
-            table.add_row(Text(shown), Text(name), *cells, style=style, end_section=place == len(names) - 1)
-    return table
-
-
-def _cell(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"

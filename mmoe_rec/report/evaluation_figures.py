@@ -1,34 +1,40 @@
 """Figures of an evaluation, as `matplotlib.figure.Figure`: save with `figure.savefig`, or log to MLflow."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
+from mmoe_rec.evaluation.intervals import Interval
+from mmoe_rec.evaluation.results import PlacementRecord
+from mmoe_rec.evaluation.summary import GroupSummary, Summary
 from mmoe_rec.report.style import COLOURS, SERIES, blank, plain
+
+if TYPE_CHECKING:
+    from mmoe_rec.evaluation.tradeoffs import WeightsRecord
 
 _INK, _MUTED, _LINE = COLOURS["ink"], COLOURS["muted"], SERIES[0]
 _DECADES_WITH_STEPS = 3  # over more, labels at 2 and 5 would overlap
 _LOG_SPAN = 20  # axes are logarithmic when the largest mean prediction is more than this many times the smallest
 
 
-def calibration_figure(summary: Mapping[str, Any], task: str) -> Figure:
+def calibration_figure(summary: Summary, task: str) -> Figure:
     """Observed rate against mean prediction in equal-mass bins, and below it their ratio, with 95% intervals.
 
-    Args:
-        summary: of `summary.summarise`.
-        task: a binary task with observed labels.
+    task: a binary one with observed labels.
 
     Raises:
         ValueError: the task is not in the summary, is not binary, or has no observed label.
     """
-    if task not in summary["tasks"]:
-        raise ValueError(f"there is no task {task!r} to draw; expected one of {sorted(summary['tasks'])}")
-    group = summary["tasks"][task]
-    bins = group.get("calibration_bins")
+    if task not in summary.tasks:
+        raise ValueError(f"there is no task {task!r} to draw; expected one of {sorted(summary.tasks)}")
+    group = summary.tasks[task]
+    bins = group.details.get("calibration_bins")
     if not bins:
         raise ValueError(f"task {task!r} has no calibration; expected a binary task with observed labels")
     predicted, observed, low, high = _bin_arrays(bins)
@@ -84,22 +90,22 @@ def gate_weights_figure(mean_gate_weights: Mapping[str, np.ndarray]) -> Figure:
     return figure
 
 
-def placement_figure(records: Sequence[Mapping[str, Any]], kinds: Mapping[str, str]) -> Figure:
+def placement_figure(records: Sequence[PlacementRecord], kinds: Mapping[str, str]) -> Figure:
     """What the values of a feature of placement do to each task, a panel a task: odds beside those of the mean row on a
     logarithmic axis, or what is added to a regression.
 
     Args:
-        records: of one feature, each with `value`, `rows` and `effects`, task -> number.
+        records: of one feature.
         kinds: of the tasks.
     """
-    tasks, places = list(records[0]["effects"]), np.arange(len(records))
+    tasks, places = list(records[0].effects), np.arange(len(records))
     figure = blank(max(4.0, 1.6 + 0.42 * len(records)), 0.9 + 1.7 * len(tasks))
     panels = np.atleast_1d(figure.subplots(len(tasks), 1, sharex=True))
     for axes, task, color in zip(panels, tasks, SERIES * len(tasks), strict=False):
         plain(axes)
         is_odds = kinds.get(task) == "binary"
         base = 1.0 if is_odds else 0.0
-        heights = np.array([each["effects"][task] for each in records])
+        heights = np.array([each.effects[task] for each in records])
         axes.vlines(places, base, heights, color=color, linewidth=2)
         axes.plot(places, heights, "o", color=color, markersize=5)
         axes.axhline(base, color=_MUTED, linewidth=1, zorder=1)
@@ -110,21 +116,21 @@ def placement_figure(records: Sequence[Mapping[str, Any]], kinds: Mapping[str, s
             spans_decades = heights.max() > 5 * heights.min()
             axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)) if spans_decades else MaxNLocator(5))
         axes.set_ylabel(f"{task}\n{'odds' if is_odds else 'added'}")
-    names = [str(each["value"]) for each in records]
+    names = [each.value for each in records]
     slanted = max(map(len, names)) > 3
     panels[-1].set_xticks(places, names, rotation=45 if slanted else 0, ha="right" if slanted else "center")
     return figure
 
 
 def sweep_figure(
-    counts: Sequence[int], milliseconds: Sequence[float], tasks: Sequence[Mapping[str, Mapping[str, Any]]]
+    counts: Sequence[int], milliseconds: Sequence[float], tasks: Sequence[Mapping[str, Mapping[str, Interval]]]
 ) -> Figure:
     """AUC and calibration of each task, and latency, against the number of experts that score.
 
     Args:
         counts: experts per row and gate, of each way of scoring.
         milliseconds: latency of each.
-        tasks: of each, task -> metric -> `value`, `low` and `high`, for `auc` and `calibration`.
+        tasks: of each, task -> its `auc` and `calibration`.
     """
     figure = blank(6.0, 7.6)
     panels = figure.subplots(3, 1, sharex=True, height_ratios=[2, 1.4, 1])
@@ -133,7 +139,7 @@ def sweep_figure(
     for task, color in zip(tasks[0], SERIES * len(tasks[0]), strict=False):
         for axes, metric in zip(panels, ("auc", "calibration"), strict=False):
             value, low, high = (
-                np.array([each[task][metric][name] for each in tasks], dtype=np.float64)
+                np.array([getattr(each[task][metric], name) for each in tasks], dtype=np.float64)
                 for name in ("value", "low", "high")
             )
             reach = np.nan_to_num([value - low, high - value])
@@ -150,14 +156,14 @@ def sweep_figure(
     return figure
 
 
-def tradeoff_figure(records: Sequence[Mapping[str, Any]]) -> Figure:
+def tradeoff_figure(records: Sequence[WeightsRecord]) -> Figure:
     """How well two tasks are served by rankings of different weights: the front as a line, what is dominated pale.
 
-    records: of `tradeoffs.told_of_sweep`, of two tasks, with values; the first is the model's own ranking.
+    records: of two tasks, with values; the first is the model's own ranking.
     """
-    tasks = list(records[0]["values"])
-    points = np.array([[each["values"][task]["value"] for task in tasks] for each in records], dtype=np.float64)
-    front = np.array([each["dominated_by"] is None for each in records])
+    tasks = list(records[0].values)
+    points = np.array([[each.values[task].value for task in tasks] for each in records], dtype=np.float64)
+    front = np.array([each.dominated_by is None for each in records])
     order = np.argsort(points[front, 0])
     figure = blank(5.6, 4.2)
     axes = figure.subplots()
@@ -239,13 +245,13 @@ def _draw_points(
     axes.errorbar(x, y, yerr=reach, **style, label=label, zorder=3)
 
 
-def _calibration_caption(group: Mapping[str, Any]) -> str:
-    parts = [f"{group['rows']:,} rows, {group['positives']:,} positive"]
-    ratio = group["calibration"]
-    if ratio["value"] is not None:
-        interval = f" [{ratio['low']:.3f}, {ratio['high']:.3f}]" if ratio["low"] is not None else ""
-        parts.append(f"predicted / observed {ratio['value']:.3f}{interval}")
-    parts.append(f"expected calibration error {group['ece']:.2g}")
+def _calibration_caption(group: GroupSummary) -> str:
+    parts = [f"{group.counts['rows']:,} rows, {group.counts['positives']:,} positive"]
+    ratio = group.get("calibration")
+    if ratio.value is not None:
+        ends = f" [{ratio.low:.3f}, {ratio.high:.3f}]" if ratio.low is not None else ""
+        parts.append(f"predicted / observed {ratio.value:.3f}{ends}")
+    parts.append(f"expected calibration error {group.details['ece']:.2g}")
     return "\n".join(parts)
 
 

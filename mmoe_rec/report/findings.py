@@ -1,116 +1,136 @@
-"""What is suspicious about a model's metrics: results that a mistake gives rather than a model.
-
-Each finding has the `check` that made it, the `task` it is about, and a `message` for people.
-"""
+"""What is suspicious about a model's metrics: results that a mistake gives rather than a model."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 from scipy.stats import chi2, norm
 
 from mmoe_rec.auc import FEWEST, TOO_GOOD, WHY_TOO_GOOD
-from mmoe_rec.evaluation.comparison import SCORE
+from mmoe_rec.evaluation.intervals import Interval
+from mmoe_rec.evaluation.results import Results
+from mmoe_rec.evaluation.summary import SCORE, GroupSummary, Summary
+from mmoe_rec.report.formatting import interval
 
 FURTHEST = 2.0  # predictions over labels, or the other way round, beyond which a warning is given
 OFF = 0.05  # expected calibration error, at which half of the rows lie in bins that are shown to be off
 FEWEST_BINS = 5
 UNLIKELY = 1e-4  # chance at which probabilities are called too close to what was observed
-_NOTHING = {"value": None, "low": None, "high": None}
-
-Finding = dict[str, str]
+_WARNINGS = ("calibration", "users")
 
 
-def findings(summary: Mapping[str, Any]) -> list[Finding]:
-    """Of all tasks of a summary (`summary.summarise`), task by task."""
-    found: list[Finding] = [
-        {"check": check, "task": name, "message": message}
-        for name, task in summary["tasks"].items()
-        for check, message in _of_task(name, task)
+@dataclass(frozen=True)
+class Finding:
+    """What is suspicious. model: its name; check: what found it; task: that it is about, `score`, or None where it is
+    about the rows; message: a sentence."""
+
+    model: str
+    check: str
+    task: str | None
+    message: str
+
+    @property
+    def severity(self) -> str:
+        """`problem` or `warning`."""
+        return "warning" if self.check in _WARNINGS else "problem"
+
+
+def find_all(results: Results) -> list[Finding]:
+    """What is suspicious of all models, and of how they have seen the rows before."""
+    found = []
+    for name, each in results.models.items():
+        for check, sentences in (("seen", each.seen), ("users", each.users)):
+            found += [Finding(name, check, None, f"the model {sentence}") for sentence in sentences]
+        found += find_in_summary(each.summary, name)
+    return found
+
+
+def find_in_summary(summary: Summary, model: str = "") -> list[Finding]:
+    """What is suspicious of a model's metrics, task by task."""
+    found = [
+        Finding(model, check, name, message)
+        for name, task in summary.tasks.items()
+        for check, message in _in_task(name, task)
     ]
-    return found + [{"check": "score", "task": SCORE, "message": message} for message in _of_score(summary)]
+    return found + [Finding(model, "score", SCORE, message) for message in _in_score(summary)]
 
 
-def _of_score(summary: Mapping[str, Any]) -> Iterator[str]:
+def _in_score(summary: Summary) -> Iterator[str]:
     """Whether it ranks the wrong way round, although a task's predictions do not."""
-    ndcg, random = summary["score"].get("ndcg_at_10", _NOTHING), summary["score"].get("random_ndcg_at_10")
-    tasks = [
-        name for name, task in summary["tasks"].items() if (task.get("gauc_request", _NOTHING)["low"] or 0.0) > 0.5
-    ]
-    if random is not None and ndcg["high"] is not None and ndcg["high"] < random and tasks:
+    ndcg, random = summary.score.get("ndcg_at_10"), summary.score.random_ndcg
+    tasks = [name for name, task in summary.tasks.items() if (task.get("gauc_request").low or 0.0) > 0.5]
+    if random is not None and ndcg.high is not None and ndcg.high < random and tasks:
         yield (
-            f"the score ranks the rows of requests worse than chance (NDCG@10 {_interval(ndcg, 3)}, by chance "
+            f"the score ranks the rows of requests worse than chance (NDCG@10 {interval(ndcg, 3)}, by chance "
             f"{random:.3f}), and the predictions of {', '.join(tasks)} do not: larger scores have to be better, unlike "
             "those of a rank"
         )
 
 
-def _of_task(name: str, task: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    ranking = list(_ranking(name, task))
+def _in_task(name: str, task: GroupSummary) -> Iterator[tuple[str, str]]:
+    ranking = list(_in_ranking(name, task))
     yield from ranking
-    yield from _calibration(name, task, is_fine=not ranking)
+    yield from _in_calibration(name, task, is_fine=not ranking)
     # Where more is wrong, that is the cause.
-    if not ranking and not _is_far(task.get("calibration", _NOTHING)) and _is_off(task):
+    if not ranking and not _is_far(task.get("calibration")) and _is_off(task):
         yield (
             "calibration",
-            f"the probabilities of '{name}' are off by {task['ece']:.2g} on average (ece), {_in_sum(task)}: "
+            f"the probabilities of '{name}' are off by {task.details['ece']:.2g} on average (ece), {_in_sum(task)}: "
             f"{_which_way(task)}; training.calibration corrects them, and so may longer training",
         )
 
 
-def _ranking(name: str, task: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    auc, by_request = task.get("auc", _NOTHING), task.get("gauc_request", _NOTHING)
-    at_least = auc["value"] if auc["low"] is None else auc["low"]
-    if auc["value"] is not None and at_least <= 0.5:
-        what = ", below .5: it ranks no better" if auc["value"] < 0.5 else ": it is not shown to rank better"
-        yield "chance", f"the AUC of '{name}' is {_interval(auc, 3)}{what} than chance{_why(task)}"
-    elif min(task.get("positives", 0), task["rows"] - task.get("positives", 0)) < FEWEST:
+def _in_ranking(name: str, task: GroupSummary) -> Iterator[tuple[str, str]]:
+    auc, by_request = task.get("auc"), task.get("gauc_request")
+    if auc.value is None:
+        return
+    if (auc.value if auc.low is None else auc.low) <= 0.5:
+        what = ", below .5: it ranks no better" if auc.value < 0.5 else ": it is not shown to rank better"
+        yield "chance", f"the AUC of '{name}' is {interval(auc, 3)}{what} than chance{_why(task)}"
+    elif min(_positives(task), task.counts["rows"] - _positives(task)) < FEWEST:
         pass  # of few labels nothing can be said
-    elif auc["value"] is not None and auc["value"] > TOO_GOOD:
-        yield (
-            "too good",
-            f"the AUC of '{name}' is {_interval(auc, 4)}, {WHY_TOO_GOOD}",
-        )
-    elif by_request["low"] is not None and by_request["low"] <= 0.5 and _tells_users_apart(task):
+    elif auc.value > TOO_GOOD:
+        yield "too good", f"the AUC of '{name}' is {interval(auc, 4)}, {WHY_TOO_GOOD}"
+    elif by_request.low is not None and by_request.low <= 0.5 and (auc.low or 0.0) > (by_request.high or 0.0):
         yield (
             "requests",
-            f"'{name}' is ranked well over all rows (AUC {_interval(auc, 3)}), but the rows of a request no better "
-            f"than by chance (GAUC {_interval(by_request, 3)}): no feature tells candidates apart, or predictions were "
+            f"'{name}' is ranked well over all rows (AUC {interval(auc, 3)}), but the rows of a request no better "
+            f"than by chance (GAUC {interval(by_request, 3)}): no feature tells candidates apart, or predictions were "
             "joined to rows of other requests",
         )
 
 
-def _why(task: Mapping[str, Any]) -> str:
-    if task.get("positives", 0) < FEWEST or not _is_right_in_sum(task):
+def _positives(task: GroupSummary) -> int:
+    return task.counts.get("positives", 0)
+
+
+def _why(task: GroupSummary) -> str:
+    if _positives(task) < FEWEST or not _is_right_in_sum(task):
         return ""
     return ", although the probabilities are right in sum, as where labels or predictions were joined to the wrong rows"
 
 
-def _is_right_in_sum(task: Mapping[str, Any]) -> bool:
-    ratio = task.get("calibration", _NOTHING)["value"]
+def _is_right_in_sum(task: GroupSummary) -> bool:
+    ratio = task.get("calibration").value
     return ratio is not None and abs(math.log(max(ratio, 1e-9))) <= 0.1
 
 
-def _tells_users_apart(task: Mapping[str, Any]) -> bool:
-    return task["auc"]["low"] is not None and task["auc"]["low"] > task["gauc_request"]["high"]
-
-
-def _calibration(name: str, task: Mapping[str, Any], is_fine: bool) -> Iterator[tuple[str, str]]:
-    ratio = task.get("calibration", _NOTHING)
-    if _is_far(ratio):
-        interval = "" if ratio["low"] is None else f" ({ratio['low']:.2f} to {ratio['high']:.2f})"
-        too = "high" if ratio["value"] > 1 else "low"
+def _in_calibration(name: str, task: GroupSummary, is_fine: bool) -> Iterator[tuple[str, str]]:
+    ratio = task.get("calibration")
+    if ratio.value is not None and _is_far(ratio):
+        ends = "" if ratio.low is None else f" ({ratio.low:.2f} to {ratio.high:.2f})"
+        too = "high" if ratio.value > 1 else "low"
         yield (
             "calibration",
-            f"the probabilities of '{name}' are too {too}: {ratio['value']:.2f} times what was observed{interval}; "
+            f"the probabilities of '{name}' are too {too}: {ratio.value:.2f} times what was observed{ends}; "
             "training.calibration corrects them, and so may longer training",
         )
-    one_each = task.get("positives", 0) == task.get("requests")  # rows of a request are not independent
-    deviation = task.get("calibration_deviation")
-    if is_fine and deviation is not None and task["positives"] >= FEWEST and not one_each and _too_close(deviation):
+    one_each = task.counts.get("positives") == task.counts.get("requests")  # rows of a request are not independent
+    deviation = task.details.get("calibration_deviation")
+    if is_fine and deviation is not None and _positives(task) >= FEWEST and not one_each and _is_too_close(deviation):
         yield (
             "fitted",
             f"the probabilities of '{name}' are closer to what was observed than chance allows: their calibration was "
@@ -118,39 +138,39 @@ def _calibration(name: str, task: Mapping[str, Any], is_fine: bool) -> Iterator[
         )
 
 
-def _is_off(task: Mapping[str, Any]) -> bool:
+def _is_off(task: GroupSummary) -> bool:
     """Whether probabilities are far from what was observed in most rows, by bins whose intervals leave no doubt."""
-    bins = task.get("calibration_bins") or ()
+    bins, ece = task.details.get("calibration_bins") or (), task.details.get("ece")
     total = sum(each["weight"] for each in bins)
     off = sum(each["weight"] for each in bins if _is_outside(each))
-    return bool(task.get("ece") is not None and task["ece"] >= OFF and off >= total / 2 > 0)
+    return bool(ece is not None and ece >= OFF and off >= total / 2 > 0)
 
 
-def _is_outside(each: Mapping[str, Any]) -> bool:
+def _is_outside(each: Mapping[str, float]) -> bool:
     return each["low"] is not None and not each["low"] <= each["mean_predicted"] <= each["high"]
 
 
-def _in_sum(task: Mapping[str, Any]) -> str:
+def _in_sum(task: GroupSummary) -> str:
     if _is_right_in_sum(task):
         return "though right in sum"
-    ratio = task.get("calibration", _NOTHING)["value"]
+    ratio = task.get("calibration").value
     return "where nothing was observed" if ratio is None else f"and in sum {ratio:.2f} times what was observed"
 
 
-def _which_way(task: Mapping[str, Any]) -> str:
-    bins = task["calibration_bins"]
+def _which_way(task: GroupSummary) -> str:
+    bins = task.details["calibration_bins"]
     signs = {np.sign(each["mean_predicted"] - each["observed_rate"]) for each in bins if _is_outside(each)}
     if len(signs) == 1:
         return f"too {'high' if signs == {1.0} else 'low'} in all ranges that tell"
-    first, last = (bins[place] for place in (0, -1))
-    if first["mean_predicted"] > first["observed_rate"] and last["mean_predicted"] < last["observed_rate"]:
+    first, last = (bins[place]["mean_predicted"] - bins[place]["observed_rate"] for place in (0, -1))
+    if first > 0 > last:
         return "they differ too little from each other, as after a short training"
-    if first["mean_predicted"] < first["observed_rate"] and last["mean_predicted"] > last["observed_rate"]:
+    if first < 0 < last:
         return "they differ too much from each other, as of a model that knows its training rows too well"
     return "too high in one range and too low in another"
 
 
-def _too_close(deviation: Mapping[str, float]) -> bool:
+def _is_too_close(deviation: Mapping[str, float]) -> bool:
     """Whether rates, in bins or in sum, deviate from probabilities by far less than independent rows of these do.
 
     Rows of one user are alike, and so deviate by more.
@@ -161,13 +181,7 @@ def _too_close(deviation: Mapping[str, float]) -> bool:
     return bool(small or 2 * norm.cdf(deviation["in_sum"]) - 1 < UNLIKELY)
 
 
-def _interval(metric: Mapping[str, Any], digits: int) -> str:
-    found = f"{metric['value']:.{digits}f}"
-    return found if metric["low"] is None else f"{found} ({metric['low']:.{digits}f} to {metric['high']:.{digits}f})"
-
-
-def _is_far(ratio: Mapping[str, float | None]) -> bool:
-    value, low, high = ratio["value"], ratio["low"], ratio["high"]
-    if value is None or 1 / FURTHEST <= value <= FURTHEST:
+def _is_far(ratio: Interval) -> bool:
+    if ratio.value is None or 1 / FURTHEST <= ratio.value <= FURTHEST:
         return False
-    return low is None or high is None or not low <= 1 <= high
+    return ratio.low is None or ratio.high is None or not ratio.low <= 1 <= ratio.high

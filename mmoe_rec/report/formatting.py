@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
+from mmoe_rec.evaluation.intervals import Difference, Interval
+
 NONE = "–"  # noqa: RUF001 - a dash stands for a number that does not exist
 _DAY = 86_400_000_000
+_DECIMALS = 4
+_MOST_DECIMALS = 7  # what is smaller is written like 1.5e-08
 
 
 def percent(share: float | None) -> str:
@@ -89,3 +94,40 @@ def span(microseconds: int) -> str:
 def day(time: str | None) -> str:
     """The day and minute of an ISO time."""
     return NONE if time is None else time[:16].replace("T", " ")
+
+
+def interval(metric: Interval, digits: int = 4) -> str:
+    """A metric with its interval, if it has one."""
+    if metric.value is None:
+        return "-"
+    ends = "" if metric.low is None else f" ({metric.low:.{digits}f} to {metric.high:.{digits}f})"
+    return f"{metric.value:.{digits}f}{ends}"
+
+
+def difference(apart: Difference) -> str:
+    """A difference with its interval, if it has one."""
+    value, *ends = signed(*(each for each in (apart.value, apart.low, apart.high) if each is not None))
+    return f"{value} ({' to '.join(ends)})" if ends else value
+
+
+def signed(*values: float, sign: bool = True) -> list[str]:
+    """Differences that stand together, such as one and the ends of its interval, with as many decimals.
+
+    They have four decimals, or two digits where the largest is small; there are more where one that is not 0 would else
+    look like it. From 1,000 on they are whole.
+    """
+    sizes = [abs(each) for each in values if each]
+    if not sizes:
+        return ["0"] * len(values)
+    largest, smallest = max(sizes), min(sizes)
+    decimals = _DECIMALS if largest >= 0.00095 else 1 - _exponent(largest)
+    decimals = max(decimals, -_exponent(smallest) if smallest >= largest / 1000 else 0)
+    form = f"+.{decimals}f" if decimals <= _MOST_DECIMALS else "+#.2g"
+    form = form if largest < 1000 else "+,.0f"
+    shown = ["0" if each == 0 else format(each, form) for each in values]
+    return shown if sign else [each.removeprefix("+") for each in shown]
+
+
+def _exponent(size: float) -> int:
+    """Of ten, in scientific notation with two digits."""
+    return int(f"{size:.1e}".partition("e")[2]) if math.isfinite(size) else 0

@@ -1,132 +1,209 @@
-"""Summaries side by side on the terminal.
-
-Differences from other models on the terminal."""
+"""Evaluations on the terminal: tables of metrics, differences, weights, estimates and validations."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from mmoe_rec.evaluation import metrics as registered
-from mmoe_rec.evaluation.comparison import LEVEL, SCORE
-from mmoe_rec.evaluation.metrics.metric import Metric, Named
-from mmoe_rec.evaluation.notes import are_alone
-from mmoe_rec.evaluation.numbers import number, numbers
+from mmoe_rec.evaluation import metrics as every
+from mmoe_rec.evaluation.comparison import Comparison
+from mmoe_rec.evaluation.intervals import LEVEL, UNDEFINED, Difference, Interval
+from mmoe_rec.evaluation.metrics.metric import Named
+from mmoe_rec.evaluation.off_policy import PolicyEstimate
+from mmoe_rec.evaluation.results import Results
+from mmoe_rec.evaluation.summary import CATALOGUE, SCORE, Summary
+from mmoe_rec.report.findings import find_all
+from mmoe_rec.report.formatting import difference, interval, signed
+from mmoe_rec.report.sentences import describe_refusal, describe_results, describe_warnings
+
+if TYPE_CHECKING:
+    from mmoe_rec.evaluation.tradeoffs import WeightsChoice
+    from mmoe_rec.training.validation import Validation
+
+_VALIDATIONS = {"loss ↓": "loss", "auc ↑": "auc", "gauc ↑": "gauc", "calibration → 1": "calibration"}
 
 
-def results_table(columns: dict[str, dict[str, Any]]) -> Table:
+def show_results(results: Results) -> Iterator[Table | str]:
+    """Tables, verdicts, notes and warnings of an evaluation."""
+    yield results_table(results.summaries)
+    if results.comparison is not None:
+        yield differences_table(results.comparison)
+    yield from describe_results(results, find_all(results))
+
+
+def results_table(columns: Mapping[str, Summary]) -> Table:
     """One row a headline metric, one column a model; the best value of a row is bold. Three models fit into 80 columns.
 
-    Of how well a task's prediction ranks each request's rows there is only GAUC; `metrics.json` has all.
-
-    Values stand with half the width of their 95% interval; the summary has the exact ends, which need not lie evenly.
-
-    Args:
-        columns: name of the model -> its `summary.summarise`. A metric that a model lacks, or that is
-            undefined, shows as a dash; `notes.told` says why. Where each row is a user of its own, how well rows are
-            ranked within users and requests is left out.
+    Of how well a task's prediction ranks each request's rows there is only GAUC; `metrics.json` has all. Values stand
+    with half the width of their 95% interval, whose ends need not lie evenly. What is undefined is a dash; a note says
+    why. Where each row is a user of its own, how well rows are ranked within users and requests is left out.
     """
-    alone = all(map(are_alone, columns.values()))
-    caption = f"± half the 95% interval, bootstrap over {'rows' if alone else 'users'}"
-    table = Table(show_header=True, header_style="bold", caption=caption)
-    table.add_column("", no_wrap=True)
-    for name in columns:
-        table.add_column(Text(name), justify="right", no_wrap=True)
-    sections = {name: None for summary in columns.values() for name in summary["tasks"]}
-    for section in (*sections, "score"):
-        groups = [_group(summary, section) for summary in columns.values()]
+    alone = all(each.each_row_is_a_user for each in columns.values())
+    table = Table(
+        header_style="bold", caption=f"± half the 95% interval, bootstrap over {'rows' if alone else 'users'}"
+    )
+    _add_columns(table, columns)
+    for section in (*{name: None for summary in columns.values() for name in summary.tasks}, SCORE):
+        groups = [summary.groups.get(section) for summary in columns.values()]
         shown = [
             metric
-            for metric in registered.METRICS
-            if metric.is_shown(section == "score")
-            if any(_has(group, metric) for group in groups) and not (alone and metric.ranks_within)
+            for metric in every.METRICS
+            if metric.is_shown(section == SCORE) and not (alone and metric.ranks_within)
+            if any(group is not None and group.has(metric) for group in groups)
         ]
-        if not shown:
-            continue
-        table.add_row(Text(section, style="bold"))
-        for metric in shown:
-            table.add_row(f"  {metric.label}", *_cells(metric, groups), end_section=metric == shown[-1])
-    if any("catalogue" in summary for summary in columns.values()):
-        table.add_row(Text("catalogue", style="bold"))
-        for each in registered.CATALOGUE_METRICS:
-            if not each.is_headline:
-                continue
-            table.add_row(f"  {each.label}", *_cells(each, [_group(one, "catalogue") for one in columns.values()]))
+        cells = {metric: [UNDEFINED if each is None else each.get(metric.name) for each in groups] for metric in shown}
+        _add_section(table, section, {metric: _cells(metric, each) for metric, each in cells.items()})
+    catalogues = [summary.catalogue or {} for summary in columns.values()]
+    if any(catalogues):
+        shown_of_all = [metric for metric in every.CATALOGUE_METRICS if metric.is_headline]
+        values = {each: [Interval(one.get(each.name)) for one in catalogues] for each in shown_of_all}
+        _add_section(table, CATALOGUE, {metric: _cells(metric, each) for metric, each in values.items()}, end=False)
     return table
 
 
-def _group(summary: dict[str, Any], section: str) -> dict[str, Any]:
-    groups = {**summary["tasks"], "score": summary["score"], "catalogue": summary.get("catalogue", {})}
-    group: dict[str, Any] = groups.get(section, {})
-    return group
+def differences_table(compared: Comparison) -> Table:
+    """One row a headline metric, one column another model.
 
-
-def _has(group: dict[str, Any], metric: Metric[Any]) -> bool:
-    return metric.name in group and group.get("kind", "score") in metric.kinds
-
-
-def _cells(metric: Named, groups: list[dict[str, Any]]) -> list[Text]:
-    entries = [group.get(metric.name) for group in groups]
-    intervals = [each if isinstance(each, dict) else {"value": each, "low": None, "high": None} for each in entries]
-    losses = [float("inf") if each["value"] is None else metric.loss(each["value"]) for each in intervals]
-    best = min(losses) if len(groups) > 1 else None
-    return [_cell(metric, each, loss == best) for each, loss in zip(intervals, losses, strict=True)]
-
-
-def _cell(metric: Named, interval: dict[str, Any], is_best: bool) -> Text:
-    if interval["value"] is None:
-        return Text("-", style="dim")
-    text = Text(metric.shown(interval["value"]), style="bold" if is_best else "")
-    if interval["low"] is not None:
-        text.append(f" ±{metric.shown((interval['high'] - interval['low']) / 2)}", style="not bold dim")
-    return text
-
-
-def differences_table(compared: Mapping[str, Any]) -> Table:
-    """One row a headline metric, one column another model. compared: of `differences`.
-
-    A difference that is shown, its p-value corrected, is bold: green where the model is better, red where it is worse.
+    A difference that is significant after Holm's correction is bold: green where the model is better, red where it is
+    worse.
     """
     table = Table(
-        title=Text(f"Differences: {compared['model']} minus"),
+        title=Text(f"Differences: {compared.model} minus"),
         title_justify="left",
         title_style="bold",
+        header_style="bold",
         caption=f"± half the 95% interval; bold: shown (p < {LEVEL:g}, corrected)",
     )
-    table.add_column("", no_wrap=True)
-    for other in compared["against"]:
-        table.add_column(Text(other), justify="right", no_wrap=True)
-    others = [each["groups"] for each in compared["against"].values()]
+    _add_columns(table, compared.against)
+    others = [each.groups for each in compared.against.values()]
     for group in dict.fromkeys(name for each in others for name in each):
-        rows = [
-            metric
-            for metric in registered.METRICS
-            if metric.is_shown(group == SCORE) and any(metric.name in each.get(group, {}) for each in others)
-            if not (metric.ranks_within and all(_is_undefined(each.get(group, {}).get(metric.name)) for each in others))
-        ]
-        if not rows:
-            continue
-        table.add_row(Text(group, style="bold"))
-        for metric in rows:
-            cells = [_apart_cell(each.get(group, {}).get(metric.name), metric.better) for each in others]
-            table.add_row(f"  {metric.label}", *cells, end_section=metric == rows[-1])
+        rows: dict[Named, list[Text]] = {}
+        for metric in every.METRICS:
+            found = [each.get(group, {}).get(metric.name) for each in others]
+            is_undefined = all(each is None or each.value is None for each in found)
+            if any(found) and metric.is_shown(group == SCORE) and not (metric.ranks_within and is_undefined):
+                rows[metric] = [_difference_cell(each, metric.better) for each in found]
+        _add_section(table, group, rows)
     return table
 
 
-def _is_undefined(apart: Mapping[str, Any] | None) -> bool:
-    return apart is None or apart["value"] is None
+def _add_columns(table: Table, names: Iterable[str]) -> None:
+    table.add_column("", no_wrap=True)
+    for name in names:
+        table.add_column(Text(name), justify="right", no_wrap=True)
 
 
-def _apart_cell(apart: Mapping[str, Any] | None, better: str) -> Text:
-    if apart is None or apart["value"] is None:
+def _add_section(table: Table, name: str, rows: Mapping[Any, Sequence[Text]], end: bool = True) -> None:
+    """Rows of metrics below a heading, if there are any."""
+    if rows:
+        table.add_row(Text(name, style="bold"))
+    for place, (metric, cells) in enumerate(rows.items(), start=1):
+        table.add_row(f"  {metric.label}", *cells, end_section=end and place == len(rows))
+
+
+def _cells(metric: Named, intervals: Sequence[Interval]) -> list[Text]:
+    losses = [float("inf") if each.value is None else metric.loss(each.value) for each in intervals]
+    best = min(losses) if len(intervals) > 1 else None
+    cells = []
+    for each, loss in zip(intervals, losses, strict=True):
+        if each.value is None:
+            cells.append(Text("-", style="dim"))
+            continue
+        text = Text(metric.shown(each.value), style="bold" if loss == best else "")
+        if each.low is not None and each.high is not None:
+            text.append(f" ±{metric.shown((each.high - each.low) / 2)}", style="not bold dim")
+        cells.append(text)
+    return cells
+
+
+def _difference_cell(apart: Difference | None, better: str) -> Text:
+    if apart is None or apart.value is None:
         return Text("-", style="dim")
-    shown = apart["p_corrected"] is not None and apart["p_corrected"] < LEVEL
-    is_gain = (apart["value"] > 0) == (better == "higher")
-    style = "" if not shown else "bold" if better == "one" else f"bold {'green' if is_gain else 'red'}"
-    if apart["high"] is None:
-        return Text(number(apart["value"]), style=style)
-    value, half = numbers(apart["value"], apart["high"] - apart["value"])
+    is_gain = (apart.value > 0) == (better == "higher")
+    coloured = "bold" if better == "one" else f"bold {'green' if is_gain else 'red'}"
+    style = coloured if apart.is_significant else ""
+    if apart.high is None:
+        return Text(signed(apart.value)[0], style=style)
+    value, half = signed(apart.value, apart.high - apart.value)
     return Text(value, style=style).append(f" ±{half.removeprefix('+')}", style="not bold dim")
+
+
+def show_choice(choice: WeightsChoice) -> Iterator[Table | str]:
+    """Weights of the tasks in the score that serve a goal: a table of the front, and what the choice changes."""
+    table = Table(title="NDCG@10 of each task by weights in the score, test rows", title_justify="left")
+    table.add_column("weights", no_wrap=True)
+    for task in choice.before:
+        table.add_column(Text(task), justify="right")
+    table.add_column("", no_wrap=True)
+    for each in choice.records:
+        marks = {"the model's": each.weights == choice.before, "chosen": each.weights == choice.weights}
+        if each.dominated_by is not None and not any(marks.values()):
+            continue
+        weights = " : ".join(f"{weight:.3g}" for weight in each.weights.values())
+        values = ["-" if value.value is None else f"{value.value:.4f}" for value in each.values.values()]
+        said = [name for name, holds in marks.items() if holds]
+        said += ["dominated"] if each.dominated_by is not None else []
+        table.add_row(weights, *values, ", ".join(said), style="bold" if any(marks.values()) else "")
+    dominated = sum(each.dominated_by is not None for each in choice.records)
+    table.caption = (
+        f"{dominated} of {len(choice.records)} are dominated: others are better for one task and worse for none"
+    )
+    yield table
+    kept = ", ".join(f"{name} by {margin:g}" for name, margin in choice.margins.items())
+    if not choice.changes:
+        yield f"no weights serve {choice.goal} better without a loss of {kept} or more: keep those of the model"
+        return
+    yield f"chosen on the validation rows for {choice.goal}, with a loss of at most {kept}"
+    for task, apart in choice.apart.items():
+        if apart.value is None:
+            yield f"{task}: no request of the test rows ranks anything"
+        else:
+            yield f"{task}: NDCG@10 changes by {difference(apart)} on the test rows"
+    gain = choice.apart[choice.goal]
+    if gain.low is None or gain.low <= 0:
+        yield f"a gain of {choice.goal} is not shown on the test rows: the model's weights may be as good"
+    yield from (f"  tasks.{task}.score_weight: {weight:.4g}" for task, weight in choice.weights.items())
+
+
+def show_estimates(estimates: Mapping[str, PolicyEstimate]) -> Iterator[Table | str]:
+    """Estimates of another policy, a table a task."""
+    for task, each in estimates.items():
+        if each.refusal is not None:
+            yield f"{task}: no estimate, as {describe_refusal(each)}"
+            continue
+        rows = f"{each.rows:,} rows" + (f" ({each.without_label:,} more have no label)" if each.without_label else "")
+        table = Table(title=f"{task}: mean label of the target policy, {rows}", title_justify="left")
+        names = ("weights up to", "SNIPS", "doubly robust", "rows of equal weight\nthat tell as much", "weight clipped")
+        for name in names:
+            table.add_column(name, justify="right")
+        for one in each.estimates:
+            cap = "all" if one.cap is None else f"{one.cap:g}"
+            cells = [interval(one.snips), interval(one.doubly_robust or UNDEFINED)]
+            table.add_row(Text(cap), *cells, f"{one.effective_rows:,.0f}", f"{one.clipped:.1%}")
+        table.caption = f"as it was logged: {interval(each.logged)}; mean weight {interval(each.mean_weight)}"
+        yield table
+        yield from (f"warning: {task}: {sentence}" for sentence in describe_warnings(each))
+
+
+def validations_table(history: Sequence[tuple[int, Validation]], best_step: int) -> Table:
+    """A row for each step and task; what is undefined is a dash. history: (step, validation) of each."""
+    table = Table(title="Validations", title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.caption = "placement hidden, before calibration; gauc: by user; calibration: predicted / observed"
+    table.caption_justify = "left"
+    table.add_column("step", justify="right", no_wrap=True)
+    table.add_column("task", overflow="fold")
+    for name in _VALIDATIONS:
+        table.add_column(name, justify="right", no_wrap=True)
+    for step, found in history:
+        names = dict.fromkeys([*found.loss, *found.auc])
+        for place, name in enumerate(names):
+            values = [getattr(found, metric).get(name) for metric in _VALIDATIONS.values()]
+            shown = f"{step:,}{' chosen' if step == best_step else ''}" if place == 0 else ""
+            style = "bold" if step == best_step else ""
+            cells = ["-" if value is None else f"{value:.4f}" for value in values]
+            table.add_row(Text(shown), Text(name), *cells, style=style, end_section=place == len(names) - 1)
+    return table

@@ -1,28 +1,36 @@
-"""Several trainings of one setting as a page of its own: what they are worth on average, and how far they are apart."""
+"""Several trainings of one setting: what they are worth on average, and how far they are apart, as a page, a table and
+sentences."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any, Protocol
 
 import numpy as np
 from matplotlib.figure import Figure
+from rich.table import Table
+from rich.text import Text
 
-from mmoe_rec.evaluation import metrics as registered
+from mmoe_rec.evaluation import metrics as every
 from mmoe_rec.evaluation.metrics.metric import Named
-from mmoe_rec.report.evaluation import apart_cell
+from mmoe_rec.evaluation.summary import SCORE
+from mmoe_rec.evaluation.trainings import SettingsDifference, TrainingsMean
+from mmoe_rec.report.evaluation import difference_cell
 from mmoe_rec.report.explanations import TRAININGS
+from mmoe_rec.report.formatting import NONE, difference, signed
 from mmoe_rec.report.pages import render
+from mmoe_rec.report.sentences import once_corrected
 from mmoe_rec.report.style import COLOURS, SERIES, blank, plain, svg
 
-Summary = Mapping[str, Mapping[str, Mapping[str, Any]]]
-SCORE = "score"
+Means = Mapping[str, Mapping[str, TrainingsMean]]
+"""Task or `score` -> metric"""
 
 
 class Trainings(Protocol):
-    """What was found of trainings. title: of the page; seeds: theirs; rows: that were measured; units: that were
-    redrawn, `users` or `rows`; summary: of `over_trainings`; against: of `apart_over_trainings`; sentences: what comes
-    first; warnings: what is suspicious; facts: name -> text."""
+    """What is known of trainings. title: of the page; seeds: theirs; rows: that were measured; units: that were
+    redrawn, `users` or `rows`; against: other settings; sentences: what comes first; warnings: what is suspicious;
+    facts: name -> text."""
 
     @property
     def title(self) -> str: ...
@@ -33,9 +41,9 @@ class Trainings(Protocol):
     @property
     def units(self) -> str: ...
     @property
-    def summary(self) -> Summary: ...
+    def summary(self) -> Means: ...
     @property
-    def against(self) -> Mapping[str, Mapping[str, Any]]: ...
+    def against(self) -> Mapping[str, SettingsDifference]: ...
     @property
     def sentences(self) -> Sequence[str]: ...
     @property
@@ -44,88 +52,126 @@ class Trainings(Protocol):
     def facts(self) -> Mapping[str, str]: ...
 
 
-def page(found: Trainings) -> str:
+def page(trainings: Trainings) -> str:
     """The whole page."""
-    groups = [_group(name, found) for name in found.summary]
+    groups = [_group(name, trainings) for name in trainings.summary]
     groups = [each for each in groups if each["rows"]]
+    units = trainings.units
     values = {
-        "title": found.title,
-        "seeds": list(found.seeds),
-        "units": found.units,
-        "others": list(found.against),
-        "measured": found.rows,
-        "means": [f"{each['name']}: {each['headline']}" for each in groups if each["headline"]],
-        "sentences": found.sentences,
-        "warnings": found.warnings,
+        "title": trainings.title,
+        "seeds": list(trainings.seeds),
+        "units": units,
+        "others": list(trainings.against),
+        "measured": trainings.rows,
+        "means": [f"{each['name']}: {each['headline']}" for each in groups],
+        "sentences": trainings.sentences,
+        "warnings": trainings.warnings,
         "groups": groups,
-        "facts": found.facts,
-        "measures": {
-            name.replace("UNITS", found.units): text.replace("UNITS", found.units) for name, text in TRAININGS.items()
-        },
+        "facts": trainings.facts,
+        "measures": {name.replace("UNITS", units): text.replace("UNITS", units) for name, text in TRAININGS.items()},
     }
     return render("trainings.html.j2", values)
 
 
 def _group(group: str, trainings: Trainings) -> dict[str, Any]:
-    found = shown_metrics(group, trainings.summary[group])
-    rows = [
-        {
-            "label": metric.label,
-            "cells": list(cells(metric, each)),
-            "apart": [
-                apart_cell(metric, other["groups"].get(group, {}).get(metric.name))
-                for other in trainings.against.values()
-            ],
-        }
-        for metric, each in found
-    ]
-    headline, figure = "", ""
-    if found:
-        metric, each = found[0]
-        mean, interval, *_ = cells(metric, each)
-        headline = f"{metric.name} {mean} on average" + ("" if interval == "–" else f" ({interval})")  # noqa: RUF001
-        label = f"{metric.name} of {group} by training"
-        figure = svg(trainings_figure(metric.name, trainings.seeds, each), label, {})
+    shown, headline, figure = _shown_metrics(group, trainings.summary[group]), "", ""
+    rows = []
+    for metric, each in shown:
+        others = [other.groups.get(group, {}).get(metric.name) for other in trainings.against.values()]
+        apart = [difference_cell(metric, other) for other in others]
+        rows.append({"label": metric.label, "cells": list(_cells(metric, each)), "apart": apart})
+    if shown:
+        metric, each = shown[0]
+        mean, ends, *_ = _cells(metric, each)
+        headline = f"{metric.name} {mean} on average" + ("" if ends == NONE else f" ({ends})")
+        figure = svg(trainings_figure(metric.name, trainings.seeds, each), f"{metric.name} of {group} by training", {})
     return {"name": group, "rows": rows, "headline": headline, "figure": figure}
 
 
-def shown_metrics(group: str, metrics: Mapping[str, Mapping[str, Any]]) -> list[tuple[Named, Mapping[str, Any]]]:
+def _shown_metrics(group: str, metrics: Mapping[str, TrainingsMean]) -> list[tuple[Named, TrainingsMean]]:
     """Those of a group that tables show and that have a mean, in their order."""
     return [
         (metric, metrics[metric.name])
-        for metric in registered.METRICS
-        if metric.is_shown(group == SCORE) and metrics.get(metric.name, {}).get("mean") is not None
+        for metric in every.METRICS
+        if metric.is_shown(group == SCORE) and metric.name in metrics and metrics[metric.name].mean is not None
     ]
 
 
-def cells(metric: Named, each: Mapping[str, Any], nothing: str = "–") -> Iterator[str]:  # noqa: RUF001
+def _cells(metric: Named, each: TrainingsMean, nothing: str = NONE) -> Iterator[str]:
     """Mean, interval, spread between trainings, error by users, and the trainings' values; nothing: stands for a number
     that does not exist."""
 
     def shown(value: float | None) -> str:
         return nothing if value is None else metric.shown(value)
 
-    yield shown(each["mean"])
-    yield nothing if each["low"] is None else f"{shown(each['low'])} to {shown(each['high'])}"
-    yield shown(each["between_trainings"])
-    yield shown(each["between_users"])
-    yield from map(shown, each["values"])
+    yield shown(each.mean)
+    yield nothing if each.low is None else f"{shown(each.low)} to {shown(each.high)}"
+    yield shown(each.between_trainings)
+    yield shown(each.between_users)
+    yield from map(shown, each.values)
 
 
-def trainings_figure(label: str, seeds: Sequence[int], each: Mapping[str, Any]) -> Figure:
-    """A metric of each training as a point, beside their mean as a line with its interval.
-
-    each: of `over_trainings`.
-    """
+def trainings_figure(label: str, seeds: Sequence[int], each: TrainingsMean) -> Figure:
+    """A metric of each training as a point, beside their mean as a line with its interval."""
     figure = blank(max(3.6, 1.8 + 0.32 * len(seeds)), 2.6)
     axes = figure.subplots()
     plain(axes)
     places = np.arange(len(seeds))
-    if each["low"] is not None:
-        axes.axhspan(each["low"], each["high"], color=COLOURS["soft"], zorder=0)
-    axes.axhline(each["mean"], color=COLOURS["muted"], linewidth=1, linestyle=(0, (4, 3)), zorder=1)
-    axes.plot(places, each["values"], "o", color=SERIES[0], markersize=6)
+    if each.low is not None and each.high is not None:
+        axes.axhspan(each.low, each.high, color=COLOURS["soft"], zorder=0)
+    axes.axhline(each.mean or 0.0, color=COLOURS["muted"], linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+    axes.plot(places, np.array(each.values, np.float64), "o", color=SERIES[0], markersize=6)
     axes.set_xticks(places, [str(seed) for seed in seeds])
     axes.set_xlabel("seed")
     axes.set_ylabel(label)
     return figure
+
+
+def trainings_table(trainings: Trainings) -> Table:
+    """The means on the terminal."""
+    table = Table(title=f"{len(trainings.seeds)} trainings, {trainings.rows:,} test rows", title_justify="left")
+    table.add_column("", no_wrap=True)
+    for name in ("mean", "95% interval", "between\ntrainings", f"between\n{trainings.units}"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for group, metrics in trainings.summary.items():
+        if shown := _shown_metrics(group, metrics):
+            table.add_row(Text(group, style="bold"))
+        for metric, each in shown:
+            cells = islice(_cells(metric, each, "-"), len(table.columns) - 1)
+            table.add_row(f"  {metric.label}", *cells, end_section=metric is shown[-1][0])
+    units = f"between {trainings.units}: the standard error of the mean"
+    table.caption = f"between trainings: their standard deviation; {units}"
+    return table
+
+
+def describe_uncertainty(summary: Means, units: str = "users") -> Iterator[str]:
+    """Of each task, which is the larger uncertainty of one training. units: what was redrawn."""
+    for group, metrics in summary.items():
+        metric = "auc" if "auc" in metrics else "r2"
+        each = metrics.get(metric)
+        if each is None or each.between_users is None or each.between_trainings is None:
+            continue
+        seeds, users = each.between_trainings, each.between_users
+        which = f"another seed changes it more than other {units}" if seeds > users else f"other {units} change it more"
+        yield (
+            f"{group}: the {metric} of one training has a standard deviation of {seeds:.2g} over seeds, and one of "
+            f"{users:.2g} over the choice of {units}: {which}"
+        )
+
+
+def describe_differences(against: Mapping[str, SettingsDifference]) -> Iterator[str]:
+    """Beside each other setting, whether this one is better on average, by what decides."""
+    for other, each in against.items():
+        apart = each.objective
+        if apart.value is None or apart.low is None:
+            yield f"it can't be told how the trainings differ from those of '{other}': too few labels, or users"
+        elif apart.is_significant:
+            which = "better" if (apart.value > 0) == (each.better == "higher") else "worse"
+            told = f"{each.name} differs by {difference(apart)}"
+            yield f"on average these settings are {which} than '{other}': {told}"
+        else:
+            (detectable,) = signed(apart.detectable or 0.0, sign=False)
+            yield (
+                f"no difference from '{other}' is shown on average{once_corrected(apart)}: {each.name} differs by "
+                f"{difference(apart)}; nine of ten such comparisons would show one of {detectable}"
+            )

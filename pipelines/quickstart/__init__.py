@@ -65,6 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from mmoe_rec.jobs.train import train_model
     from mmoe_rec.jobs.validations import told_of
     from mmoe_rec.locks import reading
+    from mmoe_rec.report.tables import show_results
 
     console = Console()
     started = time.perf_counter()
@@ -85,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     console.print(f"household {request['user']}, {request['context']}")
     for position, (candidate, score) in enumerate(ranking, start=1):
         console.print(f"  {position}. product {candidate}  score {score:.4f}")
-    show(results.told())
+    show(show_results(results))
     print(f"report: {Path(settings.data.work) / 'baselines' / 'report.html'}")
     console.print(
         f"{time.perf_counter() - started:.0f} s in all; training {trained.rows_per_s:,.0f} rows/s, "

@@ -25,9 +25,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from mmoe_rec.jobs.judging.results import Measured, Results
 
 from mmoe_rec.jobs.evaluate import evaluate_model
-from mmoe_rec.jobs.judging.results import Measured, Results
 from mmoe_rec.jobs.places import features_in_use
 from mmoe_rec.jobs.train import train_model
 from mmoe_rec.settings.sections import Settings
@@ -36,7 +36,7 @@ from tests.benchmarks.peers.environment import PEERS, peers_environment, run
 from tests.benchmarks.peers.rows import write_rows
 
 if TYPE_CHECKING:
-    from mmoe_rec.evaluation.scoring import Scored
+    from mmoe_rec.evaluation.scoring import ScoredRows
 
 OURS, BATCH = "ours", 1024
 FEATURES = {"our features": True, "the row alone": False}
@@ -64,7 +64,7 @@ def predicted(work: Path, settings: Settings, epochs: int) -> dict[str, np.ndarr
     return found
 
 
-def measured(settings: Settings, scored: Scored) -> Measured:
+def measured(settings: Settings, scored: ScoredRows) -> Measured:
     """A peer's metrics, without slices and trade-offs."""
     from mmoe_rec.evaluation.summary import summarise
 

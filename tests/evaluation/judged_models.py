@@ -11,7 +11,7 @@ from sklearn.metrics import roc_auc_score
 
 from mmoe_rec.evaluation.comparison import Objective, Rule, differences, verdict
 from mmoe_rec.evaluation.summary import summarise
-from mmoe_rec.evaluation.sums import ClosedSums, MeasuredTask, closed, measure
+from mmoe_rec.evaluation.sums import ClosedSums, MeasuredTask, close_sums, measure
 
 TASKS = (MeasuredTask("bought", "binary", 1.0), MeasuredTask("liked", "binary", 1.0))
 NAMES = [task.name for task in TASKS]
@@ -38,7 +38,7 @@ class World:
 
     def sums(self, predictions: np.ndarray) -> ClosedSums:
         given = [dict(zip(NAMES, each, strict=True)) for each in (predictions, self.labels)]
-        return closed(measure(TASKS, self.user, self.request, *given, score=np.log(predictions).sum(0)))
+        return close_sums(measure(TASKS, self.user, self.request, *given, score=np.log(predictions).sum(0)))
 
 
 def true_gain(noise: float, worlds: int = 12, users: int = 4000) -> float:

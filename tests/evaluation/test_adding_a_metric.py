@@ -18,7 +18,7 @@ from mmoe_rec.evaluation.comparison import differences
 from mmoe_rec.evaluation.metrics.metric import Metric, Ratio, TaskRows, UserSums
 from mmoe_rec.evaluation.metrics.ranking import RankedLists
 from mmoe_rec.evaluation.summary import flatten, summarise
-from mmoe_rec.evaluation.sums import EvaluationSums, closed, merge_all
+from mmoe_rec.evaluation.sums import EvaluationSums, close_sums, merge_all
 from mmoe_rec.report.tables import results_table
 from tests.added_package import AddedPackage
 
@@ -176,7 +176,7 @@ def test_a_metric_is_compared_and_the_better_model_is_marked(log: Log) -> None:
     other = replace(log, predictions=log.predictions | {"bought": 0.5 * log.predictions["bought"]})
     a, b = log.measure(), other.measure()
     summaries = {"a": summarise(a, 20), "b": summarise(b, 20)}
-    found = differences({"a": closed(a), "b": closed(b)}, "a", resamples=20)["against"]["b"]["groups"]
+    found = differences({"a": close_sums(a), "b": close_sums(b)}, "a", resamples=20)["against"]["b"]["groups"]
     difference = found["bought"]["brier"]["value"]
     first, second = (each["tasks"]["bought"]["brier"]["value"] for each in summaries.values())
     assert difference == pytest.approx(first - second)

@@ -11,7 +11,7 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.comparison import differences
 from mmoe_rec.evaluation.metrics.auc import bin_edges
 from mmoe_rec.evaluation.summary import summarise
-from mmoe_rec.evaluation.sums import ClosedSums, EvaluationSums, closed, group_of, joined
+from mmoe_rec.evaluation.sums import ClosedSums, EvaluationSums, close_sums, group_of, join_sums
 from mmoe_rec.log.hashing import hash_column
 
 
@@ -33,7 +33,7 @@ def test_groups_of_users_have_the_values_of_users_and_intervals_as_wide(text: bo
     sums = log.measure()
     alone = intervals(summarise(sums, 400))
     monkeypatch.setattr("mmoe_rec.evaluation.sums.MOST_UNITS", 512)
-    grouped = closed(sums)
+    grouped = close_sums(sums)
     assert 505 < len(grouped.tables["ranking"]) <= 512
     summary = summarise(grouped, 400)
     assert summary["users"] == grouped.users == len(np.unique(log.users)) > 2000
@@ -65,8 +65,8 @@ def test_parts_that_share_no_user_are_joined(monkeypatch) -> None:
     groups = group_of(hash_column(whole.tables["ranking"]["user"].combine_chunks()))
     group = dict(zip(whole.tables["ranking"]["user"].to_pylist(), groups, strict=True))
     part = np.array([group[user] // 16 for user in log.users.tolist()])
-    parts = [closed(log.take(np.flatnonzero(part == each)).measure(), edges, grouped=True) for each in range(4)]
-    found, expected = joined(parts), closed(whole, edges)
+    parts = [close_sums(log.take(np.flatnonzero(part == each)).measure(), edges, grouped=True) for each in range(4)]
+    found, expected = join_sums(parts), close_sums(whole, edges)
     apart = differences({"parts": found, "whole": expected}, "parts", resamples=20)["against"]["whole"]["groups"]
     assert apart["bought"]["auc"]["value"] == apart["bought"]["auc"]["detectable"] == 0.0
     assert apart["bought"]["auc"]["p"] == apart["liked"]["logloss"]["p"] == 1.0
@@ -87,7 +87,7 @@ def test_bins_are_narrow_where_rare_positives_are() -> None:
 
 def test_closed_sums_are_saved_and_loaded(log: Log, tmp_path: Path) -> None:
     sums = log.measure()
-    closed(sums).save(tmp_path / "closed")
+    close_sums(sums).save(tmp_path / "closed")
     sums.save(tmp_path / "open")
     assert summarise(ClosedSums.load(tmp_path / "closed"), 20) == summarise(sums, 20)
     assert summarise(ClosedSums.load(tmp_path / "open"), 20) == summarise(sums, 20)

@@ -10,12 +10,12 @@ from simulated_log import BOUGHT, SPENT, Log, simulate
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.comparison import Objective, Rule, compare, differences, holm, told_of
 from mmoe_rec.evaluation.summary import summarise
-from mmoe_rec.evaluation.sums import MeasuredTask, closed, measure
+from mmoe_rec.evaluation.sums import MeasuredTask, close_sums, measure
 from tests.evaluation.judged_models import NOISE, compared, noise_of_gain, verdicts
 
 
 def found(a: Log, b: Log, resamples: int = 400, objective: Objective | None = None) -> dict:
-    models = {"a": closed(a.measure()), "b": closed(b.measure())}
+    models = {"a": close_sums(a.measure()), "b": close_sums(b.measure())}
     return differences(models, "a", objective, resamples)["against"]["b"]
 
 
@@ -56,7 +56,7 @@ def test_what_users_have_in_common_cancels(log: Log) -> None:
 @pytest.mark.parametrize("scale", [1.0, 1 + 1e-15])
 def test_equal_models_do_not_differ_and_rounding_is_no_difference(log: Log, scale: float) -> None:
     same = replace(log, predictions={name: each * scale for name, each in log.predictions.items()})
-    objective = Objective.of("auc", closed(log.measure()), ["bought", "liked"])
+    objective = Objective.of("auc", close_sums(log.measure()), ["bought", "liked"])
     result = found(same, log, 50, objective)
     assert result["objective"]["value"] == 0
     assert result["objective"]["p"] == 1
@@ -72,7 +72,11 @@ def test_p_values_are_corrected_as_by_hand() -> None:
 
 
 def test_headline_metrics_of_all_models_are_one_family(log: Log) -> None:
-    models = {"a": closed(other(log).measure()), "b": closed(log.measure()), "c": closed(other(log, 2).measure())}
+    models = {
+        "a": close_sums(other(log).measure()),
+        "b": close_sums(log.measure()),
+        "c": close_sums(other(log, 2).measure()),
+    }
     both = differences(models, "b", Objective("auc", ("bought",), "higher"), 100)["against"]
     shown = [
         each
@@ -90,7 +94,7 @@ def test_headline_metrics_of_all_models_are_one_family(log: Log) -> None:
 
 
 def test_the_objective_is_the_mean_over_tasks(log: Log) -> None:
-    sums = closed(log.measure())
+    sums = close_sums(log.measure())
     objective = Objective.of("auc", sums, ["bought", "liked", "spent"])
     assert objective == Objective("auc", ("bought", "liked"), "higher")
     assert objective.name == "mean auc of bought, liked"
@@ -101,7 +105,7 @@ def test_the_objective_is_the_mean_over_tasks(log: Log) -> None:
     assert Objective.of("score.mrr", sums, []) == Objective("mrr", ("score",), "higher")
     assert Objective.of("logloss", sums, ["bought"]) == Objective("logloss", ("bought",), "lower")
     few = log.take(np.arange(80))
-    assert Objective.of("auc", closed(few.measure()), ["bought", "liked"]) is None
+    assert Objective.of("auc", close_sums(few.measure()), ["bought", "liked"]) is None
     for wrong in ("acu", "calibration", "score.auc", "bought.auc", "ece"):
         with pytest.raises(UserError, match=f"evaluation.decide_by is '{wrong}'; expected a metric of tasks"):
             Objective.of(wrong, sums, ["bought"])
@@ -160,7 +164,7 @@ def test_users_that_hold_most_rows_tell_little() -> None:
         label = random.normal(size=1000)
         errors = [random.normal(0, 0.5, 201)[user] + random.normal(0, 0.1, 1000) for _ in range(2)]
         sums = [
-            closed(measure([SPENT], user, np.arange(1000), {"spent": label + each}, {"spent": label}, score=label))
+            close_sums(measure([SPENT], user, np.arange(1000), {"spent": label + each}, {"spent": label}, score=label))
             for each in errors
         ]
         result = differences({"a": sums[0], "b": sums[1]}, "a", None, 200)
@@ -192,7 +196,7 @@ def test_users_that_hold_nearly_all_of_what_counts_tell_little(few: str) -> None
             predicted, rows = 1 / (1 + np.exp(-logit)), np.arange(len(user))
             task = MeasuredTask("it", "binary", 1.0)
             scored = measure([task], user, rows, {"it": predicted}, {"it": label}, score=predicted, weight=weight)
-            sums[name] = closed(scored)
+            sums[name] = close_sums(scored)
         summaries = {name: {"tasks": {"it": {"kind": "binary"}}} for name in sums}
         result = compare(sums, "a", summaries, ["it"], "auc", Rule(), 100)
         auc = result["against"]["b"]["groups"]["it"]["auc"]

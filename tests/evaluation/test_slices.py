@@ -10,14 +10,15 @@ from simulated_log import Log, simulate
 from sklearn.metrics import roc_auc_score
 
 from mmoe_rec.evaluation.slices import ALL, SlicedModel, sliced, told_of_slices, worst_first
-from mmoe_rec.evaluation.sums import closed
+from mmoe_rec.evaluation.sums import close_sums
 
 
 def model(log: Log, of_rows: np.ndarray) -> SlicedModel:
     slices = {
-        ("kind", str(each)): closed(log.take(np.flatnonzero(of_rows == each)).measure()) for each in np.unique(of_rows)
+        ("kind", str(each)): close_sums(log.take(np.flatnonzero(of_rows == each)).measure())
+        for each in np.unique(of_rows)
     }
-    return SlicedModel(closed(log.measure()), slices)
+    return SlicedModel(close_sums(log.measure()), slices)
 
 
 @pytest.fixture
@@ -90,10 +91,10 @@ def test_groups_of_users_are_redrawn_alike(log: Log, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("mmoe_rec.evaluation.sums.MOST_UNITS", 64)
     of_rows = log.users % 3
     slices = {
-        ("kind", str(each)): closed(log.take(np.flatnonzero(of_rows == each)).measure(), grouped=True)
+        ("kind", str(each)): close_sums(log.take(np.flatnonzero(of_rows == each)).measure(), grouped=True)
         for each in range(3)
     }
-    records = sliced({"ours": SlicedModel(closed(log.measure()), slices)}, "ours", 100)
+    records = sliced({"ours": SlicedModel(close_sums(log.measure()), slices)}, "ours", 100)
     expected = [each["value"] for each in sliced({"ours": model(log, of_rows)}, "ours", 20)]
     assert [each["value"] for each in records] == pytest.approx(expected, nan_ok=True)
 

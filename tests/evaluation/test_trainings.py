@@ -9,7 +9,7 @@ from simulated_log import Log, simulate
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.comparison import Objective
-from mmoe_rec.evaluation.sums import ClosedSums, MeasuredTask, closed, measure
+from mmoe_rec.evaluation.sums import ClosedSums, MeasuredTask, close_sums, measure
 from mmoe_rec.evaluation.trainings import apart_over_trainings, over_trainings, told_apart
 
 SPENT = MeasuredTask("spent", "regression")
@@ -19,7 +19,7 @@ def trained(labels: np.ndarray, shift: float) -> ClosedSums:
     """A model that errs by a label less than zero: its mean absolute error is |label - shift|."""
     ids = np.arange(len(labels))
     predicted = np.full(len(labels), shift)
-    return closed(measure([SPENT], ids, ids, {"spent": predicted}, {"spent": labels}, score=predicted))
+    return close_sums(measure([SPENT], ids, ids, {"spent": predicted}, {"spent": labels}, score=predicted))
 
 
 def test_the_same_training_again_has_the_interval_of_users() -> None:
@@ -105,7 +105,7 @@ def test_users_who_decide_nearly_alone_give_no_interval() -> None:
     def model(shift: float) -> ClosedSums:
         predicted = labels * shift
         rows = np.arange(len(labels))
-        return closed(measure([SPENT], users, rows, {"spent": predicted}, {"spent": labels}, score=predicted))
+        return close_sums(measure([SPENT], users, rows, {"spent": predicted}, {"spent": labels}, score=predicted))
 
     sides = [[model(shift + each) for each in (0.0, 0.1)] for shift in (0.2, 0.5)]
     found = apart_over_trainings(sides[0], {"it": sides[1]}, resamples=50)["it"]["groups"]["spent"]["mae"]
@@ -131,7 +131,7 @@ def test_what_decides_is_corrected_for_settings_alone() -> None:
 def test_what_is_undefined_is_none() -> None:
     log: Log = simulate(seed=0)
     log.labels["liked"][:] = np.nan
-    found = over_trainings([closed(log.measure())] * 2, 20)
+    found = over_trainings([close_sums(log.measure())] * 2, 20)
     assert found["liked"]["auc"]["mean"] is found["liked"]["auc"]["low"] is None
     assert found["liked"]["auc"]["values"] == [None, None]
     assert found["bought"]["auc"]["low"] < found["bought"]["auc"]["mean"]

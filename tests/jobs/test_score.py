@@ -1,4 +1,4 @@
-"""Scored rows against the offline evaluation, and against the ranker that the server asks."""
+"""ScoredRows rows against the offline evaluation, and against the ranker that the server asks."""
 
 from __future__ import annotations
 

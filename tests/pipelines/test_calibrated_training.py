@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mmoe_rec.batches.encoded_rows import EncodedRows
-from mmoe_rec.evaluation.scoring import Scored, score_rows
+from mmoe_rec.evaluation.scoring import ScoredRows, score_rows
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.jobs import train as steps
 from mmoe_rec.model.score import UNCALIBRATED, Calibration
@@ -27,7 +27,7 @@ class World:
     config: Path
     ranker: Ranker
 
-    def validation_rows(self, calibration: Calibration) -> Scored:
+    def validation_rows(self, calibration: Calibration) -> ScoredRows:
         """The rows that the calibration was fitted on."""
         layout = self.ranker.layout
         rows = EncodedRows(Prepared(self.folder / "work" / "features").split("validation"), layout)
@@ -43,7 +43,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     return World(folder, config, Ranker.load(folder / "work" / "model"))
 
 
-def sums(scored: Scored) -> tuple[np.ndarray, np.ndarray]:
+def sums(scored: ScoredRows) -> tuple[np.ndarray, np.ndarray]:
     """Sums of predictions and of labels of each task's observed rows."""
     known = ~np.isnan(scored.labels)
     return np.where(known, scored.predictions, 0).sum(0), np.where(known, scored.labels, 0).sum(0)

@@ -12,7 +12,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from mmoe_rec.batches.encoded_rows import EncodedRows
-from mmoe_rec.evaluation.scoring import Scored, score_rows
+from mmoe_rec.evaluation.scoring import ScoredRows, score_rows
 from mmoe_rec.inference.artifact import check_files, write_manifest
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.model.int8 import Int8Bag
@@ -44,7 +44,7 @@ def refused(capsys: pytest.CaptureFixture, *words: str) -> str:
     return line
 
 
-def on_test_rows(small: SmallModel, folder: Path) -> Scored:
+def on_test_rows(small: SmallModel, folder: Path) -> ScoredRows:
     ranker = Ranker.load(folder)
     return score_rows(ranker.model, ranker.layout, EncodedRows(small.prepared.split("test"), ranker.layout), 100)
 

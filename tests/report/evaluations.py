@@ -10,7 +10,7 @@ import pyarrow as pa
 from mmoe_rec.evaluation.comparison import Rule, compare
 from mmoe_rec.evaluation.slices import SlicedModel, sliced
 from mmoe_rec.evaluation.summary import summarise
-from mmoe_rec.evaluation.sums import MeasuredTask, closed, measure
+from mmoe_rec.evaluation.sums import MeasuredTask, close_sums, measure
 from mmoe_rec.evaluation.tradeoffs import Lists, Sweep, grid, told_of_sweep
 from mmoe_rec.report.findings import findings
 
@@ -32,7 +32,7 @@ def evaluation(first: str = "new", second: str = "old", tasks: tuple[str, str] =
             predictions = {tasks[0]: predicted[rows], tasks[1]: 3 * predicted[rows]}
             labels = {tasks[0]: label[rows], tasks[1]: 3 * label[rows] + logit[rows]}
             ids = {"score": predicted[rows], "candidates": candidate[rows]}
-            return closed(measure(measured, user[rows], request[rows], predictions, labels, **ids))
+            return close_sums(measure(measured, user[rows], request[rows], predictions, labels, **ids))
 
         sums[name] = SlicedModel(
             of(np.arange(len(user))),

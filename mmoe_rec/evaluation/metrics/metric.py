@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from mmoe_rec.errors import UserError
+from mmoe_rec.evaluation.intervals import effective_sample_size
 
 Measured = TypeVar("Measured")
 Made = TypeVar("Made")
@@ -192,14 +193,16 @@ class UserSums:
 
     @property
     def effective_rows(self) -> float:
-        """How many users of equal numbers of rows would tell as much as those there are, 1 or more."""
-        return alike(self.column("rows"))
+        """The effective number of users by their rows, 1 or more."""
+        return effective_sample_size(self.column("rows"))
 
     @property
     def effective_users(self) -> dict[str, float]:
-        """Name of each metric that has an interval -> the same by rows, or by what it divides by, whichever is less."""
+        """Metric that has an interval -> the effective number of users by rows, or by its divisor if that is less."""
         by_rows = self.effective_rows
-        return {metric.name: min([by_rows, *map(alike, metric.sizes(self))]) for metric in self._metrics}
+        return {
+            metric.name: min([by_rows, *map(effective_sample_size, metric.sizes(self))]) for metric in self._metrics
+        }
 
     def at(self, counts: np.ndarray) -> dict[str, np.ndarray]:
         """Name of each metric that has an interval -> (R,) float64."""
@@ -220,12 +223,6 @@ class Drawn:
 
     def __getitem__(self, name: str) -> np.ndarray:
         return self.totals[name]
-
-
-def alike(sizes: np.ndarray) -> float:
-    """How many of equal size would tell as much as those of these sizes (Kish, 1965), 1 or more."""
-    squares = float((sizes**2).sum())
-    return float(sizes.sum()) ** 2 / squares if squares else 1.0
 
 
 def ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:

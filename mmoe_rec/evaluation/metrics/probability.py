@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from scipy.sparse import csr_matrix
 
-from mmoe_rec.evaluation.intervals import Values, replicate, with_interval
+from mmoe_rec.evaluation.intervals import Values, bootstrap, find_interval
 from mmoe_rec.evaluation.metrics.auc import equal_mass, one_class
 from mmoe_rec.evaluation.metrics.metric import Drawn, Metric, Ratio, TaskRows, UserSums, ratio
 
@@ -116,18 +116,18 @@ def _calibration_bins(bins: _Bins, users: int, resamples: int, seed: int) -> lis
     total = bins.totals
     if not len(total["weight"]):
         return []
-    replicates = replicate(observed_rates, users, resamples, seed)
+    resampled = bootstrap(observed_rates, users, resamples, seed)
     result = []
     for i, weight in enumerate(total["weight"]):
-        rate = with_interval(total["label"][i] / weight, replicates["bin", str(i)], users)
+        rate = find_interval(total["label"][i] / weight, resampled["bin", str(i)], users)
         result.append(
             {
                 "rows": int(total["rows"][i]),
                 "weight": float(weight),
                 "mean_predicted": float(total["prediction"][i] / weight),
-                "observed_rate": rate["value"],
-                "low": rate["low"],
-                "high": rate["high"],
+                "observed_rate": rate.value,
+                "low": rate.low,
+                "high": rate.high,
             }
         )
     return result

@@ -45,11 +45,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     from pathlib import Path
 
     from mmoe_rec.jobs.evaluate import evaluate_model, place_of
+    from mmoe_rec.report.tables import show_results
 
     out = Path(arguments.out or Path(settings.data.work) / place_of(arguments.split))
     asked = arguments.predictions
     predictions = None if asked is None else Path(asked)
-    show(evaluate_model(settings, arguments.model, out, arguments.against, arguments.split, predictions).results.told())
+    evaluated = evaluate_model(settings, arguments.model, out, arguments.against, arguments.split, predictions)
+    show(show_results(evaluated.results))
     if predictions is not None:
         print(f"predictions: {predictions / 'rows.parquet'}")
     print(f"metrics: {out / 'metrics.json'}")

@@ -13,6 +13,7 @@ import numpy as np
 from rich.table import Table
 
 from mmoe_rec.atomic import atomic_file
+from mmoe_rec.evaluation.intervals import Interval
 from mmoe_rec.settings.sections import Settings
 from mmoe_rec.tracking import runs
 from mmoe_rec.tracking.registry import find_model
@@ -35,7 +36,7 @@ class Swept:
     k: int
     masked: int | None
     milliseconds: float
-    tasks: dict[str, dict[str, dict[str, float | None]]]
+    tasks: dict[str, dict[str, Interval]]
 
 
 def sweep(settings: Settings, address: str, out: Path, rows: int | None = None) -> list[Swept]:
@@ -124,9 +125,9 @@ def _measured(
     )
     summary = summarise(scored.measure(), RESAMPLES)
     tasks = {
-        name: {metric: group[metric] for metric in ("auc", "gauc_user", "calibration", "logloss")}
-        for name, group in summary["tasks"].items()
-        if group["kind"] == "binary"
+        name: {metric: group.get(metric) for metric in ("auc", "gauc_user", "calibration", "logloss")}
+        for name, group in summary.tasks.items()
+        if group.kind == "binary"
     }
     return Swept(k, masked, _milliseconds(ranker, example, asked, usable), tasks)
 
@@ -159,9 +160,9 @@ def _powers(largest: int) -> list[int]:
     return [2**power for power in range(largest.bit_length()) if 2**power <= largest]
 
 
-def _number(metric: dict[str, Any]) -> str:
-    return "-" if metric["value"] is None else f"{metric['value']:.4f}"
+def _number(metric: Interval) -> str:
+    return "-" if metric.value is None else f"{metric.value:.4f}"
 
 
-def _half_width(metric: dict[str, Any]) -> str:
-    return "" if metric["low"] is None else f" ±{(metric['high'] - metric['low']) / 2:.4f}"
+def _half_width(metric: Interval) -> str:
+    return "" if metric.low is None or metric.high is None else f" ±{(metric.high - metric.low) / 2:.4f}"

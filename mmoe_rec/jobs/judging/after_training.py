@@ -35,7 +35,7 @@ from mmoe_rec.tracking.registry import Version, describe_version, fetch_model, f
 from mmoe_rec.tracking.runs import Run
 
 if TYPE_CHECKING:
-    from mmoe_rec.evaluation.scoring import Scored
+    from mmoe_rec.evaluation.scoring import ScoredRows
     from mmoe_rec.inference.loaded import LoadedRanker
     from mmoe_rec.model.layout import ModelLayout
     from mmoe_rec.model.mmoe import RankingModel
@@ -55,7 +55,7 @@ class Promotion:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Decision:
     """Whether a model is better than the holder of the alias, with the sentence that says why."""
 
     better: bool
@@ -113,7 +113,7 @@ class Comparison:
         self.settings, self.prepared, self.model, self.artifact = settings, prepared, model, artifact
         self.layout = ModelLayout.of(prepared.layout, settings)
 
-    def with_holder(self, holder: Version | None) -> Verdict:
+    def with_holder(self, holder: Version | None) -> Decision:
         """Whether the new model is better than the one that holds the alias."""
         from mmoe_rec.evaluation.scoring import NotFiniteError
         from mmoe_rec.inference.errors import OtherScoresError
@@ -121,7 +121,7 @@ class Comparison:
 
         alias = self.settings.tracking.alias
         if holder is None:
-            return Verdict(True, f"no model held '{alias}' before")
+            return Decision(True, f"no model held '{alias}' before")
         who = f"version {holder.number}, which holds '{alias}',"
         by_hand = "point the alias at the new one yourself if it is to serve, or set tracking.registered_model"
         try:
@@ -129,53 +129,58 @@ class Comparison:
         except UnreachableError:
             raise  # an outage decides nothing
         except UserError as error:
-            return Verdict(False, f"{who} can't be compared: {error}; {by_hand}")
+            return Decision(False, f"{who} can't be compared: {error}; {by_hand}")
         try:
             ranker = Ranker.load(folder)
         except (UserError, RuntimeError) as error:  # or it fails at its own example
             told = " ".join(str(error).split())
             here = isinstance(error, OtherScoresError)  # on another machine it may serve well
             cannot = f"can't be compared: {told}; {by_hand}" if here else f"can't be served any more: {told}"
-            return Verdict(not here, f"{who} {cannot}")
+            return Decision(not here, f"{who} {cannot}")
         try:
             its = self._holders(ranker, folder, holder)
             return self._judge(its, holder)
         except NotFiniteError:
-            return Verdict(True, f"{who} gives predictions that are not finite numbers")
+            return Decision(True, f"{who} gives predictions that are not finite numbers")
         except UserError as error:
-            return Verdict(False, f"{who} can't be compared: {error}; {by_hand}")
+            return Decision(False, f"{who} can't be compared: {error}; {by_hand}")
 
-    def _judge(self, its: Scored, holder: Version) -> Verdict:
+    def _judge(self, its: ScoredRows, holder: Version) -> Decision:
         from mmoe_rec.evaluation.comparison import BETTER, Rule, compare
         from mmoe_rec.evaluation.scoring import NotFiniteError
         from mmoe_rec.evaluation.summary import summarise
-        from mmoe_rec.evaluation.sums import closed
+        from mmoe_rec.evaluation.sums import close_sums
+        from mmoe_rec.report.sentences import describe_verdict
 
         try:
             own = self._own
         except NotFiniteError:
-            return Verdict(False, "this model gives predictions that are not finite numbers")
+            return Decision(False, "this model gives predictions that are not finite numbers")
         rules, version = self.settings.evaluation, f"version {holder.number}"
-        models = {name: closed(each.measure()) for name, each in (("this model", own), (version, its))}
+        models = {name: close_sums(each.measure()) for name, each in (("this model", own), (version, its))}
         summaries = {name: summarise(each, _RESAMPLES) for name, each in models.items()}
-        rule = Rule.of(rules)
-        told = compare(
+        rule = Rule(rules.margin, rules.calibration)
+        compared = compare(
             models, "this model", summaries, list(self.settings.tasks), rules.decide_by, rule, rules.resamples
         )
-        verdict = told["against"][version]["verdict"]
-        return Verdict(verdict["kind"] == BETTER, f"{verdict['sentence']} ({len(own.score):,} validation rows)")
+        verdict, sentence = (
+            compared.against[version].verdict,
+            describe_verdict(compared, version, summaries["this model"]),
+        )
+        assert verdict is not None, "a comparison has verdicts"
+        return Decision(verdict.kind == BETTER, f"{sentence} ({len(own.score):,} validation rows)")
 
     @cached_property
-    def _own(self) -> Scored:
+    def _own(self) -> ScoredRows:
         from mmoe_rec.inference.artifact import read_calibration
 
         rows, calibration = self.prepared.split("validation"), read_calibration(self.artifact)
         return self._scored(self.model, self.layout, rows, calibration)
 
-    def _scored(self, model: RankingModel, layout: ModelLayout, rows: Path, calibration: Calibration) -> Scored:
+    def _scored(self, model: RankingModel, layout: ModelLayout, rows: Path, calibration: Calibration) -> ScoredRows:
         return score_by(self.settings, model, layout, rows, calibration)
 
-    def _holders(self, ranker: LoadedRanker, folder: Path, holder: Version) -> Scored:
+    def _holders(self, ranker: LoadedRanker, folder: Path, holder: Version) -> ScoredRows:
         """The rows as the holder scores them. Raises UserError where its tasks mean something else."""
         its, tasks = ({"tasks": each.identity()["tasks"]} for each in (ranker.pipeline.schema, self.settings.schema_))
         if set(its["tasks"]) != set(tasks["tasks"]):

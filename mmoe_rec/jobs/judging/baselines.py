@@ -12,17 +12,17 @@ import pyarrow as pa
 from mmoe_rec.batches.encoded_rows import EncodedRows, weights_of
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.baselines import PopularityBaseline, gradient_boosting
+from mmoe_rec.evaluation.results import MeasuredModel, Results
 from mmoe_rec.features.layout import Layout
-from mmoe_rec.jobs.judging.results import Measured, Results, check_out
-from mmoe_rec.jobs.places import features_in_use
+from mmoe_rec.jobs.places import check_out, features_in_use
 from mmoe_rec.locks import writing
 from mmoe_rec.preprocessing.prepare import Prepared
 from mmoe_rec.progress import bar, say
 from mmoe_rec.settings.sections import Settings
 
 if TYPE_CHECKING:
-    from mmoe_rec.evaluation.scoring import Scored
-    from mmoe_rec.jobs.evaluate import Evaluated
+    from mmoe_rec.evaluation.scoring import ScoredRows
+    from mmoe_rec.jobs.evaluate import EvaluationResult
 
 TREES, POPULARITY = "gradient boosting", "popularity"
 ROWS_AT_A_TIME = 65_536
@@ -32,13 +32,15 @@ MOST_TREES = 300
 
 
 def measure_baselines(
-    settings: Settings, out: Path, evaluated: Evaluated | None = None, name: str = "model"
+    settings: Settings, out: Path, evaluated: EvaluationResult | None = None, name: str = "model"
 ) -> Results:
     """Trains both on the training rows, measures them on the test rows, and writes a report to a folder.
 
     evaluated: a model on the same rows, which is compared with them, under its name. Raises UserError where there are
     no rows of a split, or a task can't be learnt.
     """
+    from mmoe_rec.report.documents import write_results
+
     check_out(out, settings)
     with (
         features_in_use(settings, "baselines") as prepared,
@@ -52,18 +54,18 @@ def measure_baselines(
         facts = facts | {"trees": f"at most {MOST_TREES:,} of each task, fewer where validation rows say so"}
         title = f"Baselines of {settings.name}"
         results = Results(models, tuple(settings.tasks), settings.evaluation, title, facts)
-        results.write(out)
+        write_results(results, out)
     return results
 
 
-def _measured(settings: Settings, scored: Scored) -> Measured:
+def _measured(settings: Settings, scored: ScoredRows) -> MeasuredModel:
     from mmoe_rec.evaluation.summary import summarise
 
     sums = scored.measure()
-    return Measured(sums, summarise(sums, settings.evaluation.resamples), "")
+    return MeasuredModel(sums, summarise(sums, settings.evaluation.resamples), "")
 
 
-def _predicted(settings: Settings, prepared: Prepared) -> dict[str, Scored]:
+def _predicted(settings: Settings, prepared: Prepared) -> dict[str, ScoredRows]:
     """The baselines' predictions of the test rows; without candidates, none is more popular than another."""
     layout = prepared.layout
     train, validation = (EncodedRows(prepared.split(name), layout) for name in ("train", "validation"))
@@ -105,9 +107,9 @@ def _validation(rows: _Matrix, task: int, kind: str) -> tuple[np.ndarray, np.nda
     return (rows.x, labels) if enough or (kind != "binary" and (~np.isnan(labels)).any()) else None
 
 
-def _test_rows(settings: Settings, prepared: Prepared) -> Scored:
+def _test_rows(settings: Settings, prepared: Prepared) -> ScoredRows:
     """The test rows, whose predictions are still to come."""
-    from mmoe_rec.evaluation.scoring import COLUMNS, Scored
+    from mmoe_rec.evaluation.scoring import COLUMNS, ScoredRows
     from mmoe_rec.model.layout import ModelLayout
 
     layout, weighted = ModelLayout.of(prepared.layout, settings), settings.training.sampling_correction == "weights"
@@ -116,7 +118,7 @@ def _test_rows(settings: Settings, prepared: Prepared) -> Scored:
     parts = list(rows.stream(ROWS_AT_A_TIME, (*COLUMNS, *more)))
     ids = pa.concat_tables([table for _, table in parts])
     labels = np.concatenate([part.labels for part, _ in parts])
-    return Scored(
+    return ScoredRows(
         layout,
         users=ids.column("user").combine_chunks(),
         requests=ids.column("request").combine_chunks(),

@@ -31,7 +31,7 @@ from mmoe_rec.settings.columns import Use
 from mmoe_rec.settings.sections import Settings
 
 if TYPE_CHECKING:
-    from mmoe_rec.evaluation.scoring import Scored
+    from mmoe_rec.evaluation.scoring import ScoredRows
 
 OPTION = "slices"
 _ADVICE = "leave slices by columns of the log out (--evaluation.slices '[]')"
@@ -98,7 +98,7 @@ class LogColumns:
                 )
         return LogColumns(log, by, asked is None, options.skip_bad_files)
 
-    def read(self, scored: Scored) -> SlicedRows | None:
+    def read(self, scored: ScoredRows) -> SlicedRows | None:
         """The slices of rows; None where they can't be told, and nothing was asked for.
 
         Raises UserError where the log has other rows by now, or a column too many values.
@@ -159,7 +159,7 @@ class SlicedRows:
     keys: np.ndarray
     places: Mapping[str, Mapping[str, np.ndarray]]
 
-    def of(self, scored: Scored) -> dict[str, dict[str, np.ndarray]]:
+    def of(self, scored: ScoredRows) -> dict[str, dict[str, np.ndarray]]:
         """The same slices as numbers of scored rows, which may have another order."""
         keys = _keys(scored)
         order = np.argsort(keys, kind="stable")
@@ -175,7 +175,7 @@ def _leave_out(told: str, usual: bool) -> None:
     say(f"{told}: the report has no slices by placement")
 
 
-def _keys(scored: Scored) -> np.ndarray:
+def _keys(scored: ScoredRows) -> np.ndarray:
     """(N,) uint64 hash of each row's request and candidate, or its number in the log."""
     candidates = scored.row if scored.candidates is None else scored.candidates
     assert candidates is not None, "rows without candidates have numbers"

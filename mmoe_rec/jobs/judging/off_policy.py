@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.types as pt
 
-from mmoe_rec.atomic import atomic_file
 from mmoe_rec.errors import UserError
-from mmoe_rec.evaluation.off_policy import Shown, estimate
+from mmoe_rec.evaluation.off_policy import LoggedChoices, PolicyEstimate, estimate
 from mmoe_rec.log.checks import BadFile, open_parquet
 from mmoe_rec.log.files import find_files
 from mmoe_rec.log.values import columns_of, file_column, with_path_values
-
-if TYPE_CHECKING:
-    from rich.table import Table
+from mmoe_rec.report.documents import estimate_tree, write_json
 
 
 @dataclass(frozen=True)
-class Asked:
+class PolicyQuestion:
     """What is estimated. tasks: names of them, of which the labels are averaged; columns: part -> column of the files;
     where: column -> value, as text, of the rows that count; modelled: tasks for which there is a model's
     expectation."""
@@ -37,7 +33,7 @@ class Asked:
     modelled: frozenset[str] = frozenset()
 
     @staticmethod
-    def of(tasks: Sequence[str], words: Sequence[str], where: Sequence[str]) -> Asked:
+    def of(tasks: Sequence[str], words: Sequence[str], where: Sequence[str]) -> PolicyQuestion:
         """By the words of a command line. Raises UserError for others."""
         columns = {name: name for name in ("user", "propensity", "target")}
         columns |= {f"label_{task}": f"label_{task}" for task in tasks}
@@ -49,10 +45,10 @@ class Asked:
                     f"--columns {word}: expected PART=COLUMN, of the parts {', '.join(sorted({*columns, *model}))}"
                 )
             columns[part] = column
-        asked = Asked(tuple(tasks), columns, dict(_condition(word) for word in where))
+        asked = PolicyQuestion(tuple(tasks), columns, dict(_condition(word) for word in where))
         return asked.modelling(task for task in tasks if not columns.keys().isdisjoint(_of_model(task)))
 
-    def modelling(self, tasks: Iterable[str]) -> Asked:
+    def modelling(self, tasks: Iterable[str]) -> PolicyQuestion:
         """The same with a model's expectations for these tasks too, by their usual names where nothing was said."""
         modelled = self.modelled.union(tasks)
         more = {part: part for task in sorted(modelled) for part in _of_model(task)}
@@ -71,7 +67,7 @@ def _condition(word: str) -> tuple[str, str]:
     return column, value
 
 
-def estimate_policy(asked: Asked, source: str, out: Path, resamples: int) -> dict[str, Any]:
+def estimate_policy(asked: PolicyQuestion, source: str, out: Path, resamples: int) -> dict[str, PolicyEstimate]:
     """Task -> its estimates, see `estimate`; writes them to `off_policy.json` in a folder.
 
     Raises UserError for a wrong file, column or value, or where no row is left.
@@ -86,17 +82,19 @@ def estimate_policy(asked: Asked, source: str, out: Path, resamples: int) -> dic
     numbers = {name: rows[name].to_numpy() for name in rows.column_names if name != "user"}
     found = {}
     for task in asked.tasks:
-        shown = Shown(rows["user"].combine_chunks(), numbers["propensity"], numbers["target"], numbers[f"label_{task}"])
+        shown = LoggedChoices(
+            rows["user"].combine_chunks(), numbers["propensity"], numbers["target"], numbers[f"label_{task}"]
+        )
         if task in asked.modelled:
             _check_model(asked, task, numbers, source)
             shown = replace(shown, predicted=numbers[f"predicted_{task}"], expected=numbers[f"expected_{task}"])
         found[task] = estimate(shown, resamples)
-    with atomic_file(out / "off_policy.json") as file:
-        file.write_text(json.dumps({"log": source, "where": asked.where, "tasks": found}, indent=1), encoding="utf-8")
+    trees = {task: estimate_tree(each) for task, each in found.items()}
+    write_json(out / "off_policy.json", {"log": source, "where": asked.where, "tasks": trees})
     return found
 
 
-def _check_model(asked: Asked, task: str, numbers: Mapping[str, np.ndarray], source: str) -> None:
+def _check_model(asked: PolicyQuestion, task: str, numbers: Mapping[str, np.ndarray], source: str) -> None:
     """Raises UserError where labels are 0 and 1, and a model expects something else than probabilities of them."""
     labels = numbers[f"label_{task}"]
     if not np.isin(labels[~np.isnan(labels)], (0, 1)).all():
@@ -110,46 +108,7 @@ def _check_model(asked: Asked, task: str, numbers: Mapping[str, np.ndarray], sou
             )
 
 
-def told(found: Mapping[str, Mapping[str, Any]]) -> Iterator[Table | str]:
-    """For the terminal."""
-    from rich.table import Table
-    from rich.text import Text
-
-    for task, each in found.items():
-        if each["refused"] is not None:
-            yield f"{task}: no estimate, as {each['refused']}"
-            continue
-        rows = f"{each['rows']:,} rows"
-        rows += f" ({each['without_label']:,} more have no label)" if each["without_label"] else ""
-        table = Table(title=f"{task}: mean label of the target policy, {rows}", title_justify="left")
-        for name in (
-            "weights up to",
-            "SNIPS",
-            "doubly robust",
-            "rows of equal weight\nthat tell as much",
-            "weight clipped",
-        ):
-            table.add_column(name, justify="right")
-        for row in each["estimates"]:
-            cap = "all" if row["cap"] is None else f"{row['cap']:g}"
-            cells = [_interval(row["snips"]), _interval(row.get("doubly_robust"))]
-            table.add_row(Text(cap), *cells, f"{row['effective_rows']:,.0f}", f"{row['clipped']:.1%}")
-        table.caption = f"as it was logged: {_interval(each['logged'])}; mean weight {_interval(each['mean_weight'])}"
-        yield table
-        yield from (f"warning: {task}: {sentence}" for sentence in each["warnings"])
-
-
-def _interval(value: Mapping[str, float | None] | None) -> str:
-    if value is None or value["value"] is None:
-        return "-"
-    return (
-        f"{value['value']:.4f}"
-        if value["low"] is None
-        else f"{value['value']:.4f} ({value['low']:.4f} to {value['high']:.4f})"
-    )
-
-
-def _parts(asked: Asked, files: Sequence[tuple[str, set[str]]]) -> Iterator[pa.Table]:
+def _parts(asked: PolicyQuestion, files: Sequence[tuple[str, set[str]]]) -> Iterator[pa.Table]:
     names = [*dict.fromkeys([*asked.columns.values(), *asked.where])]
     for address, there in files:
         for name in names:
@@ -164,7 +123,7 @@ def _parts(asked: Asked, files: Sequence[tuple[str, set[str]]]) -> Iterator[pa.T
         yield _checked(asked, with_path_values(table, address, names), address)
 
 
-def _checked(asked: Asked, table: pa.Table, address: str) -> pa.Table:
+def _checked(asked: PolicyQuestion, table: pa.Table, address: str) -> pa.Table:
     """The rows that count, their columns by the names of parts. Raises BadFile for a wrong value."""
     kept = np.ones(len(table), bool)
     for name, value in asked.where.items():

@@ -13,7 +13,7 @@ from mmoe_rec.jobs.scoring.learnt import text_of
 from mmoe_rec.settings.sections import Settings, Split
 
 if TYPE_CHECKING:
-    from mmoe_rec.evaluation.scoring import Scored
+    from mmoe_rec.evaluation.scoring import ScoredRows
 
 
 def overlap(settings: Settings, artifact: Path) -> list[str]:
@@ -47,7 +47,7 @@ def overlap(settings: Settings, artifact: Path) -> list[str]:
     return found[:1]
 
 
-def users_in_both(settings: Settings, artifact: Path, scored: Scored, training: TrainingRows | None) -> list[str]:
+def users_in_both(settings: Settings, artifact: Path, scored: ScoredRows, training: TrainingRows | None) -> list[str]:
     """What is to be said, after a model's name, of users that a column splits into training and test rows alike. Times
     do so too, and by right: what is asked then is how the same users go on.
 

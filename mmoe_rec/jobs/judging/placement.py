@@ -8,26 +8,26 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mmoe_rec.evaluation.results import PlacementRecord
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.inspection.health import row_names
 
 if TYPE_CHECKING:
-    from mmoe_rec.evaluation.scoring import Scored
+    from mmoe_rec.evaluation.scoring import ScoredRows
 
 MOST_VALUES = 50
 """Values of a feature that are told: those that most rows have."""
 
 
-def placement_told(scored: Scored, features: Path) -> list[dict[str, Any]]:
-    """Records of `feature`, `value`, `rows` and `effects`: task -> how many times the odds of a binary task are those
-    of the mean row, or what is added to a regression. None of a model that knows no placement.
+def describe_placement(scored: ScoredRows, features: Path) -> list[PlacementRecord]:
+    """What a model has learnt of each value of placement; none of a model that knows no placement.
 
     features: folder of the model's features, which say what values are called.
     """
     return [] if scored.placement is None else list(_records(scored, features))
 
 
-def _records(scored: Scored, features: Path) -> Iterator[dict[str, Any]]:
+def _records(scored: ScoredRows, features: Path) -> Iterator[PlacementRecord]:
     assert scored.placement is not None
     schema = FeaturePipeline.load(features, memories=False).schema
     inputs = {each.name: each for each in scored.layout.ids}
@@ -42,7 +42,7 @@ def _records(scored: Scored, features: Path) -> Iterator[dict[str, Any]]:
                 task.name: float(np.exp(each) if task.kind == "binary" else each)
                 for task, each in zip(scored.layout.tasks, effect, strict=True)
             }
-            yield {"feature": name, "value": value, "rows": int(count), "effects": told}
+            yield PlacementRecord(name, value, int(count), told)
 
 
 def _values(numbers: list[int], meaning: Any, table: str, features: Path) -> list[str]:

@@ -14,7 +14,7 @@ from mmoe_rec.inference.ranking import ROW
 from mmoe_rec.settings.columns import Columns
 
 if TYPE_CHECKING:
-    from mmoe_rec.evaluation.scoring import Scored
+    from mmoe_rec.evaluation.scoring import ScoredRows
 
 FILE = "rows.parquet"
 
@@ -28,7 +28,7 @@ def check_predictions(folder: Path) -> None:
         raise UserError(f"--predictions '{folder}' holds other files, such as '{others[0]}'; name another folder")
 
 
-def write_predictions(scored: Scored, columns: Columns, folder: Path) -> None:
+def write_predictions(scored: ScoredRows, columns: Columns, folder: Path) -> None:
     """Writes `user`, `request`, `candidate`, of each task and outcome `predicted_NAME` and `label_NAME` (null where it
     is not known), `score`, and `weight` where rows have one: what the command `metrics` reads.
 

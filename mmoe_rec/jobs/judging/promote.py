@@ -15,10 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mmoe_rec.errors import UserError
+from mmoe_rec.evaluation.comparison import BETTER
+from mmoe_rec.evaluation.results import Results
 from mmoe_rec.evaluation.scoring import NotFiniteError
 from mmoe_rec.jobs.evaluate import evaluate_found
 from mmoe_rec.jobs.judging.logged import PROMOTION
-from mmoe_rec.jobs.judging.results import Results
+from mmoe_rec.report.findings import find_all
+from mmoe_rec.report.sentences import describe_verdict
 from mmoe_rec.settings.sections import Settings
 from mmoe_rec.tracking.registry import (
     FoundModel,
@@ -40,7 +43,7 @@ _CALLS, _ROUNDS, _CANDIDATES = 5, 20, 200  # of an example; the fastest round co
 
 
 @dataclass(frozen=True)
-class Asked:
+class PromotionRequest:
     """name: of the registered model; challenger: number of a version, or an alias; alias: that it is to take;
     slower_at_most: largest ratio of the times in which both answer."""
 
@@ -60,7 +63,7 @@ class Decision:
     results: Results | None = None
 
 
-def promote_version(settings: Settings, asked: Asked, out: Path) -> Decision:
+def promote_version(settings: Settings, asked: PromotionRequest, out: Path) -> Decision:
     """Decides, and moves the alias if the challenger is better; writes the report to a folder.
 
     Raises UserError for a version that there is not, or where the two can't be compared.
@@ -84,7 +87,11 @@ def promote_version(settings: Settings, asked: Asked, out: Path) -> Decision:
 
 
 def _judged(
-    settings: Settings, asked: Asked, out: Path, one: tuple[Version, LoadedRanker], other: tuple[Version, LoadedRanker]
+    settings: Settings,
+    asked: PromotionRequest,
+    out: Path,
+    one: tuple[Version, LoadedRanker],
+    other: tuple[Version, LoadedRanker],
 ) -> Decision:
     """Decides by the test rows between two versions, of which the second holds the alias."""
     uri, (challenger, mine), (holder, its) = settings.tracking.address, one, other
@@ -105,8 +112,8 @@ def _judged(
     if against:
         return _refused(challenger, asked, tuple(against), uri, results)
     assert results.comparison is not None
-    verdict = results.comparison["against"][names[1]]["verdict"]["sentence"]
-    return _moved(challenger, holder, asked, (verdict,), uri, results)
+    sentence = describe_verdict(results.comparison, names[1], results.first.summary)
+    return _moved(challenger, holder, asked, (sentence,), uri, results)
 
 
 def roll_back(name: str, alias: str, uri: str) -> Decision:
@@ -184,15 +191,15 @@ def _loaded(version: Version, uri: str) -> LoadedRanker | Trouble:
 def _against(results: Results, mine: str, its: str) -> list[str]:
     """What speaks against the challenger."""
     assert results.comparison is not None
-    verdict = results.comparison["against"][its]["verdict"]
+    verdict, findings = results.comparison.against[its].verdict, find_all(results)
     found = [f"{name} {seen}" for name, each in results.models.items() for seen in each.seen]
-    if verdict["kind"] != "better":
-        found.append(verdict["sentence"])
-    known = {(each["check"], each["task"]) for each in results.findings if each["model"] == its and "task" in each}
+    if verdict is None or verdict.kind != BETTER:
+        found.append(describe_verdict(results.comparison, its, results.first.summary))
+    known = {(each.check, each.task) for each in findings if each.model == its}
     found += [
-        each["message"]
-        for each in results.findings
-        if each["model"] == mine and "task" in each and (each["check"], each["task"]) not in known
+        each.message
+        for each in findings
+        if each.model == mine and each.task is not None and (each.check, each.task) not in known
     ]
     return found
 
@@ -217,7 +224,7 @@ def _slower(mine: LoadedRanker, its: LoadedRanker, artifact: Path) -> float:
 def _moved(
     version: Version,
     holder: Version | None,
-    asked: Asked,
+    asked: PromotionRequest,
     reasons: tuple[str, ...],
     uri: str,
     results: Results | None = None,
@@ -234,7 +241,7 @@ def _moved(
 
 
 def _refused(
-    version: Version, asked: Asked, reasons: tuple[str, ...], uri: str, results: Results | None = None
+    version: Version, asked: PromotionRequest, reasons: tuple[str, ...], uri: str, results: Results | None = None
 ) -> Decision:
     tag_version(version, {"promoted": "no", "compared": "; ".join(reasons)[:4000]}, uri)
     return Decision(version, False, (*reasons, f"'{asked.alias}' stays as it was"), results)

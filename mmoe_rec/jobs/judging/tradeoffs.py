@@ -2,49 +2,30 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-from mmoe_rec.atomic import atomic_file
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.tradeoffs import (
-    CUTOFF,
     Sweep,
-    apart_from_first,
-    choose,
-    grid,
+    WeightsChoice,
+    choose_weights,
+    compare_with_first,
+    find_front,
     lists_of,
-    normalised,
-    told_of_sweep,
+    make_grid,
+    normalise,
 )
 from mmoe_rec.jobs.evaluate import scored_rows
+from mmoe_rec.report.documents import write_json
 from mmoe_rec.settings.sections import Settings
 from mmoe_rec.tracking.registry import find_model
 
 
-@dataclass(frozen=True)
-class Choice:
-    """Weights for a goal. before, weights: task -> weight, which sum to 1; apart: task -> difference of NDCG on the
-    test rows, see `differences`; goal, margins: as asked; records: of the sweep over the test rows, see
-    `told_of_sweep`."""
-
-    goal: str
-    margins: dict[str, float]
-    before: dict[str, float]
-    weights: dict[str, float]
-    apart: dict[str, dict[str, float | None]]
-    records: list[dict[str, Any]]
-
-    @property
-    def changes(self) -> bool:
-        """Whether other weights were chosen than those that the model has."""
-        return self.before != self.weights
-
-
-def tune_weights(settings: Settings, address: str, goal: str | None, margins: Mapping[str, float], out: Path) -> Choice:
+def tune_weights(
+    settings: Settings, address: str, goal: str | None, margins: Mapping[str, float], out: Path
+) -> WeightsChoice:
     """Chooses weights that serve the goal best on the validation rows, while the NDCG of other tasks loses no more than
     their margins; measures them on the test rows, and writes `tradeoffs.json` to a folder.
 
@@ -68,38 +49,17 @@ def tune_weights(settings: Settings, address: str, goal: str | None, margins: Ma
             "every request of the validation or test rows has one row, which no weights can rank: weights of tasks are "
             "for candidate lists (columns.request, or columns.user with columns.time)"
         )
-    deployed = normalised([task.score_weight for task in validation.layout.tasks])
-    weights, names = grid(len(tasks), deployed), [task.name for task in validation.layout.tasks]
-    number = choose(Sweep(names, lists_of(validation), weights), goal, kept, resamples)
+    deployed = normalise([task.score_weight for task in validation.layout.tasks])
+    weights, names = make_grid(len(tasks), deployed), [task.name for task in validation.layout.tasks]
+    number = choose_weights(Sweep(names, lists_of(validation), weights), goal, kept, resamples)
     on_test = Sweep(names, lists_of(test), weights)
-    choice = Choice(
+    choice = WeightsChoice(
         goal,
         kept,
         dict(zip(names, weights[0], strict=True)),
         dict(zip(names, weights[number], strict=True)),
-        apart_from_first(on_test, number, resamples),
-        told_of_sweep(on_test, resamples),
+        compare_with_first(on_test, number, resamples),
+        find_front(on_test, resamples),
     )
-    with atomic_file(out / "tradeoffs.json") as file:
-        file.write_text(json.dumps(choice.__dict__, indent=1), encoding="utf-8")
+    write_json(out / "tradeoffs.json", asdict(choice))
     return choice
-
-
-def told(choice: Choice) -> list[str]:
-    """For people."""
-    from mmoe_rec.evaluation.numbers import with_interval
-
-    lines = []
-    for task, each in choice.apart.items():
-        if each["value"] is None:
-            lines.append(f"{task}: no request of the test rows ranks anything")
-            continue
-        lines.append(f"{task}: NDCG@{CUTOFF} changes by {with_interval(each)} on the test rows")
-    kept = ", ".join(f"{name} by {margin:g}" for name, margin in choice.margins.items())
-    if not choice.changes:
-        return [f"no weights serve {choice.goal} better without a loss of {kept} or more: keep those of the model"]
-    lines = [f"chosen on the validation rows for {choice.goal}, with a loss of at most {kept}", *lines]
-    gain = choice.apart[choice.goal]
-    if gain["low"] is None or gain["low"] <= 0:
-        lines.append(f"a gain of {choice.goal} is not shown on the test rows: the model's weights may be as good")
-    return lines

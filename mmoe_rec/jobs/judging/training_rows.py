@@ -18,7 +18,7 @@ from mmoe_rec.preprocessing.prepare import existing
 from mmoe_rec.settings.sections import Settings
 
 if TYPE_CHECKING:
-    from mmoe_rec.evaluation.scoring import Scored
+    from mmoe_rec.evaluation.scoring import ScoredRows
 
 ACTIVITY = 10  # groups of users of equal size, by how many training rows they have
 
@@ -45,14 +45,14 @@ class TrainingRows:
             _counts(folder, "candidate") if columns.has_candidate else None,
         )
 
-    def of_users_in_both(self, scored: Scored) -> tuple[int, int]:
+    def of_users_in_both(self, scored: ScoredRows) -> tuple[int, int]:
         """How many users of N scored rows have training rows, and how many users there are."""
         if self.users is None:
             return 0, 0
         users = pc.unique(scored.users)
         return int((_seen(users, self.users) > 0).sum()), len(users)
 
-    def slices(self, scored: Scored) -> dict[str, dict[str, np.ndarray]]:
+    def slices(self, scored: ScoredRows) -> dict[str, dict[str, np.ndarray]]:
         """What rows are sliced by -> slice -> (n,) numbers of its rows among those that were scored."""
         found = {}
         for name, ids, known in (

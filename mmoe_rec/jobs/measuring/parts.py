@@ -17,7 +17,7 @@ import pyarrow as pa
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.metrics.auc import bin_edges, counts_by_value
 from mmoe_rec.evaluation.slices import Counts, SliceBy, Slices
-from mmoe_rec.evaluation.sums import ClosedSums, closed, measure
+from mmoe_rec.evaluation.sums import ClosedSums, close_sums, measure
 from mmoe_rec.jobs.measuring.asked import JOINED, Asked
 from mmoe_rec.jobs.measuring.reading import rows_of
 from mmoe_rec.log.hashing import combine, hash_column
@@ -148,7 +148,7 @@ def _closed(job: MeasureJob, table: pa.Table) -> ClosedSums:
         candidates=table["candidate"] if asked.candidate is not None else None,
         precision=job.precision,
     )
-    return closed(sums, job.edges, job.grouped)
+    return close_sums(sums, job.edges, job.grouped)
 
 
 def check_requests(job: MeasureJob, requests: Sequence[np.ndarray]) -> None:

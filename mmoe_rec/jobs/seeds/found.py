@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from itertools import islice
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mmoe_rec.atomic import atomic_file
 from mmoe_rec.errors import UserError
-from mmoe_rec.evaluation.notes import are_alone
+from mmoe_rec.evaluation.trainings import SettingsDifference, TrainingsMean, average_trainings, compare_trainings
 from mmoe_rec.jobs.run_page import command
 from mmoe_rec.jobs.seeds.measuring import FILE, warnings_of
 from mmoe_rec.settings.sections import Settings
@@ -20,7 +19,7 @@ from mmoe_rec.settings.sections import Settings
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from mmoe_rec.jobs.judging.results import Measured
+    from mmoe_rec.evaluation.results import MeasuredModel
 
 _PAGE = "report.html"
 
@@ -28,16 +27,16 @@ _PAGE = "report.html"
 @dataclass(frozen=True)
 class Found:
     """What was found. title: of the page; seeds: of the trainings; rows: measured; units: what was redrawn for the
-    intervals, such as `users`; summary: of `over_trainings`; against: name of each other setting -> differences, of
-    `apart_over_trainings`; warnings: what is suspicious; facts: what a reader wants to know; folder: for the files."""
+    intervals, such as `users`; summary: of `average_trainings`; against: name of each other setting -> differences, of
+    `compare_trainings`; warnings: what is suspicious; facts: what a reader wants to know; folder: for the files."""
 
     title: str
     seeds: tuple[int, ...]
     rows: int
     units: str
-    summary: dict[str, dict[str, dict[str, Any]]]
+    summary: dict[str, dict[str, TrainingsMean]]
     folder: Path
-    against: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    against: Mapping[str, SettingsDifference] = field(default_factory=dict)
     warnings: Sequence[str] = ()
     facts: Mapping[str, str] = field(default_factory=dict)
 
@@ -45,22 +44,21 @@ class Found:
     def of(
         settings: Settings,
         seeds: tuple[int, ...],
-        mine: Sequence[Measured],
-        others: Mapping[str, Sequence[Measured]],
+        mine: Sequence[MeasuredModel],
+        others: Mapping[str, Sequence[MeasuredModel]],
         precision: str,
     ) -> Found:
         """By what was measured of these trainings, and of those of other settings. Raises UserError where they were
         not measured on the same rows."""
         from mmoe_rec.evaluation.comparison import Objective
-        from mmoe_rec.evaluation.trainings import apart_over_trainings, over_trainings
 
         rules, sums, first = settings.evaluation, [each.closed for each in mine], mine[0].summary
-        units = "rows" if are_alone(first) else "users"
-        facts = {"log": settings.data.log, "rows": f"{first['rows']:,} test rows", "precision": precision}
+        units = "rows" if first.each_row_is_a_user else "users"
+        facts = {"log": settings.data.log, "rows": f"{first.rows:,} test rows", "precision": precision}
         facts |= {f"resamples of {units}": f"{rules.resamples:,}", "command": command()}
         if others:  # whatever they rank by, what a row is worth is the same for all
             facts["relevance"] = ", ".join(
-                f"{weight:g} x {name}" for name, weight in first["relevance_weights"].items()
+                f"{weight:g} x {name}" for name, weight in first.facts["relevance_weights"].items()
             )
         warnings = warnings_of("these settings", mine)
         for name, each in others.items():
@@ -68,9 +66,9 @@ class Found:
         found = Found(
             f"{len(seeds)} trainings of {settings.name}",
             seeds,
-            first["rows"],
+            first.rows,
             units,
-            over_trainings(sums, rules.resamples),
+            average_trainings(sums, rules.resamples),
             Path(settings.data.work) / "seeds",
             warnings=warnings,
             facts=facts,
@@ -80,12 +78,12 @@ class Found:
         theirs = {name: [one.closed for one in each] for name, each in others.items()}
         try:
             objective = Objective.of(rules.decide_by, sums[0], list(settings.tasks))
-            return found.beside(apart_over_trainings(sums, theirs, objective, rules.resamples))
+            return found.beside(compare_trainings(sums, theirs, objective, rules.resamples))
         except UserError:
             found.write()  # what these settings are worth was found all the same
             raise
 
-    def beside(self, against: Mapping[str, Mapping[str, Any]]) -> Found:
+    def beside(self, against: Mapping[str, SettingsDifference]) -> Found:
         """The same with the differences from other settings."""
         return Found(**{**self.__dict__, "against": against})
 
@@ -102,9 +100,9 @@ class Found:
     @property
     def sentences(self) -> list[str]:
         """Beside which settings these are better, and what one training is worth."""
-        from mmoe_rec.evaluation.trainings import larger, told_apart
+        from mmoe_rec.report.trainings import describe_differences, describe_uncertainty
 
-        return [*told_apart(self.against), *larger(self.summary, self.units)]
+        return [*describe_differences(self.against), *describe_uncertainty(self.summary, self.units)]
 
     @staticmethod
     def forget(folder: Path) -> None:
@@ -138,31 +136,14 @@ class Found:
         tree |= {"against": self.against} if self.against else {}
         tree |= {"warnings": list(self.warnings)} if self.warnings else {}
         with atomic_file(self.file) as path:
-            path.write_text(json.dumps(tree, indent=1), encoding="utf-8")
+            path.write_text(json.dumps(tree, indent=1, default=asdict), encoding="utf-8")
         with atomic_file(self.report) as path:
             path.write_text(page(self), encoding="utf-8")
 
     def told(self) -> Iterator[Table | str]:
         """For the terminal."""
-        from rich.table import Table
-        from rich.text import Text
+        from mmoe_rec.report.trainings import trainings_table
 
-        from mmoe_rec.report.trainings import cells, shown_metrics
-
-        table = Table(title=f"{len(self.seeds)} trainings, {self.rows:,} test rows", title_justify="left")
-        table.add_column("", no_wrap=True)
-        for name in ("mean", "95% interval", "between\ntrainings", f"between\n{self.units}"):
-            table.add_column(name, justify="right", no_wrap=True)
-        for group, metrics in self.summary.items():
-            if not (shown := shown_metrics(group, metrics)):
-                continue
-            table.add_row(Text(group, style="bold"))
-            for metric, each in shown:
-                told = islice(cells(metric, each, "-"), len(table.columns) - 1)
-                table.add_row(f"  {metric.label}", *told, end_section=metric is shown[-1][0])
-        table.caption = (
-            f"between trainings: their standard deviation; between {self.units}: the standard error of the mean"
-        )
-        yield table
+        yield trainings_table(self)
         yield from self.sentences
         yield from (f"warning: {each}" for each in self.warnings)

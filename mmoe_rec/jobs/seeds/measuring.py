@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mmoe_rec.errors import UserError
+from mmoe_rec.evaluation.results import MeasuredModel
 from mmoe_rec.jobs.evaluate import measured_on_test_rows
-from mmoe_rec.jobs.judging.results import Measured, check_names, short_names
+from mmoe_rec.jobs.places import check_names, short_names
 from mmoe_rec.settings.sections import Settings
 from mmoe_rec.tracking.registry import FoundModel
 
@@ -55,7 +56,7 @@ def checked(against: Sequence[str], settings: Settings, mine: Path) -> dict[str,
     return found
 
 
-def measured(settings: Settings, trainings: Trainings) -> list[Measured]:
+def measured(settings: Settings, trainings: Trainings) -> list[MeasuredModel]:
     """What each model gives on the test rows. Raises UserError, which names other settings' folder."""
     found = [FoundModel(str(each), each, None) for each in trainings.models]
     try:
@@ -66,9 +67,9 @@ def measured(settings: Settings, trainings: Trainings) -> list[Measured]:
         raise UserError(f"--against '{trainings.work}': {error}") from None
 
 
-def warnings_of(name: str, models: Sequence[Measured]) -> list[str]:
+def warnings_of(name: str, models: Sequence[MeasuredModel]) -> list[str]:
     """What is suspicious about the trainings of a setting, each but once. name: of the setting."""
-    from mmoe_rec.report.findings import findings
+    from mmoe_rec.report.findings import find_in_summary
 
     told: dict[str, str] = {}
     counts: dict[str, int] = {}
@@ -76,7 +77,7 @@ def warnings_of(name: str, models: Sequence[Measured]) -> list[str]:
         said = {
             sentence: f"models of {name} were trained by settings by which each {sentence}" for sentence in each.seen
         }
-        said |= {f"{one['check']} {one['task']}": f"{name}: {one['message']}" for one in findings(each.summary)}
+        said |= {f"{one.check} {one.task}": f"{name}: {one.message}" for one in find_in_summary(each.summary)}
         for which, sentence in said.items():
             told.setdefault(which, sentence)
             counts[which] = counts.get(which, 0) + 1

@@ -15,10 +15,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from mmoe_rec.devices import usable_cores
 from mmoe_rec.errors import UserError
+from mmoe_rec.evaluation.trainings import TrainingsMean
 from mmoe_rec.inference.artifact import version_of
 from mmoe_rec.jobs.places import features_in_use
 from mmoe_rec.jobs.run_page import as_code, command
@@ -154,9 +154,9 @@ def _key(settings: Settings, seeds: Sequence[int], fingerprint: str) -> str:
     return f"seeds-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
-def _flat(summary: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Iterator[tuple[str, float]]:
+def _flat(summary: Mapping[str, Mapping[str, TrainingsMean]]) -> Iterator[tuple[str, float]]:
     for group, metrics in summary.items():
         for metric, each in metrics.items():
             for name in ("mean", "low", "high", "between_trainings", "between_users"):
-                if each[name] is not None:
-                    yield f"test/{group}.{metric}.{name}", each[name]
+                if (value := getattr(each, name)) is not None:
+                    yield f"test/{group}.{metric}.{name}", value

@@ -32,13 +32,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from mmoe_rec.jobs.evaluate import evaluate_model
     from mmoe_rec.jobs.judging.baselines import measure_baselines
-    from mmoe_rec.jobs.judging.results import check_out, short_names
+    from mmoe_rec.jobs.places import check_out, short_names
+    from mmoe_rec.report.tables import show_results
 
     check_out(Path(arguments.out or Path(settings.data.work) / "baselines"), settings)
     out, evaluated, name = Path(arguments.out or Path(settings.data.work) / "baselines"), None, ""
     if arguments.model is not None:
         (name,) = short_names([arguments.model])
         evaluated = evaluate_model(settings, arguments.model, Path(settings.data.work) / "evaluation")
-    show(measure_baselines(settings, out, evaluated, name).told())
+    show(show_results(measure_baselines(settings, out, evaluated, name)))
     print(f"metrics: {out / 'metrics.json'}")
     print(f"report: {out / 'report.html'}")

@@ -52,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from mmoe_rec.evaluation.slices import SliceBy
     from mmoe_rec.jobs.measuring.asked import asked_by_settings, asked_by_words
     from mmoe_rec.jobs.metrics import How, measure_predictions
+    from mmoe_rec.report.tables import show_results
     from mmoe_rec.settings.load import load_settings
     from mmoe_rec.settings.sections import Evaluation
 
@@ -78,11 +79,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.config is not None and settings.evaluation.slices and not arguments.slices:
         say("evaluation.slices of the settings are those of evaluate; --slices names some here")
     results = measure_predictions(asked, arguments.predictions, arguments.out, how, arguments.against, rules)
-    show(results.told())
+    show(show_results(results))
     for name, summary in results.summaries.items():
-        if summary["columns"]["score"] is None:
+        if summary.facts["columns"]["score"] is None:
             print(f"note: without a column of scores in '{name}', the prediction ranks the candidates of a request")
-        if summary["columns"]["candidate"] is None and summary["rows"] > summary["requests"]:
+        if summary.facts["columns"]["candidate"] is None and summary.rows > summary.requests:
             print(f"note: without a column of candidates in '{name}', rows that come twice can't be told")
     print(f"metrics: {Path(arguments.out) / 'metrics.json'}")
     print(f"report: {Path(arguments.out) / 'report.html'}")

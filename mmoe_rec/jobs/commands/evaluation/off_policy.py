@@ -36,8 +36,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parsed(__doc__ or "", argv, _add_arguments, config=False)
     from pathlib import Path
 
-    from mmoe_rec.jobs.judging.off_policy import Asked, estimate_policy, told
+    from mmoe_rec.jobs.judging.off_policy import PolicyQuestion, estimate_policy
+    from mmoe_rec.report.tables import show_estimates
 
-    asked = Asked.of(arguments.tasks, arguments.columns, arguments.where)
-    show(told(estimate_policy(asked, arguments.log, Path(arguments.out), arguments.resamples)))
+    asked = PolicyQuestion.of(arguments.tasks, arguments.columns, arguments.where)
+    show(show_estimates(estimate_policy(asked, arguments.log, Path(arguments.out), arguments.resamples)))
     print(f"estimates: {Path(arguments.out) / 'off_policy.json'}")

@@ -41,17 +41,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError("give the version that is to be promoted with --challenger, or --rollback alone")
     from pathlib import Path
 
-    from mmoe_rec.jobs.judging.promote import Asked, promote_version, roll_back
+    from mmoe_rec.jobs.judging.promote import PromotionRequest, promote_version, roll_back
+    from mmoe_rec.report.tables import show_results
 
     name, uri = arguments.name or settings.registered_model, settings.tracking.address
     if arguments.rollback:
         show(roll_back(name, settings.tracking.alias, uri).reasons)
         return
     out = Path(arguments.out or Path(settings.data.work) / "promotion")
-    asked = Asked(name, arguments.challenger, settings.tracking.alias, arguments.slower_at_most)
+    asked = PromotionRequest(name, arguments.challenger, settings.tracking.alias, arguments.slower_at_most)
     decision = promote_version(settings, asked, out)
     if decision.results is not None:
-        show(decision.results.told())
+        show(show_results(decision.results))
         print(f"report: {out / 'report.html'}")
     show(decision.reasons)
     if not decision.promoted:

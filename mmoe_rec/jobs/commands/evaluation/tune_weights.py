@@ -35,35 +35,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     margins = dict(_margin(word) for word in arguments.keep)
     from pathlib import Path
 
-    from rich.table import Table
-    from rich.text import Text
-
-    from mmoe_rec.jobs.judging.tradeoffs import told, tune_weights
+    from mmoe_rec.jobs.judging.tradeoffs import tune_weights
+    from mmoe_rec.report.tables import show_choice
 
     out = Path(arguments.out or Path(settings.data.work) / "tradeoffs")
-    choice = tune_weights(settings, arguments.model, arguments.goal, margins, out)
-    table = Table(title="NDCG@10 of each task by weights in the score, test rows", title_justify="left")
-    table.add_column("weights", no_wrap=True)
-    for task in choice.before:
-        table.add_column(Text(task), justify="right")
-    table.add_column("", no_wrap=True)
-    for each in choice.records:
-        marks = {"the model's": each["weights"] == choice.before, "chosen": each["weights"] == choice.weights}
-        if each["dominated_by"] is not None and not any(marks.values()):
-            continue
-        weights = " : ".join(f"{weight:.3g}" for weight in each["weights"].values())
-        values = ["-" if value["value"] is None else f"{value['value']:.4f}" for value in each["values"].values()]
-        said = [name for name, holds in marks.items() if holds]
-        said += ["dominated"] if each["dominated_by"] is not None else []
-        table.add_row(weights, *values, ", ".join(said), style="bold" if any(marks.values()) else "")
-    dominated = sum(each["dominated_by"] is not None for each in choice.records)
-    table.caption = (
-        f"{dominated} of {len(choice.records)} are dominated: others are better for one task and worse for none"
-    )
-    show([table, *told(choice)])
-    if choice.changes:
-        for task, weight in choice.weights.items():
-            print(f"  tasks.{task}.score_weight: {weight:.4g}")
+    show(show_choice(tune_weights(settings, arguments.model, arguments.goal, margins, out)))
     print(f"all weights: {out / 'tradeoffs.json'}")
 
 

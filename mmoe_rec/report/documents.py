@@ -1,0 +1,176 @@
+"""The files of an evaluation: `metrics.json`, `comparison.json` and others, with their notes and sentences."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from mmoe_rec.atomic import atomic_file
+from mmoe_rec.errors import UserError
+from mmoe_rec.evaluation.comparison import Comparison
+from mmoe_rec.evaluation.off_policy import PolicyEstimate
+from mmoe_rec.evaluation.results import Results
+from mmoe_rec.evaluation.summary import SCORE, GroupSummary, Summary
+from mmoe_rec.evaluation.sums import check_folder
+from mmoe_rec.report.evaluation import page
+from mmoe_rec.report.sentences import (
+    describe_guard,
+    describe_refusal,
+    describe_verdict,
+    describe_warnings,
+    note_of,
+    note_of_group,
+)
+
+_DIFFERENCE = ("value", "low", "high", "error", "p", "p_corrected", "detectable")
+
+
+def write_results(results: Results, out: Path) -> None:
+    """Writes the files of an evaluation, replacing those of one before; the page last.
+
+    OUT/metrics.json, metrics.parquet, sums/   of the model in question
+    OUT/slices.parquet                         where there are slices
+    OUT/against/1/metrics.json, sums/, ...     of each model that it is compared with
+    OUT/comparison.json                        differences and verdicts, where there are others
+    OUT/report.html                            the page
+
+    Raises UserError, before anything is written, where the rows are not the same, or other files are in the way.
+    """
+    text, comparison, against = page(results), results.comparison, out / "against"
+    for each in against.iterdir() if against.is_dir() else ():
+        if not (each.name.isdigit() and {path.name for path in each.iterdir()} <= {"sums", "metrics.json"}):
+            raise UserError(
+                f"'{each}' lies where results go, and is none of an evaluation: give another folder with --out"
+            )
+    check_folder(out / "sums")
+    (out / "report.html").unlink(missing_ok=True)  # it would tell of other numbers than lie beside it
+    shutil.rmtree(against, ignore_errors=True)
+    for name in ("comparison.json", "slices.parquet"):
+        (out / name).unlink(missing_ok=True)
+    for place, model in enumerate(results.models.values()):
+        folder = against / str(place) if place else out
+        model.sums.save(folder / "sums")
+        write_json(folder / "metrics.json", summary_tree(model.summary))
+    if comparison is not None:
+        write_json(out / "comparison.json", comparison_tree(comparison, results.first.summary))
+    tables = {"metrics": metrics_table(results)}
+    tables |= {"slices": pa.Table.from_pylist([asdict(each) for each in results.slices])} if results.slices else {}
+    for name, table in tables.items():
+        with atomic_file(out / f"{name}.parquet") as file:
+            pq.write_table(table, file)
+    with atomic_file(out / "report.html") as file:
+        file.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, tree: Mapping[str, Any]) -> None:
+    """Writes a file."""
+    with atomic_file(path) as file:
+        file.write_text(json.dumps(tree, indent=1), encoding="utf-8")
+
+
+def summary_tree(summary: Summary) -> dict[str, Any]:
+    """`metrics.json`."""
+    names = ("rows", "users", "requests", "resamples", "seed")
+    tree: dict[str, Any] = {name: getattr(summary, name) for name in names}
+    tree["tasks"] = {
+        name: {"kind": task.kind, **task.counts, **_metrics_of(task), **_details_of(summary, name)}
+        for name, task in summary.tasks.items()
+    }
+    score = summary.score
+    tree[SCORE] = _metrics_of(score) | score.counts
+    tree[SCORE] |= {} if score.random_ndcg is None else {"random_ndcg_at_10": score.random_ndcg}
+    tree[SCORE] |= _details_of(summary, SCORE)
+    if summary.catalogue is not None:
+        tree["catalogue"] = summary.catalogue
+    note = note_of(summary)
+    return tree | ({} if note is None else {"note": note}) | summary.facts
+
+
+def _metrics_of(group: GroupSummary) -> dict[str, Any]:
+    return {name: asdict(each) for name, each in group.metrics.items()}
+
+
+def _details_of(summary: Summary, name: str) -> dict[str, Any]:
+    note = note_of_group(summary, name)
+    return ({} if note is None else {"note": note}) | summary.groups[name].details
+
+
+def comparison_tree(compared: Comparison, summary: Summary) -> dict[str, Any]:
+    """`comparison.json`. summary: of the model."""
+    objective, against = compared.objective, dict[str, Any]()
+    for other, versus in compared.against.items():
+        groups = {group: {metric: asdict(each) for metric, each in of.items()} for group, of in versus.groups.items()}
+        against[other] = {"objective": asdict(versus.objective), "groups": groups}
+        if (verdict := versus.verdict) is not None:
+            guards = [
+                {
+                    "task": each.task,
+                    "metric": each.metric,
+                    "passed": each.passed,
+                    "sentence": describe_guard(each, other, compared.rule),
+                }
+                for each in verdict.guards
+            ]
+            sentence = describe_verdict(compared, other, summary)
+            against[other]["verdict"] = {
+                "kind": verdict.kind,
+                "sentence": sentence,
+                "guards": guards,
+                "detectable": verdict.detectable,
+            }
+    names = ("model", "resamples", "seed", "units", "effective_users")
+    return {name: getattr(compared, name) for name in names} | {
+        "objective": None if objective is None else asdict(objective) | {"name": objective.name},
+        "against": against,
+        "judged": list(compared.judged),
+        "left_out": compared.left_out,
+    }
+
+
+def estimate_tree(estimate: PolicyEstimate) -> dict[str, Any]:
+    """Of a task in `off_policy.json`."""
+    tree: dict[str, Any] = {name: getattr(estimate, name) for name in ("rows", "without_label")}
+    tree["refused"] = describe_refusal(estimate)
+    if not estimate.rows:
+        return tree
+    tree |= {
+        "users": estimate.users,
+        "logged": asdict(estimate.logged),
+        "mean_weight": asdict(estimate.mean_weight),
+        "effective_rows": estimate.effective_rows,
+    }
+    if estimate.refusal is None:
+        tree["warnings"] = list(describe_warnings(estimate))
+        tree["estimates"] = [
+            {name: value for name, value in asdict(each).items() if name != "doubly_robust" or value is not None}
+            for each in estimate.estimates
+        ]
+    return tree
+
+
+def metrics_table(results: Results) -> pa.Table:
+    """`metrics.parquet`: a row for each model, task (`score`, `catalogue`) and metric, with its interval; and for each
+    difference from another model, whose name stands in `less`."""
+    rows: list[dict[str, Any]] = []
+    for name, summary in results.summaries.items():
+        tree = summary_tree(summary)
+        for group, metrics in {**tree["tasks"], SCORE: tree[SCORE], "catalogue": tree.get("catalogue", {})}.items():
+            for metric, value in metrics.items():
+                ends = value if isinstance(value, dict) and "low" in value else {"value": value}
+                if isinstance(ends["value"], (int, float)) or ends is value:
+                    rows.append({"model": name, "less": None, "group": group, "metric": metric, **ends})
+    comparison = results.comparison
+    for other, versus in ({} if comparison is None else comparison.against).items():
+        for group, differences in {"objective": {"objective": versus.objective}, **versus.groups}.items():
+            for metric, apart in differences.items():
+                keys = {"model": results.name, "less": other, "group": group, "metric": metric}
+                rows.append(keys | {end: getattr(apart, end) for end in _DIFFERENCE})
+    kinds = [(name, pa.string()) for name in ("model", "less", "group", "metric")]
+    return pa.Table.from_pylist(rows, pa.schema([*kinds, *((name, pa.float64()) for name in _DIFFERENCE)]))

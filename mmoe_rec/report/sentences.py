@@ -1,0 +1,292 @@
+"""What an evaluation found, in sentences: verdicts, differences, slices, notes, and what can't be estimated."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from mmoe_rec.auc import FEWEST
+from mmoe_rec.evaluation import off_policy
+from mmoe_rec.evaluation.comparison import (
+    HELD_BACK,
+    NOT_SHOWN,
+    UNDECIDED,
+    WORSE,
+    Comparison,
+    Guard,
+    Rule,
+    Versus,
+    guarded_metric,
+)
+from mmoe_rec.evaluation.intervals import Difference, is_small_sample
+from mmoe_rec.evaluation.metrics import metrics_of
+from mmoe_rec.evaluation.off_policy import PolicyEstimate
+from mmoe_rec.evaluation.results import Results
+from mmoe_rec.evaluation.slices import ALL, SliceRecord, find_slices_of_other_rows, sort_worst_first
+from mmoe_rec.evaluation.summary import LEFT_OUT, SCORE, GroupSummary, Summary
+from mmoe_rec.report.formatting import difference, interval, signed
+
+_SAME_IN_ANY_ORDER = 0.99  # NDCG@10 of the worst order above which NDCG says nothing
+_LEFT_OUT = ("{} of one row", "{} without a relevant row", "{} whose rows are equally relevant")
+
+
+def describe_verdicts(results: Results) -> list[str]:
+    """How the first model compares with each other one, or what its metrics are where it is alone."""
+    if results.comparison is None:
+        return describe_metrics(results.first.summary)
+    return describe_comparison(results.comparison, results.first.summary)
+
+
+def describe_metrics(summary: Summary) -> list[str]:
+    """How well each task is predicted, and the score ranks."""
+    shown = {name: "auc" if task.kind == "binary" else "r2" for name, task in summary.tasks.items()}
+    values = {
+        name: (metric, summary.groups[name].get(metric)) for name, metric in (shown | {SCORE: "ndcg_at_10"}).items()
+    }
+    return [f"{name}: {metric} {interval(at)}" for name, (metric, at) in values.items() if at.value is not None]
+
+
+def describe_comparison(compared: Comparison, summary: Summary) -> list[str]:
+    """The verdicts, the tasks that were not judged, and whether few users decide. summary: of the model."""
+    lines = [describe_verdict(compared, other, summary) for other in compared.against]
+    lines += [
+        f"{task} was not judged: {rows:,} rows have its rarer label, and {FEWEST} are needed"
+        for task, rows in compared.left_out.items()
+    ]
+    few = {name: users for name, users in compared.effective_users.items() if is_small_sample(users, compared.units)}
+    lines += [
+        f"few users have most rows of {name}: all tell as much as {users:.1f} of equal size, by which intervals of "
+        "differences are wide"
+        for name, users in few.items()
+    ]
+    if compared.objective is not None and not few:
+        fewest = min((each.objective.effective_users or np.inf for each in compared.against.values()), default=np.inf)
+        if is_small_sample(fewest, compared.units):
+            lines.append(
+                f"few users decide on {compared.objective.name}, by their rows, weight, positive labels or influence: "
+                f"all tell as much as {fewest:.1f} alike, by which intervals of differences are wide"
+            )
+    return lines
+
+
+def describe_verdict(compared: Comparison, other: str, summary: Summary) -> str:
+    """The verdict beside another model. summary: of the model."""
+    versus, objective, both = compared.against[other], compared.objective, f"'{compared.model}' and '{other}'"
+    apart, verdict = versus.objective, versus.verdict
+    assert verdict is not None, "a comparison has verdicts"
+    if verdict.kind == UNDECIDED or objective is None or apart.value is None:
+        why = f"no task has labels enough ({FEWEST} rows of either)"
+        if objective is not None:
+            alone = "has no interval, as one user decides nearly alone, or many redraws leave it undefined"
+            why = f"{objective.name} {'is undefined' if apart.value is None else alone}"
+        return f"{both} can't be told apart: {why}"
+    what = objective.name
+    if verdict.kind == NOT_SHOWN and apart.low == apart.high == 0:
+        return f"{both} do not differ{_name_other_differences(versus)}: {what} is the same"
+    if verdict.kind == NOT_SHOWN:
+        metrics = {guarded_metric(summary, task) for task in compared.judged} - {objective.metric}
+        besides = f", if guardrails of {' and '.join(sorted(metrics))} allow it" if metrics else ""
+        (gain,) = signed(verdict.detectable or 0.0, sign=False)
+        return (
+            f"no difference is shown between {both}{once_corrected(apart)}: {what} differs by {difference(apart)}; "
+            f"nine of ten evaluations like this one would show a gain of {gain}{besides}"
+        )
+    ends = sorted(abs(each or 0.0) for each in (apart.low, apart.high))
+    size, *reach = signed(abs(apart.value), *ends, sign=False)
+    which, size = "higher" if apart.value > 0 else "lower", f"{size} ({' to '.join(reach)})"
+    if verdict.kind == HELD_BACK:
+        failed = "; ".join(describe_guard(each, other, compared.rule) for each in verdict.guards if not each.passed)
+        return f"'{compared.model}' is held back, although {what} is {which} than that of '{other}' by {size}: {failed}"
+    is_what = "worse" if verdict.kind == WORSE else "better"
+    return f"'{compared.model}' is {is_what} than '{other}': {what} is {which} by {size}"
+
+
+def describe_guard(guard: Guard, other: str, rule: Rule) -> str:
+    """What a guardrail found beside another model."""
+    if guard.calibrations is not None:
+        mine, its = guard.calibrations
+        low, high = (mine.value, mine.value) if mine.low is None else (mine.low, mine.high)
+        where = "beyond" if guard.is_outside else "not shown to be beyond"
+        return (
+            f"the probabilities of {guard.task} are {mine.value:.2f} times what was observed ({low:.2f} to "
+            f"{high:.2f}), which is {where} a factor of {rule.calibration:g} (evaluation.calibration); those of "
+            f"'{other}' are {its.value:.2f} times"
+        )
+    apart, limit = guard.difference, f"loss of more than {rule.margin:g} (evaluation.margin)"
+    if apart is None or apart.low is None:
+        missing = "is undefined" if apart is None or apart.value is None else "has no interval"
+        return f"the difference in {guard.metric} of {guard.task} {missing}, so a {limit} can't be ruled out"
+    shown = f"which is a {limit}" if guard.is_outside else f"so a {limit} can't be ruled out"
+    end = f"so a {limit} is ruled out" if guard.passed else shown
+    return f"{guard.metric} of {guard.task} changes by {difference(apart)}, {end}"
+
+
+def _name_other_differences(versus: Versus) -> str:
+    """Which other metrics are shown to differ where what decides is the same."""
+    shown = [
+        f"{metric} of {'the score' if group == SCORE else group}"
+        for group, metrics in versus.groups.items()
+        for metric, each in metrics.items()
+        if each.is_significant
+    ]
+    more = f" and {len(shown) - 2} more" if len(shown) > 2 else ""
+    return f" in what decides, though in {', '.join(shown[:2])}{more}" if shown else ""
+
+
+def once_corrected(apart: Difference) -> str:
+    """What explains a difference that is not shown, although 0 is outside of its interval."""
+    outside = apart.low is not None and apart.high is not None and (apart.low > 0 or apart.high < 0)
+    return ", once corrected for the number of comparisons" if outside else ""
+
+
+def describe_slices(records: Sequence[SliceRecord], most: int = 3) -> Iterator[str]:
+    """The worst slices."""
+    worse = [each for each in sort_worst_first(records) if each.is_worse]
+    for each in worse[:most]:
+        beside = "that of all rows" if each.beside == ALL else f"that of '{each.beside}' there"
+        value, apart = each.value or 0.0, each.apart or 0.0
+        yield (
+            f"slice {each.by}: {each.slice} ({each.rows:,} rows): {each.metric} of {each.group} is {value:.3f}, and "
+            f"{beside} is {value - apart:.3f}"
+        )
+    if len(worse) > most:
+        yield f"{len(worse) - most} more slices are shown to be worse; the report has them"
+
+
+def describe_other_slices(results: Results) -> Iterator[str]:
+    """What is not compared, as slices hold other rows for other models."""
+    if others := find_slices_of_other_rows(results.sliced, results.name):
+        yield f"slices by {', '.join(others)} hold other rows for other models, so these are not compared there"
+
+
+def describe_notes(summaries: Sequence[Summary]) -> list[str]:
+    """The notes of summaries of the same rows, each once, with its subject; then what is left out."""
+    notes = [note for each in summaries if (note := note_of(each)) is not None]
+    for each in summaries:
+        notes += [f"{name}: {note}" for name in each.groups if (note := note_of_group(each, name)) is not None]
+        counts = dict(zip(_LEFT_OUT, (each.score.counts[name] for name in LEFT_OUT), strict=True))
+        if 0 < sum(counts.values()) < each.requests:  # with none left, a note says why
+            which = ", ".join(words.format(f"{count:,}") for words, count in counts.items() if count)
+            total = f"{sum(counts.values()):,} of {each.requests:,} requests"
+            notes.append(f"score: {total} rank nothing and are left out: {which}.")
+    return list(dict.fromkeys(notes))
+
+
+def note_of(summary: Summary) -> str | None:
+    """What is to be known of all metrics."""
+    if summary.users == 1:
+        return "There is one user: intervals need at least two."
+    if not summary.each_row_is_a_user:
+        return None
+    return (
+        "Each row is a user of its own, so nothing ranks within users or requests (GAUC, NDCG, MRR), and intervals "
+        "redraw rows."
+    )
+
+
+def note_of_group(summary: Summary, name: str) -> str | None:
+    """Why metrics of a task, or of the score, are undefined or have no interval: no number is missing without a
+    reason."""
+    group = summary.groups[name]
+    if name != SCORE and group.counts["rows"] == 0:
+        return "No row has an observed label: all metrics are undefined."
+    sentences = []
+    if name == SCORE:
+        if summary.each_row_is_a_user:
+            return None
+        single, irrelevant, equal = (group.counts[each] for each in LEFT_OUT)
+        if single + irrelevant + equal == summary.requests:
+            why = "No request has rows that differ in relevance"
+            if single == summary.requests:
+                why = "Every request has one row, and a list of one ranks nothing"
+            elif not equal:
+                why = "No request has a relevant row among several"
+            return f"{why}: NDCG and MRR are undefined."
+        if (group.least_ndcg or 0.0) > _SAME_IN_ANY_ORDER:
+            sentences.append(
+                "NDCG is nearly 1 in any order, as the relevance of a request's rows differs little compared with its "
+                "size: set the score_weight of regressions with large labels, such as times, to 0."
+            )
+    shown = [each for each in metrics_of(group.kind) if not (summary.each_row_is_a_user and each.ranks_within)]
+    about = {"kind": group.kind, **group.counts}
+    reasons = (each.why_undefined(about) for each in shown if group.get(each.name).value is None)
+    sentences += [*dict.fromkeys(reasons), *_note_intervals(group, summary.users)]
+    return " ".join(sentences) or None
+
+
+def _note_intervals(group: GroupSummary, users: int) -> Iterator[str]:
+    """Which metrics have no interval; with one user none has."""
+    if users < 2:
+        return
+    few = group.effective_users
+    if few is not None:
+        yield (
+            "Few users have most of the rows, of the weight or of the positive labels: for some metrics all tell as "
+            f"much as {few:.1f} users alike, so intervals are wide, or there are none."
+        )
+    if bare := [name for name, each in group.metrics.items() if each.value is not None and each.low is None]:
+        verb, why = "has" if len(bare) == 1 else "have", "undefined in more than 5% of the resamples of users"
+        why = why if few is None else f"{why}, or one user decides nearly alone"
+        yield f"{', '.join(bare)} {verb} no interval: {why}."
+
+
+def describe_refusal(estimate: PolicyEstimate) -> str | None:
+    """Why there is no estimate of another policy."""
+    if estimate.refusal is None:
+        return None
+    mean, least = _describe_mean_weight(estimate), f"{off_policy.LEAST_EFFECTIVE:g} are needed"
+    return {
+        off_policy.NO_LABEL: "no row has an observed label",
+        off_policy.NEVER_CHOSEN: "the target policy never chooses what was shown",
+        off_policy.FEW_ROWS: f"{estimate.rows:,} rows have a label, and {least}",
+        off_policy.FEW_EFFECTIVE_ROWS: (
+            f"{estimate.rows:,} rows tell as much as {estimate.effective_rows:,.0f} of equal weight, and {least}: the "
+            "target chooses mostly what was hardly ever shown"
+        ),
+        off_policy.ONE_USER: (
+            "the rows are of one user, or one user has nearly all of the weight, so there is no interval"
+        ),
+        off_policy.NO_SUPPORT: (
+            f"{mean} and has to be 1: the log never shows some of what the target chooses, or these are not the "
+            "probabilities of its choices"
+        ),
+    }[estimate.refusal]
+
+
+def _describe_mean_weight(estimate: PolicyEstimate) -> str:
+    return f"target / propensity is {interval(estimate.mean_weight, 3).replace(' (', ' on average (')}"
+
+
+def describe_warnings(estimate: PolicyEstimate) -> Iterator[str]:
+    """What is suspicious of an estimate of another policy."""
+    what, apart = _describe_mean_weight(estimate), estimate.apart
+    if off_policy.BELOW_ONE in estimate.warnings:
+        most = f"up to {1 - (estimate.mean_weight.low or 0.0):.0%} of what the target chooses may never have been shown"
+        yield f"{what}, below 1: {most}, and the estimates say nothing of it"
+    if off_policy.ABOVE_ONE in estimate.warnings:
+        yield f"{what}, above 1: these may not be the probabilities of the two policies' choices"
+    if off_policy.CONTRADICTION in estimate.warnings and apart.value is not None:
+        yield (
+            f"the doubly robust estimate is {abs(apart.value):.4f} {'above' if apart.value > 0 else 'below'} SNIPS, by "
+            "more than chance explains: what the model expects may be of another policy than the target, or of other "
+            "rows"
+        )
+
+
+def describe_results(results: Results, findings: Sequence[Any]) -> Iterator[str]:
+    """Verdicts, notes and warnings. findings: of `findings.find_all`."""
+    summaries = results.summaries
+    if results.comparison is not None:
+        yield from describe_comparison(results.comparison, results.first.summary)
+        if not results.each_row_is_a_user and any(each.catalogue is None for each in summaries.values()):
+            yield "note: without candidates it can't be told whether labels belong to the same rows of a request"
+    yield from (f"note: {note}" for note in describe_notes(list(summaries.values())))
+    if caution := results.facts.get("caution"):
+        yield f"note: {caution}"
+    yield from describe_slices(results.slices)
+    yield from (f"note: {note}" for note in describe_other_slices(results))
+    for each in findings:
+        of = f"'{each.model}': " if len(results.models) > 1 else ""
+        yield f"warning: {of}{each.message}"
