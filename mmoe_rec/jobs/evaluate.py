@@ -1,27 +1,34 @@
-"""Metrics of models on the test rows."""
+"""Metrics of models on the test rows.
+
+Rows with what a model predicts for them, as Parquet, for one's own metrics.
+
+What a model has learnt of placement, for people: by the values of the columns that describe it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
+from mmoe_rec.atomic import atomic_file
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.comparison import find_objective
-from mmoe_rec.evaluation.results import RESAMPLES_OF_SLICES, MeasuredModel, Results
+from mmoe_rec.evaluation.results import RESAMPLES_OF_SLICES, MeasuredModel, PlacementRecord, Results
 from mmoe_rec.evaluation.summary import Summary
-from mmoe_rec.jobs.judging.log_columns import LogColumns
-from mmoe_rec.jobs.judging.logged import PROMOTION, log_evaluation
-from mmoe_rec.jobs.judging.overlap import overlap, users_in_both
-from mmoe_rec.jobs.judging.placement import describe_placement
-from mmoe_rec.jobs.judging.predictions import check_predictions, write_predictions
-from mmoe_rec.jobs.judging.training_rows import TrainingRows
+from mmoe_rec.features.pipeline import FeaturePipeline
+from mmoe_rec.inference.ranking import ROW
+from mmoe_rec.inspection.health import row_names
+from mmoe_rec.jobs.log_evaluation import PROMOTION, log_evaluation
 from mmoe_rec.jobs.places import check_names, check_out, short_names
+from mmoe_rec.jobs.slicing import LogColumns, TrainingRows, overlap, users_in_both
 from mmoe_rec.locks import writing
 from mmoe_rec.progress import say
+from mmoe_rec.settings.columns import Columns
 from mmoe_rec.settings.sections import Settings
 from mmoe_rec.tracking.outbox import UnreachableError
 from mmoe_rec.tracking.registry import FoundModel, find_model
@@ -235,3 +242,79 @@ def _facts(settings: Settings, scored: ScoredRows, split: str) -> dict[str, str]
     facts[f"resamples of {of}"] = f"{settings.evaluation.resamples:,}"
     facts["decides"] = f"{settings.evaluation.decide_by}, margin {settings.evaluation.margin:g}"
     return facts
+
+
+FILE = "rows.parquet"
+
+
+def check_predictions(folder: Path) -> None:
+    """Raises UserError where a folder for predictions is a file, or holds others, which would be read along."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--predictions '{folder}' is a file; name a folder")
+    others = [file.name for file in (folder.iterdir() if folder.is_dir() else ()) if file.name != FILE]
+    if others:
+        raise UserError(f"--predictions '{folder}' holds other files, such as '{others[0]}'; name another folder")
+
+
+def write_predictions(scored: ScoredRows, columns: Columns, folder: Path) -> None:
+    """Writes `user`, `request`, `candidate`, of each task and outcome `predicted_NAME` and `label_NAME` (null where it
+    is not known), `score`, and `weight` where rows have one: what the command `metrics` reads.
+
+    columns: of the log. What it does not have is left out: without candidates, `row` is the number of each in its log.
+    """
+    from mmoe_rec.model.score import from_logs, with_outcomes
+
+    written = {} if scored.row is None else {ROW: scored.row}
+    if columns.has_user:
+        written["user"] = scored.users
+    if columns.has_user or columns.request is not None:
+        written["request"] = scored.requests
+    if scored.candidates is not None:
+        written["candidate"] = scored.candidates
+    for name, values in with_outcomes(scored.predictions, scored.layout).items():
+        written[f"predicted_{name}"] = pa.array(values)
+    names = [*(task.name for task in scored.layout.tasks), *scored.layout.outcomes]
+    for name, values in zip(names, [*scored.labels.T, *scored.outcomes.values()], strict=True):
+        written[f"label_{name}"] = pa.array(values, from_pandas=True)
+    written["score"] = pa.array(from_logs(scored.score))
+    if scored.weights is not None:
+        written["weight"] = pa.array(scored.weights)
+    folder.mkdir(parents=True, exist_ok=True)
+    with atomic_file(folder / FILE) as path:
+        pq.write_table(pa.table(written), path, compression="zstd")
+
+
+MOST_VALUES = 50
+"""Values of a feature that are told: those that most rows have."""
+
+
+def describe_placement(scored: ScoredRows, features: Path) -> list[PlacementRecord]:
+    """What a model has learnt of each value of placement; none of a model that knows no placement.
+
+    features: folder of the model's features, which say what values are called.
+    """
+    return [] if scored.placement is None else list(_records(scored, features))
+
+
+def _records(scored: ScoredRows, features: Path) -> Iterator[PlacementRecord]:
+    assert scored.placement is not None
+    schema = FeaturePipeline.load(features, memories=False).schema
+    inputs = {each.name: each for each in scored.layout.ids}
+    for name, (numbers, rows, effects) in scored.placement.inputs.items():
+        most = np.sort(np.argsort(-rows, kind="stable")[:MOST_VALUES])
+        feature, table = inputs[name].feature, inputs[name].table
+        meaning = schema.features[feature].meaning(schema)
+        for value, count, effect in zip(
+            _values(numbers[most].tolist(), meaning, table, features), rows[most], effects[most], strict=True
+        ):
+            told = {
+                task.name: float(np.exp(each) if task.kind == "binary" else each)
+                for task, each in zip(scored.layout.tasks, effect, strict=True)
+            }
+            yield PlacementRecord(name, value, int(count), told)
+
+
+def _values(numbers: list[int], meaning: Any, table: str, features: Path) -> list[str]:
+    known = [number for number in numbers if number >= meaning.first_known or meaning.row_name is not None]
+    names = dict(zip(known, row_names(meaning, table, list(known), features), strict=True))
+    return [names.get(number, "missing" if meaning.missing and number == 0 else "unknown") for number in numbers]

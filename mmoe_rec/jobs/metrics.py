@@ -18,7 +18,7 @@ from mmoe_rec.jobs.measuring.asked import WEIGHT, Asked
 from mmoe_rec.jobs.measuring.parts import MeasureJob, Read, Sliced, check_requests, measure_partition, send_part
 from mmoe_rec.jobs.measuring.reading import Footer, key_types, precision_of
 from mmoe_rec.jobs.places import check_names, check_out, short_names
-from mmoe_rec.jobs.scoring.folder import learnt_from
+from mmoe_rec.jobs.score_files import learnt_from
 from mmoe_rec.locks import writing
 from mmoe_rec.log.checks import BadFile
 from mmoe_rec.log.files import FoundFile, find_files, is_remote

@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.encoder import Results
 from mmoe_rec.features.pipeline import FeaturePipeline
-from mmoe_rec.jobs.scoring.known import ROWS_AT_A_TIME, known_rows
+from mmoe_rec.jobs.score_files import ROWS_AT_A_TIME, known_rows
 from mmoe_rec.log.checks import format_time
 from mmoe_rec.log.columns import column_uses
 from mmoe_rec.log.reader import EventRows

@@ -1,4 +1,6 @@
-"""Predictions, scores and ranks of a log's rows, as Parquet."""
+"""What the features of scored rows knew, in words.
+
+Predictions, scores and ranks of a log's rows, as Parquet."""
 
 from __future__ import annotations
 
@@ -20,10 +22,17 @@ from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.inference.artifact import iso_time, read_artifact, version_of
 from mmoe_rec.inference.freshness import Freshness
 from mmoe_rec.jobs.places import build_options
-from mmoe_rec.jobs.scoring.folder import Output, fingerprint_of, finished_name
-from mmoe_rec.jobs.scoring.inputs import AsOf, attributes_lacking, check_names, columns_of_all, logs_to_score
-from mmoe_rec.jobs.scoring.learnt import Learnt
-from mmoe_rec.jobs.scoring.meaning import Meaning
+from mmoe_rec.jobs.score_files import (
+    AsOf,
+    Learnt,
+    Output,
+    attributes_lacking,
+    check_names,
+    columns_of_all,
+    fingerprint_of,
+    finished_name,
+    logs_to_score,
+)
 from mmoe_rec.locks import writing
 from mmoe_rec.log.checks import BadFile, format_time
 from mmoe_rec.log.files import is_remote
@@ -39,7 +48,62 @@ from mmoe_rec.settings.sections import Settings, Tracking
 from mmoe_rec.tracking.registry import FoundModel, find_model
 
 if TYPE_CHECKING:
-    from mmoe_rec.jobs.scoring.parts import PartScored, ScoreJob
+    from mmoe_rec.jobs.score_parts import PartScored, ScoreJob
+
+
+@dataclass(frozen=True)
+class Meaning:
+    """What is known before rows are scored.
+
+    first: time of the log's first request, microseconds, None where tables are asked; events: names of the logs of
+    events; tables_as_of, exact_from, freshness: of the model's tables, the first of which is None where it was trained
+    on a log without times; lacking: columns that the model completes.
+    """
+
+    as_of: AsOf
+    first: int | None
+    events: Sequence[str]
+    tables_as_of: str | None
+    exact_from: int | None
+    freshness: Freshness
+    lacking: Sequence[str]
+
+    def of(self, whole: PartScored) -> str:
+        """Of all rows that were scored."""
+        if self.tables_as_of is None:
+            return "the model was trained on a plain table: its features know nothing but the row itself"
+        if self.as_of == "log":
+            assert self.first is not None
+            events = "".join(f" and in events '{name}'" for name in self.events)
+            return (
+                "counters and histories know what was known before each request in the log that was given (its first "
+                f"request: {format_time(self.first)}){events}, and nothing of the past besides"
+            )
+        sentence = f"counters and histories know what the model knew at {self.tables_as_of}"
+        if exact := whole.early - whole.inexact:
+            sentence += (
+                f", and of it only what was known before each request for {exact:,} of {whole.rows:,} rows, which were "
+                "requested earlier"
+            )
+        if whole.inexact:
+            assert self.exact_from is not None
+            sentence += (
+                f"; {whole.inexact:,} of {whole.rows:,} rows were requested before {iso_time(self.exact_from)}, from "
+                "when on they are exact, so their features know their future: to judge a model by them, score with "
+                "--as-of log"
+            )
+        if self.freshness.is_stale(whole.last):
+            sentence += (
+                f"; the last row was requested at {format_time(whole.last)}, more than {self.freshness.days:g} days "
+                "later, when these are stale (setting `serving.stale_after_days`)"
+            )
+        if self.lacking:
+            names = ", ".join(map(repr, self.lacking))
+            sentence += (
+                f"; the input has no column {names}: of each user and candidate the model's latest value is taken"
+            )
+        return sentence
+
 
 ALL: Window = (None, None)
 _HERE = ("--data.engine", "local", "--data.workers", "null")  # not those of the machines that trained the model
@@ -170,7 +234,7 @@ class _Scoring:
 
     def _scored(self) -> dict[str, Any]:
         """Writes the files of the output; gives its manifest."""
-        from mmoe_rec.jobs.scoring.parts import forget_ranker
+        from mmoe_rec.jobs.score_parts import forget_ranker
         from mmoe_rec.training.choices import threads
 
         parts, known = self._known_rows()
@@ -209,7 +273,7 @@ class _Scoring:
 
     def _products(self) -> str:
         """What multiplies; for the setting `auto` it is measured."""
-        from mmoe_rec.jobs.scoring.parts import ranker_of
+        from mmoe_rec.jobs.score_parts import ranker_of
         from mmoe_rec.training.choices import threads
 
         if self.settings.serving.products != "auto":
@@ -233,7 +297,7 @@ class _Scoring:
         return UserError(f"no row of '{self.source}' was requested from {start} to {end}; change --start and --end")
 
     def _job(self, parts: Sequence[LogPart], known: dict[str, Any]) -> ScoreJob:
-        from mmoe_rec.jobs.scoring.parts import ScoreJob
+        from mmoe_rec.jobs.score_parts import ScoreJob
 
         return ScoreJob(
             model=self.found.folder,
@@ -257,7 +321,7 @@ class _Scoring:
 
     def _score_parts(self, engine: Engine, parts: Sequence[LogPart], known: dict[str, Any]) -> list[PartScored]:
         """What is known of each part, all of which are scored then."""
-        from mmoe_rec.jobs.scoring.parts import PartScored, score_part
+        from mmoe_rec.jobs.score_parts import PartScored, score_part
 
         before = {n: PartScored.read(self.out.scored, n) for n in range(len(parts))}
         done = {number: found for number, found in before.items() if found is not None}
@@ -277,7 +341,7 @@ class _Scoring:
 
     def _rank(self, engine: Engine, parts: Sequence[LogPart], numbers: Sequence[int]) -> None:
         """Writes the files of the output, of the parts of these numbers."""
-        from mmoe_rec.jobs.scoring.ranks import RankJob, finish_part, rank_partition
+        from mmoe_rec.jobs.score_parts import RankJob, finish_part, rank_partition
 
         ranks = Exchange(self.out.work / "by_part", len(parts))
         ranks.remove()  # what a killed run may have written in part
@@ -291,7 +355,7 @@ class _Scoring:
                     progress.advance(task)
 
     def _manifest(self, each: Sequence[PartScored], known: dict[str, Any]) -> dict[str, Any]:
-        from mmoe_rec.jobs.scoring.parts import PartScored
+        from mmoe_rec.jobs.score_parts import PartScored
 
         whole = PartScored()
         for part in each:

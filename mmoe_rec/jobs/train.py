@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from mmoe_rec.atomic import checksum
 from mmoe_rec.evaluation.comparison import find_objective
+from mmoe_rec.jobs.after_training import Promotion, promote
 from mmoe_rec.jobs.finished import Finished, Trained, training_key
-from mmoe_rec.jobs.judging.after_training import Promotion, promote
 from mmoe_rec.jobs.places import log_and_place
 from mmoe_rec.jobs.resuming import Course, begin, check_training_rows, something_left
 from mmoe_rec.jobs.run_page import WithMachine, as_code, command, data_sets, draw_gates, name_of_training, quoted

@@ -102,13 +102,13 @@ def _details_of(summary: Summary, name: str) -> dict[str, Any]:
     return ({} if note is None else {"note": note}) | summary.groups[name].details
 
 
-def comparison_tree(compared: Comparison, summary: Summary) -> dict[str, Any]:
-    """`comparison.json`. summary: of the model."""
+def comparison_tree(compared: Comparison, summary: Summary | None = None) -> dict[str, Any]:
+    """`comparison.json`. summary: of the model, None where nothing is decided."""
     objective, against = compared.objective, dict[str, Any]()
     for other, versus in compared.against.items():
         groups = {group: {metric: asdict(each) for metric, each in of.items()} for group, of in versus.groups.items()}
         against[other] = {"objective": asdict(versus.objective), "groups": groups}
-        if (verdict := versus.verdict) is not None:
+        if (verdict := versus.verdict) is not None and summary is not None:
             guards = [
                 {
                     "task": each.task,

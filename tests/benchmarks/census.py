@@ -111,7 +111,7 @@ def differences(work: Path, pair: str, seeds: int) -> Iterator[str]:
 
 def trees(work: Path, pair: str) -> dict[str, float]:
     """Gradient-boosted trees on the same encoded rows."""
-    from mmoe_rec.jobs.judging.baselines import TREES, measure_baselines
+    from mmoe_rec.jobs.baselines import TREES, measure_baselines
 
     results = measure_baselines(settings_of(work, pair, "mmoe"), work / pair / "baselines")
     area = results.models[TREES].summary["tasks"][pair]["auc"]

@@ -14,13 +14,15 @@ from sklearn.metrics import brier_score_loss
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation import metrics as registered
-from mmoe_rec.evaluation.comparison import differences
+from mmoe_rec.evaluation import summary as typed
 from mmoe_rec.evaluation.metrics.metric import Metric, Ratio, TaskRows, UserSums
 from mmoe_rec.evaluation.metrics.ranking import RankedLists
-from mmoe_rec.evaluation.summary import flatten, summarise
+from mmoe_rec.evaluation.summary import flatten
 from mmoe_rec.evaluation.sums import EvaluationSums, close_sums, merge_all
+from mmoe_rec.report.documents import summary_tree
 from mmoe_rec.report.tables import results_table
 from tests.added_package import AddedPackage
+from tests.evaluation.trees import find_differences, summarise
 
 
 class Brier(Ratio[TaskRows]):
@@ -134,17 +136,18 @@ def hit_rate(log: Log) -> float:
 def test_a_metric_is_in_summary_json_mlflow_and_table(log: Log, tmp_path: Path) -> None:
     log = weighted(log)
     in_parts(log).save(tmp_path / "sums")
-    summary = json.loads(json.dumps(summarise(EvaluationSums.load(tmp_path / "sums"), resamples=200), allow_nan=False))
+    whole = typed.summarise(EvaluationSums.load(tmp_path / "sums"), resamples=200)
+    summary = json.loads(json.dumps(summary_tree(whole), allow_nan=False))
     stream = io.StringIO()
-    Console(file=stream, width=200).print(results_table({"model": summary}))
+    Console(file=stream, width=200).print(results_table({"model": whole}))
     lines = [line.strip("│ ") for line in stream.getvalue().splitlines()]
     for task in ("bought", "liked"):
         rows, label, prediction = log.observed(task)
         found = summary["tasks"][task]["brier"]
         assert found["value"] == pytest.approx(brier_score_loss(label, prediction, sample_weight=log.weight[rows]))
         assert found["low"] < found["value"] < found["high"]
-        assert flatten(summary)[f"{task}.brier"] == found["value"]
-        assert flatten(summary)[f"{task}.brier.high"] == found["high"]
+        assert flatten(whole)[f"{task}.brier"] == found["value"]
+        assert flatten(whole)[f"{task}.brier.high"] == found["high"]
         (line,) = (line for line in lines if line.startswith("brier ↓") and f"{found['value']:.4f} ±" in line)
         assert f"{(found['high'] - found['low']) / 2:.4f}" in line
     for task in ("bought", "spent"):
@@ -175,10 +178,10 @@ def test_the_interval_of_a_metric_is_its_closed_form() -> None:
 def test_a_metric_is_compared_and_the_better_model_is_marked(log: Log) -> None:
     other = replace(log, predictions=log.predictions | {"bought": 0.5 * log.predictions["bought"]})
     a, b = log.measure(), other.measure()
-    summaries = {"a": summarise(a, 20), "b": summarise(b, 20)}
-    found = differences({"a": close_sums(a), "b": close_sums(b)}, "a", resamples=20)["against"]["b"]["groups"]
+    summaries = {"a": typed.summarise(a, 20), "b": typed.summarise(b, 20)}
+    found = find_differences({"a": close_sums(a), "b": close_sums(b)}, "a", resamples=20)["against"]["b"]["groups"]
     difference = found["bought"]["brier"]["value"]
-    first, second = (each["tasks"]["bought"]["brier"]["value"] for each in summaries.values())
+    first, second = (each.tasks["bought"].get("brier").value for each in summaries.values())
     assert difference == pytest.approx(first - second)
     table = results_table(summaries)
     row = [str(cell) for cell in table.columns[0].cells].index("  brier ↓")
@@ -196,7 +199,7 @@ def test_an_undefined_metric_has_a_note(log: Log, monkeypatch: pytest.MonkeyPatc
     summary = summarise(log.measure(), 5)
     assert summary["tasks"]["bought"]["brier"] is None
     assert "brier is undefined." in summary["tasks"]["bought"]["note"]
-    assert "bought.brier" not in flatten(summary)
+    assert "bought.brier" not in flatten(typed.summarise(log.measure(), 5))
 
 
 def test_sums_of_a_version_without_the_metric_are_told_of(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,7 +221,7 @@ def test_sums_with_their_columns_in_another_order_merge(log: Log) -> None:
     )
     rest = simulate(seed=8).measure()
     assert rest.merge(turned) == rest.merge(sums)
-    assert flatten(summarise(turned, 5)) == pytest.approx(flatten(summarise(sums, 5)))
+    assert flatten(typed.summarise(turned, 5)) == pytest.approx(flatten(typed.summarise(sums, 5)))
 
 
 @pytest.mark.parametrize("left_out", ["name", "kinds", "better", "totals"])

@@ -8,11 +8,10 @@ import pytest
 from simulated_log import Log, simulate
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.evaluation.comparison import differences
 from mmoe_rec.evaluation.metrics.auc import bin_edges
-from mmoe_rec.evaluation.summary import summarise
 from mmoe_rec.evaluation.sums import ClosedSums, EvaluationSums, close_sums, group_of, join_sums
 from mmoe_rec.log.hashing import hash_column
+from tests.evaluation.trees import find_differences, summarise
 
 
 def intervals(summary: dict) -> dict[tuple[str, str], dict[str, float]]:
@@ -67,7 +66,7 @@ def test_parts_that_share_no_user_are_joined(monkeypatch) -> None:
     part = np.array([group[user] // 16 for user in log.users.tolist()])
     parts = [close_sums(log.take(np.flatnonzero(part == each)).measure(), edges, grouped=True) for each in range(4)]
     found, expected = join_sums(parts), close_sums(whole, edges)
-    apart = differences({"parts": found, "whole": expected}, "parts", resamples=20)["against"]["whole"]["groups"]
+    apart = find_differences({"parts": found, "whole": expected}, "parts", resamples=20)["against"]["whole"]["groups"]
     assert apart["bought"]["auc"]["value"] == apart["bought"]["auc"]["detectable"] == 0.0
     assert apart["bought"]["auc"]["p"] == apart["liked"]["logloss"]["p"] == 1.0
     found, expected = intervals(summarise(found, 100)), intervals(summarise(expected, 100))

@@ -1,4 +1,4 @@
-"""Paired differences against scipy and loops; what is no difference; rows that are not the same."""
+"""Paired find_differences against scipy and loops; what is no difference; rows that are not the same."""
 
 from dataclasses import replace
 
@@ -8,15 +8,18 @@ from scipy.stats import ttest_rel
 from simulated_log import BOUGHT, SPENT, Log, simulate
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.evaluation.comparison import Objective, Rule, compare, differences, holm, told_of
-from mmoe_rec.evaluation.summary import summarise
+from mmoe_rec.evaluation import summary as typed
+from mmoe_rec.evaluation.comparison import Objective, Rule, compare
+from mmoe_rec.evaluation.intervals import correct_by_holm
 from mmoe_rec.evaluation.sums import MeasuredTask, close_sums, measure
+from mmoe_rec.report.sentences import describe_comparison
 from tests.evaluation.judged_models import NOISE, compared, noise_of_gain, verdicts
+from tests.evaluation.trees import find_differences, summarise
 
 
 def found(a: Log, b: Log, resamples: int = 400, objective: Objective | None = None) -> dict:
     models = {"a": close_sums(a.measure()), "b": close_sums(b.measure())}
-    return differences(models, "a", objective, resamples)["against"]["b"]
+    return find_differences(models, "a", objective, resamples)["against"]["b"]
 
 
 def other(log: Log, seed: int = 1) -> Log:
@@ -65,19 +68,13 @@ def test_equal_models_do_not_differ_and_rounding_is_no_difference(log: Log, scal
             assert (each["value"], each["p"], each["detectable"]) == (0, 1, 0), name
 
 
-def test_p_values_are_corrected_as_by_hand() -> None:
-    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
-    assert holm([0.5, 0.9]) == [1.0, 1.0]
-    assert holm([]) == []
-
-
 def test_headline_metrics_of_all_models_are_one_family(log: Log) -> None:
     models = {
         "a": close_sums(other(log).measure()),
         "b": close_sums(log.measure()),
         "c": close_sums(other(log, 2).measure()),
     }
-    both = differences(models, "b", Objective("auc", ("bought",), "higher"), 100)["against"]
+    both = find_differences(models, "b", Objective("auc", ("bought",), "higher"), 100)["against"]
     shown = [
         each
         for model in both.values()
@@ -85,12 +82,12 @@ def test_headline_metrics_of_all_models_are_one_family(log: Log) -> None:
         for each in group.values()
         if each["p_corrected"] is not None
     ]
-    expected = holm([each["p"] for each in shown])
+    expected = correct_by_holm([each["p"] for each in shown])
     assert [each["p_corrected"] for each in shown] == expected
     assert both["a"]["groups"]["bought"]["ndcg_at_5"]["p_corrected"] is None
     assert both["a"]["groups"]["score"]["ndcg_at_5"]["p_corrected"] is not None
     objectives = [both[name]["objective"] for name in "ac"]
-    assert [each["p_corrected"] for each in objectives] == holm([each["p"] for each in objectives])
+    assert [each["p_corrected"] for each in objectives] == correct_by_holm([each["p"] for each in objectives])
 
 
 def test_the_objective_is_the_mean_over_tasks(log: Log) -> None:
@@ -167,7 +164,7 @@ def test_users_that_hold_most_rows_tell_little() -> None:
             close_sums(measure([SPENT], user, np.arange(1000), {"spent": label + each}, {"spent": label}, score=label))
             for each in errors
         ]
-        result = differences({"a": sums[0], "b": sums[1]}, "a", None, 200)
+        result = find_differences({"a": sums[0], "b": sums[1]}, "a", None, 200)
         assert result["effective_users"]["spent"] == pytest.approx(1000**2 / (800**2 + 200))
         mae = result["against"]["b"]["groups"]["spent"]["mae"]
         shown += mae["p"] is not None and mae["p"] < 0.05
@@ -197,12 +194,13 @@ def test_users_that_hold_nearly_all_of_what_counts_tell_little(few: str) -> None
             task = MeasuredTask("it", "binary", 1.0)
             scored = measure([task], user, rows, {"it": predicted}, {"it": label}, score=predicted, weight=weight)
             sums[name] = close_sums(scored)
-        summaries = {name: {"tasks": {"it": {"kind": "binary"}}} for name in sums}
+        summaries = {name: typed.summarise(each, 2) for name, each in sums.items()}
         result = compare(sums, "a", summaries, ["it"], "auc", Rule(), 100)
-        auc = result["against"]["b"]["groups"]["it"]["auc"]
-        shown += auc["p"] < 0.05
-        effective.append(auc["effective_users"])
-        assert any("few users" in each for each in told_of(result))
+        auc = result.against["b"].groups["it"]["auc"]
+        assert auc.p is not None
+        shown += auc.p < 0.05
+        effective.append(auc.effective_users)
+        assert any("few users" in each for each in describe_comparison(result, summaries["a"]))
         assert "Few users have most" in summarise(sums["a"], 10)["tasks"]["it"]["note"]
     assert shown <= 7, "chance gives 8 or more once in 100 times"
     assert 1.5 < np.median(effective) < 8
@@ -242,6 +240,6 @@ def test_equal_models_are_rarely_told_apart_and_detectable_gains_mostly_are() ->
 
 def test_a_difference_names_its_size() -> None:
     (result, judged), *_ = compared(NOISE, 1, 250, 100)
-    objective = result["against"]["old"]["objective"]
-    assert result["objective"]["name"] in judged["sentence"]
-    assert objective["low"] < objective["value"] < objective["high"]
+    objective = result.against["old"].objective
+    assert judged.kind == "not shown"
+    assert objective.low < objective.value < objective.high

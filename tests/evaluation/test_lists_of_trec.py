@@ -12,8 +12,8 @@ from ir_measures import AP, RR, R, Success, nDCG
 from simulated_log import simulate
 
 from mmoe_rec.evaluation.metrics.ranking import RankedLists, average_precision, hit_rate, recall
-from mmoe_rec.evaluation.summary import summarise
 from mmoe_rec.evaluation.sums import MeasuredTask, measure
+from tests.evaluation.trees import summarise
 
 MEASURES = {
     "ndcg_at_5": nDCG @ 5,

@@ -8,7 +8,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from mmoe_rec.evaluation.off_policy import CAPS, Shown, estimate
+from mmoe_rec.evaluation.off_policy import CAPS, LoggedChoices
+from tests.evaluation.trees import estimate
 
 ACTIONS = 6
 
@@ -25,7 +26,7 @@ class Bandit:
 
     def log(
         self, shows: np.ndarray, target: np.ndarray, rows: int, seed: int, model: np.ndarray | None = None
-    ) -> Shown:
+    ) -> LoggedChoices:
         """Rows of a policy, and how likely the target is to choose the same. model: what it expects of (kind, item)."""
         random = np.random.default_rng(seed)
         user = random.integers(rows // 4, size=rows)
@@ -33,7 +34,7 @@ class Bandit:
         item = (shows[kind].cumsum(1) < random.random((rows, 1))).sum(1)
         label = (random.random(rows) < self.chance[kind, item]).astype(float)
         expected = (None, None) if model is None else (model[kind, item], (target[kind] * model[kind]).sum(1))
-        return Shown(pa.array(user), shows[kind, item], target[kind, item], label, *expected)
+        return LoggedChoices(pa.array(user), shows[kind, item], target[kind, item], label, *expected)
 
     def truth(self, policy: np.ndarray) -> float:
         return float((policy * self.chance).sum(1).mean())
@@ -108,7 +109,7 @@ def test_without_support_there_is_no_estimate() -> None:
     few = estimate(bandit.log(rare, bandit.uniform, 3000, 1), 20)
     assert "of equal weight, and 100 are needed" in few["refused"]
     wrong = bandit.log(bandit.uniform, bandit.learnt, 8000, 2)
-    wrong = Shown(wrong.users, wrong.propensity * 0.8, wrong.target, wrong.label)
+    wrong = LoggedChoices(wrong.users, wrong.propensity * 0.8, wrong.target, wrong.label)
     assert "or these are not the probabilities of its choices" in estimate(wrong, 100)["refused"]
 
 
@@ -116,11 +117,11 @@ def test_rows_without_a_label_are_left_out() -> None:
     bandit = Bandit()
     shown = bandit.log(bandit.uniform, bandit.learnt, 4000, 6)
     gone = np.arange(4000) % 3 == 0
-    partly = Shown(shown.users, shown.propensity, shown.target, np.where(gone, np.nan, shown.label))
+    partly = LoggedChoices(shown.users, shown.propensity, shown.target, np.where(gone, np.nan, shown.label))
     assert estimate(partly, 20)["rows"] == (~gone).sum()
     found = estimate(partly, 20)
     assert found == estimate(shown.take(np.flatnonzero(~gone)), 20) | {"without_label": int(gone.sum())}
-    none = Shown(shown.users, shown.propensity, shown.target, np.full(4000, np.nan))
+    none = LoggedChoices(shown.users, shown.propensity, shown.target, np.full(4000, np.nan))
     assert estimate(none, 20) == {"rows": 0, "without_label": 4000, "refused": "no row has an observed label"}
 
 
@@ -130,7 +131,9 @@ def test_what_may_never_have_been_shown_is_told() -> None:
     for seed in range(30):
         random = np.random.default_rng(seed)
         action, rows = random.integers(10, size=4000), np.arange(4000)
-        shown = Shown(pa.array(rows), np.full(4000, 0.1), np.where(action < 2, 0.45, 0.0), random.random(4000) < 0.1)
+        shown = LoggedChoices(
+            pa.array(rows), np.full(4000, 0.1), np.where(action < 2, 0.45, 0.0), random.random(4000) < 0.1
+        )
         found = estimate(replace(shown, label=shown.label.astype(float)), 100)
         outside = not found["mean_weight"]["low"] <= 1 <= found["mean_weight"]["high"]
         refused += found["refused"] is not None

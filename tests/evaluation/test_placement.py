@@ -12,7 +12,7 @@ import torch
 from mmoe_rec.batches.batch import make_batch
 from mmoe_rec.batches.encoded_rows import EncodedRows
 from mmoe_rec.evaluation.scoring import score_rows
-from mmoe_rec.jobs.judging.placement import placement_told
+from mmoe_rec.jobs.evaluate import describe_placement
 from mmoe_rec.log.reader import Log
 from tests.inference.small_model import SmallModel
 from tests.log.small_logs import ALL_KINDS
@@ -38,15 +38,15 @@ def test_effects_are_those_of_the_rows(small: SmallModel) -> None:
     slots = read.merge(log.set_index(keys)["slot"], left_on=["user", "candidate", "time"], right_index=True, how="left")
     assert len(slots) == len(added) == len(table)
     expected = (added - added.mean()).groupby(slots["slot"].to_numpy(), dropna=False).mean()
-    told = placement_told(score_rows(model, layout, EncodedRows(folder, layout), 64), small.folder / "features")
-    assert {each["feature"] for each in told} == {"slot"}
-    found = {each["value"]: each for each in told}
-    assert sum(each["rows"] for each in told) == len(added)
+    told = describe_placement(score_rows(model, layout, EncodedRows(folder, layout), 64), small.folder / "features")
+    assert {each.feature for each in told} == {"slot"}
+    found = {each.value: each for each in told}
+    assert sum(each.rows for each in told) == len(added)
     for slot, effects in expected.iterrows():
         mine = found["missing" if pd.isna(slot) else str(slot if isinstance(slot, str) else int(slot))]
         for task in layout.tasks:
             each = np.exp(effects[task.name]) if task.kind == "binary" else effects[task.name]
-            assert mine["effects"][task.name] == pytest.approx(each, rel=1e-4, abs=1e-5)
+            assert mine.effects[task.name] == pytest.approx(each, rel=1e-4, abs=1e-5)
     assert len(found) >= 3, "slots do the same"
 
 
@@ -56,4 +56,4 @@ def test_a_model_without_placement_tells_nothing(tmp_path: Path) -> None:
     rows = EncodedRows(small.prepared.split("test"), small.model_layout)
     scored = score_rows(small.model, small.model_layout, rows, 64)
     assert scored.placement is None
-    assert placement_told(scored, small.folder / "features") == []
+    assert describe_placement(scored, small.folder / "features") == []

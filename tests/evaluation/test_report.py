@@ -16,8 +16,8 @@ def test_table_shows_values_with_intervals_and_marks_the_best(log: Log) -> None:
     table = results_table(columns)
     stream = io.StringIO()
     Console(file=stream, width=200).print(table)
-    auc = columns["mmoe"]["tasks"]["bought"]["auc"]
-    assert f"{auc['value']:.4f} ±{(auc['high'] - auc['low']) / 2:.4f}" in stream.getvalue()
+    auc = columns["mmoe"].tasks["bought"].get("auc")
+    assert f"{auc.value:.4f} ±{(auc.high - auc.low) / 2:.4f}" in stream.getvalue()
     rows = list(zip(*(list(column.cells) for column in table.columns), strict=True))
     metric, best, other = rows[1]
     assert metric == "  auc ↑"
@@ -32,7 +32,7 @@ def test_three_models_fit_a_narrow_terminal(log: Log) -> None:
     Console(file=stream, width=80).print(
         results_table(dict.fromkeys(["MMoE", "gradient boosting", "popularity"], summary))
     )
-    assert stream.getvalue().count(f"{summary['score']['mrr']['value']:.4f} ±") == 3
+    assert stream.getvalue().count(f"{summary.score.get('mrr').value:.4f} ±") == 3
     assert "…" not in stream.getvalue()
 
 

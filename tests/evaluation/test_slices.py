@@ -9,8 +9,9 @@ import pytest
 from simulated_log import Log, simulate
 from sklearn.metrics import roc_auc_score
 
-from mmoe_rec.evaluation.slices import ALL, SlicedModel, sliced, told_of_slices, worst_first
+from mmoe_rec.evaluation.slices import ALL, SlicedModel, compare_slices, sort_worst_first
 from mmoe_rec.evaluation.sums import close_sums
+from mmoe_rec.report.sentences import describe_slices
 
 
 def model(log: Log, of_rows: np.ndarray) -> SlicedModel:
@@ -28,33 +29,31 @@ def log() -> Log:
 
 def test_slices_have_the_metrics_of_their_rows(log: Log) -> None:
     of_rows = log.users % 3
-    records = sliced({"ours": model(log, of_rows)}, "ours", 100)
+    records = compare_slices({"ours": model(log, of_rows)}, "ours", 100)
     whole = roc_auc_score(log.labels["bought"], log.predictions["bought"])
     for kind in range(3):
-        (found,) = (
-            each for each in records if (each["slice"], each["group"], each["metric"]) == (str(kind), "bought", "auc")
-        )
+        (found,) = (each for each in records if (each.slice, each.group, each.metric) == (str(kind), "bought", "auc"))
         mine = of_rows == kind
         expected = roc_auc_score(log.labels["bought"][mine], log.predictions["bought"][mine])
-        assert found["value"] == pytest.approx(expected)
-        assert found["apart"] == pytest.approx(expected - whole)
-        assert found["rows"] == mine.sum()
-        assert found["labels"] == min(log.labels["bought"][mine].sum(), (1 - log.labels["bought"][mine]).sum())
-        assert found["low"] < found["apart"] < found["high"]
-        assert found["beside"] == ALL
-        assert found["p"] <= found["p_corrected"]
+        assert found.value == pytest.approx(expected)
+        assert found.apart == pytest.approx(expected - whole)
+        assert found.rows == mine.sum()
+        assert found.labels == min(log.labels["bought"][mine].sum(), (1 - log.labels["bought"][mine]).sum())
+        assert found.low < found.apart < found.high
+        assert found.beside == ALL
+        assert found.p <= found.p_corrected
 
 
 def test_a_slice_that_is_worse_comes_first_and_others_are_not_called_so(log: Log) -> None:
     of_rows = np.random.default_rng(1).integers(8, size=400)[log.users + 200]
     noise = np.random.default_rng(2).random(len(log.score))
     wrong = np.where(of_rows == 5, noise, log.predictions["bought"])
-    records = sliced(
+    records = compare_slices(
         {"ours": model(replace(log, predictions=log.predictions | {"bought": wrong}), of_rows)}, "ours", 200
     )
-    shown = [each for each in records if each["metric"] == "auc" and (each["p_corrected"] or 1) < 0.05]
-    assert [(each["slice"], each["group"]) for each in shown] == [("5", "bought")]
-    assert worst_first(records, 0.05)[0] == shown[0]
+    shown = [each for each in records if each.metric == "auc" and (each.p_corrected or 1) < 0.05]
+    assert [(each.slice, each.group) for each in shown] == [("5", "bought")]
+    assert sort_worst_first(records)[0] == shown[0]
 
 
 def test_models_are_compared_within_slices(log: Log) -> None:
@@ -64,27 +63,23 @@ def test_models_are_compared_within_slices(log: Log) -> None:
         log, predictions=log.predictions | {"bought": np.where(of_rows == "1", noise, log.predictions["bought"])}
     )
     models = {"new": model(worse, of_rows), "old": model(log, of_rows)}
-    records = sliced(models, "new", 200)
-    apart = {
-        each["slice"]: each
-        for each in records
-        if (each["group"], each["metric"], each["beside"]) == ("bought", "auc", "old")
-    }
-    assert apart["0"]["apart"] == 0
-    assert apart["0"]["p_corrected"] == 1
-    assert apart["1"]["apart"] < -0.1
-    assert apart["1"]["p_corrected"] < 0.01
+    records = compare_slices(models, "new", 200)
+    apart = {each.slice: each for each in records if (each.group, each.metric, each.beside) == ("bought", "auc", "old")}
+    assert apart["0"].apart == 0
+    assert apart["0"].p_corrected == 1
+    assert apart["1"].apart < -0.1
+    assert apart["1"].p_corrected < 0.01
 
 
 def test_few_labels_are_counted_and_not_judged(log: Log) -> None:
     of_rows = np.where(np.arange(len(log.score)) < 40, "few", "many")
-    records = sliced({"ours": model(log, of_rows)}, "ours", 50)
-    few = [each for each in records if each["slice"] == "few" and each["group"] == "bought"]
+    records = compare_slices({"ours": model(log, of_rows)}, "ours", 50)
+    few = [each for each in records if each.slice == "few" and each.group == "bought"]
     assert few
     for each in few:
-        assert each["labels"] < 50
-        assert each["rows"] == 40
-        assert each["value"] is each["apart"] is each["p"] is each["p_corrected"] is None
+        assert each.labels < 50
+        assert each.rows == 40
+        assert each.value is each.apart is each.p is each.p_corrected is None
 
 
 def test_groups_of_users_are_redrawn_alike(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,45 +89,45 @@ def test_groups_of_users_are_redrawn_alike(log: Log, monkeypatch: pytest.MonkeyP
         ("kind", str(each)): close_sums(log.take(np.flatnonzero(of_rows == each)).measure(), grouped=True)
         for each in range(3)
     }
-    records = sliced({"ours": SlicedModel(close_sums(log.measure()), slices)}, "ours", 100)
-    expected = [each["value"] for each in sliced({"ours": model(log, of_rows)}, "ours", 20)]
-    assert [each["value"] for each in records] == pytest.approx(expected, nan_ok=True)
+    records = compare_slices({"ours": SlicedModel(close_sums(log.measure()), slices)}, "ours", 100)
+    expected = [each.value for each in compare_slices({"ours": model(log, of_rows)}, "ours", 20)]
+    assert [each.value for each in records] == pytest.approx(expected, nan_ok=True)
 
 
 def test_lists_that_slices_cut_are_not_compared_with_whole_ones(log: Log) -> None:
     """A column of noise: parts of lists are ranked better by chance alone, as they are shorter."""
     noise = np.random.default_rng(5).integers(3, size=len(log.score))
-    records = sliced({"ours": model(log, noise)}, "ours", 100)
-    ranked = [each for each in records if each["metric"] == "ndcg_at_10"]
+    records = compare_slices({"ours": model(log, noise)}, "ours", 100)
+    ranked = [each for each in records if each.metric == "ndcg_at_10"]
     assert len(ranked) >= 3
     for each in ranked:
-        assert each["value"] > 0
-        assert each["requests"] >= 50
-        assert each["apart"] is each["p_corrected"] is None
-    whole = sliced({"ours": model(log, log.users % 3)}, "ours", 100)
-    assert all(each["apart"] is not None for each in whole if each["metric"] == "ndcg_at_10")
-    two = sliced({"ours": model(log, noise), "old": model(log, noise)}, "ours", 100)
-    beside = [each for each in two if each["metric"] == "ndcg_at_10"]
-    assert {each["beside"] for each in beside} == {"old"}
-    assert all(each["apart"] == 0 for each in beside)
+        assert each.value > 0
+        assert each.requests >= 50
+        assert each.apart is each.p_corrected is None
+    whole = compare_slices({"ours": model(log, log.users % 3)}, "ours", 100)
+    assert all(each.apart is not None for each in whole if each.metric == "ndcg_at_10")
+    two = compare_slices({"ours": model(log, noise), "old": model(log, noise)}, "ours", 100)
+    beside = [each for each in two if each.metric == "ndcg_at_10"]
+    assert {each.beside for each in beside} == {"old"}
+    assert all(each.apart == 0 for each in beside)
 
 
 def test_few_requests_are_not_judged(log: Log) -> None:
     requests = np.unique(log.requests)
     few = np.where(np.isin(log.requests, requests[:40]), "few", "many")
-    records = sliced({"ours": model(log, few)}, "ours", 50)
-    (found,) = (each for each in records if (each["slice"], each["group"]) == ("few", "score"))
-    assert found["requests"] <= 40
-    assert found["value"] is found["apart"] is None
+    records = compare_slices({"ours": model(log, few)}, "ours", 50)
+    (found,) = (each for each in records if (each.slice, each.group) == ("few", "score"))
+    assert found.requests <= 40
+    assert found.value is found.apart is None
 
 
 def test_probabilities_that_are_off_in_a_slice_are_told(log: Log) -> None:
     of_rows = (log.users % 4).astype(str)
     doubled = np.where(of_rows == "2", np.clip(2.5 * log.predictions["bought"], 0, 1), log.predictions["bought"])
-    records = sliced(
+    records = compare_slices(
         {"ours": model(replace(log, predictions=log.predictions | {"bought": doubled}), of_rows)}, "ours", 200
     )
-    shown = [each for each in worst_first(records, 0.05) if each["metric"] == "calibration"]
-    assert ("2", "bought") in {(each["slice"], each["group"]) for each in shown}
-    told = list(told_of_slices(records, 0.05))
+    shown = [each for each in sort_worst_first(records) if each.metric == "calibration"]
+    assert ("2", "bought") in {(each.slice, each.group) for each in shown}
+    told = list(describe_slices(records))
     assert any(each.startswith("slice kind: 2 (") and "calibration of bought is" in each for each in told)

@@ -15,15 +15,21 @@ from sklearn.metrics import (
     root_mean_squared_error,
 )
 
-from mmoe_rec.evaluation.intervals import user_counts, with_interval
-from mmoe_rec.evaluation.notes import told
-from mmoe_rec.evaluation.summary import flatten, summarise, sums_by_user
+from mmoe_rec.evaluation import summary as typed
+from mmoe_rec.evaluation.intervals import draw_users
+from mmoe_rec.evaluation.summary import flatten, sums_by_user
 from mmoe_rec.evaluation.sums import MeasuredTask, measure, merge_all
-from mmoe_rec.report.findings import findings
+from mmoe_rec.report.findings import find_in_summary
+from mmoe_rec.report.sentences import describe_notes
+from tests.evaluation.trees import summarise
 
 
-def warnings(summary: dict) -> list[str]:
-    return [each["message"] for each in findings(summary)]
+def warnings(log: Log) -> list[str]:
+    return [each.message for each in find_in_summary(typed.summarise(log.measure(), 100)) if each.task == "bought"]
+
+
+def notes(log: Log) -> list[str]:
+    return describe_notes([typed.summarise(log.measure(), 20)] * 2)
 
 
 def value(log: Log, task: str, metric: str) -> float:
@@ -145,7 +151,7 @@ def test_rows_count_by_their_weights_in_metrics_of_tasks_and_requests_alike(deci
 def test_a_resample_of_weighted_rows_is_that_of_the_redrawn_rows(log: Log) -> None:
     log = replace(log, weight=np.random.default_rng(6).uniform(0.1, 9, size=len(log.score)))
     sums = log.measure()
-    counts = next(user_counts(len(sums.tables["ranking"]), 2, seed=4))
+    counts = next(draw_users(len(sums.tables["ranking"]), 2, seed=4))
     found = sums_by_user(sums)["liked"].at(counts)
     drawn = dict(zip(sums.tables["ranking"]["user"].to_pylist(), counts, strict=True))
     rows, label, prediction = log.observed("liked")
@@ -203,9 +209,7 @@ def test_requests_that_rank_nothing_are_left_out_and_counted(log: Log) -> None:
     assert {name: summary["score"][name] for name in left_out} == left_out
     assert min(left_out.values()) > 0
     total = sum(left_out.values())
-    assert any(
-        note.startswith(f"score: {total} of {summary['requests']} requests rank nothing") for note in told([summary])
-    )
+    assert any(each.startswith(f"score: {total} of {summary['requests']} requests rank nothing") for each in notes(log))
 
 
 def test_lists_of_one_have_neither_ndcg_nor_a_gauc_by_request(log: Log) -> None:
@@ -218,9 +222,7 @@ def test_lists_of_one_have_neither_ndcg_nor_a_gauc_by_request(log: Log) -> None:
     assert summary["tasks"]["bought"]["gauc_request"]["value"] is None
     assert summary["tasks"]["bought"]["gauc_user"]["value"] is not None
     assert summary["tasks"]["bought"]["note"] == "No request has rows of both labels: metrics by request are undefined."
-    assert [note for note in told([summary, summary]) if note.startswith("score: ")] == [
-        f"score: {summary['score']['note']}"
-    ]
+    assert [each for each in notes(alone) if each.startswith("score: ")] == [f"score: {summary['score']['note']}"]
 
 
 def test_lists_of_equal_relevance_have_no_ndcg(log: Log) -> None:
@@ -236,11 +238,11 @@ def test_ndcg_of_labels_that_differ_by_little_beside_their_size_is_told_of(log: 
     log = replace(log, labels={**log.labels, "spent": times})
     summary = summarise(log.measure(), resamples=20)
     assert summary["score"]["ndcg_at_10"]["value"] > 0.999
-    (note,) = [each for each in told([summary]) if "nearly 1 in any order" in each]
+    (note,) = [each for each in notes(log) if "nearly 1 in any order" in each]
     assert note.startswith("score: NDCG")
     assert "score_weight" in note
     log = replace(log, labels={**log.labels, "spent": times - 1.7e9})
-    assert not any("in any order" in each for each in told([summarise(log.measure(), resamples=20)]))
+    assert not any("in any order" in each for each in notes(log))
 
 
 def test_what_has_no_interval_is_said_and_why() -> None:
@@ -258,12 +260,11 @@ def test_what_has_no_interval_is_said_and_why() -> None:
 
 
 def test_what_is_wrong_with_a_model_is_told(log: Log) -> None:
-    assert [each for each in warnings(summarise(log.measure(), 100)) if "'bought'" in each] == []
+    assert warnings(log) == []
     turned = replace(log, predictions=log.predictions | {"bought": 1 - log.predictions["bought"]})
-    found = [each for each in warnings(summarise(turned.measure(), 100)) if "'bought'" in each]
-    assert any("the AUC of 'bought' is 0." in each and "below .5" in each for each in found)
+    assert any("the AUC of 'bought' is 0." in each and "below .5" in each for each in warnings(turned))
     low = replace(log, predictions=log.predictions | {"bought": 0.1 * log.predictions["bought"]})
-    (far,) = (each for each in warnings(summarise(low.measure(), 100)) if "'bought'" in each)
+    (far,) = warnings(low)
     assert far.startswith("the probabilities of 'bought' are too low: 0.1")
 
 
@@ -293,7 +294,7 @@ def test_a_resampled_r2_is_that_of_the_redrawn_rows(log: Log) -> None:
     log = with_mean(replace(log, weight=np.random.default_rng(5).uniform(0.5, 30, len(log.score))), 1.7e9, 100.0)
     parts = [log.take(np.flatnonzero(log.requests // 1_000_003 % 5 == part)).measure() for part in range(5)]
     sums = merge_all(parts)
-    counts = next(user_counts(len(sums.tables["ranking"]), 3, seed=4))
+    counts = next(draw_users(len(sums.tables["ranking"]), 3, seed=4))
     found = sums_by_user(sums)["spent"].at(counts)["r2"]
     drawn = dict(zip(sums.tables["ranking"]["user"].to_pylist(), counts, strict=True))
     rows, label, prediction = log.observed("spent")
@@ -376,18 +377,10 @@ def test_constant_labels_of_a_regression_have_no_r2(log: Log) -> None:
     assert found["mae"]["value"] == pytest.approx(np.abs(log.predictions["spent"] - constant).mean())
 
 
-def test_every_draw_is_of_as_many_users_as_there_are() -> None:
-    counts = np.concatenate(list(user_counts(50, 300, seed=1)), axis=1)
-    assert counts.shape == (50, 300)
-    np.testing.assert_array_equal(counts.sum(axis=0), 50)
-    assert counts.mean(axis=1) == pytest.approx(np.ones(50), abs=0.3)
-    assert counts.var() == pytest.approx(1 - 1 / 50, rel=0.05)
-
-
 def test_a_resampled_metric_is_that_of_the_redrawn_rows(log: Log) -> None:
     """A user drawn twice counts as two users: the AUC of the rows taken as often as their user was drawn."""
     sums = log.measure()
-    counts = next(user_counts(len(sums.tables["ranking"]), 3, seed=4))
+    counts = next(draw_users(len(sums.tables["ranking"]), 3, seed=4))
     found = sums_by_user(sums)["bought"].at(counts)
     drawn = dict(zip(sums.tables["ranking"]["user"].to_pylist(), counts, strict=True))
     for draw in range(3):
@@ -434,16 +427,8 @@ def test_the_same_seed_gives_the_same_intervals(log: Log) -> None:
     assert one["value"] == two["value"]
 
 
-def test_no_interval_when_a_metric_is_often_undefined() -> None:
-    mostly_undefined = np.where(np.arange(100) < 10, np.nan, 1.0)
-    assert with_interval(1.0, mostly_undefined, users=5) == {"value": 1.0, "low": None, "high": None}
-    rarely_undefined = np.where(np.arange(100) < 4, np.nan, 1.0)
-    assert with_interval(1.0, rarely_undefined, users=5) == {"value": 1.0, "low": 1.0, "high": 1.0}
-
-
 def test_flat_names_suit_mlflow(log: Log) -> None:
-    summary = summarise(log.measure(), resamples=20)
-    flat = flatten(summary)
+    summary, flat = summarise(log.measure(), resamples=20), flatten(typed.summarise(log.measure(), resamples=20))
     assert flat["bought.auc"] == summary["tasks"]["bought"]["auc"]["value"]
     assert flat["bought.auc.low"] == summary["tasks"]["bought"]["auc"]["low"]
     assert flat["score.ndcg_at_10"] == summary["score"]["ndcg_at_10"]["value"]
@@ -452,6 +437,6 @@ def test_flat_names_suit_mlflow(log: Log) -> None:
     assert all(set(name) <= set("abcdefghijklmnopqrstuvwxyz0123456789_.") for name in flat)
     assert all(type(number) is float for number in flat.values())
     one_class = replace(log, labels=log.labels | {"bought": np.zeros(len(log.score))})
-    assert "bought.auc" not in flatten(summarise(one_class.measure(), resamples=5))
+    assert "bought.auc" not in flatten(typed.summarise(one_class.measure(), resamples=5))
     with pytest.raises(ValueError, match="at least 1"):
         summarise(log.measure(), resamples=0)

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 import numpy as np
 import pyarrow as pa
 import pytest
 
 from mmoe_rec.errors import UserError
+from mmoe_rec.evaluation.intervals import UNDEFINED
 from mmoe_rec.evaluation.summary import summarise
 from mmoe_rec.evaluation.sums import MeasuredTask, measure
 from mmoe_rec.evaluation.tradeoffs import (
     Lists,
     Sweep,
-    apart_from_first,
-    choose,
-    grid,
-    normalised,
-    told_of_sweep,
+    choose_weights,
+    compare_with_first,
+    find_front,
+    make_grid,
+    normalise,
 )
 
 TASKS = ["bought", "liked"]
@@ -35,10 +38,10 @@ def lists(seed: int = 0, users: int = 300) -> Lists:
 
 
 def test_values_are_the_ndcg_of_each_ranking_and_task() -> None:
-    rows, weights = lists(), grid(2, (0.3, 0.7))
+    rows, weights = lists(), make_grid(2, (0.3, 0.7))
     assert weights[0] == (0.3, 0.7)
     assert len(weights) == 21  # the deployed ones are on the grid
-    found = told_of_sweep(Sweep(TASKS, rows, weights), 100)
+    found = find_front(Sweep(TASKS, rows, weights), 100)
     predicted = {name: np.exp(rows.logs[:, task]) for task, name in enumerate(TASKS)}
     labels = {name: rows.labels[:, task] for task, name in enumerate(TASKS)}
     for number in (0, 4, 20):
@@ -46,42 +49,43 @@ def test_values_are_the_ndcg_of_each_ranking_and_task() -> None:
             measured = [MeasuredTask(name, "binary", float(name == task)) for name in TASKS]
             score = rows.logs @ np.array(weights[number])
             summary = summarise(measure(measured, rows.users, rows.requests, predicted, labels, score=score), 100)
-            expected = summary["score"]["ndcg_at_10"]
-            value = found[number]["values"][task]
-            assert value == pytest.approx(expected, rel=1e-9)
-        assert found[number]["weights"] == dict(zip(TASKS, weights[number], strict=True))
+            expected = summary.score.metrics["ndcg_at_10"]
+            value = found[number].values[task]
+            assert asdict(value) == pytest.approx(asdict(expected), rel=1e-9)
+        assert found[number].weights == dict(zip(TASKS, weights[number], strict=True))
 
 
 def test_the_front_is_what_no_other_ranking_beats() -> None:
-    found = told_of_sweep(Sweep(TASKS, lists(), grid(2, (0.5, 0.5))), 20)
-    points = [[each["values"][task]["value"] for task in TASKS] for each in found]
+    found = find_front(Sweep(TASKS, lists(), make_grid(2, (0.5, 0.5))), 20)
+    points = [[each.values[task].value for task in TASKS] for each in found]
     for each, mine in zip(found, points, strict=True):
         better = [its for its in points if its[0] >= mine[0] and its[1] >= mine[1] and its != mine]
-        assert (each["dominated_by"] is not None) == bool(better)
-        if each["dominated_by"] is not None:
-            assert points[each["dominated_by"]] in better
+        assert (each.dominated_by is not None) == bool(better)
+        if each.dominated_by is not None:
+            assert points[each.dominated_by] in better
     only = {name: max(range(len(points)), key=lambda number: points[number][place]) for place, name in enumerate(TASKS)}
-    assert found[only["bought"]]["weights"]["bought"] > 0.8
-    assert found[only["liked"]]["weights"]["liked"] > 0.8
+    assert found[only["bought"]].weights["bought"] > 0.8
+    assert found[only["liked"]].weights["liked"] > 0.8
 
 
 def test_the_goal_is_raised_while_others_lose_no_more_than_they_may() -> None:
-    sweep = Sweep(TASKS, lists(), grid(2, (0.5, 0.5)))
-    number = choose(sweep, "bought", {}, 200)
+    sweep = Sweep(TASKS, lists(), make_grid(2, (0.5, 0.5)))
+    number = choose_weights(sweep, "bought", {}, 200)
     assert sweep.weights[number][0] > 0.8
-    assert apart_from_first(sweep, number, 200)["liked"]["high"] < 0
-    number = choose(sweep, "bought", {"liked": 0.03}, 200)
+    assert compare_with_first(sweep, number, 200)["liked"].high < 0
+    number = choose_weights(sweep, "bought", {"liked": 0.03}, 200)
     assert 0.5 < sweep.weights[number][0] < 0.8
-    apart = apart_from_first(sweep, number, 200)
-    assert apart["liked"]["low"] >= -0.03
-    assert apart["bought"]["value"] > 0
-    assert choose(sweep, "bought", {"liked": 0.0}, 200) == 0, "none gains without a loss, so the deployed weights stay"
+    apart = compare_with_first(sweep, number, 200)
+    assert apart["liked"].low >= -0.03
+    assert apart["bought"].value > 0
+    # None gains without a loss, so the deployed weights stay.
+    assert choose_weights(sweep, "bought", {"liked": 0.0}, 200) == 0
 
 
 def test_weights_of_any_number_of_tasks_sum_to_1() -> None:
     for tasks in range(1, 8):
-        deployed = normalised([1.0, *[0.5] * (tasks - 1)])
-        weights = grid(tasks, deployed)
+        deployed = normalise([1.0, *[0.5] * (tasks - 1)])
+        weights = make_grid(tasks, deployed)
         assert weights[0] == deployed
         assert all(sum(each) == pytest.approx(1) and min(each) >= 0 for each in weights)
         assert len({tuple(np.round(each, 9)) for each in weights}) == len(weights) <= 70
@@ -89,24 +93,24 @@ def test_weights_of_any_number_of_tasks_sum_to_1() -> None:
             assert any(np.allclose(each, corner) for each in weights)
     for wrong in ([0.0, 0.0], [1.0, -0.5]):
         with pytest.raises(UserError, match="trade-offs need some above 0 and none below"):
-            normalised(wrong)
+            normalise(wrong)
 
 
 def test_many_users_are_redrawn_in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     rows, weights = lists(1, users=600), [(0.5, 0.5), (1.0, 0.0)]
-    alone = told_of_sweep(Sweep(TASKS, rows, weights), 400)
+    alone = find_front(Sweep(TASKS, rows, weights), 400)
     monkeypatch.setattr("mmoe_rec.evaluation.sums.MOST_UNITS", 128)
-    together = told_of_sweep(Sweep(TASKS, rows, weights), 400)
+    together = find_front(Sweep(TASKS, rows, weights), 400)
     for one, other in zip(alone, together, strict=True):
         for task in TASKS:
-            assert other["values"][task]["value"] == pytest.approx(one["values"][task]["value"], rel=1e-9)
-            widths = [each["values"][task]["high"] - each["values"][task]["low"] for each in (one, other)]
+            assert other.values[task].value == pytest.approx(one.values[task].value, rel=1e-9)
+            widths = [each.values[task].high - each.values[task].low for each in (one, other)]
             assert widths[1] == pytest.approx(widths[0], rel=0.3)
 
 
 def test_a_task_without_a_relevant_row_is_undefined() -> None:
     rows = lists(2, users=30)
     rows.labels[:, 1] = np.nan
-    found = told_of_sweep(Sweep(TASKS, rows, [(0.5, 0.5), (1.0, 0.0)]), 20)
-    assert found[0]["values"]["liked"] == {"value": None, "low": None, "high": None}
-    assert found[0]["values"]["bought"]["value"] is not None
+    found = find_front(Sweep(TASKS, rows, [(0.5, 0.5), (1.0, 0.0)]), 20)
+    assert found[0].values["liked"] == UNDEFINED
+    assert found[0].values["bought"].value is not None

@@ -10,7 +10,8 @@ from simulated_log import Log, simulate
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.comparison import Objective
 from mmoe_rec.evaluation.sums import ClosedSums, MeasuredTask, close_sums, measure
-from mmoe_rec.evaluation.trainings import apart_over_trainings, over_trainings, told_apart
+from mmoe_rec.evaluation.trainings import average_trainings, compare_trainings
+from mmoe_rec.report.trainings import describe_differences
 
 SPENT = MeasuredTask("spent", "regression")
 
@@ -24,23 +25,23 @@ def trained(labels: np.ndarray, shift: float) -> ClosedSums:
 
 def test_the_same_training_again_has_the_interval_of_users() -> None:
     labels = np.random.default_rng(0).normal(5, 1, size=800)
-    found = over_trainings([trained(labels, 0.0)] * 3, 2000)["spent"]["mae"]
-    assert found["mean"] == pytest.approx(labels.mean())
-    assert found["between_trainings"] == pytest.approx(0, abs=1e-12)
-    assert found["between_users"] == pytest.approx(labels.std(ddof=1) / np.sqrt(800), rel=0.05)
+    found = average_trainings([trained(labels, 0.0)] * 3, 2000)["spent"]["mae"]
+    assert found.mean == pytest.approx(labels.mean())
+    assert found.between_trainings == pytest.approx(0, abs=1e-12)
+    assert found.between_users == pytest.approx(labels.std(ddof=1) / np.sqrt(800), rel=0.05)
     low, high = ttest_1samp(labels, 0).confidence_interval()
-    assert found["low"] == pytest.approx(low, abs=0.06 * (high - low))
-    assert found["high"] == pytest.approx(high, abs=0.06 * (high - low))
+    assert found.low == pytest.approx(low, abs=0.06 * (high - low))
+    assert found.high == pytest.approx(high, abs=0.06 * (high - low))
 
 
 def test_trainings_that_differ_for_all_users_have_the_interval_of_seeds() -> None:
     labels = np.full(50, 5.0) + np.arange(50) * 1e-9
     shifts = np.random.default_rng(1).normal(0, 0.3, size=6)
-    found = over_trainings([trained(labels, each) for each in shifts], 100)["spent"]["mae"]
+    found = average_trainings([trained(labels, each) for each in shifts], 100)["spent"]["mae"]
     low, high = ttest_1samp(5 - shifts, 0).confidence_interval()
-    assert (found["low"], found["high"]) == pytest.approx((low, high), rel=1e-6)
-    assert found["between_trainings"] == pytest.approx(shifts.std(ddof=1), rel=1e-6)
-    assert found["values"] == pytest.approx(5 - shifts, rel=1e-6)
+    assert (found.low, found.high) == pytest.approx((low, high), rel=1e-6)
+    assert found.between_trainings == pytest.approx(shifts.std(ddof=1), rel=1e-6)
+    assert found.values == pytest.approx(5 - shifts, rel=1e-6)
 
 
 def test_the_interval_of_both_holds_the_truth_as_often_as_it_says() -> None:
@@ -50,8 +51,8 @@ def test_the_interval_of_both_holds_the_truth_as_often_as_it_says() -> None:
         random = np.random.default_rng(number)
         labels = random.normal(5, 1, size=120)
         sums = [trained(labels, shift) for shift in random.normal(0, 0.1, size=5)]
-        found = over_trainings(sums, 150)["spent"]["mae"]
-        covered += found["low"] <= 5 <= found["high"]
+        found = average_trainings(sums, 150)["spent"]["mae"]
+        covered += found.low <= 5 <= found.high
     assert 0.90 <= covered / 150 <= 0.99
 
 
@@ -60,23 +61,23 @@ def test_settings_that_differ_for_all_users_are_told_apart_as_by_welch() -> None
     random = np.random.default_rng(2)
     mine, its = random.normal(0.5, 0.3, size=6), random.normal(0, 0.1, size=4)
     sums = [[trained(labels, each) for each in shifts] for shifts in (mine, its)]
-    found = apart_over_trainings(sums[0], {"it": sums[1]}, resamples=100)["it"]["groups"]["spent"]["mae"]
+    found = compare_trainings(sums[0], {"it": sums[1]}, resamples=100)["it"].groups["spent"]["mae"]
     welch = ttest_ind(5 - mine, 5 - its, equal_var=False)
     low, high = welch.confidence_interval()
-    assert found["value"] == pytest.approx(its.mean() - mine.mean(), rel=1e-6)
-    assert (found["low"], found["high"]) == pytest.approx((low, high), rel=1e-6)
-    assert found["p"] == pytest.approx(welch.pvalue, rel=1e-6)
+    assert found.value == pytest.approx(its.mean() - mine.mean(), rel=1e-6)
+    assert (found.low, found.high) == pytest.approx((low, high), rel=1e-6)
+    assert found.p == pytest.approx(welch.pvalue, rel=1e-6)
 
 
 def test_what_users_have_in_common_cancels_between_settings() -> None:
     """Labels differ by 1 from user to user, and every model errs by them alike."""
     labels = np.random.default_rng(0).normal(5, 1, size=300)
     sums = [[trained(labels, shift + each) for each in (-0.001, 0.0, 0.001)] for shift in (0.0, 0.01)]
-    found = apart_over_trainings(sums[0], {"it": sums[1]}, resamples=200)["it"]["groups"]["spent"]["mae"]
-    assert found["value"] == pytest.approx(0.01, rel=1e-6)
-    assert found["low"] > 0.006
-    alone = over_trainings(sums[0], 200)["spent"]["mae"]
-    assert alone["high"] - alone["low"] > 0.1
+    found = compare_trainings(sums[0], {"it": sums[1]}, resamples=200)["it"].groups["spent"]["mae"]
+    assert found.value == pytest.approx(0.01, rel=1e-6)
+    assert found.low > 0.006
+    alone = average_trainings(sums[0], 200)["spent"]["mae"]
+    assert alone.high - alone.low > 0.1
 
 
 def test_equal_settings_are_told_apart_as_rarely_as_it_says() -> None:
@@ -85,8 +86,8 @@ def test_equal_settings_are_told_apart_as_rarely_as_it_says() -> None:
         random = np.random.default_rng(number)
         labels = random.normal(5, 1, size=60)
         sides = [[trained(labels, shift) for shift in random.normal(0, 0.1, size=4)] for _ in range(2)]
-        found = apart_over_trainings(sides[0], {"it": sides[1]}, resamples=60)["it"]["groups"]["spent"]["mae"]
-        apart += not found["low"] <= 0 <= found["high"]
+        found = compare_trainings(sides[0], {"it": sides[1]}, resamples=60)["it"].groups["spent"]["mae"]
+        apart += not found.low <= 0 <= found.high
     assert apart / 120 <= 0.11  # three standard errors above .05
     assert apart
 
@@ -95,7 +96,7 @@ def test_settings_that_were_measured_on_other_rows_are_refused() -> None:
     labels = np.random.default_rng(0).normal(5, 1, size=40)
     sums = [[trained(each, 0.0)] * 2 for each in (labels, labels + 1)]
     with pytest.raises(UserError, match="'these settings' and 'it' were not measured on the same rows"):
-        apart_over_trainings(sums[0], {"it": sums[1]}, resamples=20)
+        compare_trainings(sums[0], {"it": sums[1]}, resamples=20)
 
 
 def test_users_who_decide_nearly_alone_give_no_interval() -> None:
@@ -108,9 +109,9 @@ def test_users_who_decide_nearly_alone_give_no_interval() -> None:
         return close_sums(measure([SPENT], users, rows, {"spent": predicted}, {"spent": labels}, score=predicted))
 
     sides = [[model(shift + each) for each in (0.0, 0.1)] for shift in (0.2, 0.5)]
-    found = apart_over_trainings(sides[0], {"it": sides[1]}, resamples=50)["it"]["groups"]["spent"]["mae"]
-    assert found["value"] == pytest.approx(0.3 * np.abs(labels).mean(), rel=1e-6)
-    assert found["low"] is found["p"] is None
+    found = compare_trainings(sides[0], {"it": sides[1]}, resamples=50)["it"].groups["spent"]["mae"]
+    assert found.value == pytest.approx(0.3 * np.abs(labels).mean(), rel=1e-6)
+    assert found.low is found.p is None
 
 
 def test_what_decides_is_corrected_for_settings_alone() -> None:
@@ -118,12 +119,12 @@ def test_what_decides_is_corrected_for_settings_alone() -> None:
     labels = np.random.default_rng(0).normal(5, 1, size=60)
     sides = [[trained(labels, shift + each) for each in (-0.01, 0.0, 0.01)] for shift in (0.0, 0.1, 1e-12)]
     objective = Objective("mae", ("spent",), "lower")
-    found = apart_over_trainings(sides[0], {"far": sides[1], "same": sides[2]}, objective, resamples=50)
-    far, same = (found[name]["objective"] for name in ("far", "same"))
-    assert far["value"] == pytest.approx(0.1, rel=1e-6)
-    assert far["p_corrected"] == pytest.approx(min(1, 2 * far["p"]))
-    assert same["value"] == 0
-    told = list(told_apart(found))
+    found = compare_trainings(sides[0], {"far": sides[1], "same": sides[2]}, objective, resamples=50)
+    far, same = (found[name].objective for name in ("far", "same"))
+    assert far.value == pytest.approx(0.1, rel=1e-6)
+    assert far.p_corrected == pytest.approx(min(1, 2 * far.p))
+    assert same.value == 0
+    told = list(describe_differences(found))
     assert told[0].startswith("on average these settings are worse than 'far': mae of spent differs by +0.1000 (")
     assert told[1].startswith("no difference from 'same' is shown on average: mae of spent differs by 0 (")
 
@@ -131,7 +132,7 @@ def test_what_decides_is_corrected_for_settings_alone() -> None:
 def test_what_is_undefined_is_none() -> None:
     log: Log = simulate(seed=0)
     log.labels["liked"][:] = np.nan
-    found = over_trainings([close_sums(log.measure())] * 2, 20)
-    assert found["liked"]["auc"]["mean"] is found["liked"]["auc"]["low"] is None
-    assert found["liked"]["auc"]["values"] == [None, None]
-    assert found["bought"]["auc"]["low"] < found["bought"]["auc"]["mean"]
+    found = average_trainings([close_sums(log.measure())] * 2, 20)
+    assert found["liked"]["auc"].mean is found["liked"]["auc"].low is None
+    assert found["liked"]["auc"].values == (None, None)
+    assert found["bought"]["auc"].low < found["bought"]["auc"].mean

@@ -11,7 +11,7 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.inference import loaded
 from mmoe_rec.inference.loaded import LoadedRanker
 from mmoe_rec.jobs import score
-from mmoe_rec.jobs.scoring import parts
+from mmoe_rec.jobs import score_parts as parts
 from tests.inference.other_weights import other_weights
 from tests.inference.small_model import CONTEXT, ITEMS, USER, SmallModel
 

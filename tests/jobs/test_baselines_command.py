@@ -12,9 +12,8 @@ import pytest
 from sklearn.metrics import roc_auc_score
 
 from mmoe_rec.batches.encoded_rows import EncodedRows
-from mmoe_rec.jobs import evaluate
+from mmoe_rec.jobs import baselines, evaluate
 from mmoe_rec.jobs.commands.evaluation.baselines import main
-from mmoe_rec.jobs.judging import baselines
 from tests.inference.small_model import SmallModel
 from tests.log.small_logs import BASE, random_log
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import yaml
 
-from mmoe_rec.jobs.judging.overlap import overlap
+from mmoe_rec.jobs.slicing import overlap
 from tests.log.plain_tables import plain_settings
 
 

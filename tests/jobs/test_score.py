@@ -18,8 +18,8 @@ from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.jobs.commands.score import main
 from mmoe_rec.jobs.places import logs_for
 from mmoe_rec.jobs.score import microseconds
-from mmoe_rec.jobs.scoring.folder import RANKS, SCORES
-from mmoe_rec.jobs.scoring.ranks import RankJob, rank_partition
+from mmoe_rec.jobs.score_files import RANKS, SCORES
+from mmoe_rec.jobs.score_parts import RankJob, rank_partition
 from mmoe_rec.log.columns import UTC_MICROSECONDS
 from mmoe_rec.model.score import with_outcomes
 from mmoe_rec.preprocessing.exchange import Exchange, partition_of

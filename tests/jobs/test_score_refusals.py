@@ -13,7 +13,7 @@ import pytest
 from mmoe_rec.errors import UserError
 from mmoe_rec.jobs.commands.score import main
 from mmoe_rec.jobs.score import score_log
-from mmoe_rec.jobs.scoring.inputs import AsOf
+from mmoe_rec.jobs.score_files import AsOf
 from tests.inference.small_model import SmallModel
 from tests.jobs.scored import write_finely
 from tests.log.small_logs import at_times, random_log, times_of, with_requests

@@ -13,9 +13,9 @@ import pytest
 from mmoe_rec.errors import StoppedError
 from mmoe_rec.inference.writing import seal
 from mmoe_rec.jobs import score
+from mmoe_rec.jobs import score_parts as parts
 from mmoe_rec.jobs.commands.score import main
 from mmoe_rec.jobs.score import score_log
-from mmoe_rec.jobs.scoring import parts
 from mmoe_rec.preprocessing import engines
 from tests.inference.small_model import SmallModel
 from tests.jobs.scored import killed_run, write_finely

@@ -13,7 +13,7 @@ from mmoe_rec.evaluation.scoring import score_rows
 from mmoe_rec.evaluation.tradeoffs import lists_of
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.jobs.commands.evaluation.tune_weights import main
-from mmoe_rec.jobs.judging.tradeoffs import Choice, told
+from mmoe_rec.jobs.tune_weights import Choice, told
 from tests.inference.small_model import SmallModel
 
 

@@ -11,8 +11,8 @@ import pytest
 
 from mmoe_rec import locks
 from mmoe_rec.jobs import train as steps
+from mmoe_rec.jobs.after_training import Promotion
 from mmoe_rec.jobs.evaluate import evaluate_model
-from mmoe_rec.jobs.judging.after_training import Promotion
 from mmoe_rec.jobs.places import features_in_use
 from mmoe_rec.locks import lock_file, reading, writing
 from mmoe_rec.settings.load import load_settings

@@ -15,8 +15,8 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.scoring import NotFiniteError
 from mmoe_rec.inference.errors import OtherScoresError
 from mmoe_rec.inference.ranker import Ranker
+from mmoe_rec.jobs import promote
 from mmoe_rec.jobs.commands.evaluation.promote import main
-from mmoe_rec.jobs.judging import promote
 from mmoe_rec.tracking import registry
 from mmoe_rec.tracking.registry import fetch_model
 from pipelines import evaluate

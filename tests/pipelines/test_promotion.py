@@ -18,7 +18,7 @@ from mmoe_rec.batches.encoded_rows import EncodedRows
 from mmoe_rec.evaluation.scoring import score_rows
 from mmoe_rec.inference.artifact import write_manifest
 from mmoe_rec.inference.ranker import Ranker
-from mmoe_rec.jobs.judging import after_training as promotion
+from mmoe_rec.jobs import after_training as promotion
 from mmoe_rec.tracking import registry, runs
 from mmoe_rec.tracking.registry import fetch_model
 from tests.pipelines.short_trainings import World

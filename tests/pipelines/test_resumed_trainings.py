@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from mmoe_rec.inference.writing import seal
 from mmoe_rec.jobs import train as steps
-from mmoe_rec.jobs.judging.after_training import Promotion
+from mmoe_rec.jobs.after_training import Promotion
 from tests.pipelines.short_trainings import World, dying_after, refused
 
 RESUME = "--resume"

@@ -18,7 +18,7 @@ from sklearn.metrics import roc_auc_score
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.slices import MISSING
 from mmoe_rec.jobs.evaluate import evaluate_model, scored_rows
-from mmoe_rec.jobs.judging.log_columns import LogColumns
+from mmoe_rec.jobs.slicing import LogColumns
 from mmoe_rec.settings.load import load_settings
 from mmoe_rec.tracking.registry import find_model
 from pipelines import evaluate

@@ -30,8 +30,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments, settings = read_command(__doc__ or "", argv, _add_arguments)
     from pathlib import Path
 
+    from mmoe_rec.jobs.baselines import measure_baselines
     from mmoe_rec.jobs.evaluate import evaluate_model
-    from mmoe_rec.jobs.judging.baselines import measure_baselines
     from mmoe_rec.jobs.places import check_out, short_names
     from mmoe_rec.report.tables import show_results
 

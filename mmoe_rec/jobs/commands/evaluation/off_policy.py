@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parsed(__doc__ or "", argv, _add_arguments, config=False)
     from pathlib import Path
 
-    from mmoe_rec.jobs.judging.off_policy import PolicyQuestion, estimate_policy
+    from mmoe_rec.jobs.off_policy import PolicyQuestion, estimate_policy
     from mmoe_rec.report.tables import show_estimates
 
     asked = PolicyQuestion.of(arguments.tasks, arguments.columns, arguments.where)

@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError("give the version that is to be promoted with --challenger, or --rollback alone")
     from pathlib import Path
 
-    from mmoe_rec.jobs.judging.promote import PromotionRequest, promote_version, roll_back
+    from mmoe_rec.jobs.promote import PromotionRequest, promote_version, roll_back
     from mmoe_rec.report.tables import show_results
 
     name, uri = arguments.name or settings.registered_model, settings.tracking.address

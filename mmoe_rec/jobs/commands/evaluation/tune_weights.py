@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     margins = dict(_margin(word) for word in arguments.keep)
     from pathlib import Path
 
-    from mmoe_rec.jobs.judging.tradeoffs import tune_weights
+    from mmoe_rec.jobs.tune_weights import tune_weights
     from mmoe_rec.report.tables import show_choice
 
     out = Path(arguments.out or Path(settings.data.work) / "tradeoffs")

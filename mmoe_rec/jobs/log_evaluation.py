@@ -20,6 +20,7 @@ from mmoe_rec.tracking.registry import FoundModel, describe_version, get_version
 if TYPE_CHECKING:
     from mmoe_rec.evaluation.scoring import ScoredRows
 
+
 PROMOTION = "promotion"
 """Folder of a run's files, of what `promote` measures."""
 _OF_ROWS = ("log", "rows", "requests", "caution")

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from mmoe_rec.model.mmoe import RankingModel
     from mmoe_rec.model.score import Calibration
 
+
 _RESAMPLES = 200  # of the intervals of calibration, which only tell whether it is far off
 
 

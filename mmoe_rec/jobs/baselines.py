@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from mmoe_rec.evaluation.scoring import ScoredRows
     from mmoe_rec.jobs.evaluate import EvaluationResult
 
+
 TREES, POPULARITY = "gradient boosting", "popularity"
 ROWS_AT_A_TIME = 65_536
 MOST_ROWS = 2_000_000

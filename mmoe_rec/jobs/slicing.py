@@ -2,7 +2,12 @@
 
 Encoded rows hold what a model reads, and slices are thought of afterwards: so the log is read once more, and its rows
 are found by request and candidate.
-"""
+
+
+What the rows that a model is measured on have to do with those that it was trained on: who is new, who comes often,
+and whether it has seen the labels before.
+
+Whether a model has seen the labels that it is measured by."""
 
 from __future__ import annotations
 
@@ -14,24 +19,30 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pyarrow.types as pt
+import yaml
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.slices import MOST_VALUES, SliceBy
 from mmoe_rec.features.pipeline import FeaturePipeline
-from mmoe_rec.jobs.places import build_options, read_by
+from mmoe_rec.jobs.places import build_options, log_and_place, read_by
+from mmoe_rec.jobs.score_files import text_of
 from mmoe_rec.log.checks import BadFile, word_of
 from mmoe_rec.log.columns import column_uses
 from mmoe_rec.log.hashing import combine, hash_column
 from mmoe_rec.log.parts import Noticed
 from mmoe_rec.log.reader import Log
 from mmoe_rec.point_in_time.arrays import one_array
+from mmoe_rec.preprocessing.prepare import existing
 from mmoe_rec.progress import bar, say
 from mmoe_rec.settings.columns import Use
 from mmoe_rec.settings.sections import Settings
+from mmoe_rec.settings.split import Split
 
 if TYPE_CHECKING:
     from mmoe_rec.evaluation.scoring import ScoredRows
+
 
 OPTION = "slices"
 _ADVICE = "leave slices by columns of the log out (--evaluation.slices '[]')"
@@ -188,3 +199,160 @@ def _usual(by: SliceBy, values: pa.Array) -> SliceBy | None:
         return by
     is_number = pt.is_integer(values.type) or pt.is_floating(values.type)
     return SliceBy(f"bucket({by.column}, {BUCKETS})", by.column, BUCKETS) if is_number else None
+
+
+ACTIVITY = 10  # groups of users of equal size, by how many training rows they have
+
+
+@dataclass(frozen=True)
+class TrainingRows:
+    """How many training rows there are of each user and candidate: (U,) ids and (U,) int64 of either, None where the
+    log has no such ids; fingerprint: of the features that they are of."""
+
+    fingerprint: str
+    users: tuple[pa.Array, np.ndarray] | None
+    candidates: tuple[pa.Array, np.ndarray] | None
+
+    @staticmethod
+    def of(settings: Settings) -> TrainingRows | None:
+        """Those of the settings' log and split, where features were built of them."""
+        prepared = existing(*log_and_place(settings))
+        if prepared is None:
+            return None
+        columns, folder = settings.columns, prepared.split("train")
+        return TrainingRows(
+            prepared.manifest["fingerprint"],
+            _counts(folder, "user") if columns.has_user else None,
+            _counts(folder, "candidate") if columns.has_candidate else None,
+        )
+
+    def of_users_in_both(self, scored: ScoredRows) -> tuple[int, int]:
+        """How many users of N scored rows have training rows, and how many users there are."""
+        if self.users is None:
+            return 0, 0
+        users = pc.unique(scored.users)
+        return int((_seen(users, self.users) > 0).sum()), len(users)
+
+    def slices(self, scored: ScoredRows) -> dict[str, dict[str, np.ndarray]]:
+        """What rows are sliced by -> slice -> (n,) numbers of its rows among those that were scored."""
+        found = {}
+        for name, ids, known in (
+            ("user", scored.users, self.users),
+            ("candidate", scored.candidates, self.candidates),
+        ):
+            if ids is not None and known is not None:
+                found[name] = np.where(_seen(ids, known) > 0, "returning", "new")
+        if self.users is not None:
+            found["training rows of the user"] = _by_size(_seen(scored.users, self.users))
+        return {by: dict(_distinct(names)) for by, names in found.items()}
+
+
+def _counts(folder: Path, name: str) -> tuple[pa.Array, np.ndarray]:
+    """The distinct values of a column of encoded rows, and how often each comes."""
+    tables = []
+    for file in sorted(folder.glob("*.parquet")):
+        counted = pq.read_table(file, columns=[name])[name].combine_chunks().value_counts()
+        tables.append(pa.table({"id": counted.field("values"), "rows": counted.field("counts")}))
+    if not tables:
+        return pa.nulls(0), np.zeros(0, np.int64)
+    total = pa.concat_tables(tables).group_by("id").aggregate([("rows", "sum")]).combine_chunks()
+    return total["id"].combine_chunks(), total["rows_sum"].to_numpy()
+
+
+def _seen(ids: pa.Array, known: tuple[pa.Array, np.ndarray]) -> np.ndarray:
+    """(N,) int64, how many training rows there are of each of N ids."""
+    values, counts = known
+    if not len(values) or values.type != ids.type:
+        return np.zeros(len(ids), np.int64)
+    place = pc.fill_null(pc.index_in(ids, value_set=values), -1).to_numpy()
+    return np.where(place >= 0, counts[place], 0)
+
+
+def _by_size(rows: np.ndarray) -> np.ndarray:
+    """(N,) str: none, or a range of which about equally many rows are in each."""
+    some = np.unique(rows[rows > 0], return_counts=False)
+    edges = (
+        np.unique(np.quantile(rows[rows > 0], np.arange(1, ACTIVITY) / ACTIVITY, method="lower")) if len(some) else some
+    )
+    group = np.searchsorted(edges, rows, side="left")
+    names = np.full(len(rows), "none", object)
+    for number in np.unique(group[rows > 0]):
+        inside = (group == number) & (rows > 0)
+        low, high = int(rows[inside].min()), int(rows[inside].max())
+        names[inside] = f"{low:,}" if low == high else f"{low:,} to {high:,}"
+    return names.astype(str)
+
+
+def _distinct(slices: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+    """Each value with the places of its rows, in the order in which they are best read: numbers by size."""
+    values, place = np.unique(slices, return_inverse=True)
+
+    def size(number: int) -> tuple[int, str]:
+        first = str(values[number]).split(" ")[0].replace(",", "")
+        return (int(first) if first.isdigit() else -1, str(values[number]))
+
+    for number in sorted(range(len(values)), key=size):
+        yield str(values[number]), np.flatnonzero(place == number)
+
+
+def overlap(settings: Settings, artifact: Path) -> list[str]:
+    """What the training of a model made of requests of the settings' test rows, if anything, to be read after its name.
+
+    artifact: its folder, whose settings say what it was trained on.
+    """
+    try:
+        tree = yaml.safe_load((artifact / "settings.yaml").read_text(encoding="utf-8"))
+        split = Split.model_validate(tree["split"])
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+        return ["does not say on which rows it was trained, so it may have seen labels that it is measured by"]
+    begin = settings.split.validation_end
+    if settings.split.column != split.column:
+        ways = ["times" if each is None else f"column '{each}'" for each in (split.column, settings.split.column)]
+        return [
+            f"was trained on rows that {ways[0]} split, and those that it is measured on {ways[1]}: it may have seen "
+            "labels that it is measured by"
+        ]
+    if settings.split.column is not None:
+        return list(_by_column(settings.split, split))
+    if begin is None or split.train_end is None or split.validation_end is None:
+        return []
+    found = []
+    for end, what in ((split.train_end, "trained"), (split.validation_end, "chosen and calibrated")):
+        if end > begin:
+            found.append(
+                f"was {what} on requests before {end:%Y-%m-%d %H:%M}, and the rows that it is measured on "
+                f"begin at {begin:%Y-%m-%d %H:%M} UTC: it has seen labels that it is measured by"
+            )
+    return found[:1]
+
+
+def users_in_both(settings: Settings, artifact: Path, scored: ScoredRows, training: TrainingRows | None) -> list[str]:
+    """What is to be said, after a model's name, of users that a column splits into training and test rows alike. Times
+    do so too, and by right: what is asked then is how the same users go on.
+
+    training: rows of the settings' split, which only a model of the same features was trained on.
+    """
+    from mmoe_rec.inference.artifact import read_artifact
+
+    if training is None or settings.split.column is None:
+        return []
+    if read_artifact(artifact, verify=False).fingerprint != training.fingerprint:
+        return []
+    both, users = training.of_users_in_both(scored)
+    if not both:
+        return []
+    return [
+        f"was trained on rows of {both:,} of the {users:,} users that it is measured on, as column "
+        f"'{settings.split.column}' splits rows of the same users: it tells nothing of how users that it has not seen "
+        "are predicted; give all rows of a user one split"
+    ]
+
+
+def _by_column(now: Split, its: Split) -> Iterator[str]:
+    for values, what in ((its.train, "trained"), (its.validation, "chosen and calibrated")):
+        known = {text_of(each) for each in values}
+        if both := [each for each in now.test if text_of(each) in known]:
+            yield (
+                f"was {what} on rows with {', '.join(map(repr, both))} in column '{now.column}', which are those that "
+                "it is measured on: it has seen labels that it is measured by"
+            )

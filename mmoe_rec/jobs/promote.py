@@ -19,7 +19,7 @@ from mmoe_rec.evaluation.comparison import BETTER
 from mmoe_rec.evaluation.results import Results
 from mmoe_rec.evaluation.scoring import NotFiniteError
 from mmoe_rec.jobs.evaluate import evaluate_found
-from mmoe_rec.jobs.judging.logged import PROMOTION
+from mmoe_rec.jobs.log_evaluation import PROMOTION
 from mmoe_rec.report.findings import find_all
 from mmoe_rec.report.sentences import describe_verdict
 from mmoe_rec.settings.sections import Settings
@@ -38,6 +38,7 @@ from mmoe_rec.tracking.registry import (
 
 if TYPE_CHECKING:
     from mmoe_rec.inference.loaded import LoadedRanker
+
 
 _CALLS, _ROUNDS, _CANDIDATES = 5, 20, 200  # of an example; the fastest round counts
 

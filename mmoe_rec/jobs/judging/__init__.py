@@ -1,1 +1,0 @@
-"""Models on the same rows: what is written and said of them, and which one is better."""

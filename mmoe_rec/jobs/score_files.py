@@ -1,0 +1,389 @@
+"""What a scoring reads of a log: the columns of the model's features, and labels only where these are remembered.
+
+Where scores go: a folder that appears whole, and a hidden one beside it in which a run that was cut short goes on.
+
+<output>/_manifest.json            what was scored by which model; the folder is whole if it is there
+<output>/part-00000.parquet       the scored rows, in the input's order
+.<output>.scoring/                of a run that has not ended: its fingerprint, and what it has done so far
+
+
+Which of the scored rows the model has learnt from: metrics of these flatter it.
+
+Rows of a part of the log with what counters and histories knew before each of their requests."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import reduce
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import pyarrow.types as pt
+
+from mmoe_rec.atomic import atomic_file, put_folder
+from mmoe_rec.errors import UserError
+from mmoe_rec.features.encoder import Results
+from mmoe_rec.features.pipeline import FeaturePipeline
+from mmoe_rec.inference.ranking import ROW, key_columns, prediction_columns
+from mmoe_rec.log.files import find_files, is_remote, local_path
+from mmoe_rec.log.local_files import would_find
+from mmoe_rec.log.parts import LogPart
+from mmoe_rec.log.reader import LogReader
+from mmoe_rec.log.rows import LogRows
+from mmoe_rec.log.values import columns_of
+from mmoe_rec.log.zones import zone_rules
+from mmoe_rec.point_in_time.join import Window, in_window
+from mmoe_rec.preprocessing.logs import BuildOptions, Logs
+from mmoe_rec.preprocessing.requests import OneTimeReader
+from mmoe_rec.preprocessing.results import ResultReader, take
+from mmoe_rec.progress import say
+from mmoe_rec.settings.columns import Scalar
+from mmoe_rec.settings.schema import Remembering, Schema
+from mmoe_rec.settings.split import Split
+
+ADDED = ("score", "rank", "model", "model_version")
+AsOf = Literal["log", "tables"]
+"""Where counters and histories come from: the log, as of each request, or what the model itself remembers."""
+
+
+def logs_to_score(
+    source: str,
+    pipeline: FeaturePipeline,
+    schema: Schema,
+    options: BuildOptions,
+    as_of: AsOf,
+    lacking: Collection[str] = (),
+    labels: bool = False,
+    split_column: str | None = None,
+) -> Logs:
+    """The log to score with the logs of events that its features remember, in the types of the fitted features.
+
+    pipeline: the model's features; schema: theirs, with the paths of the logs of events; lacking: columns that the
+    model completes, as `attributes_lacking` gives them; labels: whether those of all tasks are read; split_column:
+    one to be read besides. Raises UserError for a log that is not there, has no rows, or lacks another column, the
+    columns of labels among them.
+    """
+    find_files(source, "--input")  # in words of this command
+    read = read_schema(schema, as_of, lacking, labels)
+    if as_of == "log":
+        _check_labels(source, read)
+    # Requests that are yet to come may be scored by what is known now.
+    future_times = "keep" if as_of == "tables" else options.future_times
+    options = replace(options, skip_bad_files=False, future_times=future_times)
+    kinds = pipeline.key_types
+    # The time column of events may be named like a key of the log.
+    of_log = {name: each for name, each in kinds.items() if name != split_column}  # no feature reads that one
+    types = [of_log, *({name: kinds[name] for name in kinds if name != each.time} for each in read.events.values())]
+    return Logs(source, read, options, types, None if split_column is None else {split_column: "any"})
+
+
+def label_column(task: str) -> str:
+    """The column that holds a task's labels, or an outcome's, where they are written."""
+    return f"label_{task}"
+
+
+def check_names(pipeline: FeaturePipeline) -> None:
+    """Raises UserError where a key of the log is called like a column that scoring adds."""
+    added = ADDED if pipeline.schema.columns.has_candidate else (*ADDED, ROW)
+    for name in key_columns(pipeline.schema):
+        predicted = prediction_columns(pipeline.layout)
+        if name in {*predicted, *(label_column(each.removeprefix("predicted_")) for each in predicted), *added}:
+            raise UserError(f"column '{name}' of the log has the name of a column that scoring writes; rename it")
+
+
+def attributes_lacking(source: str, schema: Schema) -> list[str]:
+    """Attributes of users and candidates that no file of a log has a column for: the model, as in the server, completes
+    them by what it last knew of each."""
+    columns = schema.columns
+    known = {"user": columns.has_user, "candidate": columns.has_candidate}
+    left = [name for name, role in schema.input_columns().items() if known.get(role) and name not in columns.names]
+    for file in find_files(source, "--input"):
+        if not left:
+            break
+        there = columns_of(file.address)
+        left = [name for name in left if name not in there]
+    return left
+
+
+def columns_of_all(source: str) -> set[str]:
+    """Those that all files of a log have."""
+    return reduce(set.intersection, (columns_of(file.address) for file in find_files(source, "--input")))
+
+
+def read_schema(schema: Schema, as_of: AsOf, lacking: Collection[str] = (), labels: bool = False) -> Schema:
+    """The part of a model's schema that scoring reads: neither placement, which is absent in serving, nor what rows
+    count or are split to, nor what the log lacks, and only those labels and events that counters and histories
+    remember, unless all `labels` are asked for."""
+    scored = [name for name in schema.features if schema.role_of(name) != "placement"]
+    kept = {*scored, *(schema.features[name].shares for name in scored)}
+    features = {
+        name: feature
+        for name, feature in schema.features.items()
+        if name in kept and not feature.reads().keys() & set(lacking)
+    }
+    tasks: set[str | None] = set()
+    if as_of == "log":
+        tasks = {each.task for each in features.values() if isinstance(each, Remembering)}
+        tasks |= {task.given for name, task in schema.tasks.items() if name in tasks}
+    if labels:
+        tasks = set(schema.tasks)
+    return schema.model_copy(
+        update={
+            "features": features,
+            "tasks": {name: task for name, task in schema.tasks.items() if name in tasks},
+            "events": schema.events if as_of == "log" else {},
+            "columns": schema.columns.model_copy(
+                update={"sampling_rate": None, "weight": schema.columns.weight if labels else None}
+            ),
+            "split": None,
+        }
+    )
+
+
+def _check_labels(source: str, schema: Schema) -> None:
+    """Raises UserError where the first file of a log has no labels to count."""
+    first = find_files(source)[0].address
+    there = columns_of(first)
+    for column, feature in _labels(schema):
+        if column not in there:
+            raise UserError(
+                f"'{first}' has no column '{column}', a label by which feature '{feature}' knows what happened before: "
+                "give a log that has it (null in rows of which nothing is known yet), or score with --as-of tables, by "
+                "what the model itself remembers"
+            )
+
+
+def _labels(schema: Schema) -> Iterator[tuple[str, str]]:
+    """Columns of labels, each with a feature that remembers it."""
+    for name, feature in schema.features.items():
+        if isinstance(feature, Remembering) and feature.task is not None:
+            task = schema.tasks[feature.task]
+            for each in (task, *([schema.tasks[task.given]] if task.given else [])):
+                yield each.label, name
+                if each.observed_when is not None:
+                    yield each.observed_when.column, name
+
+
+FORMAT = 1
+SCORES, RANKS = "scores", "ranks"  # channels on which rows are sent to be ranked, and sent back
+
+
+def finished_name(number: int) -> str:
+    """The name of the file of a part of the log."""
+    return f"part-{number:05d}.parquet"
+
+
+def scored_file(scored: Path, number: int) -> Path:
+    """The file of a part's rows before they are ranked: their keys, predictions and scores."""
+    return scored / f"part-{number:05d}.arrow"
+
+
+@dataclass(frozen=True)
+class Output:
+    """An output folder and the working folder beside it."""
+
+    folder: Path
+
+    @property
+    def work(self) -> Path:
+        """What a run that has not ended has done so far."""
+        target = Path(os.path.realpath(self.folder))
+        return target.with_name(f".{target.name}.scoring")
+
+    @property
+    def known(self) -> Path:
+        """What counters and histories knew, and the times of requests."""
+        return self.work / "known"
+
+    @property
+    def scored(self) -> Path:
+        """Parts of the log that were scored and are not yet ranked."""
+        return self.work / "scored"
+
+    @property
+    def finished(self) -> Path:
+        """What becomes the output."""
+        return self.work / "finished"
+
+    def check(self, source: str) -> None:
+        """Raises UserError where the output would be read as input, or the folder holds something else than scores."""
+        address = str(self.folder)
+        planted = [each / finished_name(0) for each in (self.folder, self.finished)]
+        if not is_remote(source) and would_find(local_path(source), planted):
+            raise UserError(f"--input '{source}' takes in the files of --output '{address}'; give a folder outside it")
+        if self.folder.exists() and not self.folder.is_dir():
+            raise UserError(f"--output '{address}' is a file; give a new or empty folder")
+        if self.folder.is_dir():
+            found = sorted(each.name for each in self.folder.iterdir())
+            manifest = self.manifest
+            others = [name for name in found if manifest is None or name not in {"_manifest.json", *manifest["parts"]}]
+            if others:
+                raise UserError(
+                    f"--output '{address}' holds something else than scores, such as '{others[0]}'; give a new or "
+                    "empty folder, or one with scores that may be replaced"
+                )
+
+    @property
+    def manifest(self) -> dict[str, Any] | None:
+        """What the manifest of a whole folder says, None where there are no scores."""
+        try:
+            found = json.loads((self.folder / "_manifest.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        is_ours = isinstance(found, dict) and found.get("format") == FORMAT and isinstance(found.get("parts"), dict)
+        return found if is_ours and "fingerprint" in found else None
+
+    def is_whole(self, manifest: Mapping[str, Any]) -> bool:
+        """Whether the files of a manifest are there, with as many rows as it says."""
+        try:
+            return all(pq.read_metadata(self.folder / name).num_rows == n for name, n in manifest["parts"].items())
+        except (OSError, pa.ArrowException):
+            return False
+
+    def begin(self, fingerprint: str) -> None:
+        """Makes the working folder, or takes that of a run of the same fingerprint; another one's is removed."""
+        begun = self.work / "begun.json"
+        if self.work.exists():
+            try:
+                same = json.loads(begun.read_text(encoding="utf-8")) == fingerprint
+            except (OSError, ValueError):
+                same = False
+            if not same:
+                say(
+                    f"a run for '{self.folder}' that has not ended was of another input, model or settings, so scoring "
+                    "starts anew"
+                )
+                self.forget()
+        for each in (self.scored, self.finished):
+            each.mkdir(parents=True, exist_ok=True)
+        if not begun.is_file():
+            with atomic_file(begun) as path:
+                path.write_text(json.dumps(fingerprint), encoding="utf-8")
+
+    def end(self, manifest: dict[str, Any]) -> None:
+        """Puts the finished files and their manifest in the output's place."""
+        with atomic_file(self.finished / "_manifest.json") as path:
+            path.write_text(json.dumps({"format": FORMAT, **manifest}, indent=1), encoding="utf-8")
+        put_folder(self.finished, Path(os.path.realpath(self.folder)))
+        self.forget()
+
+    def forget(self) -> None:
+        """Removes the working folder."""
+        shutil.rmtree(self.work, ignore_errors=True)
+
+
+def learnt_from(files: Iterable[str]) -> list[str]:
+    """What is to be said, after a model's name, of rows that it has learnt from, where `score` wrote them to files."""
+    folders = {Path(local_path(each)).parent for each in files if not is_remote(each)}
+    told = [(Output(each).manifest or {}).get("learnt") for each in sorted(folders)]
+    return [each for each in told if each is not None]
+
+
+def fingerprint_of(logs: Logs, *settings: object) -> str:
+    """Changes with the files of the logs, when one is written again, with how they are read, and with the settings."""
+    files = [[(file.address, file.bytes, file.version, file.in_path) for file in each.files] for each in logs.all]
+    options = [logs.options.duplicates, logs.options.several_times, logs.options.rows_in_memory]
+    text = json.dumps([FORMAT, zone_rules(logs.schema), files, logs.schema.identity(), options, settings], default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def text_of(value: Scalar) -> str:
+    """A value of a column of splits, so that numbers equal the same as text."""
+    return value if isinstance(value, str) else str(int(value))
+
+
+@dataclass(frozen=True)
+class Learnt:
+    """How rows are told that a model was trained, or its best state chosen, on.
+
+    split: that it was trained with; lacks_column: whether the rows lack the column that splits them.
+    """
+
+    split: Split
+    lacks_column: bool
+
+    @staticmethod
+    def of(split: Split, there: Collection[str]) -> Learnt:
+        """Of rows that have these columns."""
+        return Learnt(split, split.column is not None and split.column not in there)
+
+    @property
+    def column(self) -> str | None:
+        """The column that has to be read, None where none is needed or it is not there."""
+        return None if self.lacks_column else self.split.column
+
+    @property
+    def values(self) -> list[str]:
+        """Those of the column, as text, by which rows were trained on or chose the best state."""
+        return [text_of(each) for each in (*self.split.train, *self.split.validation)]
+
+    def count(self, rows: LogRows) -> int:
+        """How many rows it has learnt from, as far as that can be told."""
+        if self.lacks_column:
+            return 0
+        if self.column is None:
+            windows = self.split.windows()
+            return int(in_window(rows.times(), (windows["train"][0], windows["validation"][1])).sum())
+        # As text: a column may hold numbers in one log, and the same as strings in another.
+        values = rows.coded(self.column)
+        values = (values.cast(pa.int8()) if pt.is_boolean(values.type) else values).cast(pa.string())
+        return int(np.sum(pc.is_in(values, value_set=pa.array(self.values)).to_numpy(zero_copy_only=False)))
+
+    def told(self, learnt: int, rows: int) -> str | None:
+        """What is to be said of them, after the model's name; None where there are none.
+
+        learnt: how many of that many rows it has learnt from.
+        """
+        if self.lacks_column:
+            return (
+                f"was trained on some of the rows that column '{self.split.column}' splits, which the input lacks: "
+                "metrics of such rows flatter it, and it can't be told whether there are any"
+            )
+        if not learnt:
+            return None
+        if self.column is not None:
+            return (
+                f"was trained, or its best state chosen, on rows with {', '.join(self.values)} in column "
+                f"'{self.column}', as {learnt:,} of the {rows:,} rows are that were scored: metrics of them flatter "
+                "it; score a file without them"
+            )
+        start, end = self.split.train_start, self.split.validation_end
+        assert end is not None, "times split the rows"
+        period = f"before {end.isoformat()}" if start is None else f"from {start.isoformat()} to {end.isoformat()}"
+        return (
+            f"was trained, or its best state chosen, on requests {period}, when {learnt:,} of the {rows:,} rows were "
+            f"requested that were scored: metrics of them flatter it; score with --start {end.isoformat()}"
+        )
+
+
+ROWS_AT_A_TIME = 16_384
+
+
+def known_rows(
+    reader: LogReader | OneTimeReader, results: ResultReader | None, window: Window, part: LogPart
+) -> Iterator[tuple[np.ndarray, LogRows]]:
+    """The rows of a part that lie in the window, some at a time, with their numbers in the log, (N,) int64.
+
+    results: what `Steps` looked up for the window, None where rows come without.
+    """
+    first = part.start
+    for rows in reader.read(part):
+        wanted = in_window(rows.times(), window)
+        numbers, first = first + np.flatnonzero(wanted), first + len(rows)
+        if not len(numbers):
+            continue
+        known: Results = {} if results is None else results.of(first - len(rows), wanted)
+        inside = rows.filter(wanted).table
+        for start in range(0, len(numbers), ROWS_AT_A_TIME):
+            some = np.arange(start, min(start + ROWS_AT_A_TIME, len(numbers)))
+            table = inside.slice(start, len(some))
+            yield numbers[some], LogRows(table, rows.schema, take(known, some) if known else None)

@@ -1,1 +1,0 @@
-"""Scores the rows of a log, part by part."""

@@ -1,0 +1,94 @@
+"""Intervals of the bootstrap, and how many equal users say as much, by their influence and by their sizes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from mmoe_rec.evaluation.intervals import (
+    Interval,
+    Resampled,
+    Values,
+    correct_by_holm,
+    draw_users,
+    effective_sample_size,
+    find_interval,
+    resample,
+)
+
+KEY = ("it", "mean")
+
+
+def resampled_mean(values: np.ndarray, resamples: int, seed: int) -> Resampled:
+    def at(counts: np.ndarray) -> Values:
+        return {KEY: values @ counts / len(values)}
+
+    return resample({"it": at}, len(values), resamples, seed)["it"][KEY]
+
+
+@pytest.mark.parametrize(
+    ("scale", "least", "most"),
+    [
+        (np.ones(12), 7, 12),
+        (np.ones(300), 200, 300),
+        (np.r_[np.full(1, 100.0), np.ones(200)], 1.0, 1.5),
+        (np.r_[np.full(2, 100.0), np.ones(200)], 1.2, 3.0),
+        (np.r_[np.full(6, 100.0), np.ones(200)], 3.0, 10.0),
+    ],
+)
+def test_users_that_move_a_mean_most_count_alone(scale: np.ndarray, least: float, most: float) -> None:
+    """The median over draws of users who deviate by these scales. Influence on a mean is deviation / users."""
+    found = []
+    for seed in range(9):
+        values = scale * np.random.default_rng(seed).normal(size=len(scale))
+        resampled = resampled_mean(values, 1000, seed)
+        expected = (values - values.mean()) / len(scale)
+        np.testing.assert_allclose(resampled.influence, expected, atol=5 * expected.std() * np.sqrt(len(scale) / 1000))
+        found.append(resampled.effective_users)
+    assert least <= np.median(found) <= most
+
+
+def test_what_never_varies_rests_on_all() -> None:
+    assert resampled_mean(np.full(10, 2.0), 50, 0).effective_users == 10
+
+
+def test_users_of_unequal_size() -> None:
+    assert effective_sample_size(np.ones(7)) == 7
+    assert effective_sample_size(np.r_[np.full(2, 1e6), np.ones(50)]) == pytest.approx(2, rel=1e-3)
+    assert effective_sample_size(np.zeros(3)) == 1
+
+
+@pytest.mark.parametrize("users", [3, 5, 12])
+def test_intervals_of_few_users_hold_the_truth_as_often_as_they_say(users: int) -> None:
+    """Of 400, each of users of normal values, whose mean is 0."""
+    held = 0
+    for seed in range(400):
+        values = np.random.default_rng(seed).normal(size=users)
+        redrawn = np.concatenate([values @ counts / users for counts in draw_users(users, 200, seed)])
+        interval = find_interval(float(values.mean()), redrawn, users)
+        assert interval.low is not None
+        assert interval.high is not None
+        held += interval.low <= 0 <= interval.high
+    # 95% are 380; fewer than 366 come by chance less than once in a hundred times.
+    assert held >= 366
+
+
+def test_every_draw_is_of_as_many_users_as_there_are() -> None:
+    counts = np.concatenate(list(draw_users(50, 300, seed=1)), axis=1)
+    assert counts.shape == (50, 300)
+    np.testing.assert_array_equal(counts.sum(axis=0), 50)
+    assert counts.mean(axis=1) == pytest.approx(np.ones(50), abs=0.3)
+    assert counts.var() == pytest.approx(1 - 1 / 50, rel=0.05)
+
+
+def test_no_interval_when_a_metric_is_often_undefined() -> None:
+    mostly_undefined = np.where(np.arange(100) < 10, np.nan, 1.0)
+    assert find_interval(1.0, mostly_undefined, users=5) == Interval(1.0)
+    rarely_undefined = np.where(np.arange(100) < 4, np.nan, 1.0)
+    assert find_interval(1.0, rarely_undefined, users=5) == Interval(1.0, 1.0, 1.0)
+
+
+def test_holm_by_hand() -> None:
+    assert correct_by_holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert correct_by_holm([0.5, 0.9]) == [1.0, 1.0]
+    assert correct_by_holm([]) == []
