@@ -27,6 +27,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,7 @@ def train(work: Path, pair: str, structure: str, seeds: int) -> None:
     settings = settings_of(work, pair, structure)
     Path(settings.data.work).mkdir(parents=True, exist_ok=True)
     found = train_seeds(settings, seeds, resume=True)
-    print(json.dumps(found.summary[pair]["auc"]))
+    print(json.dumps(asdict(found.summary[pair]["auc"])))
 
 
 def differences(work: Path, pair: str, seeds: int) -> Iterator[str]:
@@ -102,7 +103,7 @@ def differences(work: Path, pair: str, seeds: int) -> Iterator[str]:
     against = [settings_of(work, pair, each).data.work for each in others]
     found = train_seeds(settings_of(work, pair, "mmoe"), seeds, resume=True, against=against)
     for name, each in found.against.items():
-        apart = each["groups"][pair]["auc"]
+        apart = asdict(each.groups[pair]["auc"])
         told = "no interval"
         if apart["low"] is not None:
             told = f"{apart['low']:+.5f} to {apart['high']:+.5f}; p {apart['p_corrected']:.2g}, corrected"
@@ -114,8 +115,8 @@ def trees(work: Path, pair: str) -> dict[str, float]:
     from mmoe_rec.jobs.baselines import TREES, measure_baselines
 
     results = measure_baselines(settings_of(work, pair, "mmoe"), work / pair / "baselines")
-    area = results.models[TREES].summary["tasks"][pair]["auc"]
-    return {"mean": area["value"], "low": area["low"], "high": area["high"]}
+    area = results.models[TREES].summary.tasks[pair].get("auc")
+    return {"mean": area.value, "low": area.low, "high": area.high}
 
 
 def peer(work: Path, pair: str, name: str, python: str, seeds: int, epochs: int) -> dict[str, Any]:

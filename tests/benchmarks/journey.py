@@ -21,12 +21,13 @@ import argparse
 import json
 import tempfile
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-from mmoe_rec.jobs.judging.results import Measured, Results
 
+from mmoe_rec.evaluation.results import MeasuredModel, Results
 from mmoe_rec.jobs.evaluate import evaluate_model
 from mmoe_rec.jobs.places import features_in_use
 from mmoe_rec.jobs.train import train_model
@@ -64,15 +65,15 @@ def predicted(work: Path, settings: Settings, epochs: int) -> dict[str, np.ndarr
     return found
 
 
-def measured(settings: Settings, scored: ScoredRows) -> Measured:
+def measured(settings: Settings, scored: ScoredRows) -> MeasuredModel:
     """A peer's metrics, without slices and trade-offs."""
     from mmoe_rec.evaluation.summary import summarise
 
     sums = scored.measure()
-    return Measured(sums, summarise(sums, settings.evaluation.resamples), "")
+    return MeasuredModel(sums, summarise(sums, settings.evaluation.resamples), "")
 
 
-def parts(settings: Settings, models: Mapping[str, Measured]) -> dict[str, dict[str, dict[str, float]]]:
+def parts(settings: Settings, models: Mapping[str, MeasuredModel]) -> dict[str, dict[str, dict[str, float]]]:
     """Task -> what is compared -> difference of AUC, `value`, `low` and `high`."""
 
     def apart(one: str, other: str) -> Results:
@@ -87,9 +88,9 @@ def parts(settings: Settings, models: Mapping[str, Measured]) -> dict[str, dict[
             (f"model, beside {peer}", apart(OURS, with_features)),
         ):
             assert results.comparison is not None
-            (against,) = results.comparison["against"].values()
+            (against,) = results.comparison.against.values()
             for task in settings.tasks:
-                each: dict[str, Any] = against["groups"][task]["auc"]
+                each = asdict(against.groups[task]["auc"])
                 found[task][name] = {end: round(each[end], 5) for end in ("value", "low", "high")}
     return found
 
@@ -119,10 +120,14 @@ def main() -> None:
     results = Results(
         models, tuple(settings.tasks), settings.evaluation, "Features and models on Complete Journey", facts
     )
-    results.write(work / "report")
     from rich.console import Console
 
-    for part in results.told():
+    from mmoe_rec.report.documents import write_results
+    from mmoe_rec.report.tables import show_results
+
+    write_results(results, work / "report")
+
+    for part in show_results(results):
         Console(width=160).print(part)
     print(f"report: {work / 'report' / 'report.html'}")
     print(json.dumps(compared))

@@ -43,7 +43,7 @@ def scored(*arguments: Any, **options: Any) -> tuple[pd.DataFrame, ScoredLog]:
 _KILLED = """
 import os, signal, sys
 from mmoe_rec.jobs import score
-from mmoe_rec.jobs.scoring import folder, parts, ranks
+from mmoe_rec.jobs import score_files, score_parts
 from tests.jobs.scored import cut_finely
 if __name__ == "__main__":
     model, log, output, place, calls = sys.argv[1:]
@@ -51,10 +51,10 @@ if __name__ == "__main__":
     module, name = {
         "look_up": (score.Steps, "look_up"),
         "keep": (score.Steps, "keep"),
-        "score": (parts, "_scored"),
-        "send": (parts._Sender, "flush"),
-        "finish": (ranks, "_groups"),
-        "put": (folder, "put_folder"),
+        "score": (score_parts, "_scored"),
+        "send": (score_parts._Sender, "flush"),
+        "finish": (score_parts, "_groups"),
+        "put": (score_files, "put_folder"),
     }[place]
     left, before = int(calls), getattr(module, name)
     def killed(*arguments, **options):

@@ -10,10 +10,10 @@ import pytest
 
 from mmoe_rec.batches.encoded_rows import EncodedRows
 from mmoe_rec.evaluation.scoring import score_rows
-from mmoe_rec.evaluation.tradeoffs import lists_of
+from mmoe_rec.evaluation.tradeoffs import WeightsChoice, lists_of
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.jobs.commands.evaluation.tune_weights import main
-from mmoe_rec.jobs.tune_weights import Choice, told
+from mmoe_rec.report.tables import show_choice
 from tests.inference.small_model import SmallModel
 
 
@@ -51,8 +51,10 @@ def test_the_choice_is_told_on_test_rows(model: SmallModel, capsys: pytest.Captu
     assert "the model's" in printed
     if found["before"] != found["weights"]:
         assert f"tasks.click.score_weight: {found['weights']['click']:.4g}" in printed
-    same = Choice("click", {"liked": 0.0}, found["before"], found["before"], found["apart"], [])
-    assert told(same) == ["no weights serve click better without a loss of liked by 0 or more: keep those of the model"]
+    same = WeightsChoice("click", {"liked": 0.0}, found["before"], found["before"], {}, [])
+    assert list(show_choice(same))[1:] == [
+        "no weights serve click better without a loss of liked by 0 or more: keep those of the model"
+    ]
 
 
 def test_what_is_asked_for_wrongly_is_told(model: SmallModel, capsys: pytest.CaptureFixture) -> None:

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import yaml
 
-from mmoe_rec.evaluation.comparison import number
 from mmoe_rec.jobs.evaluate import measured_on_test_rows
 from mmoe_rec.jobs.seeds import train as seeds
+from mmoe_rec.report.formatting import signed
 from mmoe_rec.settings.load import load_settings
 from mmoe_rec.tracking.registry import FoundModel
 from pipelines import train
@@ -54,7 +54,7 @@ def test_trainings_that_were_stopped_go_on_and_their_mean_is_told(
     for seed in found["seeds"]:
         artifact = world.folder / "work" / "seeds" / str(seed) / "model"
         (measured,) = measured_on_test_rows(settings, [FoundModel(str(artifact), artifact, None)])
-        areas.append(measured.summary["tasks"]["click"]["auc"]["value"])
+        areas.append(measured.summary.tasks["click"].get("auc").value)
     assert areas[0] != areas[1]
     assert found["click"]["auc"]["values"] == pytest.approx(areas, abs=1e-9)
     assert found["click"]["auc"]["mean"] == pytest.approx(np.mean(areas), abs=1e-9)
@@ -134,7 +134,7 @@ def test_other_settings_are_compared_over_their_trainings(world: World, capsys: 
     assert "mean auc of click, liked differs by" in " ".join(printed.split())
     words = " ".join(Page((Path(other) / "seeds" / "report.html").read_text(encoding="utf-8")).words.split())
     assert "minus work" in words
-    assert f"{number(apart['value'])}{number(apart['low'])} to {number(apart['high'])}" in words
+    assert "{}{} to {}".format(*signed(apart["value"], apart["low"], apart["high"])) in words
     for against, told in (
         (str(world.folder / "log"), "holds no trainings of several seeds that have all ended"),
         (str(world.folder / "work"), "is the folder of these trainings"),

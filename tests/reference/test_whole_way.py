@@ -115,12 +115,12 @@ def compare_metrics(log, logits, known) -> None:
         ("mrr", metrics.reciprocal_rank, 0),
         ("map", metrics.average_precision, 0),
     ):
-        value = summary["score"].get(name, {}).get("value")
+        value = summary.score.get(name).value
         assert value == pytest.approx(metrics.over_requests(ranked, metric, cutoff), abs=1e-9), name
     seen = ~np.isnan(known["click"])
     clicks = list(zip(users[seen], requests[seen], values["click"][seen], known["click"][seen], strict=True))
-    found = summary["tasks"]["click"]
-    assert found["logloss"]["value"] == pytest.approx(metrics.log_loss(clicks), abs=1e-9)
-    assert found["auc"]["value"] == pytest.approx(metrics.auc(clicks), abs=1e-9)
+    found = summary.tasks["click"]
+    assert found.get("logloss").value == pytest.approx(metrics.log_loss(clicks), abs=1e-9)
+    assert found.get("auc").value == pytest.approx(metrics.auc(clicks), abs=1e-9)
     low, high = metrics.bootstrap(clicks, metrics.log_loss, resamples=300, seed=1)
-    assert low < found["logloss"]["value"] < high
+    assert low < found.get("logloss").value < high

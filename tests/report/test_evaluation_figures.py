@@ -22,7 +22,7 @@ def test_calibration_figure_draws_the_bins(log: Log, scale: float) -> None:
     figure = calibration_figure(summary, "bought")
     figure.canvas.draw()
     points = figure.axes[0].containers[0].lines[0].get_xydata()
-    bins = summary["tasks"]["bought"]["calibration_bins"]
+    bins = summary.tasks["bought"].details["calibration_bins"]
     np.testing.assert_allclose(points, [[row["mean_predicted"], row["observed_rate"]] for row in bins])
     ratio = figure.axes[1].containers[0].lines[0].get_ydata()
     np.testing.assert_allclose(ratio, [row["observed_rate"] / row["mean_predicted"] for row in bins])
