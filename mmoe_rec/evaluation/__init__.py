@@ -1,5 +1,6 @@
-"""Evaluation: predictions of many tasks -> mergeable sums -> metrics with intervals -> tables and figures.
+"""Evaluation: predictions of many tasks -> mergeable sums -> metrics with intervals -> comparisons with a verdict.
 
-A batch job calls `sums.measure` on each part of the rows, merges the results in any order, and calls
-`summary.summarise` once on the total.
+Results are dataclasses, which decide; the room `report` words them. `sums.measure` takes any part of the rows, parts
+are merged in any order, and `summary.summarise` is called once on the total. `metrics/` has a class for each metric,
+`intervals.py` says how sure a number is, and `comparison.decide` which of two models is better.
 """

@@ -1,6 +1,7 @@
-"""The report: what was measured, as pages, figures and terminal tables.
+"""The report: every sentence, table, figure, page and file about what was measured.
 
-Pages are Jinja2 templates (`templates/`, one style sheet), rendered by `pages.render`; figures are matplotlib's in one
-style (`style.py`). `health.py` is the page of a data set's health, `terminal.py` the same in short; `evaluation.py`
-that of models' metrics, differences and verdicts. No other stage imports Jinja2 or matplotlib.
+`sentences.py` and `findings.py` put an evaluation into words, `tables.py` onto a terminal, `evaluation.py` and
+`evaluation_figures.py` onto a page, `documents.py` into files; `trainings.py` is of several trainings, `health.py`,
+`health_figures.py` and `terminal.py` are of a data set. Pages are Jinja2 templates (`templates/`, one style sheet),
+rendered by `pages.render`; figures are matplotlib's in one style (`style.py`). No other stage imports either.
 """

@@ -1,45 +1,95 @@
-"""Ranking metrics against scikit-learn one request at a time, and against averages over all orders of tied rows."""
+"""Metrics of ranked lists against trec_eval (by ir-measures) and scikit-learn, and against all orders of tied rows."""
 
+from collections.abc import Callable
+from functools import partial
 from itertools import pairwise, permutations
 
+import ir_measures
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
+from ir_measures import AP, RR, R, Success, nDCG
+from simulated_log import simulate
 from sklearn.metrics import ndcg_score
 
-from mmoe_rec.evaluation.metrics.ranking import RankedLists, least_and_random_ndcg, ndcg, reciprocal_rank
+from mmoe_rec.evaluation.metrics.ranking import (
+    RankedLists,
+    average_precision,
+    hit_rate,
+    least_and_random_ndcg,
+    ndcg,
+    recall,
+    reciprocal_rank,
+)
+from mmoe_rec.evaluation.summary import summarise
+from mmoe_rec.evaluation.sums import MeasuredTask, measure
 
 GROUPS = 40
+MEASURES = {
+    "ndcg_at_5": nDCG @ 5,
+    "ndcg_at_10": nDCG @ 10,
+    "mrr": RR,
+    "map": AP,
+    "recall_at_5": R @ 5,
+    "recall_at_10": R @ 10,
+    "hit_rate_at_5": Success @ 5,
+    "hit_rate_at_10": Success @ 10,
+}
 
 
-def random_rows(seed: int, levels: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(group, value, label) of 500 rows; few levels make many ties, and the last group has no row."""
-    generator = np.random.default_rng(seed)
-    group = generator.integers(GROUPS - 1, size=500)
-    return group, generator.integers(levels, size=500) / levels, generator.integers(2, size=500).astype(float)
+def by_trec(request: np.ndarray, gain: np.ndarray, score: np.ndarray) -> dict[str, float]:
+    """Means over the requests that rank something: whose rows differ in relevance."""
+    qrels: dict[str, dict[str, int]] = {}
+    run: dict[str, dict[str, float]] = {}
+    for each in np.unique(request):
+        rows = np.flatnonzero(request == each)
+        if len(set(gain[rows])) > 1:
+            place = np.argsort(np.argsort(score[rows]))  # trec_eval ranks by float32
+            qrels[str(each)] = {str(row): int(gain[row]) for row in rows}
+            run[str(each)] = {str(row): float(rank) for row, rank in zip(rows, place, strict=True)}
+    found = ir_measures.calc_aggregate(list(MEASURES.values()), qrels, run)
+    return {name: found[measure] for name, measure in MEASURES.items()}
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_metrics_of_the_score_and_of_each_task_are_those_of_trec_eval(seed: int) -> None:
+    log = simulate(seed, requests=300)
+    graded = np.random.default_rng(seed).integers(-1, 4, len(log.score)).astype(float)
+    graded[log.labels["bought"] == 0] = np.nan
+    tasks = [MeasuredTask("bought", "binary", 2.0), MeasuredTask("stars", "regression", 1.0)]
+    labels = {"bought": log.labels["bought"], "stars": graded}
+    predictions = {"bought": log.predictions["bought"], "stars": log.predictions["liked"]}
+    summary = summarise(measure(tasks, log.users, log.requests, predictions, labels, score=log.score), resamples=2)
+    relevance = 2 * labels["bought"] + np.maximum(np.nan_to_num(graded), 0)
+    given = {"score": (relevance, log.score)}
+    given |= {name: (np.maximum(labels[name], 0), predictions[name]) for name in ("bought", "stars")}
+    for name, (gain, score) in given.items():
+        known = ~np.isnan(gain)
+        expected = by_trec(log.requests[known], gain[known], score[known])
+        found = {each: summary.groups[name].get(each).value for each in MEASURES}
+        assert found == pytest.approx(expected, abs=1e-12)
+        assert 0 < expected["map"] < 1
 
 
 @pytest.mark.parametrize("cutoff", [1, 5, 10])
 @pytest.mark.parametrize("levels", [1, 4, 1_000_000])
 def test_ndcg_is_that_of_scikit_learn(levels: int, cutoff: int) -> None:
-    group, score, label = random_rows(seed=levels, levels=levels)
-    gain = label * np.random.default_rng(9).uniform(0.1, 3, size=len(label))
+    """Few levels make many ties; a group has no relevant row, and the last one no row at all."""
+    random = np.random.default_rng(levels)
+    group, score = random.integers(GROUPS - 1, size=500), random.integers(levels, size=500) / levels
+    gain = random.integers(2, size=500) * random.uniform(0.1, 3, size=500)
     gain[group == 5] = 0
     lists = RankedLists.of(group, score, gain, GROUPS)
-    found, (least, random) = ndcg(lists, cutoff), least_and_random_ndcg(lists, cutoff)
+    found, (least, average) = ndcg(lists, cutoff), least_and_random_ndcg(lists, cutoff)
     for index in range(GROUPS):
         rows = group == index
         if gain[rows].sum() == 0:
-            assert np.isnan(found[index])
-            assert np.isnan(least[index])
-            assert np.isnan(random[index])
+            assert np.isnan([found[index], least[index], average[index]]).all()
         elif rows.sum() > 1:  # scikit-learn refuses lists of one
-            worst = np.argsort(np.argsort(-gain[rows]))
-            assert least[index] == pytest.approx(ndcg_score([gain[rows]], [worst], k=cutoff), abs=1e-12)
-            assert found[index] == pytest.approx(ndcg_score([gain[rows]], [score[rows]], k=cutoff), abs=1e-12)
-            tied = ndcg_score([gain[rows]], [np.zeros(rows.sum())], k=cutoff)
-            assert random[index] == pytest.approx(tied, abs=1e-12)
+            scores = (score[rows], np.argsort(np.argsort(-gain[rows])), np.zeros(rows.sum()))
+            expected = [ndcg_score([gain[rows]], [each], k=cutoff) for each in scores]
+            assert [found[index], least[index], average[index]] == pytest.approx(expected, abs=1e-12)
 
 
 def test_reciprocal_rank_by_hand() -> None:
@@ -51,30 +101,44 @@ def test_reciprocal_rank_by_hand() -> None:
     np.testing.assert_allclose(found, [1 / 2, 1, np.nan, 1 / 2, np.nan])
 
 
-@given(st.lists(st.tuples(st.integers(0, 2), st.booleans()), min_size=1, max_size=6))
-@settings(deadline=None)
-def test_ties_count_as_the_mean_over_their_orders(rows: list[tuple[int, bool]]) -> None:
-    score = np.array([row[0] for row in rows], dtype=float)
-    gain = np.array([row[1] for row in rows], dtype=float)
-    lists = RankedLists.of(np.zeros(len(rows), dtype=int), score, gain, 1)
+def precision_of_one(gain: np.ndarray) -> float:
+    hits = np.flatnonzero(gain)
+    return float(np.mean((np.arange(len(hits)) + 1) / (hits + 1)))
+
+
+def ndcg_of_one(gain: np.ndarray) -> float:
+    dcg, ideal = (
+        sum(each / np.log2(place + 2) for place, each in enumerate(order[:3]))
+        for order in (gain, sorted(gain, reverse=True))
+    )
+    return float(dcg / ideal)
+
+
+@pytest.mark.parametrize(
+    ("of_lists", "of_one"),
+    [
+        (partial(ndcg, cutoff=3), ndcg_of_one),
+        (reciprocal_rank, lambda gain: 1 / (np.flatnonzero(gain)[0] + 1)),
+        (average_precision, precision_of_one),
+        (partial(recall, cutoff=2), lambda gain: gain[:2].sum() / gain.sum()),
+        (partial(hit_rate, cutoff=2), lambda gain: float(gain[:2].any())),
+    ],
+)
+@given(rows=st.lists(st.tuples(st.integers(0, 2), st.booleans()), min_size=1, max_size=6))
+@example(rows=[(0, place == 4) for place in range(6)])
+def test_ties_count_as_the_mean_over_their_orders(
+    of_lists: Callable[[RankedLists], np.ndarray],
+    of_one: Callable[[np.ndarray], float],
+    rows: list[tuple[int, bool]],
+) -> None:
+    score, gain = (np.array(each, dtype=float) for each in zip(*rows, strict=True))
+    found = of_lists(RankedLists.of(np.zeros(len(rows), dtype=int), score, gain, 1))[0]
     if not gain.any():
-        assert np.isnan(reciprocal_rank(lists)[0])
-        assert np.isnan(ndcg(lists, 3)[0])
+        assert np.isnan(found)
         return
-    reciprocal_ranks, dcgs = [], []
-    for order in permutations(range(len(rows))):
-        if all(score[a] >= score[b] for a, b in pairwise(order)):
-            ranked = gain[list(order)]
-            reciprocal_ranks.append(1 / (np.flatnonzero(ranked)[0] + 1))
-            dcgs.append(sum(g / np.log2(i + 2) for i, g in enumerate(ranked[:3])))
-    ideal = sum(g / np.log2(i + 2) for i, g in enumerate(sorted(gain, reverse=True)[:3]))
-    assert reciprocal_rank(lists)[0] == pytest.approx(np.mean(reciprocal_ranks), abs=1e-12)
-    assert ndcg(lists, 3)[0] == pytest.approx(np.mean(dcgs) / ideal, abs=1e-12)
-
-
-def test_a_constant_score_gains_nothing_from_the_order_of_the_rows() -> None:
-    """One relevant row among ten, all tied: the mean of 1 / rank, wherever the relevant row stands in the input."""
-    for relevant in (0, 4, 9):
-        gain = np.eye(10)[relevant]
-        found = reciprocal_rank(RankedLists.of(np.zeros(10, dtype=int), np.zeros(10), gain, 1))
-        assert found[0] == pytest.approx(np.mean(1 / np.arange(1, 11)))
+    orders = [
+        gain[list(order)]
+        for order in permutations(range(len(rows)))
+        if all(score[a] >= score[b] for a, b in pairwise(order))
+    ]
+    assert found == pytest.approx(np.mean([of_one(order) for order in orders]), abs=1e-12)

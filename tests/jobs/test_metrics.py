@@ -15,7 +15,6 @@ from sklearn.metrics import average_precision_score, log_loss, mean_absolute_err
 from mmoe_rec.batches.encoded_rows import EncodedRows
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.scoring import score_rows
-from mmoe_rec.evaluation.summary import summarise
 from mmoe_rec.evaluation.sums import measure
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.jobs import metrics
@@ -26,7 +25,9 @@ from mmoe_rec.jobs.metrics import How
 from mmoe_rec.jobs.places import logs_for
 from mmoe_rec.jobs.score import score_log
 from mmoe_rec.preprocessing.prepare import encode_with
+from mmoe_rec.report.documents import summary_tree
 from mmoe_rec.settings.sections import Evaluation
+from tests.evaluation.trees import summarise
 from tests.inference.small_model import SmallModel
 from tests.jobs.scored import write_finely
 from tests.log.small_logs import DAY, START, random_log, with_requests
@@ -36,7 +37,7 @@ TASKS = ["bought", "stars:regression=0.2"]
 
 def measure_predictions(*given: Any) -> dict[str, Any]:
     """The summary of the predictions."""
-    return next(iter(metrics.measure_predictions(*given).summaries.values()))
+    return summary_tree(metrics.measure_predictions(*given).first.summary)
 
 
 RATE = ["--columns.sampling_rate", "rate"]

@@ -11,6 +11,8 @@ import pandas as pd
 import pytest
 from jinja2 import UndefinedError
 
+from mmoe_rec.evaluation.intervals import Difference
+from mmoe_rec.evaluation.trainings import SettingsDifference, TrainingsMean
 from mmoe_rec.jobs.seeds.found import Found
 from mmoe_rec.report import evaluation, health, trainings
 from mmoe_rec.report.pages import TEMPLATES, render
@@ -58,19 +60,10 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 def of_trainings() -> Found:
     """Two trainings, beside those of another setting."""
-    each = {"mean": 0.7, "low": 0.6, "high": 0.8, "values": [0.69, 0.71], "between_trainings": 0.01}
-    apart = {
-        "value": 0.1,
-        "low": 0.05,
-        "high": 0.15,
-        "error": 0.02,
-        "p": 0.001,
-        "p_corrected": 0.002,
-        "detectable": 0.1,
-    }
+    apart = Difference(0.1, 0.05, 0.15, 0.02, None, 0.001, 0.002, 0.1)
     task = f"{EVIL}click"
-    summary = {task: {"auc": each | {"between_users": 0.02}}}
-    old = {"objective": apart, "name": "auc", "better": "higher", "groups": {task: {"auc": apart}}}
+    summary = {task: {"auc": TrainingsMean(0.7, 0.6, 0.8, 0.01, 0.02, (0.69, 0.71))}}
+    old = SettingsDifference(apart, {task: {"auc": apart}}, {}, "auc", "higher")
     told = {"against": {f"{EVIL}old": old}, "warnings": [EVIL], "facts": {f"{EVIL}log": EVIL}}
     return Found(f"{EVIL}new", (17, 18), 1_000, "users", summary, Path("seeds"), **told)
 
