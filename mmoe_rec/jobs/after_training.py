@@ -56,7 +56,7 @@ class Promotion:
 
 
 @dataclass(frozen=True)
-class Decision:
+class Judgement:
     """Whether a model is better than the holder of the alias, with the sentence that says why."""
 
     better: bool
@@ -114,7 +114,7 @@ class Comparison:
         self.settings, self.prepared, self.model, self.artifact = settings, prepared, model, artifact
         self.layout = ModelLayout.of(prepared.layout, settings)
 
-    def with_holder(self, holder: Version | None) -> Decision:
+    def with_holder(self, holder: Version | None) -> Judgement:
         """Whether the new model is better than the one that holds the alias."""
         from mmoe_rec.evaluation.scoring import NotFiniteError
         from mmoe_rec.inference.errors import OtherScoresError
@@ -122,7 +122,7 @@ class Comparison:
 
         alias = self.settings.tracking.alias
         if holder is None:
-            return Decision(True, f"no model held '{alias}' before")
+            return Judgement(True, f"no model held '{alias}' before")
         who = f"version {holder.number}, which holds '{alias}',"
         by_hand = "point the alias at the new one yourself if it is to serve, or set tracking.registered_model"
         try:
@@ -130,23 +130,23 @@ class Comparison:
         except UnreachableError:
             raise  # an outage decides nothing
         except UserError as error:
-            return Decision(False, f"{who} can't be compared: {error}; {by_hand}")
+            return Judgement(False, f"{who} can't be compared: {error}; {by_hand}")
         try:
             ranker = Ranker.load(folder)
         except (UserError, RuntimeError) as error:  # or it fails at its own example
             told = " ".join(str(error).split())
             here = isinstance(error, OtherScoresError)  # on another machine it may serve well
             cannot = f"can't be compared: {told}; {by_hand}" if here else f"can't be served any more: {told}"
-            return Decision(not here, f"{who} {cannot}")
+            return Judgement(not here, f"{who} {cannot}")
         try:
             its = self._holders(ranker, folder, holder)
             return self._judge(its, holder)
         except NotFiniteError:
-            return Decision(True, f"{who} gives predictions that are not finite numbers")
+            return Judgement(True, f"{who} gives predictions that are not finite numbers")
         except UserError as error:
-            return Decision(False, f"{who} can't be compared: {error}; {by_hand}")
+            return Judgement(False, f"{who} can't be compared: {error}; {by_hand}")
 
-    def _judge(self, its: ScoredRows, holder: Version) -> Decision:
+    def _judge(self, its: ScoredRows, holder: Version) -> Judgement:
         from mmoe_rec.evaluation.comparison import BETTER, Rule, compare
         from mmoe_rec.evaluation.scoring import NotFiniteError
         from mmoe_rec.evaluation.summary import summarise
@@ -156,7 +156,7 @@ class Comparison:
         try:
             own = self._own
         except NotFiniteError:
-            return Decision(False, "this model gives predictions that are not finite numbers")
+            return Judgement(False, "this model gives predictions that are not finite numbers")
         rules, version = self.settings.evaluation, f"version {holder.number}"
         models = {name: close_sums(each.measure()) for name, each in (("this model", own), (version, its))}
         summaries = {name: summarise(each, _RESAMPLES) for name, each in models.items()}
@@ -169,7 +169,7 @@ class Comparison:
             describe_verdict(compared, version, summaries["this model"]),
         )
         assert verdict is not None, "a comparison has verdicts"
-        return Decision(verdict.kind == BETTER, f"{sentence} ({len(own.score):,} validation rows)")
+        return Judgement(verdict.kind == BETTER, f"{sentence} ({len(own.score):,} validation rows)")
 
     @cached_property
     def _own(self) -> ScoredRows:
