@@ -34,13 +34,12 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.features.encoder import Results
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.inference.ranking import ROW, key_columns, prediction_columns
-from mmoe_rec.log.files import find_files, is_remote, local_path
-from mmoe_rec.log.local_files import would_find
+from mmoe_rec.log.columns import zone_rules
+from mmoe_rec.log.files import find_files, is_remote, local_path, would_find
 from mmoe_rec.log.parts import LogPart
 from mmoe_rec.log.reader import LogReader
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.log.values import columns_of
-from mmoe_rec.log.zones import zone_rules
 from mmoe_rec.point_in_time.join import Window, in_window
 from mmoe_rec.preprocessing.logs import BuildOptions, Logs
 from mmoe_rec.preprocessing.requests import OneTimeReader
@@ -48,7 +47,7 @@ from mmoe_rec.preprocessing.results import ResultReader, take
 from mmoe_rec.progress import say
 from mmoe_rec.settings.columns import Scalar
 from mmoe_rec.settings.schema import Remembering, Schema
-from mmoe_rec.settings.split import Split
+from mmoe_rec.settings.sections import Split
 
 ADDED = ("score", "rank", "model", "model_version")
 AsOf = Literal["log", "tables"]
