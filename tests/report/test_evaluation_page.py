@@ -48,7 +48,6 @@ def test_one_model_alone_has_no_verdict(results: Results) -> None:
     words = said(replace(results, models={"new": model}))
     for each in (
         "Weights of tasks are tried for models with several tasks",
-        "Nothing suspicious found",
         "--against says which one is better",
         "No slices were measured.",
         "Predictions in files tell nothing of gates.",
