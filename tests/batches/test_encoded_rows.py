@@ -11,28 +11,19 @@ from mmoe_rec.errors import UserError
 from tests.batches.encoded_files import LAYOUT, assert_values, numbers, table, write
 
 
-def test_groups_are_those_that_have_rows_in_file_order(tmp_path: Path) -> None:
+def test_row_groups_come_in_the_order_asked_for(tmp_path: Path) -> None:
     write(tmp_path / "rows", [[3, 0, 2], [], [4]])
     rows = EncodedRows(tmp_path / "rows", LAYOUT)
-    assert rows.rows == 9
     assert [file for file, _ in rows.groups] == [0, 0, 2]
-    assert rows.group_rows.tolist() == [3, 2, 4]
-
-
-def test_row_groups_come_in_the_order_asked_for(tmp_path: Path) -> None:
-    write(tmp_path / "rows", [[3, 2], [4]])
-    rows = EncodedRows(tmp_path / "rows", LAYOUT)
-    read = rows.read_row_groups([(1, 0), (0, 1), (0, 0)])
+    assert (rows.rows, rows.group_rows.tolist()) == (9, [3, 2, 4])
+    first, second, third = rows.groups
+    read = rows.read_row_groups([third, second, first])
     assert numbers(read).tolist() == [5, 6, 7, 8, 3, 4, 0, 1, 2]
     assert_values(read)
-
-
-def test_take_chooses_rows(tmp_path: Path) -> None:
-    write(tmp_path / "rows", [[3, 2], [4]])
-    read = EncodedRows(tmp_path / "rows", LAYOUT).read_row_groups([(0, 1), (1, 0)], np.array([5, 0, 0, 3]))
-    assert numbers(read).tolist() == [8, 3, 3, 6]
-    assert_values(read)
-    assert len(EncodedRows(tmp_path / "rows", LAYOUT).read_row_groups([(0, 0)], np.array([], np.int64))) == 0
+    some = rows.read_row_groups([second, third], np.array([5, 0, 0, 3]))
+    assert numbers(some).tolist() == [8, 3, 3, 6]
+    assert_values(some)
+    assert len(rows.read_row_groups([first], np.array([], np.int64))) == 0
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 7, 23, 100])
@@ -55,11 +46,6 @@ def test_slices_and_their_concatenation(tmp_path: Path) -> None:
     joined = Rows.concatenate([rows.slice(9, 12), rows.slice(4, 4), rows.slice(0, 2)])
     assert numbers(joined).tolist() == [9, 10, 11, 0, 1]
     assert_values(joined)
-
-
-def test_taken_rows(tmp_path: Path) -> None:
-    write(tmp_path / "rows", [[12]])
-    rows = EncodedRows(tmp_path / "rows", LAYOUT).read_row_groups([(0, 0)])
     taken = rows.slice(2, 12).take(np.array([3, 3, 0, 9]))
     assert numbers(taken).tolist() == [5, 5, 2, 11]
     assert_values(taken)
@@ -81,70 +67,49 @@ def test_the_fingerprint_is_of_the_values_and_the_row_groups(tmp_path: Path) -> 
     assert len({once, fingerprint("split", [[6, 6]]), fingerprint("changed", [[12]], -99.0)}) == 3
 
 
-def test_missing_folder(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"no folder '.*nowhere'.*pipelines\.features"):
-        EncodedRows(tmp_path / "nowhere", LAYOUT)
+def _with(column: str, values: pa.Array | pa.ChunkedArray | None) -> pa.Table:
+    """Five rows with other values of a column, or without it."""
+    rows = table(range(5)).drop_columns([column])
+    return rows if values is None else rows.append_column(column, values)
 
 
-def test_folder_without_files(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"no \.parquet file"):
-        EncodedRows(tmp_path, LAYOUT)
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (None, r"no folder '.*rows'"),
+        ([], r"no \.parquet file"),
+        ([table(range(0))] * 2, "hold no rows"),
+        *(
+            ([_with(name, None)], rf"0\.parquet' lacks the column '{name}'")
+            for name in ("id.item", "dense.age", "label.stars")
+        ),
+        ([_with("id.history", table(range(5))["id.item"])], r"'id\.history' as int32, expected list"),
+        ([_with("id.item", pa.array([1, None, 2, 3, 4], pa.int32()))], r"0\.parquet' has nulls in .* 'id\.item'"),
+    ],
+)
+def test_what_cannot_be_read_is_named(tmp_path: Path, rows: list[pa.Table] | None, message: str) -> None:
+    if rows is not None:
+        (tmp_path / "rows").mkdir()
+    for number, each in enumerate(rows or []):
+        pq.write_table(each, tmp_path / "rows" / f"{number}.parquet")
+    with pytest.raises(UserError, match=message):
+        EncodedRows(tmp_path / "rows", LAYOUT).read_row_groups([(0, 0)])
 
 
-def test_files_without_rows(tmp_path: Path) -> None:
-    write(tmp_path / "rows", [[0], []])
-    with pytest.raises(UserError, match="hold no rows"):
-        EncodedRows(tmp_path / "rows", LAYOUT)
-
-
-def test_truncated_file(tmp_path: Path) -> None:
-    write(tmp_path / "rows", [[5], [5]])
-    file = tmp_path / "rows" / "001.parquet"
-    file.write_bytes(file.read_bytes()[:-20])
-    with pytest.raises(UserError, match=r"001\.parquet' cannot be read.*pipelines\.features again"):
-        EncodedRows(tmp_path / "rows", LAYOUT)
-
-
-def test_corrupt_pages(tmp_path: Path) -> None:
+def test_a_damaged_file_or_a_further_column_that_is_missing_is_named(tmp_path: Path) -> None:
     write(tmp_path / "rows", [[5], [500]])
-    file = tmp_path / "rows" / "001.parquet"
-    content = bytearray(file.read_bytes())
-    content[4:2000] = b"\xff" * 1996
-    file.write_bytes(content)
-    rows = EncodedRows(tmp_path / "rows", LAYOUT)
-    with pytest.raises(UserError, match=r"001\.parquet' cannot be read"):
-        rows.read_row_groups(rows.groups)
-    with pytest.raises(UserError, match=r"001\.parquet' cannot be read"):
-        list(rows.stream(100))
-
-
-@pytest.mark.parametrize("column", ["id.item", "dense.age", "label.stars"])
-def test_missing_column(tmp_path: Path, column: str) -> None:
-    pq.write_table(table(range(5)).drop_columns([column]), tmp_path / "0.parquet")
-    with pytest.raises(UserError, match=rf"0\.parquet' lacks the column '{column}'"):
-        EncodedRows(tmp_path, LAYOUT)
-
-
-def test_missing_extra_column(tmp_path: Path) -> None:
-    write(tmp_path / "rows", [[5]])
     with pytest.raises(UserError, match="lacks the column 'request'"):
         next(EncodedRows(tmp_path / "rows", LAYOUT).stream(2, ["request"]))
-
-
-def test_wrong_type(tmp_path: Path) -> None:
-    rows = table(range(5))
-    index = rows.column_names.index("id.history")
-    pq.write_table(rows.set_column(index, "id.history", rows.column("id.item")), tmp_path / "0.parquet")
-    with pytest.raises(UserError, match=r"'id\.history' as int32, expected list"):
-        EncodedRows(tmp_path, LAYOUT)
-
-
-def test_null_input(tmp_path: Path) -> None:
-    rows = table(range(5))
-    nulls = pa.array([1, None, 2, 3, 4], pa.int32())
-    pq.write_table(rows.set_column(rows.column_names.index("id.item"), "id.item", nulls), tmp_path / "0.parquet")
-    with pytest.raises(UserError, match=r"0\.parquet' has nulls in the column 'id\.item'"):
-        EncodedRows(tmp_path, LAYOUT).read_row_groups([(0, 0)])
+    file = tmp_path / "rows" / "001.parquet"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:4] + b"\xff" * 1996 + whole[2000:])
+    rows = EncodedRows(tmp_path / "rows", LAYOUT)
+    for read in (lambda: rows.read_row_groups(rows.groups), lambda: list(rows.stream(100))):
+        with pytest.raises(UserError, match=r"001\.parquet' cannot be read"):
+            read()
+    file.write_bytes(whole[:-20])
+    with pytest.raises(UserError, match=r"001\.parquet' cannot be read"):
+        EncodedRows(tmp_path / "rows", LAYOUT)
 
 
 def test_weights_are_read_where_they_are_asked_for(tmp_path: Path) -> None:

@@ -127,13 +127,6 @@ def groups_read(order: EpochOrder, batch_size: int, rank: int, world_size: int) 
     return [len(read & set(window.groups.tolist())) for window in order.windows]
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 4, 8])
-def test_equal_groups_are_read_by_one_rank_each(world_size: int) -> None:
-    order = epoch_order([512] * 48, 16 * 512)
-    for rank in range(world_size):
-        assert groups_read(order, 256, rank, world_size) == [16 // world_size] * 3
-
-
 @pytest.mark.parametrize("world_size", [2, 3, 5, 8])
 @pytest.mark.parametrize("batch_size", [250, 409])
 def test_ranks_share_one_group_at_each_border(world_size: int, batch_size: int) -> None:
@@ -152,10 +145,3 @@ def test_ranks_share_one_group_at_each_border(world_size: int, batch_size: int) 
     # One more for each border, and a second where a border lies about between two groups.
     assert (totals <= groups + 2 * (world_size - 1)).all()
     assert totals.mean() <= groups.mean() + 1.5 * (world_size - 1)
-
-
-def test_more_ranks_than_groups_or_rows() -> None:
-    order = epoch_order([3, 2], 100)
-    found = [read(order, share) for rank in range(8) for share in shares(order, 5, 0, rank, 8)]
-    assert [len(rows) for rows in found] == [1] * 8
-    assert sorted(row for rows in found for row, copy in rows if not copy) == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)]

@@ -48,15 +48,6 @@ def test_makes_no_more_than_depth_items_ahead(depth: int) -> None:
             break
 
 
-def test_early_end_of_the_loop_ends_the_thread_and_the_source() -> None:
-    counter = Counter()
-    for item in Prefetch(counter.items()):
-        if item == 3:
-            break
-    assert counter.closed
-    assert not background_threads()
-
-
 def test_close_ends_the_thread_and_the_source() -> None:
     counter = Counter()
     items = iter(Prefetch(counter.items()))
@@ -88,13 +79,6 @@ def test_error_of_the_source_comes_after_its_items() -> None:
     assert [next(items), next(items)] == [1, 2]
     with pytest.raises(KeyError, match="source"):
         next(items)
-    assert not background_threads()
-
-
-def test_no_thread_before_the_first_item() -> None:
-    counter = Counter()
-    iter(Prefetch(counter.items()))
-    assert counter.made == 0
     assert not background_threads()
 
 

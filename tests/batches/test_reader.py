@@ -1,7 +1,6 @@
 import math
 import weakref
 from collections.abc import Iterator
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -64,15 +63,6 @@ def test_every_row_once_in_equal_batches(
     for parts, _ in batches:
         counts = [len(real(part)) for part in parts]
         assert max(counts) - min(counts) <= 1
-
-
-def test_the_order_does_not_depend_on_the_world_size(rows: EncodedRows) -> None:
-    alone = [real(parts[0]) for parts, _ in global_batches(readers(rows, 1))]
-    for world_size in (2, 3, 5):
-        together = [
-            [row for part in parts for row in real(part)] for parts, _ in global_batches(readers(rows, world_size))
-        ]
-        assert together == alone
 
 
 def test_values_follow_their_rows_and_copies_follow_their_originals(rows: EncodedRows) -> None:
@@ -184,41 +174,6 @@ def test_no_more_than_two_windows_are_kept(tmp_path: Path, monkeypatch: pytest.M
     assert len(references) == 64
 
 
-def test_resume_repeats_batches_bit_for_bit(rows: EncodedRows) -> None:
-    batches = list(global_batches(readers(rows, 2)))
-    _, position = batches[2]
-    resumed = list(global_batches(readers(rows, 2), position=position))
-    assert len(resumed) == len(batches) - 3
-    for (parts, after), (again, after_again) in zip(batches[3:], resumed, strict=True):
-        assert after == after_again
-        for part, other in zip(parts, again, strict=True):
-            np.testing.assert_array_equal(numbers(part), numbers(other))
-            np.testing.assert_array_equal(part.labels, other.labels)
-
-
-def test_epochs_and_seeds_differ_and_repeat(rows: EncodedRows) -> None:
-    orders = [order(readers(rows, 1, seed=seed), epoch) for seed in (0, 1) for epoch in (0, 1)]
-    assert len({tuple(each) for each in orders}) == 4
-    assert order(readers(rows, 1, seed=1), 1) == orders[-1]
-
-
-def test_windows_are_bounded_and_hold_every_row_group_once(rows: EncodedRows) -> None:
-    reader = readers(rows, 1)[0]
-    windows = reader.order(3).windows
-    assert sorted(group for window in windows for group in window.groups) == list(range(len(rows.groups)))
-    assert windows[0].start == 0
-    assert windows[-1].stop == TOTAL
-    for window, following in pairwise(windows):
-        assert window.stop == following.start
-    for window in windows:
-        assert window.stop - window.start == rows.group_rows[window.groups].sum() <= 30
-
-
-def test_a_row_group_larger_than_the_window_is_a_window(rows: EncodedRows) -> None:
-    windows = readers(rows, 1, shuffle_window=3)[0].order(0).windows
-    assert all(len(window.groups) == 1 for window in windows if window.stop - window.start > 3)
-
-
 def test_rows_are_shuffled_not_only_row_groups(tmp_path: Path) -> None:
     write(tmp_path / "rows", [[50] * 4, [50] * 4])
     read = order(readers(EncodedRows(tmp_path / "rows", LAYOUT), 1, shuffle_window=200, batch_size=10))
@@ -234,13 +189,6 @@ def test_the_end_of_an_epoch_and_positions_outside(rows: EncodedRows) -> None:
     for position in (-1, TOTAL + 1):
         with pytest.raises(UserError, match=f"resume at row {position} of epoch 0: an epoch has {TOTAL} rows"):
             next(iter(epoch_of(reader, 0, position)))
-
-
-def test_a_stopped_epoch_leaves_no_thread(rows: EncodedRows) -> None:
-    batches = epoch_of(readers(rows, 1)[0], 0)
-    next(batches)
-    batches.close()
-    assert not background_threads()
 
 
 def test_an_unreadable_file_is_an_error_of_the_epoch(tmp_path: Path) -> None:

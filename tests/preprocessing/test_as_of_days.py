@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pyarrow.parquet as pq
 import pytest
 
 from mmoe_rec.features.memories import exact_from
 from mmoe_rec.features.pipeline import FeaturePipeline
-from mmoe_rec.preprocessing.logs import BuildOptions
-from mmoe_rec.preprocessing.prepare import Prepared, prepare
+from mmoe_rec.preprocessing.prepare import Prepared
 from tests.log.small_logs import DAY, assert_same, files_of, log_rows, times_of
-from tests.preprocessing.growing_log import WINDOWS, Growing
+from tests.preprocessing.growing_log import Growing
 
 TOLD = "counters and histories know what was known when from"
 
@@ -55,21 +53,6 @@ def test_features_are_built_anew_for_more_days_and_stay_for_fewer(
     assert TOLD not in capsys.readouterr().err
 
 
-def test_an_extension_by_fewer_days_is_a_build_by_fewer_days(
-    growing: Growing, capsys: pytest.CaptureFixture[str]
-) -> None:
-    growing.prepare(as_of_days=4)
-    growing.add(8, 12.1)
-    extended = growing.extend(as_of_days=1.5)
-    whole = growing.prepare("whole", as_of_days=1.5)
-    assert days_of(extended.prepared) == days_of(whole) == 1.5
-    for path in sorted(whole.serving.glob("*.memory")):
-        mine, theirs = (pq.read_table(each.serving / path.name) for each in (extended.prepared, whole))
-        assert mine.equals(theirs), path.name
-        assert mine.schema.equals(theirs.schema, check_metadata=True), path.name
-    assert TOLD not in capsys.readouterr().err
-
-
 def test_an_extension_by_more_days_keeps_what_was_left_and_says_so(
     growing: Growing, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -94,15 +77,3 @@ def test_an_extension_by_more_days_keeps_what_was_left_and_says_so(
     for days, told in ((30, True), (1, False), (0, False)):
         assert files_of(growing.prepare(as_of_days=days).folder) == files
         assert (TOLD in capsys.readouterr().err) == told
-
-
-def test_features_that_a_model_goes_on_from_stay_where_files_are_gone(
-    growing: Growing, capsys: pytest.CaptureFixture[str]
-) -> None:
-    growing.add(8, 12.1)
-    files = files_of(growing.prepare().folder)
-    (growing.folder / "log" / "99.parquet").unlink()
-    place = growing.source, growing.schema, WINDOWS, growing.work
-    prepared = prepare(*place, BuildOptions(as_of_days=3), going_on=True)
-    assert files_of(prepared.folder) == files
-    assert TOLD in capsys.readouterr().err

@@ -12,10 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmoe_rec.features.pipeline import FeaturePipeline
-from mmoe_rec.point_in_time import memory
 from mmoe_rec.point_in_time.join import in_window, known_at
 from mmoe_rec.preprocessing import chunks as chunks_module
-from mmoe_rec.preprocessing.chunks import Received, batches, chunks
+from mmoe_rec.preprocessing.chunks import Received, chunks
 from mmoe_rec.preprocessing.exchange import Exchange, events_of, look_ups_of
 from mmoe_rec.preprocessing.logs import BuildOptions
 from mmoe_rec.preprocessing.prepare import prepare
@@ -98,24 +97,6 @@ def test_what_is_read_of_one_key_grows_with_its_rows(tmp_path, monkeypatch, spre
     # Duplicates and answers are read once, look-ups a few times, but not once for each of some 50 chunks.
     assert few < 10 * 300
     assert many < 10 * 2400
-
-
-def test_what_is_gone_through_of_one_key_with_windows_grows_with_its_rows(tmp_path, monkeypatch):
-    """Half of the events stay in memory, within the window."""
-    counter = {**COUNTER, "task": "liked", "by": ["user"], "window_days": [5]}
-    schema = schema_of({"item": ALL_KINDS["item"], "n": counter})
-    sizes: list[int] = []
-    sort = memory.sorted_order
-    monkeypatch.setattr(memory, "sorted_order", lambda key, *others: sizes.append(len(key)) or sort(key, *others))
-
-    def gone_through(rows: int) -> int:
-        sizes.clear()
-        source = str(write_log(tmp_path / f"{rows}", skewed_log(0, rows, "even")))
-        prepare(source, schema, WINDOWS, tmp_path / f"work {rows}", BuildOptions(rows_in_memory=50))
-        return sum(sizes)
-
-    assert gone_through(300) < 6 * 300
-    assert gone_through(2400) < 6 * 2400
 
 
 @pytest.mark.parametrize("spread", SPREADS)
@@ -213,13 +194,3 @@ def test_no_stretch_holds_more_rows_than_memory_has_room_for(tmp_path, spread):
         asked.append(chunk.rows)
     assert max(held) <= 100
     assert sorted(np.concatenate(asked)) == list(range(900))
-
-
-@settings(deadline=None)
-@given(sizes=st.lists(st.integers(0, 30), max_size=8), rows=st.integers(1, 20))
-def test_batches_hold_all_rows_in_order(sizes, rows):
-    edges = np.cumsum([0, *sizes])
-    tables = [pa.table({"row": np.arange(a, b)}) for a, b in pairwise(edges)]
-    found = list(batches(tables, rows))
-    assert [row for table in found for row in table["row"].to_pylist()] == list(range(edges[-1]))
-    assert all(0 < len(table) <= rows for table in found)

@@ -3,7 +3,6 @@
 from collections import Counter
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -12,19 +11,15 @@ from hypothesis import strategies as st
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.features import kinds
-from mmoe_rec.features.encoded import Encoded
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.inspection.sums import collect
-from mmoe_rec.log.reader import EventRows, Log
 from mmoe_rec.point_in_time.join import in_window
 from mmoe_rec.preprocessing.prepare import Prepared, existing
 from tests.log.small_logs import (
     ALL_KINDS,
     DAY,
     START,
-    assert_same,
     files_of,
-    log_rows,
     times_of,
 )
 from tests.preprocessing.growing_log import LATER_DAYS, WINDOWS, Growing, training_items, windows_of
@@ -77,74 +72,15 @@ def test_day_by_day_gives_the_memories_and_attributes_of_all_days(
         assert pq.read_table(log.work / "features" / "serving" / name).equals(pq.read_table(whole.serving / name))
 
 
-def _rows(log: Growing, prepared_files: set[str], new: bool) -> tuple[list, dict[str, list]]:
-    """Rows of the old or the new files of the log, and of its events."""
-    opened = Log(log.source, log.schema)
-    events = EventRows("purchases", opened)
-    for each in (opened, events):
-        each.files = [file for file in each.files if (file.address in prepared_files) != new]
-    return list(opened.stream()), {"purchases": list(events.stream())}
-
-
-def _remember(pipeline: FeaturePipeline, rows: list, events: dict[str, list]) -> None:
-    for encoder in pipeline.memory_encoders.values():
-        found = [encoder.events(each) for each in ({None: rows} | events)[encoder.source]]
-        together = pa.concat_tables(found, promote_options="permissive")
-        encoder.memory = encoder.extended(encoder.memory, together)
-
-
 def _known(prepared: Prepared, feature: str = "item") -> list:
     return FeaturePipeline.load(prepared.serving, memories=False).owners[feature].vocabulary.ids.to_pylist()
-
-
-@pytest.mark.parametrize("strings", [False, True])
-@pytest.mark.parametrize("rows_in_memory", [60, 10**6])
-def test_new_rows_are_encoded_with_old_statistics_grown_vocabularies_and_all_that_was_known(
-    tmp_path, strings, rows_in_memory
-):
-    log = Growing(tmp_path, 5, 800, days=15.0, strings=strings)
-    log.add(0, 8)
-    before = log.prepare(rows_in_memory=rows_in_memory)
-    reference = FeaturePipeline.load(before.serving, memories=False)
-    done = {file.as_posix() for file in log.folder.glob("*/*.parquet")}
-    _remember(reference, *_rows(log, done, new=False))
-    # In the second extension some late labels mature within training, and some only by the end.
-    for start, end, train_end in ((8, 10, 9), (10, 15, 13)):
-        log.add(start, end)
-        windows = windows_of(train_end, train_end + 0.5)
-        extended = log.extend(windows, rows_in_memory=rows_in_memory)
-        assert extended is not None
-        assert extended.new_ids["item"] > 0 or start > 8
-        # The vocabularies are checked by themselves; all else of the reference is the old pipeline's.
-        grown = FeaturePipeline.load(extended.prepared.serving, memories=False)
-        for name, owner in reference.owners.items():
-            owner.vocabulary = grown.owners[name].vocabulary
-        reference.__dict__.pop("layout", None)
-        _remember(reference, *_rows(log, done, new=True))
-        done = {file.as_posix() for file in log.folder.glob("*/*.parquet")}
-        table = log.table.filter(pa.array(in_window(times_of(log.table), (START + start * DAY, START + end * DAY))))
-        last = int(times_of(table).max())
-        assert extended.prepared.layout == reference.layout
-        assert reference.layout.dense == before.layout.dense
-        for split, window in windows.items():
-            written = pq.read_table(extended.prepared.split(split))
-            inside = log_rows(table, log.schema).filter(in_window(times_of(table), window))
-            assert written["time"].cast(pa.int64()).to_pylist() == inside.times().tolist()
-            assert_same(Encoded.from_arrow(written, reference.layout), reference.encode(inside))
-            known_by = windows["train"][1] if split == "train" else last
-            for name, task in log.schema.tasks.items():
-                expected = inside.labels(task, known_by).astype(np.float32)
-                labels = written[f"label.{name}"].to_numpy(zero_copy_only=False)
-                np.testing.assert_array_equal(labels.astype(np.float32), expected)
-            if start == 10:
-                assert extended.prepared.manifest["splits"]["train"]["observed"]["liked"] > 0
-            assert extended.prepared.manifest["splits"][split]["rows"] == len(inside)
 
 
 def test_ids_never_move_and_new_ones_follow_by_count(tmp_path):
     log = Growing(tmp_path, 2, 600)
     log.add(0, 8)
-    known = _known(log.prepare())
+    first = log.prepare()
+    known = _known(first)
     counted = Counter(training_items(log, WINDOWS, 0, 8))
     assert known == [item for item, n in sorted(counted.items(), key=lambda each: (-each[1], each[0])) if n >= 3]
     for start, end in ((8, 8.3), (8.3, 9), (9, 12.1)):
@@ -156,6 +92,7 @@ def test_ids_never_move_and_new_ones_follow_by_count(tmp_path):
         new = [item for item, n in counted.items() if n >= 3 and item not in known]
         known += sorted(new, key=lambda item: (-counted[item], item))
         assert extended.new_ids["item"] == len(new)
+        assert extended.prepared.layout.dense == first.layout.dense, "statistics stay"
         assert _known(extended.prepared) == known
         assert extended.prepared.layout.table("item").rows == 1 + 4 + len(known)
         counts = pq.read_table(extended.prepared.folder / "counts" / "feature.item.parquet").to_pydict()
@@ -200,13 +137,6 @@ def test_the_manifest_and_what_is_at_hand(growing):
     assert whole["fingerprint"] != after["fingerprint"] != before["fingerprint"]
     assert whole["digest"] == after["digest"]
     assert whole["events"] == after["events"]
-
-
-def test_without_new_files_all_stays(growing):
-    before = files_of(growing.work)
-    assert growing.extend() is None
-    assert growing.extend(windows_of(3, 4)) is None
-    assert files_of(growing.work) == before
 
 
 def test_a_split_without_new_rows_has_no_folder(growing):

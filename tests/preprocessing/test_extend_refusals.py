@@ -161,6 +161,7 @@ log.extend()
 """
 
 
+@pytest.mark.thorough
 def test_an_extension_that_is_killed_leaves_the_old_folder_or_the_new_one(growing, tmp_path):
     script = tmp_path / "extend.py"
     script.write_text(_EXTEND)

@@ -1,6 +1,5 @@
 """A log of which old files are removed and bad ones mended, day by day: what was counted stays, once, and is found."""
 
-import json
 import os
 from itertools import pairwise
 from pathlib import Path
@@ -10,7 +9,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.features import kinds
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.point_in_time.join import in_window
 from mmoe_rec.preprocessing.logs import BuildOptions
@@ -273,22 +271,6 @@ def test_an_older_file_that_is_mended_stays_left_out_as_a_whole(tmp_path, how):
     assert log.extend(LATER) is None
 
 
-def test_a_file_of_two_logs_is_listed_once(tmp_path):
-    """And one that is bad is told of once, however many logs there are."""
-    log = Growing(tmp_path)
-    for start, end in ((0, 4), (4, 5), (5, 8)):
-        log.add(start, end)
-    tree = log.schema.model_dump()
-    tree["events"] = {name: {"path": str(log.folder / "events"), "time": "bought_at"} for name in ("purchases", "more")}
-    log.schema = kinds.schema_of(tree)
-    _spoil(log.folder / "log" / "99.parquet", "label")
-    (log.folder / "events" / "98.parquet").write_bytes(b"cut off")
-    prepared = log.prepare(**SKIP)
-    assert _left_out(prepared) == ["98.parquet", "99.parquet"]
-    log.add(8, 9)
-    assert _left_out(log.extend(LATER, **SKIP).prepared) == ["98.parquet", "99.parquet"]
-
-
 def test_new_files_that_are_all_bad_end_in_one_sentence(growing):
     growing.add(8, 9)
     path = growing.folder / "log" / "97.parquet"
@@ -306,11 +288,3 @@ def test_new_files_that_are_all_bad_end_in_one_sentence(growing):
     assert files_of(growing.work) == before
     path.write_bytes(whole)
     assert growing.extend(LATER, **SKIP) is not None
-
-
-def test_a_record_of_an_earlier_version_is_refused(growing):
-    growing.add(8, 9)
-    path = growing.work / "features" / "files.json"
-    path.write_text(json.dumps([[["a", 1, "2", []]]]))
-    with pytest.raises(UserError, match=r"no record of the log's files \(files.json\) that this version reads; build"):
-        growing.extend(LATER)

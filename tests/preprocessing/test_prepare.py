@@ -121,18 +121,6 @@ def test_stretches_beyond_the_last_row_forget_nothing(tmp_path):
     assert_same(*(FeaturePipeline.load(each.serving).encode(asking) for each in (few, all_at_once)))
 
 
-def test_no_order_of_files_changes_state_or_encoding(tmp_path, small_pieces):
-    table = random_log(6, rows=400)
-    parts = _cut(table, 50, 120, 300)
-    one = prepare(str(write_log(tmp_path / "a", *parts)), SCHEMA, WINDOWS, tmp_path / "one")
-    other = prepare(str(write_log(tmp_path / "b", *parts[::-1])), SCHEMA, WINDOWS, tmp_path / "other")
-    assert files_of(one.serving) == files_of(other.serving)
-    for split in WINDOWS:
-        keys = [("user", "ascending"), ("time", "ascending"), ("candidate", "ascending")]
-        mine, theirs = (pq.read_table(each.split(split)).sort_by(keys) for each in (one, other))
-        assert mine.equals(theirs)
-
-
 @pytest.fixture(scope="module")
 def ray_is_running():
     """Ray, started once as the engine starts it: it takes its time."""
@@ -214,12 +202,6 @@ def test_what_was_not_looked_for_is_once_it_is_asked_for(tmp_path):
         with pytest.raises(UserError, match=message):
             prepare(*place)
         assert existing(*place, keep) == prepared
-
-
-def test_what_was_checked_needs_no_second_look(tmp_path):
-    place = str(write_log(tmp_path / "log", random_log(9, rows=200))), SCHEMA, WINDOWS, tmp_path
-    prepared = prepare(*place)
-    assert existing(*place, BuildOptions(duplicates="keep", future_times="keep")) == prepared
 
 
 def test_times_of_two_units(tmp_path):
@@ -354,14 +336,3 @@ def _with_columns(tree: Any, names: dict[str, str]) -> Any:
         return names.get(value, value) if key in naming and isinstance(value, str) else value
 
     return change("", tree)
-
-
-def test_an_error_beside_the_steps_ends_the_build_and_leaves_nothing(tmp_path, monkeypatch):
-    def disk_full(counted: object, folder: Path) -> None:
-        raise OSError(28, "No space left on device")
-
-    source = str(write_log(tmp_path / "log", random_log(5, rows=500)))
-    monkeypatch.setattr("mmoe_rec.preprocessing.prepare.save_latest", disk_full)
-    with pytest.raises(OSError, match="No space"):
-        prepare(source, SCHEMA, WINDOWS, tmp_path / "work")
-    assert not list((tmp_path / "work").iterdir())

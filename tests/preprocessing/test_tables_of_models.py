@@ -15,14 +15,11 @@ from hypothesis import strategies as st
 from mmoe_rec.errors import UserError
 from mmoe_rec.features import kinds
 from mmoe_rec.features.pipeline import FeaturePipeline
-from mmoe_rec.jobs.features import build_features
 from mmoe_rec.point_in_time.join import in_window
 from mmoe_rec.preprocessing.added.tables import Tables, advanced, made_anew, taken_by
 from mmoe_rec.preprocessing.added.taken import Taken
 from mmoe_rec.preprocessing.logs import BuildOptions, Logs
 from mmoe_rec.preprocessing.prepare import Prepared, prepare
-from mmoe_rec.settings.load import load_settings
-from pipelines.make_synthetic_log import Plan, make_log
 from tests.log.small_logs import DAY, START, times_of
 from tests.point_in_time.compared_logs import _LACKS, _small_pieces
 from tests.point_in_time.drawn_logs import DrawnLog, draw
@@ -218,18 +215,6 @@ def test_events_alone_move_the_tables_on(tmp_path: Path) -> None:
     assert served.go_on() is None
 
 
-def test_the_order_of_days_that_come_at_once_does_not_matter(tmp_path: Path) -> None:
-    log = Growing.of_eight_days(tmp_path)
-    options = BuildOptions()
-    slowly = Served(Prepared(log.work / "features"), tmp_path / "slowly", log.source, options)
-    at_once = Served(Prepared(log.work / "features"), tmp_path / "at once", log.source, options)
-    for day in (8, 9, 10, 11):
-        log.add(day, day + 1)
-        slowly.go_on()
-    at_once.go_on()
-    assert_same_tables(slowly.features, at_once.features)
-
-
 @pytest.mark.parametrize("until", [6.1, 8.0, 9.7, 99])
 def test_rows_and_events_from_a_moment_on_do_not_count(tmp_path: Path, until: float) -> None:
     """As if the log had ended then; requests of a moment that is the edge itself don't count."""
@@ -262,24 +247,3 @@ def test_files_of_a_journal_are_known_by_their_names(tmp_path: Path) -> None:
     made = served.go_on()
     assert made is not None
     assert made.journal == {"id": "ab" * 16, "through": 12}
-
-
-def test_the_synthetic_log(tmp_path: Path) -> None:
-    """Requests with ids, late labels, and users and items that the model has not seen."""
-    plan = Plan(rows=20_000, users=400, candidates=900, days=60, seed=3)
-    make_log(plan, tmp_path / "all")
-    files, log = sorted((tmp_path / "all").glob("**/*.parquet")), tmp_path / "log"
-    assert len(files) == plan.days
-    log.mkdir()
-    place = ["--data.log", str(log), "--data.work", str(tmp_path / "work")]
-    settings = load_settings("configs/synthetic.yaml", place)
-    served: Served | None = None
-    for first, last in ((0, 54), (54, 55), (55, 59), (59, 60)):
-        for path in files[first:last]:
-            shutil.copyfile(path, log / path.name)
-        if served is None:
-            served = Served(build_features(settings), tmp_path / "served", str(log), BuildOptions())
-        else:
-            assert served.go_on() is not None
-    assert served is not None
-    assert assert_same_tables(served.features, served.anew()[0]) > 10_000

@@ -168,12 +168,6 @@ def test_only_what_matters_is_measured(
     assert choices.products == settings.get("products", "blas")
 
 
-def test_bf16_that_is_emulated_is_given_up_after_a_few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    compared = with_times(monkeypatch, TIMES | {"bf16": 50.0})
-    assert chooser(built()).choose(Training(tables="torch", threads=1)).precision == "fp32"
-    assert compared == [["fp32", "bf16"], ["blas", "onednn"]]
-
-
 @pytest.mark.parametrize("structure", [MODEL, Model.model_validate(TOP_K)])
 def test_measuring_leaves_model_and_random_states_alone(structure: Model) -> None:
     model, before, state = built(structure), built(structure).state_dict(), torch.get_rng_state()
@@ -231,12 +225,6 @@ def test_options_run_in_turns_and_the_fastest_run_counts(monkeypatch: pytest.Mon
     assert clock.calls == ["a", "b"] * 4
 
 
-def test_turns_begin_until_time_is_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = Clock(monkeypatch)
-    milliseconds({"a": clock.option("a", 0.01)}, 0.055)
-    assert len(clock.calls) == 1 + 6
-
-
 def test_a_hopeless_option_is_not_run_again(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
     times = milliseconds({"fast": clock.option("fast", 1), "slow": clock.option("slow", 1.01 * GIVE_UP)}, 100)
@@ -249,13 +237,6 @@ def test_a_training_that_goes_on_keeps_them() -> None:
     assert (now.precision, now.tables, now.experts, now.threads) == ("bf16", "torch", "grouped", 2)
     assert kept(CHOICES, Training(), CPU).threads == min(3, torch.get_num_threads())
     assert kept(CHOICES, Training(tables="fbgemm"), CPU).tables == "fbgemm"
-
-
-def test_a_way_of_tables_that_is_not_here_gives_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choices_module, "ways_on_offer", lambda: ("fbgemm",))
-    assert kept(CHOICES, Training(), CPU).tables == "fbgemm"
-    with pytest.raises(UserError, match=r"^training\.tables is fbgemm_reference, a way of CPUs"):
-        kept(CHOICES, Training(tables="fbgemm_reference"), torch.device("cuda", 0))
 
 
 @pytest.fixture(scope="module")

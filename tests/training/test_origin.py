@@ -102,12 +102,6 @@ def test_starts_are_the_same_by_their_weights() -> None:
     assert found.startswith("it was begun without --from, now it is --from models:/shop@champion")
 
 
-def test_which_addresses_move() -> None:
-    addresses = {"models:/shop@champion": True, "models:/shop/latest": True, "models:/shop/3": False, "a@b": False}
-    for address, moves in addresses.items():
-        assert Start(address, address, "").moves == moves
-
-
 @pytest.mark.parametrize(
     ("name", "value"),
     [("training.calibration", "isotonic"), ("serving.max_candidates", 7), ("tracking.alias", "best"), ("name", "new")],
