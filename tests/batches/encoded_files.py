@@ -1,12 +1,18 @@
-"""Small folders of encoded rows whose values name their row."""
+"""Small folders of encoded rows whose values name their row; their order and its split over ranks, a row at a time."""
 
+import json
+import threading
+import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mmoe_rec.batches.encoded_rows import Rows
+from mmoe_rec.batches.encoded_rows import EncodedRows, Rows
+from mmoe_rec.batches.order import GOLDEN, EpochOrder, Position, Window
+from mmoe_rec.batches.reader import TrainingReader
 from mmoe_rec.features.encoded import Encoded
 from mmoe_rec.features.layout import DenseInput, IdInput, Layout, Table, TaskOutput
 from mmoe_rec.point_in_time.lists import Ragged
@@ -93,3 +99,63 @@ def assert_values(rows: Rows) -> None:
     assert ragged.values.dtype == slot.dtype == np.int64
     assert rows.encoded.dense.dtype == np.float32
     assert rows.labels.dtype == np.float64  # stars are a regression
+
+
+Row = tuple[int, int]  # row group, row in it
+
+
+def window_order(order: EpochOrder, window: Window) -> list[Row]:
+    """The rows of a window by rising key."""
+    keyed = []
+    for number, group in enumerate(window.groups.tolist()):
+        permutation = order.permutation(group).tolist()
+        offset = (window.shift + number * GOLDEN) % 1.0
+        keyed += [((j + offset) / len(permutation), number, j, (group, row)) for j, row in enumerate(permutation)]
+    return [row for *_, row in sorted(keyed)]
+
+
+def global_batches(order: EpochOrder, batch_size: int, position: int) -> list[list[Row]]:
+    """The next rows of the order, `batch_size` at a time, each batch arranged by where its rows' groups lie."""
+    placed = [(window, row) for window in order.windows for row in window_order(order, window)]
+    return [_arranged(placed[first : first + batch_size]) for first in range(position, len(placed), batch_size)]
+
+
+def _arranged(batch: list[tuple[Window, Row]]) -> list[Row]:
+    keyed = []
+    seen: dict[int, int] = {}
+    counts: dict[int, int] = {}
+    for _, (group, _) in batch:
+        counts[group] = counts.get(group, 0) + 1
+    for window, (group, row) in batch:
+        number = window.groups.tolist().index(group)
+        sizes = window.sizes.tolist()
+        within = (seen.get(group, 0) + 0.5) * (sizes[number] / counts[group])
+        seen[group] = seen.get(group, 0) + 1
+        keyed.append(((sum(sizes[:number]) + within) / sum(sizes), window.start, number, seen[group], (group, row)))
+    return [row for *_, row in sorted(keyed)]
+
+
+def slots(batch: list[Row], rank: int, world_size: int, rank_rows: int) -> list[tuple[Row, bool]]:
+    """The rank's rows of a batch that is stretched over all slots, and whether each is a copy of the slot before."""
+    total = rank_rows * world_size
+    taken = [slot * len(batch) // total for slot in range(total)]
+    every = [(batch[place], slot > 0 and taken[slot - 1] == place) for slot, place in enumerate(taken)]
+    return every[rank * rank_rows : (rank + 1) * rank_rows]
+
+
+def background_threads() -> list[threading.Thread]:
+    """The threads of `Prefetch` and of readers that are alive."""
+    return [thread for thread in threading.enumerate() if thread.name.startswith(("prefetch", "reader"))]
+
+
+def consume(
+    encoded: Path, written: Path, position: dict[str, Any] | None, epochs: int, pause: float, **options: int
+) -> None:
+    """Appends one line of JSON a batch: its real rows and the position after it; `options` are the reader's."""
+    reader = TrainingReader(EncodedRows(encoded, LAYOUT), **options)
+    begin = reader.position(0) if position is None else Position.from_dict(position)
+    with written.open("a", encoding="utf-8") as file:
+        for rows, after in reader.resume(begin, epochs):
+            file.write(json.dumps({"rows": real(rows), "position": after.to_dict()}) + "\n")
+            file.flush()
+            time.sleep(pause)

@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.batches.consumer import consume
-from tests.batches.encoded_files import write
+from tests.batches.encoded_files import consume, write
 from tests.fork_server import Command, call
 from tests.processes import until
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmoe_rec.batches.order import EpochOrder, Share, Split
-from tests.batches.naive import Row, global_batches, slots, window_order
+from tests.batches.encoded_files import Row, global_batches, slots, window_order
 
 IRREGULAR = [4000, 3238, 2875, 3214, 2804, 3276, 119, 3134, 2430, 3276, 365, 3116, 3168, 2863, 3276, 412, 2838, 3276]
 

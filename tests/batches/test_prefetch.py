@@ -5,7 +5,7 @@ import pytest
 
 from mmoe_rec.batches import reader
 from mmoe_rec.batches.reader import OnDemand, Prefetch
-from tests.batches.threads import background_threads
+from tests.batches.encoded_files import background_threads
 
 
 def wait_until(condition: Callable[[], bool]) -> None:

@@ -1,6 +1,8 @@
+import json
 import math
 import weakref
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +14,8 @@ from mmoe_rec.batches.encoded_rows import EncodedRows, Rows
 from mmoe_rec.batches.order import Position
 from mmoe_rec.batches.reader import TrainingReader
 from mmoe_rec.errors import UserError
-from tests.batches.encoded_files import LAYOUT, assert_values, numbers, real, write
-from tests.batches.naive import global_batches as naive_batches
-from tests.batches.threads import background_threads
+from tests.batches.encoded_files import LAYOUT, assert_values, background_threads, numbers, real, write
+from tests.batches.encoded_files import global_batches as naive_batches
 
 FILES = [[13, 0, 8], [1], [], [20, 5, 9, 2], [0], [17]]
 TOTAL = 75
@@ -198,3 +199,48 @@ def test_an_unreadable_file_is_an_error_of_the_epoch(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"001\.parquet' cannot be read"):
         list(epoch_of(reader, 0))
     assert not background_threads()
+
+
+POSITION = Position(epoch=2, row=40, seed=5, shuffle_window=30, rows=75, fingerprint="0af3")
+
+
+def test_survives_json() -> None:
+    assert Position.from_dict(json.loads(json.dumps(POSITION.to_dict()))) == POSITION
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("row", "40"), ("row", None), ("seed", 5.0), ("epoch", True), ("fingerprint", 3)]
+)
+def test_a_field_of_another_type(name: str, value: object) -> None:
+    with pytest.raises(UserError, match=f"has {value!r} as '{name}', expected one (int|str).*damaged"):
+        Position.from_dict(POSITION.to_dict() | {name: value})
+
+
+def test_fields_missing_and_unknown() -> None:
+    tree = POSITION.to_dict()
+    del tree["rows"]
+    with pytest.raises(UserError, match="has None as 'rows'"):
+        Position.from_dict(tree)
+    with pytest.raises(UserError, match="unknown field 'speed'"):
+        Position.from_dict(POSITION.to_dict() | {"speed": 3})
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"rows": 80}, "at row 40 of epoch 2: the checkpoint was made with 75 encoded rows, now there are 80; bring"),
+        ({"fingerprint": "ffff"}, r"not those that the checkpoint was made with \(fingerprint ffff, expected 0af3\)"),
+        ({"seed": 6}, r"made with training\.seed 5, now it is 6; set it to 5 or train from the start"),
+        ({"shuffle_window": 31}, r"made with training\.shuffle_window 30, now it is 31; set it to 30 or train"),
+    ],
+)
+def test_another_order_is_refused(changes: dict, sentence: str) -> None:
+    POSITION.check(replace(POSITION, epoch=0, row=0))
+    with pytest.raises(UserError, match=sentence):
+        POSITION.check(replace(POSITION, **changes))
+
+
+@pytest.mark.parametrize("changes", [{"row": -1}, {"row": 76}, {"epoch": -1}])
+def test_outside_an_epoch(changes: dict) -> None:
+    with pytest.raises(UserError, match="an epoch has 75 rows"):
+        replace(POSITION, **changes).check(POSITION)

@@ -1,20 +1,25 @@
-"""The ranking model against the reference: one row, one expert and one task at a time."""
+"""The ranking model against the reference, one row, expert and task at a time; its tables and batches."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import fields, replace
+from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from mmoe_rec.batches.batch import Batch, make_batch
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.encoded import Encoded
-from mmoe_rec.model.layout import ModelLayout
+from mmoe_rec.model import tables as tables_module
+from mmoe_rec.model.layout import EmbeddingTable, ModelLayout
 from mmoe_rec.model.mmoe import RankingModel, build_model
-from mmoe_rec.model.tables import plain_tables, torchrec_tables
+from mmoe_rec.model.tables import INITIAL_DEVIATION, by_name, initial_rows, plain_tables, torchrec_tables
 from mmoe_rec.point_in_time.lists import Ragged
 from mmoe_rec.settings.model import Model
 from tests.model.examples import (
@@ -195,3 +200,193 @@ def test_model_is_importable_without_the_training_stack() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+DIMS = {each.name: LAYOUT.table(each.table).dim for each in LAYOUT.ids}
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_plain_tables_equal_torchrec(seed: int) -> None:
+    encoded, labels = random_rows(23, seed)
+    plain = plain_tables(LAYOUT, seed)
+    collection = torchrec_tables(LAYOUT, "cpu")
+    assert list(plain.state_dict()) == list(collection.state_dict())
+    collection.load_state_dict(plain.state_dict())
+    ours = plain(make_batch(encoded, LAYOUT, labels, torchrec=False).ids)
+    batch = make_batch(encoded, LAYOUT, labels, torchrec=True)
+    theirs = by_name(collection(batch.ids), DIMS, batch.ragged, batch.shares)
+    assert ours.keys() == theirs.keys()
+    for name, means in ours.items():
+        torch.testing.assert_close(means, theirs[name], atol=1e-7, rtol=0)
+
+
+@pytest.mark.parametrize("longest", [0, 1, 2, 9])
+def test_gradients_equal_those_of_plain_means(longest: int) -> None:
+    """Ids repeated in a row and between rows and inputs, empty rows; inputs all of whose rows have one id."""
+    random = np.random.default_rng(longest)
+    encoded, _ = random_rows(31, longest)
+    history = random.integers(0, longest + 1, 31).astype(np.int32)
+    ids = {**encoded.ids, "tags": Ragged(random.integers(0, 90, 31), np.ones(31, np.int32))}
+    ids["history"] = Ragged(random.integers(0, 5, history.sum()), history)
+    encoded = Encoded(ids, encoded.dense)
+    plain, collection = plain_tables(LAYOUT), torchrec_tables(LAYOUT, "cpu")
+    collection.load_state_dict(plain.state_dict())
+    batch = make_batch(encoded, LAYOUT, torchrec=True)
+    assert batch.ragged == ("history",)
+    ours = plain(make_batch(encoded, LAYOUT, torchrec=False).ids)
+    theirs = by_name(collection(batch.ids), DIMS, batch.ragged, batch.shares)
+    into = {name: torch.randn(each.shape) for name, each in ours.items()}
+    for pooled in (ours, theirs):
+        torch.stack([(pooled[name] * each).sum() for name, each in into.items()]).sum().backward()
+    for one, other in zip(plain.parameters(), collection.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, atol=1e-5, rtol=1e-5)
+
+
+def test_an_input_without_ids_gives_zeros() -> None:
+    encoded, _ = random_rows(50)
+    empty = encoded.ids["tags"].lengths == 0  # type: ignore[union-attr]
+    assert empty.any()
+    pooled = plain_tables(LAYOUT)(make_batch(encoded, LAYOUT, torchrec=False).ids)["tags"].detach().numpy()
+    assert not pooled[empty].any()
+    assert np.abs(pooled[~empty]).min(1).all()
+
+
+def test_first_weights_do_not_depend_on_how_rows_are_divided(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables_module, "BLOCK_ROWS", 7)
+    table = EmbeddingTable("t", 40, 3)
+    whole = initial_rows(table, 1, 0, 40)
+    for bounds in ([0, 20, 40], [0, 7, 14, 40], [0, 5, 6, 33, 40]):
+        parts = [initial_rows(table, 1, a, b) for a, b in pairwise(bounds)]
+        assert torch.equal(torch.cat(parts), whole)
+
+
+def test_first_weights_differ_by_seed_table_and_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables_module, "BLOCK_ROWS", 500)
+    table = EmbeddingTable("t", 1000, 8)
+    weights = initial_rows(table, 1, 0, 1000)
+    assert weights.std().item() == pytest.approx(INITIAL_DEVIATION, rel=0.05)
+    others = [
+        initial_rows(table, 2, 0, 1000),
+        initial_rows(EmbeddingTable("u", 1000, 8), 1, 0, 1000),
+        weights.roll(500, 0),
+    ]
+    for other in others:
+        assert abs(np.corrcoef(weights.flatten(), other.flatten())[0, 1]) < 0.1
+
+
+def rows_of(values: torch.Tensor, offsets: torch.Tensor) -> list[list[int]]:
+    bounds = offsets.tolist()
+    return [values[a:b].tolist() for a, b in pairwise(bounds)]
+
+
+def expected_rows(column: np.ndarray | Ragged) -> list[list[int]]:
+    if not isinstance(column, Ragged):
+        return [[int(value)] for value in column]
+    values = iter(column.values.tolist())
+    return [[next(values) for _ in range(length)] for length in column.lengths]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_ids_are_those_of_the_rows_and_of_torchrec(seed: int) -> None:
+    encoded, labels = random_rows(17, seed)
+    ids = make_batch(encoded, LAYOUT, labels, torchrec=False).ids
+    keyed = make_batch(encoded, LAYOUT, labels, torchrec=True).ids
+    assert list(ids.keys) == keyed.keys()
+    assert torch.equal(ids.values, keyed.values())
+    assert torch.equal(ids.lengths, keyed.lengths())
+    for name in ids.keys:
+        rows = rows_of(*ids.column(name))
+        assert rows == expected_rows(encoded.ids[name])
+        assert rows == [row.tolist() for row in keyed[name].to_dense()]
+
+
+def test_labels_are_zero_where_unobserved() -> None:
+    encoded, labels = random_rows(11)
+    batch = make_batch(encoded, LAYOUT, labels, position=40, torchrec=False)
+    assert np.array_equal(batch.observed.numpy(), ~np.isnan(labels))
+    assert np.array_equal(batch.labels.numpy(), np.nan_to_num(labels))
+    assert batch.labels.dtype == batch.dense.dtype == torch.float32
+    assert batch.position == 40
+    assert len(batch) == 11
+
+
+def test_read_only_arrays_are_accepted_without_a_warning(recwarn: pytest.WarningsRecorder) -> None:
+    encoded, labels = random_rows(5)
+    for array in (encoded.dense, labels, encoded.ids["user"]):
+        array.flags.writeable = False  # type: ignore[union-attr]
+    make_batch(encoded, LAYOUT, labels, torchrec=False)
+    assert not recwarn.list
+
+
+def test_what_does_not_fit_the_layout_is_named() -> None:
+    encoded, labels = random_rows(5)
+    with pytest.raises(ValueError, match=r"labels: expected shape \(5, 3\).*found \(5, 2\)"):
+        make_batch(encoded, LAYOUT, labels[:, :2], torchrec=False)
+    without = Encoded({name: ids for name, ids in encoded.ids.items() if name != "city"}, encoded.dense)
+    with pytest.raises(ValueError, match="'city'"):
+        make_batch(without, LAYOUT, labels, torchrec=False)
+
+
+def test_weights_of_rows() -> None:
+    encoded, labels = random_rows(5)
+    plain = make_batch(encoded, LAYOUT, labels, torchrec=False)
+    assert plain.weights is None
+    assert plain.to("cpu").weights is None
+    assert plain.observed_weights.tolist() == (~np.isnan(labels)).sum(0).tolist()
+    weights = np.array([1.0, 2.5, 1.0, 8.0, 4.0], np.float32)
+    batch = make_batch(encoded, LAYOUT, labels, None, weights, torchrec=False)
+    assert torch.equal(batch.to("cpu").weights, torch.from_numpy(weights))
+    assert batch.observed_weights.tolist() == (~np.isnan(labels) * weights[:, None]).sum(0).tolist()
+    with pytest.raises(ValueError, match=r"weights: expected shape \(5,\)"):
+        make_batch(encoded, LAYOUT, labels, None, weights[:4], torchrec=False)
+
+
+class Spied:
+    """In place of a tensor: writes down what is asked of it."""
+
+    def __init__(self, name: str, asked: list[tuple[str, str]]) -> None:
+        self.name, self.asked = name, asked
+
+    def __getattr__(self, method: str) -> Callable[..., Spied]:
+        def call(*arguments: object, **named: object) -> Spied:
+            self.asked.append((self.name, f"{method} {arguments[1:]} {named}"))
+            return self
+
+        return call
+
+    def __len__(self) -> int:
+        return 5
+
+
+@pytest.mark.parametrize("optional", [True, False])
+def test_every_tensor_goes_the_whole_way_to_a_gpu(optional: bool) -> None:
+    """One that is forgotten in `record_stream` has its memory reused while a GPU still reads it."""
+    encoded, labels = random_rows(5)
+    more = (np.ones(5, np.float32), np.arange(5)) if optional else (None, None)
+    batch = make_batch(encoded, LAYOUT, labels, None, *more, torchrec=True)
+    held = [each.name for each in fields(Batch) if hasattr(getattr(batch, each.name), "to")]
+    assert {"ids", "dense", "labels", "observed"} <= set(held)
+    assert {"weights", "users"} <= set(held) or not optional
+    asked: list[tuple[str, str]] = []
+    spied = replace(batch, **{name: Spied(name, asked) for name in held})
+    for step, expected in (
+        (spied.pin_memory, "pin_memory () {}"),
+        (lambda: spied.to("cpu", non_blocking=True), "to () {'non_blocking': True}"),
+        (lambda: spied.record_stream("stream"), "record_stream () {}"),
+    ):
+        asked.clear()
+        step()
+        assert sorted(asked) == sorted((name, expected) for name in held)
+
+
+def test_plain_ids_go_the_whole_way_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = make_batch(random_rows(5)[0], LAYOUT, torchrec=False).ids
+    seen: list[torch.Tensor] = []
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: seen.append(tensor))
+    ids.record_stream("stream")
+    held = [each for each in vars(ids).values() if isinstance(each, torch.Tensor)]
+    assert {each.data_ptr() for each in seen} == {each.data_ptr() for each in held}
+    moved = ids.to("cpu", non_blocking=True)
+    assert moved.starts == ids.starts
+    for name in ids.keys:
+        assert all(torch.equal(*pair) for pair in zip(ids.column(name), moved.column(name), strict=True))

@@ -1,21 +1,33 @@
-"""Experts, gates, towers and the score, each on its own."""
+"""Experts, towers, the score, calibration and the use of gates, each on its own."""
 
 from __future__ import annotations
 
 import itertools
+import json
 import math
 from decimal import Decimal, getcontext
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 from torch.nn import functional
 
 from mmoe_rec.model.bottom import PiecewiseLinear
 from mmoe_rec.model.levels import Experts
-from mmoe_rec.model.mmoe import PlacementTower
+from mmoe_rec.model.mmoe import Outputs, PlacementTower
 from mmoe_rec.model.products import StackedLinear
-from mmoe_rec.model.score import SMALLEST_VALUE, fuse, logit_of_both, predictions
+from mmoe_rec.model.routing import Routing, rule_named
+from mmoe_rec.model.score import (
+    SMALLEST_VALUE,
+    UNCALIBRATED,
+    Calibration,
+    TaskCalibration,
+    fuse,
+    logit_of_both,
+    predictions,
+)
+from mmoe_rec.model.utilisation import Utilisation, UtilisationSums
 from mmoe_rec.settings import model as section
 
 
@@ -111,3 +123,133 @@ def test_edges_may_lie_near_to_each_other_far_from_zero() -> None:
     parts = PiecewiseLinear([edges.tolist()])(torch.from_numpy(x)).numpy()
     low, high, exact = edges[:-1].astype(float), edges[1:].astype(float), x.astype(float)
     np.testing.assert_allclose(parts, np.clip((exact - low) / (high - low), 0, 1), atol=1e-6)
+
+
+CURVE = TaskCalibration((-2.0, 0.5, 3.0), (-1.0, -0.5, 4.0), 0.25)
+
+
+@pytest.mark.parametrize("knots", [1, 2, 3, 40])
+def test_equals_interpolation_and_lines_beyond(knots: int) -> None:
+    random = np.random.default_rng(knots)
+    x, y = (np.sort(random.normal(size=knots)) for _ in range(2))
+    logits = np.concatenate([random.normal(scale=3.0, size=500), x])
+    expected = np.interp(logits, x, y) + 0.5 * (np.minimum(logits - x[0], 0) + np.maximum(logits - x[-1], 0))
+    found = TaskCalibration(tuple(x), tuple(y), 0.5).apply(torch.from_numpy(logits))
+    np.testing.assert_allclose(found.numpy(), expected, atol=1e-12)
+
+
+def test_tasks_are_found_by_name_and_others_stay() -> None:
+    logits = torch.randn(7, 3)
+    calibrated = Calibration({"c": CURVE, "a": TaskCalibration.line(2.0, 1.0)}).apply(logits, ["a", "b", "c"])
+    assert calibrated.dtype == torch.float32
+    torch.testing.assert_close(calibrated[:, 0], 2 * logits[:, 0] + 1)
+    assert torch.equal(calibrated[:, 1], logits[:, 1])
+    torch.testing.assert_close(calibrated[:, 2], CURVE.apply(logits[:, 2]))
+    assert UNCALIBRATED.apply(logits, ["a", "b", "c"]) is logits
+    assert Calibration({"a": CURVE}).apply(logits[:0], ["a", "b", "c"]).shape == (0, 3)
+
+
+def test_json_loses_nothing() -> None:
+    knots = np.sort(np.random.default_rng(0).normal(size=(2, 30)))
+    curve = TaskCalibration(tuple(knots[0].tolist()), tuple(knots[1].tolist()), 1 / 3)
+    calibration = Calibration({"bought": curve, "rebought": TaskCalibration.line(0.1, -1e-17)})
+    assert Calibration.from_dict(json.loads(json.dumps(calibration.to_dict()))) == calibration
+
+
+@pytest.mark.parametrize(
+    ("logits", "calibrated", "slope", "message"),
+    [
+        ((0.0, 0.0), (0.0, 1.0), 1.0, "must rise"),
+        ((0.0, 1.0), (1.0, 1.0), 1.0, "must rise"),
+        ((0.0, 1.0), (0.0, 1.0), 0.0, "must rise"),
+        ((0.0,), (float("inf"),), 1.0, "not a finite number"),
+        ((0.0,), (0.0,), float("nan"), "not a finite number"),
+        ((0.0,), (0.0, 1.0), 1.0, "1 logits and 2 calibrated"),
+        ((), (), 1.0, "0 logits"),
+    ],
+)
+def test_what_would_change_the_order_is_refused(
+    logits: tuple[float, ...], calibrated: tuple[float, ...], slope: float, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        TaskCalibration(logits, calibrated, slope)
+
+
+def outputs(weights: Tensor, selected: Tensor | None = None) -> Outputs:
+    return Outputs(torch.zeros(weights.shape[:2]), (Routing(weights, weights, selected, torch.zeros(())),))
+
+
+def used(*weights: list[float]) -> Utilisation:
+    return Utilisation(torch.tensor(weights, dtype=torch.float64), torch.tensor(weights, dtype=torch.float64))
+
+
+def test_means_are_over_the_counted_rows_of_all_batches() -> None:
+    torch.manual_seed(0)
+    weights = torch.rand(10, 2, 3).softmax(-1)
+    sums = UtilisationSums(torch.ones(2, 3, dtype=torch.bool))
+    counted = torch.arange(10) % 3 > 0
+    sums.add(outputs(weights[:4]), counted[:4])
+    sums.add(outputs(weights[4:]), counted[4:])
+    found = sums.result()
+    torch.testing.assert_close(found.weights, weights[counted].double().mean(0))
+    torch.testing.assert_close(found.loads, found.weights)
+    assert Utilisation.from_dict(found.to_dict()).weights.tolist() == found.weights.tolist()
+
+
+def test_loads_of_chosen_experts_are_shares_of_choices() -> None:
+    """Two of three experts a row, one router for both tasks, of which the first row has only one."""
+    selected = torch.tensor([[[True, False, False]], [[True, True, False]]])
+    sums = UtilisationSums(torch.ones(2, 3, dtype=torch.bool))
+    sums.add(outputs(torch.full((2, 2, 3), 1 / 3), selected))
+    assert sums.result().loads.tolist() == [[0.75, 0.25, 0.0]] * 2
+
+
+def test_experts_that_a_task_does_not_see_are_left_out() -> None:
+    visible = torch.tensor([[True, True, False], [True, False, True]])
+    sums = UtilisationSums(visible)
+    sums.add(outputs(torch.tensor([[[0.5, 0.5, 0.0], [0.5, 0.0, 0.5]]])))
+    found = sums.result()
+    assert torch.equal(found.weights.isnan(), ~visible)
+    assert found.task_entropies == pytest.approx([1.0, 1.0])
+    assert found.total_loads.tolist() == [0.5, 0.25, 0.25]
+    assert found.max_over_mean == pytest.approx(1.5)
+    assert found.entropy == pytest.approx(1.5 * math.log(2) / math.log(3))
+    assert "gates/b/expert_1.weight" not in found.flat(["a", "b"])
+
+
+def test_what_gates_do_is_told_in_words() -> None:
+    found = used([0.9, 0.1, 0.0, 0.0], [0.3, 0.3, 0.4, 0.0])
+    assert found.polarised == [True, False]
+    assert found.hardly_used == [3]
+    dead, settled = found.findings(["bought", "liked"])
+    assert dead.startswith("expert 3 is hardly used: it gets 0.00% of the load, where an even share is 25.0%")
+    assert settled.startswith("the gate of 'bought' settles on expert 0 with 90% of its weight")
+    assert found.flat(["bought", "liked"])["gates/polarised_share"] == 0.5
+
+
+def test_only_gates_that_choose_are_noted_and_in_one_line() -> None:
+    found = used([0.9, 0.1, 0.0, 0.0], [0.3, 0.7, 0.0, 0.0])
+    assert found.note(rule_named("soft")) is None
+    for routing in ("top_k", "shared_route", "expert_choice"):
+        note = found.note(rule_named(routing))
+        assert note is not None
+        assert note.startswith("gates choose 2 of 4 experts, and hardly ever 2, 3:")
+    assert used([0.9, 0.1], [0.3, 0.7]).note(rule_named("top_k")) is None
+
+
+def test_nothing_is_said_of_experts_that_are_out_of_use() -> None:
+    sums = UtilisationSums(torch.tensor([[True, False], [True, False]]))
+    sums.add(outputs(torch.tensor([[[1.0, 0.0], [1.0, 0.0]]])))
+    found = sums.result()
+    assert found.findings(["a", "b"]) == []
+    assert (found.max_over_mean, found.entropy) == (1.0, 1.0)
+    nothing = UtilisationSums(torch.zeros(2, 2, dtype=torch.bool))
+    nothing.add(outputs(torch.zeros(1, 2, 2)))
+    assert nothing.result().max_over_mean == 1.0
+    assert nothing.result().findings(["a", "b"]) == []
+
+
+def test_an_even_or_single_expert_is_fine() -> None:
+    assert used([0.25] * 4, [0.25] * 4).findings(["a", "b"]) == []
+    assert used([1.0], [1.0]).findings(["a", "b"]) == []
+    assert used([1.0], [1.0]).entropy == 1.0

@@ -1,4 +1,4 @@
-"""Engines give results in the order of the tasks and raise what a task raises."""
+"""What a build is run by: workers and their engines, rows that are sent to partitions, and answers that come back."""
 
 import os
 import subprocess
@@ -7,11 +7,21 @@ import threading
 import time
 from functools import partial
 
+import numpy as np
+import pyarrow as pa
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mmoe_rec.errors import UserError
+from mmoe_rec.features.vocabulary import Vocabulary
+from mmoe_rec.log.parts import LogPart
+from mmoe_rec.point_in_time.lists import Ragged, SharedRagged, consecutive
 from mmoe_rec.preprocessing import engines
+from mmoe_rec.preprocessing import results as module
 from mmoe_rec.preprocessing.engines import open_engine
+from mmoe_rec.preprocessing.exchange import Exchange, key_range, partition_of
+from mmoe_rec.preprocessing.results import Blocks, ResultExchange, ResultReader
 from tests.processes import is_running, until
 
 
@@ -122,3 +132,118 @@ def test_workers_end_with_the_process_that_started_them(tmp_path):
     parent.kill()
     parent.wait()
     until(lambda: not any(map(is_running, workers)), "workers outlive the process that started them")
+
+
+@given(
+    sizes=st.lists(st.integers(0, 30), min_size=1, max_size=4),
+    receivers=st.integers(1, 5),
+    rising=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_rows_arrive_once_and_in_order(tmp_path_factory, sizes, receivers, rising, seed):
+    """rising: whether rows lie in the order of their receivers already."""
+    exchange = Exchange(tmp_path_factory.mktemp("exchange"), receivers)
+    random = np.random.default_rng(seed)
+    sent = [random.integers(0, receivers, size) for size in sizes]
+    sent = [np.sort(each) for each in sent] if rising else sent
+    counts = np.zeros(receivers, np.int64)
+    for number, receiver in reversed(list(enumerate(sent))):
+        rows = pa.table({"sender": pa.array([number] * len(receiver)), "row": pa.array(range(len(receiver)))})
+        counts += exchange.send("rows", (number, 0), rows, receiver)
+    for receiver in range(receivers):
+        expected = [(n, row) for n, to in enumerate(sent) for row in np.flatnonzero(to == receiver)]
+        table = exchange.receive_all("rows", receiver)
+        found = [] if table is None else [tuple(row.values()) for row in table.to_pylist()]
+        assert found == expected
+        assert counts[receiver] == len(expected)
+
+
+@given(keys=st.lists(st.integers(0, 2**64 - 1), min_size=1), partitions=st.integers(1, 1000))
+def test_partitions_are_ranges_of_keys_in_order(keys, partitions):
+    array = np.array(sorted(keys), np.uint64)
+    partition = partition_of(array, partitions)
+    assert (np.diff(partition) >= 0).all()
+    for key, number in zip(array.tolist(), partition.tolist(), strict=True):
+        least, end = key_range(number, partitions)
+        assert least <= key < end
+
+
+def test_no_file_stays_open_nor_takes_room_on_disk_once_it_is_removed(tmp_path):
+    exchange = Exchange(tmp_path / "rows", 1)
+    exchange.send("rows", (0, 0), pa.table({"row": [1, 2]}), np.zeros(2, np.int64))
+    assert len(list(exchange.receive("rows", 0))) == 1
+    exchange.remove()
+    assert not exchange.folder.exists()
+    opened = (os.path.realpath(f"/proc/self/fd/{each}") for each in os.listdir("/proc/self/fd"))
+    assert not [path for path in opened if f"{exchange.folder}/" in path]
+
+
+@given(
+    sizes=st.lists(st.integers(1, 40), min_size=1, max_size=4),
+    senders=st.integers(1, 3),
+    lists=st.integers(1, 6),
+    share=st.sampled_from([0.2, 0.7, 1.0]),
+    seed=st.integers(0, 999),
+)
+def test_rows_get_their_answers(tmp_path_factory, sizes, senders, lists, share, seed):
+    random = np.random.default_rng(seed)
+    starts = np.cumsum([0, *sizes])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "ROWS_PER_BLOCK", 16)
+        blocks = Blocks.of([LogPart(int(s), n, ()) for s, n in zip(starts, sizes, strict=False)])
+    assert sum(blocks.size(block) for block in range(len(blocks))) == starts[-1]
+    exchange = ResultExchange(tmp_path_factory.mktemp("answers"), blocks)
+    numbers, owner = random.random(starts[-1]).astype(np.float32), random.integers(0, senders, starts[-1])
+    lengths = random.integers(0, 4, lists).astype(np.int32)
+    held = Ragged(random.integers(0, 100, lengths.sum()), lengths)
+    of_row = np.sort(random.integers(0, lists, starts[-1]))  # neighbours share a list
+    asked = random.random(starts[-1]) < share
+    for sender in range(senders):
+        rows = np.flatnonzero((owner == sender) & asked)
+        found = {"number": numbers[rows], "list": SharedRagged(held, of_row[rows])}
+        if len(rows):
+            exchange.send("group", (sender, 0), rows, found)
+    reader = ResultReader(exchange, ["group"])
+    for start, rows in zip(starts, sizes, strict=False):
+        wanted = asked[start : start + rows]
+        if wanted.any():
+            answers = reader.of(int(start), wanted)
+            inside = start + np.flatnonzero(wanted)
+            np.testing.assert_array_equal(answers["number"], numbers[inside])
+            back, expected = answers["list"].expand(), held.take(of_row[inside])
+            np.testing.assert_array_equal(back.lengths, expected.lengths)
+            np.testing.assert_array_equal(back.values, expected.values)
+
+
+def test_a_shared_list_is_sent_once_a_block(tmp_path):
+    exchange = ResultExchange(tmp_path, Blocks(np.array([0, 50]), 100))
+    rows = np.arange(100)
+    exchange.send("group", (0, 0), rows, {"list": SharedRagged(Ragged(np.arange(7), np.array([7])), rows * 0)})
+    for block in (0, 1):
+        (table,) = exchange.exchange.receive("group", block)
+        assert table["list"].to_pylist() == [list(range(7))] + [None] * 49
+
+
+@given(st.lists(st.tuples(st.integers(0, 50), st.integers(0, 4)), max_size=20))
+def test_consecutive_places_are_those_of_a_loop(lists):
+    starts, lengths = (np.array([each[index] for each in lists], np.int64) for index in (0, 1))
+    expected = [place for start, length in lists for place in range(start, start + length)]
+    assert consecutive(starts, lengths).tolist() == expected
+
+
+def test_threads_may_ask_a_vocabulary_at_once():
+    known = pa.array(np.random.default_rng(0).permutation(300_000))
+    expected = np.arange(300_000) + 2
+    for _ in range(5):
+        vocabulary, wrong, start = Vocabulary(known, 1), [], threading.Barrier(4)
+
+        def ask(vocabulary=vocabulary, wrong=wrong, start=start) -> None:
+            start.wait()
+            wrong.append((vocabulary.encode(known) != expected).sum())
+
+        threads = [threading.Thread(target=ask) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert wrong == [0, 0, 0, 0]

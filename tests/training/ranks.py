@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from mmoe_rec.batches.batch import make_batch
 from mmoe_rec.model.tables import torchrec_tables
@@ -20,7 +22,6 @@ from mmoe_rec.training.tables import Way
 from tests.fork_server import call
 from tests.model.examples import LAYOUT, random_rows, small_model
 from tests.processes import until
-from tests.training.saving import save_weights
 
 ROWS = 64
 SEED = 3
@@ -102,3 +103,11 @@ def train_one_step(folder: Path, way: Way = "fbgemm") -> None:
     sharded.table_optimizer.step()
     save_weights(sharded.model, folder / "after")
     torch.save({"logits": logits, "order": order, "plan": sharded.plan}, folder / f"rank{rank}.pt")
+
+
+def save_weights(model: nn.Module, folder: Path) -> None:
+    """Writes what `load_plain` reads. A collective call."""
+    import torch.distributed.checkpoint as dcp
+
+    shutil.rmtree(folder, ignore_errors=True)
+    dcp.save({"model": model.state_dict()}, checkpoint_id=folder)

@@ -1,22 +1,38 @@
-"""Towers begin at the base rates of the rows that they are trained on, and at nothing else."""
+"""Predictions begin at the rates of the labels, and are those of the whole log where rows were sampled."""
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from scipy.special import expit, logit
 
 from mmoe_rec.features.layout import TaskOutput
+from mmoe_rec.model.layout import ModelLayout
 from mmoe_rec.model.mmoe import Towers
+from mmoe_rec.preprocessing.prepare import Prepared
 from mmoe_rec.preprocessing.splits import SplitCounts
 from mmoe_rec.training.loop import Trainer
 from mmoe_rec.training.ranks import process_group
 from mmoe_rec.training.warm_start import base_rates, start_at
-from tests.training.learnable import CPU, LAYOUT, MODEL, TRAINING, learnable_rows, scores, trained, write_prepared
+from tests.training.learnable import (
+    CPU,
+    LAYOUT,
+    LAYOUTS,
+    MODEL,
+    ROWS,
+    TRAINING,
+    Trained,
+    learnable_rows,
+    scores,
+    trained,
+    write_prepared,
+)
 
 TASKS = (
     TaskOutput("click", "binary"),
@@ -81,3 +97,54 @@ def test_a_training_begins_at_the_rates_and_a_regression_at_its_mean(tmp_path: P
         rates = base_rates(prepared.manifest, LAYOUT.tasks, weighted=False)
         assert bias[:, 0].tolist() == pytest.approx([logit(rates[0]), logit(rates[1]), 0.0], rel=1e-6)
         trainer.checkpoints.close()
+
+
+# Without placement, which would hold a part of the mean.
+ONE_TASK = replace(LAYOUTS["no placement"], tasks=LAYOUTS["no placement"].tasks[:1])
+RATE = 0.2  # of rows without a click
+
+
+@pytest.fixture(scope="module")
+def sampled(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+    """Rows with a click, and one in five of the others."""
+    prepared = write_prepared(tmp_path_factory.mktemp("sampled"), ONE_TASK)
+    for split in ROWS:
+        (file,) = prepared.split(split).iterdir()
+        table = pq.read_table(file)
+        clicked = table["label.click"].to_numpy() == 1
+        kept = clicked | (np.random.default_rng(0).random(len(clicked)) < RATE)
+        rate = pa.array(np.where(clicked, 1.0, RATE), pa.float32())
+        table = table.set_column(table.column_names.index("sampling_rate"), "sampling_rate", rate)
+        pq.write_table(table.filter(pa.array(kept)), file, row_group_size=1_000)
+    return prepared
+
+
+def mean_prediction(found: Trained, whole: ModelLayout) -> tuple[float, float]:
+    """Of all validation rows, sampled or not, and their rate of clicks."""
+    from mmoe_rec.batches.batch import make_batch
+
+    encoded, labels = learnable_rows(whole, ROWS["validation"], 1)
+    logits = found.model()(make_batch(encoded, whole, torchrec=False)).logits.detach().numpy()[:, 0]
+    known = ~np.isnan(labels[:, 0])
+    return float((1 / (1 + np.exp(-logits[known]))).mean()), float(labels[known, 0].mean())
+
+
+def test_predictions_are_those_of_the_whole_log(sampled: Prepared, tmp_path: Path) -> None:
+    changes = {"epochs": 4, "select_by": "loss"}
+    plain = trained(sampled, tmp_path / "plain", **changes)
+    weighted = trained(sampled, tmp_path / "weighted", sampling_correction="weights", **changes)
+    predicted, rate = mean_prediction(weighted, ONE_TASK)
+    assert predicted == pytest.approx(rate, abs=0.04)
+    too_high, _ = mean_prediction(plain, ONE_TASK)
+    assert too_high > rate + 0.15
+
+
+def test_validation_has_the_weighted_loss(sampled: Prepared, tmp_path: Path) -> None:
+    found = trained(sampled, tmp_path, sampling_correction="weights")
+    logits, labels = scores(found.model(), sampled)
+    known = ~np.isnan(labels[:, 0])
+    logit, label = logits[known, 0].astype(np.float64), labels[known, 0]
+    weight = np.where(label == 1, 1.0, 1 / RATE)
+    losses = np.logaddexp(0, logit) - label * logit
+    assert found.result.best is not None
+    assert found.result.best.loss["click"] == pytest.approx(np.average(losses, weights=weight), rel=1e-4)

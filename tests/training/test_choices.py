@@ -31,11 +31,10 @@ from mmoe_rec.training.checkpoint import latest_checkpoint
 from mmoe_rec.training.choices import Choices, faster, kept
 from mmoe_rec.training.loop import Trainer
 from mmoe_rec.training.measure import GIVE_UP, Chooser, milliseconds
-from tests.model.examples import LAYOUT, random_rows
+from tests.model.examples import LAYOUT, random_rows, small_model
 from tests.pipelines.learnable_log import write_files
-from tests.training.choices_ranks import choose_on_a_rank
-from tests.training.learnable import CPU, MODEL, write_prepared
-from tests.training.ranks import spawn
+from tests.training.learnable import MODEL, write_prepared
+from tests.training.ranks import CPU, join, spawn
 from tests.training.resuming import CrashError, crash, train
 
 CHOICES = Choices("bf16", "torch", "grouped", 3, "blas", {"precision": {"fp32": 9.0, "bf16": 3.0}})
@@ -281,3 +280,17 @@ def test_experts_are_computed_as_chosen_or_as_set(
     with pytest.raises(CrashError):
         train(prepared, tmp_path, look, Model.model_validate(TOP_K | {"experts": experts}), precision="fp32")
     assert set(found) == {expected}
+
+
+def choose_on_a_rank(rank: int, world: int, port: int, folder: Path) -> None:
+    """Chooses the library of products, and keeps an earlier choice, where ranks after the first have no oneDNN."""
+    for module in (measure, choices_module):
+        module.onednn_offered = lambda: rank == 0  # type: ignore[attr-defined]
+    ids = make_batch(random_rows(50)[0], LAYOUT, torchrec=False).ids
+    settings = Training(precision="fp32", tables="torch", threads=1)
+    with join(rank, world, port):
+        chosen = Chooser(small_model(plain_tables(LAYOUT)).mixture, LAYOUT, CPU, 64, ids).choose(settings)
+        again = kept(Choices("fp32", "torch", "auto", 1, "onednn"), settings, CPU)
+    timed = list(chosen.measured.get("products", {"blas": 0.0}))
+    found = [chosen.products, timed, again.products]
+    (folder / f"{rank}.json").write_text(json.dumps(found), encoding="utf-8")

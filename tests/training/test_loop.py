@@ -38,7 +38,7 @@ from tests.training.learnable import (
     trained,
     write_prepared,
 )
-from tests.training.saving import save_weights
+from tests.training.ranks import save_weights
 
 STEPS = ROWS["train"] // TRAINING.batch_size
 DROPS = Model.model_validate(

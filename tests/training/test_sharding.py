@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from mmoe_rec.batches.batch import Batch, make_batch
 from mmoe_rec.errors import UserError
@@ -16,8 +18,7 @@ from mmoe_rec.training.checkpoint import load_plain
 from mmoe_rec.training.ranks import process_group
 from mmoe_rec.training.sharding import shard
 from tests.model.examples import LAYOUT, is_weight, random_rows, small_model
-from tests.training.ranks import CPU, ROWS, SEED, join_and_train, spawn, train_one_step
-from tests.training.saving import save_weights
+from tests.training.ranks import CPU, ROWS, SEED, join, join_and_train, save_weights, spawn, train_one_step
 
 
 @pytest.fixture(scope="module")
@@ -100,3 +101,44 @@ def test_a_layout_without_tables(tmp_path: Path) -> None:
 def test_a_folder_without_a_checkpoint_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no complete checkpoint"):
         load_plain(small_model(plain_tables(LAYOUT)), tmp_path / "none")
+
+
+def _leave_rank_0_alone(rank: int, world: int, port: int, folder: Path) -> None:
+    try:
+        with join(rank, world, port):
+            if rank == 1:
+                os._exit(0)
+            dist.all_reduce(torch.ones(1))
+    except UserError as error:
+        (folder / "said").write_text(str(error))
+
+
+def _fail_at_first(rank: int, world: int, port: int, folder: Path) -> None:
+    def work() -> None:
+        raise UserError("no log")
+
+    try:
+        with join(rank, world, port) as ranks:
+            ranks.after_first(work)
+    except UserError as error:
+        (folder / f"said{rank}").write_text(str(error))
+
+
+def test_a_lost_rank_is_named(tmp_path: Path) -> None:
+    spawn(_leave_rank_0_alone, tmp_path)
+    said = (tmp_path / "said").read_text()
+    assert said.startswith("rank 1 of 2 ended or gave no answer; rank 0 can't go on alone: go on with --resume (")
+
+
+def test_the_others_are_told_why_the_first_has_failed(tmp_path: Path) -> None:
+    spawn(_fail_at_first, tmp_path)
+    assert [(tmp_path / f"said{rank}").read_text() for rank in (0, 1)] == ["no log", "no log"]
+
+
+def test_other_errors_pass_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    from mmoe_rec.training.ranks import process_group
+
+    with pytest.raises(RuntimeError, match="of its own"), process_group(torch.device("cpu")):
+        raise RuntimeError("gloo: an error of its own")

@@ -20,7 +20,7 @@ from mmoe_rec.training.losses import masked_loss
 from mmoe_rec.training.steps import Balancing, loads_of
 from tests.model.examples import LAYOUT
 from tests.training.learnable import TRAINING, learnable_rows, plain_model, write_prepared
-from tests.training.saving import save_weights
+from tests.training.ranks import save_weights
 from tests.training.test_loop import meter, trainer, weights
 
 

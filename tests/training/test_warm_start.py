@@ -31,8 +31,7 @@ from mmoe_rec.training.sharding import shard
 from mmoe_rec.training.warm_start import WarmStart
 from tests.inference.small_model import SmallModel
 from tests.log.small_logs import ALL_KINDS, DAY, START, random_log, remember
-from tests.training.ranks import join, spawn
-from tests.training.saving import save_weights
+from tests.training.ranks import join, save_weights, spawn
 
 CPU = torch.device("cpu")
 

@@ -1,24 +1,39 @@
-"""Which ways there are for tables on a CPU, choosing one, and small tables to time them by."""
+"""The ways of tables on a CPU: choosing one, the same steps by each, directly or through torchrec, of any width."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 import torch
+from torch import Tensor
 
-from mmoe_rec.batches.batch import make_batch
+from mmoe_rec.batches.batch import Batch, make_batch
 from mmoe_rec.errors import UserError
 from mmoe_rec.model.layout import ModelLayout
-from mmoe_rec.model.tables import torchrec_tables
+from mmoe_rec.model.tables import (
+    PlainTables,
+    by_name,
+    from_stored,
+    initial_rows,
+    plain_tables,
+    stored_width,
+    to_stored,
+    torchrec_tables,
+)
 from mmoe_rec.settings.sections import Training
 from mmoe_rec.training import fbgemm, measure
 from mmoe_rec.training import tables as tables_module
+from mmoe_rec.training.checkpoint import load_plain
+from mmoe_rec.training.planning import table_bytes
 from mmoe_rec.training.ranks import process_group
 from mmoe_rec.training.sharding import shard
-from mmoe_rec.training.tables import Way, table_batches, use_way, way_of, ways_on_offer
+from mmoe_rec.training.tables import Pooled, Way, look_up_directly, table_batches, use_way, way_of, ways_on_offer
 from tests.model.examples import LAYOUT, random_rows, small_model
-from tests.training.ranks import CPU
+from tests.reference.model import adagrad
+from tests.training.ranks import CPU, save_weights
 
 
 def test_the_setting_takes_what_there_is() -> None:
@@ -126,3 +141,139 @@ def test_a_trial_looks_up_and_updates_once(monkeypatch: pytest.MonkeyPatch, torc
         assert not torch.equal(first, second), "the tables were updated"
     assert len(looked_up) == 2 * len(ways_on_offer())
     measure.trial(ways_on_offer()[0], ModelLayout((), (), LAYOUT.dense, LAYOUT.tasks), None)()
+
+
+# Inputs that share a table lie apart, and a table is wider than its neighbours.
+MIXED = replace(
+    LAYOUT,
+    ids=(*LAYOUT.ids[3:], *LAYOUT.ids[:3]),
+    tables=tuple(replace(each, dim=12 if index == 1 else each.dim) for index, each in enumerate(LAYOUT.tables)),
+)
+
+
+def steps(layout: ModelLayout, batch: Batch, way: Any, direct: bool) -> list[Tensor]:
+    """Means of each input before and after two updates, in the layout's order, and what is stored then."""
+    with process_group(CPU):
+        model = (
+            small_model(torchrec_tables(layout)) if layout is LAYOUT else small_model(torchrec_tables(layout), layout)
+        )
+        sharded = shard(model, layout, CPU, batch_size=64, table_learning_rate=0.1, way=way)
+        tables = sharded.model.module.tables
+        assert ("forward" in vars(tables)) is True
+        if not direct:
+            del tables.forward
+        dims = {each.name: layout.table(each.table).dim for each in layout.ids}
+        found = []
+        for _ in range(3):
+            sharded.table_optimizer.zero_grad()
+            pooled = tables(batch.ids)
+            assert isinstance(pooled, Pooled) is direct
+            means = by_name(pooled, dims, batch.ragged, batch.shares)
+            found += [means[each.name].detach().clone() for each in layout.ids]
+            weights = torch.linspace(-1, 1, len(batch))[:, None]
+            sum((number + 1) * (each * weights).sum() for number, each in enumerate(means.values())).backward()  # type: ignore[union-attr]
+        (module,) = table_batches(sharded.model)
+        return [*found, module.weights_host.detach().clone(), module.momentum1_host.clone()]
+
+
+@pytest.mark.parametrize("way", ways_on_offer())
+@pytest.mark.parametrize("layout", [LAYOUT, MIXED], ids=["layout", "mixed"])
+def test_the_same_as_by_torchrec(layout: ModelLayout, way: Any) -> None:
+    encoded, labels = random_rows(64)
+    batch = make_batch(encoded, layout, labels, torchrec=True)
+    for direct, other in zip(*(steps(layout, batch, way, each) for each in (True, False)), strict=True):
+        assert direct.any()
+        assert torch.equal(direct, other)
+
+
+def test_a_batch_has_ids_of_one_table_side_by_side() -> None:
+    encoded, _ = random_rows(8)
+    ids = make_batch(encoded, MIXED, torchrec=True).ids
+    names = ids.keys()
+    tables = [next(each.table for each in MIXED.ids if each.name == name) for name in names]
+    assert tables == sorted(tables, key=[each.name for each in MIXED.tables].index)
+    assert [each.table for each in MIXED.ids] != tables
+    for name, table in zip(names, tables, strict=True):
+        assert (ids[name].values() < MIXED.table(table).rows).all()
+
+
+def test_ids_in_another_order_are_found_by_name() -> None:
+    encoded, labels = random_rows(64)
+    batch = make_batch(encoded, LAYOUT, labels, torchrec=True)
+    turned = replace(batch, ids=batch.ids.permute(list(reversed(range(len(batch.ids.keys()))))))
+    assert turned.ids.keys() == batch.ids.keys()[::-1]
+    one, other = steps(LAYOUT, batch, "fbgemm", True), steps(LAYOUT, turned, "fbgemm", True)
+    assert all(map(torch.equal, one[:-2], other[:-2]))
+
+
+def test_tables_that_lie_apart_are_left_to_torchrec(monkeypatch: pytest.MonkeyPatch) -> None:
+    with process_group(CPU):
+        sharded = shard(small_model(torchrec_tables(LAYOUT)), LAYOUT, CPU, batch_size=64, table_learning_rate=0.1)
+        tables = sharded.model.module.tables
+        del tables.forward
+        monkeypatch.setattr(tables, "_lookups", [*tables._lookups] * 2)
+        look_up_directly(sharded.model)
+        assert "forward" not in vars(tables)
+        use_way(sharded.model, "fbgemm")
+
+
+RATE = 0.05
+
+
+# One width that kernels take, and all remainders.
+WIDTHS = {"t0": 1, "t1": 2, "t2": 7, "t3": 8, "t4": 5}
+
+
+@pytest.fixture(scope="module")
+def layout() -> ModelLayout:
+    return replace(LAYOUT, tables=tuple(replace(table, dim=WIDTHS[table.name]) for table in LAYOUT.tables))
+
+
+@pytest.mark.parametrize("dim", range(1, 13))
+def test_what_is_stored_is_what_was_meant(dim: int) -> None:
+    weights = torch.randn(9, dim)
+    stored = to_stored(weights)
+    assert stored.shape == (9, stored_width(dim))
+    assert stored_width(dim) % 4 == 0
+    assert 0 <= stored_width(dim) - dim < 4
+    assert (stored[:, dim:] == 0).all()
+    torch.testing.assert_close(from_stored(stored, dim), weights)
+    if dim % 4 == 0:
+        assert from_stored(stored, dim) is stored is weights
+
+
+def test_tables_of_any_width_are_trained_by_row_wise_adagrad(layout: ModelLayout, tmp_path: Path) -> None:
+    plain = small_model(plain_tables(layout, 3), layout)
+    assert isinstance(plain.tables, PlainTables)
+    momentum = {name: torch.zeros(len(weight)) for name, weight in plain.tables.named_parameters()}
+    with process_group(CPU):
+        sharded = shard(
+            small_model(torchrec_tables(layout), layout), layout, CPU, batch_size=32, table_learning_rate=RATE, seed=3
+        )
+        for step in range(6):
+            encoded, labels = random_rows(32, seed=step, layout=layout)
+            one = plain(make_batch(encoded, layout, labels, torchrec=False)).logits
+            other = sharded.model(make_batch(encoded, layout, labels, torchrec=True)).logits
+            torch.testing.assert_close(other, one, atol=1e-5, rtol=1e-4)
+            for logits in (one, other):
+                (logits - 1).square().sum().backward()
+            for name, weight in plain.tables.named_parameters():
+                assert weight.grad is not None
+                adagrad(weight.data, momentum[name], weight.grad, RATE)
+                weight.grad = None
+            sharded.table_optimizer.step()
+        save_weights(sharded.model, tmp_path / "trained")
+    loaded = small_model(plain_tables(layout, 99), layout)
+    load_plain(loaded, tmp_path / "trained")
+    for table in layout.tables:
+        name = f"tables.embedding_bags.{table.name}.weight"
+        trained = loaded.state_dict()[name]
+        assert trained.shape == (table.rows, table.dim)
+        assert (trained - initial_rows(table, 3, 0, table.rows)).abs().max() > RATE
+        torch.testing.assert_close(trained, plain.state_dict()[name], atol=1e-5, rtol=1e-4)
+
+
+def test_plans_count_what_is_stored(layout: ModelLayout) -> None:
+    stored = {"t0": 4, "t1": 4, "t2": 8, "t3": 8, "t4": 8}
+    for table in layout.tables:
+        assert table_bytes(table) == 4 * table.rows * (stored[table.name] + 1)
