@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from datetime import datetime, timedelta, timezone
+from decimal import Decimal
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,9 @@ import pytest
 
 from mmoe_rec.live import outcomes as joining
 from mmoe_rec.live.outcomes import Joined, join_outcomes
+from mmoe_rec.log.columns import UTC_MICROSECONDS
 from mmoe_rec.request_log import names
+from mmoe_rec.settings.sections import Settings
 from tests.live.worlds import HOUR, NOW, START, World, naive, ordered, read_rows, settings
 
 BY_REQUEST = {
@@ -171,3 +175,54 @@ def test_runs_write_each_request_once_and_in_order(tmp_path: Path, outcomes: dic
         before = rows
     assert ordered(before) == ordered(naive(world, about, NOW))
     assert len([*(tmp_path / "out").glob("run-*")]) >= 3
+
+
+def test_names_and_types_are_the_users(tmp_path: Path) -> None:
+    """Folders with quotes and brackets; columns whose names differ by case, or are words of SQL; ids as strings and
+    negative integers; decimals, lists, dictionaries, other time zones, and events without an id of their own."""
+    folder = tmp_path / 'it\'s [a] "log"?*'
+    items, hour = [-(2**62), 7], timedelta(hours=1)
+    begin = datetime(2024, 3, 11, 6, 0, 0, 123_457, tzinfo=timezone(timedelta(hours=5)))
+    requests = {
+        "select": pa.array(["o'hara"] * 2).dictionary_encode(),
+        "item": items,
+        "time": pa.array([begin] * 2, pa.timestamp("ns", "Asia/Karachi")),
+        "Price": pa.array([Decimal("1.50"), None]),
+        "price": [2.5, float("nan")],
+        "tags": [["a", None], []],
+        "served_request": ["page; --"] * 2,
+        "served_at": pa.array([begin] * 2),
+        "served_rank": pa.array([1, 2], pa.int32()),
+        "served_share": [1.0, 1.0],
+    }
+    clicks = {
+        "select": ["o'hara"] * 4 + ["end"],
+        "item": [*items, 7, 7, 7],
+        "at": [begin, begin + hour, begin + hour, begin + 2 * hour, begin + 1000 * hour],
+        "amount": pa.array([Decimal("3.25"), Decimal("0.10"), Decimal("0.20"), None, None]),
+        "event_id": pa.array([5, None, None, 5, 6]),  # one comes again; two have no id, and both count
+    }
+    for name, columns in (("requests", requests), ("events/clicks", clicks)):
+        (folder / name).mkdir(parents=True)
+        pq.write_table(pa.table(columns), folder / name / "part '0'.parquet")
+    source = {"events": "clicks", "within_days": 1}
+    labels = {"clicked": source, "spent": {**source, "value": "amount", "combine": "sum", "otherwise": None}}
+    about = settings({"events": {"clicks": {"time": "at"}}, "labels": labels}, placed=False, user="select")
+    features = {f"{name}_1": {"kind": "numeric", "column": each} for name, each in (("a", "Price"), ("b", "price"))}
+    tree = about.model_dump(mode="json", exclude_unset=True, by_alias=True)
+    tree["features"] = features | {"tags": {"kind": "ids", "column": "tags", "dim": 4, "max_length": 3}}
+    tree["roles"] = {"candidate": ["Price", "price", "tags"]}
+    joined(folder, Settings.model_validate(tree))
+    (file,) = (folder / "out").glob("run-*/*.parquet")
+    rows = pq.read_table(file)
+    assert rows.schema.field("time").type == UTC_MICROSECONDS
+    first, second = rows.to_pylist()
+    assert first["time"] == second["time"] == begin
+    assert [(row["select"], row["item"], row["page"]) for row in (first, second)] == [
+        ("o'hara", item, "page; --") for item in items
+    ]
+    assert (first["Price"], second["Price"], first["price"]) == (1.5, None, 2.5)
+    assert second["price"] is None or second["price"] != second["price"]
+    assert (first["tags"], second["tags"]) == (["a", None], [])
+    assert (first["clicked"], first["spent"]) == (1, 3.25)
+    assert (second["clicked"], second["spent"]) == (1, pytest.approx(0.3))

@@ -106,7 +106,7 @@ def test_all_is_that_of_a_log_with_the_first_times(
     """Features, splits, labels, statistics, latest attributes and memories, to the last byte."""
     table = with_requests(random_log(3))
     options = {"workers": workers, "rows_in_memory": rows_in_memory}
-    found = _build(tmp_path / "found", *_cut(table, rows), **options)
+    found = _build(tmp_path / "it's [found]?*", *_cut(table, rows), **options)
     expected = _build(tmp_path / "expected", *_cut(_with_first_times(table), rows), **options)
     assert _encoded_and_state(found) == _encoded_and_state(expected)
     told, plain = found.manifest["requests"], expected.manifest["requests"]
