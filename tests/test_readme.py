@@ -40,7 +40,14 @@ EXERCISED_BY = {
     "python -m pipelines.refresh --config configs/complete_journey.yaml": (
         "pipelines/test_refresh.py::test_days_come_one_after_the_other"
     ),
-    "python -m pipelines.serve --model models:/complete_journey@champion --journal data/journal --poll 60": (
+    "python -m pipelines.refresh --config configs/shop.yaml --journal sqlite:///data/journal.db": (
+        "pipelines/test_refresh_from_journal.py::test_a_refreshed_model_answers_as_the_one_that_learnt"
+    ),
+    "python -m pipelines.serve --model models:/shop@champion --journal sqlite:///data/journal.db": (
+        "server/test_events_and_processes.py::test_what_was_acknowledged_survives_kills_of_workers_and_of_the_server"
+    ),
+    "python -m pipelines.serve --model models:/complete_journey@champion "
+    "--journal sqlite:///data/journal.db --poll 60": (
         "server/test_events_and_processes.py::test_what_was_acknowledged_survives_kills_of_workers_and_of_the_server"
     ),
     "curl -s localhost:8000/events -H 'Content-Type: application/json' -d @events.json": (

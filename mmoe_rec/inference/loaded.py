@@ -187,7 +187,7 @@ class LoadedRanker:
         Raises:
             UserError: for a row that can't be one of the log, or a column that is missing.
         """
-        from mmoe_rec.journal.checked import RowChecks, known_types
+        from mmoe_rec.live.event_rows import RowChecks, known_types
 
         table = events if isinstance(events, pa.Table) else pa.Table.from_pandas(events, preserve_index=False)
         schema = self.pipeline.schema

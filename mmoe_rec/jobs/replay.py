@@ -163,7 +163,7 @@ def _feed_own_server(
     tables_from_log(model, settings, options.start, folder / "model")
     most = min(CANDIDATES_AT_A_TIME, read_artifact(model).max_candidates)
     words = ("--log-requests", str(folder / "requests"), "--log-share", "1", "--log-seconds", "1")
-    with OwnServer(folder / "model", folder / "journal", folder / "server.log", options.workers, words) as server:
+    with OwnServer(folder / "model", folder / "journal.db", folder / "server.log", options.workers, words) as server:
 
         def before(request: int) -> None:
             between(request, server)

@@ -47,11 +47,11 @@ _LAST_LINES = 3
 class OwnServer:
     """`serve` with a journal, in a process of its own, from the beginning of the context to its end.
 
-    model: an artifact folder; journal: a folder; log: a file that gets what the server prints; words: further arguments
+    model: an artifact folder; journal: its address; log: a file that gets what the server prints; words: further arguments
     of `serve`. It is not started again when it ends, unless somebody calls `start`.
     """
 
-    def __init__(self, model: Path, journal: Path, log: Path, workers: int, words: tuple[str, ...] = ()) -> None:
+    def __init__(self, model: Path, journal: str | Path, log: Path, workers: int, words: tuple[str, ...] = ()) -> None:
         with socket.socket() as free:
             free.bind((HOST, 0))
             self.port = int(free.getsockname()[1])

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mmoe_rec.errors import UserError
 from mmoe_rec.inference.artifact import MANIFEST
 from mmoe_rec.tracking.registry import fetch_model, find_model, pin_address
 
@@ -71,7 +69,7 @@ def serve_model(
     poll: float = 0.0,
     grace: float = 10.0,
     token: str | None = None,
-    journal: Path | None = None,
+    journal: str | None = None,
     log: LogOptions | None = None,
     overrides: Sequence[str] = (),
 ) -> int:
@@ -83,7 +81,7 @@ def serve_model(
         poll: seconds between looks at whether the alias has moved; 0 does not look.
         grace: seconds from SIGTERM to the end at the latest.
         token: which callers have to show; None lets everybody in.
-        journal: folder of the journal that takes events and that the model learns from; None takes none.
+        journal: address of the journal that takes events and that the model learns from; None takes none.
         log: how requests are logged; None does not.
         overrides: settings of section `serving`, such as `--serving.max_elements 10`, before those of the model.
 
@@ -115,18 +113,15 @@ def serve_model(
     return serve_by_workers(source, known, finder, bound, options, poll, workers)
 
 
-def _open_journal(folder: Path) -> None:
+def _open_journal(address: str) -> None:
     """Makes the journal unless it is there. Raises UserError where events can't be written to it."""
-    if sys.platform == "win32":
-        raise UserError("a journal needs locks on files as Linux and macOS have them: serve without --journal")
-    from mmoe_rec.journal.journal import Journal
+    from mmoe_rec.live.journal import Journal
 
-    is_new = not (folder / "journal.json").exists()
-    journal = Journal(folder)
-    if is_new:  # a mistyped folder would become another journal, without what the model has learnt so far
-        _log.info("'%s' held no journal: a new one begins there, %s", folder, journal.id)
-    else:
-        _log.info("going on with the journal '%s', %s, at position %s", folder, journal.id, journal.end())
+    journal = Journal(address)
+    if end := journal.end():
+        _log.info("going on with the journal '%s', %s, at position %s", journal.name, journal.id, end)
+    else:  # a mistyped address would become another journal, without what the model has learnt so far
+        _log.info("the journal '%s', %s, is empty: it begins now", journal.name, journal.id)
     journal.close()
 
 

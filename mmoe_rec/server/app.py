@@ -27,7 +27,7 @@ from mmoe_rec.server.passes import Mark, Passes
 from mmoe_rec.server.security import OPEN_PATHS, PAGE, is_allowed
 
 if TYPE_CHECKING:
-    from mmoe_rec.server.live.accepting import Accepting
+    from mmoe_rec.server.events import Accepting
 
 Reload = Callable[[], Awaitable[dict[str, str | None]]]
 """Takes up the model that the server's address names now, and gives what it is. Raises UserError for one that can't."""
@@ -55,7 +55,7 @@ class Application:
         self.calls = Calls(models, limits, self.metrics, Passes(mark), self._log)
         self.events: Accepting | None = None
         if models.journal is not None:
-            from mmoe_rec.server.live.accepting import Accepting  # which needs a system with locks on files
+            from mmoe_rec.server.events import Accepting
 
             assert self.calls.following is not None
             following, passes = self.calls.following, self.calls.passes
@@ -135,7 +135,7 @@ def _pages(calls: Calls, events: Accepting | None, reload: Reload | None) -> Fas
     async def take(request: Request) -> Response:
         """Takes events into the journal."""
         if events is None:
-            sentence = "this server takes no events: start it with --journal FOLDER"
+            sentence = "this server takes no events: start it with --journal ADDRESS"
             return refusal(Refused(404, sentence, "no_journal", "NOT_FOUND"))
         return await events.answer(request)
 

@@ -19,8 +19,8 @@ from mmoe_rec.inference.ranking import Ranking
 from mmoe_rec.request_log import names
 from mmoe_rec.request_log.writer import RequestLog
 from mmoe_rec.server.batching import Answers, Batcher
+from mmoe_rec.server.following import Following
 from mmoe_rec.server.limits import INTERNAL, Limits, Places, Refused, shortened
-from mmoe_rec.server.live.following import Following
 from mmoe_rec.server.metrics import Metrics
 from mmoe_rec.server.models import Models
 from mmoe_rec.server.parsing import Call, exactly, parse

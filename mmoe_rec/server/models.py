@@ -10,7 +10,6 @@ import json
 import re
 import threading
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmoe_rec.errors import UserError, one_line
@@ -22,7 +21,7 @@ from mmoe_rec.server.reloading import Source
 
 if TYPE_CHECKING:
     from mmoe_rec.inference.loaded import LoadedRanker
-    from mmoe_rec.server.live.learning import Learning
+    from mmoe_rec.live.learning import Learning
 
 _REGISTERED = re.compile(r"models:/+([^/@]+)/(\d+)")
 
@@ -62,11 +61,11 @@ class Served:
 class Models:
     """The current model. failure: why the last other one did not take its place, None if it did.
 
-    keeps_seen: whether rankings hold what features saw, for the log of requests; journal: folder of the journal of
+    keeps_seen: whether rankings hold what features saw, for the log of requests; journal: address of the journal of
     events that models learn, None for none.
     """
 
-    def __init__(self, limits: Limits, journal: Path | None = None, keeps_seen: bool = False) -> None:
+    def __init__(self, limits: Limits, journal: str | None = None, keeps_seen: bool = False) -> None:
         self.limits, self.journal, self.keeps_seen = limits, journal, keeps_seen
         self.current: Served | None = None
         self.failure: str | None = None
@@ -112,7 +111,7 @@ class Models:
             scores = _answered(ranker, source, example)
             learning = None
             if self.journal is not None:
-                from mmoe_rec.server.live.learning import Learning
+                from mmoe_rec.live.learning import Learning
 
                 learning = Learning(ranker, self.journal, source.folder / "features")
                 learning.catch_up()

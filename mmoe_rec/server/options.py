@@ -9,7 +9,6 @@ import socket
 import sys
 import weakref
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NoReturn
 
 from mmoe_rec.errors import UserError
@@ -21,14 +20,14 @@ from mmoe_rec.server.limits import Limits
 class Options:
     """How to serve.
 
-    grace: seconds from SIGTERM to the end; token: which callers have to show, None lets all in; journal: folder
+    grace: seconds from SIGTERM to the end; token: which callers have to show, None lets all in; journal: address
     of the journal of events, None takes none; log: how requests are logged, None does not log them.
     """
 
     limits: Limits
     grace: float = 10.0
     token: str | None = None
-    journal: Path | None = None
+    journal: str | None = None
     log: LogOptions | None = None
 
 

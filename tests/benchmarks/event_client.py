@@ -120,9 +120,9 @@ class Client:
             self._connections.put(connection)
 
 
-def place(position: str) -> tuple[int, ...]:
-    """By what positions in a journal, such as "1-2048", are ordered."""
-    return tuple(map(int, position.split("-")))
+def place(position: str) -> int:
+    """By what positions in a journal are ordered."""
+    return int(position)
 
 
 def _sentence(body: bytes) -> str:

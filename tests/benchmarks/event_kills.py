@@ -1,4 +1,4 @@
-"""python -m tests.benchmarks.event_kills [--kills 50]
+"""python -m tests.benchmarks.event_kills [--kills 50] [--journal sqlite|postgresql]
 
 Is an acknowledged event ever lost? Several callers send batches of rows to a server with two workers, each batch until
 it is acknowledged, while SIGKILL hits a worker, or the server with all workers, at random moments. In the end each
@@ -7,8 +7,7 @@ sent; a server that is started on it has to know all of it.
 
 killed, of which whole   kills, and how many of them were of the server with all workers;
 acknowledged, sent_again batches, and how often one was sent again, as its connection broke;
-lost                     acknowledged batches that the journal does not hold as they were sent;
-torn                     last records that a kill cut off, and that the next start has dropped.
+lost                     acknowledged batches that the journal does not hold as they were sent.
 
 The last line is JSON.
 """
@@ -24,7 +23,7 @@ import tempfile
 import threading
 import time
 from collections import defaultdict
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +31,10 @@ import numpy as np
 import pyarrow as pa
 
 from mmoe_rec.jobs.replay_server import OwnServer
-from mmoe_rec.journal.follower import Follower
+from mmoe_rec.live.journal import Journal
 from tests.benchmarks.event_client import Client, place
 from tests.inference.small_model import SmallModel
+from tests.live.journals import every_batch, postgresql
 from tests.processes import children, fork_server, until
 from tests.server.test_events import later_log
 
@@ -102,27 +102,25 @@ def _kill(server: OwnServer, is_whole: bool, random: np.random.Generator) -> Non
     server.start()
 
 
-def _lost(journal: Path, table: pa.Table, acknowledged: set[tuple[str, int]]) -> int:
+def _lost(journal: str, table: pa.Table, acknowledged: set[tuple[str, int]]) -> int:
     """Batches that are not at their position in the journal as they were sent."""
     numbers = defaultdict(set)
     for position, number in acknowledged:
         numbers[position].add(number)
-    follower, found = Follower(journal), set[tuple[str, int]]()
-    while batches := follower.read(1):  # one record, which may hold the batches of several callers
-        position = str(follower.position)
-        for number in numbers[position]:
-            sent = _batch(table, number).select(batches[0].table.column_names)
-            if any(each.table.cast(sent.schema).equals(sent) for each in batches):
-                found.add((position, number))
-    follower.close()
-    return len(acknowledged - found)
+    kept = set[tuple[str, int]]()
+    for each in every_batch(Journal(journal, create=False)):
+        for number in numbers[str(each.position)]:
+            sent = _batch(table, number).select(each.table.column_names)
+            if each.table.cast(sent.schema).equals(sent):
+                kept.add((str(each.position), number))
+    return len(acknowledged - kept)
 
 
-def event_kills(scratch: Path, kills: int, seed: int) -> dict[str, Any]:
+def event_kills(scratch: Path, journal: str, kills: int, seed: int) -> dict[str, Any]:
     """All figures."""
     random = np.random.default_rng(seed)
     model, table = SmallModel(scratch).folder, later_log(seed + 1, rows=BATCH * BATCHES)
-    journal, whole = scratch / "journal", 0
+    whole = 0
     with OwnServer(model, journal, scratch / "server.log", WORKERS) as server:
         callers = [_Caller(number, server.url, table) for number in range(CALLERS)]
         for caller in callers:
@@ -151,7 +149,6 @@ def event_kills(scratch: Path, kills: int, seed: int) -> dict[str, Any]:
         "acknowledged": len(acknowledged),
         "sent_again": sum(each.again for each in callers),
         "lost": _lost(journal, table, acknowledged),
-        "torn": (scratch / "server.log").read_text(encoding="utf-8").count("was not whole and never acknowledged"),
     }
 
 
@@ -159,10 +156,14 @@ def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--journal", choices=("sqlite", "postgresql"), default="sqlite")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        print(json.dumps(event_kills(Path(folder), arguments.kills, arguments.seed)))
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        address = f"sqlite:///{folder}/journal.db"
+        if arguments.journal == "postgresql":
+            address = stack.enter_context(postgresql()).new_address()
+        print(json.dumps(event_kills(Path(folder), address, arguments.kills, arguments.seed)))
 
 
 if __name__ == "__main__":

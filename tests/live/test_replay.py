@@ -22,7 +22,7 @@ from mmoe_rec.jobs.refreshing.new_tables import tables_from_log
 from mmoe_rec.jobs.replay import Compared, ReplayOptions, compare, describe, read_logged, replay
 from mmoe_rec.jobs.replay_period import Period, read_period
 from mmoe_rec.jobs.replay_server import feed
-from mmoe_rec.journal.journal import Journal
+from mmoe_rec.live.journal import Journal
 from mmoe_rec.log.reader import EventRows, Log
 from mmoe_rec.point_in_time.lists import Ragged
 from mmoe_rec.request_log.folder import LogOptions
@@ -90,8 +90,8 @@ class World:
     ) -> tuple[dict[str, Compared], InProcess]:
         period = period or self.period
         log = LogOptions(scratch / "requests", share=1.0)
-        Journal(scratch / "journal").close()
-        with logging_app(model or self.folder / "frozen", log, journal=scratch / "journal") as app:
+        Journal(scratch / "journal.db").close()
+        with logging_app(model or self.folder / "frozen", log, journal=scratch / "journal.db") as app:
             server = InProcess(app)
             plant(server)
             explanations = feed(period, server, options.pop("most", 50), **options)

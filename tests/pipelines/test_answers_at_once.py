@@ -65,7 +65,7 @@ def test_scoring_without_a_model_or_a_log(tmp_path: Path) -> None:
     ("name", "words", "told"),
     [
         ("refresh", "--validation-days 3", "--validation-days belongs to --train-every-days N, which is missing"),
-        ("refresh", "--remove-segments", "--remove-segments belongs to --journal F, which is missing"),
+        ("refresh", "--remove-events", "--remove-events belongs to --journal A, which is missing"),
         (
             "replay",
             "--from 2024-01-01 --to 2024-01-02 --token-file token",

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from mmoe_rec.inference.ranker import Ranker
-from mmoe_rec.journal.journal import Journal
+from mmoe_rec.live.journal import Journal
 from mmoe_rec.log.checks import format_time
 from mmoe_rec.server.app import Application
 from mmoe_rec.server.limits import Limits
@@ -24,7 +24,7 @@ TIMES = [START + 15 * DAY, START + 17 * DAY, START + 40 * DAY]
 
 def _served(model: RefreshedModel, number: str, journal: Path) -> Application:
     Journal(journal).close()
-    models = Models(Limits(), journal)
+    models = Models(Limits(), str(journal))
     models.load(Source(model.folder_of(number), f"models:/small/{number}"))
     return Application(models, Limits())
 
@@ -66,7 +66,7 @@ def model(tmp_path: Path) -> RefreshedModel:
 def test_a_refreshed_model_answers_as_the_one_that_learnt(
     model: RefreshedModel, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    journal = tmp_path / "journal"
+    journal = tmp_path / "journal.db"
     app = _served(model, "1", journal)
     first = as_json(model._days(9, 11))
     late = as_json(model._days(6, 6.5).slice(0, 3))  # which a model may hold that does not know the journal
@@ -80,7 +80,7 @@ def test_a_refreshed_model_answers_as_the_one_that_learnt(
     assert "'champion' of 'small' is version 2 now" in said.out
     about = model.about("2")
     assert about.journal is not None
-    assert about.journal["through"] == 1
+    assert about.journal["through"] == int(position)
     files = sorted(each.name for each in model.log.glob("journal-*.parquet"))
     assert len(files) == 1
 
@@ -98,10 +98,10 @@ def test_a_refreshed_model_answers_as_the_one_that_learnt(
         row["item"] += 100
     position = _sent(again, late)
     before = _answers(again, position)
-    model.refresh("--journal", str(journal), "--remove-segments")
+    model.refresh("--journal", str(journal), "--remove-events")
     assert "they came late" in capsys.readouterr().err
     assert model.holder().number == "3"
-    assert not (journal / "segment-00000001.journal").exists()
+    assert Journal(journal).removed() == about.journal["through"]
     _check(_answers(_served(model, "3", journal), position), before)
     model.refresh("--journal", str(journal))
     assert "no new files" in capsys.readouterr().out
@@ -109,7 +109,7 @@ def test_a_refreshed_model_answers_as_the_one_that_learnt(
 
 
 def test_what_a_server_accepts_meanwhile_is_not_lost(model: RefreshedModel, tmp_path: Path) -> None:
-    journal = tmp_path / "journal"
+    journal = tmp_path / "journal.db"
     app = _served(model, "1", journal)
     rows = as_json(model._days(9, 14))
     _sent(app, rows[:30])
@@ -122,7 +122,7 @@ def test_what_a_server_accepts_meanwhile_is_not_lost(model: RefreshedModel, tmp_
 def test_another_journal_than_the_tables_hold_is_refused(
     model: RefreshedModel, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    journal, other = tmp_path / "journal", tmp_path / "other"
+    journal, other = tmp_path / "journal.db", tmp_path / "other.db"
     app = _served(model, "1", journal)
     rows = as_json(model._days(9, 14))
     _sent(app, rows[:30])
@@ -134,7 +134,6 @@ def test_another_journal_than_the_tables_hold_is_refused(
     with pytest.raises(SystemExit):
         model.refresh("--journal", str(other))
     assert "hold another journal" in capsys.readouterr().err
-    assert [each.name for each in sorted(other.glob("segment-*"))] == ["segment-00000001.journal"]  # it was not closed
     assert len(model.versions()) == 2
     # What the right one holds was not lost.
     model.refresh("--journal", str(journal))
@@ -153,9 +152,9 @@ def _rolled_back(model: RefreshedModel, journal: Path) -> str:
     app, rows = _served(model, "1", journal), as_json(model._days(9, 14))
     for number, start in enumerate((0, 20, 40)):
         _sent(app, rows[start : start + 20])
-        model.refresh("--journal", str(journal), *(["--remove-segments"] if number == 2 else []))
+        model.refresh("--journal", str(journal), *(["--remove-events"] if number == 2 else []))
     assert model.holder().number == "4"
-    assert min(each.name for each in journal.glob("segment-*")) == "segment-00000003.journal"
+    assert Journal(journal).removed() == 4
     model.point("2")
     return _sent(app, rows[60:])
 
@@ -170,13 +169,13 @@ def _told(app: Application) -> str:
 def test_an_earlier_version_serves_without_what_was_removed_and_says_so(
     model: RefreshedModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    journal = tmp_path / "journal"
+    journal = tmp_path / "journal.db"
     position = _rolled_back(model, journal)
     app = _served(model, "2", journal)
     told = _told(app)
     newest = format_time(int(times_of(model._days(9, 14))[:40].max()))
-    assert "through segment 1, and segment 2 was removed since" in told
-    assert f"so it does not know what came there, the latest of {newest};" in told
+    assert "up to position 2, and what came up to position 4 was removed since" in told
+    assert f"so it does not know that, the latest of {newest};" in told
     assert "mmoe-rec refresh --config FILE --model models:/NAME@ALIAS, without --journal" in told
     assert told in caplog.text
     # All that came after the removed segment it does know.
@@ -189,7 +188,7 @@ def test_an_earlier_version_serves_without_what_was_removed_and_says_so(
 def test_a_server_takes_up_an_earlier_version_without_what_was_removed(
     model: RefreshedModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    journal = tmp_path / "journal"
+    journal = tmp_path / "journal.db"
     _rolled_back(model, journal)
     app = _served(model, "4", journal)
     assert ask(app, b"", page="/version", method="GET").tree["events_failure"] is None
@@ -203,11 +202,11 @@ def test_a_server_takes_up_an_earlier_version_without_what_was_removed(
 def test_a_refresh_of_an_earlier_version_without_the_journal_knows_what_was_removed(
     model: RefreshedModel, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    journal = tmp_path / "journal"
+    journal = tmp_path / "journal.db"
     position = _rolled_back(model, journal)
     with pytest.raises(SystemExit):
         model.refresh("--journal", str(journal))
-    assert "through segment 1 only: what was removed is in the log's files" in capsys.readouterr().err
+    assert "up to 2 only: what was removed is in the log's files" in capsys.readouterr().err
     expected = _answers(_served(model, "4", journal), position)
     for number, words in (("5", ()), ("6", ("--journal", str(journal)))):
         model.refresh(*words)
@@ -220,7 +219,7 @@ def test_a_refresh_of_an_earlier_version_without_the_journal_knows_what_was_remo
 def test_a_journal_that_is_none_is_told(model: RefreshedModel, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     for words, told in (
         (("--journal", str(tmp_path / "nothing")), "holds no journal"),
-        (("--remove-segments",), "--journal"),
+        (("--remove-events",), "--journal"),
         (("--other-journal",), "--journal"),
     ):
         with pytest.raises(SystemExit):

@@ -8,8 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mmoe_rec.journal.journal import Journal
-from mmoe_rec.journal.records import Batch
+from mmoe_rec.live.journal import Batch, Journal
+from mmoe_rec.live.journal_files import cut_journal
 from mmoe_rec.log.columns import UTC_MICROSECONDS
 from mmoe_rec.server.app import Application
 from tests.inference.small_model import ITEMS
@@ -67,14 +67,14 @@ def model(tmp_path: Path) -> RefreshedModel:
 def test_a_model_that_is_trained_after_anothers_refresh_knows_its_events(
     model: RefreshedModel, tmp_path: Path, more: bool
 ) -> None:
-    journal = tmp_path / "journal"
+    journal = tmp_path / "journal.db"
     _sent(_served(model, "1", journal), as_json(model._days(9, 11)))
     position = _sent_returns(journal, 0, 30)
     model.refresh("--journal", str(journal))
     other = _other(model)
     about = other.about("1")
     assert about.journal is not None
-    assert about.journal["through"] == 1
+    assert about.journal["through"] == int(position)
     if more:
         position = _sent_returns(journal, 30, 40)
     app = _served(other, "1", journal)
@@ -99,19 +99,19 @@ def _through(model: RefreshedModel) -> int:
 def test_segments_of_another_models_events_alone_lock_no_model_out(
     model: RefreshedModel, tmp_path: Path, capsys: pytest.CaptureFixture, caplog: pytest.LogCaptureFixture, anew: bool
 ) -> None:
-    journal = tmp_path / "journal"
+    journal = tmp_path / "journal.db"
     _sent(_served(model, "1", journal), as_json(model._days(9, 10)))
     model.refresh("--journal", str(journal))
-    other = _other(model)
+    first, other = _through(model), _other(model)
     _sent_returns(journal, 0, 30)
     model.refresh("--journal", str(journal))
     assert "no new files" in capsys.readouterr().out
-    assert _through(model) == 1
+    assert _through(model) == first
     other.refresh("--journal", str(journal))
     for number in (30, 40):
         _sent_returns(journal, number, number + 10)
-        other.refresh("--journal", str(journal), "--remove-segments")
-    assert min(each.name for each in journal.glob("segment-*")) == "segment-00000004.journal"
+        other.refresh("--journal", str(journal), "--remove-events")
+    assert Journal(journal).removed() > first
     caplog.clear()
     app = _served(model, "2", journal)
     assert _failure(app) is None
@@ -120,46 +120,44 @@ def test_segments_of_another_models_events_alone_lock_no_model_out(
     before = _answers(app, position)
     model.refresh("--journal", str(journal), *(["--anew"] if anew else []))
     assert model.holder().number == "3"
-    assert _through(model) == 5
+    assert _through(model) == int(position)
     _check(_answers(_served(model, "3", journal), position), before)
 
 
 def test_a_model_that_knows_another_journal_or_none_joins_one_whose_first_segments_are_gone(
     model: RefreshedModel, tmp_path: Path
 ) -> None:
-    journal = tmp_path / "journal"
+    journal = tmp_path / "journal.db"
     Journal(journal).close()
     other = _other(model)
     for number in (0, 10):
         _sent_returns(journal, number, number + 10)
-        other.refresh("--journal", str(journal), "--remove-segments")
-    assert not (journal / "segment-00000001.journal").exists()
+        other.refresh("--journal", str(journal), "--remove-events")
+    assert Journal(journal).removed() > 0
     app = _served(model, "1", journal)
     assert _failure(app) is None
     position = _sent(app, as_json(model._days(9, 10)))
     before = _answers(app, position)
     model.refresh("--journal", str(journal))
-    assert _through(model) == 3
+    assert _through(model) == int(position)
     _check(_answers(_served(model, "2", journal), position), before)
 
 
 @pytest.mark.parametrize("words", [(), ("--anew",)])
-def test_what_is_known_of_a_journal_never_becomes_less(
-    model: RefreshedModel, tmp_path: Path, words: tuple[str, ...]
-) -> None:
-    """Segments that leave no file are known all the same, and so they stay without the journal."""
-    journal = tmp_path / "journal"
+def test_what_is_known_of_a_journal_never_becomes_less(tmp_path: Path, words: tuple[str, ...]) -> None:
+    """Batches that leave no file are known all the same, and so they stay without the journal."""
+    model, journal = RefreshedModel(tmp_path, requests=True), tmp_path / "journal.db"
     Journal(journal).close()
     for number in (0, 10):
         _sent_returns(journal, number, number + 10)
-        Journal(journal).close_segment()
+        through = cut_journal(Journal(journal))
     model.add(9, 10)
     model.refresh("--journal", str(journal))
-    assert _through(model) == 2
+    assert _through(model) == through
     model.add(10, 11)
     model.refresh(*words)
     assert model.holder().number == "3"
-    assert _through(model) == 2
+    assert _through(model) == through
 
 
 def test_files_that_lack_columns_of_a_model_are_refused(
@@ -170,7 +168,7 @@ def test_files_that_lack_columns_of_a_model_are_refused(
     tasks = {name: each for name, each in BASE["tasks"].items() if name != "spent"}
     data = {"log": str(model.log), "work": str(tmp_path / "fewer" / "work")}
     fewer = RefreshedModel(tmp_path / "fewer", data=data, features=features, tasks=tasks)
-    journal = tmp_path / "journal"
+    journal = tmp_path / "journal.db"
     app = _served(model, "1", journal)
     rows = as_json(model._days(9, 11))
     _sent(app, rows[:30])

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+import sqlalchemy as sql
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.pipeline import FeaturePipeline
-from mmoe_rec.journal.journal import Journal
-from mmoe_rec.journal.records import Batch
+from mmoe_rec.live.journal import BATCHES, Batch, Journal
 from mmoe_rec.log.columns import UTC_MICROSECONDS
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.server.app import Application
@@ -37,8 +37,8 @@ def models(small: SmallModel, tmp_path: Path) -> Models:
 
 
 def _models(small: SmallModel, work: Path, **limits: Any) -> Models:
-    Journal(work / "journal").close()
-    models = Models(Limits(**limits), work / "journal")
+    Journal(work / "journal.db").close()
+    models = Models(Limits(**limits), str(work / "journal.db"))
     models.load(Source(small.folder, "models:/small/7", "a_run"))
     return models
 
@@ -242,7 +242,7 @@ def test_another_model_knows_the_same_once_it_serves(small, app, models):
 
 
 def test_a_position_that_is_none_is_refused(app):
-    for after, says in (("x", "no position"), ("9-4096", "beyond the journal"), ("", "no position")):
+    for after, says in (("x", "no position"), ("9", "beyond the journal"), ("", "no position")):
         answer = ask(app, {"inputs": [asked(START + 20 * DAY, 5)]}, page=f"/invocations?after={after}")
         assert answer.status == 400
         assert says in answer.message
@@ -253,7 +253,7 @@ def test_a_server_without_a_journal_says_so(small):
     models.load(Source(small.folder, "models:/small/7"))
     app = Application(models, Limits())
     assert "--journal" in ask(app, {"events": [{}]}, page="/events").message
-    answer = ask(app, {"inputs": [asked(START + 20 * DAY, 5)]}, page="/invocations?after=1-32")
+    answer = ask(app, {"inputs": [asked(START + 20 * DAY, 5)]}, page="/invocations?after=1")
     assert answer.status == 400
     assert "takes no events" in answer.message
 
@@ -273,7 +273,7 @@ def test_calls_at_the_same_time_are_each_taken_once(small, app):
     answers = asyncio.run(together())
     assert [each.tree for each in answers if each.status != 200] == []
     assert sum(each.tree["accepted"] for each in answers) == 60
-    position = max((each.tree["position"] for each in answers), key=lambda text: tuple(map(int, text.split("-"))))
+    position = max((each.tree["position"] for each in answers), key=int)
     time = START + 20 * DAY
     want = expected(small, log_rows(table, small.settings.schema_), time, 5)
     for found, each in zip(explained(app, position, time, 5), want, strict=True):
@@ -307,7 +307,7 @@ def iso(time: int) -> str:
 
 def test_an_error_while_rows_are_told_apart_stays(small, app, models, monkeypatch):
     learning = models.current.learning
-    monkeypatch.setattr(learning._duplicates, "take", lambda batches: 1 / 0)
+    monkeypatch.setattr(learning._duplicates, "filter", lambda batches: 1 / 0)
     position = ask(app, {"events": as_json(later_log(15, rows=3))}, page="/events").tree["position"]
     until(lambda: ask(app, b"", page="/version", method="GET").tree["events_failure"])
     monkeypatch.undo()
@@ -354,25 +354,21 @@ def test_arrow_types_that_grow_are_refused(app, column):
 
 
 def test_a_journal_of_another_model_is_told(small, tmp_path):
-    journal = Journal(tmp_path / "journal")
-    journal.append(Batch(None, 1, pa.table({"person": [1], "when": [2]})))
-    journal.close()
+    Journal(tmp_path / "journal.db").append(Batch(None, 1, pa.table({"person": [1], "when": [2]})))
     with pytest.raises(UserError, match="holds rows of the interaction log without a column 'user'"):
         _models(small, tmp_path)
 
 
-def test_segments_that_are_gone_are_told(small, tmp_path):
+def test_a_lost_journal_is_told(small, tmp_path):
+    """By the server that is running, and by one that is to start."""
     app = Application(_models(small, tmp_path), Limits())
     ask(app, {"events": as_json(later_log(18, rows=5))}, page="/events")
-    journal = Journal(tmp_path / "journal")
-    journal.close_segment()
-    journal.close()
-    assert ask(app, b"", page="/version", method="GET").tree["events_failure"] is None
-    (tmp_path / "journal" / "segment-00000001.journal").unlink()
-    again = Application(_models(small, tmp_path), Limits())
-    assert "begins with segment 2" in ask(again, b"", page="/version", method="GET").tree["events_failure"]
-    answer = ask(again, {"inputs": [asked(START + 20 * DAY, 5)]})
-    assert "begins with segment 2" in answer.tree["predictions"][0]["warnings"][-1]
+    with Journal(tmp_path / "journal.db").appending() as connection:
+        connection.execute(sql.delete(BATCHES))
+    answer = ask(app, {"events": as_json(later_log(19, rows=5))}, page="/events")
+    assert (answer.status, "can't be kept" in answer.message) == (503, True)
+    with pytest.raises(UserError, match="it ends with batch 0, and 1 were acknowledged"):
+        _models(small, tmp_path)
 
 
 def test_logs_of_events_that_the_model_lacks_are_told_once(
@@ -383,10 +379,9 @@ def test_logs_of_events_that_the_model_lacks_are_told_once(
             text for each in caplog.records if "logs of events that the model's settings" in (text := each.getMessage())
         ]
 
-    journal = Journal(tmp_path / "journal")
+    journal = Journal(tmp_path / "journal.db")
     event = pa.table({"user": [5], "at": pa.array([START]).cast(UTC_MICROSECONDS)})
     journal.append(Batch("returns", 0, event), Batch("clicks", 0, event))
-    journal.close_segment()
     models = _models(small, tmp_path)
     assert [each.endswith(": 'clicks', 'returns'") for each in told()] == [True]
     assert models.current is not None

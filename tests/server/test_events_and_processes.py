@@ -76,14 +76,14 @@ def _check(small: SmallModel, found: list[dict[str, Any]], table: pa.Table) -> N
 
 def test_what_was_acknowledged_survives_kills_of_workers_and_of_the_server(small: SmallModel, tmp_path: Path) -> None:
     table = later_log(21, rows=120)
-    rows, journal = as_json(table), str(tmp_path / "journal")
+    rows, journal = as_json(table), f"sqlite:///{tmp_path / 'journal.db'}"
     serving = ("--workers", "2", "--journal", journal)
 
     def said() -> str:
         return (tmp_path / "server.log").read_text(encoding="utf-8")
 
     with served(small.folder, tmp_path, *serving) as running:
-        begun = re.search(r"'(.+)' held no journal: a new one begins there, ([0-9a-f]{32})\n", said())
+        begun = re.search(r"the journal '(.+)', ([0-9a-f]{32}), is empty: it begins now\n", said())
         assert begun
         assert begun[1] == journal
         workers = _ready(running)
@@ -99,12 +99,9 @@ def test_what_was_acknowledged_survives_kills_of_workers_and_of_the_server(small
         for worker in whole:
             with suppress(ProcessLookupError):
                 os.kill(worker, signal.SIGKILL)
-    segment = tmp_path / "journal" / "segment-00000001.journal"
-    with segment.open("ab") as file:
-        file.write(b"\0\1\2 the beginning of a record")
     with served(small.folder, tmp_path, *serving) as running:
         assert f"going on with the journal '{journal}', {begun[2]}, at position {position}\n" in said()
-        assert "a new one begins" not in said()
+        assert "it begins now" not in said()
         _ready(running)
         # Both workers know all of it, whichever of them answers.
         for _ in range(6):

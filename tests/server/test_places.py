@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mmoe_rec.journal.journal import Journal
+from mmoe_rec.live.journal import Journal
 from mmoe_rec.server.app import Application
 from mmoe_rec.server.limits import Limits
 from mmoe_rec.server.models import Models
@@ -19,8 +19,8 @@ from tests.server.test_events import as_json, later_log
 
 @pytest.mark.parametrize("full", ["/invocations", "/events"])
 def test_a_page_that_is_full_leaves_the_other_one_its_places(small: SmallModel, tmp_path: Path, full: str) -> None:
-    Journal(tmp_path / "journal").close()
-    models = Models(Limits(), tmp_path / "journal")
+    Journal(tmp_path / "journal.db").close()
+    models = Models(Limits(), tmp_path / "journal.db")
     models.load(Source(small.folder, "models:/small/7"))
     app = Application(models, Limits(max_waiting=2))
     assert app.events is not None

@@ -17,8 +17,7 @@ import pytest
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.pipeline import FeaturePipeline
-from mmoe_rec.journal.journal import Journal
-from mmoe_rec.journal.position import Position
+from mmoe_rec.live.journal import Journal
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.point_in_time.lists import Ragged
 from mmoe_rec.request_log import folder as log_folder
@@ -82,11 +81,11 @@ def test_a_row_says_up_to_where_the_model_knew_the_journal(
     small: SmallModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As its pass knew it: what is learnt between the pass and the log is not in the scores."""
-    Journal(tmp_path / "journal").close()
+    Journal(tmp_path / "journal.db").close()
     rows, options = as_json(later_log(3, rows=4)), LogOptions(tmp_path / "log", share=1.0)
     asked, expected = {"inputs": [element()]}, {}
-    with logging_app(small.folder, options, journal=tmp_path / "journal") as app:
-        position = "1-32"
+    with logging_app(small.folder, options, journal=tmp_path / "journal.db") as app:
+        position = "0"
         for row in rows:
             (reply,) = ask(app, asked, page=f"/invocations?after={position}").tree["predictions"]
             assert "journal_position" not in reply
@@ -99,7 +98,7 @@ def test_a_row_says_up_to_where_the_model_knew_the_journal(
 
         def learns_right_after(requests: Any) -> Any:
             answers = rank_many(requests)
-            learning.position = Position(9, 64)
+            learning.position = 77
             return answers
 
         monkeypatch.setattr(ranker, "rank_many", learns_right_after)

@@ -16,8 +16,8 @@ from mmoe_rec.server.passes import Passes, marks
 from tests.inference.small_model import SmallModel
 from tests.processes import PATIENCE, until
 from tests.server.asking import element, reply
-from tests.server.test_after import server
 from tests.server.test_batching import Watched
+from tests.server.test_following import server
 
 
 @pytest.fixture

@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         poll=arguments.poll,
         grace=arguments.grace,
         token=read_token(arguments.token_file),
-        journal=None if arguments.journal is None else Path(arguments.journal),
+        journal=arguments.journal,
         log=_log_options(arguments),
         overrides=overrides,
     )
@@ -97,8 +97,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     add(
         "--journal",
-        metavar="F",
-        help="folder of a journal, made if it is not there: take events (POST /events), which the model learns live",
+        metavar="A",
+        help="address of a journal, such as sqlite:///journal.db, made if it is not there: take events (POST /events), "
+        "which the model learns live",
     )
     add("--token-file", metavar="F", help="file with the token that callers must send (default: MMOE_REC_TOKEN)")
     add("--log-requests", metavar="DIR", help="log requests and replies there (default: they are not)")

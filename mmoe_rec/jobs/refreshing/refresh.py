@@ -19,10 +19,9 @@ from typing import Any
 from mmoe_rec.errors import UserError
 from mmoe_rec.inference.artifact import Artifact, iso_time, read_artifact, version_of
 from mmoe_rec.jobs.refreshing.new_tables import advanced_tables, tables_from_log
-from mmoe_rec.jobs.refreshing.provisional import Provisional
 from mmoe_rec.jobs.run_page import as_code, command
 from mmoe_rec.locks import writing
-from mmoe_rec.preprocessing.added.tables import Tables, taken_by
+from mmoe_rec.preprocessing.added.tables import Tables
 from mmoe_rec.preprocessing.checks import check_apart
 from mmoe_rec.settings.sections import Settings
 from mmoe_rec.tracking import registry, runs
@@ -50,9 +49,9 @@ class Served:
         return Served(alias, version, folder, read_artifact(folder))
 
 
-Journal = Callable[[Served, Provisional, bool], Mapping[str, Any]]
-"""Puts what a journal holds into files of the logs, before these are looked at, for tables that go on or are made anew
-(True), and gives what they hold then: the journal's "id", and the number of the last segment "through" which they do.
+Journal = Callable[[Served], Mapping[str, Any]]
+"""Puts what a journal holds into files of the logs, before these are looked at, and gives what they hold then: the
+journal's "id", and the position "through" which they do.
 """
 
 
@@ -80,39 +79,18 @@ def refresh(settings: Settings, address: str, *, anew: bool = False, journal: Jo
     out = work / "refreshed"
     with writing(out, "a refresh", "set `data.work` to another folder", queue=True):
         served = Served.at(address, uri)
-        provisional = Provisional(work, settings.data.log, taken_by(served.folder / "features"))
-        provisional.settle()
         artifact = out / "model"
         try:
-            made = _made(settings, served, provisional, artifact, anew, journal)
-            if made is None or version_of(artifact) == version_of(served.folder):
-                refreshed = Refreshed(served, served.version)
+            through = None if journal is None else journal(served)
+            if anew:
+                made: Tables | None = tables_from_log(served.folder, settings, None, artifact)
             else:
-                refreshed = _registered(settings, served, made, artifact)
+                made = advanced_tables(served.folder, settings, artifact, through)
+            if made is None or version_of(artifact) == version_of(served.folder):
+                return Refreshed(served, served.version)
+            return _registered(settings, served, made, artifact)
         finally:
             shutil.rmtree(out, ignore_errors=True)
-        provisional.forget()
-        return refreshed
-
-
-def _made(
-    settings: Settings, served: Served, provisional: Provisional, artifact: Path, anew: bool, journal: Journal | None
-) -> Tables | None:
-    """The artifact with new tables; None where there is nothing new."""
-    try:
-        while True:
-            through = None if journal is None else journal(served, provisional, anew)
-            made = (
-                tables_from_log(served.folder, settings, None, artifact)
-                if anew
-                else advanced_tables(served.folder, settings, artifact, through)
-            )
-            if not provisional.doubt(taken_by((served.folder if made is None else artifact) / "features")):
-                return made
-            shutil.rmtree(artifact, ignore_errors=True)
-    except BaseException:
-        provisional.undo()
-        raise
 
 
 def _registered(settings: Settings, served: Served, made: Tables, artifact: Path) -> Refreshed:

@@ -4,13 +4,13 @@ Features, and the tables of a model, go on from what they remember, so new reque
 know. No old file is needed: one that is gone stays counted, one that was written again is refused. A file that was left
 out counts as new once it is mended, so it is taken in where all its requests are later, and stays left out otherwise.
 Since events may come late, those of a file that is gone could come again, in a file of another name or merged with
-others: where new files hold as many events of its time as it did, they are refused. So are files of another program
-with rows that came by a server's journal before.
+others: where new files hold as many events of its time as it did, they are refused. So are rows that came both by a
+server's journal and in a file of another program.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +18,12 @@ import numpy as np
 from mmoe_rec.errors import UserError
 from mmoe_rec.log.checks import BadFile, format_time
 from mmoe_rec.log.parts import Noticed, cut
-from mmoe_rec.log.reader import ROWS_PER_PART
-from mmoe_rec.preprocessing.added.held import among, key_reader, known_requests, may_hold
-from mmoe_rec.preprocessing.added.taken import Spans, Taken, of_journal
+from mmoe_rec.log.reader import ROWS_PER_PART, Log, LogReader
+from mmoe_rec.preprocessing.added.taken import Spans, Taken, TakenFile, of_journal
 from mmoe_rec.preprocessing.checks import place
 from mmoe_rec.preprocessing.count import Counted
 from mmoe_rec.preprocessing.logs import Logs
+from mmoe_rec.preprocessing.request_summaries import RequestSummaries, read_requests
 from mmoe_rec.preprocessing.requests import Requests
 from mmoe_rec.preprocessing.steps import Steps
 from mmoe_rec.progress import say
@@ -112,7 +112,7 @@ class NewFiles:
 
     def _spans_of_mended(self, new: Logs) -> Spans:
         """First and last time of the rows of files of the interaction log that were left out before."""
-        reader, noticed = key_reader(new.log), Noticed()
+        reader, noticed = _key_reader(new.log), Noticed()
         for part in cut([file for file in new.log.files if file.address in self.changes[0].mended], ROWS_PER_PART):
             for _ in reader.read(part, noticed):
                 pass
@@ -155,38 +155,43 @@ class NewFiles:
                     )
 
     def _check_repeats(self, new: Logs, requests: Path) -> None:
-        """Raises UserError where new files of another program hold rows that came by a server's journal before.
+        """Raises UserError where rows of new files came before by the other way: by a server's journal, or in a file
+        of another program that is still there.
 
         requests: folder with those that the holder knows. They say when any of their rows were, which tells the files
-        of a journal to read: the same row may have other times in other files.
+        to read: the same row may have other times in other files.
         """
-        taken, known = self.taken.logs[0].files, [np.empty(0, np.uint64)]
-        of_journals = [file for file in self.logs.log.files if of_journal(file.address) and file.address in taken]
-        if not of_journals:
+        taken, reader = self.taken.logs[0].files, _key_reader(new.log)
+        before = [file for file in self.logs.log.files if file.address in taken]
+        if not any(of_journal(file.address) for file in (*before, *new.log.files)):
             return
-        reader, own = key_reader(new.log), {file.address for file in new.log.files if not of_journal(file.address)}
-        parts = cut([file for file in new.log.files if file.address in own], ROWS_PER_PART)
-        asked = [np.unique(rows.request_hashes()) for part in parts for rows in reader.read(part)]
-        continued = known_requests(requests, np.unique(np.concatenate([np.empty(0, np.uint64), *asked])))
-        held = [file for file in of_journals if may_hold(taken[file.address], continued.first, continued.last)]
-        for part in cut(held, ROWS_PER_PART):
-            for rows in reader.read(part, Noticed()):
-                known.append(rows.filter(among(rows.request_hashes(), continued.request)).row_hashes())
-        keys, repeated, example, start = np.unique(np.concatenate(known)), 0, -1, 0
-        for file in new.log.files if len(keys) else []:
-            row = start
-            for part in cut([file], ROWS_PER_PART) if file.address in own else []:
+        read = [
+            np.unique(rows.request_hashes()) for part in cut(new.log.files, ROWS_PER_PART) for rows in reader.read(part)
+        ]
+        continued = _known_requests(requests, np.unique(np.concatenate([np.empty(0, np.uint64), *read])))
+        known: dict[bool, list[np.ndarray]] = {True: [np.empty(0, np.uint64)], False: [np.empty(0, np.uint64)]}
+        for file in before:
+            if _may_hold(taken[file.address], continued):
+                for part in cut([file], ROWS_PER_PART):
+                    for rows in reader.read(part, Noticed()):
+                        mine = rows.filter(_among(rows.request_hashes(), continued.request))
+                        known[of_journal(file.address)].append(mine.row_hashes())
+        keys = {way: np.unique(np.concatenate(each)) for way, each in known.items()}
+        repeated, example, start = 0, -1, 0
+        for file in new.log.files:
+            row, others = start, keys[not of_journal(file.address)]
+            for part in cut([file], ROWS_PER_PART) if len(others) else []:
                 for rows in reader.read(part):
-                    found = np.flatnonzero(among(rows.row_hashes(), keys))
-                    if len(found):
-                        repeated, example = repeated + len(found), row + int(found[0]) if example < 0 else example
+                    again = np.flatnonzero(_among(rows.row_hashes(), others))
+                    if len(again):
+                        repeated, example = repeated + len(again), row + int(again[0]) if example < 0 else example
                     row += len(rows)
             start += file.rows
         if repeated:
             raise UserError(
-                f"{place(new.log, example)} repeats request and candidate of a row that came by a server's journal, "
-                f"and {self.holder.what} hold that one; {repeated:,} rows of new files do so, and would count twice: "
-                "remove them from these files, or set data.duplicates to keep if they are meant"
+                f"{place(new.log, example)} repeats request and candidate of a row that {self.holder.what} hold, and "
+                f"one of the two came by a server's journal; {repeated:,} rows of new files do so, and would count "
+                "twice: remove them from these files, or set data.duplicates to keep if they are meant"
             )
 
     def _check_times(self, counted: Counted, requests: Requests, new: Logs) -> None:
@@ -212,3 +217,33 @@ class NewFiles:
             f"{format_time(known)} already, and so do {early:,} of {new.log.rows:,} new rows: what such rows could "
             f"have known is no longer remembered; {self.holder.anew}"
         )
+
+
+def _known_requests(folder: Path, asked: np.ndarray) -> RequestSummaries:
+    """Those of the requests in a folder that are among (R,) rising hashes."""
+    if not len(asked):
+        return RequestSummaries.none()
+    some = [each.take(np.flatnonzero(_among(each.request, asked))) for each in read_requests(folder, 0, 1)]
+    return RequestSummaries.none().merged(some)
+
+
+def _may_hold(file: TakenFile, requests: RequestSummaries) -> bool:
+    """True if a file has rows of the time of one of the requests."""
+    if file.first is None or file.last is None:
+        return False
+    return bool(((requests.first <= file.last) & (requests.last >= file.first)).any())
+
+
+def _among(values: np.ndarray, rising: np.ndarray) -> np.ndarray:
+    """(N,) bool: True for the values that are among those that rise."""
+    if not len(rising):
+        return np.zeros(len(values), bool)
+    same: np.ndarray = rising[np.minimum(np.searchsorted(rising, values), len(rising) - 1)] == values
+    return same
+
+
+def _key_reader(log: Log) -> LogReader:
+    """Reads request, user, candidate and time alone."""
+    columns = log.schema.columns
+    needed = {columns.request, columns.user, columns.candidate, columns.time}
+    return replace(log.reader, uses={name: use for name, use in log.uses.items() if name in needed})

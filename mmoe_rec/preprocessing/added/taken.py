@@ -64,19 +64,6 @@ class TakenLog:
         """Rows of all files."""
         return sum(file.rows for file in self.files.values())
 
-    def unchanged(self, log: Log | EventRows) -> dict[str, TakenFile]:
-        """Files that were taken in and that the log holds as they were then."""
-        there = {address: file for address, file in self.files.items() if address in log.found}
-        return {address: file for address, file in there.items() if _same(file, log.found[address])}
-
-    def left_out_of(self, log: Log | EventRows) -> list[str]:
-        """Files that were left out and that the log holds as they were then."""
-        return [
-            address
-            for address, file in self.left_out.items()
-            if address in log.found and _same(file, log.found[address])
-        ]
-
     @property
     def digest(self) -> str:
         """A fingerprint of the names, sizes and row counts of all files that were taken in."""
@@ -138,7 +125,12 @@ class Taken:
 
     def left_out_of(self, logs: Logs) -> list[str]:
         """Files that were left out and that the logs hold as they were then."""
-        return [address for taken, log in zip(self.logs, logs.all, strict=False) for address in taken.left_out_of(log)]
+        return [
+            address
+            for taken, log in zip(self.logs, logs.all, strict=False)
+            for address, file in taken.left_out.items()
+            if address in log.found and _same(file, log.found[address])
+        ]
 
     def with_new(self, logs: Logs, spans: Spans) -> Taken:
         """With the files that `logs` reads, and those that are left out as long as they are there."""

@@ -8,7 +8,7 @@ it, if no other version has taken it meanwhile; a server that was started with -
 Where there are no new files, nothing happens. Only rows of new files are read, and these must be later than those
 before. Features in `data.work` stay as they are: days are added to them for the next training.
 
---journal F first writes what a server (serve --journal F) has accepted into files of `data.log` and of the logs of
+--journal A first writes what a server (serve --journal A) has accepted into files of `data.log` and of the logs of
 events, which the features for the next training then take as well. Rows that came late count, too, but no model is
 trained on them.
 
@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mmoe_rec.errors import UserError, exit_with_message
@@ -40,10 +39,10 @@ if TYPE_CHECKING:
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command."""
     arguments, settings = read_command(__doc__ or "", argv, _add_arguments)
-    if arguments.remove_segments and arguments.journal is None:
-        raise UserError("--remove-segments belongs to --journal F, which is missing")
+    if arguments.remove_events and arguments.journal is None:
+        raise UserError("--remove-events belongs to --journal A, which is missing")
     if arguments.other_journal and arguments.journal is None:
-        raise UserError("--other-journal belongs to --journal F, which is missing")
+        raise UserError("--other-journal belongs to --journal A, which is missing")
     if arguments.validation_days is not None and arguments.train_every_days is None:
         raise UserError("--validation-days belongs to --train-every-days N, which is missing")
     from rich.console import Console
@@ -60,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.journal is not None:
         from mmoe_rec.jobs.refreshing.from_journal import from_journal
 
-        journal = from_journal(Path(arguments.journal), settings, arguments.remove_segments, arguments.other_journal)
+        journal = from_journal(arguments.journal, settings, arguments.remove_events, arguments.other_journal)
     refreshed = refresh(settings, address, anew=arguments.anew, journal=journal)
     name, alias = refreshed.before.version.name, refreshed.before.alias
     if refreshed.tables is None:
@@ -111,11 +110,11 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--anew", action="store_true", help="make tables of all files, instead of going on")
     parser.add_argument(
         "--journal",
-        metavar="F",
-        help="folder of a server's journal: first write what it has accepted into files of the logs",
+        metavar="A",
+        help="address of a server's journal: first write what it has accepted into files of the logs",
     )
     parser.add_argument(
-        "--remove-segments",
+        "--remove-events",
         action="store_true",
         help="remove what the journal holds and the tables, by an earlier refresh, held already",
     )

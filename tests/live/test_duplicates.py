@@ -9,9 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmoe_rec.journal.duplicates import Counts, Duplicates
-from mmoe_rec.journal.known import Known
-from mmoe_rec.journal.records import Batch
+from mmoe_rec.live.duplicates import Counts, Duplicates, KeyStore
+from mmoe_rec.live.journal import Batch
 from mmoe_rec.log.columns import UTC_MICROSECONDS
 from mmoe_rec.settings.schema import Schema
 from tests.log.small_logs import DAY, START, schema_of
@@ -44,8 +43,17 @@ def _batch(rows: Sequence[dict], source: str | None = None) -> Batch:
 
 
 def _taken(duplicates: Duplicates, *batches: Batch) -> dict:
-    taken = duplicates.take(batches)[None]
+    taken = duplicates.filter(batches)[None]
     return {"items": taken.table["item"].to_pylist(), **asdict(taken.counts)}
+
+
+def _arrays(duplicates: Duplicates) -> dict[tuple[str | None, str], np.ndarray]:
+    return {(log, name): each for log in duplicates.sources for name, each in duplicates.to_arrays(log).items()}
+
+
+def _restore(duplicates: Duplicates, arrays: dict[tuple[str | None, str], np.ndarray]) -> None:
+    for log in duplicates.sources:
+        duplicates.restore(log, {name: each for (of, name), each in arrays.items() if of == log})
 
 
 def test_a_row_of_a_request_and_candidate_counts_once():
@@ -96,9 +104,9 @@ def test_a_request_has_the_first_time_of_the_batch_it_came_in():
     first = _batch([{"time": 1.5, "item": 1}, {"time": 1.0, "item": 2}, {"time": 3, "item": 3, "request": 2}])
     later = _batch([{"time": 0.5, "item": 4}, {"time": 2, "item": 5}, {"time": 2.5, "item": 6, "request": 2}])
     together, apart = Duplicates(schema), Duplicates(schema)
-    times = together.take([first, later])[None].rows(schema).times()
+    times = together.filter([first, later])[None].rows(schema).times()
     assert ((times - START) / DAY).tolist() == [1.0, 1.0, 3.0, 1.0, 1.0, 3.0]
-    parts = [apart.take([each])[None].rows(schema).times() for each in (first, later)]
+    parts = [apart.filter([each])[None].rows(schema).times() for each in (first, later)]
     np.testing.assert_array_equal(np.concatenate(parts), times)
 
 
@@ -108,7 +116,7 @@ def test_events_count_once_by_their_id():
         {"time": 1, "event_id": id_, "user": user}
         for id_, user in ((1, 1), (2, 1), (1, 1), (1, 2), (None, 1), (None, 1))
     ]
-    taken = duplicates.take([_batch(rows, "views"), _batch([{"time": 1, "event_id": 1}])])
+    taken = duplicates.filter([_batch(rows, "views"), _batch([{"time": 1, "event_id": 1}])])
     assert asdict(taken["views"].counts) == {"accepted": 4, "duplicate": 1, "conflict": 1, "out_of_order": 0, "old": 0}
     assert taken["views"].table.column_names == ["at", "user"]
     assert taken[None].counts.accepted == 1, "ids are a log's own"
@@ -134,7 +142,7 @@ def test_late_rows_had_become_known_before():
         {"time": 3, "item": 3, "request": 2},  # later
         {"time": 2, "item": 4, "request": 3, "click": None, "spent": None, "liked": 1.0},  # not observed
     ]
-    taken = Duplicates(schema).take([_batch(rows), _batch([{"time": 1}, {"time": 2}, {"time": 3}], "views")])
+    taken = Duplicates(schema).filter([_batch(rows), _batch([{"time": 1}, {"time": 2}, {"time": 3}], "views")])
     moment = START + 2 * DAY
     assert taken[None].late(schema, moment) == 1
     assert taken[None].late(schema, START + DAY) == 0, "a label is known only after its instant"
@@ -144,17 +152,17 @@ def test_late_rows_had_become_known_before():
 
 def test_rows_of_unknown_logs_are_counted():
     duplicates = Duplicates(_schema())
-    assert duplicates.take([_batch([{"time": 1}] * 3, "views"), Batch("other", 0, pa.table({"x": [1, 2]}))]).keys() == {
-        "views"
-    }
+    assert duplicates.filter(
+        [_batch([{"time": 1}] * 3, "views"), Batch("other", 0, pa.table({"x": [1, 2]}))]
+    ).keys() == {"views"}
     assert duplicates.unknown == {"other": 2}
 
 
 def test_columns_of_another_schema_are_null_or_left_out():
-    taken = Duplicates(_schema()).take([_batch([{"time": 1, "colour": "red"}])])[None]
+    taken = Duplicates(_schema()).filter([_batch([{"time": 1, "colour": "red"}])])[None]
     assert "colour" not in taken.table.column_names
     table = _batch([{"time": 1}]).table.drop_columns(["liked"])
-    assert Duplicates(_schema()).take([Batch(None, 0, table)])[None].table["liked"].null_count == 1
+    assert Duplicates(_schema()).filter([Batch(None, 0, table)])[None].table["liked"].null_count == 1
 
 
 class _Naive:
@@ -227,23 +235,23 @@ def test_as_a_loop_over_rows_does(batches, days, data):
     schema = _schema()
     duplicates, whole = Duplicates(schema, days), Duplicates(schema, days)
     counts, rows, waiting = Counts(), list[tuple](), [_batch(batch) for batch in batches]
-    everything = whole.take(waiting)[None]
+    everything = whole.filter(waiting)[None]
     while waiting:
         size = data.draw(st.integers(1, len(waiting)))
-        taken = duplicates.take(waiting[:size])[None]
+        taken = duplicates.filter(waiting[:size])[None]
         counts.add(taken.counts)
         days_of = (taken.rows(schema).times() - START) / DAY + shift
         columns = (taken.table[name].to_pylist() for name in ("request", "item", "user"))
         rows += zip(*columns, days_of.tolist(), strict=True)
         waiting = waiting[size:]
         if data.draw(st.booleans()):
-            arrays = duplicates.to_arrays()
+            arrays = _arrays(duplicates)
             duplicates = Duplicates(schema, days)
-            duplicates.restore(arrays)
+            _restore(duplicates, arrays)
     assert counts == naive.counts == everything.counts
     assert [row[:3] for row in rows] == [row[:3] for row in naive.rows]
     np.testing.assert_allclose([row[3] for row in rows], [row[3] for row in naive.rows])
-    one, other = duplicates.to_arrays(), whole.to_arrays()
+    one, other = _arrays(duplicates), _arrays(whole)
     assert one.keys() == other.keys()
     for name, values in one.items():
         np.testing.assert_array_equal(values, other[name], err_msg=name)
@@ -254,10 +262,10 @@ def test_memory_is_that_of_the_days_that_are_remembered():
     sizes = []
     for day in range(40):
         rows = [{"time": day + part / 100, "request": 100 * day + part, "item": part} for part in range(50)]
-        duplicates.take([_batch(rows)])
+        duplicates.filter([_batch(rows)])
         sizes.append(len(duplicates))
     assert max(sizes) == sizes[-1] == 2 * 3 * 50
-    bytes_held = sum(values.nbytes for values in duplicates.to_arrays().values())
+    bytes_held = sum(values.nbytes for values in _arrays(duplicates).values())
     assert bytes_held < 50 * 3 * 60
 
 
@@ -267,7 +275,7 @@ def test_memory_is_that_of_the_days_that_are_remembered():
     days=st.integers(0, 6),
 )
 def test_known_keys_as_a_dictionary_has_them(adds, days):
-    known, expected, day = Known(value=np.int64), dict[int, tuple[int, int]](), 0
+    known, expected, day = KeyStore(value=np.int64), dict[int, tuple[int, int]](), 0
     every = np.arange(61, dtype=np.uint64)
     for keys, step in adds:
         day += step

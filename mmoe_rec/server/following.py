@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
+import sys
 import threading
 import time
 import weakref
@@ -15,26 +17,24 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from mmoe_rec.errors import RequestError, UserError
-from mmoe_rec.journal.position import Position
+from mmoe_rec.live.journal import parse_position
 from mmoe_rec.server.batching import Batcher
 from mmoe_rec.server.limits import INTERNAL, Limits, Refused
-from mmoe_rec.server.live.background import step_back
 from mmoe_rec.server.metrics import Metrics
 from mmoe_rec.server.models import Models
 from mmoe_rec.server.passes import Passes
 from mmoe_rec.server.reloading import sentence_of
 
 if TYPE_CHECKING:
-    from mmoe_rec.server.live.learning import Learning
+    from mmoe_rec.live.learning import Learning
 
-PAUSE_SECONDS = 0.02
+PAUSE_SECONDS = 0.05
 """Between looks at a journal in which other processes write; what this process has accepted is looked for at once."""
 _REST, _LEAST_REST_SECONDS, _MOST_REST_SECONDS = 4.0, 0.3, 0.4
 """After it has prepared something, the thread leaves the processor to requests for so many times as long: at least for
 so long, as a step costs nearly the same for few rows as for many, and at most, and not at all while a caller waits."""
 _PAUSE_AFTER_FAILURE_SECONDS = 5.0
-MOST_ENDS = 4_096
-"""Positions that are known to be of the journal, so that it is not looked at for each of them again."""
+_NICER = 10
 
 _log = logging.getLogger(__name__)
 
@@ -46,19 +46,17 @@ class Following:
         self._models, self._batcher, self._passes = models, batcher, passes
         self._limits, self._metrics = limits, metrics
         self.failure: str | None = None
-        self._ends = _Ends()
         self._look, self._asked = threading.Event(), threading.Event()
         self._lock = threading.Lock()
-        self._waiting: list[tuple[Position, asyncio.AbstractEventLoop, asyncio.Future[None]]] = []
+        self._waiting: list[tuple[int, asyncio.AbstractEventLoop, asyncio.Future[None]]] = []
 
     def start(self) -> None:
         """Follows from now on, in a thread of its own, until nobody holds it any more."""
         signals = self._asked, self._look
         threading.Thread(target=_follow, args=(weakref.ref(self), *signals), name="following", daemon=True).start()
 
-    def accepted(self, position: Position) -> None:
-        """Looks at once, as this process has appended what ends at a position."""
-        self._ends.add(position)
+    def look_at_once(self) -> None:
+        """Ends a pause, as this process has appended something."""
         self._look.set()
 
     @property
@@ -80,32 +78,27 @@ class Following:
         return None if learning is None else str(learning.position)
 
     async def reached_text(self, text: str) -> None:
-        """As `reached`; raises RequestError for a text that is no position, or none of this journal.
-
-        The journal's files are read for a position alone that this process has neither appended, read nor looked up of
-        late, so that a caller may give one with each request.
-        """
-        position, until = Position.parse(text), time.monotonic() + self._limits.answer_seconds
+        """As `reached`; raises RequestError for a text that is no position, or lies beyond the journal's end."""
+        position, until = parse_position(text), time.monotonic() + self._limits.answer_seconds
         learning = self._learning()
-        if learning is not None and position not in self._ends:
+        if learning is not None and position > learning.position:
             try:
-                await asyncio.get_running_loop().run_in_executor(None, learning.check, position)
+                await asyncio.get_running_loop().run_in_executor(None, learning.journal.check, position)
             except RequestError:
                 raise
             except UserError as error:
                 _log.error("position %s can't be looked up: %s", position, error)
                 sentence = f"position {position} can't be looked up in the journal; the log says why"
                 raise Refused(503, sentence, "disk", INTERNAL, 5) from None
-            self._ends.add(position)
         await self.reached(position, until)
 
     async def reached_end(self) -> None:
         """Ends once the current model knows all that the journal holds now. Raises Refused after too long a time."""
         until = time.monotonic() + self._limits.answer_seconds
         if (learning := self._learning()) is not None:
-            await self.reached(await asyncio.get_running_loop().run_in_executor(None, learning.end), until)
+            await self.reached(await asyncio.get_running_loop().run_in_executor(None, learning.journal.end), until)
 
-    async def reached(self, position: Position, until: float) -> None:
+    async def reached(self, position: int, until: float) -> None:
         """Ends once the current model knows all up to a position. Raises Refused where that takes too long.
 
         until: monotonic.
@@ -135,7 +128,7 @@ class Following:
             with self._lock, suppress(ValueError):
                 self._waiting.remove(waiting)
 
-    def _has_reached(self, position: Position) -> bool:
+    def _has_reached(self, position: int) -> bool:
         learning = self._learning()
         return learning is not None and learning.position >= position
 
@@ -177,7 +170,6 @@ class Following:
         if learning is None or (learnt := learning.read()) is None:
             return 0.0
         worked = time.monotonic() - started
-        self._ends.add(*learnt.ends)
         self._batcher.between_passes(lambda: learning.take(learnt)).result()
         now = time.time_ns() // 1_000
         for accepted in learnt.accepted_at:
@@ -210,25 +202,15 @@ def _follow(following: weakref.ref[Following], asked: threading.Event, look: thr
         look.clear()
 
 
-class _Ends:
-    """Ends of records that were met last, at most `MOST_ENDS`; threads may share it."""
+def step_back() -> None:
+    """The calling thread gets less of a processor than those that answer requests, while more want one than there are.
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._ends: dict[Position, None] = {}
-
-    def __contains__(self, position: Position) -> bool:
-        with self._lock:
-            return position in self._ends
-
-    def add(self, *positions: Position) -> None:
-        """Adds positions, or makes them the last ones."""
-        with self._lock:
-            for position in positions[-MOST_ENDS:]:
-                self._ends.pop(position, None)
-                self._ends[position] = None
-            while len(self._ends) > MOST_ENDS:
-                del self._ends[next(iter(self._ends))]
+    On Linux alone, where threads have priorities of their own.
+    """
+    if sys.platform == "linux":
+        thread = threading.get_native_id()
+        with suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, thread, min(os.getpriority(os.PRIO_PROCESS, thread) + _NICER, 19))
 
 
 def _end(reached: asyncio.Future[None]) -> None:

@@ -9,7 +9,6 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,18 +19,15 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from mmoe_rec.errors import RequestError, UserError, quoted
-from mmoe_rec.journal.checked import RowChecks, known_types
-from mmoe_rec.journal.duplicates import Counts, Taken
-from mmoe_rec.journal.group_commit import GroupCommit
-from mmoe_rec.journal.journal import Journal
-from mmoe_rec.journal.records import Batch
+from mmoe_rec.live.duplicates import Counts, NewRows
+from mmoe_rec.live.event_rows import RowChecks, known_types
+from mmoe_rec.live.journal import Batch, Journal
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.point_in_time.arrays import one_array
 from mmoe_rec.point_in_time.memory import NEVER
 from mmoe_rec.server.calls import is_json, loading, read_body, refusal, type_of
+from mmoe_rec.server.following import Following, step_back
 from mmoe_rec.server.limits import INTERNAL, Limits, Places, Refused
-from mmoe_rec.server.live.background import step_back
-from mmoe_rec.server.live.following import Following
 from mmoe_rec.server.metrics import Metrics
 from mmoe_rec.server.models import Models, Served
 from mmoe_rec.server.openapi import ARROW
@@ -40,7 +36,7 @@ from mmoe_rec.server.passes import Passes
 
 if TYPE_CHECKING:
     from mmoe_rec.inference.loaded import LoadedRanker
-    from mmoe_rec.server.live.learning import Learning
+    from mmoe_rec.live.learning import Learning
 
 SHAPE = '{"events": [{column: value, ...}, ...], "log": NAME}'
 _THREADS = 4
@@ -65,7 +61,7 @@ class Accepting:
     def __init__(
         self,
         models: Models,
-        journal: Path,
+        journal: str,
         limits: Limits,
         metrics: Metrics,
         following: Following,
@@ -73,7 +69,7 @@ class Accepting:
     ) -> None:
         self._models, self._limits, self._metrics = models, limits, metrics
         self._following, self._passes = following, passes
-        self._commit = GroupCommit(Journal(journal))
+        self._journal = Journal(journal)
         self._checks: tuple[Served, RowChecks] | None = None
         self._newest: dict[str | None, int] = {}  # of each log, the latest time of rows that were accepted here
         self._lock = threading.Lock()
@@ -135,26 +131,26 @@ class Accepting:
             if sent.lacking:
                 table = _completed(served.ranker, table, sent.lacking)
             order = self._order(served.learning, sent.source, table)
-            position = self._commit.append(Batch(sent.source, time.time_ns() // 1_000, table))
+            position = self._journal.append(Batch(sent.source, time.time_ns() // 1_000, table))
         except RequestError as error:
             raise Refused(400, str(error), "body") from None
         except UserError as error:  # such as a full disk
             _log.error("%s", error)
-            raise Refused(503, "events can't be written to disk; the log says why", "disk", INTERNAL, 5) from None
+            raise Refused(503, "events can't be kept; the log says why", "disk", INTERNAL, 5) from None
         self._metrics.events.labels(sent.source or "").inc(len(table))
-        self._following.accepted(position)
+        self._following.look_at_once()
         return {"accepted": len(table), **order, "position": str(position)}
 
     def _order(self, learning: Learning, source: str | None, table: pa.Table) -> dict[str, int]:
         """How many rows come late: known before the model's tables were; and out of order: earlier than one before, as
         far as this process has accepted or learnt any."""
-        taken = Taken(source, table, Counts())
-        times = taken.rows(learning.schema).times()
+        rows = NewRows(source, table, Counts())
+        times = rows.rows(learning.schema).times()
         with self._lock:
             newest = max(learning.newest(source), self._newest.get(source, NEVER))
             before = np.maximum.accumulate(np.append(newest, times))
             self._newest[source] = int(before[-1])
-        told = {"late": taken.late(learning.schema, learning.as_of), "out_of_order": int(np.sum(times < before[:-1]))}
+        told = {"late": rows.late(learning.schema, learning.as_of), "out_of_order": int(np.sum(times < before[:-1]))}
         ignored = learning.taken_for_known(times)
         return told | ({"ignored": ignored} if ignored else {})
 

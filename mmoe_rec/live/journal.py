@@ -1,0 +1,542 @@
+"""The journal: the events that servers have accepted, in one order for all who read it, in an SQL database.
+
+    journal_about     one row: the journal's id, and up to which position batches were removed
+    journal_batches   position -> rows that were accepted together, as an Arrow IPC stream with a checksum
+    journal_columns   log and column -> the column's type, from the first row on that has a value
+    journal_cuts, journal_checkpoints, journal_states    see `mmoe_rec.live.journal_files`
+
+The position of a batch is its number: 1, 2, 3 and so on, without a gap. Whoever appends has the database to itself, so
+that a position is never visible before an earlier one. An embedded SQLite database has a file beside it, `FILE-end`,
+that says where the journal ends: SQLite drops transactions, without a word, after a flipped bit in its write-ahead log.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import threading
+import uuid
+import weakref
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.types as pt
+import sqlalchemy as sql
+from sqlalchemy.engine import URL, Connection, Engine
+from sqlalchemy.exc import ArgumentError, SQLAlchemyError
+
+from mmoe_rec.atomic import flush_files
+from mmoe_rec.errors import RequestError, UserError, quoted
+from mmoe_rec.log.files import first_line
+
+ROWS_AT_A_TIME = 65_536
+MOST_BATCH_BYTES = 2**28
+LOCK_SECONDS = 60
+"""How long to wait for a process that appends."""
+_BATCHES_AT_A_TIME = 4_096
+_ADVISORY_LOCK = 0x6D6D6F65
+_sync = getattr(os, "fdatasync", os.fsync)
+_METADATA = sql.MetaData()
+_BIG = sql.BigInteger().with_variant(sql.Integer, "sqlite")
+ABOUT = sql.Table(
+    "journal_about",
+    _METADATA,
+    sql.Column("id", sql.String(32), primary_key=True),
+    sql.Column("removed", sql.BigInteger),
+)
+BATCHES = sql.Table(
+    "journal_batches",
+    _METADATA,
+    sql.Column("position", _BIG, primary_key=True, autoincrement=False),
+    sql.Column("log", sql.Text, nullable=False),
+    sql.Column("accepted_at", sql.BigInteger, nullable=False),
+    sql.Column("rows", sql.Integer, nullable=False),
+    sql.Column("checksum", sql.BigInteger, nullable=False),
+    sql.Column("payload", sql.LargeBinary, nullable=False),
+)
+COLUMNS = sql.Table(
+    "journal_columns",
+    _METADATA,
+    sql.Column("log", sql.Text, primary_key=True),
+    sql.Column("name", sql.Text, primary_key=True),
+    sql.Column("type", sql.Text, nullable=False),
+)
+CUTS = sql.Table(
+    "journal_cuts", _METADATA, sql.Column("position", sql.BigInteger, primary_key=True, autoincrement=False)
+)
+CHECKPOINTS = sql.Table(
+    "journal_checkpoints",
+    _METADATA,
+    sql.Column("position", sql.BigInteger, primary_key=True, autoincrement=False),
+    sql.Column("log", sql.Text, primary_key=True),
+    sql.Column("last_file", sql.BigInteger, nullable=False),
+)
+STATES = sql.Table(
+    "journal_states",
+    _METADATA,
+    sql.Column("position", sql.BigInteger, primary_key=True, autoincrement=False),
+    sql.Column("log", sql.Text, primary_key=True),
+    sql.Column("part", sql.Integer, primary_key=True, autoincrement=False),
+    sql.Column("checksum", sql.BigInteger, nullable=False),
+    sql.Column("data", sql.LargeBinary, nullable=False),
+)
+Types = dict[str, dict[str, str]]
+"""Log of events, "" for the interaction log -> column -> its type."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows that were accepted together.
+
+    source: name of the log of events, None for the interaction log; accepted_at: microseconds since 1970 UTC, by the
+    clock of the server; table: columns in canonical types (see `mmoe_rec.log.columns`); position: 0 before it has one.
+    """
+
+    source: str | None
+    accepted_at: int
+    table: pa.Table
+    position: int = 0
+
+    def __len__(self) -> int:
+        return self.table.num_rows
+
+
+@dataclass(eq=False)
+class _Call:
+    """What one caller of `append` waits for."""
+
+    batches: list[tuple[Batch, bytes]]
+    rows: int
+    done: threading.Event = field(default_factory=threading.Event)
+    position: int = 0
+    error: BaseException | None = None
+
+
+def parse_position(text: object) -> int:
+    """The position in a text. Raises RequestError for anything else."""
+    if isinstance(text, str) and text.isascii() and text.isdigit() and len(text) <= 18:
+        return int(text)
+    raise RequestError(f"{quoted(text)} is no position of a journal, such as '12'")
+
+
+class Journal:
+    """A journal. Threads may share it; a process that is forked or unpickles it goes on with connections of its own.
+
+    address: sqlite:///FILE, FILE, or postgresql://USER@HOST/DATABASE; create: make the journal if it is not there.
+
+    Raises UserError where there is none, the address is something else, or, with `create`, nothing can be appended.
+    """
+
+    def __init__(self, address: str | Path, create: bool = True) -> None:
+        self._url = _parse_address(str(address))
+        self.name = self._url.render_as_string(hide_password=True)
+        self._file = Path(self._url.database or "") if self._url.get_backend_name() == "sqlite" else None
+        self._start()
+        if self._file is not None:
+            _check_file(self._file, create)
+        with self._failing("can't be opened"):
+            self.id = self._read_id() or ""
+            if not self.id and create:
+                with self._transaction(append=True) as connection:
+                    _METADATA.create_all(connection)
+                    if connection.execute(sql.select(ABOUT.c.id)).scalar() is None:
+                        connection.execute(sql.insert(ABOUT).values(id=uuid.uuid4().hex, removed=0))
+                self.id = self._read_id() or ""
+        if not self.id:
+            raise UserError(f"'{self.name}' holds no journal")
+        self._mark = None if self._file is None else _EndMark(self._file, self.id)
+        if create:
+            with self.appending() as connection:  # which says whether it may be written
+                self._note_end(self._find_end(connection))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Journal, (self._url.render_as_string(hide_password=False), False)
+
+    def append(self, *batches: Batch) -> int:
+        """Appends batches, all or none; returns the position of the last one once they are durable.
+
+        Threads that append meanwhile share a transaction. Batches without rows are left out.
+
+        Raises:
+            RequestError: a column is of another type than in earlier rows. Rows are counted from 0 in their batch.
+            UserError: nothing was appended, or it is not known: the disk is full, fails, or a server is away.
+        """
+        encoded = [(batch, _encode(batch.table)) for batch in batches if len(batch)]
+        for _, payload in encoded:
+            if len(payload) > MOST_BATCH_BYTES:
+                raise RequestError(f"the rows take {len(payload):,} bytes; a batch has at most {MOST_BATCH_BYTES:,}")
+        call = _Call(encoded, sum(map(len, batches)))
+        with self._guard:
+            self._queue.append(call)
+        while not call.done.is_set():
+            with self._writer:
+                if not call.done.is_set():
+                    self._append_together(self._next_calls())
+        if call.error is not None:
+            raise call.error
+        return call.position
+
+    def end(self) -> int:
+        """The position of the last batch, 0 for none. It costs little where SQLite's mark says so."""
+        if self._mark is not None and (marked := self._mark.read()) is not None:
+            return marked[0]
+        with self.reading() as connection:
+            return self._find_end(connection)[0]
+
+    def removed(self) -> int:
+        """The position up to which batches were removed once the logs' files held them, 0 for none."""
+        with self.reading() as connection:
+            return _removed(connection)
+
+    def check(self, position: int) -> None:
+        """Raises RequestError for a position beyond the end."""
+        if position > (end := self.end()):
+            raise RequestError(f"position {position} lies beyond the journal's end, {end}; is it of another journal?")
+
+    def read(
+        self, after: int, most_rows: int = ROWS_AT_A_TIME, through: int | None = None, leftovers: bool = False
+    ) -> list[Batch]:
+        """The next batches after a position, until there are so many rows; none where nothing is new.
+
+        through: the last position to read; leftovers: where batches were removed, read those that are left.
+
+        Raises UserError where batches are damaged, lost or were removed; what lies before these is given first.
+        """
+        end = self.end() if through is None else through
+        if end <= after:
+            if end < after and through is None:
+                raise self._lost(end, after)
+            return []
+        with self.reading() as connection:
+            removed = _removed(connection)
+            if after < removed and not leftovers:
+                raise UserError(
+                    f"batches {after + 1} to {removed} of the journal '{self.name}' were removed: go on with a model "
+                    "whose tables hold them"
+                )
+            place = BATCHES.c.position
+            sizes = connection.execute(
+                sql.select(place, BATCHES.c.rows)
+                .where(place > after, place <= end)
+                .order_by(place)
+                .limit(_BATCHES_AT_A_TIME)
+            ).all()
+            last, rows, expected = after, 0, max(after, removed) + 1
+            for position, size in sizes:
+                if rows >= most_rows or position > expected:
+                    break
+                last, rows, expected = position, rows + size, max(position, removed) + 1
+            if last == after and expected <= end:
+                raise self._lost(after, end) if not sizes else self._damaged(expected)
+            found = connection.execute(sql.select(BATCHES).where(place > after, place <= last).order_by(place)).all()
+        batches: list[Batch] = []
+        for row in found:
+            if row.checksum != _checksum(self.id, row.position, row.log, row.accepted_at, row.rows, row.payload):
+                if batches:
+                    break  # the next read says so
+                raise self._damaged(row.position)
+            table = pa.ipc.open_stream(pa.py_buffer(row.payload)).read_all()
+            batches.append(Batch(row.log or None, row.accepted_at, table, row.position))
+        return batches
+
+    def column_types(self) -> Types:
+        """The types of the columns that rows have so far."""
+        with self.reading() as connection:
+            return _read_types(connection)
+
+    def close(self) -> None:
+        """Closes the connections; the journal opens them again when it is used."""
+        self._engine.dispose()
+
+    @contextmanager
+    def reading(self) -> Iterator[Connection]:
+        """A transaction that sees one state. Raises UserError where the database can't be read."""
+        with self._failing("can't be read"), self._transaction(append=False) as connection:
+            yield connection
+
+    @contextmanager
+    def appending(self) -> Iterator[Connection]:
+        """A transaction in which nobody else appends. Raises UserError where the database can't be written."""
+        with self._failing("can't be written, so nothing was appended"), self._transaction(append=True) as connection:
+            yield connection
+
+    def _start(self) -> None:
+        """Of a forked child neither connections nor threads are its own."""
+        self._engine = _create_engine(self._url)
+        self._queue: list[_Call] = []
+        self._guard, self._writer = threading.Lock(), threading.Lock()
+        self._types: Types = {}
+        self._types_at = -1
+        _journals.add(self)
+
+    @contextmanager
+    def _transaction(self, append: bool) -> Iterator[Connection]:
+        with self._engine.connect() as connection:
+            if self._file is not None:
+                connection.execution_options(begin="BEGIN IMMEDIATE" if append else "BEGIN")
+            elif not append:
+                connection.execution_options(isolation_level="REPEATABLE READ")
+            with connection.begin():
+                if append and self._file is None:
+                    connection.execute(sql.select(sql.func.pg_advisory_xact_lock(_ADVISORY_LOCK)))
+                yield connection
+
+    @contextmanager
+    def _failing(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except (SQLAlchemyError, OSError) as error:
+            reason = first_line(getattr(error, "orig", None) or error)
+            raise UserError(f"the journal '{self.name}' {what}: {reason}") from None
+
+    def _read_id(self) -> str | None:
+        with self._transaction(append=False) as connection:
+            if not sql.inspect(connection).has_table(ABOUT.name):
+                return None
+            found: str | None = connection.execute(sql.select(ABOUT.c.id)).scalar()
+            return found
+
+    def _find_end(self, connection: Connection) -> tuple[int, int]:
+        """Position and checksum of the last batch. Raises UserError where it is not the one that was marked."""
+        last = connection.execute(
+            sql.select(BATCHES.c.position, BATCHES.c.checksum).order_by(BATCHES.c.position.desc()).limit(1)
+        ).first()
+        removed = _removed(connection)
+        end = (last.position, last.checksum) if last is not None and last.position >= removed else (removed, 0)
+        if self._mark is None or (marked := self._mark.read()) is None:
+            return end
+        if marked[0] > end[0] or (marked[0] == end[0] > removed and marked[1] != end[1]):
+            raise self._lost(end[0], marked[0])
+        return end
+
+    def _lost(self, end: int, marked: int) -> UserError:
+        files = "" if self._file is None else f", or remove '{self._file}-end' to go on without what is lost"
+        return UserError(
+            f"the journal '{self.name}' is damaged: it ends with batch {end}, and {marked} were acknowledged; restore "
+            f"its files from a copy{files}"
+        )
+
+    def _damaged(self, position: int) -> UserError:
+        return UserError(f"the journal '{self.name}' is damaged at batch {position}: restore its files from a copy")
+
+    def _next_calls(self) -> list[_Call]:
+        with self._guard:
+            count, rows = 0, 0
+            while count < len(self._queue) and (not count or rows + self._queue[count].rows <= ROWS_AT_A_TIME):
+                rows += self._queue[count].rows
+                count += 1
+            calls, self._queue = self._queue[:count], self._queue[count:]
+            return calls
+
+    def _append_together(self, calls: Sequence[_Call]) -> None:
+        try:
+            with self.appending() as connection:
+                end = self._find_end(connection)
+                if self._types_at != end[0]:
+                    self._types = _read_types(connection)
+                for call in calls:
+                    end = self._insert(connection, call, end)
+            self._note_end(end)
+            self._types_at = end[0]
+        except BaseException as error:
+            self._types_at = -1
+            for call in calls:
+                call.error = call.error or error
+        finally:
+            for call in calls:
+                call.done.set()
+
+    def _insert(self, connection: Connection, call: _Call, end: tuple[int, int]) -> tuple[int, int]:
+        """Inserts the batches of a call after the last one; returns position and checksum of the new last one."""
+        types = {log: dict(columns) for log, columns in self._types.items()}
+        try:
+            new = [each for batch, _ in call.batches for each in _add_types(types, batch)]
+        except RequestError as error:
+            call.error = error
+            return end
+        self._types = types
+        if new:
+            connection.execute(sql.insert(COLUMNS), new)
+        rows = []
+        for position, (batch, payload) in enumerate(call.batches, end[0] + 1):
+            about = (batch.source or "", batch.accepted_at, len(batch))
+            row = dict(zip(("log", "accepted_at", "rows"), about, strict=True))
+            checksum = _checksum(self.id, position, *about, payload)
+            rows.append({**row, "position": position, "checksum": checksum, "payload": payload})
+        if rows:
+            connection.execute(sql.insert(BATCHES), rows)
+            end = end[0] + len(rows), checksum
+        call.position = end[0]
+        return end
+
+    def _note_end(self, end: tuple[int, int]) -> None:
+        """Marks the end, before anybody is told of it. A mark may lag behind by what a killed process appended."""
+        if self._mark is not None and ((marked := self._mark.read()) is None or marked[0] < end[0]):
+            with self._failing("could not be marked, so it is not known whether rows were kept"):
+                self._mark.write(*end)
+
+
+class _EndMark:
+    """Where a journal ends, in `FILE-end`: the position and checksum of each of the last batches.
+
+    Each batch has its own of 64 places in turn, so that processes need no lock, and a torn write loses one place.
+    """
+
+    _PLACE, _CRC, _COUNT = struct.Struct("<16sQI"), struct.Struct("<I"), 64
+
+    def __init__(self, file: Path, journal_id: str) -> None:
+        self._path, self._id = Path(f"{file}-end"), bytes.fromhex(journal_id)
+
+    def read(self) -> tuple[int, int] | None:
+        """Position and checksum of the last batch that was acknowledged; None where the file does not say."""
+        try:
+            data = self._path.read_bytes()
+        except FileNotFoundError:
+            return None
+        size = self._PLACE.size + self._CRC.size
+        marks = []
+        for begin in range(0, len(data) - size + 1, size):
+            place = data[begin : begin + self._PLACE.size]
+            journal_id, position, checksum = self._PLACE.unpack(place)
+            if journal_id == self._id and data[begin + self._PLACE.size : begin + size] == self._crc(place):
+                marks.append((position, checksum))
+        return max(marks, default=None)
+
+    def write(self, position: int, checksum: int) -> None:
+        """Marks a batch as the last one, on disk."""
+        is_new = not self._path.exists()
+        file = os.open(self._path, os.O_WRONLY | os.O_CREAT, 0o666)
+        try:
+            place = self._PLACE.pack(self._id, position, checksum)
+            crc = self._crc(place)
+            os.pwrite(file, place + crc, position % self._COUNT * len(place + crc))
+            _sync(file)
+        finally:
+            os.close(file)
+        if is_new:
+            flush_files([self._path.parent])
+
+    def _crc(self, place: bytes) -> bytes:
+        return self._CRC.pack(zlib.crc32(place))
+
+
+def _parse_address(text: str) -> URL:
+    try:
+        url = sql.make_url(text if "://" in text else f"sqlite:///{text}")
+        backend = url.get_backend_name()
+    except ArgumentError:
+        backend = ""
+    if backend == "postgresql":
+        return url.set(drivername="postgresql+psycopg")
+    if backend == "sqlite" and url.database not in (None, "", ":memory:"):
+        return url.set(database=os.path.realpath(url.database or ""))
+    raise UserError("the address of a journal is sqlite:///FILE or postgresql://USER:PASSWORD@HOST/DATABASE")
+
+
+def _check_file(file: Path, create: bool) -> None:
+    if (file / "journal.json").exists():
+        raise UserError(
+            f"'{file}' is a journal of an earlier version, a folder of segments: run refresh --journal with that "
+            "version once, and then give the address of a new journal, such as sqlite:///journal.db"
+        )
+    if create:
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"there can be no journal '{file}': {error.strerror}") from None
+    elif not file.is_file():
+        raise UserError(f"'{file}' holds no journal")
+
+
+def _create_engine(url: URL) -> Engine:
+    if url.get_backend_name() == "postgresql":
+        try:
+            options = f"{url.query.get('options', '')} -c lock_timeout={LOCK_SECONDS}s -c synchronous_commit=on"
+            return sql.create_engine(url, connect_args={"options": options})
+        except ModuleNotFoundError:
+            raise UserError("a journal in PostgreSQL needs psycopg: install the extra `postgres`") from None
+    engine = sql.create_engine(url, connect_args={"timeout": LOCK_SECONDS})
+
+    @sql.event.listens_for(engine, "connect")
+    def set_up(connection: Any, record: object) -> None:
+        connection.isolation_level = None  # transactions begin as `_transaction` says
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("PRAGMA synchronous = FULL")
+
+    @sql.event.listens_for(engine, "begin")
+    def begin(connection: Connection) -> None:
+        connection.exec_driver_sql(connection.get_execution_options().get("begin", "BEGIN"))
+
+    return engine
+
+
+_journals: weakref.WeakSet[Journal] = weakref.WeakSet()
+
+
+def _begin_in_child() -> None:
+    for journal in list(_journals):
+        journal._start()
+
+
+os.register_at_fork(after_in_child=_begin_in_child)
+
+
+def _encode(table: pa.Table) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table.combine_chunks())
+    payload: bytes = sink.getvalue().to_pybytes()
+    return payload
+
+
+def _checksum(journal_id: str, position: int, log: str, accepted_at: int, rows: int, payload: bytes) -> int:
+    return zlib.crc32(payload, zlib.crc32(f"{journal_id} {position} {accepted_at} {rows} {log}".encode()))
+
+
+def _removed(connection: Connection) -> int:
+    return int(connection.execute(sql.select(ABOUT.c.removed)).scalar_one())
+
+
+def _read_types(connection: Connection) -> Types:
+    types: Types = {}
+    for log, name, kind in connection.execute(sql.select(COLUMNS)):
+        types.setdefault(log, {})[name] = kind
+    return types
+
+
+def _add_types(types: Types, batch: Batch) -> list[dict[str, str]]:
+    """Adds the types of a batch's columns; returns the new ones as rows of the table `journal_columns`.
+
+    Raises RequestError where a column is of another type than before: its hashes, too, would be others.
+    """
+    new, log = [], batch.source or ""
+    mine = types.setdefault(log, {})
+    for column in batch.table.schema:
+        if pt.is_null(column.type):
+            continue
+        kind, before = str(column.type), mine.get(column.name)
+        if before is None:
+            mine[column.name] = kind
+            new.append({"log": log, "name": column.name, "type": kind})
+        elif before != kind:
+            row = _first_value(batch.table.column(column.name))
+            raise RequestError(
+                f"row {row}: column '{column.name}' holds {kind}, but {before} in earlier rows of this journal"
+            )
+    return new
+
+
+def _first_value(values: pa.ChunkedArray) -> int:
+    """The first row that has a value, which an empty list has not; 0 where none has."""
+    kind = values.type
+    if pt.is_list(kind) or pt.is_large_list(kind):
+        has = pc.fill_null(pc.greater(pc.list_value_length(values), 0), False)
+    else:
+        has = pc.is_valid(values)
+    return max(pc.index(has, True).as_py(), 0)

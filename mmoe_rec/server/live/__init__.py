@@ -1,1 +1,0 @@
-"""Events that callers send: accepted into the journal, then learnt by every worker's model."""

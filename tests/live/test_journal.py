@@ -1,0 +1,448 @@
+"""A journal in SQLite and in PostgreSQL: what is acknowledged is read by all, in one order, whatever is killed."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import resource
+import signal
+import sqlite3
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import sqlalchemy as sql
+
+from mmoe_rec.errors import RequestError, UserError
+from mmoe_rec.live import journal as module
+from mmoe_rec.live.journal import BATCHES, Batch, Journal, parse_position
+from tests.fork_server import call
+from tests.live.journals import (
+    THOUSANDS,
+    PostgreSQL,
+    all_numbers,
+    append_and_tell,
+    batch,
+    every_batch,
+    follow_and_tell,
+    numbers_in,
+)
+from tests.processes import until
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    """Of an SQLite database that is not there yet."""
+    return tmp_path / "journal.db"
+
+
+def test_batches_come_back_as_they_were(address: str) -> None:
+    tables = [
+        pa.table({"id": ["a", None, "ü"], "x": [1.5, None, -0.0], "many": [[1], None, []], "none": pa.nulls(3)}),
+        pa.table({"at": pa.array([1, 2], pa.timestamp("us", tz="UTC"))}),
+        pa.table({"id": ["b"] * 4000}).slice(7, 3000),
+    ]
+    journal = Journal(address)
+    assert journal.append(Batch(None, 5, tables[0]), Batch("views", 3, tables[1])) == 2
+    assert journal.append(Batch(None, 9, tables[2])) == journal.append() == journal.append(batch()) == 3
+    batches = list(every_batch(Journal(address, create=False)))
+    assert [(each.source, each.accepted_at, each.position) for each in batches] == [
+        (None, 5, 1),
+        ("views", 3, 2),
+        (None, 9, 3),
+    ]
+    assert [each.table.to_pydict() for each in batches] == [table.to_pydict() for table in tables]
+    assert [each.table.schema for each in batches] == [table.schema for table in tables]
+
+
+def test_reading_goes_on_from_each_position(address: str) -> None:
+    journal = Journal(address)
+    assert journal.end() == 0
+    assert journal.read(0) == []
+    for number in range(12):
+        assert journal.append(batch(2 * number, 2 * number + 1)) == number + 1
+    for after in range(13):
+        assert numbers_in(list(every_batch(journal, after, most_rows=1))) == list(range(2 * after, 24))
+    assert [len(journal.read(0, most_rows)) for most_rows in (1, 2, 3, 1000)] == [1, 1, 2, 12]
+    assert numbers_in(journal.read(3, through=5)) == [6, 7, 8, 9]
+    assert Journal(address).id == journal.id == pickle.loads(pickle.dumps(journal)).id
+    assert pickle.loads(pickle.dumps(journal)).end() == 12
+
+
+@pytest.mark.parametrize(
+    "text", ["", "-1", "1.0", "12 ", "12\n", "\uff11", "1e3", "9" * 19, "1-32", None, 5, "a" * 999]
+)
+def test_nonsense_is_no_position(text: object) -> None:
+    with pytest.raises(RequestError, match="is no position of a journal") as error:
+        parse_position(text)
+    assert len(str(error.value)) < 200
+
+
+def test_a_position_beyond_the_end_is_told(address: str) -> None:
+    journal = Journal(address)
+    journal.append(batch(1))
+    journal.check(parse_position("1"))
+    with pytest.raises(RequestError, match="position 2 lies beyond the journal's end, 1"):
+        journal.check(2)
+    with pytest.raises(UserError, match="it ends with batch 1, and 2 were acknowledged"):
+        journal.read(2)
+
+
+def test_threads_share_a_transaction_and_one_threads_error_is_its_own(
+    address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal = Journal(address)
+    journal.append(batch(0))
+    together, gate, counts = Journal._append_together, threading.Event(), list[int]()
+
+    def slow(self: Journal, calls: list[module._Call]) -> None:
+        counts.append(len(calls))
+        if len(counts) == 1:
+            gate.wait()
+        together(self, calls)
+
+    monkeypatch.setattr(Journal, "_append_together", slow)
+    wrong = Batch(None, 0, pa.table({"number": [None, "not a number"]}))
+    with ThreadPoolExecutor(16) as pool:
+        waiting = [pool.submit(journal.append, wrong if number % 4 == 0 else batch(number)) for number in range(16)]
+        until(lambda: len(journal._queue) + sum(counts) == 16)
+        gate.set()
+        errors = {number: str(each.exception()) for number, each in enumerate(waiting) if each.exception() is not None}
+    assert set(errors) == set(range(0, 16, 4))
+    assert all(
+        each.startswith("row 1: column 'number' holds string, but int64 in earlier rows") for each in errors.values()
+    )
+    assert (len(counts), sum(counts)) == (2, 16)
+    positions = {number: each.result() for number, each in enumerate(waiting) if number not in errors}
+    assert {each.position: each.table["number"][0].as_py() for each in every_batch(journal, 1)} == {
+        position: number for number, position in positions.items()
+    }
+
+
+def test_columns_keep_their_types(address: str) -> None:
+    """A request 12 and one "12" have other hashes: they would count twice."""
+    journal, other = Journal(address), Journal(address)
+    journal.append(Batch(None, 0, pa.table({"request": [12], "label": pa.nulls(1)})))
+    with pytest.raises(RequestError, match="column 'request' holds string, but int64 in earlier rows"):
+        other.append(Batch(None, 0, pa.table({"request": ["12"]})))
+    other.append(Batch("views", 0, pa.table({"request": ["12"]})))
+    other.append(Batch(None, 0, pa.table({"request": pa.nulls(1), "label": [1.0]})))
+    with pytest.raises(RequestError, match="column 'label' holds string, but double"):
+        journal.append(Batch(None, 0, pa.table({"label": ["1"]})))
+    assert journal.end() == 3
+    assert journal.column_types() == {"": {"request": "int64", "label": "double"}, "views": {"request": "string"}}
+
+
+@pytest.mark.parametrize(
+    ("values", "row"),
+    [
+        (pa.array([None, None, "12", "13"]), 2),
+        (pa.chunked_array([pa.array([None, None], pa.string()), pa.array([None, "12"])]), 3),
+        (pa.array([None, [], ["12"]]), 2),
+    ],
+    ids=["text", "chunks", "list"],
+)
+def test_a_column_of_another_type_is_told_by_its_first_row_with_a_value(
+    file: Path, values: pa.Array | pa.ChunkedArray, row: int
+) -> None:
+    journal = Journal(file)
+    journal.append(Batch(None, 0, pa.table({"key": pa.array([[12]]) if pa.types.is_list(values.type) else [12]})))
+    with pytest.raises(RequestError, match=f"^row {row}: column 'key' holds .*string.*, but .*int64.* in earlier rows"):
+        journal.append(Batch(None, 0, pa.table({"key": values})))
+
+
+def test_a_batch_has_a_largest_size(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    journal = Journal(file)
+    monkeypatch.setattr(module, "MOST_BATCH_BYTES", 5000)
+    with pytest.raises(RequestError, match="a batch has at most 5,000"):
+        journal.append(batch(1, text="v" * 5000))
+    assert journal.end() == 0
+
+
+def _append_in_child(journal: Journal, first: int) -> None:
+    for number in range(first, first + 30):
+        journal.append(batch(number))
+
+
+def test_a_journal_is_used_on_both_sides_of_a_fork(address: str) -> None:
+    journal = Journal(address)
+    journal.append(batch(9999))
+    context = get_context("fork")
+    children = [context.Process(target=_append_in_child, args=(journal, 100 * child)) for child in (1, 2, 3)]
+    for child in children:
+        child.start()
+    _append_in_child(journal, 0)
+    for child in children:
+        child.join()
+        assert child.exitcode == 0
+    expected = [9999, *(first + number for first in (0, 100, 200, 300) for number in range(30))]
+    assert sorted(all_numbers(journal)) == sorted(expected)
+
+
+def test_addresses_that_hold_no_journal(tmp_path: Path, file: Path) -> None:
+    for address in ("mysql://localhost/x", "sqlite://", "nonsense://"):
+        with pytest.raises(UserError, match="the address of a journal is sqlite:///FILE or postgresql://"):
+            Journal(address)
+    with pytest.raises(UserError, match="holds no journal"):
+        Journal(file, create=False)
+    assert list(tmp_path.iterdir()) == []
+    sqlite3.connect(file).close()
+    with pytest.raises(UserError, match="holds no journal"):
+        Journal(file, create=False)
+    file.write_text("something else " * 99)
+    with pytest.raises(UserError, match="can't be opened: file is not a database"):
+        Journal(file)
+    with pytest.raises(UserError, match="there can be no journal"):
+        Journal(file / "below" / "journal.db")
+    with pytest.raises(UserError, match="can't be opened: unable to open database file"):
+        Journal(tmp_path)
+    with pytest.raises(UserError, match=r"'postgresql\+psycopg://me:\*\*\*@.*can't be opened") as error:
+        Journal(f"postgresql://me:secret@/x?host={tmp_path}")
+    assert "secret" not in str(error.value)
+
+
+def test_a_folder_of_segments_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "journal.json").write_text("{}")
+    with pytest.raises(UserError, match=r"earlier version.*run refresh --journal with that version once"):
+        Journal(tmp_path)
+
+
+def test_a_writer_that_never_ends_is_told(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    journal = Journal(address)
+    monkeypatch.setattr(module, "LOCK_SECONDS", 1)
+    other = Journal(address, create=False)
+    with journal.appending(), pytest.raises(UserError, match=r"can't be written, so nothing was appended: .*lock"):
+        other.append(batch(1))
+    assert other.append(batch(2)) == 1
+
+
+@contextmanager
+def _files_no_larger_than(size: int) -> Iterator[None]:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_full_disk_leaves_nothing_of_a_batch(file: Path) -> None:
+    assert signal.getsignal(signal.SIGXFSZ) == signal.SIG_IGN, "as Python begins"
+    journal = Journal(file)
+    journal.append(batch(0))
+    size = Path(f"{file}-wal").stat().st_size
+    for room in (0, 9, 5000):
+        with _files_no_larger_than(size + room), pytest.raises(UserError, match="so nothing was appended"):
+            journal.append(batch(5, text="w" * 100_000))
+        assert all_numbers(journal) == all_numbers(Journal(file, create=False)) == [0]
+    journal.append(batch(6))
+    assert all_numbers(journal) == [0, 6]
+
+
+def test_a_disk_that_fails_at_the_mark_acknowledges_nothing(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The batch is there, and may be sent again as after any lost reply."""
+
+    def fail(*arguments: object) -> None:
+        raise OSError(5, "Input/output error")
+
+    journal = Journal(file)
+    journal.append(batch(0))
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_sync", fail)
+        with pytest.raises(UserError, match="it is not known whether rows were kept"):
+            journal.append(batch(1))
+    journal.append(batch(2))
+    assert all_numbers(Journal(file)) == [0, 1, 2]
+
+
+def test_a_batch_that_was_kept_but_not_marked_is_no_damage(file: Path) -> None:
+    """A process was killed between the two. The mark may also be gone, as in a copy of the database alone."""
+    mark = Path(f"{file}-end")
+    journal = Journal(file)
+    journal.append(batch(0))
+    before = mark.read_bytes()
+    journal.append(batch(1))
+    journal.close()
+    for content in (before, b"", before[:20], None):
+        mark.unlink() if content is None else mark.write_bytes(content)
+        assert all_numbers(Journal(file)) == [0, 1]
+        assert len(mark.read_bytes()) >= 32
+
+
+def _flip(path: Path, place: int, bit: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1 << bit
+    path.write_bytes(data)
+
+
+def test_no_flipped_bit_passes(tmp_path: Path) -> None:
+    """In the write-ahead log, the database and the mark of a server that was killed: told, or nothing is lost."""
+    expected, random = list(range(0, 60, 2)), np.random.default_rng(0)
+    live = Journal(tmp_path / "live.db")
+    for number in expected[:20]:
+        live.append(batch(number))
+    with sqlite3.connect(tmp_path / "live.db") as other:
+        other.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    for number in expected[20:]:
+        live.append(batch(number))
+    files = {name: (tmp_path / f"live.db{name}").read_bytes() for name in ("", "-wal", "-end")}
+    told = dict.fromkeys(files, 0)
+    for turn in range(200):
+        copy = tmp_path / f"copy{turn}.db"
+        for name, content in files.items():
+            Path(f"{copy}{name}").write_bytes(content)
+        name = list(files)[turn % 8 // 4 if turn % 8 < 7 else 2]
+        _flip(Path(f"{copy}{name}"), int(random.integers(len(files[name]))), int(random.integers(8)))
+        try:
+            assert all_numbers(Journal(copy)) == expected, (turn, name)
+        except UserError:
+            told[name] += 1
+        for each in tmp_path.glob("copy*"):
+            each.unlink()
+    assert told["-wal"] > 70, "a flipped bit in it drops what follows"
+    assert told[""] > 5
+    assert told["-end"] == 0
+
+
+def test_lost_batches_are_told(file: Path) -> None:
+    """By who opens the journal, appends and reads: the database is older than the mark, or lacks some in between."""
+    journal = Journal(file)
+    for number in range(6):
+        journal.append(batch(number))
+    reading = Journal(file)
+    with journal.appending() as connection:
+        connection.execute(sql.delete(BATCHES).where(BATCHES.c.position == 3))
+    assert numbers_in(reading.read(0)) == [0, 1]
+    with pytest.raises(UserError, match="is damaged at batch 3"):
+        reading.read(2)
+    with journal.appending() as connection:
+        connection.execute(sql.delete(BATCHES).where(BATCHES.c.position > 4))
+    for fails in (lambda: Journal(file), lambda: reading.append(batch(9)), lambda: reading.read(4)):
+        with pytest.raises(UserError, match=r"ends with batch 4, and 6 were acknowledged; restore .*journal.db-end'"):
+            fails()
+    Path(f"{file}-end").unlink()
+    assert Journal(file).append(batch(9)) == 5
+
+
+@pytest.mark.parametrize("column", ["log", "accepted_at", "rows", "checksum", "payload", "position"])
+def test_a_batch_that_was_changed_is_told(address: str, column: str) -> None:
+    journal = Journal(address)
+    for number in range(3):
+        journal.append(batch(number))
+    value = {"log": "views", "payload": b"x"}.get(column, 99)
+    with journal.appending() as connection:
+        connection.execute(sql.update(BATCHES).where(BATCHES.c.position == 2).values({column: value}))
+    assert numbers_in(journal.read(0, 1)) == [0]
+    with pytest.raises(UserError, match="is damaged at batch 2"):
+        journal.read(1)
+
+
+def _acknowledged(printed: str) -> dict[int, int]:
+    lines = [line.split() for line in printed.splitlines(keepends=True) if line.endswith("\n")]
+    return {int(first): int(position) for first, position in lines}
+
+
+def _check_writers(journal: Journal, acknowledged: dict[int, int]) -> None:
+    """All that was acknowledged is at its position, once, and batches are whole."""
+    batches = {each.position: each.table["number"].to_pylist() for each in every_batch(journal)}
+    assert list(batches) == list(range(1, len(batches) + 1))
+    assert all(len(rows) == 2 and rows[1] == rows[0] + 1 for rows in batches.values())
+    assert len({rows[0] for rows in batches.values()}) == len(batches)
+    assert {
+        first: position for first, position in acknowledged.items() if batches.get(position, [-1])[0] != first
+    } == {}
+
+
+@pytest.mark.parametrize("turns", [2, pytest.param(8, marks=pytest.mark.thorough)])
+def test_nothing_that_was_acknowledged_is_lost_when_writers_are_killed(address: str, turns: int) -> None:
+    """Two writers at a time, one of them with threads; each is killed once it has told of some batches."""
+    acknowledged: dict[int, int] = {}
+    for turn in range(turns):
+        writers = [
+            call(append_and_tell, address, 2 * turn + each, 100_000, threads) for each, threads in enumerate((1, 4))
+        ]
+        for writer in writers:
+            until(lambda writer=writer, turn=turn: writer.stdout.count("\n") > 3 + 5 * (turn % 4))
+            writer.kill()
+            acknowledged |= _acknowledged(writer.stdout)
+    journal = Journal(address)
+    assert len(acknowledged) > 8 * turns
+    assert journal.append(batch(-2, -1)) > max(acknowledged.values())
+    _check_writers(journal, acknowledged)
+
+
+_STEPS = ["before the commit", "before the mark", "before the answer"]
+
+
+def append_and_die(address: str, step: str) -> None:
+    """Appends two batches, and kills itself at a step of the second one. It is called in a process of its own."""
+    journal = Journal(address)
+    print(1, journal.append(batch(1, 2)), flush=True)
+    begin, method = {
+        "before the commit": (Journal._insert, "_insert"),
+        "before the mark": (Journal._note_end, "_note_end"),
+        "before the answer": (Journal._note_end, "_note_end"),
+    }[step]
+
+    def die(self: Journal, *arguments: object) -> object:
+        if step != "before the mark":
+            begin(self, *arguments)
+        os.kill(os.getpid(), signal.SIGKILL)
+        return None
+
+    setattr(Journal, method, die)
+    journal.append(batch(3, 4))
+
+
+@pytest.mark.parametrize("step", _STEPS)
+def test_a_kill_at_any_step_of_an_append_loses_nothing(address: str, step: str) -> None:
+    writer = call(append_and_die, address, step)
+    assert writer.wait() == -signal.SIGKILL, writer.stderr
+    reader = Journal(address, create=False)
+    assert numbers_in(reader.read(0)) in ([1, 2], [1, 2, 3, 4]), "a reader may learn later of what nobody was told"
+    journal = Journal(address)
+    expected = [1, 2] if step == "before the commit" else [1, 2, 3, 4]
+    assert all_numbers(journal) == expected
+    assert journal.append(batch(5, 6)) == len(expected) // 2 + 1
+    _check_writers(journal, _acknowledged(writer.stdout))
+
+
+@pytest.mark.thorough
+def test_processes_append_while_others_follow(address: str) -> None:
+    """Every reader gets each batch once, all in the same order, and a writer's in its own: no position is visible
+    before an earlier one."""
+    Journal(address)
+    rows = 4 * 2 * 100
+    readers = [call(follow_and_tell, address, rows, most_rows) for most_rows in (1, 50, 10_000)]
+    writers = [call(append_and_tell, address, writer, 100, threads) for writer, threads in enumerate((1, 4, 1, 4))]
+    assert [each.wait() for each in (*writers, *readers)] == [0] * 7, [each.stderr for each in (*writers, *readers)]
+    numbers = [list(map(int, reader.stdout.split())) for reader in readers]
+    journal = Journal(address)
+    assert numbers[0] == numbers[1] == numbers[2] == all_numbers(journal)
+    _check_writers(
+        journal, {first: position for each in writers for first, position in _acknowledged(each.stdout).items()}
+    )
+    for writer in (0, 2):
+        assert [number % THOUSANDS for number in numbers[0] if number // THOUSANDS == writer] == list(range(200))
+
+
+@pytest.mark.thorough
+def test_nothing_is_lost_when_postgresql_crashes(postgres: PostgreSQL) -> None:
+    address = postgres.new_address()
+    journal, writer = Journal(address), call(append_and_tell, address, 0, 100_000, 4)
+    until(lambda: writer.stdout.count("\n") > 20)
+    postgres.kill()
+    assert writer.wait() == 1
+    with pytest.raises(UserError, match="nothing was appended"):
+        journal.append(batch(-2, -1))
+    postgres.start()
+    acknowledged = _acknowledged(writer.stdout)
+    assert len(acknowledged) > 20
+    assert journal.append(batch(-2, -1)) > max(acknowledged.values())
+    _check_writers(journal, acknowledged)

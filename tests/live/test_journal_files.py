@@ -1,0 +1,434 @@
+"""What a journal holds as files of the logs: the rows that readers hold, in the logs' own types, for builds to read."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import sqlalchemy as sql
+
+from mmoe_rec.errors import UserError
+from mmoe_rec.features import kinds
+from mmoe_rec.features.pipeline import FeaturePipeline
+from mmoe_rec.live import journal_files
+from mmoe_rec.live.duplicates import Counts, Duplicates
+from mmoe_rec.live.event_rows import RowChecks, known_types
+from mmoe_rec.live.journal import BATCHES, CHECKPOINTS, STATES, Batch, Journal
+from mmoe_rec.live.journal_files import cut_journal, duplicates_at, logs_beyond, remove_batches, write_files
+from mmoe_rec.log.columns import canonical, column_uses, event_uses
+from mmoe_rec.log.reader import EventRows, Log
+from mmoe_rec.point_in_time.join import in_window
+from mmoe_rec.settings.schema import Schema
+from tests.log.small_logs import ALL_KINDS, DAY, START, files_of, schema_of, times_of
+from tests.preprocessing.growing_log import Growing
+
+_UTC = pa.timestamp("us", tz="UTC")
+
+
+@pytest.fixture
+def growing(tmp_path: Path) -> Growing:
+    """Eight days, prepared; four more are to come."""
+    return Growing.of_eight_days(tmp_path)
+
+
+def _rows_of(growing: Growing, start: float, end: float) -> tuple[pa.Table, pa.Table]:
+    """Interactions and events of some days, as they come."""
+    window = (START + int(start * DAY), START + int(end * DAY))
+    rows = growing.table.filter(pa.array(in_window(times_of(growing.table), window)))
+    return rows, growing.events.filter(pa.array(in_window(growing.written, window)))
+
+
+def _post(journal: Journal, growing: Growing, start: float, end: float, size: int = 7) -> None:
+    """Sends the rows of some days as a caller would, every third batch twice."""
+    pipeline = FeaturePipeline.load(growing.work / "features" / "serving", memories=False)
+    checks = RowChecks(growing.schema, known_types(pipeline))
+    rows, events = _rows_of(growing, start, end)
+    for first in range(0, max(len(rows), len(events)), size):
+        batches = []
+        if len(part := rows.slice(first, size)):
+            batches.append(Batch(None, 0, checks.of_table(None, part)))
+        if len(part := events.slice(first, size)):
+            numbers = pa.array(range(int(1000 * start) + first, int(1000 * start) + first + len(part)))
+            part = part.append_column("event_id", numbers)
+            batches.append(Batch("purchases", 0, checks.of_table("purchases", part)))
+        for _ in range(1 + (first // size % 3 == 0)):
+            journal.append(*batches)
+
+
+def _write(growing: Growing, journal: Journal, through: int | None = None, after: int = 0) -> journal_files.Written:
+    return write_files(journal, growing.schema, through or cut_journal(journal), growing.source, after)
+
+
+def _live(growing: Growing, journal: Journal, most_rows: int = 1000) -> dict[str | None, list[pa.Table]]:
+    """What a reader holds."""
+    duplicates, after = Duplicates(growing.schema), 0
+    tables: dict[str | None, list[pa.Table]] = {}
+    while batches := journal.read(after, most_rows):
+        for source, rows in duplicates.filter(batches).items():
+            tables.setdefault(source, []).append(rows.table)
+        after = batches[-1].position
+    return tables
+
+
+@pytest.fixture
+def journal(tmp_path: Path) -> Journal:
+    return Journal(tmp_path / "journal.db")
+
+
+@pytest.fixture
+def small_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that one refresh cuts a journal several times."""
+    monkeypatch.setattr(journal_files, "ROWS_OF_A_FILE", 50)
+
+
+@pytest.mark.usefixtures("small_files")
+def test_extending_by_them_gives_the_features_of_the_days_files(growing, journal, tmp_path):
+    """The same days once from files as they always came, once through a journal and its duplicates."""
+    shutil.copytree(tmp_path / "work", tmp_path / "kept")
+    for name in ("log", "events"):
+        shutil.copytree(tmp_path / name, tmp_path / f"{name} kept")
+    growing.add(8, 10)
+    growing.extend()
+    expected = _serving(growing.work)
+    shutil.rmtree(growing.work)
+    (tmp_path / "kept").rename(growing.work)
+    for name in ("log", "events"):
+        shutil.rmtree(tmp_path / name)
+        (tmp_path / f"{name} kept").rename(tmp_path / name)
+    _post(journal, growing, 8, 10)
+    written = _write(growing, journal)
+    assert len(written.files) > 3
+    assert written.counts[None].duplicate > 5
+    assert written.counts["purchases"].duplicate > 5
+    extended = growing.extend()
+    assert extended is not None
+    assert extended.files == len(written.files)
+    found = _serving(growing.work)
+    assert found.keys() == expected.keys()
+    for name, table in expected.items():
+        assert table.equals(found[name]), name
+
+
+def _serving(work: Path) -> dict[str, pa.Table]:
+    folder = work / "features" / "serving"
+    return {
+        path.relative_to(folder).as_posix(): pq.read_table(path)
+        for path in [*sorted(folder.glob("*.memory/*.parquet")), *sorted(folder.glob("*.parquet"))]
+    }
+
+
+@pytest.mark.parametrize("most_rows", [1, 50, 10**6])
+@pytest.mark.usefixtures("small_files")
+def test_files_hold_what_readers_hold(growing, journal, most_rows):
+    _post(journal, growing, 8, 9)
+    _post(journal, growing, 9, 9.5)
+    _post(journal, growing, 8, 8.5, size=3)
+    written = _write(growing, journal)
+    live = _live(growing, journal, most_rows)
+    assert written.counts["purchases"].accepted + written.counts[None].accepted == sum(
+        len(table) for tables in live.values() for table in tables
+    )
+    log = Log(growing.source, growing.schema)
+    events = EventRows("purchases", log)
+    for source, files in ((None, log), ("purchases", events)):
+        uses = column_uses(growing.schema) if source is None else event_uses(growing.schema, source)
+        own = [path for path in written.files if path.is_relative_to(files.source)]
+        assert {str(path) for path in own} <= {file.address for file in files.files}
+        table = pa.concat_tables([pq.read_table(path) for path in sorted(own)])
+        expected = pa.concat_tables(live[source], promote_options="default")
+        for name, use in uses.items():
+            assert canonical(name, use, table[name]).equals(canonical(name, use, expected[name])), name
+    assert sum(len(rows) for rows in log.stream()) == log.rows
+    assert sum(len(rows) for rows in events.stream()) == events.rows
+
+
+@pytest.mark.usefixtures("small_files")
+def test_files_are_written_once_and_alike(growing, journal):
+    """After a crash before the checkpoint, what is there stays as it is, and what lacks is written alike."""
+    _post(journal, growing, 8, 9)
+    through = cut_journal(journal)
+    written = _write(growing, journal)
+    assert len({path.name for path in written.files}) > 1
+    assert all(path.name.startswith(f"journal-{journal.id}-00000000") for path in written.files)
+    before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in written.files}
+    with journal.appending() as connection:
+        connection.execute(sql.delete(CHECKPOINTS))
+        connection.execute(sql.delete(STATES))
+    again = _write(growing, journal, through)
+    assert (again.files, again.counts) == (written.files, written.counts)
+    assert before == {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in again.files}
+    for path in written.files[1::2]:
+        path.unlink()
+    _write(growing, journal, through)
+    assert {path: path.read_bytes() for path in written.files} == {path: each for path, (each, _) in before.items()}
+    _post(journal, growing, 9, 10)
+    one = _write(growing, journal, after=through)
+    assert one.files
+    assert not {path.name for path in one.files} & {path.name for path in written.files}
+
+
+def test_what_has_no_row_that_counts_gives_no_file(growing, journal):
+    table = pa.table(
+        {"user": [5], "item": [3], "brand": ["a"], "bought_at": pa.array([START]).cast(_UTC), "event_id": [1]}
+    )
+    for _ in range(2):
+        journal.append(Batch("purchases", 0, table))
+        cut_journal(journal)
+    written = _write(growing, journal)
+    assert [path.parent.name for path in written.files] == ["events"], "what the second cut holds came before"
+    journal.append(Batch("gone", 0, table))
+    assert _write(growing, journal, after=2).unknown == {"gone": 1}
+
+
+def test_columns_have_the_types_of_the_logs_files(growing, journal, tmp_path):
+    for path in (tmp_path / "log").iterdir():
+        path.unlink()
+    rows, _ = _rows_of(growing, 0, 8)
+    types = {
+        "user": pa.int64(), "item": pa.int64(), "time": pa.timestamp("ns"), "click": pa.bool_(), "liked": pa.int8(),
+        "spent": pa.decimal128(20, 3), "brand": pa.dictionary(pa.int32(), pa.string()), "price": pa.float32(),
+        "tags": pa.large_list(pa.large_string()), "born": pa.date32(), "slot": pa.int8(), "age": pa.int8(),
+    }  # fmt: skip
+    fields = [pa.field(name, types[name], nullable=name != "user") for name in rows.column_names]
+    empty = pa.schema([*fields, pa.field("colour", pa.string())], {"written": "by somebody"}).empty_table()
+    pq.write_table(empty, tmp_path / "log" / "0.parquet")
+    _post(journal, growing, 8, 9)
+    (path,) = (each for each in _write(growing, journal).files if each.parent.name == "log")
+    schema, table = pq.read_schema(path), pq.read_table(path)
+    expected = pq.read_schema(tmp_path / "log" / "0.parquet")
+    assert schema.names == expected.names
+    # Fractions, instants and numbers of these rows do not fit: both types are read alike.
+    wide = {"spent": pa.float64(), "price": pa.float64(), "born": _UTC}
+    for name in schema.names:
+        assert schema.field(name).type == wide.get(name, expected.field(name).type), name
+    assert table["colour"].null_count == table["age"].null_count == len(table)
+    live = pa.concat_tables(_live(growing, journal)[None], promote_options="default")
+    for name, use in column_uses(growing.schema).items():
+        assert canonical(name, use, table[name]).equals(canonical(name, use, live[name])), name
+
+
+def test_integer_times_stay_integers(journal, tmp_path):
+    schema = _simple(time_unit="ms")
+    rows = pa.table({"user": [1], "item": [2], "at": [START // 1000], "click": [1]})
+    (tmp_path / "log").mkdir()
+    pq.write_table(rows, tmp_path / "log" / "0.parquet")
+    checks = RowChecks(schema)
+    journal.append(Batch(None, 0, checks.of_json(None, [{"user": 1, "item": 3, "at": START // 1000 + 5, "click": 0}])))
+    (path,) = write_files(journal, schema, cut_journal(journal), str(tmp_path / "log")).files
+    assert pq.read_table(path).to_pylist() == [{"user": 1, "item": 3, "at": START // 1000 + 5, "click": 0}]
+    finer = pa.array([START + 7]).cast(_UTC)
+    journal.append(Batch(None, 0, pa.table({"user": [1], "item": [3], "at": finer, "click": [0.0]})))
+    (path,) = write_files(journal, schema, cut_journal(journal), str(tmp_path / "log"), 1).files
+    assert pq.read_table(path)["at"].type == _UTC, "milliseconds could not hold it"
+    assert [rows.times().tolist() for rows in Log(str(tmp_path / "log"), schema).stream()] == [
+        [START // 1000 * 1000, START // 1000 * 1000 + 5000, START + 7]
+    ]
+
+
+def _simple(**columns: str) -> Schema:
+    return kinds.schema_of(
+        {
+            "columns": {"user": "user", "candidate": "item", "time": "at", **columns},
+            "tasks": {"click": {"label": "click"}},
+            "features": {"item": {"kind": "id", "column": "item"}},
+        }
+    )
+
+
+def test_rows_of_a_request_have_one_time_in_the_files(journal, tmp_path):
+    """So that a build gives all of them the time that a follower gave them."""
+    schema = _simple(request="request")
+    (tmp_path / "log").mkdir()
+    for hours in ((2, 1), (0, 3)):
+        times = pa.array([START + hour * 3_600_000_000 for hour in hours]).cast(_UTC)
+        items = [10 * hours[0], 10 * hours[0] + 1]
+        journal.append(
+            Batch(
+                None, 0, pa.table({"user": [1, 1], "item": items, "at": times, "request": [5, 5], "click": [0.0, 1.0]})
+            )
+        )
+    (path,) = write_files(journal, schema, cut_journal(journal), str(tmp_path / "log")).files
+    table = pq.read_table(path)
+    assert table["at"].cast(pa.int64()).to_pylist() == [START + 3_600_000_000] * 4
+    assert table["click"].to_pylist() == [0.0, 1.0, 0.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("source", "sentence"),
+    [
+        ("s3://bucket/log", "is remote"),
+        ("{}/log/100.parquet", "is no folder"),
+        ("{}/elsewhere", "is no folder"),
+        ("{}/log/1*.parquet", "is no folder, and no pattern that takes in 'journal-"),
+        ("{}/*/x*/*.parquet", "is no folder, and no pattern"),
+    ],
+)
+def test_places_that_take_no_files(growing, journal, tmp_path, source, sentence):
+    _post(journal, growing, 8, 9)
+    before = files_of(tmp_path / "log")
+    with pytest.raises(UserError, match=sentence) as error:
+        write_files(journal, growing.schema, cut_journal(journal), source.format(tmp_path))
+    assert "`data.log`" in str(error.value)
+    assert files_of(tmp_path / "log") == before
+    with journal.reading() as connection:
+        assert connection.execute(sql.select(CHECKPOINTS)).all() == [], "nothing says that they were written"
+
+
+def test_patterns_that_take_files(growing, tmp_path):
+    for number, source in enumerate(("{}/log/*.parquet", "file://{}/log", "{}/log/**", "{}/log/**/*.parquet")):
+        journal = Journal(tmp_path / f"{number}.db")
+        _post(journal, growing, 8, 9)
+        written = write_files(journal, growing.schema, cut_journal(journal), source.format(tmp_path)).files
+        own = [path for path in written if path.parent == tmp_path / "log"]
+        assert len(own) == 1
+        assert str(own[0]) in {file.address for file in Log(source.format(tmp_path), growing.schema).files}
+        own[0].unlink()
+
+
+def _same(one: Duplicates, other: Duplicates) -> None:
+    for log in one.sources:
+        for name, values in one.to_arrays(log).items():
+            np.testing.assert_array_equal(other.to_arrays(log)[name], values)
+
+
+def _batches(journal: Journal) -> list[int]:
+    with journal.reading() as connection:
+        return list(connection.execute(sql.select(BATCHES.c.position).order_by(BATCHES.c.position)).scalars())
+
+
+def test_old_batches_can_be_removed_and_their_rows_stay_known(growing, journal):
+    _post(journal, growing, 8, 9)
+    first = cut_journal(journal)
+    assert cut_journal(journal) == first, "nothing is new"
+    remove_batches(journal, first)
+    assert len(_batches(journal)) == first, "no file holds them"
+    journal = Journal(journal.name.replace("journal.db", "other.db"))
+    _post(journal, growing, 8, 9)
+    _write(growing, journal)
+    _post(journal, growing, 9, 10)
+    second = cut_journal(journal)
+    counts = _write(growing, journal, second, after=first).counts
+    _post(journal, growing, 8, 10, size=11)  # all of it once more, in other batches
+    third = cut_journal(journal)
+    assert _write(growing, journal, third, after=second).counts[None].accepted == 0
+    expected = duplicates_at(journal, growing.schema, second)
+    remove_batches(journal, first)
+    remove_batches(journal, first)
+    assert (journal.removed(), journal.end(), _batches(journal)[0]) == (first, third, first + 1)
+    with pytest.raises(UserError, match="were removed: go on with a model whose tables hold them"):
+        journal.read(first - 1)
+    _same(duplicates_at(journal, growing.schema, second), expected)
+    assert counts["purchases"].accepted > 0
+    remove_batches(journal, second)
+    duplicates = duplicates_at(journal, growing.schema, second)
+    _same(duplicates, expected)
+    again = duplicates.filter(journal.read(second))[None].counts
+    assert (again.accepted, again.duplicate > 20) == (0, True), "all of these came in batches that are gone"
+    assert logs_beyond(journal, growing.schema, first) == [None, "purchases"]
+    assert logs_beyond(journal, growing.schema, second) == []
+    remove_batches(journal, third)
+    assert (_batches(journal), journal.end(), Journal(journal.name).end()) == ([], third, third)
+    assert journal.append(Batch("gone", 0, pa.table({"x": [1]}))) == third + 1
+    assert [each.position for each in journal.read(third)] == [third + 1]
+
+
+@pytest.mark.parametrize("change", [{"data": b"PK"}, {"checksum": 5}, {"part": 1}])
+def test_a_damaged_checkpoint_is_told(growing, journal, change):
+    _post(journal, growing, 8, 9)
+    through = cut_journal(journal)
+    _write(growing, journal)
+    with journal.appending() as connection:
+        connection.execute(sql.update(STATES).where(STATES.c.log == "purchases").values(change))
+    with pytest.raises(UserError, match="is damaged at what it remembers of log 'purchases'"):
+        duplicates_at(journal, growing.schema, through)
+
+
+LOGS = ("purchases", "returns")
+
+
+def _schema(folder: Path, *logs: str) -> Schema:
+    """Of a model that has these logs of events."""
+    for name in ("log", *logs):
+        (folder / name).mkdir(exist_ok=True)
+    histories = {f"of_{log}": {"kind": "history", "events": log, "of": "item", "length": 3} for log in logs}
+    events = {log: {"path": str(folder / log), "time": "bought_at"} for log in logs}
+    return schema_of({**ALL_KINDS, **histories}, events=events)
+
+
+def _events(log: str, *numbers: int) -> Batch:
+    times, ids = pa.array([START + number for number in numbers]).cast(_UTC), pa.array(numbers, pa.int64())
+    return Batch(log, 0, pa.table({"user": ids, "item": ids, "bought_at": times, "event_id": ids}))
+
+
+def _refresh(folder: Path, journal: Journal, schema: Schema, held: int) -> tuple[int, dict[str | None, Counts]]:
+    """As one model's refresh does; gives the position up to which its tables then know the journal."""
+    through, after = cut_journal(journal), max(held, journal.removed())
+    return through, dict(write_files(journal, schema, through, str(folder / "log"), after).counts)
+
+
+def _events_in(folder: Path, log: str) -> list[int]:
+    """The items of all events in a log's files."""
+    return sorted(pq.read_table(folder / log)["item"].to_pylist())
+
+
+@pytest.mark.parametrize("remove", [False, True])
+def test_each_model_remembers_the_events_of_its_own_logs(journal: Journal, tmp_path: Path, remove: bool) -> None:
+    schemas, known = [_schema(tmp_path, log) for log in LOGS], [0, 0]
+    for turn in range(3):
+        numbers = range(10 * turn, 10 * turn + 10)
+        for log in LOGS:
+            journal.append(_events(log, *numbers))
+        for model in (0, 1) if turn % 2 else (1, 0):
+            journal.append(_events("of nobody", turn))  # so that each model's refresh cuts the journal
+            known[model], counts = _refresh(tmp_path, journal, schemas[model], known[model])
+            assert counts[LOGS[model]] == Counts(accepted=10)
+        if remove and turn == 1:
+            remove_batches(journal, min(known))
+        for model, schema in enumerate(schemas):
+            # A server of this model, or its next refresh, goes on from there.
+            duplicates = duplicates_at(journal, schema, max(known[model], journal.removed()))
+            again = duplicates.filter([_events(LOGS[model], *range(10 * turn + 10))])
+            assert again[LOGS[model]].counts == Counts(duplicate=10 * turn + 10)
+    for log in LOGS:
+        assert _events_in(tmp_path, log) == list(range(30))
+
+
+@pytest.mark.parametrize("more", [False, True])
+@pytest.mark.parametrize("remove", [False, True])
+def test_events_that_only_another_model_has_are_neither_removed_nor_forgotten(
+    journal: Journal, tmp_path: Path, more: bool, remove: bool
+) -> None:
+    """Also where a model was trained since, and takes them for known by the names of other logs' files."""
+    one, other = (_schema(tmp_path, log) for log in LOGS)
+    journal.append(_events("purchases", 1, 2), _events("returns", 1, 2))
+    first, _ = _refresh(tmp_path, journal, one, 0)
+    (file,) = (tmp_path / "purchases").iterdir()
+    before = file.stat()
+    if remove:
+        remove_batches(journal, first)
+    if more:
+        journal.append(_events("returns", 2, 3))
+    assert logs_beyond(journal, other, 0) == []
+    through, counts = _refresh(tmp_path, journal, other, first)
+    assert counts == {"returns": Counts(accepted=2 + more, duplicate=int(more))}
+    assert _events_in(tmp_path, "returns") == [1, 2, 3][: 2 + more]
+    assert file.stat() == before
+    assert _refresh(tmp_path, journal, other, through) == (through, {})
+    remove_batches(journal, through)
+    assert _batches(journal) == []
+    duplicates = duplicates_at(journal, other, through)
+    assert duplicates.filter([_events("returns", 1, 2)])["returns"].counts == Counts(duplicate=2)
+    assert logs_beyond(journal, one, 0) == ["purchases"]
+    assert logs_beyond(journal, other, 0) == ["returns"]
+
+
+def test_extend_refuses_nothing_after_a_rerun(growing, journal):
+    """A crash between the files and what follows: the same call again changes no file that features hold already."""
+    _post(journal, growing, 8, 9)
+    through = cut_journal(journal)
+    _write(growing, journal, through)
+    assert growing.extend() is not None
+    _write(growing, journal, through)
+    assert growing.extend() is None
