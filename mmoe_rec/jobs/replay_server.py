@@ -47,8 +47,8 @@ _LAST_LINES = 3
 class OwnServer:
     """`serve` with a journal, in a process of its own, from the beginning of the context to its end.
 
-    model: an artifact folder; journal: its address; log: a file that gets what the server prints; words: further arguments
-    of `serve`. It is not started again when it ends, unless somebody calls `start`.
+    model: an artifact folder; journal: its address; log: a file that gets what the server prints; words: further
+    arguments of `serve`. It is not started again when it ends, unless somebody calls `start`.
     """
 
     def __init__(self, model: Path, journal: str | Path, log: Path, workers: int, words: tuple[str, ...] = ()) -> None:

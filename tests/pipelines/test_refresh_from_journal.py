@@ -155,7 +155,7 @@ def _rolled_back(model: RefreshedModel, journal: Path) -> str:
         model.refresh("--journal", str(journal), *(["--remove-events"] if number == 2 else []))
     assert model.holder().number == "4"
     assert Journal(journal).removed() == 4
-    model.point("2")
+    model.move_alias("2")
     return _sent(app, rows[60:])
 
 
