@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mmoe_rec.jobs.evaluate import evaluate_model as evaluate
-    from mmoe_rec.jobs.features import build_features
+    from mmoe_rec.jobs.places import build_features
     from mmoe_rec.jobs.score import score_log as score
     from mmoe_rec.jobs.train import train_model as train
     from mmoe_rec.settings.load import load_settings
@@ -27,7 +27,7 @@ __all__ = ["Ranker", "__version__", "build_features", "evaluate", "load_settings
 
 _PLACES = {
     "Ranker": ("mmoe_rec.tracking.registry", "Ranker"),
-    "build_features": ("mmoe_rec.jobs.features", "build_features"),
+    "build_features": ("mmoe_rec.jobs.workspace", "build_features"),
     "evaluate": ("mmoe_rec.jobs.evaluate", "evaluate_model"),
     "load_settings": ("mmoe_rec.settings.load", "load_settings"),
     "score": ("mmoe_rec.jobs.score", "score_log"),

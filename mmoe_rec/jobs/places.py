@@ -13,6 +13,7 @@ from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.locks import reading
 from mmoe_rec.log.files import is_remote
 from mmoe_rec.point_in_time.join import Window
+from mmoe_rec.preprocessing.added.extend import Extended, extend
 from mmoe_rec.preprocessing.logs import BuildOptions, Logs
 from mmoe_rec.preprocessing.prepare import Prepared, existing, prepare
 from mmoe_rec.settings.schema import Schema
@@ -61,6 +62,16 @@ def logs_for(settings: Settings, pipeline: FeaturePipeline, types: Sequence[Mapp
     return Logs(settings.data.log, schema, build_options(settings), types)
 
 
+def build_features(settings: Settings) -> Prepared:
+    """Fitted features and encoded rows; existing ones are taken if they are still right."""
+    return prepare(*log_and_place(settings))
+
+
+def extend_features(settings: Settings) -> Extended | None:
+    """Adds new files of the log to existing features; None where there are no new files."""
+    return extend(*log_and_place(settings))
+
+
 @contextmanager
 def features_in_use(settings: Settings, what: str, going_on: bool = False) -> Iterator[Prepared]:
     """Features, newly built or existing, that nobody replaces meanwhile.
@@ -68,11 +79,12 @@ def features_in_use(settings: Settings, what: str, going_on: bool = False) -> It
     what: uses them, such as "a training"; going_on: whether a model goes on from these features, see
     `mmoe_rec.preprocessing.prepare.prepare`.
     """
+    place = log_and_place(settings)
     while True:
-        prepared = prepare(*log_and_place(settings), going_on=going_on)
+        prepared = prepare(*place, going_on=going_on)
         with reading(prepared.folder, what):
             # Before the lock was taken, another process may have built others.
-            if existing(*log_and_place(settings)) is not None:
+            if existing(*place) is not None:
                 yield prepared
                 return
 

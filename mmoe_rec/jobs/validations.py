@@ -10,7 +10,7 @@ from mmoe_rec.report.tables import validations_table
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from mmoe_rec.jobs.finished import Trained
+    from mmoe_rec.jobs.workspace import Trained
     from mmoe_rec.settings.sections import Settings
 
 FEW_STEPS = 50

@@ -213,6 +213,7 @@ class Trainer:
                 show()
                 self._train(meter, show)
             self.checkpoints.wait()
+            dist.barrier()
         finally:
             self.checkpoints.close()
         result.rows_per_s, result.waiting = meter.rows_per_s, meter.waiting

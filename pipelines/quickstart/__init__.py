@@ -61,9 +61,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     from mmoe_rec.jobs.baselines import measure_baselines
     from mmoe_rec.jobs.commands.command import show
     from mmoe_rec.jobs.evaluate import evaluate_model
-    from mmoe_rec.jobs.finished import Trained
     from mmoe_rec.jobs.train import train_model
     from mmoe_rec.jobs.validations import told_of
+    from mmoe_rec.jobs.workspace import Trained
     from mmoe_rec.locks import reading
     from mmoe_rec.report.tables import show_results
 

@@ -60,7 +60,7 @@ TURNS = ("read", "pandas", "read", "ours", "read", "tuned_pandas", "read")
 
 def ours(settings: Settings) -> Callable[[], object]:
     """Fit and encode with this project."""
-    from mmoe_rec.jobs.features import build_features
+    from mmoe_rec.jobs.places import build_features
 
     return lambda: build_features(settings)
 

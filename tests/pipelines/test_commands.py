@@ -26,7 +26,6 @@ from sklearn.metrics import ndcg_score
 from mmoe_rec.evaluation import scoring
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.inference.writing import seal
-from mmoe_rec.jobs import train as steps
 from mmoe_rec.log.reader import Log
 from mmoe_rec.settings.load import load_settings
 from mmoe_rec.tracking import registry
@@ -466,7 +465,7 @@ def test_what_the_registry_refuses_in_the_end_costs_no_model(
     own = ["--data.work", str(work), "--tracking.uri", f"sqlite:///{tmp_path / 'mlflow.db'}"]
     wrong = ["--config", str(world.config), *own, "--tracking.alias", "latest"]
     assert "with 'tracking.alias' 'latest'" in refused(train.main, capsys, *wrong), "before any work"
-    monkeypatch.setattr(steps, "_ask_mlflow", lambda *_: None)
+    monkeypatch.setattr("mmoe_rec.jobs.workspace.check_mlflow", lambda *_: None)
     with pytest.raises(SystemExit) as ended:
         train.main(wrong)
     assert ended.value.code == 2

@@ -15,7 +15,7 @@ from mmoe_rec.features.kinds.id import IdFeature
 from mmoe_rec.features.kinds.ids import IdsFeature
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.inference.writing import write_artifact
-from mmoe_rec.jobs.features import build_features
+from mmoe_rec.jobs.places import build_features
 from mmoe_rec.model.layout import ModelLayout
 from mmoe_rec.model.mmoe import build_model
 from mmoe_rec.model.tables import plain_tables

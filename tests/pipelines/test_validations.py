@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from mmoe_rec.jobs.finished import Trained
 from mmoe_rec.jobs.validations import told_of, validations_table
+from mmoe_rec.jobs.workspace import Trained
 from mmoe_rec.model.utilisation import Utilisation
 from mmoe_rec.training.validation import Validation
 from tests.inference.small_model import SmallModel

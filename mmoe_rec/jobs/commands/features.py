@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command."""
     arguments, settings = read_command(__doc__ or "", argv, _add_arguments)
-    from mmoe_rec.jobs.features import build_features, extend_features
+    from mmoe_rec.jobs.places import build_features, extend_features
 
     if not arguments.extend:
         prepared = build_features(settings)

@@ -60,9 +60,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError("--against compares trainings of --seeds; models are compared by evaluate --against")
     from rich.console import Console
 
-    from mmoe_rec.jobs.finished import CHALLENGER
     from mmoe_rec.jobs.train import train_model
     from mmoe_rec.jobs.validations import told_of
+    from mmoe_rec.jobs.workspace import CHALLENGER
 
     trained = train_model(settings, arguments.start, arguments.resume)
     if trained is None:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.jobs.finished import CHALLENGER
 from mmoe_rec.jobs.run_page import as_code, command
+from mmoe_rec.jobs.workspace import CHALLENGER
 from mmoe_rec.settings.model import Model
 from mmoe_rec.settings.sections import Settings
 from mmoe_rec.tracking import registry, runs

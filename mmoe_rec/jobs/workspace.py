@@ -1,0 +1,402 @@
+"""What a training works on: log, features, checkpoints and the model that it starts from, opened once and held.
+
+`open_workspace` checks settings, log, MLflow and start before torch is loaded, decides whether the training begins or
+goes on, has the features ready, and keeps other processes from replacing what is in use.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from mmoe_rec.atomic import atomic_file, checksum
+from mmoe_rec.errors import UserError
+from mmoe_rec.evaluation.comparison import find_objective
+from mmoe_rec.jobs.places import features_in_use, log_and_place
+from mmoe_rec.locks import writing
+from mmoe_rec.preprocessing.logs import Logs
+from mmoe_rec.preprocessing.prepare import Prepared, existing, fingerprint_of, prepare
+from mmoe_rec.progress import say
+from mmoe_rec.settings.sections import Settings
+from mmoe_rec.tracking import registry, runs
+from mmoe_rec.tracking.outbox import list_waiting_runs
+from mmoe_rec.training.origin import Origin, Start, fixed_settings, result_settings
+
+if TYPE_CHECKING:
+    import torch
+
+    from mmoe_rec.model.layout import ModelLayout
+    from mmoe_rec.training.checkpoint import Checkpoint
+    from mmoe_rec.training.ranks import Ranks
+    from mmoe_rec.training.validation import Validation
+    from mmoe_rec.training.warm_start import WarmStart
+
+CHALLENGER = "challenger"  # alias of a model that is no better than the one that holds the alias
+FORMAT = 2
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """What a training has at hand on one rank.
+
+    first: whether this rank writes down what is common to all; manifest: of the features; layout: of the model on them;
+    origin: what the training begins with; checkpoint: to go on from; weights: to start from instead of random ones;
+    key: of the run of a training that begins, on the first rank.
+    """
+
+    settings: Settings
+    device: torch.device
+    first: bool
+    prepared: Prepared
+    manifest: Mapping[str, Any]
+    layout: ModelLayout
+    origin: Origin
+    checkpoint: Checkpoint | None = None
+    weights: WarmStart | None = None
+    key: str | None = None
+
+    @property
+    def folder(self) -> Path:
+        """`data.work`."""
+        return Path(self.settings.data.work)
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the checkpoints and of the result."""
+        return self.folder / "checkpoints"
+
+
+@contextmanager
+def open_workspace(settings: Settings, start: str | None = None, resume: bool = False) -> Iterator[Workspace | None]:
+    """The workspace of a training on this rank; None where the training has ended before.
+
+    start, resume: as in `mmoe_rec.jobs.train.train_model`. Raises UserError for a wrong setting, log or address, and
+    where another process is in the way.
+    """
+    opening = _Opening(settings, start, resume)
+    if is_first_rank():
+        opening.check()  # before torch is loaded
+
+    from mmoe_rec.devices import pick_device
+    from mmoe_rec.training.ranks import process_group
+
+    device, ranks = pick_device(settings.training.device), int(os.environ.get("WORLD_SIZE", "1"))
+    if ranks > 1 or {settings.training.tables, settings.training.products} != {"auto"}:
+        from mmoe_rec.training.choices import check_offered
+
+        check_offered(settings.training, device.type, ranks)
+    with process_group(device, settings.training.timeout_minutes) as group, contextlib.ExitStack() as held:
+        course = Course.from_json(group.after_first(lambda: opening.decide(held).to_json()))
+        yield None if course.kind == "at its end" else opening.read(course, device, group)
+
+
+class _Opening:
+    """The steps of opening a workspace, and what they have looked up: features, and the model to start from."""
+
+    def __init__(self, settings: Settings, start: str | None, resume: bool) -> None:
+        self.settings, self.start, self.resume = settings, start, resume
+        self.work = Path(settings.data.work)
+        self.checkpoints = self.work / "checkpoints"
+        self.place = log_and_place(settings)
+        self.features: Prepared | None = None
+        self.model: tuple[Start, Path] | None = None
+
+    def check(self) -> None:
+        """Raises UserError for a wrong setting, log or address, and where MLflow is away or would refuse a name."""
+        settings = self.settings
+        find_objective(settings.evaluation.decide_by)
+        self.features = existing(*self.place)
+        if not (self.resume and something_left(self.checkpoints)):
+            self.check_rows()
+            self.look_up_start()
+        ended = self.resume and (self.checkpoints / "finished.json").is_file()
+        if not ended or list_waiting_runs(self.work / "unsent"):
+            check_mlflow(settings)
+
+    def decide(self, held: contextlib.ExitStack) -> Course:
+        """What the training does; its features are ready, and its folders held, from now on. On the first rank.
+
+        Raises UserError where the folder holds another training than the one asked for, unless it is of an earlier day.
+        """
+        for name in ("checkpoints", "model"):
+            held.enter_context(writing(self.work / name, "a training", "set `data.work` to another folder"))
+        course = self._course()
+        if course.kind != "at its end":
+            going_on = self.start is not None or course.kind == "goes on"
+            held.enter_context(features_in_use(self.settings, "a training", going_on))
+        return course
+
+    def read(self, course: Course, device: torch.device, group: Ranks) -> Workspace:
+        """The workspace of a training that begins or goes on."""
+        from mmoe_rec.model.layout import ModelLayout
+        from mmoe_rec.training.checkpoint import latest_checkpoint
+
+        settings, start, prepared = self.settings, course.start, Prepared(self.work / "features")
+        manifest, layout = prepared.manifest, ModelLayout.of(prepared.layout, settings)
+        until = manifest["request_microseconds"][1]
+        origin = Origin(fixed_settings(settings), manifest["fingerprint"], until, start=start)
+        if course.kind == "goes on":
+            checkpoint = latest_checkpoint(self.checkpoints)
+            assert checkpoint is not None, "the first rank has read it"
+            checkpoint.state.origin.check(origin, checkpoint.folder)
+            return Workspace(settings, device, group.first, prepared, manifest, layout, origin, checkpoint)
+        weights = None if start is None else self._weights(start, prepared, layout)
+        key = training_key(self.checkpoints, origin, new=not self.resume) if group.first else None
+        return Workspace(settings, device, group.first, prepared, manifest, layout, origin, None, weights, key)
+
+    def _course(self) -> Course:
+        before = _Before.read(self.checkpoints) if self.resume else None
+        if before is not None:
+            now = before.expect(self)
+            difference = before.origin.difference(now)
+            if difference is None:
+                return Course("at its end" if before.finished else "goes on", before.origin.start)
+            if now.until <= before.origin.until:
+                ended = "has ended, and is not the one asked for" if before.finished else "can't go on"
+                raise UserError(
+                    f"the training of '{self.checkpoints}' {ended}: {difference}, or train from the start, without "
+                    "--resume"
+                )
+            where = f"the training in '{self.checkpoints}'"
+            say(f"the features go on to a later day than those of {where}: a new one begins")
+            self.check_rows()
+        return Course("begins", self.look_up_start())
+
+    def check_rows(self) -> None:
+        """Raises UserError where there is nothing to train on, or to go on from."""
+        if self.start is not None and self.features is None:
+            raise UserError(
+                f"'{self.work}' has no features of this log, these features and this split: to go on from a model, run "
+                "python -m pipelines.features with --extend first"
+            )
+        if self.features is not None:
+            self.features.require_rows("train", "validation")
+
+    def look_up_start(self) -> Start | None:
+        """The model to start from, looked up once: an alias may move."""
+        if self.start is None:
+            return None
+        if self.model is None:
+            self.model = resolve(self.start, self.settings)
+        return self.model[0]
+
+    def _weights(self, start: Start, prepared: Prepared, layout: ModelLayout) -> WarmStart:
+        from mmoe_rec.inference.artifact import read_artifact
+        from mmoe_rec.settings.model import Model
+        from mmoe_rec.training.warm_start import WarmStart
+
+        # The first rank has checked its files; the others may be on other machines.
+        address = self.settings.tracking.address
+        folder = registry.fetch_model(start.exact, address) if self.model is None else self.model[1]
+        structure = Model.model_validate(read_artifact(folder, verify=False).model)
+        return WarmStart(folder, structure, prepared, layout, self.settings.model)
+
+
+def is_first_rank() -> bool:
+    """Whether this process is torchrun's first one, or alone; known before there is a process group."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def check_mlflow(settings: Settings) -> None:
+    """Raises UserError where MLflow is away or would refuse a name. Sends what waits for it."""
+    address = settings.tracking.address
+    runs.check_server(address, settings.experiment, unsent=Path(settings.data.work) / "unsent")
+    registry.check_names(address, settings.registered_model, settings.tracking.alias)
+
+
+def resolve(address: str, settings: Settings) -> tuple[Start, Path]:
+    """The model at an address, with its permanent address, and its folder.
+
+    Raises UserError where there is none, or one that is not as it was written.
+    """
+    from mmoe_rec.inference.artifact import read_artifact
+
+    model = registry.find_model(address, settings.tracking.address)
+    weights = model.folder / "weights.safetensors"
+    if not weights.is_file():
+        raise UserError(f"the model at '{address}' has no weights (weights.safetensors)")
+    read_artifact(model.folder)
+    return Start(address, model.address, checksum(weights), model.run_id), model.folder
+
+
+def something_left(checkpoints: Path) -> bool:
+    """Whether there is a checkpoint to go on from, or the result of a training that has ended."""
+    return any((checkpoints / name).is_file() for name in ("latest.json", "finished.json"))
+
+
+@dataclass(frozen=True)
+class Course:
+    """What a training does. start: the model that it starts from, or was started from."""
+
+    kind: Literal["begins", "goes on", "at its end"]
+    start: Start | None = None
+
+    def to_json(self) -> str:
+        """Text, for the other ranks."""
+        return json.dumps(asdict(self))
+
+    @staticmethod
+    def from_json(text: str) -> Course:
+        """What `to_json` gave."""
+        tree = json.loads(text)
+        return Course(**{**tree, "start": tree["start"] and Start(**tree["start"])})
+
+
+@dataclass(frozen=True)
+class _Before:
+    """The training that left something: what it was begun with, and its result if it has ended."""
+
+    origin: Origin
+    finished: Finished | None
+
+    @staticmethod
+    def read(checkpoints: Path) -> _Before | None:
+        if (finished := Finished.read(checkpoints)) is not None:
+            return _Before(finished.origin, finished)
+        from mmoe_rec.training.checkpoint import latest_checkpoint
+
+        checkpoint = latest_checkpoint(checkpoints)
+        return None if checkpoint is None else _Before(checkpoint.state.origin, None)
+
+    def expect(self, opening: _Opening) -> Origin:
+        """What the training would begin with now."""
+        settings = opening.settings
+        tree = fixed_settings(settings) if self.finished is None else result_settings(settings)
+        fingerprint, until = self._features(opening)
+        return Origin(tree, fingerprint, until, self.origin.run_id, self._start(opening))
+
+    def _features(self, opening: _Opening) -> tuple[str, int]:
+        """Fingerprint of the features, and the last request that they know.
+
+        A training that goes on keeps its features: it cannot go on with others, and its work must not be thrown away
+        because the log has grown meanwhile.
+        """
+        if opening.features is None:
+            log, schema, windows, _, options = opening.place
+            expected = fingerprint_of(Logs(log, schema, options), windows)
+            if self.finished is None or expected == self.origin.features:
+                return expected, self.origin.until
+            opening.check_rows()
+            opening.features = prepare(*opening.place)
+        manifest = opening.features.manifest
+        return manifest["fingerprint"], manifest["request_microseconds"][1]
+
+    def _start(self, opening: _Opening) -> Start | None:
+        one, address = self.origin.start, opening.start
+        if address is None or (one is not None and one.address == address and one.moves):
+            return None if address is None else one
+        start = opening.look_up_start()
+        # The folder to start from may be the one that the training has written its model to.
+        own = start is not None and self.finished is not None and start.weights == self.finished.weights
+        return one if own and one is not None and one.address == address else start
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A finished training: the artifact folder and the address in the registry.
+
+    compared: sentences on how it did beside the model that held the alias, and on who holds it now; started_from:
+    validation of the model that it was started from; before: whether it had already ended.
+    """
+
+    artifact: Path
+    address: str
+    best: Validation
+    best_step: int
+    rows_per_s: float
+    waiting: float
+    compared: tuple[str, ...] = ()
+    started_from: Validation | None = None
+    before: bool = False
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The result of a training that has ended, as a file; such a training is not resumed.
+
+    origin: what it was begun with, its settings with those of `result_settings`; weights: checksum of the model's; the
+    rest as in `Trained`.
+    """
+
+    origin: Origin
+    weights: str
+    address: str
+    best: dict[str, Any]
+    best_step: int
+    rows_per_s: float
+    waiting: float
+    compared: tuple[str, ...]
+    started_from: dict[str, Any] | None = None
+
+    @staticmethod
+    def read(folder: Path) -> Finished | None:
+        """None where the training has not ended. Raises UserError for a file that can't be read."""
+        file = folder / "finished.json"
+        try:
+            tree = json.loads(file.read_text(encoding="utf-8"))
+            if tree.pop("format") != FORMAT:
+                raise ValueError("another format")
+            tree["origin"] = Origin.from_dict(tree["origin"])
+            return Finished(**{**tree, "compared": tuple(tree["compared"])})
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            raise UserError(
+                f"'{file}' is damaged or of another version, so it is unknown what the training there was; "
+                "train from the start, without --resume"
+            ) from None
+
+    @staticmethod
+    def forget(folder: Path) -> None:
+        """A new training begins; what is left of another one is not resumed."""
+        (folder / "latest.json").unlink(missing_ok=True)
+        (folder / "finished.json").unlink(missing_ok=True)
+
+    def write(self, folder: Path) -> None:
+        """Writes the file."""
+        with atomic_file(folder / "finished.json") as file:
+            file.write_text(json.dumps({"format": FORMAT, **asdict(self)}), encoding="utf-8")
+
+    def trained(self, settings: Settings, before: bool = False) -> Trained:
+        """The result with the model's folder. before: as in `Trained`."""
+        from mmoe_rec.training.validation import Validation
+
+        return Trained(
+            Path(settings.data.work) / "model",
+            self.address,
+            Validation.from_dict(self.best),
+            self.best_step,
+            self.rows_per_s,
+            self.waiting,
+            self.compared,
+            None if self.started_from is None else Validation.from_dict(self.started_from),
+            before,
+        )
+
+
+def training_key(folder: Path, origin: Origin, new: bool) -> str:
+    """The key of a training's run, even before its first checkpoint; a killed training finds it again, unless `new`.
+
+    A training begun with something else gets another key.
+    """
+    file = folder / "key.json"
+    begun = hashlib.sha256(json.dumps(asdict(origin), sort_keys=True).encode()).hexdigest()
+    if not new:
+        try:
+            found = json.loads(file.read_text(encoding="utf-8"))
+            if found.get("origin") == begun:
+                return str(found["key"])
+        except (OSError, ValueError, KeyError, AttributeError):
+            pass  # none, or one that means nothing any more
+    key = uuid.uuid4().hex
+    with atomic_file(file) as path:
+        path.write_text(json.dumps({"key": key, "origin": begun}), encoding="utf-8")
+    return key
