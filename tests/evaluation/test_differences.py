@@ -49,13 +49,6 @@ def test_a_difference_of_means_is_that_of_a_paired_t_test() -> None:
     assert 0 <= weak["groups"]["bought"]["logloss"]["p"] <= 1
 
 
-def test_what_users_have_in_common_cancels(log: Log) -> None:
-    alone = summarise(log.measure(), 400)["tasks"]["bought"]["logloss"]
-    paired = found(log, replace(log, predictions=log.predictions | {"bought": 0.9 * log.predictions["bought"]}))
-    difference = paired["groups"]["bought"]["logloss"]
-    assert difference["high"] - difference["low"] < 0.5 * (alone["high"] - alone["low"])
-
-
 @pytest.mark.parametrize("scale", [1.0, 1 + 1e-15])
 def test_equal_models_do_not_differ_and_rounding_is_no_difference(log: Log, scale: float) -> None:
     same = replace(log, predictions={name: each * scale for name, each in log.predictions.items()})
