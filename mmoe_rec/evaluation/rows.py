@@ -42,7 +42,7 @@ class MeasuredTask:
 
 
 @dataclass(frozen=True)
-class Rows:
+class MeasuredRows:
     """N checked rows of U users and Q requests; users and requests are replaced by dense indices.
 
     Attributes:
@@ -81,7 +81,7 @@ def check_rows(
     score: Any,
     weight: Any = None,
     candidates: Any = None,
-) -> Rows:
+) -> MeasuredRows:
     """Check the arguments of `sums.measure` and index users and requests.
 
     Raises:
@@ -102,7 +102,7 @@ def check_rows(
     distinct_candidates, candidate = (None, None) if candidates is None else _index("candidates", candidates)
     if candidate is not None:
         _same_length("candidates", candidate, rows)
-    return Rows(
+    return MeasuredRows(
         users=distinct_users,
         user=user,
         requests=distinct_requests,

@@ -37,7 +37,7 @@ from mmoe_rec.evaluation.metrics.auc import bin_edges, counts_by_value
 from mmoe_rec.evaluation.metrics.catalogue import shown_rows
 from mmoe_rec.evaluation.metrics.metric import Metric, TaskRows, UserRows
 from mmoe_rec.evaluation.metrics.ranking import RankedLists, least_and_random_ndcg, ranks_nothing
-from mmoe_rec.evaluation.rows import MeasuredTask, Rows, check_rows
+from mmoe_rec.evaluation.rows import MeasuredRows, MeasuredTask, check_rows
 from mmoe_rec.log.hashing import combine, hash_column
 
 __all__ = ["EvaluationSums", "MeasuredTask", "measure", "merge_all"]
@@ -219,7 +219,7 @@ def measure(
     return _merged(tuple(tasks), tables)
 
 
-def _ranking_table(rows: Rows, lists: RankedLists, keys: np.ndarray) -> pa.Table:
+def _ranking_table(rows: MeasuredRows, lists: RankedLists, keys: np.ndarray) -> pa.Table:
     columns = {
         "rows": np.bincount(rows.request, minlength=lists.requests),
         "requests": np.ones(lists.requests, dtype=np.int64),
@@ -230,7 +230,7 @@ def _ranking_table(rows: Rows, lists: RankedLists, keys: np.ndarray) -> pa.Table
     return pa.table({"user": rows.users.take(pa.array(rows.request_user)), **_complete("score", columns)})
 
 
-def _keys(rows: Rows) -> np.ndarray:
+def _keys(rows: MeasuredRows) -> np.ndarray:
     """(N,) uint64 hashes of request, candidate and weight."""
     keys = [hash_column(rows.requests)[rows.request], rows.weight.view(np.uint64)]
     if rows.candidates is not None and rows.candidate is not None:
@@ -256,7 +256,7 @@ def _of_lists(kind: str, lists: RankedLists, taken: Collection[str]) -> dict[str
     return found | {name: np.where(ranked, each, 0.0) for name, each in measured.items()}
 
 
-def _gain(tasks: Sequence[MeasuredTask], rows: Rows) -> np.ndarray:
+def _gain(tasks: Sequence[MeasuredTask], rows: MeasuredRows) -> np.ndarray:
     """(N,) relevance to 12 digits: what is left of 0.1 + 0.2 - 0.3 is rounding, and makes no row relevant."""
     gain, size = np.zeros(len(rows.request)), np.zeros(len(rows.request))
     for task in tasks:
@@ -267,7 +267,9 @@ def _gain(tasks: Sequence[MeasuredTask], rows: Rows) -> np.ndarray:
     return np.maximum(np.round(gain / unit) * unit, 0.0)
 
 
-def _task_tables(task: MeasuredTask, rows: Rows, keys: np.ndarray, precision: float | None) -> dict[str, pa.Table]:
+def _task_tables(
+    task: MeasuredTask, rows: MeasuredRows, keys: np.ndarray, precision: float | None
+) -> dict[str, pa.Table]:
     observed = ~np.isnan(rows.labels[task.name])
     label, weight, given = (
         each[observed] for each in (rows.labels[task.name], rows.weight, rows.predictions[task.name])

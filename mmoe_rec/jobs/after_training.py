@@ -79,7 +79,7 @@ def promote(
     # What came between may also have been an outage of MLflow.
     tags = {"data.digest": prepared.manifest["digest"], "features.fingerprint": prepared.manifest["fingerprint"]}
     number = registry.find_registered(run, artifact, name) or registry.register_model(run, artifact, name, tags=tags)
-    comparison = Comparison(settings, prepared, model, artifact)
+    comparison = HolderComparison(settings, prepared, model, artifact)
     while True:
         verdict = comparison.with_holder(holder)
         now = find_holder(name, alias, uri)
@@ -105,7 +105,7 @@ def promote(
     return Promotion(f"models:/{name}@{CHALLENGER}", False, (verdict.reason, said))
 
 
-class Comparison:
+class HolderComparison:
     """Compares a new model with others on the validation rows of its training. model: that of the artifact."""
 
     def __init__(self, settings: Settings, prepared: Prepared, model: RankingModel, artifact: Path) -> None:

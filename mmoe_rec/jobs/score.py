@@ -24,7 +24,7 @@ from mmoe_rec.inference.freshness import Freshness
 from mmoe_rec.jobs.places import build_options
 from mmoe_rec.jobs.score_files import (
     AsOf,
-    Learnt,
+    LearntRows,
     Output,
     attributes_lacking,
     check_names,
@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Meaning:
+class KnownPast:
     """What is known before rows are scored.
 
     first: time of the log's first request, microseconds, None where tables are asked; events: names of the logs of
@@ -200,7 +200,7 @@ class _Scoring:
             )
         self.lacking = attributes_lacking(source, schema) if as_of == "tables" else []
         options = build_options(settings)
-        self.learnt = Learnt.of(settings.split, columns_of_all(source)) if labels else None
+        self.learnt = LearntRows.of(settings.split, columns_of_all(source)) if labels else None
         column = None if self.learnt is None else self.learnt.column
         self.logs: Logs = logs_to_score(source, self.pipeline, schema, options, as_of, self.lacking, labels, column)
         check_names(self.pipeline)
@@ -381,9 +381,9 @@ class _Scoring:
             "parts": {finished_name(number): part.rows for number, part in enumerate(each) if part.rows},
         }
 
-    def _meaning(self, first: int | None) -> Meaning:
+    def _meaning(self, first: int | None) -> KnownPast:
         events = [log.name for log in self.logs.events]
-        return Meaning(self.as_of, first, events, self.tables_as_of, self.exact_from, self.freshness, self.lacking)
+        return KnownPast(self.as_of, first, events, self.tables_as_of, self.exact_from, self.freshness, self.lacking)
 
 
 def microseconds(time: str) -> int:

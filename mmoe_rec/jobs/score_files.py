@@ -301,7 +301,7 @@ def text_of(value: Scalar) -> str:
 
 
 @dataclass(frozen=True)
-class Learnt:
+class LearntRows:
     """How rows are told that a model was trained, or its best state chosen, on.
 
     split: that it was trained with; lacks_column: whether the rows lack the column that splits them.
@@ -311,9 +311,9 @@ class Learnt:
     lacks_column: bool
 
     @staticmethod
-    def of(split: Split, there: Collection[str]) -> Learnt:
+    def of(split: Split, there: Collection[str]) -> LearntRows:
         """Of rows that have these columns."""
-        return Learnt(split, split.column is not None and split.column not in there)
+        return LearntRows(split, split.column is not None and split.column not in there)
 
     @property
     def column(self) -> str | None:

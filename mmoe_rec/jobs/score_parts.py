@@ -32,7 +32,7 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.inference.loaded import LoadedRanker
 from mmoe_rec.inference.ranking import scored_table
 from mmoe_rec.jobs.measuring.asked import WEIGHT
-from mmoe_rec.jobs.score_files import RANKS, SCORES, Learnt, finished_name, known_rows, label_column, scored_file
+from mmoe_rec.jobs.score_files import RANKS, SCORES, LearntRows, finished_name, known_rows, label_column, scored_file
 from mmoe_rec.log.parts import LogPart
 from mmoe_rec.log.reader import ROWS_PER_PART, LogReader
 from mmoe_rec.log.rows import LogRows, labels_of
@@ -67,7 +67,7 @@ class ScoreJob:
     known_until: int
     exact_from: int | None
     labels_known_by: int | None
-    learnt: Learnt | None
+    learnt: LearntRows | None
     scores: Exchange
     scored: Path
 

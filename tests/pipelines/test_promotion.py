@@ -217,14 +217,14 @@ def test_a_holder_that_computes_something_else_here_keeps_the_alias(
 
 def test_a_model_whose_predictions_are_not_finite_takes_no_alias(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     registry.move_alias(NAME, "champion", "1", world.uri)
-    finite = promotion.Comparison._scored
+    finite = promotion.HolderComparison._scored
 
-    def scored(self: promotion.Comparison, model: Any, *rest: Any) -> Any:
+    def scored(self: promotion.HolderComparison, model: Any, *rest: Any) -> Any:
         if model is self.model:
             model.scale.fill_(float("inf"))
         return finite(self, model, *rest)
 
-    monkeypatch.setattr(promotion.Comparison, "_scored", scored)
+    monkeypatch.setattr(promotion.HolderComparison, "_scored", scored)
     world.train()
     assert holder(world) == "1"
     assert said(world)[0] == "this model gives predictions that are not finite numbers"
@@ -262,15 +262,15 @@ def test_an_outage_during_the_comparison_decides_nothing(
 
 def test_an_alias_that_moved_meanwhile_is_compared_with_anew(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     registry.move_alias(NAME, "champion", "1", world.uri)
-    compare, asked = promotion.Comparison.with_holder, []
+    compare, asked = promotion.HolderComparison.with_holder, []
 
-    def meanwhile(self: promotion.Comparison, found: registry.Version | None) -> promotion.Verdict:
+    def meanwhile(self: promotion.HolderComparison, found: registry.Version | None) -> promotion.Judgement:
         assert found is not None
         asked.append(found.number)
         registry.move_alias(NAME, "champion", "2", world.uri)
         return compare(self, found)
 
-    monkeypatch.setattr(promotion.Comparison, "with_holder", meanwhile)
+    monkeypatch.setattr(promotion.HolderComparison, "with_holder", meanwhile)
     world.train(*SLOW, "--training.seed", "5")
     assert asked == ["1", "2"]
     assert holder(world) == "2"

@@ -19,7 +19,7 @@ METRICS: tuple[Metric[Any], ...] = (
     auc.GaucRequestUnweighted(),
     probability.Logloss(),
     probability.NormalisedEntropy(),
-    probability.Calibration(),
+    probability.CalibrationRatio(),
     probability.ExpectedCalibrationError(),
     regression.RootMeanSquaredError(),
     regression.MeanAbsoluteError(),

@@ -34,7 +34,7 @@ class NormalisedEntropy(Metric[TaskRows]):
         return ratio(ratio(drawn["logloss"], drawn["weight"]), entropy)
 
 
-class Calibration(Ratio[TaskRows]):
+class CalibrationRatio(Ratio[TaskRows]):
     """The sum of the predictions over the sum of the labels."""
 
     name, kinds, better, totals = "calibration", ("binary",), "one", ("prediction", "label")
