@@ -12,8 +12,6 @@ from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
-from mmoe_rec.program import spelled
-
 EXIT_CODE = 2
 STOPPED_EXIT_CODE = 75  # "temporary failure, try again" of sysexits.h
 
@@ -57,10 +55,10 @@ def exit_with_message() -> Iterator[None]:
         yield
     except UserError as error:
         one_line = " ".join(str(error).splitlines())
-        print(f"error: {spelled(one_line)}", file=sys.stderr)
+        print(f"error: {one_line}", file=sys.stderr)
         raise SystemExit(EXIT_CODE) from None
     except StoppedError as stopped:
-        print(f"stopped: {spelled(str(stopped))}", file=sys.stderr)
+        print(f"stopped: {stopped}", file=sys.stderr)
         raise SystemExit(STOPPED_EXIT_CODE) from None
 
 

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mmoe_rec.jobs.commands import doctor
+from mmoe_rec.cli import doctor
 from mmoe_rec.jobs.machine import Installer
 from mmoe_rec.settings.load import load_settings
 from tests.fork_server import run_command
@@ -37,17 +37,16 @@ HOUSEHOLDS = "30"
 
 # How each command is exercised: by a test of this file, or by another that does what the command does.
 EXERCISED_BY = {
-    "python -m pipelines.refresh --config configs/complete_journey.yaml": (
+    "mmoe-rec refresh --config configs/complete_journey.yaml": (
         "pipelines/test_refresh.py::test_days_come_one_after_the_other"
     ),
-    "python -m pipelines.refresh --config configs/shop.yaml --journal sqlite:///data/journal.db": (
+    "mmoe-rec refresh --config configs/shop.yaml --journal sqlite:///data/journal.db": (
         "pipelines/test_refresh_from_journal.py::test_a_refreshed_model_answers_as_the_one_that_learnt"
     ),
-    "python -m pipelines.serve --model models:/shop@champion --journal sqlite:///data/journal.db": (
+    "mmoe-rec serve --model models:/shop@champion --journal sqlite:///data/journal.db": (
         "server/test_events_and_processes.py::test_what_was_acknowledged_survives_kills_of_workers_and_of_the_server"
     ),
-    "python -m pipelines.serve --model models:/complete_journey@champion "
-    "--journal sqlite:///data/journal.db --poll 60": (
+    "mmoe-rec serve --model models:/complete_journey@champion --journal sqlite:///data/journal.db --poll 60": (
         "server/test_events_and_processes.py::test_what_was_acknowledged_survives_kills_of_workers_and_of_the_server"
     ),
     "curl -s localhost:8000/events -H 'Content-Type: application/json' -d @events.json": (
@@ -64,24 +63,24 @@ EXERCISED_BY = {
     Installer(False, "cpu", doctor.requirements()).beside(None).install_all(): (
         "test_pip_command_is_that_of_the_doctor"
     ),
-    "python -m pipelines.doctor": "pipelines/test_doctor.py::test_json_of_this_machine",
+    "mmoe-rec doctor": "pipelines/test_doctor.py::test_json_of_this_machine",
     "python -m pipelines.ingest_complete_journey --out data/complete_journey": "test_commands_of_the_first_data_set",
-    "python -m pipelines.train --config configs/complete_journey.yaml": "test_commands_of_the_first_data_set",
-    "python -m pipelines.train --config configs/complete_journey.yaml --resume": (
+    "mmoe-rec train --config configs/complete_journey.yaml": "test_commands_of_the_first_data_set",
+    "mmoe-rec train --config configs/complete_journey.yaml --resume": (
         "pipelines/test_resume.py::test_kills_change_nothing"
     ),
-    "python -m pipelines.tune --config configs/complete_journey.yaml --trials 20": (
+    "mmoe-rec tune --config configs/complete_journey.yaml --trials 20": (
         "pipelines/test_tune.py::test_the_best_settings_are_found_and_can_be_trained_with"
     ),
-    "python -m pipelines.plan --config configs/cluster.yaml --world-size 16 --local-world-size 8 --hbm-gib 80": (
+    "mmoe-rec plan --config configs/cluster.yaml --world-size 16 --local-world-size 8 --hbm-gib 80": (
         "pipelines/test_plan.py::test_a_terabyte_on_sixteen_cards"
     ),
-    "torchrun --nproc-per-node 2 -m pipelines.train --config configs/complete_journey.yaml": (
+    "torchrun --nproc-per-node 2 -m mmoe_rec train --config configs/complete_journey.yaml": (
         "pipelines/test_commands.py::test_torchrun_says_everything_once"
     ),
     "mlflow ui --backend-store-uri sqlite:///mlflow.db --workers 1 --port 5002": "test_mlflow_pages",
     "mlflow models serve -m models:/complete_journey@champion --env-manager local -p 5001": "test_served_request",
-    "python -m pipelines.serve --model models:/complete_journey@champion --port 8000": "test_commands_of_the_server",
+    "mmoe-rec serve --model models:/complete_journey@champion --port 8000": "test_commands_of_the_server",
     "curl -s localhost:8000/invocations -H 'Content-Type: application/json' -d @request.json": (
         "test_commands_of_the_server"
     ),
@@ -91,81 +90,79 @@ EXERCISED_BY = {
     "curl -s localhost:8000/version": "test_commands_of_the_server",
     "curl -s localhost:8000/metrics": "test_commands_of_the_server",
     "curl -s -X POST localhost:8000/reload": "test_commands_of_the_server",
-    "python -m pipelines.serve --model models:/complete_journey@champion --workers 4 --poll 60": (
+    "mmoe-rec serve --model models:/complete_journey@champion --workers 4 --poll 60": (
         "server/test_processes.py::test_workers_are_replaced_reloaded_and_counted_together"
     ),
     "curl -s localhost:5001/invocations -H 'Content-Type: application/json' -d @request.json": "test_served_request",
-    "python -m pipelines.evaluate --config configs/complete_journey.yaml --model models:/complete_journey@champion": (
+    "mmoe-rec evaluate --config configs/complete_journey.yaml --model models:/complete_journey@champion": (
         "test_commands_of_the_first_data_set"
     ),
-    "python -m pipelines.score --model models:/complete_journey@champion --input data/complete_journey/log "
+    "mmoe-rec score --model models:/complete_journey@champion --input data/complete_journey/log "
     "--output scores": "test_commands_of_the_first_data_set",
-    "python -m pipelines.score --model models:/complete_journey@champion --input data/complete_journey/log "
+    "mmoe-rec score --model models:/complete_journey@champion --input data/complete_journey/log "
     "--output scores_now --as-of tables": "test_commands_of_the_first_data_set",
-    "python -m pipelines.score --model models:/complete_journey@champion --input data/complete_journey/log "
+    "mmoe-rec score --model models:/complete_journey@champion --input data/complete_journey/log "
     "--output labelled --start 2017-09-04T04:00 --end 2017-11-06T05:00 --labels": "test_commands_of_the_first_data_set",
-    "python -m pipelines.train --config configs/complete_journey.yaml --seeds 5": (
+    "mmoe-rec train --config configs/complete_journey.yaml --seeds 5": (
         "pipelines/test_seeds.py::test_trainings_that_were_stopped_go_on_and_their_mean_is_told"
     ),
-    "python -m pipelines.evaluation.baselines --config configs/complete_journey.yaml "
-    "--model models:/complete_journey@champion": (
+    "mmoe-rec baselines --config configs/complete_journey.yaml --model models:/complete_journey@champion": (
         "jobs/test_baselines_command.py::test_a_model_stands_beside_what_it_has_to_beat"
     ),
-    "python -m pipelines.evaluation.tune_weights --config configs/complete_journey.yaml "
+    "mmoe-rec tune-weights --config configs/complete_journey.yaml "
     "--model models:/complete_journey@champion --goal bought --keep rebought=0.002": (
         "jobs/test_tune_weights.py::test_the_choice_is_told_on_test_rows"
     ),
-    "python -m pipelines.evaluation.off_policy --log data/shown --tasks clicked --columns target=p_new "
+    "mmoe-rec off-policy --log data/shown --tasks clicked --columns target=p_new "
     "--where policy=random": "jobs/test_off_policy_command.py::test_one_log_tells_of_the_other",
-    "python -m pipelines.evaluation.promote --config configs/complete_journey.yaml --challenger challenger": (
+    "mmoe-rec promote --config configs/complete_journey.yaml --challenger challenger": (
         "pipelines/test_promote_command.py::test_a_better_version_takes_the_alias_and_gives_it_back"
     ),
-    "python -m pipelines.evaluate --config configs/complete_journey.yaml --model models:/complete_journey@challenger "
+    "mmoe-rec evaluate --config configs/complete_journey.yaml --model models:/complete_journey@challenger "
     "--against models:/complete_journey@champion": (
         "jobs/test_planted_bugs.py::test_models_are_compared_on_the_test_rows"
     ),
-    "python -m pipelines.evaluation.metrics --predictions labelled --config configs/complete_journey.yaml": (
+    "mmoe-rec metrics --predictions labelled --config configs/complete_journey.yaml": (
         "test_commands_of_the_first_data_set"
     ),
-    "python -m pipelines.evaluation.metrics --predictions theirs --tasks clicked liked=0.5 stars:regression=0 "
+    "mmoe-rec metrics --predictions theirs --tasks clicked liked=0.5 stars:regression=0 "
     "--columns user=customer request=session+shown_at predicted_clicked=p_click --out theirs_measured": (
         "jobs/test_metrics.py::test_columns_go_by_other_names_and_requests_by_several"
     ),
-    "python -m pipelines.sweep_experts --config configs/complete_journey.yaml "
-    "--model models:/complete_journey@champion": (
+    "mmoe-rec sweep-experts --config configs/complete_journey.yaml --model models:/complete_journey@champion": (
         "pipelines/test_expert_commands.py::test_the_sweep_has_a_row_for_each_k_and_each_expert"
     ),
-    "python -m pipelines.edit_experts --config configs/complete_journey.yaml --model models:/complete_journey@champion "
+    "mmoe-rec edit-experts --config configs/complete_journey.yaml --model models:/complete_journey@champion "
     "--add 2": "pipelines/test_expert_commands.py::test_adding_experts_keeps_predictions_and_training_goes_on",
-    "python -m pipelines.export --config configs/complete_journey.yaml --model models:/complete_journey@champion "
+    "mmoe-rec export --config configs/complete_journey.yaml --model models:/complete_journey@champion "
     "--out small --int8": "pipelines/test_export.py::test_a_model_in_int8_with_its_figures_on_test_rows",
-    "python -m pipelines.export --model models:/complete_journey@champion --out onnx --onnx": (
+    "mmoe-rec export --model models:/complete_journey@champion --out onnx --onnx": (
         "pipelines/test_export.py::test_an_export_is_replaced_and_nothing_else_is"
     ),
     "python -c \"import pyarrow.dataset as log; print(log.dataset('data/shop/log').schema)\"": SHOP,
     "cp configs/template.yaml configs/shop.yaml": SHOP,
-    "python -m pipelines.features --config configs/shop.yaml": SHOP,
-    "python -m pipelines.inspect --config configs/shop.yaml": SHOP,
-    "python -m pipelines.train --config configs/shop.yaml --training.batch_size 1024": SHOP,
-    "python -m pipelines.evaluate --config configs/shop.yaml --model models:/shop@champion": SHOP,
-    "python -m pipelines.features --config configs/shop.yaml --engine ray": (
+    "mmoe-rec features --config configs/shop.yaml": SHOP,
+    "mmoe-rec inspect --config configs/shop.yaml": SHOP,
+    "mmoe-rec train --config configs/shop.yaml --training.batch_size 1024": SHOP,
+    "mmoe-rec evaluate --config configs/shop.yaml --model models:/shop@champion": SHOP,
+    "mmoe-rec features --config configs/shop.yaml --engine ray": (
         "preprocessing/test_prepare.py::test_ray_changes_no_byte"
     ),
-    "python -m pipelines.features --config configs/shop.yaml --extend": (
+    "mmoe-rec features --config configs/shop.yaml --extend": (
         "pipelines/test_incremental_days.py::test_the_command_says_what_was_added"
     ),
-    "python -m pipelines.train --config configs/shop.yaml --from models:/shop@champion": (
+    "mmoe-rec train --config configs/shop.yaml --from models:/shop@champion": (
         "pipelines/test_incremental_days.py::test_the_started_model_is_registered_beside_the_first_one"
     ),
-    "python -m pipelines.features --config configs/shop.yaml --skip-bad-files": SHOP,
-    "python -m pipelines.serve --model models:/shop@champion --log-requests data/shop/requests --log-share 0.1": (
+    "mmoe-rec features --config configs/shop.yaml --skip-bad-files": SHOP,
+    "mmoe-rec serve --model models:/shop@champion --log-requests data/shop/requests --log-share 0.1": (
         "server/test_logging_processes.py::test_workers_write_one_folder_and_all_of_it_at_sigterm"
     ),
-    "python -m pipelines.join_outcomes --config configs/shop.yaml --requests data/shop/requests "
+    "mmoe-rec join-outcomes --config configs/shop.yaml --requests data/shop/requests "
     "--events data/shop/events --out data/shop/log/served": (
         "live/test_outcomes_loop.py::test_labels_are_the_truth_and_a_second_run_adds_new_requests"
     ),
-    "python -m pipelines.evaluate --config configs/complete_journey.yaml --model models:/complete_journey@champion "
+    "mmoe-rec evaluate --config configs/complete_journey.yaml --model models:/complete_journey@champion "
     "--split validation --predictions data/complete_journey/predictions": (
         "pipelines/test_evaluated_rows.py::test_the_rows_of_a_split_with_their_predictions"
     ),
@@ -221,11 +218,12 @@ def shell(command: str, folder: Path) -> str:
     return done.stdout
 
 
-def run_pipelines(lines: list[str], folder: Path) -> dict[str, str]:
-    """What each `python -m pipelines...` prints; an exit code other than 0 fails the test."""
+def run_lines(lines: list[str], folder: Path) -> dict[str, str]:
+    """What each `mmoe-rec` or `python -m pipelines` prints; an exit code other than 0 fails the test."""
     outputs = {}
     for line in lines:
-        _, _, module, *arguments = shlex.split(line)
+        words = shlex.split(line)
+        module, *arguments = ["mmoe_rec", *words[1:]] if words[0] == "mmoe-rec" else words[2:]
         if module == "pipelines.quickstart":
             (folder / "few.py").write_text(QUICKSTART)
             module = str(folder / "few.py")
@@ -252,7 +250,7 @@ def said(folder: Path) -> dict[str, str]:
     # The log first: the quickstart takes the slice that it then finds.
     lines.sort(key=lambda line: "ingest" not in line)
     lines = [f"{line} --households {HOUSEHOLDS}" if "ingest" in line else line for line in lines]
-    return run_pipelines(lines, folder)
+    return run_lines(lines, folder)
 
 
 @contextmanager
@@ -293,7 +291,9 @@ def test_pip_command_is_that_of_the_doctor() -> None:
 
 def test_commands_of_the_first_data_set(said: dict[str, str], folder: Path) -> None:
     assert {"log", "purchases", "work"} <= {path.name for path in (folder / "data" / "complete_journey").iterdir()}
-    train, evaluate = (next(text for line, text in said.items() if name in line) for name in (".train", ".evaluate"))
+    train, evaluate = (
+        next(text for line, text in said.items() if name in line) for name in ("mmoe-rec train", "mmoe-rec evaluate")
+    )
     # The quickstart has trained it before, so this one may do just as well as the model that holds the alias.
     assert re.search("registered as models:/complete_journey@(champion|challenger)", train)
     assert "ndcg_at_10" in evaluate
@@ -472,7 +472,7 @@ def test_commands_of_the_shop(folder: Path) -> None:
     shell(copy, folder)
     (settings,) = (each for each in blocks("yaml") if each.startswith("name: shop\n"))
     (folder / "configs" / "shop.yaml").write_text(settings)
-    run_pipelines(lines, folder)
+    run_lines(lines, folder)
     tasks = json.loads((folder / "data/shop/work/evaluation/metrics.json").read_text())["tasks"]
     assert tasks["clicked"]["auc"]["value"] > 0.55
     assert tasks["clicked"]["rows"] > tasks["pleased"]["rows"] > 0

@@ -21,7 +21,7 @@ from mmoe_rec.log.hashing import hash_column
 from mmoe_rec.point_in_time.arrays import one_array
 from mmoe_rec.point_in_time.lists import Ragged, join
 
-ADVICE = "run python -m pipelines.features again"
+ADVICE = "run mmoe-rec features again"
 
 
 @dataclass(frozen=True)

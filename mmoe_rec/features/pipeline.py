@@ -329,7 +329,7 @@ def largest_layout(schema: Schema) -> Layout:
     if unbounded := [name for name, tables in largest.items() if tables is None]:
         raise UserError(
             f"features are not built yet, and nothing bounds the number of ids of {', '.join(unbounded)}: give each a "
-            "`max_size`, or run python -m pipelines.features first"
+            "`max_size`, or run mmoe-rec features first"
         )
     return replace(pipeline.layout, tables=tuple(table for tables in largest.values() for table in tables or ()))
 

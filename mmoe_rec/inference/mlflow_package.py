@@ -17,7 +17,6 @@ SERVED_PACKAGES = ("mlflow", "numpy", "pandas", "pyarrow", "pydantic", "safetens
 SERVED_CODE = (
     "__init__.py",
     "errors.py",
-    "program.py",
     "settings",
     "atomic.py",
     "devices.py",

@@ -1,6 +1,6 @@
 """What the doctor makes of what it found: for each fact of a machine, whether it is right, and what to type if not.
 
-Nothing here looks at the machine; `mmoe_rec.jobs.commands.doctor` does.
+Nothing here looks at the machine; `mmoe_rec.cli.doctor` does.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def check_python(version: tuple[int, int, int]) -> Check:
     if oldest <= version[:2] <= newest:
         return Check("Python", "ok", found)
     named = " to ".join(f"{major}.{minor}" for major, minor in PYTHONS)
-    fix = f"uv run --python 3.11 --extra cpu python -m pipelines.doctor  # Python {named}"
+    fix = f"uv run --python 3.11 --extra cpu mmoe-rec doctor  # Python {named}"
     return Check("Python", "fail", found, fix)
 
 
@@ -210,7 +210,7 @@ def check_tables(probe: Probe, installer: Installer) -> Check:
     elif "SIGILL" in error:
         fix = "this processor lacks instructions of the wheels (AVX2 on x86-64): use another machine"
     elif error.startswith("no answer"):
-        fix = "python -m pipelines.doctor  # once more: a first import from a slow disk takes long"
+        fix = "mmoe-rec doctor  # once more: a first import from a slow disk takes long"
     elif "fbgemm" in probe.stage + error:
         fix = installer.reinstall_fbgemm()
     else:

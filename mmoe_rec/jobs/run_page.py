@@ -10,7 +10,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmoe_rec.program import is_installed_command
 from mmoe_rec.progress import say
 from mmoe_rec.settings.sections import Settings
 from mmoe_rec.tracking.client import hide_password, open_monitors, summarise
@@ -27,12 +26,9 @@ _CONTEXTS = {"train": "training", "validation": "validation", "test": "test"}
 def command() -> str:
     """The command line of this process, without passwords."""
     first, *words = sys.argv
-    if is_installed_command():
-        start = "mmoe-rec"
-    else:
-        spec = getattr(sys.modules["__main__"], "__spec__", None)
-        name = None if spec is None else spec.name.removesuffix(".__main__")
-        start = f"python -m {name}" if name else f"python {shlex.quote(Path(first).name)}"
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    name = None if spec is None else spec.name.removesuffix(".__main__")
+    start = f"python -m {name}" if name else shlex.quote(Path(first).name)
     return hide_password(" ".join([start, *(shlex.quote(word) for word in words)]))
 
 

@@ -175,7 +175,7 @@ class _Opening:
         if self.start is not None and self.features is None:
             raise UserError(
                 f"'{self.work}' has no features of this log, these features and this split: to go on from a model, run "
-                "python -m pipelines.features with --extend first"
+                "mmoe-rec features with --extend first"
             )
         if self.features is not None:
             self.features.require_rows("train", "validation")

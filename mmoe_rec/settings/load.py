@@ -15,10 +15,13 @@ from pydantic.fields import FieldInfo
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.kinds import KINDS
-from mmoe_rec.program import TEMPLATE
 from mmoe_rec.settings.columns import Section
 from mmoe_rec.settings.sections import Settings
 from mmoe_rec.settings.yaml_text import load_yaml
+
+_INSTALLED = Path(__file__).parent / "template.yaml"
+TEMPLATE = str(_INSTALLED) if _INSTALLED.is_file() else "configs/template.yaml"
+"""The settings file to start from: an installed package has it, the repository keeps it with its other ones."""
 
 
 def explain(error: ValidationError, tree: Any, where: str) -> Iterator[str]:

@@ -152,7 +152,7 @@ _SEARCHED = {section: keys - {"objective"} for section, keys in CHOICES.items()}
 
 
 class Tuning(Section):
-    """The search for better settings by `python -m pipelines.tune`."""
+    """The search for better settings by `mmoe-rec tune`."""
 
     search: dict[str, Search] = Field(
         {}, description="name of a setting that features do not depend on, such as model.experts.count -> values to try"

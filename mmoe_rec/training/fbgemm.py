@@ -15,7 +15,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.program import spelled
 
 _PARTS = ("torchrec", "fbgemm_gpu")
 
@@ -40,7 +39,7 @@ def require_torchrec(what: str, instead: str = "") -> None:
     if not torchrec_installed():
         raise UserError(
             f"{what} needs torchrec and fbgemm, which are not installed; they come with the extra cpu or cuda, and "
-            f"`{spelled('python -m pipelines.doctor')}` says what to type{instead and f'; or {instead}'}"
+            f"`mmoe-rec doctor` says what to type{instead and f'; or {instead}'}"
         )
 
 
@@ -48,15 +47,14 @@ def note() -> str:
     """What a training without torchrec says of its tables."""
     return (
         "tables are trained by plain PyTorch in one process, since torchrec (fbgemm) is not installed: "
-        f"`{spelled('python -m pipelines.doctor')}` says what to type for sharded tables"
+        "`mmoe-rec doctor` says what to type for sharded tables"
     )
 
 
 def _does_not_load(error: Exception) -> UserError:
     reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
     return UserError(
-        f"torchrec and fbgemm are installed, but do not load ({reason}): "
-        f"{spelled('python -m pipelines.doctor')} says what to type"
+        f"torchrec and fbgemm are installed, but do not load ({reason}): mmoe-rec doctor says what to type"
     )
 
 

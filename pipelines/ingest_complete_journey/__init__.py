@@ -331,5 +331,5 @@ def main(arguments: list[str] | None = None) -> None:
             "seconds": time.perf_counter() - started,
         },
         log=options.out / "log",
-        next_command="python -m pipelines.train --config configs/complete_journey.yaml",
+        next_command="mmoe-rec train --config configs/complete_journey.yaml",
     )

@@ -147,7 +147,7 @@ def _open(path: Path) -> pq.ParquetWriter:
 
 def next_command(plan: Plan, out: Path) -> str:
     """What to type to train on the log, with the settings in which it differs from configs/synthetic.yaml."""
-    command = ["python", "-m", "pipelines.train", "--config", "configs/synthetic.yaml"]
+    command = ["mmoe-rec", "train", "--config", "configs/synthetic.yaml"]
     if out != DEFAULT_OUT:
         command += ["--data.log", str(out), "--data.work", str(out.with_name(f"{out.name}-work"))]
     if plan.days != DAYS:

@@ -58,8 +58,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings = quickstart_settings(options.fast, out, overrides)
     from rich.console import Console
 
+    from mmoe_rec.cli.command import show
     from mmoe_rec.jobs.baselines import measure_baselines
-    from mmoe_rec.jobs.commands.command import show
     from mmoe_rec.jobs.evaluate import evaluate_model
     from mmoe_rec.jobs.train import train_model
     from mmoe_rec.jobs.validations import told_of

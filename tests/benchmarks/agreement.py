@@ -150,7 +150,7 @@ def served(cut: Cut, server: Running) -> Scores:
 
 def run(folder: Path, command: str, *words: str) -> None:
     """Runs a command of the project in a folder."""
-    subprocess.run([sys.executable, "-m", f"pipelines.{command}", *words], cwd=folder, check=True, stdout=2)
+    subprocess.run([sys.executable, "-m", "mmoe_rec", command, *words], cwd=folder, check=True, stdout=2)
 
 
 def benchmark(config: Path, rows: int) -> dict[str, dict[str, float]]:

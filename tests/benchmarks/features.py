@@ -1,6 +1,6 @@
 """python -m tests.benchmarks.features --repeats 3
 
-How fast is `pipelines.features`? On the same rows of one log, each in a process of its own, it is timed beside
+How fast is `mmoe-rec features`? On the same rows of one log, each in a process of its own, it is timed beside
 
 pandas        the same features as one writes them with pandas and scikit-learn (`pandas_features.py`);
 tuned_pandas  the same by an expert who writes for speed (`tuned_pandas_features.py`);

@@ -1,4 +1,4 @@
-"""python -m tests.benchmarks.memory -- python -m pipelines.train --config configs/synthetic.yaml
+"""python -m tests.benchmarks.memory -- mmoe-rec train --config configs/synthetic.yaml
 
 Run a command and print, as JSON, how long it took and the peak memory of it and all that it started: the sum of their
 proportional set sizes (PSS: a page that n processes share counts 1/n in each), read five times a second. Linux only.

@@ -79,7 +79,7 @@ def by_mlflow(address: str | Path, folder: Path, cwd: Path | None = None) -> Ite
 def by_ours(model: Path, folder: Path, workers: int = 1) -> Iterator[Running]:
     """Our server."""
     port = free_port()
-    words = [sys.executable, "-m", "pipelines.serve", "--model", str(model), "--port", str(port)]
+    words = [sys.executable, "-m", "mmoe_rec", "serve", "--model", str(model), "--port", str(port)]
     with serving([*words, "--workers", str(workers)], port, folder) as running:
         yield running
 

@@ -1,4 +1,4 @@
-"""This project's training on the rows of `tests/benchmarks/training.py`, by the trainer that `pipelines.train` runs."""
+"""This project's training on the rows of `tests/benchmarks/training.py`, by the trainer that `mmoe-rec train` runs."""
 
 from __future__ import annotations
 

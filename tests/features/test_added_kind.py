@@ -69,16 +69,16 @@ KIND = Kind(RemainderFeature, EmbeddedRemainder, RemainderEncoder)
 
 SCRIPT = """
 import json
-from mmoe_rec.jobs.commands import evaluate, features, inspect, plan, train
+from mmoe_rec.cli.main import main
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.settings.help import describe
 
 assert "features.NAME (kind: remainder): An integer's remainder, embedded." in describe()
 words = ["--config", "settings.yaml"]
-plan.main([*words, "--world-size", "1", "--local-world-size", "1"])
-for command in (features, train, inspect):
-    command.main(words)
-evaluate.main([*words, "--model", "work/model"])
+main(["plan", *words, "--world-size", "1", "--local-world-size", "1"])
+for command in ("features", "train", "inspect"):
+    main([command, *words])
+main(["evaluate", *words, "--model", "work/model"])
 candidates = {"item": [1, 2, 3, 4, 5, 8]}
 ranking = Ranker.load("work/model").rank({"user": 3}, {"time": "2024-03-11T00:00:00Z"}, candidates)
 print("RANKED", json.dumps(ranking.to_dict()))

@@ -13,7 +13,7 @@ from sklearn.metrics import roc_auc_score
 
 from mmoe_rec.batches.encoded_rows import EncodedRows
 from mmoe_rec.jobs import baselines, evaluate
-from mmoe_rec.jobs.commands.evaluation.baselines import main
+from tests import commands
 from tests.inference.small_model import SmallModel
 from tests.log.small_logs import BASE, random_log
 
@@ -24,7 +24,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> SmallModel:
 
 
 def run(model: SmallModel, *words: str) -> Path:
-    main(["--config", str(model.config()), *words])
+    commands.run("baselines", "--config", str(model.config()), *words)
     return Path(model.settings.data.work) / "baselines"
 
 

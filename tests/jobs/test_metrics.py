@@ -18,7 +18,6 @@ from mmoe_rec.evaluation.scoring import score_rows
 from mmoe_rec.evaluation.sums import measure
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.jobs import metrics
-from mmoe_rec.jobs.commands.evaluation.metrics import main
 from mmoe_rec.jobs.measuring import parts
 from mmoe_rec.jobs.measuring.asked import asked_by_settings, asked_by_words
 from mmoe_rec.jobs.metrics import How
@@ -27,6 +26,7 @@ from mmoe_rec.jobs.score import score_log
 from mmoe_rec.preprocessing.prepare import encode_with
 from mmoe_rec.report.documents import summary_tree
 from mmoe_rec.settings.sections import Evaluation
+from tests.commands import run
 from tests.evaluation.trees import summarise
 from tests.inference.small_model import SmallModel
 from tests.jobs.scored import write_finely
@@ -276,7 +276,16 @@ def test_the_output_of_two_models_in_one_folder_is_refused(tmp_path: Path) -> No
     (source / "copy.parquet").write_bytes((source / "0.parquet").read_bytes())
     with pytest.raises(UserError, match=r"has candidate [0-9]+ more than once, as where files of two models"):
         measure_predictions(asked_by_words(["bought"]), str(source), tmp_path / "out", How(20))
-    main(["--predictions", str(source), "--tasks", "bought", "--keep-duplicates", "--out", str(tmp_path / "kept")])
+    run(
+        "metrics",
+        "--predictions",
+        str(source),
+        "--tasks",
+        "bought",
+        "--keep-duplicates",
+        "--out",
+        str(tmp_path / "kept"),
+    )
     assert json.loads((tmp_path / "kept" / "metrics.json").read_text())["rows"] == 6_000
 
 
@@ -331,13 +340,13 @@ def test_files_of_other_types_are_named(tmp_path: Path) -> None:
 )
 def test_wrong_words_are_told(words: list[str], message: str, tmp_path: Path, capsys) -> None:
     with pytest.raises(SystemExit):
-        main(["--predictions", str(tmp_path), *words])
+        run("metrics", "--predictions", str(tmp_path), *words)
     assert re.search(message, capsys.readouterr().err)
 
 
 def test_the_command_prints_a_table(tmp_path: Path, capsys) -> None:
     source = written(predicted(9), tmp_path / "in")
-    main(["--predictions", str(source), "--tasks", *TASKS, "--out", str(tmp_path / "out"), "--resamples", "20"])
+    run("metrics", "--predictions", str(source), "--tasks", *TASKS, "--out", str(tmp_path / "out"), "--resamples", "20")
     printed = capsys.readouterr().out
     for word in ("bought", "auc ↑", "stars", "rmse ↓", "ndcg_at_10 ↑", "metrics.json"):
         assert word in printed
@@ -382,7 +391,7 @@ def test_predictions_are_compared_with_others_of_the_same_rows(tmp_path: Path, c
     source, others = written(frame, tmp_path / "ours"), written(other, tmp_path / "theirs", files=2)
     out = tmp_path / "out"
     words = ["--tasks", *TASKS, "--resamples", "200", "--out", str(out)]
-    main(["--predictions", str(source), "--against", str(others), *words])
+    run("metrics", "--predictions", str(source), "--against", str(others), *words)
     printed = capsys.readouterr().out
     comparison = json.loads((out / "comparison.json").read_text())
     told = comparison["against"]["theirs"]
@@ -396,9 +405,9 @@ def test_predictions_are_compared_with_others_of_the_same_rows(tmp_path: Path, c
     assert told["verdict"]["kind"] == "better"
     assert "'ours' is better than 'theirs': auc of bought is higher by " in " ".join(printed.split())
     assert json.loads((out / "against" / "1" / "metrics.json").read_text())["predictions"] == str(others)
-    main(["--predictions", str(others), "--against", str(source), *words])
+    run("metrics", "--predictions", str(others), "--against", str(source), *words)
     assert json.loads((out / "comparison.json").read_text())["against"]["ours"]["verdict"]["kind"] == "worse"
-    main(["--predictions", str(source), *words])
+    run("metrics", "--predictions", str(source), *words)
     assert not (out / "comparison.json").exists()
     assert not (out / "against").exists()
 
@@ -481,7 +490,7 @@ def test_names_are_no_markup(tmp_path: Path, capsys: pytest.CaptureFixture) -> N
     frame = predicted(25, rows=600)
     sides = [str(written(frame, tmp_path / name)) for name in ("m[a]", "m[b]")]
     words = ["--tasks", *TASKS, "--resamples", "20", "--out", str(tmp_path / "out")]
-    main(["--predictions", sides[0], "--against", sides[1], *words])
+    run("metrics", "--predictions", sides[0], "--against", sides[1], *words)
     printed = capsys.readouterr().out
     assert printed.count("m[a]") >= 2
     assert printed.count("m[b]") >= 2

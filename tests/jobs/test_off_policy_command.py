@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from mmoe_rec.jobs.commands.evaluation.off_policy import main
+from tests import commands
 from tests.evaluation.test_off_policy import Bandit
 
 
@@ -33,18 +33,17 @@ def frame(bandit: Bandit, shows: np.ndarray, policy: str, seed: int, rows: int =
 
 def run(folder: Path, *words: str) -> int:
     try:
-        main(
-            [
-                "--log",
-                str(folder / "log"),
-                "--tasks",
-                "clicked",
-                "--out",
-                str(folder / "out"),
-                "--resamples",
-                "100",
-                *words,
-            ]
+        commands.run(
+            "off-policy",
+            "--log",
+            str(folder / "log"),
+            "--tasks",
+            "clicked",
+            "--out",
+            str(folder / "out"),
+            "--resamples",
+            "100",
+            *words,
         )
     except SystemExit as ended:
         return int(ended.code or 0)

@@ -15,7 +15,6 @@ from mmoe_rec.batches.encoded_rows import EncodedRows
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.scoring import COLUMNS, score_rows
 from mmoe_rec.inference.ranker import Ranker
-from mmoe_rec.jobs.commands.score import main
 from mmoe_rec.jobs.places import logs_for
 from mmoe_rec.jobs.score import microseconds
 from mmoe_rec.jobs.score_files import RANKS, SCORES
@@ -24,6 +23,7 @@ from mmoe_rec.log.columns import UTC_MICROSECONDS
 from mmoe_rec.model.score import with_outcomes
 from mmoe_rec.preprocessing.exchange import Exchange, partition_of
 from mmoe_rec.preprocessing.prepare import encode_with
+from tests.commands import run
 from tests.inference.small_model import SmallModel, as_request
 from tests.jobs.scored import read, scored, write_finely
 from tests.log.small_logs import BASE, DAY, START, random_log, with_requests
@@ -200,20 +200,20 @@ def test_rows_that_the_tables_know_the_future_of_are_told(
 
     source = write_finely(tmp_path / "log", log, numbered(later, 10**6), numbered(at_the_end, 2 * 10**6))
     arguments = ["--model", str(small.folder), "--input", str(source), "--output", str(tmp_path / "out")]
-    main([*arguments, "--as-of", "tables"])
+    run("score", *arguments, "--as-of", "tables")
     told = capsys.readouterr().out
     assert "; 680 of 760 rows were requested before 2023-" in told
     assert ", from when on they are exact, so their features know their future" in told
     assert f"scores: {tmp_path / 'out'}" in told
-    main([*arguments, "--as-of", "tables"])
+    run("score", *arguments, "--as-of", "tables")
     assert "these rows were already scored" in capsys.readouterr().out
     # The same rows may be left out, or be the past of those that are scored.
     start = np.datetime64(START + 15 * DAY, "us").item().isoformat()
-    main([*arguments, "--as-of", "tables", "--start", start])
+    run("score", *arguments, "--as-of", "tables", "--start", start)
     assert "80 rows scored" in (told := capsys.readouterr().out)
     assert "their future" not in told
     assert len(read(tmp_path / "out")) == 80
-    main([*arguments, "--start", start, "--data.duplicates", "keep"])
+    run("score", *arguments, "--start", start, "--data.duplicates", "keep")
     assert json.loads((tmp_path / "out" / "_manifest.json").read_text())["as_of"] == "log"
 
 

@@ -11,9 +11,9 @@ import pyarrow as pa
 import pytest
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.jobs.commands.score import main
 from mmoe_rec.jobs.score import score_log
 from mmoe_rec.jobs.score_files import AsOf
+from tests.commands import run
 from tests.inference.small_model import SmallModel
 from tests.jobs.scored import write_finely
 from tests.log.small_logs import at_times, random_log, times_of, with_requests
@@ -127,10 +127,10 @@ def test_columns_of_the_same_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["--as-of", "now"], "argument --as-of: invalid choice: 'now'"),
+        (["--as-of", "now"], "invalid value for '--as-of': 'now' is not one of 'log', 'tables'"),
         (["--start", "yesterday"], "'yesterday' is no time; write it like 2017-09-04"),
         (["--data.worker", "2"], "data.worker"),
-        (["--engine", "spark"], "argument --engine"),
+        (["--engine", "spark"], "invalid value for '--engine': 'spark' is not one of"),
     ],
 )
 def test_the_command_says_one_sentence(
@@ -139,7 +139,7 @@ def test_the_command_says_one_sentence(
     source = write_finely(tmp_path / "log", good())
     arguments = ["--model", small.folder, "--input", source, "--output", tmp_path / "out", *options]
     with pytest.raises(SystemExit) as ended:
-        main([str(each) for each in arguments])
+        run("score", *arguments)
     assert ended.value.code == 2
     told = capsys.readouterr().err
     assert says in told

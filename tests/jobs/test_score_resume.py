@@ -14,9 +14,9 @@ from mmoe_rec.errors import StoppedError
 from mmoe_rec.inference.writing import seal
 from mmoe_rec.jobs import score
 from mmoe_rec.jobs import score_parts as parts
-from mmoe_rec.jobs.commands.score import main
 from mmoe_rec.jobs.score import score_log
 from mmoe_rec.preprocessing import engines
+from tests.commands import run
 from tests.inference.small_model import SmallModel
 from tests.jobs.scored import killed_run, write_finely
 from tests.log.small_logs import files_of, random_log, with_requests
@@ -135,7 +135,7 @@ def test_scores_of_an_earlier_version_are_taken_as_they_are(
     tree = json.loads(manifest.read_text(encoding="utf-8"))
     del tree["learnt"]
     manifest.write_text(json.dumps(tree), encoding="utf-8")
-    main(["--model", str(small.folder), "--input", str(source), "--output", str(tmp_path / "out")])
+    run("score", "--model", str(small.folder), "--input", str(source), "--output", str(tmp_path / "out"))
     assert "these rows were already scored" in capsys.readouterr().out
 
 

@@ -16,8 +16,8 @@ from sklearn.metrics import roc_auc_score
 
 from mmoe_rec.evaluation.slices import MISSING, OTHERS, SliceBy
 from mmoe_rec.jobs import metrics
-from mmoe_rec.jobs.commands.evaluation.metrics import main
 from mmoe_rec.jobs.measuring import parts
+from tests.commands import run
 from tests.jobs.test_planted_bugs import rows
 
 
@@ -35,7 +35,7 @@ def measured(found: pd.DataFrame, folder: Path, *slices: str) -> pd.DataFrame:
         found.iloc[number::3].to_parquet(folder / f"{number}.parquet", index=False, row_group_size=997)
     out = folder.with_name("out")
     words = ["--predictions", str(folder), "--tasks", "bought", "--resamples", "50", "--out", str(out)]
-    main([*words, *(["--slices", *slices] if slices else [])])
+    run("metrics", *words, *(["--slices", *slices] if slices else []))
     return pd.read_parquet(out / "slices.parquet")
 
 
@@ -88,7 +88,7 @@ def test_models_are_compared_in_slices_of_the_same_rows(tmp_path: Path, capsys: 
         found.to_parquet(tmp_path / name / "0.parquet", index=False)
         sides[name] = str(tmp_path / name)
     words = ["--predictions", sides["mine"], "--against", sides["theirs"], "--tasks", "bought", "--resamples", "20"]
-    main([*words, "--out", str(tmp_path / "out"), "--slices", "rank", "device"])
+    run("metrics", *words, "--out", str(tmp_path / "out"), "--slices", "rank", "device")
     table = pd.read_parquet(tmp_path / "out" / "slices.parquet")
     assert set(table[table["by"] == "rank"]["beside"]) == {"all rows"}
     assert set(table[table["by"] == "device"]["beside"]) == {"all rows", "theirs"}
@@ -104,7 +104,7 @@ def test_another_score_of_the_same_predictions_is_told_of(tmp_path: Path, capsys
         (tmp_path / name).mkdir()
         found.to_parquet(tmp_path / name / "0.parquet", index=False)
     words = ["--predictions", str(tmp_path / "mine"), "--against", str(tmp_path / "theirs"), "--tasks", "bought"]
-    main([*words, "--resamples", "50", "--out", str(tmp_path / "out")])
+    run("metrics", *words, "--resamples", "50", "--out", str(tmp_path / "out"))
     printed = " ".join(capsys.readouterr().out.split())
     told = (
         "'mine' and 'theirs' do not differ in what decides, though in ndcg_at_5 of the score, ndcg_at_10 of the score"
@@ -120,7 +120,7 @@ def test_columns_of_the_path_are_sliced_by(tmp_path: Path) -> None:
         (tmp_path / "in" / f"device={name}").mkdir(parents=True)
         each.drop(columns="device").to_parquet(tmp_path / "in" / f"device={name}" / "0.parquet", index=False)
     words = ["--predictions", str(tmp_path / "in"), "--tasks", "bought", "--resamples", "20", "--slices", "device"]
-    main([*words, "--out", str(tmp_path / "out")])
+    run("metrics", *words, "--out", str(tmp_path / "out"))
     assert areas(pd.read_parquet(tmp_path / "out" / "slices.parquet"), "device") == pytest.approx(expected)
 
 

@@ -12,8 +12,8 @@ from mmoe_rec.batches.encoded_rows import EncodedRows
 from mmoe_rec.evaluation.scoring import score_rows
 from mmoe_rec.evaluation.tradeoffs import WeightsChoice, lists_of
 from mmoe_rec.inference.ranker import Ranker
-from mmoe_rec.jobs.commands.evaluation.tune_weights import main
 from mmoe_rec.report.tables import show_choice
+from tests import commands
 from tests.inference.small_model import SmallModel
 
 
@@ -24,7 +24,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> SmallModel:
 
 def run(model: SmallModel, *words: str) -> int:
     try:
-        main(["--config", str(model.config()), "--model", str(model.folder), *words])
+        commands.run("tune-weights", "--config", str(model.config()), "--model", str(model.folder), *words)
     except SystemExit as ended:
         return int(ended.code or 0)
     return 0

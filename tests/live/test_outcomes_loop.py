@@ -25,7 +25,7 @@ from mmoe_rec.model.tables import plain_tables
 from mmoe_rec.preprocessing.prepare import prepare
 from mmoe_rec.request_log.folder import LogOptions
 from mmoe_rec.settings.load import load_settings
-from pipelines import features, join_outcomes, train
+from tests import commands
 from tests.pipelines.imports import ROOT
 from tests.pipelines.learnable_log import settings_tree, write_files
 from tests.processes import until
@@ -150,7 +150,7 @@ def found(rows: pa.Table) -> dict[tuple[int, int], Any]:
 
 
 def test_labels_are_the_truth_and_a_second_run_adds_new_requests(loop: Loop) -> None:
-    join_outcomes.main(loop.words())
+    commands.run("join-outcomes", *loop.words())
     rows = loop.rows()
     assert len(rows) == 150 * 5
     labels = found(rows)
@@ -158,12 +158,12 @@ def test_labels_are_the_truth_and_a_second_run_adds_new_requests(loop: Loop) -> 
     assert 50 < sum(click for _, click, _ in labels.values()) < 500
     assert {liked for _, _, liked in labels.values()} == {None, 0, 1}
     first = [*loop.out.glob("run-*")]
-    join_outcomes.main(loop.words())
+    commands.run("join-outcomes", *loop.words())
     assert [*loop.out.glob("run-*")] == first
     with logging_app(loop.folder / "model", LogOptions(loop.folder / "requests", share=1.0)) as app:
         loop.live(app, 600, 50)
     loop.end(60)
-    join_outcomes.main(loop.words())
+    commands.run("join-outcomes", *loop.words())
     assert len(loop.rows()) == 200 * 5
     assert loop.rows().slice(0, len(rows)) == rows
     assert found(loop.rows()) == loop.truth
@@ -172,7 +172,7 @@ def test_labels_are_the_truth_and_a_second_run_adds_new_requests(loop: Loop) -> 
 def test_training_takes_the_rows_as_they_are(loop: Loop) -> None:
     """As further days of the log that the model was trained on, and as a log of their own."""
     if not loop.out.exists():
-        join_outcomes.main(loop.words())
+        commands.run("join-outcomes", *loop.words())
     added = loop.folder / "log" / "served"
     for run in sorted(loop.out.glob("run-*")):
         (added / run.name).mkdir(parents=True)
@@ -182,10 +182,10 @@ def test_training_takes_the_rows_as_they_are(loop: Loop) -> None:
     tree = settings_tree(loop.folder, tasks=TASKS, outcomes=OUTCOMES, split=split)
     config = loop.folder / "next.yaml"
     config.write_text(yaml.safe_dump(tree), encoding="utf-8")
-    features.main(["--config", str(config), "--extend"])
+    commands.run("features", "--config", str(config), "--extend")
     tree["data"] = {"log": str(loop.out), "work": str(loop.folder / "own")}
     config.write_text(yaml.safe_dump(tree), encoding="utf-8")
-    train.main(["--config", str(config), "--training.batch_size", "32"])
+    commands.run("train", "--config", str(config), "--training.batch_size", "32")
 
 
 KILLED = """
@@ -203,8 +203,8 @@ def stop(*arguments, **options):
     while True:
         pass
 setattr(module, name, stop)
-from pipelines.join_outcomes import main
-main(sys.argv[3:])
+from mmoe_rec.cli.main import main
+main(["join-outcomes", *sys.argv[3:]])
 """
 
 
@@ -213,7 +213,7 @@ def test_a_run_that_is_killed_leaves_nothing_and_the_next_one_does_the_same(
     loop: Loop, tmp_path: Path, moment: str
 ) -> None:
     expected, killed = tmp_path / "expected", tmp_path / "killed"
-    join_outcomes.main([*loop.words()[:-1], str(expected)])
+    commands.run("join-outcomes", *loop.words()[:-1], str(expected))
     marker = tmp_path / "reached"
     words = [sys.executable, "-c", KILLED, moment, str(marker), *loop.words()[:-1], str(killed)]
     process = subprocess.Popen(words, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
@@ -224,7 +224,7 @@ def test_a_run_that_is_killed_leaves_nothing_and_the_next_one_does_the_same(
         process.send_signal(signal.SIGKILL)
         process.wait()
     assert [each.name for each in killed.iterdir()] == [".work"]
-    join_outcomes.main([*loop.words()[:-1], str(killed)])
+    commands.run("join-outcomes", *loop.words()[:-1], str(killed))
     names = {str(each.relative_to(expected)) for each in expected.rglob("*")}
     assert names == {str(each.relative_to(killed)) for each in killed.rglob("*")}
     for name in names:

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.jobs.commands.live.replay import main
 from mmoe_rec.jobs.replay import ReplayOptions, replay
 from mmoe_rec.jobs.replay_server import OwnServer
+from tests.commands import run
 from tests.inference.small_model import SmallModel
 from tests.live.replayed_log import FROM, TO, model_of
 from tests.log.small_logs import DAY
@@ -63,7 +63,7 @@ def test_nothing_is_lost_or_counted_twice_where_processes_are_killed(small: Smal
 def test_the_command_by_itself(small: SmallModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "settings.yaml").write_text(small.settings.to_yaml(), encoding="utf-8")
     words = ["--config", str(tmp_path / "settings.yaml"), "--model", str(small.folder), "--keep", str(tmp_path)]
-    main([*words, "--from", "2023-11-20T22:13:20", "--to", "2023-11-21T22:13:20"])
+    run("replay", *words, "--from", "2023-11-20T22:13:20", "--to", "2023-11-21T22:13:20")
     report = json.loads((tmp_path / "replay.json").read_text())
     assert report["mismatches"] == 0
     assert report["logged_rows"] == report["rows"] > 20
@@ -71,7 +71,7 @@ def test_the_command_by_itself(small: SmallModel, tmp_path: Path, capsys: pytest
     assert not (Path(small.settings.data.work) / "replay").exists()
     # Attributes that the server takes from its tables are not those of each row.
     with pytest.raises(SystemExit) as ended:
-        main([*words, "--from", "2023-11-20T22:13:20", "--to", "2023-11-21T04:13:20", "--ids-only", "--values"])
+        run("replay", *words, "--from", "2023-11-20T22:13:20", "--to", "2023-11-21T04:13:20", "--ids-only", "--values")
     assert ended.value.code == 1
     assert "feature 'user_brand_liked' (task 'liked' by user, brand" in capsys.readouterr().out
 

@@ -33,7 +33,7 @@ import json
 from pathlib import Path
 import torch
 from mmoe_rec.errors import UserError
-from mmoe_rec.jobs.commands import train
+from mmoe_rec.cli.main import main
 from mmoe_rec.inference.loaded import LoadedRanker
 from mmoe_rec.settings.help import describe
 from mmoe_rec.settings.load import load_settings
@@ -44,7 +44,7 @@ for setting, value in (("routing", "above_averag"), ("random_top_k", "true"), ("
         load_settings("settings.yaml", [f"--model.gates.{setting}", value])
     except UserError as error:
         refused.append(str(error))
-train.main(["--config", "settings.yaml"])
+main(["train", "--config", "settings.yaml"])
 
 ranker, inputs = LoadedRanker.read(Path("work/model")), []
 mixture = ranker.model.mixture

@@ -27,7 +27,7 @@ class Training:
     @property
     def command(self) -> list[str]:
         """The same before and after a kill."""
-        command = ["pipelines.train", "--config", CONFIG, "--resume"]
+        command = ["mmoe_rec", "train", "--config", CONFIG, "--resume"]
         command += ["--data.log", str(self.log), "--data.work", str(self.work)]
         command += ["--tracking.uri", f"sqlite:///{self.work}/mlflow.db", "--training.batch_size", "64"]
         return [
@@ -97,7 +97,7 @@ def whole_training(folder: Path, rows: int = 20_000) -> tuple[Training, float]:
     built = ["--data.log", str(log), "--data.work", str(folder / "built")]
     for words in (
         ["pipelines.make_synthetic_log", "--out", str(log), "--rows", str(rows)],
-        ["pipelines.features", "--config", CONFIG, *built],
+        ["mmoe_rec", "features", "--config", CONFIG, *built],
     ):
         assert (made := run_command(*words)).returncode == 0, made.stderr
     whole = Training(log, folder / "whole")

@@ -15,7 +15,7 @@ from mmoe_rec.point_in_time.join import in_window
 from mmoe_rec.settings.sections import Settings
 from mmoe_rec.tracking import registry, runs
 from mmoe_rec.tracking.registry import Version, fetch_model, find_holder, move_alias
-from pipelines import refresh
+from tests import commands
 from tests.inference.small_model import SmallModel
 from tests.log.small_logs import BASE, DAY, START, random_log, times_of, with_requests
 
@@ -53,7 +53,7 @@ class RefreshedModel:
 
     def refresh(self, *words: str) -> None:
         """The command."""
-        refresh.main(["--config", str(self.config), *words])
+        commands.run("refresh", "--config", str(self.config), *words)
 
     def holder(self, alias: str = "champion") -> Version:
         """The version that holds an alias."""

@@ -16,7 +16,7 @@ import yaml
 
 from mmoe_rec.tracking.registry import Version, find_holder
 from mmoe_rec.training.loop import Trainer
-from pipelines import features, train
+from tests.commands import run
 from tests.pipelines.learnable_log import START, learnable_log, settings_tree
 
 FIRST_DAY = {"train_end": "2024-03-06", "validation_end": "2024-03-08"}
@@ -58,11 +58,11 @@ class World:
     def add_a_day(self) -> None:
         """The later file comes, and features are extended by it."""
         (self.folder / "later.parquet").rename(self.folder / "log" / "later.parquet")
-        features.main(["--config", str(self.folder / "second.yaml"), "--extend"])
+        run("features", "--config", str(self.folder / "second.yaml"), "--extend")
 
     def train(self, *words: str, day: str = "first") -> None:
         """The command."""
-        train.main(["--config", str(self.folder / f"{day}.yaml"), *words])
+        run("train", "--config", str(self.folder / f"{day}.yaml"), *words)
 
     @property
     def uri(self) -> str:

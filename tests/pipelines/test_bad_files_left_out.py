@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from mmoe_rec.tracking import registry
-from pipelines import evaluate, features, inspect, train
+from tests import commands
 from tests.pipelines.learnable_log import learnable_log, write_files
 
 
@@ -27,10 +27,10 @@ def config(tmp_path: Path) -> Path:
 
 def test_a_bad_file_ends_the_command_unless_it_is_to_be_skipped(config: Path, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit):
-        features.main(["--config", str(config)])
+        commands.run("features", "--config", str(config))
     assert "x-cut.parquet' is not a readable Parquet file" in capsys.readouterr().err
     assert not (config.parent / "work" / "features").exists()
-    features.main(["--config", str(config), "--skip-bad-files"])
+    commands.run("features", "--config", str(config), "--skip-bad-files")
     said = capsys.readouterr().out
     assert "left out: '" in said
     assert "x-cut.parquet" in said
@@ -39,13 +39,13 @@ def test_a_bad_file_ends_the_command_unless_it_is_to_be_skipped(config: Path, ca
 
 def test_what_was_left_out_is_in_the_report_and_in_mlflow(config: Path) -> None:
     options = ["--config", str(config), "--skip-bad-files"]
-    inspect.main(options)
+    commands.run("inspect", *options)
     report = config.parent / "work" / "inspection"
     listed = json.loads((report / "health.json").read_text())["overview"]["left_out"]
     assert [Path(each["file"]).name for each in listed] == ["x-cut.parquet", "y-text.parquet"]
     assert "y-text.parquet" in (report / "health.html").read_text()
 
-    train.main([*options, "--training.epochs", "1", "--training.batch_size", "2048"])
+    commands.run("train", *options, "--training.epochs", "1", "--training.batch_size", "2048")
     uri = f"sqlite:///{config.parent / 'mlflow.db'}"
     run = mlflow.get_run(registry.find_run("models:/learnable@champion", uri))
     assert run.data.tags["data.files_left_out"] == "2"
@@ -61,15 +61,15 @@ def test_an_evaluation_says_what_it_leaves_out(config: Path, capsys: pytest.Capt
     pq.write_table(log.filter(odd), second.with_name("c.parquet"))
     pq.write_table(log.filter(pc.invert(odd)), second)
     options = ["--config", str(config), "--skip-bad-files"]
-    train.main([*options, "--training.epochs", "1", "--training.batch_size", "2048"])
+    commands.run("train", *options, "--training.epochs", "1", "--training.batch_size", "2048")
     words = ["--model", "models:/learnable@champion"]
-    evaluate.main([*options, *words])
+    commands.run("evaluate", *options, *words)
     uri = f"sqlite:///{config.parent / 'mlflow.db'}"
     run_id = registry.find_run("models:/learnable@champion", uri)
     before = mlflow.get_run(run_id).data.metrics
     second.with_name("c.parquet").write_bytes(second.read_bytes()[:-40])
     capsys.readouterr()
-    evaluate.main([*options, *words, "--data.work", str(config.parent / "other")])
+    commands.run("evaluate", *options, *words, "--data.work", str(config.parent / "other"))
     said = " ".join(capsys.readouterr().err.split())
     assert said.count("left out: '") == 3
     assert "c.parquet" in said

@@ -15,7 +15,7 @@ from mmoe_rec.model.score import UNCALIBRATED, Calibration
 from mmoe_rec.preprocessing.prepare import Prepared
 from mmoe_rec.settings.load import load_settings
 from mmoe_rec.tracking import registry
-from pipelines import evaluate, train
+from tests.commands import run
 from tests.pipelines.learnable_log import settings_tree, write_files
 
 
@@ -39,7 +39,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     folder = tmp_path_factory.mktemp("calibrated")
     training = settings_tree(folder)["training"] | {"epochs": 1, "calibration": "temperature"}
     config = write_files(folder, training=training)
-    train.main(["--config", str(config)])
+    run("train", "--config", str(config))
     return World(folder, config, Ranker.load(folder / "work" / "model"))
 
 
@@ -64,7 +64,7 @@ def test_the_registered_model_is_calibrated(world: World) -> None:
 
 
 def test_evaluation_measures_calibrated_predictions(world: World) -> None:
-    evaluate.main(["--config", str(world.config), "--model", "models:/learnable@champion"])
+    run("evaluate", "--config", str(world.config), "--model", "models:/learnable@champion")
     found = json.loads((world.folder / "work" / "evaluation" / "metrics.json").read_text())["tasks"]
     layout = world.ranker.layout
     rows = EncodedRows(Prepared(world.folder / "work" / "features").split("test"), layout)

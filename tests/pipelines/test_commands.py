@@ -7,7 +7,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,13 +28,12 @@ from mmoe_rec.inference.writing import seal
 from mmoe_rec.log.reader import Log
 from mmoe_rec.settings.load import load_settings
 from mmoe_rec.tracking import registry
-from pipelines import evaluate, features, train
+from tests import commands
 from tests.fork_server import run_command
 from tests.pipelines.learnable_log import START, learnable_log, settings_tree, write_files
 
 ROOT = Path(__file__).parents[2]
 TASKS = ("click", "liked")
-Main = Callable[[list[str]], None]
 
 
 @dataclass(frozen=True)
@@ -68,7 +66,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     with pytest.MonkeyPatch.context() as patch:
         lines: list[str] = []
         patch.setattr("builtins.print", lambda *words, **_: lines.append(" ".join(map(str, words))))
-        train.main(["--config", str(config)])
+        commands.run("train", "--config", str(config))
     return World(folder, config, "\n".join(lines))
 
 
@@ -81,16 +79,16 @@ def two_ranks(world: World) -> World:
     config = folder / "settings.yaml"
     config.write_text(yaml.safe_dump(tree), encoding="utf-8")
     ranks = ["torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    done = run_command(*ranks, "-m", "pipelines.train", "--config", str(config))
+    done = run_command(*ranks, "-m", "mmoe_rec", "train", "--config", str(config))
     assert done.returncode == 0, done.stderr
     return World(folder, config, done.stdout)
 
 
-def refused(main: Main, capsys: pytest.CaptureFixture, *arguments: str) -> str:
+def refused(command: str, capsys: pytest.CaptureFixture, *arguments: str) -> str:
     """The one sentence with which a command refuses."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as exit_info:
-        main(list(arguments))
+        commands.run(command, *arguments)
     output = capsys.readouterr()
     assert exit_info.value.code == 2
     assert output.out == ""
@@ -210,14 +208,14 @@ def test_the_model_is_registered_under_the_alias(world: World) -> None:
 def test_train_says_what_comes_next_and_it_works(world: World, capsys: pytest.CaptureFixture) -> None:
     (line,) = [line for line in world.printed.splitlines() if line.startswith("next: ")]
     words = shlex.split(line.removeprefix("next: "))
-    assert words[:3] == ["python", "-m", "pipelines.evaluate"]
-    evaluate.main([*words[3:], "--out", str(world.folder / "next")])
+    assert words[:2] == ["mmoe-rec", "evaluate"]
+    commands.run("evaluate", *words[2:], "--out", str(world.folder / "next"))
     assert f"metrics: {world.folder / 'next' / 'metrics.json'}" in capsys.readouterr().out
 
 
 def test_features_are_built_once(world: World, capsys: pytest.CaptureFixture) -> None:
     before = files(world.folder / "work")
-    features.main(["--config", str(world.config)])
+    commands.run("features", "--config", str(world.config))
     output = capsys.readouterr().out
     assert files(world.folder / "work") == before
     assert f"features: {world.folder / 'work' / 'features'}" in output
@@ -233,7 +231,7 @@ def test_features_are_built_once(world: World, capsys: pytest.CaptureFixture) ->
 @pytest.fixture(scope="module")
 def evaluated(world: World) -> Path:
     out = world.folder / "by_address"
-    evaluate.main(["--config", str(world.config), "--model", "models:/learnable@champion", "--out", str(out)])
+    commands.run("evaluate", "--config", str(world.config), "--model", "models:/learnable@champion", "--out", str(out))
     return out
 
 
@@ -252,7 +250,7 @@ def test_metrics_have_intervals_and_are_those_of_the_test_rows(world: World, eva
 
 def test_a_folder_and_an_address_give_the_same_metrics(world: World, evaluated: Path) -> None:
     out = world.folder / "by_folder"
-    evaluate.main(["--config", str(world.config), "--model", str(world.artifact), "--out", str(out)])
+    commands.run("evaluate", "--config", str(world.config), "--model", str(world.artifact), "--out", str(out))
     assert (out / "metrics.json").read_bytes() == (evaluated / "metrics.json").read_bytes()
 
 
@@ -278,7 +276,7 @@ def test_rankings_are_measured_by_the_weights_of_the_command(
     assert by_id.startswith("models:/m-")
     for out, address in (("one", "models:/learnable/latest"), ("two", by_id)):
         arguments = ["--config", str(world.config), "--model", address, "--out", str(tmp_path / out), *options]
-        evaluate.main(arguments)
+        commands.run("evaluate", *arguments)
     found, before = metrics(tmp_path / "one"), metrics(evaluated)
     assert metrics(tmp_path / "two") == found
     assert found["relevance_weights"] == weights
@@ -294,7 +292,9 @@ def test_rankings_are_measured_by_the_weights_of_the_command(
             expected.append(ndcg_score([worth[mine]], [rows.score[mine]], k=5))
     assert found["score"]["ndcg_at_5"]["value"] == pytest.approx(np.mean(expected), abs=1e-6)
     assert world.run().data.metrics["test/score.ndcg_at_5"] == pytest.approx(np.mean(expected), abs=1e-6)
-    evaluate.main(["--config", str(world.config), "--model", "models:/learnable@champion"])  # the run's as it was
+    commands.run(
+        "evaluate", "--config", str(world.config), "--model", "models:/learnable@champion"
+    )  # the run's as it was
 
 
 def test_a_task_without_a_known_label_is_evaluated_without_a_figure(
@@ -310,7 +310,7 @@ def test_a_task_without_a_known_label_is_evaluated_without_a_figure(
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "calibration_liked.png").touch()
     words = ["--config", str(world.config), "--model", str(world.artifact), "--out", str(tmp_path / "out")]
-    evaluate.main([*words, "--data.log", str(tmp_path / "log")])
+    commands.run("evaluate", *words, "--data.log", str(tmp_path / "log"))
     assert {each.name for each in (tmp_path / "out").glob("*.png")} == {"calibration_click.png"}
     assert metrics(tmp_path / "out")["tasks"]["liked"]["rows"] == 0
     assert "liked: No row has an observed label" in capsys.readouterr().out
@@ -324,7 +324,9 @@ def test_probabilities_that_are_far_off_are_warned_of(world: World, capsys: pyte
     weights[name][TASKS.index("click")] += 6
     save_file(weights, folder / "weights.safetensors")
     seal(folder)
-    evaluate.main(["--config", str(world.config), "--model", str(folder), "--out", str(world.folder / "far off")])
+    commands.run(
+        "evaluate", "--config", str(world.config), "--model", str(folder), "--out", str(world.folder / "far off")
+    )
     (warning,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
     assert "the probabilities of 'click' are too high" in warning
 
@@ -340,7 +342,7 @@ def test_runs_go_where_mlflows_variable_says(
     mine = f"sqlite:///{tmp_path / 'mine.db'}"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", mine)
     monkeypatch.chdir(tmp_path)
-    train.main(["--config", "settings.yaml", "--training.epochs", "1"])
+    commands.run("train", "--config", "settings.yaml", "--training.epochs", "1")
     assert registry.find_run("models:/learnable@champion", mine) is not None
     (told,) = [line for line in capsys.readouterr().err.splitlines() if "MLflow run: " in line]
     assert told.endswith(mine)
@@ -349,7 +351,7 @@ def test_runs_go_where_mlflows_variable_says(
 
 def test_a_model_of_other_labels_is_not_measured(world: World, capsys: pytest.CaptureFixture) -> None:
     arguments = ["--config", str(world.config), "--model", str(world.artifact), "--tasks.liked.matures_after_days=1"]
-    told = refused(evaluate.main, capsys, *arguments)
+    told = refused("evaluate", capsys, *arguments)
     assert "the model was trained with 'tasks.liked.matures_after_days' 0.0, and it is 1.0 in the settings" in told
 
 
@@ -362,10 +364,10 @@ def test_rows_that_are_encoded_anew_give_the_same_metrics(
     overrides = ["--data.work", str(work)]
     if change == "features of other settings":
         overrides += ["--features.user.dim", "4", "--features.item_click.window_days", "[1, 2]"]
-        features.main(["--config", str(world.config), *overrides])
+        commands.run("features", "--config", str(world.config), *overrides)
     before = files(tmp_path)
     for _ in range(2):
-        evaluate.main(["--config", str(world.config), "--model", str(world.artifact), *overrides])
+        commands.run("evaluate", "--config", str(world.config), "--model", str(world.artifact), *overrides)
         assert (work / "evaluation" / "encoded" / "test").is_dir()
         found = (work / "evaluation" / "metrics.json").read_bytes()
         assert found == (evaluated / "metrics.json").read_bytes()
@@ -381,27 +383,29 @@ def test_rows_that_are_encoded_anew_give_the_same_metrics(
 def test_wrong_settings_are_refused(world: World, capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
     config = ["--config", str(world.config), "--data.work", str(tmp_path / "work")]
     model = ["--model", str(world.artifact)]
-    for main, more in ((features.main, []), (train.main, []), (evaluate.main, model)):
-        assert "'model.expert'; did you mean 'experts'?" in refused(main, capsys, *config, *more, "--model.expert", "3")
-        assert "training.batch_size" in refused(main, capsys, *config, *more, "--training.batch_size", "many")
-        missing = refused(main, capsys, "--config", str(tmp_path / "none.yaml"), *more)
+    for command, more in (("features", []), ("train", []), ("evaluate", model)):
+        assert "'model.expert'; did you mean 'experts'?" in refused(
+            command, capsys, *config, *more, "--model.expert", "3"
+        )
+        assert "training.batch_size" in refused(command, capsys, *config, *more, "--training.batch_size", "many")
+        missing = refused(command, capsys, "--config", str(tmp_path / "none.yaml"), *more)
         assert "none.yaml' does not exist" in missing
-        assert "'extra' is not a setting" in refused(main, capsys, *config, *more, "extra")
+        assert "'extra' is not a setting" in refused(command, capsys, *config, *more, "extra")
     assert not list(tmp_path.iterdir())
 
 
 def test_a_missing_log_is_named(world: World, capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
     config = ["--config", str(world.config), "--data.work", str(tmp_path / "work"), "--data.log", "no/such/log"]
-    for main, more in ((features.main, []), (train.main, []), (evaluate.main, ["--model", str(world.artifact)])):
-        assert "the log 'no/such/log' does not exist; set `data.log`" in refused(main, capsys, *config, *more)
+    for command, more in (("features", []), ("train", []), ("evaluate", ["--model", str(world.artifact)])):
+        assert "the log 'no/such/log' does not exist; set `data.log`" in refused(command, capsys, *config, *more)
     assert not list(tmp_path.iterdir())
 
 
 def test_an_empty_split_is_named(world: World, capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
     config = ["--config", str(world.config), "--data.work", str(tmp_path / "work")]
     late = ["--split.validation_end", "2030-01-01"]
-    assert "the test split is empty" in refused(train.main, capsys, *config, *late)
-    assert "the test split is empty" in refused(evaluate.main, capsys, *config, *late, "--model", str(world.artifact))
+    assert "the test split is empty" in refused("train", capsys, *config, *late)
+    assert "the test split is empty" in refused("evaluate", capsys, *config, *late, "--model", str(world.artifact))
     assert not files(tmp_path)
 
 
@@ -418,15 +422,13 @@ def test_unknown_models_are_named(
     world: World, capsys: pytest.CaptureFixture, tmp_path: Path, address: str, sentence: str
 ) -> None:
     out = tmp_path / "out"
-    assert sentence in refused(
-        evaluate.main, capsys, "--config", str(world.config), "--model", address, "--out", str(out)
-    )
+    assert sentence in refused("evaluate", capsys, "--config", str(world.config), "--model", address, "--out", str(out))
     assert not list(tmp_path.iterdir())
 
 
 def test_evaluation_before_training_is_refused(world: World, capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
     own = ["--data.work", str(tmp_path / "work"), "--tracking.uri", f"sqlite:///{tmp_path / 'mlflow.db'}"]
-    told = refused(evaluate.main, capsys, "--config", str(world.config), "--model", "models:/learnable@champion", *own)
+    told = refused("evaluate", capsys, "--config", str(world.config), "--model", "models:/learnable@champion", *own)
     assert "train first" in told
     assert not list(tmp_path.iterdir())
 
@@ -436,7 +438,7 @@ def test_a_model_of_other_tasks_is_refused(world: World, capsys: pytest.CaptureF
     del tree["tasks"]["liked"]
     tree["data"]["work"] = str(tmp_path / "work")
     (tmp_path / "one.yaml").write_text(yaml.safe_dump(tree))
-    told = refused(evaluate.main, capsys, "--config", str(tmp_path / "one.yaml"), "--model", str(world.artifact))
+    told = refused("evaluate", capsys, "--config", str(tmp_path / "one.yaml"), "--model", str(world.artifact))
     assert "the model predicts click, liked; the settings have click" in told
 
 
@@ -445,7 +447,7 @@ def test_cuda_without_a_gpu_is_refused_before_anything_is_built(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     work = ["--data.work", str(tmp_path / "work")]
-    told = refused(train.main, capsys, "--config", str(world.config), *work, "--training.device", "cuda")
+    told = refused("train", capsys, "--config", str(world.config), *work, "--training.device", "cuda")
     assert "training.device is cuda" in told
     assert not list(tmp_path.iterdir())
 
@@ -453,7 +455,7 @@ def test_cuda_without_a_gpu_is_refused_before_anything_is_built(
 def test_a_damaged_model_is_named(world: World, capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
     shutil.copytree(world.artifact, tmp_path / "model")
     (tmp_path / "model" / "weights.safetensors").write_bytes(b"short")
-    told = refused(evaluate.main, capsys, "--config", str(world.config), "--model", str(tmp_path / "model"))
+    told = refused("evaluate", capsys, "--config", str(world.config), "--model", str(tmp_path / "model"))
     assert "weights.safetensors" in told
 
 
@@ -464,10 +466,10 @@ def test_what_the_registry_refuses_in_the_end_costs_no_model(
     shutil.copytree(world.folder / "work" / "features", work / "features")
     own = ["--data.work", str(work), "--tracking.uri", f"sqlite:///{tmp_path / 'mlflow.db'}"]
     wrong = ["--config", str(world.config), *own, "--tracking.alias", "latest"]
-    assert "with 'tracking.alias' 'latest'" in refused(train.main, capsys, *wrong), "before any work"
+    assert "with 'tracking.alias' 'latest'" in refused("train", capsys, *wrong), "before any work"
     monkeypatch.setattr("mmoe_rec.jobs.workspace.check_mlflow", lambda *_: None)
     with pytest.raises(SystemExit) as ended:
-        train.main(wrong)
+        commands.run("train", *wrong)
     assert ended.value.code == 2
     told = capsys.readouterr().err.splitlines()[-1]
     assert "refuses: 'latest' alias name" in told
@@ -488,7 +490,7 @@ def test_training_that_dies_keeps_the_old_model(
     monkeypatch.setattr("mmoe_rec.training.loop.Trainer._log", die)
     own = ["--data.work", str(work), "--tracking.uri", f"sqlite:///{tmp_path / 'mlflow.db'}"]
     with pytest.raises(KeyboardInterrupt):
-        train.main(["--config", str(world.config), *own])
+        commands.run("train", "--config", str(world.config), *own)
     assert {path: path.read_bytes() for path in (work / "model").rglob("*") if path.is_file()} == before
     assert not [path for path in work.rglob("*") if path.name.startswith(".") and path.name.endswith(".tmp")]
     assert not torch.distributed.is_initialized()

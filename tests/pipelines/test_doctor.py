@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 from packaging.specifiers import SpecifierSet
 
+from mmoe_rec.cli import doctor
 from mmoe_rec.jobs import machine as checks
-from mmoe_rec.jobs.commands import doctor
 from mmoe_rec.jobs.machine import GIB, Check, Installer, Probe
+from tests.commands import run
 
 ROOT = doctor.PYPROJECT.parent
 REQUIRED = doctor.requirements()
@@ -227,7 +228,7 @@ def test_fbgemm_build_that_does_not_suit_the_machine():
             "apt-get install -y libstdc++6",
         ),
         (Probe("look up an embedding", "died of SIGILL"), "use another machine"),
-        (Probe("import torch", "no answer after 300 seconds"), "python -m pipelines.doctor  # once more"),
+        (Probe("import torch", "no answer after 300 seconds"), "mmoe-rec doctor  # once more"),
         (
             Probe("import torchrec", "AttributeError: x"),
             "uv sync --extra cpu --reinstall-package torch --reinstall-package torchrec "
@@ -349,7 +350,7 @@ def test_exit_code_and_what_to_type_on_one_line(monkeypatch, capsys, status, cod
     check = Check("name", status, "[red]found[/red]", "" if status == "ok" else long_command)
     monkeypatch.setattr(doctor, "run_checks", lambda: [check])
     with pytest.raises(SystemExit) as exit_:
-        doctor.main([])
+        run("doctor")
     output = capsys.readouterr().out
     assert exit_.value.code == code
     assert "[red]found[/red]" in output
@@ -357,7 +358,7 @@ def test_exit_code_and_what_to_type_on_one_line(monkeypatch, capsys, status, cod
 
 
 def test_json_of_this_machine():
-    command = [sys.executable, "-m", "pipelines.doctor", "--json"]
+    command = [sys.executable, "-m", "mmoe_rec", "doctor", "--json"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     report = json.loads(done.stdout)
     checks = {check["name"]: check for check in report["checks"]}
@@ -375,14 +376,6 @@ def test_what_torchrec_needs_is_what_uv_is_told():
 def test_an_installed_package_needs_what_the_repository_does(monkeypatch):
     monkeypatch.setattr(doctor, "PYPROJECT", Path("/no/pyproject.toml"))
     assert doctor.requirements().keys() == REQUIRED.keys()
-
-
-def test_help_does_not_import_torch():
-    program = "import sys; from pipelines import doctor\ntry: doctor.main(['--help'])\nexcept SystemExit: pass\n"
-    program += "print('torch' in sys.modules, 'rich' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert "python -m pipelines.doctor" in done.stdout
-    assert done.stdout.endswith("False False\n")
 
 
 def test_scripts_are_found_where_their_package_put_them():

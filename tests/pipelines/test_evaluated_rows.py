@@ -12,8 +12,7 @@ import pandas as pd
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from pipelines import evaluate
-from pipelines.evaluation import metrics
+from tests.commands import run
 from tests.pipelines.short_trainings import World
 from tests.report.parsed import Page
 
@@ -26,7 +25,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 
 def evaluated(world: World, *words: str) -> None:
-    evaluate.main(["--config", str(world.folder / "first.yaml"), "--model", "models:/learnable@champion", *words])
+    run("evaluate", "--config", str(world.folder / "first.yaml"), "--model", "models:/learnable@champion", *words)
 
 
 def found(folder: Path) -> dict[str, Any]:
@@ -51,7 +50,7 @@ def test_the_rows_of_a_split_with_their_predictions(
         area = roc_auc_score(known[f"label_{task}"], known[f"predicted_{task}"])
         assert mine["tasks"][task]["auc"]["value"] == pytest.approx(area, abs=1e-9)
     words = ["--config", str(world.folder / "first.yaml"), "--predictions", str(tmp_path / "rows")]
-    metrics.main([*words, "--out", str(tmp_path / "out")])  # though the log calls its candidates otherwise
+    run("metrics", *words, "--out", str(tmp_path / "out"))  # though the log calls its candidates otherwise
     theirs = found(tmp_path / "out")
     for task in ("click", "liked"):
         for name in ("auc", "gauc_request", "logloss", "ndcg_at_5"):

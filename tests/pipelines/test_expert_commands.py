@@ -14,7 +14,7 @@ import pytest
 from mmoe_rec.inference.artifact import read_artifact
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.jobs.experts.sweep import sweep_table
-from pipelines import edit_experts, sweep_experts, train
+from tests.commands import run
 from tests.pipelines.learnable_log import settings_tree, write_files
 
 EXPERTS = 4
@@ -25,7 +25,7 @@ def world(folder: Path, **gates: Any) -> Path:
     training = settings_tree(folder)["training"] | {"epochs": 1}
     model = {"experts": {"count": EXPERTS, "units": [8]}, "gates": gates}
     config = write_files(folder, training=training, model=model)
-    train.main(["--config", str(config)])
+    run("train", "--config", str(config))
     return config
 
 
@@ -48,7 +48,7 @@ def ranked(folder: Path) -> np.ndarray:
 
 
 def edit(config: Path, *arguments: str) -> Path:
-    edit_experts.main(["--config", str(config), "--model", str(config.parent / "work" / "model"), *arguments])
+    run("edit-experts", "--config", str(config), "--model", str(config.parent / "work" / "model"), *arguments)
     return config.parent / "work" / "edited"
 
 
@@ -62,11 +62,11 @@ def test_adding_experts_keeps_predictions_and_training_goes_on(soft: Path, capsy
     uri = f"sqlite:///{soft.parent}/mlflow.db"
     client = mlflow.MlflowClient(uri, uri)
     assert client.get_model_version_by_alias("learnable", "challenger")
-    train.main(["--config", str(soft), "--from", str(folder), "--model.experts.count", "6"])
+    run("train", "--config", str(soft), "--from", str(folder), "--model.experts.count", "6")
     told = capsys.readouterr().out
     assert "validation of the model that it was started from" in told
     # Back to what other tests start from.
-    train.main(["--config", str(soft)])
+    run("train", "--config", str(soft))
 
 
 def test_removing_and_masking_agree(soft: Path) -> None:
@@ -109,7 +109,7 @@ def test_an_edit_of_damaged_weights_ends_in_a_sentence(
     shutil.copytree(soft.parent / "work" / "model", damaged)
     (damaged / "weights.safetensors").write_bytes(b"\0" * 40)
     with pytest.raises(SystemExit):
-        edit_experts.main(["--config", str(soft), "--model", str(damaged), "--mask", "0"])
+        run("edit-experts", "--config", str(soft), "--model", str(damaged), "--mask", "0")
     assert "is not as it was written: 'weights.safetensors' has 40 bytes instead of" in capsys.readouterr().err
 
 
@@ -117,7 +117,7 @@ def test_the_sweep_has_a_row_for_each_k_and_each_expert(
     chosen: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = str(chosen.parent / "work" / "model")
-    sweep_experts.main(["--config", str(chosen), "--model", model, "--out", str(tmp_path)])
+    run("sweep-experts", "--config", str(chosen), "--model", model, "--out", str(tmp_path))
     swept = json.loads((tmp_path / "sweep.json").read_text())
     assert [(each["k"], each["masked"]) for each in swept] == [
         *((k, None) for k in range(EXPERTS, 0, -1)),

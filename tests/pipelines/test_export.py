@@ -16,7 +16,7 @@ from mmoe_rec.evaluation.scoring import ScoredRows, score_rows
 from mmoe_rec.inference.artifact import check_files, write_manifest
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.model.int8 import Int8Bag
-from pipelines import export
+from tests import commands
 from tests.inference.small_model import SmallModel
 
 
@@ -30,7 +30,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> SmallModel:
 
 def run(small: SmallModel, out: Path, *words: str) -> dict[str, Any]:
     """The report of an export."""
-    export.main(["--model", str(small.folder), "--out", str(out), *words])
+    commands.run("export", "--model", str(small.folder), "--out", str(out), *words)
     found: dict[str, Any] = json.loads((out / "export.json").read_text(encoding="utf-8"))
     return found
 
@@ -38,7 +38,7 @@ def run(small: SmallModel, out: Path, *words: str) -> dict[str, Any]:
 def refused(capsys: pytest.CaptureFixture, *words: str) -> str:
     capsys.readouterr()
     with pytest.raises(SystemExit) as ended:
-        export.main(list(words))
+        commands.run("export", *list(words))
     assert ended.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     return line
@@ -127,8 +127,8 @@ def test_a_failure_leaves_what_was_there(small: SmallModel, tmp_path: Path, caps
         (("--int8", "--onnx"), "give one of --int8 and --onnx"),
         (("--onnx", "--dense", "int8"), "--dense is for --int8"),
         (("--onnx", "--config", "no.yaml"), "--config is for --int8"),
-        (("--int8", "--data.work", "w"), "'--data.work' is no argument of this command, or a setting"),
-        (("--int8", "--dense", "int4"), "argument --dense: invalid choice: 'int4'"),
+        (("--int8", "--data.work", "w"), "'--data.work' is no option, or a setting"),
+        (("--int8", "--dense", "int4"), "invalid value for '--dense': 'int4' is not one of"),
         (("--int8",), "'no/model' holds no model"),
     ],
 )

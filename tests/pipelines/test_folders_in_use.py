@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,8 @@ from mmoe_rec.jobs.evaluate import evaluate_model
 from mmoe_rec.jobs.places import features_in_use
 from mmoe_rec.locks import lock_file, reading, writing
 from mmoe_rec.settings.load import load_settings
-from pipelines import edit_experts, evaluate, features, inspect, sweep_experts, train, tune
+from tests.commands import run
 from tests.pipelines.short_trainings import World
-
-Main = Callable[[list[str]], None]
 
 
 @pytest.fixture(scope="module")
@@ -39,10 +36,10 @@ def world(template: World, monkeypatch: pytest.MonkeyPatch) -> World:
     return template
 
 
-def refused(capsys: pytest.CaptureFixture, main: Main, world: World, *words: str, day: str = "first") -> str:
+def refused(capsys: pytest.CaptureFixture, command: str, world: World, *words: str, day: str = "first") -> str:
     capsys.readouterr()
     with pytest.raises(SystemExit) as ended:
-        main(["--config", str(world.folder / f"{day}.yaml"), *words])
+        run(command, "--config", str(world.folder / f"{day}.yaml"), *words)
     assert ended.value.code == 2
     (line,) = [each for each in capsys.readouterr().err.splitlines() if each.startswith("error: ")]
     return line
@@ -59,7 +56,7 @@ def test_a_second_training_is_refused_and_leaves_all_as_it_is(
     work = world.folder / "work"
     with writing(work / "checkpoints", "a training", "wait"):
         before = content(work)
-        told = refused(capsys, train.main, world, *words)
+        told = refused(capsys, "train", world, *words)
         assert content(work) == before
     assert f"'{work / 'checkpoints'}' is in use by a training (process {os.getpid()} on " in told
     assert told.endswith("): wait until that has ended, or set `data.work` to another folder")
@@ -88,7 +85,7 @@ def test_features_are_not_replaced_under_a_training(world: World, capsys: pytest
         with reading(folder, "a training"):
             before = content(folder)
             for words in (("--extend",), ()):
-                told = refused(capsys, features.main, world, *words, day="second")
+                told = refused(capsys, "features", world, *words, day="second")
                 assert f"'{folder}' is in use by a training (process " in told
             assert content(folder) == before
     finally:
@@ -113,15 +110,15 @@ def test_whoever_reads_features_says_so(world: World, monkeypatch: pytest.Monkey
     model = ["--model", str(world.folder / "work" / "model"), "--out", str(tmp_path / "out")]
     config = ["--config", str(world.folder / "first.yaml")]
     search = ["--tuning.search", '{"training.learning_rate": {"low": 0.1, "high": 0.2}}']
-    mains: list[tuple[Main, list[str]]] = [
-        (evaluate.main, model),
-        (sweep_experts.main, model),
-        (inspect.main, []),
-        (tune.main, search),
+    others: list[tuple[str, list[str]]] = [
+        ("evaluate", model),
+        ("sweep-experts", model),
+        ("inspect", []),
+        ("tune", search),
     ]
-    for main, words in mains:
+    for command, words in others:
         with pytest.raises(ReadError):
-            main([*config, *words])
+            run(command, *config, *words)
     assert len(seen) == 4
     assert not list((world.folder / "work").glob(".*.lock"))
 
@@ -146,10 +143,10 @@ def test_a_second_search_and_an_edit_into_a_folder_in_use_are_refused(
     work = world.folder / "work"
     with writing(work / "tuning", "a search for settings", "wait"):
         search = ("--tuning.search", '{"training.learning_rate": {"low": 0.1, "high": 0.2}}')
-        assert "tuning' is in use by a search for settings (" in refused(capsys, tune.main, world, *search)
+        assert "tuning' is in use by a search for settings (" in refused(capsys, "tune", world, *search)
     with writing(work / "model", "a training", "wait"):
         edit = ("--model", str(work / "model"), "--mask", "1", "--out", str(work / "model"))
-        told = refused(capsys, edit_experts.main, world, *edit)
+        told = refused(capsys, "edit-experts", world, *edit)
     assert "model' is in use by a training (" in told
     assert told.endswith("or name another folder with --out")
 

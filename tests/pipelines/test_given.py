@@ -14,7 +14,7 @@ import yaml
 from sklearn.metrics import log_loss, roc_auc_score
 
 from mmoe_rec.inference.ranker import Ranker
-from pipelines import evaluate, train
+from tests.commands import run
 from tests.pipelines.learnable_log import learnable_log, settings_tree
 
 RATE = 0.5  # of rows without a click
@@ -35,14 +35,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tree["tasks"]["liked"] |= {"given": "click", "score_weight": 0.5}
     tree["training"] |= {"sampling_correction": "weights", "task_weighting": "uncertainty"}
     (folder / "settings.yaml").write_text(yaml.safe_dump(tree), encoding="utf-8")
-    train.main(["--config", str(folder / "settings.yaml")])
+    run("train", "--config", str(folder / "settings.yaml"))
     return folder
 
 
 def evaluated(folder: Path, name: str, *options: str) -> dict[str, Any]:
     """metrics.json of the model."""
     arguments = ["--config", str(folder / "settings.yaml"), "--model", str(folder / "work" / "model")]
-    evaluate.main([*arguments, "--out", str(folder / name), *options])
+    run("evaluate", *arguments, "--out", str(folder / name), *options)
     found: dict[str, Any] = json.loads((folder / name / "metrics.json").read_text())
     return found
 

@@ -17,7 +17,7 @@ import yaml
 
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.tracking import registry
-from pipelines import evaluate, features, inspect, train
+from tests import commands
 from tests.log.small_logs import files_of
 from tests.pipelines.learnable_log import START, learnable_log, settings_tree
 
@@ -40,7 +40,7 @@ class Days:
 
     def metrics(self, address: str, *overrides: str) -> dict[str, Any]:
         out = self.folder / "evaluation"
-        evaluate.main(["--config", str(self.config), "--model", address, "--out", str(out), *overrides])
+        commands.run("evaluate", "--config", str(self.config), "--model", address, "--out", str(out), *overrides)
         found: dict[str, Any] = json.loads((out / "metrics.json").read_text())
         return found
 
@@ -66,23 +66,23 @@ def days(tmp_path_factory: pytest.TempPathFactory) -> Days:
     printed: dict[str, str] = {}
     with pytest.MonkeyPatch.context() as patch:
 
-        def run(name: str, main: Any, *words: str) -> None:
+        def run(name: str, *words: str) -> None:
             lines: list[str] = []
             patch.setattr("builtins.print", lambda *texts, **_: lines.append(" ".join(map(str, texts))))
-            main(list(words))
+            commands.run(*words)
             printed[name] = "\n".join(lines)
 
         config = str(_settings(folder, "first", FIRST_SPLIT))
-        run("features", features.main, "--config", config)
-        run("train", train.main, "--config", config)
-        run("nothing", features.main, "--config", config, "--extend")
+        run("features", "features", "--config", config)
+        run("train", "train", "--config", config)
+        run("nothing", "features", "--config", config, "--extend")
         first = files_of(folder / "work" / "features")
         pq.write_table(later, folder / "log" / "later.parquet")
         second = _settings(folder, "second", SECOND_SPLIT)
-        run("extend", features.main, "--config", str(second), "--extend")
+        run("extend", "features", "--config", str(second), "--extend")
         command = shlex.split(printed["extend"].splitlines()[-1].removeprefix("next: "))
-        assert command[:3] == ["python", "-m", "pipelines.train"]
-        run("warm", train.main, *command[3:])
+        assert command[:2] == ["mmoe-rec", "train"]
+        run("warm", *command[1:])
     return Days(folder, second, printed, first)
 
 
@@ -116,7 +116,7 @@ def test_going_on_beats_starting_anew_on_the_new_day(days: Days, tmp_path: Path)
     started = days.metrics("models:/learnable/2")
     before = days.metrics("models:/learnable/1")
     assert started["rows"] == before["rows"]
-    train.main(["--config", str(days.config), "--tracking.registered_model", "anew"])
+    commands.run("train", "--config", str(days.config), "--tracking.registered_model", "anew")
     anew = days.metrics("models:/anew@champion")
     for task in ("click", "liked"):
         best = started["tasks"][task]["auc"]["value"]
@@ -124,10 +124,10 @@ def test_going_on_beats_starting_anew_on_the_new_day(days: Days, tmp_path: Path)
     assert started["tasks"]["click"]["auc"]["value"] > before["tasks"]["click"]["auc"]["value"]
 
 
-def _refused(capsys: pytest.CaptureFixture, main: Any, *words: str) -> str:
+def _refused(capsys: pytest.CaptureFixture, *words: str) -> str:
     capsys.readouterr()
     with pytest.raises(SystemExit) as ended:
-        main(list(words))
+        commands.run(*words)
     assert ended.value.code == 2
     return str(capsys.readouterr().err)
 
@@ -136,13 +136,13 @@ def test_a_model_is_not_started_from_where_it_would_not_fit(days: Days, capsys: 
     first, second = ("--config", str(days.folder / "first.yaml")), ("--config", str(days.config))
     before = files_of(days.folder / "work" / "features")
     champion = ("--from", "models:/learnable@champion")
-    told = _refused(capsys, train.main, *first, *champion)
-    assert "run python -m pipelines.features with --extend first" in told
-    told = _refused(capsys, train.main, *second, *champion, "--model.experts.count", "4")
+    told = _refused(capsys, "train", *first, *champion)
+    assert "run mmoe-rec features with --extend first" in told
+    told = _refused(capsys, "train", *second, *champion, "--model.experts.count", "4")
     assert "its setting 'model.experts.count' is 3, and 4 in the settings" in told
-    told = _refused(capsys, train.main, *second, "--from", "models:/other@champion")
+    told = _refused(capsys, "train", *second, "--from", "models:/other@champion")
     assert "'models:/other@champion' can't be loaded from MLflow" in told
-    told = _refused(capsys, train.main, *second, "--from", str(days.folder))
+    told = _refused(capsys, "train", *second, "--from", str(days.folder))
     assert "holds no model (model.json)" in told
     assert files_of(days.folder / "work" / "features") == before
 
@@ -155,16 +155,16 @@ def test_features_without_training_rows_are_not_trained_on(
         (work / name).parent.mkdir(parents=True, exist_ok=True)
         (work / name).write_bytes(content)
     config = ("--config", str(days.folder / "first.yaml"), "--data.work", str(tmp_path))
-    features.main([*config, "--extend"])
+    commands.run("features", *config, "--extend")
     printed = capsys.readouterr().out
     assert "  train: no rows" in printed
     helps = "have no train rows: days were added to them, so only the new rows are encoded, and none of these lies in"
     assert printed.splitlines()[-1].startswith("no model can be trained on these: ")
     assert helps in printed.splitlines()[-1]
-    features.main([*config])
+    commands.run("features", *config)
     assert capsys.readouterr().out.splitlines()[-1] == printed.splitlines()[-1], "also where they are at hand"
-    assert helps in _refused(capsys, train.main, *config, "--from", "models:/learnable/1")
-    assert helps in _refused(capsys, inspect.main, *config)
+    assert helps in _refused(capsys, "train", *config, "--from", "models:/learnable/1")
+    assert helps in _refused(capsys, "inspect", *config)
 
 
 def test_a_gain_that_half_a_day_does_not_show_leaves_the_alias(days: Days) -> None:
@@ -188,7 +188,7 @@ def test_a_model_that_is_no_better_is_a_challenger(days: Days, capsys: pytest.Ca
     champion = client.get_model_version_by_alias("learnable", "champion").version
     newest = max(int(each.version) for each in client.search_model_versions("name='learnable'"))
     rates = ["--training.learning_rate", "1e-12", "--training.table_learning_rate", "1e-12"]
-    train.main(["--config", str(days.config), "--from", "models:/learnable@champion", *rates])
+    commands.run("train", "--config", str(days.config), "--from", "models:/learnable@champion", *rates)
     said = capsys.readouterr().out
     assert f"'champion' stays version {champion}; this model, version {newest + 1}, is 'challenger'" in said
     assert "registered as models:/learnable@challenger" in said

@@ -389,7 +389,7 @@ def test_the_command_says_what_it_wrote_and_what_comes_next(tmp_path, capsys):
     assert sorted(set(table["week"].to_pylist())) == [1, 2]
     assert set(table["bought"].to_pylist()) == {1}
     assert f"log:  {tmp_path / 'out' / 'log'}" in output
-    assert "next: python -m pipelines.train --config configs/complete_journey.yaml" in output
+    assert "next: mmoe-rec train --config configs/complete_journey.yaml" in output
 
 
 @pytest.mark.parametrize("file", FILES)

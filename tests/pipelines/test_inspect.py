@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from pipelines import inspect
+from tests.commands import run
 from tests.pipelines.learnable_log import ROWS, learnable_log, settings_tree, write_files
 
 ROOT = Path(__file__).parents[2]
@@ -26,12 +26,12 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_it_writes_the_report_and_says_what_to_type_next(config, capsys):
-    inspect.main(["--config", str(config), "--training.epochs", "3"])
+    run("inspect", "--config", str(config), "--training.epochs", "3")
     out = config.parent / "work" / "inspection"
     printed = capsys.readouterr().out
     assert f"report: {out / 'health.html'}\n" in printed
     assert f"numbers: {out / 'health.json'}\n" in printed
-    assert printed.endswith(f"next: python -m pipelines.train --config {config} --training.epochs 3\n")
+    assert printed.endswith(f"next: mmoe-rec train --config {config} --training.epochs 3\n")
     health = json.loads((out / "health.json").read_text())
     assert health["name"] == "learnable"
     assert health["overview"]["rows_in_splits"] == ROWS
@@ -45,10 +45,10 @@ def test_it_writes_the_report_and_says_what_to_type_next(config, capsys):
 
 
 def test_out_says_where_and_features_at_hand_are_taken(config, tmp_path, capsys):
-    inspect.main(["--config", str(config)])
+    run("inspect", "--config", str(config))
     manifest = config.parent / "work" / "features" / "manifest.json"
     written = manifest.stat().st_mtime_ns
-    inspect.main(["--config", str(config), "--out", str(tmp_path / "there")])
+    run("inspect", "--config", str(config), "--out", str(tmp_path / "there"))
     assert manifest.stat().st_mtime_ns == written
     assert (tmp_path / "there" / "health.html").is_file()
     assert str(tmp_path / "there" / "health.html") in capsys.readouterr().out
@@ -63,7 +63,7 @@ def test_two_buckets_that_are_the_label_are_found(tmp_path):
     (tmp_path / "log").mkdir()
     pq.write_table(log.append_column("code", code), tmp_path / "log" / "a.parquet")
     (tmp_path / "settings.yaml").write_text(yaml.safe_dump(tree), encoding="utf-8")
-    inspect.main(["--config", str(tmp_path / "settings.yaml")])
+    run("inspect", "--config", str(tmp_path / "settings.yaml"))
     health = json.loads((tmp_path / "work" / "inspection" / "health.json").read_text())
     found = {(each["check"], each["about"]) for each in health["findings"]}
     assert ("leak", "code") in found
@@ -72,8 +72,8 @@ def test_two_buckets_that_are_the_label_are_found(tmp_path):
 
 def test_it_imports_no_torch(config, tmp_path):
     code = (
-        "import sys; from pipelines import inspect; "
-        f"inspect.main(['--config', {str(config)!r}, '--out', {str(tmp_path)!r}]); "
+        "import sys; from mmoe_rec.cli.main import main; "
+        f"main(['inspect', '--config', {str(config)!r}, '--out', {str(tmp_path)!r}]); "
         "assert 'torch' not in sys.modules and 'mlflow' not in sys.modules"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
@@ -82,6 +82,6 @@ def test_it_imports_no_torch(config, tmp_path):
 
 def test_a_wrong_log_is_told_of_in_one_line(config, capsys):
     with pytest.raises(SystemExit) as exit_info:
-        inspect.main(["--config", str(config), "--data.log", str(config.parent / "nowhere")])
+        run("inspect", "--config", str(config), "--data.log", str(config.parent / "nowhere"))
     assert exit_info.value.code == 2
     assert capsys.readouterr().err.startswith("error: ")

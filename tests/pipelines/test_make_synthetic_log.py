@@ -9,10 +9,11 @@ import pytest
 from sklearn.metrics import roc_auc_score
 
 from mmoe_rec.errors import UserError
-from pipelines import features, make_synthetic_log
+from pipelines import make_synthetic_log
 from pipelines.data_sets import synthetic_rows
 from pipelines.data_sets.synthetic_rows import LOG, MATURES_AFTER_DAYS, START, Plan, position_bias
 from pipelines.make_synthetic_log import RankedPairs, generate, main, make_log, next_command
+from tests.commands import run
 
 DAY = np.timedelta64(1, "D")
 
@@ -187,9 +188,9 @@ def test_the_command_and_the_next_ones(tmp_path, capsys, days):
     assert f"log:  {out}" in printed
     assert "clicked, by true_click " in printed
     train = printed.split("next: ")[1].split()
-    assert train[:3] == ["python", "-m", "pipelines.train"]
+    assert train[:2] == ["mmoe-rec", "train"]
     assert ("--split.train_end" in train) == (days != 60)
-    features.main(train[3:])
+    run("features", *train[2:])
     splits = dict(line.split(":")[0:2] for line in capsys.readouterr().out.splitlines()[1:])
     rows = [int(splits[f"  {name}"].split()[0].replace(",", "")) for name in ("train", "validation", "test")]
     assert 0.7 * 20_000 < rows[0] < 0.85 * 20_000
@@ -197,5 +198,5 @@ def test_the_command_and_the_next_ones(tmp_path, capsys, days):
 
 
 def test_the_next_command_of_the_defaults():
-    expected = "python -m pipelines.train --config configs/synthetic.yaml"
+    expected = "mmoe-rec train --config configs/synthetic.yaml"
     assert next_command(Plan(rows=1), Path("data/synthetic/log")) == expected

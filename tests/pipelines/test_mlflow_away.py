@@ -13,7 +13,7 @@ from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.jobs import evaluate as evaluation
 from mmoe_rec.tracking import registry
 from mmoe_rec.training.loop import Trainer
-from pipelines import evaluate, train
+from tests import commands
 from tests.pipelines.learnable_log import settings_tree, write_files
 from tests.pipelines.mlflow_server import TrackingServer, tracking_server
 
@@ -52,7 +52,7 @@ class Training:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Trainer, "_validate", watched)
             try:
-                train.main(["--config", str(self.config), *words])
+                commands.run("train", "--config", str(self.config), *words)
             except SystemExit as end:
                 return int(end.code or 0)
         return 0
@@ -162,7 +162,7 @@ def test_an_evaluation_is_not_lost(
             server.door.open()
 
     monkeypatch.setattr(evaluation, "log_evaluation", away)
-    evaluate.main(["--config", str(whole.config), "--model", "models:/whole@champion"])
+    commands.run("evaluate", "--config", str(whole.config), "--model", "models:/whole@champion")
     said = capsys.readouterr()
     assert "auc" in said.out
     out = whole.work / "evaluation"

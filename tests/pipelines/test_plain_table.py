@@ -29,8 +29,7 @@ from mmoe_rec.settings.load import load_settings
 from mmoe_rec.settings.sections import Settings
 from mmoe_rec.training.validation import BINS_PER_UNIT
 from mmoe_rec.training.warm_start import base_rates
-from pipelines import evaluate, features, inspect, refresh, score, train
-from pipelines.evaluation import baselines, metrics, tune_weights
+from tests.commands import run
 from tests.log.plain_tables import plain_settings, plain_table
 from tests.report.parsed import Page
 
@@ -50,14 +49,14 @@ class World:
         self.config = folder / "settings.yaml"
         self.config.write_text(self.settings.to_yaml(), encoding="utf-8")
         self.table: pd.DataFrame = pa.concat_tables(tables).to_pandas()
-        train.main(["--config", str(self.config)])
+        run("train", "--config", str(self.config))
         self.model = folder / "work" / "model"
 
     def evaluated(self, name: str, *options: str) -> dict[str, Any]:
         """metrics.json of the model."""
         out = self.folder / name
         words = ["--config", str(self.config), "--model", str(self.model), "--out", str(out), *options]
-        evaluate.main(words)
+        run("evaluate", *words)
         found: dict[str, Any] = json.loads((out / "metrics.json").read_text())
         return found
 
@@ -71,7 +70,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 def scored(world: World) -> pd.DataFrame:
     """What `score` writes, in the order of the table."""
     out = world.folder / "scores"
-    score.main(["--model", str(world.model), "--input", world.settings.data.log, "--output", str(out), "--labels"])
+    run("score", "--model", str(world.model), "--input", world.settings.data.log, "--output", str(out), "--labels")
     return pq.read_table(out).to_pandas().sort_values("row", ignore_index=True)
 
 
@@ -137,7 +136,7 @@ def test_scores_are_measured_as_they_are(world: World, scored: pd.DataFrame) -> 
         folder.mkdir()
         scored.to_parquet(folder / "0.parquet")
         words = ["--config", str(world.config), "--predictions", str(folder), "--out", str(out)]
-        metrics.main([*words, *(["--columns", only] if only else [])])
+        run("metrics", *words, *(["--columns", only] if only else []))
         found[name] = json.loads((out / "metrics.json").read_text())
     for task in ("label", "other"):
         labels, predicted, weights = by_the_table(world, scored, [1, 2, 3, 4], task)
@@ -164,10 +163,10 @@ def test_rows_that_the_model_has_learnt_from_are_told(
     said = dict.fromkeys(("numbers", "short", "text", "coded"), learnt) | {"test": None, "without": lacking}
     for name, sentence in said.items():
         out = tmp_path / f"scored_{name}"
-        score.main(["--model", str(world.model), "--input", str(tmp_path / name), "--output", str(out), "--labels"])
+        run("score", "--model", str(world.model), "--input", str(tmp_path / name), "--output", str(out), "--labels")
         for_score = capsys.readouterr().out
         measured = ["--config", str(world.config), "--predictions", str(out), "--out", str(tmp_path / f"of_{name}")]
-        metrics.main(measured)
+        run("metrics", *measured)
         for each in (for_score, capsys.readouterr().out):
             printed = " ".join(each.split())
             if sentence is None:
@@ -187,7 +186,7 @@ def test_measuring_needs_the_weights(world: World, scored: pd.DataFrame, capsys:
     scored.drop(columns="weight").to_parquet(folder / "0.parquet")
     out = world.folder / "none"
     with pytest.raises(SystemExit):
-        metrics.main(["--config", str(world.config), "--predictions", str(folder), "--out", str(out)])
+        run("metrics", "--config", str(world.config), "--predictions", str(folder), "--out", str(out))
     assert "weight" in capsys.readouterr().err
     assert not out.exists()
 
@@ -244,7 +243,7 @@ def test_a_column_that_the_rows_lack(world: World, tmp_path: Path, capsys: pytes
     for as_of in ("log", "tables"):
         words = ["--model", str(world.model), "--input", str(tmp_path / "rows.parquet"), "--as-of", as_of]
         with pytest.raises(SystemExit):
-            score.main([*words, "--output", str(tmp_path / "out")])
+            run("score", *words, "--output", str(tmp_path / "out"))
         assert "rows.parquet' has no column 'word'" in capsys.readouterr().err
 
 
@@ -254,7 +253,7 @@ def test_scoring_by_tables_is_the_same(world: World, scored: pd.DataFrame, tmp_p
     for as_of in ("log", "tables"):
         out = tmp_path / as_of
         words = ["--model", str(world.model), "--input", str(tmp_path / "rows.parquet"), "--as-of", as_of]
-        score.main([*words, "--output", str(out)])
+        run("score", *words, "--output", str(out))
         found = pq.read_table(out).to_pandas().sort_values("row", ignore_index=True)
         np.testing.assert_allclose(found["score"], scored["score"], rtol=1e-5)
         assert "first_request" in (manifest := json.loads((out / "_manifest.json").read_text()))
@@ -265,13 +264,13 @@ def test_scoring_by_tables_is_the_same(world: World, scored: pd.DataFrame, tmp_p
 def test_a_period_needs_times(world: World, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     words = ["--model", str(world.model), "--input", world.settings.data.log, "--output", str(tmp_path / "out")]
     with pytest.raises(SystemExit):
-        score.main([*words, "--start", "2024-01-01"])
+        run("score", *words, "--start", "2024-01-01")
     assert "--start and --end need times" in capsys.readouterr().err
 
 
 def test_baselines_learn_by_weights(world: World, capsys: pytest.CaptureFixture) -> None:
     out = world.folder / "baselines"
-    baselines.main(["--config", str(world.config), "--out", str(out)])
+    run("baselines", "--config", str(world.config), "--out", str(out))
     printed = capsys.readouterr().out
     assert "gradient boosting" in printed
     assert "popularity" not in printed
@@ -286,20 +285,20 @@ def test_what_needs_users_and_times_says_so(world: World, tmp_path: Path, capsys
     with pytest.raises(UserError, match=f"joining outcomes {needs}"):
         join_outcomes(world.settings, str(tmp_path), None, tmp_path / "out")
     with pytest.raises(SystemExit):
-        refresh.main(["--config", str(world.config), "--model", "models:/plain@champion"])
+        run("refresh", "--config", str(world.config), "--model", "models:/plain@champion")
     assert f"a refresh of a model's tables {needs}" in capsys.readouterr().err
 
 
 def test_a_training_is_recognised(world: World, capsys: pytest.CaptureFixture) -> None:
     """By its split and weights too."""
-    train.main(["--config", str(world.config), "--resume"])
+    run("train", "--config", str(world.config), "--resume")
     assert "this training has already ended" in capsys.readouterr().out
     for words, told in (
         (["--split.test", "[3]", "--split.validation", "[4]"], "it was begun with split.validation"),
         (["--columns.weight", "null"], "it was begun with columns.weight"),
     ):
         with pytest.raises(SystemExit):
-            train.main(["--config", str(world.config), "--resume", *words])
+            run("train", "--config", str(world.config), "--resume", *words)
         assert told in capsys.readouterr().err
 
 
@@ -311,18 +310,18 @@ def test_users_in_training_and_test_rows_are_seen(tmp_path: Path, capsys: pytest
     told = "The model was trained on rows of 20 of the 20 users that it is measured on, as column 'fold' splits rows"
     assert told in words
     assert "bootstrap over users" in " ".join(capsys.readouterr().out.split())
-    inspect.main(["--config", str(world.config)])
+    run("inspect", "--config", str(world.config))
     told = "100.0% of the users of test rows have training rows as well, as column 'fold' splits rows of the same users"
     assert told in " ".join(capsys.readouterr().out.split())
     by_user = World(tmp_path / "apart", columns={"user": "group"})
     by_user.evaluated("out")
-    inspect.main(["--config", str(by_user.config)])
+    run("inspect", "--config", str(by_user.config))
     assert "users of test rows" not in " ".join(capsys.readouterr().out.split())
     words = Page((by_user.folder / "out" / "report.html").read_text(encoding="utf-8")).words
     assert "rows of the same users" not in " ".join(words.split())
     # Of a model of other training rows it can't be told.
     words = ["--config", str(by_user.config), "--model", str(world.model), "--out", str(tmp_path / "other")]
-    evaluate.main(words)
+    run("evaluate", *words)
     assert "was trained on rows of" not in capsys.readouterr().out
 
 
@@ -330,7 +329,7 @@ def test_users_of_another_models_training_rows_are_not_told_of(tmp_path: Path) -
     world = World(tmp_path / "world", columns={"user": "person"})
     options = ("--split.train", "[1]", "--split.validation", "[2, 3]", "--data.work", str(tmp_path / "elsewhere"))
     words = ["--config", str(world.config), *options]
-    features.main(words)  # those of the settings, whose training rows are others than the model's
+    run("features", *words)  # those of the settings, whose training rows are others than the model's
     world.evaluated("out", *options)
     said = " ".join(Page((world.folder / "out" / "report.html").read_text(encoding="utf-8")).words.split())
     assert "The model was trained on rows of" not in said
@@ -361,7 +360,7 @@ def test_weights_of_tasks_rank_nothing_here(world: World, capsys: pytest.Capture
     words = " ".join(Page((world.folder / "alone" / "report.html").read_text(encoding="utf-8")).words.split())
     assert "Weights of tasks are tried for models with several tasks" in words
     with pytest.raises(SystemExit):
-        tune_weights.main(["--config", str(world.config), "--model", str(world.model)])
+        run("tune-weights", "--config", str(world.config), "--model", str(world.model))
     assert "every request of the validation or test rows has one row, which no weights can rank" in (
         capsys.readouterr().err
     )
@@ -377,8 +376,14 @@ def test_predictions_hold_no_invented_columns(world: World, tmp_path: Path) -> N
     mine = test.loc[rows["row"]]
     np.testing.assert_array_equal(rows["label_label"], mine["label"])
     np.testing.assert_array_equal(rows["weight"], mine["weight"])
-    metrics.main(
-        ["--config", str(world.config), "--predictions", str(tmp_path / "rows"), "--out", str(tmp_path / "out")]
+    run(
+        "metrics",
+        "--config",
+        str(world.config),
+        "--predictions",
+        str(tmp_path / "rows"),
+        "--out",
+        str(tmp_path / "out"),
     )
     theirs = json.loads((tmp_path / "out" / "metrics.json").read_text())["tasks"]["label"]["auc"]
     assert theirs == pytest.approx(world.evaluated("again")["tasks"]["label"]["auc"], abs=1e-6)
@@ -391,7 +396,7 @@ def test_a_column_called_row_is_not_written_over(tmp_path: Path, capsys: pytest.
     artifact = tmp_path / "model"
     write_random_model(settings, artifact)
     with pytest.raises(SystemExit):
-        score.main(["--model", str(artifact), "--input", settings.data.log, "--output", str(tmp_path / "out")])
+        run("score", "--model", str(artifact), "--input", settings.data.log, "--output", str(tmp_path / "out"))
     assert "column 'row' of the log has the name of a column that scoring writes" in capsys.readouterr().err
 
 
@@ -465,7 +470,7 @@ def test_a_model_of_a_log_with_times_is_told(world: World, tmp_path: Path, capsy
     )
     (tmp_path / "timed.yaml").write_text(settings.to_yaml(), encoding="utf-8")
     with pytest.raises(SystemExit):
-        evaluate.main(["--config", str(tmp_path / "timed.yaml"), "--model", str(world.model)])
+        run("evaluate", "--config", str(tmp_path / "timed.yaml"), "--model", str(world.model))
     said = capsys.readouterr().err
     assert "trained on a log that has no times, a plain table, and that of the settings has (columns.time)" in said
 
@@ -492,7 +497,7 @@ def test_weights_by_another_name_are_found(tmp_path: Path) -> None:
         (tmp_path / f"{number}").mkdir()
         given.to_parquet(tmp_path / f"{number}" / "0.parquet")
         words = ["--config", str(tmp_path / "settings.yaml"), "--predictions", str(tmp_path / f"{number}")]
-        metrics.main([*words, "--out", str(tmp_path / f"out{number}")])
+        run("metrics", *words, "--out", str(tmp_path / f"out{number}"))
         areas.append(
             json.loads((tmp_path / f"out{number}" / "metrics.json").read_text())["tasks"]["label"]["auc"]["value"]
         )

@@ -8,7 +8,7 @@ import pytest
 
 from mmoe_rec.features.pipeline import largest_layout
 from mmoe_rec.settings.load import load_settings
-from pipelines import plan
+from tests import commands
 
 CONFIG = "configs/cluster.yaml"
 CLUSTER = ["--config", CONFIG]
@@ -17,7 +17,7 @@ CLUSTER = ["--config", CONFIG]
 def run(capsys: pytest.CaptureFixture, *arguments: str) -> tuple[int, str]:
     """Exit code, and what is printed."""
     try:
-        plan.main([*CLUSTER, *arguments])
+        commands.run("plan", *CLUSTER, *arguments)
     except SystemExit as end:
         said = capsys.readouterr()
         return int(end.code or 0), said.out + said.err
@@ -81,22 +81,18 @@ def test_the_sizes_of_built_features_are_taken(tmp_path: Path, capsys: pytest.Ca
         (["--world-size", "16", "--features.video.max_size=null"], "nothing bounds the number of ids of video: give"),
         (["--world-size", "12"], "--world-size 12 is not a multiple of --local-world-size 8"),
         (["--world-size", "16", "--device", "cpu", "--host-gib", "512"], "do not fit into 16 rank"),
-        (["--world-size", "0"], "argument --world-size: must be a whole number, 1 or more, found '0'; --help lists"),
-        (["--world-size", "-8"], "--world-size: must be a whole number, 1 or more, found '-8'"),
-        (["--world-size", "8.5"], "--world-size: must be a whole number, 1 or more, found '8.5'"),
-        (["--world-size", "nan"], "--world-size: must be a whole number, 1 or more, found 'nan'"),
+        (["--world-size", "0"], "invalid value for '--world-size': 0 is not in the range x>=1; --help lists"),
+        (["--world-size", "-8"], "'--world-size': -8 is not in the range"),
+        (["--world-size", "8.5"], "'--world-size': '8.5' is not a valid integer"),
+        (["--world-size", "nan"], "'--world-size': 'nan' is not a valid integer"),
         (["--world-size", str(10**30)], "is more than a plan is made for"),
         (["--world-size", "32768"], "--world-size 32768 is more than a plan is made for, 16,384"),
-        (["--world-size", "16", "--local-world-size", "0"], "--local-world-size: must be a whole number, 1 or more"),
+        (["--world-size", "16", "--local-world-size", "0"], "'--local-world-size': 0 is not in the range x>=1"),
         (["--world-size", "4"], "--world-size 4 is not a multiple of --local-world-size 8"),
-        (["--local-world-size", "8"], "the following arguments are required: --world-size"),
+        (["--local-world-size", "8"], "missing option '--world-size'"),
         *[
-            (["--world-size", "16", f"--{name}={value}"], f"--{name}: must be a number between {ends}, found '{value}'")
-            for name, ends in (
-                ("hbm-gib", "0.01 and 1e+06"),
-                ("host-gib", "0.01 and 1e+06"),
-                ("tflops", "0.001 and 1e+06"),
-            )
+            (["--world-size", "16", f"--{name}={value}"], f"invalid value for '--{name}': ")
+            for name in ("hbm-gib", "host-gib", "tflops")
             for value in ("0", "-80", "nan", "inf", "-inf", "1e308", "1e-300", "much", "")
         ],
         (["--world-size", "16", "--hbm-gib", "0.01"], "do not fit into 16 rank(s)"),

@@ -16,10 +16,9 @@ from mmoe_rec.evaluation.scoring import NotFiniteError
 from mmoe_rec.inference.errors import OtherScoresError
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.jobs import promote
-from mmoe_rec.jobs.commands.evaluation.promote import main
 from mmoe_rec.tracking import registry
 from mmoe_rec.tracking.registry import fetch_model
-from pipelines import evaluate
+from tests import commands
 from tests.pipelines.short_trainings import World
 from tests.report.parsed import Page
 
@@ -50,7 +49,7 @@ def world(template: World, monkeypatch: pytest.MonkeyPatch) -> World:
 def run(world: World, *words: str) -> int:
     """The exit code of the command."""
     try:
-        main(["--config", str(world.folder / "first.yaml"), *words])
+        commands.run("promote", "--config", str(world.folder / "first.yaml"), *words)
     except SystemExit as ended:
         return int(ended.code or 0)
     return 0
@@ -244,13 +243,13 @@ def test_what_is_undefined_by_now_does_not_stay_in_the_run(world: World) -> None
     """An evaluation of few rows after one of many: numbers of the first would stand beside those of the second."""
     run_id = client(world).get_model_version(NAME, "2").run_id
     words = ["--config", str(world.folder / "first.yaml"), "--model", "models:/learnable/2"]
-    evaluate.main(words)
+    commands.run("evaluate", *words)
     of_training = client(world).get_run(run_id).data.metrics
     words += ["--data.work", str(world.folder / "few")]
-    evaluate.main([*words, "--split.validation_end", "2024-03-08T12:00"])
+    commands.run("evaluate", *words, "--split.validation_end", "2024-03-08T12:00")
     before = client(world).get_run(run_id).data.metrics
     assert before["other_test_rows/liked.auc"] > 0
-    evaluate.main([*words, "--split.validation_end", "2024-03-08T23:35"])
+    commands.run("evaluate", *words, "--split.validation_end", "2024-03-08T23:35")
     after = client(world).get_run(run_id).data.metrics
     assert after["other_test_rows/rows"] < 100
     assert after.keys() >= before.keys()

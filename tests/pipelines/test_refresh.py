@@ -259,7 +259,7 @@ def test_a_refresh_that_was_killed_is_ended_by_the_next(
 
 def test_two_at_once_make_one_version(model: RefreshedModel) -> None:
     model.add(9, 10)
-    both = [Command(["pipelines.refresh", "--config", str(model.config)]) for _ in range(2)]
+    both = [Command(["mmoe_rec", "refresh", "--config", str(model.config)]) for _ in range(2)]
     assert [each.wait() for each in both] == [0, 0]
     said = sorted(each.stdout for each in both)
     assert len(model.versions()) == 2
@@ -272,7 +272,7 @@ def test_a_kill_at_any_moment_leaves_nothing_half(model: RefreshedModel) -> None
     added = model.add(9, 12)
     seconds, killed = 0.3, 0
     while True:
-        process = Command(["pipelines.refresh", "--config", str(model.config)])
+        process = Command(["mmoe_rec", "refresh", "--config", str(model.config)])
         with suppress(TimeoutError):
             process.wait(seconds)
         process.kill()
@@ -330,7 +330,7 @@ def test_a_server_that_looks_for_models_moves_on(model: RefreshedModel, tmp_path
         "explain": True,
     }
     port = free_port()
-    words = [sys.executable, "-m", "pipelines.serve", "--tracking.uri", model.uri, "--model", ADDRESS]
+    words = [sys.executable, "-m", "mmoe_rec", "serve", "--tracking.uri", model.uri, "--model", ADDRESS]
     words += ["--port", str(port), "--poll", "0.1"]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     with running_program(

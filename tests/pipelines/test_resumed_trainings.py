@@ -219,7 +219,7 @@ def test_a_later_day_begins_a_new_training(
     later = world.folder / "log" / "later.parquet"
     shutil.copy(world.folder / "later.parquet", later)
     told = refused(capsys, world, *start, RESUME, day="second")
-    assert "run python -m pipelines.features with --extend first" in told
+    assert "run mmoe-rec features with --extend first" in told
     assert manifest.read_bytes() == first, "features that can still be extended are not built anew"
     later.unlink()
 

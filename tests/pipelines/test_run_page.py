@@ -16,7 +16,7 @@ from mmoe_rec.jobs.run_page import command, data_sets, name_of_training
 from mmoe_rec.settings.load import load_settings
 from mmoe_rec.tracking.outbox import list_waiting_runs
 from mmoe_rec.tracking.runs import DataSet, Run
-from pipelines import evaluate
+from tests import commands
 from tests.pipelines.short_trainings import World
 
 PASSWORD = "hunter2"
@@ -29,7 +29,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
         patch.setattr(sys, "argv", ["train.py", "--config", "a settings.yaml", f"http://me:{PASSWORD}@host"])
         patch.setattr(run_page, "SECONDS_BETWEEN_SAMPLES", 0.0)
         world.train()
-        evaluate.main(["--config", str(world.folder / "first.yaml"), "--model", "models:/learnable@champion"])
+        commands.run("evaluate", "--config", str(world.folder / "first.yaml"), "--model", "models:/learnable@champion")
     return world
 
 
@@ -197,12 +197,12 @@ def test_who_may_not_write_to_the_registry_gets_the_evaluation(
         raise mlflow.exceptions.MlflowException("PERMISSION_DENIED", error_code=403)
 
     monkeypatch.setattr(mlflow.MlflowClient, "set_model_version_tag", refuse)
-    evaluate.main(["--config", str(world.folder / "first.yaml"), "--model", "models:/learnable@champion"])
+    commands.run("evaluate", "--config", str(world.folder / "first.yaml"), "--model", "models:/learnable@champion")
     printed = capsys.readouterr()
     assert "PERMISSION_DENIED: models:/learnable/1 is not described in the registry" in printed.err
     assert "report: " in printed.out
     monkeypatch.setattr(mlflow.MlflowClient, "log_batch", refuse)
-    evaluate.main(["--config", str(world.folder / "first.yaml"), "--model", "models:/learnable@champion"])
+    commands.run("evaluate", "--config", str(world.folder / "first.yaml"), "--model", "models:/learnable@champion")
     printed = capsys.readouterr()
     assert "but not all of it in MLflow" in printed.err
     assert "auc ↑" in printed.out
@@ -239,5 +239,6 @@ def test_names_of_trainings_and_commands(world: World, monkeypatch: pytest.Monke
     assert (
         name_of_training(settings, "models:/learnable/3") == "train until 2024-03-06 from models:/learnable/3, seed 17"
     )
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)  # as where a script is started
     monkeypatch.setattr(sys, "argv", ["/somewhere/bin/mmoe-rec", "train", "--config", "a b.yaml"])
     assert command() == "mmoe-rec train --config 'a b.yaml'"

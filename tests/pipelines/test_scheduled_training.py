@@ -21,7 +21,7 @@ from mmoe_rec.preprocessing.added.tables import taken_by
 from mmoe_rec.preprocessing.added.taken import Taken
 from mmoe_rec.preprocessing.prepare import Prepared
 from mmoe_rec.tracking.registry import Version, fetch_model, find_holder
-from pipelines import features, refresh, train
+from tests import commands
 from tests.log.small_logs import files_of
 from tests.pipelines.learnable_log import START, learnable_log, settings_tree
 from tests.pipelines.short_trainings import RATES, SMALL, dying_after
@@ -43,7 +43,7 @@ class Days:
         (folder / "log").mkdir()
         days = Days(folder)
         days.add(0, 6)
-        train.main(["--config", str(folder / "settings.yaml")])
+        commands.run("train", "--config", str(folder / "settings.yaml"))
         return days
 
     def add(self, start: float, end: float) -> pa.Table:
@@ -55,7 +55,7 @@ class Days:
     def run(self, *words: str) -> None:
         """The line: a training is due two days after the newest."""
         every = ("--train-every-days", "2", "--validation-days", "1")
-        refresh.main(["--config", str(self.folder / "settings.yaml"), *every, *words])
+        commands.run("refresh", "--config", str(self.folder / "settings.yaml"), *every, *words)
 
     def refused(self, capsys: pytest.CaptureFixture, *words: str) -> str:
         """The sentence with which the line ends."""
@@ -231,7 +231,7 @@ def test_a_part_that_fails_leaves_the_alias(
 def test_features_that_were_extended_by_hand_do_not_matter(days: Days, capsys: pytest.CaptureFixture) -> None:
     days.add(6, 7.5)
     split = ["--split.train_end", "2024-03-07T12:00", "--split.validation_end", "2024-03-08"]
-    features.main(["--config", str(days.folder / "settings.yaml"), "--extend", *split])
+    commands.run("features", "--config", str(days.folder / "settings.yaml"), "--extend", *split)
     days.run()
     assert days.holder().number == "2"
     assert "0.0 days behind" in capsys.readouterr().out

@@ -16,7 +16,7 @@ from mmoe_rec.jobs.seeds import train as seeds
 from mmoe_rec.report.formatting import signed
 from mmoe_rec.settings.load import load_settings
 from mmoe_rec.tracking.registry import FoundModel
-from pipelines import train
+from tests.commands import run
 from tests.pipelines.short_trainings import World, dying_after
 from tests.report.parsed import Page
 
@@ -179,7 +179,7 @@ def test_other_settings_that_have_seen_the_rows_are_told_of(
     (tmp_path / "one.yaml").write_text(yaml.safe_dump(one_task))
     words = ["--config", str(tmp_path / "one.yaml"), "--data.work", str(tmp_path / "one"), "--seeds", "2"]
     with pytest.raises(SystemExit):
-        train.main([*words, "--against", str(world.folder / "work")])
+        run("train", *words, "--against", str(world.folder / "work"))
     told = f"error: --against '{world.folder / 'work'}': the model predicts click, liked; the settings have click"
     assert told in capsys.readouterr().err
     assert not (tmp_path / "one" / "seeds").exists()

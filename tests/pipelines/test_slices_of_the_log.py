@@ -21,7 +21,7 @@ from mmoe_rec.jobs.evaluate import evaluate_model, scored_rows
 from mmoe_rec.jobs.slicing import LogColumns
 from mmoe_rec.settings.load import load_settings
 from mmoe_rec.tracking.registry import find_model
-from pipelines import evaluate
+from tests.commands import run
 from tests.pipelines.learnable_log import learnable_log, settings_tree
 from tests.pipelines.short_trainings import FIRST_DAY, LENIENT, RATES, SMALL, World
 from tests.report.parsed import Page
@@ -53,7 +53,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 def evaluated(world: World, *words: str, out: Path) -> pd.DataFrame:
     config = ["--config", str(world.folder / "first.yaml"), "--model", "models:/learnable@champion"]
-    evaluate.main([*config, "--out", str(out), *words])
+    run("evaluate", *config, "--out", str(out), *words)
     return pd.read_parquet(out / "slices.parquet")
 
 

@@ -12,13 +12,12 @@ import mlflow
 import pytest
 
 from mmoe_rec.errors import StoppedError, UserError
-from mmoe_rec.jobs.commands import tune as tune_command
 from mmoe_rec.jobs.tune import NOT_VALID_IN_A_ROW, Study
 from mmoe_rec.settings.load import load_settings
 from mmoe_rec.settings.sections import Settings
 from mmoe_rec.tracking import runs
 from mmoe_rec.training.loop import Trainer
-from pipelines import train, tune
+from tests import commands
 from tests.pipelines.learnable_log import write_files
 
 # At the lowest rates nothing is learnt.
@@ -66,12 +65,12 @@ def test_the_best_settings_are_found_and_can_be_trained_with(tmp_path: Path, cap
         patch.setattr(Trainer, "run", interrupted)
         for number, signal in ((3, "SIGINT"), (4, "SIGTERM")):
             with pytest.raises(SystemExit) as ended:
-                tune.main(["--config", str(config), "--trials", "8"])
+                commands.run("tune", "--config", str(config), "--trials", "8")
             assert ended.value.code == 75
             assert capsys.readouterr().err.splitlines()[-1] == (
                 f"stopped: {signal} came; trial {number} will be tried again: go on with the same command"
             )
-    tune.main(["--config", str(config), "--trials", "8"])
+    commands.run("tune", "--config", str(config), "--trials", "8")
     said = capsys.readouterr()
     assert "8 trials, of which " in said.out
     parent, *trials = runs_in(tmp_path)
@@ -102,12 +101,12 @@ def test_the_best_settings_are_found_and_can_be_trained_with(tmp_path: Path, cap
     assert not list((tmp_path / "work" / "tuning").glob("trial-*")), "no weights are left"
 
     features = (tmp_path / "work" / "features" / "manifest.json").stat()
-    train.main(["--config", str(best)])
+    commands.run("train", "--config", str(best))
     assert (tmp_path / "work" / "features" / "manifest.json").stat() == features, "they are not built anew"
     assert "registered as models:/learnable@champion" in capsys.readouterr().out
 
     # Enough trials: nothing is tried again.
-    tune.main(["--config", str(config), "--trials", "8"])
+    commands.run("tune", "--config", str(config), "--trials", "8")
     assert len([each for each in runs_in(tmp_path) if "mlflow.parentRunId" in each.data.tags]) == 10
 
 
@@ -142,7 +141,7 @@ def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tupl
         capsys.readouterr()
         code = 0
         try:
-            tune.main(["--config", str(config), "--trials", str(trials), *words])
+            commands.run("tune", "--config", str(config), "--trials", str(trials), *words)
         except SystemExit as end:
             code = int(end.code or 0)
         said = capsys.readouterr()
@@ -174,7 +173,7 @@ def test_a_combination_that_is_not_valid_is_left_out_with_its_reason(
 def test_a_search_without_any_valid_combination_ends(
     capsys: pytest.CaptureFixture, study: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tune_command, "_check_values", lambda *_: None)
+    monkeypatch.setattr("mmoe_rec.cli.tune._check_values", lambda *_: None)
     search = {"model.gates.top_k": {"low": 5, "high": 9}}
     code, _, err = study(capsys, search, 1000, trained({}), *TOP_K)
     assert code == 2
@@ -250,7 +249,7 @@ def test_trials_of_other_loss_weights_are_told_apart_by_one_measure(tmp_path: Pa
     """By its own weights, the trial with the smallest ones would always have the smallest loss."""
     config = search_in(tmp_path, {"tasks.liked.loss_weight": {"choices": [0.01]}})
     options = ["--training.select_by", "loss", "--tasks.liked.loss_weight", "3", "--training.epochs", "1"]
-    tune.main(["--config", str(config), "--trials", "1", *options])
+    commands.run("tune", "--config", str(config), "--trials", "1", *options)
     parent, trial = runs_in(tmp_path)
     losses = {task: trial.data.metrics[f"best/{task}.loss"] for task in ("click", "liked")}
     assert parent.data.metrics["best/objective"] == pytest.approx(-(losses["click"] + 3 * losses["liked"]))
@@ -289,7 +288,7 @@ def test_a_search_that_cannot_be_is_refused_at_once(
 ) -> None:
     config = search_in(tmp_path, search)
     with pytest.raises(SystemExit) as ended:
-        tune.main(["--config", str(config)])
+        commands.run("tune", "--config", str(config))
     assert ended.value.code == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1

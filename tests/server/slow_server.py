@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mmoe_rec.inference.loaded import LoadedRanker
-from mmoe_rec.jobs.commands.serve import main
+from tests.commands import run
 
 SLOW_USER = 999
 
@@ -33,4 +33,4 @@ def wait_where_told(folder: Path) -> None:
 
 if __name__ == "__main__":
     wait_where_told(Path(sys.argv[1]))
-    main(sys.argv[2:])
+    run("serve", *sys.argv[2:])

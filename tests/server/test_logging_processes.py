@@ -80,8 +80,8 @@ def _answers(running: Running) -> bool:
 
 
 def test_options_without_a_folder_are_refused() -> None:
-    from mmoe_rec.jobs.commands.serve import main
+    from tests.commands import run
 
     with pytest.raises(SystemExit) as end:
-        main(["--model", "nowhere", "--log-share", "0.5"])
+        run("serve", "--model", "nowhere", "--log-share", "0.5")
     assert end.value.code == 2

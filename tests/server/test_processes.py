@@ -350,7 +350,7 @@ def model_count(running: Running) -> float:
 )
 def test_mistakes_are_told_in_one_sentence(small: SmallModel, arguments: list[str], sentence: str) -> None:
     words = [each.replace("{model}", str(small.folder)) for each in arguments]
-    done = run_command("pipelines.serve", *words)
+    done = run_command("mmoe_rec", "serve", *words)
     assert done.returncode == 2, done.stderr
     (told,) = done.stderr.splitlines()
     assert told.startswith("error: ")

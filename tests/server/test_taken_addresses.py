@@ -58,7 +58,18 @@ def test_who_comes_second_is_told_in_one_sentence(small: SmallModel, tmp_path: P
     pipe = folder / "manifest.json"
     manifest = pipe.rename(tmp_path / "manifest.json")
     os.mkfifo(pipe)
-    words = [sys.executable, "-m", "pipelines.serve", "--model", str(folder), "--port", str(port), "--workers", workers]
+    words = [
+        sys.executable,
+        "-m",
+        "mmoe_rec",
+        "serve",
+        "--model",
+        str(folder),
+        "--port",
+        str(port),
+        "--workers",
+        workers,
+    ]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen(words, cwd=ROOT, env=env, stdout=log, stderr=log)

@@ -226,7 +226,7 @@ def test_sigterm_while_another_model_is_loaded(folder: Path, tmp_path: Path) -> 
 
 def test_sigterm_before_the_first_model_is_there(folder: Path, tmp_path: Path) -> None:
     hang_at_loading(folder)
-    words = ["pipelines.serve", "--model", str(folder), "--workers", "2", "--port", str(free_port())]
+    words = ["mmoe_rec", "serve", "--model", str(folder), "--workers", "2", "--port", str(free_port())]
     (tmp_path / "temporary").mkdir()
     process = Command(words, {"TMPDIR": str(tmp_path / "temporary")})
     try:
@@ -244,7 +244,7 @@ def test_a_model_that_cannot_be_loaded_ends_the_start_in_one_sentence(folder: Pa
     (folder / "weights.safetensors").write_bytes(b"short")
     told = []
     for workers in ("1", "2"):
-        words = ["pipelines.serve", "--model", str(folder), "--workers", workers, "--port", str(free_port())]
+        words = ["mmoe_rec", "serve", "--model", str(folder), "--workers", workers, "--port", str(free_port())]
         done = run_command(*words)
         told.append((done.returncode, done.stdout, done.stderr))
     assert told[0] == told[1], "the same words as from one process"

@@ -249,12 +249,12 @@ def test_names_that_pass_can_be_registered(uri: str, small: SmallModel, name: st
 
 
 def test_a_name_is_refused_before_features_are_built(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    from pipelines import train
+    from tests import commands
     from tests.pipelines.learnable_log import write_files
 
     config = write_files(tmp_path)
     with pytest.raises(SystemExit):
-        train.main(["--config", str(config), "--tracking.registered_model", "team/shop"])
+        commands.run("train", "--config", str(config), "--tracking.registered_model", "team/shop")
     said = capsys.readouterr().err
     assert said.startswith("error: 'tracking.registered_model' (by default the settings' `name`) 'team/shop'")
     assert said.count("\n") == 1

@@ -1,4 +1,4 @@
-"""Runs a module as if torchrec and fbgemm were not installed: python -m tests.training.blocked pipelines.train ..."""
+"""Runs a module as if torchrec and fbgemm were not installed: python -m tests.training.blocked mmoe_rec train ..."""
 
 from __future__ import annotations
 

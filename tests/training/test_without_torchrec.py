@@ -56,8 +56,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     tree["training"]["tables"] = "auto"
     (folder / "settings.yaml").write_text(yaml.safe_dump(tree), encoding="utf-8")
     config = str(folder / "settings.yaml")
-    command("pipelines.features", "--config", config)
-    return World(folder, command("pipelines.train", "--config", config).stderr)
+    command("mmoe_rec", "features", "--config", config)
+    return World(folder, command("mmoe_rec", "train", "--config", config).stderr)
 
 
 def test_a_training_says_so_once(world: World) -> None:
@@ -69,7 +69,7 @@ def test_a_training_says_so_once(world: World) -> None:
 
 
 def test_the_model_has_learnt_and_is_evaluated(world: World) -> None:
-    command("pipelines.evaluate", "--config", world.config, "--model", "models:/learnable@champion")
+    command("mmoe_rec", "evaluate", "--config", world.config, "--model", "models:/learnable@champion")
     found = json.loads((world.folder / "work/evaluation/metrics.json").read_text(encoding="utf-8"))
     assert found["tasks"]["click"]["auc"]["value"] > 0.6
 
@@ -90,8 +90,14 @@ def test_candidates_are_ranked(world: World) -> None:
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (("pipelines.plan", "--world-size", "2", "--local-world-size", "2"), "a plan needs torchrec and fbgemm, which"),
-        (("pipelines.train", "--training.tables", "fbgemm"), "training.tables is fbgemm, but torchrec and fbgemm are"),
+        (
+            ("mmoe_rec", "plan", "--world-size", "2", "--local-world-size", "2"),
+            "a plan needs torchrec and fbgemm, which",
+        ),
+        (
+            ("mmoe_rec", "train", "--training.tables", "fbgemm"),
+            "training.tables is fbgemm, but torchrec and fbgemm are",
+        ),
     ],
 )
 def test_what_needs_torchrec_says_so_in_one_sentence(world: World, words: tuple[str, ...], sentence: str) -> None:
@@ -102,7 +108,7 @@ def test_what_needs_torchrec_says_so_in_one_sentence(world: World, words: tuple[
 
 def test_several_ranks_say_so_too(world: World) -> None:
     torchrun = [str(Path(sys.executable).with_name("torchrun")), "--nproc-per-node", "2", "--standalone"]
-    words = ["-m", "tests.training.blocked", "pipelines.train", "--config", world.config]
+    words = ["-m", "tests.training.blocked", "mmoe_rec", "train", "--config", world.config]
     done = subprocess.run([*torchrun, *words], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode != 0
     assert "training on several processes needs torchrec and fbgemm, which are not installed" in done.stderr

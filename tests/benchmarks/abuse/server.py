@@ -76,7 +76,7 @@ def seconds_until(condition: Callable[[], bool]) -> float:
 def served(model: Path, folder: Path, *arguments: str) -> Iterator[Running]:
     """A server of a model with two workers, until the block ends. folder: gets what it prints."""
     port = free_port()
-    words = [sys.executable, "-m", "pipelines.serve", "--model", str(model), "--port", str(port)]
+    words = [sys.executable, "-m", "mmoe_rec", "serve", "--model", str(model), "--port", str(port)]
     words += ["--workers", str(WORKERS), *arguments]
     env = {name: value for name, value in os.environ.items() if name != "MMOE_REC_TOKEN"}
     log = folder / f"server_{port}.log"

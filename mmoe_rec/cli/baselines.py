@@ -1,0 +1,40 @@
+"""mmoe-rec baselines --config configs/shop.yaml --model models:/shop@champion
+
+Trains what a model has to beat on the same encoded rows, popularity and gradient-boosted trees for each task, and
+measures them on the test rows. With `--model` the model stands beside them, with the differences of all metrics and a
+verdict. Writes `report.html`, `metrics.json` and others to `data.work`/baselines.
+
+Trees get all inputs but placement and lists of ids; of an id the 254 most frequent values. They stop growing by the
+validation rows, and learn from the last two million training rows.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from mmoe_rec.cli.command import MODEL, Configuration, out_option, settings_command, show
+
+
+@settings_command(__doc__)
+@click.option("--model", metavar="M", help=f"the model beside them: {MODEL}")
+@out_option("data.work/baselines")
+def baselines(configuration: Configuration, model: str | None, out: Path | None) -> None:
+    """Runs the command."""
+    from mmoe_rec.jobs.baselines import measure_baselines
+    from mmoe_rec.jobs.evaluate import evaluate_model
+    from mmoe_rec.jobs.places import check_out, short_names
+    from mmoe_rec.report.tables import show_results
+
+    settings = configuration.settings
+    work = Path(settings.data.work)
+    out = out or work / "baselines"
+    check_out(out, settings)
+    evaluated, name = None, ""
+    if model is not None:
+        (name,) = short_names([model])
+        evaluated = evaluate_model(settings, model, work / "evaluation")
+    show(show_results(measure_baselines(settings, out, evaluated, name)))
+    print(f"metrics: {out / 'metrics.json'}")
+    print(f"report: {out / 'report.html'}")

@@ -1,0 +1,42 @@
+"""mmoe-rec inspect --config configs/complete_journey.yaml
+
+The health of a data set before one trains on it: rows, labels by split and week, and for each feature its coverage, ids
+that training does not know, drift, and how well it alone predicts each task, which finds leaks. Prepares the features
+as training would, or takes existing ones; writes `health.html` and `health.json` to `data.work`/inspection.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mmoe_rec.cli.command import Configuration, out_option, settings_command
+
+
+@settings_command(__doc__)
+@out_option("data.work/inspection")
+def inspect(configuration: Configuration, out: Path | None) -> None:
+    """Runs the command."""
+    settings = configuration.settings
+    from rich.console import Console
+
+    from mmoe_rec.inspection import health as inspection
+    from mmoe_rec.jobs.places import features_in_use
+    from mmoe_rec.model.layout import ModelLayout
+    from mmoe_rec.report.terminal import show
+
+    out = out or Path(settings.data.work) / "inspection"
+    with features_in_use(settings, "an inspection") as prepared:
+        dims = {table.name: table.dim for table in ModelLayout.of(prepared.layout, settings).tables}
+        health = inspection.inspect(settings.name, prepared, settings.schema_, dims)
+    # matplotlib and Jinja2 are for what there is to be shown.
+    from mmoe_rec.report.health import write
+
+    write(health, out)
+    console = Console()
+    if not console.is_terminal:
+        console.width = 120
+    for part in show(health, console.width):
+        console.print(part)
+    print(f"report: {out / 'health.html'}")
+    print(f"numbers: {out / 'health.json'}")
+    print(f"next: mmoe-rec train {configuration.options()}")

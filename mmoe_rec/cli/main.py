@@ -1,0 +1,94 @@
+"""mmoe-rec COMMAND ...: finds the command, which is imported when it is called, and words what goes wrong."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from difflib import get_close_matches
+from importlib import import_module
+
+import click
+
+from mmoe_rec.errors import EXIT_CODE, UserError, exit_with_message
+
+COMMANDS = {
+    "train": "features, training, and registration of the model",
+    "evaluate": "metrics of a model on the test rows",
+    "metrics": "metrics of predictions in Parquet files, of any system",
+    "baselines": "popularity and gradient-boosted trees on the same rows",
+    "promote": "gives the alias to a version that is shown to be better, or back",
+    "tune-weights": "weights of the tasks in the score, for a goal and with a guardrail",
+    "off-policy": "what another policy would have gained, from propensities",
+    "score": "predictions, scores and ranks of a log or of candidates",
+    "serve": "serves a model over HTTP",
+    "join-outcomes": "requests that were served and what happened then, as a log",
+    "replay": "compares what a server serves with what the log says",
+    "features": "fits features and encodes rows, or adds new days",
+    "refresh": "new tables for the model that is served, and a training when one is due",
+    "inspect": "the health of the log and its features",
+    "tune": "searches for better settings",
+    "plan": "which rank would hold which part of the tables",
+    "edit-experts": "adds, masks or removes experts of a model",
+    "sweep-experts": "accuracy and speed with fewer experts",
+    "export": "a model in int8, or as an ONNX file",
+    "doctor": "checks this machine and its packages",
+}
+"""Command -> what it does. Its file has its name, with underscores, and so has the function in it."""
+
+
+class Commands(click.Group):
+    """Imports a command's file when the command is called."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command:
+        if cmd_name not in COMMANDS:
+            near = get_close_matches(cmd_name, COMMANDS, 1)
+            meant = f"; did you mean '{near[0]}'?" if near else "; mmoe-rec --help lists them"
+            raise UserError(f"there is no command '{cmd_name}'{meant}")
+        name = cmd_name.replace("-", "_")
+        command: click.Command = getattr(import_module(f"mmoe_rec.cli.{name}"), name)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        from mmoe_rec.settings.load import TEMPLATE
+
+        formatter.write(f"""
+First steps: adapt a copy of {TEMPLATE}
+to your log, then
+  mmoe-rec features --config COPY
+  mmoe-rec inspect --config COPY
+  mmoe-rec train --config COPY
+  mmoe-rec evaluate --config COPY --model models:/NAME@champion
+""")
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+@click.version_option(package_name="mmoe-rec", message="%(version)s")
+def commands() -> None:
+    """Trains and evaluates multi-gate mixture-of-experts ranking models on interaction logs.
+
+    `mmoe-rec COMMAND --help` describes a command and all settings.
+    """
+
+
+@exit_with_message()
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command that the first argument names."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        with commands.make_context("mmoe-rec", words) as context:  # `commands.main` would hide KeyboardInterrupt
+            commands.invoke(context)
+    except click.exceptions.Exit as end:
+        raise SystemExit(end.exit_code) from None
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        raise SystemExit(EXIT_CODE) from None
+    except click.ClickException as error:
+        message = error.format_message().rstrip(".")
+        raise UserError(f"{message[:1].lower()}{message[1:]}; --help lists all options and settings") from None

@@ -1,0 +1,136 @@
+"""mmoe-rec refresh --config configs/complete_journey.yaml
+mmoe-rec refresh --config configs/complete_journey.yaml --model models:/complete_journey@champion
+mmoe-rec refresh --config configs/complete_journey.yaml --train-every-days 7
+
+Takes new files of the log, and of logs of events, into what a model's counters, histories and latest values know, and
+registers the result as a new version: the same weights, calibration and vocabularies, new tables. The alias moves to
+it, if no other version has taken it meanwhile; a server that was started with --poll goes on with the new version.
+Where there are no new files, nothing happens. Only rows of new files are read, and these must be later than those
+before. Features in `data.work` stay as they are: days are added to them for the next training.
+
+--journal A first writes what a server (serve --journal A) has accepted into files of `data.log` and of the logs of
+events, which the features for the next training then take as well. Rows that came late count, too, but no model is
+trained on them.
+
+--anew makes the tables of all files that the log has now, as where an old file was put right.
+
+--train-every-days N then trains where the newest training lies N days or more behind the log: it adds the files since
+to the features, trains on their rows but the newest days, starting from the model that holds the alias, judges both on
+the rows of these days, and leaves the alias to the better one. So one line for a scheduler does it all; it may be
+started again at any time, and a part that fails ends it with a sentence and leaves the alias where it was.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from mmoe_rec.cli.command import COUNT, Configuration, settings_command
+from mmoe_rec.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from mmoe_rec.jobs.refreshing.refresh import Refreshed
+
+
+@settings_command(__doc__)
+@click.option("--model", metavar="M", help="models:/NAME@ALIAS (default: the settings' registered model and alias)")
+@click.option("--anew", is_flag=True, help="make tables of all files, instead of going on")
+@click.option(
+    "--journal",
+    metavar="A",
+    help="address of a server's journal: first write what it has accepted into files of the logs",
+)
+@click.option(
+    "--remove-events",
+    is_flag=True,
+    help="remove what the journal holds and the tables, by an earlier refresh, held already",
+)
+@click.option(
+    "--other-journal",
+    is_flag=True,
+    help="go over to this journal from the one that the tables hold, which is gone; else that is refused",
+)
+@click.option("--train-every-days", type=COUNT, metavar="N", help="then train, if a training is due")
+@click.option(
+    "--validation-days",
+    type=COUNT,
+    metavar="V",
+    help="newest days that such a training is judged by (default: one more than labels take to mature)",
+)
+def refresh(
+    configuration: Configuration,
+    model: str | None,
+    anew: bool,
+    journal: str | None,
+    remove_events: bool,
+    other_journal: bool,
+    train_every_days: int | None,
+    validation_days: int | None,
+) -> None:
+    """Runs the command."""
+    settings = configuration.settings
+    if remove_events and journal is None:
+        raise UserError("--remove-events belongs to --journal A, which is missing")
+    if other_journal and journal is None:
+        raise UserError("--other-journal belongs to --journal A, which is missing")
+    if validation_days is not None and train_every_days is None:
+        raise UserError("--validation-days belongs to --train-every-days N, which is missing")
+    from rich.console import Console
+
+    from mmoe_rec.jobs.refreshing import refresh as tables
+
+    address = model or f"models:/{settings.registered_model}@{settings.tracking.alias}"
+    every, days = train_every_days, 0
+    if every is not None:
+        from mmoe_rec.jobs.refreshing.training import days_of_validation, train_when_due
+
+        days = days_of_validation(settings, address, every, validation_days)
+    rows = None
+    if journal is not None:
+        from mmoe_rec.jobs.refreshing.from_journal import from_journal
+
+        rows = from_journal(journal, settings, remove_events, other_journal)
+    refreshed = tables.refresh(settings, address, anew=anew, journal=rows)
+    name, alias = refreshed.before.version.name, refreshed.before.alias
+    if refreshed.tables is None:
+        log = settings.data.log
+        why = f"tables made anew of all files in '{log}' are the same" if anew else f"no new files in '{log}'"
+        print(
+            f"{why}: '{alias}' of '{name}' stays version "
+            f"{refreshed.before.version.number}, with tables as of {refreshed.before.about.tables_as_of}"
+        )
+    else:
+        Console().print(_table(refreshed))
+        if refreshed.tables.gone:
+            gone = refreshed.tables.gone
+            print(f"files that are gone from the log stay counted: {len(gone):,}, such as '{gone[0]}'")
+        now = refreshed.after
+        if now is not None and now.number == refreshed.number:
+            print(f"'{alias}' of '{name}' is version {now.number} now")
+        else:
+            print(
+                f"'{alias}' of '{name}' has moved to {'no version' if now is None else f'version {now.number}'} "
+                f"meanwhile, so it stays there: version {refreshed.number} is registered without it"
+            )
+    if every is not None:
+        for sentence in train_when_due(settings, address, every, days):
+            print(sentence)
+
+
+def _table(refreshed: Refreshed) -> Table:
+    from rich.table import Table
+
+    from mmoe_rec.jobs.refreshing.new_tables import as_of
+    from mmoe_rec.log.checks import format_time
+
+    assert refreshed.tables is not None
+    table = Table("", "before", "now")
+    table.add_row("version", refreshed.before.version.number, str(refreshed.number))
+    known = as_of(refreshed.before.about), refreshed.tables.as_of
+    table.add_row("tables as of", *map(format_time, known))
+    for name in ("files", "rows", "events"):
+        table.add_row(f"{name} read", "", f"{getattr(refreshed.tables, name):,}")
+    return table

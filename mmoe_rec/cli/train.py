@@ -1,0 +1,104 @@
+"""mmoe-rec train --config configs/complete_journey.yaml
+torchrun --nproc-per-node 2 -m mmoe_rec train --config configs/complete_journey.yaml
+mmoe-rec train --config configs/complete_journey.yaml --resume
+mmoe-rec train --config configs/complete_journey.yaml --from models:/complete_journey@champion
+mmoe-rec train --config configs/complete_journey.yaml --seeds 5
+
+Fits features (or takes existing ones), trains the model over sharded tables, keeps the best one by validation, writes
+it to `data.work`/model and registers it in MLflow. One process or many, CPU or GPUs: the same code.
+
+--resume goes on from the last checkpoint, in the same MLflow run, and begins where there is none, so that it may stand
+in every command that a cluster repeats. Settings, features and start must be those of the checkpoint, or of the
+training that has ended; features of a later day begin a new one. SIGTERM and Ctrl-C write a checkpoint and
+end with exit code 75. So does a training whose model could not be registered because MLflow's server was away:
+--resume registers it.
+
+--from starts from the weights of a trained model instead of random ones, on features that were extended since (see
+`mmoe-rec features --extend`); optimizers start afresh.
+
+--seeds trains with `training.seed` and those after it, in data.work/seeds, and prints the mean of all metrics on the
+test rows, with an interval over trainings and users, and how far trainings are apart. None of these models is
+registered. --at-once runs several of them at a time: on cores that one leaves idle, or a GPU each. --against compares
+them with those that other settings have given in their `data.work`, on the same test rows.
+
+The model takes over the alias if it is shown to be better on the validation rows than the one that holds it; otherwise
+it is registered as challenger. One process trains in a `data.work` at a time.
+"""
+
+from __future__ import annotations
+
+import click
+
+from mmoe_rec.cli.command import COUNT, Configuration, settings_command, show
+from mmoe_rec.errors import UserError
+
+
+@settings_command(__doc__)
+@click.option("--resume", is_flag=True, help="go on from the last checkpoint, if there is one")
+@click.option("--from", "start", metavar="M", help="start from a model: an artifact folder or models:/NAME@ALIAS")
+@click.option(
+    "--seeds",
+    type=click.IntRange(min=2),
+    metavar="N",
+    help="train N times, and tell what the settings are worth on average",
+)
+@click.option("--at-once", type=COUNT, metavar="N", help="of --seeds, how many run at a time (1)")
+@click.option(
+    "--against", multiple=True, metavar="W...", help="of --seeds: data.work of other settings to compare with"
+)
+def train(
+    configuration: Configuration,
+    resume: bool,
+    start: str | None,
+    seeds: int | None,
+    at_once: int | None,
+    against: tuple[str, ...],
+) -> None:
+    """Runs the command."""
+    if seeds is not None:
+        if start is not None:
+            raise UserError("--seeds trains from random weights; leave --from out")
+        from mmoe_rec.jobs.seeds.train import train_seeds
+
+        found = train_seeds(configuration.settings, seeds, resume, at_once or 1, against)
+        show(found.told())
+        print(f"all values: {found.file}")
+        print(f"report: {found.report}")
+    elif at_once is not None:
+        raise UserError("--at-once says how many trainings of --seeds run at a time; give --seeds as well")
+    elif against:
+        raise UserError("--against compares trainings of --seeds; models are compared by evaluate --against")
+    else:
+        _train_one(configuration, start, resume)
+
+
+def _train_one(configuration: Configuration, start: str | None, resume: bool) -> None:
+    from rich.console import Console
+
+    from mmoe_rec.jobs.train import train_model
+    from mmoe_rec.jobs.validations import told_of
+    from mmoe_rec.jobs.workspace import CHALLENGER
+
+    settings = configuration.settings
+    trained = train_model(settings, start, resume)
+    if trained is None:
+        return
+    if trained.before:
+        print("this training has already ended, and what follows was so then; without --resume a new one begins")
+    if trained.started_from is not None:
+        values = trained.started_from.flat().items()
+        text = ", ".join(f"{name.removeprefix('validation/')} {value:.4f}" for name, value in values)
+        print(f"validation of the model that it was started from: {text}")
+    for part in told_of(trained, settings):
+        Console().print(part, highlight=False, soft_wrap=isinstance(part, str))
+    if note := trained.best.experts.note(settings.model.gates.rule):
+        print(f"note: {note}")
+    if trained.rows_per_s:  # else all steps were done before, and the rest was left
+        print(f"{trained.rows_per_s:,.0f} rows/s in training, {trained.waiting:.1%} of the time spent waiting for data")
+    for sentence in trained.compared:
+        print(sentence)
+    print(f"model: {trained.artifact}, registered as {trained.address}")
+    if trained.address.endswith(f"@{CHALLENGER}"):
+        options = configuration.options("--challenger", CHALLENGER)
+        print(f"to ask again, by the test rows: mmoe-rec promote {options}")
+    print(f"next: mmoe-rec evaluate {configuration.options('--model', trained.address)}")

@@ -1,1 +1,0 @@
-"""The commands: each reads its arguments, calls a job and prints what came of it."""
