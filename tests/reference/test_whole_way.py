@@ -24,6 +24,7 @@ FEATURES = {
     "user": {"kind": "id", "column": "user", "min_count": 1, "oov_buckets": 2},
     "item": {"kind": "id", "column": "item", "min_count": 1},
     "brand": {"kind": "id", "column": "brand", "min_count": 1, "oov_buckets": 1},
+    "slot": {"kind": "id", "column": "slot", "min_count": 1},
     "price": {"kind": "numeric", "column": "price"},
     "price_log": {"kind": "numeric", "column": "price", "transform": "log"},
     "clicks": {
@@ -69,6 +70,7 @@ def compare_features(layout, encoded, ids, dense) -> None:
         lists = np.split(found.values, np.cumsum(found.lengths)[:-1]) if isinstance(found, Ragged) else found[:, None]
         assert [each.tolist() for each in lists] == ids[name]
     assert [each.name for each in layout.dense] == list(dense)
+    assert [each.name for each in (*layout.ids, *layout.dense) if each.placement] == ["slot"]
     np.testing.assert_allclose(encoded.dense, np.transpose(list(dense.values())), rtol=1e-6, atol=1e-6)
 
 
