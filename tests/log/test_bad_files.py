@@ -1,7 +1,6 @@
 """A file that can't be used is named with what is wrong in it, or left out where that is asked for."""
 
 import pickle
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -133,24 +132,6 @@ def test_a_log_of_bad_files_only(tmp_path):
     message = r"none of the 5 files of the log '.*' can be used; the first: '.*0.parquet' is not a readable"
     with pytest.raises(UserError, match=message):
         Log(str(folder), SCHEMA, skip_bad_files=True)
-
-
-def test_a_type_that_drifts_in_file_37_of_400(tmp_path):
-    write_log(tmp_path, TABLE.slice(0, 5), _replace(TABLE, "user", TABLE["user"].cast(pa.string())).slice(0, 5))
-    for index in range(400):
-        shutil.copy(tmp_path / ("1.parquet" if index == 37 else "0.parquet"), tmp_path / f"part-{index:03d}.parquet")
-    for name in ("0.parquet", "1.parquet"):
-        (tmp_path / name).unlink()
-    error = _opening(tmp_path)
-    assert error.address == str(tmp_path / "part-037.parquet")
-    assert str(error) == (
-        f"column 'user' changes its type: int64 in '{tmp_path}/part-000.parquet', string in '{error.address}'; "
-        "write all files with one type (399 of 400 files have int64)"
-    )
-    # Most files count, wherever the deviating one stands.
-    (tmp_path / "part-037.parquet").rename(tmp_path / "a.parquet")
-    assert _opening(tmp_path).address == str(tmp_path / "a.parquet")
-    assert Log(str(tmp_path), SCHEMA, skip_bad_files=True).rows == 399 * 5
 
 
 def test_a_file_without_rows_has_no_types_that_could_be_wrong(tmp_path):

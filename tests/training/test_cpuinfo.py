@@ -1,14 +1,10 @@
 """fbgemm's CPU kernels know the processor, and give the same as its reference loops."""
 
-import ctypes
-import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-
-from mmoe_rec.training import fbgemm
 
 CODE = """
 import sys
@@ -60,31 +56,3 @@ def test_the_kernels_know_the_processor(tmp_path) -> None:
         assert found["leave"] == ["False"]
     for ours, reference in zip(torch.load(tmp_path / "share"), torch.load(tmp_path / "leave"), strict=True):
         torch.testing.assert_close(ours, reference, atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("torch", "of_fbgemm", "tried"),
-    [("2.14.1+cu130", "1.9.0", True), ("2.15.0", "1.9.0", False), ("2.14.1", "2.0", False)],
-)
-def test_versions_that_were_not_tried_are_left_alone(
-    monkeypatch: pytest.MonkeyPatch, torch: str, of_fbgemm: str, tried: bool
-) -> None:
-    empty, known = ctypes.create_string_buffer(8), ctypes.create_string_buffer(b"AVX2", 8)
-    monkeypatch.setattr(fbgemm, "_shared", fbgemm._Shared())
-    monkeypatch.setattr(fbgemm, "_to_copy", lambda: (ctypes.addressof(empty), ctypes.addressof(known), 8))
-    monkeypatch.setattr(fbgemm, "_versions", lambda: {"torch": torch, "fbgemm": of_fbgemm})
-    if tried:
-        assert fbgemm.can_be_withheld()
-        for _ in range(2):
-            assert fbgemm.share_cpuinfo()
-            assert not fbgemm.share_cpuinfo()
-            assert empty.raw == known.raw
-            fbgemm.withhold_cpuinfo()
-            assert not any(empty.raw)
-        assert fbgemm.can_be_withheld()
-    else:
-        warned = f"with torch {re.escape(torch)} and fbgemm {of_fbgemm}, .*: install torch 2.14.\\* and fbgemm 1.9.\\*$"
-        with pytest.warns(UserWarning, match=warned):
-            assert not fbgemm.share_cpuinfo()
-        assert not any(empty.raw)
-        assert not fbgemm.can_be_withheld()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,6 @@ import pytest
 import torch
 from sklearn.metrics import log_loss, mean_squared_error, roc_auc_score
 
-from mmoe_rec.batches.batch import Batch, make_batch
 from mmoe_rec.model.layout import ModelLayout
 from mmoe_rec.model.utilisation import Utilisation
 from mmoe_rec.preprocessing.prepare import Prepared
@@ -32,7 +30,6 @@ from tests.training.learnable import (
     TRAINING,
     Trained,
     layout_of,
-    learnable_rows,
     plain_model,
     scores,
     trained,
@@ -107,47 +104,6 @@ def test_tables_take_the_schedules_rate_in_the_same_step(prepared: Prepared, tmp
 
 
 # What a step sees
-
-
-def test_rows_without_labels_have_no_influence(prepared: Prepared, tmp_path: Path) -> None:
-    """The reader fills the last batch of an epoch with such copies."""
-    encoded, labels = learnable_rows(LAYOUT, 80, seed=7)
-    labels[50:] = np.nan
-    whole = make_batch(encoded, LAYOUT, labels, torchrec=True)
-    encoded.dense[50:] = 1e3
-    garbage = make_batch(encoded, LAYOUT, labels, torchrec=True)
-    alone = make_batch(encoded.take(np.arange(50)), LAYOUT, labels[:50], torchrec=True)
-
-    def after(batch: Batch, name: str) -> dict[str, torch.Tensor]:
-        with trainer(prepared, tmp_path / "best") as one:
-            one._step(iter([replace(batch, position=one.position)]), meter(one))
-            return weights(one, tmp_path / name)
-
-    expected = after(alone, "alone")
-    for name, batch in (("whole", whole), ("garbage", garbage)):
-        for key, weight in after(batch, name).items():
-            torch.testing.assert_close(weight, expected[key], atol=1e-6, rtol=0, msg=f"{name}: {key}")
-
-
-def test_a_task_that_is_never_observed_leaves_its_tower_alone(tmp_path: Path) -> None:
-    labels = {}
-    for seed, (split, rows) in enumerate(ROWS.items()):
-        labels[split] = learnable_rows(LAYOUT, rows, seed)[1]
-        labels[split][:, 1] = np.nan
-    found = trained(write_prepared(tmp_path / "data", LAYOUT, labels), tmp_path / "best", weight_decay=0.0, epochs=4)
-    assert found.result.best is not None
-    assert set(found.result.best.loss) == {"click", "rating"}
-    assert found.result.best.auc["click"] > 0.8
-    with trainer(found.prepared, tmp_path / "other") as one:
-        first = weights(one, tmp_path / "first")
-    last = found.model().state_dict()
-    towers = [name for name in first if "towers" in name]
-    assert towers
-    for name in towers:
-        by_task = first[name] == last[name]
-        assert by_task[1].all(), name
-        assert not by_task[0].all(), name
-        assert not by_task[2].all(), name
 
 
 # What is left at the end

@@ -12,13 +12,11 @@ import torch.distributed as dist
 
 from mmoe_rec.batches.batch import Batch, make_batch
 from mmoe_rec.errors import UserError
-from mmoe_rec.model.layout import ModelLayout
-from mmoe_rec.model.tables import plain_tables, torchrec_tables
+from mmoe_rec.model.tables import plain_tables
 from mmoe_rec.training.checkpoint import load_plain
 from mmoe_rec.training.ranks import process_group
-from mmoe_rec.training.sharding import shard
 from tests.model.examples import LAYOUT, is_weight, random_rows, small_model
-from tests.training.ranks import CPU, ROWS, SEED, join, join_and_train, save_weights, spawn, train_one_step
+from tests.training.ranks import CPU, ROWS, SEED, join, join_and_train, spawn, train_one_step
 
 
 @pytest.fixture(scope="module")
@@ -80,24 +78,6 @@ def test_a_checkpoint_of_two_ranks_holds_the_first_weights(two_ranks: Path) -> N
         assert torch.equal(loaded.state_dict()[name], weights), name
 
 
-def test_a_layout_without_tables(tmp_path: Path) -> None:
-    layout = ModelLayout((), (), LAYOUT.dense, LAYOUT.tasks)
-    encoded, labels = random_rows(8, layout=layout)
-    batch = make_batch(encoded, layout, labels, torchrec=True)
-    with process_group(CPU):
-        sharded = shard(
-            small_model(torchrec_tables(layout), layout), layout, CPU, batch_size=8, table_learning_rate=0.1
-        )
-        assert sharded.plan == ""
-        logits = sharded.model(batch).logits
-        logits.sum().backward()
-        sharded.table_optimizer.step()
-        save_weights(sharded.model, tmp_path / "model")
-    plain = small_model(plain_tables(layout), layout)
-    load_plain(plain, tmp_path / "model")
-    torch.testing.assert_close(plain(make_batch(encoded, layout, torchrec=False)).logits, logits)
-
-
 def test_a_folder_without_a_checkpoint_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no complete checkpoint"):
         load_plain(small_model(plain_tables(LAYOUT)), tmp_path / "none")
@@ -133,12 +113,3 @@ def test_a_lost_rank_is_named(tmp_path: Path) -> None:
 def test_the_others_are_told_why_the_first_has_failed(tmp_path: Path) -> None:
     spawn(_fail_at_first, tmp_path)
     assert [(tmp_path / f"said{rank}").read_text() for rank in (0, 1)] == ["no log", "no log"]
-
-
-def test_other_errors_pass_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("RANK", "WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-    from mmoe_rec.training.ranks import process_group
-
-    with pytest.raises(RuntimeError, match="of its own"), process_group(torch.device("cpu")):
-        raise RuntimeError("gloo: an error of its own")
