@@ -2,6 +2,7 @@
 
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.features import kinds
+from mmoe_rec.features.memories import exact_from
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.inspection.sums import collect
 from mmoe_rec.point_in_time.join import in_window
@@ -19,10 +21,20 @@ from tests.log.small_logs import (
     ALL_KINDS,
     DAY,
     START,
+    assert_same,
     files_of,
+    log_rows,
     times_of,
 )
-from tests.preprocessing.growing_log import LATER_DAYS, WINDOWS, Growing, training_items, windows_of
+from tests.preprocessing.growing_log import (
+    FEATURES,
+    LATER_DAYS,
+    WINDOWS,
+    Growing,
+    schema_with_purchases,
+    training_items,
+    windows_of,
+)
 
 
 @pytest.fixture
@@ -175,3 +187,121 @@ def test_new_files_that_turn_out_to_be_bad_are_left_out_and_recorded(growing):
     assert [Path(each["file"]).name for each in extended.prepared.manifest["left_out"]] == ["bad.parquet"]
     assert extended.prepared.manifest["files"] == 2
     assert growing.extend(skip_bad_files=True) is None
+
+
+TOLD = "counters and histories know what was known when from"
+
+
+@pytest.fixture
+def unprepared(tmp_path: Path) -> Growing:
+    """Eight days, not yet prepared."""
+    log = Growing(tmp_path)
+    log.add(0, 8)
+    return log
+
+
+def last_of(prepared: Prepared) -> int:
+    return int(prepared.manifest["request_microseconds"][1])
+
+
+def days_of(prepared: Prepared) -> float:
+    """Days before the moment after the last request from which on memories are exact."""
+    floor = exact_from(prepared.serving)
+    assert floor is not None
+    return (last_of(prepared) + 1 - floor) / DAY
+
+
+def test_features_are_built_anew_for_more_days_and_stay_for_fewer(
+    unprepared: Growing, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = unprepared.prepare()
+    assert days_of(before) == 0
+    first = files_of(before.folder)
+    prepared = unprepared.prepare(as_of_days=2.5)
+    assert days_of(prepared) == 2.5
+    second = files_of(prepared.folder)
+    assert first.keys() == second.keys()
+    changed = {name for name in first if first[name] != second[name]}
+    assert {name.partition(".memory/")[0] for name in changed} == {
+        f"serving/{name}" for name in FeaturePipeline.load(prepared.serving).memory_encoders
+    }
+    for fewer in (1.0, 0.0, 2.5):
+        assert files_of(unprepared.prepare(as_of_days=fewer).folder) == second
+    assert TOLD not in capsys.readouterr().err
+
+
+def test_an_extension_by_more_days_keeps_what_was_left_and_says_so(
+    unprepared: Growing, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = unprepared.prepare(as_of_days=1)
+    floor = exact_from(before.serving)
+    assert floor is not None
+    unprepared.add(8, 12.1)
+    assert TOLD not in capsys.readouterr().err
+    extended = unprepared.extend(as_of_days=30).prepared
+    assert TOLD in capsys.readouterr().err
+    assert exact_from(extended.serving) == floor
+    whole = unprepared.prepare("whole", as_of_days=30)
+    mine, theirs = (FeaturePipeline.load(each.serving) for each in (extended, whole))
+    rows, since = log_rows(unprepared.table, unprepared.schema), times_of(unprepared.table) >= floor
+    assert 50 < since.sum() < len(rows) - 50
+    assert_same(mine.encode(rows.filter(since)), theirs.encode(rows.filter(since)))
+    with pytest.raises(AssertionError):
+        assert_same(mine.encode(rows.filter(~since)), theirs.encode(rows.filter(~since)))
+    # Features to which days were added are not built anew for it.
+    files = files_of(extended.folder)
+    capsys.readouterr()
+    for days, told in ((30, True), (1, False), (0, False)):
+        assert files_of(unprepared.prepare(as_of_days=days).folder) == files
+        assert (TOLD in capsys.readouterr().err) == told
+
+
+def forgetting(folder: Path, changes: dict[str, dict[str, Any]], **options: Any) -> Growing:
+    """A log whose features have further settings."""
+    log = Growing(folder, **options)
+    features = {name: {**each, **changes.get(name, {})} for name, each in FEATURES.items()}
+    log.schema = schema_with_purchases(features, folder / "events")
+    return log
+
+
+REMEMBERING = [name for name, each in FEATURES.items() if each["kind"] in ("counter", "history")]
+
+
+# No shorter than the longest window, nor than events come late: three days.
+FORGETFUL = {name: {"forget_after_days": 3.5 if name == "item_click" else 3} for name in REMEMBERING}
+
+
+def memories(prepared: Prepared) -> dict[str, pa.Table]:
+    return {name: pq.read_table(prepared.serving / f"{name}.memory") for name in REMEMBERING}
+
+
+@settings(max_examples=4, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    days=LATER_DAYS,
+    rows_in_memory=st.sampled_from([40, 10**6]),
+)
+def test_day_by_day_forgets_what_a_build_of_all_days_does(tmp_path_factory, seed, days, rows_in_memory):
+    log = forgetting(tmp_path_factory.mktemp("log"), FORGETFUL, seed=seed, rows=250)
+    options = {"rows_in_memory": rows_in_memory, "duplicates": "keep"}
+    log.prepare_first_days(**options)
+    for start, end in days:
+        if ((times_of(log.table) >= START + int(start * DAY)) & (times_of(log.table) < START + int(end * DAY))).any():
+            log.add(start, end)
+            assert log.extend(**options) is not None
+        else:
+            log.written[log.written >= START + int(start * DAY)] += 99 * DAY
+    assert memories(Prepared(log.work / "features")) == memories(log.prepare("whole", **options))
+
+
+def test_forgetting_takes_other_results_and_less_memory(tmp_path):
+    found = []
+    for name, changes in (("all", {}), ("forgetful", {name: {"forget_after_days": 3.5} for name in REMEMBERING})):
+        log = forgetting(tmp_path / name, changes, days=60.0)
+        log.add(0, 60)
+        found.append(log.prepare())
+    everything, some = map(memories, found)
+    smaller = [name for name in REMEMBERING if len(some[name]) < len(everything[name])]
+    assert {"clicked", "user_brand_liked", "item_click", "n"} <= set(smaller)
+    encoded = [pq.read_table(each.split("test")) for each in found]
+    assert any(not encoded[0][name].equals(encoded[1][name]) for name in encoded[0].column_names)
