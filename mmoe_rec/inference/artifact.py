@@ -10,7 +10,7 @@
         example_request.json   a request that can be sent as it is
         example_scores.json    what the model gave for it when the folder was written, and the versions that computed it
         features/              what encoders have learnt, and tables: what counters and histories remember, latest
-                               values, and which files of the log these hold (see `mmoe_rec.preprocessing.added.tables`)
+                               values, and which files of the log these hold (see `mmoe_rec.preprocessing.tables`)
 
 The folder appears whole or not at all (`mmoe_rec.inference.writing`). Whoever takes it up checks it against the
 manifest: a lost file of a counter, a missing calibration or one changed bit of a weight would give other scores
@@ -295,7 +295,7 @@ def last_segments(features: Path, journal: str, events: Iterable[str]) -> dict[s
 
     Raises UserError for a damaged record.
     """
-    from mmoe_rec.preprocessing.added.tables import taken_by  # which no server without a journal needs
+    from mmoe_rec.preprocessing.tables import taken_by  # which no server without a journal needs
 
     taken = taken_by(features)
     return None if taken is None else taken.last_segments(journal, events)

@@ -13,7 +13,7 @@ from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.locks import reading
 from mmoe_rec.log.files import is_remote
 from mmoe_rec.point_in_time.join import Window
-from mmoe_rec.preprocessing.added.extend import Extended, extend
+from mmoe_rec.preprocessing.extend import Extended, extend
 from mmoe_rec.preprocessing.logs import BuildOptions, Logs
 from mmoe_rec.preprocessing.prepare import Prepared, existing, prepare
 from mmoe_rec.settings.schema import Schema

@@ -26,8 +26,8 @@ from mmoe_rec.log.rows import LogRows
 from mmoe_rec.model.score import from_logs
 from mmoe_rec.point_in_time.join import in_window
 from mmoe_rec.point_in_time.lists import SharedRagged
+from mmoe_rec.preprocessing.exchange import ResultReader
 from mmoe_rec.preprocessing.logs import Logs
-from mmoe_rec.preprocessing.results import ResultReader
 from mmoe_rec.preprocessing.steps import Steps, kept_reader, kept_results
 from mmoe_rec.progress import bar
 from mmoe_rec.request_log.digest import digests

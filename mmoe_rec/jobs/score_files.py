@@ -41,9 +41,9 @@ from mmoe_rec.log.reader import LogReader
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.log.values import columns_of
 from mmoe_rec.point_in_time.join import Window, in_window
+from mmoe_rec.preprocessing.exchange import ResultReader, take
 from mmoe_rec.preprocessing.logs import BuildOptions, Logs
 from mmoe_rec.preprocessing.requests import OneTimeReader
-from mmoe_rec.preprocessing.results import ResultReader, take
 from mmoe_rec.progress import say
 from mmoe_rec.settings.columns import Scalar
 from mmoe_rec.settings.schema import Remembering, Schema

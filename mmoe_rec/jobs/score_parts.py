@@ -38,9 +38,8 @@ from mmoe_rec.log.reader import ROWS_PER_PART, LogReader
 from mmoe_rec.log.rows import LogRows, labels_of
 from mmoe_rec.model.products import Products
 from mmoe_rec.point_in_time.join import Window
-from mmoe_rec.preprocessing.exchange import Exchange, partition_of
+from mmoe_rec.preprocessing.exchange import Exchange, ResultExchange, ResultReader, partition_of
 from mmoe_rec.preprocessing.requests import OneTimeReader
-from mmoe_rec.preprocessing.results import ResultExchange, ResultReader
 
 _LOADING = threading.Lock()
 _GREATEST = np.iinfo(np.int64).max

@@ -2,18 +2,30 @@
 
 Senders write one Arrow IPC file each, with a record batch for every receiver in each turn; a receiver reads its batches
 of all files. So what is exchanged never has to fit into memory, and workers need nothing in common but a folder.
+
+What counters and histories say of rows, as it is exchanged: by block of rows, a table of each group of them.
+
+A list that many rows in a row share, as the candidates of a request share their user's history, is sent once: null
+stands for the list of the row before.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.types as pt
+
+from mmoe_rec.features.encoder import Results
+from mmoe_rec.log.parts import LogPart
+from mmoe_rec.point_in_time.arrays import one_array
+from mmoe_rec.point_in_time.lists import Ragged, SharedRagged
 
 Sender = tuple[int, int]
 DUPLICATES = "duplicates"  # the channel of each row's request and candidate
@@ -107,3 +119,137 @@ def partition_of(keys: np.ndarray, partitions: int) -> np.ndarray:
 def key_range(partition: int, partitions: int) -> tuple[int, int]:
     """Least key of a partition, and of the next one (2^64 after the last)."""
     return tuple((-(-number * 2**32 // partitions)) << 32 for number in (partition, partition + 1))  # type: ignore
+
+
+ROWS_PER_BLOCK = 131_072  # about
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Blocks of rows by the number of their first row, rising from 0, and the number of all rows."""
+
+    starts: np.ndarray
+    rows: int
+
+    @staticmethod
+    def of(parts: Sequence[LogPart]) -> Blocks:
+        """A block is a part of the log, or one of the equal pieces of a part that is large."""
+        pieces = [-(-part.rows // max(1, round(part.rows / ROWS_PER_BLOCK))) for part in parts]
+        starts = [np.arange(p.start, p.start + p.rows, rows) for p, rows in zip(parts, pieces, strict=True)]
+        return Blocks(np.concatenate([np.empty(0, np.int64), *starts]), sum(part.rows for part in parts))
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def holding(self, rows: np.ndarray) -> np.ndarray:
+        """(N,) int64 block of each row."""
+        return np.searchsorted(self.starts, rows, side="right") - 1
+
+    def size(self, block: int) -> int:
+        """Rows of a block."""
+        end = self.starts[block + 1] if block + 1 < len(self.starts) else self.rows
+        return int(end - self.starts[block])
+
+
+@dataclass(frozen=True)
+class ResultExchange:
+    """Where results lie in a build's folder: by block of rows."""
+
+    folder: Path
+    blocks: Blocks
+
+    @property
+    def exchange(self) -> Exchange:
+        """The exchange, whose receivers are blocks."""
+        return Exchange(self.folder, len(self.blocks))
+
+    def send(self, group: str, sender: Sender, rows: np.ndarray, results: Results) -> None:
+        """Sends a group's results for (N,) rising row numbers."""
+        block = self.blocks.holding(rows)
+        columns = {"row": pa.array(rows)}
+        for name, each in results.items():
+            columns[name] = _lists(each, block) if isinstance(each, SharedRagged) else pa.array(each)
+        self.exchange.send(group, sender, pa.table(columns), block)
+
+    def receive(self, groups: Sequence[str], block: int) -> Results:
+        """What was sent to a block, at the place of each row; rows without a result hold any value."""
+        results: dict[str, np.ndarray | SharedRagged] = {}
+        for group in groups:
+            tables = list(self.exchange.receive(group, block))
+            results |= _by_row(tables, int(self.blocks.starts[block]), self.blocks.size(block))
+        return results
+
+
+def _lists(results: SharedRagged, block: np.ndarray) -> pa.Array:
+    number = results.number
+    first = np.append(len(number) > 0, (number[1:] != number[:-1]) | (block[1:] != block[:-1]))
+    lists = results.lists.take(number[first])
+    offsets = np.zeros(len(number) + 1, np.int32)
+    offsets[1:][first] = lists.lengths
+    return pa.ListArray.from_arrays(
+        pa.array(np.cumsum(offsets, dtype=np.int32)), pa.array(lists.values.astype(np.int32)), mask=pa.array(~first)
+    )
+
+
+class ResultReader:
+    """Gives rows, read in order, the results of counters and histories, block by block."""
+
+    def __init__(self, results: ResultExchange, groups: Sequence[str]) -> None:
+        self._results, self._groups = results, groups
+        self._block = -1
+        self._loaded: Results = {}
+
+    def of(self, first: int, wanted: np.ndarray) -> Results:
+        """Results for the rows from number `first` of the log on that are `wanted`, (N,) bool with any true."""
+        rows = first + np.flatnonzero(wanted)
+        holding = self._results.blocks.holding(rows)
+        parts = []
+        for block in range(holding[0], holding[-1] + 1):
+            inside = rows[np.searchsorted(holding, block) : np.searchsorted(holding, block + 1)]
+            if len(inside):
+                parts.append(take(self._load(block), inside - self._results.blocks.starts[block]))
+        return parts[0] if len(parts) == 1 else {name: _joined([part[name] for part in parts]) for name in parts[0]}
+
+    def _load(self, block: int) -> Results:
+        if block != self._block:
+            self._block, self._loaded = block, self._results.receive(self._groups, block)
+        return self._loaded
+
+
+def _by_row(tables: Sequence[pa.Table], start: int, rows: int) -> Results:
+    """Results of a block of rows, the first of which is number `start`."""
+    results: dict[str, np.ndarray | SharedRagged] = {}
+    places = [table["row"].to_numpy() - start for table in tables]
+    for field in list(tables[0].schema)[1:] if tables else ():
+        columns = [one_array(table[field.name]) for table in tables]
+        if pt.is_list(field.type):
+            parts = SharedRagged.join([_shared(column) for column in columns])
+            number = np.zeros(rows, np.int64)
+            number[np.concatenate(places)] = parts.number
+            results[field.name] = SharedRagged(parts.lists, number)
+        else:
+            values = np.empty(rows, np.float32)
+            for place, column in zip(places, columns, strict=True):
+                values[place] = column.to_numpy()
+            results[field.name] = values
+    return results
+
+
+def _shared(column: pa.ListArray) -> SharedRagged:
+    first = column.is_valid().to_numpy(zero_copy_only=False)
+    lengths = column.value_lengths().to_numpy(zero_copy_only=False)[first].astype(np.int32)
+    return SharedRagged(Ragged(column.flatten().to_numpy(), lengths), np.cumsum(first) - 1)
+
+
+def take(results: Results, rows: np.ndarray) -> Results:
+    """The results of the given rows."""
+    together = len(rows) and len(rows) == rows[-1] - rows[0] + 1
+    inside = slice(int(rows[0]), int(rows[-1]) + 1) if together else rows  # a slice is not copied
+    return {
+        name: each.take(inside) if isinstance(each, SharedRagged) else each[inside] for name, each in results.items()
+    }
+
+
+def _joined(parts: Sequence[np.ndarray | SharedRagged]) -> np.ndarray | SharedRagged:
+    lists = [part for part in parts if isinstance(part, SharedRagged)]
+    return SharedRagged.join(lists) if lists else np.concatenate([np.asarray(part) for part in parts])

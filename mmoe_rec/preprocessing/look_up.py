@@ -3,13 +3,20 @@
 A partition holds all events of its keys and all look-ups of them, so no partition needs another one. One that is too
 large for memory, as a key may have most of a log's rows, is taken in chunks of time: the memory, compacted to what
 later requests can ask for, is carried from one to the next.
+
+A key may have most of a log's rows, so more partitions would not help. The partition is read twice, to sample its times
+and to write each row to the pieces that need it; what is still too large is divided again. Each piece is then read from
+its own files, so what is read grows with the rows, and not with the rows times the pieces. A single moment cannot be
+divided.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +27,247 @@ import pyarrow.compute as pc
 from mmoe_rec.features.encoder import MemoryEncoder
 from mmoe_rec.features.memories import read_memory, write_memory
 from mmoe_rec.features.pipeline import FeaturePipeline
-from mmoe_rec.point_in_time.join import Window, in_window
+from mmoe_rec.point_in_time.join import LookUps, Window, in_any, in_window, known_at, sorted_order
 from mmoe_rec.point_in_time.lists import SharedRagged
 from mmoe_rec.point_in_time.memory import Memory
-from mmoe_rec.preprocessing.chunks import Received, chunks
-from mmoe_rec.preprocessing.exchange import Exchange, key_range
-from mmoe_rec.preprocessing.results import ResultExchange, take
+from mmoe_rec.preprocessing.exchange import Exchange, ResultExchange, events_of, key_range, label_of, look_ups_of, take
+
+Group = Sequence[MemoryEncoder[Any]]
+_PIECES_AT_MOST = 1024  # of one division: what is held at a time is written as a batch a piece
+_ROOM = 1.1  # for pieces that are larger than the sample says
+
+
+@dataclass(frozen=True)
+class Received:
+    """What was sent to a partition of the keys of a group of counters and histories, or to a piece of one.
+
+    rows: look-ups, and the events of one counter or history, which are held in memory at a time.
+    """
+
+    exchange: Exchange
+    number: int
+    group: Group
+    window: Window
+    rows: int
+
+    def look_ups(self) -> Iterator[pa.Table]:
+        """key, time, row, and labels by which rows are events; the rows that ask within the window rise."""
+        return self.exchange.receive(look_ups_of(self.group[0].name), self.number)
+
+    def events(self, encoder: MemoryEncoder[Any]) -> Iterator[pa.Table]:
+        """Events of a counter or history that are not look-ups too."""
+        return self.exchange.receive(events_of(encoder.name), self.number)
+
+    @property
+    def unlabelled(self) -> list[MemoryEncoder[Any]]:
+        """Those of the group whose events are not look-ups too."""
+        return [encoder for encoder in self.group if encoder.label is None]
+
+    @property
+    def is_a_moment(self) -> bool:
+        """Whether the window is so short that it cannot be divided."""
+        start, end = self.window
+        return start is not None and end is not None and end - start <= 1
+
+    def divided(self, rows_in_memory: int, scratch: Path) -> Iterator[Received]:
+        """Pieces in the order of time, each of at most `rows_in_memory` rows or of one moment, in files in `scratch`.
+
+        A piece lasts until the next one is asked for.
+        """
+        if self.rows <= rows_in_memory or self.is_a_moment:
+            yield self
+            return
+        edges = self._edges(rows_in_memory)
+        windows = list(pairwise([self.window[0], *edges, self.window[1]]))
+        exchange = Exchange(scratch / "pieces", len(windows))
+        try:
+            rows = self._send(exchange, np.array(edges), rows_in_memory)
+            for number, window in enumerate(windows):
+                piece = Received(exchange, number, self.group, window, int(rows[number]))
+                yield from piece.divided(rows_in_memory, scratch / f"{number}")
+        finally:
+            exchange.remove()
+
+    def _edges(self, rows_in_memory: int) -> list[int]:
+        """Moments that divide the window into about equal pieces, from a sample of its times."""
+        # An event that becomes known late is in two pieces: that of its look-up and that of when it is known.
+        copies = 1 + sum(each > 1 for each in self._matures_after)
+        pieces = min(int(_ROOM * copies * self.rows / rows_in_memory) + 1, _PIECES_AT_MOST)
+        step = 1 + pieces
+        samples = [moments[::step] for table in self.look_ups() for moments in self.moments(table)]
+        samples += [t["known"].to_numpy()[::step] for encoder in self.unlabelled for t in self.events(encoder)]
+        times = np.concatenate(samples)
+        times = np.sort(times[in_window(times, self.window)])
+        edges = times[np.arange(1, pieces) * len(times) // pieces]
+        # A moment that would fill a piece becomes one of its own.
+        many = np.searchsorted(times, edges, "right") - np.searchsorted(times, edges) >= len(times) // pieces
+        edges = np.unique(np.append(edges, edges[many] + 1))
+        start, end = self.window
+        return [edge for edge in edges.tolist() if (start is None or edge > start) and (end is None or edge < end)]
+
+    def _send(self, exchange: Exchange, edges: np.ndarray, rows_in_memory: int) -> np.ndarray:
+        """Writes each row to the pieces that need it; gives the rows of each piece, (pieces,) int64."""
+        tables = batches(self.look_ups(), rows_in_memory)
+        turns = (self._to_pieces(table, self.moments(table), edges) for table in tables)
+        look_ups = exchange.send_in_turns(look_ups_of(self.group[0].name), (0, 0), turns)
+        most = np.zeros(exchange.receivers, np.int64)
+        for encoder in self.unlabelled:
+            tables = batches(self.events(encoder), rows_in_memory)
+            turns = (self._to_pieces(table, [table["known"].to_numpy()], edges) for table in tables)
+            most = np.maximum(most, exchange.send_in_turns(events_of(encoder.name), (0, 0), turns))
+        return look_ups + most
+
+    def _to_pieces(
+        self, table: pa.Table, moments: Sequence[np.ndarray], edges: np.ndarray
+    ) -> tuple[pa.Table, np.ndarray]:
+        """The rows and the piece of each, once for each piece that holds one of their moments, the first one first."""
+        rows, pieces = [], []
+        places: list[np.ndarray] = []
+        for each in moments:
+            place = np.where(in_window(each, self.window), np.searchsorted(edges, each, "right"), -1)
+            needed = np.flatnonzero(np.logical_and.reduce([place >= 0, *(place != other for other in places)]))
+            places.append(place)
+            rows.append(needed)
+            pieces.append(place[needed])
+        if len(moments) == 1 and len(rows[0]) == table.num_rows:
+            return table, pieces[0]
+        return table.take(pa.array(np.concatenate(rows))), np.concatenate(pieces)
+
+    def moments(self, look_ups: pa.Table) -> list[np.ndarray]:
+        """(N,) int64 each: when N look-ups ask, and when they are known as events."""
+        time = look_ups["time"].to_numpy()
+        return [time, *(known_at(time, each) for each in self._matures_after)]
+
+    @property
+    def _matures_after(self) -> list[int]:
+        return sorted({encoder.matures_after for encoder in self.group if encoder.label is not None})
+
+
+def batches(tables: Iterable[pa.Table], rows: int) -> Iterator[pa.Table]:
+    """The rows of all tables, in order, as few tables of at most `rows` rows."""
+    waiting: list[pa.Table] = []
+    for table in tables:
+        for start in range(0, table.num_rows, rows):
+            piece = table.slice(start, rows)
+            if sum(map(len, waiting)) + len(piece) > rows:
+                yield together(waiting)
+                waiting = []
+            waiting.append(piece)
+    if waiting:
+        yield together(waiting)
+
+
+def together(tables: Sequence[pa.Table]) -> pa.Table:
+    """The rows of all tables (at least one), in order."""
+    return pa.concat_tables(tables, promote_options="permissive").combine_chunks()
+
+
+class Chunk:
+    """Look-ups that are made, and events that become known, in a window of time.
+
+    asked, rows, times: the look-ups of N rows that lie in one of the splits' windows, the rows' numbers, rising, and
+    their times, (N,) int64; until: no later chunk asks for an earlier moment, None for the last one.
+    """
+
+    def __init__(
+        self,
+        received: Received,
+        splits: Sequence[Window],
+        look_ups: Sequence[pa.Table],
+        events: Mapping[str, Sequence[pa.Table]] | None,
+        until: int | None,
+    ) -> None:
+        """events: of counters and histories, None for all that was received, which is then read one by one."""
+        self._received, self._events, self.until = received, events, until
+        labelled = {encoder.label for encoder in received.group if encoder.label is not None}
+        found = together(look_ups) if look_ups else None
+        columns = {} if found is None else {name: found[name].to_numpy() for name in found.column_names}
+        none = np.empty(0, np.int64)
+        key, time = columns.get("key", none.view(np.uint64)), columns.get("time", none)
+        order = sorted_order(key, time)
+        self._key, self._time = key[order], time[order]
+        self._labels = {task: columns[label_of(task)][order] for task in labelled} if columns else {}
+        wanted = in_any(time, splits) & in_window(time, received.window)
+        self.asked = LookUps.in_order(self._key, self._time, order).where(wanted)
+        self.rows, self.times = columns.get("row", none)[wanted], time[wanted]
+
+    def extended(self, encoder: MemoryEncoder[Any], memory: Any) -> Any:
+        """A memory of a counter or history of the group with the chunk's events."""
+        if encoder.label is None:
+            events = self._received.events(encoder) if self._events is None else self._events.get(encoder.name, ())
+            tables = list(events)
+            return encoder.extended(memory, together(tables)) if tables else memory
+        if not self._labels:
+            return memory
+        events = encoder.labelled(self._key, self._time, self._labels[encoder.label])
+        inside = in_window(events["known"].to_numpy(), self._received.window)
+        return encoder.extended(memory, events if inside.all() else events.filter(pa.array(inside)), in_order=True)
+
+
+def chunks(
+    received: Received, splits: Sequence[Window], rows_in_memory: int, scratch: Path, held: Callable[[], int]
+) -> Iterator[Chunk]:
+    """All that was received, in the order of time, at most `rows_in_memory` rows at a time.
+
+    held: earlier events that a memory holds. Where these are more, as within a long window of a counter, a chunk is as
+    large: each chunk goes through the memories once, which then costs no more than its own rows.
+    """
+    waiting: _Pieces | None = None
+    for piece in received.divided(rows_in_memory, scratch):
+        if not piece.rows and piece.window[1] is not None:
+            continue
+        if waiting is not None and (piece.rows > rows_in_memory or waiting.rows + piece.rows > held()):
+            yield waiting.together(splits)
+            waiting = None
+        if piece.rows > rows_in_memory:
+            yield from _of_a_moment(piece, splits, max(rows_in_memory, held()))
+        elif waiting is None and held() < 2 * piece.rows:
+            yield Chunk(piece, splits, list(piece.look_ups()), None, piece.window[1])
+        else:
+            waiting = waiting or _Pieces(piece)
+            waiting.add(piece)
+    if waiting is not None:
+        yield waiting.together(splits)
+
+
+class _Pieces:
+    """Pieces that follow each other, in memory."""
+
+    def __init__(self, first: Received) -> None:
+        self.rows = 0
+        self._last, self._start = first, first.window[0]
+        self._look_ups: list[pa.Table] = []
+        self._events: dict[str, list[pa.Table]] = defaultdict(list)
+
+    def add(self, piece: Received) -> None:
+        """Takes the next one."""
+        for table in piece.look_ups():
+            # What asks in one piece and is known in a later one is in both.
+            before = (self._start, piece.window[0])
+            seen = np.logical_or.reduce([in_window(each, before) for each in piece.moments(table)])
+            self._look_ups.append(table.filter(pa.array(~seen)) if self.rows and seen.any() else table)
+        self._last = piece
+        self.rows += piece.rows
+        for encoder in piece.unlabelled:
+            self._events[encoder.name] += piece.events(encoder)
+
+    def together(self, splits: Sequence[Window]) -> Chunk:
+        """One chunk of all of them."""
+        end = self._last.window[1]
+        return Chunk(replace(self._last, window=(self._start, end)), splits, self._look_ups, self._events, end)
+
+
+def _of_a_moment(piece: Received, splits: Sequence[Window], rows: int) -> Iterator[Chunk]:
+    """First its events, of which some are earlier look-ups, then its look-ups."""
+    start, end = piece.window
+    for encoder in piece.unlabelled:
+        for table in batches(piece.events(encoder), rows):
+            yield Chunk(piece, splits, [], {encoder.name: [table]}, start)
+    for asks in (False, True):
+        tables = (table.filter(pa.array((table["time"].to_numpy() == start) == asks)) for table in piece.look_ups())
+        for table in batches(tables, rows):
+            yield Chunk(piece, splits, [table], {}, start)
+    yield Chunk(piece, splits, [], {}, end)
 
 
 @dataclass(frozen=True)

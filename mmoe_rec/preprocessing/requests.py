@@ -31,7 +31,7 @@ from mmoe_rec.log.rows import LogRows
 _RUNS = pa.schema(
     {"request": pa.uint64(), "time": pa.int64(), "who": pa.uint64(), "row": pa.int64(), "rows": pa.int64()}
 )
-_KEPT = pa.schema(
+KEPT = pa.schema(
     dict.fromkeys(("request", "least", "greatest"), pa.uint64()) | dict.fromkeys(("first", "last", "rows"), pa.int64())
 )
 _GREATEST = np.iinfo(np.int64).max
@@ -173,7 +173,7 @@ def _group(database: Database, job: RequestsJob, requests: Requests) -> None:
         "CREATE TABLE mine AS SELECT request, min(who) AS least, max(who) AS greatest, min(time) AS first, "
         "max(time) AS last, sum(rows)::BIGINT AS rows FROM runs GROUP BY request"
     )
-    database.fill("before", _KEPT, read_requests(job.before))
+    database.fill("before", KEPT, read_requests(job.before))
     # A row that is earlier than all of its request in the files before would change what these have become.
     requests.continued, requests.continued_rows = database.row(
         "SELECT count(*), coalesce(sum(mine.rows), 0)::BIGINT FROM mine JOIN before USING (request) "
@@ -234,6 +234,6 @@ def read_requests(folder: Path | None) -> Iterator[pa.Table]:
         for path in () if folder is None else sorted(folder.iterdir()):
             with pq.ParquetFile(path) as file:
                 for group in range(file.num_row_groups):
-                    yield file.read_row_group(group, _KEPT.names)
+                    yield file.read_row_group(group, KEPT.names)
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"'{folder}' is damaged: {first_line(error)}; build the features anew") from None

@@ -17,9 +17,9 @@ from mmoe_rec.log.parts import LogPart
 from mmoe_rec.log.reader import LogReader
 from mmoe_rec.log.rows import LogRows, labels_of, unmatured
 from mmoe_rec.point_in_time.join import Window, in_window
+from mmoe_rec.preprocessing.exchange import ResultExchange, ResultReader
 from mmoe_rec.preprocessing.look_up import fitted
 from mmoe_rec.preprocessing.requests import OneTimeReader
-from mmoe_rec.preprocessing.results import ResultExchange, ResultReader
 
 ROWS_PER_GROUP = 32_768
 

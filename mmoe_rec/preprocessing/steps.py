@@ -32,11 +32,10 @@ from mmoe_rec.point_in_time.join import Window
 from mmoe_rec.preprocessing.checks import check_readings, check_requests, check_times, find_repeats, place
 from mmoe_rec.preprocessing.count import Counted, CountJob, Reader, count_part
 from mmoe_rec.preprocessing.engines import Engine, open_engine
-from mmoe_rec.preprocessing.exchange import DUPLICATES, Exchange, events_of, look_ups_of
+from mmoe_rec.preprocessing.exchange import DUPLICATES, Blocks, Exchange, ResultExchange, events_of, look_ups_of
 from mmoe_rec.preprocessing.logs import Logs
 from mmoe_rec.preprocessing.look_up import LookUpJob, Partition, fitted, look_up_partition
 from mmoe_rec.preprocessing.requests import OneTimeReader, Requests, RequestsJob, find_requests
-from mmoe_rec.preprocessing.results import Blocks, ResultExchange
 from mmoe_rec.preprocessing.splits import EncodeJob, SplitCounts, encode_part
 from mmoe_rec.progress import bar
 

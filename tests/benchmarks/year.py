@@ -140,7 +140,7 @@ class Grown:
 
     def take(self, day: int, measured: bool) -> None:
         """Takes in the log up to a day; `measured`: whether its rows count for the AUC."""
-        from mmoe_rec.preprocessing.added.extend import extend
+        from mmoe_rec.preprocessing.extend import extend
         from mmoe_rec.preprocessing.prepare import prepare
 
         started = time.perf_counter()

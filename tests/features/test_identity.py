@@ -11,7 +11,7 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.log.columns import zone_rules
 from mmoe_rec.model.layout import ModelLayout
 from mmoe_rec.preprocessing import prepare as build
-from mmoe_rec.preprocessing.added.extend import extend
+from mmoe_rec.preprocessing.extend import extend
 from mmoe_rec.preprocessing.prepare import Prepared, existing, prepare
 from mmoe_rec.settings.sections import Settings
 from tests.inference.small_model import small_settings

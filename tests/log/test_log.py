@@ -21,7 +21,7 @@ from mmoe_rec.log.checks import BadFile
 from mmoe_rec.log.columns import UTC_MICROSECONDS
 from mmoe_rec.log.reader import EventRows, Log
 from mmoe_rec.log.rows import LogRows
-from mmoe_rec.preprocessing.added.taken import Taken
+from mmoe_rec.preprocessing.files import Taken
 from mmoe_rec.preprocessing.logs import DEFAULTS, Logs
 from mmoe_rec.settings.columns import EVENT
 from mmoe_rec.settings.schema import Schema

@@ -17,9 +17,9 @@ import yaml
 from mmoe_rec.errors import UserError
 from mmoe_rec.inference.artifact import Artifact, read_artifact
 from mmoe_rec.jobs.refreshing import training as job
-from mmoe_rec.preprocessing.added.tables import taken_by
-from mmoe_rec.preprocessing.added.taken import Taken
+from mmoe_rec.preprocessing.files import Taken
 from mmoe_rec.preprocessing.prepare import Prepared
+from mmoe_rec.preprocessing.tables import taken_by
 from mmoe_rec.tracking.registry import Version, fetch_model, find_holder
 from tests import commands
 from tests.log.small_logs import files_of

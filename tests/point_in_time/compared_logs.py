@@ -25,10 +25,10 @@ from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.log import reader as log
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.point_in_time.lists import Ragged
-from mmoe_rec.preprocessing import count, request_summaries, requests, splits, steps
+from mmoe_rec.preprocessing import count, requests, splits, steps
+from mmoe_rec.preprocessing import exchange as answers
 from mmoe_rec.preprocessing import prepare as build
-from mmoe_rec.preprocessing import results as answers
-from mmoe_rec.preprocessing.added.extend import extend
+from mmoe_rec.preprocessing.extend import extend
 from mmoe_rec.preprocessing.logs import BuildOptions
 from mmoe_rec.preprocessing.prepare import Prepared, prepare
 from tests.log.small_logs import raw_results
@@ -45,7 +45,7 @@ _LACKS = ("split is empty", "lies in a split", "have no rows")
 @contextmanager
 def _small_pieces(drawn: DrawnLog) -> Iterator[None]:
     with ExitStack() as stack:
-        for module in (steps, count, requests, request_summaries):
+        for module in (steps, count, requests):
             stack.enter_context(patch.object(module, "ROWS_PER_PART", drawn.small["part"]))
         stack.enter_context(patch.object(log, "ROWS_AT_A_TIME", drawn.small["batch"]))
         stack.enter_context(patch.object(answers, "ROWS_PER_BLOCK", drawn.small["block"]))

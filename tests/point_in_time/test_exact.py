@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmoe_rec.point_in_time.exact import ExactSums, units_of
-from mmoe_rec.preprocessing.added.extend import extend
+from mmoe_rec.preprocessing.extend import extend
 from mmoe_rec.preprocessing.logs import BuildOptions
 from mmoe_rec.preprocessing.prepare import prepare
 from tests.log.small_logs import (

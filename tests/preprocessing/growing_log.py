@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.point_in_time.join import in_window
-from mmoe_rec.preprocessing.added.extend import extend
+from mmoe_rec.preprocessing.extend import extend
 from mmoe_rec.preprocessing.logs import BuildOptions
 from mmoe_rec.preprocessing.prepare import Prepared, prepare
 from mmoe_rec.settings.schema import Schema

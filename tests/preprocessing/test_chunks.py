@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.point_in_time.join import in_window, known_at
-from mmoe_rec.preprocessing import chunks as chunks_module
-from mmoe_rec.preprocessing.chunks import Received, chunks
+from mmoe_rec.preprocessing import look_up as chunks_module
 from mmoe_rec.preprocessing.exchange import Exchange, events_of, look_ups_of
 from mmoe_rec.preprocessing.logs import BuildOptions
+from mmoe_rec.preprocessing.look_up import Received, chunks
 from mmoe_rec.preprocessing.prepare import prepare
 from tests.log.small_logs import ALL_KINDS, DAY, START, random_log, schema_of, times_of, write_log
 

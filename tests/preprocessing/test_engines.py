@@ -18,10 +18,9 @@ from mmoe_rec.features.vocabulary import Vocabulary
 from mmoe_rec.log.parts import LogPart
 from mmoe_rec.point_in_time.lists import Ragged, SharedRagged, consecutive
 from mmoe_rec.preprocessing import engines
-from mmoe_rec.preprocessing import results as module
+from mmoe_rec.preprocessing import exchange as module
 from mmoe_rec.preprocessing.engines import open_engine
-from mmoe_rec.preprocessing.exchange import Exchange, key_range, partition_of
-from mmoe_rec.preprocessing.results import Blocks, ResultExchange, ResultReader
+from mmoe_rec.preprocessing.exchange import Blocks, Exchange, ResultExchange, ResultReader, key_range, partition_of
 from tests.processes import is_running, until
 
 

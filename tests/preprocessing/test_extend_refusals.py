@@ -16,7 +16,7 @@ import pytest
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.features import kinds
-from mmoe_rec.preprocessing.added import extend as extend_module
+from mmoe_rec.preprocessing import extend as extend_module
 from mmoe_rec.preprocessing.steps import Steps
 from tests.log.small_logs import (
     DAY,

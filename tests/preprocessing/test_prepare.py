@@ -19,10 +19,10 @@ from mmoe_rec.log.reader import EventRows, Log
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.point_in_time.join import in_window
 from mmoe_rec.preprocessing import engines, splits, steps
-from mmoe_rec.preprocessing import results as answers
-from mmoe_rec.preprocessing.added.extend import extend
+from mmoe_rec.preprocessing import exchange as answers
 from mmoe_rec.preprocessing.checks import check_apart
 from mmoe_rec.preprocessing.engines import open_engine
+from mmoe_rec.preprocessing.extend import extend
 from mmoe_rec.preprocessing.logs import BuildOptions
 from mmoe_rec.preprocessing.prepare import Prepared, existing, prepare
 from mmoe_rec.settings.schema import Schema

@@ -17,8 +17,8 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.log import reader as log
 from mmoe_rec.log.columns import UTC_MICROSECONDS
 from mmoe_rec.preprocessing import count, requests, splits, steps
-from mmoe_rec.preprocessing import results as answers
-from mmoe_rec.preprocessing.added.extend import extend
+from mmoe_rec.preprocessing import exchange as answers
+from mmoe_rec.preprocessing.extend import extend
 from mmoe_rec.preprocessing.logs import DEFAULTS, BuildOptions, Logs
 from mmoe_rec.preprocessing.prepare import Prepared, encode_with, existing, prepare
 from mmoe_rec.report.formatting import requests_told

@@ -16,10 +16,10 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.features import kinds
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.point_in_time.join import in_window
-from mmoe_rec.preprocessing.added.tables import Tables, advanced, made_anew, taken_by
-from mmoe_rec.preprocessing.added.taken import Taken
+from mmoe_rec.preprocessing.files import Taken
 from mmoe_rec.preprocessing.logs import BuildOptions, Logs
 from mmoe_rec.preprocessing.prepare import Prepared, prepare
+from mmoe_rec.preprocessing.tables import Tables, advanced, made_anew, taken_by
 from tests.log.small_logs import DAY, START, times_of
 from tests.point_in_time.compared_logs import _LACKS, _small_pieces
 from tests.point_in_time.drawn_logs import DrawnLog, draw

@@ -22,7 +22,7 @@ from mmoe_rec.log.rows import LogRows
 from mmoe_rec.model.layout import EmbeddingTable, ModelLayout
 from mmoe_rec.model.mmoe import RankingModel, build_model
 from mmoe_rec.model.tables import initial_rows, plain_tables, torchrec_tables
-from mmoe_rec.preprocessing.added.extend import extend
+from mmoe_rec.preprocessing.extend import extend
 from mmoe_rec.preprocessing.prepare import Prepared, prepare
 from mmoe_rec.settings.model import Model
 from mmoe_rec.training.checkpoint import load_plain

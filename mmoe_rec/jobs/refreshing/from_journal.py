@@ -9,8 +9,8 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.jobs.refreshing.new_tables import as_of
 from mmoe_rec.jobs.refreshing.refresh import Journal, Served
 from mmoe_rec.log.files import find_files
-from mmoe_rec.preprocessing.added.tables import taken_by
-from mmoe_rec.preprocessing.added.taken import Taken, of_journal
+from mmoe_rec.preprocessing.files import Taken, of_journal
+from mmoe_rec.preprocessing.tables import taken_by
 from mmoe_rec.progress import say
 from mmoe_rec.settings.sections import Settings
 

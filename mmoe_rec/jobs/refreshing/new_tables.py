@@ -12,9 +12,9 @@ from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.inference.artifact import Artifact, read_artifact
 from mmoe_rec.jobs.places import logs_for
 from mmoe_rec.log.stand_ins import require_all
-from mmoe_rec.preprocessing.added.tables import ANEW, Tables, advanced, made_anew, taken_by
-from mmoe_rec.preprocessing.added.taken import Taken
+from mmoe_rec.preprocessing.files import Taken
 from mmoe_rec.preprocessing.logs import Logs
+from mmoe_rec.preprocessing.tables import ANEW, Tables, advanced, made_anew, taken_by
 from mmoe_rec.progress import say
 from mmoe_rec.settings.sections import Settings, differences
 

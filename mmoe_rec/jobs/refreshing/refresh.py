@@ -21,8 +21,8 @@ from mmoe_rec.inference.artifact import Artifact, iso_time, read_artifact, versi
 from mmoe_rec.jobs.refreshing.new_tables import advanced_tables, tables_from_log
 from mmoe_rec.jobs.run_page import as_code, command
 from mmoe_rec.locks import writing
-from mmoe_rec.preprocessing.added.tables import Tables
 from mmoe_rec.preprocessing.checks import check_apart
+from mmoe_rec.preprocessing.tables import Tables
 from mmoe_rec.settings.sections import Settings
 from mmoe_rec.tracking import registry, runs
 from mmoe_rec.tracking.outbox import UnreachableError

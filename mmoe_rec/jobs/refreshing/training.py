@@ -31,9 +31,9 @@ from mmoe_rec.jobs.workspace import Finished
 from mmoe_rec.locks import writing
 from mmoe_rec.log.checks import format_time
 from mmoe_rec.log.rows import MICROSECONDS_PER_DAY
-from mmoe_rec.preprocessing.added.tables import taken_by
-from mmoe_rec.preprocessing.added.taken import Taken
+from mmoe_rec.preprocessing.files import Taken
 from mmoe_rec.preprocessing.prepare import ADVICE, BUILD, Prepared, existing
+from mmoe_rec.preprocessing.tables import taken_by
 from mmoe_rec.settings.sections import Settings, Split
 from mmoe_rec.tracking.outbox import list_waiting_runs
 

@@ -12,7 +12,7 @@ has that row. Nothing else changes, so weights and calibration stay right.
         pipeline.json, NAME.KEY.parquet    what encoders have learnt
         NAME.memory/                       what counters and histories remember
         latest.{user,candidate}.parquet    latest values; their times are in latest.{user,candidate}.times.parquet
-        files.json                         the files that the tables hold (see `mmoe_rec.preprocessing.added.taken`)
+        files.json                         the files that the tables hold (see `mmoe_rec.preprocessing.files`)
         requests/                          their requests, so that rows of one that come later have its time
 """
 
@@ -27,11 +27,11 @@ from typing import Any
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.log.checks import format_time
-from mmoe_rec.preprocessing.added.new_files import Holder, NewFiles
-from mmoe_rec.preprocessing.added.taken import Taken
 from mmoe_rec.preprocessing.count import Counted
+from mmoe_rec.preprocessing.extend import Holder, NewFiles
+from mmoe_rec.preprocessing.files import Taken
 from mmoe_rec.preprocessing.logs import Logs
-from mmoe_rec.preprocessing.saved import add_latest, save_latest
+from mmoe_rec.preprocessing.prepare import add_latest, save_latest
 from mmoe_rec.preprocessing.steps import Steps
 
 ANEW = "make the tables anew with --anew, which reads all files of the log"
