@@ -25,7 +25,7 @@ CAPS = (None, 100.0, 30.0, 10.0, 3.0, 1.0)
 """Largest weights that are tried; None is all as they are."""
 _SURELY = 2.0  # times the reach of a 95% interval, so that a log with support is hardly ever refused
 LEAST_EFFECTIVE = 100.0
-"""Rows of equal weight that would tell as much, below which there is no estimate."""
+"""Effective rows, below which there is no estimate."""
 NO_LABEL, NEVER_CHOSEN, FEW_ROWS = "no label", "never chosen", "few rows"
 FEW_EFFECTIVE_ROWS, ONE_USER, NO_SUPPORT = "few effective rows", "one user", "no support"
 """Why there is no estimate."""
@@ -128,7 +128,7 @@ def find_warnings(mean: Interval, apart: Interval) -> Iterator[str]:
 
 
 def find_refusal(rows: int, effective: float, mean: Interval) -> str | None:
-    """Why there is no estimate. effective: rows of equal weight that would say as much; mean: of the weights."""
+    """Why there is no estimate. effective: number of rows; mean: of the weights."""
     if mean.value == 0 or effective == 0:
         return NEVER_CHOSEN
     if rows < LEAST_EFFECTIVE:

@@ -113,7 +113,7 @@ EVALUATION = {
         "95%, from redrawing whole users, as rows of one user are alike; of more than 4,096 users, groups of users "
         "are redrawn. Of a metric they are percentiles, or Student's where few users tell; of a difference Student's, "
         "as models see the same redrawn users. Where few have most of the rows, the weight, the positive labels or the "
-        "influence, degrees of freedom are those of as many users alike."
+        "influence, degrees of freedom are those of the effective number of users."
     ),
     "Verdict": (
         "A model is better where the interval of `evaluation.decide_by` lies above that of the other model, and no "
@@ -169,7 +169,7 @@ TRAININGS = {  # in which UNITS are users, or rows
     "Other settings": (
         "The difference of the means: its variance is that of either's trainings / their number, and that of the "
         "difference when the same UNITS are redrawn for both. `evaluation.decide_by`, which was chosen before, decides "
-        "by its p-value, corrected for the number of other settings. Other metrics are coloured where their difference "
-        "is shown although so many are looked at, by Holm's method; an interval is that of its difference alone."
+        "by its p-value, corrected for the number of other settings. Other differences are coloured if they are "
+        "significant after Holm's correction; intervals are not corrected."
     ),
 }

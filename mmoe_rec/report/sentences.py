@@ -57,7 +57,7 @@ def describe_comparison(compared: Comparison, summary: Summary) -> list[str]:
     ]
     few = {name: users for name, users in compared.effective_users.items() if is_small_sample(users, compared.units)}
     lines += [
-        f"few users have most rows of {name}: all tell as much as {users:.1f} of equal size, by which intervals of "
+        f"few users have most rows of {name}: the effective number of users is {users:.1f}, so intervals of "
         "differences are wide"
         for name, users in few.items()
     ]
@@ -66,7 +66,7 @@ def describe_comparison(compared: Comparison, summary: Summary) -> list[str]:
         if is_small_sample(fewest, compared.units):
             lines.append(
                 f"few users decide on {compared.objective.name}, by their rows, weight, positive labels or influence: "
-                f"all tell as much as {fewest:.1f} alike, by which intervals of differences are wide"
+                f"the effective number of users is {fewest:.1f}, so intervals of differences are wide"
             )
     return lines
 
@@ -145,11 +145,11 @@ def describe_slices(records: Sequence[SliceRecord], most: int = 3) -> Iterator[s
     """The worst slices."""
     worse = [each for each in sort_worst_first(records) if each.is_worse]
     for each in worse[:most]:
-        beside = "that of all rows" if each.beside == ALL else f"that of '{each.beside}' there"
+        beside = "that of all rows" if each.beside == ALL else f"that of '{each.beside}'"
         value, apart = each.value or 0.0, each.apart or 0.0
         yield (
-            f"slice {each.by}: {each.slice} ({each.rows:,} rows): {each.metric} of {each.group} is {value:.3f}, and "
-            f"{beside} is {value - apart:.3f}"
+            f"slice {each.by}: {each.slice} ({each.rows:,} rows): {each.metric} of {each.group} is {value:.3f}, "
+            f"where {beside} is {value - apart:.3f}"
         )
     if len(worse) > most:
         yield f"{len(worse) - most} more slices are shown to be worse; the report has them"
@@ -223,8 +223,8 @@ def _note_intervals(group: GroupSummary, users: int) -> Iterator[str]:
     few = group.effective_users
     if few is not None:
         yield (
-            "Few users have most of the rows, of the weight or of the positive labels: for some metrics all tell as "
-            f"much as {few:.1f} users alike, so intervals are wide, or there are none."
+            "Few users have most of the rows, the weight or the positive labels: for some metrics the effective number "
+            f"of users is {few:.1f}, so intervals are wide or missing."
         )
     if bare := [name for name, each in group.metrics.items() if each.value is not None and each.low is None]:
         verb, why = "has" if len(bare) == 1 else "have", "undefined in more than 5% of the resamples of users"
@@ -242,7 +242,7 @@ def describe_refusal(estimate: PolicyEstimate) -> str | None:
         off_policy.NEVER_CHOSEN: "the target policy never chooses what was shown",
         off_policy.FEW_ROWS: f"{estimate.rows:,} rows have a label, and {least}",
         off_policy.FEW_EFFECTIVE_ROWS: (
-            f"{estimate.rows:,} rows tell as much as {estimate.effective_rows:,.0f} of equal weight, and {least}: the "
+            f"the effective number of rows is {estimate.effective_rows:,.0f} of {estimate.rows:,}, and {least}: the "
             "target chooses mostly what was hardly ever shown"
         ),
         off_policy.ONE_USER: (

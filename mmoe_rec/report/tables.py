@@ -177,7 +177,7 @@ def show_estimates(estimates: Mapping[str, PolicyEstimate]) -> Iterator[Table | 
             continue
         rows = f"{each.rows:,} rows" + (f" ({each.without_label:,} more have no label)" if each.without_label else "")
         table = Table(title=f"{task}: mean label of the target policy, {rows}", title_justify="left")
-        names = ("weights up to", "SNIPS", "doubly robust", "rows of equal weight\nthat tell as much", "weight clipped")
+        names = ("weights up to", "SNIPS", "doubly robust", "effective\nrows", "weight clipped")
         for name in names:
             table.add_column(name, justify="right")
         for one in each.estimates:

@@ -40,6 +40,7 @@ class Bandit:
         return float((policy * self.chance).sum(1).mean())
 
 
+@pytest.mark.thorough
 def test_the_estimate_from_one_log_is_the_truth_of_the_other() -> None:
     """Both ways, by both estimates, as often as their intervals say; the plain mean of the log is far from it."""
     bandit = Bandit()
@@ -107,7 +108,7 @@ def test_without_support_there_is_no_estimate() -> None:
     rare = np.full_like(never, 0.001)
     rare[:, 1] = 0.995
     few = estimate(bandit.log(rare, bandit.uniform, 3000, 1), 20)
-    assert "of equal weight, and 100 are needed" in few["refused"]
+    assert "the effective number of rows is " in few["refused"]
     wrong = bandit.log(bandit.uniform, bandit.learnt, 8000, 2)
     wrong = LoggedChoices(wrong.users, wrong.propensity * 0.8, wrong.target, wrong.label)
     assert "or these are not the probabilities of its choices" in estimate(wrong, 100)["refused"]
@@ -125,6 +126,7 @@ def test_rows_without_a_label_are_left_out() -> None:
     assert estimate(none, 20) == {"rows": 0, "without_label": 4000, "refused": "no row has an observed label"}
 
 
+@pytest.mark.thorough
 def test_what_may_never_have_been_shown_is_told() -> None:
     """A tenth of what the target chooses was never logged; whether the log is long enough to refuse is chance."""
     told = refused = 0

@@ -25,7 +25,7 @@ def trained(labels: np.ndarray, shift: float) -> ClosedSums:
 
 def test_the_same_training_again_has_the_interval_of_users() -> None:
     labels = np.random.default_rng(0).normal(5, 1, size=800)
-    found = average_trainings([trained(labels, 0.0)] * 3, 2000)["spent"]["mae"]
+    found = average_trainings([trained(labels, 0.0)] * 3, 1000)["spent"]["mae"]
     assert found.mean == pytest.approx(labels.mean())
     assert found.between_trainings == pytest.approx(0, abs=1e-12)
     assert found.between_users == pytest.approx(labels.std(ddof=1) / np.sqrt(800), rel=0.05)
@@ -44,6 +44,7 @@ def test_trainings_that_differ_for_all_users_have_the_interval_of_seeds() -> Non
     assert found.values == pytest.approx(5 - shifts, rel=1e-6)
 
 
+@pytest.mark.thorough
 def test_the_interval_of_both_holds_the_truth_as_often_as_it_says() -> None:
     """True mean error 5: labels of mean 5 among users, trainings whose errors are 0 on average."""
     covered = 0
@@ -80,6 +81,7 @@ def test_what_users_have_in_common_cancels_between_settings() -> None:
     assert alone.high - alone.low > 0.1
 
 
+@pytest.mark.thorough
 def test_equal_settings_are_told_apart_as_rarely_as_it_says() -> None:
     apart = 0
     for number in range(120):
@@ -100,7 +102,7 @@ def test_settings_that_were_measured_on_other_rows_are_refused() -> None:
 
 
 def test_users_who_decide_nearly_alone_give_no_interval() -> None:
-    """One user with 5,000 rows beside 30 with one: as much as 1.01 of equal size."""
+    """One user with 5,000 rows beside 30 with one: the effective number is 1.01."""
     labels, users = np.random.default_rng(0).normal(5, 1, size=5_030), np.r_[np.zeros(5_000, int), np.arange(1, 31)]
 
     def model(shift: float) -> ClosedSums:
