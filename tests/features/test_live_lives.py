@@ -112,6 +112,8 @@ def same(learning: Learning, pipeline: FeaturePipeline, expected: FeaturePipelin
         pipeline.request_inputs(learning.asking(time)[1]), expected.request_inputs(of_requests), strict=True
     ):
         assert_same_inputs(one, two)
+    _, lists = pipeline.found(learning.asking(time)[1])
+    assert set(lists) == {name for name, each in FEATURES.items() if each["kind"] == "history"}
     for found, other in zip(pipeline.found(learning.asking(time)[1]), expected.found(of_requests), strict=True):
         assert found.keys() == other.keys()
         for name, values in found.items():

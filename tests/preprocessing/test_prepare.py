@@ -163,6 +163,7 @@ def test_two_workers_change_no_byte(tmp_path, two_workers):
     _alike_on_two_workers(tmp_path, "local")
 
 
+@pytest.mark.thorough
 def test_ray_changes_no_byte(tmp_path, ray_is_running):
     _alike_on_two_workers(tmp_path, "ray")
 
@@ -171,6 +172,7 @@ def test_a_worker_says_what_is_wrong_with_the_log(tmp_path, two_workers):
     _wrong_on_two_workers(tmp_path, "local")
 
 
+@pytest.mark.thorough
 def test_ray_says_what_is_wrong_with_the_log(tmp_path, ray_is_running):
     _wrong_on_two_workers(tmp_path, "ray")
 

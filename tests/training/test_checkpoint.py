@@ -48,8 +48,19 @@ def assert_same(prepared: Prepared, found: TrainingResult, expected: TrainingRes
     assert all(torch.equal(weight, weights[name]) for name, weight in best(prepared, found).state_dict().items())
 
 
+THOROUGH = {"marks": pytest.mark.thorough}
+
+
 # 39: before the first checkpoint; 81: just after one; 119: in the first epoch's last step; 160: when one is begun.
-@pytest.mark.parametrize("steps", [(39,), (81,), (119, 120), (45, 100, 160, 239)])
+@pytest.mark.parametrize(
+    "steps",
+    [
+        pytest.param((39,), **THOROUGH),
+        (81,),
+        pytest.param((119, 120), **THOROUGH),
+        pytest.param((45, 100, 160, 239), **THOROUGH),
+    ],
+)
 def test_a_crash_changes_no_bit(
     prepared: Prepared, tmp_path: Path, whole: TrainingResult, steps: tuple[int, ...]
 ) -> None:
@@ -59,7 +70,7 @@ def test_a_crash_changes_no_bit(
     assert_same(prepared, train(prepared, tmp_path), whole)
 
 
-@pytest.mark.parametrize("name", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("name", [signal.SIGTERM, pytest.param(signal.SIGINT, **THOROUGH)])
 def test_a_signal_saves_the_step_at_hand(
     prepared: Prepared, tmp_path: Path, whole: TrainingResult, name: signal.Signals
 ) -> None:
@@ -226,11 +237,13 @@ def folder(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> Path
     return folder
 
 
+@pytest.mark.thorough
 def test_as_many_ranks_change_no_bit(prepared: Prepared, folder: Path) -> None:
     whole, resumed = (weights(prepared, folder / name, DROPS) for name in ("2", "2-2"))
     assert all(torch.equal(weight, whole[name]) for name, weight in resumed.items())
 
 
+@pytest.mark.thorough
 def test_balance_is_over_all_ranks(prepared: Prepared, folder: Path) -> None:
     """The loss multiplies loads by probabilities: ranks that did so on their own rows would train another model."""
     one, two = (weights(prepared, folder / f"balanced {ranks}", BALANCED) for ranks in (1, 2))
@@ -241,6 +254,7 @@ def test_balance_is_over_all_ranks(prepared: Prepared, folder: Path) -> None:
     assert (one[name] - plain[name]).abs().max() > 0.01, "balance changed next to nothing"
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["1-2", "2-1-2"])
 def test_other_numbers_of_ranks_give_the_same_model(prepared: Prepared, folder: Path, name: str) -> None:
     """Sums over ranks are rounded in another order; 240 steps make no more of it than this."""
@@ -251,6 +265,7 @@ def test_other_numbers_of_ranks_give_the_same_model(prepared: Prepared, folder: 
         )
 
 
+@pytest.mark.thorough
 def test_two_ranks_judge_the_rows_of_all(prepared: Prepared, folder: Path) -> None:
     """GAUC and calibration of the last validation, at which weights differ by as little as above."""
     one, two = (latest_checkpoint(folder / name).state.history[-1][1] for name in ("1", "1-2"))  # type: ignore[union-attr]

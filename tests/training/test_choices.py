@@ -123,6 +123,7 @@ def test_a_library_that_is_not_here_is_not_timed(monkeypatch: pytest.MonkeyPatch
     assert str(choices) == "fp32, tables by torch, 1 thread"
 
 
+@pytest.mark.thorough
 def test_ranks_of_which_one_lacks_a_library_take_another_together(tmp_path: Path) -> None:
     spawn(choose_on_a_rank, tmp_path)
     found = [json.loads((tmp_path / f"{rank}.json").read_text(encoding="utf-8")) for rank in range(2)]

@@ -38,6 +38,7 @@ print(has_avx2())
 """
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(sys.platform != "linux", reason="the libraries are others elsewhere")
 def test_the_kernels_know_the_processor(tmp_path) -> None:
     import torch

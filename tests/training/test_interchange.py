@@ -108,10 +108,15 @@ def whole(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> dict[
     ("first", "then"),
     [
         ("fbgemm", "without"),
-        ("without", "fbgemm"),
-        ("fbgemm", "torch"),
-        ("torch", "fbgemm_reference"),
-        ("without", "without"),
+        *(
+            pytest.param(*ways, marks=pytest.mark.thorough)
+            for ways in (
+                ("without", "fbgemm"),
+                ("fbgemm", "torch"),
+                ("torch", "fbgemm_reference"),
+                ("without", "without"),
+            )
+        ),
     ],
 )
 def test_a_training_goes_on_in_another_way(

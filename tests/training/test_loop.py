@@ -130,7 +130,9 @@ def judge(found: Trained) -> dict[str, float]:
     return quality
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name == "everything" else pytest.mark.thorough) for name in LAYOUTS]
+)
 def test_every_layout_learns_and_validates_as_scikit_learn(name: str, tmp_path: Path) -> None:
     layout: ModelLayout = LAYOUTS[name]
     prepared = write_prepared(tmp_path / "data", layout)
@@ -151,6 +153,7 @@ def test_every_layout_learns_and_validates_as_scikit_learn(name: str, tmp_path: 
     assert len(found.result.plan.splitlines()) == len({each.table for each in layout.ids})
 
 
+@pytest.mark.thorough
 def test_bf16_trains_as_well_as_fp32(prepared: Prepared, tmp_path: Path) -> None:
     precise = judge(trained(prepared, tmp_path / "fp32", DROPS, epochs=4))
     coarse = judge(trained(prepared, tmp_path / "bf16", DROPS, precision="bf16", epochs=4))

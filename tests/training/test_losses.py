@@ -211,6 +211,7 @@ def test_weight_decay_leaves_them_alone(prepared: Prepared, tmp_path: Path) -> N
         assert not decays
 
 
+@pytest.mark.thorough
 def test_a_crash_changes_no_bit(given: Prepared, tmp_path: Path) -> None:
     whole = train(given, tmp_path / "whole", **ALL)
     with pytest.raises(CrashError):

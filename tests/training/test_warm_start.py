@@ -151,7 +151,7 @@ def _join_and_shard(rank: int, world: int, port: int, prepared: Prepared, layout
     assert "rank 1" in plan
 
 
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", [1, pytest.param(2, marks=pytest.mark.thorough)])
 def test_sharded_tables_start_like_plain_ones(grown: Grown, tmp_path: Path, world: int) -> None:
     arguments = (grown.prepared, grown.layout, grown.small.folder, grown.small.settings.model, tmp_path / "saved")
     if world == 1:

@@ -14,6 +14,7 @@ import yaml
 
 from tests.pipelines.learnable_log import learnable_log, settings_tree
 
+pytestmark = pytest.mark.thorough
 ROOT = Path(__file__).parents[2]
 RANK = """
 import json, sys
