@@ -58,16 +58,16 @@ def metrics(
         given = "both are given" if tasks else "neither is given"
         raise UserError(f"give the tasks by --config C or by --tasks, one of the two ({given}); --help says how")
     from mmoe_rec.evaluation.slices import SliceBy
-    from mmoe_rec.jobs.measuring.asked import asked_by_settings, asked_by_words
-    from mmoe_rec.jobs.metrics import How, measure_predictions
+    from mmoe_rec.jobs.metrics import MeasureOptions, measure_predictions
+    from mmoe_rec.jobs.prediction_files import columns_of_settings, columns_of_tasks
     from mmoe_rec.report.tables import show_results
 
     rules = Evaluation()
     if configuration is None:
-        asked, how = asked_by_words(tasks), How(engine=engine or "local")
+        asked, how = columns_of_tasks(tasks), MeasureOptions(engine=engine or "local")
     else:
         settings = configuration.settings
-        asked, rules = asked_by_settings(settings), settings.evaluation
+        asked, rules = columns_of_settings(settings), settings.evaluation
         if settings.training.sampling_correction == "weights" and not any(
             each.startswith("weight=") for each in columns
         ):
@@ -78,7 +78,9 @@ def metrics(
                 "column that holds these weights with --columns weight=COLUMN, or set "
                 "--training.sampling_correction to none"
             )
-        how = How(rules.resamples, 0, engine or settings.data.engine, settings.data.workers)
+        how = MeasureOptions(
+            rules.resamples, 0, engine or settings.data.engine, settings.data.workers, settings.data.memory_gib
+        )
         if rules.slices and not slices:
             say("evaluation.slices of the settings are those of evaluate; --slices names some here")
     how = how if resamples is None else replace(how, resamples=resamples)

@@ -1,30 +1,50 @@
-"""Metrics of predictions that lie in Parquet files, whoever made them."""
+"""Metrics of predictions that lie in Parquet files, whoever made them.
+
+    parts of files -> rows, checked, to partitions of users through files; which values there are
+    all rows       -> checks of requests, in a database
+    partitions     -> sums of metrics, which have no user in common
+
+A partition is held in memory; all rows of a user lie in one, wherever they stand in the files.
+"""
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.dataset as ds
+
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.comparison import find_objective
+from mmoe_rec.evaluation.metrics.auc import bin_edges, counts_by_value
 from mmoe_rec.evaluation.results import MeasuredModel, Results
-from mmoe_rec.evaluation.sums import MOST_UNITS, ClosedSums, join_sums
-from mmoe_rec.jobs.measuring.asked import WEIGHT, Asked
-from mmoe_rec.jobs.measuring.parts import MeasureJob, Read, Sliced, check_requests, measure_partition, send_part
-from mmoe_rec.jobs.measuring.reading import Footer, key_types, precision_of
+from mmoe_rec.evaluation.slices import Counts, SliceBy, Slices
+from mmoe_rec.evaluation.sums import MOST_UNITS, ClosedSums, close_sums, join_sums, measure
 from mmoe_rec.jobs.places import check_names, check_out, short_names
+from mmoe_rec.jobs.prediction_files import (
+    JOINED,
+    WEIGHT,
+    Footer,
+    PredictionColumns,
+    find_key_types,
+    find_precision,
+    read_rows,
+)
 from mmoe_rec.jobs.score_files import learnt_from
 from mmoe_rec.locks import writing
 from mmoe_rec.log.checks import BadFile
+from mmoe_rec.log.database import MEMORY_GIB, Database, open_database
 from mmoe_rec.log.files import FoundFile, find_files, is_remote
 from mmoe_rec.log.parts import LogPart, cut
 from mmoe_rec.preprocessing.engines import Engine, open_engine
-from mmoe_rec.preprocessing.exchange import Exchange
+from mmoe_rec.preprocessing.exchange import Exchange, partition_of
 from mmoe_rec.progress import bar
 from mmoe_rec.settings.sections import EngineName, Evaluation
 
@@ -34,20 +54,22 @@ ROWS_FOR_PROCESSES = 2_000_000
 
 
 @dataclass(frozen=True)
-class How:
-    """resamples of users for the intervals, from a seed; engine, and workers: tasks at a time, None for one a core."""
+class MeasureOptions:
+    """How to measure. resamples: of users for the intervals, from a seed; engine, and workers: tasks at a time, None is
+    one a core; memory_gib: in which requests are checked."""
 
     resamples: int = 1000
     seed: int = 0
     engine: EngineName = "local"
     workers: int | None = None
+    memory_gib: float = MEMORY_GIB
 
 
 def measure_predictions(
-    asked: Asked,
+    columns: PredictionColumns,
     source: str,
     out: str | Path,
-    how: How = How(),
+    options: MeasureOptions = MeasureOptions(),
     against: Sequence[str] = (),
     rules: Evaluation | None = None,
 ) -> Results:
@@ -64,33 +86,33 @@ def measure_predictions(
     check_out(out)
     check_names([source, *against], "--against")
     find_objective((rules or Evaluation()).decide_by)
-    found = {each: find_files(each, _option(each, source)) for each in (source, *against)}
-    _check_places(found, out)
-    files = {each: [Footer.read(file) for file in those] for each, those in found.items()}
-    present = {source: _present(asked, files[source])}
+    listed = {each: find_files(each, _option(each, source)) for each in (source, *against)}
+    _check_places(listed, out)
+    files = {each: [Footer.read(file) for file in those] for each, those in listed.items()}
+    mine = {source: _match_columns(columns, files[source])}
     for each in against:
         try:
-            present[each] = _present(asked, files[each])
+            mine[each] = _match_columns(columns, files[each])
         except BadFile as error:
-            told = f"{error}; those of --against are read by the same names, so rename the column there if need be"
-            raise BadFile(told, error.address) from None
-    _check_columns(present)
+            message = f"{error}; those of --against are read by the same names, so rename the column there if need be"
+            raise BadFile(message, error.address) from None
+    _check_columns(mine)
     with writing(out, "an evaluation", "give another folder with --out", queue=True):
         names = dict(zip(files, short_names(list(files)), strict=True))
-        measured = {names[each]: _measured(present[each], found, each, out, how) for each, found in files.items()}
-        optional = asked.optional
-        judged = tuple(task.name for task in present[source].tasks if task.name not in optional)
+        measured = {names[each]: _measure_files(mine[each], those, each, out, options) for each, those in files.items()}
+        optional = columns.optional
+        judged = tuple(task.name for task in mine[source].tasks if task.name not in optional)
         facts = {"predictions": source, "files": f"{len(files[source]):,}"}
-        facts |= {"columns": ", ".join(f"{part}={name}" for part, name in present[source].told().items() if name)}
+        facts |= {"columns": ", ".join(f"{part}={name}" for part, name in mine[source].by_part().items() if name)}
         results = Results(measured, judged, rules or Evaluation(), f"Evaluation of {names[source]}", facts)
         write_results(results, out)
     return results
 
 
-def _check_places(found: Mapping[str, list[FoundFile]], out: Path) -> None:
+def _check_places(listed: Mapping[str, list[FoundFile]], out: Path) -> None:
     """Raises UserError where results would lie among predictions or over them, or predictions are given twice."""
     real, known = Path(os.path.realpath(out)), dict[frozenset[str], str]()
-    for each, files in found.items():
+    for each, files in listed.items():
         places = frozenset(
             file.address if is_remote(file.address) else os.path.realpath(file.address) for file in files
         )
@@ -109,55 +131,59 @@ def _option(each: str, source: str) -> str:
     return "--predictions" if each == source else "--against"
 
 
-def _check_columns(present: Mapping[str, Asked]) -> None:
+def _check_columns(by_source: Mapping[str, PredictionColumns]) -> None:
     """Raises UserError where only some predictions have candidates, by which rows are told to be the same."""
-    without = [each for each, asked in present.items() if asked.candidate is None]
-    if 0 < len(without) < len(present):
-        candidate = next(asked.candidate for asked in present.values() if asked.candidate is not None)
+    without = [each for each, columns in by_source.items() if columns.candidate is None]
+    if 0 < len(without) < len(by_source):
+        candidate = next(columns.candidate for columns in by_source.values() if columns.candidate is not None)
         raise UserError(
             f"'{without[0]}' has no column '{candidate}', and the predictions that it is compared with have: all need "
             "the candidates, or none"
         )
 
 
-def _measured(asked: Asked, files: list[Footer], source: str, out: Path, how: How) -> MeasuredModel:
+def _measure_files(
+    columns: PredictionColumns, files: list[Footer], source: str, out: Path, options: MeasureOptions
+) -> MeasuredModel:
     from mmoe_rec.evaluation.summary import summarise
 
-    sums, slices = _sums(asked, files, out.with_name(f".{out.name}.measuring"), how)
-    weights = {task.name: task.weight for task in asked.tasks}
-    facts = {"predictions": source, "files": len(files), "columns": asked.told(), "relevance_weights": weights}
-    summary = replace(summarise(sums, how.resamples, how.seed), facts=facts)
+    sums, slices = _sum_files(columns, files, out.with_name(f".{out.name}.measuring"), options)
+    weights = {task.name: task.weight for task in columns.tasks}
+    facts = {"predictions": source, "files": len(files), "columns": columns.by_part(), "relevance_weights": weights}
+    summary = replace(summarise(sums, options.resamples, options.seed), facts=facts)
     return MeasuredModel(sums, summary, source, seen=learnt_from(file.file.address for file in files), slices=slices)
 
 
-def _present(asked: Asked, files: list[Footer]) -> Asked:
-    """What is asked for of what the files have. Raises UserError where they lack something, or differ."""
+def _match_columns(columns: PredictionColumns, files: list[Footer]) -> PredictionColumns:
+    """The columns as the files have them. Raises UserError where they lack something, or differ."""
     first, there = files[0].file.address, {name for each in files for name in each.schema.names}
     # What one file has, all must have: a task, or the score, would else be of some of the rows.
-    lacking = [name for name in asked.optional if not {asked.predicted[name], asked.labels[name]} & there]
-    asked = asked.without(lacking)
-    asked = asked.by_usual_names(there)
-    if asked.score is None and "score" in there:
-        asked = replace(asked, score="score")
-    if asked.candidate is None and asked.usual_candidate in there:
-        asked = replace(asked, candidate=asked.usual_candidate)
-    if asked.weight == asked.usual_weight and asked.weight not in there and WEIGHT in there:
-        asked = replace(asked, weight=WEIGHT)  # as `score --labels` and `evaluate --predictions` call it
-    if asked.score is None and len(asked.tasks) > 1:
+    lacking = [name for name in columns.optional if not {columns.predicted[name], columns.labels[name]} & there]
+    columns = columns.without(lacking)
+    columns = columns.by_usual_names(there)
+    if columns.score is None and "score" in there:
+        columns = replace(columns, score="score")
+    if columns.candidate is None and columns.usual_candidate in there:
+        columns = replace(columns, candidate=columns.usual_candidate)
+    if columns.weight == columns.usual_weight and columns.weight not in there and WEIGHT in there:
+        columns = replace(columns, weight=WEIGHT)  # as `score --labels` and `evaluate --predictions` call it
+    if columns.score is None and len(columns.tasks) > 1:
         raise UserError(
             f"'{first}' has no column 'score', by which the candidates of a request are ranked; name it with "
             "--columns score=COLUMN"
         )
     types: dict[str, tuple[Any, str]] = {}
     for each in files:
-        for name, kind in key_types(asked, each).items():
+        for name, kind in find_key_types(columns, each).items():
             known, where = types.setdefault(name, (kind, each.file.address))
             if known != kind:
                 raise UserError(f"column '{name}' holds {known} in '{where}', and {kind} in '{each.file.address}'")
-    return asked
+    return columns
 
 
-def _sums(asked: Asked, files: list[Footer], scratch: Path, how: How) -> tuple[ClosedSums, Sliced]:
+def _sum_files(
+    columns: PredictionColumns, files: list[Footer], scratch: Path, options: MeasureOptions
+) -> tuple[ClosedSums, SlicedSums]:
     parts = cut([each.file for each in files], ROWS_PER_PART)
     rows = sum(part.rows for part in parts)
     if not rows:
@@ -165,39 +191,192 @@ def _sums(asked: Asked, files: list[Footer], scratch: Path, how: How) -> tuple[C
     shutil.rmtree(scratch, ignore_errors=True)  # of a run that was killed
     # Each holds whole groups of users, whose number is a power of two as well.
     partitions = min(1 << (-(-rows // ROWS_PER_PARTITION) - 1).bit_length(), MOST_UNITS)
-    precisions = [precision_of(asked, each) for each in files]
+    precisions = [find_precision(columns, each) for each in files]
     precision = {name: max(each[name] for each in precisions) for name in precisions[0]}
-    job = MeasureJob(asked, Exchange(scratch, partitions), precision)
+    job = MeasureJob(columns, Exchange(scratch, partitions), precision)
     try:
-        with open_engine(how.engine, how.workers, rows >= ROWS_FOR_PROCESSES) as engine:
-            return _measured_parts(engine, job, parts, rows)
+        with open_engine(options.engine, options.workers, rows >= ROWS_FOR_PROCESSES) as engine:
+            return _measure_parts(engine, job, parts, rows, options)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _measured_parts(engine: Engine, job: MeasureJob, parts: list[LogPart], rows: int) -> tuple[ClosedSums, Sliced]:
+def _measure_parts(
+    engine: Engine, job: MeasureJob, parts: list[LogPart], rows: int, options: MeasureOptions
+) -> tuple[ClosedSums, SlicedSums]:
     with bar() as progress:
         task = progress.add_task("reading", total=rows)
-        read = []
+        counts = []
         for each in engine.map(partial(send_part, job), list(enumerate(parts))):
-            read.append(each)
+            counts.append(each)
             progress.advance(task, each.rows)
-        by = job.asked.slices
-        whole = Read.all(read, by)
+        by = job.columns.slices
+        whole = PartCounts.merge(counts, by)
+        with open_database(job.rows.folder / "database", options.memory_gib, options.workers) as database:
+            users = check_requests(database, job)
         slices = tuple(each.slices(counts) for each, counts in zip(by, whole.sliced, strict=True))
-        job = replace(job, edges=whole.edges(), grouped=len(whole.users) > MOST_UNITS, slices=slices)
+        job = replace(job, edges=whole.edges(), grouped=users > MOST_UNITS, slices=slices)
         partitions = range(job.rows.receivers)
         task = progress.add_task("measuring", total=len(partitions))
-        sums, requests = [], []
+        sums: list[ClosedSums] = []
         sliced: dict[tuple[str, str], list[ClosedSums]] = {
             (each.by.name, name): [] for each in slices for name in each.names
         }
-        for found in engine.map(partial(measure_partition, job), partitions):
+        for measured in engine.map(partial(measure_partition, job), partitions):
             progress.advance(task)
-            if found is not None:
-                sums.append(found[0])
-                for key, of_slice in found[1].items():
+            if measured is not None:
+                sums.append(measured[0])
+                for key, of_slice in measured[1].items():
                     sliced[key].append(of_slice)
-                requests.append(found[2])
-    check_requests(job, requests)
-    return join_sums(sums), {key: join_sums(found) for key, found in sliced.items() if found}
+    return join_sums(sums), {key: join_sums(each) for key, each in sliced.items() if each}
+
+
+ROWS = "rows"  # the channel
+ROWS_AT_A_TIME = 131_072
+
+
+@dataclass(frozen=True)
+class MeasureJob:
+    """What the tasks share.
+
+    precision: task -> machine precision of its least precise predictions; edges: of the bins of each binary task's
+    predictions; grouped: whether users are measured in groups; slices: of the rows; all known once all was read.
+    """
+
+    columns: PredictionColumns
+    rows: Exchange
+    precision: dict[str, float]
+    edges: dict[str, np.ndarray] | None = None
+    grouped: bool = False
+    slices: tuple[Slices, ...] = ()
+
+
+@dataclass(frozen=True)
+class PartCounts:
+    """What a part holds. values: binary task -> some of the predicted values, rising, with the numbers of positive and
+    of negative rows that they stand for; sliced: of what rows are sliced by."""
+
+    rows: int
+    values: dict[str, Values]
+    sliced: tuple[Counts, ...] = ()
+
+    @staticmethod
+    def merge(parts: Sequence[PartCounts], by: Sequence[SliceBy] = ()) -> PartCounts:
+        """That of all parts. Raises UserError where a column has too many values to slice by."""
+        values = {
+            name: tuple(np.concatenate(each) for each in zip(*(part.values[name] for part in parts), strict=True))
+            for name in parts[0].values
+        }
+        sliced = tuple(each.add([part.sliced[number] for part in parts]) for number, each in enumerate(by))
+        merged = {name: counts_by_value(*each) for name, each in values.items()}
+        return PartCounts(sum(part.rows for part in parts), merged, sliced)
+
+    def edges(self) -> dict[str, np.ndarray]:
+        """Of bins for all."""
+        return {name: bin_edges(*values) for name, values in self.values.items()}
+
+
+Values = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
+def _fewer(values: np.ndarray, positives: np.ndarray, negatives: np.ndarray) -> Values:
+    """At most `MOST_BINS` of the values, each of which stands for those up to the next one."""
+    place = np.searchsorted(bin_edges(values, positives, negatives), values, side="right")
+    _, first = np.unique(place, return_index=True)
+    return values[first], np.bincount(place, positives), np.bincount(place, negatives)
+
+
+def send_part(job: MeasureJob, number_and_part: tuple[int, LogPart]) -> PartCounts:
+    """Reads a part, checks its rows and sends them. Raises BadFile for a wrong value."""
+    number, part = number_and_part
+    binary = [task.name for task in job.columns.tasks if task.kind == "binary"]
+    seen: dict[str, list[Values]] = {name: [] for name in binary}
+    sliced: list[list[pa.Array]] = [[] for _ in job.columns.slices]
+
+    def tables() -> Iterator[tuple[pa.Table, np.ndarray]]:
+        for piece in part.pieces:
+            for table in read_rows(job.columns, piece, ROWS_AT_A_TIME):
+                hashes = table["hash"].to_numpy()
+                for name in binary:
+                    value, label = table[f"p.{name}"].to_numpy(), table[f"l.{name}"].to_numpy()
+                    seen[name].append((value, label == 1, label == 0))
+                for number, each in enumerate(sliced):
+                    each.extend(table[f"s.{number}"].chunks)
+                yield table.drop_columns(["hash"]), partition_of(hashes, job.rows.receivers)
+
+    sent = job.rows.send_in_turns(ROWS, (number, 0), tables())
+    values = {}
+    for name, batches in seen.items():
+        value, positive, negative = (np.concatenate(each) for each in zip(*batches, strict=True))
+        known = positive | negative
+        values[name] = _fewer(*counts_by_value(value[known], positive[known], negative[known]))
+    counts = tuple(by.count(each) for by, each in zip(job.columns.slices, sliced, strict=True))
+    return PartCounts(int(sent.sum()), values, counts)
+
+
+SlicedSums = dict[tuple[str, str], ClosedSums]
+
+
+def measure_partition(job: MeasureJob, number: int) -> tuple[ClosedSums, SlicedSums] | None:
+    """The sums of a partition's rows and of their slices; None if there are no rows."""
+    table = job.rows.receive_all(ROWS, number)
+    if table is None:
+        return None
+    slices = {
+        (each.by.name, name): _closed(job, table.take(pa.array(rows)))
+        for place, each in enumerate(job.slices)
+        for name, rows in each.rows(table[f"s.{place}"].combine_chunks()).items()
+    }
+    return _closed(job, table), slices
+
+
+def _closed(job: MeasureJob, table: pa.Table) -> ClosedSums:
+    """The sums of rows."""
+    columns = job.columns
+    predictions = {task.name: table[f"p.{task.name}"] for task in columns.tasks}
+    sums = measure(
+        columns.tasks,
+        table["user"],
+        table["request"],
+        predictions,
+        {task.name: table[f"l.{task.name}"] for task in columns.tasks},
+        score=table["score"] if columns.score is not None else next(iter(predictions.values())),
+        weight=table["weight"] if columns.weight is not None else None,
+        candidates=table["candidate"] if columns.candidate is not None else None,
+        precision=job.precision,
+    )
+    return close_sums(sums, job.edges, job.grouped)
+
+
+def check_requests(database: Database, job: MeasureJob) -> int:
+    """The number of users. Raises UserError where a request has rows of several, or a candidate twice."""
+    columns = job.columns
+    database.register("rows", ds.dataset(job.rows.folder / ROWS, format="ipc"))
+    (strange,) = database.row(
+        'SELECT min(row(request, one, other)) FROM (SELECT request, min("user") AS one, max("user") AS other FROM rows '
+        "GROUP BY request HAVING one <> other)"
+    )
+    if strange is not None:
+        request, first, other = strange
+        raise UserError(
+            f"{_request(columns, request)} has rows of more than one user, {first!r} and {other!r}: a request is one "
+            "list shown to one user; name columns that tell lists apart with --columns "
+            f"request={JOINED.join((columns.user, *columns.request))}"
+        )
+    if columns.candidate is not None and columns.duplicates == "error":
+        (twice,) = database.row(
+            "SELECT min(row(request, candidate)) FROM "
+            "(SELECT request, candidate FROM rows GROUP BY ALL HAVING count(*) > 1)"
+        )
+        if twice is not None:
+            raise UserError(
+                f"{_request(columns, twice[0])} has candidate {twice[1]!r} more than once, as where files of two "
+                "models, or a file and its copy, lie together; --keep-duplicates counts all rows"
+            )
+    (users,) = database.row('SELECT count(DISTINCT "user") FROM rows')
+    return int(users)
+
+
+def _request(columns: PredictionColumns, value: object) -> str:
+    which = f"request {value!r}" if len(columns.request) == 1 else "a request"
+    return f"{which} by '{JOINED.join(columns.request)}'"

@@ -31,7 +31,7 @@ from mmoe_rec.atomic import atomic_file
 from mmoe_rec.errors import UserError
 from mmoe_rec.inference.loaded import LoadedRanker
 from mmoe_rec.inference.ranking import scored_table
-from mmoe_rec.jobs.measuring.asked import WEIGHT
+from mmoe_rec.jobs.prediction_files import WEIGHT
 from mmoe_rec.jobs.score_files import RANKS, SCORES, LearntRows, finished_name, known_rows, label_column, scored_file
 from mmoe_rec.log.parts import LogPart
 from mmoe_rec.log.reader import ROWS_PER_PART, LogReader

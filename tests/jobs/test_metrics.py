@@ -18,10 +18,9 @@ from mmoe_rec.evaluation.scoring import score_rows
 from mmoe_rec.evaluation.sums import measure
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.jobs import metrics
-from mmoe_rec.jobs.measuring import parts
-from mmoe_rec.jobs.measuring.asked import asked_by_settings, asked_by_words
-from mmoe_rec.jobs.metrics import How
+from mmoe_rec.jobs.metrics import MeasureOptions
 from mmoe_rec.jobs.places import logs_for
+from mmoe_rec.jobs.prediction_files import columns_of_settings, columns_of_tasks
 from mmoe_rec.jobs.score import score_log
 from mmoe_rec.preprocessing.prepare import encode_with
 from mmoe_rec.report.documents import summary_tree
@@ -76,10 +75,12 @@ def written(frame: pd.DataFrame, folder: Path, files: int = 3, **options: Any) -
 def test_metrics_are_those_of_the_rows_however_these_are_cut(text: bool, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(metrics, "ROWS_PER_PART", 500)
     monkeypatch.setattr(metrics, "ROWS_PER_PARTITION", 700)
-    monkeypatch.setattr(parts, "ROWS_AT_A_TIME", 100)
+    monkeypatch.setattr(metrics, "ROWS_AT_A_TIME", 100)
     frame = predicted(1, text=text)
-    asked = asked_by_words(TASKS)
-    found = measure_predictions(asked, str(written(frame, tmp_path / "in")), tmp_path / "out", How(50, workers=2))
+    asked = columns_of_tasks(TASKS)
+    found = measure_predictions(
+        asked, str(written(frame, tmp_path / "in")), tmp_path / "out", MeasureOptions(50, workers=2)
+    )
     label, chance = frame["label_bought"].astype(float), frame["predicted_bought"].astype(float)
     bought = {name: found["tasks"]["bought"][name]["value"] for name in ("auc", "average_precision", "logloss")}
     assert bought == pytest.approx(
@@ -121,12 +122,12 @@ def test_metrics_are_those_of_the_rows_however_these_are_cut(text: bool, tmp_pat
 def test_many_users_and_values_are_measured_in_groups_and_bins(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(metrics, "ROWS_PER_PARTITION", 200)
     source = str(written(predicted(2).assign(predicted_bought=np.random.default_rng(0).random(3_000)), tmp_path / "in"))
-    expected = measure_predictions(asked_by_words(TASKS), source, tmp_path / "a", How(100))
+    expected = measure_predictions(columns_of_tasks(TASKS), source, tmp_path / "a", MeasureOptions(100))
     for module in ("mmoe_rec.evaluation.sums", "mmoe_rec.jobs.metrics"):
         monkeypatch.setattr(f"{module}.MOST_UNITS", 32)
     monkeypatch.setattr("mmoe_rec.evaluation.metrics.auc.MOST_BINS", 200)
     monkeypatch.setattr("mmoe_rec.jobs.metrics.ROWS_PER_PART", 300)
-    found = measure_predictions(asked_by_words(TASKS), source, tmp_path / "b", How(100))
+    found = measure_predictions(columns_of_tasks(TASKS), source, tmp_path / "b", MeasureOptions(100))
     assert found["users"] == expected["users"] == 97
     assert found["tasks"]["bought"]["single_class_users"] == expected["tasks"]["bought"]["single_class_users"]
     for group, other in (
@@ -142,8 +143,10 @@ def test_many_users_and_values_are_measured_in_groups_and_bins(tmp_path: Path, m
 
 def test_ray_gives_the_same(tmp_path: Path, monkeypatch) -> None:
     source = str(written(predicted(2), tmp_path / "in"))
-    local = measure_predictions(asked_by_words(TASKS), source, tmp_path / "local", How(20))
-    ray = measure_predictions(asked_by_words(TASKS), source, tmp_path / "ray", How(20, engine="ray", workers=2))
+    local = measure_predictions(columns_of_tasks(TASKS), source, tmp_path / "local", MeasureOptions(20))
+    ray = measure_predictions(
+        columns_of_tasks(TASKS), source, tmp_path / "ray", MeasureOptions(20, engine="ray", workers=2)
+    )
     assert ray == local
 
 
@@ -151,12 +154,14 @@ def test_columns_go_by_other_names_and_requests_by_several(tmp_path: Path) -> No
     frame = predicted(3)
     frame["at"] = pd.to_datetime(frame["request"] // 10**15, unit="s")
     expected = measure_predictions(
-        asked_by_words(["bought"]), str(written(frame, tmp_path / "in")), tmp_path / "a", How(20)
+        columns_of_tasks(["bought"]), str(written(frame, tmp_path / "in")), tmp_path / "a", MeasureOptions(20)
     )
     renamed = frame.rename(columns={"user": "who", "predicted_bought": "p", "label_bought": "y", "score": "s"})
     source = written(renamed.drop(columns="request"), tmp_path / "other")
     words = ["user=who", "request=who+at", "predicted_bought=p", "label_bought=y", "score=s"]
-    found = measure_predictions(asked_by_words(["bought"]).with_columns(words), str(source), tmp_path / "b", How(20))
+    found = measure_predictions(
+        columns_of_tasks(["bought"]).with_columns(words), str(source), tmp_path / "b", MeasureOptions(20)
+    )
     assert found["tasks"] == expected["tasks"]
     assert found["score"] == expected["score"]
 
@@ -164,8 +169,8 @@ def test_columns_go_by_other_names_and_requests_by_several(tmp_path: Path) -> No
 def test_weights_count_rows(tmp_path: Path) -> None:
     frame = predicted(4)
     frame["w"] = np.random.default_rng(0).uniform(0.1, 9, len(frame))
-    asked = asked_by_words(["bought"]).with_columns(["weight=w"])
-    found = measure_predictions(asked, str(written(frame, tmp_path / "in")), tmp_path / "out", How(20))
+    asked = columns_of_tasks(["bought"]).with_columns(["weight=w"])
+    found = measure_predictions(asked, str(written(frame, tmp_path / "in")), tmp_path / "out", MeasureOptions(20))
     chance = frame["predicted_bought"].astype(float)
     expected = chance @ frame["w"] / (frame["label_bought"].astype(float) @ frame["w"])
     assert found["tasks"]["bought"]["calibration"]["value"] == pytest.approx(expected, abs=1e-12)
@@ -173,20 +178,22 @@ def test_weights_count_rows(tmp_path: Path) -> None:
 
 def test_without_candidates_there_is_no_catalogue(tmp_path: Path) -> None:
     source = str(written(predicted(4).drop(columns="candidate"), tmp_path / "in"))
-    assert "catalogue" not in measure_predictions(asked_by_words(["bought"]), source, tmp_path / "out", How(20))
-    asked = asked_by_words(["bought"]).with_columns(["candidate=item"])
+    assert "catalogue" not in measure_predictions(
+        columns_of_tasks(["bought"]), source, tmp_path / "out", MeasureOptions(20)
+    )
+    asked = columns_of_tasks(["bought"]).with_columns(["candidate=item"])
     with pytest.raises(UserError, match="has no column 'item'; name another one with --columns candidate=COLUMN"):
-        measure_predictions(asked, source, tmp_path / "out", How(20))
+        measure_predictions(asked, source, tmp_path / "out", MeasureOptions(20))
 
 
 def test_without_a_score_one_task_ranks_by_its_prediction(tmp_path: Path) -> None:
     frame = predicted(5).drop(columns="score")
     source = str(written(frame, tmp_path / "in"))
-    found = measure_predictions(asked_by_words(["bought"]), source, tmp_path / "out", How(20))
+    found = measure_predictions(columns_of_tasks(["bought"]), source, tmp_path / "out", MeasureOptions(20))
     for name in ("ndcg_at_5", "mrr", "map"):
         assert found["score"][name] == found["tasks"]["bought"][name]
     with pytest.raises(UserError, match=r"0\.parquet' has no column 'score', by which.*--columns score=COLUMN"):
-        measure_predictions(asked_by_words(TASKS), source, tmp_path / "out", How(20))
+        measure_predictions(columns_of_tasks(TASKS), source, tmp_path / "out", MeasureOptions(20))
 
 
 def changed(frame: pd.DataFrame, column: str, value: Any) -> pd.DataFrame:
@@ -215,7 +222,7 @@ def changed(frame: pd.DataFrame, column: str, value: Any) -> pd.DataFrame:
 def test_a_wrong_value_is_named_by_file_column_and_row(change, message: str, tmp_path: Path) -> None:
     source = written(change(predicted(6)), tmp_path / "in")
     with pytest.raises(UserError, match=rf"in/2\.parquet'.*{message}.*\(the first is row 500 of the file"):
-        measure_predictions(asked_by_words(TASKS), str(source), tmp_path / "out", How(20))
+        measure_predictions(columns_of_tasks(TASKS), str(source), tmp_path / "out", MeasureOptions(20))
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
 
 
@@ -242,7 +249,7 @@ def test_what_is_wrong_with_files_is_said(change, message: str, tmp_path: Path, 
     monkeypatch.setattr(metrics, "ROWS_PER_PARTITION", 100)  # so that rows of two users are not looked at together
     source = written(change(predicted(7)), tmp_path / "in")
     with pytest.raises(UserError, match=message):
-        measure_predictions(asked_by_words(TASKS), str(source), tmp_path / "out", How(20))
+        measure_predictions(columns_of_tasks(TASKS), str(source), tmp_path / "out", MeasureOptions(20))
 
 
 @pytest.mark.parametrize("column", ["score", "candidate"])
@@ -251,31 +258,31 @@ def test_what_one_file_has_all_must_have(column: str, tmp_path: Path) -> None:
     source = written(predicted(8), tmp_path / "in")
     pq.write_table(pq.read_table(source / "0.parquet").drop_columns([column]), source / "0.parquet")
     with pytest.raises(UserError, match=rf"in/0\.parquet' has no column '{column}'"):
-        measure_predictions(asked_by_words(["bought"]), str(source), tmp_path / "out", How(20))
+        measure_predictions(columns_of_tasks(["bought"]), str(source), tmp_path / "out", MeasureOptions(20))
 
 
 def test_times_that_tell_requests_apart_are_of_one_type(tmp_path: Path) -> None:
     frame = predicted(8).assign(request=pd.to_datetime(predicted(8)["request"] // 10**15, unit="s"))
     frame = frame.assign(request=frame["request"].dt.as_unit("us"))
-    asked = asked_by_words(["bought"]).with_columns(["request=user+request"])
+    asked = columns_of_tasks(["bought"]).with_columns(["request=user+request"])
     source = written(frame, tmp_path / "in")
-    measure_predictions(asked, str(source), tmp_path / "out", How(20))
+    measure_predictions(asked, str(source), tmp_path / "out", MeasureOptions(20))
     for other in ("int64", "str", "datetime64[us, UTC]"):
         values = frame["request"].dt.tz_localize("UTC") if "UTC" in other else frame["request"].astype(other)
         pq.write_table(pa.Table.from_pandas(frame.assign(request=values).iloc[:9]), source / "9.parquet")
         with pytest.raises(UserError, match=r"'request' holds timestamp\[us\] in '.*0\.parquet', and .*9\.parquet'"):
-            measure_predictions(asked, str(source), tmp_path / "out", How(20))
+            measure_predictions(asked, str(source), tmp_path / "out", MeasureOptions(20))
     fine = pd.to_datetime(np.arange(9), unit="ns")
     pq.write_table(pa.Table.from_pandas(frame.iloc[:9].assign(request=fine)), source / "9.parquet")
     with pytest.raises(UserError, match=r"9\.parquet': column 'request' .* apart by less than a microsecond"):
-        measure_predictions(asked, str(source), tmp_path / "out", How(20))
+        measure_predictions(asked, str(source), tmp_path / "out", MeasureOptions(20))
 
 
 def test_the_output_of_two_models_in_one_folder_is_refused(tmp_path: Path) -> None:
     source = written(predicted(8), tmp_path / "in", files=1)
     (source / "copy.parquet").write_bytes((source / "0.parquet").read_bytes())
     with pytest.raises(UserError, match=r"has candidate [0-9]+ more than once, as where files of two models"):
-        measure_predictions(asked_by_words(["bought"]), str(source), tmp_path / "out", How(20))
+        measure_predictions(columns_of_tasks(["bought"]), str(source), tmp_path / "out", MeasureOptions(20))
     run(
         "metrics",
         "--predictions",
@@ -292,20 +299,20 @@ def test_the_output_of_two_models_in_one_folder_is_refused(tmp_path: Path) -> No
 def test_files_without_rows_count_nothing(tmp_path: Path) -> None:
     frame = predicted(8)
     source = written(frame, tmp_path / "in")
-    expected = measure_predictions(asked_by_words(TASKS), str(source), tmp_path / "a", How(20))
+    expected = measure_predictions(columns_of_tasks(TASKS), str(source), tmp_path / "a", MeasureOptions(20))
     for name, empty in (("00", frame.iloc[:0]), ("9", pd.DataFrame({each: [] for each in frame}))):
         empty.to_parquet(source / f"{name}.parquet")
-    found = measure_predictions(asked_by_words(TASKS), str(source), tmp_path / "b", How(20))
+    found = measure_predictions(columns_of_tasks(TASKS), str(source), tmp_path / "b", MeasureOptions(20))
     assert found == expected | {"files": 5}
 
 
 def test_single_precision_is_clipped_alike_whatever_lies_beside_it(tmp_path: Path) -> None:
     frame = predicted(8).assign(predicted_bought=np.float32(1.0), label_bought=0)
     source = written(frame, tmp_path / "in")
-    alone = measure_predictions(asked_by_words(["bought"]), str(source), tmp_path / "a", How(20))
+    alone = measure_predictions(columns_of_tasks(["bought"]), str(source), tmp_path / "a", MeasureOptions(20))
     double = frame.assign(predicted_bought=1.0, request=-1 - frame["request"], user=frame["user"] + 1000)
     pq.write_table(pa.Table.from_pandas(double), source / "9.parquet")
-    found = measure_predictions(asked_by_words(["bought"]), str(source), tmp_path / "b", How(20))
+    found = measure_predictions(columns_of_tasks(["bought"]), str(source), tmp_path / "b", MeasureOptions(20))
     value, other = (each["tasks"]["bought"]["logloss"]["value"] for each in (found, alone))
     assert value == pytest.approx(other) == pytest.approx(-np.log(np.finfo(np.float32).eps))
 
@@ -315,7 +322,7 @@ def test_results_do_not_lie_among_the_predictions(tmp_path: Path, monkeypatch) -
     monkeypatch.chdir(source)
     for out in (".", "", "metrics", source / "a" / "b"):
         with pytest.raises(UserError, match=r"lies in '.*', where the predictions are, or holds them; name another"):
-            measure_predictions(asked_by_words(["bought"]), str(source), out, How(20))
+            measure_predictions(columns_of_tasks(["bought"]), str(source), out, MeasureOptions(20))
     assert sorted(each.name for each in source.iterdir()) == ["0.parquet", "1.parquet", "2.parquet"]
 
 
@@ -323,7 +330,7 @@ def test_files_of_other_types_are_named(tmp_path: Path) -> None:
     source = written(predicted(8), tmp_path / "in")
     pq.write_table(pa.Table.from_pandas(predicted(8, text=True)), source / "9.parquet")
     with pytest.raises(UserError, match=r"'user' holds int64 in '.*0\.parquet', and string in '.*9\.parquet'"):
-        measure_predictions(asked_by_words(TASKS), str(source), tmp_path / "out", How(20))
+        measure_predictions(columns_of_tasks(TASKS), str(source), tmp_path / "out", MeasureOptions(20))
 
 
 @pytest.mark.parametrize(
@@ -365,7 +372,9 @@ def test_a_scored_log_has_the_metrics_of_an_evaluation(small: SmallModel, tmp_pa
     offline = score_rows(model, ranker.layout, rows, 256, calibration=calibration, relevance=relevance)
     expected = summarise(offline.measure(), 20)
     score_log(small.folder, source, tmp_path / "scores", window=windows["test"], labels=True)
-    found = measure_predictions(asked_by_settings(settings), str(tmp_path / "scores"), tmp_path / "out", How(20))
+    found = measure_predictions(
+        columns_of_settings(settings), str(tmp_path / "scores"), tmp_path / "out", MeasureOptions(20)
+    )
     assert found["tasks"].keys() == expected["tasks"].keys() == {"click", "liked", "spent", "click_and_liked"}
     assert found["tasks"]["liked"]["rows"] < found["tasks"]["click_and_liked"]["rows"] < found["rows"]
     for name, group in {**found["tasks"], "score": found["score"]}.items():
@@ -380,7 +389,7 @@ def test_a_scored_log_has_the_metrics_of_an_evaluation(small: SmallModel, tmp_pa
 
 def test_a_task_without_labels_has_a_note(tmp_path: Path) -> None:
     source = written(predicted(10).assign(label_stars=None), tmp_path / "in")
-    found = measure_predictions(asked_by_words(TASKS), str(source), tmp_path / "out", How(20))
+    found = measure_predictions(columns_of_tasks(TASKS), str(source), tmp_path / "out", MeasureOptions(20))
     assert "No row has an observed label" in found["tasks"]["stars"]["note"]
 
 
@@ -442,7 +451,7 @@ def test_predictions_of_other_rows_are_not_compared(tmp_path: Path) -> None:
 
 
 def compared(source: str, other: str, out: Path) -> None:
-    metrics.measure_predictions(asked_by_words(TASKS), source, out, How(20), [other])
+    metrics.measure_predictions(columns_of_tasks(TASKS), source, out, MeasureOptions(20), [other])
 
 
 def test_nothing_of_the_users_is_replaced(tmp_path: Path) -> None:
@@ -453,15 +462,15 @@ def test_nothing_of_the_users_is_replaced(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"lies in '.*against', where the predictions are, or holds them; name another"):
         compared(ours, str(mine), tmp_path / "out")
     with pytest.raises(UserError, match="lies where results go, and is none of an evaluation"):
-        measure_predictions(asked_by_words(TASKS), ours, tmp_path / "out", How(20))
+        measure_predictions(columns_of_tasks(TASKS), ours, tmp_path / "out", MeasureOptions(20))
     assert (mine / "0.parquet").is_file()
     assert not (tmp_path / "out" / "metrics.json").exists()
     frame.to_parquet(tmp_path / "metrics.parquet")
     with pytest.raises(UserError, match="or holds them"):
-        measure_predictions(asked_by_words(TASKS), str(tmp_path / "metrics.parquet"), tmp_path, How(20))
+        measure_predictions(columns_of_tasks(TASKS), str(tmp_path / "metrics.parquet"), tmp_path, MeasureOptions(20))
     (tmp_path / "link").symlink_to(tmp_path / "ours")
     with pytest.raises(UserError, match="or holds them"):
-        measure_predictions(asked_by_words(TASKS), ours, tmp_path / "link" / "out", How(20))
+        measure_predictions(columns_of_tasks(TASKS), ours, tmp_path / "link" / "out", MeasureOptions(20))
     with pytest.raises(UserError, match="are the same predictions; give others with --against"):
         compared(ours, f"{ours}/*.parquet", tmp_path / "fine")
     with pytest.raises(UserError, match="are the same predictions"):
@@ -476,14 +485,16 @@ def test_what_can_not_be_written_leaves_all_as_it_was(tmp_path: Path) -> None:
     (out / "sums" / "mine.txt").write_text("mine")
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     with pytest.raises(UserError, match="holds other files"):
-        measure_predictions(asked_by_words(TASKS), ours, out, How(20))
+        measure_predictions(columns_of_tasks(TASKS), ours, out, MeasureOptions(20))
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
 
 def test_a_metric_that_is_none_is_told_before_anything_is_read(tmp_path: Path) -> None:
     source = str(written(predicted(24, rows=600), tmp_path / "in"))
     with pytest.raises(UserError, match=r"evaluation\.decide_by is 'acu'"):
-        measure_predictions(asked_by_words(TASKS), source, tmp_path / "out", How(20), (), Evaluation(decide_by="acu"))
+        measure_predictions(
+            columns_of_tasks(TASKS), source, tmp_path / "out", MeasureOptions(20), (), Evaluation(decide_by="acu")
+        )
 
 
 def test_names_are_no_markup(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

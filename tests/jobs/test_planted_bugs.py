@@ -16,8 +16,8 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.results import Results
 from mmoe_rec.jobs import evaluate
 from mmoe_rec.jobs.evaluate import evaluate_model
-from mmoe_rec.jobs.measuring.asked import asked_by_words
-from mmoe_rec.jobs.metrics import How, measure_predictions
+from mmoe_rec.jobs.metrics import MeasureOptions, measure_predictions
+from mmoe_rec.jobs.prediction_files import columns_of_tasks
 from mmoe_rec.report.findings import find_all
 from mmoe_rec.settings.sections import Split
 from tests.inference.small_model import SmallModel
@@ -48,7 +48,9 @@ def report(frame: pd.DataFrame, folder: Path) -> tuple[Results, str]:
     """What is found, and the words of the page."""
     folder.mkdir(parents=True)
     frame.to_parquet(folder / "rows.parquet", index=False)
-    results = measure_predictions(asked_by_words(["bought"]), str(folder), folder.with_name("out"), How(200))
+    results = measure_predictions(
+        columns_of_tasks(["bought"]), str(folder), folder.with_name("out"), MeasureOptions(200)
+    )
     return results, Page((folder.with_name("out") / "report.html").read_text(encoding="utf-8")).words
 
 

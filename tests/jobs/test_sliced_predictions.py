@@ -16,7 +16,6 @@ from sklearn.metrics import roc_auc_score
 
 from mmoe_rec.evaluation.slices import MISSING, OTHERS, SliceBy
 from mmoe_rec.jobs import metrics
-from mmoe_rec.jobs.measuring import parts
 from tests.commands import run
 from tests.jobs.test_planted_bugs import rows
 
@@ -51,7 +50,7 @@ def area(found: pd.DataFrame) -> float:
 def test_slices_are_those_of_the_rows_however_these_are_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metrics, "ROWS_PER_PART", 1500)
     monkeypatch.setattr(metrics, "ROWS_PER_PARTITION", 3000)
-    monkeypatch.setattr(parts, "ROWS_AT_A_TIME", 400)
+    monkeypatch.setattr(metrics, "ROWS_AT_A_TIME", 400)
     found = frame()
     table = measured(found, tmp_path / "in", "device", "bucket(price, 4)", "shop")
     of_device = {name: area(found[found["device"] == name]) for name in ("phone", "tablet")}

@@ -1,1 +1,0 @@
-"""Metrics of predictions in Parquet files, wherever they come from."""
