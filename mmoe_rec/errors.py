@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -41,6 +42,15 @@ def quoted(value: object) -> str:
 def one_line(error: BaseException) -> str:
     """What is told of an error that was not written for people: its kind and its words, in one line."""
     return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+def require_packages(purpose: str, extra: str, *modules: str) -> None:
+    """Raises UserError where modules that come with an extra of this package are not installed."""
+    if missing := [name for name in modules if find_spec(name) is None]:
+        raise UserError(
+            f"{purpose} needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed: install "
+            f"the extra {extra}, as in `pip install 'mmoe-rec[{extra}]'`"
+        )
 
 
 @contextmanager

@@ -57,6 +57,7 @@ from mmoe_rec.jobs.machine import (
 
 PYPROJECT = Path(__file__).resolve().parents[2] / "pyproject.toml"  # in the repository; an installed package has none
 PROBE_SECONDS = 300
+_EXTRAS = ("tables-cpu", "tables-cuda", "serve", "tune")  # what the extras cpu and cuda consist of
 
 
 def requirements() -> dict[str, str]:
@@ -66,12 +67,12 @@ def requirements() -> dict[str, str]:
 
         project = tomllib.loads(PYPROJECT.read_text())["project"]
         extras = project["optional-dependencies"]
-        lines = [*project["dependencies"], *(line for build in BUILDS for line in extras[build])]
+        lines = [*project["dependencies"], *(line for name in _EXTRAS for line in extras[name])]
     else:
         lines = []
         for line in metadata.requires("mmoe-rec") or []:
             requirement, _, marker = line.partition(";")
-            if not marker or any(re.search(rf"extra == ['\"]{build}['\"]", marker) for build in BUILDS):
+            if not marker or any(re.search(rf"extra == ['\"]{name}['\"]", marker) for name in _EXTRAS):
                 lines.append(requirement.strip())
     found = [(re.match(r"[\w.-]+", line), line) for line in (*lines, *TORCHREC_NEEDS)]
     return {name[0]: line for name, line in found if name}

@@ -20,7 +20,7 @@ from typing import Any
 import click
 
 from mmoe_rec.cli.command import COUNT, FOLDER, NumberBetween, command, model_option, overrides_argument
-from mmoe_rec.errors import UserError
+from mmoe_rec.errors import UserError, require_packages
 from mmoe_rec.settings.load import parse_overrides
 
 
@@ -90,6 +90,7 @@ def serve(
     for keys, _ in parse_overrides(overrides):
         if keys[0] != "serving":
             raise UserError(f"'--{'.'.join(keys)}' is no option of serve, nor a setting of section serving; see --help")
+    require_packages("mmoe-rec serve", "serve", "uvicorn", "fastapi", "orjson", "httptools", "prometheus_client")
     from mmoe_rec.jobs.serve import serve_model
     from mmoe_rec.request_log.folder import LogOptions
     from mmoe_rec.server.options import end_process

@@ -20,7 +20,7 @@ from pathlib import Path
 import click
 
 from mmoe_rec.cli.command import COUNT, Configuration, settings_command
-from mmoe_rec.errors import UserError
+from mmoe_rec.errors import UserError, require_packages
 from mmoe_rec.settings.load import load_settings
 from mmoe_rec.settings.sections import Search, Settings
 
@@ -43,6 +43,7 @@ def tune(configuration: Configuration, trials: int) -> None:
         return load_settings(configuration.file, [*configuration.overrides, *chosen])
 
     _check_values(search, with_values)
+    require_packages("mmoe-rec tune", "tune", "optuna")
     from mmoe_rec.jobs.places import features_in_use, log_and_place
     from mmoe_rec.locks import writing
     from mmoe_rec.preprocessing.prepare import existing
