@@ -25,7 +25,8 @@ SERVED_CODE = (
     "features",
     "batches",
     "model",
-    "request_log",
+    "live/__init__.py",
+    "live/logged_requests.py",
     "inference",
 )
 
@@ -51,6 +52,7 @@ def _served_code(target: Path) -> Path:
     target.mkdir(parents=True)
     for name in SERVED_CODE:
         source = package / name
+        (target / name).parent.mkdir(exist_ok=True)
         if source.is_dir():
             shutil.copytree(source, target / name, ignore=shutil.ignore_patterns("__pycache__"))
         else:

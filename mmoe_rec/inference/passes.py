@@ -20,11 +20,11 @@ from mmoe_rec.inference.ranking import Ranking
 from mmoe_rec.inference.requests.request import Request, RequestReader, same_columns
 from mmoe_rec.inference.requests.weights import fused_weights
 from mmoe_rec.inference.scorer import Scored, Scorer
+from mmoe_rec.live.logged_requests import Seen
 from mmoe_rec.log.given import check_count, check_flag
 from mmoe_rec.log.request_rows import RequestRows
 from mmoe_rec.model.inputs import RequestInputs
 from mmoe_rec.model.score import from_logs, with_outcomes
-from mmoe_rec.request_log.seen import Seen
 
 ROWS_AT_A_TIME = 16_384
 """Rows whose features are made together, at most, unless a single request has more."""

@@ -49,8 +49,8 @@ class Ranking:
     `mmoe_rec.inference.freshness`; model: the artifact's `name` and `version` (see `version_of`); explanations: of each
     candidate, where they were asked for; unknown_ids: how many ids of the request's `user` and `candidate`s the model
     knows nothing of, which replies leave out; request_id: the caller's own, or the one that the server gave, where it
-    logs requests; seen: what features saw of the request, see `mmoe_rec.request_log.seen`, and journal_position: up to
-    where of the server's journal the model knew events, which replies leave out.
+    logs requests; seen: what features saw of the request, see `mmoe_rec.live.logged_requests`, and journal_position: up
+    to where of the server's journal the model knew events, which replies leave out.
     """
 
     candidates: list[int] | list[str]

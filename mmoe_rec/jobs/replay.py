@@ -32,6 +32,7 @@ from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.inference.artifact import iso_time, read_artifact, version_of
 from mmoe_rec.jobs.places import logs_for
 from mmoe_rec.jobs.replay_period import Period, read_period, score_period
+from mmoe_rec.live import logged_requests as names
 from mmoe_rec.locks import writing
 from mmoe_rec.log.checks import format_time
 from mmoe_rec.log.files import find_files, open_file
@@ -40,7 +41,6 @@ from mmoe_rec.log.stand_ins import require_all
 from mmoe_rec.model.score import with_outcomes
 from mmoe_rec.point_in_time.lists import SharedRagged
 from mmoe_rec.progress import say
-from mmoe_rec.request_log import names
 from mmoe_rec.settings.sections import Settings
 from mmoe_rec.tracking.registry import find_model
 

@@ -19,6 +19,7 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.features.encoder import Results
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.jobs.score_files import ROWS_AT_A_TIME, known_rows
+from mmoe_rec.live.logged_requests import hash_features
 from mmoe_rec.log.checks import format_time
 from mmoe_rec.log.columns import column_uses
 from mmoe_rec.log.reader import EventRows
@@ -30,7 +31,6 @@ from mmoe_rec.preprocessing.exchange import ResultReader
 from mmoe_rec.preprocessing.logs import Logs
 from mmoe_rec.preprocessing.steps import Steps, kept_reader, kept_results
 from mmoe_rec.progress import bar
-from mmoe_rec.request_log.digest import digests
 from mmoe_rec.settings.columns import EVENT
 
 if TYPE_CHECKING:
@@ -191,7 +191,7 @@ def score_period(ranker: LoadedRanker, rows: LogRows) -> tuple[dict[str, np.ndar
             completed = ranker.reader.completed(piece)
             encoded, layout = ranker.pipeline.encode(completed), ranker.pipeline.layout
             dense = {each.name: encoded.dense[:, place] for place, each in enumerate(layout.dense)}
-            hashes.append(digests(encoded.ids, dense, layout))
+            hashes.append(hash_features(encoded.ids, dense, layout))
             found, logs = ranker.score(completed)
             predictions.append(found)
             log_scores.append(logs)

@@ -14,7 +14,7 @@ from mmoe_rec.inference.artifact import MANIFEST
 from mmoe_rec.tracking.registry import fetch_model, find_model, pin_address
 
 if TYPE_CHECKING:
-    from mmoe_rec.request_log.folder import LogOptions
+    from mmoe_rec.live.request_log import LogOptions
     from mmoe_rec.server.limits import Limits
     from mmoe_rec.server.reloading import Source
 
@@ -89,7 +89,7 @@ def serve_model(
         UserError: an address without a model, a model that can't be loaded, a host and port that can't be taken, or a
             folder where requests can't be logged.
     """
-    from mmoe_rec.request_log.folder import check_folder
+    from mmoe_rec.live.request_log import check_folder
     from mmoe_rec.server.options import Options, listening_socket, log_to_stderr
 
     finder = AtAddress(address, uri)

@@ -28,12 +28,12 @@ import pyarrow.parquet as pq
 
 from mmoe_rec.atomic import put_folder
 from mmoe_rec.errors import UserError
+from mmoe_rec.live import logged_requests as names
 from mmoe_rec.locks import writing
 from mmoe_rec.log.checks import BadFile, LeftOut, LogFile, check_files, open_parquet
 from mmoe_rec.log.columns import canonical, column_uses
 from mmoe_rec.log.files import find_files, is_remote, local_path, would_find
 from mmoe_rec.log.values import file_column, next_batch
-from mmoe_rec.request_log import names
 from mmoe_rec.settings.columns import Role, Use
 from mmoe_rec.settings.outcomes import OutcomeEvents, label_columns
 from mmoe_rec.settings.sections import Settings

@@ -28,6 +28,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from mmoe_rec.errors import UserError
+from mmoe_rec.live import logged_requests as names
 from mmoe_rec.live.outcome_files import BEGIN, EVENT_ID, Events, Plan, Runs, Source, State, open_plan, open_runs
 from mmoe_rec.log.checks import format_time
 from mmoe_rec.log.columns import UTC_MICROSECONDS
@@ -36,7 +37,6 @@ from mmoe_rec.log.hashing import combine, hash_column
 from mmoe_rec.log.rows import MICROSECONDS_PER_DAY
 from mmoe_rec.log.stand_ins import require_all
 from mmoe_rec.progress import bar, say
-from mmoe_rec.request_log import names
 from mmoe_rec.settings.outcomes import LabelSource
 from mmoe_rec.settings.sections import Settings, differences
 

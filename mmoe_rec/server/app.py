@@ -15,8 +15,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 import mmoe_rec
 from mmoe_rec.errors import UserError
-from mmoe_rec.request_log.folder import LogOptions
-from mmoe_rec.request_log.writer import RequestLog
+from mmoe_rec.live.request_log import LogOptions, RequestLog
 from mmoe_rec.server import openapi
 from mmoe_rec.server.calls import Calls, loading, refusal
 from mmoe_rec.server.limits import INTERNAL, MOST_HEADER_BYTES, Limits, Refused, large_headers

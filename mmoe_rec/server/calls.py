@@ -16,8 +16,8 @@ from starlette.responses import Response
 from mmoe_rec.inference.errors import RequestError, quoted
 from mmoe_rec.inference.experts import LostExpert
 from mmoe_rec.inference.ranking import Ranking
-from mmoe_rec.request_log import names
-from mmoe_rec.request_log.writer import RequestLog
+from mmoe_rec.live import logged_requests as names
+from mmoe_rec.live.request_log import RequestLog
 from mmoe_rec.server.batching import Answers, Batcher
 from mmoe_rec.server.following import Following
 from mmoe_rec.server.limits import INTERNAL, Limits, Places, Refused, shortened

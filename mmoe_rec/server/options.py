@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.request_log.folder import LogOptions
+from mmoe_rec.live.request_log import LogOptions
 from mmoe_rec.server.limits import Limits
 
 

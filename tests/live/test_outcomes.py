@@ -13,10 +13,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from mmoe_rec.live import logged_requests as names
 from mmoe_rec.live import outcomes as joining
 from mmoe_rec.live.outcomes import Joined, join_outcomes
 from mmoe_rec.log.columns import UTC_MICROSECONDS
-from mmoe_rec.request_log import names
 from mmoe_rec.settings.sections import Settings
 from tests.live.worlds import HOUR, NOW, START, World, naive, ordered, read_rows, settings
 

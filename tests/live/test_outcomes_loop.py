@@ -18,12 +18,12 @@ import pytest
 import yaml
 
 from mmoe_rec.inference.writing import write_artifact
+from mmoe_rec.live.request_log import LogOptions
 from mmoe_rec.log.columns import UTC_MICROSECONDS
 from mmoe_rec.model.layout import ModelLayout
 from mmoe_rec.model.mmoe import build_model
 from mmoe_rec.model.tables import plain_tables
 from mmoe_rec.preprocessing.prepare import prepare
-from mmoe_rec.request_log.folder import LogOptions
 from mmoe_rec.settings.load import load_settings
 from tests import commands
 from tests.pipelines.imports import ROOT

@@ -23,9 +23,9 @@ from mmoe_rec.jobs.replay import Compared, ReplayOptions, compare, describe, rea
 from mmoe_rec.jobs.replay_period import Period, read_period
 from mmoe_rec.jobs.replay_server import feed
 from mmoe_rec.live.journal import Journal
+from mmoe_rec.live.request_log import LogOptions
 from mmoe_rec.log.reader import EventRows, Log
 from mmoe_rec.point_in_time.lists import Ragged
-from mmoe_rec.request_log.folder import LogOptions
 from mmoe_rec.server.app import Application
 from tests.live.replayed_log import FROM, TO, model_of
 from tests.log.small_logs import DAY

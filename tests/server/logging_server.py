@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from prometheus_client.parser import text_string_to_metric_families
 
-from mmoe_rec.request_log.folder import LogOptions
+from mmoe_rec.live.request_log import LogOptions
 from mmoe_rec.server.app import Application
 from mmoe_rec.server.limits import Limits
 from mmoe_rec.server.models import Models

@@ -10,7 +10,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from mmoe_rec.request_log.sampling import is_logged
+from mmoe_rec.live.request_log import is_logged
 from tests.inference.small_model import ITEMS, SmallModel
 from tests.processes import PATIENCE, until
 from tests.server.asking import element

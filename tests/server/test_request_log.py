@@ -17,14 +17,12 @@ import pytest
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.pipeline import FeaturePipeline
+from mmoe_rec.live import request_log
 from mmoe_rec.live.journal import Journal
+from mmoe_rec.live.logged_requests import hash_features
+from mmoe_rec.live.request_log import LogOptions, check_folder, is_logged, make_room, new_id
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.point_in_time.lists import Ragged
-from mmoe_rec.request_log import folder as log_folder
-from mmoe_rec.request_log import writer
-from mmoe_rec.request_log.digest import digests
-from mmoe_rec.request_log.folder import LogOptions, check_folder, make_room
-from mmoe_rec.request_log.sampling import is_logged, new_id
 from tests.inference.small_model import CONTEXT, ITEMS, USER, SmallModel, as_request
 from tests.log.small_logs import random_log
 from tests.processes import until
@@ -120,7 +118,7 @@ def test_digests_are_those_of_the_same_rows_encoded_offline(small: SmallModel, t
     pipeline = FeaturePipeline.load(small.folder / "features")
     encoded, layout = pipeline.encode(LogRows(rows, pipeline.schema)), pipeline.layout
     dense = {each.name: encoded.dense[:, place] for place, each in enumerate(layout.dense)}
-    expected = digests(encoded.ids, dense, layout)
+    expected = hash_features(encoded.ids, dense, layout)
     inputs = {each.name: each.feature for each in (*layout.ids, *layout.dense) if not each.placement}
     assert expected.keys() == set(inputs.values())
     for name, hashes in expected.items():
@@ -129,7 +127,7 @@ def test_digests_are_those_of_the_same_rows_encoded_offline(small: SmallModel, t
 
     def changes(ids: dict[str, Any], numbers: dict[str, Any]) -> dict[str, list[int]]:
         different = {
-            name: np.flatnonzero(each != expected[name]) for name, each in digests(ids, numbers, layout).items()
+            name: np.flatnonzero(each != expected[name]) for name, each in hash_features(ids, numbers, layout).items()
         }
         return {name: each.tolist() for name, each in different.items() if len(each)}
 
@@ -202,17 +200,17 @@ def test_what_was_refused_is_not_logged(small: SmallModel, tmp_path: Path) -> No
 def test_a_full_queue_drops_and_counts_and_answers(
     small: SmallModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(writer, "MOST_WAITING", 12)  # two replies of five
+    monkeypatch.setattr(request_log, "MOST_WAITING", 12)  # two replies of five
     go_on, began = threading.Event(), threading.Event()
-    write_file = writer.write_file
+    write_file = request_log.write_file
 
     def slow(*arguments: Any) -> Path:
         began.set()
         go_on.wait()
         return write_file(*arguments)
 
-    monkeypatch.setattr(writer, "write_file", slow)
-    monkeypatch.setattr(writer, "ROWS_PER_FILE", 1)
+    monkeypatch.setattr(request_log, "write_file", slow)
+    monkeypatch.setattr(request_log, "ROWS_PER_FILE", 1)
     with logging_app(small.folder, LogOptions(tmp_path, share=1.0)) as app:
         ask(app, {"inputs": [element()]})
         assert began.wait(600)
@@ -229,12 +227,12 @@ def test_a_disk_that_fails_is_told_once_and_serving_goes_on(
     small: SmallModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, problem: str
 ) -> None:
     folder = tmp_path / "log"
-    monkeypatch.setattr(writer, "ROWS_PER_FILE", 1)
+    monkeypatch.setattr(request_log, "ROWS_PER_FILE", 1)
     with logging_app(small.folder, LogOptions(folder, share=1.0)) as app:
         if problem == "gone":
             folder.rmdir()
         else:
-            monkeypatch.setattr(log_folder, "atomic_file", _no_space)
+            monkeypatch.setattr(request_log, "atomic_file", _no_space)
         for number in range(1, 4):
             assert ask(app, {"inputs": [element()]}).status == 200
             until(lambda number=number: outcomes(app) == {"failed": number})

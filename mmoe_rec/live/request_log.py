@@ -1,28 +1,41 @@
-"""Logs requests beside serving: a thread of its own makes files of what replies hand over, and no reply waits for it.
+"""The log of requests: a thread of its own makes files of what replies hand over, and no reply waits for it.
 
 What waits is bounded by its candidates, as it holds all rows of its passes; beyond, records are dropped and counted. A
 file's rows are in memory until it is written, so a process that is killed loses them; SIGTERM writes them. A disk that
 is full or gone is told once, what could not be written is counted, and serving goes on.
+
+Files are called `requests-TIME-HOST-PROCESS-RANDOM.parquet` by the time at which they were written, UTC, so that names
+in order are times in order, and any number of processes and machines write into one folder. Nothing else in the folder
+is touched, and other programs may move or remove files at any time.
 """
 
 from __future__ import annotations
 
+import hashlib
 import logging
+import os
+import re
+import secrets
+import socket
+import tempfile
 import threading
+import uuid
 from collections import deque
 from collections.abc import Callable, Mapping
-from time import monotonic, time_ns
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from time import monotonic, time, time_ns
 from typing import TYPE_CHECKING, Any
 
+from mmoe_rec.atomic import atomic_file
 from mmoe_rec.errors import UserError, one_line
-from mmoe_rec.request_log import names
-from mmoe_rec.request_log.folder import LogOptions, check_folder, make_room, write_file
-from mmoe_rec.request_log.sampling import is_logged, new_id
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from mmoe_rec.request_log.seen import Record, Reply, Seen
+    from mmoe_rec.live.logged_requests import Record, Reply, Seen
 
 MOST_WAITING = 100_000
 """Candidates of replies that wait to be made rows of."""
@@ -31,6 +44,22 @@ _TABLES_AT_ONCE = 64  # of a few hundred rows each: rows of many small tables ta
 
 _log = logging.getLogger(__name__)
 Count = Callable[[str, int], None]
+_OURS = re.compile(r"requests-\d{8}T\d{6}\.\d{6}Z-.+\.parquet")
+_LEFT = re.compile(r"\.requests-.+\.parquet\.[0-9a-f]{12}\.tmp")
+_SECONDS_LEFT = 86_400
+_JAVASCRIPT_BITS = 53
+"""Integers beyond lose digits in JavaScript, and events with such ids would belong to no request."""
+
+
+@dataclass(frozen=True)
+class LogOptions:
+    """How requests are logged. share: of requests, 0 to 1; seconds: between files; most_bytes: of the folder's files,
+    beyond which the oldest are removed, None keeps all."""
+
+    folder: Path
+    share: float = 0.1
+    seconds: float = 300.0
+    most_bytes: int | None = None
 
 
 class RequestLog:
@@ -69,13 +98,13 @@ class RequestLog:
 
         request: as `id_of` gave it; weights: the caller's `task_weights`; about: column -> value, of the model.
         """
-        from mmoe_rec.request_log.seen import Record
+        from mmoe_rec.live.logged_requests import SHARE, Record
 
         scope = seen.rows.schema.columns.request_scope
         if not is_logged(request if scope == "log" else f"{seen.user} {request}", self.options.share):
             self._count("unsampled", 1)
             return
-        columns = {**about, names.SHARE: float(self.options.share)}
+        columns = {**about, SHARE: float(self.options.share)}
         record = Record(reply, seen, request, weights, time_ns() // 1_000, columns)
         with self._ready:
             fits = not self._waiting or self._candidates + len(record) <= MOST_WAITING
@@ -175,12 +204,12 @@ class _Rows:
         """Whether the file may hold these rows as well: of the same model, and of the same types."""
         if self._schema is None:
             return True
-        return record.about[names.ARTIFACT] == self._artifact and _go_together(table.schema, self._schema)
+        return record.artifact == self._artifact and _go_together(table.schema, self._schema)
 
     def add(self, record: Record, table: pa.Table) -> None:
         """Adds the rows of a reply."""
         if self._schema is None:
-            self._since, self._artifact, self._schema = monotonic(), record.about[names.ARTIFACT], table.schema
+            self._since, self._artifact, self._schema = monotonic(), record.artifact, table.schema
         self.count, self.records = self.count + len(table), self.records + 1
         self._small.append(table)
         if len(self._small) >= _TABLES_AT_ONCE:
@@ -206,3 +235,67 @@ def _joined(tables: list[pa.Table]) -> pa.Table:
     import pyarrow as pa
 
     return pa.concat_tables(tables, promote_options="permissive").combine_chunks()
+
+
+def new_id(integer: bool) -> int | str:
+    """An id for a request that has none: a random integer from 1 to 2^53, or 32 hexadecimal digits."""
+    return secrets.randbelow(2**_JAVASCRIPT_BITS) + 1 if integer else uuid.uuid4().hex
+
+
+def is_logged(request: int | str, share: float) -> bool:
+    """Whether a request is one of the share that is logged.
+
+    It depends on the id alone, so all servers, and all calls with one id, agree.
+    """
+    if share >= 1:
+        return True
+    digest = hashlib.blake2b(str(request).encode(errors="surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "big") < share * 2**64
+
+
+def check_folder(folder: Path) -> None:
+    """Makes the folder, and raises UserError where no file can be written there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"0")
+    except OSError as error:
+        raise UserError(f"requests can't be logged in '{folder}': {error.strerror}") from None
+
+
+def write_file(folder: Path, rows: pa.Table) -> Path:
+    """Writes rows into a new file of the folder, which appears whole. Raises OSError."""
+    import pyarrow.parquet as pq
+
+    if not folder.is_dir():  # it may be a disk that has gone, so it is not made again on the one below
+        raise FileNotFoundError(2, "the folder is gone")
+    moment = datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%fZ")
+    host = re.sub(r"[^A-Za-z0-9]+", "_", socket.gethostname())[:40] or "host"
+    path = folder / f"requests-{moment}-{host}-{os.getpid()}-{secrets.token_hex(4)}.parquet"
+    with atomic_file(path) as temporary:
+        pq.write_table(rows, temporary, compression="zstd", row_group_size=131_072)
+    return path
+
+
+def make_room(folder: Path, most_bytes: int) -> list[Path]:
+    """Removes the oldest files of logged requests, so that all of them have at most so many bytes; gives those removed.
+
+    The newest stays. What writers have left that were killed more than a day ago is removed as well.
+    """
+    sizes: dict[Path, int] = {}
+    with os.scandir(folder) as found:
+        for each in found:
+            with suppress(FileNotFoundError):  # another server has just removed it
+                if _OURS.fullmatch(each.name):
+                    sizes[Path(each.path)] = each.stat().st_size
+                elif _LEFT.fullmatch(each.name) and time() - each.stat().st_mtime > _SECONDS_LEFT:
+                    os.unlink(each.path)
+    total, removed = sum(sizes.values()), []
+    for path in sorted(sizes)[:-1]:
+        if total <= most_bytes:
+            break
+        total -= sizes[path]
+        with suppress(FileNotFoundError):
+            path.unlink()
+            removed.append(path)
+    return removed
