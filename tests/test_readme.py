@@ -138,9 +138,8 @@ EXERCISED_BY = {
     "--columns user=customer request=session+shown_at predicted_clicked=p_click --out theirs_measured": (
         "jobs/test_metrics.py::test_columns_go_by_other_names_and_requests_by_several"
     ),
-    "mmoe-rec sweep-experts --config configs/complete_journey.yaml --model models:/complete_journey@champion": (
-        "pipelines/test_expert_commands.py::test_the_sweep_has_a_row_for_each_k_and_each_expert"
-    ),
+    "mmoe-rec evaluate --config configs/complete_journey.yaml --model models:/complete_journey@champion "
+    "--experts-per-row 8 4 2": "pipelines/test_expert_commands.py::test_fewer_experts_have_a_row_each",
     "mmoe-rec edit-experts --config configs/complete_journey.yaml --model models:/complete_journey@champion "
     "--add 2": "pipelines/test_expert_commands.py::test_adding_experts_keeps_predictions_and_training_goes_on",
     "mmoe-rec export --config configs/complete_journey.yaml --model models:/complete_journey@champion "

@@ -9,6 +9,9 @@ own.
 
 `--slices` measures parts of the rows too, by columns of the log, in place of `evaluation.slices`.
 
+`--experts-per-row 8 4 2` also says how good and how fast the model is with so many experts per row and gate. A number
+that serves well enough goes into a request's `gate_top_k`, or into `model.gates.serving_top_k`.
+
 With `--against` it scores the same rows with other models, prints the differences of all metrics with intervals, and
 says whether the model is better: by `evaluation.decide_by`, with no loss for any task (`evaluation.margin`).
 """
@@ -21,6 +24,7 @@ from typing import Literal
 import click
 
 from mmoe_rec.cli.command import (
+    COUNT,
     FOLDER,
     Configuration,
     model_option,
@@ -37,6 +41,7 @@ from mmoe_rec.cli.command import (
 @click.option("--split", type=click.Choice(["test", "validation"]), default="test", help="rows to measure (test)")
 @slices_option
 @click.option("--predictions", type=FOLDER, metavar="DIR", help="new or empty folder for rows and their predictions")
+@click.option("--experts-per-row", type=COUNT, multiple=True, metavar="K...", help="also measure with fewer experts")
 @out_option("data.work/evaluation, or evaluation_validation", "where metrics.json goes")
 def evaluate(
     configuration: Configuration,
@@ -45,6 +50,7 @@ def evaluate(
     split: Literal["test", "validation"],
     slices: tuple[str, ...],
     predictions: Path | None,
+    experts_per_row: tuple[int, ...],
     out: Path | None,
 ) -> None:
     """Runs the command."""
@@ -59,5 +65,9 @@ def evaluate(
     show(show_results(evaluate_model(settings, model, out, against, split, predictions).results))
     if predictions is not None:
         print(f"predictions: {predictions / 'rows.parquet'}")
+    if experts_per_row:
+        from mmoe_rec.jobs.fewer_experts import measure_fewer_experts, table_of
+
+        show([table_of(measure_fewer_experts(settings, model, out, experts_per_row, split))])
     print(f"metrics: {out / 'metrics.json'}")
     print(f"report: {out / 'report.html'}")

@@ -48,13 +48,13 @@ def export(
     settings = None if configuration is None else configuration.settings
     from rich.console import Console
 
-    from mmoe_rec.jobs.export import REPORT, export_int8, export_onnx, report_table
+    from mmoe_rec.jobs.export import REPORT, export_int8, export_onnx, table_of
 
     if int8:
         report = export_int8(model, out, dense or "bfloat16", settings)
-        Console().print(report_table(report))
+        Console().print(table_of(report))
         print(f"model: {out}, report: {out / REPORT}")
     else:
         report = export_onnx(model, out, settings)
-        Console().print(report_table(report))
+        Console().print(table_of(report))
         print(f"model: {out / 'model.onnx'}, described in {out / 'README.md'}; report: {out / REPORT}")

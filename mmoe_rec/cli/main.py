@@ -29,7 +29,6 @@ COMMANDS = {
     "tune": "searches for better settings",
     "plan": "which rank would hold which part of the tables",
     "edit-experts": "adds, masks or removes experts of a model",
-    "sweep-experts": "accuracy and speed with fewer experts",
     "export": "a model in int8, or as an ONNX file",
     "doctor": "checks this machine and its packages",
 }

@@ -58,12 +58,16 @@ def train(
     if seeds is not None:
         if start is not None:
             raise UserError("--seeds trains from random weights; leave --from out")
-        from mmoe_rec.jobs.seeds.train import train_seeds
+        from pathlib import Path
 
-        found = train_seeds(configuration.settings, seeds, resume, at_once or 1, against)
-        show(found.told())
-        print(f"all values: {found.file}")
-        print(f"report: {found.report}")
+        from mmoe_rec.jobs.seeds import FILE, PAGE, train_seeds
+        from mmoe_rec.report.trainings import terminal_parts
+
+        settings = configuration.settings
+        show(terminal_parts(train_seeds(settings, seeds, resume, at_once or 1, against)))
+        folder = Path(settings.data.work) / "seeds"
+        print(f"all values: {folder / FILE}")
+        print(f"report: {folder / PAGE}")
     elif at_once is not None:
         raise UserError("--at-once says how many trainings of --seeds run at a time; give --seeds as well")
     elif against:

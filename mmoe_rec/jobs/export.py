@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from rich.table import Table
 
 from mmoe_rec.atomic import atomic_folder
 from mmoe_rec.errors import UserError
 from mmoe_rec.locks import writing
-from mmoe_rec.settings.sections import Settings
+from mmoe_rec.settings.sections import Settings, Tracking
 from mmoe_rec.tracking.registry import FoundModel, find_model
 
 if TYPE_CHECKING:
-    from mmoe_rec.evaluation.scoring import ScoredRows
-    from mmoe_rec.inference.export.compare import Answers
-    from mmoe_rec.inference.export.small import Dense
+    from rich.table import Table
+
+    from mmoe_rec.inference.export import Dense
     from mmoe_rec.inference.loaded import LoadedRanker
 
 REPORT = "export.json"
@@ -30,64 +29,53 @@ def export_int8(address: str, out: Path, dense: Dense, settings: Settings | None
     dense: how matrices are stored; settings: of the log whose test rows both are measured on, None for no log.
     Raises UserError for a model that can't be made so, or a folder that holds something else.
     """
-    found = _find(address, settings)
-    with writing(out, "an export", "name another folder with --out"):
-        _check_place(out, found)
-        from mmoe_rec.inference.export.compare import Answers, agreement, drawn_requests
-        from mmoe_rec.inference.export.small import write_small
+    with _place(address, out, settings) as (model, made):
+        from mmoe_rec.inference.export import agreement, answers_of, draw_requests, write_int8
         from mmoe_rec.inference.ranker import Ranker
 
-        ranker = Ranker.load(found.folder)
-        with atomic_folder(out) as made:
-            write_small(found.folder, made, dense)
-            small = Ranker.load(made)
-            pairs = [
-                (Answers.of(ranker.rank(**request)), Answers.of(small.rank(**request)))
-                for request in drawn_requests(found.folder, ranker)
-            ]
-            report: dict[str, Any] = {
-                "made": "int8",
-                "of": found.address,
-                "dense": dense,
-                "bytes": {"model": _bytes(found.folder), "int8": _bytes(made)},
-                "requests": asdict(agreement(pairs)),
-            }
-            if settings is not None:
-                report["test_rows"] = _on_test_rows(settings, found.folder, ranker, small)
-            _write_report(made, report)
+        ranker = Ranker.load(model.folder)
+        write_int8(model.folder, made, dense)
+        small, requests = Ranker.load(made), draw_requests(model.folder, ranker)
+        pairs = [(answers_of(ranker.rank(**each)), answers_of(small.rank(**each))) for each in requests]
+        report = {
+            "made": "int8",
+            "of": model.address,
+            "dense": dense,
+            "bytes": {"model": _bytes(model.folder), "int8": _bytes(made)},
+            "requests": agreement(pairs),
+        }
+        if settings is not None:
+            report["test_rows"] = _measure_test_rows(settings, model.folder, ranker, small)
+        _write_report(made, report)
     return report
 
 
 def export_onnx(address: str, out: Path, settings: Settings | None = None) -> dict[str, Any]:
-    """Writes the model at an address to a folder as `mmoe_rec.inference.export.onnx_model` says, and `export.json`.
+    """Writes the model at an address to a folder as `mmoe_rec.inference.onnx_export` says, and `export.json`.
 
     Raises UserError where a package is missing, the file does not compute what the model does, or the folder holds
     something else.
     """
-    found = _find(address, settings)
-    with writing(out, "an export", "name another folder with --out"):
-        _check_place(out, found)
-        from mmoe_rec.inference.export.compare import Answers, agreement, drawn_requests
-        from mmoe_rec.inference.export.onnx_model import OnnxModel, check_equal, check_packages, inputs_of, write_onnx
+    with _place(address, out, settings) as (model, made):
+        from mmoe_rec.inference.export import agreement, answers_of, draw_requests
+        from mmoe_rec.inference.onnx_export import OnnxModel, check_equal, check_packages, inputs_of, write_onnx
         from mmoe_rec.inference.ranker import Ranker
 
         check_packages()
-        ranker = Ranker.load(found.folder)
-        with atomic_folder(out) as made:
-            write_onnx(found.folder, ranker, made)
-            model = OnnxModel(made)
-            pairs: list[tuple[Answers, Answers]] = [
-                (Answers.of(ranker.rank(**request)), model.answers(inputs_of(ranker, request)))
-                for request in drawn_requests(found.folder, ranker)
-            ]
-            check_equal(pairs, any(gates.experts_a_row() is not None for gates in ranker.model.mixture.gates))
-            report = {"made": "onnx", "of": found.address, "requests": asdict(agreement(pairs))}
-            _write_report(made, report)
+        ranker = Ranker.load(model.folder)
+        write_onnx(model.folder, ranker, made)
+        onnx, requests = OnnxModel(made), draw_requests(model.folder, ranker)
+        pairs = [(answers_of(ranker.rank(**each)), onnx.answers(inputs_of(ranker, each))) for each in requests]
+        check_equal(pairs, any(gates.experts_a_row() is not None for gates in ranker.model.mixture.gates))
+        report = {"made": "onnx", "of": model.address, "requests": agreement(pairs)}
+        _write_report(made, report)
     return report
 
 
-def report_table(report: dict[str, Any]) -> Table:
+def table_of(report: dict[str, Any]) -> Table:
     """The figures of a report."""
+    from rich.table import Table
+
     requests, test = report["requests"], report.get("test_rows")
     drawn = f"{requests['requests']} requests of {requests['candidates']} known candidates"
     table = Table(caption=f"predictions and order: {drawn}" + (f"; test: {test['rows']:,} rows" if test else ""))
@@ -98,8 +86,7 @@ def report_table(report: dict[str, Any]) -> Table:
         table.add_row(f"{name}, bytes", f"{before:,}", f"{now:,} ({now / max(1, before):.3f})")
     for name, off in requests["max_difference"].items():
         table.add_row(f"{name}, largest difference", "", f"{off:.2g}")
-    table.add_row("neighbours in the same order", "", _share(requests["neighbours_in_order"]))
-    table.add_row("shared among the best 10", "", _share(requests["top_10_shared"]))
+    table.add_row("shared among the best 10", "", f"{requests['top_10_shared']:.4f}")
     for name, measured in (test or {}).get("tasks", {}).items():
         table.add_row(f"{name}, test, largest difference", "", f"{measured['max_difference']:.2g}")
         metric, before, now = measured["metric"], measured["model"], measured["int8"]
@@ -108,21 +95,19 @@ def report_table(report: dict[str, Any]) -> Table:
     return table
 
 
-def _share(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"
-
-
-def _find(address: str, settings: Settings | None) -> FoundModel:
-    from mmoe_rec.settings.sections import Tracking
-
-    return find_model(address, Tracking().address if settings is None else settings.tracking.address)
-
-
-def _check_place(out: Path, found: FoundModel) -> None:
-    if out.exists() and out.resolve() == found.folder.resolve():
-        raise UserError(f"'{out}' holds the model that is exported: name another folder with --out")
-    if out.is_dir() and any(out.iterdir()) and not (out / REPORT).exists():
-        raise UserError(f"'{out}' holds something else than an export: name another folder with --out, or remove it")
+@contextmanager
+def _place(address: str, out: Path, settings: Settings | None) -> Iterator[tuple[FoundModel, Path]]:
+    """The model, and an empty folder that takes the place of `out` at the end."""
+    model = find_model(address, (Tracking() if settings is None else settings.tracking).address)
+    with writing(out, "an export", "name another folder with --out"):
+        if out.exists() and out.resolve() == model.folder.resolve():
+            raise UserError(f"'{out}' holds the model that is exported: name another folder with --out")
+        if out.is_dir() and any(out.iterdir()) and not (out / REPORT).exists():
+            raise UserError(
+                f"'{out}' holds something else than an export: name another folder with --out, or remove it"
+            )
+        with atomic_folder(out) as made:
+            yield model, made
 
 
 def _write_report(made: Path, report: dict[str, Any]) -> None:
@@ -132,7 +117,7 @@ def _write_report(made: Path, report: dict[str, Any]) -> None:
 def _bytes(folder: Path) -> dict[str, int]:
     """Bytes of the tables' weights and of all others, of their file, and of all files of a model: its features too."""
     from mmoe_rec.inference.artifact import read_manifest, read_stored
-    from mmoe_rec.inference.export.small import WEIGHTS
+    from mmoe_rec.inference.export import WEIGHTS
 
     sizes = {"tables": 0, "dense": 0}
     for name, weight in read_stored(folder / WEIGHTS).items():
@@ -141,7 +126,7 @@ def _bytes(folder: Path) -> dict[str, int]:
     return {**sizes, WEIGHTS: files[WEIGHTS], "all files": sum(files.values())}
 
 
-def _on_test_rows(settings: Settings, folder: Path, ranker: LoadedRanker, small: LoadedRanker) -> dict[str, Any]:
+def _measure_test_rows(settings: Settings, folder: Path, ranker: LoadedRanker, small: LoadedRanker) -> dict[str, Any]:
     """Both models on the test rows: differences, and AUC, or the root of the mean squared error of a regression."""
     import numpy as np
 
@@ -149,30 +134,29 @@ def _on_test_rows(settings: Settings, folder: Path, ranker: LoadedRanker, small:
     from mmoe_rec.evaluation.scoring import score_rows
     from mmoe_rec.jobs.truth import rows_to_measure
 
-    scored: list[ScoredRows] = []
-    with rows_to_measure(settings, folder, ranker) as encoded:
-        for each in (ranker, small):
-            rows = EncodedRows(encoded, each.layout)
-            size = settings.evaluation.batch_size
-            scored.append(score_rows(each.model, each.layout, rows, size, calibration=each.calibration))
-    before, now = scored
-    tasks = {}
+    size, tasks = settings.evaluation.batch_size, {}
+    with rows_to_measure(settings, folder, ranker) as rows:
+        before, now = (
+            score_rows(each.model, each.layout, EncodedRows(rows, each.layout), size, calibration=each.calibration)
+            for each in (ranker, small)
+        )
     for place, task in enumerate(ranker.layout.tasks):
-        metric = "AUC" if task.kind == "binary" else "RMSE"
-        values = [_measured(metric, each.labels[:, place], each.predictions[:, place], each.weights) for each in scored]
         off = float(np.abs(before.predictions[:, place] - now.predictions[:, place]).max())
-        tasks[task.name] = {"max_difference": off, "metric": metric, "model": values[0], "int8": values[1]}
+        metric = "AUC" if task.kind == "binary" else "RMSE"
+        one, other = (
+            _metric(metric, each.labels[:, place], each.predictions[:, place], each.weights) for each in (before, now)
+        )
+        tasks[task.name] = {"max_difference": off, "metric": metric, "model": one, "int8": other}
     return {"rows": len(before.score), "tasks": tasks}
 
 
-def _measured(metric: str, labels: Any, predicted: Any, weights: Any) -> float | None:
+def _metric(metric: str, labels: Any, predicted: Any, weights: Any) -> float | None:
     """Over the observed labels, rows by their weights; None where the metric means nothing."""
     import numpy as np
-    from sklearn.metrics import roc_auc_score
+    from sklearn.metrics import roc_auc_score, root_mean_squared_error
 
     seen = ~np.isnan(labels)
-    labels, predicted = labels[seen], predicted[seen].astype(np.float64)
-    counted = np.ones(len(labels)) if weights is None else weights[seen]
+    labels, predicted, weights = labels[seen], predicted[seen].astype(float), None if weights is None else weights[seen]
     if metric == "AUC":
-        return float(roc_auc_score(labels, predicted, sample_weight=counted)) if len(np.unique(labels)) == 2 else None
-    return float(np.sqrt(np.average((labels - predicted) ** 2, weights=counted))) if len(labels) else None
+        return float(roc_auc_score(labels, predicted, sample_weight=weights)) if len(np.unique(labels)) == 2 else None
+    return float(root_mean_squared_error(labels, predicted, sample_weight=weights)) if len(labels) else None

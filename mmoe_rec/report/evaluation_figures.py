@@ -10,7 +10,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from mmoe_rec.evaluation.intervals import Interval
 from mmoe_rec.evaluation.results import PlacementRecord
 from mmoe_rec.evaluation.summary import GroupSummary, Summary
 from mmoe_rec.report.style import COLOURS, SERIES, blank, plain
@@ -119,40 +118,6 @@ def placement_figure(records: Sequence[PlacementRecord], kinds: Mapping[str, str
     names = [each.value for each in records]
     slanted = max(map(len, names)) > 3
     panels[-1].set_xticks(places, names, rotation=45 if slanted else 0, ha="right" if slanted else "center")
-    return figure
-
-
-def sweep_figure(
-    counts: Sequence[int], milliseconds: Sequence[float], tasks: Sequence[Mapping[str, Mapping[str, Interval]]]
-) -> Figure:
-    """AUC and calibration of each task, and latency, against the number of experts that score.
-
-    Args:
-        counts: experts per row and gate, of each way of scoring.
-        milliseconds: latency of each.
-        tasks: of each, task -> its `auc` and `calibration`.
-    """
-    figure = blank(6.0, 7.6)
-    panels = figure.subplots(3, 1, sharex=True, height_ratios=[2, 1.4, 1])
-    for axes in panels:
-        plain(axes)
-    for task, color in zip(tasks[0], SERIES * len(tasks[0]), strict=False):
-        for axes, metric in zip(panels, ("auc", "calibration"), strict=False):
-            value, low, high = (
-                np.array([getattr(each[task][metric], name) for each in tasks], dtype=np.float64)
-                for name in ("value", "low", "high")
-            )
-            reach = np.nan_to_num([value - low, high - value])
-            axes.errorbar(counts, value, yerr=reach, color=color, marker="o", markersize=4, capsize=2, label=task)
-    panels[1].axhline(1, color=_MUTED, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
-    panels[2].plot(counts, milliseconds, color=_INK, marker="o", markersize=4)
-    panels[2].set_ylim(0)
-    for axes, name in zip(panels, ("AUC", "predicted /\nobserved", "ms for\n500 rows"), strict=True):
-        axes.set_ylabel(name)
-    panels[0].legend(frameon=False, fontsize=9, labelcolor=_INK)
-    panels[2].set_xlabel("experts per row and gate")
-    panels[2].xaxis.set_major_locator(MaxNLocator(integer=True))
-    figure.suptitle("Fewer experts at serving", x=0.03, ha="left", fontsize=13, fontweight="bold", color=_INK)
     return figure
 
 

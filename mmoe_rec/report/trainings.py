@@ -4,8 +4,9 @@ sentences."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -27,32 +28,38 @@ Means = Mapping[str, Mapping[str, TrainingsMean]]
 """Task or `score` -> metric"""
 
 
-class Trainings(Protocol):
-    """What is known of trainings. title: of the page; seeds: theirs; rows: that were measured; units: that were
-    redrawn, `users` or `rows`; against: other settings; sentences: what comes first; warnings: what is suspicious;
-    facts: name -> text."""
+@dataclass(frozen=True)
+class TrainingsReport:
+    """What several trainings of a setting are worth.
+
+    title: of the page; seeds: of the trainings; rows: that were measured; units: what was redrawn for the intervals,
+    `users` or `rows`; summary: of `average_trainings`; against: name of each other setting -> differences, of
+    `compare_trainings`; warnings: what is suspicious; facts: name -> text.
+    """
+
+    title: str
+    seeds: tuple[int, ...]
+    rows: int
+    units: str
+    summary: Means
+    against: Mapping[str, SettingsDifference] = field(default_factory=dict)
+    warnings: Sequence[str] = ()
+    facts: Mapping[str, str] = field(default_factory=dict)
 
     @property
-    def title(self) -> str: ...
-    @property
-    def seeds(self) -> tuple[int, ...]: ...
-    @property
-    def rows(self) -> int: ...
-    @property
-    def units(self) -> str: ...
-    @property
-    def summary(self) -> Means: ...
-    @property
-    def against(self) -> Mapping[str, SettingsDifference]: ...
-    @property
-    def sentences(self) -> Sequence[str]: ...
-    @property
-    def warnings(self) -> Sequence[str]: ...
-    @property
-    def facts(self) -> Mapping[str, str]: ...
+    def sentences(self) -> list[str]:
+        """Beside which settings these are better, and what one training is worth."""
+        return [*describe_differences(self.against), *describe_uncertainty(self.summary, self.units)]
 
 
-def page(trainings: Trainings) -> str:
+def terminal_parts(report: TrainingsReport) -> Iterator[Table | str]:
+    """A table, sentences and warnings, for the terminal."""
+    yield trainings_table(report)
+    yield from report.sentences
+    yield from (f"warning: {each}" for each in report.warnings)
+
+
+def page(trainings: TrainingsReport) -> str:
     """The whole page."""
     groups = [_group(name, trainings) for name in trainings.summary]
     groups = [each for each in groups if each["rows"]]
@@ -73,7 +80,7 @@ def page(trainings: Trainings) -> str:
     return render("trainings.html.j2", values)
 
 
-def _group(group: str, trainings: Trainings) -> dict[str, Any]:
+def _group(group: str, trainings: TrainingsReport) -> dict[str, Any]:
     shown, headline, figure = _shown_metrics(group, trainings.summary[group]), "", ""
     rows = []
     for metric, each in shown:
@@ -127,7 +134,7 @@ def trainings_figure(label: str, seeds: Sequence[int], each: TrainingsMean) -> F
     return figure
 
 
-def trainings_table(trainings: Trainings) -> Table:
+def trainings_table(trainings: TrainingsReport) -> Table:
     """The means on the terminal."""
     table = Table(title=f"{len(trainings.seeds)} trainings, {trainings.rows:,} test rows", title_justify="left")
     table.add_column("", no_wrap=True)

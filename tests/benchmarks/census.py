@@ -87,7 +87,7 @@ def settings_of(work: Path, pair: str, structure: str) -> Settings:
 
 def train(work: Path, pair: str, structure: str, seeds: int) -> None:
     """Trains a structure with all seeds, or goes on with what is there; prints its metric as JSON."""
-    from mmoe_rec.jobs.seeds.train import train_seeds
+    from mmoe_rec.jobs.seeds import train_seeds
 
     settings = settings_of(work, pair, structure)
     Path(settings.data.work).mkdir(parents=True, exist_ok=True)
@@ -97,7 +97,7 @@ def train(work: Path, pair: str, structure: str, seeds: int) -> None:
 
 def differences(work: Path, pair: str, seeds: int) -> Iterator[str]:
     """How the mixture's mean AUC differs from that of each other structure of both tasks, as sentences."""
-    from mmoe_rec.jobs.seeds.train import train_seeds
+    from mmoe_rec.jobs.seeds import train_seeds
 
     others = [each for each in STRUCTURES if each not in ("mmoe", "single")]
     against = [settings_of(work, pair, each).data.work for each in others]

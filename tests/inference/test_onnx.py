@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,10 @@ import torch
 from safetensors.numpy import load_file
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.inference.export import onnx_model
-from mmoe_rec.inference.export.compare import Answers, drawn_requests
-from mmoe_rec.inference.export.onnx_model import OnnxModel, check_equal, inputs_of, write_onnx
-from mmoe_rec.inference.export.small import write_small
+from mmoe_rec.inference import onnx_export
+from mmoe_rec.inference.export import Answers, answers_of, draw_requests, write_int8
 from mmoe_rec.inference.loaded import LoadedRanker
+from mmoe_rec.inference.onnx_export import OnnxModel, check_equal, inputs_of, write_onnx
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.inference.writing import rewrite_artifact, seal
 from mmoe_rec.model.score import Calibration, TaskCalibration
@@ -86,8 +84,8 @@ def pairs(folder: Path, ranker: LoadedRanker, made: Path) -> list[tuple[Answers,
     """What the ranker and the file give for requests that the ranker knows."""
     model = OnnxModel(made)
     return [
-        (Answers.of(ranker.rank(**request)), model.answers(inputs_of(ranker, request)))
-        for request in drawn_requests(folder, ranker, 8)
+        (answers_of(ranker.rank(**request)), model.answers(inputs_of(ranker, request)))
+        for request in draw_requests(folder, ranker, 8)
     ]
 
 
@@ -98,18 +96,17 @@ def test_computes_what_the_ranker_does(small: SmallModel, tmp_path: Path, name: 
     made.mkdir()
     write_onnx(tmp_path / "model", ranker, made)
     for one, other in pairs(tmp_path / "model", ranker, made):
-        assert one.predictions.keys() == other.predictions.keys()
-        for task, values in one.predictions.items():
-            assert np.std(values) > 1e-4
-            np.testing.assert_allclose(other.predictions[task], values, rtol=1e-5, atol=1e-5)
-        np.testing.assert_allclose(other.scores, one.scores, rtol=1e-5, atol=1e-5)
+        assert one.keys() == other.keys()
+        for task, values in one.items():
+            assert task == "score" or np.std(values) > 1e-4
+            np.testing.assert_allclose(other[task], values, rtol=1e-5, atol=1e-5)
     random = np.random.default_rng(0)
     for rows in (1, 2, 700):
         inputs = torch.from_numpy(random.normal(size=(rows, ranker._passes.inputs.width)).astype(np.float32))
         scored = ranker.scorer.score(inputs)
         found = OnnxModel(made).answers(inputs)
         for place, task in enumerate(ranker.names):
-            np.testing.assert_allclose(found.predictions[task], scored.values[:, place], rtol=1e-5, atol=1e-5)
+            np.testing.assert_allclose(found[task], scored.values[:, place], rtol=1e-5, atol=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +121,7 @@ def given(small: SmallModel, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     model = SmallModel(work, tasks=tasks, features=features)
     for name in ("int8", "onnx"):
         (work / name).mkdir()
-    write_small(model.folder, work / "int8", "bfloat16")
+    write_int8(model.folder, work / "int8", "bfloat16")
     ranker = Ranker.load(work / "int8")
     write_onnx(work / "int8", ranker, work / "onnx")
     return work / "int8", ranker, work / "onnx"
@@ -133,18 +130,17 @@ def given(small: SmallModel, tmp_path_factory: pytest.TempPathFactory) -> tuple[
 def test_gives_both_of_two_tasks(given: tuple[Path, LoadedRanker, Path]) -> None:
     folder, ranker, made = given
     for one, other in pairs(folder, ranker, made):
-        assert list(other.predictions) == ["click", "liked", "click_and_liked"]
-        for task, values in one.predictions.items():
-            np.testing.assert_allclose(other.predictions[task], values, rtol=1e-5)
-        np.testing.assert_allclose(other.scores, one.scores, rtol=1e-5)
+        assert list(other) == ["click", "liked", "click_and_liked", "score"]
+        for task, values in one.items():
+            np.testing.assert_allclose(other[task], values, rtol=1e-5)
 
 
 def test_a_stranger_finds_the_inputs(given: tuple[Path, LoadedRanker, Path]) -> None:
     """Inputs put together by `inputs.json` and the tables alone, from rows of ids and numbers."""
     folder, ranker, made = given
     tables, about = load_file(made / "tables.safetensors"), json.loads((made / "inputs.json").read_text())
-    (request,) = drawn_requests(folder, ranker, 1)
-    rows = ranker.reader.rows([onnx_model.Request(request["user"], request["context"], request["candidates"])])
+    (request,) = draw_requests(folder, ranker, 1)
+    rows = ranker.reader.rows([onnx_export.Request(request["user"], request["context"], request["candidates"])])
     shared, own = ranker.pipeline.request_inputs(rows)
     count = len(request["candidates"]["item"])
     inputs = np.full((count, about["inputs"]["width"]), np.nan, np.float32)
@@ -166,29 +162,29 @@ def test_a_stranger_finds_the_inputs(given: tuple[Path, LoadedRanker, Path]) -> 
 def test_the_readme_runs(given: tuple[Path, LoadedRanker, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     made = given[2]
     text = (made / "README.md").read_text(encoding="utf-8")
-    assert "columns `click`, `liked`, `click_and_liked`. The last of them" in text
+    assert "columns\n  `click`, `liked`, `click_and_liked`. The last of them" in text
     monkeypatch.chdir(made)
     exec(compile(text.split("```python\n")[1].split("```")[0], "README.md", "exec"), {})
 
 
 def test_another_value_is_refused() -> None:
     random = np.random.default_rng(0)
-    one = Answers({"x": random.random(2000)}, 1e6 * random.random(2000))
-    check_equal([(one, replace(one, scores=one.scores * (1 + 5e-6)))], chooses=False)
-    wrong = {"x": one.predictions["x"].copy()}
+    one = {"x": random.random(2000), "score": 1e6 * random.random(2000)}
+    check_equal([(one, one | {"score": one["score"] * (1 + 5e-6)})], chooses=False)
+    wrong = one | {"x": one["x"].copy()}
     wrong["x"][7] += 1e-4
     with pytest.raises(UserError, match=r"1 of 2,000 candidates are off, by 0\.0001 at most"):
-        check_equal([(one, replace(one, predictions=wrong))], chooses=False)
-    check_equal([(one, replace(one, predictions=wrong))], chooses=True)
+        check_equal([(one, wrong)], chooses=False)
+    check_equal([(one, wrong)], chooses=True)
     wrong["x"][:3] = np.nan
     with pytest.raises(UserError, match="4 of 2,000 candidates are off"):
-        check_equal([(one, replace(one, predictions=wrong))], chooses=True)
+        check_equal([(one, wrong)], chooses=True)
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(onnx_model, "_PACKAGES", ("onnx", "no_such_package"))
+    monkeypatch.setattr(onnx_export, "_PACKAGES", ("onnx", "no_such_package"))
     with pytest.raises(UserError, match="ONNX needs no_such_package, which is not installed: install the extra onnx"):
-        onnx_model.check_packages()
+        onnx_export.check_packages()
 
 
 def test_a_model_that_the_exporter_can_not_follow_is_refused(
@@ -197,6 +193,6 @@ def test_a_model_that_the_exporter_can_not_follow_is_refused(
     def forward(self: object, inputs: torch.Tensor) -> torch.Tensor:
         return inputs if inputs.sum() > 0 else -inputs
 
-    monkeypatch.setattr(onnx_model.Served, "forward", forward)
+    monkeypatch.setattr(onnx_export.Served, "forward", forward)
     with pytest.raises(UserError, match="torch's exporter can't turn this model into ONNX"):
         write_onnx(small.folder, ranker, tmp_path)

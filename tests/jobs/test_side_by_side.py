@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from mmoe_rec.errors import StoppedError, StopRequest, UserError
-from mmoe_rec.jobs.seeds.side_by_side import side_by_side
+from mmoe_rec.jobs.side_by_side import side_by_side
 
 
 def saving(folder: str) -> str:

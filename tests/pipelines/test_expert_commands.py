@@ -1,4 +1,4 @@
-"""edit_experts and sweep_experts on trained models, and training on from an edited one."""
+"""Experts added, masked and removed, fewer of them measured, and training on from an edited one."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ import mlflow
 import numpy as np
 import pytest
 
+from mmoe_rec.evaluation.intervals import Interval
 from mmoe_rec.inference.artifact import read_artifact
 from mmoe_rec.inference.ranker import Ranker
-from mmoe_rec.jobs.experts.sweep import sweep_table
+from mmoe_rec.jobs.fewer_experts import table_of
 from tests.commands import run
 from tests.pipelines.learnable_log import settings_tree, write_files
 
@@ -113,27 +114,25 @@ def test_an_edit_of_damaged_weights_ends_in_a_sentence(
     assert "is not as it was written: 'weights.safetensors' has 40 bytes instead of" in capsys.readouterr().err
 
 
-def test_the_sweep_has_a_row_for_each_k_and_each_expert(
-    chosen: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    model = str(chosen.parent / "work" / "model")
-    run("sweep-experts", "--config", str(chosen), "--model", model, "--out", str(tmp_path))
-    swept = json.loads((tmp_path / "sweep.json").read_text())
-    assert [(each["k"], each["masked"]) for each in swept] == [
-        *((k, None) for k in range(EXPERTS, 0, -1)),
-        *((2, expert) for expert in range(EXPERTS)),
-    ]
-    served = next(each for each in swept if each["k"] == 2)
-    assert served["tasks"]["click"]["auc"]["value"] > 0.65
-    assert len({each["tasks"]["click"]["auc"]["value"] for each in swept}) == len(swept)
-    assert all(each["milliseconds"] > 0 for each in swept)
-    assert (tmp_path / "sweep.png").stat().st_size > 10_000
-    assert "all but 3" in capsys.readouterr().out
+def test_fewer_experts_have_a_row_each(chosen: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, numbers = str(chosen.parent / "work" / "model"), range(EXPERTS, 0, -1)
+    words = ["evaluate", "--config", str(chosen), "--model", model, "--out", str(tmp_path), "--experts-per-row"]
+    run(*words, *numbers)
+    measured = json.loads((tmp_path / "experts.json").read_text())
+    assert [each["k"] for each in measured] == [*numbers]
+    areas = [each["tasks"]["click"]["auc"]["value"] for each in measured]
+    assert len(set(areas)) == EXPERTS
+    # The model's own number is what the evaluation itself measures.
+    whole = json.loads((tmp_path / "metrics.json").read_text())
+    assert areas[numbers.index(2)] == pytest.approx(whole["tasks"]["click"]["auc"]["value"], abs=1e-9)
+    assert all(each["milliseconds"] > 0 for each in measured)
+    assert f"{areas[0]:.4f} ±" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        run(*words, 9)
+    assert "--experts-per-row names 9, and a gate of the model sees 4 experts" in capsys.readouterr().err
 
 
 def test_the_table_shows_what_is_undefined() -> None:
-    from mmoe_rec.jobs.experts.sweep import Swept
-
-    nothing = {"value": None, "low": None, "high": None}
-    row = Swept(1, None, 1.0, {"a": {"auc": nothing, "gauc_user": nothing, "calibration": nothing}})
-    assert list(sweep_table([row]).columns[1].cells) == ["-"]
+    nothing = dict.fromkeys(("auc", "gauc_user", "calibration"), Interval(None))
+    row = {"k": 1, "milliseconds": 1.0, "tasks": {"a": nothing}}
+    assert list(table_of([row]).columns[1].cells) == ["-"]

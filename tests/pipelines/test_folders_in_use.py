@@ -112,14 +112,13 @@ def test_whoever_reads_features_says_so(world: World, monkeypatch: pytest.Monkey
     search = ["--tuning.search", '{"training.learning_rate": {"low": 0.1, "high": 0.2}}']
     others: list[tuple[str, list[str]]] = [
         ("evaluate", model),
-        ("sweep-experts", model),
         ("inspect", []),
         ("tune", search),
     ]
     for command, words in others:
         with pytest.raises(ReadError):
             run(command, *config, *words)
-    assert len(seen) == 4
+    assert len(seen) == 3
     assert not list((world.folder / "work").glob(".*.lock"))
 
 

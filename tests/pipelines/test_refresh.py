@@ -19,7 +19,7 @@ import pytest
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.memories import exact_from
 from mmoe_rec.inference.artifact import iso_time, version_of
-from mmoe_rec.inference.export.small import write_small
+from mmoe_rec.inference.export import write_int8
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.jobs.refreshing import refresh as job
 from mmoe_rec.jobs.refreshing.new_tables import advanced_tables, as_of, tables_from_log
@@ -363,7 +363,7 @@ def test_a_server_that_looks_for_models_moves_on(model: RefreshedModel, tmp_path
 def test_a_model_in_int8_moves_on_too(model: RefreshedModel) -> None:
     small = model.folder / "int8"
     small.mkdir()
-    write_small(model.folder_of("1"), small, "bfloat16")
+    write_int8(model.folder_of("1"), small, "bfloat16")
     with runs.open_run(model.uri, NAME) as run:
         registry.register_model(run, small, NAME, "champion")
     model.add(9, 10)

@@ -13,7 +13,6 @@ from jinja2 import UndefinedError
 
 from mmoe_rec.evaluation.intervals import Difference
 from mmoe_rec.evaluation.trainings import SettingsDifference, TrainingsMean
-from mmoe_rec.jobs.seeds.found import Found
 from mmoe_rec.report import evaluation, health, trainings
 from mmoe_rec.report.pages import TEMPLATES, render
 from tests.inspection.encoded_data import LAYOUT, SCHEMA, changed, health_of_frames
@@ -58,14 +57,14 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     }
 
 
-def of_trainings() -> Found:
+def of_trainings() -> trainings.TrainingsReport:
     """Two trainings, beside those of another setting."""
     apart = Difference(0.1, 0.05, 0.15, 0.02, None, 0.001, 0.002, 0.1)
     task = f"{EVIL}click"
     summary = {task: {"auc": TrainingsMean(0.7, 0.6, 0.8, 0.01, 0.02, (0.69, 0.71))}}
     old = SettingsDifference(apart, {task: {"auc": apart}}, {}, "auc", "higher")
     told = {"against": {f"{EVIL}old": old}, "warnings": [EVIL], "facts": {f"{EVIL}log": EVIL}}
-    return Found(f"{EVIL}new", (17, 18), 1_000, "users", summary, Path("seeds"), **told)
+    return trainings.TrainingsReport(f"{EVIL}new", (17, 18), 1_000, "users", summary, **told)
 
 
 def test_no_page_is_forgotten(pages: dict[str, str]) -> None:

@@ -17,8 +17,7 @@ import copy
 import json
 import logging
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -29,8 +28,7 @@ from torch import Tensor, nn
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.inference.example import EXAMPLE
-from mmoe_rec.inference.export.compare import Answers
-from mmoe_rec.inference.export.onnx_readme import readme
+from mmoe_rec.inference.export import Answers
 from mmoe_rec.inference.loaded import LoadedRanker
 from mmoe_rec.inference.requests.request import Request
 from mmoe_rec.inference.writing import write_tensors
@@ -94,11 +92,14 @@ def write_onnx(folder: Path, ranker: LoadedRanker, made: Path) -> None:
 
     Raises UserError where a package is missing, or for a model that the exporter can't follow.
     """
-
     check_packages()
-    served, names = Served(ranker), _prediction_names(ranker)
+    served = Served(ranker)
     example = inputs_of(ranker, json.loads((folder / EXAMPLE).read_text(encoding="utf-8")))
-    with _quiet():
+    with warnings.catch_warnings():  # the exporter tells of libraries that no model here uses
+        warnings.simplefilter("ignore")
+        logger = logging.getLogger("torch.onnx")
+        level = logger.level
+        logger.setLevel(logging.ERROR)
         try:
             program = torch.onnx.export(
                 served,
@@ -113,6 +114,8 @@ def write_onnx(folder: Path, ranker: LoadedRanker, made: Path) -> None:
         except Exception as error:  # the exporter's, which has causes of many kinds
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"torch's exporter can't turn this model into ONNX: {reason}") from error
+        finally:
+            logger.setLevel(level)
     assert program is not None
     program.save(made / MODEL)
     tables = {name: bag.weight.detach().clone() for name, bag in _bags(ranker).items()}
@@ -120,9 +123,9 @@ def write_onnx(folder: Path, ranker: LoadedRanker, made: Path) -> None:
     with torch.inference_mode():
         values = dict(zip(OUTPUTS, served(example), strict=True))
     write_tensors({"inputs": example, **{name: each.clone() for name, each in values.items()}}, made / EXAMPLE_VALUES)
-    about = _about(ranker, names)
+    about = _describe(ranker)
     (made / INPUTS).write_text(json.dumps(about, indent=1, ensure_ascii=False), encoding="utf-8")
-    (made / "README.md").write_text(readme(about), encoding="utf-8")
+    (made / "README.md").write_text(_readme(about), encoding="utf-8")
 
 
 def inputs_of(ranker: LoadedRanker, request: Mapping[str, Any]) -> Tensor:
@@ -145,7 +148,7 @@ class OnnxModel:
     def answers(self, inputs: Tensor) -> Answers:
         """What it gives for inputs (N, W)."""
         values, _, scores = self._session.run(list(OUTPUTS), {"inputs": inputs.numpy()})
-        return Answers(dict(zip(self._names, values.T.astype(np.float64), strict=True)), scores)
+        return {**dict(zip(self._names, values.T.astype(np.float64), strict=True)), "score": scores}
 
 
 def check_equal(pairs: Sequence[tuple[Answers, Answers]], chooses: bool) -> None:
@@ -155,20 +158,18 @@ def check_equal(pairs: Sequence[tuple[Answers, Answers]], chooses: bool) -> None
     chooses: gates choose some of the experts. Where two are equally good but for rounding, the forms may choose
     differently, so one row in a thousand may be off.
     """
-    off = np.concatenate([_off(one, other) for one, other in pairs])
-    if (off > TOLERANCE).sum() > len(off) * chooses / 1000:
+    off = np.concatenate(
+        [
+            np.max([np.abs(other[name] - one[name]) / np.maximum(1.0, np.abs(one[name])) for name in one], axis=0)
+            for one, other in pairs
+        ]
+    )
+    off = np.where(np.isnan(off), np.inf, off)
+    if (wrong := int((off > TOLERANCE).sum())) > len(off) * chooses / 1000:
         raise UserError(
-            f"the ONNX file computes something else than the model: {(off > TOLERANCE).sum():,} of {len(off):,} "
-            f"candidates are off, by {off.max():.2g} at most"
+            f"the ONNX file computes something else than the model: {wrong:,} of {len(off):,} candidates are off, by "
+            f"{off.max():.2g} at most"
         )
-
-
-def _off(one: Answers, other: Answers) -> np.ndarray:
-    """(N,) the largest difference of a candidate, beside values over 1 as a share of them."""
-    both = [(values, other.predictions[name]) for name, values in one.predictions.items()]
-    shares = [np.abs(b - a) / np.maximum(1.0, np.abs(a)) for a, b in (*both, (one.scores, other.scores))]
-    largest: np.ndarray = np.max(shares, axis=0)
-    return np.where(np.isnan(largest), np.inf, largest)
 
 
 def _bags(ranker: LoadedRanker) -> dict[str, Any]:
@@ -176,27 +177,19 @@ def _bags(ranker: LoadedRanker) -> dict[str, Any]:
     used = {each.table for each in ranker.layout.ids if not each.placement}
     tables = ranker.model.tables
     assert isinstance(tables, PlainTables)
-    bags = tables.embedding_bags
-    return {table.name: bags[table.name] for table in ranker.layout.tables if table.name in used}
+    return {table.name: tables.embedding_bags[table.name] for table in ranker.layout.tables if table.name in used}
 
 
-def _prediction_names(ranker: LoadedRanker) -> list[str]:
-    return [*ranker.names, *ranker.layout.outcomes]
-
-
-def _about(ranker: LoadedRanker, names: list[str]) -> dict[str, Any]:
-    layout = ranker.layout
-    columns: list[dict[str, Any]] = []
-    start = 0
-    for name in layout.id_names(False):
-        each = next(each for each in layout.ids if each.name == name)
+def _describe(ranker: LoadedRanker) -> dict[str, Any]:
+    """What `inputs.json` holds."""
+    layout, columns, start = ranker.layout, list[dict[str, Any]](), 0
+    for each in (each for each in layout.ids if not each.placement):
         end = start + layout.table(each.table).dim
-        columns.append({"name": name, "first": start, "end": end, "table": each.table, "many": each.many})
+        columns.append({"name": each.name, "first": start, "end": end, "table": each.table, "many": each.many})
         start = end
-    for number in layout.dense:
-        if not number.placement:
-            columns.append({"name": number.name, "first": start, "end": start + 1})
-            start += 1
+    for name in layout.dense_names(False):
+        columns.append({"name": name, "first": start, "end": start + 1})
+        start += 1
     values = "float64" if any(task.kind == "regression" for task in layout.tasks) else "float32"
     return {
         "format": 1,
@@ -204,7 +197,7 @@ def _about(ranker: LoadedRanker, names: list[str]) -> dict[str, Any]:
         "fingerprint": ranker.about.fingerprint,
         "inputs": {"dtype": "float32", "width": start, "columns": columns},
         "outputs": {
-            "predictions": {"dtype": values, "columns": names},
+            "predictions": {"dtype": values, "columns": [*ranker.names, *layout.outcomes]},
             "log_score": {"dtype": "float64", "weights": {task.name: task.score_weight for task in layout.tasks}},
             "score": {"dtype": "float64"},
         },
@@ -212,15 +205,34 @@ def _about(ranker: LoadedRanker, names: list[str]) -> dict[str, Any]:
     }
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without what the exporter says of libraries that no model here uses."""
-    logger = logging.getLogger("torch.onnx")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(before)
+def _readme(about: dict[str, Any]) -> str:
+    """The text for what `inputs.json` holds, for somebody who has nothing but the folder."""
+    predictions, tasks = about["outputs"]["predictions"], about["outputs"]["log_score"]["weights"]
+    both = any(name not in tasks for name in predictions["columns"])
+    return f"""# {about["model"]}, in ONNX
+
+`model.onnx` takes a matrix with a row for each candidate; mmoe_rec has checked it against the model. It runs wherever
+ONNX does, such as in onnxruntime (the packages `onnxruntime` and `safetensors`):
+
+```python
+import onnxruntime
+from safetensors.numpy import load_file
+
+example = load_file("example.safetensors")
+session = onnxruntime.InferenceSession("model.onnx")
+predictions, log_score, score = session.run(None, {{"inputs": example["inputs"]}})
+assert abs(predictions - example["predictions"]).max() < 1e-5
+```
+
+- `inputs`: (candidates, {about["inputs"]["width"]}) float32. `inputs.json` lists its columns, from `first` up to but
+  without `end`. A name with a `table` is an embedding: the row of an id in that table of `tables.safetensors`, with
+  `many` the mean of the rows of several ids, zeros without any. A name without one is a number, as features give it.
+- `predictions`: (candidates, {len(predictions["columns"])}) {predictions["dtype"]}, columns
+  {", ".join(f"`{name}`" for name in predictions["columns"])}{". The last of them: two together, their product" * both}.
+- `log_score`: (candidates,) float64, the sum of each task's weight times the log of its prediction; `score`: its
+  exponential. Rank by `log_score`, which is exact where `score` is too small or too large for a number.
+
+Which row an id has, and what a number is, follows from the folder `features` of the model, which
+`mmoe_rec.features.pipeline.FeaturePipeline` reads. Inputs made with other features, even of the same names, mean
+something else (these have the fingerprint `{about["fingerprint"]}`).
+"""

@@ -16,9 +16,9 @@ from mmoe_rec.tracking.registry import Version, describe_version, find_model
 
 
 @dataclass(frozen=True)
-class Edited:
-    """done: what was done, in words; experts: number of all experts, of which all tasks share `shared`; address: in
-    the registry."""
+class EditedModel:
+    """done: what was done, in words; experts: number of all experts; shared: number of those that all tasks share;
+    address: in the registry."""
 
     done: str
     experts: int
@@ -34,7 +34,7 @@ def edit_model(
     copied: Sequence[int] | None,
     remove: int | None,
     mask: int | None,
-) -> Edited:
+) -> EditedModel:
     """Edits the model at an address, writes it to a folder and registers it as challenger; one of the three is given.
 
     Raises UserError for an expert that can't be edited that way.
@@ -71,4 +71,4 @@ def edit_model(
         describe_version(made, told, {}, settings.tracking.address)
     own = model.experts.task_count * len(about.tasks)
     registered = f"models:/{settings.registered_model}/{version}"
-    return Edited(done, model.experts.count + own, model.experts.count, registered)
+    return EditedModel(done, model.experts.count + own, model.experts.count, registered)

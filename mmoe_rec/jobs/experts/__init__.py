@@ -1,1 +1,0 @@
-"""What commands do with the experts of a trained model."""

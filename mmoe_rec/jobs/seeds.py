@@ -1,0 +1,246 @@
+"""Trainings of one setting with several seeds: what it is worth on average, and beside other settings.
+
+    <data.work>/seeds/SEED/         checkpoints and model of each, with the features of `data.work`
+    <data.work>/seeds/seeds.json    what was measured of which models, and report.html, which shows it
+
+The trainings are runs within one of MLflow's; none of their models is registered.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mmoe_rec.atomic import atomic_file
+from mmoe_rec.devices import usable_cores
+from mmoe_rec.errors import UserError
+from mmoe_rec.inference.artifact import version_of
+from mmoe_rec.jobs.evaluate import measured_on_test_rows
+from mmoe_rec.jobs.places import check_names, features_in_use, short_names
+from mmoe_rec.jobs.run_page import as_code, command
+from mmoe_rec.jobs.side_by_side import side_by_side
+from mmoe_rec.jobs.train import train_model
+from mmoe_rec.locks import reading, writing
+from mmoe_rec.progress import bar, say
+from mmoe_rec.settings.sections import Settings
+from mmoe_rec.tracking import runs
+from mmoe_rec.tracking.registry import FoundModel
+
+if TYPE_CHECKING:
+    from mmoe_rec.evaluation.results import MeasuredModel
+    from mmoe_rec.report.trainings import TrainingsReport
+
+FILE, PAGE = "seeds.json", "report.html"
+
+
+def train_seeds(
+    settings: Settings, number: int, resume: bool = False, at_once: int = 1, against: Sequence[str] = ()
+) -> TrainingsReport:
+    """Trains with `training.seed` and those after it, measures all on the test rows, and writes the files.
+
+    Args:
+        resume: go on with what an earlier run has left; trainings that have ended stay.
+        at_once: how many run at a time.
+        against: `data.work` of other settings, whose trainings of several seeds these are compared with.
+
+    Raises:
+        UserError: several processes train, there are no test rows, or no such other trainings.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("--seeds trains in one process: start it without torchrun")
+    folder, uri, what = Path(settings.data.work) / "seeds", settings.tracking.address, "trainings with several seeds"
+    seeds = list(range(settings.training.seed, settings.training.seed + number))
+    others = _find_others(against, settings, folder)
+    with (
+        features_in_use(settings, what) as prepared,
+        writing(folder, what, "set `data.work` to another folder"),
+        ExitStack() as held,
+    ):
+        prepared.require_rows("train", "validation", "test")
+        theirs = {}
+        for (name, models), work in zip(others.items(), against, strict=True):
+            held.enter_context(reading(Path(work) / "seeds", what))
+            try:  # before hours of training, where it can't be compared with
+                theirs[name] = _measure(settings, models)
+            except UserError as error:
+                raise UserError(f"--against '{work}': {error}") from None
+        depends = settings.model_dump(mode="json", include={"model", "training"})
+        text = json.dumps([depends, settings.choices, seeds, prepared.manifest["fingerprint"]], sort_keys=True)
+        key = f"seeds-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+        with runs.open_run(uri, settings.experiment, run_name=f"{number} seeds", key=key) as run:
+            own = [_with_seed(settings, seed, folder, prepared.folder) for seed in seeds]
+            models = _train_all(own, at_once, resume, run.run_id)
+            mine, metrics = _measure(settings, models), dict[str, float]()
+            try:
+                report = _report(settings, own, mine, theirs)
+            except UserError:
+                _write(folder, _report(settings, own, mine, {}), models)  # what these settings are worth all the same
+                raise
+            _write(folder, report, models)
+            run.log_artifact(folder / FILE)
+            run.log_artifact(folder / PAGE)
+            for group, its in report.summary.items():
+                for metric, each in its.items():
+                    for name in ("mean", "low", "high", "between_trainings", "between_users"):
+                        if (value := getattr(each, name)) is not None:
+                            metrics[f"test/{group}.{metric}.{name}"] = value
+            run.log_metrics(metrics)
+            run.describe("Trainings", "\n\n".join([as_code(command()), *report.sentences]))
+    return report
+
+
+def _find_others(against: Sequence[str], settings: Settings, mine: Path) -> dict[str, list[Path]]:
+    """Name of each other setting -> its models. Raises UserError for one that has none which were all measured and are
+    still there, or that predicts other tasks."""
+    from mmoe_rec.features.pipeline import FeaturePipeline
+    from mmoe_rec.jobs.truth import check_tasks
+
+    check_names(list(against), "--against")
+    others = {}
+    for name, work in zip(short_names(list(against)), against, strict=True):
+        folder = Path(work) / "seeds"
+        if folder.resolve() == mine.resolve():
+            raise UserError(f"--against '{work}' is the folder of these trainings (data.work); give that of others")
+        try:
+            models: dict[str, str] = json.loads((folder / FILE).read_text(encoding="utf-8"))["models"]
+            whole = all(version_of(folder / seed / "model") == version for seed, version in models.items())
+        except (OSError, KeyError, UserError):
+            whole = False
+        if not whole:
+            raise UserError(
+                f"--against '{work}' holds no trainings of several seeds that have all ended: '{folder / FILE}' is not "
+                "there, or other models than it says"
+            )
+        others[name] = [folder / seed / "model" for seed in models]
+        try:
+            check_tasks(settings, FeaturePipeline.load(others[name][0] / "features", memories=False).schema)
+        except UserError as error:
+            raise UserError(f"--against '{work}': {error}") from None
+    return others
+
+
+def _measure(settings: Settings, models: Sequence[Path]) -> list[MeasuredModel]:
+    return measured_on_test_rows(settings, [FoundModel(str(each), each, None) for each in models])
+
+
+def _with_seed(settings: Settings, seed: int, folder: Path, features: Path) -> Settings:
+    """The settings with a seed and a folder of its own, which has the features of all."""
+    own = folder / str(seed)
+    own.mkdir(parents=True, exist_ok=True)
+    link = own / "features"
+    if not (link.is_symlink() and link.resolve() == features.resolve()):
+        with suppress(FileNotFoundError):
+            link.unlink()
+        link.symlink_to(features.resolve(), target_is_directory=True)
+    training = settings.training.model_copy(update={"seed": seed})
+    data = settings.data.model_copy(update={"work": str(own)})
+    return settings.model_copy(update={"training": training, "data": data})
+
+
+def _train_all(own: Sequence[Settings], at_once: int, resume: bool, parent: str | None) -> list[Path]:
+    if at_once == 1:
+        models = []
+        for number, settings in enumerate(own, 1):
+            say(f"training {number} of {len(own)}, with seed {settings.training.seed}")
+            models.append(Path(_train(settings, resume, parent)))
+        return models
+    if own[0].training.threads is None:  # no more threads together than there are cores
+        threads = {"threads": max(1, usable_cores() // at_once)}
+        own = [each.model_copy(update={"training": each.training.model_copy(update=threads)}) for each in own]
+    logs, trained = [Path(each.data.work) / "training.log" for each in own], dict[int, Path]()
+    say(f"{len(own)} trainings, {at_once} at a time; each prints to training.log in '{logs[0].parent.parent}'/SEED")
+    with bar() as progress:
+        task = progress.add_task(f"trainings, {at_once} at a time", total=len(own))
+        for number, model in side_by_side(partial(_train, resume=resume, parent=parent), own, logs, at_once):
+            trained[number] = Path(model)
+            say(f"trained with seed {own[number].training.seed}")
+            progress.advance(task)
+    return [trained[number] for number in range(len(own))]
+
+
+def _train(settings: Settings, resume: bool, parent: str | None) -> str:
+    """The folder of the model."""
+    trained = train_model(settings, resume=resume, parent=parent, register=False)
+    assert trained is not None, "one process trains"
+    return str(trained.artifact)
+
+
+def _report(
+    settings: Settings,
+    own: Sequence[Settings],
+    mine: Sequence[MeasuredModel],
+    others: Mapping[str, Sequence[MeasuredModel]],
+) -> TrainingsReport:
+    """What trainings are worth, and beside others. Raises UserError where they were not measured on the same rows."""
+    from mmoe_rec.evaluation.comparison import Objective
+    from mmoe_rec.evaluation.trainings import average_trainings, compare_trainings
+    from mmoe_rec.report.trainings import TrainingsReport
+    from mmoe_rec.training.checkpoint import latest_checkpoint
+
+    rules, sums, first = settings.evaluation, [each.closed for each in mine], mine[0].summary
+    units, against = "rows" if first.each_row_is_a_user else "users", dict[str, Any]()
+    checkpoints = [latest_checkpoint(Path(each.data.work) / "checkpoints") for each in own]
+    choices = [None if each is None else each.state.choices for each in checkpoints]
+    facts = {
+        "log": settings.data.log,
+        "rows": f"{first.rows:,} test rows",
+        "precision": " or ".join(sorted({"unknown" if each is None else each.precision for each in choices})),
+        f"resamples of {units}": f"{rules.resamples:,}",
+        "command": command(),
+    }
+    if others:  # whatever they rank by, what a row is worth is the same for all
+        weights = first.facts["relevance_weights"]
+        facts["relevance"] = ", ".join(f"{weight:g} x {name}" for name, weight in weights.items())
+        theirs = {name: [one.closed for one in each] for name, each in others.items()}
+        objective = Objective.of(rules.decide_by, sums[0], list(settings.tasks))
+        against = compare_trainings(sums, theirs, objective, rules.resamples)
+    named = {"these settings": mine, **{f"'{name}'": each for name, each in others.items()}}
+    return TrainingsReport(
+        title=f"{len(own)} trainings of {settings.name}",
+        seeds=tuple(each.training.seed for each in own),
+        rows=first.rows,
+        units=units,
+        summary=average_trainings(sums, rules.resamples),
+        against=against,
+        warnings=[sentence for name, models in named.items() for sentence in _warnings(name, models)],
+        facts=facts,
+    )
+
+
+def _warnings(name: str, models: Sequence[MeasuredModel]) -> list[str]:
+    """What is suspicious about the trainings of a setting, each but once. name: of the setting."""
+    from mmoe_rec.report.findings import find_in_summary
+
+    sentences, counts = dict[str, str](), dict[str, int]()
+    for model in models:
+        its = {each: f"models of {name} were trained by settings by which each {each}" for each in model.seen}
+        its |= {f"{each.check} {each.task}": f"{name}: {each.message}" for each in find_in_summary(model.summary)}
+        for which, sentence in its.items():
+            sentences.setdefault(which, sentence)
+            counts[which] = counts.get(which, 0) + 1
+    return [
+        sentence if counts[which] == len(models) else f"{sentence} ({counts[which]} of {len(models)} trainings)"
+        for which, sentence in sentences.items()
+    ]
+
+
+def _write(folder: Path, report: TrainingsReport, models: Sequence[Path]) -> None:
+    """Writes the files, the page last."""
+    from mmoe_rec.report.trainings import page
+
+    versions = {str(seed): version_of(model) for seed, model in zip(report.seeds, models, strict=True)}
+    tree = {"seeds": report.seeds, "models": versions, "rows": report.rows, **report.summary}
+    tree |= {"against": report.against} if report.against else {}
+    tree |= {"warnings": list(report.warnings)} if report.warnings else {}
+    (folder / PAGE).unlink(missing_ok=True)
+    with atomic_file(folder / FILE) as path:
+        path.write_text(json.dumps(tree, indent=1, default=asdict), encoding="utf-8")
+    with atomic_file(folder / PAGE) as path:
+        path.write_text(page(report), encoding="utf-8")

@@ -1,1 +1,0 @@
-"""One setting trained with several seeds: what it is worth on average, and beside other settings."""
