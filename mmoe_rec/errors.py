@@ -48,8 +48,8 @@ def require_packages(purpose: str, extra: str, *modules: str) -> None:
     """Raises UserError where modules that come with an extra of this package are not installed."""
     if missing := [name for name in modules if find_spec(name) is None]:
         raise UserError(
-            f"{purpose} needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed: install "
-            f"the extra {extra}, as in `pip install 'mmoe-rec[{extra}]'`"
+            f"{purpose} needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed: "
+            f"install the extra {extra}, as in `pip install 'mmoe-rec[{extra}]'`"
         )
 
 

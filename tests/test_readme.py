@@ -100,7 +100,7 @@ EXERCISED_BY = {
     "curl -s localhost:8000/metrics": "test_commands_of_the_server",
     "curl -s -X POST localhost:8000/reload": "test_commands_of_the_server",
     "mmoe-rec serve --model models:/complete_journey@champion --workers 4 --poll 60": (
-        "server/test_processes.py::test_workers_are_replaced_reloaded_and_counted_together"
+        "server/test_workers.py::test_workers_are_replaced_reloaded_and_counted_together"
     ),
     "curl -s localhost:5001/invocations -H 'Content-Type: application/json' -d @request.json": "test_served_request",
     "mmoe-rec evaluate --config configs/complete_journey.yaml --model models:/complete_journey@champion": (
@@ -297,9 +297,9 @@ def test_a_smaller_install_names_what_there_is() -> None:
     (command,) = commands("test_a_smaller_install_names_what_there_is")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     named = re.search(r"--group (\w+) -e '\.\[([\w-]+)\]'", command)
-    assert (
-        named and named[1] in project["dependency-groups"] and named[2] in project["project"]["optional-dependencies"]
-    )
+    assert named
+    assert named[1] in project["dependency-groups"]
+    assert named[2] in project["project"]["optional-dependencies"]
 
 
 def test_pip_command_is_that_of_the_doctor() -> None:

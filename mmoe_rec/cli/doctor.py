@@ -32,7 +32,6 @@ import click
 from mmoe_rec.cli.command import command
 from mmoe_rec.devices import usable_cores
 from mmoe_rec.jobs.machine import (
-    BUILDS,
     DRIVER,
     SYSTEM_LIBRARIES,
     TORCHREC_NEEDS,
