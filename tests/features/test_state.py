@@ -92,21 +92,6 @@ def test_the_latest_state_drops_what_no_later_request_can_ask_for(tmp_path):
     assert len(pipeline.encoders["clicked"].memory.events) > users * 3
 
 
-def test_an_earlier_request_is_answered_as_of_the_compaction(tmp_path):
-    table = random_log(0, rows=100)
-    moment = START + 11 * DAY
-    pipeline = fit(table, SCHEMA, UNTIL)
-    _saved(pipeline, tmp_path / "latest", moment)
-    loaded = FeaturePipeline.load(tmp_path / "latest")
-    early, then = (log_rows(_at(table, time), SCHEMA) for time in (START, moment))
-    for name in ("clicked", "liked_items"):
-        assert loaded.encode(early).ids[name].values.tolist() == loaded.encode(then).ids[name].values.tolist()
-    counters = [
-        i for i, each in enumerate(loaded.layout.dense) if each.name.startswith(("item_click", "user_brand_liked"))
-    ]
-    np.testing.assert_array_equal(loaded.encode(early).dense[:, counters], loaded.encode(then).dense[:, counters])
-
-
 def test_state_is_refused_where_there_is_none_or_another_format(tmp_path):
     with pytest.raises(UserError, match=r"holds no feature state \(pipeline.json\)"):
         FeaturePipeline.load(tmp_path)

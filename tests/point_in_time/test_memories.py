@@ -17,7 +17,7 @@ from mmoe_rec.point_in_time.join import LookUps
 from mmoe_rec.point_in_time.memory import NEVER, CounterMemory
 from mmoe_rec.point_in_time.search import AnyLookUps, UnsortedLookUps
 from mmoe_rec.point_in_time.together import CounterQuestion, CountersTogether, TogetherIndex
-from tests.reference.features import Event, known_events, last_positive, totals
+from tests.reference.features import Event, last_positive, totals, visible_events
 
 KEYS = np.array([0, 5, 2**40, 2**64 - 1], np.uint64)
 WINDOW, UNTIL = 3, 45
@@ -59,7 +59,7 @@ def history_of(events: list[Event], forget_after: int | None = None) -> HistoryM
 
 def counted(events: list[Event], key: int, now: int, forget_after: int | None) -> tuple[Any, ...]:
     """Rows and sum of labels of all that is remembered, of the window, and the last positive event."""
-    seen = known_events(events, key, now, forget_after)
+    seen = visible_events(events, key, now, forget_after)
     return *totals(seen, now), *totals(seen, now, WINDOW), last_positive(seen, NEVER)
 
 
@@ -137,7 +137,7 @@ def test_a_history_is_the_reference_whatever_was_dropped_and_when(seed, size, fo
         here = [event for event, at in zip(events, arrives, strict=True) if at < end]
         keys, times = np.repeat(KEYS, end - start), np.tile(np.arange(start, end), len(KEYS))
         asked = zip(keys.tolist(), times.tolist(), strict=True)
-        expected = [[item for *_, item in known_events(here, *each, forget_after)[-length:]] for each in asked]
+        expected = [[item for *_, item in visible_events(here, *each, forget_after)[-length:]] for each in asked]
         assert lists_of(memory, ASKING[how](keys, times), length) == expected
         memory = HistoryMemory.from_columns(memory.compacted(end, length).to_columns(), end, forget_after)
 
@@ -191,8 +191,8 @@ def test_memories_that_answer_together_are_the_reference(seed):
             asked = list(zip(question.asked.key.tolist(), times.tolist(), strict=True))
             for window in question.windows:
                 found = list(zip(*(each.tolist() for each in answer.totals(window)), strict=True))
-                assert found == [totals(known_events(events, *each), each[1], window) for each in asked]
+                assert found == [totals(visible_events(events, *each), each[1], window) for each in asked]
             if question.recency:
                 assert answer.last_positive().tolist() == [
-                    last_positive(known_events(events, *each), NEVER) for each in asked
+                    last_positive(visible_events(events, *each), NEVER) for each in asked
                 ]

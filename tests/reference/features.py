@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from tests.reference.log import DAY, Log, Row, Window
+from tests.reference.log import DAY, Log, Row, Window, inside
 
 Event = tuple[Any, int, float]
 """What it is counted for, the moment from which it is known, and its label, or the item of a history."""
@@ -18,17 +18,17 @@ Statistic = tuple[str, float | None]
 # Point in time
 
 
-def known_events(events: Iterable[Event], key: Any, now: int, forget_after: int | None = None) -> list[Event]:
+def visible_events(events: Iterable[Event], key: Any, now: int, forget_after: int | None = None) -> list[Event]:
     """The events of a key that are known at `now`, the oldest first, and of those the ones after the last long gap."""
-    known = sorted((event for event in events if event[0] == key and event[1] <= now), key=lambda event: event[1:])
+    past = sorted((event for event in events if event[0] == key and event[1] <= now), key=lambda event: event[1:])
     if forget_after is None:
-        return known
+        return past
     later = now
-    for place in reversed(range(len(known))):
-        if later - known[place][1] > forget_after:
-            return known[place + 1 :]
-        later = known[place][1]
-    return known
+    for place in reversed(range(len(past))):
+        if later - past[place][1] > forget_after:
+            return past[place + 1 :]
+        later = past[place][1]
+    return past
 
 
 def totals(events: Iterable[Event], now: int, window: int | None = None) -> tuple[int, float]:
@@ -50,16 +50,16 @@ def counter(log: Log, name: str, overall_mean: float, rows: list[Row] | None = N
     smoothing = feature.get("smoothing", 20.0)
     for row in log.rows if rows is None else rows:
         now = log.time(row)
-        seen = known_events(events, _key(row, feature["by"]), now, forget_after)
-        found: dict[Statistic, Any] = {}
+        visible = visible_events(events, _key(row, feature["by"]), now, forget_after)
+        statistics: dict[Statistic, Any] = {}
         for days in feature.get("window_days", [None]):
-            count, labels = totals(seen, now, _microseconds(days))
-            found["rows", days] = math.log1p(count)
-            found["positives", days] = math.log1p(max(labels, 0.0))
-            found["rate", days] = (labels + smoothing * overall_mean) / (count + smoothing)
-        last = last_positive(seen)
-        found["recency", None] = None if last is None else math.log1p((now - last) / DAY)
-        result.append(found)
+            count, labels = totals(visible, now, _microseconds(days))
+            statistics["rows", days] = math.log1p(count)
+            statistics["positives", days] = math.log1p(max(labels, 0.0))
+            statistics["rate", days] = (labels + smoothing * overall_mean) / (count + smoothing)
+        last = last_positive(visible)
+        statistics["recency", None] = None if last is None else math.log1p((now - last) / DAY)
+        result.append(statistics)
     return result
 
 
@@ -72,8 +72,8 @@ def history(log: Log, name: str, table_row: dict[Any, int], rows: list[Row] | No
         (row[user], known, table_row[row[item]]) for row, known, label in _remembered(log, feature) if label >= least
     ]
     for row in log.rows if rows is None else rows:
-        seen = known_events(events, row[user], log.time(row), _microseconds(feature.get("forget_after_days")))
-        result.append([item for _, _, item in seen][-feature.get("length", 20) :])
+        visible = visible_events(events, row[user], log.time(row), _microseconds(feature.get("forget_after_days")))
+        result.append([item for _, _, item in visible][-feature.get("length", 20) :])
     return result
 
 
@@ -120,10 +120,10 @@ def standardised(value: float | None, mean: float, deviation: float) -> float:
 
 def encode_number(name: str, values: list[float | None], training: list[bool]) -> dict[str, list[float]]:
     """The dense inputs of a number: standardised by training rows, and an indicator if one of those was missing."""
-    seen = [value for value, used in zip(values, training, strict=True) if used]
-    mean, deviation = mean_and_deviation(seen)
+    training_values = [value for value, trains in zip(values, training, strict=True) if trains]
+    mean, deviation = mean_and_deviation(training_values)
     inputs = {name: [standardised(value, mean, deviation) for value in values]}
-    return inputs | ({f"{name}_missing": [float(value is None) for value in values]} if None in seen else {})
+    return inputs | ({f"{name}_missing": [float(value is None) for value in values]} if None in training_values else {})
 
 
 def encode(log: Log, training: Window) -> tuple[dict[str, list[list[int]]], dict[str, list[float]]]:
@@ -131,17 +131,16 @@ def encode(log: Log, training: Window) -> tuple[dict[str, list[list[int]]], dict
 
     Every id of a column has to be frequent or missing: rows of unknown ids follow from hashes.
     """
-    is_training = [
-        (training[0] is None or training[0] <= log.time(row)) and log.time(row) < training[1] for row in log.rows
-    ]
+    is_training = [inside(log.time(row), training) for row in log.rows]
     ids: dict[str, list[list[int]]] = {}
     dense: dict[str, list[float]] = {}
     rows_of: dict[str, dict[Any, int]] = {}
     for name, feature in log.features.items():
         column = [row[feature["column"]] for row in log.rows] if "column" in feature else []
         if feature["kind"] == "id":
-            seen = [value for value, used in zip(column, is_training, strict=True) if used]
-            rows_of[name] = {None: 0} | vocabulary(seen, feature.get("min_count", 2), feature.get("oov_buckets", 16))
+            training_values = [value for value, trains in zip(column, is_training, strict=True) if trains]
+            least, buckets = feature.get("min_count", 2), feature.get("oov_buckets", 16)
+            rows_of[name] = {None: 0} | vocabulary(training_values, least, buckets)
             ids[name] = [[rows_of[name][value]] for value in column]
         elif feature["kind"] == "numeric":
             if feature.get("transform") == "log":
@@ -149,11 +148,11 @@ def encode(log: Log, training: Window) -> tuple[dict[str, list[list[int]]], dict
             dense |= encode_number(name, column, is_training)
         elif feature["kind"] == "counter":
             mean = 0.0 if "task" not in feature else log.overall_mean(feature["task"], training)
-            found = counter(log, name, mean)
-            for output, days in found[0]:
+            statistics = counter(log, name, mean)
+            for output, days in statistics[0]:
                 if output in feature["outputs"]:
                     title = f"{name}_{output}" + ("" if days is None else f"_{days:g}d".replace(".", "p"))
-                    dense |= encode_number(title, [each[output, days] for each in found], is_training)
+                    dense |= encode_number(title, [each[output, days] for each in statistics], is_training)
         elif feature["kind"] == "history":
             ids[name] = history(log, name, rows_of[feature["of"]])
     return ids, dense

@@ -71,8 +71,8 @@ class Log:
         labels = [
             self.label_known_by(row, name, training[1] or 0) for row in self.rows if inside(self.time(row), training)
         ]
-        seen = [label for label in labels if label is not None]
-        return math.fsum(seen) / len(seen) if seen else 0.0
+        there = [label for label in labels if label is not None]
+        return math.fsum(there) / len(there) if there else 0.0
 
     def at_moments(self, rows: int, moments: list[int]) -> list[Row]:
         """The log's first rows, asked at each of some moments."""

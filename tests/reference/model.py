@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -52,8 +52,6 @@ class Mixture:
     activation: Any = functional.silu
     normalise: bool = False
     raw_inputs: bool = False
-    routed: list[list[list[int]]] = field(default_factory=list)
-    """Of each row, of each gate of the last level that ran: the experts that it chose."""
 
     def __post_init__(self) -> None:
         self.weights = {name: weight.double() for name, weight in self.weights.items()}
@@ -100,7 +98,6 @@ class Mixture:
             if one_gate:
                 chosen, mixes = chosen * self.tasks, mixes * self.tasks
             gate_inputs = expert_inputs = mixes
-        self.routed.append([sorted(each) for each in chosen])
         logits = torch.stack([self._tower(mixes[task], task) for task in range(self.tasks)])
         if placement is not None:
             placed = layers(self.weights, "placement.layers", placement)
