@@ -38,9 +38,9 @@ def children(parent: int | None, word: str) -> set[int]:
     return found
 
 
-def fork_server(parent: int) -> int | None:
-    """The process that a process has its own ones forked from."""
-    return next(iter(children(parent, "forkserver")), None)
+def workers(server: int) -> set[int]:
+    """The process ids of a server's workers: children of those that have loaded a model, or do."""
+    return {worker for loaded in children(server, "spawn_main") for worker in children(loaded, "spawn_main")}
 
 
 def is_running(process: int | None) -> bool:

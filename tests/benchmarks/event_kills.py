@@ -35,7 +35,7 @@ from mmoe_rec.live.journal import Journal
 from tests.benchmarks.event_client import Client, place
 from tests.inference.small_model import SmallModel
 from tests.live.journals import every_batch, postgresql
-from tests.processes import children, fork_server, until
+from tests.processes import until, workers
 from tests.server.test_events import later_log
 
 CALLERS, WORKERS, BATCH = 4, 2, 20
@@ -83,8 +83,7 @@ def _workers(server: OwnServer) -> list[int]:
     process = server.process.pid
 
     def all_of_them() -> set[int]:
-        parent = fork_server(process)
-        found = set() if parent is None else children(parent, "forkserver")
+        found = workers(process)
         return found if len(found) == WORKERS else set()
 
     return sorted(until(all_of_them, "workers are missing"))

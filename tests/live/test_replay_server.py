@@ -18,7 +18,7 @@ from tests.commands import run
 from tests.inference.small_model import SmallModel
 from tests.live.replayed_log import FROM, TO, model_of
 from tests.log.small_logs import DAY
-from tests.processes import children, fork_server, is_running, until
+from tests.processes import is_running, until, workers
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
 
@@ -31,13 +31,10 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> SmallModel:
 def _kill_a_worker(server: OwnServer) -> None:
     """Kills one of two workers, and waits until another one has taken its place."""
     assert server.process is not None
-    forks = fork_server(server.process.pid)
-    assert forks is not None
-    workers = children(forks, "")
-    assert len(workers) == 2
-    killed = min(workers)
-    os.kill(killed, signal.SIGKILL)
-    until(lambda: len(children(forks, "") - {killed}) == 2, "the worker was not replaced")
+    process = server.process.pid
+    before = until(lambda: len(both := workers(process)) == 2 and both, "workers are missing")
+    os.kill(killed := min(before), signal.SIGKILL)
+    until(lambda: len(workers(process) - {killed}) == 2, "the worker was not replaced")
 
 
 @pytest.mark.thorough

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tests.benchmarks.abuse.wire import PATIENCE, Reply, Sent, Wire
 from tests.inference.running_server import free_port, running_program
-from tests.processes import children, fork_server, until
+from tests.processes import until, workers
 
 ROOT = Path(__file__).parents[3]
 WORKERS = 2
@@ -42,7 +42,7 @@ class Running:
 
     def workers(self) -> set[int]:
         """Process ids of the workers."""
-        return children(fork_server(self.process.pid), "forkserver")
+        return workers(self.process.pid)
 
     def terminate(self) -> tuple[float, int]:
         """Ends the server by SIGTERM: the seconds that it took, and the exit code."""
