@@ -1,6 +1,4 @@
-"""What a model has learnt of placement: what its tower adds to each task's logit where a candidate was shown.
-
-Scores encoded rows with a model and measures them."""
+"""Scores encoded rows with a model, measures them, and sums up what it has learnt of placement."""
 
 from __future__ import annotations
 

@@ -9,11 +9,9 @@ user, because the intervals resample users.
 
 AUC and average precision need the order of all rows: so a binary task's rows are kept by user and predicted value.
 
-
-Sums of all rows, ready to be summarised: what needs all rows of a user is computed, and their size is bounded.
-
-Intervals redraw users. Of more than `MOST_UNITS` users, groups that a hash makes are redrawn instead, so that a
-resample costs no more: they are as independent of each other as users are, and differ as much as their users do.
+`close_sums` readies sums of all rows: what needs all rows of a user is computed, and their size is bounded. Of more
+than `MOST_UNITS` users, groups by a hash are redrawn instead, so that a resample costs no more: groups are as
+independent of each other as users are, and differ as much as their users do.
 """
 
 from __future__ import annotations

@@ -1,8 +1,4 @@
-"""Metrics of models on the test rows.
-
-Rows with what a model predicts for them, as Parquet, for one's own metrics.
-
-What a model has learnt of placement, for people: by the values of the columns that describe it."""
+"""Metrics of models on the test rows, and their predictions and effects of placement for people."""
 
 from __future__ import annotations
 

@@ -1,15 +1,14 @@
-"""What a scoring reads of a log: the columns of the model's features, and labels only where these are remembered.
+"""What a scoring reads of a log, and the folder that gets the scores.
 
-Where scores go: a folder that appears whole, and a hidden one beside it in which a run that was cut short goes on.
+It reads the columns of the model's features, and labels only where these are remembered (`logs_to_score`). The output
+(`Output`) appears whole; a hidden folder beside it holds what a run that was cut short goes on with:
 
 <output>/_manifest.json            what was scored by which model; the folder is whole if it is there
 <output>/part-00000.parquet       the scored rows, in the input's order
 .<output>.scoring/                of a run that has not ended: its fingerprint, and what it has done so far
 
-
-Which of the scored rows the model has learnt from: metrics of these flatter it.
-
-Rows of a part of the log with what counters and histories knew before each of their requests."""
+`LearntRows` counts the rows that the model has learnt from, whose metrics flatter it.
+"""
 
 from __future__ import annotations
 

@@ -1,16 +1,13 @@
-"""The task of a scoring: a part of the log, with what was known before each request, to predictions and scores.
+"""The tasks of a scoring: rows are scored part by part, ranked request by request, and written.
 
-A process loads the model once, for all its tasks and threads. Rows are scored a fixed number at a time, by one thread
-each, so that no bit depends on the engine or the number of workers.
-
-
-The ranks of scored rows within their requests, whose rows may lie in any parts of a log, and the files with them.
-
+    part of the log -> predictions and scores, with what was known before each request
     scored rows     -> (request, log score, row), to partitions of requests through files
     partitions      -> (row, rank), back to the parts of the log through files
     parts           -> the rows as they were scored, with their rank, as Parquet
 
-A partition of requests is held in memory, with 24 bytes for each of its rows: a single request is not divided.
+A process loads the model once, for all its tasks and threads. Rows are scored a fixed number at a time, by one thread
+each, so that no bit depends on the engine or the number of workers. A partition of requests is held in memory, with 24
+bytes for each of its rows: a single request is not divided.
 """
 
 from __future__ import annotations

@@ -1,13 +1,9 @@
-"""Columns of the log beside the rows of a split, by which these are sliced.
+"""What the rows that a model is measured on are sliced by, and what they have to do with its training.
 
-Encoded rows hold what a model reads, and slices are thought of afterwards: so the log is read once more, and its rows
-are found by request and candidate.
-
-
-What the rows that a model is measured on have to do with those that it was trained on: who is new, who comes often,
-and whether it has seen the labels before.
-
-Whether a model has seen the labels that it is measured by."""
+`LogColumns` are columns of the log. Encoded rows hold what a model reads, and slices are thought of afterwards: so the
+log is read once more, and its rows are found by request and candidate. `TrainingRows` say who is new and who comes
+often; `overlap` and `users_in_both` say whether the model has seen labels or users of these rows before.
+"""
 
 from __future__ import annotations
 

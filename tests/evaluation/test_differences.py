@@ -144,7 +144,6 @@ def test_one_user_has_differences_without_an_interval(log: Log) -> None:
     assert difference["low"] is difference["p"] is difference["detectable"] is None
 
 
-@pytest.mark.thorough
 def test_users_that_hold_most_rows_tell_little() -> None:
     """Of one guest account with four fifths of the rows, and 200 users, one tells: equal models must not be told
     apart."""

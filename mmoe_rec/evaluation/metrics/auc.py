@@ -1,11 +1,9 @@
-"""Bins of predicted values, by which areas over all rows are computed in resamples of users.
-
-AUC and average precision over all rows, and AUC within users and requests (GAUC).
+"""AUC and average precision over all rows, and AUC within users and requests (GAUC).
 
 GAUC is the mean AUC of groups with both classes, weighted by their observed rows (Zhou et al., 2018) or not. Rows that
 have weights count by them. All are exact. In resamples of users, AUC and average precision over all rows are computed
 from `MOST_BINS` bins where there are more predicted values than that, as if rows of one bin were ties, and corrected by
-what that changes for the rows themselves (`bins.Bins`).
+what that changes for the rows themselves (`Bins`).
 """
 
 from __future__ import annotations
