@@ -19,7 +19,6 @@ from mmoe_rec.evaluation.off_policy import PolicyEstimate
 from mmoe_rec.evaluation.results import Results
 from mmoe_rec.evaluation.summary import SCORE, GroupSummary, Summary
 from mmoe_rec.evaluation.sums import check_folder
-from mmoe_rec.report.evaluation import page
 from mmoe_rec.report.sentences import (
     describe_guard,
     describe_refusal,
@@ -43,6 +42,8 @@ def write_results(results: Results, out: Path) -> None:
 
     Raises UserError, before anything is written, where the rows are not the same, or other files are in the way.
     """
+    from mmoe_rec.report.evaluation import page
+
     text, comparison, against = page(results), results.comparison, out / "against"
     for each in against.iterdir() if against.is_dir() else ():
         if not (each.name.isdigit() and {path.name for path in each.iterdir()} <= {"sums", "metrics.json"}):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mmoe_rec.evaluation import metrics as every
 from mmoe_rec.evaluation.comparison import BETTER, WORSE, Comparison
@@ -12,7 +12,6 @@ from mmoe_rec.evaluation.metrics.metric import Named
 from mmoe_rec.evaluation.results import PlacementRecord, Results
 from mmoe_rec.evaluation.slices import ALL, SliceRecord, sort_worst_first
 from mmoe_rec.evaluation.summary import CATALOGUE, SCORE, Summary
-from mmoe_rec.evaluation.tradeoffs import WeightsRecord
 from mmoe_rec.report.evaluation_figures import calibration_figure, placement_figure, tradeoff_figure
 from mmoe_rec.report.explanations import EVALUATION, EVALUATION_OF_ROWS
 from mmoe_rec.report.findings import Finding, find_all
@@ -20,6 +19,9 @@ from mmoe_rec.report.formatting import NONE, signed
 from mmoe_rec.report.pages import render
 from mmoe_rec.report.sentences import describe_guard, describe_metrics, describe_notes, describe_verdict
 from mmoe_rec.report.style import svg
+
+if TYPE_CHECKING:
+    from mmoe_rec.evaluation.tradeoffs import WeightsRecord
 
 _SHOWN_SLICES = 12
 _NDCG = next(each for each in every.METRICS if each.name == "ndcg_at_10")
