@@ -26,6 +26,7 @@ ORDER = [
     {"server"},
     {"tracking"},
     {"jobs"},
+    {f"live.{name}" for name in ("refresh", "scheduled_training", "replay", "replay_period", "replay_server")},
     {"cli"},
     {"__init__", "__main__"},
 ]

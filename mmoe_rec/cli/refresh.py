@@ -32,7 +32,7 @@ from mmoe_rec.errors import UserError
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from mmoe_rec.jobs.refreshing.refresh import Refreshed
+    from mmoe_rec.live.refresh import Refreshed
 
 
 @settings_command(__doc__)
@@ -80,17 +80,17 @@ def refresh(
         raise UserError("--validation-days belongs to --train-every-days N, which is missing")
     from rich.console import Console
 
-    from mmoe_rec.jobs.refreshing import refresh as tables
+    from mmoe_rec.live import refresh as tables
 
     address = model or f"models:/{settings.registered_model}@{settings.tracking.alias}"
     every, days = train_every_days, 0
     if every is not None:
-        from mmoe_rec.jobs.refreshing.training import days_of_validation, train_when_due
+        from mmoe_rec.live.scheduled_training import days_of_validation, train_when_due
 
         days = days_of_validation(settings, address, every, validation_days)
     rows = None
     if journal is not None:
-        from mmoe_rec.jobs.refreshing.from_journal import from_journal
+        from mmoe_rec.live.refresh import from_journal
 
         rows = from_journal(journal, settings, remove_events, other_journal)
     refreshed = tables.refresh(settings, address, anew=anew, journal=rows)
@@ -123,7 +123,7 @@ def refresh(
 def _table(refreshed: Refreshed) -> Table:
     from rich.table import Table
 
-    from mmoe_rec.jobs.refreshing.new_tables import as_of
+    from mmoe_rec.live.refresh import as_of
     from mmoe_rec.log.checks import format_time
 
     assert refreshed.tables is not None

@@ -49,8 +49,8 @@ def replay(
     """Runs the command."""
     if requests is not None and ids_only:
         raise UserError("--ids-only says what an own server is sent, and --requests needs none: leave one of them out")
-    from mmoe_rec.jobs import replay as job
     from mmoe_rec.jobs.score import microseconds
+    from mmoe_rec.live import replay as job
 
     settings = configuration.settings
     options = job.ReplayOptions(

@@ -30,8 +30,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from mmoe_rec.jobs.replay_server import OwnServer
 from mmoe_rec.live.journal import Journal
+from mmoe_rec.live.replay_server import OwnServer
 from tests.benchmarks.event_client import Client, place
 from tests.inference.small_model import SmallModel
 from tests.live.journals import every_batch, postgresql

@@ -107,8 +107,8 @@ class Benchmark:
         """All figures."""
         from mmoe_rec.features.pipeline import FeaturePipeline
         from mmoe_rec.jobs.places import logs_for
-        from mmoe_rec.jobs.refreshing.new_tables import tables_from_log
-        from mmoe_rec.jobs.replay_period import read_period
+        from mmoe_rec.live.refresh import tables_from_log
+        from mmoe_rec.live.replay_period import read_period
         from tests.benchmarks.live_events import learnt_ms, live_events
 
         pipeline = FeaturePipeline.load(self.model / "features", memories=False)
@@ -123,7 +123,7 @@ class Benchmark:
         return found | self._replayed()
 
     def _replayed(self) -> dict[str, int]:
-        from mmoe_rec.jobs.replay import ReplayOptions, replay
+        from mmoe_rec.live.replay import ReplayOptions, replay
 
         data = self.settings.data.model_copy(update={"work": str(self.scratch / "work")})
         settings = self.settings.model_copy(update={"data": data})
@@ -134,7 +134,7 @@ class Benchmark:
     def _accuracy(self, period: Any, logs: Any) -> dict[str, Any]:
         """AUC and calibration of all ways."""
         from mmoe_rec.inference.loaded import LoadedRanker
-        from mmoe_rec.jobs.replay_period import score_period
+        from mmoe_rec.live.replay_period import score_period
 
         ranker = LoadedRanker.read(self.frozen)
         predicted = {"fresh": score_period(ranker, period.rows)[1], **self._by_live(ranker, period, logs)}

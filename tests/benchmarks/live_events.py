@@ -39,7 +39,7 @@ def live_events(model: Path, events: pa.Table, time_column: str, scratch: Path, 
     beside events in batches of each size, for each of `SERVERS` servers, one after the other: processes of the same
     code differ, and so does the machine's mood. Raises RuntimeError where there are too few events for so many seconds.
     """
-    from mmoe_rec.jobs.replay_server import OwnServer
+    from mmoe_rec.live.replay_server import OwnServer
 
     file = scratch / "events.arrow"
     with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_file(sink, events.schema) as writer:

@@ -16,13 +16,13 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.features.encoder import Inputs
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.inference.loaded import LoadedRanker
-from mmoe_rec.jobs import replay_server
 from mmoe_rec.jobs.places import logs_for
-from mmoe_rec.jobs.refreshing.new_tables import tables_from_log
-from mmoe_rec.jobs.replay import Compared, ReplayOptions, compare, describe, read_logged, replay
-from mmoe_rec.jobs.replay_period import Period, read_period
-from mmoe_rec.jobs.replay_server import feed
+from mmoe_rec.live import replay_server
 from mmoe_rec.live.journal import Journal
+from mmoe_rec.live.refresh import tables_from_log
+from mmoe_rec.live.replay import Compared, ReplayOptions, compare, describe, read_logged, replay
+from mmoe_rec.live.replay_period import Period, read_period
+from mmoe_rec.live.replay_server import feed
 from mmoe_rec.live.request_log import LogOptions
 from mmoe_rec.log.reader import EventRows, Log
 from mmoe_rec.point_in_time.lists import Ragged

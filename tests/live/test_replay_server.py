@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.jobs.replay import ReplayOptions, replay
-from mmoe_rec.jobs.replay_server import OwnServer
+from mmoe_rec.live.replay import ReplayOptions, replay
+from mmoe_rec.live.replay_server import OwnServer
 from tests.commands import run
 from tests.inference.small_model import SmallModel
 from tests.live.replayed_log import FROM, TO, model_of

@@ -18,9 +18,9 @@ from mmoe_rec.inference.errors import RequestError
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.inference.writing import write_artifact
 from mmoe_rec.jobs.places import build_features
-from mmoe_rec.jobs.replay import ReplayOptions, replay
 from mmoe_rec.jobs.workspace import Finished
 from mmoe_rec.live.outcomes import join_outcomes
+from mmoe_rec.live.replay import ReplayOptions, replay
 from mmoe_rec.log.stand_ins import told_of_stand_ins
 from mmoe_rec.model.layout import ModelLayout
 from mmoe_rec.model.mmoe import build_model

@@ -16,7 +16,7 @@ import yaml
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.inference.artifact import Artifact, read_artifact
-from mmoe_rec.jobs.refreshing import training as job
+from mmoe_rec.live import scheduled_training as job
 from mmoe_rec.preprocessing.files import Taken
 from mmoe_rec.preprocessing.prepare import Prepared
 from mmoe_rec.preprocessing.tables import taken_by

@@ -28,7 +28,7 @@ import pyarrow as pa
 
 from mmoe_rec.errors import UserError, one_line
 from mmoe_rec.inference.requests.columns import PARTS
-from mmoe_rec.jobs.replay_period import Happened, Period
+from mmoe_rec.live.replay_period import Happened, Period
 from mmoe_rec.progress import bar
 
 HOST = "127.0.0.1"

@@ -24,10 +24,9 @@ from pathlib import Path
 from mmoe_rec.atomic import atomic_file, atomic_folder
 from mmoe_rec.errors import UserError
 from mmoe_rec.jobs.places import extend_features, log_and_place
-from mmoe_rec.jobs.refreshing.new_tables import as_of
-from mmoe_rec.jobs.refreshing.refresh import Served
 from mmoe_rec.jobs.train import train_model
 from mmoe_rec.jobs.workspace import Finished
+from mmoe_rec.live.refresh import Served, as_of
 from mmoe_rec.locks import writing
 from mmoe_rec.log.checks import format_time
 from mmoe_rec.log.rows import MICROSECONDS_PER_DAY

@@ -31,8 +31,8 @@ from mmoe_rec.features.kinds.history import HistoryEncoder
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.inference.artifact import iso_time, read_artifact, version_of
 from mmoe_rec.jobs.places import logs_for
-from mmoe_rec.jobs.replay_period import Period, read_period, score_period
 from mmoe_rec.live import logged_requests as names
+from mmoe_rec.live.replay_period import Period, read_period, score_period
 from mmoe_rec.locks import writing
 from mmoe_rec.log.checks import format_time
 from mmoe_rec.log.files import find_files, open_file
@@ -46,7 +46,7 @@ from mmoe_rec.tracking.registry import find_model
 
 if TYPE_CHECKING:
     from mmoe_rec.inference.loaded import LoadedRanker
-    from mmoe_rec.jobs.replay_server import OwnServer
+    from mmoe_rec.live.replay_server import OwnServer
 
 REPORT = "replay.json"
 TOLERANCE = 1e-5
@@ -157,8 +157,8 @@ def _feed_own_server(
     folder: Path,
     between: Callable[[int, OwnServer], None],
 ) -> dict[int, Any]:
-    from mmoe_rec.jobs.refreshing.new_tables import tables_from_log
-    from mmoe_rec.jobs.replay_server import CANDIDATES_AT_A_TIME, OwnServer, feed
+    from mmoe_rec.live.refresh import tables_from_log
+    from mmoe_rec.live.replay_server import CANDIDATES_AT_A_TIME, OwnServer, feed
 
     tables_from_log(model, settings, options.start, folder / "model")
     most = min(CANDIDATES_AT_A_TIME, read_artifact(model).max_candidates)

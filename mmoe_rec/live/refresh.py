@@ -1,0 +1,315 @@
+"""A new version of the model that holds an alias, with tables that know the newest files of the log.
+
+The order of steps is such that a kill between any two leaves something whole: the artifact is written beside the
+features, registered (which is when a version exists), and only then the alias moves, if the version that was refreshed
+still holds it. The run in MLflow is found again by the version and the files that it is made of, so the same command,
+started again, ends what was begun, and registers nothing twice. Rows can't be counted twice: which files the tables
+hold lies in the artifact, so whatever came to nothing never happened.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mmoe_rec.errors import UserError
+from mmoe_rec.features.pipeline import FeaturePipeline
+from mmoe_rec.inference.artifact import Artifact, iso_time, read_artifact, version_of
+from mmoe_rec.jobs.places import logs_for
+from mmoe_rec.jobs.run_page import as_code, command
+from mmoe_rec.locks import writing
+from mmoe_rec.log.files import find_files
+from mmoe_rec.log.stand_ins import require_all
+from mmoe_rec.preprocessing.checks import check_apart
+from mmoe_rec.preprocessing.files import Taken, of_journal
+from mmoe_rec.preprocessing.logs import Logs
+from mmoe_rec.preprocessing.tables import ANEW, Tables, advanced, made_anew, taken_by
+from mmoe_rec.progress import say
+from mmoe_rec.settings.sections import Settings, differences
+from mmoe_rec.tracking import registry, runs
+from mmoe_rec.tracking.outbox import UnreachableError
+from mmoe_rec.tracking.registry import Version, describe_version, fetch_model, find_holder, move_alias
+
+
+@dataclass(frozen=True)
+class Served:
+    """The version that holds an alias, and what its artifact says."""
+
+    alias: str
+    version: Version
+    folder: Path
+    about: Artifact
+
+    @staticmethod
+    def at(address: str, uri: str) -> Served:
+        """Raises UserError for anything but models:/NAME@ALIAS with a version that can be served."""
+        name, alias = _name_and_alias(address)
+        version = find_holder(name, alias, uri)
+        if version is None:
+            raise UserError(f"no version of the model '{name}' holds the alias '{alias}': train one first")
+        folder = fetch_model(version.address, uri)
+        return Served(alias, version, folder, read_artifact(folder))
+
+
+Source = Callable[[Served], Mapping[str, Any]]
+"""Puts what a journal holds into files of the logs, before these are looked at, and gives what they hold then: the
+journal's "id", and the position "through" which they do.
+"""
+
+
+@dataclass(frozen=True)
+class Refreshed:
+    """A refresh. before: what held the alias; after: the version that holds it now; number: of the new version, None
+    where there was nothing new; tables: of that version."""
+
+    before: Served
+    after: Version | None
+    number: str | None = None
+    tables: Tables | None = None
+
+
+def refresh(settings: Settings, address: str, *, anew: bool = False, journal: Source | None = None) -> Refreshed:
+    """Registers a version with new tables of the model that holds an alias, and moves the alias.
+
+    anew: make the tables of all rows of the log, instead of going on; journal: see `Source`. One refresh at a time in
+    `data.work`: another one waits. Raises UserError as `advanced_tables` or `tables_from_log`, and where MLflow is away
+    or refuses.
+    """
+    uri, work = settings.tracking.address, Path(settings.data.work)
+    check_apart(settings.data.log, settings.schema_, work)
+    runs.check_server(settings.tracking.address, settings.experiment, unsent=Path(settings.data.work) / "unsent")
+    out = work / "refreshed"
+    with writing(out, "a refresh", "set `data.work` to another folder", queue=True):
+        served = Served.at(address, uri)
+        artifact = out / "model"
+        try:
+            through = None if journal is None else journal(served)
+            if anew:
+                made: Tables | None = tables_from_log(served.folder, settings, None, artifact)
+            else:
+                made = advanced_tables(served.folder, settings, artifact, through)
+            if made is None or version_of(artifact) == version_of(served.folder):
+                return Refreshed(served, served.version)
+            return _registered(settings, served, made, artifact)
+        finally:
+            shutil.rmtree(out, ignore_errors=True)
+
+
+def _registered(settings: Settings, served: Served, made: Tables, artifact: Path) -> Refreshed:
+    uri, version = settings.tracking.address, served.version
+    text = f"{version.address} {version_of(served.folder)} {version_of(artifact)}"
+    key = f"refresh-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    after = iso_time(made.as_of)
+    tags = {
+        "refreshed.from": version.address,
+        "refreshed.run": version.run_id or "unknown",
+        "refreshed.rows": str(made.rows),
+        "tables_as_of": after,
+    }
+    try:
+        with runs.open_run(uri, settings.experiment, run_name="refresh", key=key) as run:
+            run.set_tags({**tags, "refreshed.tables_as_of": served.about.tables_as_of})
+            run.log_metrics({"refresh/files": made.files, "refresh/rows": made.rows, "refresh/events": made.events})
+            number = registry.find_registered(run, artifact, version.name)
+            if number is None:
+                number = registry.register_model(run, artifact, version.name, tags=tags)
+            told = f"The tables of {version.address} as of {after}, with {made.rows:,} more rows, by\n\n"
+            describe_version(Version(version.name, number, run.run_id), told + as_code(command()), {}, uri)
+            now = find_holder(version.name, served.alias, uri)
+            if now == version:
+                move_alias(version.name, served.alias, number, uri)
+                now = Version(version.name, number, run.run_id)
+            run.set_tags({"refreshed.holds": f"{served.alias}: {now is not None and now.number == number}"})
+    except UnreachableError as error:
+        raise UserError(
+            f"{error}: '{served.alias}' is what it was, and the same command makes the version once MLflow answers"
+        ) from None
+    return Refreshed(served, now, number, made)
+
+
+def _name_and_alias(address: str) -> tuple[str, str]:
+    name, _, alias = address.removeprefix("models:/").rpartition("@")
+    if not address.startswith("models:/") or not name or not alias or "/" in name:
+        raise UserError(
+            f"'{address}' is not what can be refreshed, as a new version takes over an alias of a registered model: "
+            "give models:/NAME@ALIAS"
+        )
+    return name, alias
+
+
+def from_journal(address: str, settings: Settings, remove: bool = False, other: bool = False) -> Source:
+    """Writes files of what the journal holds and the served tables do not.
+
+    remove: batches that the tables hold already are removed; other: the model may know another journal, of which
+    nothing is to come any more. Raises UserError where there is no journal, it is damaged, the model knows another one,
+    or the logs' places take no files.
+    """
+
+    def write(served: Served) -> Mapping[str, Any]:
+        from mmoe_rec.live import journal_files as files
+        from mmoe_rec.live.journal import Journal
+
+        schema, known = settings.schema_, served.about.journal
+        taken, journal = taken_by(served.folder / "features"), Journal(address, create=False)
+        if known is not None and known["id"] != journal.id and not other:
+            raise UserError(
+                f"the model's tables hold another journal ({known['id']}) than '{journal.name}' ({journal.id}): give "
+                "the address of that one, as what it has not told them yet would be lost; if it is gone, and this one "
+                "takes its place, add --other-journal"
+            )
+        is_known = known is not None and known["id"] == journal.id
+        held = int(known["through"]) if known is not None and is_known else 0
+        if files.logs_beyond(journal, schema, held):
+            raise UserError(
+                f"the journal '{journal.name}' begins after position {journal.removed()}, and the model's tables know "
+                f"it up to {held} only: what was removed is in the log's files, so run refresh without --journal first,"
+                " and then with it"
+            )
+        held_files = {} if taken is None else taken.last_segments(journal.id, schema.events)
+        files.check_columns(journal.id, schema, settings.data.log, held_files)
+        _check_one_way(settings, taken)
+        through = files.cut_journal(journal)
+        after = max(held, journal.removed())
+        # Else the tables may hold what is no later than they are, by files that another program wrote.
+        later_than = None if is_known else as_of(served.about)
+        written = files.write_files(journal, schema, through, settings.data.log, after, later_than=later_than)
+        for log, rows in written.unknown.items():
+            say(f"{rows:,} rows of a log of events '{log}' are in no file: the settings have no such log")
+        for source, counts in written.counts.items():
+            if counts.conflict:
+                name = "the interaction log" if source is None else f"log '{source}'"
+                say(f"{counts.conflict:,} rows of {name} came again with other labels: the first ones count")
+        if written.early:
+            say(
+                f"{written.early:,} rows of the journal are no later than the model's tables "
+                f"({served.about.tables_as_of}), which know nothing of this journal: they are taken for known, as by a "
+                "server, and are in no file"
+            )
+        if remove and held:
+            files.remove_batches(journal, held)
+        journal.close()
+        return {"id": journal.id, "through": through}
+
+    return write
+
+
+def _check_one_way(settings: Settings, taken: Taken | None) -> None:
+    """Raises UserError for new files of another program where rows that came both ways could not be told.
+
+    Where requests have ids, the tables tell such rows.
+    """
+    if settings.schema_.columns.request is not None or taken is None:
+        return
+    recorded = taken.logs[0].files.keys() | taken.logs[0].left_out.keys()
+    for file in find_files(settings.data.log):
+        if file.address not in recorded and not of_journal(file.address):
+            raise UserError(
+                f"'{file.address}' is new in the log, and no file of the journal: as requests have no ids, rows that "
+                "came both ways would count twice; if none did, run refresh without --journal once, which takes the "
+                "file in, else remove it"
+            )
+
+
+def tables_from_log(artifact: Path, settings: Settings, until: int | None, out: Path) -> Tables:
+    """Writes the artifact of a folder to `out` with tables of all rows of the settings' log, as of a moment.
+
+    until: microseconds; requests and events then or later don't count, None for all that there are. Tables as of a
+    moment don't know their files, so they can't go on. Raises UserError as `made_anew`, and where the model's features
+    are not those of the settings.
+    """
+    about = read_artifact(artifact)
+    logs, taken = _logs(artifact, settings), taken_by(artifact / "features")
+    if until is None and taken is not None and (gone := [each for c in taken.changes(logs) for each in c.gone]):
+        such_as = f"({len(gone):,}, such as '{gone[0]}')"
+        say(f"files that the model's tables hold are gone {such_as}: the tables are made anew without them")
+    scratch = _scratch(out)
+    try:
+        made = made_anew(artifact / "features", logs, scratch, until)
+        _write(artifact, out, scratch, made, _carried(about.journal, made.journal) if until is None else made.journal)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return made
+
+
+def advanced_tables(
+    artifact: Path, settings: Settings, out: Path, journal: Mapping[str, Any] | None = None
+) -> Tables | None:
+    """Writes the artifact of a folder to `out` with tables that go on with new files of the settings' log; gives None,
+    and writes nothing, where there are none.
+
+    journal: what of a journal the files of the log hold, see `Artifact`; None for what their names say, or what the
+    model knew before, as segments without a row that counts leave no file.
+
+    Raises UserError as `advanced`, where the model's features are not those of the settings, and where it is not known
+    which files its tables hold.
+    """
+    about = read_artifact(artifact)
+    taken = taken_by(artifact / "features")
+    if taken is None:
+        raise UserError(
+            f"the model in '{artifact}' does not say which files its tables hold (an earlier version wrote it, or they "
+            f"are as of a moment): {ANEW}"
+        )
+    logs = _logs(artifact, settings, taken)
+    scratch = _scratch(out)
+    try:
+        made = advanced(artifact / "features", as_of(about), logs, taken, scratch)
+        if made is not None:
+            journal = _carried(about.journal, made.journal) if journal is None else journal
+            _write(artifact, out, scratch, made, journal)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return made
+
+
+def as_of(about: Artifact) -> int:
+    """Microseconds of the last request that an artifact's tables know."""
+    from mmoe_rec.log.given import microseconds
+
+    return microseconds("tables_as_of", about.tables_as_of)
+
+
+def _carried(before: Mapping[str, Any] | None, named: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    """What of a journal tables hold by the names of their files, but no less than those before them did."""
+    if before is None or named is None or before["id"] != named["id"]:
+        return before if named is None else named
+    return max(before, named, key=lambda each: int(each["through"]))
+
+
+def _logs(artifact: Path, settings: Settings, taken: Taken | None = None) -> Logs:
+    """Raises UserError where the settings have other features than the model."""
+    pipeline = FeaturePipeline.load(artifact / "features", memories=False)
+    require_all(pipeline.schema, "a refresh of a model's tables")
+    logs = logs_for(settings, pipeline, None if taken is None else [log.types for log in taken.logs])
+    schema = settings.schema_
+    for where, before, now in differences(logs.schema.identity(), schema.identity()):
+        raise UserError(
+            f"setting '{where}' is {before} in the model's features and {now} in the settings, so its tables would "
+            "hold something else: restore the setting, or train a model with it"
+        )
+    return logs
+
+
+def _scratch(out: Path) -> Path:
+    """An empty folder beside the artifact that is written."""
+    scratch = out.with_name(f".{out.name}.tables")
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    return scratch
+
+
+def _write(artifact: Path, out: Path, tables: Path, made: Tables, journal: Mapping[str, Any] | None) -> None:
+    from mmoe_rec.inference.writing import write_with_tables  # which imports torch
+
+    write_with_tables(
+        artifact,
+        out,
+        tables,
+        tables_as_of=made.as_of,
+        files=made.digest,
+        journal=journal,
+    )
