@@ -83,13 +83,6 @@ def find_model(address: str, uri: str) -> FoundModel:
     return FoundModel(pinned, fetch_model(pinned, uri), find_run(pinned, uri))
 
 
-def check_address(address: str, uri: str) -> None:
-    """Raises UserError for an address of the registry or a folder without a model, at little cost: fetches nothing."""
-    if Path(address).exists() or _read_scheme(address) is None:
-        fetch_model(address, uri)
-    pin_address(address, uri)
-
-
 def fetch_model(address: str, uri: str) -> Path:
     """The artifact folder at an address.
 
