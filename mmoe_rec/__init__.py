@@ -27,7 +27,7 @@ __all__ = ["Ranker", "__version__", "build_features", "evaluate", "load_settings
 
 _PLACES = {
     "Ranker": ("mmoe_rec.tracking.registry", "Ranker"),
-    "build_features": ("mmoe_rec.jobs.workspace", "build_features"),
+    "build_features": ("mmoe_rec.jobs.places", "build_features"),
     "evaluate": ("mmoe_rec.jobs.evaluate", "evaluate_model"),
     "load_settings": ("mmoe_rec.settings.load", "load_settings"),
     "score": ("mmoe_rec.jobs.score", "score_log"),
