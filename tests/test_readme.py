@@ -20,7 +20,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from mmoe_rec.cli import doctor
-from mmoe_rec.jobs.machine import Installer
 from mmoe_rec.settings.load import load_settings
 from tests.fork_server import run_command
 from tests.inference.running_server import free_port, running_program
@@ -34,6 +33,7 @@ DOCS = "\n".join([README, *(each.read_text(encoding="utf-8") for each in FILES)]
 """README, the guides beside what they describe, and how to contribute."""
 SHOP = "test_commands_of_the_shop"
 HOUSEHOLDS = "30"
+PIP_COMMAND = doctor.Machine(doctor.read_requirements(), {}, uv=False).install_all()
 
 # How each command is exercised: by a test of this file, or by another that does what the command does.
 EXERCISED_BY = {
@@ -60,16 +60,14 @@ EXERCISED_BY = {
     "uv run --extra cpu pytest": "test_the_checks_are_those_of_ci",
     "uv run --extra cpu python -m pipelines.quickstart --fast": "test_commands_of_the_first_data_set",
     "pip install uv && uv run --extra cpu pytest": "test_the_test_command_is_that_of_ci",
-    Installer(False, "cpu", doctor.requirements()).beside(None).install_all(): (
-        "test_pip_command_is_that_of_the_doctor"
-    ),
+    PIP_COMMAND: "test_pip_command_is_that_of_the_doctor",
     "uv venv && uv pip install --torch-backend cpu --group demo -e '.[cpu]'": (
         "test_a_smaller_install_names_what_there_is"
     ),
     "mmoe-rec replay --config configs/complete_journey.yaml --from 2017-09-11 --to 2017-09-18": (
         "live/test_replay_server.py::test_the_command_by_itself"
     ),
-    "mmoe-rec replay --config ... --from DAY --to DAY --requests DIR": (
+    "mmoe-rec replay --config configs/complete_journey.yaml --from 2017-09-11 --to 2017-09-18 --requests requests": (
         "live/test_replay.py::test_logged_requests_of_a_server_are_compared_with_the_log"
     ),
     "mmoe-rec doctor": "pipelines/test_doctor.py::test_json_of_this_machine",
@@ -303,8 +301,7 @@ def test_a_smaller_install_names_what_there_is() -> None:
 
 
 def test_pip_command_is_that_of_the_doctor() -> None:
-    installer = Installer(uv=False, build="cpu", required=doctor.requirements()).beside(None)
-    assert commands("test_pip_command_is_that_of_the_doctor") == [installer.install_all()]
+    assert commands("test_pip_command_is_that_of_the_doctor") == [PIP_COMMAND]
 
 
 def test_commands_of_the_first_data_set(said: dict[str, str], folder: Path) -> None:

@@ -7,16 +7,15 @@ import math
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import click
 
+from mmoe_rec.cli.main import command
 from mmoe_rec.errors import UserError
-from mmoe_rec.settings.help import describe
 from mmoe_rec.settings.load import TEMPLATE, load_settings
 from mmoe_rec.settings.sections import Settings
 
@@ -55,50 +54,6 @@ class Configuration:
     def options(self, *words: str) -> str:
         """The options that give another command the same settings, with `words` among them, quoted for a shell."""
         return shlex.join(["--config", self.file, *words, *self.overrides])
-
-
-class Command(click.Command):
-    """Takes `--option A B` as `--option A --option B` where an option may be repeated, and prints its text as it is.
-
-    section: the section of settings that `--help` lists, "" for all of them, None for none.
-    """
-
-    def __init__(self, *arguments: Any, section: str | None = None, **attributes: Any) -> None:
-        super().__init__(*arguments, **attributes)
-        self.section = section
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        return super().parse_args(ctx, list(self._repeat_options(args)))
-
-    def _repeat_options(self, words: Iterable[str]) -> Iterator[str]:
-        repeated = {name for each in self.params if getattr(each, "multiple", False) for name in each.opts}
-        option: str | None = None
-        rest = iter(words)
-        for word in rest:
-            if word in repeated:
-                option = word
-                yield word
-                yield from islice(rest, 1)  # its value, whatever that begins with
-            else:
-                option = None if word.startswith("-") else option
-                yield from (word,) if option is None else (option, word)
-
-    def format_help_text(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        formatter.write(f"\n{self.help}")
-
-    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        if self.section is not None:
-            formatter.write(f"\nsettings (in the YAML file, or as overrides):\n{describe(self.section or None)}\n")
-
-
-def command(doc: str | None, section: str | None = None) -> Callable[[Callable[..., None]], click.Command]:
-    """Makes a command of a function. doc: what `--help` prints; section: as for `Command`.
-
-    With a section, the command takes words that are no options of its own, as `overrides_argument`.
-    """
-    context = {"help_option_names": ["-h", "--help"], "max_content_width": 120}
-    any_option = {"ignore_unknown_options": section is not None}
-    return click.command(cls=Command, help=doc, section=section, context_settings={**context, **any_option})
 
 
 def settings_command(doc: str | None, required: bool = True) -> Callable[[Callable[..., None]], click.Command]:

@@ -11,264 +11,279 @@ from __future__ import annotations
 
 import ctypes
 import json
-import os
 import platform
 import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
-from dataclasses import asdict
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 
-from mmoe_rec.cli.command import command
-from mmoe_rec.devices import usable_cores
-from mmoe_rec.jobs.machine import (
-    DRIVER,
-    SYSTEM_LIBRARIES,
-    TORCHREC_NEEDS,
-    Check,
-    Installer,
-    Probe,
-    check_choices,
-    check_cpu,
-    check_cuda,
-    check_disk,
-    check_fbgemm_build,
-    check_memory,
-    check_packages,
-    check_platform,
-    check_python,
-    check_system_files,
-    check_tables,
-    check_trio,
-    check_uvicorn,
-    has_fbgemm,
-)
+from mmoe_rec.cli.main import command
 
 PYPROJECT = Path(__file__).resolve().parents[2] / "pyproject.toml"  # in the repository; an installed package has none
+PROBE = "from mmoe_rec.cli.doctor import probe; probe()"
 PROBE_SECONDS = 300
-_EXTRAS = ("tables-cpu", "tables-cuda", "serve", "tune")  # what the extras cpu and cuda consist of
+GIB = 2**30
+PYTHONS = (3, 11), (3, 14)
+"""The oldest and the newest Python, as `requires-python` in pyproject.toml says."""
+BUILDS = {"cpu": "fbgemm-gpu-cpu", "cuda": "fbgemm-gpu"}
+DRIVER = "libnvidia-ml.so.1"
+TOGETHER = {
+    "2.11": ("1.6.1", "1.6.0"),
+    "2.12": ("1.7.0", "1.7.0"),
+    "2.13": ("1.8.0", "1.8.0"),
+    "2.14": ("1.9.2", "1.9.0"),
+}
+"""Release of torch -> of torchrec and of fbgemm, built for it and tried with it. By default the last of them."""
+EXTRAS = ("tables-cpu", "tables-cuda", "serve", "tune")  # what the extras cpu and cuda consist of
+TORCHREC_NEEDS = ("pyre-extensions", "tensordict", "torchmetrics==1.0.3", "tqdm")
+"""What torchrec asks for besides fbgemm, whose build it would choose."""
+PLAIN = "plain PyTorch tables, one process"
 
 
-def requirements() -> dict[str, str]:
-    """Package name to requirement: the dependencies, both builds of fbgemm, and what torchrec needs besides fbgemm."""
+@dataclass(frozen=True)
+class Check:
+    """One line of the report; `fix` is what to type or do, empty where nothing is wrong."""
+
+    name: str
+    status: Literal["ok", "warn", "fail"]
+    found: str
+    fix: str = ""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the checks look at.
+
+    required, versions: package name -> requirement (`mlflow==3.17.*`), and installed version; uv: whether uv made the
+    environment; has_driver: whether NVIDIA's driver is there; uvicorn: the first on PATH, and this environment's;
+    memory, disk: free bytes; probe: what `probe` reported: `stage`, and maybe `error`, `torch_cuda`, `cards` (name and
+    bytes of each) and `choices`.
+    """
+
+    required: Mapping[str, str]
+    versions: Mapping[str, str]
+    python: tuple[int, int] = sys.version_info[:2]
+    system: str = platform.system()
+    processor: str = platform.machine()
+    uv: bool = True
+    has_driver: bool = False
+    uvicorn: tuple[str | None, str | None] = (None, None)
+    memory: int = 0
+    disk: int = 0
+    probe: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def build(self) -> str:
+        """The extra for this machine; fbgemm's CUDA build has wheels for x86-64 alone."""
+        return "cuda" if self.has_driver and self.processor == "x86_64" else "cpu"
+
+    @property
+    def offers_fbgemm(self) -> bool:
+        """Whether there is a build of fbgemm for this machine."""
+        return self.system == "Linux" and self.processor in ("x86_64", "aarch64")
+
+    @property
+    def trio(self) -> dict[str, str]:
+        """Requirements of torch, torchrec and fbgemm that go with the installed torch."""
+        release = ".".join(self.versions.get("torch", "").split(".")[:2])
+        release = release if release in TOGETHER else list(TOGETHER)[-1]
+        torchrec, fbgemm = TOGETHER[release]
+        builds = {build: f"{build}=={fbgemm}" for build in BUILDS.values()}
+        return {"torch": f"torch=={release}.*", "torchrec": f"torchrec=={torchrec}", **builds}
+
+    def install(self, names: Iterable[str], again: bool = False) -> str:
+        """What installs these packages; torchrec without its dependencies, which ask for fbgemm's CUDA build."""
+        if self.uv:
+            parts = [f"--reinstall-package {name}" for name in names] if again else []
+            return " ".join(["uv sync --extra", self.build, *parts])
+        lines, force = {**self.required, **self.trio}, " --force-reinstall" if again else ""
+        others = [shlex.quote(lines[name]) for name in names if name != "torchrec"]
+        commands = [f"pip uninstall -y {' '.join(BUILDS.values())}"] if again else []
+        commands += [f"pip install{force} " + " ".join(others)] if others else []
+        commands += [f"pip install{force} --no-deps {lines['torchrec']}"] if "torchrec" in names else []
+        return " && ".join(commands)
+
+    def install_all(self) -> str:
+        """What installs everything that the project needs."""
+        other = {"cpu": "fbgemm-gpu", "cuda": "fbgemm-gpu-cpu"}[self.build]
+        return self.install([name for name in self.required if name != other])
+
+    def problem(self, name: str) -> str | None:
+        """What is wrong with the version of a package."""
+        from packaging.requirements import Requirement
+
+        needed = Requirement({**self.required, **self.trio}[name]).specifier
+        version = self.versions.get(name)
+        if version is None:
+            return f"{name} is missing"
+        return None if needed.contains(version, prereleases=True) else f"{name} {version} (needs {needed})"
+
+
+def run_checks(machine: Machine) -> Iterator[Check]:
+    """All checks; only the first ones where nothing else could work."""
+    oldest, newest = (".".join(map(str, each)) for each in PYTHONS)
+    found = ".".join(map(str, machine.python))
+    if not PYTHONS[0] <= machine.python <= PYTHONS[1]:
+        yield Check("Python", "fail", found, f"use Python {oldest} to {newest}, such as with uv run --python {oldest}")
+        return
+    yield Check("Python", "ok", found)
+    found = f"{machine.system} {machine.processor}"
+    if machine.system == "Windows":
+        yield Check("platform", "fail", found, "use Linux, in WSL or a container: folders can't be locked on Windows")
+        return
+    if machine.offers_fbgemm:
+        yield Check("platform", "ok", found)
+    else:
+        fix = "use Linux on x86_64 or aarch64 (on a Mac a container) for sharded tables, or several processes"
+        yield Check("platform", "warn", f"{found}: fbgemm has no build for it; {PLAIN}", fix)
+    if find_spec("packaging") is None:
+        yield Check("packages", "fail", f"{sys.executable} lacks the project's packages", machine.install_all())
+        return
+    yield from _check_packages(machine)
+    yield from _check_trio(machine)
+    yield _check_look_up(machine)
+    yield _check_uvicorn(machine)
+    yield from _check_resources(machine)
+
+
+def _check_packages(machine: Machine) -> Iterator[Check]:
+    is_plain = not machine.versions.keys() & {"torchrec", *BUILDS.values()}
+    needs = {re.split("[=]", line)[0] for line in TORCHREC_NEEDS}
+    names = [name for name in machine.required if name not in machine.trio and not (is_plain and name in needs)]
+    wrong = {name: problem for name in names if (problem := machine.problem(name))}
+    if wrong:
+        yield Check("packages", "fail", ", ".join(wrong.values()), machine.install(list(wrong)))
+    else:
+        yield Check("packages", "ok", f"mlflow {machine.versions['mlflow']} and {len(names) - 1} others are in range")
+
+
+def _check_trio(machine: Machine) -> Iterator[Check]:
+    """Torch, torchrec and fbgemm go together, with one build of fbgemm, the one that suits the machine."""
+    versions, build = machine.versions, BUILDS[machine.build]
+    cpu, cuda = (each in versions for each in BUILDS.values())
+    cards = len(machine.probe.get("cards", ()))
+    everything = [*(name for name in machine.required if machine.required[name] in TORCHREC_NEEDS), build, "torchrec"]
+    if not (cpu or cuda or "torchrec" in versions or machine.problem("torch")):
+        found = f"torch {versions['torch']}, without torchrec and fbgemm: {PLAIN}"
+        fix = f"{machine.install(everything)}  # for sharded tables, and for tables on a CUDA device"
+        yield Check("torch trio", "warn", found, fix) if machine.offers_fbgemm else Check("torch trio", "ok", found)
+        return
+    names = ["torch", "torchrec", *([each for each in BUILDS.values() if each in versions] or [build])]
+    problems = [machine.problem(name) for name in names]
+    found = ", ".join(problem or f"{name} {versions[name]}" for name, problem in zip(names, problems, strict=True))
+    wanted = ["torch"] if problems[0] else []  # one that is right stays, which may be what its machine came with
+    fix = machine.install([*wanted, build, "torchrec"]) + "  # the three releases go together"
+    yield Check("torch trio", "fail", found, fix) if any(problems) else Check("torch trio", "ok", found)
+
+    again = machine.install([build], again=True)
+    if cpu and cuda:
+        yield Check("fbgemm build", "fail", "both builds are installed, into one folder: one breaks the other", again)
+    elif cards and not cuda:
+        found = f"no CUDA build, but torch sees {cards} CUDA device{'s' * (cards > 1)}: tables cannot train there"
+        yield Check("fbgemm build", "fail", found, f"{again}  # or train with --training.device cpu")
+    elif cuda and not machine.has_driver:
+        yield Check("fbgemm build", "fail", f"CUDA build, but there is no NVIDIA driver ({DRIVER})", again)
+    elif cpu or cuda:
+        yield Check("fbgemm build", "ok", "CUDA build" if cuda else "CPU build")
+
+
+def _check_look_up(machine: Machine) -> Check:
+    """The libraries import, and a model trains for a few steps."""
+    stage, error = machine.probe.get("stage", "start Python"), str(machine.probe.get("error", "no answer"))
+    if stage == "done":
+        choices = "; ".join(f"{device}: {text}" for device, text in machine.probe["choices"].items())
+        return Check("embedding lookup", "ok", f"right; a training of common size computes in {choices}")
+    if "SIGILL" in error:
+        fix = "use another machine: this processor lacks instructions of the wheels (AVX2 on x86-64)"
+    elif error.startswith("no answer"):
+        fix = "mmoe-rec doctor  # once more: a first import from a slow disk takes long"
+    else:
+        fix = machine.install(["torch", BUILDS[machine.build], "torchrec"], again=True)
+        if "libcudart.so" in error:
+            fix += f"  # torch is built for CUDA {machine.probe.get('torch_cuda')}, fbgemm for another release"
+        elif re.search(r"lib(stdc\+\+|gcc_s|z)\.so", error):
+            fix = "apt-get install -y libstdc++6 libgcc-s1 zlib1g"
+    return Check("embedding lookup", "fail", f"could not {stage}: {error}", fix)
+
+
+def _check_uvicorn(machine: Machine) -> Check:
+    """`mlflow models serve` starts the first `uvicorn` on PATH."""
+    on_path, own = machine.uvicorn
+    if own is None:
+        return Check("uvicorn", "fail", "not found", machine.install(["uvicorn"], again=True))
+    if on_path is None or Path(on_path).resolve() != Path(own).resolve():
+        found = f"{own} is not the one on PATH ({on_path or 'none'}): `mlflow models serve` would not find it"
+        return Check("uvicorn", "warn", found, f"export PATH={shlex.quote(str(Path(own).parent))}:$PATH")
+    return Check("uvicorn", "ok", own)
+
+
+def _check_resources(machine: Machine) -> Iterator[Check]:
+    cards = ", ".join(f"{name} {memory / GIB:.0f} GiB" for name, memory in machine.probe.get("cards", ()))
+    if machine.has_driver and not cards:
+        release = machine.probe.get("torch_cuda") or "no CUDA"
+        fix = f"nvidia-smi  # torch is built for {release}, which the driver has to support; see CUDA_VISIBLE_DEVICES"
+        yield Check("CUDA devices", "warn", "an NVIDIA driver is here, but torch sees no device", fix)
+    else:
+        yield Check("CUDA devices", "ok", cards or "none: models train on the CPU")
+    for name, size, least in (("memory", machine.memory, 2), ("disk", machine.disk, 5)):
+        found = f"{size / GIB:.1f} GiB free"
+        few = Check(name, "warn", found, f"have {least} GiB free, or take a smaller log")
+        yield Check(name, "ok", found) if size >= least * GIB else few
+
+
+def read_requirements() -> dict[str, str]:
+    """Package name -> requirement: the dependencies, both builds of fbgemm, and what torchrec needs besides fbgemm."""
     if PYPROJECT.is_file():
         import tomllib
 
-        project = tomllib.loads(PYPROJECT.read_text())["project"]
+        project = tomllib.loads(PYPROJECT.read_text(encoding="utf-8"))["project"]
         extras = project["optional-dependencies"]
-        lines = [*project["dependencies"], *(line for name in _EXTRAS for line in extras[name])]
+        lines = [*project["dependencies"], *(line for name in EXTRAS for line in extras[name])]
     else:
-        lines = []
-        for line in metadata.requires("mmoe-rec") or []:
-            requirement, _, marker = line.partition(";")
-            if not marker or any(re.search(rf"extra == ['\"]{name}['\"]", marker) for name in _EXTRAS):
-                lines.append(requirement.strip())
-    found = [(re.match(r"[\w.-]+", line), line) for line in (*lines, *TORCHREC_NEEDS)]
-    return {name[0]: line for name, line in found if name}
+        parts = (line.partition(";") for line in metadata.requires("mmoe-rec") or [])
+        marked = re.compile(rf"extra == ['\"]({'|'.join(EXTRAS)})['\"]")
+        lines = [line.strip() for line, _, marker in parts if not marker or marked.search(marker)]
+    return {re.split(r"[^\w.-]", line)[0]: line for line in (*lines, *TORCHREC_NEEDS)}
 
 
-def installed_versions(names: Iterable[str]) -> dict[str, str]:
+def find_versions(names: Iterable[str]) -> dict[str, str]:
     """Versions of those packages that are installed, read without importing them."""
     versions = {}
     for name in names:
-        try:
+        with suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
     return versions
 
 
-def installed_script(package: str) -> str | None:
-    """Path of the command that an installed package of the same name brings."""
-    try:
-        files = metadata.files(package) or []
-    except metadata.PackageNotFoundError:
-        return None
-    paths = [Path(str(file.locate())) for file in files if file.name == package and file.parent.name == "bin"]
-    return next((str(path.resolve()) for path in paths if path.exists()), None)
-
-
-def made_by_uv(prefix: Path) -> bool:
-    """Whether uv made the environment in this folder; outside any environment, whether uv is installed."""
-    settings = prefix / "pyvenv.cfg"
-    if settings.is_file():
-        return any(line.startswith("uv =") for line in settings.read_text().splitlines())
-    return shutil.which("uv") is not None
-
-
-def probe() -> None:
-    """Prints one JSON line of `Probe` fields at the start of each stage, so that the last tells where a crash came."""
-    facts: dict[str, Any] = {}
-
-    def report(**found: object) -> None:
-        facts.update(found)
-        print(json.dumps(facts), flush=True)
-
-    try:
-        report(stage="import torch")
-        import torch
-
-        cards = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
-        report(
-            torch_cuda=torch.version.cuda,
-            cards=[(card.name, card.total_memory) for card in cards],
-            stage="import fbgemm_gpu",
-        )
-        if not any(map(find_spec, ("fbgemm_gpu", "torchrec"))):
-            report(stage="look up an embedding")
-            _expect_sums(_plain_sums())
-            report(choices=_choices(), stage="done")
-            return
-        import fbgemm_gpu  # noqa: F401
-
-        report(stage="import torchrec")
-        from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor
-
-        report(stage="look up an embedding")
-        table = EmbeddingBagConfig(name="table", embedding_dim=4, num_embeddings=3, feature_names=["feature"])
-        tables = EmbeddingBagCollection(tables=[table])
-        torch.nn.init.ones_(tables.embedding_bags["table"].weight)
-        ids = KeyedJaggedTensor.from_lengths_sync(["feature"], torch.tensor([0, 2, 1]), torch.tensor([2, 1]))
-        _expect_sums(tables(ids)["feature"])
-        report(stage="train a model for a few steps")
-        report(choices=_choices(), stage="done")
-    except Exception as error:
-        lines = str(error).strip().splitlines() or [""]
-        report(error=f"{type(error).__name__}: {lines[-1]}")
-
-
-def _choices() -> dict[str, str]:
-    """Device -> what a training of common size would compute in there."""
-    import torch
-
-    from mmoe_rec.training.measure import sample_choices
-
-    devices = [torch.device(kind) for kind in ("cpu", *["cuda"] * torch.cuda.is_available())]
-    return {device.type: str(sample_choices(device)) for device in devices}
-
-
-def _plain_sums() -> Any:
-    import torch
-
-    from mmoe_rec.training.tables import Place, RowWise, Storage
-
-    storage = Storage(torch.ones(12), torch.zeros(3), torch.zeros(()), 1.0)
-    ids, offsets = torch.tensor([0, 2, 1]), torch.tensor([0, 2, 3])
-    return RowWise([Place("table", 3, 4, 0, 0)]).look_up(storage, ids, offsets, torch.zeros(0))
-
-
-def _expect_sums(pooled: Any) -> None:
-    if pooled.tolist() != [[2.0] * 4, [1.0] * 4]:
-        raise ArithmeticError(f"expected sums of 2 and 1, found {pooled.tolist()}")
-
-
-def run_probe() -> Probe:
-    """Runs `probe` in a process of its own."""
-    words = [sys.executable, "-W", "ignore", "-c", "from mmoe_rec.cli.doctor import probe; probe()"]
-    started = time.perf_counter()
-    crash = None
-    try:
-        done = subprocess.run(
-            words, cwd=PYPROJECT.parent, capture_output=True, text=True, timeout=PROBE_SECONDS, check=False
-        )
-        output, errors = done.stdout, done.stderr
-        if done.returncode < 0:
-            crash = f"died of {signal.Signals(-done.returncode).name}"
-        elif done.returncode:
-            crash = (errors.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-    except subprocess.TimeoutExpired as expired:
-        output = expired.stdout.decode() if isinstance(expired.stdout, bytes) else expired.stdout or ""
-        crash = f"no answer after {PROBE_SECONDS} seconds"
-    lines = [line for line in output.splitlines() if line.startswith('{"stage"')]
-    facts = json.loads(lines[-1]) if lines else {}
-    if crash and facts.get("stage") != "done":
-        facts["error"] = crash
-    return Probe(**facts, seconds=time.perf_counter() - started)
-
-
-def run_checks() -> list[Check]:
-    """All checks of this machine; only the first few where nothing else could work."""
-    version = sys.version_info
-    checks = [
-        check_python((version.major, version.minor, version.micro)),
-        check_platform(platform.system(), platform.machine()),
-    ]
-    if any(check.status == "fail" for check in checks):
-        return checks
-    has_driver = _loads(DRIVER)
-    required = requirements()
-    linux = platform.system() == "Linux"
-    with_cuda = has_driver and platform.machine() == "x86_64"  # fbgemm's CUDA build has no other wheel
-    versions = installed_versions(required)
-    installer = Installer(made_by_uv(Path(sys.prefix)), "cuda" if with_cuda else "cpu", required)
-    installer = installer.beside(versions.get("torch"))
-    if find_spec("packaging") is None or find_spec("rich") is None:
-        found = f"{sys.executable} lacks the project's packages"
-        again = f"uv run --extra {installer.build} mmoe-rec doctor"
-        return [*checks, Check("packages", "fail", found, again if installer.uv else installer.install_all())]
-
-    probed = run_probe()
-    return [
-        *checks,
-        check_system_files((name for name in SYSTEM_LIBRARIES if linux and not _loads(name)), _has_time_zones()),
-        check_trio(versions, installer, has_fbgemm(platform.system(), platform.machine())),
-        check_fbgemm_build(versions, has_driver, len(probed.cards), installer),
-        check_tables(probed, installer),
-        *check_packages(versions, installer),
-        check_uvicorn(shutil.which("uvicorn"), installed_script("uvicorn"), installer),
-        check_cpu(usable_cores(), os.environ.get("OMP_NUM_THREADS")),
-        check_cuda(probed, has_driver),
-        check_choices(probed),
-        *([check_memory(*_memory())] if linux else []),
-        check_disk(shutil.disk_usage(Path.cwd()).free, str(Path.cwd())),
-    ]
-
-
-def show(checks: Sequence[Check]) -> None:
-    """Prints the table, then each problem with what to type, on lines that are not broken, for copying."""
-    if find_spec("rich") is None:
-        for check in checks:
-            print(f"{check.status:4}  {check.name}: {check.found}")
-    else:
-        from rich.console import Console
-        from rich.table import Column, Table
-        from rich.text import Text
-
-        table = Table("", "check", Column("found", overflow="fold"), box=None, pad_edge=False)
-        for check in checks:
-            style = {"ok": "green", "warn": "yellow", "fail": "red"}[check.status]
-            table.add_row(Text(check.status, style), check.name, Text(check.found))
-        Console().print(table)
-    wrong = [check for check in checks if check.status != "ok"]
-    for fix in dict.fromkeys(check.fix for check in wrong):
-        names = ", ".join(check.name for check in wrong if check.fix == fix)
-        print(f"\n{names}: what to type or do\n    {fix}")
-    failed = sum(check.status == "fail" for check in checks)
-    print(f"\n{failed} to fix, {len(wrong) - failed} to know." if wrong else "\nAll is well.")
-
-
-@command(__doc__)
-@click.option("--json", "as_json", is_flag=True, help="print JSON: `ok` and a list of `checks`")
-def doctor(as_json: bool) -> None:
-    """Runs the command."""
-    with nullcontext() if as_json else _spinner():
-        checks = run_checks()
-    failed = any(check.status == "fail" for check in checks)
-    if as_json:
-        print(json.dumps({"ok": not failed, "checks": [asdict(check) for check in checks]}, indent=2))
-    else:
-        show(checks)
-    raise SystemExit(1 if failed else 0)
+def look() -> Machine:
+    """This machine."""
+    required = read_requirements()
+    environment = Path(sys.prefix) / "pyvenv.cfg"
+    by_uv = "uv =" in environment.read_text() if environment.is_file() else shutil.which("uv") is not None
+    own = shutil.which("uvicorn", path=str(Path(sys.executable).parent))
+    meminfo = Path("/proc/meminfo")
+    kilobytes = re.search(r"MemAvailable: *(\d+)", meminfo.read_text() if meminfo.is_file() else "")
+    return Machine(
+        required,
+        find_versions(required),
+        uv=by_uv,
+        has_driver=_loads(DRIVER),
+        uvicorn=(shutil.which("uvicorn"), own),
+        memory=int(kilobytes[1]) * 1024 if kilobytes else 2 * GIB,
+        disk=shutil.disk_usage(Path.cwd()).free,
+        probe=run_probe(),
+    )
 
 
 def _loads(library: str) -> bool:
@@ -279,32 +294,80 @@ def _loads(library: str) -> bool:
     return True
 
 
-def _has_time_zones() -> bool:
-    """Whether pandas finds a time zone, in the system's files or in the tzdata package."""
-    from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
+def run_probe() -> dict[str, Any]:
+    """What `probe` reports in a process of its own; `error` says how it ended, if not well."""
+    words = [sys.executable, "-W", "ignore", "-c", PROBE]
+    crash = None
+    try:
+        done = subprocess.run(
+            words, cwd=PYPROJECT.parent, capture_output=True, text=True, timeout=PROBE_SECONDS, check=False
+        )
+        output = done.stdout
+        if done.returncode < 0:
+            crash = f"died of {signal.Signals(-done.returncode).name}"
+        elif done.returncode:
+            crash = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+    except subprocess.TimeoutExpired as expired:
+        output = expired.stdout.decode() if isinstance(expired.stdout, bytes) else expired.stdout or ""
+        crash = f"no answer after {PROBE_SECONDS} seconds"
+    lines = [line for line in output.splitlines() if line.startswith('{"stage"')]
+    facts: dict[str, Any] = json.loads(lines[-1]) if lines else {}
+    return facts | ({"error": crash} if crash and facts.get("stage") != "done" else {})
+
+
+def probe() -> None:
+    """Prints one JSON line at the start of each stage, so that the last tells where a crash came."""
+    facts: dict[str, Any] = {}
+
+    def report(**more: object) -> None:
+        facts.update(more)
+        print(json.dumps(facts), flush=True)
 
     try:
-        ZoneInfo("America/New_York")
-    except ZoneInfoNotFoundError:
-        return False
-    return True
+        report(stage="import torch")
+        import torch
+
+        cards = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+        report(torch_cuda=torch.version.cuda, cards=[(card.name, card.total_memory) for card in cards])
+        if any(map(find_spec, ("fbgemm_gpu", "torchrec"))):
+            report(stage="import fbgemm_gpu")
+            import fbgemm_gpu  # noqa: F401
+
+            report(stage="import torchrec")
+            from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor
+
+            report(stage="look up an embedding")
+            table = EmbeddingBagConfig(name="table", embedding_dim=4, num_embeddings=3, feature_names=["feature"])
+            tables = EmbeddingBagCollection(tables=[table])
+            torch.nn.init.ones_(tables.embedding_bags["table"].weight)
+            ids = KeyedJaggedTensor.from_lengths_sync(["feature"], torch.tensor([0, 2, 1]), torch.tensor([2, 1]))
+            if (sums := tables(ids)["feature"].tolist()) != [[2.0] * 4, [1.0] * 4]:
+                raise ArithmeticError(f"expected sums of 2 and 1, found {sums}")
+        report(stage="train a model for a few steps")
+        from mmoe_rec.training.measure import sample_choices
+
+        devices = [torch.device(kind) for kind in ("cpu", *["cuda"] * torch.cuda.is_available())]
+        report(choices={device.type: str(sample_choices(device)) for device in devices}, stage="done")
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [""]
+        report(error=f"{type(error).__name__}: {lines[-1]}")
 
 
-def _memory() -> tuple[int, int]:
-    """Total and available bytes, within the limit of a container."""
-    lines = (line.split() for line in Path("/proc/meminfo").read_text().splitlines())
-    kilobytes = {line[0].rstrip(":"): int(line[1]) for line in lines}
-    total, available = 1024 * kilobytes["MemTotal"], 1024 * kilobytes["MemAvailable"]
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.exists() and used.exists() and (text := limit.read_text().strip()).isdecimal():
-        total = min(total, int(text))
-        available = min(available, max(0, int(text) - int(used.read_text())))
-    return total, available
-
-
-def _spinner() -> Any:
-    if find_spec("rich") is None:
-        return nullcontext()
-    from rich.console import Console
-
-    return Console(stderr=True).status("importing torch, fbgemm and torchrec")
+@command(__doc__)
+@click.option("--json", "as_json", is_flag=True, help="print JSON: `ok` and a list of `checks`")
+def doctor(as_json: bool) -> None:
+    """Runs the command."""
+    checks = list(run_checks(look()))
+    failed = sum(check.status == "fail" for check in checks)
+    if as_json:
+        print(json.dumps({"ok": not failed, "checks": [asdict(check) for check in checks]}, indent=2))
+    else:
+        for check in checks:
+            colour = {"ok": "green", "warn": "yellow", "fail": "red"}[check.status]
+            click.echo(f"{click.style(f'{check.status:4}', colour)}  {check.name:16}  {check.found}")
+        wrong = [check for check in checks if check.status != "ok"]
+        for fix in dict.fromkeys(check.fix for check in wrong):
+            names = ", ".join(check.name for check in wrong if check.fix == fix)
+            print(f"\n{names}: what to type or do\n    {fix}")
+        print(f"\n{failed} to fix, {len(wrong) - failed} to know." if wrong else "\nAll is well.")
+    raise SystemExit(1 if failed else 0)

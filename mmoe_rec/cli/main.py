@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from difflib import get_close_matches
 from importlib import import_module
+from itertools import islice
+from typing import Any
 
 import click
 
@@ -33,6 +35,52 @@ COMMANDS = {
     "doctor": "checks this machine and its packages",
 }
 """Command -> what it does. Its file has its name, with underscores, and so has the function in it."""
+
+
+class Command(click.Command):
+    """Takes `--option A B` as `--option A --option B` where an option may be repeated, and prints its text as it is.
+
+    section: the section of settings that `--help` lists, "" for all of them, None for none.
+    """
+
+    def __init__(self, *arguments: Any, section: str | None = None, **attributes: Any) -> None:
+        super().__init__(*arguments, **attributes)
+        self.section = section
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, list(self._repeat_options(args)))
+
+    def _repeat_options(self, words: Iterable[str]) -> Iterator[str]:
+        repeated = {name for each in self.params if getattr(each, "multiple", False) for name in each.opts}
+        option: str | None = None
+        rest = iter(words)
+        for word in rest:
+            if word in repeated:
+                option = word
+                yield word
+                yield from islice(rest, 1)  # its value, whatever that begins with
+            else:
+                option = None if word.startswith("-") else option
+                yield from (word,) if option is None else (option, word)
+
+    def format_help_text(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        formatter.write(f"\n{self.help}")
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        if self.section is not None:
+            from mmoe_rec.settings.help import describe
+
+            formatter.write(f"\nsettings (in the YAML file, or as overrides):\n{describe(self.section or None)}\n")
+
+
+def command(doc: str | None, section: str | None = None) -> Callable[[Callable[..., None]], click.Command]:
+    """Makes a command of a function. doc: what `--help` prints; section: as for `Command`.
+
+    With a section, the command takes words that are no options of its own, as `overrides_argument`.
+    """
+    context = {"help_option_names": ["-h", "--help"], "max_content_width": 120}
+    any_option = {"ignore_unknown_options": section is not None}
+    return click.command(cls=Command, help=doc, section=section, context_settings={**context, **any_option})
 
 
 class Commands(click.Group):

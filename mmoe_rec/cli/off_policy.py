@@ -16,7 +16,8 @@ from pathlib import Path
 
 import click
 
-from mmoe_rec.cli.command import COUNT, FOLDER, command, show
+from mmoe_rec.cli.command import COUNT, FOLDER, show
+from mmoe_rec.cli.main import command
 
 
 @command(__doc__)

@@ -16,7 +16,8 @@ from typing import Literal, get_args
 
 import click
 
-from mmoe_rec.cli.command import command, model_option, overrides_argument
+from mmoe_rec.cli.command import model_option, overrides_argument
+from mmoe_rec.cli.main import command
 from mmoe_rec.settings.sections import EngineName
 
 

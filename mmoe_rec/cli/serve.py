@@ -19,7 +19,8 @@ from typing import Any
 
 import click
 
-from mmoe_rec.cli.command import COUNT, FOLDER, NumberBetween, command, model_option, overrides_argument
+from mmoe_rec.cli.command import COUNT, FOLDER, NumberBetween, model_option, overrides_argument
+from mmoe_rec.cli.main import command
 from mmoe_rec.errors import UserError, require_packages
 from mmoe_rec.settings.load import parse_overrides
 
