@@ -78,11 +78,11 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 class StopRequest:
     """Notes the first SIGTERM or SIGINT within its context, so that a loop can end cleanly; a second one acts at once.
 
-    asked: name of the signal that came, None before. Outside the main thread, which alone gets signals, none comes.
+    signal: name of the signal that came, None before. Outside the main thread, which alone gets signals, none comes.
     """
 
     def __init__(self) -> None:
-        self.asked: str | None = None
+        self.signal: str | None = None
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopRequest:
@@ -96,7 +96,7 @@ class StopRequest:
         self._restore()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.asked = signal.Signals(number).name
+        self.signal = signal.Signals(number).name
         self._restore()
 
     def _restore(self) -> None:

@@ -106,7 +106,7 @@ def _print_tables(layout: ModelLayout) -> None:
 
 
 def _print_ranks(plan: PaperPlan, machines: Machines, dense_ms: float) -> None:
-    from mmoe_rec.training.planning import alike
+    from mmoe_rec.training.planning import merge_neighbours
 
     said = []
     for each in plan.ranks:
@@ -114,7 +114,7 @@ def _print_ranks(plan: PaperPlan, machines: Machines, dense_ms: float) -> None:
             f"{each.bytes / GIB:.2f} of {machines.rank_bytes / GIB:.2f} GiB ({each.bytes / machines.rank_bytes:.0%})"
         )
         said.append((each.rank, f"{taken} for tables and their activations, {each.milliseconds:.2f} ms a step"))
-    print("\n".join(alike(said)))
+    print("\n".join(merge_neighbours(said)))
     slowest = max((rank.milliseconds for rank in plan.ranks), default=0.0)
     print(
         f"estimated step: {slowest + dense_ms:.1f} ms, of which tables {slowest:.1f} and the dense part {dense_ms:.1f}"

@@ -79,8 +79,7 @@ def train(
 def _train_one(configuration: Configuration, start: str | None, resume: bool) -> None:
     from rich.console import Console
 
-    from mmoe_rec.jobs.train import train_model
-    from mmoe_rec.jobs.validations import told_of
+    from mmoe_rec.jobs.train import describe_training, train_model
     from mmoe_rec.jobs.workspace import CHALLENGER
 
     settings = configuration.settings
@@ -93,7 +92,7 @@ def _train_one(configuration: Configuration, start: str | None, resume: bool) ->
         values = trained.started_from.flat().items()
         text = ", ".join(f"{name.removeprefix('validation/')} {value:.4f}" for name, value in values)
         print(f"validation of the model that it was started from: {text}")
-    for part in told_of(trained, settings):
+    for part in describe_training(trained, settings):
         Console().print(part, highlight=False, soft_wrap=isinstance(part, str))
     if note := trained.best.experts.note(settings.model.gates.rule):
         print(f"note: {note}")

@@ -19,7 +19,7 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.sums import EvaluationSums, MeasuredTask, measure
 from mmoe_rec.model.layout import ModelLayout
 from mmoe_rec.model.mmoe import RankingModel
-from mmoe_rec.model.score import UNCALIBRATED, Calibration, fuse, predictions, with_outcomes
+from mmoe_rec.model.score import UNCALIBRATED, Calibration, add_outcomes, fuse, predictions
 from mmoe_rec.model.utilisation import Utilisation, UtilisationSums
 from mmoe_rec.progress import bar
 
@@ -117,7 +117,7 @@ class ScoredRows:
             specs,
             self.users,
             self.requests,
-            with_outcomes(self.predictions, self.layout),
+            add_outcomes(self.predictions, self.layout),
             dict(zip(names, [*self.labels.T, *self.outcomes.values()], strict=True)),
             score=self.score,
             weight=self.weights,

@@ -24,7 +24,7 @@ from mmoe_rec.live.logged_requests import Seen
 from mmoe_rec.log.given import check_count, check_flag
 from mmoe_rec.log.request_rows import RequestRows
 from mmoe_rec.model.inputs import RequestInputs
-from mmoe_rec.model.score import from_logs, with_outcomes
+from mmoe_rec.model.score import add_outcomes, scores_from_logs
 
 ROWS_AT_A_TIME = 16_384
 """Rows whose features are made together, at most, unless a single request has more."""
@@ -122,8 +122,8 @@ class Passes:
         unknown = np.bincount(rows.of, new, len(asked)).astype(int).tolist()
         unknown_users = (rows.shared.unknown(names.user) & names.has_user).astype(int).tolist()
         best = scored.values[order].astype(np.float64)
-        lists = {name: each.tolist() for name, each in with_outcomes(best, self._about.layout).items()}
-        scores = from_logs(log_scores[order]).tolist()
+        lists = {name: each.tolist() for name, each in add_outcomes(best, self._about.layout).items()}
+        scores = scores_from_logs(log_scores[order]).tolist()
         places, positions = order.tolist(), (order - starts[rows.of]).tolist()
         times = rows.shared.times().tolist()
         floors = self.pipeline.memories_read(rows)

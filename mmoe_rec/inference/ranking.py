@@ -42,7 +42,7 @@ _IF_THERE = ("explanations", "request_id")
 class Ranking:
     """Candidates, best first. Equal scores keep the request's order.
 
-    candidates: ids; scores: exp(sum of weight x log prediction); predictions: name -> values, as `with_outcomes` gives;
+    candidates: ids; scores: exp(sum of weight x log prediction); predictions: name -> values, as `add_outcomes` gives;
     order: positions of the candidates in the request; request_time and tables_as_of: ISO times of the request and of
     the last logged request that the model's tables know, None where the log has no times; warnings: what went wrong
     with experts, see `mmoe_rec.inference.experts`, and what is wrong with the request's time, see
@@ -95,12 +95,12 @@ def scored_table(rows: LogRows, values: np.ndarray, log_scores: np.ndarray, layo
 
     values: (N, T) predictions; log_scores: (N,).
     """
-    from mmoe_rec.model.score import from_logs, with_outcomes  # which imports torch
+    from mmoe_rec.model.score import add_outcomes, scores_from_logs  # which imports torch
 
     columns = {name: rows.column(name) for name in key_columns(rows.schema) if rows.has(name)}
     if rows.has(NO_CANDIDATE):
         columns[ROW] = rows.column(NO_CANDIDATE)
-    for name, each in zip(prediction_columns(layout), with_outcomes(values, layout).values(), strict=True):
+    for name, each in zip(prediction_columns(layout), add_outcomes(values, layout).values(), strict=True):
         columns[name] = pa.array(each)
-    columns["score"] = pa.array(from_logs(log_scores))
+    columns["score"] = pa.array(scores_from_logs(log_scores))
     return pa.table(columns)

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from mmoe_rec.inference.artifact import Artifact
 from mmoe_rec.inference.experts import MODELS_OWN, ExpertChoice, GuardedModel, LostExpert
-from mmoe_rec.model.products import Products, onednn_offered, set_products
+from mmoe_rec.model.products import Products, has_onednn, set_products
 from mmoe_rec.model.score import Calibration, log_predictions, predictions
 
 # What the model computes of so many rows stays in a processor's cache: 16,384 rows at a time take 1.7 times as long.
@@ -72,12 +72,12 @@ class Scorer:
 
     def multiply_by(self, products: Products) -> None:
         """From now on multiplies by this library, where torch has it; results are equal but for rounding."""
-        self.products = products if onednn_offered() else "blas"
+        self.products = products if has_onednn() else "blas"
         set_products(self.guarded.model, self.products)
 
     def faster_products(self, width: int) -> Products:
         """oneDNN if it is clearly faster here. width: of the inputs. Takes some 50 ms."""
-        if not onednn_offered():
+        if not has_onednn():
             return "blas"
         rows, before = torch.zeros(_ROWS_TIMED, width), self.products
         seconds: dict[Products, float] = {}

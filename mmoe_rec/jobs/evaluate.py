@@ -258,7 +258,7 @@ def write_predictions(scored: ScoredRows, columns: Columns, folder: Path) -> Non
 
     columns: of the log. What it does not have is left out: without candidates, `row` is the number of each in its log.
     """
-    from mmoe_rec.model.score import from_logs, with_outcomes
+    from mmoe_rec.model.score import add_outcomes, scores_from_logs
 
     written = {} if scored.row is None else {ROW: scored.row}
     if columns.has_user:
@@ -267,12 +267,12 @@ def write_predictions(scored: ScoredRows, columns: Columns, folder: Path) -> Non
         written["request"] = scored.requests
     if scored.candidates is not None:
         written["candidate"] = scored.candidates
-    for name, values in with_outcomes(scored.predictions, scored.layout).items():
+    for name, values in add_outcomes(scored.predictions, scored.layout).items():
         written[f"predicted_{name}"] = pa.array(values)
     names = [*(task.name for task in scored.layout.tasks), *scored.layout.outcomes]
     for name, values in zip(names, [*scored.labels.T, *scored.outcomes.values()], strict=True):
         written[f"label_{name}"] = pa.array(values, from_pandas=True)
-    written["score"] = pa.array(from_logs(scored.score))
+    written["score"] = pa.array(scores_from_logs(scored.score))
     if scored.weights is not None:
         written["weight"] = pa.array(scored.weights)
     folder.mkdir(parents=True, exist_ok=True)

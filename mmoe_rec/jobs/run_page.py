@@ -32,7 +32,7 @@ def command() -> str:
     return hide_password(" ".join([start, *(shlex.quote(word) for word in words)]))
 
 
-def name_of_training(settings: Settings, start: str | None = None) -> str:
+def name_training(settings: Settings, start: str | None = None) -> str:
     """What a training is called: until when its rows go, its start and its seed."""
     end = settings.split.train_end
     until = "" if end is None else f" until {end:%Y-%m-%d}"
@@ -45,13 +45,13 @@ def data_sets(settings: Settings, manifest: Mapping[str, Any], *splits: str) -> 
 
     MLflow tells data sets apart by name and digest, so each split has a digest of its own.
     """
-    window = settings.split.windows()
+    window, source = settings.split.windows(), hide_password(str(manifest["log"]))
     found = []
     for split in splits:
         text = f"{manifest['digest']} {split} {window[split]} {settings.split.by_column} {settings.columns.weight}"
         digest = hashlib.sha256(text.encode()).hexdigest()[:16]
         rows = int(manifest["splits"][split]["rows"])
-        found.append(DataSet(settings.name, digest, hide_password(str(manifest["log"])), rows, _CONTEXTS[split], split))
+        found.append(DataSet(settings.name, digest, source, rows, _CONTEXTS[split], split))
     return found
 
 
@@ -65,7 +65,7 @@ def as_code(text: str) -> str:
     return f"```sh\n{text}\n```"
 
 
-class WithMachine:
+class MachineMonitor:
     """Logs metrics, and from time to time what the machine does meanwhile: `system/...`, as MLflow itself names it.
 
     MLflow's own monitor would talk to it beside the outbox, in which messages wait while it is away.

@@ -53,8 +53,8 @@ def side_by_side(
                     slot = min(set(range(at_once)) - slots)
                     running.append(_started(function, asked[number], number, slot, logs[number]))
                 ready = wait([each.told for each in running], _SECONDS_BETWEEN_LOOKS)
-                if stop.asked is not None:
-                    raise StoppedError(f"{stop.asked} came; what there was is saved, go on with --resume")
+                if stop.signal is not None:
+                    raise StoppedError(f"{stop.signal} came; what there was is saved, go on with --resume")
                 for each in [one for one in running if one.told in ready]:
                     running.remove(each)
                     yield each.number, _result(each)

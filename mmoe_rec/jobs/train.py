@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from mmoe_rec.atomic import checksum
 from mmoe_rec.jobs.after_training import Promotion, promote
-from mmoe_rec.jobs.run_page import WithMachine, as_code, command, data_sets, draw_gates, name_of_training, quoted
+from mmoe_rec.jobs.run_page import MachineMonitor, as_code, command, data_sets, draw_gates, name_training, quoted
 from mmoe_rec.jobs.workspace import Finished, Trained, Workspace, is_first_rank, open_workspace
 from mmoe_rec.preprocessing.prepare import Prepared
 from mmoe_rec.progress import say
@@ -22,11 +22,15 @@ from mmoe_rec.training.fbgemm import note, torchrec_installed
 from mmoe_rec.training.origin import result_settings
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from mmoe_rec.model.mmoe import RankingModel
     from mmoe_rec.model.score import Calibration
     from mmoe_rec.training.choices import Choices
     from mmoe_rec.training.loop import Trainer, TrainingResult
     from mmoe_rec.training.validation import Validation
+
+FEW_STEPS = 50
 
 
 def train_model(
@@ -67,7 +71,7 @@ def _open_run(workspace: Workspace, parent: str | None) -> AbstractContextManage
         run_id=None if before is None else before.state.origin.run_id,
         key=workspace.key,
         parent=parent,
-        run_name=name_of_training(settings, None if start is None else start.exact),
+        run_name=name_training(settings, None if start is None else start.exact),
         active=workspace.first,
         unsent=workspace.folder / "unsent",
     )
@@ -88,7 +92,7 @@ def _make_trainer(run: Run, workspace: Workspace) -> Trainer:
         settings.training,
         workspace.device,
         workspace.checkpoints,
-        WithMachine(run, settings.tracking.system_metrics),
+        MachineMonitor(run, settings.tracking.system_metrics),
         workspace.weights,
         workspace.checkpoint,
         replace(workspace.origin, run_id=run.run_id),
@@ -99,9 +103,9 @@ def _make_trainer(run: Run, workspace: Workspace) -> Trainer:
 def _log_choices(run: Run, choices: Choices, first: bool) -> None:
     if first:
         say(f"computing in {choices}")
-    run.log_dict(choices.to_dict(), "choices.json")
-    taken = {name: value for name, value in choices.to_dict().items() if name != "measured"}
-    run.set_tags({f"choices.{name}": str(value) for name, value in taken.items()})
+    values = choices.to_dict()
+    tags = {f"choices.{name}": str(value) for name, value in values.items() if name != "measured"}
+    run.record(tags=tags, files={"choices.json": values})
 
 
 def _log_start(run: Run, workspace: Workspace) -> None:
@@ -119,13 +123,17 @@ def _log_start(run: Run, workspace: Workspace) -> None:
         # An alias such as `champion` will point at the new model soon.
         tags |= {"warm_start": start.address, "warm_start.model": start.exact}
         tags |= {"warm_start.run": start.run or "unknown", "warm_start.weights": start.weights}
-    run.log_params({**settings.model_dump(mode="json", include=sections), **settings.choices})
-    run.set_tags(tags)
-    run.log_text(settings.to_yaml(), "settings.yaml")
-    run.log_dict(manifest, "data.json")
-    run.log_text((prepared.folder / "encoded" / "layout.json").read_text(encoding="utf-8"), "features/layout.json")
-    run.log_text((prepared.serving / "pipeline.json").read_text(encoding="utf-8"), "features/pipeline.json")
-    run.log_inputs(data_sets(settings, manifest, "train", "validation"))
+    run.record(
+        {**settings.model_dump(mode="json", include=sections), **settings.choices},
+        tags,
+        {
+            "settings.yaml": settings.to_yaml(),
+            "data.json": manifest,
+            "features/layout.json": (prepared.folder / "encoded" / "layout.json").read_text(encoding="utf-8"),
+            "features/pipeline.json": (prepared.serving / "pipeline.json").read_text(encoding="utf-8"),
+        },
+        data_sets(settings, manifest, "train", "validation"),
+    )
     command_and_rows = f"{as_code(command())}\n\n{_describe_rows(manifest)}"
     run.describe("Resumed" if run.is_described("Training") else "Training", command_and_rows)
 
@@ -218,3 +226,24 @@ def _calibrate(settings: Settings, prepared: Prepared, model: RankingModel) -> C
     for sentence in left:
         say(sentence)
     return calibration
+
+
+def describe_training(trained: Trained, settings: Settings) -> Iterator[Table | str]:
+    """The table of all validations of a training that has ended, why its state was chosen, and warnings."""
+    from mmoe_rec.inference.artifact import read_calibration
+    from mmoe_rec.report.tables import validations_table
+    from mmoe_rec.training.checkpoint import latest_checkpoint
+    from mmoe_rec.training.validation import explain_choice, warnings_of
+
+    checkpoint = latest_checkpoint(trained.artifact.parent / "checkpoints")
+    if checkpoint is not None:
+        yield validations_table(checkpoint.state.history, trained.best_step)
+        if checkpoint.state.step < FEW_STEPS:
+            steps = f"{checkpoint.state.step:,} step{'s' * (checkpoint.state.step != 1)}"
+            yield (
+                f"warning: the training had {steps}, of training.batch_size {settings.training.batch_size:,}: a model "
+                "learns little in so few; take a smaller batch size, or more training.epochs"
+            )
+    yield from explain_choice(trained.best, trained.best_step, settings.training.select_by)
+    for warning in warnings_of(trained.best, read_calibration(trained.artifact).tasks):
+        yield f"warning: {warning}"

@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 
     from mmoe_rec.model.layout import ModelLayout
     from mmoe_rec.training.checkpoint import Checkpoint
-    from mmoe_rec.training.ranks import Ranks
     from mmoe_rec.training.validation import Validation
     from mmoe_rec.training.warm_start import WarmStart
 
@@ -95,7 +94,7 @@ def open_workspace(settings: Settings, start: str | None = None, resume: bool = 
         check_offered(settings.training, device.type, ranks)
     with process_group(device, settings.training.timeout_minutes) as group, contextlib.ExitStack() as held:
         course = Course.from_json(group.after_first(lambda: opening.decide(held).to_json()))
-        yield None if course.kind == "at its end" else opening.read(course, device, group)
+        yield None if course.kind == "at its end" else opening.read(course, device, group.first)
 
 
 class _Opening:
@@ -114,7 +113,7 @@ class _Opening:
         settings = self.settings
         find_objective(settings.evaluation.decide_by)
         self.features = existing(*self.place)
-        if not (self.resume and something_left(self.checkpoints)):
+        if not (self.resume and has_training(self.checkpoints)):
             self.check_rows()
             self.look_up_start()
         ended = self.resume and (self.checkpoints / "finished.json").is_file()
@@ -134,7 +133,7 @@ class _Opening:
             held.enter_context(features_in_use(self.settings, "a training", going_on))
         return course
 
-    def read(self, course: Course, device: torch.device, group: Ranks) -> Workspace:
+    def read(self, course: Course, device: torch.device, first: bool) -> Workspace:
         """The workspace of a training that begins or goes on."""
         from mmoe_rec.model.layout import ModelLayout
         from mmoe_rec.training.checkpoint import latest_checkpoint
@@ -147,10 +146,10 @@ class _Opening:
             checkpoint = latest_checkpoint(self.checkpoints)
             assert checkpoint is not None, "the first rank has read it"
             checkpoint.state.origin.check(origin, checkpoint.folder)
-            return Workspace(settings, device, group.first, prepared, manifest, layout, origin, checkpoint)
+            return Workspace(settings, device, first, prepared, manifest, layout, origin, checkpoint)
         weights = None if start is None else self._weights(start, prepared, layout)
-        key = training_key(self.checkpoints, origin, new=not self.resume) if group.first else None
-        return Workspace(settings, device, group.first, prepared, manifest, layout, origin, None, weights, key)
+        key = training_key(self.checkpoints, origin, new=not self.resume) if first else None
+        return Workspace(settings, device, first, prepared, manifest, layout, origin, None, weights, key)
 
     def _course(self) -> Course:
         before = _Before.read(self.checkpoints) if self.resume else None
@@ -227,7 +226,7 @@ def resolve(address: str, settings: Settings) -> tuple[Start, Path]:
     return Start(address, model.address, checksum(weights), model.run_id), model.folder
 
 
-def something_left(checkpoints: Path) -> bool:
+def has_training(checkpoints: Path) -> bool:
     """Whether there is a checkpoint to go on from, or the result of a training that has ended."""
     return any((checkpoints / name).is_file() for name in ("latest.json", "finished.json"))
 

@@ -38,7 +38,7 @@ from mmoe_rec.log.checks import format_time
 from mmoe_rec.log.files import find_files, open_file
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.log.stand_ins import require_all
-from mmoe_rec.model.score import with_outcomes
+from mmoe_rec.model.score import add_outcomes
 from mmoe_rec.point_in_time.lists import SharedRagged
 from mmoe_rec.progress import say
 from mmoe_rec.settings.sections import Settings
@@ -244,7 +244,7 @@ def compare(
         compared.append(Compared(name, "feature", source, len(row), len(wrong), None, examples))
     regressions = {task.name for task in ranker.layout.tasks if task.kind != "binary"}
     own_weights = logged[names.WEIGHTS].is_valid().to_numpy()
-    for name, values in {**with_outcomes(predictions, ranker.layout), "score": scores}.items():
+    for name, values in {**add_outcomes(predictions, ranker.layout), "score": scores}.items():
         kind, column = ("score", names.SCORE) if name == "score" else ("prediction", f"{names.PREDICTED}{name}")
         served, offline = logged[column].to_numpy().astype(np.float64), values[row].astype(np.float64)
         difference, allowed = np.abs(served - offline), TOLERANCE * np.maximum(1.0, np.abs(offline))

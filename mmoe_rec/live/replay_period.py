@@ -24,7 +24,7 @@ from mmoe_rec.log.checks import format_time
 from mmoe_rec.log.columns import column_uses
 from mmoe_rec.log.reader import EventRows
 from mmoe_rec.log.rows import LogRows
-from mmoe_rec.model.score import from_logs
+from mmoe_rec.model.score import scores_from_logs
 from mmoe_rec.point_in_time.join import in_window
 from mmoe_rec.point_in_time.lists import SharedRagged
 from mmoe_rec.preprocessing.exchange import ResultReader
@@ -197,4 +197,4 @@ def score_period(ranker: LoadedRanker, rows: LogRows) -> tuple[dict[str, np.ndar
             log_scores.append(logs)
             progress.advance(task, len(piece))
     together = {name: np.concatenate([each[name] for each in hashes]) for name in hashes[0]}
-    return together, np.concatenate(predictions), from_logs(np.concatenate(log_scores))
+    return together, np.concatenate(predictions), scores_from_logs(np.concatenate(log_scores))

@@ -32,7 +32,7 @@ from mmoe_rec.model.products import (
     for_products,
     grouped_linear,
     in_one_product,
-    taken,
+    pick_library,
 )
 from mmoe_rec.model.routing import Gated, Routing, largest, masked_softmax, rule_named
 
@@ -332,7 +332,7 @@ class Experts(nn.Module):
     def _by_onednn(self, hidden: Tensor) -> bool:
         """Whether oneDNN multiplies such rows on a CPU."""
         products = next(layer.products for layer in self.layers if isinstance(layer, StackedLinear))
-        return hidden.dtype.itemsize == 2 or taken(hidden, products) == "onednn"
+        return hidden.dtype.itemsize == 2 or pick_library(hidden, products) == "onednn"
 
     def _in_one_product(self, hidden: Tensor, most: int) -> bool:
         """Whether `mix` runs experts on their own rows by a product of a GPU, at most so many a row."""

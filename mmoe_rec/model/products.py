@@ -47,7 +47,7 @@ def set_products(model: nn.Module, products: Products) -> None:
 
 
 @lru_cache
-def onednn_offered() -> bool:
+def has_onednn() -> bool:
     """Whether this build of torch multiplies by oneDNN, and in fp32: some settings of torch's and of oneDNN's have it
     round to bf16 or TF32, where the processor can.
     """
@@ -61,14 +61,14 @@ def onednn_offered() -> bool:
     return bool((found - left.double() @ right.double()).abs().max() < 5e-4)
 
 
-def products_of(choice: Literal["auto"] | Products, device: str) -> Products:
+def choose_products(choice: Literal["auto"] | Products, device: str) -> Products:
     """The library that a setting asks for, for `auto` the default. device: "cpu" or "cuda".
 
     Raises UserError where it is not on offer here.
     """
     if choice == "onednn" and device == "cuda":
         raise UserError("training.products is onednn, a library of CPUs: set it to auto")
-    if choice == "onednn" and not onednn_offered():
+    if choice == "onednn" and not has_onednn():
         raise UserError(
             "training.products is onednn, but torch does not multiply by it in fp32 here: set it to auto or blas"
         )
@@ -92,7 +92,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, products: Products, d
     """`functional.linear`: (B, I), (O, I), (O,) -> (B, O). data: (B, D) the last D of I, which get no gradient."""
     x, data = for_products(x), None if data is None else for_products(data)
     typed = weight.dtype == x.dtype or torch.is_autocast_enabled(x.device.type)
-    if not typed or _within_functorch() or (data is None and taken(x, products) == "blas"):
+    if not typed or _within_functorch() or (data is None and pick_library(x, products) == "blas"):
         return functional.linear(_beside(x, data), weight, bias)
     out: Tensor = _Linear.apply(x, data, weight, bias, products)
     return out
@@ -104,7 +104,7 @@ def for_products(tensor: Tensor) -> Tensor:
     return tensor.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else tensor
 
 
-def taken(x: Tensor, products: Products) -> Products:
+def pick_library(x: Tensor, products: Products) -> Products:
     """The library by which rows such as these are multiplied where `products` is asked for."""
     fits = x.dtype == torch.float32 and x.device.type == "cpu"
     return products if fits and not _within_functorch() else "blas"
@@ -120,7 +120,7 @@ def _beside(x: Tensor, data: Tensor | None) -> Tensor:
 
 
 def multiply_into(out: Tensor, left: Tensor, right: Tensor, bias: Tensor | None, products: Products) -> None:
-    """(m, k) and (k, n), with what `taken` gave, to (m, n) plus bias (n,)."""
+    """(m, k) and (k, n), with what `pick_library` gave, to (m, n) plus bias (n,)."""
     if products == "onednn" and left.numel():
         out.copy_(by_onednn(left, right, bias))
     elif bias is None:
@@ -130,7 +130,7 @@ def multiply_into(out: Tensor, left: Tensor, right: Tensor, bias: Tensor | None,
 
 
 def weights_gradient_into(out: Tensor, gradient: Tensor, x: Tensor, products: Products) -> None:
-    """Gradients (B, O) of outputs and inputs (B, I), with what `taken` gave, to the (O, I) of weights."""
+    """Gradients (B, O) of outputs and inputs (B, I), with what `pick_library` gave, to the (O, I) of weights."""
     if products == "onednn" and x.numel():
         out.copy_(_weights_gradient_by_onednn(gradient, x))
     else:
@@ -158,7 +158,7 @@ class _Linear(torch.autograd.Function):
         own_bias = None if bias is None else bias.to(x.dtype)
         ctx.save_for_backward(inputs, own)
         ctx.own, ctx.dtype = x.shape[1], weight.dtype
-        ctx.products = taken(x, products) if inputs.numel() else "blas"
+        ctx.products = pick_library(x, products) if inputs.numel() else "blas"
         if ctx.products == "onednn":
             return by_onednn(inputs, own.t(), own_bias)
         return functional.linear(inputs, own, own_bias)
@@ -236,7 +236,7 @@ class _Stacked(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, products: Products) -> Tensor:
-        ctx.dtype, ctx.products = weight.dtype, taken(x, products)
+        ctx.dtype, ctx.products = weight.dtype, pick_library(x, products)
         own, by_group = weight.to(x.dtype), _by_group(x, ctx.products)
         ctx.save_for_backward(by_group, own)
         out = x.new_empty(*x.shape[:2], weight.shape[1])
@@ -310,7 +310,7 @@ class _Grouped(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, counts: list[int], products: Products) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.counts, ctx.products = counts, taken(x, products)
+        ctx.counts, ctx.products = counts, pick_library(x, products)
         out = x.new_empty(len(x), weight.shape[1])
         parts = zip(x.split(counts), out.split(counts), weight, bias.to(x.dtype), strict=True)
         for rows, result, own_weight, own_bias in parts:

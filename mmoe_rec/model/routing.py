@@ -116,7 +116,7 @@ class RoutingRule(ABC):
 
         renormalise: whether the weights of a row sum to 1, or to the probability of what was selected.
         """
-        return gated.probabilities if selected is None else kept(gated.probabilities, selected, renormalise)
+        return gated.probabilities if selected is None else keep_selected(gated.probabilities, selected, renormalise)
 
 
 def masked_softmax(logits: Tensor, allowed: Tensor) -> Tensor:
@@ -154,7 +154,7 @@ def _places_of_largest(values: Tensor, k: int) -> Tensor:
     return torch.cat(found, dim=-1)
 
 
-def kept(probabilities: Tensor, selected: Tensor, renormalise: bool) -> Tensor:
+def keep_selected(probabilities: Tensor, selected: Tensor, renormalise: bool) -> Tensor:
     """The selected probabilities, 0 elsewhere, and if asked for divided by their sum."""
     import torch
 
@@ -276,7 +276,7 @@ class SharedRoute(RoutingRule):
         # The router's logits are part of the weights, or it would get no gradient.
         weights = masked_softmax(gated.gates + gated.routers, selected)
         if not renormalise:
-            weights = weights * kept(gated.probabilities, selected, renormalise=False).sum(-1, keepdim=True)
+            weights = weights * keep_selected(gated.probabilities, selected, renormalise=False).sum(-1, keepdim=True)
         return weights
 
 

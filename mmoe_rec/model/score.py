@@ -37,7 +37,7 @@ def log_predictions(logits: Tensor, kinds: Sequence[str]) -> Tensor:
     return torch.where(_is_binary(logits, kinds), functional.logsigmoid(logits), regression)
 
 
-def logit_of_both(given: Tensor, conditional: Tensor) -> Tensor:
+def joint_logit(given: Tensor, conditional: Tensor) -> Tensor:
     """Logit of p q, two probabilities' product, from their logits a and b: -log(e^-a + e^-b + e^-(a + b)).
 
     Exact for any logits, and so are log(p q) and log(1 - p q) as log sigmoids of it and of minus it: nothing is
@@ -46,7 +46,7 @@ def logit_of_both(given: Tensor, conditional: Tensor) -> Tensor:
     return -torch.logaddexp(torch.logaddexp(-given, -conditional), -(given + conditional))
 
 
-def with_outcomes(values: np.ndarray, layout: Layout) -> dict[str, np.ndarray]:
+def add_outcomes(values: np.ndarray, layout: Layout) -> dict[str, np.ndarray]:
     """Predictions (N, T) by name of the task; then for each task with `given` the probability of both, (N,) each.
 
     A task with `given` predicts the probability given the other one; both together are `GIVEN_and_TASK`.
@@ -70,7 +70,7 @@ def _is_binary(logits: Tensor, kinds: Sequence[str]) -> Tensor:
     return torch.tensor([kind == "binary" for kind in kinds], device=logits.device)
 
 
-def from_logs(log_scores: np.ndarray) -> np.ndarray:
+def scores_from_logs(log_scores: np.ndarray) -> np.ndarray:
     """(N,) float64 scores of (N,) log scores; what is too large for a float64 becomes the largest."""
     return np.exp(np.minimum(log_scores, _LARGEST_LOG))
 

@@ -66,6 +66,20 @@ class Run:
         self.run_id, self.outbox, self.address = run_id, outbox, address
         self._params, self._steps, self._note = params or {}, steps or {}, note
 
+    def record(
+        self,
+        params: Mapping[str, Any] | None = None,
+        tags: Mapping[str, Any] | None = None,
+        files: Mapping[str, str | Mapping[str, Any]] | None = None,
+        inputs: Sequence[DataSet] = (),
+    ) -> None:
+        """Settings, tags, files (a text, or values as JSON, by name) and the rows that the run reads, in one call."""
+        self.log_params(params or {})
+        self.set_tags(tags or {})
+        for name, content in (files or {}).items():
+            self.log_text(content if isinstance(content, str) else json.dumps(content, indent=2), name)
+        self.log_inputs(inputs)
+
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Settings, nested ones under names such as `model.experts.count`.
 

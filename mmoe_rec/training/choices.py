@@ -14,9 +14,9 @@ from torch import nn
 
 from mmoe_rec.model.levels import Experts
 from mmoe_rec.model.mmoe import Mixture
-from mmoe_rec.model.products import Multiplying, Products, onednn_offered, products_of
+from mmoe_rec.model.products import Multiplying, Products, choose_products, has_onednn
 from mmoe_rec.settings.sections import Training
-from mmoe_rec.training.tables import way_of, ways_on_offer
+from mmoe_rec.training.tables import choose_way, list_ways
 
 if TYPE_CHECKING:
     from mmoe_rec.model.products import Products
@@ -54,17 +54,17 @@ class Choices:
         return Choices(**tree)
 
     def __str__(self) -> str:
-        parts = [f"{self.precision}{self._against('precision', self.precision)}"]
+        parts = [f"{self.precision}{self._compare_times('precision', self.precision)}"]
         if self.products != "blas" or (self.precision == "fp32" and "products" in self.measured):
-            parts.append(f"products by {self.products}{self._against('products', self.products)}")
-        parts.append(f"tables by {self.tables}{self._against('tables', self.tables)}")
+            parts.append(f"products by {self.products}{self._compare_times('products', self.products)}")
+        parts.append(f"tables by {self.tables}{self._compare_times('tables', self.tables)}")
         if self.experts != "auto":
-            parts.append(f"experts {self.experts}{self._against('experts', self.experts)}")
+            parts.append(f"experts {self.experts}{self._compare_times('experts', self.experts)}")
         if self.threads:
             parts.append(f"{self.threads} thread{'s' if self.threads > 1 else ''}")
         return ", ".join(parts)
 
-    def _against(self, what: str, taken: str) -> str:
+    def _compare_times(self, what: str, taken: str) -> str:
         """How the taken option compares with the best of the others, where that was measured."""
         times = self.measured.get(what, {})
         others = {option: time for option, time in times.items() if option != taken}
@@ -88,23 +88,23 @@ def check_offered(settings: Training, device: str, ranks: int = 1) -> None:
 
     device: "cpu" or "cuda"; ranks: that train together.
     """
-    way_of(settings.tables, device, ranks)
-    products_of(settings.products, device)
+    choose_way(settings.tables, device, ranks)
+    choose_products(settings.products, device)
 
 
-def kept(before: Choices, settings: Training, device: torch.device) -> Choices:
+def keep_choices(before: Choices, settings: Training, device: torch.device) -> Choices:
     """The choices of a training that goes on here: what changes more than time stays, or it would not be the same.
 
     A way of tables or a library of products that this machine does not have gives way to one that it has, threads to
     as many as there are. Raises UserError where what is set is not on offer. A collective call.
     """
-    here = device.type == "cpu" and before.tables in ways_on_offer()
+    here = device.type == "cpu" and before.tables in list_ways()
     wanted = before.tables if settings.tables == "auto" and here else settings.tables
     count = settings.threads or min(before.threads, torch.get_num_threads()) if device.type == "cpu" else 0
-    products = products_of(settings.products, device.type)
+    products = choose_products(settings.products, device.type)
     if settings.products == "auto" and device.type == "cpu" and before.products == "onednn":
-        products = "onednn" if _on_all_ranks(onednn_offered()) else "blas"
-    return replace(before, products=products, tables=way_of(wanted, device.type, ranks()), threads=count)
+        products = "onednn" if _on_all_ranks(has_onednn()) else "blas"
+    return replace(before, products=products, tables=choose_way(wanted, device.type, ranks()), threads=count)
 
 
 @contextlib.contextmanager
@@ -118,7 +118,7 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def computed(mixture: Mixture, compute: Compute) -> AbstractContextManager[None]:
+def computing_by(mixture: Mixture, compute: Compute) -> AbstractContextManager[None]:
     """Within it, experts are computed in this way."""
     return _with(mixture, Experts, "compute", compute)
 
@@ -130,7 +130,7 @@ def set_compute(mixture: Mixture, compute: Compute) -> None:
             each.compute = compute
 
 
-def multiplied(mixture: Mixture, products: Products) -> AbstractContextManager[None]:
+def multiplying_by(mixture: Mixture, products: Products) -> AbstractContextManager[None]:
     """Within it, products in fp32 are by this library."""
     return _with(mixture, Multiplying, "products", products)
 

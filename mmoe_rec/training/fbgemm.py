@@ -160,9 +160,9 @@ def _to_copy() -> tuple[int, int, int] | None:
         return None
     folder = Path(torch.__file__).parent / "lib"
     try:
-        asked, told = (ctypes.CDLL(str(folder / name)) for name in ("libc10.so", "libtorch.so"))
-        asked.cpuinfo_initialize()
-        empty, known = (ctypes.addressof(ctypes.c_char.in_dll(library, _ANSWER)) for library in (asked, told))
+        c10, torch_library = (ctypes.CDLL(str(folder / name)) for name in ("libc10.so", "libtorch.so"))
+        c10.cpuinfo_initialize()
+        empty, known = (ctypes.addressof(ctypes.c_char.in_dll(library, _ANSWER)) for library in (c10, torch_library))
         size = _size(empty)
     except (OSError, AttributeError, ValueError):  # no such library, function or variable
         return None

@@ -40,7 +40,7 @@ from mmoe_rec.training.checkpoint import (
     restore,
     step_folder,
 )
-from mmoe_rec.training.choices import Choices, kept, set_compute, threads
+from mmoe_rec.training.choices import Choices, keep_choices, set_compute, threads
 from mmoe_rec.training.fbgemm import torchrec_installed
 from mmoe_rec.training.losses import add_log_variances, log_variances, loss_factors
 from mmoe_rec.training.measure import SOME_ROWS, Chooser
@@ -48,7 +48,7 @@ from mmoe_rec.training.origin import Origin
 from mmoe_rec.training.sharding import Optimizers, Sharded, shard, training_tables
 from mmoe_rec.training.steps import BadBatches, Balancing, Steps, learning_rate_share, validation_steps
 from mmoe_rec.training.validation import Validation, validate
-from mmoe_rec.training.warm_start import WarmStart, base_rates, start_at
+from mmoe_rec.training.warm_start import WarmStart, base_rates, set_base_rates
 
 STEPS_BETWEEN_LOGS = 25
 LogMetrics = Callable[[dict[str, float], int], None]
@@ -154,7 +154,7 @@ class Trainer:
         else:
             weighted = self.settings.sampling_correction == "weights"
             rates = base_rates(prepared.manifest, self.layout.tasks, weighted, self.reader.rows.weighs)
-            start_at(model.mixture.towers, rates)
+            set_base_rates(model.mixture.towers, rates)
         if self.settings.task_weighting == "uncertainty":
             add_log_variances(model, self.layout.tasks)
         choices = self._choices(model, None if resume is None else resume.state.choices)
@@ -176,7 +176,7 @@ class Trainer:
     def _choices(self, model: RankingModel, before: Choices | None) -> Choices:
         """Those of the training that goes on, as far as this machine allows, or new ones."""
         if before is not None:
-            return kept(before, self.settings, self.device)
+            return keep_choices(before, self.settings, self.device)
         first = self.reader.rows.read_row_groups(self.reader.rows.groups[:1])
         rows = min(math.ceil(self.settings.batch_size / self.world_size), self.reader.rows.rows)
         some = first.slice(0, min(rows, SOME_ROWS, len(first)))
@@ -247,10 +247,10 @@ class Trainer:
             self._log(meter)
 
     def _batches(self, reader: TrainingReader, start: Position, epochs: int) -> Prefetch[Batch] | OnDemand[Batch]:
-        made = self._made(reader, start, epochs)
+        made = self._make_batches(reader, start, epochs)
         return OnDemand(made) if self.device.type == "cpu" else Prefetch(made)
 
-    def _made(self, reader: TrainingReader, start: Position, epochs: int) -> Iterator[Batch]:
+    def _make_batches(self, reader: TrainingReader, start: Position, epochs: int) -> Iterator[Batch]:
         keyed_jagged = torchrec_installed()
         for rows, position in reader.resume(start, epochs):
             batch = make_batch(
@@ -268,7 +268,7 @@ class Trainer:
         if step.bad:
             self.bad_batches.leave_out(step.batch, step.logits, self.result.steps + 1, step.bad)
         else:
-            self.bad_batches.none()
+            self.bad_batches.reset()
             meter.add(len(step.batch), step.losses, step.observed)
         self.position = step.batch.position
         self.result.steps += 1
@@ -334,9 +334,9 @@ class Trainer:
     def _save_and_stop(self) -> NoReturn:
         self._save()
         self.checkpoints.wait()
-        asked = self.stop.asked or "another rank's signal"
+        signal = self.stop.signal or "another rank's signal"
         steps = f"step {self.result.steps} of {self.total_steps}"
-        raise StoppedError(f"{asked} came; {steps} is saved, go on with --resume")
+        raise StoppedError(f"{signal} came; {steps} is saved, go on with --resume")
 
 
 class Meter:

@@ -11,7 +11,7 @@ from torch.nn import functional
 from mmoe_rec.devices import constant
 from mmoe_rec.features.layout import TaskOutput
 from mmoe_rec.model.layout import ModelTask
-from mmoe_rec.model.score import logit_of_both
+from mmoe_rec.model.score import joint_logit
 
 
 def masked_loss(
@@ -60,7 +60,7 @@ def row_losses(logits: Tensor, labels: Tensor, tasks: Sequence[TaskOutput]) -> T
     for index, task in enumerate(tasks):
         logit, label = logits[:, index], labels[:, index]
         if task.given is not None:
-            logit = logit_of_both(logits[:, places[task.given]], logit)
+            logit = joint_logit(logits[:, places[task.given]], logit)
         columns.append(
             functional.binary_cross_entropy_with_logits(logit, label, reduction="none")
             if task.kind == "binary"

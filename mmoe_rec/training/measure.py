@@ -28,13 +28,13 @@ from mmoe_rec.features.layout import DenseInput, IdInput
 from mmoe_rec.model.layout import EmbeddingTable, ModelLayout, ModelTask
 from mmoe_rec.model.levels import Experts
 from mmoe_rec.model.mmoe import Mixture, build_mixture
-from mmoe_rec.model.products import Products, onednn_offered, products_of
+from mmoe_rec.model.products import Products, choose_products, has_onednn
 from mmoe_rec.model.tables import stored_width, used_tables
 from mmoe_rec.settings.model import Model
 from mmoe_rec.settings.sections import Training
-from mmoe_rec.training.choices import Choices, Compute, Precision, computed, faster, multiplied, ranks
+from mmoe_rec.training.choices import Choices, Compute, Precision, computing_by, faster, multiplying_by, ranks
 from mmoe_rec.training.fbgemm import torchrec_installed
-from mmoe_rec.training.tables import EPS, OneProcessTables, Way, set_way, tell_fbgemm, way_of, ways_on_offer
+from mmoe_rec.training.tables import EPS, OneProcessTables, Way, choose_way, list_ways, set_fbgemm_kernels, set_way
 
 SECONDS = 0.025
 """For each choice, besides the runs that are not counted."""
@@ -77,11 +77,11 @@ class Chooser:
 
         Raises UserError where the way of tables that is set is not on offer.
         """
-        way = way_of(settings.tables, self._device.type, ranks())
-        products = products_of(settings.products, self._device.type)
+        way = choose_way(settings.tables, self._device.type, ranks())
+        products = choose_products(settings.products, self._device.type)
         with _random_states_kept(self._device), freed_memory_kept():  # as in training
             precision, products = self._multiplied(settings, products)
-            with multiplied(self._mixture, products):
+            with multiplying_by(self._mixture, products):
                 experts = self._experts(precision)
                 if settings.tables == "auto" and self._device.type == "cpu" and self._layout.ids:
                     way = self._way(way)
@@ -100,7 +100,7 @@ class Chooser:
             return precisions[0], by_default
         options: dict[str, Callable[[], object]] = {}
         for each in libraries:
-            if each == "blas" or onednn_offered():
+            if each == "blas" or has_onednn():
                 options[each] = self._option("fp32", each, self._rows)
         if "bf16" in precisions:
             options["bf16"] = self._option("bf16", by_default, self._rows)
@@ -126,7 +126,7 @@ class Chooser:
 
     def _option(self, precision: Precision, products: Products, rows: int) -> Callable[[], object]:
         def run() -> None:
-            with multiplied(self._mixture, products):
+            with multiplying_by(self._mixture, products):
                 self._step(precision, rows)
 
         return run
@@ -139,7 +139,7 @@ class Chooser:
 
         def option(compute: Compute) -> Callable[[], object]:
             def run() -> None:
-                with computed(self._mixture, compute):
+                with computing_by(self._mixture, compute):
                     self._step(precision, self._rows)
 
             return run
@@ -155,7 +155,7 @@ class Chooser:
         return not all(gates.rule.mixes_all for gates in self._mixture.gates)
 
     def _way(self, by_default: Way) -> Way:
-        offered = ways_on_offer()
+        offered = list_ways()
         options = {str(way): self._trial(way) for way in offered}
         times = self._timed(options, SECONDS, get_args(Way))
         if len(times) < 2:
@@ -166,7 +166,7 @@ class Chooser:
 
     def _trial(self, way: Way) -> Callable[[], object]:
         widths = sum(stored_width(table.dim) for table in used_tables(self._layout))
-        return trial(way, self._layout, self._ids, max(1, min(_TABLE_ROWS, _TABLE_WEIGHTS // max(1, widths))))
+        return make_trial(way, self._layout, self._ids, max(1, min(_TABLE_ROWS, _TABLE_WEIGHTS // max(1, widths))))
 
     def _threads(self, wanted: int | None, precision: Precision, way: Way) -> int:
         if self._device.type != "cpu":
@@ -212,13 +212,13 @@ class Chooser:
         names: of all that a rank may have, where machines differ; by default those of the options.
         """
         wait = torch.cuda.synchronize if self._device.type == "cuda" else lambda: None
-        times = milliseconds(options, seconds, wait)
+        times = time_options(options, seconds, wait)
         if ranks() == 1:
             return times
-        asked = list(names or options)
-        values = torch.tensor([times.get(name, math.inf) for name in asked], dtype=torch.float64, device=self._device)
+        every = list(names or options)
+        values = torch.tensor([times.get(name, math.inf) for name in every], dtype=torch.float64, device=self._device)
         dist.all_reduce(values, op=dist.ReduceOp.MAX)
-        return {name: time for name, time in zip(asked, values.tolist(), strict=True) if math.isfinite(time)}
+        return {name: time for name, time in zip(every, values.tolist(), strict=True) if math.isfinite(time)}
 
 
 @contextlib.contextmanager
@@ -232,7 +232,7 @@ GIVE_UP = 3.0
 """An option that takes so many times as long as the fastest is not run again."""
 
 
-def milliseconds(
+def time_options(
     options: Mapping[str, Callable[[], object]], seconds: float, synchronise: Callable[[], None] = lambda: None
 ) -> dict[str, float]:
     """What each option takes: the fastest of its runs, which come in turns, so that all meet the same machine.
@@ -268,13 +268,13 @@ _RATE = 0.05
 _WEIGHT = 0.01
 
 
-def trial(way: Way, layout: ModelLayout, ids: Any, rows_at_most: int = ROWS_AT_MOST) -> Callable[[], None]:
+def make_trial(way: Way, layout: ModelLayout, ids: Any, rows_at_most: int = ROWS_AT_MOST) -> Callable[[], None]:
     """What does one look-up and one update in this way, in some milliseconds for a batch of thousands of rows.
 
     Call it once or twice unmeasured, within `mmoe_rec.allocation.freed_memory_kept`, as training does.
 
     Args:
-        way: one of `ways_on_offer`. Another one raises UserError.
+        way: one of `list_ways`. Another one raises UserError.
         layout: of the training; tables have its widths, and no more than `rows_at_most` rows.
         ids: of a batch as it is trained on, `KeyedIds` or a KeyedJaggedTensor; ids beyond a table's last row begin
             again at its first. Without inputs, nothing is done.
@@ -282,7 +282,7 @@ def trial(way: Way, layout: ModelLayout, ids: Any, rows_at_most: int = ROWS_AT_M
     The tables are about as large as the training's own on one rank, or on several together. Which of fbgemm's two ways
     was tried last holds for the process until `use_way` (or `shard`) chooses one.
     """
-    way_of(way, "cpu")
+    choose_way(way, "cpu")
     if not layout.ids:
         return lambda: None
     tables = tuple(replace(each, rows=min(each.rows, rows_at_most)) for each in layout.tables)
@@ -296,7 +296,7 @@ def trial(way: Way, layout: ModelLayout, ids: Any, rows_at_most: int = ROWS_AT_M
     gradient = torch.randn((len(offsets) - 1) // len(small.ids), width)
 
     def once() -> None:
-        tell_fbgemm(way)
+        set_fbgemm_kernels(way)
         look_up(values, offsets).backward(gradient)
 
     return once

@@ -143,12 +143,12 @@ def plan_on_paper(model: nn.Module, layout: ModelLayout, machines: Machines, bat
         try:
             planner(layout, machines, 1).plan(model, sharders())
         except PlannerError:
-            raise does_not_fit(layout, machines) from None
+            raise explain_misfit(layout, machines) from None
         raise UserError(
             f"the embedding tables fit, but not beside what a step of {batch_size:,} rows a rank takes: set "
             "`training.batch_size` lower, or use more ranks"
         ) from None
-    return PaperPlan(plan_text(plan), heard.ranks(machines.world_size))
+    return PaperPlan(describe_plan(plan), heard.ranks(machines.world_size))
 
 
 class _Listener:
@@ -170,18 +170,18 @@ class _Listener:
         return tuple(RankPlan(rank, *each) for rank, each in enumerate(zip(taken, times, strict=True)))
 
 
-def plan_text(plan: Any) -> str:
+def describe_plan(plan: Any) -> str:
     """One line per table."""
     lines = []
     for module in plan.plan.values():
         for table, parameter in module.items():
             shards = getattr(parameter.sharding_spec, "shards", None) or []
             places = [(each.placement.rank(), f"{each.shard_sizes[0]:,} rows") for each in shards]
-            lines.append(f"{table}: {parameter.sharding_type} ({', '.join(alike(places))})")
+            lines.append(f"{table}: {parameter.sharding_type} ({', '.join(merge_neighbours(places))})")
     return "\n".join(lines)
 
 
-def alike(ranks: Sequence[tuple[int, str]]) -> list[str]:
+def merge_neighbours(ranks: Sequence[tuple[int, str]]) -> list[str]:
     """The text on each rank, once for neighbours with the same text."""
     lines = []
     for text, group in itertools.groupby(ranks, key=itemgetter(1)):
@@ -196,7 +196,7 @@ def table_bytes(table: EmbeddingTable) -> int:
     return table.rows * (stored_width(table.dim) + 1) * _FLOAT
 
 
-def does_not_fit(layout: ModelLayout, machines: Machines) -> UserError:
+def explain_misfit(layout: ModelLayout, machines: Machines) -> UserError:
     """Why the tables don't fit, and which setting would make them."""
     tables = sorted(used_tables(layout), key=table_bytes, reverse=True)
     needed, offered = sum(map(table_bytes, tables)), machines.world_size * machines.rank_bytes

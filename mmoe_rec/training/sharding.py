@@ -22,7 +22,7 @@ from mmoe_rec.model.tables import initial_rows, to_stored, torchrec_tables, used
 from mmoe_rec.settings.sections import Training
 from mmoe_rec.training.fbgemm import torchrec_installed
 from mmoe_rec.training.losses import LOG_VARIANCES
-from mmoe_rec.training.tables import OneProcess, OneProcessTables, RowWiseAdagrad, Way, use_way, way_of
+from mmoe_rec.training.tables import OneProcess, OneProcessTables, RowWiseAdagrad, Way, choose_way, use_way
 
 FirstRows = Callable[[EmbeddingTable, int, int], Tensor]
 """Table, first and last row (exclusive) -> (last - first, dim) float32, the weights that these rows start from."""
@@ -80,7 +80,7 @@ def shard(
     tables do not fit into memory, or the way is not on offer.
     """
     first_rows = first_rows or (lambda table, first, last: initial_rows(table, seed, first, last))
-    way = way_of(way, device.type, dist.get_world_size())
+    way = choose_way(way, device.type, dist.get_world_size())
     if not torchrec_installed():
         return _one_process(model, layout, table_learning_rate, first_rows)
 
@@ -89,7 +89,7 @@ def shard(
     from torchrec.streamable import Pipelineable
 
     from mmoe_rec.batches.batch import Batch
-    from mmoe_rec.training.planning import plan_text, sharders, update_in_backward
+    from mmoe_rec.training.planning import describe_plan, sharders, update_in_backward
     from mmoe_rec.training.tables import look_up_directly
 
     Pipelineable.register(Batch)  # torchrec's pipelines accept only what they know as one
@@ -110,7 +110,7 @@ def shard(
     if alone and plan.plan:
         look_up_directly(parallel)
     _fill_tables(parallel, layout, first_rows)
-    return Sharded(parallel, parallel.fused_optimizer, plan_text(plan), way)
+    return Sharded(parallel, parallel.fused_optimizer, describe_plan(plan), way)
 
 
 def _one_process(model: nn.Module, layout: ModelLayout, rate: float, first_rows: FirstRows) -> Sharded:
@@ -125,7 +125,7 @@ def _one_process(model: nn.Module, layout: ModelLayout, rate: float, first_rows:
 def _plan(model: nn.Module, layout: ModelLayout, device: torch.device, batch_size: int) -> Any:
     from torchrec.distributed.planner.types import PlannerError
 
-    from mmoe_rec.training.planning import Machines, does_not_fit, planner, sharders
+    from mmoe_rec.training.planning import Machines, explain_misfit, planner, sharders
 
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     kind: Any = device.type
@@ -133,7 +133,7 @@ def _plan(model: nn.Module, layout: ModelLayout, device: torch.device, batch_siz
     try:
         return planner(layout, machines, batch_size).collective_plan(model, sharders(), dist.group.WORLD)
     except PlannerError:
-        raise does_not_fit(layout, machines) from None
+        raise explain_misfit(layout, machines) from None
 
 
 def _memory(device: torch.device) -> tuple[int, int]:

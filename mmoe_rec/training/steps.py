@@ -89,10 +89,10 @@ class Steps:
         self._parameters = list(sharded.dense_parameters().values())
         self._ranks = dist.get_world_size()
         self._tables = TablesLast(sharded.model.module.mixture)
-        self._pipeline = self._made_for(sharded)
+        self._pipeline = self._make_pipeline(sharded)
         self._now: Step | None = None
 
-    def _made_for(self, sharded: Sharded) -> Any:
+    def _make_pipeline(self, sharded: Sharded) -> Any:
         if not sharded.pipelined:
             return _NothingAhead(self, self._device, self._forward)
         from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
@@ -127,15 +127,17 @@ class Steps:
         observed = batch.observed_weights
         # The copies that stretch an epoch's last batch have no labels.
         counted = batch.observed.any(1).float()
-        asked = observed.new_full((1,), int(self._stop.asked is not None))  # queued, where a tensor of it is copied
-        shared = torch.cat([observed, counted.sum()[None].to(observed), asked])
+        signalled = observed.new_full(
+            (1,), int(self._stop.signal is not None)
+        )  # queued, where a tensor of it is copied
+        shared = torch.cat([observed, counted.sum()[None].to(observed), signalled])
         added = self._add_up(shared)  # beside the forward pass
         autocast = torch.autocast(self._device.type, torch.bfloat16, enabled=self._bf16)
         with autocast, fp32_products("tf32", self._device):
             outputs: Outputs = self._model(batch)
         logits = outputs.logits
         bad = (~logits.isfinite().all()).float()
-        loads = loads_of(outputs.routings, counted) if self._balancing.needs_loads else bad.new_empty(0)
+        loads = count_loads(outputs.routings, counted) if self._balancing.needs_loads else bad.new_empty(0)
         found = torch.cat([bad[None], loads])
         for each in (added, self._add_up(found)):
             if each is not None:
@@ -162,7 +164,7 @@ class Steps:
         stopping, bad_loss, bad_gradient = (told > 0).tolist()
         wrong = "loss" if bad_loss else "gradient" if bad_gradient else None
         self._now = Step(batch, logits, losses, observed, stopping, wrong)
-        return nothing() if wrong else self._tables.rest(), self._now
+        return zero_loss() if wrong else self._tables.remaining_loss(), self._now
 
     def _gradient_is_bad(self) -> Tensor:
         """() float32, above 0 where it is not finite on some rank, once the dense part's backward pass is done; clips
@@ -248,7 +250,7 @@ class BadBatches:
         self.skipped = 0
         self._in_a_row = 0
 
-    def none(self) -> None:
+    def reset(self) -> None:
         """The step was a good one."""
         self._in_a_row = 0
 
@@ -346,7 +348,7 @@ class Balancing:
                 each.even_out(loads[index], self.bias_rate * share)
 
 
-def loads_of(routings: Sequence[Routing], counted: Tensor) -> Tensor:
+def count_loads(routings: Sequence[Routing], counted: Tensor) -> Tensor:
     """(sum of E,) float32: the loads of all levels, one after the other, times the number of rows that they are of.
 
     counted: (B,) float32, 1 for a row that counts and 0 for another.
@@ -392,14 +394,14 @@ class TablesLast:
         found = [leaf.grad.sum() for _, leaf in self._cuts if leaf.grad is not None]
         return torch.stack(found).isfinite().all() if found else torch.tensor(True)
 
-    def rest(self) -> Tensor:
+    def remaining_loss(self) -> Tensor:
         """What to call `backward` on for the tables' part: its gradient is what has arrived at the cut."""
-        parts = [_HandedOn.apply(output, leaf.grad) for output, leaf in self._cuts if leaf.grad is not None]
+        parts = [_HandOn.apply(output, leaf.grad) for output, leaf in self._cuts if leaf.grad is not None]
         self._cuts = []
-        return torch.stack(parts).sum() if parts else nothing()
+        return torch.stack(parts).sum() if parts else zero_loss()
 
 
-class _HandedOn(torch.autograd.Function):
+class _HandOn(torch.autograd.Function):
     """A zero whose gradient, which has to be 1, becomes a given gradient of what went in."""
 
     @staticmethod
@@ -413,7 +415,7 @@ class _HandedOn(torch.autograd.Function):
         return gradient, None
 
 
-def nothing() -> Tensor:
+def zero_loss() -> Tensor:
     """What has no backward pass, on any rank."""
     return torch.zeros((), requires_grad=True)
 

@@ -84,7 +84,7 @@ class RowWise:
         pooled: Tensor = _LookUp.apply(graph, self, storage, ids, offsets)
         return pooled
 
-    def forward(self, storage: Storage, ids: Tensor, offsets: Tensor) -> tuple[Tensor, list[_Found]]:
+    def forward(self, storage: Storage, ids: Tensor, offsets: Tensor) -> tuple[Tensor, list[_LookedUp]]:
         """What `look_up` returns, and what `update` needs to know of it."""
         batch = (len(offsets) - 1) // len(self.places)
         single = len(ids) == len(offsets) - 1 and bool((offsets.diff() == 1).all())
@@ -95,7 +95,7 @@ class RowWise:
             matrix = group.matrix(storage.weights)
             if single:
                 rows = group.single(ids.view(len(self.places), batch))
-                found.append(_Found(rows, None))
+                found.append(_LookedUp(rows, None))
                 sums.append(matrix.index_select(0, rows).view(batch, len(group.inputs) * group.width))
             else:
                 rows, lengths = group.ragged(ids, offsets, ends, batch)
@@ -105,10 +105,10 @@ class RowWise:
                 parts = pooled.view(inputs, batch, group.width)
                 sums.append(parts.transpose(0, 1).reshape(batch, inputs * group.width))
                 bags = torch.arange(inputs * batch).view(batch, inputs).t().reshape(-1)
-                found.append(_Found(rows, bags.repeat_interleave(lengths)))
+                found.append(_LookedUp(rows, bags.repeat_interleave(lengths)))
         return self._in_order(sums), found
 
-    def update(self, storage: Storage, found: Sequence[_Found], gradient: Tensor) -> None:
+    def update(self, storage: Storage, found: Sequence[_LookedUp], gradient: Tensor) -> None:
         """One step of the tables. gradient: (B, sum of widths), of what was looked up."""
         for group, each, part in zip(self._groups, found, self._by_group(gradient), strict=True):
             group.update(storage, each, part.reshape(-1, group.width))
@@ -142,7 +142,7 @@ class RowWise:
 
 
 @dataclass(frozen=True)
-class _Found:
+class _LookedUp:
     """Rows of a group's matrix that were looked up, and the row of the gradient that each gets.
 
     bags: None where rows and gradient have the same order.
@@ -200,7 +200,7 @@ class _Group:
         counts = torch.tensor([ends[number + 1] - ends[number] for number in self.inputs])
         return ids.to(self.starts.dtype) + self.starts.repeat_interleave(counts), lengths
 
-    def update(self, storage: Storage, found: _Found, gradient: Tensor) -> None:
+    def update(self, storage: Storage, found: _LookedUp, gradient: Tensor) -> None:
         """gradient: (B * F, D)."""
         if len(found.rows) == 0:
             return
@@ -408,12 +408,12 @@ Way = Literal["fbgemm", "fbgemm_reference", "torch"]
 """fbgemm: its kernels, which know the processor; fbgemm_reference: its plain loops; torch: `RowWise`."""
 
 
-def ways_on_offer() -> tuple[Way, ...]:
+def list_ways() -> tuple[Way, ...]:
     """What this machine and its packages allow, on a CPU; the first is the default."""
     return tuple(way for way in get_args(Way) if _missing(way) is None)
 
 
-def way_of(choice: Literal["auto"] | Way, device: str, ranks: int = 1) -> Way:
+def choose_way(choice: Literal["auto"] | Way, device: str, ranks: int = 1) -> Way:
     """The way that a setting asks for, for `auto` the default. device: "cpu" or "cuda"; ranks: that train together.
 
     Raises UserError where it is not on offer here.
@@ -426,9 +426,9 @@ def way_of(choice: Literal["auto"] | Way, device: str, ranks: int = 1) -> Way:
             return "fbgemm"
         raise UserError(f"training.tables is {choice}, a way of CPUs; on GPUs there is fbgemm alone: set it to auto")
     if choice == "auto":
-        return ways_on_offer()[0]
+        return list_ways()[0]
     if (reason := _missing(choice)) is not None:
-        others = ", ".join(ways_on_offer())
+        others = ", ".join(list_ways())
         raise UserError(f"training.tables is {choice}, but {reason}: set it to auto, or to what is here ({others})")
     return choice
 
@@ -439,8 +439,8 @@ def use_way(model: nn.Module, way: Way) -> None:
     Which of fbgemm's two ways is taken holds for all tables of the process. Raises UserError where the way is not on
     offer here.
     """
-    way_of(way, "cpu")
-    tell_fbgemm(way)
+    choose_way(way, "cpu")
+    set_fbgemm_kernels(way)
     if torchrec_installed():
         for module in table_batches(model):
             set_way(module, way)
@@ -448,14 +448,14 @@ def use_way(model: nn.Module, way: Way) -> None:
 
 def set_way(module: Any, way: Way) -> None:
     """The same for one of fbgemm's modules, which must have row-wise Adagrad and add ids up."""
-    tell_fbgemm(way)
+    set_fbgemm_kernels(way)
     if way == "torch":
         module.forward = functools.partial(_look_up_row_wise, module, RowWise(_places(module)))
     else:
         module.__dict__.pop("forward", None)
 
 
-def tell_fbgemm(way: Way) -> None:
+def set_fbgemm_kernels(way: Way) -> None:
     """Has all of fbgemm's modules of this process take their kernels or their plain loops."""
     if way == "fbgemm":
         share_cpuinfo()

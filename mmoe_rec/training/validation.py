@@ -45,13 +45,13 @@ class Validation:
     calibration: dict[str, float] = field(default_factory=dict)
     rarer: dict[str, int] = field(default_factory=dict)
 
-    def told_by_auc(self, select_by: str) -> list[str]:
+    def tasks_judged_by_auc(self, select_by: str) -> list[str]:
         """The tasks whose AUC decides which model is best: those with FEWEST rows of either label. None: by loss."""
         return [task for task in self.auc if select_by == "auc" and self.rarer.get(task, FEWEST) >= FEWEST]
 
     def objective(self, select_by: str, layout: ModelLayout) -> float:
-        """What the best model has the most of: mean AUC of `told_by_auc`, or minus the weighted loss."""
-        if told := self.told_by_auc(select_by):
+        """What the best model has the most of: mean AUC of `tasks_judged_by_auc`, or minus the weighted loss."""
+        if told := self.tasks_judged_by_auc(select_by):
             return sum(self.auc[task] for task in told) / len(told)
         tasks = [task for task in layout.tasks if task.learnt_from in self.loss]
         return -sum(task.loss_weight * self.loss[task.learnt_from] for task in tasks)
@@ -132,7 +132,7 @@ def validate(
     sums = ValidationSums(layout, model.experts_in_use)
     model.eval()
     for each in batches:
-        if stop is not None and _any_rank(stop.asked is not None, device):
+        if stop is not None and _any_rank(stop.signal is not None, device):
             model.train()
             return None
         batch = each.to(device, non_blocking=True)
@@ -168,10 +168,10 @@ def _count(
             rows[task, label] += mine.sum()
 
 
-def _any_rank(asked: bool, device: torch.device) -> bool:
+def _any_rank(here: bool, device: torch.device) -> bool:
     if dist.get_world_size() == 1:
-        return asked
-    flag = torch.tensor(int(asked), device=device)
+        return here
+    flag = torch.tensor(int(here), device=device)
     dist.all_reduce(flag)
     return bool(flag)
 
@@ -189,13 +189,13 @@ FURTHEST = 2.0  # predictions over labels, or the other way round, beyond which 
 _ERRORS = 1.96
 
 
-def why_chosen(best: Validation, step: int, select_by: str) -> list[str]:
+def explain_choice(best: Validation, step: int, select_by: str) -> list[str]:
     """One sentence, then one for each binary task whose AUC had no say although it was asked for."""
-    told = best.told_by_auc(select_by)
+    told = best.tasks_judged_by_auc(select_by)
     how = "the weighted loss is the lowest"
     if told:
         how = f"the {'mean ' if len(told) > 1 else ''}AUC of {_listed(told)} is the highest"
-    return [f"best validation, at step {step}: {how}", *_too_few(best, select_by)]
+    return [f"best validation, at step {step}: {how}", *_name_unjudged_tasks(best, select_by)]
 
 
 def warnings_of(best: Validation, calibrated: Collection[str] = ()) -> list[str]:
@@ -210,14 +210,14 @@ def warnings_of(best: Validation, calibrated: Collection[str] = ()) -> list[str]
             rows = best.rarer.get(task, FEWEST)
             why = (
                 f"with {rows} rows of its rarer label that may be chance, but nothing shows that it ranks at all"
-                if rows < FEWEST or _may_be_chance(auc, rows)
+                if rows < FEWEST or _can_be_chance(auc, rows)
                 else "it ranks worse than chance: the label may be inverted, or validation unlike training"
             )
             found.append(f"the validation AUC of '{task}' is {auc:.3f}, below .5; {why}")
         elif auc > TOO_GOOD and best.rarer.get(task, FEWEST) >= FEWEST:
             found.append(f"the validation AUC of '{task}' is {auc:.4f}, {WHY_TOO_GOOD}")
     for task, ratio in best.calibration.items():
-        if task not in calibrated and _far(ratio, best.rarer.get(task, 0)):
+        if task not in calibrated and _is_far_off(ratio, best.rarer.get(task, 0)):
             too = "high" if ratio > 1 else "low"
             found.append(
                 f"the probabilities of '{task}' are too {too}: {ratio:.2f} times what was observed on validation rows; "
@@ -230,7 +230,7 @@ def _listed(names: list[str]) -> str:
     return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
 
 
-def _may_be_chance(auc: float, rows: int) -> bool:
+def _can_be_chance(auc: float, rows: int) -> bool:
     """Whether random scores stray this far from .5 in one of 20 validations, with this many rows of the rarer label.
 
     Their AUC has the variance (m + n + 1) / (12 m n), for m and n rows of the labels (Mann and Whitney, 1947); how many
@@ -240,13 +240,13 @@ def _may_be_chance(auc: float, rows: int) -> bool:
     return abs(auc - 0.5) <= _ERRORS * math.sqrt((2 * rows + 1) / (12 * rows**2))
 
 
-def _far(ratio: float, rows: int) -> bool:
+def _is_far_off(ratio: float, rows: int) -> bool:
     """Whether a ratio is beyond FURTHEST, and its 95% interval for so many rows of the rarer label does not hold 1."""
     apart = abs(math.log(ratio)) if ratio > 0 else math.inf
     return apart > math.log(FURTHEST) and apart > _ERRORS / math.sqrt(max(rows, 1))
 
 
-def _too_few(best: Validation, select_by: str) -> list[str]:
+def _name_unjudged_tasks(best: Validation, select_by: str) -> list[str]:
     return [
         f"the AUC of '{task}' had no say: {rows} validation rows have its rarer label, and it takes {FEWEST}"
         for task, rows in best.rarer.items()

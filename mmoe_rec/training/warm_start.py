@@ -76,7 +76,7 @@ class WarmStart:
             )
         self._known = {table.name: table.rows for table in before.tables}
         # Table -> (rows that are new,) int64 row of the old table that each is a copy of.
-        self._copied = {name: _buckets_of_new_ids(old.owners[name], owner) for name, owner in new.owners.items()}
+        self._copied = {name: _find_buckets(old.owners[name], owner) for name, owner in new.owners.items()}
 
     def rows(self, table: EmbeddingTable, first: int, last: int) -> Tensor:
         """First weights of rows first..last (exclusive) of a table: (last - first, dim) float32.
@@ -121,7 +121,7 @@ def _weights(folder: Path) -> Iterator[Any]:
         raise UserError(f"the weights of the model in '{folder}' can't be read: {error}") from None
 
 
-def _buckets_of_new_ids(old: VocabularyOwner, new: VocabularyOwner) -> np.ndarray:
+def _find_buckets(old: VocabularyOwner, new: VocabularyOwner) -> np.ndarray:
     return old.encode(new.vocabulary.ids[len(old.vocabulary.ids) :])
 
 
@@ -197,7 +197,7 @@ def base_rates(
 
 
 @torch.no_grad()
-def start_at(towers: Towers, rates: Sequence[float | None]) -> None:
+def set_base_rates(towers: Towers, rates: Sequence[float | None]) -> None:
     """Sets the towers' last biases to the logits of the rates; 0 where there is none, a regression's mean label."""
     logits = [0.0 if rate is None else math.log(rate) - math.log1p(-rate) for rate in rates]
     towers.output_bias.copy_(torch.tensor(logits)[:, None])

@@ -61,8 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from mmoe_rec.cli.command import show
     from mmoe_rec.jobs.baselines import measure_baselines
     from mmoe_rec.jobs.evaluate import evaluate_model
-    from mmoe_rec.jobs.train import train_model
-    from mmoe_rec.jobs.validations import told_of
+    from mmoe_rec.jobs.train import describe_training, train_model
     from mmoe_rec.jobs.workspace import Trained
     from mmoe_rec.locks import reading
     from mmoe_rec.report.tables import show_results
@@ -74,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     console.rule("2/5  features, training, registration")
     trained = train_model(settings)
     assert isinstance(trained, Trained), "the quickstart runs in one process"
-    for part in (*told_of(trained, settings), *trained.compared):
+    for part in (*describe_training(trained, settings), *trained.compared):
         console.print(part, highlight=False, soft_wrap=isinstance(part, str))
     console.rule("3/5  evaluation on later weeks")
     with reading(Path(settings.data.work) / "features", "a quickstart"):

@@ -52,10 +52,10 @@ def product_rates(seconds: float = 1.0, size: int = 2048) -> dict[str, float]:
     """
     import torch
 
-    from mmoe_rec.model.products import by_onednn, onednn_offered
+    from mmoe_rec.model.products import by_onednn, has_onednn
 
     ways = {"fp32": (torch.float32, torch.mm), "bf16": (torch.bfloat16, torch.mm)}
-    if onednn_offered():
+    if has_onednn():
         ways["fp32_onednn"] = torch.float32, by_onednn
     rates = {}
     for name, (kind, multiply) in ways.items():

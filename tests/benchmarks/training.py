@@ -136,7 +136,7 @@ def benchmark(rows: int, repeats: int, peers: Path, few: bool) -> dict[str, obje
 def by_hand(rates: Mapping[str, float]) -> dict[str, list[str]]:
     """Every combination of settings that a training could have chosen here, by name."""
     from mmoe_rec.devices import usable_cores
-    from mmoe_rec.training.tables import ways_on_offer
+    from mmoe_rec.training.tables import list_ways
 
     products = {"fp32": ["precision=fp32", "products=blas"]}
     if "fp32_onednn" in rates:
@@ -146,7 +146,7 @@ def by_hand(rates: Mapping[str, float]) -> dict[str, list[str]]:
     threads = sorted({count for count in (usable_cores(), usable_cores() // 2) if count})
     return {
         f"{name}, {way}, {count} threads": [*options, f"tables={way}", f"threads={count}"]
-        for (name, options), way, count in itertools.product(products.items(), ways_on_offer(), threads)
+        for (name, options), way, count in itertools.product(products.items(), list_ways(), threads)
     }
 
 

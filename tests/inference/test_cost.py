@@ -10,7 +10,7 @@ import torch
 from mmoe_rec.inference.loaded import LoadedRanker
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.inference.scorer import Scorer
-from mmoe_rec.model.products import Products, onednn_offered
+from mmoe_rec.model.products import Products, has_onednn
 from mmoe_rec.point_in_time.histories import HistoryMemory
 from mmoe_rec.point_in_time.memory import CounterMemory
 from tests.inference.small_model import CONTEXT, ITEMS, USER, SmallModel
@@ -46,7 +46,7 @@ def test_a_request_touches_no_more_where_ten_times_as_much_is_remembered(small: 
     assert many < few * 1.1 + 10_000
 
 
-@pytest.mark.skipif(not onednn_offered(), reason="torch has no oneDNN in fp32 here")
+@pytest.mark.skipif(not has_onednn(), reason="torch has no oneDNN in fp32 here")
 @pytest.mark.parametrize("count", [1, 5, 16, 17, 50])
 def test_faster_products_give_the_same_scores(ranker: LoadedRanker, small: SmallModel, count: int) -> None:
     items = [int(each) * 10**17 for each in np.random.default_rng(count).integers(-5, 12, count)]
@@ -58,7 +58,7 @@ def test_faster_products_give_the_same_scores(ranker: LoadedRanker, small: Small
     assert sorted(after.order) == sorted(before.order)
 
 
-@pytest.mark.skipif(not onednn_offered(), reason="torch has no oneDNN in fp32 here")
+@pytest.mark.skipif(not has_onednn(), reason="torch has no oneDNN in fp32 here")
 @pytest.mark.parametrize(("seconds", "taken"), [((1.0, 0.9), "blas"), ((1.0, 0.5), "onednn"), ((0.5, 1.0), "blas")])
 def test_other_products_must_be_clearly_faster(
     small: SmallModel, seconds: tuple[float, float], taken: Products, monkeypatch: pytest.MonkeyPatch

@@ -20,7 +20,7 @@ from mmoe_rec.jobs.score import microseconds
 from mmoe_rec.jobs.score_files import RANKS, SCORES
 from mmoe_rec.jobs.score_parts import RankJob, rank_partition
 from mmoe_rec.log.columns import UTC_MICROSECONDS
-from mmoe_rec.model.score import with_outcomes
+from mmoe_rec.model.score import add_outcomes
 from mmoe_rec.preprocessing.exchange import Exchange, partition_of
 from mmoe_rec.preprocessing.prepare import encode_with
 from tests.commands import run
@@ -70,7 +70,7 @@ def test_rows_of_a_log_are_scored_as_in_an_evaluation(small: SmallModel, tmp_pat
     names = [small.settings.columns.user, small.settings.columns.request, small.settings.columns.candidate]
     for name, ids in zip(names, (getattr(expected, f"{column}s") for column in COLUMNS), strict=True):
         np.testing.assert_array_equal(found[name], ids.to_numpy())
-    predictions = with_outcomes(expected.predictions, ranker.layout)
+    predictions = add_outcomes(expected.predictions, ranker.layout)
     assert [f"predicted_{name}" for name in predictions] == PREDICTED
     for name, values in predictions.items():
         np.testing.assert_allclose(found[f"predicted_{name}"], values, atol=1e-5)

@@ -20,11 +20,11 @@ def saving(folder: str) -> str:
     """Works until a signal comes, and saves for longer than signals are apart."""
     with StopRequest() as stop:
         Path(folder, f"{os.getpid()}.begun").touch()
-        while stop.asked is None:
+        while stop.signal is None:
             time.sleep(0.01)
         time.sleep(1.2)
         Path(folder, f"{os.getpid()}.saved").touch()
-        raise StoppedError(f"{stop.asked} came")
+        raise StoppedError(f"{stop.signal} came")
 
 
 FAIL = ("wrong", "broken", "killed")

@@ -19,14 +19,14 @@ from mmoe_rec.model.products import (
     Products,
     StackedLinear,
     by_onednn,
+    choose_products,
     grouped_linear,
-    onednn_offered,
-    products_of,
+    has_onednn,
     set_products,
 )
 from mmoe_rec.settings.model import Model
 
-pytestmark = pytest.mark.skipif(not onednn_offered(), reason="this build of torch has no oneDNN")
+pytestmark = pytest.mark.skipif(not has_onednn(), reason="this build of torch has no oneDNN")
 
 Run = Callable[[nn.Module, Tensor], Tensor]
 ROWS = (0, 1, 7, 64)
@@ -205,20 +205,20 @@ def test_a_linear_layer_starts_and_is_kept_as_torchs() -> None:
 
 
 def test_what_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert (products_of("auto", "cpu"), products_of("onednn", "cpu")) == ("blas", "onednn")
+    assert (choose_products("auto", "cpu"), choose_products("onednn", "cpu")) == ("blas", "onednn")
     with pytest.raises(UserError, match=r"^training\.products is onednn, a library of CPUs: set it to auto$"):
-        products_of("onednn", "cuda")
+        choose_products("onednn", "cuda")
 
     def missing(*_: object) -> Tensor:
         raise AttributeError
 
     monkeypatch.setattr(products_module, "by_onednn", missing)
-    onednn_offered.cache_clear()
+    has_onednn.cache_clear()
     try:
         with pytest.raises(UserError, match=r"^training\.products is onednn, but torch does not multiply by it"):
-            products_of("onednn", "cpu")
+            choose_products("onednn", "cpu")
     finally:
-        onednn_offered.cache_clear()
+        has_onednn.cache_clear()
 
 
 def test_rows_of_another_type_than_the_weights_are_refused() -> None:

@@ -24,7 +24,7 @@ from mmoe_rec.model.score import (
     Calibration,
     TaskCalibration,
     fuse,
-    logit_of_both,
+    joint_logit,
     predictions,
 )
 from mmoe_rec.model.utilisation import Utilisation, UtilisationSums
@@ -98,7 +98,7 @@ def test_the_logit_of_both_is_exact_for_any_logits() -> None:
         return 1 / (1 + (-Decimal(logit)).exp())
 
     for one, other in itertools.product(ends, ends):
-        found = logit_of_both(torch.tensor(one), torch.tensor(other))
+        found = joint_logit(torch.tensor(one), torch.tensor(other))
         both = probability(one) * probability(other)
         assert found.item() == pytest.approx(float((both / (1 - both)).ln()), rel=1e-6, abs=2e-6)
         assert functional.logsigmoid(found).item() == pytest.approx(float(both.ln()), rel=2e-5, abs=1e-37)
@@ -109,7 +109,7 @@ def test_the_logit_of_both_is_exact_for_any_logits() -> None:
 def test_the_gradient_of_the_logit_of_both_is_finite_and_right() -> None:
     ends = torch.tensor([-300.0, -20.0, 0.0, 8.0, 300.0], dtype=torch.float64)
     one, other = (each.flatten().requires_grad_() for each in torch.meshgrid(ends, ends, indexing="ij"))
-    assert torch.autograd.gradcheck(logit_of_both, (one, other))
+    assert torch.autograd.gradcheck(joint_logit, (one, other))
 
 
 def test_a_wrong_number_of_tasks_is_refused() -> None:

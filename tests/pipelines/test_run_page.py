@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from mmoe_rec.jobs import run_page
-from mmoe_rec.jobs.run_page import command, data_sets, name_of_training
+from mmoe_rec.jobs.run_page import command, data_sets, name_training
 from mmoe_rec.settings.load import load_settings
 from mmoe_rec.tracking.outbox import list_waiting_runs
 from mmoe_rec.tracking.runs import DataSet, Run
@@ -106,10 +106,10 @@ def test_the_machine_is_watched_only_where_it_is_asked_for(world: World) -> None
             logged.extend(metrics)
 
     outbox = object()
-    run_page.WithMachine(Watched("1", outbox), asked=False)({"a": 1.0}, 1)  # type: ignore[arg-type]
-    run_page.WithMachine(Watched(None), asked=True)({"b": 1.0}, 1)  # another rank than the first
+    run_page.MachineMonitor(Watched("1", outbox), asked=False)({"a": 1.0}, 1)  # type: ignore[arg-type]
+    run_page.MachineMonitor(Watched(None), asked=True)({"b": 1.0}, 1)  # another rank than the first
     assert logged == ["a", "b"]
-    watched = run_page.WithMachine(Watched("1", outbox), asked=True)  # type: ignore[arg-type]
+    watched = run_page.MachineMonitor(Watched("1", outbox), asked=True)  # type: ignore[arg-type]
     watched({"c": 1.0}, 1)
     watched({"d": 1.0}, 2)
     assert sum(name.startswith("system/cpu") for name in logged) == 1, "too soon after the first"
@@ -218,7 +218,7 @@ def test_a_machine_without_interfaces_is_watched_otherwise(monkeypatch: pytest.M
         def log_metrics(self, metrics, step=None):
             logged.update(metrics)
 
-    watched = run_page.WithMachine(Watched("1", object()), asked=True)  # type: ignore[arg-type]
+    watched = run_page.MachineMonitor(Watched("1", object()), asked=True)  # type: ignore[arg-type]
     monkeypatch.setattr(run_page, "SECONDS_BETWEEN_SAMPLES", 0.0)
     watched({"a": 1.0}, 1)
     assert "system/cpu_utilization_percentage" in logged
@@ -236,9 +236,7 @@ def test_a_machine_without_interfaces_is_watched_otherwise(monkeypatch: pytest.M
 
 def test_names_of_trainings_and_commands(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = load_settings(world.folder / "first.yaml")
-    assert (
-        name_of_training(settings, "models:/learnable/3") == "train until 2024-03-06 from models:/learnable/3, seed 17"
-    )
+    assert name_training(settings, "models:/learnable/3") == "train until 2024-03-06 from models:/learnable/3, seed 17"
     monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)  # as where a script is started
     monkeypatch.setattr(sys, "argv", ["/somewhere/bin/mmoe-rec", "train", "--config", "a b.yaml"])
     assert command() == "mmoe-rec train --config 'a b.yaml'"

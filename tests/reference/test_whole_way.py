@@ -11,7 +11,7 @@ from mmoe_rec.evaluation.sums import MeasuredTask, measure
 from mmoe_rec.features import kinds
 from mmoe_rec.log.rows import labels_of
 from mmoe_rec.model.layout import EmbeddingTable, ModelLayout, ModelTask
-from mmoe_rec.model.score import from_logs, fuse, predictions
+from mmoe_rec.model.score import fuse, predictions, scores_from_logs
 from mmoe_rec.model.tables import plain_tables
 from mmoe_rec.point_in_time.lists import Ragged
 from mmoe_rec.training.losses import masked_loss
@@ -100,7 +100,7 @@ def compare_models(rows_layout, encoded, known) -> torch.Tensor:
 def compare_metrics(log, logits, known) -> None:
     """Scores, and metrics of them and of a task."""
     names = [task.kind for task in TASKS]
-    scores = from_logs(fuse(logits, names, [task.score_weight for task in TASKS]).numpy())
+    scores = scores_from_logs(fuse(logits, names, [task.score_weight for task in TASKS]).numpy())
     np.testing.assert_allclose(scores, model.score(logits, TASKS).numpy(), rtol=1e-12)
     scores = np.round(scores / scores.mean(), 1)  # some are equal
     measured = [MeasuredTask(task.name, task.kind, task.score_weight) for task in TASKS]

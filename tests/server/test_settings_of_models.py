@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from mmoe_rec.jobs.serve import limits_of
-from mmoe_rec.model.products import onednn_offered
+from mmoe_rec.model.products import has_onednn
 from mmoe_rec.server.app import Application
 from mmoe_rec.server.models import Models
 from mmoe_rec.server.reloading import Source
@@ -78,7 +78,7 @@ def test_what_multiplies(small: SmallModel, overrides: list[str], products: str)
         assert serving.models.current is not None
         ranker = serving.models.current.ranker
         assert ranker.best_products() == products
-        assert ranker.scorer.products == (products if onednn_offered() else "blas")
+        assert ranker.scorer.products == (products if has_onednn() else "blas")
 
 
 def test_how_many_candidates_a_request_may_have(small: SmallModel) -> None:

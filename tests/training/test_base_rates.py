@@ -19,7 +19,7 @@ from mmoe_rec.preprocessing.prepare import Prepared
 from mmoe_rec.preprocessing.splits import SplitCounts
 from mmoe_rec.training.loop import Trainer
 from mmoe_rec.training.ranks import process_group
-from mmoe_rec.training.warm_start import base_rates, start_at
+from mmoe_rec.training.warm_start import base_rates, set_base_rates
 from tests.training.learnable import (
     CPU,
     LAYOUT,
@@ -69,7 +69,7 @@ def test_rates_are_the_means_of_observed_labels(weighted: bool) -> None:
 
 def test_towers_say_the_rates_of_no_input() -> None:
     towers = Towers(4, 3, (2,))
-    start_at(towers, [0.005, 0.7, None, None])
+    set_base_rates(towers, [0.005, 0.7, None, None])
     with torch.no_grad():
         towers.layers[-1].weight.zero_()
         said = towers(torch.randn(5, 4, 3)).numpy()

@@ -19,7 +19,7 @@ from mmoe_rec.model import products as products_module
 from mmoe_rec.model.layout import ModelLayout
 from mmoe_rec.model.levels import Experts
 from mmoe_rec.model.mmoe import RankingModel, build_model
-from mmoe_rec.model.products import Multiplying, onednn_offered
+from mmoe_rec.model.products import Multiplying, has_onednn
 from mmoe_rec.model.tables import plain_tables
 from mmoe_rec.preprocessing.prepare import Prepared
 from mmoe_rec.settings.load import load_settings
@@ -28,9 +28,9 @@ from mmoe_rec.settings.sections import Training
 from mmoe_rec.training import choices as choices_module
 from mmoe_rec.training import measure
 from mmoe_rec.training.checkpoint import latest_checkpoint
-from mmoe_rec.training.choices import Choices, faster, kept
+from mmoe_rec.training.choices import Choices, faster, keep_choices
 from mmoe_rec.training.loop import Trainer
-from mmoe_rec.training.measure import GIVE_UP, Chooser, milliseconds
+from mmoe_rec.training.measure import GIVE_UP, Chooser, time_options
 from tests.model.examples import LAYOUT, random_rows, small_model
 from tests.pipelines.learnable_log import write_files
 from tests.training.learnable import MODEL, write_prepared
@@ -57,13 +57,13 @@ def chooser(model: RankingModel, rows: int = 64) -> Chooser:
 @pytest.fixture(autouse=True)
 def _onednn_everywhere(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Where torch does not multiply by oneDNN, its own product stands in, as options are run."""
-    if onednn_offered():
+    if has_onednn():
         yield
         return
     monkeypatch.setattr(products_module, "by_onednn", lambda left, right, bias=None: linear(left, right.t(), bias))
-    onednn_offered.cache_clear()
+    has_onednn.cache_clear()
     yield
-    onednn_offered.cache_clear()
+    has_onednn.cache_clear()
 
 
 def with_times(monkeypatch: pytest.MonkeyPatch, times: Mapping[str, float]) -> list[list[str]]:
@@ -76,7 +76,7 @@ def with_times(monkeypatch: pytest.MonkeyPatch, times: Mapping[str, float]) -> l
         compared.append(list(options))
         return {name: times[name] for name in options}
 
-    monkeypatch.setattr(measure, "milliseconds", told)
+    monkeypatch.setattr(measure, "time_options", told)
     return compared
 
 
@@ -115,7 +115,7 @@ def test_bf16_competes_with_the_faster_fp32(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_library_that_is_not_here_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measure, "onednn_offered", lambda: False)
+    monkeypatch.setattr(measure, "has_onednn", lambda: False)
     compared = with_times(monkeypatch, TIMES)
     choices = chooser(built()).choose(Training(precision="fp32", tables="torch", threads=1))
     assert compared == [["blas"]]
@@ -132,16 +132,16 @@ def test_ranks_of_which_one_lacks_a_library_take_another_together(tmp_path: Path
 
 @pytest.mark.parametrize("offered", [True, False])
 def test_a_library_of_products_that_is_not_here_gives_way(monkeypatch: pytest.MonkeyPatch, offered: bool) -> None:
-    monkeypatch.setattr(choices_module, "onednn_offered", lambda: offered)
+    monkeypatch.setattr(choices_module, "has_onednn", lambda: offered)
     before = replace(CHOICES, products="onednn")
-    assert kept(before, Training(), CPU).products == ("onednn" if offered else "blas")
-    assert kept(before, Training(products="blas"), CPU).products == "blas"
+    assert keep_choices(before, Training(), CPU).products == ("onednn" if offered else "blas")
+    assert keep_choices(before, Training(products="blas"), CPU).products == "blas"
 
 
 def test_what_is_not_on_offer_is_told_before_features_are_built(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(products_module, "onednn_offered", lambda: False)
+    monkeypatch.setattr(products_module, "has_onednn", lambda: False)
     settings = load_settings(write_files(tmp_path), ["--training.products", "onednn"])
     with pytest.raises(
         UserError, match=r"^training\.products is onednn, but torch does not multiply by it in fp32 here"
@@ -191,7 +191,7 @@ def test_tables_that_are_tried_stay_small(monkeypatch: pytest.MonkeyPatch) -> No
         rows.append(most)
         return lambda: None
 
-    monkeypatch.setattr(measure, "trial", noted)
+    monkeypatch.setattr(measure, "make_trial", noted)
     wide = replace(LAYOUT, tables=tuple(replace(each, rows=10**9, dim=1024) for each in LAYOUT.tables))
     for layout in (LAYOUT, wide):
         Chooser(built().mixture, layout, CPU, 64, ids()).choose(Training(precision="fp32", products="blas", threads=1))
@@ -221,22 +221,22 @@ class Clock:
 def test_options_run_in_turns_and_the_fastest_run_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
     options = {"a": clock.option("a", 0.001, 0.02, 0.01, 0.03), "b": clock.option("b", 0.5, 0.008, 0.012, 0.009)}
-    assert milliseconds(options, 0) == pytest.approx({"a": 10, "b": 8})  # first runs are not counted
+    assert time_options(options, 0) == pytest.approx({"a": 10, "b": 8})  # first runs are not counted
     assert clock.calls == ["a", "b"] * 4
 
 
 def test_a_hopeless_option_is_not_run_again(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
-    times = milliseconds({"fast": clock.option("fast", 1), "slow": clock.option("slow", 1.01 * GIVE_UP)}, 100)
+    times = time_options({"fast": clock.option("fast", 1), "slow": clock.option("slow", 1.01 * GIVE_UP)}, 100)
     assert clock.calls.count("slow") == 2  # once to prepare, once to be timed
     assert times["slow"] == pytest.approx(1010 * GIVE_UP)
 
 
 def test_a_training_that_goes_on_keeps_them() -> None:
-    now = kept(CHOICES, Training(threads=2), CPU)
+    now = keep_choices(CHOICES, Training(threads=2), CPU)
     assert (now.precision, now.tables, now.experts, now.threads) == ("bf16", "torch", "grouped", 2)
-    assert kept(CHOICES, Training(), CPU).threads == min(3, torch.get_num_threads())
-    assert kept(CHOICES, Training(tables="fbgemm"), CPU).tables == "fbgemm"
+    assert keep_choices(CHOICES, Training(), CPU).threads == min(3, torch.get_num_threads())
+    assert keep_choices(CHOICES, Training(tables="fbgemm"), CPU).tables == "fbgemm"
 
 
 @pytest.fixture(scope="module")
@@ -286,12 +286,12 @@ def test_experts_are_computed_as_chosen_or_as_set(
 def choose_on_a_rank(rank: int, world: int, port: int, folder: Path) -> None:
     """Chooses the library of products, and keeps an earlier choice, where ranks after the first have no oneDNN."""
     for module in (measure, choices_module):
-        module.onednn_offered = lambda: rank == 0  # type: ignore[attr-defined]
+        module.has_onednn = lambda: rank == 0  # type: ignore[attr-defined]
     ids = make_batch(random_rows(50)[0], LAYOUT, torchrec=False).ids
     settings = Training(precision="fp32", tables="torch", threads=1)
     with join(rank, world, port):
         chosen = Chooser(small_model(plain_tables(LAYOUT)).mixture, LAYOUT, CPU, 64, ids).choose(settings)
-        again = kept(Choices("fp32", "torch", "auto", 1, "onednn"), settings, CPU)
+        again = keep_choices(Choices("fp32", "torch", "auto", 1, "onednn"), settings, CPU)
     timed = list(chosen.measured.get("products", {"blas": 0.0}))
     found = [chosen.products, timed, again.products]
     (folder / f"{rank}.json").write_text(json.dumps(found), encoding="utf-8")

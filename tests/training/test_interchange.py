@@ -38,7 +38,7 @@ def without_torchrec() -> Iterator[None]:
 @contextmanager
 def with_way(way: str) -> Iterator[None]:
     """With torchrec, in one of the ways that this machine offers."""
-    if way not in tables_module.ways_on_offer():
+    if way not in tables_module.list_ways():
         pytest.skip(f"{way} is not on offer here")
     yield
 

@@ -17,7 +17,7 @@ from mmoe_rec.model.routing import Routing, balance_loss, expert_loads, z_loss
 from mmoe_rec.preprocessing.prepare import Prepared
 from mmoe_rec.training.loop import Trainer
 from mmoe_rec.training.losses import masked_loss
-from mmoe_rec.training.steps import Balancing, loads_of
+from mmoe_rec.training.steps import Balancing, count_loads
 from tests.model.examples import LAYOUT
 from tests.training.learnable import TRAINING, learnable_rows, plain_model, write_prepared
 from tests.training.ranks import save_weights
@@ -154,7 +154,7 @@ def test_ranks_with_copies_have_the_balance_of_the_rows_that_are_real(chooses: b
     counted[:5] = counted[6:10] = 1
     real = _part(routing, counted.bool())
     ranks = [slice(0, 6), slice(6, 12), slice(12, 18)]
-    summed = sum(loads_of([_part(routing, rows)], counted[rows]) for rows in ranks)
+    summed = sum(count_loads([_part(routing, rows)], counted[rows]) for rows in ranks)
     loads = summed / counted.sum()
     torch.testing.assert_close(loads, expert_loads(real))
     shares = counted * 3 / counted.sum()

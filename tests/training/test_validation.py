@@ -18,7 +18,7 @@ from mmoe_rec.model.routing import Routing
 from mmoe_rec.model.utilisation import Utilisation
 from mmoe_rec.training import validation
 from mmoe_rec.training.ranks import process_group
-from mmoe_rec.training.validation import BINS_PER_UNIT, FEWEST, Validation, validate, warnings_of, why_chosen
+from mmoe_rec.training.validation import BINS_PER_UNIT, FEWEST, Validation, explain_choice, validate, warnings_of
 from tests.model.examples import LAYOUT
 from tests.training.learnable import CPU, GIVEN
 
@@ -200,11 +200,11 @@ def test_an_auc_of_few_rows_of_a_label_has_no_say() -> None:
     labels[rare, 0] = 0.0
     found = validated(logits, labels, gates)
     assert found.rarer["click"] == FEWEST - 1
-    assert found.told_by_auc("auc") == ["like"]
+    assert found.tasks_judged_by_auc("auc") == ["like"]
     assert found.objective("auc", LAYOUT) == found.auc["like"]
     labels[:, 1] = labels[:, 0]
     alone = validated(logits, labels, gates)
-    assert alone.told_by_auc("auc") == []
+    assert alone.tasks_judged_by_auc("auc") == []
     assert alone.objective("auc", LAYOUT) == alone.objective("loss", LAYOUT) < 0
 
 
@@ -227,23 +227,23 @@ def found(**changes: dict) -> Validation:
 
 
 def test_the_rule_that_chose_is_named() -> None:
-    assert why_chosen(found(), 7, "auc") == [
+    assert explain_choice(found(), 7, "auc") == [
         "best validation, at step 7: the mean AUC of click and like is the highest"
     ]
     three = {"click": 0.7, "like": 0.8, "stay": 0.6}
-    assert why_chosen(found(auc=three), 7, "auc") == [
+    assert explain_choice(found(auc=three), 7, "auc") == [
         "best validation, at step 7: the mean AUC of click, like and stay is the highest"
     ]
-    assert why_chosen(found(), 7, "loss") == ["best validation, at step 7: the weighted loss is the lowest"]
+    assert explain_choice(found(), 7, "loss") == ["best validation, at step 7: the weighted loss is the lowest"]
     few = found(rarer={"click": 13, "like": 500})
-    assert why_chosen(few, 7, "auc") == [
+    assert explain_choice(few, 7, "auc") == [
         "best validation, at step 7: the AUC of like is the highest",
         f"the AUC of 'click' had no say: 13 validation rows have its rarer label, and it takes {FEWEST}",
     ]
-    alone = why_chosen(found(auc={"click": 0.478}, rarer={"click": 13}), 7, "auc")
+    alone = explain_choice(found(auc={"click": 0.478}, rarer={"click": 13}), 7, "auc")
     assert alone[0] == "best validation, at step 7: the weighted loss is the lowest"
     assert len(alone) == 2
-    assert len(why_chosen(few, 7, "loss")) == 1
+    assert len(explain_choice(few, 7, "loss")) == 1
 
 
 def test_an_auc_below_chance_is_told_of() -> None:

@@ -30,7 +30,7 @@ from mmoe_rec.training.checkpoint import load_plain
 from mmoe_rec.training.planning import table_bytes
 from mmoe_rec.training.ranks import process_group
 from mmoe_rec.training.sharding import shard
-from mmoe_rec.training.tables import Pooled, Way, look_up_directly, table_batches, use_way, way_of, ways_on_offer
+from mmoe_rec.training.tables import Pooled, Way, choose_way, list_ways, look_up_directly, table_batches, use_way
 from tests.model.examples import LAYOUT, random_rows, small_model
 from tests.reference.model import adagrad
 from tests.training.ranks import CPU, save_weights
@@ -39,33 +39,33 @@ from tests.training.ranks import CPU, save_weights
 def test_the_setting_takes_what_there_is() -> None:
     choices = get_args(Training.model_fields["tables"].annotation)
     assert choices == ("auto", *get_args(Way))
-    assert ways_on_offer()[0] == way_of("auto", "cpu") == "fbgemm"
-    assert ways_on_offer()[-1] == "torch"
+    assert list_ways()[0] == choose_way("auto", "cpu") == "fbgemm"
+    assert list_ways()[-1] == "torch"
 
 
 def test_fbgemm_that_cannot_be_kept_from_its_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """As with the CPU build of torch."""
     monkeypatch.setattr(tables_module, "can_be_withheld", lambda: False)
-    assert ways_on_offer() == ("fbgemm", "torch")
+    assert list_ways() == ("fbgemm", "torch")
     with pytest.raises(
         UserError, match=r"^training\.tables is fbgemm_reference, but .*: set it to auto, or .*\(fbgemm, t"
     ):
-        way_of("fbgemm_reference", "cpu")
+        choose_way("fbgemm_reference", "cpu")
 
 
 def test_without_torchrec(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (fbgemm, tables_module):
         monkeypatch.setattr(module, "torchrec_installed", lambda: False)
-    assert ways_on_offer() == ("torch",)
-    assert way_of("auto", "cpu") == "torch"
+    assert list_ways() == ("torch",)
+    assert choose_way("auto", "cpu") == "torch"
     with pytest.raises(UserError, match=r"tables is fbgemm, but torchrec and fbgemm are not installed: .* \(torch\)$"):
-        way_of("fbgemm", "cpu")
+        choose_way("fbgemm", "cpu")
     with pytest.raises(
         UserError, match=r"^training on several processes needs torchrec.*; or start it without torchrun$"
     ):
-        way_of("auto", "cpu", ranks=2)
+        choose_way("auto", "cpu", ranks=2)
     with pytest.raises(UserError, match=r"^training on a GPU needs torchrec.*; or set training\.device to cpu$"):
-        way_of("auto", "cuda")
+        choose_way("auto", "cuda")
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_a_sharded_model_changes_its_way_between_steps() -> None:
     encoded, labels = random_rows(64)
     batch = make_batch(encoded, LAYOUT, labels, torchrec=True)
     found = {}
-    for name, taken in (("one", ["fbgemm"] * 4), ("all", ["torch", "fbgemm", ways_on_offer()[-2], "torch"])):
+    for name, taken in (("one", ["fbgemm"] * 4), ("all", ["torch", "fbgemm", list_ways()[-2], "torch"])):
         with process_group(CPU):
             sharded = shard(
                 small_model(torchrec_tables(LAYOUT)), LAYOUT, CPU, batch_size=64, table_learning_rate=0.1, way="fbgemm"
@@ -130,8 +130,8 @@ def test_a_trial_looks_up_and_updates_once(monkeypatch: pytest.MonkeyPatch, torc
         looked_up.append(pooled.detach().clone())
         backward(pooled, gradient)
 
-    for way in ways_on_offer():
-        once = measure.trial(way, LAYOUT, ids, rows_at_most=20)
+    for way in list_ways():
+        once = measure.make_trial(way, LAYOUT, ids, rows_at_most=20)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(torch.Tensor, "backward", counted)
             once()
@@ -139,8 +139,8 @@ def test_a_trial_looks_up_and_updates_once(monkeypatch: pytest.MonkeyPatch, torc
         first, second = looked_up[-2:]
         assert first.shape == (50, sum(LAYOUT.table(each.table).dim for each in LAYOUT.ids))
         assert not torch.equal(first, second), "the tables were updated"
-    assert len(looked_up) == 2 * len(ways_on_offer())
-    measure.trial(ways_on_offer()[0], ModelLayout((), (), LAYOUT.dense, LAYOUT.tasks), None)()
+    assert len(looked_up) == 2 * len(list_ways())
+    measure.make_trial(list_ways()[0], ModelLayout((), (), LAYOUT.dense, LAYOUT.tasks), None)()
 
 
 # Inputs that share a table lie apart, and a table is wider than its neighbours.
@@ -176,7 +176,7 @@ def steps(layout: ModelLayout, batch: Batch, way: Any, direct: bool) -> list[Ten
         return [*found, module.weights_host.detach().clone(), module.momentum1_host.clone()]
 
 
-@pytest.mark.parametrize("way", ways_on_offer())
+@pytest.mark.parametrize("way", list_ways())
 @pytest.mark.parametrize("layout", [LAYOUT, MIXED], ids=["layout", "mixed"])
 def test_the_same_as_by_torchrec(layout: ModelLayout, way: Any) -> None:
     encoded, labels = random_rows(64)
