@@ -205,21 +205,6 @@ def test_model_is_importable_without_the_training_stack() -> None:
 DIMS = {each.name: LAYOUT.table(each.table).dim for each in LAYOUT.ids}
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_plain_tables_equal_torchrec(seed: int) -> None:
-    encoded, labels = random_rows(23, seed)
-    plain = plain_tables(LAYOUT, seed)
-    collection = torchrec_tables(LAYOUT, "cpu")
-    assert list(plain.state_dict()) == list(collection.state_dict())
-    collection.load_state_dict(plain.state_dict())
-    ours = plain(make_batch(encoded, LAYOUT, labels, torchrec=False).ids)
-    batch = make_batch(encoded, LAYOUT, labels, torchrec=True)
-    theirs = by_name(collection(batch.ids), DIMS, batch.ragged, batch.shares)
-    assert ours.keys() == theirs.keys()
-    for name, means in ours.items():
-        torch.testing.assert_close(means, theirs[name], atol=1e-7, rtol=0)
-
-
 @pytest.mark.parametrize("longest", [0, 1, 2, 9])
 def test_gradients_equal_those_of_plain_means(longest: int) -> None:
     """Ids repeated in a row and between rows and inputs, empty rows; inputs all of whose rows have one id."""
@@ -240,15 +225,6 @@ def test_gradients_equal_those_of_plain_means(longest: int) -> None:
         torch.stack([(pooled[name] * each).sum() for name, each in into.items()]).sum().backward()
     for one, other in zip(plain.parameters(), collection.parameters(), strict=True):
         torch.testing.assert_close(one.grad, other.grad, atol=1e-5, rtol=1e-5)
-
-
-def test_an_input_without_ids_gives_zeros() -> None:
-    encoded, _ = random_rows(50)
-    empty = encoded.ids["tags"].lengths == 0  # type: ignore[union-attr]
-    assert empty.any()
-    pooled = plain_tables(LAYOUT)(make_batch(encoded, LAYOUT, torchrec=False).ids)["tags"].detach().numpy()
-    assert not pooled[empty].any()
-    assert np.abs(pooled[~empty]).min(1).all()
 
 
 def test_first_weights_do_not_depend_on_how_rows_are_divided(monkeypatch: pytest.MonkeyPatch) -> None:
