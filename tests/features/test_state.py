@@ -50,7 +50,7 @@ def test_a_round_trip_keeps_every_bit(tmp_path, strings):
     assert _saved(loaded, tmp_path / "b") == first
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=settings().max_examples // 4)
 @given(seed=st.integers(0, 10**6), strings=st.booleans(), data=st.data())
 def test_no_order_of_rows_or_files_changes_the_state(tmp_path_factory, seed, strings, data):
     table = random_log(seed, rows=60, strings=strings)
@@ -62,7 +62,7 @@ def test_no_order_of_rows_or_files_changes_the_state(tmp_path_factory, seed, str
     assert one == other
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=settings().max_examples // 4)
 @given(seed=st.integers(0, 10**6), days=st.floats(0, 14), strings=st.booleans())
 def test_the_latest_state_answers_later_requests_as_the_full_state_does(tmp_path_factory, seed, days, strings):
     table = random_log(seed, rows=80, strings=strings)

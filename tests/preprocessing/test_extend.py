@@ -46,7 +46,7 @@ def _memories(prepared: Prepared) -> dict[str, pa.Table]:
     return found
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=settings().max_examples // 10)
 @given(
     seed=st.integers(0, 10**6),
     days=LATER_DAYS,

@@ -100,7 +100,7 @@ def assert_same_tables(one: Path, other: Path, but: tuple[str, ...] = ()) -> int
     return compared
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=settings().max_examples // 10)
 @given(
     seed=st.integers(0, 10**6),
     days=LATER_DAYS,
@@ -148,7 +148,7 @@ def _drawn(seeds: range) -> list[int]:
     return [seed for seed in seeds if draw(seed).stages > 1]
 
 
-@pytest.mark.parametrize("seed", _drawn(range(4000, 4120)))
+@pytest.mark.parametrize("seed", _drawn(range(4000, 4000 + settings().max_examples)))
 def test_drawn_logs_with_all_that_a_log_may_hold(tmp_path: Path, seed: int) -> None:
     """Among them rows of a request that come with a later stage, regressions, late labels, events of any time."""
     drawn = draw(seed)
