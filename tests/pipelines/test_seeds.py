@@ -193,7 +193,7 @@ def test_other_settings_that_have_seen_the_rows_are_told_of(
 def test_what_cannot_be_is_told(world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     for words, told in (
-        (("--seeds", "1"), "must be 2 or more"),
+        (("--seeds", "1"), "1 is not in the range x>=2"),
         (("--seeds", "2", "--from", "models:/x/1"), "--seeds trains from random weights; leave --from out"),
         (("--seeds", "2"), "start it without torchrun"),
         (("--against", "x"), "--against compares trainings of --seeds; models are compared by evaluate --against"),
