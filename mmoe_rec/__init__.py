@@ -16,17 +16,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mmoe_rec.inference.ranker import Ranker
     from mmoe_rec.jobs.evaluate import evaluate_model as evaluate
     from mmoe_rec.jobs.places import build_features
     from mmoe_rec.jobs.score import score_log as score
     from mmoe_rec.jobs.train import train_model as train
     from mmoe_rec.settings.load import load_settings
-    from mmoe_rec.tracking.registry import Ranker
 
 __all__ = ["Ranker", "__version__", "build_features", "evaluate", "load_settings", "score", "train"]
 
 _PLACES = {
-    "Ranker": ("mmoe_rec.tracking.registry", "Ranker"),
+    "Ranker": ("mmoe_rec.inference.ranker", "Ranker"),
     "build_features": ("mmoe_rec.jobs.places", "build_features"),
     "evaluate": ("mmoe_rec.jobs.evaluate", "evaluate_model"),
     "load_settings": ("mmoe_rec.settings.load", "load_settings"),
@@ -43,7 +43,10 @@ def __getattr__(name: str) -> Any:
     if name not in _PLACES:
         raise AttributeError(f"module 'mmoe_rec' has no attribute '{name}'")
     module, attribute = _PLACES[name]
-    return getattr(import_module(module), attribute)
+    value = getattr(import_module(module), attribute)
+    if name == "Ranker":  # a model server, which has a folder, imports it from its module, without MLflow
+        value.find_folder = import_module("mmoe_rec.tracking.registry").find_folder
+    return value
 
 
 def __dir__() -> list[str]:

@@ -94,8 +94,7 @@ def serve(
     require_packages("mmoe-rec serve", "serve", "uvicorn", "fastapi", "orjson", "httptools", "prometheus_client")
     from mmoe_rec.jobs.serve import serve_model
     from mmoe_rec.live.request_log import LogOptions
-    from mmoe_rec.server.options import end_process
-    from mmoe_rec.server.security import read_token
+    from mmoe_rec.server.options import end_process, read_token
     from mmoe_rec.settings.sections import Tracking
 
     given: dict[str, Any] = {

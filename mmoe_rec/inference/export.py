@@ -21,7 +21,7 @@ from mmoe_rec.inference.ranking import Ranking
 from mmoe_rec.inference.writing import seal, write_tensors
 
 if TYPE_CHECKING:
-    from mmoe_rec.inference.loaded import LoadedRanker
+    from mmoe_rec.inference.ranker import Ranker
 
 WEIGHTS = "weights.safetensors"
 Dense = Literal["bfloat16", "int8", "float32"]
@@ -59,7 +59,7 @@ def write_int8(folder: Path, made: Path, dense: Dense) -> None:
     seal(made)
 
 
-def draw_requests(folder: Path, ranker: LoadedRanker, requests: int = REQUESTS) -> Iterator[dict[str, Any]]:
+def draw_requests(folder: Path, ranker: Ranker, requests: int = REQUESTS) -> Iterator[dict[str, Any]]:
     """Arguments of `Ranker.rank`: users and candidates that the model knows, in the context of its folder's example.
 
     The same ones at every call. Of a model that knows no users or candidates only the example.

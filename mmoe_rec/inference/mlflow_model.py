@@ -20,8 +20,8 @@ from mlflow.protos.databricks_pb2 import INTERNAL_ERROR, INVALID_PARAMETER_VALUE
 from mlflow.pyfunc import PythonModel, PythonModelContext
 from pydantic import BaseModel, ConfigDict, SkipValidation
 
-from mmoe_rec.inference.errors import RequestError
-from mmoe_rec.inference.requests.envelope import ranked
+from mmoe_rec.errors import RequestError
+from mmoe_rec.inference.request import read_requests
 
 ARTIFACT = "model"
 Value = bool | int | float | str | None
@@ -42,7 +42,7 @@ class BadRequest(MlflowException):
 
 
 class RankingRequest(BaseModel):
-    """What MLflow documents and lets through unchecked: `Envelope` gives errors that don't repeat the whole input."""
+    """What MLflow documents and lets through unchecked: `Request` gives errors that don't repeat the whole input."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -89,7 +89,7 @@ class RankingPythonModel(PythonModel):
         Raises BadRequest with the sentence for the caller.
         """
         try:
-            answers = ranked(self.ranker, [each.given() for each in model_input], params or {})
+            answers = self.ranker.rank_many(read_requests([each.given() for each in model_input], params or {}))
         except RuntimeError as error:
             raise MlflowException(str(error), error_code=INTERNAL_ERROR) from error
         replies = []

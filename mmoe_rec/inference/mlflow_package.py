@@ -61,7 +61,7 @@ def _served_code(target: Path) -> Path:
 
 
 def with_params(signature: Any, artifact_folder: Path) -> Any:
-    """The signature with the optional parameters of `mmoe_rec.inference.requests.envelope.OPTIONS`.
+    """The signature with the optional parameters of `mmoe_rec.inference.request.OPTIONS`.
 
     MLflow derives parameters from the example: its values become everyone's defaults, and every weight in it required.
     """

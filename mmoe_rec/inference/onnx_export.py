@@ -29,8 +29,8 @@ from torch import Tensor, nn
 from mmoe_rec.errors import UserError
 from mmoe_rec.inference.example import EXAMPLE
 from mmoe_rec.inference.export import Answers
-from mmoe_rec.inference.loaded import LoadedRanker
-from mmoe_rec.inference.requests.request import Request
+from mmoe_rec.inference.ranker import Ranker
+from mmoe_rec.inference.request import Request
 from mmoe_rec.inference.writing import write_tensors
 from mmoe_rec.model.inputs import RequestInputs
 from mmoe_rec.model.levels import Experts
@@ -63,7 +63,7 @@ class Served(nn.Module):
     An expert that fails is not left out, as a ranker does.
     """
 
-    def __init__(self, ranker: LoadedRanker) -> None:
+    def __init__(self, ranker: Ranker) -> None:
         super().__init__()
         layout = ranker.layout
         self.model = RankingModel(PlainTables((), ()), layout, copy.deepcopy(ranker.model.mixture)).eval()
@@ -87,7 +87,7 @@ class Served(nn.Module):
         return torch.cat([values, *both], dim=1), log_score, log_score.clamp(max=_LARGEST).exp()
 
 
-def write_onnx(folder: Path, ranker: LoadedRanker, made: Path) -> None:
+def write_onnx(folder: Path, ranker: Ranker, made: Path) -> None:
     """Writes the model of an artifact folder, loaded as `ranker`, to an empty folder.
 
     Raises UserError where a package is missing, or for a model that the exporter can't follow.
@@ -128,11 +128,11 @@ def write_onnx(folder: Path, ranker: LoadedRanker, made: Path) -> None:
     (made / "README.md").write_text(_readme(about), encoding="utf-8")
 
 
-def inputs_of(ranker: LoadedRanker, request: Mapping[str, Any]) -> Tensor:
+def inputs_of(ranker: Ranker, request: Mapping[str, Any]) -> Tensor:
     """(N, W) float32: the model's inputs for the candidates of a request, given as arguments of `rank`."""
     tables = ranker.model.tables
     assert isinstance(tables, PlainTables)
-    rows = ranker.reader.rows([Request(request["user"], request["context"], request["candidates"])])
+    rows = ranker.reader.rows([Request.of(request)])
     return RequestInputs(ranker.layout, tables).matrix(*ranker.pipeline.request_inputs(rows), rows.of)
 
 
@@ -172,7 +172,7 @@ def check_equal(pairs: Sequence[tuple[Answers, Answers]], chooses: bool) -> None
         )
 
 
-def _bags(ranker: LoadedRanker) -> dict[str, Any]:
+def _bags(ranker: Ranker) -> dict[str, Any]:
     """The tables that inputs look up, but for those of placement."""
     used = {each.table for each in ranker.layout.ids if not each.placement}
     tables = ranker.model.tables
@@ -180,7 +180,7 @@ def _bags(ranker: LoadedRanker) -> dict[str, Any]:
     return {table.name: tables.embedding_bags[table.name] for table in ranker.layout.tables if table.name in used}
 
 
-def _describe(ranker: LoadedRanker) -> dict[str, Any]:
+def _describe(ranker: Ranker) -> dict[str, Any]:
     """What `inputs.json` holds."""
     layout, columns, start = ranker.layout, list[dict[str, Any]](), 0
     for each in (each for each in layout.ids if not each.placement):

@@ -1,31 +1,506 @@
-"""`Ranker`: an artifact folder -> ranked candidates. It needs torch alone: no torchrec, torch.distributed or mlflow."""
+"""`Ranker`: a model in memory. A request's rows are encoded, scored by the model, calibrated and put in order.
+
+It runs on the CPU, where the rows are encoded: a request's few hundred rows are no work for a GPU, and the server needs
+none. Who scores millions of rows moves the `model` of a ranker to a GPU and gives it batches there. It needs torch
+alone: no torchrec, torch.distributed or mlflow.
+"""
 
 from __future__ import annotations
 
+import json
 import re
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeAlias
 
-from mmoe_rec.errors import UserError
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from mmoe_rec.batches.batch import make_batch
+from mmoe_rec.errors import RequestError, UserError, one_line
+from mmoe_rec.features.encoder import Inputs
+from mmoe_rec.features.memories import Live
+from mmoe_rec.features.pipeline import FeaturePipeline
+from mmoe_rec.inference.artifact import Artifact, iso_time, read_artifact, read_calibration, read_model, version_of
+from mmoe_rec.inference.example import EXAMPLE, ExampleScores
+from mmoe_rec.inference.ranking import Explainer, Freshness, Ranking, as_of, latest, scored_table
+from mmoe_rec.inference.reader import RequestReader, as_logged, read_rows
+from mmoe_rec.inference.request import Request, fused_weights
+from mmoe_rec.inference.scorer import ExpertChoice, GuardedModel, Scored, Scorer
+from mmoe_rec.live.logged_requests import Seen
+from mmoe_rec.log.given import check_count, check_flag
+from mmoe_rec.log.request_rows import RequestRows
+from mmoe_rec.log.rows import LogRows
+from mmoe_rec.model.inputs import RequestInputs
+from mmoe_rec.model.mmoe import RankingModel
+from mmoe_rec.model.products import Products
+from mmoe_rec.model.score import Calibration, add_outcomes, scores_from_logs
+from mmoe_rec.model.tables import PlainTables
 
 if TYPE_CHECKING:
-    from mmoe_rec.inference.loaded import LoadedRanker
+    import pandas as pd
+
+    Rows: TypeAlias = LogRows | pa.Table | pd.DataFrame
+
+ROWS_AT_A_TIME = 16_384
+"""Rows whose features are made together, at most, unless a single request has more."""
+
+
+class OtherScoresError(UserError):
+    """A model that is as it was written computes something else here: the fault of this machine or its packages."""
+
+
+@dataclass(frozen=True)
+class Knowledge:
+    """What a ranker knows of what happened. pipeline, reader: that know it; freshness: up to when."""
+
+    pipeline: FeaturePipeline
+    reader: RequestReader
+    freshness: Freshness
+
+
+@dataclass(frozen=True)
+class Learnt:
+    """What a ranker can take. before: what it was prepared beside."""
+
+    knowledge: Knowledge
+    before: Live
+
+
+class _Checked(NamedTuple):
+    """A request whose options are checked. number: its place; weights: (T,) float64 of the tasks in the score."""
+
+    number: int
+    request: Request
+    weights: np.ndarray
+    choice: ExpertChoice
+
+
+def _refuse_addresses(address: str | Path, uri: str | None) -> Path:
+    if re.match(r"(models|runs):/", str(address)) and not Path(address).exists():
+        raise UserError(f"'{address}' is an address of MLflow, and this takes folders: use mmoe_rec.Ranker.load")
+    return Path(address)
 
 
 class Ranker:
-    """Where a model comes from: `Ranker.load(folder).rank(user, context, candidates)`.
+    """A loaded model with its features and calibration. version: of its artifact, as `version_of` gives it.
 
-    Slow imports wait until a model is loaded.
+    Threads may rank, score and learn with one ranker. What it knows of events is one object that never changes, which
+    each call reads once: so each answer is that of one moment.
     """
 
+    find_folder: ClassVar[Callable[[str | Path, str | None], Path]] = staticmethod(_refuse_addresses)
+    """The folder at an address; `mmoe_rec.Ranker` also takes addresses of MLflow, which a model server has not."""
+
+    def __init__(
+        self,
+        about: Artifact,
+        model: RankingModel,
+        calibration: Calibration,
+        pipeline: FeaturePipeline,
+        features: Path,
+        version: str,
+    ):
+        self.about, self.version = about, version
+        self.layout = about.layout
+        self.model = model.eval()
+        self.guarded = GuardedModel(model, [task.name for task in about.tasks])
+        self.calibration = calibration
+        self.scorer = Scorer(about, self.guarded, calibration)
+        self.names = [task.name for task in about.tasks]
+        tables = model.tables
+        assert isinstance(tables, PlainTables)
+        self._inputs_of_requests = RequestInputs(self.layout, tables)
+        reader = RequestReader(pipeline, features, about.max_candidates)
+        self._knowledge = Knowledge(pipeline, reader, Freshness.of(about))
+        self._keeps_seen = False
+        self._learning = threading.RLock()
+
+    @property
+    def pipeline(self) -> FeaturePipeline:
+        """The features, with what they have learnt up to now."""
+        return self._knowledge.pipeline
+
+    @property
+    def reader(self) -> RequestReader:
+        """What reads requests, with the latest values that are known now."""
+        return self._knowledge.reader
+
+    # Loading
+
     @staticmethod
-    def load(folder: str | Path) -> LoadedRanker:
+    def load(address: str | Path, uri: str | None = None) -> Ranker:
         """Reads an artifact folder, and checks that it is as it was written.
+
+        address: a folder's path; `mmoe_rec.Ranker.load` also takes an address that MLflow accepts, such as
+        `models:/NAME@ALIAS`. uri: where MLflow looks it up; None is what `mlflow.set_tracking_uri` was told, or else
+        what settings without `tracking.uri` have.
 
         Raises UserError for one that is incomplete, changed or of another format, or that computes something else here.
         """
-        from mmoe_rec.inference.loaded import LoadedRanker
+        folder = Ranker.find_folder(address, uri)
+        try:
+            return Ranker._read(folder)
+        except (FileNotFoundError, ValueError, LookupError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"the model in '{folder}' can't be loaded ({one_line(error)}): train it again, or use the version of "
+                "mmoe_rec that wrote it"
+            ) from error
 
-        if re.match(r"(models|runs):/", str(folder)) and not Path(folder).exists():
-            raise UserError(f"'{folder}' is an address of MLflow, and this takes folders: use mmoe_rec.Ranker.load")
-        return LoadedRanker.read(Path(folder))
+    @staticmethod
+    def _read(folder: Path) -> Ranker:
+        about, version = read_artifact(folder), version_of(folder)
+        ranker = Ranker._opened(folder, about, version)
+        if (version_of(folder), read_artifact(folder, verify=False)) != (version, about):
+            raise UserError(f"another model took the place of the one in '{folder}' while it was loaded: load it again")
+        # This also builds the indexes that encoders make at their first use, so that no request waits for them.
+        found, expected = ranker.example_scores(folder), ExampleScores.read(folder)
+        if told := expected.difference(found, ranker.about.tasks, ranker.calibration):
+            others = ", ".join(expected.other_versions(found))
+            raise OtherScoresError(
+                f"the model in '{folder}' computes something else here than where it was written: for {EXAMPLE}, "
+                f"{told} ({others or 'by the same versions of torch, numpy and pyarrow'}); "
+                + ("install the versions that it was written with" if others else "use the code that wrote it")
+                + ", or train again here"
+            )
+        return ranker
+
+    @staticmethod
+    def unchecked(folder: Path) -> Ranker:
+        """From a folder that is being written: no manifest or expected scores are looked at, and it has no version."""
+        return Ranker._opened(folder, read_artifact(folder, verify=False), "")
+
+    @staticmethod
+    def _opened(folder: Path, about: Artifact, version: str) -> Ranker:
+        pipeline = FeaturePipeline.load(folder / "features")
+        if pipeline.layout != about.layout.of_rows():
+            raise UserError(f"'{folder}' is damaged: its features do not give the inputs that the model was trained on")
+        model = read_model(about, folder)
+        return Ranker(about, model, read_calibration(folder), pipeline, folder / "features", version)
+
+    def example_scores(self, folder: Path) -> ExampleScores:
+        """What the model gives for the example in an artifact folder."""
+        example = json.loads((folder / EXAMPLE).read_text(encoding="utf-8"))
+        with _products_in_fp32():
+            return ExampleScores.of(self.rank(**example), self.about.tasks)
+
+    def take_settings(self, serving: Mapping[str, Any]) -> None:
+        """Serves by other settings of section `serving` than those that the model was trained with.
+
+        serving: those that change, of max_candidates, stale_after_days and products (which `serve_faster` looks at).
+        """
+        self.about = replace(self.about, **serving)
+        self.reader.max_candidates = self.about.max_candidates
+        self._knowledge = replace(self._knowledge, freshness=Freshness.of(self.about))
+
+    def keep_seen(self) -> None:
+        """From now on rankings hold what features saw of their request (`Ranking.seen`), for who logs it."""
+        self._keeps_seen = True
+
+    def serve_faster(self) -> None:
+        """Multiplies as `best_products` says from now on."""
+        self.scorer.multiply_by(self.best_products())
+
+    def best_products(self) -> Products:
+        """What the setting `serving.products` asks for; for `auto`, what is faster on this processor."""
+        wanted = self.about.products
+        if wanted == "auto":
+            return self.scorer.faster_products(self._inputs_of_requests.width)
+        return "onednn" if wanted == "onednn" else "blas"
+
+    # Learning what happened since
+
+    @property
+    def live_rows(self) -> int:
+        """Rows of events that it has learnt beside its tables."""
+        return self.pipeline.live.rows
+
+    @property
+    def tables_known(self) -> int:
+        """The time of the last request that its tables know, microseconds."""
+        return Freshness.of(self.about).known
+
+    @property
+    def exact_from(self) -> str | None:
+        """ISO time from which on requests are answered as of their own time by all counters and histories; None where
+        any time is."""
+        exact = latest(each.memory.floor for each in self.pipeline.memory_encoders.values())
+        return None if exact is None else iso_time(exact)
+
+    def learn(self, events: pa.Table | pd.DataFrame, log: str | None = None) -> None:
+        """Learns what has happened since: counters, histories and latest values count it in requests from now on.
+
+        Args:
+            events: rows with the log's columns, labels among them; attributes of users and candidates that they have
+                no column for stay as they are. Nothing looks for rows that come twice.
+            log: name of the log of events that they are of; None is the interaction log.
+
+        Requests that other threads rank meanwhile are answered as before, or with all that is learnt.
+
+        Raises:
+            UserError: for a row that can't be one of the log, or a column that is missing.
+        """
+        from mmoe_rec.live.event_rows import RowChecks, known_types
+
+        table = events if isinstance(events, pa.Table) else pa.Table.from_pandas(events, preserve_index=False)
+        schema = self.pipeline.schema
+        checked = RowChecks(schema, known_types(self.pipeline), max(len(table), 1)).of_table(log, table)
+        with self._learning:
+            self.take(self.prepared({log: as_logged(self.pipeline.schema, self.reader, log, checked)}))
+
+    def prepared(self, rows: Mapping[str | None, LogRows]) -> Learnt:
+        """What `take` takes; one after the other.
+
+        rows: of the interaction log (None) and of logs of events, with all columns of the log.
+        """
+        before = self._knowledge
+        pipeline, reader, known = before.pipeline, before.reader, before.freshness.known
+        live, users, candidates = pipeline.live, reader.users, reader.candidates
+        for source, each in rows.items():
+            if not len(each):
+                continue
+            live = live.extended(pipeline.live_events(source, each), len(each))
+            known = max(known, int(each.times().max()))
+            if source is None:
+                schema, as_of = pipeline.schema, self.tables_known
+                users = users.with_changes(users.changes(each, schema, as_of))
+                candidates = candidates.with_changes(candidates.changes(each, schema, as_of))
+        knowledge = Knowledge(
+            pipeline.with_live(live), reader.with_latest(users, candidates), before.freshness.up_to(known)
+        )
+        return Learnt(knowledge, pipeline.live)
+
+    def take(self, learnt: Learnt) -> None:
+        """Knows what was prepared from now on; requests that are under way are answered as before.
+
+        Raises ValueError where something else was taken since it was prepared, which would be forgotten.
+        """
+        with self._learning:
+            if learnt.before is not self._knowledge.pipeline.live:
+                raise ValueError("something else was learnt since this was prepared: prepare it again")
+            self._knowledge = learnt.knowledge
+
+    # Ranking requests
+
+    def rank(
+        self,
+        user: Mapping[str, Any],
+        context: Mapping[str, Any],
+        candidates: Mapping[str, Any],
+        task_weights: Mapping[str, Any] | None = None,
+        top_k: int | None = None,
+        gate_top_k: int | None = None,
+        mask_experts: Sequence[int] | None = None,
+        explain: bool | None = None,
+    ) -> Ranking:
+        """Ranks the candidates of one request.
+
+        Args:
+            user: column -> value; the user's id is required.
+            context: column -> value; the request's time is now unless given. Times may be ISO 8601 strings (in UTC,
+                unless they have an offset), datetimes of Python, pandas or numpy, and integers in `columns.time_unit`
+                where the log has such.
+            candidates: column -> list, numpy array, pandas Series or Arrow array of N values, or a pandas DataFrame;
+                the candidates' ids are required.
+            task_weights: task or objective -> weight, see `mmoe_rec.inference.request`.
+            top_k: give only this many best candidates.
+            gate_top_k: experts per candidate and gate, instead of the model's own number.
+            mask_experts: numbers of experts to score without.
+            explain: give `explanations` too, see `Explanation`.
+
+        Raises:
+            RequestError: naming the column or option that the caller has to change.
+        """
+        options = {
+            "task_weights": task_weights,
+            "top_k": top_k,
+            "gate_top_k": gate_top_k,
+            "mask_experts": mask_experts,
+            "explain": explain,
+        }
+        (answer,) = self.rank_many([Request.of({"user": user, "context": context, "candidates": candidates}, options)])
+        if isinstance(answer, RequestError):
+            raise answer
+        return answer
+
+    def rank_many(self, requests: Sequence[Request | RequestError]) -> list[Ranking | RequestError]:
+        """Ranks the candidates of each request; one that is wrong gets its error, as `rank` would raise it.
+
+        requests: in whose place an error may stand already.
+
+        Requests that give the same columns and ask for the same experts share one pass of features and model.
+        """
+        knowledge = self._knowledge
+        answers: dict[int, Ranking | RequestError] = {}
+        groups: dict[Any, list[_Checked]] = {}
+        for number, request in enumerate(requests):
+            if isinstance(request, RequestError):
+                answers[number] = request
+                continue
+            try:
+                checked = self._check(number, request)
+                groups.setdefault((checked.choice, request.columns), []).append(checked)
+            except RequestError as error:
+                answers[number] = error
+        for group in groups.values():
+            for part in _parts(group):
+                answers.update(zip((each.number for each in part), self._rank(knowledge, part), strict=True))
+        return [answers[number] for number in range(len(requests))]
+
+    def _check(self, number: int, request: Request) -> _Checked:
+        weights = fused_weights(self.about.tasks, request.task_weights)
+        check_count("top_k", request.top_k)
+        check_flag("explain", request.explain)
+        return _Checked(number, request, weights, self.guarded.choice(request.gate_top_k, request.mask_experts))
+
+    def _rank(self, knowledge: Knowledge, part: Sequence[_Checked]) -> Sequence[Ranking | RequestError]:
+        """One answer a request of a part that gives the same columns."""
+        try:
+            rows, inputs = self.encode(knowledge, [each.request for each in part])
+            explain = any(each.request.explain for each in part)
+            matrix = self._inputs_of_requests.matrix(*inputs, rows.of)
+            scored = self.scorer.score(matrix, part[0].choice, explain)
+            if len(part) == 1 or not scored.failed:  # an expert's failure may be the fault of one request
+                return self._put_in_order(knowledge, part, rows, inputs, scored)
+        except RequestError as error:
+            if len(part) == 1:
+                return [error]
+        # Some of them are wrong, or give values of other types than the others: halves find out which.
+        half = len(part) // 2
+        return [*self._rank(knowledge, part[:half]), *self._rank(knowledge, part[half:])]
+
+    @staticmethod
+    def encode(knowledge: Knowledge, requests: Sequence[Request]) -> tuple[RequestRows, tuple[Inputs, Inputs]]:
+        """The rows of requests that give the same columns, and the model's inputs: of requests, and of candidates.
+
+        Raises RequestError; which of several requests is wrong, it does not say.
+        """
+        rows = knowledge.reader.rows(requests)
+        try:
+            return rows, knowledge.pipeline.request_inputs(rows)
+        except RequestError:
+            raise
+        except UserError as error:
+            raise RequestError(str(error)) from None
+
+    def _put_in_order(
+        self,
+        knowledge: Knowledge,
+        part: Sequence[_Checked],
+        rows: RequestRows,
+        inputs: tuple[Inputs, Inputs],
+        scored: Scored,
+    ) -> list[Ranking]:
+        pipeline, freshness = knowledge.pipeline, knowledge.freshness
+        weights = np.array([each.weights for each in part])
+        log_scores = (scored.logs * weights[rows.of]).sum(1)
+        if not np.isfinite(log_scores).all():
+            raise RuntimeError(f"model '{self.about.name}' gives scores that are not finite numbers")
+        starts = np.searchsorted(rows.of, np.arange(len(part) + 1))
+        # By request, then by falling score; equal ones keep their order.
+        order = np.lexsort((-log_scores, rows.of))
+        names = pipeline.schema.columns
+        ids = rows.column(names.candidate).to_pylist()
+        # Of a plain table there are no ids to be known.
+        new = rows.unknown(names.candidate) & names.has_candidate
+        unknown = np.bincount(rows.of, new, len(part)).astype(int).tolist()
+        unknown_users = (rows.shared.unknown(names.user) & names.has_user).astype(int).tolist()
+        best = scored.values[order].astype(np.float64)
+        lists = {name: each.tolist() for name, each in add_outcomes(best, self.layout).items()}
+        scores = scores_from_logs(log_scores[order]).tolist()
+        places, positions = order.tolist(), (order - starts[rows.of]).tolist()
+        times = rows.shared.times().tolist()
+        floors = pipeline.memories_read(rows)
+        explainer = Explainer(pipeline, rows, scored, self.names) if scored.inside else None
+        integer_ids = pipeline.key_types.get(names.request or "") == "int64"
+        rankings = []
+        for number, each in enumerate(part):
+            start, end = int(starts[number]), int(starts[number + 1])
+            seen = Seen(rows, inputs, self.layout, integer_ids, number, start, end)
+            if each.request.top_k is not None:
+                end = min(end, start + each.request.top_k)
+            rankings.append(
+                Ranking(
+                    candidates=[ids[place] for place in places[start:end]],
+                    scores=scores[start:end],
+                    predictions={name: every[start:end] for name, every in lists.items()},
+                    order=positions[start:end],
+                    request_time=iso_time(times[number]),
+                    tables_as_of=self.about.tables_as_of,
+                    warnings=[*scored.warnings, *freshness.warnings(times[number], floors.values())],
+                    model={"name": self.about.name, "version": self.version},
+                    explanations=explainer.explanations(places[start:end], as_of(floors, times[number]))
+                    if explainer and each.request.explain
+                    else None,
+                    unknown_ids={"user": unknown_users[number], "candidate": unknown[number]},
+                    seen=seen if self._keeps_seen else None,
+                )
+            )
+        return rankings
+
+    # Scoring rows
+
+    def score(self, rows: Rows, weights: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Predictions (N, T) and log scores (N,) float64 of N rows with the log's columns; labels need not be there.
+
+        Predictions are float32, or float64 where a task is a regression, in the order of `names`.
+        Counters and histories are as of each row's request, and as of `exact_from` for rows requested earlier.
+        weights: (T,) weights of the tasks in the score; None takes the settings' `score_weight`. Raises UserError for a
+        column that is missing, or that cannot be read as the features do.
+        """
+        pipeline = self.pipeline
+        if not isinstance(rows, LogRows):
+            rows = read_rows(pipeline, rows)
+        if weights is None:
+            weights = fused_weights(self.about.tasks, None)
+        starts = range(0, len(rows), ROWS_AT_A_TIME)
+        parts = [self.scorer.score(self._inputs(pipeline, rows, start)) for start in starts]
+        scored = Scored.joined(parts, len(self.names))
+        return scored.values, scored.logs @ weights
+
+    def _inputs(self, pipeline: FeaturePipeline, rows: LogRows, start: int) -> Tensor:
+        """The model's inputs of at most ROWS_AT_A_TIME rows."""
+        if len(rows) > ROWS_AT_A_TIME:
+            rows = LogRows(rows.table.slice(start, ROWS_AT_A_TIME), rows.schema)
+        batch = make_batch(pipeline.encode(rows), self.layout, torchrec=False)
+        with torch.inference_mode():
+            return self.model.side_by_side(batch)[0]
+
+    def score_table(self, rows: Rows) -> pa.Table:
+        """As `score`, as a table: keys of the rows, `predicted_NAME` of each task and outcome, and `score`."""
+        if not isinstance(rows, LogRows):
+            rows = read_rows(self.pipeline, rows)
+        return scored_table(rows, *self.score(rows), self.layout)
+
+
+def _parts(group: Sequence[_Checked]) -> Iterator[Sequence[_Checked]]:
+    """Requests whose candidates fill a pass; one that has more than that is a part of its own."""
+    part: list[_Checked] = []
+    rows = 0
+    for each in group:
+        lists = (column for column in each.request.candidates.values() if isinstance(column, Sequence))
+        count = max(map(len, lists), default=0)
+        if part and rows + count > ROWS_AT_A_TIME:
+            yield part
+            part, rows = [], 0
+        part.append(each)
+        rows += count
+    yield part
+
+
+@contextmanager
+def _products_in_fp32() -> Iterator[None]:
+    """As in the model server: a process may have told torch to round them to bf16 or TF32, where that is faster."""
+    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "ieee"
+    try:
+        with torch.autocast("cpu", enabled=False):
+            yield
+    finally:
+        matmul.fp32_precision = before

@@ -1,17 +1,26 @@
-"""The answer to a request, and the scores of any rows as a table."""
+"""The answer to a request, with what it comes from and what is wrong with its time; scores of any rows as a table."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
-from typing import Any
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 
 from mmoe_rec.features.layout import Layout
-from mmoe_rec.log.rows import LogRows
+from mmoe_rec.inference.artifact import Artifact, iso_time
+from mmoe_rec.log.given import microseconds
+from mmoe_rec.log.rows import MICROSECONDS_PER_DAY, LogRows
 from mmoe_rec.settings.columns import NO_CANDIDATE
 from mmoe_rec.settings.schema import Schema
+
+if TYPE_CHECKING:
+    from mmoe_rec.features.pipeline import FeaturePipeline
+    from mmoe_rec.inference.scorer import Scored
+    from mmoe_rec.log.request_rows import RequestRows
 
 
 @dataclass(frozen=True)
@@ -45,12 +54,12 @@ class Ranking:
     candidates: ids; scores: exp(sum of weight x log prediction); predictions: name -> values, as `add_outcomes` gives;
     order: positions of the candidates in the request; request_time and tables_as_of: ISO times of the request and of
     the last logged request that the model's tables know, None where the log has no times; warnings: what went wrong
-    with experts, see `mmoe_rec.inference.experts`, and what is wrong with the request's time, see
-    `mmoe_rec.inference.freshness`; model: the artifact's `name` and `version` (see `version_of`); explanations: of each
-    candidate, where they were asked for; unknown_ids: how many ids of the request's `user` and `candidate`s the model
-    knows nothing of, which replies leave out; request_id: the caller's own, or the one that the server gave, where it
-    logs requests; seen: what features saw of the request, see `mmoe_rec.live.logged_requests`, and journal_position: up
-    to where of the server's journal the model knew events, which replies leave out.
+    with experts, see `mmoe_rec.inference.scorer`, and what is wrong with the request's time, see `Freshness`; model:
+    the artifact's `name` and `version` (see `version_of`); explanations: of each candidate, where they were asked for;
+    unknown_ids: how many ids of the request's `user` and `candidate`s the model knows nothing of, which replies leave
+    out; request_id: the caller's own, or the one that the server gave, where it logs requests; seen: what features saw
+    of the request, see `mmoe_rec.live.logged_requests`, and journal_position: up to where of the server's journal the
+    model knew events, which replies leave out.
     """
 
     candidates: list[int] | list[str]
@@ -73,6 +82,100 @@ class Ranking:
         if self.explanations is not None:
             tree["explanations"] = [dict(vars(each)) for each in self.explanations]
         return {name: each for name, each in tree.items() if each is not None or name not in _IF_THERE}
+
+
+class Explainer:
+    """Explains candidates of a pass, whose rows are looked up once for all of them.
+
+    scored: of the pass's rows, with `inside`; tasks: names.
+    """
+
+    def __init__(self, pipeline: FeaturePipeline, rows: RequestRows, scored: Scored, tasks: Sequence[str]) -> None:
+        assert scored.inside is not None
+        self._tasks, self._scored, self._inside = tasks, scored, scored.inside
+        self._numbers, self._lists = pipeline.found(rows)
+
+    def explanations(self, places: Sequence[int], moments: Mapping[str, str]) -> list[Explanation]:
+        """Of the candidates of a request at these rows of the pass, in the given order; moments: as `as_of` gives."""
+        chosen = np.array(places, np.int64)
+        after, before = (each[chosen].astype(np.float64) for each in (self._scored.values, self._inside.values))
+        numbers = {name: _or_null(each[chosen]) for name, each in self._numbers.items()}
+        lists = {name: each[chosen].tolist() for name, each in self._lists.items()}
+        rows = zip(before.tolist(), after.tolist(), self._inside.gates[chosen].tolist(), strict=True)
+        return [
+            Explanation(
+                uncalibrated=dict(zip(self._tasks, uncalibrated, strict=True)),
+                calibrated=dict(zip(self._tasks, calibrated, strict=True)),
+                gates=dict(zip(self._tasks, gates, strict=True)),
+                counters={name: each[row] for name, each in numbers.items()},
+                histories={name: each[row] for name, each in lists.items()},
+                as_of=dict(moments),
+            )
+            for row, (uncalibrated, calibrated, gates) in enumerate(rows)
+        ]
+
+
+def as_of(floors: Mapping[str, int | None], time: int) -> dict[str, str]:
+    """The moment, ISO time, as of which counters and histories answer a request at a time (microseconds).
+
+    floors: of those that are read from a memory, as `FeaturePipeline.memories_read` gives them.
+    """
+    moments = {floor: iso_time(time if floor is None else max(time, floor)) for floor in set(floors.values())}
+    return {name: moments[floor] for name, floor in floors.items()}
+
+
+def _or_null(values: np.ndarray) -> list[float | None]:
+    return [None if math.isnan(value) else value for value in values.tolist()]
+
+
+@dataclass(frozen=True)
+class Freshness:
+    """known: microseconds of the last request up to which counters and histories know what happened; days: how much
+    later a request may lie before they are stale, None is any time."""
+
+    known: int
+    days: float | None
+
+    @staticmethod
+    def of(about: Artifact) -> Freshness:
+        """What an artifact says."""
+        if about.tables_as_of is None:
+            return Freshness(0, None)
+        return Freshness(microseconds("tables_as_of", about.tables_as_of), about.stale_after_days)
+
+    def up_to(self, moment: int) -> Freshness:
+        """The same where what happened up to a moment (microseconds) has become known besides."""
+        return self if moment <= self.known else replace(self, known=moment)
+
+    def is_stale(self, time: int) -> bool:
+        """Whether a request at this time (microseconds) is so much later."""
+        return self.days is not None and time > self.known + self.days * MICROSECONDS_PER_DAY
+
+    def warnings(self, time: int, floors: Iterable[int | None]) -> list[str]:
+        """At most one sentence about a request at this time (microseconds).
+
+        floors: of the memories that it reads, each the moment from which on it is exact, None for any.
+        """
+        read = list(floors)
+        exact = latest(read)
+        if exact is not None and time < exact:
+            return [
+                f"the request's time {iso_time(time)} is before {iso_time(exact)}, from when on counters and histories "
+                "are exact: they are answered as of then, so they know its future, and predictions look better than "
+                "they are"
+            ]
+        if read and self.is_stale(time):
+            return [
+                f"the request's time {iso_time(time)} is more than {self.days:g} days after {iso_time(self.known)}, up "
+                "to which counters and histories count what happened: they are stale (setting "
+                "`serving.stale_after_days`)"
+            ]
+        return []
+
+
+def latest(floors: Iterable[int | None]) -> int | None:
+    """The latest moment from which on memories are exact, None for any moment."""
+    return max((each for each in floors if each is not None), default=None)
 
 
 ROW = "row"

@@ -138,10 +138,10 @@ def seal(folder: Path) -> None:
     For a folder whose other files are all there, or were changed on purpose. Raises UserError for a model that can't be
     loaded or that can't score its example.
     """
-    from mmoe_rec.inference.loaded import LoadedRanker
+    from mmoe_rec.inference.ranker import Ranker
 
     try:
-        scores = LoadedRanker.unchecked(folder).example_scores(folder)
+        scores = Ranker.unchecked(folder).example_scores(folder)
     except RuntimeError as error:
         reason = " ".join(str(error).split())
         raise UserError(

@@ -36,7 +36,7 @@ from mmoe_rec.tracking.runs import Run
 
 if TYPE_CHECKING:
     from mmoe_rec.evaluation.scoring import ScoredRows
-    from mmoe_rec.inference.loaded import LoadedRanker
+    from mmoe_rec.inference.ranker import Ranker
     from mmoe_rec.model.layout import ModelLayout
     from mmoe_rec.model.mmoe import RankingModel
     from mmoe_rec.model.score import Calibration
@@ -117,8 +117,7 @@ class HolderComparison:
     def with_holder(self, holder: Version | None) -> Judgement:
         """Whether the new model is better than the one that holds the alias."""
         from mmoe_rec.evaluation.scoring import NotFiniteError
-        from mmoe_rec.inference.errors import OtherScoresError
-        from mmoe_rec.inference.ranker import Ranker
+        from mmoe_rec.inference.ranker import OtherScoresError, Ranker
 
         alias = self.settings.tracking.alias
         if holder is None:
@@ -181,7 +180,7 @@ class HolderComparison:
     def _scored(self, model: RankingModel, layout: ModelLayout, rows: Path, calibration: Calibration) -> ScoredRows:
         return score_by(self.settings, model, layout, rows, calibration)
 
-    def _holders(self, ranker: LoadedRanker, folder: Path, holder: Version) -> ScoredRows:
+    def _holders(self, ranker: Ranker, folder: Path, holder: Version) -> ScoredRows:
         """The rows as the holder scores them. Raises UserError where its tasks mean something else."""
         its, tasks = ({"tasks": each.identity()["tasks"]} for each in (ranker.pipeline.schema, self.settings.schema_))
         if set(its["tasks"]) != set(tasks["tasks"]):
@@ -202,7 +201,7 @@ class HolderComparison:
         finally:
             shutil.rmtree(encoded, ignore_errors=True)
 
-    def _grown(self, ranker: LoadedRanker, folder: Path) -> tuple[RankingModel, ModelLayout] | None:
+    def _grown(self, ranker: Ranker, folder: Path) -> tuple[RankingModel, ModelLayout] | None:
         """The holder and its layout on the training's features, where these grew from its own: the same outputs."""
         from mmoe_rec.model.mmoe import build_model
         from mmoe_rec.model.tables import plain_tables
@@ -221,6 +220,6 @@ class HolderComparison:
         start.fill(model)
         return model, layout
 
-    def _encode(self, ranker: LoadedRanker, folder: Path, encoded: Path) -> None:
+    def _encode(self, ranker: Ranker, folder: Path, encoded: Path) -> None:
         windows = {"validation": self.settings.split.windows()["validation"]}
         encode_with(folder / "features", logs_for(self.settings, ranker.pipeline), windows, encoded)

@@ -32,7 +32,7 @@ from mmoe_rec.tracking.registry import FoundModel, find_model
 if TYPE_CHECKING:
     from mmoe_rec.evaluation.scoring import ScoredRows
     from mmoe_rec.evaluation.tradeoffs import WeightsRecord
-    from mmoe_rec.inference.loaded import LoadedRanker
+    from mmoe_rec.inference.ranker import Ranker
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ def scored_rows(settings: Settings, found: FoundModel, name: str, split: str = "
         return _scored(settings, ranker, folder, name)
 
 
-def _scored(settings: Settings, ranker: LoadedRanker, rows: Path, name: str) -> ScoredRows:
+def _scored(settings: Settings, ranker: Ranker, rows: Path, name: str) -> ScoredRows:
     from mmoe_rec.evaluation.scoring import NotFiniteError
     from mmoe_rec.jobs.truth import score_by
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from mmoe_rec.inference.export import Dense
-    from mmoe_rec.inference.loaded import LoadedRanker
+    from mmoe_rec.inference.ranker import Ranker
 
 REPORT = "export.json"
 
@@ -126,7 +126,7 @@ def _bytes(folder: Path) -> dict[str, int]:
     return {**sizes, WEIGHTS: files[WEIGHTS], "all files": sum(files.values())}
 
 
-def _measure_test_rows(settings: Settings, folder: Path, ranker: LoadedRanker, small: LoadedRanker) -> dict[str, Any]:
+def _measure_test_rows(settings: Settings, folder: Path, ranker: Ranker, small: Ranker) -> dict[str, Any]:
     """Both models on the test rows: differences, and AUC, or the root of the mean squared error of a regression."""
     import numpy as np
 

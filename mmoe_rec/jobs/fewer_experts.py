@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from mmoe_rec.batches.encoded_rows import EncodedRows
     from mmoe_rec.evaluation.intervals import Interval
-    from mmoe_rec.inference.loaded import LoadedRanker
+    from mmoe_rec.inference.ranker import Ranker
 
 FILE = "experts.json"
 REQUEST_ROWS = 500
@@ -66,7 +66,7 @@ def measure_fewer_experts(
     return measured
 
 
-def _measure(ranker: LoadedRanker, rows: EncodedRows, batch_size: int, k: int | None) -> dict[str, Any]:
+def _measure(ranker: Ranker, rows: EncodedRows, batch_size: int, k: int | None) -> dict[str, Any]:
     from mmoe_rec.evaluation.scoring import score_rows
     from mmoe_rec.evaluation.summary import summarise
 
@@ -79,7 +79,7 @@ def _measure(ranker: LoadedRanker, rows: EncodedRows, batch_size: int, k: int | 
     return {"milliseconds": _milliseconds(ranker, rows, k), "tasks": tasks}
 
 
-def _milliseconds(ranker: LoadedRanker, rows: EncodedRows, k: int | None) -> float:
+def _milliseconds(ranker: Ranker, rows: EncodedRows, k: int | None) -> float:
     import torch
 
     from mmoe_rec.batches.batch import make_batch

@@ -37,7 +37,7 @@ from mmoe_rec.tracking.registry import (
 )
 
 if TYPE_CHECKING:
-    from mmoe_rec.inference.loaded import LoadedRanker
+    from mmoe_rec.inference.ranker import Ranker
 
 
 _CALLS, _ROUNDS, _CANDIDATES = 5, 20, 200  # of an example; the fastest round counts
@@ -91,8 +91,8 @@ def _judged(
     settings: Settings,
     asked: PromotionRequest,
     out: Path,
-    one: tuple[Version, LoadedRanker],
-    other: tuple[Version, LoadedRanker],
+    one: tuple[Version, Ranker],
+    other: tuple[Version, Ranker],
 ) -> Decision:
     """Decides by the test rows between two versions, of which the second holds the alias."""
     uri, (challenger, mine), (holder, its) = settings.tracking.address, one, other
@@ -173,13 +173,12 @@ class Trouble:
     for_good: bool
 
 
-def _loaded(version: Version, uri: str) -> LoadedRanker | Trouble:
+def _loaded(version: Version, uri: str) -> Ranker | Trouble:
     """The ranker, whose files, format and example were checked, or why there is none here.
 
     Raises UserError where its files can't be fetched, which says nothing about it.
     """
-    from mmoe_rec.inference.errors import OtherScoresError
-    from mmoe_rec.inference.ranker import Ranker
+    from mmoe_rec.inference.ranker import OtherScoresError, Ranker
 
     folder = fetch_model(version.address, uri)
     try:
@@ -205,7 +204,7 @@ def _against(results: Results, mine: str, its: str) -> list[str]:
     return found
 
 
-def _slower(mine: LoadedRanker, its: LoadedRanker, artifact: Path) -> float:
+def _slower(mine: Ranker, its: Ranker, artifact: Path) -> float:
     """How many times as long the first takes to answer an example as the second, the fastest of many calls of each."""
     example = json.loads((artifact / "example_request.json").read_text(encoding="utf-8"))
     # As many candidates as lists have in practice, of which the example has few.

@@ -18,7 +18,7 @@ from mmoe_rec.errors import StoppedError, UserError
 from mmoe_rec.features.memories import exact_from
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.inference.artifact import iso_time, read_artifact, version_of
-from mmoe_rec.inference.freshness import Freshness
+from mmoe_rec.inference.ranking import Freshness
 from mmoe_rec.jobs.places import build_options
 from mmoe_rec.jobs.score_files import (
     AsOf,

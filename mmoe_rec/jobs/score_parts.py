@@ -26,7 +26,7 @@ import torch
 
 from mmoe_rec.atomic import atomic_file
 from mmoe_rec.errors import UserError
-from mmoe_rec.inference.loaded import LoadedRanker
+from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.inference.ranking import scored_table
 from mmoe_rec.jobs.prediction_files import WEIGHT
 from mmoe_rec.jobs.score_files import RANKS, SCORES, LearntRows, finished_name, known_rows, label_column, scored_file
@@ -100,7 +100,7 @@ def _about(scored: Path, number: int) -> Path:
     return scored / f"part-{number:05d}.json"
 
 
-def ranker_of(folder: Path, version: str) -> LoadedRanker:
+def ranker_of(folder: Path, version: str) -> Ranker:
     """The model of a folder, loaded once by this process, which keeps it until `forget_ranker`.
 
     Raises UserError where another one lies there by now.
@@ -110,8 +110,8 @@ def ranker_of(folder: Path, version: str) -> LoadedRanker:
 
 
 @lru_cache(maxsize=1)
-def _loaded(folder: Path, version: str) -> LoadedRanker:
-    ranker = LoadedRanker.read(folder)
+def _loaded(folder: Path, version: str) -> Ranker:
+    ranker = Ranker.load(folder)
     if ranker.version != version:
         raise UserError(
             f"another model (version {ranker.version}) took the place of the one in '{folder}' (version {version}) "
@@ -161,12 +161,12 @@ def score_part(job: ScoreJob, task: tuple[int, LogPart]) -> PartScored:
     return found
 
 
-def _known_rows(job: ScoreJob, ranker: LoadedRanker, part: LogPart) -> Iterator[tuple[np.ndarray, LogRows]]:
+def _known_rows(job: ScoreJob, ranker: Ranker, part: LogPart) -> Iterator[tuple[np.ndarray, LogRows]]:
     results = None if job.results is None else ResultReader(job.results, list(ranker.pipeline.key_groups))
     return known_rows(job.reader, results, job.window, part)
 
 
-def _scored(ranker: LoadedRanker, rows: LogRows) -> tuple[pa.Table, np.ndarray]:
+def _scored(ranker: Ranker, rows: LogRows) -> tuple[pa.Table, np.ndarray]:
     """Keys, predictions and scores of rows, and their log scores, (N,) float64."""
     values, log_scores = ranker.score(ranker.reader.completed(rows))
     return scored_table(rows, values, log_scores, ranker.layout), log_scores

@@ -16,7 +16,7 @@ from mmoe_rec.tracking.registry import fetch_model, find_model, pin_address
 if TYPE_CHECKING:
     from mmoe_rec.live.request_log import LogOptions
     from mmoe_rec.server.limits import Limits
-    from mmoe_rec.server.reloading import Source
+    from mmoe_rec.server.models import Source
 
 _log = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ class AtAddress:
 
     def find(self) -> Source:
         """The model with its files on this machine."""
-        from mmoe_rec.server.reloading import Source
+        from mmoe_rec.server.models import Source
 
         found = find_model(self.address, self.uri)
         return Source(found.folder.resolve(), found.address, found.run_id)

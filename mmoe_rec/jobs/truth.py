@@ -19,14 +19,14 @@ from mmoe_rec.settings.sections import Settings, differences
 
 if TYPE_CHECKING:
     from mmoe_rec.evaluation.scoring import ScoredRows
-    from mmoe_rec.inference.loaded import LoadedRanker
+    from mmoe_rec.inference.ranker import Ranker
     from mmoe_rec.model.layout import ModelLayout
     from mmoe_rec.model.mmoe import RankingModel
     from mmoe_rec.model.score import Calibration
 
 
 @contextmanager
-def rows_to_measure(settings: Settings, artifact: Path, ranker: LoadedRanker, split: str = "test") -> Iterator[Path]:
+def rows_to_measure(settings: Settings, artifact: Path, ranker: Ranker, split: str = "test") -> Iterator[Path]:
     """Encoded test rows, which nobody replaces meanwhile: the existing ones if the model's features made them, else
     rows freshly encoded by those.
 

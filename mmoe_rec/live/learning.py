@@ -29,7 +29,7 @@ from mmoe_rec.point_in_time.memory import NEVER
 from mmoe_rec.settings.schema import Schema
 
 if TYPE_CHECKING:
-    from mmoe_rec.inference.loaded import LoadedRanker
+    from mmoe_rec.inference.ranker import Ranker
 
 _log = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ class Learning:
     Raises UserError for an address that holds no journal.
     """
 
-    def __init__(self, ranker: LoadedRanker, address: str, features: Path) -> None:
+    def __init__(self, ranker: Ranker, address: str, features: Path) -> None:
         """address: of the journal; features: the folder with the model's tables."""
         self.ranker, self.journal = ranker, Journal(address, create=False)
         self.schema = ranker.pipeline.schema

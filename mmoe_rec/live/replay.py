@@ -45,7 +45,7 @@ from mmoe_rec.settings.sections import Settings
 from mmoe_rec.tracking.registry import find_model
 
 if TYPE_CHECKING:
-    from mmoe_rec.inference.loaded import LoadedRanker
+    from mmoe_rec.inference.ranker import Ranker
     from mmoe_rec.live.replay_server import OwnServer
 
 REPORT = "replay.json"
@@ -112,7 +112,7 @@ def replay(
         shutil.rmtree(folder, ignore_errors=True)  # what a killed one has left
         try:
             (folder / "offline").mkdir(parents=True)
-            from mmoe_rec.inference.loaded import LoadedRanker
+            from mmoe_rec.inference.ranker import Ranker
 
             pipeline = FeaturePipeline.load(model / "features", memories=False)
             window = options.start, options.end
@@ -122,7 +122,7 @@ def replay(
                 logged = read_logged(folder / "requests", period)
             else:
                 explanations, logged = {}, read_logged(options.requests, period, version_of(model))
-            values = compare(period, logged, LoadedRanker.read(model), explanations if options.values else None)
+            values = compare(period, logged, Ranker.load(model), explanations if options.values else None)
         except KeyboardInterrupt:
             raise StoppedError("nothing of this replay is kept") from None
         finally:
@@ -217,7 +217,7 @@ def _places(log: LogRows, rows: LogRows) -> np.ndarray:
 
 
 def compare(
-    period: Period, logged: pa.Table, ranker: LoadedRanker, explanations: Mapping[int, Any] | None = None
+    period: Period, logged: pa.Table, ranker: Ranker, explanations: Mapping[int, Any] | None = None
 ) -> list[Compared]:
     """What differs between logged requests and a period of the log, for each feature, prediction and the score.
 

@@ -34,7 +34,7 @@ from mmoe_rec.progress import bar
 from mmoe_rec.settings.columns import EVENT
 
 if TYPE_CHECKING:
-    from mmoe_rec.inference.loaded import LoadedRanker
+    from mmoe_rec.inference.ranker import Ranker
 
 EVENT_ID = "event_id"
 """The column by which a server knows an event of a named log that is sent again."""
@@ -173,7 +173,7 @@ def _happened(log: EventRows, window: tuple[int, int]) -> Happened:
     return Happened(log.name, times[order], table.take(pa.array(order)))
 
 
-def score_period(ranker: LoadedRanker, rows: LogRows) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
+def score_period(ranker: Ranker, rows: LogRows) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
     """Of rows that come with what counters and histories say of them: feature -> digests (N,) int32, predictions (N, T)
     and scores (N,) float64."""
     from mmoe_rec.training.choices import threads

@@ -27,7 +27,7 @@ import numpy as np
 import pyarrow as pa
 
 from mmoe_rec.errors import UserError, one_line
-from mmoe_rec.inference.requests.columns import PARTS
+from mmoe_rec.inference.reader import PARTS
 from mmoe_rec.live.replay_period import Happened, Period
 from mmoe_rec.progress import bar
 

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import hmac
 import logging
+import re
 import weakref
 from collections.abc import Awaitable, Callable
+from functools import lru_cache
+from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
 import orjson
@@ -16,20 +22,20 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 import mmoe_rec
 from mmoe_rec.errors import UserError
 from mmoe_rec.live.request_log import LogOptions, RequestLog
-from mmoe_rec.server import openapi
 from mmoe_rec.server.calls import Calls, loading, refusal
 from mmoe_rec.server.limits import INTERNAL, MOST_HEADER_BYTES, Limits, Refused, large_headers
 from mmoe_rec.server.metrics import CONTENT_TYPE, Metrics
 from mmoe_rec.server.models import Models
-from mmoe_rec.server.page.response import page
-from mmoe_rec.server.passes import Mark, Passes
-from mmoe_rec.server.security import OPEN_PATHS, PAGE, is_allowed
+from mmoe_rec.server.ranking_queue import Mark, Passes
 
 if TYPE_CHECKING:
     from mmoe_rec.server.events import Accepting
 
 Reload = Callable[[], Awaitable[dict[str, str | None]]]
 """Takes up the model that the server's address names now, and gives what it is. Raises UserError for one that can't."""
+
+OPEN_PATHS = ("/health", "/ping")
+PAGE = "/"  # which asks a person for the token
 
 _log = logging.getLogger(__name__)
 
@@ -91,7 +97,7 @@ def _pages(calls: Calls, events: Accepting | None, reload: Reload | None) -> Fas
         """200 once the model has answered its own example, and as long as it answers at all."""
         if calls.models.current is None:
             return _json({"status": "loading"}, 503)
-        if calls.batcher.is_stuck:
+        if calls.queue.is_stuck:
             return _json({"status": "stuck"}, 503)
         return _json({"status": "ok"})
 
@@ -155,6 +161,8 @@ def _pages(calls: Calls, events: Accepting | None, reload: Reload | None) -> Fas
     described = app.openapi
 
     def schema() -> dict[str, Any]:
+        from mmoe_rec.server import openapi
+
         tree = described()  # made once, without a model
         served = calls.models.current
         tree["paths"]["/invocations"] = {"post": openapi.invocation(served.example if served else None)}
@@ -183,3 +191,46 @@ async def _no_page(request: Request, error: HTTPException) -> Response:
 async def _failed(request: Request, error: Exception) -> Response:
     _log.error("a request failed", exc_info=error)
     return refusal(Refused(500, "the server failed; the log says why", "internal", INTERNAL))
+
+
+def is_allowed(path: str, authorization: bytes, token: str | None) -> bool:
+    """Whether a request for a path may be answered. authorization: the header, empty where there is none."""
+    if token is None or path in (*OPEN_PATHS, PAGE):
+        return True
+    scheme, _, given = authorization.partition(b" ")
+    # Takes the same time whatever is given, so that the token can't be found letter by letter.
+    return hmac.compare_digest(given.strip(), token.encode()) and scheme.lower() == b"bearer"
+
+
+@lru_cache(maxsize=1)
+def _read_page() -> tuple[bytes, dict[str, str]]:
+    """The page and its headers. A browser runs nothing but the script and style in the file, which it knows by their
+    checksums, and lets them ask nobody but this server."""
+    text = files("mmoe_rec.server").joinpath("page.html").read_text(encoding="utf-8")
+    policy = [
+        "default-src 'none'",
+        f"script-src {_checksum(text, 'script')}",
+        f"style-src {_checksum(text, 'style')}",
+        "connect-src 'self'",
+        "base-uri 'none'",
+        "form-action 'none'",
+        "frame-ancestors 'none'",
+    ]
+    headers = {
+        "Content-Security-Policy": "; ".join(policy),
+        "X-Content-Type-Options": "nosniff",
+        "Referrer-Policy": "no-referrer",
+        "Cache-Control": "no-cache",
+    }
+    return text.encode(), headers
+
+
+def _checksum(text: str, tag: str) -> str:
+    (content,) = re.findall(f"<{tag}>(.*?)</{tag}>", text, re.DOTALL)
+    return f"'sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}'"
+
+
+def page() -> Response:
+    """The page. It holds nothing of the model, so that everybody may see it."""
+    content, headers = _read_page()
+    return Response(content, headers=headers, media_type="text/html")

@@ -10,21 +10,22 @@ from dataclasses import replace
 from typing import Any
 
 import orjson
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import ClientDisconnect
+from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
-from mmoe_rec.inference.errors import RequestError, quoted
-from mmoe_rec.inference.experts import LostExpert
+from mmoe_rec.errors import RequestError, quoted
 from mmoe_rec.inference.ranking import Ranking
+from mmoe_rec.inference.request import Request
+from mmoe_rec.inference.scorer import LostExpert
 from mmoe_rec.live import logged_requests as names
 from mmoe_rec.live.request_log import RequestLog
-from mmoe_rec.server.batching import Answers, Batcher
 from mmoe_rec.server.following import Following
 from mmoe_rec.server.limits import INTERNAL, Limits, Places, Refused, shortened
 from mmoe_rec.server.metrics import Metrics
 from mmoe_rec.server.models import Models
 from mmoe_rec.server.parsing import Call, exactly, parse
-from mmoe_rec.server.passes import Passes
+from mmoe_rec.server.ranking_queue import Answers, Passes, RankingQueue
 
 PARSED_AT_ONCE = 256 * 2**10
 """Larger bodies are parsed in a thread, so that the event loop answers others in between."""
@@ -45,16 +46,16 @@ class Calls:
     ) -> None:
         """passes: of this worker, and of others where there are some."""
         self.models, self.limits, self.metrics, self.passes, self._log = models, limits, metrics, passes, log
-        self.batcher = Batcher(models, limits, metrics, passes)
+        self.queue = RankingQueue(models, limits, metrics, passes)
         self.following: Following | None = None
         if models.journal is not None:
-            self.following = Following(models, self.batcher, passes, limits, metrics)
+            self.following = Following(models, self.queue, passes, limits, metrics)
             self.following.start()
         # One thread, as Python's own work would only slow that of others, and each body takes memory meanwhile.
         self._parsing = ThreadPoolExecutor(1, "parsing")
         self.places = Places(limits, "calls", metrics.calls.set)
 
-    async def answer(self, request: Request) -> Response:
+    async def answer(self, request: HttpRequest) -> Response:
         """The reply to a call, whatever is wrong with it."""
         try:
             with self.metrics.timed("total"), self.places.take():
@@ -71,7 +72,7 @@ class Calls:
         self.metrics.replies.labels(str(response.status_code)).inc()
         return response
 
-    async def _rankings(self, request: Request) -> bytes:
+    async def _rankings(self, request: HttpRequest) -> bytes:
         if self.models.current is None:
             raise loading()
         partial, after = _query(request.query_params)
@@ -85,15 +86,15 @@ class Calls:
             else:
                 loop = asyncio.get_running_loop()
                 call = await loop.run_in_executor(self._parsing, parse, body, self.limits)
-        self.metrics.elements.inc(len(call.elements))
+        self.metrics.elements.inc(len(call.requests))
         self.metrics.candidates.inc(call.candidates)
         gone = asyncio.ensure_future(_gone(request))
         try:
             if after is not None:
                 await self._learnt(after)
-            answers = await self._answers(call, gone)
+            answers = await self.queue.queue(call.requests, call.candidates, gone)
             if any(isinstance(each, RequestError) for each in answers) and (exact := exactly(call, body)):
-                call, answers = exact, await self._answers(exact, gone)
+                call, answers = exact, await self.queue.queue(exact.requests, exact.candidates, gone)
         finally:
             gone.cancel()
         self._count([each for each in answers if isinstance(each, Ranking)])
@@ -106,7 +107,7 @@ class Calls:
             ignored = call.ignored
             if self.following is not None and (warning := self.following.warning) is not None:
                 ignored = (*ignored, warning)
-            body = written(answers, ignored, partial)
+            body = reply(answers, ignored, partial)
         if log is not None:
             self._offer(log, call, answers)
         return body
@@ -127,11 +128,9 @@ class Calls:
         assert served is not None
         model = served.about()
         about = {names.MODEL: model["model"], names.VERSION: model["version"]}
-        for element, answer in zip(call.elements, answers, strict=True):
-            if isinstance(answer, Ranking) and isinstance(element, Mapping):
-                own, request = element.get("task_weights"), answer.request_id
-                assert request is not None
-                weights = call.params.get("task_weights") if own is None else own
+        for request, answer in zip(call.requests, answers, strict=True):
+            if isinstance(answer, Ranking) and isinstance(request, Request):
+                assert answer.request_id is not None
                 if answer.model["version"] != model["artifact"]:  # another model has taken its place meanwhile
                     about = dict.fromkeys(about)
                 its = about | {
@@ -139,7 +138,7 @@ class Calls:
                     names.TABLES_AS_OF: answer.tables_as_of,
                     names.JOURNAL_POSITION: answer.journal_position,
                 }
-                log.offer(answer, answer.seen, request, weights, its)
+                log.offer(answer, answer.seen, answer.request_id, request.task_weights, its)
 
     def _count(self, rankings: Sequence[Ranking]) -> None:
         lost = sum(isinstance(warning, LostExpert) for each in rankings for warning in each.warnings)
@@ -147,18 +146,13 @@ class Calls:
         for role in ("user", "candidate"):
             self.metrics.unknown.labels(role).inc(sum(each.unknown_ids.get(role, 0) for each in rankings))
 
-    async def _answers(self, call: Call, gone: asyncio.Future[None]) -> Answers:
-        asked = call.objects, call.params, call.candidates
-        found = iter(await self.batcher.answers(*asked, gone) if call.objects else ())
-        return [each if isinstance(each, RequestError) else next(found) for each in call.elements]
-
 
 def loading() -> Refused:
     """What a caller gets before there is a model."""
     return Refused(503, "the model is being loaded; come again", "loading", "TEMPORARILY_UNAVAILABLE", 5)
 
 
-async def _gone(request: Request) -> None:
+async def _gone(request: HttpRequest) -> None:
     """Ends once the caller of a request that was read has left."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
@@ -191,12 +185,12 @@ def is_json(kind: str) -> bool:
     return kind == "application/json" or kind.endswith("+json")
 
 
-def type_of(request: Request) -> str:
+def type_of(request: HttpRequest) -> str:
     """The type of a request's body."""
     return request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
 
 
-async def read_body(request: Request, limits: Limits) -> bytes:
+async def read_body(request: HttpRequest, limits: Limits) -> bytes:
     """The body of a call. Raises Refused for one that is too large, as soon as that is known, or too slow."""
     if request.headers.get("content-encoding", "identity").lower() != "identity":
         raise Refused(415, "the body must not be compressed: leave the header Content-Encoding out", "no_json")
@@ -231,7 +225,7 @@ def _too_large(limits: Limits) -> Refused:
     return Refused(413, f"{sentence} (setting `serving.max_body_mib`)", "too_large", "REQUEST_TOO_LARGE")
 
 
-def written(answers: Answers, ignored: Iterable[str], partial: bool) -> bytes:
+def reply(answers: Answers, ignored: Iterable[str], partial: bool) -> bytes:
     """The body of the reply. Raises Refused where an element is wrong, unless its error may stand in its place."""
     ignored = [shortened(each) for each in ignored]
     replies: list[dict[str, Any]] = []

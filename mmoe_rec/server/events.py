@@ -32,10 +32,10 @@ from mmoe_rec.server.metrics import Metrics
 from mmoe_rec.server.models import Models, Served
 from mmoe_rec.server.openapi import ARROW
 from mmoe_rec.server.parsing import parse_json
-from mmoe_rec.server.passes import Passes
+from mmoe_rec.server.ranking_queue import Passes
 
 if TYPE_CHECKING:
-    from mmoe_rec.inference.loaded import LoadedRanker
+    from mmoe_rec.inference.ranker import Ranker
     from mmoe_rec.live.learning import Learning
 
 SHAPE = '{"events": [{column: value, ...}, ...], "log": NAME}'
@@ -203,7 +203,7 @@ def _lacking(
     return found
 
 
-def _completed(ranker: LoadedRanker, table: pa.Table, lacking: Mapping[str, np.ndarray]) -> pa.Table:
+def _completed(ranker: Ranker, table: pa.Table, lacking: Mapping[str, np.ndarray]) -> pa.Table:
     """Rows with the attributes that they leave out, as these are known: the journal says all that a build reads."""
     given = {name: table.column(name) for name in lacking if name in table.column_names}
     known = ranker.reader.completed(LogRows(table.drop_columns(list(given)), ranker.pipeline.schema)).table

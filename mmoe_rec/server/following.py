@@ -18,12 +18,10 @@ from typing import TYPE_CHECKING
 
 from mmoe_rec.errors import RequestError, UserError
 from mmoe_rec.live.journal import parse_position
-from mmoe_rec.server.batching import Batcher
 from mmoe_rec.server.limits import INTERNAL, Limits, Refused
 from mmoe_rec.server.metrics import Metrics
-from mmoe_rec.server.models import Models
-from mmoe_rec.server.passes import Passes
-from mmoe_rec.server.reloading import sentence_of
+from mmoe_rec.server.models import Models, sentence_of
+from mmoe_rec.server.ranking_queue import Passes, RankingQueue
 
 if TYPE_CHECKING:
     from mmoe_rec.live.learning import Learning
@@ -42,8 +40,8 @@ _log = logging.getLogger(__name__)
 class Following:
     """Keeps the current model at the journal's end. failure: why it has not been able to since, None if it has."""
 
-    def __init__(self, models: Models, batcher: Batcher, passes: Passes, limits: Limits, metrics: Metrics) -> None:
-        self._models, self._batcher, self._passes = models, batcher, passes
+    def __init__(self, models: Models, queue: RankingQueue, passes: Passes, limits: Limits, metrics: Metrics) -> None:
+        self._models, self._queue, self._passes = models, queue, passes
         self._limits, self._metrics = limits, metrics
         self.failure: str | None = None
         self._look, self._asked = threading.Event(), threading.Event()
@@ -170,7 +168,7 @@ class Following:
         if learning is None or (learnt := learning.read()) is None:
             return 0.0
         worked = time.monotonic() - started
-        self._batcher.between_passes(lambda: learning.take(learnt)).result()
+        self._queue.between_passes(lambda: learning.take(learnt)).result()
         now = time.time_ns() // 1_000
         for accepted in learnt.accepted_at:
             self._metrics.visible.observe(max(now - accepted, 0) / 1e6)

@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from mmoe_rec.inference.ranking import UNSENT, Ranking
-from mmoe_rec.inference.requests.envelope import Envelope
+from mmoe_rec.inference.request import Request
 
 ARROW = "application/vnd.apache.arrow.stream"
 TEMPLATE = "#/components/schemas/{model}"
@@ -29,7 +29,7 @@ class Invocation(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    inputs: list[Envelope] = Field(description="requests, each of which gets one ranking")
+    inputs: list[Request] = Field(description="requests, each of which gets one ranking")
     params: Params | None = None
 
 

@@ -8,7 +8,9 @@ import signal
 import socket
 import sys
 import weakref
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NoReturn
 
 from mmoe_rec.errors import UserError
@@ -32,6 +34,7 @@ class Options:
 
 
 BACKLOG = 1_024
+TOKEN_VARIABLE = "MMOE_REC_TOKEN"
 
 
 def listening_socket(host: str, port: int) -> socket.socket:
@@ -101,3 +104,22 @@ def end_process(code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def read_token(file: str | None, environment: Mapping[str, str] = os.environ) -> str | None:
+    """The token in a file, else in the environment; None where there is neither.
+
+    It is no argument of the command, as any user of the machine can list those. Raises UserError for a file that can't
+    be read, and for an empty token.
+    """
+    if file is None:
+        token, where = environment.get(TOKEN_VARIABLE), TOKEN_VARIABLE
+    else:
+        where = f"'{file}'"
+        try:
+            token = Path(file).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"the token file '{file}' can't be read: {error}") from None
+    if token is not None and not token.strip():
+        raise UserError(f"the token in {where} is empty; give one, or leave it out to let everybody in")
+    return None if token is None else token.strip()

@@ -1,4 +1,4 @@
-"""The body of a call -> elements and params, parsed once; whatever is no such call gets one sentence and status 400.
+"""The body of a call -> requests, parsed once; whatever is no such call gets one sentence and status 400.
 
 orjson refuses what JSON does not have (NaN, numbers beyond a double, half of a surrogate pair, UTF-8 that is none) and
 nesting beyond 1,024. It lets through a key that is given twice, of which one value would be lost, so keys are counted
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from itertools import islice
@@ -18,8 +18,8 @@ from typing import Any
 
 import orjson
 
-from mmoe_rec.inference.errors import RequestError, quoted
-from mmoe_rec.inference.requests.request import OPTIONS
+from mmoe_rec.errors import RequestError, quoted
+from mmoe_rec.inference.request import OPTIONS, Request, read_requests
 from mmoe_rec.server.limits import Limits, Refused
 
 SHAPE = '{"inputs": [{"user": {...}, "context": {...}, "candidates": {...}}], "params": {...}}'
@@ -35,19 +35,13 @@ _LONG_INTEGER = re.compile(rb"[0-9]{19}")
 class Call:
     """A call that may be ranked.
 
-    elements: objects, and the sentence about whatever is none; params: options for all of them; ignored: a warning for
-    each of the params that there are not; candidates: of all elements together, at least.
+    requests: and in the place of one that is wrong, the sentence about it; ignored: a warning for each of the params
+    that there are not; candidates: of all requests together, at least.
     """
 
-    elements: tuple[Mapping[str, Any] | RequestError, ...]
-    params: Mapping[str, Any]
+    requests: list[Request | RequestError]
     ignored: tuple[str, ...]
     candidates: int
-
-    @property
-    def objects(self) -> list[Mapping[str, Any]]:
-        """The elements that are objects."""
-        return [each for each in self.elements if not isinstance(each, RequestError)]
 
 
 def parse(body: bytes, limits: Limits) -> Call:
@@ -76,8 +70,7 @@ def exactly(call: Call, body: bytes) -> Call | None:
     if not _LONG_INTEGER.search(body):
         return None
     tree = json.loads(body)
-    read = tuple(own if isinstance(own, dict) else old for own, old in zip(tree["inputs"], call.elements, strict=True))
-    return replace(call, elements=read, params=_params(tree)[0])
+    return replace(call, requests=_requests(tree["inputs"], _params(tree)[0]))
 
 
 def _call(tree: Any, limits: Limits) -> Call:
@@ -106,8 +99,12 @@ def _call(tree: Any, limits: Limits) -> Call:
             f"'inputs' has {candidates:,} candidates in all{hint}; this server takes at most "
             f"{limits.max_total_candidates:,} in a call (setting `serving.max_total_candidates`)"
         )
-    read = tuple(each if isinstance(each, dict) else _no_object(each) for each in elements)
-    return Call(read, params, ignored, candidates)
+    return Call(_requests(elements, params), ignored, candidates)
+
+
+def _requests(elements: Sequence[Any], params: Mapping[str, Any]) -> list[Request | RequestError]:
+    requests = iter(read_requests([each for each in elements if isinstance(each, dict)], params))
+    return [next(requests) if isinstance(each, dict) else _no_object(each) for each in elements]
 
 
 def _no_object(element: Any) -> RequestError:

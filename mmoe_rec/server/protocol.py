@@ -55,7 +55,10 @@ class _Transport:
 
 
 def protocol(
-    seconds: float, dropped: int, is_ending: Callable[[], bool], taker: Callable[[], socket.socket | None]
+    seconds: float,
+    dropped: int,
+    is_ending: Callable[[], bool],
+    taker: Callable[[], socket.socket | None] = lambda: None,
 ) -> type[asyncio.Protocol]:
     """The class for uvicorn's `http`.
 

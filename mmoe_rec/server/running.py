@@ -16,10 +16,9 @@ import uvicorn
 from mmoe_rec.errors import UserError
 from mmoe_rec.server.app import Application
 from mmoe_rec.server.metrics import Metrics
-from mmoe_rec.server.models import Models
+from mmoe_rec.server.models import Finder, Models, Reloads, Source, Watch
 from mmoe_rec.server.options import BACKLOG, Options, address_of, end_process, listen
 from mmoe_rec.server.protocol import protocol
-from mmoe_rec.server.reloading import Finder, Reloads, Source, Watch
 
 _LAST_STEPS_SECONDS = 0.5  # of the time to stop, what is left for ending after the last call was answered or given up
 
@@ -133,7 +132,7 @@ class Server(uvicorn.Server):
         self._app.close()
         if self._last is not None:
             self._last.cancel()
-        if self._app.calls.batcher.is_busy:
+        if self._app.calls.queue.is_busy:
             self._end_now()
 
     @staticmethod

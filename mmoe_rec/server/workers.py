@@ -36,9 +36,9 @@ from typing import TYPE_CHECKING, Any
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.server.metrics import FOLDER_VARIABLE, forget_process
+from mmoe_rec.server.models import Finder, Reloads, Source, Watch, sentence_of
 from mmoe_rec.server.options import Options, address_of, end_process, log_to_stderr
-from mmoe_rec.server.passes import Mark, marks
-from mmoe_rec.server.reloading import Finder, Reloads, Source, Watch, sentence_of
+from mmoe_rec.server.ranking_queue import Mark, marks
 
 if TYPE_CHECKING:
     from mmoe_rec.server.models import Models

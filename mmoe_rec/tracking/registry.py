@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mmoe_rec.atomic import checksum
 from mmoe_rec.errors import StoppedError, UserError
@@ -30,36 +30,23 @@ from mmoe_rec.tracking.client import (
 from mmoe_rec.tracking.outbox import PATIENCE_SECONDS, UnreachableError
 from mmoe_rec.tracking.runs import Run
 
-if TYPE_CHECKING:
-    from mmoe_rec.inference.loaded import LoadedRanker
-
 _FILES_TAG = "files"  # of a version
 _REPLACED_TAG = "replaced"  # of a version: which one held an alias before it
 _LONGEST_DESCRIPTION, _LONGEST_TAG = 4900, 4000  # what databases behind MLflow take is 5,000
 _NO_VERSION = "2147483647"
 
 
-class Ranker:
-    """Where a model comes from: `Ranker.load(address).rank(user, context, candidates)`.
+def find_folder(address: str | Path, uri: str | None) -> Path:
+    """The folder of a model at an address, for `mmoe_rec.Ranker.load`: a folder's path, or as `fetch_model` takes it.
 
-    A model server, which has a folder, takes `mmoe_rec.inference.ranker`: that needs no MLflow.
+    uri: where MLflow looks the address up; None is what `mlflow.set_tracking_uri` was told, or else what settings
+    without `tracking.uri` have. Raises UserError for an address without a model.
     """
+    if Path(address).exists() or _read_scheme(str(address)) is None:
+        return _find_artifact(Path(address)) or Path(address)
+    from mmoe_rec.settings.sections import Tracking
 
-    @staticmethod
-    def load(address: str | Path, uri: str | None = None) -> LoadedRanker:
-        """The model at an address: a folder's path, or an address that MLflow accepts (see `fetch_model`).
-
-        uri: where MLflow looks the address up; None is what `mlflow.set_tracking_uri` was told, or else what settings
-        without `tracking.uri` have. Raises UserError for an address without a model, or one that is damaged or of
-        another format.
-        """
-        from mmoe_rec.inference.ranker import Ranker as OfFolder
-
-        if Path(address).exists() or _read_scheme(str(address)) is None:
-            return OfFolder.load(_find_artifact(Path(address)) or address)
-        from mmoe_rec.settings.sections import Tracking
-
-        return OfFolder.load(fetch_model(str(address), uri or _read_own_address() or Tracking().address))
+    return fetch_model(str(address), uri or _read_own_address() or Tracking().address)
 
 
 @dataclass(frozen=True)

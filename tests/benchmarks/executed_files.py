@@ -77,8 +77,7 @@ def measure(folder: Path) -> dict[str, int]:
     from mmoe_rec.inference.example import EXAMPLE
     from mmoe_rec.server.app import Application
     from mmoe_rec.server.limits import Limits
-    from mmoe_rec.server.models import Models
-    from mmoe_rec.server.reloading import Source
+    from mmoe_rec.server.models import Models, Source
     from mmoe_rec.settings.load import load_settings
     from pipelines import make_synthetic_log
     from tests.server.asking import ask

@@ -133,10 +133,10 @@ class Benchmark:
 
     def _accuracy(self, period: Any, logs: Any) -> dict[str, Any]:
         """AUC and calibration of all ways."""
-        from mmoe_rec.inference.loaded import LoadedRanker
+        from mmoe_rec.inference.ranker import Ranker
         from mmoe_rec.live.replay_period import score_period
 
-        ranker = LoadedRanker.read(self.frozen)
+        ranker = Ranker.load(self.frozen)
         predicted = {"fresh": score_period(ranker, period.rows)[1], **self._by_live(ranker, period, logs)}
         schema, rows = ranker.pipeline.schema, period.rows
         known_by = np.iinfo(np.int64).max
@@ -159,7 +159,7 @@ class Benchmark:
                 live = _learnt(pipeline, live, rows_of, start, end, LAG)
                 rows = _plain(period.rows, start, end)
                 for name, state in (("frozen", nothing), ("daily", daily), ("live", live)):
-                    ranker._passes = replace(ranker._passes, pipeline=pipeline.with_live(state))
+                    ranker._knowledge = replace(ranker._knowledge, pipeline=pipeline.with_live(state))
                     found[name].append(ranker.score(ranker.reader.completed(rows))[0])
                 daily = _learnt(pipeline, daily, rows_of, start, end)
         return {name: np.concatenate(each) for name, each in found.items()}

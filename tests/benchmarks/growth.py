@@ -14,16 +14,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from mmoe_rec.inference.loaded import LoadedRanker
 from mmoe_rec.inference.ranker import Ranker
-from mmoe_rec.inference.requests.request import Request
+from mmoe_rec.inference.request import Request
 from mmoe_rec.point_in_time.histories import HistoryMemory
 from tests.benchmarks.serving_bodies import Bodies
 
 TURNS = 200
 
 
-def grow(ranker: LoadedRanker, times: int) -> None:
+def grow(ranker: Ranker, times: int) -> None:
     """Adds events to each memory, at the times of its own, until it has `times` as many."""
     random = np.random.default_rng(0)
     for encoder in ranker.pipeline.memory_encoders.values():

@@ -124,16 +124,16 @@ def _take_turns(asker: _Asker, senders: _Senders, batch: int, seconds: float, pa
 def learnt_ms(model: Path, time_column: str, events: pa.Table) -> float:
     """Milliseconds that a request of `CANDIDATES` takes longer, the median, once events were learnt. Each request is of
     the time of the last event."""
-    from mmoe_rec.inference.loaded import LoadedRanker
-    from mmoe_rec.inference.requests.envelope import ranked_calls
+    from mmoe_rec.inference.ranker import Ranker
+    from mmoe_rec.inference.request import read_requests
     from mmoe_rec.log.rows import LogRows
     from mmoe_rec.training.choices import threads
 
-    rankers = plain, learnt = LoadedRanker.read(model), LoadedRanker.read(model)
+    rankers = plain, learnt = Ranker.load(model), Ranker.load(model)
     elements = Bodies(model).elements(CANDIDATES, 1)
     last = events.column(time_column)[-1].cast(pa.timestamp("ms")).as_py()
     elements[0]["context"][time_column] = f"{last.isoformat()}Z"
-    taken: dict[LoadedRanker, list[float]] = {plain: [], learnt: []}
+    taken: dict[Ranker, list[float]] = {plain: [], learnt: []}
     with threads(1):
         for start in range(0, len(events), STEP):
             rows = LogRows(events.slice(start, STEP), learnt.pipeline.schema)
@@ -141,7 +141,7 @@ def learnt_ms(model: Path, time_column: str, events: pa.Table) -> float:
         for _ in range(ASKED):
             for ranker in rankers:
                 start_s = time.perf_counter()
-                ranked_calls(ranker, [(elements, {})])
+                ranker.rank_many(read_requests(elements, {}))
                 taken[ranker].append(time.perf_counter() - start_s)
     return round(float(np.median(np.subtract(taken[learnt], taken[plain]))) * 1e3, 3)
 

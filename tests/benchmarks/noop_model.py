@@ -9,7 +9,7 @@ import mlflow
 from mlflow.pyfunc import PythonModel, PythonModelContext
 
 from mmoe_rec.inference.mlflow_model import RankingRequest, Reply
-from mmoe_rec.inference.requests.envelope import ranked
+from mmoe_rec.inference.request import read_requests
 from tests.benchmarks.noop_ranker import NoopRanker
 
 
@@ -24,7 +24,10 @@ class NoopPythonModel(PythonModel):
         self, context: Any, model_input: list[RankingRequest], params: dict[str, Any] | None = None
     ) -> list[Reply]:
         """One reply a request."""
-        return [each.to_dict() for each in ranked(self.ranker, [each.given() for each in model_input], params or {})]
+        return [
+            each.to_dict()
+            for each in self.ranker.rank_many(read_requests([each.given() for each in model_input], params or {}))
+        ]
 
 
 mlflow.models.set_model(NoopPythonModel())

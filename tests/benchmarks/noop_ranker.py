@@ -14,10 +14,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from mmoe_rec.errors import RequestError
 from mmoe_rec.inference.artifact import read_artifact
 from mmoe_rec.inference.example import ExampleScores
 from mmoe_rec.inference.ranking import Ranking
-from mmoe_rec.inference.requests.request import Request
+from mmoe_rec.inference.request import Request
 
 
 class NoopRanker:
@@ -39,9 +40,9 @@ class NoopRanker:
         names = [*(task.name for task in about.tasks), *about.layout.outcomes]
         return NoopRanker(names, next(iter(example["candidates"])), about.tables_as_of)
 
-    def rank_many(self, requests: Sequence[Request]) -> list[Any]:
+    def rank_many(self, requests: Sequence[Request | RequestError]) -> list[Any]:
         """One answer a request."""
-        return [self._answer(request.candidates[self.key]) for request in requests]
+        return [self._answer(each.candidates[self.key]) if isinstance(each, Request) else each for each in requests]
 
     def _answer(self, ids: Any) -> Ranking:
         numbers = [0.12345678901234567] * len(ids)
@@ -53,9 +54,8 @@ def main() -> None:
     """Serves at a port until SIGTERM."""
     from mmoe_rec.server.app import Application
     from mmoe_rec.server.limits import Limits
-    from mmoe_rec.server.models import Models, Served
+    from mmoe_rec.server.models import Models, Served, Source
     from mmoe_rec.server.options import Options, listening_socket
-    from mmoe_rec.server.reloading import Source
     from mmoe_rec.server.running import Server
     from mmoe_rec.settings.load import load_settings
 

@@ -213,7 +213,8 @@ def _mb(count: int) -> float:
 def served(folder: Path) -> float:
     """MB that a process takes to answer requests by features, beyond what the code takes."""
     from mmoe_rec.features.pipeline import FeaturePipeline
-    from mmoe_rec.inference.requests.request import Request, RequestReader
+    from mmoe_rec.inference.reader import RequestReader
+    from mmoe_rec.inference.request import Request
 
     def held() -> int:
         lines = Path("/proc/self/smaps_rollup").read_text(encoding="utf-8").splitlines()

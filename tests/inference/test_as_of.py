@@ -15,10 +15,9 @@ from mmoe_rec.features.encoder import Inputs
 from mmoe_rec.features.memories import exact_from
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.inference.artifact import Artifact, iso_time
-from mmoe_rec.inference.freshness import Freshness
-from mmoe_rec.inference.loaded import LoadedRanker
 from mmoe_rec.inference.ranker import Ranker
-from mmoe_rec.inference.requests.request import Request
+from mmoe_rec.inference.ranking import Freshness
+from mmoe_rec.inference.request import Request
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.point_in_time.lists import Ragged
 from tests.inference.small_model import ITEMS, USER, SmallModel, as_request
@@ -60,7 +59,7 @@ def dated(tmp_path_factory: pytest.TempPathFactory) -> SmallModel:
 
 
 @pytest.fixture(scope="module")
-def ranker(dated: SmallModel) -> LoadedRanker:
+def ranker(dated: SmallModel) -> Ranker:
     return Ranker.load(dated.folder)
 
 
@@ -84,7 +83,7 @@ def asked_at(moment: int, seed: int) -> list[dict[str, Any]]:
     return requests
 
 
-def served(ranker: LoadedRanker, requests: list[dict[str, Any]]) -> list[Inputs]:
+def served(ranker: Ranker, requests: list[dict[str, Any]]) -> list[Inputs]:
     return list(ranker.pipeline.request_inputs(ranker.reader.rows([Request(**each) for each in requests])))
 
 
@@ -96,7 +95,7 @@ def assert_same(ours: list[Inputs], theirs: list[Inputs]) -> None:
 
 @pytest.mark.parametrize("number", range(4))
 def test_what_is_served_as_of_a_moment_is_what_a_build_until_then_serves(
-    number: int, ranker: LoadedRanker, tmp_path: Path
+    number: int, ranker: Ranker, tmp_path: Path
 ) -> None:
     moment = moments(number, 1)[(0, 2, 3, -1)[number]]
     requests = asked_at(moment, seed=number)
@@ -148,12 +147,12 @@ def test_counters_and_histories_as_of_any_moment_equal_loops_over_the_log(dated:
     assert compared > 5000
 
 
-def at(ranker: LoadedRanker, moment: int, **given: Any) -> Any:
+def at(ranker: Ranker, moment: int, **given: Any) -> Any:
     candidates = {"item": ITEMS, **given.pop("candidates", {})}
     return ranker.rank({"user": USER, **given}, {"time": iso_time(moment)}, candidates, explain=True)
 
 
-def test_replies_warn_before_the_first_exact_moment_only(dated: SmallModel, ranker: LoadedRanker) -> None:
+def test_replies_warn_before_the_first_exact_moment_only(dated: SmallModel, ranker: Ranker) -> None:
     assert exact_from(dated.prepared.serving) == FLOOR
     assert ranker.exact_from == iso_time(FLOOR)
     assert ranker.about.tables_as_of == iso_time(LAST)
@@ -173,7 +172,7 @@ def test_replies_warn_before_the_first_exact_moment_only(dated: SmallModel, rank
             assert each.as_of == dict.fromkeys(names, iso_time(FLOOR))
 
 
-def test_before_the_first_exact_moment_answers_are_as_of_it(ranker: LoadedRanker) -> None:
+def test_before_the_first_exact_moment_answers_are_as_of_it(ranker: Ranker) -> None:
     before, then = at(ranker, FLOOR - DAY // 2), at(ranker, FLOOR)
     for one, other in zip(_by_place(before), _by_place(then), strict=True):
         assert (one.counters, one.histories) == (other.counters, other.histories)
@@ -214,7 +213,7 @@ def test_what_is_given_has_no_moment_and_needs_no_warning(dated: SmallModel) -> 
     assert {json.dumps(each.as_of) for each in found.explanations} == {"{}"}
 
 
-def test_what_is_known_may_move_on(ranker: LoadedRanker) -> None:
+def test_what_is_known_may_move_on(ranker: Ranker) -> None:
     about: Artifact = ranker.about
     fresh = Freshness.of(about)
     assert fresh.up_to(fresh.known - 1) is fresh

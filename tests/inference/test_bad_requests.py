@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mmoe_rec.inference.errors import RequestError
+from mmoe_rec.errors import RequestError
 from mmoe_rec.inference.ranker import Ranker
 from tests.inference.small_model import CONTEXT, ITEMS, USER, SmallModel
 

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 
-from mmoe_rec.inference.loaded import LoadedRanker
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.inference.scorer import Scorer
 from mmoe_rec.model.products import Products, has_onednn
@@ -48,7 +47,7 @@ def test_a_request_touches_no_more_where_ten_times_as_much_is_remembered(small: 
 
 @pytest.mark.skipif(not has_onednn(), reason="torch has no oneDNN in fp32 here")
 @pytest.mark.parametrize("count", [1, 5, 16, 17, 50])
-def test_faster_products_give_the_same_scores(ranker: LoadedRanker, small: SmallModel, count: int) -> None:
+def test_faster_products_give_the_same_scores(ranker: Ranker, small: SmallModel, count: int) -> None:
     items = [int(each) * 10**17 for each in np.random.default_rng(count).integers(-5, 12, count)]
     before = ranker.rank({"user": USER}, CONTEXT, {"item": items})
     faster = Ranker.load(small.folder)
@@ -75,7 +74,7 @@ def test_other_products_must_be_clearly_faster(
 
 def test_rows_that_fill_up_are_not_part_of_the_answer(small: SmallModel) -> None:
     ranker = Ranker.load(small.folder)
-    inputs = torch.randn(37, ranker._passes.inputs.width)
+    inputs = torch.randn(37, ranker._inputs_of_requests.width)
     expected = ranker.scorer.score(inputs)
     ranker.scorer.products = "onednn"  # rows are filled up; layers still multiply as before
     found = ranker.scorer.score(inputs)

@@ -12,12 +12,11 @@ import pytest
 import torch
 
 from mmoe_rec.batches.batch import make_batch
+from mmoe_rec.errors import RequestError
 from mmoe_rec.features.vocabulary import Vocabulary
-from mmoe_rec.inference.errors import RequestError
-from mmoe_rec.inference.loaded import LoadedRanker
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.inference.ranking import Explanation, Ranking
-from mmoe_rec.inference.requests.request import Request
+from mmoe_rec.inference.request import Request
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.model.score import Calibration, TaskCalibration
 from tests.inference.small_model import CONTEXT, ITEMS, USER, SmallModel, as_request
@@ -29,7 +28,7 @@ TASKS = ("click", "liked", "spent")
 
 
 @pytest.fixture(scope="module")
-def calibrated(small: SmallModel, tmp_path_factory: pytest.TempPathFactory) -> LoadedRanker:
+def calibrated(small: SmallModel, tmp_path_factory: pytest.TempPathFactory) -> Ranker:
     folder = tmp_path_factory.mktemp("calibrated") / "model"
     small.write(folder, CALIBRATION)
     return Ranker.load(folder)
@@ -51,7 +50,7 @@ def explained(ranking: Ranking) -> list[Explanation]:
 
 @pytest.mark.parametrize("top_k", [None, 4])
 def test_calibration_and_gates_equal_the_model_run_by_hand(
-    small: SmallModel, calibrated: LoadedRanker, top_k: int | None
+    small: SmallModel, calibrated: Ranker, top_k: int | None
 ) -> None:
     table, rows = small.later_rows()
     logits, gates = by_hand(small, rows)
@@ -67,7 +66,7 @@ def test_calibration_and_gates_equal_the_model_run_by_hand(
         assert [each.calibrated[name] for each in explained(ranking)] == ranking.predictions[name]
 
 
-def test_gates_of_fewer_experts(ranker: LoadedRanker) -> None:
+def test_gates_of_fewer_experts(ranker: Ranker) -> None:
     ranking = ranker.rank({"user": USER}, CONTEXT, {"item": ITEMS}, mask_experts=[1], gate_top_k=1, explain=True)
     for each in explained(ranking):
         for weights in each.gates.values():
@@ -83,7 +82,7 @@ def test_one_gate_for_all_tasks_is_shown_for_each(tmp_path: Any) -> None:
     assert sum(first.gates["click"]) == pytest.approx(1)
 
 
-def test_counters_and_histories_equal_loops_over_the_log(small: SmallModel, ranker: LoadedRanker) -> None:
+def test_counters_and_histories_equal_loops_over_the_log(small: SmallModel, ranker: Ranker) -> None:
     log = pq.read_table(f"{small.settings.data.log}/0.parquet").to_pylist()
     table, _ = small.later_rows()
     request = as_request(table)
@@ -123,7 +122,7 @@ def test_counters_and_histories_equal_loops_over_the_log(small: SmallModel, rank
     assert brands > 3
 
 
-def test_given_values_are_shown_and_nothing_found_is_null(ranker: LoadedRanker) -> None:
+def test_given_values_are_shown_and_nothing_found_is_null(ranker: Ranker) -> None:
     unknown = 10**17 + 1
     user = {"user": 12345, "clicked": [1, None, ITEMS[0], unknown, 4]}
     candidates = {"item": [unknown, ITEMS[0]], "brand_spent_rate": [0.25, None]}
@@ -150,7 +149,7 @@ def test_ids_of_rows_are_those_that_were_encoded() -> None:
     assert Vocabulary(pa.array([], pa.int64()), 2).decode(np.array([0, 2])) == [None, None]
 
 
-def test_without_explain_nothing_is_added_or_computed(ranker: LoadedRanker, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_explain_nothing_is_added_or_computed(ranker: Ranker, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> None:
         raise AssertionError("computed unasked")
 
@@ -162,12 +161,12 @@ def test_without_explain_nothing_is_added_or_computed(ranker: LoadedRanker, monk
 
 
 @pytest.mark.parametrize("wrong", ["yes", 1, []])
-def test_explain_is_true_or_false(ranker: LoadedRanker, wrong: Any) -> None:
+def test_explain_is_true_or_false(ranker: Ranker, wrong: Any) -> None:
     with pytest.raises(RequestError, match="explain must be true or false"):
         ranker.rank({"user": USER}, CONTEXT, {"item": ITEMS}, explain=wrong)
 
 
-def test_neighbours_that_explain_or_do_not_change_nothing(ranker: LoadedRanker) -> None:
+def test_neighbours_that_explain_or_do_not_change_nothing(ranker: Ranker) -> None:
     random = np.random.default_rng(11)
     requests = [
         Request(**{**vars(drawn(random)), "explain": [None, False, True][random.integers(3)]}) for _ in range(60)

@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 
 from mmoe_rec.inference.artifact import read_artifact, version_of
-from mmoe_rec.inference.loaded import LoadedRanker
 from mmoe_rec.inference.ranker import Ranker
-from mmoe_rec.inference.requests.request import Request
+from mmoe_rec.inference.request import Request
 from mmoe_rec.inference.writing import seal
 from tests.inference.small_model import ITEMS, USER, SmallModel
 from tests.log.small_logs import ALL_KINDS
@@ -20,7 +19,7 @@ from tests.log.small_logs import ALL_KINDS
 BEFORE, STALE = "they know its future", "they are stale"
 
 
-def asked(ranker: LoadedRanker, later: timedelta, **given: Any) -> list[str]:
+def asked(ranker: Ranker, later: timedelta, **given: Any) -> list[str]:
     """Warnings for a request so much later than `tables_as_of`."""
     moment = datetime.fromisoformat(ranker.about.tables_as_of) + later
     candidates = {"item": ITEMS, **given.pop("candidates", {})}
@@ -41,7 +40,7 @@ def asked(ranker: LoadedRanker, later: timedelta, **given: Any) -> list[str]:
     ],
     ids=str,
 )
-def test_a_time_that_does_not_fit_is_told_once(ranker: LoadedRanker, later: timedelta, sentence: str | None) -> None:
+def test_a_time_that_does_not_fit_is_told_once(ranker: Ranker, later: timedelta, sentence: str | None) -> None:
     found = asked(ranker, later)
     if sentence is None:
         assert found == []
@@ -83,7 +82,7 @@ def test_a_model_that_remembers_nothing_does_not_warn(tmp_path: Path) -> None:
         assert asked(ranker, timedelta(days=days)) == []
 
 
-def test_what_is_given_is_not_out_of_date(ranker: LoadedRanker) -> None:
+def test_what_is_given_is_not_out_of_date(ranker: Ranker) -> None:
     encoders = ranker.pipeline.memory_encoders.values()
     columns = {name: use for encoder in encoders for name, (use, _) in encoder.precomputed().items()}
     histories = {name: [] for name, use in columns.items() if use == "keys"}
@@ -97,15 +96,17 @@ def test_what_is_given_is_not_out_of_date(ranker: LoadedRanker) -> None:
             assert len(asked(ranker, later, **histories, candidates=some)) == 1
 
 
-def test_each_request_of_a_pass_has_its_own_warning(ranker: LoadedRanker) -> None:
+def test_each_request_of_a_pass_has_its_own_warning(ranker: Ranker) -> None:
     known = datetime.fromisoformat(ranker.about.tables_as_of)
     times = [known + timedelta(days=days) for days in (-1, 1, 9)]
-    requests = [Request({"user": USER}, {"time": each.isoformat()}, {"item": ITEMS}) for each in times]
+    requests = [
+        Request(user={"user": USER}, context={"time": each.isoformat()}, candidates={"item": ITEMS}) for each in times
+    ]
     first, second, third = (each.warnings for each in ranker.rank_many(requests))  # type: ignore[union-attr]
     assert (BEFORE in first[0], second, STALE in third[0]) == (True, [], True)
 
 
-def test_replies_name_the_model(small: SmallModel, ranker: LoadedRanker) -> None:
+def test_replies_name_the_model(small: SmallModel, ranker: Ranker) -> None:
     example = json.loads((small.folder / "example_request.json").read_text())
     ranking = ranker.rank(**example)
     assert ranking.model == {"name": "small", "version": version_of(small.folder)}

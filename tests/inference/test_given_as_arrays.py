@@ -10,11 +10,10 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 
-from mmoe_rec.errors import UserError
-from mmoe_rec.inference.errors import RequestError
+from mmoe_rec.errors import RequestError, UserError
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.inference.ranking import Ranking
-from mmoe_rec.inference.requests import envelope
+from mmoe_rec.inference.request import read_requests
 from mmoe_rec.tracking import registry, runs
 from tests.inference.small_model import CONTEXT, ITEMS, USER, SmallModel, as_request
 
@@ -205,7 +204,7 @@ def test_options_may_be_numbers_of_numpy(ranker: Ranker) -> None:
     frame = pd.DataFrame({"item": ITEMS})
     for candidates in ({"item": ITEMS}, frame):
         element = {"user": {"user": USER}, "context": CONTEXT, "candidates": candidates, **arrays}
-        assert envelope.ranked(ranker, [element], {}) == [expected]
+        assert ranker.rank_many(read_requests([element], {})) == [expected]
 
 
 @pytest.mark.parametrize(

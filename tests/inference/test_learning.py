@@ -1,6 +1,5 @@
 """What a ranker has learnt live against features that were extended by the same rows, and built anew from files."""
 
-import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,6 @@ import pyarrow as pa
 import pytest
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.inference.loaded import LoadedRanker
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.inference.writing import write_artifact
 from mmoe_rec.log.columns import UTC_MICROSECONDS
@@ -61,11 +59,11 @@ class Extended:
         )
         self.expected = Ranker.load(work / "after" / "model")
 
-    def ranker(self) -> LoadedRanker:
+    def ranker(self) -> Ranker:
         return Ranker.load(self.small.folder)
 
 
-def answers(ranker: LoadedRanker) -> list[dict[str, Any]]:
+def answers(ranker: Ranker) -> list[dict[str, Any]]:
     """What a ranker says of some requests, but for its name and the time of its tables."""
     found = []
     for user in (USER, -7, NEW_USER, 77):
@@ -78,7 +76,7 @@ def answers(ranker: LoadedRanker) -> list[dict[str, Any]]:
     return found
 
 
-def scores(ranker: LoadedRanker, small: SmallModel) -> list[float]:
+def scores(ranker: Ranker, small: SmallModel) -> list[float]:
     table, _ = small.later_rows()
     times = np.repeat(START + 16 * DAY, len(table))
     place = table.column_names.index("time")
@@ -116,17 +114,6 @@ def test_a_ranker_that_learns_answers_as_one_over_extended_features(
 
 def log_rows_without(rows: LogRows, *names: str) -> LogRows:
     return LogRows(rows.table.drop_columns(list(names)), rows.schema)
-
-
-def test_the_server_shares_a_ranker_that_has_learnt(extended: Extended) -> None:
-    """Pickled and taken up by another process, it answers and learns as before."""
-    ranker, table = extended.ranker(), later_log(3)
-    ranker.learn(table.slice(0, 70))
-    other: LoadedRanker = pickle.loads(pickle.dumps(ranker, protocol=5))
-    assert answers(other) == answers(ranker)
-    other.learn(table.slice(70))
-    assert answers(other) == answers(extended.expected)
-    assert answers(ranker) != answers(other)
 
 
 def test_memories_stay_as_they_are(extended: Extended) -> None:
@@ -174,7 +161,7 @@ def one_row(**values: Any) -> pa.Table:
     return table.set_column(table.column_names.index("time"), "time", table["time"].cast(UTC_MICROSECONDS))
 
 
-def known(ranker: LoadedRanker, item: int) -> dict[str, Any]:
+def known(ranker: Ranker, item: int) -> dict[str, Any]:
     rows = LogRows(pa.table({"user": [USER], "item": [item]}), ranker.pipeline.schema)
     return ranker.reader.completed(rows).table.to_pylist()[0]
 

@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 
 from mmoe_rec.features.pipeline import FeaturePipeline
-from mmoe_rec.inference import loaded
-from mmoe_rec.inference.loaded import LoadedRanker
+from mmoe_rec.inference import ranker as rankers
 from mmoe_rec.inference.ranker import Ranker
-from mmoe_rec.inference.requests.request import RequestReader
+from mmoe_rec.inference.reader import RequestReader
 from mmoe_rec.inference.scorer import Scorer
 from mmoe_rec.log.request_rows import Stored
 from tests.inference.small_model import ITEMS, USER, SmallModel
@@ -27,7 +26,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> SmallModel:
     return SmallModel(tmp_path_factory.mktemp("small"))
 
 
-def answer(ranker: LoadedRanker) -> dict[str, Any]:
+def answer(ranker: Ranker) -> dict[str, Any]:
     return ranker.rank(**ASKED, explain=True).to_dict()
 
 
@@ -75,7 +74,7 @@ def test_a_pass_that_is_under_way_answers_as_before(
 
 def test_rows_that_are_scored_in_parts_are_of_one_moment(small: SmallModel, monkeypatch: pytest.MonkeyPatch) -> None:
     ranker, (_, rows) = Ranker.load(small.folder), small.later_rows()
-    monkeypatch.setattr(loaded, "ROWS_AT_A_TIME", 5)
+    monkeypatch.setattr(rankers, "ROWS_AT_A_TIME", 5)
     before, score, told = ranker.score(rows)[1], Scorer.score, list[str]()
 
     def learns(self: Scorer, *words: Any) -> Any:
@@ -91,9 +90,9 @@ def test_rows_that_are_scored_in_parts_are_of_one_moment(small: SmallModel, monk
 
 def test_threads_that_learn_at_once_lose_nothing(small: SmallModel, monkeypatch: pytest.MonkeyPatch) -> None:
     ranker, table = Ranker.load(small.folder), later_log(3)
-    prepared, others = LoadedRanker.prepared, list[threading.Thread]()
+    prepared, others = Ranker.prepared, list[threading.Thread]()
 
-    def slow(self: LoadedRanker, *words: Any) -> Any:
+    def slow(self: Ranker, *words: Any) -> Any:
         found = prepared(self, *words)
         if not others:
             others.append(threading.Thread(target=lambda: ranker.learn(table.slice(60))))
@@ -101,7 +100,7 @@ def test_threads_that_learn_at_once_lose_nothing(small: SmallModel, monkeypatch:
             others[0].join(0.3)  # it can't go before, so it waits
         return found
 
-    monkeypatch.setattr(LoadedRanker, "prepared", slow)
+    monkeypatch.setattr(Ranker, "prepared", slow)
     ranker.learn(table.slice(0, 60))
     others[0].join()
     monkeypatch.undo()

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.inference.artifact import FORMAT, check_files, read_artifact, read_manifest, write_manifest
@@ -68,52 +67,25 @@ def test_a_copy_elsewhere_loads(folder: Path, written: Path) -> None:
     assert Ranker.load(folder).rank(**example) == Ranker.load(written).rank(**example)
 
 
-def test_every_missing_file_is_named(folder: Path) -> None:
-    aside = folder.parent / "aside"
+def test_damage_of_every_file_is_named(folder: Path) -> None:
+    """Missing, shorter, and with flipped bits, drawn by chance, one of which makes a weight another finite one."""
+    draw, aside = random.Random(5), folder.parent / "aside"
     for name, path in files_of(folder).items():
+        whole = path.read_bytes()
         path.rename(aside)
         told = refusal(folder)
         assert f"the model in '{folder}' is not as it was written: '{name}' is missing; copy the whole folder" in told
         aside.rename(path)
-    check_files(folder)
-
-
-def test_every_shorter_file_is_named(folder: Path) -> None:
-    for name, path in files_of(folder).items():
-        whole = path.read_bytes()
         path.write_bytes(whole[:-1])
         reason = "has changed" if name == "manifest.json" else f"has {len(whole) - 1:,} bytes instead of {len(whole):,}"
         assert f"'{name}' {reason}" in refusal(folder)
-        path.write_bytes(whole)
-
-
-def test_every_flipped_bit_is_told(folder: Path) -> None:
-    """Eight in each file, drawn by chance."""
-    draw = random.Random(5)
-    for name, path in files_of(folder).items():
-        whole = path.read_bytes()
-        for bit in draw.sample(range(8 * len(whole)), 8):
+        for bit in draw.sample(range(8 * len(whole)), 4):
             changed = bytearray(whole)
             changed[bit // 8] ^= 1 << bit % 8
             path.write_bytes(changed)
             assert f"'{name}' has changed" in refusal(folder), f"bit {bit}"
         path.write_bytes(whole)
     check_files(folder)
-
-
-def test_a_flipped_exponent_is_told(folder: Path) -> None:
-    """It is a valid file of finite weights."""
-    weights = load_file(folder / "weights.safetensors")
-    name = max((each for each in weights if "towers" in each), key=lambda each: weights[each].numel())
-    weights[name].view(torch.int32).view(-1)[0] ^= 1 << 24
-    save_file(weights, folder / "weights.safetensors")
-    assert "'weights.safetensors' has changed (its checksum is another one)" in refusal(folder)
-
-
-def test_a_load_asked_twice_checks_twice(folder: Path) -> None:
-    Ranker.load(folder)
-    (folder / "calibration.json").unlink()
-    assert "'calibration.json' is missing" in refusal(folder)
 
 
 @pytest.mark.parametrize(
@@ -274,7 +246,7 @@ def test_a_process_that_rounds_products_loads_and_writes_as_a_server_does(
         told.append((torch.backends.mkldnn.matmul.fp32_precision, torch.is_autocast_enabled("cpu")))
         return rank(ranker, *arguments, **options)
 
-    monkeypatch.setattr("mmoe_rec.inference.loaded.LoadedRanker.rank", noting)
+    monkeypatch.setattr("mmoe_rec.inference.ranker.Ranker.rank", noting)
     torch.backends.mkldnn.matmul.fp32_precision = "bf16"
     try:
         with torch.autocast("cpu"):

@@ -29,13 +29,13 @@ def noting(name, globals=None, locals=None, fromlist=(), level=0):
 
 builtins.__import__ = noting
 import pyarrow.parquet
-from mmoe_rec.inference.requests.envelope import ranked
+from mmoe_rec.inference.request import read_requests
 from mmoe_rec.inference.ranker import Ranker
 
 ranker = Ranker.load(sys.argv[1])
 example = json.load(open(sys.argv[1] + "/example_request.json"))
 options = {"top_k": 2, "gate_top_k": 1, "mask_experts": [0], "task_weights": {"click": 2.0}, "explain": True}
-(ranking,) = ranked(ranker, [example], options)
+(ranking,) = ranker.rank_many(read_requests([example], options))
 assert len(ranking.scores) == 2, ranking
 ranker.score(pyarrow.parquet.read_table(sys.argv[2]))
 files = {name: each.__file__ for name, each in sys.modules.items() if name.partition(".")[0] == "mmoe_rec"}

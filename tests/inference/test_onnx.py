@@ -14,7 +14,6 @@ from safetensors.numpy import load_file
 from mmoe_rec.errors import UserError
 from mmoe_rec.inference import onnx_export
 from mmoe_rec.inference.export import Answers, answers_of, draw_requests, write_int8
-from mmoe_rec.inference.loaded import LoadedRanker
 from mmoe_rec.inference.onnx_export import OnnxModel, check_equal, inputs_of, write_onnx
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.inference.writing import rewrite_artifact, seal
@@ -58,7 +57,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def variant(small: SmallModel, section: dict[str, Any], folder: Path) -> LoadedRanker:
+def variant(small: SmallModel, section: dict[str, Any], folder: Path) -> Ranker:
     """The small model's features under other settings of the model, whose weights are drawn, calibrated."""
     from mmoe_rec.model.layout import ModelLayout
     from mmoe_rec.model.mmoe import build_model
@@ -80,7 +79,7 @@ def variant(small: SmallModel, section: dict[str, Any], folder: Path) -> LoadedR
     return Ranker.load(folder)
 
 
-def pairs(folder: Path, ranker: LoadedRanker, made: Path) -> list[tuple[Answers, Answers]]:
+def pairs(folder: Path, ranker: Ranker, made: Path) -> list[tuple[Answers, Answers]]:
     """What the ranker and the file give for requests that the ranker knows."""
     model = OnnxModel(made)
     return [
@@ -102,7 +101,7 @@ def test_computes_what_the_ranker_does(small: SmallModel, tmp_path: Path, name: 
             np.testing.assert_allclose(other[task], values, rtol=1e-5, atol=1e-5)
     random = np.random.default_rng(0)
     for rows in (1, 2, 700):
-        inputs = torch.from_numpy(random.normal(size=(rows, ranker._passes.inputs.width)).astype(np.float32))
+        inputs = torch.from_numpy(random.normal(size=(rows, ranker._inputs_of_requests.width)).astype(np.float32))
         scored = ranker.scorer.score(inputs)
         found = OnnxModel(made).answers(inputs)
         for place, task in enumerate(ranker.names):
@@ -110,7 +109,7 @@ def test_computes_what_the_ranker_does(small: SmallModel, tmp_path: Path, name: 
 
 
 @pytest.fixture(scope="module")
-def given(small: SmallModel, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, LoadedRanker, Path]:
+def given(small: SmallModel, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Ranker, Path]:
     """A model in int8 with a task that is given another one, and without a regression: its folder, and ONNX of it."""
     work = tmp_path_factory.mktemp("given")
     tasks = small.settings.model_dump(mode="json", exclude_unset=True)["tasks"]
@@ -127,7 +126,7 @@ def given(small: SmallModel, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     return work / "int8", ranker, work / "onnx"
 
 
-def test_gives_both_of_two_tasks(given: tuple[Path, LoadedRanker, Path]) -> None:
+def test_gives_both_of_two_tasks(given: tuple[Path, Ranker, Path]) -> None:
     folder, ranker, made = given
     for one, other in pairs(folder, ranker, made):
         assert list(other) == ["click", "liked", "click_and_liked", "score"]
@@ -135,12 +134,12 @@ def test_gives_both_of_two_tasks(given: tuple[Path, LoadedRanker, Path]) -> None
             np.testing.assert_allclose(other[task], values, rtol=1e-5)
 
 
-def test_a_stranger_finds_the_inputs(given: tuple[Path, LoadedRanker, Path]) -> None:
+def test_a_stranger_finds_the_inputs(given: tuple[Path, Ranker, Path]) -> None:
     """Inputs put together by `inputs.json` and the tables alone, from rows of ids and numbers."""
     folder, ranker, made = given
     tables, about = load_file(made / "tables.safetensors"), json.loads((made / "inputs.json").read_text())
     (request,) = draw_requests(folder, ranker, 1)
-    rows = ranker.reader.rows([onnx_export.Request(request["user"], request["context"], request["candidates"])])
+    rows = ranker.reader.rows([onnx_export.Request.of(request)])
     shared, own = ranker.pipeline.request_inputs(rows)
     count = len(request["candidates"]["item"])
     inputs = np.full((count, about["inputs"]["width"]), np.nan, np.float32)
@@ -159,7 +158,7 @@ def test_a_stranger_finds_the_inputs(given: tuple[Path, LoadedRanker, Path]) -> 
     np.testing.assert_allclose(inputs, inputs_of(ranker, request).numpy(), rtol=1e-6, atol=1e-6)
 
 
-def test_the_readme_runs(given: tuple[Path, LoadedRanker, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_readme_runs(given: tuple[Path, Ranker, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     made = given[2]
     text = (made / "README.md").read_text(encoding="utf-8")
     assert "columns\n  `click`, `liked`, `click_and_liked`. The last of them" in text
@@ -188,7 +187,7 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_model_that_the_exporter_can_not_follow_is_refused(
-    ranker: LoadedRanker, small: SmallModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ranker: Ranker, small: SmallModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def forward(self: object, inputs: torch.Tensor) -> torch.Tensor:
         return inputs if inputs.sum() > 0 else -inputs

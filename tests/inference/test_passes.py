@@ -7,21 +7,28 @@ import pytest
 import torch
 
 from mmoe_rec.batches.batch import make_batch
-from mmoe_rec.inference import passes, scorer
-from mmoe_rec.inference.errors import RequestError
-from mmoe_rec.inference.loaded import LoadedRanker
+from mmoe_rec.errors import RequestError
+from mmoe_rec.inference import ranker as rankers
+from mmoe_rec.inference import scorer
+from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.inference.ranking import Ranking
-from mmoe_rec.inference.requests.request import Request
+from mmoe_rec.inference.request import Request
 from mmoe_rec.log.rows import LogRows
 from tests.inference.small_model import CONTEXT, ITEMS
 
+
+def request(user: Any, candidates: Any, context: Any = CONTEXT, **options: Any) -> Request:
+    """A request, in a shorter way."""
+    return Request(user=user, context=context, candidates=candidates, **options)
+
+
 WRONG = [
-    Request({"user": "5"}, CONTEXT, {"item": ITEMS}),
-    Request({}, CONTEXT, {"item": ITEMS}),
-    Request({"user": 5}, CONTEXT, {"item": []}),
-    Request({"user": 5}, CONTEXT, {"item": ITEMS, "price": [1.0]}),
-    Request({"user": 5}, CONTEXT, {"item": ITEMS}, top_k=0),
-    Request({"user": 5}, {"time": "soon"}, {"item": ITEMS}),
+    request({"user": "5"}, {"item": ITEMS}),
+    request({}, {"item": ITEMS}),
+    request({"user": 5}, {"item": []}),
+    request({"user": 5}, {"item": ITEMS, "price": [1.0]}),
+    request({"user": 5}, {"item": ITEMS}, top_k=0),
+    request({"user": 5}, {"item": ITEMS}, {"time": "soon"}),
 ]
 
 
@@ -48,7 +55,7 @@ def drawn(random: np.random.Generator) -> Request:
         options["task_weights"] = {"click": float(random.random())}
     if random.random() < 0.2:
         options["mask_experts"] = [int(random.integers(3))]
-    return Request(user, context, candidates, **options)
+    return request(user, candidates, context, **options)
 
 
 def assert_same(answer: Ranking | RequestError, alone: Ranking | RequestError) -> None:
@@ -72,9 +79,9 @@ def _by_place(ranking: Ranking) -> dict[int, tuple[Any, ...]]:
     return dict(zip(ranking.order, rows, strict=True))
 
 
-@pytest.mark.parametrize("rows_at_a_time", [7, passes.ROWS_AT_A_TIME])
+@pytest.mark.parametrize("rows_at_a_time", [7, rankers.ROWS_AT_A_TIME])
 def test_answers_do_not_depend_on_neighbours(
-    ranker: LoadedRanker, rows_at_a_time: int, monkeypatch: pytest.MonkeyPatch
+    ranker: Ranker, rows_at_a_time: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     random = np.random.default_rng(rows_at_a_time)
     requests = [drawn(random) for _ in range(60)]
@@ -82,13 +89,13 @@ def test_answers_do_not_depend_on_neighbours(
         requests.insert(int(place), wrong)
     alone = [ranker.rank_many([request])[0] for request in requests]
     assert sum(isinstance(each, RequestError) for each in alone) == len(WRONG)
-    monkeypatch.setattr(passes, "ROWS_AT_A_TIME", rows_at_a_time)
+    monkeypatch.setattr(rankers, "ROWS_AT_A_TIME", rows_at_a_time)
     monkeypatch.setattr(scorer, "PIECE", min(rows_at_a_time, scorer.PIECE))
     for answer, expected in zip(ranker.rank_many(requests), alone, strict=True):
         assert_same(answer, expected)
 
 
-def test_requests_alike_share_one_pass(ranker: LoadedRanker, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_requests_alike_share_one_pass(ranker: Ranker, monkeypatch: pytest.MonkeyPatch) -> None:
     runs: list[int] = []
     score = scorer.Scorer.score
 
@@ -97,17 +104,17 @@ def test_requests_alike_share_one_pass(ranker: LoadedRanker, monkeypatch: pytest
         return score(self, inputs, *choice)
 
     monkeypatch.setattr(scorer.Scorer, "score", counted)
-    ranker.rank_many([Request({"user": user}, CONTEXT, {"item": ITEMS}) for user in range(20)])
+    ranker.rank_many([request({"user": user}, {"item": ITEMS}) for user in range(20)])
     assert runs == [20 * len(ITEMS)]
 
 
 def test_a_failing_expert_is_left_out_for_the_request_that_makes_it_fail(
-    ranker: LoadedRanker, monkeypatch: pytest.MonkeyPatch
+    ranker: Ranker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One request's numbers must not take an expert from its neighbours."""
-    alike = [Request({"user": user}, CONTEXT, {"item": ITEMS[:2], "price": [1.0, 2.0]}) for user in range(5)]
-    alone = [ranker.rank_many([request])[0] for request in alike]
-    poisoned = Request({"user": 3}, CONTEXT, {"item": ITEMS[:2], "price": [1e30, 2.0]})
+    alike = [request({"user": user}, {"item": ITEMS[:2], "price": [1.0, 2.0]}) for user in range(5)]
+    alone = [ranker.rank_many([each])[0] for each in alike]
+    poisoned = request({"user": 3}, {"item": ITEMS[:2], "price": [1e30, 2.0]})
     model = ranker.model.of_inputs
 
     def fails(inputs: torch.Tensor, *rest: Any, **options: Any) -> Any:
@@ -125,16 +132,14 @@ def test_a_failing_expert_is_left_out_for_the_request_that_makes_it_fail(
     assert any("expert 1 failed" in sentence for sentence in last.warnings)
 
 
-def test_what_is_looked_up_once_equals_a_row_for_each_candidate(ranker: LoadedRanker) -> None:
+def test_what_is_looked_up_once_equals_a_row_for_each_candidate(ranker: Ranker) -> None:
     random = np.random.default_rng(5)
     for _ in range(20):
-        requests = [
-            Request({"user": int(user)}, CONTEXT, drawn(random).candidates) for user in random.integers(0, 12, 4)
-        ]
+        requests = [request({"user": int(user)}, drawn(random).candidates) for user in random.integers(0, 12, 4)]
         columns = {tuple(request.candidates) for request in requests}
         for same in columns:
             rows = ranker.reader.rows([each for each in requests if tuple(each.candidates) == same])
-            found = ranker._passes.inputs.matrix(*ranker.pipeline.request_inputs(rows), rows.of)
+            found = ranker._inputs_of_requests.matrix(*ranker.pipeline.request_inputs(rows), rows.of)
             batch = make_batch(ranker.pipeline.encode(LogRows(rows.table, rows.schema)), ranker.layout, torchrec=False)
             expected = ranker.model.side_by_side(batch)[0].detach()
             np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-7)

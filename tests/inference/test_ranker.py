@@ -18,7 +18,7 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.scoring import COLUMNS, score_rows
 from mmoe_rec.features.encoded import label_types
 from mmoe_rec.inference.ranker import Ranker
-from mmoe_rec.inference.requests.request import Request
+from mmoe_rec.inference.request import Request
 from mmoe_rec.log.columns import UTC_MICROSECONDS
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.model.score import Calibration, TaskCalibration, fuse, predictions
@@ -129,7 +129,7 @@ def test_a_calibrated_model_answers_as_offline_evaluation(
 def test_long_tables_are_scored_in_parts(small: SmallModel, ranker: Ranker, monkeypatch: pytest.MonkeyPatch) -> None:
     _, rows = small.later_rows()
     whole = ranker.score(rows)[0]
-    monkeypatch.setattr("mmoe_rec.inference.loaded.ROWS_AT_A_TIME", 7)
+    monkeypatch.setattr("mmoe_rec.inference.ranker.ROWS_AT_A_TIME", 7)
     np.testing.assert_allclose(ranker.score(rows)[0], whole, atol=1e-6)
     assert ranker.score(rows.table.slice(0, 0))[0].shape == (0, 3)
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.inference import loaded
-from mmoe_rec.inference.loaded import LoadedRanker
+from mmoe_rec.inference import ranker as rankers
+from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.jobs import score
 from mmoe_rec.jobs import score_parts as parts
 from tests.inference.other_weights import other_weights
@@ -29,14 +29,14 @@ def other(folder: Path, tmp_path: Path) -> Path:
     return other_weights(folder, tmp_path / "other", 0.5, 0.9)
 
 
-def scores(ranker: LoadedRanker) -> list[float]:
+def scores(ranker: Ranker) -> list[float]:
     return ranker.rank({"user": USER}, CONTEXT, {"item": ITEMS}).scores
 
 
 def test_a_loaded_model_stays_what_it_is_when_another_is_written_over_it(folder: Path, other: Path) -> None:
-    ranker = LoadedRanker.read(folder)
+    ranker = Ranker.load(folder)
     before = scores(ranker)
-    assert scores(LoadedRanker.read(other)) != before
+    assert scores(Ranker.load(other)) != before
     for file in other.glob("*.*"):
         (folder / file.name).write_bytes(file.read_bytes())  # in place, as `cp` does
     assert scores(ranker) == before
@@ -47,16 +47,16 @@ def test_a_loaded_model_stays_what_it_is_when_another_is_written_over_it(folder:
 def test_a_model_that_is_replaced_while_it_is_loaded_is_refused(
     folder: Path, other: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read = loaded.read_calibration
+    read = rankers.read_calibration
 
     def replaced(path: Path) -> object:
         shutil.rmtree(folder)
         shutil.copytree(other, folder)
         return read(path)
 
-    monkeypatch.setattr(loaded, "read_calibration", replaced)
+    monkeypatch.setattr(rankers, "read_calibration", replaced)
     with pytest.raises(UserError, match=f"another model took the place of the one in '{folder}' while it was loaded"):
-        LoadedRanker.read(folder)
+        Ranker.load(folder)
 
 
 def test_rows_are_not_scored_by_a_model_that_came_later(

@@ -15,7 +15,7 @@ import pytest
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.encoder import Inputs
 from mmoe_rec.features.pipeline import FeaturePipeline
-from mmoe_rec.inference.loaded import LoadedRanker
+from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.jobs.places import logs_for
 from mmoe_rec.live import replay_server
 from mmoe_rec.live.journal import Journal
@@ -43,7 +43,7 @@ class InProcess:
         self.app, self.sent, self.asked = app, list[tuple[str | None, pa.Table]](), list[tuple[Any, dict[str, Any]]]()
 
     @property
-    def ranker(self) -> LoadedRanker:
+    def ranker(self) -> Ranker:
         assert self.app.models.current is not None
         return self.app.models.current.ranker
 
@@ -96,7 +96,7 @@ class World:
             plant(server)
             explanations = feed(period, server, options.pop("most", 50), **options)
         logged = read_logged(scratch / "requests", period)
-        compared = compare(period, logged, LoadedRanker.read(self.small.folder), explanations or None)
+        compared = compare(period, logged, Ranker.load(self.small.folder), explanations or None)
         return {each.name: each for each in compared}, server
 
 
@@ -227,7 +227,7 @@ def test_an_event_that_the_tables_lack_is_found(world: World, tmp_path: Path) ->
 def change_inputs(server: InProcess, change: Callable[[Inputs, Inputs], None]) -> None:
     """Changes what the model reads of one pass."""
     pipeline = server.ranker.pipeline
-    passes, inputs, done = server.ranker._passes, FeaturePipeline.request_inputs, list[bool]()
+    inputs, done = FeaturePipeline.request_inputs, list[bool]()
 
     class Spoilt(FeaturePipeline):
         pass
@@ -240,7 +240,7 @@ def change_inputs(server: InProcess, change: Callable[[Inputs, Inputs], None]) -
 
     Spoilt.request_inputs = request_inputs  # type: ignore[method-assign]
     pipeline.__class__ = Spoilt
-    assert passes.pipeline is pipeline
+    assert server.ranker.pipeline is pipeline
 
 
 def _next_number(shared: Inputs, own: Inputs) -> None:

@@ -34,7 +34,7 @@ from pathlib import Path
 import torch
 from mmoe_rec.errors import UserError
 from mmoe_rec.cli.main import main
-from mmoe_rec.inference.loaded import LoadedRanker
+from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.settings.help import describe
 from mmoe_rec.settings.load import load_settings
 
@@ -46,7 +46,7 @@ for setting, value in (("routing", "above_averag"), ("random_top_k", "true"), ("
         refused.append(str(error))
 main(["train", "--config", "settings.yaml"])
 
-ranker, inputs = LoadedRanker.read(Path("work/model")), []
+ranker, inputs = Ranker.load(Path("work/model")), []
 mixture = ranker.model.mixture
 mixture.register_forward_pre_hook(lambda _, given: inputs.append(given[0]))
 with open("work/model/example_request.json", encoding="utf-8") as file:

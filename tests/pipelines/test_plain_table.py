@@ -13,8 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from sklearn.metrics import log_loss, roc_auc_score
 
-from mmoe_rec.errors import UserError
-from mmoe_rec.inference.errors import RequestError
+from mmoe_rec.errors import RequestError, UserError
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.inference.writing import write_artifact
 from mmoe_rec.jobs.places import build_features

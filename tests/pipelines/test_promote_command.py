@@ -13,8 +13,7 @@ import pytest
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.scoring import NotFiniteError
-from mmoe_rec.inference.errors import OtherScoresError
-from mmoe_rec.inference.ranker import Ranker
+from mmoe_rec.inference.ranker import OtherScoresError, Ranker
 from mmoe_rec.jobs import promote
 from mmoe_rec.tracking import registry
 from mmoe_rec.tracking.registry import fetch_model

@@ -12,8 +12,7 @@ from mmoe_rec.live.journal import Journal
 from mmoe_rec.log.checks import format_time
 from mmoe_rec.server.app import Application
 from mmoe_rec.server.limits import Limits
-from mmoe_rec.server.models import Models
-from mmoe_rec.server.reloading import Source
+from mmoe_rec.server.models import Models, Source
 from tests.log.small_logs import DAY, START, times_of
 from tests.pipelines.refreshed_model import RefreshedModel
 from tests.server.asking import ask

@@ -4,8 +4,7 @@ import pytest
 
 from mmoe_rec.server.app import Application
 from mmoe_rec.server.limits import Limits
-from mmoe_rec.server.models import Models
-from mmoe_rec.server.reloading import Source
+from mmoe_rec.server.models import Models, Source
 from tests.inference.small_model import SmallModel
 
 

@@ -13,8 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from mmoe_rec.live.request_log import LogOptions
 from mmoe_rec.server.app import Application
 from mmoe_rec.server.limits import Limits
-from mmoe_rec.server.models import Models
-from mmoe_rec.server.reloading import Source
+from mmoe_rec.server.models import Models, Source
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mmoe_rec.inference.loaded import LoadedRanker
+from mmoe_rec.inference.ranker import Ranker
 from tests.commands import run
 
 SLOW_USER = 999
@@ -19,16 +19,16 @@ SLOW_USER = 999
 
 def wait_where_told(folder: Path) -> None:
     """Makes the passes of this process wait."""
-    rank_many = LoadedRanker.rank_many
+    rank_many = Ranker.rank_many
 
-    def waiting(ranker: LoadedRanker, requests: Sequence[Any]) -> Any:
+    def waiting(ranker: Ranker, requests: Sequence[Any]) -> Any:
         if any(each.user.get("user") == SLOW_USER for each in requests):
             (folder / "started").touch()
             while not (folder / "go_on").exists():
                 time.sleep(0.01)
         return rank_many(ranker, requests)
 
-    LoadedRanker.rank_many = waiting  # type: ignore[method-assign]
+    Ranker.rank_many = waiting  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

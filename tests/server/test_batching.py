@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from mmoe_rec.server.app import Application
-from mmoe_rec.server.batching import JOINT_CANDIDATES
 from mmoe_rec.server.limits import Limits
 from mmoe_rec.server.models import Models
+from mmoe_rec.server.ranking_queue import JOINT_CANDIDATES
 from tests.inference.small_model import ITEMS
 from tests.server.asking import Answer, ask, element, reply
 
@@ -33,9 +33,9 @@ class Watched:
         self.passes.append(len(requests))
         assert self.go_on.wait(600)
         for each in requests:
-            if each.user.get("user") == POISON:
+            if getattr(each, "user", {}).get("user") == POISON:
                 raise RuntimeError("poisoned\nbadly")
-            if each.user.get("user") == POISON + 1:
+            if getattr(each, "user", {}).get("user") == POISON + 1:
                 raise LookupError("/a/path")
         return self.ranker.rank_many(requests)
 
@@ -135,7 +135,7 @@ def test_a_call_without_an_answer_in_time_and_those_behind_it(models: Models) ->
         ranker.go_on.clear()
         answers = await asyncio.gather(*(reply(app, {"inputs": [element()]}) for _ in range(3)))
         ranker.go_on.set()
-        await until(lambda: not app.calls.batcher.is_busy)
+        await until(lambda: not app.calls.queue.is_busy)
         return list(answers)
 
     for answer in asyncio.run(scenario()):
@@ -154,7 +154,7 @@ def test_health_is_answered_while_a_pass_is_under_way_until_it_is_stuck(
         task = asyncio.create_task(reply(app, {"inputs": [element()]}))
         await until(lambda: bool(ranker.passes))
         found = [(await reply(app, b"", "/health", "GET")).status]
-        monkeypatch.setattr(app.calls.batcher, "_busy_since", -1e9)
+        monkeypatch.setattr(app.calls.queue, "_busy_since", -1e9)
         found.append((await reply(app, b"", "/health", "GET")).status)
         ranker.go_on.set()
         return [*found, (await task).status]

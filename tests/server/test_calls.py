@@ -13,12 +13,11 @@ import pytest
 from mmoe_rec.errors import UserError
 from mmoe_rec.inference.artifact import version_of
 from mmoe_rec.inference.ranking import Ranking
-from mmoe_rec.inference.requests.envelope import OPTIONS
+from mmoe_rec.inference.request import OPTIONS
 from mmoe_rec.server.app import Application
-from mmoe_rec.server.calls import written
+from mmoe_rec.server.calls import reply as write_reply
 from mmoe_rec.server.limits import Limits, Refused
-from mmoe_rec.server.models import Models
-from mmoe_rec.server.reloading import Source
+from mmoe_rec.server.models import Models, Source
 from tests.inference.small_model import SmallModel
 from tests.server.asking import ask, element
 
@@ -250,7 +249,7 @@ def test_the_schema_has_the_models_own_example(app: Application) -> None:
     names = tree["components"]["schemas"]
     for reference in (content["schema"], operation["responses"]["200"]["content"]["application/json"]["schema"]):
         assert reference["$ref"].rpartition("/")[2] in names
-    assert set(names["Envelope"]["properties"]) == {"user", "context", "candidates", "task_weights"} | {
+    assert set(names["Request"]["properties"]) == {"user", "context", "candidates", "task_weights"} | {
         "top_k",
         "gate_top_k",
         "mask_experts",
@@ -278,13 +277,13 @@ def test_a_token_is_asked_for(models: Models) -> None:
     assert ask(app, GOOD, headers={"Authorization": "Bearer secret"}).status == 200
 
 
-def test_what_is_no_number_is_never_written() -> None:
+def test_what_is_no_number_is_never_write_reply() -> None:
     ranking = Ranking(["null", ",null"], [1.0, 0.5], {"a": [0.1, 0.2]}, [0, 1], "t", "t")
-    assert json.loads(written([ranking], (), False))["predictions"][0]["candidates"] == ["null", ",null"]
+    assert json.loads(write_reply([ranking], (), False))["predictions"][0]["candidates"] == ["null", ",null"]
     with pytest.raises(Refused, match="not finite"):
-        written([Ranking([1], [float("nan")], {}, [0], "t", "t")], (), False)
+        write_reply([Ranking([1], [float("nan")], {}, [0], "t", "t")], (), False)
     with pytest.raises(Refused, match="not finite"):
-        written([Ranking([1, 2], [1.0, 1.0], {"a": [0.5, float("inf")]}, [0], "t", "t")], (), False)
+        write_reply([Ranking([1, 2], [1.0, 1.0], {"a": [0.5, float("inf")]}, [0], "t", "t")], (), False)
 
 
 def test_a_model_that_cannot_be_loaded_leaves_the_other(small: SmallModel, tmp_path: Any) -> None:

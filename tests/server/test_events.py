@@ -19,9 +19,8 @@ from mmoe_rec.log.columns import UTC_MICROSECONDS
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.server.app import Application
 from mmoe_rec.server.limits import Limits
-from mmoe_rec.server.models import Models
+from mmoe_rec.server.models import Models, Source
 from mmoe_rec.server.openapi import ARROW
-from mmoe_rec.server.reloading import Source
 from tests.inference.small_model import ITEMS, SmallModel
 from tests.log.small_logs import DAY, START, log_rows, random_log
 from tests.processes import until
@@ -85,7 +84,8 @@ def expected(small: SmallModel, events: LogRows, time: int, user: int) -> list[d
     pipeline = FeaturePipeline.load(small.folder / "features")
     for encoder in pipeline.memory_encoders.values():
         encoder.memory = encoder.extended(encoder.memory, encoder.events(events))
-    from mmoe_rec.inference.requests.request import Request, RequestReader
+    from mmoe_rec.inference.reader import RequestReader
+    from mmoe_rec.inference.request import Request
 
     reader = RequestReader(pipeline, small.folder / "features", 50)
     numbers, lists = pipeline.found(reader.rows([Request(**asked(time, user))]))

@@ -20,7 +20,7 @@ from tests.processes import until
 from tests.server.test_events import as_json, asked, expected, later_log
 from tests.server.test_processes import Running, served
 
-pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
+pytestmark = [pytest.mark.thorough, pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")]
 TIME = START + 30 * DAY
 ASKED = {"inputs": [asked(TIME, 5)], "params": {"explain": True}}
 

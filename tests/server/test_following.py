@@ -19,8 +19,7 @@ from mmoe_rec.server import following
 from mmoe_rec.server.app import Application
 from mmoe_rec.server.following import Following, step_back
 from mmoe_rec.server.limits import Limits
-from mmoe_rec.server.models import Models
-from mmoe_rec.server.reloading import Source
+from mmoe_rec.server.models import Models, Source
 from tests.inference.small_model import SmallModel
 from tests.log.small_logs import DAY, START
 from tests.processes import until

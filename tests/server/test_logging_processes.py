@@ -17,7 +17,7 @@ from tests.server.asking import element
 from tests.server.logging_server import logged
 from tests.server.test_processes import Running, served
 
-pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
+pytestmark = [pytest.mark.thorough, pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")]
 
 
 def ids_of(running: Running, calls: int) -> set[str]:

@@ -14,7 +14,7 @@ import pytest
 import uvicorn
 from uvicorn.server import ServerState
 
-from mmoe_rec.inference.errors import LONGEST_QUOTE, quoted
+from mmoe_rec.errors import LONGEST_QUOTE, quoted
 from mmoe_rec.server import parsing
 from mmoe_rec.server.app import Application
 from mmoe_rec.server.limits import Limits

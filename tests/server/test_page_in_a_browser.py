@@ -21,8 +21,7 @@ import uvicorn
 from mmoe_rec.inference.ranking import Ranking
 from mmoe_rec.server.app import Application
 from mmoe_rec.server.limits import Limits
-from mmoe_rec.server.models import Models
-from mmoe_rec.server.reloading import Source
+from mmoe_rec.server.models import Models, Source
 from tests.inference.small_model import SmallModel
 from tests.server.asking import ask
 from tests.server.browser import CHROMIUM, DRIVER, Browser, browser

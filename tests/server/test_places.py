@@ -9,8 +9,7 @@ import pytest
 from mmoe_rec.live.journal import Journal
 from mmoe_rec.server.app import Application
 from mmoe_rec.server.limits import Limits
-from mmoe_rec.server.models import Models
-from mmoe_rec.server.reloading import Source
+from mmoe_rec.server.models import Models, Source
 from mmoe_rec.settings.help import describe
 from tests.inference.small_model import SmallModel
 from tests.server.asking import element, reply

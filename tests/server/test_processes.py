@@ -25,7 +25,7 @@ from tests.inference.other_weights import other_weights
 from tests.inference.running_server import free_port, running_program
 from tests.inference.small_model import SmallModel
 from tests.pipelines.imports import ROOT
-from tests.processes import PATIENCE, children, is_running, until
+from tests.processes import PATIENCE, children, is_running, until, workers
 from tests.server.asking import element
 from tests.server.slow_server import SLOW_USER
 
@@ -75,7 +75,7 @@ class Running:
 
     def workers(self) -> set[int]:
         """The process ids of all workers."""
-        return {worker for each in self.generations() for worker in children(each, "spawn_main")}
+        return workers(self.process.pid)
 
 
 @contextmanager

@@ -14,8 +14,7 @@ import pytest
 from mmoe_rec.errors import UserError
 from mmoe_rec.server.app import Application
 from mmoe_rec.server.limits import Limits
-from mmoe_rec.server.models import Models
-from mmoe_rec.server.reloading import NotFoundError, Reloads, Source, Watch
+from mmoe_rec.server.models import Models, NotFoundError, Reloads, Source, Watch
 from tests.inference.small_model import SmallModel
 from tests.processes import PATIENCE, until
 from tests.server.asking import ask, element

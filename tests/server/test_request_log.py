@@ -273,7 +273,7 @@ def test_files_are_whole_and_readable_as_the_umask_says(small: SmallModel, tmp_p
 
 
 def test_another_model_begins_another_file(small: SmallModel, with_ids: SmallModel, tmp_path: Path) -> None:
-    from mmoe_rec.server.reloading import Source
+    from mmoe_rec.server.models import Source
 
     with logging_app(small.folder, LogOptions(tmp_path, share=1.0)) as app:
         one = ask(app, {"inputs": [element()]}).tree["predictions"][0]

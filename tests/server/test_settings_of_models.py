@@ -11,8 +11,7 @@ import pytest
 from mmoe_rec.jobs.serve import limits_of
 from mmoe_rec.model.products import has_onednn
 from mmoe_rec.server.app import Application
-from mmoe_rec.server.models import Models
-from mmoe_rec.server.reloading import Source
+from mmoe_rec.server.models import Models, Source
 from tests.inference.small_model import SmallModel
 from tests.server.asking import ask, element
 

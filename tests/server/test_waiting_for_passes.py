@@ -11,8 +11,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from mmoe_rec.server import passes
-from mmoe_rec.server.passes import Passes, marks
+from mmoe_rec.server import ranking_queue as passes
+from mmoe_rec.server.ranking_queue import Passes, marks
 from tests.inference.small_model import SmallModel
 from tests.processes import PATIENCE, until
 from tests.server.asking import element, reply

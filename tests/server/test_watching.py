@@ -13,8 +13,7 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.inference.artifact import version_of
 from mmoe_rec.jobs.serve import AtAddress
 from mmoe_rec.server.limits import Limits
-from mmoe_rec.server.models import Models
-from mmoe_rec.server.reloading import Reloads, Source, Watch
+from mmoe_rec.server.models import Models, Reloads, Source, Watch
 from tests.inference.other_weights import other_weights
 from tests.inference.small_model import SmallModel
 from tests.processes import PATIENCE

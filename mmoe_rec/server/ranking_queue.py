@@ -3,6 +3,11 @@
 One thread, as torch has one thread and Python's own work holds the interpreter's lock: a second pass at the same time
 would only slow the first. A pass of several calls that fails is done again call by call, so that each caller gets an
 answer to what they sent and never another one's error.
+
+Work on events lets passes end first (`Passes`). Done beside a pass, it makes the requests in it wait longer: in one
+process it shares the interpreter's lock with it, and in another one the machine's caches and memory. So all workers of
+a server see of each other whether they rank. Many workers leave no moment in which none ranks; where that was waited
+for in vain, each looks for its own passes alone, until there is such a moment.
 """
 
 from __future__ import annotations
@@ -11,56 +16,65 @@ import asyncio
 import logging
 import queue
 import threading
+import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, MutableSequence, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
+from itertools import islice
+from multiprocessing import RawArray
 from time import monotonic, perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from starlette.requests import ClientDisconnect
 
-from mmoe_rec.inference.errors import RequestError
+from mmoe_rec.errors import RequestError
 from mmoe_rec.inference.ranking import Ranking
-from mmoe_rec.inference.requests.envelope import ranked_calls
+from mmoe_rec.inference.request import Request
 from mmoe_rec.server.limits import INTERNAL, Limits, Refused
 from mmoe_rec.server.metrics import Metrics
 from mmoe_rec.server.models import Models
-from mmoe_rec.server.passes import Passes
 
 if TYPE_CHECKING:
-    from mmoe_rec.inference.loaded import LoadedRanker
+    from mmoe_rec.inference.ranker import Ranker
 
 Answers = list[Ranking | RequestError]
 JOINT_CANDIDATES = 4_096
 """Calls share a pass up to so many candidates: beyond, a call would wait longer for the others than it saves."""
 
+LONGEST_WAIT_SECONDS = 0.03
+"""Where one pass follows the other, work on events waits no longer than this."""
+PAUSE_PER_WAIT = 6
+"""After they have waited, a worker's calls do not wait for so many times as long: a caller that sends one call after
+another loses a seventh of the time at most."""
+_LOOK_SECONDS = 0.005
+"""Between looks at other workers, which tell nobody when their passes end; a pass takes several times as long."""
+
 _log = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
-class _Waiting:
+class _Queued:
     """A call in the queue."""
 
-    elements: Sequence[Mapping[str, Any]]
-    params: Mapping[str, Any]
+    requests: Sequence[Request | RequestError]
     candidates: int
-    found: asyncio.Future[Answers]
+    answers: asyncio.Future[Answers]
     since: float = field(default_factory=perf_counter)
 
     def leave(self) -> None:
         """Nobody waits for the answer any more."""
-        if not self.found.done():
-            self.found.set_exception(ClientDisconnect())
+        if not self.answers.done():
+            self.answers.set_exception(ClientDisconnect())
 
 
-class Batcher:
+class RankingQueue:
     """Ranks calls with the current model. Used from one event loop alone. passes: are told when one is under way."""
 
     def __init__(self, models: Models, limits: Limits, metrics: Metrics, passes: Passes) -> None:
         self._models, self._limits, self._metrics, self._passes = models, limits, metrics, passes
-        self._queue: deque[_Waiting] = deque()
+        self._queue: deque[_Queued] = deque()
         self._tasks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._busy_since: float | None = None
         # A daemon: a pass that hangs must not keep the process from ending. It ends once nobody holds the batcher.
@@ -93,20 +107,21 @@ class Batcher:
         self._tasks.put(work)
         return done
 
-    async def answers(
+    async def queue(
         self,
-        elements: Sequence[Mapping[str, Any]],
-        params: Mapping[str, Any],
+        requests: Sequence[Request | RequestError],
         candidates: int,
         gone: asyncio.Future[None] | None = None,
     ) -> Answers:
-        """One answer an element, as `ranked` gives them.
+        """One answer a request, as `Ranker.rank_many` gives them.
 
-        candidates: of all elements, at least; gone: ends once the caller has left. Raises Refused where the time is
+        candidates: of all requests, at least; gone: ends once the caller has left. Raises Refused where the time is
         over, or the model fails, and ClientDisconnect for a caller who has left: nothing is ranked for them, unless the
         pass is under way.
         """
-        call = _Waiting(elements, params, candidates, asyncio.get_running_loop().create_future())
+        if not any(isinstance(each, Request) for each in requests):
+            return [each for each in requests if isinstance(each, RequestError)]
+        call = _Queued(requests, candidates, asyncio.get_running_loop().create_future())
         if gone is not None:
             gone.add_done_callback(lambda _: call.leave())
         self._queue.append(call)
@@ -114,7 +129,7 @@ class Batcher:
         self._start_pass()
         try:
             async with asyncio.timeout(self._limits.answer_seconds):
-                return await call.found
+                return await call.answers
         except TimeoutError:
             raise Refused(
                 504,
@@ -127,11 +142,11 @@ class Batcher:
         """Gives the thread the calls that wait, unless it has some."""
         if self._busy_since is not None:
             return
-        calls: list[_Waiting] = []
+        calls: list[_Queued] = []
         candidates = 0
         while self._queue and (not calls or candidates + self._queue[0].candidates <= JOINT_CANDIDATES):
             call = self._queue.popleft()
-            if not call.found.done():  # else its time is over, or its caller has gone
+            if not call.answers.done():  # else its time is over, or its caller has gone
                 calls.append(call)
                 candidates += call.candidates
         self._metrics.waiting.set(len(self._queue))
@@ -149,22 +164,22 @@ class Batcher:
         def work() -> None:
             position = None if learning is None else str(learning.position)  # events are taken between passes alone
             with self._metrics.timed("score"):
-                found = rank_together(ranker, [(call.elements, call.params) for call in calls])
+                found = rank_together(ranker, [call.requests for call in calls])
             if position is not None:
                 found = [each if isinstance(each, Refused) else _at(position, each) for each in found]
             loop.call_soon_threadsafe(self._end_pass, calls, found)
 
         self._tasks.put(work)
 
-    def _end_pass(self, calls: Sequence[_Waiting], found: Sequence[Answers | Refused]) -> None:
+    def _end_pass(self, calls: Sequence[_Queued], found: Sequence[Answers | Refused]) -> None:
         self._busy_since = None
         for call, answers in zip(calls, found, strict=True):
-            if call.found.done():
+            if call.answers.done():
                 continue
             if isinstance(answers, Refused):
-                call.found.set_exception(answers)
+                call.answers.set_exception(answers)
             else:
-                call.found.set_result(answers)
+                call.answers.set_result(answers)
         self._start_pass()
         asyncio.get_running_loop().call_soon(self._let_others_work)  # after the replies of these calls are written
 
@@ -195,12 +210,11 @@ def _at(position: str, answers: Answers) -> Answers:
     ]
 
 
-def rank_together(
-    ranker: LoadedRanker, calls: Sequence[tuple[Sequence[Mapping[str, Any]], Mapping[str, Any]]]
-) -> list[Answers | Refused]:
+def rank_together(ranker: Ranker, calls: Sequence[Sequence[Request | RequestError]]) -> list[Answers | Refused]:
     """The answers of each call, from one pass where that succeeds; of each alone where it does not."""
     try:
-        return list(ranked_calls(ranker, calls))
+        answers = iter(ranker.rank_many([request for call in calls for request in call]))
+        return [list(islice(answers, len(call))) for call in calls]
     except Exception as error:
         if len(calls) > 1:
             return [rank_together(ranker, [call])[0] for call in calls]
@@ -208,3 +222,102 @@ def rank_together(
         # What MLflow's server says of a RuntimeError. Other errors may hold anything of this machine.
         told = " ".join(str(error).split()) if type(error) is RuntimeError else "the model failed; the log says why"
         return [Refused(500, told, "model", INTERNAL)]
+
+
+# Passes, as those see them that work on events
+
+
+@dataclass(frozen=True)
+class Mark:
+    """By which a worker says whether it ranks. all: of each worker of the server, 0 or 1; number: which is its own."""
+
+    all: MutableSequence[int]
+    number: int = 0
+
+    def set(self, is_ranking: bool) -> None:
+        """Says so."""
+        self.all[self.number] = is_ranking
+
+
+def marks(count: int) -> list[Mark]:
+    """Of so many workers, in memory that they share; each for itself on a machine that has none."""
+    try:
+        shared = RawArray("b", count)
+    except OSError as error:
+        _log.warning("workers can't see of each other whether they rank: %s", error.strerror or error)
+        return [Mark(bytearray(1)) for _ in range(count)]
+    return [Mark(shared, number) for number in range(count)]
+
+
+class Passes:
+    """A worker's own passes, and those of others. mark: None for a server of one process."""
+
+    def __init__(self, mark: Mark | None = None) -> None:
+        self._mark = mark or Mark(bytearray(1))
+        self._none_here = threading.Event()
+        self._none_here.set()
+        self._is_in_vain = False  # to wait for others
+        self._own_end: asyncio.Future[None] | None = None
+        self._wait: asyncio.Task[None] | None = None
+        self._next_wait = 0.0
+
+    def begin(self) -> None:
+        """A pass of this worker begins."""
+        self._none_here.clear()
+        self._mark.set(True)
+
+    def end(self) -> None:
+        """It has ended, and its replies are written. Called in the event loop."""
+        self._mark.set(False)
+        self._none_here.set()
+        if self._own_end is not None and not self._own_end.done():
+            self._own_end.set_result(None)
+
+    def wait(self) -> None:
+        """Ends once passes have ended, or after `LONGEST_WAIT_SECONDS`; for threads."""
+        until = time.monotonic() + LONGEST_WAIT_SECONDS
+        while not self._have_ended():
+            if (left := until - time.monotonic()) <= 0:
+                self._give_up()
+                return
+            if self._none_here.is_set():
+                time.sleep(min(left, _LOOK_SECONDS))
+            else:
+                self._none_here.wait(left)
+
+    async def let_end(self) -> None:
+        """As `wait`, for calls. All that wait do so together, and soon after that none does (see `PAUSE_PER_WAIT`)."""
+        if self._wait is None or self._wait.done():
+            if time.monotonic() < self._next_wait or self._have_ended():
+                return
+            self._wait = asyncio.create_task(self._until_ended())
+        await asyncio.shield(self._wait)
+
+    async def _until_ended(self) -> None:
+        started = time.monotonic()
+        try:
+            async with asyncio.timeout(LONGEST_WAIT_SECONDS):
+                while not self._have_ended():
+                    await self._look_again()
+        except TimeoutError:
+            self._give_up()
+        ended = time.monotonic()
+        self._next_wait = ended + PAUSE_PER_WAIT * (ended - started)
+
+    async def _look_again(self) -> None:
+        """Ends once it is worth another look."""
+        if self._none_here.is_set():
+            await asyncio.sleep(_LOOK_SECONDS)
+        else:
+            self._own_end = asyncio.get_running_loop().create_future()
+            await self._own_end
+
+    def _have_ended(self) -> bool:
+        """Whether there is no pass to wait for."""
+        if not any(self._mark.all):
+            self._is_in_vain = False
+            return True
+        return self._is_in_vain and self._none_here.is_set()
+
+    def _give_up(self) -> None:
+        self._is_in_vain = self._none_here.is_set()

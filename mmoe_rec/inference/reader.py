@@ -1,56 +1,121 @@
-"""From a request (a user, a context, columns of candidates) to rows that the feature pipeline encodes."""
+"""Requests, tables and data frames -> rows that the feature pipeline encodes; what a request may give."""
 
 from __future__ import annotations
 
+import difflib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pyarrow.types as pt
 
-from mmoe_rec.features.latest import RecentValues
+from mmoe_rec.errors import RequestError, UserError, quoted
+from mmoe_rec.features.latest import LatestValues, RecentValues
 from mmoe_rec.features.pipeline import FeaturePipeline
-from mmoe_rec.inference.errors import RequestError, quoted
-from mmoe_rec.inference.requests.columns import PARTS, RequestColumn, RequestColumns
-from mmoe_rec.log.columns import UTC_MICROSECONDS
-from mmoe_rec.log.given import plain, plain_option, to_arrow
+from mmoe_rec.inference.request import Request
+from mmoe_rec.log.columns import UTC_MICROSECONDS, canonical, column_uses, event_uses
+from mmoe_rec.log.given import to_arrow
+from mmoe_rec.log.reader import event_rows
 from mmoe_rec.log.request_rows import FewRows, RequestRows, Stored
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.point_in_time.arrays import filled
-from mmoe_rec.settings.columns import Role
+from mmoe_rec.settings.columns import Role, Use
+from mmoe_rec.settings.schema import Schema
 
-OPTIONS = ("task_weights", "top_k", "gate_top_k", "mask_experts", "explain")
+if TYPE_CHECKING:
+    import pandas as pd
+
+PARTS: dict[Role, str] = {"user": "user", "candidate": "candidates", "context": "context"}
 
 
 @dataclass(frozen=True)
-class Request:
-    """One candidate list, for one user in one context, not yet checked; see `LoadedRanker.rank` for the parts.
+class RequestColumn:
+    """A column of a request. expected: its type in the log, None where any that `use` allows will do."""
 
-    Columns of candidates that are given as arrays, or as a data frame, are lists here; numpy's numbers are Python's.
+    name: str
+    role: Role
+    use: Use
+    expected: pa.DataType | None
+
+
+class RequestColumns:
+    """Every column that a request may give.
+
+    Besides the log's columns these are the request's id, where the log has one, and precomputed values, which win over
+    what the model's tables say: counters under the names of their outputs (such as `user_product_positives`), histories
+    under the feature's name, oldest first.
     """
 
-    user: Mapping[str, Any]
-    context: Mapping[str, Any]
-    candidates: Mapping[str, Any]
-    task_weights: Mapping[str, Any] | None = None
-    top_k: int | None = None
-    gate_top_k: int | None = None
-    mask_experts: Sequence[int] | None = None
-    explain: bool | None = None
+    def __init__(self, pipeline: FeaturePipeline, users: LatestValues, candidates: LatestValues) -> None:
+        schema = pipeline.schema
+        self.schema = schema
+        types = dict(_known_types(pipeline, users, candidates))
+        uses = column_uses(schema)
+        log = {
+            name: RequestColumn(name, role, uses[name], types.get(name))
+            for name, role in schema.input_columns().items()
+            if role != "placement"
+        }
+        self.log_columns = list(log)
+        # A log's own column comes first: that is what a feature would read.
+        self._columns = log | {each.name: each for each in _precomputed(pipeline) if each.name not in log}
+        if (request := schema.columns.request) is not None:  # features may not read it, and the server logs it
+            own = RequestColumn(request, "context", "key", types.get(request))
+            self._columns.setdefault(request, own)
+        unread = {name: role for name, role in schema.column_roles.items() if name not in schema.input_columns()}
+        self._unread = {n: role for n, role in unread.items() if role != "placement" and n not in self._columns}
+        self._placement = {name for name, role in schema.column_roles.items() if role == "placement"}
 
-    def __post_init__(self) -> None:
-        if hasattr(self.candidates, "items"):
-            object.__setattr__(self, "candidates", {name: plain(each) for name, each in self.candidates.items()})
-        for name in OPTIONS:
-            if (value := getattr(self, name)) is not None:
-                object.__setattr__(self, name, plain_option(value))
+    def of_part(self, role: Role, names: Iterable[str]) -> list[RequestColumn]:
+        """The columns of these names. Columns that the settings list under the role but no feature reads are left out.
+
+        Raises RequestError for an unknown name, a placement, or a column that belongs to another part.
+        """
+        return [self._columns[name] for name in names if not self._is_unread(role, name)]
+
+    def _is_unread(self, role: Role, name: str) -> bool:
+        if name in self._placement:
+            raise RequestError(
+                f"column '{name}' describes placement, which is absent in serving: leave it out of '{PARTS[role]}'"
+            )
+        actual = self._columns[name].role if name in self._columns else self._unread.get(name)
+        if actual is None:
+            valid = [*(each.name for each in self._columns.values() if each.role == role)]
+            near = difflib.get_close_matches(name, [*self._columns, *self._unread], n=1)
+            hint = f"; did you mean '{near[0]}'?" if near else f" ({', '.join(valid) or 'it has none'})"
+            raise RequestError(f"'{PARTS[role]}' has an unknown column {quoted(name)}{hint}")
+        if actual != role:
+            raise RequestError(
+                f"column '{name}' describes the {actual}: give it in '{PARTS[actual]}', not in '{PARTS[role]}'"
+            )
+        return name in self._unread
+
+
+def _precomputed(pipeline: FeaturePipeline) -> Iterator[RequestColumn]:
+    for name, encoder in pipeline.memory_encoders.items():
+        for column, (use, kind) in encoder.precomputed().items():
+            yield RequestColumn(column, pipeline.schema.role_of(name), use, kind)
+
+
+def _known_types(
+    pipeline: FeaturePipeline, users: LatestValues, candidates: LatestValues
+) -> Iterator[tuple[str, pa.DataType]]:
+    # Later ones win: the log's own columns tell more than a vocabulary.
+    for name, kind in pipeline.key_types.items():
+        yield name, pa.type_for_alias(kind)
+    for encoder in pipeline.encoders.values():
+        yield from encoder.column_types().items()
+    for latest in (users, candidates):
+        for field in latest.table.schema:
+            if not pt.is_null(field.type) and field.type != UTC_MICROSECONDS:
+                yield field.name, field.type
 
 
 class RequestReader:
@@ -149,8 +214,6 @@ class RequestReader:
         }
 
     def _read(self, role: Role, parts: Sequence[Mapping[str, Any]]) -> dict[str, pa.Array]:
-        if not all(isinstance(part, Mapping) for part in parts):
-            raise RequestError(f"'{PARTS[role]}' must be an object of columns and values")
         return {
             each.name: self._array(each, [part[each.name] for part in parts])
             for each in self.columns.of_part(role, parts[0])
@@ -185,11 +248,44 @@ def _latest(key: str, features: Path, role: Role) -> RecentValues:
     return RecentValues(key, table, pq.read_table(times)["time"].to_numpy() if times.is_file() else None)
 
 
-def same_columns(request: Request) -> tuple[Any, ...]:
-    """What requests that can be read together have in common: the columns that they give."""
-    parts = (request.user, request.context, request.candidates)
-    return tuple(tuple(part) if isinstance(part, Mapping) else None for part in parts)
-
-
 def _now() -> pa.Scalar:
     return pa.scalar(time.time_ns() // 1_000, UTC_MICROSECONDS)
+
+
+def read_rows(pipeline: FeaturePipeline, given: pa.Table | pd.DataFrame) -> LogRows:
+    """Rows with the log's columns; labels need not be there.
+
+    Raises UserError for a column that is missing, or that cannot be read as the features do.
+    """
+    schema = pipeline.schema
+    rows = given if isinstance(given, pa.Table) else pa.Table.from_pandas(given, preserve_index=False)
+    read = schema.input_columns()
+    missing = [name for name, role in read.items() if role != "placement" and name not in rows.column_names]
+    if missing:
+        raise UserError(f"the rows have no column {', '.join(map(repr, missing))}, which the model's features read")
+    uses, unit = column_uses(schema), schema.columns.time_unit
+    columns = {name: rows[name] for name in rows.column_names}
+    for name in read.keys() & columns.keys():
+        columns[name] = canonical(name, uses[name], rows[name], unit)
+        _check(pipeline, name, columns[name])
+    return LogRows(pa.table(columns), schema)
+
+
+def as_logged(schema: Schema, reader: RequestReader, log: str | None, checked: pa.Table) -> LogRows:
+    """Checked rows with all columns of a log, None for the interaction log: attributes of users and candidates that
+    they lack as they were last known, others null."""
+    uses = column_uses(schema) if log is None else event_uses(schema, log)
+    table = reader.completed(LogRows(checked, schema)).table if log is None else checked
+    for name in uses.keys() - set(table.column_names):
+        table = table.append_column(name, pa.nulls(len(table)))
+    return LogRows(table, schema) if log is None else event_rows(table, schema, log)
+
+
+def _check(pipeline: FeaturePipeline, name: str, values: pa.ChunkedArray) -> None:
+    """Raises UserError where a column of rows has not the type that the log had, or an id or a time is missing."""
+    kind = values.type.value_type if pa.types.is_dictionary(values.type) else values.type
+    known, names = pipeline.key_types.get(name), pipeline.schema.columns
+    if known is not None and not pa.types.is_null(kind) and str(kind) != known:
+        raise UserError(f"column '{name}' of the rows holds {kind}, and the log that the model was trained on {known}")
+    if name in (names.user, names.candidate, names.time) and values.null_count:
+        raise UserError(f"column '{name}' of the rows is null in {values.null_count:,} of {len(values):,} rows")
