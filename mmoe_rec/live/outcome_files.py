@@ -30,16 +30,17 @@ from mmoe_rec.atomic import put_folder
 from mmoe_rec.errors import UserError
 from mmoe_rec.live import logged_requests as names
 from mmoe_rec.locks import writing
-from mmoe_rec.log.checks import BadFile, LeftOut, LogFile, check_files, open_parquet
+from mmoe_rec.log.checks import BadFile, LeftOut, LogFile, check_files, open_parquet, words_of
 from mmoe_rec.log.columns import canonical, column_uses
 from mmoe_rec.log.files import find_files, is_remote, local_path, would_find
-from mmoe_rec.log.values import file_column, next_batch
+from mmoe_rec.log.parts import Piece
+from mmoe_rec.log.reader import read_piece
+from mmoe_rec.log.values import columns_of
 from mmoe_rec.settings.columns import Role, Use
 from mmoe_rec.settings.outcomes import OutcomeEvents, label_columns
 from mmoe_rec.settings.sections import Settings
 
 EVENT_ID = "event_id"
-ROWS_AT_A_TIME = 131_072
 BEGIN = -(2**62)
 """Before all times."""
 _RUN = re.compile(r"run-(\d{6})")
@@ -78,22 +79,16 @@ class Source:
     def read(self, after: int) -> Iterator[tuple[LogFile, pa.Table | int]]:
         """Batches of rows, of all row groups that may hold a time (microseconds) later than `after`; of other groups
         the number of their rows. Raises BadFile."""
+        types = words_of(self.types)
         for file in self.files:
             with open_parquet(file.address) as parquet:
                 late = [n for n in range(parquet.metadata.num_row_groups) if self._may_be_later(parquet, n, after)]
-                if old := sum(file.group_rows) - sum(file.group_rows[group] for group in late):
-                    yield file, old
-                in_path = dict(file.in_path)
-                names = [name for name in self.uses if name not in in_path]
-                start, batches = 0, parquet.iter_batches(ROWS_AT_A_TIME, late, names)
-                while (batch := next_batch(batches, file.address, parquet.schema_arrow)) is not None:
-                    columns = {}
-                    for name, use in self.uses.items():
-                        raw = batch.column(name) if name in names else pa.repeat(in_path[name], batch.num_rows)
-                        column = file_column(file.address, name, use, raw, self.unit, start)
-                        columns[name] = column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
-                    start += batch.num_rows
-                    yield file, pa.table(columns)
+            rows = sum(file.group_rows[group] for group in late)
+            if rows < file.rows:
+                yield file, file.rows - rows
+            if late:
+                piece = Piece(file.address, tuple(late), file.in_path, rows)
+                yield from ((file, table) for _, table in read_piece(piece, self.uses, self.unit, types))
 
     def _may_be_later(self, parquet: pq.ParquetFile, group: int, after: int) -> bool:
         place = [parquet.metadata.schema.column(i).path for i in range(parquet.metadata.num_columns)].index(self.time)
@@ -105,15 +100,6 @@ class Source:
         except (UserError, pa.ArrowException, OverflowError):
             return True
         return int(last.cast(pa.int64())[0].as_py()) > after
-
-
-def has_column(address: str, setting: str, column: str) -> bool:
-    """Whether some file has a column."""
-    for file in find_files(address, setting):
-        with open_parquet(file.address) as parquet:
-            if column in parquet.schema_arrow.names:
-                return True
-    return False
 
 
 @dataclass(frozen=True)
@@ -194,7 +180,7 @@ def _open_events(settings: Settings, name: str, folder: str | None, placement: M
     uses |= payload
     if section.time in uses:
         raise UserError(f"column '{section.time}' of events '{name}' is the time and something else; add a column")
-    has_ids = has_column(address, setting, EVENT_ID)
+    has_ids = any(EVENT_ID in columns_of(file.address) for file in find_files(address, setting))
     if has_ids:
         uses[EVENT_ID] = "key"
     uses[section.time] = "time"

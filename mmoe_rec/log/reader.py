@@ -88,7 +88,7 @@ class _Reader(ABC):
             yield _together(waiting)
 
     def _checked(self, piece: Piece, checks: Sequence[ValueCheck], noticed: Noticed | None) -> Iterator[pa.Table]:
-        for _, table in _piece_tables(piece, self.uses, self.schema.columns.time_unit, self.types):
+        for _, table in read_piece(piece, self.uses, self.schema.columns.time_unit, self.types):
             rows = LogRows(table, self.schema)
             for number, check in enumerate(checks):
                 if _is_wrong(rows, check, piece.address):
@@ -174,7 +174,7 @@ class WrongValues(BadFile):
                 in_path = tuple(pair for pair in self.piece.in_path if pair[0] == check.column)
                 whole = Piece(address, groups, in_path, parquet.metadata.num_rows)
             uses = {check.column: reader.uses[check.column]}
-            for start, table in _piece_tables(whole, uses, reader.schema.columns.time_unit, reader.types):
+            for start, table in read_piece(whole, uses, reader.schema.columns.time_unit, reader.types):
                 values = check.values(LogRows(table, reader.schema))
                 found.add(values, check.wrong(values), start)
         except BadFile as problem:
@@ -320,10 +320,13 @@ def _together(tables: list[pa.Table]) -> pa.Table:
     return pa.concat_tables(tables, promote_options="default").combine_chunks()
 
 
-def _piece_tables(
-    piece: Piece, uses: dict[str, Use], time_unit: str | None, types: dict[str, str]
+def read_piece(
+    piece: Piece, uses: dict[str, Use], time_unit: str | None, types: Mapping[str, str]
 ) -> Iterator[tuple[int, pa.Table]]:
-    """Batches in canonical types, each with the number of its first row within the file."""
+    """Batches in canonical types, each with the number of its first row within the file.
+
+    types: of columns, in words, as they were when the log was opened. Raises BadFile.
+    """
     address, in_path = piece.address, dict(piece.in_path)
     in_file = [column for column in uses if column not in in_path]
     coded = [column for column in in_file if uses[column] in ("key", "any")]
