@@ -240,6 +240,7 @@ class _Run:
         self.database.run(f"DELETE FROM candidates WHERE time <= {self.after}")
         (before,) = self.database.row(f"SELECT count(*) FROM candidates WHERE time <= {until}")
         if (shown := self.outcomes.shown) is not None:
+            self._find_last_of_users()
             placed = "".join(f", {self._placed(name)}" for name in self.plan.placement)
             self.database.run(
                 f"CREATE TABLE shown AS SELECT owner{placed} FROM ({self._owned(shown.events)}) "
@@ -260,13 +261,18 @@ class _Run:
         assert self.outcomes.shown is not None
         return f"c{self.plan.events[self.outcomes.shown.events].payload.index(column)}"
 
+    def _find_last_of_users(self) -> None:
+        """Of candidates of one user, item and time the last one, whatever the order of the files."""
+        if any(each.settings.request is None for each in self.plan.events.values()):
+            self.database.run(
+                "CREATE OR REPLACE TABLE of_users AS SELECT who, item, time, "
+                "arg_max(number, row(request, rank, number)) AS number FROM candidates GROUP BY ALL"
+            )
+
     def _owned(self, name: str) -> str:
         """A query for the events of a log that belong to a candidate, `owner`, with their `delay` after its request."""
-        owners, key = "candidates", "request"
-        if by_user := self.plan.events[name].settings.request is None:
-            # Of rows of one key and time the last one counts, whatever the order of the files.
-            owners, key = "(SELECT who, item, time, arg_max(number, row(request, rank, number)) AS number ", "who"
-            owners += "FROM candidates GROUP BY ALL)"
+        by_user = self.plan.events[name].settings.request is None
+        owners, key = ("of_users", "who") if by_user else ("candidates", "request")
         same = f"FROM {self.tables[name]} e {{}} {owners} c ON e.first = c.{key} AND e.item = c.item"
         if not by_user:
             (early,) = self.database.row(f"SELECT count(*) {same.format('JOIN')} WHERE e.time < c.time")
@@ -276,6 +282,7 @@ class _Run:
 
     def _find_labels(self, until: int) -> None:
         """Labels of candidates, null where nothing is known."""
+        self._find_last_of_users()
         labels = list(self.outcomes.labels.items())
         joins, values = [], []
         for name in dict.fromkeys(source.events for _, source in labels):

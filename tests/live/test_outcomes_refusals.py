@@ -17,7 +17,7 @@ from mmoe_rec.live.outcome_files import Runs
 from mmoe_rec.live.outcomes import about as lines_about
 from mmoe_rec.live.outcomes import join_outcomes
 from tests.live.test_outcomes import BY_REQUEST, BY_USER, drawn_world, joined
-from tests.live.worlds import HOUR, NOW, START, World, naive, ordered, read_rows, settings
+from tests.live.worlds import EVENT_TYPES, HOUR, NOW, START, World, naive, ordered, read_rows, settings, write_rows
 
 
 @pytest.fixture
@@ -44,44 +44,53 @@ def refused(folder: Path, outcomes: Any = BY_REQUEST, **options: Any) -> str:
     return str(found.value)
 
 
-def test_missing_columns(world: World, tmp_path: Path) -> None:
-    change(tmp_path, "events/clicks", lambda table: table.drop_columns(["user"]))
-    assert "has no column 'user'; it has amount, at, event_id, item, page, slot" in refused(tmp_path)
+def _drop(*columns: str) -> Any:
+    return lambda table: table.drop_columns(list(columns))
 
 
-def test_placement_that_no_event_says(world: World, tmp_path: Path) -> None:
-    change(tmp_path, "events/impressions", lambda table: table.drop_columns(["slot"]))
-    assert "has no column 'slot'" in refused(tmp_path)
-    without = {name: value for name, value in BY_USER.items() if name != "rank"}
-    assert "set outcomes.shown to a log of events with that column, or outcomes.rank" in refused(tmp_path, without)
+def _cast(column: str, kind: pa.DataType) -> Any:
+    return lambda table: table.set_column(table.column_names.index(column), column, table[column].cast(kind))
 
 
-def test_other_types(world: World, tmp_path: Path) -> None:
-    strings = lambda table: table.set_column(  # noqa: E731
-        table.column_names.index("page"), "page", table["page"].cast(pa.string())
-    )
-    change(tmp_path, "events/clicks", strings)
-    sentence = refused(tmp_path)
-    assert (
-        "column 'page' of events 'clicks' holds string, and column 'served_request' of the requests int64" in sentence
-    )
+WITHOUT_RANK = {name: value for name, value in BY_USER.items() if name != "rank"}
+SUMS = {**BY_USER, "labels": {**BY_USER["labels"], "clicked": {**BY_USER["labels"]["spent"], "combine": "sum"}}}
 
 
-def test_requests_of_models_with_other_columns(world: World, tmp_path: Path) -> None:
-    file = next((tmp_path / "requests").iterdir())
-    pq.write_table(pq.read_table(file).drop_columns(["price"]), file)
-    sentence = refused(tmp_path)
-    assert "has no column 'price'" in sentence
-    assert "move requests of other models away" in sentence
+@pytest.mark.parametrize(
+    ("name", "how", "outcomes", "sentence"),
+    [
+        ("events/clicks", _drop("user"), BY_REQUEST, "has no column 'user'; it has amount, at, event_id, item, page"),
+        ("events/impressions", _drop("slot"), BY_REQUEST, "has no column 'slot'"),
+        (None, None, WITHOUT_RANK, "set outcomes.shown to a log of events with that column, or outcomes.rank"),
+        (
+            "events/clicks",
+            _cast("page", pa.string()),
+            BY_REQUEST,
+            "column 'page' of events 'clicks' holds string, and column 'served_request' of the requests int64",
+        ),
+        ("requests", _drop("price"), BY_REQUEST, "has no column 'price'"),
+        ("requests", _drop("price"), BY_REQUEST, "move requests of other models away"),
+        (None, None, SUMS, "but the label of the binary task 'click' is 0 or 1"),
+        (
+            None,
+            None,
+            {**BY_REQUEST, "labels": {"clicked": BY_REQUEST["labels"]["clicked"]}},
+            "outcomes.labels does not say where column 'spent' comes from",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused(
+    world: World, tmp_path: Path, name: str | None, how: Any, outcomes: Any, sentence: str
+) -> None:
+    if name is not None:
+        change(tmp_path, name, how)
+    assert sentence in refused(tmp_path, outcomes)
 
 
-def test_a_damaged_file(world: World, tmp_path: Path) -> None:
+def test_files_that_can_not_be_read(world: World, tmp_path: Path) -> None:
     file = next((tmp_path / "events" / "clicks").iterdir())
     file.write_bytes(file.read_bytes()[:200])
     assert "is not a readable Parquet file" in refused(tmp_path)
-
-
-def test_no_events(world: World, tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "events" / "clicks")
     assert "events' has no folder 'clicks' of Parquet files" in refused(tmp_path)
     (tmp_path / "events" / "clicks").mkdir()
@@ -108,11 +117,6 @@ def test_a_share_of_requests_needs_their_ids_in_events(world: World, tmp_path: P
     assert {row["rate"] for row in read_rows(tmp_path / "out")} == {0.1}
 
 
-def test_labels_that_a_task_cannot_have(world: World, tmp_path: Path) -> None:
-    sums = {**BY_USER, "labels": {**BY_USER["labels"], "clicked": {**BY_USER["labels"]["spent"], "combine": "sum"}}}
-    assert "but the label of the binary task 'click' is 0 or 1" in refused(tmp_path, sums)
-
-
 @pytest.mark.parametrize(
     ("outcomes", "sentence"),
     [
@@ -134,13 +138,6 @@ def test_wrong_settings(outcomes: Any, sentence: str) -> None:
     assert sentence in str(found.value)
 
 
-def test_a_label_that_nothing_says(world: World, tmp_path: Path) -> None:
-    labels = {"clicked": BY_REQUEST["labels"]["clicked"]}
-    assert "outcomes.labels does not say where column 'spent' comes from" in refused(
-        tmp_path, {**BY_REQUEST, "labels": labels}
-    )
-
-
 def test_events_that_lack_something_or_lie_in_the_future_are_told(world: World, tmp_path: Path) -> None:
     for name in ("user", "item", "page", "at"):
         world.event("clicks", 0, 1, 1, page=1, slot=0, amount=1.0, event_id=10_000)
@@ -148,11 +145,9 @@ def test_events_that_lack_something_or_lie_in_the_future_are_told(world: World, 
         world.events["clicks"][-1]["at"] = world.events["clicks"][-1]["at"] and START + 201 * HOUR
     world.event("clicks", 0, 20_000, 1, page=1, slot=0, amount=1.0, event_id=10_001)
     shutil.rmtree(tmp_path / "events")
-    from tests.live.worlds import _EVENTS, write_rows
-
     for name, rows in world.events.items():
         (tmp_path / "events" / name).mkdir(parents=True)
-        write_rows(tmp_path / "events" / name / "all.parquet", rows, _EVENTS)
+        write_rows(tmp_path / "events" / name / "all.parquet", rows, EVENT_TYPES)
     about = settings(BY_REQUEST)
     found = joined(tmp_path, about)
     assert found.counts["events 'clicks' without user or item or page, or a time"] == 4

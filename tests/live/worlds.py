@@ -74,7 +74,7 @@ class World:
     def write(self, folder: Path, until: int | None = None, since: int | None = None, seed: int = 0) -> None:
         """Writes those rows of [since, until), by the time at which they were logged or happened, into new files."""
         rows = {"requests": (self.requests, "served_at", _REQUESTS)}
-        rows |= {f"events/{name}": (each, "at", _EVENTS) for name, each in self.events.items()}
+        rows |= {f"events/{name}": (each, "at", EVENT_TYPES) for name, each in self.events.items()}
         for name, (each, time, types) in rows.items():
             inside = [row for row in each if (since or 0) <= row[time] < (until or 2**62)]
             random.Random(seed).shuffle(inside)
@@ -86,7 +86,7 @@ class World:
 
 
 _REQUESTS = {"time": UTC_MICROSECONDS, "served_at": UTC_MICROSECONDS, "served_rank": pa.int32()}
-_EVENTS = {"at": UTC_MICROSECONDS, "amount": pa.float64()}
+EVENT_TYPES = {"at": UTC_MICROSECONDS, "amount": pa.float64()}
 
 
 def write_rows(path: Path, rows: Iterable[Row], types: dict[str, pa.DataType]) -> None:
