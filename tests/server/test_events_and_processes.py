@@ -15,6 +15,7 @@ import pyarrow as pa
 import pytest
 
 from tests.inference.small_model import ITEMS, SmallModel
+from tests.live.journals import postgresql
 from tests.log.small_logs import DAY, START, log_rows
 from tests.processes import until
 from tests.server.test_events import as_json, asked, expected, later_log
@@ -112,3 +113,22 @@ def test_what_was_acknowledged_survives_kills_of_workers_and_of_the_server(small
         assert running.send({}, "/reload")[0] == 200
         for _ in range(6):
             _check(small, _asked(running, position), table)
+
+
+@pytest.mark.thorough
+def test_servers_of_two_machines_know_the_same_after_the_same_position(small: SmallModel, tmp_path: Path) -> None:
+    """They share a PostgreSQL, which crashes once."""
+    table = later_log(23, rows=60)
+    rows, folders = as_json(table), [tmp_path / "one", tmp_path / "other"]
+    for folder in folders:
+        folder.mkdir()
+    with postgresql() as database:
+        words = ("--workers", "2", "--journal", database.new_address())
+        with served(small.folder, folders[0], *words) as one, served(small.folder, folders[1], *words) as other:
+            for number, start in enumerate(range(0, 60, 6)):
+                position = _sent((one, other)[number % 2], rows[start : start + 6])
+                if number == 5:
+                    database.kill()
+                    database.start()
+            for running in (one, other, one, other):
+                _check(small, _asked(running, position), table)
