@@ -222,11 +222,6 @@ class StackedLinear(Multiplying):
         """One input for all groups: (B, inputs) -> (B, G * outputs), group-major."""
         return linear(x, self.weight.flatten(0, 1), self.bias.flatten(), self.products)
 
-    def extra_repr(self) -> str:
-        """Shape for printing."""
-        groups, outputs, inputs = self.weight.shape
-        return f"groups={groups}, inputs={inputs}, outputs={outputs}"
-
 
 class _Stacked(torch.autograd.Function):
     """Linear layers of G groups, each over its own slice of the rows, whose results lie in one tensor.
