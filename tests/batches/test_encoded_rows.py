@@ -139,7 +139,5 @@ def test_what_a_task_is_learnt_from_is_read_where_it_is_asked_for(tmp_path: Path
     np.testing.assert_equal(own.read_row_groups([(0, 0)]).labels[:, 1], [np.nan, 1.0, 2.0])
     np.testing.assert_equal(learnt.read_row_groups([(0, 0)]).labels, [[0.0, 0.0], [1.0, 1.0], [2.0, np.nan]])
     write(tmp_path / "old", [[3]])
-    with pytest.raises(
-        UserError, match=r"lacks the column 'label\.click_and_stars'; run python -m pipelines\.features"
-    ):
+    with pytest.raises(UserError, match=r"lacks the column 'label\.click_and_stars'; run mmoe-rec features again"):
         EncodedRows(tmp_path / "old", layout, outcomes=True)

@@ -63,7 +63,6 @@ class RemainderEncoder(Unfitted):
         return 1
 
 
-pytestmark = pytest.mark.thorough
 KIND = Kind(RemainderFeature, EmbeddedRemainder, RemainderEncoder)
 '''
 
