@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 
 from mmoe_rec.batches.order import Position
-from mmoe_rec.features.encoded import Encoded
-from mmoe_rec.features.layout import Layout
-from mmoe_rec.point_in_time.lists import Ragged
+from mmoe_rec.features.layout import Encoded, Layout
+from mmoe_rec.point_in_time.arrays import Ragged
 
 
 @dataclass(frozen=True, eq=False)

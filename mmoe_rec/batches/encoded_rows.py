@@ -15,11 +15,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.features.encoded import IDS, Encoded, label_types
-from mmoe_rec.features.layout import Layout
+from mmoe_rec.features.layout import IDS, Encoded, Layout, label_types
 from mmoe_rec.log.hashing import hash_column
-from mmoe_rec.point_in_time.arrays import one_array
-from mmoe_rec.point_in_time.lists import Ragged, join
+from mmoe_rec.point_in_time.arrays import Ragged, join, one_array
 
 ADVICE = "run mmoe-rec features again"
 

@@ -40,7 +40,7 @@ def edit_experts(
         raise UserError("give one of --add, --remove and --mask")
     if copy and len(copy) != add:
         raise UserError("--copy names as many experts as --add adds")
-    from mmoe_rec.jobs.edit_experts import edit_model
+    from mmoe_rec.jobs.experts import edit_model
     from mmoe_rec.locks import writing
 
     out = out or Path(settings.data.work) / "edited"

@@ -66,7 +66,7 @@ def evaluate(
     if predictions is not None:
         print(f"predictions: {predictions / 'rows.parquet'}")
     if experts_per_row:
-        from mmoe_rec.jobs.fewer_experts import measure_fewer_experts, table_of
+        from mmoe_rec.jobs.experts import measure_fewer_experts, table_of
 
         show([table_of(measure_fewer_experts(settings, model, out, experts_per_row, split))])
     print(f"metrics: {out / 'metrics.json'}")

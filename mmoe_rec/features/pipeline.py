@@ -19,17 +19,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.features.encoded import Encoded
 from mmoe_rec.features.encoder import Counts, Encoder, Inputs, MemoryEncoder, Shared, State
 from mmoe_rec.features.kinds import KINDS, schema_of
-from mmoe_rec.features.layout import DenseInput, IdInput, Layout, Table, TaskOutput
+from mmoe_rec.features.layout import DenseInput, Encoded, IdInput, Layout, Table, TaskOutput
 from mmoe_rec.features.memories import Live, MemoriesTogether, read_memory
 from mmoe_rec.features.numbers import Moments
 from mmoe_rec.features.vocabulary import VocabularyFeature, VocabularyOwner
 from mmoe_rec.log.columns import column_uses
 from mmoe_rec.log.request_rows import RequestRows
 from mmoe_rec.log.rows import LogRows
-from mmoe_rec.point_in_time.lists import Ragged
+from mmoe_rec.point_in_time.arrays import Ragged
 from mmoe_rec.settings.columns import NO_CANDIDATE, NO_USER
 from mmoe_rec.settings.schema import Schema
 

@@ -10,7 +10,7 @@ import numpy as np
 from mmoe_rec.features.layout import DenseInput, IdInput, Layout
 from mmoe_rec.inspection.statistics import BinaryLabels, DistinctCount, auc, auc_of_scores, smoothed_rates
 from mmoe_rec.log.hashing import mix
-from mmoe_rec.point_in_time.lists import Ragged
+from mmoe_rec.point_in_time.arrays import Ragged
 from mmoe_rec.settings.schema import Meaning, Schema
 
 

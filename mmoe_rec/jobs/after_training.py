@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mmoe_rec.errors import UserError
+from mmoe_rec.jobs.metrics import score_by
 from mmoe_rec.jobs.places import logs_for
-from mmoe_rec.jobs.truth import score_by
 from mmoe_rec.jobs.workspace import CHALLENGER
 from mmoe_rec.preprocessing.prepare import Prepared, encode_with
 from mmoe_rec.progress import say

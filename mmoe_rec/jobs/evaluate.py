@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,20 +20,100 @@ from mmoe_rec.evaluation.summary import Summary
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.inference.ranking import ROW
 from mmoe_rec.inspection.health import row_names
-from mmoe_rec.jobs.log_evaluation import PROMOTION, log_evaluation
-from mmoe_rec.jobs.places import check_names, check_out, short_names
+from mmoe_rec.jobs.metrics import are_its_own
+from mmoe_rec.jobs.places import check_names, check_out, log_and_place, short_names
+from mmoe_rec.jobs.run_page import as_code, command, data_sets, draw_gates, quoted
 from mmoe_rec.jobs.slicing import LogColumns, TrainingRows, overlap, users_in_both
 from mmoe_rec.locks import writing
+from mmoe_rec.preprocessing.prepare import existing
 from mmoe_rec.progress import say
 from mmoe_rec.settings.columns import Columns
 from mmoe_rec.settings.sections import Settings
+from mmoe_rec.tracking import runs
+from mmoe_rec.tracking.client import hide_password
 from mmoe_rec.tracking.outbox import UnreachableError
-from mmoe_rec.tracking.registry import FoundModel, find_model
+from mmoe_rec.tracking.registry import FoundModel, describe_version, find_model, get_version
 
 if TYPE_CHECKING:
     from mmoe_rec.evaluation.scoring import ScoredRows
     from mmoe_rec.evaluation.tradeoffs import WeightsRecord
     from mmoe_rec.inference.ranker import Ranker
+
+
+PROMOTION = "promotion"
+"""Folder of a run's files, of what `promote` measures."""
+_OF_ROWS = ("log", "rows", "requests", "caution")
+
+
+def log_evaluation(
+    settings: Settings, found: FoundModel, scored: ScoredRows, results: Results, out: Path, place: str, split: str
+) -> None:
+    """Logs to the run of a model, or to a new one where that is not known. Metrics of other rows than those of its
+    training's log and split get sections of their own, beside those of the training's.
+
+    scored, results: of the model and those it is compared with; out: where the files are; place: folder of the run's
+    files; split: of the rows. Raises UnreachableError where MLflow does not answer.
+    """
+    from mmoe_rec.evaluation.summary import flatten
+    from mmoe_rec.report.documents import comparison_tree
+    from mmoe_rec.report.evaluation_figures import calibration_figure
+    from mmoe_rec.report.sentences import describe_verdicts
+
+    layout, summary, first = scored.layout, results.first.summary, results.first
+    uri, name = settings.tracking.address, f"evaluate {found.address}"
+    with runs.open_run(uri, settings.experiment, run_name=name, run_id=found.run_id) as run:
+        prepared = existing(*log_and_place(settings))
+        if prepared is not None:
+            run.log_inputs(data_sets(settings, prepared.manifest, split))
+        heading = "Evaluation" if split == "test" else f"Evaluation on {split} rows"
+        section = "test" if split == "test" else f"{split}_rows"  # `validation` has charts by step
+        if not are_its_own(settings, found.folder):
+            heading, section = f"{heading} of another log or split", f"other_{split}_rows"
+            place = f"{place}_of_other_rows" if place != PROMOTION else place
+        run.describe(heading, _described(results, place))
+        numbers = dict(_named(flatten(summary), section))
+        run.log_metrics(numbers)
+        run.forget_metrics(f"{section}/", numbers)
+        run.forget_metrics(f"{section}.", ())  # of before names had sections
+        run.log_artifact(out / "metrics.json", place)
+        # Files of a run can't be taken away again: without other models there is a comparison with none.
+        tree = {"against": {}} if results.comparison is None else comparison_tree(results.comparison, summary)
+        run.log_dict(tree, f"{place}/comparison.json")
+        run.log_artifact(out / "report.html", place)
+        for task in layout.tasks:
+            path = out / f"calibration_{task.name}.png"
+            path.unlink(missing_ok=True)  # of an evaluation before
+            # Without a label that is known by now there is nothing to draw; the summary says so.
+            if summary.tasks[task.name].details.get("calibration_bins"):
+                figure = calibration_figure(summary, task.name)
+                figure.savefig(path)
+                run.log_figure(figure, f"{place}/calibration_{task.name}.png")
+        assert scored.experts is not None, "a model scored the rows"
+        draw_gates(run, layout, scored.experts, f"{place}/gate_weights.png")
+    if split != "test" or first.seen:  # what it has learnt says nothing of it
+        return
+    if (registered := re.fullmatch(r"models:/([^/@]+)/(\d+)", found.address)) is not None:
+        rows = f"{summary.rows:,} rows of {hide_password(settings.data.log)}"
+        told = f"{'; '.join(describe_verdicts(results))} ({rows})"
+        report = {"report": f"runs:/{run.run_id}/{place}/report.html", "evaluated": told}
+        version = get_version(registered[1], registered[2], uri)
+        describe_version(version, "", report, uri)
+
+
+def _named(flat: Mapping[str, float], section: str) -> Iterator[tuple[str, float]]:
+    """Metrics by names that give sections of charts: the ends of intervals have one of their own."""
+    for name, value in flat.items():
+        yield f"{section}/{'intervals/' if name.endswith(('.low', '.high')) else ''}{name}", value
+
+
+def _described(results: Results, place: str) -> str:
+    """What an evaluation found, in Markdown."""
+    from mmoe_rec.report.findings import find_all
+    from mmoe_rec.report.sentences import describe_verdicts
+
+    found = quoted([*describe_verdicts(results), *(each.message for each in find_all(results))])
+    facts = "\n".join(f"- {name}: {fact}" for name, fact in results.facts.items() if name in _OF_ROWS)
+    return f"{found}\n\n{facts}\n\nReport: `{place}/report.html` of the artifacts.\n\n{as_code(command())}"
 
 
 @dataclass(frozen=True)
@@ -133,7 +214,7 @@ def measured_on_test_rows(settings: Settings, models: Sequence[FoundModel]) -> l
     """Metrics on the test rows, without slices, of models that have the same features, for which rows are encoded
     once."""
     from mmoe_rec.inference.ranker import Ranker
-    from mmoe_rec.jobs.truth import rows_to_measure
+    from mmoe_rec.jobs.metrics import rows_to_measure
 
     measured, (first, *_) = [], models
     with rows_to_measure(settings, first.folder, one := Ranker.load(first.folder)) as rows:
@@ -149,7 +230,7 @@ def scored_rows(settings: Settings, found: FoundModel, name: str, split: str = "
     """The rows of a split as a model scores them. Raises UserError where its tasks mean something else,
     NotFiniteError."""
     from mmoe_rec.inference.ranker import Ranker
-    from mmoe_rec.jobs.truth import rows_to_measure
+    from mmoe_rec.jobs.metrics import rows_to_measure
 
     ranker = Ranker.load(found.folder)
     with rows_to_measure(settings, found.folder, ranker, split) as folder:
@@ -158,7 +239,7 @@ def scored_rows(settings: Settings, found: FoundModel, name: str, split: str = "
 
 def _scored(settings: Settings, ranker: Ranker, rows: Path, name: str) -> ScoredRows:
     from mmoe_rec.evaluation.scoring import NotFiniteError
-    from mmoe_rec.jobs.truth import score_by
+    from mmoe_rec.jobs.metrics import score_by
 
     try:
         return score_by(settings, ranker.model, ranker.layout, rows, ranker.calibration)

@@ -132,7 +132,7 @@ def _measure_test_rows(settings: Settings, folder: Path, ranker: Ranker, small: 
 
     from mmoe_rec.batches.encoded_rows import EncodedRows
     from mmoe_rec.evaluation.scoring import score_rows
-    from mmoe_rec.jobs.truth import rows_to_measure
+    from mmoe_rec.jobs.metrics import rows_to_measure
 
     size, tasks = settings.evaluation.batch_size, {}
     with rows_to_measure(settings, folder, ranker) as rows:

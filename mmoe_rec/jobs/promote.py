@@ -18,8 +18,7 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.comparison import BETTER
 from mmoe_rec.evaluation.results import Results
 from mmoe_rec.evaluation.scoring import NotFiniteError
-from mmoe_rec.jobs.evaluate import evaluate_found
-from mmoe_rec.jobs.log_evaluation import PROMOTION
+from mmoe_rec.jobs.evaluate import PROMOTION, evaluate_found
 from mmoe_rec.report.findings import find_all
 from mmoe_rec.report.sentences import describe_verdict
 from mmoe_rec.settings.sections import Settings

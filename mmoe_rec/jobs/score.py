@@ -34,7 +34,7 @@ from mmoe_rec.jobs.score_files import (
 from mmoe_rec.locks import writing
 from mmoe_rec.log.checks import BadFile, format_time
 from mmoe_rec.log.files import is_remote
-from mmoe_rec.log.parts import LogPart
+from mmoe_rec.log.reader import LogPart
 from mmoe_rec.point_in_time.join import Window
 from mmoe_rec.preprocessing.engines import Engine, open_engine
 from mmoe_rec.preprocessing.exchange import Exchange

@@ -35,8 +35,7 @@ from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.inference.ranking import ROW, key_columns, prediction_columns
 from mmoe_rec.log.columns import zone_rules
 from mmoe_rec.log.files import find_files, is_remote, local_path, would_find
-from mmoe_rec.log.parts import LogPart
-from mmoe_rec.log.reader import LogReader
+from mmoe_rec.log.reader import LogPart, LogReader
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.log.values import columns_of
 from mmoe_rec.point_in_time.join import Window, in_window

@@ -30,8 +30,7 @@ from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.inference.ranking import scored_table
 from mmoe_rec.jobs.prediction_files import WEIGHT
 from mmoe_rec.jobs.score_files import RANKS, SCORES, LearntRows, finished_name, known_rows, label_column, scored_file
-from mmoe_rec.log.parts import LogPart
-from mmoe_rec.log.reader import ROWS_PER_PART, LogReader
+from mmoe_rec.log.reader import ROWS_PER_PART, LogPart, LogReader
 from mmoe_rec.log.rows import LogRows, labels_of
 from mmoe_rec.model.products import Products
 from mmoe_rec.point_in_time.join import Window

@@ -100,7 +100,7 @@ def _find_others(against: Sequence[str], settings: Settings, mine: Path) -> dict
     """Name of each other setting -> its models. Raises UserError for one that has none which were all measured and are
     still there, or that predicts other tasks."""
     from mmoe_rec.features.pipeline import FeaturePipeline
-    from mmoe_rec.jobs.truth import check_tasks
+    from mmoe_rec.jobs.metrics import check_tasks
 
     check_names(list(against), "--against")
     others = {}

@@ -27,8 +27,7 @@ from mmoe_rec.jobs.score_files import text_of
 from mmoe_rec.log.checks import BadFile, word_of
 from mmoe_rec.log.columns import column_uses
 from mmoe_rec.log.hashing import combine, hash_column
-from mmoe_rec.log.parts import Noticed
-from mmoe_rec.log.reader import Log
+from mmoe_rec.log.reader import Log, Noticed
 from mmoe_rec.point_in_time.arrays import one_array
 from mmoe_rec.preprocessing.prepare import existing
 from mmoe_rec.progress import bar, say

@@ -37,7 +37,7 @@ from mmoe_rec.features.layout import IdInput, Layout
 from mmoe_rec.log.columns import UTC_MICROSECONDS
 from mmoe_rec.log.hashing import mix
 from mmoe_rec.log.request_rows import RequestRows
-from mmoe_rec.point_in_time.lists import Ragged
+from mmoe_rec.point_in_time.arrays import Ragged
 
 PREFIX = "served_"
 REQUEST = "served_request"

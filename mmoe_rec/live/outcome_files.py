@@ -33,8 +33,7 @@ from mmoe_rec.locks import writing
 from mmoe_rec.log.checks import BadFile, LeftOut, LogFile, check_files, open_parquet, words_of
 from mmoe_rec.log.columns import canonical, column_uses
 from mmoe_rec.log.files import find_files, is_remote, local_path, would_find
-from mmoe_rec.log.parts import Piece
-from mmoe_rec.log.reader import read_piece
+from mmoe_rec.log.reader import Piece, read_piece
 from mmoe_rec.log.values import columns_of
 from mmoe_rec.settings.columns import Role, Use
 from mmoe_rec.settings.outcomes import OutcomeEvents, label_columns

@@ -39,7 +39,7 @@ from mmoe_rec.log.files import find_files, open_file
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.log.stand_ins import require_all
 from mmoe_rec.model.score import add_outcomes
-from mmoe_rec.point_in_time.lists import SharedRagged
+from mmoe_rec.point_in_time.arrays import SharedRagged
 from mmoe_rec.progress import say
 from mmoe_rec.settings.sections import Settings
 from mmoe_rec.tracking.registry import find_model

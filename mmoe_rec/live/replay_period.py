@@ -25,8 +25,8 @@ from mmoe_rec.log.columns import column_uses
 from mmoe_rec.log.reader import EventRows
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.model.score import scores_from_logs
+from mmoe_rec.point_in_time.arrays import SharedRagged
 from mmoe_rec.point_in_time.join import in_window
-from mmoe_rec.point_in_time.lists import SharedRagged
 from mmoe_rec.preprocessing.exchange import ResultReader
 from mmoe_rec.preprocessing.logs import Logs
 from mmoe_rec.preprocessing.steps import Steps, kept_reader, kept_results

@@ -13,7 +13,7 @@ from mmoe_rec.features.encoder import Inputs
 from mmoe_rec.model.int8 import Int8Bag
 from mmoe_rec.model.layout import ModelLayout
 from mmoe_rec.model.tables import PlainTables
-from mmoe_rec.point_in_time.lists import Ragged
+from mmoe_rec.point_in_time.arrays import Ragged
 
 
 @dataclass(frozen=True)

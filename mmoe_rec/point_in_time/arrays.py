@@ -1,7 +1,10 @@
-"""Small helpers for Arrow arrays and pandas indices."""
+"""Arrays of a table's columns, and lists of different lengths."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -32,3 +35,65 @@ def shared_index(values: np.ndarray) -> pd.Index:
     index = pd.Index(values)
     index.get_indexer(index[:1])
     return index
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """Any number of ids a row. values: (sum of lengths,) int64; lengths: (N,) int32."""
+
+    values: np.ndarray
+    lengths: np.ndarray
+
+    @cached_property
+    def offsets(self) -> np.ndarray:
+        """(N + 1,) int64: the values of row i are `values[offsets[i] : offsets[i + 1]]`."""
+        return np.concatenate([np.zeros(1, np.int64), np.cumsum(self.lengths, dtype=np.int64)])
+
+    def slice(self, start: int, stop: int) -> Ragged:
+        """Rows start to stop (exclusive, at most N), as views."""
+        return Ragged(self.values[self.offsets[start] : self.offsets[stop]], self.lengths[start:stop])
+
+    def take(self, rows: np.ndarray) -> Ragged:
+        """The given rows, in the given order."""
+        lengths = self.lengths[rows]
+        return Ragged(self.values[consecutive(self.offsets[rows], lengths)], lengths)
+
+
+def consecutive(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """(sum of lengths,) int64: start, start + 1 and so on of each of N lists, one list after the other."""
+    if not lengths.all():
+        filled = np.flatnonzero(lengths)
+        starts, lengths = starts[filled], lengths[filled]
+    ends = np.cumsum(lengths, dtype=np.int64)
+    steps = np.ones(ends[-1] if len(ends) else 0, np.int64)
+    steps[:1] = starts[:1]
+    steps[ends[:-1]] = starts[1:] - starts[:-1] - lengths[:-1] + 1
+    return np.cumsum(steps, out=steps)
+
+
+@dataclass(frozen=True)
+class SharedRagged:
+    """Any number of ids a row, where many rows have the same: row i has list `number[i]`, (N,) int64."""
+
+    lists: Ragged
+    number: np.ndarray
+
+    def take(self, rows: np.ndarray | slice) -> SharedRagged:
+        """The given rows, in the given order."""
+        return SharedRagged(self.lists, self.number[rows])
+
+    def expand(self) -> Ragged:
+        """A list for each row."""
+        return self.lists.take(self.number)
+
+    @staticmethod
+    def join(parts: Sequence[SharedRagged]) -> SharedRagged:
+        """The rows of all parts, in order."""
+        firsts = np.cumsum([0, *(len(part.lists.lengths) for part in parts)])[:-1]
+        lists = join([part.lists for part in parts])
+        return SharedRagged(lists, np.concatenate([p.number + first for p, first in zip(parts, firsts, strict=True)]))
+
+
+def join(parts: Sequence[Ragged]) -> Ragged:
+    """The rows of all parts (at least one), in order."""
+    return Ragged(np.concatenate([part.values for part in parts]), np.concatenate([part.lengths for part in parts]))

@@ -7,8 +7,8 @@ from functools import cached_property
 
 import numpy as np
 
+from mmoe_rec.point_in_time.arrays import Ragged, consecutive
 from mmoe_rec.point_in_time.join import KnownEvents, sorted_order
-from mmoe_rec.point_in_time.lists import Ragged, consecutive
 from mmoe_rec.point_in_time.memory import Memory
 from mmoe_rec.point_in_time.search import AnyLookUps
 

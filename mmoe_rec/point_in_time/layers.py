@@ -20,10 +20,10 @@ from functools import cached_property
 
 import numpy as np
 
+from mmoe_rec.point_in_time.arrays import Ragged, consecutive
 from mmoe_rec.point_in_time.exact import ExactSums
 from mmoe_rec.point_in_time.histories import HistoryMemory, last_of_each
 from mmoe_rec.point_in_time.levels import CounterLevel
-from mmoe_rec.point_in_time.lists import Ragged, consecutive
 from mmoe_rec.point_in_time.memory import NEVER, CounterMemory, Memory
 from mmoe_rec.point_in_time.search import AnyLookUps, UnsortedLookUps, last_known
 

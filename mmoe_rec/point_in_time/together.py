@@ -12,9 +12,9 @@ from itertools import accumulate, pairwise, starmap
 
 import numpy as np
 
+from mmoe_rec.point_in_time.arrays import consecutive
 from mmoe_rec.point_in_time.join import KeyIndex, KnownEvents, sorted_order
 from mmoe_rec.point_in_time.levels import CounterLevel, CounterLevels
-from mmoe_rec.point_in_time.lists import consecutive
 from mmoe_rec.point_in_time.memory import NEVER, CounterMemory
 from mmoe_rec.point_in_time.search import UnsortedLookUps, last_known
 

@@ -18,8 +18,7 @@ from mmoe_rec.features.encoder import Counts
 from mmoe_rec.features.latest import LatestParts
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.log.checks import BadFile
-from mmoe_rec.log.parts import LogPart, Noticed
-from mmoe_rec.log.reader import ROWS_PER_PART, EventReader, LogReader
+from mmoe_rec.log.reader import ROWS_PER_PART, EventReader, LogPart, LogReader, Noticed
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.point_in_time.exact import units_of
 from mmoe_rec.point_in_time.join import Window, in_any, in_window

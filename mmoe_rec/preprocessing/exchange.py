@@ -23,9 +23,8 @@ import pyarrow as pa
 import pyarrow.types as pt
 
 from mmoe_rec.features.encoder import Results
-from mmoe_rec.log.parts import LogPart
-from mmoe_rec.point_in_time.arrays import one_array
-from mmoe_rec.point_in_time.lists import Ragged, SharedRagged
+from mmoe_rec.log.reader import LogPart
+from mmoe_rec.point_in_time.arrays import Ragged, SharedRagged, one_array
 
 Sender = tuple[int, int]
 DUPLICATES = "duplicates"  # the channel of each row's request and candidate

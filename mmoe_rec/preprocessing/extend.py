@@ -33,8 +33,7 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.locks import writing
 from mmoe_rec.log.checks import BadFile, format_time
-from mmoe_rec.log.parts import Noticed, cut
-from mmoe_rec.log.reader import ROWS_PER_PART, Log, LogReader
+from mmoe_rec.log.reader import ROWS_PER_PART, Log, LogReader, Noticed, cut
 from mmoe_rec.log.stand_ins import require_all
 from mmoe_rec.point_in_time.join import Window
 from mmoe_rec.preprocessing.checks import check_apart, place

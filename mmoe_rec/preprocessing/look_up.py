@@ -27,8 +27,8 @@ import pyarrow.compute as pc
 from mmoe_rec.features.encoder import MemoryEncoder
 from mmoe_rec.features.memories import read_memory, write_memory
 from mmoe_rec.features.pipeline import FeaturePipeline
+from mmoe_rec.point_in_time.arrays import SharedRagged
 from mmoe_rec.point_in_time.join import LookUps, Window, in_any, in_window, known_at, sorted_order
-from mmoe_rec.point_in_time.lists import SharedRagged
 from mmoe_rec.point_in_time.memory import Memory
 from mmoe_rec.preprocessing.exchange import Exchange, ResultExchange, events_of, key_range, label_of, look_ups_of, take
 

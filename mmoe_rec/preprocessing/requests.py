@@ -24,8 +24,7 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.log.checks import BadFile
 from mmoe_rec.log.database import Database, open_database
 from mmoe_rec.log.files import first_line
-from mmoe_rec.log.parts import LogPart, Noticed
-from mmoe_rec.log.reader import ROWS_PER_PART, Log, LogReader
+from mmoe_rec.log.reader import ROWS_PER_PART, Log, LogPart, LogReader, Noticed
 from mmoe_rec.log.rows import LogRows
 
 _RUNS = pa.schema(

@@ -10,11 +10,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mmoe_rec.features.encoded import arrow_columns, label_types
-from mmoe_rec.features.layout import Layout
+from mmoe_rec.features.layout import Layout, arrow_columns, label_types
 from mmoe_rec.features.pipeline import FeaturePipeline
-from mmoe_rec.log.parts import LogPart
-from mmoe_rec.log.reader import LogReader
+from mmoe_rec.log.reader import LogPart, LogReader
 from mmoe_rec.log.rows import LogRows, labels_of, unmatured
 from mmoe_rec.point_in_time.join import Window, in_window
 from mmoe_rec.preprocessing.exchange import ResultExchange, ResultReader

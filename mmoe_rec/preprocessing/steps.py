@@ -26,8 +26,7 @@ from mmoe_rec.features.encoder import MemoryEncoder
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.log.checks import BadFile
 from mmoe_rec.log.database import open_database
-from mmoe_rec.log.parts import LogPart
-from mmoe_rec.log.reader import ROWS_PER_PART, Log, LogReader
+from mmoe_rec.log.reader import ROWS_PER_PART, Log, LogPart, LogReader
 from mmoe_rec.point_in_time.join import Window
 from mmoe_rec.preprocessing.checks import check_readings, check_requests, check_times, find_repeats, place
 from mmoe_rec.preprocessing.count import Counted, CountJob, Reader, count_part

@@ -13,9 +13,8 @@ import pyarrow.parquet as pq
 from mmoe_rec.batches.encoded_rows import EncodedRows, Rows
 from mmoe_rec.batches.order import GOLDEN, EpochOrder, Position, Window
 from mmoe_rec.batches.reader import TrainingReader
-from mmoe_rec.features.encoded import Encoded
-from mmoe_rec.features.layout import DenseInput, IdInput, Layout, Table, TaskOutput
-from mmoe_rec.point_in_time.lists import Ragged
+from mmoe_rec.features.layout import DenseInput, Encoded, IdInput, Layout, Table, TaskOutput
+from mmoe_rec.point_in_time.arrays import Ragged
 
 LAYOUT = Layout(
     tables=(Table("items", 1000),),

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from mmoe_rec.batches.batch import Batch, make_batch
-from mmoe_rec.features.encoded import Encoded
+from mmoe_rec.features.layout import Encoded
 from mmoe_rec.model.layout import ModelLayout
 from mmoe_rec.model.levels import Level
 from mmoe_rec.model.mmoe import build_model

@@ -41,8 +41,7 @@ from scipy.special import expit
 
 from mmoe_rec.batches.batch import Batch, make_batch
 from mmoe_rec.evaluation.metrics.ranking import RankedLists, ndcg
-from mmoe_rec.features.encoded import Encoded
-from mmoe_rec.features.layout import DenseInput, IdInput
+from mmoe_rec.features.layout import DenseInput, Encoded, IdInput
 from mmoe_rec.model.layout import EmbeddingTable, ModelLayout, ModelTask
 from mmoe_rec.model.mmoe import RankingModel, build_model
 from mmoe_rec.model.tables import plain_tables

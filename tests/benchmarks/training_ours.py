@@ -17,8 +17,7 @@ import torch.distributed as dist
 import yaml
 
 from mmoe_rec.devices import pick_device
-from mmoe_rec.features.encoded import Encoded
-from mmoe_rec.features.layout import DenseInput, IdInput
+from mmoe_rec.features.layout import DenseInput, Encoded, IdInput
 from mmoe_rec.model.layout import EmbeddingTable, ModelLayout, ModelTask
 from mmoe_rec.preprocessing.prepare import Prepared
 from mmoe_rec.preprocessing.splits import SplitCounts

@@ -172,7 +172,7 @@ class Grown:
             self.sizes[day] = self._measure()
 
     def _rows(self, split: str) -> tuple[np.ndarray, np.ndarray]:
-        from mmoe_rec.features.encoded import Encoded
+        from mmoe_rec.features.layout import Encoded
 
         table = pq.read_table(self.prepared.split(split))
         return Encoded.from_arrow(table, self.prepared.layout).dense, table["label.click"].to_numpy()

@@ -23,7 +23,7 @@ import numpy as np
 from pydantic import Field
 
 from mmoe_rec.features.encoder import Inputs, Outline, Unfitted
-from mmoe_rec.features.kind import Kind
+from mmoe_rec.features.encoder import Kind
 from mmoe_rec.features.layout import Table
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.settings.columns import Use

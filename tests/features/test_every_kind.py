@@ -10,8 +10,7 @@ import pyarrow as pa
 import pytest
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.features.encoder import Encoder, MemoryEncoder
-from mmoe_rec.features.kind import Kind
+from mmoe_rec.features.encoder import Encoder, Kind, MemoryEncoder
 from mmoe_rec.features.kinds import KINDS, NAMES
 from mmoe_rec.features.kinds.counter import CounterEncoder, CounterFeature
 from mmoe_rec.features.kinds.cross import CrossEncoder, CrossFeature, EmbeddedCross
@@ -20,8 +19,8 @@ from mmoe_rec.features.pipeline import FeaturePipeline, largest_layout
 from mmoe_rec.features.vocabulary import VocabularyFeature
 from mmoe_rec.log.columns import column_uses
 from mmoe_rec.log.rows import LogRows
+from mmoe_rec.point_in_time.arrays import Ragged
 from mmoe_rec.point_in_time.join import in_window
-from mmoe_rec.point_in_time.lists import Ragged
 from mmoe_rec.settings.help import describe
 from mmoe_rec.settings.schema import Remembering, Schema
 from tests.log.small_logs import BASE, DAY, START, fit, log_rows, random_log, schema_of

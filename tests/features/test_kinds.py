@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.features import vocabulary
-from mmoe_rec.features.encoded import Encoded
 from mmoe_rec.features.kinds.ids import ragged
+from mmoe_rec.features.layout import Encoded
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.log.hashing import combine, hash_column
 from mmoe_rec.settings.schema import Schema

@@ -19,7 +19,7 @@ from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.inference.ranking import Freshness
 from mmoe_rec.inference.request import Request
 from mmoe_rec.log.rows import LogRows
-from mmoe_rec.point_in_time.lists import Ragged
+from mmoe_rec.point_in_time.arrays import Ragged
 from tests.inference.small_model import ITEMS, USER, SmallModel, as_request
 from tests.log.small_logs import (
     ALL_KINDS,

@@ -16,7 +16,7 @@ from mmoe_rec.batches.batch import make_batch
 from mmoe_rec.batches.encoded_rows import EncodedRows
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.scoring import COLUMNS, score_rows
-from mmoe_rec.features.encoded import label_types
+from mmoe_rec.features.layout import label_types
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.inference.request import Request
 from mmoe_rec.log.columns import UTC_MICROSECONDS

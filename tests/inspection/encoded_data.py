@@ -12,8 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mmoe_rec.features import kinds
-from mmoe_rec.features.encoded import IDS
-from mmoe_rec.features.layout import DenseInput, IdInput, Layout, Table, TaskOutput
+from mmoe_rec.features.layout import IDS, DenseInput, IdInput, Layout, Table, TaskOutput
 from mmoe_rec.inspection.health import inspect
 from mmoe_rec.preprocessing.prepare import Prepared
 

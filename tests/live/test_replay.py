@@ -25,7 +25,7 @@ from mmoe_rec.live.replay_period import Period, read_period
 from mmoe_rec.live.replay_server import feed
 from mmoe_rec.live.request_log import LogOptions
 from mmoe_rec.log.reader import EventRows, Log
-from mmoe_rec.point_in_time.lists import Ragged
+from mmoe_rec.point_in_time.arrays import Ragged
 from mmoe_rec.server.app import Application
 from tests.live.replayed_log import FROM, TO, model_of
 from tests.log.small_logs import DAY

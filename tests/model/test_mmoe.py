@@ -15,12 +15,12 @@ import torch
 
 from mmoe_rec.batches.batch import Batch, make_batch
 from mmoe_rec.errors import UserError
-from mmoe_rec.features.encoded import Encoded
+from mmoe_rec.features.layout import Encoded
 from mmoe_rec.model import tables as tables_module
 from mmoe_rec.model.layout import EmbeddingTable, ModelLayout
 from mmoe_rec.model.mmoe import RankingModel, build_model
 from mmoe_rec.model.tables import INITIAL_DEVIATION, by_name, initial_rows, plain_tables, torchrec_tables
-from mmoe_rec.point_in_time.lists import Ragged
+from mmoe_rec.point_in_time.arrays import Ragged
 from mmoe_rec.settings.model import Model
 from tests.model.examples import (
     LAYOUT,

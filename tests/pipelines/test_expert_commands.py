@@ -14,7 +14,7 @@ import pytest
 from mmoe_rec.evaluation.intervals import Interval
 from mmoe_rec.inference.artifact import read_artifact
 from mmoe_rec.inference.ranker import Ranker
-from mmoe_rec.jobs.fewer_experts import table_of
+from mmoe_rec.jobs.experts import table_of
 from tests.commands import run
 from tests.pipelines.learnable_log import settings_tree, write_files
 

@@ -16,15 +16,15 @@ from rich.progress import Progress
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.features import kinds
-from mmoe_rec.features.encoded import Encoded
 from mmoe_rec.features.kinds.counter import CounterEncoder
 from mmoe_rec.features.kinds.history import HistoryEncoder
+from mmoe_rec.features.layout import Encoded
 from mmoe_rec.features.memories import exact_from
 from mmoe_rec.features.numbers import CLIP
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.log import reader as log
 from mmoe_rec.log.rows import LogRows
-from mmoe_rec.point_in_time.lists import Ragged
+from mmoe_rec.point_in_time.arrays import Ragged
 from mmoe_rec.preprocessing import count, requests, splits, steps
 from mmoe_rec.preprocessing import exchange as answers
 from mmoe_rec.preprocessing import prepare as build

@@ -15,7 +15,7 @@ from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.log.columns import UTC_MICROSECONDS, canonical, column_uses
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.point_in_time import levels
-from mmoe_rec.point_in_time.lists import Ragged, SharedRagged
+from mmoe_rec.point_in_time.arrays import Ragged, SharedRagged
 from mmoe_rec.settings.columns import EVENT
 from mmoe_rec.settings.schema import Schema
 from tests.point_in_time.compared_logs import compare

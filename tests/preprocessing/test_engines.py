@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.vocabulary import Vocabulary
-from mmoe_rec.log.parts import LogPart
-from mmoe_rec.point_in_time.lists import Ragged, SharedRagged, consecutive
+from mmoe_rec.log.reader import LogPart
+from mmoe_rec.point_in_time.arrays import Ragged, SharedRagged, consecutive
 from mmoe_rec.preprocessing import engines
 from mmoe_rec.preprocessing import exchange as module
 from mmoe_rec.preprocessing.engines import open_engine

@@ -12,7 +12,7 @@ import pytest
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.features import kinds
-from mmoe_rec.features.encoded import Encoded
+from mmoe_rec.features.layout import Encoded
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.log import reader as log
 from mmoe_rec.log.reader import EventRows, Log

@@ -13,7 +13,7 @@ from mmoe_rec.log.rows import labels_of
 from mmoe_rec.model.layout import EmbeddingTable, ModelLayout, ModelTask
 from mmoe_rec.model.score import fuse, predictions, scores_from_logs
 from mmoe_rec.model.tables import plain_tables
-from mmoe_rec.point_in_time.lists import Ragged
+from mmoe_rec.point_in_time.arrays import Ragged
 from mmoe_rec.training.losses import masked_loss
 from tests.log.small_logs import BASE, DAY, START, fit, log_rows, random_log
 from tests.model.examples import reference_logits, reference_weights, small_model, small_settings

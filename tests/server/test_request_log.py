@@ -22,7 +22,7 @@ from mmoe_rec.live.journal import Journal
 from mmoe_rec.live.logged_requests import hash_features
 from mmoe_rec.live.request_log import LogOptions, check_folder, is_logged, make_room, new_id
 from mmoe_rec.log.rows import LogRows
-from mmoe_rec.point_in_time.lists import Ragged
+from mmoe_rec.point_in_time.arrays import Ragged
 from tests.inference.small_model import CONTEXT, ITEMS, USER, SmallModel, as_request
 from tests.log.small_logs import random_log
 from tests.processes import until

@@ -14,11 +14,11 @@ import torch
 
 from mmoe_rec.batches.batch import make_batch
 from mmoe_rec.batches.encoded_rows import EncodedRows
-from mmoe_rec.features.encoded import Encoded, label_types
+from mmoe_rec.features.layout import Encoded, label_types
 from mmoe_rec.model.layout import ModelLayout, ModelTask
 from mmoe_rec.model.mmoe import RankingModel, build_model
 from mmoe_rec.model.tables import plain_tables
-from mmoe_rec.point_in_time.lists import Ragged
+from mmoe_rec.point_in_time.arrays import Ragged
 from mmoe_rec.preprocessing.prepare import Prepared
 from mmoe_rec.preprocessing.splits import SplitCounts
 from mmoe_rec.settings.model import Model

@@ -11,8 +11,7 @@ import numpy as np
 import pyarrow as pa
 from pydantic import Field, field_validator, model_validator
 
-from mmoe_rec.features.encoder import Inputs, MemoryEncoder, Outline, Results, Shared, State
-from mmoe_rec.features.kind import Kind
+from mmoe_rec.features.encoder import Inputs, Kind, MemoryEncoder, Outline, Results, Shared, State
 from mmoe_rec.features.layout import Table
 from mmoe_rec.features.numbers import DenseNumber, Moments, NumberHistogram, Standardiser
 from mmoe_rec.log.rows import MICROSECONDS_PER_DAY, LogRows, maturity

@@ -9,17 +9,15 @@ import numpy as np
 import pyarrow as pa
 from pydantic import Field
 
-from mmoe_rec.features.encoder import Inputs, MemoryEncoder, Outline, Shared, Unfitted
-from mmoe_rec.features.kind import Kind
+from mmoe_rec.features.encoder import Inputs, Kind, MemoryEncoder, Outline, Shared, Unfitted
 from mmoe_rec.features.kinds.id import IdFeature
 from mmoe_rec.features.kinds.ids import ragged
 from mmoe_rec.features.vocabulary import check_owner, meaning_of_ids, owners
 from mmoe_rec.log.rows import LogRows, maturity
-from mmoe_rec.point_in_time.arrays import one_array
+from mmoe_rec.point_in_time.arrays import Ragged, SharedRagged, one_array
 from mmoe_rec.point_in_time.histories import HistoryMemory
 from mmoe_rec.point_in_time.join import known_at
 from mmoe_rec.point_in_time.layers import LayeredHistory
-from mmoe_rec.point_in_time.lists import Ragged, SharedRagged
 from mmoe_rec.point_in_time.search import AnyLookUps
 from mmoe_rec.settings.columns import Use
 from mmoe_rec.settings.schema import Meaning, Remembering, Schema

@@ -8,8 +8,7 @@ from typing import Any, Literal
 
 import pyarrow as pa
 
-from mmoe_rec.features.encoder import Encoder, Inputs, Outline, Shared, State
-from mmoe_rec.features.kind import Kind
+from mmoe_rec.features.encoder import Encoder, Inputs, Kind, Outline, Shared, State
 from mmoe_rec.features.layout import Table
 from mmoe_rec.features.vocabulary import Vocabulary, VocabularyFeature
 from mmoe_rec.log.rows import LogRows

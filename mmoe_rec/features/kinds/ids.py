@@ -10,12 +10,11 @@ import pyarrow as pa
 import pyarrow.types as pt
 from pydantic import Field
 
-from mmoe_rec.features.encoder import Inputs, Outline
-from mmoe_rec.features.kind import Kind
+from mmoe_rec.features.encoder import Inputs, Kind, Outline
 from mmoe_rec.features.kinds.id import IdEncoder
 from mmoe_rec.features.vocabulary import VocabularyFeature
 from mmoe_rec.log.rows import LogRows
-from mmoe_rec.point_in_time.lists import Ragged
+from mmoe_rec.point_in_time.arrays import Ragged
 from mmoe_rec.settings.columns import Use
 from mmoe_rec.settings.schema import Embedded
 

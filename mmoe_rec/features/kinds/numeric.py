@@ -9,8 +9,7 @@ from typing import Literal
 import numpy as np
 from pydantic import Field
 
-from mmoe_rec.features.encoder import Encoder, Inputs, Outline, Shared, State
-from mmoe_rec.features.kind import Kind
+from mmoe_rec.features.encoder import Encoder, Inputs, Kind, Outline, Shared, State
 from mmoe_rec.features.layout import Table
 from mmoe_rec.features.numbers import DenseNumber, Standardiser
 from mmoe_rec.log.rows import LogRows

@@ -13,8 +13,7 @@ import pyarrow as pa
 from pydantic import Field, field_validator, model_validator
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.features.encoder import Encoder, Inputs, Outline, Shared, State
-from mmoe_rec.features.kind import Kind
+from mmoe_rec.features.encoder import Encoder, Inputs, Kind, Outline, Shared, State
 from mmoe_rec.features.layout import Table
 from mmoe_rec.features.numbers import DenseNumber, Standardiser
 from mmoe_rec.log.rows import MICROSECONDS_PER_DAY, LogRows

@@ -11,8 +11,7 @@ import pyarrow.types as pt
 from pydantic import Field
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.features.encoder import Encoder, Inputs, Outline, Shared, State
-from mmoe_rec.features.kind import Kind
+from mmoe_rec.features.encoder import Encoder, Inputs, Kind, Outline, Shared, State
 from mmoe_rec.features.layout import DenseInput, Table
 from mmoe_rec.features.numbers import DenseNumber, Standardiser
 from mmoe_rec.log.rows import LogRows

@@ -14,7 +14,7 @@ import numpy as np
 
 from mmoe_rec.batches.encoded_rows import EncodedRows
 from mmoe_rec.features.layout import Layout
-from mmoe_rec.point_in_time.lists import Ragged
+from mmoe_rec.point_in_time.arrays import Ragged
 from mmoe_rec.preprocessing.prepare import Prepared
 from mmoe_rec.settings.columns import SPLITS
 from mmoe_rec.settings.schema import Remembering, Schema

@@ -1,11 +1,11 @@
-"""A model with fewer experts for each row: how well it ranks, and how fast."""
+"""Experts of a trained model: added, removed or masked; and what fewer of them for each row cost and lose."""
 
 from __future__ import annotations
 
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,9 +13,12 @@ import numpy as np
 
 from mmoe_rec.atomic import atomic_file
 from mmoe_rec.errors import UserError
+from mmoe_rec.jobs.run_page import as_code, command
+from mmoe_rec.jobs.workspace import CHALLENGER
+from mmoe_rec.settings.model import Model
 from mmoe_rec.settings.sections import Settings
-from mmoe_rec.tracking import runs
-from mmoe_rec.tracking.registry import find_model
+from mmoe_rec.tracking import registry, runs
+from mmoe_rec.tracking.registry import Version, describe_version, find_model
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -23,6 +26,66 @@ if TYPE_CHECKING:
     from mmoe_rec.batches.encoded_rows import EncodedRows
     from mmoe_rec.evaluation.intervals import Interval
     from mmoe_rec.inference.ranker import Ranker
+
+
+@dataclass(frozen=True)
+class EditedModel:
+    """done: what was done, in words; experts: number of all experts; shared: number of those that all tasks share;
+    address: in the registry."""
+
+    done: str
+    experts: int
+    shared: int
+    address: str
+
+
+def edit_model(
+    settings: Settings,
+    address: str,
+    out: Path,
+    add: int | None,
+    copied: Sequence[int] | None,
+    remove: int | None,
+    mask: int | None,
+) -> EditedModel:
+    """Edits the model at an address, writes it to a folder and registers it as challenger; one of the three is given.
+
+    Raises UserError for an expert that can't be edited that way.
+    """
+    if out.exists() and not (out / "model.json").exists():
+        raise UserError(f"'{out}' exists and holds no model: name another folder with --out, or remove it")
+    registry.check_names(settings.tracking.address, settings.registered_model, CHALLENGER)
+    found = find_model(address, settings.tracking.address)
+    folder = found.folder
+    from mmoe_rec.inference.artifact import read_artifact, read_weights
+    from mmoe_rec.inference.writing import rewrite_artifact
+    from mmoe_rec.model.surgery import add_experts, mask_expert, remove_expert
+
+    about = read_artifact(folder)
+    model = Model.model_validate(about.model)
+    state = read_weights(folder / "weights.safetensors")
+    if add is not None:
+        chosen = list(copied or (index % max(1, model.experts.count) for index in range(add)))
+        state, model = add_experts(state, model, chosen)
+        done = f"added {add}, copied from {', '.join(map(str, chosen))}"
+    elif remove is not None:
+        state, model = remove_expert(state, model, remove)
+        done = f"removed expert {remove}"
+    else:
+        assert mask is not None, "one of the three is given"
+        state, done = mask_expert(state, model, mask), f"put expert {mask} out of use"
+    rewrite_artifact(folder, out, model, state)
+    with runs.open_run(settings.tracking.address, settings.experiment, run_name="edit_experts") as run:
+        run.set_tags({"edited_from": address, "edited_from.run": found.run_id or "unknown", "edit": done})
+        version = registry.register_model(run, out, settings.registered_model, CHALLENGER)
+        made = Version(settings.registered_model, version, run.run_id)
+        told = f"{address}: {done}, by\n\n{as_code(command())}"
+        run.describe("Experts", told)
+        describe_version(made, told, {}, settings.tracking.address)
+    own = model.experts.task_count * len(about.tasks)
+    registered = f"models:/{settings.registered_model}/{version}"
+    return EditedModel(done, model.experts.count + own, model.experts.count, registered)
+
 
 FILE = "experts.json"
 REQUEST_ROWS = 500
@@ -45,7 +108,7 @@ def measure_fewer_experts(
     model = find_model(address, settings.tracking.address)
     from mmoe_rec.batches.encoded_rows import EncodedRows
     from mmoe_rec.inference.ranker import Ranker
-    from mmoe_rec.jobs.truth import rows_to_measure
+    from mmoe_rec.jobs.metrics import rows_to_measure
 
     ranker = Ranker.load(model.folder)
     seen = int(ranker.model.visible_experts.sum(1).max())
