@@ -304,6 +304,7 @@ def test_pip_command_is_that_of_the_doctor() -> None:
     assert commands("test_pip_command_is_that_of_the_doctor") == [PIP_COMMAND]
 
 
+@pytest.mark.thorough
 def test_commands_of_the_first_data_set(said: dict[str, str], folder: Path) -> None:
     assert {"log", "purchases", "work"} <= {path.name for path in (folder / "data" / "complete_journey").iterdir()}
     train, evaluate = (
@@ -319,6 +320,7 @@ def test_commands_of_the_first_data_set(said: dict[str, str], folder: Path) -> N
         assert (folder / "data" / "complete_journey" / "work" / made).exists()
 
 
+@pytest.mark.thorough
 def test_metrics_are_those_described(said: dict[str, str], folder: Path) -> None:
     metrics = json.loads((folder / "data/complete_journey/work/evaluation/metrics.json").read_text())
     groups = [metrics["tasks"]["bought"], metrics["score"]]
@@ -328,6 +330,7 @@ def test_metrics_are_those_described(said: dict[str, str], folder: Path) -> None
         assert f"`{name}`" in DOCS, name
 
 
+@pytest.mark.thorough
 def test_what_was_scored_has_the_metrics_of_the_evaluation(said: dict[str, str], folder: Path) -> None:
     """Of the same model, as the aliases stood at the end."""
     found = json.loads((folder / "metrics" / "metrics.json").read_text())
@@ -340,6 +343,7 @@ def test_what_was_scored_has_the_metrics_of_the_evaluation(said: dict[str, str],
     assert found["score"]["ndcg_at_10"]["value"] == pytest.approx(again["score"]["ndcg_at_10"]["value"], abs=1e-4)
 
 
+@pytest.mark.thorough
 def test_python_examples(said: dict[str, str], folder: Path) -> None:
     trained, measured, scored, _ = blocks("python")
     rows, auc, candidates = shell(shlex.join(["python", "-c", trained]), folder).splitlines()[-3:]
@@ -354,6 +358,7 @@ def test_python_examples(said: dict[str, str], folder: Path) -> None:
     _check_scores(found, log)
 
 
+@pytest.mark.thorough
 def test_scores_of_a_log(said: dict[str, str], folder: Path) -> None:
     log = pq.read_table(folder / "data/complete_journey/log")
     for name, says in (("scores", "in the log that was given"), ("scores_now", "their features know their future")):
@@ -372,6 +377,7 @@ def _check_scores(found: pa.Table, log: pa.Table) -> None:
     assert np.corrcoef(bought, log["bought"].to_numpy()[: len(bought)])[0, 1] > 0.2
 
 
+@pytest.mark.thorough
 def test_scores_by_spark(said: dict[str, str], folder: Path) -> None:
     if importlib.util.find_spec("pyspark") is None or shutil.which("java") is None:
         pytest.skip("pyspark or Java is not installed")
@@ -389,12 +395,14 @@ def test_readme_is_read_in_one_sitting() -> None:
     assert len(README.splitlines()) <= 220
 
 
+@pytest.mark.thorough
 def test_mlflow_pages(said: dict[str, str], folder: Path) -> None:
     (command,) = commands("test_mlflow_pages")
     with running(command, "5002", "/", folder):
         pass
 
 
+@pytest.mark.thorough
 def test_served_request(said: dict[str, str], folder: Path) -> None:
     serve, ask = commands("test_served_request")
     request, reply = blocks("json")
@@ -410,6 +418,7 @@ def test_served_request(said: dict[str, str], folder: Path) -> None:
     assert found["request_time"] == shown["request_time"]
 
 
+@pytest.mark.thorough
 def test_commands_of_the_server(said: dict[str, str], folder: Path) -> None:
     serve, *asks = commands("test_commands_of_the_server")
     request, reply = blocks("json")
@@ -425,6 +434,7 @@ def test_commands_of_the_server(said: dict[str, str], folder: Path) -> None:
     assert json.loads(reloaded)["reload_failure"] is None
 
 
+@pytest.mark.thorough
 def test_the_request_and_its_reply_agree(said: dict[str, str], folder: Path) -> None:
     from mmoe_rec.inference.ranker import Ranker
 
@@ -479,6 +489,7 @@ def shop_log(rows: int = 6_000) -> pa.Table:
     return pa.table(columns)
 
 
+@pytest.mark.thorough
 def test_commands_of_the_shop(folder: Path) -> None:
     look, copy, *lines = commands(SHOP)
     (folder / "data" / "shop" / "log").mkdir(parents=True)

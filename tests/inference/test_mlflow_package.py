@@ -16,6 +16,8 @@ from mmoe_rec.inference.mlflow_package import SERVED_CODE, SERVED_PACKAGES, argu
 from mmoe_rec.tracking import registry, runs
 from tests.inference.small_model import SmallModel
 
+pytestmark = pytest.mark.thorough
+
 # Loads and ranks with the served code alone; prints whose code imported what, and which of its modules were loaded.
 SCORES = """
 import builtins, json, sys

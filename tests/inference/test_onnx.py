@@ -21,6 +21,8 @@ from mmoe_rec.model.score import Calibration, TaskCalibration
 from mmoe_rec.settings.model import Model
 from tests.inference.small_model import SmallModel
 
+pytestmark = pytest.mark.thorough
+
 CALIBRATION = Calibration(
     {
         "click": TaskCalibration((-0.3, 0.0, 0.02, 0.4), (-1.0, -0.5, 0.1, 0.2), 0.7),

@@ -21,6 +21,8 @@ from tests.inference.small_model import SmallModel
 from tests.jobs.scored import killed_run, write_finely
 from tests.log.small_logs import files_of, random_log, with_requests
 
+pytestmark = pytest.mark.thorough
+
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -15,6 +15,8 @@ import pytest
 from mmoe_rec.errors import StoppedError, StopRequest, UserError
 from mmoe_rec.jobs.side_by_side import side_by_side
 
+pytestmark = pytest.mark.thorough
+
 
 def saving(folder: str) -> str:
     """Works until a signal comes, and saves for longer than signals are apart."""

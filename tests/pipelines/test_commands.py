@@ -32,6 +32,8 @@ from tests import commands
 from tests.fork_server import run_command
 from tests.pipelines.learnable_log import START, learnable_log, settings_tree, write_files
 
+pytestmark = pytest.mark.thorough
+
 ROOT = Path(__file__).parents[2]
 TASKS = ("click", "liked")
 

@@ -16,6 +16,8 @@ from tests.commands import run
 from tests.pipelines.short_trainings import World
 from tests.report.parsed import Page
 
+pytestmark = pytest.mark.thorough
+
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:

@@ -18,6 +18,8 @@ from mmoe_rec.jobs.experts import table_of
 from tests.commands import run
 from tests.pipelines.learnable_log import settings_tree, write_files
 
+pytestmark = pytest.mark.thorough
+
 EXPERTS = 4
 
 
@@ -126,7 +128,7 @@ def test_fewer_experts_have_a_row_each(chosen: Path, tmp_path: Path, capsys: pyt
     whole = json.loads((tmp_path / "metrics.json").read_text())
     assert areas[numbers.index(2)] == pytest.approx(whole["tasks"]["click"]["auc"]["value"], abs=1e-9)
     assert all(each["milliseconds"] > 0 for each in measured)
-    assert f"{areas[0]:.4f} ±" in capsys.readouterr().out
+    assert f"{areas[0]:.4f}" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         run(*words, 9)
     assert "--experts-per-row names 9, and a gate of the model sees 4 experts" in capsys.readouterr().err

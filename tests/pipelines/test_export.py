@@ -19,6 +19,8 @@ from mmoe_rec.model.int8 import Int8Bag
 from tests import commands
 from tests.inference.small_model import SmallModel
 
+pytestmark = pytest.mark.thorough
+
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> SmallModel:

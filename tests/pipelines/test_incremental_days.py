@@ -21,6 +21,8 @@ from tests import commands
 from tests.log.small_logs import files_of
 from tests.pipelines.learnable_log import START, learnable_log, settings_tree
 
+pytestmark = pytest.mark.thorough
+
 FIRST_SPLIT = {"train_end": "2024-03-07", "validation_end": "2024-03-08"}
 SECOND_SPLIT = {"train_end": "2024-03-10", "validation_end": "2024-03-10T12:00"}
 

@@ -18,6 +18,8 @@ from pipelines import ingest_complete_journey
 from pipelines.data_sets.sampled_log import ROW_GROUP_ROWS, sample_others
 from pipelines.ingest_complete_journey import LOG, PURCHASES, Selection, ingest, main
 
+pytestmark = pytest.mark.thorough
+
 EVERYTHING = Selection()
 REQUEST = datetime(2017, 1, 1, 15, 0)
 """UTC; 10:00 on Sunday in New York."""

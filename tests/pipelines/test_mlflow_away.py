@@ -17,6 +17,8 @@ from tests import commands
 from tests.pipelines.learnable_log import settings_tree, write_files
 from tests.pipelines.mlflow_server import TrackingServer, tracking_server
 
+pytestmark = pytest.mark.thorough
+
 
 @pytest.fixture(scope="module")
 def log(tmp_path_factory: pytest.TempPathFactory) -> Path:

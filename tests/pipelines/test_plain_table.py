@@ -32,6 +32,8 @@ from tests.commands import run
 from tests.log.plain_tables import plain_settings, plain_table
 from tests.report.parsed import Page
 
+pytestmark = pytest.mark.thorough
+
 ROWS = 4_000  # of two files
 FEATURES = ["x", "word", "code"]
 

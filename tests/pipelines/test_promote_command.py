@@ -21,6 +21,8 @@ from tests import commands
 from tests.pipelines.short_trainings import World
 from tests.report.parsed import Page
 
+pytestmark = pytest.mark.thorough
+
 SLOW = ("--training.learning_rate", "1e-9", "--training.table_learning_rate", "1e-9")
 NAME = "learnable"
 

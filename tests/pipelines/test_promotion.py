@@ -23,6 +23,8 @@ from mmoe_rec.tracking import registry, runs
 from mmoe_rec.tracking.registry import fetch_model
 from tests.pipelines.short_trainings import World
 
+pytestmark = pytest.mark.thorough
+
 # Which learn next to nothing.
 SLOW = ("--training.learning_rate", "1e-9", "--training.table_learning_rate", "1e-9")
 NAME = "learnable"

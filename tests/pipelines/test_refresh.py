@@ -34,6 +34,8 @@ from tests.preprocessing.test_tables_of_models import assert_same_tables
 from tests.processes import until
 from tests.server.test_processes import Running
 
+pytestmark = pytest.mark.thorough
+
 ADDRESS = f"models:/{NAME}@champion"
 
 

@@ -18,6 +18,8 @@ from tests.pipelines.refreshed_model import RefreshedModel
 from tests.server.asking import ask
 from tests.server.test_events import as_json, asked
 
+pytestmark = pytest.mark.thorough
+
 TIMES = [START + 15 * DAY, START + 17 * DAY, START + 40 * DAY]
 
 

@@ -13,6 +13,8 @@ from tests.pipelines.refreshed_model import RefreshedModel
 from tests.pipelines.test_refresh_from_journal import _sent, _served
 from tests.server.test_events import as_json
 
+pytestmark = pytest.mark.thorough
+
 
 def _of_journal(model: RefreshedModel) -> list[dict[str, Any]]:
     """The rows that came into the log from journals."""

@@ -19,6 +19,8 @@ from tests.pipelines.test_refresh_from_journal import _answers, _check, _sent, _
 from tests.server.asking import ask
 from tests.server.test_events import as_json
 
+pytestmark = pytest.mark.thorough
+
 
 def _returns(first: int, last: int) -> pa.Table:
     """Events of user 5, numbered, each an hour after the one before from day 9 on."""

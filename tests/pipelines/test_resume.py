@@ -62,6 +62,7 @@ def test_kills_change_nothing(whole: Training) -> None:
     assert training.query("select status from runs") == [("FINISHED",)]
 
 
+@pytest.mark.thorough
 def test_sigterm_saves_and_the_same_command_goes_on(whole: Training) -> None:
     training = replace(whole, work=whole.work.with_name("terminated"))
     training.prepare(whole.work / "features")
@@ -90,6 +91,7 @@ def _ranks(process: Command) -> dict[int, int]:
     return found
 
 
+@pytest.mark.thorough
 def test_torchrun_starts_lost_ranks_again_and_they_go_on(whole: Training, tmp_path: Path) -> None:
     torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 

@@ -15,6 +15,8 @@ from mmoe_rec.jobs import train as steps
 from mmoe_rec.jobs.after_training import Promotion
 from tests.pipelines.short_trainings import World, dying_after, refused
 
+pytestmark = pytest.mark.thorough
+
 RESUME = "--resume"
 
 

@@ -26,6 +26,8 @@ from tests.log.small_logs import files_of
 from tests.pipelines.learnable_log import START, learnable_log, settings_tree
 from tests.pipelines.short_trainings import RATES, SMALL, dying_after
 
+pytestmark = pytest.mark.thorough
+
 NAME = "learnable"
 
 

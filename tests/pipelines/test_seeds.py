@@ -21,6 +21,8 @@ from tests.commands import run
 from tests.pipelines.short_trainings import World, dying_after
 from tests.report.parsed import Page
 
+pytestmark = pytest.mark.thorough
+
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
@@ -71,7 +73,6 @@ def test_trainings_that_were_stopped_go_on_and_their_mean_is_told(
     assert not client.search_registered_models()
 
 
-@pytest.mark.thorough
 def test_a_training_that_died_in_the_middle_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """Its run within the other one too."""
     world = World.of(tmp_path)
@@ -85,7 +86,6 @@ def test_a_training_that_died_in_the_middle_goes_on(tmp_path: Path, capsys: pyte
     assert {each.info.status for each in runs} == {"FINISHED"}
 
 
-@pytest.mark.thorough
 def test_trainings_side_by_side_are_those_one_after_the_other(
     world: World, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -153,7 +153,6 @@ def test_other_settings_are_compared_over_their_trainings(world: World, capsys: 
     assert "holds no trainings of several seeds that have all ended" in capsys.readouterr().err
 
 
-@pytest.mark.thorough
 def test_a_refused_run_leaves_what_was_found(world: World, capsys: pytest.CaptureFixture) -> None:
     world.train("--seeds", "2", "--resume")
     files = [world.folder / "work" / "seeds" / name for name in ("seeds.json", "report.html")]
@@ -164,7 +163,6 @@ def test_a_refused_run_leaves_what_was_found(world: World, capsys: pytest.Captur
     assert [each.read_bytes() for each in files] == before
 
 
-@pytest.mark.thorough
 def test_other_settings_that_have_seen_the_rows_are_told_of(
     world: World, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:

@@ -26,6 +26,8 @@ from tests.pipelines.learnable_log import learnable_log, settings_tree
 from tests.pipelines.short_trainings import FIRST_DAY, LENIENT, RATES, SMALL, World
 from tests.report.parsed import Page
 
+pytestmark = pytest.mark.thorough
+
 
 def log_of(rows: int) -> pa.Table:
     """With columns that no feature reads; no row lies where sorting by time would put it."""

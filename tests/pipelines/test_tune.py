@@ -20,6 +20,8 @@ from mmoe_rec.training.loop import Trainer
 from tests import commands
 from tests.pipelines.learnable_log import write_files
 
+pytestmark = pytest.mark.thorough
+
 # At the lowest rates nothing is learnt.
 SEARCH = {
     "training.learning_rate": {"low": 1e-8, "high": 0.1, "log": True},

@@ -339,10 +339,10 @@ def model_count(running: Running) -> float:
     ("arguments", "sentence"),
     [
         (["--model", "no/model"], "'no/model' holds no model"),
-        (["--model", "{model}", "--port", "70000"], "--port: must be a number between 0 and 65,535"),
-        (["--model", "{model}", "--prot", "1"], "'--prot' is no argument of serve, nor a setting"),
+        (["--model", "{model}", "--port", "70000"], "'--port': 70000 is not in the range"),
+        (["--model", "{model}", "--prot", "1"], "'--prot' is no option of serve, nor a setting"),
         (["--model", "{model}", "--serving.max_elemnts", "1"], "did you mean 'max_elements'?"),
-        (["--model", "{model}", "--training.epochs", "1"], "'--training.epochs' is no argument of serve"),
+        (["--model", "{model}", "--training.epochs", "1"], "'--training.epochs' is no option of serve"),
         (["--model", "{model}", "--token-file", "no/file"], "the token file 'no/file' can't be read"),
         (["--model", "{model}", "--host", "203.0.113.1"], "203.0.113.1:8000 can't be listened on"),
     ],

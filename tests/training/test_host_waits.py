@@ -29,6 +29,8 @@ from tests.model.examples import random_rows, small_model
 from tests.training.fake_gpu import CUDA, Waits, fake_gpu, on_gpu
 from tests.training.learnable import CPU, GIVEN, LAYOUTS
 
+pytestmark = pytest.mark.thorough
+
 ROWS = 32
 ONCE_A_STEP = [("training/steps.py _forward", "tolist")]
 EXPERTS = {"count": 16, "units": (16, 8)}
