@@ -50,7 +50,7 @@ class Calling(threading.Thread):
 
     def __init__(self, running: Running, keeps: bool, pause: float) -> None:
         super().__init__(daemon=True)
-        self._running, self._keeps, self._pause = running, keeps, pause
+        self._running, self.keeps, self._pause = running, keeps, pause
         self.has_ended = False
         self.answers: list[str] = []
         self.failures: list[object] = []
@@ -67,7 +67,7 @@ class Calling(threading.Thread):
                 self.answers.append(json.loads(reply.read())["predictions"][0]["model"]["version"])
             except (OSError, ValueError) as error:
                 self.failures.append(error)
-            if not self._keeps:
+            if not self.keeps:
                 connection.close()
             time.sleep(self._pause)
 
@@ -98,7 +98,8 @@ def test_workers_are_replaced_reloaded_and_counted_together(folder: Path, tmp_pa
             each.join(PATIENCE)
             assert not each.failures
             assert set(each.answers[-2:]) == {after}
-            assert each.answers == sorted(each.answers, key=lambda found: found == after), "and none goes back"
+            # New connections may reach either model until the reload is answered; a kept one does not go back.
+            assert not each.keeps or each.answers == sorted(each.answers, key=lambda found: found == after)
         until(lambda: not any(map(is_running, first | generation)))
         text = running.send(None, "/metrics", "GET")[1]
         assert 'mmoe_rec_reloads_total{outcome="done"} 2.0' in text, "of each worker"
