@@ -18,7 +18,6 @@ import json
 import logging
 import warnings
 from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mmoe_rec.errors import UserError
+from mmoe_rec.errors import UserError, require_packages
 from mmoe_rec.inference.example import EXAMPLE
 from mmoe_rec.inference.export import Answers
 from mmoe_rec.inference.ranker import Ranker
@@ -50,11 +49,7 @@ _LARGEST = float(np.log(np.finfo(np.float64).max))
 
 def check_packages() -> None:
     """Raises UserError where a package is missing that writing or checking an ONNX file needs."""
-    if missing := [name for name in _PACKAGES if find_spec(name) is None]:
-        raise UserError(
-            f"ONNX needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed: install the "
-            "extra onnx"
-        )
+    require_packages("ONNX", "onnx", *_PACKAGES)
 
 
 class Served(nn.Module):
