@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from mmoe_rec.settings import model as section
 
 # Grouped products are worth it while rows are sent to at most this share of the experts, and always if an expert has
-# this many weights (measured, see tests/benchmarks/experts.py).
+# this many weights (measured, see tests/benchmarks/LOG.md).
 GROUPED_BELOW = 0.75
 GROUPED_FROM_WEIGHTS = 100_000
 # On a GPU, one product for the rows of all experts is taken where a row uses at most this share of them. A guess from

@@ -35,7 +35,7 @@ import numpy as np
 
 from mmoe_rec.settings.load import load_settings
 from mmoe_rec.settings.sections import Settings
-from tests.benchmarks.peers.environment import PEERS, peers_environment, run
+from tests.benchmarks.peers.environment import PEERS, peers_environment, predict, write_rows_once
 
 CONFIG = "configs/census_income.yaml"
 RAW = os.environ.get("MMOE_REC_CENSUS", "../shared/data/census")
@@ -121,40 +121,15 @@ def trees(work: Path, pair: str) -> dict[str, float]:
 
 def peer(work: Path, pair: str, name: str, python: str, seeds: int, epochs: int) -> dict[str, Any]:
     """Mean and range of a peer's seeds on the same encoded rows."""
-    from mmoe_rec.jobs.places import features_in_use
-    from tests.benchmarks.peers.rows import write_rows
-
-    folder = work / pair / "rows"
-    if not (folder / "inputs.json").is_file():
-        settings = settings_of(work, pair, "mmoe")
-        with features_in_use(settings, "a benchmark") as prepared, tempfile.TemporaryDirectory(dir=work) as scratch:
-            write_rows(prepared, settings.schema_, Path(scratch, "rows"), remembered=True)
-            Path(scratch, "rows").rename(folder)
-    labels, found = np.load(folder / "test.labels.npy")[:, 0], []
-    for seed in range(seeds):
-        out = work / pair / f"{name}-{seed}.npy"
-        if not out.is_file():
-            made = out.with_suffix(".tmp.npy")
-            command = [
-                python,
-                "-m",
-                "tests.benchmarks.peers.trained",
-                name,
-                str(folder),
-                str(epochs),
-                "1024",
-                str(seed),
-            ]
-            print(pair, name, seed, run([*command, str(made)], OMP_NUM_THREADS="1"), flush=True)
-            made.rename(out)
-        found.append(_area(labels, np.load(out)[:, 0]))
-    return {"mean": float(np.mean(found)), "low": min(found), "high": max(found), "values": found}
-
-
-def _area(labels: np.ndarray, predicted: np.ndarray) -> float:
     from sklearn.metrics import roc_auc_score
 
-    return float(roc_auc_score(labels, predicted))
+    folder = work / pair / "rows"
+    write_rows_once(settings_of(work, pair, "mmoe"), folder)
+    labels = np.load(folder / "test.labels.npy")[:, 0]
+    outs = [work / pair / f"{name}-{seed}.npy" for seed in range(seeds)]
+    predicted = [predict(python, name, folder, out, epochs, seed, OMP_NUM_THREADS="1") for seed, out in enumerate(outs)]
+    found = [float(roc_auc_score(labels, each[:, 0])) for each in predicted]
+    return {"mean": float(np.mean(found)), "low": min(found), "high": max(found), "values": found}
 
 
 def _stage(work: Path, pair: str, structure: str, seeds: int) -> dict[str, Any]:

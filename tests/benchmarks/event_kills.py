@@ -32,7 +32,7 @@ import pyarrow as pa
 
 from mmoe_rec.live.journal import Journal
 from mmoe_rec.live.replay_server import OwnServer
-from tests.benchmarks.event_client import Client, place
+from tests.benchmarks.event_client import Client
 from tests.inference.small_model import SmallModel
 from tests.live.journals import every_batch, postgresql
 from tests.processes import until, workers
@@ -48,25 +48,19 @@ MOST_SECONDS = 1.0
 class _Caller(threading.Thread):
     """Sends every fourth batch; acknowledged: by which position, and its number, of each that was."""
 
-    def __init__(self, number: int, url: str, table: pa.Table) -> None:
+    def __init__(self, number: int, port: int, table: pa.Table) -> None:
         super().__init__(daemon=True)
-        self._next, self._table, self._client = number, table, Client(url)
+        self._next, self._table, self.client = number, table, Client(port)
         self.ending = threading.Event()
-        self.acknowledged: set[tuple[str, int]] = set()
+        self.acknowledged: set[tuple[int, int]] = set()
         self.error: Exception | None = None
-
-    @property
-    def again(self) -> int:
-        """How often it sent something again."""
-        return self._client.again
 
     def run(self) -> None:
         try:
-            self._client.version()  # it has answered once, and so may be away
-            with self._client:
+            with self.client:
                 while not self.ending.is_set():
                     number = self._next % BATCHES
-                    position = self._client.send(_batch(self._table, number), None)["position"]
+                    position = self.client.send(_batch(self._table, number))
                     self.acknowledged.add((position, number))
                     self._next += CALLERS
         except Exception as error:
@@ -101,17 +95,17 @@ def _kill(server: OwnServer, is_whole: bool, random: np.random.Generator) -> Non
     server.start()
 
 
-def _lost(journal: str, table: pa.Table, acknowledged: set[tuple[str, int]]) -> int:
+def _lost(journal: str, table: pa.Table, acknowledged: set[tuple[int, int]]) -> int:
     """Batches that are not at their position in the journal as they were sent."""
     numbers = defaultdict(set)
     for position, number in acknowledged:
         numbers[position].add(number)
-    kept = set[tuple[str, int]]()
+    kept = set[tuple[int, int]]()
     for each in every_batch(Journal(journal, create=False)):
-        for number in numbers[str(each.position)]:
+        for number in numbers[each.position]:
             sent = _batch(table, number).select(each.table.column_names)
             if each.table.cast(sent.schema).equals(sent):
-                kept.add((str(each.position), number))
+                kept.add((each.position, number))
     return len(acknowledged - kept)
 
 
@@ -121,7 +115,7 @@ def event_kills(scratch: Path, journal: str, kills: int, seed: int) -> dict[str,
     model, table = SmallModel(scratch).folder, later_log(seed + 1, rows=BATCH * BATCHES)
     whole = 0
     with OwnServer(model, journal, scratch / "server.log", WORKERS) as server:
-        callers = [_Caller(number, server.url, table) for number in range(CALLERS)]
+        callers = [_Caller(number, server.port, table) for number in range(CALLERS)]
         for caller in callers:
             caller.start()
         for number in range(kills):
@@ -139,14 +133,14 @@ def event_kills(scratch: Path, journal: str, kills: int, seed: int) -> dict[str,
                 raise caller.error
         _kill(server, True, random)
         acknowledged = set().union(*(each.acknowledged for each in callers))
-        with Client(server.url) as client:
-            last = max(place(position) for position, _ in acknowledged)
-            until(lambda: place(client.version()["position"]) >= last, "the server does not know all")
+        with Client(server.port) as client:
+            last = max(position for position, _ in acknowledged)
+            until(lambda: client.position() >= last, "the server does not know all")
     return {
         "killed": kills + 1,
         "of_which_whole": whole + 1,
         "acknowledged": len(acknowledged),
-        "sent_again": sum(each.again for each in callers),
+        "sent_again": sum(each.client.again for each in callers),
         "lost": _lost(journal, table, acknowledged),
     }
 

@@ -2,30 +2,20 @@
 
 How fast is `mmoe-rec features`? On the same rows of one log, each in a process of its own, it is timed beside
 
-pandas        the same features as one writes them with pandas and scikit-learn (`pandas_features.py`);
-tuned_pandas  the same by an expert who writes for speed (`tuned_pandas_features.py`);
+tuned_pandas  the same features by an expert in pandas who writes for speed (`tuned_pandas_features.py`);
 read          a bare read of the same columns with pyarrow, which nothing that reads the log can beat.
 
-And should counters be left to a library? `counter_engines.py` computes some of them, in memory and with two threads, by
+All may use every core. The baseline holds everything in memory and, unlike ours, keeps nothing that would encode a
+request; its docstring tells the rest of what it does less.
 
-engine        this project's point-in-time join;
-polars        Polars' as-of joins;
-duckdb        DuckDB's as-of joins, faster here than its windows,
-
-whose numbers must be equal. Both libraries are in the group `bench`: `uv sync --extra cpu --group bench`.
-
-The first four may use every core. Both baselines hold everything in memory and, unlike ours, keep nothing that would
-encode a request; their docstrings tell the rest of what they do less.
-
-The log is Complete Journey, a synthetic one of `--rows`, or that of another settings file (`--config`). What they
-wrote is compared, column by column. Times are without the start of Python and its imports; with `--repeats`, the
-fastest counts. Peaks of memory, of all processes of a stage, in GiB, are those of a run of their own, since watching it
-takes time.
+The log is Complete Journey, a synthetic one of `--rows`, or that of another settings file (`--config`). What both wrote
+is compared, column by column. Times are without the start of Python and its imports; with `--repeats`, the fastest
+counts. Peaks of memory, of all processes of a stage, in GiB, are those of a run of their own, since watching it takes
+time.
 """
 
 import argparse
 import json
-import math
 import shlex
 import subprocess
 import sys
@@ -45,77 +35,36 @@ from mmoe_rec.features.kinds.id import IdFeature
 from mmoe_rec.settings.load import load_settings
 from mmoe_rec.settings.schema import Schema
 from mmoe_rec.settings.sections import Settings
-from tests.benchmarks import counter_engines
 from tests.benchmarks.memory import measure
-from tests.benchmarks.sources import LOG, source_columns, source_files
+from tests.benchmarks.tuned_pandas_features import LOG, build, source_columns, source_files
 
 COMPLETE_JOURNEY, SYNTHETIC = "configs/complete_journey.yaml", "configs/synthetic.yaml"
 SPLITS = ("train", "validation", "test")
 TOLERANCE, AFFINE = 1e-4, 5e-3
-STAGES = ("ours", "pandas", "tuned_pandas", "read")
-ENGINES = ("engine", "polars", "duckdb")
+STAGES = ("ours", "tuned_pandas", "read")
 # A read is so short that one alone says little.
-TURNS = ("read", "pandas", "read", "ours", "read", "tuned_pandas", "read")
+TURNS = ("read", "ours", "read", "tuned_pandas", "read")
 
 
-def ours(settings: Settings) -> Callable[[], object]:
-    """Fit and encode with this project."""
-    from mmoe_rec.jobs.places import build_features
+def prepare_stage(stage: str, settings: Settings) -> Callable[[], object]:
+    """Imports what a stage needs; gives what is to be timed."""
+    columns, files = source_columns(settings.schema_), source_files(settings.data.log, settings.schema_)
+    if stage == "ours":
+        from mmoe_rec.jobs.places import build_features
 
-    return lambda: build_features(settings)
-
-
-def pandas(settings: Settings) -> Callable[[], object]:
-    """Fit and encode with pandas and scikit-learn."""
-    from tests.benchmarks.pandas_features import build
-
-    out = Path(settings.data.work)
-    return lambda: build(settings.data.log, settings.schema_, settings.split.windows(), out)
-
-
-def tuned_pandas(settings: Settings) -> Callable[[], object]:
-    """Fit and encode with pandas and numpy, for speed."""
-    from tests.benchmarks.tuned_pandas_features import build
-
-    out = Path(settings.data.work)
-    return lambda: build(settings.data.log, settings.schema_, settings.split.windows(), out)
-
-
-def read(settings: Settings) -> Callable[[], object]:
-    """Read the columns, file by file."""
+        return lambda: build_features(settings)
+    if stage == "tuned_pandas":
+        windows = settings.split.windows()
+        return lambda: build(settings.data.log, settings.schema_, windows, Path(settings.data.work))
     for module in ("pandas", "pyarrow.dataset"):  # which pyarrow would import at its first read
         import_module(module)
-    columns, files = source_columns(settings.schema_), source_files(settings.data.log, settings.schema_)
 
-    def run() -> None:
+    def read() -> None:
         for source, paths in files.items():
             for path in paths:
                 pq.read_table(path, columns=columns[source])
 
-    return run
-
-
-def run_engine(engine: str, settings: Settings) -> None:
-    """Compute counters by one engine, print its seconds, and write them as `ENGINE.npz`."""
-    logs, counters = counter_engines.load(settings), counter_engines.counters_of(settings.schema_)
-    work = counter_engines.CONTESTANTS[engine](counters, logs)
-    started = time.perf_counter()
-    found = work()
-    print(time.perf_counter() - started)
-    np.savez(Path(settings.data.work, engine), **found)
-
-
-def run_stage(stage: str, config: str, overrides: list[str]) -> None:
-    """Run one stage in this process and print its seconds."""
-    if stage in ENGINES:
-        run_engine(stage, load_settings(config, overrides))
-        return
-    work = {"ours": ours, "pandas": pandas, "tuned_pandas": tuned_pandas, "read": read}[stage](
-        load_settings(config, overrides)
-    )
-    started = time.perf_counter()
-    work()
-    print(time.perf_counter() - started)
+    return read
 
 
 def stage_command(stage: str, config: str, overrides: list[str]) -> list[str]:
@@ -238,13 +187,12 @@ def benchmark(config: str, overrides: list[str], repeats: int) -> dict[str, obje
                 seconds = time_stage(stage_command(stage, config, [*overrides, "--data.work", f"{folder}/{stage}"]))
                 best[stage] = min(best[stage], seconds)
                 print(f"{stage:12} {seconds:7.2f} s  {rows / seconds:12,.0f} rows/s", flush=True)
-            for baseline in ("pandas", "tuned_pandas"):
-                largest = compare(settings.schema_, Path(folder, "ours", "features", "encoded"), Path(folder, baseline))
-                print(
-                    f"ours and {baseline} are equal: dense columns to {largest['dense']:.1e}, "
-                    f"histories but for {largest['histories']:.4%} of the rows"
-                )
-    engines = compare_engines(config, overrides, repeats)
+            theirs = Path(folder, "tuned_pandas")
+            largest = compare(settings.schema_, Path(folder, "ours", "features", "encoded"), theirs)
+            print(
+                f"ours and tuned_pandas are equal: dense columns to {largest['dense']:.1e}, "
+                f"histories but for {largest['histories']:.4%} of the rows"
+            )
     for stage in STAGES:
         with tempfile.TemporaryDirectory(dir=Path(settings.data.work).parent) as folder:
             command = stage_command(stage, config, [*overrides, "--data.work", f"{folder}/{stage}"])
@@ -253,32 +201,10 @@ def benchmark(config: str, overrides: list[str], repeats: int) -> dict[str, obje
     return {
         "rows": rows,
         "rows_per_s": {stage: round(rows / best[stage]) for stage in STAGES},
-        "ours_over_pandas": round(best["pandas"] / best["ours"], 3),
         "ours_over_tuned_pandas": round(best["tuned_pandas"] / best["ours"], 3),
         "ours_over_bare_read": round(best["read"] / best["ours"], 4),
         "peak_gib": round(peak["ours"], 3),
-        **{f"{name}_over_ours": round(engines[name] / engines["engine"], 3) for name in engines if name != "engine"},
     }
-
-
-def compare_engines(config: str, overrides: list[str], repeats: int) -> dict[str, float]:
-    """Seconds of the engines that are installed, fastest of `repeats`, whose counters must be equal."""
-    missing = counter_engines.missing()
-    if missing:
-        print(
-            f"counters are not compared with {' and '.join(missing)}: uv sync --extra cpu --group bench installs them"
-        )
-    best = {name: math.inf for name in ENGINES if name not in missing}
-    for _ in range(repeats):
-        with tempfile.TemporaryDirectory(dir=Path(load_settings(config, overrides).data.work).parent) as folder:
-            for engine, fastest in best.items():
-                seconds = time_stage(stage_command(engine, config, [*overrides, "--data.work", folder]))
-                best[engine] = min(fastest, seconds)
-                print(f"{engine:12} {seconds:7.2f} s", flush=True)
-            for other in best.keys() - {"engine"}:
-                columns = counter_engines.assert_equal(Path(folder, "engine.npz"), Path(folder, f"{other}.npz"))
-                print(f"engine and {other} are equal in all rows of {columns} columns of whole numbers")
-    return best
 
 
 def main() -> None:
@@ -287,10 +213,13 @@ def main() -> None:
     parser.add_argument("--rows", type=int, help="a synthetic log of so many rows instead of Complete Journey")
     parser.add_argument("--config", help="another settings file, whose log is there, instead; overrides may follow")
     parser.add_argument("--repeats", type=int, default=1, help="times that all is timed (default: %(default)s)")
-    parser.add_argument("--stage", choices=[*STAGES, *ENGINES], help=argparse.SUPPRESS)
+    parser.add_argument("--stage", choices=STAGES, help=argparse.SUPPRESS)
     options, overrides = parser.parse_known_args()
     if options.stage:
-        run_stage(options.stage, options.config, overrides)
+        work = prepare_stage(options.stage, load_settings(options.config, overrides))
+        started = time.perf_counter()
+        work()
+        print(time.perf_counter() - started)
         return
     with tempfile.TemporaryDirectory() as folder:
         config = options.config or (SYNTHETIC if options.rows else COMPLETE_JOURNEY)

@@ -17,7 +17,7 @@ import torch
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.inference.request import Request
 from mmoe_rec.point_in_time.histories import HistoryMemory
-from tests.benchmarks.serving_bodies import Bodies
+from tests.benchmarks.serving_models import Bodies
 
 TURNS = 200
 

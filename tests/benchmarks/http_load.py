@@ -25,7 +25,7 @@ class Latencies:
 
 
 class Client:
-    """A connection that is kept."""
+    """A connection that is kept, and that is opened again where the server has closed it meanwhile."""
 
     def __init__(self, port: int, page: str = "/invocations") -> None:
         self._connection = http.client.HTTPConnection("127.0.0.1", port, timeout=600)
@@ -33,13 +33,20 @@ class Client:
 
     def ask(self, body: bytes | None) -> bytes:
         """The reply to a body, or to a GET without one. Raises RuntimeError for an error."""
+        try:
+            status, content = self._once(body)
+        except (OSError, http.client.HTTPException):
+            self._connection.close()
+            status, content = self._once(body)
+        if status != 200:
+            raise RuntimeError(f"{status}: {content[:300]!r}")
+        return content
+
+    def _once(self, body: bytes | None) -> tuple[int, bytes]:
         headers = {"Content-Type": "application/json"}
         self._connection.request("GET" if body is None else "POST", self._page, body, headers)
         reply = self._connection.getresponse()
-        content = reply.read()
-        if reply.status != 200:
-            raise RuntimeError(f"{reply.status}: {content[:300]!r}")
-        return content
+        return reply.status, reply.read()
 
 
 def latencies(clients: Mapping[str, Client], body: bytes | None, seconds: float, turns: int) -> dict[str, Latencies]:

@@ -29,17 +29,15 @@ import numpy as np
 
 from mmoe_rec.evaluation.results import MeasuredModel, Results
 from mmoe_rec.jobs.evaluate import evaluate_model
-from mmoe_rec.jobs.places import features_in_use
 from mmoe_rec.jobs.train import train_model
 from mmoe_rec.settings.sections import Settings
 from pipelines.quickstart import ingest_log, quickstart_settings
-from tests.benchmarks.peers.environment import PEERS, peers_environment, run
-from tests.benchmarks.peers.rows import write_rows
+from tests.benchmarks.peers.environment import PEERS, peers_environment, predict, write_rows_once
 
 if TYPE_CHECKING:
     from mmoe_rec.evaluation.scoring import ScoredRows
 
-OURS, BATCH = "ours", 1024
+OURS = "ours"
 FEATURES = {"our features": True, "the row alone": False}
 """What a peer is given -> whether counters and histories are part of it."""
 
@@ -49,19 +47,9 @@ def predicted(work: Path, settings: Settings, epochs: int) -> dict[str, np.ndarr
     python, found = peers_environment(), {}
     for given, remembered in FEATURES.items():
         rows = work / "peers" / given.replace(" ", "_")
-        if not (rows / "inputs.json").is_file():
-            with features_in_use(settings, "a benchmark") as prepared, tempfile.TemporaryDirectory(dir=work) as scratch:
-                write_rows(prepared, settings.schema_, Path(scratch, "rows"), remembered=remembered)
-                rows.parent.mkdir(exist_ok=True)
-                Path(scratch, "rows").rename(rows)
+        write_rows_once(settings, rows, remembered=remembered)
         for peer in PEERS:
-            out = rows / f"{peer}.npy"
-            if not out.is_file():
-                made = out.with_suffix(".tmp.npy")
-                words = [peer, str(rows), str(epochs), str(BATCH), "0", str(made)]
-                print(peer, given, run([python, "-m", "tests.benchmarks.peers.trained", *words]), flush=True)
-                made.rename(out)
-            found[f"{peer}, {given}"] = np.load(out)
+            found[f"{peer}, {given}"] = predict(python, peer, rows, rows / f"{peer}.npy", epochs)
     return found
 
 

@@ -5,7 +5,6 @@ Requests are sent by this process at a steady rate, events by processes of their
 
 from __future__ import annotations
 
-import http.client
 import json
 import multiprocessing
 import sys
@@ -20,8 +19,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from tests.benchmarks.event_client import Client, place
-from tests.benchmarks.serving_bodies import Bodies
+from tests.benchmarks.event_client import Client as EventClient
+from tests.benchmarks.http_load import Client
+from tests.benchmarks.serving_models import Bodies
 
 REQUESTS_PER_S, CANDIDATES = 20, 500
 EVENTS_PER_S, BATCHES, LARGE_BATCH = 2_000, (100, 500), 1_000
@@ -50,7 +50,7 @@ def live_events(model: Path, events: pa.Table, time_column: str, scratch: Path, 
     paced, probed, most = Sent(), Sent(), Sent()
     for number in range(SERVERS):
         with OwnServer(model, scratch / f"journal{number}", scratch / f"server{number}.log", workers=2) as server:
-            senders = _Senders(server.url, file, len(events))
+            senders = _Senders(server.port, file, len(events))
 
             def body_now(senders: _Senders = senders) -> bytes:
                 body["inputs"][0]["context"][time_column] = f"{times[senders.row]}Z"
@@ -171,13 +171,13 @@ class _Asker:
 
     def ask(self, seconds: float) -> list[float]:
         """Seconds that each request takes."""
-        pages = [_Page(self._port) for _ in range(CONNECTIONS)]
+        clients = [Client(self._port) for _ in range(CONNECTIONS)]
         begun, taken = time.perf_counter(), []
         for number in range(int(seconds * REQUESTS_PER_S)):
             body = self._body()
             _sleep_until(begun + (number + self._random.random()) / REQUESTS_PER_S)
             start = time.perf_counter()
-            pages[number % CONNECTIONS].ask("/invocations", body)
+            clients[number % CONNECTIONS].ask(body)
             taken.append(time.perf_counter() - start)
         return taken
 
@@ -187,7 +187,7 @@ class _Order:
     """What a sender is to send: rows of a file from `start` to `end`, in batches, at a rate (rows a second) or as fast
     as they are accepted; probes: whether to look when they are visible."""
 
-    url: str
+    port: int
     file: Path
     rate: float | None
     batch: int
@@ -199,8 +199,8 @@ class _Order:
 class _Senders:
     """Processes that send rows of a file, each of which once."""
 
-    def __init__(self, url: str, file: Path, rows: int) -> None:
-        self._url, self._file, self._rows, self._next = url, file, rows, 0
+    def __init__(self, port: int, file: Path, rows: int) -> None:
+        self._port, self._file, self._rows, self._next = port, file, rows, 0
         self._spawn = multiprocessing.get_context("spawn")
         self._count = self._spawn.Value("q", 0)
 
@@ -217,7 +217,7 @@ class _Senders:
         if share < batch:
             raise RuntimeError(f"{self._rows:,} events are too few for so many seconds")
         begins = [self._next + number * share for number in range(count)]
-        orders = [_Order(self._url, self._file, rate, batch, each, each + share, probes) for each in begins]
+        orders = [_Order(self._port, self._file, rate, batch, each, each + share, probes) for each in begins]
         shared = paused, stop, self._count, found
         processes = [self._spawn.Process(target=_send, args=(order, *shared)) for order in orders]
         for process in processes:
@@ -242,7 +242,7 @@ def _send(order: _Order, paused: Any, stop: Any, count: Any, found: Any) -> None
     with pa.memory_map(str(order.file)) as source:
         table = pa.ipc.open_file(source).read_all()
     sent, waiting, probed, start = Sent(), [], 0.0, order.start
-    with Client(order.url) as client, ThreadPoolExecutor(PROBES) as prober:
+    with EventClient(order.port) as client, ThreadPoolExecutor(PROBES) as prober:
         found.put("ready")
         begun = time.perf_counter()  # later by all pauses
         while not stop.is_set() and start < order.end:
@@ -252,14 +252,14 @@ def _send(order: _Order, paused: Any, stop: Any, count: Any, found: Any) -> None
                 begun += time.perf_counter() - since
                 continue
             rows = table.slice(start, min(order.batch, order.end - start))
-            position = client.send(rows, None)["position"]
+            position = client.send(rows)
             acknowledged = time.perf_counter()
             start, sent.events = start + len(rows), sent.events + len(rows)
             with count.get_lock():
                 count.value += len(rows)
             if order.probes and acknowledged - probed >= SECONDS_BETWEEN_PROBES:
                 probed = acknowledged
-                waiting.append(prober.submit(_visible, order.url, position, acknowledged))
+                waiting.append(prober.submit(_visible, order.port, position, acknowledged))
             if order.rate is not None:
                 _sleep_until(begun + sent.events / order.rate)
         sent.seconds = time.perf_counter() - begun
@@ -267,36 +267,14 @@ def _send(order: _Order, paused: Any, stop: Any, count: Any, found: Any) -> None
     found.put(sent)
 
 
-def _visible(url: str, position: str, since: float) -> float:
+def _visible(port: int, position: int, since: float) -> float:
     """Seconds from a moment until all of several connections, which lie with all workers, say that their worker knows a
     position; nothing that waits for it makes a worker hurry."""
-    with Client(url) as client:
+    with EventClient(port) as client:
         for _ in range(CONNECTIONS):
-            while place(client.version()["position"]) < place(position):
+            while client.position() < position:
                 time.sleep(PAUSE_S)
     return time.perf_counter() - since
-
-
-class _Page:
-    """A connection that is kept, and that is opened again where the server has closed it meanwhile."""
-
-    def __init__(self, port: int) -> None:
-        self._connection = http.client.HTTPConnection("127.0.0.1", port, timeout=600)
-
-    def ask(self, page: str, body: bytes) -> None:
-        """Raises RuntimeError for anything but an answer."""
-        try:
-            status, found = self._once(page, body)
-        except (OSError, http.client.HTTPException):
-            self._connection.close()
-            status, found = self._once(page, body)
-        if status != 200:
-            raise RuntimeError(f"{status}: {found[:300]!r}")
-
-    def _once(self, page: str, body: bytes) -> tuple[int, bytes]:
-        self._connection.request("POST", page, body, {"Content-Type": "application/json"})
-        reply = self._connection.getresponse()
-        return reply.status, reply.read()
 
 
 def _sleep_until(moment: float) -> None:

@@ -1,14 +1,12 @@
 """python -m tests.benchmarks.serving
 
 What scoring costs over HTTP, on MLflow's server and on ours, beside a no-op model with the same request and reply on
-the same server, and beside this project as it was before its serving was made fast.
+the same server.
 
 It takes the model of the quickstart (`python -m pipelines.quickstart` comes first), or another one's folder
 (`--model`). Servers are asked in turns, each scoring in one thread; clients share the cores with them. Requests name
 candidates by their ids; `given` also gives their attributes.
 
-before        commit 5889222, in a worktree of its own (`--before`, kept in the folder for temporary files), where its
-              own quickstart trains its model first;
 rechub_mlflow torch-rechub's MMOE in a small pyfunc (`tests/benchmarks/rechub_model.py`) on MLflow's server, with ids of
               the same columns and random weights; its package comes from an environment of its own (`--peers`);
 growth        the median of a request to a model that remembers ten times as many events, over the same model's.
@@ -31,11 +29,9 @@ from typing import Any
 import numpy as np
 
 from tests.benchmarks.http_load import Client, latencies, processor_seconds, requests_a_second
-from tests.benchmarks.serving_bodies import Bodies
-from tests.benchmarks.serving_models import save_pyfunc, save_rechub
+from tests.benchmarks.serving_models import Bodies, save_pyfunc, save_rechub
 from tests.inference.running_server import free_port, running_program
 
-BEFORE = "5889222"
 MODEL = Path("data/complete_journey/work/model")
 COUNTS = (5, 500, 5_000)
 TURNS, LONG_TURNS = 10, 3
@@ -93,21 +89,6 @@ def noop_by_ours(model: Path, folder: Path) -> Iterator[Running]:
         yield running
 
 
-def before(folder: Path) -> Path:
-    """A worktree of the earlier commit with its quickstart's model, made if it is not there."""
-    if not folder.is_dir():
-        subprocess.run(["git", "worktree", "add", "--detach", str(folder), BEFORE], check=True, stdout=sys.stderr)
-    if not (folder / MODEL / "model.json").is_file():
-        print("training the model of the earlier commit", file=sys.stderr)
-        words = [sys.executable, "-m", "pipelines.quickstart"]
-        subprocess.run(words, cwd=folder, check=True, stdout=subprocess.DEVNULL, env=_env_of(folder))
-    return folder
-
-
-def _env_of(folder: Path) -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(folder)}
-
-
 class Benchmark:
     """Figures of servers that run at the same time and are asked in turns, by their names."""
 
@@ -116,18 +97,14 @@ class Benchmark:
         self.figures: dict[str, dict[str, float]] = {"p50_ms": {}, "p99_ms": {}, "rps_8_clients": {}, "cpu_ms": {}}
 
     def measure(self) -> None:
-        """All requests, and what 500 candidates by id cost; `before` is asked for the latter, `rechub` for neither, but
-        it ranks candidates that are given with all columns."""
-        most = {name: server for name, server in self.servers.items() if name not in ("before", RECHUB)}
-        models = {
-            name: server for name, server in self.servers.items() if name not in ("before", "noop", "noop_mlflow")
-        }
-        asked = {str(count): self.bodies.ids(count) for count in COUNTS}
-        self._ask("health", most, None, "/ping")
-        for what, body in {**asked, "100x5": self.bodies.ids(5, elements=100)}.items():
-            self._ask(what, most, body)
-        self._ask("given_500", models, self.bodies.given(500))
+        """All requests, and what 500 candidates by id cost; `rechub` ranks candidates with all their columns alone."""
         by_ids = {name: server for name, server in self.servers.items() if name != RECHUB}
+        models = {name: server for name, server in self.servers.items() if "noop" not in name}
+        asked = {str(count): self.bodies.ids(count) for count in COUNTS}
+        self._ask("health", by_ids, None, "/ping")
+        for what, body in {**asked, "100x5": self.bodies.ids(5, elements=100)}.items():
+            self._ask(what, by_ids, body)
+        self._ask("given_500", models, self.bodies.given(500))
         costs: dict[str, list[float]] = {name: [] for name in by_ids}
         rates: dict[str, list[float]] = {name: [] for name in by_ids}
         for _ in range(LONG_TURNS):
@@ -156,7 +133,7 @@ def grown(model: Path, times: int) -> float:
     return float(subprocess.run(words, check=True, capture_output=True, text=True).stdout)
 
 
-def benchmark(model: Path, earlier: Path | None, peers: Path | None, seconds: float) -> dict[str, Any]:
+def benchmark(model: Path, peers: Path | None, seconds: float) -> dict[str, Any]:
     """All figures."""
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -169,25 +146,19 @@ def benchmark(model: Path, earlier: Path | None, peers: Path | None, seconds: fl
             "ours": by_ours(model, folder),
             "ours_2_workers": by_ours(model, folder, workers=2),
         }
-        if earlier is not None:
-            found["before"] = by_mlflow("models:/complete_journey@champion", folder, before(earlier))
         if peers is not None:
             save_rechub(model, folder / RECHUB, peers)
             found[RECHUB] = by_mlflow(folder / RECHUB, folder)
         servers = {name: stack.enter_context(server) for name, server in found.items()}
         run = Benchmark(Bodies(model), servers, seconds)
         run.measure()
-    p50, cpu, rates = run.figures["p50_ms"], run.figures["cpu_ms"], run.figures["rps_8_clients"]
+    p50 = run.figures["p50_ms"]
     ratios = {
         "ours_over_noop_p50": p50["ours_500"] / p50["noop_500"],
         "ours_over_noop_p50_mlflow": p50["mlflow_500"] / p50["noop_mlflow_500"],
         "ours_over_noop_100x5": p50["ours_100x5"] / p50["noop_100x5"],
         "growth_memory_10x": grown(model, 10),
     }
-    if earlier is not None:
-        ratios["before_over_ours_cpu"] = cpu["before"] / cpu["mlflow"]
-        ratios["mlflow_over_before_8_clients"] = rates["mlflow"] / rates["before"]
-        ratios["ours_2_workers_over_before_8_clients"] = rates["ours_2_workers"] / rates["before"]
     return {**run.figures, **{name: round(value, 3) for name, value in ratios.items()}}
 
 
@@ -195,16 +166,14 @@ def main() -> None:
     """Runs all; the last line is JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=MODEL, help="an artifact folder (default: %(default)s)")
-    parser.add_argument("--before", type=Path, default=Path(tempfile.gettempdir(), "mmoe_rec_before"))
-    parser.add_argument("--no-before", action="store_true", help="without the earlier commit")
     parser.add_argument("--peers", type=Path, default=Path(tempfile.gettempdir(), "mmoe_rec_peers"))
     parser.add_argument("--no-peers", action="store_true", help="without torch-rechub")
     parser.add_argument("--seconds", type=float, default=4.0, help="for each kind of request (default: %(default)s)")
     options = parser.parse_args()
     if not (options.model / "model.json").is_file():
         parser.error(f"'{options.model}' holds no model; run python -m pipelines.quickstart first")
-    earlier, peers = None if options.no_before else options.before, None if options.no_peers else options.peers
-    print(json.dumps(benchmark(options.model, earlier, peers, options.seconds)))
+    peers = None if options.no_peers else options.peers
+    print(json.dumps(benchmark(options.model, peers, options.seconds)))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 Strings are read as Arrow dictionaries, every key is turned into integers once for all features, and numpy does most of
 the work (own vocabularies, lexsort, bincount, histories cut out of one array). Counters and histories are point in time
-by `merge_asof`, numbers are standardised by scikit-learn. `pandas_features.py` is what one usually finds instead.
+by `merge_asof`, numbers are standardised by scikit-learn.
 
 It does less than `mmoe_rec.features`. Everything is in memory at once; nothing fitted or counted is kept, so a request
 could not be encoded afterwards, nor could days be added; the log is not checked; there are no inputs of kinds ids,
@@ -13,6 +13,7 @@ nothing that ours does not.
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from glob import glob
 from pathlib import Path
 
 import numpy as np
@@ -28,10 +29,39 @@ from mmoe_rec.features.kinds.id import IdFeature
 from mmoe_rec.features.kinds.numeric import NumericFeature
 from mmoe_rec.features.kinds.time import TimeFeature
 from mmoe_rec.settings.columns import Task
-from mmoe_rec.settings.schema import Schema
-from tests.benchmarks.sources import LOG, source_columns, source_files, source_times
+from mmoe_rec.settings.schema import Remembering, Schema
 
 DAY = 86_400_000_000
+LOG = "(log)"
+
+
+def source_columns(schema: Schema) -> dict[str, list[str]]:
+    """Source (the log, or the name of a log of events) -> the columns of it that the features and labels need."""
+    names = schema.columns
+    needed: dict[str, set[str | None]] = {LOG: {names.user, names.candidate, names.time, names.request}}
+    needed[LOG] |= {names.sampling_rate}
+    for task in schema.tasks.values():
+        needed[LOG] |= {task.label, task.observed_when.column if task.observed_when else None}
+    needed |= {name: {events.time} for name, events in schema.events.items()}
+    for feature in schema.features.values():
+        needed[LOG] |= set(feature.reads())
+        if isinstance(feature, Remembering) and feature.events:
+            needed[feature.events] |= set(feature.event_reads(schema))
+    return {source: sorted(filter(None, columns)) for source, columns in needed.items()}
+
+
+def source_files(log: str, schema: Schema) -> dict[str, list[Path]]:
+    """Source -> its Parquet files."""
+    paths = {LOG: log} | {name: events.path for name, events in schema.events.items()}
+    return {
+        source: sorted(Path(path).rglob("*.parquet") if Path(path).is_dir() else map(Path, glob(path, recursive=True)))
+        for source, path in paths.items()
+    }
+
+
+def source_times(schema: Schema) -> dict[str, str]:
+    """Source -> its column of time."""
+    return {LOG: schema.columns.time} | {name: events.time for name, events in schema.events.items()}
 
 
 def read_frame(files: list[Path], columns: list[str], time: str) -> pd.DataFrame:

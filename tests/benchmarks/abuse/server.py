@@ -1,18 +1,16 @@
-"""Our server in processes of its own, as the parts of the benchmark start it."""
+"""Our server in processes of its own, as both parts of the benchmark start it."""
 
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.benchmarks.abuse.wire import PATIENCE, Reply, Sent, Wire
+from tests.benchmarks.abuse.wire import Reply, Sent, Wire
 from tests.inference.running_server import free_port, running_program
 from tests.processes import until, workers
 
@@ -44,13 +42,6 @@ class Running:
         """Process ids of the workers."""
         return workers(self.process.pid)
 
-    def terminate(self) -> tuple[float, int]:
-        """Ends the server by SIGTERM: the seconds that it took, and the exit code."""
-        start = time.monotonic()
-        self.process.send_signal(signal.SIGTERM)
-        code = self.process.wait(PATIENCE)
-        return time.monotonic() - start, code
-
     def ready_workers(self) -> int:
         """How many workers serve a model, as the metrics have it."""
         try:
@@ -65,19 +56,12 @@ class Running:
         until(lambda: self.ready_workers() == WORKERS)
 
 
-def seconds_until(condition: Callable[[], bool]) -> float:
-    """Waits until a condition holds; the seconds that it took."""
-    start = time.monotonic()
-    until(condition)
-    return time.monotonic() - start
-
-
 @contextmanager
-def served(model: Path, folder: Path, *arguments: str) -> Iterator[Running]:
+def served(model: Path, folder: Path) -> Iterator[Running]:
     """A server of a model with two workers, until the block ends. folder: gets what it prints."""
     port = free_port()
     words = [sys.executable, "-m", "mmoe_rec", "serve", "--model", str(model), "--port", str(port)]
-    words += ["--workers", str(WORKERS), *arguments]
+    words += ["--workers", str(WORKERS)]
     env = {name: value for name, value in os.environ.items() if name != "MMOE_REC_TOKEN"}
     log = folder / f"server_{port}.log"
     page = f"http://127.0.0.1:{port}/health"

@@ -145,7 +145,7 @@ class Requests:
 
 def valid(model: Path) -> list[bytes]:
     """Calls of several sizes that are answered."""
-    from tests.benchmarks.serving_bodies import Bodies
+    from tests.benchmarks.serving_models import Bodies
 
     bodies = Bodies(model)
     return [bodies.ids(1), bodies.ids(5), bodies.ids(20), bodies.ids(5, 4), bodies.given(5), bodies.given(30)]
@@ -153,7 +153,7 @@ def valid(model: Path) -> list[bytes]:
 
 def largest(model: Path) -> list[bytes]:
     """Calls that take as much memory as the limits let them."""
-    from tests.benchmarks.serving_bodies import Bodies
+    from tests.benchmarks.serving_models import Bodies
 
     example = json.loads((model / "example_request.json").read_text(encoding="utf-8"))
     return [Bodies(model).ids(9_999, 10), _text({"inputs": [example], "params": {"other": [[1]] * 1_600_000}})]

@@ -1,4 +1,4 @@
-"""The environment of the peers, and what a process in it prints."""
+"""The environment of the peers, and what they predict in it."""
 
 from __future__ import annotations
 
@@ -10,10 +10,16 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from mmoe_rec.settings.sections import Settings
 
 PEERS = {"rechub": "torch-rechub==0.9.0", "deepctr": "deepctr-torch==0.3.0"}
 FOLDER = Path(tempfile.gettempdir(), "mmoe_rec_peers")
+BATCH = 1024
 
 
 def peers_environment(folder: Path = FOLDER) -> str:
@@ -35,3 +41,28 @@ def run(command: Sequence[str], **environment: str) -> Any:
     if finished.returncode != 0:
         raise SystemExit(f"{shlex.join(command)} failed")
     return json.loads(finished.stdout.splitlines()[-1])
+
+
+def write_rows_once(settings: Settings, folder: Path, *, remembered: bool = True) -> None:
+    """Writes the rows of a settings' features for the peers, unless a run before has; see `rows.write_rows`."""
+    from mmoe_rec.jobs.places import features_in_use
+    from tests.benchmarks.peers.rows import write_rows
+
+    if (folder / "inputs.json").is_file():
+        return
+    made = folder.with_suffix(".tmp")
+    with features_in_use(settings, "a benchmark") as prepared:
+        write_rows(prepared, settings.schema_, made, remembered=remembered)
+    made.rename(folder)
+
+
+def predict(python: str, peer: str, rows: Path, out: Path, epochs: int, seed: int = 0, **env: str) -> np.ndarray:
+    """(N, T) what a peer predicts of the test rows, trained unless a run before has left its predictions in `out`."""
+    if not out.is_file():
+        made = out.with_suffix(".tmp.npy")
+        words = [peer, str(rows), str(epochs), str(BATCH), str(seed), str(made)]
+        told = run([python, "-m", "tests.benchmarks.peers.trained", *words], **env)
+        print(peer, out, told, flush=True)
+        made.rename(out)
+    predicted: np.ndarray = np.load(out)
+    return predicted
