@@ -88,12 +88,9 @@ def refresh(
         from mmoe_rec.live.scheduled_training import days_of_validation, train_when_due
 
         days = days_of_validation(settings, address, every, validation_days)
-    rows = None
-    if journal is not None:
-        from mmoe_rec.live.refresh import from_journal
-
-        rows = from_journal(journal, settings, remove_events, other_journal)
-    refreshed = tables.refresh(settings, address, anew=anew, journal=rows)
+    refreshed = tables.refresh(
+        settings, address, anew=anew, journal=journal, remove_events=remove_events, other_journal=other_journal
+    )
     name, alias = refreshed.before.version.name, refreshed.before.alias
     if refreshed.tables is None:
         log = settings.data.log

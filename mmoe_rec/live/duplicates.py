@@ -6,8 +6,9 @@ and the files that are written of it, hold the same rows.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -17,6 +18,7 @@ import pyarrow.types as pt
 from mmoe_rec.errors import UserError
 from mmoe_rec.live.journal import Batch
 from mmoe_rec.log.columns import UTC_MICROSECONDS, column_uses, event_uses
+from mmoe_rec.log.files import first_line
 from mmoe_rec.log.hashing import combine, hash_column, mix
 from mmoe_rec.log.reader import event_rows
 from mmoe_rec.log.rows import MICROSECONDS_PER_DAY, LogRows, maturity
@@ -31,43 +33,24 @@ COUNTS, DUPLICATE, CONFLICT = 0, 1, 2
 _NEVER, _FOREVER = np.iinfo(np.int64).min, np.iinfo(np.int64).max
 
 
-@dataclass
-class Counts:
-    """Rows by what became of them.
-
-    accepted: they count; duplicate: they came before with the same labels; conflict: they came before with other
-    labels, or their request is another user's. Of the accepted ones, out_of_order: earlier than a row before; old: so
-    much earlier that whether they came before is not remembered.
-    """
-
-    accepted: int = 0
-    duplicate: int = 0
-    conflict: int = 0
-    out_of_order: int = 0
-    old: int = 0
-
-    def add(self, other: Counts) -> None:
-        """Adds other rows."""
-        for each in fields(self):
-            setattr(self, each.name, getattr(self, each.name) + getattr(other, each.name))
+def uses_of_logs(schema: Schema) -> dict[str | None, dict[str, Use]]:
+    """Log, None for the interaction log, -> its columns and what each is read as."""
+    uses: dict[str | None, dict[str, Use]] = {None: column_uses(schema)}
+    return uses | {name: event_uses(schema, name) for name in schema.events}
 
 
 @dataclass(frozen=True)
 class NewRows:
-    """Rows that count, in the journal's order. table: the columns that the log must have, null where not given."""
+    """Rows that count, in the journal's order. table: the columns that the log must have, null where not given.
+
+    counts: all rows by what became of them. accepted: they count; duplicate: they came before with the same labels;
+    conflict: they came before with other labels, or their request is another user's. Of the accepted ones,
+    out_of_order: earlier than a row before; old: so much earlier that whether they came before is not remembered.
+    """
 
     source: str | None
     table: pa.Table
-    counts: Counts
-
-    @staticmethod
-    def together(parts: Sequence[NewRows]) -> NewRows:
-        """Those of one log as one."""
-        counts = Counts()
-        for each in parts:
-            counts.add(each.counts)
-        tables = [each.table for each in parts]
-        return NewRows(parts[0].source, pa.concat_tables(tables, promote_options="default").combine_chunks(), counts)
+    counts: Counter[str]
 
     def rows(self, schema: Schema) -> LogRows:
         """As features read them."""
@@ -84,7 +67,7 @@ class NewRows:
         return int(late.sum())
 
 
-class _Source:
+class _Memory:
     """What is remembered of one log.
 
     newest: latest time of its rows so far, microseconds; stores: rows by event id, and by request and candidate;
@@ -109,173 +92,142 @@ class Duplicates:
 
     def __init__(self, schema: Schema, forget_after_days: int = FORGET_AFTER_DAYS) -> None:
         self.schema, self.forget_after_days = schema, forget_after_days
-        self._uses: dict[str | None, dict[str, Use]] = {None: column_uses(schema)}
-        self._uses |= {name: event_uses(schema, name) for name in schema.events}
-        self._sources = {source: _Source() for source in self._uses}
-        self.unknown: dict[str, int] = {}
-        """Log of events that the schema does not have -> rows that were left out."""
-
-    @property
-    def sources(self) -> list[str | None]:
+        self._uses = uses_of_logs(schema)
+        self.sources = list(self._uses)
         """The logs that the schema has, None for the interaction log."""
-        return list(self._uses)
+        self._memories = {source: _Memory() for source in self._uses}
+        self.unknown: Counter[str] = Counter()
+        """Log of events that the schema does not have -> rows that were left out."""
 
     def __len__(self) -> int:
         """Keys that are remembered."""
-        return sum(len(store) for source in self._sources.values() for store in source.stores.values())
+        return sum(len(store) for memory in self._memories.values() for store in memory.stores.values())
 
     def filter(self, batches: Sequence[Batch]) -> dict[str | None, NewRows]:
         """The rows that count, by log; those of logs that the schema does not have are `unknown`.
 
         Raises UserError where the columns of batches do not fit the schema.
         """
-        found = {}
+        by_log: dict[str | None, list[Batch]] = {}
         for batch in batches:
-            if batch.source not in self._uses:
-                self.unknown[str(batch.source)] = self.unknown.get(str(batch.source), 0) + len(batch)
-        for source in self._uses:
-            mine = [batch for batch in batches if batch.source == source]
-            if mine:
-                found[source] = self._filter(source, mine)
-        return found
+            by_log.setdefault(batch.source, []).append(batch)
+        for source in by_log.keys() - self._uses.keys():
+            self.unknown[str(source)] += sum(map(len, by_log[source]))
+        return {source: self._filter(source, by_log[source]) for source in self._uses if source in by_log}
 
     def to_arrays(self, source: str | None) -> dict[str, np.ndarray]:
         """What is remembered of one log: the same for the same batches, in however many steps they came."""
-        log = self._sources[source]
-        arrays = {"newest": np.array(log.newest)}
-        for store, keys in log.stores.items():
-            columns = keys.to_arrays(self._since(log.newest))
+        memory = self._memories[source]
+        arrays = {"newest": np.array(memory.newest)}
+        for store, keys in memory.stores.items():
+            columns = keys.to_arrays(memory.newest // MICROSECONDS_PER_DAY - self.forget_after_days)
             arrays |= {f"{store}.{column}": values for column, values in columns.items()}
         return arrays
 
     def restore(self, source: str | None, arrays: Mapping[str, np.ndarray]) -> None:
         """Takes what `to_arrays` gave. Raises KeyError for anything else."""
-        log = self._sources[source]
-        log.newest = int(arrays["newest"])
-        for store, keys in log.stores.items():
+        memory = self._memories[source]
+        memory.newest = int(arrays["newest"])
+        for store, keys in memory.stores.items():
             begin = f"{store}."
             keys.restore({name.removeprefix(begin): each for name, each in arrays.items() if name.startswith(begin)})
 
     def newest(self, source: str | None) -> int:
         """The latest time of a log's rows so far, microseconds; the least int64 before there are any."""
-        return self._sources[source].newest
-
-    def _since(self, newest: int) -> int:
-        return newest // MICROSECONDS_PER_DAY - self.forget_after_days
+        return self._memories[source].newest
 
     def _filter(self, name: str | None, batches: Sequence[Batch]) -> NewRows:
-        source, time = self._sources[name], self._time(name)
-        table = self._together(name, batches)
+        memory, uses = self._memories[name], self._uses[name]
+        time = self.schema.columns.time if name is None else self.schema.events[name].time
+        table = _concat(batches, uses)
         times = LogRows(table, self.schema).times(time)
-        of = np.repeat(np.arange(len(batches)), [len(batch) for batch in batches])
-        before = np.maximum.accumulate(np.append(source.newest, times))[:-1]
-        latest = np.full(len(batches), _NEVER)
-        np.maximum.at(latest, of, times)
-        latest = np.maximum(np.maximum.accumulate(latest), source.newest)
+        rows = _Rows.of(table, self.schema, name, uses, times, [len(batch) for batch in batches])
+        before = np.maximum.accumulate(np.append(memory.newest, times))[:-1]
+        latest = np.full(len(batches), memory.newest)
+        np.maximum.at(latest, rows.batch, times)
+        days = np.maximum.accumulate(latest) // MICROSECONDS_PER_DAY
         # The batches of one latest day together: what is remembered is the same for all of them.
-        day = latest // MICROSECONDS_PER_DAY
-        edges = [0, *(np.flatnonzero(day[1:] != day[:-1]) + 1).tolist(), len(batches)]
+        edges = [0, *(np.flatnonzero(days[1:] != days[:-1]) + 1).tolist(), len(batches)]
         verdict, settled = np.zeros(len(times), np.int8), times.copy()
-        hashed = _HashedRows.of(table, self.schema, name, self._uses[name])
         for begin, end in pairwise(edges):
-            rows = np.flatnonzero((of >= begin) & (of < end))
-            since = int(day[begin]) - self.forget_after_days
-            if latest[begin] // MICROSECONDS_PER_DAY != source.newest // MICROSECONDS_PER_DAY:
-                for known in source.stores.values():
-                    known.forget(since)
-            verdict[rows] = self._judge(source, hashed.take(rows), int(day[begin]), since)
-            kept = rows[verdict[rows] == COUNTS]
-            if hashed.request is not None:
-                request, user = hashed.request[kept], hashed.user[kept]
-                settled[kept] = _settle(
-                    source.stores["requests"], request, user, times[kept], of[kept], int(day[begin]), since
-                )
-            source.newest = int(latest[end - 1])
+            places, day = np.flatnonzero((rows.batch >= begin) & (rows.batch < end)), int(days[begin])
+            since = day - self.forget_after_days
+            if day != memory.newest // MICROSECONDS_PER_DAY:
+                for store in memory.stores.values():
+                    store.forget(since)
+            verdict[places] = _judge(memory, rows.take(places), day, since)
+            kept = places[verdict[places] == COUNTS]
+            settled[kept] = _settle(memory.stores["requests"], rows.take(kept), day, since)
+            memory.newest = max(memory.newest, int(times[places].max()))
         kept = np.flatnonzero(verdict == COUNTS)
-        horizon = (before[kept] // MICROSECONDS_PER_DAY) - self.forget_after_days
-        counts = Counts(
-            len(kept),
-            int((verdict == DUPLICATE).sum()),
-            int((verdict == CONFLICT).sum()),
-            int((times[kept] < before[kept]).sum()),
-            int((times[kept] // MICROSECONDS_PER_DAY < horizon).sum()),
+        horizon = before[kept] // MICROSECONDS_PER_DAY - self.forget_after_days
+        counts = Counter(
+            accepted=len(kept),
+            duplicate=int((verdict == DUPLICATE).sum()),
+            conflict=int((verdict == CONFLICT).sum()),
+            out_of_order=int((times[kept] < before[kept]).sum()),
+            old=int((times[kept] // MICROSECONDS_PER_DAY < horizon).sum()),
         )
         if (settled != times).any():
             table = table.set_column(table.column_names.index(time), time, pa.array(settled).cast(UTC_MICROSECONDS))
-        table = table.select(list(self._uses[name]))
+        table = table.select(list(uses))
         return NewRows(name, table if len(kept) == len(times) else table.take(pa.array(kept)), counts)
 
-    def _time(self, name: str | None) -> str:
-        return self.schema.columns.time if name is None else self.schema.events[name].time
 
-    def _together(self, name: str | None, batches: Sequence[Batch]) -> pa.Table:
-        try:
-            table = pa.concat_tables([batch.table for batch in batches], promote_options="default").combine_chunks()
-        except pa.ArrowException as error:
-            raise UserError(f"rows of the journal do not fit together: {str(error).splitlines()[0]}") from None
-        for column in self._uses[name]:
-            if column not in table.column_names:
-                table = table.append_column(column, pa.nulls(len(table)))
-        return table
-
-    def _judge(self, source: _Source, rows: _HashedRows, day: int, since: int) -> np.ndarray:
-        """(N,) what becomes of each row. Only those whose keys were seen, here or before, are looked at one by one."""
-        looks = {name: _Look.up(source.stores[name], key, valid, since) for name, (key, valid) in rows.keys.items()}
-        special = np.zeros(len(rows.content), bool)
-        for look in looks.values():
-            special |= look.found | look.repeated
-        users: tuple[np.ndarray, np.ndarray] | None = None
-        if rows.request is not None:
-            known, values = source.stores["requests"].find(rows.request, since)
-            users = known, values["user"]
-            special |= _have_several_users(rows, known, values["user"])
-        verdict = np.zeros(len(rows.content), np.int8)
-        if special.any():
-            verdict[special] = _judge_one_by_one(rows, looks, users, np.flatnonzero(special))
-        for name, (key, valid) in rows.keys.items():
-            new = np.flatnonzero((verdict == COUNTS) & valid)
-            source.stores[name].add(key[new], day, since, content=rows.content[new])
-        return verdict
+def _concat(batches: Sequence[Batch], columns: Mapping[str, Use]) -> pa.Table:
+    try:
+        table = pa.concat_tables([batch.table for batch in batches], promote_options="default").combine_chunks()
+    except pa.ArrowException as error:
+        raise UserError(f"rows of the journal do not fit together: {first_line(error)}") from None
+    for column in columns:
+        if column not in table.column_names:
+            table = table.append_column(column, pa.nulls(len(table)))
+    return table
 
 
 @dataclass(frozen=True)
-class _HashedRows:
-    """N rows as hashes. content: (N,) uint32 of what a duplicate repeats; keys: store -> (N,) uint64 keys, and which
-    rows have one; request, user: (N,) uint64 where requests have ids."""
+class _Rows:
+    """N rows as hashes. times: (N,) microseconds; batch: (N,) the number of each row's batch, rising; content: (N,)
+    uint32 of what a duplicate repeats; keys: store -> (N,) uint64 keys, and which rows have one; request, user: (N,)
+    uint64 where requests have ids."""
 
+    times: np.ndarray
+    batch: np.ndarray
     content: np.ndarray
     keys: dict[str, tuple[np.ndarray, np.ndarray]]
-    request: np.ndarray | None
-    user: np.ndarray
+    request: np.ndarray | None = None
+    user: np.ndarray | None = None
 
     @staticmethod
-    def of(table: pa.Table, schema: Schema, name: str | None, uses: Mapping[str, str]) -> _HashedRows:
+    def of(
+        table: pa.Table, schema: Schema, name: str | None, uses: Mapping[str, Use], times: np.ndarray, sizes: list[int]
+    ) -> _Rows:
+        """name: of the log; sizes: of the batches."""
         rows, keys = LogRows(table, schema), {}
-        every = np.ones(len(rows), bool)
         if rows.has(EVENT_ID) and EVENT_ID not in uses:
             events = rows.column(EVENT_ID)
             keys["events"] = hash_column(events), ~events.is_null().to_numpy(zero_copy_only=False)
-        if name is not None:
-            return _HashedRows(_content(rows, uses), keys, None, every)
-        request = rows.request_hashes()
-        keys["rows"] = rows.row_hashes(), every
-        user = rows.hashes([schema.columns.user])
-        return _HashedRows(_content(rows, _labels(schema)), keys, request if schema.columns.request else None, user)
+        compared = list(uses)
+        if name is None:
+            tasks = schema.tasks.values()
+            compared = [task.label for task in tasks] + [
+                task.observed_when.column for task in tasks if task.observed_when
+            ]
+            keys["rows"] = rows.row_hashes(), np.ones(len(rows), bool)
+        batch = np.repeat(np.arange(len(sizes)), sizes)
+        found = _Rows(times, batch, _hash_content(rows, dict.fromkeys(compared)), keys)
+        if name is not None or schema.columns.request is None:
+            return found
+        return replace(found, request=rows.request_hashes(), user=rows.hashes([schema.columns.user]))
 
-    def take(self, places: np.ndarray) -> _HashedRows:
+    def take(self, places: np.ndarray) -> _Rows:
         """The rows at some places."""
+        request, user = (None if each is None else each[places] for each in (self.request, self.user))
         keys = {name: (key[places], valid[places]) for name, (key, valid) in self.keys.items()}
-        request = None if self.request is None else self.request[places]
-        return _HashedRows(self.content[places], keys, request, self.user[places])
+        return _Rows(self.times[places], self.batch[places], self.content[places], keys, request, user)
 
 
-def _labels(schema: Schema) -> dict[str, None]:
-    """The columns that decide labels."""
-    columns = dict.fromkeys(task.label for task in schema.tasks.values())
-    return columns | {task.observed_when.column: None for task in schema.tasks.values() if task.observed_when}
-
-
-def _content(rows: LogRows, columns: Mapping[str, object]) -> np.ndarray:
+def _hash_content(rows: LogRows, columns: Mapping[str, object]) -> np.ndarray:
     """(N,) uint32 hash of some columns' values."""
     hashes = []
     for name in columns:
@@ -290,82 +242,58 @@ def _content(rows: LogRows, columns: Mapping[str, object]) -> np.ndarray:
     return (combine(hashes) >> np.uint64(32)).astype(np.uint32)
 
 
-@dataclass(frozen=True)
-class _Look:
-    """Of N keys: which were found, their content then, and which are among them several times."""
-
-    found: np.ndarray
-    content: np.ndarray
-    repeated: np.ndarray
-
-    @staticmethod
-    def up(known: KeyStore, key: np.ndarray, valid: np.ndarray, since: int) -> _Look:
-        found, values = known.find(key, since)
-        _, inverse, count = np.unique(key[valid], return_inverse=True, return_counts=True)
-        repeated = np.zeros(len(key), bool)
-        repeated[valid] = count[inverse] > 1
-        return _Look(found & valid, values["content"], repeated)
-
-
-def _have_several_users(rows: _HashedRows, known: np.ndarray, before: np.ndarray) -> np.ndarray:
-    """(N,) whether some row of the same request has another user, here or before."""
-    assert rows.request is not None
-    _, first, inverse = np.unique(rows.request, return_index=True, return_inverse=True)
-    other = (rows.user != rows.user[first][inverse]) | (known & (rows.user != before))
-    several = np.zeros(len(first), bool)
-    several[inverse[other]] = True
-    return several[inverse]
-
-
-def _judge_one_by_one(
-    rows: _HashedRows, looks: Mapping[str, _Look], users: tuple[np.ndarray, np.ndarray] | None, places: np.ndarray
-) -> list[int]:
-    """What becomes of the rows at some places, in their order; the others have nothing to do with them."""
-    seen: dict[str, dict[int, int]] = {name: {} for name in looks}
-    user_of: dict[int, int] = {}
-    verdicts = []
-    for row in places.tolist():
-        content, before = int(rows.content[row]), None
-        for name, look in looks.items():
-            key, valid = rows.keys[name]
-            if before is None and valid[row]:
-                before = int(look.content[row]) if look.found[row] else seen[name].get(int(key[row]))
+def _judge(memory: _Memory, rows: _Rows, day: int, since: int) -> np.ndarray:
+    """(N,) what becomes of each row. Only those whose keys were seen, here or before, are looked at one by one."""
+    special, seen, user_of = np.zeros(len(rows.content), bool), dict[str, dict[int, int]](), dict[int, int]()
+    for name, (key, valid) in rows.keys.items():
+        known, values = memory.stores[name].find(key, since)
+        known &= valid
+        special |= known
+        special[valid] |= _count(key[valid]) > 1
+        seen[name] = dict(zip(key[known].tolist(), values["content"][known].tolist(), strict=True))
+    if rows.request is not None and rows.user is not None:
+        known, values = memory.stores["requests"].find(rows.request, since)
+        special |= known & (values["user"] != rows.user)
+        special |= _count(rows.request) != _count(combine([rows.request, rows.user]))
+        user_of = dict(zip(rows.request[known].tolist(), values["user"][known].tolist(), strict=True))
+    verdict = np.zeros(len(rows.content), np.int8)
+    for row in np.flatnonzero(special).tolist():
+        content = int(rows.content[row])
+        mine = [(seen[name], int(key[row])) for name, (key, valid) in rows.keys.items() if valid[row]]
+        before = next((contents[at] for contents, at in mine if at in contents), None)
         if before is not None:
-            verdicts.append(DUPLICATE if before == content else CONFLICT)
+            verdict[row] = DUPLICATE if before == content else CONFLICT
             continue
-        if users is not None and rows.request is not None:
-            known, user = users
-            request, mine = int(rows.request[row]), int(rows.user[row])
-            if (int(user[row]) if known[row] else user_of.setdefault(request, mine)) != mine:
-                verdicts.append(CONFLICT)
+        if rows.request is not None and rows.user is not None:
+            user = int(rows.user[row])
+            if user_of.setdefault(int(rows.request[row]), user) != user:
+                verdict[row] = CONFLICT
                 continue
-        for name, (key, valid) in rows.keys.items():
-            if valid[row]:
-                seen[name][int(key[row])] = content
-        verdicts.append(COUNTS)
-    return verdicts
+        for contents, at in mine:
+            contents[at] = content
+    for name, (key, valid) in rows.keys.items():
+        new = np.flatnonzero((verdict == COUNTS) & valid)
+        memory.stores[name].add(key[new], day, since, content=rows.content[new])
+    return verdict
 
 
-def _settle(
-    requests: KeyStore,
-    request: np.ndarray,
-    user: np.ndarray,
-    times: np.ndarray,
-    of: np.ndarray,
-    day: int,
-    since: int,
-) -> np.ndarray:
-    """(N,) times of rows' requests: the earliest in the batch (`of`, rising) with which a request began."""
-    if not len(request):
-        return times
-    distinct, first, inverse = np.unique(request, return_index=True, return_inverse=True)
-    begin = of[first]  # `first` is the first row, and batches rise
+def _count(keys: np.ndarray) -> np.ndarray:
+    """(N,) how often each of (N,) keys is among them."""
+    _, inverse, counts = np.unique(keys, return_inverse=True, return_counts=True)
+    return counts[inverse]
+
+
+def _settle(requests: KeyStore, rows: _Rows, day: int, since: int) -> np.ndarray:
+    """(N,) times of rows' requests: the earliest in the batch with which a request began."""
+    if rows.request is None or rows.user is None or not len(rows.times):
+        return rows.times
+    distinct, first, inverse = np.unique(rows.request, return_index=True, return_inverse=True)
     earliest = np.full(len(distinct), _FOREVER)
-    of_first = of == begin[inverse]
-    np.minimum.at(earliest, inverse[of_first], times[of_first])
+    of_first = rows.batch == rows.batch[first][inverse]  # `first` is the first row, and batches rise
+    np.minimum.at(earliest, inverse[of_first], rows.times[of_first])
     known, values = requests.find(distinct, since)
     new = ~known
-    requests.add(distinct[new], day, since, time=earliest[new], user=user[first][new])
+    requests.add(distinct[new], day, since, time=earliest[new], user=rows.user[first][new])
     return np.where(known, values["time"], earliest)[inverse]
 
 
@@ -376,10 +304,10 @@ class KeyStore:
     """
 
     def __init__(self, **dtypes: type[np.generic]) -> None:
+        self._values = dtypes
         self._dtypes: dict[str, type[np.generic]] = {"key": np.uint64, "day": np.int32, **dtypes}
-        self._levels: list[
-            dict[str, np.ndarray]
-        ] = []  # each sorted by key, and less than half as long as the one before
+        # Each level is sorted by key, and less than half as long as the one before.
+        self._levels: list[dict[str, np.ndarray]] = []
 
     def __len__(self) -> int:
         return sum(len(level["key"]) for level in self._levels)
@@ -387,16 +315,13 @@ class KeyStore:
     def find(self, keys: np.ndarray, since: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """Whether each of (N,) keys was added on day `since` or later, (N,) bool; and its values, (N,) each."""
         found = np.zeros(len(keys), bool)
-        values = {
-            name: np.zeros(len(keys), dtype) for name, dtype in self._dtypes.items() if name not in ("key", "day")
-        }
+        values = {name: np.zeros(len(keys), dtype) for name, dtype in self._values.items()}
         for level in self._levels:
             place = np.minimum(np.searchsorted(level["key"], keys), len(level["key"]) - 1)
             here = (level["key"][place] == keys) & (level["day"][place] >= since)
-            if here.any():
-                found |= here
-                for name, column in values.items():
-                    column[here] = level[name][place[here]]
+            found |= here
+            for name, column in values.items():
+                column[here] = level[name][place[here]]
         return found, values
 
     def add(self, keys: np.ndarray, day: int, since: int, **values: np.ndarray) -> None:
@@ -411,18 +336,16 @@ class KeyStore:
 
     def forget(self, since: int) -> None:
         """Forgets the keys that were added before day `since`."""
-        self._levels = [_kept(level, level["day"] >= since) for level in self._levels]
-        self._levels = [level for level in self._levels if len(level["key"])]
+        levels = [_filter_level(level, level["day"] >= since) for level in self._levels]
+        self._levels = [level for level in levels if len(level["key"])]
 
     def _merge(self, since: int) -> None:
         one, other = self._levels[-2:]
-        del self._levels[-2:]
         both = {name: np.concatenate([one[name], other[name]]) for name in self._dtypes}
         # A key that is in both was added again once it counted as forgotten.
-        both = _kept(both, both["day"] >= since)
+        both = _filter_level(both, both["day"] >= since)
         order = np.argsort(both["key"], kind="stable")
-        if len(order):
-            self._levels.append({name: column[order] for name, column in both.items()})
+        self._levels[-2:] = [{name: column[order] for name, column in both.items()}] if len(order) else []
 
     def to_arrays(self, since: int) -> dict[str, np.ndarray]:
         """All keys of day `since` or later, by key, with their days and values."""
@@ -439,5 +362,5 @@ class KeyStore:
         self._levels = [level] if len(level["key"]) else []
 
 
-def _kept(level: dict[str, np.ndarray], mask: np.ndarray) -> dict[str, np.ndarray]:
+def _filter_level(level: dict[str, np.ndarray], mask: np.ndarray) -> dict[str, np.ndarray]:
     return level if mask.all() else {name: column[mask] for name, column in level.items()}

@@ -18,14 +18,14 @@ import threading
 import uuid
 import weakref
 import zlib
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.types as pt
 import sqlalchemy as sql
 from sqlalchemy.engine import URL, Connection, Engine
@@ -39,55 +39,44 @@ ROWS_AT_A_TIME = 65_536
 MOST_BATCH_BYTES = 2**28
 LOCK_SECONDS = 60
 """How long to wait for a process that appends."""
-_BATCHES_AT_A_TIME = 4_096
 _ADVISORY_LOCK = 0x6D6D6F65
 _sync = getattr(os, "fdatasync", os.fsync)
 _METADATA = sql.MetaData()
+
+
+def _table(name: str, keys: str, /, **columns: Any) -> sql.Table:
+    """keys: the columns of the primary key, divided by spaces."""
+    primary = keys.split()
+    return sql.Table(
+        f"journal_{name}",
+        _METADATA,
+        *(
+            sql.Column(column, kind, primary_key=column in primary, autoincrement=False, nullable=column == "removed")
+            for column, kind in columns.items()
+        ),
+    )
+
+
 _BIG = sql.BigInteger().with_variant(sql.Integer, "sqlite")
-ABOUT = sql.Table(
-    "journal_about",
-    _METADATA,
-    sql.Column("id", sql.String(32), primary_key=True),
-    sql.Column("removed", sql.BigInteger),
+ABOUT = _table("about", "id", id=sql.String(32), removed=_BIG)
+BATCHES = _table(
+    "batches",
+    "position",
+    position=_BIG,
+    log=sql.Text,
+    accepted_at=_BIG,
+    rows=sql.Integer,
+    checksum=_BIG,
+    payload=sql.LargeBinary,
 )
-BATCHES = sql.Table(
-    "journal_batches",
-    _METADATA,
-    sql.Column("position", _BIG, primary_key=True, autoincrement=False),
-    sql.Column("log", sql.Text, nullable=False),
-    sql.Column("accepted_at", sql.BigInteger, nullable=False),
-    sql.Column("rows", sql.Integer, nullable=False),
-    sql.Column("checksum", sql.BigInteger, nullable=False),
-    sql.Column("payload", sql.LargeBinary, nullable=False),
+COLUMNS = _table("columns", "log name", log=sql.Text, name=sql.Text, type=sql.Text)
+CUTS = _table("cuts", "position", position=_BIG)
+CHECKPOINTS = _table("checkpoints", "position log", position=_BIG, log=sql.Text, last_file=_BIG)
+STATES = _table(
+    "states", "position log part", position=_BIG, log=sql.Text, part=sql.Integer, checksum=_BIG, data=sql.LargeBinary
 )
-COLUMNS = sql.Table(
-    "journal_columns",
-    _METADATA,
-    sql.Column("log", sql.Text, primary_key=True),
-    sql.Column("name", sql.Text, primary_key=True),
-    sql.Column("type", sql.Text, nullable=False),
-)
-CUTS = sql.Table(
-    "journal_cuts", _METADATA, sql.Column("position", sql.BigInteger, primary_key=True, autoincrement=False)
-)
-CHECKPOINTS = sql.Table(
-    "journal_checkpoints",
-    _METADATA,
-    sql.Column("position", sql.BigInteger, primary_key=True, autoincrement=False),
-    sql.Column("log", sql.Text, primary_key=True),
-    sql.Column("last_file", sql.BigInteger, nullable=False),
-)
-STATES = sql.Table(
-    "journal_states",
-    _METADATA,
-    sql.Column("position", sql.BigInteger, primary_key=True, autoincrement=False),
-    sql.Column("log", sql.Text, primary_key=True),
-    sql.Column("part", sql.Integer, primary_key=True, autoincrement=False),
-    sql.Column("checksum", sql.BigInteger, nullable=False),
-    sql.Column("data", sql.LargeBinary, nullable=False),
-)
-Types = dict[str, dict[str, str]]
-"""Log of events, "" for the interaction log -> column -> its type."""
+Types = dict[tuple[str, str], str]
+"""Log of events, "" for the interaction log, and column -> the column's type."""
 
 
 @dataclass(frozen=True)
@@ -112,9 +101,7 @@ class _Call:
     """What one caller of `append` waits for."""
 
     batches: list[tuple[Batch, bytes]]
-    rows: int
-    done: threading.Event = field(default_factory=threading.Event)
-    position: int = 0
+    position: int | None = None
     error: BaseException | None = None
 
 
@@ -126,7 +113,7 @@ def parse_position(text: object) -> int:
 
 
 class Journal:
-    """A journal. Threads may share it; a process that is forked or unpickles it goes on with connections of its own.
+    """A journal. Threads may share it; a process that is forked goes on with connections of its own.
 
     address: sqlite:///FILE, FILE, or postgresql://USER@HOST/DATABASE; create: make the journal if it is not there.
 
@@ -140,23 +127,17 @@ class Journal:
         self._start()
         if self._file is not None:
             _check_file(self._file, create)
-        with self._failing("can't be opened"):
-            self.id = self._read_id() or ""
-            if not self.id and create:
-                with self._transaction(append=True) as connection:
-                    _METADATA.create_all(connection)
-                    if connection.execute(sql.select(ABOUT.c.id)).scalar() is None:
-                        connection.execute(sql.insert(ABOUT).values(id=uuid.uuid4().hex, removed=0))
-                self.id = self._read_id() or ""
-        if not self.id:
-            raise UserError(f"'{self.name}' holds no journal")
-        self._mark = None if self._file is None else _EndMark(self._file, self.id)
-        if create:
-            with self.appending() as connection:  # which says whether it may be written
+        with self.appending() if create else self.reading() as connection:  # appending fails where nothing can be
+            if create:
+                _METADATA.create_all(connection)
+                if connection.execute(sql.select(ABOUT.c.id)).first() is None:
+                    connection.execute(sql.insert(ABOUT).values(id=uuid.uuid4().hex, removed=0))
+            elif not sql.inspect(connection).has_table(ABOUT.name):
+                raise UserError(f"'{self.name}' holds no journal")
+            self.id: str = connection.execute(sql.select(ABOUT.c.id)).scalar_one()
+            self._mark = None if self._file is None else _EndMark(self._file, self.id)
+            if create:
                 self._note_end(self._find_end(connection))
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Journal, (self._url.render_as_string(hide_password=False), False)
 
     def append(self, *batches: Batch) -> int:
         """Appends batches, all or none; returns the position of the last one once they are durable.
@@ -164,22 +145,20 @@ class Journal:
         Threads that append meanwhile share a transaction. Batches without rows are left out.
 
         Raises:
-            RequestError: a column is of another type than in earlier rows. Rows are counted from 0 in their batch.
+            RequestError: a column is of another type than in earlier rows, or a batch is too large.
             UserError: nothing was appended, or it is not known: the disk is full, fails, or a server is away.
         """
-        encoded = [(batch, _encode(batch.table)) for batch in batches if len(batch)]
-        for _, payload in encoded:
+        call = _Call([(batch, _encode(batch.table)) for batch in batches if len(batch)])
+        for _, payload in call.batches:
             if len(payload) > MOST_BATCH_BYTES:
                 raise RequestError(f"the rows take {len(payload):,} bytes; a batch has at most {MOST_BATCH_BYTES:,}")
-        call = _Call(encoded, sum(map(len, batches)))
-        with self._guard:
-            self._queue.append(call)
-        while not call.done.is_set():
-            with self._writer:
-                if not call.done.is_set():
-                    self._append_together(self._next_calls())
+        self._waiting.append(call)
+        with self._writer:
+            if call.position is None and call.error is None:
+                self._append_together([self._waiting.popleft() for _ in range(len(self._waiting))])
         if call.error is not None:
             raise call.error
+        assert call.position is not None
         return call.position
 
     def end(self) -> int:
@@ -209,10 +188,11 @@ class Journal:
         Raises UserError where batches are damaged, lost or were removed; what lies before these is given first.
         """
         end = self.end() if through is None else through
+        if end < after and through is None:
+            raise self._lost(end, after)
         if end <= after:
-            if end < after and through is None:
-                raise self._lost(end, after)
             return []
+        batches, rows = list[Batch](), 0
         with self.reading() as connection:
             removed = _removed(connection)
             if after < removed and not leftovers:
@@ -220,29 +200,24 @@ class Journal:
                     f"batches {after + 1} to {removed} of the journal '{self.name}' were removed: go on with a model "
                     "whose tables hold them"
                 )
-            place = BATCHES.c.position
-            sizes = connection.execute(
-                sql.select(place, BATCHES.c.rows)
-                .where(place > after, place <= end)
-                .order_by(place)
-                .limit(_BATCHES_AT_A_TIME)
-            ).all()
-            last, rows, expected = after, 0, max(after, removed) + 1
-            for position, size in sizes:
-                if rows >= most_rows or position > expected:
+            place, expected = BATCHES.c.position, max(after, removed) + 1
+            query = sql.select(BATCHES).where(place > after, place <= end).order_by(place)
+            for row in connection.execution_options(yield_per=16).execute(query):
+                checksum = _checksum(self.id, row.position, row.log, row.accepted_at, row.rows, row.payload)
+                if row.position > expected or row.checksum != checksum:
+                    if batches:
+                        break  # the next read says so
+                    raise UserError(
+                        f"the journal '{self.name}' is damaged at batch {min(row.position, expected)}: restore its "
+                        "files from a copy"
+                    )
+                table = pa.ipc.open_stream(pa.py_buffer(row.payload)).read_all()
+                batches.append(Batch(row.log or None, row.accepted_at, table, row.position))
+                rows, expected = rows + row.rows, max(row.position, removed) + 1
+                if rows >= most_rows:
                     break
-                last, rows, expected = position, rows + size, max(position, removed) + 1
-            if last == after and expected <= end:
-                raise self._lost(after, end) if not sizes else self._damaged(expected)
-            found = connection.execute(sql.select(BATCHES).where(place > after, place <= last).order_by(place)).all()
-        batches: list[Batch] = []
-        for row in found:
-            if row.checksum != _checksum(self.id, row.position, row.log, row.accepted_at, row.rows, row.payload):
-                if batches:
-                    break  # the next read says so
-                raise self._damaged(row.position)
-            table = pa.ipc.open_stream(pa.py_buffer(row.payload)).read_all()
-            batches.append(Batch(row.log or None, row.accepted_at, table, row.position))
+        if not batches and expected <= end:
+            raise self._lost(after, end)
         return batches
 
     def column_types(self) -> Types:
@@ -257,35 +232,28 @@ class Journal:
     @contextmanager
     def reading(self) -> Iterator[Connection]:
         """A transaction that sees one state. Raises UserError where the database can't be read."""
-        with self._failing("can't be read"), self._transaction(append=False) as connection:
-            yield connection
+        with self._failing("can't be read"), self._engine.connect() as connection:
+            if self._file is None:
+                connection.execution_options(isolation_level="REPEATABLE READ")
+            with connection.begin():
+                yield connection
 
     @contextmanager
     def appending(self) -> Iterator[Connection]:
         """A transaction in which nobody else appends. Raises UserError where the database can't be written."""
-        with self._failing("can't be written, so nothing was appended"), self._transaction(append=True) as connection:
-            yield connection
+        failing = self._failing("can't be written, so nothing was appended")
+        with failing, self._engine.connect() as connection:
+            connection.execution_options(begin="BEGIN IMMEDIATE")
+            with connection.begin():
+                if self._file is None:
+                    connection.execute(sql.select(sql.func.pg_advisory_xact_lock(_ADVISORY_LOCK)))
+                yield connection
 
     def _start(self) -> None:
         """Of a forked child neither connections nor threads are its own."""
         self._engine = _create_engine(self._url)
-        self._queue: list[_Call] = []
-        self._guard, self._writer = threading.Lock(), threading.Lock()
-        self._types: Types = {}
-        self._types_at = -1
+        self._waiting, self._writer = deque[_Call](), threading.Lock()
         _journals.add(self)
-
-    @contextmanager
-    def _transaction(self, append: bool) -> Iterator[Connection]:
-        with self._engine.connect() as connection:
-            if self._file is not None:
-                connection.execution_options(begin="BEGIN IMMEDIATE" if append else "BEGIN")
-            elif not append:
-                connection.execution_options(isolation_level="REPEATABLE READ")
-            with connection.begin():
-                if append and self._file is None:
-                    connection.execute(sql.select(sql.func.pg_advisory_xact_lock(_ADVISORY_LOCK)))
-                yield connection
 
     @contextmanager
     def _failing(self, what: str) -> Iterator[None]:
@@ -294,13 +262,6 @@ class Journal:
         except (SQLAlchemyError, OSError) as error:
             reason = first_line(getattr(error, "orig", None) or error)
             raise UserError(f"the journal '{self.name}' {what}: {reason}") from None
-
-    def _read_id(self) -> str | None:
-        with self._transaction(append=False) as connection:
-            if not sql.inspect(connection).has_table(ABOUT.name):
-                return None
-            found: str | None = connection.execute(sql.select(ABOUT.c.id)).scalar()
-            return found
 
     def _find_end(self, connection: Connection) -> tuple[int, int]:
         """Position and checksum of the last batch. Raises UserError where it is not the one that was marked."""
@@ -322,56 +283,32 @@ class Journal:
             f"its files from a copy{files}"
         )
 
-    def _damaged(self, position: int) -> UserError:
-        return UserError(f"the journal '{self.name}' is damaged at batch {position}: restore its files from a copy")
-
-    def _next_calls(self) -> list[_Call]:
-        with self._guard:
-            count, rows = 0, 0
-            while count < len(self._queue) and (not count or rows + self._queue[count].rows <= ROWS_AT_A_TIME):
-                rows += self._queue[count].rows
-                count += 1
-            calls, self._queue = self._queue[:count], self._queue[count:]
-            return calls
-
-    def _append_together(self, calls: Sequence[_Call]) -> None:
+    def _append_together(self, calls: list[_Call]) -> None:
         try:
             with self.appending() as connection:
-                end = self._find_end(connection)
-                if self._types_at != end[0]:
-                    self._types = _read_types(connection)
+                end, types = self._find_end(connection), _read_types(connection)
                 for call in calls:
-                    end = self._insert(connection, call, end)
+                    end = self._insert(connection, call, end, types)
             self._note_end(end)
-            self._types_at = end[0]
         except BaseException as error:
-            self._types_at = -1
             for call in calls:
                 call.error = call.error or error
-        finally:
-            for call in calls:
-                call.done.set()
 
-    def _insert(self, connection: Connection, call: _Call, end: tuple[int, int]) -> tuple[int, int]:
+    def _insert(self, connection: Connection, call: _Call, end: tuple[int, int], types: Types) -> tuple[int, int]:
         """Inserts the batches of a call after the last one; returns position and checksum of the new last one."""
-        types = {log: dict(columns) for log, columns in self._types.items()}
         try:
-            new = [each for batch, _ in call.batches for each in _add_types(types, batch)]
+            new = _find_new_types(types, call)
         except RequestError as error:
             call.error = error
             return end
-        self._types = types
         if new:
-            connection.execute(sql.insert(COLUMNS), new)
-        rows = []
-        for position, (batch, payload) in enumerate(call.batches, end[0] + 1):
-            about = (batch.source or "", batch.accepted_at, len(batch))
-            row = dict(zip(("log", "accepted_at", "rows"), about, strict=True))
-            checksum = _checksum(self.id, position, *about, payload)
-            rows.append({**row, "position": position, "checksum": checksum, "payload": payload})
-        if rows:
-            connection.execute(sql.insert(BATCHES), rows)
-            end = end[0] + len(rows), checksum
+            types |= new
+            columns = [{"log": log, "name": name, "type": kind} for (log, name), kind in new.items()]
+            connection.execute(sql.insert(COLUMNS), columns)
+        for batch, payload in call.batches:
+            about = end[0] + 1, batch.source or "", batch.accepted_at, len(batch)
+            end = about[0], _checksum(self.id, *about, payload)
+            connection.execute(sql.insert(BATCHES).values((*about, end[1], payload)))
         call.position = end[0]
         return end
 
@@ -388,7 +325,7 @@ class _EndMark:
     Each batch has its own of 64 places in turn, so that processes need no lock, and a torn write loses one place.
     """
 
-    _PLACE, _CRC, _COUNT = struct.Struct("<16sQI"), struct.Struct("<I"), 64
+    _BYTES, _COUNT = 32, 64
 
     def __init__(self, file: Path, journal_id: str) -> None:
         self._path, self._id = Path(f"{file}-end"), bytes.fromhex(journal_id)
@@ -399,12 +336,10 @@ class _EndMark:
             data = self._path.read_bytes()
         except FileNotFoundError:
             return None
-        size = self._PLACE.size + self._CRC.size
         marks = []
-        for begin in range(0, len(data) - size + 1, size):
-            place = data[begin : begin + self._PLACE.size]
-            journal_id, position, checksum = self._PLACE.unpack(place)
-            if journal_id == self._id and data[begin + self._PLACE.size : begin + size] == self._crc(place):
+        for begin in range(0, len(data) - self._BYTES + 1, self._BYTES):
+            position, checksum = struct.unpack_from("<QI", data, begin + len(self._id))
+            if data[begin : begin + self._BYTES] == self._place(position, checksum):
                 marks.append((position, checksum))
         return max(marks, default=None)
 
@@ -413,17 +348,16 @@ class _EndMark:
         is_new = not self._path.exists()
         file = os.open(self._path, os.O_WRONLY | os.O_CREAT, 0o666)
         try:
-            place = self._PLACE.pack(self._id, position, checksum)
-            crc = self._crc(place)
-            os.pwrite(file, place + crc, position % self._COUNT * len(place + crc))
+            os.pwrite(file, self._place(position, checksum), position % self._COUNT * self._BYTES)
             _sync(file)
         finally:
             os.close(file)
         if is_new:
             flush_files([self._path.parent])
 
-    def _crc(self, place: bytes) -> bytes:
-        return self._CRC.pack(zlib.crc32(place))
+    def _place(self, position: int, checksum: int) -> bytes:
+        content = struct.pack("<16sQI", self._id, position, checksum)
+        return content + struct.pack("<I", zlib.crc32(content))
 
 
 def _parse_address(text: str) -> URL:
@@ -440,10 +374,10 @@ def _parse_address(text: str) -> URL:
 
 
 def _check_file(file: Path, create: bool) -> None:
-    if (file / "journal.json").exists():
+    if file.is_dir():
         raise UserError(
-            f"'{file}' is a journal of an earlier version, a folder of segments: run refresh --journal with that "
-            "version once, and then give the address of a new journal, such as sqlite:///journal.db"
+            f"'{file}' is a folder, as the journal of an earlier version: run refresh --journal with that version "
+            "once, and then give the address of a new journal, such as sqlite:///journal.db"
         )
     if create:
         try:
@@ -465,7 +399,7 @@ def _create_engine(url: URL) -> Engine:
 
     @sql.event.listens_for(engine, "connect")
     def set_up(connection: Any, record: object) -> None:
-        connection.isolation_level = None  # transactions begin as `_transaction` says
+        connection.isolation_level = None  # transactions begin as `begin` says
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("PRAGMA synchronous = FULL")
 
@@ -504,39 +438,22 @@ def _removed(connection: Connection) -> int:
 
 
 def _read_types(connection: Connection) -> Types:
-    types: Types = {}
-    for log, name, kind in connection.execute(sql.select(COLUMNS)):
-        types.setdefault(log, {})[name] = kind
-    return types
+    return {(log, name): kind for log, name, kind in connection.execute(sql.select(COLUMNS))}
 
 
-def _add_types(types: Types, batch: Batch) -> list[dict[str, str]]:
-    """Adds the types of a batch's columns; returns the new ones as rows of the table `journal_columns`.
+def _find_new_types(types: Types, call: _Call) -> Types:
+    """The types of columns of a call that have none yet.
 
     Raises RequestError where a column is of another type than before: its hashes, too, would be others.
     """
-    new, log = [], batch.source or ""
-    mine = types.setdefault(log, {})
-    for column in batch.table.schema:
-        if pt.is_null(column.type):
-            continue
-        kind, before = str(column.type), mine.get(column.name)
-        if before is None:
-            mine[column.name] = kind
-            new.append({"log": log, "name": column.name, "type": kind})
-        elif before != kind:
-            row = _first_value(batch.table.column(column.name))
-            raise RequestError(
-                f"row {row}: column '{column.name}' holds {kind}, but {before} in earlier rows of this journal"
-            )
+    new: Types = {}
+    for batch, _ in call.batches:
+        for column in batch.table.schema:
+            if not pt.is_null(column.type):
+                key, kind = (batch.source or "", column.name), str(column.type)
+                before = types.get(key) or new.setdefault(key, kind)
+                if before != kind:
+                    raise RequestError(
+                        f"column '{column.name}' holds {kind}, but {before} in earlier rows of this journal"
+                    )
     return new
-
-
-def _first_value(values: pa.ChunkedArray) -> int:
-    """The first row that has a value, which an empty list has not; 0 where none has."""
-    kind = values.type
-    if pt.is_list(kind) or pt.is_large_list(kind):
-        has = pc.fill_null(pc.greater(pc.list_value_length(values), 0), False)
-    else:
-        has = pc.is_valid(values)
-    return max(pc.index(has, True).as_py(), 0)

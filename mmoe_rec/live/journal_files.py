@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import io
 import json
-import re
 import zlib
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import Path
 from zipfile import BadZipFile
@@ -27,28 +27,30 @@ from sqlalchemy.engine import Connection
 
 from mmoe_rec.atomic import atomic_file
 from mmoe_rec.errors import UserError
-from mmoe_rec.live.duplicates import FORGET_AFTER_DAYS, Counts, Duplicates, NewRows
-from mmoe_rec.live.journal import ABOUT, BATCHES, CHECKPOINTS, CUTS, STATES, Batch, Journal
-from mmoe_rec.log.columns import canonical, column_uses, event_uses
-from mmoe_rec.log.files import MAGIC, find_local, is_remote, local_path, would_find
+from mmoe_rec.live.duplicates import Duplicates, NewRows, uses_of_logs
+from mmoe_rec.live.journal import ABOUT, BATCHES, CHECKPOINTS, CUTS, STATES, Journal
+from mmoe_rec.log.columns import canonical
+from mmoe_rec.log.files import MAGIC, find_local, first_line, is_remote, local_path, would_find
+from mmoe_rec.preprocessing.files import read_journal_name
 from mmoe_rec.settings.columns import Use
 from mmoe_rec.settings.schema import Schema
 
 ROWS_OF_A_FILE = 2**20
 _PART_BYTES = 2**26
-_NAME = re.compile(r"journal-([0-9a-f]{32})-([0-9]+)\.parquet")
 _COLUMNS = b"mmoe_rec.columns"
 """Metadata of a file: the columns that the model read for which it was written, as a JSON list; others are null."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Written:
-    """files: those of the cuts, also those that were there; counts: log -> rows by what became of them; unknown: log of
-    events that the schema does not have -> rows, which are in no file; early: rows left out by `later_than`."""
+    """files: those of the cuts, also those that were there; last_files: log -> the last cut that has a file; counts:
+    log -> rows by what became of them; unknown: log of events that the schema does not have -> rows, which are in no
+    file; early: rows left out by `later_than`."""
 
-    files: list[Path]
-    counts: Mapping[str | None, Counts]
-    unknown: Mapping[str, int]
+    files: list[Path] = field(default_factory=list)
+    last_files: dict[str | None, int] = field(default_factory=dict)
+    counts: dict[str | None, Counter[str]] = field(default_factory=dict)
+    unknown: Mapping[str, int] = field(default_factory=dict)
     early: int = 0
 
 
@@ -73,13 +75,7 @@ def cut_journal(journal: Journal) -> int:
 
 
 def write_files(
-    journal: Journal,
-    schema: Schema,
-    through: int,
-    log: str,
-    after: int = 0,
-    forget_after_days: int = FORGET_AFTER_DAYS,
-    later_than: int | None = None,
+    journal: Journal, schema: Schema, through: int, log: str, after: int = 0, later_than: int | None = None
 ) -> Written:
     """Writes the files of the cuts later than `after` up to `through`, and keeps a checkpoint there.
 
@@ -93,38 +89,46 @@ def write_files(
     Raises:
         UserError: a place can't take files, or the journal is damaged.
     """
-    writing = _Writing(journal.id, schema, log, later_than)
-    duplicates = duplicates_at(journal, schema, after, forget_after_days, missing=writing.add)
-    for cut, batches in _read_by_cuts(journal, after, through):
-        writing.add(cut, duplicates.filter(batches))
-    writing.flush()
+    written, duplicates = Written(), Duplicates(schema)
+    tables, cut = dict[str | None, list[pa.Table]](), 0
+    for end, new in read_on(journal, duplicates, after, through):
+        if end != cut:
+            _write_cut(written, tables, journal.id, cut, schema, log)
+            tables, cut = {}, end
+        for source, rows in new.items():
+            table = rows.table
+            if later_than is not None:
+                table = table.filter(pa.array(rows.rows(schema).times() > later_than))
+            written.early += len(rows.table) - len(table)
+            tables.setdefault(source, []).append(table)
+            written.counts.setdefault(source, Counter()).update(rows.counts)
+    _write_cut(written, tables, journal.id, cut, schema, log)
+    written.unknown = duplicates.unknown
     if through:
-        _keep_checkpoint(journal, through, duplicates, writing.last_files)
-    return Written(writing.files, writing.counts, duplicates.unknown, writing.early)
+        _keep_checkpoint(journal, through, duplicates, written.last_files)
+    return written
 
 
-def duplicates_at(
-    journal: Journal,
-    schema: Schema,
-    position: int,
-    forget_after_days: int = FORGET_AFTER_DAYS,
-    missing: Callable[[int, Mapping[str | None, NewRows]], None] | None = None,
-) -> Duplicates:
-    """What is remembered of the rows up to a position.
+def read_on(
+    journal: Journal, duplicates: Duplicates, after: int, through: int
+) -> Iterator[tuple[int, dict[str | None, NewRows]]]:
+    """Goes on after a position to another one: gives the rows that count, each with the first cut not before it.
 
-    missing: is given, with their cut, the rows up to there that no checkpoint holds, such as those of a log that only
-    other models than those refreshed so far have.
+    First come rows up to `after` that no checkpoint holds, such as those of a log that only other models than those
+    refreshed so far have. duplicates: new; what is remembered of rows up to `after` is restored into it.
 
     Raises UserError where the journal is damaged.
     """
-    duplicates = Duplicates(schema, forget_after_days)
     with journal.reading() as connection:
-        kept = {source: _restore(connection, journal, duplicates, source, position) for source in duplicates.sources}
-    for cut, batches in _read_by_cuts(journal, min(kept.values()), position):
-        rows = duplicates.filter([each for each in batches if kept.get(each.source, position) < each.position])
-        if missing is not None:
-            missing(cut, rows)
-    return duplicates
+        kept = {source: _restore(connection, journal, duplicates, source, after) for source in duplicates.sources}
+        position, place = min(kept.values()), CUTS.c.position
+        cuts = sql.select(place).where(place > position, place < through).order_by(place)
+        ends = [*connection.execute(cuts).scalars(), through]
+    for end in ends:
+        while batches := journal.read(position, through=end, leftovers=True):
+            position = batches[-1].position
+            yield end, duplicates.filter([each for each in batches if kept.get(each.source, after) < each.position])
+        position = max(position, end)
 
 
 def logs_beyond(journal: Journal, schema: Schema, position: int) -> list[str | None]:
@@ -152,23 +156,10 @@ def remove_batches(journal: Journal, position: int) -> None:
         connection.execute(sql.update(ABOUT).where(ABOUT.c.removed < position).values(removed=position))
 
 
-def _read_by_cuts(journal: Journal, after: int, through: int) -> Iterator[tuple[int, list[Batch]]]:
-    """Batches after a position, each with the first cut that is not before it."""
-    with journal.reading() as connection:
-        place = CUTS.c.position
-        cuts = sql.select(place).where(place > after, place < through).order_by(place)
-        ends = [*connection.execute(cuts).scalars(), through]
-    for end in ends:
-        while batches := journal.read(after, through=end, leftovers=True):
-            after = batches[-1].position
-            yield end, batches
-        after = max(after, end)
-
-
 def _restore(
     connection: Connection, journal: Journal, duplicates: Duplicates, source: str | None, position: int
 ) -> int:
-    """Restores a log's last checkpoint up to a position whose state is there; returns its position, 0 for none."""
+    """Restores a log's last checkpoint up to a position; returns its position, 0 for none."""
     log = source or ""
     last = sql.select(sql.func.max(CHECKPOINTS.c.position))
     kept = connection.execute(last.where(CHECKPOINTS.c.log == log, CHECKPOINTS.c.position <= position)).scalar()
@@ -196,19 +187,18 @@ def _keep_checkpoint(
         log, memory = source or "", io.BytesIO()
         np.savez(memory, **duplicates.to_arrays(source))  # type: ignore[arg-type]
         state = memory.getvalue()
-        parts = [state[begin : begin + _PART_BYTES] for begin in range(0, len(state), _PART_BYTES)]
         with journal.appending() as connection:
-            of = CHECKPOINTS.c.log == log
-            before = sql.select(sql.func.max(CHECKPOINTS.c.position), sql.func.max(CHECKPOINTS.c.last_file))
-            last, file = connection.execute(before.where(of, CHECKPOINTS.c.position <= position)).one()
+            of = CHECKPOINTS.c.log == log, CHECKPOINTS.c.position <= position
+            before = sql.select(sql.func.max(CHECKPOINTS.c.position), sql.func.max(CHECKPOINTS.c.last_file)).where(*of)
+            last, file = connection.execute(before).one()
             if last == position:  # another model's refresh has kept it
                 continue
             last_file = max(file or 0, last_files.get(source, 0))
-            connection.execute(sql.insert(CHECKPOINTS).values(position=position, log=log, last_file=last_file))
-            for part, data in enumerate(parts):
+            connection.execute(sql.insert(CHECKPOINTS).values((position, log, last_file)))
+            for part, begin in enumerate(range(0, len(state), _PART_BYTES)):
+                data = state[begin : begin + _PART_BYTES]
                 checksum = _checksum(position, log, part, data)
-                row = {"position": position, "log": log, "part": part, "checksum": checksum, "data": data}
-                connection.execute(sql.insert(STATES).values(**row))
+                connection.execute(sql.insert(STATES).values((position, log, part, checksum, data)))
 
 
 def _checksum(position: int, log: str, part: int, data: bytes) -> int:
@@ -221,16 +211,17 @@ def check_columns(journal: str, schema: Schema, log: str, held: Mapping[str | No
 
     held: log -> the last cut whose file the model's tables hold; only later ones are looked at.
     """
-    for source, (_, place) in _places(schema, log).items():
+    for source, uses in uses_of_logs(schema).items():
+        _, place = _place_of(source, schema, log)
         for path in [] if is_remote(place) else find_local(local_path(place))[0]:
-            named = _NAME.fullmatch(path.name)
-            if named is None or named[1] != journal or int(named[2]) <= held.get(source, 0):
+            name = read_journal_name(str(path))
+            if name is None or name[0] != journal or name[1] <= held.get(source, 0):
                 continue
             try:
                 written = json.loads((pq.read_schema(path).metadata or {})[_COLUMNS])
             except (pa.ArrowException, OSError, KeyError):  # it is of an earlier version, or the build tells of it
                 continue
-            if missing := sorted(_uses(schema)[source].keys() - set(written)):
+            if missing := sorted(uses.keys() - set(written)):
                 raise UserError(
                     f"'{path}' was written by the refresh of a model that does not read the column '{missing[0]}', so "
                     "values of it that callers sent are not in this file: models that share a journal must read the "
@@ -239,71 +230,29 @@ def check_columns(journal: str, schema: Schema, log: str, held: Mapping[str | No
                 )
 
 
-def _uses(schema: Schema) -> dict[str | None, dict[str, Use]]:
-    """Log -> its columns."""
-    uses: dict[str | None, dict[str, Use]] = {None: column_uses(schema)}
-    return uses | {name: event_uses(schema, name) for name in schema.events}
+def _place_of(source: str | None, schema: Schema, log: str) -> tuple[str, str]:
+    """The setting that says where a log is, and its value."""
+    return ("data.log", log) if source is None else (f"data.events.{source}.path", schema.events[source].path)
 
 
-def _places(schema: Schema, log: str) -> dict[str | None, tuple[str, str]]:
-    """Log -> the setting that says where it is, and its value."""
-    places: dict[str | None, tuple[str, str]] = {None: ("data.log", log)}
-    return places | {name: (f"data.events.{name}.path", each.path) for name, each in schema.events.items()}
+def _write_cut(
+    written: Written, tables: Mapping[str | None, list[pa.Table]], journal: str, cut: int, schema: Schema, log: str
+) -> None:
+    """Writes the rows up to a cut, one file for each log that has some. written: to be added to."""
+    name = f"journal-{journal}-{cut:012d}.parquet"
+    for source, parts in tables.items():
+        table = pa.concat_tables(parts, promote_options="default").combine_chunks()
+        if not table.num_rows:
+            continue
+        setting, place = _place_of(source, schema, log)
+        path = _find_folder(place, setting, name) / name
+        if not path.exists():
+            _write(path, table, uses_of_logs(schema)[source], _find_pattern(place), schema.columns.time_unit)
+        written.files.append(path)
+        written.last_files[source] = cut
 
 
-class _Writing:
-    """Writes the rows that it is given, cut after cut, into one file for each cut and log.
-
-    files: also those that were there; last_files: log -> the last cut that has a file.
-    """
-
-    def __init__(
-        self,
-        journal: str,
-        schema: Schema,
-        log: str,
-        later_than: int | None,
-    ) -> None:
-        self._journal, self._schema, self._later_than = journal, schema, later_than
-        self._uses, self._places = _uses(schema), _places(schema, log)
-        self._cut, self._tables = 0, dict[str | None, list[pa.Table]]()
-        self.files, self.counts, self.early = list[Path](), dict[str | None, Counts](), 0
-        self.last_files: dict[str | None, int] = {}
-
-    def add(self, cut: int, new: Mapping[str | None, NewRows]) -> None:
-        """Takes rows up to a cut that is not earlier than the one before."""
-        if cut != self._cut:
-            self.flush()
-            self._cut = cut
-        for source, rows in new.items():
-            later = _later(rows, self._schema, self._later_than)
-            self.early += len(rows.table) - len(later)
-            self._tables.setdefault(source, []).append(later)
-            self.counts.setdefault(source, Counts()).add(rows.counts)
-
-    def flush(self) -> None:
-        """Writes what it was given."""
-        name = f"journal-{self._journal}-{self._cut:012d}.parquet"
-        for source, tables in self._tables.items():
-            table = pa.concat_tables(tables, promote_options="default").combine_chunks()
-            if not table.num_rows:
-                continue
-            setting, place = self._places[source]
-            path = _folder(place, setting, name) / name
-            if not path.exists():
-                _write(path, table, self._uses[source], _pattern(place), self._schema.columns.time_unit)
-            self.files.append(path)
-            self.last_files[source] = self._cut
-        self._tables = {}
-
-
-def _later(new: NewRows, schema: Schema, moment: int | None) -> pa.Table:
-    if moment is None:
-        return new.table
-    return new.table.filter(pa.array(new.rows(schema).times() > moment))
-
-
-def _folder(source: str, setting: str, name: str) -> Path:
+def _find_folder(source: str, setting: str, name: str) -> Path:
     """The folder whose file of that name belongs to a log."""
     if is_remote(source):
         raise UserError(
@@ -322,38 +271,33 @@ def _folder(source: str, setting: str, name: str) -> Path:
     )
 
 
-def _pattern(source: str) -> pa.Schema | None:
-    """The columns and types of a log's first file that is none of a journal, else of its first one; None: no file."""
-    found, _ = find_local(local_path(source))
-    for path in sorted(found, key=lambda path: (path.name.startswith("journal-"), str(path))):
+def _find_pattern(source: str) -> Mapping[str, pa.DataType]:
+    """The columns and types of a log's first file that is none of a journal, else of its first one."""
+    paths, _ = find_local(local_path(source))
+    for path in sorted(paths, key=lambda path: (path.name.startswith("journal-"), str(path))):
         try:
-            return pq.read_schema(path)
+            return {field.name: field.type for field in pq.read_schema(path)}
         except (pa.ArrowException, OSError):
             continue
-    return None
+    return {}
 
 
-def _write(path: Path, table: pa.Table, uses: Mapping[str, Use], pattern: pa.Schema | None, unit: str | None) -> None:
-    columns = pa.table(dict(_columns(table, uses, pattern, unit)))
-    columns = columns.replace_schema_metadata({_COLUMNS: json.dumps(sorted(uses))})
+def _write(
+    path: Path, table: pa.Table, uses: Mapping[str, Use], pattern: Mapping[str, pa.DataType], unit: str | None
+) -> None:
+    columns = {
+        name: _as_type(name, uses[name], table.column(name).combine_chunks(), kind, unit)
+        if name in uses
+        else pa.nulls(table.num_rows, kind)
+        for name, kind in pattern.items()
+    }
+    columns |= {name: table.column(name) for name in uses if name not in pattern}  # such as those in files' paths
+    metadata = {_COLUMNS: json.dumps(sorted(uses))}
     try:
         with atomic_file(path) as temporary:
-            pq.write_table(columns, temporary, compression="zstd")
+            pq.write_table(pa.table(columns).replace_schema_metadata(metadata), temporary, compression="zstd")
     except (OSError, pa.ArrowException) as error:
-        raise UserError(f"'{path}' can't be written: {str(error).splitlines()[0]}") from None
-
-
-def _columns(
-    table: pa.Table, uses: Mapping[str, Use], pattern: pa.Schema | None, unit: str | None
-) -> Iterator[tuple[str, pa.Array]]:
-    fields = {} if pattern is None else {field.name: field.type for field in pattern}
-    for name, kind in fields.items():
-        if name in uses:
-            yield name, _as_type(name, uses[name], table.column(name).combine_chunks(), kind, unit)
-        else:
-            yield name, pa.nulls(table.num_rows, kind)
-    for name in [each for each in uses if each not in fields]:  # such as those in the paths of a log's files
-        yield name, table.column(name).combine_chunks()
+        raise UserError(f"'{path}' can't be written: {first_line(error)}") from None
 
 
 def _as_type(name: str, use: Use, values: pa.Array, kind: pa.DataType, unit: str | None) -> pa.Array:

@@ -9,23 +9,23 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.inference.artifact import last_segments
 from mmoe_rec.live.duplicates import Duplicates, NewRows
 from mmoe_rec.live.journal import ROWS_AT_A_TIME, Journal
-from mmoe_rec.live.journal_files import duplicates_at, logs_beyond
-from mmoe_rec.log.checks import format_time
+from mmoe_rec.live.journal_files import logs_beyond, read_on
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.log.stand_ins import require_all
-from mmoe_rec.point_in_time.memory import NEVER
 from mmoe_rec.settings.schema import Schema
 
 if TYPE_CHECKING:
@@ -50,11 +50,12 @@ class Learnt:
     prepared: Any
     position: int
     accepted_at: list[int] = field(default_factory=list)
-    counts: dict[str, int] = field(default_factory=dict)
+    counts: Mapping[str, int] = field(default_factory=dict)
 
 
 class Learning:
-    """Of one model. `read` and `take` alternate, in whatever thread. position: up to where the model knows the journal.
+    """Of one model. `read` and `take` alternate, in whatever thread. position: up to where the model knows the journal;
+    gap: what it does not know of it and can't learn, as a sentence.
 
     Raises UserError for an address that holds no journal.
     """
@@ -68,11 +69,10 @@ class Learning:
         self._error: Exception | None = None
         self._has_ended = False
         self._lock = threading.Lock()
-        self.gap: str | None = None
-        """What the model does not know of the journal and can't learn, as a sentence."""
-        _check_same_log(self.journal, self.schema)
         self._told_of = set[str]()
-        self._tell_of(self.journal.column_types())
+        types = self.journal.column_types()
+        _check_same_log(self.journal.name, types, self.schema)
+        self._tell_of(log for log, _ in types)
         about = ranker.about.journal
         self._is_known = about is not None and about["id"] == self.journal.id
         if about is not None and not self._is_known:
@@ -84,31 +84,32 @@ class Learning:
             )
         through = int(about["through"]) if about is not None and self._is_known else 0
         self.position = max(through, self.journal.removed())
-        self._duplicates = self._begin(through, last_segments(features, self.journal.id, self.schema.events))
-        if lacking := logs_beyond(self.journal, self.schema, through):
-            self.gap = self._describe_gap(through, lacking)
+        self._duplicates = Duplicates(self.schema)
+        self._begin(through, last_segments(features, self.journal.id, self.schema.events))
+        self.gap: str | None = None
+        if logs_beyond(self.journal, self.schema, through):
+            self.gap = self._describe_gap(through)
             _log.warning("%s", self.gap)
 
-    def _begin(self, through: int, held: Mapping[str | None, int] | None) -> Duplicates:
-        """What is remembered at the position from which the model goes on.
+    def _begin(self, through: int, held: Mapping[str | None, int] | None) -> None:
+        """Restores what is remembered at the position from which the model goes on.
 
         Of logs of events of which the tables lack rows up to there, as no model that has them was refreshed, it learns
         these first. held: log -> the last cut whose file the tables hold.
         """
         lacking: dict[str | None, list[NewRows]] = {}
-
-        def add(cut: int, rows: Mapping[str | None, NewRows]) -> None:
+        for cut, rows in read_on(self.journal, self._duplicates, self.position, self.position):
             for source, each in rows.items():
                 if source is not None and cut > (through if held is None else held[source]):
                     lacking.setdefault(source, []).append(each)
-
-        duplicates = duplicates_at(self.journal, self.schema, self.position, missing=add)
         if lacking:
-            together = {source: NewRows.together(each) for source, each in lacking.items()}
+            together = {}
+            for source, parts in lacking.items():
+                table = pa.concat_tables([each.table for each in parts], promote_options="default").combine_chunks()
+                together[source] = NewRows(source, table, sum((each.counts for each in parts), Counter()))
             self._waiting = _Read(together, self.position, [])
-        return duplicates
 
-    def _describe_gap(self, through: int, logs: list[str | None]) -> str:
+    def _describe_gap(self, through: int) -> str:
         """Says what was removed from the journal that the tables do not know; a later version's refresh removed it."""
         removed = self.journal.removed()
         if not self._is_known:
@@ -116,17 +117,11 @@ class Learning:
                 f"the journal begins after position {removed}: what came before, the model knows only up to "
                 f"{self.ranker.about.tables_as_of}, as far as its tables hold it"
             )
-        newest = max(self._duplicates.newest(source) for source in logs)
-        up_to = "" if newest == NEVER else f", the latest of {format_time(newest)}"
         return (
             f"the model's tables hold the journal up to position {through}, and what came up to position {removed} was "
-            f"removed since, so it does not know that{up_to}; the logs' files hold it: mmoe-rec refresh --config FILE "
-            "--model models:/NAME@ALIAS, without --journal, makes a version that knows it"
+            "removed since, so it does not know that; the logs' files hold it: mmoe-rec refresh --config FILE --model "
+            "models:/NAME@ALIAS, without --journal, makes a version that knows it"
         )
-
-    def let_go(self) -> None:
-        """Closes what it reads the journal by, before the process is forked; the next look opens it again."""
-        self.journal.close()
 
     def _tell_of(self, logs: Iterable[str]) -> None:
         """Says once which logs of events the journal has that the model does not read; other models may."""
@@ -149,16 +144,6 @@ class Learning:
         """Learns no more; for a model whose place another one has taken, within `held`."""
         self._has_ended = True
         self.journal.close()
-
-    @property
-    def live_rows(self) -> int:
-        """Rows of events that the model holds beside its tables."""
-        return self.ranker.live_rows
-
-    @property
-    def as_of(self) -> int:
-        """The time of the last request that the tables know, microseconds."""
-        return self.ranker.tables_known
 
     def newest(self, source: str | None) -> int:
         """The latest time of a log's rows so far, microseconds; `NEVER` before there are any."""
@@ -190,28 +175,18 @@ class Learning:
                     raise
                 self._tell_of(self._duplicates.unknown)
                 self._waiting = _Read(new, batches[-1].position, [each.accepted_at for each in batches])
-            read, counts = self._waiting, dict[str, int]()
-            rows: dict[str | None, LogRows] = {}
-            for source, each in read.new.items():
-                for name in fields(each.counts):
-                    counts[name.name] = counts.get(name.name, 0) + getattr(each.counts, name.name)
-                counts["late"] = counts.get("late", 0) + each.late(self.schema, self.as_of)
-                rows[source] = self._beyond_tables(each.rows(self.schema), counts)
+            counts, rows = Counter[str](), dict[str | None, LogRows]()
+            for source, each in self._waiting.new.items():
+                counts.update(each.counts, late=each.late(self.schema, self.ranker.tables_known))
+                known = each.rows(self.schema)
+                rows[source] = known if self._is_known else known.filter(known.times() > self.ranker.tables_known)
+                counts["in_tables"] += len(known) - len(rows[source])
             prepared = self.ranker.prepared({source: each for source, each in rows.items() if len(each)})
-            counts = {name: number for name, number in counts.items() if number}
-            return Learnt(prepared, read.position, read.accepted_at, counts)
+            return Learnt(prepared, self._waiting.position, self._waiting.accepted_at, +counts)
 
     def taken_for_known(self, times: np.ndarray) -> int:
         """How many rows of (N,) times, microseconds, the tables may hold, so that they are not learnt."""
-        return 0 if self._is_known else int(np.sum(times <= self.as_of))
-
-    def _beyond_tables(self, rows: LogRows, counts: dict[str, int]) -> LogRows:
-        """The rows that the tables do not hold; of a journal that the artifact names, all."""
-        if self._is_known:
-            return rows
-        later = rows.times() > self.as_of
-        counts["in_tables"] = counts.get("in_tables", 0) + int(np.sum(~later))
-        return rows.filter(later)
+        return 0 if self._is_known else int(np.sum(times <= self.ranker.tables_known))
 
     def take(self, learnt: Learnt) -> None:
         """Has the model take what was prepared; no pass may be under way."""
@@ -221,16 +196,15 @@ class Learning:
                 self.position, self._waiting = learnt.position, None
 
 
-def _check_same_log(journal: Journal, schema: Schema) -> None:
-    """Raises UserError for a journal with rows of other logs than the model's."""
-    types = journal.column_types()
+def _check_same_log(journal: str, types: Iterable[tuple[str, str]], schema: Schema) -> None:
+    """Raises UserError for a journal with rows of other logs than the model's. types: log and column of its rows."""
+    names = schema.columns
     for source in (None, *schema.events):
-        held = types.get(source or "")
-        names = schema.columns
+        there = {name for log, name in types if log == (source or "")}
         needed = (names.user, names.candidate, names.time) if source is None else (schema.events[source].time,)
-        if held and (missing := [name for name in needed if name not in held]):
+        if there and (missing := [name for name in needed if name not in there]):
             what = "the interaction log" if source is None else f"events '{source}'"
             raise UserError(
-                f"the journal '{journal.name}' holds rows of {what} without a column '{missing[0]}', so it is another "
+                f"the journal '{journal}' holds rows of {what} without a column '{missing[0]}', so it is another "
                 "model's: give another address with --journal"
             )

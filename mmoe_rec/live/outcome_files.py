@@ -71,9 +71,17 @@ class Source:
             raise UserError(f"none of the files of '{address}' can be used; the first: {left_out[0].reason}")
         return Source(dict(uses), time, unit, files, types, left_out)
 
-    def type_of(self, column: str) -> pa.DataType:
-        """The type of a column in a database: any one for a column that is null everywhere."""
-        return self.types.get(column, pa.int8())
+    def name(self, column: str) -> str:
+        """The name of a column in a database."""
+        return f"c{list(self.uses).index(column)}"
+
+    @property
+    def schema(self) -> pa.Schema:
+        """The columns in a database, with times as microseconds, and any type where all values are null; the number of
+        each row, and whether its file is new."""
+        types = [pa.int64() if use == "time" else self.types.get(name, pa.int8()) for name, use in self.uses.items()]
+        columns = {f"c{place}": kind for place, kind in enumerate(types)}
+        return pa.schema(columns | {"number": pa.int64(), "is_new": pa.bool_()})
 
     def read(self, after: int) -> Iterator[tuple[LogFile, pa.Table | int]]:
         """Batches of rows, of all row groups that may hold a time (microseconds) later than `after`; of other groups
@@ -103,12 +111,11 @@ class Source:
 
 @dataclass(frozen=True)
 class Events:
-    """A log of events: its settings, its files, columns whose values are wanted, whether rows have an `event_id`, and
-    the longest window in which they count, microseconds."""
+    """A log of events: its settings, its files, whether rows have an `event_id`, and the longest window in which they
+    count, microseconds."""
 
     settings: OutcomeEvents
     source: Source
-    payload: list[str]
     has_ids: bool
     window: int
 
@@ -172,11 +179,11 @@ def _open_events(settings: Settings, name: str, folder: str | None, placement: M
     uses: dict[str, Use] = {columns.user: "key", columns.candidate: "key"}
     if section.request is not None:
         uses[section.request] = "key"
-    said = [each.value for each in outcomes.labels.values() if each.events == name and each.value is not None]
-    payload: dict[str, Use] = dict.fromkeys(said, "number")
+    for each in outcomes.labels.values():
+        if each.events == name and each.value is not None:
+            uses[each.value] = "number"
     if outcomes.shown is not None and outcomes.shown.events == name:
-        payload |= placement
-    uses |= payload
+        uses |= placement
     if section.time in uses:
         raise UserError(f"column '{section.time}' of events '{name}' is the time and something else; add a column")
     has_ids = any(EVENT_ID in columns_of(file.address) for file in find_files(address, setting))
@@ -185,7 +192,7 @@ def _open_events(settings: Settings, name: str, folder: str | None, placement: M
     uses[section.time] = "time"
     source = Source.open(address, setting, uses, section.time, columns.time_unit, settings.data.skip_bad_files)
     window = max(each.microseconds for each in outcomes.windows if each.events == name)
-    return Events(section, source, list(payload), has_ids, window)
+    return Events(section, source, has_ids, window)
 
 
 def _address(settings: Settings, name: str, folder: str | None) -> tuple[str, str]:
@@ -201,14 +208,16 @@ def _address(settings: Settings, name: str, folder: str | None) -> tuple[str, st
 
 
 def _check_types(settings: Settings, name: str, events: Events, requests: Source) -> None:
-    """Raises UserError where a column by which events are joined has another type than in the requests."""
+    """Raises UserError where a column by which events are joined has another type than in the requests; one that is
+    null everywhere gets the other's."""
     columns = settings.columns
     pairs = {columns.user: columns.user, columns.candidate: columns.candidate}
     if events.settings.request is not None:
         pairs[events.settings.request] = names.REQUEST
     for mine, theirs in pairs.items():
-        one, other = events.source.types.get(mine), requests.types.get(theirs)
-        if one is not None and other is not None and not pa.types.is_null(one) and one != other:
+        one = events.source.types.setdefault(mine, requests.types.get(theirs, pa.int8()))
+        other = requests.types.setdefault(theirs, one)
+        if one != other:
             raise UserError(
                 f"column '{mine}' of events '{name}' holds {one}, and column '{theirs}' of the requests {other}: no "
                 "event would belong to any request; write both with one type"
@@ -287,7 +296,6 @@ def open_runs(folder: Path, sources: dict[str, str]) -> Iterator[Runs]:
     runs = Runs(folder)
     _check(runs, str(folder), sources)
     with writing(runs.folder, "a join of outcomes", "give another folder with --out"):
-        _check(runs, str(folder), sources)
         runs.folder.mkdir(parents=True, exist_ok=True)
         try:
             yield runs

@@ -24,16 +24,14 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.live import logged_requests as names
-from mmoe_rec.live.outcome_files import BEGIN, EVENT_ID, Events, Plan, Runs, Source, State, open_plan, open_runs
+from mmoe_rec.live.outcome_files import BEGIN, EVENT_ID, Plan, Runs, Source, State, open_plan, open_runs
 from mmoe_rec.log.checks import format_time
 from mmoe_rec.log.columns import UTC_MICROSECONDS
 from mmoe_rec.log.database import open_database
-from mmoe_rec.log.hashing import combine, hash_column
 from mmoe_rec.log.rows import MICROSECONDS_PER_DAY
 from mmoe_rec.log.stand_ins import require_all
 from mmoe_rec.progress import bar, say
@@ -42,7 +40,6 @@ from mmoe_rec.settings.sections import Settings, differences
 
 ROWS_PER_FILE = 262_144
 _LONGEST_REQUEST = MICROSECONDS_PER_DAY  # between the parts of a request that are logged apart
-_NEVER = np.iinfo(np.int64).min
 
 
 @dataclass(frozen=True)
@@ -79,9 +76,9 @@ def join_outcomes(
         UserError: settings, files or the output folder don't fit each other; nothing is added then.
     """
     require_all(settings.schema_, "joining outcomes")
-    sources = {"--requests": str(requests)} | ({} if events is None else {"--events": str(events)})
+    sources = {"--requests": requests} | ({} if events is None else {"--events": events})
     with open_runs(Path(out), sources) as runs:
-        plan = open_plan(settings, str(requests), None if events is None else str(events))
+        plan = open_plan(settings, requests, events)
         return _Run(plan, runs, until, int(clock.time() * 1e6) if now is None else now).run()
 
 
@@ -93,11 +90,8 @@ class _Run:
         self.after = self.before.through
         self.counts: Counter[str] = Counter()
         self.tables = {name: f"events_{number}" for number, name in enumerate(plan.events)}
-        self.inputs = [name for name in plan.requests.uses if name not in (self.columns.time, names.AT, names.RANK)]
-
-    @property
-    def _sources(self) -> list[Source]:
-        return [self.plan.requests, *(each.source for each in self.plan.events.values())]
+        self.sources = [plan.requests, *(each.source for each in plan.events.values())]
+        self.by_user = [name for name, each in plan.events.items() if each.settings.request is None]
 
     def run(self) -> Joined:
         settings = self.outcomes.model_dump(mode="json")
@@ -107,129 +101,95 @@ class _Run:
         self.runs.begin()
         data, rows = self.plan.settings.data, 0
         with bar() as progress, open_database(self.runs.work / "database", data.memory_gib, data.workers) as database:
-            self.progress, self.database = progress, database
+            self.database = database
             progress.add_task("joining", total=None)
             until = self._read_events()
             if until > self.after:
-                self._read_requests()
                 self._find_candidates(until)
                 self._find_labels(until)
                 rows = self._write(until)
-        if not rows:
-            return self._joined(None, 0, self.after)
-        files = {file.address: file.bytes for each in self._sources for file in each.files}
-        return self._joined(self.runs.commit(State(until, settings, files)), rows, until)
+        files = {file.address: file.bytes for each in self.sources for file in each.files}
+        folder = self.runs.commit(State(until, settings, files)) if rows else None
+        left_out = [each.reason for source in self.sources for each in source.left_out]
+        return Joined(folder, rows, until if rows else self.after, dict(+self.counts), left_out)
 
-    def _joined(self, folder: Path | None, rows: int, until: int) -> Joined:
-        counts = {what: count for what, count in self.counts.items() if count}
-        return Joined(folder, rows, until, counts, [each.reason for s in self._sources for each in s.left_out])
+    def _fill(self, table: str, source: Source, start: int, late: str) -> None:
+        """Makes a table of rows, of all that are later than `start`; counts those of new files that are no later than
+        what is written as `late`."""
+
+        def read() -> Iterator[pa.Table]:
+            number = 0
+            for file, rows in source.read(start):
+                is_new = self.before.files.get(file.address) != file.bytes
+                if isinstance(rows, int):
+                    self.counts[late] += rows * is_new
+                    continue
+                numbers = pa.array(np.arange(number, number + len(rows)))
+                more = [numbers, pa.array(np.full(len(rows), is_new))]
+                yield pa.table([*rows.select(list(source.uses)).columns, *more], source.schema.names)
+                number += len(rows)
+
+        self.database.fill(table, source.schema, read())
+        time = source.name(source.time)
+        (rows,) = self.database.row(f"SELECT count(*) FROM {table} WHERE is_new AND {time} <= {self.after}")
+        self.counts[late] += rows
+        self.database.run(f"DELETE FROM {table} WHERE {time} IS NOT NULL AND {time} <= {start}")
+
+    def _request(self, source: Source, column: str) -> str:
+        """The request's id in SQL, with the user where ids are a user's own."""
+        own = source.name(column)
+        return f"row({source.name(self.columns.user)}, {own})" if self.columns.request_scope == "user" else own
 
     def _read_events(self) -> int:
         """Reads the events later than all that is written; gives the time up to which requests can be written."""
         ends = []
         for name, events in self.plan.events.items():
-            table, fields = self.tables[name], dict.fromkeys(("who", "first", "item"), pa.uint64())
-            fields |= {"number": pa.int64(), "time": pa.int64(), "id": pa.uint64()}
-            payload = {f"c{place}": events.source.type_of(each) for place, each in enumerate(events.payload)}
-            rows = self.database.fill("given", pa.schema(fields | payload), self._event_tables(name, events))
+            table, source, section = self.tables[name], events.source, events.settings
+            self._fill("given", source, self.after, f"new events '{name}' of requests that were written before")
+            keys = [self.columns.user, self.columns.candidate, *([section.request] if section.request else [])]
+            lacking = " OR ".join(f"{source.name(each)} IS NULL" for each in (*keys, section.time))
+            user, time, item = map(source.name, (self.columns.user, section.time, self.columns.candidate))
+            first = user if section.request is None else self._request(source, section.request)
+            event = source.name(EVENT_ID) if events.has_ids else "NULL"
             self.database.run(
-                f"CREATE TABLE {table} AS SELECT * FROM given QUALIFY id IS NULL "
-                "OR row_number() OVER (PARTITION BY who, id ORDER BY time, number) = 1",
-                "DROP TABLE given",
+                f"CREATE TABLE {table} AS SELECT *, {first} AS first, {item} AS item, {time} AS time FROM given "
+                f"WHERE NOT ({lacking}) AND {time} <= {self.now} QUALIFY {event} IS NULL "
+                f"OR row_number() OVER (PARTITION BY {user}, {event} ORDER BY {time}, number) = 1"
+            )
+            null, future, rows = self.database.row(
+                f"SELECT count(*) FILTER ({lacking}), "
+                f"count(*) FILTER (NOT ({lacking}) AND {time} > {self.now}), count(*) FROM given"
             )
             count, last = self.database.row(f"SELECT count(*), max(time) FROM {table}")
-            self.counts[f"events '{name}' that came again"] += rows - count
+            self.database.run("DROP TABLE given")
+            self.counts[f"events '{name}' without {' or '.join(keys)}, or a time"] += null
+            self.counts[f"events '{name}' in the future"] += future
+            self.counts[f"events '{name}' that came again"] += rows - null - future - count
             complete = (BEGIN if last is None else last) if self.given is None else self.given
             ends.append(complete - events.window)
         return min(ends) - round(self.outcomes.wait_days * MICROSECONDS_PER_DAY)
 
-    def _event_tables(self, name: str, events: Events) -> Iterator[pa.Table]:
-        """Events without those that lack an id or a time, lie in the future, or are no later than what is written."""
-        columns, section = self.columns, events.settings
-        keys = [columns.user, columns.candidate, *([section.request] if section.request else [])]
-        late = f"new events '{name}' of requests that were written before"
-        number = 0
-        for batch, time in self._read(events.source, self.after, late):
-            null = np.zeros(len(batch), bool)
-            for each in (*keys, section.time):
-                null |= batch[each].combine_chunks().is_null().to_numpy(zero_copy_only=False)
-            future = ~null & (time > self.now)
-            self.counts[f"events '{name}' without {' or '.join(keys)}, or a time"] += int(null.sum())
-            self.counts[f"events '{name}' in the future"] += int(future.sum())
-            keep = ~null & ~future & (time > self.after)
-            some, who = batch.filter(pa.array(keep)), _hash(batch, columns.user)[keep]
-            made = {
-                "who": who,
-                "first": who if section.request is None else self._request(some, section.request),
-                "item": _hash(some, columns.candidate),
-                "number": number + np.flatnonzero(keep),
-                "time": time[keep],
-                "id": pa.nulls(len(some), pa.uint64()),
-            }
-            if events.has_ids:
-                made["id"] = pa.array(_hash(some, EVENT_ID), mask=pc.is_null(some[EVENT_ID]).to_numpy())
-            made |= {f"c{place}": some[each] for place, each in enumerate(events.payload)}
-            number += len(batch)
-            yield pa.table(made)
-
-    def _read_requests(self) -> None:
-        fields = dict.fromkeys(("who", "request", "item"), pa.uint64())
-        fields |= dict.fromkeys(("number", "own", "served"), pa.int64()) | {"rank": pa.float64()}
-        payload = {f"c{place}": self.plan.requests.type_of(each) for place, each in enumerate(self.inputs)}
-        self.database.fill("requests", pa.schema(fields | payload), self._request_tables())
-
-    def _request_tables(self) -> Iterator[pa.Table]:
-        number, start = 0, self.after - _LONGEST_REQUEST
-        for batch, time in self._read(self.plan.requests, start, "rows of requests that came too late"):
-            self._check_share(batch)
-            some = batch.filter(pa.array(time > start))
-            made = {
-                "who": _hash(some, self.columns.user),
-                "request": self._request(some, names.REQUEST),
-                "item": _hash(some, self.columns.candidate),
-                "number": number + np.flatnonzero(time > start),
-                "own": time[time > start],
-                "served": _microseconds(some[names.AT]),
-                "rank": some[names.RANK],
-            }
-            number += len(batch)
-            yield pa.table(made | {f"c{place}": some[each] for place, each in enumerate(self.inputs)})
-
-    def _read(self, source: Source, start: int, late: str) -> Iterator[tuple[pa.Table, np.ndarray]]:
-        """Rows that may be later than `start`, and their times, (N,) int64; counts rows of new files that are not later
-        than what is written as `late`."""
-        for file, batch in source.read(start):
-            is_new = self.before.files.get(file.address) != file.bytes
-            if isinstance(batch, int):
-                self.counts[late] += batch * is_new
-                continue
-            time = _microseconds(batch[source.time])
-            if is_new and self.after > BEGIN:
-                self.counts[late] += int(((time <= self.after) & (time > BEGIN)).sum())
-            yield batch, time
-
-    def _request(self, table: pa.Table, column: str) -> np.ndarray:
-        """(N,) uint64 hash of the request's id, and of the user where ids are a user's own."""
-        request = _hash(table, column)
-        return combine([_hash(table, self.columns.user), request]) if self.columns.request_scope == "user" else request
-
-    def _check_share(self, batch: pa.Table) -> None:
-        by_user = [name for name, each in self.plan.events.items() if each.settings.request is None]
-        share = pc.min(batch[names.SHARE]).as_py()
-        if by_user and share is not None and share < 1:
-            raise UserError(
-                f"a share of {share:g} of all requests was logged, so an event '{by_user[0]}' may come from one that "
-                f"was not: name the column with the request's id in outcomes.events.{by_user[0]}.request, or log all "
-                "requests with --log-share 1"
-            )
-
     def _find_candidates(self, until: int) -> None:
         """The candidates that were shown, with their request's first time; one that was logged again counts as it was
         in the last reply."""
+        source, columns = self.plan.requests, self.columns
+        self._fill("requests", source, self.after - _LONGEST_REQUEST, "rows of requests that came too late")
+        (share,) = self.database.row(f"SELECT min({source.name(names.SHARE)}) FROM requests")
+        if self.by_user and share is not None and share < 1:
+            raise UserError(
+                f"a share of {share:g} of all requests was logged, so an event '{self.by_user[0]}' may come from one "
+                f"that was not: name the column with the request's id in outcomes.events.{self.by_user[0]}.request, or "
+                "log all requests with --log-share 1"
+            )
+        aliases = {"who": columns.user, "item": columns.candidate, "own": columns.time}
+        aliases |= {"served": names.AT, "rank": names.RANK}
+        chosen = ", ".join(f"{source.name(column)} AS {alias}" for alias, column in aliases.items())
         self.database.run(
             "CREATE TABLE candidates AS SELECT number, who, request, item, rank, own, start AS time FROM (SELECT *, "
             "min(own) OVER (PARTITION BY request) AS start, lead(item) OVER (PARTITION BY request ORDER BY item, "
-            "served, rank DESC, number) AS later FROM requests) WHERE later IS DISTINCT FROM item"
+            "served, rank DESC, number) AS later FROM "
+            f"(SELECT number, {self._request(source, names.REQUEST)} AS request, {chosen} FROM requests)) "
+            "WHERE later IS DISTINCT FROM item"
         )
         again, late = self.database.row(
             "SELECT (SELECT count(*) FROM requests) - count(*), "
@@ -240,7 +200,6 @@ class _Run:
         self.database.run(f"DELETE FROM candidates WHERE time <= {self.after}")
         (before,) = self.database.row(f"SELECT count(*) FROM candidates WHERE time <= {until}")
         if (shown := self.outcomes.shown) is not None:
-            self._find_last_of_users()
             placed = "".join(f", {self._placed(name)}" for name in self.plan.placement)
             self.database.run(
                 f"CREATE TABLE shown AS SELECT owner{placed} FROM ({self._owned(shown.events)}) "
@@ -259,30 +218,30 @@ class _Run:
 
     def _placed(self, column: str) -> str:
         assert self.outcomes.shown is not None
-        return f"c{self.plan.events[self.outcomes.shown.events].payload.index(column)}"
-
-    def _find_last_of_users(self) -> None:
-        """Of candidates of one user, item and time the last one, whatever the order of the files."""
-        if any(each.settings.request is None for each in self.plan.events.values()):
-            self.database.run(
-                "CREATE OR REPLACE TABLE of_users AS SELECT who, item, time, "
-                "arg_max(number, row(request, rank, number)) AS number FROM candidates GROUP BY ALL"
-            )
+        return self.plan.events[self.outcomes.shown.events].source.name(column)
 
     def _owned(self, name: str) -> str:
         """A query for the events of a log that belong to a candidate, `owner`, with their `delay` after its request."""
-        by_user = self.plan.events[name].settings.request is None
-        owners, key = ("of_users", "who") if by_user else ("candidates", "request")
-        same = f"FROM {self.tables[name]} e {{}} {owners} c ON e.first = c.{key} AND e.item = c.item"
-        if not by_user:
-            (early,) = self.database.row(f"SELECT count(*) {same.format('JOIN')} WHERE e.time < c.time")
+        # Of candidates of one user, item and time the last one, whatever the order of the files.
+        owners = (
+            "(SELECT who, item, time, arg_max(number, row(request, rank, number)) AS number FROM candidates "
+            "GROUP BY ALL)"
+        )
+        join, key = "ASOF JOIN", "who"
+        if name not in self.by_user:
+            join, key, owners = "JOIN", "request", "candidates"
+            (early,) = self.database.row(
+                f"SELECT count(*) FROM {self.tables[name]} e JOIN candidates c ON e.first = c.request "
+                "AND e.item = c.item WHERE e.time < c.time"
+            )
             self.counts[f"events '{name}' earlier than their request"] += early
-        join = same.format("ASOF JOIN" if by_user else "JOIN")
-        return f"SELECT e.*, c.number AS owner, e.time - c.time AS delay {join} AND e.time >= c.time"
+        return (
+            f"SELECT e.*, c.number AS owner, e.time - c.time AS delay FROM {self.tables[name]} e {join} {owners} c "
+            f"ON e.first = c.{key} AND e.item = c.item AND e.time >= c.time"
+        )
 
     def _find_labels(self, until: int) -> None:
         """Labels of candidates, null where nothing is known."""
-        self._find_last_of_users()
         labels = list(self.outcomes.labels.items())
         joins, values = [], []
         for name in dict.fromkeys(source.events for _, source in labels):
@@ -320,7 +279,7 @@ class _Run:
         inside = f"delay <= {source.microseconds}"
         label = f"{'sum' if source.combine == 'sum' else 'max'}(1.0::DOUBLE) FILTER ({inside})"
         if source.value is not None:
-            value = f"c{self.plan.events[source.events].payload.index(source.value)}"
+            value = self.plan.events[source.events].source.name(source.value)
             label = {
                 "first": f"arg_min({value}, row(time, {value}))",
                 "last": f"arg_max({value}, row(time, {value}))",
@@ -332,26 +291,26 @@ class _Run:
 
     def _write(self, until: int) -> int:
         """Writes the rows of requests up to a time; gives their number."""
-        columns, placed = self.columns, self.outcomes.shown is not None
-        made: dict[str, str] = {}  # column -> what it is
+        columns, source, shown = self.columns, self.plan.requests, self.outcomes.shown is not None
+        chosen: dict[str, str] = {}  # column -> what it is
         if columns.request is not None:
-            made[columns.request] = f"r.c{self.inputs.index(names.REQUEST)}"
+            chosen[columns.request] = f"r.{source.name(names.REQUEST)}"
         for name in self.plan.inputs:
             if name not in self.plan.placement:
-                made.setdefault(name, f"r.c{self.inputs.index(name)}" if name in self.inputs else "r.own")
+                chosen.setdefault(name, f"r.{source.name(name)}")
             else:
-                made.setdefault(name, f"s.{self._placed(name)}" if placed else "r.rank::BIGINT")
-        made[columns.time] = "l.time"
-        made |= {name: f"l.l{place}" for place, name in enumerate(self.outcomes.labels)}
+                chosen.setdefault(name, f"s.{self._placed(name)}" if shown else "l.rank::BIGINT")
+        chosen[columns.time] = "l.time"
+        chosen |= {name: f"l.l{place}" for place, name in enumerate(self.outcomes.labels)}
         if columns.sampling_rate is not None:
-            made[columns.sampling_rate] = f"r.c{self.inputs.index(names.SHARE)}"
-        chosen = ", ".join(f"{what} AS o{place}" for place, what in enumerate(made.values()))
-        shown = "JOIN shown s ON s.owner = l.number " if placed else ""
+            chosen[columns.sampling_rate] = f"r.{source.name(names.SHARE)}"
+        selected = ", ".join(f"{what} AS o{place}" for place, what in enumerate(chosen.values()))
         query = (
-            f"SELECT {chosen} FROM labelled l JOIN requests r ON r.number = l.number {shown}WHERE l.time <= {until} "
+            f"SELECT {selected} FROM labelled l JOIN requests r ON r.number = l.number "
+            f"{'JOIN shown s ON s.owner = l.number ' if shown else ''}WHERE l.time <= {until} "
             "ORDER BY l.time, l.request, l.rank, l.number"
         )
-        schema, rows = pa.schema({name: self._type(name) for name in made}), 0
+        schema, rows = pa.schema({name: self._type(name) for name in chosen}), 0
         for number, table in enumerate(self.database.read(query, ROWS_PER_FILE)):
             arrays = [
                 pa.nulls(len(table)) if pa.types.is_null(field.type) else column.cast(field.type)
@@ -372,19 +331,7 @@ class _Run:
         if name == self.outcomes.rank:
             return pa.int64()
         name = {self.columns.request: names.REQUEST, self.columns.sampling_rate: names.SHARE}.get(name, name)
-        return next((each.types[name] for each in self._sources if name in each.types), pa.null())
-
-
-def _hash(table: pa.Table, column: str) -> np.ndarray:
-    """(N,) uint64 hashes of a column."""
-    return hash_column(table[column].combine_chunks())
-
-
-def _microseconds(column: pa.ChunkedArray) -> np.ndarray:
-    """(N,) int64 of a column of times, the least int64 where null."""
-    if pa.types.is_null(column.type):
-        return np.full(len(column), _NEVER)
-    return column.cast(pa.int64()).fill_null(_NEVER).to_numpy()
+        return next((each.types[name] for each in self.sources if name in each.types), pa.null())
 
 
 def about(joined: Joined) -> Iterator[str]:

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,18 +48,17 @@ class Served:
     @staticmethod
     def at(address: str, uri: str) -> Served:
         """Raises UserError for anything but models:/NAME@ALIAS with a version that can be served."""
-        name, alias = _name_and_alias(address)
+        name, _, alias = address.removeprefix("models:/").rpartition("@")
+        if not address.startswith("models:/") or not name or not alias or "/" in name:
+            raise UserError(
+                f"'{address}' is not what can be refreshed, as a new version takes over an alias of a registered "
+                "model: give models:/NAME@ALIAS"
+            )
         version = find_holder(name, alias, uri)
         if version is None:
             raise UserError(f"no version of the model '{name}' holds the alias '{alias}': train one first")
         folder = fetch_model(version.address, uri)
         return Served(alias, version, folder, read_artifact(folder))
-
-
-Source = Callable[[Served], Mapping[str, Any]]
-"""Puts what a journal holds into files of the logs, before these are looked at, and gives what they hold then: the
-journal's "id", and the position "through" which they do.
-"""
 
 
 @dataclass(frozen=True)
@@ -72,34 +72,44 @@ class Refreshed:
     tables: Tables | None = None
 
 
-def refresh(settings: Settings, address: str, *, anew: bool = False, journal: Source | None = None) -> Refreshed:
+def refresh(
+    settings: Settings,
+    address: str,
+    *,
+    anew: bool = False,
+    journal: str | None = None,
+    remove_events: bool = False,
+    other_journal: bool = False,
+) -> Refreshed:
     """Registers a version with new tables of the model that holds an alias, and moves the alias.
 
-    anew: make the tables of all rows of the log, instead of going on; journal: see `Source`. One refresh at a time in
-    `data.work`: another one waits. Raises UserError as `advanced_tables` or `tables_from_log`, and where MLflow is away
-    or refuses.
+    anew: make the tables of all rows of the log, instead of going on; journal, remove_events, other_journal: see
+    `write_journal`. One refresh at a time in `data.work`: another one waits. Raises UserError as `write_journal`,
+    `advanced_tables` or `tables_from_log`, and where MLflow is away or refuses.
     """
     uri, work = settings.tracking.address, Path(settings.data.work)
     check_apart(settings.data.log, settings.schema_, work)
-    runs.check_server(settings.tracking.address, settings.experiment, unsent=Path(settings.data.work) / "unsent")
+    runs.check_server(uri, settings.experiment, unsent=work / "unsent")
     out = work / "refreshed"
     with writing(out, "a refresh", "set `data.work` to another folder", queue=True):
         served = Served.at(address, uri)
         artifact = out / "model"
         try:
-            through = None if journal is None else journal(served)
+            known = None
+            if journal is not None:
+                known = write_journal(served, settings, journal, remove_events, other_journal)
             if anew:
-                made: Tables | None = tables_from_log(served.folder, settings, None, artifact)
+                tables: Tables | None = tables_from_log(served.folder, settings, None, artifact)
             else:
-                made = advanced_tables(served.folder, settings, artifact, through)
-            if made is None or version_of(artifact) == version_of(served.folder):
+                tables = advanced_tables(served.folder, settings, artifact, known)
+            if tables is None or version_of(artifact) == version_of(served.folder):
                 return Refreshed(served, served.version)
-            return _registered(settings, served, made, artifact)
+            return _register(settings, served, tables, artifact)
         finally:
             shutil.rmtree(out, ignore_errors=True)
 
 
-def _registered(settings: Settings, served: Served, made: Tables, artifact: Path) -> Refreshed:
+def _register(settings: Settings, served: Served, made: Tables, artifact: Path) -> Refreshed:
     uri, version = settings.tracking.address, served.version
     text = f"{version.address} {version_of(served.folder)} {version_of(artifact)}"
     key = f"refresh-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
@@ -131,70 +141,60 @@ def _registered(settings: Settings, served: Served, made: Tables, artifact: Path
     return Refreshed(served, now, number, made)
 
 
-def _name_and_alias(address: str) -> tuple[str, str]:
-    name, _, alias = address.removeprefix("models:/").rpartition("@")
-    if not address.startswith("models:/") or not name or not alias or "/" in name:
-        raise UserError(
-            f"'{address}' is not what can be refreshed, as a new version takes over an alias of a registered model: "
-            "give models:/NAME@ALIAS"
-        )
-    return name, alias
-
-
-def from_journal(address: str, settings: Settings, remove: bool = False, other: bool = False) -> Source:
-    """Writes files of what the journal holds and the served tables do not.
+def write_journal(
+    served: Served, settings: Settings, address: str, remove: bool = False, other: bool = False
+) -> Mapping[str, Any]:
+    """Writes files of what the journal holds and the served tables do not; gives the journal's "id", and the position
+    "through" which the logs' files hold it then.
 
     remove: batches that the tables hold already are removed; other: the model may know another journal, of which
     nothing is to come any more. Raises UserError where there is no journal, it is damaged, the model knows another one,
     or the logs' places take no files.
     """
+    from mmoe_rec.live import journal_files as files
+    from mmoe_rec.live.journal import Journal
 
-    def write(served: Served) -> Mapping[str, Any]:
-        from mmoe_rec.live import journal_files as files
-        from mmoe_rec.live.journal import Journal
-
-        schema, known = settings.schema_, served.about.journal
-        taken, journal = taken_by(served.folder / "features"), Journal(address, create=False)
-        if known is not None and known["id"] != journal.id and not other:
+    schema, known = settings.schema_, served.about.journal
+    taken, journal = taken_by(served.folder / "features"), Journal(address, create=False)
+    if known is not None and known["id"] != journal.id:
+        if not other:
             raise UserError(
                 f"the model's tables hold another journal ({known['id']}) than '{journal.name}' ({journal.id}): give "
                 "the address of that one, as what it has not told them yet would be lost; if it is gone, and this one "
                 "takes its place, add --other-journal"
             )
-        is_known = known is not None and known["id"] == journal.id
-        held = int(known["through"]) if known is not None and is_known else 0
-        if files.logs_beyond(journal, schema, held):
-            raise UserError(
-                f"the journal '{journal.name}' begins after position {journal.removed()}, and the model's tables know "
-                f"it up to {held} only: what was removed is in the log's files, so run refresh without --journal first,"
-                " and then with it"
-            )
-        held_files = {} if taken is None else taken.last_segments(journal.id, schema.events)
-        files.check_columns(journal.id, schema, settings.data.log, held_files)
-        _check_one_way(settings, taken)
-        through = files.cut_journal(journal)
-        after = max(held, journal.removed())
-        # Else the tables may hold what is no later than they are, by files that another program wrote.
-        later_than = None if is_known else as_of(served.about)
-        written = files.write_files(journal, schema, through, settings.data.log, after, later_than=later_than)
-        for log, rows in written.unknown.items():
-            say(f"{rows:,} rows of a log of events '{log}' are in no file: the settings have no such log")
-        for source, counts in written.counts.items():
-            if counts.conflict:
-                name = "the interaction log" if source is None else f"log '{source}'"
-                say(f"{counts.conflict:,} rows of {name} came again with other labels: the first ones count")
-        if written.early:
-            say(
-                f"{written.early:,} rows of the journal are no later than the model's tables "
-                f"({served.about.tables_as_of}), which know nothing of this journal: they are taken for known, as by a "
-                "server, and are in no file"
-            )
-        if remove and held:
-            files.remove_batches(journal, held)
-        journal.close()
-        return {"id": journal.id, "through": through}
-
-    return write
+        known = None
+    held = 0 if known is None else int(known["through"])
+    if files.logs_beyond(journal, schema, held):
+        raise UserError(
+            f"the journal '{journal.name}' begins after position {journal.removed()}, and the model's tables know "
+            f"it up to {held} only: what was removed is in the log's files, so run refresh without --journal first,"
+            " and then with it"
+        )
+    held_files = {} if taken is None else taken.last_segments(journal.id, schema.events)
+    files.check_columns(journal.id, schema, settings.data.log, held_files)
+    _check_one_way(settings, taken)
+    through = files.cut_journal(journal)
+    after = max(held, journal.removed())
+    # Else the tables may hold what is no later than they are, by files that another program wrote.
+    later_than = None if known is not None else as_of(served.about)
+    written = files.write_files(journal, schema, through, settings.data.log, after, later_than)
+    for log, rows in written.unknown.items():
+        say(f"{rows:,} rows of a log of events '{log}' are in no file: the settings have no such log")
+    for source, counts in written.counts.items():
+        if counts["conflict"]:
+            name = "the interaction log" if source is None else f"log '{source}'"
+            say(f"{counts['conflict']:,} rows of {name} came again with other labels: the first ones count")
+    if written.early:
+        say(
+            f"{written.early:,} rows of the journal are no later than the model's tables "
+            f"({served.about.tables_as_of}), which know nothing of this journal: they are taken for known, as by a "
+            "server, and are in no file"
+        )
+    if remove and held:
+        files.remove_batches(journal, held)
+    journal.close()
+    return {"id": journal.id, "through": through}
 
 
 def _check_one_way(settings: Settings, taken: Taken | None) -> None:
@@ -226,12 +226,9 @@ def tables_from_log(artifact: Path, settings: Settings, until: int | None, out: 
     if until is None and taken is not None and (gone := [each for c in taken.changes(logs) for each in c.gone]):
         such_as = f"({len(gone):,}, such as '{gone[0]}')"
         say(f"files that the model's tables hold are gone {such_as}: the tables are made anew without them")
-    scratch = _scratch(out)
-    try:
+    with _scratch(out) as scratch:
         made = made_anew(artifact / "features", logs, scratch, until)
         _write(artifact, out, scratch, made, _carried(about.journal, made.journal) if until is None else made.journal)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
     return made
 
 
@@ -255,14 +252,11 @@ def advanced_tables(
             f"are as of a moment): {ANEW}"
         )
     logs = _logs(artifact, settings, taken)
-    scratch = _scratch(out)
-    try:
+    with _scratch(out) as scratch:
         made = advanced(artifact / "features", as_of(about), logs, taken, scratch)
         if made is not None:
             journal = _carried(about.journal, made.journal) if journal is None else journal
             _write(artifact, out, scratch, made, journal)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
     return made
 
 
@@ -294,22 +288,19 @@ def _logs(artifact: Path, settings: Settings, taken: Taken | None = None) -> Log
     return logs
 
 
-def _scratch(out: Path) -> Path:
-    """An empty folder beside the artifact that is written."""
+@contextmanager
+def _scratch(out: Path) -> Iterator[Path]:
+    """An empty folder beside the artifact that is written, which is removed in the end."""
     scratch = out.with_name(f".{out.name}.tables")
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
-    return scratch
+    try:
+        yield scratch
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _write(artifact: Path, out: Path, tables: Path, made: Tables, journal: Mapping[str, Any] | None) -> None:
     from mmoe_rec.inference.writing import write_with_tables  # which imports torch
 
-    write_with_tables(
-        artifact,
-        out,
-        tables,
-        tables_as_of=made.as_of,
-        files=made.digest,
-        journal=journal,
-    )
+    write_with_tables(artifact, out, tables, tables_as_of=made.as_of, files=made.digest, journal=journal)

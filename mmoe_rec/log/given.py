@@ -92,8 +92,8 @@ def to_arrow(
         array = canonical(column, use, pa.array(values))
     except (*_NOT_ARROW, UserError):
         raise _mismatch(column, values, _wanted(use, expected)) from None
-    _check_finite(column, array)
-    if expected is not None and not pt.is_null(array.type) and _element(array.type) != _element(expected):
+    check_finite(column, array)
+    if expected is not None and not pt.is_null(array.type) and element_type(array.type) != element_type(expected):
         raise _mismatch(column, values, _wanted(use, expected))
     return array
 
@@ -116,7 +116,8 @@ def check_flag(name: str, value: Any) -> None:
         raise RequestError(f"{name} must be true or false, found {value!r}")
 
 
-def _element(kind: pa.DataType) -> pa.DataType:
+def element_type(kind: pa.DataType) -> pa.DataType:
+    """The type of a list's elements; any other type as it is."""
     return kind.value_type if pt.is_list(kind) else kind
 
 
@@ -170,7 +171,8 @@ def _kind(value: Any) -> str:
     return names.get(type(value), type(value).__name__)
 
 
-def _check_finite(column: str, array: pa.Array) -> None:
+def check_finite(column: str, array: pa.Array) -> None:
+    """Raises RequestError for NaN or infinity in a canonical column."""
     numbers = array.flatten() if pt.is_list(array.type) else array
     if pt.is_floating(numbers.type) and not np.isfinite(numbers.drop_null().to_numpy(zero_copy_only=False)).all():
         raise RequestError(f"column '{column}' holds NaN or infinity; give null for a missing number")

@@ -5,8 +5,10 @@ While files are read, their values are checked for what features and labels need
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -53,16 +55,31 @@ def file_column(address: str, column: str, use: Use, values: pa.Array, time_unit
     try:
         return _valid(column, use, values, time_unit)
     except UserError as error:
-        fine, wrong = 0, len(values)  # the first rows that can be read, and that can't
-        while wrong - fine > 1:
-            middle = (fine + wrong) // 2
-            try:
-                # Taken, not sliced: a slice of lists keeps the elements of all of them.
-                _valid(column, use, values.take(pa.array(np.arange(middle))), time_unit)
-                fine = middle
-            except UserError:
-                wrong = middle
-        raise BadFile(f"'{address}': {first_line(error)}{first_row(start + fine)}", address) from None
+        row = start + find_first_fault(lambda some: _valid(column, use, some, time_unit), values)
+        raise BadFile(f"'{address}': {first_line(error)}{first_row(row)}", address) from None
+
+
+Values = TypeVar("Values", pa.Array, Sequence[Any])
+
+
+def find_first_fault(read: Callable[[Values], object], values: Values) -> int:
+    """The first row that `read` can't read, as it raises UserError. It can't read all of them."""
+
+    def fails(row: int) -> bool:
+        try:
+            read(take_part(values, 0, row + 1))
+        except UserError:
+            return True
+        return False
+
+    return bisect_left(range(len(values) - 1), True, key=fails)
+
+
+def take_part(values: Values, begin: int, end: int) -> Values:
+    """The rows from one number to another."""
+    if isinstance(values, pa.Array):  # taken, not sliced: a slice of lists keeps the elements of all of them
+        return values.take(pa.array(np.arange(begin, end)))
+    return values[begin:end]
 
 
 def first_row(row: int) -> str:

@@ -148,9 +148,9 @@ class Taken:
         "through" which they do; None for nothing. Of several journals, the one with the latest rows."""
         found: dict[str, tuple[int, int]] = {}
         for file in (file for log in self.logs for file in log.files.values()):
-            if (named := _OF_A_JOURNAL.fullmatch(PurePath(file.address).name)) is not None:
-                latest, through = found.get(named[1], (0, 0))
-                found[named[1]] = max(latest, file.last or 0), max(through, int(named[2]))
+            if (name := read_journal_name(file.address)) is not None:
+                latest, through = found.get(name[0], (0, 0))
+                found[name[0]] = max(latest, file.last or 0), max(through, name[1])
         if not found:
             return None
         newest = max(found, key=lambda each: found[each])
@@ -161,8 +161,8 @@ class Taken:
         0 for none. events: names of the logs of events, in their order."""
         found: dict[str | None, int] = {}
         for source, log in zip((None, *events), self.logs, strict=False):
-            named = (_OF_A_JOURNAL.fullmatch(PurePath(address).name) for address in log.files)
-            found[source] = max((int(each[2]) for each in named if each is not None and each[1] == journal), default=0)
+            names = filter(None, map(read_journal_name, log.files))
+            found[source] = max((cut for of, cut in names if of == journal), default=0)
         return found
 
     @property
@@ -172,9 +172,15 @@ class Taken:
         return [found[address] for address in sorted(found)]
 
 
+def read_journal_name(address: str) -> tuple[str, int] | None:
+    """The id of the journal whose rows a file holds, and the cut up to which, by its name; None for another file."""
+    name = _OF_A_JOURNAL.fullmatch(PurePath(address).name)
+    return None if name is None else (name[1], int(name[2]))
+
+
 def of_journal(address: str) -> bool:
     """Whether a file holds rows of a server's journal, by its name."""
-    return _OF_A_JOURNAL.fullmatch(PurePath(address).name) is not None
+    return read_journal_name(address) is not None
 
 
 def _log_from(tree: Mapping[str, Any]) -> TakenLog:

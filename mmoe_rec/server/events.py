@@ -6,6 +6,7 @@ import asyncio
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from mmoe_rec.errors import RequestError, UserError, quoted
-from mmoe_rec.live.duplicates import Counts, NewRows
+from mmoe_rec.live.duplicates import NewRows
 from mmoe_rec.live.event_rows import RowChecks, known_types
 from mmoe_rec.live.journal import Batch, Journal
 from mmoe_rec.log.rows import LogRows
@@ -144,13 +145,16 @@ class Accepting:
     def _order(self, learning: Learning, source: str | None, table: pa.Table) -> dict[str, int]:
         """How many rows come late: known before the model's tables were; and out of order: earlier than one before, as
         far as this process has accepted or learnt any."""
-        rows = NewRows(source, table, Counts())
+        rows = NewRows(source, table, Counter())
         times = rows.rows(learning.schema).times()
         with self._lock:
             newest = max(learning.newest(source), self._newest.get(source, NEVER))
             before = np.maximum.accumulate(np.append(newest, times))
             self._newest[source] = int(before[-1])
-        told = {"late": rows.late(learning.schema, learning.as_of), "out_of_order": int(np.sum(times < before[:-1]))}
+        told = {
+            "late": rows.late(learning.schema, learning.ranker.tables_known),
+            "out_of_order": int(np.sum(times < before[:-1])),
+        }
         ignored = learning.taken_for_known(times)
         return told | ({"ignored": ignored} if ignored else {})
 

@@ -178,7 +178,7 @@ class Following:
 
     def _show(self) -> None:
         if (learning := self._learning()) is not None:  # also of a model that has learnt before it served
-            self._metrics.live_rows.set(learning.live_rows)
+            self._metrics.live_rows.set(learning.ranker.live_rows)
 
     def _tell(self) -> None:
         with self._lock:

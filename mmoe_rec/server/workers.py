@@ -283,7 +283,7 @@ def _load(source: Source, options: Options) -> Models:
     models = Models(options.limits, options.journal, options.log is not None)
     learning = models.load(source).learning
     if learning is not None:
-        learning.let_go()
+        learning.journal.close()
     gc.collect()
     gc.freeze()  # collecting garbage in a worker would write to the pages of all this, and so copy them
     return models

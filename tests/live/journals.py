@@ -17,7 +17,10 @@ from uuid import uuid4
 import pyarrow as pa
 import pytest
 
+from mmoe_rec.live.duplicates import Duplicates
 from mmoe_rec.live.journal import Batch, Journal
+from mmoe_rec.live.journal_files import read_on
+from mmoe_rec.settings.schema import Schema
 from tests.processes import until
 
 PROGRAMS = sorted(Path("/usr/lib/postgresql").glob("*/bin/postgres"))
@@ -44,6 +47,13 @@ def every_batch(journal: Journal, after: int = 0, most_rows: int = 1000) -> Iter
 def all_numbers(journal: Journal) -> list[int]:
     """The numbers of all batches of a journal."""
     return numbers_in(list(every_batch(journal)))
+
+
+def duplicates_at(journal: Journal, schema: Schema, position: int) -> Duplicates:
+    """What a server remembers that begins at a position."""
+    duplicates = Duplicates(schema)
+    list(read_on(journal, duplicates, position, position))
+    return duplicates
 
 
 class PostgreSQL:

@@ -1,7 +1,7 @@
 """What counts of a journal's rows, against a loop over them with dictionaries; however they are read."""
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict
 
 import numpy as np
 import pyarrow as pa
@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmoe_rec.live.duplicates import Counts, Duplicates, KeyStore
+from mmoe_rec.live.duplicates import Duplicates, KeyStore
 from mmoe_rec.live.journal import Batch
 from mmoe_rec.log.columns import UTC_MICROSECONDS
 from mmoe_rec.settings.schema import Schema
@@ -44,7 +44,7 @@ def _batch(rows: Sequence[dict], source: str | None = None) -> Batch:
 
 def _taken(duplicates: Duplicates, *batches: Batch) -> dict:
     taken = duplicates.filter(batches)[None]
-    return {"items": taken.table["item"].to_pylist(), **asdict(taken.counts)}
+    return {"items": taken.table["item"].to_pylist(), **taken.counts}
 
 
 def _arrays(duplicates: Duplicates) -> dict[tuple[str | None, str], np.ndarray]:
@@ -117,9 +117,9 @@ def test_events_count_once_by_their_id():
         for id_, user in ((1, 1), (2, 1), (1, 1), (1, 2), (None, 1), (None, 1))
     ]
     taken = duplicates.filter([_batch(rows, "views"), _batch([{"time": 1, "event_id": 1}])])
-    assert asdict(taken["views"].counts) == {"accepted": 4, "duplicate": 1, "conflict": 1, "out_of_order": 0, "old": 0}
+    assert taken["views"].counts == {"accepted": 4, "duplicate": 1, "conflict": 1, "out_of_order": 0, "old": 0}
     assert taken["views"].table.column_names == ["at", "user"]
-    assert taken[None].counts.accepted == 1, "ids are a log's own"
+    assert taken[None].counts["accepted"] == 1, "ids are a log's own"
     found = _taken(
         duplicates, _batch([{"time": 1, "event_id": 1, "request": 5}, {"time": 1, "event_id": 3, "request": 6}])
     )
@@ -172,7 +172,7 @@ class _Naive:
         self.days, self.newest = days, -(10**9)
         self.seen: dict = {}
         self.requests: dict = {}
-        self.counts, self.rows = Counts(), list[tuple]()
+        self.counts, self.rows = Counter(), list[tuple]()
 
     def take(self, rows: Sequence[dict]) -> None:
         before = self.newest
@@ -187,13 +187,12 @@ class _Naive:
             found = [self.seen[key][1] for key in keys if key in self.seen and self.seen[key][0] >= since]
             request = self.requests.get(row["request"])
             if found:
-                self.counts.add(Counts(duplicate=found[0] == content, conflict=found[0] != content))
+                self.counts["duplicate" if found[0] == content else "conflict"] += 1
             elif request is not None and request[0] >= since and request[1] != row["user"]:
-                self.counts.conflict += 1
+                self.counts["conflict"] += 1
             else:
-                self.counts.add(
-                    Counts(1, out_of_order=row["time"] < before, old=int(row["time"]) < int(before) - self.days)
-                )
+                old = int(row["time"]) < int(before) - self.days
+                self.counts.update(accepted=1, out_of_order=row["time"] < before, old=old)
                 self.seen |= dict.fromkeys(keys, (today, content))
                 if request is None or request[0] < since:
                     self.requests[row["request"]] = (today, row["user"], None)
@@ -234,12 +233,12 @@ def test_as_a_loop_over_rows_does(batches, days, data):
         naive.take([{**row, "time": row["time"] + shift} for row in batch])
     schema = _schema()
     duplicates, whole = Duplicates(schema, days), Duplicates(schema, days)
-    counts, rows, waiting = Counts(), list[tuple](), [_batch(batch) for batch in batches]
+    counts, rows, waiting = Counter(), list[tuple](), [_batch(batch) for batch in batches]
     everything = whole.filter(waiting)[None]
     while waiting:
         size = data.draw(st.integers(1, len(waiting)))
         taken = duplicates.filter(waiting[:size])[None]
-        counts.add(taken.counts)
+        counts.update(taken.counts)
         days_of = (taken.rows(schema).times() - START) / DAY + shift
         columns = (taken.table[name].to_pylist() for name in ("request", "item", "user"))
         rows += zip(*columns, days_of.tolist(), strict=True)

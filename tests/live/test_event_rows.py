@@ -200,12 +200,8 @@ def test_json_and_arrow_give_the_same_table_and_that_of_the_log(seed):
     one = CHECKS.of_json(None, _as_json(table), NOW)
     assert one.equals(CHECKS.of_table(None, table, NOW))
     assert one.equals(CHECKS.of_stream(None, _stream(table), NOW))
-    coded = table.set_column(
-        table.column_names.index("brand"), "brand", table["brand"].combine_chunks().dictionary_encode()
-    )
-    small = coded.set_column(0, "user", pa.chunked_array([coded["user"].combine_chunks()]))
-    small = pa.concat_tables([small.slice(0, 50), small.slice(50)])
-    assert one.equals(CHECKS.of_stream(None, _stream(small), NOW))
+    parts = pa.concat_tables([table.slice(0, 50), table.slice(50)])
+    assert one.equals(CHECKS.of_stream(None, _stream(parts), NOW))
     assert one.equals(
         CHECKS.of_table(None, table.set_column(table.column_names.index("time"), "time", _naive(table)), NOW)
     )
@@ -268,10 +264,8 @@ def test_streams_that_would_take_any_amount_of_memory():
             CHECKS.of_stream(None, _stream(table, compression=codec), NOW)
     words = pa.DictionaryArray.from_arrays(pa.array([0] * 400, pa.int32()), pa.array(["w" * 1_000_000]))
     table = table.set_column(table.column_names.index("brand"), "brand", words)
-    with pytest.raises(RequestError, match="column 'brand' holds more than 67,108,864 bytes of text"):
+    with pytest.raises(RequestError, match="column 'brand' is of Arrow's type dictionary"):
         CHECKS.of_stream(None, _stream(table), NOW)
-    with pytest.raises(RequestError, match="compressed"):
-        CHECKS.of_stream(None, _stream(table, compression="zstd"), NOW)
 
 
 def test_streams_that_are_cut_off_or_followed_by_something():
@@ -313,9 +307,7 @@ def test_a_row_that_names_a_column_wrongly_and_lacks_it():
 
 @pytest.fixture(scope="module")
 def stream() -> bytes:
-    table = pa.Table.from_pylist([{**ROW, "time": "2024-01-01"}] * 3)
-    coded = table["brand"].combine_chunks().dictionary_encode()
-    return _stream(table.set_column(table.column_names.index("brand"), "brand", coded))
+    return _stream(pa.Table.from_pylist([{**ROW, "time": "2024-01-01"}] * 3))
 
 
 def _outcome(check: Callable[[], pa.Table]) -> tuple[pa.Table | None, str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 import resource
 import signal
 import sqlite3
@@ -71,8 +70,7 @@ def test_reading_goes_on_from_each_position(address: str) -> None:
         assert numbers_in(list(every_batch(journal, after, most_rows=1))) == list(range(2 * after, 24))
     assert [len(journal.read(0, most_rows)) for most_rows in (1, 2, 3, 1000)] == [1, 1, 2, 12]
     assert numbers_in(journal.read(3, through=5)) == [6, 7, 8, 9]
-    assert Journal(address).id == journal.id == pickle.loads(pickle.dumps(journal)).id
-    assert pickle.loads(pickle.dumps(journal)).end() == 12
+    assert Journal(address).id == journal.id
 
 
 @pytest.mark.parametrize(
@@ -111,13 +109,11 @@ def test_threads_share_a_transaction_and_one_threads_error_is_its_own(
     wrong = Batch(None, 0, pa.table({"number": [None, "not a number"]}))
     with ThreadPoolExecutor(16) as pool:
         waiting = [pool.submit(journal.append, wrong if number % 4 == 0 else batch(number)) for number in range(16)]
-        until(lambda: len(journal._queue) + sum(counts) == 16)
+        until(lambda: len(journal._waiting) + sum(counts) == 16)
         gate.set()
         errors = {number: str(each.exception()) for number, each in enumerate(waiting) if each.exception() is not None}
     assert set(errors) == set(range(0, 16, 4))
-    assert all(
-        each.startswith("row 1: column 'number' holds string, but int64 in earlier rows") for each in errors.values()
-    )
+    assert all(each.startswith("column 'number' holds string, but int64 in earlier rows") for each in errors.values())
     assert (len(counts), sum(counts)) == (2, 16)
     positions = {number: each.result() for number, each in enumerate(waiting) if number not in errors}
     assert {each.position: each.table["number"][0].as_py() for each in every_batch(journal, 1)} == {
@@ -136,25 +132,8 @@ def test_columns_keep_their_types(address: str) -> None:
     with pytest.raises(RequestError, match="column 'label' holds string, but double"):
         journal.append(Batch(None, 0, pa.table({"label": ["1"]})))
     assert journal.end() == 3
-    assert journal.column_types() == {"": {"request": "int64", "label": "double"}, "views": {"request": "string"}}
-
-
-@pytest.mark.parametrize(
-    ("values", "row"),
-    [
-        (pa.array([None, None, "12", "13"]), 2),
-        (pa.chunked_array([pa.array([None, None], pa.string()), pa.array([None, "12"])]), 3),
-        (pa.array([None, [], ["12"]]), 2),
-    ],
-    ids=["text", "chunks", "list"],
-)
-def test_a_column_of_another_type_is_told_by_its_first_row_with_a_value(
-    file: Path, values: pa.Array | pa.ChunkedArray, row: int
-) -> None:
-    journal = Journal(file)
-    journal.append(Batch(None, 0, pa.table({"key": pa.array([[12]]) if pa.types.is_list(values.type) else [12]})))
-    with pytest.raises(RequestError, match=f"^row {row}: column 'key' holds .*string.*, but .*int64.* in earlier rows"):
-        journal.append(Batch(None, 0, pa.table({"key": values})))
+    types = {("", "request"): "int64", ("", "label"): "double", ("views", "request"): "string"}
+    assert journal.column_types() == types
 
 
 def test_a_batch_has_a_largest_size(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,21 +175,15 @@ def test_addresses_that_hold_no_journal(tmp_path: Path, file: Path) -> None:
     with pytest.raises(UserError, match="holds no journal"):
         Journal(file, create=False)
     file.write_text("something else " * 99)
-    with pytest.raises(UserError, match="can't be opened: file is not a database"):
+    with pytest.raises(UserError, match="can't be written, so nothing was appended: file is not a database"):
         Journal(file)
     with pytest.raises(UserError, match="there can be no journal"):
         Journal(file / "below" / "journal.db")
-    with pytest.raises(UserError, match="can't be opened: unable to open database file"):
+    with pytest.raises(UserError, match=r"is a folder.*earlier version.*run refresh --journal with that version once"):
         Journal(tmp_path)
-    with pytest.raises(UserError, match=r"'postgresql\+psycopg://me:\*\*\*@.*can't be opened") as error:
+    with pytest.raises(UserError, match=r"'postgresql\+psycopg://me:\*\*\*@.*can't be written") as error:
         Journal(f"postgresql://me:secret@/x?host={tmp_path}")
     assert "secret" not in str(error.value)
-
-
-def test_a_folder_of_segments_is_refused_with_what_to_do(tmp_path: Path) -> None:
-    (tmp_path / "journal.json").write_text("{}")
-    with pytest.raises(UserError, match=r"earlier version.*run refresh --journal with that version once"):
-        Journal(tmp_path)
 
 
 def test_a_writer_that_never_ends_is_told(address: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """What a journal holds as files of the logs: the rows that readers hold, in the logs' own types, for builds to read."""
 
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -13,14 +14,15 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.features import kinds
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.live import journal_files
-from mmoe_rec.live.duplicates import Counts, Duplicates
+from mmoe_rec.live.duplicates import Duplicates
 from mmoe_rec.live.event_rows import RowChecks, known_types
 from mmoe_rec.live.journal import BATCHES, CHECKPOINTS, STATES, Batch, Journal
-from mmoe_rec.live.journal_files import cut_journal, duplicates_at, logs_beyond, remove_batches, write_files
+from mmoe_rec.live.journal_files import cut_journal, logs_beyond, remove_batches, write_files
 from mmoe_rec.log.columns import canonical, column_uses, event_uses
 from mmoe_rec.log.reader import EventRows, Log
 from mmoe_rec.point_in_time.join import in_window
 from mmoe_rec.settings.schema import Schema
+from tests.live.journals import duplicates_at
 from tests.log.small_logs import ALL_KINDS, DAY, START, files_of, schema_of, times_of
 from tests.preprocessing.growing_log import Growing
 
@@ -100,8 +102,8 @@ def test_extending_by_them_gives_the_features_of_the_days_files(growing, journal
     _post(journal, growing, 8, 10)
     written = _write(growing, journal)
     assert len(written.files) > 3
-    assert written.counts[None].duplicate > 5
-    assert written.counts["purchases"].duplicate > 5
+    assert written.counts[None]["duplicate"] > 5
+    assert written.counts["purchases"]["duplicate"] > 5
     extended = growing.extend()
     assert extended is not None
     assert extended.files == len(written.files)
@@ -127,7 +129,7 @@ def test_files_hold_what_readers_hold(growing, journal, most_rows):
     _post(journal, growing, 8, 8.5, size=3)
     written = _write(growing, journal)
     live = _live(growing, journal, most_rows)
-    assert written.counts["purchases"].accepted + written.counts[None].accepted == sum(
+    assert written.counts["purchases"]["accepted"] + written.counts[None]["accepted"] == sum(
         len(table) for tables in live.values() for table in tables
     )
     log = Log(growing.source, growing.schema)
@@ -312,7 +314,7 @@ def test_old_batches_can_be_removed_and_their_rows_stay_known(growing, journal):
     counts = _write(growing, journal, second, after=first).counts
     _post(journal, growing, 8, 10, size=11)  # all of it once more, in other batches
     third = cut_journal(journal)
-    assert _write(growing, journal, third, after=second).counts[None].accepted == 0
+    assert _write(growing, journal, third, after=second).counts[None]["accepted"] == 0
     expected = duplicates_at(journal, growing.schema, second)
     remove_batches(journal, first)
     remove_batches(journal, first)
@@ -320,12 +322,12 @@ def test_old_batches_can_be_removed_and_their_rows_stay_known(growing, journal):
     with pytest.raises(UserError, match="were removed: go on with a model whose tables hold them"):
         journal.read(first - 1)
     _same(duplicates_at(journal, growing.schema, second), expected)
-    assert counts["purchases"].accepted > 0
+    assert counts["purchases"]["accepted"] > 0
     remove_batches(journal, second)
     duplicates = duplicates_at(journal, growing.schema, second)
     _same(duplicates, expected)
     again = duplicates.filter(journal.read(second))[None].counts
-    assert (again.accepted, again.duplicate > 20) == (0, True), "all of these came in batches that are gone"
+    assert (again["accepted"], again["duplicate"] > 20) == (0, True), "all of these came in batches that are gone"
     assert logs_beyond(journal, growing.schema, first) == [None, "purchases"]
     assert logs_beyond(journal, growing.schema, second) == []
     remove_batches(journal, third)
@@ -362,7 +364,7 @@ def _events(log: str, *numbers: int) -> Batch:
     return Batch(log, 0, pa.table({"user": ids, "item": ids, "bought_at": times, "event_id": ids}))
 
 
-def _refresh(folder: Path, journal: Journal, schema: Schema, held: int) -> tuple[int, dict[str | None, Counts]]:
+def _refresh(folder: Path, journal: Journal, schema: Schema, held: int) -> tuple[int, dict[str | None, Counter[str]]]:
     """As one model's refresh does; gives the position up to which its tables then know the journal."""
     through, after = cut_journal(journal), max(held, journal.removed())
     return through, dict(write_files(journal, schema, through, str(folder / "log"), after).counts)
@@ -383,14 +385,14 @@ def test_each_model_remembers_the_events_of_its_own_logs(journal: Journal, tmp_p
         for model in (0, 1) if turn % 2 else (1, 0):
             journal.append(_events("of nobody", turn))  # so that each model's refresh cuts the journal
             known[model], counts = _refresh(tmp_path, journal, schemas[model], known[model])
-            assert counts[LOGS[model]] == Counts(accepted=10)
+            assert counts[LOGS[model]] == Counter(accepted=10)
         if remove and turn == 1:
             remove_batches(journal, min(known))
         for model, schema in enumerate(schemas):
             # A server of this model, or its next refresh, goes on from there.
             duplicates = duplicates_at(journal, schema, max(known[model], journal.removed()))
             again = duplicates.filter([_events(LOGS[model], *range(10 * turn + 10))])
-            assert again[LOGS[model]].counts == Counts(duplicate=10 * turn + 10)
+            assert again[LOGS[model]].counts == Counter(duplicate=10 * turn + 10)
     for log in LOGS:
         assert _events_in(tmp_path, log) == list(range(30))
 
@@ -412,14 +414,14 @@ def test_events_that_only_another_model_has_are_neither_removed_nor_forgotten(
         journal.append(_events("returns", 2, 3))
     assert logs_beyond(journal, other, 0) == []
     through, counts = _refresh(tmp_path, journal, other, first)
-    assert counts == {"returns": Counts(accepted=2 + more, duplicate=int(more))}
+    assert counts == {"returns": Counter(accepted=2 + more, duplicate=int(more))}
     assert _events_in(tmp_path, "returns") == [1, 2, 3][: 2 + more]
     assert file.stat() == before
     assert _refresh(tmp_path, journal, other, through) == (through, {})
     remove_batches(journal, through)
     assert _batches(journal) == []
     duplicates = duplicates_at(journal, other, through)
-    assert duplicates.filter([_events("returns", 1, 2)])["returns"].counts == Counts(duplicate=2)
+    assert duplicates.filter([_events("returns", 1, 2)])["returns"].counts == Counter(duplicate=2)
     assert logs_beyond(journal, one, 0) == ["purchases"]
     assert logs_beyond(journal, other, 0) == ["returns"]
 

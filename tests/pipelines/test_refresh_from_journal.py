@@ -183,7 +183,7 @@ def test_an_earlier_version_serves_without_what_was_removed_and_says_so(
     assert ask(app, {"inputs": [asked(TIMES[0], 5)]}, page=f"/invocations?after={position}").status == 200
     learning = app.models.current.learning
     assert learning is not None
-    assert learning.live_rows == len(model._days(9, 14)) - 40
+    assert learning.ranker.live_rows == len(model._days(9, 14)) - 40
 
 
 def test_a_server_takes_up_an_earlier_version_without_what_was_removed(

@@ -52,7 +52,7 @@ def _other(model: RefreshedModel) -> RefreshedModel:
 def _learnt(app: Application) -> int:
     learning = app.models.current.learning
     assert learning is not None
-    return learning.live_rows
+    return learning.ranker.live_rows
 
 
 def _failure(app: Application) -> str | None:
