@@ -11,10 +11,8 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +24,6 @@ import pyarrow.parquet as pq
 
 from mmoe_rec.atomic import atomic_file
 from mmoe_rec.errors import StoppedError, UserError
-from mmoe_rec.features.kinds.counter import CounterFeature
 from mmoe_rec.features.kinds.history import HistoryEncoder
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.inference.artifact import iso_time, read_artifact, version_of
@@ -80,13 +77,11 @@ class ReplayOptions:
 class Compared:
     """One thing that is compared in all rows.
 
-    kind: feature, prediction or score; source: what it is computed from; largest: greatest difference of numbers;
-    examples: the first mismatches.
+    kind: feature, prediction or score; largest: greatest difference of numbers; examples: the first mismatches.
     """
 
     name: str
     kind: str
-    source: str
     compared: int
     mismatches: int
     largest: float | None
@@ -108,8 +103,10 @@ def replay(
     model = find_model(options.model, settings.tracking.address).folder
     read_artifact(model)  # which says what is wrong with a damaged one
     folder, began = Path(settings.data.work) / "replay", time.monotonic()
-    with writing(folder, "a replay", "set `data.work` to another folder"), _stopped_by_sigterm():
+    with writing(folder, "a replay", "set `data.work` to another folder"):
         shutil.rmtree(folder, ignore_errors=True)  # what a killed one has left
+        # SIGTERM ends a replay as Ctrl-C does, so that its server ends too.
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             (folder / "offline").mkdir(parents=True)
             from mmoe_rec.inference.ranker import Ranker
@@ -126,6 +123,7 @@ def replay(
         except KeyboardInterrupt:
             raise StoppedError("nothing of this replay is kept") from None
         finally:
+            signal.signal(signal.SIGTERM, before)
             shutil.rmtree(folder, ignore_errors=True)
     report = {
         "model": options.model,
@@ -136,7 +134,7 @@ def replay(
         "requests": len(period.times),
         "rows": len(period.rows),
         "logged_rows": len(logged),
-        "events": {log.name: len(log.times) for log in period.events},
+        "events": {log.name: len(log.times) for log in period.logs[1:]},
         "seconds": round(time.monotonic() - began, 3),
         "compared": sum(each.compared for each in values),
         "mismatches": sum(each.mismatches for each in values),
@@ -235,13 +233,13 @@ def compare(
         wrong = np.flatnonzero(logged[f"{names.DIGEST}{name}"].to_numpy() != mine[row])
         examples = []
         for place in wrong[:EXAMPLES].tolist():
-            example, number = _named(period, int(row[place])), int(row[place])
+            example, number = _describe_row(period, int(row[place])), int(row[place])
             if explanations is not None:
-                example["served"] = _served_values(pipeline, name, logged, place, explanations.get(number))
-                example["offline"] = _offline_values(pipeline, name, period, number)
+                example |= _show_values(
+                    pipeline, name, logged.slice(place, 1), period, number, explanations.get(number)
+                )
             examples.append(example)
-        source = source_of(pipeline, name)
-        compared.append(Compared(name, "feature", source, len(row), len(wrong), None, examples))
+        compared.append(Compared(name, "feature", len(row), len(wrong), None, examples))
     regressions = {task.name for task in ranker.layout.tasks if task.kind != "binary"}
     own_weights = logged[names.WEIGHTS].is_valid().to_numpy()
     for name, values in {**add_outcomes(predictions, ranker.layout), "score": scores}.items():
@@ -252,15 +250,15 @@ def compare(
             allowed = np.minimum(allowed, RELATIVE_TOLERANCE * offline)
         wrong = np.flatnonzero(~(difference <= allowed) & ~(own_weights & (name == "score")))
         examples = [
-            _named(period, int(row[place])) | {"served": float(served[place]), "offline": float(offline[place])}
+            _describe_row(period, int(row[place])) | {"served": float(served[place]), "offline": float(offline[place])}
             for place in wrong[:EXAMPLES].tolist()
         ]
         largest = float(difference.max()) if np.isfinite(difference).all() else None
-        compared.append(Compared(name, kind, "the model", len(row), len(wrong), largest, examples))
+        compared.append(Compared(name, kind, len(row), len(wrong), largest, examples))
     return compared
 
 
-def _named(period: Period, number: int) -> dict[str, Any]:
+def _describe_row(period: Period, number: int) -> dict[str, Any]:
     """Which request and candidate a row of the period is."""
     table, columns = period.rows.table, period.rows.schema.columns
     user, candidate = (table[name][number].as_py() for name in (columns.user, columns.candidate))
@@ -269,46 +267,37 @@ def _named(period: Period, number: int) -> dict[str, Any]:
     return {"request": request, "user": user, "candidate": candidate, "time": moment}
 
 
-def _served_values(
-    pipeline: FeaturePipeline, feature: str, logged: pa.Table, place: int, explanation: Mapping[str, Any] | None
-) -> dict[str, Any] | None:
-    """What a server read of a feature; None for a counter or history that it has not explained."""
+def _show_values(
+    pipeline: FeaturePipeline,
+    feature: str,
+    logged: pa.Table,
+    period: Period,
+    number: int,
+    explanation: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """What a feature was for a row on both sides. Served, a counter or history is known by its explanation alone.
+
+    logged: the row as it was served; number: of the row in the period.
+    """
     encoder = pipeline.memory_encoders.get(feature)
     if encoder is None:
-        return {name: logged[name][place].as_py() for name in pipeline.schema.features[feature].reads()}
-    if explanation is None:
-        return None
-    if isinstance(encoder, HistoryEncoder):
-        return {feature: explanation["histories"][feature]}
-    numbers = {name: explanation["counters"][name] for name in encoder.result_names}
-    return {name: float(encoder.exchanged(name, np.array([each], float))[0]) for name, each in numbers.items()}
-
-
-def _offline_values(pipeline: FeaturePipeline, feature: str, period: Period, number: int) -> dict[str, Any]:
-    encoder, values = pipeline.memory_encoders.get(feature), dict[str, Any]()
-    if encoder is None:
-        return {name: period.rows.table[name][number].as_py() for name in pipeline.schema.features[feature].reads()}
+        sides = {"served": logged, "offline": period.rows.table.slice(number, 1)}
+        columns = list(pipeline.schema.features[feature].reads())
+        return {side: table.select(columns).to_pylist()[0] for side, table in sides.items()}
+    served, offline = None, dict[str, Any]()
     for name in encoder.result_names:
-        result = period.results[name]
+        result = period.rows.results[name]
         if isinstance(result, SharedRagged):
             assert isinstance(encoder, HistoryEncoder)
-            values[name] = encoder.owner.vocabulary.decode(result.lists.take(result.number[[number]]).values) or None
+            offline[name] = encoder.owner.vocabulary.decode(result.lists.take(result.number[[number]]).values) or None
         else:
-            values[name] = float(result[number])
-    return values
-
-
-def source_of(pipeline: FeaturePipeline, name: str) -> str:
-    """What a feature is computed from: columns, or a task or log of events, key columns and windows."""
-    encoder, feature = pipeline.memory_encoders.get(name), pipeline.schema.features[name]
-    if encoder is None:
-        return f"of {', '.join(feature.reads())}"
-    source = f"task '{encoder.feature.task}'" if encoder.source is None else f"events '{encoder.source}'"
-    by = f"{source} by {', '.join(encoder.by)}"
-    if isinstance(feature, CounterFeature):
-        windows = ("all of the past" if each is None else f"{each:g} days" for each in feature.window_days)
-        return f"{by}, over {', '.join(windows)}"
-    return f"{by}, the last {encoder.feature.length} of '{encoder.feature.of}'"
+            offline[name] = float(result[number])
+    if explanation is not None and isinstance(encoder, HistoryEncoder):
+        served = {feature: explanation["histories"][feature]}
+    elif explanation is not None:
+        numbers = {name: np.array([explanation["counters"][name]], float) for name in encoder.result_names}
+        served = {name: float(encoder.exchanged(name, each)[0]) for name, each in numbers.items()}
+    return {"served": served, "offline": offline}
 
 
 def describe(report: Mapping[str, Any]) -> Iterator[str]:
@@ -317,10 +306,7 @@ def describe(report: Mapping[str, Any]) -> Iterator[str]:
         if not each["mismatches"]:
             continue
         far = "" if each["largest"] is None else f", by {each['largest']:.3g} at most"
-        yield (
-            f"{each['kind']} '{each['name']}' ({each['source']}) differs in {each['mismatches']:,} of "
-            f"{each['compared']:,} rows{far}"
-        )
+        yield (f"{each['kind']} '{each['name']}' differs in {each['mismatches']:,} of {each['compared']:,} rows{far}")
         for example in each["examples"]:
             sides = f": served {example['served']}, offline {example['offline']}" if "served" in example else ""
             yield f"  request {example['request']}, candidate {example['candidate']}, at {example['time']}{sides}"
@@ -330,16 +316,3 @@ def describe(report: Mapping[str, Any]) -> Iterator[str]:
         f"{report['requests']:,} requests with {report['rows']:,} rows, {report['logged_rows']:,} of them logged, in "
         f"{report['seconds']:,.0f} s: {report['compared']:,} values compared, {report['mismatches']:,} mismatches"
     )
-
-
-@contextmanager
-def _stopped_by_sigterm() -> Iterator[None]:
-    """SIGTERM ends what is within as Ctrl-C does, so that the server is ended too."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -16,18 +16,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.features.encoder import Results
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.jobs.score_files import ROWS_AT_A_TIME, known_rows
+from mmoe_rec.live.duplicates import EVENT_ID
 from mmoe_rec.live.logged_requests import hash_features
 from mmoe_rec.log.checks import format_time
 from mmoe_rec.log.columns import column_uses
 from mmoe_rec.log.reader import EventRows
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.model.score import scores_from_logs
-from mmoe_rec.point_in_time.arrays import SharedRagged
 from mmoe_rec.point_in_time.join import in_window
-from mmoe_rec.preprocessing.exchange import ResultReader
+from mmoe_rec.preprocessing.exchange import ResultReader, join_results, take
 from mmoe_rec.preprocessing.logs import Logs
 from mmoe_rec.preprocessing.steps import Steps, kept_reader, kept_results
 from mmoe_rec.progress import bar
@@ -35,9 +34,6 @@ from mmoe_rec.settings.columns import EVENT
 
 if TYPE_CHECKING:
     from mmoe_rec.inference.ranker import Ranker
-
-EVENT_ID = "event_id"
-"""The column by which a server knows an event of a named log that is sent again."""
 
 
 @dataclass(frozen=True)
@@ -56,20 +52,15 @@ class Happened:
 class Period:
     """The rows of a period's requests, and the events of all logs.
 
-    rows: with `results`, in the order of request time, request and place in the log; starts: (R + 1,) where each
-    request's rows begin; times: (R,) microseconds; interactions: the same rows as events; events: of each named log.
+    rows: with what counters and histories say of them, in the order of request time, request and place in the log;
+    starts: (R + 1,) where each request's rows begin; times: (R,) microseconds; logs: events of the interaction log,
+    which are the same rows, and of each named log.
     """
 
     rows: LogRows
     starts: np.ndarray
     times: np.ndarray
-    interactions: Happened
-    events: tuple[Happened, ...]
-
-    @property
-    def results(self) -> Results:
-        """What counters and histories say of the rows, as exchanged."""
-        return self.rows.results
+    logs: tuple[Happened, ...]
 
 
 def read_period(logs: Logs, pipeline: FeaturePipeline, window: tuple[int, int], scratch: Path) -> Period:
@@ -91,18 +82,20 @@ def read_period(logs: Logs, pipeline: FeaturePipeline, window: tuple[int, int], 
     logs = steps.logs  # without bad files, where those are skipped
     reader = kept_reader(known, logs.log, steps.requests.moved)
     results = ResultReader(kept_results(known, steps.parts), list(pipeline.key_groups))
-    found = [
+    parts = [
         (numbers, LogRows(rows.table, pipeline.schema, rows.results))
         for part in steps.parts
         for numbers, rows in known_rows(reader, results, window, part)
     ]
+    rows = _sort(parts)
+    times, request = rows.times(), rows.request_hashes()
+    first = np.append(True, (times[1:] != times[:-1]) | (request[1:] != request[:-1]))
+    starts = np.append(np.flatnonzero(first), len(rows))
+    interactions = _decode(rows.table.select(list(column_uses(pipeline.schema))), finite=True)
+    happened = Happened(None, times, interactions), *(_read_events(log, window) for log in logs.events)
     for log in logs.all:
         log.check_unchanged()
-    rows, starts = _in_order(found)
-    times = rows.times()
-    interactions = Happened(None, times, _decoded(rows.table.select(list(column_uses(pipeline.schema))), finite=True))
-    events = tuple(_happened(log, window) for log in logs.events)
-    return Period(rows, starts, times[starts[:-1]], interactions, events)
+    return Period(rows, starts, times[starts[:-1]], happened)
 
 
 def _check(rows: int, first: int, last: int, window: tuple[int, int]) -> None:
@@ -117,28 +110,17 @@ def _check(rows: int, first: int, last: int, window: tuple[int, int]) -> None:
         )
 
 
-def _in_order(found: Sequence[tuple[np.ndarray, LogRows]]) -> tuple[LogRows, np.ndarray]:
-    """All rows in the order of time, request and place in the log, and where each request begins."""
-    number = np.concatenate([numbers for numbers, _ in found])
-    parts = [rows for _, rows in found]
-    table = _decoded(pa.concat_tables([_decoded(rows.table) for rows in parts], promote_options="permissive"))
-    results: dict[str, np.ndarray | SharedRagged] = {}
-    for name in parts[0].results:
-        each = [rows.results[name] for rows in parts]
-        results[name] = SharedRagged.join(each) if isinstance(each[0], SharedRagged) else np.concatenate(each)
-    rows = LogRows(table, parts[0].schema)
-    times, request = rows.times(), rows.request_hashes()
-    order = np.lexsort((number, request, times))
-    times, request = times[order], request[order]
-    first = np.append(True, (times[1:] != times[:-1]) | (request[1:] != request[:-1]))
-    sorted_results = {
-        name: each.take(order) if isinstance(each, SharedRagged) else each[order] for name, each in results.items()
-    }
-    taken = LogRows(table.take(pa.array(order)).combine_chunks(), rows.schema, sorted_results)
-    return taken, np.append(np.flatnonzero(first), len(order))
+def _sort(parts: Sequence[tuple[np.ndarray, LogRows]]) -> LogRows:
+    """All rows in the order of time, request and place in the log. parts: numbers of rows in the log, and the rows."""
+    tables = [_decode(rows.table) for _, rows in parts]
+    table = pa.concat_tables(tables, promote_options="permissive").combine_chunks()
+    results = {name: join_results([rows.results[name] for _, rows in parts]) for name in parts[0][1].results}
+    rows = LogRows(table, parts[0][1].schema)
+    order = np.lexsort((np.concatenate([numbers for numbers, _ in parts]), rows.request_hashes(), rows.times()))
+    return LogRows(table.take(pa.array(order)), rows.schema, take(results, order))
 
 
-def _decoded(table: pa.Table, finite: bool = False) -> pa.Table:
+def _decode(table: pa.Table, finite: bool = False) -> pa.Table:
     """Without dictionaries, which differ from part to part; finite: with null for each number that is none, as features
     read it and callers have to write it."""
     for place, each in enumerate(table.schema):
@@ -150,27 +132,22 @@ def _decoded(table: pa.Table, finite: bool = False) -> pa.Table:
     return table
 
 
-def _happened(log: EventRows, window: tuple[int, int]) -> Happened:
+def _read_events(log: EventRows, window: tuple[int, int]) -> Happened:
     """The events of a named log in a period, under the names that they have in that log.
 
     They get an id by their place in the log, unless it has one, so that a batch may be sent again.
     """
     tables, first = list[pa.Table](), 0
-    for part in log.parts():
-        for rows in log.reader.read(part):
-            number, first = np.arange(first, first + len(rows)), first + len(rows)
-            inside = in_window(rows.times(), window)
-            table = rows.table.drop_columns([EVENT.label])
-            time = log.schema.columns.time
-            table = table.rename_columns([log.time if name == time else name for name in table.column_names])
-            if EVENT_ID not in table.column_names:
-                ids = [f"{log.name}:{each}" for each in number.tolist()]
-                table = table.append_column(EVENT_ID, pa.array(ids, pa.string()))
-            tables.append(_decoded(table.filter(pa.array(inside)), finite=True))
-    table = pa.concat_tables(tables, promote_options="permissive").combine_chunks()
-    times = table[log.time].cast(pa.int64()).to_numpy()
-    order = np.argsort(times, kind="stable")
-    return Happened(log.name, times[order], table.take(pa.array(order)))
+    for rows in log.stream():
+        table = rows.table.drop_columns([EVENT.label])
+        table = table.rename_columns({log.schema.columns.time: log.time})
+        if EVENT_ID not in table.column_names:
+            ids = [f"{log.name}:{number}" for number in range(first, first + len(rows))]
+            table = table.append_column(EVENT_ID, pa.array(ids, pa.string()))
+        first += len(rows)
+        tables.append(_decode(table.filter(pa.array(in_window(rows.times(), window))), finite=True))
+    table = pa.concat_tables(tables, promote_options="permissive").sort_by(log.time).combine_chunks()
+    return Happened(log.name, table[log.time].cast(pa.int64()).to_numpy(), table)
 
 
 def score_period(ranker: Ranker, rows: LogRows) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
@@ -182,18 +159,14 @@ def score_period(ranker: Ranker, rows: LogRows) -> tuple[dict[str, np.ndarray], 
     with threads(1), bar() as progress:
         task = progress.add_task("offline scores", total=len(rows))
         for start in range(0, len(rows), ROWS_AT_A_TIME):
-            some = slice(start, min(start + ROWS_AT_A_TIME, len(rows)))
-            results = {
-                name: each.take(some) if isinstance(each, SharedRagged) else each[some]
-                for name, each in rows.results.items()
-            }
-            piece = LogRows(rows.table.slice(start, some.stop - start), rows.schema, results)
+            some = np.arange(start, min(start + ROWS_AT_A_TIME, len(rows)))
+            piece = LogRows(rows.table.slice(start, len(some)), rows.schema, take(rows.results, some))
             completed = ranker.reader.completed(piece)
             encoded, layout = ranker.pipeline.encode(completed), ranker.pipeline.layout
             dense = {each.name: encoded.dense[:, place] for place, each in enumerate(layout.dense)}
             hashes.append(hash_features(encoded.ids, dense, layout))
-            found, logs = ranker.score(completed)
-            predictions.append(found)
+            values, logs = ranker.score(completed)
+            predictions.append(values)
             log_scores.append(logs)
             progress.advance(task, len(piece))
     together = {name: np.concatenate([each[name] for each in hashes]) for name in hashes[0]}

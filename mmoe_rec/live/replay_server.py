@@ -20,7 +20,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Self
 from urllib.parse import quote
 
 import numpy as np
@@ -32,9 +32,8 @@ from mmoe_rec.live.replay_period import Happened, Period
 from mmoe_rec.progress import bar
 
 HOST = "127.0.0.1"
-START_WITHIN_S = 600.0
-PATIENCE_S = 300.0
-"""Seconds that a server may be away, as while it is started again."""
+PATIENCE_S = 600.0
+"""Seconds that a server may be away, as while it is started, or started again."""
 ROWS_AT_A_TIME, BYTES_AT_A_TIME = 2_000, 2 * 2**20
 """Events of a batch, at most."""
 CANDIDATES_AT_A_TIME = 500
@@ -44,7 +43,62 @@ _PAUSE_S = 0.1
 _LAST_LINES = 3
 
 
-class OwnServer:
+class Client:
+    """Talks to a server; each call is a connection of its own, so that all workers are asked.
+
+    again: how often something was sent again, as the server was away.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url, self.again = url, 0
+
+    def check(self) -> None:
+        """Raises UserError where the server will never answer."""
+
+    def version(self) -> dict[str, Any]:
+        """What it says of its model."""
+        return self._ask("GET", "/version")
+
+    def send(self, table: pa.Table, log: str | None) -> dict[str, Any]:
+        """Sends events of the interaction log (None), or of a named log, again and again until the server has said that
+        it has them; gives its reply. Raises UserError where it refuses them."""
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(table)
+        page = "/events" if log is None else f"/events?log={quote(log, safe='')}"
+        return self._ask("POST", page, sink.getvalue().to_pybytes(), "application/vnd.apache.arrow.stream")
+
+    def rank(self, request: dict[str, Any], after: Any, explain: bool) -> dict[str, Any]:
+        """The ranking of one request, once the server has learnt all events up to a position (None: at once)."""
+        page = "/invocations" if after is None else f"/invocations?after={quote(str(after), safe='')}"
+        body = json.dumps({"inputs": [request], "params": {"explain": explain}}).encode()
+        ranking: dict[str, Any] = self._ask("POST", page, body)["predictions"][0]
+        return ranking
+
+    def _ask(self, method: str, page: str, body: bytes | None = None, kind: str = "application/json") -> dict[str, Any]:
+        """A reply's body, asked for again and again while the server is away."""
+        call = urllib.request.Request(f"{self.url}{page}", body, {"Content-Type": kind}, method=method)
+        give_up = time.monotonic() + PATIENCE_S
+        while True:
+            try:
+                with urllib.request.urlopen(call, timeout=PATIENCE_S) as reply:
+                    tree: dict[str, Any] = json.load(reply)
+                    return tree
+            except urllib.error.HTTPError as error:
+                if error.code not in (502, 503, 504):
+                    refusal = error.read().decode(errors="replace")
+                    raise UserError(f"the server refuses what is sent to {page}: {refusal}") from None
+                why = f"it answers {error.code}"
+            except (OSError, http.client.HTTPException) as error:
+                why = one_line(error)
+            self.check()
+            if time.monotonic() > give_up:
+                raise UserError(f"the server has not answered for {PATIENCE_S:,.0f} s ({why})")
+            self.again += 1
+            time.sleep(_PAUSE_S)
+
+
+class OwnServer(Client):
     """`serve` with a journal, in a process of its own, from the beginning of the context to its end.
 
     model: an artifact folder; journal: its address; log: a file that gets what the server prints; words: further
@@ -55,7 +109,8 @@ class OwnServer:
         with socket.socket() as free:
             free.bind((HOST, 0))
             self.port = int(free.getsockname()[1])
-        self.log, self.url = log, f"http://{HOST}:{self.port}"
+        super().__init__(f"http://{HOST}:{self.port}")
+        self.log = log
         self._words = [sys.executable, "-m", "mmoe_rec", "serve", "--model", str(model), "--host", HOST]
         self._words += ["--port", str(self.port), "--workers", str(workers), "--journal", str(journal), *words]
         self.process: subprocess.Popen[bytes] | None = None
@@ -75,12 +130,14 @@ class OwnServer:
         """Starts it, and waits until it answers. Raises UserError where it ends instead."""
         with self.log.open("ab") as output:
             self.process = subprocess.Popen(self._words, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
-        self._ask("GET", "/version", patience_s=START_WITHIN_S)
+        self.version()
 
     def check(self) -> None:
         """Raises UserError where it has ended."""
         if self.process is not None and (code := self.process.poll()) is not None:
-            raise UserError(f"the replay's server has ended with code {code}; {self.last_words()}")
+            lines = self.log.read_text(encoding="utf-8", errors="replace").split(os.linesep)
+            last = " / ".join([line for line in lines if line.strip()][-_LAST_LINES:])
+            raise UserError(f"the replay's server has ended with code {code}; it said: {last or 'nothing'}")
 
     def end(self) -> None:
         """Ends it, at the latest after a minute; what it logs of requests is written."""
@@ -98,70 +155,10 @@ class OwnServer:
         self.process.kill()
         self.process.wait()
 
-    def last_words(self) -> str:
-        """The end of what it printed."""
-        lines = self.log.read_text(encoding="utf-8", errors="replace").split(os.linesep)
-        last = " / ".join([line for line in lines if line.strip()][-_LAST_LINES:])
-        return f"it said: {last}" if last else "it said nothing"
-
-    def send(self, table: pa.Table, log: str | None) -> dict[str, Any]:
-        """Sends events of the interaction log (None), or of a named log, again and again until the server has said that
-        it has them; gives its reply. Raises UserError where it refuses them."""
-        sink = pa.BufferOutputStream()
-        with pa.ipc.new_stream(sink, table.schema) as writer:
-            writer.write_table(table)
-        page = "/events" if log is None else f"/events?log={quote(log, safe='')}"
-        return self._ask("POST", page, sink.getvalue().to_pybytes(), "application/vnd.apache.arrow.stream")
-
-    def rank(self, request: dict[str, Any], after: Any, explain: bool) -> dict[str, Any]:
-        """The ranking of one request, once the server has learnt all events up to a position (None: at once)."""
-        page = "/invocations" if after is None else f"/invocations?after={quote(str(after), safe='')}"
-        body = json.dumps({"inputs": [request], "params": {"explain": explain}}).encode()
-        ranking: dict[str, Any] = self._ask("POST", page, body)["predictions"][0]
-        return ranking
-
-    def _ask(
-        self,
-        method: str,
-        page: str,
-        body: bytes | None = None,
-        kind: str = "application/json",
-        patience_s: float = PATIENCE_S,
-    ) -> dict[str, Any]:
-        """A reply's body. Each call is a connection of its own, so that all workers are asked."""
-        call = urllib.request.Request(f"{self.url}{page}", body, {"Content-Type": kind}, method=method)
-        give_up = time.monotonic() + patience_s
-        while True:
-            try:
-                with urllib.request.urlopen(call, timeout=PATIENCE_S) as reply:
-                    tree: dict[str, Any] = json.load(reply)
-                    return tree
-            except urllib.error.HTTPError as error:
-                if error.code not in (502, 503, 504):
-                    refusal = error.read().decode(errors="replace")
-                    raise UserError(f"the replay's server refuses what is sent to {page}: {refusal}") from None
-                why = f"it answers {error.code}"
-            except (OSError, http.client.HTTPException) as error:
-                why = one_line(error)
-            self.check()
-            if time.monotonic() > give_up:
-                raise UserError(f"the replay's server has not answered for {patience_s:,.0f} s ({why})")
-            time.sleep(_PAUSE_S)
-
-
-class Server(Protocol):
-    """What a period is fed to: see `OwnServer`."""
-
-    def send(self, table: pa.Table, log: str | None) -> dict[str, Any]:
-        """Takes events."""
-
-    def rank(self, request: dict[str, Any], after: Any, explain: bool) -> dict[str, Any]:
-        """Answers a request."""
-
 
 def feed(
     period: Period,
-    server: Server,
+    server: Client,
     most: int,
     ids_only: bool = False,
     explain: bool = False,
@@ -179,19 +176,19 @@ def feed(
         UserError: the server has ended, or refuses something.
     """
     explanations: dict[int, dict[str, Any]] = {}
-    logs, sent, position = [period.interactions, *period.events], [0] * (1 + len(period.events)), None
+    sent, position = [0] * len(period.logs), None
     with bar() as progress:
         task = progress.add_task("replaying", total=len(period.rows))
         for request, instant in enumerate(period.times.tolist()):
             between(request)
-            for place, log in enumerate(logs):
+            for place, log in enumerate(period.logs):
                 until = int(np.searchsorted(log.times, instant))
-                for table in _batches(log, sent[place], until):
+                for table in _cut(log, sent[place], until):
                     position = server.send(table, log.name)["position"]
                 sent[place] = until
             first, end = period.starts[request : request + 2].tolist()
             for start in range(first, end, most):
-                body = _request(period, start, min(start + most, end), ids_only)
+                body = _build_request(period, start, min(start + most, end), ids_only)
                 ranking = server.rank(body, position, explain)
                 if explain:
                     rows = (start + each for each in ranking["order"])
@@ -200,14 +197,14 @@ def feed(
     return explanations
 
 
-def _batches(log: Happened, start: int, end: int) -> Iterator[pa.Table]:
-    if start < end:
-        table = log.table.slice(start, end - start)
-        rows = max(1, min(ROWS_AT_A_TIME, BYTES_AT_A_TIME * len(table) // max(table.nbytes, 1)))
-        yield from (table.slice(each, rows) for each in range(0, len(table), rows))
+def _cut(log: Happened, start: int, end: int) -> Iterator[pa.Table]:
+    """Events from one number to another, in batches."""
+    table = log.table.slice(start, end - start)
+    rows = max(1, min(ROWS_AT_A_TIME, BYTES_AT_A_TIME * len(table) // max(table.nbytes, 1)))
+    yield from (table.slice(each, rows) for each in range(0, len(table), rows))
 
 
-def _request(period: Period, start: int, end: int, ids_only: bool) -> dict[str, Any]:
+def _build_request(period: Period, start: int, end: int, ids_only: bool) -> dict[str, Any]:
     """A request for the rows of a period from one number to another; user and context are those of the first."""
     schema, table = period.rows.schema, period.rows.table
     ids = {schema.columns.user, schema.columns.candidate}
@@ -215,17 +212,17 @@ def _request(period: Period, start: int, end: int, ids_only: bool) -> dict[str, 
     for name, role in schema.input_columns().items():
         if role in PARTS and (not ids_only or role == "context" or name in ids):
             rows = table[name].slice(start, end - start if role == "candidate" else 1)
-            values = [_as_json(each) for each in rows.to_pylist()]
+            values = [_to_json(each) for each in rows.to_pylist()]
             parts[PARTS[role]][name] = values if role == "candidate" else values[0]
     if schema.columns.request is not None:
         parts["context"][schema.columns.request] = table[schema.columns.request][start].as_py()
     return parts
 
 
-def _as_json(value: Any) -> Any:
+def _to_json(value: Any) -> Any:
     """Times as ISO 8601, what is no number as null."""
     if isinstance(value, list):
-        return [_as_json(each) for each in value]
+        return [_to_json(each) for each in value]
     if isinstance(value, float) and not np.isfinite(value):
         return None
     return value.isoformat() if hasattr(value, "isoformat") else value

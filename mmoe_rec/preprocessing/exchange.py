@@ -207,7 +207,9 @@ class ResultReader:
             inside = rows[np.searchsorted(holding, block) : np.searchsorted(holding, block + 1)]
             if len(inside):
                 parts.append(take(self._load(block), inside - self._results.blocks.starts[block]))
-        return parts[0] if len(parts) == 1 else {name: _joined([part[name] for part in parts]) for name in parts[0]}
+        return (
+            parts[0] if len(parts) == 1 else {name: join_results([part[name] for part in parts]) for name in parts[0]}
+        )
 
     def _load(self, block: int) -> Results:
         if block != self._block:
@@ -249,6 +251,7 @@ def take(results: Results, rows: np.ndarray) -> Results:
     }
 
 
-def _joined(parts: Sequence[np.ndarray | SharedRagged]) -> np.ndarray | SharedRagged:
+def join_results(parts: Sequence[np.ndarray | SharedRagged]) -> np.ndarray | SharedRagged:
+    """One counter's or history's results of several blocks of rows, one after the other."""
     lists = [part for part in parts if isinstance(part, SharedRagged)]
     return SharedRagged.join(lists) if lists else np.concatenate([np.asarray(part) for part in parts])

@@ -117,7 +117,7 @@ class Benchmark:
         period = read_period(logs, pipeline, (self.start, self.end), offline)
         tables_from_log(self.model, self.settings, self.start, self.frozen)
         found = self._accuracy(period, logs)
-        rows, time_column = period.interactions.table, self.settings.schema_.columns.time
+        rows, time_column = period.logs[0].table, self.settings.schema_.columns.time
         found["p50_learnt_ms"] = learnt_ms(self.frozen, time_column, rows.slice(0, LEARNT))
         found |= live_events(self.frozen, rows, time_column, self.scratch, seconds)
         return found | self._replayed()

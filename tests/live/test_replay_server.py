@@ -70,7 +70,7 @@ def test_the_command_by_itself(small: SmallModel, tmp_path: Path, capsys: pytest
     with pytest.raises(SystemExit) as ended:
         run("replay", *words, "--from", "2023-11-20T22:13:20", "--to", "2023-11-21T04:13:20", "--ids-only", "--values")
     assert ended.value.code == 1
-    assert "feature 'user_brand_liked' (task 'liked' by user, brand" in capsys.readouterr().out
+    assert "feature 'user_brand_liked' differs in " in capsys.readouterr().out
 
 
 def test_a_server_that_ends_is_told_with_its_last_words(small: SmallModel) -> None:
