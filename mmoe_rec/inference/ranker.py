@@ -28,11 +28,10 @@ from mmoe_rec.features.memories import Live
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.inference.artifact import Artifact, iso_time, read_artifact, read_calibration, read_model, version_of
 from mmoe_rec.inference.example import EXAMPLE, ExampleScores
-from mmoe_rec.inference.ranking import Explainer, Freshness, Ranking, as_of, latest, scored_table
+from mmoe_rec.inference.ranking import Explainer, Freshness, Ranking, Seen, as_of, latest, scored_table
 from mmoe_rec.inference.reader import RequestReader, as_logged, read_rows
 from mmoe_rec.inference.request import Request, fused_weights
 from mmoe_rec.inference.scorer import ExpertChoice, GuardedModel, Scored, Scorer
-from mmoe_rec.live.logged_requests import Seen
 from mmoe_rec.log.given import check_count, check_flag
 from mmoe_rec.log.request_rows import RequestRows
 from mmoe_rec.log.rows import LogRows

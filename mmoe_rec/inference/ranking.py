@@ -18,6 +18,7 @@ from mmoe_rec.settings.columns import NO_CANDIDATE
 from mmoe_rec.settings.schema import Schema
 
 if TYPE_CHECKING:
+    from mmoe_rec.features.encoder import Inputs
     from mmoe_rec.features.pipeline import FeaturePipeline
     from mmoe_rec.inference.scorer import Scored
     from mmoe_rec.log.request_rows import RequestRows
@@ -42,6 +43,37 @@ class Explanation:
     as_of: dict[str, str]
 
 
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """A request of a pass.
+
+    rows: of the whole pass; inputs: of its R requests, and of its N candidates, as `request_inputs` gives them; layout:
+    of the model; integer_ids: whether ids of requests are integers in the log; number: of the request; first, end: its
+    rows.
+    """
+
+    rows: RequestRows
+    inputs: tuple[Inputs, Inputs]
+    layout: Layout
+    integer_ids: bool
+    number: int
+    first: int
+    end: int
+
+    @property
+    def user(self) -> int | str:
+        """The user's id."""
+        return self.rows.shared.column(self.rows.schema.columns.user)[self.number].as_py()
+
+    @property
+    def request(self) -> int | str | None:
+        """The request's id, where the caller gave one."""
+        name = self.rows.schema.columns.request
+        if name is None or not self.rows.shared.has(name):
+            return None
+        return self.rows.shared.column(name)[self.number].as_py()
+
+
 UNSENT = ("unknown_ids", "seen", "journal_position")
 """What a ranking holds for the server's metrics and its log of requests alone."""
 _IF_THERE = ("explanations", "request_id")
@@ -58,7 +90,7 @@ class Ranking:
     the artifact's `name` and `version` (see `version_of`); explanations: of each candidate, where they were asked for;
     unknown_ids: how many ids of the request's `user` and `candidate`s the model knows nothing of, which replies leave
     out; request_id: the caller's own, or the one that the server gave, where it logs requests; seen: what features saw
-    of the request, see `mmoe_rec.live.logged_requests`, and journal_position: up to where of the server's journal the
+    of the request, see `Seen`, and journal_position: up to where of the server's journal the
     model knew events, which replies leave out.
     """
 

@@ -1,4 +1,4 @@
-"""What is logged of a request: what features saw of it, held until it is written, and the rows that it becomes.
+"""What is logged of a request: the rows that it becomes.
 
 The columns of user, candidate, context and time have their names of the interaction log, as features saw them. What the
 server adds has names that begin with `served_` (files of earlier versions lack some of them):
@@ -26,17 +26,16 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.features.encoder import Inputs
 from mmoe_rec.features.layout import IdInput, Layout
+from mmoe_rec.inference.ranking import Ranking, Seen
 from mmoe_rec.log.columns import UTC_MICROSECONDS
 from mmoe_rec.log.hashing import mix
-from mmoe_rec.log.request_rows import RequestRows
 from mmoe_rec.point_in_time.arrays import Ragged
 
 PREFIX = "served_"
@@ -57,70 +56,11 @@ SHARE = "served_share"
 
 
 @dataclass(frozen=True, eq=False)
-class Seen:
-    """A request of a pass.
-
-    rows: of the whole pass; inputs: of its R requests, and of its N candidates, as `request_inputs` gives them; layout:
-    of the model; integer_ids: whether ids of requests are integers in the log; number: of the request; first, end: its
-    rows.
-    """
-
-    rows: RequestRows
-    inputs: tuple[Inputs, Inputs]
-    layout: Layout
-    integer_ids: bool
-    number: int
-    first: int
-    end: int
-
-    @property
-    def user(self) -> int | str:
-        """The user's id."""
-        return self.rows.shared.column(self.rows.schema.columns.user)[self.number].as_py()
-
-    @property
-    def request(self) -> int | str | None:
-        """The request's id, where the caller gave one."""
-        name = self.rows.schema.columns.request
-        if name is None or not self.rows.shared.has(name):
-            return None
-        return self.rows.shared.column(name)[self.number].as_py()
-
-    def digests(self, places: np.ndarray) -> dict[str, np.ndarray]:
-        """Feature -> (M,) int32 hashes of what the model read of the candidates at these (M,) rows of the pass."""
-        shared, own = self.inputs
-        request = np.full(len(places), self.number)
-
-        def values(mine: Mapping[str, Any], spread: Mapping[str, Any]) -> dict[str, Any]:
-            found = [*((name, each, places) for name, each in mine.items())]
-            found += [(name, each, request) for name, each in spread.items()]
-            return {name: each.take(at) if isinstance(each, Ragged) else each[at] for name, each, at in found}
-
-        return hash_features(values(own.ids, shared.ids), values(own.dense, shared.dense), self.layout)
-
-
-class Reply(Protocol):
-    """What is logged of a reply: see `mmoe_rec.inference.ranking.Ranking`."""
-
-    @property
-    def scores(self) -> list[float]:
-        """The candidates' scores, best first."""
-
-    @property
-    def order(self) -> list[int]:
-        """Their positions in the request."""
-
-    @property
-    def predictions(self) -> dict[str, list[float]]:
-        """Name -> values."""
-
-
-@dataclass(frozen=True, eq=False)
 class Record:
     """A reply to be logged. weights: the caller's `task_weights`; served_at: microseconds since 1970 UTC; about: column
     -> its value in all rows, such as the model's name."""
 
-    reply: Reply
+    reply: Ranking
     seen: Seen
     request: int | str
     weights: Mapping[str, Any] | None
@@ -155,7 +95,7 @@ class Record:
         for name, values in reply.predictions.items():
             added[f"{PREDICTED}{name}"] = pa.array(np.array(values, np.float32))
         added[WEIGHTS] = pa.repeat(pa.scalar(weights, pa.string()), count)
-        for name, hashes in seen.digests(places).items():
+        for name, hashes in _hash_seen(seen, places).items():
             added[f"{DIGEST}{name}"] = pa.array(hashes)
         for name, value in self.about.items():
             kind = pa.float64() if isinstance(value, float) else pa.string()
@@ -163,6 +103,19 @@ class Record:
         if both := columns.keys() & added.keys():
             raise UserError(f"column '{min(both)}' has a name that logged requests use for their own; rename it")
         return pa.table(columns | added)
+
+
+def _hash_seen(seen: Seen, places: np.ndarray) -> dict[str, np.ndarray]:
+    """Feature -> (M,) int32 hashes of what the model read of the candidates at these (M,) rows of the pass."""
+    shared, own = seen.inputs
+    request = np.full(len(places), seen.number)
+
+    def take(mine: Mapping[str, Any], spread: Mapping[str, Any]) -> dict[str, Any]:
+        values = [*((name, each, places) for name, each in mine.items())]
+        values += [(name, each, request) for name, each in spread.items()]
+        return {name: each.take(at) if isinstance(each, Ragged) else each[at] for name, each, at in values}
+
+    return hash_features(take(own.ids, shared.ids), take(own.dense, shared.dense), seen.layout)
 
 
 def hash_features(

@@ -20,12 +20,12 @@ import socket
 import tempfile
 import threading
 import uuid
-from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from time import monotonic, time, time_ns
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +35,8 @@ from mmoe_rec.errors import UserError, one_line
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from mmoe_rec.live.logged_requests import Record, Reply, Seen
+    from mmoe_rec.inference.ranking import Ranking, Seen
+    from mmoe_rec.live.logged_requests import Record
 
 MOST_WAITING = 100_000
 """Candidates of replies that wait to be made rows of."""
@@ -72,12 +73,11 @@ class RequestLog:
     def __init__(self, options: LogOptions, count: Count) -> None:
         check_folder(options.folder)
         self.options, self._count = options, count
-        self._ready = threading.Condition()
-        self._waiting: deque[Record] = deque()
-        self._candidates = 0
-        self._is_closing = False
-        self._rows = _Rows()
+        self._queue: SimpleQueue[Record | None] = SimpleQueue()  # None ends it
+        self._lock = threading.Lock()
+        self._candidates, self._is_closing = 0, False
         self._told: set[str] = set()
+        self._begin_file()
         self._thread = threading.Thread(target=self._run, name="request log", daemon=True)
         self._thread.start()
 
@@ -88,7 +88,7 @@ class RequestLog:
 
     def offer(
         self,
-        reply: Reply,
+        reply: Ranking,
         seen: Seen,
         request: int | str,
         weights: Mapping[str, Any] | None,
@@ -106,61 +106,82 @@ class RequestLog:
             return
         columns = {**about, SHARE: float(self.options.share)}
         record = Record(reply, seen, request, weights, time_ns() // 1_000, columns)
-        with self._ready:
-            fits = not self._waiting or self._candidates + len(record) <= MOST_WAITING
-            fits &= not self._is_closing
-            if fits:
-                self._waiting.append(record)
+        with self._lock:
+            has_room = not self._candidates or self._candidates + len(record) <= MOST_WAITING
+            if has_room and not self._is_closing:
                 self._candidates += len(record)
-                self._ready.notify()
-        if not fits:
-            self._count("dropped", 1)
-            self._tell("dropped", "requests come faster than they can be logged; some are not")
+                self._queue.put(record)
+                return
+        self._count("dropped", 1)
+        self._tell("dropped", "requests come faster than they can be logged; some are not")
 
     def close(self) -> None:
         """Writes all that was handed over, however long that takes."""
-        with self._ready:
+        with self._lock:
             self._is_closing = True
-            self._ready.notify()
+        self._queue.put(None)
         self._thread.join()
 
     def _run(self) -> None:
-        while (record := self._next()) is not None or not self._is_closing:
-            if record is not None:
-                try:
-                    table = record.table()
-                except Exception as error:
-                    self._fail(1, "a reply", error)
-                else:
-                    if not self._rows.fits(record, table):
-                        self._write()
-                    self._rows.add(record, table)
-            if self._rows.count >= ROWS_PER_FILE or self._rows.age >= self.options.seconds:
+        while True:
+            left = None if not self._records else max(self._since + self.options.seconds - monotonic(), 0.0)
+            try:
+                record = self._queue.get(timeout=left)
+            except Empty:
                 self._write()
-        self._write()
+                continue
+            if record is None:
+                self._write()
+                return
+            with self._lock:
+                self._candidates -= len(record)
+            self._add(record)
+            if self._rows >= ROWS_PER_FILE or (self._records and monotonic() >= self._since + self.options.seconds):
+                self._write()
 
-    def _next(self) -> Record | None:
-        """The record that has waited longest; None where a file is to be written, or the log ends."""
-        with self._ready:
-            while not self._waiting and not self._is_closing and self._rows.age < self.options.seconds:
-                self._ready.wait(self.options.seconds - self._rows.age if self._rows.count else None)
-            if not self._waiting:
-                return None
-            record = self._waiting.popleft()
-            self._candidates -= len(record)
-            return record
+    def _begin_file(self) -> None:
+        """Rows of the next file, which are of one model. schema: of all of them; small: tables of a reply each."""
+        self._rows = self._records = 0
+        self._since, self._artifact = 0.0, None
+        self._schema: pa.Schema | None = None
+        self._tables: list[pa.Table] = []
+        self._small: list[pa.Table] = []
+
+    def _add(self, record: Record) -> None:
+        import pyarrow as pa
+
+        try:
+            table = record.table()
+        except Exception as error:
+            self._fail(1, "a reply", error)
+            return
+        try:  # a column that is null in all of a table, and so has no type there, has that of the others
+            if self._artifact not in (None, record.artifact):
+                raise pa.ArrowInvalid("rows of another model")
+            self._schema = pa.unify_schemas([self._schema or table.schema, table.schema])
+        except pa.ArrowException:
+            self._write()
+            self._schema = table.schema
+        if not self._records:
+            self._since, self._artifact = monotonic(), record.artifact
+        self._rows, self._records = self._rows + len(table), self._records + 1
+        self._small.append(table)
+        if len(self._small) >= _TABLES_AT_ONCE:
+            self._tables.append(_concat(self._small))
+            self._small = []
 
     def _write(self) -> None:
-        rows, self._rows = self._rows, _Rows()
-        if not rows.count:
+        tables, records = [*self._tables, *self._small], self._records
+        self._begin_file()
+        if not records:
             return
         folder, most = self.options.folder, self.options.most_bytes
         try:
-            write_file(folder, rows.together())
+            write_file(folder, _concat(tables))
         except Exception as error:
-            self._fail(rows.records, f"{rows.records:,} replies", error)
+            self._fail(records, f"{records:,} replies", error)
             return
-        self._count("written", rows.records)
+        self._count("written", records)
         self._told.discard("failed")
         if most is not None:
             try:
@@ -184,57 +205,10 @@ class RequestLog:
             _log.warning("%s", sentence)
 
 
-class _Rows:
-    """Rows of the next file, of one model."""
-
-    def __init__(self) -> None:
-        self.count = self.records = 0
-        self._since = 0.0
-        self._artifact: object = None
-        self._schema: pa.Schema | None = None
-        self._tables: list[pa.Table] = []
-        self._small: list[pa.Table] = []
-
-    @property
-    def age(self) -> float:
-        """Seconds since the first row was added, 0 where there is none."""
-        return monotonic() - self._since if self.count else 0.0
-
-    def fits(self, record: Record, table: pa.Table) -> bool:
-        """Whether the file may hold these rows as well: of the same model, and of the same types."""
-        if self._schema is None:
-            return True
-        return record.artifact == self._artifact and _go_together(table.schema, self._schema)
-
-    def add(self, record: Record, table: pa.Table) -> None:
-        """Adds the rows of a reply."""
-        if self._schema is None:
-            self._since, self._artifact, self._schema = monotonic(), record.artifact, table.schema
-        self.count, self.records = self.count + len(table), self.records + 1
-        self._small.append(table)
-        if len(self._small) >= _TABLES_AT_ONCE:
-            self._tables.append(_joined(self._small))
-            self._schema, self._small = self._tables[-1].schema, []
-
-    def together(self) -> pa.Table:
-        """All rows."""
-        return _joined([*self._tables, *self._small])
-
-
-def _go_together(one: pa.Schema, other: pa.Schema) -> bool:
+def _concat(tables: list[pa.Table]) -> pa.Table:
     import pyarrow as pa
 
-    if one.equals(other):
-        return True
-    pairs = zip(one, other, strict=False)
-    return one.names == other.names and all(a.type == b.type or pa.null() in (a.type, b.type) for a, b in pairs)
-
-
-def _joined(tables: list[pa.Table]) -> pa.Table:
-    """Rows of several tables. A column that is null in all of one, and so has no type there, has that of the others."""
-    import pyarrow as pa
-
-    return pa.concat_tables(tables, promote_options="permissive").combine_chunks()
+    return pa.concat_tables(tables, promote_options="default").combine_chunks()
 
 
 def new_id(integer: bool) -> int | str:
