@@ -5,7 +5,7 @@ appears whole or not at all:
 
     OUT/run-000001/part-00000.parquet      rows, by time
     OUT/run-000001/_state.json             up to when requests are written, and from what
-    OUT/.work/                             of a run that has not ended, or was killed; removed by the next one
+    OUT/.database/, OUT/.run-000002.*.tmp/ of a run that has not ended, or was killed; removed by the next one
 
 A run goes on where the last one stands: its requests are later than all that are written. So each request is written
 once, and files that are new are later than those before, as `features --extend` needs them.
@@ -26,9 +26,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mmoe_rec.atomic import put_folder
+from mmoe_rec.atomic import atomic_folder
 from mmoe_rec.errors import UserError
 from mmoe_rec.live import logged_requests as names
+from mmoe_rec.live.duplicates import EVENT_ID
 from mmoe_rec.locks import writing
 from mmoe_rec.log.checks import BadFile, LeftOut, LogFile, check_files, open_parquet, words_of
 from mmoe_rec.log.columns import canonical, column_uses
@@ -36,14 +37,13 @@ from mmoe_rec.log.files import find_files, is_remote, local_path, would_find
 from mmoe_rec.log.reader import Piece, read_piece
 from mmoe_rec.log.values import columns_of
 from mmoe_rec.settings.columns import Role, Use
-from mmoe_rec.settings.outcomes import OutcomeEvents, label_columns
+from mmoe_rec.settings.outcomes import label_columns
 from mmoe_rec.settings.sections import Settings
 
-EVENT_ID = "event_id"
 BEGIN = -(2**62)
 """Before all times."""
-_RUN = re.compile(r"run-(\d{6})")
-_STATE, _WORK = "_state.json", ".work"
+_RUN, _LEFT = re.compile(r"run-\d{6}"), re.compile(r"\.database|\.run-\d{6}\..*\.tmp")
+_STATE = "_state.json"
 
 
 @dataclass(frozen=True)
@@ -62,14 +62,13 @@ class Source:
     left_out: list[LeftOut]
 
     @staticmethod
-    def open(
-        address: str, setting: str, uses: Mapping[str, Use], time: str, unit: str | None, skip_bad_files: bool
-    ) -> Source:
+    def open(settings: Settings, address: str, setting: str, uses: dict[str, Use], time: str) -> Source:
         """Reads all footers. setting: holds the address, for messages. Raises UserError, as `Log` does."""
-        files, types, left_out = check_files(find_files(address, setting), dict(uses), unit, skip_bad_files, {})
+        unit, skip = settings.columns.time_unit, settings.data.skip_bad_files
+        files, types, left_out = check_files(find_files(address, setting), uses, unit, skip, {})
         if not files:
             raise UserError(f"none of the files of '{address}' can be used; the first: {left_out[0].reason}")
-        return Source(dict(uses), time, unit, files, types, left_out)
+        return Source(uses, time, unit, files, types, left_out)
 
     def name(self, column: str) -> str:
         """The name of a column in a database."""
@@ -99,35 +98,24 @@ class Source:
 
     def _may_be_later(self, parquet: pq.ParquetFile, group: int, after: int) -> bool:
         place = [parquet.metadata.schema.column(i).path for i in range(parquet.metadata.num_columns)].index(self.time)
-        found = parquet.metadata.row_group(group).column(place).statistics
-        if found is None or not found.has_min_max:
+        statistics = parquet.metadata.row_group(group).column(place).statistics
+        if statistics is None or not statistics.has_min_max:
             return True
         try:
-            last = canonical(self.time, "time", pa.array([found.max]), self.unit)
+            last = canonical(self.time, "time", pa.array([statistics.max]), self.unit)
         except (UserError, pa.ArrowException, OverflowError):
             return True
         return int(last.cast(pa.int64())[0].as_py()) > after
 
 
 @dataclass(frozen=True)
-class Events:
-    """A log of events: its settings, its files, whether rows have an `event_id`, and the longest window in which they
-    count, microseconds."""
-
-    settings: OutcomeEvents
-    source: Source
-    has_ids: bool
-    window: int
-
-
-@dataclass(frozen=True)
 class Plan:
-    """The settings, and what is read. inputs: columns that features read, with their roles; placement: of them, those
-    that events or ranks say."""
+    """The settings, and what is read. events: by log; inputs: columns that features read, with their roles; placement:
+    of them, those that events or ranks say."""
 
     settings: Settings
     requests: Source
-    events: dict[str, Events]
+    events: dict[str, Source]
     inputs: dict[str, Role]
     placement: list[str]
 
@@ -158,11 +146,8 @@ def open_plan(settings: Settings, requests: str, events: str | None) -> Plan:
 
 def _open_requests(settings: Settings, address: str, columns: Mapping[str, Use]) -> Source:
     own: dict[str, Use] = {names.REQUEST: "key", names.AT: "time", names.RANK: "number", names.SHARE: "number"}
-    time = settings.columns.time
     try:
-        return Source.open(
-            address, "--requests", {**columns, **own}, time, settings.columns.time_unit, settings.data.skip_bad_files
-        )
+        return Source.open(settings, address, "--requests", {**columns, **own}, settings.columns.time)
     except BadFile as problem:
         raise BadFile(
             f"{problem}. These are requests as `serve --log-requests` writes them, with the columns that the features "
@@ -172,10 +157,16 @@ def _open_requests(settings: Settings, address: str, columns: Mapping[str, Use])
         ) from None
 
 
-def _open_events(settings: Settings, name: str, folder: str | None, placement: Mapping[str, Use]) -> Events:
+def _open_events(settings: Settings, name: str, folder: str | None, placement: Mapping[str, Use]) -> Source:
     outcomes, columns = settings.outcomes, settings.columns
     section = outcomes.events[name]
-    address, setting = _address(settings, name, folder)
+    if folder is not None and (is_remote(folder) or Path(folder, name).exists()):
+        address, setting = f"{folder.rstrip('/')}/{name}", "--events"
+    elif name in settings.data.events:
+        address, setting = settings.data.events[name].path, f"data.events.{name}.path"
+    else:
+        where = "give --events FOLDER with a" if folder is None else f"--events '{folder}' has no"
+        raise UserError(f"{where} folder '{name}' of Parquet files; or say where they are in data.events.{name}.path")
     uses: dict[str, Use] = {columns.user: "key", columns.candidate: "key"}
     if section.request is not None:
         uses[section.request] = "key"
@@ -186,36 +177,18 @@ def _open_events(settings: Settings, name: str, folder: str | None, placement: M
         uses |= placement
     if section.time in uses:
         raise UserError(f"column '{section.time}' of events '{name}' is the time and something else; add a column")
-    has_ids = any(EVENT_ID in columns_of(file.address) for file in find_files(address, setting))
-    if has_ids:
+    if any(EVENT_ID in columns_of(file.address) for file in find_files(address, setting)):
         uses[EVENT_ID] = "key"
-    uses[section.time] = "time"
-    source = Source.open(address, setting, uses, section.time, columns.time_unit, settings.data.skip_bad_files)
-    window = max(each.microseconds for each in outcomes.windows if each.events == name)
-    return Events(section, source, has_ids, window)
+    return Source.open(settings, address, setting, {**uses, section.time: "time"}, section.time)
 
 
-def _address(settings: Settings, name: str, folder: str | None) -> tuple[str, str]:
-    """Where a log of events lies, and the argument or setting that says so."""
-    if folder is not None and is_remote(folder):
-        return f"{folder.rstrip('/')}/{name}", "--events"
-    if folder is not None and Path(folder, name).exists():
-        return str(Path(folder, name)), "--events"
-    if name in settings.data.events:
-        return settings.data.events[name].path, f"data.events.{name}.path"
-    where = "give --events FOLDER with a" if folder is None else f"--events '{folder}' has no"
-    raise UserError(f"{where} folder '{name}' of Parquet files; or say where they are in data.events.{name}.path")
-
-
-def _check_types(settings: Settings, name: str, events: Events, requests: Source) -> None:
+def _check_types(settings: Settings, name: str, events: Source, requests: Source) -> None:
     """Raises UserError where a column by which events are joined has another type than in the requests; one that is
     null everywhere gets the other's."""
-    columns = settings.columns
+    columns, request = settings.columns, settings.outcomes.events[name].request
     pairs = {columns.user: columns.user, columns.candidate: columns.candidate}
-    if events.settings.request is not None:
-        pairs[events.settings.request] = names.REQUEST
-    for mine, theirs in pairs.items():
-        one = events.source.types.setdefault(mine, requests.types.get(theirs, pa.int8()))
+    for mine, theirs in (pairs | ({} if request is None else {request: names.REQUEST})).items():
+        one = events.types.setdefault(mine, requests.types.get(theirs, pa.int8()))
         other = requests.types.setdefault(theirs, one)
         if one != other:
             raise UserError(
@@ -238,20 +211,14 @@ class Runs:
     """An output folder, locked by `open_runs`."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = Path(os.path.realpath(folder))
-        self.work = self.folder / _WORK
-
-    @property
-    def made(self) -> Path:
-        """Where the files of a new run are written."""
-        return self.work / "run"
+        self.folder = folder
+        self._last = max((each.name for each in folder.iterdir() if _RUN.fullmatch(each.name)), default="run-000000")
 
     def state(self) -> State:
         """What the last run left. Raises UserError where it can't be read."""
-        numbers = self._numbers()
-        if not numbers:
+        path = self.folder / self._last / _STATE
+        if not path.parent.exists():
             return State()
-        path = self._run(numbers[-1]) / _STATE
         try:
             return State(**json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError):
@@ -260,29 +227,17 @@ class Runs:
                 "into another folder"
             ) from None
 
-    def begin(self) -> None:
-        """Makes an empty place for a new run."""
-        shutil.rmtree(self.work, ignore_errors=True)
-        self.made.mkdir(parents=True)
+    @contextmanager
+    def add(self, state: State) -> Iterator[Path]:
+        """A folder for the files of a new run, which leaves a state; it gets a name of its own once it is whole."""
+        with atomic_folder(self.next) as folder:
+            yield folder
+            (folder / _STATE).write_text(json.dumps(asdict(state), indent=1), encoding="utf-8")
 
-    def commit(self, state: State) -> Path:
-        """Adds the new run; gives its folder."""
-        (self.made / _STATE).write_text(json.dumps(asdict(state), indent=1), encoding="utf-8")
-        target = self._run((self._numbers() or [0])[-1] + 1)
-        put_folder(self.made, target)
-        self.end()
-        return target
-
-    def end(self) -> None:
-        """Removes what is not of a run."""
-        shutil.rmtree(self.work, ignore_errors=True)
-
-    def _run(self, number: int) -> Path:
-        return self.folder / f"run-{number:06d}"
-
-    def _numbers(self) -> list[int]:
-        found = [_RUN.fullmatch(each.name) for each in self.folder.iterdir()] if self.folder.is_dir() else []
-        return sorted(int(each[1]) for each in found if each)
+    @property
+    def next(self) -> Path:
+        """The folder of the next run."""
+        return self.folder / f"run-{int(self._last[-6:]) + 1:06d}"
 
 
 @contextmanager
@@ -293,27 +248,21 @@ def open_runs(folder: Path, sources: dict[str, str]) -> Iterator[Runs]:
     """
     if is_remote(str(folder)):
         raise UserError(f"--out '{folder}' must be a folder of this machine, or one mounted like one")
-    runs = Runs(folder)
-    _check(runs, str(folder), sources)
-    with writing(runs.folder, "a join of outcomes", "give another folder with --out"):
-        runs.folder.mkdir(parents=True, exist_ok=True)
-        try:
-            yield runs
-        finally:
-            runs.end()
-
-
-def _check(runs: Runs, name: str, sources: dict[str, str]) -> None:
-    planted = [runs.folder / "run-000001" / "part-00000.parquet"]
+    real = Path(os.path.realpath(folder))
     for setting, source in sources.items():
-        if not is_remote(source) and would_find(local_path(source), planted):
-            raise UserError(f"{setting} '{source}' takes in the files of --out '{name}'; give a folder outside it")
-    if runs.folder.exists() and not runs.folder.is_dir():
-        raise UserError(f"--out '{name}' is a file; give a new or empty folder, or one with joined outcomes")
-    if runs.folder.is_dir():
-        other = sorted(each.name for each in runs.folder.iterdir() if not _RUN.fullmatch(each.name))
-        if other := [each for each in other if each != _WORK]:
-            raise UserError(
-                f"--out '{name}' holds something else, such as '{other[0]}'; give a new or empty folder, or one with "
-                "joined outcomes"
-            )
+        if not is_remote(source) and would_find(local_path(source), [real / "run-000001" / "part-00000.parquet"]):
+            raise UserError(f"{setting} '{source}' takes in the files of --out '{folder}'; give a folder outside it")
+    if real.exists() and not real.is_dir():
+        raise UserError(f"--out '{folder}' is a file; give a new or empty folder, or one with joined outcomes")
+    there = sorted(each.name for each in real.iterdir()) if real.is_dir() else []
+    if other := [name for name in there if not _RUN.fullmatch(name) and not _LEFT.fullmatch(name)]:
+        raise UserError(
+            f"--out '{folder}' holds something else, such as '{other[0]}'; give a new or empty folder, or one with "
+            "joined outcomes"
+        )
+    with writing(real, "a join of outcomes", "give another folder with --out"):
+        real.mkdir(parents=True, exist_ok=True)
+        for left in real.iterdir():
+            if _LEFT.fullmatch(left.name):
+                shutil.rmtree(left)
+        yield Runs(real)

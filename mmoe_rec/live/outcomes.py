@@ -28,7 +28,8 @@ import pyarrow.parquet as pq
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.live import logged_requests as names
-from mmoe_rec.live.outcome_files import BEGIN, EVENT_ID, Plan, Runs, Source, State, open_plan, open_runs
+from mmoe_rec.live.duplicates import EVENT_ID
+from mmoe_rec.live.outcome_files import BEGIN, Plan, Runs, Source, State, open_plan, open_runs
 from mmoe_rec.log.checks import format_time
 from mmoe_rec.log.columns import UTC_MICROSECONDS
 from mmoe_rec.log.database import open_database
@@ -90,27 +91,32 @@ class _Run:
         self.after = self.before.through
         self.counts: Counter[str] = Counter()
         self.tables = {name: f"events_{number}" for number, name in enumerate(plan.events)}
-        self.sources = [plan.requests, *(each.source for each in plan.events.values())]
-        self.by_user = [name for name, each in plan.events.items() if each.settings.request is None]
+        self.sources = [plan.requests, *plan.events.values()]
+        self.by_user = [name for name in plan.events if self.outcomes.events[name].request is None]
 
     def run(self) -> Joined:
         settings = self.outcomes.model_dump(mode="json")
         if self.before.settings and self.before.settings != settings:
             changes = (f"{name}: {old}, now {new}" for name, old, new in differences(self.before.settings, settings))
             say(f"note: earlier rows were joined by other settings of section outcomes ({'; '.join(changes)})")
-        self.runs.begin()
         data, rows = self.plan.settings.data, 0
-        with bar() as progress, open_database(self.runs.work / "database", data.memory_gib, data.workers) as database:
+        with (
+            bar() as progress,
+            open_database(self.runs.folder / ".database", data.memory_gib, data.workers) as database,
+        ):
             self.database = database
             progress.add_task("joining", total=None)
             until = self._read_events()
             if until > self.after:
                 self._find_candidates(until)
                 self._find_labels(until)
-                rows = self._write(until)
-        files = {file.address: file.bytes for each in self.sources for file in each.files}
-        folder = self.runs.commit(State(until, settings, files)) if rows else None
+                (rows,) = database.row(f"SELECT count(*) FROM labelled WHERE time <= {until}")
+            if rows:
+                files = {file.address: file.bytes for each in self.sources for file in each.files}
+                with self.runs.add(State(until, settings, files)) as made:
+                    self._write(until, made)
         left_out = [each.reason for source in self.sources for each in source.left_out]
+        folder = self.runs.next if rows else None
         return Joined(folder, rows, until if rows else self.after, dict(+self.counts), left_out)
 
     def _fill(self, table: str, source: Source, start: int, late: str) -> None:
@@ -143,14 +149,14 @@ class _Run:
     def _read_events(self) -> int:
         """Reads the events later than all that is written; gives the time up to which requests can be written."""
         ends = []
-        for name, events in self.plan.events.items():
-            table, source, section = self.tables[name], events.source, events.settings
+        for name, source in self.plan.events.items():
+            table, section = self.tables[name], self.outcomes.events[name]
             self._fill("given", source, self.after, f"new events '{name}' of requests that were written before")
             keys = [self.columns.user, self.columns.candidate, *([section.request] if section.request else [])]
             lacking = " OR ".join(f"{source.name(each)} IS NULL" for each in (*keys, section.time))
             user, time, item = map(source.name, (self.columns.user, section.time, self.columns.candidate))
             first = user if section.request is None else self._request(source, section.request)
-            event = source.name(EVENT_ID) if events.has_ids else "NULL"
+            event = source.name(EVENT_ID) if EVENT_ID in source.uses else "NULL"
             self.database.run(
                 f"CREATE TABLE {table} AS SELECT *, {first} AS first, {item} AS item, {time} AS time FROM given "
                 f"WHERE NOT ({lacking}) AND {time} <= {self.now} QUALIFY {event} IS NULL "
@@ -166,7 +172,8 @@ class _Run:
             self.counts[f"events '{name}' in the future"] += future
             self.counts[f"events '{name}' that came again"] += rows - null - future - count
             complete = (BEGIN if last is None else last) if self.given is None else self.given
-            ends.append(complete - events.window)
+            window = max(each.microseconds for each in self.outcomes.windows if each.events == name)
+            ends.append(complete - window)
         return min(ends) - round(self.outcomes.wait_days * MICROSECONDS_PER_DAY)
 
     def _find_candidates(self, until: int) -> None:
@@ -218,7 +225,7 @@ class _Run:
 
     def _placed(self, column: str) -> str:
         assert self.outcomes.shown is not None
-        return self.plan.events[self.outcomes.shown.events].source.name(column)
+        return self.plan.events[self.outcomes.shown.events].name(column)
 
     def _owned(self, name: str) -> str:
         """A query for the events of a log that belong to a candidate, `owner`, with their `delay` after its request."""
@@ -279,7 +286,7 @@ class _Run:
         inside = f"delay <= {source.microseconds}"
         label = f"{'sum' if source.combine == 'sum' else 'max'}(1.0::DOUBLE) FILTER ({inside})"
         if source.value is not None:
-            value = self.plan.events[source.events].source.name(source.value)
+            value = self.plan.events[source.events].name(source.value)
             label = {
                 "first": f"arg_min({value}, row(time, {value}))",
                 "last": f"arg_max({value}, row(time, {value}))",
@@ -289,8 +296,8 @@ class _Run:
             label += f" FILTER ({inside} AND NOT isnan({value}))"
         return f"{label} AS l{place}, count(*) FILTER ({inside}) AS n{place}"
 
-    def _write(self, until: int) -> int:
-        """Writes the rows of requests up to a time; gives their number."""
+    def _write(self, until: int, folder: Path) -> None:
+        """Writes the rows of requests up to a time."""
         columns, source, shown = self.columns, self.plan.requests, self.outcomes.shown is not None
         chosen: dict[str, str] = {}  # column -> what it is
         if columns.request is not None:
@@ -310,16 +317,14 @@ class _Run:
             f"{'JOIN shown s ON s.owner = l.number ' if shown else ''}WHERE l.time <= {until} "
             "ORDER BY l.time, l.request, l.rank, l.number"
         )
-        schema, rows = pa.schema({name: self._type(name) for name in chosen}), 0
+        schema = pa.schema({name: self._type(name) for name in chosen})
         for number, table in enumerate(self.database.read(query, ROWS_PER_FILE)):
             arrays = [
                 pa.nulls(len(table)) if pa.types.is_null(field.type) else column.cast(field.type)
                 for field, column in zip(schema, table.columns, strict=True)
             ]
-            file = self.runs.made / f"part-{number:05d}.parquet"
+            file = folder / f"part-{number:05d}.parquet"
             pq.write_table(pa.table(arrays, schema=schema), file, compression="zstd")
-            rows += len(table)
-        return rows
 
     def _type(self, name: str) -> pa.DataType:
         """The type of a column in all files; null for one that no value is known of."""

@@ -223,7 +223,7 @@ def test_a_run_that_is_killed_leaves_nothing_and_the_next_one_does_the_same(
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
-    assert [each.name for each in killed.iterdir()] == [".work"]
+    assert all(each.name.startswith(".") for each in killed.iterdir())
     commands.run("join-outcomes", *loop.words()[:-1], str(killed))
     names = {str(each.relative_to(expected)) for each in expected.rglob("*")}
     assert names == {str(each.relative_to(killed)) for each in killed.rglob("*")}
