@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.types as pt
 import sqlalchemy as sql
 from sqlalchemy.engine import URL, Connection, Engine
@@ -453,7 +454,8 @@ def _find_new_types(types: Types, call: _Call) -> Types:
                 key, kind = (batch.source or "", column.name), str(column.type)
                 before = types.get(key) or new.setdefault(key, kind)
                 if before != kind:
+                    row = pc.index(pc.is_valid(batch.table[column.name]), True).as_py()
                     raise RequestError(
-                        f"column '{column.name}' holds {kind}, but {before} in earlier rows of this journal"
+                        f"row {row}: column '{column.name}' holds {kind}, but {before} in earlier rows of this journal"
                     )
     return new

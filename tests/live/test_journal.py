@@ -113,7 +113,9 @@ def test_threads_share_a_transaction_and_one_threads_error_is_its_own(
         gate.set()
         errors = {number: str(each.exception()) for number, each in enumerate(waiting) if each.exception() is not None}
     assert set(errors) == set(range(0, 16, 4))
-    assert all(each.startswith("column 'number' holds string, but int64 in earlier rows") for each in errors.values())
+    assert all(
+        each.startswith("row 1: column 'number' holds string, but int64 in earlier rows") for each in errors.values()
+    )
     assert (len(counts), sum(counts)) == (2, 16)
     positions = {number: each.result() for number, each in enumerate(waiting) if number not in errors}
     assert {each.position: each.table["number"][0].as_py() for each in every_batch(journal, 1)} == {
