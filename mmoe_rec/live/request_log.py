@@ -142,7 +142,8 @@ class RequestLog:
     def _begin_file(self) -> None:
         """Rows of the next file, which are of one model. schema: of all of them; small: tables of a reply each."""
         self._rows = self._records = 0
-        self._since, self._artifact = 0.0, None
+        self._since = 0.0
+        self._artifact: str | float | None = None
         self._schema: pa.Schema | None = None
         self._tables: list[pa.Table] = []
         self._small: list[pa.Table] = []
