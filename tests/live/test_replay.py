@@ -13,10 +13,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.features.encoder import Inputs
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.jobs.places import logs_for
+from mmoe_rec.live import logged_requests as names
 from mmoe_rec.live import replay_server
 from mmoe_rec.live.journal import Journal
 from mmoe_rec.live.refresh import tables_from_log
@@ -25,7 +25,6 @@ from mmoe_rec.live.replay_period import Period, read_period
 from mmoe_rec.live.replay_server import feed
 from mmoe_rec.live.request_log import LogOptions
 from mmoe_rec.log.reader import EventRows, Log
-from mmoe_rec.point_in_time.arrays import Ragged
 from mmoe_rec.server.app import Application
 from tests.live.replayed_log import FROM, TO, model_of
 from tests.log.small_logs import DAY
@@ -162,14 +161,6 @@ def test_requests_come_after_all_that_happened_before_and_before_all_else(world:
         assert min(len(happened[name]), len(happened[None])) > 10
 
 
-def test_a_server_that_learns_nothing_differs_in_what_happened_since(world: World, tmp_path: Path) -> None:
-    def plant(server: InProcess) -> None:
-        server.send = lambda table, log: {"position": None}  # type: ignore[method-assign]
-
-    compared, _ = world.replayed(tmp_path, plant)
-    assert wrong(compared).keys() >= {"clicked", "seen", "item_click", "seen_brand", "carts", "click"}
-
-
 def test_labels_that_are_seen_before_they_mature_are_found(world: World, tmp_path: Path) -> None:
     def plant(server: InProcess) -> None:
         for name in ("user_brand_liked", "liked_items"):
@@ -208,104 +199,21 @@ def test_one_lost_event_is_found_and_its_values_are_shown(world: World, tmp_path
         assert example["candidate"] in rows["item"].to_pylist()
 
 
-def test_an_event_that_the_tables_lack_is_found(world: World, tmp_path: Path) -> None:
-    settings, carts = world.small.settings, tmp_path / "carts"
-    carts.mkdir()
-    for file in Path(settings.data.events["carts"].path).iterdir():
-        table = pq.read_table(file)
-        times = table["time"].cast("int64").to_numpy()
-        last = int(np.where(times < FROM, times, 0).argmax())
-        pq.write_table(table.filter(pa.array(np.arange(len(table)) != last)), carts / file.name)
-    events = {**settings.data.events, "carts": settings.data.events["carts"].model_copy(update={"path": str(carts)})}
-    other = settings.model_copy(update={"data": settings.data.model_copy(update={"events": events})})
-    tables_from_log(world.small.folder, other, FROM, tmp_path / "model")
-    compared, _ = world.replayed(tmp_path, model=tmp_path / "model")
-    assert "carts" in wrong(compared)
-    assert wrong(compared).keys() <= {"carts", *PREDICTED}
-
-
-def change_inputs(server: InProcess, change: Callable[[Inputs, Inputs], None]) -> None:
-    """Changes what the model reads of one pass."""
-    pipeline = server.ranker.pipeline
-    inputs, done = FeaturePipeline.request_inputs, list[bool]()
-
-    class Spoilt(FeaturePipeline):
-        pass
-
-    def request_inputs(self: FeaturePipeline, rows: Any) -> tuple[Inputs, Inputs]:
-        shared, own = inputs(self, rows)
-        if not done and change(shared, own) is None:
-            done.append(True)
-        return shared, own
-
-    Spoilt.request_inputs = request_inputs  # type: ignore[method-assign]
-    pipeline.__class__ = Spoilt
-    assert server.ranker.pipeline is pipeline
-
-
-def _next_number(shared: Inputs, own: Inputs) -> None:
-    """The next number that float32 can tell from it."""
-    own.dense["item_click_rate"][0] = np.nextafter(own.dense["item_click_rate"][0], np.float32(99))
-
-
-def _another_id(shared: Inputs, own: Inputs) -> bool | None:
-    seen = shared.ids["seen"]
-    assert isinstance(seen, Ragged)
-    if seen.lengths[0] < 2 or seen.values[0] == seen.values[1]:
-        return False
-    seen.values[[0, 1]] = seen.values[[1, 0]]
-    return None
-
-
-def _missing(shared: Inputs, own: Inputs) -> None:
-    own.dense["seen_brand_recency"][0] = np.float32(0) if own.dense["seen_brand_recency"][0] else np.float32(1)
-
-
-@pytest.mark.parametrize(
-    ("change", "name"), [(_next_number, "item_click"), (_another_id, "seen"), (_missing, "seen_brand")]
-)
-def test_one_wrong_input_is_found_and_nothing_else(
-    world: World, tmp_path: Path, change: Callable[[Inputs, Inputs], None], name: str
-) -> None:
-    compared, _ = world.replayed(tmp_path, lambda server: change_inputs(server, change))
-    assert name in wrong(compared)
-    assert wrong(compared).keys() <= {name, *PREDICTED}
-
-
-def _other_score(ranking: Any) -> None:
-    ranking.scores[0] += 3e-5
-
-
-def _other_prediction(ranking: Any) -> None:
-    ranking.predictions["click"][0] -= 3e-5
-
-
-def _other_small_prediction(ranking: Any) -> None:
-    """One that is so small that it may be quite wrong, and yet be nearly the same number."""
-    predicted = ranking.predictions["liked"]
-    predicted[predicted.index(min(predicted))] *= 1.01
-
-
-@pytest.mark.parametrize(
-    ("spoil", "name"), [(_other_score, "score"), (_other_prediction, "click"), (_other_small_prediction, "liked")]
-)
-def test_one_wrong_prediction_is_found_and_nothing_else(
-    world: World, tmp_path: Path, spoil: Callable[[Any], None], name: str
-) -> None:
-    def plant(server: InProcess) -> None:
-        rank_many = server.ranker.rank_many
-
-        def spoilt(requests: Any) -> Any:
-            answers = rank_many(requests)
-            for each in answers:
-                spoil(each)
-            return answers
-
-        server.ranker.rank_many = spoilt  # type: ignore[method-assign]
-
-    compared, _ = world.replayed(tmp_path, plant)
-    assert wrong(compared).keys() == {name}
-    assert all(each["served"] != each["offline"] for each in compared[name].examples)
+def test_one_wrong_value_is_found_and_nothing_else(world: World, tmp_path: Path) -> None:
+    """A digest, a score, and predictions, also one that is so small that it may be wrong and nearly the same number."""
+    world.replayed(tmp_path)
+    logged, ranker = read_logged(tmp_path / "requests", world.period), Ranker.load(world.small.folder)
+    changes = [("item_click", f"{names.DIGEST}item_click", 1, 1), ("score", names.SCORE, 1, 3e-5)]
+    changes += [("click", f"{names.PREDICTED}click", 1, -3e-5), ("liked", f"{names.PREDICTED}liked", 1.01, 0)]
+    for name, column, factor, more in changes:
+        values = logged[column].to_numpy().copy()
+        place = int(values.argmin())
+        values[place] = values[place] * factor + more
+        spoilt = logged.set_column(logged.column_names.index(column), column, pa.array(values))
+        different = {each.name: each for each in compare(world.period, spoilt, ranker) if each.mismatches}
+        assert different.keys() == {name}
+        (example,) = different[name].examples
+        assert example["candidate"] == logged["item"][place].as_py()
 
 
 def test_ids_alone_show_attributes_that_differ(world: World, tmp_path: Path) -> None:
