@@ -239,24 +239,6 @@ def _simple(**columns: str) -> Schema:
     )
 
 
-def test_rows_of_a_request_have_one_time_in_the_files(journal, tmp_path):
-    """So that a build gives all of them the time that a follower gave them."""
-    schema = _simple(request="request")
-    (tmp_path / "log").mkdir()
-    for hours in ((2, 1), (0, 3)):
-        times = pa.array([START + hour * 3_600_000_000 for hour in hours]).cast(_UTC)
-        items = [10 * hours[0], 10 * hours[0] + 1]
-        journal.append(
-            Batch(
-                None, 0, pa.table({"user": [1, 1], "item": items, "at": times, "request": [5, 5], "click": [0.0, 1.0]})
-            )
-        )
-    (path,) = write_files(journal, schema, cut_journal(journal), str(tmp_path / "log")).files
-    table = pq.read_table(path)
-    assert table["at"].cast(pa.int64()).to_pylist() == [START + 3_600_000_000] * 4
-    assert table["click"].to_pylist() == [0.0, 1.0, 0.0, 1.0]
-
-
 @pytest.mark.parametrize(
     ("source", "sentence"),
     [
@@ -424,13 +406,3 @@ def test_events_that_only_another_model_has_are_neither_removed_nor_forgotten(
     assert duplicates.filter([_events("returns", 1, 2)])["returns"].counts == Counter(duplicate=2)
     assert logs_beyond(journal, one, 0) == ["purchases"]
     assert logs_beyond(journal, other, 0) == ["returns"]
-
-
-def test_extend_refuses_nothing_after_a_rerun(growing, journal):
-    """A crash between the files and what follows: the same call again changes no file that features hold already."""
-    _post(journal, growing, 8, 9)
-    through = cut_journal(journal)
-    _write(growing, journal, through)
-    assert growing.extend() is not None
-    _write(growing, journal, through)
-    assert growing.extend() is None

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
+import time
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -17,7 +14,9 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from mmoe_rec import atomic
 from mmoe_rec.inference.writing import write_artifact
+from mmoe_rec.live import outcomes
 from mmoe_rec.live.request_log import LogOptions
 from mmoe_rec.log.columns import UTC_MICROSECONDS
 from mmoe_rec.model.layout import ModelLayout
@@ -26,7 +25,7 @@ from mmoe_rec.model.tables import plain_tables
 from mmoe_rec.preprocessing.prepare import prepare
 from mmoe_rec.settings.load import load_settings
 from tests import commands
-from tests.pipelines.imports import ROOT
+from tests.fork_server import call
 from tests.pipelines.learnable_log import settings_tree, write_files
 from tests.processes import until
 from tests.server.asking import ask
@@ -188,24 +187,21 @@ def test_training_takes_the_rows_as_they_are(loop: Loop) -> None:
     commands.run("train", "--config", str(config), "--training.batch_size", "32")
 
 
-KILLED = """
-import sys
-from pathlib import Path
-from mmoe_rec import atomic
-from mmoe_rec.live import outcomes
-module, name = {
-    "joining": (outcomes._Run, "_find_candidates"),
-    "writing": (outcomes.pq, "write_table"),
-    "rename": (atomic, "_put_folder"),
-}[sys.argv[1]]
-def stop(*arguments, **options):
-    Path(sys.argv[2]).touch()
-    while True:
-        pass
-setattr(module, name, stop)
-from mmoe_rec.cli.main import main
-main(["join-outcomes", *sys.argv[3:]])
-"""
+def join_and_stop(moment: str, marker: Path, words: list[str]) -> None:
+    """Joins up to a moment, and waits there to be killed. It is called in a process of its own."""
+    module: Any
+    module, name = {
+        "joining": (outcomes._Run, "_find_candidates"),
+        "writing": (outcomes.pq, "write_table"),
+        "rename": (atomic, "_put_folder"),
+    }[moment]
+
+    def stop(*arguments: object, **options: object) -> None:
+        marker.touch()
+        time.sleep(600)
+
+    setattr(module, name, stop)
+    commands.run("join-outcomes", *words)
 
 
 @pytest.mark.parametrize("moment", ["joining", "writing", "rename"])
@@ -215,14 +211,10 @@ def test_a_run_that_is_killed_leaves_nothing_and_the_next_one_does_the_same(
     expected, killed = tmp_path / "expected", tmp_path / "killed"
     commands.run("join-outcomes", *loop.words()[:-1], str(expected))
     marker = tmp_path / "reached"
-    words = [sys.executable, "-c", KILLED, moment, str(marker), *loop.words()[:-1], str(killed)]
-    process = subprocess.Popen(words, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
-    try:
-        until(lambda: marker.exists() or process.poll() is not None)
-        assert process.poll() is None
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+    process = call(join_and_stop, moment, marker, [*loop.words()[:-1], str(killed)])
+    until(lambda: marker.exists() or process.poll() is not None)
+    assert process.poll() is None
+    process.kill()
     assert all(each.name.startswith(".") for each in killed.iterdir())
     commands.run("join-outcomes", *loop.words()[:-1], str(killed))
     names = {str(each.relative_to(expected)) for each in expected.rglob("*")}

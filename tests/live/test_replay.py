@@ -22,7 +22,7 @@ from mmoe_rec.live.journal import Journal
 from mmoe_rec.live.refresh import tables_from_log
 from mmoe_rec.live.replay import Compared, ReplayOptions, compare, describe, read_logged, replay
 from mmoe_rec.live.replay_period import Period, read_period
-from mmoe_rec.live.replay_server import feed
+from mmoe_rec.live.replay_server import Client, feed
 from mmoe_rec.live.request_log import LogOptions
 from mmoe_rec.log.reader import EventRows, Log
 from mmoe_rec.server.app import Application
@@ -35,34 +35,26 @@ PREDICTED = ("click", "liked", "spent", "score")
 Plant = Callable[["InProcess"], None]
 
 
-class InProcess:
+class InProcess(Client):
     """A server in this process, as a replay feeds it; sent: (log, events), asked: (position, request)."""
 
     def __init__(self, app: Application) -> None:
+        super().__init__("")
         self.app, self.sent, self.asked = app, list[tuple[str | None, pa.Table]](), list[tuple[Any, dict[str, Any]]]()
-
-    @property
-    def ranker(self) -> Ranker:
-        assert self.app.models.current is not None
-        return self.app.models.current.ranker
 
     def send(self, table: pa.Table, log: str | None) -> dict[str, Any]:
         self.sent.append((log, table))
-        sink = pa.BufferOutputStream()
-        with pa.ipc.new_stream(sink, table.schema) as writer:
-            writer.write_table(table)
-        page = "/events" if log is None else f"/events?log={log}"
-        kind = {"content-type": "application/vnd.apache.arrow.stream"}
-        reply = ask(self.app, sink.getvalue().to_pybytes(), page=page, headers=kind)
-        assert reply.status == 200, reply.body
-        return dict(reply.tree)
+        return super().send(table, log)
 
     def rank(self, request: dict[str, Any], after: Any, explain: bool) -> dict[str, Any]:
         self.asked.append((after, request))
-        page = "/invocations" if after is None else f"/invocations?after={after}"
-        reply = ask(self.app, {"inputs": [request], "params": {"explain": explain}}, page=page)
+        return super().rank(request, after, explain)
+
+    def _ask(self, method: str, page: str, body: bytes | None = None, kind: str = "application/json") -> dict[str, Any]:
+        assert body is not None
+        reply = ask(self.app, body, page=page, headers={"content-type": kind})
         assert reply.status == 200, reply.body
-        return dict(reply.tree["predictions"][0])
+        return dict(reply.tree)
 
 
 class World:
@@ -84,13 +76,12 @@ class World:
         scratch: Path,
         plant: Plant = lambda server: None,
         period: Period | None = None,
-        model: Path | None = None,
         **options: Any,
     ) -> tuple[dict[str, Compared], InProcess]:
         period = period or self.period
         log = LogOptions(scratch / "requests", share=1.0)
         Journal(scratch / "journal.db").close()
-        with logging_app(model or self.folder / "frozen", log, journal=scratch / "journal.db") as app:
+        with logging_app(self.folder / "frozen", log, journal=scratch / "journal.db") as app:
             server = InProcess(app)
             plant(server)
             explanations = feed(period, server, options.pop("most", 50), **options)
@@ -163,8 +154,9 @@ def test_requests_come_after_all_that_happened_before_and_before_all_else(world:
 
 def test_labels_that_are_seen_before_they_mature_are_found(world: World, tmp_path: Path) -> None:
     def plant(server: InProcess) -> None:
+        assert server.app.models.current is not None
         for name in ("user_brand_liked", "liked_items"):
-            server.ranker.pipeline.memory_encoders[name].matures_after = 0
+            server.app.models.current.ranker.pipeline.memory_encoders[name].matures_after = 0
 
     compared, _ = world.replayed(tmp_path, plant, world.read_period(FROM, TO))
     assert (
@@ -190,13 +182,8 @@ def test_one_lost_event_is_found_and_its_values_are_shown(world: World, tmp_path
     assert "carts" in wrong(compared)
     assert wrong(compared).keys() <= {"carts", *PREDICTED}
     for example in compared["carts"].examples:
-        served, offline = example["served"], example["offline"]
-        assert (
-            served.keys() == offline.keys() == {"carts_positives_1d", "carts_rate_1d", "carts_recency"} & offline.keys()
-        )
-        assert served != offline
-        rows = world.period.rows.table
-        assert example["candidate"] in rows["item"].to_pylist()
+        assert example["served"].keys() == example["offline"].keys() != set()
+        assert example["served"] != example["offline"]
 
 
 def test_one_wrong_value_is_found_and_nothing_else(world: World, tmp_path: Path) -> None:
