@@ -177,6 +177,8 @@ def read_logged(folder: Path, period: Period, version: str | None = None) -> pa.
 
     Raises UserError where nothing is left.
     """
+    import pandas as pd
+
     schema, tables = period.rows.schema, []
     for file in find_files(str(folder), "--requests"):
         with open_file(file.address) as opened:
@@ -193,25 +195,14 @@ def read_logged(folder: Path, period: Period, version: str | None = None) -> pa.
         table = table.filter(mine)
     if request is not None:
         table = table.append_column(request, table[names.REQUEST])
-    row = _places(period.rows, LogRows(table, schema))
+    rows = pd.Index(period.rows.row_hashes())
+    first = np.flatnonzero(~rows.duplicated())
+    row = np.append(first, -1)[rows[first].get_indexer(LogRows(table, schema).row_hashes())]
     if unknown := int((row < 0).sum()):
         say(f"note: the log does not have {unknown:,} of {len(row):,} logged rows of the period, which are left out")
     if not (row >= 0).any():
         raise UserError(f"the log has none of the requests of the period that are logged in '{folder}'")
     return table.append_column("row", pa.array(row)).filter(pa.array(row >= 0))
-
-
-def _places(log: LogRows, rows: LogRows) -> np.ndarray:
-    """(N,) int64 where in the log each row's request and candidate stand first, -1 where they don't."""
-    import pandas as pd
-
-    candidate = log.schema.columns.candidate
-    index, wanted = (
-        pd.MultiIndex.from_arrays([each.request_hashes(), each.hashes([candidate])]) for each in (log, rows)
-    )
-    first = np.flatnonzero(~index.duplicated())
-    found = index[first].get_indexer(wanted)
-    return np.where(found < 0, -1, first[found])
 
 
 def compare(

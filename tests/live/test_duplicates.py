@@ -56,16 +56,6 @@ def _restore(duplicates: Duplicates, arrays: dict[tuple[str | None, str], np.nda
         duplicates.restore(log, {name: each for (of, name), each in arrays.items() if of == log})
 
 
-def test_a_row_of_a_request_and_candidate_counts_once():
-    duplicates = Duplicates(_schema())
-    found = _taken(duplicates, _batch([{"item": item, "time": 1} for item in (1, 2, 3, 2)]))
-    assert found == {"items": [1, 2, 3], "accepted": 3, "duplicate": 1, "conflict": 0, "out_of_order": 0, "old": 0}
-    found = _taken(duplicates, _batch([{"item": 1, "time": 1, "click": 1.0}, {"item": 2, "time": 1}]))
-    assert (found["items"], found["conflict"], found["duplicate"]) == ([], 1, 1)
-    found = _taken(duplicates, _batch([{"item": 1, "time": 2, "request": 2}, {"item": 1, "time": 1.5, "request": 3}]))
-    assert (found["items"], found["out_of_order"]) == ([1, 1], 1)
-
-
 @pytest.mark.parametrize("name", ["click", "liked", "spent"])
 def test_every_label_decides_whether_rows_are_equal(name):
     duplicates = Duplicates(_schema())
@@ -86,28 +76,6 @@ def test_request_ids_of_a_user():
     rows = [{"time": 1}, {"time": 1, "user": 2}, {"time": 1, "user": 2}]
     found = _taken(Duplicates(_schema(scope="user")), _batch(rows))
     assert (found["accepted"], found["conflict"], found["duplicate"]) == (2, 0, 1)
-
-
-def test_a_request_of_another_user_is_a_conflict():
-    """A build refuses such a log as a whole."""
-    duplicates = Duplicates(_schema())
-    found = _taken(
-        duplicates, _batch([{"time": 1, "item": 1}, {"time": 1, "item": 2, "user": 2}, {"time": 1, "item": 3}])
-    )
-    assert (found["items"], found["conflict"]) == ([1, 3], 1)
-    found = _taken(duplicates, _batch([{"time": 1, "item": 4, "user": 2}, {"time": 1, "item": 5}]))
-    assert (found["items"], found["conflict"]) == ([5], 1)
-
-
-def test_a_request_has_the_first_time_of_the_batch_it_came_in():
-    schema = _schema()
-    first = _batch([{"time": 1.5, "item": 1}, {"time": 1.0, "item": 2}, {"time": 3, "item": 3, "request": 2}])
-    later = _batch([{"time": 0.5, "item": 4}, {"time": 2, "item": 5}, {"time": 2.5, "item": 6, "request": 2}])
-    together, apart = Duplicates(schema), Duplicates(schema)
-    times = together.filter([first, later])[None].rows(schema).times()
-    assert ((times - START) / DAY).tolist() == [1.0, 1.0, 3.0, 1.0, 1.0, 3.0]
-    parts = [apart.filter([each])[None].rows(schema).times() for each in (first, later)]
-    np.testing.assert_array_equal(np.concatenate(parts), times)
 
 
 def test_events_count_once_by_their_id():

@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import sys
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -267,28 +265,6 @@ def test_two_at_once_make_one_version(model: RefreshedModel) -> None:
     assert len(model.versions()) == 2
     assert "no new files" in said[1] or "no new files" in said[0]
     assert model.holder().number == "2"
-
-
-def test_a_kill_at_any_moment_leaves_nothing_half(model: RefreshedModel) -> None:
-    """SIGKILL after pauses that rise until a refresh gets to its end."""
-    added = model.add(9, 12)
-    seconds, killed = 0.3, 0
-    while True:
-        process = Command(["mmoe_rec", "refresh", "--config", str(model.config)])
-        with suppress(TimeoutError):
-            process.wait(seconds)
-        process.kill()
-        for each in model.versions():
-            assert model.about(each.version).files is not None
-        if process.returncode == 0:
-            break
-        assert process.returncode == -signal.SIGKILL
-        seconds, killed = seconds * 1.5, killed + 1
-    assert killed
-    holder = model.holder()
-    assert as_of(model.about(holder.number)) == int(times_of(added).max())
-    tables_from_log(model.folder_of("1"), model.settings, None, model.folder / "anew")
-    assert version_of(model.folder / "anew") == version_of(model.folder_of(holder.number))
 
 
 def test_a_model_of_an_earlier_version_is_made_anew(model: RefreshedModel, capsys: pytest.CaptureFixture) -> None:
