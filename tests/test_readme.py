@@ -38,10 +38,10 @@ PIP_COMMAND = doctor.Machine(doctor.read_requirements(), {}, uv=False).install_a
 # How each command is exercised: by a test of this file, or by another that does what the command does.
 EXERCISED_BY = {
     "mmoe-rec refresh --config configs/complete_journey.yaml": (
-        "pipelines/test_refresh.py::test_days_come_one_after_the_other"
+        "live/test_refresh.py::test_days_come_one_after_the_other"
     ),
     "mmoe-rec refresh --config configs/shop.yaml --journal sqlite:///data/journal.db": (
-        "pipelines/test_refresh_from_journal.py::test_a_refreshed_model_answers_as_the_one_that_learnt"
+        "live/test_refresh_from_journal.py::test_a_refreshed_model_answers_as_the_one_that_learnt"
     ),
     "mmoe-rec serve --model models:/shop@champion --journal sqlite:///data/journal.db": (
         "server/test_events_and_processes.py::test_what_was_acknowledged_survives_kills_of_workers_and_of_the_server"

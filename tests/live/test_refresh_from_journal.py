@@ -1,0 +1,451 @@
+"""What a server has accepted goes into the tables of a new version, which a server then serves as the one before."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from mmoe_rec.inference.ranker import Ranker
+from mmoe_rec.live.journal import Batch, Journal
+from mmoe_rec.live.journal_files import cut_journal
+from mmoe_rec.log.columns import UTC_MICROSECONDS
+from mmoe_rec.server.app import Application
+from mmoe_rec.server.limits import Limits
+from mmoe_rec.server.models import Models, Source
+from tests.inference.small_model import ITEMS
+from tests.live.refreshed_model import RefreshedModel
+from tests.log.small_logs import ALL_KINDS, BASE, DAY, START
+from tests.server.asking import ask
+from tests.server.test_events import as_json, asked
+
+pytestmark = pytest.mark.thorough
+
+TIMES = [START + 15 * DAY, START + 17 * DAY, START + 40 * DAY]
+
+
+def _served(model: RefreshedModel, number: str, journal: Path) -> Application:
+    Journal(journal).close()
+    models = Models(Limits(), str(journal))
+    models.load(Source(model.folder_of(number), f"models:/small/{number}"))
+    return Application(models, Limits())
+
+
+def _answers(app: Application, position: str) -> list[Any]:
+    found = []
+    for time in TIMES:
+        for user in (-7, 0, 5):
+            body = {"inputs": [asked(time, user)], "params": {"explain": True}}
+            answer = ask(app, body, page=f"/invocations?after={position}")
+            assert answer.status == 200, answer.tree
+            (ranking,) = answer.tree["predictions"]
+            known = [{name: each[name] for name in ("counters", "histories")} for each in ranking["explanations"]]
+            found.append([ranking["candidates"], ranking["scores"], known])
+    return found
+
+
+def _check(found: list[Any], expected: list[Any]) -> None:
+    """Counters and histories are the same; scores nearly, as sums of products may differ in their last bits."""
+    for (candidates, scores, known), other in zip(found, expected, strict=True):
+        assert [candidates, known] == [other[0], other[2]]
+        assert scores == pytest.approx(other[1], abs=1e-6)
+
+
+def _sent(app: Application, rows: list[dict[str, Any]]) -> str:
+    position = ""
+    for start in range(0, len(rows), 17):
+        answer = ask(app, {"events": rows[start : start + 17]}, page="/events")
+        assert answer.status == 200, answer.tree
+        position = answer.tree["position"]
+    return position
+
+
+def _through(model: RefreshedModel) -> int:
+    known = model.about(model.holder().number).journal
+    assert known is not None
+    return int(known["through"])
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> RefreshedModel:
+    return RefreshedModel(tmp_path)
+
+
+def test_a_refreshed_model_answers_as_the_one_that_learnt(
+    model: RefreshedModel, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    journal = tmp_path / "journal.db"
+    app = _served(model, "1", journal)
+    first = as_json(model._days(9, 11))
+    late = as_json(model._days(6, 6.5).slice(0, 3))  # which a model may hold that does not know the journal
+    for number, row in enumerate(late):
+        row["item"] = 10**6 + number
+    position = _sent(app, [*first, *first[:5], *late])
+    before = _answers(app, position)
+
+    model.refresh("--journal", str(journal))
+    said = capsys.readouterr()
+    assert "'champion' of 'small' is version 2 now" in said.out
+    through = _through(model)
+    assert through == int(position)
+    assert len([*model.log.glob("journal-*.parquet")]) == 1
+
+    # The tables alone say the same, and a server that goes on with the journal counts nothing twice.
+    request = asked(TIMES[0], 5)
+    told = Ranker.load(model.folder_of("2")).rank(**request, explain=True)
+    again = _served(model, "2", journal)
+    _check(_answers(again, position), before)
+    assert told.scores == pytest.approx(_answers(again, position)[2][1], abs=1e-6)
+
+    # The next day.
+    position = _sent(again, as_json(model._days(11, 14)))
+    position = _sent(again, first[:5]) or position  # which the tables hold already
+    for row in late:
+        row["item"] += 100
+    position = _sent(again, late)
+    before = _answers(again, position)
+    model.refresh("--journal", str(journal), "--remove-events")
+    assert "they came late" in capsys.readouterr().err
+    assert model.holder().number == "3"
+    assert Journal(journal).removed() == through
+    _check(_answers(_served(model, "3", journal), position), before)
+    model.refresh("--journal", str(journal))
+    assert "no new files" in capsys.readouterr().out
+    assert len(model.versions()) == 3
+
+
+def test_another_journal_than_the_tables_hold_is_refused(
+    model: RefreshedModel, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    journal, other = tmp_path / "journal.db", tmp_path / "other.db"
+    app = _served(model, "1", journal)
+    rows = as_json(model._days(9, 14))
+    _sent(app, rows[:30])
+    model.refresh("--journal", str(journal))
+    position = _sent(app, rows[30:40])  # by the model before, which goes on until the server takes up the new one
+    before = _answers(app, position)
+    _check(_answers(_served(model, "2", journal), position), before)
+    _sent(_served(model, "2", other), rows[-5:])
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        model.refresh("--journal", str(other))
+    assert "hold another journal" in capsys.readouterr().err
+    assert len(model.versions()) == 2
+    # What the right one holds was not lost.
+    model.refresh("--journal", str(journal))
+    _check(_answers(_served(model, "3", journal), position), before)
+    model.refresh("--journal", str(other), "--other-journal")
+    about = model.about("4")
+    assert about.journal is not None
+    assert about.journal["id"] == Journal(other).id
+
+
+def _rolled_back(model: RefreshedModel, journal: Path) -> str:
+    """Three refreshes, of which the last one removes what the second took; then the alias goes back to version 2.
+
+    Gives the journal's last position.
+    """
+    app, rows = _served(model, "1", journal), as_json(model._days(9, 14))
+    for number, start in enumerate((0, 20, 40)):
+        _sent(app, rows[start : start + 20])
+        model.refresh("--journal", str(journal), *(["--remove-events"] if number == 2 else []))
+    assert model.holder().number == "4"
+    assert Journal(journal).removed() == 4
+    model.move_alias("2")
+    return _sent(app, rows[60:])
+
+
+def _learnt(app: Application) -> int:
+    learning = app.models.current.learning
+    assert learning is not None
+    return learning.ranker.live_rows
+
+
+def _failure(app: Application) -> str | None:
+    told: str | None = ask(app, b"", page="/version", method="GET").tree["events_failure"]
+    return told
+
+
+def _told(app: Application) -> str:
+    told = _failure(app)
+    answer = ask(app, {"inputs": [asked(TIMES[0], 5)]})
+    assert answer.tree["predictions"][0]["warnings"][-1] == f"some events are not counted: {told}"
+    return str(told)
+
+
+def test_an_earlier_version_serves_without_what_was_removed_and_says_so(
+    model: RefreshedModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    journal = tmp_path / "journal.db"
+    position = _rolled_back(model, journal)
+    app = _served(model, "4", journal)
+    assert _failure(app) is None
+    app.models.load(Source(model.folder_of("2"), "models:/small/2"))
+    assert ask(app, b"", page="/version", method="GET").tree["address"] == "models:/small/2"
+    told = _told(app)
+    assert "up to position 2, and what came up to position 4 was removed since, so it does not know that" in told
+    assert "mmoe-rec refresh --config FILE --model models:/NAME@ALIAS, without --journal" in told
+    assert told in caplog.text
+    # All that came after the removed batches it does know.
+    assert ask(app, {"inputs": [asked(TIMES[0], 5)]}, page=f"/invocations?after={position}").status == 200
+    assert _learnt(app) == len(model._days(9, 14)) - 40
+    app.models.load(Source(model.folder_of("4"), "models:/small/4"))
+    assert _failure(app) is None
+
+
+def test_a_refresh_of_an_earlier_version_without_the_journal_knows_what_was_removed(
+    model: RefreshedModel, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    journal = tmp_path / "journal.db"
+    position = _rolled_back(model, journal)
+    with pytest.raises(SystemExit):
+        model.refresh("--journal", str(journal))
+    assert "up to 2 only: what was removed is in the log's files" in capsys.readouterr().err
+    expected = _answers(_served(model, "4", journal), position)
+    for number, words in (("5", ()), ("6", ("--journal", str(journal)))):
+        model.refresh(*words)
+        assert model.holder().number == number
+        app = _served(model, number, journal)
+        assert _failure(app) is None
+        _check(_answers(app, position), expected)
+
+
+def test_a_journal_that_is_none_is_told(model: RefreshedModel, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    for words, told in (
+        (("--journal", str(tmp_path / "nothing")), "holds no journal"),
+        (("--remove-events",), "--journal"),
+        (("--other-journal",), "--journal"),
+    ):
+        with pytest.raises(SystemExit):
+            model.refresh(*words)
+        assert told in capsys.readouterr().err
+    assert len(model.versions()) == 1
+    assert not (tmp_path / "nothing").exists()
+
+
+def _returns(first: int, last: int) -> pa.Table:
+    """Events of user 5, numbered, each an hour after the one before from day 9 on."""
+    numbers = range(first, last)
+    times = pa.array([START + 9 * DAY + each * DAY // 24 for each in numbers]).cast(UTC_MICROSECONDS)
+    items = pa.array([ITEMS[each % 3] for each in numbers])
+    return pa.table({"user": pa.array([5] * len(numbers)), "item": items, "bought_at": times})
+
+
+def _sent_returns(journal: Path, first: int, last: int) -> str:
+    numbers = pa.array(range(first, last), pa.int64())
+    writer = Journal(journal)
+    position = str(writer.append(Batch("returns", 0, _returns(first, last).append_column("event_id", numbers))))
+    writer.close()
+    return position
+
+
+def _other(model: RefreshedModel) -> RefreshedModel:
+    """A model that is trained now from the log of another one, and knows returns, too."""
+    folder = model.folder / "other"
+    (folder / "returns").mkdir(parents=True)
+    pq.write_table(_returns(-48, 0), folder / "returns" / "0.parquet")
+    events = {"returns": {"path": str(folder / "returns"), "time": "bought_at"}}
+    data = {"log": str(model.log), "work": str(folder / "work"), "events": events}
+    features = {**ALL_KINDS, "returned": {"kind": "history", "events": "returns", "of": "item", "length": 3}}
+    return RefreshedModel(folder, data=data, features=features)
+
+
+@pytest.mark.parametrize("more", [False, True])
+def test_a_model_that_is_trained_after_anothers_refresh_knows_its_events(
+    model: RefreshedModel, tmp_path: Path, more: bool
+) -> None:
+    journal = tmp_path / "journal.db"
+    _sent(_served(model, "1", journal), as_json(model._days(9, 11)))
+    position = _sent_returns(journal, 0, 30)
+    model.refresh("--journal", str(journal))
+    other = _other(model)
+    assert _through(other) == int(position)
+    if more:
+        position = _sent_returns(journal, 30, 40)
+    app = _served(other, "1", journal)
+    assert _learnt(app) == 30 + 10 * more
+    before = _answers(app, position)
+    assert before[5][2][0]["histories"]["returned"] == [
+        ITEMS[each % 3] for each in range(27 + 10 * more, 30 + 10 * more)
+    ]
+    other.refresh("--journal", str(journal))
+    app = _served(other, "2", journal)
+    assert _learnt(app) == 0
+    _check(_answers(app, position), before)
+
+
+@pytest.mark.parametrize("anew", [False, True])
+def test_segments_of_another_models_events_alone_lock_no_model_out(
+    model: RefreshedModel, tmp_path: Path, capsys: pytest.CaptureFixture, caplog: pytest.LogCaptureFixture, anew: bool
+) -> None:
+    journal = tmp_path / "journal.db"
+    _sent(_served(model, "1", journal), as_json(model._days(9, 10)))
+    model.refresh("--journal", str(journal))
+    first, other = _through(model), _other(model)
+    _sent_returns(journal, 0, 30)
+    model.refresh("--journal", str(journal))
+    assert "no new files" in capsys.readouterr().out
+    assert _through(model) == first
+    other.refresh("--journal", str(journal))
+    for number in (30, 40):
+        _sent_returns(journal, number, number + 10)
+        other.refresh("--journal", str(journal), "--remove-events")
+    assert Journal(journal).removed() > first
+    caplog.clear()
+    app = _served(model, "2", journal)
+    assert _failure(app) is None
+    assert "removed" not in caplog.text
+    position = _sent(app, as_json(model._days(10, 11)))
+    before = _answers(app, position)
+    model.refresh("--journal", str(journal), *(["--anew"] if anew else []))
+    assert model.holder().number == "3"
+    assert _through(model) == int(position)
+    _check(_answers(_served(model, "3", journal), position), before)
+
+
+def test_a_model_that_knows_another_journal_or_none_joins_one_whose_first_segments_are_gone(
+    model: RefreshedModel, tmp_path: Path
+) -> None:
+    journal = tmp_path / "journal.db"
+    Journal(journal).close()
+    other = _other(model)
+    for number in (0, 10):
+        _sent_returns(journal, number, number + 10)
+        other.refresh("--journal", str(journal), "--remove-events")
+    assert Journal(journal).removed() > 0
+    app = _served(model, "1", journal)
+    assert _failure(app) is None
+    position = _sent(app, as_json(model._days(9, 10)))
+    before = _answers(app, position)
+    model.refresh("--journal", str(journal))
+    assert _through(model) == int(position)
+    _check(_answers(_served(model, "2", journal), position), before)
+
+
+@pytest.mark.parametrize("words", [(), ("--anew",)])
+def test_what_is_known_of_a_journal_never_becomes_less(tmp_path: Path, words: tuple[str, ...]) -> None:
+    """Batches that leave no file are known all the same, and so they stay without the journal."""
+    model, journal = RefreshedModel(tmp_path, requests=True), tmp_path / "journal.db"
+    Journal(journal).close()
+    for number in (0, 10):
+        _sent_returns(journal, number, number + 10)
+        through = cut_journal(Journal(journal))
+    model.add(9, 10)
+    model.refresh("--journal", str(journal))
+    assert _through(model) == through
+    model.add(10, 11)
+    model.refresh(*words)
+    assert model.holder().number == "3"
+    assert _through(model) == through
+
+
+def test_files_that_lack_columns_of_a_model_are_refused(
+    model: RefreshedModel, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """One model does not read a column, so its refresh wrote nulls there."""
+    features = {name: each for name, each in ALL_KINDS.items() if name != "brand_spent"}
+    tasks = {name: each for name, each in BASE["tasks"].items() if name != "spent"}
+    data = {"log": str(model.log), "work": str(tmp_path / "fewer" / "work")}
+    fewer = RefreshedModel(tmp_path / "fewer", data=data, features=features, tasks=tasks)
+    journal = tmp_path / "journal.db"
+    app = _served(model, "1", journal)
+    rows = as_json(model._days(9, 11))
+    _sent(app, rows[:30])
+    model.refresh("--journal", str(journal))
+    _sent(app, rows[30:60])
+    fewer.refresh("--journal", str(journal))  # it reads no column that the first file lacks
+    assert fewer.holder().number == "2"
+    _sent(app, rows[60:])
+    files = sorted(model.log.iterdir())
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        model.refresh("--journal", str(journal))
+    assert "of a model that does not read the column 'spent', so" in capsys.readouterr().err
+    assert sorted(model.log.iterdir()) == files
+    assert model.holder().number == "2"
+    # A person may take the file as it is, and then goes on.
+    model.refresh()
+    model.refresh("--journal", str(journal))
+    assert model.holder().number == "4"
+
+
+def _of_journal(model: RefreshedModel) -> list[dict[str, Any]]:
+    """The rows that came into the log from journals."""
+    files = sorted(model.log.glob("journal-*.parquet"))
+    return [row for path in files for row in pq.read_table(path).to_pylist()]
+
+
+def _refreshed_once(model: RefreshedModel, journal: Path) -> Application:
+    """With rows of day 9 through the journal, so that it is known to the model; serves what was refreshed."""
+    _sent(_served(model, "1", journal), as_json(model._days(9, 10)))
+    model.refresh("--journal", str(journal))
+    return _served(model, "2", journal)
+
+
+def test_a_row_of_the_journal_that_a_file_of_the_log_holds_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    model, journal = RefreshedModel(tmp_path, requests=True), tmp_path / "journal.db"
+    app = _refreshed_once(model, journal)
+    old = as_json(model._days(2, 3))
+    _sent(app, [*as_json(model._days(10, 11)), *old])
+    for words in (("--journal", str(journal)), (), ("--journal", str(journal), "--anew")):
+        capsys.readouterr()
+        with pytest.raises(SystemExit):
+            model.refresh(*words)
+        told = capsys.readouterr().err
+        assert f"{len(old):,} rows of " in told
+        assert "repeats request and candidate" in told
+    assert model.holder().number == "2"
+
+
+def test_a_row_of_a_request_that_the_log_has_of_another_user_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    model, journal = RefreshedModel(tmp_path, requests=True), tmp_path / "journal.db"
+    app = _refreshed_once(model, journal)
+    new = as_json(model._days(10, 11))
+    _sent(app, [*new, {**new[0], "request": model._days(2, 3)["request"][0].as_py(), "item": 123, "user": 99}])
+    with pytest.raises(SystemExit):
+        model.refresh("--journal", str(journal))
+    assert "user" in capsys.readouterr().err
+
+
+def test_without_requests_ids_new_files_of_another_program_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    model, journal = RefreshedModel(tmp_path), tmp_path / "journal.db"
+    app = _refreshed_once(model, journal)
+    _sent(app, as_json(model._days(11, 12)))
+    model.add(10, 11)
+    with pytest.raises(SystemExit):
+        model.refresh("--journal", str(journal))
+    assert "days 10 to 11.parquet' is new in the log" in capsys.readouterr().err
+    model.refresh()
+    model.refresh("--journal", str(journal))
+    assert model.holder().number == "4"
+
+
+def test_a_file_with_rows_that_came_by_the_journal_before_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    model, journal = RefreshedModel(tmp_path, requests=True), tmp_path / "journal.db"
+    _refreshed_once(model, journal)
+    sent = len(_of_journal(model))
+    model.add(9, 10.5)  # which without its later requests holds nothing but rows that are known
+    for words in ((), ("--journal", str(journal)), ("--anew",)):
+        capsys.readouterr()
+        with pytest.raises(SystemExit):
+            model.refresh(*words)
+        told = capsys.readouterr().err
+        assert "'" + str(model.log / "days 9 to 10.5.parquet") in told
+        assert f"{sent:,} rows of " in told
+        assert "repeats request and candidate" in told
+    assert model.holder().number == "2"
+    (model.log / "days 9 to 10.5.parquet").unlink()
+    model.add(10, 10.5)
+    model.refresh("--journal", str(journal))
+    assert model.holder().number == "3"
