@@ -45,37 +45,27 @@ _sync = getattr(os, "fdatasync", os.fsync)
 _METADATA = sql.MetaData()
 
 
+_BIG = sql.BigInteger().with_variant(sql.Integer, "sqlite")
+_TEXT, _BLOB = sql.Text, sql.LargeBinary
+
+
 def _table(name: str, keys: str, /, **columns: Any) -> sql.Table:
     """keys: the columns of the primary key, divided by spaces."""
-    primary = keys.split()
-    return sql.Table(
-        f"journal_{name}",
-        _METADATA,
-        *(
-            sql.Column(column, kind, primary_key=column in primary, autoincrement=False, nullable=column == "removed")
-            for column, kind in columns.items()
-        ),
-    )
+    made = [
+        sql.Column(column, kind, primary_key=column in keys.split(), autoincrement=False, nullable=False)
+        for column, kind in columns.items()
+    ]
+    return sql.Table(f"journal_{name}", _METADATA, *made)
 
 
-_BIG = sql.BigInteger().with_variant(sql.Integer, "sqlite")
 ABOUT = _table("about", "id", id=sql.String(32), removed=_BIG)
 BATCHES = _table(
-    "batches",
-    "position",
-    position=_BIG,
-    log=sql.Text,
-    accepted_at=_BIG,
-    rows=sql.Integer,
-    checksum=_BIG,
-    payload=sql.LargeBinary,
+    "batches", "position", position=_BIG, log=_TEXT, accepted_at=_BIG, rows=sql.Integer, checksum=_BIG, payload=_BLOB
 )
-COLUMNS = _table("columns", "log name", log=sql.Text, name=sql.Text, type=sql.Text)
+COLUMNS = _table("columns", "log name", log=_TEXT, name=_TEXT, type=_TEXT)
 CUTS = _table("cuts", "position", position=_BIG)
-CHECKPOINTS = _table("checkpoints", "position log", position=_BIG, log=sql.Text, last_file=_BIG)
-STATES = _table(
-    "states", "position log part", position=_BIG, log=sql.Text, part=sql.Integer, checksum=_BIG, data=sql.LargeBinary
-)
+CHECKPOINTS = _table("checkpoints", "position log", position=_BIG, log=_TEXT, last_file=_BIG)
+STATES = _table("states", "position log part", position=_BIG, log=_TEXT, part=sql.Integer, checksum=_BIG, data=_BLOB)
 Types = dict[tuple[str, str], str]
 """Log of events, "" for the interaction log, and column -> the column's type."""
 
