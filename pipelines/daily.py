@@ -8,23 +8,18 @@ exit code, and may be started again at any time: a training that was stopped goe
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 
 from mmoe_rec.cli.main import main as run
 from mmoe_rec.cli.promote import REFUSED
 from mmoe_rec.errors import UserError, exit_with_message
+from pipelines.data_sets.sampled_log import command_parser
 
 
 @exit_with_message()
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the steps."""
-    parser = argparse.ArgumentParser(
-        prog="python -m pipelines.daily",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command_parser("python -m pipelines.daily", __doc__)
     parser.add_argument("--config", required=True, metavar="C", help="settings file")
     options, overrides = parser.parse_known_args(argv)
     from mmoe_rec.settings.load import load_settings

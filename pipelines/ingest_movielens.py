@@ -17,14 +17,12 @@ and a movie that this user rates later can be. `sampling_rate` is the number dra
 
 import argparse
 import re
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -36,7 +34,7 @@ from pipelines.data_sets.sampled_log import (
     IntArray,
     command_parser,
     non_negative,
-    print_summary,
+    run_ingest,
     sample_others,
     write_log_file,
 )
@@ -82,40 +80,16 @@ class Ratings:
 
 @dataclass(frozen=True)
 class Sessions:
-    """The requests, sorted by user and time; four arrays of length S that point into `Ratings`.
+    """The requests by time of the first rating, then user; three arrays of length S that point into `Ratings`.
 
     Attributes:
         start, end: the session's ratings are rows start .. end - 1.
         user_start: the first rating of the session's user.
-        request_id: 0 .. S - 1 by time of the first rating, then user.
     """
 
     start: IntArray
     end: IntArray
     user_start: IntArray
-    request_id: IntArray
-
-
-@dataclass(frozen=True)
-class Rows:
-    """The rows of the log, sorted by request time, request and movie; four arrays of length R.
-
-    Attributes:
-        session: the row's session, a position in `Sessions`.
-        movie: the candidate's id.
-        rating: 1 to 5, or 0 where the movie was not rated.
-        sampling_rate: 1 where the movie was rated.
-    """
-
-    session: IntArray
-    movie: IntArray
-    rating: IntArray
-    sampling_rate: npt.NDArray[np.float64]
-
-    def part(self, begin: int, end: int) -> "Rows":
-        """Rows begin .. end - 1."""
-        where = slice(begin, end)
-        return Rows(self.session[where], self.movie[where], self.rating[where], self.sampling_rate[where])
 
 
 # Reading
@@ -212,14 +186,21 @@ def find_sessions(ratings: Ratings) -> Sessions:
     start = np.flatnonzero(new_user | pause)
     user_starts = np.flatnonzero(new_user)
     user_start = user_starts[np.searchsorted(user_starts, start, side="right") - 1]
-    request_id = np.empty(len(start), dtype=np.int64)
-    request_id[np.lexsort((ratings.user[start], ratings.moment[start]))] = np.arange(len(start))
-    return Sessions(start, np.append(start[1:], len(ratings.user)), user_start, request_id)
+    order = np.lexsort((ratings.user[start], ratings.moment[start]))
+    return Sessions(start[order], np.append(start[1:], len(ratings.user))[order], user_start[order])
 
 
-def draw_rows(ratings: Ratings, sessions: Sessions, negatives_per_rated: int, seed: int) -> Rows:
-    """Put sampled others beside the rated movies of every session."""
-    catalogue, first_seen = _by_first_rating(ratings)
+def draw_rows(ratings: Ratings, negatives_per_rated: int, seed: int) -> pa.Table:
+    """Put sampled others beside the rated movies of every session.
+
+    Returns:
+        request_id, request_time, user_id, movie_id, rated, liked, sampling_rate, sorted by request and movie.
+    """
+    sessions = find_sessions(ratings)
+    # Movies by the moment of their first rating, then id.
+    by_moment = np.lexsort((ratings.movie, ratings.moment))
+    _, first = np.unique(ratings.movie[by_moment], return_index=True)
+    catalogue, first_seen = (each[by_moment][np.sort(first)] for each in (ratings.movie, ratings.moment))
     order = np.argsort(catalogue)
     place = order[np.searchsorted(catalogue, ratings.movie, sorter=order)]
     session_at, movies, stars, rates = [], [], [], []
@@ -231,42 +212,24 @@ def draw_rows(ratings: Ratings, sessions: Sessions, negatives_per_rated: int, se
             rated = end - start
             entropy = (seed, int(ratings.user[start]), int(ratings.moment[start]))
             sampled = sample_others(known, taken, negatives_per_rated * int(rated), entropy)
-            rate = len(sampled) / (known - len(taken)) if len(sampled) else 1.0
+            rate = len(sampled) / max(known - len(taken), 1)
             session_at.append(np.full(rated + len(sampled), index))
-            movies.append(np.concatenate([ratings.movie[start:end], catalogue[sampled]]))
-            stars.append(np.concatenate([ratings.rating[start:end], np.zeros(len(sampled), dtype=np.int64)]))
-            rates.append(np.concatenate([np.ones(rated), np.full(len(sampled), rate)]))
-    session, movie = np.concatenate(session_at), np.concatenate(movies)
-    # Request ids ascend with time, so that they alone give the order of the log.
-    by_time = np.lexsort((movie, sessions.request_id[session]))
-    return Rows(session[by_time], movie[by_time], np.concatenate(stars)[by_time], np.concatenate(rates)[by_time])
-
-
-def _by_first_rating(ratings: Ratings) -> tuple[IntArray, IntArray]:
-    """(M,) rated movies and (M,) the seconds of their first rating, sorted by that moment, then movie."""
-    order = np.lexsort((ratings.moment, ratings.movie))
-    movie, first = np.unique(ratings.movie[order], return_index=True)
-    moment = ratings.moment[order][first]
-    by_moment = np.lexsort((movie, moment))
-    return movie[by_moment], moment[by_moment]
-
-
-def assemble(rows: Rows, ratings: Ratings, sessions: Sessions, users: pa.Table, movies: pa.Table) -> pa.Table:
-    """Build the log's columns: the rows, their sessions, and what is known of their users and movies."""
-    session, rating = rows.session, rows.rating
-    first = sessions.start[session]
-    user_id, movie_id = pa.array(ratings.user[first]), pa.array(rows.movie)
-    user = users.take(pc.index_in(user_id, value_set=users["user_id"]))
-    movie = movies.take(pc.index_in(movie_id, value_set=movies["movie_id"]))
-    columns = {name: user[name] for name in user.column_names} | {name: movie[name] for name in movie.column_names}
-    columns |= {
-        "request_id": pa.array(sessions.request_id[session]),
-        "request_time": pa.array(ratings.moment[first] * 1_000_000).cast(REQUEST_TIME),
-        "rated": pa.array((rating > 0).astype(np.int8)),
-        "liked": pa.array((rating >= LIKED_FROM).astype(np.int8), mask=rating == 0),
-        "sampling_rate": pa.array(rows.sampling_rate),
-    }
-    return pa.table([columns[field.name] for field in LOG], schema=LOG)
+            movies.append(np.append(ratings.movie[start:end], catalogue[sampled]))
+            stars.append(np.append(ratings.rating[start:end], np.zeros(len(sampled), dtype=np.int64)))
+            rates.append(np.append(np.ones(rated), np.full(len(sampled), rate)))
+    session, rating = np.concatenate(session_at), np.concatenate(stars)
+    first_rating = sessions.start[session]
+    return pa.table(
+        {
+            "request_id": session,
+            "request_time": pa.array(ratings.moment[first_rating] * 1_000_000).cast(REQUEST_TIME),
+            "user_id": ratings.user[first_rating],
+            "movie_id": np.concatenate(movies),
+            "rated": (rating > 0).astype(np.int8),
+            "liked": pa.array((rating >= LIKED_FROM).astype(np.int8), mask=rating == 0),
+            "sampling_rate": np.concatenate(rates),
+        }
+    ).sort_by([("request_id", "ascending"), ("movie_id", "ascending")])
 
 
 # The job
@@ -290,17 +253,18 @@ def ingest(source: Path, out: Path, negatives_per_rated: int, seed: int) -> dict
     ratings = read_ratings(source / "ratings.dat")
     _require_known("user", ratings.user, users["user_id"], source / "users.dat")
     _require_known("movie", ratings.movie, movies["movie_id"], source / "movies.dat")
-    sessions = find_sessions(ratings)
     with atomic_folder(out / "log") as folder:
-        rows = draw_rows(ratings, sessions, negatives_per_rated, seed)
-        month = ratings.moment[sessions.start[rows.session]].astype("datetime64[s]").astype("datetime64[M]")
-        months, begins = np.unique(month, return_index=True)
-        for name, begin, end in zip(months, begins, np.append(begins[1:], len(month)), strict=True):
-            table = assemble(rows.part(begin, end), ratings, sessions, users, movies)
-            write_log_file(table, folder / f"{name}.parquet")
+        rows = draw_rows(ratings, negatives_per_rated, seed)
+        user = users.take(pc.index_in(rows["user_id"], value_set=users["user_id"]))
+        movie = movies.take(pc.index_in(rows["movie_id"], value_set=movies["movie_id"]))
+        columns = {name: table[name] for table in (user, movie, rows) for name in table.column_names}
+        log = pa.table([columns[field.name] for field in LOG], schema=LOG)
+        months = log["request_time"].to_numpy().astype("datetime64[M]")
+        for month in np.unique(months):
+            write_log_file(log.filter(pa.array(months == month)), folder / f"{month}.parquet")
     return {
-        "rows": len(rows.movie),
-        "requests": len(sessions.start),
+        "rows": len(log),
+        "requests": pc.count_distinct(log["request_id"]).as_py(),
         "rated": len(ratings.movie),
         "liked": int((ratings.rating >= LIKED_FROM).sum()),
     }
@@ -312,21 +276,21 @@ def _require_known(what: str, ids: IntArray, known: pa.ChunkedArray, path: Path)
         raise UserError(f"{path} does not describe {what} {missing[0]}, found in ratings.dat")
 
 
-def _arguments(arguments: list[str] | None) -> argparse.Namespace:
+@exit_with_message()
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command; `arguments` are those of the command line."""
     parser = command_parser("python -m pipelines.ingest_movielens", __doc__)
     add = parser.add_argument
     add("--source", type=Path, required=True, help="folder that holds ratings.dat, users.dat and movies.dat")
     add("--out", type=Path, required=True, help="folder to write log/ into; a log that is there is replaced")
     add("--negatives-per-rated", type=non_negative, default=4, metavar="N", help="(default: %(default)s)")
     add("--seed", type=non_negative, default=17, help="seed of the sampled movies (default: %(default)s)")
-    return parser.parse_args(arguments)
+
+    def ingest_options(given: argparse.Namespace) -> dict[str, int]:
+        return ingest(given.source, given.out, given.negatives_per_rated, given.seed)
+
+    run_ingest("MovieLens", parser, arguments, ingest_options)
 
 
-@exit_with_message()
-def main(arguments: list[str] | None = None) -> None:
-    """Run the command; `arguments` are those of the command line."""
-    options = _arguments(arguments)
-    started = time.perf_counter()
-    counts = ingest(options.source, options.out, options.negatives_per_rated, options.seed)
-    values: dict[str, int | float] = {**counts, "seconds": time.perf_counter() - started}
-    print_summary("MovieLens", values, log=options.out / "log")
+if __name__ == "__main__":
+    main()

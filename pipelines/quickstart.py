@@ -7,7 +7,6 @@ candidate list. `--fast` does it on a slice of the households, as a smoke test.
 
 from __future__ import annotations
 
-import argparse
 import json
 import shlex
 import time
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from mmoe_rec.atomic import atomic_file
 from mmoe_rec.errors import exit_with_message
+from pipelines.data_sets.sampled_log import command_parser
 
 if TYPE_CHECKING:
     from mmoe_rec.settings.sections import Settings
@@ -25,27 +25,11 @@ CONFIG = "configs/complete_journey.yaml"
 FAST_HOUSEHOLDS = 300
 
 
-def _arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("--fast", action="store_true", help=f"a slice of {FAST_HOUSEHOLDS} households, under 90 s")
-    parser.add_argument("--out", metavar="DIR", help="folder of the log and all that is made from it")
-    return parser.parse_known_args(argv)
-
-
 def quickstart_settings(fast: bool, out: Path, overrides: Sequence[str] = ()) -> Settings:
     """The settings of the quickstart: those of Complete Journey, in another folder, smaller for a slice."""
     from mmoe_rec.settings.load import load_settings
 
-    paths = [
-        "--data.log",
-        f"{out}/log",
-        "--data.events.purchases.path",
-        f"{out}/purchases",
-        "--data.work",
-        f"{out}/work",
-    ]
+    paths = [f"--data.log={out}/log", f"--data.events.purchases.path={out}/purchases", f"--data.work={out}/work"]
     small = ["--training.batch_size", "1024", "--evaluation.resamples", "200", "--name", "complete_journey_fast"]
     return load_settings(CONFIG, [*paths, *(small if fast else []), *overrides])
 
@@ -53,12 +37,16 @@ def quickstart_settings(fast: bool, out: Path, overrides: Sequence[str] = ()) ->
 @exit_with_message()
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command."""
-    options, overrides = _arguments(argv)
+    parser = command_parser("python -m pipelines.quickstart", __doc__)
+    parser.add_argument("--fast", action="store_true", help=f"a slice of {FAST_HOUSEHOLDS} households, under 90 s")
+    parser.add_argument("--out", metavar="DIR", help="folder of the log and all that is made from it")
+    options, overrides = parser.parse_known_args(argv)
     out = Path(options.out or ("data/complete_journey_fast" if options.fast else "data/complete_journey"))
     settings = quickstart_settings(options.fast, out, overrides)
     from rich.console import Console
 
     from mmoe_rec.cli.command import show
+    from mmoe_rec.inference.ranker import Ranker
     from mmoe_rec.jobs.baselines import measure_baselines
     from mmoe_rec.jobs.evaluate import evaluate_model
     from mmoe_rec.jobs.train import describe_training, train_model
@@ -81,9 +69,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         console.rule("4/5  two baselines on the same rows and features")
         results = measure_baselines(settings, Path(settings.data.work) / "baselines", evaluated, "MMoE")
     console.rule("5/5  one candidate list")
-    request, ranking = _rank_example(trained.artifact)
+    request = json.loads((trained.artifact / "example_request.json").read_text(encoding="utf-8"))
+    ranking = Ranker.load(trained.artifact).rank(**request)
     console.print(f"household {request['user']}, {request['context']}")
-    for position, (candidate, score) in enumerate(ranking, start=1):
+    for position, (candidate, score) in enumerate(zip(ranking.candidates, ranking.scores, strict=True), start=1):
         console.print(f"  {position}. product {candidate}  score {score:.4f}")
     show(show_results(results))
     print(f"report: {Path(settings.data.work) / 'baselines' / 'report.html'}")
@@ -104,15 +93,6 @@ def ingest_log(out: Path, fast: bool) -> None:
     ingest(packaged_folder(), out, Selection(households=FAST_HOUSEHOLDS if fast else None))
 
 
-def _rank_example(artifact: Path) -> tuple[dict[str, Any], list[tuple[object, float]]]:
-    from mmoe_rec.inference.ranker import Ranker
-
-    ranker = Ranker.load(artifact)
-    request = json.loads((artifact / "example_request.json").read_text(encoding="utf-8"))
-    ranking = ranker.rank(request["user"], request["context"], request["candidates"])
-    return request, list(zip(ranking.candidates, ranking.scores, strict=True))
-
-
 def _next_commands(settings: Settings, address: str, request: dict[str, Any]) -> None:
     body = Path(settings.data.work) / "request.json"
     with atomic_file(body) as file:
@@ -123,3 +103,7 @@ def _next_commands(settings: Settings, address: str, request: dict[str, Any]) ->
     print(f"  curl -s localhost:5001/invocations -H 'Content-Type: application/json' -d @{shlex.quote(str(body))}")
     served = uri.startswith(("http://", "https://"))
     print(f"  see the runs at {uri}" if served else f"  mlflow ui --backend-store-uri {shlex.quote(uri)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -26,7 +26,6 @@ Popularity is skewed: the busiest user makes fifty times as many requests as the
 candidates come late, evenly over the log. Each value is a function of the seed and of its row's number alone.
 """
 
-import argparse
 import shlex
 import time
 from collections.abc import Iterator
@@ -156,26 +155,21 @@ def next_command(plan: Plan, out: Path) -> str:
     return shlex.join(command)
 
 
-def _arguments(arguments: list[str] | None) -> argparse.Namespace:
-    parser = command_parser("python -m pipelines.make_synthetic_log", __doc__)
-
-    def number(name: str, default: int, what: str) -> None:
-        parser.add_argument(name, type=non_negative, default=default, metavar="N", help=f"{what} (default: {default})")
-
-    parser.add_argument("--out", type=Path, default=DEFAULT_OUT, help="folder of the log (default: %(default)s)")
-    number("--rows", 1_000_000, "rows of the log")
-    number("--users", Plan.users, "users that the log draws from")
-    number("--candidates", Plan.candidates, "candidates that the log draws from")
-    number("--days", DAYS, "days of the log, from 2024-01-01 on")
-    number("--files-per-day", 1, "files that a day's rows are cut into")
-    number("--seed", Plan.seed, "seed of all that is drawn")
-    return parser.parse_args(arguments)
-
-
 @exit_with_message()
 def main(arguments: list[str] | None = None) -> None:
     """Run the command; `arguments` are those of the command line."""
-    options = _arguments(arguments)
+    parser = command_parser("python -m pipelines.make_synthetic_log", __doc__)
+    parser.add_argument("--out", type=Path, default=DEFAULT_OUT, help="folder of the log (default: %(default)s)")
+    for name, default, what in (
+        ("--rows", 1_000_000, "rows of the log"),
+        ("--users", Plan.users, "users that the log draws from"),
+        ("--candidates", Plan.candidates, "candidates that the log draws from"),
+        ("--days", DAYS, "days of the log, from 2024-01-01 on"),
+        ("--files-per-day", 1, "files that a day's rows are cut into"),
+        ("--seed", Plan.seed, "seed of all that is drawn"),
+    ):
+        parser.add_argument(name, type=non_negative, default=default, metavar="N", help=f"{what} (default: {default})")
+    options = parser.parse_args(arguments)
     if options.files_per_day < 1:
         raise UserError("--files-per-day must be at least 1, found 0")
     plan = Plan(options.rows, options.users, options.candidates, options.days, options.seed)
@@ -190,3 +184,7 @@ def main(arguments: list[str] | None = None) -> None:
         sep="\n",
     )
     print(f"next: {next_command(plan, options.out)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -15,11 +15,9 @@ never_married  never married.
 and the others test.
 """
 
-import argparse
 import bz2
 import csv
 import gzip
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -29,7 +27,7 @@ import pyarrow as pa
 
 from mmoe_rec.atomic import atomic_folder
 from mmoe_rec.errors import UserError, exit_with_message
-from pipelines.data_sets.sampled_log import command_parser, non_negative, print_summary, write_log_file
+from pipelines.data_sets.sampled_log import command_parser, non_negative, run_ingest, write_log_file
 
 COLUMNS: dict[str, pa.DataType] = {
     "age": pa.int64(),
@@ -188,20 +186,16 @@ def _split(table: pa.Table, split: np.ndarray[Any, Any]) -> pa.Table:
     return table.append_column("split", pa.array(split, pa.string())).select(LOG.names).cast(LOG)
 
 
-def _arguments(arguments: list[str] | None) -> argparse.Namespace:
+@exit_with_message()
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command; `arguments` are those of the command line."""
     parser = command_parser("python -m pipelines.ingest_census_income", __doc__)
     add = parser.add_argument
     add("--source", type=Path, required=True, help="folder that holds census-income.data and census-income.test")
     add("--out", type=Path, required=True, help="folder to write log/ into; a table that is there is replaced")
     add("--seed", type=non_negative, default=17, help="seed of the halves of the test file (default: %(default)s)")
-    return parser.parse_args(arguments)
+    run_ingest("Census-Income", parser, arguments, lambda given: ingest(given.source, given.out, given.seed))
 
 
-@exit_with_message()
-def main(arguments: list[str] | None = None) -> None:
-    """Run the command; `arguments` are those of the command line."""
-    options = _arguments(arguments)
-    started = time.perf_counter()
-    values: dict[str, int | float] = dict(ingest(options.source, options.out, options.seed))
-    values["seconds"] = time.perf_counter() - started
-    print_summary("Census-Income", values, log=options.out / "log")
+if __name__ == "__main__":
+    main()

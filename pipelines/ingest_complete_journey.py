@@ -21,16 +21,14 @@ Nothing known only after the request (quantities, prices paid, coupons) enters t
 
 import argparse
 import re
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mmoe_rec.atomic import atomic_folders
+from mmoe_rec.atomic import atomic_folder
 from mmoe_rec.errors import UserError, exit_with_message
 from mmoe_rec.progress import bar
 from pipelines.data_sets.complete_journey import (
@@ -42,16 +40,16 @@ from pipelines.data_sets.complete_journey import (
     collapse_promotions,
     find_purchases,
     packaged_folder,
-    stream_promotions,
+    read_keyed,
+    read_promotions,
+    read_table,
     to_numpy,
 )
-from pipelines.data_sets.parquet_source import read_keyed, read_table
 from pipelines.data_sets.sampled_log import (
     REQUEST_TIME,
-    IntArray,
     command_parser,
     non_negative,
-    print_summary,
+    run_ingest,
     sample_others,
     write_log_file,
 )
@@ -106,41 +104,6 @@ class Selection:
     seed: int = 17
 
 
-@dataclass
-class Counts:
-    """What a log holds; `add` sums it up file by file. `baskets` counts those with a purchase, promoted or not."""
-
-    baskets: int = 0
-    rows: int = 0
-    requests: int = 0
-    bought: int = 0
-    rebought_known: int = 0
-    rebought: int = 0
-
-    def add(self, table: pa.Table) -> None:
-        """Count one file of the log."""
-        self.rows += table.num_rows
-        self.requests += pc.count_distinct(table["request_id"]).as_py()
-        self.bought += pc.sum(table["bought"]).as_py() or 0
-        self.rebought_known += table.num_rows - table["rebought"].null_count
-        self.rebought += pc.sum(table["rebought"]).as_py() or 0
-
-
-@dataclass(frozen=True)
-class RequestRows:
-    """The log rows of one request, R of them, ascending by product.
-
-    Attributes:
-        positions: (R,) positions in the request's candidate list.
-        bought: (R,) positions in the request's purchases, -1 where the candidate was not bought.
-        sampling_rate: the rate of the rows that were not bought.
-    """
-
-    positions: IntArray
-    bought: IntArray
-    sampling_rate: float
-
-
 # Requests
 
 
@@ -154,120 +117,93 @@ def select_purchases(purchases: pa.Table, selection: Selection) -> pa.Table:
     return purchases.filter(kept)
 
 
-def request_rows(candidates: IntArray, bought: IntArray, request_id: int, selection: Selection) -> RequestRows | None:
-    """Choose the rows of one request: all bought candidates and a sample of the others.
-
-    Args:
-        candidates: (C,) product ids on promotion, ascending.
-        bought: (B,) product ids in the basket, ascending, promoted or not.
-        request_id: the basket, which seeds the sample.
-
-    Returns:
-        None where no bought product was on promotion.
-    """
-    found = np.searchsorted(candidates, bought)
-    promoted = np.flatnonzero(candidates[np.minimum(found, len(candidates) - 1)] == bought)
-    if len(promoted) == 0:
-        return None
-    taken = found[promoted]
-    wanted = selection.negatives_per_bought * len(taken)
-    sampled = sample_others(len(candidates), taken, wanted, (selection.seed, request_id))
-    others = len(candidates) - len(taken)
-
-    positions = np.concatenate([taken, sampled])
-    purchase = np.concatenate([promoted, np.full(len(sampled), -1)])
-    order = np.argsort(positions)
-    return RequestRows(positions[order], purchase[order], len(sampled) / others if others else 1.0)
-
-
 def log_of_week(
     purchases: pa.Table, promotions: WeekPromotions, products: pa.Table, demographics: pa.Table, selection: Selection
 ) -> pa.Table:
     """Build the log of one week, sorted by request time, request and product.
 
+    A request has the bought products that were on promotion and a sample of the others; without the former, no rows.
+
     Args:
         purchases: the week's purchases, as `find_purchases` sorts them.
     """
-    request_id, store = to_numpy(purchases["request_id"]), to_numpy(purchases["store_id"])
-    product = to_numpy(purchases["product_id"])
-    starts = np.flatnonzero(changes(request_id))
-    request_at, purchase_at, promotion_at, rates = [], [], [], []
+    request, store, product = (to_numpy(purchases[name]) for name in ("request_id", "store_id", "product_id"))
+    starts = np.flatnonzero(changes(request))
+    request_at, bought_at, shown_at, rates = [], [], [], []
     for start, end in zip(starts, np.append(starts[1:], len(product)), strict=True):
         where = promotions.slices.get(int(store[start]))
         if where is None:
             continue
-        rows = request_rows(promotions.products[where], product[start:end], int(request_id[start]), selection)
-        if rows is None:
-            continue
-        request_at.append(np.full(len(rows.positions), start))
-        purchase_at.append(np.where(rows.bought >= 0, start + rows.bought, -1))
-        promotion_at.append(where.start + rows.positions)
-        rates.append(np.where(rows.bought >= 0, 1.0, rows.sampling_rate))
+        shown = promotions.products[where]
+        found = np.searchsorted(shown, product[start:end])
+        promoted = np.flatnonzero(shown[np.minimum(found, len(shown) - 1)] == product[start:end])
+        taken, others = found[promoted], len(shown) - len(promoted)
+        wanted = selection.negatives_per_bought * len(taken)
+        sampled = sample_others(len(shown), taken, wanted, (selection.seed, int(request[start])))
+        request_at.append(np.full(len(taken) + len(sampled), start))
+        bought_at.append(np.append(start + promoted, np.full(len(sampled), -1)))
+        shown_at.append(where.start + np.append(taken, sampled))
+        rates.append(np.append(np.ones(len(taken)), np.full(len(sampled), len(sampled) / max(others, 1))))
     if not request_at:
         return LOG.empty_table()
-    return _assemble(
-        purchases.take(pa.array(np.concatenate(request_at))),
-        promotions.table.take(pa.array(np.concatenate(promotion_at))),
-        _labels(purchases, np.concatenate(purchase_at), np.concatenate(rates)),
-        products,
-        demographics,
+    order = np.lexsort((np.concatenate(shown_at), np.concatenate(request_at)))
+    requests, shown = (
+        table.take(pa.array(np.concatenate(places)[order]))
+        for table, places in ((purchases, request_at), (promotions.table, shown_at))
     )
-
-
-def _labels(purchases: pa.Table, purchase_at: IntArray, rates: npt.NDArray[np.float64]) -> pa.Table:
-    """bought, rebought and sampling_rate of each row; `purchase_at` is the row of its purchase, -1 where not bought."""
-    bought = purchase_at >= 0
-    rebought = purchases["rebought"].take(pa.array(purchase_at, mask=~bought))
-    return pa.table({"bought": bought.astype(np.int8), "rebought": rebought, "sampling_rate": rates})
-
-
-def _assemble(
-    requests: pa.Table, promotions: pa.Table, labels: pa.Table, products: pa.Table, demographics: pa.Table
-) -> pa.Table:
-    """Join the columns of the log; the first three tables are row by row, the last two are looked up by id."""
-    product = products.take(pc.index_in(promotions["product_id"], value_set=products["product_id"]))
+    bought = np.concatenate(bought_at)[order]
+    product = products.take(pc.index_in(shown["product_id"], value_set=products["product_id"]))
     household = demographics.take(pc.index_in(requests["household_id"], value_set=demographics["household_id"]))
-    known = {"age_group" if name == "age" else name: household[name] for name in household.column_names}
-    columns = {name: product[name] for name in product.column_names} | known
-    for table in (requests.drop_columns(["product_id", "rebought"]), promotions, labels):
-        columns |= {name: table[name] for name in table.column_names}
+    columns = {name: table[name] for table in (product, household, requests, shown) for name in table.column_names}
+    columns |= {
+        "age_group": household["age"],
+        "bought": pa.array((bought >= 0).astype(np.int8)),
+        "rebought": purchases["rebought"].take(pa.array(bought, mask=bought < 0)),
+        "sampling_rate": pa.array(np.concatenate(rates)[order]),
+    }
     return pa.table([columns[field.name] for field in LOG], schema=LOG)
 
 
 # The job
 
 
-def ingest(source: Path, out: Path, selection: Selection) -> Counts:
+def ingest(source: Path, out: Path, selection: Selection) -> dict[str, int]:
     """Write the log to `out`/log and all purchases to `out`/purchases, replacing what is there.
 
     Args:
         source: folder of the package's Parquet files.
+
+    Returns:
+        What the log holds, by name.
 
     Raises:
         UserError: a source file is missing or wrong, or nothing was selected.
     """
     products = read_keyed(source / "products.parquet", PRODUCTS)
     demographics = read_keyed(source / "demographics.parquet", DEMOGRAPHICS)
-    transactions = read_table(source / "transactions.parquet", TRANSACTIONS)
     # Labels come from all purchases: a slice of the log holds the same rows as the whole.
-    every = find_purchases(transactions)
+    every = find_purchases(read_table(source / "transactions.parquet", TRANSACTIONS))
     purchases = select_purchases(every, selection)
-    del transactions
-    counts = Counts(baskets=pc.count_distinct(purchases["request_id"]).as_py())
+    counts = dict.fromkeys(("rows", "requests", "bought", "rebought known", "rebought"), 0)
     # The log comes last: where there is one, its purchases are there too.
-    with bar() as progress, atomic_folders(out / "purchases", out / "log") as (events, folder):
-        promotions = stream_promotions(source / "promotions.parquet", purchases, progress)
-        for week in progress.track(sorted(promotions), description="writing weeks"):
-            of_week = purchases.filter(pc.equal(purchases["week"], week))
-            shown = collapse_promotions(pa.concat_tables(promotions.pop(week)))
-            table = log_of_week(of_week, shown, products, demographics, selection)
-            if table.num_rows:
-                write_log_file(table, folder / f"week-{week:02d}.parquet")
-                counts.add(table)
-        if counts.rows == 0:
+    with atomic_folder(out / "log") as folder, atomic_folder(out / "purchases") as events:
+        promotions = read_promotions(source / "promotions.parquet", purchases)
+        with bar() as progress:
+            for week in progress.track(sorted(promotions), description="writing weeks"):
+                of_week = purchases.filter(pc.equal(purchases["week"], week))
+                shown = collapse_promotions(promotions.pop(week))
+                table = log_of_week(of_week, shown, products, demographics, selection)
+                if table.num_rows:
+                    write_log_file(table, folder / f"week-{week:02d}.parquet")
+                    counts["rows"] += table.num_rows
+                    counts["requests"] += pc.count_distinct(table["request_id"]).as_py()
+                    counts["bought"] += pc.sum(table["bought"]).as_py()
+                    counts["rebought known"] += table.num_rows - table["rebought"].null_count
+                    counts["rebought"] += pc.sum(table["rebought"]).as_py() or 0
+        if counts["rows"] == 0:
             raise UserError("no basket of the selected weeks and households holds a promoted product: select more")
         write_purchases(every, purchases, products, events)
-    return counts
+    return {"baskets with a purchase": pc.count_distinct(purchases["request_id"]).as_py(), **counts}
 
 
 def write_purchases(every: pa.Table, selected: pa.Table, products: pa.Table, folder: Path) -> None:
@@ -294,7 +230,9 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def _arguments(arguments: list[str] | None) -> argparse.Namespace:
+@exit_with_message()
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command; `arguments` are those of the command line."""
     parser = command_parser("python -m pipelines.ingest_complete_journey", __doc__)
     add = parser.add_argument
     add("--out", type=Path, required=True, help="folder to write log/ into; a log that is there is replaced")
@@ -303,33 +241,15 @@ def _arguments(arguments: list[str] | None) -> argparse.Namespace:
     add("--households", type=_positive, metavar="N", help="keep the N smallest household ids (default: all)")
     add("--negatives-per-bought", type=non_negative, default=4, metavar="N", help="(default: %(default)s)")
     add("--seed", type=non_negative, default=17, help="seed of the sampled candidates (default: %(default)s)")
-    return parser.parse_args(arguments)
+
+    def ingest_selection(options: argparse.Namespace) -> dict[str, int]:
+        weeks, negatives = options.weeks, options.negatives_per_bought
+        selection = Selection(weeks[0], weeks[1], options.households, negatives, options.seed)
+        return ingest(options.source or packaged_folder(), options.out, selection)
+
+    following = "mmoe-rec train --config configs/complete_journey.yaml"
+    run_ingest("Complete Journey", parser, arguments, ingest_selection, following)
 
 
-@exit_with_message()
-def main(arguments: list[str] | None = None) -> None:
-    """Run the command; `arguments` are those of the command line."""
-    options = _arguments(arguments)
-    started = time.perf_counter()
-    selection = Selection(
-        first_week=options.weeks[0],
-        last_week=options.weeks[1],
-        households=options.households,
-        negatives_per_bought=options.negatives_per_bought,
-        seed=options.seed,
-    )
-    counts = ingest(options.source or packaged_folder(), options.out, selection)
-    print_summary(
-        "Complete Journey",
-        {
-            "rows": counts.rows,
-            "baskets with a purchase": counts.baskets,
-            "requests (baskets with a promoted purchase)": counts.requests,
-            "bought": counts.bought,
-            "rebought known": counts.rebought_known,
-            "rebought": counts.rebought,
-            "seconds": time.perf_counter() - started,
-        },
-        log=options.out / "log",
-        next_command="mmoe-rec train --config configs/complete_journey.yaml",
-    )
+if __name__ == "__main__":
+    main()

@@ -1,6 +1,0 @@
-"""python -m pipelines.quickstart"""
-
-from pipelines.quickstart import main
-
-if __name__ == "__main__":
-    main()
