@@ -2,9 +2,33 @@
 
 from __future__ import annotations
 
+import io
+from contextlib import redirect_stdout
+
+import pytest
+
 from mmoe_rec.cli.main import main
 
 
 def run(*words: object) -> None:
     """Runs `mmoe-rec WORDS`. Raises SystemExit with a code that is not 0."""
     main([str(word) for word in words])
+
+
+def run_and_read(*words: object) -> str:
+    """Runs `mmoe-rec WORDS`; gives what it prints, also where fixtures of a module need it."""
+    with redirect_stdout(io.StringIO()) as printed:
+        run(*words)
+    return printed.getvalue()
+
+
+def refuse(capsys: pytest.CaptureFixture, *words: object) -> str:
+    """The one sentence with which `mmoe-rec WORDS` refuses, with exit code 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        run(*words)
+    told = capsys.readouterr().err
+    assert ended.value.code == 2, told
+    assert "Traceback" not in told
+    (sentence,) = [line for line in told.splitlines() if line.startswith("error: ")]
+    return sentence

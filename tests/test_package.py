@@ -1,7 +1,11 @@
-"""The package as it is used without the repository: its command, and its names in Python."""
+"""The package as it is used without the repository: its names in Python, and commands that answer at once.
+
+What was imported before the answer is the measure of "at once" that no busy or slow machine changes.
+"""
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -12,8 +16,56 @@ import pytest
 
 import mmoe_rec
 from mmoe_rec.cli.main import COMMANDS
-from tests.added_package import AddedPackage
-from tests.pipelines.imports import ROOT, answer
+from tests.added_package import ROOT, AddedPackage
+
+HEAVY = {"torch", "torchrec", "fbgemm_gpu", "mlflow", "ray", "sklearn", "matplotlib", "jinja2", "optuna"}
+"""Packages that take a second or more to import."""
+MISTAKES = {
+    **{f"{name} --config C --data.log no/log": "no/log" for name in ("features", "train", "inspect", "tune")},
+    "evaluate --config C --model no/model": "no/model",
+    "score --model no/model --input configs --output out": "'no/model' holds no model",
+    "score --model no/model --output out": "missing option '--input'",
+    "refresh --config C --validation-days 3": "--validation-days belongs to --train-every-days N, which is missing",
+    "refresh --config C --remove-events": "--remove-events belongs to --journal A, which is missing",
+    "replay --config C --from 2024-01-01 --to 2024-01-02 --requests requests --ids-only": (
+        "--ids-only says what an own server is sent, and --requests needs none: leave one of them out"
+    ),
+    "train --config no.yaml": "settings file 'no.yaml' does not exist",
+    "train --config C --model.expert.count 3": "model.expert",
+    "trian": "there is no command 'trian'; did you mean 'train'?",
+}
+"""What is typed wrongly (C: the template) -> a part of the sentence that tells so."""
+HELP = ["mmoe_rec --help", *(f"mmoe_rec {name} --help" for name in COMMANDS)]
+HELP += [f"pipelines.{path.stem} --help" for path in sorted((ROOT / "pipelines").glob("[a-z]*.py"))]
+RUN = """
+import contextlib, io, json, runpy, sys
+answers = {}
+for line in json.loads(sys.argv[1]):
+    sys.argv, code, out, err = line.replace(" C ", " configs/template.yaml ").split(), 0, io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+        except SystemExit as end:
+            code = end.code
+    answers[line] = code or 0, out.getvalue(), err.getvalue(), [*sys.modules]
+print(json.dumps(answers))
+"""
+
+
+@pytest.fixture(scope="module")
+def answers() -> dict[str, tuple[int, str, str]]:
+    """Exit code and what was printed of all commands, run in one process, which has imported nothing heavy so far."""
+    lines = [*HELP, *(f"mmoe_rec {words}" for words in MISTAKES)]
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, json.dumps(lines)], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    found = json.loads(done.stdout)
+    for line, (*_, modules) in found.items():
+        assert not HEAVY & set(modules), line
+    return {line: (code, out, err) for line, (code, out, err, _) in found.items()}
+
+
+# Names
 
 
 @pytest.mark.parametrize("name", mmoe_rec.__all__)
@@ -29,37 +81,37 @@ def test_an_unknown_name_is_told() -> None:
 
 def test_importing_the_package_imports_nothing_heavy() -> None:
     heavy = ("numpy", "pyarrow", "torch")
-    use = "mmoe_rec.__version__"
-    code = f"import sys, mmoe_rec; {use}; print([name for name in {heavy} if name in sys.modules])"
+    code = f"import sys, mmoe_rec; mmoe_rec.__version__; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.strip() == "[]"
 
 
-def test_commands_are_listed_without_one() -> None:
-    found = answer("mmoe_rec", "--help")
-    assert (found.code, found.imported) == (0, ())
-    for name in COMMANDS:
-        assert f"\n  {name} " in found.out
-    assert "First steps: adapt a copy of configs/template.yaml" in found.out
+# Commands
 
 
-@pytest.mark.parametrize("name", COMMANDS)
-def test_help_begins_with_the_command(name: str) -> None:
-    found = answer("mmoe_rec", name, "--help")
-    assert (found.code, found.imported) == (0, ())
-    assert found.out.startswith(f"Usage: mmoe-rec {name} [OPTIONS]")
-    assert f"\n\nmmoe-rec {name}" in found.out
-    assert ("--model.experts.count" in found.out) == (name not in ("score", "serve", "off-policy", "doctor"))
+@pytest.mark.parametrize("line", HELP)
+def test_help(answers: dict[str, tuple[int, str, str]], line: str) -> None:
+    code, out, _ = answers[line]
+    assert code == 0
+    match line.split():
+        case ["mmoe_rec", name, _]:
+            assert out.startswith(f"Usage: mmoe-rec {name} [OPTIONS]")
+            assert f"\n\nmmoe-rec {name}" in out
+            assert ("--model.experts.count" in out) == (name not in ("score", "serve", "off-policy", "doctor"))
+        case ["mmoe_rec", _]:
+            assert all(f"\n  {name} " in out for name in COMMANDS)
+            assert "First steps: adapt a copy of configs/template.yaml" in out
+        case [module, _]:
+            assert f"python -m {module}" in out
 
 
-def test_mistakes_are_told_without_importing_much(tmp_path: Path) -> None:
-    found = answer("mmoe_rec", "train", "--config", str(tmp_path / "no.yaml"))
-    assert (found.code, found.imported) == (2, ())
-    assert found.err.startswith("error: ")
-    found = answer("mmoe_rec", "trian")
-    assert (found.code, found.imported) == (2, ())
-    assert found.err == "error: there is no command 'trian'; did you mean 'train'?\n"
-    assert answer("mmoe_rec").code == 2
+@pytest.mark.parametrize("words", MISTAKES)
+def test_mistakes_are_told_in_one_line(answers: dict[str, tuple[int, str, str]], words: str) -> None:
+    code, _, err = answers[f"mmoe_rec {words}"]
+    (line,) = err.splitlines()
+    assert code == 2
+    assert line.startswith("error: ")
+    assert MISTAKES[words] in line
 
 
 def test_an_installed_package_has_the_template(tmp_path: Path) -> None:

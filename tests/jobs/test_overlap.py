@@ -18,6 +18,15 @@ def test_values_of_a_split_are_compared_as_text(tmp_path: Path) -> None:
     assert told.startswith("was trained on rows with 4 in column 'fold'")
 
 
+def test_rows_that_another_column_splits_may_have_been_seen(tmp_path: Path) -> None:
+    settings = plain_settings(tmp_path)
+    tree = {"split": settings.split.model_dump(mode="json") | {"column": "person"}}
+    (tmp_path / "settings.yaml").write_text(yaml.safe_dump(tree), encoding="utf-8")
+    (told,) = overlap(settings, tmp_path)
+    assert "on rows that column 'person' split" in told
+    assert "it may have seen" in told
+
+
 def test_what_can_not_be_told_is_said(tmp_path: Path) -> None:
     settings = plain_settings(tmp_path)
     for text in (None, "split: {column: fold, from: 3}", "split"):

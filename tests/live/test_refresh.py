@@ -22,12 +22,11 @@ from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.live import refresh as job
 from mmoe_rec.live.refresh import advanced_tables, as_of, tables_from_log
 from mmoe_rec.tracking import registry, runs
-from tests.fork_server import Command
+from tests.fork_server import ROOT, Command
 from tests.inference.running_server import free_port, running_program
 from tests.inference.small_model import ITEMS, USER
 from tests.live.refreshed_model import NAME, RefreshedModel, rewritten
 from tests.log.small_logs import DAY, START, files_of, times_of
-from tests.pipelines.imports import ROOT
 from tests.preprocessing.test_tables_of_models import assert_same_tables
 from tests.processes import until
 from tests.server.test_processes import Running

@@ -16,7 +16,7 @@ import yaml
 
 from mmoe_rec.tracking.registry import Version, find_holder
 from mmoe_rec.training.loop import Trainer
-from tests.commands import run
+from tests.commands import refuse, run
 from tests.pipelines.learnable_log import START, learnable_log, settings_tree
 
 FIRST_DAY = {"train_end": "2024-03-06", "validation_end": "2024-03-08"}
@@ -105,9 +105,4 @@ def dying_after(steps: int) -> Iterator[None]:
 
 def refused(capsys: pytest.CaptureFixture, world: World, *words: str, day: str = "first") -> str:
     """The sentence with which a training refuses."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as ended:
-        world.train(*words, day=day)
-    assert ended.value.code == 2
-    (line,) = [each for each in capsys.readouterr().err.splitlines() if each.startswith("error: ")]
-    return line
+    return refuse(capsys, "train", "--config", world.folder / f"{day}.yaml", *words)

@@ -20,11 +20,10 @@ from typing import Any
 
 import pytest
 
-from tests.fork_server import run_command
+from tests.fork_server import ROOT, run_command
 from tests.inference.other_weights import other_weights
 from tests.inference.running_server import free_port, running_program
 from tests.inference.small_model import SmallModel
-from tests.pipelines.imports import ROOT
 from tests.processes import PATIENCE, children, is_running, until, workers
 from tests.server.asking import element
 from tests.server.slow_server import SLOW_USER

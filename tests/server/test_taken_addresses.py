@@ -14,9 +14,9 @@ import pytest
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.server.options import listen, listening_socket
+from tests.fork_server import ROOT
 from tests.inference.running_server import free_port
 from tests.inference.small_model import SmallModel
-from tests.pipelines.imports import ROOT
 from tests.processes import PATIENCE, until
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="other systems tell later, once the model is loaded")
