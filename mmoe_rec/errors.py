@@ -7,8 +7,9 @@ from __future__ import annotations
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
 from importlib.util import find_spec
 from types import FrameType, TracebackType
 from typing import Any
@@ -37,6 +38,13 @@ def quoted(value: object) -> str:
     text = value if isinstance(value, str) else str(value)
     text = text if len(text) <= LONGEST_QUOTE else f"{text[:LONGEST_QUOTE]}..."
     return repr(text) if isinstance(value, str) else text
+
+
+def suggest(name: str, names: Iterable[str]) -> str:
+    """The end of a sentence about a name that there is not: the nearest one that there is, or all of them."""
+    valid = list(names)
+    near = get_close_matches(name[:100], valid, 1)
+    return f"did you mean '{near[0]}'?" if near else f"valid are {', '.join(valid) or 'none'}"
 
 
 def one_line(error: BaseException) -> str:

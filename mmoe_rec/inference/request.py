@@ -8,15 +8,13 @@ A name that is both a task's and an objective's means the task.
 
 from __future__ import annotations
 
-import difflib
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from mmoe_rec.errors import RequestError, quoted
+from mmoe_rec.errors import RequestError, quoted, suggest
 from mmoe_rec.log.given import plain, plain_option
 from mmoe_rec.model.layout import ModelTask
 
@@ -43,15 +41,18 @@ class Request(BaseModel):
     explain: bool | None = None
 
     @staticmethod
-    def of(element: Mapping[str, Any], params: Mapping[str, Any] = {}) -> Request:
+    def of(element: Any, params: Mapping[str, Any] = {}) -> Request:
         """The request in an element of a call. params: options for all elements, of which an element's own win.
 
         Raises RequestError for one of another shape.
         """
-        # pydantic would write down every one of them.
-        unknown = next((name for name in element if name not in Request.model_fields), None)
-        if unknown is not None:
-            raise RequestError(_unknown(str(unknown)))
+        if not isinstance(element, Mapping):
+            raise RequestError("a request must be an object with the keys user, context and candidates")
+        for name in element:  # pydantic would write down every one of them
+            if name not in Request.model_fields:
+                raise RequestError(
+                    f"a request has no key {quoted(str(name))}; {suggest(str(name), Request.model_fields)}"
+                )
         given = {name: plain_option(each) if name in OPTIONS else each for name, each in element.items()}
         columns: Any = given.get("candidates")
         if hasattr(columns, "items"):  # a dict, or a data frame
@@ -59,7 +60,11 @@ class Request(BaseModel):
         try:
             request = Request.model_validate(given)
         except ValidationError as error:
-            raise RequestError(_explained(error)) from None
+            problem = error.errors()[0]
+            name = str(problem["loc"][0])
+            if problem["type"] == "missing":
+                raise RequestError(f"a request needs the key '{name}'") from None
+            raise RequestError(f"'{name}' must be {_WANTED.get(name, 'an object of numbers')}") from None
         for name in OPTIONS:
             if getattr(request, name) is None and params.get(name) is not None:
                 setattr(request, name, plain_option(params[name]))
@@ -71,7 +76,7 @@ class Request(BaseModel):
         return tuple(self.user), tuple(self.context), tuple(self.candidates)
 
 
-def read_requests(elements: Sequence[Mapping[str, Any]], params: Mapping[str, Any]) -> list[Request | RequestError]:
+def read_requests(elements: Sequence[Any], params: Mapping[str, Any]) -> list[Request | RequestError]:
     """The request in each element of a call, or the sentence about what is wrong with it; params: see `Request.of`."""
     requests: list[Request | RequestError] = []
     for element in elements:
@@ -80,21 +85,6 @@ def read_requests(elements: Sequence[Mapping[str, Any]], params: Mapping[str, An
         except RequestError as error:
             requests.append(error)
     return requests
-
-
-def _unknown(name: str) -> str:
-    near = difflib.get_close_matches(name, Request.model_fields, n=1)
-    hint = f"did you mean '{near[0]}'?" if near else f"valid are {', '.join(Request.model_fields)}"
-    return f"a request has no key {quoted(name)}; {hint}"
-
-
-def _explained(error: ValidationError) -> str:
-    """One sentence for the first problem."""
-    problem = error.errors()[0]
-    name = str(problem["loc"][0])
-    if problem["type"] == "missing":
-        return f"a request needs the key '{name}'"
-    return f"'{name}' must be {_WANTED.get(name, 'an object of numbers')}"
 
 
 def fused_weights(tasks: Sequence[ModelTask], given: Mapping[str, Any] | None) -> np.ndarray:
@@ -110,29 +100,17 @@ def fused_weights(tasks: Sequence[ModelTask], given: Mapping[str, Any] | None) -
     names = {task.name for task in tasks}
     objectives = {task.objective for task in tasks} - names
     for name, weight in given.items():
-        _check(name, weight, [*sorted(names), *sorted(objectives)])
-    weights = np.array(
-        [
-            float(given.get(task.name, task.score_weight))
-            * (float(given.get(task.objective, 1.0)) if task.objective in objectives else 1.0)
-            for task in tasks
-        ]
-    )
+        if name not in names | objectives:
+            hint = suggest(str(name), [*sorted(names), *sorted(objectives)])
+            raise RequestError(f"task_weights names {quoted(name)}, which is no task or objective; {hint}")
+        if isinstance(weight, bool) or not isinstance(weight, int | float):
+            raise RequestError(f"task_weights: the weight of '{name}' must be a number, found {quoted(weight)}")
+        if not 0 <= weight <= 1e6:  # nor NaN
+            raise RequestError(
+                f"task_weights: the weight of '{name}' must lie between 0 and 1,000,000, found {quoted(weight)}"
+            )
+    weights = np.array([float(given.get(task.name, task.score_weight)) for task in tasks])
+    weights *= [float(given.get(task.objective, 1)) if task.objective in objectives else 1.0 for task in tasks]
     if given and not weights.any():
         raise RequestError("task_weights leave every task out of the score: at least one weight must be above 0")
     return weights
-
-
-def _check(name: str, weight: Any, valid: list[str]) -> None:
-    if name not in valid:
-        near = difflib.get_close_matches(str(name), valid, n=1)
-        hint = f"; did you mean '{near[0]}'?" if near else ""
-        raise RequestError(
-            f"task_weights names {quoted(name)}, which is no task or objective{hint} ({', '.join(valid)})"
-        )
-    if isinstance(weight, bool) or not isinstance(weight, int | float):
-        raise RequestError(f"task_weights: the weight of '{name}' must be a number, found {quoted(weight)}")
-    if not math.isfinite(weight) or not 0 <= weight <= 1e6:
-        raise RequestError(
-            f"task_weights: the weight of '{name}' must lie between 0 and 1,000,000, found {quoted(weight)}"
-        )

@@ -9,7 +9,7 @@ import logging
 import re
 import weakref
 from collections.abc import Awaitable, Callable
-from functools import lru_cache
+from functools import cache
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +26,7 @@ from mmoe_rec.server.calls import Calls, loading, refusal
 from mmoe_rec.server.limits import INTERNAL, MOST_HEADER_BYTES, Limits, Refused, large_headers
 from mmoe_rec.server.metrics import CONTENT_TYPE, Metrics
 from mmoe_rec.server.models import Models
-from mmoe_rec.server.ranking_queue import Mark, Passes
+from mmoe_rec.server.ranking_queue import Passes
 
 if TYPE_CHECKING:
     from mmoe_rec.server.events import Accepting
@@ -51,13 +51,13 @@ class Application:
         reload: Reload | None = None,
         token: str | None = None,
         log: LogOptions | None = None,
-        mark: Mark | None = None,
+        passes: Passes | None = None,
     ) -> None:
-        """mark: by which other workers see whether this one ranks, None where it is the only one."""
+        """passes: of all workers, None where it is the only one."""
         self.models, self.token = models, token
         self.metrics = metrics or Metrics()
         self._log = None if log is None else RequestLog(log, self.metrics.count_logged)
-        self.calls = Calls(models, limits, self.metrics, Passes(mark), self._log)
+        self.calls = Calls(models, limits, self.metrics, passes or Passes(), self._log)
         self.events: Accepting | None = None
         if models.journal is not None:
             from mmoe_rec.server.events import Accepting
@@ -75,18 +75,23 @@ class Application:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers one request, as ASGI has it. Without the token nothing of it is read."""
-        if scope["type"] == "http":
-            given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
-            if not is_allowed(scope["path"], given, self.token):
-                self.metrics.refusals.labels("unauthorised").inc()
+        page = self._pages
+        if scope["type"] == "http" and (refused := self._refuse(scope)) is not None:
+            self.metrics.refusals.labels(refused.reason).inc()
+            page = refusal(refused)
+        await page(scope, receive, send)
+
+    def _refuse(self, scope: Scope) -> Refused | None:
+        given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
+        if self.token is not None and scope["path"] not in (*OPEN_PATHS, PAGE):
+            scheme, _, token = given.partition(b" ")
+            # Takes the same time whatever is given, so that the token can't be found letter by letter.
+            if not hmac.compare_digest(token.strip(), self.token.encode()) or scheme.lower() != b"bearer":
                 sentence = "this server asks for a token: send the header Authorization: Bearer TOKEN"
-                await refusal(Refused(401, sentence, "unauthorised", "UNAUTHENTICATED"))(scope, receive, send)
-                return
-            if sum(len(name) + len(value) for name, value in scope["headers"]) > MOST_HEADER_BYTES:
-                self.metrics.refusals.labels("too_large").inc()
-                await refusal(large_headers())(scope, receive, send)
-                return
-        await self._pages(scope, receive, send)
+                return Refused(401, sentence, "unauthorised", "UNAUTHENTICATED")
+        if sum(len(name) + len(value) for name, value in scope["headers"]) > MOST_HEADER_BYTES:
+            return large_headers()
+        return None
 
 
 def _pages(calls: Calls, events: Accepting | None, reload: Reload | None) -> FastAPI:
@@ -111,10 +116,10 @@ def _pages(calls: Calls, events: Accepting | None, reload: Reload | None) -> Fas
         return versions(calls.models.current.about() if calls.models.current else {})
 
     def versions(about: dict[str, str | None]) -> Response:
-        told: dict[str, Any] = {"mmoe_rec": mmoe_rec.__version__, "reload_failure": calls.models.failure}
+        tree: dict[str, Any] = {**about, "mmoe_rec": mmoe_rec.__version__, "reload_failure": calls.models.failure}
         if calls.following is not None:
-            told |= {"position": calls.following.position, "events_failure": calls.following.lacking}
-        return _json({**about, **told})
+            tree |= {"position": calls.following.position, "events_failure": calls.following.gap}
+        return _json(tree)
 
     @app.get("/model", response_model=None)
     async def model() -> Response:
@@ -165,10 +170,7 @@ def _pages(calls: Calls, events: Accepting | None, reload: Reload | None) -> Fas
 
         tree = described()  # made once, without a model
         served = calls.models.current
-        tree["paths"]["/invocations"] = {"post": openapi.invocation(served.example if served else None)}
-        if events is not None:
-            tree["paths"]["/events"] = {"post": openapi.events()}
-        tree.setdefault("components", {}).setdefault("schemas", {}).update(openapi.schemas())
+        openapi.describe(tree, None if served is None else served.example, events is not None)
         return tree
 
     app.openapi = schema  # type: ignore[method-assign]
@@ -193,44 +195,24 @@ async def _failed(request: Request, error: Exception) -> Response:
     return refusal(Refused(500, "the server failed; the log says why", "internal", INTERNAL))
 
 
-def is_allowed(path: str, authorization: bytes, token: str | None) -> bool:
-    """Whether a request for a path may be answered. authorization: the header, empty where there is none."""
-    if token is None or path in (*OPEN_PATHS, PAGE):
-        return True
-    scheme, _, given = authorization.partition(b" ")
-    # Takes the same time whatever is given, so that the token can't be found letter by letter.
-    return hmac.compare_digest(given.strip(), token.encode()) and scheme.lower() == b"bearer"
+@cache
+def page() -> Response:
+    """The page, which holds nothing of the model, so that everybody may see it.
 
-
-@lru_cache(maxsize=1)
-def _read_page() -> tuple[bytes, dict[str, str]]:
-    """The page and its headers. A browser runs nothing but the script and style in the file, which it knows by their
-    checksums, and lets them ask nobody but this server."""
+    A browser runs nothing but the script and style in it, which it knows by their checksums, and lets them ask nobody
+    but this server.
+    """
     text = files("mmoe_rec.server").joinpath("page.html").read_text(encoding="utf-8")
-    policy = [
-        "default-src 'none'",
-        f"script-src {_checksum(text, 'script')}",
-        f"style-src {_checksum(text, 'style')}",
-        "connect-src 'self'",
-        "base-uri 'none'",
-        "form-action 'none'",
-        "frame-ancestors 'none'",
-    ]
+    sources = []
+    for tag in ("script", "style"):
+        (content,) = re.findall(f"<{tag}>(.*?)</{tag}>", text, re.DOTALL)
+        checksum = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
+        sources.append(f"{tag}-src 'sha256-{checksum}'")
+    others = "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     headers = {
-        "Content-Security-Policy": "; ".join(policy),
+        "Content-Security-Policy": "; ".join(["default-src 'none'", *sources, others]),
         "X-Content-Type-Options": "nosniff",
         "Referrer-Policy": "no-referrer",
         "Cache-Control": "no-cache",
     }
-    return text.encode(), headers
-
-
-def _checksum(text: str, tag: str) -> str:
-    (content,) = re.findall(f"<{tag}>(.*?)</{tag}>", text, re.DOTALL)
-    return f"'sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}'"
-
-
-def page() -> Response:
-    """The page. It holds nothing of the model, so that everybody may see it."""
-    content, headers = _read_page()
-    return Response(content, headers=headers, media_type="text/html")
+    return Response(text, headers=headers, media_type="text/html")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
@@ -24,12 +24,11 @@ from mmoe_rec.server.following import Following
 from mmoe_rec.server.limits import INTERNAL, Limits, Places, Refused, shortened
 from mmoe_rec.server.metrics import Metrics
 from mmoe_rec.server.models import Models
-from mmoe_rec.server.parsing import Call, exactly, parse
+from mmoe_rec.server.parsing import Call, parse
 from mmoe_rec.server.ranking_queue import Answers, Passes, RankingQueue
 
 PARSED_AT_ONCE = 256 * 2**10
 """Larger bodies are parsed in a thread, so that the event loop answers others in between."""
-_TRUTH = {"true": True, "1": True, "false": False, "0": False}
 _NO_NUMBER = (b"[null", b",null", b":null")
 
 
@@ -37,12 +36,7 @@ class Calls:
     """Answers calls with the current model."""
 
     def __init__(
-        self,
-        models: Models,
-        limits: Limits,
-        metrics: Metrics,
-        passes: Passes,
-        log: RequestLog | None = None,
+        self, models: Models, limits: Limits, metrics: Metrics, passes: Passes, log: RequestLog | None = None
     ) -> None:
         """passes: of this worker, and of others where there are some."""
         self.models, self.limits, self.metrics, self.passes, self._log = models, limits, metrics, passes, log
@@ -59,12 +53,10 @@ class Calls:
         """The reply to a call, whatever is wrong with it."""
         try:
             with self.metrics.timed("total"), self.places.take():
-                response = Response(await self._rankings(request), media_type="application/json")
+                response = Response(await self._answer(request), media_type="application/json")
         except Refused as refused:
-            if refused.reason in ("body", "element", "model"):
-                self.metrics.errors.labels(refused.reason).inc()
-            else:
-                self.metrics.refusals.labels(refused.reason).inc()
+            is_error = refused.reason in ("body", "element", "model")
+            (self.metrics.errors if is_error else self.metrics.refusals).labels(refused.reason).inc()
             response = refusal(refused)
         except ClientDisconnect:
             self.metrics.refusals.labels("caller_gone").inc()
@@ -72,7 +64,7 @@ class Calls:
         self.metrics.replies.labels(str(response.status_code)).inc()
         return response
 
-    async def _rankings(self, request: HttpRequest) -> bytes:
+    async def _answer(self, request: HttpRequest) -> bytes:
         if self.models.current is None:
             raise loading()
         partial, after = _query(request.query_params)
@@ -91,56 +83,47 @@ class Calls:
         gone = asyncio.ensure_future(_gone(request))
         try:
             if after is not None:
-                await self._learnt(after)
+                if self.following is None:
+                    sentence = "this server takes no events, so there is nothing to wait for: leave 'after' out"
+                    raise Refused(400, sentence, "body")
+                await self.following.reach(after)
             answers = await self.queue.queue(call.requests, call.candidates, gone)
-            if any(isinstance(each, RequestError) for each in answers) and (exact := exactly(call, body)):
-                call, answers = exact, await self.queue.queue(exact.requests, exact.candidates, gone)
         finally:
             gone.cancel()
-        self._count([each for each in answers if isinstance(each, Ranking)])
-        if (log := self._log) is not None:
+        self._count(answers)
+        log, ignored = self._log, call.ignored
+        if log is not None:
             answers = [
                 replace(each, request_id=log.id_of(each.seen)) if isinstance(each, Ranking) else each
                 for each in answers
             ]
+        if self.following is not None and (gap := self.following.gap) is not None:
+            ignored = (*ignored, f"some events are not counted: {gap}")
         with self.metrics.timed("write"):
-            ignored = call.ignored
-            if self.following is not None and (warning := self.following.warning) is not None:
-                ignored = (*ignored, warning)
             body = reply(answers, ignored, partial)
         if log is not None:
             self._offer(log, call, answers)
         return body
 
-    async def _learnt(self, after: str) -> None:
-        """Waits until the model knows all events up to a position, as text. Raises Refused."""
-        if self.following is None:
-            raise Refused(
-                400, "this server takes no events, so there is nothing to wait for: leave 'after' out", "body"
-            )
-        try:
-            await self.following.reached_text(after)
-        except RequestError as error:
-            raise Refused(400, f"the query parameter 'after': {error}", "body") from None
-
     def _offer(self, log: RequestLog, call: Call, answers: Answers) -> None:
         served = self.models.current
         assert served is not None
         model = served.about()
-        about = {names.MODEL: model["model"], names.VERSION: model["version"]}
         for request, answer in zip(call.requests, answers, strict=True):
             if isinstance(answer, Ranking) and isinstance(request, Request):
                 assert answer.request_id is not None
-                if answer.model["version"] != model["artifact"]:  # another model has taken its place meanwhile
-                    about = dict.fromkeys(about)
-                its = about | {
+                is_current = answer.model["version"] == model["artifact"]  # else another one has taken its place
+                about = {
+                    names.MODEL: model["model"] if is_current else None,
+                    names.VERSION: model["version"] if is_current else None,
                     names.ARTIFACT: answer.model["version"],
                     names.TABLES_AS_OF: answer.tables_as_of,
                     names.JOURNAL_POSITION: answer.journal_position,
                 }
-                log.offer(answer, answer.seen, answer.request_id, request.task_weights, its)
+                log.offer(answer, answer.seen, answer.request_id, request.task_weights, about)
 
-    def _count(self, rankings: Sequence[Ranking]) -> None:
+    def _count(self, answers: Answers) -> None:
+        rankings = [each for each in answers if isinstance(each, Ranking)]
         lost = sum(isinstance(warning, LostExpert) for each in rankings for warning in each.warnings)
         self.metrics.warnings.inc(lost)
         for role in ("user", "candidate"):
@@ -174,10 +157,10 @@ def _query(query: Mapping[str, str]) -> tuple[bool, str | None]:
         if name not in ("partial", "after"):
             sentence = f"/invocations has no query parameter {quoted(name)}; there are 'partial' and 'after'"
             raise Refused(400, sentence, "body")
-    value = query.get("partial", "false")
-    if value not in _TRUTH:
+    partial = query.get("partial", "false")
+    if partial not in ("true", "1", "false", "0"):
         raise Refused(400, "the query parameter 'partial' must be true or false", "body")
-    return _TRUTH[value], query.get("after")
+    return partial in ("true", "1"), query.get("after")
 
 
 def is_json(kind: str) -> bool:
@@ -192,15 +175,21 @@ def type_of(request: HttpRequest) -> str:
 
 async def read_body(request: HttpRequest, limits: Limits) -> bytes:
     """The body of a call. Raises Refused for one that is too large, as soon as that is known, or too slow."""
-    if request.headers.get("content-encoding", "identity").lower() != "identity":
-        raise Refused(415, "the body must not be compressed: leave the header Content-Encoding out", "no_json")
-    if request.headers.get("transfer-encoding", "chunked").strip().lower() != "chunked":
-        raise Refused(415, "the body must not be compressed: leave the header Transfer-Encoding out", "no_json")
+    for name, plain in (("Content-Encoding", "identity"), ("Transfer-Encoding", "chunked")):
+        if request.headers.get(name, plain).strip().lower() != plain:
+            raise Refused(415, f"the body must not be compressed: leave the header {name} out", "no_json")
     if "upgrade" in request.headers:
         raise Refused(400, "this server speaks HTTP/1.1 alone: leave the header Upgrade out", "no_json")
+    too_large = Refused(
+        413,
+        f"the body is larger than {limits.max_body_mib} MiB, which this server takes at most (setting "
+        "`serving.max_body_mib`)",
+        "too_large",
+        "REQUEST_TOO_LARGE",
+    )
     length = request.headers.get("content-length", "")
     if length.isdecimal() and int(length[:20]) > limits.max_body_bytes:
-        raise _too_large(limits)
+        raise too_large
     parts: list[bytes] = []
     size = 0
     try:
@@ -208,7 +197,7 @@ async def read_body(request: HttpRequest, limits: Limits) -> bytes:
             async for part in request.stream():
                 size += len(part)
                 if size > limits.max_body_bytes:
-                    raise _too_large(limits)
+                    raise too_large
                 parts.append(part)
     except TimeoutError:
         raise Refused(
@@ -218,11 +207,6 @@ async def read_body(request: HttpRequest, limits: Limits) -> bytes:
             "REQUEST_TIMEOUT",
         ) from None
     return b"".join(parts)
-
-
-def _too_large(limits: Limits) -> Refused:
-    sentence = f"the body is larger than {limits.max_body_mib} MiB, which this server takes at most"
-    return Refused(413, f"{sentence} (setting `serving.max_body_mib`)", "too_large", "REQUEST_TOO_LARGE")
 
 
 def reply(answers: Answers, ignored: Iterable[str], partial: bool) -> bytes:

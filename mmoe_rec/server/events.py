@@ -47,9 +47,12 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class _Sent:
-    """What a caller sent. source: name of a log of events, None for the interaction log; lacking: attributes of users
-    and candidates that are left out, each with (N,) bool in which rows."""
+class _Rows:
+    """What a caller sent, checked.
+
+    source: name of a log of events, None for the interaction log; lacking: attributes of users and candidates that are
+    left out, each with (N,) bool in which rows.
+    """
 
     source: str | None
     table: pa.Table
@@ -60,13 +63,7 @@ class Accepting:
     """Takes events into a journal: all rows of a call, or none."""
 
     def __init__(
-        self,
-        models: Models,
-        journal: str,
-        limits: Limits,
-        metrics: Metrics,
-        following: Following,
-        passes: Passes,
+        self, models: Models, journal: str, limits: Limits, metrics: Metrics, following: Following, passes: Passes
     ) -> None:
         self._models, self._limits, self._metrics = models, limits, metrics
         self._following, self._passes = following, passes
@@ -81,9 +78,7 @@ class Accepting:
         """The reply to a call, whatever is wrong with it: an acknowledgement once its rows are on disk."""
         try:
             with self._metrics.timed("events"), self.places.take():
-                await self._passes.let_end()  # before more is done for the call
-                told = await self._accepted(request)
-            response = Response(orjson.dumps(told), media_type="application/json")
+                response = Response(orjson.dumps(await self._accept(request)), media_type="application/json")
         except Refused as refused:
             self._metrics.events_refused.labels(refused.reason).inc()
             response = refusal(refused)
@@ -92,53 +87,51 @@ class Accepting:
             response = Response(status_code=499)  # which nobody reads
         return response
 
-    async def _accepted(self, request: Request) -> dict[str, Any]:
+    async def _accept(self, request: Request) -> dict[str, Any]:
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(self._threads, self._passes.wait)  # before more is done for the call
         if (served := self._models.current) is None:
             raise loading()
         kind, log = type_of(request), _log_in(request.query_params)
         if not is_json(kind) and kind != ARROW:
             raise Refused(415, f"the body must be JSON, or an Arrow stream (Content-Type: {ARROW})", "no_json")
         body = await read_body(request, self._limits)
-        loop = asyncio.get_running_loop()
-        found = await loop.run_in_executor(self._threads, self._at_once, served, body, kind == ARROW, log)
-        if not isinstance(found, _Sent):
-            return found
-        await self._following.reached_end()  # what was acknowledged before may say what it lacks
-        return await loop.run_in_executor(self._threads, self._taken, self._models.current or served, found)
+        reply = await loop.run_in_executor(self._threads, self._check, served, body, kind == ARROW, log)
+        if not isinstance(reply, _Rows):
+            return reply
+        await self._following.reach_end()  # what was acknowledged before may say what it lacks
+        return await loop.run_in_executor(self._threads, self._append, self._models.current or served, reply)
 
-    def _at_once(self, served: Served, body: bytes, is_arrow: bool, log: str | None) -> _Sent | dict[str, Any]:
-        """What the reply says; what was sent, if it lacks something."""
-        sent = self._checked(served, body, is_arrow, log)
-        return sent if sent.lacking else self._taken(served, sent)
-
-    def _checked(self, served: Served, body: bytes, is_arrow: bool, log: str | None) -> _Sent:
-        """What was sent, checked."""
+    def _check(self, served: Served, body: bytes, is_arrow: bool, log: str | None) -> _Rows | dict[str, Any]:
+        """Checks and appends what was sent, and gives the reply; or gives the rows, if they lack something."""
         checks = self._checks_of(served)
         try:
             if is_arrow:
+                rows: Sequence[Mapping[str, Any]] = ()
                 table = checks.of_stream(log, body)
-                return _Sent(log, table, _lacking(log, checks, table, ()))
-            log, rows = _rows_in(parse_json(body, self._limits), log)
-            table = checks.of_json(log, rows)
-            return _Sent(log, table, _lacking(log, checks, table, rows))
+            else:
+                log, rows = _rows_in(parse_json(body, self._limits), log)
+                table = checks.of_json(log, rows)
         except RequestError as error:
             raise Refused(400, str(error), "body") from None
+        found = _Rows(log, table, _lacking(log, checks, table, rows))
+        return found if found.lacking else self._append(served, found)
 
-    def _taken(self, served: Served, sent: _Sent) -> dict[str, Any]:
-        """Appends; what the reply says."""
+    def _append(self, served: Served, rows: _Rows) -> dict[str, Any]:
+        """Appends rows; gives the reply."""
         assert served.learning is not None
-        table = sent.table
+        table = rows.table
         try:
-            if sent.lacking:
-                table = _completed(served.ranker, table, sent.lacking)
-            order = self._order(served.learning, sent.source, table)
-            position = self._journal.append(Batch(sent.source, time.time_ns() // 1_000, table))
+            if rows.lacking:
+                table = _completed(served.ranker, table, rows.lacking)
+            order = self._order(served.learning, rows.source, table)
+            position = self._journal.append(Batch(rows.source, time.time_ns() // 1_000, table))
         except RequestError as error:
             raise Refused(400, str(error), "body") from None
         except UserError as error:  # such as a full disk
             _log.error("%s", error)
             raise Refused(503, "events can't be kept; the log says why", "disk", INTERNAL, 5) from None
-        self._metrics.events.labels(sent.source or "").inc(len(table))
+        self._metrics.events.labels(rows.source or "").inc(len(table))
         self._following.look_at_once()
         return {"accepted": len(table), **order, "position": str(position)}
 
@@ -151,20 +144,16 @@ class Accepting:
             newest = max(learning.newest(source), self._newest.get(source, NEVER))
             before = np.maximum.accumulate(np.append(newest, times))
             self._newest[source] = int(before[-1])
-        told = {
-            "late": rows.late(learning.schema, learning.ranker.tables_known),
-            "out_of_order": int(np.sum(times < before[:-1])),
-        }
+        late, unordered = rows.late(learning.schema, learning.ranker.tables_known), int(np.sum(times < before[:-1]))
+        order = {"late": late, "out_of_order": unordered}
         ignored = learning.taken_for_known(times)
-        return told | ({"ignored": ignored} if ignored else {})
+        return order | ({"ignored": ignored} if ignored else {})
 
     def _checks_of(self, served: Served) -> RowChecks:
-        known = self._checks
-        if known is None or known[0] is not served:
+        if self._checks is None or self._checks[0] is not served:
             pipeline = served.ranker.pipeline
-            checks = RowChecks(pipeline.schema, known_types(pipeline), self._limits.max_events)
-            known = self._checks = served, checks
-        return known[1]
+            self._checks = served, RowChecks(pipeline.schema, known_types(pipeline), self._limits.max_events)
+        return self._checks[1]
 
 
 def _log_in(query: Mapping[str, str]) -> str | None:
@@ -176,19 +165,18 @@ def _log_in(query: Mapping[str, str]) -> str | None:
 
 
 def _rows_in(tree: Any, log: str | None) -> tuple[str | None, Any]:
-    """The log and the rows that a body names."""
-    if not isinstance(tree, dict):
-        raise Refused(400, f"the body must be an object such as {SHAPE}", "body")
-    for name in tree:
-        if name not in ("events", "log"):
-            raise Refused(400, f"a call has no key {quoted(name)}; valid are events and log", "body")
-    if "events" not in tree:
-        raise Refused(400, f"a call needs the key 'events', a list of rows: {SHAPE}", "body")
-    named = tree.get("log")
-    if isinstance(named, str) and log not in (None, named):
-        raise Refused(400, f"the query names the log {quoted(log)}, and the body {quoted(named)}", "body")
-    if named is not None and not isinstance(named, str):
-        raise Refused(400, "'log' must be the name of one log of events; leave it out for the interaction log", "body")
+    """The log and the rows that a body names. log: which the query names."""
+    problem, named = None, tree.get("log") if isinstance(tree, dict) else None
+    if not isinstance(tree, dict) or "events" not in tree:
+        problem = f"the body must be an object such as {SHAPE}"
+    elif unknown := tree.keys() - {"events", "log"}:
+        problem = f"a call has no key {quoted(min(unknown))}; valid are events and log"
+    elif not isinstance(named, str | None):
+        problem = "'log' must be the name of one log of events; leave it out for the interaction log"
+    elif named is not None and log not in (None, named):
+        problem = f"the query names the log {quoted(log)}, and the body {quoted(named)}"
+    if problem is not None:
+        raise Refused(400, problem, "body")
     return log if named is None else named, tree["events"]
 
 

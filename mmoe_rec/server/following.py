@@ -46,7 +46,7 @@ class Following:
         self.failure: str | None = None
         self._look, self._asked = threading.Event(), threading.Event()
         self._lock = threading.Lock()
-        self._waiting: list[tuple[int, asyncio.AbstractEventLoop, asyncio.Future[None]]] = []
+        self._waiting: list[tuple[int, asyncio.AbstractEventLoop, asyncio.Event]] = []
 
     def start(self) -> None:
         """Follows from now on, in a thread of its own, until nobody holds it any more."""
@@ -58,16 +58,11 @@ class Following:
         self._look.set()
 
     @property
-    def lacking(self) -> str | None:
+    def gap(self) -> str | None:
         """Why the current model does not know all of the journal, as a sentence; None where it does."""
         learning = self._learning()
-        reasons = [each for each in (self.failure, None if learning is None else learning.gap) if each is not None]
-        return "; ".join(reasons) or None
-
-    @property
-    def warning(self) -> str | None:
-        """The same for replies."""
-        return None if (why := self.lacking) is None else f"some events are not counted: {why}"
+        reasons = [self.failure, None if learning is None else learning.gap]
+        return "; ".join(filter(None, reasons)) or None
 
     @property
     def position(self) -> str | None:
@@ -75,55 +70,48 @@ class Following:
         learning = self._learning()
         return None if learning is None else str(learning.position)
 
-    async def reached_text(self, text: str) -> None:
-        """As `reached`; raises RequestError for a text that is no position, or lies beyond the journal's end."""
-        position, until = parse_position(text), time.monotonic() + self._limits.answer_seconds
-        learning = self._learning()
-        if learning is not None and position > learning.position:
-            try:
-                await asyncio.get_running_loop().run_in_executor(None, learning.journal.check, position)
-            except RequestError:
-                raise
-            except UserError as error:
-                _log.error("position %s can't be looked up: %s", position, error)
-                sentence = f"position {position} can't be looked up in the journal; the log says why"
-                raise Refused(503, sentence, "disk", INTERNAL, 5) from None
-        await self.reached(position, until)
+    async def reach(self, text: str) -> None:
+        """Ends once the current model knows all up to a position, as text.
 
-    async def reached_end(self) -> None:
+        Raises Refused for a text that is no position, or lies beyond the journal's end, and after too long a time.
+        """
+        until, learning = time.monotonic() + self._limits.answer_seconds, self._learning()
+        try:
+            position = parse_position(text)
+            if learning is not None and position > learning.position:
+                await asyncio.get_running_loop().run_in_executor(None, learning.journal.check, position)
+        except RequestError as error:
+            raise Refused(400, f"the query parameter 'after': {error}", "body") from None
+        except UserError as error:
+            _log.error("position %s can't be looked up: %s", text, error)
+            sentence = f"position {text} can't be looked up in the journal; the log says why"
+            raise Refused(503, sentence, "disk", INTERNAL, 5) from None
+        await self._reach(position, until)
+
+    async def reach_end(self) -> None:
         """Ends once the current model knows all that the journal holds now. Raises Refused after too long a time."""
         until = time.monotonic() + self._limits.answer_seconds
         if (learning := self._learning()) is not None:
-            await self.reached(await asyncio.get_running_loop().run_in_executor(None, learning.journal.end), until)
+            await self._reach(await asyncio.get_running_loop().run_in_executor(None, learning.journal.end), until)
 
-    async def reached(self, position: int, until: float) -> None:
-        """Ends once the current model knows all up to a position. Raises Refused where that takes too long.
-
-        until: monotonic.
-        """
-        loop = asyncio.get_running_loop()
+    async def _reach(self, position: int, until: float) -> None:
+        reached = asyncio.Event()
+        waiting = (position, asyncio.get_running_loop(), reached)
         with self._lock:
             if self._has_reached(position):
                 return
-            reached: asyncio.Future[None] = loop.create_future()
-            waiting = (position, loop, reached)
             self._waiting.append(waiting)
         self._asked.set()  # a caller waits, and so the thread does not rest
         self._look.set()
         try:
             async with asyncio.timeout(max(until - time.monotonic(), 0.0)):
-                await reached
+                await reached.wait()
         except TimeoutError:
-            raise Refused(
-                503,
-                f"the model has not learnt all events up to {position} in time "
-                f"({self.failure or 'setting `serving.answer_seconds`'}); come again",
-                "behind",
-                "TEMPORARILY_UNAVAILABLE",
-                1,
-            ) from None
+            why = self.failure or "setting `serving.answer_seconds`"
+            sentence = f"the model has not learnt all events up to {position} in time ({why}); come again"
+            raise Refused(503, sentence, "behind", "TEMPORARILY_UNAVAILABLE", 1) from None
         finally:
-            with self._lock, suppress(ValueError):
+            with self._lock:
                 self._waiting.remove(waiting)
 
     def _has_reached(self, position: int) -> bool:
@@ -143,11 +131,12 @@ class Following:
             self.failure = None
             rest = self._rest(worked)
         except Exception as error:  # whatever it is, the model goes on with what it knows, and says so
-            told, is_told = sentence_of(error), isinstance(error, UserError)
-            if told != self.failure:
-                _log.error("the model learns no further events: %s", told, exc_info=not is_told)
-            self.failure, rest = told, _PAUSE_AFTER_FAILURE_SECONDS
-        self._show()
+            if (failure := sentence_of(error)) != self.failure:
+                is_bug = not isinstance(error, UserError)
+                _log.error("the model learns no further events: %s", failure, exc_info=is_bug)
+            self.failure, rest = failure, _PAUSE_AFTER_FAILURE_SECONDS
+        if (learning := self._learning()) is not None:  # also of one that has learnt before it served
+            self._metrics.live_rows.set(learning.ranker.live_rows)
         self._tell()  # also of what a model knows that has just taken the place of another one
         return rest
 
@@ -176,16 +165,12 @@ class Following:
             self._metrics.learnt.labels(outcome).inc(rows)
         return worked
 
-    def _show(self) -> None:
-        if (learning := self._learning()) is not None:  # also of a model that has learnt before it served
-            self._metrics.live_rows.set(learning.ranker.live_rows)
-
     def _tell(self) -> None:
         with self._lock:
             for position, loop, reached in self._waiting:
                 if self._has_reached(position):
                     with suppress(RuntimeError):  # the loop has ended
-                        loop.call_soon_threadsafe(_end, reached)
+                        loop.call_soon_threadsafe(reached.set)
 
 
 def _follow(following: weakref.ref[Following], asked: threading.Event, look: threading.Event) -> None:
@@ -209,8 +194,3 @@ def step_back() -> None:
         thread = threading.get_native_id()
         with suppress(OSError):
             os.setpriority(os.PRIO_PROCESS, thread, min(os.getpriority(os.PRIO_PROCESS, thread) + _NICER, 19))
-
-
-def _end(reached: asyncio.Future[None]) -> None:
-    if not reached.done():
-        reached.set_result(None)

@@ -85,23 +85,16 @@ class Places:
     def take(self) -> Iterator[None]:
         """A place for a call, from its headers on: its body takes memory long before it is answered. Raises Refused."""
         if self.taken >= self._limits.max_waiting:
-            raise Refused(
-                503,
-                f"{self.taken} {self._calls} are under way, as many as this server takes at a time (setting "
-                "`serving.max_waiting`); come again",
-                "busy",
-                "RESOURCE_EXHAUSTED",
-                1,
-            )
-        self._move(1)
+            sentence = f"{self.taken} {self._calls} are under way, as many as this server takes at a time"
+            hint = "(setting `serving.max_waiting`); come again"
+            raise Refused(503, f"{sentence} {hint}", "busy", "RESOURCE_EXHAUSTED", 1)
+        self.taken += 1
+        self._show(self.taken)
         try:
             yield
         finally:
-            self._move(-1)
-
-    def _move(self, by: int) -> None:
-        self.taken += by
-        self._show(self.taken)
+            self.taken -= 1
+            self._show(self.taken)
 
 
 def large_headers() -> Refused:

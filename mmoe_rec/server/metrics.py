@@ -7,10 +7,9 @@ PROMETHEUS_MULTIPROC_DIR when it is imported; whichever worker is asked then add
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from time import perf_counter
-from typing import Literal
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
@@ -18,9 +17,7 @@ from prometheus_client.multiprocess import MultiProcessCollector, mark_process_d
 FOLDER_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
-_CALLS = (1, 2, 4, 8, 16, 32, 64)
 _PREFIX = "mmoe_rec_"
-_OfAll = Literal["livesum", "livemax", "livemin"]
 
 
 class Metrics:
@@ -28,13 +25,11 @@ class Metrics:
 
     def __init__(self) -> None:
         self._own = CollectorRegistry()
-        counter, gauge = self._counter, self._gauge
-        self.stages = Histogram(
-            f"{_PREFIX}stage_seconds",
+        counter, gauge, histogram = self._counter, self._gauge, self._histogram
+        self.stages = histogram(
+            "stage_seconds",
             "Time of a call by stage: read, parse, wait, score, write, and total; of a call of /events: events",
-            ["stage"],
-            buckets=_SECONDS,
-            registry=self._own,
+            "stage",
         )
         self.replies = counter("replies", "Replies to /invocations by status", "status")
         self.elements = counter("elements", "Elements of calls that were parsed")
@@ -47,31 +42,28 @@ class Metrics:
         self.events = counter("events", "Rows of events that were accepted, by log of events", "log")
         self.events_refused = counter("events_refused", "Calls of /events that were refused, by reason", "reason")
         self.learnt = counter("events_learnt", "Rows of events that each worker has learnt, by outcome", "outcome")
-        self.visible = Histogram(
-            f"{_PREFIX}event_visible_seconds",
+        self.visible = histogram(
+            "event_visible_seconds",
             "Time from the acceptance of a batch of events until a worker's replies know of it",
-            buckets=_SECONDS,
-            registry=self._own,
         )
         self.live_rows = gauge("live_rows", "Rows of events beside its tables that a worker's model holds now")
         self.logged = counter(
             "request_log", "Replies by what became of their log: written, unsampled, dropped, failed", "outcome"
         )
-        self.passes = Histogram(
-            f"{_PREFIX}calls_per_pass", "Calls ranked in one pass", buckets=_CALLS, registry=self._own
-        )
+        self.passes = histogram("calls_per_pass", "Calls ranked in one pass", buckets=(1, 2, 4, 8, 16, 32, 64))
         self.calls = gauge("calls", "Calls being read, waiting or scored now")
         self.waiting = gauge("waiting", "Calls waiting for a pass now")
         self._model = gauge("model_info", "Workers that serve this model", "model", "version", "run_id", "tables_as_of")
         self._shown: tuple[str, ...] | None = None
-        self._lag: Gauge | None = None
-        self._heard: Gauge | None = None
 
     def _counter(self, name: str, help_text: str, *labels: str) -> Counter:
         return Counter(f"{_PREFIX}{name}", help_text, labels, registry=self._own)
 
-    def _gauge(self, name: str, help_text: str, *labels: str, of_all: _OfAll = "livesum") -> Gauge:
-        return Gauge(f"{_PREFIX}{name}", help_text, labels, registry=self._own, multiprocess_mode=of_all)
+    def _gauge(self, name: str, help_text: str, *labels: str) -> Gauge:
+        return Gauge(f"{_PREFIX}{name}", help_text, labels, registry=self._own, multiprocess_mode="livesum")
+
+    def _histogram(self, name: str, help_text: str, *labels: str, buckets: Sequence[float] = _SECONDS) -> Histogram:
+        return Histogram(f"{_PREFIX}{name}", help_text, labels, registry=self._own, buckets=buckets)
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:

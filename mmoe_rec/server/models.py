@@ -11,7 +11,7 @@ import logging
 import re
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -164,46 +164,29 @@ class Reloads:
     """Finds the model at the address and takes it up, again and again, one attempt after the other.
 
     An attempt looks for a model only once the one before has ended, so that a slow download never puts an older model
-    in the place of a newer one. One attempt is under way and at most one is to come, which all who ask meanwhile share.
-    take_up: loads a model and serves it; raises UserError for one that can't be loaded.
+    in the place of a newer one. take_up: loads a model and serves it; raises UserError for one that can't be loaded.
     """
 
     def __init__(self, finder: Finder, take_up: Callable[[Source], None]) -> None:
         self._finder, self._take_up = finder, take_up
         self._lock = threading.Lock()
-        self._coming: Future[None] | None = None
-        self._is_running = False
+        self._next: Future[None] | None = None
+        self._thread = ThreadPoolExecutor(1, "reloads")
 
     def ask(self) -> Future[None]:
-        """An attempt that begins after this call; it ends once its model is served.
+        """The next attempt, which all share who ask before it begins; it ends once its model is served.
 
-        Its error is NotFoundError where there is none, or another UserError where that can't be loaded.
+        Its error is NotFoundError where there is none, or another UserError where that can't be loaded. Nobody may
+        cancel it.
         """
         with self._lock:
-            if self._coming is None:
-                if not self._is_running:
-                    threading.Thread(target=self._run, name="reloads", daemon=True).start()
-                    self._is_running = True
-                self._coming = Future()
-                self._coming.set_running_or_notify_cancel()  # so that nobody cancels it for the others
-            return self._coming
-
-    def _run(self) -> None:
-        while (attempt := self._next()) is not None:
-            try:
-                self._reload()
-            except Exception as error:
-                attempt.set_exception(error)
-            else:
-                attempt.set_result(None)
-
-    def _next(self) -> Future[None] | None:
-        with self._lock:
-            attempt, self._coming = self._coming, None
-            self._is_running = attempt is not None
-            return attempt
+            if self._next is None:
+                self._next = self._thread.submit(self._reload)
+            return self._next
 
     def _reload(self) -> None:
+        with self._lock:
+            self._next = None
         try:
             source = self._finder.find()
         except Exception as error:
@@ -216,7 +199,7 @@ class Reloads:
 
 
 def sentence_of(error: BaseException) -> str:
-    """What is told of an error: a sentence that was written for people, or else its kind as well, in one line."""
+    """A sentence that was written for people, or else an error's kind and text in one line."""
     return str(error) if isinstance(error, UserError) else one_line(error)
 
 
@@ -228,13 +211,13 @@ class Watch:
 
     def __init__(self, finder: Finder, reloads: Reloads, seconds: float) -> None:
         self._finder, self._reloads, self._seconds = finder, reloads, seconds
-        self._known: str | None = None
-        self._told: str | None = None
+        self._state: str | None = None
+        self._reported: str | None = None
 
-    def start(self, known: str) -> None:
-        """Looks from now on, in a thread of its own. known: the state before the model was found that is served now."""
+    def start(self, state: str) -> None:
+        """Looks from now on, in a thread of its own. state: before the model was found that is served now."""
         if self._seconds > 0:
-            self._known = known
+            self._state = state
             threading.Thread(target=self._run, name="watch", daemon=True).start()
 
     def _run(self) -> None:
@@ -246,15 +229,11 @@ class Watch:
         """Looks once."""
         try:
             state = self._finder.state()
-            if state == self._known:
-                self._told = None
-                return
-            found = self._reloads.ask().exception()
-        except Exception as error:  # whatever it is, the next look may succeed, and nobody else would look
-            found = NotFoundError(sentence_of(error))
-        if isinstance(found, NotFoundError):
-            if str(found) != self._told:
-                _log.warning("can't look for another model: %s", found)
-            self._told = str(found)
-            return
-        self._known, self._told = state, None  # an attempt that failed has been told of
+            error = None if state == self._state else self._reloads.ask().exception()
+        except Exception as problem:  # whatever it is, the next look may succeed, and nobody else would look
+            error = NotFoundError(sentence_of(problem))
+        if not isinstance(error, NotFoundError):
+            self._state, self._reported = state, None  # an attempt that failed has been reported
+        elif str(error) != self._reported:
+            self._reported = str(error)
+            _log.warning("can't look for another model: %s", error)

@@ -1,17 +1,17 @@
-"""What `/openapi.json` says of a call and its reply, with the example of the model that is served."""
+"""What `/openapi.json` says of the pages whose bodies the server reads by itself, and of their replies."""
 
 from __future__ import annotations
 
-from functools import cache
-from typing import Any
+from copy import deepcopy
+from typing import Annotated, Any
 
+from fastapi import FastAPI, Query
 from pydantic import BaseModel, ConfigDict, Field
 
 from mmoe_rec.inference.ranking import UNSENT, Ranking
 from mmoe_rec.inference.request import Request
 
 ARROW = "application/vnd.apache.arrow.stream"
-TEMPLATE = "#/components/schemas/{model}"
 
 
 class Params(BaseModel):
@@ -77,69 +77,43 @@ class Accepted(BaseModel):
     position: str = Field(description="of the journal: /invocations?after=POSITION knows these rows")
 
 
-_STATUSES = {
-    400: "the call is wrong",
-    401: "the token is missing or wrong",
-    408: "the call took too long to arrive",
-    413: "the body is too large",
-    415: "the body is no JSON",
-    431: "the headers are too large",
-    500: "the model failed",
-    503: "too many calls wait; the header Retry-After says when to come again",
-    504: "no answer within the time limit",
-}
+_WRONG: dict[int | str, dict[str, Any]] = {"default": {"model": Error, "description": "a refusal"}}
+_STREAM = {"requestBody": {"content": {ARROW: {"schema": {"type": "string", "format": "binary"}}}}}
+_pages = FastAPI()  # describes and never answers: it would look for parameters in each of many calls
 
 
-@cache
-def schemas() -> dict[str, Any]:
-    """The components that `invocation` refers to."""
-    from pydantic.json_schema import models_json_schema
+@_pages.post("/invocations", operation_id="invocations", responses=_WRONG)
+def rank(
+    call: Invocation,
+    partial: Annotated[bool, Query(description="an element that is wrong gets an error in its place")] = False,
+    after: Annotated[str | None, Query(description="answer once all events up to this position are known")] = None,
+) -> Reply:
+    """Ranks the candidates of each element."""
+    raise NotImplementedError
 
-    models: list[tuple[type[BaseModel], str]] = [(each, "validation") for each in (Invocation, Events)]
-    models += [(each, "serialization") for each in (Reply, Accepted, Error)]
-    _, found = models_json_schema(models, ref_template=TEMPLATE)  # type: ignore[arg-type]
+
+@_pages.post("/events", operation_id="events", responses=_WRONG, openapi_extra=_STREAM)
+def accept(
+    call: Events,
+    log: Annotated[str | None, Query(description="name of a log of events, for an Arrow stream")] = None,
+) -> Accepted:
+    """Takes events, all rows of a call or none, once they are on disk."""
+    raise NotImplementedError
+
+
+def describe(tree: dict[str, Any], example: dict[str, Any] | None, has_events: bool) -> None:
+    """Adds these pages to the description of the others.
+
+    example: a request that the model which is served can answer; has_events: whether `/events` takes some.
+    """
+    described = deepcopy(_pages.openapi())
+    schemas, paths = described["components"]["schemas"], described["paths"]
     for name in UNSENT:
-        del found["$defs"]["Ranking"]["properties"][name]
-    return dict(found["$defs"])
-
-
-def _content(model: str, **more: Any) -> dict[str, Any]:
-    return {"application/json": {"schema": {"$ref": TEMPLATE.format(model=model)}, **more}}
-
-
-def _wrong() -> dict[str, Any]:
-    return {str(code): {"description": text, "content": _content("Error")} for code, text in _STATUSES.items()}
-
-
-def invocation(example: dict[str, Any] | None) -> dict[str, Any]:
-    """The operation `POST /invocations`. example: a request that the model can answer."""
-
-    sent = {} if example is None else {"example": {"inputs": [example], "params": {"top_k": 5}}}
-    partial = {"name": "partial", "in": "query", "schema": {"type": "boolean", "default": False}}
-    partial["description"] = "an element that is wrong gets an error in its place, and the others are ranked"
-    after = {"name": "after", "in": "query", "schema": {"type": "string"}}
-    after["description"] = "answer once all events up to this position are known, as the reply of /events gives it"
-    return {
-        "summary": "Ranks the candidates of each element",
-        "operationId": "invocations",
-        "parameters": [partial, after],
-        "requestBody": {"required": True, "content": _content("Invocation", **sent)},
-        "responses": {"200": {"description": "a ranking for each element", "content": _content("Reply")}, **_wrong()},
-    }
-
-
-def events() -> dict[str, Any]:
-    """The operation `POST /events`."""
-    log = {"name": "log", "in": "query", "schema": {"type": "string"}}
-    log["description"] = "name of a log of events, for a body that is an Arrow stream"
-    arrow = {ARROW: {"schema": {"type": "string", "format": "binary"}}}
-    return {
-        "summary": "Takes events, all rows of a call or none, once they are on disk",
-        "operationId": "events",
-        "parameters": [log],
-        "requestBody": {"required": True, "content": {**_content("Events"), **arrow}},
-        "responses": {
-            "200": {"description": "they are on disk", "content": _content("Accepted")},
-            **_wrong(),
-        },
-    }
+        del schemas["Ranking"]["properties"][name]
+    if example is not None:
+        content = paths["/invocations"]["post"]["requestBody"]["content"]["application/json"]
+        content["example"] = {"inputs": [example], "params": {"top_k": 5}}
+    if not has_events:
+        del paths["/events"]
+    tree["paths"] |= paths
+    tree.setdefault("components", {}).setdefault("schemas", {}).update(schemas)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import socket
 import sys
 import weakref
@@ -91,11 +90,6 @@ def log_to_stderr() -> None:
     # uvicorn's lines about its own start and end say nothing that ours do not; its warnings are one line for each
     # request that is no HTTP, so that a caller could fill the disk.
     logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
-
-
-def ignore_interrupts() -> None:
-    """Leaves Ctrl-C, which reaches all processes of a terminal, to the parent."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def end_process(code: int) -> NoReturn:

@@ -2,23 +2,21 @@
 
 orjson refuses what JSON does not have (NaN, numbers beyond a double, half of a surrogate pair, UTF-8 that is none) and
 nesting beyond 1,024. It lets through a key that is given twice, of which one value would be lost, so keys are counted
-here. An integer beyond 64 bits becomes a float: what refuses it is asked again with the integer itself (`exactly`), so
-that the sentence is about what was sent.
+here.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from difflib import get_close_matches
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
 import orjson
 
-from mmoe_rec.errors import RequestError, quoted
+from mmoe_rec.errors import RequestError, quoted, suggest
 from mmoe_rec.inference.request import OPTIONS, Request, read_requests
 from mmoe_rec.server.limits import Limits, Refused
 
@@ -28,7 +26,6 @@ COST_OF_EXPLAINING = 10
 """A candidate that is explained counts as so many: with 45 counters, its part of the reply is 35 times as long."""
 MOST_IGNORED = 5
 _KEY = re.compile(rb'"[ \t\n\r]*:')
-_LONG_INTEGER = re.compile(rb"[0-9]{19}")
 
 
 @dataclass(frozen=True)
@@ -44,11 +41,6 @@ class Call:
     candidates: int
 
 
-def parse(body: bytes, limits: Limits) -> Call:
-    """The call in a body. Raises Refused for one of another shape, or beyond the limits."""
-    return _call(parse_json(body, limits), limits)
-
-
 def parse_json(body: bytes, limits: Limits) -> Any:
     """The JSON values of a body. Raises Refused where they are none by the standard, too deep, or ambiguous."""
     try:
@@ -62,25 +54,14 @@ def parse_json(body: bytes, limits: Limits) -> Any:
     return tree
 
 
-def exactly(call: Call, body: bytes) -> Call | None:
-    """The call with integers of any size as they were sent; None where all fitted into a double already.
-
-    For a call that `parse` took, and that was refused for its values.
-    """
-    if not _LONG_INTEGER.search(body):
-        return None
-    tree = json.loads(body)
-    return replace(call, requests=_requests(tree["inputs"], _params(tree)[0]))
-
-
-def _call(tree: Any, limits: Limits) -> Call:
+def parse(body: bytes, limits: Limits) -> Call:
+    """The call in a body. Raises Refused for one of another shape, or beyond the limits."""
+    tree = parse_json(body, limits)
     if not isinstance(tree, dict):
         raise _wrong(f"the body must be an object such as {SHAPE}")
     for name in tree:
         if name not in ("inputs", "params"):
-            near = get_close_matches(name, ("inputs", "params"), n=1)
-            hint = f"did you mean '{near[0]}'?" if near else "valid are inputs and params"
-            raise _wrong(f"a call has no key {quoted(name)}; {hint}")
+            raise _wrong(f"a call has no key {quoted(name)}; {suggest(name, ('inputs', 'params'))}")
     elements = tree.get("inputs")
     if not isinstance(elements, list):
         raise _wrong(f"a call needs the key 'inputs', a list of requests: {SHAPE}")
@@ -90,29 +71,16 @@ def _call(tree: Any, limits: Limits) -> Call:
             "(setting `serving.max_elements`)"
         )
     params, ignored = _params(tree)
-    explain = params.get("explain")
-    candidates = sum(_weight(each, explain) * _candidates(each) for each in elements)
+    costs = [_cost_of(each, params) for each in elements]
+    candidates = sum(count * cost for count, cost in costs)
     if candidates > limits.max_total_candidates:
-        explained = any(_weight(each, explain) > 1 for each in elements)
+        explained = any(cost > 1 for _, cost in costs)
         hint = f" (with explain, each counts as {COST_OF_EXPLAINING})" if explained else ""
         raise _wrong(
             f"'inputs' has {candidates:,} candidates in all{hint}; this server takes at most "
             f"{limits.max_total_candidates:,} in a call (setting `serving.max_total_candidates`)"
         )
-    return Call(_requests(elements, params), ignored, candidates)
-
-
-def _requests(elements: Sequence[Any], params: Mapping[str, Any]) -> list[Request | RequestError]:
-    requests = iter(read_requests([each for each in elements if isinstance(each, dict)], params))
-    return [next(requests) if isinstance(each, dict) else _no_object(each) for each in elements]
-
-
-def _no_object(element: Any) -> RequestError:
-    kinds = {list: "a list", str: "a string", bool: "true or false", type(None): "null"}
-    return RequestError(
-        "a request must be an object with the keys user, context and candidates; found "
-        f"{kinds.get(type(element), 'a number')}"
-    )
+    return Call(read_requests(elements, params), ignored, candidates)
 
 
 def _params(tree: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
@@ -122,25 +90,19 @@ def _params(tree: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
         return {}, ()
     if not isinstance(given, dict):
         raise _wrong("'params' must be an object")
-    ignored = []
-    for name in islice((each for each in given if each not in OPTIONS), MOST_IGNORED):
-        near = get_close_matches(name, OPTIONS, n=1)
-        hint = f"did you mean '{near[0]}'?" if near else f"valid are {', '.join(OPTIONS)}"
-        ignored.append(f"'params' has an unknown key {quoted(name)}, which was ignored; {hint}")
+    unknown = islice((name for name in given if name not in OPTIONS), MOST_IGNORED)
+    ignored = [
+        f"'params' has an unknown key {quoted(name)}, which was ignored; {suggest(name, OPTIONS)}" for name in unknown
+    ]
     return {name: value for name, value in given.items() if name in OPTIONS}, tuple(ignored)
 
 
-def _candidates(element: Any) -> int:
-    columns = element.get("candidates") if isinstance(element, dict) else None
-    if not isinstance(columns, dict):
-        return 0
-    return max((len(values) for values in columns.values() if isinstance(values, list)), default=0)
-
-
-def _weight(element: Any, explain: Any) -> int:
-    """What each candidate of an element counts. explain: the option for all elements."""
-    own = element.get("explain") if isinstance(element, dict) else None
-    return COST_OF_EXPLAINING if (explain if own is None else own) else 1
+def _cost_of(element: Any, params: Mapping[str, Any]) -> tuple[int, int]:
+    """How many candidates an element has at least, and what each of them counts."""
+    columns, own = (element.get("candidates"), element.get("explain")) if isinstance(element, dict) else ({}, None)
+    lists = columns.values() if isinstance(columns, dict) else ()
+    count = max((len(values) for values in lists if isinstance(values, list)), default=0)
+    return count, COST_OF_EXPLAINING if (params.get("explain") if own is None else own) else 1
 
 
 def _checked(tree: Any, limits: Limits) -> int:

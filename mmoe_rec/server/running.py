@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import signal
 import socket
 import threading
 from collections.abc import Callable
@@ -55,8 +54,8 @@ class Server(uvicorn.Server):
         )
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Answers what was accepted, takes no more, and ends."""
-        if self._take is None or sig != signal.SIGINT:
+        """Answers what was accepted, takes no more, and ends; a worker does so when its parent says so."""
+        if self._take is None:
             self.stop()
 
     def stop(self) -> None:
@@ -67,19 +66,19 @@ class Server(uvicorn.Server):
             self._last.daemon = True
             self._last.start()
 
-    def retire(self, told: Callable[[], None]) -> None:
-        """Leaves all new requests to workers of another model, calls `told`, answers what it has, and ends.
+    def retire(self, tell: Callable[[], None]) -> None:
+        """Leaves all new requests to workers of another model, answers what it has, and ends. In the event loop.
 
-        Called in the event loop.
+        tell: is called once it accepts no more, before it hands over connections: the others may take them only then.
         """
         if self._is_retiring or self.should_exit:
             return
         self._is_retiring = True
         for each in self.servers:
             each.close()
+        tell()
         for connection in list(self.server_state.connections):
             connection.shutdown()
-        told()
         self.config.timeout_graceful_shutdown = None  # each call has its own time
         self.should_exit = True
 
@@ -114,7 +113,7 @@ class Server(uvicorn.Server):
         of_class: Callable[..., asyncio.Protocol] = self.config.http_protocol_class
         return of_class(config=self.config, server_state=self.server_state, app_state=self.lifespan.state)
 
-    def serve_on(self, bound: socket.socket, started: Callable[[asyncio.AbstractEventLoop], None]) -> None:
+    def serve_on(self, bound: socket.socket, started: Callable[[], None]) -> None:
         """Serves until a signal. started: is called in the event loop before the first request.
 
         Raises UserError where it can't listen.
@@ -124,7 +123,7 @@ class Server(uvicorn.Server):
         config.load()
 
         async def serve() -> None:
-            started(asyncio.get_running_loop())
+            started()
             await self.serve(sockets=[bound])
 
         with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
@@ -141,49 +140,36 @@ class Server(uvicorn.Server):
         end_process(1)
 
 
-class Reloading:
-    """Loads models, and counts and tells what came of it."""
-
-    def __init__(self, models: Models, metrics: Metrics) -> None:
-        self.models, self.metrics = models, metrics
-
-    def take_up(self, source: Source) -> None:
-        """Serves another model. Raises UserError for one that can't be loaded."""
-        try:
-            served = self.models.load(source)
-        except UserError as error:
-            self.fail(str(error))
-            raise
-        self.metrics.reloads.labels("done").inc()
-        self.metrics.show_model(served.about())
-        _log.info("serving %s", served.source.address)
-
-    def fail(self, sentence: str) -> None:
-        """Goes on with the model before, as another one could not be loaded for the reason in a sentence."""
-        self.models.failure = sentence
-        self.metrics.reloads.labels("failed").inc()
-
-
-def serve(source: Source, known: str, finder: Finder, bound: socket.socket, options: Options, poll: float) -> None:
+def serve(source: Source, state: str, finder: Finder, bound: socket.socket, options: Options, poll: float) -> None:
     """Serves a model until SIGTERM or SIGINT. Raises UserError for one that can't be loaded.
 
-    known: the finder's state before it found the model; poll: seconds between looks for another one, 0 for none.
+    state: the finder's before it found the model; poll: seconds between looks for another one, 0 for none.
     """
     models, metrics = Models(options.limits, options.journal, options.log is not None), Metrics()
     metrics.show_model(models.load(source).about())
-    reloads = Reloads(finder, Reloading(models, metrics).take_up)
+
+    def take_up(source: Source) -> None:
+        try:
+            served = models.load(source)
+        except UserError:
+            metrics.reloads.labels("failed").inc()
+            raise
+        metrics.reloads.labels("done").inc()
+        metrics.show_model(served.about())
+        _log.info("serving %s", source.address)
+
+    reloads = Reloads(finder, take_up)
 
     async def reload() -> dict[str, str | None]:
-        await asyncio.wrap_future(reloads.ask())
+        await asyncio.shield(asyncio.wrap_future(reloads.ask()))  # others may wait for it, too
         assert models.current is not None
         return models.current.about()
 
-    app = Application(models, options.limits, metrics, reload, options.token, options.log)
-    server = Server(app, options)
+    server = Server(Application(models, options.limits, metrics, reload, options.token, options.log), options)
     watch = Watch(finder, reloads, poll)
 
-    def started(loop: asyncio.AbstractEventLoop) -> None:
-        watch.start(known)
+    def started() -> None:
+        watch.start(state)
         _log.info("serving %s at %s/invocations", source.address, address_of(bound))
 
     server.serve_on(bound, started)

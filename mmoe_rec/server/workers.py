@@ -1,15 +1,19 @@
 """Serving by several processes that share one listening socket and the memory of one model.
 
 The parent looks for models. A generation, which is a process of its own, loads one, and forks workers from itself, so
-that they share its memory; it replaces those that end. Another model is another generation: once its workers serve,
+that they share its memory; it replaces those that end. Another model is another generation. Once its workers are ready,
 those of the generation before take no more connections, hand over those that are between two requests, answer what they
-have, and end. So a model that can't be loaded leaves the one before as it is, whatever happens to the process that
-tries.
+have, and end. Only then the new ones accept, so that no caller meets the model before once more; callers wait in the
+socket's queue meanwhile. A model that can't be loaded leaves the one before as it is, whatever happens to the process
+that tries.
 
-What they say over pipes: the parent `("stop",)`, `("retire",)`, `("failed", sentence)` and `("reloaded", token,
-sentence or None, about the model)`, which a generation passes on to its workers; a worker `("ready",)`, `("retired",)`,
-and `("failed", error)` and `("reload", token)`, which the parent gets; and a generation `("ready", about the model)`,
-`("retired",)` and `("failed", error)`.
+Messages, each a tuple that goes through a pipe:
+
+    parent -> generation -> its workers    accept, is_another; retire; stop; failed, sentence;
+                                           reloaded, token, sentence or None, about the model
+    worker -> generation -> parent         reload, token
+    worker -> generation                   ready; retired
+    generation -> parent                   failed, error; or ready, about the model; retired (as all of its workers)
 """
 
 from __future__ import annotations
@@ -30,19 +34,19 @@ from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
+from mmap import mmap
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.server.metrics import FOLDER_VARIABLE, forget_process
-from mmoe_rec.server.models import Finder, Reloads, Source, Watch, sentence_of
-from mmoe_rec.server.options import Options, address_of, end_process, log_to_stderr
-from mmoe_rec.server.ranking_queue import Mark, marks
+from mmoe_rec.server.metrics import FOLDER_VARIABLE, Metrics, forget_process
+from mmoe_rec.server.models import Finder, Models, Reloads, Source, Watch, sentence_of
+from mmoe_rec.server.options import Options, address_of, end_process, listen, log_to_stderr
+from mmoe_rec.server.ranking_queue import Passes
 
 if TYPE_CHECKING:
-    from mmoe_rec.server.models import Models
-    from mmoe_rec.server.running import Reloading, Server
+    from mmoe_rec.server.running import Server
 
 LONGEST_PAUSE_SECONDS = 30.0
 _TICK_SECONDS = 0.2
@@ -51,8 +55,7 @@ _SHARE_OF_WORKERS, _SHARE_OF_GENERATIONS = 0.9, 0.95  # of the time to stop: who
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Sockets:
+class Sockets(NamedTuple):
     """bound: on which all workers listen; give, take: ends of a pipe on which connections are handed over."""
 
     bound: socket.socket
@@ -61,12 +64,12 @@ class Sockets:
 
     def close(self) -> None:
         """Closes this process's own handles."""
-        for each in (self.bound, self.give, self.take):
+        for each in self:
             each.close()
 
 
 def serve_by_workers(
-    source: Source, known: str, finder: Finder, bound: socket.socket, options: Options, poll: float, workers: int
+    source: Source, state: str, finder: Finder, bound: socket.socket, options: Options, poll: float, workers: int
 ) -> int:
     """Serves a model by several processes until SIGTERM or SIGINT; the rest as in `running.serve`.
 
@@ -83,163 +86,151 @@ def serve_by_workers(
         os.environ.update({FOLDER_VARIABLE: folder, "OPENBLAS_NUM_THREADS": "1"})
         give, take = socket.socketpair()
         take.setblocking(False)
-        return _Parent(finder, Sockets(bound, give, take), options, poll, workers).run(source, known)
+        return _Parent(finder, Sockets(bound, give, take), options, poll, workers).run(source, state)
 
 
 class _Parent:
-    """Keeps one generation that serves; those before end by themselves. Its main thread waits for signals and ends."""
+    """Keeps one generation that serves; those before end by themselves. Its main thread waits for a signal."""
 
     def __init__(self, finder: Finder, sockets: Sockets, options: Options, poll: float, workers: int) -> None:
         self.sockets, self.options, self.workers = sockets, options, workers
         self.current: _Child | None = None
-        self.news: queue.SimpleQueue[_Child | None] = queue.SimpleQueue()  # a child is ready or has ended; None: stop
         self.reloads = Reloads(finder, self._take_up)
         self._watch = Watch(finder, self.reloads, poll)
-        self._starting = threading.Lock()
+        self._ends: queue.SimpleQueue[UserError | None] = queue.SimpleQueue()  # why it ends; None for a signal
+        self._is_ending = False
+        self._taking_up = threading.Lock()
         self._children: list[_Child] = []
 
-    def run(self, source: Source, known: str) -> int:
+    def run(self, source: Source, state: str) -> int:
         """Serves until a signal; gives the exit code."""
         for each in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(each, lambda *_: self.news.put(None))
-        first = self._add(source)
-        try:
-            while (child := self.news.get()) is not None:
-                if child is first and self.current is None:
-                    if not child.is_ready:
-                        assert child.error is not None
-                        raise child.error
-                    self.current = child
-                    _log.info("serving %s at %s/invocations", source.address, address_of(self.sockets.bound))
-                    self._watch.start(known)
-                if child is self.current and not child.is_alive:
-                    threading.Thread(target=self._replace, args=(child,), daemon=True).start()
-        finally:
-            code = self._end()
-        return code
-
-    def _add(self, source: Source) -> _Child:
-        child = _Child(self, source, is_another=self.current is not None)
-        self._children = [*(each for each in self._children if each.is_alive), child]
-        return child
-
-    def _take_up(self, source: Source, instead_of: _Child | None = None) -> None:
-        """Serves another model, or the same instead of a generation that has ended, unless that was done meanwhile.
-
-        Raises UserError for a model that can't be loaded.
-        """
-        with self._starting:
-            before = self.current
-            if instead_of not in (None, before):
-                return
-            child = self._add(source)
-            child.started.wait()
-            if not child.is_ready:
-                assert child.error is not None
-                if before is not None:
-                    before.send("failed", str(child.error))
-                raise child.error
-            self.current = child
-            if not child.is_alive:  # which has been told before it was the current one
-                self.news.put(child)
-        _log.info("serving %s", source.address)
-        if before is not None:
-            before.send("retire")
-            before.retired.wait(self.options.grace)
-
-    def _replace(self, ended: _Child) -> None:
-        failures = 0
-        while self.current is ended:
-            _log.warning("the process that holds the model ended by %s; another one takes its place", ended.how)
-            try:
-                self._take_up(ended.source, ended)
-            except UserError as error:
-                failures += 1
-                _log.error("it can't take its place: %s", error)
-                time.sleep(min(2.0**failures, LONGEST_PAUSE_SECONDS))
-
-    def _end(self) -> int:
+            signal.signal(each, lambda *_: self._ends.put(None))
+        threading.Thread(target=self._start, args=(source, state), daemon=True).start()
+        error = self._ends.get()
+        self._is_ending = True
         self.sockets.close()
         until = time.monotonic() + _SHARE_OF_GENERATIONS * self.options.grace
-        alive = [child for child in self._children if child.is_alive]
-        for child in alive:
+        children = list(self._children)
+        for child in children:
             child.stop()
-        return max([child.join(max(until - time.monotonic(), 0.0)) for child in alive], default=0)
+        code = max(child.wait(until) for child in children)
+        if error is not None:
+            raise error
+        return code
+
+    def _start(self, source: Source, state: str) -> None:
+        try:
+            self._take_up(source)
+        except UserError as error:
+            self._ends.put(error)
+        else:
+            _log.info("serving %s at %s/invocations", source.address, address_of(self.sockets.bound))
+            self._watch.start(state)
+
+    def _take_up(self, source: Source) -> None:
+        with self._taking_up:
+            self._exchange(source)
+
+    def _exchange(self, source: Source) -> None:
+        """Serves a model by another generation. Raises UserError for one that can't be loaded."""
+        before, child = self.current, _Child(self, source)
+        self._children = [*(each for each in self._children if not each.has_ended.is_set()), child]
+        child.has_started.wait()
+        if child.error is not None:
+            if before is not None:
+                before.send("failed", str(child.error))
+            raise child.error
+        self.current = child
+        if before is None:
+            listen(self.sockets.bound)
+        else:
+            _log.info("serving %s", source.address)
+            before.send("retire")
+            before.has_retired.wait(self.options.grace)
+        child.send("accept", before is not None)
+
+    def replace(self, ended: _Child) -> None:
+        """Serves the same model again, unless the generation that has ended has another one in its place already."""
+        failures = 0
+        while not self._is_ending:
+            with self._taking_up:
+                if self.current is not ended:
+                    return
+                how = _ending_of(ended.process)
+                _log.warning("the process that holds the model ended by %s; another one takes its place", how)
+                try:
+                    return self._exchange(ended.source)
+                except UserError as error:
+                    failures += 1
+                    _log.error("it can't take its place: %s", error)
+            time.sleep(min(2.0**failures, LONGEST_PAUSE_SECONDS))
 
 
 class _Child:
     """A generation as the parent sees it, in a thread that listens to it.
 
-    started, retired: set once it has come so far, or has ended; error: why it could not serve; about: its model.
+    has_...: events, all set at its end; error: why it could not serve; about: its model, once it serves.
     """
 
-    def __init__(self, parent: _Parent, source: Source, is_another: bool) -> None:
+    def __init__(self, parent: _Parent, source: Source) -> None:
         self.source, self._parent = source, parent
-        self.is_ready, self.is_alive = False, True
         self.error: UserError | None = None
-        self.about: dict[str, str | None] = {}
-        self.started, self.retired = threading.Event(), threading.Event()
+        self.about: dict[str, str | None] | None = None
+        self.has_started, self.has_retired, self.has_ended = threading.Event(), threading.Event(), threading.Event()
         self._lock = threading.Lock()
         self._pipe, theirs = multiprocessing.Pipe()
-        arguments = (source, parent.sockets, parent.options, parent.workers, is_another, theirs)
-        self._process = multiprocessing.get_context("spawn").Process(target=_run_generation, args=arguments)
-        self._process.start()
+        arguments = (source, parent.sockets, parent.options, parent.workers, theirs)
+        self.process = multiprocessing.get_context("spawn").Process(target=_run_generation, args=arguments)
+        self.process.start()
         theirs.close()
         threading.Thread(target=self._listen, daemon=True).start()
 
-    @property
-    def how(self) -> str:
-        """How it ended, once it has."""
-        self._process.join()
-        return _ending(self._process)
-
-    def send(self, *what: Any) -> None:
+    def send(self, *message: Any) -> None:
         """Says something, unless it has ended."""
         with self._lock, suppress(OSError):
-            self._pipe.send(what)
+            self._pipe.send(message)
 
     def stop(self) -> None:
         """Ends it, and its workers once they have answered what they accepted."""
-        if self.is_ready:
+        if self.about is not None:
             self.send("stop")
-        else:
-            self._process.kill()
+        elif not self.has_ended.is_set():
+            self.process.kill()
 
-    def join(self, seconds: float) -> int:
-        """Waits for its end, which comes after so many seconds at most; gives its exit code, 0 if it never served."""
-        self._process.join(seconds)
-        if self._process.is_alive():
-            self._process.kill()
-            self._process.join()
-        return int(self.is_ready and self._process.exitcode != 0)
+    def wait(self, until: float) -> int:
+        """Waits for its end, and kills it after a monotonic time; gives its exit code, 0 if it never served."""
+        if not self.has_ended.wait(max(until - time.monotonic(), 0.0)):
+            self.process.kill()
+            self.has_ended.wait()
+        return int(self.about is not None and self.process.exitcode != 0)
 
     def _listen(self) -> None:
         with suppress(EOFError, OSError):
             while True:
                 what, *rest = self._pipe.recv()
                 if what == "ready":
-                    self.is_ready, self.about = True, rest[0]
-                    self.started.set()
-                    self._parent.news.put(self)
+                    (self.about,) = rest
+                    self.has_started.set()
                 elif what == "failed":
-                    self.error = self.error or rest[0]
-                    if self.is_ready:
-                        _log.error("a worker can't serve: %s", rest[0])
+                    (self.error,) = rest
                 elif what == "retired":
-                    self.retired.set()
+                    self.has_retired.set()
                 elif what == "reload":
                     self._reload(rest[0])
-        self.is_alive = False
-        if not self.is_ready and self.error is None:
-            hint = ", as the system does where memory is short" if self.how == "SIGKILL" else "; its lines say why"
-            start = f"the process that loads the model at '{self.source.address}' was ended by "
-            self.error = UserError(start + self.how + hint)
-        self.started.set()
-        self.retired.set()
-        self._parent.news.put(self)
+        self.process.join()
+        if self.about is None and self.error is None:
+            how = _ending_of(self.process)
+            hint = ", as the system does where memory is short" if how == "SIGKILL" else "; its lines say why"
+            self.error = UserError(
+                f"the process that loads the model at '{self.source.address}' was ended by {how}{hint}"
+            )
+        for each in (self.has_started, self.has_retired, self.has_ended):
+            each.set()
+        self._parent.replace(self)
 
     def _reload(self, token: Any) -> None:
-        """Looks for a model, and tells the worker that asked for it what came of it."""
+        """Looks for a model, and tells the worker that wants it what came of it."""
 
         def tell(done: Future[None]) -> None:
             error, current = done.exception(), self._parent.current
@@ -249,7 +240,8 @@ class _Child:
         self._parent.reloads.ask().add_done_callback(tell)
 
 
-def _ending(process: BaseProcess) -> str:
+def _ending_of(process: BaseProcess) -> str:
+    """How a process has ended, for people."""
     code = process.exitcode or 0
     return signal.Signals(-code).name if code < 0 else f"exit code {code}"
 
@@ -257,43 +249,35 @@ def _ending(process: BaseProcess) -> str:
 # A generation
 
 
-def _run_generation(
-    source: Source, sockets: Sockets, options: Options, workers: int, is_another: bool, pipe: Connection
-) -> None:
+def _run_generation(source: Source, sockets: Sockets, options: Options, workers: int, parent: Connection) -> None:
     """Loads a model, which answers its example and learns the journal, and keeps workers that serve it."""
     for each in (signal.SIGINT, signal.SIGTERM):  # either may reach all processes of a service; the parent tells
         signal.signal(each, signal.SIG_IGN)
     log_to_stderr()
-    try:
-        models = _load(source, options)
-    except UserError as error:
-        with suppress(OSError):
-            pipe.send(("failed", error))
-        end_process(1)
-    end_process(_Generation(models, sockets, options, workers, is_another, pipe).run())
-
-
-def _load(source: Source, options: Options) -> Models:
     import torch
 
     from mmoe_rec.server import app, running  # noqa: F401 - workers need them, and share them like the model
-    from mmoe_rec.server.models import Models
 
     torch.set_num_threads(1)  # a worker ranks with one, and OpenMP's threads would not be there after a fork
     models = Models(options.limits, options.journal, options.log is not None)
-    learning = models.load(source).learning
+    try:
+        learning = models.load(source).learning
+    except UserError as error:
+        with suppress(OSError):
+            parent.send(("failed", error))
+        end_process(1)
     if learning is not None:
         learning.journal.close()
     gc.collect()
     gc.freeze()  # collecting garbage in a worker would write to the pages of all this, and so copy them
-    return models
+    end_process(_Generation(models, sockets, options, workers, parent).run())
 
 
 @dataclass(eq=False)
 class _Worker:
     process: BaseProcess
     pipe: Connection
-    mark: Mark
+    number: int
     is_ready: bool = False
     is_retired: bool = False
 
@@ -301,35 +285,30 @@ class _Worker:
 class _Generation:
     """Keeps workers until the parent says otherwise, or has ended."""
 
-    def __init__(
-        self, models: Models, sockets: Sockets, options: Options, workers: int, is_another: bool, parent: Connection
-    ) -> None:
+    def __init__(self, models: Models, sockets: Sockets, options: Options, workers: int, parent: Connection) -> None:
         self._models, self._sockets, self._options, self._parent = models, sockets, options, parent
-        self._count, self._is_another = workers, is_another
         self._workers: list[_Worker] = []
-        self._free = marks(workers)
-        self._was_ready = self._is_ending = self._has_retired = self._is_orphan = False
+        self._marks = memoryview(mmap(-1, workers))  # forks share it
+        self._free = list(range(workers))
+        self._was_ready = self._accepts = self._is_retiring = self._is_ending = self._is_orphan = False
         self._end, self._next_start, self._code = float("inf"), 0.0, 0
 
     def run(self) -> int:
         """Gives the exit code: 0 if all workers answered what they had accepted."""
         while self._workers or not self._is_ending:
-            while len(self._workers) < self._count and not self._is_ending and time.monotonic() >= self._next_start:
+            while self._free and not self._is_ending and time.monotonic() >= self._next_start:
                 self._fork()
-            pipes = {worker.pipe: worker for worker in self._workers}
-            sentinels = [worker.process.sentinel for worker in self._workers]
-            waited: list[Any] = [*pipes, *sentinels] if self._is_orphan else [self._parent, *pipes, *sentinels]
-            for ready in wait(waited, _TICK_SECONDS):
+            workers = {worker.pipe: worker for worker in self._workers}
+            for ready in wait([*workers] if self._is_orphan else [self._parent, *workers], _TICK_SECONDS):
                 if ready is self._parent:
                     self._obey()
-                elif ready in pipes:
-                    self._hear(pipes[ready])
-            for worker in [each for each in self._workers if not each.process.is_alive()]:
-                self._bury(worker)
-            if self._is_ending and not self._has_retired and all(each.is_retired for each in self._workers):
-                self._has_retired = True
+                else:
+                    self._hear(workers[ready])  # type: ignore[index]
+            if self._is_retiring and all(each.is_retired for each in self._workers):
+                self._is_retiring = False
                 self._tell("retired")
             if time.monotonic() > self._end:
+                self._end = float("inf")
                 for worker in self._workers:
                     _log.warning("worker %s does not end and is killed", worker.process.pid)
                     worker.process.kill()
@@ -337,124 +316,139 @@ class _Generation:
 
     def _fork(self) -> None:
         ours, theirs = multiprocessing.Pipe()
-        mark = self._free.pop()
-        is_new = self._is_another and not self._was_ready
-        arguments = (self._models, self._sockets, self._options, mark, theirs, is_new)
+        number = self._free.pop()
+        passes, not_its_own = Passes(self._marks, number), [self._parent, ours, *(each.pipe for each in self._workers)]
+        arguments = (self._models, self._sockets, self._options, passes, theirs, not_its_own, self._accepts)
         process = multiprocessing.get_context("fork").Process(target=_run_worker, args=arguments)
         process.start()
         theirs.close()
-        self._workers.append(_Worker(process, ours, mark))
+        self._workers.append(_Worker(process, ours, number))
 
-    def _tell(self, *what: Any) -> None:
+    def _tell(self, *message: Any) -> None:
         with suppress(OSError):  # it has ended
-            self._parent.send(what)
+            self._parent.send(message)
 
     def _obey(self) -> None:
         try:
-            what = self._parent.recv()
+            message = self._parent.recv()
         except (EOFError, OSError):
             _log.warning("the parent has ended, and so do its workers")
-            self._is_orphan, what = True, ("stop",)
-        if what[0] in ("stop", "retire") and not self._is_ending:
+            self._is_orphan, message = True, ("stop",)
+        if message[0] == "accept":
+            self._accepts = True
+        elif message[0] == "retire":
+            self._is_retiring = True
+        elif message[0] == "stop":
+            self._end = time.monotonic() + _SHARE_OF_WORKERS * self._options.grace
+        if message[0] in ("stop", "retire") and not self._is_ending:
             self._is_ending = True
             self._sockets.close()
-        if what[0] == "stop":
-            self._end = min(self._end, time.monotonic() + _SHARE_OF_WORKERS * self._options.grace)
         for worker in self._workers:
-            if what[0] == "stop":
-                worker.process.terminate()
-            else:
-                with suppress(OSError):  # it has ended
-                    worker.pipe.send(what)
+            with suppress(OSError):  # it has ended
+                worker.pipe.send(message)
 
     def _hear(self, worker: _Worker) -> None:
-        with suppress(EOFError, OSError):
-            while worker.pipe.poll():
-                what, *rest = worker.pipe.recv()
-                if what == "ready":
-                    worker.is_ready = True
-                    if self._end < float("inf"):  # it did not listen to signals yet
-                        worker.process.terminate()
-                    if not self._was_ready and all(each.is_ready for each in self._workers):
-                        self._was_ready = True
-                        assert self._models.current is not None
-                        self._tell("ready", self._models.current.about())
-                elif what == "retired":
-                    worker.is_retired = True
-                else:
-                    self._tell(what, *rest)
+        try:
+            message = worker.pipe.recv()
+        except (EOFError, OSError):
+            self._bury(worker)
+            return
+        if message == ("ready",):
+            worker.is_ready = True
+            if not self._was_ready and all(each.is_ready for each in self._workers):
+                self._was_ready = True
+                assert self._models.current is not None
+                self._tell("ready", self._models.current.about())
+        elif message == ("retired",):
+            worker.is_retired = True
+        else:
+            self._tell(*message)
 
     def _bury(self, worker: _Worker) -> None:
-        self._hear(worker)
-        self._workers.remove(worker)
+        worker.process.join()
         worker.pipe.close()
-        worker.mark.set(False)  # it may have ended in a pass
-        self._free.append(worker.mark)
+        self._workers.remove(worker)
+        self._marks[worker.number] = 0  # it may have ended in a pass
+        self._free.append(worker.number)
         forget_process(worker.process.pid)
-        self._code = max(self._code, int(worker.is_ready and worker.process.exitcode != 0 and self._is_ending))
+        how = _ending_of(worker.process)
         if self._is_ending:
-            return
-        how = _ending(worker.process)
-        if not self._was_ready:
+            self._code = max(self._code, int(worker.is_ready and worker.process.exitcode != 0))
+        elif self._was_ready:
+            self._next_start = time.monotonic() + (0.0 if worker.is_ready else 2.0)
+            _log.warning("worker %s ended by %s; another one takes its place", worker.process.pid, how)
+        else:
             self._tell("failed", UserError(f"a worker ended by {how} before it could serve; its lines say why"))
+            self._is_ending = True
             for other in self._workers:
                 other.process.kill()
-            self._is_ending = True
-            return
-        self._next_start = time.monotonic() + (0.0 if worker.is_ready else 2.0)
-        _log.warning("worker %s ended by %s; another one takes its place", worker.process.pid, how)
 
 
 # A worker
 
 
-def _run_worker(models: Models, sockets: Sockets, options: Options, mark: Mark, pipe: Connection, is_new: bool) -> None:
-    """Serves the model that was loaded before the fork, until SIGTERM, or until it is to retire or its parent ends.
+def _run_worker(
+    models: Models,
+    sockets: Sockets,
+    options: Options,
+    passes: Passes,
+    pipe: Connection,
+    not_its_own: list[Connection],
+    accepts: bool,
+) -> None:
+    """Serves the model that was loaded before the fork, until it is to stop or retire, or its parent ends.
 
-    is_new: whether it is one of the first to serve another model, which they count.
+    not_its_own: ends of pipes that a fork copies, and that say that a process has ended once nobody holds them;
+    accepts: whether it accepts connections at once, else when it is told to.
     """
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for each in not_its_own:
+        each.close()
     from mmoe_rec.server.app import Application
-    from mmoe_rec.server.metrics import Metrics
-    from mmoe_rec.server.running import Reloading, Server
+    from mmoe_rec.server.running import Server
 
-    served, metrics = models.current, Metrics()
+    served = models.current
     assert served is not None
-    talk = _Talk(pipe, Reloading(models, metrics), os.getppid())
+    talk = _Talk(pipe, models, Metrics())
     try:
         if served.learning is not None:
             served.learning.catch_up()
-        metrics.show_model(served.about())
-        if is_new:
-            metrics.reloads.labels("done").inc()
-        app = Application(models, options.limits, metrics, talk.reload, options.token, options.log, mark)
+        talk.metrics.show_model(served.about())
+        app = Application(models, options.limits, talk.metrics, talk.reload, options.token, options.log, passes)
         server = Server(app, options, sockets.give, sockets.take)
-        signal.signal(signal.SIGTERM, server.handle_exit)
-
-        def started(loop: asyncio.AbstractEventLoop) -> None:
-            threading.Thread(target=talk.run, args=(loop, server), daemon=True).start()
-            talk.send("ready")
-
-        server.serve_on(sockets.bound, started)
+        talk.send("ready")
+        if not accepts:
+            talk.wait_to_accept()
+        server.serve_on(sockets.bound, lambda: talk.follow(server))
     except UserError as error:
-        talk.send("failed", error)
+        _log.error("a worker can't serve: %s", error)
         end_process(1)
     end_process(0)
 
 
 class _Talk:
-    """A worker's end of the pipe."""
+    """A worker's end of the pipe; used in its main thread alone."""
 
-    def __init__(self, pipe: Connection, reloading: Reloading, parent: int) -> None:
-        self._pipe, self._reloading, self._parent = pipe, reloading, parent
+    def __init__(self, pipe: Connection, models: Models, metrics: Metrics) -> None:
+        self.metrics, self._pipe, self._models = metrics, pipe, models
         self._numbers = count()
-        self._lock = threading.Lock()
         self._waiting: dict[Any, asyncio.Future[tuple[str | None, dict[str, str | None]]]] = {}
 
-    def send(self, *what: Any) -> None:
+    def send(self, *message: Any) -> None:
         """Says something, unless the parent has ended."""
-        with self._lock, suppress(OSError):
-            self._pipe.send(what)
+        with suppress(OSError):
+            self._pipe.send(message)
+
+    def wait_to_accept(self) -> None:
+        """Waits until connections may be accepted; ends the process where that is not to come."""
+        what, *rest = self._receive()
+        if what != "accept":
+            end_process(0)
+        if rest[0]:
+            self.metrics.reloads.labels("done").inc()
+
+    def follow(self, server: Server) -> None:
+        """Does what it is told, from now on, in the event loop."""
+        asyncio.get_running_loop().add_reader(self._pipe.fileno(), self._obey, server)
 
     async def reload(self) -> dict[str, str | None]:
         """Asks for the model that the address names now; once it is served, gives what it is. Raises UserError."""
@@ -466,25 +460,26 @@ class _Talk:
             raise UserError(failure)
         return about
 
-    def run(self, loop: asyncio.AbstractEventLoop, server: Server) -> None:
-        """Does what it is told, until there is nobody to tell it."""
+    def _receive(self) -> Any:
         try:
-            while True:
-                if self._pipe.poll(_TICK_SECONDS):
-                    what, *rest = self._pipe.recv()
-                    if what == "failed":
-                        self._reloading.fail(str(rest[0]))
-                    elif what == "retire":
-                        loop.call_soon_threadsafe(server.retire, lambda: self.send("retired"))
-                    elif what == "reloaded":
-                        loop.call_soon_threadsafe(self._answer, *rest)
-                elif os.getppid() != self._parent:
-                    raise EOFError
+            return self._pipe.recv()
         except (EOFError, OSError):
             _log.warning("the process that holds the model has ended, and so does this worker")
-            loop.call_soon_threadsafe(server.stop)
+            return ("end",)
 
-    def _answer(self, token: Any, *result: Any) -> None:
-        done = self._waiting.pop(token, None)  # another worker's
-        if done is not None and not done.done():
-            done.set_result(result)
+    def _obey(self, server: Server) -> None:
+        what, *rest = self._receive()
+        if what == "failed":
+            (self._models.failure,) = rest
+            self.metrics.reloads.labels("failed").inc()
+        elif what == "retire":
+            server.retire(lambda: self.send("retired"))
+        elif what == "reloaded":
+            token, *result = rest
+            done = self._waiting.pop(token, None)  # another worker's
+            if done is not None and not done.done():
+                done.set_result((result[0], result[1]))
+        else:
+            server.stop()
+            if what == "end":
+                asyncio.get_running_loop().remove_reader(self._pipe.fileno())

@@ -137,7 +137,7 @@ def learnt_ms(model: Path, time_column: str, events: pa.Table) -> float:
     with threads(1):
         for start in range(0, len(events), STEP):
             rows = LogRows(events.slice(start, STEP), learnt.pipeline.schema)
-            learnt.take(learnt.prepared({None: rows}))
+            learnt.take(learnt.prepare({None: rows}))
         for _ in range(ASKED):
             for ranker in rankers:
                 start_s = time.perf_counter()

@@ -67,7 +67,7 @@ def main() -> None:
     example = json.loads((folder / "example_request.json").read_text(encoding="utf-8"))
     models.current = Served(ranker, Source(folder, "noop", None), example, ExampleScores((), {}, {}))
     server = Server(Application(models, limits), Options(limits))
-    server.serve_on(listening_socket("127.0.0.1", port), lambda loop: None)
+    server.serve_on(listening_socket("127.0.0.1", port), lambda: None)
 
 
 if __name__ == "__main__":

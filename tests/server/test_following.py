@@ -1,13 +1,14 @@
-"""How a worker's model follows the journal: callers may wait for a position, and the thread leaves the processor to
-requests, rests never for long, and ends with its server."""
+"""How a worker's model follows the journal: callers may wait for a position, and the thread ends with its server."""
 
+import asyncio
 import gc
 import os
 import sys
 import threading
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,23 +16,25 @@ import pytest
 from mmoe_rec.errors import UserError
 from mmoe_rec.live.journal import Journal
 from mmoe_rec.live.journal_files import cut_journal, remove_batches, write_files
-from mmoe_rec.server import following
+from mmoe_rec.server import ranking_queue
 from mmoe_rec.server.app import Application
-from mmoe_rec.server.following import Following, step_back
+from mmoe_rec.server.following import step_back
 from mmoe_rec.server.limits import Limits
 from mmoe_rec.server.models import Models, Source
+from mmoe_rec.server.ranking_queue import Passes
 from tests.inference.small_model import SmallModel
 from tests.log.small_logs import DAY, START
-from tests.processes import until
-from tests.server.asking import Answer, ask
+from tests.processes import PATIENCE, until
+from tests.server.asking import Answer, ask, element, reply
+from tests.server.test_batching import Watched
 from tests.server.test_events import as_json, asked, later_log
 
 
-def server(small: SmallModel, work: Path) -> Application:
+def server(small: SmallModel, work: Path, limits: Limits = Limits()) -> Application:  # noqa: B008 - it is frozen
     Journal(work / "journal.db").close()
-    models = Models(Limits(), str(work / "journal.db"))
+    models = Models(limits, str(work / "journal.db"))
     models.load(Source(small.folder, "models:/small/7", "a_run"))
-    return Application(models, Limits())
+    return Application(models, limits)
 
 
 def after(app: Application, position: object) -> Answer:
@@ -54,6 +57,9 @@ def test_positions_up_to_the_end_are_answered_and_others_refused(small, tmp_path
     answer = after(app, 4)
     assert answer.status == 400
     assert "'after': position 4 lies beyond the journal's end, 3" in answer.message
+    for wrong in ("x", ""):
+        answer = after(app, wrong)
+        assert (answer.status, "no position" in answer.message) == (400, True)
     other = Journal(tmp_path / "journal.db")
     assert other.append(*other.read(0)) == 6  # as another worker does
     assert after(app, 6).status == 200
@@ -88,80 +94,6 @@ def test_a_journal_that_can_not_be_read_is_no_fault_of_the_caller(small, tmp_pat
     assert "the disk is gone" in caplog.text
 
 
-WAITING = (None, None, None)
-WITHIN_SECONDS = 1.0
-"""Until an event is to be visible."""
-
-
-class Clock:
-    """Goes on when it is told to."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def monotonic(self) -> float:
-        return self.now
-
-    def time_ns(self) -> int:
-        return 0
-
-
-class Passes:
-    """A thread of passes, of which one is under way for a minute."""
-
-    def __init__(self, clock: Clock) -> None:
-        self._clock = clock
-
-    def wait(self) -> None:
-        self._clock.now += 60
-
-    def between_passes(self, function):
-        self._clock.now += 60
-        function()
-        done: Future[None] = Future()
-        done.set_result(None)
-        return done
-
-
-class Stub:
-    """Has learnt something within a second."""
-
-    live_rows, position = 0, None
-
-    def __init__(self, clock: Clock) -> None:
-        self._clock = clock
-
-    def read(self):
-        self._clock.now += 1
-        return SimpleNamespace(accepted_at=[], counts={})
-
-    def take(self, learnt) -> None:
-        pass
-
-
-def test_waiting_for_a_pass_is_no_work_that_it_rests_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = Clock()
-    app = server(SmallModel(tmp_path / "model"), tmp_path)
-    metrics = app.metrics
-    monkeypatch.setattr(following, "time", clock)
-    models = SimpleNamespace(current=SimpleNamespace(learning=Stub(clock)))
-    passes = Passes(clock)
-    it = Following(models, passes, passes, None, metrics)
-    assert it._step() == 1
-    assert clock.now == 60 + 1 + 60
-    it._waiting.append(WAITING)
-    assert it._step() == 1
-    assert clock.now == 121 + 1 + 60, "for a caller it learns at once"
-
-
-def test_rests_are_short_and_left_out_while_a_caller_waits() -> None:
-    it = Following(None, None, None, None, None)
-    assert it._rest(0.0) == 0
-    assert 0.1 <= it._rest(0.001) <= it._rest(0.05) <= it._rest(1000) <= WITHIN_SECONDS / 2
-    it._waiting.append(WAITING)
-    assert it._rest(1000) == 0
-
-
 def _priority() -> int:
     return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
 
@@ -188,3 +120,70 @@ def test_threads_end_with_their_server(small: SmallModel, tmp_path: Path) -> Non
         return not any(each.is_alive() for each in threads)
 
     until(have_ended, f"one of {threads} goes on")
+
+
+@pytest.mark.parametrize("ranking", [0, 1])
+def test_work_waits_for_a_pass_of_any_worker(ranking: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    marks, done = bytearray(2), threading.Event()
+    own, _ = workers = [Passes(marks, number) for number in range(2)]
+    own.wait()  # nobody ranks
+    workers[ranking].begin()
+    own.wait()  # and it gives up in the end
+    monkeypatch.setattr(ranking_queue, "LONGEST_WAIT_SECONDS", 2 * PATIENCE)
+    threading.Thread(target=lambda: (own.wait(), done.set()), daemon=True).start()
+    assert not done.wait(0.05)
+    workers[ranking].end()
+    assert done.wait(PATIENCE)
+
+
+def test_events_are_taken_after_a_pass(small: SmallModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranking_queue, "LONGEST_WAIT_SECONDS", 2 * PATIENCE)
+    app = server(small, tmp_path)
+    served, events = app.models.current, app.events
+    assert served is not None
+    assert events is not None
+    ranker = Watched(served.ranker)
+    ranker.pipeline = served.ranker.pipeline  # type: ignore[attr-defined]
+    app.models.current = replace(served, ranker=ranker)  # type: ignore[arg-type]
+
+    async def scenario() -> None:
+        ranker.go_on.clear()
+        ranked = asyncio.create_task(reply(app, {"inputs": [element()]}))
+        await asyncio.to_thread(until, lambda: ranker.passes)
+        taken = asyncio.create_task(reply(app, b"no JSON", page="/events"))
+        while not events.places.taken:
+            await asyncio.sleep(0.001)
+        await asyncio.sleep(0.05)
+        assert not taken.done()
+        ranker.go_on.set()
+        assert (await ranked).status == 200
+        assert (await taken).status == 400
+        assert not events.places.taken
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("full", ["/invocations", "/events"])
+def test_a_page_that_is_full_leaves_the_other_one_its_places(small: SmallModel, tmp_path: Path, full: str) -> None:
+    app = server(small, tmp_path, Limits(max_waiting=2))
+    assert app.events is not None
+    places = {"/invocations": app.calls.places, "/events": app.events.places}
+    bodies = {"/invocations": {"inputs": [element()]}, "/events": {"events": as_json(later_log(3, rows=2))}}
+
+    async def statuses() -> dict[str, int]:
+        end = asyncio.Event()
+
+        async def slow() -> AsyncIterator[bytes]:
+            yield b"{"
+            await end.wait()
+
+        held = [asyncio.ensure_future(reply(app, page=full, parts=slow())) for _ in range(2)]
+        while places[full].taken < 2:
+            await asyncio.sleep(0)
+        found = {page: (await reply(app, body, page=page)).status for page, body in bodies.items()}
+        end.set()
+        await asyncio.gather(*held)
+        return found
+
+    assert asyncio.run(statuses()) == {page: 503 if page == full else 200 for page in bodies}
+    assert [each.taken for each in places.values()] == [0, 0]
