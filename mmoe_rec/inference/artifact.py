@@ -21,10 +21,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,10 +79,10 @@ def read_artifact(folder: Path, verify: bool = True) -> Artifact:
     verify: check its files first, as `check_files` does. Raises UserError where there is no model, one of another
     format, or one that is not as it was written.
     """
-    tree = _object(folder / "model.json")
+    tree = _read_object(folder / "model.json")
     if tree is None and not (folder / MANIFEST).is_file():
         raise UserError(f"'{folder}' holds no model (model.json)")
-    if tree is not None and tree.get("format") != FORMAT and not _has_changed(folder, "model.json"):
+    if tree is not None and tree.get("format") != FORMAT:
         raise UserError(
             f"'{folder}' holds a model of another format than this version reads ({FORMAT}): train it again, or use "
             "the version of mmoe_rec that wrote it"
@@ -161,12 +160,6 @@ def read_calibration(folder: Path) -> Calibration:
         raise UserError(f"'{path}' is damaged: it does not hold the calibration of tasks") from None
 
 
-def iso_time(microseconds: int) -> str:
-    """Microseconds since 1970 UTC as ISO 8601."""
-    seconds, rest = divmod(microseconds, 1_000_000)
-    return datetime.fromtimestamp(seconds, UTC).replace(microsecond=rest).isoformat()
-
-
 # The manifest. SHA-256, as everyone can compute it (`sha256sum`) and processors have instructions for it: the 132 MB of
 # the model for Complete Journey take 0.04 s on two cores, 0.1 s without those instructions.
 
@@ -198,7 +191,7 @@ def read_manifest(folder: Path) -> dict[str, StoredFile]:
     if not (folder / MANIFEST).is_file():
         raise _damaged(folder, f"'{MANIFEST}' is missing")
     try:
-        tree = _object(folder / MANIFEST) or {}
+        tree = _read_object(folder / MANIFEST) or {}
         files = {name: StoredFile(**each) for name, each in tree["files"].items()}
         whole = tree["sha256"] == _sum(files)
     except (KeyError, TypeError, AttributeError):
@@ -247,15 +240,6 @@ def _wrong(path: Path, expected: StoredFile) -> str | None:
         return f"can't be read ({error.strerror})"
 
 
-def _has_changed(folder: Path, name: str) -> bool:
-    """Whether there is a manifest that says so of a file."""
-    try:
-        expected = read_manifest(folder).get(name)
-    except UserError:
-        return False
-    return expected is not None and _wrong(folder / name, expected) is not None
-
-
 def _names(folder: Path) -> Iterator[str]:
     """Names of all files in a folder, relative to it, without what an operating system or Python leaves there."""
     for path in folder.rglob("*"):
@@ -281,21 +265,10 @@ def _damaged(folder: Path, what: str) -> UserError:
     )
 
 
-def _object(path: Path) -> dict[str, Any] | None:
+def _read_object(path: Path) -> dict[str, Any] | None:
     """A JSON object, None for a file that is missing or holds something else."""
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     return tree if isinstance(tree, dict) else None
-
-
-def last_segments(features: Path, journal: str, events: Iterable[str]) -> dict[str | None, int] | None:
-    """As `Taken.last_segments`, of the tables in a folder; None where it does not say which files its tables hold.
-
-    Raises UserError for a damaged record.
-    """
-    from mmoe_rec.preprocessing.tables import taken_by  # which no server without a journal needs
-
-    taken = taken_by(features)
-    return None if taken is None else taken.last_segments(journal, events)

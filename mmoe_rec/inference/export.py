@@ -1,27 +1,48 @@
-"""A model in int8: an artifact folder like any other; and how near another form of a model is to the model itself.
+"""Other forms of a model, and how near they are to the model itself.
 
-Tables stay int8 in memory; matrices are computed with in float32.
+In int8 it is an artifact folder like any other: tables stay int8 in memory, matrices are computed with in float32.
+
+In ONNX it is the dense part as a file, its tables beside it, and what a stranger needs to use both:
+
+    <folder>/
+        model.onnx              inputs (N, W) -> predictions (N, P), log_score (N,), score (N,)
+        tables.safetensors      embedding tables by name, float32
+        inputs.json             what stands in which column of inputs and predictions
+        example.safetensors     the inputs of the model's example request, and what it gives for them
+        README.md               how to use these
+
+torch's own exporter makes the graph from the code that serves, so that it holds whatever a model's settings ask for:
+levels of experts, routing rules, crosses, calibration, regressions.
 """
 
 from __future__ import annotations
 
+import copy
 import json
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow.parquet as pq
+import torch
+from torch import Tensor, nn
 
-from mmoe_rec.errors import UserError
-from mmoe_rec.inference.artifact import read_manifest, read_stored
+from mmoe_rec.errors import UserError, one_line
+from mmoe_rec.inference.artifact import read_stored
 from mmoe_rec.inference.example import EXAMPLE
+from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.inference.ranking import Ranking
-from mmoe_rec.inference.writing import seal, write_tensors
-
-if TYPE_CHECKING:
-    from mmoe_rec.inference.ranker import Ranker
+from mmoe_rec.inference.request import Request
+from mmoe_rec.inference.writing import copy_files, seal, write_tensors
+from mmoe_rec.model.int8 import SCALES, quantised, some_in_int8
+from mmoe_rec.model.levels import Experts
+from mmoe_rec.model.mmoe import RankingModel
+from mmoe_rec.model.products import set_products
+from mmoe_rec.model.score import log_predictions, predictions
+from mmoe_rec.model.tables import PlainTables
 
 WEIGHTS = "weights.safetensors"
 Dense = Literal["bfloat16", "int8", "float32"]
@@ -29,6 +50,11 @@ Dense = Literal["bfloat16", "int8", "float32"]
 REQUESTS, CANDIDATES, BEST = 50, 200, 10
 Answers = Mapping[str, np.ndarray]
 """Of one request's N candidates, in its order: name of a prediction, or `score` -> (N,) float64."""
+MODEL, TABLES, INPUTS, EXAMPLE_VALUES = "model.onnx", "tables.safetensors", "inputs.json", "example.safetensors"
+OPSET = 18
+OUTPUTS = ("predictions", "log_score", "score")
+TOLERANCE = 1e-5
+_LARGEST = float(np.log(np.finfo(np.float64).max))
 
 
 def write_int8(folder: Path, made: Path, dense: Dense) -> None:
@@ -38,8 +64,6 @@ def write_int8(folder: Path, made: Path, dense: Dense) -> None:
 
     Raises UserError for a folder that is not as it was written, whose weights are in int8 already, or not finite.
     """
-    from mmoe_rec.model.int8 import SCALES, quantised, some_in_int8
-
     stored, smaller = read_stored(folder / WEIGHTS), {}
     if some_in_int8(stored):
         raise UserError(f"the model in '{folder}' is in int8 already: name the model that it was made of")
@@ -51,12 +75,185 @@ def write_int8(folder: Path, made: Path, dense: Dense) -> None:
             smaller[name], smaller[name + SCALES] = quantised(weight)
         else:
             smaller[name] = weight.bfloat16() if matrix and dense == "bfloat16" else weight
-    for name in read_manifest(folder):
-        if name != WEIGHTS:
-            (made / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(folder / name, made / name)
+    copy_files(folder, made, but=WEIGHTS)
     write_tensors(smaller, made / WEIGHTS)
     seal(made)
+
+
+class DensePart(nn.Module):
+    """What a ranker computes from its inputs on, in one module without choices: all experts run on all rows.
+
+    An expert that fails is not left out, as a ranker does.
+    """
+
+    def __init__(self, ranker: Ranker) -> None:
+        super().__init__()
+        layout = ranker.layout
+        self.model = RankingModel(PlainTables((), ()), layout, copy.deepcopy(ranker.model.mixture)).eval()
+        self.model.mixture.placement = None
+        set_products(self.model, "blas")
+        for module in self.model.modules():
+            if isinstance(module, Experts):
+                module.compute = "dense"
+        self._calibration, self._names = ranker.calibration, ranker.names
+        self._kinds = [task.kind for task in layout.tasks]
+        self._weights = [task.score_weight for task in layout.tasks]
+        self._products = list(layout.outcomes.values())
+
+    def forward(self, inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(N, W) float32 -> predictions (N, P) of tasks, then outcomes; log scores and scores, (N,) float64."""
+        logits = self._calibration.apply(self.model.of_inputs(inputs, None).logits, self._names)
+        values = predictions(logits, self._kinds)
+        both = [(values[:, given] * values[:, task]).unsqueeze(1) for given, task in self._products]
+        logs = log_predictions(logits.double(), self._kinds)
+        log_score = (logs * logs.new_tensor(self._weights)).sum(1)
+        return torch.cat([values, *both], dim=1), log_score, log_score.clamp(max=_LARGEST).exp()
+
+
+def write_onnx(folder: Path, ranker: Ranker, made: Path) -> None:
+    """Writes the model of an artifact folder, loaded as `ranker`, to an empty folder.
+
+    Raises UserError where a package is missing, or for a model that the exporter can't follow.
+    """
+    dense = DensePart(ranker)
+    example = inputs_of(ranker, json.loads((folder / EXAMPLE).read_text(encoding="utf-8")))
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # the exporter tells of libraries that no model here uses
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            program = torch.onnx.export(
+                dense,
+                (example,),
+                dynamo=True,
+                verbose=False,
+                opset_version=OPSET,
+                input_names=["inputs"],
+                output_names=list(OUTPUTS),
+                dynamic_shapes=({0: torch.export.Dim("candidates")},),
+            )
+        except Exception as error:  # the exporter's, which has causes of many kinds
+            raise UserError(f"torch's exporter can't turn this model into ONNX: {one_line(error)[:200]}") from error
+    assert program is not None
+    program.save(made / MODEL)
+    tables = {name: bag.weight.detach().clone() for name, bag in _bags(ranker).items()}
+    write_tensors(tables, made / TABLES)
+    with torch.inference_mode():
+        values = dict(zip(OUTPUTS, dense(example), strict=True))
+    write_tensors({"inputs": example, **{name: each.clone() for name, each in values.items()}}, made / EXAMPLE_VALUES)
+    about = _describe(ranker)
+    (made / INPUTS).write_text(json.dumps(about, indent=1, ensure_ascii=False), encoding="utf-8")
+    (made / "README.md").write_text(_readme(about), encoding="utf-8")
+
+
+def inputs_of(ranker: Ranker, request: Mapping[str, Any]) -> Tensor:
+    """(N, W) float32: the model's inputs for the candidates of a request, given as arguments of `rank`."""
+    rows = ranker.reader.rows([Request.of(request)])
+    return ranker.request_inputs.matrix(*ranker.pipeline.request_inputs(rows), rows.of)
+
+
+class OnnxModel:
+    """The written file, run by onnxruntime as another server would."""
+
+    def __init__(self, folder: Path) -> None:
+        import onnxruntime
+
+        self._session = onnxruntime.InferenceSession(str(folder / MODEL), providers=["CPUExecutionProvider"])
+        self._names = json.loads((folder / INPUTS).read_text(encoding="utf-8"))["outputs"]["predictions"]["columns"]
+
+    def answers(self, inputs: Tensor) -> Answers:
+        """What it gives for inputs (N, W)."""
+        values, _, scores = self._session.run(list(OUTPUTS), {"inputs": inputs.numpy()})
+        return {**dict(zip(self._names, values.T.astype(np.float64), strict=True)), "score": scores}
+
+
+def check_equal(pairs: Sequence[tuple[Answers, Answers]], chooses: bool) -> None:
+    """Raises UserError where the second form gives another prediction or score: off by more than TOLERANCE, or by more
+    than that share of a value over 1.
+
+    chooses: gates choose some of the experts. Where two are equally good but for rounding, the forms may choose
+    differently, so one row in a thousand may be off.
+    """
+    off = np.concatenate(
+        [
+            np.max([np.abs(other[name] - one[name]) / np.maximum(1.0, np.abs(one[name])) for name in one], axis=0)
+            for one, other in pairs
+        ]
+    )
+    off = np.where(np.isnan(off), np.inf, off)
+    if (wrong := int((off > TOLERANCE).sum())) > len(off) * chooses / 1000:
+        raise UserError(
+            f"the ONNX file computes something else than the model: {wrong:,} of {len(off):,} candidates are off, by "
+            f"{off.max():.2g} at most"
+        )
+
+
+def _bags(ranker: Ranker) -> dict[str, Any]:
+    """The tables that inputs look up, but for those of placement."""
+    used = {each.table for each in ranker.layout.ids if not each.placement}
+    tables = ranker.model.tables
+    assert isinstance(tables, PlainTables)
+    return {table.name: tables.embedding_bags[table.name] for table in ranker.layout.tables if table.name in used}
+
+
+def _describe(ranker: Ranker) -> dict[str, Any]:
+    """What `inputs.json` holds."""
+    layout, columns, start = ranker.layout, list[dict[str, Any]](), 0
+    for each in (each for each in layout.ids if not each.placement):
+        end = start + layout.table(each.table).dim
+        columns.append({"name": each.name, "first": start, "end": end, "table": each.table, "many": each.many})
+        start = end
+    for name in layout.dense_names(False):
+        columns.append({"name": name, "first": start, "end": start + 1})
+        start += 1
+    values = "float64" if any(task.kind == "regression" for task in layout.tasks) else "float32"
+    return {
+        "format": 1,
+        "model": ranker.about.name,
+        "fingerprint": ranker.about.fingerprint,
+        "inputs": {"dtype": "float32", "width": start, "columns": columns},
+        "outputs": {
+            "predictions": {"dtype": values, "columns": [*ranker.names, *layout.outcomes]},
+            "log_score": {"dtype": "float64", "weights": {task.name: task.score_weight for task in layout.tasks}},
+            "score": {"dtype": "float64"},
+        },
+        "tables": {name: list(bag.weight.shape) for name, bag in _bags(ranker).items()},
+    }
+
+
+def _readme(about: dict[str, Any]) -> str:
+    """The text for what `inputs.json` holds, for somebody who has nothing but the folder."""
+    predictions, tasks = about["outputs"]["predictions"], about["outputs"]["log_score"]["weights"]
+    both = any(name not in tasks for name in predictions["columns"])
+    return f"""# {about["model"]}, in ONNX
+
+`model.onnx` takes a matrix with a row for each candidate; mmoe_rec has checked it against the model. It runs wherever
+ONNX does, such as in onnxruntime (the packages `onnxruntime` and `safetensors`):
+
+```python
+import onnxruntime
+from safetensors.numpy import load_file
+
+example = load_file("example.safetensors")
+session = onnxruntime.InferenceSession("model.onnx")
+predictions, log_score, score = session.run(None, {{"inputs": example["inputs"]}})
+assert abs(predictions - example["predictions"]).max() < 1e-5
+```
+
+- `inputs`: (candidates, {about["inputs"]["width"]}) float32. `inputs.json` lists its columns, from `first` up to but
+  without `end`. A name with a `table` is an embedding: the row of an id in that table of `tables.safetensors`, with
+  `many` the mean of the rows of several ids, zeros without any. A name without one is a number, as features give it.
+- `predictions`: (candidates, {len(predictions["columns"])}) {predictions["dtype"]}, columns
+  {", ".join(f"`{name}`" for name in predictions["columns"])}{". The last of them: two together, their product" * both}.
+- `log_score`: (candidates,) float64, the sum of each task's weight times the log of its prediction; `score`: its
+  exponential. Rank by `log_score`, which is exact where `score` is too small or too large for a number.
+
+Which row an id has, and what a number is, follows from the folder `features` of the model, which
+`mmoe_rec.features.pipeline.FeaturePipeline` reads. Inputs made with other features, even of the same names, mean
+something else (these have the fingerprint `{about["fingerprint"]}`).
+"""
+
+
+# How near the forms are to each other
 
 
 def draw_requests(folder: Path, ranker: Ranker, requests: int = REQUESTS) -> Iterator[dict[str, Any]]:
@@ -86,6 +283,13 @@ def answers_of(ranking: Ranking) -> Answers:
     back = np.argsort(ranking.order)
     values = {**ranking.predictions, "score": ranking.scores}
     return {name: np.array(each, np.float64)[back] for name, each in values.items()}
+
+
+def answer_both(
+    folder: Path, ranker: Ranker, answer: Callable[[dict[str, Any]], Answers]
+) -> list[tuple[Answers, Answers]]:
+    """What a folder's ranker gives for drawn requests, and what another form of it answers."""
+    return [(answers_of(ranker.rank(**each)), answer(each)) for each in draw_requests(folder, ranker)]
 
 
 def agreement(pairs: Sequence[tuple[Answers, Answers]]) -> dict[str, Any]:

@@ -19,20 +19,19 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeAlias
 import numpy as np
 import pyarrow as pa
 import torch
-from torch import Tensor
 
 from mmoe_rec.batches.batch import make_batch
 from mmoe_rec.errors import RequestError, UserError, one_line
 from mmoe_rec.features.encoder import Inputs
 from mmoe_rec.features.memories import Live
 from mmoe_rec.features.pipeline import FeaturePipeline
-from mmoe_rec.inference.artifact import Artifact, iso_time, read_artifact, read_calibration, read_model, version_of
+from mmoe_rec.inference.artifact import Artifact, read_artifact, read_calibration, read_model, version_of
 from mmoe_rec.inference.example import EXAMPLE, ExampleScores
 from mmoe_rec.inference.ranking import Explainer, Freshness, Ranking, Seen, as_of, latest, scored_table
 from mmoe_rec.inference.reader import RequestReader, as_logged, read_rows
 from mmoe_rec.inference.request import Request, fused_weights
-from mmoe_rec.inference.scorer import ExpertChoice, GuardedModel, Scored, Scorer
-from mmoe_rec.log.given import check_count, check_flag
+from mmoe_rec.inference.scorer import ExpertOptions, Scored, Scorer
+from mmoe_rec.log.given import check_count, check_flag, iso_time
 from mmoe_rec.log.request_rows import RequestRows
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.model.inputs import RequestInputs
@@ -56,19 +55,13 @@ class OtherScoresError(UserError):
 
 @dataclass(frozen=True)
 class Knowledge:
-    """What a ranker knows of what happened. pipeline, reader: that know it; freshness: up to when."""
+    """What a ranker knows of what happened. pipeline, reader: that know it; freshness: up to when; before: what it was
+    prepared beside, if it is to be taken."""
 
     pipeline: FeaturePipeline
     reader: RequestReader
     freshness: Freshness
-
-
-@dataclass(frozen=True)
-class Learnt:
-    """What a ranker can take. before: what it was prepared beside."""
-
-    knowledge: Knowledge
-    before: Live
+    before: Live | None = None
 
 
 class _Checked(NamedTuple):
@@ -77,7 +70,7 @@ class _Checked(NamedTuple):
     number: int
     request: Request
     weights: np.ndarray
-    choice: ExpertChoice
+    experts: ExpertOptions
 
 
 def _refuse_addresses(address: str | Path, uri: str | None) -> Path:
@@ -105,16 +98,13 @@ class Ranker:
         features: Path,
         version: str,
     ):
-        self.about, self.version = about, version
-        self.layout = about.layout
-        self.model = model.eval()
-        self.guarded = GuardedModel(model, [task.name for task in about.tasks])
-        self.calibration = calibration
-        self.scorer = Scorer(about, self.guarded, calibration)
-        self.names = [task.name for task in about.tasks]
+        self.about, self.version, self.layout = about, version, about.layout
+        self.model, self.calibration = model, calibration
+        self.scorer = Scorer(about, model, calibration)
+        self.names = self.scorer.names
         tables = model.tables
         assert isinstance(tables, PlainTables)
-        self._inputs_of_requests = RequestInputs(self.layout, tables)
+        self.request_inputs = RequestInputs(self.layout, tables)
         reader = RequestReader(pipeline, features, about.max_candidates)
         self._knowledge = Knowledge(pipeline, reader, Freshness.of(about))
         self._keeps_seen = False
@@ -209,7 +199,7 @@ class Ranker:
         """What the setting `serving.products` asks for; for `auto`, what is faster on this processor."""
         wanted = self.about.products
         if wanted == "auto":
-            return self.scorer.faster_products(self._inputs_of_requests.width)
+            return self.scorer.faster_products(self.request_inputs.width)
         return "onednn" if wanted == "onednn" else "blas"
 
     # Learning what happened since
@@ -250,39 +240,36 @@ class Ranker:
         schema = self.pipeline.schema
         checked = RowChecks(schema, known_types(self.pipeline), max(len(table), 1)).of_table(log, table)
         with self._learning:
-            self.take(self.prepared({log: as_logged(self.pipeline.schema, self.reader, log, checked)}))
+            self.take(self.prepare({log: as_logged(schema, self.reader, log, checked)}))
 
-    def prepared(self, rows: Mapping[str | None, LogRows]) -> Learnt:
+    def prepare(self, rows: Mapping[str | None, LogRows]) -> Knowledge:
         """What `take` takes; one after the other.
 
         rows: of the interaction log (None) and of logs of events, with all columns of the log.
         """
-        before = self._knowledge
-        pipeline, reader, known = before.pipeline, before.reader, before.freshness.known
-        live, users, candidates = pipeline.live, reader.users, reader.candidates
+        before, as_of = self._knowledge, self.tables_known
+        pipeline, known, live = before.pipeline, before.freshness.known, before.pipeline.live
+        users, candidates = before.reader.users, before.reader.candidates
         for source, each in rows.items():
             if not len(each):
                 continue
             live = live.extended(pipeline.live_events(source, each), len(each))
             known = max(known, int(each.times().max()))
             if source is None:
-                schema, as_of = pipeline.schema, self.tables_known
-                users = users.with_changes(users.changes(each, schema, as_of))
-                candidates = candidates.with_changes(candidates.changes(each, schema, as_of))
-        knowledge = Knowledge(
-            pipeline.with_live(live), reader.with_latest(users, candidates), before.freshness.up_to(known)
-        )
-        return Learnt(knowledge, pipeline.live)
+                users = users.with_changes(users.changes(each, pipeline.schema, as_of))
+                candidates = candidates.with_changes(candidates.changes(each, pipeline.schema, as_of))
+        reader, freshness = before.reader.with_latest(users, candidates), before.freshness.up_to(known)
+        return Knowledge(pipeline.with_live(live), reader, freshness, pipeline.live)
 
-    def take(self, learnt: Learnt) -> None:
+    def take(self, knowledge: Knowledge) -> None:
         """Knows what was prepared from now on; requests that are under way are answered as before.
 
         Raises ValueError where something else was taken since it was prepared, which would be forgotten.
         """
         with self._learning:
-            if learnt.before is not self._knowledge.pipeline.live:
+            if knowledge.before is not self._knowledge.pipeline.live:
                 raise ValueError("something else was learnt since this was prepared: prepare it again")
-            self._knowledge = learnt.knowledge
+            self._knowledge = replace(knowledge, before=None)
 
     # Ranking requests
 
@@ -343,7 +330,7 @@ class Ranker:
                 continue
             try:
                 checked = self._check(number, request)
-                groups.setdefault((checked.choice, request.columns), []).append(checked)
+                groups.setdefault((checked.experts, request.columns), []).append(checked)
             except RequestError as error:
                 answers[number] = error
         for group in groups.values():
@@ -355,15 +342,15 @@ class Ranker:
         weights = fused_weights(self.about.tasks, request.task_weights)
         check_count("top_k", request.top_k)
         check_flag("explain", request.explain)
-        return _Checked(number, request, weights, self.guarded.choice(request.gate_top_k, request.mask_experts))
+        return _Checked(number, request, weights, self.scorer.options(request.gate_top_k, request.mask_experts))
 
     def _rank(self, knowledge: Knowledge, part: Sequence[_Checked]) -> Sequence[Ranking | RequestError]:
         """One answer a request of a part that gives the same columns."""
         try:
             rows, inputs = self.encode(knowledge, [each.request for each in part])
             explain = any(each.request.explain for each in part)
-            matrix = self._inputs_of_requests.matrix(*inputs, rows.of)
-            scored = self.scorer.score(matrix, part[0].choice, explain)
+            matrix = self.request_inputs.matrix(*inputs, rows.of)
+            scored = self.scorer.score(matrix, part[0].experts, explain)
             if len(part) == 1 or not scored.failed:  # an expert's failure may be the fault of one request
                 return self._put_in_order(knowledge, part, rows, inputs, scored)
         except RequestError as error:
@@ -415,7 +402,7 @@ class Ranker:
         places, positions = order.tolist(), (order - starts[rows.of]).tolist()
         times = rows.shared.times().tolist()
         floors = pipeline.memories_read(rows)
-        explainer = Explainer(pipeline, rows, scored, self.names) if scored.inside else None
+        explainer = Explainer(pipeline, rows, scored, self.names) if scored.gates is not None else None
         integer_ids = pipeline.key_types.get(names.request or "") == "int64"
         rankings = []
         for number, each in enumerate(part):
@@ -457,18 +444,17 @@ class Ranker:
             rows = read_rows(pipeline, rows)
         if weights is None:
             weights = fused_weights(self.about.tasks, None)
-        starts = range(0, len(rows), ROWS_AT_A_TIME)
-        parts = [self.scorer.score(self._inputs(pipeline, rows, start)) for start in starts]
-        scored = Scored.joined(parts, len(self.names))
+        parts = []
+        for start in range(0, len(rows), ROWS_AT_A_TIME):
+            part = rows
+            if len(rows) > ROWS_AT_A_TIME:
+                part = LogRows(rows.table.slice(start, ROWS_AT_A_TIME), rows.schema)
+            batch = make_batch(pipeline.encode(part), self.layout, torchrec=False)
+            with torch.inference_mode():
+                inputs = self.model.side_by_side(batch)[0]
+            parts.append(self.scorer.score(inputs))
+        scored = Scored.join(parts, len(self.names))
         return scored.values, scored.logs @ weights
-
-    def _inputs(self, pipeline: FeaturePipeline, rows: LogRows, start: int) -> Tensor:
-        """The model's inputs of at most ROWS_AT_A_TIME rows."""
-        if len(rows) > ROWS_AT_A_TIME:
-            rows = LogRows(rows.table.slice(start, ROWS_AT_A_TIME), rows.schema)
-        batch = make_batch(pipeline.encode(rows), self.layout, torchrec=False)
-        with torch.inference_mode():
-            return self.model.side_by_side(batch)[0]
 
     def score_table(self, rows: Rows) -> pa.Table:
         """As `score`, as a table: keys of the rows, `predicted_NAME` of each task and outcome, and `score`."""

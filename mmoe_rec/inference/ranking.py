@@ -11,8 +11,8 @@ import numpy as np
 import pyarrow as pa
 
 from mmoe_rec.features.layout import Layout
-from mmoe_rec.inference.artifact import Artifact, iso_time
-from mmoe_rec.log.given import microseconds
+from mmoe_rec.inference.artifact import Artifact
+from mmoe_rec.log.given import iso_time, microseconds
 from mmoe_rec.log.rows import MICROSECONDS_PER_DAY, LogRows
 from mmoe_rec.settings.columns import NO_CANDIDATE
 from mmoe_rec.settings.schema import Schema
@@ -119,21 +119,22 @@ class Ranking:
 class Explainer:
     """Explains candidates of a pass, whose rows are looked up once for all of them.
 
-    scored: of the pass's rows, with `inside`; tasks: names.
+    scored: of the pass's rows, to be explained; tasks: names.
     """
 
     def __init__(self, pipeline: FeaturePipeline, rows: RequestRows, scored: Scored, tasks: Sequence[str]) -> None:
-        assert scored.inside is not None
-        self._tasks, self._scored, self._inside = tasks, scored, scored.inside
+        self._tasks, self._scored = tasks, scored
         self._numbers, self._lists = pipeline.found(rows)
 
     def explanations(self, places: Sequence[int], moments: Mapping[str, str]) -> list[Explanation]:
         """Of the candidates of a request at these rows of the pass, in the given order; moments: as `as_of` gives."""
-        chosen = np.array(places, np.int64)
-        after, before = (each[chosen].astype(np.float64) for each in (self._scored.values, self._inside.values))
+        chosen, scored = np.array(places, np.int64), self._scored
+        assert scored.uncalibrated is not None
+        assert scored.gates is not None
+        after, before = (each[chosen].astype(np.float64) for each in (scored.values, scored.uncalibrated))
         numbers = {name: _or_null(each[chosen]) for name, each in self._numbers.items()}
         lists = {name: each[chosen].tolist() for name, each in self._lists.items()}
-        rows = zip(before.tolist(), after.tolist(), self._inside.gates[chosen].tolist(), strict=True)
+        rows = zip(before.tolist(), after.tolist(), scored.gates[chosen].tolist(), strict=True)
         return [
             Explanation(
                 uncalibrated=dict(zip(self._tasks, uncalibrated, strict=True)),

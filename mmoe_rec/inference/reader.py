@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from itertools import chain
@@ -16,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pyarrow.types as pt
 
-from mmoe_rec.errors import RequestError, UserError, quoted
+from mmoe_rec.errors import RequestError, UserError, quoted, suggest
 from mmoe_rec.features.latest import LatestValues, RecentValues
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.inference.request import Request
@@ -54,68 +53,48 @@ class RequestColumns:
     """
 
     def __init__(self, pipeline: FeaturePipeline, users: LatestValues, candidates: LatestValues) -> None:
-        schema = pipeline.schema
-        self.schema = schema
-        types = dict(_known_types(pipeline, users, candidates))
-        uses = column_uses(schema)
-        log = {
+        self.schema = schema = pipeline.schema
+        # Later ones win: the log's own columns tell more than a vocabulary.
+        types = {name: pa.type_for_alias(kind) for name, kind in pipeline.key_types.items()}
+        for encoder in pipeline.encoders.values():
+            types |= encoder.column_types()
+        for latest in (users, candidates):
+            known = (each for each in latest.table.schema if not pt.is_null(each.type))
+            types |= {each.name: each.type for each in known if each.type != UTC_MICROSECONDS}
+        uses, inputs = column_uses(schema), schema.input_columns()
+        self._columns = {
             name: RequestColumn(name, role, uses[name], types.get(name))
-            for name, role in schema.input_columns().items()
+            for name, role in inputs.items()
             if role != "placement"
         }
-        self.log_columns = list(log)
+        self.log_columns = list(self._columns)
         # A log's own column comes first: that is what a feature would read.
-        self._columns = log | {each.name: each for each in _precomputed(pipeline) if each.name not in log}
+        for name, memory in pipeline.memory_encoders.items():
+            for column, (use, kind) in memory.precomputed().items():
+                self._columns.setdefault(column, RequestColumn(column, schema.role_of(name), use, kind))
         if (request := schema.columns.request) is not None:  # features may not read it, and the server logs it
-            own = RequestColumn(request, "context", "key", types.get(request))
-            self._columns.setdefault(request, own)
-        unread = {name: role for name, role in schema.column_roles.items() if name not in schema.input_columns()}
-        self._unread = {n: role for n, role in unread.items() if role != "placement" and n not in self._columns}
-        self._placement = {name for name, role in schema.column_roles.items() if role == "placement"}
+            self._columns.setdefault(request, RequestColumn(request, "context", "key", types.get(request)))
+        self._unread = {n: r for n, r in schema.column_roles.items() if n not in inputs and n not in self._columns}
 
-    def of_part(self, role: Role, names: Iterable[str]) -> list[RequestColumn]:
+    def of_part(self, role: Role, names: Collection[str]) -> list[RequestColumn]:
         """The columns of these names. Columns that the settings list under the role but no feature reads are left out.
 
         Raises RequestError for an unknown name, a placement, or a column that belongs to another part.
         """
-        return [self._columns[name] for name in names if not self._is_unread(role, name)]
-
-    def _is_unread(self, role: Role, name: str) -> bool:
-        if name in self._placement:
-            raise RequestError(
-                f"column '{name}' describes placement, which is absent in serving: leave it out of '{PARTS[role]}'"
-            )
-        actual = self._columns[name].role if name in self._columns else self._unread.get(name)
-        if actual is None:
-            valid = [*(each.name for each in self._columns.values() if each.role == role)]
-            near = difflib.get_close_matches(name, [*self._columns, *self._unread], n=1)
-            hint = f"; did you mean '{near[0]}'?" if near else f" ({', '.join(valid) or 'it has none'})"
-            raise RequestError(f"'{PARTS[role]}' has an unknown column {quoted(name)}{hint}")
-        if actual != role:
-            raise RequestError(
-                f"column '{name}' describes the {actual}: give it in '{PARTS[actual]}', not in '{PARTS[role]}'"
-            )
-        return name in self._unread
-
-
-def _precomputed(pipeline: FeaturePipeline) -> Iterator[RequestColumn]:
-    for name, encoder in pipeline.memory_encoders.items():
-        for column, (use, kind) in encoder.precomputed().items():
-            yield RequestColumn(column, pipeline.schema.role_of(name), use, kind)
-
-
-def _known_types(
-    pipeline: FeaturePipeline, users: LatestValues, candidates: LatestValues
-) -> Iterator[tuple[str, pa.DataType]]:
-    # Later ones win: the log's own columns tell more than a vocabulary.
-    for name, kind in pipeline.key_types.items():
-        yield name, pa.type_for_alias(kind)
-    for encoder in pipeline.encoders.values():
-        yield from encoder.column_types().items()
-    for latest in (users, candidates):
-        for field in latest.table.schema:
-            if not pt.is_null(field.type) and field.type != UTC_MICROSECONDS:
-                yield field.name, field.type
+        for name in names:
+            actual = self._columns[name].role if name in self._columns else self.schema.column_roles.get(name)
+            if actual == "placement":
+                raise RequestError(
+                    f"column '{name}' describes placement, which is absent in serving: leave it out of '{PARTS[role]}'"
+                )
+            if actual is None:
+                hint = suggest(name, [each.name for each in self._columns.values() if each.role == role])
+                raise RequestError(f"'{PARTS[role]}' has an unknown column {quoted(name)}; {hint}")
+            if actual != role:
+                raise RequestError(
+                    f"column '{name}' describes the {actual}: give it in '{PARTS[actual]}', not in '{PARTS[role]}'"
+                )
+        return [self._columns[name] for name in names if name not in self._unread]
 
 
 class RequestReader:
@@ -151,9 +130,14 @@ class RequestReader:
         """
         names = self.schema.columns
         counts = [self._count(request.candidates) for request in requests]
-        one = self._read("user", [request.user for request in requests])
-        one |= self._read("context", [request.context for request in requests])
-        given = self._read_candidates([request.candidates for request in requests])
+        one, given = dict[str, pa.Array](), dict[str, pa.Array]()
+        for each in self.columns.of_part("user", requests[0].user):
+            one[each.name] = self._array(each, [request.user[each.name] for request in requests])
+        for each in self.columns.of_part("context", requests[0].context):
+            one[each.name] = self._array(each, [request.context[each.name] for request in requests])
+        for each in self.columns.of_part("candidate", requests[0].candidates):
+            lists = (request.candidates[each.name] for request in requests)
+            given[each.name] = self._array(each, list(chain.from_iterable(lists)))
         self._require(one, given)
         if names.time not in one:
             one[names.time] = pa.repeat(_now(), len(requests))
@@ -180,9 +164,10 @@ class RequestReader:
         return rows if table is rows.table else LogRows(table, self.schema, rows.results)
 
     def _count(self, candidates: Mapping[str, Any]) -> int:
-        name = self.schema.columns.candidate if self.schema.columns.has_candidate else next(iter(candidates), "")
+        has_ids = self.schema.columns.has_candidate
+        name = self.schema.columns.candidate if has_ids else next(iter(candidates), "")
         if name not in candidates:
-            if not self.schema.columns.has_candidate:
+            if not has_ids:
                 raise RequestError("'candidates' is empty: it needs the columns that describe the rows to score")
             raise RequestError(f"'candidates' needs a column '{name}' with the candidates' ids")
         for column, values in candidates.items():
@@ -192,7 +177,7 @@ class RequestReader:
                 )
         count = len(candidates[name])
         if count == 0:
-            what = "id" if self.schema.columns.has_candidate else "value"
+            what = "id" if has_ids else "value"
             raise RequestError(f"'candidates' is empty: column {quoted(name)} needs at least one {what}")
         if count > self.max_candidates:
             raise RequestError(
@@ -206,18 +191,6 @@ class RequestReader:
                     f"{quoted(column)} has {len(values):,}"
                 )
         return count
-
-    def _read_candidates(self, parts: Sequence[Mapping[str, Any]]) -> dict[str, pa.Array]:
-        return {
-            each.name: self._array(each, list(chain.from_iterable(part[each.name] for part in parts)))
-            for each in self.columns.of_part("candidate", parts[0])
-        }
-
-    def _read(self, role: Role, parts: Sequence[Mapping[str, Any]]) -> dict[str, pa.Array]:
-        return {
-            each.name: self._array(each, [part[each.name] for part in parts])
-            for each in self.columns.of_part(role, parts[0])
-        }
 
     def _array(self, column: RequestColumn, values: Sequence[Any]) -> pa.Array:
         names = self.schema.columns
@@ -263,11 +236,18 @@ def read_rows(pipeline: FeaturePipeline, given: pa.Table | pd.DataFrame) -> LogR
     missing = [name for name, role in read.items() if role != "placement" and name not in rows.column_names]
     if missing:
         raise UserError(f"the rows have no column {', '.join(map(repr, missing))}, which the model's features read")
-    uses, unit = column_uses(schema), schema.columns.time_unit
+    uses, names = column_uses(schema), schema.columns
     columns = {name: rows[name] for name in rows.column_names}
     for name in read.keys() & columns.keys():
-        columns[name] = canonical(name, uses[name], rows[name], unit)
-        _check(pipeline, name, columns[name])
+        values = columns[name] = canonical(name, uses[name], rows[name], names.time_unit)
+        kind = values.type.value_type if pa.types.is_dictionary(values.type) else values.type
+        logged = pipeline.key_types.get(name)
+        if logged is not None and not pa.types.is_null(kind) and str(kind) != logged:
+            raise UserError(
+                f"column '{name}' of the rows holds {kind}, and the log that the model was trained on {logged}"
+            )
+        if name in (names.user, names.candidate, names.time) and values.null_count:
+            raise UserError(f"column '{name}' of the rows is null in {values.null_count:,} of {len(values):,} rows")
     return LogRows(pa.table(columns), schema)
 
 
@@ -279,13 +259,3 @@ def as_logged(schema: Schema, reader: RequestReader, log: str | None, checked: p
     for name in uses.keys() - set(table.column_names):
         table = table.append_column(name, pa.nulls(len(table)))
     return LogRows(table, schema) if log is None else event_rows(table, schema, log)
-
-
-def _check(pipeline: FeaturePipeline, name: str, values: pa.ChunkedArray) -> None:
-    """Raises UserError where a column of rows has not the type that the log had, or an id or a time is missing."""
-    kind = values.type.value_type if pa.types.is_dictionary(values.type) else values.type
-    known, names = pipeline.key_types.get(name), pipeline.schema.columns
-    if known is not None and not pa.types.is_null(kind) and str(kind) != known:
-        raise UserError(f"column '{name}' of the rows holds {kind}, and the log that the model was trained on {known}")
-    if name in (names.user, names.candidate, names.time) and values.null_count:
-        raise UserError(f"column '{name}' of the rows is null in {values.null_count:,} of {len(values):,} rows")

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from mmoe_rec.atomic import atomic_folder
 from mmoe_rec.errors import UserError
-from mmoe_rec.inference.artifact import FORMAT, Artifact, iso_time, read_artifact, read_manifest, write_manifest
+from mmoe_rec.inference.artifact import FORMAT, Artifact, read_artifact, read_manifest, write_manifest
 from mmoe_rec.inference.example import EXAMPLE, SCORES, example_request
+from mmoe_rec.log.given import iso_time
 from mmoe_rec.model.layout import ModelLayout
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ def write_artifact(
         journal=taken.journal,
     )
     with atomic_folder(folder) as target:
-        _write_weights(target / "weights.safetensors", state_dict)
+        _write_weights(target, state_dict)
         shutil.copytree(prepared.serving, target / "features")
         shutil.copyfile(prepared.folder / "files.json", target / "features" / "files.json")
         if (prepared.folder / "requests").is_dir():
@@ -87,10 +88,8 @@ def rewrite_artifact(folder: Path, target: Path, model: Model, state_dict: Mappi
     about = replace(read_artifact(folder), model=model.model_dump(mode="json"))
     settings = load_settings(folder / "settings.yaml").model_copy(update={"model": model})
     with atomic_folder(target) as made:
-        for name in read_manifest(folder):
-            (made / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(folder / name, made / name)
-        _write_weights(made / "weights.safetensors", state_dict)
+        copy_files(folder, made)
+        _write_weights(made, state_dict)
         (made / "settings.yaml").write_text(settings.to_yaml(), encoding="utf-8")
         _write_about(made, about)
         seal(made)
@@ -122,14 +121,19 @@ def write_with_tables(
         journal=None if journal is None else dict(journal),
     )
     with atomic_folder(target) as made:
-        for name in read_manifest(folder):
-            if not name.startswith("features/"):
-                (made / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(folder / name, made / name)
+        copy_files(folder, made, but="features/")
         shutil.copytree(features, made / "features")
         _write_about(made, about)
         _write_json(made / EXAMPLE, example_request(made / "features", about.tables_as_of))
         seal(made)
+
+
+def copy_files(folder: Path, made: Path, but: str | None = None) -> None:
+    """Copies the files of an artifact folder that its manifest names. but: the start of names that are left out."""
+    for name in read_manifest(folder):
+        if but is None or not name.startswith(but):
+            (made / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(folder / name, made / name)
 
 
 def seal(folder: Path) -> None:
@@ -161,14 +165,11 @@ def _write_json(path: Path, tree: dict[str, Any]) -> None:
     path.write_text(json.dumps(tree, indent=1, ensure_ascii=False), encoding="utf-8")
 
 
-def _write_weights(path: Path, state_dict: Mapping[str, Tensor]) -> None:
-    weights = {}
+def _write_weights(folder: Path, state_dict: Mapping[str, Tensor]) -> None:
     for name, weight in state_dict.items():
-        # A copy of its own: safetensors refuses tensors that share memory.
-        weights[name] = weight.detach().cpu().float().contiguous().clone()
-        if not weights[name].isfinite().all():
+        if not weight.isfinite().all():
             raise UserError(f"weight '{name}' holds NaN or infinity: training diverged; lower the learning rates")
-    write_tensors(weights, path)
+    write_tensors({name: weight.float() for name, weight in state_dict.items()}, folder / "weights.safetensors")
 
 
 def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
@@ -178,5 +179,6 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
 
     path.touch()
     mode = path.stat().st_mode
-    save_file(dict(tensors), path)
+    # Copies, as safetensors refuses tensors that share memory.
+    save_file({name: each.detach().cpu().contiguous().clone() for name, each in tensors.items()}, path)
     path.chmod(mode)

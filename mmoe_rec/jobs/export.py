@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmoe_rec.atomic import atomic_folder
-from mmoe_rec.errors import UserError
+from mmoe_rec.errors import UserError, require_packages
 from mmoe_rec.locks import writing
 from mmoe_rec.settings.sections import Settings, Tracking
 from mmoe_rec.tracking.registry import FoundModel, find_model
@@ -30,19 +30,19 @@ def export_int8(address: str, out: Path, dense: Dense, settings: Settings | None
     Raises UserError for a model that can't be made so, or a folder that holds something else.
     """
     with _place(address, out, settings) as (model, made):
-        from mmoe_rec.inference.export import agreement, answers_of, draw_requests, write_int8
+        from mmoe_rec.inference import export
         from mmoe_rec.inference.ranker import Ranker
 
         ranker = Ranker.load(model.folder)
-        write_int8(model.folder, made, dense)
-        small, requests = Ranker.load(made), draw_requests(model.folder, ranker)
-        pairs = [(answers_of(ranker.rank(**each)), answers_of(small.rank(**each))) for each in requests]
+        export.write_int8(model.folder, made, dense)
+        small = Ranker.load(made)
+        pairs = export.answer_both(model.folder, ranker, lambda each: export.answers_of(small.rank(**each)))
         report = {
             "made": "int8",
             "of": model.address,
             "dense": dense,
             "bytes": {"model": _bytes(model.folder), "int8": _bytes(made)},
-            "requests": agreement(pairs),
+            "requests": export.agreement(pairs),
         }
         if settings is not None:
             report["test_rows"] = _measure_test_rows(settings, model.folder, ranker, small)
@@ -51,23 +51,22 @@ def export_int8(address: str, out: Path, dense: Dense, settings: Settings | None
 
 
 def export_onnx(address: str, out: Path, settings: Settings | None = None) -> dict[str, Any]:
-    """Writes the model at an address to a folder as `mmoe_rec.inference.onnx_export` says, and `export.json`.
+    """Writes the model at an address to a folder as `mmoe_rec.inference.export` says, and `export.json`.
 
     Raises UserError where a package is missing, the file does not compute what the model does, or the folder holds
     something else.
     """
     with _place(address, out, settings) as (model, made):
-        from mmoe_rec.inference.export import agreement, answers_of, draw_requests
-        from mmoe_rec.inference.onnx_export import OnnxModel, check_equal, check_packages, inputs_of, write_onnx
+        require_packages("ONNX", "onnx", "onnx", "onnxscript", "onnxruntime")
+        from mmoe_rec.inference import export
         from mmoe_rec.inference.ranker import Ranker
 
-        check_packages()
         ranker = Ranker.load(model.folder)
-        write_onnx(model.folder, ranker, made)
-        onnx, requests = OnnxModel(made), draw_requests(model.folder, ranker)
-        pairs = [(answers_of(ranker.rank(**each)), onnx.answers(inputs_of(ranker, each))) for each in requests]
-        check_equal(pairs, any(gates.experts_a_row() is not None for gates in ranker.model.mixture.gates))
-        report = {"made": "onnx", "of": model.address, "requests": agreement(pairs)}
+        export.write_onnx(model.folder, ranker, made)
+        onnx = export.OnnxModel(made)
+        pairs = export.answer_both(model.folder, ranker, lambda each: onnx.answers(export.inputs_of(ranker, each)))
+        export.check_equal(pairs, any(gates.experts_a_row() is not None for gates in ranker.model.mixture.gates))
+        report = {"made": "onnx", "of": model.address, "requests": export.agreement(pairs)}
         _write_report(made, report)
     return report
 

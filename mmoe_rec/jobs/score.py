@@ -17,7 +17,7 @@ from mmoe_rec.atomic import atomic_file
 from mmoe_rec.errors import StoppedError, UserError
 from mmoe_rec.features.memories import exact_from
 from mmoe_rec.features.pipeline import FeaturePipeline
-from mmoe_rec.inference.artifact import iso_time, read_artifact, version_of
+from mmoe_rec.inference.artifact import read_artifact, version_of
 from mmoe_rec.inference.ranking import Freshness
 from mmoe_rec.jobs.places import build_options
 from mmoe_rec.jobs.score_files import (
@@ -34,6 +34,7 @@ from mmoe_rec.jobs.score_files import (
 from mmoe_rec.locks import writing
 from mmoe_rec.log.checks import BadFile, format_time
 from mmoe_rec.log.files import is_remote
+from mmoe_rec.log.given import iso_time
 from mmoe_rec.log.reader import LogPart
 from mmoe_rec.point_in_time.join import Window
 from mmoe_rec.preprocessing.engines import Engine, open_engine

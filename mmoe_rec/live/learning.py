@@ -20,12 +20,12 @@ import numpy as np
 import pyarrow as pa
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.inference.artifact import last_segments
 from mmoe_rec.live.duplicates import Duplicates, NewRows
 from mmoe_rec.live.journal import ROWS_AT_A_TIME, Journal
 from mmoe_rec.live.journal_files import logs_beyond, read_on
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.log.stand_ins import require_all
+from mmoe_rec.preprocessing.tables import taken_by
 from mmoe_rec.settings.schema import Schema
 
 if TYPE_CHECKING:
@@ -85,7 +85,8 @@ class Learning:
         through = int(about["through"]) if about is not None and self._is_known else 0
         self.position = max(through, self.journal.removed())
         self._duplicates = Duplicates(self.schema)
-        self._begin(through, last_segments(features, self.journal.id, self.schema.events))
+        taken = taken_by(features)
+        self._begin(through, None if taken is None else taken.last_segments(self.journal.id, self.schema.events))
         self.gap: str | None = None
         if logs_beyond(self.journal, self.schema, through):
             self.gap = self._describe_gap(through)
@@ -181,7 +182,7 @@ class Learning:
                 known = each.rows(self.schema)
                 rows[source] = known if self._is_known else known.filter(known.times() > self.ranker.tables_known)
                 counts["in_tables"] += len(known) - len(rows[source])
-            prepared = self.ranker.prepared({source: each for source, each in rows.items() if len(each)})
+            prepared = self.ranker.prepare({source: each for source, each in rows.items() if len(each)})
             return Learnt(prepared, self._waiting.position, self._waiting.accepted_at, +counts)
 
     def taken_for_known(self, times: np.ndarray) -> int:

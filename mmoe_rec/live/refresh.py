@@ -19,11 +19,12 @@ from typing import Any
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.pipeline import FeaturePipeline
-from mmoe_rec.inference.artifact import Artifact, iso_time, read_artifact, version_of
+from mmoe_rec.inference.artifact import Artifact, read_artifact, version_of
 from mmoe_rec.jobs.places import logs_for
 from mmoe_rec.jobs.run_page import as_code, command
 from mmoe_rec.locks import writing
 from mmoe_rec.log.files import find_files
+from mmoe_rec.log.given import iso_time
 from mmoe_rec.log.stand_ins import require_all
 from mmoe_rec.preprocessing.checks import check_apart
 from mmoe_rec.preprocessing.files import Taken, of_journal

@@ -26,13 +26,14 @@ from mmoe_rec.atomic import atomic_file
 from mmoe_rec.errors import StoppedError, UserError
 from mmoe_rec.features.kinds.history import HistoryEncoder
 from mmoe_rec.features.pipeline import FeaturePipeline
-from mmoe_rec.inference.artifact import iso_time, read_artifact, version_of
+from mmoe_rec.inference.artifact import read_artifact, version_of
 from mmoe_rec.jobs.places import logs_for
 from mmoe_rec.live import logged_requests as names
 from mmoe_rec.live.replay_period import Period, read_period, score_period
 from mmoe_rec.locks import writing
 from mmoe_rec.log.checks import format_time
 from mmoe_rec.log.files import find_files, open_file
+from mmoe_rec.log.given import iso_time
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.log.stand_ins import require_all
 from mmoe_rec.model.score import add_outcomes

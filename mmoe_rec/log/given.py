@@ -222,6 +222,12 @@ def microseconds(column: str, value: Any, unit: str | None = None) -> int:
     return result
 
 
+def iso_time(microseconds: int) -> str:
+    """Microseconds since 1970 UTC as ISO 8601."""
+    seconds, rest = divmod(microseconds, 1_000_000)
+    return datetime.fromtimestamp(seconds, UTC).replace(microsecond=rest).isoformat()
+
+
 def _moment(column: str, text: str) -> datetime:
     try:
         return datetime.fromisoformat(text)

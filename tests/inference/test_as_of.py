@@ -14,10 +14,11 @@ import pytest
 from mmoe_rec.features.encoder import Inputs
 from mmoe_rec.features.memories import exact_from
 from mmoe_rec.features.pipeline import FeaturePipeline
-from mmoe_rec.inference.artifact import Artifact, iso_time
+from mmoe_rec.inference.artifact import Artifact
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.inference.ranking import Freshness
 from mmoe_rec.inference.request import Request
+from mmoe_rec.log.given import iso_time
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.point_in_time.arrays import Ragged
 from tests.inference.small_model import ITEMS, USER, SmallModel, as_request

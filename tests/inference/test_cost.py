@@ -74,7 +74,7 @@ def test_other_products_must_be_clearly_faster(
 
 def test_rows_that_fill_up_are_not_part_of_the_answer(small: SmallModel) -> None:
     ranker = Ranker.load(small.folder)
-    inputs = torch.randn(37, ranker._inputs_of_requests.width)
+    inputs = torch.randn(37, ranker.request_inputs.width)
     expected = ranker.scorer.score(inputs)
     ranker.scorer.products = "onednn"  # rows are filled up; layers still multiply as before
     found = ranker.scorer.score(inputs)

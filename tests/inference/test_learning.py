@@ -134,13 +134,13 @@ def test_what_was_prepared_beside_something_else_is_not_taken(extended: Extended
     """Else what was taken in between would be lost without a word, as where two threads learn."""
     ranker = extended.ranker()
     rows = log_rows(later_log(3), extended.small.settings.schema_)
-    one, other = (ranker.prepared({None: rows}) for _ in range(2))
+    one, other = (ranker.prepare({None: rows}) for _ in range(2))
     ranker.take(one)
     known = answers(ranker)
     with pytest.raises(ValueError, match="something else was learnt since this was prepared"):
         ranker.take(other)
     assert (ranker.live_rows, answers(ranker)) == (len(rows), known)
-    ranker.take(ranker.prepared({None: rows}))
+    ranker.take(ranker.prepare({None: rows}))
     assert ranker.live_rows == 2 * len(rows)
 
 

@@ -90,17 +90,17 @@ def test_rows_that_are_scored_in_parts_are_of_one_moment(small: SmallModel, monk
 
 def test_threads_that_learn_at_once_lose_nothing(small: SmallModel, monkeypatch: pytest.MonkeyPatch) -> None:
     ranker, table = Ranker.load(small.folder), later_log(3)
-    prepared, others = Ranker.prepared, list[threading.Thread]()
+    prepare, others = Ranker.prepare, list[threading.Thread]()
 
     def slow(self: Ranker, *words: Any) -> Any:
-        found = prepared(self, *words)
+        found = prepare(self, *words)
         if not others:
             others.append(threading.Thread(target=lambda: ranker.learn(table.slice(60))))
             others[0].start()
             others[0].join(0.3)  # it can't go before, so it waits
         return found
 
-    monkeypatch.setattr(Ranker, "prepared", slow)
+    monkeypatch.setattr(Ranker, "prepare", slow)
     ranker.learn(table.slice(0, 60))
     others[0].join()
     monkeypatch.undo()

@@ -156,8 +156,7 @@ def test_with_all_experts_lost_the_answer_is_flagged(small: SmallModel, ranker: 
     np.testing.assert_allclose(found, np.broadcast_to(found[0], found.shape), rtol=1e-5)
     assert (np.ptp(values(rank(ranker)), axis=0) > 1e-4).all(), "with experts, candidates differ"
     assert ranking.warnings == [
-        f"no expert is left for '{task}': its prediction is the same for every candidate"
-        for task in ranker.guarded.tasks
+        f"no expert is left for '{task}': its prediction is the same for every candidate" for task in ranker.names
     ]
 
 

@@ -150,12 +150,6 @@ def test_another_format_is_told_first(folder: Path, manifest: str | None) -> Non
     assert f"'{folder}' holds a model of another format than this version reads ({FORMAT}): train it again" in told
 
 
-def test_a_changed_format_is_told_as_a_change(folder: Path) -> None:
-    text = (folder / "model.json").read_text()
-    (folder / "model.json").write_text(text.replace(f'"format": {FORMAT}', '"format": 4'))
-    assert "'model.json' has changed" in refusal(folder)
-
-
 def test_a_rewritten_model_is_whole_and_has_scores_of_its_own(small: SmallModel, folder: Path, tmp_path: Path) -> None:
     (folder / ".DS_Store").write_bytes(b"left")
     state = {name: weight * 1.1 if "towers" in name else weight for name, weight in small.model.state_dict().items()}

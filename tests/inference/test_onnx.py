@@ -12,10 +12,19 @@ import torch
 from safetensors.numpy import load_file
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.inference import onnx_export
-from mmoe_rec.inference.export import Answers, answers_of, draw_requests, write_int8
-from mmoe_rec.inference.onnx_export import OnnxModel, check_equal, inputs_of, write_onnx
+from mmoe_rec.inference import export
+from mmoe_rec.inference.export import (
+    Answers,
+    OnnxModel,
+    answers_of,
+    check_equal,
+    draw_requests,
+    inputs_of,
+    write_int8,
+    write_onnx,
+)
 from mmoe_rec.inference.ranker import Ranker
+from mmoe_rec.inference.request import Request
 from mmoe_rec.inference.writing import rewrite_artifact, seal
 from mmoe_rec.model.score import Calibration, TaskCalibration
 from mmoe_rec.settings.model import Model
@@ -103,7 +112,7 @@ def test_computes_what_the_ranker_does(small: SmallModel, tmp_path: Path, name: 
             np.testing.assert_allclose(other[task], values, rtol=1e-5, atol=1e-5)
     random = np.random.default_rng(0)
     for rows in (1, 2, 700):
-        inputs = torch.from_numpy(random.normal(size=(rows, ranker._inputs_of_requests.width)).astype(np.float32))
+        inputs = torch.from_numpy(random.normal(size=(rows, ranker.request_inputs.width)).astype(np.float32))
         scored = ranker.scorer.score(inputs)
         found = OnnxModel(made).answers(inputs)
         for place, task in enumerate(ranker.names):
@@ -141,7 +150,7 @@ def test_a_stranger_finds_the_inputs(given: tuple[Path, Ranker, Path]) -> None:
     folder, ranker, made = given
     tables, about = load_file(made / "tables.safetensors"), json.loads((made / "inputs.json").read_text())
     (request,) = draw_requests(folder, ranker, 1)
-    rows = ranker.reader.rows([onnx_export.Request.of(request)])
+    rows = ranker.reader.rows([Request.of(request)])
     shared, own = ranker.pipeline.request_inputs(rows)
     count = len(request["candidates"]["item"])
     inputs = np.full((count, about["inputs"]["width"]), np.nan, np.float32)
@@ -182,18 +191,12 @@ def test_another_value_is_refused() -> None:
         check_equal([(one, wrong)], chooses=True)
 
 
-def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(onnx_export, "_PACKAGES", ("onnx", "no_such_package"))
-    with pytest.raises(UserError, match="ONNX needs no_such_package, which is not installed: install the extra onnx"):
-        onnx_export.check_packages()
-
-
 def test_a_model_that_the_exporter_can_not_follow_is_refused(
     ranker: Ranker, small: SmallModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def forward(self: object, inputs: torch.Tensor) -> torch.Tensor:
         return inputs if inputs.sum() > 0 else -inputs
 
-    monkeypatch.setattr(onnx_export.Served, "forward", forward)
+    monkeypatch.setattr(export.DensePart, "forward", forward)
     with pytest.raises(UserError, match="torch's exporter can't turn this model into ONNX"):
         write_onnx(small.folder, ranker, tmp_path)

@@ -139,7 +139,7 @@ def test_what_is_looked_up_once_equals_a_row_for_each_candidate(ranker: Ranker) 
         columns = {tuple(request.candidates) for request in requests}
         for same in columns:
             rows = ranker.reader.rows([each for each in requests if tuple(each.candidates) == same])
-            found = ranker._inputs_of_requests.matrix(*ranker.pipeline.request_inputs(rows), rows.of)
+            found = ranker.request_inputs.matrix(*ranker.pipeline.request_inputs(rows), rows.of)
             batch = make_batch(ranker.pipeline.encode(LogRows(rows.table, rows.schema)), ranker.layout, torchrec=False)
             expected = ranker.model.side_by_side(batch)[0].detach()
             np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-7)

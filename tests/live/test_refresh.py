@@ -16,11 +16,12 @@ import pytest
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.memories import exact_from
-from mmoe_rec.inference.artifact import iso_time, version_of
+from mmoe_rec.inference.artifact import version_of
 from mmoe_rec.inference.export import write_int8
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.live import refresh as job
 from mmoe_rec.live.refresh import advanced_tables, as_of, tables_from_log
+from mmoe_rec.log.given import iso_time
 from mmoe_rec.tracking import registry, runs
 from tests.fork_server import ROOT, Command
 from tests.inference.running_server import free_port, running_program
