@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from mmoe_rec.features.latest import LatestValues
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.features.vocabulary import VocabularyFeature
 from mmoe_rec.inference.ranking import Ranking
@@ -42,26 +41,23 @@ def example_request(features: Path, tables_as_of: str | None) -> dict[str, Any]:
     """
     pipeline = FeaturePipeline.load(features, memories=False)
     names = pipeline.schema.columns
-    users = LatestValues(names.user, pq.read_table(features / "latest.user.parquet"))
-    candidates = LatestValues(names.candidate, pq.read_table(features / "latest.candidate.parquet"))
-    moment = None
+    user = {column: values[0] for column, values in _usual(pipeline, "user").items()}
+    if names.has_user:
+        user = {names.user: _frequent(pipeline, features, "user", names.user)[0]}
+    candidates = _usual(pipeline, "candidate")
+    if names.has_candidate:
+        candidates = {names.candidate: _frequent(pipeline, features, "candidate", names.candidate)}
+    context = {column: values[0] for column, values in _usual(pipeline, "context").items() if values[0] is not None}
     if tables_as_of is not None:
         moment = datetime.fromisoformat(tables_as_of).replace(microsecond=0) + timedelta(minutes=1)
-    shown = _usual(pipeline, "candidate")
-    return {
-        "user": {names.user: _frequent(pipeline, users, 1)[0]}
-        if names.has_user
-        else _first_of(_usual(pipeline, "user")),
-        "context": _given(_first_of(_usual(pipeline, "context")))
-        | ({} if moment is None else {names.time: moment.isoformat()}),
-        "candidates": {names.candidate: _frequent(pipeline, candidates, CANDIDATES)} if names.has_candidate else shown,
-    }
+        context[names.time] = moment.isoformat()
+    return {"user": user, "context": context, "candidates": candidates}
 
 
-def _frequent(pipeline: FeaturePipeline, latest: LatestValues, count: int) -> list[Any]:
+def _frequent(pipeline: FeaturePipeline, features: Path, role: Role, key: str) -> list[Any]:
     """The most frequent ids, or any known ones where no feature has counted them."""
-    known = _vocabulary(pipeline, latest.key)
-    return (known or latest.table.column(latest.key)[:count].to_pylist())[:count]
+    known = pq.read_table(features / f"latest.{role}.parquet", columns=[key]).column(key)
+    return _vocabulary(pipeline, key) or known[:CANDIDATES].to_pylist()
 
 
 def _vocabulary(pipeline: FeaturePipeline, column: str) -> list[Any]:
@@ -85,14 +81,6 @@ def _usual(pipeline: FeaturePipeline, role: Role) -> dict[str, list[Any]]:
         if uses[column] == "key" and (known := _vocabulary(pipeline, column)):
             usual[column] = [known[place % len(known)] for place in range(CANDIDATES)]
     return usual
-
-
-def _first_of(values: dict[str, list[Any]]) -> dict[str, Any]:
-    return {column: each[0] for column, each in values.items()}
-
-
-def _given(values: dict[str, Any]) -> dict[str, Any]:
-    return {column: value for column, value in values.items() if value is not None}
 
 
 @dataclass(frozen=True)

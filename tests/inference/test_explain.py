@@ -12,8 +12,6 @@ import pytest
 import torch
 
 from mmoe_rec.batches.batch import make_batch
-from mmoe_rec.errors import RequestError
-from mmoe_rec.features.vocabulary import Vocabulary
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.inference.ranking import Explanation, Ranking
 from mmoe_rec.inference.request import Request
@@ -140,15 +138,6 @@ def test_given_values_are_shown_and_nothing_found_is_null(ranker: Ranker) -> Non
     assert shown == {name for encoder in encoders for name in encoder.result_names}
 
 
-def test_ids_of_rows_are_those_that_were_encoded() -> None:
-    import pyarrow as pa
-
-    vocabulary = Vocabulary(pa.array(["b", "a", "c"]), oov_buckets=2)
-    rows = vocabulary.encode(pa.array(["a", None, "new", "c", "b", "a"]))
-    assert vocabulary.decode(rows) == ["a", None, None, "c", "b", "a"]
-    assert Vocabulary(pa.array([], pa.int64()), 2).decode(np.array([0, 2])) == [None, None]
-
-
 def test_without_explain_nothing_is_added_or_computed(ranker: Ranker, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> None:
         raise AssertionError("computed unasked")
@@ -158,12 +147,6 @@ def test_without_explain_nothing_is_added_or_computed(ranker: Ranker, monkeypatc
         ranking = ranker.rank({"user": USER}, CONTEXT, {"item": ITEMS}, **options)
         assert ranking.explanations is None
         assert "explanations" not in ranking.to_dict()
-
-
-@pytest.mark.parametrize("wrong", ["yes", 1, []])
-def test_explain_is_true_or_false(ranker: Ranker, wrong: Any) -> None:
-    with pytest.raises(RequestError, match="explain must be true or false"):
-        ranker.rank({"user": USER}, CONTEXT, {"item": ITEMS}, explain=wrong)
 
 
 def test_neighbours_that_explain_or_do_not_change_nothing(ranker: Ranker) -> None:

@@ -11,10 +11,8 @@ import pytest
 
 from mmoe_rec.inference.artifact import read_artifact, version_of
 from mmoe_rec.inference.ranker import Ranker
-from mmoe_rec.inference.request import Request
 from mmoe_rec.inference.writing import seal
 from tests.inference.small_model import ITEMS, USER, SmallModel
-from tests.log.small_logs import ALL_KINDS
 
 BEFORE, STALE = "they know its future", "they are stale"
 
@@ -75,13 +73,6 @@ def test_an_artifact_of_before_the_setting_has_its_default(small: SmallModel, tm
     assert STALE in asked(Ranker.load(tmp_path / "model"), timedelta(days=8))[0]
 
 
-def test_a_model_that_remembers_nothing_does_not_warn(tmp_path: Path) -> None:
-    kinds = {name: each for name, each in ALL_KINDS.items() if each["kind"] not in ("counter", "history")}
-    ranker = Ranker.load(SmallModel(tmp_path, features=kinds).folder)
-    for days in (-100, 100):
-        assert asked(ranker, timedelta(days=days)) == []
-
-
 def test_what_is_given_is_not_out_of_date(ranker: Ranker) -> None:
     encoders = ranker.pipeline.memory_encoders.values()
     columns = {name: use for encoder in encoders for name, (use, _) in encoder.precomputed().items()}
@@ -94,16 +85,6 @@ def test_what_is_given_is_not_out_of_date(ranker: Ranker) -> None:
         for name in counters:
             some = {each: values for each, values in counters.items() if each != name}
             assert len(asked(ranker, later, **histories, candidates=some)) == 1
-
-
-def test_each_request_of_a_pass_has_its_own_warning(ranker: Ranker) -> None:
-    known = datetime.fromisoformat(ranker.about.tables_as_of)
-    times = [known + timedelta(days=days) for days in (-1, 1, 9)]
-    requests = [
-        Request(user={"user": USER}, context={"time": each.isoformat()}, candidates={"item": ITEMS}) for each in times
-    ]
-    first, second, third = (each.warnings for each in ranker.rank_many(requests))  # type: ignore[union-attr]
-    assert (BEFORE in first[0], second, STALE in third[0]) == (True, [], True)
 
 
 def test_replies_name_the_model(small: SmallModel, ranker: Ranker) -> None:

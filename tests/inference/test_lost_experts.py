@@ -13,7 +13,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mmoe_rec.errors import RequestError
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.inference.ranking import Ranking
 from mmoe_rec.inference.writing import seal
@@ -177,20 +176,3 @@ def test_fewer_experts_serve_when_asked_for(small: SmallModel, ranker: Ranker) -
     # The shared gate of a first level sees more experts than a task does.
     if small.settings.model.gates.routing == "soft" and small.settings.model.experts.levels == 1:
         np.testing.assert_allclose(values(rank(ranker, gate_top_k=seen)), whole, atol=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"gate_top_k": 0}, "gate_top_k must be an integer of at least 1, found 0"),
-        ({"gate_top_k": True}, "gate_top_k must be an integer"),
-        ({"gate_top_k": 1000}, "gate_top_k is 1000, and the model has"),
-        ({"mask_experts": 1}, "mask_experts must be a list of experts' numbers"),
-        ({"mask_experts": ["a"]}, "mask_experts must be a list of experts' numbers"),
-        ({"mask_experts": [77]}, "mask_experts names expert 77; the model has 0 to"),
-        ({"mask_experts": [-1]}, "mask_experts names expert -1"),
-    ],
-)
-def test_wrong_options_are_named(ranker: Ranker, options: dict[str, Any], message: str) -> None:
-    with pytest.raises(RequestError, match=message):
-        rank(ranker, **options)
