@@ -3,15 +3,13 @@
 Both contexts yield a hidden temporary path beside the target, where a rename suffices. What was written there is
 flushed to disk and renamed over the target when the block ends without an exception; otherwise it is removed and the
 target stays as it was. A job killed outright leaves a `.NAME.*.tmp` beside the target, which nothing reads;
-`one_at_a_time` removes it.
+`mmoe_rec.locks.writing` removes it.
 """
 
 import ctypes
-import fcntl
 import hashlib
 import os
 import shutil
-import sys
 import uuid
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -61,59 +59,24 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     Raises:
         UserError: `path` is a file, or no folder can be created there.
     """
-    with atomic_folders(path) as (temporary,):
-        yield temporary
-
-
-@contextmanager
-def atomic_folders(*paths: str | Path) -> Iterator[tuple[Path, ...]]:
-    """`atomic_folder` for folders that belong together: all are on disk before the first is renamed, in order.
-
-    A failure in writing leaves all the old ones; a kill between two renames leaves only the first ones new.
-    """
-    targets = [_real(path) for path in paths]
-    for path, target in zip(paths, targets, strict=True):
-        if target.exists() and not target.is_dir():
-            raise UserError(f"{path} is a file, but a folder is to be written there: remove it or name another place")
-    temporaries = tuple(_temporary(target) for target in targets)
+    target = _real(path)
+    if target.exists() and not target.is_dir():
+        raise UserError(f"{path} is a file, but a folder is to be written there: remove it or name another place")
+    temporary = _temporary(target)
     try:
-        for temporary in temporaries:
-            _make_folder(temporary)
-        yield temporaries
-        for temporary in temporaries:
-            flush_tree(temporary)
-        for temporary, target in zip(temporaries, targets, strict=True):
-            _put_folder(temporary, target)
-            _flush(target.parent)
+        _make_folder(temporary)
+        yield temporary
+        put_folder(temporary, target)
     finally:
-        # After an exchange a temporary name holds the old folder.
-        for temporary in temporaries:
-            shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def put_folder(temporary: Path, target: Path) -> None:
-    """Flushes a filled folder beside the target to disk and renames it over the target, for where no context fits."""
+    """Flushes a filled folder beside the target to disk and renames it over the target."""
     flush_tree(temporary)
     _put_folder(temporary, target)
     _flush(target.parent)
-    shutil.rmtree(temporary, ignore_errors=True)
-
-
-@contextmanager
-def one_at_a_time(path: str | Path) -> Iterator[None]:
-    """Lets one process at a time write the folder `path`, and removes what killed ones left beside it.
-
-    Others wait; the lock of a process that is killed is free at once.
-    """
-    target = _real(path)
-    parent = os.open(target.parent, os.O_RDONLY)
-    try:
-        fcntl.flock(parent, fcntl.LOCK_EX)
-        for left in target.parent.glob(f".{target.name}.*.tmp"):
-            shutil.rmtree(left, ignore_errors=True)
-        yield
-    finally:
-        os.close(parent)
+    shutil.rmtree(temporary, ignore_errors=True)  # after an exchange it is the old one
 
 
 def _real(path: str | Path) -> Path:
@@ -146,24 +109,20 @@ def _put_new_file(temporary: Path, target: Path) -> None:
 def _put_folder(temporary: Path, target: Path) -> None:
     if not target.exists():
         os.rename(temporary, target)
-        return
-    if _exchange(temporary, target):
-        return
-    # The file system has no atomic exchange: a kill between the two renames leaves the old folder under a hidden name.
-    aside = _temporary(target)
-    os.rename(target, aside)
-    try:
-        os.rename(temporary, target)
-    except OSError:
-        os.rename(aside, target)
-        raise
-    shutil.rmtree(aside, ignore_errors=True)
+    elif not _exchange(temporary, target):
+        # A kill between the two renames leaves the old folder under a hidden name.
+        aside = _temporary(target)
+        os.rename(target, aside)
+        try:
+            os.rename(temporary, target)
+        except OSError:
+            os.rename(aside, target)
+            raise
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _exchange(one: Path, other: Path) -> bool:
     """Swap two paths in one step; False where the system or the file system cannot (Linux's renameat2 is not POSIX)."""
-    if sys.platform != "linux":
-        return False
     renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)
     if renameat2 is None:
         return False
@@ -186,8 +145,6 @@ def flush_files(paths: Iterable[Path]) -> None:
 
 def _flush(path: Path) -> None:
     """Force a file's content, or a folder's entries, to disk."""
-    if path.is_dir() and os.name == "nt":  # Windows opens no folders.
-        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

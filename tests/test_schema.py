@@ -59,67 +59,84 @@ def test_a_feature_describes_what_its_columns_describe_together(feature, role):
     assert _schema(feature).role_of("f") == role
 
 
-def test_a_column_with_two_roles():
-    roles = {"user": ["age"], "context": ["age"]}
-    _refuses("column 'age' has two roles, user and context; leave it in one", roles=roles)
-    _refuses("column 'c' has two roles, candidate and user", roles={"user": ["c"]})
-    _schema(roles={"user": ["u", "u"]})
+def _given(**changes) -> dict:
+    """Tasks in which liked is given click, with other keys of liked."""
+    return {**TREE["tasks"], "liked": {**TREE["tasks"]["liked"], "given": "click", **changes}}
 
 
-def test_a_column_without_a_role():
-    _refuses(
-        "feature 'f' reads column 'colour', which has no role; list it under roles.user",
-        _feature("id", column="colour"),
-    )
+LABEL = "feature 'f' reads column 'stars', which is the label of task 'liked'; past labels are read through features"
+PLACEMENT = "feature 'f' reads placement together with other columns or past labels, but placement is absent in serving"
+MORE_TASKS = {
+    "minutes": {"label": "minutes", "kind": "regression", "objective": "engagement"},
+    "shared": {"label": "shared", "objective": "satisfaction", "given": "click"},
+}
+NO_GIVEN = "which is not another binary task without `given`; such tasks are:"
+NAME = {"kind": "id", "column": "c"}
+REFUSED: list[tuple[str, list, dict]] = [
+    # Roles
+    ("column 'age' has two roles, user and context", [], {"roles": {"user": ["age"], "context": ["age"]}}),
+    ("column 'c' has two roles, candidate and user", [], {"roles": {"user": ["c"]}}),
+    ("reads column 'colour', which has no role; list it under roles.user", [_feature("id", column="colour")], {}),
+    *((PLACEMENT, [_feature("cross", columns=["slot", other])], {}) for other in ("c", "u", "store")),
+    *((PLACEMENT, [_feature("counter", task="click", by=by)], {}) for by in (["slot"], ["slot", "c"])),
+    *(
+        (f"columns.user and columns.{name} both name column 'u'", [], {"columns": {**TREE["columns"], name: "u"}})
+        for name in ("candidate", "time", "request", "sampling_rate")
+    ),
+    (
+        "the label of task 'click' is column 'c', which is columns.candidate too",
+        [],
+        {"tasks": {"click": {"label": "c", "objective": "engagement"}}},
+    ),
+    # Leaks
+    *(
+        (LABEL, [feature], sections)
+        for sections in ({}, {"roles": {**TREE["roles"], "context": ["store", "stars"]}})
+        for feature in (
+            _feature("id", column="stars"),
+            _feature("cross", columns=["u", "stars"]),
+            _feature("counter", task="click", by=["stars"]),
+        )
+    ),
+    ("reads column 's', the sampling rate, which gives labels away", [_feature("numeric", column="s")], {}),
+    # Names
+    *(
+        ("may hold letters, digits and underscores only", [(name, NAME)], {})
+        for name in ("a-b", "a b", "", "a/b", "_", "é.x")
+    ),
+    ("features 'Größe' and 'größe' differ only in upper and lower case", [("Größe", NAME), ("größe", NAME)], {}),
+    *(
+        (f"a task may not be called '{name}'", [], {"tasks": {name: {"label": "y", "objective": "engagement"}}})
+        for name in ("score", "ranking")
+    ),
+    # A task that is given another one
+    *(
+        (f"task 'liked' is given '{given}', {NO_GIVEN} click", [], {"tasks": {**_given(given=given), **MORE_TASKS}})
+        for given in ("buy", "liked", "minutes", "shared")
+    ),
+    (
+        f"task 'click' is given 'liked', {NO_GIVEN} none",
+        [],
+        {"tasks": {**_given(), "click": {**TREE["tasks"]["click"], "given": "liked"}}},
+    ),
+    ("task 'liked' has `given`, which only a binary task can have", [], {"tasks": _given(kind="regression")}),
+    (
+        "the outcome of tasks 'click' and 'liked' together is called 'click_and_liked', as is a task; rename one",
+        [],
+        {"tasks": {**_given(), "click_and_liked": {"label": "other", "objective": "satisfaction"}}},
+    ),
+]
 
 
-@pytest.mark.parametrize("other", ["c", "u", "store"])
-def test_placement_mixed_with_anything_else(other):
-    message = (
-        "feature 'f' reads placement together with other columns or past labels, but placement is absent in serving"
-    )
-    _refuses(message, _feature("cross", columns=["slot", other]))
-    _refuses(message, _feature("counter", task="click", by=["slot", other]))
+@pytest.mark.parametrize(("message", "features", "sections"), REFUSED)
+def test_what_does_not_fit_together_is_refused(message, features, sections):
+    _refuses(message, *features, **sections)
 
 
-def test_placement_in_a_counter():
-    _refuses("feature 'f' reads placement together with", _feature("counter", task="click", by=["slot"]))
-
-
-def test_one_column_for_two_purposes():
-    for purpose in ("candidate", "time", "request", "sampling_rate"):
-        message = f"columns.user and columns.{purpose} both name column 'u'"
-        _refuses(message, columns={**TREE["columns"], purpose: "u"})
-    tasks = {"click": {"label": "c", "objective": "engagement"}}
-    _refuses("the label of task 'click' is column 'c', which is columns.candidate too", tasks=tasks)
-
-
-# Leaks
-
-
-@pytest.mark.parametrize(
-    "feature",
-    [
-        _feature("id", column="stars"),
-        _feature("cross", columns=["u", "stars"]),
-        _feature("counter", task="click", by=["stars"]),
-    ],
-)
-def test_a_label_as_an_input(feature):
-    message = (
-        "feature 'f' reads column 'stars', which is the label of task 'liked'; past labels are read through features"
-    )
-    _refuses(message, feature)
-    _refuses(message, feature, roles={**TREE["roles"], "context": ["store", "stars"]})
-
-
-def test_the_sampling_rate_as_an_input():
-    _refuses(
-        "feature 'f' reads column 's', the sampling rate, which gives labels away", _feature("numeric", column="s")
-    )
-
-
-# References
+def test_what_fits_together():
+    _schema(("Größe_2", NAME), roles={**TREE["roles"], "user": ["u", "u"]})
+    assert _schema(tasks=_given()).tasks["liked"].given == "click"
+    assert _schema().tasks["liked"].given is None
 
 
 def test_a_counter_or_history_has_one_source():
@@ -162,20 +179,6 @@ def test_a_table_that_is_not_there_or_not_ones_own():
         _feature("ids", column="tags", table="item"), ("h", {"kind": "history", "task": "click", "of": "item"})
     )
     assert [schema.table_of(name) for name in ("item", "f", "h")] == ["item", "item", "item"]
-
-
-def test_names_are_words():
-    for name in ("a-b", "a b", "", "a/b", "_", "é.x"):
-        _refuses("may hold letters, digits and underscores only", (name, {"kind": "id", "column": "c"}))
-    _schema(("Größe_2", {"kind": "id", "column": "c"}))
-
-
-def test_names_differ_in_more_than_case():
-    _refuses(
-        "features 'Größe' and 'größe' differ only in upper and lower case",
-        ("Größe", {"kind": "id", "column": "c"}),
-        ("größe", {"kind": "id", "column": "c"}),
-    )
 
 
 @pytest.mark.parametrize(
@@ -223,53 +226,3 @@ def test_columns_that_are_read():
         "slot": "placement",
     }
     assert sorted(column_uses(schema)) == ["answered", "brand", "c", "clicked", "r", "s", "slot", "stars", "t", "u"]
-
-
-@pytest.mark.parametrize("name", ["score", "ranking"])
-def test_a_task_may_not_have_the_name_of_a_part_of_the_metrics(name):
-    _refuses(f"a task may not be called '{name}'", tasks={name: {"label": "y", "objective": "engagement"}})
-
-
-# A task that is given another one
-
-
-def _given(**changes) -> dict:
-    """Tasks in which liked is given click, with other keys of liked."""
-    return {**TREE["tasks"], "liked": {**TREE["tasks"]["liked"], "given": "click", **changes}}
-
-
-def test_a_task_may_be_given_an_engagement():
-    assert _schema(tasks=_given()).tasks["liked"].given == "click"
-    assert _schema().tasks["liked"].given is None
-
-
-@pytest.mark.parametrize("given", ["buy", "liked", "stars", "shared"])
-def test_a_task_is_given_another_binary_task_without_given(given):
-    tasks = _given(given=given)
-    tasks["minutes"] = {"label": "minutes", "kind": "regression", "objective": "engagement"}
-    tasks["shared"] = {"label": "shared", "objective": "satisfaction", "given": "click"}
-    message = (
-        f"task 'liked' is given '{given}', which is not another binary task without `given`; such tasks are: click"
-    )
-    _refuses(message, tasks=tasks)
-
-
-def test_two_tasks_given_each_other():
-    tasks = _given()
-    tasks["click"] = {**tasks["click"], "given": "liked"}
-    _refuses(
-        "task 'click' is given 'liked', which is not another binary task without `given`; such tasks are: none",
-        tasks=tasks,
-    )
-
-
-def test_a_regression_is_not_given_anything():
-    _refuses("task 'liked' has `given`, which only a binary task can have", tasks=_given(kind="regression"))
-
-
-def test_what_two_tasks_are_together_has_a_name_of_its_own():
-    tasks = {**_given(), "click_and_liked": {"label": "other", "objective": "satisfaction"}}
-    _refuses(
-        "the outcome of tasks 'click' and 'liked' together is called 'click_and_liked', as is a task; rename one",
-        tasks=tasks,
-    )

@@ -1,5 +1,4 @@
 import datetime
-import functools
 import subprocess
 import sys
 import typing
@@ -141,13 +140,12 @@ def test_split_times_may_be_written_as_yaml_or_iso_8601(tmp_path, written, secon
         assert settings.split.windows()["train"][0] == seconds * 1e6
 
 
-@pytest.mark.parametrize("written", ["2024-02-30", "2024-13-01", "2024-01-01 25:00:00", "0000-01-01"])
+@pytest.mark.parametrize("written", ["2024-02-30", "2024-01-01 25:00:00", "0000-01-01"])
 def test_a_date_that_does_not_exist(tmp_path, written):
-    message = _message(tmp_path, "--split.train_start", written)
-    assert f"'split.train_start' must be a time such as 2024-01-31 or {_TIME}, found '{written}'" in message
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(_tree(split__train_start="START")).replace("START", written))
-    with pytest.raises(UserError, match=r"'split.train_start' must be a time such as"):
-        load_settings(tmp_path / "small.yaml")
+    for overrides in ((), ("--split.train_start", written)):
+        with pytest.raises(UserError, match=rf"'split.train_start' must be a time such as .*, found '{written}'"):
+            load_settings(tmp_path / "small.yaml", overrides)
 
 
 def test_split_times_are_utc_unless_they_say_else(tmp_path):
@@ -228,24 +226,9 @@ def test_a_bad_override(tmp_path, arguments, message):
     ("changes", "message"),
     [
         ({"modle": {}}, "unknown key 'modle'; did you mean 'model'? (valid here: name, data, columns, "),
-        (
-            {"data__lgo": "x"},
-            "unknown key 'data.lgo'; did you mean 'log'? (valid here: log, events, work, engine, workers, "
-            "rows_in_memory, memory_gib, as_of_days, skip_bad_files, duplicates, future_times, several_times)",
-        ),
-        (
-            {"model__experts__cuont": 3},
-            "unknown key 'model.experts.cuont'; did you mean 'count'? (valid here: count, task_count, levels, units, "
-            "activation, normalise, raw_inputs, compute)",
-        ),
-        (
-            {"features__item__mincount": 3},
-            "unknown key 'features.item.mincount'; did you mean 'min_count'? (valid here: dim, ",
-        ),
-        (
-            {"features__last__len": 3},
-            "unknown key 'features.last.len'; did you mean 'length'? (valid here: task, events, forget_after_days, ",
-        ),
+        ({"data__lgo": "x"}, "unknown key 'data.lgo'; did you mean 'log'? (valid here: log, events, work, engine, "),
+        ({"model__experts__cuont": 3}, "unknown key 'model.experts.cuont'; did you mean 'count'? (valid here: count, "),
+        ({"features__item__mincount": 3}, "unknown key 'features.item.mincount'; did you mean 'min_count'? (valid "),
         ({"tasks__click__lable": "x"}, "unknown key 'tasks.click.lable'; did you mean 'label'?"),
         (
             {"tasks__liked__observed_when__equal": 1},
@@ -275,9 +258,17 @@ def test_an_unknown_key_names_the_nearest(tmp_path, changes, message):
             "'features.last': give either `task`, to read the log's labels, or `events`, ",
         ),
         ({"features": {}}, "'features' must be longer: at least 1 needed"),
+        (
+            {"data__work": "s3://bucket/work"},
+            "'data.work' must be a folder of this machine, or one that is mounted like one, found 's3://bucket/work'",
+        ),
+        (
+            {"split__train_end": "2024-03-01"},
+            "'split': train_start, train_end, validation_end and test_end must follow each other in time",
+        ),
     ],
 )
-def test_a_missing_key(tmp_path, changes, message):
+def test_a_missing_or_unfit_key(tmp_path, changes, message):
     assert message in _message(tmp_path, **changes)
 
 
@@ -291,7 +282,8 @@ def test_a_missing_key(tmp_path, changes, message):
         ({"model__experts__units": 64}, "'model.experts.units' must be a list, such as [a, b], found 64"),
         ({"model__experts__units": [64, 0]}, "'model.experts.units.1' must be at least 1, found 0"),
         ({"model__experts__units": []}, "'model.experts.units' must be longer: at least 1 needed"),
-        ({"model": 5}, "'model' must hold keys (bottom, experts, gates, towers, placement), found 5"),
+        ({"model__bottom__units": [True]}, "'model.bottom.units.0' must be a whole number, found true"),
+        ({"model__bottom__dropout": 1}, "'model.bottom.dropout' must be less than 1"),
         ({"model": None}, "'model' must hold keys (bottom, experts, gates, towers, placement), found nothing (null)"),
         ({"tasks": ["click"]}, "'tasks' must hold a section for each name, found ['click']"),
         ({"features__item": "id"}, "'features.item' must hold keys (kind and others), found 'id'"),
@@ -299,7 +291,10 @@ def test_a_missing_key(tmp_path, changes, message):
             {"features": {1: {"kind": "id", "column": "c"}}},
             "'features' has the key 1, which is not text; put it in quotes",
         ),
-        ({"name": 5}, "'name' must be text, in quotes where it looks like a number or a date, found 5"),
+        (
+            {"data__events": {2: {"path": "p", "time": "t"}}},
+            "'data.events' has the key 2, which is not text; put it in quotes",
+        ),
         (
             {"training__device": "gpu"},
             "'training.device' must be one of auto, cpu, cuda, found 'gpu'; did you mean 'cpu'?",
@@ -307,12 +302,10 @@ def test_a_missing_key(tmp_path, changes, message):
         ({"columns__time_unit": "sec"}, "'columns.time_unit' must be one of s, ms, us, ns, found 'sec'"),
         ({"training__learning_rate": float("nan")}, "'training.learning_rate' must be a finite number, found nan"),
         ({"training__learning_rate": 0}, "'training.learning_rate' must be greater than 0"),
-        ({"model__bottom__dropout": 1}, "'model.bottom.dropout' must be less than 1"),
-        (
-            {"split__train_end": "yesterday"},
-            "'split.train_end' must be a time such as 2024-01-31 or 2024-01-31T18:00:00, found",
-        ),
-        ({"roles__user": "country"}, "'roles.user' must be a list, such as [a, b], found 'country'"),
+        ({"training__learning_rate": True}, "'training.learning_rate' must be a number, found true"),
+        ({"training__learning_rate": "1e-3"}, "must be a number, found '1e-3'; write it without quotes"),
+        ({"features__item__dim": "16"}, "'features.item.dim' must be a whole number, found '16'; write it without"),
+        ({"data__skip_bad_files": "true"}, "must be true or false, found 'true'; write it without quotes"),
         (
             {"features__item__kind": "idd"},
             f"'features.item.kind' must be one of {', '.join(KINDS)}, found 'idd'; did you mean 'id'?",
@@ -322,7 +315,6 @@ def test_a_missing_key(tmp_path, changes, message):
             "'features.user_brand.outputs.0' must be one of positives, rows, rate, recency, found 'rates'; "
             "did you mean 'rate'?",
         ),
-        ({"features__user_brand__window_days": [0]}, "'features.user_brand.window_days.0' must be greater than 0"),
         (
             {"features__user_brand__window_days": ["week"]},
             "'features.user_brand.window_days.0' must be a number, found 'week'",
@@ -332,6 +324,8 @@ def test_a_missing_key(tmp_path, changes, message):
             {"tasks__liked__observed_when__equals": [1]},
             "'tasks.liked.observed_when.equals' must be a number, text, true or false, found [1]",
         ),
+        ({"columns__user": 2024}, "'columns.user' must be text, in quotes where it looks like a number or a date"),
+        ({"columns__user": datetime.date(2024, 1, 2)}, "'columns.user' must be text, in quotes where it looks like"),
         *[
             (
                 {"split__train_start": value},
@@ -339,48 +333,21 @@ def test_a_missing_key(tmp_path, changes, message):
             )
             for value, found in (
                 (20240102, "found 20240102"),
-                (1.7e9, "found 1700000000.0"),
                 (True, "found true"),
                 ("20240102", "found '20240102'"),
-                ("1704067200", "found '1704067200'"),
                 ("2024-1-2", "found '2024-1-2'"),
+                ("2024-02-30", "found '2024-02-30'"),
             )
         ],
-        (
-            {"split__train_end": 20240102},
-            f"'split.train_end' must be a time such as 2024-01-31 or {_TIME}, found 20240102",
-        ),
-        *[
-            ({"features__item__dim": value}, f"'features.item.dim' must be a whole number, found {found}")
-            for value, found in ((True, "true"), (16.0, "16.0"), ("16", "'16'; write it without quotes"))
-        ],
-        (
-            {"features__user_brand__window_days": [True]},
-            "'features.user_brand.window_days.0' must be a number, found true",
-        ),
-        ({"training__learning_rate": True}, "'training.learning_rate' must be a number, found true"),
-        (
-            {"training__learning_rate": "1e-3"},
-            "'training.learning_rate' must be a number, found '1e-3'; write it without quotes",
-        ),
-        ({"data__skip_bad_files": 1}, "'data.skip_bad_files' must be true or false, found 1"),
-        (
-            {"data__skip_bad_files": "true"},
-            "'data.skip_bad_files' must be true or false, found 'true'; write it without quotes",
-        ),
-        ({"data__workers": False}, "'data.workers' must be a whole number, found false"),
-        ({"model__bottom__units": [True]}, "'model.bottom.units.0' must be a whole number, found true"),
-        ({"columns__user": 2024}, "'columns.user' must be text, in quotes where it looks like a number or a date"),
-        ({"columns__user": datetime.date(2024, 1, 2)}, "'columns.user' must be text, in quotes where it looks like"),
     ],
 )
 def test_an_ill_typed_value_says_what_is_expected_and_found(tmp_path, changes, message):
     found = _message(tmp_path, **changes)
     assert message in found
     advice = ("; did you mean", "; put it", "; write it")
-    assert "; " not in functools.reduce(lambda text, each: text.replace(each, ""), advice, found), (
-        "one sentence a mistake"
-    )
+    for each in advice:
+        found = found.replace(each, "")
+    assert "; " not in found, "one sentence a mistake"
 
 
 @pytest.mark.parametrize("low", [True, "1", "many"])
@@ -440,24 +407,11 @@ def test_a_table_has_no_more_rows_than_32_bit_ids_can_tell_apart(tmp_path, featu
         assert message in _message(tmp_path, features__x=feature)
 
 
-def test_work_is_a_folder_of_this_machine(tmp_path):
-    message = _message(tmp_path, "--data.work", "s3://bucket/work")
-    assert (
-        "'data.work' must be a folder of this machine, or one that is mounted like one, found 's3://bucket/work'"
-        in message
-    )
-
-
 def test_every_mistake_is_told_at_once(tmp_path):
     message = _message(tmp_path, modle={}, name=5, tasks__click__kind="binry")
     assert "'modle'" in message
     assert "'name'" in message
     assert "did you mean 'binary'" in message
-
-
-def test_split_times_must_follow_each_other(tmp_path):
-    message = _message(tmp_path, "--split.train_end", "2024-03-01")
-    assert message == "'split': train_start, train_end, validation_end and test_end must follow each other in time"
 
 
 # Files

@@ -229,13 +229,13 @@ class _Scoring:
     def _find_out(self, steps: Steps, memories: Path) -> dict[str, Any]:
         if self.as_of == "tables":
             steps.find_requests()
-            return {"moved": steps.requests.moved, "first": None}
+            return {"first": None}
         counted = steps.count(statistics=False)
         if not counted.rows["scored"]:
             raise self._no_rows()
         memories.mkdir(parents=True)
         steps.look_up(self.pipeline, memories, end=counted.last[0] + 1, training=None)
-        return {"moved": steps.requests.moved, "first": counted.first[0], "last": counted.last[0]}
+        return {"first": counted.first[0], "last": counted.last[0]}
 
     def _no_rows(self) -> UserError:
         start, end = ("any time" if each is None else format_time(each) for each in self.window)
@@ -248,7 +248,7 @@ class _Scoring:
             model=self.found.folder,
             version=self.version,
             products=known["products"],
-            reader=kept_reader(self.out.known, self.logs.log, known["moved"]),
+            reader=kept_reader(self.out.known, self.logs.log),
             results=kept_results(self.out.known, parts) if self.as_of == "log" else None,
             window=self.window,
             known_until=self.freshness.known,

@@ -34,14 +34,13 @@ from mmoe_rec.features.encoder import Results
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.inference.ranking import ROW, key_columns, prediction_columns
 from mmoe_rec.log.columns import zone_rules
-from mmoe_rec.log.files import find_files, is_remote, local_path, would_find
+from mmoe_rec.log.files import find_files, is_remote, local_path, takes_in
 from mmoe_rec.log.reader import LogPart, LogReader
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.log.values import columns_of
 from mmoe_rec.point_in_time.join import Window, in_window
 from mmoe_rec.preprocessing.exchange import ResultReader, take
 from mmoe_rec.preprocessing.logs import BuildOptions, Logs
-from mmoe_rec.preprocessing.requests import OneTimeReader
 from mmoe_rec.progress import say
 from mmoe_rec.settings.columns import Scalar
 from mmoe_rec.settings.schema import Remembering, Schema
@@ -215,7 +214,7 @@ class Output:
         """Raises UserError where the output would be read as input, or the folder holds something else than scores."""
         address = str(self.folder)
         planted = [each / finished_name(0) for each in (self.folder, self.finished)]
-        if not is_remote(source) and would_find(local_path(source), planted):
+        if takes_in(source, planted):
             raise UserError(f"--input '{source}' takes in the files of --output '{address}'; give a folder outside it")
         if self.folder.exists() and not self.folder.is_dir():
             raise UserError(f"--output '{address}' is a file; give a new or empty folder")
@@ -366,7 +365,7 @@ ROWS_AT_A_TIME = 16_384
 
 
 def known_rows(
-    reader: LogReader | OneTimeReader, results: ResultReader | None, window: Window, part: LogPart
+    reader: LogReader, results: ResultReader | None, window: Window, part: LogPart
 ) -> Iterator[tuple[np.ndarray, LogRows]]:
     """The rows of a part that lie in the window, some at a time, with their numbers in the log, (N,) int64.
 

@@ -35,7 +35,6 @@ from mmoe_rec.log.rows import LogRows, labels_of
 from mmoe_rec.model.products import Products
 from mmoe_rec.point_in_time.join import Window
 from mmoe_rec.preprocessing.exchange import Exchange, ResultExchange, ResultReader, partition_of
-from mmoe_rec.preprocessing.requests import OneTimeReader
 
 _LOADING = threading.Lock()
 _GREATEST = np.iinfo(np.int64).max
@@ -56,7 +55,7 @@ class ScoreJob:
     model: Path
     version: str
     products: Products
-    reader: LogReader | OneTimeReader
+    reader: LogReader
     results: ResultExchange | None
     window: Window
     known_until: int

@@ -31,7 +31,6 @@ from mmoe_rec.log.files import first_line
 from mmoe_rec.log.given import check_finite, element_type, microseconds, to_arrow
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.log.values import (
-    Wrong,
     event_value_checks,
     find_first_fault,
     log_value_checks,
@@ -243,12 +242,8 @@ class RowChecks:
 
     def _check_values(self, source: str | None, rows: LogRows) -> None:
         for check in self._value_checks[source]:
-            if rows.has(check.column):
-                values = check.values(rows)
-                if (mask := check.wrong(values)).any():
-                    wrong = Wrong()
-                    wrong.add(values, mask, 0)
-                    raise _in_row(wrong.row, check.says(wrong))
+            if rows.has(check.column) and (wrong := check.find(rows)) is not None:
+                raise _in_row(*wrong)
 
     def _check_times(self, source: str | None, rows: LogRows, latest: int) -> None:
         name = self.schema.columns.time if source is None else self.schema.events[source].time

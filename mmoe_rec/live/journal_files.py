@@ -14,7 +14,6 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import takewhile
 from pathlib import Path
 from zipfile import BadZipFile
 
@@ -30,7 +29,7 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.live.duplicates import Duplicates, NewRows, uses_of_logs
 from mmoe_rec.live.journal import ABOUT, BATCHES, CHECKPOINTS, CUTS, STATES, Journal
 from mmoe_rec.log.columns import canonical
-from mmoe_rec.log.files import MAGIC, find_local, first_line, is_remote, local_path, would_find
+from mmoe_rec.log.files import find_local, first_line, is_remote, local_path, split_glob, takes_in
 from mmoe_rec.preprocessing.files import read_journal_name
 from mmoe_rec.settings.columns import Use
 from mmoe_rec.settings.schema import Schema
@@ -213,7 +212,7 @@ def check_columns(journal: str, schema: Schema, log: str, held: Mapping[str | No
     """
     for source, uses in uses_of_logs(schema).items():
         _, place = _place_of(source, schema, log)
-        for path in [] if is_remote(place) else find_local(local_path(place))[0]:
+        for path in [] if is_remote(place) else find_local(local_path(place)):
             name = read_journal_name(str(path))
             if name is None or name[0] != journal or name[1] <= held.get(source, 0):
                 continue
@@ -258,12 +257,8 @@ def _find_folder(source: str, setting: str, name: str) -> Path:
         raise UserError(
             f"`{setting}` '{source}' is remote, where no journal's files can be written; use a local folder"
         )
-    path = Path(local_path(source))
-    if path.is_dir():
-        return path
-    fixed = list(takewhile(lambda part: not MAGIC & set(part), path.parts))
-    folder = Path(*fixed)
-    if len(fixed) < len(path.parts) and folder.is_dir() and would_find(str(path), [folder / name]):
+    folder = Path(split_glob(local_path(source))[0])
+    if folder.is_dir() and takes_in(source, [folder / name]):
         return folder
     raise UserError(
         f"`{setting}` '{source}' is no folder, and no pattern that takes in '{name}' in a folder: the journal's files "
@@ -273,8 +268,7 @@ def _find_folder(source: str, setting: str, name: str) -> Path:
 
 def _find_pattern(source: str) -> Mapping[str, pa.DataType]:
     """The columns and types of a log's first file that is none of a journal, else of its first one."""
-    paths, _ = find_local(local_path(source))
-    for path in sorted(paths, key=lambda path: (path.name.startswith("journal-"), str(path))):
+    for path in sorted(find_local(local_path(source)), key=lambda path: (path.name.startswith("journal-"), str(path))):
         try:
             return {field.name: field.type for field in pq.read_schema(path)}
         except (pa.ArrowException, OSError):

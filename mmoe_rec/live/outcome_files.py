@@ -20,6 +20,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from mmoe_rec.live.duplicates import EVENT_ID
 from mmoe_rec.locks import writing
 from mmoe_rec.log.checks import BadFile, LeftOut, LogFile, check_files, open_parquet, words_of
 from mmoe_rec.log.columns import canonical, column_uses
-from mmoe_rec.log.files import find_files, is_remote, local_path, would_find
+from mmoe_rec.log.files import find_files, is_remote, takes_in
 from mmoe_rec.log.reader import Piece, read_piece
 from mmoe_rec.log.values import columns_of
 from mmoe_rec.settings.columns import Role, Use
@@ -92,8 +93,9 @@ class Source:
             rows = sum(file.group_rows[group] for group in late)
             if rows < file.rows:
                 yield file, file.rows - rows
-            if late:
-                piece = Piece(file.address, tuple(late), file.in_path, rows)
+            for _, run in groupby(enumerate(late), lambda each: each[1] - each[0]):
+                groups = tuple(group for _, group in run)
+                piece = Piece(file.address, groups, file.in_path, sum(file.group_rows[group] for group in groups))
                 yield from ((file, table) for _, table in read_piece(piece, self.uses, self.unit, types))
 
     def _may_be_later(self, parquet: pq.ParquetFile, group: int, after: int) -> bool:
@@ -250,7 +252,7 @@ def open_runs(folder: Path, sources: dict[str, str]) -> Iterator[Runs]:
         raise UserError(f"--out '{folder}' must be a folder of this machine, or one mounted like one")
     real = Path(os.path.realpath(folder))
     for setting, source in sources.items():
-        if not is_remote(source) and would_find(local_path(source), [real / "run-000001" / "part-00000.parquet"]):
+        if takes_in(source, [real / "run-000001" / "part-00000.parquet"]):
             raise UserError(f"{setting} '{source}' takes in the files of --out '{folder}'; give a folder outside it")
     if real.exists() and not real.is_dir():
         raise UserError(f"--out '{folder}' is a file; give a new or empty folder, or one with joined outcomes")

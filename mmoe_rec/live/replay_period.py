@@ -80,7 +80,7 @@ def read_period(logs: Logs, pipeline: FeaturePipeline, window: tuple[int, int], 
         steps.look_up(pipeline, memories, end=counted.last[0] + 1, training=None)
         steps.keep(known)
     logs = steps.logs  # without bad files, where those are skipped
-    reader = kept_reader(known, logs.log, steps.requests.moved)
+    reader = kept_reader(known, logs.log)
     results = ResultReader(kept_results(known, steps.parts), list(pipeline.key_groups))
     parts = [
         (numbers, LogRows(rows.table, pipeline.schema, rows.results))
@@ -140,14 +140,14 @@ def _read_events(log: EventRows, window: tuple[int, int]) -> Happened:
     tables, first = list[pa.Table](), 0
     for rows in log.stream():
         table = rows.table.drop_columns([EVENT.label])
-        table = table.rename_columns({log.schema.columns.time: log.time})
+        table = table.rename_columns({log.schema.columns.time: log.reader.time})
         if EVENT_ID not in table.column_names:
             ids = [f"{log.name}:{number}" for number in range(first, first + len(rows))]
             table = table.append_column(EVENT_ID, pa.array(ids, pa.string()))
         first += len(rows)
         tables.append(_decode(table.filter(pa.array(in_window(rows.times(), window))), finite=True))
-    table = pa.concat_tables(tables, promote_options="permissive").sort_by(log.time).combine_chunks()
-    return Happened(log.name, table[log.time].cast(pa.int64()).to_numpy(), table)
+    table = pa.concat_tables(tables, promote_options="permissive").sort_by(log.reader.time).combine_chunks()
+    return Happened(log.name, table[log.reader.time].cast(pa.int64()).to_numpy(), table)
 
 
 def score_period(ranker: Ranker, rows: LogRows) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:

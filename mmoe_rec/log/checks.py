@@ -37,10 +37,6 @@ class BadFile(UserError):  # noqa: N818 - named for what it is about
     def __reduce__(self) -> tuple[type[BadFile], tuple[Any, ...]]:
         return BadFile, (str(self), self.address)
 
-    def explained(self) -> BadFile:
-        """The error with its full message, which may first have to be read from the file."""
-        return self
-
 
 @dataclass(frozen=True)
 class LogFile:
@@ -59,22 +55,22 @@ class LogFile:
 
 @dataclass(frozen=True)
 class LeftOut:
-    """A file of a log that is not read, and why."""
+    """A file of a log that is not read, as it was then, and why."""
 
     address: str
+    bytes: int
+    version: str
     reason: str
 
 
 @dataclass(frozen=True)
 class _Footer:
+    """What is read of a file: kinds of the columns that are used, and those of them that stand in its path."""
+
     found: FoundFile
     group_rows: tuple[int, ...]
     kinds: dict[str, pa.DataType]
     in_path: dict[str, str | None]
-
-    @property
-    def rows(self) -> int:
-        return sum(self.group_rows)
 
 
 def format_time(microseconds: int) -> str:
@@ -136,40 +132,50 @@ def check_files(
     Raises:
         BadFile: the first bad file, unless those are skipped.
     """
-    footers = _footers(found, uses, time_unit)
-    problems = {each.address: each for each in footers if isinstance(each, BadFile)}
-    good = [each for each in footers if isinstance(each, _Footer)]
-    integers = _integers_in_paths(good) - {column for column, word in fitted.items() if word == "string"}
-    integers |= {column for column, word in fitted.items() if word == "int64"}
-    for footer in good:
-        try:
-            _add_kinds_in_path(footer, uses, time_unit, integers)
-        except BadFile as problem:
-            problems[footer.found.address] = problem
-    good = [each for each in good if each.found.address not in problems]
-    types, deviating = _common_types(good, uses, fitted)
-    problems |= deviating
-    bad = [problems[file.address] for file in found if file.address in problems]
-    if bad and not skip_bad_files:
-        raise bad[0]
-    files = []
-    for each in good:
-        if (file := each.found).address not in problems:
-            in_path = tuple((c, _in_path(v, c in integers)) for c, v in each.in_path.items())
-            files.append(LogFile(file.address, each.rows, file.bytes, file.version, each.group_rows, in_path))
-    return files, types, [LeftOut(problem.address, str(problem)) for problem in bad]
-
-
-def _footers(found: Sequence[FoundFile], uses: dict[str, Use], time_unit: str | None) -> list[_Footer | BadFile]:
+    problems: dict[str, BadFile] = {}
+    footers: list[_Footer] = []
     with ThreadPoolExecutor(_OPEN_AT_ONCE) as pool:
         try:
-            return list(pool.map(lambda file: _footer(file, uses, time_unit), found))
+            for file, each in zip(
+                found, pool.map(lambda file: _read_footer(file, uses, time_unit), found), strict=True
+            ):
+                if isinstance(each, BadFile):
+                    problems[file.address] = each
+                else:
+                    footers.append(each)
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+    integers = _integers_in_paths(footers) - {column for column, word in fitted.items() if word == "string"}
+    integers |= {column for column, word in fitted.items() if word == "int64"}
+    for footer in footers:
+        for column, value in footer.in_path.items() if any(footer.group_rows) else ():
+            kind = pa.null() if value is None else pa.string()
+            kind = pa.int64() if column in integers and value is not None and _is_integer(value) else kind
+            try:
+                footer.kinds[column] = canonical_type(column, uses[column], kind, time_unit)
+            except UserError as error:
+                address = footer.found.address
+                problems.setdefault(address, BadFile(f"'{address}': {error}, in the file's path", address))
+    footers = [each for each in footers if each.found.address not in problems]
+    types, deviating = _common_types(footers, uses, fitted)
+    problems |= deviating
+    left_out = []
+    for file in found:
+        if (problem := problems.get(file.address)) is not None:
+            if not skip_bad_files:
+                raise problem
+            left_out.append(LeftOut(file.address, file.bytes, file.version, str(problem)))
+    files = []
+    for each in footers:
+        if (file := each.found).address not in problems:
+            in_path = tuple((c, int(v) if v is not None and c in integers else v) for c, v in each.in_path.items())
+            rows = sum(each.group_rows)
+            files.append(LogFile(file.address, rows, file.bytes, file.version, each.group_rows, in_path))
+    return files, types, left_out
 
 
-def _footer(found: FoundFile, uses: dict[str, Use], time_unit: str | None) -> _Footer | BadFile:
+def _read_footer(found: FoundFile, uses: dict[str, Use], time_unit: str | None) -> _Footer | BadFile:
     address = found.address
     try:
         with open_parquet(address) as parquet:
@@ -181,60 +187,40 @@ def _footer(found: FoundFile, uses: dict[str, Use], time_unit: str | None) -> _F
     in_path = {column: paths[column] for column in uses if column not in arrow.names and column in paths}
     kinds = {}
     for column, use in uses.items():
+        wrong = None
         if column in in_path:
             if use == "time":
-                return BadFile(
-                    f"'{address}' has column '{column}' in its path only; a time is not read from a path, "
-                    "write it as a column of the file",
-                    address,
+                wrong = (
+                    f" has column '{column}' in its path only; a time is not read from a path, write it as a column of "
+                    "the file"
                 )
-            continue
-        if column not in arrow.names:
+        elif column not in arrow.names:
             names = sorted({*arrow.names, *paths})
             near = get_close_matches(column, names, 1)
             meant = f" (did you mean '{near[0]}'?)" if near else ""
             has = f"it has {', '.join(names)}{meant}" if names else "it has no columns at all"
-            return BadFile(f"'{address}' has no column '{column}'; {has}", address)
-        if (times := arrow.names.count(column)) > 1:
-            return BadFile(f"'{address}' has {times} columns called '{column}'; rename all but one", address)
-        if any(group_rows):  # A file without rows has no values whose type could be wrong.
+            wrong = f" has no column '{column}'; {has}"
+        elif (times := arrow.names.count(column)) > 1:
+            wrong = f" has {times} columns called '{column}'; rename all but one"
+        elif any(group_rows):  # a file without rows has no values whose type could be wrong
             try:
                 kinds[column] = canonical_type(column, use, arrow.field(column).type, time_unit)
             except UserError as error:
-                return BadFile(f"'{address}': {error}", address)
+                wrong = f": {error}"
+        if wrong is not None:
+            return BadFile(f"'{address}'{wrong}", address)
     return _Footer(found, group_rows, kinds, in_path)
 
 
 def _integers_in_paths(footers: Iterable[_Footer]) -> set[str]:
     """Columns in paths whose values are 64-bit integers in all files."""
-    values: dict[str, set[str]] = {}
-    for footer in footers:
-        for column, value in footer.in_path.items():
-            if value is not None:
-                values.setdefault(column, set()).add(value)
-    return {column for column, found in values.items() if all(map(_is_integer, found))}
+    values = [(column, value) for each in footers for column, value in each.in_path.items() if value is not None]
+    return {column for column, _ in values} - {column for column, value in values if not _is_integer(value)}
 
 
 def _is_integer(text: str) -> bool:
     digits = text.removeprefix("-")
     return digits.isascii() and digits.isdigit() and -(2**63) <= int(text) < 2**63
-
-
-def _in_path(value: str | None, integer: bool) -> int | str | None:
-    return int(value) if integer and value is not None else value
-
-
-def _add_kinds_in_path(footer: _Footer, uses: dict[str, Use], time_unit: str | None, integers: set[str]) -> None:
-    if not footer.rows:
-        return
-    address = footer.found.address
-    for column, value in footer.in_path.items():
-        integer = column in integers and value is not None and _is_integer(value)
-        found = pa.null() if value is None else pa.int64() if integer else pa.string()
-        try:
-            footer.kinds[column] = canonical_type(column, uses[column], found, time_unit)
-        except UserError as error:
-            raise BadFile(f"'{address}': {error}, in the file's path", address) from None
 
 
 def _common_types(
@@ -248,11 +234,9 @@ def _common_types(
         having = [(kind, address) for kind, address in having if not pa.types.is_null(kind)]
         if not having:
             continue
-        counts = Counter(kind for kind, _ in having)
-        common, count = counts.most_common(1)[0]
+        common, count = Counter(kind for kind, _ in having).most_common(1)[0]
+        word, share = word_of(common), f" ({count} of {len(having)} files have {common})"
         there = f"'{next(address for kind, address in having if kind == common)}'"
-        share = f" ({count} of {len(having)} files have {common})"
-        word = word_of(common)
         if column in fitted:
             word, there, share = fitted[column], "the fitted features", ""
         for kind, address in having:

@@ -30,7 +30,7 @@ UTC_MICROSECONDS = pa.timestamp("us", tz="UTC")
 _CODED = pa.dictionary(pa.int32(), pa.string())
 _DICTIONARY_KEPT = 1024  # words, though fewer may be in use
 
-_EXPECTED: dict[Use, str] = {
+EXPECTED: dict[Use, str] = {
     "key": "integers or strings",
     "keys": "lists of integers or lists of strings",
     "number": "numbers",
@@ -38,6 +38,7 @@ _EXPECTED: dict[Use, str] = {
     "time": "timestamps (or integers, with `columns.time_unit` set)",
     "any": "integers, numbers or strings",
 }
+"""What a column must hold, by what it is read as."""
 
 _HINTS = {
     ("key", "double"): " (pandas makes this of integers with missing values: cast to Int64 before writing)",
@@ -100,7 +101,7 @@ def _one_use(column: str, found: dict[Use, str]) -> Use:
     if set(found) == {"key", "number"}:
         return "key"
     if len(found) > 1:
-        readings = " and as ".join(f"{_EXPECTED[use]} by {reader}" for use, reader in found.items())
+        readings = " and as ".join(f"{EXPECTED[use]} by {reader}" for use, reader in found.items())
         raise UserError(
             f"column '{column}' is read as {readings}; it can be only one: change a feature, or add a column to the log"
         )
@@ -133,7 +134,7 @@ def canonical_type(  # noqa: PLR0911 - one line a case reads best
         if use == "vector" and _is_number(kind.value_type):
             return pa.list_(pa.float64())
     hint = _HINTS.get((use, str(kind)), "")
-    raise UserError(f"column '{column}' must hold {_EXPECTED[use]}, found {found}{hint}")
+    raise UserError(f"column '{column}' must hold {EXPECTED[use]}, found {found}{hint}")
 
 
 def _is_number(kind: pa.DataType) -> bool:

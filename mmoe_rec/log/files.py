@@ -3,19 +3,18 @@
 An address without `://` is a local path. Settings and credentials of remote places are fsspec's and the vendor's own,
 such as AWS_PROFILE, AWS_ENDPOINT_URL or FSSPEC_S3_ANON.
 
-Local folders and globs are searched by this module, through links to folders, so that no file is left out silently:
-Python's own `glob` and `Path.rglob` skip folders that can't be read, and the latter also links to folders.
+Local folders are walked here, through links, so that no file is left out silently: Python's own `glob` and
+`Path.rglob` skip folders that can't be read, and the latter also links to folders.
 """
 
 from __future__ import annotations
 
 import os
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any, NoReturn
 from urllib.parse import unquote
 
@@ -23,181 +22,7 @@ import pyarrow as pa
 
 from mmoe_rec.errors import UserError
 
-MAGIC = frozenset("*?[")
-_Identity = tuple[int, int]  # of a file or folder, by whatever path: device and inode
-
-
-def is_hidden(path: PurePath) -> bool:
-    """Whether a file is one that writers leave behind: `_temporary/...`, `.log.1a2b.tmp/...`; not Hive's `__`."""
-    return path.name.startswith((".", "_")) or any(map(_is_hidden_folder, path.parts))
-
-
-def is_hidden_from(pattern: str, path: str) -> bool:
-    """Whether the part of `path` that a glob leaves open is hidden, and the glob names no hidden part itself."""
-    parts = PurePath(pattern).parts
-    fixed = next((i for i, part in enumerate(parts) if MAGIC & set(part)), len(parts))
-    if any(part.startswith((".", "_")) for part in parts[fixed:]):
-        return False
-    return is_hidden(PurePath(*PurePath(path).parts[fixed:]))
-
-
-def _is_hidden_folder(name: str) -> bool:
-    return name.startswith(".") or name == "_temporary"
-
-
-def find_local(source: str) -> tuple[list[Path], bool]:
-    """The Parquet files of a folder, a glob or a single file, and whether `source` is a folder.
-
-    Raises:
-        UserError: a folder can't be read, a link leads nowhere or back to a folder that it lies in, or two paths lead
-            to the same file.
-    """
-    found, is_folder = _Tree().find(source)
-    seen: dict[_Identity, Path] = {}
-    for file in sorted(found):
-        identity = _identity(file)
-        other = file if identity is None else seen.setdefault(identity, file)
-        if other != file and os.path.realpath(other) == os.path.realpath(file):
-            raise UserError(
-                f"'{other}' and '{file}' are the same file, by a link: its rows would count twice; remove one of them"
-            )
-    return found, is_folder
-
-
-def would_find(source: str, files: Sequence[Path]) -> bool:
-    """Whether a folder or glob would include any of these files if they existed. Raises UserError as `find_local`."""
-    planted = {os.path.realpath(file) for file in files}
-    names = {file.name for file in files}
-    found, _ = _Tree(tuple(planted)).find(source)
-    return any(file.name in names and os.path.realpath(file) in planted for file in found)
-
-
-@dataclass(frozen=True)
-class _Entry:
-    path: Path
-    is_folder: bool
-
-
-class _Tree:
-    """The local file system, as if the files `planted` (real paths) existed."""
-
-    def __init__(self, planted: tuple[str, ...] = ()) -> None:
-        self.planted = planted
-
-    def find(self, source: str) -> tuple[list[Path], bool]:
-        """See `find_local`."""
-        path = Path(source)
-        try:
-            if self._is_folder(path):
-                return list(self._within(path)), True
-            if path.is_file():
-                return [path], False
-            parts = path.parts
-            first = next((i for i, part in enumerate(parts) if MAGIC & set(part)), None)
-            if first is None:
-                return [], False
-            files: set[Path] = set()
-            for match in self._matches(Path(*parts[:first]), parts[first:]):
-                files.update(self._within(match.path) if match.is_folder else [match.path])
-            return [file for file in files if not is_hidden_from(source, str(file))], False
-        except OSError as error:
-            place = source if error.filename is None else error.filename
-            raise UserError(
-                f"'{place}' may not be read ({error.strerror}), and there may be files of '{source}' in it; get "
-                "permission to read it, or move it elsewhere"
-            ) from None
-
-    def _within(self, folder: Path, above: tuple[_Identity, ...] = ()) -> Iterator[Path]:
-        above = _entered(folder, above)
-        for entry in self._entries(folder):
-            if entry.is_folder:
-                if not _is_hidden_folder(entry.path.name):
-                    yield from self._within(entry.path, above)
-            elif entry.path.suffix == ".parquet" and not entry.path.name.startswith((".", "_")):
-                yield entry.path
-
-    def _matches(self, folder: Path, parts: Sequence[str], above: tuple[_Identity, ...] = ()) -> Iterator[_Entry]:
-        """What the parts of a glob match in a folder; names that begin with a dot only where the part does, too."""
-        part, rest = parts[0], parts[1:]
-        if not self._is_folder(folder):
-            return
-        if part == "**":
-            above = _entered(folder, above)
-            if rest:
-                yield from self._matches(folder, rest)
-            else:
-                yield _Entry(folder, True)
-                return
-        elif part == os.pardir and rest:
-            yield from self._matches(folder / part, rest)
-            return
-        for entry in self._entries(folder, part):
-            name = entry.path.name
-            if part == "**":
-                if entry.is_folder and not name.startswith("."):
-                    yield from self._matches(entry.path, parts, above)
-            elif fnmatchcase(name, part) and (part.startswith(".") or not name.startswith(".")):
-                if rest:
-                    yield from self._matches(entry.path, rest)
-                else:
-                    yield entry
-
-    def _entries(self, folder: Path, pattern: str = "*") -> Iterator[_Entry]:
-        """What is in a folder. A link that leads nowhere is an error if its name matches `pattern`, unless it is named
-        as a Parquet file: its reader reports it."""
-        names = set()
-        if folder.is_dir():
-            with os.scandir(folder) as entries:
-                for entry in entries:
-                    names.add(entry.name)
-                    if entry.is_dir():
-                        yield _Entry(folder / entry.name, True)
-                    elif entry.is_file() or (entry.is_symlink() and entry.name.endswith(".parquet")):
-                        yield _Entry(folder / entry.name, False)
-                    elif entry.is_symlink() and _is_wanted(entry.name, pattern):
-                        raise UserError(
-                            f"'{folder / entry.name}' is a link to '{os.readlink(entry.path)}', which is not there: "
-                            "files may be missing; restore what it leads to, or remove the link"
-                        )
-        inside = os.path.join(os.path.realpath(folder), "") if self.planted else ""
-        for file in self.planted:
-            if file.startswith(inside):
-                name, _, below = file[len(inside) :].partition(os.sep)
-                if name not in names:
-                    names.add(name)
-                    yield _Entry(folder / name, bool(below))
-
-    def _is_folder(self, path: Path) -> bool:
-        if path.is_dir() or not self.planted:
-            return path.is_dir()
-        inside = os.path.join(os.path.realpath(path), "")
-        return any(file.startswith(inside) for file in self.planted)
-
-
-def _is_wanted(name: str, pattern: str) -> bool:
-    return not name.startswith((".", "_")) and fnmatchcase(name, pattern)
-
-
-def _entered(folder: Path, above: tuple[_Identity, ...]) -> tuple[_Identity, ...]:
-    identity = _identity(folder)
-    if identity is None:
-        return above
-    if identity in above:
-        raise UserError(
-            f"'{folder}' is a link back to a folder that it lies in, '{os.path.realpath(folder)}': there is no end to "
-            "its files; remove the link"
-        )
-    return (*above, identity)
-
-
-def _identity(path: Path) -> _Identity | None:
-    try:
-        found = path.stat()
-    except OSError:
-        return None
-    return (found.st_dev, found.st_ino) if found.st_ino else None
-
-
+_MAGIC = frozenset("*?[")
 FIRST_ANSWER_SECONDS = 15.0
 """A remote place that has not answered by then counts as unreachable, however often its library would try again."""
 
@@ -231,10 +56,16 @@ def is_remote(address: str) -> bool:
     return "://" in address and _protocol(address) not in ("file", "local")
 
 
+def local_path(address: str) -> str:
+    """The path of a local address, which may begin with file://."""
+    return address.partition("://")[2] if "://" in address else address
+
+
 def find_files(source: str, setting: str = "data.log") -> list[FoundFile]:
     """Parquet files of a folder (also nested), a glob or a single file, sorted by address.
 
-    What writers leave behind is left out, see `is_hidden`; a glob that names hidden files gets them.
+    What writers leave behind is left out: `_temporary/...`, `.log.1a2b.tmp/...`, `_metadata.parquet`; a part of a glob
+    that begins with a dot or underscore matches it.
 
     Args:
         setting: the setting that holds `source`, for messages.
@@ -242,11 +73,133 @@ def find_files(source: str, setting: str = "data.log") -> list[FoundFile]:
     Raises:
         UserError: nothing is there, a folder can't be read, a link leads in a circle, or the place can't be reached.
     """
-    found, is_folder = _find_remote(source) if is_remote(source) else _find_local(local_path(source))
-    if not found:
+    if is_remote(source):
+        files, is_folder = _find_remote(source)
+    else:
+        path = local_path(source)
+        files, is_folder = [_stat(file) for file in find_local(path)], os.path.isdir(path)
+    if not files:
         what = "holds no *.parquet file" if is_folder else "does not exist"
         raise UserError(f"the log '{source}' {what}; set `{setting}` to a folder, file or glob of Parquet files")
-    return sorted(found, key=lambda file: file.address)
+    return sorted(files, key=lambda file: file.address)
+
+
+def find_local(source: str) -> list[Path]:
+    """As `find_files`, of a local path; none where nothing is there.
+
+    Raises:
+        UserError: a folder can't be read, a link leads nowhere or back to a folder that it lies in, or two paths lead
+            to the same file.
+    """
+    if os.path.isfile(source):
+        return [Path(source)]
+    folder, parts = split_glob(source)
+    try:
+        files = sorted(set(_walk(Path(folder), parts))) if os.path.isdir(folder) else []
+    except OSError as error:
+        raise UserError(
+            f"'{error.filename or source}' may not be read ({error.strerror}), and there may be files of '{source}' in "
+            "it; get permission to read it, or move it elsewhere"
+        ) from None
+    seen: dict[str, Path] = {}
+    for file in files:
+        if (other := seen.setdefault(os.path.realpath(file), file)) != file:
+            raise UserError(
+                f"'{other}' and '{file}' are the same file, by a link: its rows would count twice; remove one of them"
+            )
+    return files
+
+
+def takes_in(source: str, files: Sequence[Path]) -> bool:
+    """Whether a source would find any of these local files if they were there, by their paths."""
+    if is_remote(source):
+        return False
+    folder, parts = split_glob(local_path(source))
+    for resolve in (os.path.abspath, os.path.realpath):
+        root = Path(resolve(folder))
+        for file in (Path(resolve(each)) for each in files):
+            if file.is_relative_to(root) and _matches(file.relative_to(root).parts, parts):
+                return True
+    return False
+
+
+def split_glob(source: str) -> tuple[str, Sequence[str]]:
+    """A path up to its first part with a wildcard, and the other parts: those of a folder take in all that it holds."""
+    parts = Path(source).parts
+    wild = [number for number, part in enumerate(parts) if _MAGIC & set(part)]
+    if not wild or os.path.isdir(source):
+        return source, ("**",)
+    return str(Path(*parts[: wild[0]])), parts[wild[0] :]
+
+
+def _fits(name: str, is_folder: bool, part: str) -> bool:
+    """Whether a part of a glob matches the name of a file or folder; `**` matches all but what is hidden."""
+    hidden = name.startswith(".") or (name == "_temporary" if is_folder else name.startswith("_"))
+    if hidden and not part.startswith(name[0]):
+        return False
+    return part == "**" or fnmatchcase(name, part)
+
+
+def _walk(folder: Path, parts: Sequence[str]) -> Iterator[Path]:
+    """Files below a folder that the parts of a glob match, and the Parquet files of folders that they match."""
+    part, rest = parts[0], parts[1:]
+    if part == "**" and rest:
+        yield from _walk(folder, rest)
+    for entry in list(os.scandir(folder)):
+        path, is_folder = folder / entry.name, entry.is_dir()
+        if not _fits(entry.name, is_folder, part):
+            continue
+        if entry.is_symlink():
+            _check_link(folder, path)
+        if is_folder:
+            yield from _walk(path, parts if part == "**" else rest or ("**",))
+        elif not rest and (part != "**" or path.suffix == ".parquet"):
+            yield path
+
+
+def _matches(names: Sequence[str], parts: Sequence[str]) -> bool:
+    """Whether `_walk` would find a file by the names of its path below the folder."""
+    if not names:  # the folder is a file
+        return True
+    part, rest, is_folder = parts[0], parts[1:], len(names) > 1
+    if part == "**" and rest and _matches(names, rest):
+        return True
+    if not _fits(names[0], is_folder, part):
+        return False
+    if is_folder:
+        return _matches(names[1:], parts if part == "**" else rest or ("**",))
+    return not rest and (part != "**" or names[0].endswith(".parquet"))
+
+
+def _check_link(folder: Path, link: Path) -> None:
+    target = os.path.realpath(link)
+    # Whoever reads the file tells of a link that is named as one.
+    if not os.path.exists(target) and link.suffix != ".parquet":
+        raise UserError(
+            f"'{link}' is a link to '{os.readlink(link)}', which is not there: files may be missing; restore what it "
+            "leads to, or remove the link"
+        )
+    if Path(os.path.realpath(folder)).is_relative_to(target):
+        raise UserError(
+            f"'{link}' is a link back to a folder that it lies in, '{target}': there is no end to its files; remove "
+            "the link"
+        )
+
+
+def _stat(path: Path) -> FoundFile:
+    try:
+        status = path.stat()
+    except OSError:  # such as a broken link: whoever reads the file reports it
+        return FoundFile(str(path), 0, "unknown")
+    return FoundFile(str(path), status.st_size, str(status.st_mtime_ns))
+
+
+def path_values(address: str) -> dict[str, str | None]:
+    """The columns in a Hive-partitioned folder's path: `day=7/brand=a%2Fb/` is {"day": "7", "brand": "a/b"}."""
+    folders = address.replace(os.sep, "/").split("/")[:-1]
+    pairs = [folder.partition("=") for folder in folders if "=" in folder]
+    null = "__HIVE_DEFAULT_PARTITION__"
+    return {unquote(name): None if value == null else unquote(value) for name, _, value in pairs}
 
 
 @contextmanager
@@ -269,83 +222,51 @@ def open_file(address: str) -> Iterator[pa.NativeFile]:
         yield file
 
 
-def path_values(address: str) -> dict[str, str | None]:
-    """The columns in a Hive-partitioned folder's path: `day=7/brand=a%2Fb/` is {"day": "7", "brand": "a/b"}."""
-    folders = address.replace(os.sep, "/").split("/")[:-1]
-    pairs = [folder.partition("=") for folder in folders if "=" in folder]
-    null = "__HIVE_DEFAULT_PARTITION__"
-    return {unquote(name): None if value == null else unquote(value) for name, _, value in pairs}
-
-
-def local_path(address: str) -> str:
-    """The path of a local address, which may begin with file://."""
-    return address.partition("://")[2] if "://" in address else address
-
-
-def _find_local(source: str) -> tuple[list[FoundFile], bool]:
-    found, is_folder = find_local(source)
-    return [_local_file(file) for file in found], is_folder
-
-
-def _local_file(path: Path) -> FoundFile:
-    try:
-        found = path.stat()
-    except OSError:  # such as a broken link: whoever reads the file reports it
-        return FoundFile(str(path), 0, "unknown")
-    return FoundFile(str(path), found.st_size, str(found.st_mtime_ns))
-
-
 def _find_remote(source: str) -> tuple[list[FoundFile], bool]:
+    """The files, and whether the source is a folder."""
     if "::" in source:
         raise UserError(f"'{source}' is a chain of addresses; give the address of the log itself")
     system, path = _file_system(source)
+    names = path.split("/")
+    wild = next((number for number, name in enumerate(names) if _MAGIC & set(name)), len(names))
+    root, parts = "/".join(names[:wild]), names[wild:]
     with _reaching(source):
         system.invalidate_cache()
-        top = _first_answer(source, lambda: _info(system, path))
+        top = _first_answer(system, root)
         if top is None:
-            found = _matches(system, path) if MAGIC & set(path) else []
-        elif top["type"] == "directory":
-            found = _infos_within(system, path)
+            infos = []
+        elif top["type"] != "directory":
+            infos = [] if parts else [top]
         else:
-            found = [top]
+            below = {name[len(root.rstrip("/")) + 1 :]: info for name, info in system.find(root, detail=True).items()}
+            infos = [info for name, info in below.items() if _matches(name.split("/"), parts or ["**"])]
         files = [
             FoundFile(system.unstrip_protocol(info["name"]), int(info["size"] or 0), _version(system, info))
-            for info in found
+            for info in infos
         ]
-    return files, top is not None and top["type"] == "directory"
+    return files, not parts and top is not None and top["type"] == "directory"
 
 
-def _info(system: Any, path: str) -> dict[str, Any] | None:
+def _first_answer(system: Any, path: str) -> dict[str, Any] | None:
+    """What is known of a path; None where nothing is there."""
+    from fsspec.asyn import sync  # type: ignore[import-untyped]
+
     try:
+        if system.async_impl:
+            return sync(system.loop, system._info, path, timeout=FIRST_ANSWER_SECONDS)
         return system.info(path)
     except FileNotFoundError:
         return None
-
-
-def _infos_within(system: Any, folder: str) -> list[dict[str, Any]]:
-    found = system.find(folder, detail=True)
-    return [
-        info
-        for name, info in found.items()
-        if name.endswith(".parquet") and not is_hidden(PurePath(name[len(folder.rstrip("/")) + 1 :]))
-    ]
-
-
-def _matches(system: Any, pattern: str) -> list[dict[str, Any]]:
-    try:
-        matches = system.glob(pattern, detail=True)
-    except FileNotFoundError:
-        return []
-    found: dict[str, dict[str, Any]] = {}
-    for name, info in matches.items():
-        within = _infos_within(system, name) if info["type"] == "directory" else [info]
-        found |= {each["name"]: each for each in within if not is_hidden_from(pattern, each["name"])}
-    return list(found.values())
+    except TimeoutError:
+        address = system.unstrip_protocol(path)
+        raise UserError(
+            f"'{address}' did not answer within {FIRST_ANSWER_SECONDS:g} seconds; check the network and the endpoint"
+        ) from None
 
 
 def _version(system: Any, info: dict[str, Any]) -> str:
-    found = next((info[key] for key in _VERSION_KEYS if info.get(key)), None)
-    return str(found if found is not None else system.ukey(info["name"]))
+    version = next((info[key] for key in _VERSION_KEYS if info.get(key)), None)
+    return str(version if version is not None else system.ukey(info["name"]))
 
 
 def _protocol(address: str) -> str:
@@ -385,30 +306,6 @@ def _s3_defaults() -> dict[str, Any]:
     if not {"AWS_MAX_ATTEMPTS", "AWS_RETRY_MODE"} & os.environ.keys():
         ours["retries"] = {"mode": "standard", "total_max_attempts": 3}
     return {"config_kwargs": ours | given}
-
-
-def _first_answer(address: str, ask: Callable[[], Any]) -> Any:
-    """What `ask` returns, or a UserError after `FIRST_ANSWER_SECONDS`."""
-    answers: list[Any] = []
-    errors: list[Exception] = []
-
-    def work() -> None:
-        try:
-            answers.append(ask())
-        except Exception as error:
-            errors.append(error)
-
-    # A daemon: a library that keeps trying must not keep the process alive.
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    thread.join(FIRST_ANSWER_SECONDS)
-    if errors:
-        raise errors[0]
-    if not answers:
-        raise UserError(
-            f"'{address}' did not answer within {FIRST_ANSWER_SECONDS:g} seconds; check the network and the endpoint"
-        )
-    return answers[0]
 
 
 class _RemoteFile:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ import pyarrow as pa
 import pyarrow.types as pt
 
 from mmoe_rec.errors import RequestError, UserError, quoted
-from mmoe_rec.log.columns import UTC_MICROSECONDS, canonical
+from mmoe_rec.log.columns import EXPECTED, UTC_MICROSECONDS, canonical
 from mmoe_rec.settings.columns import Use
 
 _INT64 = range(-(2**63), 2**63)
@@ -31,14 +32,7 @@ _WANTED: dict[str, str] = {
     "list<int64>": "lists of integers",
     "list<string>": "lists of strings",
 }
-_WANTED_USE: dict[Use, str] = {
-    "key": "integers or strings",
-    "keys": "lists of integers or lists of strings",
-    "number": "numbers",
-    "vector": "lists of numbers",
-    "time": "times (ISO 8601 strings or integers)",
-    "any": "integers, numbers or strings",
-}
+_WANTED_USE = {**EXPECTED, "time": "times (ISO 8601 strings or integers)"}
 
 
 def plain(values: Any) -> Any:
@@ -80,7 +74,7 @@ def to_arrow(
         RequestError: naming the column, what was expected and what was found.
     """
     if use == "time":
-        return _times(column, values, time_unit)
+        return pa.array([_microseconds_or_none(column, value, time_unit) for value in values], UTC_MICROSECONDS)
     if use in ("keys", "vector"):
         values = [plain(value) for value in values]
     try:
@@ -130,10 +124,10 @@ def _wanted(use: Use, expected: pa.DataType | None) -> str:
 
 
 def _mismatch(column: str, values: Sequence[Any], wanted: str) -> RequestError:
-    for value in _leaves(values):
+    for value in chain.from_iterable(each if isinstance(each, list) else (each,) for each in values):
         if isinstance(value, int) and value not in _INT64:
             return RequestError(f"column '{column}' holds {quoted(value)}, which does not fit into 64 bits")
-        if isinstance(value, str) and not value.isascii() and _is_broken(value):
+        if isinstance(value, str) and value.encode(errors="ignore").decode() != value:
             return RequestError(f"column '{column}' holds a string that is not valid Unicode")
     found = list(dict.fromkeys(_kind(value) for value in values if value is not None))
     return RequestError(f"column '{column}' must hold {wanted}; found {' and '.join(found)}{_hint(wanted, found)}")
@@ -145,18 +139,6 @@ def _hint(wanted: str, found: list[str]) -> str:
     if wanted.startswith("strings,") and found == ["integers"]:
         return ': give "12", not 12'
     return ""
-
-
-def _leaves(values: Sequence[Any]) -> list[Any]:
-    return [leaf for value in values for leaf in (value if isinstance(value, list) else (value,))]
-
-
-def _is_broken(text: str) -> bool:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return True
-    return False
 
 
 def _kind(value: Any) -> str:
@@ -178,10 +160,6 @@ def check_finite(column: str, array: pa.Array) -> None:
         raise RequestError(f"column '{column}' holds NaN or infinity; give null for a missing number")
 
 
-def _times(column: str, values: Sequence[Any], unit: str | None) -> pa.Array:
-    return pa.array([_microseconds_or_none(column, value, unit) for value in values], UTC_MICROSECONDS)
-
-
 def _microseconds_or_none(column: str, value: Any, unit: str | None) -> int | None:
     if isinstance(value, np.datetime64):
         value = value.astype("datetime64[us]").item()
@@ -200,7 +178,10 @@ def microseconds(column: str, value: Any, unit: str | None = None) -> int:
     Raises RequestError for anything else, integers without a unit among them, and for years outside 1700 to 2200.
     """
     if isinstance(value, str | datetime):
-        moment = _moment(column, value) if isinstance(value, str) else value
+        try:
+            moment = datetime.fromisoformat(value) if isinstance(value, str) else value
+        except ValueError:
+            raise RequestError(f"column '{column}' holds {quoted(value)}, which is not an ISO 8601 time") from None
         moment = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
         inside = _YEARS[0] <= moment.year < _YEARS[1]
         result = _microseconds_of(moment) if inside else 0
@@ -226,13 +207,6 @@ def iso_time(microseconds: int) -> str:
     """Microseconds since 1970 UTC as ISO 8601."""
     seconds, rest = divmod(microseconds, 1_000_000)
     return datetime.fromtimestamp(seconds, UTC).replace(microsecond=rest).isoformat()
-
-
-def _moment(column: str, text: str) -> datetime:
-    try:
-        return datetime.fromisoformat(text)
-    except ValueError:
-        raise RequestError(f"column '{column}' holds {quoted(text)}, which is not an ISO 8601 time") from None
 
 
 def _microseconds_of(moment: datetime) -> int:

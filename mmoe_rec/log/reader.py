@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import copy
 import time
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Generic, Self, TypeVar
+from pathlib import Path
+from typing import Self
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.log.checks import (
@@ -27,12 +28,11 @@ from mmoe_rec.log.checks import (
     words_of,
 )
 from mmoe_rec.log.columns import column_uses, event_uses
-from mmoe_rec.log.files import FoundFile, find_files
+from mmoe_rec.log.files import find_files
 from mmoe_rec.log.rows import MICROSECONDS_PER_DAY, LogRows
 from mmoe_rec.log.stand_ins import with_ids, with_times
 from mmoe_rec.log.values import (
     ValueCheck,
-    Wrong,
     event_value_checks,
     file_column,
     first_row,
@@ -116,27 +116,59 @@ ROWS_PER_PART = 262_144
 
 
 @dataclass(frozen=True)
-class _Reader(ABC):
-    """Reads parts of a log; small and picklable.
+class LogReader:
+    """Reads parts of an interaction log, or of a log of events; small and picklable.
 
     uses: columns to read, at least those of user and time; now: microseconds since 1970 UTC; later times are an error;
-    types: of the columns in all files, as words.
+    types: of the columns in all files, as words; events: name of the log of events, None for the interaction log;
+    first_times: Parquet file of `row`, by which it rises, `rows` from there on, and the `time` of their requests, which
+    these rows get (see `mmoe_rec.preprocessing.requests`); None: rows have their own times.
     """
 
     schema: Schema
     uses: dict[str, Use]
     now: int
-    types: dict[str, str] = field(default_factory=dict, kw_only=True)
+    types: dict[str, str] = field(default_factory=dict)
+    events: str | None = None
+    first_times: Path | None = None
 
     @property
     def time(self) -> str:
         """The column with the rows' time."""
-        return self.schema.columns.time
+        return self.schema.columns.time if self.events is None else self.schema.events[self.events].time
 
     @property
-    @abstractmethod
     def checks(self) -> list[ValueCheck]:
         """What the values must hold."""
+        if self.events is not None:
+            return event_value_checks(self.time, self.now)
+        return [each for each in log_value_checks(self.schema, self.now) if each.column in self.uses]
+
+    def read(self, part: LogPart, noticed: Noticed | None = None) -> Iterator[LogRows]:
+        """Batches of at most `ROWS_AT_A_TIME` rows in canonical types, with the values that features rely on checked;
+        events as rows of the task `EVENT` at the time of each event.
+
+        noticed: takes note of a bad file and leaves out the rest of its rows, instead of an error.
+
+        Raises:
+            BadFile: a file is damaged, has changed, or holds invalid values.
+            UserError: a remote place can't be reached.
+        """
+        row, moved, time = part.start, np.empty(0, np.int64), np.empty(0, np.int64)
+        if self.first_times is not None:
+            moved, time = _read_first_times(self.first_times, part)
+        for table in self._tables(part, noticed):
+            if self.events is not None:
+                yield event_rows(table, self.schema, self.events)
+                continue
+            rows = LogRows(with_ids(table, self.schema, row), self.schema)
+            here = slice(*np.searchsorted(moved, [row, row + len(table)]))
+            if len(moved[here]):
+                times = rows.times().copy()
+                times[moved[here] - row] = time[here]
+                rows = rows.with_times(times)
+            yield rows
+            row += len(table)
 
     def _tables(self, part: LogPart, noticed: Noticed | None) -> Iterator[pa.Table]:
         """Tables of canonical columns. Those of small files are joined, so that a batch is worth its overhead."""
@@ -150,67 +182,34 @@ class _Reader(ABC):
                     waiting.append(table)
             except BadFile as problem:
                 if noticed is None:
-                    raise problem.explained() from None
+                    raise
                 noticed.bad.append(problem)
         if waiting:
             yield _together(waiting)
 
     def _checked(self, piece: Piece, checks: Sequence[ValueCheck], noticed: Noticed | None) -> Iterator[pa.Table]:
-        for _, table in read_piece(piece, self.uses, self.schema.columns.time_unit, self.types):
+        for start, table in read_piece(piece, self.uses, self.schema.columns.time_unit, self.types):
             rows = LogRows(table, self.schema)
-            for number, check in enumerate(checks):
-                if _is_wrong(rows, check, piece.address):
-                    raise WrongValues(self, piece, number)
+            for check in checks:
+                try:
+                    wrong = check.find(rows)
+                except UserError as error:
+                    raise BadFile(f"'{piece.address}': {error}", piece.address) from None
+                if wrong is not None:
+                    row, what = wrong
+                    raise BadFile(f"'{piece.address}': {what}{first_row(start + row)}", piece.address)
             timed = with_times(table, self.schema)
             if noticed is not None:
                 noticed.add_times(piece.address, LogRows(timed, self.schema).times(self.time))
             yield timed
 
 
-@dataclass(frozen=True)
-class LogReader(_Reader):
-    """Reads parts of an interaction log."""
-
-    @property
-    def checks(self) -> list[ValueCheck]:
-        """What the values must hold."""
-        return [each for each in log_value_checks(self.schema, self.now) if each.column in self.uses]
-
-    def read(self, part: LogPart, noticed: Noticed | None = None) -> Iterator[LogRows]:
-        """Batches of at most `ROWS_AT_A_TIME` rows in canonical types, with the values that features rely on checked.
-
-        noticed: takes note of a bad file and leaves out the rest of its rows, instead of an error.
-
-        Raises:
-            BadFile: a file is damaged, has changed, or holds invalid values.
-            UserError: a remote place can't be reached.
-        """
-        row = part.start
-        for table in self._tables(part, noticed):
-            yield LogRows(with_ids(table, self.schema, row), self.schema)
-            row += len(table)
-
-
-@dataclass(frozen=True)
-class EventReader(_Reader):
-    """Reads parts of the log of events of that name."""
-
-    name: str
-
-    @property
-    def time(self) -> str:
-        """The column with the events' time."""
-        return self.schema.events[self.name].time
-
-    @property
-    def checks(self) -> list[ValueCheck]:
-        """What the values must hold."""
-        return event_value_checks(self.time, self.now)
-
-    def read(self, part: LogPart, noticed: Noticed | None = None) -> Iterator[LogRows]:
-        """Batches of events, as rows of the task `EVENT` at the time of each event; otherwise as `LogReader.read`."""
-        for table in self._tables(part, noticed):
-            yield event_rows(table, self.schema, self.name)
+def _read_first_times(path: Path, part: LogPart) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers of rows of a part, rising, and the time that each has instead of its own, (N,) int64 each."""
+    inside = [("row", ">=", part.start), ("row", "<", part.start + part.rows)]
+    start, count, time = (column.to_numpy() for column in pq.read_table(path, filters=inside).columns)
+    rows = np.repeat(start, count) + np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
+    return rows, np.repeat(time, count)
 
 
 def event_rows(table: pa.Table, schema: Schema, name: str) -> LogRows:
@@ -223,60 +222,49 @@ def event_rows(table: pa.Table, schema: Schema, name: str) -> LogRows:
     return LogRows(pa.table({**keys, schema.columns.time: table.column(time), EVENT.label: label}), schema)
 
 
-class WrongValues(BadFile):
-    """Invalid values, found by check number `check` of a reader in a piece of a file."""
+class Log:
+    """The files of an interaction log. Opening it reads every file's footer and checks columns and types.
 
-    def __init__(self, reader: _Reader, piece: Piece, check: int) -> None:
-        super().__init__(f"'{piece.address}' holds invalid values", piece.address)
-        self.reader, self.piece, self.check = reader, piece, check
+    name: of a log of events, None; found: all files that are there; files: those that were not left out when checked;
+    types: of their columns; reader: reads a part of them.
 
-    def __reduce__(self) -> tuple[type[BadFile], tuple[Any, ...]]:
-        return WrongValues, (self.reader, self.piece, self.check)
+    Args:
+        source: a folder of Parquet files, one file or a glob; a local path or an fsspec address.
+        skip_bad_files: leave out files that can't be used, see `left_out`, instead of an error.
+        types: required types of columns, in words; by default those of most files.
+        more: further columns that all files must have, and what they are read as.
+        now: microseconds since 1970 UTC; later requests are an error when read. By default a day from now.
 
-    def explained(self) -> BadFile:
-        """Says how much of the whole file is wrong, however the log was cut into parts; reads the column."""
-        reader, check, address, found = self.reader, self.reader.checks[self.check], self.address, Wrong()
-        try:
-            with open_parquet(address) as parquet:
-                groups = tuple(range(parquet.metadata.num_row_groups))
-                in_path = tuple(pair for pair in self.piece.in_path if pair[0] == check.column)
-                whole = Piece(address, groups, in_path, parquet.metadata.num_rows)
-            uses = {check.column: reader.uses[check.column]}
-            for start, table in read_piece(whole, uses, reader.schema.columns.time_unit, reader.types):
-                values = check.values(LogRows(table, reader.schema))
-                found.add(values, check.wrong(values), start)
-        except BadFile as problem:
-            return problem
-        if not found.count:
-            return _changed(address)
-        return BadFile(f"'{address}': {check.says(found)}{first_row(found.row)}", address)
-
-
-Reader = TypeVar("Reader", LogReader, EventReader)
-
-
-class _Files(Generic[Reader]):
-    """Rows of files, read in parts.
-
-    found: all files that are there; files: those that were not left out when checked; types: of their columns; reader:
-    reads a part of them.
+    Raises:
+        BadFile: the first file that is unreadable, lacks a column or has another type than most.
+        UserError: there is no log, it has no rows, or it can't be reached.
     """
 
-    source: str
-    schema: Schema
-    uses: dict[str, Use]
-    found: dict[str, FoundFile]
-    files: list[LogFile]
-    left_out: list[LeftOut]
-    types: dict[str, pa.DataType]
-    reader: Reader
+    name: str | None = None
 
-    def _open(self, found: Sequence[FoundFile], skip_bad_files: bool, types: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        source: str,
+        schema: Schema,
+        *,
+        skip_bad_files: bool = False,
+        types: Mapping[str, str] | None = None,
+        now: int | None = None,
+        more: Mapping[str, Use] | None = None,
+    ) -> None:
+        self.source, self.schema, self.uses = source, schema, column_uses(schema) | dict(more or {})
+        self.now = int(time.time() * 1e6) + MICROSECONDS_PER_DAY if now is None else now
+        self._open("data.log", skip_bad_files, types)
+        if not self.rows:
+            raise UserError(f"the log '{source}' has no rows")
+
+    def _open(self, setting: str, skip_bad_files: bool, types: Mapping[str, str] | None) -> None:
+        found, unit = find_files(self.source, setting), self.schema.columns.time_unit
         self.found = {file.address: file for file in found}
-        unit = self.schema.columns.time_unit
-        self.files, self.types, self.left_out = check_files(found, self.uses, unit, skip_bad_files, types)
+        self.files, self.types, self.left_out = check_files(found, self.uses, unit, skip_bad_files, types or {})
         if not self.files:
             raise none_usable(self.source, self.left_out)
+        self.reader = LogReader(self.schema, self.uses, self.now, words_of(self.types), self.name)
 
     @property
     def rows(self) -> int:
@@ -299,54 +287,27 @@ class _Files(Generic[Reader]):
             if now.get(file.address, (file.bytes, file.version)) != (file.bytes, file.version):
                 raise _changed(file.address)
 
-    def without(self, bad: Mapping[str, LeftOut]) -> Self:
-        """The same log with further files left out, by address. Types stay those of all files."""
+    def without(self, bad: Mapping[str, str]) -> Self:
+        """The same log with further files left out: address -> the reason. Types stay those of all files."""
+        fewer = self.skip(bad)
+        more = [LeftOut(f.address, f.bytes, f.version, bad[f.address]) for f in self.files if f.address in bad]
+        fewer.left_out = [*self.left_out, *more]
+        return fewer
+
+    def skip(self, addresses: Collection[str]) -> Self:
+        """The same log, of which some files are not read."""
         fewer = copy.copy(self)
-        fewer.files = [file for file in self.files if file.address not in bad]
-        fewer.left_out = [*self.left_out, *(bad[file.address] for file in self.files if file.address in bad)]
+        fewer.files = [file for file in self.files if file.address not in addresses]
         return fewer
 
 
-class Log(_Files[LogReader]):
-    """The files of an interaction log. Opening it reads every file's footer and checks columns and types.
-
-    Args:
-        source: a folder of Parquet files, one file or a glob; a local path or an fsspec address.
-        skip_bad_files: leave out files that can't be used, see `left_out`, instead of an error.
-        types: required types of columns, in words; by default those of most files.
-        more: further columns that all files must have, and what they are read as.
-        now: microseconds since 1970 UTC; later requests are an error when read. By default a day from now.
-
-    Raises:
-        BadFile: the first file that is unreadable, lacks a column or has another type than most.
-        UserError: there is no log, it has no rows, or it can't be reached.
-    """
-
-    def __init__(
-        self,
-        source: str,
-        schema: Schema,
-        *,
-        skip_bad_files: bool = False,
-        types: Mapping[str, str] | None = None,
-        now: int | None = None,
-        more: Mapping[str, Use] | None = None,
-    ) -> None:
-        self.source = source
-        self.schema = schema
-        self.uses = column_uses(schema) | dict(more or {})
-        self.now = int(time.time() * 1e6) + MICROSECONDS_PER_DAY if now is None else now
-        self._open(find_files(source), skip_bad_files, types or {})
-        if not self.rows:
-            raise UserError(f"the log '{source}' has no rows")
-        self.reader = LogReader(schema, self.uses, self.now, types=words_of(self.types))
-
-
-class EventRows(_Files[EventReader]):
+class EventRows(Log):
     """The files of a further log of events, see `EventLog`. Key columns must have the log's types.
 
     Args and errors: as `Log`, whose `now` it shares.
     """
+
+    name: str
 
     def __init__(
         self,
@@ -356,24 +317,21 @@ class EventRows(_Files[EventReader]):
         skip_bad_files: bool = False,
         types: Mapping[str, str] | None = None,
     ) -> None:
-        self.name, self.schema = name, log.schema
-        self.time = self.schema.events[name].time
-        self.uses = event_uses(self.schema, name)
-        self.source = self.schema.events[name].path
-        self._open(find_files(self.source, f"data.events.{name}.path"), skip_bad_files, types or {})
+        self.name, self.schema, self.now = name, log.schema, log.now
+        self.uses, self.source = event_uses(self.schema, name), self.schema.events[name].path
+        self._open(f"data.events.{name}.path", skip_bad_files, types)
         for column, kind in self.types.items():
-            if column in log.types and log.types[column] != kind and column != self.time:
+            if column in log.types and log.types[column] != kind and column != self.reader.time:
                 raise UserError(
                     f"column '{column}' is {kind} in events '{name}' and {log.types[column]} in log '{log.source}'; "
                     "write both with one type"
                 )
-        self.reader = EventReader(self.schema, self.uses, log.now, name, types=words_of(self.types))
 
     def times(self, file: LogFile) -> np.ndarray:
         """(rows,) int64 microseconds of the events of one file."""
-        reader, parts = replace(self.reader, uses={self.time: "time"}), cut([file], file.rows)
-        found = [rows.times() for part in parts for rows in reader.read(part)]
-        return np.concatenate(found) if found else np.empty(0, np.int64)
+        reader = replace(self.reader, uses={self.reader.time: "time"})
+        times = [rows.times() for part in cut([file], file.rows) for rows in reader.read(part)]
+        return np.concatenate([np.empty(0, np.int64), *times])
 
 
 def none_usable(source: str, left_out: Sequence[LeftOut]) -> UserError:
@@ -417,10 +375,3 @@ def read_piece(
 
 def _changed(address: str) -> BadFile:
     return BadFile(f"'{address}' has changed since the log was opened; start again", address)
-
-
-def _is_wrong(rows: LogRows, check: ValueCheck, address: str) -> bool:
-    try:
-        return bool(check.wrong(check.values(rows)).any())
-    except UserError as error:
-        raise BadFile(f"'{address}': {error}", address) from None

@@ -28,11 +28,8 @@ class StoredColumn:
     def each(self, function: Function, places: np.ndarray) -> np.ndarray:
         """(N,) what a function makes of the values at (N,) int64 places, and of null at place -1."""
         if function not in self._made:
-            made = np.append(function(self.values), function(pa.nulls(1, self.values.type)))
-            small = made.dtype == np.int64 and made.max(initial=0) < 2**31 and made.min(initial=0) >= 0
-            self._made[function] = made.astype(np.int32) if small else made
-        found = self._made[function].take(places, mode="wrap")
-        return found.astype(np.int64) if found.dtype == np.int32 else found
+            self._made[function] = np.append(function(self.values), function(pa.nulls(1, self.values.type)))
+        return self._made[function].take(places, mode="wrap")
 
 
 @dataclass(frozen=True)

@@ -47,19 +47,14 @@ def with_ids(table: pa.Table, schema: Schema, first_row: int) -> pa.Table:
 
 def told_of_stand_ins(schema: Schema) -> str | None:
     """What stands in for users, requests and candidates, as a sentence; None where the log has all."""
-    columns = schema.columns
-    each = "row" if columns.request is None else "request"
-    if not columns.has_user and not columns.has_candidate:
-        of = f"each {each} is a user of its own, and each row another candidate"
-        return f"the settings name neither columns.user nor columns.candidate: {of}"
+    columns, told = schema.columns, []
     if not columns.has_user:
-        return f"the settings name no columns.user: each {each} is a user of its own"
-    told = []
-    if columns.request is None and not columns.has_time:
-        told.append("no columns.request or columns.time: all rows of a user in a split are one request")
+        told.append(f"columns.user: each {'row' if columns.request is None else 'request'} is a user of its own")
+    elif columns.request is None and not columns.has_time:
+        told.append("columns.request or columns.time: all rows of a user in a split are one request")
     if not columns.has_candidate:
-        told.append("no columns.candidate: each row is another one")
-    return f"the settings name {'; and '.join(told)}" if told else None
+        told.append("columns.candidate: each row is another one")
+    return f"the settings name no {'; and no '.join(told)}" if told else None
 
 
 def require_all(schema: Schema, what: str) -> None:

@@ -20,7 +20,7 @@ from mmoe_rec.log.columns import canonical
 from mmoe_rec.log.files import first_line, path_values
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.log.stand_ins import places_of
-from mmoe_rec.settings.columns import SplitColumn, Use
+from mmoe_rec.settings.columns import Use
 from mmoe_rec.settings.schema import Schema
 
 
@@ -110,73 +110,52 @@ def _with_valid_words(array: pa.DictionaryArray) -> pa.DictionaryArray:
     return array
 
 
-_LARGEST_LABEL = float(np.finfo(np.float32).max)  # models compute in float32
-
-
-@dataclass
-class Wrong:
-    """The wrong values of a column in one file: how many, the first one's row and value, and their range."""
-
-    count: int = 0
-    row: int = 0
-    first: float = 0
-    least: float = 0
-    largest: float = 0
-
-    def add(self, values: np.ndarray, mask: np.ndarray, start: int) -> None:
-        """Counts the rows of `values` (N,) where `mask` (N,) is true; the first of them is the file's row `start`."""
-        if not mask.any():
-            return
-        wrong = values[mask]
-        if not self.count:
-            self.row, self.first = start + int(mask.argmax()), wrong[0]
-            self.least, self.largest = wrong[0], wrong[0]
-        self.count += len(wrong)
-        self.least, self.largest = min(self.least, wrong.min()), max(self.largest, wrong.max())
+_LARGEST = float(np.finfo(np.float32).max)  # models compute in float32
 
 
 @dataclass(frozen=True)
 class ValueCheck:
-    """A check of one column: its `values` (N,), which of them are `wrong`, and what the error `says` about those."""
+    """A check of one column: which of N rows are `wrong`, (N,) bool, and what the error `says` about the first one's
+    value."""
 
     column: str
-    values: Callable[[LogRows], np.ndarray]
-    wrong: Callable[[np.ndarray], np.ndarray]
-    says: Callable[[Wrong], str]
+    wrong: Callable[[LogRows], np.ndarray]
+    says: Callable[[Any], str]
+
+    def find(self, rows: LogRows) -> tuple[int, str] | None:
+        """The first wrong row, and what is wrong with it; None where all are right."""
+        wrong = self.wrong(rows)
+        if not wrong.any():
+            return None
+        row = int(wrong.argmax())
+        column = rows.column(self.column)[row]
+        # A time may lie beyond the years that Python has.
+        value = column.cast(pa.int64()).as_py() if pt.is_timestamp(column.type) else column.as_py()
+        return row, self.says(value)
 
 
 def log_value_checks(schema: Schema, now: int) -> list[ValueCheck]:
     """What a log's values must hold so that features and labels mean something."""
-    columns = schema.columns
+    columns, split = schema.columns, schema.split
     keys = filter(None, (columns.user, columns.candidate, columns.time, columns.request))
     checks = [_no_null(column, "every row needs one") for column in keys]
-    checks.append(_no_future(columns.time, now, "requests"))
-    if (rate := columns.sampling_rate) is not None:
+    checks.append(_no_future(columns.time, now, "a request"))
+    if columns.sampling_rate is not None:
+        checks.append(_positive(columns.sampling_rate, 1.0, "in (0, 1]", "columns.sampling_rate"))
+    if columns.weight is not None:
+        checks.append(_positive(columns.weight, _LARGEST, "above 0 and finite", "columns.weight"))
+    if split is not None:
+        listed = ", ".join(repr(each) for values in split.values.values() for each in values)
         checks.append(
             ValueCheck(
-                rate,
-                lambda rows: rows.numbers(rate),
-                lambda values: ~((values > 0) & (values <= 1)),
-                lambda found: (
-                    f"column '{rate}' holds {'null' if np.isnan(found.first) else f'{found.first:g}'} "
-                    f"({found.count} rows are not in (0, 1]); fix the data or remove columns.sampling_rate"
+                split.column,
+                lambda rows: places_of(rows.coded(split.column), split) < 0,
+                lambda value: (
+                    f"column '{split.column}' of split.column holds {_shown(value)}, and not one of {listed}: list "
+                    "it under split.train, split.validation or split.test, or leave such rows out"
                 ),
             )
         )
-    if (weight := columns.weight) is not None:
-        checks.append(
-            ValueCheck(
-                weight,
-                lambda rows: rows.numbers(weight),
-                lambda values: ~((values > 0) & (values <= _LARGEST_LABEL)),
-                lambda found: (
-                    f"column '{weight}' holds {'null' if np.isnan(found.first) else f'{found.first:g}'} "
-                    f"({found.count} rows are not above 0 and finite); fix the data or remove columns.weight"
-                ),
-            )
-        )
-    if schema.split is not None:
-        checks.append(_split_check(schema.split))
     checks += [_label_check(name, task.label, task.kind) for name, task in schema.tasks.items()]
     for name, feature in schema.features.items():
         for column, length in feature.list_lengths.items():
@@ -184,65 +163,93 @@ def log_value_checks(schema: Schema, now: int) -> list[ValueCheck]:
     return checks
 
 
-def _split_check(split: SplitColumn) -> ValueCheck:
-    listed = ", ".join(repr(each) for values in split.values.values() for each in values)
-    return ValueCheck(
-        split.column,
-        lambda rows: places_of(rows.coded(split.column), split),
-        lambda places: places < 0,
-        lambda found: (
-            f"column '{split.column}' of split.column holds something else than {listed} in {found.count} rows: list "
-            "it under split.train, split.validation or split.test, or leave these rows out"
-        ),
-    )
-
-
 def event_value_checks(time: str, now: int) -> list[ValueCheck]:
     """What the values of a log of events must hold."""
-    return [_no_null(time, "every event needs a time"), _no_future(time, now, "events")]
+    return [_no_null(time, "every event needs a time"), _no_future(time, now, "an event")]
+
+
+def _shown(value: Any) -> str:
+    return "null" if value is None else f"{value:g}" if isinstance(value, float) else repr(value)
 
 
 def _no_null(column: str, need: str) -> ValueCheck:
     return ValueCheck(
         column,
         lambda rows: rows.coded(column).is_null().to_numpy(zero_copy_only=False),
-        lambda nulls: nulls,
-        lambda found: f"column '{column}' is null in {found.count} rows; {need}",
+        lambda _: f"column '{column}' is null; {need}",
     )
 
 
 def _no_future(column: str, now: int, what: str) -> ValueCheck:
     return ValueCheck(
         column,
-        lambda rows: rows.times(column),
-        lambda times: times > now,
-        lambda found: (
-            f"column '{column}' holds {found.count} {what} in the future: {what} from "
-            f"{format_time(int(found.least))} to {format_time(int(found.largest))}, later than {format_time(now)}; "
-            "fix the data, or set `columns.time_unit` if the column holds integers in another unit"
+        lambda rows: rows.times(column) > now,
+        lambda value: (
+            f"column '{column}' holds {what} in the future, {format_time(value)}, later than {format_time(now)}; fix "
+            "the data, or set `columns.time_unit` if the column holds integers in another unit"
+        ),
+    )
+
+
+def _positive(column: str, most: float, expected: str, setting: str) -> ValueCheck:
+    def wrong(rows: LogRows) -> np.ndarray:
+        values = rows.numbers(column)
+        return ~((values > 0) & (values <= most))
+
+    return ValueCheck(
+        column,
+        wrong,
+        lambda value: (
+            f"column '{column}' holds {_shown(value)}, which is not {expected}; fix the data or remove {setting}"
+        ),
+    )
+
+
+def _label_check(task: str, label: str, kind: str) -> ValueCheck:
+    if kind == "regression":
+        return ValueCheck(
+            label,
+            lambda rows: np.abs(rows.numbers(label)) > _LARGEST,
+            lambda value: (
+                f"label column '{label}' of task '{task}' holds {_shown(value)}, too large for 32 bits; make it null"
+            ),
+        )
+
+    def wrong(rows: LogRows) -> np.ndarray:
+        values = rows.numbers(label)
+        return ~np.isnan(values) & (values != 0) & (values != 1)
+
+    return ValueCheck(
+        label,
+        wrong,
+        lambda value: (
+            f"label column '{label}' of binary task '{task}' holds {_shown(value)}, neither 0 nor 1; fix the data or "
+            "set the task's kind to regression"
         ),
     )
 
 
 def _vector_checks(feature: str, column: str, size: int) -> list[ValueCheck]:
     what = f"column '{column}' of feature '{feature}' holds"
+
+    def has_other_length(rows: LogRows) -> np.ndarray:
+        lengths = list_lengths(rows.column(column))
+        return (lengths >= 0) & (lengths != size)
+
     return [
         ValueCheck(
             column,
-            lambda rows: list_lengths(rows.column(column)),
-            lambda lengths: (lengths >= 0) & (lengths != size),
-            lambda found: (
-                f"{what} a list of {found.first} numbers, but its `size` is {size} ({found.count} rows); write "
-                "lists of that length, or null where there is none"
+            has_other_length,
+            lambda value: (
+                f"{what} a list of {len(value)} numbers, but its `size` is {size}; write lists of that length, or null "
+                "where there is none"
             ),
         ),
         ValueCheck(
             column,
-            lambda rows: _elements_not_finite(rows.column(column)),
-            lambda elements: elements > 0,
-            lambda found: (
-                f"{what} null, NaN or infinity within a list ({found.count} rows); write finite numbers, or "
-                "null instead of the whole list"
+            lambda rows: _has_elements_not_finite(rows.column(column)),
+            lambda _: (
+                f"{what} null, NaN or infinity within a list; write finite numbers, or null instead of the whole list"
             ),
         ),
     ]
@@ -255,34 +262,11 @@ def list_lengths(lists: pa.Array) -> np.ndarray:
     return lists.value_lengths().fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
 
 
-def _elements_not_finite(lists: pa.Array) -> np.ndarray:
-    """(N,) int64 how many elements of each list are null, NaN or infinite."""
+def _has_elements_not_finite(lists: pa.Array) -> np.ndarray:
+    """(N,) bool whether an element of each list is null, NaN or infinite."""
     lengths = np.maximum(list_lengths(lists), 0)
     if not lengths.sum():
-        return np.zeros(len(lists), np.int64)
+        return np.zeros(len(lists), bool)
     wrong = ~np.isfinite(lists.flatten().to_numpy(zero_copy_only=False))  # null is NaN
     row = np.repeat(np.arange(len(lists)), lengths)
-    return np.bincount(row[wrong], minlength=len(lists))
-
-
-def _label_check(task: str, label: str, kind: str) -> ValueCheck:
-    if kind == "regression":
-        return ValueCheck(
-            label,
-            lambda rows: rows.numbers(label),
-            lambda values: np.abs(values) > _LARGEST_LABEL,
-            lambda found: (
-                f"label column '{label}' of task '{task}' holds "
-                f"{'an infinite value' if np.isinf(found.first) else f'{found.first:g}, too large for 32 bits'}; "
-                f"make it null ({found.count} rows)"
-            ),
-        )
-    return ValueCheck(
-        label,
-        lambda rows: rows.numbers(label),
-        lambda values: ~np.isnan(values) & (values != 0) & (values != 1),
-        lambda found: (
-            f"label column '{label}' of binary task '{task}' holds {found.first:g} "
-            f"({found.count} rows are neither 0 nor 1); fix the data or set the task's kind to regression"
-        ),
-    )
+    return np.bincount(row[wrong], minlength=len(lists)) > 0

@@ -128,4 +128,4 @@ def _with_count(model: Model, count: int) -> Model:
     try:
         return Model.model_validate(tree)
     except ValidationError as error:
-        raise UserError("; ".join(explain(error, tree, f"with {count} shared experts"))) from None
+        raise UserError("; ".join(explain(error, f"with {count} shared experts"))) from None

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.dataset as ds
@@ -15,7 +13,7 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.log.checks import format_time
 from mmoe_rec.log.database import Database
-from mmoe_rec.log.files import is_remote, local_path, would_find
+from mmoe_rec.log.files import takes_in
 from mmoe_rec.log.reader import Log
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.log.stand_ins import with_ids, with_times
@@ -49,7 +47,7 @@ def check_apart(log_source: str, schema: Schema, work: Path) -> None:
     """Raises UserError where a log would read what is written to the folder `work`."""
     sources = {"data.log": log_source} | {f"data.events.{name}.path": each.path for name, each in schema.events.items()}
     for setting, source in sources.items():
-        if not is_remote(source) and would_find(local_path(source), [work / each for each in _WRITTEN]):
+        if takes_in(source, [work / each for each in _WRITTEN]):
             raise UserError(
                 f"`{setting}` '{source}' takes in what is written to `data.work` '{work}': it would be read as rows of "
                 "the log; set `data.work` to a folder that lies outside"
@@ -85,57 +83,30 @@ def check_times(log: Log, counted: Counted) -> None:
 
 def check_requests(log: Log, requests: Requests) -> None:
     """Raises UserError where a request has several users, or several times where an example of that was looked for."""
-    columns = log.schema.columns
-    if (clash := requests.users_clash) is not None:
-        raise UserError(
-            f"{_clash(log, clash, columns.user, 'user')}; {_have(requests.several_users)} rows of several users, but "
+    columns, split = log.schema.columns, log.schema.split
+    if requests.users_clash is not None:
+        advice = (
             "a request is one user's: give each request an id of its own, or set columns.request_scope to user if ids "
             "are a user's own"
         )
-    clash, split = requests.times_clash, log.schema.split
-    if clash is not None and split is not None:
-        raise UserError(
-            f"{_clash(log, clash, split.column, 'split')}; {_have(requests.several_times)} rows of several splits, but "
-            "a request is ranked as a whole: give all its rows one split"
+        raise _clash(log, requests.users_clash, columns.user, requests.several_users, advice)
+    if requests.times_clash is not None and split is not None:
+        advice = "a request is ranked as a whole: give all its rows one split"
+        raise _clash(log, requests.times_clash, split.column, requests.several_times, advice)
+    if requests.times_clash is not None:
+        advice = (
+            "write the request's time into all its rows, or set data.several_times to first, which takes the first "
+            "for all"
         )
-    if clash is not None:
-        raise UserError(
-            f"{_clash(log, clash, columns.time, 'time')}; {_have(requests.several_times)} rows of several times: write "
-            "the request's time into all its rows, or set data.several_times to first, which takes the first for all"
-        )
+        raise _clash(log, requests.times_clash, columns.time, requests.several_times, advice)
 
 
-def _have(requests: int) -> str:
-    return f"{requests:,} request{'s have' if requests > 1 else ' has'}"
-
-
-def _clash(log: Log, clash: Clash, column: str, what: str) -> str:
-    request = log.schema.columns.request
-    assert request is not None
-    other = _row(log, clash.other)
-    first = f"another {what} in the files before"
-    if clash.first is not None:
-        first = f"{what} {_shown(_row(log, clash.first)[column])} in {place(log, clash.first)}"
-    return (
-        f"request {_shown(other[request])} (column '{request}') has {first} and {what} {_shown(other[column])} in "
-        f"{place(log, clash.other)}"
+def _clash(log: Log, clash: Clash, column: str, count: int, advice: str) -> UserError:
+    first = "a row of the files before" if clash.first is None else place(log, clash.first)
+    return UserError(
+        f"{first} and {place(log, clash.other)} are of one request (column '{log.schema.columns.request}') and differ "
+        f"in column '{column}', as do rows of {count:,} request{'s' * (count > 1)}: {advice}"
     )
-
-
-def _row(log: Log, number: int) -> dict[str, Any]:
-    """The values of a row by column."""
-    part = next(part for part in log.parts() if number < part.start + part.rows)
-    start = part.start
-    for rows in log.reader.read(part):
-        if number < start + len(rows):
-            break
-        start += len(rows)
-    values: dict[str, Any] = rows.table.slice(number - start, 1).to_pylist()[0]
-    return values
-
-
-def _shown(value: object) -> str:
-    return value.isoformat() if isinstance(value, datetime) else repr(value)
 
 
 def place(log: Log, row: int) -> str:

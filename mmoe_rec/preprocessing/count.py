@@ -7,7 +7,7 @@ about, to one partition each, where the next step makes the look-ups.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -18,15 +18,12 @@ from mmoe_rec.features.encoder import Counts
 from mmoe_rec.features.latest import LatestParts
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.log.checks import BadFile
-from mmoe_rec.log.reader import ROWS_PER_PART, EventReader, LogPart, LogReader, Noticed
+from mmoe_rec.log.reader import ROWS_PER_PART, LogPart, LogReader, Noticed
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.point_in_time.exact import units_of
 from mmoe_rec.point_in_time.join import Window, in_any, in_window
 from mmoe_rec.preprocessing.exchange import DUPLICATES, Exchange, events_of, label_of, look_ups_of, partition_of
-from mmoe_rec.preprocessing.requests import OneTimeReader
 from mmoe_rec.settings.schema import Schema
-
-Reader = LogReader | OneTimeReader | EventReader
 
 
 @dataclass(frozen=True)
@@ -62,8 +59,8 @@ class Counted:
     label_units: dict[str, set[int]] = field(default_factory=dict)
     first: tuple[int, int] = (np.iinfo(np.int64).max, 0)
     last: tuple[int, int] = (np.iinfo(np.int64).min, 0)
-    rows: dict[str, int] = field(default_factory=lambda: defaultdict(int))
-    seen: dict[str | None, int] = field(default_factory=lambda: defaultdict(int))
+    rows: Counter[str] = field(default_factory=Counter)
+    seen: Counter[str | None] = field(default_factory=Counter)
     users: LatestParts | None = None
     candidates: LatestParts | None = None
     sent: dict[str, np.ndarray] = field(default_factory=dict)
@@ -81,10 +78,8 @@ class Counted:
         for task, units in other.label_units.items():
             self.label_units[task] = self.label_units.get(task, set()) | units
         self.first, self.last = min(self.first, other.first), max(self.last, other.last)
-        for split, count in other.rows.items():
-            self.rows[split] += count
-        for source, count in other.seen.items():
-            self.seen[source] += count
+        self.rows.update(other.rows)
+        self.seen.update(other.seen)
         self.users = merged(self.users, other.users)
         self.candidates = merged(self.candidates, other.candidates)
         for channel, rows in other.sent.items():
@@ -103,76 +98,42 @@ def merged(one: LatestParts | None, other: LatestParts | None) -> LatestParts | 
     return one
 
 
-def count_part(job: CountJob, readers: Mapping[str | None, Reader], task: tuple[str | None, LogPart]) -> Counted:
+def count_part(job: CountJob, readers: Mapping[str | None, LogReader], task: tuple[str | None, LogPart]) -> Counted:
     """Counts a part of the log of events of that name, or of the interaction log (None)."""
     source, part = task
-    reader = readers[source]
-    noticed = Noticed()
-    if source is None:
-        counted = _count_log(job, reader, part, noticed)
-    else:
-        counted = _count_events(job, reader, source, part, noticed)
-    counted.spans = {(source, address): span for address, span in noticed.spans.items()}
-    return Counted(bad=noticed.bad) if noticed.bad else counted
-
-
-def _count_log(job: CountJob, reader: Reader, part: LogPart, noticed: Noticed) -> Counted:
-    schema = job.schema
-    pipeline, counted = FeaturePipeline(schema), Counted()
-    counted.users = LatestParts(schema, "user")
-    counted.candidates = LatestParts(schema, "candidate")
-    sender = _Sender(job, part)
-    row = part.start
-    for read in reader.read(part, noticed):
-        if noticed.bad:
+    pipeline, counted, noticed = FeaturePipeline(job.schema), Counted(), Noticed()
+    users, candidates = LatestParts(job.schema, "user"), LatestParts(job.schema, "candidate")
+    sender, end = _Sender(job, part, source), part.start
+    start, train_end = job.windows["train"] if job.statistics else (None, 0)
+    for read in readers[source].read(part, noticed):
+        inside = np.ones(len(read), bool) if job.until is None else read.times() < job.until
+        rows, number = read.filter(inside), end + np.flatnonzero(inside)
+        end += len(read)
+        if noticed.bad or not len(rows):
             continue  # read on for further bad files; what is good is counted without them
-        rows, number = _before(job, read, np.arange(row, row + len(read)))
-        row += len(read)
-        if not len(rows):
-            continue
-        times = rows.times()
-        counted.seen[None] += len(rows)
-        counted.first = min(counted.first, (int(times.min()), int(number[times.argmin()])))
-        counted.last = max(counted.last, (int(times.max()), int(number[times.argmax()])))
-        for split, window in job.windows.items():
-            counted.rows[split] += int(in_window(times, window).sum())
-        counted.users.add(rows)
-        counted.candidates.add(rows)
-        _count_statistics(job, pipeline, rows)
+        counted.seen[source] += len(rows)
+        if source is None:
+            times = rows.times()
+            counted.first = min(counted.first, (int(times.min()), int(number[times.argmin()])))
+            counted.last = max(counted.last, (int(times.max()), int(number[times.argmax()])))
+            for split, window in job.windows.items():
+                counted.rows[split] += int(in_window(times, window).sum())
+            users.add(rows)
+            candidates.add(rows)
+            pipeline.note_types(rows)
+            assert train_end is not None
+            if job.statistics and len(learnt := rows.filter(in_window(times, (start, train_end)))):
+                pipeline.learn(learnt, train_end)
         sender.add(pipeline, rows, number)
     sender.flush()
-    counted.counts = pipeline.counts if job.statistics else {}
-    counted.key_types, counted.label_units, counted.sent = pipeline.key_types, pipeline.label_units, sender.sent
-    return counted
-
-
-def _before(job: CountJob, rows: LogRows, number: np.ndarray) -> tuple[LogRows, np.ndarray]:
-    """The rows that count, of N rows, and their numbers, (N,) int64."""
-    if job.until is None or (inside := rows.times() < job.until).all():
-        return rows, number
-    return rows.filter(inside), number[inside]
-
-
-def _count_statistics(job: CountJob, pipeline: FeaturePipeline, rows: LogRows) -> None:
-    pipeline.note_types(rows)
-    if job.statistics:
-        start, end = job.windows["train"]
-        assert end is not None
-        inside = rows.filter(in_window(rows.times(), (start, end)))
-        if len(inside):
-            pipeline.learn(inside, end)
-
-
-def _count_events(job: CountJob, reader: Reader, source: str, part: LogPart, noticed: Noticed) -> Counted:
-    pipeline, counted = FeaturePipeline(job.schema), Counted()
-    sender = _Sender(job, part, source)
-    for read in reader.read(part, noticed):
-        if not noticed.bad:
-            rows, _ = _before(job, read, np.arange(len(read)))
-            counted.seen[source] += len(rows)
-            sender.add(pipeline, rows, None)
-    sender.flush()
+    if noticed.bad:
+        return Counted(bad=noticed.bad)
+    if source is None:
+        counted.users, counted.candidates = users, candidates
+        counted.counts = pipeline.counts if job.statistics else {}
+        counted.key_types, counted.label_units = pipeline.key_types, pipeline.label_units
     counted.sent = sender.sent
+    counted.spans = {(source, address): span for address, span in noticed.spans.items()}
     return counted
 
 
@@ -182,16 +143,16 @@ class _Sender:
     source: the log of events that the part belongs to, None for the interaction log. A channel has one source.
     """
 
-    def __init__(self, job: CountJob, part: LogPart, source: str | None = None) -> None:
+    def __init__(self, job: CountJob, part: LogPart, source: str | None) -> None:
         self.job, self.part, self.source = job, part, source
         self.sent: dict[str, np.ndarray] = {}
         self._waiting: dict[str, list[pa.Table]] = defaultdict(list)
         self._rows = 0
         self._turn = 0
 
-    def add(self, pipeline: FeaturePipeline, rows: LogRows, number: np.ndarray | None) -> None:
-        """Takes N rows; number: (N,) int64 of each where they are of the interaction log."""
-        if number is not None:
+    def add(self, pipeline: FeaturePipeline, rows: LogRows, number: np.ndarray) -> None:
+        """Takes N rows; number: (N,) int64 of each in its log."""
+        if self.source is None:
             self._add_look_ups(pipeline, rows, number)
         for name, encoder in pipeline.memory_encoders.items():
             if encoder.source == self.source and encoder.label is None:

@@ -13,10 +13,10 @@ import os
 import pickle
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import pyarrow as pa
 
@@ -31,17 +31,6 @@ Result = TypeVar("Result")
 THREADS_AT_MOST = 4
 
 
-class Engine(Protocol):
-    """Runs the tasks of a job."""
-
-    def map(self, function: Callable[[Task], Result], tasks: Sequence[Task], lasting: bool = False) -> Iterator[Result]:
-        """Results of a picklable function, in the order of the tasks.
-
-        lasting: whether a process that runs tasks holds something large in memory for those that follow, so that it
-        should be an actor where processes come and go.
-        """
-
-
 @contextmanager
 def open_engine(name: EngineName, workers: int | None = None, processes: bool = True) -> Iterator[Engine]:
     """The engine of that name; `workers` is the number of tasks at a time, by default one for each core.
@@ -54,47 +43,36 @@ def open_engine(name: EngineName, workers: int | None = None, processes: bool = 
     if name == "ray":
         with closing(_RayEngine(workers)) as engine:
             yield engine
-    elif workers == 1:
-        with freed_memory_kept():
-            yield _SameProcess()
-    elif workers <= THREADS_AT_MOST:
-        with freed_memory_kept(), closing(_ThreadEngine(workers)) as engine:
-            yield engine
-    else:
+        return
+    pool: Executor | None = None
+    if workers > THREADS_AT_MOST:
         # Not forked: a child of a process with threads, as Arrow has, may wait for a lock for ever.
         spawn = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(workers, mp_context=spawn, initializer=_start_worker) as pool:
-            try:
-                yield _ProcessEngine(pool)
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+        pool = ProcessPoolExecutor(workers, mp_context=spawn, initializer=_start_worker)
+    elif workers > 1:
+        pool = ThreadPoolExecutor(workers, thread_name_prefix="worker")
+    with freed_memory_kept():
+        try:
+            yield _LocalEngine(pool)
+        finally:
+            if pool is not None:
+                pool.shutdown(cancel_futures=True)  # waits for tasks that have begun, and forgets the others
 
 
-class _SameProcess:
-    def map(self, function: Callable[[Task], Result], tasks: Sequence[Task], lasting: bool = False) -> Iterator[Result]:
-        return map(function, tasks)
+class _LocalEngine:
+    """Tasks of a pool of threads or processes, or of this thread alone."""
 
-
-class _ThreadEngine:
-    def __init__(self, workers: int) -> None:
-        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="worker")
-
-    def map(self, function: Callable[[Task], Result], tasks: Sequence[Task], lasting: bool = False) -> Iterator[Result]:
-        return self._pool.map(function, tasks)
-
-    def close(self) -> None:
-        """Waits for the tasks that have begun, and forgets the others."""
-        self._pool.shutdown(cancel_futures=True)
-
-
-class _ProcessEngine:
-    def __init__(self, pool: ProcessPoolExecutor) -> None:
+    def __init__(self, pool: Executor | None) -> None:
         self._pool = pool
 
     def map(self, function: Callable[[Task], Result], tasks: Sequence[Task], lasting: bool = False) -> Iterator[Result]:
+        """Results of a picklable function, in the order of the tasks.
+
+        lasting: whether a process that runs tasks holds something large in memory for those that follow, so that it
+        should be an actor where processes come and go.
+        """
         try:
-            yield from self._pool.map(function, tasks)
+            yield from map(function, tasks) if self._pool is None else self._pool.map(function, tasks)
         except BrokenProcessPool:
             raise UserError(
                 "a worker process was killed, most likely for want of memory; set data.workers or "
@@ -154,6 +132,7 @@ class _RayEngine:
             self._ray.shutdown()
 
     def map(self, function: Callable[[Task], Result], tasks: Sequence[Task], lasting: bool = False) -> Iterator[Result]:
+        """As of the other one."""
         if not tasks:
             return
         table = pa.table({"task": pa.array([pickle.dumps(task) for task in tasks], pa.large_binary())})
@@ -190,3 +169,7 @@ class _Tasks:
 
     def __call__(self, table: pa.Table) -> pa.Table:
         return _run_tasks(table, self._function)
+
+
+Engine = _LocalEngine | _RayEngine
+"""Runs the tasks of a job."""

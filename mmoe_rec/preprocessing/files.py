@@ -18,7 +18,7 @@ from typing import Any
 from mmoe_rec.errors import UserError
 from mmoe_rec.log.checks import LeftOut, words_of
 from mmoe_rec.log.files import FoundFile
-from mmoe_rec.log.reader import EventRows, Log
+from mmoe_rec.log.reader import Log
 from mmoe_rec.preprocessing.logs import Logs
 
 _OF_A_JOURNAL = re.compile(r"journal-([0-9a-f]{32})-([0-9]+)\.parquet")
@@ -40,15 +40,9 @@ class TakenFile:
     first: int | None
     last: int | None
 
-
-@dataclass(frozen=True)
-class LeftOutFile:
-    """A file that was left out, as it was then."""
-
-    address: str
-    bytes: int
-    version: str
-    reason: str
+    def overlaps(self, first: int, last: int) -> bool:
+        """Whether its rows may be of a time from `first` to `last`."""
+        return self.first is not None and self.last is not None and first <= self.last and last >= self.first
 
 
 @dataclass
@@ -56,7 +50,7 @@ class TakenLog:
     """The files of one log by address, and the types of its columns in words."""
 
     files: dict[str, TakenFile] = field(default_factory=dict)
-    left_out: dict[str, LeftOutFile] = field(default_factory=dict)
+    left_out: dict[str, LeftOut] = field(default_factory=dict)
     types: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -74,14 +68,15 @@ class TakenLog:
 
 @dataclass
 class Changes:
-    """What has become of one log's files. gone: taken in before; new: to be read; mended: those left out before."""
+    """What has become of one log's files. gone, changed: taken in before; new: to be read, and mended: those of them
+    that were left out before; left_out: before, and as they were then; bad: new files that can't be used."""
 
     gone: list[str] = field(default_factory=list)
     changed: list[str] = field(default_factory=list)
     new: set[str] = field(default_factory=set)
     mended: set[str] = field(default_factory=set)
+    left_out: list[str] = field(default_factory=list)
     bad: list[LeftOut] = field(default_factory=list)
-    """New files that can't be used."""
 
 
 @dataclass
@@ -123,15 +118,6 @@ class Taken:
         """What has become of the files of each log; of those that are in both, should the settings have changed."""
         return [_changes(taken, log) for taken, log in zip(self.logs, logs.all, strict=False)]
 
-    def left_out_of(self, logs: Logs) -> list[str]:
-        """Files that were left out and that the logs hold as they were then."""
-        return [
-            address
-            for taken, log in zip(self.logs, logs.all, strict=False)
-            for address, file in taken.left_out.items()
-            if address in log.found and _same(file, log.found[address])
-        ]
-
     def with_new(self, logs: Logs, spans: Spans) -> Taken:
         """With the files that `logs` reads, and those that are left out as long as they are there."""
         return Taken([_with_new(taken, log, spans) for taken, log in zip(self.logs, logs.all, strict=True)])
@@ -166,7 +152,7 @@ class Taken:
         return found
 
     @property
-    def left_out(self) -> list[LeftOutFile]:
+    def left_out(self) -> list[LeftOut]:
         """All files that were left out, each once, though it may belong to several logs."""
         found = {file.address: file for log in reversed(self.logs) for file in log.left_out.values()}
         return [found[address] for address in sorted(found)]
@@ -185,42 +171,38 @@ def of_journal(address: str) -> bool:
 
 def _log_from(tree: Mapping[str, Any]) -> TakenLog:
     files = [TakenFile(**{**each, "partition": tuple(map(tuple, each["partition"]))}) for each in tree["files"]]
-    left_out = [LeftOutFile(**each) for each in tree["left_out"]]
+    left_out = [LeftOut(**each) for each in tree["left_out"]]
     return TakenLog({each.address: each for each in files}, {each.address: each for each in left_out}, tree["types"])
 
 
-def _changes(taken: TakenLog, log: Log | EventRows) -> Changes:
-    found, usable = Changes(), {file.address: file for file in log.files}
+def _changes(taken: TakenLog, log: Log) -> Changes:
+    changes, usable = Changes(), {file.address: file for file in log.files}
     for address, file in taken.files.items():
         if address not in log.found:
-            found.gone.append(address)
+            changes.gone.append(address)
         elif not _same(file, log.found[address]) or (address in usable and usable[address].in_path != file.partition):
-            found.changed.append(address)
-    for address in log.found.keys() - taken.files.keys():
-        before = taken.left_out.get(address)
-        if address in usable and (before is None or not _same(before, log.found[address])):
-            found.new.add(address)
-            if before is not None:
-                found.mended.add(address)
+            changes.changed.append(address)
+    for address, before in taken.left_out.items():
+        if address in log.found and _same(before, log.found[address]):
+            changes.left_out.append(address)
+        elif address in usable:
+            changes.mended.add(address)
+    changes.new = (usable.keys() - taken.files.keys() - taken.left_out.keys()) | changes.mended
     recorded: Collection[str] = taken.files.keys() | taken.left_out.keys()
-    found.bad = [each for each in log.left_out if each.address not in recorded]
-    return found
+    changes.bad = [each for each in log.left_out if each.address not in recorded]
+    return changes
 
 
-def _same(before: TakenFile | LeftOutFile, now: FoundFile) -> bool:
+def _same(before: TakenFile | LeftOut, now: FoundFile) -> bool:
     return (before.bytes, before.version) == (now.bytes, now.version)
 
 
-def _with_new(taken: TakenLog, log: Log | EventRows, spans: Spans) -> TakenLog:
-    name = log.name if isinstance(log, EventRows) else None
+def _with_new(taken: TakenLog, log: Log, spans: Spans) -> TakenLog:
     files = dict(taken.files)
     for file in log.files:
-        first, last = spans.get((name, file.address), (None, None))
+        first, last = spans.get((log.name, file.address), (None, None))
         files[file.address] = TakenFile(file.address, file.bytes, file.version, file.in_path, file.rows, first, last)
     left_out = {address: file for address, file in taken.left_out.items() if address in log.found}
-    for each in log.left_out:
-        now = log.found.get(each.address)
-        if now is not None and each.address not in taken.files:
-            left_out[each.address] = LeftOutFile(each.address, now.bytes, now.version, each.reason)
+    left_out |= {file.address: file for file in log.left_out}
     left_out = {address: file for address, file in left_out.items() if address not in files}
     return TakenLog(files, left_out, taken.types | words_of(log.types))

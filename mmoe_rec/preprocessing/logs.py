@@ -5,12 +5,11 @@ from __future__ import annotations
 import copy
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 import numpy as np
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.log.checks import BadFile, LeftOut
+from mmoe_rec.log.checks import BadFile
 from mmoe_rec.log.database import MEMORY_GIB
 from mmoe_rec.log.reader import EventRows, Log, none_usable
 from mmoe_rec.log.rows import MICROSECONDS_PER_DAY
@@ -19,7 +18,6 @@ from mmoe_rec.settings.schema import Schema
 from mmoe_rec.settings.sections import EngineName, ErrorOrKeep, FirstOrError
 
 _NEVER = int(np.iinfo(np.int64).max)
-Source = TypeVar("Source", Log, EventRows)
 
 
 @dataclass(frozen=True)
@@ -82,7 +80,7 @@ class Logs:
         ]
 
     @property
-    def all(self) -> list[Log | EventRows]:
+    def all(self) -> list[Log]:
         """The interaction log, then the logs of events."""
         return [self.log, *self.events]
 
@@ -93,8 +91,7 @@ class Logs:
 
     def without(self, bad: Sequence[BadFile]) -> Logs:
         """The same logs without further files. Raises UserError where nothing is left to read of one."""
-        first = {error.address: error for error in reversed(bad)}  # several parts of a file may report it
-        reasons = {address: LeftOut(address, str(error.explained())) for address, error in first.items()}
+        reasons = {error.address: str(error) for error in reversed(bad)}  # of several parts of a file, the first one's
         fewer = copy.copy(self)
         fewer.log, fewer.events = self.log.without(reasons), [each.without(reasons) for each in self.events]
         for log, before in zip(fewer.all, self.all, strict=True):
@@ -113,14 +110,8 @@ class Logs:
         """
         rest = copy.copy(self)
         rest.only_new, rest.events_alone = True, events_alone
-        rest.log = _without_files(self.log, not_read[0])
-        rest.events = [_without_files(each, done) for each, done in zip(self.events, not_read[1:], strict=True)]
+        rest.log = self.log.skip(not_read[0])
+        rest.events = [each.skip(done) for each, done in zip(self.events, not_read[1:], strict=True)]
         if not (rest.rows if events_alone else rest.log.rows):
             raise UserError(f"the new files of the log '{self.log.source}' have no rows")
         return rest
-
-
-def _without_files(log: Source, addresses: Collection[str]) -> Source:
-    rest = copy.copy(log)
-    rest.files = [file for file in log.files if file.address not in addresses]
-    return rest

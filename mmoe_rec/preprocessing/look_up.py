@@ -2,12 +2,9 @@
 
 A partition holds all events of its keys and all look-ups of them, so no partition needs another one. One that is too
 large for memory, as a key may have most of a log's rows, is taken in chunks of time: the memory, compacted to what
-later requests can ask for, is carried from one to the next.
-
-A key may have most of a log's rows, so more partitions would not help. The partition is read twice, to sample its times
-and to write each row to the pieces that need it; what is still too large is divided again. Each piece is then read from
-its own files, so what is read grows with the rows, and not with the rows times the pieces. A single moment cannot be
-divided.
+later requests can ask for, is carried from one to the next. It is read twice, to sample its times and to write each row
+to the pieces that need it; what is still too large is divided again. So what is read grows with the rows, and not with
+the rows times the pieces. A single moment cannot be divided.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mmoe_rec.atomic import atomic_folder, flush_tree, one_at_a_time
+from mmoe_rec.atomic import atomic_folder, flush_tree
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.latest import LatestParts
 from mmoe_rec.features.layout import Layout
@@ -39,15 +39,12 @@ from mmoe_rec.log.stand_ins import told_of_stand_ins
 from mmoe_rec.point_in_time.join import Window
 from mmoe_rec.preprocessing.checks import check_apart, check_classes, check_splits, empty_split
 from mmoe_rec.preprocessing.count import Counted, merged
-from mmoe_rec.preprocessing.files import Taken
+from mmoe_rec.preprocessing.files import Changes, Taken
 from mmoe_rec.preprocessing.logs import DEFAULTS, BuildOptions, Logs
-from mmoe_rec.preprocessing.requests import Requests
 from mmoe_rec.preprocessing.splits import SplitCounts
 from mmoe_rec.preprocessing.steps import Steps
 from mmoe_rec.progress import say
 from mmoe_rec.settings.schema import Schema
-
-# For those that come while features are built, and for those who would build them while they are read.
 
 
 def save_counts(pipeline: FeaturePipeline, folder: Path) -> None:
@@ -90,12 +87,19 @@ def add_latest(counted: Counted, schema: Schema, folder: Path, last: int) -> Non
             counted.candidates = merged(counted.candidates, earlier)
 
 
-def describe(
-    logs: Logs, taken: Taken, counted: Counted, requests: Requests, splits: dict[str, SplitCounts]
+def manifest_of(
+    steps: Steps,
+    windows: dict[str, Window],
+    taken: Taken,
+    counted: Counted,
+    splits: dict[str, SplitCounts],
+    pipeline: FeaturePipeline,
 ) -> dict[str, Any]:
     """What a manifest says of the logs, as far as they were taken in, and of what was encoded."""
-    log, *events = taken.logs
+    logs, (log, *events), first, last = steps.logs, taken.logs, counted.first[0], counted.last[0]
+    columns = logs.schema.columns
     return {
+        "settings": settings_of(logs.schema, windows),
         "log": logs.log.source,
         "digest": log.digest,
         "files": len(log.files),
@@ -106,20 +110,22 @@ def describe(
         },
         "left_out": [{"file": each.address, "reason": each.reason} for each in taken.left_out],
         "unchecked": logs.options.unchecked,
-        "first_request": format_time(counted.first[0]) if logs.schema.columns.has_time else None,
-        "last_request": format_time(counted.last[0]) if logs.schema.columns.has_time else None,
-        "request_microseconds": [counted.first[0], counted.last[0]],
-        "requests": None if logs.schema.columns.request is None else requests.describe(),
+        "first_request": format_time(first) if columns.has_time else None,
+        "last_request": format_time(last) if columns.has_time else None,
+        "request_microseconds": [first, last],
+        "requests": None if columns.request is None else steps.requests.describe(),
         "splits": {name: asdict(each) for name, each in splits.items()},
+        # The ids of each vocabulary that training rows held, and those that have a row of their own.
+        "vocabularies": {
+            name: {"distinct": owner.counts.to_table().num_rows, "known": len(owner.vocabulary.ids)}
+            for name, owner in pipeline.owners.items()
+        },
     }
 
 
-def vocabularies(pipeline: FeaturePipeline) -> dict[str, dict[str, int]]:
-    """Of each vocabulary, the ids that training rows held and those that have a row of their own."""
-    return {
-        name: {"distinct": owner.counts.to_table().num_rows, "known": len(owner.vocabulary.ids)}
-        for name, owner in pipeline.owners.items()
-    }
+def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    """Writes `manifest.json`."""
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
 
 
 # For those that come while features are built, and for those who would build them while they are read.
@@ -151,42 +157,41 @@ class Prepared:
         """Folder of a split's encoded rows."""
         return self.folder / "encoded" / name
 
-    def is_built_from(self, fingerprint: str) -> bool:
-        """Whether the folder is there and of this fingerprint, or was extended to what a build of it would cover."""
-        manifest = self._manifest_or_none
-        return fingerprint in (manifest.get("fingerprint"), manifest.get("extends", {}).get("stands_for"))
-
     @property
     def is_extended(self) -> bool:
         """Whether days were added, so that there may be no log from which these features could be built anew."""
         return "extends" in self._manifest_or_none
 
-    def still_holds(self, logs: Logs, windows: dict[str, Window]) -> bool:
-        """Whether these are features of the log by this schema and these splits that hold all its files as they are.
+    def stands(self, logs: Logs, windows: dict[str, Window], may_lack_files: bool) -> bool:
+        """Whether these are features of the log by this schema and these splits, with all its files as they are and all
+        the checks that are asked for.
 
-        Files that are gone, or that were left out, don't matter.
+        may_lack_files: whether files may be gone that they hold, or have been mended that they left out.
         """
-        manifest = self._manifest_or_none
-        if manifest.get("settings") != settings_of(logs.schema, windows) or manifest.get("log") != logs.log.source:
+        manifest, options, changes = self._manifest_or_none, logs.options, self._changes(logs)
+        identity = settings_of(logs.schema, windows), logs.log.source
+        if not changes or (manifest.get("settings"), manifest.get("log")) != identity:
             return False
-        try:
-            changes = Taken.read(self.folder).changes(logs)
-        except UserError:
+        if any(each.changed or each.new - each.mended for each in changes):
             return False
-        return not any(each.changed or each.new - each.mended for each in changes)
+        if not may_lack_files and any(each.gone or each.mended or each.bad for each in changes):
+            return False
+        if options.several_times == "error" and (manifest["requests"] or {}).get("several_times"):
+            return False
+        if not set(manifest["unchecked"]) <= set(options.unchecked):
+            return False
+        # A file that an extension left out may be fine by now but for its times, and is no reason to lose days.
+        return options.skip_bad_files or self.is_extended or not any(each.left_out for each in changes)
 
     def gone(self, logs: Logs) -> list[str]:
         """Files that these features hold and the logs don't."""
-        try:
-            return [address for each in Taken.read(self.folder).changes(logs) for address in each.gone]
-        except UserError:  # no features
-            return []
+        return [address for each in self._changes(logs) for address in each.gone]
 
-    def left_out(self, logs: Logs) -> list[str]:
-        """Files that these features left out and the logs hold as they were then."""
+    def _changes(self, logs: Logs) -> list[Changes]:
+        """What has become of the files; none where there are no features."""
         try:
-            return Taken.read(self.folder).left_out_of(logs)
-        except UserError:  # no features
+            return Taken.read(self.folder).changes(logs)
+        except UserError:
             return []
 
     def require_rows(self, *splits: str) -> None:
@@ -246,22 +251,23 @@ def prepare(
     logs = Logs(log_source, schema, options)
     if (told := told_of_stand_ins(schema)) is not None:
         say(told)
-    fingerprint = fingerprint_of(logs, windows)
     prepared = Prepared(work / "features")
 
     def stand() -> bool:
-        may_lack_files = going_on or prepared.is_extended
-        built = prepared.is_built_from(fingerprint) or (may_lack_files and prepared.still_holds(logs, windows))
-        return built and _may_stand(prepared, logs) and not _knows_too_little(prepared, logs, fingerprint)
+        if not prepared.stands(logs, windows, may_lack_files=going_on or prepared.is_extended):
+            return False
+        # A build of the same files gives memories that can be asked as of all the days that are wanted.
+        same_files = not prepared.is_extended and not prepared.gone(logs)
+        return not same_files or prepared.exact_from_later(options) is None
 
     if not stand():
-        with one_at_a_time(prepared.folder), writing(prepared.folder, BUILD, ADVICE, queue=True):
+        with writing(prepared.folder, BUILD, ADVICE, queue=True):
             # Another process may have built them while this one waited.
             if not stand():
                 _check_replaceable(prepared, logs)
                 with atomic_folder(prepared.folder) as folder:
-                    _build(logs, windows, folder, fingerprint)
-    prepared.say_exact_from(logs.options)
+                    _build(logs, windows, folder)
+    prepared.say_exact_from(options)
     return prepared
 
 
@@ -288,30 +294,8 @@ def existing(
     They may also hold rows of files that are gone. Raises UserError if the log can't be read or takes in what is built.
     """
     check_apart(log_source, schema, work)
-    prepared, logs = Prepared(work / "features"), Logs(log_source, schema, options)
-    built = prepared.is_built_from(fingerprint_of(logs, windows)) or prepared.still_holds(logs, windows)
-    return prepared if built and _may_stand(prepared, logs) else None
-
-
-def _may_stand(prepared: Prepared, logs: Logs) -> bool:
-    """Whether features may stay; if not, a new build says which rows, requests or files of the log are at fault.
-
-    A file that an extension left out may be fine by now but for its times, and would be no reason to lose days.
-    """
-    options, manifest = logs.options, prepared.manifest
-    if options.several_times == "error" and (manifest["requests"] or {}).get("several_times"):
-        return False
-    if not set(manifest["unchecked"]) <= set(options.unchecked):
-        return False
-    return options.skip_bad_files or prepared.is_extended or not prepared.left_out(logs)
-
-
-def _knows_too_little(prepared: Prepared, logs: Logs, fingerprint: str) -> bool:
-    """Whether a build of the same files would give memories that can be asked as of more days.
-
-    Features that were extended, or hold rows of files that are gone, have another fingerprint: they stay as they are.
-    """
-    return prepared.manifest["fingerprint"] == fingerprint and prepared.exact_from_later(logs.options) is not None
+    prepared = Prepared(work / "features")
+    return prepared if prepared.stands(Logs(log_source, schema, options), windows, may_lack_files=True) else None
 
 
 def encode_with(state: Path, logs: Logs, windows: dict[str, Window], folder: Path) -> dict[str, SplitCounts]:
@@ -322,6 +306,7 @@ def encode_with(state: Path, logs: Logs, windows: dict[str, Window], folder: Pat
     """
     with atomic_folder(folder) as encoded, Steps(logs, windows, encoded / "scratch") as steps:
         counted = steps.count(statistics=False)
+        check_splits(counted, windows, logs.log.source, logs.schema.split)
         memories = encoded / "scratch" / "compacted"
         memories.mkdir(parents=True)
         last = counted.last[0]
@@ -329,13 +314,6 @@ def encode_with(state: Path, logs: Logs, windows: dict[str, Window], folder: Pat
         counts = steps.encode(state, encoded, dict.fromkeys(windows, last))
         for each in (left for log in steps.logs.all for left in log.left_out):
             say(f"left out: {each.reason}")
-        for name in windows:
-            if counts[name].rows == 0:
-                start, end = {"validation": ("train", "validation"), "test": ("validation", "test")}[name]
-                raise UserError(
-                    f"the {name} split is empty: the log '{logs.log.source}' has no request between "
-                    f"split.{start}_end and split.{end}_end"
-                )
     return counts
 
 
@@ -360,37 +338,46 @@ def settings_of(schema: Schema, windows: dict[str, Window]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _build(logs: Logs, windows: dict[str, Window], folder: Path, fingerprint: str) -> None:
-    _, end = windows["train"]
-    assert end is not None
-    serving, counts = folder / "serving", folder / "counts"
-    for each in (serving, counts):
-        each.mkdir()
+def _build(logs: Logs, windows: dict[str, Window], folder: Path) -> None:
     with Steps(logs, windows, folder / "scratch") as steps:
         counted = steps.count(statistics=True, kept=folder / "requests")
-        logs = steps.logs
-        taken = Taken.of(logs, counted.spans)
+        taken = Taken.of(steps.logs, counted.spans)
         check_splits(counted, windows, logs.log.source, logs.schema.split)
         pipeline = FeaturePipeline(logs.schema)
         pipeline.merge(counted.counts, counted.key_types)
         pipeline.finish()
-        steps.beside(save_counts, pipeline, counts)
-        steps.beside(save_latest, counted, serving)
-        asked_from = logs.options.asked_from(counted.last[0])
-        steps.look_up(pipeline, serving, end=asked_from, training=windows["train"])
-        pipeline.finish_results()
-        pipeline.save(serving)
-        steps.beside(flush_tree, serving)
-        # Training may use only labels that had matured when training ended; evaluation waits until the log's end.
-        known_by = {"train": end, "validation": counted.last[0], "test": counted.last[0]}
-        splits = steps.encode(serving, folder / "encoded", known_by)
-        steps.beside(flush_tree, folder / "encoded")
+        splits = write_features(steps, pipeline, counted, windows["train"], folder)
     check_classes(logs.schema, splits["train"])
     taken.write(folder)
-    manifest = {
-        "fingerprint": fingerprint,
-        "settings": settings_of(logs.schema, windows),
-        **describe(logs, taken, counted, steps.requests, splits),
-        "vocabularies": vocabularies(pipeline),
-    }
-    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    manifest = manifest_of(steps, windows, taken, counted, splits, pipeline)
+    write_manifest(folder, {"fingerprint": fingerprint_of(logs, windows), **manifest})
+
+
+def write_features(
+    steps: Steps,
+    pipeline: FeaturePipeline,
+    counted: Counted,
+    train: Window,
+    folder: Path,
+    before: Path | None = None,
+) -> dict[str, SplitCounts]:
+    """Writes what was fitted and encodes the rows, into an empty folder.
+
+    pipeline: with complete vocabularies; before: folder with the memories to go on from, whose statistics stay.
+    """
+    serving, counts, last = folder / "serving", folder / "counts", counted.last[0]
+    for each in (serving, counts):
+        each.mkdir()
+    steps.beside(save_counts, pipeline, counts)
+    steps.beside(save_latest, counted, serving)
+    end, training = steps.logs.options.asked_from(last), train if before is None else None
+    steps.look_up(pipeline, serving, end=end, training=training, before=before)
+    if before is None:
+        pipeline.finish_results()
+    pipeline.save(serving)
+    steps.beside(flush_tree, serving)
+    assert train[1] is not None
+    # Training may use only labels that had matured when training ended; evaluation waits until the log's end.
+    splits = steps.encode(serving, folder / "encoded", {"train": train[1], "validation": last, "test": last})
+    steps.beside(flush_tree, folder / "encoded")
+    return splits

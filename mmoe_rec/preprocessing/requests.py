@@ -24,8 +24,9 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.log.checks import BadFile
 from mmoe_rec.log.database import Database, open_database
 from mmoe_rec.log.files import first_line
-from mmoe_rec.log.reader import ROWS_PER_PART, Log, LogPart, LogReader, Noticed
+from mmoe_rec.log.reader import ROWS_PER_PART, LogPart, LogReader, Noticed
 from mmoe_rec.log.rows import LogRows
+from mmoe_rec.preprocessing.logs import Logs
 
 _RUNS = pa.schema(
     {"request": pa.uint64(), "time": pa.int64(), "who": pa.uint64(), "row": pa.int64(), "rows": pa.int64()}
@@ -35,24 +36,6 @@ KEPT = pa.schema(
 )
 _GREATEST = np.iinfo(np.int64).max
 Run = Callable[[Callable[[Any], Any], Sequence[Any], Sequence[int], str], Iterator[Any]]
-
-
-@dataclass(frozen=True)
-class RequestsJob:
-    """How requests are found.
-
-    scratch: folder for what is not kept; first_times: file for the rows whose time is not their request's, see
-    `OneTimeReader`; before: folder with the requests of the days before, or None; kept: folder that gets all requests,
-    or None; one_time: whether an example of several times is wanted; memory_gib, workers: see `open_database`.
-    """
-
-    scratch: Path
-    first_times: Path
-    before: Path | None
-    kept: Path | None
-    one_time: bool
-    memory_gib: float
-    workers: int | None
 
 
 @dataclass(frozen=True)
@@ -67,20 +50,20 @@ class Clash:
 class Requests:
     """What is known of a log's requests.
 
-    count: requests; several_times, several_users: those with rows of several times or users; moved: rows whose own time
-    is not their request's; longest: greatest difference of times within a request, microseconds; continued,
-    continued_rows: requests of days before that have rows here; begin: time of the first request that is none of them;
-    times_clash, users_clash: two rows that disagree, the second being the first such row; bad: files that can't
+    count: requests; several_times, several_users: those with rows of several times or users; longest: greatest
+    difference of times within a request, microseconds; continued, continued_rows: requests of days before that have
+    rows here, and continued_times: their first and last time before; begin: time of the first request that is none of
+    them; times_clash, users_clash: two rows that disagree, the second being the first such row; bad: files that can't
     be read.
     """
 
     count: int = 0
     several_times: int = 0
-    moved: int = 0
     longest: int = 0
     several_users: int = 0
     continued: int = 0
     continued_rows: int = 0
+    continued_times: tuple[int, int] = (0, -1)
     begin: int = _GREATEST
     times_clash: Clash | None = None
     users_clash: Clash | None = None
@@ -97,54 +80,60 @@ class Requests:
         }
 
 
-@dataclass(frozen=True)
-class OneTimeReader:
-    """Reads parts of an interaction log with the request's time in all rows of a request; small and picklable.
+def find_requests(
+    logs: Logs,
+    parts: Sequence[LogPart],
+    run: Run,
+    scratch: Path,
+    first_times: Path,
+    before: Path | None = None,
+    kept: Path | None = None,
+) -> Requests:
+    """What is known of the requests of a log in parts, with bad files if there are any.
 
-    first_times: Parquet file of `row`, by which it rises, `rows` from there on, and the `time` of their requests.
+    Nothing is read of a log without a request column, whose requests are rows of one time.
+
+    Args:
+        run: runs tasks.
+        scratch: folder for what is not kept.
+        first_times: file for the rows whose time is not their request's, see `LogReader`.
+        before: folder with the requests of the days before.
+        kept: folder that gets all requests.
+
+    Raises:
+        UserError: the requests of the days before can't be read.
     """
-
-    reader: LogReader
-    first_times: Path
-
-    def read(self, part: LogPart, noticed: Noticed | None = None) -> Iterator[LogRows]:
-        """As `LogReader.read`."""
-        row, inside = part.start, [("row", ">=", part.start), ("row", "<", part.start + part.rows)]
-        start, count, time = (column.to_numpy() for column in pq.read_table(self.first_times, filters=inside).columns)
-        moved = np.repeat(start, count) + np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
-        time = np.repeat(time, count)
-        for rows in self.reader.read(part, noticed):
-            here = slice(*np.searchsorted(moved, [row, row + len(rows)]))
-            if len(moved[here]):
-                times = rows.times().copy()
-                times[moved[here] - row] = time[here]
-                yield rows.with_times(times)
-            else:
-                yield rows
-            row += len(rows)
-
-
-def find_requests(job: RequestsJob, log: Log, parts: Sequence[LogPart], run: Run) -> Requests:
-    """What is known of a log's requests, with bad files if there are any; `run` runs tasks.
-
-    Nothing is read of a log without a request column, whose requests are rows of one time. Raises UserError where the
-    requests of the days before can't be read.
-    """
-    columns, requests = log.schema.columns, Requests()
+    log, options, requests = logs.log, logs.options, Requests()
+    columns, split = log.schema.columns, log.schema.split
     if columns.request is None:
         return requests
-    split = log.schema.split
     read = {columns.request, columns.user, columns.time, *([] if split is None else [split.column])}
     reader = replace(log.reader, uses={column: use for column, use in log.uses.items() if column in read})
-    folder = job.scratch / "runs"
+    folder = scratch / "runs"
     folder.mkdir(parents=True)
     for bad in run(partial(_write_runs, folder, reader), parts, [part.rows for part in parts], "requests"):
         requests.bad += bad
     if not requests.bad:
-        with open_database(job.scratch / "database", job.memory_gib, job.workers) as database:
+        with open_database(scratch / "database", options.memory_gib, options.workers) as database:
             database.register("runs", ds.dataset(folder, _RUNS, format="ipc"))
-            _group(database, job, requests)
-    shutil.rmtree(job.scratch)
+            _group(database, requests, before)
+            if requests.several_times:
+                # Without times a request's rows of several splits have several.
+                _find_first_times(
+                    database, requests, first_times, options.several_times == "error" or not columns.has_time
+                )
+            if requests.several_users:
+                one_user = (
+                    "FROM runs JOIN (SELECT request, coalesce(before.least, mine.least) AS agreed FROM mine "
+                    "LEFT JOIN before USING (request)) USING (request)"
+                )
+                requests.users_clash = _find_clash(database, "who", one_user)
+            if kept is not None:
+                shutil.rmtree(kept, ignore_errors=True)
+                kept.mkdir()
+                for number, table in enumerate(database.read("FROM every ORDER BY request", ROWS_PER_PART)):
+                    pq.write_table(table, kept / f"part-{number:05d}.parquet", compression="zstd")
+    shutil.rmtree(scratch)
     return requests
 
 
@@ -166,18 +155,18 @@ def _runs_of(rows: LogRows, first_row: int) -> pa.Table:
     return pa.table([request[start], time[start], user[start], first_row + start, counts], schema=_RUNS)
 
 
-def _group(database: Database, job: RequestsJob, requests: Requests) -> None:
-    """Finds out about requests, writes first times, and keeps the requests."""
+def _group(database: Database, requests: Requests, before: Path | None) -> None:
     database.run(
         "CREATE TABLE mine AS SELECT request, min(who) AS least, max(who) AS greatest, min(time) AS first, "
         "max(time) AS last, sum(rows)::BIGINT AS rows FROM runs GROUP BY request"
     )
-    database.fill("before", KEPT, read_requests(job.before))
+    database.fill("before", KEPT, read_requests(before))
     # A row that is earlier than all of its request in the files before would change what these have become.
-    requests.continued, requests.continued_rows = database.row(
-        "SELECT count(*), coalesce(sum(mine.rows), 0)::BIGINT FROM mine JOIN before USING (request) "
-        "WHERE mine.first >= before.first"
+    requests.continued, requests.continued_rows, *times = database.row(
+        "SELECT count(*), coalesce(sum(mine.rows), 0)::BIGINT, coalesce(min(before.first), 0), "
+        "coalesce(max(before.last), -1) FROM mine JOIN before USING (request) WHERE mine.first >= before.first"
     )
+    requests.continued_times = (times[0], times[1])
     (requests.begin,) = database.row(
         f"SELECT coalesce(min(mine.first), {_GREATEST}) FROM mine LEFT JOIN before USING (request) "
         "WHERE before.first IS NULL OR mine.first < before.first"
@@ -190,28 +179,18 @@ def _group(database: Database, job: RequestsJob, requests: Requests) -> None:
         "SELECT count(*), count(*) FILTER (last > first), count(*) FILTER (greatest > least), "
         "coalesce(max(last - first), 0) FROM every"
     )
-    if requests.several_times:
-        one_time = "FROM runs JOIN (SELECT request, first AS agreed FROM every WHERE last > first) USING (request)"
-        rows = f"SELECT row, rows, agreed {one_time} WHERE time <> agreed ORDER BY row"
-        job.first_times.parent.mkdir(exist_ok=True)
-        schema = pa.schema({"row": pa.int64(), "rows": pa.int64(), "time": pa.int64()})
-        with pq.ParquetWriter(job.first_times, schema) as writer:
-            for table in database.read(rows, ROWS_PER_PART):
-                writer.write_table(pa.table(table.columns, schema=schema))
-                requests.moved += int(table["rows"].to_numpy().sum())
-        if job.one_time:
-            requests.times_clash = _find_clash(database, "time", one_time)
-    if requests.several_users:
-        one_user = (
-            "FROM runs JOIN (SELECT request, coalesce(before.least, mine.least) AS agreed FROM mine "
-            "LEFT JOIN before USING (request)) USING (request)"
-        )
-        requests.users_clash = _find_clash(database, "who", one_user)
-    if job.kept is not None:
-        shutil.rmtree(job.kept, ignore_errors=True)
-        job.kept.mkdir()
-        for number, table in enumerate(database.read("FROM every ORDER BY request", ROWS_PER_PART)):
-            pq.write_table(table, job.kept / f"part-{number:05d}.parquet", compression="zstd")
+
+
+def _find_first_times(database: Database, requests: Requests, path: Path, want_clash: bool) -> None:
+    one_time = "FROM runs JOIN (SELECT request, first AS agreed FROM every WHERE last > first) USING (request)"
+    rows = f"SELECT row, rows, agreed {one_time} WHERE time <> agreed ORDER BY row"
+    path.parent.mkdir(exist_ok=True)
+    schema = pa.schema({"row": pa.int64(), "rows": pa.int64(), "time": pa.int64()})
+    with pq.ParquetWriter(path, schema) as writer:
+        for table in database.read(rows, ROWS_PER_PART):
+            writer.write_table(pa.table(table.columns, schema=schema))
+    if want_clash:
+        requests.times_clash = _find_clash(database, "time", one_time)
 
 
 def _find_clash(database: Database, column: str, runs: str) -> Clash | None:

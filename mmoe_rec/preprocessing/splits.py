@@ -17,7 +17,6 @@ from mmoe_rec.log.rows import LogRows, labels_of, unmatured
 from mmoe_rec.point_in_time.join import Window, in_window
 from mmoe_rec.preprocessing.exchange import ResultExchange, ResultReader
 from mmoe_rec.preprocessing.look_up import fitted
-from mmoe_rec.preprocessing.requests import OneTimeReader
 
 ROWS_PER_GROUP = 32_768
 
@@ -87,7 +86,7 @@ class EncodeJob:
     encoded: Path
 
 
-def encode_part(job: EncodeJob, reader: LogReader | OneTimeReader, task: tuple[int, LogPart]) -> dict[str, SplitCounts]:
+def encode_part(job: EncodeJob, reader: LogReader, task: tuple[int, LogPart]) -> dict[str, SplitCounts]:
     """Encodes part number `task[0]` of a log into `encoded`/SPLIT/part-NUMBER.parquet, one file for each split."""
     number, part = task
     pipeline = fitted(job.state)

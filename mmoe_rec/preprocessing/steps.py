@@ -16,6 +16,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,12 +30,12 @@ from mmoe_rec.log.database import open_database
 from mmoe_rec.log.reader import ROWS_PER_PART, Log, LogPart, LogReader
 from mmoe_rec.point_in_time.join import Window
 from mmoe_rec.preprocessing.checks import check_readings, check_requests, check_times, find_repeats, place
-from mmoe_rec.preprocessing.count import Counted, CountJob, Reader, count_part
+from mmoe_rec.preprocessing.count import Counted, CountJob, count_part
 from mmoe_rec.preprocessing.engines import Engine, open_engine
 from mmoe_rec.preprocessing.exchange import DUPLICATES, Blocks, Exchange, ResultExchange, events_of, look_ups_of
 from mmoe_rec.preprocessing.logs import Logs
 from mmoe_rec.preprocessing.look_up import LookUpJob, Partition, fitted, look_up_partition
-from mmoe_rec.preprocessing.requests import OneTimeReader, Requests, RequestsJob, find_requests
+from mmoe_rec.preprocessing.requests import Requests, find_requests
 from mmoe_rec.preprocessing.splits import EncodeJob, SplitCounts, encode_part
 from mmoe_rec.progress import bar
 
@@ -44,9 +45,10 @@ _FIRST_TIMES, _RESULTS = "first_times.parquet", "results"
 Result = TypeVar("Result")
 
 
-def kept_reader(folder: Path, log: Log, moved: int) -> LogReader | OneTimeReader:
-    """Reads parts of a log after the steps that found its requests, see `Steps.keep`. moved: as in `Requests`."""
-    return OneTimeReader(log.reader, folder / _FIRST_TIMES) if moved else log.reader
+def kept_reader(folder: Path, log: Log) -> LogReader:
+    """Reads parts of a log after the steps that found its requests, see `Steps.keep`."""
+    path = folder / _FIRST_TIMES
+    return replace(log.reader, first_times=path if path.exists() else None)
 
 
 def kept_results(folder: Path, parts: Sequence[LogPart]) -> ResultExchange:
@@ -117,9 +119,9 @@ class Steps:
 
         Raises UserError for a bad file, and as `count` does for requests of several users or times.
         """
-        self.requests = find_requests(self._requests_job(None, None), self.logs.log, self.parts, self._run)
+        self.requests = self._find_requests()
         if self.requests.bad:
-            raise self.requests.bad[0].explained()
+            raise self.requests.bad[0]
         check_requests(self.logs.log, self.requests)
 
     def keep(self, folder: Path) -> None:
@@ -135,29 +137,22 @@ class Steps:
         shutil.rmtree(self.scratch, ignore_errors=True)
 
     def _read_all(self, statistics: bool, kept: Path | None, before: Path | None) -> Counted:
-        self.requests = find_requests(self._requests_job(kept, before), self.logs.log, self.parts, self._run)
+        self.requests = self._find_requests(before, kept)
         bad = self.requests.bad
         if bad and not self.logs.options.skip_bad_files:
-            raise bad[0].explained()
+            raise bad[0]
         counted = self._count(statistics)  # which finds further bad files at once
         return Counted(bad=[*bad, *counted.bad]) if bad else counted
 
-    def _requests_job(self, kept: Path | None, before: Path | None) -> RequestsJob:
-        options = self.logs.options
-        # Without times a request's rows of several splits have several.
-        one_time = options.several_times == "error" or not self.logs.schema.columns.has_time
+    def _find_requests(self, before: Path | None = None, kept: Path | None = None) -> Requests:
         scratch, first_times = self.scratch / "requests", self.scratch / _FIRST_TIMES
-        return RequestsJob(scratch, first_times, before, kept, one_time, options.memory_gib, options.workers)
-
-    @property
-    def _reader(self) -> LogReader | OneTimeReader:
-        return kept_reader(self.scratch, self.logs.log, self.requests.moved)
+        return find_requests(self.logs, self.parts, self._run, scratch, first_times, before, kept)
 
     def _count(self, statistics: bool) -> Counted:
         options = self.logs.options
         look = options.duplicates == "error" and self.logs.schema.columns.has_candidate
         job = CountJob(self.logs.schema, self.windows, self._events, statistics, look, self.until)
-        readers: dict[str | None, Reader] = {None: self._reader}
+        readers: dict[str | None, LogReader] = {None: kept_reader(self.scratch, self.logs.log)}
         parts: list[tuple[str | None, LogPart]] = [(None, part) for part in self.parts]
         for events in self.logs.events:
             readers[events.name] = events.reader
@@ -165,7 +160,7 @@ class Steps:
         counted = Counted()
         for part in self._run(partial(count_part, job, readers), parts, [part.rows for _, part in parts], "reading"):
             if part.bad and not options.skip_bad_files:
-                raise part.bad[0].explained()
+                raise part.bad[0]
             counted.merge(part)
         return counted
 
@@ -264,7 +259,7 @@ class Steps:
         job = EncodeJob(state, self.windows, known_by, self._results, folder)
         tasks = list(enumerate(self.parts))
         counts = {name: SplitCounts(known_by=known_by[name]) for name in self.windows}
-        function = partial(encode_part, job, self._reader)
+        function = partial(encode_part, job, kept_reader(self.scratch, self.logs.log))
         sizes = [part.rows for _, part in tasks]
         for (number, _), part in zip(tasks, self._run(function, tasks, sizes, "encoding"), strict=True):
             for name, each in part.items():

@@ -1,12 +1,10 @@
 """New tables for an existing model: what its counters and histories remember, and latest values, of another moment.
 
-A model's features as they are served (`<artifact>/features`) are what it was trained on (vocabularies, statistics) and
-tables: memories, latest attributes, and which files of the log these hold. `advanced` makes the tables go on with new
-files; `made_anew` makes them of all files, or of all rows before a moment. Both encode by the model's own features: an
-id that has become frequent meanwhile stays in its hashed bucket. From the same rows both give the same files, to the
-last byte of what they hold, with one exception. Where a model's features were extended, a history that went on keeps
-an item in the bucket that it was in before its id got a row of its own, as training saw it, and one that is made anew
-has that row. Nothing else changes, so weights and calibration stay right.
+`advanced` makes the tables of a model's features (`<artifact>/features`) go on with new files; `made_anew` makes them
+of all files, or of all rows before a moment. Both encode by the model's own features: an id that has become frequent
+meanwhile stays in its hashed bucket. From the same rows both give the same files, to the last byte of what they hold,
+but for a history of a model whose features were extended: one that went on keeps an item in the bucket that it was in
+before its id got a row of its own, and one that is made anew has that row. Weights and calibration stay right.
 
     <features>/
         pipeline.json, NAME.KEY.parquet    what encoders have learnt
@@ -72,17 +70,18 @@ def advanced(features: Path, last: int, logs: Logs, taken: Taken, out: Path) -> 
             those of a file that is gone, or new files can't be used.
     """
     holder = Holder("the model's tables", "the model's tables", ANEW, last)
-    files = NewFiles(logs, taken, holder)
-    if not files.any or not any(_new_rows(files)):
+    files, requests = NewFiles(logs, taken, holder), features / "requests"
+    new = zip(logs.all, files.changes, strict=True)
+    if not any(file.rows for log, changes in new for file in log.files if file.address in changes.new):
         return None
+    if logs.schema.columns.request is not None and not requests.is_dir():
+        raise UserError(f"'{requests}', the requests that the model's tables hold, is missing; {ANEW}")
     with Steps(files.only(events_alone=True), {}, out / "scratch") as steps:
-        counted = files.count(steps, statistics=False, kept=out / "requests", before=_requests(features, logs))
-        as_of = max(last, counted.last[0])
-        _remember(steps, features, out, as_of, before=features.resolve())
+        counted = files.count(steps, statistics=False, kept=out / "requests", before=requests)
         add_latest(counted, logs.schema, features, last)
-        save_latest(counted, out)
+        as_of = max(last, counted.last[0])
         taken = taken.with_new(steps.logs, counted.spans)
-        return _ended(steps, counted, out, as_of, taken, files.gone)
+        return _write(steps, counted, features, out, as_of, taken, files.gone, before=features.resolve())
 
 
 def made_anew(features: Path, logs: Logs, out: Path, until: int | None = None) -> Tables:
@@ -98,43 +97,30 @@ def made_anew(features: Path, logs: Logs, out: Path, until: int | None = None) -
         counted = steps.count(statistics=False, kept=kept)
         if until is not None and counted.last[0] < counted.first[0]:
             raise UserError(f"the log '{logs.log.source}' has no request before {format_time(until)}")
-        _remember(steps, features, out, counted.last[0], before=None)
-        save_latest(counted, out)
         taken = None if until is not None else Taken.of(steps.logs, counted.spans)
-        return _ended(steps, counted, out, counted.last[0], taken, [])
+        return _write(steps, counted, features, out, counted.last[0], taken)
 
 
-def _new_rows(files: NewFiles) -> list[int]:
-    return [
-        file.rows
-        for log, changes in zip(files.logs.all, files.changes, strict=True)
-        for file in log.files
-        if file.address in changes.new
-    ]
-
-
-def _requests(features: Path, logs: Logs) -> Path:
-    folder = features / "requests"
-    if logs.schema.columns.request is not None and not folder.is_dir():
-        raise UserError(f"'{folder}', the requests that the model's tables hold, is missing; {ANEW}")
-    return folder
-
-
-def _remember(steps: Steps, features: Path, out: Path, as_of: int, before: Path | None) -> None:
-    """Writes memories as of just after the last request, and what was fitted."""
+def _write(
+    steps: Steps,
+    counted: Counted,
+    features: Path,
+    out: Path,
+    as_of: int,
+    taken: Taken | None,
+    gone: Sequence[str] = (),
+    before: Path | None = None,
+) -> Tables:
+    """Writes memories as of just after the last request, latest attributes, and what was fitted."""
     pipeline = FeaturePipeline.load(features, memories=False)
     steps.look_up(pipeline, out, end=steps.logs.options.asked_from(as_of), training=None, before=before)
     pipeline.save(out)
-
-
-def _ended(steps: Steps, counted: Counted, out: Path, as_of: int, taken: Taken | None, gone: Sequence[str]) -> Tables:
+    save_latest(counted, out)
     for log in steps.logs.all:
         log.check_unchanged()
     shutil.rmtree(out / "scratch", ignore_errors=True)
     if taken is not None:
         taken.write(out)
-    files = sum(len(log.files) for log in steps.logs.all)
-    rows = counted.seen[None]
-    events = sum(counted.seen.values()) - rows
+    files, rows = sum(len(log.files) for log in steps.logs.all), counted.seen[None]
     digest, journal = (None, None) if taken is None else (taken.digest, taken.journal)
-    return Tables(files, rows, events, as_of, digest, journal, gone)
+    return Tables(files, rows, sum(counted.seen.values()) - rows, as_of, digest, journal, gone)

@@ -6,7 +6,7 @@ encoded row depends on the latter, so to change one takes a new training, not ne
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     BaseModel,
@@ -51,6 +51,12 @@ class Section(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=True)
+    younger: ClassVar[frozenset[str]] = frozenset()
+    """Keys that are not written where they are null: what was made without them is identified as before."""
+
+    @model_serializer(mode="wrap")
+    def _without_younger(self, values_of: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {name: each for name, each in values_of(self).items() if each is not None or name not in self.younger}
 
     @model_validator(mode="before")
     @classmethod
@@ -67,6 +73,8 @@ class Columns(Section):
     A plain table, say one row a person, may lack users, candidates and times: then these names are those of columns
     that `mmoe_rec.log.stand_ins` adds to its rows as they are read, and features can't read them.
     """
+
+    younger = frozenset({"weight"})
 
     user: _User = Field(
         None,
@@ -121,11 +129,6 @@ class Columns(Section):
         """The columns of request, user, candidate and time that there are."""
         found = (self.request, self.user, self.candidate, self.time)
         return tuple(name for name in found if name not in (None, NO_USER, NO_CANDIDATE, NO_TIME))
-
-    @model_serializer(mode="wrap")
-    def _without_unset(self, values_of: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Columns without weights are identified as before there were any."""
-        return {name: each for name, each in values_of(self).items() if each is not None or name != "weight"}
 
 
 class SplitColumn(Section):

@@ -12,10 +12,10 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from mmoe_rec.settings.columns import EventLog, Section, TaskSettings
-from mmoe_rec.settings.load import feature_kinds, without_none
-from mmoe_rec.settings.outcomes import LabelSource, OutcomeEvents, Outcomes
-from mmoe_rec.settings.sections import Data, Search, Settings, Tuning
+from mmoe_rec.features.kinds import KINDS
+from mmoe_rec.settings.columns import TaskSettings
+from mmoe_rec.settings.load import without_none
+from mmoe_rec.settings.sections import Settings
 
 
 def describe(section: str | None = None) -> str:
@@ -30,27 +30,17 @@ def describe(section: str | None = None) -> str:
 def _describe(model: type[BaseModel], prefix: str) -> Iterator[str]:
     for name, field in model.model_fields.items():
         inner = without_none(field.annotation)
+        sections: dict[str, Any] = {}
         if isinstance(inner, type) and issubclass(inner, BaseModel):
-            yield f"\n{prefix}{name}: {(inner.__doc__ or '').strip()}"
-            yield from _describe(inner, f"{prefix}{name}.")
-        elif name == "tasks":
-            yield f"\ntasks.NAME: {(TaskSettings.__doc__ or '').strip()}"
-            yield from _describe(TaskSettings, "tasks.NAME.")
-        elif name == "events" and model is Data:
-            yield f"\ndata.events.NAME: {(EventLog.__doc__ or '').strip()}"
-            yield from _describe(EventLog, "data.events.NAME.")
-        elif name in ("events", "labels") and model is Outcomes:
-            section: type[Section] = OutcomeEvents if name == "events" else LabelSource
-            yield f"\noutcomes.{name}.NAME: {(section.__doc__ or '').strip()}"
-            yield from _describe(section, f"outcomes.{name}.NAME.")
-        elif name == "search" and model is Tuning:
-            yield f"\ntuning.search.SETTING: {(Search.__doc__ or '').strip()}"
-            yield from _describe(Search, "tuning.search.SETTING.")
+            sections = {f"{prefix}{name}": inner}
         elif name == "features":
-            for kind, section in feature_kinds().items():
-                yield f"\nfeatures.NAME (kind: {kind}): {(section.__doc__ or '').strip()}"
-                yield from _describe(section, "features.NAME.")
-        elif name != "kind" or model is TaskSettings:
+            sections = {f"features.NAME (kind: {kind})": encoder.settings for kind, encoder in KINDS.items()}
+        elif typing.get_origin(inner) is dict:
+            sections = {f"{prefix}{name}.NAME": typing.get_args(inner)[1]}
+        for heading, section in sections.items():
+            yield f"\n{heading}: {(section.__doc__ or '').strip()}"
+            yield from _describe(section, f"{heading.partition(' ')[0]}.")
+        if not sections and (name != "kind" or model is TaskSettings):
             yield f"  --{prefix}{name}  {_default(field)}\n        {field.description}"
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, SerializeAsAny, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import Field, SerializeAsAny, model_validator
 
 from mmoe_rec.settings.columns import (
     EVENT,
@@ -25,6 +25,7 @@ from mmoe_rec.settings.columns import (
 
 MAX_TABLE_ROWS = 2**31
 """Rows of the largest table: its ids are 32-bit numbers in encoded rows."""
+_PURPOSES = ("user", "candidate", "time", "request", "sampling_rate", "weight")
 _RESERVED = frozenset({"score", "ranking"})
 Days = Annotated[float, Field(gt=0, le=36_500)]
 
@@ -101,6 +102,8 @@ class Embedded(Section):
 class Remembering(Feature):
     """A feature of earlier events: rows of the interaction log with a task's label, or of a further log."""
 
+    younger = frozenset({"forget_after_days"})
+
     task: str | None = Field(None, description="task whose labels in the interaction log are read")
     events: str | None = Field(
         None, description="name of a further log under `data.events` whose rows are read instead"
@@ -110,12 +113,6 @@ class Remembering(Feature):
         description="what is known of a key is forgotten once nothing new has become known of it for so many days, in "
         "training as in serving: memory no longer grows with all keys there ever were; null: never",
     )
-
-    @model_serializer(mode="wrap")
-    def _without_unset_limit(self, values_of: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Features that forget nothing are identified as before any could forget."""
-        values: dict[str, Any] = values_of(self)
-        return {name: each for name, each in values.items() if each is not None or name != "forget_after_days"}
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
@@ -144,6 +141,8 @@ class Schema(Section):
     features and tasks (see `columns`) are not part of it, so that nothing built from rows can depend on them.
     """
 
+    younger = frozenset({"split"})
+
     columns: Columns
     roles: Roles = Roles()
     tasks: dict[str, Task] = Field(min_length=1)
@@ -151,15 +150,9 @@ class Schema(Section):
     events: dict[str, EventLog] = Field(default_factory=dict)
     split: SplitColumn | None = None
 
-    @model_serializer(mode="wrap")
-    def _without_unset_split(self, values_of: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Logs that are split by time are identified as before there was another way."""
-        return {name: each for name, each in values_of(self).items() if each is not None or name != "split"}
-
     @model_validator(mode="after")
     def _consistent(self) -> Schema:
         self._check_columns()
-        self._check_plain_table()
         self._check_roles()
         for name in (*self.tasks, *self.features):
             if not name.replace("_", "").isalnum():
@@ -213,34 +206,25 @@ class Schema(Section):
         return EVENT if feature.task is None else self.tasks[feature.task]
 
     def _check_columns(self) -> None:
+        """No column has two purposes, and what needs users or times is not asked of a table without."""
+        named = {f"columns.{name}": getattr(self.columns, name) for name in _PURPOSES}
+        named["split.column"] = None if self.split is None else self.split.column
         purposes: dict[str, str] = {}
-        for purpose in ("user", "candidate", "time", "request", "sampling_rate", "weight"):
-            column = getattr(self.columns, purpose)
+        for purpose, column in named.items():
             if column is not None and (other := purposes.setdefault(column, purpose)) != purpose:
-                raise ValueError(f"columns.{other} and columns.{purpose} both name column '{column}'")
-        for name, task in self.tasks.items():
-            if task.label in purposes:
-                raise ValueError(
-                    f"the label of task '{name}' is column '{task.label}', which is columns.{purposes[task.label]} too"
-                )
-
-    def _check_plain_table(self) -> None:
-        """What needs users or times can't be had of a table without."""
+                raise ValueError(f"{other} and {purpose} both name column '{column}'")
         if self.columns.request_scope == "user" and self.columns.request and not self.columns.has_user:
             raise ValueError("columns.request_scope is user, which needs columns.user: set it, or the scope to log")
         for name, task in self.tasks.items():
+            if task.label in purposes:
+                raise ValueError(
+                    f"the label of task '{name}' is column '{task.label}', which is {purposes[task.label]} too"
+                )
             if task.matures_after_days and not self.columns.has_time:
                 raise ValueError(
                     f"task '{name}' has matures_after_days, which needs columns.time: without times it can't be told "
                     "which labels had matured"
                 )
-        if self.split is not None:
-            for name, task in self.tasks.items():
-                if task.label == self.split.column:
-                    raise ValueError(f"split.column '{self.split.column}' is the label of task '{name}' too")
-            for purpose in ("user", "candidate", "request", "sampling_rate", "weight"):
-                if getattr(self.columns, purpose) == self.split.column:
-                    raise ValueError(f"split.column and columns.{purpose} both name column '{self.split.column}'")
 
     def _check_leaks(self, name: str, read: Iterable[str]) -> None:
         labels = {task.label: task_name for task_name, task in self.tasks.items()}

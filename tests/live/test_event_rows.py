@@ -90,7 +90,7 @@ def test_labels_and_other_keys_may_be_null():
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"user": None}, "column 'user' is null in 1 rows; every row needs one"),
+        ({"user": None}, "column 'user' is null; every row needs one"),
         ({"item": None}, "column 'item' is null"),
         ({"request": None}, "column 'request' is null"),
         ({"time": None}, "column 'time' is null"),
@@ -168,7 +168,7 @@ def test_rows_of_a_log_of_events():
     table = CHECKS.of_json("views", [{**row, "event_id": 3}, row], NOW)
     assert table.to_pylist()[0]["event_id"] == 3
     assert _told([{**row, "item": 3}], "views").startswith("row 0: the model was trained without a column 'item': ")
-    assert _told([{**row, "at": None}], "views") == "row 0: column 'at' is null in 1 rows; every event needs a time"
+    assert _told([{**row, "at": None}], "views") == "row 0: column 'at' is null; every event needs a time"
     assert _told([{"user": 1, "at": row["at"]}], "views") == "row 0: there is no column 'brand'"
     assert _told([row], "purchases") == "there is no log of events 'purchases'; there are: views"
     assert CHECKS.of_json("views", [{**row, "user": None}], NOW).num_rows == 1, "as a build takes it"

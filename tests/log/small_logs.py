@@ -239,6 +239,20 @@ def _assert_same_ids(one: Mapping[str, np.ndarray | Ragged], other: Mapping[str,
             np.testing.assert_array_equal(value, twin, err_msg=name)
 
 
+def with_column(table: pa.Table, name: str, values: Any) -> pa.Table:
+    """The table with other values of a column."""
+    values = values if isinstance(values, pa.Array | pa.ChunkedArray) else pa.array(values)
+    return table.set_column(table.column_names.index(name), name, values)
+
+
+def with_values(table: pa.Table, name: str, changes: Mapping[int, Any]) -> pa.Table:
+    """The table with other values of a column in some rows."""
+    values = table[name].to_pylist()
+    for row, value in changes.items():
+        values[row] = value
+    return with_column(table, name, pa.array(values, table[name].type))
+
+
 def write_log(folder: Path, *tables: pa.Table) -> Path:
     """One Parquet file a table: 0.parquet, 1.parquet, ..."""
     folder.mkdir(parents=True, exist_ok=True)

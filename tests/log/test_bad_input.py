@@ -13,10 +13,20 @@ import pytest
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.log.checks import format_time
-from mmoe_rec.log.reader import Log
 from mmoe_rec.preprocessing.prepare import Prepared, prepare
 from mmoe_rec.settings.schema import Schema
-from tests.log.small_logs import ALL_KINDS, DAY, START, assert_same, fit, log_rows, random_log, schema_of, write_log
+from tests.log.small_logs import (
+    ALL_KINDS,
+    DAY,
+    START,
+    fit,
+    log_rows,
+    random_log,
+    schema_of,
+    with_column,
+    with_values,
+    write_log,
+)
 
 SCHEMA = schema_of(ALL_KINDS)
 WINDOWS = {
@@ -42,19 +52,6 @@ def _refuses(message: str, log: Path | str, tmp_path: Path, schema: Schema = SCH
     assert left == []
 
 
-def _replace(name: str, values: Any, table: pa.Table = TABLE) -> pa.Table:
-    values = values if isinstance(values, pa.Array | pa.ChunkedArray) else pa.array(values)
-    return table.set_column(table.column_names.index(name), name, values)
-
-
-def _at(name: str, changes: dict[int, Any]) -> pa.Table:
-    """The table with other values of a column in some rows."""
-    values = TABLE[name].to_pylist()
-    for row, value in changes.items():
-        values[row] = value
-    return _replace(name, pa.array(values, TABLE[name].type))
-
-
 def _task(**keys: Any) -> Schema:
     return schema_of(ITEM, tasks={"t": {"label": "liked", "objective": "engagement", **keys}})
 
@@ -64,7 +61,6 @@ def _numbers(**columns: str) -> Schema:
 
 
 FIRST, SECOND = TABLE.slice(0, 150), TABLE.slice(150)
-RATED = schema_of(ITEM, columns={**COLUMNS, "sampling_rate": "price"})
 RATE = {"kind": "counter", "task": "click", "by": ["item"], "outputs": ["rate"]}
 AS_TIME_AND_ID = schema_of({"a": {"kind": "id", "column": "born"}, "b": {"kind": "time", "column": "born"}})
 LIKE_A_COLUMN = schema_of({"i": {**ITEM["item"]}, "user": {"kind": "history", "task": "click", "of": "i"}})
@@ -73,15 +69,9 @@ NO_ROWS = TABLE.slice(0, 0)
 REFUSED: list[tuple[list[pa.Table], Schema, str]] = [
     ([NO_ROWS], SCHEMA, "the log '.*log' has no rows"),
     # Columns
-    ([TABLE, TABLE.drop_columns(["brand"])], SCHEMA, r"1.parquet' has no column 'brand'; it has age, born, click"),
     ([TABLE.append_column("brand", TABLE["brand"])], SCHEMA, r"0.parquet' has 2 columns called 'brand'"),
-    (
-        [FIRST, _replace("item", SECOND["item"].cast(pa.string()), SECOND)],
-        SCHEMA,
-        r"column 'item' changes its type: int64 in '.*0.parquet', string in '.*1.parquet'",
-    ),
     *(
-        ([_replace(column, values)], SCHEMA, rf"0.parquet': column '{column}' {message}")
+        ([with_column(TABLE, column, values)], SCHEMA, rf"0.parquet': column '{column}' {message}")
         for column, values, message in (
             ("item", np.zeros(300), r"must hold integers or strings, found double \(pandas makes .*Int64"),
             ("user", [b"a"] * 300, "must hold integers or strings, found binary"),
@@ -94,10 +84,6 @@ REFUSED: list[tuple[list[pa.Table], Schema, str]] = [
             ("born", [0.5] * 300, "must hold timestamps .*, found double"),
         )
     ),
-    *(
-        ([_at(column, {3: None, 7: None})], SCHEMA, rf"0.parquet': column '{column}' is null in 2 rows")
-        for column in ("user", "item", "time")
-    ),
     # Features
     ([TABLE], AS_TIME_AND_ID, "column 'born' is read as integers or strings by feature 'a' and as .* by feature 'b'"),
     ([TABLE], ONE_INPUT, "features 'a' and 'a_rate' both give an input 'a_rate'"),
@@ -105,18 +91,12 @@ REFUSED: list[tuple[list[pa.Table], Schema, str]] = [
     ([TABLE], LIKE_A_COLUMN, "feature 'user' gives an input 'user', which is also a column"),
     # Labels. The first file alone would also leave the later splits empty; the label is what is wrong.
     (
-        [_at("click", {5: 3.0}).slice(0, 150), SECOND],
+        [with_values(TABLE, "click", {5: 3.0}).slice(0, 150), SECOND],
         SCHEMA,
-        r"0.parquet': label column 'click' of binary task 'click' holds 3 \(1 rows",
-    ),
-    ([_replace("spent", [np.inf] * 300)], SCHEMA, "column 'spent' of task 'spent' holds an infinite value"),
-    (
-        [_replace("spent", [1.0, -1e39] * 150)],
-        SCHEMA,
-        r"column 'spent' of task 'spent' holds -1e\+39, too .* \(150 rows\)",
+        r"0.parquet': label column 'click' of binary task 'click' holds 3, neither",
     ),
     *(
-        ([_replace("liked", [label] * 300)], _task(), rf"task 't' has one class .*'liked' are {label};")
+        ([with_column(TABLE, "liked", [label] * 300)], _task(), rf"task 't' has one class .*'liked' are {label};")
         for label in (0, 1)
     ),
     ([TABLE], _task(matures_after_days=30), "task 't' has no observed label in training: .*split.train_end, 30 days"),
@@ -126,10 +106,6 @@ REFUSED: list[tuple[list[pa.Table], Schema, str]] = [
         "task 't' has no observed label in training: .*column 'brand' never equals 'z'",
     ),
     ([TABLE], _task(observed_when={"column": "age", "equals": "1"}), "compares column 'age', .* the string '1'"),
-    *(
-        ([_at("price", dict.fromkeys(range(1, 300), 0.5) | {0: rate})], RATED, rf"column 'price' holds {said} \(1 rows")
-        for rate, said in ((0.0, "0"), (1.5, "1.5"), (None, "null"))
-    ),
 ]
 
 
@@ -137,23 +113,6 @@ REFUSED: list[tuple[list[pa.Table], Schema, str]] = [
 def test_a_log_that_is_refused(tmp_path, case):
     tables, schema, message = REFUSED[case]
     _refuses(message, write_log(tmp_path / "log", *tables), tmp_path, schema)
-
-
-def test_a_place_without_a_log(tmp_path):
-    _refuses(r"the log '.*nowhere' does not exist; set `data.log`", tmp_path / "nowhere", tmp_path)
-    _refuses(r"the log '.*\*.parquet' does not exist; set `data.log`", tmp_path / "*.parquet", tmp_path)
-    (tmp_path / "log").mkdir()
-    (tmp_path / "log" / "readme.txt").write_text("no data")
-    _refuses(r"the log '.*log' holds no \*.parquet file; set `data.log`", tmp_path / "log", tmp_path)
-
-
-def test_what_a_killed_writer_left_behind_is_not_read(tmp_path):
-    log = write_log(tmp_path / "log", TABLE)
-    for name in ("_temporary/0", ".log.1a2b.tmp"):
-        write_log(tmp_path / "log" / name, TABLE)
-    (log / "_metadata.parquet").write_bytes(b"half")
-    write_log(tmp_path / "log" / "day=__HIVE_DEFAULT_PARTITION__", TABLE)
-    assert Log(str(log), SCHEMA).rows == 600
 
 
 @pytest.mark.parametrize("split", ["train", "validation", "test"])
@@ -166,33 +125,20 @@ def test_an_empty_split_names_the_logs_times(tmp_path, split):
 
 
 def test_times_in_the_wrong_unit_point_to_the_unit(tmp_path):
-    log = write_log(tmp_path / "log", _replace("time", TABLE["time"].cast(pa.int64()).to_numpy() // 1000))
+    log = write_log(tmp_path / "log", with_column(TABLE, "time", TABLE["time"].cast(pa.int64()).to_numpy() // 1000))
     for unit, year in (("s", r"\d{5}"), ("us", "1970")):
         schema = schema_of(ALL_KINDS, columns={**COLUMNS, "time_unit": unit})
-        _refuses(f"requests from {year}-.*columns.time_unit", log, tmp_path, schema)
+        _refuses(f"(a request in the future, |requests from ){year}-.*columns.time_unit", log, tmp_path, schema)
 
 
 # What looks different but is the same
-
-
-def test_times_are_the_same_in_any_unit_and_zone():
-    seconds = TABLE["time"].cast(pa.int64()).to_numpy() // 10**6 * 10**6
-    table = _replace("time", pa.array(seconds).cast(pa.timestamp("us", tz="UTC")))
-    expected = fit(table, SCHEMA, START + 6 * DAY).encode(log_rows(table, SCHEMA))
-    for unit, zone in (("ns", "Asia/Tokyo"), ("ms", "America/New_York"), ("us", None), ("s", None)):
-        other = _replace("time", table["time"].cast(pa.timestamp(unit, tz=zone)))
-        assert_same(fit(other, SCHEMA, START + 6 * DAY).encode(log_rows(other, SCHEMA)), expected)
-    for unit, parts in (("s", 10**6), ("ms", 10**3), ("us", 1), ("ns", None)):
-        schema = schema_of(ALL_KINDS, columns={**COLUMNS, "time_unit": unit})
-        other = _replace("time", seconds * 1000 if parts is None else seconds // parts)
-        assert_same(fit(other, schema, START + 6 * DAY).encode(log_rows(other, schema)), expected)
 
 
 def test_dates_are_midnights_in_utc():
     schema = schema_of({"born": {"kind": "time", "column": "born", "parts": ["hour", "weekday"]}})
     dates = pa.array([datetime.date(2024, 2, 29), None] * 150)
     for values in (dates, dates.cast(pa.date64())):
-        table = _replace("born", values)
+        table = with_column(TABLE, "born", values)
         encoded = fit(table, schema, START + 6 * DAY).encode(log_rows(table, schema))
         assert encoded.ids["born_hour"][:2].tolist() == [1, 0]
         assert encoded.ids["born_weekday"][:2].tolist() == [4, 0]  # a Thursday
@@ -200,9 +146,9 @@ def test_dates_are_midnights_in_utc():
 
 def _coded(table: pa.Table) -> pa.Table:
     for name in ("user", "brand", "click"):
-        table = _replace(name, table[name].combine_chunks().dictionary_encode(), table)
-    table = _replace("item", table["item"].cast(pa.large_string()), table)
-    return _replace("tags", table["tags"].cast(pa.large_list(pa.large_string())), table)
+        table = with_column(table, name, table[name].combine_chunks().dictionary_encode())
+    table = with_column(table, "item", table["item"].cast(pa.large_string()))
+    return with_column(table, "tags", table["tags"].cast(pa.large_list(pa.large_string())))
 
 
 TEXT = random_log(0, strings=True)
@@ -213,8 +159,8 @@ NULL = pa.nulls(150, pa.string())
     ("plain", "other"),
     [
         ([TEXT], [_coded(TEXT)]),
-        ([FIRST, SECOND], [_replace("age", FIRST["age"].cast(pa.int32()), FIRST), SECOND]),
-        ([_replace("brand", NULL, FIRST), SECOND], [_replace("brand", pa.nulls(150), FIRST), SECOND]),
+        ([FIRST, SECOND], [with_column(FIRST, "age", FIRST["age"].cast(pa.int32())), SECOND]),
+        ([with_column(FIRST, "brand", NULL), SECOND], [with_column(FIRST, "brand", pa.nulls(150)), SECOND]),
         ([TABLE], [NO_ROWS, FIRST, SECOND.slice(0, 70), NO_ROWS, SECOND.slice(70), NO_ROWS]),
     ],
     ids=["dictionaries and large types", "widths of integers", "null throughout a file", "files without rows"],
@@ -232,7 +178,7 @@ def test_what_looks_different_is_the_same(tmp_path, plain, other):
 def test_columns_of_nothing_but_nulls_work(tmp_path):
     table = TABLE
     for name in ("brand", "price", "tags", "born", "slot", "age"):
-        table = _replace(name, pa.nulls(300), table)
+        table = with_column(table, name, pa.nulls(300))
     train = pq.read_table(_prepare(write_log(tmp_path / "log", table), tmp_path).split("train"))
     for name in ("brand", "price_bucket", "born_weekday", "slot"):
         assert set(train[f"id.{name}"].to_pylist()) == {0}

@@ -16,7 +16,7 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.features import kinds
 from mmoe_rec.log import files
 from mmoe_rec.log.checks import BadFile
-from mmoe_rec.log.files import find_files, open_file, path_values, would_find
+from mmoe_rec.log.files import find_files, open_file, path_values, takes_in
 from mmoe_rec.log.reader import Log
 
 TABLE = pa.table({"x": [1, 2, 3]})
@@ -281,7 +281,6 @@ def test_links_are_followed(log):
     assert _found(log / "b") == everything[2:]
     assert _found(log / "*/*.parquet") == everything[:3]
     assert _found(log / "[b]/d*/*") == everything[3:]
-    assert _found(log / "*/../a/0.parquet") == [str(log / each / "../a/0.parquet") for each in ("a", "b")][:1]
 
 
 @pytest.mark.parametrize("pattern", ["", "**/*.parquet", "**"])
@@ -348,7 +347,6 @@ _INSIDE = [
     ("log", "log/../log/work"),
     ("log/../log/", "log/work"),
     ("log", "log/linked/work"),
-    ("log", "elsewhere/work"),  # a folder of the log is a link to it
     ("log/**/*.parquet", "log/work"),
     ("log/*", "log/work"),
     ("*", "work"),
@@ -378,4 +376,4 @@ def test_whether_a_log_takes_in_what_is_not_there_yet(tmp_path, monkeypatch, sou
     if there:
         _write_here(written)
     for each in (source, str(tmp_path / source)):
-        assert would_find(each, [written]) == would_find(each, [tmp_path / written]) == inside
+        assert takes_in(each, [written]) == takes_in(each, [tmp_path / written]) == inside

@@ -18,7 +18,7 @@ from mmoe_rec.settings.load import load_settings
 from mmoe_rec.settings.schema import Schema
 from mmoe_rec.settings.sections import Settings
 from tests.log.plain_tables import SPLIT_VALUES, plain_settings, plain_table
-from tests.log.small_logs import write_log
+from tests.log.small_logs import with_column, with_values, write_log
 
 HISTORY = {"kind": "history", "task": "label", "of": "code"}
 COUNTER = {"kind": "counter", "task": "label", "by": ["word"]}
@@ -60,25 +60,24 @@ def test_a_users_rows_of_a_split_are_one_request(tmp_path: Path) -> None:
     assert len(np.unique(rows.request_hashes())) == len(pairs)
 
 
-@pytest.mark.parametrize("as_text", [False, True])
-def test_a_value_that_no_split_lists(tmp_path: Path, as_text: bool) -> None:
-    table = plain_table(0)
-    folds = table["fold"].to_pylist()
-    folds[7], folds[9] = 5, 6
-    column = pa.array([f"f{each}" for each in folds] if as_text else folds)
-    values = {name: [f"f{each}" if as_text else each for each in listed] for name, listed in SPLIT_VALUES.items()}
-    table = table.set_column(table.column_names.index("fold"), "fold", column)
+@pytest.mark.parametrize(
+    ("changes", "as_text", "message"),
+    [
+        ({7: 5, 9: 6}, False, "holds 5, and not one of 1, 2, 3, 4: .*row 7"),
+        ({7: 5, 9: 6}, True, "holds 'f5', and not one of 'f1', 'f2', 'f3', 'f4': .*row 7"),
+        ({0: None}, False, "holds null, and not one of 1, 2, 3, 4: .*row 0"),
+    ],
+)
+def test_a_value_that_no_split_lists(
+    tmp_path: Path, changes: dict[int, int | None], as_text: bool, message: str
+) -> None:
+    table = with_values(plain_table(0), "fold", changes)
+    values: dict[str, Any] = SPLIT_VALUES
+    if as_text:
+        table = with_column(table, "fold", [f"f{each}" for each in table["fold"].to_pylist()])
+        values = {name: [f"f{each}" for each in listed] for name, listed in SPLIT_VALUES.items()}
     settings = plain_settings(tmp_path, table, split={"column": "fold", **values})
-    listed = "'f1', 'f2', 'f3', 'f4'" if as_text else "1, 2, 3, 4"
-    with pytest.raises(UserError, match=f"'fold' of split.column holds something else than {listed} in 2 rows.*row 7"):
-        build_features(settings)
-
-
-def test_a_null_split(tmp_path: Path) -> None:
-    table = plain_table(0)
-    folds = pa.array([None, *table["fold"].to_pylist()[1:]])
-    settings = plain_settings(tmp_path, table.set_column(table.column_names.index("fold"), "fold", folds))
-    with pytest.raises(UserError, match=r"'fold' of split.column holds something else .* in 1 rows"):
+    with pytest.raises(UserError, match=f"'fold' of split.column {message}"):
         build_features(settings)
 
 
@@ -92,9 +91,7 @@ def test_values_of_another_type(tmp_path: Path) -> None:
         features={"x": {"kind": "numeric", "column": "x"}},
         split={"column": "word", "train": ["a"], "validation": ["b"], "test": [1]},
     )
-    with pytest.raises(
-        UserError, match=r"column 'word' holds text, but split.test lists 1: write its values in quotes"
-    ):
+    with pytest.raises(UserError, match=r"'word' holds text, but split.test lists 1: write its values in quotes"):
         build_features(settings)
 
 
@@ -108,26 +105,20 @@ def test_true_and_false_are_1_and_0(tmp_path: Path) -> None:
 def test_a_request_in_two_splits(tmp_path: Path) -> None:
     table = plain_table(0)
     row = table["group"].to_pylist().index(5, table["group"].to_pylist().index(5) + 1)
-    folds = table["fold"].to_pylist()
-    folds[row] = 1 if folds[row] > 2 else 4
-    table = table.set_column(table.column_names.index("fold"), "fold", pa.array(folds))
+    table = with_values(table, "fold", {row: 1 if table["fold"][row].as_py() > 2 else 4})
     settings = plain_settings(tmp_path, table, columns={"request": "group"})
     with pytest.raises(
-        UserError, match=r"request 5 \(column 'group'\) has split .* and split .*; 1 request has rows of s"
+        UserError,
+        match=r"are of one request \(column 'group'\) and differ in column 'fold', as do rows of 1 re",
     ):
         build_features(settings)
 
 
 @pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf"), None])
 def test_a_weight_that_counts_nothing(tmp_path: Path, value: float | None) -> None:
-    table = plain_table(0)
-    weights = table["weight"].to_pylist()
-    weights[3] = value
-    table = table.set_column(table.column_names.index("weight"), "weight", pa.array(weights, pa.float64()))
+    table = with_values(plain_table(0), "weight", {3: value})
     settings = plain_settings(tmp_path, table, columns={"weight": "weight"})
-    with pytest.raises(
-        UserError, match=r"column 'weight' holds .* \(1 rows are not above 0 and finite\); fix the data"
-    ):
+    with pytest.raises(UserError, match=r"column 'weight' holds .* which is not above 0 and finite; fix the data"):
         build_features(settings)
 
 
@@ -153,7 +144,7 @@ def test_a_weight_that_counts_nothing(tmp_path: Path, value: float | None) -> No
             {"features": {"fold": {"kind": "numeric", "column": "fold"}}},
             "reads column 'fold', which says what a row is s",
         ),
-        ({"split": {"column": "label"}}, "split.column 'label' is the label of task 'label' too"),
+        ({"split": {"column": "label"}}, "the label of task 'label' is column 'label', which is split.column too"),
         (
             {"split": {"train_end": "2024-01-01", "validation_end": "2024-01-02"}},
             "columns.time is left out, so the rows ",

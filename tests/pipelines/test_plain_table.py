@@ -371,8 +371,9 @@ def test_repeated_rows_are_named_by_columns_that_there_are(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("columns", "told"),
     [
-        ({}, "neither columns.user nor columns.candidate: each row is a user of its own, and each row another"),
-        ({"request": "group"}, "neither columns.user nor columns.candidate: each request is a user of its own"),
+        ({}, "no columns.user: each row is a user of its own; and no columns.candidate: each row is another one"),
+        ({"request": "group"}, "no columns.user: each request is a user of its own; and no columns.candidate: each"),
+        ({"candidate": "code"}, "no columns.user: each row is a user of its own"),
         (
             {"user": "person"},
             "no columns.request or columns.time: all rows of a user in a split are one request; and no",

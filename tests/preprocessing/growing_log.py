@@ -15,7 +15,7 @@ from mmoe_rec.preprocessing.extend import extend
 from mmoe_rec.preprocessing.logs import BuildOptions
 from mmoe_rec.preprocessing.prepare import Prepared, prepare
 from mmoe_rec.settings.schema import Schema
-from tests.log.small_logs import ALL_KINDS, DAY, START, random_log, schema_of, times_of
+from tests.log.small_logs import ALL_KINDS, DAY, START, random_log, schema_of, times_of, with_column
 
 OF_PURCHASES = {
     "bought": {"kind": "history", "events": "purchases", "of": "item", "length": 3},
@@ -67,7 +67,7 @@ class Growing:
         new = times_of(table) >= START + 7 * DAY
         items = table["item"].to_pylist()
         renamed = [_new(each) if late else each for each, late in zip(items, new, strict=True)]
-        self.table = table.set_column(table.column_names.index("item"), "item", pa.array(renamed))
+        self.table = with_column(table, "item", pa.array(renamed))
         rng = np.random.default_rng(seed)
         events = self.table.take(pa.array(np.sort(rng.integers(0, rows, rows // 2))))
         bought_at = times_of(events) + rng.choice([0, 1, DAY // 3], rows // 2)

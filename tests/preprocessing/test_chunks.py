@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,7 +17,7 @@ from mmoe_rec.preprocessing.exchange import Exchange, events_of, look_ups_of
 from mmoe_rec.preprocessing.logs import BuildOptions
 from mmoe_rec.preprocessing.look_up import Received, chunks
 from mmoe_rec.preprocessing.prepare import prepare
-from tests.log.small_logs import ALL_KINDS, DAY, START, random_log, schema_of, times_of, write_log
+from tests.log.small_logs import ALL_KINDS, DAY, START, random_log, schema_of, times_of, with_column, write_log
 
 WINDOWS = {
     "train": (START, START + 5 * DAY),
@@ -64,7 +63,7 @@ def skewed_log(seed: int, rows: int, spread: str) -> pa.Table:
         "time": pa.array(START + np.sort(times_spread(spread, rows, rng))).cast(table["time"].type),
     }
     for name, column in columns.items():
-        table = table.set_column(table.column_names.index(name), name, column)
+        table = with_column(table, name, column)
     return table.take(pa.array(rng.permutation(rows)))
 
 
@@ -97,24 +96,6 @@ def test_what_is_read_of_one_key_grows_with_its_rows(tmp_path, monkeypatch, spre
     # Duplicates and answers are read once, look-ups a few times, but not once for each of some 50 chunks.
     assert few < 10 * 300
     assert many < 10 * 2400
-
-
-@pytest.mark.parametrize("spread", SPREADS)
-@pytest.mark.parametrize("rows_in_memory", [40, 200])
-def test_no_division_changes_a_byte(tmp_path, spread, rows_in_memory):
-    table = skewed_log(1, 400, spread)
-    schema = schema_of({**ALL_KINDS, **{name: each for name, each in GROUP.items() if "events" not in each}})
-    source = str(write_log(tmp_path / "log", table.slice(0, 150), table.slice(150)))
-    one = prepare(source, schema, WINDOWS, tmp_path / "one")
-    other = prepare(source, schema, WINDOWS, tmp_path / "other", BuildOptions(rows_in_memory=rows_in_memory))
-    assert one.layout == other.layout
-    for split in WINDOWS:
-        assert pq.read_table(one.split(split)).equals(pq.read_table(other.split(split)))
-    for folder in one.serving.glob("*.memory"):
-        kept, divided = (pq.read_table(each.serving / folder.name) for each in (one, other))
-        assert kept.sort_by([(name, "ascending") for name in kept.column_names]).equals(
-            divided.sort_by([(name, "ascending") for name in divided.column_names])
-        )
 
 
 def received(folder: Path, table: pa.Table, senders: int, rng: np.random.Generator) -> Received:

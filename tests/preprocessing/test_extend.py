@@ -6,27 +6,23 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.features import kinds
 from mmoe_rec.features.memories import exact_from
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.inspection.sums import collect
-from mmoe_rec.point_in_time.join import in_window
 from mmoe_rec.preprocessing.prepare import Prepared, existing
 from tests.log.small_logs import (
     ALL_KINDS,
     DAY,
-    START,
     assert_same,
     files_of,
     log_rows,
     times_of,
+    with_column,
 )
 from tests.preprocessing.growing_log import (
-    LATER_DAYS,
     WINDOWS,
     Growing,
     training_items,
@@ -38,47 +34,6 @@ from tests.preprocessing.growing_log import (
 def growing(tmp_path: Path) -> Growing:
     """Eight days, prepared."""
     return Growing.of_eight_days(tmp_path)
-
-
-def _memories(prepared: Prepared) -> dict[str, pa.Table]:
-    found = {path.name: pq.read_table(path) for path in sorted(prepared.serving.glob("*.memory"))}
-    assert found
-    return found
-
-
-@settings(max_examples=settings().max_examples // 10)
-@given(
-    seed=st.integers(0, 10**6),
-    days=LATER_DAYS,
-    rows_in_memory=st.sampled_from([40, 10**6]),
-    strings=st.booleans(),
-    as_of_days=st.sampled_from([0, 0.5, 3, 20]),
-)
-def test_day_by_day_gives_the_memories_and_attributes_of_all_days(
-    tmp_path_factory, seed, days, rows_in_memory, strings, as_of_days
-):
-    """No new rows lie in training, so that the vocabularies are equal too."""
-    log = Growing(tmp_path_factory.mktemp("log"), seed, 250, strings=strings)
-    options = {"rows_in_memory": rows_in_memory, "duplicates": "keep", "as_of_days": as_of_days}
-    log.prepare_first_days(**options)
-    for start, end in days:
-        rows = int(in_window(times_of(log.table), (START + int(start * DAY), START + int(end * DAY))).sum())
-        if rows:
-            log.add(start, end)
-            extended = log.extend(**options)
-            assert extended is not None
-            assert extended.rows == rows
-            assert not any(extended.new_ids.values())
-        else:
-            log.written[log.written >= START + int(start * DAY)] += 99 * DAY
-    whole = log.prepare("whole", **options)
-    mine, theirs = _memories(Prepared(log.work / "features")), _memories(whole)
-    assert mine.keys() == theirs.keys()
-    for name, table in theirs.items():
-        assert mine[name].schema.equals(table.schema, check_metadata=True), name
-        assert mine[name].equals(table), name
-    for name in ("latest.user.parquet", "latest.candidate.parquet"):
-        assert pq.read_table(log.work / "features" / "serving" / name).equals(pq.read_table(whole.serving / name))
 
 
 def _known(prepared: Prepared, feature: str = "item") -> list:
@@ -140,7 +95,11 @@ def test_the_manifest_and_what_is_at_hand(growing):
     taken = existing(growing.source, growing.schema, windows, growing.work)
     assert taken is not None
     assert taken.manifest == after
-    whole = growing.prepare("whole", windows).manifest
+    built = growing.prepare("whole", windows)
+    for name in ("latest.user.parquet", "latest.candidate.parquet"):
+        mine, theirs = (pq.read_table(each.serving / name) for each in (extended.prepared, built))
+        assert mine.equals(theirs)
+    whole = built.manifest
     assert whole["fingerprint"] == after["extends"]["stands_for"]
     # A model of the one must not be scored on rows of the other: their ids have other rows.
     assert whole["fingerprint"] != after["fingerprint"] != before["fingerprint"]
@@ -173,7 +132,7 @@ def test_what_is_advised_where_a_split_has_no_rows_helps(growing):
 def test_new_files_that_turn_out_to_be_bad_are_left_out_and_recorded(growing):
     growing.add(8, 9)
     wrong = growing.table.slice(0, 50)
-    wrong = wrong.set_column(wrong.column_names.index("click"), "click", pa.array([7.0] * 50))
+    wrong = with_column(wrong, "click", pa.array([7.0] * 50))
     pq.write_table(wrong, growing.folder / "log" / "bad.parquet")
     before = files_of(growing.work)
     with pytest.raises(UserError, match=r"bad.parquet': label column 'click' of binary task 'click' holds 7"):

@@ -10,10 +10,9 @@ import pytest
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.pipeline import FeaturePipeline
-from mmoe_rec.point_in_time.join import in_window
 from mmoe_rec.preprocessing.logs import BuildOptions
 from mmoe_rec.preprocessing.prepare import Prepared, existing, prepare
-from tests.log.small_logs import DAY, START, files_of, times_of
+from tests.log.small_logs import files_of, with_column
 from tests.preprocessing.growing_log import WINDOWS, Growing, windows_of
 
 FIRST_DAYS = ((0, 1), (1, 6), (6, 8))
@@ -164,7 +163,7 @@ def test_new_files_have_the_types_of_those_that_are_gone(growing):
     path = growing.folder / "log" / "97.parquet"
     table = pq.read_table(path)
     items = pa.array([str(each) for each in table["item"].to_pylist()])
-    pq.write_table(table.set_column(table.column_names.index("item"), "item", items), path)
+    pq.write_table(with_column(table, "item", items), path)
     message = r"column 'item' changes its type: int64 in the fitted features, string in '.*97.parquet'; write all"
     with pytest.raises(UserError, match=message):
         growing.extend(LATER)
@@ -184,7 +183,7 @@ def _spoil(path: Path, how: str) -> bytes:
     else:
         table = pq.read_table(path)
         wrong = pa.array([7.0] * table.num_rows)
-        pq.write_table(table.set_column(table.column_names.index("click"), "click", wrong), path)
+        pq.write_table(with_column(table, "click", wrong), path)
     return whole
 
 
@@ -244,31 +243,21 @@ def test_a_last_file_that_was_left_out_is_mended_and_taken_in_with_the_next_one(
     assert one.equals(two)
 
 
-@pytest.mark.parametrize("how", ["cut", "label"])
-def test_an_older_file_that_is_mended_stays_left_out_as_a_whole(tmp_path, how):
+def test_an_older_file_that_is_mended_is_late(tmp_path):
     log = Growing(tmp_path)
     for start, end in ((0, 4), (4, 5), (5, 8)):
         log.add(start, end)
     path = log.folder / "log" / "99.parquet"
-    whole = _spoil(path, how)
+    whole = _spoil(path, "cut")
     log.prepare(**SKIP)
     path.write_bytes(whole)
+    log.add(8, 9)
     with pytest.raises(
-        UserError, match=r"none of the \d files .*'.*99.parquet' was left out before and holds requests"
+        UserError, match=r"row 0 of '.*99.parquet' was requested .*; take them out of the log, or build"
     ):
         log.extend(LATER)
-    log.add(8, 9)
-    extended = log.extend(LATER)
-    assert extended.rows == in_window(times_of(log.table), (START + 8 * DAY, START + 9 * DAY)).sum()
-    (left,) = extended.prepared.manifest["left_out"]
-    assert left["file"] == str(path)
-    assert "was left out before and holds requests from 2023-11-1" in left["reason"]
-    assert _existing(log, LATER) is not None, "building these features again would not take it in"
-    assert "to take it in, set another `data.work`" in left["reason"]
-    assert log.extend(LATER) is None
-    log.add(9, 12.1)
-    assert _left_out(log.extend(LATER).prepared) == ["99.parquet"]
-    assert log.extend(LATER) is None
+    path.unlink()
+    assert _left_out(log.extend(LATER).prepared) == []
 
 
 def test_new_files_that_are_all_bad_end_in_one_sentence(growing):

@@ -14,10 +14,8 @@ import pytest
 from sklearn.metrics import roc_auc_score
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.log import reader as log
 from mmoe_rec.log.columns import UTC_MICROSECONDS
-from mmoe_rec.preprocessing import count, requests, splits, steps
-from mmoe_rec.preprocessing import exchange as answers
+from mmoe_rec.preprocessing import steps
 from mmoe_rec.preprocessing.extend import extend
 from mmoe_rec.preprocessing.logs import DEFAULTS, BuildOptions, Logs
 from mmoe_rec.preprocessing.prepare import Prepared, encode_with, existing, prepare
@@ -32,6 +30,7 @@ from tests.log.small_logs import (
     random_log,
     schema_of,
     times_of,
+    with_column,
     with_requests,
     write_log,
 )
@@ -43,16 +42,6 @@ WINDOWS = {
     "validation": (START + 6 * DAY, START + 8 * DAY),
     "test": (START + 8 * DAY, None),
 }
-
-
-@pytest.fixture
-def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Parts, blocks and row groups of some dozen rows."""
-    for module in (steps, count, requests):
-        monkeypatch.setattr(module, "ROWS_PER_PART", 60)
-    monkeypatch.setattr(answers, "ROWS_PER_BLOCK", 64)
-    monkeypatch.setattr(splits, "ROWS_PER_GROUP", 32)
-    monkeypatch.setattr(log, "ROWS_AT_A_TIME", 50)
 
 
 def _with_first_times(table: pa.Table) -> pa.Table:
@@ -121,16 +110,6 @@ def test_all_is_that_of_a_log_with_the_first_times(
     )
 
 
-def test_a_request_may_have_most_of_the_rows(tmp_path: Path, small_pieces: None) -> None:
-    table = random_log(4)
-    request = np.where(np.arange(table.num_rows) % 7 < 6, -1, np.arange(table.num_rows))
-    table = table.append_column("request", pa.array(request)).set_column(0, "user", pa.array(np.full(len(request), 5)))
-    options = {"rows_in_memory": 20, "duplicates": "keep"}
-    found = _build(tmp_path / "found", *_cut(table, 90), **options)
-    expected = _build(tmp_path / "expected", *_cut(_with_first_times(table), 90), **options)
-    assert _encoded_and_state(found) == _encoded_and_state(expected)
-
-
 def test_rows_encoded_with_features_of_another_log_have_the_first_times_too(tmp_path: Path) -> None:
     table = with_requests(random_log(3))
     state = _build(tmp_path / "other", _with_first_times(with_requests(random_log(5)))).serving
@@ -142,23 +121,19 @@ def test_rows_encoded_with_features_of_another_log_have_the_first_times_too(tmp_
     assert encoded[0] == encoded[1]
 
 
-@pytest.mark.parametrize(
-    ("split", "between"),
-    [("validation", "split.train_end and split.validation_end"), ("test", "split.validation_end and split.test_end")],
-)
-def test_a_split_without_rows_is_told_by_its_own_bounds(tmp_path: Path, split: str, between: str) -> None:
+def test_a_split_without_rows_is_not_encoded(tmp_path: Path) -> None:
     table = with_requests(random_log(3))
     state = _build(tmp_path / "other", table).serving
     logs = Logs(str(write_log(tmp_path / "log", table)), SCHEMA, BuildOptions())
-    with pytest.raises(UserError, match=f"the {split} split is empty: .* has no request between {between}$"):
-        encode_with(state, logs, {split: (0, 1)}, tmp_path / "encoded")
+    with pytest.raises(UserError, match=r"the test split is empty: the log .* has requests from 2023-11-14"):
+        encode_with(state, logs, {"test": (0, 1)}, tmp_path / "encoded")
     assert not (tmp_path / "encoded").exists()
 
 
 def test_the_first_time_is_not_that_of_a_file_left_out(tmp_path: Path) -> None:
     table = with_requests(random_log(3))
     bad = table.slice(0, 120)
-    bad = bad.set_column(bad.column_names.index("click"), "click", pa.array(np.full(120, 7.0)))
+    bad = with_column(bad, "click", pa.array(np.full(120, 7.0)))
     rest = table.slice(120)
     found = _build(tmp_path / "found", bad, *_cut(rest, 90), skip_bad_files=True)
     assert len(found.manifest["left_out"]) == 1
@@ -180,9 +155,9 @@ def test_several_times_can_be_refused_also_of_features_at_hand(tmp_path: Path) -
     with pytest.raises(UserError) as caught:
         prepare(*place, refused)
     assert str(caught.value) == (
-        f"request 1 (column 'request') has time 2023-11-15T22:13:20+00:00 in row 4 of '{log_folder}/0.parquet' and "
-        f"time 2023-11-15T22:13:25+00:00 in row 1 of '{log_folder}/1.parquet'; 1 request has rows of several times: "
-        "write the request's time into all its rows, or set data.several_times to first, which takes the first for all"
+        f"row 4 of '{log_folder}/0.parquet' and row 1 of '{log_folder}/1.parquet' are of one request (column "
+        "'request') and differ in column 'time', as do rows of 1 request: write the request's time into all its "
+        "rows, or set data.several_times to first, which takes the first for all"
     )
     assert existing(*place, keep) is not None
 
@@ -192,7 +167,7 @@ def _of_several_users() -> pa.Table:
     table = with_requests(random_log(3))
     frame = pd.DataFrame({"user": table["user"].to_pylist(), "request": table["request"].to_pylist()})
     own = frame.groupby("user")["request"].transform(lambda each: pd.factorize(each, sort=True)[0])
-    return table.set_column(table.column_names.index("request"), "request", pa.array(own.to_numpy()))
+    return with_column(table, "request", pa.array(own.to_numpy()))
 
 
 def test_a_request_of_several_users_is_refused(tmp_path: Path, small_pieces: None) -> None:
@@ -201,20 +176,19 @@ def test_a_request_of_several_users_is_refused(tmp_path: Path, small_pieces: Non
     mixed = frame.groupby("request")["user"].nunique() > 1
     with pytest.raises(UserError) as caught:
         _build(tmp_path, *_cut(table, 100))
-    place = r"user (-?\d+) in row (\d+) of '([^']+)'"
+    place = r"row (\d+) of '([^']+)'"
     found = re.fullmatch(
-        rf"request (\d+) \(column 'request'\) has {place} and {place}; (\d+) requests have rows of several users, but "
-        r"a request is one user's: give each request an id of its own, or set columns.request_scope to user if ids "
-        r"are a user's own",
+        rf"{place} and {place} are of one request \(column 'request'\) and differ in column 'user', as do rows of "
+        r"(\d+) requests: a request is one user's: give each request an id of its own, or set columns.request_scope to "
+        r"user if ids are a user's own",
         str(caught.value),
     )
     assert found is not None
-    request, *rows, count = found.groups()
+    *rows, count = found.groups()
     assert int(count) == mixed.sum()
-    for user, row, file in (rows[:3], rows[3:]):
-        told = pq.read_table(file).slice(int(row), 1).to_pylist()[0]
-        assert (told["user"], told["request"]) == (int(user), int(request))
-    assert rows[0] != rows[3]
+    one, other = (pq.read_table(file).slice(int(row), 1).to_pylist()[0] for row, file in (rows[:2], rows[2:]))
+    assert one["request"] == other["request"]
+    assert one["user"] != other["user"]
 
 
 def test_ids_of_a_user_make_requests_with_the_user(tmp_path: Path, small_pieces: None) -> None:
@@ -240,7 +214,7 @@ def test_the_reader_is_small_and_goes_to_other_processes(tmp_path: Path) -> None
     logs = Logs(str(write_log(tmp_path / "log", *_cut(table, 100))), SCHEMA, BuildOptions())
     with steps.Steps(logs, WINDOWS, tmp_path / "scratch") as build:
         build.count(statistics=False)
-        sent = pickle.dumps(build._reader)
+        sent = pickle.dumps(steps.kept_reader(tmp_path / "scratch", build.logs.log))
         assert len(sent) < 5_000
         reader = pickle.loads(sent)
         times = np.concatenate([rows.times() for part in logs.log.parts(80) for rows in reader.read(part)])
@@ -288,7 +262,7 @@ def test_ids_that_are_all_used_again_are_told(tmp_path: Path) -> None:
     again = days.new.slice(0, 20)
     for column in ("user", "request"):
         values = days.old[column].slice(0, 20).combine_chunks()
-        again = again.set_column(again.column_names.index(column), column, values)
+        again = with_column(again, column, values)
     again = at_times(again, times_of(again) + np.arange(20))
     with pytest.raises(UserError) as caught:
         days.extend(again, options=BuildOptions(duplicates="keep"))
@@ -302,7 +276,7 @@ def test_ids_that_are_all_used_again_are_told(tmp_path: Path) -> None:
 def test_a_row_before_a_request_of_days_before_is_refused(tmp_path: Path) -> None:
     days = _Days(tmp_path)
     early = at_times(days.old.slice(3, 1), times_of(days.old)[3:4] - DAY)
-    with pytest.raises(UserError, match=r"^row 0 of '.*new.parquet' was requested .* is no longer remembered; build"):
+    with pytest.raises(UserError, match=r"^row 0 of '.*new.parquet' was requested .* is no longer remembered; take"):
         days.extend(pa.concat_tables([early, days.new]))
 
 
@@ -317,7 +291,8 @@ def test_a_request_of_another_user_of_days_before_is_refused(tmp_path: Path) -> 
     again = again.slice(0, 2).set_column(0, "user", other)
     with pytest.raises(UserError) as caught:
         days.extend(pa.concat_tables([again, days.new]))
-    assert "request 0 (column 'request') has another user in the files before and user" in str(caught.value)
+    said = r"a row of the files before and row 0 of '.*new.parquet' are of one request .* differ in column 'user'"
+    assert re.match(said, str(caught.value))
     assert days.before.manifest["rows"] == days.old.num_rows  # all stays
 
 

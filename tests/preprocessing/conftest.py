@@ -1,0 +1,14 @@
+import pytest
+
+from mmoe_rec.log import reader
+from mmoe_rec.preprocessing import count, exchange, requests, splits, steps
+
+
+@pytest.fixture
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts, blocks and row groups of some dozen rows."""
+    for module in (steps, count, requests):
+        monkeypatch.setattr(module, "ROWS_PER_PART", 60)
+    monkeypatch.setattr(exchange, "ROWS_PER_BLOCK", 64)
+    monkeypatch.setattr(splits, "ROWS_PER_GROUP", 32)
+    monkeypatch.setattr(reader, "ROWS_AT_A_TIME", 50)
