@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mmoe_rec.cli.command import Configuration, out_option, settings_command
+from mmoe_rec.cli.command import Configuration, out_option, settings_command, show
 
 
 @settings_command(__doc__)
@@ -17,12 +17,9 @@ from mmoe_rec.cli.command import Configuration, out_option, settings_command
 def inspect(configuration: Configuration, out: Path | None) -> None:
     """Runs the command."""
     settings = configuration.settings
-    from rich.console import Console
-
     from mmoe_rec.inspection import health as inspection
     from mmoe_rec.jobs.places import features_in_use
     from mmoe_rec.model.layout import ModelLayout
-    from mmoe_rec.report.terminal import show
 
     out = out or Path(settings.data.work) / "inspection"
     with features_in_use(settings, "an inspection") as prepared:
@@ -30,13 +27,10 @@ def inspect(configuration: Configuration, out: Path | None) -> None:
         health = inspection.inspect(settings.name, prepared, settings.schema_, dims)
     # matplotlib and Jinja2 are for what there is to be shown.
     from mmoe_rec.report.health import write
+    from mmoe_rec.report.tables import show_health
 
     write(health, out)
-    console = Console()
-    if not console.is_terminal:
-        console.width = 120
-    for part in show(health, console.width):
-        console.print(part)
+    show(show_health(health))
     print(f"report: {out / 'health.html'}")
     print(f"numbers: {out / 'health.json'}")
     print(f"next: mmoe-rec train {configuration.options()}")

@@ -9,7 +9,7 @@ import pyarrow.compute as pc
 from sklearn.ensemble import HistGradientBoostingClassifier, HistGradientBoostingRegressor
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.evaluation.rows import plain
+from mmoe_rec.evaluation.sums import plain
 
 _CATEGORIES = 255  # what scikit-learn's histograms can hold; the last one stands for all rarer values
 

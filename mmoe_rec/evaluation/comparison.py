@@ -12,7 +12,7 @@ for how many they are by Holm's method (1979); the objective's for the number of
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -34,12 +34,23 @@ from mmoe_rec.evaluation.intervals import (
 )
 from mmoe_rec.evaluation.metrics import METRICS, metrics_of
 from mmoe_rec.evaluation.metrics.metric import Metric
-from mmoe_rec.evaluation.summary import SCORE, GroupSummary, Summary, effective_by_metric, evaluate, sums_by_user
-from mmoe_rec.evaluation.sums import ClosedSums
+from mmoe_rec.evaluation.summary import (
+    SCORE,
+    GroupSummary,
+    MeasuredModel,
+    Summary,
+    effective_by_metric,
+    evaluate,
+    nest,
+    sums_by_user,
+)
+from mmoe_rec.evaluation.sums import EvaluationSums
+from mmoe_rec.settings.sections import Evaluation
 
 OBJECTIVE: Key = ("objective", "objective")
 BETTER, HELD_BACK, NOT_SHOWN, WORSE, UNDECIDED = "better", "held back", "not shown", "worse", "undecided"
-_GUARDED = {"binary": "auc", "regression": "r2"}
+GUARDED = {"binary": "auc", "regression": "r2"}
+"""Kind of a task -> the metric of which it may not lose more than the margin."""
 _SAME = ["user", "rows", "requests", "digest"]
 
 
@@ -55,7 +66,7 @@ class Objective:
     better: str
 
     @staticmethod
-    def of(decide_by: str, sums: ClosedSums, tasks: Collection[str]) -> Objective | None:
+    def of(decide_by: str, sums: EvaluationSums, tasks: Collection[str]) -> Objective | None:
         """The objective of a setting: a metric of tasks, such as `auc`, or of the score, such as `score.ndcg_at_10`.
 
         A metric of tasks is averaged over those `tasks` that have it and enough labels; where none has, it is R2 of
@@ -101,7 +112,7 @@ def find_objective(decide_by: str) -> Metric[Any]:
     )
 
 
-def count_rarer_label(sums: ClosedSums, task: str) -> int:
+def count_rarer_label(sums: EvaluationSums, task: str) -> int:
     """How many rows have the rarer label of a binary task, or an observed label of a regression."""
     table = sums.tables[f"{task}.users"]
     rows = int(table["rows"].to_numpy().sum())
@@ -109,14 +120,6 @@ def count_rarer_label(sums: ClosedSums, task: str) -> int:
         return rows
     positives = int(table["positives"].to_numpy().sum())
     return min(positives, rows - positives)
-
-
-@dataclass(frozen=True)
-class Rule:
-    """margin: of AUC, or R2, that no task may lose; calibration: largest factor by which probabilities may be off."""
-
-    margin: float = 0.005
-    calibration: float = 1.25
 
 
 @dataclass(frozen=True)
@@ -175,70 +178,69 @@ class Comparison:
     effective_users: dict[str, float]
     objective: Objective | None
     against: dict[str, Versus]
-    rule: Rule = field(default_factory=Rule)
+    rules: Evaluation = field(default_factory=Evaluation)
     judged: tuple[str, ...] = ()
     left_out: dict[str, int] = field(default_factory=dict)
 
 
 def compare(
-    models: Mapping[str, ClosedSums],
+    models: Mapping[str, MeasuredModel],
     model: str,
-    summaries: Mapping[str, Summary],
     tasks: Sequence[str],
-    decide_by: str,
-    rule: Rule,
+    rules: Evaluation,
     resamples: int,
     seed: int = 0,
 ) -> Comparison:
-    """Compares a model with all others and decides.
+    """Compares a model with all others and decides, see `decide`.
 
-    summaries: of all; tasks: those that may decide; decide_by: see `Objective.of`. Raises UserError where the rows are
-    not the same, or for a metric that there is not.
+    tasks: those that may decide; rules: by which, see `Objective.of`. Raises UserError where the rows are not the same,
+    or for a metric that there is not.
     """
-    labels = {task: count_rarer_label(models[model], task) for task in tasks}
-    judged = tuple(task for task, rows in labels.items() if rows >= FEWEST)
-    compared = find_differences(models, model, Objective.of(decide_by, models[model], tasks), resamples, seed)
-    left_out = {task: rows for task, rows in labels.items() if task not in judged}
-    compared = replace(compared, rule=rule, judged=judged, left_out=left_out)
-    decided = {
-        other: replace(versus, verdict=decide(compared, other, summaries)) for other, versus in compared.against.items()
-    }
-    return replace(compared, against=decided)
+    sums = {name: each.sums for name, each in models.items()}
+    labels = {task: count_rarer_label(sums[model], task) for task in tasks}
+    compared = find_differences(sums, model, Objective.of(rules.decide_by, sums[model], tasks), resamples, seed)
+    compared = replace(
+        compared,
+        rules=rules,
+        judged=tuple(task for task, rows in labels.items() if rows >= FEWEST),
+        left_out={task: rows for task, rows in labels.items() if rows < FEWEST},
+    )
+    summaries = {name: each.summary for name, each in models.items()}
+    verdicts = {other: decide(compared, other, summaries) for other in compared.against}
+    against = {other: replace(versus, verdict=verdicts[other]) for other, versus in compared.against.items()}
+    return replace(compared, against=against)
 
 
 def decide(compared: Comparison, other: str, summaries: Mapping[str, Summary]) -> Verdict:
     """The verdict on the model that is compared with another one. summaries: of both, by name."""
-    objective, versus, mine = compared.objective, compared.against[other], summaries[compared.model]
-    its = summaries[other]
-    guards = [
-        guard
-        for task in compared.judged
-        for guard in (
-            guard_loss(task, mine.tasks[task].kind, versus, compared.rule),
-            guard_calibration(task, mine.tasks[task], its.tasks[task], compared.rule),
-        )
-        if guard is not None
-    ]
-    apart = versus.objective
-    if objective is None or apart.p is None or apart.p_corrected is None or apart.value is None:
+    objective, versus = compared.objective, compared.against[other]
+    mine, its = summaries[compared.model], summaries[other]
+    guards = []
+    for task in compared.judged:
+        guards.append(guard_loss(task, mine.tasks[task].kind, versus, compared.rules.margin))
+        limit = compared.rules.calibration
+        if (guard := guard_calibration(task, mine.tasks[task], its.tasks[task], limit)) is not None:
+            guards.append(guard)
+    apart, kind = versus.objective, BETTER
+    if objective is None or apart.p is None or apart.value is None:
         return Verdict(UNDECIDED, tuple(guards), None)
-    detectable = find_detectable_gain(compared, versus, mine)
-    low, high = apart.low or 0.0, apart.high or 0.0
-    if not apart.is_significant or low <= 0 <= high:
-        return Verdict(NOT_SHOWN, tuple(guards), detectable)
-    if (apart.value > 0) != (objective.better == "higher"):
-        return Verdict(WORSE, tuple(guards), detectable)
-    return Verdict(BETTER if all(guard.passed for guard in guards) else HELD_BACK, tuple(guards), detectable)
+    if not apart.is_significant or (apart.low or 0.0) <= 0 <= (apart.high or 0.0):
+        kind = NOT_SHOWN
+    elif (apart.value > 0) != (objective.better == "higher"):
+        kind = WORSE
+    elif not all(guard.passed for guard in guards):
+        kind = HELD_BACK
+    return Verdict(kind, tuple(guards), find_detectable_gain(compared, versus, mine))
 
 
-def guard_loss(task: str, kind: str, versus: Versus, rule: Rule) -> Guard:
+def guard_loss(task: str, kind: str, versus: Versus, margin: float) -> Guard:
     """Passes where the interval rules out that a task loses more than the margin."""
-    apart = versus.groups.get(task, {}).get(_GUARDED[kind], Difference(None))
-    passed = apart.low is not None and apart.low >= -rule.margin
-    return Guard(task, _GUARDED[kind], passed, apart.high is not None and apart.high < -rule.margin, apart)
+    apart = versus.groups.get(task, {}).get(GUARDED[kind], Difference(None))
+    passed = apart.low is not None and apart.low >= -margin
+    return Guard(task, GUARDED[kind], passed, apart.high is not None and apart.high < -margin, apart)
 
 
-def guard_calibration(task: str, model: GroupSummary, other: GroupSummary, rule: Rule) -> Guard | None:
+def guard_calibration(task: str, model: GroupSummary, other: GroupSummary, limit: float) -> Guard | None:
     """Passes unless the probabilities are shown to be off by more than the limit, and by more than the other model's.
 
     None for a regression, or without a positive label.
@@ -247,7 +249,7 @@ def guard_calibration(task: str, model: GroupSummary, other: GroupSummary, rule:
     if mine.value is None or its.value is None:
         return None
     low, high = (mine.value, mine.value) if mine.low is None or mine.high is None else (mine.low, mine.high)
-    is_outside = low > rule.calibration or high < 1 / rule.calibration
+    is_outside = low > limit or high < 1 / limit
     passed = not (is_outside and distance_from_one(mine.value) > distance_from_one(its.value))
     return Guard(task, "calibration", passed, is_outside, calibrations=(mine, its))
 
@@ -266,7 +268,7 @@ def find_detectable_gain(compared: Comparison, versus: Versus, summary: Summary)
     assert compared.objective is not None, "without an objective there is no gain"
     guarded = []
     for task in compared.judged:
-        metric = guarded_metric(summary, task)
+        metric = GUARDED[summary.tasks[task].kind]
         apart = versus.groups.get(task, {}).get(metric, Difference(None))
         if metric == compared.objective.metric and apart.error and apart.effective_users is not None:
             guarded.append((apart.error, apart.effective_users))
@@ -274,18 +276,13 @@ def find_detectable_gain(compared: Comparison, versus: Versus, summary: Summary)
     if own.error and own.effective_users is not None:
         levels = [1 - LEVEL / len(compared.against) / 2, power]
         sizes = [own.error * sum(student.ppf(levels, own.effective_users - 1))]
-    margin = compared.rule.margin
+    margin = compared.rules.margin
     sizes += [error * sum(student.ppf([1 - LEVEL / 2, power], users - 1)) - margin for error, users in guarded]
     return float(max(sizes))
 
 
-def guarded_metric(summary: Summary, task: str) -> str:
-    """Of which a task may not lose more than the margin."""
-    return _GUARDED[summary.tasks[task].kind]
-
-
 def find_differences(
-    models: Mapping[str, ClosedSums],
+    models: Mapping[str, EvaluationSums],
     model: str,
     objective: Objective | None = None,
     resamples: int = 1000,
@@ -305,106 +302,88 @@ def find_differences(
     if objective is not None:
         effective |= {OBJECTIVE: objective.effective_users(effective)}
 
-    def values_of(name: str, counts: np.ndarray) -> Values:
-        values = evaluate(groups[name], counts)
-        return values if objective is None else objective.add_to(values)
+    def values_of(counts: np.ndarray) -> Values:
+        values = {name: evaluate(group, counts) for name, group in groups.items()}
+        if objective is not None:
+            values = {name: objective.add_to(each) for name, each in values.items()}
+        return {(name, *key): value for name, each in values.items() for key, value in each.items()}
 
-    sides = {name: lambda counts, name=name: values_of(name, counts) for name in models}
-    resampled = resample(sides, units, resamples, seed)
-    against = {}
+    resampled, differences = resample(values_of, units, resamples, seed), dict[tuple[str, str, str], Difference]()
     for other in others:
         same_truth = _weights(mine) == _weights(models[other])
-        paired = {
-            key: find_difference(its, resampled[other][key], effective[key])
-            for key, its in resampled[model].items()
-            if key in resampled[other] and (same_truth or not _is_of_score(key, objective))
-        }
-        decides, by_group = paired.pop(OBJECTIVE, Difference(None)), dict[str, dict[str, Difference]]()
-        for (group, metric), each in paired.items():
-            by_group.setdefault(group, {})[metric] = each
-        against[other] = Versus(decides, by_group)
+        for (name, *key), its in resampled.items():
+            of_score = SCORE in (objective.groups if objective is not None and tuple(key) == OBJECTIVE else key)
+            if name == model and (other, *key) in resampled and (same_truth or not of_score):
+                group, metric = key
+                apart = find_difference(its, resampled[other, group, metric], effective[group, metric])
+                differences[other, group, metric] = apart
     by_rows = {name: each.effective_rows for name, each in groups[model].items()}
-    return Comparison(model, resamples, seed, units, by_rows, objective, correct(mine, against))
+    against = {other: Versus(*of) for other, of in correct(mine, differences, others).items()}
+    return Comparison(model, resamples, seed, units, by_rows, objective, against)
 
 
-def correct(base: ClosedSums, against: Mapping[str, Versus]) -> dict[str, Versus]:
-    """The same differences with the corrected p-values: of the metrics that tables show, and of the objectives."""
+def correct(
+    base: EvaluationSums, differences: Mapping[tuple[str, str, str], Difference], others: Iterable[str]
+) -> dict[str, tuple[Difference, dict[str, dict[str, Difference]]]]:
+    """Each other model -> the difference of the objective, and those of task or `score` -> metric, with corrected
+    p-values: of the metrics that tables show, and of the objectives.
+
+    differences: by (other model, task or `score`, metric).
+    """
     kinds = {SCORE: SCORE} | {task.name: task.kind for task in base.tasks}
     shown = {
-        (group, metric.name)
+        (group, each.name)
         for group, kind in kinds.items()
-        for metric in metrics_of(kind)
-        if metric.is_shown(kind == SCORE)
+        for each in metrics_of(kind)
+        if each.is_shown(group == SCORE)
     }
-    differences = {
-        (name, *key): each for name, versus in against.items() for key, each in _differences_of(versus).items()
-    }
-    tested = {key: each.p for key, each in differences.items() if each.p is not None}
-    for family in ([key for key in tested if key[1:] in shown], [key for key in tested if key[1:] == OBJECTIVE]):
-        for key, p in zip(family, correct_by_holm([tested[key] for key in family]), strict=True):
-            differences[key] = replace(differences[key], p_corrected=p)
-    return {
-        name: replace(
-            versus,
-            objective=differences[name, *OBJECTIVE],
-            groups={
-                group: {metric: differences[name, group, metric] for metric in metrics}
-                for group, metrics in versus.groups.items()
-            },
-        )
-        for name, versus in against.items()
-    }
+    corrected = dict(differences)
+    for family in (shown, {OBJECTIVE}):
+        tested = {key: each.p for key, each in differences.items() if each.p is not None and key[1:] in family}
+        for key, p in zip(tested, correct_by_holm(list(tested.values())), strict=True):
+            corrected[key] = replace(differences[key], p_corrected=p)
+    found = {}
+    for other in others:
+        flat = {key[1:]: each for key, each in corrected.items() if key[0] == other}
+        objective = flat.pop(OBJECTIVE, Difference(None))
+        found[other] = objective, nest(flat)
+    return found
 
 
-def _differences_of(versus: Versus) -> dict[Key, Difference]:
-    of_metrics = {(group, metric): each for group, its in versus.groups.items() for metric, each in its.items()}
-    return of_metrics | {OBJECTIVE: versus.objective}
-
-
-def check_same_rows(name: str, sums: ClosedSums, against: str, base: ClosedSums) -> None:
+def check_same_rows(name: str, sums: EvaluationSums, against: str, base: EvaluationSums) -> None:
     """Raises UserError where two models were not measured on the same rows with the same labels."""
+    if (what := describe_other_rows(sums, base)) is not None:
+        raise UserError(
+            f"'{name}' and '{against}' were not measured on the same rows ({what}): differences of models need the "
+            "same requests and candidates, with the same labels"
+        )
+
+
+def describe_other_rows(sums: EvaluationSums, base: EvaluationSums) -> str | None:
+    """What differs between the rows of two models, or their labels; None where they are the same."""
     for table in ["ranking", *(f"{task.name}.users" for task in base.tasks if f"{task.name}.users" in sums.tables)]:
         mine, its = (
             each.tables[table].select([key for key in _SAME if key in each.tables[table].column_names])
             for each in (sums, base)
         )
-        if not mine.equals(its):
-            raise UserError(
-                f"'{name}' and '{against}' were not measured on the same rows ({_what_differs(table, sums, base)}): "
-                "differences of models need the same requests and candidates, with the same labels"
-            )
+        if mine.equals(its):
+            continue
+        task = table.removesuffix(".users")
+        rows = [int(each["rows"].to_numpy().sum()) for each in (mine, its)]
+        of = "" if table == "ranking" else f" with a label of '{task}'"
+        if rows[0] != rows[1] or sums.users != base.users:
+            return f"{rows[0]:,} rows{of} of {sums.users:,} users, and {rows[1]:,} of {base.users:,}"
+        kinds = [each["user"].type for each in (mine, its)]
+        if kinds[0] != kinds[1]:
+            return f"users are {kinds[0]} in one, and {kinds[1]} in the other"
+        if not mine["user"].equals(its["user"]):
+            return f"the users of rows{of} differ"
+        apart = int((mine["digest"].to_numpy() != its["digest"].to_numpy()).sum())
+        who = "users" if sums.users == len(base.tables["ranking"]) else "groups of users"
+        what = "requests or candidates" if table == "ranking" else f"labels of '{task}'"
+        return f"{what} of {apart or 'some'} of {len(mine):,} {who} differ"
+    return None
 
 
-def have_same_rows(sums: ClosedSums, other: ClosedSums | None) -> bool:
-    """True if both were measured on the same rows."""
-    try:
-        if other is not None:
-            check_same_rows("", sums, "", other)
-    except UserError:
-        return False
-    return other is not None
-
-
-def _what_differs(table: str, sums: ClosedSums, base: ClosedSums) -> str:
-    mine, its = (each.tables[table] for each in (sums, base))
-    rows = [int(each["rows"].to_numpy().sum()) for each in (mine, its)]
-    of = "" if table == "ranking" else f" with a label of '{table.removesuffix('.users')}'"
-    if rows[0] != rows[1] or sums.users != base.users:
-        return f"{rows[0]:,} rows{of} of {sums.users:,} users, and {rows[1]:,} of {base.users:,}"
-    kinds = [each["user"].type for each in (mine, its)]
-    if kinds[0] != kinds[1]:
-        return f"users are {kinds[0]} in one, and {kinds[1]} in the other"
-    if not mine["user"].equals(its["user"]):
-        return f"the users of rows{of} differ"
-    apart = int((mine["digest"].to_numpy() != its["digest"].to_numpy()).sum())
-    who = "users" if sums.users == len(base.tables["ranking"]) else "groups of users"
-    what = "requests or candidates" if table == "ranking" else f"labels of '{table.removesuffix('.users')}'"
-    return f"{what} of {apart or 'some'} of {len(mine):,} {who} differ"
-
-
-def _is_of_score(key: Key, objective: Objective | None) -> bool:
-    return SCORE in (objective.groups if key == OBJECTIVE and objective is not None else key[:1])
-
-
-def _weights(sums: ClosedSums) -> dict[str, float]:
+def _weights(sums: EvaluationSums) -> dict[str, float]:
     return {task.name: task.weight for task in sums.tasks if task.weight}

@@ -13,16 +13,17 @@ the number of users). For U equal users of normal influence the mean of sum d^4 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from scipy.stats import t as student
 
 Key = tuple[str, str]
-Values = dict[Key, np.ndarray]
-"""(task or `score`, metric) -> (R,) float64"""
+Values = dict[Any, np.ndarray]
+"""What is redrawn, such as (task or `score`, metric) -> (R,) float64"""
 
 LEVEL, POWER = 0.05, 0.9
 """Chance that equal models are told apart; and that models are whose difference is called detectable."""
@@ -47,6 +48,7 @@ class Interval:
 
 
 UNDEFINED = Interval(None)
+"""What can't be computed."""
 
 
 @dataclass(frozen=True)
@@ -84,51 +86,9 @@ def draw_users(users: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
         yield np.ascontiguousarray(counts.T, dtype=np.float64)
 
 
-def bootstrap(at: Callable[[np.ndarray], Values], users: int, resamples: int, seed: int) -> Values:
-    """The values of `at(counts)` in every resample, (resamples,) each.
-
-    Raises:
-        ValueError: no resample is asked for.
-    """
-    if resamples < 1:
-        raise ValueError(f"resamples is {resamples}; expected at least 1")
-    chunks = [at(counts) for counts in draw_users(users, resamples, seed)]
-    return {key: np.concatenate([chunk[key] for chunk in chunks]) for key in chunks[0]}
-
-
-def find_interval(value: float, resampled: np.ndarray, users: int, effective: float | None = None) -> Interval:
-    """The interval of a metric from its values (R,) in resamples.
-
-    effective: effective number of users, None for all. There is no interval with a single user, or one who decides
-    nearly alone, nor where the metric is undefined in more than 5% of the resamples: the rest would not be a fair
-    sample. Other resamples in which it is undefined are left out.
-    """
-    if not np.isfinite(value):
-        return Interval(None)
-    value, defined = float(value), resampled[np.isfinite(resampled)]
-    effective = users if effective is None else min(users, effective)
-    if not is_fair_sample(defined, len(resampled), users) or effective - 1 < LEAST_FREEDOM:
-        return Interval(value)
-    if effective < FEW_USERS:
-        reach = float(student.ppf(0.975, effective - 1)) * float(defined.std()) * small_sample_factor(effective)
-        return Interval(value, value - reach, value + reach)
-    low, high = np.percentile(defined, [2.5, 97.5])
-    return Interval(value, float(low), float(high))
-
-
-def is_fair_sample(defined: np.ndarray, resamples: int, users: int) -> bool:
-    """True if the resamples in which a metric is defined are enough for an interval."""
-    return users >= 2 and len(defined) >= _DEFINED_SHARE * resamples
-
-
 def is_small_sample(effective: float, users: int) -> bool:
     """True if the effective number of users is low enough to warn."""
     return effective < min(FEW_USERS, users / 2)
-
-
-def small_sample_factor(effective: float) -> float:
-    """By which a bootstrap over so many users underestimates the standard error: sqrt(U / (U - 1))."""
-    return float(np.sqrt(effective / (effective - 1))) if effective > 1 else 1.0
 
 
 def effective_sample_size(sizes: np.ndarray) -> float:
@@ -165,16 +125,42 @@ class Resampled:
         noise = (6 + 3 * users / resamples) / resamples
         return min(float(users), _users_of(float((self.influence**4).sum()) / variance**2 - noise))
 
+    def interval(self, effective: float = np.inf) -> Interval:
+        """The number with its 95% interval.
+
+        effective: the effective number of users by their sizes. There is no interval with a single user, or one who
+        decides nearly alone, nor where the number is undefined in more than 5% of the resamples: the rest would not be
+        a fair sample. Other resamples in which it is undefined are left out.
+        """
+        if not np.isfinite(self.value):
+            return UNDEFINED
+        users = len(self.influence)
+        effective = min(users, effective)
+        if not self._is_fair(users) or effective - 1 < LEAST_FREEDOM:
+            return Interval(self.value)
+        if effective < FEW_USERS:
+            reach = float(student.ppf(1 - LEVEL / 2, effective - 1)) * self._error(effective)
+            return Interval(self.value, self.value - reach, self.value + reach)
+        low, high = np.percentile(self.defined, [100 * LEVEL / 2, 100 * (1 - LEVEL / 2)])
+        return Interval(self.value, float(low), float(high))
+
     def error(self, effective: float, units: int | None = None) -> tuple[float | None, float]:
         """The standard error from the choice of users, None where too few resamples are defined, and the effective
         number of users.
 
         effective: that by their sizes; units: how many of the U have rows, None for all.
         """
-        if not is_fair_sample(self.defined, len(self.redrawn), len(self.influence) if units is None else units):
+        if not self._is_fair(len(self.influence) if units is None else units):
             return None, effective
         effective = min(effective, self.effective_users)
-        return float(self.defined.std()) * small_sample_factor(effective), effective
+        return self._error(effective), effective
+
+    def _is_fair(self, users: int) -> bool:
+        return users >= 2 and len(self.defined) >= _DEFINED_SHARE * len(self.redrawn)
+
+    def _error(self, effective: float) -> float:
+        """A bootstrap over U users underestimates the standard error by sqrt(U / (U - 1))."""
+        return float(self.defined.std()) * (float(np.sqrt(effective / (effective - 1))) if effective > 1 else 1.0)
 
 
 def _users_of(share: float) -> float:
@@ -186,33 +172,27 @@ def _users_of(share: float) -> float:
     return max(1.0, float(np.interp(share, [_INFLUENCE_OF_FOUR, 0.5, 1.0], [4.0, _INDISTINCT, 1.0])))
 
 
-def resample(
-    sides: Mapping[str, Callable[[np.ndarray], Values]], users: int, resamples: int, seed: int
-) -> dict[str, dict[Key, Resampled]]:
-    """Numbers of several models in the same resamples of users.
+def resample(at: Callable[[np.ndarray], Values], users: int, resamples: int, seed: int = 0) -> dict[Any, Resampled]:
+    """Numbers in resamples of users. What is compared is redrawn in one call, so that all see the same users.
 
-    sides: name -> what gives its numbers (R,) for counts (U, R) of how often users are drawn.
+    at: gives the numbers (R,) for counts (U, R) of how often users are drawn. Raises ValueError where no resample is
+    asked for.
     """
-    once = {
-        name: {key: float(value[0]) for key, value in at(np.ones((users, 1))).items()} for name, at in sides.items()
-    }
-    redrawn: dict[str, dict[Key, list[np.ndarray]]] = {name: {key: [] for key in of} for name, of in once.items()}
-    sums = {name: np.zeros((users, len(of))) for name, of in once.items()}
+    if resamples < 1:
+        raise ValueError(f"resamples is {resamples}; expected at least 1")
+    once = {key: float(value[0]) for key, value in at(np.ones((users, 1))).items()}
+    redrawn: dict[Any, list[np.ndarray]] = {key: [] for key in once}
+    sums = np.zeros((users, len(once)))
     for counts in draw_users(users, resamples, seed):
-        for name, at in sides.items():
-            values = at(counts)
-            for key, value in values.items():
-                redrawn[name][key].append(value)
-            away = np.array([values[key] - whole for key, whole in once[name].items()])
-            away[~np.isfinite(away)] = 0.0
-            sums[name] += (counts - 1) @ away.T
-    found = {name: {key: np.concatenate(each) for key, each in of.items()} for name, of in redrawn.items()}
+        values = at(counts)
+        for key, value in values.items():
+            redrawn[key].append(value)
+        away = np.array([values[key] - whole for key, whole in once.items()])
+        away[~np.isfinite(away)] = 0.0
+        sums += (counts - 1) @ away.T
     return {
-        name: {
-            key: Resampled(whole, found[name][key], sums[name][:, place] / len(found[name][key]))
-            for place, (key, whole) in enumerate(of.items())
-        }
-        for name, of in once.items()
+        key: Resampled(whole, np.concatenate(redrawn[key]), sums[:, place] / resamples)
+        for place, (key, whole) in enumerate(once.items())
     }
 
 

@@ -23,7 +23,6 @@ from mmoe_rec.evaluation.summary import GroupSummary, summarise
 from mmoe_rec.evaluation.sums import MeasuredTask, measure
 
 if TYPE_CHECKING:
-    from mlflow.metrics import MetricValue
     from mlflow.models import EvaluationMetric
 
 _TASK = "task"
@@ -47,52 +46,41 @@ def metrics_of_task(
 
     Calling one raises UserError for rows of another number, or values that are no predictions or labels.
     """
+    from mlflow.metrics import MetricValue
     from mlflow.models import make_metric
 
-    computed = _Computed(users, requests, kind, weight, resamples)
+    of_rows = np.asarray(users), np.asarray(requests), None if weight is None else np.asarray(weight)
+    last: list[tuple[np.ndarray, np.ndarray, GroupSummary]] = []  # of the predictions that were asked for last
+
+    def summary_of(given: Any, targets: Any) -> GroupSummary:
+        predictions, labels = np.asarray(given), np.asarray(targets, np.float64)
+        if predictions.dtype != np.float32:  # its precision tells what 0 is
+            predictions = predictions.astype(np.float64)
+        for before, known, summary in last:
+            if np.array_equal(before, predictions) and np.array_equal(known, labels, equal_nan=True):
+                return summary
+        user, request, each = of_rows
+        if len(predictions) == 1 < len(user):  # MLflow tries each metric on the first row
+            user, request, each = user[:1], request[:1], None
+        task = MeasuredTask(_TASK, kind)
+        sums = measure([task], user, request, {_TASK: predictions}, {_TASK: labels}, score=predictions, weight=each)
+        last[:] = [(predictions, labels, summarise(sums, resamples).tasks[_TASK])]
+        return last[0][2]
+
+    def compute(name: str) -> Callable[[Any, Any], MetricValue]:
+        def computed(predictions: Any, targets: Any) -> MetricValue:
+            ends = asdict(summary_of(predictions, targets).get(name))
+            return MetricValue(aggregate_results={end: each for end, each in ends.items() if each is not None})
+
+        computed.__name__ = name
+        return computed
+
     return [
         make_metric(
-            eval_fn=computed.of(metric.name),
+            eval_fn=compute(metric.name),
             greater_is_better=metric.better != "lower",
             name=metric.name,
             metric_details=metric.label,
         )
         for metric in metrics_of(kind)
     ]
-
-
-class _Computed:
-    """The summary of the predictions that were asked for last."""
-
-    def __init__(self, users: Any, requests: Any, kind: str, weight: Any, resamples: int) -> None:
-        self._task = MeasuredTask(_TASK, kind, 1.0)  # type: ignore[arg-type]
-        self._rows = (np.asarray(users), np.asarray(requests), None if weight is None else np.asarray(weight))
-        self._resamples = resamples
-        self._last: tuple[np.ndarray, np.ndarray, GroupSummary] | None = None
-
-    def of(self, name: str) -> Callable[[Any, Any], MetricValue]:
-        """What computes the metric of that name of predictions and targets, (N,) each."""
-
-        def computed(predictions: Any, targets: Any) -> MetricValue:
-            from mlflow.metrics import MetricValue
-
-            given = np.asarray(predictions)
-            given = given if given.dtype == np.float32 else given.astype(np.float64)  # its precision tells what 0 is
-            ends = asdict(self._summary(given, np.asarray(targets, np.float64)).get(name))
-            return MetricValue(aggregate_results={end: each for end, each in ends.items() if each is not None})
-
-        computed.__name__ = name
-        return computed
-
-    def _summary(self, predictions: np.ndarray, targets: np.ndarray) -> GroupSummary:
-        last = self._last
-        if last is None or not (
-            np.array_equal(last[0], predictions) and np.array_equal(last[1], targets, equal_nan=True)
-        ):
-            users, requests, weight = self._rows
-            if len(predictions) == 1 < len(users):  # MLflow tries each metric on the first row
-                users, requests, weight = users[:1], requests[:1], None
-            given, labels = {_TASK: predictions}, {_TASK: targets}
-            sums = measure([self._task], users, requests, given, labels, score=predictions, weight=weight)
-            last = self._last = predictions, targets, summarise(sums, self._resamples).tasks[_TASK]
-        return last[2]

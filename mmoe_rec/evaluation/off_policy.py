@@ -12,13 +12,13 @@ where few rows have nearly all of the weight, these decide alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 
-from mmoe_rec.evaluation.intervals import UNDEFINED, Interval, Values, bootstrap, effective_sample_size, find_interval
+from mmoe_rec.evaluation.intervals import UNDEFINED, Interval, Values, effective_sample_size, resample
 from mmoe_rec.evaluation.sums import units_of
 
 CAPS = (None, 100.0, 30.0, 10.0, 3.0, 1.0)
@@ -95,35 +95,52 @@ def estimate(choices: LoggedChoices, resamples: int, seed: int = 0) -> PolicyEst
         return PolicyEstimate(0, without_label, NO_LABEL)
     weight = known.target / known.propensity
     clipped = {cap: weight if cap is None else np.minimum(weight, cap) for cap in CAPS}
-    units, count = units_of(known.users)
-    values = _values({cap: _sums(known, each, units, count) for cap, each in clipped.items()}, resamples, seed, count)
-    whole = values[None]
-    users, effective = len(known.users.unique()), _effective(weight)
-    refusal = find_refusal(rows, effective, whole["weight"])
-    apart = whole.get("apart", UNDEFINED)
-    found = PolicyEstimate(rows, without_label, refusal, users, whole["logged"], whole["weight"], effective, apart)
-    if refusal is not None:
-        return found
-    estimates = tuple(
-        CappedEstimate(
-            cap,
-            0.0 if cap is None else float(1 - each.sum() / weight.sum()),
-            _effective(each),
-            values[cap]["snips"],
-            values[cap].get("doubly_robust"),
-        )
-        for cap, each in clipped.items()
+    units, keys = units_of(known.users)
+    sums = {cap: _sums(known, each, units, len(keys)) for cap, each in clipped.items()}
+
+    def at(counts: np.ndarray) -> Values:
+        return {(cap, name): each for cap, of in sums.items() for name, each in _estimates(of @ counts).items()}
+
+    # The effective number of units is that by their rows or their weights, whichever is less.
+    sizes = {cap: min(effective_sample_size(of[0]), effective_sample_size(of[2])) for cap, of in sums.items()}
+    values = {key: each.interval(sizes[key[0]]) for key, each in resample(at, len(keys), resamples, seed).items()}
+    mean, apart, effective = values[None, "weight"], values.get((None, "apart"), UNDEFINED), _effective(weight)
+    refusal = find_refusal(rows, effective, mean)
+    estimates = (
+        ()
+        if refusal
+        else [
+            CappedEstimate(
+                cap,
+                0.0 if cap is None else float(1 - each.sum() / weight.sum()),
+                _effective(each),
+                values[cap, "snips"],
+                values.get((cap, "doubly_robust")),
+            )
+            for cap, each in clipped.items()
+        ]
     )
-    return replace(found, warnings=tuple(find_warnings(whole["weight"], apart)), estimates=estimates)
+    return PolicyEstimate(
+        rows,
+        without_label,
+        refusal,
+        len(known.users.unique()),
+        values[None, "logged"],
+        mean,
+        effective,
+        apart,
+        () if refusal else tuple(find_warnings(mean, apart)),
+        tuple(estimates),
+    )
 
 
 def find_warnings(mean: Interval, apart: Interval) -> Iterator[str]:
-    """What is suspicious of the estimates with all weights as they are."""
-    assert mean.low is not None
-    assert mean.high is not None
-    if not mean.low <= 1 <= mean.high:
-        yield BELOW_ONE if _of(mean) < 1 else ABOVE_ONE
-    if apart.low is not None and abs(_of(apart)) > _SURELY * _reach(apart):
+    """What is suspicious of the estimates with all weights as they are. mean: of the weights."""
+    if (mean.high or 0.0) < 1:
+        yield BELOW_ONE
+    if (mean.low or 0.0) > 1:
+        yield ABOVE_ONE
+    if _is_far(apart, 0.0):
         yield CONTRADICTION
 
 
@@ -137,56 +154,34 @@ def find_refusal(rows: int, effective: float, mean: Interval) -> str | None:
         return FEW_EFFECTIVE_ROWS
     if mean.low is None:
         return ONE_USER
-    return NO_SUPPORT if abs(_of(mean) - 1) > _SURELY * _reach(mean) else None
+    return NO_SUPPORT if _is_far(mean, 1.0) else None
 
 
-def _of(interval: Interval) -> float:
-    return np.nan if interval.value is None else interval.value
-
-
-def _reach(interval: Interval) -> float:
-    assert interval.low is not None
-    assert interval.high is not None
-    return max(interval.high - _of(interval), _of(interval) - interval.low)
+def _is_far(interval: Interval, value: float) -> bool:
+    """Whether a value lies so far outside that chance hardly explains it."""
+    if interval.value is None or interval.low is None or interval.high is None:
+        return False
+    reach = max(interval.high - interval.value, interval.value - interval.low)
+    return abs(interval.value - value) > _SURELY * reach
 
 
 def _sums(shown: LoggedChoices, weight: np.ndarray, units: np.ndarray, count: int) -> np.ndarray:
     """(S, U) sums by unit: rows, labels, weights, weighted labels, weighted errors of the model, expectations."""
-    columns: Sequence[np.ndarray] = (np.ones(len(weight)), shown.label, weight, weight * shown.label)
+    columns = [np.ones(len(weight)), shown.label, weight, weight * shown.label]
     if shown.predicted is not None and shown.expected is not None:
-        columns = [*columns, weight * (shown.label - shown.predicted), shown.expected]
+        columns += [weight * (shown.label - shown.predicted), shown.expected]
     return np.stack([np.bincount(units, each, count) for each in columns])
 
 
-def _values(
-    sums: Mapping[float | None, np.ndarray], resamples: int, seed: int, units: int
-) -> dict[float | None, dict[str, Interval]]:
-    def at(counts: np.ndarray) -> Values:
-        return {(str(cap), name): each for cap, of in sums.items() for name, each in _at(of, counts).items()}
-
-    resampled, once = bootstrap(at, units, resamples, seed), np.ones((units, 1))
-    return {
-        cap: {
-            name: find_interval(float(value[0]), resampled[str(cap), name], units, _effective_units(of))
-            for name, value in _at(of, once).items()
-        }
-        for cap, of in sums.items()
-    }
-
-
-def _at(sums: np.ndarray, counts: np.ndarray) -> dict[str, np.ndarray]:
-    rows, labels, weights, weighted, *model = sums @ counts
+def _estimates(sums: np.ndarray) -> dict[str, np.ndarray]:
+    """Name -> (R,) from sums (S, R)."""
+    rows, labels, weights, weighted, *model = sums
     with np.errstate(divide="ignore", invalid="ignore"):
         found = {"logged": labels / rows, "weight": weights / rows, "snips": weighted / weights}
         if model:
             found["doubly_robust"] = model[1] / rows + model[0] / weights
             found["apart"] = found["doubly_robust"] - found["snips"]
     return found
-
-
-def _effective_units(sums: np.ndarray) -> float:
-    """The effective number of units by their rows or their weights, whichever is less. sums: of `_sums`."""
-    return min(effective_sample_size(sums[0]), effective_sample_size(sums[2]))
 
 
 def _effective(weight: np.ndarray) -> float:

@@ -23,25 +23,19 @@ from mmoe_rec.model.score import UNCALIBRATED, Calibration, add_outcomes, fuse, 
 from mmoe_rec.model.utilisation import Utilisation, UtilisationSums
 from mmoe_rec.progress import bar
 
-
-@dataclass(frozen=True)
-class PlacementEffects:
-    """Of each input of placement, what is added where it has a value, beside what is added to the mean row.
-
-    inputs: name -> numbers of R rows of its table, (R,) int64, how many of the rows have each, (R,) int64, and the
-    effect, (R, T) float64: to a binary task's logit, or to a regression in its label's unit.
-    """
-
-    inputs: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]
+PlacementEffects = dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]
+"""Of each input of placement, what is added where it has a value, beside what is added to the mean row: name -> numbers
+of R rows of its table, (R,) int64, how many of the rows have each, (R,) int64, and the effect, (R, T) float64: to a
+binary task's logit, or to a regression in its label's unit."""
 
 
 class PlacementSums:
     """Adds up what the tower gives, batch by batch."""
 
     def __init__(self, layout: ModelLayout) -> None:
-        self._rows, self._total = 0, np.zeros(len(layout.tasks))
+        self._total = np.zeros(1 + len(layout.tasks))
         self._sums = {
-            each.name: np.zeros((layout.table(each.table).rows, 1 + len(layout.tasks)))
+            each.name: np.zeros((layout.table(each.table).rows, len(self._total)))
             for each in layout.ids
             if each.placement and not each.many
         }
@@ -49,18 +43,17 @@ class PlacementSums:
     def add(self, added: np.ndarray, ids: Mapping[str, Any]) -> None:
         """added: (B, T) what the tower gives rows; ids: their inputs, of which those with one id a row are read."""
         counted = np.hstack([np.ones((len(added), 1)), added])
-        self._rows, self._total = self._rows + len(added), self._total + added.sum(0)
+        self._total += counted.sum(0)
         for name, sums in self._sums.items():
             np.add.at(sums, np.asarray(ids[name]), counted)
 
-    def result(self) -> PlacementEffects:
+    def effects(self) -> PlacementEffects:
         """Of all rows."""
-        found = {}
+        found, mean = {}, self._total[1:] / max(self._total[0], 1)
         for name, sums in self._sums.items():
             seen = np.flatnonzero(sums[:, 0])
-            effects = sums[seen, 1:] / sums[seen, :1] - self._total / max(self._rows, 1)
-            found[name] = seen, sums[seen, 0].astype(np.int64), effects
-        return PlacementEffects(found)
+            found[name] = seen, sums[seen, 0].astype(np.int64), sums[seen, 1:] / sums[seen, :1] - mean
+        return found
 
 
 COLUMNS = ("user", "request", "candidate")
@@ -82,8 +75,8 @@ class ScoredRows:
     (N,) log score; experts: how the tasks used them, None where there are none; candidates are None where the log has
     none; outcomes: each of `layout.outcomes` ->
     (N,) labels, NaN where unobserved; relevance: weight of each task's label in what a row is worth; weights: (N,) of
-    the rows, None where all count alike; placement: what the model adds for it, None where it does not know any;
-    row: (N,) numbers of rows in their log, where it has no candidates.
+    the rows, None where all count alike; placement: what the model adds for it, None where it does not know any; row:
+    (N,) numbers of rows in their log, where it has no candidates.
     """
 
     layout: ModelLayout
@@ -105,10 +98,11 @@ class ScoredRows:
         """Whether any request has several rows."""
         return bool(pc.count_distinct(self.requests).as_py() < len(self.requests))
 
-    def measure(self) -> EvaluationSums:
+    def measure(self, grouped: bool | None = None) -> EvaluationSums:
         """Sums of all metrics: of each task over the rows of its own label, of each outcome over all rows.
 
         An outcome's prediction is the product of both tasks'. It has no weight in the score, which multiplies already.
+        grouped: see `sums.measure`.
         """
         names = [*(task.name for task in self.layout.tasks), *self.layout.outcomes]
         specs = [MeasuredTask(task.name, task.kind, self.relevance[task.name]) for task in self.layout.tasks]  # type: ignore[arg-type]
@@ -122,6 +116,7 @@ class ScoredRows:
             score=self.score,
             weight=self.weights,
             candidates=self.candidates,
+            grouped=grouped,
         )
 
     def take(self, rows: np.ndarray) -> ScoredRows:
@@ -207,5 +202,5 @@ def score_rows(
         {name: ids.column(f"label.{name}").to_numpy() for name in layout.outcomes},
         relevance,
         weights_of(ids),
-        None if model.mixture.placement is None else effects.result(),
+        None if model.mixture.placement is None else effects.effects(),
     )

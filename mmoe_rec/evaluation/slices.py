@@ -14,7 +14,6 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -23,10 +22,10 @@ import pyarrow.types as pt
 
 from mmoe_rec.auc import FEWEST
 from mmoe_rec.errors import UserError
-from mmoe_rec.evaluation.comparison import count_rarer_label, distance_from_one, have_same_rows
+from mmoe_rec.evaluation.comparison import count_rarer_label, describe_other_rows, distance_from_one
 from mmoe_rec.evaluation.intervals import LEVEL, Difference, Values, correct_by_holm, find_difference, resample
-from mmoe_rec.evaluation.summary import SCORE, effective_by_metric, evaluate, sums_by_user
-from mmoe_rec.evaluation.sums import ClosedSums
+from mmoe_rec.evaluation.summary import SCORE, MeasuredModel, effective_by_metric, evaluate, sums_by_user
+from mmoe_rec.evaluation.sums import EvaluationSums
 
 _NDCG = "ndcg_at_10"
 METRICS_OF_SLICES = ("auc", "calibration", "r2", _NDCG)
@@ -175,15 +174,6 @@ def _thinned(values: np.ndarray, rows: np.ndarray, most: int = 4_096) -> Counts:
 
 
 @dataclass(frozen=True)
-class SlicedModel:
-    """The sums of a model: of all rows, and of each slice, (what rows are sliced by, value) -> sums, in the same
-    units."""
-
-    whole: ClosedSums
-    slices: Mapping[tuple[str, str], ClosedSums]
-
-
-@dataclass(frozen=True)
 class SliceRecord:
     """A metric of a model in a slice, beside its value on all rows, or that of another model in the slice.
 
@@ -222,11 +212,14 @@ class SliceRecord:
         return self.p_corrected is not None and self.p_corrected < LEVEL
 
 
-def compare_slices(models: Mapping[str, SlicedModel], model: str, resamples: int, seed: int = 0) -> list[SliceRecord]:
+def compare_slices(models: Mapping[str, MeasuredModel], model: str, resamples: int, seed: int = 0) -> list[SliceRecord]:
     """A record for each slice of a model, task or `score`, metric, and what the slice is compared with."""
-    cut, records = _that_cut_requests(models[model]), list[SliceRecord]()
-    for key in models[model].slices:
-        records += _compare_slice(key, models, model, resamples, seed, key[0] in cut)
+    slices, requests, records = models[model].slices, Counter[str](), list[SliceRecord]()
+    for (by, _), sums in slices.items():
+        requests[by] += _count(sums, "requests")
+    for key in slices:
+        is_cut = requests[key[0]] > _count(models[model].sums, "requests")
+        records += _compare_slice(key, models, model, resamples, seed, is_cut)
     corrected = iter(correct_by_holm([each.p for each in records if each.p is not None]))
     return [each if each.p is None else replace(each, p_corrected=next(corrected)) for each in records]
 
@@ -243,42 +236,40 @@ def sort_worst_first(records: Sequence[SliceRecord]) -> list[SliceRecord]:
     ]
 
 
-def find_slices_of_other_rows(models: Mapping[str, SlicedModel], model: str) -> list[str]:
+def find_slices_of_other_rows(models: Mapping[str, MeasuredModel], model: str) -> list[str]:
     """What rows are sliced by where slices hold other rows for another model, as those of a rank do."""
+    slices = models[model].slices
     return [
         by
-        for by in dict.fromkeys(by for by, _ in models[model].slices)
-        if not all(
-            have_same_rows(sums, each.slices.get(key))
+        for by in dict.fromkeys(by for by, _ in slices)
+        if any(
+            not _has_same_rows(sums, each.slices.get(key))
             for name, each in models.items()
             # Of a model that is not sliced by it, nothing is compared.
             if name != model and any(by == key[0] for key in each.slices)
-            for key, sums in models[model].slices.items()
+            for key, sums in slices.items()
             if key[0] == by
         )
     ]
 
 
-def _that_cut_requests(model: SlicedModel) -> set[str]:
-    """What rows are sliced by where slices have more requests, together, than there are."""
-    requests = Counter[str]()
-    for (by, _), sums in model.slices.items():
-        requests[by] += _count(sums, "requests")
-    return {by for by, count in requests.items() if count > _count(model.whole, "requests")}
+def _has_same_rows(sums: EvaluationSums, other: EvaluationSums | None) -> bool:
+    return other is not None and describe_other_rows(sums, other) is None
 
 
-def _count(sums: ClosedSums, column: str, table: str = "ranking") -> int:
+def _count(sums: EvaluationSums, column: str, group: str = SCORE) -> int:
+    table = "ranking" if group == SCORE else f"{group}.users"
     return int(sums.tables[table][column].to_numpy().sum())
 
 
 def _compare_slice(
-    key: tuple[str, str], models: Mapping[str, SlicedModel], model: str, resamples: int, seed: int, cut: bool
+    key: tuple[str, str], models: Mapping[str, MeasuredModel], model: str, resamples: int, seed: int, cut: bool
 ) -> Iterator[SliceRecord]:
     """cut: whether requests have rows in other slices too."""
-    mine, here = models[model], models[model].slices[key]
-    units = mine.whole.tables["ranking"]["user"].combine_chunks()
-    sides = {ALL: mine.whole} | {
-        name: each.slices[key] for name, each in models.items() if have_same_rows(here, each.slices.get(key))
+    whole, here = models[model].sums, models[model].slices[key]
+    units = whole.tables["ranking"]["user"].combine_chunks()
+    sides = {ALL: whole} | {
+        name: each.slices[key] for name, each in models.items() if _has_same_rows(here, each.slices.get(key))
     }
     groups = {side: sums_by_user(sums, METRICS_OF_SLICES) for side, sums in sides.items()}
     places = {
@@ -286,26 +277,29 @@ def _compare_slice(
         for side, sums in sides.items()
     }
 
-    def values_of(side: str, counts: np.ndarray) -> Values:
-        return evaluate(groups[side], np.ascontiguousarray(counts[places[side]]))
+    def values_of(counts: np.ndarray) -> Values:
+        return {
+            (side, *metric): value
+            for side, place in places.items()
+            for metric, value in evaluate(groups[side], np.ascontiguousarray(counts[place])).items()
+        }
 
     effective = effective_by_metric(groups[model])
-    resampled = resample({side: partial(values_of, side) for side in sides}, len(units), resamples, seed)
-    for (group, metric), its in resampled[model].items():
+    resampled = resample(values_of, len(units), resamples, seed)
+    for (group, metric), sizes in effective.items():
+        its, ranks = resampled[model, group, metric], metric == _NDCG
         labels = None if group == SCORE else count_rarer_label(here, group)
-        rows, ranks = _count(here, "rows", "ranking" if group == SCORE else f"{group}.users"), metric == _NDCG
-        requests = _count(here, "ranked_requests", "ranking" if group == SCORE else f"{group}.users") if ranks else None
+        requests = _count(here, "ranked_requests", group) if ranks else None
         is_judged = min(each for each in (labels, requests, FEWEST) if each is not None) >= FEWEST
         for side in sides:
-            if side == model or (group, metric) not in resampled[side]:
+            if side == model or (side, group, metric) not in resampled:
                 continue
             of_shorter_lists = ranks and cut and side == ALL
             if of_shorter_lists and len(sides) > 2:
                 continue  # another model is what it can be compared with
-            apart = find_difference(
-                its, resampled[side][group, metric], effective[group, metric], len(here.tables["ranking"])
-            )
-            apart = apart if is_judged and not of_shorter_lists else Difference(None)
+            apart = Difference(None)
+            if is_judged and not of_shorter_lists:
+                apart = find_difference(its, resampled[side, group, metric], sizes, len(here.tables["ranking"]))
             value = its.value if is_judged and np.isfinite(its.value) else None
-            told = (*key, group, metric, rows, labels, requests, value, side)
+            told = (*key, group, metric, _count(here, "rows", group), labels, requests, value, side)
             yield SliceRecord(*told, apart.value, apart.low, apart.high, apart.p)

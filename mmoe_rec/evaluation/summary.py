@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from mmoe_rec.evaluation.intervals import UNDEFINED, Interval, Key, Values, bootstrap, find_interval, is_small_sample
+from mmoe_rec.evaluation.intervals import UNDEFINED, Interval, Key, Values, is_small_sample, resample
 from mmoe_rec.evaluation.metrics import CATALOGUE_METRICS, metrics_of
 from mmoe_rec.evaluation.metrics.metric import Metric, UserSums
-from mmoe_rec.evaluation.sums import ClosedSums, EvaluationSums, as_closed
+from mmoe_rec.evaluation.sums import EvaluationSums
+
+if TYPE_CHECKING:
+    from mmoe_rec.evaluation.tradeoffs import WeightsRecord
 
 SCORE, CATALOGUE = "score", "catalogue"
 LEFT_OUT = ("requests_of_one_row", "requests_without_relevant_row", "requests_of_equal_relevance")
 """Requests that rank nothing."""
-Sums = EvaluationSums | ClosedSums
+Each = TypeVar("Each")
 
 
 @dataclass(frozen=True)
@@ -25,8 +28,8 @@ class GroupSummary:
 
     kind: of the task, or `score`; counts: a task's `rows` and, if it is binary, `positives` and `requests`; the score's
     requests `LEFT_OUT`; metrics: those that have intervals; details: those that have none, and what else metrics say;
-    effective_users: of the metric that rests on the fewest, None where all have enough; least_ndcg, random_ndcg: of the
-    score, the NDCG@10 of the worst order of each request, and that of a random one, on average.
+    effective_users: of the metric that rests on the fewest, None where all have enough; least_ndcg: of the score, the
+    NDCG@10 of the worst order of each request, on average.
     """
 
     kind: str
@@ -35,7 +38,6 @@ class GroupSummary:
     details: dict[str, Any]
     effective_users: float | None = None
     least_ndcg: float | None = None
-    random_ndcg: float | None = None
 
     def get(self, metric: str) -> Interval:
         """A metric, undefined where it was not measured."""
@@ -77,7 +79,39 @@ class Summary:
         return self.users == self.rows
 
 
-def summarise(sums: Sums, resamples: int = 1000, seed: int = 0) -> Summary:
+@dataclass(frozen=True)
+class PlacementRecord:
+    """What a model has learnt of a value of placement. effects: task -> how many times the odds of a binary task are
+    those of the mean row, or what is added to a regression."""
+
+    feature: str
+    value: str
+    rows: int
+    effects: dict[str, float]
+
+
+@dataclass(frozen=True)
+class MeasuredModel:
+    """A model's sums, and the summary of its metrics.
+
+    address: where it, or its predictions, come from; gates: task -> mean weight of each expert, None where they are
+    unknown; seen: sentences on how it has seen these rows before; users: on how it has seen their users; slices: its
+    sums in each, by (what rows are sliced by, value), in the same units; tradeoffs: what other weights would give;
+    placement: what it has learnt of that.
+    """
+
+    sums: EvaluationSums
+    summary: Summary
+    address: str = ""
+    gates: dict[str, list[float]] | None = None
+    seen: Sequence[str] = ()
+    users: Sequence[str] = ()
+    slices: Mapping[tuple[str, str], EvaluationSums] = field(default_factory=dict)
+    tradeoffs: Sequence[WeightsRecord] = ()
+    placement: Sequence[PlacementRecord] = ()
+
+
+def summarise(sums: EvaluationSums, resamples: int = 1000, seed: int = 0) -> Summary:
     """All metrics of a model, with 95% bootstrap intervals over users.
 
     Args:
@@ -85,42 +119,38 @@ def summarise(sums: Sums, resamples: int = 1000, seed: int = 0) -> Summary:
         resamples: how often users are redrawn, at least 1; 1,000 make the ends of the intervals steady.
         seed: of the draws; the same seed gives the same users, whatever the model.
     """
-    sums = as_closed(sums)
     groups, ranking = sums_by_user(sums), sums.tables["ranking"]
     units, effective = len(ranking), effective_by_metric(groups)
-    resampled = bootstrap(lambda counts: evaluate(groups, counts), units, resamples, seed)
-    metrics: dict[str, dict[str, Interval]] = {}
-    for (name, metric), value in evaluate(groups, np.ones((units, 1))).items():
-        interval = find_interval(value[0], resampled[name, metric], units, effective[name, metric])
-        metrics.setdefault(name, {})[metric] = interval
+    resampled = resample(lambda counts: evaluate(groups, counts), units, resamples, seed)
+    metrics = nest({key: each.interval(effective[key]) for key, each in resampled.items()})
 
-    def summary_of(name: str, kind: str, counts: dict[str, int], **ndcg: float) -> GroupSummary:
-        details: dict[str, Any] = {}
+    def summary_of(
+        name: str, kind: str, counts: Sequence[str], least: float | None = None, **details: Any
+    ) -> GroupSummary:
+        group, its = groups[name], metrics.get(name, {})
         for metric in metrics_of(kind):
             if not metric.has_interval:
-                value = float(metric.summarise(groups[name].drawn(np.ones((units, 1))))[0])
+                value = float(metric.summarise(group.drawn(np.ones((units, 1))))[0])
                 details[metric.name] = value if np.isfinite(value) else None
-            details |= metric.details(groups[name], resamples, seed)
-        found = metrics.get(name, {})
-        fewest = min((effective[name, each] for each, at in found.items() if at.value is not None), default=np.inf)
+            details |= metric.details(group, resamples, seed)
+        fewest = min((effective[name, each] for each, at in its.items() if at.value is not None), default=np.inf)
         few = fewest if is_small_sample(fewest, units) else None
-        return GroupSummary(kind, counts, found, details, few, **ndcg)
+        return GroupSummary(kind, {each: _total(group.table[each]) for each in counts}, its, details, few, least)
 
-    tasks = {}
-    for task in sums.tasks:
-        table = sums.tables[f"{task.name}.users"]
-        names = ["rows", "positives", "requests"] if task.kind == "binary" else ["rows"]
-        tasks[task.name] = summary_of(task.name, task.kind, {name: _total(table[name]) for name in names})
-    ndcg = {}
+    tasks = {
+        task.name: summary_of(
+            task.name, task.kind, ["rows", "positives", "requests"] if task.kind == "binary" else ["rows"]
+        )
+        for task in sums.tasks
+    }
+    score, requests, catalogue = summary_of(SCORE, SCORE, LEFT_OUT), _total(ranking["requests"]), None
     if ranked := _total(ranking["ranked_requests"]):
-        names = ["least_ndcg", "random_ndcg"]
-        ndcg = {name: float(np.sum(ranking[name])) / ranked for name in names if name in ranking.column_names}
-    score = summary_of(SCORE, SCORE, {name: _total(ranking[name]) for name in LEFT_OUT}, **ndcg)
-    requests, catalogue = _total(ranking["requests"]), dict[str, float]()
+        least, random = (float(np.sum(ranking[f"{name}_ndcg"])) / ranked for name in ("least", "random"))
+        score = summary_of(SCORE, SCORE, LEFT_OUT, least, random_ndcg_at_10=random)
     if (table := sums.tables.get(CATALOGUE)) is not None:
         shown = {metric.name: metric.summarise(table, requests) for metric in CATALOGUE_METRICS}
         catalogue = {"candidates": len(table), **shown}
-    return Summary(_total(ranking["rows"]), sums.users, requests, resamples, seed, tasks, score, catalogue or None)
+    return Summary(_total(ranking["rows"]), sums.users, requests, resamples, seed, tasks, score, catalogue)
 
 
 def flatten(summary: Summary) -> dict[str, float]:
@@ -128,41 +158,31 @@ def flatten(summary: Summary) -> dict[str, float]:
 
     What is undefined is left out.
     """
-    flat: dict[str, float] = {name: float(getattr(summary, name)) for name in ("rows", "users", "requests")}
-    groups = {SCORE: _numbers_of(summary.score)}
-    groups |= {} if summary.catalogue is None else {CATALOGUE: dict(summary.catalogue)}
-    for name, numbers in (groups | {name: _numbers_of(task) for name, task in summary.tasks.items()}).items():
-        flat |= {f"{name}.{each}": float(value) for each, value in numbers.items()}
-    return flat
+    numbers: dict[str, Any] = {name: getattr(summary, name) for name in ("rows", "users", "requests")}
+    numbers |= {f"{CATALOGUE}.{name}": value for name, value in (summary.catalogue or {}).items()}
+    for group, its in summary.groups.items():
+        parts: dict[str, Any] = dict(its.counts)
+        for name, each in its.metrics.items():
+            parts |= {name: each.value, f"{name}.low": each.low, f"{name}.high": each.high}
+        for name, detail in its.details.items():
+            of_parts = detail.items() if isinstance(detail, Mapping) else ()
+            parts |= {name: detail, **{f"{name}.{part}": value for part, value in of_parts}}
+        numbers |= {f"{group}.{name}": value for name, value in parts.items()}
+    return {name: float(value) for name, value in numbers.items() if isinstance(value, (int, float))}
 
 
-def _numbers_of(group: GroupSummary) -> dict[str, float]:
-    numbers: dict[str, float] = dict(group.counts)
-    for name, each in group.metrics.items():
-        ends = {name: each.value, f"{name}.low": each.low, f"{name}.high": each.high}
-        numbers |= {end: value for end, value in ends.items() if value is not None}
-    if group.random_ndcg is not None:
-        numbers["random_ndcg_at_10"] = group.random_ndcg
-    for name, detail in group.details.items():
-        parts = {f"{name}.{part}": value for part, value in detail.items()} if isinstance(detail, Mapping) else {}
-        parts = parts or {name: detail}
-        numbers |= {part: value for part, value in parts.items() if isinstance(value, (int, float))}
-    return numbers
-
-
-def sums_by_user(sums: Sums, names: Collection[str] | None = None) -> dict[str, UserSums]:
+def sums_by_user(sums: EvaluationSums, names: Collection[str] | None = None) -> dict[str, UserSums]:
     """Task name -> its sums, and `score` -> those of the score, over the users of `sums.tables["ranking"]`, or groups
     of them. names: of the metrics in tables, those that are wanted; None: all metrics.
     """
-    sums = as_closed(sums)
-
-    def wanted(kind: str) -> list[Metric[Any]]:
-        if names is None:
-            return metrics_of(kind)
-        return [metric for metric in metrics_of(kind) if metric.name in names and metric.is_shown(kind == SCORE)]
-
-    groups = {task.name: UserSums(wanted(task.kind), sums.tables, task.name) for task in sums.tasks}
-    return groups | {SCORE: UserSums(wanted(SCORE), sums.tables, None)}
+    kinds: dict[str, str] = {task.name: task.kind for task in sums.tasks} | {SCORE: SCORE}
+    groups = {}
+    for name, kind in kinds.items():
+        metrics = metrics_of(kind)
+        if names is not None:
+            metrics = [each for each in metrics if each.name in names and each.is_shown(kind == SCORE)]
+        groups[name] = UserSums(metrics, sums.tables, None if name == SCORE else name)
+    return groups
 
 
 def effective_by_metric(groups: Mapping[str, UserSums]) -> dict[Key, float]:
@@ -173,6 +193,14 @@ def effective_by_metric(groups: Mapping[str, UserSums]) -> dict[Key, float]:
 def evaluate(groups: Mapping[str, UserSums], counts: np.ndarray) -> Values:
     """All metrics that have intervals in R resamples, which draw the users `counts` (U, R) float64 times."""
     return {(name, key): values for name, group in groups.items() for key, values in group.at(counts).items()}
+
+
+def nest(flat: Mapping[Key, Each]) -> dict[str, dict[str, Each]]:
+    """(task or `score`, metric) -> something, as task or `score` -> metric -> it."""
+    groups: dict[str, dict[str, Each]] = {}
+    for (group, metric), each in flat.items():
+        groups.setdefault(group, {})[metric] = each
+    return groups
 
 
 def _total(column: Any) -> int:

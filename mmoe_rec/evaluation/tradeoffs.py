@@ -12,26 +12,23 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
-import pyarrow as pa
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.intervals import (
     Difference,
     Interval,
-    Resampled,
     Values,
     effective_sample_size,
     find_difference,
-    find_interval,
     resample,
 )
+from mmoe_rec.evaluation.metrics.metric import ratio
 from mmoe_rec.evaluation.metrics.ranking import RankedLists, ndcg, ranks_nothing
 from mmoe_rec.evaluation.sums import units_of
 from mmoe_rec.model.score import SMALLEST_VALUE
 
 if TYPE_CHECKING:
     from mmoe_rec.evaluation.scoring import ScoredRows
-
 
 CUTOFF = 10
 _DENOMINATORS = {1: 1, 2: 20, 3: 8, 4: 5}
@@ -41,62 +38,53 @@ _SMALLEST_PROBABILITY = 1e-38
 Weights = tuple[float, ...]
 
 
-@dataclass(frozen=True)
-class Lists:
-    """N rows of requests. users, requests: (N,); logs: (N, T) log predictions; labels: (N, T), NaN where unobserved."""
-
-    users: pa.Array
-    requests: pa.Array
-    logs: np.ndarray
-    labels: np.ndarray
-
-
-def lists_of(scored: ScoredRows) -> Lists:
-    """Rows of a model as a sweep reads them."""
-    kinds = [task.kind for task in scored.layout.tasks]
-    least = np.where([kind == "binary" for kind in kinds], _SMALLEST_PROBABILITY, SMALLEST_VALUE)
-    logs = np.log(np.maximum(scored.predictions.astype(np.float64), least))
-    return Lists(scored.users, scored.requests, logs, scored.labels)
+def log_predictions(scored: ScoredRows) -> np.ndarray:
+    """(N, T) float64, of which the weighted sum is the score."""
+    is_binary = [task.kind == "binary" for task in scored.layout.tasks]
+    least = np.where(is_binary, _SMALLEST_PROBABILITY, SMALLEST_VALUE)
+    return np.log(np.maximum(scored.predictions.astype(np.float64), least))
 
 
 class Sweep:
-    """NDCG of each task by the ranking of each weights, per user. weights: P of T, which sum to 1."""
+    """NDCG of each task by the ranking of each weights, in resamples of users: `values`, P of T; NaN where no request
+    ranks anything for a task.
 
-    def __init__(self, tasks: Sequence[str], lists: Lists, weights: Sequence[Weights]) -> None:
-        self.tasks, self.weights = list(tasks), list(weights)
-        request = lists.requests.dictionary_encode().indices.to_numpy().astype(np.int64)
-        units, self.units = units_of(lists.users)
-        requests = int(request.max()) + 1
+    scored: of a model with T tasks; weights: P of T, which sum to 1.
+    """
+
+    def __init__(self, scored: ScoredRows, weights: Sequence[Weights], resamples: int, seed: int = 0) -> None:
+        self.tasks, self.weights = [task.name for task in scored.layout.tasks], list(weights)
+        logs = log_predictions(scored)
+        gains = np.maximum(np.nan_to_num(scored.labels.astype(np.float64), nan=0.0), 0.0)
+        request = scored.requests.dictionary_encode().indices.to_numpy().astype(np.int64)
+        unit, keys = units_of(scored.users)
+        requests, units = int(request.max()) + 1, len(keys)
         unit_of_request = np.zeros(requests, np.int64)
-        unit_of_request[request] = units
-        gains = np.maximum(np.nan_to_num(lists.labels, nan=0.0), 0.0)
-        self._sums = np.zeros((len(weights), len(tasks), self.units))
-        self._counts = np.zeros((len(tasks), self.units))
-        rows = np.bincount(units, minlength=self.units).astype(np.float64)
-        by_rows = effective_sample_size(rows)
-        ranked: list[np.ndarray] = []
+        unit_of_request[request] = unit
+        sums = np.zeros((len(weights), len(self.tasks), units))
+        counts = np.zeros((len(self.tasks), units))
         for number, each in enumerate(weights):
-            order = RankedLists.of(request, lists.logs @ np.array(each), np.zeros(len(request)), requests)
-            for task in range(len(tasks)):
+            order = RankedLists.of(request, logs @ np.array(each), np.zeros(len(request)), requests)
+            for task in range(len(self.tasks)):
                 mine = replace(order, gain=gains[order.row, task])
-                if number == 0:
-                    ranked.append(~np.any(list(ranks_nothing(mine).values()), axis=0))
-                    self._counts[task] = np.bincount(unit_of_request[ranked[task]], minlength=self.units)
-                found = np.where(ranked[task], ndcg(mine, CUTOFF), 0.0)
-                self._sums[number, task] = np.bincount(unit_of_request, found, self.units)
-        self.effective = [min(by_rows, effective_sample_size(counts)) for counts in self._counts]
+                ranked = ~np.any(list(ranks_nothing(mine).values()), axis=0)
+                counts[task] = np.bincount(unit_of_request[ranked], minlength=units)
+                found = np.where(ranked, ndcg(mine, CUTOFF), 0.0)
+                sums[number, task] = np.bincount(unit_of_request, found, units)
+        rows = effective_sample_size(np.bincount(unit, minlength=units).astype(np.float64))
+        self.effective = [min(rows, effective_sample_size(each)) for each in counts]
 
-    def resampled(self, resamples: int, seed: int = 0) -> list[list[Resampled]]:
-        """P of T, in resamples of the users; NaN where no request ranks anything for a task."""
+        def at(drawn: np.ndarray) -> Values:
+            found, places = ratio(sums @ drawn, counts @ drawn), np.ndindex(sums.shape[:2])
+            return {place: found[place] for place in places}
 
-        def at(counts: np.ndarray) -> Values:
-            found = _ratio(self._sums @ counts, self._counts @ counts)
-            return {
-                (str(p), task): each for p, of in enumerate(found) for task, each in zip(self.tasks, of, strict=True)
-            }
+        resampled = resample(at, units, resamples, seed)
+        self.values = [[resampled[number, task] for task in range(len(self.tasks))] for number in range(len(weights))]
 
-        found = resample({"": at}, self.units, resamples, seed)[""]
-        return [[found[str(p), task] for task in self.tasks] for p in range(len(self.weights))]
+    def compare_with_first(self, number: int) -> dict[str, Difference]:
+        """By how much each task's NDCG@10 by some weights differs from that by the first ones."""
+        each = zip(self.tasks, self.values[number], self.values[0], self.effective, strict=True)
+        return {task: find_difference(mine, first, effective) for task, mine, first, effective in each}
 
 
 def make_grid(tasks: int, deployed: Weights, seed: int = 0) -> list[Weights]:
@@ -149,49 +137,31 @@ class WeightsChoice:
         return self.before != self.weights
 
 
-def find_front(sweep: Sweep, resamples: int, seed: int = 0) -> list[WeightsRecord]:
+def find_front(sweep: Sweep) -> list[WeightsRecord]:
     """A record for each weights, in their order."""
-    found = sweep.resampled(resamples, seed)
-    once = np.array([[each.value for each in of] for of in found])
-    records = []
-    for number, each in enumerate(sweep.weights):
-        values = {
-            task: find_interval(of.value, of.redrawn, sweep.units)
-            for task, of in zip(sweep.tasks, found[number], strict=True)
-        }
-        records.append(WeightsRecord(dict(zip(sweep.tasks, each, strict=True)), values, _dominated_by(number, once)))
-    return records
+    once = np.array([[each.value for each in of] for of in sweep.values])
+    return [
+        WeightsRecord(
+            dict(zip(sweep.tasks, each, strict=True)),
+            {task: of.interval() for task, of in zip(sweep.tasks, values, strict=True)},
+            _dominated_by(number, once),
+        )
+        for number, (each, values) in enumerate(zip(sweep.weights, sweep.values, strict=True))
+    ]
 
 
-def compare_with_first(sweep: Sweep, number: int, resamples: int, seed: int = 0) -> dict[str, Difference]:
-    """By how much each task's NDCG@10 by some weights differs from that by the first ones."""
-    found = sweep.resampled(resamples, seed)
-    return _apart(sweep, found[number], found[0])
-
-
-def choose_weights(sweep: Sweep, goal: str, margins: Mapping[str, float], resamples: int, seed: int = 0) -> int:
+def choose_weights(sweep: Sweep, goal: str, margins: Mapping[str, float]) -> int:
     """The number of the weights that serve a task best while no other one loses more than its margin, beside the first.
 
     margins: task -> NDCG@10 that it may lose: the interval of its loss must not reach further.
     """
-    found = sweep.resampled(resamples, seed)
     place, best = sweep.tasks.index(goal), 0
     for number in range(1, len(sweep.weights)):
-        if found[number][place].value > found[best][place].value:
-            apart = _apart(sweep, found[number], found[0])
-            best = number if all(_at_least(apart[task], -margin) for task, margin in margins.items()) else best
+        if sweep.values[number][place].value > sweep.values[best][place].value:
+            lows = {task: each.low for task, each in sweep.compare_with_first(number).items()}
+            if all((low := lows[task]) is not None and low >= -margin for task, margin in margins.items()):
+                best = number
     return best
-
-
-def _apart(sweep: Sweep, mine: Sequence[Resampled], first: Sequence[Resampled]) -> dict[str, Difference]:
-    return {
-        task: find_difference(each, its, effective)
-        for task, each, its, effective in zip(sweep.tasks, mine, first, sweep.effective, strict=True)
-    }
-
-
-def _at_least(apart: Difference, least: float) -> bool:
-    return apart.low is not None and apart.low >= least
 
 
 def _dominated_by(number: int, values: np.ndarray) -> int | None:
@@ -201,7 +171,3 @@ def _dominated_by(number: int, values: np.ndarray) -> int | None:
         if (its[known] >= mine[known]).all() and (its[known] > mine[known]).any():
             return other
     return None
-
-
-def _ratio(sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    return np.divide(sums, counts, out=np.full(sums.shape, np.nan), where=np.broadcast_to(counts > 0, sums.shape))

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import t as student
 
-from mmoe_rec.evaluation.comparison import OBJECTIVE, Objective, Versus, check_same_rows, correct
+from mmoe_rec.evaluation.comparison import OBJECTIVE, Objective, check_same_rows, correct
 from mmoe_rec.evaluation.intervals import (
     LEAST_FREEDOM,
     LEVEL,
@@ -25,8 +25,8 @@ from mmoe_rec.evaluation.intervals import (
     rounding_of,
     student_difference,
 )
-from mmoe_rec.evaluation.summary import effective_by_metric, evaluate, sums_by_user
-from mmoe_rec.evaluation.sums import ClosedSums
+from mmoe_rec.evaluation.summary import effective_by_metric, evaluate, nest, sums_by_user
+from mmoe_rec.evaluation.sums import EvaluationSums
 
 
 @dataclass(frozen=True)
@@ -54,18 +54,18 @@ class SettingsDifference:
     better: str | None
 
 
-def average_trainings(sums: Sequence[ClosedSums], resamples: int, seed: int = 0) -> dict[str, dict[str, TrainingsMean]]:
+def average_trainings(
+    sums: Sequence[EvaluationSums], resamples: int, seed: int = 0
+) -> dict[str, dict[str, TrainingsMean]]:
     """Task or `score` -> metric -> its mean over two or more trainings that were measured on the same rows."""
     effective = effective_by_metric(sums_by_user(sums[0]))
-    means: dict[str, dict[str, TrainingsMean]] = {}
-    for (group, metric), (values, mean) in _resample_mean(sums, resamples, seed).items():
-        means.setdefault(group, {})[metric] = _mean_of(values, mean, effective[group, metric])
-    return means
+    means = _resample_mean(sums, resamples, seed)
+    return nest({key: _mean_of(*each, effective[key]) for key, each in means.items()})
 
 
 def compare_trainings(
-    sums: Sequence[ClosedSums],
-    others: Mapping[str, Sequence[ClosedSums]],
+    sums: Sequence[EvaluationSums],
+    others: Mapping[str, Sequence[EvaluationSums]],
     objective: Objective | None = None,
     resamples: int = 1000,
     seed: int = 0,
@@ -77,29 +77,22 @@ def compare_trainings(
     mine, effective = _resample_mean(sums, resamples, seed, objective), effective_by_metric(sums_by_user(sums[0]))
     if objective is not None:
         effective |= {OBJECTIVE: objective.effective_users(effective)}
-    against, means = dict[str, Versus](), dict[str, dict[str, dict[str, float | None]]]()
+    differences, means = dict[tuple[str, str, str], Difference](), dict[str, dict[Key, float | None]]()
     for name, its in others.items():
         for each in its:
             check_same_rows("these settings", sums[0], name, each)
         theirs = _resample_mean(its, resamples, seed, objective)
-        groups: dict[str, dict[str, Difference]] = {}
         for key in (key for key in mine if key in theirs):
-            groups.setdefault(key[0], {})[key[1]] = _difference_of(*mine[key], *theirs[key], effective[key])
-        (decides,) = groups.pop(OBJECTIVE[0], {"": Difference(None)}).values()
-        against[name], means[name] = Versus(decides, groups), {}
-        for group, metric in (key for key in theirs if key != OBJECTIVE):
-            values = theirs[group, metric][0]
-            mean = float(values.mean()) if np.isfinite(values).all() else None
-            means[name].setdefault(group, {})[metric] = mean
+            differences[name, *key] = _difference_of(*mine[key], *theirs[key], effective[key])
+        values = {key: value.mean() for key, (value, _) in theirs.items() if key != OBJECTIVE}
+        means[name] = {key: float(mean) if np.isfinite(mean) else None for key, mean in values.items()}
     named = (None, None) if objective is None else (objective.name, objective.better)
-    return {
-        name: SettingsDifference(each.objective, each.groups, means[name], *named)
-        for name, each in correct(sums[0], against).items()
-    }
+    corrected = correct(sums[0], differences, others)
+    return {name: SettingsDifference(*each, nest(means[name]), *named) for name, each in corrected.items()}
 
 
 def _resample_mean(
-    sums: Sequence[ClosedSums], resamples: int, seed: int, objective: Objective | None = None
+    sums: Sequence[EvaluationSums], resamples: int, seed: int, objective: Objective | None = None
 ) -> dict[Key, tuple[np.ndarray, Resampled]]:
     """Task or `score` and metric -> (S,) values of the trainings, and their mean when users are redrawn."""
     groups, units = [sums_by_user(each) for each in sums], len(sums[0].tables["ranking"])
@@ -113,13 +106,13 @@ def _resample_mean(
         return {key: np.mean([each[key] for each in values], axis=0) for key in values[0]}
 
     once = values_of(np.ones((units, 1)))
-    resampled = resample({"mean": mean_of}, units, resamples, seed)["mean"]
+    resampled = resample(mean_of, units, resamples, seed)
     return {key: (np.array([each[key][0] for each in once]), of) for key, of in resampled.items()}
 
 
 def _mean_of(values: np.ndarray, redrawn: Resampled, effective: float) -> TrainingsMean:
     each = tuple(float(value) if np.isfinite(value) else None for value in values)
-    if not np.isfinite(values).all():
+    if None in each:
         return TrainingsMean(None, None, None, None, None, each)
     mean, spread = float(values.mean()), float(values.std(ddof=1))
     of_users, effective = redrawn.error(effective)
@@ -133,19 +126,17 @@ def _mean_of(values: np.ndarray, redrawn: Resampled, effective: float) -> Traini
 def _difference_of(
     mine: np.ndarray, redrawn: Resampled, its: np.ndarray, its_redrawn: Resampled, effective: float
 ) -> Difference:
-    if not (np.isfinite(mine).all() and np.isfinite(its).all()):
+    apart, rounding = redrawn.subtract(its_redrawn), rounding_of(redrawn.value, its_redrawn.value)
+    if not np.isfinite(apart.value):
         return Difference(None)
-    rounding = rounding_of(mine.mean(), its.mean())
-    apart, (of_users, effective) = float(mine.mean() - its.mean()), redrawn.subtract(its_redrawn).error(effective)
-    apart = 0.0 if abs(apart) <= rounding else apart
-    if of_users is None:
-        return Difference(apart)
-    of_users = 0.0 if of_users <= rounding else of_users
-    if student_difference(apart, of_users, effective - 1, rounding).low is None and of_users > rounding:
-        return Difference(apart)  # a few users decide nearly alone
+    value = 0.0 if abs(apart.value) <= rounding else apart.value
+    of_users, effective = apart.error(effective)
+    if of_users is None or (of_users > rounding and effective - 1 < LEAST_FREEDOM):
+        return Difference(value)  # a few users decide nearly alone
     of_seeds = (each.var(ddof=1) / len(each) for each in (mine, its))
-    error, freedom = _welch((*of_seeds, of_users**2), (len(mine) - 1, len(its) - 1, effective - 1))
-    return student_difference(apart, error, freedom, rounding)
+    variances = (*of_seeds, 0.0 if of_users <= rounding else of_users**2)
+    error, freedom = _welch(variances, (len(mine) - 1, len(its) - 1, effective - 1))
+    return student_difference(value, error, freedom, rounding)
 
 
 def _welch(variances: Sequence[float], freedom: Sequence[float]) -> tuple[float, float]:

@@ -21,9 +21,7 @@ import pyarrow.parquet as pq
 
 from mmoe_rec.features.layout import IdInput, Layout
 from mmoe_rec.inspection.findings import find
-from mmoe_rec.inspection.inputs import FeatureInputs, NumberInput
-from mmoe_rec.inspection.statistics import psi, psi_noise
-from mmoe_rec.inspection.sums import Labels, SplitSums, Sums, collect
+from mmoe_rec.inspection.sums import FeatureInputs, Labels, NumberInput, SplitSums, Sums, collect, psi, psi_noise
 from mmoe_rec.preprocessing.prepare import Prepared
 from mmoe_rec.settings.schema import Meaning, Schema
 

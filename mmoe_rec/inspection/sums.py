@@ -1,27 +1,387 @@
-"""The mergeable sums that an inspection makes of encoded rows: their size follows the tables, not the rows."""
+"""Encoded rows -> the mergeable sums that an inspection makes of them: their size follows the tables, not the rows.
+
+PSI, the population stability index, between training shares p and test shares q of the same bins:
+
+    PSI = sum over bins of (q - p) ln(q / p),    p = (rows in bin + 1/2) / (all rows + bins / 2), q likewise
+
+The half row keeps empty bins finite. It is usually read as: below .1 stable, .1 to .25 some drift, above .25 strong
+drift (Siddiqi, Credit Risk Scorecards, 2006). Without any drift it is still about (bins - 1) (1 / N + 1 / M) for N and
+M rows, `psi_noise`, which matters where a split has few rows.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 
+from mmoe_rec.auc import auc_of_counts
 from mmoe_rec.batches.encoded_rows import EncodedRows, Rows
-from mmoe_rec.features.layout import Layout
-from mmoe_rec.inspection.inputs import FeatureInputs, IdSums, NumberSums, feature_inputs, grid_edges
-from mmoe_rec.inspection.statistics import BinaryLabels, DistinctCount
-from mmoe_rec.log.hashing import hash_column
+from mmoe_rec.features.layout import DenseInput, IdInput, Layout
+from mmoe_rec.log.hashing import hash_column, mix
+from mmoe_rec.point_in_time.arrays import Ragged
 from mmoe_rec.preprocessing.prepare import Prepared
 from mmoe_rec.progress import bar
-from mmoe_rec.settings.schema import Schema
+from mmoe_rec.settings.schema import Meaning, Schema
 
+SPLITS = ("train", "validation", "test")
 COLUMNS = ("user", "candidate", "request", "time")  # read beside the model's inputs
 WHOS = COLUMNS[:3]
-DISTINCT = 65_536
+RATE_SMOOTHING = 20.0  # rows of the overall rate that the rate of an id is mixed with
+FREQUENT = 50  # most frequent table rows that drift is measured in
+GRID = 1000  # quantiles of the fine histogram of a number
+PSI_BINS = 20
+DISTINCT, DISTINCT_VALUES = 65_536, 4096  # hashes that are kept of ids, and of a number's values
+_SCORE_BINS = 4096
 _DAY = 86_400_000_000
 _MONDAY = 3 * _DAY  # 1970-01-01 was a Thursday
+_SAMPLE, _SAMPLED_GROUPS = 65_536, 16
+_BATCH_VALUES = 1 << 24
+
+
+@dataclass(frozen=True)
+class BinaryLabels:
+    """Indices of the positive and of the negative rows among N, per task; an unobserved row is in neither.
+
+    A regression's row is positive where its label is above the task's mean in training.
+    """
+
+    positive: list[np.ndarray]
+    negative: list[np.ndarray]
+
+    @staticmethod
+    def of(labels: np.ndarray, layout: Layout) -> BinaryLabels:
+        """Of (N, T) labels, NaN is unobserved."""
+        bounds = [0.5 if task.kind == "binary" else task.mean for task in layout.tasks]
+        above = [labels[:, task] > bound for task, bound in enumerate(bounds)]
+        seen = ~np.isnan(labels)
+        return BinaryLabels(
+            [np.flatnonzero(each) for each in above],
+            [np.flatnonzero(seen[:, task] & ~each) for task, each in enumerate(above)],
+        )
+
+
+class DistinctCount:
+    """Different 64-bit hashes seen: exact while fewer than `keep`, estimated from the `keep` smallest beyond.
+
+    A mergeable sum of at most 8 x `keep` bytes. The estimate (k - 1) / u, where u in (0, 1] is the k-th smallest hash,
+    is unbiased with a relative standard error of 1 / sqrt(k - 2) (Beyer et al., SIGMOD 2007).
+    """
+
+    def __init__(self, keep: int) -> None:
+        self.keep = keep
+        self.smallest = np.empty(0, np.uint64)
+
+    def add(self, hashes: np.ndarray) -> None:
+        """Counts (N,) uint64 hashes."""
+        if not self.exact:
+            hashes = hashes[hashes < self.smallest[-1]]
+        if len(hashes):
+            self.smallest = np.unique(np.concatenate([self.smallest, pd.unique(hashes)]))[: self.keep]
+
+    @property
+    def exact(self) -> bool:
+        """Whether `count` is the exact number."""
+        return len(self.smallest) < self.keep
+
+    def share_in(self, other: DistinctCount) -> float | None:
+        """Which share of the different hashes the other one has seen as well, or its estimate; None where there are
+        none."""
+        # Below this bound both hold all that they have seen: hashes are as good as random, so it is a fair sample.
+        most = np.iinfo(np.uint64).max
+        bound = min(most if each.exact else each.smallest[-1] for each in (self, other))
+        mine = self.smallest[self.smallest <= bound]
+        return float(np.isin(mine, other.smallest).mean()) if len(mine) else None
+
+    def count(self) -> int:
+        """The number of different hashes, or its estimate."""
+        if self.exact:
+            return len(self.smallest)
+        return round((self.keep - 1) / (float(self.smallest[-1]) / 2.0**64))
+
+
+def psi(train: np.ndarray, test: np.ndarray) -> float | None:
+    """Population stability index of (B,) counts; None where a split has no rows."""
+    if not train.sum() or not test.sum():
+        return None
+    p = (train + 0.5) / (train.sum() + 0.5 * len(train))
+    q = (test + 0.5) / (test.sum() + 0.5 * len(test))
+    return float(((q - p) * np.log(q / p)).sum())
+
+
+def psi_noise(train: np.ndarray, test: np.ndarray) -> float | None:
+    """What `psi` is on average if nothing has drifted; None where a split has no rows."""
+    if not train.sum() or not test.sum():
+        return None
+    return float((len(train) - 1) * (1 / train.sum() + 1 / test.sum()))
+
+
+def auc(positives: np.ndarray, negatives: np.ndarray) -> float | None:
+    """Area under the ROC curve of a score in (B,) rising bins, ties within a bin; None where a class is missing."""
+    area = float(auc_of_counts(positives, negatives))
+    return None if np.isnan(area) else area
+
+
+def auc_of_scores(scores: np.ndarray, positives: np.ndarray, negatives: np.ndarray) -> float | None:
+    """AUC where (B,) bins have scores in any order; bins of equal score are ties."""
+    _, rank = np.unique(scores, return_inverse=True)
+    return auc(np.bincount(rank, positives), np.bincount(rank, negatives))
+
+
+def smoothed_rates(positives: np.ndarray, observed: np.ndarray) -> np.ndarray:
+    """(R,) share of positives, each mixed with `RATE_SMOOTHING` rows of the overall share (0 where there is none)."""
+    overall = positives.sum() / max(observed.sum(), 1)
+    return (positives + RATE_SMOOTHING * overall) / (observed + RATE_SMOOTHING)
+
+
+@dataclass(frozen=True)
+class NumberInput:
+    """A dense input, its place in the layout and that of the indicator of its missing values, if it has one."""
+
+    name: str
+    place: int
+    indicator: int | None
+    edges: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class FeatureInputs:
+    """A feature with its inputs in the order of the layout."""
+
+    name: str
+    kind: str
+    role: str
+    meaning: Meaning
+    ids: tuple[IdInput, ...]
+    numbers: tuple[NumberInput, ...]
+
+
+def feature_inputs(schema: Schema, layout: Layout) -> list[FeatureInputs]:
+    """All features in the order of the settings. Raises ValueError for an input that belongs to none of them."""
+    for each in (*layout.ids, *layout.dense):
+        if each.feature not in schema.features:
+            raise ValueError(f"input '{each.name}' belongs to none of the features {', '.join(schema.features)}")
+    return [
+        FeatureInputs(
+            name,
+            feature.kind,
+            schema.role_of(name),
+            feature.meaning(schema),
+            tuple(each for each in layout.ids if each.feature == name),
+            _numbers(layout.dense, name),
+        )
+        for name, feature in schema.features.items()
+    ]
+
+
+def _numbers(dense: tuple[DenseInput, ...], feature: str) -> tuple[NumberInput, ...]:
+    places = {each.name: place for place, each in enumerate(dense) if each.feature == feature}
+    indicators = {f"{name}_missing" for name in places}.intersection(places)
+    return tuple(
+        NumberInput(name, place, places.get(f"{name}_missing"), dense[place].edges)
+        for name, place in places.items()
+        if name not in indicators
+    )
+
+
+class IdSums:
+    """Mergeable sums of one id input over a table of R rows.
+
+    counts: split -> (R,) look-ups; a row of the log without any id counts as a look-up of row 0, as missing.
+    observed, positives: split -> (T, R) look-ups in rows where a task's label is known, and is positive.
+    """
+
+    def __init__(self, rows: int, tasks: int, many: bool) -> None:
+        self.rows, self.many = rows, many
+        self.counts = {split: np.zeros(rows, np.int64) for split in ("train", "test")}
+        self.observed = {split: np.zeros((tasks, rows), np.int64) for split in _labelled(many)}
+        self.positives = {split: np.zeros((tasks, rows), np.int64) for split in _labelled(many)}
+        self.empty = {"train": 0, "test": 0}
+        # Of lists only: validation rows in bins of the mean rate of their ids, between the least and the largest rate.
+        self.score_rates: list[np.ndarray] = []
+        self.score_edges: list[np.ndarray] = []
+        self.score_positives, self.score_negatives = np.zeros((2, tasks if many else 0, _SCORE_BINS), np.int64)
+
+    def add(self, split: str, ids: np.ndarray | Ragged, labels: BinaryLabels) -> None:
+        """Counts the ids of N rows."""
+        if isinstance(ids, Ragged):
+            ids = _with_missing(ids)
+            if split in self.empty:
+                self.empty[split] += int(((ids.lengths == 1) & (ids.values[ids.offsets[:-1]] == 0)).sum())
+            if split == "validation":
+                self._add_scores(ids, labels)
+        elif split in self.empty:
+            self.empty[split] += int((ids == 0).sum())
+        if split in self.counts:
+            np.add.at(self.counts[split], ids.values if isinstance(ids, Ragged) else ids, 1)
+        if split in self.observed:
+            for task in range(len(self.observed[split])):
+                positive = _taken(ids, labels.positive[task])
+                np.add.at(self.positives[split][task], positive, 1)
+                np.add.at(self.observed[split][task], positive, 1)
+                np.add.at(self.observed[split][task], _taken(ids, labels.negative[task]), 1)
+
+    def learn_rates(self) -> None:
+        """Called once after all training rows: fixes the bins of the rates that validation rows are scored with."""
+        tasks = range(len(self.score_positives))
+        self.score_rates = [self.rates(task) for task in tasks]
+        self.score_edges = [_evenly_in_log_odds(rates) for rates in self.score_rates]
+
+    def rates(self, task: int) -> np.ndarray:
+        """(R,) smoothed share of positives of each table row in training rows."""
+        return smoothed_rates(self.positives["train"][task], self.observed["train"][task])
+
+    def _add_scores(self, ids: Ragged, labels: BinaryLabels) -> None:
+        for task, edges in enumerate(self.score_edges):
+            sums = np.add.reduceat(self.score_rates[task][ids.values], ids.offsets[:-1])
+            bins = np.searchsorted(edges, sums / ids.lengths)
+            self.score_positives[task] += np.bincount(bins[labels.positive[task]], minlength=_SCORE_BINS)
+            self.score_negatives[task] += np.bincount(bins[labels.negative[task]], minlength=_SCORE_BINS)
+
+    def auc(self, task: int) -> float | None:
+        """How well the training rates of the ids rank validation rows; None if there are no labels of both classes."""
+        if not self.observed["train"][task].any():
+            return None
+        if self.many:
+            return auc(self.score_positives[task], self.score_negatives[task])
+        observed, positives = self.observed["validation"][task], self.positives["validation"][task]
+        return auc_of_scores(self.rates(task), positives, observed - positives)
+
+    def distinct(self, meaning: Meaning) -> int:
+        """Known ids, or buckets, that occur in training rows."""
+        return int((self.counts["train"][meaning.first_known :] > 0).sum())
+
+    def unknown_share(self, split: str, meaning: Meaning) -> float | None:
+        """Share of the ids given that are out of the vocabulary; None where there is no such thing, or no id."""
+        counts = self.counts[split][int(meaning.missing) :]
+        if not meaning.unknown or not counts.sum():
+            return None
+        return float(counts[: meaning.unknown].sum() / counts.sum())
+
+    def psi_counts(self, meaning: Meaning) -> tuple[list[int | str], np.ndarray, np.ndarray]:
+        """Table rows (or 'missing', 'unknown', 'all others'), training and test counts of the bins of drift."""
+        known = self.counts["train"][meaning.first_known :]
+        frequent = np.sort(np.argsort(-known, kind="stable")[:FREQUENT]) + meaning.first_known
+        frequent = frequent[np.argsort(-self.counts["train"][frequent], kind="stable")]
+        names: list[int | str] = [int(row) for row in frequent]
+        columns = []
+        for split in ("train", "test"):
+            counts = self.counts[split]
+            parts = [*counts[frequent], 0]
+            if meaning.unknown:
+                parts.append(counts[int(meaning.missing) : meaning.first_known].sum())
+            if meaning.missing:
+                parts.append(counts[0])
+            parts[len(frequent)] = counts.sum() - sum(parts)
+            columns.append(np.array(parts, np.float64))
+        names += ["all others"] + ["unknown"] * bool(meaning.unknown) + ["missing"] * meaning.missing
+        if len(known) <= FREQUENT:
+            names.pop(len(frequent))
+            columns = [np.delete(column, len(frequent)) for column in columns]
+        return names, columns[0], columns[1]
+
+
+def _evenly_in_log_odds(rates: np.ndarray) -> np.ndarray:
+    """Rising edges from the least to the largest rate."""
+    ends = np.clip([rates.min(), rates.max()], 1e-9, 1 - 1e-9)
+    low, high = np.log(ends / (1 - ends))
+    return 1 / (1 + np.exp(-np.linspace(low, high, _SCORE_BINS - 1)))
+
+
+def _labelled(many: bool) -> tuple[str, ...]:
+    return ("train",) if many else ("train", "validation")
+
+
+def _with_missing(ids: Ragged) -> Ragged:
+    """The same lists, an empty one as a list of row 0."""
+    lengths = np.maximum(ids.lengths, 1)
+    values = np.zeros(int(lengths.sum()), np.int64)
+    values[np.repeat(ids.lengths > 0, lengths)] = ids.values
+    return Ragged(values, lengths)
+
+
+def _taken(ids: np.ndarray | Ragged, places: np.ndarray) -> np.ndarray:
+    return ids.take(places).values if isinstance(ids, Ragged) else ids[places]
+
+
+def grid_edges(sample: np.ndarray, edges: tuple[float, ...]) -> np.ndarray:
+    """Rising float32 edges of the fine histogram: quantiles of an (N,) sample of training values, and given `edges`.
+
+    Bin i holds the values in (edge i-1, edge i], so that a value that many rows share has a bin of its own.
+    """
+    quantiles = np.quantile(sample, np.linspace(0, 1, GRID + 1), method="inverted_cdf") if len(sample) else np.empty(0)
+    return np.unique(np.concatenate([quantiles, np.array(edges)]).astype(np.float32))
+
+
+class NumberSums:
+    """Mergeable sums of one dense input. edges: (B - 1,) of `grid_edges`; the last of the B + 1 bins is 'missing'."""
+
+    def __init__(self, edges: np.ndarray, tasks: int) -> None:
+        self.edges = edges
+        bins = len(edges) + 2
+        self.counts = {split: np.zeros(bins, np.int64) for split in ("train", "test")}
+        self.positives, self.negatives = np.zeros((2, tasks, bins), np.int64)  # of validation rows
+        self.distinct = DistinctCount(DISTINCT_VALUES)
+
+    def add(self, split: str, values: np.ndarray, missing: np.ndarray | None, labels: BinaryLabels) -> None:
+        """Counts (N,) float32 values; missing: (N,) bool, None where that is not known."""
+        bins = np.searchsorted(self.edges, values, side="left")
+        if missing is not None:
+            bins[missing] = len(self.edges) + 1
+        if split in self.counts:
+            self.counts[split] += self._count(bins)
+        if split == "train":
+            present = values if missing is None else values[~missing]
+            self.distinct.add(mix((present + np.float32(0)).view(np.uint32).astype(np.uint64)))
+        if split == "validation":
+            for task in range(len(self.positives)):
+                self.positives[task] += self._count(bins[labels.positive[task]])
+                self.negatives[task] += self._count(bins[labels.negative[task]])
+
+    def _count(self, bins: np.ndarray) -> np.ndarray:
+        return np.bincount(bins, minlength=len(self.edges) + 2)
+
+    def missing(self, split: str) -> int:
+        """Rows without a value."""
+        return int(self.counts[split][-1])
+
+    def constant(self) -> bool:
+        """Whether all training rows have one value, or all have none."""
+        return self.distinct.count() + bool(self.missing("train")) <= 1
+
+    def auc(self, task: int) -> float | None:
+        """How well the number alone ranks validation rows, whichever way round, missing values at the better end."""
+        positives, negatives = self.positives[task], self.negatives[task]
+        found = [auc(positives, negatives), auc(np.roll(positives, 1), np.roll(negatives, 1))]
+        return None if found[0] is None else max(max(each, 1 - each) for each in found if each is not None)
+
+    def psi_counts(self, edges: tuple[float, ...]) -> tuple[list[str], np.ndarray, np.ndarray]:
+        """Names, training and test counts of the bins that drift is measured in: at `edges`, if there are any, else
+        about `PSI_BINS` of equal training mass; then missing values."""
+        at = np.array(edges, np.float32) if len(edges) > 1 else self._equal_mass()
+        uppers = np.append(self.edges, np.float32(np.inf))
+        bins = np.append(np.searchsorted(at, uppers, side="left"), len(at) + 1)
+        train, test = (np.bincount(bins, self.counts[split], len(at) + 2) for split in ("train", "test"))
+        return [*_names(at), "missing"], train, test
+
+    def _equal_mass(self) -> np.ndarray:
+        mass = np.cumsum(self.counts["train"][:-2])
+        if not len(mass) or not mass[-1]:
+            return self.edges[:1]
+        positions = np.searchsorted(mass, np.arange(1, PSI_BINS + 1) / PSI_BINS * mass[-1])
+        return self.edges[np.unique(np.minimum(positions, len(mass) - 1))]
+
+
+def _names(edges: np.ndarray) -> list[str]:
+    if not len(edges):
+        return ["all values"]
+    words = [f"{edge:.3g}" for edge in edges]
+    between = [f"{low} to {high}" for low, high in pairwise(words)]
+    return [f"up to {words[0]}", *between, f"over {words[-1]}"]
 
 
 @dataclass
@@ -107,11 +467,6 @@ def _missing(feature: FeatureInputs, dense: np.ndarray) -> list[np.ndarray | Non
         none: np.ndarray = ~np.any(dense[:, [each.place for each in feature.numbers]], axis=1)
         return [none] * len(feature.numbers)
     return [None if each.indicator is None else dense[:, each.indicator] > 0.5 for each in feature.numbers]
-
-
-SPLITS = ("train", "validation", "test")
-_SAMPLE, _SAMPLED_GROUPS = 65_536, 16
-_BATCH_VALUES = 1 << 24
 
 
 def collect(prepared: Prepared, schema: Schema) -> Sums:

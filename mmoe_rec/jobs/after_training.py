@@ -146,10 +146,9 @@ class HolderComparison:
             return Judgement(False, f"{who} can't be compared: {error}; {by_hand}")
 
     def _judge(self, its: ScoredRows, holder: Version) -> Judgement:
-        from mmoe_rec.evaluation.comparison import BETTER, Rule, compare
+        from mmoe_rec.evaluation.comparison import BETTER, compare
         from mmoe_rec.evaluation.scoring import NotFiniteError
-        from mmoe_rec.evaluation.summary import summarise
-        from mmoe_rec.evaluation.sums import close_sums
+        from mmoe_rec.evaluation.summary import MeasuredModel, summarise
         from mmoe_rec.report.sentences import describe_verdict
 
         try:
@@ -157,16 +156,11 @@ class HolderComparison:
         except NotFiniteError:
             return Judgement(False, "this model gives predictions that are not finite numbers")
         rules, version = self.settings.evaluation, f"version {holder.number}"
-        models = {name: close_sums(each.measure()) for name, each in (("this model", own), (version, its))}
-        summaries = {name: summarise(each, _RESAMPLES) for name, each in models.items()}
-        rule = Rule(rules.margin, rules.calibration)
-        compared = compare(
-            models, "this model", summaries, list(self.settings.tasks), rules.decide_by, rule, rules.resamples
-        )
-        verdict, sentence = (
-            compared.against[version].verdict,
-            describe_verdict(compared, version, summaries["this model"]),
-        )
+        sums = {name: each.measure() for name, each in (("this model", own), (version, its))}
+        models = {name: MeasuredModel(each, summarise(each, _RESAMPLES)) for name, each in sums.items()}
+        compared = compare(models, "this model", list(self.settings.tasks), rules, rules.resamples)
+        verdict = compared.against[version].verdict
+        sentence = describe_verdict(compared, version, models["this model"].summary)
         assert verdict is not None, "a comparison has verdicts"
         return Judgement(verdict.kind == BETTER, f"{sentence} ({len(own.score):,} validation rows)")
 

@@ -12,7 +12,8 @@ import pyarrow as pa
 from mmoe_rec.batches.encoded_rows import EncodedRows, weights_of
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.baselines import PopularityBaseline, gradient_boosting
-from mmoe_rec.evaluation.results import MeasuredModel, Results
+from mmoe_rec.evaluation.results import Results
+from mmoe_rec.evaluation.summary import MeasuredModel
 from mmoe_rec.features.layout import Layout
 from mmoe_rec.jobs.places import check_out, features_in_use
 from mmoe_rec.locks import writing
@@ -63,7 +64,7 @@ def _measured(settings: Settings, scored: ScoredRows) -> MeasuredModel:
     from mmoe_rec.evaluation.summary import summarise
 
     sums = scored.measure()
-    return MeasuredModel(sums, summarise(sums, settings.evaluation.resamples), "")
+    return MeasuredModel(sums, summarise(sums, settings.evaluation.resamples))
 
 
 def _predicted(settings: Settings, prepared: Prepared) -> dict[str, ScoredRows]:

@@ -15,8 +15,8 @@ import pyarrow.parquet as pq
 from mmoe_rec.atomic import atomic_file
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.comparison import find_objective
-from mmoe_rec.evaluation.results import RESAMPLES_OF_SLICES, MeasuredModel, PlacementRecord, Results
-from mmoe_rec.evaluation.summary import Summary
+from mmoe_rec.evaluation.results import RESAMPLES_OF_SLICES, Results
+from mmoe_rec.evaluation.summary import MeasuredModel, PlacementRecord, Summary
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.inference.ranking import ROW
 from mmoe_rec.inspection.health import row_names
@@ -56,7 +56,7 @@ def log_evaluation(
     """
     from mmoe_rec.evaluation.summary import flatten
     from mmoe_rec.report.documents import comparison_tree
-    from mmoe_rec.report.evaluation_figures import calibration_figure
+    from mmoe_rec.report.evaluation import calibration_figure
     from mmoe_rec.report.sentences import describe_verdicts
 
     layout, summary, first = scored.layout, results.first.summary, results.first
@@ -255,23 +255,19 @@ def _measured(
     slices: Mapping[str, Mapping[str, np.ndarray]],
 ) -> MeasuredModel:
     from mmoe_rec.evaluation.summary import summarise
-    from mmoe_rec.evaluation.sums import close_sums
 
     sums = scored.measure()
-    whole = close_sums(sums)
     facts = {
         "sampling_correction": settings.training.sampling_correction,
         "relevance_weights": dict(scored.relevance),
         "score_weights": {task.name: task.score_weight for task in scored.layout.tasks},
     }
-    summary = replace(summarise(whole, settings.evaluation.resamples), facts=facts)
+    summary = replace(summarise(sums, settings.evaluation.resamples), facts=facts)
     assert scored.experts is not None, "a model scored the rows"
     gates = [[round(float(each), 4) for each in weights] for weights in scored.experts.weights]
-    grouped = whole.users > len(whole.tables["ranking"])
+    grouped = sums.users > len(sums.tables["ranking"])
     sliced = {
-        (by, name): close_sums(scored.take(rows).measure(), grouped=grouped)
-        for by, named in slices.items()
-        for name, rows in named.items()
+        (by, name): scored.take(rows).measure(grouped) for by, named in slices.items() for name, rows in named.items()
     }
     of_tasks = {task.name: weights for task, weights in zip(scored.layout.tasks, gates, strict=True)}
     seen, users = overlap(settings, found.folder), users_in_both(settings, found.folder, scored, training)
@@ -282,14 +278,13 @@ def _measured(
 
 def _tradeoffs(scored: ScoredRows, settings: Settings) -> list[WeightsRecord]:
     """What other weights of the tasks would give; none of one task, or where a weight is negative."""
-    from mmoe_rec.evaluation.tradeoffs import Sweep, find_front, lists_of, make_grid, normalise
+    from mmoe_rec.evaluation.tradeoffs import Sweep, find_front, make_grid, normalise
 
     given = [task.score_weight for task in scored.layout.tasks]
     if len(given) < 2 or min(given) < 0 or max(given) == 0 or not scored.ranks:
         return []
-    names, weights = [task.name for task in scored.layout.tasks], make_grid(len(given), normalise(given))
     resamples = min(settings.evaluation.resamples, RESAMPLES_OF_SLICES)
-    return find_front(Sweep(names, lists_of(scored), weights), resamples)
+    return find_front(Sweep(scored, make_grid(len(given), normalise(given)), resamples))
 
 
 def _facts(settings: Settings, scored: ScoredRows, split: str) -> dict[str, str]:
@@ -377,7 +372,7 @@ def _records(scored: ScoredRows, features: Path) -> Iterator[PlacementRecord]:
     assert scored.placement is not None
     schema = FeaturePipeline.load(features, memories=False).schema
     inputs = {each.name: each for each in scored.layout.ids}
-    for name, (numbers, rows, effects) in scored.placement.inputs.items():
+    for name, (numbers, rows, effects) in scored.placement.items():
         most = np.sort(np.argsort(-rows, kind="stable")[:MOST_VALUES])
         feature, table = inputs[name].feature, inputs[name].table
         meaning = schema.features[feature].meaning(schema)

@@ -24,10 +24,11 @@ import pyarrow.dataset as ds
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.comparison import find_objective
-from mmoe_rec.evaluation.metrics.auc import bin_edges, counts_by_value
-from mmoe_rec.evaluation.results import MeasuredModel, Results
+from mmoe_rec.evaluation.metrics.binary import bin_edges, counts_by_value
+from mmoe_rec.evaluation.results import Results
 from mmoe_rec.evaluation.slices import Counts, SliceBy, Slices
-from mmoe_rec.evaluation.sums import MOST_UNITS, ClosedSums, close_sums, join_sums, measure
+from mmoe_rec.evaluation.summary import MeasuredModel
+from mmoe_rec.evaluation.sums import MOST_UNITS, EvaluationSums, join_sums, measure
 from mmoe_rec.jobs.places import build_options, check_names, check_out, log_and_place, logs_for, short_names
 from mmoe_rec.jobs.prediction_files import (
     JOINED,
@@ -270,7 +271,7 @@ def _match_columns(columns: PredictionColumns, files: list[Footer]) -> Predictio
 
 def _sum_files(
     columns: PredictionColumns, files: list[Footer], scratch: Path, options: MeasureOptions
-) -> tuple[ClosedSums, SlicedSums]:
+) -> tuple[EvaluationSums, SlicedSums]:
     parts = cut([each.file for each in files], ROWS_PER_PART)
     rows = sum(part.rows for part in parts)
     if not rows:
@@ -290,7 +291,7 @@ def _sum_files(
 
 def _measure_parts(
     engine: Engine, job: MeasureJob, parts: list[LogPart], rows: int, options: MeasureOptions
-) -> tuple[ClosedSums, SlicedSums]:
+) -> tuple[EvaluationSums, SlicedSums]:
     with bar() as progress:
         task = progress.add_task("reading", total=rows)
         counts = []
@@ -305,8 +306,8 @@ def _measure_parts(
         job = replace(job, edges=whole.edges(), grouped=users > MOST_UNITS, slices=slices)
         partitions = range(job.rows.receivers)
         task = progress.add_task("measuring", total=len(partitions))
-        sums: list[ClosedSums] = []
-        sliced: dict[tuple[str, str], list[ClosedSums]] = {
+        sums: list[EvaluationSums] = []
+        sliced: dict[tuple[str, str], list[EvaluationSums]] = {
             (each.by.name, name): [] for each in slices for name in each.names
         }
         for measured in engine.map(partial(measure_partition, job), partitions):
@@ -401,27 +402,27 @@ def send_part(job: MeasureJob, number_and_part: tuple[int, LogPart]) -> PartCoun
     return PartCounts(int(sent.sum()), values, counts)
 
 
-SlicedSums = dict[tuple[str, str], ClosedSums]
+SlicedSums = dict[tuple[str, str], EvaluationSums]
 
 
-def measure_partition(job: MeasureJob, number: int) -> tuple[ClosedSums, SlicedSums] | None:
+def measure_partition(job: MeasureJob, number: int) -> tuple[EvaluationSums, SlicedSums] | None:
     """The sums of a partition's rows and of their slices; None if there are no rows."""
     table = job.rows.receive_all(ROWS, number)
     if table is None:
         return None
     slices = {
-        (each.by.name, name): _closed(job, table.take(pa.array(rows)))
+        (each.by.name, name): _measure_rows(job, table.take(pa.array(rows)))
         for place, each in enumerate(job.slices)
         for name, rows in each.rows(table[f"s.{place}"].combine_chunks()).items()
     }
-    return _closed(job, table), slices
+    return _measure_rows(job, table), slices
 
 
-def _closed(job: MeasureJob, table: pa.Table) -> ClosedSums:
+def _measure_rows(job: MeasureJob, table: pa.Table) -> EvaluationSums:
     """The sums of rows."""
     columns = job.columns
     predictions = {task.name: table[f"p.{task.name}"] for task in columns.tasks}
-    sums = measure(
+    return measure(
         columns.tasks,
         table["user"],
         table["request"],
@@ -431,8 +432,9 @@ def _closed(job: MeasureJob, table: pa.Table) -> ClosedSums:
         weight=table["weight"] if columns.weight is not None else None,
         candidates=table["candidate"] if columns.candidate is not None else None,
         precision=job.precision,
+        edges=job.edges,
+        grouped=job.grouped,
     )
-    return close_sums(sums, job.edges, job.grouped)
 
 
 def check_requests(database: Database, job: MeasureJob) -> int:

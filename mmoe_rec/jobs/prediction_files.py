@@ -14,8 +14,8 @@ import pyarrow as pa
 import pyarrow.types as pt
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.evaluation.rows import MeasuredTask
 from mmoe_rec.evaluation.slices import SliceBy
+from mmoe_rec.evaluation.sums import MeasuredTask
 from mmoe_rec.inference.ranking import ROW
 from mmoe_rec.log.checks import BadFile, LogFile, open_parquet
 from mmoe_rec.log.columns import canonical_type

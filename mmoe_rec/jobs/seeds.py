@@ -34,7 +34,7 @@ from mmoe_rec.tracking import runs
 from mmoe_rec.tracking.registry import FoundModel
 
 if TYPE_CHECKING:
-    from mmoe_rec.evaluation.results import MeasuredModel
+    from mmoe_rec.evaluation.summary import MeasuredModel
     from mmoe_rec.report.trainings import TrainingsReport
 
 FILE, PAGE = "seeds.json", "report.html"
@@ -184,7 +184,7 @@ def _report(
     from mmoe_rec.report.trainings import TrainingsReport
     from mmoe_rec.training.checkpoint import latest_checkpoint
 
-    rules, sums, first = settings.evaluation, [each.closed for each in mine], mine[0].summary
+    rules, sums, first = settings.evaluation, [each.sums for each in mine], mine[0].summary
     units, against = "rows" if first.each_row_is_a_user else "users", dict[str, Any]()
     checkpoints = [latest_checkpoint(Path(each.data.work) / "checkpoints") for each in own]
     choices = [None if each is None else each.state.choices for each in checkpoints]
@@ -198,7 +198,7 @@ def _report(
     if others:  # whatever they rank by, what a row is worth is the same for all
         weights = first.facts["relevance_weights"]
         facts["relevance"] = ", ".join(f"{weight:g} x {name}" for name, weight in weights.items())
-        theirs = {name: [one.closed for one in each] for name, each in others.items()}
+        theirs = {name: [one.sums for one in each] for name, each in others.items()}
         objective = Objective.of(rules.decide_by, sums[0], list(settings.tasks))
         against = compare_trainings(sums, theirs, objective, rules.resamples)
     named = {"these settings": mine, **{f"'{name}'": each for name, each in others.items()}}

@@ -11,9 +11,7 @@ from mmoe_rec.evaluation.tradeoffs import (
     Sweep,
     WeightsChoice,
     choose_weights,
-    compare_with_first,
     find_front,
-    lists_of,
     make_grid,
     normalise,
 )
@@ -50,16 +48,16 @@ def tune_weights(
             "for candidate lists (columns.request, or columns.user with columns.time)"
         )
     deployed = normalise([task.score_weight for task in validation.layout.tasks])
-    weights, names = make_grid(len(tasks), deployed), [task.name for task in validation.layout.tasks]
-    number = choose_weights(Sweep(names, lists_of(validation), weights), goal, kept, resamples)
-    on_test = Sweep(names, lists_of(test), weights)
+    weights = make_grid(len(tasks), deployed)
+    number = choose_weights(Sweep(validation, weights, resamples), goal, kept)
+    on_test = Sweep(test, weights, resamples)
     choice = WeightsChoice(
         goal,
         kept,
-        dict(zip(names, weights[0], strict=True)),
-        dict(zip(names, weights[number], strict=True)),
-        compare_with_first(on_test, number, resamples),
-        find_front(on_test, resamples),
+        dict(zip(on_test.tasks, weights[0], strict=True)),
+        dict(zip(on_test.tasks, weights[number], strict=True)),
+        on_test.compare_with_first(number),
+        find_front(on_test),
     )
     write_json(out / "tradeoffs.json", asdict(choice))
     return choice

@@ -86,7 +86,6 @@ def summary_tree(summary: Summary) -> dict[str, Any]:
     }
     score = summary.score
     tree[SCORE] = _metrics_of(score) | score.counts
-    tree[SCORE] |= {} if score.random_ndcg is None else {"random_ndcg_at_10": score.random_ndcg}
     tree[SCORE] |= _details_of(summary, SCORE)
     if summary.catalogue is not None:
         tree["catalogue"] = summary.catalogue
@@ -115,7 +114,7 @@ def comparison_tree(compared: Comparison, summary: Summary | None = None) -> dic
                     "task": each.task,
                     "metric": each.metric,
                     "passed": each.passed,
-                    "sentence": describe_guard(each, other, compared.rule),
+                    "sentence": describe_guard(each, other, compared.rules),
                 }
                 for each in verdict.guards
             ]

@@ -60,7 +60,7 @@ def find_in_summary(summary: Summary, model: str = "") -> list[Finding]:
 
 def _in_score(summary: Summary) -> Iterator[str]:
     """Whether it ranks the wrong way round, although a task's predictions do not."""
-    ndcg, random = summary.score.get("ndcg_at_10"), summary.score.random_ndcg
+    ndcg, random = summary.score.get("ndcg_at_10"), summary.score.get("random_ndcg_at_10").value
     tasks = [name for name, task in summary.tasks.items() if (task.get("gauc_request").low or 0.0) > 0.5]
     if random is not None and ndcg.high is not None and ndcg.high < random and tasks:
         yield (

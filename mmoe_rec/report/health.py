@@ -3,26 +3,35 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from datetime import date
 from pathlib import Path
 from typing import Any
 
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
 from mmoe_rec.atomic import atomic_file
-from mmoe_rec.inspection.findings import (
-    DRIFT,
-    LEAK_AUC,
-    STRONG_DRIFT,
-    drift_beyond_noise,
-    flags_of,
-    moved,
-    shown_and_folded,
-)
-from mmoe_rec.report.explanations import CHECKS, COLUMNS, MEASURES
-from mmoe_rec.report.formatting import count, requests_told, unmatured_told
-from mmoe_rec.report.health_figures import shares_figure, shown_bins, weeks_figure
-from mmoe_rec.report.pages import render
+from mmoe_rec.inspection import findings
+from mmoe_rec.inspection.findings import drift_beyond_noise, flags_of, moved, shown_and_folded
+from mmoe_rec.inspection.sums import FREQUENT, RATE_SMOOTHING
+from mmoe_rec.report.formatting import count
+from mmoe_rec.report.pages import COLOURS, blank, plain, render, svg
+from mmoe_rec.report.sentences import describe_rows
 
 _DRAWN = 12  # features whose drift is drawn
 _PARTS = 12  # inputs of a feature that are shown; a vector may have hundreds
+_BINS = 24
+_LIMITS = {
+    "drift": findings.DRIFT,
+    "strong": findings.STRONG_DRIFT,
+    "leak": findings.LEAK_AUC,
+    "unknown": findings.UNKNOWN,
+    "coverage": findings.LEAST_COVERAGE,
+    "rate": findings.RATE_CHANGE,
+    "never_seen": findings.NEVER_SEEN,
+    "frequent": FREQUENT,
+    "smoothing": RATE_SMOOTHING,
+}
 
 
 def write(health: dict[str, Any], folder: Path) -> None:
@@ -35,11 +44,11 @@ def write(health: dict[str, Any], folder: Path) -> None:
 
 def page(health: dict[str, Any]) -> str:
     """The whole page of a health as `mmoe_rec.inspection.health` describes it."""
-    overview, findings = health["overview"], health["findings"]
+    overview = health["overview"]
     tasks = next(iter(overview["splits"].values()))["tasks"]
-    shown, folded = shown_and_folded(findings)
-    numbers = {word: sum(each["severity"] == word for each in findings) for word in ("problem", "warning")}
-    said = [f"{number} {word}{'s' * (number != 1)}" for word, number in numbers.items() if number]
+    shown, folded = shown_and_folded(health["findings"])
+    numbers = Counter(each["severity"] for each in health["findings"])
+    said = [f"{numbers[word]} {word}{'s' * (numbers[word] != 1)}" for word in ("problem", "warning") if numbers[word]]
     values = {
         "title": f"Data set health: {health['name']}",
         "overview": overview,
@@ -47,33 +56,63 @@ def page(health: dict[str, Any]) -> str:
         "found": " and ".join(said),
         "shown": _by_check(shown),
         "folded": _by_check(folded),
-        "notes": _notes(overview),
+        "notes": describe_rows(overview),
         "weeks": {task: weeks_figure(health["weeks"], task) for task in (tasks if health["weeks"] else ())},
         "features": [_feature(each) | {"flags": flags_of(health, each["name"])} for each in health["features"]],
         "drift": _drift(health["features"]),
         "tables": sorted(health["tables"], key=lambda each: -each["bytes"]),
         "largest": max((each["bytes"] + each["optimizer_bytes"] for each in health["tables"]), default=1),
-        "checks": CHECKS,
-        "columns": COLUMNS,
-        "measures": MEASURES,
-        "limits": {"drift": DRIFT, "strong": STRONG_DRIFT, "leak": LEAK_AUC},
+        "limits": _LIMITS,
     }
     return render("health.html.j2", values)
 
 
-def _by_check(findings: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    names = dict.fromkeys(each["check"] for each in findings)
-    return {name: [each for each in findings if each["check"] == name] for name in names}
+def weeks_figure(weeks: list[dict[str, Any]], task: str) -> str:
+    """Rate of a task's label by week, its observed rows below, a colour a split."""
+    figure = blank(12.8, 3.6)
+    line, bars = map(plain, figure.subplots(2, 1, sharex=True, height_ratios=[4, 1]))
+    below, rates, kind = Counter[int](), list[float](), ""
+    for split in dict.fromkeys(split for week in weeks for split in week["splits"]):
+        labels = {
+            place: week["splits"][split]["tasks"][task] for place, week in enumerate(weeks) if split in week["splits"]
+        }
+        known = {place: each["rate"] for place, each in labels.items() if each["rate"] is not None}
+        rows = {place: each["observed"] for place, each in labels.items()}
+        line.plot(list(known), list(known.values()), color=COLOURS[split], linewidth=2, marker="o", label=split)
+        line.axvspan(min(rows) - 0.5, max(rows) + 0.5, color=COLOURS[split], alpha=0.08, linewidth=0)
+        bottom = [below[place] for place in rows]
+        bars.bar(list(rows), list(rows.values()), 0.72, bottom, color=COLOURS[split], alpha=0.45)
+        below.update(rows)
+        rates += known.values()
+        kind = next(iter(labels.values()))["kind"]
+    # At least a fifth of the rates between the ends: noise must not look like news.
+    low, high = (min(rates), max(rates)) if rates else (0.0, 1.0)
+    middle, span = (low + high) / 2, max(high - low, 0.1 * abs(low + high), 1e-9)
+    line.set_ylim(middle - 0.6 * span if low < 0 else max(middle - 0.6 * span, 0.0), middle + 0.7 * span)
+    line.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]))
+    shown = (lambda rate, _: f"{100 * rate:.3g}%") if kind == "binary" else (lambda rate, _: f"{rate:.4g}")
+    line.yaxis.set_major_formatter(FuncFormatter(shown))
+    line.legend(loc="upper left", ncols=3, frameon=False, fontsize=9, labelcolor="linecolor")
+    most = max([*below.values(), 1])
+    bars.set_yticks([0, most], ["rows", f"{most:,}"])
+    every = range(0, len(weeks), -(-len(weeks) // 12))
+    bars.set_xticks(every, [date.fromisoformat(weeks[place]["week"]).strftime("%-d %b %y") for place in every])
+    return svg(figure, f"rate of {task} by week")
 
 
-def _notes(overview: dict[str, Any]) -> list[str]:
-    """What to know of the rows that the totals do not show."""
-    told = requests_told(overview["requests"])
-    return [each for each in (told,) if each] + [
-        f"{name}: {unmatured_told(task, number, split['labels_known_by'])}"
-        for name, split in overview["splits"].items()
-        for task, number in split["unmatured"].items()
-    ]
+def shown_bins(bins: list[dict[str, Any]], ordered: bool) -> list[dict[str, Any]]:
+    """All bins that rise in value; for ids the first, the named ones at the end, and between them one for the rest."""
+    if ordered or len(bins) <= _BINS:
+        return bins
+    ends = [each for each in bins if each["bin"] in ("unknown", "missing")]
+    rest = [each for each in bins[_BINS - 3 :] if each not in ends]
+    others = {split: sum(each[split] for each in rest) for split in ("train", "test")}
+    return [*bins[: _BINS - 3], {"bin": "all others", **others}, *ends]
+
+
+def _by_check(found: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    names = dict.fromkeys(each["check"] for each in found)
+    return {name: [each for each in found if each["check"] == name] for name in names}
 
 
 def _feature(feature: dict[str, Any]) -> dict[str, Any]:
@@ -88,22 +127,19 @@ def _feature(feature: dict[str, Any]) -> dict[str, Any]:
 
 
 def _drift(features: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The features that drift most, each by its worst input."""
+    """The features that drift most, each by its worst input, with its bins, the ends of which have names."""
     worst = [
         max((each for each in feature["inputs"] if each["psi"] is not None), key=drift_beyond_noise, default=None)
         for feature in features
     ]
-    inputs = sorted((each for each in worst if each is not None), key=lambda each: -drift_beyond_noise(each))
-    return [_drifting(each) for each in inputs[:_DRAWN]]
-
-
-def _drifting(each: dict[str, Any]) -> dict[str, Any]:
-    """An input with its figure, and what its first and its last bins are called."""
-    ordered = each["table"] is None
-    bins, told = shown_bins(each["bins"], ordered), moved(each)
-    named = [part["bin"] for part in bins if part["bin"] in ("all others", "unknown", "missing")]
-    ends = [bins[0]["bin"], ", ".join(named) or bins[-1]["bin"]] if len(bins) > 1 else [bins[0]["bin"]]
-    if ordered and len(bins) > 2:
-        ends = ["low values", "high values, then missing" if ends[1] == "missing" else "high values"]
-    label = f"shares of training and test rows in the bins of {each['name']}: {told}"
-    return {"name": each["name"], "psi": each["psi"], "moved": told, "ends": ends, "figure": shares_figure(bins, label)}
+    drawn = []
+    for each in sorted(filter(None, worst), key=lambda each: -drift_beyond_noise(each))[:_DRAWN]:
+        ordered = each["table"] is None
+        bins = shown_bins(each["bins"], ordered)
+        named = [part["bin"] for part in bins if part["bin"] in ("all others", "unknown", "missing")]
+        ends = [bins[0]["bin"], ", ".join(named) or bins[-1]["bin"]] if len(bins) > 1 else [bins[0]["bin"]]
+        if ordered and len(bins) > 2:
+            ends = ["low values", "high values, then missing" if ends[1] == "missing" else "high values"]
+        most = max(*(part[split] for part in bins for split in ("train", "test")), 1e-9)
+        drawn.append({**each, "moved": moved(each), "bins": bins, "ends": ends, "most": most})
+    return drawn

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,15 +10,14 @@ import numpy as np
 from mmoe_rec.auc import FEWEST
 from mmoe_rec.evaluation import off_policy
 from mmoe_rec.evaluation.comparison import (
+    GUARDED,
     HELD_BACK,
     NOT_SHOWN,
     UNDECIDED,
     WORSE,
     Comparison,
     Guard,
-    Rule,
     Versus,
-    guarded_metric,
 )
 from mmoe_rec.evaluation.intervals import Difference, is_small_sample
 from mmoe_rec.evaluation.metrics import metrics_of
@@ -26,7 +25,8 @@ from mmoe_rec.evaluation.off_policy import PolicyEstimate
 from mmoe_rec.evaluation.results import Results
 from mmoe_rec.evaluation.slices import ALL, SliceRecord, find_slices_of_other_rows, sort_worst_first
 from mmoe_rec.evaluation.summary import LEFT_OUT, SCORE, GroupSummary, Summary
-from mmoe_rec.report.formatting import difference, interval, signed
+from mmoe_rec.report.formatting import difference, interval, requests_told, signed, unmatured_told
+from mmoe_rec.settings.sections import Evaluation
 
 _SAME_IN_ANY_ORDER = 0.99  # NDCG@10 of the worst order above which NDCG says nothing
 _LEFT_OUT = ("{} of one row", "{} without a relevant row", "{} whose rows are equally relevant")
@@ -86,7 +86,7 @@ def describe_verdict(compared: Comparison, other: str, summary: Summary) -> str:
     if verdict.kind == NOT_SHOWN and apart.low == apart.high == 0:
         return f"{both} do not differ{_name_other_differences(versus)}: {what} is the same"
     if verdict.kind == NOT_SHOWN:
-        metrics = {guarded_metric(summary, task) for task in compared.judged} - {objective.metric}
+        metrics = {GUARDED[summary.tasks[task].kind] for task in compared.judged} - {objective.metric}
         besides = f", if guardrails of {' and '.join(sorted(metrics))} allow it" if metrics else ""
         (gain,) = signed(verdict.detectable or 0.0, sign=False)
         return (
@@ -97,13 +97,13 @@ def describe_verdict(compared: Comparison, other: str, summary: Summary) -> str:
     size, *reach = signed(abs(apart.value), *ends, sign=False)
     which, size = "higher" if apart.value > 0 else "lower", f"{size} ({' to '.join(reach)})"
     if verdict.kind == HELD_BACK:
-        failed = "; ".join(describe_guard(each, other, compared.rule) for each in verdict.guards if not each.passed)
+        failed = "; ".join(describe_guard(each, other, compared.rules) for each in verdict.guards if not each.passed)
         return f"'{compared.model}' is held back, although {what} is {which} than that of '{other}' by {size}: {failed}"
     is_what = "worse" if verdict.kind == WORSE else "better"
     return f"'{compared.model}' is {is_what} than '{other}': {what} is {which} by {size}"
 
 
-def describe_guard(guard: Guard, other: str, rule: Rule) -> str:
+def describe_guard(guard: Guard, other: str, rules: Evaluation) -> str:
     """What a guardrail found beside another model."""
     if guard.calibrations is not None:
         mine, its = guard.calibrations
@@ -111,10 +111,10 @@ def describe_guard(guard: Guard, other: str, rule: Rule) -> str:
         where = "beyond" if guard.is_outside else "not shown to be beyond"
         return (
             f"the probabilities of {guard.task} are {mine.value:.2f} times what was observed ({low:.2f} to "
-            f"{high:.2f}), which is {where} a factor of {rule.calibration:g} (evaluation.calibration); those of "
+            f"{high:.2f}), which is {where} a factor of {rules.calibration:g} (evaluation.calibration); those of "
             f"'{other}' are {its.value:.2f} times"
         )
-    apart, limit = guard.difference, f"loss of more than {rule.margin:g} (evaluation.margin)"
+    apart, limit = guard.difference, f"loss of more than {rules.margin:g} (evaluation.margin)"
     if apart is None or apart.low is None:
         missing = "is undefined" if apart is None or apart.value is None else "has no interval"
         return f"the difference in {guard.metric} of {guard.task} {missing}, so a {limit} can't be ruled out"
@@ -157,7 +157,7 @@ def describe_slices(records: Sequence[SliceRecord], most: int = 3) -> Iterator[s
 
 def describe_other_slices(results: Results) -> Iterator[str]:
     """What is not compared, as slices hold other rows for other models."""
-    if others := find_slices_of_other_rows(results.sliced, results.name):
+    if others := find_slices_of_other_rows(results.models, results.name):
         yield f"slices by {', '.join(others)} hold other rows for other models, so these are not compared there"
 
 
@@ -290,3 +290,13 @@ def describe_results(results: Results, findings: Sequence[Any]) -> Iterator[str]
     for each in findings:
         of = f"'{each.model}': " if len(results.models) > 1 else ""
         yield f"warning: {of}{each.message}"
+
+
+def describe_rows(overview: Mapping[str, Any]) -> list[str]:
+    """What to know of the rows of a log that the totals do not show. overview: of a data set's health."""
+    told = requests_told(overview["requests"])
+    return [each for each in (told,) if each] + [
+        f"{name}: {unmatured_told(task, number, split['labels_known_by'])}"
+        for name, split in overview["splits"].items()
+        for task, number in split["unmatured"].items()
+    ]

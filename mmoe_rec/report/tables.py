@@ -1,30 +1,35 @@
-"""Evaluations on the terminal: tables of metrics, differences, weights, estimates and validations."""
+"""What is told on the terminal: tables of evaluations, choices, estimates and validations, and of a data set."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
+from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from mmoe_rec.evaluation import metrics as every
 from mmoe_rec.evaluation.comparison import Comparison
 from mmoe_rec.evaluation.intervals import LEVEL, UNDEFINED, Difference, Interval
-from mmoe_rec.evaluation.metrics.metric import Named
+from mmoe_rec.evaluation.metrics.metric import Metric, Named
 from mmoe_rec.evaluation.off_policy import PolicyEstimate
 from mmoe_rec.evaluation.results import Results
 from mmoe_rec.evaluation.summary import CATALOGUE, SCORE, Summary
+from mmoe_rec.inspection.findings import DRIFT, LEAK_AUC, STRONG_DRIFT, flags_of, shown_and_folded
 from mmoe_rec.report.findings import find_all
-from mmoe_rec.report.formatting import difference, interval, signed
-from mmoe_rec.report.sentences import describe_refusal, describe_results, describe_warnings
+from mmoe_rec.report.formatting import count, day, difference, fixed, interval, percent, rate, signed, size
+from mmoe_rec.report.sentences import describe_refusal, describe_results, describe_rows, describe_warnings
 
 if TYPE_CHECKING:
     from mmoe_rec.evaluation.tradeoffs import WeightsChoice
     from mmoe_rec.training.validation import Validation
 
 _VALIDATIONS = {"loss ↓": "loss", "auc ↑": "auc", "gauc ↑": "gauc", "calibration → 1": "calibration"}
+_TITLED: dict[str, Any] = {"title_justify": "left", "title_style": "bold"}
+_NAME = 32  # letters of a name before it may be broken
 
 
 def show_results(results: Results) -> Iterator[Table | str]:
@@ -35,33 +40,43 @@ def show_results(results: Results) -> Iterator[Table | str]:
     yield from describe_results(results, find_all(results))
 
 
+def rows_of_metrics(summaries: Sequence[Summary], group: str) -> dict[Metric[Any], list[Interval]]:
+    """What is measured of a task, or of the score: metric -> its value for each model. Where each row is a user of its
+    own, how well rows are ranked within users and requests is left out."""
+    groups, alone = [each.groups.get(group) for each in summaries], all(each.each_row_is_a_user for each in summaries)
+    return {
+        metric: [UNDEFINED if each is None else each.get(metric.name) for each in groups]
+        for metric in every.METRICS
+        if any(each is not None and each.has(metric) for each in groups) and not (alone and metric.ranks_within)
+    }
+
+
+def rows_of_catalogue(summaries: Sequence[Summary]) -> dict[Named, list[Interval]]:
+    """The same of the catalogue, which has no intervals; none where no candidates are known."""
+    catalogues = [each.catalogue or {} for each in summaries]
+    return {
+        metric: [Interval(each.get(metric.name)) for each in catalogues]
+        for metric in (every.CATALOGUE_METRICS if any(catalogues) else ())
+    }
+
+
 def results_table(columns: Mapping[str, Summary]) -> Table:
     """One row a headline metric, one column a model; the best value of a row is bold. Three models fit into 80 columns.
 
     Of how well a task's prediction ranks each request's rows there is only GAUC; `metrics.json` has all. Values stand
     with half the width of their 95% interval, whose ends need not lie evenly. What is undefined is a dash; a note says
-    why. Where each row is a user of its own, how well rows are ranked within users and requests is left out.
+    why.
     """
-    alone = all(each.each_row_is_a_user for each in columns.values())
-    table = Table(
-        header_style="bold", caption=f"± half the 95% interval, bootstrap over {'rows' if alone else 'users'}"
-    )
+    summaries = list(columns.values())
+    units = "rows" if all(each.each_row_is_a_user for each in summaries) else "users"
+    table = Table(header_style="bold", caption=f"± half the 95% interval, bootstrap over {units}")
     _add_columns(table, columns)
-    for section in (*{name: None for summary in columns.values() for name in summary.tasks}, SCORE):
-        groups = [summary.groups.get(section) for summary in columns.values()]
-        shown = [
-            metric
-            for metric in every.METRICS
-            if metric.is_shown(section == SCORE) and not (alone and metric.ranks_within)
-            if any(group is not None and group.has(metric) for group in groups)
-        ]
-        cells = {metric: [UNDEFINED if each is None else each.get(metric.name) for each in groups] for metric in shown}
-        _add_section(table, section, {metric: _cells(metric, each) for metric, each in cells.items()})
-    catalogues = [summary.catalogue or {} for summary in columns.values()]
-    if any(catalogues):
-        shown_of_all = [metric for metric in every.CATALOGUE_METRICS if metric.is_headline]
-        values = {each: [Interval(one.get(each.name)) for one in catalogues] for each in shown_of_all}
-        _add_section(table, CATALOGUE, {metric: _cells(metric, each) for metric, each in values.items()}, end=False)
+    for section in (*{name: None for summary in summaries for name in summary.tasks}, SCORE):
+        rows = rows_of_metrics(summaries, section).items()
+        shown = {metric: _cells(metric, values) for metric, values in rows if metric.is_shown(section == SCORE)}
+        _add_section(table, section, shown)
+    of_all = {each: _cells(each, values) for each, values in rows_of_catalogue(summaries).items() if each.is_headline}
+    _add_section(table, CATALOGUE, of_all, end=False)
     return table
 
 
@@ -71,13 +86,8 @@ def differences_table(compared: Comparison) -> Table:
     A difference that is significant after Holm's correction is bold: green where the model is better, red where it is
     worse.
     """
-    table = Table(
-        title=Text(f"Differences: {compared.model} minus"),
-        title_justify="left",
-        title_style="bold",
-        header_style="bold",
-        caption=f"± half the 95% interval; bold: shown (p < {LEVEL:g}, corrected)",
-    )
+    caption = f"± half the 95% interval; bold: shown (p < {LEVEL:g}, corrected)"
+    table = Table(title=Text(f"Differences: {compared.model} minus"), **_TITLED, header_style="bold", caption=caption)
     _add_columns(table, compared.against)
     others = [each.groups for each in compared.against.values()]
     for group in dict.fromkeys(name for each in others for name in each):
@@ -135,9 +145,7 @@ def _difference_cell(apart: Difference | None, better: str) -> Text:
 def show_choice(choice: WeightsChoice) -> Iterator[Table | str]:
     """Weights of the tasks in the score that serve a goal: a table of the front, and what the choice changes."""
     table = Table(title="NDCG@10 of each task by weights in the score, test rows", title_justify="left")
-    table.add_column("weights", no_wrap=True)
-    for task in choice.before:
-        table.add_column(Text(task), justify="right")
+    _add_columns(table, choice.before)
     table.add_column("", no_wrap=True)
     for each in choice.records:
         marks = {"the model's": each.weights == choice.before, "chosen": each.weights == choice.weights}
@@ -191,13 +199,8 @@ def show_estimates(estimates: Mapping[str, PolicyEstimate]) -> Iterator[Table | 
 
 def validations_table(history: Sequence[tuple[int, Validation]], best_step: int) -> Table:
     """A row for each step and task; what is undefined is a dash. history: (step, validation) of each."""
-    table = Table(title="Validations", title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.caption = "placement hidden, before calibration; gauc: by user; calibration: predicted / observed"
-    table.caption_justify = "left"
-    table.add_column("step", justify="right", no_wrap=True)
-    table.add_column("task", overflow="fold")
-    for name in _VALIDATIONS:
-        table.add_column(name, justify="right", no_wrap=True)
+    caption = "placement hidden, before calibration; gauc: by user; calibration: predicted / observed"
+    table = _plain_table("Validations", ["step", "task"], list(_VALIDATIONS), caption)
     for step, found in history:
         names = dict.fromkeys([*found.loss, *found.auc])
         for place, name in enumerate(names):
@@ -205,5 +208,91 @@ def validations_table(history: Sequence[tuple[int, Validation]], best_step: int)
             shown = f"{step:,}{' chosen' if step == best_step else ''}" if place == 0 else ""
             style = "bold" if step == best_step else ""
             cells = ["-" if value is None else f"{value:.4f}" for value in values]
-            table.add_row(Text(shown), Text(name), *cells, style=style, end_section=place == len(names) - 1)
+            table.add_row(shown, Text(name), *cells, style=style, end_section=place == len(names) - 1)
     return table
+
+
+def show_health(health: dict[str, Any]) -> Iterator[RenderableType]:
+    """The health of a data set in 80 columns: splits, labels, features, tables, then findings."""
+    overview = health["overview"]
+    splits, times = overview["splits"], f"{day(overview['first_request'])} to {day(overview['last_request'])} UTC"
+    yield Text(
+        f"{overview['files'] or 0:,} file{'s' * (overview['files'] != 1)}, {overview['rows'] or 0:,} rows, "
+        f"{times if overview['first_request'] else 'without times'}"
+    )
+    for note in describe_rows(overview):
+        yield Text(note, style="yellow")
+    who = ("requests", "users", "candidates")
+    estimated = any(not each[name]["exact"] for each in splits.values() for name in who)
+    caption = "~ an estimate, good to 0.4%" if estimated else None
+    table = _plain_table("Splits", ["split"], ["rows", *who], caption)
+    for split, each in splits.items():
+        table.add_row(split, f"{each['rows']:,}", *(count(each[name]) for name in who))
+    yield table
+    table = _plain_table("Labels", ["task"], list(splits), "rate (or mean) of the observed labels")
+    for name in next(iter(splits.values()))["tasks"]:
+        tasks = [each["tasks"][name] for each in splits.values()]
+        table.add_row(Text(name), *(f"{rate(each['rate'], each['kind'])} of {each['observed']:,}" for each in tasks))
+    yield table
+    yield _features_table(health)
+    yield _embeddings_table(health["tables"])
+    yield from _show_findings(health)
+
+
+def _plain_table(title: str, left: Sequence[str], right: Sequence[str], caption: str | None = None) -> Table:
+    table = Table(title=title, **_TITLED, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.caption, table.caption_justify = caption, "left"
+    for name in left:
+        table.add_column(name, overflow="fold")
+    for name in right:
+        table.add_column(name, justify="right", no_wrap=True)
+    return table
+
+
+def _features_table(health: dict[str, Any]) -> Table:
+    caption = "unknown: ids without a row of their own; PSI: drift to test; AUC: the feature alone, of its best task"
+    columns = ["has\nvalue", "unknown\nin test", "PSI", "AUC"]
+    table = _plain_table("Features", ["feature"], columns, caption)
+    table.columns[0].min_width = min(_NAME, max(len(each["name"]) for each in health["features"]))
+    table.add_column("flags", style="yellow", overflow="fold")
+    for each in health["features"]:
+        psi, best = each["psi"], max((auc for auc in each["auc"].values() if auc is not None), default=None)
+        drifts = (psi or 0) > DRIFT
+        table.add_row(
+            Text(each["name"]),
+            percent(each["coverage"]["train"]),
+            percent(each["unknown"]["test"]),
+            Text(fixed(psi, 2), style="bold yellow" if drifts and psi > STRONG_DRIFT else "yellow" if drifts else ""),
+            Text(fixed(best), style="bold red" if (best or 0) > LEAK_AUC else ""),
+            ", ".join(flags_of(health, each["name"])),
+        )
+    return table
+
+
+def _embeddings_table(tables: list[dict[str, Any]]) -> Table:
+    total = sum(each["bytes"] + each["optimizer_bytes"] for each in tables)
+    shown = sorted(tables, key=lambda each: -each["bytes"])[:8]
+    title = f"Embedding tables: {len(tables)}, {size(total)} with the optimizer's state" + (
+        f"; the {len(shown)} largest" if len(shown) < len(tables) else ""
+    )
+    table = _plain_table(title, ["table"], ["rows", "dim", "float32", "optimizer", "seen in training"])
+    for each in shown:
+        bytes_of = (size(each[name]) for name in ("bytes", "optimizer_bytes"))
+        seen = percent(1 - each["never_seen"])
+        table.add_row(Text(each["name"]), f"{each['rows']:,}", str(each["dim"]), *bytes_of, seen)
+    return table
+
+
+def _show_findings(health: dict[str, Any]) -> Iterator[Text]:
+    for each in health["overview"]["left_out"]:
+        yield Text(f"left out: {each['file']}: {each['reason']}", style="bold red")
+    if not health["findings"]:
+        yield Text("nothing suspicious found", style="bold green")
+    shown, folded = shown_and_folded(health["findings"])
+    for each in shown:
+        style = "bold red" if each["severity"] == "problem" else "yellow"
+        yield Text.assemble((f"{each['severity']}: ", style), each["message"])
+    if folded:
+        kinds = Counter(each["check"] for each in folded)
+        named = ", ".join(f"{name} ({number})" for name, number in kinds.most_common())
+        yield Text(f"{len(folded)} more warnings, which cost less: {named}; the report has them", style="dim")

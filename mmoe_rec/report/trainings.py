@@ -18,11 +18,9 @@ from mmoe_rec.evaluation.metrics.metric import Named
 from mmoe_rec.evaluation.summary import SCORE
 from mmoe_rec.evaluation.trainings import SettingsDifference, TrainingsMean
 from mmoe_rec.report.evaluation import difference_cell
-from mmoe_rec.report.explanations import TRAININGS
 from mmoe_rec.report.formatting import NONE, difference, signed
-from mmoe_rec.report.pages import render
+from mmoe_rec.report.pages import COLOURS, SERIES, blank, plain, render, svg
 from mmoe_rec.report.sentences import once_corrected
-from mmoe_rec.report.style import COLOURS, SERIES, blank, plain, svg
 
 Means = Mapping[str, Mapping[str, TrainingsMean]]
 """Task or `score` -> metric"""
@@ -75,7 +73,6 @@ def page(trainings: TrainingsReport) -> str:
         "warnings": trainings.warnings,
         "groups": groups,
         "facts": trainings.facts,
-        "measures": {name.replace("UNITS", units): text.replace("UNITS", units) for name, text in TRAININGS.items()},
     }
     return render("trainings.html.j2", values)
 
@@ -91,7 +88,7 @@ def _group(group: str, trainings: TrainingsReport) -> dict[str, Any]:
         metric, each = shown[0]
         mean, ends, *_ = _cells(metric, each)
         headline = f"{metric.name} {mean} on average" + ("" if ends == NONE else f" ({ends})")
-        figure = svg(trainings_figure(metric.name, trainings.seeds, each), f"{metric.name} of {group} by training", {})
+        figure = svg(trainings_figure(metric.name, trainings.seeds, each), f"{metric.name} of {group} by training")
     return {"name": group, "rows": rows, "headline": headline, "figure": figure}
 
 
@@ -121,8 +118,7 @@ def _cells(metric: Named, each: TrainingsMean, nothing: str = NONE) -> Iterator[
 def trainings_figure(label: str, seeds: Sequence[int], each: TrainingsMean) -> Figure:
     """A metric of each training as a point, beside their mean as a line with its interval."""
     figure = blank(max(3.6, 1.8 + 0.32 * len(seeds)), 2.6)
-    axes = figure.subplots()
-    plain(axes)
+    axes = plain(figure.subplots())
     places = np.arange(len(seeds))
     if each.low is not None and each.high is not None:
         axes.axhspan(each.low, each.high, color=COLOURS["soft"], zorder=0)

@@ -27,7 +27,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mmoe_rec.evaluation.results import MeasuredModel, Results
+from mmoe_rec.evaluation.results import Results
+from mmoe_rec.evaluation.summary import MeasuredModel
 from mmoe_rec.jobs.evaluate import evaluate_model
 from mmoe_rec.jobs.train import train_model
 from mmoe_rec.settings.sections import Settings
@@ -58,7 +59,7 @@ def measured(settings: Settings, scored: ScoredRows) -> MeasuredModel:
     from mmoe_rec.evaluation.summary import summarise
 
     sums = scored.measure()
-    return MeasuredModel(sums, summarise(sums, settings.evaluation.resamples), "")
+    return MeasuredModel(sums, summarise(sums, settings.evaluation.resamples))
 
 
 def parts(settings: Settings, models: Mapping[str, MeasuredModel]) -> dict[str, dict[str, dict[str, float]]]:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 
-from mmoe_rec.evaluation.comparison import Rule
+from mmoe_rec.settings.sections import Evaluation
 from tests.evaluation.judged_models import NOISE, noise_of_gain, verdicts
 
 USERS, RESAMPLES = 250, 200
@@ -32,7 +32,7 @@ def main() -> None:
     print(f"equal models: {dict(equal)}; detectable is {size:.4f}", flush=True)
     gain, _ = verdicts(noise_of_gain(size), number, USERS, RESAMPLES)
     print(f"better by that: {dict(gain)}", flush=True)
-    found = {"detectable": round(size, 5), "margin": Rule().margin}
+    found = {"detectable": round(size, 5), "margin": Evaluation().margin}
     for name, counts in (("equal", equal), ("gain", gain)):
         found[f"promoted_{name}"] = counts["better"] / number
         found[f"shown_{name}"] = (counts["better"] + counts["held back"]) / number

@@ -11,7 +11,7 @@ from sklearn.metrics import roc_auc_score
 
 from mmoe_rec.evaluation.comparison import Comparison, Objective, Verdict, decide, find_differences
 from mmoe_rec.evaluation.summary import summarise
-from mmoe_rec.evaluation.sums import ClosedSums, MeasuredTask, close_sums, measure
+from mmoe_rec.evaluation.sums import EvaluationSums, MeasuredTask, measure
 
 TASKS = (MeasuredTask("bought", "binary", 1.0), MeasuredTask("liked", "binary", 1.0))
 NAMES = [task.name for task in TASKS]
@@ -36,9 +36,9 @@ class World:
         of_users = self.random.normal(0, 0.4 * noise, size=(len(NAMES), self.user[-1] + 1))[:, self.user]
         return 1 / (1 + np.exp(-self.logits - of_users - self.random.normal(0, noise, size=self.logits.shape)))
 
-    def sums(self, predictions: np.ndarray) -> ClosedSums:
+    def sums(self, predictions: np.ndarray) -> EvaluationSums:
         given = [dict(zip(NAMES, each, strict=True)) for each in (predictions, self.labels)]
-        return close_sums(measure(TASKS, self.user, self.request, *given, score=np.log(predictions).sum(0)))
+        return measure(TASKS, self.user, self.request, *given, score=np.log(predictions).sum(0))
 
 
 def true_gain(noise: float, worlds: int = 12, users: int = 4000) -> float:

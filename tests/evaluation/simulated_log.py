@@ -1,11 +1,15 @@
 """Simulated predictions and labels, with ties, unobserved labels and requests of different lengths."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
+from mmoe_rec.evaluation.scoring import ScoredRows
 from mmoe_rec.evaluation.sums import EvaluationSums, MeasuredTask, measure
+from mmoe_rec.features.layout import Layout, TaskOutput
 
 BOUGHT = MeasuredTask("bought", "binary", 1.0)
 LIKED = MeasuredTask("liked", "binary", 0.5)
@@ -35,10 +39,10 @@ class Log:
             weight=None if self.weight is None else self.weight[rows],
         )
 
-    def measure(self) -> EvaluationSums:
-        return measure(
-            self.tasks, self.users, self.requests, self.predictions, self.labels, score=self.score, weight=self.weight
-        )
+    def measure(self, **more: Any) -> EvaluationSums:
+        """Sums of all rows; more: arguments of `measure`."""
+        given = (self.tasks, self.users, self.requests, self.predictions, self.labels)
+        return measure(*given, score=self.score, weight=self.weight, **more)
 
     def observed(self, task: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(rows, labels, predictions) where the label is observed."""
@@ -70,3 +74,12 @@ def simulate(seed: int, users: int = 60, requests: int = 400, decimals: int | No
         score=probability * other if decimals is None else probability,
     )
     return replace(log, **changes)
+
+
+def scored_rows(
+    tasks: Sequence[str], users: np.ndarray, requests: np.ndarray, predictions: np.ndarray, labels: np.ndarray
+) -> ScoredRows:
+    """Rows of a model with binary tasks; predictions, labels: (N, T)."""
+    layout: Any = Layout((), (), (), tuple(TaskOutput(name, "binary") for name in tasks))
+    ids = pa.array(users), pa.array(requests), None
+    return ScoredRows(layout, *ids, predictions, labels, predictions.sum(1), None, {}, dict.fromkeys(tasks, 1.0))

@@ -1,28 +1,25 @@
 """A metric is one class and one line of registration; what it leaves out is told."""
 
+import inspect
 import io
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from rich.console import Console
-from simulated_log import Log, simulate
+from simulated_log import Log
 from sklearn.metrics import brier_score_loss
 
-from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation import metrics as registered
-from mmoe_rec.evaluation import summary as typed
-from mmoe_rec.evaluation.metrics.metric import Metric, Ratio, TaskRows, UserSums
+from mmoe_rec.evaluation.comparison import find_differences
+from mmoe_rec.evaluation.metrics.metric import Metric, Ratio, TaskRows
 from mmoe_rec.evaluation.metrics.ranking import RankedLists
-from mmoe_rec.evaluation.summary import flatten
-from mmoe_rec.evaluation.sums import EvaluationSums, close_sums, merge_all
+from mmoe_rec.evaluation.summary import flatten, summarise
 from mmoe_rec.report.documents import summary_tree
 from mmoe_rec.report.tables import results_table
 from tests.added_package import AddedPackage
-from tests.evaluation.trees import find_differences, summarise
 
 
 class Brier(Ratio[TaskRows]):
@@ -32,23 +29,6 @@ class Brier(Ratio[TaskRows]):
 
     def measure(self, rows: TaskRows) -> dict[str, np.ndarray]:
         return {"squared_deviation": rows.weight * (rows.prediction - rows.label) ** 2}
-
-
-class LargestError(Metric[TaskRows]):
-    """The largest error of any row of the users drawn: a sum that is not added up, a metric of both kinds of task."""
-
-    name, kinds, better, totals = "largest_error", ("binary", "regression"), "lower", ()
-    merged = {"largest_deviation": "max"}  # noqa: RUF012
-
-    def measure(self, rows: TaskRows) -> dict[str, np.ndarray]:
-        return {"largest_deviation": np.abs(rows.prediction - rows.label)}
-
-    def summarise(self, drawn: Any) -> np.ndarray:
-        of_user = drawn.sums.column("largest_deviation", absent=0.0)
-        return np.where(drawn.counts > 0, of_user[:, None], 0.0).max(axis=0)
-
-    def details(self, sums: UserSums, resamples: int, seed: int) -> dict[str, Any]:
-        return {"users_with_errors": int((sums.column("largest_deviation") > 0).sum())}
 
 
 class FirstIsRelevant(Ratio[RankedLists]):
@@ -61,28 +41,15 @@ class FirstIsRelevant(Ratio[RankedLists]):
         return {"hit": np.bincount(lists.request, first, lists.requests)}
 
 
-BRIER = '''
-
-class Brier(Ratio[TaskRows]):
-    """Mean squared deviation of the probability from the label (Brier, 1950)."""
-
-    name, kinds, better, totals = "brier", ("binary",), "lower", ("squared_deviation", "weight")
-
-    def measure(self, rows: TaskRows) -> dict[str, np.ndarray]:
-        """`squared_deviation`."""
-        return {"squared_deviation": rows.weight * (rows.prediction - rows.label) ** 2}
-'''
-
-
 def test_a_class_and_a_line_are_all_that_is_added(log: Log, tmp_path: Path) -> None:
     """To the package itself, a copy of which measures the log in a process of its own."""
     package = AddedPackage(tmp_path)
     package.add(
-        "evaluation/metrics/probability.py",
-        BRIER,
+        "evaluation/metrics/binary.py",
+        f"\n\n{inspect.getsource(Brier)}",
         listed_in="evaluation/metrics/__init__.py",
-        after="    probability.Logloss(),",
-        line="    probability.Brier(),",
+        after="    binary.Logloss(),",
+        line="    binary.Brier(),",
     )
     _, label, prediction = log.observed("bought")
     np.savez(tmp_path / "rows.npz", label=label, prediction=prediction)
@@ -109,16 +76,7 @@ def toys(monkeypatch: pytest.MonkeyPatch) -> None:
     """One line each."""
     behind = 1 + [metric.name for metric in registered.METRICS].index("calibration")
     before, after = registered.METRICS[:behind], registered.METRICS[behind:]
-    monkeypatch.setattr(registered, "METRICS", (*before, Brier(), LargestError(), *after, FirstIsRelevant()))
-
-
-def weighted(log: Log) -> Log:
-    return replace(log, weight=np.random.default_rng(5).uniform(0.5, 20, len(log.score)))
-
-
-def in_parts(log: Log) -> EvaluationSums:
-    """Merged of parts that share users."""
-    return merge_all(log.take(np.flatnonzero(log.requests // 1_000_003 % 5 == part)).measure() for part in range(5))
+    monkeypatch.setattr(registered, "METRICS", (*before, Brier(), *after, FirstIsRelevant()))
 
 
 def hit_rate(log: Log) -> float:
@@ -133,10 +91,9 @@ def hit_rate(log: Log) -> float:
 
 
 @pytest.mark.usefixtures("toys")
-def test_a_metric_is_in_summary_json_mlflow_and_table(log: Log, tmp_path: Path) -> None:
-    log = weighted(log)
-    in_parts(log).save(tmp_path / "sums")
-    whole = typed.summarise(EvaluationSums.load(tmp_path / "sums"), resamples=200)
+def test_a_metric_is_in_summary_json_mlflow_and_table(log: Log) -> None:
+    log = replace(log, weight=np.random.default_rng(5).uniform(0.5, 20, len(log.score)))
+    whole = summarise(log.measure(), resamples=200)
     summary = json.loads(json.dumps(summary_tree(whole), allow_nan=False))
     stream = io.StringIO()
     Console(file=stream, width=200).print(results_table({"model": whole}))
@@ -150,24 +107,19 @@ def test_a_metric_is_in_summary_json_mlflow_and_table(log: Log, tmp_path: Path) 
         assert flatten(whole)[f"{task}.brier.high"] == found["high"]
         (line,) = (line for line in lines if line.startswith("brier ↓") and f"{found['value']:.4f} ±" in line)
         assert f"{(found['high'] - found['low']) / 2:.4f}" in line
-    for task in ("bought", "spent"):
-        _, label, prediction = log.observed(task)
-        assert summary["tasks"][task]["largest_error"]["value"] == pytest.approx(np.abs(prediction - label).max())
-        assert summary["tasks"][task]["users_with_errors"] == len(np.unique(log.users[log.observed(task)[0]]))
     assert summary["score"]["hit"]["value"] == pytest.approx(hit_rate(log))
     assert "brier" not in summary["tasks"]["spent"]
     shown = [line.split()[0] for line in lines if "±" in line]
-    assert shown[shown.index("calibration") + 1 : shown.index("calibration") + 3] == ["brier", "largest_error"]
+    assert shown[shown.index("calibration") + 1] == "brier"
     assert [line for line in lines if line.startswith("hit ↑")]
 
 
 @pytest.mark.usefixtures("toys")
 def test_a_metric_is_compared_and_the_better_model_is_marked(log: Log) -> None:
     other = replace(log, predictions=log.predictions | {"bought": 0.5 * log.predictions["bought"]})
-    a, b = log.measure(), other.measure()
-    summaries = {"a": typed.summarise(a, 20), "b": typed.summarise(b, 20)}
-    found = find_differences({"a": close_sums(a), "b": close_sums(b)}, "a", resamples=20)["against"]["b"]["groups"]
-    difference = found["bought"]["brier"]["value"]
+    sums = {"a": log.measure(), "b": other.measure()}
+    summaries = {name: summarise(each, 20) for name, each in sums.items()}
+    difference = find_differences(sums, "a", resamples=20).against["b"].groups["bought"]["brier"].value
     first, second = (each.tasks["bought"].get("brier").value for each in summaries.values())
     assert difference == pytest.approx(first - second)
     table = results_table(summaries)
@@ -177,54 +129,22 @@ def test_a_metric_is_compared_and_the_better_model_is_marked(log: Log) -> None:
 
 
 @pytest.mark.usefixtures("toys")
-def test_an_undefined_metric_has_a_note(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("has_interval", [True, False])
+def test_an_undefined_metric_has_a_note(log: Log, has_interval: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Brier, "summarise", lambda self, drawn: np.full(drawn.counts.shape[1], np.nan))
-    summary = summarise(log.measure(), 5)
-    assert summary["tasks"]["bought"]["brier"]["value"] is None
-    assert "brier is undefined." in summary["tasks"]["bought"]["note"]
-    monkeypatch.setattr(Brier, "has_interval", False)
-    summary = summarise(log.measure(), 5)
-    assert summary["tasks"]["bought"]["brier"] is None
-    assert "brier is undefined." in summary["tasks"]["bought"]["note"]
-    assert "bought.brier" not in flatten(typed.summarise(log.measure(), 5))
-
-
-def test_sums_of_a_version_without_the_metric_are_told_of(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = log.measure()
-    monkeypatch.setattr(registered, "METRICS", (*registered.METRICS, LargestError(), Brier()))
-    before = before.merge(before)
-    with pytest.raises(UserError, match=r"hold no 'squared_deviation'.*evaluate again"):
-        summarise(before, 5)
-    with pytest.raises(
-        UserError, match=r"different metrics: only one side has \['largest_deviation', 'squared_deviation'\]"
-    ):
-        before.merge(log.measure())
-
-
-def test_sums_with_their_columns_in_another_order_merge(log: Log) -> None:
-    sums = log.measure()
-    turned = replace(
-        sums, tables={name: table.select(sorted(table.column_names)) for name, table in sums.tables.items()}
-    )
-    rest = simulate(seed=8).measure()
-    assert rest.merge(turned) == rest.merge(sums)
-    assert flatten(typed.summarise(turned, 5)) == pytest.approx(flatten(typed.summarise(sums, 5)))
-
-
-@pytest.mark.parametrize("left_out", ["name", "kinds", "better", "totals"])
-def test_a_metric_that_does_not_say_all_cannot_be_registered(left_out: str) -> None:
-    said = {"name": "toy", "kinds": ("binary",), "better": "lower", "totals": ("weight",)}
-    del said[left_out]
-    toy = type("Toy", (Metric,), {**said, "summarise": lambda self, drawn: drawn["weight"]})
-    with pytest.raises(TypeError, match=f"metric Toy does not say: {left_out}"):
-        toy()
+    monkeypatch.setattr(Brier, "has_interval", has_interval)
+    found = summarise(log.measure(), 5)
+    bought = summary_tree(found)["tasks"]["bought"]
+    assert (bought["brier"]["value"] if has_interval else bought["brier"]) is None
+    assert "brier is undefined." in bought["note"]
+    assert "bought.brier" not in flatten(found)
 
 
 def test_sums_that_nobody_or_two_metrics_measure_are_named(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
-    forgetful = type("Forgetful", (Ratio,), {**vars(Brier), "measure": Metric.measure})
+    forgetful = type("Forgetful", (Brier,), {"measure": Metric.measure})
     monkeypatch.setattr(registered, "METRICS", (*registered.METRICS, forgetful()))
-    with pytest.raises(ValueError, match=r"metric 'brier' reads \['squared_deviation'\], which no metric measures"):
-        log.measure()
+    with pytest.raises(ValueError, match="a metric reads 'squared_deviation', which no metric measures"):
+        summarise(log.measure(), 5)
     for taken in ("logloss", "rows"):
         twice = type("Twice", (Brier,), {"measure": lambda self, rows, taken=taken: {taken: rows.weight}})
         monkeypatch.setattr(registered, "METRICS", (*registered.METRICS[:-1], twice()))

@@ -10,13 +10,6 @@ from simulated_log import Log, simulate
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.summary import flatten, summarise
-from mmoe_rec.evaluation.sums import EvaluationSums, measure, merge_all
-
-
-def measured(log: Log, candidates: np.ndarray) -> EvaluationSums:
-    return measure(
-        log.tasks, log.users, log.requests, log.predictions, log.labels, score=log.score, candidates=candidates
-    )
 
 
 def naive(log: Log, candidates: np.ndarray, cutoff: int) -> dict[str, float]:
@@ -36,16 +29,13 @@ def naive(log: Log, candidates: np.ndarray, cutoff: int) -> dict[str, float]:
 def test_metrics_are_those_of_loops(log: Log, text: bool) -> None:
     candidates = np.random.default_rng(0).geometric(0.02, len(log.score)) * 10**15
     candidates = candidates.astype(str) if text else candidates
-    summary = summarise(measured(log, candidates), 2)
+    summary = summarise(log.measure(candidates=candidates), 2)
     assert summary.catalogue["candidates"] == len(set(candidates.tolist()))
     for cutoff in (5, 10):
         found = {name: summary.catalogue[f"{name}_at_{cutoff}"] for name in ("coverage", "gini", "novelty")}
         assert found == pytest.approx(naive(log, candidates, cutoff), abs=1e-12)
     assert 0 < summary.catalogue["coverage_at_5"] < summary.catalogue["coverage_at_10"] <= 1
     assert flatten(summary)["catalogue.gini_at_5"] == summary.catalogue["gini_at_5"]
-    parts = [log.requests // 1_000_003 % 4 == part for part in range(4)]
-    merged = merge_all(measured(log.take(np.flatnonzero(part)), candidates[part]) for part in parts)
-    assert summarise(merged, 2).catalogue == pytest.approx(summary.catalogue, rel=1e-12)
 
 
 def test_ties_count_by_the_probability_to_be_among_the_first() -> None:
@@ -58,7 +48,7 @@ def test_ties_count_by_the_probability_to_be_among_the_first() -> None:
     given = {name: np.full(rows, 0.5) for name in log.predictions}
     labels = {name: np.zeros(rows) for name in log.labels}
     log = replace(log, users=request, requests=request, predictions=given, labels=labels, score=score)
-    found = summarise(measured(log, candidate), 2).catalogue
+    found = summarise(log.measure(candidates=candidate), 2).catalogue
     shares = []
     for left_out in product(range(1, 7), range(8, 14)):  # of the tied rows five, less the first, are among the first
         for other in product(range(1, 7), range(8, 14)):
@@ -71,7 +61,7 @@ def test_ties_count_by_the_probability_to_be_among_the_first() -> None:
 
 def test_one_candidate_in_all_requests_is_no_news() -> None:
     log = simulate(seed=2, requests=50)
-    found = summarise(measured(log, np.zeros(len(log.score), int)), 2).catalogue
+    found = summarise(log.measure(candidates=np.zeros(len(log.score), int)), 2).catalogue
     assert found["novelty_at_5"] == found["gini_at_5"] == 0
     assert found["coverage_at_5"] == found["candidates"] == 1
 
@@ -79,9 +69,4 @@ def test_one_candidate_in_all_requests_is_no_news() -> None:
 def test_wrong_candidates_are_named(log: Log) -> None:
     some = pa.array([None, *range(len(log.score) - 1)])
     with pytest.raises(UserError, match="'candidates' has 1 missing values, the first at row 0"):
-        measured(log, some)
-    whole = measured(log, np.arange(len(log.score)))
-    with pytest.raises(UserError, match="with candidates and sums without"):
-        whole.merge(log.measure())
-    with pytest.raises(UserError, match="int64 candidates with sums of string candidates"):
-        whole.merge(measured(log, np.arange(len(log.score)).astype(str)))
+        log.measure(candidates=some)

@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 
-from mmoe_rec.evaluation.comparison import Comparison, Objective, Rule, Verdict, Versus, decide
+from mmoe_rec.evaluation.comparison import Comparison, Objective, Verdict, Versus, decide
 from mmoe_rec.evaluation.intervals import Difference, Interval
 from mmoe_rec.evaluation.summary import GroupSummary, Summary
 from mmoe_rec.report.formatting import signed
 from mmoe_rec.report.sentences import describe_guard, describe_verdict
+from mmoe_rec.settings.sections import Evaluation
 
 
 def apart(value: float | None, reach: float | None = None, p: float | None = None) -> Difference:
@@ -98,7 +99,7 @@ def test_a_model_that_is_held_back_says_why() -> None:
         ("bought", "calibration", True),
         ("spent", "r2", False),
     ]
-    assert verdict(replace(both, rule=Rule(margin=0.03))).kind == "better"
+    assert verdict(replace(both, rules=Evaluation(margin=0.03))).kind == "better"
 
 
 @pytest.mark.parametrize(
@@ -121,7 +122,7 @@ def test_probabilities_may_not_be_far_off_where_they_were_not(mine: Summary, its
 def test_a_guardrail_of_probabilities_says_what_it_found() -> None:
     found = compared(apart(0.003, 0.002), bought={"auc": apart(0.003, 0.002)})
     (guard,) = (each for each in verdict(found, {"new": summary(1.5), "old": summary()}).guards if not each.passed)
-    assert describe_guard(guard, "old", Rule()) == (
+    assert describe_guard(guard, "old", Evaluation()) == (
         "the probabilities of bought are 1.50 times what was observed (1.40 to 1.60), which is beyond a factor of 1.25 "
         "(evaluation.calibration); those of 'old' are 1.00 times"
     )
@@ -137,7 +138,7 @@ def test_what_is_not_shown_says_what_would_have_been() -> None:
     assert alone.detectable == pytest.approx(3.2415e-3, rel=1e-4)
     groups = {"bought": {"auc": apart(0.0, 1.96e-2)}, "spent": {"r2": apart(0.0, 0.9)}}
     both = compared(apart(0.0007, 1.96e-3), judged=("bought", "spent"), **groups)
-    both = replace(both, rule=Rule(margin=0.002))
+    both = replace(both, rules=Evaluation(margin=0.002))
     assert verdict(both).detectable == pytest.approx(1e-2 * (1.95996 + 1.64485) - 0.002, rel=1e-4)
     assert sentence(both).endswith("would show a gain of 0.0340, if guardrails of r2 allow it")
     three = replace(both, judged=(), against=both.against | {"third": both.against["old"]})

@@ -9,16 +9,17 @@ from simulated_log import BOUGHT, SPENT, Log, simulate
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation import summary as typed
-from mmoe_rec.evaluation.comparison import Objective, Rule, compare
+from mmoe_rec.evaluation.comparison import Objective, compare
 from mmoe_rec.evaluation.intervals import correct_by_holm
-from mmoe_rec.evaluation.sums import MeasuredTask, close_sums, measure
+from mmoe_rec.evaluation.sums import MeasuredTask, measure
 from mmoe_rec.report.sentences import describe_comparison
+from mmoe_rec.settings.sections import Evaluation
 from tests.evaluation.judged_models import NOISE, compared, noise_of_gain, verdicts
 from tests.evaluation.trees import find_differences, summarise
 
 
 def found(a: Log, b: Log, resamples: int = 400, objective: Objective | None = None) -> dict:
-    models = {"a": close_sums(a.measure()), "b": close_sums(b.measure())}
+    models = {"a": a.measure(), "b": b.measure()}
     return find_differences(models, "a", objective, resamples)["against"]["b"]
 
 
@@ -52,7 +53,7 @@ def test_a_difference_of_means_is_that_of_a_paired_t_test() -> None:
 @pytest.mark.parametrize("scale", [1.0, 1 + 1e-15])
 def test_equal_models_do_not_differ_and_rounding_is_no_difference(log: Log, scale: float) -> None:
     same = replace(log, predictions={name: each * scale for name, each in log.predictions.items()})
-    objective = Objective.of("auc", close_sums(log.measure()), ["bought", "liked"])
+    objective = Objective.of("auc", log.measure(), ["bought", "liked"])
     result = found(same, log, 50, objective)
     assert result["objective"]["value"] == 0
     assert result["objective"]["p"] == 1
@@ -63,9 +64,9 @@ def test_equal_models_do_not_differ_and_rounding_is_no_difference(log: Log, scal
 
 def test_headline_metrics_of_all_models_are_one_family(log: Log) -> None:
     models = {
-        "a": close_sums(other(log).measure()),
-        "b": close_sums(log.measure()),
-        "c": close_sums(other(log, 2).measure()),
+        "a": other(log).measure(),
+        "b": log.measure(),
+        "c": other(log, 2).measure(),
     }
     both = find_differences(models, "b", Objective("auc", ("bought",), "higher"), 100)["against"]
     shown = [
@@ -84,7 +85,7 @@ def test_headline_metrics_of_all_models_are_one_family(log: Log) -> None:
 
 
 def test_the_objective_is_the_mean_over_tasks(log: Log) -> None:
-    sums = close_sums(log.measure())
+    sums = log.measure()
     objective = Objective.of("auc", sums, ["bought", "liked", "spent"])
     assert objective == Objective("auc", ("bought", "liked"), "higher")
     assert objective.name == "mean auc of bought, liked"
@@ -95,7 +96,7 @@ def test_the_objective_is_the_mean_over_tasks(log: Log) -> None:
     assert Objective.of("score.mrr", sums, []) == Objective("mrr", ("score",), "higher")
     assert Objective.of("logloss", sums, ["bought"]) == Objective("logloss", ("bought",), "lower")
     few = log.take(np.arange(80))
-    assert Objective.of("auc", close_sums(few.measure()), ["bought", "liked"]) is None
+    assert Objective.of("auc", few.measure(), ["bought", "liked"]) is None
     for wrong in ("acu", "calibration", "score.auc", "bought.auc", "ece"):
         with pytest.raises(UserError, match=f"evaluation.decide_by is '{wrong}'; expected a metric of tasks"):
             Objective.of(wrong, sums, ["bought"])
@@ -154,7 +155,7 @@ def test_users_that_hold_most_rows_tell_little() -> None:
         label = random.normal(size=1000)
         errors = [random.normal(0, 0.5, 201)[user] + random.normal(0, 0.1, 1000) for _ in range(2)]
         sums = [
-            close_sums(measure([SPENT], user, np.arange(1000), {"spent": label + each}, {"spent": label}, score=label))
+            measure([SPENT], user, np.arange(1000), {"spent": label + each}, {"spent": label}, score=label)
             for each in errors
         ]
         result = find_differences({"a": sums[0], "b": sums[1]}, "a", None, 200)
@@ -189,14 +190,14 @@ def test_users_that_hold_nearly_all_of_what_counts_tell_little(few: str, number:
             predicted, rows = 1 / (1 + np.exp(-logit)), np.arange(len(user))
             task = MeasuredTask("it", "binary", 1.0)
             scored = measure([task], user, rows, {"it": predicted}, {"it": label}, score=predicted, weight=weight)
-            sums[name] = close_sums(scored)
-        summaries = {name: typed.summarise(each, 2) for name, each in sums.items()}
-        result = compare(sums, "a", summaries, ["it"], "auc", Rule(), 100)
+            sums[name] = scored
+        models = {name: typed.MeasuredModel(each, typed.summarise(each, 2)) for name, each in sums.items()}
+        result = compare(models, "a", ["it"], Evaluation(), 100)
         auc = result.against["b"].groups["it"]["auc"]
         assert auc.p is not None
         shown += auc.p < 0.05
         effective.append(auc.effective_users)
-        assert any("few users" in each for each in describe_comparison(result, summaries["a"]))
+        assert any("few users" in each for each in describe_comparison(result, models["a"].summary))
         assert "Few users have most" in summarise(sums["a"], 10)["tasks"]["it"]["note"]
     assert shown <= most, "chance gives more less than once in 100 times"
     assert 1.5 < np.median(effective) < 8

@@ -8,11 +8,9 @@ import pytest
 from mmoe_rec.evaluation.intervals import (
     Interval,
     Resampled,
-    Values,
     correct_by_holm,
     draw_users,
     effective_sample_size,
-    find_interval,
     resample,
 )
 
@@ -20,10 +18,7 @@ KEY = ("it", "mean")
 
 
 def resampled_mean(values: np.ndarray, resamples: int, seed: int) -> Resampled:
-    def at(counts: np.ndarray) -> Values:
-        return {KEY: values @ counts / len(values)}
-
-    return resample({"it": at}, len(values), resamples, seed)["it"][KEY]
+    return resample(lambda counts: {KEY: values @ counts / len(values)}, len(values), resamples, seed)[KEY]
 
 
 @pytest.mark.parametrize(
@@ -65,7 +60,7 @@ def test_intervals_of_few_users_hold_the_truth_as_often_as_they_say(users: int) 
     for seed in range(400):
         values = np.random.default_rng(seed).normal(size=users)
         redrawn = np.concatenate([values @ counts / users for counts in draw_users(users, 200, seed)])
-        interval = find_interval(float(values.mean()), redrawn, users)
+        interval = Resampled(float(values.mean()), redrawn, np.zeros(users)).interval()
         assert interval.low is not None
         assert interval.high is not None
         held += interval.low <= 0 <= interval.high
@@ -83,9 +78,9 @@ def test_every_draw_is_of_as_many_users_as_there_are() -> None:
 
 def test_no_interval_when_a_metric_is_often_undefined() -> None:
     mostly_undefined = np.where(np.arange(100) < 10, np.nan, 1.0)
-    assert find_interval(1.0, mostly_undefined, users=5) == Interval(1.0)
+    assert Resampled(1.0, mostly_undefined, np.zeros(5)).interval() == Interval(1.0)
     rarely_undefined = np.where(np.arange(100) < 4, np.nan, 1.0)
-    assert find_interval(1.0, rarely_undefined, users=5) == Interval(1.0, 1.0, 1.0)
+    assert Resampled(1.0, rarely_undefined, np.zeros(5)).interval() == Interval(1.0, 1.0, 1.0)
 
 
 def test_holm_by_hand() -> None:

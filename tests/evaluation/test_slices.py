@@ -9,17 +9,19 @@ import pytest
 from simulated_log import Log, simulate
 from sklearn.metrics import roc_auc_score
 
-from mmoe_rec.evaluation.slices import ALL, SlicedModel, compare_slices, sort_worst_first
-from mmoe_rec.evaluation.sums import close_sums
+from mmoe_rec.evaluation.slices import ALL, compare_slices, sort_worst_first
+from mmoe_rec.evaluation.summary import MeasuredModel, summarise
 from mmoe_rec.report.sentences import describe_slices
 
 
-def model(log: Log, of_rows: np.ndarray) -> SlicedModel:
+def model(log: Log, of_rows: np.ndarray) -> MeasuredModel:
+    sums = log.measure()
+    grouped = sums.users > len(sums.tables["ranking"])
     slices = {
-        ("kind", str(each)): close_sums(log.take(np.flatnonzero(of_rows == each)).measure())
+        ("kind", str(each)): log.take(np.flatnonzero(of_rows == each)).measure(grouped=grouped)
         for each in np.unique(of_rows)
     }
-    return SlicedModel(close_sums(log.measure()), slices)
+    return MeasuredModel(sums, summarise(sums, 1), slices=slices)
 
 
 @pytest.fixture
@@ -83,15 +85,12 @@ def test_few_labels_are_counted_and_not_judged(log: Log) -> None:
 
 
 def test_groups_of_users_are_redrawn_alike(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = [each.value for each in compare_slices({"ours": model(log, log.users % 3)}, "ours", 20)]
     monkeypatch.setattr("mmoe_rec.evaluation.sums.MOST_UNITS", 64)
-    of_rows = log.users % 3
-    slices = {
-        ("kind", str(each)): close_sums(log.take(np.flatnonzero(of_rows == each)).measure(), grouped=True)
-        for each in range(3)
-    }
-    records = compare_slices({"ours": SlicedModel(close_sums(log.measure()), slices)}, "ours", 100)
-    expected = [each.value for each in compare_slices({"ours": model(log, of_rows)}, "ours", 20)]
-    assert [each.value for each in records] == pytest.approx(expected, nan_ok=True)
+    grouped = model(log, log.users % 3)
+    assert len(grouped.sums.tables["ranking"]) <= 64
+    found = [each.value for each in compare_slices({"ours": grouped}, "ours", 100)]
+    assert found == pytest.approx(expected, nan_ok=True)
 
 
 def test_lists_that_slices_cut_are_not_compared_with_whole_ones(log: Log) -> None:

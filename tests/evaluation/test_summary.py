@@ -19,7 +19,7 @@ from sklearn.metrics import (
 from mmoe_rec.evaluation import summary as typed
 from mmoe_rec.evaluation.intervals import draw_users
 from mmoe_rec.evaluation.summary import flatten, sums_by_user
-from mmoe_rec.evaluation.sums import MeasuredTask, measure, merge_all
+from mmoe_rec.evaluation.sums import MeasuredTask, measure
 from mmoe_rec.report.findings import find_in_summary
 from mmoe_rec.report.sentences import describe_notes
 from tests.evaluation.trees import summarise
@@ -83,7 +83,7 @@ def test_areas_are_exact_and_their_intervals_good_where_bins_hold_many_values(sp
     log = replace(log, labels=log.labels | {"bought": kept})
     _, label, prediction = log.observed("bought")
     exact = summarise(log.measure(), resamples=200)["tasks"]["bought"]
-    monkeypatch.setattr("mmoe_rec.evaluation.metrics.auc.MOST_BINS", 400)
+    monkeypatch.setattr("mmoe_rec.evaluation.metrics.binary.MOST_BINS", 400)
     found = summarise(log.measure(), resamples=200)["tasks"]["bought"]
     for metric, area in (("auc", roc_auc_score), ("average_precision", average_precision_score)):
         assert found[metric]["value"] == pytest.approx(area(label, prediction), abs=1e-12)
@@ -299,7 +299,7 @@ def test_a_resampled_metric_is_that_of_the_redrawn_rows(log: Log, weighted: bool
     """A user drawn twice counts as two users: the metric of the rows taken as often as their user was drawn."""
     weight = np.random.default_rng(6).uniform(0.1, 9, len(log.score)) if weighted else np.ones(len(log.score))
     log = with_mean(replace(log, weight=weight), 1.7e9, 100.0)
-    sums = merge_all(log.take(np.flatnonzero(log.requests // 1_000_003 % 5 == part)).measure() for part in range(5))
+    sums = log.measure()
     counts = next(draw_users(len(sums.tables["ranking"]), 3, seed=4))
     drawn = dict(zip(sums.tables["ranking"]["user"].to_pylist(), counts, strict=True))
     groups = sums_by_user(sums)

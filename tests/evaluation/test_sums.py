@@ -1,4 +1,4 @@
-"""Sums: any partition merges to the same, saved is loaded, bad input is named."""
+"""Sums are those of loops, whatever the form of the columns; parts of users are joined; bad input is named."""
 
 import json
 from dataclasses import replace
@@ -6,60 +6,15 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from simulated_log import BOUGHT, SPENT, Log, simulate
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.evaluation.metrics.auc import bin_edges
-from mmoe_rec.evaluation.sums import (
-    ClosedSums,
-    EvaluationSums,
-    MeasuredTask,
-    close_sums,
-    group_of,
-    join_sums,
-    measure,
-    merge_all,
-)
+from mmoe_rec.evaluation.metrics.binary import bin_edges
+from mmoe_rec.evaluation.sums import MeasuredTask, group_of, join_sums, measure
 from mmoe_rec.log.hashing import hash_column
 from tests.evaluation.trees import find_differences, summarise
-
-
-def assert_same(found: EvaluationSums, expected: EvaluationSums) -> None:
-    """Keys and counts equal, floating-point sums equal up to rounding."""
-    assert found.tasks == expected.tasks
-    assert found.tables.keys() == expected.tables.keys()
-    for name, table in expected.tables.items():
-        assert found.tables[name].schema == table.schema
-        assert found.tables[name].num_rows == table.num_rows
-        for column in table.column_names:
-            left, right = found.tables[name][column], table[column]
-            if pa.types.is_floating(table.schema.field(column).type):
-                # A spread is as good as the rounding of the labels' mean, where few labels lie together.
-                atol = 1e-11 if column == "label_spread" else 1e-14
-                np.testing.assert_allclose(left.to_numpy(), right.to_numpy(), rtol=1e-12, atol=atol)
-            else:
-                assert left.equals(right), f"{name}.{column}"
-
-
-@given(seed=st.integers(0, 2**32 - 1), parts=st.integers(1, 9), text_users=st.booleans(), weighted=st.booleans())
-@settings(max_examples=25, deadline=None)
-def test_any_partition_in_any_order_merges_to_the_same(seed: int, parts: int, text_users: bool, weighted: bool) -> None:
-    generator = np.random.default_rng(seed)
-    log = simulate(seed, users=7, requests=40, decimals=generator.choice([None, 1]))
-    if text_users:
-        log = replace(log, users=np.array([f"user {user}" for user in log.users]))
-    if weighted:
-        log = replace(log, weight=generator.uniform(0.5, 20, size=len(log.score)))
-    part_of_request = generator.integers(parts, size=40)[log.requests // 1_000_003]
-    pieces = [log.take(generator.permutation(np.flatnonzero(part_of_request == part))) for part in range(parts)]
-    sums = [piece.measure() for piece in pieces if len(piece.score)]
-    generator.shuffle(sums)  # type: ignore[arg-type]
-    expected = log.measure()
-    assert_same(merge_all(sums), expected)
-    assert_same(sums[0].merge(*sums[1:]), expected)
 
 
 def test_tables_hold_what_naive_loops_count(log: Log) -> None:
@@ -119,20 +74,12 @@ def test_arrow_columns_count_as_their_numpy_equals(log: Log) -> None:
         labels,
         score=pa.array(log.score),
     )
-    assert_same(found, log.measure())
+    assert found == log.measure()
 
 
-def test_save_and_load(log: Log, tied_log: Log, tmp_path: Path) -> None:
-    for each in (tied_log, log):
-        each.measure().save(tmp_path / "sums")
-        assert EvaluationSums.load(tmp_path / "sums") == each.measure()
-    named = replace(log, users=log.users.astype(str)).measure()
-    named.save(tmp_path / "named")
-    assert EvaluationSums.load(tmp_path / "named") == named
-
-
-def test_a_save_cut_short_leaves_the_old_sums(log: Log, tied_log: Log, tmp_path: Path, monkeypatch) -> None:
-    tied_log.measure().save(tmp_path / "sums")
+def test_a_save_that_is_cut_short_leaves_the_sums_before(log: Log, tied_log: Log, tmp_path: Path, monkeypatch) -> None:
+    before = tied_log.measure()
+    before.save(tmp_path / "sums")
 
     def killed(*_: object) -> None:
         raise KeyboardInterrupt
@@ -140,7 +87,9 @@ def test_a_save_cut_short_leaves_the_old_sums(log: Log, tied_log: Log, tmp_path:
     monkeypatch.setattr("mmoe_rec.evaluation.sums.pq.write_table", killed)
     with pytest.raises(KeyboardInterrupt):
         log.measure().save(tmp_path / "sums")
-    assert EvaluationSums.load(tmp_path / "sums") == tied_log.measure()
+    assert json.loads((tmp_path / "sums/sums.json").read_text())["tables"] == list(before.tables)
+    for name, table in before.tables.items():
+        assert pq.read_table(tmp_path / f"sums/{name}.parquet").equals(table)
 
 
 def test_saving_never_replaces_files_that_are_not_sums(log: Log, tmp_path: Path) -> None:
@@ -148,27 +97,6 @@ def test_saving_never_replaces_files_that_are_not_sums(log: Log, tmp_path: Path)
     with pytest.raises(UserError, match="holds other files"):
         log.measure().save(tmp_path)
     assert (tmp_path / "report.html").read_text() == "mine"
-
-
-def test_load_says_what_is_wrong(log: Log, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"sums\.json' does not exist"):
-        EvaluationSums.load(tmp_path)
-    log.measure().save(tmp_path / "sums")
-    manifest = tmp_path / "sums" / "sums.json"
-    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"format": 99}))
-    with pytest.raises(UserError, match="format 99"):
-        EvaluationSums.load(tmp_path / "sums")
-
-
-def test_merge_refuses_other_tasks_and_other_users(log: Log) -> None:
-    sums = log.measure()
-    other = replace(log, tasks=(replace(BOUGHT, weight=2.0), *log.tasks[1:])).measure()
-    with pytest.raises(UserError, match="different tasks"):
-        sums.merge(other)
-    with pytest.raises(UserError, match="int64 users with sums of string users"):
-        sums.merge(replace(log, users=log.users.astype(str)).measure())
-    with pytest.raises(UserError, match="no sums to merge"):
-        merge_all([])
 
 
 def _with(values: np.ndarray, row: int, value: float) -> np.ndarray:
@@ -238,10 +166,9 @@ def intervals(summary: dict) -> dict[tuple[str, str], dict[str, float]]:
 def test_groups_of_users_have_the_values_of_users_and_intervals_as_wide(text: bool, monkeypatch) -> None:
     log = simulate(seed=5, users=4000, requests=6000)
     log = replace(log, users=log.users.astype(str)) if text else log
-    sums = log.measure()
-    alone = intervals(summarise(sums, 400))
+    alone = intervals(summarise(log.measure(grouped=False), 400))
     monkeypatch.setattr("mmoe_rec.evaluation.sums.MOST_UNITS", 512)
-    grouped = close_sums(sums)
+    grouped = log.measure()
     assert 505 < len(grouped.tables["ranking"]) <= 512
     summary = summarise(grouped, 400)
     assert summary["users"] == grouped.users == len(np.unique(log.users)) > 2000
@@ -260,9 +187,8 @@ def test_groups_of_users_have_the_values_of_users_and_intervals_as_wide(text: bo
 
 def test_parts_that_share_no_user_are_joined(monkeypatch) -> None:
     monkeypatch.setattr("mmoe_rec.evaluation.sums.MOST_UNITS", 64)
-    monkeypatch.setattr("mmoe_rec.evaluation.metrics.auc.MOST_BINS", 100)
+    monkeypatch.setattr("mmoe_rec.evaluation.metrics.binary.MOST_BINS", 100)
     log = simulate(seed=6, users=1000, requests=3000)
-    whole = log.measure()
     edges = {}
     for task in ("bought", "liked"):
         _, label, prediction = log.observed(task)
@@ -270,11 +196,9 @@ def test_parts_that_share_no_user_are_joined(monkeypatch) -> None:
         counts = [np.bincount(place, each, len(values)) for each in (label, 1 - label)]
         edges[task] = bin_edges(values, *counts)
         assert 50 < len(edges[task]) < 100
-    groups = group_of(hash_column(whole.tables["ranking"]["user"].combine_chunks()))
-    group = dict(zip(whole.tables["ranking"]["user"].to_pylist(), groups, strict=True))
-    part = np.array([group[user] // 16 for user in log.users.tolist()])
-    parts = [close_sums(log.take(np.flatnonzero(part == each)).measure(), edges, grouped=True) for each in range(4)]
-    found, expected = join_sums(parts), close_sums(whole, edges)
+    part = group_of(hash_column(pa.array(log.users))) // 16
+    parts = [log.take(np.flatnonzero(part == each)).measure(edges=edges, grouped=True) for each in range(4)]
+    found, expected = join_sums(parts), log.measure(edges=edges)
     apart = find_differences({"parts": found, "whole": expected}, "parts", resamples=20)["against"]["whole"]["groups"]
     assert apart["bought"]["auc"]["value"] == apart["bought"]["auc"]["detectable"] == 0.0
     assert apart["bought"]["auc"]["p"] == apart["liked"]["logloss"]["p"] == 1.0
@@ -291,13 +215,3 @@ def test_bins_are_narrow_where_rare_positives_are() -> None:
     assert 2_000 < len(edges) < 4_096
     assert (edges >= 99_000).sum() > 250
     np.testing.assert_array_equal(bin_edges(values[:50], positives[:50], 1 - positives[:50]), values[1:50])
-
-
-def test_closed_sums_are_saved_and_loaded(log: Log, tmp_path: Path) -> None:
-    sums = log.measure()
-    close_sums(sums).save(tmp_path / "closed")
-    sums.save(tmp_path / "open")
-    assert summarise(ClosedSums.load(tmp_path / "closed"), 20) == summarise(sums, 20)
-    assert summarise(ClosedSums.load(tmp_path / "open"), 20) == summarise(sums, 20)
-    with pytest.raises(UserError, match="can't be merged"):
-        EvaluationSums.load(tmp_path / "closed")

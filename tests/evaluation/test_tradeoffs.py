@@ -5,27 +5,20 @@ from __future__ import annotations
 from dataclasses import asdict
 
 import numpy as np
-import pyarrow as pa
 import pytest
+from simulated_log import scored_rows
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.intervals import UNDEFINED
+from mmoe_rec.evaluation.scoring import ScoredRows
 from mmoe_rec.evaluation.summary import summarise
 from mmoe_rec.evaluation.sums import MeasuredTask, measure
-from mmoe_rec.evaluation.tradeoffs import (
-    Lists,
-    Sweep,
-    choose_weights,
-    compare_with_first,
-    find_front,
-    make_grid,
-    normalise,
-)
+from mmoe_rec.evaluation.tradeoffs import Sweep, choose_weights, find_front, make_grid, normalise
 
 TASKS = ["bought", "liked"]
 
 
-def lists(seed: int = 0, users: int = 300) -> Lists:
+def rows(seed: int = 0, users: int = 300) -> ScoredRows:
     """Two tasks that want different rows first."""
     random = np.random.default_rng(seed)
     requests = 4 * users
@@ -34,21 +27,20 @@ def lists(seed: int = 0, users: int = 300) -> Lists:
     logit[:, 1] -= 0.5 * logit[:, 0]
     labels = (random.random(logit.shape) < 1 / (1 + np.exp(-logit))).astype(float)
     labels[:, 1] = np.where(random.random(len(request)) < 0.3, np.nan, labels[:, 1])
-    return Lists(pa.array(request // 4), pa.array(request), -np.log1p(np.exp(-logit)), labels)
+    return scored_rows(TASKS, request // 4, request, 1 / (1 + np.exp(-logit)), labels)
 
 
 def test_values_are_the_ndcg_of_each_ranking_and_task() -> None:
-    rows, weights = lists(), make_grid(2, (0.3, 0.7))
+    given, weights = rows(), make_grid(2, (0.3, 0.7))
     assert weights[0] == (0.3, 0.7)
     assert len(weights) == 21  # the deployed ones are on the grid
-    found = find_front(Sweep(TASKS, rows, weights), 100)
-    predicted = {name: np.exp(rows.logs[:, task]) for task, name in enumerate(TASKS)}
-    labels = {name: rows.labels[:, task] for task, name in enumerate(TASKS)}
+    found = find_front(Sweep(given, weights, 100))
+    predicted, labels = (dict(zip(TASKS, each.T, strict=True)) for each in (given.predictions, given.labels))
     for number in (0, 4, 20):
         for task in TASKS:
             measured = [MeasuredTask(name, "binary", float(name == task)) for name in TASKS]
-            score = rows.logs @ np.array(weights[number])
-            summary = summarise(measure(measured, rows.users, rows.requests, predicted, labels, score=score), 100)
+            score = np.log(given.predictions) @ np.array(weights[number])
+            summary = summarise(measure(measured, given.users, given.requests, predicted, labels, score=score), 100)
             expected = summary.score.metrics["ndcg_at_10"]
             value = found[number].values[task]
             assert asdict(value) == pytest.approx(asdict(expected), rel=1e-9)
@@ -56,7 +48,7 @@ def test_values_are_the_ndcg_of_each_ranking_and_task() -> None:
 
 
 def test_the_front_is_what_no_other_ranking_beats() -> None:
-    found = find_front(Sweep(TASKS, lists(), make_grid(2, (0.5, 0.5))), 20)
+    found = find_front(Sweep(rows(), make_grid(2, (0.5, 0.5)), 20))
     points = [[each.values[task].value for task in TASKS] for each in found]
     for each, mine in zip(found, points, strict=True):
         better = [its for its in points if its[0] >= mine[0] and its[1] >= mine[1] and its != mine]
@@ -69,17 +61,17 @@ def test_the_front_is_what_no_other_ranking_beats() -> None:
 
 
 def test_the_goal_is_raised_while_others_lose_no_more_than_they_may() -> None:
-    sweep = Sweep(TASKS, lists(), make_grid(2, (0.5, 0.5)))
-    number = choose_weights(sweep, "bought", {}, 200)
+    sweep = Sweep(rows(), make_grid(2, (0.5, 0.5)), 200)
+    number = choose_weights(sweep, "bought", {})
     assert sweep.weights[number][0] > 0.8
-    assert compare_with_first(sweep, number, 200)["liked"].high < 0
-    number = choose_weights(sweep, "bought", {"liked": 0.03}, 200)
+    assert sweep.compare_with_first(number)["liked"].high < 0
+    number = choose_weights(sweep, "bought", {"liked": 0.03})
     assert 0.5 < sweep.weights[number][0] < 0.8
-    apart = compare_with_first(sweep, number, 200)
+    apart = sweep.compare_with_first(number)
     assert apart["liked"].low >= -0.03
     assert apart["bought"].value > 0
     # None gains without a loss, so the deployed weights stay.
-    assert choose_weights(sweep, "bought", {"liked": 0.0}, 200) == 0
+    assert choose_weights(sweep, "bought", {"liked": 0.0}) == 0
 
 
 def test_weights_of_any_number_of_tasks_sum_to_1() -> None:
@@ -97,10 +89,10 @@ def test_weights_of_any_number_of_tasks_sum_to_1() -> None:
 
 
 def test_many_users_are_redrawn_in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows, weights = lists(1, users=600), [(0.5, 0.5), (1.0, 0.0)]
-    alone = find_front(Sweep(TASKS, rows, weights), 400)
+    given, weights = rows(1, users=600), [(0.5, 0.5), (1.0, 0.0)]
+    alone = find_front(Sweep(given, weights, 400))
     monkeypatch.setattr("mmoe_rec.evaluation.sums.MOST_UNITS", 128)
-    together = find_front(Sweep(TASKS, rows, weights), 400)
+    together = find_front(Sweep(given, weights, 400))
     for one, other in zip(alone, together, strict=True):
         for task in TASKS:
             assert other.values[task].value == pytest.approx(one.values[task].value, rel=1e-9)
@@ -109,8 +101,8 @@ def test_many_users_are_redrawn_in_groups(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_task_without_a_relevant_row_is_undefined() -> None:
-    rows = lists(2, users=30)
-    rows.labels[:, 1] = np.nan
-    found = find_front(Sweep(TASKS, rows, [(0.5, 0.5), (1.0, 0.0)]), 20)
+    given = rows(2, users=30)
+    given.labels[:, 1] = np.nan
+    found = find_front(Sweep(given, [(0.5, 0.5), (1.0, 0.0)], 20))
     assert found[0].values["liked"] == UNDEFINED
     assert found[0].values["bought"].value is not None

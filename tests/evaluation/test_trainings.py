@@ -9,18 +9,18 @@ from simulated_log import Log, simulate
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.comparison import Objective
-from mmoe_rec.evaluation.sums import ClosedSums, MeasuredTask, close_sums, measure
+from mmoe_rec.evaluation.sums import EvaluationSums, MeasuredTask, measure
 from mmoe_rec.evaluation.trainings import average_trainings, compare_trainings
 from mmoe_rec.report.trainings import describe_differences
 
 SPENT = MeasuredTask("spent", "regression")
 
 
-def trained(labels: np.ndarray, shift: float) -> ClosedSums:
+def trained(labels: np.ndarray, shift: float) -> EvaluationSums:
     """A model that errs by a label less than zero: its mean absolute error is |label - shift|."""
     ids = np.arange(len(labels))
     predicted = np.full(len(labels), shift)
-    return close_sums(measure([SPENT], ids, ids, {"spent": predicted}, {"spent": labels}, score=predicted))
+    return measure([SPENT], ids, ids, {"spent": predicted}, {"spent": labels}, score=predicted)
 
 
 def test_the_same_training_again_has_the_interval_of_users() -> None:
@@ -105,10 +105,10 @@ def test_users_who_decide_nearly_alone_give_no_interval() -> None:
     """One user with 5,000 rows beside 30 with one: the effective number is 1.01."""
     labels, users = np.random.default_rng(0).normal(5, 1, size=5_030), np.r_[np.zeros(5_000, int), np.arange(1, 31)]
 
-    def model(shift: float) -> ClosedSums:
+    def model(shift: float) -> EvaluationSums:
         predicted = labels * shift
         rows = np.arange(len(labels))
-        return close_sums(measure([SPENT], users, rows, {"spent": predicted}, {"spent": labels}, score=predicted))
+        return measure([SPENT], users, rows, {"spent": predicted}, {"spent": labels}, score=predicted)
 
     sides = [[model(shift + each) for each in (0.0, 0.1)] for shift in (0.2, 0.5)]
     found = compare_trainings(sides[0], {"it": sides[1]}, resamples=50)["it"].groups["spent"]["mae"]
@@ -134,7 +134,7 @@ def test_what_decides_is_corrected_for_settings_alone() -> None:
 def test_what_is_undefined_is_none() -> None:
     log: Log = simulate(seed=0)
     log.labels["liked"][:] = np.nan
-    found = average_trainings([close_sums(log.measure())] * 2, 20)
+    found = average_trainings([log.measure()] * 2, 20)
     assert found["liked"]["auc"].mean is found["liked"]["auc"].low is None
     assert found["liked"]["auc"].values == (None, None)
     assert found["bought"]["auc"].low < found["bought"]["auc"].mean

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from mmoe_rec.inspection.statistics import DistinctCount, auc, auc_of_scores, psi, psi_noise, smoothed_rates
+from mmoe_rec.inspection.sums import DistinctCount, auc, auc_of_scores, psi, psi_noise, smoothed_rates
 from mmoe_rec.log.hashing import mix
 
 

@@ -7,8 +7,7 @@ import pandas as pd
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from mmoe_rec.inspection.statistics import psi
-from mmoe_rec.inspection.sums import SPLITS
+from mmoe_rec.inspection.sums import SPLITS, psi
 from tests.inspection.encoded_data import (
     EDGES,
     ITEMS,

@@ -125,7 +125,7 @@ def test_many_users_and_values_are_measured_in_groups_and_bins(tmp_path: Path, m
     expected = measure_predictions(columns_of_tasks(TASKS), source, tmp_path / "a", MeasureOptions(100))
     for module in ("mmoe_rec.evaluation.sums", "mmoe_rec.jobs.metrics"):
         monkeypatch.setattr(f"{module}.MOST_UNITS", 32)
-    monkeypatch.setattr("mmoe_rec.evaluation.metrics.auc.MOST_BINS", 200)
+    monkeypatch.setattr("mmoe_rec.evaluation.metrics.binary.MOST_BINS", 200)
     monkeypatch.setattr("mmoe_rec.jobs.metrics.ROWS_PER_PART", 300)
     found = measure_predictions(columns_of_tasks(TASKS), source, tmp_path / "b", MeasureOptions(100))
     assert found["users"] == expected["users"] == 97

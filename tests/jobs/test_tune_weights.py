@@ -10,7 +10,7 @@ import pytest
 
 from mmoe_rec.batches.encoded_rows import EncodedRows
 from mmoe_rec.evaluation.scoring import score_rows
-from mmoe_rec.evaluation.tradeoffs import WeightsChoice, lists_of
+from mmoe_rec.evaluation.tradeoffs import WeightsChoice, log_predictions
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.report.tables import show_choice
 from tests import commands
@@ -35,7 +35,7 @@ def test_logs_are_those_of_the_served_score(model: SmallModel) -> None:
     ranker = Ranker.load(model.folder)
     scored = score_rows(ranker.model, ranker.layout, EncodedRows(model.prepared.split("test"), ranker.layout), 64)
     weights = np.array([task.score_weight for task in ranker.layout.tasks])
-    np.testing.assert_allclose(lists_of(scored).logs @ weights, scored.score, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(log_predictions(scored) @ weights, scored.score, rtol=1e-4, atol=1e-4)
 
 
 def test_the_choice_is_told_on_test_rows(model: SmallModel, capsys: pytest.CaptureFixture) -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
-import pyarrow as pa
 
-from mmoe_rec.evaluation.results import MeasuredModel, PlacementRecord, Results
-from mmoe_rec.evaluation.summary import summarise
-from mmoe_rec.evaluation.sums import EvaluationSums, MeasuredTask, close_sums, measure
-from mmoe_rec.evaluation.tradeoffs import Lists, Sweep, find_front, make_grid
+from mmoe_rec.evaluation.results import Results
+from mmoe_rec.evaluation.summary import MeasuredModel, PlacementRecord, summarise
+from mmoe_rec.evaluation.sums import EvaluationSums, MeasuredTask, measure
+from mmoe_rec.evaluation.tradeoffs import Sweep, find_front, make_grid
 from mmoe_rec.settings.sections import Evaluation
+from tests.evaluation.simulated_log import scored_rows
 
 
 def evaluation(first: str = "new", second: str = "old", tasks: tuple[str, str] = ("bought", "spent")) -> Results:
@@ -21,12 +21,10 @@ def evaluation(first: str = "new", second: str = "old", tasks: tuple[str, str] =
     label = (random.random(len(user)) < 1 / (1 + np.exp(-logit))).astype(float)
     measured = [MeasuredTask(tasks[0], "binary"), MeasuredTask(tasks[1], "regression", 0.1)]
     kind = np.where(user < 60, "few & far", "many")
-    logs = np.log(np.stack([1 / (1 + np.exp(-logit)), random.random(len(user))], 1))
-    rows = Lists(
-        pa.array(user), pa.array(request), logs, np.stack([label, random.integers(2, size=len(user))], 1).astype(float)
-    )
+    both = np.stack([1 / (1 + np.exp(-logit)), random.random(len(user))], 1)
+    rows = scored_rows(tasks, user, request, both, np.stack([label, random.integers(2, size=len(user))], 1))
     more = {
-        "tradeoffs": find_front(Sweep(tasks, rows, make_grid(2, (0.6, 0.4))), 20),
+        "tradeoffs": find_front(Sweep(rows, make_grid(2, (0.6, 0.4)), 20)),
         "placement": [
             PlacementRecord("position", value, 100, {"bought": odds, "spent": odds - 1})
             for value, odds in (("1", 1.5), ("<2>", 0.5))
@@ -49,7 +47,7 @@ def evaluation(first: str = "new", second: str = "old", tasks: tuple[str, str] =
             f"models:/{name}",
             {task: [0.25, 0.75] for task in tasks},
             seen=[f"was trained on rows of '{name}'"] if name == second else [],
-            slices={("kind", each): close_sums(of(np.flatnonzero(kind == each))) for each in ("few & far", "many")},
+            slices={("kind", each): of(np.flatnonzero(kind == each)) for each in ("few & far", "many")},
             **(more if name == first else {}),
         )
     facts = {f"log of {tasks[0]}": "somewhere"}

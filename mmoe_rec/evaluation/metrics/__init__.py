@@ -1,26 +1,26 @@
-"""All metrics of an evaluation."""
+"""All metrics of an evaluation: a new one is a class in `binary`, `regression` or `ranking`, and a line here."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from mmoe_rec.evaluation.metrics import auc, catalogue, probability, ranking, regression
+from mmoe_rec.evaluation.metrics import binary, ranking, regression
 from mmoe_rec.evaluation.metrics.metric import Metric
 
 CUTOFFS = (5, 10)
 """Of metrics of the first rows of a list."""
 
 METRICS: tuple[Metric[Any], ...] = (
-    auc.Auc(),
-    auc.AveragePrecision(),
-    auc.GaucUser(),
-    auc.GaucUserUnweighted(),
-    auc.GaucRequest(),
-    auc.GaucRequestUnweighted(),
-    probability.Logloss(),
-    probability.NormalisedEntropy(),
-    probability.CalibrationRatio(),
-    probability.ExpectedCalibrationError(),
+    binary.Auc(),
+    binary.AveragePrecision(),
+    binary.Gauc("user"),
+    binary.Gauc("user", weighted=False),
+    binary.Gauc("request"),
+    binary.Gauc("request", weighted=False),
+    binary.Logloss(),
+    binary.NormalisedEntropy(),
+    binary.CalibrationRatio(),
+    binary.ExpectedCalibrationError(),
     regression.RootMeanSquaredError(),
     regression.MeanAbsoluteError(),
     regression.RSquared(),
@@ -28,8 +28,11 @@ METRICS: tuple[Metric[Any], ...] = (
 )
 """In the order in which tables show them."""
 
-
-CATALOGUE_METRICS = tuple(catalogue.catalogue_metrics(CUTOFFS))
+CATALOGUE_METRICS = tuple(
+    metric(cutoff, is_headline=cutoff == max(CUTOFFS))
+    for metric in (ranking.Coverage, ranking.Gini, ranking.Novelty)
+    for cutoff in CUTOFFS
+)
 """Of all requests together, where candidates are known."""
 
 

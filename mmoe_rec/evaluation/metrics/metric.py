@@ -1,8 +1,8 @@
 """What a metric says of itself, and what it is given.
 
-Rows are measured into sums per user (`measure`), which are added up over any number of parts of the rows; `summarise`
-computes the value from the sums. The intervals redraw users, so `summarise` is asked for R resamples at once, in which
-each user counts as often as it was drawn. One resample that counts every user once gives the metric itself.
+Rows are measured into sums per user (`measure`); `summarise` computes the value from the sums. The intervals redraw
+users, so `summarise` is asked for R resamples at once, in which each user counts as often as it was drawn. One resample
+that counts every user once gives the metric itself.
 """
 
 from abc import ABC, abstractmethod
@@ -14,7 +14,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.intervals import effective_sample_size
 
 Measured = TypeVar("Measured")
@@ -51,7 +50,7 @@ class Metric(Named, Generic[Measured]):
 
     kinds: Sequence[str]
     """What it is a metric of: `binary` and `regression` tasks, or the `score`."""
-    totals: Sequence[str]
+    totals: Sequence[str] = ()
     """The sums that `summarise` reads: its own, those of others, and those of `EvaluationSums` (`weight`, `label`)."""
     of_lists: bool = False
     """Of a metric of tasks: whether it measures ranked lists, as those of the score always do: the rows of each request
@@ -59,12 +58,6 @@ class Metric(Named, Generic[Measured]):
     ranks_within: bool = False
     """Whether it says how well rows are ranked within users or requests, of which a row alone says nothing."""
     has_interval: bool = True
-    merged: Mapping[str, Literal["min", "max"]] = {}
-    """How to merge those of its sums that are not added up."""
-
-    def __init__(self) -> None:
-        if missing := [each for each in ("name", "kinds", "better", "totals") if not hasattr(self, each)]:
-            raise TypeError(f"metric {type(self).__name__} does not say: {', '.join(missing)}")
 
     def is_shown(self, of_score: bool) -> bool:
         """Whether a table shows it of the score, or of tasks: of how these rank each request's rows, only GAUC."""
@@ -72,10 +65,6 @@ class Metric(Named, Generic[Measured]):
 
     def measure(self, rows: Measured) -> dict[str, np.ndarray]:
         """Sums of its own, if any: name -> what each row (N,) of a task, or each request (Q,) of lists, adds."""
-        return {}
-
-    def of_users(self, users: "UserRows") -> dict[str, np.ndarray]:
-        """Sums of its own that need all rows of a user of a binary task together: name -> what each user (U,) adds."""
         return {}
 
     @abstractmethod
@@ -94,10 +83,6 @@ class Metric(Named, Generic[Measured]):
         """How much each user tells, (U,) from 0 on: of what is divided by, or of what there has to be some of."""
         return [sums.column("weight" if "weight" in sums.table.column_names else "rows")]
 
-    def before_merging(self, parts: pa.Table) -> pa.Table:
-        """Readies sums of parts of the rows, some of the same user, for merging."""
-        return parts
-
 
 class Ratio(Metric[Measured]):
     """A metric that is the ratio of its two `totals`."""
@@ -113,47 +98,37 @@ class Ratio(Metric[Measured]):
 class TaskRows:
     """The N rows in which the label of a task is observed.
 
-    Attributes:
-        label, prediction, weight: (N,) float64.
-        precision: machine precision of the predictions as they were given.
-        request: (N,) int64 in [0, requests), each of which has a row.
+    label, prediction, weight: (N,) float64; precision: machine precision of the predictions as they were given;
+    user, request, unit: (N,) int64 from 0 on, without gaps; a unit is the user, or the group of users, that resamples
+    draw.
     """
 
     label: np.ndarray
     prediction: np.ndarray
     weight: np.ndarray
     precision: float
+    user: np.ndarray
     request: np.ndarray
-    requests: int
+    unit: np.ndarray
 
-    def at_first_rows(self, values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Values of requests, name -> (Q,), as what rows add: name -> (N,), 0 but for one row of each request."""
-        first = np.zeros(self.requests, np.int64)
-        first[self.request[::-1]] = np.arange(len(self.request))[::-1]  # what is written last stays
-        found = {name: np.zeros(len(self.request), each.dtype) for name, each in values.items()}
+    def at_first_rows(self, group: np.ndarray, values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Values of groups of rows, name -> (G,), as what rows add: name -> (N,), 0 but for one row of each group.
+
+        group: (N,) int64 in [0, G), such as `request`; each group has a row.
+        """
+        first = np.zeros(int(group.max(initial=-1)) + 1, np.int64)
+        first[group[::-1]] = np.arange(len(group))[::-1]  # what is written last stays
+        found = {name: np.zeros(len(group), each.dtype) for name, each in values.items()}
         for name, each in values.items():
             found[name][first] = each
         return found
 
 
-@dataclass(frozen=True)
-class UserRows:
-    """All rows of each of U users in which the label of a binary task is observed.
-
-    auc: (U,) float64, NaN for a user without both classes; rows, weight: (U,) float64, how many there are, and their
-    weight.
-    """
-
-    auc: np.ndarray
-    rows: np.ndarray
-    weight: np.ndarray
-
-
 class UserSums:
     """The sums of a task, or of the score, for each of all U users, or groups of them, that resamples draw.
 
-    metrics: those of the task or the score; tables: of `ClosedSums`; task: its name, None for the score; bins, counts:
-    the tables of a binary task.
+    metrics: those of the task or the score; tables: of `EvaluationSums`; task: its name, None for the score; bins,
+    counts: the tables of a binary task.
     """
 
     def __init__(self, metrics: Sequence[Metric[Any]], tables: Mapping[str, pa.Table], task: str | None) -> None:
@@ -163,17 +138,14 @@ class UserSums:
         self._metrics = [metric for metric in metrics if metric.has_interval]
         self._place = self.index(self.table["user"])
         self._made: dict[Any, Any] = {}
-        read = {name for metric in metrics for name in metric.totals}
-        self._totals = sorted(read, key=[*self.table.column_names, *read].index)
+        self._totals = sorted({name for metric in metrics for name in metric.totals})
         self._values = np.array([self.column(name) for name in self._totals])
 
-    def column(self, name: str, absent: float = 0.0) -> np.ndarray:
-        """(U,) float64, the sum of each user; `absent` for users without a row."""
+    def column(self, name: str) -> np.ndarray:
+        """(U,) float64, the sum of each user; 0 for users without a row."""
         if name not in self.table.column_names:
-            raise UserError(
-                f"the sums hold no {name!r}, which a metric reads: they are from a version without it; evaluate again"
-            )
-        values = np.full(len(self.users), absent)
+            raise ValueError(f"a metric reads {name!r}, which no metric measures")
+        values = np.zeros(len(self.users))
         values[self._place] = self.table[name].to_numpy()
         return values
 
@@ -226,5 +198,6 @@ class Drawn:
 
 
 def ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
-    """(R,) float64; NaN where the denominator is not positive."""
-    return np.divide(numerator, denominator, out=np.full(len(numerator), np.nan), where=denominator > 0)
+    """The same shape, float64; NaN where the denominator is not positive."""
+    some = np.broadcast_to(denominator > 0, numerator.shape)
+    return np.divide(numerator, denominator, out=np.full(numerator.shape, np.nan), where=some)

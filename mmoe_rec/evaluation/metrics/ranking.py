@@ -1,22 +1,24 @@
 """How well the score, or a task's prediction, ranks the rows of a request: means over requests whose rows differ in
-relevance.
+relevance. And what the first rows of all requests show together of the catalogue, which is all candidates.
 
 Relevance is graded for NDCG; for the others a row is relevant or not. The metrics are computed for all requests at
 once, without a Python loop: sums over requests and over *runs*, rows of one request with equal scores. Rows of a run
 have no order of their own, so each metric is its expected value over a random order of them: none can gain from ties.
 """
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from scipy.special import gammaln
 
 from mmoe_rec.auc import exclusive_sum, runs, starts
-from mmoe_rec.evaluation.metrics.auc import NO_REQUEST
-from mmoe_rec.evaluation.metrics.metric import Ratio
+from mmoe_rec.evaluation.metrics.binary import NO_REQUEST
+from mmoe_rec.evaluation.metrics.metric import Named, Ratio, ratio
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,6 @@ class ListMetric(Ratio[RankedLists]):
     def __init__(self, name: str, of_list: Callable[[RankedLists], np.ndarray], is_headline: bool = True) -> None:
         self.name, self._of_list, self.is_headline = name, of_list, is_headline
         self.totals = (name, "ranked_requests")
-        super().__init__()
 
     def measure(self, lists: RankedLists) -> dict[str, np.ndarray]:
         return {self.name: self._of_list(lists)}
@@ -118,23 +119,17 @@ def ndcg(lists: RankedLists, cutoff: int) -> np.ndarray:
     end = np.minimum(lists.run_first + lists.run_length, cutoff)
     run_discount = (discount_before[end] - discount_before[first]) / lists.run_length
     dcg = np.bincount(lists.request, lists.gain * run_discount[lists.run], lists.requests)
-    ideal = _dcg_by(-lists.gain, lists, cutoff)
-    return np.divide(dcg, ideal, out=np.full(lists.requests, np.nan), where=ideal > 0)
+    return ratio(dcg, _dcg_by(-lists.gain, lists, cutoff))
 
 
 def least_and_random_ndcg(lists: RankedLists, cutoff: int) -> tuple[np.ndarray, np.ndarray]:
     """(Q,) float64 in [0, 1] each: the `ndcg` of the worst order, and the mean of that of all orders; NaN for a request
     without a relevant row."""
     ideal = _dcg_by(-lists.gain, lists, cutoff)
-    worst = _dcg_by(lists.gain, lists, cutoff)
     rows = np.bincount(lists.request, minlength=lists.requests)
     gain = np.bincount(lists.request, lists.gain, lists.requests)
     discount = _discount_before(cutoff)[np.minimum(rows, cutoff)]
-    random = np.divide(gain * discount, rows, out=np.zeros(lists.requests), where=rows > 0)
-    worst, random = (
-        np.divide(each, ideal, out=np.full(lists.requests, np.nan), where=ideal > 0) for each in (worst, random)
-    )
-    return worst, random
+    return ratio(_dcg_by(lists.gain, lists, cutoff), ideal), ratio(ratio(gain * discount, rows), ideal)
 
 
 def _discount_before(cutoff: int) -> np.ndarray:
@@ -160,8 +155,7 @@ def reciprocal_rank(lists: RankedLists) -> np.ndarray:
     Returns:
         (Q,) float64 in (0, 1]; NaN for a request without a relevant row.
     """
-    run_relevant = np.bincount(lists.run, lists.gain > 0)
-    run_request = lists.request[starts(lists.run)]
+    run_relevant, run_request = _relevant(lists), lists.request[starts(lists.run)]
     with_relevant = np.flatnonzero(run_relevant)
     found, first = np.unique(run_request[with_relevant], return_index=True)
     is_deciding = np.zeros(len(run_relevant), dtype=bool)
@@ -195,7 +189,7 @@ def average_precision(lists: RankedLists) -> np.ndarray:
     others = np.divide(place * (relevant - 1), length - 1, out=np.zeros(len(place)), where=length > 1)
     precision = (before[lists.run] + 1 + others) / (lists.position + 1)
     summed = np.bincount(lists.request, relevant / length * precision, lists.requests)
-    return np.divide(summed, total, out=np.full(lists.requests, np.nan), where=total > 0)
+    return ratio(summed, total)
 
 
 def recall(lists: RankedLists, cutoff: int) -> np.ndarray:
@@ -207,7 +201,7 @@ def recall(lists: RankedLists, cutoff: int) -> np.ndarray:
     run_relevant, run_request = _relevant(lists), lists.request[starts(lists.run)]
     total = np.bincount(run_request, run_relevant, lists.requests)
     found = np.bincount(run_request, run_relevant * _inside(lists, cutoff) / lists.run_length, lists.requests)
-    return np.divide(found, total, out=np.full(lists.requests, np.nan), where=total > 0)
+    return ratio(found, total)
 
 
 def hit_rate(lists: RankedLists, cutoff: int) -> np.ndarray:
@@ -238,3 +232,69 @@ def _inside(lists: RankedLists, cutoff: int) -> np.ndarray:
 def _log_choose(n: np.ndarray, k: np.ndarray) -> np.ndarray:
     """log of the binomial coefficient; -inf where k > n."""
     return gammaln(n + 1) - gammaln(k + 1) - gammaln(n - k + 1)
+
+
+class CatalogueMetric(Named):
+    """One metric of the first `cutoff` rows of all requests; it has no interval.
+
+    A candidate is shown as often as it is among the first rows of a request; where rows of equal score reach beyond
+    them, by the probability of that in a random order.
+    """
+
+    what: str
+
+    def __init__(self, cutoff: int, is_headline: bool) -> None:
+        self.name, self.cutoff, self.is_headline = f"{self.what}_at_{cutoff}", cutoff, is_headline
+
+    @abstractmethod
+    def summarise(self, catalogue: pa.Table, requests: int) -> float:
+        """The value. catalogue: of `EvaluationSums`; requests: how many there are."""
+
+    def _shown(self, catalogue: pa.Table) -> np.ndarray:
+        """(C,) how often each candidate is shown; their sum is positive."""
+        found: np.ndarray = catalogue[f"shown_at_{self.cutoff}"].to_numpy()
+        return found
+
+
+class Coverage(CatalogueMetric):
+    """Share of the catalogue that is shown at all (Ge, Delgado-Battenfeld and Jannach, 2010)."""
+
+    what, better = "coverage", "higher"
+
+    def summarise(self, catalogue: pa.Table, requests: int) -> float:
+        log_missed = catalogue[f"log_missed_at_{self.cutoff}"].to_numpy()
+        return float(np.mean(-np.expm1(log_missed)))
+
+
+class Gini(CatalogueMetric):
+    """Gini coefficient of how often candidates are shown: 0 where all are equally often, near 1 where one alone is."""
+
+    what, better = "gini", "lower"
+
+    def summarise(self, catalogue: pa.Table, requests: int) -> float:
+        shown = np.sort(self._shown(catalogue))
+        count = len(shown)
+        return float((2 * np.arange(1, count + 1) - count - 1) @ shown / (count * shown.sum()))
+
+
+class Novelty(CatalogueMetric):
+    """Mean information, in bits, of what is shown: -log2 of the share of requests that have the candidate in their list
+    (Zhou et al., 2010)."""
+
+    what, better = "novelty", "higher"
+
+    def summarise(self, catalogue: pa.Table, requests: int) -> float:
+        shown, listed = self._shown(catalogue), np.minimum(catalogue["rows"].to_numpy() / requests, 1.0)
+        return float(shown @ -np.log2(listed) / shown.sum())
+
+
+def shown_rows(lists: RankedLists, cutoffs: Sequence[int]) -> dict[str, np.ndarray]:
+    """What each of N rows, in the order in which they were given, adds to the sums of its candidate: `shown_at_K`, the
+    probability to be among the first K, and `log_missed_at_K`, the logarithm of that not to be."""
+    found: dict[str, np.ndarray] = {}
+    for cutoff in cutoffs:
+        shown = np.zeros(len(lists.row))
+        shown[lists.row] = (_inside(lists, cutoff) / lists.run_length)[lists.run]
+        with np.errstate(divide="ignore"):
+            found |= {f"shown_at_{cutoff}": shown, f"log_missed_at_{cutoff}": np.log1p(-shown)}
+    return found

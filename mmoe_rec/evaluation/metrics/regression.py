@@ -1,17 +1,13 @@
-"""Errors of a regression, over observed rows.
-
-R2 needs the spread of the labels, and the mean of squares less the square of the mean cancels: for labels of 1.7e9 +-
-100, float64 keeps nothing of the deviation. Instead the sum of squares about the mean of each part is kept, which
-merges by how far the means of the parts lie apart (Chan, Golub and LeVeque, 1983).
-"""
+"""Errors of a regression, over observed rows."""
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
 from mmoe_rec.evaluation.metrics.metric import Drawn, Metric, Ratio, TaskRows, UserSums, ratio
+
+_ROUNDING = 1e-12  # as a share of the mean square: what is left of equal labels
 
 
 class RootMeanSquaredError(Ratio[TaskRows]):
@@ -39,23 +35,18 @@ class RSquared(Metric[TaskRows]):
     """The coefficient of determination: 1 - mean squared error / variance of the labels."""
 
     name, kinds, better, totals = "r2", ("regression",), "higher", ("squared_error", "weight")
-    merged: Mapping[str, Literal["min", "max"]] = {"least_label": "min", "largest_label": "max"}
 
     def measure(self, rows: TaskRows) -> dict[str, np.ndarray]:
-        """`label_spread`, the weighted squares about the mean label of the user; the least and the largest label."""
-        spread = np.zeros(len(rows.label))  # one row has none: merging gives it to the user
-        return {"label_spread": spread, "least_label": rows.label, "largest_label": rows.label}
+        """The label of the user's first row, `label_origin`, and the weighted sums of the distances from it,
+        `label_distance`, and of their squares.
 
-    def before_merging(self, parts: pa.Table) -> pa.Table:
-        """Spreads about the users' means instead of the parts' own: they add up to those of the users."""
-        user = parts["user"].combine_chunks().dictionary_encode().indices.to_numpy()
-        weight, label, spread = (parts[name].to_numpy() for name in ("weight", "label", "label_spread"))
-        totals = np.bincount(user, weight)
-        apart = label / weight - (np.bincount(user, label) / totals)[user]
-        # The mean of a user is rounded: what that adds is taken off again.
-        off = (np.bincount(user, weight * apart) / totals)[user]
-        place = parts.column_names.index("label_spread")
-        return parts.set_column(place, "label_spread", pa.array(spread + weight * (apart - off) ** 2))
+        The mean of squares less the square of the mean cancels where labels are large beside their deviation: for
+        labels of 1.7e9 +- 100, float64 keeps nothing of it.
+        """
+        origin = rows.label[np.unique(rows.unit, return_index=True)[1]]
+        distance = rows.label - origin[rows.unit]
+        sums = {"label_distance": rows.weight * distance, "label_squares": rows.weight * distance**2}
+        return sums | rows.at_first_rows(rows.unit, {"label_origin": origin})
 
     def summarise(self, drawn: Drawn) -> np.ndarray:
         mean_squared_error = ratio(drawn["squared_error"], drawn["weight"])
@@ -69,21 +60,16 @@ class _Spread:
     """Variances of labels in resamples of users."""
 
     def __init__(self, sums: UserSums) -> None:
-        weight, label, spread = (sums.column(name) for name in ("weight", "label", "label_spread"))
-        seen = weight > 0
-        mean = label[seen].sum() / weight[seen].sum() if seen.any() else 0.0
-        apart = np.divide(label, weight, out=np.full(len(weight), mean), where=seen) - mean
-        self._sums = np.stack([weight, weight * apart, spread + weight * apart**2])
-        self._least, self._largest = sums.column("least_label", np.inf), sums.column("largest_label", -np.inf)
+        weight, origin, distance, squares = (
+            sums.column(name) for name in ("weight", "label_origin", "label_distance", "label_squares")
+        )
+        # About the label in the middle, which equal labels all are.
+        moved = origin - np.sort(origin[weight > 0])[(weight > 0).sum() // 2] if weight.any() else origin
+        self._sums = np.stack([weight, distance + moved * weight, squares + 2 * moved * distance + moved**2 * weight])
 
     def variance(self, counts: np.ndarray) -> np.ndarray:
         """(R,) float64 for `counts` (U, R) of each user; 0 where all labels are equal, NaN where there are none."""
-        weight, apart, squares = self._sums @ counts
-        some = weight > 0
-        mean = np.divide(apart, weight, out=np.zeros_like(weight), where=some)
-        variance = np.divide(squares, weight, out=np.full_like(weight, np.nan), where=some) - mean**2
-        drawn = counts > 0
-        least = np.where(drawn, self._least[:, None], np.inf).min(0)
-        largest = np.where(drawn, self._largest[:, None], -np.inf).max(0)
-        # What is left of equal labels is rounding.
-        return np.where(some & (least == largest), 0.0, variance)
+        weight, distance, squares = self._sums @ counts
+        mean_square = ratio(squares, weight)
+        variance = mean_square - ratio(distance, weight) ** 2
+        return np.where(variance <= _ROUNDING * mean_square, 0.0, variance)

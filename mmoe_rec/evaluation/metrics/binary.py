@@ -1,0 +1,280 @@
+"""Metrics of a binary task: how its predictions rank rows, and how good they are as probabilities.
+
+GAUC is the mean AUC of groups with both classes, weighted by their observed rows (Zhou et al., 2018) or not. Rows that
+have weights count by them. All are exact. In resamples of users, AUC and average precision over all rows are computed
+from `MOST_BINS` bins where there are more predicted values than that, as if rows of one bin were ties, and corrected by
+what that changes for the rows themselves (`Bins`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from scipy.sparse import csr_matrix
+
+from mmoe_rec.auc import auc_of_counts, average_precision_of_counts, grouped_auc
+from mmoe_rec.evaluation.intervals import Values, resample
+from mmoe_rec.evaluation.metrics.metric import Drawn, Metric, Ratio, TaskRows, UserSums, ratio
+
+MOST_BINS = 4_096
+FINE_BINS = 50
+Area = Callable[[np.ndarray, np.ndarray], np.ndarray]
+"""From numbers of positive and of negative rows by rising value, (B, ...) each."""
+_DENSE_FROM = 0.05  # of all cells, from which share on a dense matrix is faster
+NO_REQUEST = "No request has rows of both labels: metrics by request are undefined."
+
+
+class Bins:
+    """Weights of the rows of both classes by user and bin of the predicted value, and by value."""
+
+    def __init__(self, sums: UserSums) -> None:
+        assert sums.bins is not None  # of a binary task
+        assert sums.counts is not None
+        _, *self._by_value = counts_by_value(*(each.to_numpy() for each in sums.counts.columns))
+        self._corrections: dict[Area, float] = {}
+        both = [sums.bins[name].to_numpy() for name in ("label", "negative")]
+        bins, place = np.unique(sums.bins["bin"].to_numpy(), return_inverse=True)
+        shape, user = (len(bins), len(sums.users)), sums.index(sums.bins["user"])
+        # Single precision has whole numbers of rows in a bin only, and up to a size.
+        is_whole = all((each == np.rint(each)).all() for each in both)
+        is_small = is_whole and np.bincount(place, sum(both), len(bins)).max(initial=0) < 2**24
+        is_dense = is_small and len(place) > _DENSE_FROM * shape[0] * shape[1]
+        self._by_bin = []
+        for each in both:
+            by_user = csr_matrix((each, (place, user)), shape)
+            by_user.eliminate_zeros()
+            self._by_bin.append(by_user.astype(np.float32).toarray() if is_dense else by_user)
+
+    def resampled(self, area: Area, drawn: Drawn) -> np.ndarray:
+        """(R,) an area; exact where all are drawn once."""
+        counts = drawn.counts.astype(np.float32) if isinstance(self._by_bin[0], np.ndarray) else drawn.counts
+        found = area(*((each @ counts).astype(np.float64) for each in self._by_bin))
+        if area not in self._corrections:
+            binned = area(*(np.asarray(each.sum(axis=1), np.float64).ravel() for each in self._by_bin))
+            self._corrections[area] = float(area(*self._by_value) - binned)
+        return np.clip(found + self._corrections[area], 0.0, 1.0)
+
+
+def counts_by_value(
+    values: np.ndarray, positives: np.ndarray, negatives: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The distinct ones of N values, rising, with all positive and negative rows of each."""
+    distinct, place = np.unique(values, return_inverse=True)
+    return distinct, np.bincount(place, positives, len(distinct)), np.bincount(place, negatives, len(distinct))
+
+
+def bin_edges(values: np.ndarray, positives: np.ndarray, negatives: np.ndarray) -> np.ndarray:
+    """(B - 1,) the first value of each bin but the first, of (V,) rising values with numbers of rows.
+
+    A bin for each value, if there are at most `MOST_BINS`; else bins of about equal shares of both classes, so that
+    they are narrow where there are many rows of either class, however rare positive ones are.
+    """
+    if len(values) <= MOST_BINS:
+        return values[1:]
+    mass = positives / max(positives.sum(), 1) + negatives / max(negatives.sum(), 1)
+    bins = equal_mass(np.arange(len(values)), mass, MOST_BINS)
+    return values[1:][np.diff(bins) > 0]
+
+
+def equal_mass(values: np.ndarray, mass: np.ndarray, bins: int) -> np.ndarray:
+    """(N,) int64, the bin of each of N values of some mass: at most so many, of rising value and about equal mass.
+
+    Equal values share a bin, and no bin is empty.
+    """
+    distinct, place = np.unique(values, return_inverse=True)
+    each = np.bincount(place, mass, len(distinct))
+    middle = np.cumsum(each) - 0.5 * each
+    found = np.minimum((bins * middle / max(each.sum(), np.finfo(float).tiny)).astype(np.int64), bins - 1)
+    return np.unique(found, return_inverse=True)[1][place]
+
+
+def one_class(_: Metric[Any], group: Mapping[str, Any]) -> str:
+    """Why metrics of a binary task are undefined where its observed labels are all alike."""
+    label = int(group["positives"] > 0)
+    also = "" if label else " So is calibration."
+    return f"All {group['rows']:,} labels are {label}: AUC, GAUC and normalised entropy are undefined.{also}"
+
+
+class Auc(Metric[TaskRows]):
+    """Area under the ROC curve over all observed rows."""
+
+    name, kinds, better = "auc", ("binary",), "higher"
+    why_undefined = one_class
+
+    def sizes(self, sums: UserSums) -> list[np.ndarray]:
+        positive = sums.column("label")
+        return [positive, sums.column("weight") - positive]
+
+    def summarise(self, drawn: Drawn) -> np.ndarray:
+        return drawn.sums.once(Bins).resampled(auc_of_counts, drawn)
+
+
+class AveragePrecision(Auc):
+    """Area under the curve of precision by recall, in steps, over all observed rows."""
+
+    name = "average_precision"
+
+    def summarise(self, drawn: Drawn) -> np.ndarray:
+        return drawn.sums.once(Bins).resampled(average_precision_of_counts, drawn)
+
+    def why_undefined(self, group: Mapping[str, Any]) -> str:
+        return "Without a positive label, average precision is undefined."
+
+
+class Gauc(Ratio[TaskRows]):
+    """Mean AUC within users, or within requests, weighted by their rows; unweighted, each of them counts alike.
+
+    by: `user` or `request`.
+    """
+
+    kinds, better, ranks_within = ("binary",), "higher", True
+
+    def __init__(self, by: str, weighted: bool = True) -> None:
+        self.by, self.is_headline = by, weighted
+        self.name = f"gauc_{by}" if weighted else f"gauc_{by}_unweighted"
+        self.totals = (f"{by}_auc", f"{by}_auc_weight") if weighted else (f"{by}_auc_unweighted", f"{by}s_with_auc")
+
+    def measure(self, rows: TaskRows) -> dict[str, np.ndarray]:
+        """The groups of a single class, and their rows; of the others, their rows by weight, each one's AUC x that, how
+        many there are, and the sum of AUC. Those of the unweighted mean are the same."""
+        if not self.is_headline:
+            return {}
+        group = getattr(rows, self.by)
+        positives, negatives = rows.weight * rows.label, rows.weight * (1 - rows.label)
+        count = int(group.max(initial=-1)) + 1
+        auc = grouped_auc(group, rows.prediction, positives, negatives, count)
+        both, weight = ~np.isnan(auc), np.bincount(group, rows.weight, count)
+        sums = {
+            f"single_class_{self.by}s": (~both).astype(np.int64),
+            f"single_class_{self.by}_rows": np.where(both, 0, np.bincount(group, minlength=count)),
+            f"{self.by}_auc_weight": np.where(both, weight, 0.0),
+            f"{self.by}_auc": weight * np.nan_to_num(auc),
+            f"{self.by}s_with_auc": both.astype(np.int64),
+            f"{self.by}_auc_unweighted": np.nan_to_num(auc),
+        }
+        return rows.at_first_rows(group, sums)
+
+    def details(self, sums: UserSums, resamples: int, seed: int) -> dict[str, Any]:
+        """The users or requests that are left out."""
+        if not self.is_headline:
+            return {}
+        single, rows = (int(sums.column(f"single_class_{self.by}{each}").sum()) for each in ("s", "_rows"))
+        observed = sums.column("rows").sum()
+        share = float(rows / observed) if observed else None
+        return {f"single_class_{self.by}s": {"count": single, "share_of_rows": share}}
+
+    def why_undefined(self, group: Mapping[str, Any]) -> str:
+        if group["positives"] in (0, group["rows"]):
+            return one_class(self, group)
+        return NO_REQUEST if self.by == "request" else "No user has rows of both labels: GAUC by user is undefined."
+
+
+class Logloss(Ratio[TaskRows]):
+    """Mean negative log likelihood of the labels, in nats."""
+
+    name, kinds, better, totals = "logloss", ("binary",), "lower", ("logloss", "weight")
+
+    def measure(self, rows: TaskRows) -> dict[str, np.ndarray]:
+        """`logloss`, of probabilities clipped as scikit-learn does."""
+        clipped = np.clip(rows.prediction, rows.precision, 1 - rows.precision)
+        return {"logloss": -rows.weight * np.where(rows.label == 1, np.log(clipped), np.log1p(-clipped))}
+
+
+class NormalisedEntropy(Metric[TaskRows]):
+    """The logloss over the entropy of the base rate (He et al., 2014)."""
+
+    name, kinds, better, totals = "normalised_entropy", ("binary",), "lower", ("logloss", "label", "weight")
+    why_undefined = one_class
+
+    def summarise(self, drawn: Drawn) -> np.ndarray:
+        rate = ratio(drawn["label"], drawn["weight"])
+        inside = np.where((rate > 0) & (rate < 1), rate, 0.5)
+        entropy = -inside * np.log(inside) - (1 - inside) * np.log1p(-inside)
+        return ratio(ratio(drawn["logloss"], drawn["weight"]), np.where(inside == rate, entropy, 0.0))
+
+
+class CalibrationRatio(Ratio[TaskRows]):
+    """The sum of the predictions over the sum of the labels."""
+
+    name, kinds, better, totals = "calibration", ("binary",), "one", ("prediction", "label")
+    why_undefined = one_class
+
+
+class ExpectedCalibrationError(Metric[TaskRows]):
+    """Mean over ten bins of equal mass, by weight, of |mean predicted - observed rate| (Naeini et al., 2015).
+
+    Rows of one prediction share a bin. It has no interval: it is a mean of absolute values, which resampling biases
+    upward.
+    """
+
+    name, kinds, better, has_interval = "ece", ("binary",), "lower", False
+
+    def summarise(self, drawn: Drawn) -> np.ndarray:
+        place, columns = _equal_bins(drawn.sums, "weight", 10)
+        bins = {name: np.bincount(place, each)[:, None] for name, each in columns.items()}
+        return ratio(np.abs(bins["prediction"] - bins["label"]).sum(axis=0), bins["weight"].sum(axis=0))
+
+    def details(self, sums: UserSums, resamples: int, seed: int) -> dict[str, Any]:
+        """The bins, for a plot; and how far rates deviate from probabilities, in finer ones."""
+        return {
+            "calibration_bins": _calibration_bins(sums, resamples, seed),
+            "calibration_deviation": _deviation(sums),
+        }
+
+
+def _equal_bins(sums: UserSums, mass: str, most: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """The bin of rising prediction and equal mass of each row of the table of bins, and that table's columns."""
+    assert sums.bins is not None  # of a binary task
+    names = ("rows", "positives", "label", "negative", "prediction")
+    columns = {name: sums.bins[name].to_numpy().astype(np.float64) for name in names}
+    columns["weight"] = columns["label"] + columns["negative"]
+    return equal_mass(sums.bins["bin"].to_numpy(), columns[mass], most), columns
+
+
+def _deviation(sums: UserSums) -> dict[str, float]:
+    """`squares`, the sum over `bins` of (positive rows - their expected number)^2 / its variance, which is about their
+    number where the probabilities are right and rows independent; and `in_sum`, the deviation of the sum of all over
+    its standard error. Rows count alike."""
+    place, columns = _equal_bins(sums, "rows", FINE_BINS)
+    rows, mean = columns["rows"], columns["prediction"] / columns["weight"]
+    expected, variance = np.bincount(place, rows * mean), np.bincount(place, rows * mean * (1 - mean))
+    apart, some = np.bincount(place, columns["positives"]) - expected, variance > 0
+    squares = float((apart[some] ** 2 / variance[some]).sum())
+    in_sum = float(abs(apart.sum()) / np.sqrt(variance.sum())) if some.any() else 0.0
+    return {"bins": int(some.sum()), "squares": squares, "in_sum": in_sum}
+
+
+def _calibration_bins(sums: UserSums, resamples: int, seed: int) -> list[dict[str, Any]]:
+    """One dict a bin: `rows`, `weight`, `mean_predicted`, and `observed_rate` with its 95% interval `low` and `high`
+    (None for a single user), which redraws users and leaves the bins where they are. Means are weighted.
+    """
+    place, columns = _equal_bins(sums, "weight", 10)
+    if not len(place):
+        return []
+    assert sums.bins is not None
+    total = {name: np.bincount(place, each) for name, each in columns.items()}
+    count, user = len(total["weight"]), sums.index(sums.bins["user"])
+    weight, label = (
+        csr_matrix((columns[name], (place, user)), (count, len(sums.users))) for name in ("weight", "label")
+    )
+
+    def observed_rates(counts: np.ndarray) -> Values:
+        return dict(enumerate(ratio(label @ counts, weight @ counts)))
+
+    found = resample(observed_rates, len(sums.users), resamples, seed)
+    bins = []
+    for number in range(count):
+        rate = found[number].interval()
+        bins.append(
+            {
+                "rows": int(total["rows"][number]),
+                "weight": float(total["weight"][number]),
+                "mean_predicted": float(total["prediction"][number] / total["weight"][number]),
+                "observed_rate": rate.value,
+                "low": rate.low,
+                "high": rate.high,
+            }
+        )
+    return bins
