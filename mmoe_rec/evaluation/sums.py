@@ -193,7 +193,7 @@ def measure(
     tables["ranking"] = _ranking_table(rows, lists, key)
     for task in tasks:
         eps = np.finfo(rows.predictions[task.name].dtype).eps if precision is None else precision[task.name]
-        tables |= _task_tables(task, rows, key, float(eps), None if edges is None else edges[task.name])
+        tables |= _task_tables(task, rows, key, float(eps), (edges or {}).get(task.name))
     return EvaluationSums(tuple(tasks), tables)
 
 
