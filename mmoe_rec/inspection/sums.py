@@ -36,7 +36,7 @@ FREQUENT = 50  # most frequent table rows that drift is measured in
 GRID = 1000  # quantiles of the fine histogram of a number
 PSI_BINS = 20
 DISTINCT, DISTINCT_VALUES = 65_536, 4096  # hashes that are kept of ids, and of a number's values
-_SCORE_BINS = 4096
+_LOG_ODDS = np.linspace(-16, 16, 4095)  # edges of the bins of a list's mean rate
 _DAY = 86_400_000_000
 _MONDAY = 3 * _DAY  # 1970-01-01 was a Thursday
 _SAMPLE, _SAMPLED_GROUPS = 65_536, 16
@@ -126,18 +126,6 @@ def auc(positives: np.ndarray, negatives: np.ndarray) -> float | None:
     return None if np.isnan(area) else area
 
 
-def auc_of_scores(scores: np.ndarray, positives: np.ndarray, negatives: np.ndarray) -> float | None:
-    """AUC where (B,) bins have scores in any order; bins of equal score are ties."""
-    _, rank = np.unique(scores, return_inverse=True)
-    return auc(np.bincount(rank, positives), np.bincount(rank, negatives))
-
-
-def smoothed_rates(positives: np.ndarray, observed: np.ndarray) -> np.ndarray:
-    """(R,) share of positives, each mixed with `RATE_SMOOTHING` rows of the overall share (0 where there is none)."""
-    overall = positives.sum() / max(observed.sum(), 1)
-    return (positives + RATE_SMOOTHING * overall) / (observed + RATE_SMOOTHING)
-
-
 @dataclass(frozen=True)
 class NumberInput:
     """A dense input, its place in the layout and that of the indicator of its missing values, if it has one."""
@@ -189,67 +177,71 @@ def _numbers(dense: tuple[DenseInput, ...], feature: str) -> tuple[NumberInput, 
 
 
 class IdSums:
-    """Mergeable sums of one id input over a table of R rows.
+    """Mergeable sums of one id input over a table of R rows; training rows come first.
 
     counts: split -> (R,) look-ups; a row of the log without any id counts as a look-up of row 0, as missing.
-    observed, positives: split -> (T, R) look-ups in rows where a task's label is known, and is positive.
+    observed, positives: split -> (T, R) look-ups in rows where a task's label is known, and is positive. Of lists,
+    validation rows are counted in bins of the mean rate of their ids instead: scored, (T, 2, bins) by label.
     """
 
     def __init__(self, rows: int, tasks: int, many: bool) -> None:
-        self.rows, self.many = rows, many
+        self.many = many
         self.counts = {split: np.zeros(rows, np.int64) for split in ("train", "test")}
-        self.observed = {split: np.zeros((tasks, rows), np.int64) for split in _labelled(many)}
-        self.positives = {split: np.zeros((tasks, rows), np.int64) for split in _labelled(many)}
+        labelled = ("train",) if many else ("train", "validation")
+        self.observed = {split: np.zeros((tasks, rows), np.int64) for split in labelled}
+        self.positives = {split: np.zeros((tasks, rows), np.int64) for split in labelled}
         self.empty = {"train": 0, "test": 0}
-        # Of lists only: validation rows in bins of the mean rate of their ids, between the least and the largest rate.
-        self.score_rates: list[np.ndarray] = []
-        self.score_edges: list[np.ndarray] = []
-        self.score_positives, self.score_negatives = np.zeros((2, tasks if many else 0, _SCORE_BINS), np.int64)
+        self.scored = np.zeros((tasks, 2, len(_LOG_ODDS) + 1), np.int64)
+        self._rates: list[np.ndarray] = []
 
     def add(self, split: str, ids: np.ndarray | Ragged, labels: BinaryLabels) -> None:
         """Counts the ids of N rows."""
-        if isinstance(ids, Ragged):
-            ids = _with_missing(ids)
-            if split in self.empty:
-                self.empty[split] += int(((ids.lengths == 1) & (ids.values[ids.offsets[:-1]] == 0)).sum())
+        if isinstance(ids, Ragged):  # an empty list is one of row 0
+            lengths = np.maximum(ids.lengths, 1)
+            values = np.zeros(int(lengths.sum()), np.int64)
+            values[np.repeat(ids.lengths > 0, lengths)] = ids.values
+            ids = Ragged(values, lengths)
             if split == "validation":
                 self._add_scores(ids, labels)
-        elif split in self.empty:
-            self.empty[split] += int((ids == 0).sum())
-        if split in self.counts:
-            np.add.at(self.counts[split], ids.values if isinstance(ids, Ragged) else ids, 1)
+        if split in self.empty:
+            values = ids.values if isinstance(ids, Ragged) else ids
+            first = values[ids.offsets[:-1]][ids.lengths == 1] if isinstance(ids, Ragged) else ids
+            self.empty[split] += int((first == 0).sum())
+            np.add.at(self.counts[split], values, 1)
         if split in self.observed:
             for task in range(len(self.observed[split])):
-                positive = _taken(ids, labels.positive[task])
-                np.add.at(self.positives[split][task], positive, 1)
-                np.add.at(self.observed[split][task], positive, 1)
-                np.add.at(self.observed[split][task], _taken(ids, labels.negative[task]), 1)
-
-    def learn_rates(self) -> None:
-        """Called once after all training rows: fixes the bins of the rates that validation rows are scored with."""
-        tasks = range(len(self.score_positives))
-        self.score_rates = [self.rates(task) for task in tasks]
-        self.score_edges = [_evenly_in_log_odds(rates) for rates in self.score_rates]
+                for places, of_class in ((labels.positive, self.positives), (labels.negative, None)):
+                    rows = places[task]
+                    taken = ids.take(rows).values if isinstance(ids, Ragged) else ids[rows]
+                    np.add.at(self.observed[split][task], taken, 1)
+                    if of_class is not None:
+                        np.add.at(of_class[split][task], taken, 1)
 
     def rates(self, task: int) -> np.ndarray:
-        """(R,) smoothed share of positives of each table row in training rows."""
-        return smoothed_rates(self.positives["train"][task], self.observed["train"][task])
+        """(R,) share of positives of each table row in training rows, mixed with `RATE_SMOOTHING` rows of the overall
+        share (0 where there is none)."""
+        positives, observed = self.positives["train"][task], self.observed["train"][task]
+        overall = positives.sum() / max(observed.sum(), 1)
+        return (positives + RATE_SMOOTHING * overall) / (observed + RATE_SMOOTHING)
 
     def _add_scores(self, ids: Ragged, labels: BinaryLabels) -> None:
-        for task, edges in enumerate(self.score_edges):
-            sums = np.add.reduceat(self.score_rates[task][ids.values], ids.offsets[:-1])
-            bins = np.searchsorted(edges, sums / ids.lengths)
-            self.score_positives[task] += np.bincount(bins[labels.positive[task]], minlength=_SCORE_BINS)
-            self.score_negatives[task] += np.bincount(bins[labels.negative[task]], minlength=_SCORE_BINS)
+        self._rates = self._rates or [self.rates(task) for task in range(len(self.scored))]
+        for task, rates in enumerate(self._rates):
+            mean = np.add.reduceat(rates[ids.values], ids.offsets[:-1]) / ids.lengths
+            with np.errstate(divide="ignore"):
+                bins = np.searchsorted(_LOG_ODDS, np.log(mean) - np.log1p(-mean))
+            for place, rows in enumerate((labels.positive[task], labels.negative[task])):
+                self.scored[task, place] += np.bincount(bins[rows], minlength=len(_LOG_ODDS) + 1)
 
     def auc(self, task: int) -> float | None:
         """How well the training rates of the ids rank validation rows; None if there are no labels of both classes."""
         if not self.observed["train"][task].any():
             return None
         if self.many:
-            return auc(self.score_positives[task], self.score_negatives[task])
+            return auc(*self.scored[task])
         observed, positives = self.observed["validation"][task], self.positives["validation"][task]
-        return auc_of_scores(self.rates(task), positives, observed - positives)
+        _, rank = np.unique(self.rates(task), return_inverse=True)
+        return auc(np.bincount(rank, positives), np.bincount(rank, observed - positives))
 
     def distinct(self, meaning: Meaning) -> int:
         """Known ids, or buckets, that occur in training rows."""
@@ -283,29 +275,6 @@ class IdSums:
             names.pop(len(frequent))
             columns = [np.delete(column, len(frequent)) for column in columns]
         return names, columns[0], columns[1]
-
-
-def _evenly_in_log_odds(rates: np.ndarray) -> np.ndarray:
-    """Rising edges from the least to the largest rate."""
-    ends = np.clip([rates.min(), rates.max()], 1e-9, 1 - 1e-9)
-    low, high = np.log(ends / (1 - ends))
-    return 1 / (1 + np.exp(-np.linspace(low, high, _SCORE_BINS - 1)))
-
-
-def _labelled(many: bool) -> tuple[str, ...]:
-    return ("train",) if many else ("train", "validation")
-
-
-def _with_missing(ids: Ragged) -> Ragged:
-    """The same lists, an empty one as a list of row 0."""
-    lengths = np.maximum(ids.lengths, 1)
-    values = np.zeros(int(lengths.sum()), np.int64)
-    values[np.repeat(ids.lengths > 0, lengths)] = ids.values
-    return Ragged(values, lengths)
-
-
-def _taken(ids: np.ndarray | Ragged, places: np.ndarray) -> np.ndarray:
-    return ids.take(places).values if isinstance(ids, Ragged) else ids[places]
 
 
 def grid_edges(sample: np.ndarray, edges: tuple[float, ...]) -> np.ndarray:
@@ -415,7 +384,7 @@ class SplitSums:
 
 
 class Sums:
-    """All sums; training rows come first, then `learn_rates`, then the others, in any number of parts."""
+    """All sums; training rows come first, in any number of parts."""
 
     def __init__(self, layout: Layout, features: Sequence[FeatureInputs], grids: Sequence[np.ndarray]) -> None:
         """grids: edges of each dense input's fine histogram, in the order of the layout."""
@@ -427,11 +396,6 @@ class Sums:
         self.numbers = {
             each.name: NumberSums(grids[each.place], tasks) for feature in features for each in feature.numbers
         }
-
-    def learn_rates(self) -> None:
-        """Called once when all training rows are in."""
-        for each in self.ids.values():
-            each.learn_rates()
 
     def add(self, split: str, rows: Rows, columns: pa.Table) -> None:
         """Counts N rows of a split; columns: their `COLUMNS`."""
@@ -479,8 +443,6 @@ def collect(prepared: Prepared, schema: Schema) -> Sums:
     with bar() as progress:
         task = progress.add_task("inspecting", total=sum(each.rows for each in splits.values()))
         for name, encoded in splits.items():
-            if name == "validation":
-                sums.learn_rates()
             for rows, columns in encoded.stream(batch_size, COLUMNS):
                 sums.add(name, rows, columns)
                 progress.advance(task, len(rows))

@@ -2,9 +2,8 @@
 
 import numpy as np
 import pytest
-from sklearn.metrics import roc_auc_score
 
-from mmoe_rec.inspection.sums import DistinctCount, auc, auc_of_scores, psi, psi_noise, smoothed_rates
+from mmoe_rec.inspection.sums import DistinctCount, psi, psi_noise
 from mmoe_rec.log.hashing import mix
 
 
@@ -26,26 +25,6 @@ def test_psi_noise_is_what_equal_distributions_have_on_average():
     shares = rng.dirichlet(np.full(20, 5.0))
     pairs = [(rng.multinomial(4000, shares), rng.multinomial(1000, shares)) for _ in range(400)]
     assert np.mean([psi(*pair) for pair in pairs]) == pytest.approx(psi_noise(*pairs[0]), rel=0.1)
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_auc_is_that_of_scikit_learn(seed):
-    rng = np.random.default_rng(seed)
-    score, label = rng.integers(0, 9, 500), rng.random(500) < 0.3
-    positives, negatives = (np.bincount(score[label == each], minlength=9) for each in (True, False))
-    assert auc(positives, negatives) == pytest.approx(roc_auc_score(label, score), rel=1e-12)
-    value = rng.permutation(9) // 2  # bins in another order, some of equal score
-    expected = roc_auc_score(label, value[score])
-    assert auc_of_scores(value, positives, negatives) == pytest.approx(expected, rel=1e-12)
-
-
-def test_auc_of_one_class_is_unknown():
-    assert auc(np.array([1, 2]), np.array([0, 0])) is None
-
-
-def test_smoothed_rates_mix_in_20_rows_of_the_overall_rate():
-    rates = smoothed_rates(np.array([30, 0, 0]), np.array([40, 60, 0]))
-    np.testing.assert_allclose(rates, [(30 + 20 * 0.3) / 60, 20 * 0.3 / 80, 0.3])
 
 
 def test_distinct_values_are_exact_then_estimated():
