@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.comparison import Comparison
 from mmoe_rec.evaluation.off_policy import PolicyEstimate
 from mmoe_rec.evaluation.results import Results
-from mmoe_rec.evaluation.summary import SCORE, GroupSummary, Summary
+from mmoe_rec.evaluation.summary import SCORE, Summary
 from mmoe_rec.evaluation.sums import check_folder
 from mmoe_rec.report.sentences import (
     describe_guard,
@@ -79,58 +79,38 @@ def write_json(path: Path, tree: Mapping[str, Any]) -> None:
 def summary_tree(summary: Summary) -> dict[str, Any]:
     """`metrics.json`."""
     names = ("rows", "users", "requests", "resamples", "seed")
-    tree: dict[str, Any] = {name: getattr(summary, name) for name in names}
-    tree["tasks"] = {
-        name: {"kind": task.kind, **task.counts, **_metrics_of(task), **_details_of(summary, name)}
-        for name, task in summary.tasks.items()
-    }
-    score = summary.score
-    tree[SCORE] = _metrics_of(score) | score.counts
-    tree[SCORE] |= _details_of(summary, SCORE)
-    if summary.catalogue is not None:
-        tree["catalogue"] = summary.catalogue
-    note = note_of(summary)
-    return tree | ({} if note is None else {"note": note}) | summary.facts
+    tree: dict[str, Any] = {name: getattr(summary, name) for name in names} | {"tasks": {}}
+    for name, group in summary.groups.items():
+        kind = {} if name == SCORE else {"kind": group.kind}
+        metrics = {metric: asdict(each) for metric, each in group.metrics.items()}
+        part = kind | group.counts | metrics | _noted(note_of_group(summary, name)) | group.details
+        (tree if name == SCORE else tree["tasks"])[name] = part
+    tree |= {} if summary.catalogue is None else {"catalogue": summary.catalogue}
+    return tree | _noted(note_of(summary)) | summary.facts
 
 
-def _metrics_of(group: GroupSummary) -> dict[str, Any]:
-    return {name: asdict(each) for name, each in group.metrics.items()}
-
-
-def _details_of(summary: Summary, name: str) -> dict[str, Any]:
-    note = note_of_group(summary, name)
-    return ({} if note is None else {"note": note}) | summary.groups[name].details
+def _noted(note: str | None) -> dict[str, str]:
+    return {} if note is None else {"note": note}
 
 
 def comparison_tree(compared: Comparison, summary: Summary | None = None) -> dict[str, Any]:
     """`comparison.json`. summary: of the model, None where nothing is decided."""
     objective, against = compared.objective, dict[str, Any]()
     for other, versus in compared.against.items():
-        groups = {group: {metric: asdict(each) for metric, each in of.items()} for group, of in versus.groups.items()}
-        against[other] = {"objective": asdict(versus.objective), "groups": groups}
+        against[other] = asdict(replace(versus, verdict=None))
+        del against[other]["verdict"]
         if (verdict := versus.verdict) is not None and summary is not None:
             guards = [
-                {
-                    "task": each.task,
-                    "metric": each.metric,
-                    "passed": each.passed,
-                    "sentence": describe_guard(each, other, compared.rules),
-                }
+                {name: getattr(each, name) for name in ("task", "metric", "passed")}
+                | {"sentence": describe_guard(each, other, compared.rules)}
                 for each in verdict.guards
             ]
-            sentence = describe_verdict(compared, other, summary)
-            against[other]["verdict"] = {
-                "kind": verdict.kind,
-                "sentence": sentence,
-                "guards": guards,
-                "detectable": verdict.detectable,
-            }
-    names = ("model", "resamples", "seed", "units", "effective_users")
+            told = {"sentence": describe_verdict(compared, other, summary), "guards": guards}
+            against[other]["verdict"] = {"kind": verdict.kind, **told, "detectable": verdict.detectable}
+    names = ("model", "resamples", "seed", "units", "effective_users", "judged", "left_out")
     return {name: getattr(compared, name) for name in names} | {
         "objective": None if objective is None else asdict(objective) | {"name": objective.name},
         "against": against,
-        "judged": list(compared.judged),
-        "left_out": compared.left_out,
     }
 
 
@@ -138,20 +118,14 @@ def estimate_tree(estimate: PolicyEstimate) -> dict[str, Any]:
     """Of a task in `off_policy.json`."""
     tree: dict[str, Any] = {name: getattr(estimate, name) for name in ("rows", "without_label")}
     tree["refused"] = describe_refusal(estimate)
-    if not estimate.rows:
-        return tree
-    tree |= {
-        "users": estimate.users,
-        "logged": asdict(estimate.logged),
-        "mean_weight": asdict(estimate.mean_weight),
-        "effective_rows": estimate.effective_rows,
-    }
-    if estimate.refusal is None:
-        tree["warnings"] = list(describe_warnings(estimate))
-        tree["estimates"] = [
-            {name: value for name, value in asdict(each).items() if name != "doubly_robust" or value is not None}
-            for each in estimate.estimates
-        ]
+    if estimate.rows:
+        its, names = asdict(estimate), ["users", "logged", "mean_weight", "effective_rows"]
+        tree |= {name: its[name] for name in names}
+        if estimate.refusal is None:
+            for each in its["estimates"]:
+                if each["doubly_robust"] is None:
+                    del each["doubly_robust"]
+            tree |= {"warnings": list(describe_warnings(estimate)), "estimates": list(its["estimates"])}
     return tree
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -71,55 +71,9 @@ def _in_score(summary: Summary) -> Iterator[str]:
 
 
 def _in_task(name: str, task: GroupSummary) -> Iterator[tuple[str, str]]:
-    ranking = list(_in_ranking(name, task))
-    yield from ranking
-    yield from _in_calibration(name, task, is_fine=not ranking)
-    # Where more is wrong, that is the cause.
-    if not ranking and not _is_far(task.get("calibration")) and _is_off(task):
-        yield (
-            "calibration",
-            f"the probabilities of '{name}' are off by {task.details['ece']:.2g} on average (ece), {_in_sum(task)}: "
-            f"{_which_way(task)}; training.calibration corrects them, and so may longer training",
-        )
-
-
-def _in_ranking(name: str, task: GroupSummary) -> Iterator[tuple[str, str]]:
-    auc, by_request = task.get("auc"), task.get("gauc_request")
-    if auc.value is None:
-        return
-    if (auc.value if auc.low is None else auc.low) <= 0.5:
-        what = ", below .5: it ranks no better" if auc.value < 0.5 else ": it is not shown to rank better"
-        yield "chance", f"the AUC of '{name}' is {interval(auc, 3)}{what} than chance{_why(task)}"
-    elif min(_positives(task), task.counts["rows"] - _positives(task)) < FEWEST:
-        pass  # of few labels nothing can be said
-    elif auc.value > TOO_GOOD:
-        yield "too good", f"the AUC of '{name}' is {interval(auc, 4)}, {WHY_TOO_GOOD}"
-    elif by_request.low is not None and by_request.low <= 0.5 and (auc.low or 0.0) > (by_request.high or 0.0):
-        yield (
-            "requests",
-            f"'{name}' is ranked well over all rows (AUC {interval(auc, 3)}), but the rows of a request no better "
-            f"than by chance (GAUC {interval(by_request, 3)}): no feature tells candidates apart, or predictions were "
-            "joined to rows of other requests",
-        )
-
-
-def _positives(task: GroupSummary) -> int:
-    return task.counts.get("positives", 0)
-
-
-def _why(task: GroupSummary) -> str:
-    if _positives(task) < FEWEST or not _is_right_in_sum(task):
-        return ""
-    return ", although the probabilities are right in sum, as where labels or predictions were joined to the wrong rows"
-
-
-def _is_right_in_sum(task: GroupSummary) -> bool:
-    ratio = task.get("calibration").value
-    return ratio is not None and abs(math.log(max(ratio, 1e-9))) <= 0.1
-
-
-def _in_calibration(name: str, task: GroupSummary, is_fine: bool) -> Iterator[tuple[str, str]]:
-    ratio = task.get("calibration")
+    ranking, ratio, bins = _in_ranking(name, task), task.get("calibration"), task.details.get("calibration_bins") or ()
+    if ranking is not None:
+        yield ranking
     if ratio.value is not None and _is_far(ratio):
         ends = "" if ratio.low is None else f" ({ratio.low:.2f} to {ratio.high:.2f})"
         too = "high" if ratio.value > 1 else "low"
@@ -128,38 +82,74 @@ def _in_calibration(name: str, task: GroupSummary, is_fine: bool) -> Iterator[tu
             f"the probabilities of '{name}' are too {too}: {ratio.value:.2f} times what was observed{ends}; "
             "training.calibration corrects them, and so may longer training",
         )
+    if ranking is not None:
+        return  # where more is wrong, that is the cause
     one_each = task.counts.get("positives") == task.counts.get("requests")  # rows of a request are not independent
-    deviation = task.details.get("calibration_deviation")
-    if is_fine and deviation is not None and _positives(task) >= FEWEST and not one_each and _is_too_close(deviation):
+    if _is_too_close(task) and not one_each:
         yield (
             "fitted",
             f"the probabilities of '{name}' are closer to what was observed than chance allows: their calibration was "
             "fitted on these rows",
         )
+    outside = [each for each in bins if each["low"] is not None and not _holds(each)]
+    is_off = sum(each["weight"] for each in outside) >= sum(each["weight"] for each in bins) / 2 > 0
+    if is_off and (task.details["ece"] or 0.0) >= OFF and not _is_far(ratio):
+        in_sum = (
+            "where nothing was observed"
+            if ratio.value is None
+            else f"and in sum {ratio.value:.2f} times what was observed"
+        )
+        in_sum = "though right in sum" if _is_right_in_sum(task) else in_sum
+        yield (
+            "calibration",
+            f"the probabilities of '{name}' are off by {task.details['ece']:.2g} on average (ece), {in_sum}: "
+            f"{_which_way(bins, outside)}; training.calibration corrects them, and so may longer training",
+        )
 
 
-def _is_off(task: GroupSummary) -> bool:
-    """Whether probabilities are far from what was observed in most rows, by bins whose intervals leave no doubt."""
-    bins, ece = task.details.get("calibration_bins") or (), task.details.get("ece")
-    total = sum(each["weight"] for each in bins)
-    off = sum(each["weight"] for each in bins if _is_outside(each))
-    return bool(ece is not None and ece >= OFF and off >= total / 2 > 0)
+def _in_ranking(name: str, task: GroupSummary) -> tuple[str, str] | None:
+    auc, by_request, positives = task.get("auc"), task.get("gauc_request"), task.counts.get("positives", 0)
+    if auc.value is None:
+        return None
+    if (auc.value if auc.low is None else auc.low) <= 0.5:
+        what = ", below .5: it ranks no better" if auc.value < 0.5 else ": it is not shown to rank better"
+        joined = (
+            "although the probabilities are right in sum, as where labels or predictions were joined to the wrong rows"
+        )
+        why = f", {joined}" if positives >= FEWEST and _is_right_in_sum(task) else ""
+        return "chance", f"the AUC of '{name}' is {interval(auc, 3)}{what} than chance{why}"
+    if min(positives, task.counts["rows"] - positives) < FEWEST:
+        return None  # of few labels nothing can be said
+    if auc.value > TOO_GOOD:
+        return "too good", f"the AUC of '{name}' is {interval(auc, 4)}, {WHY_TOO_GOOD}"
+    if by_request.low is not None and by_request.low <= 0.5 and (auc.low or 0.0) > (by_request.high or 0.0):
+        return (
+            "requests",
+            f"'{name}' is ranked well over all rows (AUC {interval(auc, 3)}), but the rows of a request no better "
+            f"than by chance (GAUC {interval(by_request, 3)}): no feature tells candidates apart, or predictions were "
+            "joined to rows of other requests",
+        )
+    return None
 
 
-def _is_outside(each: Mapping[str, float]) -> bool:
-    return each["low"] is not None and not each["low"] <= each["mean_predicted"] <= each["high"]
-
-
-def _in_sum(task: GroupSummary) -> str:
-    if _is_right_in_sum(task):
-        return "though right in sum"
+def _is_right_in_sum(task: GroupSummary) -> bool:
     ratio = task.get("calibration").value
-    return "where nothing was observed" if ratio is None else f"and in sum {ratio:.2f} times what was observed"
+    return ratio is not None and abs(math.log(max(ratio, 1e-9))) <= 0.1
 
 
-def _which_way(task: GroupSummary) -> str:
-    bins = task.details["calibration_bins"]
-    signs = {np.sign(each["mean_predicted"] - each["observed_rate"]) for each in bins if _is_outside(each)}
+def _is_far(ratio: Interval) -> bool:
+    if ratio.value is None or 1 / FURTHEST <= ratio.value <= FURTHEST:
+        return False
+    return ratio.low is None or ratio.high is None or not ratio.low <= 1 <= ratio.high
+
+
+def _holds(each: Mapping[str, float]) -> bool:
+    """True if the interval of a bin's observed rate holds what was predicted."""
+    return each["low"] <= each["mean_predicted"] <= each["high"]
+
+
+def _which_way(bins: Sequence[Mapping[str, float]], outside: Sequence[Mapping[str, float]]) -> str:
+    signs = {np.sign(each["mean_predicted"] - each["observed_rate"]) for each in outside}
     if len(signs) == 1:
         return f"too {'high' if signs == {1.0} else 'low'} in all ranges that tell"
     first, last = (bins[place]["mean_predicted"] - bins[place]["observed_rate"] for place in (0, -1))
@@ -170,18 +160,13 @@ def _which_way(task: GroupSummary) -> str:
     return "too high in one range and too low in another"
 
 
-def _is_too_close(deviation: Mapping[str, float]) -> bool:
-    """Whether rates, in bins or in sum, deviate from probabilities by far less than independent rows of these do.
+def _is_too_close(task: GroupSummary) -> bool:
+    """True if rates, in bins or in sum, deviate from probabilities by far less than independent rows of these do.
 
     Rows of one user are alike, and so deviate by more.
     """
-    if deviation["bins"] < FEWEST_BINS:
+    deviation = task.details.get("calibration_deviation")
+    if deviation is None or task.counts["positives"] < FEWEST or deviation["bins"] < FEWEST_BINS:
         return False
     small = chi2.cdf(deviation["squares"], deviation["bins"]) < UNLIKELY
     return bool(small or 2 * norm.cdf(deviation["in_sum"]) - 1 < UNLIKELY)
-
-
-def _is_far(ratio: Interval) -> bool:
-    if ratio.value is None or 1 / FURTHEST <= ratio.value <= FURTHEST:
-        return False
-    return ratio.low is None or ratio.high is None or not ratio.low <= 1 <= ratio.high
