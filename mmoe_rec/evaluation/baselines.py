@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 from sklearn.ensemble import HistGradientBoostingClassifier, HistGradientBoostingRegressor
@@ -31,15 +32,9 @@ class PopularityBaseline:
             smoothing: how many rows of the overall mean are added to each candidate, at least 0.
             weights: (N,) what each row counts; None is 1.
 
-        Raises:
-            UserError: no label is observed.
-            ValueError: lengths differ, or `smoothing` is negative.
+        Raises UserError where no label is observed.
         """
         labels = np.asarray(labels_train, dtype=np.float64)
-        if len(labels) != len(candidates_train):
-            raise ValueError(f"found {len(labels)} labels for {len(candidates_train)} candidates; expected as many")
-        if smoothing < 0:
-            raise ValueError(f"smoothing is {smoothing}; expected 0 or more rows")
         observed = ~np.isnan(labels)
         if not observed.any():
             raise UserError("no training row has an observed label; expected at least one")
@@ -148,12 +143,8 @@ def _fold(x: np.ndarray, categories: dict[int, np.ndarray]) -> np.ndarray:
     folded = np.array(x, dtype=np.float64)
     for column, frequent in categories.items():
         values = folded[:, column]
-        order = np.argsort(frequent)
-        place = np.searchsorted(frequent[order], values).clip(max=max(len(frequent) - 1, 0))
-        rank = np.full(len(values), float(_CATEGORIES - 1))
-        if len(frequent):
-            known = frequent[order][place] == values
-            rank[known] = order[place][known]
+        rank = pd.Index(frequent).get_indexer(values).astype(np.float64)
+        rank[rank < 0] = _CATEGORIES - 1
         rank[np.isnan(values)] = np.nan
         folded[:, column] = rank
     return folded

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -37,9 +37,6 @@ SHOWN_VALUES = 20
 """That have the most rows; what is left is one slice."""
 MISSING, OTHERS = "(missing)", "(all others)"
 _BUCKET = re.compile(r"bucket\(\s*(.+?)\s*,\s*(\d+)\s*\)")
-
-Counts = tuple[np.ndarray, np.ndarray]
-"""Values, rising, and how many rows have each."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +69,7 @@ class SliceBy:
         """
         values = values.dictionary_decode() if pt.is_dictionary(values.type) else values
         if pt.is_null(values.type):
-            return pa.nulls(len(values), self._type)
+            return pa.nulls(len(values), pa.string() if self.buckets is None else pa.float64())
         if pt.is_floating(values.type):
             values = pc.if_else(pc.is_nan(values), pa.scalar(None, values.type), values)
         if self.buckets is None:
@@ -83,43 +80,36 @@ class SliceBy:
             raise ValueError(f"holds {values.type}, and buckets are of numbers")
         return values.cast(pa.float64(), safe=False)
 
-    @property
-    def _type(self) -> pa.DataType:
-        return pa.string() if self.buckets is None else pa.float64()
-
-    def count(self, values: Sequence[pa.Array]) -> Counts:
-        """Of several parts. Raises UserError where there are too many values."""
-        joined = pa.chunked_array(values, self._type)
-        counted = joined.drop_null().value_counts()
-        names, rows = counted.field("values"), counted.field("counts").to_numpy()
-        return self._joined(names.to_numpy(zero_copy_only=False), rows)
-
-    def add(self, parts: Sequence[Counts]) -> Counts:
-        """Of all parts together. Raises as `count`."""
-        names, rows = (np.concatenate([part[side] for part in parts]) for side in (0, 1))
-        return self._joined(names, rows)
-
-    def _joined(self, names: np.ndarray, rows: np.ndarray) -> Counts:
-        distinct, place = np.unique(names.astype(str) if self.buckets is None else names, return_inverse=True)
-        counts = np.bincount(place, rows, len(distinct)).astype(np.int64)
-        if self.buckets is None and len(distinct) > MOST_VALUES:
-            raise UserError(
-                f"column '{self.column}' has more than {MOST_VALUES:,} values, such as {str(distinct[0])!r}: too many "
-                f"to slice by; slice by 'bucket({self.column}, 10)' if it is a number"
-            )
-        return _thinned(distinct, counts) if self.buckets is not None else (distinct, counts)
-
-    def slices(self, counts: Counts) -> Slices:
-        """Which there are, by the counts of all rows."""
-        values, rows = counts
+    def find_slices(self, values: pa.Array) -> Slices:
+        """Which slices there are of values that `read` gave. Raises UserError where there are too many."""
+        known = values.drop_null()
         if self.buckets is None:
-            shown = values[np.sort(np.argsort(-rows, kind="stable")[:SHOWN_VALUES])]
-            return Slices(self, tuple(str(each) for each in shown))
-        if not len(values):
+            counted = known.value_counts()
+            return self.of_values(counted.field("values").to_pylist(), counted.field("counts").to_pylist())
+        if not len(known):
             return Slices(self, ())
-        ends = np.searchsorted(np.cumsum(rows), rows.sum() * np.arange(1, self.buckets) / self.buckets)
-        edges = np.unique(values[np.minimum(ends, len(values) - 1)])
-        return Slices(self, (), tuple(float(each) for each in edges), (float(values[0]), float(values[-1])))
+        numbers = known.to_numpy()
+        edges = np.quantile(numbers, self.shares, method="inverted_cdf")
+        return self.of_numbers(edges, numbers.min(), numbers.max())
+
+    def of_values(self, values: Sequence[str], rows: Sequence[int]) -> Slices:
+        """The slices of values by how many rows have each. Raises UserError for more than `MOST_VALUES`."""
+        if len(values) > MOST_VALUES:
+            raise UserError(
+                f"column '{self.column}' has more than {MOST_VALUES:,} values, such as {min(values)!r}: too many to "
+                f"slice by; slice by 'bucket({self.column}, 10)' if it is a number"
+            )
+        often = sorted(zip(values, rows, strict=True), key=lambda each: (-each[1], each[0]))[:SHOWN_VALUES]
+        return Slices(self, tuple(sorted(value for value, _ in often)))
+
+    @property
+    def shares(self) -> list[float]:
+        """Of the rows, up to the end of each bucket but the last."""
+        return [number / (self.buckets or 1) for number in range(1, self.buckets or 1)]
+
+    def of_numbers(self, edges: Iterable[float], least: float, largest: float) -> Slices:
+        """The slices of a number. edges: the largest number of each of the `shares`."""
+        return Slices(self, (), tuple(sorted({float(each) for each in edges})), (float(least), float(largest)))
 
 
 @dataclass(frozen=True)
@@ -160,17 +150,6 @@ class Slices:
         names = self.names
         number[missing] = len(names) - 1
         return {names[each]: np.flatnonzero(number == each) for each in np.unique(number)}
-
-
-def _thinned(values: np.ndarray, rows: np.ndarray, most: int = 4_096) -> Counts:
-    """At most so many values, each of which stands for those after the one before."""
-    if len(values) <= most:
-        return values, rows
-    group = np.minimum((np.cumsum(rows) - 1) * most // rows.sum(), most - 1)
-    last = np.append(np.flatnonzero(np.diff(group)), len(values) - 1)
-    kept = np.union1d([0], last)
-    sums = np.add.reduceat(rows, np.append(0, kept[:-1] + 1)) if len(kept) > 1 else np.array([rows.sum()])
-    return values[kept], sums
 
 
 @dataclass(frozen=True)

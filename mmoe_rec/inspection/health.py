@@ -47,42 +47,27 @@ def _ids(vocabulary: Path, meaning: Meaning, rows: list[int]) -> dict[int, str]:
 
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-
-
 _TIMES = ("first_request", "last_request", "labels_known_by")
 
 
 def overview(manifest: Mapping[str, Any], sums: Sums, schema: Schema) -> dict[str, Any]:
     """Files, rows and times of the log (None where it has none), files left out, and for each split its rows, different
     users, and labels. Where a column splits rows of users, also which share of the test users training knows."""
-    told = manifest.get("splits", {})
+    told, users_in_both = manifest.get("splits", {}), None
     splits = {name: _split(each, sums.layout, told.get(name, {})) for name, each in sums.splits.items()}
     if manifest.get("first_request") is None:
         splits = {name: split | dict.fromkeys(_TIMES) for name, split in splits.items()}
-    return {
-        "log": manifest.get("log"),
-        "digest": manifest.get("digest"),
-        "files": manifest.get("files"),
-        "rows": manifest.get("rows"),
+    if schema.split is not None and schema.columns.has_user:  # where times split rows, users are in both by right
+        train, test = (sums.splits[name].who["user"] for name in ("train", "test"))
+        users_in_both = test.share_in(train)
+    names = ("log", "digest", "files", "rows", "first_request", "last_request", "requests")
+    return {name: manifest.get(name) for name in names} | {
         "rows_in_splits": sum(split["rows"] for split in splits.values()),
-        "first_request": manifest.get("first_request"),
-        "last_request": manifest.get("last_request"),
-        "left_out": [
-            {"file": str(each["file"]), "reason": str(each["reason"])} for each in manifest.get("left_out", [])
-        ],
-        "requests": manifest.get("requests"),
+        "left_out": [{name: str(each[name]) for name in ("file", "reason")} for each in manifest.get("left_out", [])],
         "split_column": None if schema.split is None else schema.split.column,
-        "users_in_both": _users_in_both(sums, schema),
+        "users_in_both": users_in_both,
         "splits": splits,
     }
-
-
-def _users_in_both(sums: Sums, schema: Schema) -> float | None:
-    """None where times split rows: then users are in both by right."""
-    if schema.split is None or not schema.columns.has_user:
-        return None
-    train, test = (sums.splits[name].who["user"] for name in ("train", "test"))
-    return test.share_in(train)
 
 
 def weeks(manifest: Mapping[str, Any], sums: Sums) -> list[dict[str, Any]]:
@@ -197,12 +182,11 @@ def _id_input(each: IdInput, meaning: Meaning, sums: Sums, prepared: Prepared) -
     ids = sums.ids[each.name]
     names, train, test = ids.psi_counts(meaning)
     labels = row_names(meaning, each.table, names, prepared.serving)
-    rows = {split: sums.splits[split].labels.rows for split in SPLITS}
     return {
         "name": each.name,
         "columns": [f"id.{each.name}"],
         "table": each.table,
-        "coverage": {split: 1 - ids.empty[split] / rows[split] if meaning.missing else None for split in SPLITS},
+        "coverage": _coverage(sums, ids.empty) if meaning.missing else dict.fromkeys(SPLITS),
         "distinct": {"count": ids.distinct(meaning), "exact": True},
         "constant": int((ids.counts["train"] > 0).sum()) <= 1,
         "unknown": {split: ids.unknown_share(split, meaning) for split in SPLITS},
@@ -214,23 +198,27 @@ def _id_input(each: IdInput, meaning: Meaning, sums: Sums, prepared: Prepared) -
 def _number_input(each: NumberInput, feature: FeatureInputs, sums: Sums) -> dict[str, Any]:
     numbers = sums.numbers[each.name]
     labels, train, test = numbers.psi_counts(each.edges)
-    rows = {split: sums.splits[split].labels.rows for split in SPLITS}
+    missing = {split: int(numbers.counts[split][-1]) for split in SPLITS}
     tells = each.indicator is not None or feature.meaning.zeros_missing
     if not tells:
         labels, train, test = labels[:-1], train[:-1], test[:-1]
-    coverage = {split: 1 - numbers.missing(split) / rows[split] if tells else None for split in SPLITS}
     return {
         "name": each.name,
         "columns": [f"dense.{each.name}"] + [f"dense.{each.name}_missing"] * (each.indicator is not None),
         "table": None,
         # Without an indicator every training row had a value; whether test rows do cannot be seen.
-        "coverage": coverage if tells else {"train": 1.0, "test": None},
+        "coverage": _coverage(sums, missing) if tells else {"train": 1.0, "test": None},
         "distinct": {"count": numbers.distinct.count(), "exact": numbers.distinct.exact},
-        "constant": numbers.constant(),
+        # All training rows have one value, or all have none.
+        "constant": numbers.distinct.count() + bool(missing["train"]) <= 1,
         "unknown": dict.fromkeys(SPLITS),
         **_drift(labels, train, test),
         "auc": {task.name: numbers.auc(place) for place, task in enumerate(sums.layout.tasks)},
     }
+
+
+def _coverage(sums: Sums, missing: Mapping[str, int]) -> dict[str, float]:
+    return {split: 1 - missing[split] / sums.splits[split].labels.rows for split in SPLITS}
 
 
 def _drift(labels: list[str], train: np.ndarray, test: np.ndarray) -> dict[str, Any]:

@@ -314,14 +314,6 @@ class NumberSums:
     def _count(self, bins: np.ndarray) -> np.ndarray:
         return np.bincount(bins, minlength=len(self.edges) + 2)
 
-    def missing(self, split: str) -> int:
-        """Rows without a value."""
-        return int(self.counts[split][-1])
-
-    def constant(self) -> bool:
-        """Whether all training rows have one value, or all have none."""
-        return self.distinct.count() + bool(self.missing("train")) <= 1
-
     def auc(self, task: int) -> float | None:
         """How well the number alone ranks validation rows, whichever way round, missing values at the better end."""
         positives, negatives = self.positives[task], self.negatives[task]

@@ -26,7 +26,7 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.comparison import find_objective
 from mmoe_rec.evaluation.metrics.binary import bin_edges, counts_by_value
 from mmoe_rec.evaluation.results import Results
-from mmoe_rec.evaluation.slices import Counts, SliceBy, Slices
+from mmoe_rec.evaluation.slices import MOST_VALUES, SliceBy, Slices
 from mmoe_rec.evaluation.summary import MeasuredModel
 from mmoe_rec.evaluation.sums import MOST_UNITS, EvaluationSums, join_sums, measure
 from mmoe_rec.jobs.places import build_options, check_names, check_out, log_and_place, logs_for, short_names
@@ -298,11 +298,10 @@ def _measure_parts(
         for each in engine.map(partial(send_part, job), list(enumerate(parts))):
             counts.append(each)
             progress.advance(task, each.rows)
-        by = job.columns.slices
-        whole = PartCounts.merge(counts, by)
+        whole = PartCounts.merge(counts)
         with open_database(job.rows.folder / "database", options.memory_gib, options.workers) as database:
             users = check_requests(database, job)
-        slices = tuple(each.slices(counts) for each, counts in zip(by, whole.sliced, strict=True))
+            slices = tuple(_find_slices(database, number, by) for number, by in enumerate(job.columns.slices))
         job = replace(job, edges=whole.edges(), grouped=users > MOST_UNITS, slices=slices)
         partitions = range(job.rows.receivers)
         task = progress.add_task("measuring", total=len(partitions))
@@ -342,22 +341,20 @@ class MeasureJob:
 @dataclass(frozen=True)
 class PartCounts:
     """What a part holds. values: binary task -> some of the predicted values, rising, with the numbers of positive and
-    of negative rows that they stand for; sliced: of what rows are sliced by."""
+    of negative rows that they stand for."""
 
     rows: int
     values: dict[str, Values]
-    sliced: tuple[Counts, ...] = ()
 
     @staticmethod
-    def merge(parts: Sequence[PartCounts], by: Sequence[SliceBy] = ()) -> PartCounts:
-        """That of all parts. Raises UserError where a column has too many values to slice by."""
+    def merge(parts: Sequence[PartCounts]) -> PartCounts:
+        """That of all parts."""
         values = {
             name: tuple(np.concatenate(each) for each in zip(*(part.values[name] for part in parts), strict=True))
             for name in parts[0].values
         }
-        sliced = tuple(each.add([part.sliced[number] for part in parts]) for number, each in enumerate(by))
         merged = {name: counts_by_value(*each) for name, each in values.items()}
-        return PartCounts(sum(part.rows for part in parts), merged, sliced)
+        return PartCounts(sum(part.rows for part in parts), merged)
 
     def edges(self) -> dict[str, np.ndarray]:
         """Of bins for all."""
@@ -379,7 +376,6 @@ def send_part(job: MeasureJob, number_and_part: tuple[int, LogPart]) -> PartCoun
     number, part = number_and_part
     binary = [task.name for task in job.columns.tasks if task.kind == "binary"]
     seen: dict[str, list[Values]] = {name: [] for name in binary}
-    sliced: list[list[pa.Array]] = [[] for _ in job.columns.slices]
 
     def tables() -> Iterator[tuple[pa.Table, np.ndarray]]:
         for piece in part.pieces:
@@ -388,8 +384,6 @@ def send_part(job: MeasureJob, number_and_part: tuple[int, LogPart]) -> PartCoun
                 for name in binary:
                     value, label = table[f"p.{name}"].to_numpy(), table[f"l.{name}"].to_numpy()
                     seen[name].append((value, label == 1, label == 0))
-                for number, each in enumerate(sliced):
-                    each.extend(table[f"s.{number}"].chunks)
                 yield table.drop_columns(["hash"]), partition_of(hashes, job.rows.receivers)
 
     sent = job.rows.send_in_turns(ROWS, (number, 0), tables())
@@ -398,8 +392,7 @@ def send_part(job: MeasureJob, number_and_part: tuple[int, LogPart]) -> PartCoun
         value, positive, negative = (np.concatenate(each) for each in zip(*batches, strict=True))
         known = positive | negative
         values[name] = _fewer(*counts_by_value(value[known], positive[known], negative[known]))
-    counts = tuple(by.count(each) for by, each in zip(job.columns.slices, sliced, strict=True))
-    return PartCounts(int(sent.sum()), values, counts)
+    return PartCounts(int(sent.sum()), values)
 
 
 SlicedSums = dict[tuple[str, str], EvaluationSums]
@@ -464,6 +457,23 @@ def check_requests(database: Database, job: MeasureJob) -> int:
             )
     (users,) = database.row('SELECT count(DISTINCT "user") FROM rows')
     return int(users)
+
+
+def _find_slices(database: Database, number: int, by: SliceBy) -> Slices:
+    """The slices of the rows, once their requests were checked. Raises UserError where a column has too many values."""
+    column = f'"s.{number}"'
+    if by.buckets is not None:
+        edges, *ends = database.row(
+            f"SELECT quantile_disc({column}, {by.shares}), min({column}), max({column}) FROM rows"
+        )
+        return Slices(by, ()) if edges is None else by.of_numbers(edges, *ends)
+    counted = (
+        f"SELECT {column}, count(*) FROM rows WHERE {column} IS NOT NULL GROUP BY 1 ORDER BY 1 LIMIT {MOST_VALUES + 1}"
+    )
+    found = [
+        row for table in database.read(counted, MOST_VALUES) for row in zip(*table.to_pydict().values(), strict=True)
+    ]
+    return by.of_values([value for value, _ in found], [rows for _, rows in found])
 
 
 def _request(columns: PredictionColumns, value: object) -> str:

@@ -153,7 +153,7 @@ class LogColumns:
                 values = by.read(given)
             except (ValueError, pa.ArrowNotImplementedError) as error:
                 raise UserError(f"column '{each.column}' of the log {error} ({OPTION})") from None
-            yield by.name, dict(by.slices(by.count([values])).rows(values))
+            yield by.name, dict(by.find_slices(values).rows(values))
 
 
 @dataclass(frozen=True)
