@@ -43,17 +43,6 @@ def cost_of_drift(feature: Mapping[str, Any], each: Mapping[str, Any]) -> float:
     return sum(apart) * importance(feature)
 
 
-def cost_of_missing(feature: Mapping[str, Any], each: Mapping[str, Any]) -> float:
-    """Of an input that has values in few test rows although training had more."""
-    train, test = (each["coverage"][split] for split in ("train", "test"))
-    return 0.0 if train is None or test is None else max(0.0, train - test) * importance(feature)
-
-
-def cost_of_rates(low: float, high: float) -> float:
-    """Of a label rate that differs between splits."""
-    return 1 - low / high if high > 0 else 0.0
-
-
 LEAK_AUC = 0.98
 UNKNOWN = 0.20
 DRIFT, STRONG_DRIFT = 0.10, 0.25
@@ -145,7 +134,7 @@ def _labels(health: Health) -> Iterator[Finding]:
                 f"the rate of task '{name}' changes more than {RATE_CHANGE:g} times between splits: {', '.join(rates)}"
             )
             told = sorted(splits[split]["tasks"][name]["rate"] for split in sum(changed, ()))
-            yield _finding("warning", "rate", name, message, cost_of_rates(told[0], told[-1]))
+            yield _finding("warning", "rate", name, message, 1 - told[0] / told[-1] if told[-1] > 0 else 0.0)
 
 
 def _differ(one: Health, other: Health, kind: str) -> bool:
@@ -197,7 +186,9 @@ def _coverage(feature: Health) -> Iterator[Finding]:
         ]
         if low:
             message = f"feature '{feature['name']}' has a value in only {' and '.join(low)}{_by(feature, each)}"
-            yield _finding("warning", "coverage", feature["name"], message, cost_of_missing(feature, each))
+            train, test = (each["coverage"][split] for split in ("train", "test"))
+            lost = 0.0 if train is None or test is None else max(0.0, train - test)
+            yield _finding("warning", "coverage", feature["name"], message, lost * importance(feature))
             return
 
 

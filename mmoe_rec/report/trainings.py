@@ -5,11 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
-from typing import Any
 
-import numpy as np
-from matplotlib.figure import Figure
 from rich.table import Table
 from rich.text import Text
 
@@ -19,7 +15,7 @@ from mmoe_rec.evaluation.summary import SCORE
 from mmoe_rec.evaluation.trainings import SettingsDifference, TrainingsMean
 from mmoe_rec.report.evaluation import difference_cell
 from mmoe_rec.report.formatting import NONE, difference, signed
-from mmoe_rec.report.pages import COLOURS, SERIES, blank, plain, render, svg
+from mmoe_rec.report.pages import render
 from mmoe_rec.report.sentences import once_corrected
 
 Means = Mapping[str, Mapping[str, TrainingsMean]]
@@ -52,44 +48,54 @@ class TrainingsReport:
 
 def terminal_parts(report: TrainingsReport) -> Iterator[Table | str]:
     """A table, sentences and warnings, for the terminal."""
-    yield trainings_table(report)
+    table = Table(title=f"{len(report.seeds)} trainings, {report.rows:,} test rows", title_justify="left")
+    table.add_column("", no_wrap=True)
+    for name in ("mean", "95% interval", "between\ntrainings", f"between\n{report.units}"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for group, metrics in report.summary.items():
+        if shown := _shown_metrics(group, metrics):
+            table.add_row(Text(group, style="bold"))
+        for metric, each in shown:
+            cells = _cells(metric, each, "-")[: len(table.columns) - 1]
+            table.add_row(f"  {metric.label}", *cells, end_section=metric is shown[-1][0])
+    units = f"between {report.units}: the standard error of the mean"
+    table.caption = f"between trainings: their standard deviation; {units}"
+    yield table
     yield from report.sentences
     yield from (f"warning: {each}" for each in report.warnings)
 
 
 def page(trainings: TrainingsReport) -> str:
     """The whole page."""
-    groups = [_group(name, trainings) for name in trainings.summary]
-    groups = [each for each in groups if each["rows"]]
-    units = trainings.units
+    groups, means = [], []
+    for group, metrics in trainings.summary.items():
+        shown = _shown_metrics(group, metrics)
+        differences = [each.groups.get(group, {}) for each in trainings.against.values()]
+        rows = [
+            {
+                "label": metric.label,
+                "cells": _cells(metric, each, NONE),
+                "apart": [difference_cell(metric, its.get(metric.name)) for its in differences],
+            }
+            for metric, each in shown
+        ]
+        if shown:
+            mean, ends, *_ = rows[0]["cells"]
+            means.append(f"{group}: {shown[0][0].name} {mean} on average" + ("" if ends == NONE else f" ({ends})"))
+            groups.append({"name": group, "rows": rows})
     values = {
         "title": trainings.title,
         "seeds": list(trainings.seeds),
-        "units": units,
+        "units": trainings.units,
         "others": list(trainings.against),
         "measured": trainings.rows,
-        "means": [f"{each['name']}: {each['headline']}" for each in groups],
+        "means": means,
         "sentences": trainings.sentences,
         "warnings": trainings.warnings,
         "groups": groups,
         "facts": trainings.facts,
     }
     return render("trainings.html.j2", values)
-
-
-def _group(group: str, trainings: TrainingsReport) -> dict[str, Any]:
-    shown, headline, figure = _shown_metrics(group, trainings.summary[group]), "", ""
-    rows = []
-    for metric, each in shown:
-        others = [other.groups.get(group, {}).get(metric.name) for other in trainings.against.values()]
-        apart = [difference_cell(metric, other) for other in others]
-        rows.append({"label": metric.label, "cells": list(_cells(metric, each)), "apart": apart})
-    if shown:
-        metric, each = shown[0]
-        mean, ends, *_ = _cells(metric, each)
-        headline = f"{metric.name} {mean} on average" + ("" if ends == NONE else f" ({ends})")
-        figure = svg(trainings_figure(metric.name, trainings.seeds, each), f"{metric.name} of {group} by training")
-    return {"name": group, "rows": rows, "headline": headline, "figure": figure}
 
 
 def _shown_metrics(group: str, metrics: Mapping[str, TrainingsMean]) -> list[tuple[Named, TrainingsMean]]:
@@ -101,50 +107,13 @@ def _shown_metrics(group: str, metrics: Mapping[str, TrainingsMean]) -> list[tup
     ]
 
 
-def _cells(metric: Named, each: TrainingsMean, nothing: str = NONE) -> Iterator[str]:
+def _cells(metric: Named, each: TrainingsMean, nothing: str) -> list[str]:
     """Mean, interval, spread between trainings, error by users, and the trainings' values; nothing: stands for a number
     that does not exist."""
-
-    def shown(value: float | None) -> str:
-        return nothing if value is None else metric.shown(value)
-
-    yield shown(each.mean)
-    yield nothing if each.low is None else f"{shown(each.low)} to {shown(each.high)}"
-    yield shown(each.between_trainings)
-    yield shown(each.between_users)
-    yield from map(shown, each.values)
-
-
-def trainings_figure(label: str, seeds: Sequence[int], each: TrainingsMean) -> Figure:
-    """A metric of each training as a point, beside their mean as a line with its interval."""
-    figure = blank(max(3.6, 1.8 + 0.32 * len(seeds)), 2.6)
-    axes = plain(figure.subplots())
-    places = np.arange(len(seeds))
-    if each.low is not None and each.high is not None:
-        axes.axhspan(each.low, each.high, color=COLOURS["soft"], zorder=0)
-    axes.axhline(each.mean or 0.0, color=COLOURS["muted"], linewidth=1, linestyle=(0, (4, 3)), zorder=1)
-    axes.plot(places, np.array(each.values, np.float64), "o", color=SERIES[0], markersize=6)
-    axes.set_xticks(places, [str(seed) for seed in seeds])
-    axes.set_xlabel("seed")
-    axes.set_ylabel(label)
-    return figure
-
-
-def trainings_table(trainings: TrainingsReport) -> Table:
-    """The means on the terminal."""
-    table = Table(title=f"{len(trainings.seeds)} trainings, {trainings.rows:,} test rows", title_justify="left")
-    table.add_column("", no_wrap=True)
-    for name in ("mean", "95% interval", "between\ntrainings", f"between\n{trainings.units}"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for group, metrics in trainings.summary.items():
-        if shown := _shown_metrics(group, metrics):
-            table.add_row(Text(group, style="bold"))
-        for metric, each in shown:
-            cells = islice(_cells(metric, each, "-"), len(table.columns) - 1)
-            table.add_row(f"  {metric.label}", *cells, end_section=metric is shown[-1][0])
-    units = f"between {trainings.units}: the standard error of the mean"
-    table.caption = f"between trainings: their standard deviation; {units}"
-    return table
+    numbers = [each.mean, each.between_trainings, each.between_users, *each.values]
+    mean, *others = (nothing if value is None else metric.shown(value) for value in numbers)
+    ends = [metric.shown(end) for end in (each.low, each.high) if end is not None]
+    return [mean, " to ".join(ends) or nothing, *others]
 
 
 def describe_uncertainty(summary: Means, units: str = "users") -> Iterator[str]:
