@@ -83,20 +83,14 @@ def test_a_regression(frame: pd.DataFrame) -> None:
     assert "auc" not in metrics
 
 
-def test_other_predictions_are_computed_anew(frame: pd.DataFrame) -> None:
+def test_other_predictions_are_computed_anew_and_what_is_undefined_has_no_value(frame: pd.DataFrame) -> None:
     (area,) = (each for each in metrics_of_task(frame["user"], frame["request"], resamples=20) if each.name == "auc")
-    one = area.eval_fn(frame["predicted"], frame["label"]).aggregate_results["value"]
-    other = area.eval_fn(1 - frame["predicted"], frame["label"]).aggregate_results["value"]
+    one, other, again = (
+        area.eval_fn(predicted, frame["label"]).aggregate_results["value"]
+        for predicted in (frame["predicted"], 1 - frame["predicted"], frame["predicted"])
+    )
     assert one + other == pytest.approx(1, abs=1e-12)
-    assert area.eval_fn(frame["predicted"], frame["label"]).aggregate_results["value"] == one
-
-
-def test_what_is_undefined_has_no_value(frame: pd.DataFrame) -> None:
-    metrics = {each.name: each for each in metrics_of_task(frame["user"], frame["request"], resamples=20)}
-    assert metrics["auc"].eval_fn(frame["predicted"], np.ones(600)).aggregate_results == {}
-
-
-def test_rows_of_another_number(frame: pd.DataFrame) -> None:
-    (metric, *_) = metrics_of_task(frame["user"][:10], frame["request"][:10], resamples=20)
+    assert again == one
+    assert area.eval_fn(frame["predicted"], np.ones(600)).aggregate_results == {}
     with pytest.raises((UserError, ValueError)):
-        metric.eval_fn(frame["predicted"], frame["label"])
+        area.eval_fn(frame["predicted"][:10], frame["label"][:10])

@@ -3,7 +3,7 @@
 import pytest
 
 from mmoe_rec.features import kinds
-from mmoe_rec.features.layout import DenseInput, IdInput, Layout, TaskOutput
+from mmoe_rec.features.layout import DenseInput, Layout, TaskOutput
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.inspection.sums import feature_inputs
 
@@ -58,12 +58,6 @@ def test_an_indicator_belongs_to_the_number_of_its_feature():
     (price,), (other,) = (each.numbers for each in feature_inputs(schema, layout))
     assert (price.place, price.indicator) == (0, None)
     assert (other.place, other.indicator) == (1, 2)
-
-
-def test_an_input_of_no_feature_is_refused():
-    layout = Layout((), (IdInput("other", "other"),), (), (TaskOutput("click", "binary"),))
-    with pytest.raises(ValueError, match="input 'other' belongs to none of the features"):
-        feature_inputs(SCHEMA, layout)
 
 
 @pytest.mark.parametrize(
