@@ -148,15 +148,12 @@ def test_a_column_that_is_no_slice_is_refused(tmp_path: Path, capsys: pytest.Cap
 @given(
     values=st.lists(st.one_of(st.none(), st.integers(-5, 5), st.floats(-1e9, 1e9)), min_size=1, max_size=60),
     buckets=st.integers(2, 6),
-    cuts=st.integers(1, 4),
 )
 @settings(max_examples=60, deadline=None)
-def test_every_row_is_in_one_bucket_and_buckets_are_even(values: list[Any], buckets: int, cuts: int) -> None:
+def test_every_row_is_in_one_bucket_and_buckets_are_even(values: list[Any], buckets: int) -> None:
     by = SliceBy.of(f"bucket(x, {buckets})")
-    given_values = pa.array([None if each is None else float(each) for each in values], pa.float64())
-    pieces = [given_values.take(pa.array(np.arange(len(values))[number::cuts])) for number in range(cuts)]
-    counts = by.add([by.count([by.read(piece)]) for piece in pieces])
-    found = by.slices(counts).rows(by.read(given_values))
+    read = by.read(pa.array([None if each is None else float(each) for each in values], pa.float64()))
+    found = by.find_slices(read).rows(read)
     places = np.sort(np.concatenate(list(found.values())))
     np.testing.assert_array_equal(places, np.arange(len(values)))
     known = [each for each in values if each is not None]
@@ -167,27 +164,15 @@ def test_every_row_is_in_one_bucket_and_buckets_are_even(values: list[Any], buck
             assert len(mine) <= len(known) / buckets + largest + 1
 
 
-def test_many_values_are_thinned_to_buckets_of_even_size() -> None:
-    by = SliceBy.of("bucket(x, 10)")
-    random = np.random.default_rng(0)
-    parts_of = [by.count([pa.array(random.normal(size=20_000))]) for _ in range(4)]
-    assert all(len(values) <= 4_097 for values, _ in parts_of)
-    counts = by.add(parts_of)
-    assert counts[1].sum() == 80_000
-    sizes = [len(each) for each in by.slices(counts).rows(pa.array(random.normal(size=50_000))).values()]
-    assert len(sizes) == 10
-    assert max(sizes) < 1.1 * min(sizes)
-
-
 def test_no_two_slices_have_one_name() -> None:
     late = pa.array(1.7e9 + np.arange(1000.0))
     by = SliceBy.of("bucket(at, 10)")
-    found = by.slices(by.count([late])).rows(late)
+    found = by.find_slices(late).rows(late)
     assert len(found) == 10
     assert sum(map(len, found.values())) == 1000
     words = pa.array(["(missing)", "(all others)", "a", None])
     by = SliceBy.of("word")
-    found = by.slices(by.count([words])).rows(words)
+    found = by.find_slices(words).rows(words)
     assert {name: each.tolist() for name, each in found.items()} == {
         "'(all others)'": [1],
         "'(missing)'": [0],
