@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -12,9 +12,6 @@ from mmoe_rec.evaluation.intervals import UNDEFINED, Interval, Key, Values, is_s
 from mmoe_rec.evaluation.metrics import CATALOGUE_METRICS, metrics_of
 from mmoe_rec.evaluation.metrics.metric import Metric, UserSums
 from mmoe_rec.evaluation.sums import EvaluationSums
-
-if TYPE_CHECKING:
-    from mmoe_rec.evaluation.tradeoffs import WeightsRecord
 
 SCORE, CATALOGUE = "score", "catalogue"
 LEFT_OUT = ("requests_of_one_row", "requests_without_relevant_row", "requests_of_equal_relevance")
@@ -96,8 +93,8 @@ class MeasuredModel:
 
     address: where it, or its predictions, come from; gates: task -> mean weight of each expert, None where they are
     unknown; seen: sentences on how it has seen these rows before; users: on how it has seen their users; slices: its
-    sums in each, by (what rows are sliced by, value), in the same units; tradeoffs: what other weights would give;
-    placement: what it has learnt of that.
+    sums in each, by (what rows are sliced by, value), in the same units; placement: what
+    it has learnt of that.
     """
 
     sums: EvaluationSums
@@ -107,7 +104,6 @@ class MeasuredModel:
     seen: Sequence[str] = ()
     users: Sequence[str] = ()
     slices: Mapping[tuple[str, str], EvaluationSums] = field(default_factory=dict)
-    tradeoffs: Sequence[WeightsRecord] = ()
     placement: Sequence[PlacementRecord] = ()
 
 

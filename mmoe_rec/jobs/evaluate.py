@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from mmoe_rec.atomic import atomic_file
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.comparison import find_objective
-from mmoe_rec.evaluation.results import RESAMPLES_OF_SLICES, Results
+from mmoe_rec.evaluation.results import Results
 from mmoe_rec.evaluation.summary import MeasuredModel, PlacementRecord, Summary
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.inference.ranking import ROW
@@ -36,7 +36,6 @@ from mmoe_rec.tracking.registry import FoundModel, describe_version, find_model,
 
 if TYPE_CHECKING:
     from mmoe_rec.evaluation.scoring import ScoredRows
-    from mmoe_rec.evaluation.tradeoffs import WeightsRecord
     from mmoe_rec.inference.ranker import Ranker
 
 
@@ -272,19 +271,7 @@ def _measured(
     of_tasks = {task.name: weights for task, weights in zip(scored.layout.tasks, gates, strict=True)}
     seen, users = overlap(settings, found.folder), users_in_both(settings, found.folder, scored, training)
     placement = describe_placement(scored, found.folder / "features")
-    tradeoffs = _tradeoffs(scored, settings)
-    return MeasuredModel(sums, summary, found.address, of_tasks, seen, users, sliced, tradeoffs, placement)
-
-
-def _tradeoffs(scored: ScoredRows, settings: Settings) -> list[WeightsRecord]:
-    """What other weights of the tasks would give; none of one task, or where a weight is negative."""
-    from mmoe_rec.evaluation.tradeoffs import Sweep, find_front, make_grid, normalise
-
-    given = [task.score_weight for task in scored.layout.tasks]
-    if len(given) < 2 or min(given) < 0 or max(given) == 0 or not scored.ranks:
-        return []
-    resamples = min(settings.evaluation.resamples, RESAMPLES_OF_SLICES)
-    return find_front(Sweep(scored, make_grid(len(given), normalise(given)), resamples))
+    return MeasuredModel(sums, summary, found.address, of_tasks, seen, users, sliced, placement)
 
 
 def _facts(settings: Settings, scored: ScoredRows, split: str) -> dict[str, str]:

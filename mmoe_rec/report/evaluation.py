@@ -4,13 +4,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from mmoe_rec.evaluation import metrics as every
 from mmoe_rec.evaluation.comparison import BETTER, WORSE
 from mmoe_rec.evaluation.intervals import Difference, Interval
 from mmoe_rec.evaluation.metrics.metric import Named
@@ -23,11 +22,7 @@ from mmoe_rec.report.pages import COLOURS, SERIES, blank, plain, render, svg
 from mmoe_rec.report.sentences import describe_guard, describe_metrics, describe_notes, describe_verdict
 from mmoe_rec.report.tables import rows_of_catalogue, rows_of_metrics
 
-if TYPE_CHECKING:
-    from mmoe_rec.evaluation.tradeoffs import WeightsRecord
-
 _SHOWN_SLICES = 12
-_NDCG = next(each for each in every.METRICS if each.name == "ndcg_at_10")
 _INK, _MUTED, _LINE = COLOURS["ink"], COLOURS["muted"], SERIES[0]
 _TITLE: dict[str, Any] = {"fontsize": 13, "fontweight": "bold", "color": _INK}
 _LOG_SPAN = 20  # axes are logarithmic when the largest mean prediction is more than this many times the smallest
@@ -59,7 +54,6 @@ def page(results: Results) -> str:
         "groups": list(_groups(results)),
         "curves": list(_curves(summaries)),
         "gates": [{"model": name, "tasks": each.gates} for name, each in models.items() if each.gates],
-        "tradeoffs": _tradeoffs(first.tradeoffs),
         "placement": list(_placement(first.placement, first.summary)),
         "slices": slices[:_SHOWN_SLICES],
         "more_slices": slices[_SHOWN_SLICES:],
@@ -134,33 +128,12 @@ def _curves(summaries: Mapping[str, Summary]) -> Iterator[dict[str, str]]:
 
 
 def _placement(records: Sequence[PlacementRecord], summary: Summary) -> Iterator[dict[str, Any]]:
-    """Of each feature of placement, a table and a figure of what its values do to each task."""
-    kinds = {name: task.kind for name, task in summary.tasks.items()}
+    """Of each feature of placement, a table of what its values do to each task."""
     for feature in dict.fromkeys(each.feature for each in records):
         mine = [each for each in records if each.feature == feature]
-        yield {
-            "feature": feature,
-            "tasks": {task: "odds" if kinds.get(task) == "binary" else "added" for task in mine[0].effects},
-            "rows": mine,
-            "figure": svg(placement_figure(mine, kinds), f"what values of {feature} do to each task"),
-        }
-
-
-def _tradeoffs(records: Sequence[WeightsRecord]) -> dict[str, Any] | None:
-    """The front of weights, in the order of the first task's, with the model's own; and a figure of two tasks."""
-    if not records:
-        return None
-    rows = []
-    for each in sorted(records, key=lambda each: -next(iter(each.weights.values()))):
-        said = ["this model"] * (each is records[0]) + ["(dominated)"] * (each.dominated_by is not None)
-        if said != ["(dominated)"]:
-            weights = " : ".join(f"{weight:.2g}" for weight in each.weights.values())
-            values = [_cell(_NDCG, value) for value in each.values.values()]
-            rows.append({"weights": weights, "values": values, "said": " ".join(said)})
-    tasks, figure = list(records[0].values), ""
-    if len(tasks) == 2 and all(value.value is not None for each in records for value in each.values.values()):
-        figure = svg(tradeoff_figure(records), f"NDCG@10 of {tasks[0]} and {tasks[1]} by weights in the score")
-    return {"tasks": tasks, "rows": rows, "tried": len(records), "figure": figure}
+        is_odds = {task: summary.tasks[task].kind == "binary" for task in mine[0].effects}
+        tasks = {task: "odds" if is_odds[task] else "added" for task in is_odds}
+        yield {"feature": feature, "tasks": tasks, "rows": mine}
 
 
 def _slice_row(each: SliceRecord) -> dict[str, Any]:
@@ -250,58 +223,4 @@ def gate_weights_figure(mean_gate_weights: Mapping[str, np.ndarray]) -> Figure:
     axes.set_frame_on(False)
     axes.set_title("Mean gate weight", loc="left", **_TITLE, pad=10)
     figure.colorbar(image, ax=axes, pad=0.02, fraction=0.05).outline.set_visible(False)
-    return figure
-
-
-def placement_figure(records: Sequence[PlacementRecord], kinds: Mapping[str, str]) -> Figure:
-    """What the values of a feature of placement do to each task, a panel a task: odds beside those of the mean row on a
-    logarithmic axis, or what is added to a regression.
-
-    Args:
-        records: of one feature.
-        kinds: of the tasks.
-    """
-    tasks, places = list(records[0].effects), np.arange(len(records))
-    figure = blank(max(4.0, 1.6 + 0.42 * len(records)), 0.9 + 1.7 * len(tasks))
-    panels = np.atleast_1d(figure.subplots(len(tasks), 1, sharex=True))
-    for axes, task, color in zip(map(plain, panels), tasks, SERIES * len(tasks), strict=False):
-        is_odds = kinds.get(task) == "binary"
-        base = 1.0 if is_odds else 0.0
-        heights = np.array([each.effects[task] for each in records])
-        axes.vlines(places, base, heights, color=color, linewidth=2)
-        axes.plot(places, heights, "o", color=color, markersize=5)
-        axes.axhline(base, color=_MUTED, linewidth=1, zorder=1)
-        if is_odds:
-            axes.set_yscale("log")
-            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-            axes.yaxis.set_minor_formatter(NullFormatter())
-            spans_decades = heights.max() > 5 * heights.min()
-            axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)) if spans_decades else MaxNLocator(5))
-        axes.set_ylabel(f"{task}\n{'odds' if is_odds else 'added'}")
-    names = [each.value for each in records]
-    slanted = max(map(len, names)) > 3
-    panels[-1].set_xticks(places, names, rotation=45 if slanted else 0, ha="right" if slanted else "center")
-    return figure
-
-
-def tradeoff_figure(records: Sequence[WeightsRecord]) -> Figure:
-    """How well two tasks are served by rankings of different weights: the front as a line, what is dominated pale.
-
-    records: of two tasks, with values; the first is the model's own ranking.
-    """
-    tasks = list(records[0].values)
-    points = np.array([[each.values[task].value for task in tasks] for each in records], dtype=np.float64)
-    front = np.array([each.dominated_by is None for each in records])
-    order = np.argsort(points[front, 0])
-    figure = blank(5.6, 4.2)
-    axes = plain(figure.subplots())
-    axes.plot(*points[front][order].T, color=_LINE, marker="o", markersize=4, linewidth=1.4, label="front", zorder=2)
-    axes.plot(*points[~front].T, color=_MUTED, marker="o", markersize=3, linestyle="none", label="dominated", zorder=1)
-    ring: dict[str, Any] = {"markersize": 11, "markerfacecolor": "none", "markeredgewidth": 1.8, "linestyle": "none"}
-    axes.plot(*points[:1].T, color=SERIES[1], marker="o", **ring, label="this model", zorder=3)
-    axes.set(xlabel=f"NDCG@10 of {tasks[0]}", ylabel=f"NDCG@10 of {tasks[1]}")
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(MaxNLocator(5))
-        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}"))
-    axes.legend(frameon=False, fontsize=9, labelcolor=_INK)
     return figure

@@ -1,15 +1,11 @@
 """Simulated predictions and labels, with ties, unobserved labels and requests of different lengths."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
-from mmoe_rec.evaluation.scoring import ScoredRows
 from mmoe_rec.evaluation.sums import EvaluationSums, MeasuredTask, measure
-from mmoe_rec.features.layout import Layout, TaskOutput
 
 BOUGHT = MeasuredTask("bought", "binary", 1.0)
 LIKED = MeasuredTask("liked", "binary", 0.5)
@@ -74,12 +70,3 @@ def simulate(seed: int, users: int = 60, requests: int = 400, decimals: int | No
         score=probability * other if decimals is None else probability,
     )
     return replace(log, **changes)
-
-
-def scored_rows(
-    tasks: Sequence[str], users: np.ndarray, requests: np.ndarray, predictions: np.ndarray, labels: np.ndarray
-) -> ScoredRows:
-    """Rows of a model with binary tasks; predictions, labels: (N, T)."""
-    layout: Any = Layout((), (), (), tuple(TaskOutput(name, "binary") for name in tasks))
-    ids = pa.array(users), pa.array(requests), None
-    return ScoredRows(layout, *ids, predictions, labels, predictions.sum(1), None, {}, dict.fromkeys(tasks, 1.0))

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
-from simulated_log import scored_rows
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.intervals import UNDEFINED
@@ -14,6 +15,7 @@ from mmoe_rec.evaluation.scoring import ScoredRows
 from mmoe_rec.evaluation.summary import summarise
 from mmoe_rec.evaluation.sums import MeasuredTask, measure
 from mmoe_rec.evaluation.tradeoffs import Sweep, choose_weights, find_front, make_grid, normalise
+from mmoe_rec.features.layout import Layout, TaskOutput
 
 TASKS = ["bought", "liked"]
 
@@ -27,7 +29,9 @@ def rows(seed: int = 0, users: int = 300) -> ScoredRows:
     logit[:, 1] -= 0.5 * logit[:, 0]
     labels = (random.random(logit.shape) < 1 / (1 + np.exp(-logit))).astype(float)
     labels[:, 1] = np.where(random.random(len(request)) < 0.3, np.nan, labels[:, 1])
-    return scored_rows(TASKS, request // 4, request, 1 / (1 + np.exp(-logit)), labels)
+    layout: Any = Layout((), (), (), tuple(TaskOutput(name, "binary") for name in TASKS))
+    ids, predictions = (pa.array(request // 4), pa.array(request), None), 1 / (1 + np.exp(-logit))
+    return ScoredRows(layout, *ids, predictions, labels, predictions.sum(1), None, {}, dict.fromkeys(TASKS, 1.0))
 
 
 def test_values_are_the_ndcg_of_each_ranking_and_task() -> None:

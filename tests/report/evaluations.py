@@ -7,9 +7,7 @@ import numpy as np
 from mmoe_rec.evaluation.results import Results
 from mmoe_rec.evaluation.summary import MeasuredModel, PlacementRecord, summarise
 from mmoe_rec.evaluation.sums import EvaluationSums, MeasuredTask, measure
-from mmoe_rec.evaluation.tradeoffs import Sweep, find_front, make_grid
 from mmoe_rec.settings.sections import Evaluation
-from tests.evaluation.simulated_log import scored_rows
 
 
 def evaluation(first: str = "new", second: str = "old", tasks: tuple[str, str] = ("bought", "spent")) -> Results:
@@ -21,10 +19,7 @@ def evaluation(first: str = "new", second: str = "old", tasks: tuple[str, str] =
     label = (random.random(len(user)) < 1 / (1 + np.exp(-logit))).astype(float)
     measured = [MeasuredTask(tasks[0], "binary"), MeasuredTask(tasks[1], "regression", 0.1)]
     kind = np.where(user < 60, "few & far", "many")
-    both = np.stack([1 / (1 + np.exp(-logit)), random.random(len(user))], 1)
-    rows = scored_rows(tasks, user, request, both, np.stack([label, random.integers(2, size=len(user))], 1))
     more = {
-        "tradeoffs": find_front(Sweep(rows, make_grid(2, (0.6, 0.4)), 20)),
         "placement": [
             PlacementRecord("position", value, 100, {"bought": odds, "spent": odds - 1})
             for value, odds in (("1", 1.5), ("<2>", 0.5))
