@@ -44,40 +44,41 @@ _LAST_LINES = 3
 
 
 class Client:
-    """Talks to a server; each call is a connection of its own, so that all workers are asked.
+    """Talks to a server on this machine; each call is a connection of its own, so that all workers are asked.
 
     again: how often something was sent again, as the server was away.
     """
 
-    def __init__(self, url: str) -> None:
-        self.url, self.again = url, 0
+    def __init__(self, port: int) -> None:
+        self.port, self.again = port, 0
 
     def check(self) -> None:
         """Raises UserError where the server will never answer."""
 
-    def version(self) -> dict[str, Any]:
-        """What it says of its model."""
-        return self._ask("GET", "/version")
+    def position(self) -> int:
+        """Up to which position of its journal the worker that is asked knows events."""
+        return int(self._ask("GET", "/version")["position"])
 
-    def send(self, table: pa.Table, log: str | None) -> dict[str, Any]:
+    def send(self, table: pa.Table, log: str | None = None) -> int:
         """Sends events of the interaction log (None), or of a named log, again and again until the server has said that
-        it has them; gives its reply. Raises UserError where it refuses them."""
+        it has them; gives their position. Raises UserError where it refuses them."""
         sink = pa.BufferOutputStream()
         with pa.ipc.new_stream(sink, table.schema) as writer:
             writer.write_table(table)
         page = "/events" if log is None else f"/events?log={quote(log, safe='')}"
-        return self._ask("POST", page, sink.getvalue().to_pybytes(), "application/vnd.apache.arrow.stream")
+        body = sink.getvalue().to_pybytes()
+        return int(self._ask("POST", page, body, "application/vnd.apache.arrow.stream")["position"])
 
-    def rank(self, request: dict[str, Any], after: Any, explain: bool) -> dict[str, Any]:
+    def rank(self, request: dict[str, Any], after: int | None, explain: bool) -> dict[str, Any]:
         """The ranking of one request, once the server has learnt all events up to a position (None: at once)."""
-        page = "/invocations" if after is None else f"/invocations?after={quote(str(after), safe='')}"
+        page = "/invocations" if after is None else f"/invocations?after={after}"
         body = json.dumps({"inputs": [request], "params": {"explain": explain}}).encode()
         ranking: dict[str, Any] = self._ask("POST", page, body)["predictions"][0]
         return ranking
 
     def _ask(self, method: str, page: str, body: bytes | None = None, kind: str = "application/json") -> dict[str, Any]:
         """A reply's body, asked for again and again while the server is away."""
-        call = urllib.request.Request(f"{self.url}{page}", body, {"Content-Type": kind}, method=method)
+        call = urllib.request.Request(f"http://{HOST}:{self.port}{page}", body, {"Content-Type": kind}, method=method)
         give_up = time.monotonic() + PATIENCE_S
         while True:
             try:
@@ -108,8 +109,7 @@ class OwnServer(Client):
     def __init__(self, model: Path, journal: str | Path, log: Path, workers: int, words: tuple[str, ...] = ()) -> None:
         with socket.socket() as free:
             free.bind((HOST, 0))
-            self.port = int(free.getsockname()[1])
-        super().__init__(f"http://{HOST}:{self.port}")
+            super().__init__(free.getsockname()[1])
         self.log = log
         self._words = [sys.executable, "-m", "mmoe_rec", "serve", "--model", str(model), "--host", HOST]
         self._words += ["--port", str(self.port), "--workers", str(workers), "--journal", str(journal), *words]
@@ -130,7 +130,7 @@ class OwnServer(Client):
         """Starts it, and waits until it answers. Raises UserError where it ends instead."""
         with self.log.open("ab") as output:
             self.process = subprocess.Popen(self._words, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
-        self.version()
+        self.position()
 
     def check(self) -> None:
         """Raises UserError where it has ended."""
@@ -184,7 +184,7 @@ def feed(
             for place, log in enumerate(period.logs):
                 until = int(np.searchsorted(log.times, instant))
                 for table in _cut(log, sent[place], until):
-                    position = server.send(table, log.name)["position"]
+                    position = server.send(table, log.name)
                 sent[place] = until
             first, end = period.starts[request : request + 2].tolist()
             for start in range(first, end, most):

@@ -31,8 +31,7 @@ import numpy as np
 import pyarrow as pa
 
 from mmoe_rec.live.journal import Journal
-from mmoe_rec.live.replay_server import OwnServer
-from tests.benchmarks.event_client import Client
+from mmoe_rec.live.replay_server import Client, OwnServer
 from tests.inference.small_model import SmallModel
 from tests.live.journals import every_batch, postgresql
 from tests.processes import until, workers
@@ -57,12 +56,11 @@ class _Caller(threading.Thread):
 
     def run(self) -> None:
         try:
-            with self.client:
-                while not self.ending.is_set():
-                    number = self._next % BATCHES
-                    position = self.client.send(_batch(self._table, number))
-                    self.acknowledged.add((position, number))
-                    self._next += CALLERS
+            while not self.ending.is_set():
+                number = self._next % BATCHES
+                position = self.client.send(_batch(self._table, number))
+                self.acknowledged.add((position, number))
+                self._next += CALLERS
         except Exception as error:
             self.error = error
 
@@ -133,9 +131,8 @@ def event_kills(scratch: Path, journal: str, kills: int, seed: int) -> dict[str,
                 raise caller.error
         _kill(server, True, random)
         acknowledged = set().union(*(each.acknowledged for each in callers))
-        with Client(server.port) as client:
-            last = max(position for position, _ in acknowledged)
-            until(lambda: client.position() >= last, "the server does not know all")
+        last = max(position for position, _ in acknowledged)
+        until(lambda: server.position() >= last, "the server does not know all")
     return {
         "killed": kills + 1,
         "of_which_whole": whole + 1,

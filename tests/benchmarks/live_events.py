@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from tests.benchmarks.event_client import Client as EventClient
+from mmoe_rec.live.replay_server import Client as EventClient
 from tests.benchmarks.http_load import Client
 from tests.benchmarks.serving_models import Bodies
 
@@ -242,7 +242,8 @@ def _send(order: _Order, paused: Any, stop: Any, count: Any, found: Any) -> None
     with pa.memory_map(str(order.file)) as source:
         table = pa.ipc.open_file(source).read_all()
     sent, waiting, probed, start = Sent(), [], 0.0, order.start
-    with EventClient(order.port) as client, ThreadPoolExecutor(PROBES) as prober:
+    client = EventClient(order.port)
+    with ThreadPoolExecutor(PROBES) as prober:
         found.put("ready")
         begun = time.perf_counter()  # later by all pauses
         while not stop.is_set() and start < order.end:
@@ -270,10 +271,10 @@ def _send(order: _Order, paused: Any, stop: Any, count: Any, found: Any) -> None
 def _visible(port: int, position: int, since: float) -> float:
     """Seconds from a moment until all of several connections, which lie with all workers, say that their worker knows a
     position; nothing that waits for it makes a worker hurry."""
-    with EventClient(port) as client:
-        for _ in range(CONNECTIONS):
-            while client.position() < position:
-                time.sleep(PAUSE_S)
+    client = EventClient(port)
+    for _ in range(CONNECTIONS):
+        while client.position() < position:
+            time.sleep(PAUSE_S)
     return time.perf_counter() - since
 
 

@@ -39,10 +39,10 @@ class InProcess(Client):
     """A server in this process, as a replay feeds it; sent: (log, events), asked: (position, request)."""
 
     def __init__(self, app: Application) -> None:
-        super().__init__("")
+        super().__init__(0)
         self.app, self.sent, self.asked = app, list[tuple[str | None, pa.Table]](), list[tuple[Any, dict[str, Any]]]()
 
-    def send(self, table: pa.Table, log: str | None) -> dict[str, Any]:
+    def send(self, table: pa.Table, log: str | None = None) -> int:
         self.sent.append((log, table))
         return super().send(table, log)
 
@@ -121,7 +121,7 @@ def test_requests_come_after_all_that_happened_before_and_before_all_else(world:
     left = {each.name: each.times.tolist() for each in period.logs}
 
     def plant(server: InProcess) -> None:
-        def send(table: pa.Table, log: str | None) -> dict[str, Any]:
+        def send(table: pa.Table, log: str | None) -> None:
             name = schema.columns.time if log is None else schema.events[log].time
             times = table[name].cast(pa.int64()).to_pylist()
             for each in times:
@@ -130,7 +130,6 @@ def test_requests_come_after_all_that_happened_before_and_before_all_else(world:
             if log is not None:
                 ids = table["event_id"].to_pylist()
                 assert len(set(ids)) == len(ids)
-            return {"position": None}
 
         def rank(request: dict[str, Any], after: Any, explain: bool) -> dict[str, Any]:
             nonlocal ties
@@ -166,15 +165,15 @@ def test_labels_that_are_seen_before_they_mature_are_found(world: World, tmp_pat
 
 def test_one_lost_event_is_found_and_its_values_are_shown(world: World, tmp_path: Path) -> None:
     def plant(server: InProcess) -> None:
-        send, lost, replies = server.send, list[str](), [{"position": None}]
+        send, lost, positions = server.send, list[str](), [0]
 
-        def losing(table: pa.Table, log: str | None) -> dict[str, Any]:
+        def losing(table: pa.Table, log: str | None) -> int:
             if log == "carts" and not lost:
                 lost.append(log)
                 table = table.slice(1)
             if len(table):
-                replies.append(send(table, log))
-            return replies[-1]
+                positions.append(send(table, log))
+            return positions[-1]
 
         server.send = losing  # type: ignore[method-assign]
 
