@@ -12,7 +12,6 @@ training needs features that hold all files of the log.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import shutil
@@ -21,7 +20,7 @@ from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from mmoe_rec.atomic import atomic_file, atomic_folder
+from mmoe_rec.atomic import atomic_folder
 from mmoe_rec.errors import UserError
 from mmoe_rec.jobs.places import extend_features, log_and_place
 from mmoe_rec.jobs.train import train_model
@@ -36,7 +35,7 @@ from mmoe_rec.preprocessing.tables import taken_by
 from mmoe_rec.settings.sections import Settings, Split
 from mmoe_rec.tracking.outbox import list_waiting_runs
 
-_KEPT, _SPLIT = "before_training", "split.json"
+_KEPT = "before_training"
 
 
 def days_of_validation(settings: Settings, address: str, every: int, days: int | None) -> int:
@@ -70,11 +69,12 @@ def train_when_due(settings: Settings, address: str, every: int, days: int) -> I
     work = Path(settings.data.work)
     kept, prepared = work / _KEPT, Prepared(work / "features")
     with writing(kept, "a scheduled training", "set `data.work` to another folder", queue=True):
+        served = Served.at(address, settings.tracking.address)
+        newest = as_of(served.about)
         if not kept.is_dir():
-            served = Served.at(address, settings.tracking.address)
             if not (prepared.folder / "manifest.json").is_file():
                 raise UserError(f"'{prepared.folder}' holds no features to which days could be added: train once first")
-            last, newest = prepared.manifest["request_microseconds"][1], as_of(served.about)
+            last = prepared.manifest["request_microseconds"][1]
             behind = (newest - last) / MICROSECONDS_PER_DAY
             if behind < every:
                 yield (
@@ -82,14 +82,17 @@ def train_when_due(settings: Settings, address: str, every: int, days: int) -> I
                     f"{max(0, behind):.1f} days behind the tables of '{served.alias}', and one is due after {every}"
                 )
                 return
-            _keep(prepared, kept, _split(newest, days))
+            with writing(prepared.folder, BUILD, ADVICE, queue=True), atomic_folder(kept) as folder:
+                _link(prepared.folder, folder / "features")
         elif _has_ended(prepared, kept, work):
             _forget(kept)
             yield "the training that was under way has ended"
             return
-        now = _with_split(settings, kept)
+        end = datetime.fromtimestamp(newest // 1_000_000 + 1, UTC)
+        split = Split.model_validate({"train_end": end - timedelta(days=days), "validation_end": end})
+        now = settings.model_copy(update={"split": split})
         if existing(*log_and_place(now)) is None:
-            now = _with_new_days(settings, address, kept, prepared, days)
+            _add_days(now, served, kept, prepared)
         yield from _train(now, address, prepared, work)
         _forget(kept)
 
@@ -109,26 +112,21 @@ def _train(settings: Settings, address: str, prepared: Prepared, work: Path) -> 
         raise UserError("the training has ended, but MLflow has not got all of it: start the same command again")
 
 
-def _with_new_days(settings: Settings, address: str, kept: Path, prepared: Prepared, days: int) -> Settings:
-    """The settings of a training on features that now hold all files of the log.
+def _add_days(settings: Settings, served: Served, kept: Path, prepared: Prepared) -> None:
+    """Makes features that hold all files of the log.
 
     The features of before come back first: others, to which days were added, may lack rows of the first of these.
     """
-    served = Served.at(address, settings.tracking.address)
-    with atomic_file(kept / _SPLIT) as file:
-        file.write_text(json.dumps(_split(as_of(served.about), days)), encoding="utf-8")
     with writing(prepared.folder, BUILD, ADVICE, queue=True), atomic_folder(prepared.folder) as folder:
-        _linked(kept / "features", folder)
+        _link(kept / "features", folder)
     if Finished.read(Path(settings.data.work) / "checkpoints") is None:
         Finished.forget(Path(settings.data.work) / "checkpoints")  # of features that are gone
-    now = _with_split(settings, kept)
-    if extend_features(now) is None:
+    if extend_features(settings) is None:
         raise UserError(
             f"'{settings.data.log}' has no files that the features in '{prepared.folder}' do not hold, but the tables "
-            f"of '{address}' know later requests: put back the files that these come from"
+            f"of '{served.version.address}' know later requests: put back the files that these come from"
         )
     _check_all_there(served, prepared)
-    return now
 
 
 def _check_all_there(served: Served, prepared: Prepared) -> None:
@@ -150,31 +148,11 @@ def _check_all_there(served: Served, prepared: Prepared) -> None:
         )
 
 
-def _split(newest: int, days: int) -> dict[str, str]:
-    """The newest days validate; in whole seconds. newest: microseconds of the last request."""
-    end = datetime.fromtimestamp(newest // 1_000_000 + 1, UTC)
-    return {"train_end": (end - timedelta(days=days)).isoformat(), "validation_end": end.isoformat()}
-
-
-def _with_split(settings: Settings, kept: Path) -> Settings:
-    try:
-        split = Split.model_validate(json.loads((kept / _SPLIT).read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
-        raise UserError(f"'{kept / _SPLIT}' is damaged ({error}): remove '{kept}' to begin anew") from None
-    return settings.model_copy(update={"split": split})
-
-
 def _has_ended(prepared: Prepared, kept: Path, work: Path) -> bool:
     """Whether the training on features to which days were added since they were kept has ended."""
     finished, now = Finished.read(work / "checkpoints"), prepared.manifest["fingerprint"]
     added = now != Prepared(kept / "features").manifest["fingerprint"]
     return added and finished is not None and finished.origin.features == now
-
-
-def _keep(prepared: Prepared, kept: Path, split: dict[str, str]) -> None:
-    with writing(prepared.folder, BUILD, ADVICE, queue=True), atomic_folder(kept) as folder:
-        _linked(prepared.folder, folder / "features")
-        (folder / _SPLIT).write_text(json.dumps(split), encoding="utf-8")
 
 
 def _forget(kept: Path) -> None:
@@ -184,7 +162,7 @@ def _forget(kept: Path) -> None:
     shutil.rmtree(gone, ignore_errors=True)
 
 
-def _linked(source: Path, target: Path) -> None:
+def _link(source: Path, target: Path) -> None:
     """Copies a folder whose files are replaced and never changed: as links, where the file system has them."""
 
     def link(one: str, other: str) -> None:
