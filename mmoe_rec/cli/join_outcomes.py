@@ -30,5 +30,5 @@ def join_outcomes(configuration: Configuration, requests: str, events: str | Non
 
     end = None if until is None else microseconds(until)
     joined = outcomes.join_outcomes(configuration.settings, requests, events, out, until=end)
-    for line in outcomes.about(joined):
+    for line in outcomes.describe(joined):
         print(line)

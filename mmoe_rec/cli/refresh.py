@@ -32,7 +32,7 @@ from mmoe_rec.errors import UserError
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from mmoe_rec.live.refresh import Refreshed
+    from mmoe_rec.live.refresh import RefreshResult
 
 
 @settings_command(__doc__)
@@ -85,9 +85,9 @@ def refresh(
     address = model or f"models:/{settings.registered_model}@{settings.tracking.alias}"
     every, days = train_every_days, 0
     if every is not None:
-        from mmoe_rec.live.scheduled_training import days_of_validation, train_when_due
+        from mmoe_rec.live.scheduled_training import choose_validation_days, train_when_due
 
-        days = days_of_validation(settings, address, every, validation_days)
+        days = choose_validation_days(settings, address, every, validation_days)
     refreshed = tables.refresh(
         settings, address, anew=anew, journal=journal, remove_events=remove_events, other_journal=other_journal
     )
@@ -117,7 +117,7 @@ def refresh(
             print(sentence)
 
 
-def _table(refreshed: Refreshed) -> Table:
+def _table(refreshed: RefreshResult) -> Table:
     from rich.table import Table
 
     from mmoe_rec.live.refresh import as_of

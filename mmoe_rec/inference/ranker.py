@@ -238,7 +238,7 @@ class Ranker:
 
         table = events if isinstance(events, pa.Table) else pa.Table.from_pandas(events, preserve_index=False)
         schema = self.pipeline.schema
-        checked = RowChecks(schema, known_types(self.pipeline), max(len(table), 1)).of_table(log, table)
+        checked = RowChecks(schema, known_types(self.pipeline), max(len(table), 1)).read_table(log, table)
         with self._learning:
             self.take(self.prepare({log: as_logged(schema, self.reader, log, checked)}))
 

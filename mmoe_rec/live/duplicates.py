@@ -33,7 +33,7 @@ COUNTS, DUPLICATE, CONFLICT = 0, 1, 2
 _NEVER, _FOREVER = np.iinfo(np.int64).min, np.iinfo(np.int64).max
 
 
-def uses_of_logs(schema: Schema) -> dict[str | None, dict[str, Use]]:
+def find_uses(schema: Schema) -> dict[str | None, dict[str, Use]]:
     """Log, None for the interaction log, -> its columns and what each is read as."""
     uses: dict[str | None, dict[str, Use]] = {None: column_uses(schema)}
     return uses | {name: event_uses(schema, name) for name in schema.events}
@@ -56,7 +56,7 @@ class NewRows:
         """As features read them."""
         return LogRows(self.table, schema) if self.source is None else event_rows(self.table, schema, self.source)
 
-    def late(self, schema: Schema, as_of: int) -> int:
+    def count_late(self, schema: Schema, as_of: int) -> int:
         """How many rows had become known, by at least one label, at `as_of` (microseconds) already."""
         rows = self.rows(schema)
         if self.source is not None:
@@ -92,7 +92,7 @@ class Duplicates:
 
     def __init__(self, schema: Schema, forget_after_days: int = FORGET_AFTER_DAYS) -> None:
         self.schema, self.forget_after_days = schema, forget_after_days
-        self._uses = uses_of_logs(schema)
+        self._uses = find_uses(schema)
         self.sources = list(self._uses)
         """The logs that the schema has, None for the interaction log."""
         self._memories = {source: _Memory() for source in self._uses}

@@ -24,7 +24,7 @@ import pyarrow.types as pt
 
 from mmoe_rec.errors import RequestError, UserError, quoted
 from mmoe_rec.features.pipeline import FeaturePipeline
-from mmoe_rec.live.duplicates import EVENT_ID, uses_of_logs
+from mmoe_rec.live.duplicates import EVENT_ID, find_uses
 from mmoe_rec.log.checks import format_time
 from mmoe_rec.log.columns import canonical
 from mmoe_rec.log.files import first_line
@@ -61,7 +61,7 @@ def known_types(pipeline: FeaturePipeline) -> dict[str, pa.DataType]:
 
 
 @dataclass(frozen=True)
-class _Column:
+class _EventColumn:
     """use: what it is read as; expected: its type, None where any that `use` allows will do; boolean: whether it may
     hold true and false, which are no ids."""
 
@@ -82,15 +82,15 @@ class RowChecks:
     ) -> None:
         self.schema, self.most_rows = schema, most_rows
         known: Mapping[str, pa.DataType] = types or {}
-        self._columns: dict[str | None, dict[str, _Column]] = {}
+        self._columns: dict[str | None, dict[str, _EventColumn]] = {}
         ids = {schema.columns.user, schema.columns.candidate, schema.columns.request}
-        for source, uses in uses_of_logs(schema).items():
+        for source, uses in find_uses(schema).items():
             required = _required(schema) if source is None else uses.keys()
             self._columns[source] = {
-                name: _Column(use, name in required, known.get(name) if use != "time" else None, name not in ids)
+                name: _EventColumn(use, name in required, known.get(name) if use != "time" else None, name not in ids)
                 for name, use in uses.items()
             }
-            self._columns[source].setdefault(EVENT_ID, _Column("key", False, None, False))
+            self._columns[source].setdefault(EVENT_ID, _EventColumn("key", False, None, False))
         events = {name: event_value_checks(log.time, _FOREVER) for name, log in schema.events.items()}
         self._value_checks = {None: log_value_checks(schema, _FOREVER)} | events
         inputs = schema.input_columns().items()
@@ -99,7 +99,7 @@ class RowChecks:
         # Columns of a role that no feature reads are left out, as those of a request are.
         self._unread = schema.column_roles.keys() - self._columns[None].keys()
 
-    def of_json(self, source: str | None, rows: Any, now: int | None = None) -> pa.Table:
+    def read_json(self, source: str | None, rows: Any, now: int | None = None) -> pa.Table:
         """A canonical table of rows as JSON gives them, a list of objects of columns and values.
 
         Args:
@@ -122,7 +122,7 @@ class RowChecks:
         arrays = {name: self._json_column(name, columns[name], [row.get(name) for row in rows]) for name in given}
         return self._checked(source, arrays, now)
 
-    def of_stream(self, source: str | None, data: bytes, now: int | None = None) -> pa.Table:
+    def read_stream(self, source: str | None, data: bytes, now: int | None = None) -> pa.Table:
         """The same of an Arrow IPC stream."""
         try:
             _check_uncompressed(data)
@@ -147,9 +147,9 @@ class RowChecks:
             )
         if more := len(data) - end:
             raise RequestError(f"{more:,} bytes follow the end of the Arrow stream; send one stream in a call")
-        return self.of_table(source, table, now)
+        return self.read_table(source, table, now)
 
-    def of_table(self, source: str | None, table: pa.Table, now: int | None = None) -> pa.Table:
+    def read_table(self, source: str | None, table: pa.Table, now: int | None = None) -> pa.Table:
         """The same of an Arrow table."""
         columns = self._of(source)
         if not table.num_rows:
@@ -168,7 +168,7 @@ class RowChecks:
         if rows > self.most_rows:
             raise RequestError(f"there are more than {self.most_rows:,} rows; send them in several calls")
 
-    def _of(self, source: str | None) -> dict[str, _Column]:
+    def _of(self, source: str | None) -> dict[str, _EventColumn]:
         if source not in self._columns:
             known = ", ".join(self.schema.events) or "none"
             raise RequestError(f"there is no log of events {quoted(source)}; there are: {known}")
@@ -188,7 +188,7 @@ class RowChecks:
             wrong.append(f"there is no column '{missing[0]}'")
         return "; and ".join(wrong) or None
 
-    def _json_column(self, name: str, column: _Column, values: Sequence[Any]) -> pa.Array:
+    def _json_column(self, name: str, column: _EventColumn, values: Sequence[Any]) -> pa.Array:
         def read(some: Sequence[Any]) -> pa.Array:
             if not column.boolean and any(isinstance(value, bool) for value in some):
                 raise RequestError(f"column '{name}' holds true or false, which is no id")
@@ -196,7 +196,7 @@ class RowChecks:
 
         return _read(read, values)
 
-    def _arrow_column(self, name: str, column: _Column, values: pa.ChunkedArray) -> pa.Array:
+    def _arrow_column(self, name: str, column: _EventColumn, values: pa.ChunkedArray) -> pa.Array:
         whole = one_array(values)
         if column.use == "time" and _is_text(whole.type):
             return self._json_column(name, column, whole.to_pylist())

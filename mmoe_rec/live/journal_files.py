@@ -26,7 +26,7 @@ from sqlalchemy.engine import Connection
 
 from mmoe_rec.atomic import atomic_file
 from mmoe_rec.errors import UserError
-from mmoe_rec.live.duplicates import Duplicates, NewRows, uses_of_logs
+from mmoe_rec.live.duplicates import Duplicates, NewRows, find_uses
 from mmoe_rec.live.journal import ABOUT, BATCHES, CHECKPOINTS, CUTS, STATES, Journal
 from mmoe_rec.log.columns import canonical
 from mmoe_rec.log.files import find_local, first_line, is_remote, local_path, split_glob, takes_in
@@ -41,7 +41,7 @@ _COLUMNS = b"mmoe_rec.columns"
 
 
 @dataclass
-class Written:
+class WrittenFiles:
     """files: those of the cuts, also those that were there; last_files: log -> the last cut that has a file; counts:
     log -> rows by what became of them; unknown: log of events that the schema does not have -> rows, which are in no
     file; early: rows left out by `later_than`."""
@@ -75,7 +75,7 @@ def cut_journal(journal: Journal) -> int:
 
 def write_files(
     journal: Journal, schema: Schema, through: int, log: str, after: int = 0, later_than: int | None = None
-) -> Written:
+) -> WrittenFiles:
     """Writes the files of the cuts later than `after` up to `through`, and keeps a checkpoint there.
 
     Args:
@@ -88,7 +88,7 @@ def write_files(
     Raises:
         UserError: a place can't take files, or the journal is damaged.
     """
-    written, duplicates = Written(), Duplicates(schema)
+    written, duplicates = WrittenFiles(), Duplicates(schema)
     tables, cut = dict[str | None, list[pa.Table]](), 0
     for end, new in read_on(journal, duplicates, after, through):
         if end != cut:
@@ -130,7 +130,7 @@ def read_on(
         position = max(position, end)
 
 
-def logs_beyond(journal: Journal, schema: Schema, position: int) -> list[str | None]:
+def find_removed_logs(journal: Journal, schema: Schema, position: int) -> list[str | None]:
     """The schema's logs of which rows that count were removed from the journal after a position: tables that know the
     journal up to there lack them, but the logs' files hold them."""
     with journal.reading() as connection:
@@ -210,7 +210,7 @@ def check_columns(journal: str, schema: Schema, log: str, held: Mapping[str | No
 
     held: log -> the last cut whose file the model's tables hold; only later ones are looked at.
     """
-    for source, uses in uses_of_logs(schema).items():
+    for source, uses in find_uses(schema).items():
         _, place = _place_of(source, schema, log)
         for path in [] if is_remote(place) else find_local(local_path(place)):
             name = read_journal_name(str(path))
@@ -235,7 +235,7 @@ def _place_of(source: str | None, schema: Schema, log: str) -> tuple[str, str]:
 
 
 def _write_cut(
-    written: Written, tables: Mapping[str | None, list[pa.Table]], journal: str, cut: int, schema: Schema, log: str
+    written: WrittenFiles, tables: Mapping[str | None, list[pa.Table]], journal: str, cut: int, schema: Schema, log: str
 ) -> None:
     """Writes the rows up to a cut, one file for each log that has some. written: to be added to."""
     name = f"journal-{journal}-{cut:012d}.parquet"
@@ -246,7 +246,7 @@ def _write_cut(
         setting, place = _place_of(source, schema, log)
         path = _find_folder(place, setting, name) / name
         if not path.exists():
-            _write(path, table, uses_of_logs(schema)[source], _find_pattern(place), schema.columns.time_unit)
+            _write(path, table, find_uses(schema)[source], _find_pattern(place), schema.columns.time_unit)
         written.files.append(path)
         written.last_files[source] = cut
 

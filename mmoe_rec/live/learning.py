@@ -22,7 +22,7 @@ import pyarrow as pa
 from mmoe_rec.errors import UserError
 from mmoe_rec.live.duplicates import Duplicates, NewRows
 from mmoe_rec.live.journal import ROWS_AT_A_TIME, Journal
-from mmoe_rec.live.journal_files import logs_beyond, read_on
+from mmoe_rec.live.journal_files import find_removed_logs, read_on
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.log.stand_ins import require_all
 from mmoe_rec.preprocessing.tables import taken_by
@@ -35,7 +35,7 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass
-class _Read:
+class _NewBatches:
     """What was read and is to be learnt. position: of the journal, up to where."""
 
     new: dict[str | None, NewRows]
@@ -44,7 +44,7 @@ class _Read:
 
 
 @dataclass(frozen=True)
-class Learnt:
+class ModelUpdate:
     """What the model can take. counts: rows by outcome; accepted_at: of the batches, microseconds."""
 
     prepared: Any
@@ -65,7 +65,7 @@ class Learning:
         self.ranker, self.journal = ranker, Journal(address, create=False)
         self.schema = ranker.pipeline.schema
         require_all(self.schema, "a journal of events")
-        self._waiting: _Read | None = None
+        self._waiting: _NewBatches | None = None
         self._error: Exception | None = None
         self._has_ended = False
         self._lock = threading.Lock()
@@ -88,7 +88,7 @@ class Learning:
         taken = taken_by(features)
         self._begin(through, None if taken is None else taken.last_segments(self.journal.id, self.schema.events))
         self.gap: str | None = None
-        if logs_beyond(self.journal, self.schema, through):
+        if find_removed_logs(self.journal, self.schema, through):
             self.gap = self._describe_gap(through)
             _log.warning("%s", self.gap)
 
@@ -108,7 +108,7 @@ class Learning:
             for source, parts in lacking.items():
                 table = pa.concat_tables([each.table for each in parts], promote_options="default").combine_chunks()
                 together[source] = NewRows(source, table, sum((each.counts for each in parts), Counter()))
-            self._waiting = _Read(together, self.position, [])
+            self._waiting = _NewBatches(together, self.position, [])
 
     def _describe_gap(self, through: int) -> str:
         """Says what was removed from the journal that the tables do not know; a later version's refresh removed it."""
@@ -136,13 +136,13 @@ class Learning:
             )
 
     @contextmanager
-    def held(self) -> Iterator[None]:
+    def pause(self) -> Iterator[None]:
         """A time in which it learns nothing."""
         with self._lock:
             yield
 
     def close(self) -> None:
-        """Learns no more; for a model whose place another one has taken, within `held`."""
+        """Learns no more; for a model whose place another one has taken, within `pause`."""
         self._has_ended = True
         self.journal.close()
 
@@ -155,7 +155,7 @@ class Learning:
         while (learnt := self.read()) is not None:
             self.take(learnt)
 
-    def read(self, most_rows: int = ROWS_AT_A_TIME) -> Learnt | None:
+    def read(self, most_rows: int = ROWS_AT_A_TIME) -> ModelUpdate | None:
         """Reads what is new, and prepares what the model is to take; None where nothing is new.
 
         Raises UserError where the journal is damaged. What was read is tried again after an error, but not where it
@@ -175,21 +175,21 @@ class Learning:
                     self._error = error
                     raise
                 self._tell_of(self._duplicates.unknown)
-                self._waiting = _Read(new, batches[-1].position, [each.accepted_at for each in batches])
+                self._waiting = _NewBatches(new, batches[-1].position, [each.accepted_at for each in batches])
             counts, rows = Counter[str](), dict[str | None, LogRows]()
             for source, each in self._waiting.new.items():
-                counts.update(each.counts, late=each.late(self.schema, self.ranker.tables_known))
+                counts.update(each.counts, late=each.count_late(self.schema, self.ranker.tables_known))
                 known = each.rows(self.schema)
                 rows[source] = known if self._is_known else known.filter(known.times() > self.ranker.tables_known)
                 counts["in_tables"] += len(known) - len(rows[source])
             prepared = self.ranker.prepare({source: each for source, each in rows.items() if len(each)})
-            return Learnt(prepared, self._waiting.position, self._waiting.accepted_at, +counts)
+            return ModelUpdate(prepared, self._waiting.position, self._waiting.accepted_at, +counts)
 
-    def taken_for_known(self, times: np.ndarray) -> int:
+    def count_known(self, times: np.ndarray) -> int:
         """How many rows of (N,) times, microseconds, the tables may hold, so that they are not learnt."""
         return 0 if self._is_known else int(np.sum(times <= self.ranker.tables_known))
 
-    def take(self, learnt: Learnt) -> None:
+    def take(self, learnt: ModelUpdate) -> None:
         """Has the model take what was prepared; no pass may be under way."""
         with self._lock:
             if not self._has_ended:

@@ -48,7 +48,7 @@ _STATE = "_state.json"
 
 
 @dataclass(frozen=True)
-class Source:
+class OutcomeSource:
     """Files whose columns are good, as far as their footers tell.
 
     uses: columns to read; time: the one by which old rows are left out; unit: of integers in it; types: of the columns
@@ -63,13 +63,13 @@ class Source:
     left_out: list[LeftOut]
 
     @staticmethod
-    def open(settings: Settings, address: str, setting: str, uses: dict[str, Use], time: str) -> Source:
+    def open(settings: Settings, address: str, setting: str, uses: dict[str, Use], time: str) -> OutcomeSource:
         """Reads all footers. setting: holds the address, for messages. Raises UserError, as `Log` does."""
         unit, skip = settings.columns.time_unit, settings.data.skip_bad_files
         files, types, left_out = check_files(find_files(address, setting), uses, unit, skip, {})
         if not files:
             raise UserError(f"none of the files of '{address}' can be used; the first: {left_out[0].reason}")
-        return Source(uses, time, unit, files, types, left_out)
+        return OutcomeSource(uses, time, unit, files, types, left_out)
 
     def name(self, column: str) -> str:
         """The name of a column in a database."""
@@ -111,18 +111,18 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Plan:
+class JoinPlan:
     """The settings, and what is read. events: by log; inputs: columns that features read, with their roles; placement:
     of them, those that events or ranks say."""
 
     settings: Settings
-    requests: Source
-    events: dict[str, Source]
+    requests: OutcomeSource
+    events: dict[str, OutcomeSource]
     inputs: dict[str, Role]
     placement: list[str]
 
 
-def open_plan(settings: Settings, requests: str, events: str | None) -> Plan:
+def open_plan(settings: Settings, requests: str, events: str | None) -> JoinPlan:
     """Opens all files. requests, events: addresses of folders. Raises UserError where something is missing."""
     outcomes, schema = settings.outcomes, settings.schema_
     for column, tasks in label_columns(schema).items():
@@ -143,13 +143,13 @@ def open_plan(settings: Settings, requests: str, events: str | None) -> Plan:
     for name in dict.fromkeys(each.events for each in outcomes.windows):
         logs[name] = _open_events(settings, name, events, {column: uses[column] for column in placement})
         _check_types(settings, name, logs[name], source)
-    return Plan(settings, source, logs, inputs, placement)
+    return JoinPlan(settings, source, logs, inputs, placement)
 
 
-def _open_requests(settings: Settings, address: str, columns: Mapping[str, Use]) -> Source:
+def _open_requests(settings: Settings, address: str, columns: Mapping[str, Use]) -> OutcomeSource:
     own: dict[str, Use] = {names.REQUEST: "key", names.AT: "time", names.RANK: "number", names.SHARE: "number"}
     try:
-        return Source.open(settings, address, "--requests", {**columns, **own}, settings.columns.time)
+        return OutcomeSource.open(settings, address, "--requests", {**columns, **own}, settings.columns.time)
     except BadFile as problem:
         raise BadFile(
             f"{problem}. These are requests as `serve --log-requests` writes them, with the columns that the features "
@@ -159,7 +159,7 @@ def _open_requests(settings: Settings, address: str, columns: Mapping[str, Use])
         ) from None
 
 
-def _open_events(settings: Settings, name: str, folder: str | None, placement: Mapping[str, Use]) -> Source:
+def _open_events(settings: Settings, name: str, folder: str | None, placement: Mapping[str, Use]) -> OutcomeSource:
     outcomes, columns = settings.outcomes, settings.columns
     section = outcomes.events[name]
     if folder is not None and (is_remote(folder) or Path(folder, name).exists()):
@@ -181,10 +181,10 @@ def _open_events(settings: Settings, name: str, folder: str | None, placement: M
         raise UserError(f"column '{section.time}' of events '{name}' is the time and something else; add a column")
     if any(EVENT_ID in columns_of(file.address) for file in find_files(address, setting)):
         uses[EVENT_ID] = "key"
-    return Source.open(settings, address, setting, {**uses, section.time: "time"}, section.time)
+    return OutcomeSource.open(settings, address, setting, {**uses, section.time: "time"}, section.time)
 
 
-def _check_types(settings: Settings, name: str, events: Source, requests: Source) -> None:
+def _check_types(settings: Settings, name: str, events: OutcomeSource, requests: OutcomeSource) -> None:
     """Raises UserError where a column by which events are joined has another type than in the requests; one that is
     null everywhere gets the other's."""
     columns, request = settings.columns, settings.outcomes.events[name].request
@@ -200,7 +200,7 @@ def _check_types(settings: Settings, name: str, events: Source, requests: Source
 
 
 @dataclass(frozen=True)
-class State:
+class JoinState:
     """What the last run left. through: time of the latest requests that may have been written, microseconds; settings:
     by which they were; files: seen by then, with their sizes."""
 
@@ -216,13 +216,13 @@ class Runs:
         self.folder = folder
         self._last = max((each.name for each in folder.iterdir() if _RUN.fullmatch(each.name)), default="run-000000")
 
-    def state(self) -> State:
+    def state(self) -> JoinState:
         """What the last run left. Raises UserError where it can't be read."""
         path = self.folder / self._last / _STATE
         if not path.parent.exists():
-            return State()
+            return JoinState()
         try:
-            return State(**json.loads(path.read_text(encoding="utf-8")))
+            return JoinState(**json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError):
             raise UserError(
                 f"'{path}' is missing or damaged, so it is not known which requests are written: restore it, or join "
@@ -230,7 +230,7 @@ class Runs:
             ) from None
 
     @contextmanager
-    def add(self, state: State) -> Iterator[Path]:
+    def add(self, state: JoinState) -> Iterator[Path]:
         """A folder for the files of a new run, which leaves a state; it gets a name of its own once it is whole."""
         with atomic_folder(self.next) as folder:
             yield folder

@@ -29,7 +29,7 @@ import pyarrow.parquet as pq
 from mmoe_rec.errors import UserError
 from mmoe_rec.live import logged_requests as names
 from mmoe_rec.live.duplicates import EVENT_ID
-from mmoe_rec.live.outcome_files import BEGIN, Plan, Runs, Source, State, open_plan, open_runs
+from mmoe_rec.live.outcome_files import BEGIN, JoinPlan, JoinState, OutcomeSource, Runs, open_plan, open_runs
 from mmoe_rec.log.checks import format_time
 from mmoe_rec.log.columns import UTC_MICROSECONDS
 from mmoe_rec.log.database import open_database
@@ -44,7 +44,7 @@ _LONGEST_REQUEST = MICROSECONDS_PER_DAY  # between the parts of a request that a
 
 
 @dataclass(frozen=True)
-class Joined:
+class JoinResult:
     """What a run did. folder: of the new files, None where there is nothing to add; rows: in them; until: time up to
     which requests are written, microseconds; counts: what there was -> how many."""
 
@@ -63,7 +63,7 @@ def join_outcomes(
     *,
     until: int | None = None,
     now: int | None = None,
-) -> Joined:
+) -> JoinResult:
     """Adds the requests whose outcomes are known to an interaction log.
 
     Args:
@@ -84,7 +84,7 @@ def join_outcomes(
 
 
 class _Run:
-    def __init__(self, plan: Plan, runs: Runs, until: int | None, now: int) -> None:
+    def __init__(self, plan: JoinPlan, runs: Runs, until: int | None, now: int) -> None:
         self.plan, self.runs, self.given, self.now = plan, runs, until, now
         self.columns, self.outcomes = plan.settings.columns, plan.settings.outcomes
         self.before = runs.state()
@@ -94,7 +94,7 @@ class _Run:
         self.sources = [plan.requests, *plan.events.values()]
         self.by_user = [name for name in plan.events if self.outcomes.events[name].request is None]
 
-    def run(self) -> Joined:
+    def run(self) -> JoinResult:
         settings = self.outcomes.model_dump(mode="json")
         if self.before.settings and self.before.settings != settings:
             changes = (f"{name}: {old}, now {new}" for name, old, new in differences(self.before.settings, settings))
@@ -113,13 +113,13 @@ class _Run:
                 (rows,) = database.row(f"SELECT count(*) FROM labelled WHERE time <= {until}")
             if rows:
                 files = {file.address: file.bytes for each in self.sources for file in each.files}
-                with self.runs.add(State(until, settings, files)) as made:
+                with self.runs.add(JoinState(until, settings, files)) as made:
                     self._write(until, made)
         left_out = [each.reason for source in self.sources for each in source.left_out]
         folder = self.runs.next if rows else None
-        return Joined(folder, rows, until if rows else self.after, dict(+self.counts), left_out)
+        return JoinResult(folder, rows, until if rows else self.after, dict(+self.counts), left_out)
 
-    def _fill(self, table: str, source: Source, start: int, late: str) -> None:
+    def _fill(self, table: str, source: OutcomeSource, start: int, late: str) -> None:
         """Makes a table of rows, of all that are later than `start`; counts those of new files that are no later than
         what is written as `late`."""
 
@@ -141,7 +141,7 @@ class _Run:
         self.counts[late] += rows
         self.database.run(f"DELETE FROM {table} WHERE {time} IS NOT NULL AND {time} <= {start}")
 
-    def _request(self, source: Source, column: str) -> str:
+    def _request(self, source: OutcomeSource, column: str) -> str:
         """The request's id in SQL, with the user where ids are a user's own."""
         own = source.name(column)
         return f"row({source.name(self.columns.user)}, {own})" if self.columns.request_scope == "user" else own
@@ -339,7 +339,7 @@ class _Run:
         return next((each.types[name] for each in self.sources if name in each.types), pa.null())
 
 
-def about(joined: Joined) -> Iterator[str]:
+def describe(joined: JoinResult) -> Iterator[str]:
     """Lines for people."""
     if joined.folder is None:
         yield "nothing to add: no further request's outcomes are known yet"

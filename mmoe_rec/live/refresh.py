@@ -38,7 +38,7 @@ from mmoe_rec.tracking.registry import Version, describe_version, fetch_model, f
 
 
 @dataclass(frozen=True)
-class Served:
+class AliasHolder:
     """The version that holds an alias, and what its artifact says."""
 
     alias: str
@@ -47,7 +47,7 @@ class Served:
     about: Artifact
 
     @staticmethod
-    def at(address: str, uri: str) -> Served:
+    def at(address: str, uri: str) -> AliasHolder:
         """Raises UserError for anything but models:/NAME@ALIAS with a version that can be served."""
         name, _, alias = address.removeprefix("models:/").rpartition("@")
         if not address.startswith("models:/") or not name or not alias or "/" in name:
@@ -59,15 +59,15 @@ class Served:
         if version is None:
             raise UserError(f"no version of the model '{name}' holds the alias '{alias}': train one first")
         folder = fetch_model(version.address, uri)
-        return Served(alias, version, folder, read_artifact(folder))
+        return AliasHolder(alias, version, folder, read_artifact(folder))
 
 
 @dataclass(frozen=True)
-class Refreshed:
+class RefreshResult:
     """A refresh. before: what held the alias; after: the version that holds it now; number: of the new version, None
     where there was nothing new; tables: of that version."""
 
-    before: Served
+    before: AliasHolder
     after: Version | None
     number: str | None = None
     tables: Tables | None = None
@@ -81,36 +81,36 @@ def refresh(
     journal: str | None = None,
     remove_events: bool = False,
     other_journal: bool = False,
-) -> Refreshed:
+) -> RefreshResult:
     """Registers a version with new tables of the model that holds an alias, and moves the alias.
 
     anew: make the tables of all rows of the log, instead of going on; journal, remove_events, other_journal: see
     `write_journal`. One refresh at a time in `data.work`: another one waits. Raises UserError as `write_journal`,
-    `advanced_tables` or `tables_from_log`, and where MLflow is away or refuses.
+    `advance_tables` or `make_tables`, and where MLflow is away or refuses.
     """
     uri, work = settings.tracking.address, Path(settings.data.work)
     check_apart(settings.data.log, settings.schema_, work)
     runs.check_server(uri, settings.experiment, unsent=work / "unsent")
     out = work / "refreshed"
     with writing(out, "a refresh", "set `data.work` to another folder", queue=True):
-        served = Served.at(address, uri)
+        served = AliasHolder.at(address, uri)
         artifact = out / "model"
         try:
             known = None
             if journal is not None:
                 known = write_journal(served, settings, journal, remove_events, other_journal)
             if anew:
-                tables: Tables | None = tables_from_log(served.folder, settings, None, artifact)
+                tables: Tables | None = make_tables(served.folder, settings, None, artifact)
             else:
-                tables = advanced_tables(served.folder, settings, artifact, known)
+                tables = advance_tables(served.folder, settings, artifact, known)
             if tables is None or version_of(artifact) == version_of(served.folder):
-                return Refreshed(served, served.version)
+                return RefreshResult(served, served.version)
             return _register(settings, served, tables, artifact)
         finally:
             shutil.rmtree(out, ignore_errors=True)
 
 
-def _register(settings: Settings, served: Served, made: Tables, artifact: Path) -> Refreshed:
+def _register(settings: Settings, served: AliasHolder, made: Tables, artifact: Path) -> RefreshResult:
     uri, version = settings.tracking.address, served.version
     text = f"{version.address} {version_of(served.folder)} {version_of(artifact)}"
     key = f"refresh-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
@@ -139,11 +139,11 @@ def _register(settings: Settings, served: Served, made: Tables, artifact: Path) 
         raise UserError(
             f"{error}: '{served.alias}' is what it was, and the same command makes the version once MLflow answers"
         ) from None
-    return Refreshed(served, now, number, made)
+    return RefreshResult(served, now, number, made)
 
 
 def write_journal(
-    served: Served, settings: Settings, address: str, remove: bool = False, other: bool = False
+    served: AliasHolder, settings: Settings, address: str, remove: bool = False, other: bool = False
 ) -> Mapping[str, Any]:
     """Writes files of what the journal holds and the served tables do not; gives the journal's "id", and the position
     "through" which the logs' files hold it then.
@@ -166,7 +166,7 @@ def write_journal(
             )
         known = None
     held = 0 if known is None else int(known["through"])
-    if files.logs_beyond(journal, schema, held):
+    if files.find_removed_logs(journal, schema, held):
         raise UserError(
             f"the journal '{journal.name}' begins after position {journal.removed()}, and the model's tables know "
             f"it up to {held} only: what was removed is in the log's files, so run refresh without --journal first,"
@@ -215,7 +215,7 @@ def _check_one_way(settings: Settings, taken: Taken | None) -> None:
             )
 
 
-def tables_from_log(artifact: Path, settings: Settings, until: int | None, out: Path) -> Tables:
+def make_tables(artifact: Path, settings: Settings, until: int | None, out: Path) -> Tables:
     """Writes the artifact of a folder to `out` with tables of all rows of the settings' log, as of a moment.
 
     until: microseconds; requests and events then or later don't count, None for all that there are. Tables as of a
@@ -233,7 +233,7 @@ def tables_from_log(artifact: Path, settings: Settings, until: int | None, out: 
     return made
 
 
-def advanced_tables(
+def advance_tables(
     artifact: Path, settings: Settings, out: Path, journal: Mapping[str, Any] | None = None
 ) -> Tables | None:
     """Writes the artifact of a folder to `out` with tables that go on with new files of the settings' log; gives None,

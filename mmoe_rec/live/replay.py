@@ -75,7 +75,7 @@ class ReplayOptions:
 
 
 @dataclass(frozen=True)
-class Compared:
+class ValueComparison:
     """One thing that is compared in all rows.
 
     kind: feature, prediction or score; largest: greatest difference of numbers; examples: the first mismatches.
@@ -156,10 +156,10 @@ def _feed_own_server(
     folder: Path,
     between: Callable[[int, OwnServer], None],
 ) -> dict[int, Any]:
-    from mmoe_rec.live.refresh import tables_from_log
+    from mmoe_rec.live.refresh import make_tables
     from mmoe_rec.live.replay_server import CANDIDATES_AT_A_TIME, OwnServer, feed
 
-    tables_from_log(model, settings, options.start, folder / "model")
+    make_tables(model, settings, options.start, folder / "model")
     most = min(CANDIDATES_AT_A_TIME, read_artifact(model).max_candidates)
     words = ("--log-requests", str(folder / "requests"), "--log-share", "1", "--log-seconds", "1")
     with OwnServer(folder / "model", folder / "journal.db", folder / "server.log", options.workers, words) as server:
@@ -208,7 +208,7 @@ def read_logged(folder: Path, period: Period, version: str | None = None) -> pa.
 
 def compare(
     period: Period, logged: pa.Table, ranker: Ranker, explanations: Mapping[int, Any] | None = None
-) -> list[Compared]:
+) -> list[ValueComparison]:
     """What differs between logged requests and a period of the log, for each feature, prediction and the score.
 
     logged: as `read_logged` gives it; explanations: by row, as `feed` gives them, where examples are to show values.
@@ -231,7 +231,7 @@ def compare(
                     pipeline, name, logged.slice(place, 1), period, number, explanations.get(number)
                 )
             examples.append(example)
-        compared.append(Compared(name, "feature", len(row), len(wrong), None, examples))
+        compared.append(ValueComparison(name, "feature", len(row), len(wrong), None, examples))
     regressions = {task.name for task in ranker.layout.tasks if task.kind != "binary"}
     own_weights = logged[names.WEIGHTS].is_valid().to_numpy()
     for name, values in {**add_outcomes(predictions, ranker.layout), "score": scores}.items():
@@ -246,7 +246,7 @@ def compare(
             for place in wrong[:EXAMPLES].tolist()
         ]
         largest = float(difference.max()) if np.isfinite(difference).all() else None
-        compared.append(Compared(name, kind, len(row), len(wrong), largest, examples))
+        compared.append(ValueComparison(name, kind, len(row), len(wrong), largest, examples))
     return compared
 
 

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Happened:
+class LogEvents:
     """Events of one log in the order of their times: (N,) int64 microseconds, and a table with the log's columns.
 
     name: of the log of events, None for the interaction log.
@@ -60,7 +60,7 @@ class Period:
     rows: LogRows
     starts: np.ndarray
     times: np.ndarray
-    logs: tuple[Happened, ...]
+    logs: tuple[LogEvents, ...]
 
 
 def read_period(logs: Logs, pipeline: FeaturePipeline, window: tuple[int, int], scratch: Path) -> Period:
@@ -92,7 +92,7 @@ def read_period(logs: Logs, pipeline: FeaturePipeline, window: tuple[int, int], 
     first = np.append(True, (times[1:] != times[:-1]) | (request[1:] != request[:-1]))
     starts = np.append(np.flatnonzero(first), len(rows))
     interactions = _decode(rows.table.select(list(column_uses(pipeline.schema))), finite=True)
-    happened = Happened(None, times, interactions), *(_read_events(log, window) for log in logs.events)
+    happened = LogEvents(None, times, interactions), *(_read_events(log, window) for log in logs.events)
     for log in logs.all:
         log.check_unchanged()
     return Period(rows, starts, times[starts[:-1]], happened)
@@ -132,7 +132,7 @@ def _decode(table: pa.Table, finite: bool = False) -> pa.Table:
     return table
 
 
-def _read_events(log: EventRows, window: tuple[int, int]) -> Happened:
+def _read_events(log: EventRows, window: tuple[int, int]) -> LogEvents:
     """The events of a named log in a period, under the names that they have in that log.
 
     They get an id by their place in the log, unless it has one, so that a batch may be sent again.
@@ -147,7 +147,7 @@ def _read_events(log: EventRows, window: tuple[int, int]) -> Happened:
         first += len(rows)
         tables.append(_decode(table.filter(pa.array(in_window(rows.times(), window))), finite=True))
     table = pa.concat_tables(tables, promote_options="permissive").sort_by(log.reader.time).combine_chunks()
-    return Happened(log.name, table[log.reader.time].cast(pa.int64()).to_numpy(), table)
+    return LogEvents(log.name, table[log.reader.time].cast(pa.int64()).to_numpy(), table)
 
 
 def score_period(ranker: Ranker, rows: LogRows) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:

@@ -28,7 +28,7 @@ import pyarrow as pa
 
 from mmoe_rec.errors import UserError, one_line
 from mmoe_rec.inference.reader import PARTS
-from mmoe_rec.live.replay_period import Happened, Period
+from mmoe_rec.live.replay_period import LogEvents, Period
 from mmoe_rec.progress import bar
 
 HOST = "127.0.0.1"
@@ -197,7 +197,7 @@ def feed(
     return explanations
 
 
-def _cut(log: Happened, start: int, end: int) -> Iterator[pa.Table]:
+def _cut(log: LogEvents, start: int, end: int) -> Iterator[pa.Table]:
     """Events from one number to another, in batches."""
     table = log.table.slice(start, end - start)
     rows = max(1, min(ROWS_AT_A_TIME, BYTES_AT_A_TIME * len(table) // max(table.nbytes, 1)))

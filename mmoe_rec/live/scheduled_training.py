@@ -25,7 +25,7 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.jobs.places import extend_features, log_and_place
 from mmoe_rec.jobs.train import train_model
 from mmoe_rec.jobs.workspace import Finished
-from mmoe_rec.live.refresh import Served, as_of
+from mmoe_rec.live.refresh import AliasHolder, as_of
 from mmoe_rec.locks import writing
 from mmoe_rec.log.checks import format_time
 from mmoe_rec.log.rows import MICROSECONDS_PER_DAY
@@ -38,7 +38,7 @@ from mmoe_rec.tracking.outbox import list_waiting_runs
 _KEPT = "before_training"
 
 
-def days_of_validation(settings: Settings, address: str, every: int, days: int | None) -> int:
+def choose_validation_days(settings: Settings, address: str, every: int, days: int | None) -> int:
     """How many of the newest days validate. days: as asked for, None for one more than labels take to mature.
 
     Raises UserError for what can't be: another model than that of the settings, or no day to train on.
@@ -69,7 +69,7 @@ def train_when_due(settings: Settings, address: str, every: int, days: int) -> I
     work = Path(settings.data.work)
     kept, prepared = work / _KEPT, Prepared(work / "features")
     with writing(kept, "a scheduled training", "set `data.work` to another folder", queue=True):
-        served = Served.at(address, settings.tracking.address)
+        served = AliasHolder.at(address, settings.tracking.address)
         newest = as_of(served.about)
         if not kept.is_dir():
             if not (prepared.folder / "manifest.json").is_file():
@@ -112,7 +112,7 @@ def _train(settings: Settings, address: str, prepared: Prepared, work: Path) -> 
         raise UserError("the training has ended, but MLflow has not got all of it: start the same command again")
 
 
-def _add_days(settings: Settings, served: Served, kept: Path, prepared: Prepared) -> None:
+def _add_days(settings: Settings, served: AliasHolder, kept: Path, prepared: Prepared) -> None:
     """Makes features that hold all files of the log.
 
     The features of before come back first: others, to which days were added, may lack rows of the first of these.
@@ -129,7 +129,7 @@ def _add_days(settings: Settings, served: Served, kept: Path, prepared: Prepared
     _check_all_there(served, prepared)
 
 
-def _check_all_there(served: Served, prepared: Prepared) -> None:
+def _check_all_there(served: AliasHolder, prepared: Prepared) -> None:
     """Raises UserError where the tables of the model that serves hold files that the features could not take in."""
     its = taken_by(served.folder / "features")
     if its is None:

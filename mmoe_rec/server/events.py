@@ -108,10 +108,10 @@ class Accepting:
         try:
             if is_arrow:
                 rows: Sequence[Mapping[str, Any]] = ()
-                table = checks.of_stream(log, body)
+                table = checks.read_stream(log, body)
             else:
                 log, rows = _rows_in(parse_json(body, self._limits), log)
-                table = checks.of_json(log, rows)
+                table = checks.read_json(log, rows)
         except RequestError as error:
             raise Refused(400, str(error), "body") from None
         found = _Rows(log, table, _lacking(log, checks, table, rows))
@@ -144,9 +144,12 @@ class Accepting:
             newest = max(learning.newest(source), self._newest.get(source, NEVER))
             before = np.maximum.accumulate(np.append(newest, times))
             self._newest[source] = int(before[-1])
-        late, unordered = rows.late(learning.schema, learning.ranker.tables_known), int(np.sum(times < before[:-1]))
+        late, unordered = (
+            rows.count_late(learning.schema, learning.ranker.tables_known),
+            int(np.sum(times < before[:-1])),
+        )
         order = {"late": late, "out_of_order": unordered}
-        ignored = learning.taken_for_known(times)
+        ignored = learning.count_known(times)
         return order | ({"ignored": ignored} if ignored else {})
 
     def _checks_of(self, served: Served) -> RowChecks:

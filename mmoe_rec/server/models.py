@@ -119,7 +119,7 @@ class Models:
             served.learning.catch_up()
             if before is None:
                 break
-            with before.held():
+            with before.pause():
                 if served.learning.position >= before.position:
                     self.current = served
                     before.close()

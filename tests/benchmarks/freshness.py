@@ -107,7 +107,7 @@ class Benchmark:
         """All figures."""
         from mmoe_rec.features.pipeline import FeaturePipeline
         from mmoe_rec.jobs.places import logs_for
-        from mmoe_rec.live.refresh import tables_from_log
+        from mmoe_rec.live.refresh import make_tables
         from mmoe_rec.live.replay_period import read_period
         from tests.benchmarks.live_events import learnt_ms, live_events
 
@@ -115,7 +115,7 @@ class Benchmark:
         logs, offline = logs_for(self.settings, pipeline), self.scratch / "offline"
         offline.mkdir()
         period = read_period(logs, pipeline, (self.start, self.end), offline)
-        tables_from_log(self.model, self.settings, self.start, self.frozen)
+        make_tables(self.model, self.settings, self.start, self.frozen)
         found = self._accuracy(period, logs)
         rows, time_column = period.logs[0].table, self.settings.schema_.columns.time
         found["p50_learnt_ms"] = learnt_ms(self.frozen, time_column, rows.slice(0, LEARNT))

@@ -112,10 +112,10 @@ def test_late_rows_had_become_known_before():
     ]
     taken = Duplicates(schema).filter([_batch(rows), _batch([{"time": 1}, {"time": 2}, {"time": 3}], "views")])
     moment = START + 2 * DAY
-    assert taken[None].late(schema, moment) == 1
-    assert taken[None].late(schema, START + DAY) == 0, "a label is known only after its instant"
-    assert taken[None].late(schema, START + DAY + 1) == 1
-    assert (taken["views"].late(schema, moment), taken["views"].late(schema, moment + 1)) == (1, 2)
+    assert taken[None].count_late(schema, moment) == 1
+    assert taken[None].count_late(schema, START + DAY) == 0, "a label is known only after its instant"
+    assert taken[None].count_late(schema, START + DAY + 1) == 1
+    assert (taken["views"].count_late(schema, moment), taken["views"].count_late(schema, moment + 1)) == (1, 2)
 
 
 def test_rows_of_unknown_logs_are_counted():

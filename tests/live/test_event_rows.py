@@ -53,13 +53,13 @@ NEEDED = ["user", "item", "time", "request", "click", "liked", "spent"]
 
 def _told(rows: object, source: str | None = None) -> str:
     with pytest.raises(RequestError) as error:
-        CHECKS.of_json(source, rows, NOW)
+        CHECKS.read_json(source, rows, NOW)
     assert "\n" not in str(error.value)
     return str(error.value)
 
 
 def test_all_columns_in_canonical_types():
-    table = CHECKS.of_json(None, [ROW], NOW)
+    table = CHECKS.read_json(None, [ROW], NOW)
     assert table.schema.field("price").type == table.schema.field("click").type == pa.float64()
     assert table.schema.field("time").type == table.schema.field("born").type == UTC_MICROSECONDS
     expected = {name: value for name, value in ROW.items() if name != "age"}
@@ -70,7 +70,7 @@ def test_all_columns_in_canonical_types():
 
 def test_only_what_a_row_could_not_count_without_is_needed():
     row = {name: ROW[name] for name in NEEDED}
-    table = CHECKS.of_json(None, [row], NOW)
+    table = CHECKS.read_json(None, [row], NOW)
     assert set(table.column_names) == {*NEEDED, "rate"}
     assert table["liked"].null_count == 1
     assert table["rate"].to_pylist() == [1.0], "a row that nobody has sampled was kept"
@@ -82,7 +82,7 @@ def test_only_what_a_row_could_not_count_without_is_needed():
 
 
 def test_labels_and_other_keys_may_be_null():
-    table = CHECKS.of_json(None, [{**ROW, "click": None, "spent": None, "brand": None, "rate": None}], NOW)
+    table = CHECKS.read_json(None, [{**ROW, "click": None, "spent": None, "brand": None, "rate": None}], NOW)
     assert [table[name].null_count for name in ("click", "spent", "brand")] == [1, 1, 1]
     assert table["rate"].to_pylist() == [1.0]
 
@@ -133,7 +133,7 @@ def test_a_wrong_row_is_named(changes, sentence):
     assert told.startswith(f"row 4: {sentence}"), told
     assert len(told) < 600
     if not any(name not in ROW for name in changes) and "\ud800" not in changes.values() and not _has_nan(changes):
-        assert CHECKS.of_json(None, [*rows[:4], *rows[5:]], NOW).num_rows == 6
+        assert CHECKS.read_json(None, [*rows[:4], *rows[5:]], NOW).num_rows == 6
 
 
 def _has_nan(changes: dict) -> bool:
@@ -149,34 +149,34 @@ def test_what_is_no_row_and_too_many():
     assert _told([ROW, None]) == "row 1 must be an object of columns and values, found NoneType"
     assert _told([ROW] * 501) == "there are more than 500 rows; send them in several calls"
     with pytest.raises(RequestError, match="more than 500 rows"):
-        CHECKS.of_table(None, pa.table({"user": pa.nulls(501)}), NOW)
+        CHECKS.read_table(None, pa.table({"user": pa.nulls(501)}), NOW)
     with pytest.raises(RequestError, match="more than 500 rows"):
-        CHECKS.of_stream(None, _stream(pa.table({"user": pa.nulls(10**9)})), NOW)
+        CHECKS.read_stream(None, _stream(pa.table({"user": pa.nulls(10**9)})), NOW)
 
 
 def test_times_up_to_a_little_later_than_now():
     row = {"user": 1, "brand": "a", "at": "2024-01-01T00:00:00Z"}
     at = 1_704_067_200_000_000
-    assert CHECKS.of_json("views", [row], at - TOLERANCE_MICROSECONDS).num_rows == 1
+    assert CHECKS.read_json("views", [row], at - TOLERANCE_MICROSECONDS).num_rows == 1
     with pytest.raises(RequestError, match="row 0: column 'at' holds 2024-01-01T00:00:00"):
-        CHECKS.of_json("views", [row], at - TOLERANCE_MICROSECONDS - 1)
-    assert CHECKS.of_json("views", [row]).num_rows == 1, "by the clock"
+        CHECKS.read_json("views", [row], at - TOLERANCE_MICROSECONDS - 1)
+    assert CHECKS.read_json("views", [row]).num_rows == 1, "by the clock"
 
 
 def test_rows_of_a_log_of_events():
     row = {"user": 1, "brand": None, "at": "2024-01-01T00:00:00Z"}
-    table = CHECKS.of_json("views", [{**row, "event_id": 3}, row], NOW)
+    table = CHECKS.read_json("views", [{**row, "event_id": 3}, row], NOW)
     assert table.to_pylist()[0]["event_id"] == 3
     assert _told([{**row, "item": 3}], "views").startswith("row 0: the model was trained without a column 'item': ")
     assert _told([{**row, "at": None}], "views") == "row 0: column 'at' is null; every event needs a time"
     assert _told([{"user": 1, "at": row["at"]}], "views") == "row 0: there is no column 'brand'"
     assert _told([row], "purchases") == "there is no log of events 'purchases'; there are: views"
-    assert CHECKS.of_json("views", [{**row, "user": None}], NOW).num_rows == 1, "as a build takes it"
+    assert CHECKS.read_json("views", [{**row, "user": None}], NOW).num_rows == 1, "as a build takes it"
 
 
 def test_strings_of_the_greatest_length_are_taken():
     longest = "ç" * 4096
-    table = CHECKS.of_json(None, [{**ROW, "brand": longest, "tags": [longest] * 2, "event_id": longest}], NOW)
+    table = CHECKS.read_json(None, [{**ROW, "brand": longest, "tags": [longest] * 2, "event_id": longest}], NOW)
     assert table.to_pylist()[0]["brand"] == longest
     told = _told([{"user": 1, "brand": "x" * 4097, "at": "2024-01-01"}], "views")
     assert told.startswith("row 0: column 'brand' holds a string of 4,097 characters")
@@ -197,13 +197,13 @@ def _as_json(table: pa.Table) -> list[dict]:
 def test_json_and_arrow_give_the_same_table_and_that_of_the_log(seed):
     table = with_requests(random_log(seed, 120), seed)
     table = table.append_column("rate", pa.array(np.full(len(table), 0.25)))
-    one = CHECKS.of_json(None, _as_json(table), NOW)
-    assert one.equals(CHECKS.of_table(None, table, NOW))
-    assert one.equals(CHECKS.of_stream(None, _stream(table), NOW))
+    one = CHECKS.read_json(None, _as_json(table), NOW)
+    assert one.equals(CHECKS.read_table(None, table, NOW))
+    assert one.equals(CHECKS.read_stream(None, _stream(table), NOW))
     parts = pa.concat_tables([table.slice(0, 50), table.slice(50)])
-    assert one.equals(CHECKS.of_stream(None, _stream(parts), NOW))
+    assert one.equals(CHECKS.read_stream(None, _stream(parts), NOW))
     assert one.equals(
-        CHECKS.of_table(None, table.set_column(table.column_names.index("time"), "time", _naive(table)), NOW)
+        CHECKS.read_table(None, table.set_column(table.column_names.index("time"), "time", _naive(table)), NOW)
     )
     whole = table.append_column("taste", pa.nulls(len(table)))
     expected = log_rows(whole, SCHEMA).table
@@ -238,7 +238,7 @@ def test_a_wrong_row_of_a_table_is_named(name, values, sentence):
     column = pa.chunked_array([pa.nulls(2, values.type), values])
     table = table.set_column(table.column_names.index(name), name, column)
     with pytest.raises(RequestError) as error:
-        CHECKS.of_table(None, table, NOW)
+        CHECKS.read_table(None, table, NOW)
     told = str(error.value)
     assert told.startswith((sentence, f"row 2: {sentence}")), told
     # What is wrong with the column's type is wrong in all rows.
@@ -248,61 +248,61 @@ def test_a_wrong_row_of_a_table_is_named(name, values, sentence):
 def test_tables_without_a_column_or_with_one_twice():
     table = pa.Table.from_pylist([ROW])
     with pytest.raises(RequestError, match="there is no column 'click'"):
-        CHECKS.of_table(None, table.drop_columns(["click"]), NOW)
+        CHECKS.read_table(None, table.drop_columns(["click"]), NOW)
     with pytest.raises(RequestError, match="column 'user' is given twice"):
-        CHECKS.of_table(None, table.append_column("user", table["user"]), NOW)
+        CHECKS.read_table(None, table.append_column("user", table["user"]), NOW)
     with pytest.raises(RequestError, match=r"without a column 'priec': did you mean 'price'\? If not, leave"):
-        CHECKS.of_table(None, table.rename_columns({"price": "priec"}), NOW)
+        CHECKS.read_table(None, table.rename_columns({"price": "priec"}), NOW)
     with pytest.raises(RequestError, match="at least one row"):
-        CHECKS.of_table(None, table.slice(0, 0), NOW)
+        CHECKS.read_table(None, table.slice(0, 0), NOW)
 
 
 def test_streams_that_would_take_any_amount_of_memory():
     table = pa.Table.from_pylist([{**ROW, "born": None}] * 400)
     for codec in ("lz4", "zstd"):
         with pytest.raises(RequestError, match="the Arrow stream is compressed"):
-            CHECKS.of_stream(None, _stream(table, compression=codec), NOW)
+            CHECKS.read_stream(None, _stream(table, compression=codec), NOW)
     words = pa.DictionaryArray.from_arrays(pa.array([0] * 400, pa.int32()), pa.array(["w" * 1_000_000]))
     table = table.set_column(table.column_names.index("brand"), "brand", words)
     with pytest.raises(RequestError, match="column 'brand' is of Arrow's type dictionary"):
-        CHECKS.of_stream(None, _stream(table), NOW)
+        CHECKS.read_stream(None, _stream(table), NOW)
 
 
 def test_streams_that_are_cut_off_or_followed_by_something():
     whole = _stream(pa.Table.from_pylist([{**ROW, "time": "2024-01-01", "born": None}]))
-    assert CHECKS.of_stream(None, whole, NOW).num_rows == 1
+    assert CHECKS.read_stream(None, whole, NOW).num_rows == 1
     with pytest.raises(RequestError, match="no end marker, so it may be cut off"):
-        CHECKS.of_stream(None, whole[:-8], NOW)
+        CHECKS.read_stream(None, whole[:-8], NOW)
     for more in (b"x", bytes(8), whole):
         with pytest.raises(RequestError, match=f"{len(more):,} bytes follow the end of the Arrow stream"):
-            CHECKS.of_stream(None, whole + more, NOW)
+            CHECKS.read_stream(None, whole + more, NOW)
 
 
 def test_a_date_is_a_time_in_arrow_as_in_a_log():
     table = pa.Table.from_pylist([{**ROW, "born": None}])
     place = table.column_names.index("time")
     dated = table.set_column(place, "time", pa.array([datetime(2024, 1, 1, tzinfo=UTC).date()]))
-    found = CHECKS.of_stream(None, _stream(dated), NOW)
+    found = CHECKS.read_stream(None, _stream(dated), NOW)
     assert found["time"].to_pylist() == [datetime(2024, 1, 1, tzinfo=UTC)]
 
 
 def test_an_empty_id_is_none_of_an_event():
     rows = [{**ROW, "event_id": each} for each in ("a", None, "")]
     for check in (
-        lambda: CHECKS.of_json(None, rows, NOW),
-        lambda: CHECKS.of_table(None, pa.Table.from_pylist(rows), NOW),
+        lambda: CHECKS.read_json(None, rows, NOW),
+        lambda: CHECKS.read_table(None, pa.Table.from_pylist(rows), NOW),
     ):
         with pytest.raises(
             RequestError, match=r"row 2: column 'event_id' is empty, .* give null where a row has no id"
         ):
             check()
-    assert len(CHECKS.of_json(None, rows[:2], NOW)) == 2
+    assert len(CHECKS.read_json(None, rows[:2], NOW)) == 2
 
 
 def test_a_row_that_names_a_column_wrongly_and_lacks_it():
     row = {name: value for name, value in ROW.items() if name != "click"} | {"clicked": 1}
     with pytest.raises(RequestError, match=r"without a column 'clicked': did you .*; and there is no column 'click'"):
-        CHECKS.of_json(None, [row], NOW)
+        CHECKS.read_json(None, [row], NOW)
 
 
 @pytest.fixture(scope="module")
@@ -325,7 +325,7 @@ def test_damaged_streams_are_refused_with_a_sentence_or_hold_valid_rows(stream, 
     for place, value in data.draw(st.lists(st.tuples(st.integers(0, len(found) - 1), st.integers(0, 255)), max_size=5)):
         found[place] = value
     size = data.draw(st.one_of(st.just(len(found)), st.integers(0, len(found))))
-    table, told = _outcome(lambda: CHECKS.of_stream(None, bytes(found[:size]), NOW))
+    table, told = _outcome(lambda: CHECKS.read_stream(None, bytes(found[:size]), NOW))
     assert len(told) < 1000
     if table is not None:
         table.validate(full=True)
@@ -355,7 +355,7 @@ def test_anything_is_taken_or_refused_with_a_sentence(changes, gone, source):
         rows[place][name] = value
     for place, name in gone:
         rows[place].pop(name, None)
-    table, told = _outcome(lambda: CHECKS.of_json(source, rows, NOW))
+    table, told = _outcome(lambda: CHECKS.read_json(source, rows, NOW))
     assert len(told) < 1000
     if table is None:
         assert told.startswith(("row ", "there is no log of events"))

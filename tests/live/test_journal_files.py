@@ -17,7 +17,7 @@ from mmoe_rec.live import journal_files
 from mmoe_rec.live.duplicates import Duplicates
 from mmoe_rec.live.event_rows import RowChecks, known_types
 from mmoe_rec.live.journal import BATCHES, CHECKPOINTS, STATES, Batch, Journal
-from mmoe_rec.live.journal_files import cut_journal, logs_beyond, remove_batches, write_files
+from mmoe_rec.live.journal_files import cut_journal, find_removed_logs, remove_batches, write_files
 from mmoe_rec.log.columns import canonical, column_uses, event_uses
 from mmoe_rec.log.reader import EventRows, Log
 from mmoe_rec.point_in_time.join import in_window
@@ -50,16 +50,18 @@ def _post(journal: Journal, growing: Growing, start: float, end: float, size: in
     for first in range(0, max(len(rows), len(events)), size):
         batches = []
         if len(part := rows.slice(first, size)):
-            batches.append(Batch(None, 0, checks.of_table(None, part)))
+            batches.append(Batch(None, 0, checks.read_table(None, part)))
         if len(part := events.slice(first, size)):
             numbers = pa.array(range(int(1000 * start) + first, int(1000 * start) + first + len(part)))
             part = part.append_column("event_id", numbers)
-            batches.append(Batch("purchases", 0, checks.of_table("purchases", part)))
+            batches.append(Batch("purchases", 0, checks.read_table("purchases", part)))
         for _ in range(1 + (first // size % 3 == 0)):
             journal.append(*batches)
 
 
-def _write(growing: Growing, journal: Journal, through: int | None = None, after: int = 0) -> journal_files.Written:
+def _write(
+    growing: Growing, journal: Journal, through: int | None = None, after: int = 0
+) -> journal_files.WrittenFiles:
     return write_files(journal, growing.schema, through or cut_journal(journal), growing.source, after)
 
 
@@ -217,9 +219,11 @@ def test_integer_times_stay_integers(journal, tmp_path):
     (tmp_path / "log").mkdir()
     pq.write_table(rows, tmp_path / "log" / "0.parquet")
     checks = RowChecks(schema)
-    journal.append(Batch(None, 0, checks.of_json(None, [{"user": 1, "item": 3, "at": START // 1000 + 5, "click": 0}])))
+    journal.append(
+        Batch(None, 0, checks.read_json(None, [{"user": 1, "item": 3, "at": START // 1000 + 5, "click": 0}]))
+    )
     (path,) = write_files(journal, schema, cut_journal(journal), str(tmp_path / "log")).files
-    assert pq.read_table(path).to_pylist() == [{"user": 1, "item": 3, "at": START // 1000 + 5, "click": 0}]
+    assert pq.read_table(path).to_pylist() == [row]
     finer = pa.array([START + 7]).cast(_UTC)
     journal.append(Batch(None, 0, pa.table({"user": [1], "item": [3], "at": finer, "click": [0.0]})))
     (path,) = write_files(journal, schema, cut_journal(journal), str(tmp_path / "log"), 1).files
@@ -310,8 +314,8 @@ def test_old_batches_can_be_removed_and_their_rows_stay_known(growing, journal):
     _same(duplicates, expected)
     again = duplicates.filter(journal.read(second))[None].counts
     assert (again["accepted"], again["duplicate"] > 20) == (0, True), "all of these came in batches that are gone"
-    assert logs_beyond(journal, growing.schema, first) == [None, "purchases"]
-    assert logs_beyond(journal, growing.schema, second) == []
+    assert find_removed_logs(journal, growing.schema, first) == [None, "purchases"]
+    assert find_removed_logs(journal, growing.schema, second) == []
     remove_batches(journal, third)
     assert (_batches(journal), journal.end(), Journal(journal.name).end()) == ([], third, third)
     assert journal.append(Batch("gone", 0, pa.table({"x": [1]}))) == third + 1
@@ -394,7 +398,7 @@ def test_events_that_only_another_model_has_are_neither_removed_nor_forgotten(
         remove_batches(journal, first)
     if more:
         journal.append(_events("returns", 2, 3))
-    assert logs_beyond(journal, other, 0) == []
+    assert find_removed_logs(journal, other, 0) == []
     through, counts = _refresh(tmp_path, journal, other, first)
     assert counts == {"returns": Counter(accepted=2 + more, duplicate=int(more))}
     assert _events_in(tmp_path, "returns") == [1, 2, 3][: 2 + more]
@@ -404,5 +408,5 @@ def test_events_that_only_another_model_has_are_neither_removed_nor_forgotten(
     assert _batches(journal) == []
     duplicates = duplicates_at(journal, other, through)
     assert duplicates.filter([_events("returns", 1, 2)])["returns"].counts == Counter(duplicate=2)
-    assert logs_beyond(journal, one, 0) == ["purchases"]
-    assert logs_beyond(journal, other, 0) == ["returns"]
+    assert find_removed_logs(journal, one, 0) == ["purchases"]
+    assert find_removed_logs(journal, other, 0) == ["returns"]

@@ -1,4 +1,4 @@
-"""Joined rows are those of plain loops, over any number of runs, and each request is written once."""
+"""JoinResult rows are those of plain loops, over any number of runs, and each request is written once."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 
 from mmoe_rec.live import logged_requests as names
 from mmoe_rec.live import outcomes as joining
-from mmoe_rec.live.outcomes import Joined, join_outcomes
+from mmoe_rec.live.outcomes import JoinResult, join_outcomes
 from mmoe_rec.log.columns import UTC_MICROSECONDS
 from mmoe_rec.settings.sections import Settings
 from tests.live.worlds import HOUR, NOW, START, World, naive, ordered, read_rows, settings
@@ -86,7 +86,7 @@ def drawn_world(seed: int, user_ids: bool = False) -> World:
     return world
 
 
-def joined(folder: Path, about: Any, **options: Any) -> Joined:
+def joined(folder: Path, about: Any, **options: Any) -> JoinResult:
     return join_outcomes(about, str(folder / "requests"), str(folder / "events"), folder / "out", now=NOW, **options)
 
 

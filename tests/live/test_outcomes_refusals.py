@@ -13,7 +13,7 @@ import pytest
 from pydantic import ValidationError
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.live.outcomes import about as lines_about
+from mmoe_rec.live.outcomes import describe as lines_about
 from mmoe_rec.live.outcomes import join_outcomes
 from tests.live.test_outcomes import BY_REQUEST, BY_USER, drawn_world, joined
 from tests.live.worlds import EVENT_TYPES, HOUR, NOW, START, World, naive, ordered, read_rows, settings, write_rows

@@ -20,7 +20,7 @@ from mmoe_rec.inference.artifact import version_of
 from mmoe_rec.inference.export import write_int8
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.live import refresh as job
-from mmoe_rec.live.refresh import advanced_tables, as_of, tables_from_log
+from mmoe_rec.live.refresh import advance_tables, as_of, make_tables
 from mmoe_rec.log.given import iso_time
 from mmoe_rec.tracking import registry, runs
 from tests.fork_server import ROOT, Command
@@ -90,7 +90,7 @@ def test_days_come_one_after_the_other(model: RefreshedModel, capsys: pytest.Cap
     one, three = model.folder_of("1"), model.folder_of("3")
     for name in ("weights.safetensors", "layout.json", "settings.yaml"):
         assert (one / name).read_bytes() == (three / name).read_bytes()
-    tables_from_log(one, model.settings, None, tmp_path / "anew")
+    make_tables(one, model.settings, None, tmp_path / "anew")
     assert assert_same_tables(three / "features", tmp_path / "anew" / "features") > 100
     assert version_of(three) == version_of(tmp_path / "anew")
     # What is served has changed, and says so.
@@ -120,21 +120,21 @@ def test_frozen_at_a_moment(model: RefreshedModel, tmp_path: Path) -> None:
     """Tables as of a day equal those of a log that ends with it."""
     model.add(9, 14)
     until = START + int(10.3 * DAY)
-    made = tables_from_log(model.folder_of("1"), model.settings, until, tmp_path / "frozen")
+    made = make_tables(model.folder_of("1"), model.settings, until, tmp_path / "frozen")
     assert made.as_of < until
     assert made.digest is None
     shutil.rmtree(model.log)
     model.log.mkdir()
     model.add(0, 10.3)
-    short = tables_from_log(model.folder_of("1"), model.settings, None, tmp_path / "short")
+    short = make_tables(model.folder_of("1"), model.settings, None, tmp_path / "short")
     assert (made.rows, made.as_of) == (short.rows, short.as_of)
     one, other = (tmp_path / name / "features" for name in ("frozen", "short"))
     assert assert_same_tables(one, other, but=("files.json",)) > 100
     assert Ranker.load(tmp_path / "frozen").about.tables_as_of == iso_time(made.as_of)
     with pytest.raises(UserError, match=r"does not say which files its tables hold .* --anew"):
-        advanced_tables(tmp_path / "frozen", model.settings, tmp_path / "on")
+        advance_tables(tmp_path / "frozen", model.settings, tmp_path / "on")
     with pytest.raises(UserError, match="has no request before"):
-        tables_from_log(model.folder_of("1"), model.settings, START - DAY, tmp_path / "never")
+        make_tables(model.folder_of("1"), model.settings, START - DAY, tmp_path / "never")
     assert not (tmp_path / "never").exists()
 
 
@@ -183,7 +183,7 @@ def test_other_settings_and_other_addresses_are_told(model: RefreshedModel, caps
 def test_files_that_go_stay_counted(model: RefreshedModel, capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
     whole = tmp_path / "whole"
     model.add(9, 11)
-    tables_from_log(model.folder_of("1"), model.settings, None, whole)
+    make_tables(model.folder_of("1"), model.settings, None, whole)
     for path in model.log.glob("*.parquet"):
         if "days" not in path.name:
             path.unlink()
@@ -234,7 +234,7 @@ def _dying(function: Callable[..., Any], after: bool) -> Callable[..., Any]:
 @pytest.mark.parametrize(
     ("place", "name", "after", "versions"),
     [
-        (job, "advanced_tables", True, 2),
+        (job, "advance_tables", True, 2),
         (registry, "find_registered", True, 2),
         (registry, "register_model", True, 2),
         (job, "move_alias", False, 2),
@@ -286,7 +286,7 @@ def test_a_model_of_an_earlier_version_is_made_anew(model: RefreshedModel, capsy
     model.refresh("--anew")
     model.add(10, 11)
     model.refresh()
-    tables_from_log(model.folder_of("1"), model.settings, None, model.folder / "anew")
+    make_tables(model.folder_of("1"), model.settings, None, model.folder / "anew")
     features = model.folder_of(model.holder().number) / "features"
     assert_same_tables(features, model.folder / "anew" / "features")
 

@@ -19,8 +19,8 @@ from mmoe_rec.jobs.places import logs_for
 from mmoe_rec.live import logged_requests as names
 from mmoe_rec.live import replay_server
 from mmoe_rec.live.journal import Journal
-from mmoe_rec.live.refresh import tables_from_log
-from mmoe_rec.live.replay import Compared, ReplayOptions, compare, describe, read_logged, replay
+from mmoe_rec.live.refresh import make_tables
+from mmoe_rec.live.replay import ReplayOptions, ValueComparison, compare, describe, read_logged, replay
 from mmoe_rec.live.replay_period import Period, read_period
 from mmoe_rec.live.replay_server import Client, feed
 from mmoe_rec.live.request_log import LogOptions
@@ -62,7 +62,7 @@ class World:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.small = folder, model_of(folder / "small")
-        tables_from_log(self.small.folder, self.small.settings, FROM, folder / "frozen")
+        make_tables(self.small.folder, self.small.settings, FROM, folder / "frozen")
         self.period = self.read_period(FROM, FROM + DAY)
 
     def read_period(self, start: int, end: int) -> Period:
@@ -77,7 +77,7 @@ class World:
         plant: Plant = lambda server: None,
         period: Period | None = None,
         **options: Any,
-    ) -> tuple[dict[str, Compared], InProcess]:
+    ) -> tuple[dict[str, ValueComparison], InProcess]:
         period = period or self.period
         log = LogOptions(scratch / "requests", share=1.0)
         Journal(scratch / "journal.db").close()
@@ -95,7 +95,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     return World(tmp_path_factory.mktemp("replayed"))
 
 
-def wrong(compared: dict[str, Compared]) -> dict[str, int]:
+def wrong(compared: dict[str, ValueComparison]) -> dict[str, int]:
     """The names that differ, with how often."""
     return {name: each.mismatches for name, each in compared.items() if each.mismatches}
 
