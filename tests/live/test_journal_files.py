@@ -218,10 +218,8 @@ def test_integer_times_stay_integers(journal, tmp_path):
     rows = pa.table({"user": [1], "item": [2], "at": [START // 1000], "click": [1]})
     (tmp_path / "log").mkdir()
     pq.write_table(rows, tmp_path / "log" / "0.parquet")
-    checks = RowChecks(schema)
-    journal.append(
-        Batch(None, 0, checks.read_json(None, [{"user": 1, "item": 3, "at": START // 1000 + 5, "click": 0}]))
-    )
+    row = {"user": 1, "item": 3, "at": START // 1000 + 5, "click": 0}
+    journal.append(Batch(None, 0, RowChecks(schema).read_json(None, [row])))
     (path,) = write_files(journal, schema, cut_journal(journal), str(tmp_path / "log")).files
     assert pq.read_table(path).to_pylist() == [row]
     finer = pa.array([START + 7]).cast(_UTC)
