@@ -144,11 +144,8 @@ class Accepting:
             newest = max(learning.newest(source), self._newest.get(source, NEVER))
             before = np.maximum.accumulate(np.append(newest, times))
             self._newest[source] = int(before[-1])
-        late, unordered = (
-            rows.count_late(learning.schema, learning.ranker.tables_known),
-            int(np.sum(times < before[:-1])),
-        )
-        order = {"late": late, "out_of_order": unordered}
+        late = rows.count_late(learning.schema, learning.ranker.tables_known)
+        order = {"late": late, "out_of_order": int(np.sum(times < before[:-1]))}
         ignored = learning.count_known(times)
         return order | ({"ignored": ignored} if ignored else {})
 
