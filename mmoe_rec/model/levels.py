@@ -23,17 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mmoe_rec.devices import fp32_products
-from mmoe_rec.model.products import (
-    ONEDNN_BLOCK,
-    Dispatch,
-    Sent,
-    StackedLinear,
-    combine,
-    for_products,
-    grouped_linear,
-    in_one_product,
-    pick_library,
-)
+from mmoe_rec.model.products import BLOCK, Dispatch, StackedLinear, for_products, multiplies_by_expert
 from mmoe_rec.model.routing import Gated, Routing, largest, masked_softmax, rule_named
 
 if TYPE_CHECKING:
@@ -279,7 +269,6 @@ class Experts(nn.Module):
         self.activate: Callable[[Tensor], Tensor] = getattr(functional, settings.activation)
         self.normalise, self.compute = settings.normalise, settings.compute
         widths = [inputs, *settings.units]
-        self.widths = tuple(widths)
         self.weights_each = sum(width * below for below, width in pairwise(widths))
         self.layers = nn.ModuleList(StackedLinear(count, width, below) for width, below in pairwise(widths))
 
@@ -292,12 +281,12 @@ class Experts(nn.Module):
             outputs = self.activate(layer(outputs))
         return self._normalised(outputs)
 
-    def sent(self, hidden: Tensor, dispatch: Dispatch) -> Tensor:
+    def run(self, hidden: Tensor, dispatch: Dispatch) -> Tensor:
         """(B, H) -> (S, U): the outputs of a dispatch's places, each expert on the rows sent to it."""
-        x = hidden.index_select(0, dispatch.rows)
+        x = functional.embedding(dispatch.rows, hidden)
         for layer in self.layers:
             assert isinstance(layer, StackedLinear)
-            x = self.activate(grouped_linear(x, layer.weight, layer.bias, dispatch.counts, layer.products))
+            x = self.activate(dispatch.multiply(x, layer.weight, layer.bias))
         return self._normalised(x)
 
     def mix(
@@ -308,37 +297,25 @@ class Experts(nn.Module):
         used: (B, E) bool, the experts that some gate uses for a row; None is all of them. alone: run an expert only on
         rows that use it, whatever `compute` says. most: experts that a row uses, at most; None if not known.
         """
-        if used is not None and most is not None and not alone and self._in_one_product(hidden, most):
-            sent = Sent.of(used, most)
-            x = sent.to_places(for_products(hidden))
-            for layer in self.layers:
-                x = self.activate(sent.product(x, layer.weight, layer.bias))  # type: ignore[arg-type]
-            return sent.combine(self._normalised(x), weights)
-        if used is not None and (alone or self.takes_grouped(used)):
-            hidden = for_products(hidden)
-            dispatch = Dispatch.of(used, ONEDNN_BLOCK if self._by_onednn(hidden) else 1)
-            return combine(self.sent(hidden, dispatch), weights, dispatch)
-        experts = self(hidden)
-        return torch.bmm(weights.to(experts.dtype), experts)
+        if used is None or not (alone or self.runs_sparse(for_products(hidden), used, most)):
+            experts = self(hidden)
+            return torch.bmm(weights.to(experts.dtype), experts)
+        hidden = for_products(hidden)
+        # In half precision oneDNN prepares products anew for each new number of rows, which takes as long as the
+        # product of some hundred rows: whole blocks of rows keep these numbers few.
+        block = BLOCK if used.is_cuda else 2 * BLOCK if hidden.dtype.itemsize == 2 else 1
+        dispatch = Dispatch.of(used, block, most if used.is_cuda else None)
+        return dispatch.combine(self.run(hidden, dispatch), weights)
 
-    def takes_grouped(self, used: Tensor) -> bool:
+    def runs_sparse(self, hidden: Tensor, used: Tensor, most: int | None) -> bool:
         """Whether `mix` runs experts on their own rows only, where (B, E) of them are in use."""
-        if self.compute != "auto":
-            return self.compute == "grouped"
-        if used.is_cuda:  # counting them would make the host wait, and a loop over experts is no work for a GPU
+        if self.compute == "dense" or (used.is_cuda and not (most is not None and multiplies_by_expert(hidden))):
             return False
+        if self.compute == "grouped":
+            return True
+        if used.is_cuda:  # counting them would make the host wait
+            return most is not None and most <= ONE_PRODUCT_BELOW * self.count
         return self.weights_each >= GROUPED_FROM_WEIGHTS or int(used.sum()) <= GROUPED_BELOW * used.numel()
-
-    def _by_onednn(self, hidden: Tensor) -> bool:
-        """Whether oneDNN multiplies such rows on a CPU."""
-        products = next(layer.products for layer in self.layers if isinstance(layer, StackedLinear))
-        return hidden.dtype.itemsize == 2 or pick_library(hidden, products) == "onednn"
-
-    def _in_one_product(self, hidden: Tensor, most: int) -> bool:
-        """Whether `mix` runs experts on their own rows by a product of a GPU, at most so many a row."""
-        if self.compute == "dense" or (self.compute == "auto" and most > ONE_PRODUCT_BELOW * self.count):
-            return False
-        return in_one_product(for_products(hidden), self.widths)
 
     def _normalised(self, outputs: Tensor) -> Tensor:
         return functional.layer_norm(outputs, outputs.shape[-1:]) if self.normalise else outputs

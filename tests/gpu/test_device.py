@@ -21,7 +21,7 @@ from mmoe_rec.evaluation.calibration import calibration_rows
 from mmoe_rec.evaluation.scoring import score_rows
 from mmoe_rec.model.levels import Experts
 from mmoe_rec.model.mmoe import RankingModel
-from mmoe_rec.model.products import in_one_product
+from mmoe_rec.model.products import multiplies_by_expert
 from mmoe_rec.model.tables import plain_tables
 from mmoe_rec.settings import model as section
 from mmoe_rec.training.losses import masked_loss
@@ -101,10 +101,10 @@ def test_the_host_waits_once_a_step() -> None:
     assert len([each for each in found if "synchronizing" in str(each.message)]) == 1
 
 
-def test_experts_in_one_product_are_those_of_the_loop_and_the_same_each_time() -> None:
+def test_experts_in_one_product_are_those_on_all_rows_and_the_same_each_time() -> None:
     torch.manual_seed(0)
     hidden = torch.randn(ROWS, 64, device=GPU).bfloat16()
-    if not in_one_product(hidden, (64, 128, 64)):
+    if not multiplies_by_expert(hidden):
         pytest.skip("this GPU has no product for all experts")
     experts = Experts(16, 64, section.Experts(units=(128, 64), compute="grouped")).to(GPU)
     probabilities = torch.rand(ROWS, 2, 16, device=GPU)
@@ -112,17 +112,17 @@ def test_experts_in_one_product_are_those_of_the_loop_and_the_same_each_time() -
     chosen = torch.zeros_like(probabilities).scatter(-1, probabilities.topk(2).indices, 1.0)
     weights, used = probabilities * chosen, chosen.bool().any(1)
     found = []
-    for most in (4, 4, None):  # by the product twice, then by a loop
+    for most in (4, 4, None):  # by the product twice, then dense
         x = hidden.clone().requires_grad_()
         experts.zero_grad()
         mixed = experts.mix(x, weights, used, most=most)
         mixed.float().square().sum().backward()
         found.append([mixed.float(), x.grad, *(each.grad for each in experts.parameters())])
-    for first, second, loop in zip(*found, strict=True):
+    for first, second, dense in zip(*found, strict=True):
         assert first is not None
         assert torch.equal(first, second)
-        scale = float(loop.abs().max())
-        torch.testing.assert_close(first / scale, loop / scale, atol=0.02, rtol=0.05)
+        scale = float(dense.abs().max())
+        torch.testing.assert_close(first / scale, dense / scale, atol=0.02, rtol=0.05)
 
 
 def test_gates_take_no_tf32_where_other_products_do() -> None:

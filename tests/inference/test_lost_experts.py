@@ -17,6 +17,7 @@ from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.inference.ranking import Ranking
 from mmoe_rec.inference.writing import seal
 from mmoe_rec.model.levels import Experts
+from mmoe_rec.model.products import Dispatch
 from tests.inference.small_model import CONTEXT, ITEMS, USER, SmallModel
 
 EXPERTS = 3
@@ -111,7 +112,7 @@ def test_each_expert_may_fail_while_it_runs(small: SmallModel, monkeypatch: pyte
         expected = values(rank(ranker, mask_experts=[expert]))
         with monkeypatch.context() as patch:
             patch.setattr(experts, "forward", _faulty_forward(experts, place, fault))
-            patch.setattr(experts, "sent", _faulty_sent(experts, place, fault))
+            patch.setattr(experts, "run", _faulty_run(experts, place, fault))
             ranking = rank(ranker)
         assert np.isfinite(ranking.scores).all()
         reason = "out of order" if fault == "raises" else "its values are not finite numbers"
@@ -137,15 +138,16 @@ def _faulty_forward(experts: Experts, place: int, fault: str) -> Any:
     return forward
 
 
-def _faulty_sent(experts: Experts, place: int, fault: str) -> Any:
-    def sent(hidden: Tensor, dispatch: Any) -> Tensor:
-        if fault == "raises" and dispatch.counts[place]:
+def _faulty_run(experts: Experts, place: int, fault: str) -> Any:
+    def run(hidden: Tensor, dispatch: Dispatch) -> Tensor:
+        sizes = dispatch.sizes.tolist()
+        if fault == "raises" and sizes[place]:
             raise RuntimeError("out of order")
-        outputs = list(Experts.sent(experts, hidden, dispatch).split(dispatch.counts))
+        outputs = list(Experts.run(experts, hidden, dispatch).split(sizes))
         outputs[place] = torch.full_like(outputs[place], math.nan)
         return torch.cat(outputs)
 
-    return sent
+    return run
 
 
 def test_with_all_experts_lost_the_answer_is_flagged(small: SmallModel, ranker: Ranker) -> None:

@@ -1,4 +1,4 @@
-"""Experts, grouped and dense, and levels of them, against plain loops over expert modules."""
+"""Experts on the rows sent to them, on a CPU and as a GPU is told to, against all experts on all rows."""
 
 from __future__ import annotations
 
@@ -7,108 +7,165 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
-from mmoe_rec.model import levels as levels_module
+from mmoe_rec.model import levels, products
 from mmoe_rec.model.levels import Experts
-from mmoe_rec.model.products import Dispatch, Products, combine, grouped_linear
+from mmoe_rec.model.mmoe import build_mixture
+from mmoe_rec.model.products import BLOCK, Dispatch
 from mmoe_rec.settings import model as section
+from tests.model.examples import small_settings
+
+ROWS, EXPERTS = 50, 6
 
 
 def made_of(count: int, inputs: int, units: tuple[int, ...], **changes: Any) -> Experts:
+    torch.manual_seed(0)
     return Experts(count, inputs, section.Experts(units=units, **changes))
 
 
-def routed(rows: int, gates: int, count: int, k: int) -> tuple[Tensor, Tensor]:
-    """Weights (rows, gates, count) of k experts a gate, and which experts a row uses."""
-    probabilities = torch.rand(rows, gates, count)
-    chosen = torch.zeros_like(probabilities).scatter(-1, probabilities.topk(k).indices, 1.0)
+def drawn(k: int, gates: int, empty: bool = False) -> tuple[Tensor, Tensor]:
+    """Weights (ROWS, gates, EXPERTS) of k experts a gate, and which experts a row uses. empty: an expert has no rows,
+    and a row has no experts.
+    """
+    probabilities = torch.rand(ROWS, gates, EXPERTS, generator=torch.Generator().manual_seed(10 * k + gates))
+    probabilities[:, :, 3] *= not empty
+    chosen = torch.zeros_like(probabilities).scatter(-1, probabilities.topk(k).indices, 1.0) * (probabilities > 0)
+    chosen[7] *= not empty
     return probabilities * chosen, chosen.bool().any(1)
 
 
-def test_only_the_used_pairs_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
-    computed: list[int] = []
+@pytest.mark.parametrize("empty", [False, True])
+@pytest.mark.parametrize("bounded", [False, True])
+@pytest.mark.parametrize("block", [1, BLOCK])
+@pytest.mark.parametrize(("k", "gates"), [(1, 1), (2, 2), (4, 3), (1, 3)])
+def test_every_row_has_its_places(k: int, gates: int, block: int, bounded: bool, empty: bool) -> None:
+    _, used = drawn(k, gates, empty)
+    dispatch = Dispatch.of(used, block, k * gates if bounded else None)
+    assert int(dispatch.sizes.sum()) == len(dispatch.rows)
+    assert not (dispatch.sizes[:-1] % block).any()
+    if bounded:
+        assert len(dispatch.rows) <= ROWS * k * gates + (EXPERTS + 1) * block
+        assert dispatch.sizes.min() > 0, "a product over no rows"
+    else:
+        assert dispatch.sizes.tolist() == [-(-count // block) * block for count in used.sum(0).tolist()]
+    owners = torch.arange(EXPERTS).repeat_interleave(dispatch.sizes)
+    places = dispatch.places[dispatch.filled]
+    assert len(places.unique()) == int(used.sum()), "no two results share a place"
+    assert torch.equal(dispatch.filled.sum(1), used.sum(1))
+    assert torch.equal(dispatch.rows[places], dispatch.filled.nonzero()[:, 0])
+    assert torch.equal(owners[places], dispatch.experts[dispatch.filled])
+    assert used[dispatch.rows[places], owners[places]].all()
 
-    def counting(x: Tensor, weight: Tensor, bias: Tensor, counts: list[int], products: Products) -> Tensor:
-        computed.append(len(x))
-        assert sum(counts) == len(x)
-        return grouped_linear(x, weight, bias, counts, products)
 
-    monkeypatch.setattr(levels_module, "grouped_linear", counting)
-    weights, used = routed(200, 2, 16, 2)
-    experts = made_of(16, 7, (9, 5))
-    experts.mix(torch.randn(200, 7), weights, used)
-    assert computed == [int(used.sum())] * 2
-    assert int(used.sum()) < 200 * 4
+def mixed(experts: Experts, hidden: Tensor, weights: Tensor, used: Tensor | None) -> list[Tensor]:
+    """The mix, and the gradients of all that it depends on."""
+    x, w = hidden.clone().requires_grad_(), weights.clone().requires_grad_()
+    out = experts.mix(x, w, used)
+    gradients = torch.autograd.grad(out.float().square().sum(), [x, w, *experts.parameters()])
+    return [out.detach(), gradients[0], gradients[1] * (weights > 0), *gradients[2:]]
 
 
-@pytest.mark.parametrize(
-    ("units", "k", "grouped"), [((9, 5), 3, False), ((9, 5), 1, True), ((300, 200), 3, True), ((300, 200), 1, True)]
-)
-def test_small_experts_that_most_rows_use_run_on_all_rows(units: tuple[int, ...], k: int, grouped: bool) -> None:
-    _, used = routed(50, 2, 4, k)
-    assert made_of(4, 150, units).takes_grouped(used) == grouped
-    assert made_of(4, 150, units, compute="grouped").takes_grouped(used)
-    assert not made_of(4, 150, units, compute="dense").takes_grouped(used)
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("normalise", [False, True])
+@pytest.mark.parametrize("units", [(16, 8), (9, 5)])
+def test_a_mix_is_that_of_all_experts_on_all_rows(
+    monkeypatch: pytest.MonkeyPatch, units: tuple[int, ...], normalise: bool, precision: torch.dtype
+) -> None:
+    weights, used = drawn(2, 3, empty=True)
+    hidden, experts = torch.randn(ROWS, 7), made_of(EXPERTS, 7, units, normalise=normalise, compute="grouped")
+    dense = mixed(experts, hidden, weights, None)
+    of = Dispatch.of
+    for most in (None, 6):
+        monkeypatch.setattr(Dispatch, "of", lambda used, block, _, most=most: of(used, block, most))
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
+            sparse = mixed(experts, hidden, weights, used)
+        for one, other in zip(sparse, dense, strict=True):
+            near = 1e-5 if precision == torch.float32 else 0.05 * float(other.abs().max())
+            torch.testing.assert_close(one.float(), other, atol=near, rtol=max(near, 1e-5))
+
+
+def test_a_result_that_is_not_finite_reaches_its_own_rows_alone() -> None:
+    weights, used = drawn(2, 1)
+    experts = made_of(EXPERTS, 8, (8,), compute="grouped")
+    with torch.no_grad():
+        experts.layers[0].weight[2] = float("nan")  # type: ignore[index, union-attr]
+    out = experts.mix(torch.randn(ROWS, 8), weights, used)
+    assert torch.equal(out.isnan().any(2).any(1), used[:, 2])
 
 
 def test_nothing_used_gives_zeros() -> None:
-    experts = made_of(3, 7, (9, 5))
-    mixed = experts.mix(torch.randn(8, 7), torch.zeros(8, 2, 3), torch.zeros(8, 3, dtype=torch.bool), alone=True)
-    assert torch.equal(mixed, torch.zeros(8, 2, 5))
+    out = made_of(3, 7, (9, 5)).mix(torch.randn(8, 7), torch.zeros(8, 2, 3), torch.zeros(8, 3, dtype=torch.bool), True)
+    assert torch.equal(out, torch.zeros(8, 2, 5))
 
 
-@pytest.mark.parametrize("block", [1, 4])
-def test_each_pair_has_its_place(block: int) -> None:
-    torch.manual_seed(0)
-    _, used = routed(12, 2, 5, 2)
-    used[:, 2] = False  # an expert without rows
-    dispatch = Dispatch.of(used, block)
-    assert dispatch.counts == [-(-count // block) * block for count in used.sum(0).tolist()]
-    assert sum(dispatch.counts) == len(dispatch.rows)
-    expert_of_place = torch.arange(5).repeat_interleave(torch.tensor(dispatch.counts))
-    places = dispatch.places[dispatch.filled]
-    assert torch.equal(dispatch.filled.sum(1), used.sum(1))
-    assert len(places.unique()) == int(used.sum()), "no two pairs share a place"
-    assert torch.equal(dispatch.rows[places], dispatch.filled.nonzero()[:, 0])
-    assert torch.equal(expert_of_place[places], dispatch.experts[dispatch.filled])
-    assert used[dispatch.rows[places], dispatch.experts[dispatch.filled]].all()
+@pytest.mark.parametrize(
+    ("units", "k", "sparse"), [((9, 5), 3, False), ((9, 5), 1, True), ((300, 200), 3, True), ((300, 200), 1, True)]
+)
+def test_small_experts_that_most_rows_use_run_on_all_rows(units: tuple[int, ...], k: int, sparse: bool) -> None:
+    used, hidden = drawn(k, 2)[1][:, :4], torch.zeros(ROWS, 150)
+    used[:, :k] = True
+    assert made_of(4, 150, units).runs_sparse(hidden, used, None) == sparse
+    assert made_of(4, 150, units, compute="grouped").runs_sparse(hidden, used, None)
+    assert not made_of(4, 150, units, compute="dense").runs_sparse(hidden, used, None)
 
 
-@pytest.mark.parametrize("block", [1, 4])
-def test_combine_adds_up_what_was_sent(block: int) -> None:
-    torch.manual_seed(0)
-    weights, used = routed(12, 2, 5, 2)
-    dispatch = Dispatch.of(used, block)
-    values = torch.randn(len(dispatch.rows), 3)
-    expected = torch.zeros(12, 2, 3)
-    starts = [sum(dispatch.counts[:expert]) for expert in range(5)]
-    for expert, start in enumerate(starts):
-        for nth, row in enumerate(used[:, expert].nonzero()[:, 0]):
-            expected[row] += weights[row, :, expert, None] * values[start + nth]
-    torch.testing.assert_close(combine(values, weights, dispatch), expected)
+def test_a_gpu_runs_them_sparse_where_it_has_the_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    with FakeTensorMode():
+        used = torch.empty(ROWS, EXPERTS, dtype=torch.bool, device="cuda")
+        hidden = torch.empty(ROWS, 8, dtype=torch.bfloat16, device="cuda")
+        for capability, has_it in (((9, 0), True), ((10, 0), True), ((8, 0), False), ((12, 0), False)):
+            monkeypatch.setattr(products, "_capability", lambda device, found=capability: found)
+            for compute, most, sparse in (("auto", 2, True), ("auto", 4, False), ("grouped", 4, True)):
+                experts = made_of(EXPERTS, 8, (8,), compute=compute)
+                assert experts.runs_sparse(hidden, used, most) == (has_it and sparse)
+                assert not experts.runs_sparse(hidden.float(), used, most)
+                assert not experts.runs_sparse(hidden, used, None)
 
 
-def test_a_result_reaches_only_the_rows_that_asked_for_it() -> None:
-    weights, used = torch.ones(3, 1, 2), torch.tensor([[True, True], [False, True], [True, False]])
-    dispatch = Dispatch.of(used, 4)
-    first, second = torch.ones(len(dispatch.rows), 1).split(dispatch.counts)
-    mixed = combine(torch.cat([first.fill_(torch.nan), second]), weights, dispatch)
-    assert mixed.flatten().isnan().tolist() == [True, False, True]
+def test_a_gpu_accepts_the_operands() -> None:
+    """Torch checks types, strides and alignment before it looks at any number."""
+    with FakeTensorMode():
+        used = torch.empty(ROWS, EXPERTS, dtype=torch.bool, device="cuda")
+        hidden = torch.empty(ROWS, 14, dtype=torch.bfloat16, device="cuda")
+        dispatch = Dispatch.of(used, BLOCK, 2)
+        places = hidden[dispatch.rows]
+        out = dispatch.multiply(places, torch.empty(EXPERTS, 20, 14, device="cuda"), torch.empty(EXPERTS, 20).cuda())
+        assert (out.shape, out.dtype, out.device.type) == ((len(places), 20), torch.bfloat16, "cuda")
+        of_rows = dispatch.combine(out, torch.empty(ROWS, 3, EXPERTS, device="cuda"))
+        assert (of_rows.shape, of_rows.dtype) == ((ROWS, 3, 20), torch.bfloat16)
 
 
-def test_bf16_grouped_gradients_stay_near_fp32() -> None:
-    found = []
-    for enabled in (False, True):
-        torch.manual_seed(0)
-        experts = made_of(6, 32, (24, 8), compute="grouped")
-        hidden = torch.randn(64, 32, requires_grad=True)
-        weights, used = routed(64, 2, 6, 2)
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
-            mixed = experts.mix(hidden, weights.requires_grad_(), used)
-        mixed.float().square().sum().backward()
-        assert weights.grad is not None
-        found.append([hidden.grad, weights.grad * used[:, None], *(each.grad for each in experts.parameters())])
-    for exact, rounded in zip(*found, strict=True):
-        assert exact is not None
-        assert rounded is not None
-        torch.testing.assert_close(rounded, exact, atol=0.05 * float(exact.abs().max()), rtol=0.05)
+SETTINGS: dict[str, dict[str, Any]] = {
+    "a gate a task": {"experts": {"count": 8}},
+    "one gate": {"experts": {"count": 8}, "gates": {"per_task": False}},
+    "one router": {"experts": {"count": 8}, "gates": {"routing": "shared_route"}},
+    "experts of tasks, two levels": {"experts": {"count": 3, "task_count": 5, "levels": 2}},
+    "no shared experts": {"experts": {"count": 0, "task_count": 5, "levels": 3}},
+    "k is drawn": {"experts": {"count": 8}, "gates": {"random_top_k": True}},
+    "fewer in serving": {"experts": {"count": 8}, "gates": {"serving_top_k": 1}},
+    "experts choose in training": {"experts": {"count": 8}, "gates": {"routing": "expert_choice", "serving_top_k": 2}},
+}
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_model_makes_room_for_all_that_its_rule_chooses(
+    monkeypatch: pytest.MonkeyPatch, name: str, training: bool
+) -> None:
+    told: list[int | None] = []
+
+    def runs_sparse(experts: Experts, hidden: Tensor, used: Tensor, most: int | None) -> bool:
+        told.append(most)
+        assert most is None or int(used.sum(1).max()) <= most
+        return False
+
+    monkeypatch.setattr(levels.Experts, "runs_sparse", runs_sparse)
+    settings = small_settings(
+        experts={"units": (16, 8)} | SETTINGS[name]["experts"],
+        gates={"routing": "top_k", "top_k": 2} | SETTINGS[name].get("gates", {}),
+    )
+    mixture = build_mixture(6, [[-1.0, 1.0]], 0, 3, settings).train(training)
+    mixture(torch.randn(ROWS, 6), torch.empty(ROWS, 0))
+    assert all((most is None) == (name == "experts choose in training" and training) for most in told)
+    assert told

@@ -20,7 +20,6 @@ from mmoe_rec.model.products import (
     StackedLinear,
     by_onednn,
     choose_products,
-    grouped_linear,
     has_onednn,
     set_products,
 )
@@ -58,13 +57,6 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     return shapes
 
 
-def grouped(module: nn.Module, x: Tensor) -> Tensor:
-    """Rows in three groups, the second of which is empty."""
-    assert isinstance(module, StackedLinear)
-    first = len(x) // 2
-    return grouped_linear(x, module.weight, module.bias, [first, 0, len(x) - first], module.products)
-
-
 LAYERS: dict[str, tuple[Callable[[int, int], nn.Module], Callable[[int, int, bool], Tensor], Run]] = {
     "linear": (Linear, lambda count, width, gaps: rows(count, width, gaps=gaps), lambda module, x: module(x)),
     "no bias": (
@@ -81,11 +73,6 @@ LAYERS: dict[str, tuple[Callable[[int, int], nn.Module], Callable[[int, int, boo
         lambda inputs, outputs: StackedLinear(3, inputs, outputs),
         lambda count, width, gaps: rows(count, width, gaps=gaps),
         lambda module, x: module.shared(x),
-    ),
-    "grouped": (
-        lambda inputs, outputs: StackedLinear(3, inputs, outputs),
-        lambda count, width, gaps: rows(count, width, gaps=gaps),
-        grouped,
     ),
 }
 
@@ -145,7 +132,7 @@ def test_what_is_not_differentiated_is_not_computed(monkeypatch: pytest.MonkeyPa
     assert len(shapes) == 1
 
 
-def test_bf16_and_maps_over_gradients_are_torchs_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bf16_is_torchs_own(monkeypatch: pytest.MonkeyPatch) -> None:
     shapes = calls(monkeypatch)
     layer, stacked, x = Linear(4, 3), StackedLinear(2, 4, 3), rows(5, 4)
     for each in (layer, stacked):
@@ -153,8 +140,6 @@ def test_bf16_and_maps_over_gradients_are_torchs_own(monkeypatch: pytest.MonkeyP
     with torch.autocast("cpu", torch.bfloat16):
         assert layer(x).dtype == stacked.shared(x).dtype == torch.bfloat16
         assert stacked(torch.stack([x, x], 1)).dtype == torch.bfloat16
-    found = torch.func.vmap(torch.func.grad(lambda row: layer(row.unsqueeze(0)).sum()))(x.detach())
-    torch.testing.assert_close(found, layer.weight.detach().sum(0).expand_as(found))
     assert shapes == []
 
 
@@ -219,25 +204,3 @@ def test_what_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
             choose_products("onednn", "cpu")
     finally:
         has_onednn.cache_clear()
-
-
-def test_rows_of_another_type_than_the_weights_are_refused() -> None:
-    layer = Linear(4, 3)
-    set_products(layer, "onednn")
-    for data in (None, rows(5, 2).double()):
-        with pytest.raises(RuntimeError, match="dtype"):
-            layer(rows(5, 4 if data is None else 2).double(), data)
-
-
-def test_blocks_of_rows_keep_what_onednn_prepares_few(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Experts of sparse models get other numbers of rows in each step."""
-    settings = Model.model_validate(
-        {"gates": {"routing": "top_k", "top_k": 1}, "experts": {"count": 3, "units": [8], "compute": "grouped"}}
-    )
-    mixture = build_mixture(10, [], 0, 2, settings)
-    shapes = calls(monkeypatch)
-    set_products(mixture.levels, "onednn")
-    mixture(rows(77, 10), rows(77, 0)).logits.sum().backward()
-    of_experts = [shape[0] for shape in shapes if shape[2] == 8]
-    assert of_experts
-    assert all(count % 16 == 0 for count in of_experts)

@@ -90,7 +90,7 @@ class _Operators(TorchDispatchMode):
         kwargs = kwargs or {}
         name = func.overloadpacket._qualified_op_name.removeprefix("aten::")
         on_gpu = any(isinstance(each, Tensor) and each.is_cuda for each in args)
-        if name in ("_local_scalar_dense", "item"):
+        if name in ("_local_scalar_dense", "item") and isinstance(args[0], FakeTensor):
             if on_gpu:
                 self.waits.note("item")
             return 1

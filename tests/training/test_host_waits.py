@@ -190,8 +190,7 @@ def test_a_forward_pass_over_tables_waits_for_nothing(monkeypatch: pytest.Monkey
 def test_a_backward_pass_waits_for_nothing(monkeypatch: pytest.MonkeyPatch, case: str) -> None:
     """On a CPU, of what a GPU would run: autograd can't be asked about a GPU that is not there."""
     layout = LAYOUTS["no ids"]
-    monkeypatch.setattr(levels, "in_one_product", lambda x, widths: True)
-    monkeypatch.setattr(levels.Experts, "takes_grouped", lambda self, used: False)
+    monkeypatch.setattr(levels.Experts, "runs_sparse", lambda self, hidden, used, most: most is not None)
     model = small_model(plain_tables(layout), layout, **changes(case)).train()
     watched: list[str] = []
     steps = steps_of(model, layout, CPU, bf16=False, weight=0.1, z_weight=0.1)
