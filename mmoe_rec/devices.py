@@ -37,6 +37,19 @@ def usable_cores() -> int:
     return len(allowed(0)) if allowed else os.cpu_count() or 1
 
 
+@contextlib.contextmanager
+def limit_threads(count: int) -> Iterator[None]:
+    """Within it torch computes with so many threads; 0 leaves them as they are."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def device_of(model: nn.Module) -> torch.device:
     """Where a model that lies on one device is."""
     return next(model.parameters()).device

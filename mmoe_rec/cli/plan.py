@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from mmoe_rec.training.planning import Machines, PaperPlan
 
 GIB = 2**30
-MOST_RANKS = 16_384  # the planner's time grows with them; a plan for so many takes about half a minute
+MOST_RANKS = 4_096  # the planner's time grows with them; a plan for so many takes about half a minute
 # Floating-point operations a second of a rank in products of bf16 matrices, as training reaches them.
 TFLOPS = {"cuda": 100.0, "cpu": 0.4}
 MEMORY = NumberBetween(0.01, 1e6)  # both ends are far beyond any machine

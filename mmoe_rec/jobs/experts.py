@@ -146,11 +146,11 @@ def _milliseconds(ranker: Ranker, rows: EncodedRows, k: int | None) -> float:
     import torch
 
     from mmoe_rec.batches.batch import make_batch
-    from mmoe_rec.training.choices import threads
+    from mmoe_rec.devices import limit_threads
 
     part, _ = next(rows.stream(REQUEST_ROWS))
     batch, seconds = make_batch(part.encoded, ranker.layout, torchrec=False), []
-    with threads(1), torch.inference_mode():  # as in the server
+    with limit_threads(1), torch.inference_mode():  # as in the server
         for _ in range(30):
             started = time.perf_counter()
             ranker.model(batch, top_k=k)

@@ -179,14 +179,14 @@ class _Scoring:
 
     def _scored(self) -> dict[str, Any]:
         """Writes the files of the output; gives its manifest."""
+        from mmoe_rec.devices import limit_threads
         from mmoe_rec.jobs.score_parts import forget_ranker
-        from mmoe_rec.training.choices import threads
 
         parts, known = self._known_rows()
         options, in_memory = self.logs.options, self.source.startswith("memory://")
         processes = self.logs.log.rows >= ROWS_FOR_PROCESSES and not in_memory
         # What a product gives may depend on the number of threads that share it.
-        with threads(1), open_engine(options.engine, options.workers, processes) as engine:
+        with limit_threads(1), open_engine(options.engine, options.workers, processes) as engine:
             try:
                 each = self._score_parts(engine, parts, known)
             finally:
@@ -218,12 +218,12 @@ class _Scoring:
 
     def _products(self) -> str:
         """What multiplies; for the setting `auto` it is measured."""
+        from mmoe_rec.devices import limit_threads
         from mmoe_rec.jobs.score_parts import ranker_of
-        from mmoe_rec.training.choices import threads
 
         if self.settings.serving.products != "auto":
             return self.settings.serving.products
-        with threads(1):
+        with limit_threads(1):
             return ranker_of(self.found.folder, self.version).best_products()
 
     def _find_out(self, steps: Steps, memories: Path) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -103,7 +103,7 @@ def _make_trainer(run: Run, workspace: Workspace) -> Trainer:
 def _log_choices(run: Run, choices: Choices, first: bool) -> None:
     if first:
         say(f"computing in {choices}")
-    values = choices.to_dict()
+    values = asdict(choices)
     tags = {f"choices.{name}": str(value) for name, value in values.items() if name != "measured"}
     run.record(tags=tags, files={"choices.json": values})
 

@@ -153,10 +153,10 @@ def _read_events(log: EventRows, window: tuple[int, int]) -> LogEvents:
 def score_period(ranker: Ranker, rows: LogRows) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
     """Of rows that come with what counters and histories say of them: feature -> digests (N,) int32, predictions (N, T)
     and scores (N,) float64."""
-    from mmoe_rec.training.choices import threads
+    from mmoe_rec.devices import limit_threads
 
     hashes, predictions, log_scores = list[dict[str, np.ndarray]](), [], []
-    with threads(1), bar() as progress:
+    with limit_threads(1), bar() as progress:
         task = progress.add_task("offline scores", total=len(rows))
         for start in range(0, len(rows), ROWS_AT_A_TIME):
             some = np.arange(start, min(start + ROWS_AT_A_TIME, len(rows)))

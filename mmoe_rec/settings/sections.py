@@ -254,11 +254,10 @@ class Training(Section):
         description="what multiplies fp32 matrices on a CPU: torch's BLAS library, or oneDNN. Which is faster depends "
         "on the processor; results are equal but for rounding. auto measures",
     )
-    tables: Literal["auto", "fbgemm", "fbgemm_reference", "torch"] = Field(
+    tables: Literal["auto", "fbgemm", "torch"] = Field(
         "auto",
-        description="how embedding tables are looked up and updated on a CPU: by fbgemm's kernels, by its plain loops, "
-        "or by PyTorch alone. Which is fastest depends on the processor; results are equal but for rounding. auto "
-        "measures",
+        description="how embedding tables are looked up and updated on a CPU: by fbgemm's kernels, or by PyTorch "
+        "alone. Which is faster depends on the processor; results are equal but for rounding. auto measures",
     )
     threads: int | None = Field(
         None,

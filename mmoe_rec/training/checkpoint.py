@@ -58,7 +58,7 @@ class TrainingState:
         tree: dict[str, Any] = {"format": FORMAT, "step": self.step, "position": self.position.to_dict()}
         tree["history"] = [[step, each.to_dict()] for step, each in self.history]
         tree |= {"best_step": self.best_step, "skipped": self.skipped, "origin": asdict(self.origin)}
-        tree["choices"] = None if self.choices is None else self.choices.to_dict()
+        tree["choices"] = None if self.choices is None else asdict(self.choices)
         return json.dumps(tree, indent=1)
 
     @staticmethod
@@ -71,7 +71,7 @@ class TrainingState:
         tree["history"] = tuple((step, Validation.from_dict(each)) for step, each in tree["history"])
         tree["origin"] = Origin.from_dict(tree["origin"])
         if (choices := tree.get("choices")) is not None:
-            tree["choices"] = Choices.from_dict(choices)
+            tree["choices"] = Choices(**choices)
         return TrainingState(**tree)
 
 

@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from mmoe_rec.model.levels import Experts
-from mmoe_rec.model.mmoe import Mixture
-from mmoe_rec.model.products import Multiplying, Products, choose_products, has_onednn
+from mmoe_rec.model.products import Products, choose_products, has_onednn
 from mmoe_rec.settings.sections import Training
-from mmoe_rec.training.tables import choose_way, list_ways
-
-if TYPE_CHECKING:
-    from mmoe_rec.model.products import Products
-    from mmoe_rec.training.tables import Way
-
+from mmoe_rec.training.tables import Way, choose_way, list_ways
 
 Precision = Literal["fp32", "bf16"]
 Compute = Literal["auto", "dense", "grouped"]
@@ -43,15 +35,6 @@ class Choices:
     threads: int
     products: Products = "blas"
     measured: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields, for JSON."""
-        return asdict(self)
-
-    @staticmethod
-    def from_dict(tree: Mapping[str, Any]) -> Choices:
-        """What `to_dict` gave. Raises TypeError for anything else."""
-        return Choices(**tree)
 
     def __str__(self) -> str:
         parts = [f"{self.precision}{self._compare_times('precision', self.precision)}"]
@@ -80,9 +63,6 @@ def faster(times: Mapping[str, float], by_default: str, margin: float) -> str:
     return best if by_default not in times or times[by_default] >= margin * times[best] else by_default
 
 
-# Applies choices to a process or a model.
-
-
 def check_offered(settings: Training, device: str, ranks: int = 1) -> None:
     """Raises UserError where a way of tables or a library of products is set that is not on offer here.
 
@@ -107,46 +87,11 @@ def keep_choices(before: Choices, settings: Training, device: torch.device) -> C
     return replace(before, products=products, tables=choose_way(wanted, device.type, ranks()), threads=count)
 
 
-@contextlib.contextmanager
-def threads(count: int) -> Iterator[None]:
-    """Within it torch computes with so many threads; 0 leaves them as they are."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def computing_by(mixture: Mixture, compute: Compute) -> AbstractContextManager[None]:
-    """Within it, experts are computed in this way."""
-    return _with(mixture, Experts, "compute", compute)
-
-
-def set_compute(mixture: Mixture, compute: Compute) -> None:
+def set_compute(mixture: nn.Module, compute: Compute) -> None:
     """From now on experts are computed in this way."""
     for each in mixture.modules():
         if isinstance(each, Experts):
             each.compute = compute
-
-
-def multiplying_by(mixture: Mixture, products: Products) -> AbstractContextManager[None]:
-    """Within it, products in fp32 are by this library."""
-    return _with(mixture, Multiplying, "products", products)
-
-
-@contextlib.contextmanager
-def _with(mixture: Mixture, kind: type[nn.Module], name: str, value: str) -> Iterator[None]:
-    """Within it, all modules of a kind have this value of an attribute."""
-    modules = [each for each in mixture.modules() if isinstance(each, kind)]
-    before = [getattr(each, name) for each in modules]
-    for each in modules:
-        setattr(each, name, value)
-    try:
-        yield
-    finally:
-        for each, own in zip(modules, before, strict=True):
-            setattr(each, name, own)
 
 
 def ranks() -> int:
@@ -158,6 +103,6 @@ def _on_all_ranks(here: bool) -> bool:
     """Whether it holds on every rank, on CPUs."""
     if ranks() == 1:
         return here
-    told = torch.tensor(int(here))
-    dist.all_reduce(told, op=dist.ReduceOp.MIN)
-    return bool(told)
+    flag = torch.tensor(int(here))
+    dist.all_reduce(flag, op=dist.ReduceOp.MIN)
+    return bool(flag)

@@ -10,7 +10,7 @@ import functools
 import importlib
 import sys
 import warnings
-from dataclasses import dataclass
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -74,82 +74,28 @@ TRIED = {"torch": "2.14.", "fbgemm": "1.9."}
 _ANSWER = "cpuinfo_isa"
 
 
-@dataclass
-class _Shared:
-    """The addresses and bytes that `share_cpuinfo` has found, and whether what it copied is there now."""
-
-    found: tuple[int, int, int] | None = None
-    there: bool = False
-
-
-_shared = _Shared()
-_SYMBOL_ENTRY = 1  # dladdr1: ask for the ELF symbol
-
-
-class _Place(ctypes.Structure):
-    """Dl_info."""
-
-    _fields_ = (
-        ("file", ctypes.c_char_p),
-        ("base", ctypes.c_void_p),
-        ("name", ctypes.c_char_p),
-        ("address", ctypes.c_void_p),
-    )
-
-
-class _Symbol(ctypes.Structure):
-    """Elf64_Sym."""
-
-    _fields_ = (
-        ("name", ctypes.c_uint32),
-        ("info", ctypes.c_ubyte),
-        ("other", ctypes.c_ubyte),
-        ("section", ctypes.c_uint16),
-        ("value", ctypes.c_uint64),
-        ("size", ctypes.c_uint64),
-    )
-
-
 def share_cpuinfo() -> bool:
     """Copies what torch knows of the processor to where fbgemm looks, if that is empty; whether anything was copied.
 
     Does nothing where there is one copy, or none, as in torch's CPU build and on other systems than Linux. With other
     versions than those tried, it only warns that training will be slow.
     """
-    if _shared.there:
+    if (found := _to_copy()) is None:
         return False
-    if _shared.found is None and (found := _to_copy()) is not None:
-        versions = _versions()
-        if not _tried(versions):
-            named = " and ".join(f"{name} {each}" for name, each in versions.items())
-            warnings.warn(
-                f"with {named}, fbgemm does not know the processor's vector instructions, so tables may be trained ten "
-                f"times as slowly: install {' and '.join(f'{name} {tried}*' for name, tried in TRIED.items())}",
-                stacklevel=2,
-            )
-            return False
-        _shared.found = found
-    if _shared.found is None:
+    versions = {"torch": version("torch"), "fbgemm": "of unknown version"}
+    for build in ("fbgemm-gpu-cpu", "fbgemm-gpu"):
+        with suppress(PackageNotFoundError):
+            versions["fbgemm"] = version(build)
+    if not all(versions[name].startswith(begin) for name, begin in TRIED.items()):
+        named = " and ".join(f"{name} {each}" for name, each in versions.items())
+        warnings.warn(
+            f"with {named}, fbgemm does not know the processor's vector instructions, so tables may be trained ten "
+            f"times as slowly: install {' and '.join(f'{name} {tried}*' for name, tried in TRIED.items())}",
+            stacklevel=2,
+        )
         return False
-    ctypes.memmove(*_shared.found)
-    _shared.there = True
+    ctypes.memmove(*found)
     return True
-
-
-def withhold_cpuinfo() -> None:
-    """Takes back what `share_cpuinfo` copied, if it did: fbgemm runs its reference loops again."""
-    if _shared.there and _shared.found is not None:
-        ctypes.memset(_shared.found[0], 0, _shared.found[2])
-        _shared.there = False
-
-
-def can_be_withheld() -> bool:
-    """Whether fbgemm's loops can be chosen by sharing or not: its variable is apart from torch's, and empty or ours."""
-    return _shared.found is not None or (_to_copy() is not None and _tried(_versions()))
-
-
-def _tried(versions: dict[str, str]) -> bool:
-    return all(versions[name].startswith(begin) for name, begin in TRIED.items())
 
 
 def _to_copy() -> tuple[int, int, int] | None:
@@ -171,22 +117,8 @@ def _to_copy() -> tuple[int, int, int] | None:
     return empty, known, size
 
 
-def _versions() -> dict[str, str]:
-    """Of torch and of fbgemm, in whichever build it is installed."""
-    found = {"torch": version("torch"), "fbgemm": "of unknown version"}
-    for build in ("fbgemm-gpu-cpu", "fbgemm-gpu"):
-        try:
-            found["fbgemm"] = version(build)
-            break
-        except PackageNotFoundError:
-            continue
-    return found
-
-
 def _size(address: int) -> int:
-    """Bytes of the variable that begins at an address."""
-    symbol = ctypes.POINTER(_Symbol)()
-    found = ctypes.CDLL(None).dladdr1(
-        ctypes.c_void_p(address), ctypes.byref(_Place()), ctypes.byref(symbol), _SYMBOL_ENTRY
-    )
-    return int(symbol.contents.size) if found and symbol else 0
+    """Bytes of the variable that begins at an address: `st_size` of its Elf64_Sym, which dladdr1 gives."""
+    place, symbol, wanted = ctypes.create_string_buffer(32), ctypes.c_void_p(), 1
+    found = ctypes.CDLL(None).dladdr1(ctypes.c_void_p(address), place, ctypes.byref(symbol), wanted)
+    return int(ctypes.c_uint64.from_address(symbol.value + 16).value) if found and symbol.value else 0

@@ -23,6 +23,7 @@ from mmoe_rec.batches.batch import Batch, KeyedIds, make_batch
 from mmoe_rec.batches.encoded_rows import EncodedRows
 from mmoe_rec.batches.order import Position
 from mmoe_rec.batches.reader import OnDemand, Prefetch, TrainingReader
+from mmoe_rec.devices import limit_threads
 from mmoe_rec.errors import StoppedError, StopRequest
 from mmoe_rec.features.layout import Layout
 from mmoe_rec.model.layout import ModelLayout
@@ -40,7 +41,7 @@ from mmoe_rec.training.checkpoint import (
     restore,
     step_folder,
 )
-from mmoe_rec.training.choices import Choices, keep_choices, set_compute, threads
+from mmoe_rec.training.choices import Choices, keep_choices, set_compute
 from mmoe_rec.training.fbgemm import torchrec_installed
 from mmoe_rec.training.losses import add_log_variances, log_variances, loss_factors
 from mmoe_rec.training.measure import SOME_ROWS, Chooser
@@ -203,7 +204,7 @@ class Trainer:
         result, meter = self.result, Meter(self.layout, self.world_size)
         shown = bar("{task.fields[note]}") if self.rank == 0 else contextlib.nullcontext()
         try:
-            with shown as progress, self.stop, freed_memory_kept(), threads(self.choices.threads):
+            with shown as progress, self.stop, freed_memory_kept(), limit_threads(self.choices.threads):
                 task = progress.add_task("training", total=self.total_steps, note="") if progress else None
 
                 def show() -> None:

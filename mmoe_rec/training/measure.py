@@ -8,14 +8,13 @@ slowest of them.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import torch
 import torch.distributed as dist
@@ -24,17 +23,18 @@ from torch.nn import functional
 
 from mmoe_rec.allocation import freed_memory_kept
 from mmoe_rec.batches.batch import KeyedIds
+from mmoe_rec.devices import limit_threads
 from mmoe_rec.features.layout import DenseInput, IdInput
 from mmoe_rec.model.layout import EmbeddingTable, ModelLayout, ModelTask
 from mmoe_rec.model.levels import Experts
 from mmoe_rec.model.mmoe import Mixture, build_mixture
-from mmoe_rec.model.products import Products, choose_products, has_onednn
+from mmoe_rec.model.products import Products, choose_products, has_onednn, set_products
 from mmoe_rec.model.tables import stored_width, used_tables
 from mmoe_rec.settings.model import Model
 from mmoe_rec.settings.sections import Training
-from mmoe_rec.training.choices import Choices, Compute, Precision, computing_by, faster, multiplying_by, ranks
+from mmoe_rec.training.choices import Choices, Compute, Precision, faster, ranks, set_compute
 from mmoe_rec.training.fbgemm import torchrec_installed
-from mmoe_rec.training.tables import EPS, OneProcessTables, Way, choose_way, list_ways, set_fbgemm_kernels, set_way
+from mmoe_rec.training.tables import EPS, OneProcessTables, Way, choose_way, list_ways, set_way
 
 SECONDS = 0.025
 """For each choice, besides the runs that are not counted."""
@@ -57,14 +57,13 @@ _HOPELESS = 4.0
 class Chooser:
     """Makes the choices for a model that is about to be trained.
 
-    mixture: its dense part, on the CPU, as it will be trained; it is left as it is, and so are random states.
-    rows: of a rank's batch; ids: of such a batch, or of the first `SOME_ROWS` of it.
+    mixture: its dense part, as it will be trained; it is left as it is, and so are random states. rows: of a rank's
+    batch; ids: of such a batch, or of the first `SOME_ROWS` of it.
     """
 
     def __init__(self, mixture: Mixture, layout: ModelLayout, device: torch.device, rows: int, ids: KeyedIds) -> None:
         self._layout, self._device, self._ids = layout, device, ids
-        # A copy where the device is another: products are to run there, and the model moves later.
-        self._mixture = mixture if device.type == "cpu" else copy.deepcopy(mixture).to(device)
+        self._mixture = copy.deepcopy(mixture).to(device)
         weights = sum(parameter.numel() for parameter in mixture.parameters())
         self._rows = int(min(rows, max(_FIRST_ROWS, _OPERATIONS // (6 * max(1, weights)))))
         widths = layout.width(placement=False), layout.width(placement=True)
@@ -79,13 +78,14 @@ class Chooser:
         """
         way = choose_way(settings.tables, self._device.type, ranks())
         products = choose_products(settings.products, self._device.type)
-        with _random_states_kept(self._device), freed_memory_kept():  # as in training
+        devices = [self._device] if self._device.type == "cuda" else []
+        with torch.random.fork_rng(devices), freed_memory_kept():  # as in training
             precision, products = self._multiplied(settings, products)
-            with multiplying_by(self._mixture, products):
-                experts = self._experts(precision)
-                if settings.tables == "auto" and self._device.type == "cpu" and self._layout.ids:
-                    way = self._way(way)
-                threads = self._threads(settings.threads, precision, way)
+            set_products(self._mixture, products)
+            experts = self._experts(precision)
+            if settings.tables == "auto" and self._device.type == "cpu" and self._layout.ids:
+                way = self._way(way)
+            threads = self._threads(settings.threads, precision, way)
         return Choices(precision, way, experts, threads, products, self._times)
 
     def _multiplied(self, settings: Training, by_default: Products) -> tuple[Precision, Products]:
@@ -98,10 +98,9 @@ class Chooser:
             libraries = list(get_args(Products))
         if len(precisions) == len(libraries) == 1:
             return precisions[0], by_default
-        options: dict[str, Callable[[], object]] = {}
-        for each in libraries:
-            if each == "blas" or has_onednn():
-                options[each] = self._option("fp32", each, self._rows)
+        options: dict[str, Callable[[], object]] = {
+            each: self._option("fp32", each, self._rows) for each in libraries if each == "blas" or has_onednn()
+        }
         if "bf16" in precisions:
             options["bf16"] = self._option("bf16", by_default, self._rows)
         times = self._timed(options, SECONDS, [*libraries, *precisions[1:]])
@@ -126,38 +125,35 @@ class Chooser:
 
     def _option(self, precision: Precision, products: Products, rows: int) -> Callable[[], object]:
         def run() -> None:
-            with multiplying_by(self._mixture, products):
-                self._step(precision, rows)
+            set_products(self._mixture, products)
+            self._step(precision, rows)
 
         return run
 
     def _experts(self, precision: Precision) -> Compute:
         """`auto`, which goes by the share of experts in use, unless one way is clearly faster for this model."""
         groups = [each for each in self._mixture.modules() if isinstance(each, Experts)]
-        if self._device.type != "cpu" or any(each.compute != "auto" for each in groups) or not self._selects:
+        selects = not all(gates.rule.mixes_all for gates in self._mixture.gates)
+        if self._device.type != "cpu" or any(each.compute != "auto" for each in groups) or not selects:
             return "auto"
 
         def option(compute: Compute) -> Callable[[], object]:
             def run() -> None:
-                with computing_by(self._mixture, compute):
-                    self._step(precision, self._rows)
+                set_compute(self._mixture, compute)
+                self._step(precision, self._rows)
 
             return run
 
-        names: tuple[Compute, ...] = ("auto", "dense", "grouped")
-        times = self._timed({name: option(name) for name in names}, SECONDS)
+        times = self._timed({name: option(name) for name in get_args(Compute)}, SECONDS)
         self._times["experts"] = times
         taken = faster(times, "auto", CLEARLY)
-        return "dense" if taken == "dense" else "grouped" if taken == "grouped" else "auto"
-
-    @property
-    def _selects(self) -> bool:
-        return not all(gates.rule.mixes_all for gates in self._mixture.gates)
+        choice = next(name for name in get_args(Compute) if name == taken)
+        set_compute(self._mixture, choice)
+        return cast("Compute", choice)
 
     def _way(self, by_default: Way) -> Way:
         offered = list_ways()
-        options = {str(way): self._trial(way) for way in offered}
-        times = self._timed(options, SECONDS, get_args(Way))
+        times = self._timed({str(way): self._trial(way) for way in offered}, SECONDS, get_args(Way))
         if len(times) < 2:
             return by_default
         self._times["tables"] = times
@@ -171,12 +167,10 @@ class Chooser:
     def _threads(self, wanted: int | None, precision: Precision, way: Way) -> int:
         if self._device.type != "cpu":
             return 0
-        if wanted is not None:
-            return wanted
         now = torch.get_num_threads()
         # Set by hand, or by torchrun for each of its processes.
-        if "OMP_NUM_THREADS" in os.environ or now == 1 or ranks() > 1:
-            return now
+        if wanted is not None or "OMP_NUM_THREADS" in os.environ or now == 1 or ranks() > 1:
+            return wanted or now
         tables = self._trial(way)
 
         def option(count: int) -> Callable[[], object]:
@@ -189,12 +183,9 @@ class Chooser:
 
         # Cores may be two halves of one, and memory may be what a step waits for.
         counts = [count for count in (now, now // 2, now // 4) if count]
-        try:
-            times = self._timed({str(count): option(count) for count in counts}, SECONDS)
-        finally:
-            torch.set_num_threads(now)
-        self._times["threads"] = times
-        return int(faster(times, str(now), CLEARLY))
+        with limit_threads(now):
+            self._times["threads"] = self._timed({str(count): option(count) for count in counts}, SECONDS)
+        return int(faster(self._times["threads"], str(now), CLEARLY))
 
     def _step(self, precision: Precision, rows: int) -> None:
         """Forward and backward pass of the dense part."""
@@ -219,12 +210,6 @@ class Chooser:
         values = torch.tensor([times.get(name, math.inf) for name in every], dtype=torch.float64, device=self._device)
         dist.all_reduce(values, op=dist.ReduceOp.MAX)
         return {name: time for name, time in zip(every, values.tolist(), strict=True) if math.isfinite(time)}
-
-
-@contextlib.contextmanager
-def _random_states_kept(device: torch.device) -> Iterator[None]:
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        yield
 
 
 RUNS_AT_LEAST = 3
@@ -268,52 +253,42 @@ _RATE = 0.05
 _WEIGHT = 0.01
 
 
-def make_trial(way: Way, layout: ModelLayout, ids: Any, rows_at_most: int = ROWS_AT_MOST) -> Callable[[], None]:
+def make_trial(way: Way, layout: ModelLayout, ids: KeyedIds, rows_at_most: int = ROWS_AT_MOST) -> Callable[[], None]:
     """What does one look-up and one update in this way, in some milliseconds for a batch of thousands of rows.
 
     Call it once or twice unmeasured, within `mmoe_rec.allocation.freed_memory_kept`, as training does.
 
     Args:
-        way: one of `list_ways`. Another one raises UserError.
-        layout: of the training; tables have its widths, and no more than `rows_at_most` rows.
-        ids: of a batch as it is trained on, `KeyedIds` or a KeyedJaggedTensor; ids beyond a table's last row begin
-            again at its first. Without inputs, nothing is done.
-
-    The tables are about as large as the training's own on one rank, or on several together. Which of fbgemm's two ways
-    was tried last holds for the process until `use_way` (or `shard`) chooses one.
+        way: one of `list_ways`.
+        layout: of the training; tables have its widths, and no more than `rows_at_most` rows. Without inputs, nothing
+            is done.
+        ids: of a batch as it is trained on; ids beyond a table's last row begin again at its first.
     """
-    choose_way(way, "cpu")
     if not layout.ids:
         return lambda: None
-    tables = tuple(replace(each, rows=min(each.rows, rows_at_most)) for each in layout.tables)
     # fbgemm wants inputs that share a table next to each other.
+    tables = tuple(replace(each, rows=min(each.rows, rows_at_most)) for each in used_tables(layout))
     names = [table.name for table in tables]
     inputs = tuple(sorted(layout.ids, key=lambda each: names.index(each.table)))
-    small = replace(layout, tables=tables, ids=inputs)
-    values, offsets = _ids(small, ids, [layout.ids.index(each) for each in inputs])
-    look_up = _by_fbgemm(way, small) if torchrec_installed() else _alone(small)
-    width = sum(stored_width(small.table(each.table).dim) for each in small.ids)
-    gradient = torch.randn((len(offsets) - 1) // len(small.ids), width)
+    columns = [ids.column(each.name) for each in inputs]
+    own = [tables[names.index(each.table)] for each in inputs]
+    values = torch.cat([column % table.rows for (column, _), table in zip(columns, own, strict=True)])
+    offsets = functional.pad(torch.cat([starts.diff() for _, starts in columns]).cumsum(0), (1, 0))
+    gradient = torch.randn(ids.rows, sum(stored_width(table.dim) for table in own))
+    look_up = _look_up_by(way, replace(layout, tables=tables, ids=inputs))
 
     def once() -> None:
-        set_fbgemm_kernels(way)
         look_up(values, offsets).backward(gradient)
 
     return once
 
 
-def _ids(layout: ModelLayout, ids: Any, order: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Ids and offsets in the layout's order of inputs; order: the number in `ids` of each of them."""
-    values, offsets = (ids.values, ids.offsets) if isinstance(ids, KeyedIds) else (ids.values(), ids.offsets())
-    batch = (len(offsets) - 1) // len(order)
-    ends = offsets[::batch].tolist()
-    rows = [layout.table(each.table).rows for each in layout.ids]
-    parts = [values[ends[number] : ends[number + 1]] % most for number, most in zip(order, rows, strict=True)]
-    lengths = offsets.long().diff().view(len(order), batch)[list(order)].flatten()
-    return torch.cat(parts), functional.pad(lengths.cumsum(0), (1, 0))
-
-
-def _by_fbgemm(way: Way, layout: ModelLayout) -> Callable[[Tensor, Tensor], Tensor]:
+def _look_up_by(way: Way, layout: ModelLayout) -> Callable[[Tensor, Tensor], Tensor]:
+    if not torchrec_installed():
+        plain = OneProcessTables(layout)
+        plain.storage.weights.fill_(_WEIGHT)
+        plain.storage.rate.fill_(_RATE)
+        return plain.look_up
     from fbgemm_gpu.split_embedding_configs import EmbOptimType
     from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocation, PoolingMode
     from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
@@ -321,10 +296,9 @@ def _by_fbgemm(way: Way, layout: ModelLayout) -> Callable[[Tensor, Tensor], Tens
         SplitTableBatchedEmbeddingBagsCodegen,
     )
 
-    tables: Sequence[EmbeddingTable] = used_tables(layout)
-    names = [table.name for table in tables]
+    names = [table.name for table in layout.tables]
     module: Any = SplitTableBatchedEmbeddingBagsCodegen(
-        [(table.rows, stored_width(table.dim), EmbeddingLocation.HOST, ComputeDevice.CPU) for table in tables],
+        [(table.rows, stored_width(table.dim), EmbeddingLocation.HOST, ComputeDevice.CPU) for table in layout.tables],
         feature_table_map=[names.index(each.table) for each in layout.ids],
         optimizer=EmbOptimType.EXACT_ROWWISE_ADAGRAD,
         learning_rate=_RATE,
@@ -335,13 +309,6 @@ def _by_fbgemm(way: Way, layout: ModelLayout) -> Callable[[Tensor, Tensor], Tens
     module.weights_host.detach().fill_(_WEIGHT)
     set_way(module, way)
     return lambda values, offsets: module(indices=values, offsets=offsets)
-
-
-def _alone(layout: ModelLayout) -> Callable[[Tensor, Tensor], Tensor]:
-    tables = OneProcessTables(layout)
-    tables.storage.weights.fill_(_WEIGHT)
-    tables.storage.rate.fill_(_RATE)
-    return tables.look_up
 
 
 _IDS, _ROWS, _DIM, _NUMBERS, _TASKS = 20, 20_000, 16, 5, 2

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import math
 from collections.abc import Sequence
@@ -11,7 +10,6 @@ from operator import itemgetter
 from typing import Any, Literal
 
 from torch import nn
-from torchrec.distributed.planner.types import Shard, ShardEstimator, ShardingOption
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.model.layout import EmbeddingTable, ModelLayout
@@ -84,7 +82,6 @@ def planner(layout: ModelLayout, machines: Machines, batch_size: int, stats: Any
     from torchrec.distributed.planner import EmbeddingShardingPlanner
     from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
     from torchrec.distributed.planner.proposers import GreedyProposer, GridSearchProposer, UniformProposer
-    from torchrec.distributed.planner.shard_estimators import EmbeddingPerfEstimator, EmbeddingStorageEstimator
     from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
     from torchrec.distributed.planner.types import KernelConfig, ParameterConstraints, TopologyFactory, TrainerConfig
     from torchrec.distributed.types import ShardingType
@@ -107,14 +104,10 @@ def planner(layout: ModelLayout, machines: Machines, batch_size: int, stats: Any
         kernel_config=KernelConfig(compute_device=machines.device),
     )
     constraints = {table.name: allowed for table in used_tables(layout)}
-    estimators = [
-        OncePerSize(EmbeddingPerfEstimator(topology, constraints)),
-        EmbeddingStorageEstimator(topology, constraints),
-    ]
     return EmbeddingShardingPlanner(
         topology=topology,
         batch_size=batch_size,
-        enumerator=EmbeddingEnumerator(topology, batch_size, constraints, estimator=estimators),
+        enumerator=EmbeddingEnumerator(topology, batch_size, constraints),
         storage_reservation=FixedPercentageStorageReservation(RESERVED_SHARE),
         proposer=[
             GridSearchProposer(min(_MOST_COMBINATIONS, _COMBINATIONS_BY_RANKS // machines.world_size)),
@@ -217,33 +210,3 @@ def explain_misfit(layout: ModelLayout, machines: Machines) -> UserError:
     if 0 < narrower < largest.dim:
         ways.append(f"make `dim` smaller everywhere, {narrower} instead of {largest.dim}")
     return UserError(f"{what}; {most}: {', or '.join(ways) or 'give each rank more memory'}")
-
-
-# torchrec's estimate of the time that parts of tables take, asked once for parts of one size.
-#
-# It needs half a millisecond a part, and a table that is spread by rows has as many parts as there are ranks.
-
-
-class OncePerSize(ShardEstimator):
-    """Gives all parts of a table that have the same size the time of the first of them.
-
-    estimator: whose estimate of a part depends on the table, the way it is spread and the part's size alone.
-    """
-
-    def __init__(self, estimator: ShardEstimator) -> None:
-        self._estimator = estimator
-
-    def estimate(self, sharding_options: list[ShardingOption], sharder_data_map: Any = None) -> None:
-        """Sets `perf` of every part."""
-        for option in sharding_options:
-            shards = option.shards
-            first: dict[tuple[int, ...], Shard] = {}
-            for shard in shards:
-                first.setdefault(tuple(shard.size), shard)
-            option.shards = list(first.values())
-            try:
-                self._estimator.estimate([option], sharder_data_map)
-            finally:
-                option.shards = shards
-            for shard in shards:
-                shard.perf = copy.copy(first[tuple(shard.size)].perf)

@@ -11,8 +11,6 @@ next. So the host waits for the device in these places only:
 - every `STEPS_BETWEEN_LOGS` steps `Meter.read` and the learnt task weights;
 - a validation reads the logits of each batch, with several ranks also whether one was asked to stop, and its sums;
 - a checkpoint is copied to main memory, and a bad batch is saved;
-- an `Experts.mix` that is told to run experts on their own rows only, and can't in one product: see
-  `mmoe_rec.model.products`;
 - the first use of each number that a device keeps from then on (`mmoe_rec.devices.constant`).
 
 `tests/training/test_host_waits.py` counts them on a device that need not be there.

@@ -11,7 +11,6 @@ Row-wise Adagrad (as in fbgemm; Duchi et al. 2011, with one sum of squares for a
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -26,13 +25,7 @@ from mmoe_rec.batches.batch import KeyedIds
 from mmoe_rec.errors import UserError
 from mmoe_rec.model.layout import ModelLayout
 from mmoe_rec.model.tables import stored_width, used_tables
-from mmoe_rec.training.fbgemm import (
-    can_be_withheld,
-    require_torchrec,
-    share_cpuinfo,
-    torchrec_installed,
-    withhold_cpuinfo,
-)
+from mmoe_rec.training.fbgemm import require_torchrec, share_cpuinfo, torchrec_installed
 
 _MOST_INT32 = 2**31 - 1  # sorting numbers of 32 bits takes two thirds of the time
 
@@ -397,20 +390,20 @@ def _look_up_directly(module: Any, names: list[str], widths: list[int], ids: Any
     return Pooled(names, widths, module(ids.values(), ids.offsets().long()))
 
 
-# The ways in which tables on a CPU are looked up and updated: fbgemm's kernels, its reference loops, plain PyTorch.
+# The ways in which tables on a CPU are looked up and updated: fbgemm's kernels, and plain PyTorch.
 #
-# All work on the same storage, that of fbgemm's module where there is one, so a checkpoint does not depend on the way,
-# and a model may change it between two steps. The fastest one depends on the processor, by factors of ten; results are
+# Both work on the same storage, that of fbgemm's module where there is one, so a checkpoint does not depend on the way,
+# and a model may change it between two steps. The faster one depends on the processor, by factors of ten; results are
 # equal but for rounding.
 
 
-Way = Literal["fbgemm", "fbgemm_reference", "torch"]
-"""fbgemm: its kernels, which know the processor; fbgemm_reference: its plain loops; torch: `RowWise`."""
+Way = Literal["fbgemm", "torch"]
+"""fbgemm: its kernels; torch: `RowWise`."""
 
 
 def list_ways() -> tuple[Way, ...]:
-    """What this machine and its packages allow, on a CPU; the first is the default."""
-    return tuple(way for way in get_args(Way) if _missing(way) is None)
+    """What this machine's packages allow, on a CPU; the first is the default."""
+    return get_args(Way) if torchrec_installed() else ("torch",)
 
 
 def choose_way(choice: Literal["auto"] | Way, device: str, ranks: int = 1) -> Way:
@@ -422,45 +415,29 @@ def choose_way(choice: Literal["auto"] | Way, device: str, ranks: int = 1) -> Wa
         require_torchrec("training on several processes", "start it without torchrun")
     if device == "cuda":
         require_torchrec("training on a GPU", "set training.device to cpu")
-        if choice in ("auto", "fbgemm"):
-            return "fbgemm"
-        raise UserError(f"training.tables is {choice}, a way of CPUs; on GPUs there is fbgemm alone: set it to auto")
+        if choice == "torch":
+            raise UserError("training.tables is torch, a way of CPUs; on GPUs there is fbgemm alone: set it to auto")
+        return "fbgemm"
     if choice == "auto":
         return list_ways()[0]
-    if (reason := _missing(choice)) is not None:
-        others = ", ".join(list_ways())
-        raise UserError(f"training.tables is {choice}, but {reason}: set it to auto, or to what is here ({others})")
+    if choice not in list_ways():
+        raise UserError("training.tables is fbgemm, but torchrec and fbgemm are not installed: set it to auto or torch")
     return choice
 
 
 def use_way(model: nn.Module, way: Way) -> None:
-    """Has the tables of a sharded model on CPUs looked up and updated in this way from its next forward pass on.
-
-    Which of fbgemm's two ways is taken holds for all tables of the process. Raises UserError where the way is not on
-    offer here.
-    """
-    choose_way(way, "cpu")
-    set_fbgemm_kernels(way)
-    if torchrec_installed():
-        for module in table_batches(model):
-            set_way(module, way)
+    """Has the tables of a sharded model on CPUs looked up and updated in this way from its next forward pass on."""
+    for module in table_batches(model):
+        set_way(module, way)
 
 
 def set_way(module: Any, way: Way) -> None:
     """The same for one of fbgemm's modules, which must have row-wise Adagrad and add ids up."""
-    set_fbgemm_kernels(way)
     if way == "torch":
-        module.forward = functools.partial(_look_up_row_wise, module, RowWise(_places(module)))
+        module.forward = partial(_look_up_row_wise, module, RowWise(_places(module)))
     else:
-        module.__dict__.pop("forward", None)
-
-
-def set_fbgemm_kernels(way: Way) -> None:
-    """Has all of fbgemm's modules of this process take their kernels or their plain loops."""
-    if way == "fbgemm":
         share_cpuinfo()
-    elif way == "fbgemm_reference":
-        withhold_cpuinfo()
+        module.__dict__.pop("forward", None)
 
 
 def table_batches(model: nn.Module) -> Iterator[Any]:
@@ -470,17 +447,6 @@ def table_batches(model: nn.Module) -> Iterator[Any]:
     for part in model.modules():
         for lookup in getattr(part, "_lookups", ()):  # torchrec keeps them in a plain list
             yield from (each for each in lookup.modules() if isinstance(each, SplitTableBatchedEmbeddingBagsCodegen))
-
-
-def _missing(way: Way) -> str | None:
-    """Why a way is not on offer; None if it is."""
-    if way == "torch":
-        return None
-    if not torchrec_installed():
-        return "torchrec and fbgemm are not installed"
-    if way == "fbgemm_reference" and not can_be_withheld():
-        return "fbgemm here asks for the processor itself, so it can't be kept from its kernels"
-    return None
 
 
 def _places(module: Any) -> list[Place]:

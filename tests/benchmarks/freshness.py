@@ -146,14 +146,14 @@ class Benchmark:
 
     def _by_live(self, ranker: Any, period: Any, logs: Any) -> dict[str, np.ndarray]:
         """Predictions by tables as of the start together with what was learnt since, day by day."""
+        from mmoe_rec.devices import limit_threads
         from mmoe_rec.features.memories import Live
-        from mmoe_rec.training.choices import threads
 
         pipeline = ranker.pipeline
         nothing = daily = live = Live.none(pipeline.memory_encoders)
         found: dict[str, list[np.ndarray]] = {"frozen": [], "daily": [], "live": []}
         rows_of = [(None, period.rows)] + [(log.name, rows) for log in logs.events for rows in log.stream()]
-        with threads(1):
+        with limit_threads(1):
             for start, end in self._days():
                 _say(f"scoring {np.datetime64(start, 'us')}")
                 live = _learnt(pipeline, live, rows_of, start, end, LAG)

@@ -124,17 +124,17 @@ def _take_turns(asker: _Asker, senders: _Senders, batch: int, seconds: float, pa
 def learnt_ms(model: Path, time_column: str, events: pa.Table) -> float:
     """Milliseconds that a request of `CANDIDATES` takes longer, the median, once events were learnt. Each request is of
     the time of the last event."""
+    from mmoe_rec.devices import limit_threads
     from mmoe_rec.inference.ranker import Ranker
     from mmoe_rec.inference.request import read_requests
     from mmoe_rec.log.rows import LogRows
-    from mmoe_rec.training.choices import threads
 
     rankers = plain, learnt = Ranker.load(model), Ranker.load(model)
     elements = Bodies(model).elements(CANDIDATES, 1)
     last = events.column(time_column)[-1].cast(pa.timestamp("ms")).as_py()
     elements[0]["context"][time_column] = f"{last.isoformat()}Z"
     taken: dict[Ranker, list[float]] = {plain: [], learnt: []}
-    with threads(1):
+    with limit_threads(1):
         for start in range(0, len(events), STEP):
             rows = LogRows(events.slice(start, STEP), learnt.pipeline.schema)
             learnt.take(learnt.prepare({None: rows}))

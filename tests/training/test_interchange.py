@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,17 +36,7 @@ def without_torchrec() -> Iterator[None]:
         yield
 
 
-@contextmanager
-def with_way(way: str) -> Iterator[None]:
-    """With torchrec, in one of the ways that this machine offers."""
-    if way not in tables_module.list_ways():
-        pytest.skip(f"{way} is not on offer here")
-    yield
-
-
-PLACES: dict[str, Place] = {"without": without_torchrec} | {
-    way: lambda way=way: with_way(way) for way in ("fbgemm", "fbgemm_reference", "torch")
-}
+PLACES: dict[str, Place] = {"without": without_torchrec} | dict.fromkeys(("fbgemm", "torch"), contextlib.nullcontext)
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +104,7 @@ def whole(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> dict[
             for ways in (
                 ("without", "fbgemm"),
                 ("fbgemm", "torch"),
-                ("torch", "fbgemm_reference"),
+                ("torch", "fbgemm"),
                 ("without", "without"),
             )
         ),

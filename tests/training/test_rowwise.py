@@ -14,7 +14,7 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import ComputeDevice
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.training import tables as tables_module
-from mmoe_rec.training.tables import Place, RowWise, Storage, list_ways, set_fbgemm_kernels, set_way
+from mmoe_rec.training.tables import Place, RowWise, Storage, set_way
 from tests.reference.model import adagrad
 
 ROWS = [7, 90, 30, 1]
@@ -175,20 +175,18 @@ def fbgemm_module(widths: list[int]) -> Any:
     return module
 
 
-@pytest.mark.parametrize("way", list_ways())
 @pytest.mark.parametrize("longest", [0, 6])
 @pytest.mark.parametrize("widths", WIDTHS)
-def test_all_ways_take_the_same_steps_in_the_same_storage(way: Any, longest: int, widths: str) -> None:
+def test_both_ways_take_the_same_steps_in_the_same_storage(longest: int, widths: str) -> None:
     modules = [fbgemm_module(WIDTHS[widths]) for _ in range(2)]
-    set_way(modules[0], way)
+    set_way(modules[0], "torch")
     random = np.random.default_rng(longest)
     for step in range(12):
         bags = random_bags(random, [ROWS[table] for table in (0, 1, 1, 2, 3)], batch=40, longest=longest)
         ids, offsets = flat(bags)
         gradient = torch.randn(40, sum(WIDTHS[widths][table] for table in (0, 1, 1, 2, 3)))
         found = []
-        for taken, module in zip((way, "fbgemm"), modules, strict=True):
-            set_fbgemm_kernels(taken)
+        for module in modules:
             found.append(module(indices=ids, offsets=offsets))
             found[-1].backward(gradient)
             module.set_learning_rate(RATES[step % 3])

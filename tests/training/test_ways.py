@@ -43,22 +43,12 @@ def test_the_setting_takes_what_there_is() -> None:
     assert list_ways()[-1] == "torch"
 
 
-def test_fbgemm_that_cannot_be_kept_from_its_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As with the CPU build of torch."""
-    monkeypatch.setattr(tables_module, "can_be_withheld", lambda: False)
-    assert list_ways() == ("fbgemm", "torch")
-    with pytest.raises(
-        UserError, match=r"^training\.tables is fbgemm_reference, but .*: set it to auto, or .*\(fbgemm, t"
-    ):
-        choose_way("fbgemm_reference", "cpu")
-
-
 def test_without_torchrec(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (fbgemm, tables_module):
         monkeypatch.setattr(module, "torchrec_installed", lambda: False)
     assert list_ways() == ("torch",)
     assert choose_way("auto", "cpu") == "torch"
-    with pytest.raises(UserError, match=r"tables is fbgemm, but torchrec and fbgemm are not installed: .* \(torch\)$"):
+    with pytest.raises(UserError, match=r"tables is fbgemm, but torchrec and fbgemm are not installed: .* torch$"):
         choose_way("fbgemm", "cpu")
     with pytest.raises(
         UserError, match=r"^training on several processes needs torchrec.*; or start it without torchrun$"
@@ -97,7 +87,7 @@ def test_a_sharded_model_changes_its_way_between_steps() -> None:
     encoded, labels = random_rows(64)
     batch = make_batch(encoded, LAYOUT, labels, torchrec=True)
     found = {}
-    for name, taken in (("one", ["fbgemm"] * 4), ("all", ["torch", "fbgemm", list_ways()[-2], "torch"])):
+    for name, taken in (("one", ["fbgemm"] * 4), ("all", ["torch", "fbgemm", "fbgemm", "torch"])):
         with process_group(CPU):
             sharded = shard(
                 small_model(torchrec_tables(LAYOUT)), LAYOUT, CPU, batch_size=64, table_learning_rate=0.1, way="fbgemm"
@@ -115,14 +105,13 @@ def test_a_sharded_model_changes_its_way_between_steps() -> None:
         torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("torchrec", [True, False])
 @pytest.mark.parametrize("there", [True, False])
-def test_a_trial_looks_up_and_updates_once(monkeypatch: pytest.MonkeyPatch, torchrec: bool, there: bool) -> None:
+def test_a_trial_looks_up_and_updates_once(monkeypatch: pytest.MonkeyPatch, there: bool) -> None:
     if not there:
         for module in (measure, tables_module):
             monkeypatch.setattr(module, "torchrec_installed", lambda: False)
     encoded, _ = random_rows(50)
-    ids = make_batch(encoded, LAYOUT, torchrec=torchrec).ids
+    ids = make_batch(encoded, LAYOUT, torchrec=False).ids
     looked_up = []
     backward = torch.Tensor.backward
 
@@ -140,7 +129,7 @@ def test_a_trial_looks_up_and_updates_once(monkeypatch: pytest.MonkeyPatch, torc
         assert first.shape == (50, sum(LAYOUT.table(each.table).dim for each in LAYOUT.ids))
         assert not torch.equal(first, second), "the tables were updated"
     assert len(looked_up) == 2 * len(list_ways())
-    measure.make_trial(list_ways()[0], ModelLayout((), (), LAYOUT.dense, LAYOUT.tasks), None)()
+    measure.make_trial(list_ways()[0], ModelLayout((), (), LAYOUT.dense, LAYOUT.tasks), ids)()
 
 
 # Inputs that share a table lie apart, and a table is wider than its neighbours.
