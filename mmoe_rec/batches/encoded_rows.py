@@ -48,14 +48,6 @@ class Rows:
         """All inputs, as views."""
         return Encoded({**dict(zip(self.names, self.ids, strict=True)), **self.lists}, self.dense)
 
-    @staticmethod
-    def of(encoded: Encoded, labels: np.ndarray, weights: np.ndarray | None, users: np.ndarray | None) -> Rows:
-        """Encoded rows beside what belongs to them."""
-        lists = {name: each for name, each in encoded.ids.items() if isinstance(each, Ragged)}
-        single = {name: each for name, each in encoded.ids.items() if not isinstance(each, Ragged)}
-        ids = np.stack(list(single.values())) if single else np.empty((0, len(encoded)), np.int64)
-        return Rows(tuple(single), ids, lists, encoded.dense, labels, weights, users)
-
     def slice(self, start: int, stop: int) -> Rows:
         """Rows start to stop (exclusive, at most N), as views."""
         lists = {name: each.slice(start, stop) for name, each in self.lists.items()}
@@ -110,23 +102,38 @@ class EncodedRows:
         labels = {f"label.{name}": label_types(layout)[name] for name in learnt}
         self._labels = list(labels)
         self._label_type = np.result_type(*(each.to_pandas_dtype() for each in labels.values()))
-        self._files = _parquet_files(folder)
-        self._metadata = [_footer(file) for file in self._files]
+        self._files = sorted(folder.glob("*.parquet"), key=lambda file: file.name)
+        if not self._files:
+            raise UserError(f"there is no .parquet file of encoded rows in '{folder}'; {ADVICE}")
+        self._metadata = []
+        for file in self._files:
+            with _naming(file):
+                self._metadata.append(pq.read_metadata(file))
         self.fingerprint = _fingerprint(self._files)
-        types = _column_types(layout) | labels
+        types = {f"id.{each.name}": IDS if each.many else pa.int32() for each in layout.ids} | labels
+        types |= dict.fromkeys([f"dense.{each.name}" for each in layout.dense], pa.float32())
         self.weighs = "weight" in self._metadata[0].schema.to_arrow_schema().names
         types |= {name: _WEIGHTS[name] for name in self.weighing(weighted)}
         self._columns = [*types, *(["user"] if with_users else [])]
-        for file, metadata in zip(self._files, self._metadata, strict=True):
-            schema = metadata.schema.to_arrow_schema()
-            _require(file, schema, self._columns)
-            _check_types(file, schema, types)
-        counts = dict(_group_counts(self._metadata))
-        self.groups = list(counts)
-        self.group_rows = np.array(list(counts.values()), np.int64)
+        for file, schema in self._schemas(self._columns):
+            for name, expected in types.items():
+                if (found := schema.field(name).type) != expected:
+                    raise UserError(f"'{file}' has the column '{name}' as {found}, expected {expected}; {ADVICE}")
+        groups = [(each, group) for each, file in enumerate(self._metadata) for group in range(file.num_row_groups)]
+        counts = {(file, group): self._metadata[file].row_group(group).num_rows for file, group in groups}
+        self.groups = [group for group, rows in counts.items() if rows]
+        self.group_rows = np.array([counts[group] for group in self.groups], np.int64)
         self.rows = int(self.group_rows.sum())
         if not self.rows:
             raise UserError(f"the files of '{folder}' hold no rows; check the split's times, then {ADVICE}")
+
+    def _schemas(self, columns: Sequence[str]) -> Iterator[tuple[Path, pa.Schema]]:
+        """Of every file. Raises UserError where one of the columns is missing."""
+        for file, metadata in zip(self._files, self._metadata, strict=True):
+            schema = metadata.schema.to_arrow_schema()
+            if missing := [name for name in columns if name not in schema.names]:
+                raise UserError(f"'{file}' lacks the column '{missing[0]}'; {ADVICE}")
+            yield file, schema
 
     def weighing(self, weighted: bool) -> list[str]:
         """The columns that say what rows count, as `weights_of` reads them; weighted: by their rate of sampling too."""
@@ -150,8 +157,7 @@ class EncodedRows:
 
         Raises UserError for a file that cannot be read or lacks one of the columns.
         """
-        for file, metadata in zip(self._files, self._metadata, strict=True):
-            _require(file, metadata.schema.to_arrow_schema(), columns)
+        list(self._schemas(columns))
         wanted = list(dict.fromkeys([*self._columns, *columns]))
         for table in _rebatch(self._tables(batch_size, wanted), batch_size):
             yield self._convert(table), table.select(list(columns))
@@ -190,7 +196,11 @@ class EncodedRows:
         weights = weights_of(table.select(self.weighing(self._weighted)))
         weights = None if weights is None else weights.astype(np.float32)
         users = hash_column(one_array(table.column("user"))).view(np.int64) if self._with_users else None
-        return Rows.of(Encoded.from_arrow(table, self.layout), labels, weights, users)
+        encoded = Encoded.from_arrow(table, self.layout)
+        lists = {name: each for name, each in encoded.ids.items() if isinstance(each, Ragged)}
+        single = {name: each for name, each in encoded.ids.items() if not isinstance(each, Ragged)}
+        ids = np.stack(list(single.values())) if single else np.empty((0, len(encoded)), np.int64)
+        return Rows(tuple(single), ids, lists, encoded.dense, labels, weights, users)
 
 
 _WEIGHTS = {"weight": pa.float64(), "sampling_rate": pa.float32()}
@@ -199,46 +209,11 @@ _WEIGHTS = {"weight": pa.float64(), "sampling_rate": pa.float32()}
 def weights_of(table: pa.Table) -> np.ndarray | None:
     """(N,) what each row counts: its `weight` / its `sampling_rate`, of those columns that a table has; None of
     none."""
-    weights = None
-    if "weight" in table.column_names:
-        weights = table.column("weight").to_numpy()
+    weights = table.column("weight").to_numpy() if "weight" in table.column_names else None
     if "sampling_rate" in table.column_names:
         by_rate = 1 / table.column("sampling_rate").to_numpy()
         weights = by_rate if weights is None else weights * by_rate
     return weights
-
-
-def _column_types(layout: Layout) -> dict[str, pa.DataType]:
-    """The columns of a model's inputs, with their types."""
-    types = {f"id.{each.name}": IDS if each.many else pa.int32() for each in layout.ids}
-    return types | dict.fromkeys([f"dense.{each.name}" for each in layout.dense], pa.float32())
-
-
-def _require(file: Path, schema: pa.Schema, columns: Sequence[str]) -> None:
-    missing = [name for name in columns if name not in schema.names]
-    if missing:
-        raise UserError(f"'{file}' lacks the column '{missing[0]}'; {ADVICE}")
-
-
-def _check_types(file: Path, schema: pa.Schema, types: dict[str, pa.DataType]) -> None:
-    for name, expected in types.items():
-        found = schema.field(name).type
-        if found != expected:
-            raise UserError(f"'{file}' has the column '{name}' as {found}, expected {expected}; {ADVICE}")
-
-
-def _parquet_files(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        raise UserError(f"there is no folder '{folder}' of encoded rows; {ADVICE}")
-    files = sorted(folder.glob("*.parquet"), key=lambda file: file.name)
-    if not files:
-        raise UserError(f"the folder '{folder}' holds no .parquet file of encoded rows; {ADVICE}")
-    return files
-
-
-def _footer(file: Path) -> pq.FileMetaData:
-    with _naming(file):
-        return pq.read_metadata(file)
 
 
 def _fingerprint(files: list[Path]) -> str:
@@ -251,14 +226,6 @@ def _fingerprint(files: list[Path]) -> str:
             content.seek(-8 - length, os.SEEK_END)
             digest.update(content.read())
     return digest.hexdigest()[:16]
-
-
-def _group_counts(files: list[pq.FileMetaData]) -> Iterator[tuple[tuple[int, int], int]]:
-    """((file index, row group index), number of rows) of the row groups that are not empty."""
-    for file, metadata in enumerate(files):
-        for group in range(metadata.num_row_groups):
-            if count := metadata.row_group(group).num_rows:
-                yield (file, group), count
 
 
 @contextmanager

@@ -72,11 +72,12 @@ def connect(uri: str) -> Any:
     return mlflow
 
 
-def make_store(mlflow: Any, uri: str) -> None:
+def make_store(uri: str) -> None:
     """Makes a SQLite store with all its tables at once, as MLflow can't use one that a kill left half made."""
     store = read_sqlite_path(uri)
     if store is not None and not store.exists():
-        with atomic_file(store, replace=False) as temporary:
+        mlflow = connect(uri)
+        with translate_errors(uri), atomic_file(store, replace=False) as temporary:
             mlflow.MlflowClient(f"sqlite:///{temporary}").search_experiments(max_results=1)
 
 

@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from mmoe_rec.tracking.runs import Run
 _FILES_TAG = "files"  # of a version
 _REPLACED_TAG = "replaced"  # of a version: which one held an alias before it
 _LONGEST_DESCRIPTION, _LONGEST_TAG = 4900, 4000  # what databases behind MLflow take is 5,000
-_NO_VERSION = "2147483647"
+_NO_VERSION, _MISSING = "2147483647", "RESOURCE_DOES_NOT_EXIST"
 
 
 def find_folder(address: str | Path, uri: str | None) -> Path:
@@ -46,7 +47,9 @@ def find_folder(address: str | Path, uri: str | None) -> Path:
         return _find_artifact(Path(address)) or Path(address)
     from mmoe_rec.settings.sections import Tracking
 
-    return fetch_model(str(address), uri or _read_own_address() or Tracking().address)
+    mlflow = sys.modules.get("mlflow")
+    own = mlflow.get_tracking_uri() if mlflow is not None and mlflow.is_tracking_uri_set() else None
+    return fetch_model(str(address), uri or own or Tracking().address)
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,8 @@ def fetch_model(address: str, uri: str) -> Path:
         if folder is None:
             raise UserError(f"'{address}' holds no model (model.json); give an artifact folder or models:/NAME@ALIAS")
         return folder
-    mlflow = _connect(address, uri)
+    _require_store(address, uri)
+    mlflow = connect(uri)
     try:
         with limit_waiting(FOR_MODELS), translate_errors(uri, address):
             downloaded = Path(mlflow.artifacts.download_artifacts(artifact_uri=address))
@@ -106,16 +110,20 @@ def find_run(address: str, uri: str) -> str | None:
     """
     if _read_scheme(address) != "models":
         return None
-    mlflow = _connect(address, uri)
-    with limit_waiting(FOR_MODELS), translate_errors(uri, address):
-        name, version, _ = _resolve(mlflow, address)
-        client = mlflow.MlflowClient()
-        run_id: str | None = (
-            client.get_logged_model(name).source_run_id
-            if version is None
-            else client.get_model_version(name, version).run_id
-        )
-    return run_id if run_id and _has_run(mlflow, uri, run_id) else None
+    from mlflow.exceptions import MlflowException
+
+    _require_store(address, uri)
+    with _open_client(uri, address, FOR_MODELS) as client:
+        name, version, _ = _resolve(client, address)
+        made = client.get_logged_model(name) if version is None else client.get_model_version(name, version)
+        run_id: str | None = made.source_run_id if version is None else made.run_id
+    with _open_client(uri, limits=FOR_MODELS) as client:
+        try:
+            return run_id if run_id and client.get_run(run_id).info.lifecycle_stage == "active" else None
+        except MlflowException as error:
+            if error.error_code == _MISSING:
+                return None
+            raise
 
 
 def pin_address(address: str, uri: str) -> str:
@@ -125,15 +133,14 @@ def pin_address(address: str, uri: str) -> str:
     """
     if _read_scheme(address) != "models" or Path(address).exists():
         return address
-    mlflow = _connect(address, uri)
-    with limit_waiting(FOR_MODELS), translate_errors(uri, address):
-        return "/".join(["models:", *filter(None, _resolve(mlflow, address))])
+    _require_store(address, uri)
+    with _open_client(uri, address, FOR_MODELS) as client:
+        return "/".join(["models:", *filter(None, _resolve(client, address))])
 
 
-def _resolve(mlflow: Any, address: str) -> tuple[str, str | None, str]:
+def _resolve(client: Any, address: str) -> tuple[str, str | None, str]:
     """Name and version of a registered model, or the id of a model and None; and a path in it, which may be empty."""
     name, alias, version, path = _parse(address)
-    client = mlflow.MlflowClient()
     if alias is not None:
         return name, str(client.get_model_version_by_alias(name, alias).version), path
     if version == "latest":
@@ -156,38 +163,25 @@ def _parse(address: str) -> tuple[str, str | None, str | None, str]:
     return name, alias, None if version is None else version.lower(), path or ""
 
 
-def _connect(address: str, uri: str) -> Any:
+def _require_store(address: str, uri: str) -> None:
+    """Raises UserError where mlflow is not installed, or there is no store yet: looking up would make one."""
+    if find_spec("mlflow") is None:
+        raise UserError(
+            f"'{address}' is looked up by mlflow, which is not installed: install it, or give an artifact folder"
+        )
     store = read_sqlite_path(uri)
     if _read_scheme(address) in ("models", "runs") and store is not None and not store.is_file():
         raise UserError(
             f"there is no MLflow store '{store}' to look up '{address}' in; train first or set tracking.uri"
         )
-    try:
-        return connect(uri)
-    except ModuleNotFoundError as error:
-        if error.name != "mlflow":
-            raise
-        raise UserError(
-            f"'{address}' is looked up by mlflow, which is not installed: install it, or give an artifact folder"
-        ) from None
 
 
-def _read_own_address() -> str | None:
-    """The address that this process has set MLflow to."""
-    mlflow = sys.modules.get("mlflow")
-    return mlflow.get_tracking_uri() if mlflow is not None and mlflow.is_tracking_uri_set() else None
-
-
-def _has_run(mlflow: Any, uri: str, run_id: str) -> bool:
-    from mlflow.exceptions import MlflowException
-
-    with limit_waiting(FOR_MODELS), translate_errors(uri):
-        try:
-            return bool(mlflow.get_run(run_id).info.lifecycle_stage == "active")
-        except MlflowException as error:
-            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
-                return False
-            raise
+@contextmanager
+def _open_client(uri: str, address: str | None = None, limits: dict[str, str] = BRIEF) -> Iterator[Any]:
+    """MLflow's client, whose errors become sentences."""
+    mlflow = connect(uri)
+    with limit_waiting(limits), translate_errors(uri, address):
+        yield mlflow.MlflowClient()
 
 
 def _find_artifact(folder: Path) -> Path | None:
@@ -219,30 +213,30 @@ class Version:
 def list_aliases(name: str, uri: str) -> dict[str, str]:
     """Alias -> number of the version that holds it, of a registered model; none where there is no such model.
 
-    Raises UserError where MLflow does not answer.
+    Raises UserError where MLflow does not answer, as all that follow do.
     """
-    mlflow = connect(uri)
-    with limit_waiting(BRIEF), translate_errors(uri):
+    from mlflow.exceptions import MlflowException
+
+    with _open_client(uri) as client:
         try:
-            found = mlflow.MlflowClient().get_registered_model(name).aliases
-        except Exception as error:
-            if getattr(error, "error_code", None) == "RESOURCE_DOES_NOT_EXIST":
+            aliases = client.get_registered_model(name).aliases
+        except MlflowException as error:
+            if error.error_code == _MISSING:
                 return {}
             raise
-    return {str(alias): str(number) for alias, number in found.items()}
+    return {str(alias): str(number) for alias, number in aliases.items()}
 
 
 def find_holder(name: str, alias: str, uri: str) -> Version | None:
-    """The version that holds an alias, None where none does. Raises UserError where MLflow does not answer."""
+    """The version that holds an alias, None where none does."""
     number = list_aliases(name, uri).get(alias)
     return None if number is None else get_version(name, number, uri)
 
 
 def get_version(name: str, number: str, uri: str) -> Version:
-    """A version by its number. Raises UserError where there is none, or MLflow does not answer."""
-    mlflow = connect(uri)
-    with limit_waiting(BRIEF), translate_errors(uri, f"models:/{name}/{number}"):
-        found = mlflow.MlflowClient().get_model_version(name, number)
+    """A version by its number. Raises UserError where there is none."""
+    with _open_client(uri, f"models:/{name}/{number}") as client:
+        found = client.get_model_version(name, number)
     return Version(name, str(found.version), found.run_id)
 
 
@@ -251,9 +245,7 @@ def move_alias(name: str, alias: str, number: str, uri: str, replaced: Version |
 
     replaced: the one that held it, which is kept with the version, see `get_replaced`.
     """
-    mlflow = connect(uri)
-    with limit_waiting(BRIEF), translate_errors(uri):
-        client = mlflow.MlflowClient()
+    with _open_client(uri) as client:
         if replaced is not None and replaced.number != number:
             client.set_model_version_tag(name, number, f"{_REPLACED_TAG}.{alias}", replaced.number)
         client.set_registered_model_alias(name, alias, number)
@@ -261,28 +253,22 @@ def move_alias(name: str, alias: str, number: str, uri: str, replaced: Version |
 
 def get_replaced(version: Version, alias: str, uri: str) -> str | None:
     """The number of the version that held an alias before this one took it; None where that is unknown."""
-    mlflow = connect(uri)
-    with limit_waiting(BRIEF), translate_errors(uri):
-        tags = mlflow.MlflowClient().get_model_version(version.name, version.number).tags
-    found = tags.get(f"{_REPLACED_TAG}.{alias}")
-    return None if found is None else str(found)
+    with _open_client(uri) as client:
+        number: str | None = client.get_model_version(version.name, version.number).tags.get(f"{_REPLACED_TAG}.{alias}")
+    return number
 
 
 def forget_replaced(version: Version, alias: str, uri: str) -> None:
     """Of a version that an alias has left for the one before: if it comes back, it comes in another way."""
-    mlflow = connect(uri)
-    with limit_waiting(BRIEF), translate_errors(uri):
-        mlflow.MlflowClient().delete_model_version_tag(version.name, version.number, f"{_REPLACED_TAG}.{alias}")
+    with _open_client(uri) as client:
+        client.delete_model_version_tag(version.name, version.number, f"{_REPLACED_TAG}.{alias}")
 
 
 def describe_version(version: Version, text: str, tags: Mapping[str, str], uri: str) -> None:
     """Writes the description of a version, in Markdown, and tags. What the registry refuses is said, and not needed."""
-    mlflow = connect(uri)
     try:
-        with limit_waiting(BRIEF), translate_errors(uri):
-            client = mlflow.MlflowClient()
-            for name, value in tags.items():
-                client.set_model_version_tag(version.name, version.number, name, value[:_LONGEST_TAG])
+        tag_version(version, {name: value[:_LONGEST_TAG] for name, value in tags.items()}, uri)
+        with _open_client(uri) as client:
             if text:
                 client.update_model_version(version.name, version.number, shorten(text, _LONGEST_DESCRIPTION))
     except UserError as error:
@@ -291,10 +277,9 @@ def describe_version(version: Version, text: str, tags: Mapping[str, str], uri: 
 
 def tag_version(version: Version, tags: Mapping[str, str], uri: str) -> None:
     """Writes tags of a version. Raises UserError where the registry refuses."""
-    mlflow = connect(uri)
-    with limit_waiting(BRIEF), translate_errors(uri):
+    with _open_client(uri) as client:
         for name, value in tags.items():
-            mlflow.MlflowClient().set_model_version_tag(version.name, version.number, name, value)
+            client.set_model_version_tag(version.name, version.number, name, value)
 
 
 def check_names(uri: str, model: str, alias: str) -> None:
@@ -304,18 +289,17 @@ def check_names(uri: str, model: str, alias: str) -> None:
         raise UserError(f"{given}: 'models:/{model}@{alias}' would not be the address of this model; rename one")
     if re.fullmatch(r"latest|v\d+", alias, re.IGNORECASE):
         raise UserError(f"{given}: MLflow keeps this alias for itself; choose another one")
-    with limit_waiting(BRIEF):
-        mlflow = connect(uri)
-        with translate_errors(uri):
-            make_store(mlflow, uri)
-            try:  # a version that nobody has: names are looked at first
-                mlflow.MlflowClient().set_registered_model_alias(model, alias, _NO_VERSION)
-            except Exception as error:
-                code = getattr(error, "error_code", None)
-                if code == "INVALID_PARAMETER_VALUE":
-                    raise UserError(f"MLflow refuses {given}: {summarise(error)}") from None
-                if code != "RESOURCE_DOES_NOT_EXIST":
-                    raise
+    from mlflow.exceptions import MlflowException
+
+    make_store(uri)
+    with _open_client(uri) as client:
+        try:  # a version that nobody has: names are looked at first
+            client.set_registered_model_alias(model, alias, _NO_VERSION)
+        except MlflowException as error:
+            if error.error_code == "INVALID_PARAMETER_VALUE":
+                raise UserError(f"MLflow refuses {given}: {summarise(error)}") from None
+            if error.error_code != _MISSING:
+                raise
 
 
 def register_model(
@@ -371,9 +355,8 @@ def find_registered(run: Run, artifact_folder: Path, name: str) -> str | None:
     """The version as which a run has registered an artifact already; None where it has not, or the files differ."""
     import mlflow
 
-    uri = mlflow.get_tracking_uri()
-    with limit_waiting(BRIEF), translate_errors(uri):
-        versions = mlflow.MlflowClient().search_model_versions(f"run_id = '{run.run_id}'")
+    with _open_client(mlflow.get_tracking_uri()) as client:
+        versions = client.search_model_versions(f"run_id = '{run.run_id}'")
     files = _sum_files(artifact_folder)
     mine = (each for each in versions if each.name == name and each.tags.get(_FILES_TAG) == files)
     return next((str(each.version) for each in mine), None)

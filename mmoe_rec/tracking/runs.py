@@ -216,7 +216,7 @@ def _wait_for_experiment(mlflow: Any, uri: str, name: str, patience: float) -> s
     while True:
         try:
             with translate_errors(uri):
-                make_store(mlflow, uri)
+                make_store(uri)
                 return _open_experiment(mlflow, uri, name)
         except UnreachableError:
             if time.monotonic() + pause > until:

@@ -55,7 +55,7 @@ class TrainingState:
 
     def to_json(self) -> str:
         """The fields as text."""
-        tree: dict[str, Any] = {"format": FORMAT, "step": self.step, "position": self.position.to_dict()}
+        tree: dict[str, Any] = {"format": FORMAT, "step": self.step, "position": asdict(self.position)}
         tree["history"] = [[step, each.to_dict()] for step, each in self.history]
         tree |= {"best_step": self.best_step, "skipped": self.skipped, "origin": asdict(self.origin)}
         tree["choices"] = None if self.choices is None else asdict(self.choices)
@@ -67,7 +67,7 @@ class TrainingState:
         tree = json.loads(text)
         if tree.pop("format") != FORMAT:
             raise ValueError("another format")
-        tree["position"] = Position.from_dict(tree["position"])
+        tree["position"] = Position(**tree["position"])
         tree["history"] = tuple((step, Validation.from_dict(each)) for step, each in tree["history"])
         tree["origin"] = Origin.from_dict(tree["origin"])
         if (choices := tree.get("choices")) is not None:

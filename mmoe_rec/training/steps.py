@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -287,7 +287,7 @@ def _content(batch: Batch, logits: Tensor) -> dict[str, Any]:
         "logits": logits.detach(),
     }
     on_cpu = {name: each.cpu() if isinstance(each, Tensor) else each for name, each in content.items()}
-    return on_cpu | {"position": None if batch.position is None else batch.position.to_dict()}
+    return on_cpu | {"position": None if batch.position is None else asdict(batch.position)}
 
 
 # Terms of the loss and biases that keep experts in use.

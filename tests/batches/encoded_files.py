@@ -3,6 +3,7 @@
 import json
 import threading
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -152,9 +153,9 @@ def consume(
 ) -> None:
     """Appends one line of JSON a batch: its real rows and the position after it; `options` are the reader's."""
     reader = TrainingReader(EncodedRows(encoded, LAYOUT), **options)
-    begin = reader.position(0) if position is None else Position.from_dict(position)
+    begin = reader.position(0) if position is None else Position(**position)
     with written.open("a", encoding="utf-8") as file:
         for rows, after in reader.resume(begin, epochs):
-            file.write(json.dumps({"rows": real(rows), "position": after.to_dict()}) + "\n")
+            file.write(json.dumps({"rows": real(rows), "position": asdict(after)}) + "\n")
             file.flush()
             time.sleep(pause)

@@ -76,7 +76,7 @@ def _with(column: str, values: pa.Array | pa.ChunkedArray | None) -> pa.Table:
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        (None, r"no folder '.*rows'"),
+        (None, r"no \.parquet file"),
         ([], r"no \.parquet file"),
         ([table(range(0))] * 2, "hold no rows"),
         *(
