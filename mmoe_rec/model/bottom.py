@@ -54,8 +54,6 @@ class Crosses(nn.Module):
     """Feature crosses: DCN-v2 with low-rank weights (Wang et al., WWW 2021, eq. 2), (B, W) -> (B, W).
 
     x_{l+1} = x_0 * (U_l V_l x_l + b_l) + x_l, for `layers` layers of the given rank.
-
-    A product of two embeddings, such as a user's and a candidate's, is what layers of weighted sums learn badly.
     """
 
     def __init__(self, inputs: int, layers: int, rank: int) -> None:
@@ -72,12 +70,8 @@ class Crosses(nn.Module):
 
 
 class PiecewiseLinear(nn.Module):
-    """Piecewise-linear encoding of numbers (Gorishniy et al., NeurIPS 2022, eq. 1).
-
-    Each number becomes K parts: how far it reaches into each of the K intervals between its edges, 0 to 1.
-
-    The first linear layer above then fits any piecewise-linear function of the number, with bends at the edges, where a
-    standardised number alone gives it a single slope. A number with fewer edges than others has fewer parts.
+    """Piecewise-linear encoding of numbers (Gorishniy et al., NeurIPS 2022, eq. 1): how far each reaches into each of
+    the intervals between its edges, 0 to 1. The layer above then fits any function with bends at the edges.
     """
 
     def __init__(self, edges: Sequence[Sequence[float]]) -> None:

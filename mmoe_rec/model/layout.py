@@ -28,11 +28,8 @@ class EmbeddingTable(Table):
 
 @dataclass(frozen=True)
 class ModelTask(TaskOutput):
-    """One logit a row; `objective`, `loss_weight` and `score_weight` as in `mmoe_rec.settings.columns.TaskSettings`.
-
-    Of a task, the log has a `Task` (where its label is) and encoded rows a `TaskOutput` (what is learnt of it):
-    features are built and identified by these two. What is chosen for a model is added in `TaskSettings` and here, so
-    that no encoded row depends on a choice. A metric's `MeasuredTask` knows of neither log nor model.
+    """One logit a row; `objective`, `loss_weight` and `score_weight` as in `mmoe_rec.settings.columns.TaskSettings`. No
+    encoded row depends on these choices.
     """
 
     objective: str

@@ -5,9 +5,6 @@ task sees the shared ones and its own. In all levels but the last there is one m
 experts; its mix is the input of the next level's shared experts, and the mix of a task's gate that of the task's own
 experts and gate.
 
-A level reads from top to bottom: gates compute logits from their input, a rule of `routing` turns these
-into weights of experts, experts run on the rows sent to them, and each gate gets its weighted sum.
-
 Shapes: B rows, T tasks, G gates (T, and the shared one), E experts, R routers (G, or one), H width of an input, U width
 of an expert's output.
 """
@@ -41,10 +38,8 @@ RAMP = 10.0
 
 
 class Level(nn.Module):
-    """Experts and gates on one input, or on one for each task and one for the shared experts.
-
-    inputs: width of what gates read; expert_inputs: of what experts read; index: of the level, 0 is the first one,
-    where all read the same; the last one has no shared gate.
+    """Experts and gates. inputs, expert_inputs: widths of what gates and experts read; index: of the level: in the
+    first one, 0, all read the same; the last one has no shared gate.
     """
 
     def __init__(self, inputs: int, expert_inputs: int, tasks: int, index: int, model: section.Model) -> None:
@@ -128,11 +123,8 @@ class Gates(nn.Module):
 
     State: linear (G, E, H); route (1, E, H) of a rule with one router; masked (E,) bool, experts that are out of use;
     ramp (E,) float32, 1 for an added expert that is not used yet and 0 for one that is used in full; selection_bias
-    (E,) float32, added to the logits that experts are chosen by but not to those of their weights (Wang et al., 2024:
-    loss-free balancing, there added to sigmoids; added to a softmax's probabilities, which are near 0 and 1, it
-    balances far less).
-
-    visible: (G, E) bool, the experts that a gate may use at all.
+    (E,) float32, added to the logits that experts are chosen by but not to those of their weights (loss-free balancing,
+    Wang et al., 2024). visible: (G, E) bool, the experts that a gate may use at all.
     """
 
     def __init__(self, inputs: int, visible: Tensor, settings: section.Gates) -> None:
@@ -154,9 +146,8 @@ class Gates(nn.Module):
     def forward(self, inputs: Tensor | list[Tensor], top_k: int | None = None, usable: Tensor | None = None) -> Routing:
         """One input (B, H) for all gates, or one for each -> where the rows go.
 
-        top_k: experts per row and router, instead of the settings' number, outside training; usable: (E,) bool, the
-        only experts that may be used, on top of those that are masked. Raises ValueError outside training where rows
-        compete for experts and there is no k.
+        top_k: experts per row and router, outside training instead of the settings' number; usable: (E,) bool, the only
+        experts that may be used. Raises ValueError outside training where rows compete for experts and there is no k.
         """
         allowed = self.visible & self.in_use if usable is None else self.visible & self.in_use & usable  # (G, E)
         device = self.visible.device
@@ -190,10 +181,8 @@ class Gates(nn.Module):
         return ~(self.masked | (self.ramp >= 1))
 
     def _probabilities(self, logits: Tensor, allowed: Tensor) -> Tensor:
-        """Softmax (B, R, E) over what may be used.
-
-        Gate dropout: each expert is left out of a gate with some probability in training, then the rest is renormalised
-        (Zhao et al., RecSys 2019).
+        """Softmax (B, R, E) over what may be used; gate dropout leaves experts out of a gate in training (Zhao et al.,
+        RecSys 2019).
         """
         if self.training and self.settings.noise > 0:
             logits = logits + self.settings.noise * torch.randn_like(logits)
@@ -228,9 +217,8 @@ class Gates(nn.Module):
 
     @torch.no_grad()
     def even_out(self, loads: Tensor, rate: float) -> None:
-        """Moves each expert's selection bias by `rate` towards the mean of the loads (E,) of a step, over all ranks.
-
-        Experts that are masked or being let in have no part in it: their bias would make up for what keeps them out.
+        """Moves each expert's selection bias by `rate` towards the mean of the loads (E,) of a step, over all ranks;
+        not those of experts that are masked or being let in, which would make up for what keeps them out.
         """
         settled = ~self.masked & (self.ramp <= 0)
         mean = torch.where(settled, loads, 0).sum() / settled.sum()
@@ -244,19 +232,15 @@ class Gates(nn.Module):
 
 
 def keep_some(keep: Tensor, allowed: Tensor) -> Tensor:
-    """(..., E) bool: what is kept of what is allowed, or all of it where nothing would be kept.
-
-    A softmax over the kept experts' logits equals the dropped and renormalised softmax; with none kept it would be NaN.
-    """
+    """(..., E) bool: what is kept of what is allowed, or all of it where nothing would be kept."""
     kept_here = keep & allowed
     return torch.where(kept_here.any(-1, keepdim=True), kept_here, allowed)
 
 
 class Experts(nn.Module):
     """E small networks of one shape on one hidden vector (Ma et al., KDD 2018): linear layers, each followed by the
-    activation; normalise: then each output to mean 0, variance 1.
-
-    HoME (Kuaishou, 2024) found ReLU experts more than 90% zeros and of different scales: hence SiLU, and normalising.
+    activation; normalise: then each output to mean 0, variance 1, as HoME (Kuaishou, 2024) found experts of different
+    scales.
 
     compute: `dense` runs all experts on all rows in few large products, `grouped` each on the rows sent to it, `auto`
     whichever is faster for the share of experts in use.

@@ -1,9 +1,9 @@
 """The ranking model: tables, shared bottom, experts, one gate and tower per task, and the placement tower.
 
 Multi-gate mixture-of-experts (Ma et al., KDD 2018) in the arrangement of YouTube's ranking system (Zhao et al., RecSys
-2019): experts and gates sit on a shared hidden layer, not on the wide input. Its relatives are the same code with other
-settings: a shared bottom is one expert, OMoE one gate for all tasks, CGC has experts of single tasks, PLE several
-levels. The forward pass reads from top to bottom here, in `levels` and in `routing`.
+2019): experts and gates sit on a shared hidden layer, not on the wide input. A shared bottom is one expert, OMoE one
+gate for all tasks, CGC has experts of single tasks, PLE several levels. The forward pass reads from top to bottom here,
+in `levels` and in `routing`.
 
 Shapes: B rows, W width of all inputs, D dense inputs, H hidden width, G gates, U expert width, P placement width, T
 tasks.
@@ -39,10 +39,10 @@ torch.fx.wrap("by_name")
 
 
 class Outputs(NamedTuple):
-    """For B rows: logits (B, T), and where each level of experts sent them, the last level's routing last.
+    """For B rows: logits (B, T) float32, and where each level of experts sent them, the last level's routing last.
 
-    Logits are float32, or float64 from a `RankingModel` with a regression, as a float32 in the label's own unit may
-    have steps wider than the labels' deviation.
+    From a `RankingModel` with a regression logits are float64: a float32 in the label's own unit may have steps wider
+    than the labels' deviation.
     """
 
     logits: Tensor
@@ -92,16 +92,12 @@ class RankingModel(nn.Module):
         top_k: int | None = None,
         usable: Tensor | None = None,
     ) -> Outputs:
-        """Logits and routings of a batch; the options are those of `Mixture`.
-
-        Over sharded tables this is a collective call: every rank makes it.
-        """
+        """Logits and routings of a batch; the options are those of `Mixture`. Over sharded tables a collective call."""
         inputs, placement = self.side_by_side(batch)
         return self.of_inputs(inputs, placement, use_placement, top_k, usable)
 
     def side_by_side(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """A batch's inputs, (B, W) float32: embeddings, then numbers, in the order of the layout; and its placement,
-        (B, P). Over sharded tables this is a collective call."""
+        """A batch's inputs, (B, W) float32: embeddings, then numbers, in layout order; and its placement, (B, P)."""
         pooled = self.tables(batch.ids)
         embeddings = by_name(pooled, self.dims, batch.ragged, batch.shares)  # of each id input (B, its dim)
         inputs = _side_by_side(embeddings, self.id_names[False], batch.dense, self.dense_columns)
@@ -124,7 +120,6 @@ class RankingModel(nn.Module):
 
 
 def _side_by_side(embeddings: dict[str, Tensor], names: list[str], dense: Tensor, columns: Tensor) -> Tensor:
-    """The named inputs' embeddings, then the given dense columns, always in layout order: (B, width) float32."""
     return torch.cat([*(embeddings[name] for name in names), dense.index_select(1, columns)], dim=1)
 
 
@@ -214,10 +209,8 @@ class Towers(nn.Module):
 
 class PlacementTower(nn.Module):
     """A shallow network from placement inputs to a logit per task, which absorbs bias (Zhao et al., RecSys 2019): added
-    to the main logits in training.
-
-    In training the whole placement of a row is hidden with probability `dropout` (its logits are 0), so that the model
-    does not lean on placement, which serving does not know.
+    to the main logits in training, where it is hidden (0) for a row with probability `dropout`, so that the model does
+    not lean on it.
     """
 
     def __init__(self, inputs: int, tasks: int, settings: section.Placement) -> None:

@@ -1,10 +1,9 @@
 """Routing rules: which experts a row is sent to for each task, with which weights, and losses on that.
 
 A gate's softmax comes first. The weights of the chosen experts are divided by their sum, except where a model trains at
-k = 1: the weight would be 1 whatever the logits, and a gate would never learn. Serving divides where training does; a
-model that trains only at k = 1 never does, so that towers read what they were trained on. Outside training a model may
-run with fewer experts than it was trained with: then every rule takes the k largest (V-MoE: Riquelme et al., NeurIPS
-2021).
+k = 1: the weight would be 1 whatever the logits, and a gate would never learn. Serving divides where training does.
+Outside training a model may run with fewer experts than it was trained with: then every rule takes the k largest
+(V-MoE: Riquelme et al., NeurIPS 2021).
 
 A new rule is one subclass of `RoutingRule` and one line of the list `RULES`.
 
@@ -25,11 +24,11 @@ if TYPE_CHECKING:
 class Gated:
     """What a rule chooses from: what gates made of B rows.
 
-    gates: (B, G, E) float32 logits; routers: (B, R, E) float32, the gates' logits less what holds back experts that are
-    being let in, or the logits of the one router that chooses for all tasks, less the same; both are minus infinity for
-    an expert that one does not see. probabilities: (B, R, E) float32, the routers' softmax over the experts that may be
-    used, in training with noise and dropout. allowed: (R, E) bool, these experts; bias: (E,) float32, the selection
-    bias; k: experts per row and router, None for a rule that takes no k.
+    gates: (B, G, E) float32 logits; routers: (B, R, E) float32 logits of the gates, or of the one router that chooses
+    for all tasks, less what holds back experts that are being let in; both are minus infinity for an unseen expert.
+    probabilities: (B, R, E) float32, the routers' softmax over the experts that may be used, in training with noise and
+    dropout. allowed: (R, E) bool, these experts; bias: (E,) float32, the selection bias; k: experts per row and router,
+    None for a rule that takes no k.
     """
 
     gates: Tensor
@@ -44,9 +43,8 @@ class Routing(NamedTuple):
     """Where a level's gates sent B rows.
 
     weights: (B, G, E) float32, what each gate gives each expert, 0 where it does not use it; probabilities: (B, R, E)
-    float32, the softmax that experts were chosen by; selected: (B, R, E) bool, the chosen ones, or None where all are;
-    logits: (B, R, E) float32 of the routers, minus infinity for an expert that one does not see; at_most: experts that
-    a router chose for a row, at most; None where that is not known beforehand.
+    float32, the softmax that experts were chosen by; selected: (B, R, E) bool, None where all are; logits: (B, R, E)
+    float32 of the routers; at_most: experts that a router chose for a row, None where that is not known beforehand.
     """
 
     weights: Tensor
@@ -60,10 +58,8 @@ class Routing(NamedTuple):
         return None if self.selected is None else self.selected.any(1)
 
     def loads(self, counted: Tensor | None = None) -> Tensor:
-        """(R, E) float32: the share of a router's choices that fall on each expert, without gradient.
-
-        Where every expert is used the mean probability takes the place of that share. counted: (B,) float32, 1 for a
-        row that counts and 0 for another; None is 1 for all.
+        """(R, E) float32: the share of a router's choices that fall on each expert, or its mean probability where every
+        expert is used; without gradient. counted: (B,) float32, 1 for a row that counts and 0 for another.
         """
         import torch
 
@@ -78,11 +74,7 @@ class Routing(NamedTuple):
 
 
 class RoutingRule(ABC):
-    """How gates choose experts and weigh them.
-
-    A rule is a subclass, which says its name, its summary and what it selects, and a line in the list `RULES` of
-    `mmoe_rec.model.routing`. It has no state: what is set, and learnt, is in the gates.
-    """
+    """How gates choose experts and weigh them. It has no state: what is set, and learnt, is in the gates."""
 
     mixes_all = False
     """A row goes to all experts in training: a copy of an expert can share its weight, and none can starve."""
@@ -164,24 +156,20 @@ def keep_selected(probabilities: Tensor, selected: Tensor, renormalise: bool) ->
     return weights / weights.sum(-1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
 
 
-# Losses that keep experts in use, on what the gates of one level did.
-#
-# shares: (B,) float32, how much each row counts in a mean over rows; by default all count 1 / B.
+# Losses that keep experts in use, on what the gates of one level did. shares: (B,) float32, how much each row counts in
+# a mean over rows; by default all count 1 / B.
 
 
 def expert_loads(routing: Routing, counted: Tensor | None = None) -> Tensor:
-    """(E,) float32: each expert's share of all routers' choices together, without gradient; they sum to 1.
-
-    Summed over tasks: evenness within each task would forbid tasks to use different experts. counted: as in
-    `Routing.loads`.
+    """(E,) float32: each expert's share of all routers' choices together: evenness within each task would forbid tasks
+    to use different experts. counted: as in `Routing.loads`.
     """
     return routing.loads(counted).mean(0)
 
 
 def balance_loss(routing: Routing, loads: Tensor, shares: Tensor | None = None) -> Tensor:
-    """E * sum over experts of load * mean probability (Fedus et al., JMLR 2022, eq. 4): 1 where all are even.
-
-    loads: (E,) of `expert_loads`, over all ranks; a constant, so that gradients go to the mean probability alone.
+    """E * sum over experts of load * mean probability (Fedus et al., JMLR 2022, eq. 4): 1 where all are even. loads:
+    (E,) of `expert_loads`, over all ranks.
     """
     importance = _mean_over_rows(routing.probabilities.mean(1), shares)
     return importance.shape[0] * (loads * importance).sum()
@@ -211,7 +199,7 @@ class Soft(RoutingRule):
     takes_k = False
 
     def select(self, gated: Gated) -> None:
-        """All of them."""
+        """All."""
 
 
 class TopK(RoutingRule):
@@ -228,10 +216,8 @@ class TopK(RoutingRule):
 
 
 class ExpertChoice(RoutingRule):
-    """Each expert takes the rows that want it most, in training (Zhou et al., NeurIPS 2022).
-
-    Each of the n experts that a gate may use takes ceil(B k / n) rows, so that a row gets k of them on average. Loads
-    are even by construction; but whether a row gets an expert depends on the other rows of its batch.
+    """Each expert takes the rows that want it most, in training (Zhou et al., NeurIPS 2022): each of the n experts that
+    a gate may use takes ceil(B k / n) rows, so a row gets k of them on average.
     """
 
     name = "expert_choice"
@@ -290,8 +276,5 @@ RULES: list[RoutingRule] = [
 
 
 def rule_named(name: str) -> RoutingRule:
-    """The rule that settings call by this name; raises ValueError where there is none."""
-    for rule in RULES:
-        if rule.name == name:
-            return rule
-    raise ValueError(f"no routing rule is called {name!r}, there are {', '.join(rule.name for rule in RULES)}")
+    """The rule that settings call by this name, which they have checked."""
+    return next(rule for rule in RULES if rule.name == name)

@@ -38,18 +38,15 @@ def log_predictions(logits: Tensor, kinds: Sequence[str]) -> Tensor:
 
 
 def joint_logit(given: Tensor, conditional: Tensor) -> Tensor:
-    """Logit of p q, two probabilities' product, from their logits a and b: -log(e^-a + e^-b + e^-(a + b)).
-
-    Exact for any logits, and so are log(p q) and log(1 - p q) as log sigmoids of it and of minus it: nothing is
-    subtracted from 1. From p q / (1 - p q), where p = 1 / (1 + e^-a).
+    """Logit of p q, two probabilities' product, from their logits a and b: -log(e^-a + e^-b + e^-(a + b)). Exact for
+    any logits, as nothing is subtracted from 1.
     """
     return -torch.logaddexp(torch.logaddexp(-given, -conditional), -(given + conditional))
 
 
 def add_outcomes(values: np.ndarray, layout: Layout) -> dict[str, np.ndarray]:
-    """Predictions (N, T) by name of the task; then for each task with `given` the probability of both, (N,) each.
-
-    A task with `given` predicts the probability given the other one; both together are `GIVEN_and_TASK`.
+    """Predictions (N, T) by name of the task; then for each task with `given`, which predicts the probability given the
+    other one, that of both: `GIVEN_and_TASK`, (N,).
     """
     tasks = {task.name: values[:, index] for index, task in enumerate(layout.tasks)}
     return tasks | {name: values[:, given] * values[:, task] for name, (given, task) in layout.outcomes.items()}
@@ -75,20 +72,16 @@ def scores_from_logs(log_scores: np.ndarray) -> np.ndarray:
     return np.exp(np.minimum(log_scores, _LARGEST_LOG))
 
 
-# Calibrated logits: for each task a rising function of its logit, fitted after training and kept with the model.
-#
-# A model whose order is right may still give probabilities that are too high or too low, and the score multiplies
-# probabilities. As calibrated values are logits again, predictions and score follow from them as from the model's own.
-# `mmoe_rec.evaluation.fit_calibration`, which serving does not need, fits the functions.
+# Calibrated logits: for each task a rising function of its logit, fitted after training by
+# `mmoe_rec.evaluation.calibration`, and kept with the model.
 
 
 @dataclass(frozen=True)
 class TaskCalibration:
     """A rising, piecewise linear function of a logit: straight lines between knots, one slope beyond the outer ones.
 
-    logits, calibrated: (K,) the knots, K at least 1, rising in both; slope: beyond the outer knots, above 0. One knot
-    makes a straight line. Raises ValueError for knots or a slope that do not rise or are not finite: what does not rise
-    would change the order of candidates.
+    logits, calibrated: (K,) the knots, K at least 1; slope: beyond them. Raises ValueError for what does not rise,
+    which would change the order of candidates, or is not finite.
     """
 
     logits: tuple[float, ...]

@@ -3,10 +3,9 @@
 Only experts that all tasks share can be added and removed; in a model of several levels, at all levels alike.
 
 Adding under soft gates that serve with all experts changes no output: a copy takes over half of an expert's weight, as
-ln 2 is subtracted from the gate's logits of both. The two would stay alike for ever, since they get the same gradient:
-so a little noise is added to the weights of one and subtracted from those of the other, which cancels in the mix of
-both to first order. Where gates choose experts, in training or at serving, half a probability may not be chosen, so an
-added expert begins out of use (its ramp is 1), and training lets it in.
+ln 2 is subtracted from the gate's logits of both. As the two would get the same gradient for ever, a little noise is
+added to the weights of one and subtracted from those of the other. Where gates choose experts, half a probability may
+not be chosen, so an added expert begins out of use (its ramp is 1), and training lets it in.
 """
 
 from __future__ import annotations

@@ -1,10 +1,9 @@
 """Embedding tables in two forms with equal weights, names and outputs.
 
 `PlainTables` is pure torch: serving and single-process evaluation. `torchrec_tables` gives the collection that
-`mmoe_rec.training.sharding` spreads over ranks. Both have the state `embedding_bags.<table>.weight`, and give, by input
-name and once they are read by `by_name`, the mean of an input's ids (no id gives zeros). The state of the latter is as
-wide as kernels need it, see `stored_width`, and it adds ids up, since kernels that average them are several times as
-slow on some processors; `by_name` divides.
+`mmoe_rec.training.sharding` spreads over ranks. Both have the state `embedding_bags.<table>.weight`, and give, read by
+`by_name`, the mean of an input's ids (no id gives zeros). The latter's state is as wide as kernels need it, see
+`stored_width`; and it adds ids up, as kernels that average them are slow on some processors: `by_name` divides.
 """
 
 from __future__ import annotations
@@ -60,8 +59,8 @@ class PlainTables(nn.Module):
         for table in tables:
             if table.name in used:
                 weight = initial_rows(table, seed, 0, table.rows)
-                self.embedding_bags[table.name] = nn.EmbeddingBag(
-                    table.rows, table.dim, mode="mean", include_last_offset=True, _weight=weight
+                self.embedding_bags[table.name] = nn.EmbeddingBag.from_pretrained(
+                    weight, freeze=False, mode="mean", include_last_offset=True
                 )
         self.table_of = {each.name: each.table for each in ids}
 
@@ -79,13 +78,11 @@ def torchrec_tables(layout: ModelLayout, device: torch.device | str = "meta") ->
     """The tables of a layout as torchrec's EmbeddingBagCollection; without id inputs, an empty `PlainTables`.
 
     Weights are zeros until `mmoe_rec.training.sharding.shard` (or a checkpoint) fills them. The forward pass takes a
-    KeyedJaggedTensor and gives sums, a KeyedTensor or what is read like one; read it by `by_name`, as its order follows
-    the sharding plan.
+    KeyedJaggedTensor and gives sums, to be read by `by_name`, as their order follows the sharding plan.
     """
     tables = used_tables(layout)
     if not tables:
         return PlainTables((), ())
-
     from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, PoolingType
 
     configs = [
@@ -95,7 +92,7 @@ def torchrec_tables(layout: ModelLayout, device: torch.device | str = "meta") ->
             embedding_dim=stored_width(table.dim),
             feature_names=[each.name for each in layout.ids if each.table == table.name],
             pooling=PoolingType.SUM,
-            init_fn=_zeros,
+            init_fn=nn.init.zeros_,  # torchrec's own would draw from the global generator, differently on each rank
         )
         for table in tables
     ]
@@ -107,7 +104,6 @@ def by_name(embeddings: Any, dims: dict[str, int], ragged: Sequence[str], shares
     """Mean embeddings from what a collection of either form gives: input name -> (B, dim) float32.
 
     dims: width of each input's embedding; ragged, shares: see `Batch`, of the inputs whose sums have to be divided.
-    The order of a sharded collection's own output follows the sharding plan.
     """
     if isinstance(embeddings, dict):
         return embeddings
@@ -117,11 +113,6 @@ def by_name(embeddings: Any, dims: dict[str, int], ragged: Sequence[str], shares
     if shares is None:
         return sums
     return sums | {name: sums[name] * each[:, None] for name, each in zip(ragged, shares, strict=True)}
-
-
-def _zeros(weight: Tensor) -> Tensor:
-    # A random initialisation by torchrec would draw from the global generator, differently on each rank.
-    return nn.init.zeros_(weight)
 
 
 # How a table of any width is trained by kernels that take multiples of four columns only.

@@ -21,8 +21,7 @@ HARDLY = 0.05
 @dataclass(frozen=True)
 class Utilisation:
     """weights: (T, E) float64, the mean weight that a task's gate gives an expert; loads: (T, E) float64, the share of
-    the task's choices that fell on it, which is the mean weight where all experts are used. NaN where a task does not
-    see an expert, or the expert is out of use.
+    the task's choices that fell on it. NaN where a task does not see an expert, or the expert is out of use.
     """
 
     weights: Tensor
@@ -92,10 +91,8 @@ class Utilisation:
         return found
 
     def note(self, rule: RoutingRule) -> str | None:
-        """What is worth a line on the terminal: gates that choose experts leave some unchosen.
-
-        Where gates mix all experts, unused ones and polarised gates cost no accuracy, and evening them out gains none,
-        on large and small logs alike (`tests/benchmarks/LOG.md`). Where they choose, many are wanted for capacity.
+        """What is worth a line on the terminal: gates that choose experts leave some unchosen. Where gates mix all
+        experts, unused ones cost no accuracy (`tests/benchmarks/LOG.md`).
         """
         experts = self.hardly_used
         if rule.mixes_all or not experts:
@@ -119,8 +116,8 @@ class Utilisation:
 class UtilisationSums:
     """Adds up what gates did; sums of several ranks may be added to each other.
 
-    visible: (T, E) bool, the experts that each task sees and that are in use; sums: (2 T E + 1,) float64, weights and
-    choices of each task and expert, then the number of rows; they stay on the model's device until the end.
+    visible: (T, E) bool, the experts that each task sees and that are in use; sums: (2 T E + 1,) float64 on the model's
+    device, weights and choices of each task and expert, then the number of rows.
     """
 
     def __init__(self, visible: Tensor) -> None:

@@ -55,11 +55,7 @@ class TrainingState:
 
     def to_json(self) -> str:
         """The fields as text."""
-        tree: dict[str, Any] = {"format": FORMAT, "step": self.step, "position": asdict(self.position)}
-        tree["history"] = [[step, each.to_dict()] for step, each in self.history]
-        tree |= {"best_step": self.best_step, "skipped": self.skipped, "origin": asdict(self.origin)}
-        tree["choices"] = None if self.choices is None else asdict(self.choices)
-        return json.dumps(tree, indent=1)
+        return json.dumps({"format": FORMAT, **asdict(self)}, indent=1, default=Tensor.tolist)
 
     @staticmethod
     def from_json(text: str) -> TrainingState:
@@ -67,9 +63,8 @@ class TrainingState:
         tree = json.loads(text)
         if tree.pop("format") != FORMAT:
             raise ValueError("another format")
-        tree["position"] = Position(**tree["position"])
+        tree["position"], tree["origin"] = Position(**tree["position"]), Origin.from_dict(tree["origin"])
         tree["history"] = tuple((step, Validation.from_dict(each)) for step, each in tree["history"])
-        tree["origin"] = Origin.from_dict(tree["origin"])
         if (choices := tree.get("choices")) is not None:
             tree["choices"] = Choices(**choices)
         return TrainingState(**tree)

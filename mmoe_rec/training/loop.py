@@ -104,7 +104,6 @@ class Trainer:
         self.settings, self.device, self.origin = settings, device, origin
         self.log_metrics, self.watch = log_metrics, watch
         self.layout = layout
-        self._tasks = [task.name for task in self.layout.tasks]
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.reader = self._reader(prepared, "train", settings.batch_size)
         self.validation_reader = self._reader(prepared, "validation", max(settings.batch_size, 8192))
@@ -223,7 +222,8 @@ class Trainer:
         return result
 
     def _train(self, meter: Meter, show: Callable[[], None]) -> None:
-        if self._validation_is_due():
+        last = self.result.history[-1][0] if self.result.history else -1
+        if self.result.steps in self.validate_at and last < self.result.steps:
             if not self._validate(meter):
                 self._save_and_stop()
             if self.result.steps == 0:
@@ -248,16 +248,15 @@ class Trainer:
             self._log(meter)
 
     def _batches(self, reader: TrainingReader, start: Position, epochs: int) -> Prefetch[Batch] | OnDemand[Batch]:
-        made = self._make_batches(reader, start, epochs)
-        return OnDemand(made) if self.device.type == "cpu" else Prefetch(made)
+        def make() -> Iterator[Batch]:
+            keyed_jagged = torchrec_installed()
+            for rows, position in reader.resume(start, epochs):
+                batch = make_batch(
+                    rows.encoded, self.layout, rows.labels, position, rows.weights, rows.users, torchrec=keyed_jagged
+                )
+                yield batch.pin_memory() if self.device.type == "cuda" else batch
 
-    def _make_batches(self, reader: TrainingReader, start: Position, epochs: int) -> Iterator[Batch]:
-        keyed_jagged = torchrec_installed()
-        for rows, position in reader.resume(start, epochs):
-            batch = make_batch(
-                rows.encoded, self.layout, rows.labels, position, rows.weights, rows.users, torchrec=keyed_jagged
-            )
-            yield batch.pin_memory() if self.device.type == "cuda" else batch
+        return OnDemand(make()) if self.device.type == "cpu" else Prefetch(make())
 
     def _step(self, batches: Iterator[Batch], meter: Meter) -> bool | None:
         """Trains on the next batch; whether any rank was asked to stop, None after the last batch."""
@@ -287,10 +286,6 @@ class Trainer:
             metrics["train/skipped_steps"] = self.bad_batches.skipped
         self.log_metrics(metrics, self.result.steps)
 
-    def _validation_is_due(self) -> bool:
-        last = self.result.history[-1][0] if self.result.history else -1
-        return self.result.steps in self.validate_at and last < self.result.steps
-
     def _validate(self, meter: Meter) -> bool:
         """Validates, and sees whether this is the best model so far and whether patience has run out.
 
@@ -299,18 +294,16 @@ class Trainer:
         start = time.perf_counter()
         batches = self._batches(self.validation_reader, self.validation_reader.position(0), 1)
         found = validate(self.sharded.model.module, batches, self.layout, self.device, self.stop)
-        meter.leave_out(time.perf_counter() - start)
+        meter.left_out += time.perf_counter() - start
         if found is None:
             return False
         result = self.result
         result.history.append((result.steps, found))
-        self.log_metrics(found.flat() | found.experts.flat(self._tasks), result.steps)
+        self.log_metrics(found.flat() | found.experts.flat([task.name for task in self.layout.tasks]), result.steps)
         if self.watch is not None:
             self.watch(found, result.steps)
-        select_by = self.settings.select_by
-        if result.best is None or found.objective(select_by, self.layout) > result.best.objective(
-            select_by, self.layout
-        ):
+        by = self.settings.select_by, self.layout
+        if result.best is None or found.objective(*by) > result.best.objective(*by):
             result.best, result.best_step = found, result.steps
         result.stopped_early = self._out_of_patience()
         return True
@@ -320,10 +313,10 @@ class Trainer:
         return since >= self.settings.patience and self.result.steps < self.total_steps
 
     def _save(self) -> None:
-        result = self.result
+        result, skipped = self.result, self.bad_batches.skipped
         history = tuple(result.history)
         state = TrainingState(
-            result.steps, self.position, history, result.best_step, self.bad_batches.skipped, self.origin, self.choices
+            result.steps, self.position, history, result.best_step, skipped, self.origin, self.choices
         )
         tensors = {
             "model": self.sharded.model.state_dict(),
@@ -341,64 +334,47 @@ class Trainer:
 
 
 class Meter:
-    """Rows a second, the share of time spent waiting for data (on a CPU, making batches too), and the mean loss per
-    task since the last reading.
+    """Rows a second of all ranks, the share of time spent waiting for data (on a CPU, making batches too), and the mean
+    loss per task since the last reading.
 
-    note: the same for a progress bar.
+    waited, left_out: seconds, the latter spent on something other than training; note: all of it for a progress bar.
     """
 
     def __init__(self, layout: Layout, world_size: int) -> None:
-        self.names = [task.learnt_from for task in layout.tasks]
-        self.world_size = world_size
-        self.note = ""
-        self.start = time.perf_counter()
-        self.rows = 0
-        self.waited, self.left_out = 0.0, 0.0
-        self._clear()
-
-    def _clear(self) -> None:
+        self._names = [task.learnt_from for task in layout.tasks]
+        self._world_size, self.note = world_size, ""
+        self._start = time.perf_counter()
+        self._rows, self.waited, self.left_out = 0, 0.0, 0.0
         # Sums stay on the device until they are read: fetching them every step would make a GPU wait.
-        self.losses: torch.Tensor | None = None
-        self.counts: torch.Tensor | None = None
+        self._sums: torch.Tensor | int = 0
 
     def add(self, rows: int, losses: torch.Tensor, counts: torch.Tensor) -> None:
         """A step of this rank: its rows, and per task the sum of its losses and the observed labels."""
-        self.rows += rows * self.world_size
-        self.losses = losses if self.losses is None else self.losses + losses
-        self.counts = counts if self.counts is None else self.counts + counts
-
-    def leave_out(self, seconds: float) -> None:
-        """Time that was spent on something other than training."""
-        self.left_out += seconds
-
-    @property
-    def seconds(self) -> float:
-        """Time spent on training so far."""
-        return max(1e-9, time.perf_counter() - self.start - self.left_out)
+        self._rows += rows * self._world_size
+        self._sums = self._sums + torch.stack([losses.double(), counts.double()])
 
     @property
     def rows_per_s(self) -> float:
-        """Of all ranks."""
-        return self.rows / self.seconds
+        """So far."""
+        return self._rows / self._seconds
 
     @property
     def waiting(self) -> float:
-        """Share of the time."""
-        return self.waited / self.seconds
+        """Share of the time so far."""
+        return self.waited / self._seconds
+
+    @property
+    def _seconds(self) -> float:
+        return max(1e-9, time.perf_counter() - self._start - self.left_out)
 
     def read(self) -> dict[str, float]:
         """Metrics since the last reading; losses are those of this rank's rows."""
-        means = self._means()
+        means = {}
+        if isinstance(self._sums, torch.Tensor):
+            sums = zip(self._names, *self._sums.tolist(), strict=True)
+            means = {name: total / count for name, total, count in sums if count > 0}
+        self._sums = 0
         losses = "  ".join(f"{name} {mean:.4f}" for name, mean in means.items())
         self.note = f"{self.rows_per_s:,.0f} rows/s  {losses}  waiting {self.waiting:.0%}"
-        self._clear()
-        return {f"train/{name}.loss": mean for name, mean in means.items()} | {
-            "train/rows_per_s": self.rows_per_s,
-            "train/waiting_share": self.waiting,
-        }
-
-    def _means(self) -> dict[str, float]:
-        if self.losses is None or self.counts is None:
-            return {}
-        pairs = zip(self.names, self.losses.tolist(), self.counts.tolist(), strict=True)
-        return {name: total / count for name, total, count in pairs if count > 0}
+        metrics = {f"train/{name}.loss": mean for name, mean in means.items()}
+        return metrics | {"train/rows_per_s": self.rows_per_s, "train/waiting_share": self.waiting}

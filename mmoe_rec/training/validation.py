@@ -58,8 +58,7 @@ class Validation:
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, as JSON can hold them without loss."""
-        more = {"gauc": self.gauc, "calibration": self.calibration, "rarer": self.rarer}
-        return {"loss": self.loss, "auc": self.auc, "experts": self.experts.to_dict(), **more}
+        return {**vars(self), "experts": self.experts.to_dict()}
 
     @staticmethod
     def from_dict(tree: dict[str, Any]) -> Validation:
