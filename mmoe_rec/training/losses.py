@@ -27,10 +27,9 @@ def masked_loss(
 ) -> tuple[Tensor, Tensor]:
     """Weighted loss over the observed labels: the total to differentiate, and each task's plain sum.
 
-    logits, labels: (B, T) float32, or float64 where a task is a regression; observed: (B, T) bool; tasks: T, each with
-    its kind and weight; global_counts: (T,) observed rows of this step over all ranks, or the sums of their weights;
-    weights: (B,) float32 of the rows, None where all count alike; log_variances: (T,), where task weights are learnt
-    (see `task_weights`). Returns a scalar and (T,) detached sums over this rank's rows.
+    logits, labels: (B, T) float32, or float64 where a task is a regression; observed: (B, T) bool; global_counts: (T,)
+    observed rows of this step over all ranks, or the sums of their weights; weights: (B,) float32 of the rows;
+    log_variances: (T,), where task weights are learnt. Returns a scalar and (T,) detached sums over this rank's rows.
 
     The total is world_size * sum_t weight_t * sum_t / global_counts_t: gradients are averaged over ranks afterwards
     (by data parallelism and by sharded tables alike), so the factor makes them those of the global mean. A task without
@@ -73,12 +72,8 @@ def row_losses(logits: Tensor, labels: Tensor, tasks: Sequence[TaskOutput]) -> T
 #
 # Each task has a learnt log variance s. A regression whose errors are Gaussian with variance exp(s) has the negative
 # log likelihood exp(-s) L / 2 + s / 2 for the mean squared error L; a classification whose logits are divided by exp(s)
-# has about exp(-s) L + s / 2 for the mean cross-entropy L (their equation 10). A task's `loss_weight` w multiplies its
-# whole term, w (c exp(-s) L + s / 2) with c = 1 (binary) or 1/2 (regression): on L alone it would cancel, as s would
-# follow it. At the best s, L counts w / (2 L), whatever the kind: the tasks' gradients are those of w / 2 x log L.
-#
-# The log variances are a parameter of the model in training only, beside what is served: they are in checkpoints, and
-# neither an artifact nor a warm start knows them.
+# has about exp(-s) L + s / 2 for the mean cross-entropy L (their equation 10). A task's `loss_weight` multiplies its
+# whole term: on L alone it would cancel, as s would follow it. Checkpoints hold the log variances, artifacts do not.
 
 LOG_VARIANCES = "log_variances"
 

@@ -1,17 +1,16 @@
 """Sharded training: the sharding plan, tables spread over the ranks, and the optimizers of all parameters.
 
-One path for a laptop and a cluster: world size 1 on a CPU shards as 64 GPUs under torchrun do, and leaves out only what
-sends ids and embeddings to other ranks (`look_up_directly`). Where torchrec is not installed, one process trains on
-tables in plain PyTorch instead.
+One path for a laptop and a cluster: world size 1 on a CPU shards as 64 GPUs do, and leaves out only what sends ids and
+embeddings to other ranks (`look_up_directly`). Without torchrec, one process trains on tables in plain PyTorch.
 """
 
 from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.distributed as dist
@@ -34,8 +33,7 @@ class Sharded:
 
     model: torchrec's DistributedModelParallel, or `OneProcess`, called with a `Batch`; table_optimizer: its fused
     row-wise Adagrad, which updates the tables within the backward pass and takes its learning rate from `param_groups`
-    at `zero_grad()` and `step()`; plan: one line per table, saying how and where it is stored; way: how tables are
-    looked up and updated.
+    at `zero_grad()` and `step()`; plan: a line for each table, how and where it is stored; way: as in `list_ways`.
     """
 
     model: Any
@@ -75,14 +73,19 @@ def shard(
 ) -> Sharded:
     """Spreads a model over `training_tables` over the ranks of the current process group.
 
-    batch_size: rows a rank and step. Tables start from `first_rows`, by default `initial_rows(table, seed, ...)`,
-    whatever the plan. way: see `ways`. A layout without tables gives plain data parallelism. Raises UserError when the
-    tables do not fit into memory, or the way is not on offer.
+    batch_size: rows a rank and step. Tables start from `first_rows`, by default `initial_rows(table, seed, ...)`. A
+    layout without tables gives plain data parallelism. Raises UserError when the tables do not fit into memory, or the
+    way is not on offer.
     """
     first_rows = first_rows or (lambda table, first, last: initial_rows(table, seed, first, last))
     way = choose_way(way, device.type, dist.get_world_size())
     if not torchrec_installed():
-        return _one_process(model, layout, table_learning_rate, first_rows)
+        tables = model.get_submodule("tables")
+        assert isinstance(tables, OneProcessTables), "a model over `training_tables`"
+        one = OneProcess(model)
+        _fill_tables(one, layout, first_rows)
+        lines = [f"{table.name}: one process ({table.rows:,} rows)" for table in used_tables(layout)]
+        return Sharded(one, RowWiseAdagrad(tables, table_learning_rate), "\n".join(lines), "torch")
 
     from torchrec.distributed.model_parallel import DistributedModelParallel
     from torchrec.distributed.types import ShardingPlan
@@ -113,51 +116,30 @@ def shard(
     return Sharded(parallel, parallel.fused_optimizer, describe_plan(plan), way)
 
 
-def _one_process(model: nn.Module, layout: ModelLayout, rate: float, first_rows: FirstRows) -> Sharded:
-    tables = model.get_submodule("tables")
-    assert isinstance(tables, OneProcessTables), "a model over `training_tables`"
-    one = OneProcess(model)
-    _fill_tables(one, layout, first_rows)
-    plan = "\n".join(f"{table.name}: one process ({table.rows:,} rows)" for table in used_tables(layout))
-    return Sharded(one, RowWiseAdagrad(tables, rate), plan, "torch")
-
-
 def _plan(model: nn.Module, layout: ModelLayout, device: torch.device, batch_size: int) -> Any:
     from torchrec.distributed.planner.types import PlannerError
 
     from mmoe_rec.training.planning import Machines, explain_misfit, planner, sharders
 
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    kind: Any = device.type
-    machines = Machines(dist.get_world_size(), local, kind, *_memory(device))
+    local, kind = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), cast("Literal['cpu', 'cuda']", device.type)
+    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    card = torch.cuda.get_device_properties(device).total_memory if kind == "cuda" else 0
+    machines = Machines(dist.get_world_size(), local, kind, card, host)
     try:
         return planner(layout, machines, batch_size).collective_plan(model, sharders(), dist.group.WORLD)
     except PlannerError:
         raise explain_misfit(layout, machines) from None
 
 
-def _memory(device: torch.device) -> tuple[int, int]:
-    """Bytes of a rank's card, and of the machine's main memory."""
-    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    card = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
-    return card, host
-
-
 @torch.no_grad()
 def _fill_tables(parallel: Any, layout: ModelLayout, first_rows: FirstRows) -> None:
     state = parallel.state_dict()
     for table in used_tables(layout):
-        for first, weights in _local_rows(state[f"tables.embedding_bags.{table.name}.weight"]):
+        stored = state[f"tables.embedding_bags.{table.name}.weight"]
+        shards = stored.local_shards() if hasattr(stored, "local_shards") else None
+        parts = [(0, stored)] if shards is None else [(each.metadata.shard_offsets[0], each.tensor) for each in shards]
+        for first, weights in parts:  # the tensor is the storage itself
             weights.copy_(to_stored(first_rows(table, first, first + len(weights))))
-
-
-def _local_rows(weights: Any) -> Iterator[tuple[int, Tensor]]:
-    """First row and tensor of each part of a table that this rank holds; the tensor is the storage itself."""
-    if not hasattr(weights, "local_shards"):
-        yield 0, weights
-        return
-    for part in weights.local_shards():
-        yield part.metadata.shard_offsets[0], part.tensor
 
 
 class Optimizers:

@@ -45,9 +45,9 @@ from mmoe_rec.training.sharding import Sharded
 class Step:
     """A batch that was trained on.
 
-    losses, observed: (T,) of this rank, the sum of a task's losses and how many labels they cover (or the sum of their
-    rows' weights); stopping: whether any rank was asked to stop; bad: what was not finite on some rank, "loss" or
-    "gradient"; then nothing was updated.
+    losses, observed: (T,) of this rank, the sum of a task's losses and the number (or weights) of labels that they
+    cover; stopping: whether any rank was asked to stop; bad: what was not finite on some rank, "loss" or "gradient";
+    then nothing was updated.
     """
 
     batch: Batch
@@ -125,9 +125,8 @@ class Steps:
         observed = batch.observed_weights
         # The copies that stretch an epoch's last batch have no labels.
         counted = batch.observed.any(1).float()
-        signalled = observed.new_full(
-            (1,), int(self._stop.signal is not None)
-        )  # queued, where a tensor of it is copied
+        # Queued, where a tensor of it would be copied.
+        signalled = observed.new_full((1,), int(self._stop.signal is not None))
         shared = torch.cat([observed, counted.sum()[None].to(observed), signalled])
         added = self._add_up(shared)  # beside the forward pass
         autocast = torch.autocast(self._device.type, torch.bfloat16, enabled=self._bf16)
@@ -143,7 +142,8 @@ class Steps:
         bad = found[0]
         rows = shared[-2].float().clamp(min=1)
         if self._balancing.needs_loads:
-            self._loads = split_loads(found[1:] / rows, outputs.routings)
+            sizes = [routing.probabilities.shape[-1] for routing in outputs.routings]
+            self._loads = list((found[1:] / rows).split(sizes))
         total, losses = masked_loss(
             logits,
             batch.labels,
@@ -273,19 +273,10 @@ class BadBatches:
 
 
 def _content(batch: Batch, logits: Tensor) -> dict[str, Any]:
-    ids = batch.ids
-    keys = ids.keys() if callable(ids.keys) else ids.keys
-    values, lengths = (each() if callable(each) else each for each in (ids.values, ids.lengths))
-    content = {
-        "id_names": list(keys),
-        "id_values": values,
-        "id_lengths": lengths,
-        "dense": batch.dense,
-        "labels": batch.labels,
-        "observed": batch.observed,
-        "weights": batch.weights,
-        "logits": logits.detach(),
-    }
+    parts = (batch.ids.keys, batch.ids.values, batch.ids.lengths)  # torchrec's are methods
+    names, values, lengths = (each() if callable(each) else each for each in parts)
+    content = {"id_names": list(names), "id_values": values, "id_lengths": lengths, "logits": logits.detach()}
+    content |= {name: getattr(batch, name) for name in ("dense", "labels", "observed", "weights")}
     on_cpu = {name: each.cpu() if isinstance(each, Tensor) else each for name, each in content.items()}
     return on_cpu | {"position": None if batch.position is None else asdict(batch.position)}
 
@@ -354,11 +345,6 @@ def count_loads(routings: Sequence[Routing], counted: Tensor) -> Tensor:
     return counted.sum() * torch.cat([expert_loads(routing, counted) for routing in routings])
 
 
-def split_loads(loads: Tensor, routings: Sequence[Routing]) -> list[Tensor]:
-    """The inverse: (E,) of each level."""
-    return list(loads.split([routing.probabilities.shape[-1] for routing in routings]))
-
-
 # The backward pass in two parts: that of the dense part first, then that of the tables.
 #
 # Tables are updated by their optimizer within their backward pass, so whether the gradient is finite must be known by
@@ -377,13 +363,10 @@ class TablesLast:
         # torchrec's pipeline traces the model by symbols, which are not tensors.
         if not (mixture.training and torch.is_grad_enabled() and isinstance(arguments[0], Tensor)):
             return None
-        self._cuts = []
-        return tuple(self._leaf(each) if _has_graph(each) else each for each in arguments)
-
-    def _leaf(self, output: Tensor) -> Tensor:
-        leaf = output.detach().requires_grad_()
-        self._cuts.append((output, leaf))
-        return leaf
+        graphs = [each for each in arguments if isinstance(each, Tensor) and each.requires_grad]
+        self._cuts = [(each, each.detach().requires_grad_()) for each in graphs]
+        leaves = {id(each): leaf for each, leaf in self._cuts}
+        return tuple(leaves.get(id(each), each) for each in arguments)
 
     @property
     def finite(self) -> Tensor:
@@ -416,7 +399,3 @@ class _HandOn(torch.autograd.Function):
 def zero_loss() -> Tensor:
     """What has no backward pass, on any rank."""
     return torch.zeros((), requires_grad=True)
-
-
-def _has_graph(argument: Any) -> bool:
-    return isinstance(argument, Tensor) and argument.requires_grad

@@ -1,9 +1,9 @@
 """Embedding tables on a CPU: look-up, and update by row-wise Adagrad, in plain PyTorch or by fbgemm.
 
 `RowWise` is the plain way. All tables lie in one flat storage, rows one after the other, and so does Adagrad's one
-number a row. Inputs whose tables are equally wide are looked up and updated together, as rows of one matrix: an update
-sorts the rows that were looked up, adds up the gradients of equal ones (in the order of the batch, so that a result
-never depends on threads), and then touches each row once. For F inputs, B rows of a batch, D columns of a table.
+number a row. Inputs whose tables are equally wide are rows of one matrix: an update sorts the rows that were looked up,
+adds up the gradients of equal ones, in an order that no thread changes, and then touches each row once. For F inputs, B
+rows of a batch, D columns of a table.
 
 Row-wise Adagrad (as in fbgemm; Duchi et al. 2011, with one sum of squares for a row of D columns):
     momentum += mean(g^2);  w -= rate * g / (sqrt(momentum) + eps)
@@ -243,9 +243,8 @@ class OneProcessTables(nn.Module):
 
 
 class RowWiseAdagrad:
-    """The part of an optimizer that is left to do: it holds the learning rate, and the state by name.
-
-    param_groups: one, whose `lr` counts from the next `zero_grad()` or `step()` on, as in torchrec.
+    """The rest of an optimizer: the learning rate, which counts from the next `zero_grad()` or `step()` on, as in
+    torchrec, and the state by name.
     """
 
     def __init__(self, tables: OneProcessTables, rate: float) -> None:
@@ -253,7 +252,7 @@ class RowWiseAdagrad:
         tables.storage.rate.fill_(rate)
         self.param_groups: list[dict[str, Any]] = [{"params": [], "lr": tables.storage.rate.item()}]
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
+    def zero_grad(self) -> None:
         """Takes the learning rate over; tables have no gradient."""
         self.step()
 
@@ -276,30 +275,20 @@ class RowWiseAdagrad:
                 part.copy_(state["state"][table][name])
 
 
-class OneProcess(nn.Module):
+class OneProcess:
     """A model as it is, where several processes would have torchrec's DistributedModelParallel around it."""
 
     def __init__(self, module: nn.Module) -> None:
-        super().__init__()
         self.module = module
+        self.state_dict, self.load_state_dict, self.modules = module.state_dict, module.load_state_dict, module.modules
 
-    def forward(self, *arguments: Any, **options: Any) -> Any:
-        """The model's."""
-        return self.module(*arguments, **options)
-
-    def state_dict(self, *arguments: Any, **options: Any) -> Any:
-        """The model's, under the same names."""
-        return self.module.state_dict(*arguments, **options)
-
-    def load_state_dict(self, state: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """The model's."""
-        return self.module.load_state_dict(state, strict, assign)
+    def __call__(self, batch: Any) -> Any:
+        """The model's forward pass."""
+        return self.module(batch)
 
 
-# One process on a CPU with fbgemm: its module is called directly.
-#
-# torchrec's own way there goes through the code that sends ids and embeddings between ranks, which takes longer than
-# looking up the ids of a thousand rows.
+# One process on a CPU with fbgemm: its module is called directly, as torchrec's code that sends ids and embeddings
+# between ranks takes longer than looking up the ids of a thousand rows.
 
 
 def look_up_directly(model: Any) -> None:
@@ -307,17 +296,12 @@ def look_up_directly(model: Any) -> None:
 
     model: torchrec's DistributedModelParallel on one process. Left as it is where fbgemm holds its tables apart.
     """
-    modules, inputs = list(table_batches(model)), list(_inputs(model))
+    modules, lookups = list(table_batches(model)), getattr(model.module.tables, "_lookups", ())
+    # Names of the inputs of each of fbgemm's modules, in their order there, unless torchrec hides them.
+    inputs = [config.feature_names() for each in lookups for config in getattr(each, "grouped_configs", ())]
     if len(modules) == len(inputs) == 1:
-        module, names = modules[0], inputs[0]
-        widths = [module.embedding_specs[table][1] for table in module.feature_table_map]
-        model.module.tables.forward = partial(_look_up_directly, module, names, widths)
-
-
-def _inputs(model: Any) -> Iterator[list[str]]:
-    """Names of the inputs of each of fbgemm's modules, in their order there, or none where torchrec hides them."""
-    for lookup in getattr(model.module.tables, "_lookups", ()):
-        yield from (config.feature_names() for config in getattr(lookup, "grouped_configs", ()))
+        widths = [modules[0].embedding_specs[table][1] for table in modules[0].feature_table_map]
+        model.module.tables.forward = partial(_look_up_directly, modules[0], inputs[0], widths)
 
 
 def _look_up_directly(module: Any, names: list[str], widths: list[int], ids: Any) -> Pooled:
