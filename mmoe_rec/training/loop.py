@@ -293,7 +293,8 @@ class Trainer:
         """
         start = time.perf_counter()
         batches = self._batches(self.validation_reader, self.validation_reader.position(0), 1)
-        found = validate(self.sharded.model.module, batches, self.layout, self.device, self.stop)
+        rows, model = self.validation_reader.rows.rows, self.sharded.model.module
+        found = validate(model, batches, self.layout, self.device, rows, self.stop)
         meter.left_out += time.perf_counter() - start
         if found is None:
             return False

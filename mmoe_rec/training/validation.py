@@ -74,16 +74,16 @@ class Validation:
 class ValidationSums:
     """What a validation adds up: sums of several ranks may be added to each other.
 
-    experts: (T, E) bool, the experts that each task uses.
+    experts: (T, E) bool, the experts that each task uses; rows: of all ranks.
     """
 
-    def __init__(self, layout: Layout, experts: Tensor) -> None:
+    def __init__(self, layout: Layout, experts: Tensor, rows: int = 0) -> None:
         self.layout = layout
         self.counts = torch.zeros(len(layout.tasks), 2, BINS, dtype=torch.float64)
         self.rows = torch.zeros(len(layout.tasks), 2, dtype=torch.float64)
         self.loss = torch.zeros(len(layout.tasks), 2, dtype=torch.float64)
         self.utilisation = UtilisationSums(experts)
-        self.own_labels = OwnLabels(layout)
+        self.own_labels = OwnLabels(layout, max(rows, 1))
 
     def add(self, outputs: Outputs, batch: Batch, counted: Tensor | None = None) -> None:
         """Adds a batch that was scored without placement, its tasks in the order of the layout.
@@ -97,7 +97,11 @@ class ValidationSums:
         weighted = losses if batch.weights is None else losses * batch.weights[:, None]
         self.loss[:, 0] += weighted.double().sum(0)
         self.loss[:, 1] += batch.observed_weights.double()
-        own = _of_own_label(batch, self.layout)
+        own = batch.observed
+        if self.layout.outcomes:  # of a task with `given`, the rows in which the given one came true
+            own = own.clone()
+            for given, task in self.layout.outcomes.values():
+                own[:, task] &= batch.labels[:, given] == 1
         self.own_labels.add(logits, batch, own)
         _count(self.counts, self.rows, logits, batch.labels, own, batch.weights)
 
@@ -122,18 +126,26 @@ class ValidationSums:
 
 @torch.no_grad()
 def validate(
-    model: RankingModel, batches: Iterable[Batch], layout: Layout, device: torch.device, stop: StopRequest | None = None
+    model: RankingModel,
+    batches: Iterable[Batch],
+    layout: Layout,
+    device: torch.device,
+    rows: int,
+    stop: StopRequest | None = None,
 ) -> Validation | None:
     """Scores this rank's batches without placement and adds up over all ranks. A collective call.
 
-    Gives None as soon as a rank was asked to stop.
+    rows: of all ranks. Gives None as soon as a rank was asked to stop.
     """
-    sums = ValidationSums(layout, model.experts_in_use)
+    sums = ValidationSums(layout, model.experts_in_use, rows)
     model.eval()
     for each in batches:
-        if stop is not None and _any_rank(stop.signal is not None, device):
-            model.train()
-            return None
+        if stop is not None:
+            flag = torch.tensor(int(stop.signal is not None))
+            _add_up(flag, device)
+            if flag:
+                model.train()
+                return None
         batch = each.to(device, non_blocking=True)
         sums.add(model(batch), each, batch.observed.any(1))
     model.train()
@@ -141,16 +153,6 @@ def validate(
         _add_up(total, device)
     sums.own_labels.exchange(device)
     return sums.result()
-
-
-def _of_own_label(batch: Batch, layout: Layout) -> Tensor:
-    """(B, T) bool, rows of each task's own label: of a task with `given`, those in which the given one came true."""
-    observed = batch.observed
-    if layout.outcomes:
-        observed = observed.clone()
-        for given, task in layout.outcomes.values():
-            observed[:, task] &= batch.labels[:, given] == 1
-    return observed
 
 
 def _count(
@@ -167,18 +169,12 @@ def _count(
             rows[task, label] += mine.sum()
 
 
-def _any_rank(here: bool, device: torch.device) -> bool:
-    if dist.get_world_size() == 1:
-        return here
-    flag = torch.tensor(int(here), device=device)
-    dist.all_reduce(flag)
-    return bool(flag)
-
-
 def _add_up(total: Tensor, device: torch.device) -> None:
-    summed = total.to(device)
-    dist.all_reduce(summed)
-    total.copy_(summed.cpu())
+    """Over all ranks, in place."""
+    if dist.get_world_size() > 1:
+        summed = total.to(device)
+        dist.all_reduce(summed)
+        total.copy_(summed)
 
 
 # What a training's validations say in words: why a state was chosen, and what in them should worry its owner.
@@ -190,11 +186,17 @@ _ERRORS = 1.96
 
 def explain_choice(best: Validation, step: int, select_by: str) -> list[str]:
     """One sentence, then one for each binary task whose AUC had no say although it was asked for."""
-    told = best.tasks_judged_by_auc(select_by)
+    judged = best.tasks_judged_by_auc(select_by)
     how = "the weighted loss is the lowest"
-    if told:
-        how = f"the {'mean ' if len(told) > 1 else ''}AUC of {_listed(told)} is the highest"
-    return [f"best validation, at step {step}: {how}", *_name_unjudged_tasks(best, select_by)]
+    if judged:
+        names = " and ".join(filter(None, (", ".join(judged[:-1]), judged[-1])))
+        how = f"the {'mean ' if len(judged) > 1 else ''}AUC of {names} is the highest"
+    without = [
+        f"the AUC of '{task}' had no say: {rows} validation rows have its rarer label, and it takes {FEWEST}"
+        for task, rows in best.rarer.items()
+        if select_by == "auc" and rows < FEWEST
+    ]
+    return [f"best validation, at step {step}: {how}", *without]
 
 
 def warnings_of(best: Validation, calibrated: Collection[str] = ()) -> list[str]:
@@ -205,18 +207,24 @@ def warnings_of(best: Validation, calibrated: Collection[str] = ()) -> list[str]
     """
     found = []
     for task, auc in best.auc.items():
+        rows = best.rarer.get(task, FEWEST)
+        # Random scores have an AUC of variance (m + n + 1) / (12 m n), for m and n rows of the labels (Mann and
+        # Whitney, 1947); whatever the number of the other label, it is not much smaller than half of that for as many.
         if auc < 0.5:
-            rows = best.rarer.get(task, FEWEST)
+            chance = rows < FEWEST or 0.5 - auc <= _ERRORS * math.sqrt((2 * rows + 1) / (12 * rows**2))
             why = (
                 f"with {rows} rows of its rarer label that may be chance, but nothing shows that it ranks at all"
-                if rows < FEWEST or _can_be_chance(auc, rows)
+                if chance
                 else "it ranks worse than chance: the label may be inverted, or validation unlike training"
             )
             found.append(f"the validation AUC of '{task}' is {auc:.3f}, below .5; {why}")
-        elif auc > TOO_GOOD and best.rarer.get(task, FEWEST) >= FEWEST:
+        elif auc > TOO_GOOD and rows >= FEWEST:
             found.append(f"the validation AUC of '{task}' is {auc:.4f}, {WHY_TOO_GOOD}")
     for task, ratio in best.calibration.items():
-        if task not in calibrated and _is_far_off(ratio, best.rarer.get(task, 0)):
+        # Beyond FURTHEST, and the 95% interval for so many rows of the rarer label does not hold 1.
+        apart = abs(math.log(ratio)) if ratio > 0 else math.inf
+        error = _ERRORS / math.sqrt(max(best.rarer.get(task, 0), 1))
+        if task not in calibrated and apart > max(math.log(FURTHEST), error):
             too = "high" if ratio > 1 else "low"
             found.append(
                 f"the probabilities of '{task}' are too {too}: {ratio:.2f} times what was observed on validation rows; "
@@ -225,54 +233,25 @@ def warnings_of(best: Validation, calibrated: Collection[str] = ()) -> list[str]
     return found
 
 
-def _listed(names: list[str]) -> str:
-    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
-
-
-def _can_be_chance(auc: float, rows: int) -> bool:
-    """Whether random scores stray this far from .5 in one of 20 validations, with this many rows of the rarer label.
-
-    Their AUC has the variance (m + n + 1) / (12 m n), for m and n rows of the labels (Mann and Whitney, 1947); how many
-    have the other label is not known here, but no number makes it much smaller than half of that with
-    as many.
-    """
-    return abs(auc - 0.5) <= _ERRORS * math.sqrt((2 * rows + 1) / (12 * rows**2))
-
-
-def _is_far_off(ratio: float, rows: int) -> bool:
-    """Whether a ratio is beyond FURTHEST, and its 95% interval for so many rows of the rarer label does not hold 1."""
-    apart = abs(math.log(ratio)) if ratio > 0 else math.inf
-    return apart > math.log(FURTHEST) and apart > _ERRORS / math.sqrt(max(rows, 1))
-
-
-def _name_unjudged_tasks(best: Validation, select_by: str) -> list[str]:
-    return [
-        f"the AUC of '{task}' had no say: {rows} validation rows have its rarer label, and it takes {FEWEST}"
-        for task, rows in best.rarer.items()
-        if select_by == "auc" and rows < FEWEST
-    ]
-
-
 # What validation says of binary tasks besides loss and AUC: calibration and GAUC, over the rows of a task's own label.
 #
-# Sums are kept by every rank. GAUC needs the rows of a user side by side, wherever they were scored: all ranks exchange
-# them. Where there are more than ROWS_KEPT, GAUC is that of a share of the users, drawn by a hash of their ids.
+# GAUC needs the rows of a user side by side, wherever they were scored: all ranks exchange them. Where there are more
+# than ROWS_KEPT, GAUC is that of a share of the users, drawn by a hash of their ids.
 
 
 ROWS_KEPT = 1_000_000
-# Of a batch: users (B,), and logits and labels (B, T) of the binary tasks, NaN where unobserved.
-Kept = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 class OwnLabels:
-    """Adds up batches of this rank; `exchange` makes them those of all ranks."""
+    """Adds up batches of this rank; `exchange` makes them those of all ranks. rows: of all ranks."""
 
-    def __init__(self, layout: Layout) -> None:
+    def __init__(self, layout: Layout, rows: int) -> None:
         self._binary = [index for index, task in enumerate(layout.tasks) if task.kind == "binary"]
         self._names = [layout.tasks[index].name for index in self._binary]
-        self._one_in = 1  # one of this many users is kept: a power of 2, so that fewer are part of more
+        self._one_in = np.uint64(-(-rows // ROWS_KEPT))
         self._sums = torch.zeros(len(self._binary), 2, dtype=torch.float64)  # of predictions and labels
-        self._kept: list[Kept] = []
+        # Of a batch: users (B,), and logits and labels (B, T) of the binary tasks, NaN where unobserved.
+        self._kept: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
 
     def add(self, logits: Tensor, batch: Batch, own: Tensor) -> None:
         """logits (B, T) and own (B, T) bool, the rows of each task's own label; all in main memory."""
@@ -280,25 +259,17 @@ class OwnLabels:
         weights = known if batch.weights is None else known * batch.weights.double()[:, None]
         self._sums += torch.stack([(weights * logits.sigmoid()).sum(0), (weights * labels).sum(0)], dim=1)
         if batch.users is not None:
-            seen = torch.where(known > 0, labels, torch.nan)
-            kept = batch.users.numpy(), logits.numpy().astype(np.float32), seen.numpy()
-            self._kept.append(_of_users(kept, self._one_in))
-            while sum(len(users) for users, _, _ in self._kept) > ROWS_KEPT // dist.get_world_size():
-                self._keep(2 * self._one_in)
+            users, seen = batch.users.numpy(), torch.where(known > 0, labels, torch.nan).numpy()
+            # The upper half of the hash: the lower one may be in use elsewhere.
+            chosen = (users.view(np.uint64) >> np.uint64(32)) % self._one_in == 0
+            self._kept.append((users[chosen], logits.numpy().astype(np.float32)[chosen], seen[chosen]))
 
     def exchange(self, device: torch.device) -> None:
         """A collective call."""
-        if dist.get_world_size() > 1:
-            sums = self._sums.to(device)
-            dist.all_reduce(sums)
-            self._sums = sums.cpu()
-            parts: list[Any] = [None] * dist.get_world_size()
-            dist.all_gather_object(parts, (self._one_in, self._kept))
-            self._kept = [each for _, part in parts for each in part]
-            self._keep(max(one_in for one_in, _ in parts))
-
-    def _keep(self, one_in: int) -> None:
-        self._one_in, self._kept = one_in, [_of_users(each, one_in) for each in self._kept]
+        _add_up(self._sums, device)
+        parts: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(parts, self._kept)
+        self._kept = [each for part in parts for each in part]
 
     def calibration(self) -> dict[str, float]:
         """Task -> sum of predictions / sum of labels, both weighted as the loss; not where no label is 1."""
@@ -310,24 +281,13 @@ class OwnLabels:
         if not self._kept:
             return {}
         users, logits, labels = (np.concatenate(each) for each in zip(*self._kept, strict=True))
-        found = {name: _gauc(users, logits[:, t], labels[:, t]) for t, name in enumerate(self._names)}
-        return {name: value for name, value in found.items() if value is not None}
-
-
-def _of_users(kept: Kept, one_in: int) -> Kept:
-    """The rows of one user in `one_in`, by the upper half of the hash: the lower one may be in use elsewhere."""
-    users, logits, labels = kept
-    chosen = (users.view(np.uint64) >> np.uint64(32)) % np.uint64(one_in) == 0
-    return users[chosen], logits[chosen], labels[chosen]
-
-
-def _gauc(users: np.ndarray, logits: np.ndarray, labels: np.ndarray) -> float | None:
-    """Of (N,) rows, NaN labels are unobserved."""
-    seen = ~np.isnan(labels)
-    distinct, user = np.unique(users[seen], return_inverse=True)
-    areas = grouped_auc(user, logits[seen], labels[seen], 1 - labels[seen], len(distinct))
-    both = ~np.isnan(areas)
-    if not both.any():
-        return None
-    rows = np.bincount(user)[both]
-    return float((areas[both] * rows).sum() / rows.sum())
+        found = {}
+        for task, name in enumerate(self._names):
+            seen = ~np.isnan(labels[:, task])
+            distinct, user = np.unique(users[seen], return_inverse=True)
+            label = labels[seen, task]
+            areas = grouped_auc(user, logits[seen, task], label, 1 - label, len(distinct))
+            both = ~np.isnan(areas)
+            if both.any():
+                found[name] = float(np.average(areas[both], weights=np.bincount(user)[both]))
+        return found

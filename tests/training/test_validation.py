@@ -67,7 +67,7 @@ def validated(
         batches.append(Batch(None, torch.from_numpy(dense[rows]), label, seen, weights=weight, users=who))
     for batch in batches:
         batch.to = lambda device, non_blocking, batch=batch: batch  # type: ignore[method-assign, misc]
-    found = validate(model, batches, layout, CPU)  # type: ignore[arg-type]
+    found = validate(model, batches, layout, CPU, len(logits))  # type: ignore[arg-type]
     assert model.training
     return found
 
@@ -183,11 +183,10 @@ def test_gauc_calibration_and_rows_of_the_rarer_label_are_those_of_loops() -> No
 
 
 def test_gauc_of_a_share_of_the_users_is_that_of_these_users(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(validation, "ROWS_KEPT", 700)  # of 2,000: a quarter of the users
+    monkeypatch.setattr(validation, "ROWS_KEPT", 500)  # of 2,000: a quarter of the users
     logits, labels, gates = example(2_000)
     users = mix(np.random.default_rng(3).integers(0, 90, 2_000).astype(np.uint64)).view(np.int64)
     kept = (users.view(np.uint64) >> np.uint64(32)) % np.uint64(4) == 0
-    assert kept.sum() <= 700 < ((users.view(np.uint64) >> np.uint64(32)) % np.uint64(2) == 0).sum()
     found = validated(logits, labels, gates, users=users, parts=5)
     expected = naive_gauc(users[kept], logits[kept, 0], labels[kept, 0])
     assert found.gauc["click"] == pytest.approx(expected, rel=1e-9)
