@@ -49,14 +49,6 @@ def text(word: object) -> Message:
     return Message("tags", {"text": str(word)})
 
 
-def test_sends_at_once_and_keeps_nothing(tmp_path: Path, post: Post) -> None:
-    box = Outbox(tmp_path / "run", post.send)
-    for number in range(3):
-        box.put(text(number))
-    assert post.got == ["0", "1", "2"]
-    assert not list(tmp_path.iterdir())
-
-
 def test_an_outage_changes_neither_order_nor_content(tmp_path: Path, post: Post, capsys: pytest.CaptureFixture) -> None:
     box = Outbox(tmp_path / "run", post.send)
     file = tmp_path / "plot.png"

@@ -136,31 +136,6 @@ def test_a_model_that_cannot_be_loaded_is_not_registered(uri: str, tmp_path: Pat
         registry.fetch_model("models:/broken@champion", uri)
 
 
-def test_local_model_takes_a_folder(small: SmallModel) -> None:
-    assert registry.fetch_model(str(small.folder), "sqlite:///nowhere.db") == small.folder
-
-
-@pytest.mark.parametrize(
-    ("address", "message"),
-    [
-        ("models:/nobody@champion", "'models:/nobody@champion' can't be loaded .*name=nobody not found"),
-        ("models:/nobody/3", "can't be loaded"),
-        ("runs:/0123/model", "id=0123 not found"),
-        ("models:/", "can't be loaded"),
-        (".", "holds no model"),
-        ("no/such/folder", "holds no model"),
-    ],
-)
-def test_unknown_addresses(uri: str, address: str, message: str) -> None:
-    with runs.open_run(uri, "exists"):
-        pass
-    with pytest.raises(UserError, match=message):
-        registry.fetch_model(address, uri)
-    if address.startswith("models:/"):
-        with pytest.raises(UserError, match="can't be loaded"):
-            registry.find_run(address, uri)
-
-
 def test_looking_up_makes_no_store(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="there is no MLflow store"):
         registry.fetch_model("models:/small@champion", f"sqlite:///{tmp_path / 'mlflow.db'}")

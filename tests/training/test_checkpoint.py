@@ -193,12 +193,12 @@ def test_steps_that_are_not_finite_can_be_skipped(prepared: Prepared, tmp_path: 
     [
         ("latest.json", "{", "latest.json' is damaged"),
         ("latest.json", '{"step": 7}', "step-00000007' holds no checkpoint"),
-        (f"step-{STEPS:08d}/training.json", '{"format": 99}', "holds no checkpoint that this version can read"),
-        (f"step-{STEPS:08d}/training.json", "", "holds no checkpoint that this version can read"),
+        ("step-00000008/training.json", '{"format": 99}', "holds no checkpoint that this version can read"),
     ],
 )
-def test_damage_is_named(prepared: Prepared, tmp_path: Path, file: str, text: str, message: str) -> None:
-    train(prepared, tmp_path)
+def test_damage_is_named(tmp_path: Path, file: str, text: str, message: str) -> None:
+    (tmp_path / "step-00000008").mkdir()
+    (tmp_path / "latest.json").write_text('{"step": 8}')
     (tmp_path / file).write_text(text)
     with pytest.raises(UserError, match=message):
         latest_checkpoint(tmp_path)

@@ -16,7 +16,6 @@ from mmoe_rec.batches.batch import KeyedIds, make_batch
 from mmoe_rec.errors import UserError
 from mmoe_rec.jobs.train import train_model
 from mmoe_rec.model import products as products_module
-from mmoe_rec.model.layout import ModelLayout
 from mmoe_rec.model.levels import Experts
 from mmoe_rec.model.mmoe import RankingModel, build_model
 from mmoe_rec.model.products import Multiplying, has_onednn
@@ -114,15 +113,6 @@ def test_bf16_competes_with_the_faster_fp32(monkeypatch: pytest.MonkeyPatch) -> 
     assert str(choices) == "fp32 (5.5 ms, bf16 5.0), products by onednn (5.5 ms, blas 10.0), tables by torch, 1 thread"
 
 
-def test_a_library_that_is_not_here_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measure, "has_onednn", lambda: False)
-    compared = with_times(monkeypatch, TIMES)
-    choices = chooser(built()).choose(Training(precision="fp32", tables="torch", threads=1))
-    assert compared == [["blas"]]
-    assert (choices.products, choices.measured) == ("blas", {})
-    assert str(choices) == "fp32, tables by torch, 1 thread"
-
-
 @pytest.mark.thorough
 def test_ranks_of_which_one_lacks_a_library_take_another_together(tmp_path: Path) -> None:
     spawn(choose_on_a_rank, tmp_path)
@@ -151,21 +141,24 @@ def test_what_is_not_on_offer_is_told_before_features_are_built(
 
 
 @pytest.mark.parametrize(
-    ("settings", "compared"),
+    ("settings", "offered", "compared"),
     [
-        ({"precision": "bf16"}, []),
-        ({"precision": "fp32"}, [["blas", "onednn"]]),
-        ({"precision": "fp32", "products": "onednn"}, []),
-        ({"products": "onednn"}, [["fp32", "bf16"], ["onednn", "bf16"]]),
+        ({"precision": "bf16"}, True, []),
+        ({"precision": "fp32"}, True, [["blas", "onednn"]]),
+        ({"precision": "fp32"}, False, [["blas"]]),
+        ({"precision": "fp32", "products": "onednn"}, True, []),
+        ({"products": "onednn"}, True, [["fp32", "bf16"], ["onednn", "bf16"]]),
     ],
 )
-def test_only_what_matters_is_measured(
-    monkeypatch: pytest.MonkeyPatch, settings: dict[str, str], compared: list[list[str]]
+def test_only_what_matters_and_is_there_is_measured(
+    monkeypatch: pytest.MonkeyPatch, settings: dict[str, str], offered: bool, compared: list[list[str]]
 ) -> None:
+    monkeypatch.setattr(measure, "has_onednn", lambda: offered)
     found = with_times(monkeypatch, TIMES)
     choices = chooser(built()).choose(Training.model_validate(settings | {"tables": "torch", "threads": 1}))
     assert found == compared
     assert choices.products == settings.get("products", "blas")
+    assert ("products" in choices.measured) == (["blas", "onednn"] in compared)
 
 
 @pytest.mark.parametrize("structure", [MODEL, Model.model_validate(TOP_K)])
@@ -182,21 +175,6 @@ def test_measuring_leaves_model_and_random_states_alone(structure: Model) -> Non
     assert torch.get_num_threads() == threads
     assert [each.compute for each in model.modules() if isinstance(each, Experts)] == way
     assert {each.products for each in model.modules() if isinstance(each, Multiplying)} == {"blas"}
-
-
-def test_tables_that_are_tried_stay_small(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows: list[int] = []
-
-    def noted(way: str, layout: ModelLayout, ids: KeyedIds, most: int) -> Callable[[], None]:
-        rows.append(most)
-        return lambda: None
-
-    monkeypatch.setattr(measure, "make_trial", noted)
-    wide = replace(LAYOUT, tables=tuple(replace(each, rows=10**9, dim=1024) for each in LAYOUT.tables))
-    for layout in (LAYOUT, wide):
-        Chooser(built().mixture, layout, CPU, 64, ids()).choose(Training(precision="fp32", products="blas", threads=1))
-    assert max(rows) == 20_000
-    assert min(rows) * 1024 * len(wide.tables) * 4 <= 64e6
 
 
 class Clock:

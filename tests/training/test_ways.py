@@ -16,18 +16,14 @@ from mmoe_rec.model.layout import ModelLayout
 from mmoe_rec.model.tables import (
     PlainTables,
     by_name,
-    from_stored,
     initial_rows,
     plain_tables,
-    stored_width,
-    to_stored,
     torchrec_tables,
 )
 from mmoe_rec.settings.sections import Training
 from mmoe_rec.training import fbgemm, measure
 from mmoe_rec.training import tables as tables_module
 from mmoe_rec.training.checkpoint import load_plain
-from mmoe_rec.training.planning import table_bytes
 from mmoe_rec.training.ranks import process_group
 from mmoe_rec.training.sharding import shard
 from mmoe_rec.training.tables import Pooled, Way, choose_way, list_ways, look_up_directly, table_batches, use_way
@@ -80,29 +76,6 @@ def test_what_does_not_load_is_not_taken_for_what_is_not_there(
             asked()
     else:
         assert asked() is found
-
-
-def test_a_sharded_model_changes_its_way_between_steps() -> None:
-    """Each step, by whichever way, adds to the same weights and the same momentum."""
-    encoded, labels = random_rows(64)
-    batch = make_batch(encoded, LAYOUT, labels, torchrec=True)
-    found = {}
-    for name, taken in (("one", ["fbgemm"] * 4), ("all", ["torch", "fbgemm", "fbgemm", "torch"])):
-        with process_group(CPU):
-            sharded = shard(
-                small_model(torchrec_tables(LAYOUT)), LAYOUT, CPU, batch_size=64, table_learning_rate=0.1, way="fbgemm"
-            )
-            assert sharded.way == "fbgemm"
-            (module,) = table_batches(sharded.model)
-            for way in taken:
-                use_way(sharded.model, way)
-                assert ("forward" in vars(module)) == (way == "torch")
-                sharded.table_optimizer.zero_grad()
-                sharded.model(batch).logits.square().sum().backward()
-            found[name] = (module.weights_host.detach().clone(), module.momentum1_host.clone())
-    for one, other in zip(*found.values(), strict=True):
-        assert one.any()
-        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("there", [True, False])
@@ -218,19 +191,6 @@ def layout() -> ModelLayout:
     return replace(LAYOUT, tables=tuple(replace(table, dim=WIDTHS[table.name]) for table in LAYOUT.tables))
 
 
-@pytest.mark.parametrize("dim", range(1, 13))
-def test_what_is_stored_is_what_was_meant(dim: int) -> None:
-    weights = torch.randn(9, dim)
-    stored = to_stored(weights)
-    assert stored.shape == (9, stored_width(dim))
-    assert stored_width(dim) % 4 == 0
-    assert 0 <= stored_width(dim) - dim < 4
-    assert (stored[:, dim:] == 0).all()
-    torch.testing.assert_close(from_stored(stored, dim), weights)
-    if dim % 4 == 0:
-        assert from_stored(stored, dim) is stored is weights
-
-
 def test_tables_of_any_width_are_trained_by_row_wise_adagrad(layout: ModelLayout, tmp_path: Path) -> None:
     plain = small_model(plain_tables(layout, 3), layout)
     assert isinstance(plain.tables, PlainTables)
@@ -260,9 +220,3 @@ def test_tables_of_any_width_are_trained_by_row_wise_adagrad(layout: ModelLayout
         assert trained.shape == (table.rows, table.dim)
         assert (trained - initial_rows(table, 3, 0, table.rows)).abs().max() > RATE
         torch.testing.assert_close(trained, plain.state_dict()[name], atol=1e-5, rtol=1e-4)
-
-
-def test_plans_count_what_is_stored(layout: ModelLayout) -> None:
-    stored = {"t0": 4, "t1": 4, "t2": 8, "t3": 8, "t4": 8}
-    for table in layout.tables:
-        assert table_bytes(table) == 4 * table.rows * (stored[table.name] + 1)

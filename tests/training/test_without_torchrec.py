@@ -105,11 +105,3 @@ def test_what_needs_torchrec_says_so_in_one_sentence(world: World, words: tuple[
     said = command(*words[:2], "--config", world.config, *words[2:], ends_with=2).stderr
     assert sentence in said
     assert "Traceback" not in said
-
-
-def test_several_ranks_say_so_too(world: World) -> None:
-    torchrun = [str(Path(sys.executable).with_name("torchrun")), "--nproc-per-node", "2", "--standalone"]
-    words = ["-m", "tests.training.blocked", "mmoe_rec", "train", "--config", world.config]
-    done = subprocess.run([*torchrun, *words], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode != 0
-    assert "training on several processes needs torchrec and fbgemm, which are not installed" in done.stderr
