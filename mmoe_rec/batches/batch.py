@@ -7,7 +7,7 @@ KeyedJaggedTensor. Shapes: B rows, F id inputs, D dense inputs, T tasks.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -148,14 +148,16 @@ def make_batch(
     """Encoded rows and their labels as a batch.
 
     labels: (B, T) float32 or float64 with NaN where unobserved; None leaves every label unobserved. weights: (B,)
-    float32, users: (B,) int64 hashes, of the rows. torchrec: give ids as a KeyedJaggedTensor. Raises
-    ValueError when inputs, labels, weights and layout do not fit each other.
+    float32, users: (B,) int64 hashes, of the rows. torchrec: give ids as a KeyedJaggedTensor. Raises ValueError when
+    inputs, labels, weights and layout do not fit each other.
     """
     rows = len(encoded)
     # Those that share a table side by side, as torchrec takes them: it would have to order them otherwise.
     tables = {table.name: number for number, table in enumerate(layout.tables)}
     in_order = sorted(layout.ids, key=lambda each: tables[each.table]) if torchrec else layout.ids
-    inputs = {each.name: _input(encoded, each.name) for each in in_order}
+    if missing := [each.name for each in in_order if each.name not in encoded.ids]:
+        raise ValueError(f"id input '{missing[0]}' of the layout is missing")
+    inputs = {each.name: encoded.ids[each.name] for each in in_order}
     values, lengths, totals = _key_major(list(inputs.values()), rows)
     ragged = {name: each for name, each in inputs.items() if isinstance(each, Ragged) and (each.lengths != 1).any()}
     dense = _float_tensor(encoded.dense, (rows, len(layout.dense)), "dense inputs")
@@ -169,30 +171,17 @@ def make_batch(
         known = given.masked_fill(~observed, 0.0)
     rows_weights = None if weights is None else _float_tensor(weights, (rows,), "weights")
     rows_users = None if users is None else torch.from_numpy(np.require(users, np.int64, ["C", "W"]))
-    ids = _keyed_jagged(inputs, values, lengths, totals, rows) if torchrec else KeyedIds(tuple(inputs), values, lengths)
-    return Batch(
-        ids, dense, known, observed, position, rows_weights, rows_users, tuple(ragged), _shares(list(ragged.values()))
-    )
+    shares = None
+    if ragged:
+        counts = np.stack([each.lengths for each in ragged.values()])
+        shares = torch.from_numpy(np.divide(1.0, counts, out=np.zeros(counts.shape, np.float32), where=counts > 0))
+    ids: Any = KeyedIds(tuple(inputs), values, lengths)
+    if torchrec:
+        from torchrec import KeyedJaggedTensor
 
-
-def _keyed_jagged(keys: Iterable[str], values: Tensor, lengths: Tensor, totals: list[int], rows: int) -> Any:
-    from torchrec import KeyedJaggedTensor
-
-    # The totals are known on the host; without them torchrec would read them back from the device.
-    return KeyedJaggedTensor(keys=list(keys), values=values, lengths=lengths, stride=rows, length_per_key=totals)
-
-
-def _shares(inputs: Sequence[Ragged]) -> Tensor | None:
-    if not inputs:
-        return None
-    lengths = np.stack([each.lengths for each in inputs])
-    return torch.from_numpy(np.divide(1.0, lengths, out=np.zeros(lengths.shape, np.float32), where=lengths > 0))
-
-
-def _input(encoded: Encoded, name: str) -> np.ndarray | Ragged:
-    if name not in encoded.ids:
-        raise ValueError(f"id input '{name}' of the layout is missing; encoded are {', '.join(encoded.ids) or 'none'}")
-    return encoded.ids[name]
+        # The totals are known on the host; without them torchrec would read them back from the device.
+        ids = KeyedJaggedTensor(list(inputs), values, lengths=lengths, stride=rows, length_per_key=totals)
+    return Batch(ids, dense, known, observed, position, rows_weights, rows_users, tuple(ragged), shares)
 
 
 def _float_tensor(

@@ -128,9 +128,8 @@ class TrainingReader:
     """Reads one rank's share of every global batch.
 
     Every rank gets `batches_per_epoch` batches of `rank_rows` = ceil(batch_size / world_size) rows. A global batch with
-    fewer rows than that takes (the last of an epoch, or all where world_size does not divide batch_size) is stretched:
-    some rows appear again right after themselves, and such a copy has only NaN labels. So no row is lost or counted
-    twice, and the real rows are spread evenly over the ranks.
+    fewer rows than that takes is stretched: some rows appear again right after themselves, and such a copy has only NaN
+    labels. So no row is lost or counted twice, and the real rows are spread evenly over the ranks.
 
     Row groups are decoded by `threads` threads, one window ahead. Memory: this rank's row groups of two windows, the
     one in use and the one ahead. A window has at most `shuffle_window` rows, or one row group where that has more.
@@ -193,7 +192,11 @@ class TrainingReader:
                         decoded[batch.order.epoch, group].result().slice(first, stop)
                         for group, first, stop in batch.share.pieces
                     ]
-                    yield _joined(pieces, batch.share), batch.after
+                    rows, share = Rows.concatenate(pieces), batch.share
+                    rows = rows if share.index is None else rows.take(share.index)
+                    if share.copies is not None:
+                        rows.labels[share.copies] = np.nan
+                    yield rows, batch.after
                 current = ahead
         finally:
             pool.shutdown(cancel_futures=True)
@@ -227,12 +230,3 @@ class _Batch:
     order: EpochOrder
     share: Share
     after: Position
-
-
-def _joined(pieces: list[Rows], share: Share) -> Rows:
-    rows = Rows.concatenate(pieces)
-    if share.index is not None:
-        rows = rows.take(share.index)
-    if share.copies is not None:
-        rows.labels[share.copies] = np.nan
-    return rows

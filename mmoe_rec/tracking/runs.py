@@ -9,7 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,7 @@ class DataSet:
     split: str
 
 
+@dataclass
 class Run:
     """A run that is being recorded; without an outbox every call does nothing.
 
@@ -54,17 +55,12 @@ class Run:
     resumed run knew already, so that these may be logged again.
     """
 
-    def __init__(
-        self,
-        run_id: str | None,
-        outbox: Outbox | None = None,
-        address: str = "",
-        params: Mapping[str, str] | None = None,
-        steps: Mapping[str, int] | None = None,
-        note: str = "",
-    ) -> None:
-        self.run_id, self.outbox, self.address = run_id, outbox, address
-        self._params, self._steps, self._note = params or {}, steps or {}, note
+    run_id: str | None
+    outbox: Outbox | None = None
+    address: str = ""
+    params: Mapping[str, str] = field(default_factory=dict)
+    steps: Mapping[str, int] = field(default_factory=dict)
+    note: str = ""
 
     def record(
         self,
@@ -86,20 +82,20 @@ class Run:
         In a resumed run, values that have changed go to the tag `resumed.NAME`: MLflow keeps the first ones.
         """
         given = {name: str(value) for name, value in _flatten(params)}
-        self._put("params", {name: value for name, value in given.items() if name not in self._params})
-        changed = {name: value for name, value in given.items() if self._params.get(name, value) != value}
+        self._put("params", {name: value for name, value in given.items() if name not in self.params})
+        changed = {name: value for name, value in given.items() if self.params.get(name, value) != value}
         self.set_tags({f"resumed.{name}": value for name, value in changed.items()})
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Numbers at a step. In a resumed run, those of steps that it has already are left out."""
-        new = {name: float(each) for name, each in metrics.items() if step is None or step > self._steps.get(name, -1)}
+        new = {name: float(each) for name, each in metrics.items() if step is None or step > self.steps.get(name, -1)}
         if new:
             # A number that is sent twice with one time and step counts once.
             self._put("metrics", {"time": _now(), "step": step or 0, "metrics": new})
 
     def forget_metrics(self, prefix: str, kept: Collection[str]) -> None:
         """Metrics of a resumed run with names that begin so, but for some, become NaN: they are undefined by now."""
-        gone = [name for name in self._steps if name.startswith(prefix) and name not in kept]
+        gone = [name for name in self.steps if name.startswith(prefix) and name not in kept]
         self._put("metrics", {"time": _now(), "step": 0, "metrics": dict.fromkeys(gone, math.nan)} if gone else {})
 
     def set_tags(self, tags: Mapping[str, Any]) -> None:
@@ -109,14 +105,14 @@ class Run:
     def describe(self, heading: str, text: str) -> None:
         """A section of the run's description, in Markdown, in the place of one with that heading; what people wrote
         above the sections stays."""
-        above, sections = _read_sections(self._note)
+        above, sections = _read_sections(self.note)
         sections[heading] = shorten(text.strip(), _LONGEST_SECTION)
-        self._note = "\n\n".join(filter(None, [above, *(f"### {each}\n\n{its}" for each, its in sections.items())]))
-        self.set_tags({_NOTE: self._note})
+        self.note = "\n\n".join(filter(None, [above, *(f"### {each}\n\n{its}" for each, its in sections.items())]))
+        self.set_tags({_NOTE: self.note})
 
     def is_described(self, heading: str) -> bool:
         """Whether the description has a section of that heading."""
-        return heading in _read_sections(self._note)[1]
+        return heading in _read_sections(self.note)[1]
 
     def log_inputs(self, sets: Sequence[DataSet]) -> None:
         """The rows that the run reads."""
@@ -192,7 +188,20 @@ def open_run(
         experiment_id = _wait_for_experiment(mlflow, uri, experiment, patience)
         if unsent is not None:
             _send_waiting(mlflow, uri, unsent)
-        run = _start(mlflow, uri, experiment_id, experiment, run_name, run_id, key, parent, unsent)
+        with translate_errors(uri):
+            if run_id is None and key is not None:
+                run_id = _find_run_with(mlflow, experiment_id, key)
+            known = () if run_id is None else _read_run(mlflow, run_id)
+            new: dict[str, Any] = {"experiment_id": experiment_id, "run_name": run_name, "parent_run_id": parent}
+            new["tags"] = None if key is None else {_KEY_TAG: key}
+            wanted = new if run_id is None else {"run_id": run_id}
+            info = mlflow.start_run(**wanted, nested=parent is not None, log_system_metrics=False).info
+        address = f"{info.run_id} of experiment '{experiment}' in {uri}"
+        if uri.startswith(("http://", "https://")):
+            # Without what follows the question mark, MLflow shows a browser that is new to it its menu for LLMs.
+            page = f"#/experiments/{info.experiment_id}/runs/{info.run_id}?workflowType=machine_learning"
+            address = f"{uri.rstrip('/')}/{page}"
+        run = Run(info.run_id, _open_outbox(mlflow, uri, info.run_id, unsent), hide_password(address), *known)
         status = "FAILED"
         try:
             yield run
@@ -240,36 +249,6 @@ def _open_experiment(mlflow: Any, uri: str, name: str) -> str:
         mlflow.MlflowClient().set_experiment_tag(experiment.experiment_id, *_KIND)
     number: str = experiment.experiment_id
     return number
-
-
-def _start(
-    mlflow: Any,
-    uri: str,
-    experiment_id: str,
-    experiment: str,
-    run_name: str | None,
-    run_id: str | None,
-    key: str | None,
-    parent: str | None,
-    unsent: Path | None,
-) -> Run:
-    params: dict[str, str] = {}
-    steps: dict[str, int] = {}
-    note = ""
-    with translate_errors(uri):
-        if run_id is None and key is not None:
-            run_id = _find_run_with(mlflow, experiment_id, key)
-        if run_id is not None:
-            params, steps, note = _read_run(mlflow, run_id)
-        new: dict[str, Any] = {"experiment_id": experiment_id, "run_name": run_name, "parent_run_id": parent}
-        new["tags"] = None if key is None else {_KEY_TAG: key}
-        asked = new if run_id is None else {"run_id": run_id}
-        info = mlflow.start_run(**asked, nested=parent is not None, log_system_metrics=False).info
-    # Without what follows the question mark, MLflow shows a browser that is new to it its menu for LLMs.
-    page = f"{uri.rstrip('/')}/#/experiments/{info.experiment_id}/runs/{info.run_id}?workflowType=machine_learning"
-    is_served = uri.startswith(("http://", "https://"))
-    address = hide_password(page if is_served else f"{info.run_id} of experiment '{experiment}' in {uri}")
-    return Run(info.run_id, _open_outbox(mlflow, uri, info.run_id, unsent), address, params, steps, note)
 
 
 def _find_run_with(mlflow: Any, experiment_id: str, key: str) -> str | None:
