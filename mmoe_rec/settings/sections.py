@@ -262,8 +262,7 @@ class Training(Section):
     threads: int | None = Field(
         None,
         ge=1,
-        description="threads of each process for what is computed on a CPU; null takes one a core, or fewer where they "
-        "are faster, and OMP_NUM_THREADS where that is set",
+        description="threads of each process for what is computed on a CPU; null takes one a core",
     )
     epochs: int = Field(1, ge=1, description="passes over the training rows")
     batch_size: int = Field(4096, ge=2, description="rows per step, over all ranks together")

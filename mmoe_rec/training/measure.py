@@ -1,16 +1,14 @@
 """Chooses what a training computes with, by timing steps of the model's own shapes on drawn inputs.
 
 Three rules keep noise from making choices. Options run in turns, and the fastest run of each counts. The default, which
-is fp32, fbgemm's kernels and a thread a core, gives way only to what is a fifth faster (torch's BLAS library to what is
-a twentieth faster, as the two differ by rounding alone). And ranks decide together, each option by the time of the
-slowest of them.
+is fp32 and fbgemm's kernels, gives way only to what is a fifth faster (torch's BLAS library to what is a twentieth
+faster, as the two differ by rounding alone). And ranks decide together, each option by the time of the slowest of them.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -23,7 +21,6 @@ from torch.nn import functional
 
 from mmoe_rec.allocation import freed_memory_kept
 from mmoe_rec.batches.batch import KeyedIds
-from mmoe_rec.devices import limit_threads
 from mmoe_rec.features.layout import DenseInput, IdInput
 from mmoe_rec.model.layout import EmbeddingTable, ModelLayout, ModelTask
 from mmoe_rec.model.levels import Experts
@@ -85,7 +82,7 @@ class Chooser:
             experts = self._experts(precision)
             if settings.tables == "auto" and self._device.type == "cpu" and self._layout.ids:
                 way = self._way(way)
-            threads = self._threads(settings.threads, precision, way)
+        threads = (settings.threads or torch.get_num_threads()) if self._device.type == "cpu" else 0
         return Choices(precision, way, experts, threads, products, self._times)
 
     def _multiplied(self, settings: Training, by_default: Products) -> tuple[Precision, Products]:
@@ -163,29 +160,6 @@ class Chooser:
     def _trial(self, way: Way) -> Callable[[], object]:
         widths = sum(stored_width(table.dim) for table in used_tables(self._layout))
         return make_trial(way, self._layout, self._ids, max(1, min(_TABLE_ROWS, _TABLE_WEIGHTS // max(1, widths))))
-
-    def _threads(self, wanted: int | None, precision: Precision, way: Way) -> int:
-        if self._device.type != "cpu":
-            return 0
-        now = torch.get_num_threads()
-        # Set by hand, or by torchrun for each of its processes.
-        if wanted is not None or "OMP_NUM_THREADS" in os.environ or now == 1 or ranks() > 1:
-            return wanted or now
-        tables = self._trial(way)
-
-        def option(count: int) -> Callable[[], object]:
-            def run() -> None:
-                torch.set_num_threads(count)
-                self._step(precision, self._rows)
-                tables()
-
-            return run
-
-        # Cores may be two halves of one, and memory may be what a step waits for.
-        counts = [count for count in (now, now // 2, now // 4) if count]
-        with limit_threads(now):
-            self._times["threads"] = self._timed({str(count): option(count) for count in counts}, SECONDS)
-        return int(faster(self._times["threads"], str(now), CLEARLY))
 
     def _step(self, precision: Precision, rows: int) -> None:
         """Forward and backward pass of the dense part."""

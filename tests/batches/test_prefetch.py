@@ -58,18 +58,6 @@ def test_close_ends_the_thread_and_the_source() -> None:
     assert not background_threads()
 
 
-def test_error_in_the_loop_ends_the_thread() -> None:
-    counter = Counter()
-
-    def consume() -> None:
-        for _ in Prefetch(counter.items()):
-            raise ValueError("consumer")
-
-    with pytest.raises(ValueError, match="consumer"):
-        consume()
-    assert not background_threads()
-
-
 def test_error_of_the_source_comes_after_its_items() -> None:
     def source() -> Iterator[int]:
         yield from (1, 2)
@@ -130,17 +118,6 @@ def test_on_demand_makes_an_item_when_it_is_asked_for() -> None:
             break
     assert counter.closed
     assert list(OnDemand(iter(range(5)))) == list(range(5))
-
-
-def test_on_demand_raises_what_the_source_raises_after_the_items_before_it() -> None:
-    def source() -> Iterator[int]:
-        yield 1
-        raise ValueError("bad item")
-
-    items = iter(OnDemand(source()))
-    assert next(items) == 1
-    with pytest.raises(ValueError, match="bad item"):
-        next(items)
 
 
 def test_on_demand_waits_while_an_item_is_made(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -185,15 +185,6 @@ def test_no_more_than_two_windows_are_kept(tmp_path: Path, monkeypatch: pytest.M
     assert len(references) == 64
 
 
-def test_rows_are_shuffled_not_only_row_groups(tmp_path: Path) -> None:
-    write(tmp_path / "rows", [[50] * 4, [50] * 4])
-    read = order(readers(EncodedRows(tmp_path / "rows", LAYOUT), 1, shuffle_window=200, batch_size=10))
-    neighbours = np.mean(np.diff(read) == 1)
-    assert neighbours < 0.05
-    # Each window of 200 rows mixes four row groups: no stretch of 50 rows is of one.
-    assert all(len({row // 50 for row in read[i : i + 50]}) == 4 for i in range(0, 400, 50))
-
-
 def test_the_end_of_an_epoch_and_positions_outside(rows: EncodedRows) -> None:
     reader = readers(rows, 1)[0]
     assert list(epoch_of(reader, 0, TOTAL)) == []

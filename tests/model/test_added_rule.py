@@ -32,18 +32,9 @@ SCRIPT = """
 import json
 from pathlib import Path
 import torch
-from mmoe_rec.errors import UserError
 from mmoe_rec.cli.main import main
 from mmoe_rec.inference.ranker import Ranker
-from mmoe_rec.settings.help import describe
-from mmoe_rec.settings.load import load_settings
 
-refused = []
-for setting, value in (("routing", "above_averag"), ("random_top_k", "true"), ("balance", "bias")):
-    try:
-        load_settings("settings.yaml", [f"--model.gates.{setting}", value])
-    except UserError as error:
-        refused.append(str(error))
 main(["train", "--config", "settings.yaml"])
 
 ranker, inputs = Ranker.load(Path("work/model")), []
@@ -61,7 +52,7 @@ weights = {
     )
 }
 served = [[*map(float, each)] for each in ranking.predictions.values()]
-found = {"help": describe(), "refused": refused, "hidden": hidden.tolist(), "order": [*map(int, ranking.order)]}
+found = {"hidden": hidden.tolist(), "order": [*map(int, ranking.order)]}
 print("FOUND", json.dumps({**found, "served": served, "weights": weights}))
 """
 
@@ -115,15 +106,3 @@ def network(layers: list[list[np.ndarray]], index: int, x: np.ndarray) -> np.nda
         x = weight[index] @ x + bias[index]
         x = x / (1 + np.exp(-x))
     return x
-
-
-def test_settings_follow_from_the_list(found: dict[str, Any]) -> None:
-    assert "soft | top_k | expert_choice | shared_route | above_average" in found["help"]
-    assert "those experts that are at least average (above_average)" in found["help"]
-    unknown, drawn, biased = found["refused"]
-    assert (
-        "'model.gates.routing' must be one of soft, top_k, expert_choice, shared_route, above_average, found "
-        "'above_averag'; did you mean 'above_average'?"
-    ) in unknown
-    assert "random_top_k has no meaning with routing above_average: use top_k or shared_route" in drawn
-    assert "balance bias has no meaning with routing above_average: use top_k or shared_route" in biased

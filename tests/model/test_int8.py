@@ -55,19 +55,6 @@ def test_equals_a_loop_over_rows(width: int) -> None:
         np.testing.assert_array_equal(dequantised(codes, scales).numpy(), expected)
 
 
-@pytest.mark.parametrize("width", [1, 4, 8, 16, 40])
-def test_a_number_is_off_by_half_a_step_at_most(width: int) -> None:
-    weights = drawn(3, 400, width)
-    found = dequantised(*quantised(torch.from_numpy(weights))).numpy()
-    together = rows_a_scale(width)
-    for first in range(0, len(weights), together):
-        block, back = weights[first : first + together], found[first : first + together]
-        # Half of 1/127 of the largest, whose rounding to bfloat16 makes steps larger by 1/256 at most; or what float32
-        # itself has no whole digits for.
-        assert np.abs(back - block).max() <= np.abs(block).max() / 254 * (1 + 1 / 256) * (1 + 1e-6) + 1e-38
-    assert (found[weights == 0] == 0).all()
-
-
 def test_numbers_too_small_for_a_scale_become_zeros() -> None:
     weights = torch.full((3, 16), 1e-40)
     weights[1] = torch.linspace(-1, 1, 16)
@@ -83,19 +70,6 @@ def test_what_is_not_finite_is_refused(bad: float) -> None:
     weights[33, 2] = bad
     with pytest.raises(ValueError, match="not finite"):
         quantised(weights)
-
-
-@pytest.mark.parametrize("width", [4, 8, 12, 16, 32, 128])
-def test_takes_three_tenths_of_the_bytes_at_most(width: int) -> None:
-    weights = torch.randn(1000, width)
-    assert sum(part.nbytes for part in quantised(weights)) <= 0.3 * weights.nbytes
-
-
-def test_several_matrices_have_rows_of_their_own() -> None:
-    weights = torch.randn(3, 5, 20)
-    codes, scales = quantised(weights)
-    assert codes.shape == (3, 5, 20)
-    assert torch.equal(dequantised(codes, scales)[1], dequantised(*quantised(weights[1])))
 
 
 @pytest.mark.parametrize("width", [3, 4, 16, 24])

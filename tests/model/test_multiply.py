@@ -15,7 +15,6 @@ from mmoe_rec.model import products as products_module
 from mmoe_rec.model.mmoe import build_mixture
 from mmoe_rec.model.products import (
     Linear,
-    Multiplying,
     Products,
     StackedLinear,
     by_onednn,
@@ -119,19 +118,6 @@ def test_data_among_the_inputs_gets_no_gradient(products: Products, bf16: bool, 
     assert torch.autograd.grad(found.sum(), [data], allow_unused=True) == (None,)
 
 
-def test_what_is_not_differentiated_is_not_computed(monkeypatch: pytest.MonkeyPatch) -> None:
-    layer, x = Linear(4, 3), rows(5, 4).detach()
-    set_products(layer, "onednn")
-    shapes = calls(monkeypatch)
-    layer(x).sum().backward()
-    assert len(shapes) == 2  # the outputs and the gradient of weights
-    shapes.clear()
-    layer.requires_grad_(False)
-    with torch.no_grad():
-        assert not layer(x).requires_grad
-    assert len(shapes) == 1
-
-
 def test_bf16_is_torchs_own(monkeypatch: pytest.MonkeyPatch) -> None:
     shapes = calls(monkeypatch)
     layer, stacked, x = Linear(4, 3), StackedLinear(2, 4, 3), rows(5, 4)
@@ -169,24 +155,6 @@ def test_models_learn_the_same(monkeypatch: pytest.MonkeyPatch, structure: str) 
         assert bool(shapes) == (products == "onednn")
     for blas, onednn in zip(found["blas"], found["onednn"], strict=True):
         torch.testing.assert_close(onednn, blas, rtol=1e-4, atol=1e-6)
-
-
-def test_every_layer_with_weights_can_change() -> None:
-    structure = Model.model_validate(
-        {"gates": {"routing": "expert_choice", "serving_top_k": 2}, "bottom": {"cross_layers": 2}}
-    )
-    mixture = build_mixture(10, [(0.0, 0.5, 1.0)], 3, 2, structure)
-    owners = {name.rpartition(".")[0] for name, _ in mixture.named_parameters()}
-    assert all(isinstance(mixture.get_submodule(name), Multiplying) for name in owners)
-
-
-def test_a_linear_layer_starts_and_is_kept_as_torchs() -> None:
-    torch.manual_seed(1)
-    ours = Linear(5, 4)
-    torch.manual_seed(1)
-    theirs = nn.Linear(5, 4)
-    assert list(ours.state_dict()) == list(theirs.state_dict())
-    assert all(map(torch.equal, ours.state_dict().values(), theirs.state_dict().values()))
 
 
 def test_what_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

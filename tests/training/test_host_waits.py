@@ -27,7 +27,7 @@ from mmoe_rec.training.ranks import process_group
 from mmoe_rec.training.steps import Balancing, Steps
 from tests.model.examples import random_rows, small_model
 from tests.training.fake_gpu import CUDA, Waits, fake_gpu, on_gpu
-from tests.training.learnable import CPU, GIVEN, LAYOUTS
+from tests.training.learnable import CPU, LAYOUTS
 
 pytestmark = pytest.mark.thorough
 
@@ -167,54 +167,3 @@ def test_products_of_fp32_are_in_tf32_but_for_those_of_gates(monkeypatch: pytest
             assert steps.next(iter([faked(batch, mode)]), 0.5) is not None
     assert seen == {"gates": "ieee", "experts": "tf32", "towers": "tf32", "backward": "tf32"}
     assert torch.backends.cuda.matmul.fp32_precision == before
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_a_forward_pass_over_tables_waits_for_nothing(monkeypatch: pytest.MonkeyPatch, case: str) -> None:
-    layout = GIVEN
-    model = small_model(plain_tables(layout), layout, **changes(case))
-    batch = batch_of(layout)
-    with fake_gpu(monkeypatch) as mode:
-        on_gpu(model)
-        batch = faked(batch, mode)
-        waits = Waits()
-        with waits.watching(), torch.inference_mode():
-            for training in (True, False):
-                model.train(training)
-                outputs = model(batch.to(CUDA, non_blocking=True))
-                assert outputs.logits.is_cuda
-    assert waits.found == []
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_a_backward_pass_waits_for_nothing(monkeypatch: pytest.MonkeyPatch, case: str) -> None:
-    """On a CPU, of what a GPU would run: autograd can't be asked about a GPU that is not there."""
-    layout = LAYOUTS["no ids"]
-    monkeypatch.setattr(levels.Experts, "runs_sparse", lambda self, hidden, used, most: most is not None)
-    model = small_model(plain_tables(layout), layout, **changes(case)).train()
-    watched: list[str] = []
-    steps = steps_of(model, layout, CPU, bf16=False, weight=0.1, z_weight=0.1)
-
-    def backward(loss: Tensor) -> None:
-        with torch._C.DisableTorchFunction(), _Names(watched):
-            torch.autograd.backward(loss)
-
-    with Waits(backward).watching():
-        assert steps.next(iter([batch_of(layout)]), 0.5) is not None
-    assert len(set(watched)) > 10
-    refused = {"_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "_unique2", "bincount", "index by bool"}
-    assert not refused & set(watched)
-
-
-class _Names(torch.utils._python_dispatch.TorchDispatchMode):
-    def __init__(self, names: list[str]) -> None:
-        super().__init__()
-        self.names = names
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket._qualified_op_name.removeprefix("aten::")
-        masks = name in ("index", "index_put", "index_put_") and any(
-            isinstance(each, Tensor) and each.dtype == torch.bool for each in args[1]
-        )
-        self.names.append("index by bool" if masks else name)
-        return func(*args, **(kwargs or {}))

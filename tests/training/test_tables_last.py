@@ -13,11 +13,10 @@ from torch import Tensor
 
 from mmoe_rec.batches.batch import Batch, make_batch
 from mmoe_rec.errors import UserError
-from mmoe_rec.model.routing import Routing, balance_loss, expert_loads, z_loss
 from mmoe_rec.preprocessing.prepare import Prepared
 from mmoe_rec.training.loop import Trainer
 from mmoe_rec.training.losses import masked_loss
-from mmoe_rec.training.steps import Balancing, count_loads
+from mmoe_rec.training.steps import Balancing
 from tests.model.examples import LAYOUT
 from tests.training.learnable import TRAINING, learnable_rows, plain_model, write_prepared
 from tests.training.ranks import save_weights
@@ -109,9 +108,6 @@ def test_such_a_step_stops_training_by_default(prepared: Prepared, tmp_path: Pat
             one._step(iter([batch_of(one, 1)]), meter(one))
 
 
-# Rows that stretch the last batch of an epoch
-
-
 def test_rows_without_labels_do_not_count_in_balance(prepared: Prepared, tmp_path: Path) -> None:
     """The reader fills the last batch of an epoch with such copies."""
     encoded, labels = learnable_rows(LAYOUT, 80, seed=7)
@@ -133,31 +129,3 @@ def test_rows_without_labels_do_not_count_in_balance(prepared: Prepared, tmp_pat
         torch.testing.assert_close(weight, found["alone"][key], atol=1e-5, rtol=0, msg=key)
     gates = "mixture.levels.0.gates.linear.weight"
     assert (found["alone"][gates] - found["unbalanced"][gates]).abs().max() > 1e-3
-
-
-def _routing(rows: int, chooses: bool, seed: int) -> Routing:
-    logits = torch.randn(rows, 2, 4, generator=torch.Generator().manual_seed(seed))
-    probabilities = logits.softmax(-1)
-    selected = probabilities >= probabilities.topk(2).values[..., -1:] if chooses else None
-    return Routing(probabilities, probabilities, selected, logits)
-
-
-def _part(routing: Routing, rows: Tensor) -> Routing:
-    return Routing(*(None if each is None else each[rows] for each in routing))  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("chooses", [False, True])
-def test_ranks_with_copies_have_the_balance_of_the_rows_that_are_real(chooses: bool) -> None:
-    """Three ranks with 5, 4 and no real rows of 6 each."""
-    routing = _routing(18, chooses, seed=3)
-    counted = torch.zeros(18)
-    counted[:5] = counted[6:10] = 1
-    real = _part(routing, counted.bool())
-    ranks = [slice(0, 6), slice(6, 12), slice(12, 18)]
-    summed = sum(count_loads([_part(routing, rows)], counted[rows]) for rows in ranks)
-    loads = summed / counted.sum()
-    torch.testing.assert_close(loads, expert_loads(real))
-    shares = counted * 3 / counted.sum()
-    for loss in (lambda part, each=None: balance_loss(part, loads, each), z_loss):
-        of_ranks = torch.stack([loss(_part(routing, rows), shares[rows]) for rows in ranks])
-        torch.testing.assert_close(of_ranks.mean(), loss(real))
