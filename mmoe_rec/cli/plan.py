@@ -22,7 +22,7 @@ from mmoe_rec.errors import UserError
 if TYPE_CHECKING:
     from mmoe_rec.model.layout import ModelLayout
     from mmoe_rec.settings.sections import Settings
-    from mmoe_rec.training.planning import Machines, PaperPlan
+    from mmoe_rec.training.planning import Machines, RankPlan
 
 GIB = 2**30
 MOST_RANKS = 4_096  # the planner's time grows with them; a plan for so many takes about half a minute
@@ -70,12 +70,12 @@ def plan(
     machines = Machines(world_size, local_world_size, device, hbm, int(host_gib * GIB))
     rows = -(-settings.training.batch_size // machines.world_size)
     model = build_model(layout, settings.model, torchrec_tables(layout, torch.device("meta")))
-    paper = plan_on_paper(model, layout, machines, rows)
+    text, ranks = plan_on_paper(model, layout, machines, rows)
     print(f"table sizes: {where}")
     _print_tables(layout)
-    print(paper.text)
+    print(text)
     dense = sum(each.numel() for each in model.mixture.parameters())
-    _print_ranks(paper, machines, 1e3 * 6 * dense * rows / ((tflops or TFLOPS[device]) * 1e12))
+    _print_ranks(ranks, machines, 1e3 * 6 * dense * rows / ((tflops or TFLOPS[device]) * 1e12))
     start = f"torchrun --nnodes {world_size // local_world_size} --nproc-per-node {local_world_size}"
     print(f"next: {start} ... -m mmoe_rec train {configuration.options()}")
 
@@ -105,17 +105,17 @@ def _print_tables(layout: ModelLayout) -> None:
     print(f"  together: {sum(map(table_bytes, tables)) / GIB:,.1f} GiB with the optimizer")
 
 
-def _print_ranks(plan: PaperPlan, machines: Machines, dense_ms: float) -> None:
+def _print_ranks(ranks: list[RankPlan], machines: Machines, dense_ms: float) -> None:
     from mmoe_rec.training.planning import merge_neighbours
 
     said = []
-    for each in plan.ranks:
+    for each in ranks:
         taken = (
             f"{each.bytes / GIB:.2f} of {machines.rank_bytes / GIB:.2f} GiB ({each.bytes / machines.rank_bytes:.0%})"
         )
         said.append((each.rank, f"{taken} for tables and their activations, {each.milliseconds:.2f} ms a step"))
     print("\n".join(merge_neighbours(said)))
-    slowest = max((rank.milliseconds for rank in plan.ranks), default=0.0)
+    slowest = max((rank.milliseconds for rank in ranks), default=0.0)
     print(
         f"estimated step: {slowest + dense_ms:.1f} ms, of which tables {slowest:.1f} and the dense part {dense_ms:.1f}"
     )

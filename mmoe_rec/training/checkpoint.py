@@ -1,12 +1,11 @@
-"""Checkpoints: all that a training needs to go on as if it had never stopped.
+"""Checkpoints: all that a training needs to go on as if it had never stopped, on any number of ranks.
 
     latest.json              number of the step to go on from
     step-00001200/           written by torch.distributed.checkpoint: tables, dense part, both optimizers, and the
                              random state of each rank
         training.json        the rest, see `TrainingState`
 
-They are written while training goes on, from a copy of its state, and appear once they are whole. A checkpoint can be
-read by any number of ranks.
+They are written while training goes on, from a copy of its state, and appear once they are whole.
 """
 
 from __future__ import annotations
@@ -41,8 +40,8 @@ class TrainingState:
     """Where a training stands, apart from the tensors.
 
     step: steps done; position: the rows they took; history: (step, result) of every validation; best_step: of the best
-    one, 0 before the first; skipped: steps left out because their loss was not finite; origin: what was trained;
-    choices: what it is computed with, None in checkpoints of versions that did not choose.
+    one, 0 before the first; skipped: steps left out because their loss was not finite; choices: None in checkpoints of
+    versions that did not choose.
     """
 
     step: int
@@ -106,11 +105,10 @@ def step_folder(folder: Path, step: int) -> Path:
 
 
 class CheckpointWriter:
-    """Writes checkpoints into a folder, one at a time, while training goes on. A collective object: every rank has one.
+    """Writes checkpoints into a folder that all ranks see, one at a time, while training goes on. Every rank has one.
 
-    folder: all ranks see it; kept: this many of the latest stay, and the best; before: the checkpoint that training
-    goes on from; None forgets which step another training in the folder had reached. Others in the folder are removed
-    once the first new one is whole.
+    kept: this many of the latest stay, and the best; before: the checkpoint that training goes on from; None forgets
+    which step another training in the folder had reached, whose checkpoints go once the first new one is whole.
     """
 
     def __init__(self, folder: Path, kept: int, before: Checkpoint | None = None) -> None:
@@ -208,8 +206,7 @@ def random_states(device: torch.device) -> dict[str, Any]:
 def restore(folder: Path, model: Any, optimizer: Any, device: torch.device, seed: int) -> None:
     """Fills a sharded model, its optimizers and this rank's random state from a checkpoint of any number of ranks.
 
-    seed: of the random state where the checkpoint is of another number of ranks. A collective call. Raises UserError
-    where the checkpoint is damaged.
+    seed: of the random state where the checkpoint is of another number of ranks. A collective call.
     """
     import torch.distributed.checkpoint as dcp
 
@@ -241,21 +238,20 @@ def load_plain(model: nn.Module, folder: Path) -> None:
 
     if not (folder / ".metadata").is_file():
         raise UserError(f"'{folder}' holds no complete checkpoint")
-    state = {"model": {name: _as_stored(name, weight) for name, weight in model.state_dict().items()}}
+    expected = model.state_dict()
+    # Tables are read as wide as they are stored.
+    stored = {
+        name: torch.empty(len(weight), stored_width(weight.shape[1])) if name.startswith("tables.") else weight
+        for name, weight in expected.items()
+    }
+    state = {"model": stored}
     with warnings.catch_warnings():
         # That is intended here.
         warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
         dcp.load(state, checkpoint_id=folder, no_dist=True)
-    expected = model.state_dict()
     model.load_state_dict(
         {
             name: from_stored(weight, expected[name].shape[1]) if name.startswith("tables.") else weight
             for name, weight in state["model"].items()
         }
     )
-
-
-def _as_stored(name: str, weight: Tensor) -> Tensor:
-    """Where a weight of a plain model is read to, before it has its own width."""
-    padded = name.startswith("tables.") and stored_width(weight.shape[1]) != weight.shape[1]
-    return torch.empty(len(weight), stored_width(weight.shape[1])) if padded else weight

@@ -78,13 +78,10 @@ class TrainingResult:
 class Trainer:
     """Trains one model; `run` leaves checkpoints in a folder, the best one's among them. Needs a process group.
 
-    layout: that of the prepared rows, with what the model makes of it. log_metrics: called with metrics and the step;
-    on rank 0 it may write them down. warm_start: the weights to start from, by default random ones. resume: a
-    checkpoint to go on from instead. origin: what checkpoints say the training began with. watch: called with each
-    validation and its step; what it raises ends the training.
-
-    Raises:
-        UserError: the tables do not fit into memory, or encoded rows or the checkpoint can't be read.
+    log_metrics: called with metrics and the step. warm_start: the weights to start from, by default random ones;
+    resume: a checkpoint to go on from instead; origin: what checkpoints say the training began with; watch: called with
+    each validation and its step; what it raises ends the training. Raises UserError where the tables do not fit into
+    memory, or encoded rows or the checkpoint can't be read.
     """
 
     def __init__(
@@ -196,9 +193,8 @@ class Trainer:
     def run(self) -> TrainingResult:
         """Trains until the last step, or until patience runs out. A collective call.
 
-        Raises:
-            StoppedError: SIGTERM or SIGINT came; all is in a checkpoint.
-            UserError: a checkpoint can't be written, or the loss is not finite.
+        Raises StoppedError where SIGTERM or SIGINT came; all is in a checkpoint. Raises UserError where a checkpoint
+        can't be written, or the loss is not finite.
         """
         result, meter = self.result, Meter(self.layout, self.world_size)
         shown = bar("{task.fields[note]}") if self.rank == 0 else contextlib.nullcontext()
@@ -287,10 +283,7 @@ class Trainer:
         self.log_metrics(metrics, self.result.steps)
 
     def _validate(self, meter: Meter) -> bool:
-        """Validates, and sees whether this is the best model so far and whether patience has run out.
-
-        False where a rank was asked to stop, so that the validation did not finish.
-        """
+        """Validates; False where a rank was asked to stop, so that the validation did not finish."""
         start = time.perf_counter()
         batches = self._batches(self.validation_reader, self.validation_reader.position(0), 1)
         rows, model = self.validation_reader.rows.rows, self.sharded.model.module

@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import itemgetter
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from torch import nn
 
@@ -15,8 +15,8 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.model.layout import EmbeddingTable, ModelLayout
 from mmoe_rec.model.tables import COLUMNS, stored_width, used_tables
 
-# The planner tries every combination of ways to spread the tables if there are at most this many, by ranks: the time
-# for each grows with the ranks. Beyond that it starts from the best way of each table and goes on to the next.
+# The planner tries every combination of ways to spread the tables if there are at most this many, by ranks; beyond that
+# it starts from the best way of each table and goes on to the next.
 _COMBINATIONS_BY_RANKS = 64_000
 _MOST_COMBINATIONS = 10_000
 RESERVED_SHARE = 0.2  # of a rank's memory, for all but tables and their activations
@@ -44,21 +44,12 @@ class Machines:
         return int(whole * (1 - RESERVED_SHARE))
 
 
-@dataclass(frozen=True)
-class RankPlan:
+class RankPlan(NamedTuple):
     """What the planner expects of a rank: bytes of tables, optimizer and activations, and milliseconds a step."""
 
     rank: int
     bytes: int
     milliseconds: float
-
-
-@dataclass(frozen=True)
-class PaperPlan:
-    """text: one line per table, how and where it is stored; ranks: what each of them bears."""
-
-    text: str
-    ranks: tuple[RankPlan, ...]
 
 
 def update_in_backward(model: nn.Module, learning_rate: float) -> None:
@@ -121,17 +112,21 @@ def planner(layout: ModelLayout, machines: Machines, batch_size: int, stats: Any
     )
 
 
-def plan_on_paper(model: nn.Module, layout: ModelLayout, machines: Machines, batch_size: int) -> PaperPlan:
-    """The plan for machines that need not be there. model: over `torchrec_tables` on the device "meta".
+def plan_on_paper(
+    model: nn.Module, layout: ModelLayout, machines: Machines, batch_size: int
+) -> tuple[str, list[RankPlan]]:
+    """The plan for machines that need not be there, as `describe_plan` tells it, and what each rank bears.
+
+    model: over `torchrec_tables` on the device "meta".
 
     Raises UserError, with the reason and what would help, when the tables don't fit.
     """
     from torchrec.distributed.planner.types import PlannerError
 
-    heard = _Listener()
+    listener = _Listener()
     update_in_backward(model, learning_rate=1.0)  # what it keeps takes memory
     try:
-        plan = planner(layout, machines, batch_size, heard).plan(model, sharders())
+        plan = planner(layout, machines, batch_size, listener).plan(model, sharders())
     except PlannerError:
         try:
             planner(layout, machines, 1).plan(model, sharders())
@@ -141,7 +136,11 @@ def plan_on_paper(model: nn.Module, layout: ModelLayout, machines: Machines, bat
             f"the embedding tables fit, but not beside what a step of {batch_size:,} rows a rank takes: set "
             "`training.batch_size` lower, or use more ranks"
         ) from None
-    return PaperPlan(describe_plan(plan), heard.ranks(machines.world_size))
+    taken, times = [0] * machines.world_size, [0.0] * machines.world_size
+    for part in (part for option in listener.options for part in option.shards):
+        taken[part.rank] += part.storage.hbm + part.storage.ddr
+        times[part.rank] += part.perf.total
+    return describe_plan(plan), [RankPlan(*each) for each in zip(itertools.count(), taken, times)]
 
 
 class _Listener:
@@ -153,14 +152,6 @@ class _Listener:
     def log(self, *, best_plan: Sequence[Any], **_: Any) -> None:
         """Called by the planner."""
         self.options = best_plan
-
-    def ranks(self, world_size: int) -> tuple[RankPlan, ...]:
-        """Sums over the parts of tables that each rank holds."""
-        taken, times = [0] * world_size, [0.0] * world_size
-        for part in (part for option in self.options for part in option.shards):
-            taken[part.rank] += part.storage.hbm + part.storage.ddr
-            times[part.rank] += part.perf.total
-        return tuple(RankPlan(rank, *each) for rank, each in enumerate(zip(taken, times, strict=True)))
 
 
 def describe_plan(plan: Any) -> str:

@@ -314,8 +314,7 @@ class Balancing:
     def loss(self, routings: Sequence[Routing], loads: Sequence[Tensor], shares: Tensor) -> Tensor | float:
         """What is added to the loss: the mean over levels of the weighted balance loss and z-loss.
 
-        loads: (E,) of each level, over all ranks; shares: (B,) float32, how much each row counts; their mean over ranks
-        sums to 1.
+        loads: (E,) of each level, over all ranks; shares: (B,) float32, how much each row counts.
         """
         total: Tensor | float = 0.0
         if self.weight > 0:
@@ -326,10 +325,8 @@ class Balancing:
         return total
 
     def after_step(self, model: RankingModel, loads: Sequence[Tensor], share: float) -> None:
-        """Advances the state of the gates; loads as in `loss`, or empty where they are not needed.
-
-        share: of the peak learning rate. The bias comes to rest with the weights: the loads of one step are noisy, and
-        what they last did to it stays in the model.
+        """Advances the state of the gates; loads as in `loss`, or empty where they are not needed. share: of the peak
+        learning rate, with which the bias comes to rest, as the loads of one step are noisy.
         """
         for index, each in enumerate(model.mixture.gates):
             each.let_in(self.ramp_steps)
@@ -347,9 +344,8 @@ def count_loads(routings: Sequence[Routing], counted: Tensor) -> Tensor:
 
 # The backward pass in two parts: that of the dense part first, then that of the tables.
 #
-# Tables are updated by their optimizer within their backward pass, so whether the gradient is finite must be known by
-# then. The graph is cut where the tables' outputs enter the dense part; the gradient that arrives there is handed on
-# later, unchanged. The price is that the ranks' exchange of dense gradients does not overlap with that of the tables.
+# Tables are updated within their backward pass, so whether the gradient is finite must be known by then. The graph is
+# cut where the tables' outputs enter the dense part; the gradient that arrives there is handed on later, unchanged.
 
 
 class TablesLast:

@@ -2,8 +2,7 @@
 
 Dense weights and the table rows of ids that the other model knew are copied. An id that is new to the vocabulary starts
 as a copy of the hashed bucket in which the other model looked it up. So the first outputs are, for all rows, those of
-the other model. Optimizers start afresh: neither AdamW's moments nor Adagrad's sums of squares are part of a model, so
-the first steps are as large as in any training; lower learning rates suit few new rows.
+the other model. Optimizers start afresh, so the first steps are as large as in any training.
 """
 
 from __future__ import annotations
@@ -23,7 +22,6 @@ from torch import Tensor, nn
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.layout import TaskOutput
 from mmoe_rec.features.pipeline import FeaturePipeline
-from mmoe_rec.features.vocabulary import VocabularyOwner
 from mmoe_rec.model.int8 import some_in_int8
 from mmoe_rec.model.layout import EmbeddingTable, ModelLayout
 from mmoe_rec.model.mmoe import Towers
@@ -41,16 +39,9 @@ _FREE |= {"balance", "balance_weight", "bias_rate", "z_loss", "ramp_steps"}
 class WarmStart:
     """The weights of an artifact folder, as first weights of a model for features that grew from its own.
 
-    Args:
-        folder: the artifact.
-        structure: the `model` section that it was made with.
-        prepared: the features of the model that is to start.
-        layout: theirs, with what the model that is to start makes of it.
-        settings: the `model` section of the model that is to start.
-
-    Raises:
-        UserError: the model can't be read, or a difference besides new ids keeps its weights from fitting; the first
-            one is named.
+    structure: the `model` section that the artifact was made with; prepared, layout, settings: features, layout and
+    `model` section of the model that is to start. Raises UserError where the model can't be read, or a difference
+    besides new ids keeps its weights from fitting.
     """
 
     def __init__(
@@ -76,13 +67,13 @@ class WarmStart:
             )
         self._known = {table.name: table.rows for table in before.tables}
         # Table -> (rows that are new,) int64 row of the old table that each is a copy of.
-        self._copied = {name: _find_buckets(old.owners[name], owner) for name, owner in new.owners.items()}
+        self._copied = {
+            name: old.owners[name].encode(owner.vocabulary.ids[len(old.owners[name].vocabulary.ids) :])
+            for name, owner in new.owners.items()
+        }
 
     def rows(self, table: EmbeddingTable, first: int, last: int) -> Tensor:
-        """First weights of rows first..last (exclusive) of a table: (last - first, dim) float32.
-
-        Reads these rows and the hashed buckets only, so that each rank may take its own part of a large table.
-        """
+        """First weights of rows first..last (exclusive) of a table: (last - first, dim) float32; reads no others."""
         known = self._known[table.name]
         copied = self._copied.get(table.name, np.empty(0, np.int64))[max(0, first - known) : max(0, last - known)]
         parts = []
@@ -119,10 +110,6 @@ def _weights(folder: Path) -> Iterator[Any]:
             yield weights
     except (OSError, SafetensorError) as error:
         raise UserError(f"the weights of the model in '{folder}' can't be read: {error}") from None
-
-
-def _find_buckets(old: VocabularyOwner, new: VocabularyOwner) -> np.ndarray:
-    return old.encode(new.vocabulary.ids[len(old.vocabulary.ids) :])
 
 
 def _structures(one: Model, other: Model) -> Iterator[str]:
@@ -169,21 +156,18 @@ def _shape(layout: ModelLayout) -> tuple[Any, ...]:
     return tables, layout.ids, layout.dense, tasks
 
 
-# Towers begin at the base rates: a new model predicts for every row what the training rows say on average.
-#
-# From a bias of 0 it predicts .5, and the first steps, in which learning rates rise, are spent getting down: for a
-# label that one row in 200 has, a short training never gets there, and all its probabilities are too high.
+# Towers begin at the base rates: a new model predicts for every row what the training rows say on average. From a bias
+# of 0 a short training never gets down to a label that one row in 200 has.
 
 
 def base_rates(
     manifest: Mapping[str, Any], tasks: Sequence[TaskOutput], weighted: bool, given: bool = False
 ) -> list[float | None]:
-    """Of each task, how often its label is 1 among the training rows in which it is observed, as encoding counted them.
+    """Of each task, how often its label is 1 among the training rows in which it is observed, as encoding counted them;
+    None for a regression, and where no label was observed. Half a row of each class is added, so no rate is 0 or 1.
 
     manifest: that of the features; weighted: rows count by their weight / the rate at which they were sampled, as in
-    the loss; given: by their weight alone. None
-    for a regression, and where no label was observed. Half a row of each class is added, so that no rate is 0 or 1.
-    A task with `given` predicts what holds given that one, and its own label is observed only there.
+    the loss; given: by their weight alone.
     """
     counts = manifest["splits"]["train"]
     rows, positives = ("given_weight", "given_sum") if given else ("observed", "label_sum")
