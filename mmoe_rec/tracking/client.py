@@ -108,6 +108,7 @@ def translate_errors(uri: str, address: str | None = None, anything: bool = Fals
     place = f"MLflow at '{hide_password(uri)}'"
     if uri == os.environ.get("MLFLOW_TRACKING_URI", "").strip():
         place += " (the address in the variable MLFLOW_TRACKING_URI)"
+    refusal = f"'{address}' can't be loaded from {place}" if address else f"{place} refuses"
     try:
         with _quiet():
             yield
@@ -118,8 +119,7 @@ def translate_errors(uri: str, address: str | None = None, anything: bool = Fals
         # 500 is also MLflow's code for whatever has no other one.
         if status == 503 or (status >= 500 and "API request to" in str(error)):
             raise UnreachableError(f"{place} does not answer ({summarise(error)})") from None
-        what = f"'{address}' can't be loaded from {place}" if address else f"{place} refuses"
-        raise UserError(f"{what}: {summarise(error)}") from None
+        raise UserError(f"{refusal}: {summarise(error)}") from None
     except (sqlalchemy.exc.OperationalError, OSError) as error:
         raise UnreachableError(f"{place} can't be used: {summarise(error)}") from None
     except sqlalchemy.exc.SQLAlchemyError as error:
@@ -128,7 +128,7 @@ def translate_errors(uri: str, address: str | None = None, anything: bool = Fals
         if not anything:
             raise
         kind = UnreachableError if re.search("Connect|Timeout", type(error).__name__) else UserError
-        raise kind(f"{place} can't be used: {type(error).__name__}: {summarise(error)}") from None
+        raise kind(f"{refusal}: {type(error).__name__}: {summarise(error)}") from None
 
 
 # What matters in the long errors of requests, urllib3 and SQLAlchemy.

@@ -89,14 +89,8 @@ def fetch_model(address: str, uri: str) -> Path:
         return folder
     _require_store(address, uri)
     mlflow = connect(uri)
-    try:
-        with limit_waiting(FOR_MODELS), translate_errors(uri, address):
-            downloaded = Path(mlflow.artifacts.download_artifacts(artifact_uri=address))
-    except UserError:
-        raise
-    except Exception as error:  # from a storage's client, or because that is not installed
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise UserError(f"'{address}' can't be loaded ({reason})") from None
+    with limit_waiting(FOR_MODELS), translate_errors(uri, address, anything=True):
+        downloaded = Path(mlflow.artifacts.download_artifacts(artifact_uri=address))
     artifact = _find_artifact(downloaded)
     if artifact is None:
         raise UserError(f"'{address}' is not a ranking model: it holds no model.json")

@@ -10,7 +10,7 @@ import contextlib
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
@@ -22,7 +22,7 @@ from mmoe_rec.allocation import freed_memory_kept
 from mmoe_rec.batches.batch import Batch, KeyedIds, make_batch
 from mmoe_rec.batches.encoded_rows import EncodedRows
 from mmoe_rec.batches.order import Position
-from mmoe_rec.batches.reader import OnDemand, Prefetch, TrainingReader
+from mmoe_rec.batches.reader import Prefetch, TrainingReader
 from mmoe_rec.devices import limit_threads
 from mmoe_rec.errors import StoppedError, StopRequest
 from mmoe_rec.features.layout import Layout
@@ -243,8 +243,8 @@ class Trainer:
         if self.result.steps % STEPS_BETWEEN_LOGS:
             self._log(meter)
 
-    def _batches(self, reader: TrainingReader, start: Position, epochs: int) -> Prefetch[Batch] | OnDemand[Batch]:
-        def make() -> Iterator[Batch]:
+    def _batches(self, reader: TrainingReader, start: Position, epochs: int) -> Prefetch[Batch]:
+        def make() -> Generator[Batch, None, None]:
             keyed_jagged = torchrec_installed()
             for rows, position in reader.resume(start, epochs):
                 batch = make_batch(
@@ -252,7 +252,7 @@ class Trainer:
                 )
                 yield batch.pin_memory() if self.device.type == "cuda" else batch
 
-        return OnDemand(make()) if self.device.type == "cpu" else Prefetch(make())
+        return Prefetch(make())
 
     def _step(self, batches: Iterator[Batch], meter: Meter) -> bool | None:
         """Trains on the next batch; whether any rank was asked to stop, None after the last batch."""
@@ -328,8 +328,8 @@ class Trainer:
 
 
 class Meter:
-    """Rows a second of all ranks, the share of time spent waiting for data (on a CPU, making batches too), and the mean
-    loss per task since the last reading.
+    """Rows a second of all ranks, the share of time spent waiting for data, and the mean loss per task since the last
+    reading.
 
     waited, left_out: seconds, the latter spent on something other than training; note: all of it for a progress bar.
     """

@@ -1,10 +1,10 @@
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 
 import pytest
 
 from mmoe_rec.batches import reader
-from mmoe_rec.batches.reader import OnDemand, Prefetch
+from mmoe_rec.batches.reader import Prefetch
 from tests.batches.encoded_files import background_threads
 
 
@@ -22,7 +22,7 @@ class Counter:
         self.made = 0
         self.closed = False
 
-    def items(self) -> Iterator[int]:
+    def items(self) -> Generator[int, None, None]:
         try:
             while True:
                 self.made += 1
@@ -32,8 +32,8 @@ class Counter:
 
 
 def test_items_in_order_then_no_thread() -> None:
-    assert list(Prefetch(iter(range(1000)), depth=3)) == list(range(1000))
-    assert list(Prefetch(iter([]))) == []
+    assert list(Prefetch((each for each in range(1000)), depth=3)) == list(range(1000))
+    assert list(Prefetch(each for each in ())) == []
     assert not background_threads()
 
 
@@ -59,7 +59,7 @@ def test_close_ends_the_thread_and_the_source() -> None:
 
 
 def test_error_of_the_source_comes_after_its_items() -> None:
-    def source() -> Iterator[int]:
+    def source() -> Generator[int, None, None]:
         yield from (1, 2)
         raise KeyError("source")
 
@@ -86,7 +86,7 @@ def test_waited_is_the_time_without_items(monkeypatch: pytest.MonkeyPatch) -> No
     clock = Clock()
     monkeypatch.setattr(reader, "time", clock)
 
-    def slow() -> Iterator[int]:
+    def slow() -> Generator[int, None, None]:
         for item in range(3):
             wait_until(lambda item=item: clock.reads == 2 * item + 1)  # the consumer has begun to wait
             clock.now += 3
@@ -107,30 +107,3 @@ def test_waited_is_the_time_without_items(monkeypatch: pytest.MonkeyPatch) -> No
     next(items)
     assert ready.waited == before
     items.close()
-
-
-def test_on_demand_makes_an_item_when_it_is_asked_for() -> None:
-    counter = Counter()
-    for item in OnDemand(counter.items()):
-        assert counter.made == item
-        assert not background_threads()
-        if item == 3:
-            break
-    assert counter.closed
-    assert list(OnDemand(iter(range(5)))) == list(range(5))
-
-
-def test_on_demand_waits_while_an_item_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = Clock()
-    monkeypatch.setattr(reader, "time", clock)
-
-    def slow() -> Iterator[int]:
-        for item in range(3):
-            clock.now += 3
-            yield item
-        clock.now += 1
-
-    waiting = OnDemand(slow())
-    for _ in waiting:
-        clock.now += 100  # the consumer is busy
-    assert waiting.waited == 3 * 3 + 1
