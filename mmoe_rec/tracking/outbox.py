@@ -48,8 +48,8 @@ class Message:
 class Outbox:
     """The messages of one run. Other processes may send those that wait, too.
 
-    folder: where they wait, made when the first one does; None: nothing waits, and what `send` raises is raised. send:
-    delivers one message. Raises UnreachableError where nobody answers, UserError where the message is refused.
+    folder: where they wait; None: nothing waits, and what `send` raises is raised. send: delivers one message, or
+    raises UnreachableError where nobody answers, UserError where the message is refused.
     """
 
     def __init__(self, folder: Path | None, send: Callable[[Message], None]) -> None:

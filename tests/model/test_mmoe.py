@@ -17,7 +17,7 @@ from mmoe_rec.features.layout import Encoded
 from mmoe_rec.model import tables as tables_module
 from mmoe_rec.model.layout import EmbeddingTable, ModelLayout
 from mmoe_rec.model.mmoe import RankingModel, build_model
-from mmoe_rec.model.tables import INITIAL_DEVIATION, by_name, initial_rows, plain_tables, torchrec_tables
+from mmoe_rec.model.tables import INITIAL_DEVIATION, initial_rows, plain_tables, torchrec_tables
 from mmoe_rec.point_in_time.arrays import Ragged
 from mmoe_rec.settings.model import Model
 from tests.model.examples import (
@@ -191,31 +191,6 @@ def test_the_forward_pass_down_to_its_parts_can_be_traced() -> None:
     assert tables.args[0].args[1] == "ids"
 
 
-DIMS = {each.name: LAYOUT.table(each.table).dim for each in LAYOUT.ids}
-
-
-@pytest.mark.parametrize("longest", [0, 1, 2, 9])
-def test_gradients_equal_those_of_plain_means(longest: int) -> None:
-    """Ids repeated in a row and between rows and inputs, empty rows; inputs all of whose rows have one id."""
-    random = np.random.default_rng(longest)
-    encoded, _ = random_rows(31, longest)
-    history = random.integers(0, longest + 1, 31).astype(np.int32)
-    ids = {**encoded.ids, "tags": Ragged(random.integers(0, 90, 31), np.ones(31, np.int32))}
-    ids["history"] = Ragged(random.integers(0, 5, history.sum()), history)
-    encoded = Encoded(ids, encoded.dense)
-    plain, collection = plain_tables(LAYOUT), torchrec_tables(LAYOUT, "cpu")
-    collection.load_state_dict(plain.state_dict())
-    batch = make_batch(encoded, LAYOUT, torchrec=True)
-    assert batch.ragged == ("history",)
-    ours = plain(make_batch(encoded, LAYOUT, torchrec=False).ids)
-    theirs = by_name(collection(batch.ids), DIMS, batch.ragged, batch.shares)
-    into = {name: torch.randn(each.shape) for name, each in ours.items()}
-    for pooled in (ours, theirs):
-        torch.stack([(pooled[name] * each).sum() for name, each in into.items()]).sum().backward()
-    for one, other in zip(plain.parameters(), collection.parameters(), strict=True):
-        torch.testing.assert_close(one.grad, other.grad, atol=1e-5, rtol=1e-5)
-
-
 def test_first_weights_do_not_depend_on_how_rows_are_divided(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tables_module, "BLOCK_ROWS", 7)
     table = EmbeddingTable("t", 40, 3)
@@ -273,14 +248,6 @@ def test_labels_are_zero_where_unobserved() -> None:
     assert batch.labels.dtype == batch.dense.dtype == torch.float32
     assert batch.position == 40
     assert len(batch) == 11
-
-
-def test_read_only_arrays_are_accepted_without_a_warning(recwarn: pytest.WarningsRecorder) -> None:
-    encoded, labels = random_rows(5)
-    for array in (encoded.dense, labels, encoded.ids["user"]):
-        array.flags.writeable = False  # type: ignore[union-attr]
-    make_batch(encoded, LAYOUT, labels, torchrec=False)
-    assert not recwarn.list
 
 
 def test_what_does_not_fit_the_layout_is_named() -> None:

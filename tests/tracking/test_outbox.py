@@ -100,20 +100,6 @@ def test_what_waits_outlives_the_process(tmp_path: Path, post: Post) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_two_processes_may_send_what_waits(tmp_path: Path, post: Post) -> None:
-    """A second command sends all that waits in its folder, also of a training that is under way."""
-    training = Outbox(tmp_path / "run", post.send)
-    post.away = True
-    for number in range(3):
-        training.put(text(number))
-    post.away = False
-    Outbox(tmp_path / "run", post.send).flush()
-    training.put(text(3))
-    training.flush()
-    assert post.got == ["0", "1", "2", "3"]
-    assert not list(tmp_path.iterdir())
-
-
 def test_what_comes_while_another_process_sends_is_kept(tmp_path: Path, post: Post) -> None:
     training = Outbox(tmp_path / "run", post.send)
     post.away = True

@@ -29,7 +29,6 @@ from tests.training.learnable import (
     TRAINING,
     Trained,
     learnable_rows,
-    scores,
     trained,
     write_prepared,
 )
@@ -124,14 +123,3 @@ def test_predictions_are_those_of_the_whole_log(sampled: Prepared, tmp_path: Pat
     assert predicted == pytest.approx(rate, abs=0.04)
     too_high, _ = mean_prediction(plain, ONE_TASK)
     assert too_high > rate + 0.15
-
-
-def test_validation_has_the_weighted_loss(sampled: Prepared, tmp_path: Path) -> None:
-    found = trained(sampled, tmp_path, sampling_correction="weights")
-    logits, labels = scores(found.model(), sampled)
-    known = ~np.isnan(labels[:, 0])
-    logit, label = logits[known, 0].astype(np.float64), labels[known, 0]
-    weight = np.where(label == 1, 1.0, 1 / RATE)
-    losses = np.logaddexp(0, logit) - label * logit
-    assert found.result.best is not None
-    assert found.result.best.loss["click"] == pytest.approx(np.average(losses, weights=weight), rel=1e-4)

@@ -18,7 +18,6 @@ from mmoe_rec.training.losses import masked_loss
 from tests.model.examples import LAYOUT
 from tests.reference.model import loss as reference_loss
 from tests.training.learnable import GIVEN, MODEL, trained, write_prepared
-from tests.training.resuming import DROPS, STEPS, CrashError, crash, train, weights
 
 TASKS = (
     ModelTask("clicked", "binary", "engagement"),
@@ -155,18 +154,3 @@ def test_weight_decay_leaves_them_alone(prepared: Prepared, tmp_path: Path) -> N
         for name, parameter in trainer.sharded.dense_parameters().items():
             assert decays.pop(id(parameter)) == (0.0 if name == "log_variances" else 0.25)
         assert not decays
-
-
-@pytest.mark.thorough
-def test_a_crash_changes_no_bit(given: Prepared, tmp_path: Path) -> None:
-    whole = train(given, tmp_path / "whole", **ALL)
-    with pytest.raises(CrashError):
-        train(given, tmp_path / "resumed", crash(100), **ALL)
-    resumed = train(given, tmp_path / "resumed", **ALL)
-    assert [step for step, _ in resumed.history] == [step for step, _ in whole.history]
-    assert [found.loss for _, found in resumed.history] == [found.loss for _, found in whole.history]
-    last = [saved_log_variances(tmp_path / name / f"step-{STEPS:08d}") for name in ("whole", "resumed")]
-    assert last[0].all()
-    assert torch.equal(*last)
-    one, other = (weights(given, tmp_path / name, DROPS) for name in ("whole", "resumed"))
-    assert all(torch.equal(weight, one[name]) for name, weight in other.items())

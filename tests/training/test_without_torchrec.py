@@ -88,20 +88,8 @@ def test_candidates_are_ranked(world: World) -> None:
     assert modules == "set()"
 
 
-@pytest.mark.parametrize(
-    ("words", "sentence"),
-    [
-        (
-            ("mmoe_rec", "plan", "--world-size", "2", "--local-world-size", "2"),
-            "a plan needs torchrec and fbgemm, which",
-        ),
-        (
-            ("mmoe_rec", "train", "--training.tables", "fbgemm"),
-            "training.tables is fbgemm, but torchrec and fbgemm are",
-        ),
-    ],
-)
-def test_what_needs_torchrec_says_so_in_one_sentence(world: World, words: tuple[str, ...], sentence: str) -> None:
-    said = command(*words[:2], "--config", world.config, *words[2:], ends_with=2).stderr
-    assert sentence in said
+def test_a_plan_says_so_in_one_sentence(world: World) -> None:
+    words = ("--config", world.config, "--world-size", "2", "--local-world-size", "2")
+    said = command("mmoe_rec", "plan", *words, ends_with=2).stderr
+    assert "a plan needs torchrec and fbgemm, which" in said
     assert "Traceback" not in said
