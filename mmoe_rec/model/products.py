@@ -124,7 +124,7 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, Tensor | None, Tensor | None, None]:
         inputs, weight = ctx.saved_tensors
         to_x, _, to_weight, to_bias, _ = ctx.needs_input_grad
-        gradient, multiply = gradient.contiguous(), by_onednn if ctx.onednn else torch.mm
+        multiply = by_onednn if ctx.onednn else torch.mm
         weights = None
         if to_weight and ctx.onednn and gradient.shape[1] > inputs.shape[1]:
             # oneDNN takes up to twice as long where its result has more rows than columns.
