@@ -12,36 +12,11 @@ from mmoe_rec.preprocessing.prepare import prepare
 from tests.log.small_logs import ALL_KINDS, DAY, START, random_log, schema_of, write_log
 
 
-@pytest.fixture
-def shown(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
-    """What bars write on a terminal."""
-    text = io.StringIO()
-    monkeypatch.setattr(progress, "console", Console(file=text, force_terminal=True, width=100))
-    return text
-
-
-def test_a_step_with_nothing_to_do_shows_no_bar(shown: io.StringIO) -> None:
-    with progress.bar() as bar:
-        done = bar.add_task("encoding", total=2)
-        nothing = bar.add_task("counters and histories", total=0)
-        bar.advance(done, 2)
-    assert bar.finished
-    assert not bar.tasks[nothing].visible
-    assert "100%" in shown.getvalue()
-    assert "counters" not in shown.getvalue()
-    assert " 0%" not in shown.getvalue().splitlines()[-1]
-
-
-def test_a_step_that_knows_no_total_and_one_that_is_hidden_stay_as_they_are(shown: io.StringIO) -> None:
-    with progress.bar() as bar:
-        waiting, silent = bar.add_task("waiting", total=None), bar.add_task("silent", total=3, visible=False)
-        assert bar.tasks[waiting].visible
-        assert not bar.tasks[silent].visible
-    assert "waiting" in shown.getvalue()
-    assert "silent" not in shown.getvalue()
-
-
-def test_a_build_without_counters_and_histories_shows_no_bar_for_them(shown: io.StringIO, tmp_path: Path) -> None:
+def test_a_build_without_counters_and_histories_shows_no_bar_for_them(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    shown = io.StringIO()
+    monkeypatch.setattr(progress, "console", Console(file=shown, force_terminal=True, width=100))
     schema = schema_of({"item": ALL_KINDS["item"]})
     edges = [START, START + 5 * DAY, START + 7 * DAY, None]
     windows = dict(zip(("train", "validation", "test"), pairwise(edges), strict=True))

@@ -276,7 +276,8 @@ class Steps:
     def _run(
         self, function: Callable[[Any], Result], tasks: Sequence[Any], sizes: Sequence[int], what: str
     ) -> Iterator[Result]:
-        if not tasks:
+        if not sum(sizes):  # of 0 of 0 a bar would show 0%, and never an end
+            yield from self._engine.map(function, tasks)
             return
         with bar() as progress:
             task = progress.add_task(what, total=sum(sizes))
