@@ -99,15 +99,9 @@ class Columns(Section):
         "log",
         description="log: a request id is unique in the whole log; user: only within a user, such as 1, 2, 3",
     )
-    time_unit: Literal["s", "ms", "us", "ns"] | None = Field(
-        None, description="unit of an integer `time` column, counted from 1970-01-01 UTC"
-    )
-    sampling_rate: str | None = Field(
-        None, description="column with the probability at which the row was kept when the log was sampled (0 to 1]"
-    )
-    weight: str | None = Field(
-        None, description="column with what the row counts in losses and metrics, such as a survey's weight (above 0)"
-    )
+    time_unit: Literal["s", "ms", "us", "ns"] | None = Field(None, description="unit of integer times since 1970 UTC")
+    sampling_rate: str | None = Field(None, description="column with the rate at which the row was sampled (0 to 1]")
+    weight: str | None = Field(None, description="column with what the row counts in losses and metrics (above 0)")
 
     @property
     def has_user(self) -> bool:
@@ -151,9 +145,7 @@ class Roles(Section):
     user: tuple[str, ...] = Field((), description="columns that describe the user")
     candidate: tuple[str, ...] = Field((), description="columns that describe the candidate")
     context: tuple[str, ...] = Field((), description="columns that describe the request's circumstances")
-    placement: tuple[str, ...] = Field(
-        (), description="columns that describe where a candidate was shown; used in training, absent in serving"
-    )
+    placement: tuple[str, ...] = Field((), description="columns of where a candidate was shown; absent in serving")
 
 
 class EventLog(Section):
@@ -195,9 +187,7 @@ class Task(Section):
     label: str = Field(description="column with the label; null means unobserved")
     kind: Literal["binary", "regression"] = Field("binary", description="binary (labels 0 and 1) or regression")
     observed_when: ObservedWhen | None = Field(None, description="condition for the label to be known")
-    given: str | None = Field(
-        None, description="binary task without which this one cannot happen; both are learnt from all rows (ESMM 2018)"
-    )
+    given: str | None = Field(None, description="binary task without which this one cannot happen (ESMM 2018)")
     matures_after_days: float = Field(
         0.0, ge=0, le=36_500, description="days after the request until the label is final; until then it is unobserved"
     )
@@ -212,9 +202,7 @@ class TaskSettings(Task):
 
     objective: Literal["engagement", "satisfaction"] = Field(description="the objective that the task serves")
     loss_weight: float = Field(1.0, ge=0, description="weight of the task's loss in training")
-    score_weight: float = Field(
-        1.0, ge=0, description="weight in the score exp(sum of weight x log probability); 0 leaves the task out"
-    )
+    score_weight: float = Field(1.0, ge=0, description="weight of log probability in the score; 0 leaves the task out")
 
 
 def outcome_name(given: str, task: str) -> str:

@@ -22,9 +22,7 @@ class Bottom(Section):
 
     units: tuple[Width, ...] = Field((256,), description="widths of the shared bottom's layers; [] leaves it out")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout after each layer of the bottom")
-    piecewise: bool = Field(
-        True, description="encode each number piecewise-linearly between quantiles, so that the model can bend there"
-    )
+    piecewise: bool = Field(True, description="encode each number piecewise-linearly between quantiles")
     cross_layers: int = Field(2, ge=0, le=8, description="DCN-v2 feature crosses on the inputs; 0 leaves them out")
     cross_rank: int = Field(32, ge=1, description="rank of a cross layer's weights")
 
@@ -60,17 +58,13 @@ class Gates(Section):
     serving_top_k: int | None = Field(
         None, ge=1, le=1024, description="experts per row and gate outside training; null is as in training"
     )
-    dropout: float = Field(
-        0.0, ge=0, lt=1, description="probability of leaving an expert out of a gate in training, then renormalised"
-    )
+    dropout: float = Field(0.0, ge=0, lt=1, description="probability of leaving an expert out of a gate in training")
     noise: float = Field(0.0, ge=0, description="standard deviation of noise on the gates' logits in training")
     balance: Literal["none", "loss", "bias"] = Field(
         "none", description="keep loads even by a loss, or by a bias on what is chosen (without a loss)"
     )
     balance_weight: float = Field(0.1, ge=0, description="weight of the balance loss")
-    bias_rate: float = Field(
-        0.03, gt=0, description="change of an expert's bias at each step, at the peak of the learning rate"
-    )
+    bias_rate: float = Field(0.03, gt=0, description="change of an expert's bias a step, at the peak learning rate")
     z_loss: float = Field(0.0, ge=0, description="weight of the router z-loss, on large gate logits")
     ramp_steps: int = Field(1000, ge=1, description="training steps that phase in an expert added under top-k")
 

@@ -31,9 +31,7 @@ class Window(Section):
     """Events that count for a request."""
 
     events: str = Field(description="a name under outcomes.events")
-    within_days: float = Field(
-        gt=0, le=36_500, description="days after the request in which an event counts; 0.02 is half an hour"
-    )
+    within_days: float = Field(gt=0, le=36_500, description="days after the request in which an event counts")
 
     @property
     def microseconds(self) -> int:
@@ -45,9 +43,7 @@ class LabelSource(Window):
     """Where a label, or another column that tells whether one is known, comes from."""
 
     value: str | None = Field(None, description="column of the events with the label; null: 1 if there is an event")
-    combine: Literal["last", "first", "sum", "max"] = Field(
-        "last", description="the label of a row with several events that have a value"
-    )
+    combine: Literal["last", "first", "sum", "max"] = Field("last", description="label of several events with a value")
     otherwise: float | None = Field(0.0, description="the label of a row without one; null where that says nothing")
 
 
@@ -63,9 +59,7 @@ class Outcomes(Section):
     top: int | None = Field(
         None, ge=1, description="only so many best candidates of a request were shown; null with `shown`"
     )
-    rank: str | None = Field(
-        None, description="column of roles.placement that is the rank in the reply, from 1; null with `shown`"
-    )
+    rank: str | None = Field(None, description="placement column with the rank in the reply, from 1; null with `shown`")
     labels: dict[str, LabelSource] = Field(
         default_factory=dict, description="column of a label, or of an observed_when -> the events it comes from"
     )

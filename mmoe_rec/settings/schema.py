@@ -105,9 +105,7 @@ class Remembering(Feature):
     younger = frozenset({"forget_after_days"})
 
     task: str | None = Field(None, description="task whose labels in the interaction log are read")
-    events: str | None = Field(
-        None, description="name of a further log under `data.events` whose rows are read instead"
-    )
+    events: str | None = Field(None, description="name of a further log under `data.events` that is read instead")
     forget_after_days: Days | None = Field(
         None,
         description="what is known of a key is forgotten once nothing new has become known of it for so many days, in "

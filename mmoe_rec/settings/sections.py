@@ -212,9 +212,7 @@ class Data(Section):
         1_048_576, ge=1024, description="rows of a counter or history that each worker holds; bounds memory"
     )
     memory_gib: float = Field(
-        4,
-        ge=0.25,
-        description="memory in which whole logs are joined and grouped, GiB; what is more goes through files",
+        4, ge=0.25, description="GiB in which whole logs are joined; what is more goes through files"
     )
     as_of_days: float = Field(
         0,
@@ -311,15 +309,9 @@ class Evaluation(Section):
         description="which of two models is better: a metric of tasks, as the mean over those with 50 rows of either "
         "label (R2, if there are none), or one of the score, such as score.ndcg_at_10",
     )
-    margin: float = Field(
-        0.005,
-        ge=0,
-        description="AUC, or R2, that a model may lose for any task: the interval of its loss must not reach further",
-    )
+    margin: float = Field(0.005, ge=0, description="AUC, or R2, that a model may lose for any task, with its interval")
     calibration: float = Field(
-        1.25,
-        gt=1,
-        description="factor by which a model's probabilities may be off, unless the other model's are further off",
+        1.25, gt=1, description="factor by which probabilities may be off, unless the other model's are further"
     )
     slices: tuple[str, ...] | None = Field(
         None,
@@ -339,10 +331,7 @@ class Serving(Section):
     )
     max_candidates: int = Field(10_000, ge=1, description="longest candidate list that a request may hold")
     stale_after_days: float | None = Field(
-        7,
-        gt=0,
-        description="replies warn where a request lies this much later than what counters and histories know; null is "
-        "never",
+        7, gt=0, description="days after which replies warn that counters and histories are old; null: never"
     )
     max_total_candidates: int = Field(100_000, ge=1, description="candidates of all elements of a call together")
     max_elements: int = Field(256, ge=1, description="elements of `inputs` in a call")
@@ -350,10 +339,7 @@ class Serving(Section):
     max_body_mib: int = Field(8, ge=1, le=1024, description="largest body of a call, MiB")
     max_depth: int = Field(16, ge=6, le=100, description="deepest nesting of lists and objects in a body")
     max_waiting: int = Field(
-        64,
-        ge=1,
-        description="calls of /invocations at a time in a worker, and as many of /events besides; further ones are "
-        "told to come again",
+        64, ge=1, description="calls of /invocations at a time in a worker, and as many of /events"
     )
     read_seconds: float = Field(10, gt=0, description="time for a caller to send a call, or to take its reply")
     answer_seconds: float = Field(30, gt=0, description="time to answer a call once it has been read")
@@ -369,13 +355,9 @@ class Tracking(Section):
         "sqlite:///mlflow.db",
     )
     experiment: str | None = Field(None, description="MLflow experiment; null takes the settings' `name`")
-    registered_model: str | None = Field(
-        None, description="name in the model registry; null takes the settings' `name`"
-    )
+    registered_model: str | None = Field(None, description="name in the registry; null takes the settings' `name`")
     alias: str = Field("champion", description="alias that a new model gets if it is better than the one that holds it")
-    system_metrics: bool = Field(
-        True, description="log what processors, memory, disk and network do while a model is trained"
-    )
+    system_metrics: bool = Field(True, description="log processors, memory, disk and network while a model is trained")
 
     @property
     def address(self) -> str:
