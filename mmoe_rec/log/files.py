@@ -65,13 +65,10 @@ def find_files(source: str, setting: str = "data.log") -> list[FoundFile]:
     """Parquet files of a folder (also nested), a glob or a single file, sorted by address.
 
     What writers leave behind is left out: `_temporary/...`, `.log.1a2b.tmp/...`, `_metadata.parquet`; a part of a glob
-    that begins with a dot or underscore matches it.
+    that begins with a dot or underscore matches it. setting: that holds `source`, for messages.
 
-    Args:
-        setting: the setting that holds `source`, for messages.
-
-    Raises:
-        UserError: nothing is there, a folder can't be read, a link leads in a circle, or the place can't be reached.
+    Raises UserError where nothing is there, a folder can't be read, a link leads in a circle, or the place can't be
+    reached.
     """
     if is_remote(source):
         files, is_folder = _find_remote(source)
@@ -85,12 +82,8 @@ def find_files(source: str, setting: str = "data.log") -> list[FoundFile]:
 
 
 def find_local(source: str) -> list[Path]:
-    """As `find_files`, of a local path; none where nothing is there.
-
-    Raises:
-        UserError: a folder can't be read, a link leads nowhere or back to a folder that it lies in, or two paths lead
-            to the same file.
-    """
+    """As `find_files`, of a local path; none where nothing is there. Raises UserError where a folder can't be read, a
+    link leads nowhere or back to a folder that it lies in, or two paths lead to the same file."""
     if os.path.isfile(source):
         return [Path(source)]
     folder, parts = split_glob(source)
@@ -206,9 +199,8 @@ def path_values(address: str) -> dict[str, str | None]:
 def open_file(address: str) -> Iterator[pa.NativeFile]:
     """A file as pyarrow reads it; local ones by pyarrow itself, without a memory map.
 
-    Raises:
-        UserError: a remote place can't be reached, now or while the file is read.
-        OSError: the file can't be opened.
+    Raises UserError where a remote place can't be reached, now or while it is read, and OSError for a file that can't
+    be opened.
     """
     if not is_remote(address):
         with pa.OSFile(local_path(address), "rb") as file:

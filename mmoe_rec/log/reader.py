@@ -150,9 +150,7 @@ class LogReader:
 
         noticed: takes note of a bad file and leaves out the rest of its rows, instead of an error.
 
-        Raises:
-            BadFile: a file is damaged, has changed, or holds invalid values.
-            UserError: a remote place can't be reached.
+        Raises BadFile for a damaged, changed or invalid file, and UserError where a remote place can't be reached.
         """
         row, moved, time = part.start, np.empty(0, np.int64), np.empty(0, np.int64)
         if self.first_times is not None:
@@ -225,8 +223,8 @@ def event_rows(table: pa.Table, schema: Schema, name: str) -> LogRows:
 class Log:
     """The files of an interaction log. Opening it reads every file's footer and checks columns and types.
 
-    name: of a log of events, None; found: all files that are there; files: those that were not left out when checked;
-    types: of their columns; reader: reads a part of them.
+    name: of a log of events, else None; found: all files that are there; files: those that can be used; types: of their
+    columns; reader: reads a part of them.
 
     Args:
         source: a folder of Parquet files, one file or a glob; a local path or an fsspec address.
@@ -235,9 +233,8 @@ class Log:
         more: further columns that all files must have, and what they are read as.
         now: microseconds since 1970 UTC; later requests are an error when read. By default a day from now.
 
-    Raises:
-        BadFile: the first file that is unreadable, lacks a column or has another type than most.
-        UserError: there is no log, it has no rows, or it can't be reached.
+    Raises BadFile for the first file that is unreadable, lacks a column or has another type than most, and UserError
+    where there is no log, it has no rows, or it can't be reached.
     """
 
     name: str | None = None

@@ -66,9 +66,7 @@ class Holder:
 
 
 class NewFiles:
-    """The new files of logs. logs: all files; taken: those that the holder knows.
-
-    gone: files that the holder knows and the logs don't have.
+    """The new files of logs. logs: all files; taken: those that the holder knows; gone: those that the logs don't have.
 
     Raises UserError where a file that was taken in has changed, or no new file can be used.
     """
@@ -201,11 +199,8 @@ ANEW = "build the features anew, without --extend"
 
 @dataclass(frozen=True)
 class Extended:
-    """Features after new files were added.
-
-    rows: of the interaction log that were new; new_ids: by feature; gone: files that the features hold and the log
-    does not.
-    """
+    """Features with `files` that were added. rows: new ones of the interaction log; new_ids: by feature; gone: files that
+    the features hold and the log does not."""
 
     prepared: Prepared
     files: int
@@ -217,18 +212,13 @@ class Extended:
 def extend(
     log_source: str, schema: Schema, windows: dict[str, Window], work: Path, options: BuildOptions = DEFAULTS
 ) -> Extended | None:
-    """Adds new files to the features in `work`; None where there are none, and nothing changes.
+    """Adds new files to the features in `work`; None where there are none. After an error they are the old ones.
 
-    The folder is replaced at the end; before that, and after an error, it is the old one.
+    windows: request times [start, end) in microseconds of each split of the new rows.
 
-    Args:
-        windows: request times [start, end) in microseconds of each split. They may differ from those before: they say
-            what becomes of the new rows.
-
-    Raises:
-        UserError: there are no features to extend, or they are of another schema; an old file has changed; new requests
-            are not later than old ones, or in no split; new events may be those of a file that is gone; no new file can
-            be used, or the log can't be read.
+    Raises UserError where there are no features to extend, or they are of another schema; an old file has changed; new
+    requests are not later than old ones, or in no split; new events may be those of a file that is gone; no new file
+    can be used, or the log can't be read.
     """
     require_all(schema, "adding days to features")
     check_apart(log_source, schema, work)

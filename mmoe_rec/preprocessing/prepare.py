@@ -239,13 +239,11 @@ def prepare(
     Features to which days were added stay where files have gone since, as `existing` says; others are built anew, and
     so are those whose memories can't be asked as of all the days that `options` want.
 
-    Args:
-        windows: request times [start, end) in microseconds of each split.
-        going_on: whether a model goes on from the existing features, so that these stay although files are gone.
+    windows: request times [start, end) in microseconds of each split; going_on: whether a model goes on from the
+    existing features, so that these stay although files are gone.
 
-    Raises:
-        UserError: the log can't be read or would take in what is built, a split is empty, a binary task has one class
-            in training, or features would be replaced that hold rows of files that are gone.
+    Raises UserError where the log can't be read or would take in what is built, a split is empty, a binary task has one
+    class in training, or features would be replaced that hold rows of files that are gone.
     """
     check_apart(log_source, schema, work)
     logs = Logs(log_source, schema, options)

@@ -93,15 +93,8 @@ def find_requests(
 
     Nothing is read of a log without a request column, whose requests are rows of one time.
 
-    Args:
-        run: runs tasks.
-        scratch: folder for what is not kept.
-        first_times: file for the rows whose time is not their request's, see `LogReader`.
-        before: folder with the requests of the days before.
-        kept: folder that gets all requests.
-
-    Raises:
-        UserError: the requests of the days before can't be read.
+    run: runs tasks; first_times: file for the rows whose time is not their request's, see `LogReader`; before: folder
+    with the requests of the days before; kept: folder that gets all requests. Raises UserError for a damaged `before`.
     """
     log, options, requests = logs.log, logs.options, Requests()
     columns, split = log.schema.columns, log.schema.split

@@ -70,42 +70,36 @@ class SplitCounts:
                 mine[task] = mine.get(task, 0) + each
 
 
-@dataclass(frozen=True)
-class EncodeJob:
-    """What the tasks of this step share.
+def encode_part(
+    state: Path,
+    windows: Mapping[str, Window],
+    known_by: Mapping[str, int],
+    exchange: ResultExchange,
+    encoded: Path,
+    reader: LogReader,
+    task: tuple[int, LogPart],
+) -> dict[str, SplitCounts]:
+    """Encodes part number `task[0]` of a log into `encoded`/SPLIT/part-NUMBER.parquet, one file for each split.
 
     state: folder of the fitted pipeline; windows: request times [start, end) of each split; known_by: when a split's
-    labels must have matured to count (both in microseconds); results: of counters and histories; encoded: the folder
-    that gets a folder for each split.
+    labels must have matured to count (both in microseconds); exchange: results of counters and histories.
     """
-
-    state: Path
-    windows: Mapping[str, Window]
-    known_by: Mapping[str, int]
-    results: ResultExchange
-    encoded: Path
-
-
-def encode_part(job: EncodeJob, reader: LogReader, task: tuple[int, LogPart]) -> dict[str, SplitCounts]:
-    """Encodes part number `task[0]` of a log into `encoded`/SPLIT/part-NUMBER.parquet, one file for each split."""
     number, part = task
-    pipeline = fitted(job.state)
-    results = ResultReader(job.results, list(pipeline.key_groups))
+    pipeline = fitted(state)
+    results = ResultReader(exchange, list(pipeline.key_groups))
     asked = {name for encoder in pipeline.memory_encoders.values() for name in encoder.result_names}
-    counts = {name: SplitCounts() for name in job.windows}
-    writers = {name: _SplitWriter(job.encoded / name / f"part-{number:05d}.parquet") for name in job.windows}
+    counts = {name: SplitCounts() for name in windows}
+    writers = {name: _SplitWriter(encoded / name / f"part-{number:05d}.parquet") for name in windows}
     row = part.start
     for rows in reader.read(part):
-        for name, window in job.windows.items():
+        for name, window in windows.items():
             wanted = in_window(rows.times(), window)
             if wanted.any():
                 its = results.of(row, wanted)
                 assert asked <= its.keys(), "a memory of this process, which is empty, would be asked in their place"
                 inside = LogRows(rows.filter(wanted).table, rows.schema, its)
-                labels = labels_of(inside, job.known_by[name])
-                counts[name].add(
-                    labels, given_weights(inside), sampling_rates(inside), unmatured(inside, job.known_by[name])
-                )
+                labels, late = labels_of(inside, known_by[name]), unmatured(inside, known_by[name])
+                counts[name].add(labels, given_weights(inside), sampling_rates(inside), late)
                 writers[name].write(encoded_table(pipeline, pipeline.layout, inside, labels))
         row += len(rows)
     for writer in writers.values():

@@ -36,7 +36,7 @@ from mmoe_rec.preprocessing.exchange import DUPLICATES, Blocks, Exchange, Result
 from mmoe_rec.preprocessing.logs import Logs
 from mmoe_rec.preprocessing.look_up import LookUpJob, Partition, fitted, look_up_partition
 from mmoe_rec.preprocessing.requests import Requests, find_requests
-from mmoe_rec.preprocessing.splits import EncodeJob, SplitCounts, encode_part
+from mmoe_rec.preprocessing.splits import SplitCounts, encode_part
 from mmoe_rec.progress import bar
 
 # Fewer rows are done before further processes have started.
@@ -256,10 +256,10 @@ class Steps:
 
         Raises UserError for a file that has changed meanwhile: what was counted of its rows no longer holds.
         """
-        job = EncodeJob(state, self.windows, known_by, self._results, folder)
+        reader = kept_reader(self.scratch, self.logs.log)
         tasks = list(enumerate(self.parts))
         counts = {name: SplitCounts(known_by=known_by[name]) for name in self.windows}
-        function = partial(encode_part, job, kept_reader(self.scratch, self.logs.log))
+        function = partial(encode_part, state, self.windows, known_by, self._results, folder, reader)
         sizes = [part.rows for _, part in tasks]
         for (number, _), part in zip(tasks, self._run(function, tasks, sizes, "encoding"), strict=True):
             for name, each in part.items():

@@ -60,14 +60,8 @@ def taken_by(features: Path) -> Taken | None:
 def advanced(features: Path, last: int, logs: Logs, taken: Taken, out: Path) -> Tables | None:
     """Writes features whose tables go on with the new files of logs into an empty folder; None where none has a row.
 
-    Args:
-        features: of the model.
-        last: microseconds of the last request that its tables know.
-        logs: to be read by the model's schema, with the types of `taken`.
-
-    Raises:
-        UserError: a file has changed that the tables hold, new requests are not later than old ones, new events may be
-            those of a file that is gone, or new files can't be used.
+    features: of the model; last: microseconds of the last request that its tables know; logs: to be read by the model's
+    schema, with the types of `taken`. Raises UserError as `extend`.
     """
     holder = Holder("the model's tables", "the model's tables", ANEW, last)
     files, requests = NewFiles(logs, taken, holder), features / "requests"

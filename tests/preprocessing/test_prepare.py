@@ -60,15 +60,6 @@ def _encoded(prepared: Prepared, split: str) -> tuple[Encoded, pa.Table]:
     return Encoded.from_arrow(table, prepared.layout), table
 
 
-def test_every_encoded_file_is_flushed_while_others_are_encoded(tmp_path, small_pieces, monkeypatch):
-    flushed: list[str] = []
-    monkeypatch.setattr(steps, "flush_files", lambda paths: flushed.extend(f"{p.parent.name}/{p.name}" for p in paths))
-    log_folder = write_log(tmp_path / "log", *_cut(random_log(5, rows=500), 200, 400))
-    prepared = prepare(str(log_folder), SCHEMA, WINDOWS, tmp_path / "work")
-    written = (prepared.folder / "encoded").glob("*/*.parquet")
-    assert sorted(flushed) == sorted(f"{path.parent.name}/{path.name}" for path in written)
-
-
 @pytest.mark.parametrize("strings", [False, True])
 @pytest.mark.parametrize("rows_in_memory", [25, 200, 10**6])
 def test_partitions_stretches_and_blocks_change_no_bit(tmp_path, small_pieces, strings, rows_in_memory):

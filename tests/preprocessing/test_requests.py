@@ -1,6 +1,5 @@
 """One request has one time, its first, wherever its rows lie; a request of several users is refused."""
 
-import pickle
 import re
 import shutil
 from pathlib import Path
@@ -11,11 +10,8 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from sklearn.metrics import roc_auc_score
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.log.columns import UTC_MICROSECONDS
-from mmoe_rec.preprocessing import steps
 from mmoe_rec.preprocessing.extend import extend
 from mmoe_rec.preprocessing.logs import DEFAULTS, BuildOptions, Logs
 from mmoe_rec.preprocessing.prepare import Prepared, encode_with, existing, prepare
@@ -61,31 +57,6 @@ def _build(folder: Path, *tables: pa.Table, schema: Schema = SCHEMA, **options: 
 
 def _encoded_and_state(prepared: Prepared) -> dict[str, bytes]:
     return files_of(prepared.folder / "encoded") | files_of(prepared.serving)
-
-
-def test_recency_alone_says_nothing_of_random_clicks(tmp_path: Path) -> None:
-    """With one click a request, a row that sees its own request's clicks knows that it has none."""
-    rng, count, size = np.random.default_rng(0), 1500, 4
-    request = np.repeat(np.arange(count), size)
-    clicked = np.zeros((count, size))
-    clicked[np.arange(count), rng.integers(0, size, count)] = 1
-    start = START + np.repeat(rng.integers(0, 10 * DAY, count), size)
-    table = pa.table(
-        {
-            "user": rng.integers(0, 40, count)[request],
-            "item": rng.permuted(np.tile(np.arange(20), (count, 1)), axis=1)[:, :size].ravel(),
-            "request": request,
-            "time": pa.array(start + np.tile(np.arange(size), count) * 1_000_000).cast(UTC_MICROSECONDS),
-            "click": clicked.ravel(),
-        }
-    )
-    features = {"recency": {"kind": "counter", "task": "click", "by": ["user"], "outputs": ["recency"]}}
-    tasks = {"click": {"label": "click", "objective": "engagement"}}
-    prepared = _build(tmp_path, table, schema=schema_of(features, columns=COLUMNS, tasks=tasks, roles={}))
-    rows = pq.read_table(prepared.split("test"), columns=["dense.recency_recency", "label.click"])
-    recency, label = (column.to_numpy() for column in rows.columns)
-    assert abs(roc_auc_score(label, recency) - 0.5) < 0.05
-    assert prepared.manifest["requests"] | {"several_times": count} == prepared.manifest["requests"]
 
 
 @pytest.mark.parametrize(("workers", "rows_in_memory", "rows"), [(1, 20, 37), (2, 150, 11), (1, 10**6, 400)])
@@ -207,18 +178,6 @@ def test_without_a_request_column_there_is_nothing_to_find(tmp_path: Path) -> No
     prepared = _build(tmp_path, random_log(3), schema=schema_of(ALL_KINDS))
     assert prepared.manifest["requests"] is None
     assert not (prepared.folder / "requests").exists()
-
-
-def test_the_reader_is_small_and_goes_to_other_processes(tmp_path: Path) -> None:
-    table = with_requests(random_log(3))
-    logs = Logs(str(write_log(tmp_path / "log", *_cut(table, 100))), SCHEMA, BuildOptions())
-    with steps.Steps(logs, WINDOWS, tmp_path / "scratch") as build:
-        build.count(statistics=False)
-        sent = pickle.dumps(steps.kept_reader(tmp_path / "scratch", build.logs.log))
-        assert len(sent) < 5_000
-        reader = pickle.loads(sent)
-        times = np.concatenate([rows.times() for part in logs.log.parts(80) for rows in reader.read(part)])
-    np.testing.assert_array_equal(times, times_of(_with_first_times(table)))
 
 
 class _Days:
