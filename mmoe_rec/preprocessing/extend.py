@@ -199,8 +199,8 @@ ANEW = "build the features anew, without --extend"
 
 @dataclass(frozen=True)
 class Extended:
-    """Features with `files` that were added. rows: new ones of the interaction log; new_ids: by feature; gone: files that
-    the features hold and the log does not."""
+    """Features with `files` that were added. rows: new ones of the interaction log; new_ids: by feature; gone: files
+    that the features hold and the log does not."""
 
     prepared: Prepared
     files: int
