@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import io
+import json
 from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -32,3 +35,13 @@ def refuse(capsys: pytest.CaptureFixture, *words: object) -> str:
     assert "Traceback" not in told
     (sentence,) = [line for line in told.splitlines() if line.startswith("error: ")]
     return sentence
+
+
+def read_metrics(folder: Path) -> dict[str, Any]:
+    """`metrics.json` of an evaluation, by the letter of the JSON standard."""
+
+    def forbid(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    metrics: dict[str, Any] = json.loads((folder / "metrics.json").read_text(), parse_constant=forbid)
+    return metrics

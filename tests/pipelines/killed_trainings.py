@@ -22,24 +22,16 @@ class Training:
 
     log: Path
     work: Path
-    options: tuple[str, ...] = ()
 
     @property
     def command(self) -> list[str]:
         """The same before and after a kill."""
         command = ["mmoe_rec", "train", "--config", CONFIG, "--resume"]
         command += ["--data.log", str(self.log), "--data.work", str(self.work)]
-        command += ["--tracking.uri", f"sqlite:///{self.work}/mlflow.db", "--training.batch_size", "64"]
-        return [
-            *command,
-            "--training.precision=fp32",
-            "--training.products=blas",
-            "--training.tables=fbgemm",
-            "--training.threads=1",
-            "--training.checkpoint_steps",
-            "20",
-            *self.options,
-        ]
+        command += ["--tracking.uri", f"sqlite:///{self.work}/mlflow.db"]
+        same = {"precision": "fp32", "products": "blas", "tables": "fbgemm", "threads": 1}
+        training = same | {"batch_size": 64, "checkpoint_steps": 20}
+        return [*command, *(f"--training.{name}={value}" for name, value in training.items())]
 
     def prepare(self, features: Path) -> None:
         """An empty folder but for the features."""

@@ -25,20 +25,18 @@ def config(tmp_path: Path) -> Path:
     return config
 
 
-def test_a_bad_file_ends_the_command_unless_it_is_to_be_skipped(config: Path, capsys: pytest.CaptureFixture) -> None:
-    with pytest.raises(SystemExit):
-        commands.run("features", "--config", str(config))
-    assert "x-cut.parquet' is not a readable Parquet file" in capsys.readouterr().err
+def test_bad_files_end_the_command_unless_they_are_to_be_skipped(config: Path, capsys: pytest.CaptureFixture) -> None:
+    """What was left out is said, and is in the report and in MLflow."""
+    told = commands.refuse(capsys, "features", "--config", config)
+    assert "x-cut.parquet' is not a readable Parquet file" in told
     assert not (config.parent / "work" / "features").exists()
-    commands.run("features", "--config", str(config), "--skip-bad-files")
+    options = ["--config", config, "--skip-bad-files"]
+    commands.run("features", *options)
     said = capsys.readouterr().out
     assert "left out: '" in said
     assert "x-cut.parquet" in said
     assert "y-text.parquet': column 'price' must hold numbers, found string" in said
 
-
-def test_what_was_left_out_is_in_the_report_and_in_mlflow(config: Path) -> None:
-    options = ["--config", str(config), "--skip-bad-files"]
     commands.run("inspect", *options)
     report = config.parent / "work" / "inspection"
     listed = json.loads((report / "health.json").read_text())["overview"]["left_out"]
@@ -53,6 +51,7 @@ def test_what_was_left_out_is_in_the_report_and_in_mlflow(config: Path) -> None:
     assert manifest["left_out"] == listed
 
 
+@pytest.mark.thorough
 def test_an_evaluation_says_what_it_leaves_out(config: Path, capsys: pytest.CaptureFixture) -> None:
     """Its rows are encoded anew, for want of features in another folder; the training's metrics stay."""
     second = config.parent / "log" / "b.parquet"

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mmoe_rec.batches.encoded_rows import EncodedRows
-from mmoe_rec.evaluation.scoring import ScoredRows, score_rows
+from mmoe_rec.evaluation.scoring import score_rows
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.jobs import train as steps
 from mmoe_rec.model.score import UNCALIBRATED, Calibration
@@ -17,6 +17,8 @@ from mmoe_rec.settings.load import load_settings
 from mmoe_rec.tracking import registry
 from tests.commands import run
 from tests.pipelines.learnable_log import settings_tree, write_files
+
+pytestmark = pytest.mark.thorough
 
 
 @dataclass(frozen=True)
@@ -27,11 +29,13 @@ class World:
     config: Path
     ranker: Ranker
 
-    def validation_rows(self, calibration: Calibration) -> ScoredRows:
-        """The rows that the calibration was fitted on."""
+    def sums(self, split: str, calibration: Calibration) -> tuple[np.ndarray, np.ndarray]:
+        """Sums of predictions and of labels of each task's observed rows."""
         layout = self.ranker.layout
-        rows = EncodedRows(Prepared(self.folder / "work" / "features").split("validation"), layout)
-        return score_rows(self.ranker.model, layout, rows, 1000, calibration=calibration)
+        rows = EncodedRows(Prepared(self.folder / "work" / "features").split(split), layout)
+        scored = score_rows(self.ranker.model, layout, rows, 1000, calibration=calibration)
+        known = ~np.isnan(scored.labels)
+        return np.where(known, scored.predictions, 0).sum(0), np.where(known, scored.labels, 0).sum(0)
 
 
 @pytest.fixture(scope="module")
@@ -43,21 +47,12 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     return World(folder, config, Ranker.load(folder / "work" / "model"))
 
 
-def sums(scored: ScoredRows) -> tuple[np.ndarray, np.ndarray]:
-    """Sums of predictions and of labels of each task's observed rows."""
-    known = ~np.isnan(scored.labels)
-    return np.where(known, scored.predictions, 0).sum(0), np.where(known, scored.labels, 0).sum(0)
-
-
 def test_validation_rows_are_predicted_right_on_average(world: World) -> None:
     assert list(world.ranker.calibration.tasks) == ["click", "liked"]
-    predicted, observed = sums(world.validation_rows(world.ranker.calibration))
+    predicted, observed = world.sums("validation", world.ranker.calibration)
     np.testing.assert_allclose(predicted, observed, rtol=1e-4)
-    before, _ = sums(world.validation_rows(UNCALIBRATED))
+    before, _ = world.sums("validation", UNCALIBRATED)
     assert (np.abs(before / observed - 1) > 2e-4).all()
-
-
-def test_the_registered_model_is_calibrated(world: World) -> None:
     uri = f"sqlite:///{world.folder / 'mlflow.db'}"
     registered = Ranker.load(registry.fetch_model("models:/learnable@champion", uri))
     assert registered.calibration == world.ranker.calibration
@@ -66,12 +61,7 @@ def test_the_registered_model_is_calibrated(world: World) -> None:
 def test_evaluation_measures_calibrated_predictions(world: World) -> None:
     run("evaluate", "--config", str(world.config), "--model", "models:/learnable@champion")
     found = json.loads((world.folder / "work" / "evaluation" / "metrics.json").read_text())["tasks"]
-    layout = world.ranker.layout
-    rows = EncodedRows(Prepared(world.folder / "work" / "features").split("test"), layout)
-    calibrated, plain = (
-        np.divide(*sums(score_rows(world.ranker.model, layout, rows, 1000, calibration=each)))
-        for each in (world.ranker.calibration, UNCALIBRATED)
-    )
+    calibrated, plain = (np.divide(*world.sums("test", each)) for each in (world.ranker.calibration, UNCALIBRATED))
     for index, task in enumerate(("click", "liked")):
         assert found[task]["calibration"]["value"] == pytest.approx(calibrated[index], rel=1e-5)
         assert calibrated[index] != pytest.approx(plain[index], rel=1e-4)

@@ -24,7 +24,7 @@ from mmoe_rec.evaluation import scoring
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.settings.load import load_settings
 from mmoe_rec.tracking import registry
-from tests.commands import refuse, run, run_and_read
+from tests.commands import read_metrics, refuse, run, run_and_read
 from tests.fork_server import run_command
 from tests.pipelines.learnable_log import START, learnable_log, settings_tree, write_files
 
@@ -81,16 +81,6 @@ def two_ranks(world: World) -> World:
     done = run_command(*ranks, "-m", "mmoe_rec", "train", "--config", str(config))
     assert done.returncode == 0, done.stderr
     return World(folder, config, done.stdout)
-
-
-def metrics(path: Path) -> dict[str, Any]:
-    """metrics.json, read by the letter of the JSON standard."""
-
-    def forbidden(constant: str) -> None:
-        raise AssertionError(f"{constant} is no JSON")
-
-    found: dict[str, Any] = json.loads((path / "metrics.json").read_text(), parse_constant=forbidden)
-    return found
 
 
 def files(folder: Path) -> dict[Path, int]:
@@ -176,7 +166,7 @@ def evaluated(world: World) -> Path:
 
 
 def test_metrics_have_intervals_and_are_those_of_the_test_rows(world: World, evaluated: Path) -> None:
-    found = metrics(evaluated)
+    found = read_metrics(evaluated)
     split = json.loads((world.folder / "work" / "features" / "manifest.json").read_text())["splits"]["test"]
     assert found["rows"] == split["rows"]
     assert found["tasks"]["liked"]["rows"] == split["observed"]["liked"]
@@ -207,8 +197,8 @@ def test_rankings_are_measured_by_the_weights_of_the_command(
     assert by_id.startswith("models:/m-")
     for out, address in (("one", "models:/learnable/latest"), ("two", by_id)):
         run("evaluate", "--config", world.config, "--model", address, "--out", tmp_path / out, *options)
-    found, before = metrics(tmp_path / "one"), metrics(evaluated)
-    assert metrics(tmp_path / "two") == found
+    found, before = read_metrics(tmp_path / "one"), read_metrics(evaluated)
+    assert read_metrics(tmp_path / "two") == found
     assert found["relevance_weights"] == weights
     assert found["score_weights"] == before["score_weights"] == before["relevance_weights"] == {"click": 1, "liked": 1}
     assert found["tasks"] == before["tasks"]
@@ -240,7 +230,7 @@ def test_a_task_without_a_known_label_is_evaluated_without_a_figure(
     words = ["--config", world.config, "--model", world.artifact, "--out", out]
     run("evaluate", *words, "--data.log", tmp_path / "log")
     assert {each.name for each in out.glob("*.png")} == {"calibration_click.png"}
-    assert metrics(out)["tasks"]["liked"]["rows"] == 0
+    assert read_metrics(out)["tasks"]["liked"]["rows"] == 0
     assert "liked: No row has an observed label" in capsys.readouterr().out
 
 
@@ -268,23 +258,25 @@ def test_rows_that_are_encoded_anew_give_the_same_metrics(
 # Refusals
 
 
-@pytest.mark.parametrize("command", ["features", "train", "evaluate"])
+MISTAKES = [
+    (["--model.expert", "3"], "'model.expert'; did you mean 'experts'?"),
+    (["--training.batch_size", "many"], "training.batch_size"),
+    (["extra"], "'extra' is not a setting"),
+    (["--config", "none.yaml"], "none.yaml' does not exist"),
+    (["--data.log", "no/such/log"], "the log 'no/such/log' does not exist; set `data.log`"),
+    (["--split.validation_end", "2030-01-01"], "the test split is empty"),
+]
+
+
 @pytest.mark.parametrize(
-    ("words", "sentence"),
-    [
-        (["--model.expert", "3"], "'model.expert'; did you mean 'experts'?"),
-        (["--training.batch_size", "many"], "training.batch_size"),
-        (["extra"], "'extra' is not a setting"),
-        (["--config", "none.yaml"], "none.yaml' does not exist"),
-        (["--data.log", "no/such/log"], "the log 'no/such/log' does not exist; set `data.log`"),
-        (["--split.validation_end", "2030-01-01"], "the test split is empty"),
-    ],
+    ("command", "words", "sentence"),
+    # Features are built where a split is empty.
+    [("features", *each) for each in MISTAKES[:-1]]
+    + [(command, *each) for command in ("train", "evaluate") for each in MISTAKES],
 )
 def test_wrong_settings_are_refused(
     world: World, capsys: pytest.CaptureFixture, tmp_path: Path, command: str, words: list[str], sentence: str
 ) -> None:
-    if command == "features" and "split" in words[0]:
-        pytest.skip("features are built all the same")
     model = ["--model", world.artifact] if command == "evaluate" else []
     own = ["--config", world.config, "--data.work", tmp_path / "work"]
     assert sentence in refuse(capsys, command, *own, *model, *words)

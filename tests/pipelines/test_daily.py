@@ -17,6 +17,7 @@ from tests.pipelines.learnable_log import START, learnable_log, settings_tree
 from tests.pipelines.short_trainings import RATES, SMALL
 
 
+@pytest.mark.thorough
 def test_new_days_are_trained_on_and_the_better_model_holds_the_alias(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -24,8 +25,8 @@ def test_new_days_are_trained_on_and_the_better_model_holds_the_alias(
     is_new = log["time"].to_numpy() >= START + np.timedelta64(7, "D")
     (tmp_path / "log").mkdir()
     pq.write_table(log.filter(pa.array(~is_new)), tmp_path / "log" / "first.parquet")
-    split = {"train_end": "2024-03-05", "validation_end": "2024-03-06"}
     config, uri = tmp_path / "settings.yaml", f"sqlite:///{tmp_path / 'mlflow.db'}"
+    split = {"train_end": "2024-03-05", "validation_end": "2024-03-06"}
     tree = settings_tree(tmp_path, split=split, training=SMALL | RATES)
     config.write_text(yaml.safe_dump(tree, sort_keys=False), encoding="utf-8")
     words = ["--config", str(config), "--split.train_end", "2024-03-09", "--split.validation_end", "2024-03-10"]

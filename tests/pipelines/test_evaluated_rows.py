@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 import mlflow
 import numpy as np
@@ -12,7 +10,7 @@ import pandas as pd
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from tests.commands import run
+from tests.commands import read_metrics, refuse, run
 from tests.pipelines.short_trainings import World
 from tests.report.parsed import Page
 
@@ -26,13 +24,11 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     return world
 
 
-def evaluated(world: World, *words: str) -> None:
-    run("evaluate", "--config", str(world.folder / "first.yaml"), "--model", "models:/learnable@champion", *words)
-
-
-def found(folder: Path) -> dict[str, Any]:
-    summary: dict[str, Any] = json.loads((folder / "metrics.json").read_text())
-    return summary
+def evaluated(world: World, *words: object) -> str:
+    """The words of the page of an evaluation."""
+    run("evaluate", "--config", world.folder / "first.yaml", "--model", "models:/learnable@champion", *words)
+    out = world.folder / "work" / ("evaluation_validation" if "validation" in words else "evaluation")
+    return " ".join(Page((out / "report.html").read_text(encoding="utf-8")).words.split())
 
 
 @pytest.mark.parametrize("split", ["test", "validation"])
@@ -42,7 +38,7 @@ def test_the_rows_of_a_split_with_their_predictions(
     """Beside scikit-learn, and beside what `metrics` makes of the rows."""
     evaluated(world, "--split", split, "--predictions", str(tmp_path / "rows"))
     assert f"predictions: {tmp_path / 'rows' / 'rows.parquet'}" in capsys.readouterr().out
-    mine = found(world.folder / "work" / ("evaluation" if split == "test" else "evaluation_validation"))
+    mine = read_metrics(world.folder / "work" / ("evaluation" if split == "test" else "evaluation_validation"))
     rows = pd.read_parquet(tmp_path / "rows")
     encoded = pd.read_parquet(world.folder / "work" / "features" / "encoded" / split)
     assert len(rows) == len(encoded) == mine["rows"]
@@ -53,7 +49,7 @@ def test_the_rows_of_a_split_with_their_predictions(
         assert mine["tasks"][task]["auc"]["value"] == pytest.approx(area, abs=1e-9)
     words = ["--config", str(world.folder / "first.yaml"), "--predictions", str(tmp_path / "rows")]
     run("metrics", *words, "--out", str(tmp_path / "out"))  # though the log calls its candidates otherwise
-    theirs = found(tmp_path / "out")
+    theirs = read_metrics(tmp_path / "out")
     for task in ("click", "liked"):
         for name in ("auc", "gauc_request", "logloss", "ndcg_at_5"):
             assert theirs["tasks"][task][name] == pytest.approx(mine["tasks"][task][name], abs=1e-6)
@@ -61,19 +57,19 @@ def test_the_rows_of_a_split_with_their_predictions(
 
 
 def test_validation_rows_have_charts_of_their_own(world: World) -> None:
-    evaluated(world)
+    words = evaluated(world)
+    assert "What the model has learnt of where candidates are shown" in words
+    assert "odds of click" in words
     before = world_metrics(world)
-    evaluated(world, "--split", "validation")
-    after = world_metrics(world)
-    assert {name for name in after if name.startswith("test/")} == {name for name in before if name.startswith("test/")}
-    mine = found(world.folder / "work" / "evaluation_validation")["tasks"]["click"]["auc"]
-    assert after["validation_rows/click.auc"] == pytest.approx(mine["value"])
-    assert after["validation_rows/intervals/click.auc.low"] == pytest.approx(mine["low"])
-    page = Page((world.folder / "work" / "evaluation_validation" / "report.html").read_text(encoding="utf-8"))
-    words = " ".join(page.words.split())
+    words = evaluated(world, "--split", "validation")
     assert "on validation rows" in words
     assert "from 2024-03-06 00:00 UTC to 2024-03-08 00:00 UTC" in words
     assert "it looks better on them than on others" in words
+    after = world_metrics(world)
+    assert {name for name in after if name.startswith("test/")} == {name for name in before if name.startswith("test/")}
+    mine = read_metrics(world.folder / "work" / "evaluation_validation")["tasks"]["click"]["auc"]
+    assert after["validation_rows/click.auc"] == pytest.approx(mine["value"])
+    assert after["validation_rows/intervals/click.auc.low"] == pytest.approx(mine["low"])
 
 
 def world_metrics(world: World) -> dict[str, float]:
@@ -90,15 +86,6 @@ def test_a_folder_of_other_files_is_left_alone(world: World, tmp_path: Path, cap
         (tmp_path, "holds other files, such as 'mine.parquet'"),
         (tmp_path / "mine.parquet", "is a f"),
     ):
-        with pytest.raises(SystemExit):
-            evaluated(world, "--predictions", str(folder))
-        assert told in capsys.readouterr().err
+        words = ["--config", world.folder / "first.yaml", "--model", "models:/learnable@champion"]
+        assert told in refuse(capsys, "evaluate", *words, "--predictions", folder)
     assert [each.name for each in tmp_path.iterdir()] == ["mine.parquet"]
-
-
-def test_the_page_tells_of_placement(world: World) -> None:
-    evaluated(world)
-    page = Page((world.folder / "work" / "evaluation" / "report.html").read_text(encoding="utf-8"))
-    words = " ".join(page.words.split())
-    assert "What the model has learnt of where candidates are shown" in words
-    assert "odds of click" in words

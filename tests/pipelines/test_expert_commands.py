@@ -15,7 +15,7 @@ from mmoe_rec.evaluation.intervals import Interval
 from mmoe_rec.inference.artifact import read_artifact
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.jobs.experts import table_of
-from tests.commands import run
+from tests.commands import refuse, run
 from tests.pipelines.learnable_log import settings_tree, write_files
 
 pytestmark = pytest.mark.thorough
@@ -90,30 +90,22 @@ def test_removing_and_masking_agree(soft: Path) -> None:
 def test_a_wrong_edit_ends_in_a_sentence(
     soft: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
-    with pytest.raises(SystemExit):
-        edit(soft, *arguments)
-    assert message in capsys.readouterr().err
+    model = soft.parent / "work" / "model"
+    assert message in refuse(capsys, "edit-experts", "--config", soft, "--model", model, *arguments)
 
 
-def test_an_edited_model_replaces_nothing_but_a_model(
+def test_what_is_no_model_is_neither_edited_nor_replaced(
     soft: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(SystemExit):
-        edit(soft, "--mask", "0", "--out", str(tmp_path))
-    assert "exists and holds no model" in capsys.readouterr().err
+    words = ["edit-experts", "--config", soft, "--mask", "0", "--model"]
+    told = refuse(capsys, *words, soft.parent / "work" / "model", "--out", tmp_path)
+    assert "exists and holds no model" in told
     assert (tmp_path / "thesis.txt").exists()
-
-
-def test_an_edit_of_damaged_weights_ends_in_a_sentence(
-    soft: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    damaged = tmp_path / "model"
-    shutil.copytree(soft.parent / "work" / "model", damaged)
+    damaged = shutil.copytree(soft.parent / "work" / "model", tmp_path / "model")
     (damaged / "weights.safetensors").write_bytes(b"\0" * 40)
-    with pytest.raises(SystemExit):
-        run("edit-experts", "--config", str(soft), "--model", str(damaged), "--mask", "0")
-    assert "is not as it was written: 'weights.safetensors' has 40 bytes instead of" in capsys.readouterr().err
+    told = refuse(capsys, *words, damaged)
+    assert "is not as it was written: 'weights.safetensors' has 40 bytes instead of" in told
 
 
 def test_fewer_experts_have_a_row_each(
@@ -132,9 +124,7 @@ def test_fewer_experts_have_a_row_each(
     assert areas[numbers.index(2)] == pytest.approx(whole["tasks"]["click"]["auc"]["value"], abs=1e-9)
     assert all(each["milliseconds"] > 0 for each in measured)
     assert f"{areas[0]:.4f} ±" in capsys.readouterr().out
-    with pytest.raises(SystemExit):
-        run(*words, 9)
-    assert "--experts-per-row names 9, and a gate of the model sees 4 experts" in capsys.readouterr().err
+    assert "--experts-per-row names 9, and a gate of the model sees 4 experts" in refuse(capsys, *words, 9)
 
 
 def test_the_table_shows_what_is_undefined() -> None:

@@ -37,15 +37,6 @@ def run(small: SmallModel, out: Path, *words: str) -> dict[str, Any]:
     return found
 
 
-def refused(capsys: pytest.CaptureFixture, *words: str) -> str:
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as ended:
-        commands.run("export", *list(words))
-    assert ended.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    return line
-
-
 def on_test_rows(small: SmallModel, folder: Path) -> ScoredRows:
     ranker = Ranker.load(folder)
     return score_rows(ranker.model, ranker.layout, EncodedRows(small.prepared.split("test"), ranker.layout), 100)
@@ -103,8 +94,8 @@ def test_an_export_is_replaced_and_nothing_else_is(
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("mine")
     words = ("--model", str(small.folder), "--int8", "--out")
-    assert "holds something else than an export" in refused(capsys, *words, str(tmp_path / "mine"))
-    assert "holds the model that is exported" in refused(capsys, *words, str(small.folder))
+    assert "holds something else than an export" in commands.refuse(capsys, "export", *words, str(tmp_path / "mine"))
+    assert "holds the model that is exported" in commands.refuse(capsys, "export", *words, str(small.folder))
 
 
 def test_a_failure_leaves_what_was_there(small: SmallModel, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -116,7 +107,7 @@ def test_a_failure_leaves_what_was_there(small: SmallModel, tmp_path: Path, caps
     weights["mixture.levels.0.experts.0.layers.0.weight"][1] = float("nan")
     save_file(weights, broken / "weights.safetensors")
     write_manifest(broken)
-    told = refused(capsys, "--model", str(broken), "--int8", "--out", str(out))
+    told = commands.refuse(capsys, "export", "--model", str(broken), "--int8", "--out", str(out))
     assert told.startswith("error: ")
     assert {file: file.read_bytes() for file in out.rglob("*") if file.is_file()} == before
     assert [file.name for file in tmp_path.iterdir() if file.name.endswith(".tmp")] == []
@@ -135,4 +126,4 @@ def test_a_failure_leaves_what_was_there(small: SmallModel, tmp_path: Path, caps
     ],
 )
 def test_mistakes_are_told(tmp_path: Path, capsys: pytest.CaptureFixture, words: tuple[str, ...], told: str) -> None:
-    assert told in refused(capsys, "--model", "no/model", "--out", str(tmp_path / "out"), *words)
+    assert told in commands.refuse(capsys, "export", "--model", "no/model", "--out", str(tmp_path / "out"), *words)

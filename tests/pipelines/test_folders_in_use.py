@@ -15,7 +15,7 @@ from mmoe_rec.jobs.evaluate import evaluate_model
 from mmoe_rec.jobs.places import features_in_use
 from mmoe_rec.locks import lock_file, reading, writing
 from mmoe_rec.settings.load import load_settings
-from tests.commands import run
+from tests.commands import refuse, run
 from tests.pipelines.short_trainings import World
 
 
@@ -36,13 +36,8 @@ def world(template: World, monkeypatch: pytest.MonkeyPatch) -> World:
     return template
 
 
-def refused(capsys: pytest.CaptureFixture, command: str, world: World, *words: str, day: str = "first") -> str:
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as ended:
-        run(command, "--config", str(world.folder / f"{day}.yaml"), *words)
-    assert ended.value.code == 2
-    (line,) = [each for each in capsys.readouterr().err.splitlines() if each.startswith("error: ")]
-    return line
+def refused(capsys: pytest.CaptureFixture, command: str, world: World, *words: object, day: str = "first") -> str:
+    return refuse(capsys, command, "--config", world.folder / f"{day}.yaml", *words)
 
 
 def content(folder: Path) -> dict[Path, bytes]:
@@ -110,12 +105,7 @@ def test_whoever_reads_features_says_so(world: World, monkeypatch: pytest.Monkey
     model = ["--model", str(world.folder / "work" / "model"), "--out", str(tmp_path / "out")]
     config = ["--config", str(world.folder / "first.yaml")]
     search = ["--tuning.search", '{"training.learning_rate": {"low": 0.1, "high": 0.2}}']
-    others: list[tuple[str, list[str]]] = [
-        ("evaluate", model),
-        ("inspect", []),
-        ("tune", search),
-    ]
-    for command, words in others:
+    for command, words in (("evaluate", model), ("inspect", []), ("tune", search)):
         with pytest.raises(ReadError):
             run(command, *config, *words)
     assert len(seen) == 3

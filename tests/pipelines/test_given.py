@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,17 @@ import pytest
 import yaml
 from sklearn.metrics import log_loss, roc_auc_score
 
+from mmoe_rec.batches.batch import make_batch
+from mmoe_rec.batches.encoded_rows import EncodedRows
+from mmoe_rec.evaluation.scoring import score_rows
 from mmoe_rec.inference.ranker import Ranker
-from tests.commands import run
+from mmoe_rec.jobs.train import _calibrate
+from mmoe_rec.preprocessing.prepare import Prepared
+from mmoe_rec.settings.load import load_settings
+from tests.commands import read_metrics, run
 from tests.pipelines.learnable_log import learnable_log, settings_tree
+
+pytestmark = pytest.mark.thorough
 
 RATE = 0.5  # of rows without a click
 
@@ -41,18 +48,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def evaluated(folder: Path, name: str, *options: str) -> dict[str, Any]:
     """metrics.json of the model."""
-    arguments = ["--config", str(folder / "settings.yaml"), "--model", str(folder / "work" / "model")]
-    run("evaluate", *arguments, "--out", str(folder / name), *options)
-    found: dict[str, Any] = json.loads((folder / name / "metrics.json").read_text())
-    return found
+    words = ["--config", folder / "settings.yaml", "--model", folder / "work" / "model", "--out", folder / name]
+    run("evaluate", *words, *options)
+    return read_metrics(folder / name)
 
 
 @pytest.fixture(scope="module")
 def judged(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """The metrics, and the model's predictions on the test rows with their labels and weights."""
-    from mmoe_rec.batches.batch import make_batch
-    from mmoe_rec.batches.encoded_rows import EncodedRows
-
     ranker = Ranker.load(folder / "work" / "model")
     rows = EncodedRows(folder / "work" / "features" / "encoded" / "test", ranker.layout)
     part, table = next(rows.stream(rows.rows, ("sampling_rate", "label.click_and_liked")))
@@ -110,12 +113,6 @@ def test_replies_hold_what_both_are_and_the_score_multiplies_once(folder: Path) 
 
 def test_calibration_is_that_of_the_log_before_it_was_sampled(folder: Path) -> None:
     """A satisfaction's is that of its own label, which engaged rows have."""
-    from mmoe_rec.batches.encoded_rows import EncodedRows
-    from mmoe_rec.evaluation.scoring import score_rows
-    from mmoe_rec.jobs.train import _calibrate
-    from mmoe_rec.preprocessing.prepare import Prepared
-    from mmoe_rec.settings.load import load_settings
-
     ranker, prepared = Ranker.load(folder / "work" / "model"), Prepared(folder / "work" / "features")
     rows = EncodedRows(prepared.split("validation"), ranker.layout)
 
@@ -134,23 +131,3 @@ def test_calibration_is_that_of_the_log_before_it_was_sampled(folder: Path) -> N
     plain = ["--training.sampling_correction", "none"]
     np.testing.assert_allclose(predicted_by_observed(*plain, weighted=False), 1, rtol=1e-4)
     assert predicted_by_observed(*plain, weighted=True)[0] > 1.1
-
-
-def test_a_training_goes_on_from_the_model_with_the_same_predictions(folder: Path) -> None:
-    """Its log variances are no part of it, as its optimizers are none."""
-    from mmoe_rec.model.layout import ModelLayout
-    from mmoe_rec.model.mmoe import build_model
-    from mmoe_rec.model.tables import plain_tables
-    from mmoe_rec.preprocessing.prepare import Prepared
-    from mmoe_rec.settings.load import load_settings
-    from mmoe_rec.training.warm_start import WarmStart
-
-    settings = load_settings(folder / "settings.yaml")
-    prepared, served = Prepared(folder / "work" / "features"), Ranker.load(folder / "work" / "model").model
-    layout = ModelLayout.of(prepared.layout, settings)
-    started = build_model(layout, settings.model, plain_tables(layout, 5), 5)
-    WarmStart(folder / "work" / "model", settings.model, prepared, layout, settings.model).fill(started)
-    expected = served.state_dict()
-    assert set(started.state_dict()) == set(expected)
-    for name, weight in started.state_dict().items():
-        np.testing.assert_array_equal(weight.numpy(), expected[name].numpy(), err_msg=name)

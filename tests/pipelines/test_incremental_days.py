@@ -42,9 +42,8 @@ class Days:
 
     def metrics(self, address: str, *overrides: str) -> dict[str, Any]:
         out = self.folder / "evaluation"
-        commands.run("evaluate", "--config", str(self.config), "--model", address, "--out", str(out), *overrides)
-        found: dict[str, Any] = json.loads((out / "metrics.json").read_text())
-        return found
+        commands.run("evaluate", "--config", self.config, "--model", address, "--out", out, *overrides)
+        return commands.read_metrics(out)
 
 
 def _settings(folder: Path, name: str, split: dict[str, str]) -> Path:
@@ -65,31 +64,21 @@ def days(tmp_path_factory: pytest.TempPathFactory) -> Days:
     items = later["item"].to_numpy()
     # A fifth of the items go by ids that no earlier file has.
     later = later.set_column(2, "item", pa.array(np.where(items % 5 == 0, items + 1000, items)))
-    printed: dict[str, str] = {}
-    with pytest.MonkeyPatch.context() as patch:
-
-        def run(name: str, *words: str) -> None:
-            lines: list[str] = []
-            patch.setattr("builtins.print", lambda *texts, **_: lines.append(" ".join(map(str, texts))))
-            commands.run(*words)
-            printed[name] = "\n".join(lines)
-
-        config = str(_settings(folder, "first", FIRST_SPLIT))
-        run("features", "features", "--config", config)
-        run("train", "train", "--config", config)
-        run("nothing", "features", "--config", config, "--extend")
-        first = files_of(folder / "work" / "features")
-        pq.write_table(later, folder / "log" / "later.parquet")
-        second = _settings(folder, "second", SECOND_SPLIT)
-        run("extend", "features", "--config", str(second), "--extend")
-        command = shlex.split(printed["extend"].splitlines()[-1].removeprefix("next: "))
-        assert command[:2] == ["mmoe-rec", "train"]
-        run("warm", *command[1:])
+    config = _settings(folder, "first", FIRST_SPLIT)
+    commands.run("train", "--config", config)
+    printed = {"nothing": commands.run_and_read("features", "--config", config, "--extend")}
+    first = files_of(folder / "work" / "features")
+    pq.write_table(later, folder / "log" / "later.parquet")
+    second = _settings(folder, "second", SECOND_SPLIT)
+    printed["extend"] = commands.run_and_read("features", "--config", second, "--extend")
+    command = shlex.split(printed["extend"].splitlines()[-1].removeprefix("next: "))
+    assert command[:2] == ["mmoe-rec", "train"]
+    printed["warm"] = commands.run_and_read(*command[1:])
     return Days(folder, second, printed, first)
 
 
 def test_the_command_says_what_was_added(days: Days) -> None:
-    assert days.printed["nothing"] == f"no new files in '{days.folder / 'log'}': the features stay as they are"
+    assert days.printed["nothing"].strip() == f"no new files in '{days.folder / 'log'}': the features stay as they are"
     lines = days.printed["extend"].splitlines()
     later = pq.read_table(days.folder / "log" / "later.parquet")
     assert f"added {later.num_rows:,} rows of 1 new file" in lines
@@ -126,26 +115,20 @@ def test_going_on_beats_starting_anew_on_the_new_day(days: Days, tmp_path: Path)
     assert started["tasks"]["click"]["auc"]["value"] > before["tasks"]["click"]["auc"]["value"]
 
 
-def _refused(capsys: pytest.CaptureFixture, *words: str) -> str:
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as ended:
-        commands.run(*words)
-    assert ended.value.code == 2
-    return str(capsys.readouterr().err)
-
-
 def test_a_model_is_not_started_from_where_it_would_not_fit(days: Days, capsys: pytest.CaptureFixture) -> None:
     first, second = ("--config", str(days.folder / "first.yaml")), ("--config", str(days.config))
     before = files_of(days.folder / "work" / "features")
     champion = ("--from", "models:/learnable@champion")
-    told = _refused(capsys, "train", *first, *champion)
-    assert "run mmoe-rec features with --extend first" in told
-    told = _refused(capsys, "train", *second, *champion, "--model.experts.count", "4")
-    assert "its setting 'model.experts.count' is 3, and 4 in the settings" in told
-    told = _refused(capsys, "train", *second, "--from", "models:/other@champion")
-    assert "'models:/other@champion' can't be loaded from MLflow" in told
-    told = _refused(capsys, "train", *second, "--from", str(days.folder))
-    assert "holds no model (model.json)" in told
+    for words, told in (
+        ((*first, *champion), "run mmoe-rec features with --extend first"),
+        (
+            (*second, *champion, "--model.experts.count", "4"),
+            "its setting 'model.experts.count' is 3, and 4 in the settings",
+        ),
+        ((*second, "--from", "models:/other@champion"), "'models:/other@champion' can't be loaded from MLflow"),
+        ((*second, "--from", days.folder), "holds no model (model.json)"),
+    ):
+        assert told in commands.refuse(capsys, "train", *words)
     assert files_of(days.folder / "work" / "features") == before
 
 
@@ -165,8 +148,8 @@ def test_features_without_training_rows_are_not_trained_on(
     assert helps in printed.splitlines()[-1]
     commands.run("features", *config)
     assert capsys.readouterr().out.splitlines()[-1] == printed.splitlines()[-1], "also where they are at hand"
-    assert helps in _refused(capsys, "train", *config, "--from", "models:/learnable/1")
-    assert helps in _refused(capsys, "inspect", *config)
+    assert helps in commands.refuse(capsys, "train", *config, "--from", "models:/learnable/1")
+    assert helps in commands.refuse(capsys, "inspect", *config)
 
 
 def test_a_gain_that_half_a_day_does_not_show_leaves_the_alias(days: Days) -> None:

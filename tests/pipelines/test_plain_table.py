@@ -22,7 +22,7 @@ from mmoe_rec.live.replay import ReplayOptions, replay
 from mmoe_rec.log.stand_ins import told_of_stand_ins
 from mmoe_rec.training.validation import BINS_PER_UNIT
 from mmoe_rec.training.warm_start import base_rates
-from tests.commands import refuse, run
+from tests.commands import read_metrics, refuse, run
 from tests.log.plain_tables import plain_settings, plain_table
 from tests.report.parsed import Page
 
@@ -50,17 +50,12 @@ class World:
     def evaluate(self, name: str, *options: object) -> dict[str, Any]:
         """metrics.json of the model."""
         run("evaluate", "--config", self.config, "--model", self.model, "--out", self.folder / name, *options)
-        return metrics_in(self.folder / name)
+        return read_metrics(self.folder / name)
 
     def page(self, name: str) -> str:
         """The words of the page of an evaluation."""
         page = Page((self.folder / name / "report.html").read_text(encoding="utf-8"))
         return " ".join(page.words.split())
-
-
-def metrics_in(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((folder / "metrics.json").read_text())
-    return found
 
 
 def measure(config: Path, predictions: Path | pd.DataFrame, folder: Path, *words: str) -> dict[str, Any]:
@@ -70,7 +65,7 @@ def measure(config: Path, predictions: Path | pd.DataFrame, folder: Path, *words
         predictions.to_parquet(folder / "rows" / "0.parquet")
         predictions = folder / "rows"
     run("metrics", "--config", config, "--predictions", predictions, "--out", folder / "out", *words)
-    return metrics_in(folder / "out")
+    return read_metrics(folder / "out")
 
 
 @pytest.fixture(scope="module")
@@ -247,7 +242,7 @@ def test_baselines_learn_by_weights(world: World, capsys: pytest.CaptureFixture)
     printed = capsys.readouterr().out
     assert "gradient boosting" in printed
     assert "popularity" not in printed
-    assert metrics_in(out)["tasks"]["label"]["auc"]["value"] > 0.6
+    assert read_metrics(out)["tasks"]["label"]["auc"]["value"] > 0.6
 
 
 def test_what_scoring_and_measuring_refuse(

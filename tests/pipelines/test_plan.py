@@ -11,13 +11,12 @@ from mmoe_rec.settings.load import load_settings
 from tests import commands
 
 CONFIG = "configs/cluster.yaml"
-CLUSTER = ["--config", CONFIG]
 
 
 def run(capsys: pytest.CaptureFixture, *arguments: str) -> tuple[int, str]:
     """Exit code, and what is printed."""
     try:
-        commands.run("plan", *CLUSTER, *arguments)
+        commands.run("plan", "--config", CONFIG, *arguments)
     except SystemExit as end:
         said = capsys.readouterr()
         return int(end.code or 0), said.out + said.err
@@ -82,18 +81,14 @@ def test_the_sizes_of_built_features_are_taken(tmp_path: Path, capsys: pytest.Ca
         (["--world-size", "12"], "--world-size 12 is not a multiple of --local-world-size 8"),
         (["--world-size", "16", "--device", "cpu", "--host-gib", "512"], "do not fit into 16 rank"),
         (["--world-size", "0"], "invalid value for '--world-size': 0 is not in the range x>=1; --help lists"),
-        (["--world-size", "-8"], "'--world-size': -8 is not in the range"),
         (["--world-size", "8.5"], "'--world-size': '8.5' is not a valid integer"),
-        (["--world-size", "nan"], "'--world-size': 'nan' is not a valid integer"),
-        (["--world-size", str(10**30)], "is more than a plan is made for"),
         (["--world-size", "8192"], "--world-size 8192 is more than a plan is made for, 4,096"),
         (["--world-size", "16", "--local-world-size", "0"], "'--local-world-size': 0 is not in the range x>=1"),
-        (["--world-size", "4"], "--world-size 4 is not a multiple of --local-world-size 8"),
         (["--local-world-size", "8"], "missing option '--world-size'"),
         *[
             (["--world-size", "16", f"--{name}={value}"], f"invalid value for '--{name}': ")
             for name in ("hbm-gib", "host-gib", "tflops")
-            for value in ("0", "-80", "nan", "inf", "-inf", "1e308", "1e-300", "much", "")
+            for value in ("0", "-80", "nan", "inf", "1e308", "much")
         ],
         (["--world-size", "16", "--hbm-gib", "0.01"], "do not fit into 16 rank(s)"),
         (["--world-size", "8", "--device", "cpu", "--host-gib", "0.01"], "do not fit into 8 rank(s)"),

@@ -14,6 +14,7 @@ import pytest
 from mmoe_rec.jobs import run_page
 from mmoe_rec.jobs.run_page import command, data_sets, name_training
 from mmoe_rec.settings.load import load_settings
+from mmoe_rec.tracking import runs
 from mmoe_rec.tracking.outbox import list_waiting_runs
 from mmoe_rec.tracking.runs import DataSet, Run
 from tests import commands
@@ -45,9 +46,15 @@ def run(client: mlflow.MlflowClient) -> mlflow.entities.Run:
     return found
 
 
-def test_the_experiment_is_one_of_trainings(client: mlflow.MlflowClient) -> None:
-    kind = client.get_experiment_by_name("learnable").tags["mlflow.experimentKind"]
-    assert kind == "custom_model_development"
+class Watched(Run):
+    """A run that keeps what is logged."""
+
+    def __init__(self, run_id: str | None = "1") -> None:
+        super().__init__(run_id, object() if run_id else None)  # type: ignore[arg-type]
+        self.logged: list[str] = []
+
+    def log_metrics(self, metrics, step=None):
+        self.logged.extend(metrics)
 
 
 def test_the_run_says_what_it_is(world: World, run: mlflow.entities.Run) -> None:
@@ -98,21 +105,13 @@ def test_charts_have_sections(run: mlflow.entities.Run) -> None:
     assert run.data.metrics["system/system_memory_usage_megabytes"] > 0
 
 
-def test_the_machine_is_watched_only_where_it_is_asked_for(world: World) -> None:
-    logged: list[str] = []
-
-    class Watched(Run):
-        def log_metrics(self, metrics, step=None):
-            logged.extend(metrics)
-
-    outbox = object()
-    run_page.MachineMonitor(Watched("1", outbox), asked=False)({"a": 1.0}, 1)  # type: ignore[arg-type]
-    run_page.MachineMonitor(Watched(None), asked=True)({"b": 1.0}, 1)  # another rank than the first
-    assert logged == ["a", "b"]
-    watched = run_page.MachineMonitor(Watched("1", outbox), asked=True)  # type: ignore[arg-type]
-    watched({"c": 1.0}, 1)
-    watched({"d": 1.0}, 2)
-    assert sum(name.startswith("system/cpu") for name in logged) == 1, "too soon after the first"
+def test_the_machine_is_watched_only_where_it_is_asked_for() -> None:
+    for run, asked, expected in ((Watched(), False, 0), (Watched(None), True, 0), (Watched(), True, 1)):
+        monitor = run_page.MachineMonitor(run, asked=asked)
+        monitor({"a": 1.0}, 1)
+        monitor({"b": 1.0}, 2)
+        assert {"a", "b"} <= set(run.logged)
+        assert sum(name.startswith("system/cpu") for name in run.logged) == expected, "the second time is too soon"
 
 
 def test_the_version_is_described(run: mlflow.entities.Run, client: mlflow.MlflowClient) -> None:
@@ -126,23 +125,19 @@ def test_the_version_is_described(run: mlflow.entities.Run, client: mlflow.Mlflo
     assert mlflow.models.get_model_info("models:/learnable/1").signature is not None
 
 
-def test_an_experiment_of_before_gets_its_kind(tmp_path: Path) -> None:
-    from mmoe_rec.tracking import runs
-
+def test_an_experiment_gets_its_kind_unless_it_has_one(tmp_path: Path) -> None:
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     client = mlflow.MlflowClient(uri, uri)
     client.create_experiment("old")
     client.create_experiment("its own", tags={"mlflow.experimentKind": "genai_development"})
-    for name in ("old", "its own"):
+    for name in ("new", "old", "its own"):
         with runs.open_run(uri, name):
             pass
-    kinds = [client.get_experiment_by_name(name).tags["mlflow.experimentKind"] for name in ("old", "its own")]
-    assert kinds == ["custom_model_development", "genai_development"]
+    kinds = [client.get_experiment_by_name(name).tags["mlflow.experimentKind"] for name in ("new", "old", "its own")]
+    assert kinds == ["custom_model_development"] * 2 + ["genai_development"]
 
 
 def test_sections_of_a_description_are_replaced(tmp_path: Path) -> None:
-    from mmoe_rec.tracking import runs
-
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     with runs.open_run(uri, "notes") as run:
         run.describe("One", "first\n\n#### of it")
@@ -154,8 +149,6 @@ def test_sections_of_a_description_are_replaced(tmp_path: Path) -> None:
 
 
 def test_what_people_wrote_stays_and_long_sections_are_cut(tmp_path: Path) -> None:
-    from mmoe_rec.tracking import runs
-
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     client = mlflow.MlflowClient(uri, uri)
     with runs.open_run(uri, "notes") as run:
@@ -174,8 +167,6 @@ def test_what_people_wrote_stays_and_long_sections_are_cut(tmp_path: Path) -> No
 def test_a_server_that_refuses_data_sets_gets_all_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    from mmoe_rec.tracking import runs
-
     def refuse(*_: object, **__: object) -> None:
         raise mlflow.exceptions.MlflowException("no such endpoint", error_code=400)
 
@@ -211,27 +202,20 @@ def test_who_may_not_write_to_the_registry_gets_the_evaluation(
 def test_a_machine_without_interfaces_is_watched_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
     import psutil
 
-    monkeypatch.setattr(psutil, "net_io_counters", lambda *_, **__: None)
-    logged: dict[str, float] = {}
-
-    class Watched(Run):
-        def log_metrics(self, metrics, step=None):
-            logged.update(metrics)
-
-    watched = run_page.MachineMonitor(Watched("1", object()), asked=True)  # type: ignore[arg-type]
-    monkeypatch.setattr(run_page, "SECONDS_BETWEEN_SAMPLES", 0.0)
-    watched({"a": 1.0}, 1)
-    assert "system/cpu_utilization_percentage" in logged
-    assert not any("network" in name for name in logged)
-
     def broken(*_: object, **__: object) -> None:
         raise OSError("no such file")
 
-    logged.clear()
+    monkeypatch.setattr(psutil, "net_io_counters", lambda *_, **__: None)
+    monkeypatch.setattr(run_page, "SECONDS_BETWEEN_SAMPLES", 0.0)
+    run = Watched()
+    monitor = run_page.MachineMonitor(run, asked=True)
+    monitor({"a": 1.0}, 1)
+    assert "system/cpu_utilization_percentage" in run.logged
+    assert not any("network" in name for name in run.logged)
+    run.logged.clear()
     monkeypatch.setattr(psutil, "virtual_memory", broken)
-    watched({"b": 1.0}, 2)
-    assert "b" in logged
-    assert "system/disk_usage_percentage" in logged
+    monitor({"b": 1.0}, 2)
+    assert {"b", "system/disk_usage_percentage"} <= set(run.logged)
 
 
 def test_names_of_trainings_and_commands(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 from itertools import pairwise
 from pathlib import Path
 
@@ -97,30 +96,17 @@ def test_columns_of_placement_are_taken_where_nothing_is_asked_for(world: World,
     assert "slot: 0" in Page((tmp_path / "out" / "report.html").read_text(encoding="utf-8")).words
     without = evaluated(world, "--evaluation.slices", "[]", out=tmp_path / "none")
     assert "slot" not in set(without["by"])
-
-
-def test_a_column_of_placement_that_no_feature_reads_need_not_be_there(world: World) -> None:
+    # One that no feature reads need not be there.
     settings = load_settings(str(world.folder / "first.yaml"), ["--roles.placement", "[slot, nowhere]"])
     columns = LogColumns.of(settings, world.folder / "work" / "model")
     assert columns is not None
     assert [each.column for each in columns.by] == ["slot"]
 
 
-def test_a_model_that_is_compared_is_sliced_alike(world: World, tmp_path: Path) -> None:
-    """A copy has the same numbers in every slice: no difference anywhere."""
-    shutil.copytree(world.folder / "work" / "model", tmp_path / "copy")
-    words = ("--slices", "device", "--against", str(tmp_path / "copy"))
-    table = evaluated(world, *words, out=tmp_path / "out")
-    beside = table[(table["by"] == "device") & (table["beside"].str.endswith("copy"))]
-    assert (beside["apart"] == 0).sum() >= 3
-    assert not (beside["apart"].abs() > 0).any()
-
-
 @pytest.mark.parametrize(
     ("slices", "told"),
     [
         ("colour", r"0\.parquet' has no column 'colour'; it has .* \(slices\)"),
-        ("divice", r"has no column 'divice'; it has .* \(did you mean 'device'\?\) \(slices\)"),
         ("words", r"column 'words' must hold integers, numbers or strings.*\(slices\)"),
         ("number", "column 'number' has more than 1,000 values"),
         ("bucket(device, 3)", "column 'device' of the log holds strings, and buckets are of numbers"),
