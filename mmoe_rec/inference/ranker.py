@@ -35,9 +35,8 @@ from mmoe_rec.log.given import check_count, check_flag, iso_time
 from mmoe_rec.log.request_rows import RequestRows
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.model.inputs import RequestInputs
-from mmoe_rec.model.mmoe import RankingModel
 from mmoe_rec.model.products import Products
-from mmoe_rec.model.score import Calibration, add_outcomes, scores_from_logs
+from mmoe_rec.model.score import add_outcomes, scores_from_logs
 from mmoe_rec.model.tables import PlainTables
 
 if TYPE_CHECKING:
@@ -89,25 +88,22 @@ class Ranker:
     find_folder: ClassVar[Callable[[str | Path, str | None], Path]] = staticmethod(_refuse_addresses)
     """The folder at an address; `mmoe_rec.Ranker` also takes addresses of MLflow, which a model server has not."""
 
-    def __init__(
-        self,
-        about: Artifact,
-        model: RankingModel,
-        calibration: Calibration,
-        pipeline: FeaturePipeline,
-        features: Path,
-        version: str,
-    ):
+    def __init__(self, folder: Path, about: Artifact, version: str = "") -> None:
+        """Opens an artifact folder as it is; `load` also checks it."""
+        pipeline, features = FeaturePipeline.load(folder / "features"), folder / "features"
+        if pipeline.layout != about.layout.of_rows():
+            raise UserError(f"'{folder}' is damaged: its features do not give the inputs that the model was trained on")
         self.about, self.version, self.layout = about, version, about.layout
-        self.model, self.calibration = model, calibration
-        self.scorer = Scorer(about, model, calibration)
+        self.model, self.calibration = read_model(about, folder), read_calibration(folder)
+        self.scorer = Scorer(about, self.model, self.calibration)
         self.names = self.scorer.names
-        tables = model.tables
+        tables = self.model.tables
         assert isinstance(tables, PlainTables)
         self.request_inputs = RequestInputs(self.layout, tables)
         reader = RequestReader(pipeline, features, about.max_candidates)
         self._knowledge = Knowledge(pipeline, reader, Freshness.of(about))
-        self._keeps_seen = False
+        self.keeps_seen = False
+        """Whether rankings hold what features saw of their request (`Ranking.seen`), for who logs it."""
         self._learning = threading.RLock()
 
     @property
@@ -144,7 +140,7 @@ class Ranker:
     @staticmethod
     def _read(folder: Path) -> Ranker:
         about, version = read_artifact(folder), version_of(folder)
-        ranker = Ranker._opened(folder, about, version)
+        ranker = Ranker(folder, about, version)
         if (version_of(folder), read_artifact(folder, verify=False)) != (version, about):
             raise UserError(f"another model took the place of the one in '{folder}' while it was loaded: load it again")
         # This also builds the indexes that encoders make at their first use, so that no request waits for them.
@@ -158,19 +154,6 @@ class Ranker:
                 + ", or train again here"
             )
         return ranker
-
-    @staticmethod
-    def unchecked(folder: Path) -> Ranker:
-        """From a folder that is being written: no manifest or expected scores are looked at, and it has no version."""
-        return Ranker._opened(folder, read_artifact(folder, verify=False), "")
-
-    @staticmethod
-    def _opened(folder: Path, about: Artifact, version: str) -> Ranker:
-        pipeline = FeaturePipeline.load(folder / "features")
-        if pipeline.layout != about.layout.of_rows():
-            raise UserError(f"'{folder}' is damaged: its features do not give the inputs that the model was trained on")
-        model = read_model(about, folder)
-        return Ranker(about, model, read_calibration(folder), pipeline, folder / "features", version)
 
     def example_scores(self, folder: Path) -> ExampleScores:
         """What the model gives for the example in an artifact folder."""
@@ -186,10 +169,6 @@ class Ranker:
         self.about = replace(self.about, **serving)
         self.reader.max_candidates = self.about.max_candidates
         self._knowledge = replace(self._knowledge, freshness=Freshness.of(self.about))
-
-    def keep_seen(self) -> None:
-        """From now on rankings hold what features saw of their request (`Ranking.seen`), for who logs it."""
-        self._keeps_seen = True
 
     def serve_faster(self) -> None:
         """Multiplies as `best_products` says from now on."""
@@ -329,20 +308,19 @@ class Ranker:
                 answers[number] = request
                 continue
             try:
-                checked = self._check(number, request)
-                groups.setdefault((checked.experts, request.columns), []).append(checked)
+                check_count("top_k", request.top_k)
+                check_flag("explain", request.explain)
+                weights = fused_weights(self.layout.tasks, request.task_weights)
+                experts = self.scorer.options(request.gate_top_k, request.mask_experts)
             except RequestError as error:
                 answers[number] = error
+            else:
+                group = groups.setdefault((experts, request.columns), [])
+                group.append(_Checked(number, request, weights, experts))
         for group in groups.values():
             for part in _parts(group):
                 answers.update(zip((each.number for each in part), self._rank(knowledge, part), strict=True))
         return [answers[number] for number in range(len(requests))]
-
-    def _check(self, number: int, request: Request) -> _Checked:
-        weights = fused_weights(self.about.tasks, request.task_weights)
-        check_count("top_k", request.top_k)
-        check_flag("explain", request.explain)
-        return _Checked(number, request, weights, self.scorer.options(request.gate_top_k, request.mask_experts))
 
     def _rank(self, knowledge: Knowledge, part: Sequence[_Checked]) -> Sequence[Ranking | RequestError]:
         """One answer a request of a part that gives the same columns."""
@@ -424,7 +402,7 @@ class Ranker:
                     if explainer and each.request.explain
                     else None,
                     unknown_ids={"user": unknown_users[number], "candidate": unknown[number]},
-                    seen=seen if self._keeps_seen else None,
+                    seen=seen if self.keeps_seen else None,
                 )
             )
         return rankings

@@ -145,7 +145,7 @@ def seal(folder: Path) -> None:
     from mmoe_rec.inference.ranker import Ranker
 
     try:
-        scores = Ranker.unchecked(folder).example_scores(folder)
+        scores = Ranker(folder, read_artifact(folder, verify=False)).example_scores(folder)
     except RuntimeError as error:
         reason = " ".join(str(error).split())
         raise UserError(

@@ -10,6 +10,7 @@ import re
 import weakref
 from collections.abc import Awaitable, Callable
 from functools import cache
+from importlib.metadata import version
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,6 @@ from fastapi.responses import PlainTextResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-import mmoe_rec
 from mmoe_rec.errors import UserError
 from mmoe_rec.live.request_log import LogOptions, RequestLog
 from mmoe_rec.server.calls import Calls, loading, refusal
@@ -37,6 +37,7 @@ Reload = Callable[[], Awaitable[dict[str, str | None]]]
 OPEN_PATHS = ("/health", "/ping")
 PAGE = "/"  # which asks a person for the token
 
+VERSION = version("mmoe-rec")
 _log = logging.getLogger(__name__)
 
 
@@ -96,7 +97,7 @@ class Application:
 
 def _pages(calls: Calls, events: Accepting | None, reload: Reload | None) -> FastAPI:
     # Without redirects, as those have the caller's own header Host for an address.
-    app = FastAPI(title="mmoe-rec serve", version=mmoe_rec.__version__, redoc_url=None, redirect_slashes=False)
+    app = FastAPI(title="mmoe-rec serve", version=VERSION, redoc_url=None, redirect_slashes=False)
 
     async def health() -> Response:
         """200 once the model has answered its own example, and as long as it answers at all."""
@@ -111,12 +112,12 @@ def _pages(calls: Calls, events: Accepting | None, reload: Reload | None) -> Fas
         app.head(path, response_model=None, include_in_schema=False)(health)
 
     @app.get("/version", response_model=None)
-    async def version() -> Response:
+    async def show_version() -> Response:
         """The model that is served, the version of this package, and why a newer model is not served, if so."""
         return versions(calls.models.current.about() if calls.models.current else {})
 
     def versions(about: dict[str, str | None]) -> Response:
-        tree: dict[str, Any] = {**about, "mmoe_rec": mmoe_rec.__version__, "reload_failure": calls.models.failure}
+        tree: dict[str, Any] = {**about, "mmoe_rec": VERSION, "reload_failure": calls.models.failure}
         if calls.following is not None:
             tree |= {"position": calls.following.position, "events_failure": calls.following.gap}
         return _json(tree)

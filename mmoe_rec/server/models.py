@@ -102,8 +102,7 @@ class Models:
         with self._loading:
             try:
                 served = self._loaded(source)
-                if self.keeps_seen:
-                    served.ranker.keep_seen()
+                served.ranker.keeps_seen = self.keeps_seen
                 self._replace(served)
             except UserError as error:
                 self.failure = str(error)

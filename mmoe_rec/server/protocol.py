@@ -10,8 +10,6 @@ and everything that follows it on the connection.
 from __future__ import annotations
 
 import asyncio
-import importlib
-import importlib.util
 import socket
 import struct
 from collections.abc import Callable
@@ -19,6 +17,7 @@ from http import HTTPStatus
 from typing import Any
 
 import orjson
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from mmoe_rec.server.limits import MOST_HEADER_BYTES, Refused, large_headers
 
@@ -67,11 +66,7 @@ def protocol(
     sent everything; is_ending: whether the server answers what was accepted, and ends; taker: the pipe to processes
     that go on with connections of this one, None unless it retires.
     """
-    base: Any
-    if importlib.util.find_spec("httptools"):
-        base = importlib.import_module("uvicorn.protocols.http.httptools_impl").HttpToolsProtocol
-    else:
-        base = importlib.import_module("uvicorn.protocols.http.h11_impl").H11Protocol
+    base: Any = HttpToolsProtocol
 
     class Bounded(base):
         """uvicorn's protocol, closing connections between requests that stay unfinished."""
@@ -104,7 +99,7 @@ def protocol(
                 self.cycle.keep_alive = False
             if self.transport.is_closing():
                 return
-            if len(getattr(self, "pipeline", ())) > MOST_PIPELINED:
+            if len(self.pipeline) > MOST_PIPELINED:
                 self._drop()
                 return
             if self._is_answering:

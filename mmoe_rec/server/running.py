@@ -7,6 +7,7 @@ import logging
 import socket
 import threading
 from collections.abc import Callable
+from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -62,6 +63,7 @@ class Server(uvicorn.Server):
         """As a signal to end."""
         if not self.should_exit:
             self.should_exit = True
+            self._take_no_more()
             self._last = threading.Timer(self._options.grace, self._end_now)
             self._last.daemon = True
             self._last.start()
@@ -74,6 +76,7 @@ class Server(uvicorn.Server):
         if self._is_retiring or self.should_exit:
             return
         self._is_retiring = True
+        self._take_no_more()
         for each in self.servers:
             each.close()
         tell()
@@ -86,32 +89,22 @@ class Server(uvicorn.Server):
         """Where connections are handed over, if they are."""
         return self._give if self._is_retiring else None
 
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """As uvicorn's; besides, takes connections that are handed over."""
-        await super().startup(sockets)
-        if self._take is not None:
-            asyncio.get_running_loop().add_reader(self._take, self._accept_handed, self._take)
-
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """As uvicorn's."""
+    def _take_no_more(self) -> None:
         if self._take is not None:
             asyncio.get_running_loop().remove_reader(self._take)
-        await super().shutdown(sockets)
 
     def _accept_handed(self, take: socket.socket) -> None:
         try:
             _, handles, _, _ = socket.recv_fds(take, 1, 1)
         except BlockingIOError:  # another worker was faster
             return
-        loop = asyncio.get_running_loop()
+        loop, config = asyncio.get_running_loop(), self.config
+        kind: Any = config.http_protocol_class
+        make = partial(kind, config=config, server_state=self.server_state, app_state={})
         for handle in handles:
-            task = loop.create_task(loop.connect_accepted_socket(self._connection, socket.socket(fileno=handle)))
+            task = loop.create_task(loop.connect_accepted_socket(make, socket.socket(fileno=handle)))
             self._arriving.add(task)
             task.add_done_callback(self._arriving.discard)
-
-    def _connection(self) -> asyncio.Protocol:
-        of_class: Callable[..., asyncio.Protocol] = self.config.http_protocol_class
-        return of_class(config=self.config, server_state=self.server_state, app_state=self.lifespan.state)
 
     def serve_on(self, bound: socket.socket, started: Callable[[], None]) -> None:
         """Serves until a signal. started: is called in the event loop before the first request.
@@ -124,6 +117,8 @@ class Server(uvicorn.Server):
 
         async def serve() -> None:
             started()
+            if self._take is not None:
+                asyncio.get_running_loop().add_reader(self._take, self._accept_handed, self._take)
             await self.serve(sockets=[bound])
 
         with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:

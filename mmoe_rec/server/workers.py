@@ -113,8 +113,15 @@ class _Parent:
         until = time.monotonic() + _SHARE_OF_GENERATIONS * self.options.grace
         children = list(self._children)
         for child in children:
-            child.stop()
-        code = max(child.wait(until) for child in children)
+            if child.about is None:
+                child.process.kill()
+            else:
+                child.send("stop")
+        for child in children:
+            if not child.has_ended.wait(max(until - time.monotonic(), 0.0)):
+                child.process.kill()
+            child.has_ended.wait()
+        code = int(any(child.about is not None and child.process.exitcode for child in children))
         if error is not None:
             raise error
         return code
@@ -190,20 +197,6 @@ class _Child:
         """Says something, unless it has ended."""
         with self._lock, suppress(OSError):
             self._pipe.send(message)
-
-    def stop(self) -> None:
-        """Ends it, and its workers once they have answered what they accepted."""
-        if self.about is not None:
-            self.send("stop")
-        elif not self.has_ended.is_set():
-            self.process.kill()
-
-    def wait(self, until: float) -> int:
-        """Waits for its end, and kills it after a monotonic time; gives its exit code, 0 if it never served."""
-        if not self.has_ended.wait(max(until - time.monotonic(), 0.0)):
-            self.process.kill()
-            self.has_ended.wait()
-        return int(self.about is not None and self.process.exitcode != 0)
 
     def _listen(self) -> None:
         with suppress(EOFError, OSError):

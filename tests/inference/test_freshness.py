@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from mmoe_rec.inference.artifact import read_artifact, version_of
+from mmoe_rec.inference.artifact import read_artifact
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.inference.writing import seal
 from tests.inference.small_model import ITEMS, USER, SmallModel
@@ -71,24 +71,3 @@ def test_an_artifact_of_before_the_setting_has_its_default(small: SmallModel, tm
     seal(tmp_path / "model")
     assert read_artifact(tmp_path / "model").stale_after_days == 7
     assert STALE in asked(Ranker.load(tmp_path / "model"), timedelta(days=8))[0]
-
-
-def test_what_is_given_is_not_out_of_date(ranker: Ranker) -> None:
-    encoders = ranker.pipeline.memory_encoders.values()
-    columns = {name: use for encoder in encoders for name, (use, _) in encoder.precomputed().items()}
-    histories = {name: [] for name, use in columns.items() if use == "keys"}
-    counters = {name: [0.5] * len(ITEMS) for name, use in columns.items() if use == "number"}
-    for days in (-100, 100):
-        later = timedelta(days=days)
-        assert asked(ranker, later, **histories, candidates=counters) == []
-        assert len(asked(ranker, later, candidates=counters)) == 1
-        for name in counters:
-            some = {each: values for each, values in counters.items() if each != name}
-            assert len(asked(ranker, later, **histories, candidates=some)) == 1
-
-
-def test_replies_name_the_model(small: SmallModel, ranker: Ranker) -> None:
-    example = json.loads((small.folder / "example_request.json").read_text())
-    ranking = ranker.rank(**example)
-    assert ranking.model == {"name": "small", "version": version_of(small.folder)}
-    assert ranking.warnings == []

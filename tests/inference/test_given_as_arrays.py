@@ -93,18 +93,14 @@ def test_lists_in_a_column(ranker: Ranker) -> None:
     ("column", "given", "sentence"),
     [
         ("price", np.array([1.0, np.nan, 3, 4, 5]), "column 'price' holds NaN or infinity; give null for"),
-        ("price", pd.Series(["1"] * 5), "column 'price' must hold numbers; found strings"),
         ("price", np.ones((5, 2)), "column 'price' must hold numbers; found lists of numbers with a fraction"),
-        ("price", np.array(1.0), "column 'price' in 'candidates' must be a list with one value per candidate"),
         ("price", {1.0, 2.0}, "column 'price' in 'candidates' must be a list with one value per candidate"),
         ("price", np.ones(4), "columns of 'candidates' differ in length: 'item' has 5 values, 'price' has 4"),
-        ("item", np.array(ITEMS) / 2, "column 'item' must hold integers, as in the log; found numbers with a fraction"),
         (
             "item",
             pd.Series(ITEMS).astype(str),
             "column 'item' must hold integers, as in the log; found strings: give 12",
         ),
-        ("item", np.array([], np.int64), "'candidates' is empty"),
         ("item", np.array([2**63] * 5, np.uint64), "column 'item' holds 9223372036854775808, which does not fit"),
         ("brand", np.array([b"x"] * 5), "column 'brand' must hold strings, as in the log; found bytes"),
     ],

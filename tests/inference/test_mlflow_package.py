@@ -109,16 +109,3 @@ def test_a_project_in_the_working_folder_is_not_taken_for_the_models(
     assert not names & {"uv.lock", "pyproject.toml", ".python-version"}
     needed = (folder / "requirements.txt").read_text().split()
     assert [each.partition("==")[0] for each in needed] == list(SERVED_PACKAGES)
-    # The same call without our argument takes them: once that changes, so may this.
-    monkeypatch.setattr("mmoe_rec.inference.mlflow_package.arguments", _without("uv_project_path"))
-    with runs.open_run(uri, "small") as run:
-        version = registry.register_model(run, small.folder, "small")
-    other = Path(mlflow.artifacts.download_artifacts(f"models:/small/{version}", dst_path=str(tmp_path / "other")))
-    assert (other / "uv.lock").exists()
-
-
-def _without(name: str):
-    def fewer(*given):
-        return {key: value for key, value in arguments(*given).items() if key != name}
-
-    return fewer

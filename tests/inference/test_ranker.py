@@ -1,8 +1,6 @@
 """The Ranker against the offline path, what a request may leave out or give, and the order of the reply."""
 
 import json
-import subprocess
-import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -13,10 +11,7 @@ import pytest
 import torch
 
 from mmoe_rec.batches.batch import make_batch
-from mmoe_rec.batches.encoded_rows import EncodedRows
 from mmoe_rec.errors import UserError
-from mmoe_rec.evaluation.scoring import COLUMNS, score_rows
-from mmoe_rec.features.layout import label_types
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.inference.request import Request
 from mmoe_rec.log.columns import UTC_MICROSECONDS
@@ -107,23 +102,6 @@ def test_predictions_are_calibrated(small: SmallModel, calibrated: Ranker) -> No
     served, scores = in_request_order(calibrated.rank(**json.loads(json.dumps(as_request(table)))), calibrated)
     np.testing.assert_allclose(served, values, atol=1e-6)
     np.testing.assert_allclose(scores, np.exp(log_scores), rtol=1e-5)
-
-
-def test_a_calibrated_model_answers_as_offline_evaluation(
-    small: SmallModel, calibrated: Ranker, tmp_path: Path
-) -> None:
-    table, rows = small.later_rows()
-    columns = small.full_pipeline().encode(rows).to_arrow(calibrated.layout)
-    columns |= {f"label.{name}": pa.nulls(len(rows), type_) for name, type_ in label_types(calibrated.layout).items()}
-    columns |= {name: pa.array(range(len(rows))) for name in COLUMNS}
-    pq.write_table(pa.table(columns), tmp_path / "0.parquet")
-    encoded = EncodedRows(tmp_path, calibrated.layout)
-    scored = score_rows(calibrated.model, calibrated.layout, encoded, 7, calibration=calibrated.calibration)
-    values, scores = in_request_order(calibrated.rank(**as_request(table)), calibrated)
-    np.testing.assert_allclose(values, scored.predictions, atol=1e-6)
-    np.testing.assert_allclose(scores, np.exp(scored.score), rtol=1e-5)
-    plain = score_rows(calibrated.model, calibrated.layout, encoded, 7)
-    assert (np.abs(values - plain.predictions)[:, :2].max(axis=0) > 0.1).all()
 
 
 def test_long_tables_are_scored_in_parts(small: SmallModel, ranker: Ranker, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -260,17 +238,3 @@ def test_string_ids(tmp_path: Path) -> None:
     ranker = Ranker.load(SmallModel(tmp_path, strings=True).folder)
     ranking = ranker.rank({"user": "id 5"}, CONTEXT, {"item": ["id 0", "nobody knows", "ünknown ✓"]})
     assert sorted(ranking.candidates) == ["id 0", "nobody knows", "ünknown ✓"]
-
-
-def test_needs_no_training_library(small: SmallModel) -> None:
-    code = (
-        "import sys, json; from mmoe_rec.inference.ranker import Ranker; "
-        f"r = Ranker.load({str(small.folder)!r}); "
-        "print(json.dumps([m for m in ('torchrec', 'fbgemm_gpu', 'mlflow', 'sklearn') if m in sys.modules]))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=_root())
-    assert json.loads(done.stdout) == []
-
-
-def _root() -> Path:
-    return Path(__file__).parents[2]
