@@ -115,8 +115,8 @@ class ExampleScores:
         """The fields, as JSON can hold them without loss."""
         return asdict(self)
 
-    def difference(self, found: ExampleScores, tasks: Sequence[ModelTask], calibration: Calibration) -> str | None:
-        """What `found`, computed elsewhere or later, has that rounding does not explain, as a part of a sentence.
+    def difference(self, now: ExampleScores, tasks: Sequence[ModelTask], calibration: Calibration) -> str | None:
+        """What `now`, computed elsewhere or later, has that rounding does not explain, as a part of a sentence.
 
         A prediction may be off by TOLERANCE of its task's scale: the largest one in the example, or a regression's
         deviation where that is larger. A calibration may be steep, which multiplies what rounding does to logits. A
@@ -129,21 +129,25 @@ class ExampleScores:
             scale = max(np.abs(values).max(), task.deviation if regression else 0.0)
             steepest = calibration.tasks[task.name].steepest if task.name in calibration.tasks else 1.0
             off = TOLERANCE * scale * max(1.0, steepest) + _NOTHING
-            checks.append((f"'{task.name}'", values, found.predictions[task.name], values - off, values + off))
+            checks.append((f"'{task.name}'", values, now.predictions[task.name], values - off, values + off))
             floor = SMALLEST_VALUE if regression else 0.0
             with np.errstate(over="ignore"):
                 least_score *= np.maximum(values - off, floor) ** task.score_weight
                 most_score *= np.maximum(values + off, floor) ** task.score_weight
         scores = np.array(self.scores)
-        checks.append(("the score", scores, found.scores, np.minimum(least_score, _LARGEST), most_score))
-        for what, before, now, low, high in checks:
-            fits = [(low <= each) & (each <= high) for each in (before, np.array(now))]
+        checks.append(("the score", scores, now.scores, np.minimum(least_score, _LARGEST), most_score))
+        for what, before, after, low, high in checks:
+            fits = [(low <= each) & (each <= high) for each in (before, np.array(after))]
             if not np.all(fits):
                 place = int(np.argmin(fits[0] & fits[1]))
-                return f"{what} of candidate {place + 1} is {now[place]:.6g} instead of {before[place]:.6g}"
+                return f"{what} of candidate {place + 1} is {after[place]:.6g} instead of {before[place]:.6g}"
         return None
 
-    def other_versions(self, found: ExampleScores) -> list[str]:
-        """What has another version in `found`, such as "torch 2.13.0 instead of 2.14.1"."""
-        before, now = self.computed_with, found.computed_with
-        return [f"{name} {now.get(name)} instead of {each}" for name, each in before.items() if now.get(name) != each]
+    def other_versions(self, now: ExampleScores) -> list[str]:
+        """What has another version in `now`, such as "torch 2.13.0 instead of 2.14.1"."""
+        versions = now.computed_with
+        return [
+            f"{name} {versions.get(name)} instead of {each}"
+            for name, each in self.computed_with.items()
+            if versions.get(name) != each
+        ]

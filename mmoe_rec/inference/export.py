@@ -135,14 +135,16 @@ def write_onnx(folder: Path, ranker: Ranker, made: Path) -> None:
             raise UserError(f"torch's exporter can't turn this model into ONNX: {one_line(error)[:200]}") from error
     assert program is not None
     program.save(made / MODEL)
-    tables = {name: bag.weight.detach().clone() for name, bag in _bags(ranker).items()}
+    bags: Any = ranker.model.tables.embedding_bags
+    used = {each.table for each in ranker.layout.ids if not each.placement}
+    tables = {table.name: bags[table.name].weight for table in ranker.layout.tables if table.name in used}
     write_tensors(tables, made / TABLES)
     with torch.inference_mode():
         values = dict(zip(OUTPUTS, dense(example), strict=True))
-    write_tensors({"inputs": example, **{name: each.clone() for name, each in values.items()}}, made / EXAMPLE_VALUES)
-    about = _describe(ranker)
+    write_tensors({"inputs": example, **values}, made / EXAMPLE_VALUES)
+    about = _describe(ranker, {name: list(each.shape) for name, each in tables.items()})
     (made / INPUTS).write_text(json.dumps(about, indent=1, ensure_ascii=False), encoding="utf-8")
-    (made / "README.md").write_text(_readme(about), encoding="utf-8")
+    (made / "README.md").write_text(_README, encoding="utf-8")
 
 
 def inputs_of(ranker: Ranker, request: Mapping[str, Any]) -> Tensor:
@@ -187,16 +189,8 @@ def check_equal(pairs: Sequence[tuple[Answers, Answers]], chooses: bool) -> None
         )
 
 
-def _bags(ranker: Ranker) -> dict[str, Any]:
-    """The tables that inputs look up, but for those of placement."""
-    used = {each.table for each in ranker.layout.ids if not each.placement}
-    tables = ranker.model.tables
-    assert isinstance(tables, PlainTables)
-    return {table.name: tables.embedding_bags[table.name] for table in ranker.layout.tables if table.name in used}
-
-
-def _describe(ranker: Ranker) -> dict[str, Any]:
-    """What `inputs.json` holds."""
+def _describe(ranker: Ranker, tables: dict[str, list[int]]) -> dict[str, Any]:
+    """What `inputs.json` holds. tables: shapes by name."""
     layout, columns, start = ranker.layout, list[dict[str, Any]](), 0
     for each in (each for each in layout.ids if not each.placement):
         end = start + layout.table(each.table).dim
@@ -216,15 +210,11 @@ def _describe(ranker: Ranker) -> dict[str, Any]:
             "log_score": {"dtype": "float64", "weights": {task.name: task.score_weight for task in layout.tasks}},
             "score": {"dtype": "float64"},
         },
-        "tables": {name: list(bag.weight.shape) for name, bag in _bags(ranker).items()},
+        "tables": tables,
     }
 
 
-def _readme(about: dict[str, Any]) -> str:
-    """The text for what `inputs.json` holds, for somebody who has nothing but the folder."""
-    predictions, tasks = about["outputs"]["predictions"], about["outputs"]["log_score"]["weights"]
-    both = any(name not in tasks for name in predictions["columns"])
-    return f"""# {about["model"]}, in ONNX
+_README = """# A model of mmoe_rec in ONNX
 
 `model.onnx` takes a matrix with a row for each candidate; mmoe_rec has checked it against the model. It runs wherever
 ONNX does, such as in onnxruntime (the packages `onnxruntime` and `safetensors`):
@@ -235,21 +225,22 @@ from safetensors.numpy import load_file
 
 example = load_file("example.safetensors")
 session = onnxruntime.InferenceSession("model.onnx")
-predictions, log_score, score = session.run(None, {{"inputs": example["inputs"]}})
+predictions, log_score, score = session.run(None, {"inputs": example["inputs"]})
 assert abs(predictions - example["predictions"]).max() < 1e-5
 ```
 
-- `inputs`: (candidates, {about["inputs"]["width"]}) float32. `inputs.json` lists its columns, from `first` up to but
-  without `end`. A name with a `table` is an embedding: the row of an id in that table of `tables.safetensors`, with
-  `many` the mean of the rows of several ids, zeros without any. A name without one is a number, as features give it.
-- `predictions`: (candidates, {len(predictions["columns"])}) {predictions["dtype"]}, columns
-  {", ".join(f"`{name}`" for name in predictions["columns"])}{". The last of them: two together, their product" * both}.
-- `log_score`: (candidates,) float64, the sum of each task's weight times the log of its prediction; `score`: its
-  exponential. Rank by `log_score`, which is exact where `score` is too small or too large for a number.
+`inputs.json` lists the columns of inputs and predictions, and their types.
+
+- `inputs`: a column of the list goes from `first` up to but without `end`. With a `table` it is an embedding: the row
+  of an id in that table of `tables.safetensors`, with `many` the mean of the rows of several ids, zeros without any.
+  Without one it is a number, as features give it.
+- `predictions`: of each task, and then of two tasks together, their product. `log_score`: the sum of each task's weight
+  times the log of its prediction; `score`: its exponential. Rank by `log_score`, which is exact where `score` is too
+  small or too large for a number.
 
 Which row an id has, and what a number is, follows from the folder `features` of the model, which
-`mmoe_rec.features.pipeline.FeaturePipeline` reads. Inputs made with other features, even of the same names, mean
-something else (these have the fingerprint `{about["fingerprint"]}`).
+`mmoe_rec.features.pipeline.FeaturePipeline` reads. Inputs made with other features than those of the `fingerprint` in
+`inputs.json`, even of the same names, mean something else.
 """
 
 

@@ -21,6 +21,7 @@ from mlflow.pyfunc import PythonModel, PythonModelContext
 from pydantic import BaseModel, ConfigDict, SkipValidation
 
 from mmoe_rec.errors import RequestError
+from mmoe_rec.inference.ranking import Ranking
 from mmoe_rec.inference.request import read_requests
 
 ARTIFACT = "model"
@@ -92,12 +93,10 @@ class RankingPythonModel(PythonModel):
             answers = self.ranker.rank_many(read_requests([each.given() for each in model_input], params or {}))
         except RuntimeError as error:
             raise MlflowException(str(error), error_code=INTERNAL_ERROR) from error
-        replies = []
         for index, answer in enumerate(answers):
             if isinstance(answer, RequestError):
                 raise BadRequest(f"inputs[{index}]: {answer}" if len(answers) > 1 else str(answer))
-            replies.append(answer.to_dict())
-        return replies
+        return [answer.to_dict() for answer in answers if isinstance(answer, Ranking)]
 
 
 def _of_one_too(predict: Callable[..., list[Reply]]) -> Callable[..., list[Reply]]:

@@ -144,12 +144,12 @@ class Ranker:
         if (version_of(folder), read_artifact(folder, verify=False)) != (version, about):
             raise UserError(f"another model took the place of the one in '{folder}' while it was loaded: load it again")
         # This also builds the indexes that encoders make at their first use, so that no request waits for them.
-        found, expected = ranker.example_scores(folder), ExampleScores.read(folder)
-        if told := expected.difference(found, ranker.about.tasks, ranker.calibration):
-            others = ", ".join(expected.other_versions(found))
+        now, before = ranker.example_scores(folder), ExampleScores.read(folder)
+        if difference := before.difference(now, ranker.about.tasks, ranker.calibration):
+            others = ", ".join(before.other_versions(now))
             raise OtherScoresError(
                 f"the model in '{folder}' computes something else here than where it was written: for {EXAMPLE}, "
-                f"{told} ({others or 'by the same versions of torch, numpy and pyarrow'}); "
+                f"{difference} ({others or 'by the same versions of torch, numpy and pyarrow'}); "
                 + ("install the versions that it was written with" if others else "use the code that wrote it")
                 + ", or train again here"
             )

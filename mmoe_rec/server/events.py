@@ -114,8 +114,8 @@ class Accepting:
                 table = checks.read_json(log, rows)
         except RequestError as error:
             raise Refused(400, str(error), "body") from None
-        found = _Rows(log, table, _lacking(log, checks, table, rows))
-        return found if found.lacking else self._append(served, found)
+        sent = _Rows(log, table, _lacking(log, checks, table, rows))
+        return sent if sent.lacking else self._append(served, sent)
 
     def _append(self, served: Served, rows: _Rows) -> dict[str, Any]:
         """Appends rows; gives the reply."""
@@ -184,15 +184,13 @@ def _lacking(
     source: str | None, checks: RowChecks, table: pa.Table, rows: Sequence[Mapping[str, Any]]
 ) -> dict[str, np.ndarray]:
     """The attributes that rows leave out. rows: as JSON gave them, where each may leave out others."""
-    if source is not None:
-        return {}
-    found, given = {}, set(table.column_names)
-    for name in checks.attributes:
-        if name not in given:
-            found[name] = np.ones(len(table), bool)
+    lacking = {}
+    for name in checks.attributes if source is None else ():
+        if name not in table.column_names:
+            lacking[name] = np.ones(len(table), bool)
         elif rows and (left := np.array([name not in row for row in rows])).any():
-            found[name] = left
-    return found
+            lacking[name] = left
+    return lacking
 
 
 def _completed(ranker: Ranker, table: pa.Table, lacking: Mapping[str, np.ndarray]) -> pa.Table:

@@ -66,11 +66,11 @@ class Served:
     def about(self) -> dict[str, str | None]:
         """Which model this is; name and version are those of the registry, where it comes from there, and artifact is
         the version that rankings carry."""
-        found = _REGISTERED.match(self.source.address)
+        registered = _REGISTERED.match(self.source.address)
         about = self.ranker.about
         return {
-            "model": found[1] if found else about.name,
-            "version": found[2] if found else None,
+            "model": registered[1] if registered else about.name,
+            "version": registered[2] if registered else None,
             "address": self.source.address,
             "artifact": self.ranker.version,
             "run_id": self.source.run_id,

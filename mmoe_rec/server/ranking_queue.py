@@ -158,22 +158,22 @@ class RankingQueue:
         def work() -> None:
             position = None if learning is None else str(learning.position)  # events are taken between passes alone
             with self._metrics.timed("score"):
-                found = rank_together(ranker, [call.requests for call in calls])
+                answers = rank_together(ranker, [call.requests for call in calls])
             if position is not None:
-                found = [each if isinstance(each, Refused) else _at(position, each) for each in found]
-            loop.call_soon_threadsafe(self._end_pass, calls, found)
+                answers = [each if isinstance(each, Refused) else _at(position, each) for each in answers]
+            loop.call_soon_threadsafe(self._end_pass, calls, answers)
 
         self._tasks.put(work)
 
-    def _end_pass(self, calls: Sequence[_Queued], found: Sequence[Answers | Refused]) -> None:
+    def _end_pass(self, calls: Sequence[_Queued], answers: Sequence[Answers | Refused]) -> None:
         self._busy_since = None
-        for call, answers in zip(calls, found, strict=True):
+        for call, each in zip(calls, answers, strict=True):
             if call.answers.done():
                 continue
-            if isinstance(answers, Refused):
-                call.answers.set_exception(answers)
+            if isinstance(each, Refused):
+                call.answers.set_exception(each)
             else:
-                call.answers.set_result(answers)
+                call.answers.set_result(each)
         self._start_pass()
         asyncio.get_running_loop().call_soon(self._let_others_work)  # after the replies of these calls are written
 
@@ -214,8 +214,8 @@ def rank_together(ranker: Ranker, calls: Sequence[Sequence[Request | RequestErro
             return [rank_together(ranker, [call])[0] for call in calls]
         _log.exception("the model failed")
         # What MLflow's server says of a RuntimeError. Other errors may hold anything of this machine.
-        told = " ".join(str(error).split()) if type(error) is RuntimeError else "the model failed; the log says why"
-        return [Refused(500, told, "model", INTERNAL)]
+        sentence = " ".join(str(error).split()) if type(error) is RuntimeError else "the model failed; the log says why"
+        return [Refused(500, sentence, "model", INTERNAL)]
 
 
 class Passes:

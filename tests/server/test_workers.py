@@ -7,11 +7,8 @@ import os
 import shutil
 import signal
 import sys
-import threading
-import time
 from collections import Counter
 from dataclasses import asdict
-from http.client import HTTPConnection
 from pathlib import Path
 
 import pytest
@@ -23,7 +20,7 @@ from tests.fork_server import Command, run_command
 from tests.inference.running_server import free_port
 from tests.inference.small_model import SmallModel
 from tests.processes import PATIENCE, children, is_running, until
-from tests.server.test_processes import GOOD, Running, Sending, changed, model_count, served
+from tests.server.test_processes import GOOD, Calling, Running, Sending, changed, model_count, served
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are forked on Linux alone")
 
@@ -43,33 +40,6 @@ def hang_at_loading(folder: Path) -> None:
     (folder / MANIFEST).write_text(json.dumps(tree), encoding="utf-8")
     (folder / EXAMPLE).unlink()
     os.mkfifo(folder / EXAMPLE)
-
-
-class Calling(threading.Thread):
-    """A caller who sends calls one after the other, on connections of their own or on one that it keeps."""
-
-    def __init__(self, running: Running, keeps: bool, pause: float) -> None:
-        super().__init__(daemon=True)
-        self._running, self.keeps, self._pause = running, keeps, pause
-        self.has_ended = False
-        self.answers: list[str] = []
-        self.failures: list[object] = []
-        self.start()
-
-    def run(self) -> None:
-        connection = HTTPConnection("127.0.0.1", self._running.port, timeout=PATIENCE)
-        while not self.has_ended and not self.failures:
-            try:
-                connection.request("POST", "/invocations", json.dumps(GOOD), {"Content-Type": "application/json"})
-                reply = connection.getresponse()
-                if reply.status != 200:
-                    self.failures.append(reply.status)
-                self.answers.append(json.loads(reply.read())["predictions"][0]["model"]["version"])
-            except (OSError, ValueError) as error:
-                self.failures.append(error)
-            if not self.keeps:
-                connection.close()
-            time.sleep(self._pause)
 
 
 def test_workers_are_replaced_reloaded_and_counted_together(folder: Path, tmp_path: Path) -> None:
