@@ -27,7 +27,7 @@ from mmoe_rec.features.memories import Live
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.inference.artifact import Artifact, read_artifact, read_calibration, read_model, version_of
 from mmoe_rec.inference.example import EXAMPLE, ExampleScores
-from mmoe_rec.inference.ranking import Explainer, Freshness, Ranking, Seen, as_of, latest, scored_table
+from mmoe_rec.inference.ranking import Freshness, Ranking, Seen, as_of, explain, latest, scored_table
 from mmoe_rec.inference.reader import RequestReader, as_logged, read_rows
 from mmoe_rec.inference.request import Request, fused_weights
 from mmoe_rec.inference.scorer import ExpertOptions, Scored, Scorer
@@ -380,7 +380,7 @@ class Ranker:
         places, positions = order.tolist(), (order - starts[rows.of]).tolist()
         times = rows.shared.times().tolist()
         floors = pipeline.memories_read(rows)
-        explainer = Explainer(pipeline, rows, scored, self.names) if scored.gates is not None else None
+        read = pipeline.found(rows) if scored.gates is not None else None
         integer_ids = pipeline.key_types.get(names.request or "") == "int64"
         rankings = []
         for number, each in enumerate(part):
@@ -388,6 +388,10 @@ class Ranker:
             seen = Seen(rows, inputs, self.layout, integer_ids, number, start, end)
             if each.request.top_k is not None:
                 end = min(end, start + each.request.top_k)
+            explanations = None
+            if read is not None and each.request.explain:
+                moments = as_of(floors, times[number])
+                explanations = explain(scored, read, self.names, places[start:end], moments)
             rankings.append(
                 Ranking(
                     candidates=[ids[place] for place in places[start:end]],
@@ -398,9 +402,7 @@ class Ranker:
                     tables_as_of=self.about.tables_as_of,
                     warnings=[*scored.warnings, *freshness.warnings(times[number], floors.values())],
                     model={"name": self.about.name, "version": self.version},
-                    explanations=explainer.explanations(places[start:end], as_of(floors, times[number]))
-                    if explainer and each.request.explain
-                    else None,
+                    explanations=explanations,
                     unknown_ids={"user": unknown_users[number], "candidate": unknown[number]},
                     seen=seen if self.keeps_seen else None,
                 )

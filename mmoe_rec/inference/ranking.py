@@ -19,7 +19,6 @@ from mmoe_rec.settings.schema import Schema
 
 if TYPE_CHECKING:
     from mmoe_rec.features.encoder import Inputs
-    from mmoe_rec.features.pipeline import FeaturePipeline
     from mmoe_rec.inference.scorer import Scored
     from mmoe_rec.log.request_rows import RequestRows
 
@@ -116,36 +115,34 @@ class Ranking:
         return {name: each for name, each in tree.items() if each is not None or name not in _IF_THERE}
 
 
-class Explainer:
-    """Explains candidates of a pass, whose rows are looked up once for all of them.
+def explain(
+    scored: Scored,
+    read: tuple[Mapping[str, Any], Mapping[str, Any]],
+    tasks: Sequence[str],
+    places: Sequence[int],
+    moments: Mapping[str, str],
+) -> list[Explanation]:
+    """Of the candidates of a request at these rows of a pass, in the given order.
 
-    scored: of the pass's rows, to be explained; tasks: names.
+    scored: of the pass's rows, to be explained; read: counters and histories of these rows, as
+    `FeaturePipeline.found` gives them; tasks: names; moments: as `as_of` gives.
     """
-
-    def __init__(self, pipeline: FeaturePipeline, rows: RequestRows, scored: Scored, tasks: Sequence[str]) -> None:
-        self._tasks, self._scored = tasks, scored
-        self._numbers, self._lists = pipeline.found(rows)
-
-    def explanations(self, places: Sequence[int], moments: Mapping[str, str]) -> list[Explanation]:
-        """Of the candidates of a request at these rows of the pass, in the given order; moments: as `as_of` gives."""
-        chosen, scored = np.array(places, np.int64), self._scored
-        assert scored.uncalibrated is not None
-        assert scored.gates is not None
-        after, before = (each[chosen].astype(np.float64) for each in (scored.values, scored.uncalibrated))
-        numbers = {name: _or_null(each[chosen]) for name, each in self._numbers.items()}
-        lists = {name: each[chosen].tolist() for name, each in self._lists.items()}
-        rows = zip(before.tolist(), after.tolist(), scored.gates[chosen].tolist(), strict=True)
-        return [
-            Explanation(
-                uncalibrated=dict(zip(self._tasks, uncalibrated, strict=True)),
-                calibrated=dict(zip(self._tasks, calibrated, strict=True)),
-                gates=dict(zip(self._tasks, gates, strict=True)),
-                counters={name: each[row] for name, each in numbers.items()},
-                histories={name: each[row] for name, each in lists.items()},
-                as_of=dict(moments),
-            )
-            for row, (uncalibrated, calibrated, gates) in enumerate(rows)
-        ]
+    assert scored.uncalibrated is not None
+    assert scored.gates is not None
+    chosen = np.array(places, np.int64)
+    after, before = (each[chosen].astype(np.float64).tolist() for each in (scored.values, scored.uncalibrated))
+    numbers, lists = ({name: each[chosen].tolist() for name, each in part.items()} for part in read)
+    return [
+        Explanation(
+            uncalibrated=dict(zip(tasks, before[row], strict=True)),
+            calibrated=dict(zip(tasks, after[row], strict=True)),
+            gates=dict(zip(tasks, gates, strict=True)),
+            counters={name: None if math.isnan(each[row]) else each[row] for name, each in numbers.items()},
+            histories={name: each[row] for name, each in lists.items()},
+            as_of=dict(moments),
+        )
+        for row, gates in enumerate(scored.gates[chosen].tolist())
+    ]
 
 
 def as_of(floors: Mapping[str, int | None], time: int) -> dict[str, str]:
@@ -155,10 +152,6 @@ def as_of(floors: Mapping[str, int | None], time: int) -> dict[str, str]:
     """
     moments = {floor: iso_time(time if floor is None else max(time, floor)) for floor in set(floors.values())}
     return {name: moments[floor] for name, floor in floors.items()}
-
-
-def _or_null(values: np.ndarray) -> list[float | None]:
-    return [None if math.isnan(value) else value for value in values.tolist()]
 
 
 @dataclass(frozen=True)

@@ -64,11 +64,7 @@ class Events(BaseModel):
 class Accepted(BaseModel):
     """What is on disk now, and will be known to replies at once."""
 
-    accepted: int = Field(
-        description="rows of the call: the journal holds them all, also those that came before and so do not count "
-        "(again); these are found out once rows are learnt, and then counted by the metric "
-        "mmoe_rec_events_learnt_total with outcome duplicate, or conflict where labels differ"
-    )
+    accepted: int = Field(description="rows of the call, also those that came before and so do not count again")
     late: int = Field(description="rows that were known before the model's tables were made")
     out_of_order: int = Field(description="rows that are earlier than one before them")
     ignored: int = Field(

@@ -41,15 +41,6 @@ def test_an_address_that_a_loading_server_has_is_taken(host: str) -> None:
     second.close()
 
 
-def test_one_port_of_two_addresses() -> None:
-    first, second = listening_socket("127.0.0.1", 0), socket.socket()
-    second.bind(("127.0.0.2", first.getsockname()[1]))
-    listen(first)
-    listen(second)
-    first.close()
-    second.close()
-
-
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_who_comes_second_is_told_in_one_sentence(small: SmallModel, tmp_path: Path, workers: str) -> None:
     folder, port = tmp_path / "model", free_port()
