@@ -25,8 +25,6 @@ SERVED_CODE = (
     "features",
     "batches",
     "model",
-    "live/__init__.py",
-    "live/logged_requests.py",
     "inference",
 )
 

@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 
 PAUSE_SECONDS = 0.05
 """Between looks at a journal in which other processes write; what this process has accepted is looked for at once."""
-_REST, _LEAST_REST_SECONDS, _MOST_REST_SECONDS = 4.0, 0.3, 0.4
-"""After it has prepared something, the thread leaves the processor to requests for so many times as long: at least for
-so long, as a step costs nearly the same for few rows as for many, and at most, and not at all while a caller waits."""
+_REST_SECONDS = 0.3
+"""After it has prepared something, the thread leaves the processor to requests, unless a caller waits: a step costs
+nearly the same for few rows as for many."""
 _PAUSE_AFTER_FAILURE_SECONDS = 5.0
 _NICER = 10
 
@@ -125,11 +125,10 @@ class Following:
     def look(self) -> float:
         """Learns what is new; gives the seconds to rest."""
         try:
-            worked = self._step()
+            rest = _REST_SECONDS if self._step() and not self._waiting else 0.0
             if self.failure is not None:
                 _log.info("events are learnt again")
             self.failure = None
-            rest = self._rest(worked)
         except Exception as error:  # whatever it is, the model goes on with what it knows, and says so
             if (failure := sentence_of(error)) != self.failure:
                 is_bug = not isinstance(error, UserError)
@@ -140,30 +139,20 @@ class Following:
         self._tell()  # also of what a model knows that has just taken the place of another one
         return rest
 
-    def _rest(self, worked: float) -> float:
-        """Seconds to rest after so many seconds of work."""
-        with self._lock:
-            if self._waiting or not worked:
-                return 0.0
-        return min(max(_REST * worked, _LEAST_REST_SECONDS), _MOST_REST_SECONDS)
-
-    def _step(self) -> float:
-        """Learns what is new; gives the seconds that preparing it has taken, 0 where there was nothing."""
-        with self._lock:
-            is_asked = bool(self._waiting)
-        if not is_asked:  # a caller would wait, too
+    def _step(self) -> bool:
+        """Learns what is new, if there is something."""
+        if not self._waiting:  # a caller would wait, too
             self._passes.wait()
-        started, learning = time.monotonic(), self._learning()
+        learning = self._learning()
         if learning is None or (learnt := learning.read()) is None:
-            return 0.0
-        worked = time.monotonic() - started
+            return False
         self._queue.between_passes(lambda: learning.take(learnt)).result()
         now = time.time_ns() // 1_000
         for accepted in learnt.accepted_at:
             self._metrics.visible.observe(max(now - accepted, 0) / 1e6)
         for outcome, rows in learnt.counts.items():
             self._metrics.learnt.labels(outcome).inc(rows)
-        return worked
+        return True
 
     def _tell(self) -> None:
         with self._lock:
