@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from simulated_log import BOUGHT, SPENT, Log, simulate
+from simulated_log import SPENT, Log, simulate
 from sklearn.metrics import (
     average_precision_score,
     log_loss,
@@ -20,13 +20,8 @@ from mmoe_rec.evaluation import summary as typed
 from mmoe_rec.evaluation.intervals import draw_users
 from mmoe_rec.evaluation.summary import flatten, sums_by_user
 from mmoe_rec.evaluation.sums import MeasuredTask, measure
-from mmoe_rec.report.findings import find_in_summary
 from mmoe_rec.report.sentences import describe_notes
 from tests.evaluation.trees import summarise
-
-
-def warnings(log: Log) -> list[str]:
-    return [each.message for each in find_in_summary(typed.summarise(log.measure(), 100)) if each.task == "bought"]
 
 
 def notes(log: Log) -> list[str]:
@@ -92,18 +87,6 @@ def test_areas_are_exact_and_their_intervals_good_where_bins_hold_many_values(sp
             assert found[metric][end] == pytest.approx(exact[metric][end], abs=0.03 * width)
     if rate == 1.0:
         assert found["average_precision"]["low"] != exact["average_precision"]["low"]
-
-
-def test_certain_predictions_are_clipped_as_in_scikit_learn() -> None:
-    for dtype in (np.float32, np.float64):
-        prediction = np.array([0.0, 1.0, 0.3, 1.0], dtype=dtype)
-        label = np.array([1.0, 0.0, 1.0, 1.0])
-        sums = measure(
-            (BOUGHT,), [1, 1, 2, 2], [1, 1, 2, 2], {"bought": prediction}, {"bought": label}, score=prediction
-        )
-        found = summarise(sums, resamples=1)["tasks"]["bought"]
-        assert found["logloss"]["value"] == pytest.approx(log_loss(label, prediction), rel=1e-6)
-        assert found["auc"]["value"] == pytest.approx(roc_auc_score(label, prediction))
 
 
 @pytest.mark.parametrize("largest", [30, 1e9])
@@ -193,15 +176,6 @@ def test_ndcg_of_labels_that_differ_by_little_beside_their_size_is_told_of(log: 
     assert not any("in any order" in each for each in notes(log))
 
 
-def test_what_is_wrong_with_a_model_is_told(log: Log) -> None:
-    assert warnings(log) == []
-    turned = replace(log, predictions=log.predictions | {"bought": 1 - log.predictions["bought"]})
-    assert any("the AUC of 'bought' is 0." in each and "below .5" in each for each in warnings(turned))
-    low = replace(log, predictions=log.predictions | {"bought": 0.1 * log.predictions["bought"]})
-    (far,) = warnings(low)
-    assert far.startswith("the probabilities of 'bought' are too low: 0.1")
-
-
 def with_mean(log: Log, mean: float, deviation: float) -> Log:
     """Labels and predictions of `spent` moved to another mean and deviation."""
     label = log.labels["spent"]
@@ -241,19 +215,6 @@ def test_calibration_bins_have_equal_mass_and_add_up(log: Log) -> None:
         assert row["low"] <= row["observed_rate"] <= row["high"]
     error = sum(row["rows"] * abs(row["mean_predicted"] - row["observed_rate"]) for row in bins) / len(label)
     assert found["ece"] == pytest.approx(error)
-
-
-def test_the_interval_of_a_mean_is_its_closed_form() -> None:
-    """One row a user: the bootstrap distribution of the mean absolute error is normal with deviation s / sqrt(n)."""
-    generator = np.random.default_rng(0)
-    error = generator.gamma(2.0, size=500)
-    ids = np.arange(500)
-    task = MeasuredTask("spent", "regression")
-    sums = measure((task,), ids, ids, {"spent": np.zeros(500)}, {"spent": error}, score=np.zeros(500))
-    found = summarise(sums, resamples=4000)["tasks"]["spent"]["mae"]
-    deviation = error.std() / np.sqrt(500)
-    assert found["low"] == pytest.approx(error.mean() - 1.96 * deviation, abs=0.15 * deviation)
-    assert found["high"] == pytest.approx(error.mean() + 1.96 * deviation, abs=0.15 * deviation)
 
 
 @pytest.mark.thorough
