@@ -45,11 +45,10 @@ class TrainingsMean:
 @dataclass(frozen=True)
 class SettingsDifference:
     """Differences of the means over trainings from those of other settings: of the objective, which has a name and
-    values that are `better`, and of all metrics, task or `score` -> metric; means: of the other settings."""
+    values that are `better`, and of all metrics, task or `score` -> metric."""
 
     objective: Difference
     groups: dict[str, dict[str, Difference]]
-    means: dict[str, dict[str, float | None]]
     name: str | None
     better: str | None
 
@@ -77,18 +76,16 @@ def compare_trainings(
     mine, effective = _resample_mean(sums, resamples, seed, objective), effective_by_metric(sums_by_user(sums[0]))
     if objective is not None:
         effective |= {OBJECTIVE: objective.effective_users(effective)}
-    differences, means = dict[tuple[str, str, str], Difference](), dict[str, dict[Key, float | None]]()
+    differences = dict[tuple[str, str, str], Difference]()
     for name, its in others.items():
         for each in its:
             check_same_rows("these settings", sums[0], name, each)
         theirs = _resample_mean(its, resamples, seed, objective)
         for key in (key for key in mine if key in theirs):
             differences[name, *key] = _difference_of(*mine[key], *theirs[key], effective[key])
-        values = {key: value.mean() for key, (value, _) in theirs.items() if key != OBJECTIVE}
-        means[name] = {key: float(mean) if np.isfinite(mean) else None for key, mean in values.items()}
     named = (None, None) if objective is None else (objective.name, objective.better)
     corrected = correct(sums[0], differences, others)
-    return {name: SettingsDifference(*each, nest(means[name]), *named) for name, each in corrected.items()}
+    return {name: SettingsDifference(*each, *named) for name, each in corrected.items()}
 
 
 def _resample_mean(

@@ -14,6 +14,7 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from inspect import CO_OPTIMIZED
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -37,7 +38,8 @@ class Trip:
     def note(self, frame: FrameType, event: str, _: Any) -> None:
         """For `sys.setprofile`."""
         name = frame.f_code.co_filename
-        if event != "call" or not name.startswith(f"{PACKAGE}/") or frame.f_code.co_name == "<module>":
+        is_function = frame.f_code.co_flags & CO_OPTIMIZED  # bodies of modules and classes run at imports
+        if event != "call" or not name.startswith(f"{PACKAGE}/") or not is_function:
             return
         self.files.add(_within(name))
         self.is_in_loop |= name.endswith("/training/loop.py") and frame.f_code.co_name == "_train"

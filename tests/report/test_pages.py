@@ -62,7 +62,7 @@ def of_trainings() -> trainings.TrainingsReport:
     apart = Difference(0.1, 0.05, 0.15, 0.02, None, 0.001, 0.002, 0.1)
     task = f"{EVIL}click"
     summary = {task: {"auc": TrainingsMean(0.7, 0.6, 0.8, 0.01, 0.02, (0.69, 0.71))}}
-    old = SettingsDifference(apart, {task: {"auc": apart}}, {}, "auc", "higher")
+    old = SettingsDifference(apart, {task: {"auc": apart}}, "auc", "higher")
     told = {"against": {f"{EVIL}old": old}, "warnings": [EVIL], "facts": {f"{EVIL}log": EVIL}}
     return trainings.TrainingsReport(f"{EVIL}new", (17, 18), 1_000, "users", summary, **told)
 
