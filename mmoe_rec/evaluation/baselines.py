@@ -85,7 +85,6 @@ def gradient_boosting(
     weights: tuple[np.ndarray | None, np.ndarray | None] = (None, None),
     iterations: int = 150,
     learning_rate: float = 0.1,
-    seed: int = 0,
 ) -> TreeBaseline:
     """Fit scikit-learn's histogram gradient boosting on the rows whose label is observed.
 
@@ -99,7 +98,6 @@ def gradient_boosting(
         weights: what rows of training and of validation count; None is 1 each.
         iterations: number of trees, the largest number with `validation`.
         learning_rate: shrinkage of each tree.
-        seed: of scikit-learn's random choices.
 
     Raises:
         UserError: no label is observed, or a binary task has one class only.
@@ -119,7 +117,7 @@ def gradient_boosting(
         categorical_features=np.asarray(categorical, dtype=bool),
         early_stopping=validation is not None,
         n_iter_no_change=15,
-        random_state=seed,
+        random_state=0,
     )
     held_out = {}
     if validation is not None:

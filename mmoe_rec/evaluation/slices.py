@@ -191,14 +191,14 @@ class SliceRecord:
         return self.p_corrected is not None and self.p_corrected < LEVEL
 
 
-def compare_slices(models: Mapping[str, MeasuredModel], model: str, resamples: int, seed: int = 0) -> list[SliceRecord]:
+def compare_slices(models: Mapping[str, MeasuredModel], model: str, resamples: int) -> list[SliceRecord]:
     """A record for each slice of a model, task or `score`, metric, and what the slice is compared with."""
     slices, requests, records = models[model].slices, Counter[str](), list[SliceRecord]()
     for (by, _), sums in slices.items():
         requests[by] += _count(sums, "requests")
     for key in slices:
         is_cut = requests[key[0]] > _count(models[model].sums, "requests")
-        records += _compare_slice(key, models, model, resamples, seed, is_cut)
+        records += _compare_slice(key, models, model, resamples, is_cut)
     corrected = iter(correct_by_holm([each.p for each in records if each.p is not None]))
     return [each if each.p is None else replace(each, p_corrected=next(corrected)) for each in records]
 
@@ -242,7 +242,7 @@ def _count(sums: EvaluationSums, column: str, group: str = SCORE) -> int:
 
 
 def _compare_slice(
-    key: tuple[str, str], models: Mapping[str, MeasuredModel], model: str, resamples: int, seed: int, cut: bool
+    key: tuple[str, str], models: Mapping[str, MeasuredModel], model: str, resamples: int, cut: bool
 ) -> Iterator[SliceRecord]:
     """cut: whether requests have rows in other slices too."""
     whole, here = models[model].sums, models[model].slices[key]
@@ -264,7 +264,7 @@ def _compare_slice(
         }
 
     effective = effective_by_metric(groups[model])
-    resampled = resample(values_of, len(units), resamples, seed)
+    resampled = resample(values_of, len(units), resamples)
     for (group, metric), sizes in effective.items():
         its, ranks = resampled[model, group, metric], metric == _NDCG
         labels = None if group == SCORE else count_rarer_label(here, group)

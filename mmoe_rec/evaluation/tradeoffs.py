@@ -52,7 +52,7 @@ class Sweep:
     scored: of a model with T tasks; weights: P of T, which sum to 1.
     """
 
-    def __init__(self, scored: ScoredRows, weights: Sequence[Weights], resamples: int, seed: int = 0) -> None:
+    def __init__(self, scored: ScoredRows, weights: Sequence[Weights], resamples: int) -> None:
         self.tasks, self.weights = [task.name for task in scored.layout.tasks], list(weights)
         logs = log_predictions(scored)
         gains = np.maximum(np.nan_to_num(scored.labels.astype(np.float64), nan=0.0), 0.0)
@@ -78,7 +78,7 @@ class Sweep:
             found, places = ratio(sums @ drawn, counts @ drawn), np.ndindex(sums.shape[:2])
             return {place: found[place] for place in places}
 
-        resampled = resample(at, units, resamples, seed)
+        resampled = resample(at, units, resamples)
         self.values = [[resampled[number, task] for task in range(len(self.tasks))] for number in range(len(weights))]
 
     def compare_with_first(self, number: int) -> dict[str, Difference]:
@@ -87,11 +87,11 @@ class Sweep:
         return {task: find_difference(mine, first, effective) for task, mine, first, effective in each}
 
 
-def make_grid(tasks: int, deployed: Weights, seed: int = 0) -> list[Weights]:
+def make_grid(tasks: int, deployed: Weights) -> list[Weights]:
     """Weights that sum to 1: the deployed ones first, then all of a grid, or some that are drawn where that is
     large."""
     if (steps := _DENOMINATORS.get(tasks)) is None:
-        drawn = np.random.default_rng(seed).dirichlet(np.ones(tasks), _DRAWN)
+        drawn = np.random.default_rng(0).dirichlet(np.ones(tasks), _DRAWN)
         others = [tuple(float(x) for x in each) for each in [*np.eye(tasks), *drawn]]
     else:
         parts = itertools.product(range(steps + 1), repeat=tasks)

@@ -53,12 +53,10 @@ class SettingsDifference:
     better: str | None
 
 
-def average_trainings(
-    sums: Sequence[EvaluationSums], resamples: int, seed: int = 0
-) -> dict[str, dict[str, TrainingsMean]]:
+def average_trainings(sums: Sequence[EvaluationSums], resamples: int) -> dict[str, dict[str, TrainingsMean]]:
     """Task or `score` -> metric -> its mean over two or more trainings that were measured on the same rows."""
     effective = effective_by_metric(sums_by_user(sums[0]))
-    means = _resample_mean(sums, resamples, seed)
+    means = _resample_mean(sums, resamples)
     return nest({key: _mean_of(*each, effective[key]) for key, each in means.items()})
 
 
@@ -67,20 +65,19 @@ def compare_trainings(
     others: Mapping[str, Sequence[EvaluationSums]],
     objective: Objective | None = None,
     resamples: int = 1000,
-    seed: int = 0,
 ) -> dict[str, SettingsDifference]:
     """Name of each other setting -> the difference of the means over trainings from its own.
 
     sums, others: of two or more trainings each. Raises UserError where the rows are not the same.
     """
-    mine, effective = _resample_mean(sums, resamples, seed, objective), effective_by_metric(sums_by_user(sums[0]))
+    mine, effective = _resample_mean(sums, resamples, objective), effective_by_metric(sums_by_user(sums[0]))
     if objective is not None:
         effective |= {OBJECTIVE: objective.effective_users(effective)}
     differences = dict[tuple[str, str, str], Difference]()
     for name, its in others.items():
         for each in its:
             check_same_rows("these settings", sums[0], name, each)
-        theirs = _resample_mean(its, resamples, seed, objective)
+        theirs = _resample_mean(its, resamples, objective)
         for key in (key for key in mine if key in theirs):
             differences[name, *key] = _difference_of(*mine[key], *theirs[key], effective[key])
     named = (None, None) if objective is None else (objective.name, objective.better)
@@ -89,7 +86,7 @@ def compare_trainings(
 
 
 def _resample_mean(
-    sums: Sequence[EvaluationSums], resamples: int, seed: int, objective: Objective | None = None
+    sums: Sequence[EvaluationSums], resamples: int, objective: Objective | None = None
 ) -> dict[Key, tuple[np.ndarray, Resampled]]:
     """Task or `score` and metric -> (S,) values of the trainings, and their mean when users are redrawn."""
     groups, units = [sums_by_user(each) for each in sums], len(sums[0].tables["ranking"])
@@ -103,7 +100,7 @@ def _resample_mean(
         return {key: np.mean([each[key] for each in values], axis=0) for key in values[0]}
 
     once = values_of(np.ones((units, 1)))
-    resampled = resample(mean_of, units, resamples, seed)
+    resampled = resample(mean_of, units, resamples)
     return {key: (np.array([each[key][0] for each in once]), of) for key, of in resampled.items()}
 
 

@@ -198,6 +198,16 @@ def test_r2_where_the_mean_is_large_beside_the_deviation(log: Log, mean: float, 
     assert found.get("note") == (nothing_ranked if mean < 0 else None)
 
 
+def test_r2_is_undefined_in_resamples_that_draw_equal_labels_alone() -> None:
+    """Users whose labels differ, though not within a user: what rounding leaves of a variance is none."""
+    random, users = np.random.default_rng(0), np.repeat(np.arange(30), 5)
+    labels, weight = np.repeat(random.normal(size=30), 5), random.uniform(0.1, 9, 150)
+    sums = measure((SPENT,), users, users, {"spent": labels + 1}, {"spent": labels}, score=labels, weight=weight)
+    drawn = np.concatenate([30 * np.eye(30), np.ones((30, 1))], axis=1)  # each user alone, then all
+    found = sums_by_user(sums)["spent"].at(drawn)["r2"]
+    assert np.isnan(found).tolist() == [True] * 30 + [False]
+
+
 def test_calibration_bins_have_equal_mass_and_add_up(log: Log) -> None:
     _, label, prediction = log.observed("bought")
     found = summarise(log.measure(), resamples=50)["tasks"]["bought"]

@@ -132,14 +132,15 @@ class Gauc(Ratio[TaskRows]):
     kinds, better, ranks_within = ("binary",), "higher", True
 
     def __init__(self, by: str, weighted: bool = True) -> None:
-        self.by, self.is_headline = by, weighted
+        self.by = by
+        self.weighted = self.is_headline = weighted
         self.name = f"gauc_{by}" if weighted else f"gauc_{by}_unweighted"
         self.totals = (f"{by}_auc", f"{by}_auc_weight") if weighted else (f"{by}_auc_unweighted", f"{by}s_with_auc")
 
     def measure(self, rows: TaskRows) -> dict[str, np.ndarray]:
         """The groups of a single class, and their rows; of the others, their rows by weight, each one's AUC x that, how
         many there are, and the sum of AUC. Those of the unweighted mean are the same."""
-        if not self.is_headline:
+        if not self.weighted:
             return {}
         group = getattr(rows, self.by)
         positives, negatives = rows.weight * rows.label, rows.weight * (1 - rows.label)
@@ -158,7 +159,7 @@ class Gauc(Ratio[TaskRows]):
 
     def details(self, sums: UserSums, resamples: int, seed: int) -> dict[str, Any]:
         """The users or requests that are left out."""
-        if not self.is_headline:
+        if not self.weighted:
             return {}
         single, rows = (int(sums.column(f"single_class_{self.by}{each}").sum()) for each in ("s", "_rows"))
         observed = sums.column("rows").sum()
