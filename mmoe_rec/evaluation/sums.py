@@ -398,7 +398,7 @@ _FINITE: Form = (np.isfinite, "a finite number")
 _CLASS: Form = (lambda x: (x == 0) | (x == 1) | np.isnan(x), "0, 1 or NaN (unobserved)")
 _LABEL: Form = (lambda x: ~np.isinf(x), "a number or NaN (unobserved)")
 # Products of sums of larger weights would overflow, and of smaller ones vanish.
-_WEIGHT: Form = (lambda x: (x > 1e-50) & (x < 1e50), "a positive number, 1e-50 to 1e50")
+_WEIGHT: Form = (lambda x: (x > np.float64(1e-50)) & (x < np.float64(1e50)), "a positive number, 1e-50 to 1e50")
 
 
 def _index(name: str, ids: Any, rows: int | None = None) -> tuple[pa.Array, np.ndarray]:

@@ -232,7 +232,8 @@ class _Reading:
             made["score"] = pa.array(score)
         if columns.weight is not None:
             weight = self._numbers(table, columns.weight, start)
-            self._check(columns.weight, weight, ~((weight > 1e-50) & (weight < 1e50)), start, "a positive number")
+            is_wrong = ~((weight > np.float64(1e-50)) & (weight < np.float64(1e50)))
+            self._check(columns.weight, weight, is_wrong, start, "a positive number")
             made["weight"] = pa.array(weight)
         for number, by in enumerate(columns.slices):
             try:

@@ -32,6 +32,8 @@ def test_tables_hold_what_naive_loops_count(log: Log) -> None:
         single = [len(set(log.labels["liked"][known & (log.requests == r)])) < 2 for r in set(log.requests[known])]
         assert by_user[user]["single_class_requests"] == sum(single)
     assert list(by_user) == sorted(by_user)
+    single = replace(log, weight=np.ones(len(log.score), np.float32)).measure()  # which warns of nothing
+    assert single.tables["ranking"].equals(sums.tables["ranking"])
 
 
 def test_relevance_is_the_weighted_sum_of_labels() -> None:
