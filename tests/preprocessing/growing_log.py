@@ -1,15 +1,11 @@
 """A log of interactions and one of events that grow by days, prepared and extended."""
 
-import re
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from hypothesis import reject
-from hypothesis import strategies as st
 
-from mmoe_rec.errors import UserError
 from mmoe_rec.point_in_time.join import in_window
 from mmoe_rec.preprocessing.extend import extend
 from mmoe_rec.preprocessing.logs import BuildOptions
@@ -34,14 +30,6 @@ WINDOWS = {
     "test": (START + 6 * DAY, None),
 }
 
-FIRST_DAYS = 6.5
-LATER_DAYS = (
-    st.lists(st.floats(FIRST_DAYS, 12), min_size=1, max_size=3, unique=True)
-    .map(sorted)
-    .map(lambda edges: list(zip([FIRST_DAYS, *edges], [*edges, 99], strict=True)))
-)
-"""Draws the first and last day of each step by which a log grows beyond its first days."""
-
 
 def schema_with_purchases(features: dict, path: Path) -> Schema:
     """A schema whose features may be of the log of events in the folder `path`, too."""
@@ -54,20 +42,14 @@ def windows_of(first: float, second: float) -> dict:
     return {"train": (START, one), "validation": (one, two), "test": (two, None)}
 
 
-def _new(item: int | str) -> int | str:
-    return f"new {item}" if isinstance(item, str) else item + 5
-
-
 class Growing:
     """A log and a log of events in `folder`, to which days are added; later ones have further items."""
 
-    def __init__(self, folder: Path, seed: int = 0, rows: int = 400, days: float = 12.0, strings: bool = False):
+    def __init__(self, folder: Path, seed: int = 0, rows: int = 400):
         self.folder, self.work, self.source = folder, folder / "work", str(folder / "log")
-        table = random_log(seed, rows, strings, days)
+        table = random_log(seed, rows, days=12.0)
         new = times_of(table) >= START + 7 * DAY
-        items = table["item"].to_pylist()
-        renamed = [_new(each) if late else each for each, late in zip(items, new, strict=True)]
-        self.table = with_column(table, "item", pa.array(renamed))
+        self.table = with_column(table, "item", table["item"].to_numpy() + np.where(new, 5, 0))
         rng = np.random.default_rng(seed)
         events = self.table.take(pa.array(np.sort(rng.integers(0, rows, rows // 2))))
         bought_at = times_of(events) + rng.choice([0, 1, DAY // 3], rows // 2)
@@ -96,16 +78,6 @@ class Growing:
         log.add(0, 8)
         log.prepare()
         return log
-
-    def prepare_first_days(self, **options: object) -> Prepared:
-        """With the days before `LATER_DAYS`; a drawn log that these are too few of is rejected."""
-        self.add(0, FIRST_DAYS)
-        try:
-            return self.prepare(**options)
-        except UserError as error:  # they may lack a split's rows, or a task's labels of one class
-            if not re.search("split is empty|one class in training", str(error)):
-                raise
-            reject()
 
     def prepare(self, work: str = "work", windows: dict = WINDOWS, **options: object) -> Prepared:
         return prepare(self.source, self.schema, windows, self.folder / work, BuildOptions(**options))

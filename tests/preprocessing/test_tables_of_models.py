@@ -9,21 +9,19 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import settings
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.features import kinds
 from mmoe_rec.features.pipeline import FeaturePipeline
-from mmoe_rec.point_in_time.join import in_window
 from mmoe_rec.preprocessing.files import Taken
 from mmoe_rec.preprocessing.logs import BuildOptions, Logs
 from mmoe_rec.preprocessing.prepare import Prepared, prepare
 from mmoe_rec.preprocessing.tables import Tables, advanced, made_anew, taken_by
-from tests.log.small_logs import DAY, START, times_of
+from tests.log.small_logs import DAY, START
 from tests.point_in_time.compared_logs import _LACKS, _small_pieces
 from tests.point_in_time.drawn_logs import DrawnLog, draw
-from tests.preprocessing.growing_log import LATER_DAYS, Growing, windows_of
+from tests.preprocessing.growing_log import Growing, windows_of
 
 
 def features_of(prepared: Prepared, folder: Path) -> Path:
@@ -98,45 +96,6 @@ def assert_same_tables(one: Path, other: Path, but: tuple[str, ...] = ()) -> int
         assert mine == its
         assert Taken.read(one).digest == Taken.read(other).digest
     return compared
-
-
-@settings(max_examples=settings().max_examples // 10)
-@given(
-    seed=st.integers(0, 10**6),
-    days=LATER_DAYS,
-    rows_in_memory=st.sampled_from([40, 10**6]),
-    workers=st.sampled_from([1, 2]),
-    strings=st.booleans(),
-    as_of_days=st.sampled_from([0, 0, 1.5]),
-)
-def test_going_on_day_by_day_gives_what_all_days_give(
-    tmp_path_factory, seed, days, rows_in_memory, workers, strings, as_of_days
-):
-    """Items that have become frequent later than training stay in their buckets, and events may be days late."""
-    log = Growing(tmp_path_factory.mktemp("log"), seed, 250, strings=strings)
-    options = {"rows_in_memory": rows_in_memory, "duplicates": "keep", "workers": workers, "as_of_days": as_of_days}
-    prepared = log.prepare_first_days(**options)
-    served = Served(prepared, log.folder / "served", log.source, BuildOptions(**options))
-    for start, end in days:
-        window = (START + int(start * DAY), START + int(end * DAY))
-        rows, events = (int(in_window(each, window).sum()) for each in (times_of(log.table), log.written))
-        log.add(start, end)
-        made = served.go_on()
-        assert (made is None) == (rows + events == 0)
-        if made is not None:
-            assert (made.rows, made.events) == (rows, events)
-    anew, all_of_it = served.anew()
-    assert assert_same_tables(served.features, anew) > 0 or all_of_it.rows == 0
-    assert served.last == all_of_it.as_of == int(times_of(log.table).max())
-    # A fresh build has other vocabularies, and the same memories but for those of table rows.
-    whole = log.prepare("whole", **options)
-    same_ids = ids_of(whole.serving) == ids_of(anew)
-    for name in sorted(path.name for path in whole.serving.glob("*.memory")):
-        mine, its = (pq.read_table(each / name) for each in (served.features, whole.serving))
-        if same_ids or "item" not in mine.column_names:
-            assert mine.equals(its), name
-    for name in ("latest.user.parquet", "latest.candidate.parquet", "latest.candidate.times.parquet"):
-        assert pq.read_table(served.features / name).equals(pq.read_table(whole.serving / name))
 
 
 def ids_of(features: Path) -> list:
