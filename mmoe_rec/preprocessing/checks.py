@@ -102,9 +102,9 @@ def check_requests(log: Log, requests: Requests) -> None:
 
 
 def _clash(log: Log, clash: Clash, column: str, count: int, advice: str) -> UserError:
-    first = "a row of the files before" if clash.first is None else place(log, clash.first)
+    first = "a row of the files before" if clash[0] is None else place(log, clash[0])
     return UserError(
-        f"{first} and {place(log, clash.other)} are of one request (column '{log.schema.columns.request}') and differ "
+        f"{first} and {place(log, clash[1])} are of one request (column '{log.schema.columns.request}') and differ "
         f"in column '{column}', as do rows of {count:,} request{'s' * (count > 1)}: {advice}"
     )
 

@@ -53,14 +53,10 @@ from mmoe_rec.settings.sections import differences
 
 @dataclass(frozen=True)
 class Holder:
-    """What took files in, for messages.
-
-    what: such as "the features", with which a sentence goes on in the plural; where: the same with its place; anew:
-    what to do where files can't be added; last: microseconds of the last request that it knows.
-    """
+    """What took files in, for messages. what: in the plural, such as "the features in 'work/features'"; anew: what to do
+    where files can't be added; last: microseconds of the last request that it knows."""
 
     what: str
-    where: str
     anew: str
     last: int
 
@@ -136,7 +132,7 @@ class NewFiles:
                 break
             row += len(rows)
         raise UserError(
-            f"{place(new.log, row)} was requested {format_time(first)}, but {self.holder.where} hold requests up to "
+            f"{place(new.log, row)} was requested {format_time(first)}, but {self.holder.what} hold requests up to "
             f"{format_time(known)} already: what such rows could have known is no longer remembered; take them out of "
             f"the log, or {self.holder.anew}"
         )
@@ -230,7 +226,7 @@ def extend(
         taken = Taken.read(prepared.folder)
         logs = Logs(log_source, schema, options, [log.types for log in taken.logs])
         last = prepared.manifest["request_microseconds"][1]
-        files = NewFiles(logs, taken, Holder("the features", f"the features in '{prepared.folder}'", ANEW, last))
+        files = NewFiles(logs, taken, Holder(f"the features in '{prepared.folder}'", ANEW, last))
         if not files.any:
             return None
         with atomic_folder(prepared.folder) as folder:

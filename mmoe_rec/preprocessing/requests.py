@@ -38,12 +38,8 @@ _GREATEST = np.iinfo(np.int64).max
 Run = Callable[[Callable[[Any], Any], Sequence[Any], Sequence[int], str], Iterator[Any]]
 
 
-@dataclass(frozen=True)
-class Clash:
-    """Numbers of two rows of one request that disagree; `first` is None where it lies in a file of days before."""
-
-    first: int | None
-    other: int
+Clash = tuple[int | None, int]
+"""Numbers of two rows of one request that disagree; the first is None where it lies in a file of days before."""
 
 
 @dataclass
@@ -192,7 +188,7 @@ def _find_clash(database: Database, column: str, runs: str) -> Clash | None:
     if other is None:
         return None
     (first,) = database.row(f'SELECT min(row) {runs} WHERE request = {request} AND "{column}" = agreed')
-    return Clash(first, other)
+    return first, other
 
 
 def read_requests(folder: Path | None) -> Iterator[pa.Table]:

@@ -63,7 +63,7 @@ def advanced(features: Path, last: int, logs: Logs, taken: Taken, out: Path) -> 
     features: of the model; last: microseconds of the last request that its tables know; logs: to be read by the model's
     schema, with the types of `taken`. Raises UserError as `extend`.
     """
-    holder = Holder("the model's tables", "the model's tables", ANEW, last)
+    holder = Holder("the model's tables", ANEW, last)
     files, requests = NewFiles(logs, taken, holder), features / "requests"
     new = zip(logs.all, files.changes, strict=True)
     if not any(file.rows for log, changes in new for file in log.files if file.address in changes.new):

@@ -82,7 +82,10 @@ def _only_events(log: Growing) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (_rewrite, r"log/100.parquet' has changed since the features were built from it; put it back, or build .*anew"),
+        (
+            _rewrite,
+            r"log/100.parquet' has changed since the features in '.*' were built from it; put it back, or build",
+        ),
         (_rename, r"events/renamed.parquet' holds events .* of the time of '.*events/100.parquet', which is gone"),
         (_write_early, r"row 20 of '.*early.parquet' was requested .*; take them out of the log, or build .*anew"),
         (_write_last_again, r"row 0 of '.*last.parquet' was requested .* hold requests up to"),
