@@ -53,8 +53,8 @@ from mmoe_rec.settings.sections import differences
 
 @dataclass(frozen=True)
 class Holder:
-    """What took files in, for messages. what: in the plural, such as "the features in 'work/features'"; anew: what to do
-    where files can't be added; last: microseconds of the last request that it knows."""
+    """What took files in, for messages. what: in the plural, such as "the features in 'work'"; anew: what to do where
+    files can't be added; last: microseconds of the last request that it knows."""
 
     what: str
     anew: str

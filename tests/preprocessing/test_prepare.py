@@ -22,7 +22,6 @@ from mmoe_rec.preprocessing.extend import extend
 from mmoe_rec.preprocessing.logs import BuildOptions
 from mmoe_rec.preprocessing.prepare import Prepared, existing, prepare
 from mmoe_rec.settings.schema import Schema
-from mmoe_rec.settings.sections import EngineName
 from tests.log.small_logs import (
     ALL_KINDS,
     DAY,
@@ -89,49 +88,33 @@ def ray_is_running():
         yield
 
 
-def _alike_on_two_workers(tmp_path: Path, engine: EngineName) -> None:
+@pytest.fixture(params=["threads", "processes", pytest.param("ray", marks=pytest.mark.thorough)])
+def two_workers(request, monkeypatch) -> dict[str, Any]:
+    """Options for two workers: threads, processes as many are, or Ray's."""
+    if request.param == "processes":
+        monkeypatch.setattr(steps, "ROWS_FOR_PROCESSES", 0)
+        monkeypatch.setattr(engines, "THREADS_AT_MOST", 0)
+    if request.param == "ray":
+        request.getfixturevalue("ray_is_running")
+    return {"engine": "ray" if request.param == "ray" else "local", "workers": 2}
+
+
+def test_two_workers_change_no_byte(tmp_path, two_workers):
     source = str(write_log(tmp_path / "log", *_cut(with_requests(random_log(7, rows=400)), 100, 150)))
     columns = SCHEMA.columns.model_copy(update={"request": "request"})
     schema = SCHEMA.model_copy(update={"columns": columns})
     alone = prepare(source, schema, WINDOWS, tmp_path / "alone", BuildOptions(workers=1, rows_in_memory=300))
     assert alone.manifest["requests"]["several_times"] > 10
-    options = BuildOptions(engine=engine, workers=2, rows_in_memory=300)
+    options = BuildOptions(**two_workers, rows_in_memory=300)
     assert files_of(prepare(source, schema, WINDOWS, tmp_path / "many", options).folder) == files_of(alone.folder)
 
 
-def _wrong_on_two_workers(tmp_path: Path, engine: EngineName) -> None:
-    table = random_log(8)
-    wrong = with_column(table, "click", pa.array([2.0] * table.num_rows))
-    source = str(write_log(tmp_path / "log", table, wrong))
-    with pytest.raises(UserError, match=r"1\.parquet': label column 'click' of binary task 'click' holds 2"):
-        prepare(source, SCHEMA, WINDOWS, tmp_path / "work", BuildOptions(engine=engine, workers=2))
-    assert not (tmp_path / "work").exists()
-
-
-@pytest.fixture(params=["threads", "processes"])
-def two_workers(request, monkeypatch):
-    """Two workers are threads, or processes as many are."""
-    if request.param == "processes":
-        monkeypatch.setattr(steps, "ROWS_FOR_PROCESSES", 0)
-        monkeypatch.setattr(engines, "THREADS_AT_MOST", 0)
-
-
-def test_two_workers_change_no_byte(tmp_path, two_workers):
-    _alike_on_two_workers(tmp_path, "local")
-
-
-@pytest.mark.thorough
-def test_ray_changes_no_byte(tmp_path, ray_is_running):
-    _alike_on_two_workers(tmp_path, "ray")
-
-
 def test_a_worker_says_what_is_wrong_with_the_log(tmp_path, two_workers):
-    _wrong_on_two_workers(tmp_path, "local")
-
-
-@pytest.mark.thorough
-def test_ray_says_what_is_wrong_with_the_log(tmp_path, ray_is_running):
-    _wrong_on_two_workers(tmp_path, "ray")
+    table = random_log(8)
+    source = str(write_log(tmp_path / "log", table, with_column(table, "click", [2.0] * table.num_rows)))
+    with pytest.raises(UserError, match=r"1\.parquet': label column 'click' of binary task 'click' holds 2"):
+        prepare(source, SCHEMA, WINDOWS, tmp_path / "work", BuildOptions(**two_workers))
+    assert not (tmp_path / "work").exists()
 
 
 def test_rows_that_occur_twice(tmp_path, small_pieces):
