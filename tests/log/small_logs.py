@@ -76,6 +76,12 @@ def schema_of(features: dict[str, Any], **sections: Any) -> Schema:
     return kinds.schema_of({**BASE, **sections, "features": features})
 
 
+def windows_of(first: float, second: float, start: float = 0) -> dict[str, tuple[int, int | None]]:
+    """Training from day `start` to day `first`, validation to day `second`, test afterwards."""
+    zero, one, two = (START + int(day * DAY) for day in (start, first, second))
+    return {"train": (zero, one), "validation": (one, two), "test": (two, None)}
+
+
 def _distinct_items(times: np.ndarray, users: np.ndarray, items: np.ndarray) -> np.ndarray:
     """The items, from -4 to 7, with the next one wherever a user would see one twice at a time."""
     seen: set[tuple[int, int, int]] = set()

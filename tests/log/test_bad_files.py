@@ -28,6 +28,7 @@ from tests.log.small_logs import (
     log_rows,
     random_log,
     schema_of,
+    windows_of,
     with_column,
     with_values,
     write_log,
@@ -320,8 +321,7 @@ def test_bad_files_of_events(tmp_path):
 # While features are built
 
 
-WINDOWS = {"train": (START, START + 5 * DAY), "validation": (START + 5 * DAY, START + 7 * DAY)}
-WINDOWS |= {"test": (START + 7 * DAY, None)}
+WINDOWS = windows_of(5, 7)
 
 
 def _gone(path: Path) -> None:
@@ -377,8 +377,6 @@ def test_a_file_that_turns_bad_while_features_are_built(tmp_path, monkeypatch, c
 
 
 ROLES = {**BASE["roles"], "candidate": ["brand", "price", "tags", "x"]}
-SPLITS = {"train": (START, START + 5 * DAY), "validation": (START + 5 * DAY, START + 7 * DAY)}
-SPLITS |= {"test": (START + 7 * DAY, None)}
 VECTOR = {"kind": "vector", "column": "x", "size": 2}
 
 
@@ -448,7 +446,7 @@ def test_a_time_that_stands_for_never_has_an_hour(tmp_path, zone):
     local = [datetime(9599, *each, 45, tzinfo=UTC).astimezone(ZoneInfo(zone)) for each in same]
     table = _with(pa.array(np.resize(values, 300), pa.timestamp("us", "UTC")))
     schema = _with_vectors(t={"kind": "time", "column": "x", "timezone": zone, "parts": ["hour", "weekday", "age"]})
-    prepared = prepare(str(_log(tmp_path / "log", table)), schema, SPLITS, tmp_path / "work")
+    prepared = prepare(str(_log(tmp_path / "log", table)), schema, WINDOWS, tmp_path / "work")
     encoded = FeaturePipeline.load(prepared.serving, memories=False).encode(log_rows(table, schema))
     assert (encoded.ids["t_hour"][:4] - 1).tolist() == [each.hour for each in local]
     assert (encoded.ids["t_weekday"][:4] - 1).tolist() == [each.weekday() for each in local]
@@ -479,12 +477,12 @@ def test_columns_of_a_type_that_a_feature_or_task_cannot_read_are_told_of_before
     folder = _log(tmp_path / "log", _with(values))
     monkeypatch.setattr(LogReader, "read", lambda *_: pytest.fail("the log is read"))
     with pytest.raises(UserError, match=message):
-        prepare(str(folder), schema, SPLITS, tmp_path / "work")
+        prepare(str(folder), schema, WINDOWS, tmp_path / "work")
 
 
 def test_a_log_of_other_types_than_a_model_was_fitted_to(tmp_path):
     schema = _with_vectors()
-    fitted = prepare(str(write_log(tmp_path / "log", TABLE)), schema, SPLITS, tmp_path / "work").serving
+    fitted = prepare(str(write_log(tmp_path / "log", TABLE)), schema, WINDOWS, tmp_path / "work").serving
     items = pa.array([str(each) for each in TABLE["item"].to_pylist()])
     other = write_log(tmp_path / "other", TABLE.set_column(1, "item", items))
     types = [FeaturePipeline.load(fitted, memories=False).key_types]

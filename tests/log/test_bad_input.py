@@ -23,17 +23,14 @@ from tests.log.small_logs import (
     log_rows,
     random_log,
     schema_of,
+    windows_of,
     with_column,
     with_values,
     write_log,
 )
 
 SCHEMA = schema_of(ALL_KINDS)
-WINDOWS = {
-    "train": (None, START + 6 * DAY),
-    "validation": (START + 6 * DAY, START + 8 * DAY),
-    "test": (START + 8 * DAY, None),
-}
+WINDOWS = windows_of(6, 8)
 TABLE = random_log(0)
 COLUMNS = {"user": "user", "candidate": "item", "time": "time"}
 ITEM = {"item": ALL_KINDS["item"]}

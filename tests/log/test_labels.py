@@ -15,17 +15,7 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.features.layout import Layout
 from mmoe_rec.log.rows import LogRows, labels_of
 from mmoe_rec.preprocessing.prepare import prepare
-from tests.log.small_logs import (
-    BASE,
-    DAY,
-    LATE_DAYS,
-    START,
-    log_rows,
-    random_log,
-    schema_of,
-    times_of,
-    write_log,
-)
+from tests.log.small_logs import BASE, DAY, LATE_DAYS, START, log_rows, random_log, schema_of, times_of, write_log
 
 FEATURES = {"item": {"kind": "id", "column": "item"}}
 

@@ -11,7 +11,7 @@ from mmoe_rec.preprocessing.extend import extend
 from mmoe_rec.preprocessing.logs import BuildOptions
 from mmoe_rec.preprocessing.prepare import Prepared, prepare
 from mmoe_rec.settings.schema import Schema
-from tests.log.small_logs import ALL_KINDS, DAY, START, random_log, schema_of, times_of, with_column
+from tests.log.small_logs import ALL_KINDS, DAY, START, random_log, schema_of, times_of, windows_of, with_column
 
 OF_PURCHASES = {
     "bought": {"kind": "history", "events": "purchases", "of": "item", "length": 3},
@@ -24,22 +24,12 @@ OF_PURCHASES = {
     },
 }
 FEATURES = {**ALL_KINDS, **OF_PURCHASES}
-WINDOWS = {
-    "train": (START, START + 5 * DAY),
-    "validation": (START + 5 * DAY, START + 6 * DAY),
-    "test": (START + 6 * DAY, None),
-}
+WINDOWS = windows_of(5, 6)
 
 
 def schema_with_purchases(features: dict, path: Path) -> Schema:
     """A schema whose features may be of the log of events in the folder `path`, too."""
     return schema_of(features, events={"purchases": {"path": str(path), "time": "bought_at"}})
-
-
-def windows_of(first: float, second: float) -> dict:
-    """Training up to day `first`, validation up to day `second`, test afterwards."""
-    one, two = START + int(first * DAY), START + int(second * DAY)
-    return {"train": (START, one), "validation": (one, two), "test": (two, None)}
 
 
 class Growing:

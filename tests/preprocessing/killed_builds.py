@@ -11,14 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.log.small_logs import ALL_KINDS, DAY, START, files_of, random_log, schema_of, write_log
+from tests.log.small_logs import ALL_KINDS, files_of, random_log, schema_of, windows_of, write_log
 
 SCHEMA = schema_of(ALL_KINDS)
-WINDOWS = {
-    "train": (START, START + 6 * DAY),
-    "validation": (START + 6 * DAY, START + 8 * DAY),
-    "test": (START + 8 * DAY, None),
-}
+WINDOWS = windows_of(6, 8)
 
 _BUILD = """
 import json, sys

@@ -17,13 +17,19 @@ from mmoe_rec.preprocessing.exchange import Exchange, events_of, look_ups_of
 from mmoe_rec.preprocessing.logs import BuildOptions
 from mmoe_rec.preprocessing.look_up import Received, chunks
 from mmoe_rec.preprocessing.prepare import prepare
-from tests.log.small_logs import ALL_KINDS, DAY, START, random_log, schema_of, times_of, with_column, write_log
+from tests.log.small_logs import (
+    ALL_KINDS,
+    DAY,
+    START,
+    random_log,
+    schema_of,
+    times_of,
+    windows_of,
+    with_column,
+    write_log,
+)
 
-WINDOWS = {
-    "train": (START, START + 5 * DAY),
-    "validation": (START + 5 * DAY, START + 7 * DAY),
-    "test": (START + 7 * DAY, None),
-}
+WINDOWS = windows_of(5, 7)
 COUNTER = {"kind": "counter", "outputs": ["positives", "rows", "rate", "recency"], "window_days": [None, 1, 5]}
 # All ask by the same columns: labels known at once and late, a log of events, and histories, which send events.
 GROUP = {

@@ -13,21 +13,8 @@ from mmoe_rec.features.memories import exact_from
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.inspection.sums import collect
 from mmoe_rec.preprocessing.prepare import Prepared, existing
-from tests.log.small_logs import (
-    ALL_KINDS,
-    DAY,
-    assert_same,
-    files_of,
-    log_rows,
-    times_of,
-    with_column,
-)
-from tests.preprocessing.growing_log import (
-    WINDOWS,
-    Growing,
-    training_items,
-    windows_of,
-)
+from tests.log.small_logs import ALL_KINDS, DAY, assert_same, files_of, log_rows, times_of, windows_of, with_column
+from tests.preprocessing.growing_log import WINDOWS, Growing, training_items
 
 
 @pytest.fixture

@@ -11,12 +11,7 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.features import kinds
 from mmoe_rec.preprocessing import extend as extend_module
 from mmoe_rec.preprocessing.steps import Steps
-from tests.log.small_logs import (
-    DAY,
-    START,
-    files_of,
-    times_of,
-)
+from tests.log.small_logs import DAY, START, files_of, times_of
 from tests.preprocessing.growing_log import WINDOWS, Growing
 
 

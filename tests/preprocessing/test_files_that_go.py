@@ -12,8 +12,8 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.preprocessing.logs import BuildOptions
 from mmoe_rec.preprocessing.prepare import Prepared, existing, prepare
-from tests.log.small_logs import files_of, with_column
-from tests.preprocessing.growing_log import WINDOWS, Growing, windows_of
+from tests.log.small_logs import files_of, windows_of, with_column
+from tests.preprocessing.growing_log import WINDOWS, Growing
 
 FIRST_DAYS = ((0, 1), (1, 6), (6, 8))
 LATER = windows_of(10, 11)

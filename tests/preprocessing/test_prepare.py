@@ -25,7 +25,6 @@ from mmoe_rec.settings.schema import Schema
 from tests.log.small_logs import (
     ALL_KINDS,
     DAY,
-    START,
     assert_same,
     files_of,
     fit_in_memory,
@@ -34,6 +33,7 @@ from tests.log.small_logs import (
     save_memories,
     schema_of,
     times_of,
+    windows_of,
     with_column,
     with_requests,
     write_log,
@@ -42,11 +42,7 @@ from tests.preprocessing.growing_log import OF_PURCHASES, schema_with_purchases
 from tests.preprocessing.killed_builds import killed_builds
 
 SCHEMA = schema_of(ALL_KINDS)
-WINDOWS = {
-    "train": (START + DAY, START + 6 * DAY),
-    "validation": (START + 6 * DAY, START + 8 * DAY),
-    "test": (START + 8 * DAY, None),
-}
+WINDOWS = windows_of(6, 8, start=1)
 
 
 def _cut(table: pa.Table, *edges: int) -> list[pa.Table]:
@@ -283,8 +279,6 @@ def _with_columns(tree: Any, names: dict[str, str]) -> Any:
     return change("", tree)
 
 
-UNTIL = START + 6 * DAY
-SPLITS = {"train": (None, UNTIL), "validation": (UNTIL, UNTIL + 2 * DAY), "test": (UNTIL + 2 * DAY, None)}
 LOG = random_log(0)
 
 
@@ -319,14 +313,14 @@ def _schema(path: Path) -> Schema:
 def test_bad_events(tmp_path, events, message):
     path = tmp_path / "purchases" if events is None else write_log(tmp_path / "purchases", events)
     with pytest.raises(UserError, match=message):
-        prepare(str(write_log(tmp_path / "log", LOG)), _schema(path), SPLITS, tmp_path / "work")
+        prepare(str(write_log(tmp_path / "log", LOG)), _schema(path), WINDOWS, tmp_path / "work")
     assert not list(tmp_path.glob("work/*"))
 
 
 def test_changed_events_are_built_again(tmp_path):
     path = write_log(tmp_path / "purchases", _events(0))
     log = str(write_log(tmp_path / "log", LOG))
-    first = prepare(log, _schema(path), SPLITS, tmp_path / "work").manifest
+    first = prepare(log, _schema(path), WINDOWS, tmp_path / "work").manifest
     assert first["events"] == {"purchases": {"files": 1, "rows": 200}}
     write_log(path, _events(1, rows=150))
-    assert prepare(log, _schema(path), SPLITS, tmp_path / "work").manifest["events"]["purchases"]["rows"] == 150
+    assert prepare(log, _schema(path), WINDOWS, tmp_path / "work").manifest["events"]["purchases"]["rows"] == 150

@@ -26,6 +26,7 @@ from tests.log.small_logs import (
     random_log,
     schema_of,
     times_of,
+    windows_of,
     with_column,
     with_requests,
     write_log,
@@ -33,11 +34,7 @@ from tests.log.small_logs import (
 
 COLUMNS = {"user": "user", "candidate": "item", "time": "time", "request": "request"}
 SCHEMA = schema_of(ALL_KINDS, columns=COLUMNS)
-WINDOWS = {
-    "train": (START + DAY, START + 6 * DAY),
-    "validation": (START + 6 * DAY, START + 8 * DAY),
-    "test": (START + 8 * DAY, None),
-}
+WINDOWS = windows_of(6, 8, start=1)
 
 
 def _with_first_times(table: pa.Table) -> pa.Table:

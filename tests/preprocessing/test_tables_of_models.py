@@ -18,10 +18,10 @@ from mmoe_rec.preprocessing.files import Taken
 from mmoe_rec.preprocessing.logs import BuildOptions, Logs
 from mmoe_rec.preprocessing.prepare import Prepared, prepare
 from mmoe_rec.preprocessing.tables import Tables, advanced, made_anew, taken_by
-from tests.log.small_logs import DAY, START
+from tests.log.small_logs import DAY, START, windows_of
 from tests.point_in_time.compared_logs import _LACKS, _small_pieces
 from tests.point_in_time.drawn_logs import DrawnLog, draw
-from tests.preprocessing.growing_log import Growing, windows_of
+from tests.preprocessing.growing_log import Growing
 
 
 def features_of(prepared: Prepared, folder: Path) -> Path:
