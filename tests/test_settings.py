@@ -26,11 +26,7 @@ SMALL = {
     "roles": {"candidate": ["brand"], "context": ["store"], "placement": ["slot"]},
     "tasks": {
         "click": {"label": "click", "objective": "engagement"},
-        "liked": {
-            "label": "liked",
-            "objective": "satisfaction",
-            "observed_when": {"column": "click", "equals": 1},
-        },
+        "liked": {"label": "liked", "objective": "satisfaction", "observed_when": {"column": "click", "equals": 1}},
     },
     "features": {
         "item": {"kind": "id", "column": "c"},

@@ -291,12 +291,7 @@ class EventRows(Log):
     name: str
 
     def __init__(
-        self,
-        name: str,
-        log: Log,
-        *,
-        skip_bad_files: bool = False,
-        types: Mapping[str, str] | None = None,
+        self, name: str, log: Log, *, skip_bad_files: bool = False, types: Mapping[str, str] | None = None
     ) -> None:
         self.name, self.schema, self.now = name, log.schema, log.now
         self.uses, self.source = event_uses(self.schema, name), self.schema.events[name].path

@@ -352,12 +352,7 @@ def _build(logs: Logs, windows: dict[str, Window], folder: Path) -> None:
 
 
 def write_features(
-    steps: Steps,
-    pipeline: FeaturePipeline,
-    counted: Counted,
-    train: Window,
-    folder: Path,
-    before: Path | None = None,
+    steps: Steps, pipeline: FeaturePipeline, counted: Counted, train: Window, folder: Path, before: Path | None = None
 ) -> dict[str, SplitCounts]:
     """Writes what was fitted and encodes the rows, into an empty folder.
 

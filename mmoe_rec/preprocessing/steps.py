@@ -187,12 +187,7 @@ class Steps:
             )
 
     def look_up(
-        self,
-        pipeline: FeaturePipeline,
-        folder: Path,
-        end: int,
-        training: Window | None,
-        before: Path | None = None,
+        self, pipeline: FeaturePipeline, folder: Path, end: int, training: Window | None, before: Path | None = None
     ) -> None:
         """Makes all look-ups and writes memories, as of `end` (microseconds), into a folder.
 

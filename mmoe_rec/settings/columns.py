@@ -96,8 +96,7 @@ class Columns(Section):
         None, description="column with the request's id; without one, a user's rows of one instant form a request"
     )
     request_scope: Literal["log", "user"] = Field(
-        "log",
-        description="log: a request id is unique in the whole log; user: only within a user, such as 1, 2, 3",
+        "log", description="log: a request id is unique in the whole log; user: only within a user, such as 1, 2, 3"
     )
     time_unit: Literal["s", "ms", "us", "ns"] | None = Field(None, description="unit of integer times since 1970 UTC")
     sampling_rate: str | None = Field(None, description="column with the rate at which the row was sampled (0 to 1]")

@@ -207,12 +207,7 @@ def test_text_that_is_not_utf8(tmp_path):
             7,
             "of binary task 'click' holds 0.5, neither 0 nor 1; fix the data or set the task's kind to regression",
         ),
-        (
-            "spent",
-            {250: np.inf, 260: -np.inf},
-            250,
-            "of task 'spent' holds inf, too large for 32 bits; make it null",
-        ),
+        ("spent", {250: np.inf, 260: -np.inf}, 250, "of task 'spent' holds inf, too large for 32 bits; make it null"),
         ("spent", {9: -1e39}, 9, "of task 'spent' holds -1e+39, too large for 32 bits; make it null"),
         *(
             (

@@ -108,8 +108,7 @@ def test_a_request_in_two_splits(tmp_path: Path) -> None:
     table = with_values(table, "fold", {row: 1 if table["fold"][row].as_py() > 2 else 4})
     settings = plain_settings(tmp_path, table, columns={"request": "group"})
     with pytest.raises(
-        UserError,
-        match=r"are of one request \(column 'group'\) and differ in column 'fold', as do rows of 1 re",
+        UserError, match=r"are of one request \(column 'group'\) and differ in column 'fold', as do rows of 1 re"
     ):
         build_features(settings)
 
