@@ -86,6 +86,13 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
     assert done.stdout.strip() == "[]"
 
 
+def test_without_click_one_sentence_says_so() -> None:
+    code = "import sys; sys.modules['click'] = None; import mmoe_rec.cli.main"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert done.stderr.startswith("error: the package click is not installed: pip install ")
+
+
 # Commands
 
 

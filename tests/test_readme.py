@@ -35,7 +35,7 @@ HOUSEHOLDS = "30"
 PIP_COMMAND = doctor.Machine(doctor.read_requirements(), {}, uv=False).install_all()
 
 ELSEWHERE = {
-    "doctor": "pipelines/test_doctor.py::test_json_of_this_machine",
+    "doctor": "pipelines/test_doctor.py::test_this_machine",
     "train --resume": "pipelines/test_resume.py::test_kills_change_nothing",
     "train --seeds": "pipelines/test_seeds.py::test_trainings_that_were_stopped_go_on_and_their_mean_is_told",
     "train --from": "pipelines/test_incremental_days.py::test_the_started_model_is_registered_beside_the_first_one",

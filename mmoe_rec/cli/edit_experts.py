@@ -1,9 +1,9 @@
 """mmoe-rec edit-experts --config configs/shop.yaml --model models:/shop@champion --add 2
 
-Changes the experts of a trained model, without training: --add N copies experts, those that --copy names, and changes
-no prediction (under soft gates a copy shares its original's weight; where gates choose, further training phases it in);
---remove E takes one away, --mask E puts one out of use. Writes the edited model to `data.work`/edited and registers it
-as `challenger`.
+Changes the experts of a trained model, without training: --add N copies experts 0, 1, ... and changes no prediction
+(under soft gates a copy shares its original's weight; where gates choose, further training phases it in); --remove E
+takes one away, --mask E puts one out of use. Writes the edited model to `data.work`/edited and registers it as
+`challenger`.
 
 Training goes on from it with `mmoe-rec train --from` and the new number in `model.experts.count`.
 """
@@ -21,7 +21,6 @@ from mmoe_rec.errors import UserError
 @settings_command(__doc__)
 @model_option
 @click.option("--add", type=COUNT, metavar="N", help="number of experts to add")
-@click.option("--copy", type=int, multiple=True, metavar="E...", help="experts that are copied (default: 0, 1, ...)")
 @click.option("--remove", type=int, metavar="E", help="number of the expert to take away")
 @click.option("--mask", type=int, metavar="E", help="number of the expert to put out of use")
 @out_option("data.work/edited", "where the edited model goes")
@@ -29,25 +28,51 @@ def edit_experts(
     configuration: Configuration,
     model: str,
     add: int | None,
-    copy: tuple[int, ...],
     remove: int | None,
     mask: int | None,
     out: Path | None,
 ) -> None:
     """Runs the command."""
     settings = configuration.settings
+    uri, name = settings.tracking.address, settings.registered_model
     if sum(each is not None for each in (add, remove, mask)) != 1:
         raise UserError("give one of --add, --remove and --mask")
-    if copy and len(copy) != add:
-        raise UserError("--copy names as many experts as --add adds")
-    from mmoe_rec.jobs.experts import edit_model
-    from mmoe_rec.locks import writing
-
     out = out or Path(settings.data.work) / "edited"
-    what = (add, list(copy) or None, remove, mask)
+    if out.exists() and not (out / "model.json").exists():
+        raise UserError(f"'{out}' exists and holds no model: name another folder with --out, or remove it")
+    from mmoe_rec.inference.artifact import read_artifact, read_weights
+    from mmoe_rec.inference.writing import rewrite_artifact
+    from mmoe_rec.jobs.run_page import as_code, command
+    from mmoe_rec.jobs.workspace import CHALLENGER
+    from mmoe_rec.locks import writing
+    from mmoe_rec.model.surgery import add_experts, mask_expert, remove_expert
+    from mmoe_rec.settings.model import Model
+    from mmoe_rec.tracking import registry, runs
+
     with writing(out, "an edit of experts", "name another folder with --out"):
-        edited = edit_model(settings, model, out, *what)
-    print(f"{edited.done}; the model has {edited.experts} experts")
+        registry.check_names(uri, name, CHALLENGER)
+        found = registry.find_model(model, uri)
+        about, state = read_artifact(found.folder), read_weights(found.folder / "weights.safetensors")
+        structure = Model.model_validate(about.model)
+        if add is not None:
+            chosen = [index % max(1, structure.experts.count) for index in range(add)]
+            state, structure = add_experts(state, structure, chosen)
+            done = f"added {add}, copied from {', '.join(map(str, chosen))}"
+        elif remove is not None:
+            state, structure = remove_expert(state, structure, remove)
+            done = f"removed expert {remove}"
+        else:
+            assert mask is not None, "one of the three is given"
+            state, done = mask_expert(state, structure, mask), f"put expert {mask} out of use"
+        rewrite_artifact(found.folder, out, structure, state)
+        with runs.open_run(uri, settings.experiment, run_name="edit_experts") as run:
+            run.set_tags({"edited_from": model, "edited_from.run": found.run_id or "unknown", "edit": done})
+            edited = registry.Version(name, registry.register_model(run, out, name, CHALLENGER), run.run_id)
+            told = f"{model}: {done}, by\n\n{as_code(command())}"
+            run.describe("Experts", told)
+            registry.describe_version(edited, told, {}, uri)
+    shared = structure.experts.count
+    print(f"{done}; the model has {shared + structure.experts.task_count * len(about.tasks)} experts")
     print(f"model: {out}, registered as {edited.address}")
-    changed = ["--model.experts.count", str(edited.shared)] if edited.shared != settings.model.experts.count else []
+    changed = ["--model.experts.count", str(shared)] if shared != settings.model.experts.count else []
     print(f"next: mmoe-rec train {configuration.options('--from', edited.address, *changed)}")

@@ -11,13 +11,22 @@ says how to use them. It needs the extra `onnx`.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from mmoe_rec.cli.command import FOLDER, Configuration, model_option, settings_command
-from mmoe_rec.errors import UserError
+from mmoe_rec.cli.command import FOLDER, Configuration, model_option, settings_command, show
+from mmoe_rec.errors import UserError, require_packages
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from mmoe_rec.inference.ranker import Ranker
+    from mmoe_rec.settings.sections import Settings
+
+REPORT = "export.json"
 
 
 @settings_command(__doc__, required=False)
@@ -46,15 +55,107 @@ def export(
     if onnx and (dense or configuration):
         raise UserError(f"{'--dense' if dense else '--config'} is for --int8: ONNX takes the model as it is")
     settings = None if configuration is None else configuration.settings
-    from rich.console import Console
+    from mmoe_rec.atomic import atomic_folder
+    from mmoe_rec.locks import writing
+    from mmoe_rec.settings.sections import Tracking
+    from mmoe_rec.tracking.registry import find_model
 
-    from mmoe_rec.jobs.export import REPORT, export_int8, export_onnx, table_of
+    found = find_model(model, (Tracking() if settings is None else settings.tracking).address)
+    with writing(out, "an export", "name another folder with --out"):
+        if out.exists() and out.resolve() == found.folder.resolve():
+            raise UserError(f"'{out}' holds the model that is exported: name another folder with --out")
+        if out.is_dir() and any(out.iterdir()) and not (out / REPORT).exists():
+            raise UserError(
+                f"'{out}' holds something else than an export: name another folder with --out, or remove it"
+            )
+        with atomic_folder(out) as made:
+            if onnx:
+                report = _write_onnx(found.folder, made)
+            else:
+                report = _write_int8(found.folder, made, dense or "bfloat16", settings)
+            report = {"made": "onnx" if onnx else "int8", "of": found.address, **report}
+            (made / REPORT).write_text(json.dumps(report, indent=1), encoding="utf-8")
+    show([_make_table(report)])
+    files = f"{out / 'model.onnx'}, described in {out / 'README.md'};" if onnx else f"{out},"
+    print(f"model: {files} report: {out / REPORT}")
 
-    if int8:
-        report = export_int8(model, out, dense or "bfloat16", settings)
-        Console().print(table_of(report))
-        print(f"model: {out}, report: {out / REPORT}")
-    else:
-        report = export_onnx(model, out, settings)
-        Console().print(table_of(report))
-        print(f"model: {out / 'model.onnx'}, described in {out / 'README.md'}; report: {out / REPORT}")
+
+def _write_int8(folder: Path, made: Path, dense: Any, settings: Settings | None) -> dict[str, Any]:
+    """Writes an artifact with int8 tables; gives how large and how near it is, also on test rows of the settings."""
+    from mmoe_rec.inference import export as forms
+    from mmoe_rec.inference.ranker import Ranker
+
+    ranker = Ranker.load(folder)
+    forms.write_int8(folder, made, dense)
+    small = Ranker.load(made)
+    pairs = forms.answer_both(folder, ranker, lambda each: forms.answers_of(small.rank(**each)))
+    sizes = {"model": _count_bytes(folder), "int8": _count_bytes(made)}
+    report = {"dense": dense, "bytes": sizes, "requests": forms.agreement(pairs)}
+    return report if settings is None else report | {"test_rows": _measure_test_rows(settings, folder, ranker, small)}
+
+
+def _write_onnx(folder: Path, made: Path) -> dict[str, Any]:
+    """Writes the dense part as `mmoe_rec.inference.export` says. Raises UserError where a package is missing, or the
+    file does not compute what the model does."""
+    require_packages("ONNX", "onnx", "onnx", "onnxscript", "onnxruntime")
+    from mmoe_rec.inference import export as forms
+    from mmoe_rec.inference.ranker import Ranker
+
+    ranker = Ranker.load(folder)
+    forms.write_onnx(folder, ranker, made)
+    onnx = forms.OnnxModel(made)
+    pairs = forms.answer_both(folder, ranker, lambda each: onnx.answers(forms.inputs_of(ranker, each)))
+    forms.check_equal(pairs, any(gates.experts_a_row() is not None for gates in ranker.model.mixture.gates))
+    return {"requests": forms.agreement(pairs)}
+
+
+def _count_bytes(folder: Path) -> dict[str, int]:
+    """Bytes of the tables' weights and of all others, of their file, and of all files of a model: its features too."""
+    from mmoe_rec.inference.artifact import read_manifest, read_stored
+    from mmoe_rec.inference.export import WEIGHTS
+
+    sizes = {"tables": 0, "dense": 0}
+    for name, weight in read_stored(folder / WEIGHTS).items():
+        sizes["tables" if name.startswith("tables.") else "dense"] += weight.nbytes
+    files = {name: file.bytes for name, file in read_manifest(folder).items()}
+    return {**sizes, WEIGHTS: files[WEIGHTS], "all files": sum(files.values())}
+
+
+def _measure_test_rows(settings: Settings, folder: Path, ranker: Ranker, small: Ranker) -> dict[str, Any]:
+    """Both models on the test rows: differences, and AUC, or the root of the mean squared error of a regression."""
+    import numpy as np
+
+    from mmoe_rec.evaluation.summary import summarise
+    from mmoe_rec.jobs.evaluate import rows_to_measure, score_by
+
+    with rows_to_measure(settings, folder, ranker) as rows:
+        before, now = (score_by(settings, each.model, each.layout, rows, each.calibration) for each in (ranker, small))
+    one, other = (summarise(each.measure(), settings.evaluation.resamples).tasks for each in (before, now))
+    off, tasks = np.abs(before.predictions - now.predictions).max(0), {}
+    for task, difference in zip(ranker.layout.tasks, off, strict=True):
+        metric = "auc" if task.kind == "binary" else "rmse"
+        values = {"model": one[task.name].get(metric).value, "int8": other[task.name].get(metric).value}
+        tasks[task.name] = {"max_difference": float(difference), "metric": metric.upper(), **values}
+    return {"rows": len(before.score), "tasks": tasks}
+
+
+def _make_table(report: dict[str, Any]) -> Table:
+    from rich.table import Table
+
+    requests, test = report["requests"], report.get("test_rows")
+    drawn = f"{requests['requests']} requests of {requests['candidates']} known candidates"
+    table = Table(caption=f"predictions and order: {drawn}" + (f"; test: {test['rows']:,} rows" if test else ""))
+    for name in ("", "model", report["made"]):
+        table.add_column(name, justify="left" if not name else "right")
+    for name, before in report.get("bytes", {}).get("model", {}).items():
+        now = report["bytes"]["int8"][name]
+        table.add_row(f"{name}, bytes", f"{before:,}", f"{now:,} ({now / max(1, before):.3f})")
+    for name, off in requests["max_difference"].items():
+        table.add_row(f"{name}, largest difference", "", f"{off:.2g}")
+    table.add_row("shared among the best 10", "", f"{requests['top_10_shared']:.4f}")
+    for name, measured in (test or {}).get("tasks", {}).items():
+        table.add_row(f"{name}, test, largest difference", "", f"{measured['max_difference']:.2g}")
+        metric, before, now = measured["metric"], measured["model"], measured["int8"]
+        if before is not None:
+            table.add_row(f"{name}, test, {metric}", f"{before:.5f}", f"{now:.5f} ({now - before:+.6f})")
+    return table

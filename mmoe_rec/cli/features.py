@@ -28,46 +28,36 @@ def features(configuration: Configuration, extend: bool) -> None:
     """Runs the command."""
     settings = configuration.settings
     from mmoe_rec.jobs.places import build_features, extend_features
-
-    if not extend:
-        prepared = build_features(settings)
-        _print(prepared, settings)
-        if not _no_model_can_be_trained(prepared):
-            print(f"next: mmoe-rec inspect {configuration.options()}")
-        return
-    extended = extend_features(settings)
-    if extended is None:
-        print(f"no new files in '{settings.data.log}': the features stay as they are")
-        return
-    _print(extended.prepared, settings)
-    rows, files = (
-        f"{many:,} {noun}{'s' * (many != 1)}" for many, noun in ((extended.rows, "row"), (extended.files, "new file"))
-    )
-    print(f"added {rows} of {files}")
-    if extended.new_ids:
-        print("new ids: " + ", ".join(f"{name} {count:,}" for name, count in extended.new_ids.items()))
-    if extended.gone:
-        print(f"files that are gone from the log stay counted: {len(extended.gone):,}, such as '{extended.gone[0]}'")
-    if not _no_model_can_be_trained(extended.prepared):
-        champion = f"models:/{settings.registered_model}@{settings.tracking.alias}"
-        print(f"next: mmoe-rec train {configuration.options('--from', champion)}")
-
-
-def _no_model_can_be_trained(prepared: Prepared) -> bool:
-    """Says so of features whose added days left a split without rows."""
     from mmoe_rec.preprocessing.checks import empty_split
 
-    empty = [name for name in ("train", "validation") if not prepared.manifest["splits"][name]["rows"]]
-    if empty:
+    extended = extend_features(settings) if extend else None
+    if extend and extended is None:
+        print(f"no new files in '{settings.data.log}': the features stay as they are")
+        return
+    prepared = build_features(settings) if extended is None else extended.prepared
+    _print(prepared, settings)
+    if extended is not None:
+        counts = ((extended.rows, "row"), (extended.files, "new file"))
+        print("added " + " of ".join(f"{many:,} {noun}{'s' * (many != 1)}" for many, noun in counts))
+        if extended.new_ids:
+            print("new ids: " + ", ".join(f"{name} {count:,}" for name, count in extended.new_ids.items()))
+        if gone := extended.gone:
+            print(f"files that are gone from the log stay counted: {len(gone):,}, such as '{gone[0]}'")
+    if empty := [name for name in ("train", "validation") if not prepared.manifest["splits"][name]["rows"]]:
         print(f"no model can be trained on these: {empty_split(empty[0], prepared.folder)}")
-    return bool(empty)
+    elif extend:
+        champion = f"models:/{settings.registered_model}@{settings.tracking.alias}"
+        print(f"next: mmoe-rec train {configuration.options('--from', champion)}")
+    else:
+        print(f"next: mmoe-rec inspect {configuration.options()}")
 
 
 def _print(prepared: Prepared, settings: Settings) -> None:
-    print(f"features: {prepared.folder}")
+    from mmoe_rec.features.memories import remembered_bytes
     from mmoe_rec.log.checks import format_time
     from mmoe_rec.report.formatting import labels_told, requests_told, unmatured_told
 
+    print(f"features: {prepared.folder}")
     requests, kinds = prepared.manifest["requests"], {name: task.kind for name, task in settings.tasks.items()}
     for name, split in prepared.manifest["splits"].items():
         labels = "; ".join(  # a name that is not a task's is the outcome of two, which is binary
@@ -78,27 +68,19 @@ def _print(prepared: Prepared, settings: Settings) -> None:
         for task, number in split["unmatured"].items():
             if number:
                 print(f"    {unmatured_told(task, number, format_time(split['known_by']))}")
-    if told := requests_told(requests):
-        print(told)
+    if sentence := requests_told(requests):
+        print(sentence)
     if requests and requests["continued_rows"]:
         rows, begun = requests["continued_rows"], requests["continued"]
         print(
             f"{rows:,} new row{' belongs' if rows == 1 else 's belong'} to {begun:,} request{'s' * (begun != 1)} of "
             "the files before: counters and histories take such labels, but the rows are not encoded"
         )
-    _print_remembered(prepared)
+    if sizes := remembered_bytes(prepared.serving):  # which the server will hold
+        largest = sorted(sizes.items(), key=lambda each: -each[1])[:3]
+        print(
+            f"counters and histories remember {sum(sizes.values()) / 1e6:,.1f} MB for requests to come; most: "
+            + ", ".join(f"{name} {size / 1e6:,.1f}" for name, size in largest)
+        )
     for each in prepared.manifest["left_out"]:
         print(f"left out: {each['reason']}")
-
-
-def _print_remembered(prepared: Prepared) -> None:
-    """What the server will hold, by the largest."""
-    from mmoe_rec.features.memories import remembered_bytes
-
-    sizes = remembered_bytes(prepared.serving)
-    if sizes:
-        largest = sorted(sizes.items(), key=lambda each: -each[1])[:3]
-        parts = ", ".join(f"{name} {size / 1e6:,.1f}" for name, size in largest)
-        print(
-            f"counters and histories remember {sum(sizes.values()) / 1e6:,.1f} MB for requests to come; most: {parts}"
-        )

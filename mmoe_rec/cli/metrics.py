@@ -13,11 +13,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import click
 
-from mmoe_rec.cli.command import FOLDER, Configuration, settings_command, show, slices_option
+from mmoe_rec.cli.command import FOLDER, Configuration, NumberBetween, settings_command, show, slices_option
 from mmoe_rec.errors import UserError
 from mmoe_rec.progress import say
 from mmoe_rec.settings.sections import EngineName, Evaluation
@@ -41,6 +41,12 @@ from mmoe_rec.settings.sections import EngineName, Evaluation
 @click.option("--out", type=FOLDER, default="metrics", metavar="DIR", help="where metrics.json goes (default: metrics)")
 @click.option("--resamples", type=click.IntRange(min=20), metavar="N", help="redraws of the users, for the intervals")
 @click.option("--engine", type=click.Choice(get_args(EngineName)), help="local, or ray for a Ray cluster")
+@click.option(
+    "--memory-gib",
+    type=NumberBetween(0.01, 1e6),
+    metavar="X",
+    help="memory in which requests are checked, the rest on disk (default: data.memory_gib, or 4)",
+)
 def metrics(
     configuration: Configuration | None,
     predictions: str,
@@ -52,6 +58,7 @@ def metrics(
     out: Path,
     resamples: int | None,
     engine: EngineName | None,
+    memory_gib: float | None,
 ) -> None:
     """Runs the command."""
     if (configuration is None) != bool(tasks):
@@ -62,15 +69,14 @@ def metrics(
     from mmoe_rec.jobs.prediction_files import columns_of_settings, columns_of_tasks
     from mmoe_rec.report.tables import show_results
 
-    rules = Evaluation()
+    rules, options = Evaluation(), MeasureOptions()
     if configuration is None:
-        asked, how = columns_of_tasks(tasks), MeasureOptions(engine=engine or "local")
+        rows = columns_of_tasks(tasks)
     else:
         settings = configuration.settings
-        asked, rules = columns_of_settings(settings), settings.evaluation
-        if settings.training.sampling_correction == "weights" and not any(
-            each.startswith("weight=") for each in columns
-        ):
+        rows, rules, data = columns_of_settings(settings), settings.evaluation, settings.data
+        weighed = settings.training.sampling_correction == "weights"
+        if weighed and not any(each.startswith("weight=") for each in columns):
             weight = settings.columns.weight
             what = "1" if weight is None else f"'{weight}'"
             raise UserError(
@@ -78,16 +84,14 @@ def metrics(
                 "column that holds these weights with --columns weight=COLUMN, or set "
                 "--training.sampling_correction to none"
             )
-        how = MeasureOptions(
-            rules.resamples, 0, engine or settings.data.engine, settings.data.workers, settings.data.memory_gib
-        )
+        options = MeasureOptions(rules.resamples, data.engine, data.workers, data.memory_gib)
         if rules.slices and not slices:
             say("evaluation.slices of the settings are those of evaluate; --slices names some here")
-    how = how if resamples is None else replace(how, resamples=resamples)
-    asked = asked.with_columns(columns)
-    asked = replace(asked, duplicates="keep") if keep_duplicates else asked
-    asked = replace(asked, slices=tuple(SliceBy.of(each) for each in slices))
-    results = measure_predictions(asked, predictions, out, how, against, rules)
+    changes: dict[str, Any] = {"resamples": resamples, "engine": engine, "memory_gib": memory_gib}
+    options = replace(options, **{name: value for name, value in changes.items() if value is not None})
+    rows = replace(rows.with_columns(columns), slices=tuple(SliceBy.of(each) for each in slices))
+    rows = replace(rows, duplicates="keep") if keep_duplicates else rows
+    results = measure_predictions(rows, predictions, out, options, against, rules)
     show(show_results(results))
     for name, summary in results.summaries.items():
         if summary.facts["columns"]["score"] is None:

@@ -12,12 +12,21 @@ There is no estimate, and a sentence says why, where the log can't have shown wh
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from mmoe_rec.cli.command import COUNT, FOLDER, show
 from mmoe_rec.cli.main import command
+from mmoe_rec.errors import UserError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from mmoe_rec.evaluation.off_policy import PolicyEstimate
 
 
 @command(__doc__)
@@ -28,17 +37,119 @@ from mmoe_rec.cli.main import command
 @click.option("--resamples", type=COUNT, default=1000, metavar="N", help="redraws of the users (default: 1000)")
 @click.option("--out", type=FOLDER, default="off_policy", metavar="DIR", help="where off_policy.json goes")
 def off_policy(
-    log: str,
-    tasks: tuple[str, ...],
-    columns: tuple[str, ...],
-    where: tuple[str, ...],
-    resamples: int,
-    out: Path,
+    log: str, tasks: tuple[str, ...], columns: tuple[str, ...], where: tuple[str, ...], resamples: int, out: Path
 ) -> None:
     """Runs the command."""
-    from mmoe_rec.jobs.off_policy import PolicyQuestion, estimate_policy
+    from mmoe_rec.report.documents import estimate_tree, write_json
     from mmoe_rec.report.tables import show_estimates
 
-    question = PolicyQuestion.of(tasks, columns, where)
-    show(show_estimates(estimate_policy(question, log, out, resamples)))
+    conditions = {}
+    for word in where:
+        column, equals, value = word.partition("=")
+        if not equals or not column:
+            raise UserError(f"--where {word}: expected COLUMN=VALUE, such as policy=random")
+        conditions[column] = value
+    estimates = estimate_policy(log, tasks, _name_columns(tasks, columns), conditions, resamples)
+    trees = {task: estimate_tree(each) for task, each in estimates.items()}
+    write_json(out / "off_policy.json", {"log": log, "where": conditions, "tasks": trees})
+    show(show_estimates(estimates))
     print(f"estimates: {out / 'off_policy.json'}")
+
+
+def _of_model(task: str) -> set[str]:
+    """What a model expects of what was shown, and of what the target would show."""
+    return {f"predicted_{task}", f"expected_{task}"}
+
+
+def _name_columns(tasks: Sequence[str], words: Sequence[str]) -> dict[str, str]:
+    """Part -> column, by the words of the command line; those of a model only where one of them is named."""
+    names = {part: part for part in ("user", "propensity", "target", *(f"label_{task}" for task in tasks))}
+    parts = sorted(names.keys() | set().union(*map(_of_model, tasks)))
+    for word in words:
+        part, equals, column = word.partition("=")
+        if not equals or part not in parts or not column:
+            raise UserError(f"--columns {word}: expected PART=COLUMN, of the parts {', '.join(parts)}")
+        names[part] = column
+    for task in tasks:
+        if names.keys() & _of_model(task):
+            names = {part: part for part in sorted(_of_model(task))} | names
+    return names
+
+
+def estimate_policy(
+    source: str, tasks: Sequence[str], columns: Mapping[str, str], where: Mapping[str, str], resamples: int
+) -> dict[str, PolicyEstimate]:
+    """Task -> its estimates from files of a log with propensities, see `mmoe_rec.evaluation.off_policy.estimate`.
+
+    columns: part -> column; where: column -> value, as text, of the rows that count. A model's expectations are used
+    where `columns` or all files have them. Raises UserError for a wrong file, column or value, or where no row is left.
+    """
+    import numpy as np
+    import pyarrow as pa
+
+    from mmoe_rec.evaluation.off_policy import LoggedChoices, estimate
+    from mmoe_rec.log.files import find_files
+    from mmoe_rec.log.values import columns_of
+
+    files = {each.address: columns_of(each.address) for each in find_files(source, "--log")}
+    for task in tasks:
+        if all(_of_model(task) <= there for there in files.values()):
+            columns = {part: part for part in sorted(_of_model(task))} | dict(columns)
+    tables = [_read(address, there, columns, where) for address, there in files.items()]
+    rows = pa.concat_tables(tables).combine_chunks()
+    if not len(rows):
+        conditions = " and ".join(f"{name} = {value}" for name, value in where.items())
+        raise UserError(f"'{source}' holds no row{f' with {conditions}' if conditions else ''}")
+    numbers = {name: rows[name].to_numpy() for name in rows.column_names if name != "user"}
+    estimates = {}
+    for task in tasks:
+        label, model = numbers[f"label_{task}"], [numbers.get(f"{kind}_{task}") for kind in ("predicted", "expected")]
+        if np.isin(label[~np.isnan(label)], (0, 1)).all():
+            for part in _of_model(task) & numbers.keys():
+                if (wrong := (numbers[part] < 0) | (numbers[part] > 1)).any():
+                    raise UserError(
+                        f"column '{columns[part]}' of '{source}' holds {numbers[part][wrong][0]:g}, but what a model "
+                        f"expects of '{task}', whose labels are 0 and 1, is a probability"
+                    )
+        shown = LoggedChoices(rows["user"].combine_chunks(), numbers["propensity"], numbers["target"], label, *model)
+        estimates[task] = estimate(shown, resamples)
+    return estimates
+
+
+def _read(address: str, there: set[str], columns: Mapping[str, str], where: Mapping[str, str]) -> pa.Table:
+    """The rows of a file that count, their columns by the names of parts. Raises BadFile for a wrong value."""
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    import pyarrow.types as pt
+
+    from mmoe_rec.jobs.prediction_files import FINITE, LABELS, PROBABILITY, Check, FileRows
+    from mmoe_rec.log.checks import BadFile, open_parquet
+    from mmoe_rec.log.values import with_path_values
+
+    names = [*dict.fromkeys([*columns.values(), *where])]
+    for name in names:
+        if name not in there:
+            part = next((part for part, column in columns.items() if column == name), None)
+            near = get_close_matches(name, there, 1)
+            meant = f"; did you mean '{near[0]}'?" if near else ""
+            hint = meant if part is None else f"; name another one with --columns {part}=COLUMN"
+            raise BadFile(f"'{address}' has no column '{name}'{hint}", address)
+    with open_parquet(address) as parquet:
+        table = parquet.read(columns=[name for name in names if name in parquet.schema_arrow.names])
+    table = with_path_values(table, address, names)
+    kept = np.ones(len(table), bool)
+    for name, value in where.items():
+        column = table[name].combine_chunks()
+        column = column.dictionary_decode() if pt.is_dictionary(column.type) else column
+        kept &= pc.fill_null(pc.equal(column.cast(pa.string()), value), False).to_numpy(zero_copy_only=False)
+    rows = FileRows(address, table, kept=kept)
+    chosen: Check = ("a probability above 0", lambda values: (values > 0) & (values <= 1))
+    checks = {part: LABELS["regression"] for part in columns if part.startswith("label_")}
+    checks |= {"propensity": chosen, "target": PROBABILITY}
+    return pa.table(
+        {
+            part: rows.read_ids(name) if part == "user" else rows.read_numbers(name, checks.get(part, FINITE))
+            for part, name in columns.items()
+        }
+    )

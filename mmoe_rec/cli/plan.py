@@ -6,30 +6,24 @@ refused, with the reason and with the settings that would make it fit.
 
 The sizes of tables are those of the features in `data.work`, if they are built; else the largest that the settings
 allow, by `max_size` and `buckets`. Times are torchrec's estimate for looking tables up and exchanging what was found,
-and the operations of the dense part at `--tflops`: good for comparing settings, no promise.
+and the operations of the dense part at 100 TFLOP/s (CPU: 0.4): good for comparing settings, no promise.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import click
 
 from mmoe_rec.cli.command import COUNT, Configuration, NumberBetween, settings_command
 from mmoe_rec.errors import UserError
 
-if TYPE_CHECKING:
-    from mmoe_rec.model.layout import ModelLayout
-    from mmoe_rec.settings.sections import Settings
-    from mmoe_rec.training.planning import Machines, RankPlan
-
 GIB = 2**30
 MOST_RANKS = 4_096  # the planner's time grows with them; a plan for so many takes about half a minute
 # Floating-point operations a second of a rank in products of bf16 matrices, as training reaches them.
 TFLOPS = {"cuda": 100.0, "cpu": 0.4}
 MEMORY = NumberBetween(0.01, 1e6)  # both ends are far beyond any machine
-SPEED = NumberBetween(0.001, 1e6)
 
 
 @settings_command(__doc__)
@@ -38,9 +32,6 @@ SPEED = NumberBetween(0.001, 1e6)
 @click.option("--device", type=click.Choice(list(TFLOPS)), default="cuda", help="default: cuda")
 @click.option("--hbm-gib", type=MEMORY, default=80, metavar="X", help="memory of a GPU (default: 80)")
 @click.option("--host-gib", type=MEMORY, default=512, metavar="X", help="main memory of a machine (default: 512)")
-@click.option(
-    "--tflops", type=SPEED, metavar="X", help="what a process reaches in bf16 products (default: 100; CPU: 0.4)"
-)
 def plan(
     configuration: Configuration,
     world_size: int,
@@ -48,7 +39,6 @@ def plan(
     device: Literal["cuda", "cpu"],
     hbm_gib: float,
     host_gib: float,
-    tflops: float | None,
 ) -> None:
     """Runs the command."""
     settings = configuration.settings
@@ -61,30 +51,12 @@ def plan(
     require_torchrec("a plan")
     import torch
 
-    from mmoe_rec.model.mmoe import build_model
-    from mmoe_rec.model.tables import torchrec_tables
-    from mmoe_rec.training.planning import Machines, plan_on_paper
-
-    layout, where = _layout(settings)
-    hbm = int(hbm_gib * GIB) if device == "cuda" else 0
-    machines = Machines(world_size, local_world_size, device, hbm, int(host_gib * GIB))
-    rows = -(-settings.training.batch_size // machines.world_size)
-    model = build_model(layout, settings.model, torchrec_tables(layout, torch.device("meta")))
-    text, ranks = plan_on_paper(model, layout, machines, rows)
-    print(f"table sizes: {where}")
-    _print_tables(layout)
-    print(text)
-    dense = sum(each.numel() for each in model.mixture.parameters())
-    _print_ranks(ranks, machines, 1e3 * 6 * dense * rows / ((tflops or TFLOPS[device]) * 1e12))
-    start = f"torchrun --nnodes {world_size // local_world_size} --nproc-per-node {local_world_size}"
-    print(f"next: {start} ... -m mmoe_rec train {configuration.options()}")
-
-
-def _layout(settings: Settings) -> tuple[ModelLayout, str]:
-    """The layout, and where its sizes come from."""
     from mmoe_rec.features.layout import Layout
     from mmoe_rec.features.pipeline import largest_layout
     from mmoe_rec.model.layout import ModelLayout
+    from mmoe_rec.model.mmoe import build_model
+    from mmoe_rec.model.tables import torchrec_tables, used_tables
+    from mmoe_rec.training.planning import Machines, merge_neighbours, plan_on_paper, table_bytes
 
     built = Path(settings.data.work) / "features" / "encoded"
     if (built / "layout.json").is_file():
@@ -92,30 +64,25 @@ def _layout(settings: Settings) -> tuple[ModelLayout, str]:
     else:
         layout = largest_layout(settings.schema_)
         where = "the largest that the settings allow; features are not built yet"
-    return ModelLayout.of(layout, settings), where
-
-
-def _print_tables(layout: ModelLayout) -> None:
-    from mmoe_rec.model.tables import used_tables
-    from mmoe_rec.training.planning import table_bytes
-
-    tables = used_tables(layout)
+    layout = ModelLayout.of(layout, settings)
+    hbm = int(hbm_gib * GIB) if device == "cuda" else 0
+    machines = Machines(world_size, local_world_size, device, hbm, int(host_gib * GIB))
+    rows = -(-settings.training.batch_size // world_size)
+    model = build_model(layout, settings.model, torchrec_tables(layout, torch.device("meta")))
+    (text, ranks), tables = plan_on_paper(model, layout, machines, rows), used_tables(layout)
+    print(f"table sizes: {where}")
     for table in sorted(tables, key=table_bytes, reverse=True):
         print(f"  {table.name}: {table.rows:,} rows of {table.dim}, {table_bytes(table) / GIB:,.2f} GiB")
     print(f"  together: {sum(map(table_bytes, tables)) / GIB:,.1f} GiB with the optimizer")
-
-
-def _print_ranks(ranks: list[RankPlan], machines: Machines, dense_ms: float) -> None:
-    from mmoe_rec.training.planning import merge_neighbours
-
-    said = []
+    print(text)
+    lines, most = [], machines.rank_bytes
     for each in ranks:
-        taken = (
-            f"{each.bytes / GIB:.2f} of {machines.rank_bytes / GIB:.2f} GiB ({each.bytes / machines.rank_bytes:.0%})"
-        )
-        said.append((each.rank, f"{taken} for tables and their activations, {each.milliseconds:.2f} ms a step"))
-    print("\n".join(merge_neighbours(said)))
+        share = f"{each.bytes / GIB:.2f} of {most / GIB:.2f} GiB ({each.bytes / most:.0%})"
+        lines.append((each.rank, f"{share} for tables and their activations, {each.milliseconds:.2f} ms a step"))
+    print("\n".join(merge_neighbours(lines)))
     slowest = max((rank.milliseconds for rank in ranks), default=0.0)
-    print(
-        f"estimated step: {slowest + dense_ms:.1f} ms, of which tables {slowest:.1f} and the dense part {dense_ms:.1f}"
-    )
+    weights = sum(each.numel() for each in model.mixture.parameters())
+    dense = 1e3 * 6 * weights * rows / (TFLOPS[device] * 1e12)
+    print(f"estimated step: {slowest + dense:.1f} ms, of which tables {slowest:.1f} and the dense part {dense:.1f}")
+    start = f"torchrun --nnodes {world_size // local_world_size} --nproc-per-node {local_world_size}"
+    print(f"next: {start} ... -m mmoe_rec train {configuration.options()}")

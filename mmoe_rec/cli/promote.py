@@ -43,7 +43,7 @@ def promote(
     """Runs the command."""
     if (challenger is None) != rollback:
         raise UserError("give the version that is to be promoted with --challenger, or --rollback alone")
-    from mmoe_rec.jobs.promote import PromotionRequest, promote_version, roll_back
+    from mmoe_rec.jobs.promotion import promote_version, roll_back
     from mmoe_rec.report.tables import show_results
 
     settings = configuration.settings
@@ -52,8 +52,7 @@ def promote(
         show(roll_back(name, settings.tracking.alias, uri).reasons)
         return
     out = out or Path(settings.data.work) / "promotion"
-    request = PromotionRequest(name, challenger, settings.tracking.alias, slower_at_most)
-    decision = promote_version(settings, request, out)
+    decision = promote_version(settings, name, challenger, slower_at_most, out)
     if decision.results is not None:
         show(show_results(decision.results))
         print(f"report: {out / 'report.html'}")

@@ -22,17 +22,10 @@ started again at any time, and a part that fails ends it with a sentence and lea
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import click
 
-from mmoe_rec.cli.command import COUNT, Configuration, settings_command
+from mmoe_rec.cli.command import COUNT, Configuration, settings_command, show
 from mmoe_rec.errors import UserError
-
-if TYPE_CHECKING:
-    from rich.table import Table
-
-    from mmoe_rec.live.refresh import RefreshResult
 
 
 @settings_command(__doc__)
@@ -72,62 +65,48 @@ def refresh(
 ) -> None:
     """Runs the command."""
     settings = configuration.settings
-    if remove_events and journal is None:
-        raise UserError("--remove-events belongs to --journal A, which is missing")
-    if other_journal and journal is None:
-        raise UserError("--other-journal belongs to --journal A, which is missing")
-    if validation_days is not None and train_every_days is None:
-        raise UserError("--validation-days belongs to --train-every-days N, which is missing")
-    from rich.console import Console
+    for option, is_given, other, is_there in (
+        ("--remove-events", remove_events, "--journal A", journal),
+        ("--other-journal", other_journal, "--journal A", journal),
+        ("--validation-days", validation_days is not None, "--train-every-days N", train_every_days),
+    ):
+        if is_given and is_there is None:
+            raise UserError(f"{option} belongs to {other}, which is missing")
+    from rich.table import Table
 
     from mmoe_rec.live import refresh as tables
+    from mmoe_rec.live.scheduled_training import choose_validation_days, train_when_due
+    from mmoe_rec.log.checks import format_time
 
     address = model or f"models:/{settings.registered_model}@{settings.tracking.alias}"
     every, days = train_every_days, 0
     if every is not None:
-        from mmoe_rec.live.scheduled_training import choose_validation_days, train_when_due
-
         days = choose_validation_days(settings, address, every, validation_days)
     refreshed = tables.refresh(
         settings, address, anew=anew, journal=journal, remove_events=remove_events, other_journal=other_journal
     )
-    name, alias = refreshed.before.version.name, refreshed.before.alias
-    if refreshed.tables is None:
+    before, made, now = refreshed.before, refreshed.tables, refreshed.after
+    holder = f"'{before.alias}' of '{before.version.name}'"
+    if made is None:
         log = settings.data.log
         why = f"tables made anew of all files in '{log}' are the same" if anew else f"no new files in '{log}'"
-        print(
-            f"{why}: '{alias}' of '{name}' stays version "
-            f"{refreshed.before.version.number}, with tables as of {refreshed.before.about.tables_as_of}"
-        )
+        print(f"{why}: {holder} stays version {before.version.number}, with tables as of {before.about.tables_as_of}")
     else:
-        Console().print(_table(refreshed))
-        if refreshed.tables.gone:
-            gone = refreshed.tables.gone
-            print(f"files that are gone from the log stay counted: {len(gone):,}, such as '{gone[0]}'")
-        now = refreshed.after
+        table = Table("", "before", "now")
+        table.add_row("version", before.version.number, str(refreshed.number))
+        table.add_row("tables as of", format_time(tables.as_of(before.about)), format_time(made.as_of))
+        for name in ("files", "rows", "events"):
+            table.add_row(f"{name} read", "", f"{getattr(made, name):,}")
+        show([table])
+        if made.gone:
+            print(f"files that are gone from the log stay counted: {len(made.gone):,}, such as '{made.gone[0]}'")
         if now is not None and now.number == refreshed.number:
-            print(f"'{alias}' of '{name}' is version {now.number} now")
+            print(f"{holder} is version {now.number} now")
         else:
             print(
-                f"'{alias}' of '{name}' has moved to {'no version' if now is None else f'version {now.number}'} "
-                f"meanwhile, so it stays there: version {refreshed.number} is registered without it"
+                f"{holder} has moved to {'no version' if now is None else f'version {now.number}'} meanwhile, so it "
+                f"stays there: version {refreshed.number} is registered without it"
             )
     if every is not None:
         for sentence in train_when_due(settings, address, every, days):
             print(sentence)
-
-
-def _table(refreshed: RefreshResult) -> Table:
-    from rich.table import Table
-
-    from mmoe_rec.live.refresh import as_of
-    from mmoe_rec.log.checks import format_time
-
-    assert refreshed.tables is not None
-    table = Table("", "before", "now")
-    table.add_row("version", refreshed.before.version.number, str(refreshed.number))
-    known = as_of(refreshed.before.about), refreshed.tables.as_of
-    table.add_row("tables as of", *map(format_time, known))
-    for name in ("files", "rows", "events"):
-        table.add_row(f"{name} read", "", f"{getattr(refreshed.tables, name):,}")
-    return table

@@ -14,15 +14,26 @@ follow.
 
 from __future__ import annotations
 
+import hashlib
+import logging
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from mmoe_rec.cli.command import COUNT, FOLDER, NumberBetween, model_option, overrides_argument
 from mmoe_rec.cli.main import command
 from mmoe_rec.errors import UserError, require_packages
-from mmoe_rec.settings.load import parse_overrides
+from mmoe_rec.settings.load import load_settings, parse_overrides
+
+if TYPE_CHECKING:
+    from mmoe_rec.server.limits import Limits
+    from mmoe_rec.server.models import Source
+
+_READ = (".json", ".parquet", ".safetensors", ".yaml")  # what an artifact consists of, and loading reads or refuses
 
 
 @command(__doc__, section="serving")
@@ -87,14 +98,13 @@ def serve(
     log_gib: float | None,
     overrides: tuple[str, ...],
 ) -> None:
-    """Runs the command."""
+    """Runs the command. Its exit code is 0 if all that was accepted was answered."""
     for keys, _ in parse_overrides(overrides):
         if keys[0] != "serving":
             raise UserError(f"'--{'.'.join(keys)}' is no option of serve, nor a setting of section serving; see --help")
     require_packages("mmoe-rec serve", "serve", "uvicorn", "fastapi", "orjson", "httptools", "prometheus_client")
-    from mmoe_rec.jobs.serve import serve_model
-    from mmoe_rec.live.request_log import LogOptions
-    from mmoe_rec.server.options import end_process, read_token
+    from mmoe_rec.live.request_log import LogOptions, check_folder
+    from mmoe_rec.server.options import Options, end_process, listening_socket, log_to_stderr, read_token
     from mmoe_rec.settings.sections import Tracking
 
     given: dict[str, Any] = {
@@ -105,17 +115,82 @@ def serve(
     given = {name: value for name, value in given.items() if value is not None}
     if given and log_requests is None:
         raise UserError("--log-share, --log-seconds and --log-gib need --log-requests DIR, which is missing")
-    code = serve_model(
-        model,
-        Tracking(uri=tracking_uri).address,
-        host=host,
-        port=port,
-        workers=workers,
-        poll=poll,
-        grace=grace,
-        token=read_token(token_file),
-        journal=journal,
-        log=None if log_requests is None else LogOptions(log_requests.resolve(), **given),
-        overrides=list(overrides),
-    )
-    end_process(code)
+    token = read_token(token_file)
+    log = None if log_requests is None else LogOptions(log_requests.resolve(), **given)
+    finder = AtAddress(model, Tracking(uri=tracking_uri).address)
+    # Before the model is fetched and loaded, which may take minutes.
+    bound = listening_socket(host, port)
+    log_to_stderr()
+    if journal is not None:
+        _open_journal(journal)
+    if log is not None:
+        check_folder(log.folder)
+    known, source = finder.state(), finder.find()
+    options = Options(limits_of(source.folder, list(overrides)), grace, token, journal, log)
+    if workers == 1:
+        from mmoe_rec.server.running import serve as serve_alone
+
+        serve_alone(source, known, finder, bound, options, poll)
+        end_process(0)
+    from mmoe_rec.server.workers import serve_by_workers
+
+    end_process(serve_by_workers(source, known, finder, bound, options, poll, workers))
+
+
+@dataclass(frozen=True)
+class AtAddress:
+    """The model at an address, which MLflow at `uri` knows; a `Finder`."""
+
+    address: str
+    uri: str
+
+    def state(self) -> str:
+        """Name and version that an alias stands for; of a folder, its manifest, and size and time of all its files.
+
+        Of all, as a copy that is under way may be looked at: its last file changes the state once more.
+        """
+        from mmoe_rec.inference.artifact import MANIFEST
+        from mmoe_rec.tracking.registry import fetch_model, pin_address
+
+        permanent = pin_address(self.address, self.uri)
+        if not Path(permanent).exists():
+            return permanent
+        folder, state = fetch_model(permanent, self.uri), hashlib.sha256()
+        with suppress(OSError):
+            state.update((folder / MANIFEST).read_bytes())  # files of two models may have the same sizes and times
+        for path in sorted(folder.rglob("*")):
+            with suppress(OSError):  # it has just been removed
+                if path.suffix in _READ and (found := path.stat()):
+                    state.update(f"\n{path} {found.st_size} {found.st_mtime_ns}".encode(errors="surrogateescape"))
+        return f"{permanent} {state.hexdigest()}"
+
+    def find(self) -> Source:
+        """The model with its files on this machine."""
+        from mmoe_rec.server.models import Source
+        from mmoe_rec.tracking.registry import find_model
+
+        found = find_model(self.address, self.uri)
+        return Source(found.folder.resolve(), found.address, found.run_id)
+
+
+def _open_journal(address: str) -> None:
+    """Makes the journal unless it is there. Raises UserError where events can't be written to it."""
+    from mmoe_rec.live.journal import Journal
+
+    journal, log = Journal(address), logging.getLogger(__name__)
+    if end := journal.end():
+        log.info("going on with the journal '%s', %s, at position %s", journal.name, journal.id, end)
+    else:  # a mistyped address would become another journal, without what the model has learnt so far
+        log.info("the journal '%s', %s, is empty: it begins now", journal.name, journal.id)
+    journal.close()
+
+
+def limits_of(folder: Path, overrides: Sequence[str]) -> Limits:
+    """The limits in the settings that a model was trained with, and in what overrides them. Raises UserError."""
+    from mmoe_rec.server.limits import Limits
+
+    settings = load_settings(folder / "settings.yaml", overrides)
+    given = set[str]()
+    for (_, *name), value in parse_overrides(overrides):
+        given.update(name or value)  # or the whole section
+    return Limits.of(settings, given)

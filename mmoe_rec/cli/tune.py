@@ -11,20 +11,40 @@ same command, also after a stop or a kill, goes on until there are --trials tria
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import json
 import os
 import random
+import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import click
 
+from mmoe_rec.atomic import atomic_file
 from mmoe_rec.cli.command import COUNT, Configuration, settings_command
-from mmoe_rec.errors import UserError, require_packages
+from mmoe_rec.errors import StoppedError, UserError, require_packages
+from mmoe_rec.progress import say
 from mmoe_rec.settings.load import load_settings
 from mmoe_rec.settings.sections import Search, Settings
+from mmoe_rec.tracking import runs
+from mmoe_rec.tracking.outbox import PATIENCE_SECONDS, UnreachableError
+
+if TYPE_CHECKING:
+    from mmoe_rec.preprocessing.prepare import Prepared
 
 COMBINATIONS = 30  # with values of other settings, to try for a value that is not valid by itself
+Values = dict[str, Any]
+FAILURES_IN_A_ROW = 3
+NOT_VALID_IN_A_ROW = 20
+KILLS_OF_ONE_TRIAL = 3
+# What trials are marked with, beside the id of their run: why one was given up, which one it replaces, and how often a
+# trial of its values was killed before.
+_RUN, _REASON, _INSTEAD_OF, _KILLS = "run_id", "reason", "instead_of", "kills"
+Outcome = Literal["reached", "cut short", "not valid", "failed"]
 
 
 @settings_command(__doc__)
@@ -38,7 +58,7 @@ def tune(configuration: Configuration, trials: int) -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("a search is one process: start it without torchrun")
 
-    def with_values(values: dict[str, object]) -> Settings:
+    def with_values(values: Values) -> Settings:
         chosen = [f"--{name}={json.dumps(value)}" for name, value in values.items()]
         return load_settings(configuration.file, [*configuration.overrides, *chosen])
 
@@ -47,48 +67,282 @@ def tune(configuration: Configuration, trials: int) -> None:
     from mmoe_rec.jobs.places import features_in_use, log_and_place
     from mmoe_rec.locks import writing
     from mmoe_rec.preprocessing.prepare import existing
-    from mmoe_rec.tracking import runs
 
     existing(*log_and_place(settings))  # a wrong log is reported before MLflow and optuna are loaded
-    from mmoe_rec.jobs.tune import Study
-
     runs.check_server(settings.tracking.address, settings.experiment, unsent=Path(settings.data.work) / "unsent")
     what, advice = "a search for settings", "set `data.work` to another folder"
     with features_in_use(settings, what) as prepared, writing(Path(settings.data.work) / "tuning", what, advice):
         prepared.require_rows("train", "validation")
         tuned = Study(settings, prepared, with_values).run(trials)
-    not_valid = f", {_were(tuned.not_valid)} not valid" if tuned.not_valid else ""
-    ended = f"{_were(tuned.cut_short)} cut short{not_valid} and {tuned.failed} failed"
-    print(f"{tuned.trials} trial{'s' * (tuned.trials != 1)}, of which {ended}")
+    told = {name: f"{many} {'was' if many == 1 else 'were'} {name}" for name, many in tuned.ends.items()}
+    not_valid = f", {told['not valid']}" if tuned.ends["not valid"] else ""
+    trials = sum(tuned.ends.values())
+    ended = f"{told['cut short']}{not_valid} and {tuned.ends['failed']} failed"
+    print(f"{trials} trial{'s' * (trials != 1)}, of which {ended}")
     print(f"best: {tuned.value:.4f} with " + ", ".join(f"{name} {value}" for name, value in tuned.best.items()))
     print(f"next: mmoe-rec train --config {tuned.file}")
 
 
-def _were(trials: int) -> str:
-    return f"{trials} {'was' if trials == 1 else 'were'}"
-
-
-def _check_values(search: dict[str, Search], with_values: Callable[[dict[str, object]], Settings]) -> None:
+def _check_values(search: dict[str, Search], with_values: Callable[[Values], Settings]) -> None:
     """Raises UserError, at once, for a value that is valid neither alone nor in some combinations with the others."""
-    chance = random.Random(17)
-    for name, each in search.items():
-        for value in each.choices or (each.low, each.high):
+    chance, values = random.Random(17), {name: each.choices or (each.low, each.high) for name, each in search.items()}
+    for name, value in ((name, value) for name, some in values.items() for value in some):
+        reasons = []
+        for number in range(COMBINATIONS if len(search) > 1 else 1):
+            others = {other: chance.choice(some) for other, some in values.items()} if number else {}
             try:
-                with_values({name: value})
+                with_values({**others, name: value})
+                break
             except UserError as error:
-                others = {other: space for other, space in search.items() if other != name}
-                combinations = ({k: _one_of(v, chance) for k, v in others.items()} for _ in range(COMBINATIONS))
-                if not others or not any(_valid({**rest, name: value}, with_values) for rest in combinations):
-                    raise UserError(f"'tuning.search' has {json.dumps(value)} for '{name}': {error}") from None
+                reasons.append(str(error))
+        else:
+            raise UserError(f"'tuning.search' has {json.dumps(value)} for '{name}': {reasons[0]}")
 
 
-def _one_of(space: Search, chance: random.Random) -> object:
-    return chance.choice(space.choices or (space.low, space.high))
+class NotValidError(UserError):
+    """Values that don't go together."""
 
 
-def _valid(values: dict[str, object], with_values: Callable[[dict[str, object]], Settings]) -> bool:
-    try:
-        with_values(values)
-    except UserError:
-        return False
-    return True
+@dataclass(frozen=True)
+class Tuned:
+    """A finished search. best: setting -> value; value: what it reached; file: all settings with these, as YAML; ends:
+    how many trials had which outcome."""
+
+    best: Values
+    value: float
+    file: Path
+    ends: dict[Outcome, int]
+
+
+class Study:
+    """Trials of settings for one data set.
+
+    with_values: gives the settings with some values replaced. The study is found again by what it depends
+    on: features, settings and search space.
+    """
+
+    def __init__(self, settings: Settings, prepared: Prepared, with_values: Callable[[Values], Settings]) -> None:
+        import optuna
+
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        self._optuna, self._states = optuna, optuna.trial.TrialState
+        self.settings, self.prepared, self.with_values = settings, prepared, with_values
+        self.folder = Path(settings.data.work) / "tuning"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        depends = settings.model_dump(mode="json", include={"model", "training", "tuning"})
+        text = json.dumps([depends, settings.choices, prepared.manifest["fingerprint"]], sort_keys=True)
+        self.key = hashlib.sha256(text.encode()).hexdigest()[:16]
+        self._study = self._opened(self.folder / "study.db")
+        # Another seed when the search goes on, or it would draw the same values again.
+        seed = settings.training.seed + len(self._study.get_trials(deepcopy=False))
+        self._study.sampler = optuna.samplers.TPESampler(n_startup_trials=settings.tuning.startup_trials, seed=seed)
+        self._spaces = {name: self._space(search) for name, search in settings.tuning.search.items()}
+
+    def _space(self, search: Search) -> Any:
+        distributions = self._optuna.distributions
+        if search.choices is not None:
+            return distributions.CategoricalDistribution([json.dumps(each) for each in search.choices])
+        whole = isinstance(search.low, int) and isinstance(search.high, int)
+        kind = distributions.IntDistribution if whole else distributions.FloatDistribution
+        return kind(search.low, search.high, log=search.log)
+
+    def _opened(self, file: Path) -> Any:
+        from sqlalchemy.exc import SQLAlchemyError
+
+        try:
+            return self._optuna.create_study(
+                storage=f"sqlite:///{file}",
+                study_name=self.key,
+                direction="maximize",
+                load_if_exists=True,
+                pruner=self._optuna.pruners.MedianPruner(n_startup_trials=self.settings.tuning.startup_trials),
+            )
+        except (SQLAlchemyError, self._optuna.exceptions.OptunaError, RuntimeError) as error:
+            reason = str(error.__cause__ or error).splitlines()[0]
+            raise UserError(f"the search in '{file}' can't be resumed: {reason}; remove it to begin anew") from None
+
+    def run(self, trials: int) -> Tuned:
+        """Tries until there are so many trials, those of earlier runs included.
+
+        Raises:
+            StoppedError: the search was asked to stop; the current trial will be tried again.
+            UserError: no trial ended well, or several in a row failed or were not valid.
+        """
+        uri, experiment = self.settings.tracking.address, self.settings.experiment
+        with runs.open_run(uri, experiment, run_name="tuning", key=f"tuning-{self.key}", unsent=self._unsent) as run:
+            assert run.run_id is not None
+            self._take_up_killed()
+            in_a_row = {"not valid": 0, "failed": 0}
+            while len(self._ended()) < trials:
+                outcome, said = self._try(run.run_id)
+                in_a_row = {each: many + 1 if each == outcome else 0 for each, many in in_a_row.items()}
+                if in_a_row["failed"] == FAILURES_IN_A_ROW:
+                    raise UserError(f"{FAILURES_IN_A_ROW} trials in a row failed; the last one: {said}")
+                if in_a_row["not valid"] == NOT_VALID_IN_A_ROW:
+                    raise UserError(
+                        f"{NOT_VALID_IN_A_ROW} combinations in a row were not valid: narrow tuning.search; the last "
+                        f"one: {said}"
+                    )
+            tuned = self._best()
+            run.log_params({f"best.{setting}": value for setting, value in tuned.best.items()})
+            run.log_metrics({"best/objective": tuned.value})
+            run.log_artifact(tuned.file)
+            table = self._study.trials_dataframe(attrs=("number", "value", "params", "state", "user_attrs"))
+            run.log_text(str(table.to_csv(index=False)), "trials.csv")
+            run.flush(PATIENCE_SECONDS)
+            return tuned
+
+    @property
+    def _unsent(self) -> Path:
+        return Path(self.settings.data.work) / "unsent"
+
+    def _ended(self) -> list[Any]:
+        """All trials that ended, except those that were or will be tried again."""
+        states, trials = self._states, self._study.get_trials(deepcopy=False)
+        again = {each.user_attrs.get(_INSTEAD_OF) for each in trials}
+        ends = (states.COMPLETE, states.PRUNED, states.FAIL)
+        return [each for each in trials if each.state in ends and each.number not in again]
+
+    def _take_up_killed(self) -> None:
+        """Trials that a kill left open are tried again under a new number, unless they were killed each time."""
+        for trial in self._study.get_trials(deepcopy=False, states=(self._states.RUNNING,)):
+            if _RUN in trial.user_attrs:
+                runs.mark_killed(self.settings.tracking.address, trial.user_attrs[_RUN])
+            kills = trial.user_attrs.get(_KILLS, 0) + 1
+            if kills < KILLS_OF_ONE_TRIAL:
+                self._put_back(trial, kills)
+            else:
+                said = f"failed: the process was killed {kills} times while it tried these values"
+                say(f"trial {trial.number + 1}: {said}")
+                self._study.tell(trial.number, state=self._states.FAIL)
+
+    def _put_back(self, trial: Any, kills: int) -> None:
+        """Has an open trial's values tried again."""
+        known = {each.user_attrs.get(_INSTEAD_OF) for each in self._study.get_trials(deepcopy=False)}
+        if trial.number not in known:  # else a kill came between the two calls
+            self._study.enqueue_trial(trial.params, user_attrs={_INSTEAD_OF: trial.number, _KILLS: kills})
+        self._study.tell(trial.number, state=self._states.FAIL)
+
+    def _try(self, parent: str) -> tuple[Outcome, str]:
+        """One trial: what became of it, in a word and at length."""
+        trial = self._study.ask(self._spaces)
+        values = {name: _plain(space, trial.params[name]) for name, space in self._spaces.items()}
+        folder, reached = self.folder / f"trial-{trial.number:04d}", None
+        shutil.rmtree(folder, ignore_errors=True)
+        again = f"trial {trial.number + 1} will be tried again: go on with the same command"
+        outcome: Outcome = "cut short"
+        told = "it fell behind"
+        try:
+            reached = self._train(trial, self._settings_of(values), values, folder, parent)
+            if reached is not None:
+                outcome, told = "reached", f"{reached:.4f}"
+        except (StoppedError, KeyboardInterrupt) as stopped:
+            self._put_back(trial, trial.user_attrs.get(_KILLS, 0))
+            who = str(stopped).partition(";")[0] or "SIGINT came"
+            raise StoppedError(f"{who}; {again}") from None
+        except UnreachableError as error:
+            self._put_back(trial, trial.user_attrs.get(_KILLS, 0))
+            raise UserError(f"{error}; {again}, once MLflow answers") from None
+        except UserError as error:
+            outcome, told = "not valid" if isinstance(error, NotValidError) else "failed", str(error)
+            trial.set_user_attr(_REASON, told)
+        except Exception as error:  # not the user's fault, but the search must not come back to it
+            trial.set_user_attr(_REASON, f"{type(error).__name__}: {error}")
+            self._study.tell(trial, state=self._states.FAIL)
+            raise
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)  # weights that nobody needs; the best settings are trained again
+        states = {"reached": self._states.COMPLETE, "failed": self._states.FAIL}
+        self._study.tell(trial, reached, states.get(outcome, self._states.PRUNED))
+        text = ", ".join(
+            f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {json.dumps(value)}"
+            for name, value in values.items()
+        )
+        say(f"trial {trial.number + 1}: {told if reached is not None else f'{outcome}: {told}'} ({text})")
+        return outcome, told
+
+    def _settings_of(self, values: Values) -> Settings:
+        try:
+            return self.with_values(values)
+        except UserError as error:
+            raise NotValidError(str(error)) from None
+
+    def _train(self, trial: Any, settings: Settings, values: Values, folder: Path, parent: str) -> float | None:
+        """What the training reached; None where it was cut short. Raises NotValidError for values that don't go
+        together."""
+        from mmoe_rec.devices import pick_device
+        from mmoe_rec.model.layout import ModelLayout
+        from mmoe_rec.training.choices import check_offered
+        from mmoe_rec.training.loop import Trainer
+        from mmoe_rec.training.ranks import process_group
+        from mmoe_rec.training.validation import Validation
+
+        device = pick_device(settings.training.device)
+        check_offered(settings.training, device.type)  # what is not on offer here is no fault of a trial
+        layout = ModelLayout.of(self.prepared.layout, settings)
+        # Trials are compared by one measure, whatever loss weights they try.
+        judge, select_by = ModelLayout.of(self.prepared.layout, self.settings), settings.training.select_by
+        with (
+            process_group(device, settings.training.timeout_minutes),
+            runs.open_run(
+                settings.tracking.address,
+                settings.experiment,
+                run_name=f"trial {trial.number + 1}",
+                parent=parent,
+                unsent=self._unsent,
+                patience=PATIENCE_SECONDS,
+            ) as run,
+        ):
+            trial.set_user_attr(_RUN, run.run_id)
+            run.log_params({**settings.model_dump(mode="json", include={"model", "training"}), **settings.choices})
+            run.set_tags({f"tuned.{setting}": value for setting, value in values.items()})
+            validations = itertools.count()
+
+            def watch(validation: Validation, _: int) -> None:
+                trial.report(validation.objective(select_by, judge), next(validations))
+                if trial.should_prune():
+                    raise self._optuna.TrialPruned
+
+            try:
+                trainer = Trainer(
+                    self.prepared,
+                    layout,
+                    settings.model,
+                    settings.training,
+                    device,
+                    folder,
+                    run.log_metrics,
+                    watch=watch,
+                )
+            except UserError as error:
+                run.set_tags({"not_valid": error})
+                raise NotValidError(str(error)) from None
+            try:
+                result = trainer.run()
+            except self._optuna.TrialPruned:
+                run.set_tags({"cut_short": "it fell behind"})
+                return None
+            assert result.best is not None
+            run.log_metrics(result.best.flat("best"), result.best_step)
+            return result.best.objective(select_by, judge)
+
+    def _best(self) -> Tuned:
+        states, ended = self._states, self._ended()
+        if not any(each.state == states.COMPLETE for each in ended):
+            reasons = [each.user_attrs[_REASON] for each in ended if _REASON in each.user_attrs]
+            last = f" (the last reason: {reasons[-1]})" if reasons else ""
+            raise UserError(f"no trial ended well{last}; raise --trials, or narrow tuning.search")
+        best = self._study.best_trial
+        values = {name: _plain(space, best.params[name]) for name, space in self._spaces.items()}
+        file = self.folder / "best.yaml"
+        with atomic_file(file) as path:
+            path.write_text(self.with_values(values).to_yaml(), encoding="utf-8")
+        outcomes: dict[Any, Outcome] = {states.COMPLETE: "reached", states.FAIL: "failed"}
+        ends: dict[Outcome, int] = dict.fromkeys(get_args(Outcome), 0)
+        for each in ended:
+            ends[outcomes.get(each.state, "not valid" if _REASON in each.user_attrs else "cut short")] += 1
+        return Tuned(values, float(best.value), file, ends)
+
+
+def _plain(space: Any, value: Any) -> Any:
+    return json.loads(value) if hasattr(space, "choices") else value

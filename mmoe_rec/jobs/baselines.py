@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -49,7 +50,7 @@ def measure_baselines(
         writing(out, "an evaluation", "give another folder with --out"),
     ):
         prepared.require_rows("train", "validation", "test")
-        scored = _predicted(settings, prepared)
+        scored = _predict(settings, prepared)
         models = {} if evaluated is None else {name: next(iter(evaluated.results.models.values()))}
         models |= {each: _measured(settings, rows) for each, rows in scored.items()}
         facts = {"log": settings.data.log} if evaluated is None else evaluated.results.facts
@@ -67,112 +68,92 @@ def _measured(settings: Settings, scored: ScoredRows) -> MeasuredModel:
     return MeasuredModel(sums, summarise(sums, settings.evaluation.resamples))
 
 
-def _predicted(settings: Settings, prepared: Prepared) -> dict[str, ScoredRows]:
+def _predict(settings: Settings, prepared: Prepared) -> dict[str, ScoredRows]:
     """The baselines' predictions of the test rows; without candidates, none is more popular than another."""
-    layout = prepared.layout
-    train, validation = (EncodedRows(prepared.split(name), layout) for name in ("train", "validation"))
+    from mmoe_rec.evaluation.scoring import COLUMNS, ScoredRows
+    from mmoe_rec.model.layout import ModelLayout
+
+    layout = ModelLayout.of(prepared.layout, settings)
+    train, validation, test = (EncodedRows(prepared.split(name), layout) for name in ("train", "validation", "test"))
     if train.rows > MOST_ROWS:
         say(f"the baselines learn from the last {MOST_ROWS:,} of {train.rows:,} training rows")
     weighted = settings.training.sampling_correction == "weights"
-    learnt, held_out = (_Matrix.of(rows, layout, weighted, MOST_ROWS) for rows in (train, validation))
-    test = _test_rows(settings, prepared)
-    inputs = _Matrix.of(EncodedRows(prepared.split("test"), layout), layout, weighted)
+    learnt, held_out = (
+        _Inputs.read(rows, layout, ("candidate", *rows.weighing(weighted)), MOST_ROWS) for rows in (train, validation)
+    )
+    outcomes = [f"label.{name}" for name in layout.outcomes]
+    tested = _Inputs.read(test, layout, (*COLUMNS, *outcomes, *test.weighing(weighted)))
     popularity, trees = [], []
     with bar() as progress:
         step = progress.add_task(TREES, total=len(layout.tasks))
         for index, task in enumerate(layout.tasks):
-            labels = learnt.labels[:, index]
+            labels, own = learnt.labels[:, index], held_out.labels[:, index]
+            # Rows that say when to stop; none where they can't, for want of labels.
+            enough = len(np.unique(own[~np.isnan(own)])) >= (2 if task.kind == "binary" else 1)
             try:
-                counted = PopularityBaseline(learnt.candidates, labels, weights=learnt.weights)
-                popularity.append(counted.predict(inputs.candidates))
+                counted = PopularityBaseline(learnt.ids("candidate"), labels, weights=learnt.weights)
+                popularity.append(counted.predict(tested.ids("candidate")))
                 model = gradient_boosting(
                     learnt.x,
                     labels,
-                    _categorical(layout),
+                    learnt.categorical,
                     kind=task.kind,  # type: ignore[arg-type]
-                    validation=_validation(held_out, index, task.kind),
+                    validation=(held_out.x, own) if enough else None,
                     weights=(learnt.weights, held_out.weights),
                     iterations=MOST_TREES,
                 )
             except UserError as error:
                 raise UserError(f"no baseline can learn task '{task.name}': {error}") from None
-            trees.append(model.predict(inputs.x))
+            trees.append(model.predict(tested.x))
             progress.advance(step)
-    predictions = {TREES: trees} | ({} if test.candidates is None else {POPULARITY: popularity})
-    return {name: test.with_predictions(np.stack(each, 1)) for name, each in predictions.items()}
-
-
-def _validation(rows: _Matrix, task: int, kind: str) -> tuple[np.ndarray, np.ndarray] | None:
-    """Rows that say when to stop; None where they can't, for want of labels."""
-    labels = rows.labels[:, task]
-    enough = len(np.unique(labels[~np.isnan(labels)])) >= 2
-    return (rows.x, labels) if enough or (kind != "binary" and (~np.isnan(labels)).any()) else None
-
-
-def _test_rows(settings: Settings, prepared: Prepared) -> ScoredRows:
-    """The test rows, whose predictions are still to come."""
-    from mmoe_rec.evaluation.scoring import COLUMNS, ScoredRows
-    from mmoe_rec.model.layout import ModelLayout
-
-    layout, weighted = ModelLayout.of(prepared.layout, settings), settings.training.sampling_correction == "weights"
-    rows = EncodedRows(prepared.split("test"), layout)
-    more = [*(f"label.{name}" for name in layout.outcomes), *rows.weighing(weighted)]
-    parts = list(rows.stream(ROWS_AT_A_TIME, (*COLUMNS, *more)))
-    ids = pa.concat_tables([table for _, table in parts])
-    labels = np.concatenate([part.labels for part, _ in parts])
-    return ScoredRows(
+    rows = ScoredRows(
         layout,
-        users=ids.column("user").combine_chunks(),
-        requests=ids.column("request").combine_chunks(),
-        candidates=ids.column("candidate").combine_chunks() if settings.columns.has_candidate else None,
-        predictions=np.zeros(labels.shape),
-        labels=labels,
-        score=np.zeros(len(labels)),
+        users=tested.ids("user"),
+        requests=tested.ids("request"),
+        candidates=tested.ids("candidate") if settings.columns.has_candidate else None,
+        predictions=np.zeros(tested.labels.shape),
+        labels=tested.labels,
+        score=np.zeros(len(tested.labels)),
         experts=None,
-        outcomes={name: ids.column(f"label.{name}").to_numpy() for name in layout.outcomes},
+        outcomes={name: tested.table.column(f"label.{name}").to_numpy() for name in layout.outcomes},
         relevance={name: task.score_weight for name, task in settings.tasks.items()},
-        weights=weights_of(ids),
+        weights=tested.weights,
     )
+    predictions = {TREES: trees} | ({} if rows.candidates is None else {POPULARITY: popularity})
+    return {name: rows.with_predictions(np.stack(each, 1)) for name, each in predictions.items()}
 
 
-class _Matrix:
-    """Inputs (N, F) float32, labels (N, T) float64, candidates (N,) and, where rows do not count alike, weights (N,) of
-    encoded rows: all inputs but placement and lists."""
+@dataclass(frozen=True)
+class _Inputs:
+    """Inputs (N, F) float32 of encoded rows, all but placement and lists, which of them are ids (F,) bool, labels
+    (N, T) float64, and further columns."""
 
-    def __init__(self, x: np.ndarray, labels: np.ndarray, candidates: pa.Array, weights: np.ndarray | None) -> None:
-        self.x, self.labels, self.candidates, self.weights = x, labels, candidates, weights
+    x: np.ndarray
+    categorical: np.ndarray
+    labels: np.ndarray
+    table: pa.Table
+
+    @property
+    def weights(self) -> np.ndarray | None:
+        """(N,), None where all rows count alike."""
+        return weights_of(self.table)
+
+    def ids(self, name: str) -> pa.Array:
+        """A column of ids (N,)."""
+        return self.table.column(name).combine_chunks()
 
     @staticmethod
-    def of(rows: EncodedRows, layout: Layout, weighted: bool, most: int | None = None) -> _Matrix:
-        """Of all rows, or of the last ones. weighted: whether rows count by the rate at which they were sampled."""
+    def read(rows: EncodedRows, layout: Layout, columns: Sequence[str], most: int | None = None) -> _Inputs:
+        """Of all rows, or of the last ones."""
         dense = [index for index, each in enumerate(layout.dense) if not each.placement]
-        names, taken = _columns(layout), min(rows.rows, most or rows.rows)
-        x = np.empty((taken, len(dense) + len(names)), np.float32)
-        labels = np.empty((taken, len(layout.tasks)))
-        candidates: list[pa.Array] = []
-        start = taken - rows.rows  # of rows before the first that is taken, below 0
-        weights: list[np.ndarray] = []
-        for part, table in rows.stream(ROWS_AT_A_TIME, ("candidate", *rows.weighing(weighted))):
-            end = start + len(part)
-            skip = max(0, min(-start, len(part)))
-            if skip < len(part):
-                x[start + skip : end, : len(dense)] = part.encoded.dense[skip:, dense]
-                for offset, name in enumerate(names, start=len(dense)):
-                    x[start + skip : end, offset] = np.asarray(part.encoded.ids[name])[skip:]
-                labels[start + skip : end] = part.labels[skip:]
-                candidates.append(table.column("candidate").slice(skip).combine_chunks())
-                if (counted := weights_of(table.slice(skip))) is not None:
-                    weights.append(counted)
-            start = end
-        counts = np.concatenate(weights) if weights else None
-        return _Matrix(x, labels, pa.chunked_array(candidates).combine_chunks(), counts)
-
-
-def _columns(layout: Layout) -> Sequence[str]:
-    """The single-valued id inputs that serving knows."""
-    return [each.name for each in layout.ids if not each.many and not each.placement]
-
-
-def _categorical(layout: Layout) -> np.ndarray:
-    dense = [index for index, each in enumerate(layout.dense) if not each.placement]
-    return np.array([False] * len(dense) + [True] * len(_columns(layout)))
+        names = [each.name for each in layout.ids if not each.many and not each.placement]
+        left_out, parts, labels, tables = max(0, rows.rows - (most or rows.rows)), [], [], []
+        for part, table in rows.stream(ROWS_AT_A_TIME, columns):
+            first = min(left_out, len(part))
+            left_out -= first
+            ids = [np.asarray(part.encoded.ids[name])[first:] for name in names]
+            parts.append(np.column_stack([part.encoded.dense[first:, dense], *ids]).astype(np.float32))
+            labels.append(part.labels[first:])
+            tables.append(table.slice(first))
+        categorical = np.arange(len(dense) + len(names)) >= len(dense)
+        return _Inputs(np.concatenate(parts), categorical, np.concatenate(labels), pa.concat_tables(tables))

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -20,15 +21,16 @@ from mmoe_rec.evaluation.summary import MeasuredModel, PlacementRecord, Summary
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.inference.ranking import ROW
 from mmoe_rec.inspection.health import row_names
-from mmoe_rec.jobs.metrics import are_its_own
-from mmoe_rec.jobs.places import check_names, check_out, log_and_place, short_names
+from mmoe_rec.jobs.places import build_options, check_names, check_out, log_and_place, logs_for, short_names
 from mmoe_rec.jobs.run_page import as_code, command, data_sets, draw_gates, quoted
 from mmoe_rec.jobs.slicing import LogColumns, TrainingRows, overlap, users_in_both
-from mmoe_rec.locks import writing
-from mmoe_rec.preprocessing.prepare import existing
+from mmoe_rec.locks import reading, writing
+from mmoe_rec.preprocessing.logs import Logs
+from mmoe_rec.preprocessing.prepare import Prepared, encode_with, existing, fingerprint_of
 from mmoe_rec.progress import say
 from mmoe_rec.settings.columns import Columns
-from mmoe_rec.settings.sections import Settings
+from mmoe_rec.settings.schema import Schema
+from mmoe_rec.settings.sections import Settings, differences
 from mmoe_rec.tracking import runs
 from mmoe_rec.tracking.client import hide_password
 from mmoe_rec.tracking.outbox import UnreachableError
@@ -37,6 +39,79 @@ from mmoe_rec.tracking.registry import FoundModel, describe_version, find_model,
 if TYPE_CHECKING:
     from mmoe_rec.evaluation.scoring import ScoredRows
     from mmoe_rec.inference.ranker import Ranker
+    from mmoe_rec.model.layout import ModelLayout
+    from mmoe_rec.model.mmoe import RankingModel
+    from mmoe_rec.model.score import Calibration
+
+
+@contextmanager
+def rows_to_measure(settings: Settings, artifact: Path, ranker: Ranker, split: str = "test") -> Iterator[Path]:
+    """Encoded test rows, which nobody replaces meanwhile: the existing ones if the model's features made them, else
+    rows freshly encoded by those.
+
+    artifact: the folder that the ranker was loaded from; split: of the rows. Raises UserError where its tasks mean
+    something else than those of the settings.
+    """
+    check_tasks(settings, ranker.pipeline.schema)
+    work, what = Path(settings.data.work), "an evaluation"
+    with reading(work / "features", what):
+        prepared = existing(*log_and_place(settings))
+        if prepared is not None and prepared.manifest["fingerprint"] == ranker.about.fingerprint:
+            prepared.require_rows(split)
+            yield prepared.split(split)
+            return
+    logs, encoded = logs_for(settings, ranker.pipeline), work / "evaluation" / "encoded"
+    if gone := Prepared(work / "features").gone(logs):
+        files = f"1 is gone, '{gone[0]}'" if len(gone) == 1 else f"{len(gone):,} are gone, such as '{gone[0]}'"
+        say(
+            "the features that the model was trained on are not there, so counters and histories are rebuilt from the "
+            f"files that are left in the log: {files}"
+        )
+    with writing(encoded, what, "set `data.work` to another folder", queue=True):
+        encode_with(artifact / "features", logs, {split: settings.split.windows()[split]}, encoded)
+        yield encoded / split
+
+
+def score_by(
+    settings: Settings,
+    model: RankingModel,
+    layout: ModelLayout,
+    rows: Path,
+    calibration: Calibration,
+    name: str = "the model",
+) -> ScoredRows:
+    """Encoded rows as a model scores them, to be measured against what the settings say that labels are worth.
+
+    layout: the model's; name: what it is called where it gives predictions that are not finite (NotFiniteError).
+    """
+    from mmoe_rec.batches.encoded_rows import EncodedRows
+    from mmoe_rec.evaluation.scoring import NotFiniteError, score_rows
+
+    try:
+        scored = score_rows(
+            model,
+            layout,
+            EncodedRows(rows, layout),
+            settings.evaluation.batch_size,
+            calibration=calibration,
+            relevance={each: task.score_weight for each, task in settings.tasks.items()},
+            weighted=settings.training.sampling_correction == "weights",
+        )
+    except NotFiniteError:
+        raise NotFiniteError(f"'{name}' gives predictions that are not finite numbers", name) from None
+    return scored if settings.columns.has_candidate else replace(scored, candidates=None, row=scored.candidates)
+
+
+def check_tasks(settings: Settings, schema: Schema) -> None:
+    """Raises UserError where a model's schema has other tasks than the settings, or ones that mean something else."""
+    if set(schema.tasks) != set(settings.tasks):
+        raise UserError(f"the model predicts {', '.join(schema.tasks)}; the settings have {', '.join(settings.tasks)}")
+    its, ours = ({"tasks": each.identity()["tasks"]} for each in (schema, settings.schema_))
+    for where, before, now in differences(its, ours):
+        raise UserError(
+            f"the model was trained with '{where}' {before}, and it is {now} in the settings, so it predicts something "
+            "else than these labels: set it back, or train a model with it"
+        )
 
 
 PROMOTION = "promotion"
@@ -45,7 +120,7 @@ _OF_ROWS = ("log", "rows", "requests", "caution")
 
 
 def log_evaluation(
-    settings: Settings, found: FoundModel, scored: ScoredRows, results: Results, out: Path, place: str, split: str
+    settings: Settings, model: FoundModel, scored: ScoredRows, results: Results, out: Path, place: str, split: str
 ) -> None:
     """Logs to the run of a model, or to a new one where that is not known. Metrics of other rows than those of its
     training's log and split get sections of their own, beside those of the training's.
@@ -54,26 +129,35 @@ def log_evaluation(
     files; split: of the rows. Raises UnreachableError where MLflow does not answer.
     """
     from mmoe_rec.evaluation.summary import flatten
+    from mmoe_rec.inference.artifact import read_artifact
     from mmoe_rec.report.documents import comparison_tree
     from mmoe_rec.report.evaluation import calibration_figure
+    from mmoe_rec.report.findings import find_all
     from mmoe_rec.report.sentences import describe_verdicts
 
-    layout, summary, first = scored.layout, results.first.summary, results.first
-    uri, name = settings.tracking.address, f"evaluate {found.address}"
-    with runs.open_run(uri, settings.experiment, run_name=name, run_id=found.run_id) as run:
+    layout, summary, first, windows = scored.layout, results.first.summary, results.first, settings.split.windows()
+    uri, name = settings.tracking.address, f"evaluate {model.address}"
+    with runs.open_run(uri, settings.experiment, run_name=name, run_id=model.run_id) as run:
         prepared = existing(*log_and_place(settings))
         if prepared is not None:
             run.log_inputs(data_sets(settings, prepared.manifest, split))
         heading = "Evaluation" if split == "test" else f"Evaluation on {split} rows"
         section = "test" if split == "test" else f"{split}_rows"  # `validation` has charts by step
-        if not are_its_own(settings, found.folder):
+        fingerprints = {fingerprint_of(Logs(settings.data.log, settings.schema_, build_options(settings)), windows)}
+        fingerprints |= set() if prepared is None else {prepared.manifest["fingerprint"]}
+        if read_artifact(model.folder, verify=False).fingerprint not in fingerprints:  # not of its training's rows
             heading, section = f"{heading} of another log or split", f"other_{split}_rows"
             place = f"{place}_of_other_rows" if place != PROMOTION else place
-        run.describe(heading, _described(results, place))
-        numbers = dict(_named(flatten(summary), section))
+        sentences = quoted([*describe_verdicts(results), *(each.message for each in find_all(results))])
+        facts = "\n".join(f"- {fact}: {text}" for fact, text in results.facts.items() if fact in _OF_ROWS)
+        page = f"Report: `{place}/report.html` of the artifacts."
+        run.describe(heading, f"{sentences}\n\n{facts}\n\n{page}\n\n{as_code(command())}")
+        numbers = {  # the ends of intervals get a section of charts of their own
+            f"{section}/{'intervals/' if metric.endswith(('.low', '.high')) else ''}{metric}": value
+            for metric, value in flatten(summary).items()
+        }
         run.log_metrics(numbers)
         run.forget_metrics(f"{section}/", numbers)
-        run.forget_metrics(f"{section}.", ())  # of before names had sections
         run.log_artifact(out / "metrics.json", place)
         # Files of a run can't be taken away again: without other models there is a comparison with none.
         tree = {"against": {}} if results.comparison is None else comparison_tree(results.comparison, summary)
@@ -91,28 +175,12 @@ def log_evaluation(
         draw_gates(run, layout, scored.experts, f"{place}/gate_weights.png")
     if split != "test" or first.seen:  # what it has learnt says nothing of it
         return
-    if (registered := re.fullmatch(r"models:/([^/@]+)/(\d+)", found.address)) is not None:
+    if (registered := re.fullmatch(r"models:/([^/@]+)/(\d+)", model.address)) is not None:
         rows = f"{summary.rows:,} rows of {hide_password(settings.data.log)}"
-        told = f"{'; '.join(describe_verdicts(results))} ({rows})"
-        report = {"report": f"runs:/{run.run_id}/{place}/report.html", "evaluated": told}
+        sentences = f"{'; '.join(describe_verdicts(results))} ({rows})"
+        report = {"report": f"runs:/{run.run_id}/{place}/report.html", "evaluated": sentences}
         version = get_version(registered[1], registered[2], uri)
         describe_version(version, "", report, uri)
-
-
-def _named(flat: Mapping[str, float], section: str) -> Iterator[tuple[str, float]]:
-    """Metrics by names that give sections of charts: the ends of intervals have one of their own."""
-    for name, value in flat.items():
-        yield f"{section}/{'intervals/' if name.endswith(('.low', '.high')) else ''}{name}", value
-
-
-def _described(results: Results, place: str) -> str:
-    """What an evaluation found, in Markdown."""
-    from mmoe_rec.report.findings import find_all
-    from mmoe_rec.report.sentences import describe_verdicts
-
-    found = quoted([*describe_verdicts(results), *(each.message for each in find_all(results))])
-    facts = "\n".join(f"- {name}: {fact}" for name, fact in results.facts.items() if name in _OF_ROWS)
-    return f"{found}\n\n{facts}\n\nReport: `{place}/report.html` of the artifacts.\n\n{as_code(command())}"
 
 
 @dataclass(frozen=True)
@@ -147,14 +215,14 @@ def evaluate_model(
         check_predictions(predictions)
     check_names([address, *against], "--against")
     # A wrong address is reported before torch is loaded.
-    found, out = {each: find_model(each, settings.tracking.address) for each in (address, *against)}, Path(out)
-    known: dict[Path, str] = {}
-    for each, model in found.items():
-        if (folder := model.folder.resolve()) in known:
-            raise UserError(f"'{known[folder]}' and '{each}' are the same model, {model.address}")
-        known[folder] = each
-    named = dict(zip(short_names(list(found)), found.values(), strict=True))
-    evaluated = evaluate_found(settings, named, out, place_of(split), split)
+    models, out = {each: find_model(each, settings.tracking.address) for each in (address, *against)}, Path(out)
+    names: dict[Path, str] = {}
+    for each, model in models.items():
+        if (folder := model.folder.resolve()) in names:
+            raise UserError(f"'{names[folder]}' and '{each}' are the same model, {model.address}")
+        names[folder] = each
+    by_name = dict(zip(short_names(list(models)), models.values(), strict=True))
+    evaluated = evaluate_found(settings, by_name, out, place_of(split), split)
     if predictions is not None:
         write_predictions(evaluated.scored, settings.columns, predictions)
     return evaluated
@@ -166,7 +234,7 @@ def place_of(split: str) -> str:
 
 
 def evaluate_found(
-    settings: Settings, found: Mapping[str, FoundModel], out: Path, place: str = "evaluation", split: str = "test"
+    settings: Settings, models: Mapping[str, FoundModel], out: Path, place: str = "evaluation", split: str = "test"
 ) -> EvaluationResult:
     """As `evaluate_model`, of models by their names, of which the first is compared with the others.
 
@@ -175,45 +243,45 @@ def evaluate_found(
     check_out(out, settings)
     find_objective(settings.evaluation.decide_by)
     with writing(out, "an evaluation", "give another folder with --out", queue=True):
-        return _evaluated(settings, found, out, place, split)
+        return _evaluate(settings, models, out, place, split)
 
 
-def _evaluated(
-    settings: Settings, found: Mapping[str, FoundModel], out: Path, place: str, split: str
+def _evaluate(
+    settings: Settings, models: Mapping[str, FoundModel], out: Path, place: str, split: str
 ) -> EvaluationResult:
     from mmoe_rec.report.documents import write_results
 
     measured: dict[str, MeasuredModel] = {}
-    (first, *_) = found.values()
+    scored_by_first: ScoredRows | None = None
+    (first, *_), in_log = models.values(), None
     training, columns = TrainingRows.of(settings), LogColumns.of(settings, first.folder)
-    for number, (name, each) in enumerate(found.items()):
+    for name, each in models.items():
         scored = scored_rows(settings, each, name, split)
-        if not number:
-            its = scored
+        if scored_by_first is None:
+            scored_by_first = scored
             in_log = None if columns is None else columns.read(scored)
         slices = {} if training is None else training.slices(scored)
         for by, rows in ({} if in_log is None else in_log.of(scored)).items():
             slices[f"column {by}" if by in slices else by] = rows
         measured[name] = _measured(settings, scored, each, training, slices)
-    what = "Promotion" if place == PROMOTION else "Evaluation"
-    title = f"{what} of {settings.name}" + ("" if split == "test" else f" on {split} rows")
-    results = Results(measured, tuple(settings.tasks), settings.evaluation, title, _facts(settings, its, split))
-    evaluated = EvaluationResult(its, results)
+    assert scored_by_first is not None, "there is a model"
+    title = f"{'Promotion' if place == PROMOTION else 'Evaluation'} of {settings.name}"
+    title += "" if split == "test" else f" on {split} rows"
+    facts = _facts(settings, scored_by_first, split)
+    results = Results(measured, tuple(settings.tasks), settings.evaluation, title, facts)
     write_results(results, out)
     try:
-        log_evaluation(settings, first, evaluated.scored, results, out, place, split)
-    except UnreachableError as error:
-        say(f"{error}: the evaluation is in '{out}', but not in MLflow")
+        log_evaluation(settings, first, scored_by_first, results, out, place, split)
     except UserError as error:
-        say(f"{error}: the evaluation is in '{out}', but not all of it in MLflow")
-    return evaluated
+        all_of_it = "" if isinstance(error, UnreachableError) else "all of it "
+        say(f"{error}: the evaluation is in '{out}', but not {all_of_it}in MLflow")
+    return EvaluationResult(scored_by_first, results)
 
 
 def measured_on_test_rows(settings: Settings, models: Sequence[FoundModel]) -> list[MeasuredModel]:
     """Metrics on the test rows, without slices, of models that have the same features, for which rows are encoded
     once."""
     from mmoe_rec.inference.ranker import Ranker
-    from mmoe_rec.jobs.metrics import rows_to_measure
 
     measured, (first, *_) = [], models
     with rows_to_measure(settings, first.folder, one := Ranker.load(first.folder)) as rows:
@@ -221,35 +289,25 @@ def measured_on_test_rows(settings: Settings, models: Sequence[FoundModel]) -> l
             ranker = one if each is first else Ranker.load(each.folder)
             if ranker.about.fingerprint != one.about.fingerprint:
                 raise UserError(f"'{each.address}' and '{first.address}' have other features than each other")
-            measured.append(_measured(settings, _scored(settings, ranker, rows, each.address), each, None, {}))
+            scored = score_by(settings, ranker.model, ranker.layout, rows, ranker.calibration, each.address)
+            measured.append(_measured(settings, scored, each, None, {}))
     return measured
 
 
-def scored_rows(settings: Settings, found: FoundModel, name: str, split: str = "test") -> ScoredRows:
+def scored_rows(settings: Settings, model: FoundModel, name: str, split: str = "test") -> ScoredRows:
     """The rows of a split as a model scores them. Raises UserError where its tasks mean something else,
     NotFiniteError."""
     from mmoe_rec.inference.ranker import Ranker
-    from mmoe_rec.jobs.metrics import rows_to_measure
 
-    ranker = Ranker.load(found.folder)
-    with rows_to_measure(settings, found.folder, ranker, split) as folder:
-        return _scored(settings, ranker, folder, name)
-
-
-def _scored(settings: Settings, ranker: Ranker, rows: Path, name: str) -> ScoredRows:
-    from mmoe_rec.evaluation.scoring import NotFiniteError
-    from mmoe_rec.jobs.metrics import score_by
-
-    try:
-        return score_by(settings, ranker.model, ranker.layout, rows, ranker.calibration)
-    except NotFiniteError:
-        raise NotFiniteError(f"'{name}' gives predictions that are not finite numbers", name) from None
+    ranker = Ranker.load(model.folder)
+    with rows_to_measure(settings, model.folder, ranker, split) as folder:
+        return score_by(settings, ranker.model, ranker.layout, folder, ranker.calibration, name)
 
 
 def _measured(
     settings: Settings,
     scored: ScoredRows,
-    found: FoundModel,
+    model: FoundModel,
     training: TrainingRows | None,
     slices: Mapping[str, Mapping[str, np.ndarray]],
 ) -> MeasuredModel:
@@ -269,21 +327,21 @@ def _measured(
         (by, name): scored.take(rows).measure(grouped) for by, named in slices.items() for name, rows in named.items()
     }
     of_tasks = {task.name: weights for task, weights in zip(scored.layout.tasks, gates, strict=True)}
-    seen, users = overlap(settings, found.folder), users_in_both(settings, found.folder, scored, training)
-    placement = describe_placement(scored, found.folder / "features")
-    return MeasuredModel(sums, summary, found.address, of_tasks, seen, users, sliced, placement)
+    seen, users = overlap(settings, model.folder), users_in_both(settings, model.folder, scored, training)
+    placement = describe_placement(scored, model.folder / "features")
+    return MeasuredModel(sums, summary, model.address, of_tasks, seen, users, sliced, placement)
 
 
 def _facts(settings: Settings, scored: ScoredRows, split: str) -> dict[str, str]:
     """What a reader wants to know of the rows."""
-    asked = settings.split
+    rows = settings.split
     facts = {"log": settings.data.log}
-    if asked.column is not None:
-        facts["rows"] = f"those with {' or '.join(map(str, getattr(asked, split)))} in column '{asked.column}'"
+    if rows.column is not None:
+        facts["rows"] = f"those with {' or '.join(map(str, getattr(rows, split)))} in column '{rows.column}'"
     else:
-        begin, end = (asked.train_end, asked.validation_end)
+        begin, end = (rows.train_end, rows.validation_end)
         if split == "test":
-            begin, end = asked.validation_end, asked.test_end
+            begin, end = rows.validation_end, rows.test_end
         until = "the end of the log" if end is None else f"{end:%Y-%m-%d %H:%M} UTC"
         facts["requests"] = f"from {begin:%Y-%m-%d %H:%M} UTC to {until}"
     if split == "validation":
@@ -293,10 +351,10 @@ def _facts(settings: Settings, scored: ScoredRows, split: str) -> dict[str, str]
     for task in scored.layout.tasks:
         label = scored.labels[:, [each.name for each in scored.layout.tasks].index(task.name)]
         seen = ~np.isnan(label)
-        known, weights = label[seen], None if scored.weights is None else scored.weights[seen]
+        observed, weights = label[seen], None if scored.weights is None else scored.weights[seen]
         of = "" if weights is None else " by weights"
-        mean = f", mean{of} {np.average(known, weights=weights):.4g}" if len(known) else ""
-        facts[f"labels of {task.name}"] = f"{len(known):,} of {len(label):,} rows observed{mean}"
+        mean = f", mean{of} {np.average(observed, weights=weights):.4g}" if len(observed) else ""
+        facts[f"labels of {task.name}"] = f"{len(observed):,} of {len(label):,} rows observed{mean}"
     of = "users" if settings.columns.has_user else "rows" if settings.columns.request is None else "requests"
     facts[f"resamples of {of}"] = f"{settings.evaluation.resamples:,}"
     facts["decides"] = f"{settings.evaluation.decide_by}, margin {settings.evaluation.margin:g}"
@@ -352,28 +410,22 @@ def describe_placement(scored: ScoredRows, features: Path) -> list[PlacementReco
 
     features: folder of the model's features, which say what values are called.
     """
-    return [] if scored.placement is None else list(_records(scored, features))
-
-
-def _records(scored: ScoredRows, features: Path) -> Iterator[PlacementRecord]:
-    assert scored.placement is not None
-    schema = FeaturePipeline.load(features, memories=False).schema
-    inputs = {each.name: each for each in scored.layout.ids}
+    if scored.placement is None:
+        return []
+    schema, records = FeaturePipeline.load(features, memories=False).schema, []
+    tables = {each.name: (each.feature, each.table) for each in scored.layout.ids}
     for name, (numbers, rows, effects) in scored.placement.items():
         most = np.sort(np.argsort(-rows, kind="stable")[:MOST_VALUES])
-        feature, table = inputs[name].feature, inputs[name].table
+        feature, table = tables[name]
         meaning = schema.features[feature].meaning(schema)
-        for value, count, effect in zip(
-            _values(numbers[most].tolist(), meaning, table, features), rows[most], effects[most], strict=True
-        ):
-            told = {
+        values = numbers[most].tolist()
+        known = [number for number in values if number >= meaning.first_known or meaning.row_name is not None]
+        names = dict(zip(known, row_names(meaning, table, list(known), features), strict=True))
+        for number, count, effect in zip(values, rows[most], effects[most], strict=True):
+            other = "missing" if meaning.missing and number == 0 else "unknown"
+            of_tasks = {
                 task.name: float(np.exp(each) if task.kind == "binary" else each)
                 for task, each in zip(scored.layout.tasks, effect, strict=True)
             }
-            yield PlacementRecord(name, value, int(count), told)
-
-
-def _values(numbers: list[int], meaning: Any, table: str, features: Path) -> list[str]:
-    known = [number for number in numbers if number >= meaning.first_known or meaning.row_name is not None]
-    names = dict(zip(known, row_names(meaning, table, list(known), features), strict=True))
-    return [names.get(number, "missing" if meaning.missing and number == 0 else "unknown") for number in numbers]
+            records.append(PlacementRecord(name, names.get(number, other), int(count), of_tasks))
+    return records

@@ -54,12 +54,15 @@ def logs_for(settings: Settings, pipeline: FeaturePipeline, types: Sequence[Mapp
             f"{'has' if settings.columns.has_time else 'has none'} (columns.time): the model's features can't read it"
         )
     schema = read_by(settings, schema)
-    events = schema.events
-    if types is None:
-        # The time column of events may be named like a key of the log.
-        kinds = pipeline.key_types
-        types = [kinds, *({name: kinds[name] for name in kinds if name != each.time} for each in events.values())]
+    types = key_types(pipeline, schema) if types is None else types
     return Logs(settings.data.log, schema, build_options(settings), types)
+
+
+def key_types(pipeline: FeaturePipeline, schema: Schema) -> list[dict[str, str]]:
+    """Types of the columns of a log and of each log of events, those of the model's keys."""
+    kinds = pipeline.key_types
+    # The time column of events may be named like a key of the log.
+    return [kinds, *({n: kind for n, kind in kinds.items() if n != each.time} for each in schema.events.values())]
 
 
 def build_features(settings: Settings) -> Prepared:

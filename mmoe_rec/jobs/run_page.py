@@ -46,13 +46,13 @@ def data_sets(settings: Settings, manifest: Mapping[str, Any], *splits: str) -> 
     MLflow tells data sets apart by name and digest, so each split has a digest of its own.
     """
     window, source = settings.split.windows(), hide_password(str(manifest["log"]))
-    found = []
+    sets = []
     for split in splits:
         text = f"{manifest['digest']} {split} {window[split]} {settings.split.by_column} {settings.columns.weight}"
         digest = hashlib.sha256(text.encode()).hexdigest()[:16]
         rows = int(manifest["splits"][split]["rows"])
-        found.append(DataSet(settings.name, digest, source, rows, _CONTEXTS[split], split))
-    return found
+        sets.append(DataSet(settings.name, digest, source, rows, _CONTEXTS[split], split))
+    return sets
 
 
 def quoted(sentences: Iterable[str]) -> str:
@@ -71,9 +71,9 @@ class MachineMonitor:
     MLflow's own monitor would talk to it beside the outbox, in which messages wait while it is away.
     """
 
-    def __init__(self, run: Run, asked: bool) -> None:
+    def __init__(self, run: Run, wanted: bool) -> None:
         self.run, self._next = run, 0.0
-        self._monitors = open_monitors() if asked and run.outbox is not None else []
+        self._monitors = open_monitors() if wanted and run.outbox is not None else []
 
     def __call__(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         self.run.log_metrics(metrics, step)
@@ -85,13 +85,13 @@ class MachineMonitor:
         for monitor in list(self._monitors):
             try:
                 monitor.collect_metrics()
-                found = {f"system/{name}": float(value) for name, value in monitor.aggregate_metrics().items()}
+                values = {f"system/{name}": float(value) for name, value in monitor.aggregate_metrics().items()}
                 monitor.clear_metrics()
             except Exception as error:  # no training ends for want of a chart
                 self._monitors.remove(monitor)
                 say(f"the machine's load is watched no more by {type(monitor).__name__}: {summarise(error)}")
                 continue
-            yield from found.items()
+            yield from values.items()
 
 
 def draw_gates(run: Run, layout: Layout, experts: Utilisation, name: str) -> None:

@@ -11,35 +11,28 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from mmoe_rec.atomic import atomic_file
 from mmoe_rec.errors import StoppedError, UserError
 from mmoe_rec.features.memories import exact_from
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.inference.artifact import read_artifact, version_of
 from mmoe_rec.inference.ranking import Freshness
-from mmoe_rec.jobs.places import build_options
 from mmoe_rec.jobs.score_files import (
     AsOf,
-    LearntRows,
     Output,
-    attributes_lacking,
     check_names,
-    columns_of_all,
     fingerprint_of,
     finished_name,
-    logs_to_score,
+    open_logs,
 )
 from mmoe_rec.locks import writing
 from mmoe_rec.log.checks import BadFile, format_time
+from mmoe_rec.log.database import open_database
 from mmoe_rec.log.files import is_remote
 from mmoe_rec.log.given import iso_time
 from mmoe_rec.log.reader import LogPart
 from mmoe_rec.point_in_time.join import Window
 from mmoe_rec.preprocessing.engines import Engine, open_engine
-from mmoe_rec.preprocessing.exchange import Exchange
-from mmoe_rec.preprocessing.logs import Logs
 from mmoe_rec.preprocessing.steps import ROWS_FOR_PROCESSES, Steps, kept_reader, kept_results
 from mmoe_rec.progress import bar, say
 from mmoe_rec.settings.load import load_settings, parse_overrides
@@ -91,71 +84,55 @@ def score_log(
         StoppedError: Ctrl-C; what was scored is kept.
     """
     model, source = str(model), str(source)
-    _check_overrides(overrides)
+    given = list(parse_overrides(overrides))
+    for key, _ in given:
+        if key[0] != "data" and key not in (["serving", "products"], ["tracking", "uri"]):
+            raise UserError(
+                f"--{'.'.join(key)} changes nothing here: scoring takes settings of section data, serving.products and "
+                "tracking.uri; all others are those that the model was trained with"
+            )
+    uri = next((value for key, value in reversed(given) if key == ["tracking", "uri"]), None)
     start, end = window
     if start is not None and end is not None and start >= end:
         raise UserError(f"--start {format_time(start)} is not before --end {format_time(end)}: no request lies between")
     if labels and as_of != "log":
         raise UserError(f"--labels writes what the log says of its rows; leave it out with --as-of {as_of}")
-    found = find_model(model, _tracking_address(overrides))
-    read_artifact(found.folder)  # which says what is wrong with a damaged one
-    settings = load_settings(found.folder / "settings.yaml", [*_HERE, *overrides])
+    artifact = find_model(model, Tracking(uri=uri).address)  # before the model's own settings are known
+    read_artifact(artifact.folder)  # which says what is wrong with a damaged one
+    settings = load_settings(artifact.folder / "settings.yaml", [*_HERE, *overrides])
     if is_remote(str(output)):
         raise UserError(f"--output '{output}' must be a folder of this machine, or one mounted like one")
     out = Output(Path(output))
     out.check(source)
     with writing(out.folder, "a scoring", "give another folder with --output"):
         out.check(source)
-        return _Scoring(found, settings, source, out, as_of, window, labels).run()
-
-
-def _check_overrides(overrides: Sequence[str]) -> None:
-    """Raises UserError for a setting that scoring does not read: the model has it from its training."""
-    for key, _ in parse_overrides(overrides):
-        if key[0] != "data" and key not in (["serving", "products"], ["tracking", "uri"]):
-            raise UserError(
-                f"--{'.'.join(key)} changes nothing here: scoring takes settings of section data, serving.products and "
-                "tracking.uri; all others are those that the model was trained with"
-            )
-
-
-def _tracking_address(overrides: Sequence[str]) -> str:
-    """Where models are registered, which must be known before a model's own settings are."""
-    given = [value for key, value in parse_overrides(overrides) if key == ["tracking", "uri"]]
-    return Tracking(uri=given[-1] if given else None).address
+        return _Scoring(artifact, settings, source, out, as_of, window, labels).run()
 
 
 class _Scoring:
     """One run."""
 
     def __init__(
-        self, found: FoundModel, settings: Settings, source: str, out: Output, as_of: AsOf, window: Window, labels: bool
+        self, model: FoundModel, settings: Settings, source: str, out: Output, as_of: AsOf, window: Window, labels: bool
     ) -> None:
         self.settings, self.labels = settings, labels
-        self.found, self.source, self.out, self.as_of, self.window = found, source, out, as_of, window
-        self.version = version_of(found.folder)
-        self.pipeline = FeaturePipeline.load(found.folder / "features", memories=False)
-        schema = self.pipeline.schema
-        events = {name: settings.data.events.get(name, event) for name, event in schema.events.items()}
-        schema = schema.model_copy(update={"events": events})
-        self.has_time = schema.columns.has_time
+        self.found, self.source, self.out, self.as_of, self.window = model, source, out, as_of, window
+        self.version = version_of(model.folder)
+        self.pipeline = FeaturePipeline.load(model.folder / "features", memories=False)
+        self.has_time = self.pipeline.schema.columns.has_time
         if window != ALL and not self.has_time:
             raise UserError(
                 "--start and --end need times, and the model was trained on a plain table without: leave them out"
             )
-        self.lacking = attributes_lacking(source, schema) if as_of == "tables" else []
-        options = build_options(settings)
-        self.learnt = LearntRows.of(settings.split, columns_of_all(source)) if labels else None
-        column = None if self.learnt is None else self.learnt.column
-        self.logs: Logs = logs_to_score(source, self.pipeline, schema, options, as_of, self.lacking, labels, column)
+        self.logs, self.lacking, self.learnt = open_logs(source, self.pipeline, settings, as_of, labels)
         check_names(self.pipeline)
-        about = read_artifact(found.folder, verify=False)
+        about = read_artifact(model.folder, verify=False)
         self.tables_as_of, self.freshness = about.tables_as_of, Freshness.of(about)
-        self.exact_from = exact_from(found.folder / "features")
-        self.constants = {"model": found.address, "model_version": self.version}
-        known = self.tables_as_of, self.exact_from
+        self.exact_from = exact_from(model.folder / "features")
+        self.constants = {"model": model.address, "model_version": self.version}
+        tables = self.tables_as_of, self.exact_from
         more = ["labels", settings.split.model_dump(mode="json")] if labels else []
-        self.fingerprint = fingerprint_of(self.logs, self.constants, known, as_of, window, *more)
+        self.fingerprint = fingerprint_of(self.logs, self.constants, tables, as_of, window, *more)
 
     def run(self) -> ScoredLog:
         """Scores, or goes on."""
@@ -169,7 +146,7 @@ class _Scoring:
             manifest = self._scored()
         except UserError as error:
             # Another try with the same input and nothing done would begin at the same place.
-            if isinstance(error, BadFile) or not any(self.out.scored.iterdir()):
+            if isinstance(error, BadFile) or not any((self.out.work / "scored").iterdir()):
                 self.out.forget()
             raise
         except KeyboardInterrupt:
@@ -182,39 +159,39 @@ class _Scoring:
         from mmoe_rec.devices import limit_threads
         from mmoe_rec.jobs.score_parts import forget_ranker
 
-        parts, known = self._known_rows()
+        parts, facts = self._known_rows()
         options, in_memory = self.logs.options, self.source.startswith("memory://")
         processes = self.logs.log.rows >= ROWS_FOR_PROCESSES and not in_memory
         # What a product gives may depend on the number of threads that share it.
         with limit_threads(1), open_engine(options.engine, options.workers, processes) as engine:
             try:
-                each = self._score_parts(engine, parts, known)
+                each = self._score_parts(engine, parts, facts)
             finally:
                 forget_ranker()
             for log in self.logs.all:
                 log.check_unchanged()
-            self._rank(engine, parts, [number for number, part in enumerate(each) if part.rows])
-        return self._manifest(each, known)
+            self._rank(engine, [number for number, part in enumerate(each) if part.rows])
+        return self._manifest(each, facts)
 
     def _known_rows(self) -> tuple[list[LogPart], dict[str, Any]]:
         """The parts of the log, and what was found out before they are scored, which is kept for a run that goes on."""
-        known, scratch = self.out.known, self.out.work / "scratch"
+        folder, scratch = self.out.known, self.out.work / "scratch"
         steps = Steps(self.logs, {"scored": self.window}, scratch)
-        parts, ready = steps.parts, known / "ready.json"
+        parts, ready = steps.parts, folder / "ready.json"
         if ready.is_file():
-            found: dict[str, Any] = json.loads(ready.read_text(encoding="utf-8"))
-            return parts, found
-        for left in (known, scratch):
+            facts: dict[str, Any] = json.loads(ready.read_text(encoding="utf-8"))
+            return parts, facts
+        for left in (folder, scratch):
             shutil.rmtree(left, ignore_errors=True)
-        known.mkdir()
+        folder.mkdir()
         with steps:
-            found = self._find_out(steps, scratch / "compacted")
-            steps.keep(known)
+            facts = self._find_out(steps, scratch / "compacted")
+            steps.keep(folder)
         # Kept, so that a run that goes on computes as it began.
-        found["products"] = self._products()
+        facts["products"] = self._products()
         with atomic_file(ready) as path:
-            path.write_text(json.dumps(found), encoding="utf-8")
-        return parts, found
+            path.write_text(json.dumps(facts), encoding="utf-8")
+        return parts, facts
 
     def _products(self) -> str:
         """What multiplies; for the setting `auto` it is measured."""
@@ -241,65 +218,57 @@ class _Scoring:
         start, end = ("any time" if each is None else format_time(each) for each in self.window)
         return UserError(f"no row of '{self.source}' was requested from {start} to {end}; change --start and --end")
 
-    def _job(self, parts: Sequence[LogPart], known: dict[str, Any]) -> ScoreJob:
+    def _job(self, parts: Sequence[LogPart], facts: dict[str, Any]) -> ScoreJob:
         from mmoe_rec.jobs.score_parts import ScoreJob
 
         return ScoreJob(
             model=self.found.folder,
             version=self.version,
-            products=known["products"],
+            products=facts["products"],
             reader=kept_reader(self.out.known, self.logs.log),
             results=kept_results(self.out.known, parts) if self.as_of == "log" else None,
             window=self.window,
             known_until=self.freshness.known,
             exact_from=self.exact_from,
-            labels_known_by=known["last"] if self.labels else None,
+            labels_known_by=facts["last"] if self.labels else None,
             learnt=self.learnt,
-            scores=self._by_request,
-            scored=self.out.scored,
+            out=self.out,
         )
 
-    @property
-    def _by_request(self) -> Exchange:
-        partitions = -(-self.logs.log.rows // self.logs.options.rows_in_memory)
-        return Exchange(self.out.work / "by_request", partitions)
-
-    def _score_parts(self, engine: Engine, parts: Sequence[LogPart], known: dict[str, Any]) -> list[PartScored]:
+    def _score_parts(self, engine: Engine, parts: Sequence[LogPart], facts: dict[str, Any]) -> list[PartScored]:
         """What is known of each part, all of which are scored then."""
         from mmoe_rec.jobs.score_parts import PartScored, score_part
 
-        before = {n: PartScored.read(self.out.scored, n) for n in range(len(parts))}
-        done = {number: found for number, found in before.items() if found is not None}
+        before = {n: PartScored.read(self.out, n) for n in range(len(parts))}
+        done = {number: scored for number, scored in before.items() if scored is not None}
         left = [(number, part) for number, part in enumerate(parts) if number not in done]
         if done:
             say(f"going on with a run that was cut short: {len(done):,} of {len(parts):,} parts are scored")
-        function = partial(score_part, self._job(parts, known))
+        function = partial(score_part, self._job(parts, facts))
         with bar() as progress:
             completed = sum(parts[number].rows for number in done)
             task = progress.add_task("scoring", total=self.logs.log.rows, completed=completed)
-            for (number, part), found in zip(left, engine.map(function, left, lasting=True), strict=True):
-                done[number] = found
+            for (number, part), scored in zip(left, engine.map(function, left, lasting=True), strict=True):
+                done[number] = scored
                 progress.advance(task, part.rows)
         if not any(part.rows for part in done.values()):
             raise self._no_rows()
         return [done[number] for number in range(len(parts))]
 
-    def _rank(self, engine: Engine, parts: Sequence[LogPart], numbers: Sequence[int]) -> None:
+    def _rank(self, engine: Engine, numbers: Sequence[int]) -> None:
         """Writes the files of the output, of the parts of these numbers."""
-        from mmoe_rec.jobs.score_parts import RankJob, finish_part, rank_partition
+        from mmoe_rec.jobs.score_parts import finish_part, rank_rows
 
-        ranks = Exchange(self.out.work / "by_part", len(parts))
-        ranks.remove()  # what a killed run may have written in part
-        starts = np.array([part.start for part in parts])
-        job = RankJob(starts, self._by_request, ranks, self.out.scored, self.out.finished, self.constants)
-        partitions = range(self._by_request.receivers)
+        options, out = self.logs.options, self.out
         with bar() as progress:
-            task = progress.add_task("ranking and writing", total=len(partitions) + len(numbers))
-            for function, tasks in ((rank_partition, partitions), (finish_part, numbers)):
-                for _ in engine.map(partial(function, job), tasks):
-                    progress.advance(task)
+            task = progress.add_task("ranking and writing", total=len(numbers))
+            shutil.rmtree(out.work / "database", ignore_errors=True)  # of a killed run
+            with open_database(out.work / "database", options.memory_gib, options.workers) as database:
+                rank_rows(database, {out.part(each, "ranked.parquet"): out.part(each, "npy") for each in numbers})
+            for _ in engine.map(partial(finish_part, out, self.constants), numbers):
+                progress.advance(task)
 
-    def _manifest(self, each: Sequence[PartScored], known: dict[str, Any]) -> dict[str, Any]:
+    def _manifest(self, each: Sequence[PartScored], facts: dict[str, Any]) -> dict[str, Any]:
         from mmoe_rec.jobs.score_parts import PartScored
 
         whole = PartScored()
@@ -311,9 +280,9 @@ class _Scoring:
             "tables_as_of": self.tables_as_of,
             "exact_from": None if self.exact_from is None else iso_time(self.exact_from),
             "as_of": self.as_of,
-            "known_from": format_time(known["first"]) if self.has_time and known["first"] is not None else None,
-            "labels_known_by": format_time(known["last"]) if self.has_time and self.labels else None,
-            "meaning": self._meaning(known["first"]).of(whole),
+            "known_from": format_time(facts["first"]) if self.has_time and facts["first"] is not None else None,
+            "labels_known_by": format_time(facts["last"]) if self.has_time and self.labels else None,
+            "meaning": self._describe_past(facts["first"], whole),
             "learnt": None if self.learnt is None else self.learnt.told(whole.learnt, whole.rows),
             "input": self.source,
             "files": [file.address for file in self.logs.log.files],
@@ -326,51 +295,16 @@ class _Scoring:
             "parts": {finished_name(number): part.rows for number, part in enumerate(each) if part.rows},
         }
 
-    def _meaning(self, first: int | None) -> KnownPast:
-        events = [log.name for log in self.logs.events]
-        return KnownPast(self.as_of, first, events, self.tables_as_of, self.exact_from, self.freshness, self.lacking)
-
-
-def microseconds(time: str) -> int:
-    """An ISO time in microseconds since 1970 UTC; one without an offset is in UTC.
-
-    Raises UserError for another text.
-    """
-    try:
-        found = datetime.fromisoformat(time)
-    except ValueError:
-        raise UserError(f"'{time}' is no time; write it like 2017-09-04 or 2017-09-04T04:00:00+00:00") from None
-    since = (found if found.tzinfo else found.replace(tzinfo=UTC)) - datetime(1970, 1, 1, tzinfo=UTC)
-    return since // timedelta(microseconds=1)
-
-
-@dataclass(frozen=True)
-class KnownPast:
-    """What the features of scored rows knew, in words.
-
-    first: time of the log's first request, microseconds, None where tables are asked; events: names of the logs of
-    events; tables_as_of, exact_from, freshness: of the model's tables, the first of which is None where it was trained
-    on a log without times; lacking: columns that the model completes.
-    """
-
-    as_of: AsOf
-    first: int | None
-    events: Sequence[str]
-    tables_as_of: str | None
-    exact_from: int | None
-    freshness: Freshness
-    lacking: Sequence[str]
-
-    def of(self, whole: PartScored) -> str:
-        """Of all rows that were scored."""
+    def _describe_past(self, first: int | None, whole: PartScored) -> str:
+        """What the features of all scored rows knew. first: time of the log's first request, microseconds."""
         if self.tables_as_of is None:
             return "the model was trained on a plain table: its features know nothing but the row itself"
         if self.as_of == "log":
-            assert self.first is not None
-            events = "".join(f" and in events '{name}'" for name in self.events)
+            assert first is not None
+            events = "".join(f" and in events '{log.name}'" for log in self.logs.events)
             return (
                 "counters and histories know what was known before each request in the log that was given (its first "
-                f"request: {format_time(self.first)}){events}, and nothing of the past besides"
+                f"request: {format_time(first)}){events}, and nothing of the past besides"
             )
         sentence = f"counters and histories know what the model knew at {self.tables_as_of}"
         if exact := whole.early - whole.inexact:
@@ -396,3 +330,16 @@ class KnownPast:
                 f"; the input has no column {names}: of each user and candidate the model's latest value is taken"
             )
         return sentence
+
+
+def microseconds(time: str) -> int:
+    """An ISO time in microseconds since 1970 UTC; one without an offset is in UTC.
+
+    Raises UserError for another text.
+    """
+    try:
+        moment = datetime.fromisoformat(time)
+    except ValueError:
+        raise UserError(f"'{time}' is no time; write it like 2017-09-04 or 2017-09-04T04:00:00+00:00") from None
+    since = (moment if moment.tzinfo else moment.replace(tzinfo=UTC)) - datetime(1970, 1, 1, tzinfo=UTC)
+    return since // timedelta(microseconds=1)

@@ -1,6 +1,6 @@
 """What a scoring reads of a log, and the folder that gets the scores.
 
-It reads the columns of the model's features, and labels only where these are remembered (`logs_to_score`). The output
+It reads the columns of the model's features, and labels only where these are remembered (`open_logs`). The output
 (`Output`) appears whole; a hidden folder beside it holds what a run that was cut short goes on with:
 
 <output>/_manifest.json            what was scored by which model; the folder is whole if it is there
@@ -18,7 +18,6 @@ import os
 import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import reduce
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,6 +32,7 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.features.encoder import Results
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.inference.ranking import ROW, key_columns, prediction_columns
+from mmoe_rec.jobs.places import build_options, key_types
 from mmoe_rec.log.columns import zone_rules
 from mmoe_rec.log.files import find_files, is_remote, local_path, takes_in
 from mmoe_rec.log.reader import LogPart, LogReader
@@ -40,46 +40,48 @@ from mmoe_rec.log.rows import LogRows
 from mmoe_rec.log.values import columns_of
 from mmoe_rec.point_in_time.join import Window, in_window
 from mmoe_rec.preprocessing.exchange import ResultReader, take
-from mmoe_rec.preprocessing.logs import BuildOptions, Logs
+from mmoe_rec.preprocessing.logs import Logs
 from mmoe_rec.progress import say
-from mmoe_rec.settings.columns import Scalar
+from mmoe_rec.settings.columns import Scalar, Use
 from mmoe_rec.settings.schema import Remembering, Schema
-from mmoe_rec.settings.sections import Split
+from mmoe_rec.settings.sections import Settings, Split
 
 ADDED = ("score", "rank", "model", "model_version")
 AsOf = Literal["log", "tables"]
 """Where counters and histories come from: the log, as of each request, or what the model itself remembers."""
 
 
-def logs_to_score(
-    source: str,
-    pipeline: FeaturePipeline,
-    schema: Schema,
-    options: BuildOptions,
-    as_of: AsOf,
-    lacking: Collection[str] = (),
-    labels: bool = False,
-    split_column: str | None = None,
-) -> Logs:
+def open_logs(
+    source: str, pipeline: FeaturePipeline, settings: Settings, as_of: AsOf, labels: bool
+) -> tuple[Logs, list[str], LearntRows | None]:
     """The log to score with the logs of events that its features remember, in the types of the fitted features.
 
-    pipeline: the model's features; schema: theirs, with the paths of the logs of events; lacking: columns that the
-    model completes, as `attributes_lacking` gives them; labels: whether those of all tasks are read; split_column:
-    one to be read besides. Raises UserError for a log that is not there, has no rows, or lacks another column, the
-    columns of labels among them.
+    pipeline: the model's features; labels: whether those of all tasks are read. Gives also the attributes of users and
+    candidates that no file has a column for: the model, as in the server, completes them by what it last knew of each;
+    and, with labels, how rows are told that the model has learnt from. Raises UserError for a log that is not there,
+    has no rows, or lacks another column, the columns of labels among them.
     """
-    find_files(source, "--input")  # in words of this command
-    read = read_schema(schema, as_of, lacking, labels)
+    files = {each.address: columns_of(each.address) for each in find_files(source, "--input")}
+    schema, columns, lacking, learnt = pipeline.schema, pipeline.schema.columns, list[str](), None
+    if as_of == "tables":
+        has = {"user": columns.has_user, "candidate": columns.has_candidate}
+        attributes = [name for name, role in schema.input_columns().items() if has.get(role)]
+        there = set(columns.names).union(*files.values())
+        lacking = [name for name in attributes if name not in there]
+    if labels:
+        column = settings.split.column
+        learnt = LearntRows(settings.split, column is not None and not all(column in each for each in files.values()))
+    read = _read_schema(schema, settings, as_of, lacking, labels)
     if as_of == "log":
-        _check_labels(source, read)
-    # Requests that are yet to come may be scored by what is known now.
-    future_times = "keep" if as_of == "tables" else options.future_times
-    options = replace(options, skip_bad_files=False, future_times=future_times)
-    kinds = pipeline.key_types
-    # The time column of events may be named like a key of the log.
-    of_log = {name: each for name, each in kinds.items() if name != split_column}  # no feature reads that one
-    types = [of_log, *({name: kinds[name] for name in kinds if name != each.time} for each in read.events.values())]
-    return Logs(source, read, options, types, None if split_column is None else {split_column: "any"})
+        _check_labels(*next(iter(files.items())), read)
+    options = replace(build_options(settings), skip_bad_files=False)
+    if as_of == "tables":  # requests that are yet to come may be scored by what is known now
+        options = replace(options, future_times="keep")
+    split_column = None if learnt is None else learnt.column
+    of_log, *of_events = key_types(pipeline, read)
+    of_log = {name: each for name, each in of_log.items() if name != split_column}  # no feature reads that one
+    more: dict[str, Use] | None = None if split_column is None else {split_column: "any"}
+    return Logs(source, read, options, [of_log, *of_events], more), lacking, learnt
 
 
 def label_column(task: str) -> str:
@@ -89,33 +91,15 @@ def label_column(task: str) -> str:
 
 def check_names(pipeline: FeaturePipeline) -> None:
     """Raises UserError where a key of the log is called like a column that scoring adds."""
-    added = ADDED if pipeline.schema.columns.has_candidate else (*ADDED, ROW)
+    predicted = prediction_columns(pipeline.layout)
+    added = {*predicted, *(label_column(each.removeprefix("predicted_")) for each in predicted), *ADDED}
+    added |= set() if pipeline.schema.columns.has_candidate else {ROW}
     for name in key_columns(pipeline.schema):
-        predicted = prediction_columns(pipeline.layout)
-        if name in {*predicted, *(label_column(each.removeprefix("predicted_")) for each in predicted), *added}:
+        if name in added:
             raise UserError(f"column '{name}' of the log has the name of a column that scoring writes; rename it")
 
 
-def attributes_lacking(source: str, schema: Schema) -> list[str]:
-    """Attributes of users and candidates that no file of a log has a column for: the model, as in the server, completes
-    them by what it last knew of each."""
-    columns = schema.columns
-    known = {"user": columns.has_user, "candidate": columns.has_candidate}
-    left = [name for name, role in schema.input_columns().items() if known.get(role) and name not in columns.names]
-    for file in find_files(source, "--input"):
-        if not left:
-            break
-        there = columns_of(file.address)
-        left = [name for name in left if name not in there]
-    return left
-
-
-def columns_of_all(source: str) -> set[str]:
-    """Those that all files of a log have."""
-    return reduce(set.intersection, (columns_of(file.address) for file in find_files(source, "--input")))
-
-
-def read_schema(schema: Schema, as_of: AsOf, lacking: Collection[str] = (), labels: bool = False) -> Schema:
+def _read_schema(schema: Schema, settings: Settings, as_of: AsOf, lacking: Collection[str], labels: bool) -> Schema:
     """The part of a model's schema that scoring reads: neither placement, which is absent in serving, nor what rows
     count or are split to, nor what the log lacks, and only those labels and events that counters and histories
     remember, unless all `labels` are asked for."""
@@ -132,55 +116,41 @@ def read_schema(schema: Schema, as_of: AsOf, lacking: Collection[str] = (), labe
         tasks |= {task.given for name, task in schema.tasks.items() if name in tasks}
     if labels:
         tasks = set(schema.tasks)
+    events = {name: settings.data.events.get(name, each) for name, each in schema.events.items()}
+    weights = {"sampling_rate": None, "weight": schema.columns.weight if labels else None}
     return schema.model_copy(
         update={
             "features": features,
             "tasks": {name: task for name, task in schema.tasks.items() if name in tasks},
-            "events": schema.events if as_of == "log" else {},
-            "columns": schema.columns.model_copy(
-                update={"sampling_rate": None, "weight": schema.columns.weight if labels else None}
-            ),
+            "events": events if as_of == "log" else {},
+            "columns": schema.columns.model_copy(update=weights),
             "split": None,
         }
     )
 
 
-def _check_labels(source: str, schema: Schema) -> None:
-    """Raises UserError where the first file of a log has no labels to count."""
-    first = find_files(source)[0].address
-    there = columns_of(first)
-    for column, feature in _labels(schema):
-        if column not in there:
-            raise UserError(
-                f"'{first}' has no column '{column}', a label by which feature '{feature}' knows what happened before: "
-                "give a log that has it (null in rows of which nothing is known yet), or score with --as-of tables, by "
-                "what the model itself remembers"
-            )
-
-
-def _labels(schema: Schema) -> Iterator[tuple[str, str]]:
-    """Columns of labels, each with a feature that remembers it."""
+def _check_labels(address: str, there: Collection[str], schema: Schema) -> None:
+    """Raises UserError where a file has no labels to count."""
     for name, feature in schema.features.items():
-        if isinstance(feature, Remembering) and feature.task is not None:
-            task = schema.tasks[feature.task]
-            for each in (task, *([schema.tasks[task.given]] if task.given else [])):
-                yield each.label, name
-                if each.observed_when is not None:
-                    yield each.observed_when.column, name
+        if not isinstance(feature, Remembering) or feature.task is None:
+            continue
+        task = schema.tasks[feature.task]
+        for each in (task, *([schema.tasks[task.given]] if task.given else [])):
+            for column in (each.label, *([each.observed_when.column] if each.observed_when else [])):
+                if column not in there:
+                    raise UserError(
+                        f"'{address}' has no column '{column}', a label by which feature '{name}' knows what happened "
+                        "before: give a log that has it (null in rows of which nothing is known yet), or score with "
+                        "--as-of tables, by what the model itself remembers"
+                    )
 
 
 FORMAT = 1
-SCORES, RANKS = "scores", "ranks"  # channels on which rows are sent to be ranked, and sent back
 
 
 def finished_name(number: int) -> str:
     """The name of the file of a part of the log."""
     return f"part-{number:05d}.parquet"
-
-
-def scored_file(scored: Path, number: int) -> Path:
-    """The file of a part's rows before they are ranked: their keys, predictions and scores."""
-    return scored / f"part-{number:05d}.arrow"
 
 
 @dataclass(frozen=True)
@@ -201,14 +171,14 @@ class Output:
         return self.work / "known"
 
     @property
-    def scored(self) -> Path:
-        """Parts of the log that were scored and are not yet ranked."""
-        return self.work / "scored"
-
-    @property
     def finished(self) -> Path:
         """What becomes the output."""
         return self.work / "finished"
+
+    def part(self, number: int, kind: str) -> Path:
+        """A file of a part of the log: its rows (`arrow`) with their keys, predictions and scores, what they are ranked
+        by (`ranked.parquet`), their ranks (`npy`), and what is known of all of them (`json`)."""
+        return self.work / "scored" / f"part-{number:05d}.{kind}"
 
     def check(self, source: str) -> None:
         """Raises UserError where the output would be read as input, or the folder holds something else than scores."""
@@ -219,9 +189,9 @@ class Output:
         if self.folder.exists() and not self.folder.is_dir():
             raise UserError(f"--output '{address}' is a file; give a new or empty folder")
         if self.folder.is_dir():
-            found = sorted(each.name for each in self.folder.iterdir())
+            names = sorted(each.name for each in self.folder.iterdir())
             manifest = self.manifest
-            others = [name for name in found if manifest is None or name not in {"_manifest.json", *manifest["parts"]}]
+            others = [name for name in names if manifest is None or name not in {"_manifest.json", *manifest["parts"]}]
             if others:
                 raise UserError(
                     f"--output '{address}' holds something else than scores, such as '{others[0]}'; give a new or "
@@ -232,11 +202,11 @@ class Output:
     def manifest(self) -> dict[str, Any] | None:
         """What the manifest of a whole folder says, None where there are no scores."""
         try:
-            found = json.loads((self.folder / "_manifest.json").read_text(encoding="utf-8"))
+            tree = json.loads((self.folder / "_manifest.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
-        is_ours = isinstance(found, dict) and found.get("format") == FORMAT and isinstance(found.get("parts"), dict)
-        return found if is_ours and "fingerprint" in found else None
+        is_ours = isinstance(tree, dict) and tree.get("format") == FORMAT and isinstance(tree.get("parts"), dict)
+        return tree if is_ours and "fingerprint" in tree else None
 
     def is_whole(self, manifest: Mapping[str, Any]) -> bool:
         """Whether the files of a manifest are there, with as many rows as it says."""
@@ -259,7 +229,7 @@ class Output:
                     "starts anew"
                 )
                 self.forget()
-        for each in (self.scored, self.finished):
+        for each in (self.work / "scored", self.finished):
             each.mkdir(parents=True, exist_ok=True)
         if not begun.is_file():
             with atomic_file(begun) as path:
@@ -280,8 +250,8 @@ class Output:
 def learnt_from(files: Iterable[str]) -> list[str]:
     """What is to be said, after a model's name, of rows that it has learnt from, where `score` wrote them to files."""
     folders = {Path(local_path(each)).parent for each in files if not is_remote(each)}
-    told = [(Output(each).manifest or {}).get("learnt") for each in sorted(folders)]
-    return [each for each in told if each is not None]
+    sentences = [(Output(each).manifest or {}).get("learnt") for each in sorted(folders)]
+    return [each for each in sentences if each is not None]
 
 
 def fingerprint_of(logs: Logs, *settings: object) -> str:
@@ -306,11 +276,6 @@ class LearntRows:
 
     split: Split
     lacks_column: bool
-
-    @staticmethod
-    def of(split: Split, there: Collection[str]) -> LearntRows:
-        """Of rows that have these columns."""
-        return LearntRows(split, split.column is not None and split.column not in there)
 
     @property
     def column(self) -> str | None:
@@ -377,9 +342,9 @@ def known_rows(
         numbers, first = first + np.flatnonzero(wanted), first + len(rows)
         if not len(numbers):
             continue
-        known: Results = {} if results is None else results.of(first - len(rows), wanted)
+        looked_up: Results = {} if results is None else results.of(first - len(rows), wanted)
         inside = rows.filter(wanted).table
         for start in range(0, len(numbers), ROWS_AT_A_TIME):
             some = np.arange(start, min(start + ROWS_AT_A_TIME, len(numbers)))
             table = inside.slice(start, len(some))
-            yield numbers[some], LogRows(table, rows.schema, take(known, some) if known else None)
+            yield numbers[some], LogRows(table, rows.schema, take(looked_up, some) if looked_up else None)

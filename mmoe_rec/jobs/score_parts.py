@@ -1,26 +1,25 @@
-"""The tasks of a scoring: rows are scored part by part, ranked request by request, and written.
+"""The tasks of a scoring: rows are scored part by part, and written with the ranks that a database gives them.
 
-    part of the log -> predictions and scores, with what was known before each request
-    scored rows     -> (request, log score, row), to partitions of requests through files
-    partitions      -> (row, rank), back to the parts of the log through files
+    part of the log -> predictions and scores, with what was known before each request; (request, log score, row)
+    all of these    -> rank within the request, in a database
     parts           -> the rows as they were scored, with their rank, as Parquet
 
 A process loads the model once, for all its tasks and threads. Rows are scored a fixed number at a time, by one thread
-each, so that no bit depends on the engine or the number of workers. A partition of requests is held in memory, with 24
-bytes for each of its rows: a single request is not divided.
+each, so that no bit depends on the engine or the number of workers.
 """
 
 from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import torch
 
@@ -29,12 +28,13 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.inference.ranking import scored_table
 from mmoe_rec.jobs.prediction_files import WEIGHT
-from mmoe_rec.jobs.score_files import RANKS, SCORES, LearntRows, finished_name, known_rows, label_column, scored_file
-from mmoe_rec.log.reader import ROWS_PER_PART, LogPart, LogReader
+from mmoe_rec.jobs.score_files import LearntRows, Output, finished_name, known_rows, label_column
+from mmoe_rec.log.database import Database
+from mmoe_rec.log.reader import LogPart, LogReader
 from mmoe_rec.log.rows import LogRows, labels_of
 from mmoe_rec.model.products import Products
 from mmoe_rec.point_in_time.join import Window
-from mmoe_rec.preprocessing.exchange import Exchange, ResultExchange, ResultReader, partition_of
+from mmoe_rec.preprocessing.exchange import ResultExchange, ResultReader
 
 _LOADING = threading.Lock()
 _GREATEST = np.iinfo(np.int64).max
@@ -49,7 +49,7 @@ class ScoreJob:
     score; known_until: time of the last request that the tables know, microseconds; exact_from: from when on the tables
     know what was known then, None for any time; labels_known_by: the moment as of which labels are written,
     microseconds, None for no labels; learnt: how rows are told that the model has learnt from, None where nobody asks;
-    scores: exchange by request; scored: folder that gets a file a part.
+    out: where the files go.
     """
 
     model: Path
@@ -62,8 +62,7 @@ class ScoreJob:
     exact_from: int | None
     labels_known_by: int | None
     learnt: LearntRows | None
-    scores: Exchange
-    scored: Path
+    out: Output
 
 
 @dataclass
@@ -81,21 +80,17 @@ class PartScored:
 
     def merge(self, other: PartScored) -> None:
         """Adds other parts."""
-        self.rows, self.early = self.rows + other.rows, self.early + other.early
-        self.inexact, self.learnt = self.inexact + other.inexact, self.learnt + other.learnt
+        for name in ("rows", "early", "inexact", "learnt"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
         self.first, self.last = min(self.first, other.first), max(self.last, other.last)
 
     @staticmethod
-    def read(scored: Path, number: int) -> PartScored | None:
+    def read(out: Output, number: int) -> PartScored | None:
         """What is known of a part that was scored before, None where it was not."""
         try:
-            return PartScored(**json.loads(_about(scored, number).read_text(encoding="utf-8")))
+            return PartScored(**json.loads(out.part(number, "json").read_text(encoding="utf-8")))
         except FileNotFoundError:
             return None
-
-
-def _about(scored: Path, number: int) -> Path:
-    return scored / f"part-{number:05d}.json"
 
 
 def ranker_of(folder: Path, version: str) -> Ranker:
@@ -124,7 +119,7 @@ def forget_ranker() -> None:
 
 
 def score_part(job: ScoreJob, task: tuple[int, LogPart]) -> PartScored:
-    """Scores part number `task[0]` of a log into a file, and sends each row's score to where its request is ranked.
+    """Scores part number `task[0]` of a log into a file, and writes what its rows are ranked by into another.
 
     The part is done when `PartScored.read` finds it; what a killed task has left is written again.
     """
@@ -132,11 +127,11 @@ def score_part(job: ScoreJob, task: tuple[int, LogPart]) -> PartScored:
     torch.set_num_threads(1)
     ranker = ranker_of(job.model, job.version)
     ranker.scorer.multiply_by(job.products)
-    found = PartScored()
-    sender = _Sender(job.scores, part.start)
-    with atomic_file(scored_file(job.scored, number)) as path, pa.OSFile(str(path), "wb") as file:
+    results = None if job.results is None else ResultReader(job.results, list(ranker.pipeline.key_groups))
+    whole, ranked = PartScored(), [_RANKED.empty_table()]
+    with atomic_file(job.out.part(number, "arrow")) as path, pa.OSFile(str(path), "wb") as file:
         writer = None
-        for numbers, rows in _known_rows(job, ranker, part):
+        for numbers, rows in known_rows(job.reader, results, job.window, part):
             table, log_scores = _scored(ranker, rows)
             if job.labels_known_by is not None:
                 for name, values in labels_of(rows, job.labels_known_by).items():
@@ -145,23 +140,23 @@ def score_part(job: ScoreJob, task: tuple[int, LogPart]) -> PartScored:
                     table = table.append_column(WEIGHT, pa.array(rows.numbers(weight)))
             writer = writer or pa.ipc.new_file(file, table.schema)
             writer.write_table(table)
-            sender.add(rows.request_hashes(), log_scores, numbers)
+            ranked.append(pa.table([rows.request_hashes(), log_scores, numbers], schema=_RANKED))
             times = rows.times()
             early = int((times <= job.known_until).sum())
             inexact = 0 if job.exact_from is None else int((times < job.exact_from).sum())
             learnt = 0 if job.learnt is None else job.learnt.count(rows)
-            found.merge(PartScored(len(rows), early, inexact, learnt, int(times.min()), int(times.max())))
+            whole.merge(PartScored(len(rows), early, inexact, learnt, int(times.min()), int(times.max())))
         if writer is not None:
             writer.close()
-    sender.flush()
-    with atomic_file(_about(job.scored, number)) as path:
-        path.write_text(json.dumps(asdict(found)), encoding="utf-8")
-    return found
+    with atomic_file(job.out.part(number, "ranked.parquet")) as path:
+        pq.write_table(pa.concat_tables(ranked), path)
+    with atomic_file(job.out.part(number, "json")) as path:
+        path.write_text(json.dumps(asdict(whole)), encoding="utf-8")
+    return whole
 
 
-def _known_rows(job: ScoreJob, ranker: Ranker, part: LogPart) -> Iterator[tuple[np.ndarray, LogRows]]:
-    results = None if job.results is None else ResultReader(job.results, list(ranker.pipeline.key_groups))
-    return known_rows(job.reader, results, job.window, part)
+_RANKED = pa.schema({"request": pa.uint64(), "score": pa.float64(), "number": pa.int64()})
+"""The hash of a row's request, its log score, and its number in the log."""
 
 
 def _scored(ranker: Ranker, rows: LogRows) -> tuple[pa.Table, np.ndarray]:
@@ -170,83 +165,44 @@ def _scored(ranker: Ranker, rows: LogRows) -> tuple[pa.Table, np.ndarray]:
     return scored_table(rows, values, log_scores, ranker.layout), log_scores
 
 
-class _Sender:
-    """Sends the log scores of a part's rows to partitions of requests, many rows at a time."""
+def rank_rows(database: Database, parts: Mapping[Path, Path]) -> None:
+    """Ranks the rows of all requests, best first from 1; equal scores keep the order of the rows.
 
-    def __init__(self, exchange: Exchange, start: int) -> None:
-        self.exchange, self.start, self.turn = exchange, start, 0
-        self._waiting: list[pa.Table] = []
-
-    def add(self, request: np.ndarray, score: np.ndarray, row: np.ndarray) -> None:
-        """Takes N rows: the hash of their request, their log score, and their number in the log."""
-        self._waiting.append(pa.table({"request": request, "score": score, "row": row}))
-        if sum(map(len, self._waiting)) >= ROWS_PER_PART:
-            self.flush()
-
-    def flush(self) -> None:
-        """Writes what is waiting."""
-        if self._waiting:
-            table = pa.concat_tables(self._waiting)
-            receiver = partition_of(table["request"].to_numpy(), self.exchange.receivers)
-            self.exchange.send(SCORES, (self.start, self.turn), table, receiver)
-            self._waiting, self.turn = [], self.turn + 1
+    parts: file of `_RANKED` of each part -> the file that gets the ranks of its rows, (N,) int32, as NumPy's.
+    """
+    database.register("rows", ds.dataset(list(map(str, parts))))
+    database.run(
+        "CREATE TABLE ranks AS SELECT number, "
+        "row_number() OVER (PARTITION BY request ORDER BY score DESC, number)::INTEGER AS rank FROM rows"
+    )
+    for rows, target in parts.items():
+        numbers = pq.read_table(rows, columns=["number"])["number"].to_numpy()
+        query = f"SELECT rank FROM ranks WHERE number BETWEEN {numbers[0]} AND {numbers[-1]} ORDER BY number"
+        ranks = pa.concat_tables(database.read(query, ROWS_PER_GROUP))["rank"].to_numpy()
+        assert len(ranks) == len(numbers), "ranks of other rows"
+        with target.open("wb") as file:
+            np.save(file, ranks)
 
 
 ROWS_PER_GROUP = 131_072
 
 
-@dataclass(frozen=True)
-class RankJob:
-    """What the tasks of ranking share.
-
-    starts: number of the first row of each part, rising; scores: exchange by request; ranks: exchange by part; scored:
-    folder of the scored parts; finished: folder that gets Parquet files; constants: columns with one value in all rows.
-    """
-
-    starts: np.ndarray
-    scores: Exchange
-    ranks: Exchange
-    scored: Path
-    finished: Path
-    constants: dict[str, str]
-
-
-def rank_partition(job: RankJob, partition: int) -> None:
-    """Ranks the rows of a partition's requests, best first from 1; equal scores keep the order of the rows."""
-    table = job.scores.receive_all(SCORES, partition)
-    if table is None:
-        return
-    request, score, row = (table[name].to_numpy() for name in ("request", "score", "row"))
-    order = np.lexsort((row, -score, request))
-    request, row = request[order], row[order]
-    begins = np.flatnonzero(np.append(True, request[1:] != request[:-1]))
-    lengths = np.diff(np.append(begins, len(row)))
-    rank = np.arange(1, len(row) + 1) - np.repeat(begins, lengths)
-    part = np.searchsorted(job.starts, row, side="right") - 1
-    ranked = pa.table({"row": row, "rank": rank.astype(np.int32)})
-    job.ranks.send(RANKS, (partition, 0), ranked, part)
-
-
-def finish_part(job: RankJob, number: int) -> None:
-    """Writes the file of a part that has rows, unless it is there."""
-    target = job.finished / finished_name(number)
+def finish_part(out: Output, constants: Mapping[str, str], number: int) -> None:
+    """Writes the file of a part that has rows, unless it is there. constants: columns with one value in all rows."""
+    target = out.finished / finished_name(number)
     if target.is_file():
         return
-    ranked = job.ranks.receive_all(RANKS, number)
-    assert ranked is not None, "a part without ranks"
-    rank = ranked["rank"].to_numpy()[np.argsort(ranked["row"].to_numpy())]
-    start, writer = 0, None
+    rank, start, writer = np.load(out.part(number, "npy")), 0, None
     with atomic_file(target) as path:
-        for rows in _groups(scored_file(job.scored, number)):
+        for rows in _groups(out.part(number, "arrow")):
             its = {"rank": pa.array(rank[start : start + len(rows)])}
-            its |= {name: pa.repeat(value, len(rows)) for name, value in job.constants.items()}
+            its |= {name: pa.repeat(value, len(rows)) for name, value in constants.items()}
             table = pa.table([*rows.columns, *its.values()], names=[*rows.column_names, *its])
             start += len(rows)
             writer = writer or pq.ParquetWriter(path, table.schema, compression="zstd")
             writer.write_table(table, row_group_size=ROWS_PER_GROUP)
         assert writer is not None, "a part without rows"
         writer.close()
-    assert start == len(rank), "ranks of other rows"
 
 
 def _groups(scored: Path) -> Iterator[pa.Table]:

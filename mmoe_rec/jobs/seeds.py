@@ -10,22 +10,28 @@ from __future__ import annotations
 
 import hashlib
 import json
+import multiprocessing
 import os
-from collections.abc import Mapping, Sequence
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from functools import partial
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeVar
 
 from mmoe_rec.atomic import atomic_file
 from mmoe_rec.devices import usable_cores
-from mmoe_rec.errors import UserError
+from mmoe_rec.errors import EXIT_CODE, STOPPED_EXIT_CODE, StoppedError, StopRequest, UserError, exit_with_message
 from mmoe_rec.inference.artifact import version_of
-from mmoe_rec.jobs.evaluate import measured_on_test_rows
+from mmoe_rec.jobs.evaluate import check_tasks, measured_on_test_rows
 from mmoe_rec.jobs.places import check_names, features_in_use, short_names
 from mmoe_rec.jobs.run_page import as_code, command
-from mmoe_rec.jobs.side_by_side import side_by_side
 from mmoe_rec.jobs.train import train_model
 from mmoe_rec.locks import reading, writing
 from mmoe_rec.progress import bar, say
@@ -38,6 +44,8 @@ if TYPE_CHECKING:
     from mmoe_rec.report.trainings import TrainingsReport
 
 FILE, PAGE = "seeds.json", "report.html"
+Task = TypeVar("Task")
+_SECONDS_BETWEEN_LOOKS = 0.5
 
 
 def train_seeds(
@@ -45,13 +53,10 @@ def train_seeds(
 ) -> TrainingsReport:
     """Trains with `training.seed` and those after it, measures all on the test rows, and writes the files.
 
-    Args:
-        resume: go on with what an earlier run has left; trainings that have ended stay.
-        at_once: how many run at a time.
-        against: `data.work` of other settings, whose trainings of several seeds these are compared with.
+    resume: go on with what an earlier run has left; trainings that have ended stay. at_once: how many run at a time.
+    against: `data.work` of other settings, whose trainings of several seeds these are compared with.
 
-    Raises:
-        UserError: several processes train, there are no test rows, or no such other trainings.
+    Raises UserError where several processes train, there are no test rows, or no such other trainings.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("--seeds trains in one process: start it without torchrun")
@@ -76,22 +81,21 @@ def train_seeds(
         key = f"seeds-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
         with runs.open_run(uri, settings.experiment, run_name=f"{number} seeds", key=key) as run:
             own = [_with_seed(settings, seed, folder, prepared.folder) for seed in seeds]
-            models = _train_all(own, at_once, resume, run.run_id)
-            mine, metrics = _measure(settings, models), dict[str, float]()
-            try:
-                report = _report(settings, own, mine, theirs)
-            except UserError:
-                _write(folder, _report(settings, own, mine, {}), models)  # what these settings are worth all the same
-                raise
+            _train_all(own, at_once, resume, run.run_id)
+            models = [Path(each.data.work) / "model" for each in own]
+            report = _report(settings, own, _measure(settings, models), theirs)
             _write(folder, report, models)
             run.log_artifact(folder / FILE)
             run.log_artifact(folder / PAGE)
-            for group, its in report.summary.items():
-                for metric, each in its.items():
-                    for name in ("mean", "low", "high", "between_trainings", "between_users"):
-                        if (value := getattr(each, name)) is not None:
-                            metrics[f"test/{group}.{metric}.{name}"] = value
-            run.log_metrics(metrics)
+            run.log_metrics(
+                {
+                    f"test/{group}.{metric}.{name}": value
+                    for group, its in report.summary.items()
+                    for metric, each in its.items()
+                    for name, value in asdict(each).items()
+                    if name != "values" and value is not None
+                }
+            )
             run.describe("Trainings", "\n\n".join([as_code(command()), *report.sentences]))
     return report
 
@@ -100,7 +104,6 @@ def _find_others(against: Sequence[str], settings: Settings, mine: Path) -> dict
     """Name of each other setting -> its models. Raises UserError for one that has none which were all measured and are
     still there, or that predicts other tasks."""
     from mmoe_rec.features.pipeline import FeaturePipeline
-    from mmoe_rec.jobs.metrics import check_tasks
 
     check_names(list(against), "--against")
     others = {}
@@ -134,42 +137,109 @@ def _with_seed(settings: Settings, seed: int, folder: Path, features: Path) -> S
     """The settings with a seed and a folder of its own, which has the features of all."""
     own = folder / str(seed)
     own.mkdir(parents=True, exist_ok=True)
-    link = own / "features"
-    if not (link.is_symlink() and link.resolve() == features.resolve()):
-        with suppress(FileNotFoundError):
-            link.unlink()
-        link.symlink_to(features.resolve(), target_is_directory=True)
+    with suppress(FileNotFoundError):
+        (own / "features").unlink()
+    (own / "features").symlink_to(features.resolve(), target_is_directory=True)
     training = settings.training.model_copy(update={"seed": seed})
     data = settings.data.model_copy(update={"work": str(own)})
     return settings.model_copy(update={"training": training, "data": data})
 
 
-def _train_all(own: Sequence[Settings], at_once: int, resume: bool, parent: str | None) -> list[Path]:
+def _train_all(own: Sequence[Settings], at_once: int, resume: bool, parent: str | None) -> None:
+    train = partial(_train, resume=resume, parent=parent)
     if at_once == 1:
-        models = []
         for number, settings in enumerate(own, 1):
             say(f"training {number} of {len(own)}, with seed {settings.training.seed}")
-            models.append(Path(_train(settings, resume, parent)))
-        return models
+            train(settings)
+        return
     if own[0].training.threads is None:  # no more threads together than there are cores
         threads = {"threads": max(1, usable_cores() // at_once)}
         own = [each.model_copy(update={"training": each.training.model_copy(update=threads)}) for each in own]
-    logs, trained = [Path(each.data.work) / "training.log" for each in own], dict[int, Path]()
+    logs = [Path(each.data.work) / "training.log" for each in own]
     say(f"{len(own)} trainings, {at_once} at a time; each prints to training.log in '{logs[0].parent.parent}'/SEED")
     with bar() as progress:
         task = progress.add_task(f"trainings, {at_once} at a time", total=len(own))
-        for number, model in side_by_side(partial(_train, resume=resume, parent=parent), own, logs, at_once):
-            trained[number] = Path(model)
+        for number in run_side_by_side(train, own, logs, at_once):
             say(f"trained with seed {own[number].training.seed}")
             progress.advance(task)
-    return [trained[number] for number in range(len(own))]
 
 
-def _train(settings: Settings, resume: bool, parent: str | None) -> str:
-    """The folder of the model."""
-    trained = train_model(settings, resume=resume, parent=parent, register=False)
-    assert trained is not None, "one process trains"
-    return str(trained.artifact)
+def _train(settings: Settings, resume: bool, parent: str | None) -> None:
+    train_model(settings, resume=resume, parent=parent, register=False)
+
+
+def run_side_by_side(
+    function: Callable[[Task], object], tasks: Sequence[Task], logs: Sequence[Path], at_once: int
+) -> Iterator[int]:
+    """Runs a picklable function on tasks, each in a process and on a card of its own; gives their numbers as they end.
+
+    logs: files to which what each prints is added; at_once: how many run at a time. Where one fails, or a signal comes,
+    the others get signals until they have ended: a function that saves what it has at the first one, by a
+    `StopRequest`, is not disturbed by others.
+
+    Raises UserError of one that failed, StoppedError where a signal came.
+    """
+    spawn = multiprocessing.get_context("spawn")  # not forked: torch has threads
+    waiting, running = list(range(len(tasks))), dict[int, tuple[int, BaseProcess]]()
+    with StopRequest() as stop:
+        try:
+            while waiting or running:
+                for slot in range(at_once):
+                    if waiting and slot not in running:
+                        number = waiting.pop(0)
+                        started = spawn.Process(target=_run, args=(function, tasks[number], slot, logs[number]))
+                        started.start()
+                        running[slot] = number, started
+                wait([process.sentinel for _, process in running.values()], _SECONDS_BETWEEN_LOOKS)
+                if stop.signal is not None:
+                    raise StoppedError(f"{stop.signal} came; what there was is saved, go on with --resume")
+                for slot, (number, process) in list(running.items()):
+                    if process.exitcode is not None:
+                        del running[slot]
+                        _check_end(process.exitcode, logs[number])
+                        yield number
+        finally:  # waits until all have saved what they have; where there is nothing to save, signals are ignored
+            while alive := [process for _, process in running.values() if process.is_alive()]:
+                for process in alive:
+                    process.terminate()
+                    process.join(_SECONDS_BETWEEN_LOOKS)
+
+
+def _check_end(code: int, log: Path) -> None:
+    """Raises as `run_side_by_side`."""
+    if code in (EXIT_CODE, STOPPED_EXIT_CODE):
+        last = log.read_text(encoding="utf-8").splitlines()[-1].partition(": ")[2]
+        raise UserError(f"{last} ('{log}' has what came before)") if code == EXIT_CODE else StoppedError(last)
+    if code:
+        killed = f"was killed by signal {-code}, as where memory runs out (a lower --at-once takes less)"
+        how = killed if code < 0 else "failed"
+        raise UserError(f"a process {how}; its last words are in '{log}', and --resume goes on")
+
+
+def _run(function: Callable[[Task], object], task: Task, slot: int, log: Path) -> None:
+    """In a process of its own, which ends as a command does."""
+    for each in (signal.SIGTERM, signal.SIGINT):
+        # A `StopRequest` notes the first one, and then puts back what was before: a second one, as where both the
+        # parent and a cluster send it, would else end the saving.
+        signal.signal(each, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    os.environ["LOCAL_RANK"] = str(slot)  # by which a training picks its card
+    with log.open("a", encoding="utf-8") as file:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+            os.dup2(file.fileno(), stream.fileno())
+    with exit_with_message():
+        function(task)
+
+
+def _end_with_parent() -> None:
+    """Sends signals as the parent would."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    while True:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(_SECONDS_BETWEEN_LOOKS)
 
 
 def _report(
@@ -185,7 +255,7 @@ def _report(
     from mmoe_rec.training.checkpoint import latest_checkpoint
 
     rules, sums, first = settings.evaluation, [each.sums for each in mine], mine[0].summary
-    units, against = "rows" if first.each_row_is_a_user else "users", dict[str, Any]()
+    units = "rows" if first.each_row_is_a_user else "users"
     checkpoints = [latest_checkpoint(Path(each.data.work) / "checkpoints") for each in own]
     choices = [None if each is None else each.state.choices for each in checkpoints]
     facts = {
@@ -195,6 +265,7 @@ def _report(
         f"resamples of {units}": f"{rules.resamples:,}",
         "command": command(),
     }
+    against = {}
     if others:  # whatever they rank by, what a row is worth is the same for all
         weights = first.facts["relevance_weights"]
         facts["relevance"] = ", ".join(f"{weight:g} x {name}" for name, weight in weights.items())
@@ -214,21 +285,18 @@ def _report(
     )
 
 
-def _warnings(name: str, models: Sequence[MeasuredModel]) -> list[str]:
+def _warnings(name: str, models: Sequence[MeasuredModel]) -> Iterator[str]:
     """What is suspicious about the trainings of a setting, each but once. name: of the setting."""
     from mmoe_rec.report.findings import find_in_summary
 
-    sentences, counts = dict[str, str](), dict[str, int]()
+    sentences: dict[str, list[str]] = {}
     for model in models:
-        its = {each: f"models of {name} were trained by settings by which each {each}" for each in model.seen}
-        its |= {f"{each.check} {each.task}": f"{name}: {each.message}" for each in find_in_summary(model.summary)}
-        for which, sentence in its.items():
-            sentences.setdefault(which, sentence)
-            counts[which] = counts.get(which, 0) + 1
-    return [
-        sentence if counts[which] == len(models) else f"{sentence} ({counts[which]} of {len(models)} trainings)"
-        for which, sentence in sentences.items()
-    ]
+        for each in model.seen:
+            sentences.setdefault(each, []).append(f"models of {name} were trained by settings by which each {each}")
+        for finding in find_in_summary(model.summary):
+            sentences.setdefault(f"{finding.check} {finding.task}", []).append(f"{name}: {finding.message}")
+    for same in sentences.values():
+        yield same[0] + ("" if len(same) == len(models) else f" ({len(same)} of {len(models)} trainings)")
 
 
 def _write(folder: Path, report: TrainingsReport, models: Sequence[Path]) -> None:

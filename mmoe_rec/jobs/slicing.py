@@ -24,7 +24,7 @@ from mmoe_rec.evaluation.slices import MOST_VALUES, SliceBy
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.jobs.places import build_options, log_and_place, read_by
 from mmoe_rec.jobs.score_files import text_of
-from mmoe_rec.log.checks import BadFile, word_of
+from mmoe_rec.log.checks import BadFile
 from mmoe_rec.log.columns import column_uses
 from mmoe_rec.log.hashing import combine, hash_column
 from mmoe_rec.log.reader import Log, Noticed
@@ -61,28 +61,26 @@ class LogColumns:
         artifact: folder of the model, by whose keys rows are known. Raises UserError for columns that the log does not
         have, or can't be sliced by.
         """
-        asked, options = settings.evaluation.slices, build_options(settings)
+        wanted, options = settings.evaluation.slices, build_options(settings)
         pipeline = FeaturePipeline.load(artifact / "features", memories=False)
         schema = read_by(settings, pipeline.schema)
         uses = column_uses(schema)
         usual = [name for name in schema.roles.placement if uses.get(name) in ("key", "number", "any")]
-        words = usual if asked is None else asked
+        words = usual if wanted is None else wanted
         by = tuple(SliceBy.of(word, OPTION) for word in words)
         if not by:
             return None
         if twice := next((each.name for each in by if [one.name for one in by].count(each.name) > 1), None):
             raise UserError(f"{OPTION} names '{twice}' twice")
         if not schema.columns.has_candidate and options.skip_bad_files:
-            told = (
+            why = (
                 "slices by columns of the log need columns.candidate where files may be left out "
                 "(data.skip_bad_files): without it rows are told apart by their number in the log"
             )
-            _leave_out(told, asked is None)
+            _leave_out(why, wanted is None)
             return None
         for each in by:
-            if uses.get(each.column) in ("keys", "vector"):
-                raise UserError(f"column '{each.column}' holds lists, which rows can't be sliced by ({OPTION})")
-            if asked is not None and each.column in {task.label for task in schema.tasks.values()}:
+            if wanted is not None and each.column in {task.label for task in schema.tasks.values()}:
                 say(f"'{each.column}' is a label: slices by it are by what happened, not by what was known before")
         more: dict[str, Use] = {each.column: "any" for each in by if each.column not in uses}
         try:
@@ -96,12 +94,9 @@ class LogColumns:
             )
         except BadFile as error:
             raise UserError(f"{error} ({OPTION})" if more else str(error)) from None
-        for each in by:
-            if each.buckets is not None and word_of(log.types.get(each.column, pa.null())) == "string":
-                raise UserError(
-                    f"column '{each.column}' of the log holds strings, and buckets are of numbers ({OPTION})"
-                )
-        return LogColumns(log, by, asked is None, options.skip_bad_files)
+        for each in by:  # before rows are scored
+            _values_of(each, pa.nulls(0, log.types.get(each.column, pa.null())))
+        return LogColumns(log, by, wanted is None, options.skip_bad_files)
 
     def read(self, scored: ScoredRows) -> SlicedRows | None:
         """The slices of rows; None where they can't be told, and nothing was asked for.
@@ -116,16 +111,16 @@ class LogColumns:
                 there = wanted[np.minimum(np.searchsorted(wanted, its), len(wanted) - 1)] == its
                 keys.append(its[there])
                 parts.append(values.filter(pa.array(there)))
-        found = np.concatenate(keys) if keys else np.empty(0, np.uint64)
-        order = np.argsort(found, kind="stable")
-        if not np.array_equal(found[order], wanted):
+        hashes = np.concatenate(keys) if keys else np.empty(0, np.uint64)
+        order = np.argsort(hashes, kind="stable")
+        if not np.array_equal(hashes[order], wanted):
             skipped = self.log.left_out
             why = f" ({len(skipped):,} files are left out, such as: {skipped[0].reason})" if skipped else ""
-            told = (
-                f"of the {len(wanted):,} rows that are measured, the log '{self.log.source}' has {len(found):,}{why}, "
+            sentence = (
+                f"of the {len(wanted):,} rows that are measured, the log '{self.log.source}' has {len(hashes):,}{why}, "
                 "so it can't be told what slices they are in"
             )
-            _leave_out(told, self.usual)
+            _leave_out(sentence, self.usual)
             return None
         table = pa.concat_tables(parts, promote_options="default").take(pa.array(order))
         return SlicedRows(wanted, dict(self._sliced(table)))
@@ -149,10 +144,7 @@ class LogColumns:
             by = _usual(each, given) if self.usual else each
             if by is None:
                 continue
-            try:
-                values = by.read(given)
-            except (ValueError, pa.ArrowNotImplementedError) as error:
-                raise UserError(f"column '{each.column}' of the log {error} ({OPTION})") from None
+            values = _values_of(by, given)
             yield by.name, dict(by.find_slices(values).rows(values))
 
 
@@ -173,11 +165,11 @@ class SlicedRows:
         return {by: {name: np.sort(order[rows]) for name, rows in each.items()} for by, each in self.places.items()}
 
 
-def _leave_out(told: str, usual: bool) -> None:
+def _leave_out(why: str, usual: bool) -> None:
     """Says why rows are not sliced by columns, where nobody has asked for it. Raises UserError where somebody has."""
     if not usual:
-        raise UserError(f"{told}; {_ADVICE}")
-    say(f"{told}: the report has no slices by placement")
+        raise UserError(f"{why}; {_ADVICE}")
+    say(f"{why}: the report has no slices by placement")
 
 
 def _keys(scored: ScoredRows) -> np.ndarray:
@@ -185,6 +177,14 @@ def _keys(scored: ScoredRows) -> np.ndarray:
     candidates = scored.row if scored.candidates is None else scored.candidates
     assert candidates is not None, "rows without candidates have numbers"
     return combine([hash_column(scored.requests), hash_column(candidates)])
+
+
+def _values_of(by: SliceBy, values: pa.Array) -> pa.Array:
+    """Raises UserError where rows can't be sliced by them."""
+    try:
+        return by.read(values)
+    except (ValueError, pa.ArrowNotImplementedError) as error:
+        raise UserError(f"column '{by.column}' of the log {error} ({OPTION})") from None
 
 
 def _usual(by: SliceBy, values: pa.Array) -> SliceBy | None:
@@ -220,25 +220,18 @@ class TrainingRows:
             _counts(folder, "candidate") if columns.has_candidate else None,
         )
 
-    def of_users_in_both(self, scored: ScoredRows) -> tuple[int, int]:
-        """How many users of N scored rows have training rows, and how many users there are."""
-        if self.users is None:
-            return 0, 0
-        users = pc.unique(scored.users)
-        return int((_seen(users, self.users) > 0).sum()), len(users)
-
     def slices(self, scored: ScoredRows) -> dict[str, dict[str, np.ndarray]]:
         """What rows are sliced by -> slice -> (n,) numbers of its rows among those that were scored."""
-        found = {}
-        for name, ids, known in (
+        names = {}
+        for name, ids, counts in (
             ("user", scored.users, self.users),
             ("candidate", scored.candidates, self.candidates),
         ):
-            if ids is not None and known is not None:
-                found[name] = np.where(_seen(ids, known) > 0, "returning", "new")
+            if ids is not None and counts is not None:
+                names[name] = np.where(_count_rows(ids, counts) > 0, "returning", "new")
         if self.users is not None:
-            found["training rows of the user"] = _by_size(_seen(scored.users, self.users))
-        return {by: dict(_distinct(names)) for by, names in found.items()}
+            names["training rows of the user"] = _by_size(_count_rows(scored.users, self.users))
+        return {by: _group(values) for by, values in names.items()}
 
 
 def _counts(folder: Path, name: str) -> tuple[pa.Array, np.ndarray]:
@@ -253,9 +246,9 @@ def _counts(folder: Path, name: str) -> tuple[pa.Array, np.ndarray]:
     return total["id"].combine_chunks(), total["rows_sum"].to_numpy()
 
 
-def _seen(ids: pa.Array, known: tuple[pa.Array, np.ndarray]) -> np.ndarray:
+def _count_rows(ids: pa.Array, counted: tuple[pa.Array, np.ndarray]) -> np.ndarray:
     """(N,) int64, how many training rows there are of each of N ids."""
-    values, counts = known
+    values, counts = counted
     if not len(values) or values.type != ids.type:
         return np.zeros(len(ids), np.int64)
     place = pc.fill_null(pc.index_in(ids, value_set=values), -1).to_numpy()
@@ -263,30 +256,25 @@ def _seen(ids: pa.Array, known: tuple[pa.Array, np.ndarray]) -> np.ndarray:
 
 
 def _by_size(rows: np.ndarray) -> np.ndarray:
-    """(N,) str: none, or a range of which about equally many rows are in each."""
-    some = np.unique(rows[rows > 0], return_counts=False)
-    edges = (
-        np.unique(np.quantile(rows[rows > 0], np.arange(1, ACTIVITY) / ACTIVITY, method="lower")) if len(some) else some
-    )
-    group = np.searchsorted(edges, rows, side="left")
-    names = np.full(len(rows), "none", object)
-    for number in np.unique(group[rows > 0]):
-        inside = (group == number) & (rows > 0)
-        low, high = int(rows[inside].min()), int(rows[inside].max())
-        names[inside] = f"{low:,}" if low == high else f"{low:,} to {high:,}"
+    """(N,) str: none, or a range of numbers of rows, of which about equally many are in each."""
+    names, some = np.full(len(rows), "none", object), rows > 0
+    if some.any():
+        edges = np.unique(np.quantile(rows[some], np.arange(1, ACTIVITY) / ACTIVITY, method="lower"))
+        group = np.where(some, np.searchsorted(edges, rows, side="left"), -1)
+        for number in np.unique(group[some]):
+            low, high = (int(end(rows[group == number])) for end in (np.min, np.max))
+            names[group == number] = f"{low:,}" if low == high else f"{low:,} to {high:,}"
     return names.astype(str)
 
 
-def _distinct(slices: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
-    """Each value with the places of its rows, in the order in which they are best read: numbers by size."""
-    values, place = np.unique(slices, return_inverse=True)
+def _group(names: np.ndarray) -> dict[str, np.ndarray]:
+    """Each name with the places of its rows, in the order in which they are best read: numbers by size."""
 
-    def size(number: int) -> tuple[int, str]:
-        first = str(values[number]).split(" ")[0].replace(",", "")
-        return (int(first) if first.isdigit() else -1, str(values[number]))
+    def size(name: str) -> tuple[int, str]:
+        first = name.split(" ", maxsplit=1)[0].replace(",", "")
+        return int(first) if first.isdigit() else -1, name
 
-    for number in sorted(range(len(values)), key=size):
-        yield str(values[number]), np.flatnonzero(place == number)
+    return {name: np.flatnonzero(names == name) for name in sorted(map(str, np.unique(names)), key=size)}
 
 
 def overlap(settings: Settings, artifact: Path) -> list[str]:
@@ -296,28 +284,33 @@ def overlap(settings: Settings, artifact: Path) -> list[str]:
     """
     try:
         tree = yaml.safe_load((artifact / "settings.yaml").read_text(encoding="utf-8"))
-        split = Split.model_validate(tree["split"])
+        its, now = Split.model_validate(tree["split"]), settings.split
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
         return ["does not say on which rows it was trained, so it may have seen labels that it is measured by"]
-    begin = settings.split.validation_end
-    if settings.split.column != split.column:
-        ways = ["times" if each is None else f"column '{each}'" for each in (split.column, settings.split.column)]
+    if now.column != its.column:
+        ways = ["times" if each is None else f"column '{each}'" for each in (its.column, now.column)]
         return [
             f"was trained on rows that {ways[0]} split, and those that it is measured on {ways[1]}: it may have seen "
             "labels that it is measured by"
         ]
-    if settings.split.column is not None:
-        return list(_by_column(settings.split, split))
-    if begin is None or split.train_end is None or split.validation_end is None:
-        return []
-    found = []
-    for end, what in ((split.train_end, "trained"), (split.validation_end, "chosen and calibrated")):
-        if end > begin:
-            found.append(
+    sentences = []
+    for what, values, end in (
+        ("trained", its.train, its.train_end),
+        ("chosen and calibrated", its.validation, its.validation_end),
+    ):
+        if now.column is not None:
+            seen = {text_of(each) for each in values}
+            if both := [each for each in now.test if text_of(each) in seen]:
+                sentences.append(
+                    f"was {what} on rows with {', '.join(map(repr, both))} in column '{now.column}', which are those "
+                    "that it is measured on: it has seen labels that it is measured by"
+                )
+        elif now.validation_end is not None and end is not None and end > now.validation_end:
+            return [
                 f"was {what} on requests before {end:%Y-%m-%d %H:%M}, and the rows that it is measured on "
-                f"begin at {begin:%Y-%m-%d %H:%M} UTC: it has seen labels that it is measured by"
-            )
-    return found[:1]
+                f"begin at {now.validation_end:%Y-%m-%d %H:%M} UTC: it has seen labels that it is measured by"
+            ]
+    return sentences
 
 
 def users_in_both(settings: Settings, artifact: Path, scored: ScoredRows, training: TrainingRows | None) -> list[str]:
@@ -328,25 +321,17 @@ def users_in_both(settings: Settings, artifact: Path, scored: ScoredRows, traini
     """
     from mmoe_rec.inference.artifact import read_artifact
 
-    if training is None or settings.split.column is None:
+    column = settings.split.column
+    if column is None or training is None or training.users is None:
         return []
     if read_artifact(artifact, verify=False).fingerprint != training.fingerprint:
         return []
-    both, users = training.of_users_in_both(scored)
+    users = pc.unique(scored.users)
+    both = int((_count_rows(users, training.users) > 0).sum())
     if not both:
         return []
     return [
-        f"was trained on rows of {both:,} of the {users:,} users that it is measured on, as column "
-        f"'{settings.split.column}' splits rows of the same users: it tells nothing of how users that it has not seen "
-        "are predicted; give all rows of a user one split"
+        f"was trained on rows of {both:,} of the {len(users):,} users that it is measured on, as column '{column}' "
+        "splits rows of the same users: it tells nothing of how users that it has not seen are predicted; give all "
+        "rows of a user one split"
     ]
-
-
-def _by_column(now: Split, its: Split) -> Iterator[str]:
-    for values, what in ((its.train, "trained"), (its.validation, "chosen and calibrated")):
-        known = {text_of(each) for each in values}
-        if both := [each for each in now.test if text_of(each) in known]:
-            yield (
-                f"was {what} on rows with {', '.join(map(repr, both))} in column '{now.column}', which are those that "
-                "it is measured on: it has seen labels that it is measured by"
-            )

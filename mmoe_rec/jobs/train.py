@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmoe_rec.atomic import checksum
-from mmoe_rec.jobs.after_training import Promotion, promote
+from mmoe_rec.jobs.promotion import Decision, promote_trained
 from mmoe_rec.jobs.run_page import MachineMonitor, as_code, command, data_sets, draw_gates, name_training, quoted
-from mmoe_rec.jobs.workspace import Finished, Trained, Workspace, is_first_rank, open_workspace
+from mmoe_rec.jobs.workspace import Trained, Workspace, forget_training, is_first_rank, open_workspace
 from mmoe_rec.preprocessing.prepare import Prepared
 from mmoe_rec.progress import say
 from mmoe_rec.settings.sections import Settings
@@ -50,14 +50,13 @@ def train_model(
     """
     with open_workspace(settings, start, resume) as workspace:
         if workspace is None:
-            finished = Finished.read(Path(settings.data.work) / "checkpoints")
-            return finished.trained(settings, before=True) if finished and is_first_rank() else None
+            return Trained.read(Path(settings.data.work)) if is_first_rank() else None
         with _open_run(workspace, parent) as run:
             _log_start(run, workspace)
             trainer = _make_trainer(run, workspace)
             _log_choices(run, trainer.choices, workspace.first)
             if workspace.first and workspace.checkpoint is None:
-                Finished.forget(workspace.checkpoints)
+                forget_training(workspace.checkpoints)
             result = trainer.run()
             return _finish(run, workspace, result, register) if workspace.first else None
 
@@ -166,27 +165,27 @@ def _finish(run: Run, workspace: Workspace, result: TrainingResult, register: bo
         state_dict=model.state_dict(),
         calibration=calibration,
     )
-    promotion = Promotion(str(artifact), False, ())
+    decision = Decision(str(artifact), False, ())
     chosen = f"The state of step {result.best_step:,} was chosen, by its validation:\n\n{_make_table(best)}"
     if register:
         about = f"{as_code(command())}\n\n{_describe_rows(workspace.manifest)}\n\n{chosen}"
         with registry.wait_to_register(run, artifact):
-            promotion = promote(run, settings, prepared, model, artifact, about)
-    run.describe("Result", f"{quoted(promotion.compared)}\n\n{chosen}\n\nModel: `{promotion.address}`")
-    before = dict(result.history).get(0)
-    finished = Finished(
-        replace(workspace.origin, run_id=run.run_id, settings=result_settings(settings)),
-        checksum(artifact / "weights.safetensors"),
-        promotion.address,
-        best.to_dict(),
+            decision = promote_trained(run, settings, prepared, model, artifact, about)
+    run.describe("Result", f"{quoted(decision.reasons)}\n\n{chosen}\n\nModel: `{decision.address}`")
+    trained = Trained(
+        artifact,
+        decision.address,
+        best,
         result.best_step,
         result.rows_per_s,
         result.waiting,
-        promotion.compared,
-        None if before is None else before.to_dict(),
+        decision.reasons,
+        replace(workspace.origin, run_id=run.run_id, settings=result_settings(settings)),
+        checksum(artifact / "weights.safetensors"),
+        dict(result.history).get(0),
     )
-    finished.write(workspace.checkpoints)
-    return finished.trained(settings)
+    trained.write()
+    return trained
 
 
 def _describe_rows(manifest: Mapping[str, Any]) -> str:

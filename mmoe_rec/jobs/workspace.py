@@ -13,7 +13,7 @@ import os
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -93,8 +93,15 @@ def open_workspace(settings: Settings, start: str | None = None, resume: bool = 
 
         check_offered(settings.training, device.type, ranks)
     with process_group(device, settings.training.timeout_minutes) as group, contextlib.ExitStack() as held:
-        course = Course.from_json(group.after_first(lambda: opening.decide(held).to_json()))
-        yield None if course.kind == "at its end" else opening.read(course, device, group.first)
+        course, begun = json.loads(group.after_first(lambda: json.dumps(opening.decide(held), default=asdict)))
+        if course == "at its end":
+            yield None
+        else:
+            yield opening.read(course, begun and Start(**begun), device, group.first)
+
+
+Course = Literal["begins", "goes on", "at its end"]
+"""What a training does."""
 
 
 class _Opening:
@@ -110,39 +117,86 @@ class _Opening:
 
     def check(self) -> None:
         """Raises UserError for a wrong setting, log or address, and where MLflow is away or would refuse a name."""
-        settings = self.settings
+        settings, checkpoints = self.settings, self.checkpoints
         find_objective(settings.evaluation.decide_by)
         self.features = existing(*self.place)
-        if not (self.resume and has_training(self.checkpoints)):
-            self.check_rows()
-            self.look_up_start()
-        ended = self.resume and (self.checkpoints / "finished.json").is_file()
+        if not (self.resume and any((checkpoints / name).is_file() for name in ("latest.json", "finished.json"))):
+            self._check_rows()
+            self._look_up_start()
+        ended = self.resume and (checkpoints / "finished.json").is_file()
         if not ended or list_waiting_runs(self.work / "unsent"):
             check_mlflow(settings)
 
-    def decide(self, held: contextlib.ExitStack) -> Course:
-        """What the training does; its features are ready, and its folders held, from now on. On the first rank.
+    def decide(self, held: contextlib.ExitStack) -> tuple[Course, Start | None]:
+        """What the training does, and the model that it starts, or was started, from; its features are ready, and its
+        folders held, from now on. On the first rank.
 
         Raises UserError where the folder holds another training than the one asked for, unless it is of an earlier day.
         """
         for name in ("checkpoints", "model"):
             held.enter_context(writing(self.work / name, "a training", "set `data.work` to another folder"))
-        course = self._course()
-        if course.kind != "at its end":
-            going_on = self.start is not None or course.kind == "goes on"
+        course, start = self._decide()
+        if course != "at its end":
+            going_on = self.start is not None or course == "goes on"
             held.enter_context(features_in_use(self.settings, "a training", going_on))
-        return course
+        return course, start
 
-    def read(self, course: Course, device: torch.device, first: bool) -> Workspace:
+    def _decide(self) -> tuple[Course, Start | None]:
+        from mmoe_rec.training.checkpoint import latest_checkpoint
+
+        if self.resume:
+            ended = Trained.read(self.work)
+            before = None if ended is None else ended.origin
+            if ended is None and (checkpoint := latest_checkpoint(self.checkpoints)) is not None:
+                before = checkpoint.state.origin
+            if before is not None:
+                now = self._expect(before, ended)
+                difference = before.difference(now)
+                if difference is None:
+                    return "at its end" if ended else "goes on", before.start
+                if now.until <= before.until:
+                    what = "has ended, and is not the one asked for" if ended else "can't go on"
+                    raise UserError(
+                        f"the training of '{self.checkpoints}' {what}: {difference}, or train from the start, without "
+                        "--resume"
+                    )
+                where = f"the training in '{self.checkpoints}'"
+                say(f"the features go on to a later day than those of {where}: a new one begins")
+                self._check_rows()
+        return "begins", self._look_up_start()
+
+    def _expect(self, before: Origin, ended: Trained | None) -> Origin:
+        """What the training would begin with now. One that goes on keeps its features: it cannot go on with others, and
+        its work must not be thrown away because the log has grown meanwhile."""
+        tree = fixed_settings(self.settings) if ended is None else result_settings(self.settings)
+        if self.features is None:
+            log, schema, windows, _, options = self.place
+            fingerprint, until = fingerprint_of(Logs(log, schema, options), windows), before.until
+            if ended is not None and fingerprint != before.features:
+                self._check_rows()
+                self.features = prepare(*self.place)
+        if self.features is not None:
+            manifest = self.features.manifest
+            fingerprint, until = manifest["fingerprint"], manifest["request_microseconds"][1]
+        start, now = before.start, None
+        if self.start is not None:
+            same = start is not None and start.address == self.start
+            now = start if start is not None and same and start.moves else self._look_up_start()
+            # The folder to start from may be the one that the training has written its model to.
+            if same and ended is not None and now is not None and now.weights == ended.weights:
+                now = start
+        return Origin(tree, fingerprint, until, before.run_id, now)
+
+    def read(self, course: Course, start: Start | None, device: torch.device, first: bool) -> Workspace:
         """The workspace of a training that begins or goes on."""
         from mmoe_rec.model.layout import ModelLayout
         from mmoe_rec.training.checkpoint import latest_checkpoint
 
-        settings, start, prepared = self.settings, course.start, Prepared(self.work / "features")
+        settings, prepared = self.settings, Prepared(self.work / "features")
         manifest, layout = prepared.manifest, ModelLayout.of(prepared.layout, settings)
         until = manifest["request_microseconds"][1]
         origin = Origin(fixed_settings(settings), manifest["fingerprint"], until, start=start)
-        if course.kind == "goes on":
+        if course == "goes on":
             checkpoint = latest_checkpoint(self.checkpoints)
             assert checkpoint is not None, "the first rank has read it"
             checkpoint.state.origin.check(origin, checkpoint.folder)
@@ -151,25 +205,7 @@ class _Opening:
         key = training_key(self.checkpoints, origin, new=not self.resume) if first else None
         return Workspace(settings, device, first, prepared, manifest, layout, origin, None, weights, key)
 
-    def _course(self) -> Course:
-        before = _Before.read(self.checkpoints) if self.resume else None
-        if before is not None:
-            now = before.expect(self)
-            difference = before.origin.difference(now)
-            if difference is None:
-                return Course("at its end" if before.finished else "goes on", before.origin.start)
-            if now.until <= before.origin.until:
-                ended = "has ended, and is not the one asked for" if before.finished else "can't go on"
-                raise UserError(
-                    f"the training of '{self.checkpoints}' {ended}: {difference}, or train from the start, without "
-                    "--resume"
-                )
-            where = f"the training in '{self.checkpoints}'"
-            say(f"the features go on to a later day than those of {where}: a new one begins")
-            self.check_rows()
-        return Course("begins", self.look_up_start())
-
-    def check_rows(self) -> None:
+    def _check_rows(self) -> None:
         """Raises UserError where there is nothing to train on, or to go on from."""
         if self.start is not None and self.features is None:
             raise UserError(
@@ -179,7 +215,7 @@ class _Opening:
         if self.features is not None:
             self.features.require_rows("train", "validation")
 
-    def look_up_start(self) -> Start | None:
+    def _look_up_start(self) -> Start | None:
         """The model to start from, looked up once: an alias may move."""
         if self.start is None:
             return None
@@ -226,84 +262,14 @@ def resolve(address: str, settings: Settings) -> tuple[Start, Path]:
     return Start(address, model.address, checksum(weights), model.run_id), model.folder
 
 
-def has_training(checkpoints: Path) -> bool:
-    """Whether there is a checkpoint to go on from, or the result of a training that has ended."""
-    return any((checkpoints / name).is_file() for name in ("latest.json", "finished.json"))
-
-
-@dataclass(frozen=True)
-class Course:
-    """What a training does. start: the model that it starts from, or was started from."""
-
-    kind: Literal["begins", "goes on", "at its end"]
-    start: Start | None = None
-
-    def to_json(self) -> str:
-        """Text, for the other ranks."""
-        return json.dumps(asdict(self))
-
-    @staticmethod
-    def from_json(text: str) -> Course:
-        """What `to_json` gave."""
-        tree = json.loads(text)
-        return Course(**{**tree, "start": tree["start"] and Start(**tree["start"])})
-
-
-@dataclass(frozen=True)
-class _Before:
-    """The training that left something: what it was begun with, and its result if it has ended."""
-
-    origin: Origin
-    finished: Finished | None
-
-    @staticmethod
-    def read(checkpoints: Path) -> _Before | None:
-        if (finished := Finished.read(checkpoints)) is not None:
-            return _Before(finished.origin, finished)
-        from mmoe_rec.training.checkpoint import latest_checkpoint
-
-        checkpoint = latest_checkpoint(checkpoints)
-        return None if checkpoint is None else _Before(checkpoint.state.origin, None)
-
-    def expect(self, opening: _Opening) -> Origin:
-        """What the training would begin with now."""
-        settings = opening.settings
-        tree = fixed_settings(settings) if self.finished is None else result_settings(settings)
-        fingerprint, until = self._features(opening)
-        return Origin(tree, fingerprint, until, self.origin.run_id, self._start(opening))
-
-    def _features(self, opening: _Opening) -> tuple[str, int]:
-        """Fingerprint of the features, and the last request that they know.
-
-        A training that goes on keeps its features: it cannot go on with others, and its work must not be thrown away
-        because the log has grown meanwhile.
-        """
-        if opening.features is None:
-            log, schema, windows, _, options = opening.place
-            expected = fingerprint_of(Logs(log, schema, options), windows)
-            if self.finished is None or expected == self.origin.features:
-                return expected, self.origin.until
-            opening.check_rows()
-            opening.features = prepare(*opening.place)
-        manifest = opening.features.manifest
-        return manifest["fingerprint"], manifest["request_microseconds"][1]
-
-    def _start(self, opening: _Opening) -> Start | None:
-        one, address = self.origin.start, opening.start
-        if address is None or (one is not None and one.address == address and one.moves):
-            return None if address is None else one
-        start = opening.look_up_start()
-        # The folder to start from may be the one that the training has written its model to.
-        own = start is not None and self.finished is not None and start.weights == self.finished.weights
-        return one if own and one is not None and one.address == address else start
-
-
 @dataclass(frozen=True)
 class Trained:
-    """A finished training: the artifact folder and the address in the registry.
+    """A training that has ended, which is not resumed: `checkpoints/finished.json` keeps it.
 
-    compared: sentences on how it did beside the model that held the alias, and on who holds it now; started_from:
-    validation of the model that it was started from; before: whether it had already ended.
+    artifact, address: of the model, its folder and its place in the registry; compared: sentences on how it did beside
+    the model that held the alias, and on who holds it now; origin: what it was begun with, its settings with those of
+    `result_settings`; weights: checksum of the model's; started_from: validation of the model that it was started from;
+    before: whether it had ended before this command.
     """
 
     artifact: Path
@@ -312,39 +278,27 @@ class Trained:
     best_step: int
     rows_per_s: float
     waiting: float
-    compared: tuple[str, ...] = ()
+    compared: tuple[str, ...]
+    origin: Origin
+    weights: str
     started_from: Validation | None = None
     before: bool = False
 
-
-@dataclass(frozen=True)
-class Finished:
-    """The result of a training that has ended, as a file; such a training is not resumed.
-
-    origin: what it was begun with, its settings with those of `result_settings`; weights: checksum of the model's; the
-    rest as in `Trained`.
-    """
-
-    origin: Origin
-    weights: str
-    address: str
-    best: dict[str, Any]
-    best_step: int
-    rows_per_s: float
-    waiting: float
-    compared: tuple[str, ...]
-    started_from: dict[str, Any] | None = None
-
     @staticmethod
-    def read(folder: Path) -> Finished | None:
-        """None where the training has not ended. Raises UserError for a file that can't be read."""
-        file = folder / "finished.json"
+    def read(work: Path) -> Trained | None:
+        """That in `data.work`; None where the training has not ended. Raises UserError for a file that can't be
+        read."""
+        from mmoe_rec.training.validation import Validation
+
+        file = work / "checkpoints" / "finished.json"
         try:
             tree = json.loads(file.read_text(encoding="utf-8"))
             if tree.pop("format") != FORMAT:
                 raise ValueError("another format")
-            tree["origin"] = Origin.from_dict(tree["origin"])
-            return Finished(**{**tree, "compared": tuple(tree["compared"])})
+            tree |= {"origin": Origin.from_dict(tree["origin"]), "best": Validation.from_dict(tree["best"])}
+            before = None if tree["started_from"] is None else Validation.from_dict(tree["started_from"])
+            tree |= {"compared": tuple(tree["compared"]), "started_from": before}
+            return Trained(artifact=work / "model", before=True, **tree)
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -353,32 +307,19 @@ class Finished:
                 "train from the start, without --resume"
             ) from None
 
-    @staticmethod
-    def forget(folder: Path) -> None:
-        """A new training begins; what is left of another one is not resumed."""
-        (folder / "latest.json").unlink(missing_ok=True)
-        (folder / "finished.json").unlink(missing_ok=True)
-
-    def write(self, folder: Path) -> None:
+    def write(self) -> None:
         """Writes the file."""
-        with atomic_file(folder / "finished.json") as file:
-            file.write_text(json.dumps({"format": FORMAT, **asdict(self)}), encoding="utf-8")
+        tree = {each.name: getattr(self, each.name) for each in fields(self) if each.name not in ("artifact", "before")}
+        tree |= {"origin": asdict(self.origin), "best": self.best.to_dict()}
+        tree["started_from"] = None if self.started_from is None else self.started_from.to_dict()
+        with atomic_file(self.artifact.parent / "checkpoints" / "finished.json") as file:
+            file.write_text(json.dumps({"format": FORMAT, **tree}), encoding="utf-8")
 
-    def trained(self, settings: Settings, before: bool = False) -> Trained:
-        """The result with the model's folder. before: as in `Trained`."""
-        from mmoe_rec.training.validation import Validation
 
-        return Trained(
-            Path(settings.data.work) / "model",
-            self.address,
-            Validation.from_dict(self.best),
-            self.best_step,
-            self.rows_per_s,
-            self.waiting,
-            self.compared,
-            None if self.started_from is None else Validation.from_dict(self.started_from),
-            before,
-        )
+def forget_training(checkpoints: Path) -> None:
+    """A new training begins; what is left of another one is not resumed."""
+    for name in ("latest.json", "finished.json"):
+        (checkpoints / name).unlink(missing_ok=True)
 
 
 def training_key(folder: Path, origin: Origin, new: bool) -> str:
@@ -390,9 +331,9 @@ def training_key(folder: Path, origin: Origin, new: bool) -> str:
     begun = hashlib.sha256(json.dumps(asdict(origin), sort_keys=True).encode()).hexdigest()
     if not new:
         try:
-            found = json.loads(file.read_text(encoding="utf-8"))
-            if found.get("origin") == begun:
-                return str(found["key"])
+            tree = json.loads(file.read_text(encoding="utf-8"))
+            if tree.get("origin") == begun:
+                return str(tree["key"])
         except (OSError, ValueError, KeyError, AttributeError):
             pass  # none, or one that means nothing any more
     key = uuid.uuid4().hex

@@ -24,6 +24,7 @@ import logging
 import multiprocessing
 import os
 import queue
+import shutil
 import signal
 import socket
 import sys
@@ -305,6 +306,8 @@ class _Generation:
                 for worker in self._workers:
                     _log.warning("worker %s does not end and is killed", worker.process.pid)
                     worker.process.kill()
+        if self._is_orphan:  # the parent was killed, and removes no folder
+            shutil.rmtree(os.environ[FOLDER_VARIABLE], ignore_errors=True)
         return self._code
 
     def _fork(self) -> None:

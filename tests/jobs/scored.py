@@ -52,7 +52,7 @@ if __name__ == "__main__":
         "look_up": (score.Steps, "look_up"),
         "keep": (score.Steps, "keep"),
         "score": (score_parts, "_scored"),
-        "send": (score_parts._Sender, "flush"),
+        "rank": (score_parts, "rank_rows"),
         "finish": (score_parts, "_groups"),
         "put": (score_files, "put_folder"),
     }[place]

@@ -76,22 +76,16 @@ def test_rows_that_were_sampled_count_by_their_rate(tmp_path: Path) -> None:
     assert 0.8 < found["value"] < 1.25
 
 
-def test_of_many_rows_the_last_ones_are_taken(model: SmallModel) -> None:
+def test_of_many_rows_the_last_ones_are_taken(model: SmallModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many are read at a time."""
     layout = model.prepared.layout
     rows = EncodedRows(model.prepared.split("train"), layout)
-    whole = baselines._Matrix.of(rows, layout, False)
+    whole = baselines._Inputs.read(rows, layout, ("candidate",))
     assert len(whole.x) == rows.rows
-    for most in (1, 7, rows.rows - 1, rows.rows, 10**9):
-        found = baselines._Matrix.of(rows, layout, False, most)
-        taken = min(most, rows.rows)
-        np.testing.assert_array_equal(found.x, whole.x[-taken:])
-        np.testing.assert_array_equal(found.labels, whole.labels[-taken:])
-        assert found.candidates.equals(whole.candidates[-taken:])
-
-
-def test_rows_in_small_batches_are_the_same(model: SmallModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    layout = model.prepared.layout
-    rows = EncodedRows(model.prepared.split("train"), layout)
-    whole = baselines._Matrix.of(rows, layout, 100)
     monkeypatch.setattr(baselines, "ROWS_AT_A_TIME", 13)
-    np.testing.assert_array_equal(baselines._Matrix.of(rows, layout, 100).x, whole.x)
+    for most in (1, 7, rows.rows - 1, rows.rows, 10**9):
+        last = baselines._Inputs.read(rows, layout, ("candidate",), most)
+        taken = min(most, rows.rows)
+        np.testing.assert_array_equal(last.x, whole.x[-taken:])
+        np.testing.assert_array_equal(last.labels, whole.labels[-taken:])
+        assert last.ids("candidate").equals(whole.ids("candidate")[-taken:])

@@ -351,14 +351,6 @@ def test_wrong_words_are_told(words: list[str], message: str, tmp_path: Path, ca
     assert re.search(message, capsys.readouterr().err)
 
 
-def test_the_command_prints_a_table(tmp_path: Path, capsys) -> None:
-    source = written(predicted(9), tmp_path / "in")
-    run("metrics", "--predictions", str(source), "--tasks", *TASKS, "--out", str(tmp_path / "out"), "--resamples", "20")
-    printed = capsys.readouterr().out
-    for word in ("bought", "auc ↑", "stars", "rmse ↓", "ndcg_at_10 ↑", "metrics.json"):
-        assert word in printed
-
-
 def test_a_scored_log_has_the_metrics_of_an_evaluation(small: SmallModel, tmp_path: Path) -> None:
     """Labels as they had matured at the log's end, and an outcome over all rows of a satisfaction of engaged ones."""
     log = with_requests(random_log(3, rows=1000), seed=3)
@@ -385,12 +377,6 @@ def test_a_scored_log_has_the_metrics_of_an_evaluation(small: SmallModel, tmp_pa
                 assert value == pytest.approx(other[metric], abs=1e-4), (name, metric)
     with pytest.raises(UserError, match="--labels writes what the log says of its rows"):
         score_log(small.folder, source, tmp_path / "now", "tables", labels=True)
-
-
-def test_a_task_without_labels_has_a_note(tmp_path: Path) -> None:
-    source = written(predicted(10).assign(label_stars=None), tmp_path / "in")
-    found = measure_predictions(columns_of_tasks(TASKS), str(source), tmp_path / "out", MeasureOptions(20))
-    assert "No row has an observed label" in found["tasks"]["stars"]["note"]
 
 
 def test_predictions_are_compared_with_others_of_the_same_rows(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

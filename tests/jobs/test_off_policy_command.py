@@ -117,11 +117,15 @@ def test_what_contradicts_itself_is_told(tmp_path: Path, capsys: pytest.CaptureF
         (
             {"propensity": 0.0},
             ["target=p_new"],
-            "column 'propensity' must hold a probability above 0, found 0 in row 0",
+            "column 'propensity' must hold a probability above 0, found 0 (the first is row 0",
         ),
-        ({"p_new": 1.5}, ["target=p_new"], "column 'p_new' must hold a probability, 0 to 1, found 1.5 in row 0"),
-        ({"label_clicked": np.inf}, ["target=p_new"], "column 'label_clicked' must hold a finite number"),
-        ({"user": None}, ["target=p_new"], "column 'user' must hold an id, not null, found null in row 0"),
+        ({"p_new": 1.5}, ["target=p_new"], "column 'p_new' must hold a probability, found 1.5 (the first is row 0"),
+        (
+            {"label_clicked": np.inf},
+            ["target=p_new"],
+            "column 'label_clicked' must hold a number or null where it is unobserved, found inf",
+        ),
+        ({"user": None}, ["target=p_new"], "column 'user' holds null (the first is row 0"),
     ],
 )
 def test_what_is_wrong_is_named(

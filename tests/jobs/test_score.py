@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 
 from mmoe_rec.batches.encoded_rows import EncodedRows
@@ -17,11 +19,10 @@ from mmoe_rec.evaluation.scoring import COLUMNS, score_rows
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.jobs.places import logs_for
 from mmoe_rec.jobs.score import microseconds
-from mmoe_rec.jobs.score_files import RANKS, SCORES
-from mmoe_rec.jobs.score_parts import RankJob, rank_partition
+from mmoe_rec.jobs.score_parts import rank_rows
 from mmoe_rec.log.columns import UTC_MICROSECONDS
+from mmoe_rec.log.database import open_database
 from mmoe_rec.model.score import add_outcomes
-from mmoe_rec.preprocessing.exchange import Exchange, partition_of
 from mmoe_rec.preprocessing.prepare import encode_with
 from tests.commands import run
 from tests.inference.small_model import SmallModel, as_request
@@ -161,20 +162,17 @@ def test_attributes_that_are_not_there_are_completed_as_by_the_server(
 
 
 def test_equal_scores_keep_the_order_of_the_rows(tmp_path: Path) -> None:
-    """Many equal scores, of requests that lie in several parts and partitions, against pandas."""
-    rng, starts = np.random.default_rng(0), np.array([0, 30, 31, 200])
+    """Many equal scores, of requests that lie in several parts, against pandas."""
+    rng, starts = np.random.default_rng(0), [0, 30, 31, 200, 300]
     request, score = rng.integers(0, 2**64, 20, np.uint64)[rng.integers(0, 20, 300)], rng.integers(-2, 2, 300) * 1.5
-    scores, ranks = Exchange(tmp_path / "scores", 3), Exchange(tmp_path / "ranks", len(starts))
-    rows = pa.table({"request": request, "score": score, "row": np.arange(300)})
-    for turn, part in enumerate(np.array_split(rng.permutation(300), 4)):
-        scores.send(SCORES, (0, turn), rows.take(pa.array(part)), partition_of(request[part], 3))
-    job = RankJob(starts, scores, ranks, tmp_path, tmp_path, {})
-    for partition in range(3):
-        rank_partition(job, partition)
+    rows, parts = pa.table({"request": request, "score": score, "number": np.arange(300)}), {}
+    for start, end in itertools.pairwise(starts):
+        parts[tmp_path / f"{start}.parquet"] = tmp_path / f"{start}.npy"
+        pq.write_table(rows.slice(start, end - start), tmp_path / f"{start}.parquet")
+    with open_database(tmp_path / "database") as database:
+        rank_rows(database, parts)
     expected = best_first(pd.DataFrame({"request": request, "score": score}))
-    found = [ranks.receive_all(RANKS, part).sort_by("row") for part in range(len(starts))]
-    np.testing.assert_array_equal(np.concatenate([each["row"].to_numpy() for each in found]), np.arange(300))
-    np.testing.assert_array_equal(np.concatenate([each["rank"].to_numpy() for each in found]), expected)
+    np.testing.assert_array_equal(np.concatenate([np.load(each) for each in parts.values()]), expected)
 
 
 def test_without_a_request_column_rows_of_a_user_and_time_are_ranked(tmp_path: Path) -> None:

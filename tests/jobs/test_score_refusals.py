@@ -12,7 +12,6 @@ import pytest
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.jobs.score import score_log
-from mmoe_rec.jobs.score_files import AsOf
 from tests.commands import run
 from tests.inference.small_model import SmallModel
 from tests.jobs.scored import write_finely
@@ -153,15 +152,6 @@ def test_a_column_that_only_some_files_have_is_not_completed(small: SmallModel, 
         score_log(small.folder, source, tmp_path / "out", "tables")
 
 
-@pytest.mark.parametrize("name", ["features/pipeline.json", "settings.yaml"])
-def test_a_damaged_model_is_told_as_such(small: SmallModel, tmp_path: Path, name: str) -> None:
-    source = write_finely(tmp_path / "log", good())
-    shutil.copytree(small.folder, tmp_path / "model")
-    (tmp_path / "model" / name).write_text('{"format": 9}')
-    with pytest.raises(UserError, match=f"is not as it was written: '{name}' has"):
-        score_log(tmp_path / "model", source, tmp_path / "out")
-
-
 @pytest.mark.parametrize("setting", ["--tasks.click.score_weight", "--model.gates.top_k", "--serving.max_candidates"])
 def test_a_setting_that_scoring_does_not_read_is_refused(small: SmallModel, tmp_path: Path, setting: str) -> None:
     with pytest.raises(UserError, match=f"^{setting} changes nothing here"):
@@ -172,11 +162,3 @@ def test_a_setting_that_scoring_does_not_read_is_refused(small: SmallModel, tmp_
 def test_a_window_without_time_is_refused_at_once(small: SmallModel, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"--start 1970-01-01T00:00:00\+00:00 is not before --end"):
         score_log(small.folder, "no/log", tmp_path / "out", window=(2, 2))
-
-
-@pytest.mark.parametrize("as_of", ["log", "tables"])
-def test_an_input_that_is_not_there_is_told_in_words_of_the_command(
-    small: SmallModel, tmp_path: Path, as_of: AsOf
-) -> None:
-    with pytest.raises(UserError, match="--input"):
-        score_log(small.folder, tmp_path / "nothing", tmp_path / "out", as_of)

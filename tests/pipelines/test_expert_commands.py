@@ -11,10 +11,10 @@ import mlflow
 import numpy as np
 import pytest
 
+from mmoe_rec.cli.evaluate import table_of
 from mmoe_rec.evaluation.intervals import Interval
 from mmoe_rec.inference.artifact import read_artifact
 from mmoe_rec.inference.ranker import Ranker
-from mmoe_rec.jobs.experts import table_of
 from tests.commands import refuse, run
 from tests.pipelines.learnable_log import settings_tree, write_files
 
@@ -84,7 +84,6 @@ def test_removing_and_masking_agree(soft: Path) -> None:
         ([], "give one of --add, --remove and --mask"),
         (["--add", "1", "--mask", "0"], "give one of --add, --remove and --mask"),
         (["--remove", "9"], "expert 9 can't be removed"),
-        (["--add", "2", "--copy", "1"], "--copy names as many experts as --add adds"),
     ],
 )
 def test_a_wrong_edit_ends_in_a_sentence(

@@ -10,9 +10,9 @@ import pytest
 
 from mmoe_rec import locks
 from mmoe_rec.jobs import train as steps
-from mmoe_rec.jobs.after_training import Promotion
 from mmoe_rec.jobs.evaluate import evaluate_model
 from mmoe_rec.jobs.places import features_in_use
+from mmoe_rec.jobs.promotion import Decision
 from mmoe_rec.locks import lock_file, reading, writing
 from mmoe_rec.settings.load import load_settings
 from tests.commands import refuse, run
@@ -24,7 +24,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> World:
     """A world with features and a model's folder."""
     world = World.of(tmp_path_factory.mktemp("world"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(steps, "promote", lambda *_: Promotion("models:/learnable@champion", True, ()))
+        patch.setattr(steps, "promote_trained", lambda *_: Decision("models:/learnable@champion", True, ()))
         world.train()
     return world
 
@@ -32,7 +32,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> World:
 @pytest.fixture
 def world(template: World, monkeypatch: pytest.MonkeyPatch) -> World:
     monkeypatch.setattr(locks, "SECONDS_TO_LET_GO", 0.2)
-    monkeypatch.setattr(steps, "promote", lambda *_: Promotion("models:/learnable@champion", True, ()))
+    monkeypatch.setattr(steps, "promote_trained", lambda *_: Decision("models:/learnable@champion", True, ()))
     return template
 
 
@@ -62,11 +62,11 @@ def test_a_training_holds_its_folders_until_its_model_is_registered(
 ) -> None:
     work, held = world.folder / "work", []
 
-    def promote(*_: Any) -> Promotion:
+    def promote(*_: Any) -> Decision:
         held.extend(name for name in ("checkpoints", "model", "features") if lock_file(work / name).is_file())
-        return Promotion("models:/learnable@champion", True, ())
+        return Decision("models:/learnable@champion", True, ())
 
-    monkeypatch.setattr(steps, "promote", promote)
+    monkeypatch.setattr(steps, "promote_trained", promote)
     world.train()
     assert held == ["checkpoints", "model", "features"]
     assert not list(work.glob(".*.lock"))
@@ -101,7 +101,7 @@ def test_whoever_reads_features_says_so(world: World, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr("mmoe_rec.evaluation.scoring.score_rows", read)
     monkeypatch.setattr("mmoe_rec.inspection.health.inspect", read)
-    monkeypatch.setattr("mmoe_rec.jobs.tune.Study.run", read)
+    monkeypatch.setattr("mmoe_rec.cli.tune.Study.run", read)
     model = ["--model", str(world.folder / "work" / "model"), "--out", str(tmp_path / "out")]
     config = ["--config", str(world.folder / "first.yaml")]
     search = ["--tuning.search", '{"training.learning_rate": {"low": 0.1, "high": 0.2}}']

@@ -16,7 +16,7 @@ from sklearn.metrics import log_loss, roc_auc_score
 from mmoe_rec.errors import RequestError, UserError
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.jobs.places import build_features
-from mmoe_rec.jobs.workspace import Finished
+from mmoe_rec.jobs.workspace import Trained
 from mmoe_rec.live.outcomes import join_outcomes
 from mmoe_rec.live.replay import ReplayOptions, replay
 from mmoe_rec.log.stand_ins import told_of_stand_ins
@@ -123,15 +123,15 @@ def test_metrics_are_weighted_and_of_the_test_rows(
 
 
 def test_the_best_state_is_chosen_by_weighted_losses_and_areas(world: World, scored: pd.DataFrame) -> None:
-    best = Finished.read(world.folder / "work" / "checkpoints").best  # type: ignore[union-attr]
+    best = Trained.read(world.folder / "work").best  # type: ignore[union-attr]
     for task in ("label", "other"):
         labels, predicted, weights = by_the_table(world, scored, [3], task)
         expected = log_loss(labels, predicted, sample_weight=weights)
-        assert best["loss"][task] == pytest.approx(expected, rel=1e-4)
+        assert best.loss[task] == pytest.approx(expected, rel=1e-4)
         assert abs(expected - log_loss(labels, predicted)) > 1e-3 * expected, "weights say nothing"
         binned = np.floor(np.log(predicted / (1 - predicted)) * BINS_PER_UNIT)
         area = roc_auc_score(labels, binned, sample_weight=weights)
-        assert best["auc"][task] == pytest.approx(area, abs=1e-3)
+        assert best.auc[task] == pytest.approx(area, abs=1e-3)
         assert abs(area - roc_auc_score(labels, binned)) > 2e-3, "weights say nothing"
 
 

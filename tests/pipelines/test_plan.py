@@ -87,7 +87,7 @@ def test_the_sizes_of_built_features_are_taken(tmp_path: Path, capsys: pytest.Ca
         (["--local-world-size", "8"], "missing option '--world-size'"),
         *[
             (["--world-size", "16", f"--{name}={value}"], f"invalid value for '--{name}': ")
-            for name in ("hbm-gib", "host-gib", "tflops")
+            for name in ("hbm-gib", "host-gib")
             for value in ("0", "-80", "nan", "inf", "1e308", "much")
         ],
         (["--world-size", "16", "--hbm-gib", "0.01"], "do not fit into 16 rank(s)"),
@@ -103,7 +103,7 @@ def test_refusals(capsys: pytest.CaptureFixture, arguments: list[str], message: 
     assert message in said
 
 
-@pytest.mark.parametrize("arguments", [["--hbm-gib", "1e6"], ["--tflops", "0.001"], ["--training.batch_size", "2"]])
+@pytest.mark.parametrize("arguments", [["--hbm-gib", "1e6"], ["--training.batch_size", "2"]])
 def test_far_but_possible_numbers(capsys: pytest.CaptureFixture, arguments: list[str]) -> None:
     code, said = run(capsys, "--world-size", "128", "--local-world-size", "8", *arguments)
     assert code == 0, said

@@ -14,7 +14,7 @@ import pytest
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.scoring import NotFiniteError
 from mmoe_rec.inference.ranker import OtherScoresError, Ranker
-from mmoe_rec.jobs import promote
+from mmoe_rec.jobs import promotion
 from mmoe_rec.tracking import registry
 from mmoe_rec.tracking.registry import fetch_model
 from tests import commands
@@ -27,7 +27,7 @@ SLOW = ("--training.learning_rate", "1e-9", "--training.table_learning_rate", "1
 NAME = "learnable"
 
 
-SLOWER = promote._slower
+SLOWER = promotion._slower
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> World:
 @pytest.fixture
 def world(template: World, monkeypatch: pytest.MonkeyPatch) -> World:
     """The first version holds the alias; how fast versions answer depends on nothing else that the machine does."""
-    monkeypatch.setattr(promote, "_slower", lambda *_: 1.0)
+    monkeypatch.setattr(promotion, "_slower", lambda *_: 1.0)
     registry.move_alias(NAME, "champion", "1", template.uri)
     return template
 
@@ -89,7 +89,7 @@ def test_a_better_version_takes_the_alias_and_gives_it_back(
     assert "version 2 holds 'champion' already" in capsys.readouterr().out
     with monkeypatch.context() as patch:
         # Another process promotes while the version is loaded.
-        patch.setattr(promote, "_loaded", lambda version, uri: registry.move_alias(NAME, "champion", "1", uri))
+        patch.setattr(promotion, "_load", lambda _: registry.move_alias(NAME, "champion", "1", world.uri))
         assert run(world, "--rollback") == 2
     assert holder(world) == "1"
     assert "'champion' has moved meanwhile: run the command again" in capsys.readouterr().err
@@ -123,7 +123,7 @@ def test_rows_that_either_has_seen_decide_nothing(world: World, capsys: pytest.C
 
 
 def test_a_slower_version_is_refused(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(promote, "_slower", lambda *_: 2.0)
+    monkeypatch.setattr(promotion, "_slower", lambda *_: 2.0)
     assert run(world, "--challenger", "2") == 1
     assert (
         "version 2 answers 2.0 times as slowly as version 1, and 1.5 times is allowed" in tags(world, "2")["compared"]
@@ -135,7 +135,7 @@ def test_a_slower_version_is_refused(world: World, monkeypatch: pytest.MonkeyPat
 def test_the_time_of_an_answer_is_measured(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = fetch_model(f"models:/{NAME}/1", world.uri)
     now = [0.0]
-    monkeypatch.setattr(promote.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(promotion.time, "perf_counter", lambda: now[0])
 
     class Answers:
         def __init__(self, seconds: float) -> None:
@@ -158,7 +158,7 @@ def test_a_version_that_cannot_be_served_is_refused_and_a_holder_that_cannot_giv
     def taken(address: str, uri: str) -> Path:
         return broken if address.endswith("/2") else fetch_model(address, uri)
 
-    monkeypatch.setattr(promote, "fetch_model", taken)
+    monkeypatch.setattr(promotion, "fetch_model", taken)
     assert run(world, "--challenger", "2") == 1
     assert holder(world) == "1"
     assert tags(world, "2")["compared"].startswith("version 2 can't be served: ")
@@ -192,7 +192,7 @@ def test_an_alias_that_moves_meanwhile_is_left_alone(world: World, monkeypatch: 
         registry.move_alias(NAME, "champion", str(newest), world.uri)
         return 1.0
 
-    monkeypatch.setattr(promote, "_slower", meanwhile)
+    monkeypatch.setattr(promotion, "_slower", meanwhile)
     assert run(world, "--challenger", "2") == 1
     assert holder(world) not in ("1", "2")
     assert tags(world, "2")["compared"] == "'champion' has moved meanwhile: run the command again"
@@ -200,7 +200,7 @@ def test_an_alias_that_moves_meanwhile_is_left_alone(world: World, monkeypatch: 
 
 def test_a_holder_that_can_not_be_had_here_stays(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """An outage, or a machine that computes something else, says nothing about the holder."""
-    fetch = promote.fetch_model
+    fetch = promotion.fetch_model
 
     def away(address: str, uri: str) -> Path:
         if address.endswith("/1"):
@@ -208,7 +208,7 @@ def test_a_holder_that_can_not_be_had_here_stays(world: World, monkeypatch: pyte
         return fetch(address, uri)
 
     with monkeypatch.context() as patch:
-        patch.setattr(promote, "fetch_model", away)
+        patch.setattr(promotion, "fetch_model", away)
         assert run(world, "--challenger", "2") == 2
     load = Ranker.load
 
@@ -234,7 +234,7 @@ def test_a_version_whose_predictions_are_not_finite(
     def evaluated(*_: Any) -> Any:
         raise NotFiniteError("it gives predictions that are not finite numbers", f"version {which}")
 
-    monkeypatch.setattr(promote, "evaluate_found", evaluated)
+    monkeypatch.setattr(promotion, "evaluate_found", evaluated)
     assert run(world, "--challenger", "2") == (0 if promoted else 1)
     assert (holder(world) == "2") == promoted
     assert tags(world, "2")["compared"] == "it gives predictions that are not finite numbers"

@@ -18,7 +18,7 @@ from mmoe_rec.batches.encoded_rows import EncodedRows
 from mmoe_rec.evaluation.scoring import score_rows
 from mmoe_rec.inference.artifact import write_manifest
 from mmoe_rec.inference.ranker import Ranker
-from mmoe_rec.jobs import after_training as promotion
+from mmoe_rec.jobs import promotion
 from mmoe_rec.tracking import registry, runs
 from mmoe_rec.tracking.registry import fetch_model
 from tests.pipelines.short_trainings import World
@@ -147,7 +147,6 @@ def test_a_holder_of_other_features_is_measured_on_its_own(world: World) -> None
     found = re.search(r"is worse than 'version 2': mean auc of click, liked is lower by ([.\d]+) ", reason)
     assert found
     assert float(found[1]) == pytest.approx(area_of(world, "2") - area(elsewhere / "model", elsewhere), abs=1e-4)
-    assert not (world.folder / "elsewhere" / "champion").exists()
 
 
 def test_a_holder_of_other_tasks_keeps_the_alias(world: World) -> None:
@@ -156,7 +155,7 @@ def test_a_holder_of_other_tasks_keeps_the_alias(world: World) -> None:
     (world.folder / "loved.yaml").write_text(text)
     world.train("--data.work", str(elsewhere), day="loved")
     reason, now = json.loads((elsewhere / "checkpoints" / "finished.json").read_text())["compared"]
-    assert "it predicts click, liked, and the new model click, loved" in reason
+    assert "the model predicts click, liked; the settings have click, loved" in reason
     assert "point the alias at the new one yourself" in reason
     assert now.startswith("'champion' stays version 2; ")
     assert holder(world) == "2"
@@ -166,9 +165,7 @@ def test_a_holder_whose_labels_mean_something_else_keeps_the_alias(world: World)
     elsewhere = world.folder / "meaning"
     world.train("--data.work", str(elsewhere), "--tasks.liked.matures_after_days", "1")
     reason, now = json.loads((elsewhere / "checkpoints" / "finished.json").read_text())["compared"]
-    assert (
-        "its 'tasks.liked.matures_after_days' is 0.0, and 1.0 in the settings, so it predicts something else" in reason
-    )
+    assert "trained with 'tasks.liked.matures_after_days' 0.0, and it is 1.0 in the settings" in reason
     assert now.startswith("'champion' stays version 2; ")
     assert holder(world) == "2"
 
@@ -219,14 +216,15 @@ def test_a_holder_that_computes_something_else_here_keeps_the_alias(
 
 def test_a_model_whose_predictions_are_not_finite_takes_no_alias(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     registry.move_alias(NAME, "champion", "1", world.uri)
-    finite = promotion.HolderComparison._scored
+    score, calls = promotion.score_by, []
 
-    def scored(self: promotion.HolderComparison, model: Any, *rest: Any) -> Any:
-        if model is self.model:
+    def scored(settings: Any, model: Any, *rest: Any) -> Any:
+        calls.append(model)
+        if len(calls) == 2:  # after the holder
             model.scale.fill_(float("inf"))
-        return finite(self, model, *rest)
+        return score(settings, model, *rest)
 
-    monkeypatch.setattr(promotion.HolderComparison, "_scored", scored)
+    monkeypatch.setattr(promotion, "score_by", scored)
     world.train()
     assert holder(world) == "1"
     assert said(world)[0] == "this model gives predictions that are not finite numbers"
@@ -264,17 +262,16 @@ def test_an_outage_during_the_comparison_decides_nothing(
 
 def test_an_alias_that_moved_meanwhile_is_compared_with_anew(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     registry.move_alias(NAME, "champion", "1", world.uri)
-    compare, asked = promotion.HolderComparison.with_holder, []
+    compare, holders = promotion.compare_with_holder, []
 
-    def meanwhile(self: promotion.HolderComparison, found: registry.Version | None) -> promotion.Judgement:
-        assert found is not None
-        asked.append(found.number)
+    def meanwhile(*rest: Any) -> tuple[bool, str]:
+        holders.append(rest[-1].number)
         registry.move_alias(NAME, "champion", "2", world.uri)
-        return compare(self, found)
+        return compare(*rest)
 
-    monkeypatch.setattr(promotion.HolderComparison, "with_holder", meanwhile)
+    monkeypatch.setattr(promotion, "compare_with_holder", meanwhile)
     world.train(*SLOW, "--training.seed", "5")
-    assert asked == ["1", "2"]
+    assert holders == ["1", "2"]
     assert holder(world) == "2"
 
 
@@ -287,7 +284,7 @@ def test_a_training_that_was_killed_after_it_took_the_alias_is_not_registered_tw
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("mmoe_rec.jobs.workspace.Finished.write", killed)
+        patch.setattr("mmoe_rec.jobs.workspace.Trained.write", killed)
         with pytest.raises(KeyboardInterrupt):
             world.train()
     version = newest(world)

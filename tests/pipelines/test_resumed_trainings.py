@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from mmoe_rec.inference.writing import seal
 from mmoe_rec.jobs import train as steps
-from mmoe_rec.jobs.after_training import Promotion
+from mmoe_rec.jobs.promotion import Decision
 from tests.pipelines.short_trainings import World, dying_after, refused
 
 pytestmark = pytest.mark.thorough
@@ -31,10 +31,10 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> World:
 def world(template: World, monkeypatch: pytest.MonkeyPatch) -> World:
     """The same, in which a model is registered by name only, as registration takes longer than such a training."""
 
-    def promoted(*_: object) -> Promotion:
-        return Promotion("models:/learnable@champion", True, ("it is better",))
+    def promoted(*_: object) -> Decision:
+        return Decision("models:/learnable@champion", True, ("it is better",))
 
-    monkeypatch.setattr(steps, "promote", promoted)
+    monkeypatch.setattr(steps, "promote_trained", promoted)
     shutil.rmtree(template.checkpoints, ignore_errors=True)
     return template
 
@@ -182,7 +182,7 @@ def test_a_later_day_begins_a_new_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     """The same line every day, whatever became of the day before."""
-    monkeypatch.setattr(steps, "promote", lambda *_: Promotion("models:/learnable@champion", True, ()))
+    monkeypatch.setattr(steps, "promote_trained", lambda *_: Decision("models:/learnable@champion", True, ()))
     world = World.of(tmp_path / "days")
     world.train()
     manifest = world.folder / "work" / "features" / "manifest.json"
@@ -214,7 +214,7 @@ def test_a_log_that_has_grown_after_the_end_begins_a_new_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     """Without --from, features of all days are built anew."""
-    monkeypatch.setattr(steps, "promote", lambda *_: Promotion("models:/learnable@champion", True, ()))
+    monkeypatch.setattr(steps, "promote_trained", lambda *_: Decision("models:/learnable@champion", True, ()))
     world = World.of(tmp_path / "days")
     world.train()
     (world.folder / "later.parquet").rename(world.folder / "log" / "later.parquet")

@@ -109,7 +109,7 @@ def test_columns_of_placement_are_taken_where_nothing_is_asked_for(world: World,
         ("colour", r"0\.parquet' has no column 'colour'; it has .* \(slices\)"),
         ("words", r"column 'words' must hold integers, numbers or strings.*\(slices\)"),
         ("number", "column 'number' has more than 1,000 values"),
-        ("bucket(device, 3)", "column 'device' of the log holds strings, and buckets are of numbers"),
+        ("bucket(device, 3)", "column 'device' of the log holds string, and buckets are of numbers"),
         ("bucket(stock, 1)", r"slices bucket\(stock, 1\): expected 2 to 100 buckets"),
     ],
 )

@@ -11,8 +11,8 @@ from typing import Any, ClassVar
 import mlflow
 import pytest
 
+from mmoe_rec.cli.tune import NOT_VALID_IN_A_ROW, Study
 from mmoe_rec.errors import StoppedError, UserError
-from mmoe_rec.jobs.tune import NOT_VALID_IN_A_ROW, Study
 from mmoe_rec.settings.load import load_settings
 from mmoe_rec.settings.sections import Settings
 from mmoe_rec.tracking import runs

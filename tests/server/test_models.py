@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
+from mmoe_rec.cli.serve import AtAddress, limits_of
 from mmoe_rec.errors import UserError
 from mmoe_rec.inference.artifact import version_of
-from mmoe_rec.jobs.serve import AtAddress, limits_of
 from mmoe_rec.model.products import has_onednn
 from mmoe_rec.server.app import Application
 from mmoe_rec.server.limits import Limits

@@ -173,12 +173,14 @@ def test_who_holds_the_model_is_replaced_with_all_workers(folder: Path, tmp_path
 
 @pytest.mark.thorough
 def test_all_ends_with_the_parent(folder: Path, tmp_path: Path) -> None:
-    with served(folder, tmp_path, "--workers", "2") as running:
+    (tmp_path / "temporary").mkdir()
+    with served(folder, tmp_path, "--workers", "2", TMPDIR=str(tmp_path / "temporary")) as running:
         until(lambda: model_count(running) == 2)
         rest = running.workers() | running.generations()
         running.process.kill()
         running.process.wait(PATIENCE)
         until(lambda: not any(map(is_running, rest)))
+        assert not list((tmp_path / "temporary").iterdir())
 
 
 @pytest.mark.thorough

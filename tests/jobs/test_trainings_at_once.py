@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 
 from mmoe_rec.errors import StoppedError, StopRequest, UserError
-from mmoe_rec.jobs.side_by_side import side_by_side
+from mmoe_rec.jobs.seeds import run_side_by_side
 
 pytestmark = pytest.mark.thorough
 
 
-def saving(folder: str) -> str:
+def save(folder: str) -> None:
     """Works until a signal comes, and saves for longer than signals are apart."""
     with StopRequest() as stop:
         Path(folder, f"{os.getpid()}.begun").touch()
@@ -32,9 +32,9 @@ def saving(folder: str) -> str:
 FAIL = ("wrong", "broken", "killed")
 
 
-def told(word: str) -> str:
-    """By the word."""
-    print(f"said {word}", flush=True)
+def obey(word: str) -> None:
+    """Does what the word says."""
+    print(f"{word} on card {os.environ['LOCAL_RANK']}", flush=True)
     if word in FAIL:
         while not list(Path(os.environ["TMP_OF_TEST"]).glob("*.begun")):
             time.sleep(0.02)
@@ -45,19 +45,18 @@ def told(word: str) -> str:
     if word == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
     if "/" in word:
-        return saving(word)
-    return f"{word} on card {os.environ['LOCAL_RANK']}"
+        save(word)
 
 
-def run(words: list[str], folder: Path, at_once: int = 2) -> dict[int, str]:
-    return dict(side_by_side(told, words, [folder / f"{number}.log" for number in range(len(words))], at_once))
+def run(words: list[str], folder: Path, at_once: int = 2) -> list[int]:
+    return list(run_side_by_side(obey, words, [folder / f"{number}.log" for number in range(len(words))], at_once))
 
 
-def test_each_gives_its_result_and_prints_to_its_file(tmp_path: Path) -> None:
-    found = run(["a", "b", "c", "d", "e"], tmp_path)
-    assert [found[number][0] for number in range(5)] == ["a", "b", "c", "d", "e"]
-    assert {each[-1] for each in found.values()} == {"0", "1"}
-    assert [(tmp_path / f"{number}.log").read_text() for number in range(5)] == [f"said {each}\n" for each in "abcde"]
+def test_each_runs_on_a_card_and_prints_to_its_file(tmp_path: Path) -> None:
+    assert sorted(run(["a", "b", "c", "d", "e"], tmp_path)) == [0, 1, 2, 3, 4]
+    logs = [(tmp_path / f"{number}.log").read_text() for number in range(5)]
+    assert [each[0] for each in logs] == ["a", "b", "c", "d", "e"]
+    assert {each[1:] for each in logs} == {" on card 0\n", " on card 1\n"}
 
 
 @pytest.mark.parametrize(
@@ -83,7 +82,7 @@ SCRIPT = """
 import sys
 from pathlib import Path
 from mmoe_rec.errors import exit_with_message
-from tests.jobs.test_side_by_side import run
+from tests.jobs.test_trainings_at_once import run
 if __name__ == "__main__":
     with exit_with_message():
         run([sys.argv[1] + "/"] * 2, Path(sys.argv[1]))

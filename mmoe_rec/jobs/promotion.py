@@ -1,0 +1,336 @@
+"""Whether a version of a registered model takes an alias from the one that holds it, and the way back.
+
+After a training the two are compared on its validation rows, which the trained model has at hand; `promote` measures
+two versions on the settings' test rows. Both decide by the rule of every comparison, with an interval over users and
+guardrails for each task. What was decided, and why, is kept with the version.
+
+A holder that can't be served any more (of an earlier version, damaged, with predictions that are not finite) gives way.
+One that can't be compared here (tasks or labels that mean something else, files that can't be fetched, other scores
+than where it was written) keeps the alias. An outage of MLflow decides nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mmoe_rec.errors import UserError
+from mmoe_rec.evaluation.comparison import BETTER
+from mmoe_rec.evaluation.results import Results
+from mmoe_rec.jobs.evaluate import PROMOTION, check_tasks, evaluate_found, rows_to_measure, score_by
+from mmoe_rec.jobs.workspace import CHALLENGER
+from mmoe_rec.preprocessing.prepare import Prepared
+from mmoe_rec.progress import say
+from mmoe_rec.settings.sections import Settings
+from mmoe_rec.tracking import registry
+from mmoe_rec.tracking.outbox import UnreachableError
+from mmoe_rec.tracking.registry import (
+    FoundModel,
+    Version,
+    describe_version,
+    fetch_model,
+    find_holder,
+    forget_replaced,
+    get_replaced,
+    get_version,
+    list_aliases,
+    move_alias,
+    tag_version,
+)
+from mmoe_rec.tracking.runs import Run
+
+if TYPE_CHECKING:
+    from mmoe_rec.evaluation.scoring import ScoredRows
+    from mmoe_rec.inference.ranker import Ranker
+    from mmoe_rec.model.layout import ModelLayout
+    from mmoe_rec.model.mmoe import RankingModel
+
+_RESAMPLES = 200  # of the intervals of calibration, which only tell whether it is far off
+_CALLS, _ROUNDS, _CANDIDATES = 5, 20, 200  # of an example; the fastest round counts
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What became of a version. address: in the registry; promoted: whether it holds the alias; reasons: sentences on
+    how it did beside the version that held it, and on who holds it now; results: where both were measured."""
+
+    address: str
+    promoted: bool
+    reasons: tuple[str, ...]
+    results: Results | None = None
+
+
+def promote_trained(
+    run: Run, settings: Settings, prepared: Prepared, model: RankingModel, artifact: Path, about: str = ""
+) -> Decision:
+    """Registers a trained model, and points the alias at it if it is better than the holder, else `challenger`.
+
+    model: that of the artifact; about: what the version's description says of it before the verdict. Raises
+    UnreachableError where MLflow does not answer, UserError where it refuses. When the same run does it again, nothing
+    is registered twice. A holder that changes meanwhile is compared with anew.
+    """
+    name, alias, uri = settings.registered_model, settings.tracking.alias, settings.tracking.address
+    holder = find_holder(name, alias, uri)
+    if holder is not None and holder.run_id == run.run_id:  # a kill came between the alias and the training's end
+        return Decision(f"models:/{name}@{alias}", True, (f"'{alias}' is version {holder.number}, this model",))
+    # What came between may also have been an outage of MLflow.
+    tags = {"data.digest": prepared.manifest["digest"], "features.fingerprint": prepared.manifest["fingerprint"]}
+    number = registry.find_registered(run, artifact, name) or registry.register_model(run, artifact, name, tags=tags)
+    while True:
+        better, reason = compare_with_holder(settings, prepared, model, artifact, holder)
+        now = find_holder(name, alias, uri)
+        if now == holder:
+            break
+        say(f"'{alias}' has moved to {'no model' if now is None else f'version {now.number}'} meanwhile")
+        holder = now
+    decision = {"promoted": str(better), "compared": reason}
+    run.set_tags(decision)
+    if better:
+        move_alias(name, alias, number, uri, holder)
+    version = Version(name, number, run.run_id)
+    describe_version(version, f"{reason}\n\n{about}", decision, uri)
+    if better:
+        return Decision(f"models:/{name}@{alias}", True, (reason, f"'{alias}' is version {number} now, this model"))
+    assert holder is not None, "without a holder the new model is better"
+    stays = f"'{alias}' stays version {holder.number}"
+    if alias == CHALLENGER:
+        return Decision(version.address, False, (reason, stays))
+    move_alias(name, CHALLENGER, number, uri)
+    stays += f"; this model, version {number}, is '{CHALLENGER}'"
+    return Decision(f"models:/{name}@{CHALLENGER}", False, (reason, stays))
+
+
+def compare_with_holder(
+    settings: Settings, prepared: Prepared, model: RankingModel, artifact: Path, holder: Version | None
+) -> tuple[bool, str]:
+    """Whether a trained model is better than the version that holds the alias, and the sentence that says why."""
+    from mmoe_rec.evaluation.scoring import NotFiniteError
+    from mmoe_rec.inference.artifact import read_calibration
+    from mmoe_rec.inference.ranker import OtherScoresError
+    from mmoe_rec.model.layout import ModelLayout
+
+    alias = settings.tracking.alias
+    if holder is None:
+        return True, f"no model held '{alias}' before"
+    who = f"version {holder.number}, which holds '{alias}',"
+    by_hand = "point the alias at the new one yourself if it is to serve, or set tracking.registered_model"
+    try:
+        folder = fetch_model(holder.address, settings.tracking.address)
+        ranker = _load(folder)
+        if isinstance(ranker, OtherScoresError):  # on another machine it may serve well
+            raise ranker
+        if isinstance(ranker, Exception):
+            return True, f"{who} can't be served any more: {_one_line(ranker)}"
+        its = _score_by_holder(settings, prepared, ranker, folder, holder)
+        layout, calibration = ModelLayout.of(prepared.layout, settings), read_calibration(artifact)
+        try:
+            mine = score_by(settings, model, layout, prepared.split("validation"), calibration)
+        except NotFiniteError:
+            return False, "this model gives predictions that are not finite numbers"
+        return _judge_rows(settings, mine, its, f"version {holder.number}")
+    except UnreachableError:
+        raise  # an outage decides nothing
+    except NotFiniteError:
+        return True, f"{who} gives predictions that are not finite numbers"
+    except UserError as error:
+        return False, f"{who} can't be compared: {_one_line(error)}; {by_hand}"
+
+
+def _judge_rows(settings: Settings, mine: ScoredRows, its: ScoredRows, its_name: str) -> tuple[bool, str]:
+    from mmoe_rec.evaluation.comparison import compare
+    from mmoe_rec.evaluation.summary import MeasuredModel, summarise
+    from mmoe_rec.report.sentences import describe_verdict
+
+    rules, name = settings.evaluation, "this model"
+    sums = {name: mine.measure(), its_name: its.measure()}
+    models = {each: MeasuredModel(of_it, summarise(of_it, _RESAMPLES)) for each, of_it in sums.items()}
+    compared = compare(models, name, list(settings.tasks), rules, rules.resamples)
+    verdict, sentence = compared.against[its_name].verdict, describe_verdict(compared, its_name, models[name].summary)
+    assert verdict is not None, "a comparison has verdicts"
+    return verdict.kind == BETTER, f"{sentence} ({len(mine.score):,} validation rows)"
+
+
+def _score_by_holder(
+    settings: Settings, prepared: Prepared, ranker: Ranker, folder: Path, holder: Version
+) -> ScoredRows:
+    """The validation rows as the holder scores them: the training's, where its features are the same or were extended
+    from its own; else encoded anew. Raises UserError where its tasks mean something else."""
+    check_tasks(settings, ranker.pipeline.schema)
+    manifest, validation = prepared.manifest, prepared.split("validation")
+    if manifest["fingerprint"] == ranker.about.fingerprint:
+        return score_by(settings, ranker.model, ranker.layout, validation, ranker.calibration)
+    if "extends" in manifest and (grown := _grow(prepared, ranker, folder)) is not None:
+        return score_by(settings, *grown, validation, ranker.calibration)
+    say(f"encoding the validation rows for version {holder.number}, which has other features")
+    with rows_to_measure(settings, folder, ranker, "validation") as rows:
+        return score_by(settings, ranker.model, ranker.layout, rows, ranker.calibration)
+
+
+def _grow(prepared: Prepared, ranker: Ranker, folder: Path) -> tuple[RankingModel, ModelLayout] | None:
+    """A model and its layout on features that were extended from its own, with the same outputs; None for others."""
+    from mmoe_rec.model.mmoe import build_model
+    from mmoe_rec.model.tables import plain_tables
+    from mmoe_rec.settings.model import Model
+    from mmoe_rec.training.warm_start import WarmStart
+
+    structure = Model.model_validate(ranker.about.model)
+    rows = {table.name: table.rows for table in prepared.layout.tables}
+    tables = tuple(replace(table, rows=rows.get(table.name, table.rows)) for table in ranker.layout.tables)
+    layout = replace(ranker.layout, tables=tables)
+    try:
+        start = WarmStart(folder, structure, prepared, layout, structure)
+    except UserError:
+        return None
+    model = build_model(layout, structure, plain_tables(layout))
+    start.fill(model)
+    return model, layout
+
+
+def promote_version(settings: Settings, name: str, challenger: str, slower_at_most: float, out: Path) -> Decision:
+    """Decides by the test rows, and moves the alias if the challenger is better; writes the report to a folder.
+
+    name: of the registered model; challenger: number of a version, or an alias; slower_at_most: largest ratio of the
+    times in which both answer. Raises UserError for a version that there is not, or where the two can't be compared.
+    """
+    alias, uri = settings.tracking.alias, settings.tracking.address
+    version, holder = _find_version(name, challenger, uri), find_holder(name, alias, uri)
+    if holder == version:
+        return Decision(version.address, True, (f"version {version.number} holds '{alias}' already",))
+    better, reasons, results = _judge_versions(settings, version, holder, slower_at_most, out)
+    if better and find_holder(name, alias, uri) != holder:
+        better, reasons = False, [f"'{alias}' has moved meanwhile: run the command again"]
+    if better:
+        move_alias(name, alias, version.number, uri, holder)
+    tags = {"promoted": f"'{alias}' since this comparison" if better else "no", "compared": "; ".join(reasons)[:4000]}
+    tag_version(version, tags, uri)
+    now = f"'{alias}' is version {version.number} now" if better else f"'{alias}' stays as it was"
+    return Decision(version.address, better, (*reasons, now), results)
+
+
+def _judge_versions(
+    settings: Settings, version: Version, holder: Version | None, slower_at_most: float, out: Path
+) -> tuple[bool, list[str], Results | None]:
+    """Whether a version is better than the holder, the reasons, and what was measured."""
+    from mmoe_rec.evaluation.scoring import NotFiniteError
+    from mmoe_rec.inference.ranker import OtherScoresError
+    from mmoe_rec.report.sentences import describe_verdict
+
+    alias, uri = settings.tracking.alias, settings.tracking.address
+    folder = fetch_model(version.address, uri)
+    mine = _load(folder)
+    if isinstance(mine, Exception):
+        return False, [f"version {version.number} can't be served: {_one_line(mine)}"], None
+    if holder is None:
+        return True, [f"no version held '{alias}' before"], None
+    its_folder = fetch_model(holder.address, uri)
+    its = _load(its_folder)
+    if isinstance(its, Exception):
+        why = f"version {holder.number}, which holds '{alias}', can't be served: {_one_line(its)}"
+        if isinstance(its, UserError) and not isinstance(its, OtherScoresError):  # wherever it is loaded
+            return True, [why], None
+        return False, [f"{why}; so the two can't be compared here"], None
+    models = {
+        f"version {each.number}": FoundModel(each.address, where, each.run_id)
+        for each, where in ((version, folder), (holder, its_folder))
+    }
+    name, its_name = models
+    try:
+        results = evaluate_found(settings, models, out, PROMOTION).results
+    except NotFiniteError as error:
+        return error.name == its_name, [str(error)], None
+    against = _find_objections(results, name, its_name)
+    if (ratio := _slower(mine, its, folder)) > slower_at_most:
+        against.append(
+            f"{name} answers {ratio:.1f} times as slowly as {its_name}, and {slower_at_most:g} times is allowed "
+            "(--slower-at-most)"
+        )
+    assert results.comparison is not None
+    verdict = describe_verdict(results.comparison, its_name, results.first.summary)
+    return not against, against or [verdict], results
+
+
+def _find_objections(results: Results, name: str, its_name: str) -> list[str]:
+    """What speaks against a version: rows that either has seen, the verdict, and what is suspicious about it alone."""
+    from mmoe_rec.report.findings import find_all
+    from mmoe_rec.report.sentences import describe_verdict
+
+    assert results.comparison is not None
+    verdict, findings = results.comparison.against[its_name].verdict, find_all(results)
+    objections = [f"{model} {seen}" for model, each in results.models.items() for seen in each.seen]
+    if verdict is None or verdict.kind != BETTER:
+        objections.append(describe_verdict(results.comparison, its_name, results.first.summary))
+    its = {(each.check, each.task) for each in findings if each.model == its_name}
+    mine = [each for each in findings if each.model == name and each.task is not None]
+    return objections + [each.message for each in mine if (each.check, each.task) not in its]
+
+
+def _slower(mine: Ranker, its: Ranker, artifact: Path) -> float:
+    """How many times as long the first takes to answer an example as the second, the fastest of many calls of each."""
+    example = json.loads((artifact / "example_request.json").read_text(encoding="utf-8"))
+    # As many candidates as lists have in practice, of which the example has few.
+    times = max(1, _CANDIDATES // len(next(iter(example["candidates"].values()))))
+    candidates = {name: values * times for name, values in example["candidates"].items()}
+    fastest = [float("inf")] * 2
+    for _ in range(_ROUNDS):
+        for side, ranker in enumerate((mine, its)):
+            begun = time.perf_counter()
+            for _ in range(_CALLS):
+                ranker.rank(example["user"], example["context"], candidates)
+            fastest[side] = min(time.perf_counter() - begun, fastest[side])
+    return fastest[0] / fastest[1]
+
+
+def roll_back(name: str, alias: str, uri: str) -> Decision:
+    """Gives an alias back to the version that held it before the one that holds it now.
+
+    Raises UserError where that is unknown, or can't be served any more, or the alias moves meanwhile.
+    """
+    holder = find_holder(name, alias, uri)
+    if holder is None:
+        raise UserError(f"no version of '{name}' holds '{alias}'")
+    before = get_replaced(holder, alias, uri)
+    if before is None:
+        raise UserError(
+            f"it is not known which version of '{name}' held '{alias}' before version {holder.number}; point the alias "
+            "at it by hand"
+        )
+    version = get_version(name, before, uri)
+    if isinstance(trouble := _load(fetch_model(version.address, uri)), Exception):
+        raise UserError(f"version {before}, which held '{alias}' before, can't be served: {_one_line(trouble)}")
+    if find_holder(name, alias, uri) != holder:
+        raise UserError(f"'{alias}' has moved meanwhile: run the command again")
+    move_alias(name, alias, before, uri)
+    forget_replaced(holder, alias, uri)
+    tag_version(holder, {"promoted": f"no more: '{alias}' went back to version {before}"}, uri)
+    tag_version(version, {"promoted": f"'{alias}' again, after version {holder.number}"}, uri)
+    sentence = f"'{alias}' is version {before} again, which held it before version {holder.number}"
+    return Decision(version.address, True, (sentence,))
+
+
+def _find_version(name: str, word: str, uri: str) -> Version:
+    word = word.removeprefix(f"models:/{name}/").removeprefix(f"models:/{name}@")
+    if word.isdigit():
+        return get_version(name, word, uri)
+    version = find_holder(name, word, uri)
+    if version is None:
+        held = ", ".join(f"'{alias}' ({number})" for alias, number in sorted(list_aliases(name, uri).items()))
+        others = f"those that are held are {held}" if held else "none is held"
+        raise UserError(f"no version of '{name}' holds the alias '{word}': {others}; or give the number of a version")
+    return version
+
+
+def _load(folder: Path) -> Ranker | Exception:
+    """The ranker, whose files, format and example were checked, or why it can't be served here."""
+    from mmoe_rec.inference.ranker import Ranker
+
+    try:
+        return Ranker.load(folder)
+    except (UserError, RuntimeError) as error:  # or it fails at its own example, or for want of memory
+        return error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
