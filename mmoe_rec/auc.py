@@ -19,14 +19,10 @@ WHY_TOO_GOOD = (
 
 
 def auc_of_counts(positives: np.ndarray, negatives: np.ndarray) -> np.ndarray:
-    """Area under the ROC curve of predictions in B bins; rows of one bin are ties.
+    """(...) float64, the area under the ROC curve of predictions in B bins; NaN where there is no positive or no negative
+    row. Rows of one bin are ties.
 
-    Args:
-        positives: (B, ...) number, or weight, of positive rows in each bin, the bins in the order of rising prediction.
-        negatives: (B, ...) that of negative rows.
-
-    Returns:
-        (...) float64; NaN where there is no positive or no negative row.
+    positives, negatives: (B, ...) number, or weight, of rows in each bin, the bins in the order of rising prediction.
     """
     below = np.cumsum(negatives, axis=0) - 0.5 * negatives
     pairs_won = np.einsum("b...,b...->...", positives, below)
@@ -35,10 +31,10 @@ def auc_of_counts(positives: np.ndarray, negatives: np.ndarray) -> np.ndarray:
 
 
 def average_precision_of_counts(positives: np.ndarray, negatives: np.ndarray) -> np.ndarray:
-    """Average precision of predictions in B bins: the mean, over positive rows, of the precision of all rows that are
-    predicted at least as high (as scikit-learn has it, without interpolation); rows of one bin are ties.
+    """(...) float64, the average precision: the mean, over positive rows, of the precision of all rows that are
+    predicted at least as high (as scikit-learn has it, without interpolation); NaN where there is no positive row.
 
-    positives, negatives: as for `auc_of_counts`. Gives (...) float64; NaN where there is no positive row.
+    positives, negatives: as for `auc_of_counts`.
     """
     positives_above, negatives_above = (np.cumsum(each[::-1], axis=0)[::-1] for each in (positives, negatives))
     rows_above = np.asarray(positives_above + negatives_above, np.float64)
@@ -50,17 +46,11 @@ def average_precision_of_counts(positives: np.ndarray, negatives: np.ndarray) ->
 def grouped_auc(
     group: np.ndarray, value: np.ndarray, positives: np.ndarray, negatives: np.ndarray, groups: int
 ) -> np.ndarray:
-    """Area under the ROC curve within each of many groups, such as requests or users, without a loop over them.
+    """(G,) float64, the area under the ROC curve within each of G groups, such as requests or users, without a loop over
+    them; NaN for a group without a positive or without a negative row.
 
-    Args:
-        group: (N,) int64 in [0, groups).
-        value: (N,) the predictions, or anything in the same order.
-        positives: (N,) number, or weight, of positive rows behind each entry: 0 or 1 for single rows that count alike.
-        negatives: (N,) that of negative rows.
-        groups: G.
-
-    Returns:
-        (G,) float64; NaN for a group without a positive or without a negative row.
+    group: (N,) int64 in [0, groups); value: (N,) the predictions, or anything in the same order; positives, negatives:
+    (N,) number, or weight, of rows behind each entry, 0 or 1 for single rows that count alike.
     """
     order = np.lexsort((value, group))
     group, value = group[order], value[order]

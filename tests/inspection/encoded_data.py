@@ -150,6 +150,13 @@ def drifting(split: str, frame: pd.DataFrame) -> None:
     frame.loc[frame.index % 100 < 51, "id.item"] = 2
 
 
+def spoiling(split: str, frame: pd.DataFrame) -> None:
+    """A feature that drifts, and a task without labels."""
+    if split == "test":
+        frame["dense.price"] += 3
+        frame["label.stars"] = np.nan
+
+
 def feature(health: dict, name: str) -> dict:
     """A feature's part of the health."""
     return next(each for each in health["features"] if each["name"] == name)

@@ -7,7 +7,6 @@ from html import unescape
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import pytest
 from jinja2 import UndefinedError
 
@@ -15,7 +14,7 @@ from mmoe_rec.evaluation.intervals import Difference
 from mmoe_rec.evaluation.trainings import SettingsDifference, TrainingsMean
 from mmoe_rec.report import evaluation, health, trainings
 from mmoe_rec.report.pages import TEMPLATES, render
-from tests.inspection.encoded_data import LAYOUT, SCHEMA, changed, health_of_frames
+from tests.inspection.encoded_data import LAYOUT, SCHEMA, changed, health_of_frames, spoiling
 from tests.report import evaluations
 from tests.report.parsed import Page
 
@@ -36,15 +35,10 @@ def hostile(value: Any, names: set[str]) -> Any:
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Template -> a page with all of its parts, in which all names are hostile."""
 
-    def drift(split: str, frame: pd.DataFrame) -> None:
-        if split == "test":
-            frame["dense.price"] += 3
-            frame["label.stars"] = float("nan")
-
     left_out = [{"file": f"logs/{EVIL}.parquet", "reason": EVIL}]
     splits = {"train": {"rows": 9, "known_by": 1_714_521_600_000_000, "unmatured": {"click": 1}}}
     folder = tmp_path_factory.mktemp("rows")
-    found = health_of_frames(folder, changed(1, drift), left_out=left_out, log=EVIL, splits=splits)
+    found = health_of_frames(folder, changed(1, spoiling), left_out=left_out, log=EVIL, splits=splits)
     names = {*SCHEMA.features, *SCHEMA.tasks, "made up", "item_id", "user_id", "tags", "look", "item 3"}
     names |= {each.name for each in (*LAYOUT.tables, *LAYOUT.ids, *LAYOUT.dense)}
     names |= {part["bin"] for feature in found["features"] for each in feature["inputs"] for part in each["bins"]}

@@ -4,6 +4,7 @@ relevance. And what the first rows of all requests show together of the catalogu
 Relevance is graded for NDCG; for the others a row is relevant or not. The metrics are computed for all requests at
 once, without a Python loop: sums over requests and over *runs*, rows of one request with equal scores. Rows of a run
 have no order of their own, so each metric is its expected value over a random order of them: none can gain from ties.
+What is computed of ranked lists is (Q,) float64 in [0, 1], and NaN for a request without a relevant row.
 """
 
 from abc import abstractmethod
@@ -110,9 +111,6 @@ def ndcg(lists: RankedLists, cutoff: int) -> np.ndarray:
 
     DCG = sum over positions i < cutoff of gain_i / log2(i + 2), divided by that of the best possible order
     (Jarvelin and Kekalainen, 2002); tied rows share the mean discount of their positions (McSherry and Najork, 2008).
-
-    Returns:
-        (Q,) float64 in [0, 1]; NaN for a request without a relevant row.
     """
     discount_before = _discount_before(cutoff)
     first = np.minimum(lists.run_first, cutoff)
@@ -123,8 +121,7 @@ def ndcg(lists: RankedLists, cutoff: int) -> np.ndarray:
 
 
 def least_and_random_ndcg(lists: RankedLists, cutoff: int) -> tuple[np.ndarray, np.ndarray]:
-    """(Q,) float64 in [0, 1] each: the `ndcg` of the worst order, and the mean of that of all orders; NaN for a request
-    without a relevant row."""
+    """The `ndcg` of the worst order, and the mean of that of all orders."""
     ideal = _dcg_by(-lists.gain, lists, cutoff)
     rows = np.bincount(lists.request, minlength=lists.requests)
     gain = np.bincount(lists.request, lists.gain, lists.requests)
@@ -151,9 +148,6 @@ def reciprocal_rank(lists: RankedLists) -> np.ndarray:
 
     Only the first run that holds a relevant row matters. With r relevant among its n rows, the first relevant one is
     the run's j-th with probability C(n - j, r - 1) / C(n, r).
-
-    Returns:
-        (Q,) float64 in (0, 1]; NaN for a request without a relevant row.
     """
     run_relevant, run_request = _relevant(lists), lists.request[starts(lists.run)]
     with_relevant = np.flatnonzero(run_relevant)
@@ -177,9 +171,6 @@ def average_precision(lists: RankedLists) -> np.ndarray:
 
     Of a run of n rows, r of which are relevant, each row is relevant with probability r / n; the j-th, if it is, has
     (j - 1) (r - 1) / (n - 1) relevant ones of the run before it, on average.
-
-    Returns:
-        (Q,) float64 in (0, 1]; NaN for a request without a relevant row.
     """
     run_relevant, run_request = _relevant(lists), lists.request[starts(lists.run)]
     total = np.bincount(run_request, run_relevant, lists.requests)
@@ -193,11 +184,7 @@ def average_precision(lists: RankedLists) -> np.ndarray:
 
 
 def recall(lists: RankedLists, cutoff: int) -> np.ndarray:
-    """The share of the relevant rows that are among the first `cutoff`.
-
-    Returns:
-        (Q,) float64 in [0, 1]; NaN for a request without a relevant row.
-    """
+    """The share of the relevant rows that are among the first `cutoff`."""
     run_relevant, run_request = _relevant(lists), lists.request[starts(lists.run)]
     total = np.bincount(run_request, run_relevant, lists.requests)
     found = np.bincount(run_request, run_relevant * _inside(lists, cutoff) / lists.run_length, lists.requests)
@@ -205,11 +192,7 @@ def recall(lists: RankedLists, cutoff: int) -> np.ndarray:
 
 
 def hit_rate(lists: RankedLists, cutoff: int) -> np.ndarray:
-    """Whether a relevant row is among the first `cutoff`: the probability of that where a run reaches beyond them.
-
-    Returns:
-        (Q,) float64 in [0, 1]; NaN for a request without a relevant row.
-    """
+    """Whether a relevant row is among the first `cutoff`: the probability of that where a run reaches beyond them."""
     run_relevant, run_request = _relevant(lists), lists.request[starts(lists.run)]
     inside, length = _inside(lists, cutoff), lists.run_length
     # Of the run's rows, those inside are all irrelevant in C(n - r, inside) of C(n, inside) cases.
