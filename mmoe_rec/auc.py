@@ -19,8 +19,8 @@ WHY_TOO_GOOD = (
 
 
 def auc_of_counts(positives: np.ndarray, negatives: np.ndarray) -> np.ndarray:
-    """(...) float64, the area under the ROC curve of predictions in B bins; NaN where there is no positive or no negative
-    row. Rows of one bin are ties.
+    """(...) float64, the area under the ROC curve of predictions in B bins; NaN where there is no positive or no
+    negative row. Rows of one bin are ties.
 
     positives, negatives: (B, ...) number, or weight, of rows in each bin, the bins in the order of rising prediction.
     """
@@ -46,8 +46,8 @@ def average_precision_of_counts(positives: np.ndarray, negatives: np.ndarray) ->
 def grouped_auc(
     group: np.ndarray, value: np.ndarray, positives: np.ndarray, negatives: np.ndarray, groups: int
 ) -> np.ndarray:
-    """(G,) float64, the area under the ROC curve within each of G groups, such as requests or users, without a loop over
-    them; NaN for a group without a positive or without a negative row.
+    """(G,) float64, the area under the ROC curve within each of G groups, such as requests or users, without a loop
+    over them; NaN for a group without a positive or without a negative row.
 
     group: (N,) int64 in [0, groups); value: (N,) the predictions, or anything in the same order; positives, negatives:
     (N,) number, or weight, of rows behind each entry, 0 or 1 for single rows that count alike.

@@ -312,8 +312,6 @@ def test_users_in_training_and_test_rows_are_seen(tmp_path: Path, capsys: pytest
 
 
 def test_weights_of_tasks_rank_nothing_here(world: World, capsys: pytest.CaptureFixture) -> None:
-    world.evaluate("alone")
-    assert "Weights of tasks are tried for models with several tasks" in world.page("alone")
     told = refuse(capsys, "tune-weights", "--config", world.config, "--model", world.model)
     assert "every request of the validation or test rows has one row, which no weights can rank" in told
 
