@@ -89,7 +89,11 @@ class Learning:
         self._begin(through, None if taken is None else taken.last_segments(self.journal.id, self.schema.events))
         self.gap: str | None = None
         if find_removed_logs(self.journal, self.schema, through):
-            self.gap = self._describe_gap(through)
+            self.gap = (
+                f"the journal begins after position {self.journal.removed()}, and the model's tables know it up to "
+                f"{through} only: what was removed is in the logs' files, and mmoe-rec refresh --config FILE --model "
+                "models:/NAME@ALIAS, without --journal, makes a version that knows it"
+            )
             _log.warning("%s", self.gap)
 
     def _begin(self, through: int, held: Mapping[str | None, int] | None) -> None:
@@ -109,20 +113,6 @@ class Learning:
                 table = pa.concat_tables([each.table for each in parts], promote_options="default").combine_chunks()
                 together[source] = NewRows(source, table, sum((each.counts for each in parts), Counter()))
             self._waiting = _NewBatches(together, self.position, [])
-
-    def _describe_gap(self, through: int) -> str:
-        """Says what was removed from the journal that the tables do not know; a later version's refresh removed it."""
-        removed = self.journal.removed()
-        if not self._is_known:
-            return (
-                f"the journal begins after position {removed}: what came before, the model knows only up to "
-                f"{self.ranker.about.tables_as_of}, as far as its tables hold it"
-            )
-        return (
-            f"the model's tables hold the journal up to position {through}, and what came up to position {removed} was "
-            "removed since, so it does not know that; the logs' files hold it: mmoe-rec refresh --config FILE --model "
-            "models:/NAME@ALIAS, without --journal, makes a version that knows it"
-        )
 
     def _tell_of(self, logs: Iterable[str]) -> None:
         """Says once which logs of events the journal has that the model does not read; other models may."""

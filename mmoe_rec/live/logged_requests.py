@@ -57,36 +57,36 @@ SHARE = "served_share"
 
 @dataclass(frozen=True, eq=False)
 class Record:
-    """A reply to be logged. weights: the caller's `task_weights`; served_at: microseconds since 1970 UTC; about: column
-    -> its value in all rows, such as the model's name."""
+    """A reply to be logged. weights: the caller's `task_weights`; name, version: of the registered model, None where it
+    is not known; share: of requests that are logged; served_at: microseconds since 1970 UTC."""
 
     reply: Ranking
-    seen: Seen
-    request: int | str
     weights: Mapping[str, Any] | None
+    name: str | None
+    version: str | None
+    share: float
     served_at: int
-    about: Mapping[str, str | float | None]
 
     def __len__(self) -> int:
         return len(self.reply.scores)
 
     @property
-    def artifact(self) -> str | float | None:
+    def artifact(self) -> str:
         """The version of the artifact that ranked."""
-        return self.about[ARTIFACT]
+        return self.reply.model["version"]
 
     def table(self) -> pa.Table:
         """A row for each candidate of the reply, best first; see the head of this file.
 
         Raises UserError where a column of the log has the name of one that is added.
         """
-        reply, seen, count = self.reply, self.seen, len(self)
+        reply, seen, count = self.reply, self.reply.seen, len(self)
         places = seen.first + np.array(reply.order, np.int64)
         inputs = seen.rows.schema.input_columns()
         columns = {name: seen.rows.taken(name, places) for name, role in inputs.items() if role != "placement"}
         weights = None if self.weights is None else json.dumps(self.weights, sort_keys=True)
         added = {
-            REQUEST: pa.repeat(self.request, count),
+            REQUEST: pa.repeat(reply.request_id, count),
             AT: pa.repeat(pa.scalar(self.served_at, UTC_MICROSECONDS), count),
             RANK: pa.array(np.arange(1, count + 1, dtype=np.int32)),
             CANDIDATES: pa.repeat(pa.scalar(seen.end - seen.first, pa.int32()), count),
@@ -97,9 +97,10 @@ class Record:
         added[WEIGHTS] = pa.repeat(pa.scalar(weights, pa.string()), count)
         for name, hashes in _hash_seen(seen, places).items():
             added[f"{DIGEST}{name}"] = pa.array(hashes)
-        for name, value in self.about.items():
-            kind = pa.float64() if isinstance(value, float) else pa.string()
-            added[name] = pa.repeat(pa.scalar(value, kind), count)
+        texts = {MODEL: self.name, VERSION: self.version, ARTIFACT: self.artifact}
+        texts |= {TABLES_AS_OF: reply.tables_as_of, JOURNAL_POSITION: reply.journal_position}
+        added |= {name: pa.repeat(pa.scalar(value, pa.string()), count) for name, value in texts.items()}
+        added[SHARE] = pa.repeat(float(self.share), count)
         if both := columns.keys() & added.keys():
             raise UserError(f"column '{min(both)}' has a name that logged requests use for their own; rename it")
         return pa.table(columns | added)

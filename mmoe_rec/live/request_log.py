@@ -86,26 +86,20 @@ class RequestLog:
         """A request's id: the caller's own, or a new one of the type that the log has."""
         return new_id(seen.integer_ids) if seen.request is None else seen.request
 
-    def offer(
-        self,
-        reply: Ranking,
-        seen: Seen,
-        request: int | str,
-        weights: Mapping[str, Any] | None,
-        about: Mapping[str, str | float | None],
-    ) -> None:
+    def offer(self, reply: Ranking, weights: Mapping[str, Any] | None, name: str | None, version: str | None) -> None:
         """Takes a reply, if it is one of those that are logged, and never waits.
 
-        request: as `id_of` gave it; weights: the caller's `task_weights`; about: column -> value, of the model.
+        reply: with the id that `id_of` gave; the rest as in `Record`.
         """
-        from mmoe_rec.live.logged_requests import SHARE, Record
+        from mmoe_rec.live.logged_requests import Record
 
-        scope = seen.rows.schema.columns.request_scope
-        if not is_logged(request if scope == "log" else f"{seen.user} {request}", self.options.share):
+        request: Any = reply.request_id
+        if reply.seen.rows.schema.columns.request_scope == "user":
+            request = f"{reply.seen.user} {request}"
+        if not is_logged(request, self.options.share):
             self._count("unsampled", 1)
             return
-        columns = {**about, SHARE: float(self.options.share)}
-        record = Record(reply, seen, request, weights, time_ns() // 1_000, columns)
+        record = Record(reply, weights, name, version, self.options.share, time_ns() // 1_000)
         with self._lock:
             has_room = not self._candidates or self._candidates + len(record) <= MOST_WAITING
             if has_room and not self._is_closing:
@@ -143,7 +137,7 @@ class RequestLog:
         """Rows of the next file, which are of one model. schema: of all of them; small: tables of a reply each."""
         self._rows = self._records = 0
         self._since = 0.0
-        self._artifact: str | float | None = None
+        self._artifact: str | None = None
         self._schema: pa.Schema | None = None
         self._tables: list[pa.Table] = []
         self._small: list[pa.Table] = []

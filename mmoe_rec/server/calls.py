@@ -18,7 +18,6 @@ from mmoe_rec.errors import RequestError, quoted
 from mmoe_rec.inference.ranking import Ranking
 from mmoe_rec.inference.request import Request
 from mmoe_rec.inference.scorer import LostExpert
-from mmoe_rec.live import logged_requests as names
 from mmoe_rec.live.request_log import RequestLog
 from mmoe_rec.server.following import Following
 from mmoe_rec.server.limits import INTERNAL, Limits, Places, Refused, shortened
@@ -111,16 +110,9 @@ class Calls:
         model = served.about()
         for request, answer in zip(call.requests, answers, strict=True):
             if isinstance(answer, Ranking) and isinstance(request, Request):
-                assert answer.request_id is not None
                 is_current = answer.model["version"] == model["artifact"]  # else another one has taken its place
-                about = {
-                    names.MODEL: model["model"] if is_current else None,
-                    names.VERSION: model["version"] if is_current else None,
-                    names.ARTIFACT: answer.model["version"],
-                    names.TABLES_AS_OF: answer.tables_as_of,
-                    names.JOURNAL_POSITION: answer.journal_position,
-                }
-                log.offer(answer, answer.seen, answer.request_id, request.task_weights, about)
+                name, version = (model["model"], model["version"]) if is_current else (None, None)
+                log.offer(answer, request.task_weights, name, version)
 
     def _count(self, answers: Answers) -> None:
         rankings = [each for each in answers if isinstance(each, Ranking)]

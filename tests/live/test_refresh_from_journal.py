@@ -186,7 +186,7 @@ def test_an_earlier_version_serves_without_what_was_removed_and_says_so(
     app.models.load(Source(model.folder_of("2"), "models:/small/2"))
     assert ask(app, b"", page="/version", method="GET").tree["address"] == "models:/small/2"
     told = _told(app)
-    assert "up to position 2, and what came up to position 4 was removed since, so it does not know that" in told
+    assert "begins after position 4, and the model's tables know it up to 2 only: what was removed is in the" in told
     assert "mmoe-rec refresh --config FILE --model models:/NAME@ALIAS, without --journal" in told
     assert told in caplog.text
     # All that came after the removed batches it does know.
