@@ -163,12 +163,7 @@ def _feed_own_server(
     most = min(CANDIDATES_AT_A_TIME, read_artifact(model).max_candidates)
     words = ("--log-requests", str(folder / "requests"), "--log-share", "1", "--log-seconds", "1")
     with OwnServer(folder / "model", folder / "journal.db", folder / "server.log", options.workers, words) as server:
-
-        def before(request: int) -> None:
-            between(request, server)
-            server.check()
-
-        return feed(period, server, most, options.ids_only, options.values, before)
+        return feed(period, server, most, options.ids_only, options.values, lambda request: between(request, server))
 
 
 def read_logged(folder: Path, period: Period, version: str | None = None) -> pa.Table:

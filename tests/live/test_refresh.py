@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,14 +21,10 @@ from mmoe_rec.live import refresh as job
 from mmoe_rec.live.refresh import advance_tables, as_of, make_tables
 from mmoe_rec.log.given import iso_time
 from mmoe_rec.tracking import registry, runs
-from tests.fork_server import ROOT, Command
-from tests.inference.running_server import free_port, running_program
-from tests.inference.small_model import ITEMS, USER
+from tests.fork_server import Command
 from tests.live.refreshed_model import NAME, RefreshedModel, rewritten
 from tests.log.small_logs import DAY, START, files_of, times_of
 from tests.preprocessing.test_tables_of_models import assert_same_tables
-from tests.processes import until
-from tests.server.test_processes import Running
 
 pytestmark = pytest.mark.thorough
 
@@ -296,46 +290,6 @@ def test_files_without_rows_are_nothing_new(model: RefreshedModel, capsys: pytes
     pq.write_table(pq.read_table(path).slice(0, 0), model.log / "empty.parquet")
     model.refresh()
     assert "no new files" in capsys.readouterr().out
-
-
-def test_a_server_that_looks_for_models_moves_on(model: RefreshedModel, tmp_path: Path) -> None:
-    """Without a lost call; `/version` and `explain` show the new tables."""
-    moment = iso_time(START + 15 * DAY)
-    element = {
-        "user": {"user": USER},
-        "context": {"time": moment, "born": None},
-        "candidates": {"item": ITEMS[:4]},
-        "explain": True,
-    }
-    port = free_port()
-    words = [sys.executable, "-m", "mmoe_rec", "serve", "--tracking.uri", model.uri, "--model", ADDRESS]
-    words += ["--port", str(port), "--poll", "0.1"]
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    with running_program(
-        words, f"http://127.0.0.1:{port}/health", tmp_path / "server.log", cwd=ROOT, env=env
-    ) as process:
-        running = Running(port, process, tmp_path / "server.log")
-
-        def ranking() -> dict[str, Any]:
-            status, found = running.send({"inputs": [element]})
-            assert status == 200, found
-            answer: dict[str, Any] = found["predictions"][0]
-            return answer
-
-        old = ranking()
-        added = model.add(9, 14)
-        model.refresh()
-        new = iso_time(int(times_of(added).max()))
-        until(lambda: ranking()["tables_as_of"] == new)
-        assert old["tables_as_of"] == model.about("1").tables_as_of
-        version = running.send(None, "/version", "GET")[1]
-        assert version["artifact"] == version_of(model.folder_of("2"))
-        assert new in json.dumps(version)
-        now = ranking()
-        counters = [each["explanations"][0]["counters"] for each in (old, now)]
-        assert counters[0] != counters[1]
-        expected = Ranker.load(model.folder_of("2")).rank(**element)
-        assert now["explanations"] == expected.to_dict()["explanations"]
 
 
 def test_a_model_in_int8_moves_on_too(model: RefreshedModel) -> None:
