@@ -1,6 +1,5 @@
 """What a journal holds as files of the logs: the rows that readers hold, in the logs' own types, for builds to read."""
 
-import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -90,17 +89,10 @@ def small_files(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("small_files")
 def test_extending_by_them_gives_the_features_of_the_days_files(growing, journal, tmp_path):
     """The same days once from files as they always came, once through a journal and its duplicates."""
-    shutil.copytree(tmp_path / "work", tmp_path / "kept")
-    for name in ("log", "events"):
-        shutil.copytree(tmp_path / name, tmp_path / f"{name} kept")
-    growing.add(8, 10)
-    growing.extend()
-    expected = _serving(growing.work)
-    shutil.rmtree(growing.work)
-    (tmp_path / "kept").rename(growing.work)
-    for name in ("log", "events"):
-        shutil.rmtree(tmp_path / name)
-        (tmp_path / f"{name} kept").rename(tmp_path / name)
+    (tmp_path / "other").mkdir()
+    other = Growing.of_eight_days(tmp_path / "other")
+    other.add(8, 10)
+    other.extend()
     _post(journal, growing, 8, 10)
     written = _write(growing, journal)
     assert len(written.files) > 3
@@ -109,7 +101,7 @@ def test_extending_by_them_gives_the_features_of_the_days_files(growing, journal
     extended = growing.extend()
     assert extended is not None
     assert extended.files == len(written.files)
-    found = _serving(growing.work)
+    found, expected = _serving(growing.work), _serving(other.work)
     assert found.keys() == expected.keys()
     for name, table in expected.items():
         assert table.equals(found[name]), name
