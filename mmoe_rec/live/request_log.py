@@ -150,13 +150,9 @@ class RequestLog:
         except Exception as error:
             self._fail(1, "a reply", error)
             return
-        try:  # a column that is null in all of a table, and so has no type there, has that of the others
-            if self._artifact not in (None, record.artifact):
-                raise pa.ArrowInvalid("rows of another model")
-            self._schema = pa.unify_schemas([self._schema or table.schema, table.schema])
-        except pa.ArrowException:
+        if self._records and not self._fits(record, table):
             self._write()
-            self._schema = table.schema
+        self._schema = pa.unify_schemas([self._schema or table.schema, table.schema])
         if not self._records:
             self._since, self._artifact = monotonic(), record.artifact
         self._rows, self._records = self._rows + len(table), self._records + 1
@@ -164,6 +160,17 @@ class RequestLog:
         if len(self._small) >= _TABLES_AT_ONCE:
             self._tables.append(_concat(self._small))
             self._small = []
+
+    def _fits(self, record: Record, table: pa.Table) -> bool:
+        """Whether the file may hold rows of a reply as well: of the same model, and of the same types, where a column
+        without a value has none."""
+        import pyarrow as pa
+
+        try:
+            pa.unify_schemas([self._schema, table.schema])
+        except pa.ArrowException:
+            return False
+        return record.artifact == self._artifact
 
     def _write(self) -> None:
         tables, records = [*self._tables, *self._small], self._records
