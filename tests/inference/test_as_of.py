@@ -13,30 +13,21 @@ import pytest
 
 from mmoe_rec.features.encoder import Inputs
 from mmoe_rec.features.memories import exact_from
-from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.inference.artifact import Artifact, read_artifact
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.inference.ranking import Freshness
 from mmoe_rec.inference.request import Request
 from mmoe_rec.inference.writing import seal
 from mmoe_rec.log.given import iso_time
-from mmoe_rec.log.rows import LogRows
-from mmoe_rec.point_in_time.arrays import Ragged
 from tests.inference.small_model import ITEMS, USER, SmallModel, as_request
 from tests.log.small_logs import (
-    ALL_KINDS,
-    BASE,
     DAY,
     START,
     assert_same_inputs,
     at_times,
-    log_rows,
     random_log,
-    raw_results,
     times_of,
 )
-from tests.reference import features as reference
-from tests.reference.log import Log
 
 SPLIT = {
     "train_end": np.datetime64(START + 5 * DAY, "us").item().isoformat(),
@@ -109,44 +100,6 @@ def test_what_is_served_as_of_a_moment_is_what_a_build_until_then_serves(
     at_the_end = Ranker.load(small_model(tmp_path / "end", as_of_days=0).folder)
     with pytest.raises(AssertionError):
         assert_same(served(at_the_end, requests), expected)
-
-
-def test_counters_and_histories_as_of_any_moment_equal_loops_over_the_log(dated: SmallModel) -> None:
-    frame = LOG.drop_columns(["time", "born", "tags"]).to_pandas().assign(time=times_of(LOG))
-    naive = Log({**BASE, "features": ALL_KINDS}, frame, {})
-    asking = naive.at_moments(25, moments(1, 12))
-    table = pa.concat_tables([LOG.slice(0, 25)] * len(moments(1, 12)))
-    rows: LogRows = log_rows(at_times(table, np.array([row["time"] for row in asking])), dated.settings.schema_)
-    compared = 0
-    for name, encoder in FeaturePipeline.load(dated.prepared.serving).memory_encoders.items():
-        found = raw_results(encoder, rows)
-        feature = ALL_KINDS[name]
-        if feature["kind"] == "history":
-            items = list(dict.fromkeys(LOG["item"].to_pylist()))
-            places = dict(zip(items, encoder.owner.encode(pa.array(items)).tolist(), strict=True))  # type: ignore[attr-defined]
-            lists = found[name]
-            assert isinstance(lists, Ragged)
-            expected = reference.history(naive, name, places, asking)
-            ends = np.cumsum(lists.lengths)
-            assert [lists.values[a:b].tolist() for a, b in zip(ends - lists.lengths, ends, strict=True)] == expected
-            compared += len(expected)
-            continue
-        counted = reference.counter(naive, name, encoder.prior, asking)  # type: ignore[attr-defined]
-        for days in feature.get("window_days", [None]):
-            suffix = "" if days is None else f"_{days:g}d".replace(".", "p")
-            for output in feature["outputs"]:
-                if output == "recency" and days is not None:
-                    continue
-                result = f"{name}_{output}" + ("" if output == "recency" else suffix)
-                values = [each[output, days] for each in counted]
-                one = np.asarray(found[result]).astype(np.float32)
-                other = np.array([np.nan if value is None else value for value in values]).astype(np.float32)
-                if name == "brand_spent":  # whose labels are fractions, rounded before they are added
-                    np.testing.assert_allclose(one, other, rtol=0, atol=1e-3, err_msg=result)
-                else:
-                    np.testing.assert_array_equal(one, other, err_msg=result)
-                compared += len(values)
-    assert compared > 5000
 
 
 def at(ranker: Ranker, moment: int, **given: Any) -> Any:
