@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import typing
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -12,14 +11,14 @@ import numpy as np
 import pyarrow as pa
 
 from mmoe_rec.features.layout import DenseInput, Table
-from mmoe_rec.features.numbers import DenseNumber, encode_together
+from mmoe_rec.features.numbers import DenseNumber, encode_numbers
 from mmoe_rec.features.vocabulary import VocabularyOwner
-from mmoe_rec.log.rows import MICROSECONDS_PER_DAY, LogRows
+from mmoe_rec.log.rows import MICROSECONDS_PER_DAY, LogRows, maturity
 from mmoe_rec.point_in_time.arrays import Ragged, SharedRagged
+from mmoe_rec.point_in_time.join import AnyLookUps
 from mmoe_rec.point_in_time.memory import Memory
-from mmoe_rec.point_in_time.search import AnyLookUps
 from mmoe_rec.settings.columns import CHOICES, Use
-from mmoe_rec.settings.schema import Feature, Remembering, Schema
+from mmoe_rec.settings.schema import Feature, Schema
 
 MemoryKind = TypeVar("MemoryKind", bound=Memory)
 # Of N rows, by name: (N,) float32, the precision in which they are exchanged and encoded, or lists of ids.
@@ -30,30 +29,23 @@ Results = Mapping[str, np.ndarray | SharedRagged]
 class Inputs:
     """Model inputs of N rows.
 
-    ids: name -> (N,) int64 or `Ragged`; dense: name -> (N,) float32; numbers: name -> (N,) float32 or float64 that are
-    still to be standardised, and what does it.
+    ids: name -> (N,) int64 or `Ragged`; dense: name -> (N,) float32; numbers: (N,) float32 or float64 that are still to
+    be standardised, and what does it.
     """
 
     ids: dict[str, np.ndarray | Ragged] = field(default_factory=dict)
     dense: dict[str, np.ndarray] = field(default_factory=dict)
-    numbers: dict[str, tuple[np.ndarray, DenseNumber]] = field(default_factory=dict)
+    numbers: list[tuple[np.ndarray, DenseNumber]] = field(default_factory=list)
 
     def add(self, other: Inputs) -> None:
         """Takes another feature's inputs."""
         self.ids.update(other.ids)
         self.dense.update(other.dense)
-        self.numbers.update(other.numbers)
+        self.numbers.extend(other.numbers)
 
     def standardised(self) -> Inputs:
         """The same with all numbers among the dense inputs."""
-        dense = dict(self.dense)
-        for values, number in self.numbers.values():
-            dense |= number.encode(values)
-        return Inputs(self.ids, dense)
-
-    def standardised_together(self) -> Inputs:
-        """As `standardised`, to the bit; of few rows, many numbers are faster in one matrix than one by one."""
-        return Inputs(self.ids, self.dense | encode_together(list(self.numbers.values()))) if self.numbers else self
+        return Inputs(self.ids, self.dense | encode_numbers(self.numbers)) if self.numbers else self
 
 
 @dataclass(frozen=True)
@@ -102,18 +94,10 @@ class Encoder(ABC):
     counts: what it is fitted from, None where it shares another feature's vocabulary or learns nothing.
     """
 
-    counts: Any
+    counts: Any = None
 
     def __init__(self, name: str, feature: Any, shared: Shared) -> None:
         self.name, self.feature = name, feature
-
-    @abstractmethod
-    def learn(self, rows: LogRows, known_by: int) -> None:
-        """Adds training rows to `counts`. Labels that become known later than `known_by` (microseconds) don't count."""
-
-    @abstractmethod
-    def finish(self) -> None:
-        """Makes vocabulary or statistics from `counts`."""
 
     @abstractmethod
     def outline(self) -> Outline:
@@ -123,60 +107,49 @@ class Encoder(ABC):
     def encode(self, rows: LogRows) -> Inputs:
         """Inputs of N rows."""
 
-    @abstractmethod
+    def learn(self, rows: LogRows, known_by: int) -> None:  # noqa: B027
+        """Adds training rows to `counts`. Labels that become known later than `known_by` (microseconds) don't count."""
+
+    def finish(self) -> None:  # noqa: B027
+        """Makes vocabulary or statistics from `counts`."""
+
     def state(self) -> State:
         """What was fitted."""
+        return State()
 
-    @abstractmethod
-    def restore(self, state: State) -> None:
+    def restore(self, state: State) -> None:  # noqa: B027
         """Takes what another encoder of the same settings was fitted with."""
 
-    @abstractmethod
     def largest_tables(self) -> tuple[Table, ...] | None:
         """The tables of `outline` with the most rows that any log can give them; None if nothing bounds them."""
+        return self.outline().tables
 
     def column_types(self) -> Mapping[str, pa.DataType]:
         """Types in which a request must give columns, where fitting narrows them further than `reads`."""
         return {}
 
-    def usual(self, use: Use) -> Any:
+    def typical(self, use: Use) -> Any:
         """A typical value of the feature's column, which is read as `use`, for an example; None where there is none."""
         return None
-
-
-class Unfitted(Encoder):
-    """An encoder that learns nothing from rows."""
-
-    counts = None
-
-    def learn(self, rows: LogRows, known_by: int) -> None:
-        """Nothing."""
-
-    def finish(self) -> None:
-        """Nothing."""
-
-    def state(self) -> State:
-        """Nothing."""
-        return State()
-
-    def restore(self, state: State) -> None:
-        """Nothing."""
-
-    def largest_tables(self) -> tuple[Table, ...]:
-        """The tables of `outline`."""
-        return self.outline().tables
 
 
 class MemoryEncoder(Encoder, Generic[MemoryKind]):
     """A feature that looks up, for each row, what was known of earlier events before its request.
 
-    source: name of the log of events that it remembers, None for the interaction log itself; matures_after:
-    microseconds after which an event's label is known; memory: the events, where they are held in this process.
+    source: name of the log of events that it remembers, None for the interaction log itself; task: whose labels;
+    matures_after: microseconds after which a label is known; by: the columns that make the key; label: the task whose
+    labels make rows of the interaction log events, if any: they are sent once, with the label, as look-ups; numbers:
+    results that are standardised; memory: the events, where they are held in this process.
     """
 
-    source: str | None
-    matures_after: int
-    memory: MemoryKind
+    label: str | None = None
+
+    def __init__(self, name: str, feature: Any, shared: Shared, by: tuple[str, ...]) -> None:
+        super().__init__(name, feature, shared)
+        self.by, self.source, self.task = by, feature.events, shared.schema.source_task(feature)
+        self.matures_after = maturity(self.task, shared.schema)
+        self.numbers: dict[str, DenseNumber] = {}
+        self.memory = self.empty()
 
     @property
     def forget_after(self) -> int | None:
@@ -185,14 +158,16 @@ class MemoryEncoder(Encoder, Generic[MemoryKind]):
         return None if days is None else round(days * MICROSECONDS_PER_DAY)
 
     @abstractmethod
+    def empty(self) -> MemoryKind:
+        """A memory of nothing."""
+
+    @abstractmethod
+    def memory_from(self, columns: Mapping[str, np.ndarray], floor: int | None) -> MemoryKind:
+        """The memory that `Memory.to_columns` gave."""
+
+    @abstractmethod
     def events(self, rows: LogRows) -> pa.Table:
         """Those of the rows that later requests may ask for: key (uint64), known (int64 microseconds), value."""
-
-    @property
-    def label(self) -> str | None:
-        """The task whose label makes rows of the interaction log events, if any: they are sent once, with the label, as
-        look-ups."""
-        return None
 
     def labels(self, rows: LogRows) -> np.ndarray:
         """(N,) labels of the task `label`."""
@@ -202,22 +177,6 @@ class MemoryEncoder(Encoder, Generic[MemoryKind]):
         """The events of rows by their keys, request times and `labels`, in their order."""
         raise AssertionError(f"'{self.name}' has no labels")
 
-    def make_room(self, units: Collection[int]) -> None:
-        """Makes all memories from now on hold exact sums of fractional labels in these units."""
-
-    @property
-    @abstractmethod
-    def by(self) -> tuple[str, ...]:
-        """The columns that make the key."""
-
-    def keys(self, rows: LogRows) -> np.ndarray:
-        """(N,) uint64 key that each row asks for."""
-        return rows.hashes(self.by)
-
-    @abstractmethod
-    def empty(self) -> MemoryKind:
-        """A memory of nothing."""
-
     @abstractmethod
     def extended(self, memory: MemoryKind, events: pa.Table, in_order: bool = False) -> MemoryKind:
         """A memory with further events, as `events` gives them; `in_order`: sorted by key and known time."""
@@ -226,60 +185,46 @@ class MemoryEncoder(Encoder, Generic[MemoryKind]):
     def compacted(self, memory: MemoryKind, moment: int) -> MemoryKind:
         """What requests at `moment` (microseconds) or later can ask of a memory."""
 
-    @property
     @abstractmethod
-    def result_names(self) -> tuple[str, ...]:
-        """Names of what `results` gives."""
+    def result_columns(self) -> Mapping[str, tuple[Use, pa.DataType | None]]:
+        """Names of results, under which a request may give them instead: how each is read, and its type if known."""
 
     @abstractmethod
-    def distinct_results(self, memory: Any, asked: AnyLookUps) -> Mapping[str, np.ndarray | Ragged]:
-        """What was known at D distinct look-ups: name -> (D,) float64 or `Ragged`.
-
-        memory: the encoder's own, another one of its kind, or one with levels (`mmoe_rec.point_in_time.layers`).
-        """
+    def distinct_results(self, memory: MemoryKind, asked: AnyLookUps) -> Mapping[str, np.ndarray | Ragged]:
+        """What a memory of this kind knew at D distinct look-ups: name -> (D,) float64 or `Ragged`."""
 
     @abstractmethod
-    def memory_from(self, columns: Mapping[str, np.ndarray], floor: int | None) -> MemoryKind:
-        """The memory that `Memory.to_columns` gave."""
-
-    @abstractmethod
-    def precomputed(self) -> Mapping[str, tuple[Use, pa.DataType | None]]:
-        """Columns in which a request may give results instead: how each is read, and its type if that is known."""
-
-    @abstractmethod
-    def found(self, rows: LogRows, memory: Any) -> Mapping[str, np.ndarray]:
-        """What rows were given, or a memory says of them, in words of the log; memory: as in `distinct_results`.
+    def explain(self, rows: LogRows) -> Mapping[str, np.ndarray]:
+        """What rows were given, or the memory says of them, in words of the log.
 
         Result -> (N,) float64 before it is standardised, NaN where missing; or (N,) objects, lists of ids or None.
         """
 
-    def distances(self, name: str, values: np.ndarray) -> np.ndarray:
-        """(N,) results as they are exchanged: as distances, where float32 could not tell the results apart."""
-        return values
-
     def exchanged(self, name: str, values: np.ndarray) -> np.ndarray:
         """(N,) float32 results as they are exchanged and encoded."""
-        return self.distances(name, values).astype(np.float32)
-
-    @property
-    def result_counts(self) -> dict[str, Any]:
-        """What statistics of results are made from: result -> counts."""
-        return {}
+        return values.astype(np.float32)
 
     def learn_results(self, results: Results) -> None:
-        """Adds the results of training rows to `result_counts`."""
+        """Adds the results of training rows to the histograms of `numbers`."""
+        for name, number in self.numbers.items():
+            values = results[name]
+            assert isinstance(values, np.ndarray)
+            number.histogram.add(values)
 
     def finish_results(self) -> None:
-        """Makes statistics from `result_counts`."""
+        """Makes statistics of what `learn_results` took."""
+        for number in self.numbers.values():
+            number.finish()
 
     def look_up(self, rows: LogRows) -> Results:
         """The rows' results: those that came with them, or from this process's memory."""
-        if rows.results.keys() >= set(self.result_names):
-            return {name: rows.results[name] for name in self.result_names}
+        names = self.result_columns().keys()
+        if rows.results.keys() >= names:
+            return {name: rows.results[name] for name in names}
         return self.results(self.memory, rows.look_ups(self.by))
 
-    def results(self, memory: Any, asked: AnyLookUps) -> Results:
-        """What was known at the look-ups of N rows; memory: as in `distinct_results`."""
+    def results(self, memory: MemoryKind, asked: AnyLookUps) -> Results:
+        """What a memory of this kind knew at the look-ups of N rows."""
         return {
             name: SharedRagged(each, asked.number)
             if isinstance(each, Ragged)
@@ -296,7 +241,7 @@ class Kind:
     settings: the same with what a model chooses, `dim`, if it has an embedding table; encoder: its partial fit, inputs,
     sizes, state, and what a request may give.
 
-    Raises TypeError naming what is missing.
+    Raises TypeError where `settings` add another key: encoded features would not be built anew for another value.
     """
 
     feature: type[Feature]
@@ -304,25 +249,8 @@ class Kind:
     encoder: type[Encoder]
 
     def __post_init__(self) -> None:
-        for part, of in ((self.feature, Feature), (self.settings, self.feature), (self.encoder, Encoder)):
-            if not issubclass(part, of):
-                raise TypeError(f"{part.__name__} must be a subclass of {of.__name__}")
-            if missing := sorted(getattr(part, "__abstractmethods__", ())):
-                raise TypeError(f"{part.__name__} lacks {', '.join(missing)}")
-        if issubclass(self.encoder, MemoryEncoder) != issubclass(self.feature, Remembering):
-            raise TypeError(
-                f"{self.encoder.__name__} does not fit {self.feature.__name__}: a MemoryEncoder needs a Remembering "
-                "feature, whose events are read and checked, and no other encoder can have one"
-            )
-        if (file := self.feature.__module__.rpartition(".")[2]) not in _literals(self.feature):
-            raise TypeError(f"{self.feature.__name__} lacks the name of its file: kind: Literal['{file}']")
         if added := set(self.settings.model_fields) - set(self.feature.model_fields) - CHOICES["features"]:
             raise TypeError(
                 f"{self.settings.__name__} adds {', '.join(sorted(added))}; only {', '.join(CHOICES['features'])} is a "
                 f"model's choice, so others belong to {self.feature.__name__}"
             )
-
-
-def _literals(feature: type[Feature]) -> tuple[str, ...]:
-    field = feature.model_fields.get("kind")
-    return () if field is None else typing.get_args(field.annotation)

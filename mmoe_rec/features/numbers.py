@@ -50,11 +50,9 @@ class Moments:
 
     def merge(self, other: Moments) -> None:
         """Adds what another one took."""
-        self.count, self.total, self.squares = (
-            self.count + other.count,
-            self.total + other.total,
-            self.squares + other.squares,
-        )
+        self.count += other.count
+        self.total += other.total
+        self.squares += other.squares
 
     def to_table(self) -> pa.Table:
         """One row: count, total, squares, the latter as decimal digits."""
@@ -111,7 +109,7 @@ class _Counted:
         """With at least so many bits dropped. Dropping some and then more equals dropping all at once."""
         if dropped <= self.dropped:
             return self
-        return _summed(self.keys >> (dropped - self.dropped), self.counts, dropped)
+        return _sum_counts(self.keys >> (dropped - self.dropped), self.counts, dropped)
 
     def bounded(self) -> _Counted:
         """With as few bits dropped as leave no more than `_VALUES_KEPT` keys."""
@@ -166,11 +164,11 @@ class NumberHistogram:
             dropped = max(part.dropped for part in parts)
             parts = [part.coarser(dropped) for part in parts]
             keys, counts = (np.concatenate([getattr(part, name) for part in parts]) for name in ("keys", "counts"))
-            self._sums, self._waiting = _summed(keys, counts, dropped).bounded(), []
+            self._sums, self._waiting = _sum_counts(keys, counts, dropped).bounded(), []
         return self._sums
 
     @property
-    def _bins(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def bins(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(V,) float64 least and largest number of each key, and how often it occurs, in the order of the numbers."""
         sums = self._sum()
         inner = sums.keys << sums.dropped  # nearest to zero
@@ -180,16 +178,6 @@ class NumberHistogram:
         negative = np.signbit(inner)
         least, largest = np.where(negative, outer, inner), np.where(negative, inner, outer)
         return least[order], largest[order], sums.counts[order]
-
-    @property
-    def values(self) -> np.ndarray:
-        """(V,) float64 distinct values, rising; where bits were dropped, the middle of what they may have been."""
-        return _middles(*self._bins[:2])
-
-    @property
-    def counts(self) -> np.ndarray:
-        """(V,) int64 how often each occurs."""
-        return self._bins[2]
 
     def to_table(self) -> pa.Table:
         """key (null for missing values) and count; the number of dropped bits is among the table's metadata."""
@@ -212,8 +200,9 @@ class NumberHistogram:
 
         Values beyond +-1e150 count as +-1e150.
         """
-        least, largest, counts = self._bins
-        values = np.clip(_middles(least, largest), -_LARGEST, _LARGEST)
+        least, largest, counts = self.bins
+        middles = np.where((least == 0) | (largest == 0), 0.0, least + (largest - least) / 2)
+        values = np.clip(middles, -_LARGEST, _LARGEST)
         if not len(values):
             return Standardiser(0.0, 1.0, self.missing > 0, ())
         # Sums of distances, not of values: differences may be small beside the values themselves.
@@ -233,14 +222,10 @@ class NumberHistogram:
         all have a part of their own. An edge lies halfway between two values, so that a value rounded on its way,
         say to float32, falls into the same part.
         """
-        least, largest, counts = self._bins
+        least, largest, counts = self.bins
         ends = _equal_parts(counts, min(buckets, len(counts)))[:-1]
         low, high = largest[ends - 1], least[ends]
         return np.maximum(low, np.minimum(low / 2 + high / 2, np.nextafter(high, -np.inf)))
-
-
-def _middles(least: np.ndarray, largest: np.ndarray) -> np.ndarray:
-    return np.where((least == 0) | (largest == 0), 0.0, least + (largest - least) / 2)
 
 
 def _spread_quantiles(values: np.ndarray, counts: np.ndarray, count: int) -> np.ndarray:
@@ -271,7 +256,7 @@ def _counted(values: np.ndarray, dropped: int) -> _Counted:
     values = np.sort(values)
     first = _first_of_each(values)
     bits = (values[first] + np.float64(0)).view(np.int64)  # 0 and -0 are one
-    return _summed(bits >> dropped, np.diff(first, append=len(values)), dropped)
+    return _sum_counts(bits >> dropped, np.diff(first, append=len(values)), dropped)
 
 
 def _first_of_each(values: np.ndarray) -> np.ndarray:
@@ -279,7 +264,7 @@ def _first_of_each(values: np.ndarray) -> np.ndarray:
     return np.flatnonzero(np.append(len(values) > 0, values[1:] != values[:-1]))
 
 
-def _summed(keys: np.ndarray, counts: np.ndarray, dropped: int) -> _Counted:
+def _sum_counts(keys: np.ndarray, counts: np.ndarray, dropped: int) -> _Counted:
     if (keys[1:] > keys[:-1]).all():
         return _Counted(keys, counts, dropped)
     order = np.argsort(keys, kind="stable")  # which merges runs that are sorted already
@@ -303,10 +288,10 @@ class Standardiser:
 
     def apply(self, values: np.ndarray) -> np.ndarray:
         """(N,) float32 of float32 or float64 values; missing values become 0, the mean."""
-        return standardised(values, self.mean, self.deviation, np.isfinite(values))
+        return _standardise(values, self.mean, self.deviation, np.isfinite(values))
 
 
-def standardised(
+def _standardise(
     values: np.ndarray, mean: float | np.ndarray, deviation: float | np.ndarray, finite: np.ndarray
 ) -> np.ndarray:
     """(values - mean) / deviation as float32 and within +-10, 0 where not `finite`: arrays that broadcast."""
@@ -337,22 +322,15 @@ class DenseNumber:
         number = DenseInput(self.name, edges=tuple(self.standardiser.edges))
         return (number, DenseInput(f"{self.name}_missing")) if self.standardiser.has_missing else (number,)
 
-    def encode(self, values: np.ndarray) -> dict[str, np.ndarray]:
-        """Dense inputs of (N,) float64 values."""
-        inputs = {self.name: self.standardiser.apply(values)}
-        if self.standardiser.has_missing:
-            inputs[f"{self.name}_missing"] = (~np.isfinite(values)).astype(np.float32)
-        return inputs
 
-
-def encode_together(numbers: Sequence[tuple[np.ndarray, DenseNumber]]) -> dict[str, np.ndarray]:
-    """What `encode` of each number gives for its (N,) values (at least one number), all in one matrix."""
+def encode_numbers(numbers: Sequence[tuple[np.ndarray, DenseNumber]]) -> dict[str, np.ndarray]:
+    """Dense inputs of (N,) values of each number (at least one), all in one matrix."""
     matrix = np.array([values for values, _ in numbers], np.float64)
     scales = np.array([(each.standardiser.mean, each.standardiser.deviation) for _, each in numbers])
     finite = np.isfinite(matrix)
-    scaled = standardised(matrix, scales[:, :1], scales[:, 1:], finite)
-    inputs = dict(zip((each.name for _, each in numbers), scaled, strict=True))
-    for (_, each), known in zip(numbers, finite, strict=True):
+    scaled = _standardise(matrix, scales[:, :1], scales[:, 1:], finite)
+    inputs = {each.name: values for (_, each), values in zip(numbers, scaled, strict=True)}
+    for (_, each), there in zip(numbers, finite, strict=True):
         if each.standardiser.has_missing:
-            inputs[f"{each.name}_missing"] = (~known).astype(np.float32)
+            inputs[f"{each.name}_missing"] = (~there).astype(np.float32)
     return inputs

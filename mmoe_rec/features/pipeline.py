@@ -7,7 +7,7 @@ Parquet files for what each counter and history remembers.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Mapping
 from copy import copy
 from dataclasses import replace
 from functools import cached_property
@@ -22,7 +22,7 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.features.encoder import Counts, Encoder, Inputs, MemoryEncoder, Shared, State
 from mmoe_rec.features.kinds import KINDS, schema_of
 from mmoe_rec.features.layout import DenseInput, Encoded, IdInput, Layout, Table, TaskOutput
-from mmoe_rec.features.memories import Live, MemoriesTogether, read_memory
+from mmoe_rec.features.memories import Live, read_memory
 from mmoe_rec.features.numbers import Moments
 from mmoe_rec.features.vocabulary import VocabularyFeature, VocabularyOwner
 from mmoe_rec.log.columns import column_uses
@@ -56,13 +56,11 @@ class FeaturePipeline:
         }
         # Column -> "int64" or "string", of the log's key columns: a request must give the same.
         self.key_types: dict[str, str] = {}
-        # Task -> units that exact sums of its labels need, of those that are counted and may be fractions.
-        self.label_units: dict[str, set[int]] = {}
         # Regression task -> mean and deviation of its training labels.
         self.label_scales: dict[str, tuple[float, float]] = {}
         self._labels = {name: Moments() for name, task in schema.tasks.items() if task.kind == "regression"}
-        self._together: MemoriesTogether | None = None
-        self._live: Live | None = None
+        self.live = Live(self.memory_encoders)
+        """What has been learnt besides the memories."""
         self._check_names()
         for name, encoder in self.memory_encoders.items():
             assert encoder.memory.forget_after == encoder.forget_after, f"'{name}' does not forget as its settings say"
@@ -119,14 +117,6 @@ class FeaturePipeline:
             if is_key and field.name not in (NO_USER, NO_CANDIDATE):
                 self.key_types[field.name] = str(kind)
 
-    def note_units(self, units: Mapping[str, Collection[int]]) -> None:
-        """Notes units that exact sums of labels need (see `mmoe_rec.point_in_time.exact`), before any is added."""
-        for task, each in units.items():
-            self.label_units[task] = self.label_units.get(task, set()) | set(each)
-        for encoder in self.memory_encoders.values():
-            if encoder.label in self.label_units:
-                encoder.make_room(self.label_units[encoder.label])
-
     def merge(self, counts: Mapping[str, Counts], key_types: Mapping[str, str]) -> None:
         """Adds what another pipeline of the same schema counted and noted."""
         for name, mine in self.counts.items():
@@ -173,9 +163,9 @@ class FeaturePipeline:
 
     def inputs(self, rows: LogRows) -> Inputs:
         """Inputs of N rows, by name. Placement columns may be absent, as they are in serving."""
-        rows, all_inputs = self._with_live(rows), Inputs()
-        for name, encoder in self.encoders.items():
-            all_inputs.add(encoder.encode(rows) if self._has_columns(name, rows) else _absent(encoder, len(rows)))
+        all_inputs = Inputs()
+        for encoder in self.encoders.values():
+            all_inputs.add(self._encode(encoder, rows))
         return all_inputs.standardised()
 
     def request_inputs(self, rows: RequestRows) -> tuple[Inputs, Inputs]:
@@ -183,12 +173,20 @@ class FeaturePipeline:
 
         Columns of candidates stay as they are: what has none of them is the same for all candidates of a request.
         """
-        self._look_up_together(rows)
+        self.live.find(self.memory_encoders, rows, self._of_requests)
         shared, own = Inputs(), Inputs()
         for name, encoder in self.encoders.items():
             part, asked = (shared, rows.shared) if name in self._of_requests else (own, rows)
-            part.add(encoder.encode(asked) if self._has_columns(name, rows) else _absent(encoder, len(rows)))
-        return shared.standardised_together(), own.standardised_together()
+            part.add(self._encode(encoder, asked))
+        return shared.standardised(), own.standardised()
+
+    def _encode(self, encoder: Encoder, rows: LogRows) -> Inputs:
+        if encoder.name not in self._placement or all(map(rows.has, encoder.feature.reads())):
+            return encoder.encode(rows)
+        outline = encoder.outline()
+        one, none = np.zeros(len(rows), np.int64), np.empty(0, np.int64)
+        ids = {name: Ragged(none, one.astype(np.int32)) if many else one for name, _, many in outline.ids}
+        return Inputs(ids, {each.name: np.zeros(len(rows), np.float32) for each in outline.dense})
 
     def memories_read(self, rows: RequestRows) -> dict[str, int | None]:
         """The counters and histories that are read from a memory, as the rows do not give all of their results, each
@@ -196,63 +194,30 @@ class FeaturePipeline:
         return {
             name: encoder.memory.floor
             for name, encoder in self.memory_encoders.items()
-            if not all(map(rows.has, encoder.precomputed()))
+            if not all(map(rows.has, encoder.result_columns()))
         }
 
-    def found(self, rows: RequestRows) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-        """What counters, and histories, say of N candidates, see `MemoryEncoder.found`: by result, (N,) each."""
+    def explain(self, rows: RequestRows) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+        """What counters, and histories, say of N candidates, see `MemoryEncoder.explain`: by result, (N,) each."""
         numbers: dict[str, np.ndarray] = {}
         lists: dict[str, np.ndarray] = {}
         for name, encoder in self.memory_encoders.items():
             of_requests = name in self._of_requests
-            memory = encoder.memory if self._live is None else self._live.memory(name)
-            for each, values in encoder.found(rows.shared if of_requests else rows, memory).items():
+            for each, values in encoder.explain(rows.shared if of_requests else rows).items():
                 part = lists if values.dtype == object else numbers
                 part[each] = values[rows.of] if of_requests else values
         return numbers, lists
 
-    def _look_up_together(self, rows: RequestRows) -> None:
-        self._memories_together().look_up(rows, self._of_requests, self._live)
-
-    def _memories_together(self) -> MemoriesTogether:
-        if self._together is None or not self._together.are_current():
-            self._together = MemoriesTogether(self.memory_encoders)
-        return self._together
-
-    @property
-    def live(self) -> Live:
-        """What has been learnt besides the memories."""
-        return self._nothing_learnt if self._live is None else self._live
-
-    @cached_property
-    def _nothing_learnt(self) -> Live:
-        return Live.none(self.memory_encoders)
-
-    def live_events(self, source: str | None, rows: LogRows) -> dict[str, pa.Table]:
-        """The events that rows of a log of events, or of the interaction log (None), are to counters and histories:
-        name -> as `Live.extended` takes them. Rows need the columns alone that these read."""
-        return {name: each.events(rows) for name, each in self.memory_encoders.items() if each.source == source}
-
     def with_live(self, live: Live) -> FeaturePipeline:
-        """A pipeline, of the same encoders, that answers everything by the memories together with `live`.
+        """A pipeline that answers everything by the memories together with `live`.
 
         This one, and passes that are under way with it, stay as they are.
         """
-        self._memories_together()  # built once, and not by the next request
         pipeline = copy(self)
-        pipeline._live = live if live.rows or live.events else None
+        pipeline.__dict__.pop("memory_encoders", None)
+        pipeline.live = live
+        pipeline.encoders = self.encoders | {name: live.encoder_of(name) for name in self.memory_encoders}
         return pipeline
-
-    def _with_live(self, rows: LogRows) -> LogRows:
-        """The same rows with the results of counters and histories that have learnt something, where none came."""
-        if self._live is None:
-            return rows
-        results: dict[str, Any] = {}
-        for name, encoder in self.memory_encoders.items():
-            came = rows.results.keys() >= set(encoder.result_names) or all(map(rows.has, encoder.precomputed()))
-            if not came and self._live.knows(name):
-                results |= encoder.results(self._live.memory(name), rows.look_ups(encoder.by))
-        return rows.with_results(results) if results else rows
 
     def encode(self, rows: LogRows) -> Encoded:
         """Encodes N rows; inputs as in `layout`. Placement columns may be absent, as they are in serving."""
@@ -261,11 +226,6 @@ class FeaturePipeline:
         for index, each in enumerate(layout.dense):
             matrix[:, index] = inputs.dense[each.name]
         return Encoded({each.name: inputs.ids[each.name] for each in layout.ids}, matrix)
-
-    def _has_columns(self, name: str, rows: LogRows) -> bool:
-        if name not in self._placement:
-            return True
-        return all(map(rows.has, self.schema.features[name].reads()))
 
     @cached_property
     def _of_requests(self) -> frozenset[str]:
@@ -284,8 +244,7 @@ class FeaturePipeline:
             for key, table in state.tables.items():
                 pq.write_table(table, folder / f"{name}.{key}.parquet", compression="zstd")
         schema = self.schema.model_dump(mode="json")
-        units = {name: sorted(each) for name, each in self.label_units.items()}
-        fitted = {"key_types": self.key_types, "label_units": units, "label_scales": self.label_scales}
+        fitted = {"key_types": self.key_types, "label_scales": self.label_scales}
         text = {"format": FORMAT, "schema": schema, **fitted, "encoders": values}
         (folder / "pipeline.json").write_text(json.dumps(text, indent=1), encoding="utf-8")
 
@@ -303,7 +262,6 @@ class FeaturePipeline:
             raise UserError(f"'{folder}' has feature state of format {text.get('format')}, this version reads {FORMAT}")
         pipeline = FeaturePipeline(schema_of(text["schema"]))
         pipeline.key_types = text["key_types"]
-        pipeline.note_units(text["label_units"])
         pipeline.label_scales = {name: (mean, deviation) for name, (mean, deviation) in text["label_scales"].items()}
         try:
             for name, saved in text["encoders"].items():
@@ -331,12 +289,3 @@ def largest_layout(schema: Schema) -> Layout:
             "`max_size`, or run mmoe-rec features first"
         )
     return replace(pipeline.layout, tables=tuple(table for tables in largest.values() for table in tables or ()))
-
-
-def _absent(encoder: Encoder, rows: int) -> Inputs:
-    outline = encoder.outline()
-    ids: Iterator[tuple[str, np.ndarray | Ragged]] = (
-        (name, Ragged(np.empty(0, np.int64), np.zeros(rows, np.int32)) if many else np.zeros(rows, np.int64))
-        for name, _, many in outline.ids
-    )
-    return Inputs(dict(ids), {each.name: np.zeros(rows, np.float32) for each in outline.dense})

@@ -16,15 +16,12 @@ import pyarrow.types as pt
 from pydantic import Field, model_validator
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.features.layout import Table
 from mmoe_rec.log.hashing import hash_column
 from mmoe_rec.point_in_time.arrays import filled, shared_index
 from mmoe_rec.settings.schema import MAX_TABLE_ROWS, Feature, Meaning, Schema
 
 if TYPE_CHECKING:
     import pandas as pd
-
-_INDEXED = "indexed"  # in the state of a vocabulary that is sent to another process
 
 
 class IdCounts:
@@ -114,16 +111,7 @@ class Vocabulary:
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the index, which pandas would send without its table, so that threads might not share it."""
-        return {name: value for name, value in self.__dict__.items() if name != "_index"} | {
-            _INDEXED: "_index" in self.__dict__
-        }
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """With the index at once, where there was one, so that no request waits for it."""
-        indexed = state.pop(_INDEXED)
-        self.__dict__.update(state)
-        if indexed:
-            _ = self._index
+        return {name: value for name, value in self.__dict__.items() if name != "_index"}
 
     def encode(self, values: pa.Array) -> np.ndarray:
         """(N,) int64 table rows of an array of int64 or strings, dictionary-coded or not.
@@ -258,10 +246,6 @@ class VocabularyOwner:
             return self.vocabulary.encode(values)
         except UserError as error:
             raise UserError(f"feature '{self.name}' (column '{self.feature.column}'): {error}") from None
-
-    def table(self) -> Table:
-        """The embedding table."""
-        return Table(self.name, self.vocabulary.rows)
 
     @property
     def id_type(self) -> pa.DataType | None:

@@ -76,7 +76,7 @@ def _usual(pipeline: FeaturePipeline, role: Role) -> dict[str, list[Any]]:
         if its != role or column in own:
             continue
         readers = [name for name, feature in pipeline.schema.features.items() if [*feature.reads()] == [column]]
-        values = (pipeline.encoders[name].usual(uses[column]) for name in readers)
+        values = (pipeline.encoders[name].typical(uses[column]) for name in readers)
         usual[column] = [next((value for value in values if value is not None), None)] * CANDIDATES
         if uses[column] == "key" and (known := _vocabulary(pipeline, column)):
             usual[column] = [known[place % len(known)] for place in range(CANDIDATES)]

@@ -226,19 +226,13 @@ class Ranker:
 
         rows: of the interaction log (None) and of logs of events, with all columns of the log.
         """
-        before, as_of = self._knowledge, self.tables_known
-        pipeline, known, live = before.pipeline, before.freshness.known, before.pipeline.live
-        users, candidates = before.reader.users, before.reader.candidates
-        for source, each in rows.items():
-            if not len(each):
-                continue
-            live = live.extended(pipeline.live_events(source, each), len(each))
-            known = max(known, int(each.times().max()))
-            if source is None:
-                users = users.with_changes(users.changes(each, pipeline.schema, as_of))
-                candidates = candidates.with_changes(candidates.changes(each, pipeline.schema, as_of))
+        before, rows = self._knowledge, {source: each for source, each in rows.items() if len(each)}
+        pipeline, users, candidates = before.pipeline, before.reader.users, before.reader.candidates
+        if None in rows:
+            users, candidates = users.extended(rows[None], "user"), candidates.extended(rows[None], "candidate")
+        known = max([before.freshness.known, *(int(each.times().max()) for each in rows.values())])
         reader, freshness = before.reader.with_latest(users, candidates), before.freshness.up_to(known)
-        return Knowledge(pipeline.with_live(live), reader, freshness, pipeline.live)
+        return Knowledge(pipeline.with_live(pipeline.live.extended(rows)), reader, freshness, pipeline.live)
 
     def take(self, knowledge: Knowledge) -> None:
         """Knows what was prepared from now on; requests that are under way are answered as before.
@@ -380,7 +374,7 @@ class Ranker:
         places, positions = order.tolist(), (order - starts[rows.of]).tolist()
         times = rows.shared.times().tolist()
         floors = pipeline.memories_read(rows)
-        read = pipeline.found(rows) if scored.gates is not None else None
+        read = pipeline.explain(rows) if scored.gates is not None else None
         integer_ids = pipeline.key_types.get(names.request or "") == "int64"
         rankings = []
         for number, each in enumerate(part):

@@ -125,7 +125,7 @@ def explain(
     """Of the candidates of a request at these rows of a pass, in the given order.
 
     scored: of the pass's rows, to be explained; read: counters and histories of these rows, as
-    `FeaturePipeline.found` gives them; tasks: names; moments: as `as_of` gives.
+    `FeaturePipeline.explain` gives them; tasks: names; moments: as `as_of` gives.
     """
     assert scored.uncalibrated is not None
     assert scored.gates is not None

@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pyarrow.types as pt
 
 from mmoe_rec.errors import RequestError, UserError, quoted, suggest
-from mmoe_rec.features.latest import LatestValues, RecentValues
+from mmoe_rec.features.latest import LatestValues
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.inference.request import Request
 from mmoe_rec.log.columns import UTC_MICROSECONDS, canonical, column_uses, event_uses
@@ -70,7 +69,7 @@ class RequestColumns:
         self.log_columns = list(self._columns)
         # A log's own column comes first: that is what a feature would read.
         for name, memory in pipeline.memory_encoders.items():
-            for column, (use, kind) in memory.precomputed().items():
+            for column, (use, kind) in memory.result_columns().items():
                 self._columns.setdefault(column, RequestColumn(column, schema.role_of(name), use, kind))
         if (request := schema.columns.request) is not None:  # features may not read it, and the server logs it
             self._columns.setdefault(request, RequestColumn(request, "context", "key", types.get(request)))
@@ -109,15 +108,15 @@ class RequestReader:
         self.schema = pipeline.schema
         self.max_candidates = max_candidates
         columns = self.schema.columns
-        self.users = _latest(columns.user, features, "user")
-        self.candidates = _latest(columns.candidate, features, "candidate")
+        self.users = LatestValues.load(features, "user", columns.user)
+        self.candidates = LatestValues.load(features, "candidate", columns.candidate)
         self.columns = RequestColumns(pipeline, self.users, self.candidates)
         # Without ids nothing is known of what a request leaves out.
         known = {"user": columns.has_user, "candidate": columns.has_candidate}
         inputs = self.schema.input_columns()
         self._uncompleted: dict[str, Role] = {name: role for name, role in inputs.items() if not known.get(role, True)}
 
-    def with_latest(self, users: RecentValues, candidates: RecentValues) -> RequestReader:
+    def with_latest(self, users: LatestValues, candidates: LatestValues) -> RequestReader:
         """One that knows other latest values; this one stays as it is."""
         reader = copy(self)
         reader.users, reader.candidates = users, candidates
@@ -210,15 +209,6 @@ class RequestReader:
             raise RequestError(f"'user' needs a column '{names.user}' with the user's id")
         if names.has_candidate and given[names.candidate].null_count:
             raise RequestError(f"column '{names.candidate}' in 'candidates' holds null; every candidate needs an id")
-
-
-def _latest(key: str, features: Path, role: Role) -> RecentValues:
-    """Latest values, with lists in the type that canonical columns have; Parquet calls what they hold `element`."""
-    table, times = pq.read_table(features / f"latest.{role}.parquet"), features / f"latest.{role}.times.parquet"
-    for place, field in enumerate(table.schema):
-        if pt.is_list(field.type):
-            table = table.set_column(place, field.name, table.column(place).cast(pa.list_(field.type.value_type)))
-    return RecentValues(key, table, pq.read_table(times)["time"].to_numpy() if times.is_file() else None)
 
 
 def _now() -> pa.Scalar:

@@ -272,7 +272,7 @@ def _show_values(
         columns = list(pipeline.schema.features[feature].reads())
         return {side: table.select(columns).to_pylist()[0] for side, table in sides.items()}
     served, offline = None, dict[str, Any]()
-    for name in encoder.result_names:
+    for name in encoder.result_columns():
         result = period.rows.results[name]
         if isinstance(result, SharedRagged):
             assert isinstance(encoder, HistoryEncoder)
@@ -282,7 +282,7 @@ def _show_values(
     if explanation is not None and isinstance(encoder, HistoryEncoder):
         served = {feature: explanation["histories"][feature]}
     elif explanation is not None:
-        numbers = {name: np.array([explanation["counters"][name]], float) for name in encoder.result_names}
+        numbers = {name: np.array([explanation["counters"][name]], float) for name in encoder.result_columns()}
         served = {name: float(encoder.exchanged(name, each)[0]) for name, each in numbers.items()}
     return {"served": served, "offline": offline}
 

@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from mmoe_rec.log.hashing import combine
 from mmoe_rec.log.rows import LogRows
-from mmoe_rec.point_in_time.search import UnsortedLookUps
+from mmoe_rec.point_in_time.join import UnsortedLookUps
 from mmoe_rec.settings.schema import Schema
 
 Function = Callable[[pa.Array], np.ndarray]

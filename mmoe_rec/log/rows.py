@@ -20,8 +20,7 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.log.columns import UTC_MICROSECONDS
 from mmoe_rec.log.hashing import combine, hash_column
 from mmoe_rec.point_in_time.arrays import filled, one_array
-from mmoe_rec.point_in_time.join import LookUps
-from mmoe_rec.point_in_time.search import AnyLookUps
+from mmoe_rec.point_in_time.join import AnyLookUps, LookUps
 from mmoe_rec.settings.columns import Task, outcome_name
 from mmoe_rec.settings.schema import Schema
 

@@ -85,7 +85,7 @@ class ExactSums:
         one, two = self.over(other.units), other.over(self.units)
         return ExactSums(one.units, np.concatenate([one.limbs, two.limbs], axis=1))
 
-    def plus(self, other: ExactSums) -> ExactSums:
+    def __add__(self, other: ExactSums) -> ExactSums:
         """The sums of both, one by one."""
         one, two = self.over(other.units), other.over(self.units)
         return ExactSums(one.units, one.limbs + two.limbs)
@@ -134,11 +134,6 @@ def whole_numbers(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Whole numbers of at most 53 bits and exponents of 2, (N,) int64 each, whose products are the finite `values`."""
     fraction, exponent = np.frexp(values)
     return (fraction * 2.0**53).astype(np.int64), exponent.astype(np.int64) - 53
-
-
-def units_of(values: np.ndarray) -> set[int]:
-    """Units that exact sums of (N,) float64 numbers, without those that are NaN, need."""
-    return set(ExactSums.of(values[~np.isnan(values)]).units)
 
 
 def _nearest(digits: np.ndarray, unit: int) -> np.ndarray:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cached_property
 
 import numpy as np
 
 from mmoe_rec.point_in_time.arrays import Ragged, consecutive
-from mmoe_rec.point_in_time.join import KnownEvents, sorted_order
-from mmoe_rec.point_in_time.memory import Memory
-from mmoe_rec.point_in_time.search import AnyLookUps
+from mmoe_rec.point_in_time.join import AnyLookUps, KnownEvents, sorted_order
+from mmoe_rec.point_in_time.memory import Memory, SeenEvents
 
 
 class HistoryMemory(Memory):
@@ -37,36 +35,35 @@ class HistoryMemory(Memory):
         order = sorted_order(key, known, items)
         return HistoryMemory(KnownEvents(key[order], known[order]), items[order], self.floor, self.forget_after)
 
+    def merged(self, other: HistoryMemory) -> HistoryMemory:
+        """The events of both; as of this one's `floor`."""
+        return self.extended(other.events.key, other.events.known, other.items)
+
     def last(self, asked: AnyLookUps, length: int) -> Ragged:
-        """The last `length` items that were known at N look-ups, oldest first."""
-        index, lengths = self.last_events(asked, length)
-        return Ragged(self.items[index], lengths.astype(np.int32))
-
-    def last_events(self, asked: AnyLookUps, length: int) -> tuple[np.ndarray, np.ndarray]:
-        """The last `length` events that were known at N look-ups, by their index, oldest first, and (N,) int64 how
-        many these are."""
-        join = self.joined(asked)
-        if not len(self.events):
-            return np.empty(0, np.int64), np.zeros(len(asked), np.int64)
-        last, first = join.last(), join.first
-        if self.lives is not None:
-            first = np.maximum(first, self.lives.forgotten(last, join.asked.time) + 1)
-        return last_of_each(first, last, length)
-
-    @cached_property
-    def _within_key(self) -> np.ndarray:
-        """(E,) int64 number of events of the same key before each event."""
-        return np.arange(len(self.events)) - self.events.starts[self.events.number]
+        """The last `length` items that were known at N look-ups, oldest first; of one moment, in the items' order."""
+        seen = SeenEvents(self, asked)
+        parts = list(zip(seen.memories, seen.last_events(length), strict=True))
+        items = np.concatenate([memory.items[index] for memory, (index, _) in parts])
+        together = np.sum([lengths for _, (_, lengths) in parts], axis=0)
+        if len(parts) == 1 or not len(items):
+            return Ragged(items, together.astype(np.int32))
+        number = np.concatenate([np.arange(len(asked)).repeat(lengths) for _, (_, lengths) in parts])
+        known = np.concatenate([memory.events.known[index] for memory, (index, _) in parts])
+        lengths = np.minimum(together, length)
+        last = consecutive(np.cumsum(together) - lengths, lengths)
+        return Ragged(items[np.lexsort((items, known, number))[last]], lengths.astype(np.int32))
 
     def compacted(self, moment: int, length: int) -> HistoryMemory:
         """What requests at `moment` or later, which ask for `length` items, can ask for."""
         # The last `length` that are known by then; later events keep these in reach until they become known themselves.
-        known_by_then = np.add.reduceat(np.append(self.events.known <= moment, 0), self.events.starts[:-1])
-        needed = self._within_key >= (known_by_then - length)[self.events.number]
+        events = self.events
+        known_by_then = np.add.reduceat(np.append(events.known <= moment, 0), events.starts[:-1])
+        within_key = np.arange(len(events)) - events.starts[events.number]
+        needed = within_key >= (known_by_then - length)[events.number]
         if self.lives is not None:
             needed &= ~self.lives.ended(moment)
-        events = KnownEvents(self.events.key[needed], self.events.known[needed])
-        return HistoryMemory(events, self.items[needed], self._later_floor(moment), self.forget_after)
+        left = KnownEvents(events.key[needed], events.known[needed])
+        return HistoryMemory(left, self.items[needed], self._later_floor(moment), self.forget_after)
 
     def to_columns(self) -> dict[str, np.ndarray]:
         """The events, sorted by key and time."""
@@ -78,10 +75,3 @@ class HistoryMemory(Memory):
     ) -> HistoryMemory:
         """The memory that `to_columns` gave."""
         return HistoryMemory(KnownEvents(columns["key"], columns["known"]), columns["item"], floor, forget_after)
-
-
-def last_of_each(first: np.ndarray, last: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """The last `length` of the events from (N,) `first` to `last`, inclusive, by their index, one look-up's after the
-    other's, and (N,) int64 how many these are."""
-    lengths = np.clip(last + 1 - first, 0, length)
-    return consecutive(last + 1 - lengths, lengths), lengths

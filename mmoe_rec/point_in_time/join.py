@@ -5,15 +5,17 @@ becomes known at max(r + 1 microsecond, r + m); a request at time t sees the eve
 sees rows of strictly earlier requests whose label had matured, never itself and never the future.
 
 Events and look-ups are each sorted by key and time, once; a `Join` then finds each look-up's place among the events,
-for each window that is asked for. A request's few look-ups are searched instead (`mmoe_rec.point_in_time.search`).
+for each window that is asked for. A request's few look-ups are searched one by one instead (`Search`), at a cost that
+does not grow with what is remembered.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -90,12 +92,11 @@ class KeyIndex:
     """Finds keys among (G,) distinct rising uint64 ones.
 
     These are hashes, so their first bits spread them over as many buckets, of which few hold more than a few keys.
-    spread: so many times twice as many buckets, of 4 bytes each, where few steps matter more than memory.
     """
 
-    def __init__(self, keys: np.ndarray, spread: int = 0) -> None:
+    def __init__(self, keys: np.ndarray) -> None:
         self.keys = keys
-        bits = max(1, (len(keys) - 1).bit_length() + spread)
+        bits = max(1, (len(keys) - 1).bit_length())
         self._shift = np.uint64(64 - bits)
         counts = np.bincount((keys >> self._shift).view(np.int64), minlength=2**bits)
         # (2^bits + 1,) where each bucket begins, and the last one ends.
@@ -108,7 +109,7 @@ class KeyIndex:
             return np.empty(0, np.int64), np.empty(0, np.int64)
         number: np.ndarray = self._starts.take((asked >> self._shift).view(np.int64))
         there = self.keys.take(number, mode="clip")
-        less = np.flatnonzero(there < asked)  # keys that come before in the bucket; of few, one step takes the next one
+        less = (there < asked).nonzero()[0]  # keys that come before in the bucket; of few, one step takes the next one
         for _ in range(_STEPS):
             if not len(less):
                 break
@@ -118,7 +119,7 @@ class KeyIndex:
         else:
             number[less] = np.searchsorted(self.keys, asked[less])
             there[less] = self.keys.take(number[less], mode="clip")
-        found = np.flatnonzero(there == asked)
+        found = (there == asked).nonzero()[0]
         return found, number[found].astype(np.int64, copy=False)
 
 
@@ -126,14 +127,14 @@ def bisected(values: np.ndarray, asked: np.ndarray, low: np.ndarray, high: np.nd
     """(N,) int64 places of the first of the rising `values` from `low` to `high` (exclusive) that is not `before` what
     is asked, `high` for none."""
     found = low.copy()
-    open_ = np.flatnonzero(low < high)
+    open_ = (low < high).nonzero()[0]
     low, high, asked = low[open_], high[open_], asked[open_]
     while len(open_):
         middle = (low + high) >> 1
         is_before = before(values[middle], asked)
         low, high = np.where(is_before, middle + 1, low), np.where(is_before, high, middle)
         found[open_] = low
-        left = np.flatnonzero(low < high)
+        left = (low < high).nonzero()[0]
         open_, low, high, asked = open_[left], low[left], high[left], asked[left]
     return found
 
@@ -325,6 +326,77 @@ class _Ticks:
             return np.searchsorted(self._moments, times, side="right")
         asked = (times - (self._origin - self.unit)) // self.unit
         return np.clip(asked, 0, self.count - 1, out=asked)
+
+
+@dataclass(frozen=True)
+class UnsortedLookUps:
+    """What N rows ask, each for itself. key: (N,) uint64; time: (N,) int64 microseconds.
+
+    later: what `find_later` found in levels of counters, by the counters' memories.
+    """
+
+    key: np.ndarray
+    time: np.ndarray
+    later: dict[Any, Any] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.key)
+
+    @cached_property
+    def number(self) -> np.ndarray:
+        """(N,) int64 the look-up of each row, which is its own."""
+        return np.arange(len(self.key))
+
+    def as_of(self, floor: int | None) -> UnsortedLookUps:
+        """The same look-ups, but none of an earlier time than `floor`."""
+        if floor is None or not len(self) or self.time.min() >= floor:
+            return self
+        return UnsortedLookUps(self.key, np.maximum(self.time, floor))
+
+
+AnyLookUps = LookUps | UnsortedLookUps
+
+
+class Search:
+    """Events and look-ups of them in any order, of which each is searched by its key, then by its time."""
+
+    def __init__(self, events: KnownEvents, asked: AnyLookUps) -> None:
+        self.events, self.asked = events, asked
+
+    @cached_property
+    def _remembered(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The look-ups whose keys have events: (K,) int64 their numbers, the first events, and where the last end."""
+        rows, group = self.events.index.find(self.asked.key)
+        return rows, self.events.starts[group], self.events.starts[group + 1]
+
+    @cached_property
+    def first(self) -> np.ndarray:
+        """(N,) int64 first event of each look-up's key, the number of all events where it has none."""
+        first = np.full(len(self.asked), len(self.events))
+        rows, starts, _ = self._remembered
+        first[rows] = starts
+        return first
+
+    def last(self, earlier: int = 0) -> np.ndarray:
+        """(N,) int64 index of the last event of each look-up's key that was known `earlier` microseconds before its
+        time; -1 for none."""
+        last = np.full(len(self.asked), -1, np.int64)
+        if len(self.events):
+            rows, first, end = self._remembered
+            last[rows] = last_known(self.events.known, first, end, self.asked.time[rows] - earlier)
+        return last
+
+
+def last_known(known: np.ndarray, first: np.ndarray, end: np.ndarray, times: np.ndarray) -> np.ndarray:
+    """(K,) int64 index of the last of the events from `first` to `end` (exclusive, at least one) that was known at
+    each of the `times`; -1 for none. known: (E,) int64, rising from each `first` to its `end`."""
+    last = end - 1
+    # Most requests are later than all that is remembered of their keys.
+    if len(open_ := (known.take(last) > times).nonzero()[0]):
+        first = first[open_]
+        later = bisected(known, times[open_], first, last[open_], np.less_equal)
+        last[open_] = np.where(later > first, later - 1, -1)
+    return last
 
 
 def known_at(times: np.ndarray, matures_after: int) -> np.ndarray:

@@ -8,20 +8,20 @@ about, to one partition each, where the next step makes the look-ups.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
 
 from mmoe_rec.features.encoder import Counts
-from mmoe_rec.features.latest import LatestParts
+from mmoe_rec.features.latest import LatestValues
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.log.checks import BadFile
 from mmoe_rec.log.reader import ROWS_PER_PART, LogPart, LogReader, Noticed
 from mmoe_rec.log.rows import LogRows
-from mmoe_rec.point_in_time.exact import units_of
 from mmoe_rec.point_in_time.join import Window, in_any, in_window
+from mmoe_rec.point_in_time.memory import grown
 from mmoe_rec.preprocessing.exchange import DUPLICATES, Exchange, events_of, label_of, look_ups_of, partition_of
 from mmoe_rec.settings.schema import Schema
 
@@ -47,7 +47,7 @@ class CountJob:
 class Counted:
     """What was counted of parts of the log; parts are merged in any order.
 
-    counts, key_types, label_units: as in `FeaturePipeline`; first, last: request times, with the number of a row of
+    counts, key_types: as in `FeaturePipeline`; first, last: request times, with the number of a row of
     each; rows: of each split; seen: rows of the interaction log (None) and of each log of events; users, candidates:
     latest attributes; sent: channel -> (partitions,) int64 rows sent to each partition; spans: (log of events or None,
     file) -> first and last time of its rows; bad: problems of files that could not be read, in which case nothing else
@@ -56,13 +56,12 @@ class Counted:
 
     counts: dict[str, Counts] = field(default_factory=dict)
     key_types: dict[str, str] = field(default_factory=dict)
-    label_units: dict[str, set[int]] = field(default_factory=dict)
     first: tuple[int, int] = (np.iinfo(np.int64).max, 0)
     last: tuple[int, int] = (np.iinfo(np.int64).min, 0)
     rows: Counter[str] = field(default_factory=Counter)
     seen: Counter[str | None] = field(default_factory=Counter)
-    users: LatestParts | None = None
-    candidates: LatestParts | None = None
+    users: tuple[LatestValues, ...] = ()
+    candidates: tuple[LatestValues, ...] = ()
     sent: dict[str, np.ndarray] = field(default_factory=dict)
     spans: dict[tuple[str | None, str], tuple[int, int]] = field(default_factory=dict)
     bad: list[BadFile] = field(default_factory=list)
@@ -75,13 +74,10 @@ class Counted:
             else:
                 self.counts[name] = counts
         self.key_types |= other.key_types
-        for task, units in other.label_units.items():
-            self.label_units[task] = self.label_units.get(task, set()) | units
         self.first, self.last = min(self.first, other.first), max(self.last, other.last)
         self.rows.update(other.rows)
         self.seen.update(other.seen)
-        self.users = merged(self.users, other.users)
-        self.candidates = merged(self.candidates, other.candidates)
+        self.add_latest(other.users, other.candidates)
         for channel, rows in other.sent.items():
             self.sent[channel] = self.sent[channel] + rows if channel in self.sent else rows
         for file, span in other.spans.items():
@@ -89,20 +85,18 @@ class Counted:
             self.spans[file] = min(mine[0], span[0]), max(mine[1], span[1])
         self.bad += other.bad
 
-
-def merged(one: LatestParts | None, other: LatestParts | None) -> LatestParts | None:
-    """The latest attributes of both."""
-    if one is None or other is None:
-        return one or other
-    one.merge(other)
-    return one
+    def add_latest(self, users: Sequence[LatestValues], candidates: Sequence[LatestValues]) -> None:
+        """Adds latest attributes."""
+        for each in users:
+            self.users = grown(self.users, each, LatestValues.merged)
+        for each in candidates:
+            self.candidates = grown(self.candidates, each, LatestValues.merged)
 
 
 def count_part(job: CountJob, readers: Mapping[str | None, LogReader], task: tuple[str | None, LogPart]) -> Counted:
     """Counts a part of the log of events of that name, or of the interaction log (None)."""
     source, part = task
     pipeline, counted, noticed = FeaturePipeline(job.schema), Counted(), Noticed()
-    users, candidates = LatestParts(job.schema, "user"), LatestParts(job.schema, "candidate")
     sender, end = _Sender(job, part, source), part.start
     start, train_end = job.windows["train"] if job.statistics else (None, 0)
     for read in readers[source].read(part, noticed):
@@ -118,8 +112,7 @@ def count_part(job: CountJob, readers: Mapping[str | None, LogReader], task: tup
             counted.last = max(counted.last, (int(times.max()), int(number[times.argmax()])))
             for split, window in job.windows.items():
                 counted.rows[split] += int(in_window(times, window).sum())
-            users.add(rows)
-            candidates.add(rows)
+            counted.add_latest([LatestValues.of(rows, "user")], [LatestValues.of(rows, "candidate")])
             pipeline.note_types(rows)
             assert train_end is not None
             if job.statistics and len(learnt := rows.filter(in_window(times, (start, train_end)))):
@@ -129,9 +122,7 @@ def count_part(job: CountJob, readers: Mapping[str | None, LogReader], task: tup
     if noticed.bad:
         return Counted(bad=noticed.bad)
     if source is None:
-        counted.users, counted.candidates = users, candidates
-        counted.counts = pipeline.counts if job.statistics else {}
-        counted.key_types, counted.label_units = pipeline.key_types, pipeline.label_units
+        counted.counts, counted.key_types = pipeline.counts if job.statistics else {}, pipeline.key_types
     counted.sent = sender.sent
     counted.spans = {(source, address): span for address, span in noticed.spans.items()}
     return counted
@@ -169,13 +160,11 @@ class _Sender:
         wanted = np.flatnonzero(in_any(times, self.job.windows.values()))
         labels: dict[str, np.ndarray] = {}
         for name, group in pipeline.key_groups.items():
-            look_ups = {"key": group[0].keys(rows), "time": times, "row": number}
+            look_ups = {"key": rows.hashes(group[0].by), "time": times, "row": number}
             labelled = {encoder.label: encoder for encoder in group if encoder.label is not None}
             for task, encoder in labelled.items():
                 if task not in labels:
                     labels[task] = encoder.labels(rows)
-                    if labels[task].dtype == np.float64:
-                        pipeline.note_units({task: units_of(labels[task])})
                 look_ups[label_of(task)] = labels[task]
             if not labelled and len(wanted) < len(rows):
                 look_ups = {column: values[wanted] for column, values in look_ups.items()}

@@ -267,7 +267,7 @@ def _extend(before: Prepared, files: NewFiles, windows: dict[str, Window], folde
             raise UserError(f"the features in '{before.folder}' are damaged: {first_line(error)}; {ANEW}") from None
         pipeline.merge(counted.counts, counted.key_types)
         new_ids = pipeline.grow()
-        add_latest(counted, logs.schema, before.serving, last)
+        add_latest(counted, logs.schema, before.serving)
         splits = write_features(steps, pipeline, counted, windows["train"], folder, before.serving.resolve())
     taken.write(folder)
     counted.first = (first, 0)

@@ -23,6 +23,7 @@ import pyarrow.compute as pc
 
 from mmoe_rec.features.encoder import MemoryEncoder
 from mmoe_rec.features.memories import read_memory, write_memory
+from mmoe_rec.features.numbers import NumberHistogram
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.point_in_time.arrays import SharedRagged
 from mmoe_rec.point_in_time.join import LookUps, Window, in_any, in_window, known_at, sorted_order
@@ -298,7 +299,7 @@ class Partition:
     rows: int
 
 
-def look_up_partition(job: LookUpJob, partition: Partition) -> dict[str, dict[str, Any]]:
+def look_up_partition(job: LookUpJob, partition: Partition) -> dict[str, dict[str, NumberHistogram]]:
     """Makes a partition's look-ups and keeps its part of the memories; gives counts of each feature's results."""
     group = fitted(job.state).key_groups[partition.group]
     counting = FeaturePipeline(fitted(job.state).schema).memory_encoders
@@ -316,7 +317,7 @@ def look_up_partition(job: LookUpJob, partition: Partition) -> dict[str, dict[st
         for encoder in group:
             memory = chunk.extended(encoder, memories.pop(encoder.name))
             results = encoder.results(memory, chunk.asked)
-            if inside is not None and encoder.result_counts:
+            if inside is not None and encoder.numbers:
                 counting[encoder.name].learn_results(take(results, inside))
             found |= results
             if chunk.until is not None:
@@ -326,7 +327,8 @@ def look_up_partition(job: LookUpJob, partition: Partition) -> dict[str, dict[st
                 write_memory(encoder.compacted(memory, job.end), job.memories, encoder.name, partition.number)
         if len(chunk.rows):
             job.results.send(partition.group, (partition.number, turn), chunk.rows, found)
-    return {encoder.name: counting[encoder.name].result_counts for encoder in group}
+    numbers = {encoder.name: counting[encoder.name].numbers for encoder in group}
+    return {name: {each: number.histogram for each, number in some.items()} for name, some in numbers.items()}
 
 
 def fitted(state: Path) -> FeaturePipeline:

@@ -21,24 +21,21 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mmoe_rec.atomic import atomic_folder, flush_tree
 from mmoe_rec.errors import UserError
-from mmoe_rec.features.latest import LatestParts
+from mmoe_rec.features.latest import LatestValues
 from mmoe_rec.features.layout import Layout
 from mmoe_rec.features.memories import exact_from
 from mmoe_rec.features.pipeline import FORMAT, FeaturePipeline
 from mmoe_rec.locks import writing
 from mmoe_rec.log.checks import format_time
-from mmoe_rec.log.columns import UTC_MICROSECONDS, zone_rules
-from mmoe_rec.log.rows import LogRows
+from mmoe_rec.log.columns import zone_rules
 from mmoe_rec.log.stand_ins import told_of_stand_ins
 from mmoe_rec.point_in_time.join import Window
 from mmoe_rec.preprocessing.checks import check_apart, check_classes, check_splits, empty_split
-from mmoe_rec.preprocessing.count import Counted, merged
+from mmoe_rec.preprocessing.count import Counted
 from mmoe_rec.preprocessing.files import Changes, Taken
 from mmoe_rec.preprocessing.logs import DEFAULTS, BuildOptions, Logs
 from mmoe_rec.preprocessing.splits import SplitCounts
@@ -60,31 +57,15 @@ def load_counts(pipeline: FeaturePipeline, folder: Path) -> None:
 
 
 def save_latest(counted: Counted, folder: Path) -> None:
-    """Writes the latest attributes of users and candidates, and beside them the time of each."""
-    for name, parts in (("user", counted.users), ("candidate", counted.candidates)):
-        assert parts is not None
-        latest = parts.finish()
-        pq.write_table(latest.table, folder / f"latest.{name}.parquet", compression="zstd")
-        times = pa.table({"time": pa.array(latest.times)})
-        pq.write_table(times, folder / f"latest.{name}.times.parquet", compression="zstd")
+    """Writes the latest attributes of users and candidates."""
+    LatestValues.together(counted.users).save(folder, "user")
+    LatestValues.together(counted.candidates).save(folder, "candidate")
 
 
-def add_latest(counted: Counted, schema: Schema, folder: Path, last: int) -> None:
-    """Adds the latest attributes that `save_latest` wrote to what was counted since.
-
-    last: microseconds of the last request before: their time where there is none, as an earlier version wrote none.
-    """
-    for role in ("user", "candidate"):
-        old = pq.read_table(folder / f"latest.{role}.parquet")
-        path = folder / f"latest.{role}.times.parquet"
-        times = pq.read_table(path)["time"].to_numpy() if path.is_file() else np.full(old.num_rows, last)
-        earlier = LatestParts(schema, role)
-        moments = pa.array(times).cast(UTC_MICROSECONDS)
-        earlier.add(LogRows(old.append_column(schema.columns.time, moments), schema))
-        if role == "user":
-            counted.users = merged(counted.users, earlier)
-        else:
-            counted.candidates = merged(counted.candidates, earlier)
+def add_latest(counted: Counted, schema: Schema, folder: Path) -> None:
+    """Adds the latest attributes that `save_latest` wrote to what was counted since."""
+    users = LatestValues.load(folder, "user", schema.columns.user)
+    counted.add_latest([users], [LatestValues.load(folder, "candidate", schema.columns.candidate)])
 
 
 def manifest_of(

@@ -87,7 +87,7 @@ def encode_part(
     number, part = task
     pipeline = fitted(state)
     results = ResultReader(exchange, list(pipeline.key_groups))
-    asked = {name for encoder in pipeline.memory_encoders.values() for name in encoder.result_names}
+    asked = {name for encoder in pipeline.memory_encoders.values() for name in encoder.result_columns()}
     counts = {name: SplitCounts() for name in windows}
     writers = {name: _SplitWriter(encoded / name / f"part-{number:05d}.parquet") for name in windows}
     row = part.start

@@ -194,7 +194,6 @@ class Steps:
         pipeline: with complete vocabularies; where `training` is given, it counts results of rows requested then.
         before: folder with memories to go on from.
         """
-        pipeline.note_units(self._counted.label_units)
         state = self.scratch / "state"
         state.mkdir(parents=True)
         pipeline.save(state)
@@ -223,8 +222,8 @@ class Steps:
         )
         for features in done:
             for name, counts in features.items():
-                for result, mine in encoders[name].result_counts.items():
-                    mine.merge(counts[result])
+                for result, number in encoders[name].numbers.items():
+                    number.histogram.merge(counts[result])
         self.beside(self._events.remove)
 
     @property

@@ -72,7 +72,7 @@ def advanced(features: Path, last: int, logs: Logs, taken: Taken, out: Path) -> 
         raise UserError(f"'{requests}', the requests that the model's tables hold, is missing; {ANEW}")
     with Steps(files.only(events_alone=True), {}, out / "scratch") as steps:
         counted = files.count(steps, statistics=False, kept=out / "requests", before=requests)
-        add_latest(counted, logs.schema, features, last)
+        add_latest(counted, logs.schema, features)
         as_of = max(last, counted.last[0])
         taken = taken.with_new(steps.logs, counted.spans)
         return _write(steps, counted, features, out, as_of, taken, files.gone, before=features.resolve())

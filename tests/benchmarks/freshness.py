@@ -29,7 +29,6 @@ import argparse
 import json
 import sys
 import tempfile
-from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -150,7 +149,7 @@ class Benchmark:
         from mmoe_rec.features.memories import Live
 
         pipeline = ranker.pipeline
-        nothing = daily = live = Live.none(pipeline.memory_encoders)
+        nothing = daily = live = Live(pipeline.memory_encoders)
         found: dict[str, list[np.ndarray]] = {"frozen": [], "daily": [], "live": []}
         rows_of = [(None, period.rows)] + [(log.name, rows) for log in logs.events for rows in log.stream()]
         with limit_threads(1):
@@ -180,15 +179,10 @@ def _plain(rows: Any, start: int, end: int) -> Any:
 
 def _learnt(pipeline: Any, live: Any, rows_of: Any, start: int, end: int, lag: int = 0) -> Any:
     """What is known with the rows and events of a time as well, which come so much later (microseconds)."""
-    import pyarrow as pa
-
-    events = defaultdict(list)
     for source, rows in rows_of:
         inside = _plain(rows, start, end)
-        for name, table in pipeline.live_events(source, inside).items() if len(inside) else ():
-            place = table.column_names.index("known")
-            events[name].append(table.set_column(place, "known", pa.array(table["known"].to_numpy() + lag)))
-    return live.extended({name: pa.concat_tables(each, promote_options="permissive") for name, each in events.items()})
+        live = live.extended({source: inside.with_times(inside.times() + lag)})
+    return live
 
 
 def main() -> None:

@@ -22,8 +22,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field
 
-from mmoe_rec.features.encoder import Inputs, Outline, Unfitted
-from mmoe_rec.features.encoder import Kind
+from mmoe_rec.features.encoder import Encoder, Inputs, Kind, Outline
 from mmoe_rec.features.layout import Table
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.settings.columns import Use
@@ -48,7 +47,7 @@ class EmbeddedRemainder(RemainderFeature, Embedded):
     """An integer's remainder, embedded."""
 
 
-class RemainderEncoder(Unfitted):
+class RemainderEncoder(Encoder):
     """An integer's remainder; row 0 is a missing number."""
 
     def outline(self) -> Outline:
@@ -59,7 +58,7 @@ class RemainderEncoder(Unfitted):
         found = np.where(np.isnan(numbers), 0, 1 + np.nan_to_num(numbers) % self.feature.divisor)
         return Inputs({self.name: found.astype(np.int64)})
 
-    def usual(self, use: Use) -> Any:
+    def typical(self, use: Use) -> Any:
         return 1
 
 

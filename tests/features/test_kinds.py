@@ -221,26 +221,24 @@ def test_buckets_count_the_edges_below(values, buckets):
     assert extreme == [1, rows - 1]
 
 
-def test_seconds_of_one_day_stay_apart():
-    seconds = 1_700_000_000 + np.arange(0, 86_400, 600)
-    expected = (seconds - seconds.mean()) / seconds.std()
-    for kind in (pa.int64(), pa.float64(), pa.decimal128(18, 3)):
-        _, _, encoded = _fitted({"kind": "numeric", "column": "x"}, x=pa.array(seconds.tolist(), kind))
-        np.testing.assert_allclose(encoded.dense[:, 0], expected, atol=1e-5)
-    lists = pa.array(seconds.reshape(-1, 2).tolist())
-    for kind in (pa.int64(), pa.float64(), pa.decimal128(38, 3)):
-        _, _, encoded = _fitted({"kind": "vector", "column": "x", "size": 2}, x=lists.cast(pa.list_(kind)))
-        np.testing.assert_allclose(encoded.dense.ravel(), expected, atol=1e-5)
-
-
-def test_nanoseconds_stay_apart_though_not_every_integer_is_a_float64():
-    times = 1_700_000_000_000_000_001 + np.arange(100) * 10**6
-    expected = (np.arange(100) - 49.5) / np.arange(100).std()
-    for kind in (pa.int64(), pa.uint64()):
-        _, _, encoded = _fitted({"kind": "numeric", "column": "x"}, x=pa.array(times, kind))
+@pytest.mark.parametrize(
+    ("numbers", "kinds"),
+    [
+        (1_700_000_000 + np.arange(0, 86_400, 600), (pa.int64(), pa.float64(), pa.decimal128(38, 3))),
+        # Not every integer is a float64.
+        (1_700_000_000_000_000_001 + np.arange(100) * 10**6, (pa.int64(), pa.uint64())),
+    ],
+    ids=["seconds", "nanoseconds"],
+)
+def test_times_of_one_day_stay_apart(numbers, kinds):
+    expected = ((numbers - numbers[0]) - (numbers - numbers[0]).mean()) / (numbers - numbers[0]).std()
+    for kind in kinds:
+        column = pa.array(numbers.tolist(), kind)
+        _, _, encoded = _fitted({"kind": "numeric", "column": "x"}, x=column)
         np.testing.assert_allclose(encoded.dense[:, 0], expected, atol=1e-3)
-    _, _, encoded = _fitted({"kind": "vector", "column": "x", "size": 1}, x=pa.array(times[:, None].tolist()))
-    np.testing.assert_allclose(encoded.dense[:, 0], expected, atol=1e-3)
+        lists = pa.array(numbers.reshape(-1, 2).tolist()).cast(pa.list_(kind))
+        _, _, encoded = _fitted({"kind": "vector", "column": "x", "size": 2}, x=lists)
+        np.testing.assert_allclose(encoded.dense.ravel(), expected, atol=1e-3)
 
 
 def test_a_vocabulary_that_no_table_can_hold_is_refused(monkeypatch):

@@ -23,7 +23,6 @@ from tests.log.small_logs import (
     random_log,
     save_memories,
     schema_of,
-    times_of,
 )
 
 SCHEMA = schema_of(ALL_KINDS)
@@ -60,25 +59,6 @@ def test_no_order_of_rows_or_files_changes_the_state(tmp_path_factory, seed, str
     one = _saved(fit(table, SCHEMA, UNTIL), folder / "one")
     other = _saved(fit(shuffled, SCHEMA, UNTIL, cuts=tuple(cuts)), folder / "other")
     assert one == other
-
-
-@settings(max_examples=settings().max_examples // 4)
-@given(seed=st.integers(0, 10**6), days=st.floats(0, 14), strings=st.booleans())
-def test_the_latest_state_answers_later_requests_as_the_full_state_does(tmp_path_factory, seed, days, strings):
-    table = random_log(seed, rows=80, strings=strings)
-    pipeline = fit(table, SCHEMA, UNTIL)
-    moment = START + round(days * DAY)
-    folder = tmp_path_factory.mktemp("latest")
-    full, latest = _saved(pipeline, folder / "full"), _saved(pipeline, folder / "latest", moment)
-    loaded = FeaturePipeline.load(folder / "latest")
-    # Every known time of the log, and the end of every window, is a moment at which an answer may change.
-    later = [moment, moment + 1, moment + DAY, moment + round(2.5 * DAY), moment + 30 * DAY]
-    later += [time for time in times_of(table) if time >= moment]
-    for now in later[:40]:
-        rows = log_rows(_at(table, now), SCHEMA)
-        assert_same(loaded.encode(rows), pipeline.encode(rows))
-    events = [name for name in full if name.endswith("memory.parquet")]
-    assert sum(len(latest[name]) for name in events) <= sum(len(full[name]) for name in events)
 
 
 def test_the_latest_state_drops_what_no_later_request_can_ask_for(tmp_path):
@@ -131,11 +111,6 @@ def test_a_request_may_bring_its_own_history_and_statistics():
     assert history.values.tolist() == [6, 7, 8]  # the last three of four, oldest first
     index = [each.name for each in pipeline.layout.dense].index("item_click_rows")
     assert encoded.dense[:, index].tolist() == [0.0, 0.0]
-
-
-def _at(table: pa.Table, moment: int) -> pa.Table:
-    column = pa.array([moment] * table.num_rows).cast(table["time"].type)
-    return table.set_column(table.column_names.index("time"), "time", column)
 
 
 def test_labels_and_rates_that_differ_by_little_stay_apart():

@@ -148,8 +148,8 @@ def test_what_is_given_has_no_moment_and_needs_no_warning(dated: SmallModel) -> 
     liked.memory = liked.compacted(liked.memory, LAST - 2 * DAY)
     assert ranker.exact_from == iso_time(LAST - DAY)
     moment = LAST - int(1.5 * DAY)
-    all_of_brand = {name: [0.5] * len(ITEMS) for name in brand.result_names}
-    one_of_brand = {name: all_of_brand[name] for name in brand.result_names[:1]}
+    all_of_brand = {name: [0.5] * len(ITEMS) for name in brand.result_columns()}
+    one_of_brand = {name: all_of_brand[name] for name in [*brand.result_columns()][:1]}
     for given, warned in ({}, True), (one_of_brand, True), (all_of_brand, False):
         found = at(ranker, moment, candidates=given)
         assert bool(found.warnings) == warned
@@ -161,7 +161,9 @@ def test_what_is_given_has_no_moment_and_needs_no_warning(dated: SmallModel) -> 
     (told,) = at(ranker, LAST - int(2.5 * DAY), candidates=all_of_brand).warnings
     assert f"before {iso_time(LAST - 2 * DAY)}, from" in told
     assert at(ranker, LAST - int(2.5 * DAY), candidates=all_of_brand, liked_items=[]).warnings == []
-    every = {name: [0.5] * len(ITEMS) for each in encoders.values() for name in each.result_names if each is not liked}
+    every = {
+        name: [0.5] * len(ITEMS) for each in encoders.values() for name in each.result_columns() if each is not liked
+    }
     every.pop("clicked")
     found = at(ranker, START, candidates=every, liked_items=[], clicked=[])
     assert found.warnings == []

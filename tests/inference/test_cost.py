@@ -10,8 +10,8 @@ import torch
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.inference.scorer import Scorer
 from mmoe_rec.model.products import Products, has_onednn
+from mmoe_rec.point_in_time.counters import CounterMemory
 from mmoe_rec.point_in_time.histories import HistoryMemory
-from mmoe_rec.point_in_time.memory import CounterMemory
 from tests.inference.small_model import CONTEXT, ITEMS, USER, SmallModel
 
 

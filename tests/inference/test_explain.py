@@ -135,14 +135,14 @@ def test_given_values_are_shown_and_nothing_found_is_null(ranker: Ranker) -> Non
     assert set(reply["explanations"][0]) == {"uncalibrated", "calibrated", "gates", "counters", "histories", "as_of"}
     encoders = ranker.pipeline.memory_encoders.values()
     shown = {*by_place[0].counters, *by_place[0].histories}
-    assert shown == {name for encoder in encoders for name in encoder.result_names}
+    assert shown == {name for encoder in encoders for name in encoder.result_columns()}
 
 
 def test_without_explain_nothing_is_added_or_computed(ranker: Ranker, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> None:
         raise AssertionError("computed unasked")
 
-    monkeypatch.setattr(type(ranker.pipeline), "found", refuse)
+    monkeypatch.setattr(type(ranker.pipeline), "explain", refuse)
     for options in ({}, {"explain": False}, {"explain": None}):
         ranking = ranker.rank({"user": USER}, CONTEXT, {"item": ITEMS}, **options)
         assert ranking.explanations is None

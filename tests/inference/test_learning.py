@@ -13,7 +13,7 @@ from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.inference.writing import write_artifact
 from mmoe_rec.log.columns import UTC_MICROSECONDS
 from mmoe_rec.log.rows import LogRows
-from mmoe_rec.point_in_time import levels
+from mmoe_rec.point_in_time import memory as levels
 from mmoe_rec.preprocessing.extend import extend
 from tests.inference.small_model import ITEMS, USER, SmallModel
 from tests.log.small_logs import DAY, START, log_rows, random_log, write_log

@@ -213,6 +213,14 @@ def memory_table(encoder: MemoryEncoder) -> pa.Table:
     return pa.table(encoder.memory.to_columns())
 
 
+def remembered(folder: Path) -> pa.Table:
+    """What a folder `NAME.memory` of feature state holds; limbs of sums that a part lacks are zero."""
+    parts = [pq.read_table(part) for part in sorted(folder.iterdir())]
+    table = pa.concat_tables(parts, promote_options="default")
+    columns = {name: table[name].fill_null(0).combine_chunks() for name in sorted(table.column_names)}
+    return pa.table(columns).replace_schema_metadata(parts[0].schema.metadata)
+
+
 def times_of(table: pa.Table) -> np.ndarray:
     """(N,) int64 microseconds."""
     return table["time"].cast(pa.int64()).to_numpy()

@@ -149,7 +149,7 @@ class _Comparison(_Rows):
             for name, values in counters.items():
                 self._counter(name, [values[place] for place in places], encoded)
             for name, lists in histories.items():
-                self._history(name, [lists[place] for place in places], encoded)
+                self._same_lists(name, encoded.ids[name], [lists[place] for place in places])
         self._requests_since(floor, means)
         return self.compared
 
@@ -170,12 +170,11 @@ class _Comparison(_Rows):
             if isinstance(encoder, HistoryEncoder):
                 lists = features.history(self.naive, name, self._table_rows(encoder), asking)
                 self._same_lists(name, found[name], lists)
-                continue
-            for place, expected in enumerate(features.counter(self.naive, name, means[name], asking)):
-                for answer, values in found.items():
-                    output, days = self._meant(encoder, answer)
-                    value = np.nan if expected[output, days] is None else expected[output, days]
-                    self._close(values[place], value, f"{answer} later", TOLERANCE * max(1, abs(value)))
+            else:
+                statistics = features.counter(self.naive, name, means[name], asking)
+                for answer, values in self._by_name(encoder, statistics).items():
+                    scale = np.maximum(1, np.abs(values))
+                    self._close(found[answer] / scale, values / scale, f"{answer} later", TOLERANCE)
 
     def _encoded(self, split: str) -> pa.Table:
         folder = self.prepared.split(split)
@@ -198,12 +197,10 @@ class _Comparison(_Rows):
         encoder = self.pipeline.encoders[name]
         assert isinstance(encoder, CounterEncoder)
         names = [each.name for each in self.prepared.layout.dense]
-        for answer in encoder.result_names:
-            output, days = self._meant(encoder, answer)
-            numbers = encoder.numbers[answer].standardiser
-            values = np.array([np.nan if row[output, days] is None else row[output, days] for row in expected], float)
-            if output == "rate" and encoder.task.kind == "regression":
-                values = values - encoder.prior  # which rates of a regression are kept as distances from
+        for answer, statistics in self._by_name(encoder, expected).items():
+            values, numbers = statistics, encoder.numbers[answer].standardiser
+            if encoder.task.kind == "regression" and answer.startswith(f"{name}_rate"):
+                values = statistics - encoder.prior  # which rates of a regression are kept as distances from
             scaled = np.nan_to_num(np.clip((values - numbers.mean) / numbers.deviation, -CLIP, CLIP))
             found = encoded.dense[:, names.index(answer)]
             # A number is exchanged as float32, and its distance from the mean is encoded as such.
@@ -214,17 +211,16 @@ class _Comparison(_Rows):
                 missing = encoded.dense[:, names.index(f"{answer}_missing")]
                 assert (missing == np.isnan(values)).all(), self._says(f"{answer}_missing")
 
-    def _meant(self, encoder: CounterEncoder, answer: str) -> tuple[str, float | None]:
-        """The output and the days of an answer, by its name."""
-        names = {
-            f"{encoder.name}_{output}" + ("" if days is None else f"_{days:g}d".replace(".", "p")): (output, days)
-            for output in encoder.feature.outputs
-            for days in (None, *encoder.feature.window_days)
+    def _by_name(self, encoder: CounterEncoder, rows: list[dict]) -> dict[str, np.ndarray]:
+        """The statistics of N rows under the names of a counter's results."""
+        feature = encoder.feature
+        totals = [output for output in feature.outputs if output != "recency"]
+        keys = [(output, days) for days in feature.window_days for output in totals]
+        keys += [("recency", None)] * ("recency" in feature.outputs)
+        return {
+            name: np.array([np.nan if row[key] is None else row[key] for row in rows], float)
+            for name, key in zip(encoder.result_columns(), keys, strict=True)
         }
-        return names[answer]
-
-    def _history(self, name: str, expected: list[list[int]], encoded: Encoded) -> None:
-        self._same_lists(name, encoded.ids[name], expected)
 
     def _same_lists(self, name: str, found: Any, expected: list[list[int]]) -> None:
         assert isinstance(found, Ragged)

@@ -7,7 +7,6 @@ import pytest
 from tests.log.small_logs import (
     ALL_KINDS,
     DAY,
-    LATE_DAYS,
     START,
     assert_same,
     fit,
@@ -27,7 +26,6 @@ _SHORT = {
 }
 FORGETFUL = schema_of({name: {**each, **_SHORT.get(each["kind"], {})} for name, each in ALL_KINDS.items()})
 UNTIL = START + 6 * DAY
-LATE = round(LATE_DAYS * DAY)
 
 
 def _remembering(table: pa.Table, other: pa.Table, schema=SCHEMA):
@@ -68,33 +66,6 @@ def test_corrupting_the_present_and_the_future_changes_nothing(seed, strings, sc
         later = log_rows(table.filter(pa.array(times_of(table) > moment)), schema)
         changed_later |= bool((corrupted.encode(later).dense != truth.encode(later).dense).any())
     assert changed_later, "the corruption has no effect at all, so this test cannot fail"
-
-
-@pytest.mark.parametrize("schema", [SCHEMA, FORGETFUL])
-@pytest.mark.parametrize("seed", range(3))
-def test_late_labels_have_no_influence_before_they_mature(seed, schema):
-    table, rng = random_log(seed, rows=200), np.random.default_rng(seed)
-    truth = _remembering(table, table, schema)
-    times = times_of(table)
-    for moment in rng.choice(times, 8):
-        unknown = times + LATE > moment
-        lies = _with(
-            table, "liked", unknown, pa.array(rng.integers(0, 2, table.num_rows), mask=rng.random(table.num_rows) < 0.3)
-        )
-        now = log_rows(table.filter(pa.array(times == moment)), schema)
-        assert_same(_remembering(table, lies, schema).encode(now), truth.encode(now))
-
-
-def test_the_overall_mean_of_fractions_is_that_of_the_training_rows_in_any_order():
-    schema = schema_of({"n": {"kind": "counter", "task": "spent", "by": ["item"]}})
-    table = random_log(5)
-    spent = [row["spent"] for row, time in zip(table.to_pylist(), times_of(table), strict=True) if time < UNTIL]
-    known = np.array([value for value in spent if value is not None])
-    mean = fit(table, schema, UNTIL).encoders["n"].prior
-    assert mean == pytest.approx(known.mean(), abs=np.abs(known).max() * 2**-12)
-    for seed in range(20):
-        shuffled = table.take(pa.array(np.random.default_rng(seed).permutation(300)))
-        assert fit(shuffled, schema, UNTIL, cuts=(100, 200)).encoders["n"].prior == mean
 
 
 @pytest.mark.parametrize("seed", range(3))

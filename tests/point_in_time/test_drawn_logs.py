@@ -9,21 +9,18 @@ import pytest
 from hypothesis import settings
 
 from mmoe_rec.features import kinds
-from mmoe_rec.features.kinds.history import HistoryEncoder
-from mmoe_rec.features.memories import Live
+from mmoe_rec.features.memories import Live, read_memory, write_memory
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.log.columns import UTC_MICROSECONDS, canonical, column_uses
+from mmoe_rec.log.request_rows import FewRows, RequestRows
 from mmoe_rec.log.rows import LogRows
-from mmoe_rec.point_in_time import levels
-from mmoe_rec.point_in_time.arrays import Ragged, SharedRagged
+from mmoe_rec.point_in_time import memory as levels
 from mmoe_rec.settings.columns import EVENT
 from mmoe_rec.settings.schema import Schema
+from tests.log.small_logs import assert_same, assert_same_inputs
 from tests.point_in_time.compared_logs import compare
 from tests.point_in_time.drawn_logs import DAY, DrawnLog, draw
-from tests.reference import features
 from tests.reference.log import Log, Row
-
-_TOLERANCE = 1e-5
 
 
 def log_rows(drawn: DrawnLog, rows: list[Row], schema: Schema) -> LogRows:
@@ -52,20 +49,29 @@ def known_in_time(drawn: DrawnLog, random: np.random.Generator, until: int, time
     return random.random() < 0.8 or (shortest is not None and time + 1 <= until - shortest)
 
 
-def equal(one: Any, other: Any) -> bool:
-    """To the last bit, NaN being NaN."""
-    if isinstance(one, SharedRagged):
-        one, other = one.expand(), other.expand()
-        return bool((one.lengths == other.lengths).all() and (one.values == other.values).all())
-    assert one.dtype == other.dtype == np.float32
-    return bool((one.view(np.uint32) == other.view(np.uint32)).all())
+def same(one: FeaturePipeline, other: FeaturePipeline, rows: LogRows) -> None:
+    """Both say the same of rows, to the last bit, in all ways of asking: as rows of a log and as requests of a row."""
+    assert_same(one.encode(rows), other.encode(rows))
+    names = {name: name in ("item", "brand") for name in one.schema.input_columns()}
+
+    def requests() -> RequestRows:
+        own, shared = ({name: rows.column(name) for name, is_own in names.items() if is_own == of} for of in (1, 0))
+        return RequestRows(FewRows(shared, len(rows), one.schema), own, np.arange(len(rows)))
+
+    for mine, theirs in zip(one.request_inputs(requests()), other.request_inputs(requests()), strict=True):
+        assert_same_inputs(mine, theirs)
+    for mine, theirs in zip(one.explain(requests()), other.explain(requests()), strict=True):
+        assert mine.keys() == theirs.keys()
+        for name, values in mine.items():
+            np.testing.assert_array_equal(values, theirs[name], err_msg=name)
 
 
 @pytest.mark.parametrize("seed", range(settings().max_examples // 2))
-def test_live_rows_count_as_if_memories_had_been_extended(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(levels, "SMALLEST", 6)
-    monkeypatch.setattr(levels, "_GROWTH", 2)
-    monkeypatch.setattr(levels, "_MANY", 12)
+def test_live_rows_count_as_if_memories_had_been_extended(
+    seed: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name, value in {"SMALLEST": 6, "_GROWTH": 2, "_MANY": 12}.items():
+        monkeypatch.setattr(levels, name, value)
     drawn, random = draw(seed), np.random.default_rng(seed)
     schema = kinds.schema_of(drawn.settings)
     naive = Log(drawn.settings, drawn.log, {"bought": drawn.events})
@@ -76,9 +82,9 @@ def test_live_rows_count_as_if_memories_had_been_extended(seed: int, monkeypatch
         "bought": (naive.events["bought"], event_rows),
     }
     pipeline, extended = FeaturePipeline(schema), FeaturePipeline(schema)
-    live = Live.none(pipeline.memory_encoders)
-    learnt = 0
+    live, learnt = Live(pipeline.memory_encoders), 0
     for source, (rows, canonical_rows) in of_logs.items():
+        encoders = {name: each for name, each in pipeline.memory_encoders.items() if each.source == source}
         # Some early rows come late, after what they are counted for had been compacted.
         at = [row["time"] if source is None else row["bought_at"] for row in rows]
         early = [
@@ -87,51 +93,23 @@ def test_live_rows_count_as_if_memories_had_been_extended(seed: int, monkeypatch
             if time <= until and known_in_time(drawn, random, until, time)
         ]
         later = [row for row in rows if not any(row is other for other in early)]
-        before = pipeline.live_events(source, canonical_rows(drawn, early, schema)) if early else {}
-        for name, events in before.items():
-            encoder = pipeline.memory_encoders[name]
-            memory = encoder.compacted(encoder.extended(encoder.memory, events), until + 1)
-            for column in memory.to_columns().values():
+        for name, encoder in encoders.items() if early else ():
+            events = encoder.events(canonical_rows(drawn, early, schema))
+            write_memory(encoder.compacted(encoder.extended(encoder.memory, events), until + 1), tmp_path, name)
+            encoder.memory = extended.memory_encoders[name].memory = read_memory(encoder, tmp_path)
+            for column in encoder.memory.to_columns().values():
                 column.flags.writeable = False
-            encoder.memory = extended.memory_encoders[name].memory = memory
         for some in batches(random, later):
-            events_of_some = pipeline.live_events(source, canonical_rows(drawn, some, schema))
-            live = live.extended(events_of_some, len(some))
+            live = live.extended({source: canonical_rows(drawn, some, schema)})
             learnt += len(some)
-            for name, events in events_of_some.items():
+            for name in encoders:
                 encoder = extended.memory_encoders[name]
+                events = encoder.events(canonical_rows(drawn, some, schema))
                 encoder.memory = encoder.extended(encoder.memory, events)
     assert live.rows == learnt
-    pipeline = pipeline.with_live(live)
     moments = [until + 1, until + 2, int(times.max()), *(times.max() + np.array([1, DAY // 2, 2 * DAY, 9 * DAY]))]
     asking = naive.at_moments(6, [int(each) for each in [*moments, *random.choice(times[times > until], 3)]])
-    asked = log_rows(drawn, asking, schema)
-    for name, encoder in pipeline.memory_encoders.items():
-        other = extended.memory_encoders[name]
-        found = encoder.results(pipeline.live.memory(name), asked.look_ups(encoder.by))
-        expected = other.results(other.memory, asked.look_ups(other.by))
-        for each, values in found.items():
-            assert equal(values, expected[each]), f"{each} of log {seed}"
-        raw = encoder.distinct_results(pipeline.live.memory(name), look_ups := asked.look_ups(encoder.by))
-        if isinstance(encoder, HistoryEncoder):
-            ids = list({row["item"] for rows in (naive.rows, *naive.events.values()) for row in rows})
-            rows_of = dict(zip(ids, encoder.owner.encode(pa.array(ids, drawn.types["item"])).tolist(), strict=True))
-            lists = raw[name]
-            assert isinstance(lists, Ragged)
-            offsets = lists.offsets
-            found_lists = [lists.values[offsets[each] : offsets[each + 1]].tolist() for each in look_ups.number]
-            assert found_lists == features.history(naive, name, rows_of, asking), f"{name} of log {seed}"
-            continue
-        for place, values in enumerate(features.counter(naive, name, encoder.prior, asking)):
-            for each in raw:
-                output, days = next(
-                    (output, days)
-                    for output, days in values
-                    if each == f"{name}_{output}" + ("" if days is None else f"_{days:g}d".replace(".", "p"))
-                )
-                value = np.nan if values[output, days] is None else values[output, days]
-                got = raw[each][look_ups.number[place]]
-                np.testing.assert_allclose(got, value, _TOLERANCE, _TOLERANCE, err_msg=f"{each} of log {seed}")
+    same(pipeline.with_live(live), extended, log_rows(drawn, asking, schema))
 
 
 PARTS = 5

@@ -2,7 +2,6 @@
 
 import math
 from fractions import Fraction
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -11,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmoe_rec.point_in_time.exact import ExactSums, units_of
+from mmoe_rec.point_in_time.exact import ExactSums
 from mmoe_rec.preprocessing.extend import extend
 from mmoe_rec.preprocessing.logs import BuildOptions
 from mmoe_rec.preprocessing.prepare import prepare
@@ -19,6 +18,7 @@ from tests.log.small_logs import (
     DAY,
     START,
     random_log,
+    remembered,
     schema_of,
     times_of,
     write_log,
@@ -65,9 +65,9 @@ def test_a_sum_of_many_is_as_exact(seed):
 
 
 def test_numbers_alike_need_few_units():
-    assert units_of(np.array([5.0, 2.0**31, 0.0, np.nan])) == {0}
-    assert units_of(np.array([12.5, 99.75])) == {-1, 0}
-    assert units_of(np.round(np.random.default_rng(0).lognormal(3, 1, 1000), 2)) == {-2, -1, 0}
+    assert ExactSums.of(np.array([5.0, 2.0**31, 0.0])).units == (0,)
+    assert ExactSums.of(np.array([12.5, 99.75])).units == (-1, 0)
+    assert ExactSums.of(np.round(np.random.default_rng(0).lognormal(3, 1, 1000), 2)).units == (-2, -1, 0)
 
 
 FEATURES = {
@@ -82,9 +82,9 @@ FEATURES = {
 }
 SCHEMA = schema_of(FEATURES)
 WINDOWS = {
-    "train": (START, START + 5 * DAY),
-    "validation": (START + 5 * DAY, START + 6 * DAY),
-    "test": (START + 6 * DAY, None),
+    "train": (START, START + 3 * DAY),
+    "validation": (START + 3 * DAY, START + 4 * DAY),
+    "test": (START + 4 * DAY, None),
 }
 
 
@@ -97,50 +97,33 @@ def log_with_outliers(seed: int, rows: int = 400) -> pa.Table:
     return table.set_column(table.column_names.index("spent"), "spent", column)
 
 
-def _folders(prepared: Path) -> dict[str, pa.Table]:
-    return {str(each.relative_to(prepared)): pq.read_table(each) for each in sorted(prepared.glob("*/*.memory"))}
-
-
-@pytest.mark.parametrize("rows_in_memory", [30, 100])
-@pytest.mark.parametrize("seed", range(2))
-def test_no_choice_changes_sums_of_fractions(tmp_path, seed, rows_in_memory):
-    table = log_with_outliers(seed)
-    source = str(write_log(tmp_path / "log", table))
-    shuffled = table.take(pa.array(np.random.default_rng(seed).permutation(table.num_rows)))
-    other = str(write_log(tmp_path / "other", shuffled.slice(0, 90), shuffled.slice(90)))
-    one = prepare(source, SCHEMA, WINDOWS, tmp_path / "one")
-    two = prepare(other, SCHEMA, WINDOWS, tmp_path / "two", BuildOptions(rows_in_memory=rows_in_memory))
-    order = [(name, "ascending") for name in ("time", "user", "candidate")]
-    for split in WINDOWS:
-        assert pq.read_table(one.split(split)).sort_by(order).equals(pq.read_table(two.split(split)).sort_by(order))
-    memories = _folders(one.folder)
-    assert memories
-    assert memories == _folders(two.folder)
-    assert one.layout == two.layout
-
-
 @pytest.mark.parametrize("rows_in_memory", [30, 10**6])
-def test_added_days_give_the_sums_of_all_days(tmp_path, rows_in_memory):
-    table = log_with_outliers(3)
+@pytest.mark.parametrize("seed", range(2))
+def test_neither_order_nor_chunks_nor_added_days_change_sums(tmp_path, seed, rows_in_memory):
+    table = log_with_outliers(seed)
     days = (times_of(table) - START) // DAY
     # The labels of the first days are whole numbers: later ones need further units.
     spent = table["spent"].to_numpy()
     spent = pa.array(np.where(days < 6, np.rint(spent), spent), from_pandas=True)
     table = table.set_column(table.column_names.index("spent"), "spent", spent)
-    first = {
-        "train": (START, START + 3 * DAY),
-        "validation": (START + 3 * DAY, START + 4 * DAY),
-        "test": (START + 4 * DAY, None),
-    }
-    options = BuildOptions(rows_in_memory=rows_in_memory)
     parts = [table.filter(pa.array(inside)) for inside in (days < 6, (days >= 6) & (days < 8), days >= 8)]
-    log = str(write_log(tmp_path / "log", parts[0]))
-    grown = prepare(log, SCHEMA, first, tmp_path / "two", options)
-    (before,) = _folders(grown.folder).values()
-    for number, part in enumerate(parts[1:], 1):
-        pq.write_table(part, tmp_path / "log" / f"{number}.parquet")
+    options, folder = BuildOptions(rows_in_memory=rows_in_memory), tmp_path / "log"
+    shuffled = parts[0].take(pa.array(np.random.default_rng(seed).permutation(len(parts[0]))))
+    log = str(write_log(folder, shuffled.slice(0, 90), shuffled.slice(90)))
+    grown = prepare(log, SCHEMA, WINDOWS, tmp_path / "two", options)
+    at_first = prepare(str(write_log(tmp_path / "first", parts[0])), SCHEMA, WINDOWS, tmp_path / "one")
+    order = [(name, "ascending") for name in ("time", "user", "candidate")]
+    for split in WINDOWS:
+        one, two = (pq.read_table(each.split(split)).sort_by(order) for each in (at_first, grown))
+        assert one.equals(two)
+    assert at_first.layout == grown.layout
+    name = "serving/spent_of_brand.memory"
+    before = remembered(grown.folder / name)
+    assert before == remembered(at_first.folder / name)
+    for number, part in enumerate(parts[1:], 5):
+        pq.write_table(part, folder / f"{number}.parquet")
         assert extend(log, SCHEMA, WINDOWS, tmp_path / "two", options) is not None
-    whole = prepare(str(write_log(tmp_path / "whole", table)), SCHEMA, WINDOWS, tmp_path / "one")
-    memories = _folders(whole.folder)
-    assert memories == _folders(grown.folder)
-    assert set(before.column_names) < set(memories["serving/spent_of_brand.memory"].column_names)
+    whole = prepare(str(write_log(tmp_path / "whole", table)), SCHEMA, WINDOWS, tmp_path / "three")
+    after = remembered(grown.folder / name)
+    assert after == remembered(whole.folder / name)
+    assert set(before.column_names) < set(after.column_names)

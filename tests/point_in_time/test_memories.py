@@ -12,22 +12,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmoe_rec.point_in_time import memory as memories
+from mmoe_rec.point_in_time.counters import CounterMemory
 from mmoe_rec.point_in_time.histories import HistoryMemory
-from mmoe_rec.point_in_time.join import LookUps
-from mmoe_rec.point_in_time.memory import NEVER, CounterMemory
-from mmoe_rec.point_in_time.search import AnyLookUps, UnsortedLookUps
-from mmoe_rec.point_in_time.together import CounterQuestion, CountersTogether, TogetherIndex
+from mmoe_rec.point_in_time.join import AnyLookUps, LookUps, UnsortedLookUps
+from mmoe_rec.point_in_time.memory import NEVER
 from tests.reference.features import Event, last_positive, totals, visible_events
 
 KEYS = np.array([0, 5, 2**40, 2**64 - 1], np.uint64)
 WINDOW, UNTIL = 3, 45
 # Outliers beside which small labels are lost, the least and largest numbers, and exact opposites.
 FRACTIONS = np.array([1e17, -1e17, 1e-9, 0.1, -0.3, 3.0, 5e-324, 2.0**53, 1.0 + 2.0**-52, 1e300, -1e300, 0.0])
-ASKING: dict[str, Callable[[np.ndarray, np.ndarray], AnyLookUps]] = {
-    "joined": LookUps.sort,
-    "searched": UnsortedLookUps,
-    "together": UnsortedLookUps,
-}
+ASKING: tuple[Callable[[np.ndarray, np.ndarray], AnyLookUps], ...] = (LookUps.sort, UnsortedLookUps)
 
 
 def drawn(seed: int, size: int, labels: str = "whole") -> tuple[np.random.Generator, list[Event], np.ndarray]:
@@ -63,22 +58,10 @@ def counted(events: list[Event], key: int, now: int, forget_after: int | None) -
     return *totals(seen, now), *totals(seen, now, WINDOW), last_positive(seen, NEVER)
 
 
-def answers(memory: CounterMemory, asked: AnyLookUps, how: str) -> list[tuple[Any, ...]]:
-    if how == "together":
-        assert isinstance(asked, UnsortedLookUps)
-        other = counter_of(
-            [(key, place, 1.0) for place, key in enumerate(KEYS.tolist())], forget_after=memory.forget_after
-        )
-        questions = [CounterQuestion(each, asked, [None, WINDOW], True) for each in (other, memory, other)]
-        orders = [CountersTogether(each).answer(questions)[1] for each in ([other, memory], [memory, other])]
-    else:
-        orders = [memory.found(asked)]
-    one, *others = (
-        [each[asked.number].tolist() for each in (*found.totals(None), *found.totals(WINDOW), found.last_positive())]
-        for found in orders
-    )
-    assert others in ([], [one])
-    return list(zip(*one, strict=True))
+def answers(memory: CounterMemory, asked: AnyLookUps) -> list[tuple[Any, ...]]:
+    found = memory.look_up(asked)
+    columns = *found.totals(None), *found.totals(WINDOW), found.last_positive()
+    return list(zip(*(each[asked.number].tolist() for each in columns), strict=True))
 
 
 def lists_of(memory: Any, asked: AnyLookUps, length: int) -> list[list[int]]:
@@ -95,11 +78,10 @@ def lists_of(memory: Any, asked: AnyLookUps, length: int) -> list[list[int]]:
     cuts=st.lists(st.integers(0, 40), max_size=4).map(sorted),
     late=st.integers(0, 6),
     labels=st.sampled_from(["whole", "fractions", "none"]),
-    how=st.sampled_from(sorted(ASKING)),
+    asking=st.sampled_from(ASKING),
 )
-def test_a_counter_is_the_reference_whatever_was_dropped_and_when(seed, size, forget_after, cuts, late, labels, how):
+def test_a_counter_is_the_reference_whatever_was_dropped_and_when(seed, size, forget_after, cuts, late, labels, asking):
     random, events, known = drawn(seed, size, labels)
-    how = "searched" if how == "together" and labels == "fractions" else how
     late = late if forget_after is None else min(late, forget_after)
     arrives = known + random.integers(0, late + 1, size)
     memory = counter_of([], labels, forget_after)
@@ -110,7 +92,7 @@ def test_a_counter_is_the_reference_whatever_was_dropped_and_when(seed, size, fo
             here = [event for event, at in zip(events, arrives, strict=True) if at < end]
             keys, times = np.repeat(KEYS, end - start), np.tile(np.arange(start, end), len(KEYS))
             expected = [counted(here, *each, forget_after) for each in zip(keys.tolist(), times.tolist(), strict=True)]
-            assert answers(memory, ASKING[how](keys, times), how) == expected
+            assert answers(memory, asking(keys, times)) == expected
             columns = memory.compacted(end, WINDOW).to_columns()
             memory = CounterMemory.from_columns(columns, end, labels == "fractions", forget_after)
         if late == 0:
@@ -125,9 +107,9 @@ def test_a_counter_is_the_reference_whatever_was_dropped_and_when(seed, size, fo
     forget_after=st.none() | st.integers(1, 9),
     cuts=st.lists(st.integers(0, 40), max_size=4).map(sorted),
     length=st.integers(1, 4),
-    how=st.sampled_from(["joined", "searched"]),
+    asking=st.sampled_from(ASKING),
 )
-def test_a_history_is_the_reference_whatever_was_dropped_and_when(seed, size, forget_after, cuts, length, how):
+def test_a_history_is_the_reference_whatever_was_dropped_and_when(seed, size, forget_after, cuts, length, asking):
     random, events, known = drawn(seed, size)
     arrives = known + random.integers(0, (forget_after or 6) + 1, size)
     memory = HistoryMemory.empty(forget_after)
@@ -138,7 +120,7 @@ def test_a_history_is_the_reference_whatever_was_dropped_and_when(seed, size, fo
         keys, times = np.repeat(KEYS, end - start), np.tile(np.arange(start, end), len(KEYS))
         asked = zip(keys.tolist(), times.tolist(), strict=True)
         expected = [[item for *_, item in visible_events(here, *each, forget_after)[-length:]] for each in asked]
-        assert lists_of(memory, ASKING[how](keys, times), length) == expected
+        assert lists_of(memory, asking(keys, times), length) == expected
         memory = HistoryMemory.from_columns(memory.compacted(end, length).to_columns(), end, forget_after)
 
 
@@ -149,50 +131,4 @@ def test_a_key_without_news_goes_from_memory_some_days_after_it_is_forgotten():
         assert len(memory.compacted(kept, 1).events) == 1
         assert len(memory.compacted(kept + 1, 1).events) == 0
     forever = counter_of(once).compacted(2**60, 1)
-    assert answers(forever, UnsortedLookUps(KEYS[:1], np.array([2**61])), "searched")[0][:2] == (1, 1)
-
-
-MANY = np.random.default_rng(0).integers(0, 2**64, 15, np.uint64)
-
-
-def drawn_memory(random: np.random.Generator) -> tuple[CounterMemory, list[Event], int | None]:
-    """A memory, the events that it was given, and the moment as of which it was compacted, if it was."""
-    labels, count = bool(random.random() < 0.7), int(random.choice([0, 1, 60]))
-    label = random.integers(0, 2, count) if labels else np.ones(count)
-    columns = random.choice(MANY[:-3], count), random.integers(0, 100, count), label
-    events = list(zip(*(each.tolist() for each in columns), strict=True))
-    memory = extended(CounterMemory.empty(labels, recency=bool(random.random() < 0.7)), events)
-    floor = int(random.integers(50, 100)) if random.random() < 0.3 else None
-    return memory if floor is None else memory.compacted(floor, 40), events, floor
-
-
-@pytest.mark.parametrize("seed", range(10))
-def test_memories_that_answer_together_are_the_reference(seed):
-    random = np.random.default_rng(seed)
-    several = [drawn_memory(random) for _ in range(int(random.integers(1, 6)))]
-    memories = [memory for memory, *_ in several]
-    together, index = CountersTogether(memories), TogetherIndex([memory.events for memory in memories])
-    assert all(np.shares_memory(memory.events.known, together._known) for memory in memories if len(memory.events))
-    for _ in range(2):  # the arrays of the first answer must not be those of the second
-        questions, remembered = [], []
-        for memory, events, floor in several:
-            rows = int(random.choice([0, 1, 30]))
-            look_ups = UnsortedLookUps(random.choice(MANY, rows), random.integers(-5, 130, rows))
-            windows = [each for each in (None, 0, 5, 40) if random.random() < 0.6]
-            if random.random() < 0.8:
-                recency = memory.label_sum is None or memory.last_positive is not None
-                questions.append(CounterQuestion(memory, look_ups, windows, recency))
-                remembered.append((events, floor))
-        if random.random() < 0.7:  # keys may have been found before
-            index.find([(each.memory.events, each.asked) for each in questions])
-        for question, answer, (events, floor) in zip(questions, together.answer(questions), remembered, strict=True):
-            times = question.asked.time if floor is None else np.maximum(question.asked.time, floor)
-            assert answer.time.tolist() == times.tolist()
-            asked = list(zip(question.asked.key.tolist(), times.tolist(), strict=True))
-            for window in question.windows:
-                found = list(zip(*(each.tolist() for each in answer.totals(window)), strict=True))
-                assert found == [totals(visible_events(events, *each), each[1], window) for each in asked]
-            if question.recency:
-                assert answer.last_positive().tolist() == [
-                    last_positive(visible_events(events, *each), NEVER) for each in asked
-                ]
+    assert answers(forever, UnsortedLookUps(KEYS[:1], np.array([2**61])))[0][:2] == (1, 1)

@@ -101,12 +101,11 @@ def test_requests_get_what_the_page_says(encoder, cuts):
         if end in cuts:
             memory = encoder.compacted(memory, min(end, 5 * DAY))
     asked = requests.look_ups(["user"])
-    join = memory.joined(asked)
-    now, before = join.last(), join.last(WEEK)
+    join = memory.join(asked)
     if not cuts:
-        for index, name in ((now, "total now"), (before, "total 7 days earlier")):
-            assert memory.totals(index)[1][asked.number].tolist() == [int(row[name]) for row in REQUESTS]
-    clicks = memory.totals(now, before)[1][asked.number]
+        for index, name in ((join.last(), "total now"), (join.last(WEEK), "total 7 days earlier")):
+            assert memory.sums(index)[1][asked.number].tolist() == [int(row[name]) for row in REQUESTS]
+    clicks = memory.look_up(asked).totals(WEEK)[1][asked.number]
     assert clicks.tolist() == [int(row["clicks in 7 days"]) for row in REQUESTS]
 
     encoder.memory = memory

@@ -18,7 +18,7 @@ from mmoe_rec.preprocessing.files import Taken
 from mmoe_rec.preprocessing.logs import BuildOptions, Logs
 from mmoe_rec.preprocessing.prepare import Prepared, prepare
 from mmoe_rec.preprocessing.tables import Tables, advanced, made_anew, taken_by
-from tests.log.small_logs import DAY, START, windows_of
+from tests.log.small_logs import DAY, START, remembered, windows_of
 from tests.point_in_time.compared_logs import _LACKS, _small_pieces
 from tests.point_in_time.drawn_logs import DrawnLog, draw
 from tests.preprocessing.growing_log import Growing
@@ -82,7 +82,7 @@ def assert_same_tables(one: Path, other: Path, but: tuple[str, ...] = ()) -> int
         if mine.suffix == ".json":
             assert mine.read_bytes() == its.read_bytes() or name == "files.json", name
             continue
-        tables = [pq.read_table(each) for each in (mine, its)]
+        tables = [remembered(each) if mine.suffix == ".memory" else pq.read_table(each) for each in (mine, its)]
         if name == "requests":
             tables = [each.drop_columns(["rows"]).sort_by("request") for each in tables]  # rows of the last step
         assert tables[0].schema.equals(tables[1].schema, check_metadata=True), name
@@ -147,7 +147,7 @@ def test_tables_of_a_model_whose_vocabulary_lacks_frequent_ids(tmp_path: Path) -
     served.go_on()
     log.extend(windows_of(10, 11))
     assert ids_of(log.work / "features" / "serving") != known == ids_of(served.features)
-    mine, its = (pq.read_table(each / "bought.memory") for each in (served.features, log.work / "features" / "serving"))
+    mine, its = (remembered(each / "bought.memory") for each in (served.features, log.work / "features" / "serving"))
     assert mine.select(["key", "known"]).equals(its.select(["key", "known"]))
     assert not mine.equals(its)
     assert_same_tables(served.features, served.anew()[0])
@@ -165,7 +165,7 @@ def test_events_alone_move_the_tables_on(tmp_path: Path) -> None:
     assert made is not None
     assert (made.rows, served.last) == (0, last)
     assert made.events > 0
-    assert not pq.read_table(before / "n.memory").equals(pq.read_table(served.features / "n.memory"))
+    assert not remembered(before / "n.memory").equals(remembered(served.features / "n.memory"))
     anew = served.anew()[0]
     assert_same_tables(served.features, anew)
     pq.write_table(rows, late)

@@ -87,7 +87,7 @@ def expected(small: SmallModel, events: LogRows, time: int, user: int) -> list[d
     for encoder in pipeline.memory_encoders.values():
         encoder.memory = encoder.extended(encoder.memory, encoder.events(events))
     reader = RequestReader(pipeline, small.folder / "features", 50)
-    numbers, lists = pipeline.found(reader.rows([Request(**asked(time, user))]))
+    numbers, lists = pipeline.explain(reader.rows([Request(**asked(time, user))]))
     return [
         {
             "counters": {name: None if np.isnan(each[row]) else float(each[row]) for name, each in numbers.items()},

@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 from pydantic import Field, field_validator
 
-from mmoe_rec.features.encoder import Inputs, Kind, Outline, Unfitted
+from mmoe_rec.features.encoder import Encoder, Inputs, Kind, Outline
 from mmoe_rec.features.layout import Table
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.settings.columns import Use
@@ -28,7 +28,6 @@ class CrossFeature(Feature):
         return each_once(columns)
 
     def reads(self) -> Mapping[str, Use]:
-        """The columns, as keys."""
         return dict.fromkeys(self.columns, "key")
 
     def meaning(self, schema: Schema) -> Meaning:
@@ -40,18 +39,16 @@ class EmbeddedCross(CrossFeature, Embedded):
     """The hashed combination of two or more columns, embedded."""
 
 
-class CrossEncoder(Unfitted):
+class CrossEncoder(Encoder):
     """The combination of columns, hashed."""
 
     feature: CrossFeature
 
     def outline(self) -> Outline:
-        """One id input with a table of `buckets` rows."""
         table = Table(self.name, self.feature.buckets)
         return Outline((table,), ((self.name, self.name, False),))
 
     def encode(self, rows: LogRows) -> Inputs:
-        """Hashed rows of the table."""
         hashes = rows.hashes(self.feature.columns)
         return Inputs({self.name: (hashes % np.uint64(self.feature.buckets)).astype(np.int64)})
 

@@ -9,16 +9,14 @@ import numpy as np
 import pyarrow as pa
 from pydantic import Field
 
-from mmoe_rec.features.encoder import Inputs, Kind, MemoryEncoder, Outline, Shared, Unfitted
+from mmoe_rec.features.encoder import Inputs, Kind, MemoryEncoder, Outline, Shared
 from mmoe_rec.features.kinds.id import IdFeature
 from mmoe_rec.features.kinds.ids import ragged
 from mmoe_rec.features.vocabulary import check_owner, meaning_of_ids, owners
-from mmoe_rec.log.rows import LogRows, maturity
+from mmoe_rec.log.rows import LogRows
 from mmoe_rec.point_in_time.arrays import Ragged, SharedRagged, one_array
 from mmoe_rec.point_in_time.histories import HistoryMemory
-from mmoe_rec.point_in_time.join import known_at
-from mmoe_rec.point_in_time.layers import LayeredHistory
-from mmoe_rec.point_in_time.search import AnyLookUps
+from mmoe_rec.point_in_time.join import AnyLookUps, known_at
 from mmoe_rec.settings.columns import Use
 from mmoe_rec.settings.schema import Meaning, Remembering, Schema
 
@@ -40,12 +38,10 @@ class HistoryFeature(Remembering):
         return {}
 
     def event_reads(self, schema: Schema) -> Mapping[str, Use]:
-        """The user's and the candidate's ids."""
         return {schema.columns.user: "key", **schema.features[self.of].reads()}
 
     @property
     def shares(self) -> str | None:
-        """The candidate's id feature."""
         return self.of
 
     def check(self, name: str, schema: Schema) -> None:
@@ -56,37 +52,30 @@ class HistoryFeature(Remembering):
         check_owner(name, "of", self.of, possible, "an id feature of the candidate")
 
     def meaning(self, schema: Schema) -> Meaning:
-        """Rows mean the same as in the candidate's id feature."""
         return meaning_of_ids(schema, (schema.columns.user, *schema.features[self.of].reads()), self.of)
 
 
-class HistoryEncoder(Unfitted, MemoryEncoder[HistoryMemory]):
+class HistoryEncoder(MemoryEncoder[HistoryMemory]):
     """Table rows of the last `length` candidates that the user engaged with, oldest first."""
 
     feature: HistoryFeature
 
     def __init__(self, name: str, feature: HistoryFeature, shared: Shared) -> None:
-        super().__init__(name, feature, shared)
-        schema, self.owner = shared.schema, shared.owners[feature.of]
-        self.source, self.user, self.task = feature.events, schema.columns.user, schema.source_task(feature)
-        self.matures_after = maturity(self.task, schema)
-        self.memory = self.empty()
+        super().__init__(name, feature, shared, (shared.schema.columns.user,))
+        self.owner = shared.owners[feature.of]
 
     def empty(self) -> HistoryMemory:
-        """A memory of nothing."""
         return HistoryMemory.empty(self.forget_after)
+
+    def memory_from(self, columns: Mapping[str, np.ndarray], floor: int | None) -> HistoryMemory:
+        return HistoryMemory.from_columns(columns, floor, self.forget_after)
 
     def events(self, rows: LogRows) -> pa.Table:
         """Engaged rows with the candidate's id; each becomes visible only when its label is known."""
         engaged = np.flatnonzero(rows.labels(self.task, _FOREVER) >= self.feature.at_least)
         known = known_at(rows.times()[engaged], self.matures_after)
         ids = rows.column(self.owner.feature.column).take(pa.array(engaged))
-        return pa.table({"key": self.keys(rows)[engaged], "known": known, "id": ids})
-
-    @property
-    def by(self) -> tuple[str, ...]:
-        """The user."""
-        return (self.user,)
+        return pa.table({"key": rows.hashes(self.by)[engaged], "known": known, "id": ids})
 
     def extended(self, memory: HistoryMemory, events: pa.Table, in_order: bool = False) -> HistoryMemory:
         """The owner's vocabulary must be complete by now."""
@@ -94,24 +83,17 @@ class HistoryEncoder(Unfitted, MemoryEncoder[HistoryMemory]):
         return memory.extended(events["key"].to_numpy(), events["known"].to_numpy(), items)
 
     def compacted(self, memory: HistoryMemory, moment: int) -> HistoryMemory:
-        """The last `length` candidates of each user as of `moment`, and what becomes known later."""
         return memory.compacted(moment, self.feature.length)
 
-    def memory_from(self, columns: Mapping[str, np.ndarray], floor: int | None) -> HistoryMemory:
-        """A saved memory."""
-        return HistoryMemory.from_columns(columns, floor, self.forget_after)
+    def result_columns(self) -> Mapping[str, tuple[Use, pa.DataType | None]]:
+        """Lists of ids under the feature's name, oldest first."""
+        known = self.owner.id_type
+        return {self.name: ("keys", None if known is None else pa.list_(known))}
 
-    @property
-    def result_names(self) -> tuple[str, ...]:
-        """One, of the feature's name."""
-        return (self.name,)
-
-    def distinct_results(self, memory: HistoryMemory | LayeredHistory, asked: AnyLookUps) -> Mapping[str, Ragged]:
-        """For each row, a list of table rows, of any length."""
+    def distinct_results(self, memory: HistoryMemory, asked: AnyLookUps) -> Mapping[str, Ragged]:
         return {self.name: memory.last(asked, self.feature.length)}
 
     def outline(self) -> Outline:
-        """One id input with many ids a row, in the owner's table."""
         return Outline(ids=((self.name, self.owner.name, True),))
 
     def encode(self, rows: LogRows) -> Inputs:
@@ -119,11 +101,11 @@ class HistoryEncoder(Unfitted, MemoryEncoder[HistoryMemory]):
         if rows.has(self.name):
             values, lengths = ragged(rows.column(self.name), self.feature.length, last=True)
             return Inputs({self.name: Ragged(self.owner.encode(values), lengths)})
-        found = self.look_up(rows)[self.name]
-        assert isinstance(found, SharedRagged)
-        return Inputs({self.name: found.expand()})
+        lists = self.look_up(rows)[self.name]
+        assert isinstance(lists, SharedRagged)
+        return Inputs({self.name: lists.expand()})
 
-    def found(self, rows: LogRows, memory: HistoryMemory | LayeredHistory) -> Mapping[str, np.ndarray]:
+    def explain(self, rows: LogRows) -> Mapping[str, np.ndarray]:
         """The last candidates' ids, None in the place of one without a row of its own, oldest first; None for an empty
         list. A column with the feature's name wins."""
         lists: list[Any]
@@ -132,17 +114,12 @@ class HistoryEncoder(Unfitted, MemoryEncoder[HistoryMemory]):
             lists = [[each for each in ids or () if each is not None][-self.feature.length :] for ids in given]
         else:
             asked = rows.look_ups(self.by)
-            known = self.distinct_results(memory, asked)[self.name]
+            known = self.memory.last(asked, self.feature.length)
             ids, offsets = self.owner.vocabulary.decode(known.values), known.offsets
             lists = [ids[offsets[each] : offsets[each + 1]] for each in asked.number.tolist()]
-        found = np.empty(len(rows), object)
-        found[:] = [each or None for each in lists]
-        return {self.name: found}
-
-    def precomputed(self) -> Mapping[str, tuple[Use, pa.DataType | None]]:
-        """Lists of ids under the feature's name, oldest first."""
-        known = self.owner.id_type
-        return {self.name: ("keys", None if known is None else pa.list_(known))}
+        result = np.empty(len(rows), object)
+        result[:] = [each or None for each in lists]
+        return {self.name: result}
 
 
 KIND = Kind(HistoryFeature, HistoryFeature, HistoryEncoder)

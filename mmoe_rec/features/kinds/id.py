@@ -22,7 +22,6 @@ class IdFeature(VocabularyFeature):
     kind: Literal["id"]
 
     def reads(self) -> Mapping[str, Use]:
-        """The column, as keys."""
         return {self.column: "key"}
 
 
@@ -34,6 +33,7 @@ class IdEncoder(Encoder):
     """One id a row."""
 
     feature: VocabularyFeature
+    many = False
 
     def __init__(self, name: str, feature: VocabularyFeature, shared: Shared) -> None:
         super().__init__(name, feature, shared)
@@ -42,22 +42,18 @@ class IdEncoder(Encoder):
         self.counts = self.owner.counts if self._owns else None
 
     def learn(self, rows: LogRows, known_by: int) -> None:
-        """Counts the training rows' ids."""
         if self._owns:
             self.owner.counts.add(rows.coded(self.feature.column))
 
     def finish(self) -> None:
-        """Makes the vocabulary."""
         if self._owns:
             self.owner.finish()
 
     def outline(self) -> Outline:
-        """One id input."""
-        tables = (self.owner.table(),) if self._owns else ()
-        return Outline(tables, ((self.name, self.owner.name, False),))
+        tables = (Table(self.name, self.owner.vocabulary.rows),) if self._owns else ()
+        return Outline(tables, ((self.name, self.owner.name, self.many),))
 
     def encode(self, rows: LogRows) -> Inputs:
-        """Rows of the table."""
         return Inputs({self.name: rows.each(self.feature.column, self.owner.encode)})
 
     def state(self) -> State:
@@ -68,23 +64,19 @@ class IdEncoder(Encoder):
         return State({"oov_buckets": vocabulary.oov_buckets}, {"vocabulary": pa.table({"id": vocabulary.ids})})
 
     def restore(self, state: State) -> None:
-        """Takes a saved vocabulary."""
         if self._owns:
             known = state.tables["vocabulary"]["id"].combine_chunks()
             self.owner.vocabulary = Vocabulary(known, state.values["oov_buckets"])
 
     def largest_tables(self) -> tuple[Table, ...] | None:
-        """A vocabulary of `max_size`."""
         if self._owns and self.feature.max_size is None:
             return None
         return tuple(replace(table, rows=table.rows + (self.feature.max_size or 0)) for table in self.outline().tables)
 
     def column_types(self) -> Mapping[str, pa.DataType]:
-        """That of the known ids."""
         return {} if self.owner.id_type is None else {self.feature.column: self.owner.id_type}
 
-    def usual(self, use: Use) -> Any:
-        """The most frequent id."""
+    def typical(self, use: Use) -> Any:
         known = self.owner.vocabulary.ids
         return known[0].as_py() if len(known) else None
 

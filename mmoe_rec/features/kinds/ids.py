@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.types as pt
 from pydantic import Field
 
-from mmoe_rec.features.encoder import Inputs, Kind, Outline
+from mmoe_rec.features.encoder import Inputs, Kind
 from mmoe_rec.features.kinds.id import IdEncoder
 from mmoe_rec.features.vocabulary import VocabularyFeature
 from mmoe_rec.log.rows import LogRows
@@ -26,7 +26,6 @@ class IdsFeature(VocabularyFeature):
     max_length: int = Field(50, ge=1, description="keep at most this many first ids of a row")
 
     def reads(self) -> Mapping[str, Use]:
-        """The column, as lists of keys."""
         return {self.column: "keys"}
 
 
@@ -38,31 +37,23 @@ class IdsEncoder(IdEncoder):
     """A list of ids a row; null lists are empty and null elements are left out."""
 
     feature: IdsFeature
+    many = True
 
     def learn(self, rows: LogRows, known_by: int) -> None:
-        """Counts the elements of the training rows' lists."""
         if self._owns:
             values, _ = ragged(rows.column(self.feature.column), self.feature.max_length)
             self.owner.counts.add(values)
 
-    def outline(self) -> Outline:
-        """One id input with many ids a row."""
-        tables = (self.owner.table(),) if self._owns else ()
-        return Outline(tables, ((self.name, self.owner.name, True),))
-
     def encode(self, rows: LogRows) -> Inputs:
-        """Rows of the table, any number a row."""
         values, lengths = ragged(rows.column(self.feature.column), self.feature.max_length)
         return Inputs({self.name: Ragged(self.owner.encode(values), lengths)})
 
     def column_types(self) -> Mapping[str, pa.DataType]:
-        """Lists of the known ids' type."""
         return {column: pa.list_(kind) for column, kind in super().column_types().items()}
 
-    def usual(self, use: Use) -> Any:
-        """A list of the most frequent id."""
-        found = super().usual(use)
-        return None if found is None else [found]
+    def typical(self, use: Use) -> Any:
+        one = super().typical(use)
+        return None if one is None else [one]
 
 
 def ragged(lists: pa.Array, max_length: int, *, last: bool = False) -> tuple[pa.Array, np.ndarray]:

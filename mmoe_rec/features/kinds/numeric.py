@@ -30,7 +30,6 @@ class NumericFeature(Feature):
     buckets: int = Field(32, ge=2, le=4096, description="number of quantile buckets (transform: buckets)")
 
     def reads(self) -> Mapping[str, Use]:
-        """The column, as numbers."""
         return {self.column: "number"}
 
     def meaning(self, schema: Schema) -> Meaning:
@@ -58,11 +57,9 @@ class NumericEncoder(Encoder):
         return np.sign(values) * np.log1p(np.abs(values)) if self.feature.transform == "log" else values
 
     def learn(self, rows: LogRows, known_by: int) -> None:
-        """Counts the training rows' values."""
         self.number.histogram.add(self._values(rows))
 
     def finish(self) -> None:
-        """Makes mean and deviation, or the buckets' edges."""
         self.number.finish()
         if self.feature.transform == "buckets":
             self.edges = self.number.histogram.bucket_edges(self.feature.buckets)
@@ -75,19 +72,16 @@ class NumericEncoder(Encoder):
         return Outline((table,), ((self.name, self.name, False),))
 
     def encode(self, rows: LogRows) -> Inputs:
-        """The standardised number or its bucket."""
         values = self._values(rows)
         if self.feature.transform != "buckets":
-            return Inputs(numbers={self.name: (values, self.number)})
+            return Inputs(numbers=[(values, self.number)])
         bucket = 1 + np.searchsorted(self.edges, values, side="left")
         return Inputs({self.name: np.where(np.isfinite(values), bucket, 0)})
 
     def state(self) -> State:
-        """Mean, deviation, whether values were missing, the buckets' edges."""
         return State({**asdict(self.number.standardiser), "bucket_edges": self.edges.tolist()})
 
     def restore(self, state: State) -> None:
-        """Takes saved statistics."""
         values = dict(state.values)
         self.edges = np.array(values.pop("bucket_edges"), np.float64)
         self.number.standardiser = Standardiser(**values)
@@ -96,8 +90,7 @@ class NumericEncoder(Encoder):
         """All buckets, which a log with fewer values does not fill."""
         return tuple(replace(table, rows=self.feature.buckets + 1) for table in self.outline().tables)
 
-    def usual(self, use: Use) -> float | None:
-        """The mean, or the middle edge of the buckets."""
+    def typical(self, use: Use) -> float | None:
         if use != "number":
             return None
         if self.feature.transform == "buckets":

@@ -12,7 +12,6 @@ import numpy as np
 import pyarrow as pa
 from pydantic import Field, field_validator, model_validator
 
-from mmoe_rec.errors import UserError
 from mmoe_rec.features.encoder import Encoder, Inputs, Kind, Outline, Shared, State
 from mmoe_rec.features.layout import Table
 from mmoe_rec.features.numbers import DenseNumber, Standardiser
@@ -61,7 +60,6 @@ class TimeFeature(Feature):
         return {} if self.column is None else {self.column: "time"}
 
     def check(self, name: str, schema: Schema) -> None:
-        """Raises ValueError where it reads the request's time, and there is none."""
         if self.column is None:
             self.require(name, schema, "time", "it has no `column` of its own")
         if "age" in self.parts:
@@ -69,7 +67,6 @@ class TimeFeature(Feature):
 
     @property
     def time_zones(self) -> tuple[str, ...]:
-        """The zone of hour and weekday."""
         return (self.timezone,)
 
     def meaning(self, schema: Schema) -> Meaning:
@@ -94,12 +91,6 @@ class TimeEncoder(Encoder):
         self.counts = self.age.histogram
         # Second -> rows of hour and weekday.
         self._seconds: dict[int, list[int]] = {}
-        import pandas as pd
-
-        try:
-            pd.Timestamp(0, tz=feature.timezone)
-        except Exception:
-            raise UserError(f"feature '{name}': unknown time zone '{feature.timezone}'") from None
 
     def _age(self, rows: LogRows) -> np.ndarray:
         times = rows.times(self.feature.column)
@@ -108,12 +99,10 @@ class TimeEncoder(Encoder):
         return np.sign(days) * np.log1p(np.abs(days))
 
     def learn(self, rows: LogRows, known_by: int) -> None:
-        """Counts the training rows' ages."""
         if "age" in self.feature.parts:
             self.age.histogram.add(self._age(rows))
 
     def finish(self) -> None:
-        """Makes mean and deviation of the age."""
         self.age.finish()
 
     def outline(self) -> Outline:
@@ -136,7 +125,7 @@ class TimeEncoder(Encoder):
             for part, each in zip(("hour", "weekday"), read, strict=True)
             if part in self.feature.parts
         }
-        ages = {self.age.name: (self._age(rows), self.age)} if "age" in self.feature.parts else {}
+        ages = [(self._age(rows), self.age)] if "age" in self.feature.parts else []
         return Inputs(dict(ids), numbers=ages)
 
     def _remembered(self, times: np.ndarray) -> np.ndarray:
@@ -168,16 +157,10 @@ class TimeEncoder(Encoder):
         return np.where(missing, 0, 1 + read)
 
     def state(self) -> State:
-        """Mean and deviation of the age."""
         return State(asdict(self.age.standardiser))
 
     def restore(self, state: State) -> None:
-        """Takes saved statistics."""
         self.age.standardiser = Standardiser(**state.values)
-
-    def largest_tables(self) -> tuple[Table, ...]:
-        """The tables of `outline`."""
-        return self.outline().tables
 
 
 def _hour_or_weekday(table: str, row: int) -> str:

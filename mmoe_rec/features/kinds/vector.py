@@ -12,7 +12,7 @@ from pydantic import Field
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.encoder import Encoder, Inputs, Kind, Outline, Shared, State
-from mmoe_rec.features.layout import DenseInput, Table
+from mmoe_rec.features.layout import DenseInput
 from mmoe_rec.features.numbers import DenseNumber, Standardiser
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.settings.columns import Use
@@ -27,16 +27,13 @@ class VectorFeature(Feature):
     size: int = Field(ge=1, description="length of every list")
 
     def reads(self) -> Mapping[str, Use]:
-        """The column, as vectors."""
         return {self.column: "vector"}
 
     @property
     def list_lengths(self) -> Mapping[str, int]:
-        """`size`, of every list."""
         return {self.column: self.size}
 
     def meaning(self, schema: Schema) -> Meaning:
-        """Inputs without tables."""
         return Meaning((self.column,), zeros_missing=True)
 
 
@@ -66,15 +63,12 @@ class VectorEncoder(Encoder):
         return matrix
 
     def learn(self, rows: LogRows, known_by: int) -> None:
-        """Counts the training rows' elements."""
         self.number.histogram.add(self._matrix(rows).ravel())
 
     def finish(self) -> None:
-        """Makes mean and deviation."""
         self.number.finish()
 
     def outline(self) -> Outline:
-        """`size` dense inputs."""
         return Outline(dense=tuple(DenseInput(f"{self.name}_{index}") for index in range(self.feature.size)))
 
     def encode(self, rows: LogRows) -> Inputs:
@@ -83,16 +77,10 @@ class VectorEncoder(Encoder):
         return Inputs(dense={f"{self.name}_{index}": scaled[:, index] for index in range(self.feature.size)})
 
     def state(self) -> State:
-        """Mean and deviation."""
         return State(asdict(self.number.standardiser))
 
     def restore(self, state: State) -> None:
-        """Takes saved statistics."""
         self.number.standardiser = Standardiser(**state.values)
-
-    def largest_tables(self) -> tuple[Table, ...]:
-        """None."""
-        return ()
 
 
 KIND = Kind(VectorFeature, VectorFeature, VectorEncoder)

@@ -1,0 +1,361 @@
+"""What counters remember of a log: running totals per key (see `mmoe_rec.point_in_time.memory`).
+
+A window's count is the total at the request's time less the total at the window's start: `CounterFound.totals`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from copy import copy
+from dataclasses import dataclass, field
+from functools import reduce
+from operator import add
+from typing import Any
+
+import numpy as np
+
+from mmoe_rec.point_in_time.exact import ExactSums
+from mmoe_rec.point_in_time.join import AnyLookUps, KeyGroups, KnownEvents, UnsortedLookUps, last_known, sorted_order
+from mmoe_rec.point_in_time.memory import NEVER, Memory, SeenEvents, at, grown
+
+_LIMB = "label_sum."
+Labels = np.ndarray | ExactSums
+
+
+class CounterMemory(Memory):
+    """Running totals per key, one event for each moment at which a key's totals change.
+
+    rows: (E,) int32, of all events of the key so far; label_sum: of their labels, (E,) float64 where these are whole
+    numbers, `ExactSums` where they may be fractions; last_positive: (E,) int64 moment of its last positive one, `NEVER`
+    without; None where nobody asks for it. Where each event counts 1, as in a log of events, rows and moments say it
+    all, and both are None. shared: further levels, which other counters share.
+    """
+
+    shared: SharedLevels | None = None
+
+    def __init__(
+        self,
+        events: KnownEvents,
+        rows: np.ndarray,
+        label_sum: Labels | None,
+        last_positive: np.ndarray | None,
+        floor: int | None = None,
+        forget_after: int | None = None,
+    ) -> None:
+        super().__init__(events, floor, forget_after)
+        self.rows, self.label_sum, self.last_positive = rows, label_sum, last_positive
+
+    @staticmethod
+    def empty(
+        labels: bool = True, recency: bool = True, fractions: bool = False, forget_after: int | None = None
+    ) -> CounterMemory:
+        """Nothing remembered. labels: whether events have labels; recency: whether the last positive is asked for;
+        fractions: whether labels may be other than whole numbers."""
+        none = np.empty(0, np.int64)
+        sums = ExactSums.zeros(0) if fractions else np.empty(0)
+        last_positive = none if labels and recency else None
+        events, rows = KnownEvents(np.empty(0, np.uint64), none), none.astype(np.int32)
+        return CounterMemory(events, rows, sums if labels else None, last_positive, forget_after=forget_after)
+
+    def extended(
+        self, key: np.ndarray, known: np.ndarray, label: np.ndarray | None, in_order: bool = False
+    ) -> CounterMemory:
+        """These events and further ones, (E,) uint64, int64 and numbers (None where each counts 1), in any order.
+
+        in_order: whether the further events are sorted by key and known time.
+        """
+        if not len(key):
+            return self
+        labels: Labels | None = label
+        if label is not None and isinstance(self.label_sum, ExactSums):
+            labels = ExactSums.of(label)
+        positive = None
+        if label is not None and self.last_positive is not None:
+            positive = np.where(label > 0, known, NEVER)
+        return self.merged(self._of_steps(key, known, np.ones(len(key), np.int32), labels, positive, in_order))
+
+    def merged(self, other: CounterMemory) -> CounterMemory:
+        """The events of both, of the same kind; as of this one's `floor`."""
+        if not len(other):
+            return self
+        if not len(self):
+            other.floor = self.floor
+            return other
+        return self._of_steps(
+            np.append(self.events.key, other.events.key),
+            np.append(self.events.known, other.events.known),
+            np.append(self._steps(self.rows), other._steps(other.rows)),
+            _append(_map(self._steps, self.label_sum), _map(other._steps, other.label_sum)),
+            _append(self.last_positive, other.last_positive),
+        )
+
+    def _of_steps(
+        self,
+        key: np.ndarray,
+        known: np.ndarray,
+        rows: np.ndarray,
+        labels: Labels | None,
+        positive: np.ndarray | None,
+        in_order: bool = False,
+    ) -> CounterMemory:
+        """The memory of (E,) events by what each adds: rows, labels, and the last positive."""
+        if not in_order:
+            order = sorted_order(key, known)
+            key, known = key[order], known[order]
+            rows, labels, positive = (_take(each, order) for each in (rows, labels, positive))
+        groups = KeyGroups(key)
+        kept = np.flatnonzero(np.append((key[1:] != key[:-1]) | (known[1:] != known[:-1]), True))
+        first = groups.starts[groups.number[kept]]
+
+        def running(steps: np.ndarray) -> np.ndarray:
+            total = np.zeros(len(steps) + 1, np.int64)
+            np.cumsum(steps, dtype=np.int64, out=total[1:])
+            return total[1:][kept] - total[first]
+
+        sums = _map(running, labels)
+        return CounterMemory(
+            KnownEvents(key[kept], known[kept]),
+            running(rows).astype(np.int32),
+            sums.astype(np.float64) if isinstance(sums, np.ndarray) else sums,
+            None if positive is None else _running_latest(groups, positive)[kept],
+            self.floor,
+            self.forget_after,
+        )
+
+    def _steps(self, totals: np.ndarray) -> np.ndarray:
+        """(E,) what each event added to the running totals of its key."""
+        steps = np.append(totals[:1], totals[1:] - totals[:-1])
+        first = self.events.starts[:-1]
+        steps[first] = totals[first]
+        return steps
+
+    def look_up(self, asked: AnyLookUps) -> CounterFound:
+        """What these look-ups find."""
+        later = asked.later.get(self) if isinstance(asked, UnsortedLookUps) else None
+        if later is None and self.shared is not None:
+            (later,) = self.shared.levels.find([(self, asked)])
+        return CounterFound(SeenEvents(self, asked), later)
+
+    def sums(self, index: np.ndarray, before: np.ndarray | None = None) -> tuple[np.ndarray, Any]:
+        """(N,) numbers of rows and sums of labels as of events by their index, 0 for index -1.
+
+        before: events, by their index, as of which totals are subtracted.
+        """
+
+        def difference(totals: np.ndarray) -> np.ndarray:
+            found = at(totals, index, 0)
+            return found if before is None else found - at(totals, before, 0)
+
+        rows, labels = difference(self.rows), _map(difference, self.label_sum)
+        return rows, rows if labels is None else labels
+
+    def last_positive_at(self, index: np.ndarray) -> np.ndarray:
+        """(N,) int64 moments of the last positive event as of events by their index, `NEVER` for none."""
+        last_positive = self.events.known if self.label_sum is None else self.last_positive
+        assert last_positive is not None
+        return at(last_positive, index, NEVER)
+
+    def with_shared(self, levels: CounterLevels, salt: np.uint64, windows: Sequence[int]) -> CounterMemory:
+        """The same memory beside levels, in which its keys are combined with `salt`. windows: microseconds to look back
+        that are asked for."""
+        memory = copy(self)
+        memory.shared = SharedLevels(levels, salt, windows)
+        return memory
+
+    def compacted(self, moment: int, window: int) -> CounterMemory:
+        """What requests at `moment` or later, which look back `window` microseconds, can ask for."""
+        memory = self if self.lives is None else self._without(self.lives.ended(moment))
+        needed = memory.events.needed_since(moment - window)
+        if memory.lives is not None:
+            needed |= memory.lives.ends  # whose totals are subtracted from those of the next life
+        return memory._at_events(np.flatnonzero(needed), self._later_floor(moment))
+
+    def _at_events(self, kept: np.ndarray, floor: int | None) -> CounterMemory:
+        return CounterMemory(
+            KnownEvents(self.events.key[kept], self.events.known[kept]),
+            self.rows[kept],
+            _take(self.label_sum, kept),
+            _take(self.last_positive, kept),
+            floor,
+            self.forget_after,
+        )
+
+    def _without(self, ended: np.ndarray) -> CounterMemory:
+        """The memory of the other events alone; of each key, (E,) bool `ended` are all up to one of them."""
+        kept = np.flatnonzero(~ended)
+        if len(kept) == len(ended):
+            return self
+        memory = self._at_events(kept, self.floor)
+        firsts = kept[memory.events.starts[:-1]]
+        of_key = np.where(np.isin(firsts, self.events.starts[:-1], assume_unique=True), -1, firsts - 1)
+        dropped = of_key[memory.events.number]
+        memory.rows, labels = self.sums(kept, dropped)
+        memory.label_sum = None if self.label_sum is None else labels
+        if self.last_positive is not None:
+            memory.last_positive = _after(self.last_positive_at(kept), at(self.events.known, dropped, NEVER))
+        return memory
+
+    def to_columns(self) -> dict[str, np.ndarray]:
+        """The events, sorted by key and time."""
+        columns = {"key": self.events.key, "known": self.events.known, "rows": self.rows}
+        if isinstance(self.label_sum, ExactSums):
+            limbs = zip(self.label_sum.units, self.label_sum.limbs, strict=True)
+            columns |= {f"{_LIMB}{unit}": limb for unit, limb in limbs if unit == 0 or limb.any()}
+        elif self.label_sum is not None:
+            columns["label_sum"] = self.label_sum
+        return columns if self.last_positive is None else columns | {"last_positive": self.last_positive}
+
+    @staticmethod
+    def from_columns(
+        columns: Mapping[str, np.ndarray], floor: int | None, fractions: bool = False, forget_after: int | None = None
+    ) -> CounterMemory:
+        """The memory that `to_columns` gave; `fractions`: whether labels may be other than whole numbers."""
+        events = KnownEvents(columns["key"], columns["known"])
+        label_sum: Labels | None = columns.get("label_sum")
+        if fractions:
+            limbs = {int(name.removeprefix(_LIMB)): each for name, each in columns.items() if name.startswith(_LIMB)}
+            label_sum = ExactSums.from_limbs(limbs, len(events))
+        return CounterMemory(events, columns["rows"], label_sum, columns.get("last_positive"), floor, forget_after)
+
+
+class CounterFound:
+    """What N look-ups find in a counter's memory and its levels. time: (N,) int64 microseconds as of which they do."""
+
+    def __init__(self, seen: SeenEvents[CounterMemory], later: LaterTotals | None) -> None:
+        self._seen, self._later, self.time = seen, later, seen.asked.time
+
+    def totals(self, window: int | None) -> tuple[np.ndarray, np.ndarray]:
+        """(N,) numbers of rows and sums of labels within so many microseconds, None for all of the past."""
+        # All of a window is seen, as none is longer than what is forgotten.
+        before = self._seen.forgotten if window is None else self._seen.last(window)
+        memories, last = self._seen.memories, self._seen.last()
+        every = [
+            memory.sums(now, None if before is None else before[place])
+            for place, (memory, now) in enumerate(zip(memories, last, strict=True))
+        ]
+        if self._later is not None:
+            every.append(self._later.totals[window])
+        rows, labels = (reduce(add, each) for each in zip(*every, strict=True))
+        return rows, labels.rounded() if isinstance(labels, ExactSums) else labels
+
+    def last_positive(self) -> np.ndarray:
+        """(N,) int64 moments of the last positive event, `NEVER` for none."""
+        every = zip(self._seen.memories, self._seen.last(), strict=True)
+        moments = np.max([memory.last_positive_at(last) for memory, last in every], axis=0)
+        if self._seen.forgotten_until is not None:
+            moments = _after(moments, self._seen.forgotten_until)
+        return moments if self._later is None else np.maximum(moments, self._later.positive)
+
+
+@dataclass(frozen=True)
+class LaterTotals:
+    """What N look-ups find in levels: by window (microseconds, None for all of the past) numbers of rows and sums of
+    labels, (N,) int32 each, and (N,) int64 moments of the last positive event, `NEVER` for none."""
+
+    totals: Mapping[int | None, tuple[np.ndarray, np.ndarray]]
+    positive: np.ndarray
+
+
+@dataclass(frozen=True)
+class SharedLevels:
+    """Levels that several counters share, as one of them sees them: see `CounterMemory.with_shared`."""
+
+    levels: CounterLevels
+    salt: np.uint64
+    windows: Sequence[int]
+
+
+@dataclass(frozen=True)
+class CounterLevels:
+    """Levels of the events of several counters, none of which forgets or has fractional labels, the largest first.
+
+    One table holds the running totals of all these counters, so that a look-up in a level costs little more than one of
+    a single counter. Most keys that are asked for are in none of them, which a look at one small table tells: `some`,
+    bool, says of the first bits of keys whether there may be such a one.
+    """
+
+    levels: tuple[CounterMemory, ...] = ()
+    some: np.ndarray = field(default_factory=lambda: np.zeros(2, bool))
+
+    def extended(self, key: np.ndarray, known: np.ndarray, labels: np.ndarray) -> CounterLevels:
+        """With further events, (E,) uint64 salted keys, int64 moments and int8 labels."""
+        new = CounterMemory.empty().extended(key, known, labels)
+        levels = grown(self.levels, new, CounterMemory.merged)
+        keys = sum(len(level.events.distinct) for level in levels)
+        some, marked = self.some.copy(), [new]
+        if len(some) < 4 * keys:
+            some, marked = np.zeros(1 << (8 * keys).bit_length(), bool), [*levels]
+        for level in marked:
+            some[_first_bits(level.events.distinct, len(some))] = True
+        return CounterLevels(levels, some)
+
+    def find(self, asked: Sequence[tuple[CounterMemory, AnyLookUps]]) -> list[LaterTotals]:
+        """What look-ups of counters, which share these levels, find in them; in one pass, as a request asks many."""
+        look_ups, windows = [], []
+        for memory, each in asked:
+            assert memory.shared is not None
+            look_ups.append((each.key ^ memory.shared.salt, each.as_of(memory.floor).time))
+            windows.append([0, *memory.shared.windows])
+        blocks = [(number, window) for number, each in enumerate(windows) for window in each]
+        key = np.concatenate([look_ups[number][0] for number, _ in blocks])
+        time = np.concatenate([look_ups[number][1] - window for number, window in blocks])
+        rows, labels, positive = np.zeros(len(key), np.int32), np.zeros(len(key), np.int32), np.full(len(key), NEVER)
+        likely = np.flatnonzero(self.some.take(_first_bits(key, len(self.some))))
+        for level in self.levels:
+            found, group = level.events.index.find(key[likely])
+            place, starts = likely[found], level.events.starts
+            last = last_known(level.events.known, starts[group], starts[group + 1], time[place])
+            place, last = place[last >= 0], last[last >= 0]
+            assert isinstance(level.label_sum, np.ndarray)
+            assert level.last_positive is not None
+            rows[place] += level.rows[last]
+            labels[place] += level.label_sum[last].astype(np.int32)
+            positive[place] = np.maximum(positive[place], level.last_positive[last])
+        ends = np.cumsum([len(look_ups[number][1]) for number, _ in blocks])[:-1]
+        parts = iter(zip(*(np.split(each, ends) for each in (rows, labels, positive)), strict=True))
+        result = []
+        for each_windows in windows:
+            all_rows, all_labels, last_positive = next(parts)
+            totals: dict[int | None, tuple[np.ndarray, np.ndarray]] = {None: (all_rows, all_labels)}
+            for window in each_windows[1:]:
+                earlier_rows, earlier_labels, _ = next(parts)
+                totals[window] = all_rows - earlier_rows, all_labels - earlier_labels
+            result.append(LaterTotals(totals, last_positive))
+        return result
+
+
+def salt_of(place: int) -> np.uint64:
+    """What, combined by XOR, tells the keys of a memory from equal ones of another; keys are hashes, and stay so."""
+    return np.uint64((place + 1) * 0x9E3779B97F4A7C15 % 2**64)  # 2^64 over the golden ratio: unlike in many bits
+
+
+def _first_bits(keys: np.ndarray, many: int) -> np.ndarray:
+    """(N,) int64 from 0 to `many`, a power of 2, exclusive."""
+    return (keys >> np.uint64(65 - many.bit_length())).view(np.int64)
+
+
+def _after(moments: np.ndarray, forgotten: np.ndarray) -> np.ndarray:
+    """(N,) moments, `NEVER` for those up to what is `forgotten`."""
+    return np.where(moments > forgotten, moments, NEVER)
+
+
+def _running_latest(groups: KeyGroups, moments: np.ndarray) -> np.ndarray:
+    """(E,) latest of the `moments` so far of each key: an event that came late may be earlier than what came before."""
+    import pandas as pd
+
+    return pd.Series(moments).groupby(groups.number).cummax().to_numpy()
+
+
+# Of arrays or exact sums, None where they are missing.
+
+
+def _map(function: Any, values: Any) -> Any:
+    return values.each(function) if isinstance(values, ExactSums) else None if values is None else function(values)
+
+
+def _append(one: Any, other: Any) -> Any:
+    return one.append(other) if isinstance(one, ExactSums) else None if one is None else np.append(one, other)
+
+
+def _take(values: Any, index: np.ndarray) -> Any:
+    return values.take(index) if isinstance(values, ExactSums) else None if values is None else values[index]
