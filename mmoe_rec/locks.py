@@ -16,6 +16,7 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from io import StringIO
 from pathlib import Path
 from typing import TextIO
 
@@ -78,7 +79,8 @@ def _hold(folder: Path, what: str, role: str, advice: str, queue: bool) -> Itera
             if error.errno not in _NO_LOCKS:
                 raise UserError(f"'{path}', which locks '{folder}', can't be made: {error.strerror}") from None
             say(f"note: the file system of '{folder}' has no locks, so see to it that nothing else writes there")
-            file = path.open("w", encoding="utf-8")
+            path.unlink(missing_ok=True)
+            file = StringIO()
         if file is None:
             with suppress(FileNotFoundError):
                 holder, _, who = path.read_text(encoding="utf-8").partition(" ")
@@ -111,6 +113,8 @@ def _lock(path: Path, shared: bool) -> TextIO | None:
     with ExitStack() as stack, suppress(BlockingIOError, FileNotFoundError):
         path.parent.mkdir(parents=True, exist_ok=True)
         file = stack.enter_context(path.open("a", encoding="utf-8"))
+        with suppress(PermissionError):  # another user's, who lets all others lock it
+            os.fchmod(file.fileno(), 0o666)
         fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         if os.path.samestat(os.fstat(file.fileno()), path.stat()):
             stack.pop_all()

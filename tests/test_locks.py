@@ -131,6 +131,7 @@ def test_a_file_system_without_locks_is_told_of(
     monkeypatch.setattr("fcntl.flock", unsupported)
     with writing(tmp_path / "model", "a training", "wait"):
         pass
+    assert not list(tmp_path.iterdir())
     assert re.search("note: the file system of .*model' has no locks", capsys.readouterr().err.replace("\n", " "))
 
 
