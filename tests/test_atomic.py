@@ -27,14 +27,9 @@ def test_a_file_appears_only_when_the_block_ends(tmp_path):
         assert temporary.parent == target.parent
         assert not target.exists()
     assert _content(tmp_path) == {"deep/state.json": "new"}
-
-
-def test_a_failed_file_leaves_the_old(tmp_path):
-    target = tmp_path / "state.json"
-    target.write_text("old")
     with pytest.raises(RuntimeError), atomic_file(target) as temporary:
         _die_half_way(temporary)
-    assert _content(tmp_path) == {"state.json": "old"}
+    assert _content(tmp_path) == {"deep/state.json": "new"}
 
 
 @pytest.mark.parametrize("can_link", [True, False])
