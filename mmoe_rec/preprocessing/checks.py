@@ -12,13 +12,14 @@ import pyarrow.dataset as ds
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.log.checks import format_time
-from mmoe_rec.log.database import Database
+from mmoe_rec.log.database import open_database
 from mmoe_rec.log.files import takes_in
 from mmoe_rec.log.reader import Log
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.log.stand_ins import with_ids, with_times
 from mmoe_rec.point_in_time.join import Window
 from mmoe_rec.preprocessing.count import Counted
+from mmoe_rec.preprocessing.logs import Logs
 from mmoe_rec.preprocessing.requests import Clash, Requests
 from mmoe_rec.preprocessing.splits import SplitCounts
 from mmoe_rec.settings.columns import SplitColumn
@@ -171,15 +172,25 @@ def check_classes(schema: Schema, counts: SplitCounts) -> None:
             )
 
 
-def find_repeats(database: Database, sent: Path) -> tuple[int, int, int] | None:
-    """Number of rows that repeat an earlier one, and the first such pair of row numbers; None if there are none.
+def check_duplicates(logs: Logs, sent: Path, scratch: Path) -> None:
+    """Raises UserError where a row repeats an earlier one.
 
-    sent: folder of Arrow files with the `key` and the number of each `row`.
+    sent: folder of Arrow files with the `key` and the number of each `row`; scratch: folder for a database.
     """
-    database.register("sent", ds.dataset(sent, format="ipc"))
-    database.run("CREATE TABLE again AS SELECT key FROM sent GROUP BY key HAVING count(*) > 1")
-    rows, pair = database.row(
-        "SELECT sum(rows - 1)::BIGINT, min(row(pair[2], pair[1])) FROM "
-        "(SELECT count(*) AS rows, min(row, 2) AS pair FROM sent SEMI JOIN again USING (key) GROUP BY key)"
-    )
-    return None if rows is None else (rows, pair[1], pair[0])
+    options, log, columns = logs.options, logs.log, logs.schema.columns
+    with open_database(scratch, options.memory_gib, options.workers) as database:
+        database.register("sent", ds.dataset(sent, format="ipc"))
+        database.run("CREATE TABLE again AS SELECT key FROM sent GROUP BY key HAVING count(*) > 1")
+        repeated, pair = database.row(
+            "SELECT sum(rows - 1)::BIGINT, min(row(pair[2], pair[1])) FROM "
+            "(SELECT count(*) AS rows, min(row, 2) AS pair FROM sent SEMI JOIN again USING (key) GROUP BY key)"
+        )
+    if repeated is not None:
+        names = f"'{columns.request}'" if columns.request else f"'{columns.user}', '{columns.time}'"
+        if not columns.has_time and not columns.request:
+            names = f"'{columns.user}', within a split,"
+        raise UserError(
+            f"{place(log, pair[0])} repeats request and candidate (columns {names} and '{columns.candidate}') of "
+            f"{place(log, pair[1])}; {repeated:,} rows of the log do so: remove them, or set data.duplicates to keep "
+            "if they are meant"
+        )

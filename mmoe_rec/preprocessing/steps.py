@@ -22,14 +22,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from mmoe_rec.atomic import flush_files
-from mmoe_rec.errors import UserError
 from mmoe_rec.features.encoder import MemoryEncoder
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.log.checks import BadFile
-from mmoe_rec.log.database import open_database
 from mmoe_rec.log.reader import ROWS_PER_PART, Log, LogPart, LogReader
 from mmoe_rec.point_in_time.join import Window
-from mmoe_rec.preprocessing.checks import check_readings, check_requests, check_times, find_repeats, place
+from mmoe_rec.preprocessing.checks import check_duplicates, check_readings, check_requests, check_times
 from mmoe_rec.preprocessing.count import Counted, CountJob, count_part
 from mmoe_rec.preprocessing.engines import Engine, open_engine
 from mmoe_rec.preprocessing.exchange import DUPLICATES, Blocks, Exchange, ResultExchange, events_of, look_ups_of
@@ -111,7 +109,7 @@ class Steps:
         check_times(self.logs.log, counted)
         check_requests(self.logs.log, self.requests)
         if DUPLICATES in counted.sent:
-            self._check_duplicates()
+            check_duplicates(self.logs, self._events.folder / DUPLICATES, self.scratch / "database")
         return counted
 
     def find_requests(self) -> None:
@@ -169,22 +167,6 @@ class Steps:
         """The parts of the interaction log, each a task, whatever runs them."""
         # Enough of them for many workers to end at about the same time.
         return self.logs.log.parts(min(max(self.logs.log.rows // 64, ROWS_PER_PART // 2), ROWS_PER_PART))
-
-    def _check_duplicates(self) -> None:
-        options = self.logs.options
-        with open_database(self.scratch / "database", options.memory_gib, options.workers) as database:
-            repeats = find_repeats(database, self._events.folder / DUPLICATES)
-        if repeats is not None:
-            columns, log = self.logs.schema.columns, self.logs.log
-            repeated, *rows = repeats
-            first, second = (place(log, row) for row in rows)
-            names = f"'{columns.request}'" if columns.request else f"'{columns.user}', '{columns.time}'"
-            if not columns.has_time and not columns.request:
-                names = f"'{columns.user}', within a split,"
-            raise UserError(
-                f"{second} repeats request and candidate (columns {names} and '{columns.candidate}') of {first}; "
-                f"{repeated:,} rows of the log do so: remove them, or set data.duplicates to keep if they are meant"
-            )
 
     def look_up(
         self, pipeline: FeaturePipeline, folder: Path, end: int, training: Window | None, before: Path | None = None
