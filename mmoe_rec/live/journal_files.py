@@ -187,13 +187,10 @@ def _keep_checkpoint(
         np.savez(memory, **duplicates.to_arrays(source))  # type: ignore[arg-type]
         state = memory.getvalue()
         with journal.appending() as connection:
-            of = CHECKPOINTS.c.log == log, CHECKPOINTS.c.position <= position
-            before = sql.select(sql.func.max(CHECKPOINTS.c.position), sql.func.max(CHECKPOINTS.c.last_file)).where(*of)
-            last, file = connection.execute(before).one()
-            if last == position:  # another model's refresh has kept it
+            last = sql.select(CHECKPOINTS).where(CHECKPOINTS.c.log == log, CHECKPOINTS.c.position == position)
+            if connection.execute(last).first() is not None:  # another model's refresh has kept it
                 continue
-            last_file = max(file or 0, last_files.get(source, 0))
-            connection.execute(sql.insert(CHECKPOINTS).values((position, log, last_file)))
+            connection.execute(sql.insert(CHECKPOINTS).values((position, log, last_files.get(source, 0))))
             for part, begin in enumerate(range(0, len(state), _PART_BYTES)):
                 data = state[begin : begin + _PART_BYTES]
                 checksum = _checksum(position, log, part, data)
