@@ -401,3 +401,10 @@ def test_events_that_only_another_model_has_are_neither_removed_nor_forgotten(
     assert duplicates.filter([_events("returns", 1, 2)])["returns"].counts == Counter(duplicate=2)
     assert find_removed_logs(journal, one, 0) == ["purchases"]
     assert find_removed_logs(journal, other, 0) == ["returns"]
+
+
+def test_rows_that_a_checkpoint_holds_do_not_come_again(journal: Journal, tmp_path: Path) -> None:
+    """Where another log of the same model has none, and so is read from the beginning."""
+    journal.append(_events("purchases", 1, 2), _events("returns", 1))
+    first, _ = _refresh(tmp_path, journal, _schema(tmp_path, "purchases"), 0)
+    assert _refresh(tmp_path, journal, _schema(tmp_path, *LOGS), first) == (first, {"returns": Counter(accepted=1)})
