@@ -59,8 +59,7 @@ class TrackingServer:
     """A server that runs. uri: by the door."""
 
     def __init__(self, folder: Path, door: Door) -> None:
-        self.folder, self.door = folder, door
-        self.uri = f"http://127.0.0.1:{door.port}"
+        self.folder, self.door, self.uri = folder, door, f"http://127.0.0.1:{door.port}"
 
     def query(self, text: str, *values: Any) -> list[tuple[Any, ...]]:
         """Of its database."""

@@ -69,22 +69,29 @@ class Training:
             self.name,
         )
 
-    def status(self) -> list[tuple[Any, ...]]:
-        """Of all of its runs."""
-        return self.server.query(
-            "select status from runs join experiments using (experiment_id) where experiments.name = ?", self.name
-        )
-
     def versions(self) -> list[tuple[Any, ...]]:
         """Of the model."""
         return self.server.query("select version from model_versions where name = ?", self.name)
 
     def plots(self) -> set[str]:
         """Names of the figures that the server holds."""
-        (run,) = self.server.query(
-            "select run_uuid from runs join experiments using (experiment_id) where experiments.name = ?", self.name
-        )
-        return {path.name for path in self.server.folder.glob(f"files/*/{run[0]}/artifacts/plots/**/*.png")}
+        run, _ = self.finished()
+        return {path.name for path in self.server.folder.glob(f"files/*/{run}/artifacts/plots/**/*.png")}
+
+    def finished(self) -> tuple[str, str]:
+        """Id and status of its only run."""
+        runs = "select run_uuid, status from runs join experiments using (experiment_id) where experiments.name = ?"
+        (run,) = self.server.query(runs, self.name)
+        return run[0], run[1]
+
+    def misses_nothing(self, whole: Training) -> None:
+        """The server holds what it holds of a training that it has always answered."""
+        assert self.metrics() == whole.metrics()
+        assert self.plots() == whole.plots()
+        assert len(self.plots()) > 3
+        assert self.finished()[1] == "FINISHED"
+        assert self.versions() == [(1,)]
+        assert not list((self.work / "unsent").glob("*"))
 
 
 @pytest.fixture(scope="module")
@@ -101,12 +108,7 @@ def test_a_server_that_comes_back_misses_nothing(
 ) -> None:
     training = Training(tmp_path, log, server, "back")
     assert training.run(at_validation={0: server.door.shut, 2: server.door.open}) == 0
-    assert training.metrics() == whole.metrics()
-    assert training.plots() == whole.plots()
-    assert len(training.plots()) > 3
-    assert training.status() == [("FINISHED",)]
-    assert training.versions() == [(1,)]
-    assert not (training.work / "unsent").exists() or not list((training.work / "unsent").iterdir())
+    training.misses_nothing(whole)
     said = capsys.readouterr()
     assert "Traceback" not in said.err
     assert said.err.count("does not answer (Connection refused). The command goes on") == 1
@@ -142,11 +144,7 @@ def test_a_server_that_stays_away_is_told_afterwards(
 
     server.door.open()
     assert training.run("--resume") == 0
-    assert training.metrics() == whole.metrics()
-    assert training.plots() == whole.plots()
-    assert training.status() == [("FINISHED",)]
-    assert training.versions() == [(1,)]
-    assert not list((training.work / "unsent").iterdir())
+    training.misses_nothing(whole)
     assert "registered as models:/afterwards@champion" in capsys.readouterr().out
 
 

@@ -119,14 +119,6 @@ def test_a_worse_model_leaves_the_alias(world: World, capsys: pytest.CaptureFixt
     assert "registered as models:/learnable@challenger" in out
 
 
-def test_a_tie_leaves_the_alias(world: World) -> None:
-    world.train()
-    assert holder(world) == "2"
-    assert said(world)[0].startswith(
-        "'this model' and 'version 2' do not differ: mean auc of click, liked is the same ("
-    )
-
-
 def test_a_model_that_beats_its_start_but_not_the_holder_leaves_the_alias(world: World) -> None:
     tiny = ("--training.learning_rate", "1e-4", "--training.table_learning_rate", "1e-4")
     world.train("--from", "models:/learnable/1", "--model.experts.count", "2", *tiny, "--training.select_by", "loss")
