@@ -24,12 +24,11 @@ ADVICE = "run mmoe-rec features again"
 
 @dataclass(frozen=True)
 class Rows:
-    """N encoded rows with their labels, as they are cut into batches: inputs that have one id a row are one array.
+    """N encoded rows with their labels: inputs that have one id a row are one array.
 
-    names, ids: of these inputs, (F, N) int64; lists: the inputs with any number of ids a row; dense: as in `Encoded`;
-    labels: (N, T) float32, or float64 where a task is a regression, in the order of `layout.tasks`, NaN is unobserved.
-    weights: (N,) float32, see `weights_of`, None where all rows count alike; users: (N,) int64, a hash of each row's
-    user, where they were asked for.
+    names, ids: of these inputs, (F, N) int64; lists: the inputs with any number of ids a row; labels: (N, T) float32,
+    or float64 where a task is a regression, NaN is unobserved; weights: (N,) float32, see `weights_of`; users: (N,)
+    int64, a hash of each row's user, where they are read.
     """
 
     names: tuple[str, ...]
@@ -81,16 +80,15 @@ class Rows:
 
 
 class EncodedRows:
-    """The encoded rows of a folder, files in order of their names.
+    """The encoded rows of a folder, files in order of their names. Only the footers are read at first.
 
     outcomes: labels of tasks with `given` are those that they are learnt from, over all rows, and not their own;
     weighted: rows weigh 1 / the rate at which they were sampled; with_users: rows have the hashes of their users.
 
     `weighs`: whether the log has a column of weights, which rows count by besides; `rows`: number of rows; `groups`:
     (file index, row group index) of every row group that has rows, in file order; `group_rows`: (len(groups),) int64,
-    the rows of each; `fingerprint`: of all footers, so of the values' statistics and compressed sizes too. Only the
-    footers are read here. Raises UserError for a missing folder, no rows, a file that cannot be read, or one without a
-    column of the layout.
+    the rows of each; `fingerprint`: of all footers, so of the values' statistics too. Raises UserError where there are
+    no rows, or a file cannot be read or lacks a column.
     """
 
     def __init__(

@@ -85,8 +85,8 @@ class EpochOrder:
     def batches(self, batch_size: int, position: int = 0) -> Iterator[list[Part]]:
         """Global batches of the next `batch_size` rows (the last one fewer), from `position` on, as parts of windows.
 
-        The rows of a batch are arranged by `Part.keys` (equal keys: the earlier window first), so by row group where it
-        lies in one window: a slice of every batch at the same place needs only the same few groups.
+        The rows of a batch are arranged by `Part.keys`, so a slice of every batch at the same place needs only the same
+        few groups.
         """
         parts: list[Part] = []
         wanted = batch_size
@@ -148,11 +148,10 @@ class Share:
 
 
 class Split:
-    """How a global batch is split over ranks, in slots of which each rank has `rank_rows`.
+    """How a global batch is split over ranks: each has `rank_rows` slots, and some rows of a batch with fewer rows than
+    slots take several, spread evenly.
 
-    A batch with fewer rows than slots is stretched: some rows take several slots, spread evenly, so that the ranks'
-    numbers of real rows differ by one at most. `within`: (rank_rows,) int64, the rank's rows as places in the batch,
-    never falling; `copies` as in `Share`.
+    `within`: (rank_rows,) int64, the rank's rows as places in the batch, never falling; `copies` as in `Share`.
     """
 
     def __init__(self, size: int, *, rank: int, world_size: int, rank_rows: int) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from typing import Any
 
@@ -136,10 +136,7 @@ class Calibration:
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, as JSON can hold them without loss."""
-        return {
-            name: {"logits": list(each.logits), "calibrated": list(each.calibrated), "slope": each.slope}
-            for name, each in self.tasks.items()
-        }
+        return {name: asdict(each) for name, each in self.tasks.items()}
 
     @staticmethod
     def from_dict(tree: Mapping[str, Any]) -> Calibration:

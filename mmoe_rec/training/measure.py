@@ -102,7 +102,7 @@ class Chooser:
             options["bf16"] = self._option("bf16", by_default, self._rows)
         times = self._timed(options, SECONDS, [*libraries, *precisions[1:]])
         fp32 = {name: time for name, time in times.items() if name != "bf16"}
-        products = next(each for each in libraries if each == faster(fp32, by_default, BY_ROUNDING))
+        products = cast("Products", faster(fp32, by_default, BY_ROUNDING))
         if len(fp32) > 1:
             self._times["products"] = fp32
         if "bf16" not in times:
@@ -141,25 +141,20 @@ class Chooser:
 
             return run
 
-        times = self._timed({name: option(name) for name in get_args(Compute)}, SECONDS)
-        self._times["experts"] = times
-        taken = faster(times, "auto", CLEARLY)
-        choice = next(name for name in get_args(Compute) if name == taken)
+        self._times["experts"] = self._timed({name: option(name) for name in get_args(Compute)}, SECONDS)
+        choice = cast("Compute", faster(self._times["experts"], "auto", CLEARLY))
         set_compute(self._mixture, choice)
-        return cast("Compute", choice)
+        return choice
 
     def _way(self, by_default: Way) -> Way:
-        offered = list_ways()
-        times = self._timed({str(way): self._trial(way) for way in offered}, SECONDS, get_args(Way))
+        widths = sum(stored_width(table.dim) for table in used_tables(self._layout))
+        most = max(1, min(_TABLE_ROWS, _TABLE_WEIGHTS // max(1, widths)))
+        trials = {str(way): make_trial(way, self._layout, self._ids, most) for way in list_ways()}
+        times = self._timed(trials, SECONDS, get_args(Way))
         if len(times) < 2:
             return by_default
         self._times["tables"] = times
-        taken = faster(times, by_default, CLEARLY)
-        return next(way for way in offered if way == taken)
-
-    def _trial(self, way: Way) -> Callable[[], object]:
-        widths = sum(stored_width(table.dim) for table in used_tables(self._layout))
-        return make_trial(way, self._layout, self._ids, max(1, min(_TABLE_ROWS, _TABLE_WEIGHTS // max(1, widths))))
+        return cast("Way", faster(times, by_default, CLEARLY))
 
     def _step(self, precision: Precision, rows: int) -> None:
         """Forward and backward pass of the dense part."""
@@ -222,24 +217,16 @@ def time_options(
 # A look-up and an update of small tables like those of a training, which are timed before it begins.
 
 
-ROWS_AT_MOST = 50_000
 _RATE = 0.05
 _WEIGHT = 0.01
 
 
-def make_trial(way: Way, layout: ModelLayout, ids: KeyedIds, rows_at_most: int = ROWS_AT_MOST) -> Callable[[], None]:
+def make_trial(way: Way, layout: ModelLayout, ids: KeyedIds, rows_at_most: int) -> Callable[[], None]:
     """What does one look-up and one update in this way, in some milliseconds for a batch of thousands of rows.
 
-    Call it once or twice unmeasured, within `mmoe_rec.allocation.freed_memory_kept`, as training does.
-
-    Args:
-        way: one of `list_ways`.
-        layout: of the training; tables have its widths, and no more than `rows_at_most` rows. Without inputs, nothing
-            is done.
-        ids: of a batch as it is trained on; ids beyond a table's last row begin again at its first.
+    layout: of the training, with inputs; tables have its widths, and no more than `rows_at_most` rows. ids: of a batch
+    as it is trained on; those beyond a table's last row begin again at its first.
     """
-    if not layout.ids:
-        return lambda: None
     # fbgemm wants inputs that share a table next to each other.
     tables = tuple(replace(each, rows=min(each.rows, rows_at_most)) for each in used_tables(layout))
     names = [table.name for table in tables]

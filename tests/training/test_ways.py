@@ -102,7 +102,6 @@ def test_a_trial_looks_up_and_updates_once(monkeypatch: pytest.MonkeyPatch, ther
         assert first.shape == (50, sum(LAYOUT.table(each.table).dim for each in LAYOUT.ids))
         assert not torch.equal(first, second), "the tables were updated"
     assert len(looked_up) == 2 * len(list_ways())
-    measure.make_trial(list_ways()[0], ModelLayout((), (), LAYOUT.dense, LAYOUT.tasks), ids)()
 
 
 # Inputs that share a table lie apart, and a table is wider than its neighbours.
