@@ -1,6 +1,10 @@
-"""One progress bar with an estimate of the time left, for every long step."""
+"""One progress bar with an estimate of the time left, for every long step; and quiet libraries beside it."""
 
 from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
@@ -18,3 +22,17 @@ def bar(extra: str = "") -> Progress:
 def say(text: str) -> None:
     """A line on stderr, above any bar."""
     console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+@contextmanager
+def quiet_loggers(levels: Mapping[str, int]) -> Iterator[None]:
+    """Within it, each logger says nothing below its level, on which a user cannot act."""
+    loggers = {name: logging.getLogger(name) for name in levels}
+    before = {name: logger.level for name, logger in loggers.items()}
+    try:
+        for name, logger in loggers.items():
+            logger.setLevel(levels[name])
+        yield
+    finally:
+        for name, logger in loggers.items():
+            logger.setLevel(before[name])

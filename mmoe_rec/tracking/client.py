@@ -19,6 +19,7 @@ from urllib.parse import urlparse
 
 from mmoe_rec.atomic import atomic_file
 from mmoe_rec.errors import UserError
+from mmoe_rec.progress import quiet_loggers
 from mmoe_rec.tracking.outbox import UnreachableError
 
 _ADDRESSES = ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI")
@@ -110,7 +111,8 @@ def translate_errors(uri: str, address: str | None = None, anything: bool = Fals
         place += " (the address in the variable MLFLOW_TRACKING_URI)"
     refusal = f"'{address}' can't be loaded from {place}" if address else f"{place} refuses"
     try:
-        with _quiet():
+        with quiet_loggers(_QUIET_LOGGERS), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"mlflow\..*")
             yield
     except UserError:
         raise
@@ -182,17 +184,3 @@ def _set_variables(values: dict[str, str | None]) -> None:
             os.environ.pop(name, None)
         elif os.environ.get(name) != value:
             os.environ[name] = value
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    before = {name: logging.getLogger(name).level for name in _QUIET_LOGGERS}
-    for name, level in _QUIET_LOGGERS.items():
-        logging.getLogger(name).setLevel(level)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module=r"mlflow\..*")
-            yield
-    finally:
-        for name, level in before.items():
-            logging.getLogger(name).setLevel(level)

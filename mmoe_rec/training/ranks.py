@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from mmoe_rec.errors import UserError
+from mmoe_rec.progress import quiet_loggers
 
 # Loggers that write of the planner's estimates and of tracing, on which a user cannot act. The plan is given as text.
 NOISY_LOGGERS = ("torchrec.distributed.planner", "torch.fx._symbolic_trace")
@@ -127,15 +128,7 @@ def _lost(ranks: Ranks) -> str:
 
 @contextlib.contextmanager
 def _silenced() -> Iterator[None]:
-    loggers = [logging.getLogger(name) for name in NOISY_LOGGERS]
-    levels = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.CRITICAL)
-        with warnings.catch_warnings():
-            for start in NOISY_WARNINGS:
-                warnings.filterwarnings("ignore", message=start, category=UserWarning)
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+    with quiet_loggers(dict.fromkeys(NOISY_LOGGERS, logging.CRITICAL)), warnings.catch_warnings():
+        for start in NOISY_WARNINGS:
+            warnings.filterwarnings("ignore", message=start, category=UserWarning)
+        yield

@@ -243,7 +243,7 @@ def test_killed_and_resumed_with_other_world_sizes(tmp_path: Path, seed: int) ->
     seen: list[tuple[int, int]] = []  # epoch, row
     for stage, world_size in enumerate((2, 1, 3)):
         last = stage == 2
-        pace = {"batch_size": chance.choice([12, 13, 16]), "pause": 0 if last else 0.005}
+        pace = {"batch_size": chance.choice([12, 13, 16]), "pause": 0 if last else 0.02}
         running = start(tmp_path, stage, world_size, options | pace)
         if last:
             assert [process.wait(60) for process in running] == [0] * world_size
