@@ -119,8 +119,9 @@ class TrainingReader:
                 }
                 # Also lets go of the groups that no batch needs any more.
                 decoded = {
-                    key: decoded[key] if key in decoded else pool.submit(self._decode, order, key[1])
-                    for key, order in needed.items()
+                    (epoch, group): decoded.get((epoch, group))
+                    or pool.submit(self.rows.read_row_groups, [self.rows.groups[group]], order.permutation(group))
+                    for (epoch, group), order in needed.items()
                 }
                 for batch in current:
                     pieces = [
@@ -153,9 +154,6 @@ class TrainingReader:
     def order(self, epoch: int) -> EpochOrder:
         """The order of an epoch's rows."""
         return EpochOrder(self.rows.group_rows, shuffle_window=self.shuffle_window, seed=self.seed, epoch=epoch)
-
-    def _decode(self, order: EpochOrder, group: int) -> Rows:
-        return self.rows.read_row_groups([self.rows.groups[group]], order.permutation(group))
 
 
 @dataclass(frozen=True, eq=False)

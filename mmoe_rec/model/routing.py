@@ -115,12 +115,9 @@ def masked_softmax(logits: Tensor, allowed: Tensor) -> Tensor:
     """Softmax over the allowed entries of the last dimension, 0 elsewhere; all 0 where none is allowed."""
     some = allowed.any(-1, keepdim=True)
     # Where nothing is allowed, a plain softmax in place of one over nothing, which would be NaN.
-    return _softmax(logits.masked_fill(~(allowed | ~some), float("-inf"))) * some
-
-
-def _softmax(logits: Tensor) -> Tensor:
-    """Over the last dimension. Rows next to each other are computed together: on a CPU 8 entries take a tenth so."""
-    return logits.movedim(-1, 0).contiguous().softmax(0).movedim(0, -1).contiguous()
+    logits = logits.masked_fill(~(allowed | ~some), float("-inf"))
+    # Rows next to each other are computed together: on a CPU 8 entries take a tenth so.
+    return logits.movedim(-1, 0).contiguous().softmax(0).movedim(0, -1).contiguous() * some
 
 
 def largest(gated: Gated) -> Tensor:

@@ -77,7 +77,12 @@ def mask_expert(state: State, model: Model, expert: int) -> State:
 
 
 def _added(state: State, expert: int, count: int, soft: bool, generator: torch.Generator) -> State:
-    changed = _changed(state, lambda values, dim: _with_copy(values, dim, expert, count))
+
+    def with_copy(values: Tensor, dim: int) -> Tensor:
+        before, after = values.split([count, values.shape[dim] - count], dim)
+        return torch.cat([before, values.narrow(dim, expert, 1), after], dim)
+
+    changed = _changed(state, with_copy)
     for name, values in changed.items():
         if _EXPERT.fullmatch(name):
             size = NOISE if soft else NOISE_OUT_OF_USE
@@ -94,21 +99,10 @@ def _added(state: State, expert: int, count: int, soft: bool, generator: torch.G
 
 def _changed(state: State, change: Callable[[Tensor, int], Tensor]) -> State:
     """The state with every tensor that has a dimension for experts changed along it."""
-    changed = {}
-    for name, values in state.items():
-        if _EXPERT.fullmatch(name) or _PER_EXPERT.fullmatch(name):
-            changed[name] = change(values, 0)
-        elif _GATE.fullmatch(name):
-            changed[name] = change(values, 1)
-        else:
-            changed[name] = values
-    return changed
-
-
-def _with_copy(values: Tensor, dim: int, expert: int, count: int) -> Tensor:
-    """A copy of index `expert` inserted at `count`."""
-    before, after = values.split([count, values.shape[dim] - count], dim)
-    return torch.cat([before, values.narrow(dim, expert, 1), after], dim)
+    first = {
+        name: change(each, 0) for name, each in state.items() if _EXPERT.fullmatch(name) or _PER_EXPERT.fullmatch(name)
+    }
+    return state | first | {name: change(each, 1) for name, each in state.items() if _GATE.fullmatch(name)}
 
 
 def _check_shared(model: Model, expert: int, what: str) -> None:

@@ -190,7 +190,9 @@ def open_run(
             _send_waiting(mlflow, uri, unsent)
         with translate_errors(uri):
             if run_id is None and key is not None:
-                run_id = _find_run_with(mlflow, experiment_id, key)
+                where = f"tags.{_KEY_TAG} = '{key}'"
+                found = mlflow.search_runs([experiment_id], where, max_results=1, output_format="list")
+                run_id = found[0].info.run_id if found else None
             known = () if run_id is None else _read_run(mlflow, run_id)
             new: dict[str, Any] = {"experiment_id": experiment_id, "run_name": run_name, "parent_run_id": parent}
             new["tags"] = None if key is None else {_KEY_TAG: key}
@@ -249,11 +251,6 @@ def _open_experiment(mlflow: Any, uri: str, name: str) -> str:
         mlflow.MlflowClient().set_experiment_tag(experiment.experiment_id, *_KIND)
     number: str = experiment.experiment_id
     return number
-
-
-def _find_run_with(mlflow: Any, experiment_id: str, key: str) -> str | None:
-    runs = mlflow.search_runs([experiment_id], f"tags.{_KEY_TAG} = '{key}'", max_results=1, output_format="list")
-    return runs[0].info.run_id if runs else None
 
 
 def _read_run(mlflow: Any, run_id: str) -> tuple[dict[str, str], dict[str, int], str]:
