@@ -209,7 +209,7 @@ def gate_weights_figure(mean_gate_weights: Mapping[str, np.ndarray]) -> Figure:
     weights = np.array(list(mean_gate_weights.values()), dtype=np.float64)
     tasks, experts = weights.shape
     figure = blank(2.6 + 0.72 * experts, 1.7 + 0.55 * tasks)
-    axes, top = figure.subplots(), float(np.nanmax(weights)) or 1.0
+    axes, top = figure.subplots(), float(np.nanmax(weights, initial=0.0)) or 1.0
     image = axes.imshow(np.ma.masked_invalid(weights), cmap="Blues", vmin=0, vmax=top, aspect="auto")
     for task, expert in np.argwhere(np.isfinite(weights)):
         value = weights[task, expert]
