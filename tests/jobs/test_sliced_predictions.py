@@ -63,6 +63,7 @@ def test_slices_are_those_of_the_rows_however_these_are_cut(tmp_path: Path, monk
     assert [by_price[name] for name in names] == pytest.approx(
         [area(known[quarters == each]) for each in range(4)], abs=0.003
     )
+    assert {name[1:-1].split(", ")[1] for name in names} <= {f"{price:.6g}" for price in known["price"]}
     assert names[0].startswith(f"[{known['price'].min():.6g}, ")
     assert names[-1].endswith(f", {known['price'].max():.6g}]")
     often = found["shop"].value_counts()
@@ -153,7 +154,9 @@ def test_a_column_that_is_no_slice_is_refused(tmp_path: Path, capsys: pytest.Cap
 def test_every_row_is_in_one_bucket_and_buckets_are_even(values: list[Any], buckets: int) -> None:
     by = SliceBy.of(f"bucket(x, {buckets})")
     read = by.read(pa.array([None if each is None else float(each) for each in values], pa.float64()))
-    found = by.find_slices(read).rows(read)
+    slices = by.find_slices(read)
+    assert set(slices.edges) <= {float(each) for each in values if each is not None}
+    found = slices.rows(read)
     places = np.sort(np.concatenate(list(found.values())))
     np.testing.assert_array_equal(places, np.arange(len(values)))
     known = [each for each in values if each is not None]
