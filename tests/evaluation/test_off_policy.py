@@ -8,7 +8,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from mmoe_rec.evaluation.off_policy import CAPS, LoggedChoices
+from mmoe_rec.evaluation.intervals import UNDEFINED, Interval
+from mmoe_rec.evaluation.off_policy import CAPS, LoggedChoices, find_refusal, find_warnings
 from tests.evaluation.trees import estimate
 
 ACTIONS = 6
@@ -122,26 +123,19 @@ def test_rows_without_a_label_are_left_out() -> None:
     assert estimate(none, 20) == {"rows": 0, "without_label": 4000, "refused": "no row has an observed label"}
 
 
-@pytest.mark.thorough
-def test_what_may_never_have_been_shown_is_told() -> None:
-    """A tenth of what the target chooses was never logged; whether the log is long enough to refuse is chance."""
-    told = refused = 0
-    for seed in range(30):
-        random = np.random.default_rng(seed)
-        action, rows = random.integers(10, size=4000), np.arange(4000)
-        shown = LoggedChoices(
-            pa.array(rows), np.full(4000, 0.1), np.where(action < 2, 0.45, 0.0), random.random(4000) < 0.1
-        )
-        found = estimate(replace(shown, label=shown.label.astype(float)), 100)
-        outside = not found["mean_weight"]["low"] <= 1 <= found["mean_weight"]["high"]
-        refused += found["refused"] is not None
-        if found["refused"] is None:
-            assert bool(found["warnings"]) == outside
-            told += any(
-                "may never have been shown, and the estimates say nothing" in each for each in found["warnings"]
-            )
-    assert told + refused > 15
-    assert told > 5
+@pytest.mark.parametrize(
+    ("mean", "apart", "told"),
+    [
+        (Interval(0.9, 0.82, 0.97), UNDEFINED, ["mean weight below 1"]),
+        (Interval(1.1, 1.02, 1.2), UNDEFINED, ["mean weight above 1"]),
+        (Interval(0.98, 0.9, 1.05), Interval(0.1, 0.06, 0.14), ["estimates contradict each other"]),
+        (Interval(0.98, 0.9, 1.05), Interval(0.1, 0.04, 0.16), []),
+    ],
+)
+def test_what_is_suspicious_is_told(mean: Interval, apart: Interval, told: list[str]) -> None:
+    assert list(find_warnings(mean, apart)) == told
+    assert find_refusal(1000, 1000.0, Interval(0.5, 0.3, 0.7)) == "no support"
+    assert find_refusal(1000, 1000.0, mean) is None
 
 
 def test_few_users_with_most_rows_have_wide_intervals() -> None:
