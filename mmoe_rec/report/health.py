@@ -20,7 +20,6 @@ from mmoe_rec.report.sentences import describe_rows
 
 _DRAWN = 12  # features whose drift is drawn
 _PARTS = 12  # inputs of a feature that are shown; a vector may have hundreds
-_BINS = 24
 _LIMITS = {
     "drift": findings.DRIFT,
     "strong": findings.STRONG_DRIFT,
@@ -100,16 +99,6 @@ def weeks_figure(weeks: list[dict[str, Any]], task: str) -> str:
     return svg(figure, f"rate of {task} by week")
 
 
-def shown_bins(bins: list[dict[str, Any]], ordered: bool) -> list[dict[str, Any]]:
-    """All bins that rise in value; for ids the first, the named ones at the end, and between them one for the rest."""
-    if ordered or len(bins) <= _BINS:
-        return bins
-    ends = [each for each in bins if each["bin"] in ("unknown", "missing")]
-    rest = [each for each in bins[_BINS - 3 :] if each not in ends]
-    others = {split: sum(each[split] for each in rest) for split in ("train", "test")}
-    return [*bins[: _BINS - 3], {"bin": "all others", **others}, *ends]
-
-
 def _by_check(found: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     names = dict.fromkeys(each["check"] for each in found)
     return {name: [each for each in found if each["check"] == name] for name in names}
@@ -134,12 +123,11 @@ def _drift(features: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
     drawn = []
     for each in sorted(filter(None, worst), key=lambda each: -drift_beyond_noise(each))[:_DRAWN]:
-        ordered = each["table"] is None
-        bins = shown_bins(each["bins"], ordered)
+        bins = each["bins"]
         named = [part["bin"] for part in bins if part["bin"] in ("all others", "unknown", "missing")]
         ends = [bins[0]["bin"], ", ".join(named) or bins[-1]["bin"]] if len(bins) > 1 else [bins[0]["bin"]]
-        if ordered and len(bins) > 2:
+        if each["table"] is None and len(bins) > 2:
             ends = ["low values", "high values, then missing" if ends[1] == "missing" else "high values"]
         most = max(*(part[split] for part in bins for split in ("train", "test")), 1e-9)
-        drawn.append({**each, "moved": moved(each), "bins": bins, "ends": ends, "most": most})
+        drawn.append({**each, "moved": moved(each), "ends": ends, "most": most})
     return drawn

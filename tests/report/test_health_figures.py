@@ -8,13 +8,12 @@ from xml.etree import ElementTree
 
 import pytest
 
-from mmoe_rec.report.health import shown_bins, weeks_figure
+from mmoe_rec.report.health import weeks_figure
 from mmoe_rec.report.pages import COLOURS, TEMPLATES
 
 RATES = {"train": [0.2, 0.3, None], "validation": [0.25], "test": [0.5, 0.1]}
 ROWS = {"train": [10, 40, 5], "validation": [20], "test": [30, 40]}
 PLACES = {"train": [0, 1, 2], "validation": [2], "test": [3, 4]}
-BINS = [{"bin": f"b{place}", "train": 0.01 * place, "test": 0.1 / (1 + place)} for place in range(60)]
 
 
 def weeks(task: str = "like") -> list[dict]:
@@ -59,20 +58,6 @@ def test_rates_that_hardly_differ_look_so(rates: list[float | None]) -> None:
     assert all(low <= high for low, high in pairwise(ticks))
     if known:
         assert ticks[-1] - ticks[0] >= 0.1 * abs(sum(known)) / 2
-
-
-def test_of_many_ids_the_first_and_the_named_ones_are_shown() -> None:
-    ends = [{"bin": name, "train": 0.1, "test": 0.2} for name in ("all others", "unknown", "missing")]
-    shown = shown_bins([*BINS, *ends], ordered=False)
-    assert [each["bin"] for each in shown] == [
-        *(f"b{place}" for place in range(21)),
-        "all others",
-        "unknown",
-        "missing",
-    ]
-    for split in ("train", "test"):
-        assert sum(each[split] for each in shown) == pytest.approx(sum(each[split] for each in [*BINS, *ends]))
-    assert shown_bins([*BINS, *ends], ordered=True) == [*BINS, *ends]
 
 
 def test_the_same_figure_is_the_same_text_and_holds_nothing_but_itself() -> None:
