@@ -1,10 +1,4 @@
-"""The metrics of an evaluation as objects of MLflow, for those who call `mlflow.models.evaluate` on predictions:
-
-    frame = pandas.read_parquet("predictions")
-    mlflow.models.evaluate(
-        data=frame, predictions="predicted_bought", targets="label_bought",
-        extra_metrics=metrics_of_task(frame["user"], frame["request"]),
-    )
+"""The metrics of an evaluation as objects of MLflow, for those who call `mlflow.models.evaluate` on predictions.
 
 MLflow calls each for itself; they are computed together, once for the same predictions. A metric has its `value`, and
 the ends of its interval over users, `low` and `high`, where there are any.

@@ -41,11 +41,9 @@ _KEYS = ("user", "bin")
 class MeasuredTask:
     """One predicted behaviour, as the metrics see it.
 
-    Attributes:
-        name: letters, digits, `_` and `-`; it becomes a part of metric and file names. `score`, `ranking` and
-            `catalogue` are taken.
-        kind: `binary` (labels 0 or 1, predictions are probabilities) or `regression` (labels and predictions are real).
-        weight: the task's weight in the fused score, and so in the relevance of a row for NDCG and MRR.
+    name: letters, digits, `_` and `-`, as it becomes a part of metric and file names; kind: `binary` (labels 0 or 1,
+    predictions are probabilities) or `regression` (both are real); weight: in the fused score, and so in the relevance
+    of a row for NDCG and MRR.
     """
 
     name: str
