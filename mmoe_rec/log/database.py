@@ -16,6 +16,7 @@ import pyarrow as pa
 
 from mmoe_rec.devices import usable_cores
 from mmoe_rec.errors import UserError
+from mmoe_rec.point_in_time.arrays import rebatch
 
 if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
@@ -56,17 +57,9 @@ class Database:
         return self._connection.execute(query).fetchall()[0]
 
     def read(self, query: str, rows: int) -> Iterator[pa.Table]:
-        """The result of a query, as tables of so many rows, the last of fewer."""
-        waiting: list[pa.Table] = []
-        for batch in pa.RecordBatchReader.from_stream(self._connection.sql(query)):
-            waiting.append(pa.Table.from_batches([batch]))
-            if sum(map(len, waiting)) >= rows:
-                table = pa.concat_tables(waiting)
-                full = len(table) - len(table) % rows
-                yield from (table.slice(start, rows) for start in range(0, full, rows))
-                waiting = [table.slice(full)]
-        if any(map(len, waiting)):
-            yield pa.concat_tables(waiting)
+        """The result of a query, as tables of at most so many rows."""
+        batches = pa.RecordBatchReader.from_stream(self._connection.sql(query))
+        return rebatch((pa.Table.from_batches([batch]) for batch in batches), rows)
 
 
 @contextmanager

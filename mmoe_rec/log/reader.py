@@ -23,6 +23,7 @@ from mmoe_rec.log.files import find_files
 from mmoe_rec.log.rows import MICROSECONDS_PER_DAY, LogRows
 from mmoe_rec.log.stand_ins import with_ids, with_times
 from mmoe_rec.log.values import ValueCheck, event_value_checks, file_column, first_row, log_value_checks, next_batch
+from mmoe_rec.point_in_time.arrays import rebatch
 from mmoe_rec.settings.columns import EVENT, Use
 from mmoe_rec.settings.schema import Schema
 
@@ -139,7 +140,8 @@ class LogReader:
         row, moved, time = part.start, np.empty(0, np.int64), np.empty(0, np.int64)
         if self.first_times is not None:
             moved, time = _read_first_times(self.first_times, part)
-        for table in self._tables(part, noticed):
+        # Those of small files are joined, so that a batch is worth its overhead.
+        for table in rebatch(self._tables(part, noticed), ROWS_AT_A_TIME):
             if self.events is not None:
                 yield event_rows(table, self.schema, self.events)
                 continue
@@ -153,21 +155,15 @@ class LogReader:
             row += len(table)
 
     def _tables(self, part: LogPart, noticed: Noticed | None) -> Iterator[pa.Table]:
-        """Tables of canonical columns. Those of small files are joined, so that a batch is worth its overhead."""
-        checks, waiting = self.checks, list[pa.Table]()
+        """Tables of canonical columns."""
+        checks = self.checks
         for piece in part.pieces:
             try:
-                for table in self._checked(piece, checks, noticed):
-                    if waiting and sum(each.num_rows for each in waiting) + table.num_rows > ROWS_AT_A_TIME:
-                        yield _together(waiting)
-                        waiting = []
-                    waiting.append(table)
+                yield from self._checked(piece, checks, noticed)
             except BadFile as problem:
                 if noticed is None:
                     raise
                 noticed.bad.append(problem)
-        if waiting:
-            yield _together(waiting)
 
     def _checked(self, piece: Piece, checks: Sequence[ValueCheck], noticed: Noticed | None) -> Iterator[pa.Table]:
         for start, table in read_piece(piece, self.uses, self.schema.columns.time_unit, self.types):
@@ -314,12 +310,6 @@ def none_usable(source: str, left_out: Sequence[LeftOut]) -> UserError:
     """The error when all files of a log are left out."""
     first = min(left_out, key=lambda each: each.address)
     return UserError(f"none of the {len(left_out)} files of the log '{source}' can be used; the first: {first.reason}")
-
-
-def _together(tables: list[pa.Table]) -> pa.Table:
-    if len(tables) == 1:
-        return tables[0]
-    return pa.concat_tables(tables, promote_options="default").combine_chunks()
 
 
 def read_piece(

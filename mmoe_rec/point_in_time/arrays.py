@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -17,6 +17,25 @@ if TYPE_CHECKING:
 def one_array(column: pa.ChunkedArray) -> pa.Array:
     """A column as one array; a single chunk is given as it is, while pyarrow would copy it."""
     return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+
+
+def join_tables(tables: Sequence[pa.Table]) -> pa.Table:
+    """The rows of all tables (at least one), in order."""
+    return pa.concat_tables(tables, promote_options="permissive").combine_chunks() if len(tables) > 1 else tables[0]
+
+
+def rebatch(tables: Iterable[pa.Table], rows: int) -> Iterator[pa.Table]:
+    """The rows of all tables, in order, as few tables of at most `rows` rows."""
+    waiting: list[pa.Table] = []
+    for table in tables:
+        for start in range(0, table.num_rows, rows):
+            piece = table.slice(start, rows)
+            if sum(map(len, waiting)) + len(piece) > rows:
+                yield join_tables(waiting)
+                waiting = []
+            waiting.append(piece)
+    if waiting:
+        yield join_tables(waiting)
 
 
 def filled(array: pa.Array, value: object) -> pa.Array:

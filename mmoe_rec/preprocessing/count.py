@@ -20,6 +20,7 @@ from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.log.checks import BadFile
 from mmoe_rec.log.reader import ROWS_PER_PART, LogPart, LogReader, Noticed
 from mmoe_rec.log.rows import LogRows
+from mmoe_rec.point_in_time.arrays import join_tables
 from mmoe_rec.point_in_time.join import Window, in_any, in_window
 from mmoe_rec.point_in_time.memory import grown
 from mmoe_rec.preprocessing.exchange import DUPLICATES, Exchange, events_of, label_of, look_ups_of, partition_of
@@ -174,7 +175,7 @@ class _Sender:
         """Writes what is waiting."""
         sender = (self.part.start, self._turn)
         for channel, tables in self._waiting.items():
-            table = pa.concat_tables(tables, promote_options="permissive").combine_chunks()
+            table = join_tables(tables)
             receiver = partition_of(table["key"].to_numpy(), self.job.exchange.receivers)
             rows = self.job.exchange.send(channel, sender, table, receiver)
             self.sent[channel] = self.sent[channel] + rows if channel in self.sent else rows

@@ -24,7 +24,7 @@ import pyarrow.types as pt
 
 from mmoe_rec.features.encoder import Results
 from mmoe_rec.log.reader import LogPart
-from mmoe_rec.point_in_time.arrays import Ragged, SharedRagged, one_array
+from mmoe_rec.point_in_time.arrays import Ragged, SharedRagged, join_tables, one_array
 
 Sender = tuple[int, int]
 DUPLICATES = "duplicates"  # the channel of each row's request and candidate
@@ -103,7 +103,7 @@ class Exchange:
     def receive_all(self, channel: str, receiver: int) -> pa.Table | None:
         """The rows for a receiver as one table; None if there are none."""
         tables = list(self.receive(channel, receiver))
-        return pa.concat_tables(tables, promote_options="permissive").combine_chunks() if tables else None
+        return join_tables(tables) if tables else None
 
     def remove(self) -> None:
         """Removes all that was sent, once no other thread receives any more."""

@@ -10,7 +10,7 @@ the rows times the pieces. A single moment cannot be divided.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
@@ -25,7 +25,7 @@ from mmoe_rec.features.encoder import MemoryEncoder
 from mmoe_rec.features.memories import read_memory, write_memory
 from mmoe_rec.features.numbers import NumberHistogram
 from mmoe_rec.features.pipeline import FeaturePipeline
-from mmoe_rec.point_in_time.arrays import SharedRagged
+from mmoe_rec.point_in_time.arrays import SharedRagged, join_tables, rebatch
 from mmoe_rec.point_in_time.join import LookUps, Window, in_any, in_window, known_at, sorted_order
 from mmoe_rec.point_in_time.memory import Memory
 from mmoe_rec.preprocessing.exchange import Exchange, ResultExchange, events_of, key_range, label_of, look_ups_of, take
@@ -105,12 +105,12 @@ class Received:
 
     def _send(self, exchange: Exchange, edges: np.ndarray, rows_in_memory: int) -> np.ndarray:
         """Writes each row to the pieces that need it; gives the rows of each piece, (pieces,) int64."""
-        tables = batches(self.look_ups(), rows_in_memory)
+        tables = rebatch(self.look_ups(), rows_in_memory)
         turns = (self._to_pieces(table, self.moments(table), edges) for table in tables)
         look_ups = exchange.send_in_turns(look_ups_of(self.group[0].name), (0, 0), turns)
         most = np.zeros(exchange.receivers, np.int64)
         for encoder in self.unlabelled:
-            tables = batches(self.events(encoder), rows_in_memory)
+            tables = rebatch(self.events(encoder), rows_in_memory)
             turns = (self._to_pieces(table, [table["known"].to_numpy()], edges) for table in tables)
             most = np.maximum(most, exchange.send_in_turns(events_of(encoder.name), (0, 0), turns))
         return look_ups + most
@@ -141,25 +141,6 @@ class Received:
         return sorted({encoder.matures_after for encoder in self.group if encoder.label is not None})
 
 
-def batches(tables: Iterable[pa.Table], rows: int) -> Iterator[pa.Table]:
-    """The rows of all tables, in order, as few tables of at most `rows` rows."""
-    waiting: list[pa.Table] = []
-    for table in tables:
-        for start in range(0, table.num_rows, rows):
-            piece = table.slice(start, rows)
-            if sum(map(len, waiting)) + len(piece) > rows:
-                yield together(waiting)
-                waiting = []
-            waiting.append(piece)
-    if waiting:
-        yield together(waiting)
-
-
-def together(tables: Sequence[pa.Table]) -> pa.Table:
-    """The rows of all tables (at least one), in order."""
-    return pa.concat_tables(tables, promote_options="permissive").combine_chunks()
-
-
 class Chunk:
     """Look-ups that are made, and events that become known, in a window of time.
 
@@ -178,7 +159,7 @@ class Chunk:
         """events: of counters and histories, None for all that was received, which is then read one by one."""
         self._received, self._events, self.until = received, events, until
         labelled = {encoder.label for encoder in received.group if encoder.label is not None}
-        found = together(look_ups) if look_ups else None
+        found = join_tables(look_ups) if look_ups else None
         columns = {} if found is None else {name: found[name].to_numpy() for name in found.column_names}
         none = np.empty(0, np.int64)
         key, time = columns.get("key", none.view(np.uint64)), columns.get("time", none)
@@ -194,7 +175,7 @@ class Chunk:
         if encoder.label is None:
             events = self._received.events(encoder) if self._events is None else self._events.get(encoder.name, ())
             tables = list(events)
-            return encoder.extended(memory, together(tables)) if tables else memory
+            return encoder.extended(memory, join_tables(tables)) if tables else memory
         if not self._labels:
             return memory
         events = encoder.labelled(self._key, self._time, self._labels[encoder.label])
@@ -259,11 +240,11 @@ def _of_a_moment(piece: Received, splits: Sequence[Window], rows: int) -> Iterat
     """First its events, of which some are earlier look-ups, then its look-ups."""
     start, end = piece.window
     for encoder in piece.unlabelled:
-        for table in batches(piece.events(encoder), rows):
+        for table in rebatch(piece.events(encoder), rows):
             yield Chunk(piece, splits, [], {encoder.name: [table]}, start)
     for asks in (False, True):
         tables = (table.filter(pa.array((table["time"].to_numpy() == start) == asks)) for table in piece.look_ups())
-        for table in batches(tables, rows):
+        for table in rebatch(tables, rows):
             yield Chunk(piece, splits, [table], {}, start)
     yield Chunk(piece, splits, [], {}, end)
 
