@@ -112,9 +112,9 @@ class LatestValues:
             before = one_array(self.table.column(name)).take(pa.array(place, mask=place < 0))
             same &= _same(one_array(new.table.column(name)), before)
         new.changed = ~same
-        _ = self.columns, new.columns
-        result = copy(self)
+        result, _ = copy(self), self.columns
         result.levels = grown(self.levels, new, LatestValues.merged)
+        _ = [level._index for level in result.levels]  # for which no request has to wait
         return result
 
     @cached_property

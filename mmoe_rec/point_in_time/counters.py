@@ -287,6 +287,7 @@ class CounterLevels:
             some, marked = np.zeros(1 << (8 * keys).bit_length(), bool), [*levels]
         for level in marked:
             some[_first_bits(level.events.distinct, len(some))] = True
+        _ = [level.events.index for level in levels]  # for which no request has to wait
         return CounterLevels(levels, some)
 
     def find(self, asked: Sequence[tuple[CounterMemory, AnyLookUps]]) -> list[LaterTotals]:
