@@ -30,6 +30,7 @@ from tests.log.small_logs import (
     fit_in_memory,
     log_rows,
     random_log,
+    remembered,
     save_memories,
     schema_of,
     times_of,
@@ -71,7 +72,7 @@ def test_partitions_stretches_and_blocks_change_no_bit(tmp_path, small_pieces, s
     (tmp_path / "memories").mkdir()
     save_memories(pipeline, tmp_path / "memories", int(times_of(table).max()) + 1)
     for file in (tmp_path / "memories").iterdir():
-        kept, mine = pq.read_table(prepared.serving / file.name), pq.read_table(file)
+        kept, mine = remembered(prepared.serving / file.name), remembered(file)
         assert kept.schema.metadata == mine.schema.metadata
         for name in mine.column_names:
             np.testing.assert_array_equal(kept[name].to_numpy(), mine[name].to_numpy(), err_msg=name)
