@@ -102,10 +102,7 @@ class RankingQueue:
         return done
 
     async def queue(
-        self,
-        requests: Sequence[Request | RequestError],
-        candidates: int,
-        gone: asyncio.Future[None] | None = None,
+        self, requests: Sequence[Request | RequestError], candidates: int, gone: asyncio.Future[None]
     ) -> Answers:
         """One answer a request, as `Ranker.rank_many` gives them.
 
@@ -116,8 +113,7 @@ class RankingQueue:
         if not any(isinstance(each, Request) for each in requests):
             return [each for each in requests if isinstance(each, RequestError)]
         call = _Queued(requests, candidates, asyncio.get_running_loop().create_future())
-        if gone is not None:
-            gone.add_done_callback(lambda _: call.leave())
+        gone.add_done_callback(lambda _: call.leave())
         self._queue.append(call)
         self._metrics.waiting.set(len(self._queue))
         self._start_pass()
