@@ -283,16 +283,8 @@ def test_the_output_of_two_models_in_one_folder_is_refused(tmp_path: Path) -> No
     (source / "copy.parquet").write_bytes((source / "0.parquet").read_bytes())
     with pytest.raises(UserError, match=r"has candidate [0-9]+ more than once, as where files of two models"):
         measure_predictions(columns_of_tasks(["bought"]), str(source), tmp_path / "out", MeasureOptions(20))
-    run(
-        "metrics",
-        "--predictions",
-        str(source),
-        "--tasks",
-        "bought",
-        "--keep-duplicates",
-        "--out",
-        str(tmp_path / "kept"),
-    )
+    words = ["--predictions", str(source), "--tasks", "bought", "--keep-duplicates"]
+    run("metrics", *words, "--out", str(tmp_path / "kept"))
     assert json.loads((tmp_path / "kept" / "metrics.json").read_text())["rows"] == 6_000
 
 

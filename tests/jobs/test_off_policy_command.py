@@ -33,18 +33,8 @@ def frame(bandit: Bandit, shows: np.ndarray, policy: str, seed: int, rows: int =
 
 def run(folder: Path, *words: str) -> int:
     try:
-        commands.run(
-            "off-policy",
-            "--log",
-            str(folder / "log"),
-            "--tasks",
-            "clicked",
-            "--out",
-            str(folder / "out"),
-            "--resamples",
-            "100",
-            *words,
-        )
+        log, out = str(folder / "log"), str(folder / "out")
+        commands.run("off-policy", "--log", log, "--tasks", "clicked", "--out", out, "--resamples", "100", *words)
     except SystemExit as ended:
         return int(ended.code or 0)
     return 0
