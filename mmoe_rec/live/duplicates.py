@@ -39,6 +39,13 @@ def find_uses(schema: Schema) -> dict[str | None, dict[str, Use]]:
     return uses | {name: event_uses(schema, name) for name in schema.events}
 
 
+def list_label_columns(schema: Schema) -> list[str]:
+    """The columns that decide labels."""
+    tasks = schema.tasks.values()
+    conditions = [task.observed_when.column for task in tasks if task.observed_when]
+    return list(dict.fromkeys([*(task.label for task in tasks), *conditions]))
+
+
 @dataclass(frozen=True)
 class NewRows:
     """Rows that count, in the journal's order. table: the columns that the log must have, null where not given.
@@ -215,7 +222,7 @@ class _Rows:
             ]
             keys["rows"] = rows.row_hashes(), np.ones(len(rows), bool)
         batch = np.repeat(np.arange(len(sizes)), sizes)
-        found = _Rows(times, batch, _hash_content(rows, dict.fromkeys(compared)), keys)
+        found = _Rows(times, batch, _hash_content(rows, compared), keys)
         if name is not None or schema.columns.request is None:
             return found
         return replace(found, request=rows.request_hashes(), user=rows.hashes([schema.columns.user]))
@@ -227,7 +234,7 @@ class _Rows:
         return _Rows(self.times[places], self.batch[places], self.content[places], keys, request, user)
 
 
-def _hash_content(rows: LogRows, columns: Mapping[str, object]) -> np.ndarray:
+def _hash_content(rows: LogRows, columns: Sequence[str]) -> np.ndarray:
     """(N,) uint32 hash of some columns' values."""
     hashes = []
     for name in columns:

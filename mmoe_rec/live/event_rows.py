@@ -24,7 +24,7 @@ import pyarrow.types as pt
 
 from mmoe_rec.errors import RequestError, UserError, quoted
 from mmoe_rec.features.pipeline import FeaturePipeline
-from mmoe_rec.live.duplicates import EVENT_ID, find_uses
+from mmoe_rec.live.duplicates import EVENT_ID, find_uses, list_label_columns
 from mmoe_rec.log.checks import format_time
 from mmoe_rec.log.columns import canonical
 from mmoe_rec.log.files import first_line
@@ -279,10 +279,7 @@ def _required(schema: Schema) -> set[str]:
     """Columns of the interaction log without which a row would count for less than it should."""
     columns = schema.columns
     found = {columns.user, columns.candidate, columns.time, *filter(None, [columns.request, columns.weight])}
-    for task in schema.tasks.values():
-        found.add(task.label)
-        if task.observed_when is not None:
-            found.add(task.observed_when.column)
+    found.update(list_label_columns(schema))
     for feature in schema.features.values():
         if isinstance(feature, Remembering) and feature.events is None:
             found |= feature.event_reads(schema).keys()
@@ -300,11 +297,8 @@ def _check_lengths(name: str, array: pa.Array) -> None:
     if (long := np.flatnonzero(sizes > LONGEST_STRING)).size:
         place = int(long[0])
         row = pc.list_parent_indices(array)[place].as_py() if pt.is_list(array.type) else place
-        raise _in_row(
-            row,
-            f"column '{name}' holds a string of {int(sizes[place]):,} characters; those of events have at most "
-            f"{LONGEST_STRING:,}",
-        )
+        length = f"{int(sizes[place]):,} characters; those of events have at most {LONGEST_STRING:,}"
+        raise _in_row(row, f"column '{name}' holds a string of {length}")
 
 
 def _read(read: Callable[[Any], pa.Array], values: Any) -> pa.Array:
