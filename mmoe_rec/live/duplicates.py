@@ -222,10 +222,10 @@ class _Rows:
             ]
             keys["rows"] = rows.row_hashes(), np.ones(len(rows), bool)
         batch = np.repeat(np.arange(len(sizes)), sizes)
-        found = _Rows(times, batch, _hash_content(rows, compared), keys)
+        hashed = _Rows(times, batch, _hash_content(rows, compared), keys)
         if name is not None or schema.columns.request is None:
-            return found
-        return replace(found, request=rows.request_hashes(), user=rows.hashes([schema.columns.user]))
+            return hashed
+        return replace(hashed, request=rows.request_hashes(), user=rows.hashes([schema.columns.user]))
 
     def take(self, places: np.ndarray) -> _Rows:
         """The rows at some places."""
@@ -321,15 +321,15 @@ class KeyStore:
 
     def find(self, keys: np.ndarray, since: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """Whether each of (N,) keys was added on day `since` or later, (N,) bool; and its values, (N,) each."""
-        found = np.zeros(len(keys), bool)
+        is_there = np.zeros(len(keys), bool)
         values = {name: np.zeros(len(keys), dtype) for name, dtype in self._values.items()}
         for level in self._levels:
             place = np.minimum(np.searchsorted(level["key"], keys), len(level["key"]) - 1)
             here = (level["key"][place] == keys) & (level["day"][place] >= since)
-            found |= here
+            is_there |= here
             for name, column in values.items():
                 column[here] = level[name][place[here]]
-        return found, values
+        return is_there, values
 
     def add(self, keys: np.ndarray, day: int, since: int, **values: np.ndarray) -> None:
         """Adds distinct keys, none of which `find` finds; forgets those before day `since` where they are merged."""

@@ -120,7 +120,7 @@ class RowChecks:
                 raise _in_row(number, wrong)
         given = [name for name in columns if any(name in row for row in rows)]
         arrays = {name: self._json_column(name, columns[name], [row.get(name) for row in rows]) for name in given}
-        return self._checked(source, arrays, now)
+        return self._check(source, arrays, now)
 
     def read_stream(self, source: str | None, data: bytes, now: int | None = None) -> pa.Table:
         """The same of an Arrow IPC stream."""
@@ -162,7 +162,7 @@ class RowChecks:
         if (wrong := self._wrong_names(source, given)) is not None:
             raise RequestError(wrong)
         arrays = {name: self._arrow_column(name, each, given[name]) for name, each in columns.items() if name in given}
-        return self._checked(source, arrays, now)
+        return self._check(source, arrays, now)
 
     def _check_count(self, rows: int) -> None:
         if rows > self.most_rows:
@@ -217,7 +217,7 @@ class RowChecks:
 
         return _read(read, whole)
 
-    def _checked(self, source: str | None, arrays: dict[str, pa.Array], now: int | None) -> pa.Table:
+    def _check(self, source: str | None, arrays: dict[str, pa.Array], now: int | None) -> pa.Table:
         size = len(next(iter(arrays.values())))
         table = {}
         for name, array in arrays.items():
@@ -250,9 +250,9 @@ class RowChecks:
         times = rows.times(name)
         if (late := np.flatnonzero(times > latest)).size:
             row = int(late[0])
-            found = format_time(int(times[row]))
+            time_sent = format_time(int(times[row]))
             now = format_time(latest - TOLERANCE_MICROSECONDS)
-            raise _in_row(row, f"column '{name}' holds {found}, a time later than the server's, {now}")
+            raise _in_row(row, f"column '{name}' holds {time_sent}, a time later than the server's, {now}")
 
     def _check_requests(self, rows: LogRows) -> None:
         if self.schema.columns.request is None:
@@ -278,14 +278,14 @@ class RowChecks:
 def _required(schema: Schema) -> set[str]:
     """Columns of the interaction log without which a row would count for less than it should."""
     columns = schema.columns
-    found = {columns.user, columns.candidate, columns.time, *filter(None, [columns.request, columns.weight])}
-    found.update(list_label_columns(schema))
+    names = {columns.user, columns.candidate, columns.time, *filter(None, [columns.request, columns.weight])}
+    names.update(list_label_columns(schema))
     for feature in schema.features.values():
         if isinstance(feature, Remembering) and feature.events is None:
-            found |= feature.event_reads(schema).keys()
+            names |= feature.event_reads(schema).keys()
     # Attributes of users and candidates are known to whoever takes the rows, and completed where they are left out.
     attributes = {name for name, role in schema.column_roles.items() if role in ("user", "candidate")}
-    return found - (attributes - {columns.user, columns.candidate})
+    return names - (attributes - {columns.user, columns.candidate})
 
 
 def _check_lengths(name: str, array: pa.Array) -> None:

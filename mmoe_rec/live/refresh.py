@@ -229,7 +229,7 @@ def make_tables(artifact: Path, settings: Settings, until: int | None, out: Path
         say(f"files that the model's tables hold are gone {such_as}: the tables are made anew without them")
     with _scratch(out) as scratch:
         made = made_anew(artifact / "features", logs, scratch, until)
-        _write(artifact, out, scratch, made, _carried(about.journal, made.journal) if until is None else made.journal)
+        _write(artifact, out, scratch, made, _carry_on(about.journal, made.journal) if until is None else made.journal)
     return made
 
 
@@ -256,7 +256,7 @@ def advance_tables(
     with _scratch(out) as scratch:
         made = advanced(artifact / "features", as_of(about), logs, taken, scratch)
         if made is not None:
-            journal = _carried(about.journal, made.journal) if journal is None else journal
+            journal = _carry_on(about.journal, made.journal) if journal is None else journal
             _write(artifact, out, scratch, made, journal)
     return made
 
@@ -268,7 +268,7 @@ def as_of(about: Artifact) -> int:
     return microseconds("tables_as_of", about.tables_as_of)
 
 
-def _carried(before: Mapping[str, Any] | None, named: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+def _carry_on(before: Mapping[str, Any] | None, named: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
     """What of a journal tables hold by the names of their files, but no less than those before them did."""
     if before is None or named is None or before["id"] != named["id"]:
         return before if named is None else named

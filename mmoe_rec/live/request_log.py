@@ -259,8 +259,8 @@ def make_room(folder: Path, most_bytes: int) -> list[Path]:
     The newest stays. What writers have left that were killed more than a day ago is removed as well.
     """
     sizes: dict[Path, int] = {}
-    with os.scandir(folder) as found:
-        for each in found:
+    with os.scandir(folder) as entries:
+        for each in entries:
             with suppress(FileNotFoundError):  # another server has just removed it
                 if _OURS.fullmatch(each.name):
                     sizes[Path(each.path)] = each.stat().st_size

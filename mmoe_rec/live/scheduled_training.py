@@ -50,14 +50,14 @@ def choose_validation_days(settings: Settings, address: str, every: int, days: i
             "set tracking.registered_model and tracking.alias"
         )
     mature = max((task.matures_after_days for task in settings.tasks.values()), default=0)
-    found = 1 + math.ceil(mature) if days is None else days
-    if found >= every:
+    newest = 1 + math.ceil(mature) if days is None else days
+    if newest >= every:
         why = f" (a label takes {mature:g} to mature)" if days is None and mature else ""
         raise UserError(
-            f"--train-every-days {every} leaves no day to train on, as the newest {found:,} validate{why}: train less "
+            f"--train-every-days {every} leaves no day to train on, as the newest {newest:,} validate{why}: train less "
             "often, or set --validation-days"
         )
-    return found
+    return newest
 
 
 def train_when_due(settings: Settings, address: str, every: int, days: int) -> Iterator[str]:
