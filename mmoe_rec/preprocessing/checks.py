@@ -27,17 +27,12 @@ from mmoe_rec.settings.schema import Schema
 
 _YEAR = 365 * 86_400_000_000
 # One of each kind of Parquet file that is written to `data.work`.
+_SERVED = ("features/serving", "before_training/features/serving", "model/features", "refreshed/model/features")
 _WRITTEN = (
+    *(f"{folder}/{name}" for folder in _SERVED for name in ("latest.user.parquet", "x.memory/part-00000.parquet")),
     "features/counts/x.parquet",
     "features/encoded/train/part-00000.parquet",
     "features/requests/part-00000.parquet",
-    "features/serving/latest.user.parquet",
-    "features/serving/x.memory/part-00000.parquet",
-    "model/features/latest.user.parquet",
-    "model/features/x.memory/part-00000.parquet",
-    "before_training/features/serving/latest.user.parquet",
-    "refreshed/model/features/latest.user.parquet",
-    "refreshed/model/features/x.memory/part-00000.parquet",
     "evaluation/sums/ranking.parquet",
     "evaluation/encoded/test/part-00000.parquet",
     "champion/validation/part-00000.parquet",
