@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-BENCHMARKS = sorted((ROOT / "tests" / "benchmarks").glob("*.py"))
+BENCHMARKS = sorted((ROOT / "tests" / "benchmarks").rglob("*.py"))
 
 
 def file_of(module: str) -> Path | None:
