@@ -246,6 +246,7 @@ def test_errors_are_the_servers_sentence(page: Browser) -> None:
 @needs_browser
 def test_ids_that_hold_html_are_text(opened: Browser, tmp_path: Path) -> None:
     with serving(SmallModel(tmp_path, strings=True), None) as address:
+        opened.complaints()  # of the calls that other tests have refused
         opened.open(address)
         opened.wait("return document.querySelector('#text').value")
         call = call_of([HTML, "id 0"])
