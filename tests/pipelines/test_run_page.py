@@ -106,8 +106,8 @@ def test_charts_have_sections(run: mlflow.entities.Run) -> None:
 
 
 def test_the_machine_is_watched_only_where_it_is_asked_for() -> None:
-    for run, asked, expected in ((Watched(), False, 0), (Watched(None), True, 0), (Watched(), True, 1)):
-        monitor = run_page.MachineMonitor(run, asked=asked)
+    for run, wanted, expected in ((Watched(), False, 0), (Watched(None), True, 0), (Watched(), True, 1)):
+        monitor = run_page.MachineMonitor(run, wanted=wanted)
         monitor({"a": 1.0}, 1)
         monitor({"b": 1.0}, 2)
         assert {"a", "b"} <= set(run.logged)
@@ -208,7 +208,7 @@ def test_a_machine_without_interfaces_is_watched_otherwise(monkeypatch: pytest.M
     monkeypatch.setattr(psutil, "net_io_counters", lambda *_, **__: None)
     monkeypatch.setattr(run_page, "SECONDS_BETWEEN_SAMPLES", 0.0)
     run = Watched()
-    monitor = run_page.MachineMonitor(run, asked=True)
+    monitor = run_page.MachineMonitor(run, wanted=True)
     monitor({"a": 1.0}, 1)
     assert "system/cpu_utilization_percentage" in run.logged
     assert not any("network" in name for name in run.logged)
