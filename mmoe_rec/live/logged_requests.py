@@ -38,7 +38,6 @@ from mmoe_rec.log.columns import UTC_MICROSECONDS
 from mmoe_rec.log.hashing import mix
 from mmoe_rec.point_in_time.arrays import Ragged
 
-PREFIX = "served_"
 REQUEST = "served_request"
 AT = "served_at"
 RANK = "served_rank"

@@ -7,9 +7,8 @@ satisfied, as in ESMM: Ma et al., SIGIR 2018) is 0 where there was no engagement
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -56,12 +55,6 @@ class LogRows:
         name = self.schema.columns.time
         column = pa.array(times).cast(UTC_MICROSECONDS)
         return LogRows(self.table.set_column(self.table.column_names.index(name), name, column), self.schema)
-
-    def with_results(self, results: Mapping[str, Any]) -> Self:
-        """The same rows with further results."""
-        rows = copy.copy(self)
-        rows.results = {**self.results, **results}
-        return rows
 
     def has(self, name: str) -> bool:
         """Whether the rows have this column."""

@@ -258,7 +258,9 @@ class Training(Section):
         "alone. Which is faster depends on the processor; results are equal but for rounding. auto measures",
     )
     threads: int | None = Field(
-        None, ge=1, description="threads of each process for what is computed on a CPU; null takes one a core"
+        None,
+        ge=1,
+        description="threads of each process for what is computed on a CPU; null takes OMP_NUM_THREADS, or one a core",
     )
     epochs: int = Field(1, ge=1, description="passes over the training rows")
     batch_size: int = Field(4096, ge=2, description="rows per step, over all ranks together")
