@@ -214,14 +214,10 @@ class _Rows:
         if rows.has(EVENT_ID) and EVENT_ID not in uses:
             events = rows.column(EVENT_ID)
             keys["events"] = hash_column(events), ~events.is_null().to_numpy(zero_copy_only=False)
-        compared = list(uses)
         if name is None:
-            tasks = schema.tasks.values()
-            compared = [task.label for task in tasks] + [
-                task.observed_when.column for task in tasks if task.observed_when
-            ]
             keys["rows"] = rows.row_hashes(), np.ones(len(rows), bool)
         batch = np.repeat(np.arange(len(sizes)), sizes)
+        compared = list_label_columns(schema) if name is None else list(uses)
         hashed = _Rows(times, batch, _hash_content(rows, compared), keys)
         if name is not None or schema.columns.request is None:
             return hashed

@@ -444,7 +444,10 @@ def _find_new_types(types: Types, call: _Call) -> Types:
                 key, kind = (batch.source or "", column.name), str(column.type)
                 before = types.get(key) or new.setdefault(key, kind)
                 if before != kind:
-                    row = pc.index(pc.is_valid(batch.table[column.name]), True).as_py()
+                    values = batch.table[column.name]
+                    is_list = pt.is_list(column.type)  # an empty one holds nothing of another type
+                    holds = pc.greater(pc.list_value_length(values), 0) if is_list else pc.is_valid(values)
+                    row = max(pc.index(holds, True).as_py(), 0)
                     raise RequestError(
                         f"row {row}: column '{column.name}' holds {kind}, but {before} in earlier rows of this journal"
                     )

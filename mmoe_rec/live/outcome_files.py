@@ -243,7 +243,7 @@ class Runs:
 
 
 @contextmanager
-def open_runs(folder: Path, sources: dict[str, str]) -> Iterator[Runs]:
+def open_runs(folder: str | Path, sources: dict[str, str]) -> Iterator[Runs]:
     """An output folder, which no other join writes meanwhile. sources: setting -> address that is read.
 
     Raises UserError for a folder that holds something else, lies within what is read, or is in use.

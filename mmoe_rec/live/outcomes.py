@@ -78,7 +78,7 @@ def join_outcomes(
     """
     require_all(settings.schema_, "joining outcomes")
     sources = {"--requests": requests} | ({} if events is None else {"--events": events})
-    with open_runs(Path(out), sources) as runs:
+    with open_runs(out, sources) as runs:
         plan = open_plan(settings, requests, events)
         return _Run(plan, runs, until, int(clock.time() * 1e6) if now is None else now).run()
 

@@ -136,6 +136,9 @@ def test_columns_keep_their_types(address: str) -> None:
     assert journal.end() == 3
     types = {("", "request"): "int64", ("", "label"): "double", ("views", "request"): "string"}
     assert journal.column_types() == types
+    journal.append(Batch(None, 0, pa.table({"tags": [[12]]})))
+    with pytest.raises(RequestError, match=r"^row 2: column 'tags' holds"):
+        journal.append(Batch(None, 0, pa.table({"tags": [None, [], ["12"]]})))
 
 
 def test_a_batch_has_a_largest_size(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -103,6 +103,8 @@ def test_an_output_that_holds_something_else(world: World, tmp_path: Path) -> No
     (tmp_path / "out" / "notes.txt").unlink()
     with pytest.raises(UserError, match="takes in the files of --out"):
         join_outcomes(settings(BY_REQUEST), str(tmp_path), str(tmp_path / "events"), tmp_path / "requests" / "out")
+    with pytest.raises(UserError, match="must be a folder of this machine"):
+        join_outcomes(settings(BY_REQUEST), str(tmp_path / "requests"), str(tmp_path / "events"), "s3://bucket/out")
 
 
 def test_a_share_of_requests_needs_their_ids_in_events(world: World, tmp_path: Path) -> None:
