@@ -88,6 +88,7 @@ def estimate_policy(
     import pyarrow as pa
 
     from mmoe_rec.evaluation.off_policy import LoggedChoices, estimate
+    from mmoe_rec.log.checks import BadFile
     from mmoe_rec.log.files import find_files
     from mmoe_rec.log.values import columns_of
 
@@ -95,11 +96,19 @@ def estimate_policy(
     for task in tasks:
         if all(_of_model(task) <= there for there in files.values()):
             columns = {part: part for part in sorted(_of_model(task))} | dict(columns)
-    tables = [_read(address, there, columns, where) for address, there in files.items()]
-    rows = pa.concat_tables(tables).combine_chunks()
-    if not len(rows):
+    tables = {address: _read(address, there, columns, where) for address, there in files.items()}
+    tables = {address: table for address, table in tables.items() if len(table)}
+    for address, table in tables.items():
+        first, kind = next(iter(tables.values()))["user"].type, table["user"].type
+        if kind != first:
+            name = columns["user"]
+            raise BadFile(
+                f"column '{name}' holds {first} in '{next(iter(tables))}', and {kind} in '{address}'", address
+            )
+    if not tables:
         conditions = " and ".join(f"{name} = {value}" for name, value in where.items())
         raise UserError(f"'{source}' holds no row{f' with {conditions}' if conditions else ''}")
+    rows = pa.concat_tables(list(tables.values())).combine_chunks()
     numbers = {name: rows[name].to_numpy() for name in rows.column_names if name != "user"}
     estimates = {}
     for task in tasks:

@@ -252,7 +252,7 @@ class Study:
             raise
         finally:
             shutil.rmtree(folder, ignore_errors=True)  # weights that nobody needs; the best settings are trained again
-        states = {"reached": self._states.COMPLETE, "failed": self._states.FAIL}
+        states = {"reached": None, "failed": self._states.FAIL}  # None: optuna takes no NaN as complete
         self._study.tell(trial, reached, states.get(outcome, self._states.PRUNED))
         text = ", ".join(
             f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {json.dumps(value)}"

@@ -151,6 +151,8 @@ class _Inputs:
         for part, table in rows.stream(ROWS_AT_A_TIME, columns):
             first = min(left_out, len(part))
             left_out -= first
+            if first == len(part):
+                continue  # a slice of no row would keep all of them in memory
             ids = [np.asarray(part.encoded.ids[name])[first:] for name in names]
             parts.append(np.column_stack([part.encoded.dense[first:, dense], *ids]).astype(np.float32))
             labels.append(part.labels[first:])

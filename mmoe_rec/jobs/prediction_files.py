@@ -43,7 +43,7 @@ class PredictionColumns:
 
     tasks: tuple[MeasuredTask, ...]
     names: Mapping[str, str]
-    optional: frozenset[str] = frozenset(("score", "candidate"))
+    optional: frozenset[str] = frozenset(("score", "candidate", WEIGHT))
     by_log: frozenset[str] = frozenset()
     duplicates: ErrorOrKeep = "error"
     slices: tuple[SliceBy, ...] = ()
@@ -51,7 +51,7 @@ class PredictionColumns:
     @staticmethod
     def of(tasks: Sequence[MeasuredTask]) -> PredictionColumns:
         """By their usual names."""
-        parts = ["user", "request", "candidate", "score"]
+        parts = ["user", "request", "candidate", "score", WEIGHT]
         parts += [f"{kind}_{task.name}" for task in tasks for kind in ("predicted", "label")]
         return PredictionColumns(tuple(tasks), {part: part for part in parts})
 
@@ -93,7 +93,7 @@ class PredictionColumns:
             names |= {part: part for part in _OWN[:3]}
         if WEIGHT in self.by_log and names[WEIGHT] not in there and WEIGHT in there:
             names[WEIGHT] = WEIGHT
-        for part in ("score", "candidate"):
+        for part in ("score", "candidate", WEIGHT):
             if part in self.optional and names[part] not in there:
                 del names[part]
         tasks = tuple(
@@ -124,13 +124,10 @@ def columns_of_settings(settings: Settings) -> PredictionColumns:
     else:
         request = [log.user, log.request] if log.request_scope == "user" else [log.request]
     names = {**columns.names, "user": user, "request": JOINED.join(request), "candidate": log.candidate}
-    return replace(
-        columns,
-        names=names if log.weight is None else {**names, WEIGHT: log.weight},
-        optional=columns.optional.union(outcomes),
-        by_log=frozenset(_OWN if log.weight is not None else _OWN[:3]),
-        duplicates=settings.data.duplicates,
-    )
+    optional, by_log = columns.optional.union(outcomes), frozenset(_OWN)
+    if log.weight is not None:
+        names[WEIGHT], optional = log.weight, optional - {WEIGHT}
+    return replace(columns, names=names, optional=optional, by_log=by_log, duplicates=settings.data.duplicates)
 
 
 def columns_of_tasks(words: Sequence[str]) -> PredictionColumns:
@@ -222,7 +219,9 @@ class FileRows:
         if wrong.any():
             row = int(np.flatnonzero(wrong)[0])
             if values is not None:
-                what += f", found {'null or NaN' if np.isnan(values[row]) else f'{values[row]:g}'}"
+                what += (
+                    f", found {'null or NaN' if np.isnan(values[row]) else str(float(values[row])).removesuffix('.0')}"
+                )
             raise BadFile(f"'{self.address}': {what}{first_row(self.start + row)}", self.address)
 
 

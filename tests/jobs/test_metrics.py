@@ -168,12 +168,16 @@ def test_columns_go_by_other_names_and_requests_by_several(tmp_path: Path) -> No
 
 def test_weights_count_rows(tmp_path: Path) -> None:
     frame = predicted(4)
-    frame["w"] = np.random.default_rng(0).uniform(0.1, 9, len(frame))
-    asked = columns_of_tasks(["bought"]).with_columns(["weight=w"])
-    found = measure_predictions(asked, str(written(frame, tmp_path / "in")), tmp_path / "out", MeasureOptions(20))
-    chance = frame["predicted_bought"].astype(float)
-    expected = chance @ frame["w"] / (frame["label_bought"].astype(float) @ frame["w"])
-    assert found["tasks"]["bought"]["calibration"]["value"] == pytest.approx(expected, abs=1e-12)
+    frame["weight"] = np.random.default_rng(0).uniform(0.1, 9, len(frame))
+    chance, label = (frame[name].astype(float) for name in ("predicted_bought", "label_bought"))
+    expected = chance @ frame["weight"] / (label @ frame["weight"])
+    for name, words in (("weight", []), ("w", ["weight=w"])):
+        source = written(frame.rename(columns={"weight": name}), tmp_path / name)
+        asked = columns_of_tasks(["bought"]).with_columns(words)
+        found = measure_predictions(asked, str(source), tmp_path / "out", MeasureOptions(20))
+        assert found["tasks"]["bought"]["calibration"]["value"] == pytest.approx(expected, abs=1e-12)
+    with pytest.raises(UserError, match="has no column 'rate'; name another one with --columns weight=COLUMN"):
+        measure_predictions(asked.with_columns(["weight=rate"]), str(source), tmp_path / "out", MeasureOptions(20))
 
 
 def test_without_candidates_there_is_no_catalogue(tmp_path: Path) -> None:
@@ -207,6 +211,7 @@ def changed(frame: pd.DataFrame, column: str, value: Any) -> pd.DataFrame:
     ("change", "message"),
     [
         (lambda rows: changed(rows, "predicted_bought", 1.5), "'predicted_bought' must hold a probability, found 1.5"),
+        (lambda rows: changed(rows, "predicted_bought", 1 + 1e-9), "must hold a probability, found 1.000000001 "),
         (lambda rows: changed(rows, "predicted_bought", float("nan")), "must hold a probability, found null or NaN"),
         (lambda rows: changed(rows, "label_bought", 2), "'label_bought' must hold 0, 1 or null .*, found 2"),
         (
@@ -252,10 +257,10 @@ def test_what_is_wrong_with_files_is_said(change, message: str, tmp_path: Path, 
         measure_predictions(columns_of_tasks(TASKS), str(source), tmp_path / "out", MeasureOptions(20))
 
 
-@pytest.mark.parametrize("column", ["score", "candidate"])
+@pytest.mark.parametrize("column", ["score", "candidate", "weight"])
 def test_what_one_file_has_all_must_have(column: str, tmp_path: Path) -> None:
     """Whichever comes first: else some rows would be ranked by the score, and others by the prediction."""
-    source = written(predicted(8), tmp_path / "in")
+    source = written(predicted(8).assign(weight=2.0), tmp_path / "in")
     pq.write_table(pq.read_table(source / "0.parquet").drop_columns([column]), source / "0.parquet")
     with pytest.raises(UserError, match=rf"in/0\.parquet' has no column '{column}'"):
         measure_predictions(columns_of_tasks(["bought"]), str(source), tmp_path / "out", MeasureOptions(20))

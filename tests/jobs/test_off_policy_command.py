@@ -96,6 +96,16 @@ def test_what_contradicts_itself_is_told(tmp_path: Path, capsys: pytest.CaptureF
     assert "has no column 'polcy'; did you mean 'policy'?" in capsys.readouterr().err
 
 
+def test_users_are_of_one_type(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    bandit = Bandit()
+    rows = frame(bandit, bandit.uniform, "random", 3)
+    written(tmp_path, rows, rows.iloc[:0].astype({"user": object}))  # a file without rows tells no types
+    assert run(tmp_path, "--columns", "target=p_new") == 0
+    written(tmp_path, rows, rows.assign(user=7))
+    assert run(tmp_path, "--columns", "target=p_new") == 2
+    assert "column 'user' holds string in " in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("change", "words", "told"),
     [
