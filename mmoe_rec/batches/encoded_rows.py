@@ -126,7 +126,7 @@ class EncodedRows:
             raise UserError(f"the files of '{folder}' hold no rows; check the split's times, then {ADVICE}")
 
     def _schemas(self, columns: Sequence[str]) -> Iterator[tuple[Path, pa.Schema]]:
-        """Of every file. Raises UserError where one of the columns is missing."""
+        """The schema of every file. Raises UserError where one of the columns is missing."""
         for file, metadata in zip(self._files, self._metadata, strict=True):
             schema = metadata.schema.to_arrow_schema()
             if missing := [name for name in columns if name not in schema.names]:

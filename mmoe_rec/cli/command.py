@@ -67,7 +67,7 @@ def settings_command(doc: str | None, required: bool = True) -> Callable[[Callab
         def run(config: str | None, overrides: tuple[str, ...], **options: Any) -> None:
             if config is None:
                 if overrides:
-                    raise UserError(f"'{overrides[0]}' is no option, or a setting, for which --config is missing")
+                    raise UserError(f"'{overrides[0]}' is no option; where it is a setting, --config is missing")
                 return function(None, **options)
             if required and (engine := options.pop("engine")):
                 overrides = (*overrides, "--data.engine", engine)

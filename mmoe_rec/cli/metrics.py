@@ -86,7 +86,7 @@ def metrics(
             )
         options = MeasureOptions(rules.resamples, data.engine, data.workers, data.memory_gib)
         if rules.slices and not slices:
-            say("evaluation.slices of the settings are those of evaluate; --slices names some here")
+            say("evaluation.slices is a setting of evaluate; name columns by --slices here")
     changes: dict[str, Any] = {"resamples": resamples, "engine": engine, "memory_gib": memory_gib}
     options = replace(options, **{name: value for name, value in changes.items() if value is not None})
     rows = replace(rows.with_columns(columns), slices=tuple(SliceBy.of(each) for each in slices))

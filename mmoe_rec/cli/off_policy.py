@@ -68,7 +68,7 @@ def _name_columns(tasks: Sequence[str], words: Sequence[str]) -> dict[str, str]:
     for word in words:
         part, equals, column = word.partition("=")
         if not equals or part not in parts or not column:
-            raise UserError(f"--columns {word}: expected PART=COLUMN, of the parts {', '.join(parts)}")
+            raise UserError(f"--columns {word}: expected PART=COLUMN, where PART is one of {', '.join(parts)}")
         names[part] = column
     for task in tasks:
         if names.keys() & _of_model(task):
@@ -117,8 +117,8 @@ def estimate_policy(
             for part in _of_model(task) & numbers.keys():
                 if (wrong := (numbers[part] < 0) | (numbers[part] > 1)).any():
                     raise UserError(
-                        f"column '{columns[part]}' of '{source}' holds {numbers[part][wrong][0]:g}, but what a model "
-                        f"expects of '{task}', whose labels are 0 and 1, is a probability"
+                        f"column '{columns[part]}' of '{source}' holds {numbers[part][wrong][0]:g}; expected "
+                        f"probabilities, as the labels of '{task}' are 0 and 1"
                     )
         shown = LoggedChoices(rows["user"].combine_chunks(), numbers["propensity"], numbers["target"], label, *model)
         estimates[task] = estimate(shown, resamples)

@@ -104,8 +104,8 @@ def refresh(
             print(f"{holder} is version {now.number} now")
         else:
             print(
-                f"{holder} has moved to {'no version' if now is None else f'version {now.number}'} meanwhile, so it "
-                f"stays there: version {refreshed.number} is registered without it"
+                f"{holder} has moved to {'no version' if now is None else f'version {now.number}'} meanwhile, so "
+                f"the alias stays there: version {refreshed.number} is registered without it"
             )
     if every is not None:
         for sentence in train_when_due(settings, address, every, days):

@@ -48,7 +48,9 @@ def replay(
 ) -> None:
     """Runs the command."""
     if requests is not None and ids_only:
-        raise UserError("--ids-only says what an own server is sent, and --requests needs none: leave one of them out")
+        raise UserError(
+            "--ids-only is for the server that replay starts, and --requests needs none: leave one of them out"
+        )
     from mmoe_rec.jobs.score import microseconds
     from mmoe_rec.live import replay as job
 

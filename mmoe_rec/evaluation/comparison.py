@@ -83,7 +83,7 @@ class Objective:
 
     @property
     def name(self) -> str:
-        """In words."""
+        """The metric that decides, in words."""
         if self.groups == (SCORE,):
             return f"{self.metric} of the score"
         return f"{'mean ' if len(self.groups) > 1 else ''}{self.metric} of {', '.join(self.groups)}"

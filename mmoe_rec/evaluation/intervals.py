@@ -116,7 +116,7 @@ class Resampled:
 
     @property
     def effective_users(self) -> float:
-        """By influence, from 1 to U; U where nothing varies."""
+        """How many users of equal influence would say as much: from 1 to U; U where nothing varies."""
         users, resamples = len(self.influence), len(self.defined)
         variance = float(self.defined.var()) if resamples else 0.0
         if not variance:

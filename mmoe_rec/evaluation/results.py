@@ -26,7 +26,7 @@ class Results:
 
     @property
     def name(self) -> str:
-        """Of the model in question."""
+        """The name of the model in question."""
         return next(iter(self.models))
 
     @property
@@ -36,7 +36,7 @@ class Results:
 
     @property
     def summaries(self) -> dict[str, Summary]:
-        """By name."""
+        """The summaries of all models, by name."""
         return {name: each.summary for name, each in self.models.items()}
 
     @property

@@ -24,9 +24,9 @@ from mmoe_rec.model.utilisation import Utilisation, UtilisationSums
 from mmoe_rec.progress import bar
 
 PlacementEffects = dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]
-"""Of each input of placement, what is added where it has a value, beside what is added to the mean row: name -> numbers
-of R rows of its table, (R,) int64, how many of the rows have each, (R,) int64, and the effect, (R, T) float64: to a
-binary task's logit, or to a regression in its label's unit."""
+"""What an input of placement adds where it has a value, beside what is added to the mean row: name of the input ->
+numbers of R rows of its table, (R,) int64, how many of the rows have each, (R,) int64, and the effect, (R, T) float64,
+on a binary task's logit, or on a regression in its label's unit."""
 
 
 class PlacementSums:
@@ -48,7 +48,7 @@ class PlacementSums:
             np.add.at(sums, np.asarray(ids[name]), counted)
 
     def effects(self) -> PlacementEffects:
-        """Of all rows."""
+        """The effects of placement in all rows."""
         found, mean = {}, self._total[1:] / max(self._total[0], 1)
         for name, sums in self._sums.items():
             seen = np.flatnonzero(sums[:, 0])

@@ -29,12 +29,12 @@ from mmoe_rec.evaluation.sums import EvaluationSums
 
 _NDCG = "ndcg_at_10"
 METRICS_OF_SLICES = ("auc", "calibration", "r2", _NDCG)
-"""Of binary tasks, of regressions, and of the score."""
+"""The metrics of binary tasks, of a regression, and of the score."""
 ALL = "all rows"
 MOST_VALUES = 1_000
-"""Of a column, beyond which it is an id or a number, and no slice."""
+"""A column of more values is an id or a number, and is not sliced."""
 SHOWN_VALUES = 20
-"""That have the most rows; what is left is one slice."""
+"""So many values with the most rows are slices; what is left is one more."""
 MISSING, OTHERS = "(missing)", "(all others)"
 _BUCKET = re.compile(r"bucket\(\s*(.+?)\s*,\s*(\d+)\s*\)")
 
@@ -49,7 +49,7 @@ class SliceBy:
 
     @staticmethod
     def of(word: str, option: str = "--slices") -> SliceBy:
-        """From `COLUMN` or `bucket(COLUMN, N)`; option: that named it.
+        """What `COLUMN` or `bucket(COLUMN, N)` says; option: the one that named it.
 
         Raises UserError for a number of buckets that there can't be.
         """
@@ -81,7 +81,7 @@ class SliceBy:
         return values.cast(pa.float64(), safe=False)
 
     def find_slices(self, values: pa.Array) -> Slices:
-        """Which slices there are of values that `read` gave. Raises UserError where there are too many."""
+        """The slices of values that `read` gave. Raises UserError where there are too many."""
         known = values.drop_null()
         if self.buckets is None:
             counted = known.value_counts()
@@ -104,7 +104,7 @@ class SliceBy:
 
     @property
     def shares(self) -> list[float]:
-        """Of the rows, up to the end of each bucket but the last."""
+        """The share of the rows up to the end of each bucket but the last."""
         return [number / (self.buckets or 1) for number in range(1, self.buckets or 1)]
 
     def of_numbers(self, edges: Iterable[float], least: float, largest: float) -> Slices:
@@ -124,7 +124,7 @@ class Slices:
 
     @property
     def names(self) -> list[str]:
-        """Of all, in the order in which they are best read."""
+        """The names of all slices, in the order in which they are best read."""
         if self.by.buckets is None:
             shown = [each if each.strip() and each not in (MISSING, OTHERS) else f"'{each}'" for each in self.values]
             return [*shown, OTHERS, MISSING]

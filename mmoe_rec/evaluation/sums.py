@@ -30,7 +30,7 @@ from mmoe_rec.evaluation.metrics.ranking import RankedLists, least_and_random_nd
 from mmoe_rec.log.hashing import combine, hash_column
 
 MOST_UNITS = 4_096
-"""Of users, or groups of them; a power of two."""
+"""At most so many users, or groups of users, are kept apart; a power of two."""
 NOTED_CUTOFF = 10  # of the NDCG whose least value is kept, for a note
 _FORMAT = 6
 _MANIFEST = "sums.json"
@@ -390,7 +390,7 @@ def _check_rows(
 
 
 Form = tuple[Callable[[np.ndarray], np.ndarray], str]
-"""Which values are right, and what they are called."""
+"""A check that says which values are right, and what these are called."""
 _PROBABILITY: Form = (lambda x: (x >= 0) & (x <= 1), "a probability")
 _FINITE: Form = (np.isfinite, "a finite number")
 _CLASS: Form = (lambda x: (x == 0) | (x == 1) | np.isnan(x), "0, 1 or NaN (unobserved)")

@@ -82,7 +82,7 @@ class Sweep:
         self.values = [[resampled[number, task] for task in range(len(self.tasks))] for number in range(len(weights))]
 
     def compare_with_first(self, number: int) -> dict[str, Difference]:
-        """By how much each task's NDCG@10 by some weights differs from that by the first ones."""
+        """The difference of each task's NDCG@10 by some weights from that by the first ones."""
         each = zip(self.tasks, self.values[number], self.values[0], self.effective, strict=True)
         return {task: find_difference(mine, first, effective) for task, mine, first, effective in each}
 

@@ -98,7 +98,7 @@ class LatestValues:
         return LatestValues(self.key, table.drop_columns([_TIME, _CHANGED]).rename_columns(names), times, changed)
 
     def extended(self, rows: LogRows, role: LatestRole) -> LatestValues:
-        """With rows of the log, which may be older than what is known. This one stays as it is, and shares most."""
+        """These values and those of rows, which may be older. This object stays as it is, and shares most."""
         new = LatestValues.of(rows, role)
         for known in (self, *self.levels):
             place = known.find(new.hashes)

@@ -115,8 +115,9 @@ class Live:
         self._salts = {name: salt_of(place) for place, name in enumerate(encoders)}
 
     def extended(self, rows: Mapping[str | None, LogRows]) -> Live:
-        """With further rows of the interaction log (None) and of logs of events, which have the columns alone that
-        counters and histories read of events. Raises UserError for ids of another type than those of the vocabulary."""
+        """What is known with further rows of the interaction log (None) and of logs of events, which have only the
+        columns that counters and histories read of events. Raises UserError for ids of another type than those of the
+        vocabulary."""
         own, learnt, together = dict(self._own), set(self._learnt), []
         for name, encoder in self._encoders.items():
             if encoder.source not in rows or not len(events := encoder.events(rows[encoder.source])):

@@ -106,13 +106,13 @@ class _Counted:
     dropped: int
 
     def coarser(self, dropped: int) -> _Counted:
-        """With at least so many bits dropped. Dropping some and then more equals dropping all at once."""
+        """The counts with at least so many bits dropped. Dropping some and then more equals dropping all at once."""
         if dropped <= self.dropped:
             return self
         return _sum_counts(self.keys >> (dropped - self.dropped), self.counts, dropped)
 
     def bounded(self) -> _Counted:
-        """With as few bits dropped as leave no more than `_VALUES_KEPT` keys."""
+        """The counts with as few bits dropped as leave no more than `_VALUES_KEPT` keys."""
         fewest, enough = self.dropped, _MOST_DROPPED
         if len(self.keys) <= _VALUES_KEPT:
             return self

@@ -90,7 +90,7 @@ class Vocabulary:
         self.oov_buckets = oov_buckets
 
     def grown(self, counts: IdCounts, min_count: int, max_size: int | None) -> Vocabulary:
-        """With rows at the end for ids that have become frequent, by falling count; no known id moves."""
+        """The vocabulary with rows at its end for ids that became frequent, by falling count; no known id moves."""
         new = counts.vocabulary(min_count, None, self.oov_buckets).ids
         if len(self.ids) and len(new):
             new = new.filter(pc.invert(pc.is_in(new, self.ids)))

@@ -96,7 +96,7 @@ class ExampleScores:
 
     @staticmethod
     def of(ranking: Ranking, tasks: Sequence[ModelTask]) -> ExampleScores:
-        """From a ranking of all candidates, computed in this process."""
+        """The scores of a ranking of all candidates, computed in this process."""
         back = np.argsort(ranking.order)
         return ExampleScores(
             tuple(np.array(ranking.scores)[back].tolist()),
@@ -106,7 +106,10 @@ class ExampleScores:
 
     @staticmethod
     def read(folder: Path) -> ExampleScores:
-        """From an artifact folder. Raises what json does, KeyError, TypeError or AttributeError for a damaged file."""
+        """The scores in an artifact folder.
+
+        Raises what json does, KeyError, TypeError or AttributeError for a damaged file.
+        """
         tree = json.loads((folder / SCORES).read_text(encoding="utf-8"))
         predictions = {name: tuple(values) for name, values in tree["predictions"].items()}
         return ExampleScores(tuple(tree["scores"]), predictions, dict(tree["computed_with"]))

@@ -49,7 +49,7 @@ Dense = Literal["bfloat16", "int8", "float32"]
 """How the matrices of the dense part are stored."""
 REQUESTS, CANDIDATES, BEST = 50, 200, 10
 Answers = Mapping[str, np.ndarray]
-"""Of one request's N candidates, in its order: name of a prediction, or `score` -> (N,) float64."""
+"""What a model answers for the N candidates of a request, in its order: prediction or `score` -> (N,) float64."""
 MODEL, TABLES, INPUTS, EXAMPLE_VALUES = "model.onnx", "tables.safetensors", "inputs.json", "example.safetensors"
 OPSET = 18
 OUTPUTS = ("predictions", "log_score", "score")
@@ -270,7 +270,7 @@ def draw_requests(folder: Path, ranker: Ranker, requests: int = REQUESTS) -> Ite
 
 
 def answers_of(ranking: Ranking) -> Answers:
-    """From a ranking of all candidates."""
+    """The answers in a ranking of all candidates."""
     back = np.argsort(ranking.order)
     values = {**ranking.predictions, "score": ranking.scores}
     return {name: np.array(each, np.float64)[back] for name, each in values.items()}

@@ -431,7 +431,7 @@ class Ranker:
         return scored.values, scored.logs @ weights
 
     def score_table(self, rows: Rows) -> pa.Table:
-        """As `score`, as a table: keys of the rows, `predicted_NAME` of each task and outcome, and `score`."""
+        """What `score` gives, as a table: keys of the rows, `predicted_NAME` of each task and outcome, and `score`."""
         if not isinstance(rows, LogRows):
             rows = read_rows(self.pipeline, rows)
         return scored_table(rows, *self.score(rows), self.layout)
@@ -454,7 +454,7 @@ def _parts(group: Sequence[_Checked]) -> Iterator[Sequence[_Checked]]:
 
 @contextmanager
 def _products_in_fp32() -> Iterator[None]:
-    """As in the model server: a process may have told torch to round them to bf16 or TF32, where that is faster."""
+    """Products are fp32, as in the model server: the process may have told torch to round them to bf16 or TF32."""
     matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = matmul.fp32_precision
     matmul.fp32_precision = "ieee"

@@ -122,7 +122,7 @@ def explain(
     places: Sequence[int],
     moments: Mapping[str, str],
 ) -> list[Explanation]:
-    """Of the candidates of a request at these rows of a pass, in the given order.
+    """The explanations of a request's candidates, which are these rows of a pass, in the given order.
 
     scored: of the pass's rows, to be explained; read: counters and histories of these rows, as
     `FeaturePipeline.explain` gives them; tasks: names; moments: as `as_of` gives.
@@ -178,7 +178,7 @@ class Freshness:
         return self.days is not None and time > self.known + self.days * MICROSECONDS_PER_DAY
 
     def warnings(self, time: int, floors: Iterable[int | None]) -> list[str]:
-        """At most one sentence about a request at this time (microseconds).
+        """No sentence, or one, about a request at this time (microseconds).
 
         floors: of the memories that it reads, each the moment from which on it is exact, None for any.
         """

@@ -50,9 +50,9 @@ class LostExpert(str):
 
 @dataclass(frozen=True)
 class Scored:
-    """Of N rows: predictions (N, T), float32, or float64 where a task is a regression; their logs (N, T) float64;
-    sentences about experts; whether an expert failed on these rows; and where it was asked for, predictions before
-    calibration (N, T) and gates (N, T, E) float32, each task's weights of the experts of the last level."""
+    """Results of N rows: predictions (N, T), float32, or float64 where a task is a regression; their logs (N, T)
+    float64; sentences about experts; whether an expert failed on these rows; and where it was asked for, predictions
+    before calibration (N, T) and gates (N, T, E) float32, each task's weights of the experts of the last level."""
 
     values: np.ndarray
     logs: np.ndarray

@@ -32,13 +32,13 @@ def importance(feature: Mapping[str, Any]) -> float:
 
 
 def cost_of_unknown(feature: Mapping[str, Any]) -> float:
-    """Of ids that training does not know."""
+    """What ids cost that training does not know."""
     share = float(feature["unknown"]["test"] or 0.0)
     return share * (1.0 if feature["is_key"] else max(importance(feature), LEAST))
 
 
 def cost_of_drift(feature: Mapping[str, Any], each: Mapping[str, Any]) -> float:
-    """Of an input whose values have other shares than in training."""
+    """What an input costs whose values have other shares than in training."""
     apart = (part["test"] - part["train"] for part in each["bins"] if part["test"] > _SELDOM * part["train"])
     return sum(apart) * importance(feature)
 

@@ -55,7 +55,7 @@ class BinaryLabels:
 
     @staticmethod
     def of(labels: np.ndarray, layout: Layout) -> BinaryLabels:
-        """Of (N, T) labels, NaN is unobserved."""
+        """The binary ones of (N, T) labels; NaN is unobserved."""
         bounds = [0.5 if task.kind == "binary" else task.mean for task in layout.tasks]
         above = [labels[:, task] > bound for task, bound in enumerate(bounds)]
         seen = ~np.isnan(labels)
@@ -89,8 +89,8 @@ class DistinctCount:
         return len(self.smallest) < self.keep
 
     def share_in(self, other: DistinctCount) -> float | None:
-        """Which share of the different hashes the other one has seen as well, or its estimate; None where there are
-        none."""
+        """The share of the different hashes that the other one has seen as well, or its estimate; None where there
+        are no hashes."""
         # Below this bound both hold all that they have seen: hashes are as good as random, so it is a fair sample.
         most = np.iinfo(np.uint64).max
         bound = min(most if each.exact else each.smallest[-1] for each in (self, other))
@@ -412,7 +412,7 @@ class Sums:
 
 
 def _missing(feature: FeatureInputs, dense: np.ndarray) -> list[np.ndarray | None]:
-    """For each number of a feature, in which of N rows it is missing, or None where the encoded rows don't tell.
+    """(N,) bool for each number of a feature: rows in which it is missing; None where the encoded rows don't tell.
 
     A missing vector is all zeros. Any other number without an indicator was never missing in training rows.
     """

@@ -144,7 +144,7 @@ class _Inputs:
 
     @staticmethod
     def read(rows: EncodedRows, layout: Layout, columns: Sequence[str], most: int | None = None) -> _Inputs:
-        """Of all rows, or of the last ones."""
+        """The inputs of all rows, or of the last `most`."""
         dense = [index for index, each in enumerate(layout.dense) if not each.placement]
         names = [each.name for each in layout.ids if not each.many and not each.placement]
         left_out, parts, labels, tables = max(0, rows.rows - (most or rows.rows)), [], [], []

@@ -236,7 +236,7 @@ def place_of(split: str) -> str:
 def evaluate_found(
     settings: Settings, models: Mapping[str, FoundModel], out: Path, place: str = "evaluation", split: str = "test"
 ) -> EvaluationResult:
-    """As `evaluate_model`, of models by their names, of which the first is compared with the others.
+    """Does what `evaluate_model` does for models by their names; the first one is compared with the others.
 
     place: folder of the run's files.
     """
@@ -288,7 +288,7 @@ def measured_on_test_rows(settings: Settings, models: Sequence[FoundModel]) -> l
         for each in models:
             ranker = one if each is first else Ranker.load(each.folder)
             if ranker.about.fingerprint != one.about.fingerprint:
-                raise UserError(f"'{each.address}' and '{first.address}' have other features than each other")
+                raise UserError(f"'{each.address}' and '{first.address}' have different features")
             scored = score_by(settings, ranker.model, ranker.layout, rows, ranker.calibration, each.address)
             measured.append(_measured(settings, scored, each, None, {}))
     return measured

@@ -51,7 +51,7 @@ from mmoe_rec.settings.sections import EngineName, Evaluation
 
 ROWS_PER_PART, ROWS_PER_PARTITION = 524_288, 262_144
 ROWS_FOR_PROCESSES = 2_000_000
-"""From so many rows on, processes are worth their start where there are more workers than threads suit."""
+"""With so many rows or more, processes are worth their start where there are more workers than threads suit."""
 
 
 @dataclass(frozen=True)
@@ -132,8 +132,8 @@ def _check_columns(by_source: Mapping[str, PredictionColumns]) -> None:
     if None in candidates.values() and (named := [name for name in candidates.values() if name is not None]):
         without = next(each for each, name in candidates.items() if name is None)
         raise UserError(
-            f"'{without}' has no column '{named[0]}', and the predictions that it is compared with have: all need the "
-            "candidates, or none"
+            f"'{without}' has no column '{named[0]}', and the predictions that it is compared with have one: either "
+            "all need it, or none"
         )
 
 

@@ -50,8 +50,8 @@ def logs_for(settings: Settings, pipeline: FeaturePipeline, types: Sequence[Mapp
     if schema.columns.has_time != settings.columns.has_time:
         ways = ("has no times, a plain table", f"has times, in column '{schema.columns.time}'")
         raise UserError(
-            f"the model was trained on a log that {ways[schema.columns.has_time]}, and that of the settings "
-            f"{'has' if settings.columns.has_time else 'has none'} (columns.time): the model's features can't read it"
+            f"the model was trained on a log that {ways[schema.columns.has_time]}, and the log of the settings has "
+            f"{'times' if settings.columns.has_time else 'none'} (columns.time): the model's features can't read it"
         )
     schema = read_by(settings, schema)
     types = key_types(pipeline, schema) if types is None else types

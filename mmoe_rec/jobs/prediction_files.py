@@ -50,7 +50,7 @@ class PredictionColumns:
 
     @staticmethod
     def of(tasks: Sequence[MeasuredTask]) -> PredictionColumns:
-        """By their usual names."""
+        """Columns with their usual names."""
         parts = ["user", "request", "candidate", "score", WEIGHT]
         parts += [f"{kind}_{task.name}" for task in tasks for kind in ("predicted", "label")]
         return PredictionColumns(tuple(tasks), {part: part for part in parts})
@@ -67,7 +67,7 @@ class PredictionColumns:
         return {part: self.names.get(part) for part in parts}
 
     def with_columns(self, words: Sequence[str]) -> PredictionColumns:
-        """With other columns, each as PART=COLUMN. Raises UserError for words that say something else."""
+        """The same with other columns, each as PART=COLUMN. Raises UserError for words that say something else."""
         names, parts = dict(self.names), [*self.by_part()]
         for word in words:
             part, equals, column = word.partition("=")
@@ -85,8 +85,8 @@ class PredictionColumns:
         return replace(self, names=names, optional=self.optional - given, by_log=by_log)
 
     def match(self, there: Collection[str]) -> PredictionColumns:
-        """As files with these columns have them. What one file has, all must have: a task, or the score, would else be
-        of some of the rows."""
+        """Those that files with the columns `there` have. What one file has, all must have: else a task, or the score,
+        would be that of some rows alone."""
         there, names = set(there), dict(self.names)
         lacking = not {names["user"], *self.request} <= there
         if "user" in self.by_log and lacking and {"user", "request"} <= there:
@@ -158,7 +158,7 @@ class Footer:
 
     @staticmethod
     def read(found: FoundFile) -> Footer:
-        """That of a file. Raises BadFile where it is no Parquet file."""
+        """The footer of a file. Raises BadFile where it is no Parquet file."""
         with open_parquet(found.address) as parquet:
             metadata = parquet.metadata
             rows = tuple(metadata.row_group(number).num_rows for number in range(metadata.num_row_groups))

@@ -89,7 +89,7 @@ class MachineMonitor:
                 monitor.clear_metrics()
             except Exception as error:  # no training ends for want of a chart
                 self._monitors.remove(monitor)
-                say(f"the machine's load is watched no more by {type(monitor).__name__}: {summarise(error)}")
+                say(f"the machine's load is no longer watched by {type(monitor).__name__}: {summarise(error)}")
                 continue
             yield from values.items()
 

@@ -122,7 +122,7 @@ class _Scoring:
         self.has_time = self.pipeline.schema.columns.has_time
         if window != ALL and not self.has_time:
             raise UserError(
-                "--start and --end need times, and the model was trained on a plain table without: leave them out"
+                "--start and --end need times, and the model was trained on a table without times: leave them out"
             )
         self.logs, self.lacking, self.learnt = open_logs(source, self.pipeline, settings, as_of, labels)
         check_names(self.pipeline)

@@ -217,7 +217,7 @@ def _check_end(code: int, log: Path) -> None:
 
 
 def _run(function: Callable[[Task], object], task: Task, slot: int, log: Path) -> None:
-    """In a process of its own, which ends as a command does."""
+    """Runs a task in a process of its own, which ends as a command does."""
     for each in (signal.SIGTERM, signal.SIGINT):
         # A `StopRequest` notes the first one, and then puts back what was before: a second one, as where both the
         # parent and a cluster send it, would else end the saving.

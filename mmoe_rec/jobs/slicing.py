@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 OPTION = "slices"
 _ADVICE = "leave slices by columns of the log out (--evaluation.slices '[]')"
 BUCKETS = 10
-"""Of a number that describes placement and has too many values, where nothing was asked for."""
+"""Ranges of a number that describes placement and has too many values, where nothing was asked for."""
 
 
 @dataclass(frozen=True)
@@ -188,7 +188,7 @@ def _values_of(by: SliceBy, values: pa.Array) -> pa.Array:
 
 
 def _usual(by: SliceBy, values: pa.Array) -> SliceBy | None:
-    """As a column of placement is sliced where nothing was asked for: one of many values by ranges, if it has any."""
+    """How a column of placement is sliced where nothing was asked for: one of many values by ranges, if it has any."""
     if pc.count_distinct(values).as_py() <= MOST_VALUES:
         return by
     is_number = pt.is_integer(values.type) or pt.is_floating(values.type)

@@ -197,7 +197,7 @@ def _describe_rows(manifest: Mapping[str, Any]) -> str:
 
 
 def _make_table(best: Validation) -> str:
-    """In Markdown."""
+    """The metrics of the best state, as a table in Markdown."""
     metrics = {"loss": best.loss, "auc": best.auc, "gauc": best.gauc, "calibration": best.calibration}
     lines = [f"| task | {' | '.join(metrics)} |", f"|---{'|---' * len(metrics)}|"]
     for task in best.loss:

@@ -161,7 +161,7 @@ class _Opening:
                         "--resume"
                     )
                 where = f"the training in '{self.checkpoints}'"
-                say(f"the features go on to a later day than those of {where}: a new one begins")
+                say(f"the features go on to a later day than those of {where}: a new training begins")
                 self._check_rows()
         return "begins", self._look_up_start()
 
@@ -286,7 +286,7 @@ class Trained:
 
     @staticmethod
     def read(work: Path) -> Trained | None:
-        """That in `data.work`; None where the training has not ended. Raises UserError for a file that can't be
+        """The ended training in `data.work`; None where none has ended. Raises UserError for a file that can't be
         read."""
         from mmoe_rec.training.validation import Validation
 

@@ -60,7 +60,7 @@ class NewRows:
     counts: Counter[str]
 
     def rows(self, schema: Schema) -> LogRows:
-        """As features read them."""
+        """The rows, as features read them."""
         return LogRows(self.table, schema) if self.source is None else event_rows(self.table, schema, self.source)
 
     def count_late(self, schema: Schema, as_of: int) -> int:

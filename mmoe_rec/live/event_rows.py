@@ -42,7 +42,7 @@ from mmoe_rec.settings.schema import Remembering, Schema
 
 MOST_ROWS = 10_000
 TOLERANCE_MICROSECONDS = 60_000_000
-"""By how much a caller's clock may be ahead of the server's."""
+"""A caller's clock may be so far ahead of the server's."""
 LONGEST_STRING = 4_096
 """Characters. What a row holds is kept in the journal, in files of the log and in tables, so that a body's size is no
 bound for it."""

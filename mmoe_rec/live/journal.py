@@ -241,7 +241,7 @@ class Journal:
                 yield connection
 
     def _start(self) -> None:
-        """Of a forked child neither connections nor threads are its own."""
+        """Begins without connections and threads: those that a forked child finds are its parent's."""
         self._engine = _create_engine(self._url)
         self._waiting, self._writer = deque[_Call](), threading.Lock()
         _journals.add(self)

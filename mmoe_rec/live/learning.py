@@ -54,8 +54,8 @@ class ModelUpdate:
 
 
 class Learning:
-    """Of one model. `read` and `take` alternate, in whatever thread. position: up to where the model knows the journal;
-    gap: what it does not know of it and can't learn, as a sentence.
+    """What one model learns. `read` and `take` alternate, in whatever thread. position: up to where the model knows the
+    journal; gap: what it does not know of it and can't learn, as a sentence.
 
     Raises UserError for an address that holds no journal.
     """
@@ -77,8 +77,8 @@ class Learning:
         self._is_known = about is not None and about["id"] == self.journal.id
         if about is not None and not self._is_known:
             _log.warning(
-                "the model's tables hold another journal than '%s': of this one, what is no later than they are (%s) "
-                "is taken for known",
+                "the model's tables hold another journal than '%s': rows of this one that are no later than the tables "
+                "(%s) are taken for known",
                 self.journal.name,
                 ranker.about.tables_as_of,
             )

@@ -152,9 +152,9 @@ def _open_requests(settings: Settings, address: str, columns: Mapping[str, Use])
         return OutcomeSource.open(settings, address, "--requests", {**columns, **own}, settings.columns.time)
     except BadFile as problem:
         raise BadFile(
-            f"{problem}. These are requests as `serve --log-requests` writes them, with the columns that the features "
-            "of the model read that ranked them; the settings ask for others, so move requests of other models away, "
-            "or join with the settings of that model",
+            f"{problem}. Requests are as `serve --log-requests` wrote them, with the columns that the features of the "
+            "ranking model read. The settings ask for others: move requests of other models away, or join with the "
+            "settings of that model",
             problem.address,
         ) from None
 

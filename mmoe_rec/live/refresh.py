@@ -52,8 +52,8 @@ class AliasHolder:
         name, _, alias = address.removeprefix("models:/").rpartition("@")
         if not address.startswith("models:/") or not name or not alias or "/" in name:
             raise UserError(
-                f"'{address}' is not what can be refreshed, as a new version takes over an alias of a registered "
-                "model: give models:/NAME@ALIAS"
+                f"'{address}' can't be refreshed: a new version takes over an alias of a registered model, so give "
+                "models:/NAME@ALIAS"
             )
         version = find_holder(name, alias, uri)
         if version is None:
@@ -137,7 +137,7 @@ def _register(settings: Settings, served: AliasHolder, made: Tables, artifact: P
             run.set_tags({"refreshed.holds": f"{served.alias}: {now is not None and now.number == number}"})
     except UnreachableError as error:
         raise UserError(
-            f"{error}: '{served.alias}' is what it was, and the same command makes the version once MLflow answers"
+            f"{error}: '{served.alias}' stays where it was, and the same command makes the version once MLflow answers"
         ) from None
     return RefreshResult(served, now, number, made)
 

@@ -48,9 +48,10 @@ if TYPE_CHECKING:
 
 REPORT = "replay.json"
 TOLERANCE = 1e-5
-"""Of predictions and scores, times their size where that is above 1: how products are summed depends on the library."""
+"""Predictions and scores may differ by this, times their size above 1: libraries sum products in different orders."""
 RELATIVE_TOLERANCE = 1e-3
-"""Of probabilities and scores made of these besides: small ones would be nearly the same number whatever they are."""
+"""Probabilities, and scores made of these alone, may differ by this share of themselves at most, as small ones are
+never far apart."""
 EXAMPLES = 3
 
 
@@ -246,7 +247,7 @@ def compare(
 
 
 def _describe_row(period: Period, number: int) -> dict[str, Any]:
-    """Which request and candidate a row of the period is."""
+    """The request and the candidate of a row of the period."""
     table, columns = period.rows.table, period.rows.schema.columns
     user, candidate = (table[name][number].as_py() for name in (columns.user, columns.candidate))
     moment = iso_time(table[columns.time][number].value)

@@ -151,8 +151,8 @@ def _read_events(log: EventRows, window: tuple[int, int]) -> LogEvents:
 
 
 def score_period(ranker: Ranker, rows: LogRows) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
-    """Of rows that come with what counters and histories say of them: feature -> digests (N,) int32, predictions (N, T)
-    and scores (N,) float64."""
+    """Digests by feature, (N,) int32, predictions (N, T) and scores (N,) float64, of rows that come with what counters
+    and histories say of them."""
     from mmoe_rec.devices import limit_threads
 
     hashes, predictions, log_scores = list[dict[str, np.ndarray]](), [], []

@@ -82,8 +82,11 @@ def find_files(source: str, setting: str = "data.log") -> list[FoundFile]:
 
 
 def find_local(source: str) -> list[Path]:
-    """As `find_files`, of a local path; none where nothing is there. Raises UserError where a folder can't be read, a
-    link leads nowhere or back to a folder that it lies in, or two paths lead to the same file."""
+    """What `find_files` finds at a local path; none where nothing is there.
+
+    Raises UserError where a folder can't be read, a link leads nowhere or back to a folder that it lies in, or two
+    paths lead to the same file.
+    """
     if os.path.isfile(source):
         return [Path(source)]
     folder, parts = split_glob(source)

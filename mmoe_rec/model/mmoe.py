@@ -39,9 +39,9 @@ torch.fx.wrap("by_name")
 
 
 class Outputs(NamedTuple):
-    """For B rows: logits (B, T) float32, and where each level of experts sent them, the last level's routing last.
+    """Logits (B, T) float32 of B rows, and the routing of each level of experts, the last level's last.
 
-    From a `RankingModel` with a regression logits are float64: a float32 in the label's own unit may have steps wider
+    Those of a `RankingModel` with a regression are float64: a float32 in the label's own unit may have steps wider
     than the labels' deviation.
     """
 

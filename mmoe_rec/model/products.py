@@ -40,7 +40,7 @@ class Linear(nn.Linear, Multiplying):
 
 
 def set_products(model: nn.Module, products: Products) -> None:
-    """From now on all layers multiply by this library."""
+    """Makes all layers multiply by this library."""
     for each in model.modules():
         if isinstance(each, Multiplying):
             each.products = products
@@ -208,8 +208,10 @@ class Dispatch:
 
     @staticmethod
     def of(used: Tensor, block: int = 1, most: int | None = None) -> Dispatch:
-        """From (B, E) bool. block: each expert gets a multiple of so many places. most: experts of a row, at most; with
-        it, no number is read from the device.
+        """The dispatch of rows to the experts that they use, (B, E) bool.
+
+        block: each expert gets a multiple of so many places; most: experts of a row, at most, with which no number is
+        read from the device.
         """
         rows, count = used.shape
         if most is None:

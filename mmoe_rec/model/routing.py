@@ -178,7 +178,7 @@ def z_loss(routing: Routing, shares: Tensor | None = None) -> Tensor:
 
 
 def _mean_over_rows(values: Tensor, shares: Tensor | None) -> Tensor:
-    """Of (B,) or (B, E)."""
+    """The mean of (B,) or (B, E) values over rows."""
     import torch
 
     return values.mean(0) if shares is None else torch.tensordot(shares, values, dims=1)

@@ -50,7 +50,7 @@ class Utilisation:
 
     @property
     def polarised(self) -> list[bool]:
-        """Of each task: whether one of several experts has more than POLARISED of its weight."""
+        """Whether one of several experts has more than POLARISED of a task's weight, by task."""
         return [len(_numbers(weights)) > 1 and float(_numbers(weights).max()) > POLARISED for weights in self.weights]
 
     def flat(self, tasks: list[str]) -> dict[str, float]:
@@ -74,7 +74,7 @@ class Utilisation:
         return (loads < HARDLY * _numbers(loads).mean()).nonzero().flatten().tolist()
 
     def findings(self, tasks: list[str]) -> list[str]:
-        """For the record: a sentence for each expert that is hardly used, and for each gate that settles on one."""
+        """A sentence for each expert that is hardly used, and for each gate that settles on one."""
         loads = self.total_loads
         found = [
             f"expert {expert} is hardly used: it gets {loads[expert]:.2%} of the load, where an even share is "
@@ -149,7 +149,7 @@ def _numbers(values: Tensor) -> Tensor:
 
 
 def _entropy(shares: Tensor) -> float:
-    """Of shares (n,) that sum to 1, over log n; 1 for a single one."""
+    """The entropy of shares (n,) that sum to 1, over log n; 1 for a single one."""
     if len(shares) < 2:
         return 1.0
     return float(-torch.special.xlogy(shares, shares).sum() / math.log(len(shares)))

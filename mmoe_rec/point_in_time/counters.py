@@ -278,7 +278,7 @@ class CounterLevels:
     some: np.ndarray = field(default_factory=lambda: np.zeros(2, bool))
 
     def extended(self, key: np.ndarray, known: np.ndarray, labels: np.ndarray) -> CounterLevels:
-        """With further events, (E,) uint64 salted keys, int64 moments and int8 labels."""
+        """These levels and further events, (E,) uint64 salted keys, int64 moments and int8 labels."""
         new = CounterMemory.empty().extended(key, known, labels)
         levels = grown(self.levels, new, CounterMemory.merged)
         keys = sum(len(level.events.distinct) for level in levels)

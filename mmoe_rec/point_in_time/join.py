@@ -104,7 +104,7 @@ class KeyIndex:
         np.cumsum(counts, out=self._starts[1:])
 
     def find(self, asked: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Which of (N,) uint64 asked keys are there, (K,) int64 rising places, and the number of each of these keys."""
+        """(K,) int64 rising places of those among (N,) uint64 keys that are there, and the number of each key."""
         if not len(self.keys):
             return np.empty(0, np.int64), np.empty(0, np.int64)
         number: np.ndarray = self._starts.take((asked >> self._shift).view(np.int64))
@@ -261,7 +261,7 @@ class Join:
 
     @cached_property
     def _groups(self) -> tuple[np.ndarray, np.ndarray]:
-        """Of each distinct key of the look-ups, the first run of events whose key is not less, and if it is equal."""
+        """For each distinct key of the look-ups: the first run of events with no lesser key, and if it is equal."""
         keys, asked = self.events.distinct, self.asked.groups.distinct
         group = np.searchsorted(keys, asked)
         return group, keys[np.minimum(group, len(keys) - 1)] == asked

@@ -167,12 +167,12 @@ class SeenEvents(Generic[_Memory]):
         self._last = [join.last() for join in self._joins]
 
     def last(self, earlier: int = 0) -> list[np.ndarray]:
-        """Of each memory, (N,) int64 index of the last event that was known `earlier` microseconds before, -1 for none;
+        """(N,) int64 index of the last event of each memory that was known `earlier` microseconds before, -1 for none,
         whether it is seen or not."""
         return [join.last(earlier) for join in self._joins] if earlier else self._last
 
     def last_events(self, length: int) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Of each memory, the last `length` events that are seen: their indexes, one look-up's after the other's, the
+        """The last `length` events of each memory that are seen: their indexes, one look-up's after the other's, the
         oldest first, and (N,) int64 how many these are."""
         found = []
         for join, last, forgotten in zip(self._joins, self._last, self.forgotten or self._last, strict=True):
@@ -183,7 +183,7 @@ class SeenEvents(Generic[_Memory]):
 
     @cached_property
     def forgotten(self) -> list[np.ndarray] | None:
-        """Of each memory, (N,) int64 index of the last event that is no longer seen, -1 for none; None where nothing is
+        """(N,) int64 index of the last event of each memory that is no longer seen, -1 for none; None where nothing is
         forgotten."""
         lives, times, last = [memory.lives for memory in self.memories], self.asked.time, self._last
         if lives[0] is None:

@@ -134,7 +134,7 @@ def check_splits(
 
 
 def empty_split(split: str, folder: Path) -> str:
-    """What to say of features without rows of a split, which only an extension leaves behind."""
+    """The sentence on features that have no rows of a split, which only an extension leaves behind."""
     return (
         f"the features in '{folder}' have no {split} rows: days were added to them, so only the new rows are encoded, "
         "and none of these lies in that split. Set `split` around the requests of the next new files before you add "

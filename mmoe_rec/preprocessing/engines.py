@@ -132,7 +132,7 @@ class _RayEngine:
             self._ray.shutdown()
 
     def map(self, function: Callable[[Task], Result], tasks: Sequence[Task], lasting: bool = False) -> Iterator[Result]:
-        """As of the other one."""
+        """Does what `map` of the other engine does."""
         if not tasks:
             return
         table = pa.table({"task": pa.array([pickle.dumps(task) for task in tasks], pa.large_binary())})

@@ -119,7 +119,7 @@ class Taken:
         return [_changes(taken, log) for taken, log in zip(self.logs, logs.all, strict=False)]
 
     def with_new(self, logs: Logs, spans: Spans) -> Taken:
-        """With the files that `logs` reads, and those that are left out as long as they are there."""
+        """These files and those that `logs` reads; files that were left out stay as long as they are there."""
         return Taken([_with_new(taken, log, spans) for taken, log in zip(self.logs, logs.all, strict=True)])
 
     @property

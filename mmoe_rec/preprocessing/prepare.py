@@ -183,7 +183,7 @@ class Prepared:
                 raise UserError(empty_split(name, self.folder))
 
     def exact_from_later(self, options: BuildOptions) -> tuple[int, int] | None:
-        """From when on memories are exact and from when on they should be, microseconds, where the former is later."""
+        """From when on memories are exact, and should be, in microseconds; None where the former is not later."""
         found = exact_from(self.serving)
         asked = options.asked_from(self.manifest["request_microseconds"][1])
         return None if found is None or found <= asked else (found, asked)
@@ -193,8 +193,8 @@ class Prepared:
         if (later := self.exact_from_later(options)) is not None:
             found, asked = map(format_time, later)
             say(
-                f"counters and histories know what was known when from {found} on, and not from {asked} on, as "
-                "data.as_of_days asks: what was known before that was dropped when these features were built"
+                f"counters and histories are exact from {found} on, and not from {asked} on, as data.as_of_days asks: "
+                "what was known before was dropped when these features were built"
             )
 
     @property

@@ -48,7 +48,7 @@ def write_results(results: Results, out: Path) -> None:
     for each in against.iterdir() if against.is_dir() else ():
         if not (each.name.isdigit() and {path.name for path in each.iterdir()} <= {"sums", "metrics.json"}):
             raise UserError(
-                f"'{each}' lies where results go, and is none of an evaluation: give another folder with --out"
+                f"'{each}' lies where results go, and belongs to no evaluation: give another folder with --out"
             )
     check_folder(out / "sums")
     (out / "report.html").unlink(missing_ok=True)  # it would tell of other numbers than lie beside it
@@ -115,7 +115,7 @@ def comparison_tree(compared: Comparison, summary: Summary | None = None) -> dic
 
 
 def estimate_tree(estimate: PolicyEstimate) -> dict[str, Any]:
-    """Of a task in `off_policy.json`."""
+    """What `off_policy.json` says of a task."""
     tree: dict[str, Any] = {name: getattr(estimate, name) for name in ("rows", "without_label")}
     tree["refused"] = describe_refusal(estimate)
     if estimate.rows:

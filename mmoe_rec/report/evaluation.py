@@ -128,7 +128,7 @@ def _curves(summaries: Mapping[str, Summary]) -> Iterator[dict[str, str]]:
 
 
 def _placement(records: Sequence[PlacementRecord], summary: Summary) -> Iterator[dict[str, Any]]:
-    """Of each feature of placement, a table of what its values do to each task."""
+    """A table of each feature of placement: what its values do to each task."""
     for feature in dict.fromkeys(each.feature for each in records):
         mine = [each for each in records if each.feature == feature]
         is_odds = {task: summary.tasks[task].kind == "binary" for task in mine[0].effects}

@@ -129,5 +129,5 @@ def signed(*values: float, sign: bool = True) -> list[str]:
 
 
 def _exponent(size: float) -> int:
-    """Of ten, in scientific notation with two digits."""
+    """The exponent of ten in scientific notation with two digits."""
     return int(f"{size:.1e}".partition("e")[2]) if math.isfinite(size) else 0

@@ -35,7 +35,7 @@ COLOURS = {
     "test": "#1f6fd1",
 }
 SERIES = (COLOURS["test"], "#c2571a", "#2f855a", "#7c3aed", "#b83280")
-"""For lines side by side, such as one for each task."""
+"""Colours of lines side by side, such as one for each task."""
 _NAMES = {colour: f"var(--{name})" for name, colour in COLOURS.items()}
 
 

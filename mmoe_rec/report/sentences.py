@@ -124,7 +124,7 @@ def describe_guard(guard: Guard, other: str, rules: Evaluation) -> str:
 
 
 def _name_other_differences(versus: Versus) -> str:
-    """Which other metrics are shown to differ where what decides is the same."""
+    """Names other metrics that are shown to differ where what decides is the same."""
     shown = [
         f"{metric} of {'the score' if group == SCORE else group}"
         for group, metrics in versus.groups.items()
@@ -217,7 +217,7 @@ def note_of_group(summary: Summary, name: str) -> str | None:
 
 
 def _note_intervals(group: GroupSummary, users: int) -> Iterator[str]:
-    """Which metrics have no interval; with one user none has."""
+    """Says which metrics have no interval; with one user none has."""
     if users < 2:
         return
     few = group.effective_users

@@ -42,7 +42,7 @@ class TrainingsReport:
 
     @property
     def sentences(self) -> list[str]:
-        """Beside which settings these are better, and what one training is worth."""
+        """Which settings these are better than, and what one training is worth."""
         return [*describe_differences(self.against), *describe_uncertainty(self.summary, self.units)]
 
 
@@ -117,7 +117,7 @@ def _cells(metric: Named, each: TrainingsMean, nothing: str) -> list[str]:
 
 
 def describe_uncertainty(summary: Means, units: str = "users") -> Iterator[str]:
-    """Of each task, which is the larger uncertainty of one training. units: what was redrawn."""
+    """Which of the two uncertainties of a training is the larger one, for each task. units: what was redrawn."""
     for group, metrics in summary.items():
         metric = "auc" if "auc" in metrics else "r2"
         each = metrics.get(metric)
@@ -132,7 +132,7 @@ def describe_uncertainty(summary: Means, units: str = "users") -> Iterator[str]:
 
 
 def describe_differences(against: Mapping[str, SettingsDifference]) -> Iterator[str]:
-    """Beside each other setting, whether this one is better on average, by what decides."""
+    """Whether these settings are better on average than each of the others, by what decides."""
     for other, each in against.items():
         apart = each.objective
         if apart.value is None or apart.low is None:

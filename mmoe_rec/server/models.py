@@ -64,8 +64,8 @@ class Served:
     learning: Learning | None = None
 
     def about(self) -> dict[str, str | None]:
-        """Which model this is; name and version are those of the registry, where it comes from there, and artifact is
-        the version that rankings carry."""
+        """What tells this model from others; name and version are those of the registry, where it comes from there, and
+        artifact is the version that rankings carry."""
         registered = _REGISTERED.match(self.source.address)
         about = self.ranker.about
         return {

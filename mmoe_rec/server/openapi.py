@@ -34,7 +34,7 @@ class Invocation(BaseModel):
 
 
 class ElementError(BaseModel):
-    """In the place of a ranking with `?partial=true`: what is wrong with the element."""
+    """What is wrong with an element; with `?partial=true` it stands in the place of the ranking."""
 
     error: str
 

@@ -60,7 +60,7 @@ class Server(uvicorn.Server):
             self.stop()
 
     def stop(self) -> None:
-        """As a signal to end."""
+        """Does what a signal to end does."""
         if not self.should_exit:
             self.should_exit = True
             self._take_no_more()

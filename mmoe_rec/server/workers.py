@@ -374,7 +374,7 @@ class _Generation:
             self._next_start = time.monotonic() + (0.0 if worker.is_ready else 2.0)
             _log.warning("worker %s ended by %s; another one takes its place", worker.process.pid, how)
         else:
-            self._tell("failed", UserError(f"a worker ended by {how} before it could serve; its lines say why"))
+            self._tell("failed", UserError(f"a worker ended by {how} before it could serve; what it printed says why"))
             self._is_ending = True
             for other in self._workers:
                 other.process.kill()

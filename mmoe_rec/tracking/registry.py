@@ -253,7 +253,7 @@ def get_replaced(version: Version, alias: str, uri: str) -> str | None:
 
 
 def forget_replaced(version: Version, alias: str, uri: str) -> None:
-    """Of a version that an alias has left for the one before: if it comes back, it comes in another way."""
+    """Removes a version's note of the one that it replaced at an alias; it may get that again from another one."""
     with _open_client(uri) as client:
         client.delete_model_version_tag(version.name, version.number, f"{_REPLACED_TAG}.{alias}")
 

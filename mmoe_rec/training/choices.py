@@ -66,7 +66,7 @@ def faster(times: Mapping[str, float], by_default: str, margin: float) -> str:
 def check_offered(settings: Training, device: str, ranks: int = 1) -> None:
     """Raises UserError where a way of tables or a library of products is set that is not on offer here.
 
-    device: "cpu" or "cuda"; ranks: that train together.
+    device: "cpu" or "cuda"; ranks: how many train together.
     """
     choose_way(settings.tables, device, ranks)
     choose_products(settings.products, device)
@@ -88,7 +88,7 @@ def keep_choices(before: Choices, settings: Training, device: torch.device) -> C
 
 
 def set_compute(mixture: nn.Module, compute: Compute) -> None:
-    """From now on experts are computed in this way."""
+    """Makes all levels compute their experts in this way."""
     for each in mixture.modules():
         if isinstance(each, Experts):
             each.compute = compute

@@ -34,18 +34,18 @@ from mmoe_rec.training.fbgemm import torchrec_installed
 from mmoe_rec.training.tables import EPS, OneProcessTables, Way, choose_way, list_ways, set_way
 
 SECONDS = 0.025
-"""For each choice, besides the runs that are not counted."""
+"""How long each choice is timed, besides runs that are not counted."""
 CLEARLY = 1.2
 """How many times as long as the best the default has to take to be left."""
 BY_ROUNDING = 1.05
 """The same where results are equal but for rounding and what is timed is a whole step."""
 _OPERATIONS = 1.6e9
-"""Of a step that is timed: some milliseconds in fp32 on two cores."""
+"""Operations of a step that is timed: some milliseconds in fp32 on two cores."""
 SOME_ROWS = 1024
-"""Of a batch, by which ways of tables are timed."""
+"""Rows of a batch by which ways of tables are timed."""
 _TABLE_ROWS = 20_000
 _TABLE_WEIGHTS = 16_000_000
-"""At most, of each way's tables together: 64 MB."""
+"""The tables of each way have at most so many weights together: 64 MB."""
 _FIRST_ROWS = 64
 _HOPELESS = 4.0
 """bf16 that takes so many times as long as fp32 for a few rows is not tried on more."""
@@ -276,7 +276,7 @@ _IDS, _ROWS, _DIM, _NUMBERS, _TASKS = 20, 20_000, 16, 5, 2
 
 
 def sample_choices(device: torch.device) -> Choices:
-    """Of a model with default settings on 20 ids and 5 numbers, in default batches."""
+    """The choices for a model with default settings on 20 ids and 5 numbers, in default batches."""
     names = [f"id{index}" for index in range(_IDS)]
     layout = ModelLayout(
         tuple(EmbeddingTable(name, _ROWS, _DIM) for name in names),

@@ -176,7 +176,7 @@ def merge_neighbours(ranks: Sequence[tuple[int, str]]) -> list[str]:
 
 
 def table_bytes(table: EmbeddingTable) -> int:
-    """Of weights as they are stored, and of row-wise Adagrad's one number a row."""
+    """Bytes of a table's weights as they are stored, and of row-wise Adagrad's one number a row."""
     return table.rows * (stored_width(table.dim) + 1) * _FLOAT
 
 

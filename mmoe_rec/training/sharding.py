@@ -163,7 +163,7 @@ class Optimizers:
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """Of the tables, then of the dense part; each with the learning rate `lr` of its next step."""
+        """The groups of the tables, then that of the dense part; each with the learning rate `lr` of its next step."""
         return [*self._tables.param_groups, *self.dense.param_groups]
 
     def zero_grad(self) -> None:

@@ -118,7 +118,7 @@ class Steps:
         self._pipeline.detach()
 
     def zero_grad(self) -> None:
-        """For the pipeline, before the forward pass."""
+        """Clears the gradients; the pipeline calls it before the forward pass."""
         self._optimizer.zero_grad()
 
     def _forward(self, batch: Batch) -> tuple[Tensor, Step]:
@@ -178,7 +178,7 @@ class Steps:
         return bad
 
     def step(self) -> None:
-        """For the pipeline, after the backward pass of the tables, which has updated them."""
+        """Steps the dense part; the pipeline calls it after the backward pass of the tables, which has updated them."""
         assert self._now is not None
         if self._now.bad is None:
             self._optimizer.step()
@@ -297,7 +297,7 @@ class Balancing:
 
     @staticmethod
     def of(model: Model) -> Balancing:
-        """As the `model` section of the settings says."""
+        """The balancing that the `model` section of the settings says."""
         gates = model.gates
         return Balancing(
             gates.balance_weight if gates.balance == "loss" else 0.0,

@@ -261,7 +261,7 @@ class RowWiseAdagrad:
         self._tables.storage.rate.fill_(self.param_groups[0]["lr"])
 
     def state_dict(self) -> dict[str, Any]:
-        """As torchrec's fused optimizer names it; the tensors are the storage itself."""
+        """The state under the names of torchrec's fused optimizer; the tensors are the storage itself."""
         momentum = self._tables.momentum.items()
         return {
             "state": {f"tables.embedding_bags.{name}.weight": {f"{name}.momentum1": each} for name, each in momentum}
@@ -372,7 +372,7 @@ def table_batches(model: nn.Module) -> Iterator[Any]:
 
 
 def _places(module: Any) -> list[Place]:
-    """Of each input of one of fbgemm's modules."""
+    """The place of each input of one of fbgemm's modules."""
     weights, momentum = module.weights_offsets.tolist(), module.momentum1_offsets.tolist()
     places = []
     for number, table in enumerate(module.feature_table_map):

@@ -106,7 +106,7 @@ class ValidationSums:
         _count(self.counts, self.rows, logits, batch.labels, own, batch.weights)
 
     def result(self) -> Validation:
-        """Of all rows that were added. Raises UserError where no label was observed."""
+        """The validation of all rows that were added. Raises UserError where no label was observed."""
         if self.utilisation.sums[-1] == 0:
             raise UserError("no row of the validation split has an observed label; move `split.validation_end`")
         tasks, loss = self.layout.tasks, self.loss

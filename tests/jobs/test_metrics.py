@@ -444,7 +444,7 @@ def test_nothing_of_the_users_is_replaced(tmp_path: Path) -> None:
     written(frame, mine)
     with pytest.raises(UserError, match=r"lies in '.*against', where the predictions are, or holds them; name another"):
         compared(ours, str(mine), tmp_path / "out")
-    with pytest.raises(UserError, match="lies where results go, and is none of an evaluation"):
+    with pytest.raises(UserError, match="lies where results go, and belongs to no evaluation"):
         measure_predictions(columns_of_tasks(TASKS), ours, tmp_path / "out", MeasureOptions(20))
     assert (mine / "0.parquet").is_file()
     assert not (tmp_path / "out" / "metrics.json").exists()

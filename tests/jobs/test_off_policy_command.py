@@ -113,7 +113,7 @@ def test_users_are_of_one_type(tmp_path: Path, capsys: pytest.CaptureFixture) ->
         ({}, ["target=p_new", "user=nobody"], "has no column 'nobody'; name another one with --columns user=COLUMN"),
         ({}, ["target=p_new", "predicted_clicked=q"], "has no column 'expected_clicked'; name another one with"),
         ({"q": 60.0}, [*MODELLED], "column 'q' of "),
-        ({}, ["goal=p_new"], "--columns goal=p_new: expected PART=COLUMN, of the parts "),
+        ({}, ["goal=p_new"], "--columns goal=p_new: expected PART=COLUMN, where PART is one of "),
         (
             {"propensity": 0.0},
             ["target=p_new"],

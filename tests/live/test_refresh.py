@@ -206,7 +206,7 @@ def test_an_alias_that_a_person_moved_meanwhile_stays(
         patch.setattr(job.registry, "register_model", and_meanwhile)
         model.refresh()
     said = " ".join(capsys.readouterr().out.split())
-    assert "has moved to version 2 meanwhile, so it stays there: version 3 is registered without it" in said
+    assert "has moved to version 2 meanwhile, so the alias stays there: version 3 is registered without it" in said
     assert model.holder().number == "2"
     model.refresh()
     assert model.holder().number == "4", "which is refreshed next"

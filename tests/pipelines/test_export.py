@@ -120,7 +120,7 @@ def test_a_failure_leaves_what_was_there(small: SmallModel, tmp_path: Path, caps
         (("--int8", "--onnx"), "give one of --int8 and --onnx"),
         (("--onnx", "--dense", "int8"), "--dense is for --int8"),
         (("--onnx", "--config", "no.yaml"), "--config is for --int8"),
-        (("--int8", "--data.work", "w"), "'--data.work' is no option, or a setting"),
+        (("--int8", "--data.work", "w"), "'--data.work' is no option; where it is a setting"),
         (("--int8", "--dense", "int4"), "invalid value for '--dense': 'int4' is not one of"),
         (("--int8",), "'no/model' holds no model"),
     ],

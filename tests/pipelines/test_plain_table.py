@@ -391,7 +391,10 @@ def test_a_model_of_a_log_with_times_is_told(world: World, tmp_path: Path, capsy
     )
     (tmp_path / "timed.yaml").write_text(settings.to_yaml(), encoding="utf-8")
     said = refuse(capsys, "evaluate", "--config", tmp_path / "timed.yaml", "--model", world.model)
-    assert "trained on a log that has no times, a plain table, and that of the settings has (columns.time)" in said
+    assert (
+        "trained on a log that has no times, a plain table, and the log of the settings has times (columns.time)"
+        in said
+    )
 
 
 def test_weights_by_another_name_are_found(tmp_path: Path) -> None:

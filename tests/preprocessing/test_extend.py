@@ -132,7 +132,7 @@ def test_new_files_that_turn_out_to_be_bad_are_left_out_and_recorded(growing):
     assert growing.extend(skip_bad_files=True) is None
 
 
-TOLD = "counters and histories know what was known when from"
+TOLD = "counters and histories are exact from"
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from mmoe_rec.evaluation.metrics import binary, ranking, regression
 from mmoe_rec.evaluation.metrics.metric import Metric
 
 CUTOFFS = (5, 10)
-"""Of metrics of the first rows of a list."""
+"""How many rows of a list metrics of its first rows take."""
 
 METRICS: tuple[Metric[Any], ...] = (
     binary.Auc(),
@@ -26,14 +26,14 @@ METRICS: tuple[Metric[Any], ...] = (
     regression.RSquared(),
     *ranking.list_metrics(CUTOFFS),
 )
-"""In the order in which tables show them."""
+"""All metrics of tasks and of the score, in the order in which tables show them."""
 
 CATALOGUE_METRICS = tuple(
     metric(cutoff, is_headline=cutoff == max(CUTOFFS))
     for metric in (ranking.Coverage, ranking.Gini, ranking.Novelty)
     for cutoff in CUTOFFS
 )
-"""Of all requests together, where candidates are known."""
+"""Metrics of all requests together, where candidates are known."""
 
 
 def metrics_of(kind: str) -> list[Metric[Any]]:

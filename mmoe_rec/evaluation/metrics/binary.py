@@ -21,7 +21,7 @@ from mmoe_rec.evaluation.metrics.metric import Drawn, Metric, Ratio, TaskRows, U
 MOST_BINS = 4_096
 FINE_BINS = 50
 Area = Callable[[np.ndarray, np.ndarray], np.ndarray]
-"""From numbers of positive and of negative rows by rising value, (B, ...) each."""
+"""Takes numbers of positive and of negative rows by rising value, (B, ...) each, and gives (...) areas."""
 _DENSE_FROM = 0.05  # of all cells, from which share on a dense matrix is faster
 NO_REQUEST = "No request has rows of both labels: metrics by request are undefined."
 

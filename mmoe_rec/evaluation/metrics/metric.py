@@ -25,9 +25,9 @@ class Named(ABC):
     """What tables say of a metric."""
 
     name: str
-    """In `metrics.json`, MLflow and tables."""
+    """What it is called in `metrics.json`, MLflow and tables."""
     better: Literal["higher", "lower", "one"]
-    """Which values are better; of `one`, those closer to 1."""
+    """Which values are better; `one`: those closer to 1."""
     is_headline: bool = True
     """Whether it stands in the table on the terminal; `metrics.json` and MLflow have all."""
 
@@ -53,8 +53,8 @@ class Metric(Named, Generic[Measured]):
     totals: Sequence[str] = ()
     """The sums that `summarise` reads: its own, those of others, and those of `EvaluationSums` (`weight`, `label`)."""
     of_lists: bool = False
-    """Of a metric of tasks: whether it measures ranked lists, as those of the score always do: the rows of each request
-    by falling prediction, where a row is worth its label, or nothing if that is negative."""
+    """Whether a metric of tasks measures ranked lists, as those of the score always do: the rows of each request by
+    falling prediction, where a row is worth its label, or nothing if that is negative."""
     ranks_within: bool = False
     """Whether it says how well rows are ranked within users or requests, of which a row alone says nothing."""
     has_interval: bool = True
@@ -80,7 +80,7 @@ class Metric(Named, Generic[Measured]):
         return {}
 
     def sizes(self, sums: "UserSums") -> list[np.ndarray]:
-        """How much each user tells, (U,) from 0 on: of what is divided by, or of what there has to be some of."""
+        """How much each user adds, (U,) from 0 on, to what is divided by, or to that of which there has to be some."""
         return [sums.column("weight" if "weight" in sums.table.column_names else "rows")]
 
 

@@ -140,7 +140,7 @@ class CounterEncoder(MemoryEncoder[CounterMemory]):
         return CounterMemory.from_columns(columns, floor, self.has_fractions, self.forget_after)
 
     def events(self, rows: LogRows) -> pa.Table:
-        """Of a log of events, each event; of the interaction log, rows come as look-ups with their labels."""
+        """The rows of a log of events. (Those of the interaction log come as look-ups with their labels.)"""
         key = rows.hashes(self.by)
         if self.source is None:
             return self.labelled(key, rows.times(), self.labels(rows))
@@ -190,7 +190,7 @@ class CounterEncoder(MemoryEncoder[CounterMemory]):
         return result
 
     def exchanged(self, name: str, values: np.ndarray) -> np.ndarray:
-        """As float32, which would not tell a regression's rates apart: these as distances from the overall mean."""
+        """The same as float32; rates of a regression, which it would not tell apart, as distances from the mean."""
         return self._distances(name, values).astype(np.float32)
 
     def _distances(self, name: str, values: np.ndarray) -> np.ndarray:

@@ -129,8 +129,8 @@ class TimeEncoder(Encoder):
         return Inputs(dict(ids), numbers=ages)
 
     def _remembered(self, times: np.ndarray) -> np.ndarray:
-        """As `_read`, of few times; what was read lately of the same seconds is taken again, as pandas needs .2 ms for
-        a single one."""
+        """What `_read` gives for a few times; what was read lately for the same seconds is taken again, as pandas needs
+        .2 ms for a single one."""
         seconds = (times // _MICROSECONDS).tolist()  # zones differ by whole seconds
         known = self._seconds
         if all(second in known for second in seconds):
