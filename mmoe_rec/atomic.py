@@ -9,6 +9,7 @@ target stays as it was. A job killed outright leaves a `.NAME.*.tmp` beside the 
 import ctypes
 import hashlib
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator
@@ -94,6 +95,13 @@ def _make_folder(folder: Path) -> None:
 
 def _temporary(target: Path) -> Path:
     return target.with_name(f".{target.name}.{uuid.uuid4().hex[:12]}.tmp")
+
+
+def find_leftovers(path: str | Path) -> list[Path]:
+    """What processes that were killed left beside the file or folder `path`, or others are writing for it by now."""
+    target = _real(path)
+    name = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]{{12}}\.tmp")
+    return [each for each in target.parent.iterdir() if name.fullmatch(each.name)]
 
 
 def _put_new_file(temporary: Path, target: Path) -> None:

@@ -20,6 +20,7 @@ from io import StringIO
 from pathlib import Path
 from typing import TextIO
 
+from mmoe_rec.atomic import find_leftovers
 from mmoe_rec.errors import UserError
 from mmoe_rec.progress import say
 
@@ -43,7 +44,7 @@ def writing(folder: Path, what: str, advice: str, *, queue: bool = False) -> Ite
     made = [each for each in Path(os.path.realpath(folder)).parents if not each.exists()]
     try:
         with _hold(folder, what, "writing", advice, queue):
-            for left in lock_file(folder).parent.glob(f".{Path(os.path.realpath(folder)).name}.*.tmp"):
+            for left in find_leftovers(folder):
                 shutil.rmtree(left, ignore_errors=True)
             yield
     finally:

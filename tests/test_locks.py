@@ -66,6 +66,15 @@ def test_the_lock_of_a_killed_process_is_free(tmp_path: Path) -> None:
     assert not list(folder.parent.iterdir())
 
 
+@pytest.mark.parametrize("name", ["may", "may[1]"])
+def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path: Path, name: str) -> None:
+    left, others = tmp_path / f".{name}.0123456789ab.tmp", tmp_path / f".{name}.v2.0123456789ab.tmp"
+    for each in (left, others):
+        each.mkdir()
+    with writing(tmp_path / name, "an evaluation", "wait"):
+        assert (left.exists(), others.exists()) == (False, True)
+
+
 def test_many_read_and_nobody_writes_meanwhile(tmp_path: Path) -> None:
     folder = tmp_path / "features"
     with ExitStack() as readers:

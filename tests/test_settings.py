@@ -221,6 +221,8 @@ def test_a_bad_override(tmp_path, arguments, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"int": 1}, "unknown key 'int'; did you mean 'split'? (valid here: name, data, "),
+        ({"features__item__float": 1}, "unknown key 'features.item.float'"),
         ({"modle": {}}, "unknown key 'modle'; did you mean 'model'? (valid here: name, data, columns, "),
         ({"data__lgo": "x"}, "unknown key 'data.lgo'; did you mean 'log'? (valid here: log, events, work, engine, "),
         ({"model__experts__cuont": 3}, "unknown key 'model.experts.cuont'; did you mean 'count'? (valid here: count, "),

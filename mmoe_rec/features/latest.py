@@ -112,7 +112,8 @@ class LatestValues:
             before = one_array(self.table.column(name)).take(pa.array(place, mask=place < 0))
             same &= _same(one_array(new.table.column(name)), before)
         new.changed = ~same
-        result, _ = copy(self), self.columns
+        _ = self.columns  # with what functions make of them, which all that come after share
+        result = copy(self)
         result.levels = grown(self.levels, new, LatestValues.merged)
         _ = [level._index for level in result.levels]  # for which no request has to wait
         return result

@@ -151,7 +151,7 @@ class Live:
     def find(self, encoders: Mapping[str, MemoryEncoder[Any]], rows: RequestRows, of_requests: Collection[str]) -> None:
         """Notes in the look-ups of rows what the shared levels know, in one pass for all counters.
 
-        encoders: those that `encoder` gave; of_requests: names of those that ask once a request.
+        encoders: those that `encoder_of` gave; of_requests: names of those that ask once a request.
         """
         asked = []
         for name in self._learnt:

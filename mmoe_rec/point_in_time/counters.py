@@ -158,6 +158,7 @@ class CounterMemory(Memory):
     def with_shared(self, levels: CounterLevels, salt: np.uint64, windows: Sequence[int]) -> CounterMemory:
         """The same memory beside levels, in which its keys are combined with `salt`. windows: microseconds to look back
         that are asked for."""
+        _ = self.events.index  # for which no request has to wait
         memory = copy(self)
         memory.shared = SharedLevels(levels, salt, windows)
         return memory

@@ -332,7 +332,7 @@ class _Ticks:
 class UnsortedLookUps:
     """What N rows ask, each for itself. key: (N,) uint64; time: (N,) int64 microseconds.
 
-    later: what `find_later` found in levels of counters, by the counters' memories.
+    later: what `CounterLevels.find` found in levels that counters share, by the counters' memories.
     """
 
     key: np.ndarray

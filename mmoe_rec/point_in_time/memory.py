@@ -117,9 +117,10 @@ class Memory:
         return Search(self.events, asked) if few or isinstance(asked, UnsortedLookUps) else Join(self.events, asked)
 
     def with_levels(self, levels: Sequence[Self]) -> Self:
-        """The same memory with other levels, for whose indexes no request has to wait."""
-        for level in levels:
-            _ = level.events.index, level.lives and level.lives.before
+        """The same memory with other levels. No request has to wait for their indexes, nor for this one's, which all
+        memories with other levels share."""
+        for each in (self, *levels):
+            _ = each.events.index, each.lives and each.lives.before
         memory = copy(self)
         memory.levels = tuple(levels)
         return memory

@@ -147,14 +147,15 @@ class Prepared:
         """Whether these are features of the log by this schema and these splits, with all its files as they are and all
         the checks that are asked for.
 
-        may_lack_files: whether files may be gone that they hold, or have been mended that they left out.
+        may_lack_files: whether files may be gone that they hold, or have been mended that they left out, if the log has
+        the same address.
         """
         manifest, options, changes = self._manifest_or_none, logs.options, self._changes(logs)
-        identity = settings_of(logs.schema, windows), logs.log.source
-        if not changes or (manifest.get("settings"), manifest.get("log")) != identity:
+        if not changes or manifest.get("settings") != settings_of(logs.schema, windows):
             return False
         if any(each.changed or each.new - each.mended for each in changes):
             return False
+        may_lack_files = may_lack_files and manifest["log"] == logs.log.source
         if not may_lack_files and any(each.gone or each.mended or each.bad for each in changes):
             return False
         if options.several_times == "error" and (manifest["requests"] or {}).get("several_times"):

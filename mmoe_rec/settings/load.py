@@ -54,7 +54,7 @@ def _sentence(problem: Any) -> str:
         return f"'{'.'.join(map(str, place[:-2]))}' has the key {place[-2]}, which is not text; put it in quotes"
     # pydantic names the kind of a feature, and members of a union, as if they were keys of the file.
     location = [str(part) for part in (place[:2] + place[3:] if place[:1] == ("features",) else place)]
-    of_union = location[-1:] and location[-1] in ("bool", "int", "float", "str")
+    of_union = kind in _EXPECTED and len(location) > 1 and location[-1] in ("bool", "int", "float", "str")
     name, found = ".".join(location[:-1] if of_union else location), _found(value)
     if of_union:
         is_number = location[-2] in ("low", "high")

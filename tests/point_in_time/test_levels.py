@@ -157,6 +157,13 @@ def test_levels_that_counters_share_are_as_memories_that_were_extended(seed: int
         assert_agree(one.look_up(asked), memory.look_up(asked), (None, *own))
 
 
+def test_what_is_computed_of_all_events_of_a_memory_is_computed_once() -> None:
+    memory, level = (counter_of(drawn(seed, 30, "whole")[1], "whole", 5) for seed in (0, 1))
+    one, two = memory.with_levels([level]), memory.with_levels([level, level])
+    assert one.lives is two.lives is not None
+    assert "before" in vars(one.lives), "no request has to wait for it"
+
+
 def test_an_event_is_copied_a_few_times_however_many_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"SMALLEST": 64, "_GROWTH": 8, "_MANY": 2048}.items():
         monkeypatch.setattr(module, name, value)
