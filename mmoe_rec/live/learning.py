@@ -137,7 +137,7 @@ class Learning:
         self.journal.close()
 
     def newest(self, source: str | None) -> int:
-        """The latest time of a log's rows so far, microseconds; `NEVER` before there are any."""
+        """The latest time of a log's rows so far, microseconds; the least int64 before there are any."""
         return self._duplicates.newest(source)
 
     def catch_up(self) -> None:

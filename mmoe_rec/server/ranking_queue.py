@@ -71,7 +71,7 @@ class RankingQueue:
         self._queue: deque[_Queued] = deque()
         self._tasks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._busy_since: float | None = None
-        # A daemon: a pass that hangs must not keep the process from ending. It ends once nobody holds the batcher.
+        # A daemon: a pass that hangs must not keep the process from ending. It ends once nobody holds the queue.
         threading.Thread(target=_work, args=(self._tasks,), name="ranking", daemon=True).start()
         weakref.finalize(self, self._tasks.put, None)
 

@@ -314,7 +314,7 @@ def test_a_token_is_asked_for(models: Models) -> None:
     assert ask(app, GOOD, headers={"Authorization": "Bearer secret"}).status == 200
 
 
-def test_what_is_no_number_is_never_write_reply() -> None:
+def test_what_is_no_number_is_never_replied() -> None:
     ranking = Ranking(["null", ",null"], [1.0, 0.5], {"a": [0.1, 0.2]}, [0, 1], "t", "t")
     assert json.loads(write_reply([ranking], (), False))["predictions"][0]["candidates"] == ["null", ",null"]
     with pytest.raises(Refused, match="not finite"):

@@ -163,6 +163,18 @@ def test_events_are_taken_after_a_pass(small: SmallModel, tmp_path: Path, monkey
     asyncio.run(scenario())
 
 
+def test_events_do_not_wait_soon_after_a_wait(
+    small: SmallModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Many workers leave no moment in which none ranks."""
+    app, wait, waits = server(small, tmp_path), Passes.wait, list[str]()
+    monkeypatch.setattr(ranking_queue, "LONGEST_WAIT_SECONDS", 0.3)
+    monkeypatch.setattr(Passes, "wait", lambda self: (waits.append(threading.current_thread().name), wait(self)))
+    app.calls.passes.begin()
+    assert [ask(app, b"no JSON", page="/events").status for _ in range(3)] == [400] * 3
+    assert len([name for name in waits if name.startswith("events")]) == 1
+
+
 @pytest.mark.parametrize("full", ["/invocations", "/events"])
 def test_a_page_that_is_full_leaves_the_other_one_its_places(small: SmallModel, tmp_path: Path, full: str) -> None:
     app = server(small, tmp_path, Limits(max_waiting=2))
