@@ -208,7 +208,10 @@ def run_side_by_side(
 def _check_end(code: int, log: Path) -> None:
     """Raises as `run_side_by_side`."""
     if code in (EXIT_CODE, STOPPED_EXIT_CODE):
-        last = log.read_text(encoding="utf-8").splitlines()[-1].partition(": ")[2]
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+        # Libraries may print more while the process ends.
+        said = (each for each in reversed(lines) if each.startswith(("error: ", "stopped: ")))
+        last = next(said, "").partition(": ")[2]
         raise UserError(f"{last} ('{log}' has what came before)") if code == EXIT_CODE else StoppedError(last)
     if code:
         killed = f"was killed by signal {-code}, as where memory runs out (a lower --at-once takes less)"

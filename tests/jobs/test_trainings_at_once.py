@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import subprocess
@@ -39,6 +40,7 @@ def obey(word: str) -> None:
         while not list(Path(os.environ["TMP_OF_TEST"]).glob("*.begun")):
             time.sleep(0.02)
     if word == "wrong":
+        atexit.register(print, "a library says goodbye", flush=True)
         raise UserError("the word is wrong")
     if word == "broken":
         raise ZeroDivisionError("by a word")
