@@ -55,20 +55,20 @@ def features(configuration: Configuration, extend: bool) -> None:
 def _print(prepared: Prepared, settings: Settings) -> None:
     from mmoe_rec.features.memories import remembered_bytes
     from mmoe_rec.log.checks import format_time
-    from mmoe_rec.report.formatting import labels_told, requests_told, unmatured_told
+    from mmoe_rec.report.formatting import describe_labels, describe_request_times, describe_unmatured
 
     print(f"features: {prepared.folder}")
     requests, kinds = prepared.manifest["requests"], {name: task.kind for name, task in settings.tasks.items()}
     for name, split in prepared.manifest["splits"].items():
         labels = "; ".join(  # a name that is not a task's is the outcome of two, which is binary
-            labels_told(task, kinds.get(task, "binary"), split["label_sum"][task], observed)
+            describe_labels(task, kinds.get(task, "binary"), split["label_sum"][task], observed)
             for task, observed in split["observed"].items()
         )
         print(f"  {name}: {split['rows']:,} rows; {labels}" if split["rows"] else f"  {name}: no rows")
         for task, number in split["unmatured"].items():
             if number:
-                print(f"    {unmatured_told(task, number, format_time(split['known_by']))}")
-    if sentence := requests_told(requests):
+                print(f"    {describe_unmatured(task, number, format_time(split['known_by']))}")
+    if sentence := describe_request_times(requests):
         print(sentence)
     if requests and requests["continued_rows"]:
         rows, begun = requests["continued_rows"], requests["continued"]

@@ -104,7 +104,7 @@ class NotValidError(UserError):
 
 
 @dataclass(frozen=True)
-class Tuned:
+class TuningResult:
     """A finished search. best: setting -> value; value: what it reached; file: all settings with these, as YAML; ends:
     how many trials had which outcome."""
 
@@ -161,7 +161,7 @@ class Study:
             reason = str(error.__cause__ or error).splitlines()[0]
             raise UserError(f"the search in '{file}' can't be resumed: {reason}; remove it to begin anew") from None
 
-    def run(self, trials: int) -> Tuned:
+    def run(self, trials: int) -> TuningResult:
         """Tries until there are so many trials, those of earlier runs included.
 
         Raises:
@@ -326,7 +326,7 @@ class Study:
             run.log_metrics(result.best.flat("best"), result.best_step)
             return result.best.objective(select_by, judge)
 
-    def _best(self) -> Tuned:
+    def _best(self) -> TuningResult:
         states, ended = self._states, self._ended()
         if not any(each.state == states.COMPLETE for each in ended):
             reasons = [each.user_attrs[_REASON] for each in ended if _REASON in each.user_attrs]
@@ -341,7 +341,7 @@ class Study:
         ends: dict[Outcome, int] = dict.fromkeys(get_args(Outcome), 0)
         for each in ended:
             ends[outcomes.get(each.state, "not valid" if _REASON in each.user_attrs else "cut short")] += 1
-        return Tuned(values, float(best.value), file, ends)
+        return TuningResult(values, float(best.value), file, ends)
 
 
 def _plain(space: Any, value: Any) -> Any:

@@ -27,7 +27,7 @@ from mmoe_rec.features.memories import Live
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.inference.artifact import Artifact, read_artifact, read_calibration, read_model, version_of
 from mmoe_rec.inference.example import EXAMPLE, ExampleScores
-from mmoe_rec.inference.ranking import Freshness, Ranking, Seen, as_of, explain, latest, scored_table
+from mmoe_rec.inference.ranking import Freshness, RankedRequest, Ranking, as_of, explain, latest, scored_table
 from mmoe_rec.inference.reader import RequestReader, as_logged, read_rows
 from mmoe_rec.inference.request import Request, fused_weights
 from mmoe_rec.inference.scorer import ExpertOptions, Scored, Scorer
@@ -379,7 +379,7 @@ class Ranker:
         rankings = []
         for number, each in enumerate(part):
             start, end = int(starts[number]), int(starts[number + 1])
-            seen = Seen(rows, inputs, self.layout, integer_ids, number, start, end)
+            seen = RankedRequest(rows, inputs, self.layout, integer_ids, number, start, end)
             if each.request.top_k is not None:
                 end = min(end, start + each.request.top_k)
             explanations = None

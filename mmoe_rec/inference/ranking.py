@@ -43,7 +43,7 @@ class Explanation:
 
 
 @dataclass(frozen=True, eq=False)
-class Seen:
+class RankedRequest:
     """A request of a pass.
 
     rows: of the whole pass; inputs: of its R requests, and of its N candidates, as `request_inputs` gives them; layout:
@@ -89,7 +89,7 @@ class Ranking:
     the artifact's `name` and `version` (see `version_of`); explanations: of each candidate, where they were asked for;
     unknown_ids: how many ids of the request's `user` and `candidate`s the model knows nothing of, which replies leave
     out; request_id: the caller's own, or the one that the server gave, where it logs requests; seen: what features saw
-    of the request, see `Seen`, and journal_position: up to where of the server's journal the
+    of the request, see `RankedRequest`, and journal_position: up to where of the server's journal the
     model knew events, which replies leave out.
     """
 

@@ -47,9 +47,9 @@ def write_artifact(
     Raises:
         UserError: a weight, or a prediction for the example, is not a finite number.
     """
-    from mmoe_rec.preprocessing.files import Taken  # which no server needs
+    from mmoe_rec.preprocessing.files import HeldFiles  # which no server needs
 
-    taken = Taken.read(prepared.folder)
+    taken = HeldFiles.read(prepared.folder)
     about = Artifact(
         name=settings.name,
         model=settings.model.model_dump(mode="json"),

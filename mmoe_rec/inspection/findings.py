@@ -69,7 +69,7 @@ def find(health: Health) -> list[Finding]:
     return sorted(found, key=lambda each: (str(each["severity"]), -each["cost"]))
 
 
-def shown_and_folded(findings: Sequence[Finding]) -> tuple[list[Finding], list[Finding]]:
+def split_findings(findings: Sequence[Finding]) -> tuple[list[Finding], list[Finding]]:
     """All problems and the costliest warnings; the other warnings. One warning is not folded alone."""
     problems = [each for each in findings if each["severity"] == "problem"]
     warnings = [each for each in findings if each["severity"] != "problem"]

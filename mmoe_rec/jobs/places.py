@@ -13,7 +13,7 @@ from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.locks import reading
 from mmoe_rec.log.files import is_remote
 from mmoe_rec.point_in_time.join import Window
-from mmoe_rec.preprocessing.extend import Extended, extend
+from mmoe_rec.preprocessing.extend import Extension, extend
 from mmoe_rec.preprocessing.logs import BuildOptions, Logs
 from mmoe_rec.preprocessing.prepare import Prepared, existing, prepare
 from mmoe_rec.settings.schema import Schema
@@ -32,7 +32,7 @@ def build_options(settings: Settings) -> BuildOptions:
     return BuildOptions(**{name: getattr(settings.data, name) for name in names})
 
 
-def read_by(settings: Settings, schema: Schema) -> Schema:
+def adapt_schema(settings: Settings, schema: Schema) -> Schema:
     """The schema of a model, as it reads the settings' logs."""
     events = {name: settings.data.events.get(name, event) for name, event in schema.events.items()}
     of_rows = {"sampling_rate": settings.columns.sampling_rate, "weight": settings.columns.weight}
@@ -53,7 +53,7 @@ def logs_for(settings: Settings, pipeline: FeaturePipeline, types: Sequence[Mapp
             f"the model was trained on a log that {ways[schema.columns.has_time]}, and the log of the settings has "
             f"{'times' if settings.columns.has_time else 'none'} (columns.time): the model's features can't read it"
         )
-    schema = read_by(settings, schema)
+    schema = adapt_schema(settings, schema)
     types = key_types(pipeline, schema) if types is None else types
     return Logs(settings.data.log, schema, build_options(settings), types)
 
@@ -70,7 +70,7 @@ def build_features(settings: Settings) -> Prepared:
     return prepare(*log_and_place(settings))
 
 
-def extend_features(settings: Settings) -> Extended | None:
+def extend_features(settings: Settings) -> Extension | None:
     """Adds new files of the log to existing features; None where there are no new files."""
     return extend(*log_and_place(settings))
 

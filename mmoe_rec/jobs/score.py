@@ -283,7 +283,7 @@ class _Scoring:
             "known_from": format_time(facts["first"]) if self.has_time and facts["first"] is not None else None,
             "labels_known_by": format_time(facts["last"]) if self.has_time and self.labels else None,
             "meaning": self._describe_past(facts["first"], whole),
-            "learnt": None if self.learnt is None else self.learnt.told(whole.learnt, whole.rows),
+            "learnt": None if self.learnt is None else self.learnt.describe(whole.learnt, whole.rows),
             "input": self.source,
             "files": [file.address for file in self.logs.log.files],
             "events": {log.name: [file.address for file in log.files] for log in self.logs.events},

@@ -299,7 +299,7 @@ class LearntRows:
         values = (values.cast(pa.int8()) if pt.is_boolean(values.type) else values).cast(pa.string())
         return int(np.sum(pc.is_in(values, value_set=pa.array(self.values)).to_numpy(zero_copy_only=False)))
 
-    def told(self, learnt: int, rows: int) -> str | None:
+    def describe(self, learnt: int, rows: int) -> str | None:
         """What is to be said of them, after the model's name; None where there are none.
 
         learnt: how many of that many rows it has learnt from.

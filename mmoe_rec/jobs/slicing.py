@@ -22,7 +22,7 @@ import yaml
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.slices import MOST_VALUES, SliceBy
 from mmoe_rec.features.pipeline import FeaturePipeline
-from mmoe_rec.jobs.places import build_options, log_and_place, read_by
+from mmoe_rec.jobs.places import adapt_schema, build_options, log_and_place
 from mmoe_rec.jobs.score_files import text_of
 from mmoe_rec.log.checks import BadFile
 from mmoe_rec.log.columns import column_uses
@@ -63,7 +63,7 @@ class LogColumns:
         """
         wanted, options = settings.evaluation.slices, build_options(settings)
         pipeline = FeaturePipeline.load(artifact / "features", memories=False)
-        schema = read_by(settings, pipeline.schema)
+        schema = adapt_schema(settings, pipeline.schema)
         uses = column_uses(schema)
         usual = [name for name in schema.roles.placement if uses.get(name) in ("key", "number", "any")]
         words = usual if wanted is None else wanted

@@ -25,7 +25,7 @@ from mmoe_rec.live.journal import ROWS_AT_A_TIME, Journal
 from mmoe_rec.live.journal_files import find_removed_logs, read_on
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.log.stand_ins import require_all
-from mmoe_rec.preprocessing.tables import taken_by
+from mmoe_rec.preprocessing.tables import read_held_files
 from mmoe_rec.settings.schema import Schema
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ class Learning:
         through = int(about["through"]) if about is not None and self._is_known else 0
         self.position = max(through, self.journal.removed())
         self._duplicates = Duplicates(self.schema)
-        taken = taken_by(features)
+        taken = read_held_files(features)
         self._begin(through, None if taken is None else taken.last_segments(self.journal.id, self.schema.events))
         self.gap: str | None = None
         if find_removed_logs(self.journal, self.schema, through):

@@ -33,7 +33,7 @@ import pyarrow as pa
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.layout import IdInput, Layout
-from mmoe_rec.inference.ranking import Ranking, Seen
+from mmoe_rec.inference.ranking import RankedRequest, Ranking
 from mmoe_rec.log.columns import UTC_MICROSECONDS
 from mmoe_rec.log.hashing import mix
 from mmoe_rec.point_in_time.arrays import Ragged
@@ -105,7 +105,7 @@ class Record:
         return pa.table(columns | added)
 
 
-def _hash_seen(seen: Seen, places: np.ndarray) -> dict[str, np.ndarray]:
+def _hash_seen(seen: RankedRequest, places: np.ndarray) -> dict[str, np.ndarray]:
     """Feature -> (M,) int32 hashes of what the model read of the candidates at these (M,) rows of the pass."""
     shared, own = seen.inputs
     request = np.full(len(places), seen.number)

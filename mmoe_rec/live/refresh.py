@@ -27,9 +27,9 @@ from mmoe_rec.log.files import find_files
 from mmoe_rec.log.given import iso_time
 from mmoe_rec.log.stand_ins import require_all
 from mmoe_rec.preprocessing.checks import check_apart
-from mmoe_rec.preprocessing.files import Taken, of_journal
+from mmoe_rec.preprocessing.files import HeldFiles, of_journal
 from mmoe_rec.preprocessing.logs import Logs
-from mmoe_rec.preprocessing.tables import ANEW, Tables, advanced, made_anew, taken_by
+from mmoe_rec.preprocessing.tables import ANEW, Tables, extend_tables, read_held_files, remake_tables
 from mmoe_rec.progress import say
 from mmoe_rec.settings.sections import Settings, differences
 from mmoe_rec.tracking import registry, runs
@@ -156,7 +156,7 @@ def write_journal(
     from mmoe_rec.live.journal import Journal
 
     schema, known = settings.schema_, served.about.journal
-    taken, journal = taken_by(served.folder / "features"), Journal(address, create=False)
+    taken, journal = read_held_files(served.folder / "features"), Journal(address, create=False)
     if known is not None and known["id"] != journal.id:
         if not other:
             raise UserError(
@@ -198,7 +198,7 @@ def write_journal(
     return {"id": journal.id, "through": through}
 
 
-def _check_one_way(settings: Settings, taken: Taken | None) -> None:
+def _check_one_way(settings: Settings, taken: HeldFiles | None) -> None:
     """Raises UserError for new files of another program where rows that came both ways could not be told.
 
     Where requests have ids, the tables tell such rows.
@@ -219,16 +219,16 @@ def make_tables(artifact: Path, settings: Settings, until: int | None, out: Path
     """Writes the artifact of a folder to `out` with tables of all rows of the settings' log, as of a moment.
 
     until: microseconds; requests and events then or later don't count, None for all that there are. Tables as of a
-    moment don't know their files, so they can't go on. Raises UserError as `made_anew`, and where the model's features
-    are not those of the settings.
+    moment don't know their files, so they can't go on. Raises UserError as `remake_tables`, and where the model's
+    features are not those of the settings.
     """
     about = read_artifact(artifact)
-    logs, taken = _logs(artifact, settings), taken_by(artifact / "features")
+    logs, taken = _logs(artifact, settings), read_held_files(artifact / "features")
     if until is None and taken is not None and (gone := [each for c in taken.changes(logs) for each in c.gone]):
         such_as = f"({len(gone):,}, such as '{gone[0]}')"
         say(f"files that the model's tables hold are gone {such_as}: the tables are made anew without them")
     with _scratch(out) as scratch:
-        made = made_anew(artifact / "features", logs, scratch, until)
+        made = remake_tables(artifact / "features", logs, scratch, until)
         _write(artifact, out, scratch, made, _carry_on(about.journal, made.journal) if until is None else made.journal)
     return made
 
@@ -242,11 +242,11 @@ def advance_tables(
     journal: what of a journal the files of the log hold, see `Artifact`; None for what their names say, or what the
     model knew before, as segments without a row that counts leave no file.
 
-    Raises UserError as `advanced`, where the model's features are not those of the settings, and where it is not known
-    which files its tables hold.
+    Raises UserError as `extend_tables`, where the model's features are not those of the settings, and where it is not
+    known which files its tables hold.
     """
     about = read_artifact(artifact)
-    taken = taken_by(artifact / "features")
+    taken = read_held_files(artifact / "features")
     if taken is None:
         raise UserError(
             f"the model in '{artifact}' does not say which files its tables hold (an earlier version wrote it, or they "
@@ -254,7 +254,7 @@ def advance_tables(
         )
     logs = _logs(artifact, settings, taken)
     with _scratch(out) as scratch:
-        made = advanced(artifact / "features", as_of(about), logs, taken, scratch)
+        made = extend_tables(artifact / "features", as_of(about), logs, taken, scratch)
         if made is not None:
             journal = _carry_on(about.journal, made.journal) if journal is None else journal
             _write(artifact, out, scratch, made, journal)
@@ -275,7 +275,7 @@ def _carry_on(before: Mapping[str, Any] | None, named: Mapping[str, Any] | None)
     return max(before, named, key=lambda each: int(each["through"]))
 
 
-def _logs(artifact: Path, settings: Settings, taken: Taken | None = None) -> Logs:
+def _logs(artifact: Path, settings: Settings, taken: HeldFiles | None = None) -> Logs:
     """Raises UserError where the settings have other features than the model."""
     pipeline = FeaturePipeline.load(artifact / "features", memories=False)
     require_all(pipeline.schema, "a refresh of a model's tables")

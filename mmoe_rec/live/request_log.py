@@ -35,7 +35,7 @@ from mmoe_rec.errors import UserError, one_line
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from mmoe_rec.inference.ranking import Ranking, Seen
+    from mmoe_rec.inference.ranking import RankedRequest, Ranking
     from mmoe_rec.live.logged_requests import Record
 
 MOST_WAITING = 100_000
@@ -82,7 +82,7 @@ class RequestLog:
         self._thread.start()
 
     @staticmethod
-    def id_of(seen: Seen) -> int | str:
+    def id_of(seen: RankedRequest) -> int | str:
         """A request's id: the caller's own, or a new one of the type that the log has."""
         return new_id(seen.integer_ids) if seen.request is None else seen.request
 

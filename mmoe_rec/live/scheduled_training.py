@@ -29,9 +29,9 @@ from mmoe_rec.live.refresh import AliasHolder, as_of
 from mmoe_rec.locks import writing
 from mmoe_rec.log.checks import format_time
 from mmoe_rec.log.rows import MICROSECONDS_PER_DAY
-from mmoe_rec.preprocessing.files import Taken
+from mmoe_rec.preprocessing.files import HeldFiles
 from mmoe_rec.preprocessing.prepare import ADVICE, BUILD, Prepared, existing
-from mmoe_rec.preprocessing.tables import taken_by
+from mmoe_rec.preprocessing.tables import read_held_files
 from mmoe_rec.settings.sections import Settings, Split
 from mmoe_rec.tracking.outbox import list_waiting_runs
 
@@ -131,12 +131,12 @@ def _add_days(settings: Settings, served: AliasHolder, kept: Path, prepared: Pre
 
 def _check_all_there(served: AliasHolder, prepared: Prepared) -> None:
     """Raises UserError where the tables of the model that serves hold files that the features could not take in."""
-    its = taken_by(served.folder / "features")
+    its = read_held_files(served.folder / "features")
     if its is None:
         return
     lacking = [
         address
-        for mine, others in zip(Taken.read(prepared.folder).logs, its.logs, strict=True)
+        for mine, others in zip(HeldFiles.read(prepared.folder).logs, its.logs, strict=True)
         for address in others.files
         if address not in mine.files
     ]

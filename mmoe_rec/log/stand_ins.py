@@ -45,7 +45,7 @@ def with_ids(table: pa.Table, schema: Schema, first_row: int) -> pa.Table:
     return table if columns.has_candidate else table.append_column(columns.candidate, numbers)
 
 
-def told_of_stand_ins(schema: Schema) -> str | None:
+def describe_stand_ins(schema: Schema) -> str | None:
     """What stands in for users, requests and candidates, as a sentence; None where the log has all."""
     columns, told = schema.columns, []
     if not columns.has_user:

@@ -18,7 +18,7 @@ from mmoe_rec.log.reader import Log
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.log.stand_ins import with_ids, with_times
 from mmoe_rec.point_in_time.join import Window
-from mmoe_rec.preprocessing.count import Counted
+from mmoe_rec.preprocessing.count import LogCounts
 from mmoe_rec.preprocessing.logs import Logs
 from mmoe_rec.preprocessing.requests import Clash, Requests
 from mmoe_rec.preprocessing.splits import SplitCounts
@@ -67,7 +67,7 @@ def check_readings(log: Log) -> None:
             raise UserError(f"{name} can't be read from the log '{log.source}': {error}") from None
 
 
-def check_times(log: Log, counted: Counted) -> None:
+def check_times(log: Log, counted: LogCounts) -> None:
     """Raises UserError where some times are of 1970 and others are not: they were written in different units."""
     (first, first_row), (last, last_row) = counted.first, counted.last
     if first < _YEAR and last > 20 * _YEAR:
@@ -115,7 +115,7 @@ def place(log: Log, row: int) -> str:
 
 
 def check_splits(
-    counted: Counted, windows: Mapping[str, Window], source: str, split: SplitColumn | None = None
+    counted: LogCounts, windows: Mapping[str, Window], source: str, split: SplitColumn | None = None
 ) -> None:
     """Raises UserError where a split has no rows. split: the column that says it, None where times do."""
     for name in windows:

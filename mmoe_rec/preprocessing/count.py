@@ -45,7 +45,7 @@ class CountJob:
 
 
 @dataclass
-class Counted:
+class LogCounts:
     """What was counted of parts of the log; parts are merged in any order.
 
     counts, key_types: as in `FeaturePipeline`; first, last: request times, with the number of a row of
@@ -67,7 +67,7 @@ class Counted:
     spans: dict[tuple[str | None, str], tuple[int, int]] = field(default_factory=dict)
     bad: list[BadFile] = field(default_factory=list)
 
-    def merge(self, other: Counted) -> None:
+    def merge(self, other: LogCounts) -> None:
         """Adds what was counted of other parts."""
         for name, counts in other.counts.items():
             if name in self.counts:
@@ -94,10 +94,10 @@ class Counted:
             self.candidates = grown(self.candidates, each, LatestValues.merged)
 
 
-def count_part(job: CountJob, readers: Mapping[str | None, LogReader], task: tuple[str | None, LogPart]) -> Counted:
+def count_part(job: CountJob, readers: Mapping[str | None, LogReader], task: tuple[str | None, LogPart]) -> LogCounts:
     """Counts a part of the log of events of that name, or of the interaction log (None)."""
     source, part = task
-    pipeline, counted, noticed = FeaturePipeline(job.schema), Counted(), Noticed()
+    pipeline, counted, noticed = FeaturePipeline(job.schema), LogCounts(), Noticed()
     sender, end = _Sender(job, part, source), part.start
     start, train_end = job.windows["train"] if job.statistics else (None, 0)
     for read in readers[source].read(part, noticed):
@@ -121,7 +121,7 @@ def count_part(job: CountJob, readers: Mapping[str | None, LogReader], task: tup
         sender.add(pipeline, rows, number)
     sender.flush()
     if noticed.bad:
-        return Counted(bad=noticed.bad)
+        return LogCounts(bad=noticed.bad)
     if source is None:
         counted.counts, counted.key_types = pipeline.counts if job.statistics else {}, pipeline.key_types
     counted.sent = sender.sent

@@ -30,8 +30,8 @@ from mmoe_rec.log.rows import LogRows
 from mmoe_rec.log.stand_ins import require_all
 from mmoe_rec.point_in_time.join import Window
 from mmoe_rec.preprocessing.checks import check_apart, place
-from mmoe_rec.preprocessing.count import Counted
-from mmoe_rec.preprocessing.files import Taken, of_journal
+from mmoe_rec.preprocessing.count import LogCounts
+from mmoe_rec.preprocessing.files import HeldFiles, of_journal
 from mmoe_rec.preprocessing.logs import DEFAULTS, BuildOptions, Logs
 from mmoe_rec.preprocessing.prepare import (
     ADVICE,
@@ -67,7 +67,7 @@ class NewFiles:
     Raises UserError where a file that was taken in has changed, or no new file can be used.
     """
 
-    def __init__(self, logs: Logs, taken: Taken, holder: Holder) -> None:
+    def __init__(self, logs: Logs, taken: HeldFiles, holder: Holder) -> None:
         self.logs, self.taken, self.holder = logs, taken, holder
         self.changes = taken.changes(logs)
         self._check_unchanged()
@@ -90,7 +90,7 @@ class NewFiles:
         old = [log.found.keys() - each.new for log, each in zip(self.logs.all, self.changes, strict=True)]
         return self.logs.rest(old, events_alone)
 
-    def count(self, steps: Steps, statistics: bool, kept: Path, before: Path) -> Counted:
+    def count(self, steps: Steps, statistics: bool, kept: Path, before: Path) -> LogCounts:
         """Counts the rows of the new files.
 
         kept, before: folders of requests, see `Steps.count`. Raises UserError where rows can't be added.
@@ -103,7 +103,7 @@ class NewFiles:
             self._check_repeats(steps)
         return counted
 
-    def begin(self, counted: Counted, requests: Requests) -> int:
+    def begin(self, counted: LogCounts, requests: Requests) -> int:
         """Microseconds of the first new request."""
         return requests.begin if self.logs.schema.columns.request is not None else counted.first[0]
 
@@ -115,7 +115,7 @@ class NewFiles:
                 f"'{address}' {what} since {self.holder.what} were built from it; put it back, or {self.holder.anew}"
             )
 
-    def _check_times(self, counted: Counted, requests: Requests, new: Logs) -> None:
+    def _check_times(self, counted: LogCounts, requests: Requests, new: Logs) -> None:
         first, known = self.begin(counted, requests), self.holder.last
         if first > known:
             return
@@ -137,7 +137,7 @@ class NewFiles:
             f"the log, or {self.holder.anew}"
         )
 
-    def _check_events(self, counted: Counted, new: Logs) -> None:
+    def _check_events(self, counted: LogCounts, new: Logs) -> None:
         """Raises UserError where new files hold as many events of the time of a file that is gone as that one did."""
         for log, before, changes in zip(new.events, self.taken.logs[1:], self.changes[1:], strict=True):
             for old in (before.files[address] for address in changes.gone):
@@ -194,7 +194,7 @@ ANEW = "build the features anew, without --extend"
 
 
 @dataclass(frozen=True)
-class Extended:
+class Extension:
     """Features with `files` that were added. rows: new ones of the interaction log; new_ids: by feature; gone: files
     that the features hold and the log does not."""
 
@@ -207,7 +207,7 @@ class Extended:
 
 def extend(
     log_source: str, schema: Schema, windows: dict[str, Window], work: Path, options: BuildOptions = DEFAULTS
-) -> Extended | None:
+) -> Extension | None:
     """Adds new files to the features in `work`; None where there are none. After an error they are the old ones.
 
     windows: request times [start, end) in microseconds of each split of the new rows.
@@ -223,7 +223,7 @@ def extend(
         raise UserError(f"'{prepared.folder}' holds no features that could be extended; build them without --extend")
     with writing(prepared.folder, BUILD, ADVICE, queue=True):
         _check_schema(prepared, schema)
-        taken = Taken.read(prepared.folder)
+        taken = HeldFiles.read(prepared.folder)
         logs = Logs(log_source, schema, options, [log.types for log in taken.logs])
         last = prepared.manifest["request_microseconds"][1]
         files = NewFiles(logs, taken, Holder(f"the features in '{prepared.folder}'", ANEW, last))
@@ -250,7 +250,7 @@ def _check_schema(prepared: Prepared, schema: Schema) -> None:
         )
 
 
-def _extend(before: Prepared, files: NewFiles, windows: dict[str, Window], folder: Path) -> Extended:
+def _extend(before: Prepared, files: NewFiles, windows: dict[str, Window], folder: Path) -> Extension:
     logs, new, was = files.logs, files.only(), before.manifest
     first, last = was["request_microseconds"]
     # The splits without the time of old requests.
@@ -283,10 +283,10 @@ def _extend(before: Prepared, files: NewFiles, windows: dict[str, Window], folde
         "new_ids": new_ids,
     }
     write_manifest(folder, {"fingerprint": fingerprint, **manifest, "extends": extends})
-    return Extended(before, sum(len(each.files) for each in new.all), new.log.rows, new_ids, files.gone)
+    return Extension(before, sum(len(each.files) for each in new.all), new.log.rows, new_ids, files.gone)
 
 
-def _check_splits(files: NewFiles, counted: Counted, steps: Steps) -> None:
+def _check_splits(files: NewFiles, counted: LogCounts, steps: Steps) -> None:
     if any(counted.rows.values()):
         return
     first, rows = files.begin(counted, steps.requests), steps.logs.log.rows

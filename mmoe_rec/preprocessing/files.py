@@ -28,7 +28,7 @@ Spans = Mapping[tuple[str | None, str], Span]
 
 
 @dataclass(frozen=True)
-class TakenFile:
+class HeldFile:
     """A file whose rows were counted. partition: columns that stand in its path; first, last: times of its rows,
     microseconds, None without rows."""
 
@@ -46,10 +46,10 @@ class TakenFile:
 
 
 @dataclass
-class TakenLog:
+class HeldLog:
     """The files of one log by address, and the types of its columns in words."""
 
-    files: dict[str, TakenFile] = field(default_factory=dict)
+    files: dict[str, HeldFile] = field(default_factory=dict)
     left_out: dict[str, LeftOut] = field(default_factory=dict)
     types: dict[str, str] = field(default_factory=dict)
 
@@ -80,22 +80,22 @@ class Changes:
 
 
 @dataclass
-class Taken:
+class HeldFiles:
     """The files of the interaction log, and then of each log of events."""
 
-    logs: list[TakenLog]
+    logs: list[HeldLog]
 
     @staticmethod
-    def of(logs: Logs, spans: Spans) -> Taken:
+    def of(logs: Logs, spans: Spans) -> HeldFiles:
         """All files of logs that were read, and those left out."""
-        return Taken([TakenLog() for _ in logs.all]).with_new(logs, spans)
+        return HeldFiles([HeldLog() for _ in logs.all]).with_new(logs, spans)
 
     @staticmethod
-    def read(folder: Path) -> Taken:
+    def read(folder: Path) -> HeldFiles:
         """What `write` wrote. Raises UserError where it is missing, damaged or of another version."""
         try:
             found = json.loads((folder / "files.json").read_text(encoding="utf-8"))
-            return Taken([_log_from(each) for each in found["logs"]])
+            return HeldFiles([_log_from(each) for each in found["logs"]])
         except (OSError, ValueError, KeyError, TypeError):
             raise UserError(
                 f"the features in '{folder}' have no record of the log's files (files.json) that this version reads; "
@@ -118,9 +118,9 @@ class Taken:
         """What has become of the files of each log; of those that are in both, should the settings have changed."""
         return [_changes(taken, log) for taken, log in zip(self.logs, logs.all, strict=False)]
 
-    def with_new(self, logs: Logs, spans: Spans) -> Taken:
+    def with_new(self, logs: Logs, spans: Spans) -> HeldFiles:
         """These files and those that `logs` reads; files that were left out stay as long as they are there."""
-        return Taken([_with_new(taken, log, spans) for taken, log in zip(self.logs, logs.all, strict=True)])
+        return HeldFiles([_with_new(taken, log, spans) for taken, log in zip(self.logs, logs.all, strict=True)])
 
     @property
     def digest(self) -> str:
@@ -169,13 +169,13 @@ def of_journal(address: str) -> bool:
     return read_journal_name(address) is not None
 
 
-def _log_from(tree: Mapping[str, Any]) -> TakenLog:
-    files = [TakenFile(**{**each, "partition": tuple(map(tuple, each["partition"]))}) for each in tree["files"]]
+def _log_from(tree: Mapping[str, Any]) -> HeldLog:
+    files = [HeldFile(**{**each, "partition": tuple(map(tuple, each["partition"]))}) for each in tree["files"]]
     left_out = [LeftOut(**each) for each in tree["left_out"]]
-    return TakenLog({each.address: each for each in files}, {each.address: each for each in left_out}, tree["types"])
+    return HeldLog({each.address: each for each in files}, {each.address: each for each in left_out}, tree["types"])
 
 
-def _changes(taken: TakenLog, log: Log) -> Changes:
+def _changes(taken: HeldLog, log: Log) -> Changes:
     changes, usable = Changes(), {file.address: file for file in log.files}
     for address, file in taken.files.items():
         if address not in log.found:
@@ -193,16 +193,16 @@ def _changes(taken: TakenLog, log: Log) -> Changes:
     return changes
 
 
-def _same(before: TakenFile | LeftOut, now: FoundFile) -> bool:
+def _same(before: HeldFile | LeftOut, now: FoundFile) -> bool:
     return (before.bytes, before.version) == (now.bytes, now.version)
 
 
-def _with_new(taken: TakenLog, log: Log, spans: Spans) -> TakenLog:
+def _with_new(taken: HeldLog, log: Log, spans: Spans) -> HeldLog:
     files = dict(taken.files)
     for file in log.files:
         first, last = spans.get((log.name, file.address), (None, None))
-        files[file.address] = TakenFile(file.address, file.bytes, file.version, file.in_path, file.rows, first, last)
+        files[file.address] = HeldFile(file.address, file.bytes, file.version, file.in_path, file.rows, first, last)
     left_out = {address: file for address, file in taken.left_out.items() if address in log.found}
     left_out |= {file.address: file for file in log.left_out}
     left_out = {address: file for address, file in left_out.items() if address not in files}
-    return TakenLog(files, left_out, taken.types | words_of(log.types))
+    return HeldLog(files, left_out, taken.types | words_of(log.types))

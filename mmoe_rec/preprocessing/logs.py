@@ -44,7 +44,7 @@ class BuildOptions:
         """The moment, microseconds, that no time of the log may lie after; None is the clock's."""
         return None if self.future_times == "error" else _NEVER
 
-    def asked_from(self, last: int) -> int:
+    def earliest_look_up(self, last: int) -> int:
         """The moment from which on requests can ask memories of a log whose last request was at `last`; both in
         microseconds. Nothing of what was known since may be dropped."""
         return last + 1 - round(self.as_of_days * MICROSECONDS_PER_DAY)

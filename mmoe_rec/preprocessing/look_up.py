@@ -36,7 +36,7 @@ _ROOM = 1.1  # for pieces that are larger than the sample says
 
 
 @dataclass(frozen=True)
-class Received:
+class ReceivedRows:
     """What was sent to a partition of the keys of a group of counters and histories, or to a piece of one.
 
     rows: look-ups, and the events of one counter or history, which are held in memory at a time.
@@ -67,7 +67,7 @@ class Received:
         start, end = self.window
         return start is not None and end is not None and end - start <= 1
 
-    def divided(self, rows_in_memory: int, scratch: Path) -> Iterator[Received]:
+    def divide(self, rows_in_memory: int, scratch: Path) -> Iterator[ReceivedRows]:
         """Pieces in the order of time, each of at most `rows_in_memory` rows or of one moment, in files in `scratch`.
 
         A piece lasts until the next one is asked for.
@@ -81,8 +81,8 @@ class Received:
         try:
             rows = self._send(exchange, np.array(edges), rows_in_memory)
             for number, window in enumerate(windows):
-                piece = Received(exchange, number, self.group, window, int(rows[number]))
-                yield from piece.divided(rows_in_memory, scratch / f"{number}")
+                piece = ReceivedRows(exchange, number, self.group, window, int(rows[number]))
+                yield from piece.divide(rows_in_memory, scratch / f"{number}")
         finally:
             exchange.remove()
 
@@ -150,7 +150,7 @@ class Chunk:
 
     def __init__(
         self,
-        received: Received,
+        received: ReceivedRows,
         splits: Sequence[Window],
         look_ups: Sequence[pa.Table],
         events: Mapping[str, Sequence[pa.Table]] | None,
@@ -184,7 +184,7 @@ class Chunk:
 
 
 def chunks(
-    received: Received, splits: Sequence[Window], rows_in_memory: int, scratch: Path, held: Callable[[], int]
+    received: ReceivedRows, splits: Sequence[Window], rows_in_memory: int, scratch: Path, held: Callable[[], int]
 ) -> Iterator[Chunk]:
     """All that was received, in the order of time, at most `rows_in_memory` rows at a time.
 
@@ -192,7 +192,7 @@ def chunks(
     large: each chunk goes through the memories once, which then costs no more than its own rows.
     """
     waiting: _Pieces | None = None
-    for piece in received.divided(rows_in_memory, scratch):
+    for piece in received.divide(rows_in_memory, scratch):
         if not piece.rows and piece.window[1] is not None:
             continue
         if waiting is not None and (piece.rows > rows_in_memory or waiting.rows + piece.rows > held()):
@@ -212,13 +212,13 @@ def chunks(
 class _Pieces:
     """Pieces that follow each other, in memory."""
 
-    def __init__(self, first: Received) -> None:
+    def __init__(self, first: ReceivedRows) -> None:
         self.rows = 0
         self._last, self._start = first, first.window[0]
         self._look_ups: list[pa.Table] = []
         self._events: dict[str, list[pa.Table]] = defaultdict(list)
 
-    def add(self, piece: Received) -> None:
+    def add(self, piece: ReceivedRows) -> None:
         """Takes the next one."""
         for table in piece.look_ups():
             # What asks in one piece and is known in a later one is in both.
@@ -236,7 +236,7 @@ class _Pieces:
         return Chunk(replace(self._last, window=(self._start, end)), splits, self._look_ups, self._events, end)
 
 
-def _of_a_moment(piece: Received, splits: Sequence[Window], rows: int) -> Iterator[Chunk]:
+def _of_a_moment(piece: ReceivedRows, splits: Sequence[Window], rows: int) -> Iterator[Chunk]:
     """First its events, of which some are earlier look-ups, then its look-ups."""
     start, end = piece.window
     for encoder in piece.unlabelled:
@@ -282,10 +282,10 @@ class Partition:
 
 def look_up_partition(job: LookUpJob, partition: Partition) -> dict[str, dict[str, NumberHistogram]]:
     """Makes a partition's look-ups and keeps its part of the memories; gives counts of each feature's results."""
-    group = fitted(job.state).key_groups[partition.group]
-    counting = FeaturePipeline(fitted(job.state).schema).memory_encoders
+    group = load_pipeline(job.state).key_groups[partition.group]
+    counting = FeaturePipeline(load_pipeline(job.state).schema).memory_encoders
     memories: dict[str, Memory] = {encoder.name: _memory_before(job, encoder, partition) for encoder in group}
-    received = Received(job.events, partition.number, group, (None, None), partition.rows)
+    received = ReceivedRows(job.events, partition.number, group, (None, None), partition.rows)
     scratch = job.scratch / partition.group / f"{partition.number}"
     splits = list(job.windows.values())
 
@@ -312,13 +312,13 @@ def look_up_partition(job: LookUpJob, partition: Partition) -> dict[str, dict[st
     return {name: {each: number.histogram for each, number in some.items()} for name, some in numbers.items()}
 
 
-def fitted(state: Path) -> FeaturePipeline:
+def load_pipeline(state: Path) -> FeaturePipeline:
     """The pipeline saved in a folder, without memories; kept for the next task of this process."""
-    return _fitted(state, (state / "pipeline.json").stat().st_mtime_ns)
+    return _load_pipeline(state, (state / "pipeline.json").stat().st_mtime_ns)
 
 
 @lru_cache(maxsize=1)
-def _fitted(state: Path, written: int) -> FeaturePipeline:
+def _load_pipeline(state: Path, written: int) -> FeaturePipeline:
     return FeaturePipeline.load(state, memories=False)
 
 

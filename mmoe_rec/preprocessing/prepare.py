@@ -32,11 +32,11 @@ from mmoe_rec.features.pipeline import FORMAT, FeaturePipeline
 from mmoe_rec.locks import writing
 from mmoe_rec.log.checks import format_time
 from mmoe_rec.log.columns import zone_rules
-from mmoe_rec.log.stand_ins import told_of_stand_ins
+from mmoe_rec.log.stand_ins import describe_stand_ins
 from mmoe_rec.point_in_time.join import Window
 from mmoe_rec.preprocessing.checks import check_apart, check_classes, check_splits, empty_split
-from mmoe_rec.preprocessing.count import Counted
-from mmoe_rec.preprocessing.files import Changes, Taken
+from mmoe_rec.preprocessing.count import LogCounts
+from mmoe_rec.preprocessing.files import Changes, HeldFiles
 from mmoe_rec.preprocessing.logs import DEFAULTS, BuildOptions, Logs
 from mmoe_rec.preprocessing.splits import SplitCounts
 from mmoe_rec.preprocessing.steps import Steps
@@ -56,13 +56,13 @@ def load_counts(pipeline: FeaturePipeline, folder: Path) -> None:
         counts.merge(type(counts).from_table(pq.read_table(folder / f"{name}.parquet")))
 
 
-def save_latest(counted: Counted, folder: Path) -> None:
+def save_latest(counted: LogCounts, folder: Path) -> None:
     """Writes the latest attributes of users and candidates."""
     LatestValues.together(counted.users).save(folder, "user")
     LatestValues.together(counted.candidates).save(folder, "candidate")
 
 
-def add_latest(counted: Counted, schema: Schema, folder: Path) -> None:
+def add_latest(counted: LogCounts, schema: Schema, folder: Path) -> None:
     """Adds the latest attributes that `save_latest` wrote to what was counted since."""
     users = LatestValues.load(folder, "user", schema.columns.user)
     counted.add_latest([users], [LatestValues.load(folder, "candidate", schema.columns.candidate)])
@@ -71,8 +71,8 @@ def add_latest(counted: Counted, schema: Schema, folder: Path) -> None:
 def manifest_of(
     steps: Steps,
     windows: dict[str, Window],
-    taken: Taken,
-    counted: Counted,
+    taken: HeldFiles,
+    counted: LogCounts,
     splits: dict[str, SplitCounts],
     pipeline: FeaturePipeline,
 ) -> dict[str, Any]:
@@ -172,7 +172,7 @@ class Prepared:
     def _changes(self, logs: Logs) -> list[Changes]:
         """What has become of the files; none where there are no features."""
         try:
-            return Taken.read(self.folder).changes(logs)
+            return HeldFiles.read(self.folder).changes(logs)
         except UserError:
             return []
 
@@ -186,7 +186,7 @@ class Prepared:
     def exact_from_later(self, options: BuildOptions) -> tuple[int, int] | None:
         """From when on memories are exact, and should be, in microseconds; None where the former is not later."""
         found = exact_from(self.serving)
-        asked = options.asked_from(self.manifest["request_microseconds"][1])
+        asked = options.earliest_look_up(self.manifest["request_microseconds"][1])
         return None if found is None or found <= asked else (found, asked)
 
     def say_exact_from(self, options: BuildOptions) -> None:
@@ -229,7 +229,7 @@ def prepare(
     """
     check_apart(log_source, schema, work)
     logs = Logs(log_source, schema, options)
-    if (told := told_of_stand_ins(schema)) is not None:
+    if (told := describe_stand_ins(schema)) is not None:
         say(told)
     prepared = Prepared(work / "features")
 
@@ -321,7 +321,7 @@ def settings_of(schema: Schema, windows: dict[str, Window]) -> str:
 def _build(logs: Logs, windows: dict[str, Window], folder: Path) -> None:
     with Steps(logs, windows, folder / "scratch") as steps:
         counted = steps.count(statistics=True, kept=folder / "requests")
-        taken = Taken.of(steps.logs, counted.spans)
+        taken = HeldFiles.of(steps.logs, counted.spans)
         check_splits(counted, windows, logs.log.source, logs.schema.split)
         pipeline = FeaturePipeline(logs.schema)
         pipeline.merge(counted.counts, counted.key_types)
@@ -334,7 +334,7 @@ def _build(logs: Logs, windows: dict[str, Window], folder: Path) -> None:
 
 
 def write_features(
-    steps: Steps, pipeline: FeaturePipeline, counted: Counted, train: Window, folder: Path, before: Path | None = None
+    steps: Steps, pipeline: FeaturePipeline, counted: LogCounts, train: Window, folder: Path, before: Path | None = None
 ) -> dict[str, SplitCounts]:
     """Writes what was fitted and encodes the rows, into an empty folder.
 
@@ -345,7 +345,7 @@ def write_features(
         each.mkdir()
     steps.beside(save_counts, pipeline, counts)
     steps.beside(save_latest, counted, serving)
-    end, training = steps.logs.options.asked_from(last), train if before is None else None
+    end, training = steps.logs.options.earliest_look_up(last), train if before is None else None
     steps.look_up(pipeline, serving, end=end, training=training, before=before)
     if before is None:
         pipeline.finish_results()

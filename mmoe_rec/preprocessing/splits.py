@@ -16,7 +16,7 @@ from mmoe_rec.log.reader import LogPart, LogReader
 from mmoe_rec.log.rows import LogRows, labels_of, unmatured
 from mmoe_rec.point_in_time.join import Window, in_window
 from mmoe_rec.preprocessing.exchange import ResultExchange, ResultReader
-from mmoe_rec.preprocessing.look_up import fitted
+from mmoe_rec.preprocessing.look_up import load_pipeline
 
 ROWS_PER_GROUP = 32_768
 
@@ -85,7 +85,7 @@ def encode_part(
     labels must have matured to count (both in microseconds); exchange: results of counters and histories.
     """
     number, part = task
-    pipeline = fitted(state)
+    pipeline = load_pipeline(state)
     results = ResultReader(exchange, list(pipeline.key_groups))
     asked = {name for encoder in pipeline.memory_encoders.values() for name in encoder.result_columns()}
     counts = {name: SplitCounts() for name in windows}

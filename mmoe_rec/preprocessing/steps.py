@@ -28,11 +28,11 @@ from mmoe_rec.log.checks import BadFile
 from mmoe_rec.log.reader import ROWS_PER_PART, Log, LogPart, LogReader
 from mmoe_rec.point_in_time.join import Window
 from mmoe_rec.preprocessing.checks import check_duplicates, check_readings, check_requests, check_times
-from mmoe_rec.preprocessing.count import Counted, CountJob, count_part
+from mmoe_rec.preprocessing.count import CountJob, LogCounts, count_part
 from mmoe_rec.preprocessing.engines import Engine, open_engine
 from mmoe_rec.preprocessing.exchange import DUPLICATES, Blocks, Exchange, ResultExchange, events_of, look_ups_of
 from mmoe_rec.preprocessing.logs import Logs
-from mmoe_rec.preprocessing.look_up import LookUpJob, Partition, fitted, look_up_partition
+from mmoe_rec.preprocessing.look_up import LookUpJob, Partition, load_pipeline, look_up_partition
 from mmoe_rec.preprocessing.requests import Requests, find_requests
 from mmoe_rec.preprocessing.splits import SplitCounts, encode_part
 from mmoe_rec.progress import bar
@@ -64,7 +64,7 @@ class Steps:
     def __init__(self, logs: Logs, windows: Mapping[str, Window], scratch: Path, until: int | None = None) -> None:
         self.logs, self.windows, self.scratch, self.until = logs, windows, scratch, until
         self._stack = ExitStack()
-        self._counted = Counted()
+        self._counted = LogCounts()
         self.requests = Requests()
 
     def __enter__(self) -> Steps:
@@ -93,7 +93,7 @@ class Steps:
         # A row of the log is both an event and a look-up.
         return -(-(self.logs.log.rows + self.logs.rows) // self.logs.options.rows_in_memory)
 
-    def count(self, statistics: bool, kept: Path | None = None, before: Path | None = None) -> Counted:
+    def count(self, statistics: bool, kept: Path | None = None, before: Path | None = None) -> LogCounts:
         """Finds the times of requests and reads the logs, and does both again without bad files where some are skipped.
 
         statistics: whether vocabularies and the like are counted; kept: folder that gets what is known of the requests;
@@ -134,19 +134,19 @@ class Steps:
         self.logs = self.logs.without(bad)
         shutil.rmtree(self.scratch, ignore_errors=True)
 
-    def _read_all(self, statistics: bool, kept: Path | None, before: Path | None) -> Counted:
+    def _read_all(self, statistics: bool, kept: Path | None, before: Path | None) -> LogCounts:
         self.requests = self._find_requests(before, kept)
         bad = self.requests.bad
         if bad and not self.logs.options.skip_bad_files:
             raise bad[0]
         counted = self._count(statistics)  # which finds further bad files at once
-        return Counted(bad=[*bad, *counted.bad]) if bad else counted
+        return LogCounts(bad=[*bad, *counted.bad]) if bad else counted
 
     def _find_requests(self, before: Path | None = None, kept: Path | None = None) -> Requests:
         scratch, first_times = self.scratch / "requests", self.scratch / _FIRST_TIMES
         return find_requests(self.logs, self.parts, self._run, scratch, first_times, before, kept)
 
-    def _count(self, statistics: bool) -> Counted:
+    def _count(self, statistics: bool) -> LogCounts:
         options = self.logs.options
         look = options.duplicates == "error" and self.logs.schema.columns.has_candidate
         job = CountJob(self.logs.schema, self.windows, self._events, statistics, look, self.until)
@@ -155,7 +155,7 @@ class Steps:
         for events in self.logs.events:
             readers[events.name] = events.reader
             parts += [(events.name, part) for part in events.parts()]
-        counted = Counted()
+        counted = LogCounts()
         for part in self._run(partial(count_part, job, readers), parts, [part.rows for _, part in parts], "reading"):
             if part.bad and not options.skip_bad_files:
                 raise part.bad[0]
@@ -245,7 +245,7 @@ class Steps:
         for log in self.logs.all:
             log.check_unchanged()
         folder.mkdir(exist_ok=True)
-        layout = fitted(state).layout
+        layout = load_pipeline(state).layout
         (folder / "layout.json").write_text(layout.to_json(), encoding="utf-8")
         return counts
 

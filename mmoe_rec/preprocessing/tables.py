@@ -1,10 +1,11 @@
 """New tables for an existing model: what its counters and histories remember, and latest values, of another moment.
 
-`advanced` makes the tables of a model's features (`<artifact>/features`) go on with new files; `made_anew` makes them
-of all files, or of all rows before a moment. Both encode by the model's own features: an id that has become frequent
-meanwhile stays in its hashed bucket. From the same rows both give the same files, to the last byte of what they hold,
-but for a history of a model whose features were extended: one that went on keeps an item in the bucket that it was in
-before its id got a row of its own, and one that is made anew has that row. Weights and calibration stay right.
+`extend_tables` makes the tables of a model's features (`<artifact>/features`) go on with new files; `remake_tables`
+makes them of all files, or of all rows before a moment. Both encode by the model's own features: an id that has become
+frequent meanwhile stays in its hashed bucket. From the same rows both give the same files, to the last byte of what
+they hold, but for a history of a model whose features were extended: one that went on keeps an item in the bucket that
+it was in before its id got a row of its own, and one that is made anew has that row. Weights and calibration stay
+right.
 
     <features>/
         pipeline.json, NAME.KEY.parquet    what encoders have learnt
@@ -25,9 +26,9 @@ from typing import Any
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.log.checks import format_time
-from mmoe_rec.preprocessing.count import Counted
+from mmoe_rec.preprocessing.count import LogCounts
 from mmoe_rec.preprocessing.extend import Holder, NewFiles
-from mmoe_rec.preprocessing.files import Taken
+from mmoe_rec.preprocessing.files import HeldFiles
 from mmoe_rec.preprocessing.logs import Logs
 from mmoe_rec.preprocessing.prepare import add_latest, save_latest
 from mmoe_rec.preprocessing.steps import Steps
@@ -39,8 +40,8 @@ ANEW = "make the tables anew with --anew, which reads all files of the log"
 class Tables:
     """What was made. files: that were read; rows: of the interaction log, events: of its logs of events, that were
     added; as_of: microseconds of the last request that the tables know; digest: tells the files that they hold from any
-    others, None where these are not known; journal: what of a journal they hold, see `Taken.journal`; gone: files that
-    the tables before hold and the log does not."""
+    others, None where these are not known; journal: what of a journal they hold, see `HeldFiles.journal`; gone: files
+    that the tables before hold and the log does not."""
 
     files: int
     rows: int
@@ -51,13 +52,13 @@ class Tables:
     gone: Sequence[str] = ()
 
 
-def taken_by(features: Path) -> Taken | None:
+def read_held_files(features: Path) -> HeldFiles | None:
     """The files that the tables in a folder hold; None where an earlier version wrote it, or they were made as of a
     moment. Raises UserError for a damaged record."""
-    return Taken.read(features) if (features / "files.json").is_file() else None
+    return HeldFiles.read(features) if (features / "files.json").is_file() else None
 
 
-def advanced(features: Path, last: int, logs: Logs, taken: Taken, out: Path) -> Tables | None:
+def extend_tables(features: Path, last: int, logs: Logs, taken: HeldFiles, out: Path) -> Tables | None:
     """Writes features whose tables go on with the new files of logs into an empty folder; None where none has a row.
 
     features: of the model; last: microseconds of the last request that its tables know; logs: to be read by the model's
@@ -78,7 +79,7 @@ def advanced(features: Path, last: int, logs: Logs, taken: Taken, out: Path) -> 
         return _write(steps, counted, features, out, as_of, taken, files.gone, before=features.resolve())
 
 
-def made_anew(features: Path, logs: Logs, out: Path, until: int | None = None) -> Tables:
+def remake_tables(features: Path, logs: Logs, out: Path, until: int | None = None) -> Tables:
     """Writes features with tables of all rows of logs into an empty folder.
 
     features: of the model, without a need for its tables; until: requests and events at or after that moment
@@ -91,23 +92,23 @@ def made_anew(features: Path, logs: Logs, out: Path, until: int | None = None) -
         counted = steps.count(statistics=False, kept=kept)
         if until is not None and counted.last[0] < counted.first[0]:
             raise UserError(f"the log '{logs.log.source}' has no request before {format_time(until)}")
-        taken = None if until is not None else Taken.of(steps.logs, counted.spans)
+        taken = None if until is not None else HeldFiles.of(steps.logs, counted.spans)
         return _write(steps, counted, features, out, counted.last[0], taken)
 
 
 def _write(
     steps: Steps,
-    counted: Counted,
+    counted: LogCounts,
     features: Path,
     out: Path,
     as_of: int,
-    taken: Taken | None,
+    taken: HeldFiles | None,
     gone: Sequence[str] = (),
     before: Path | None = None,
 ) -> Tables:
     """Writes memories as of just after the last request, latest attributes, and what was fitted."""
     pipeline = FeaturePipeline.load(features, memories=False)
-    steps.look_up(pipeline, out, end=steps.logs.options.asked_from(as_of), training=None, before=before)
+    steps.look_up(pipeline, out, end=steps.logs.options.earliest_look_up(as_of), training=None, before=before)
     pipeline.save(out)
     save_latest(counted, out)
     for log in steps.logs.all:

@@ -44,7 +44,7 @@ def rate(value: float | None, kind: str) -> str:
     return f"{value:,.0f}" if 1000 <= abs(value) < 1e15 else f"{value:.4g}"
 
 
-def labels_told(task: str, kind: str, label_sum: float, observed: int) -> str:
+def describe_labels(task: str, kind: str, label_sum: float, observed: int) -> str:
     """The observed labels of a task: how many are positive, or the mean of a regression's."""
     if kind == "binary":
         return f"{task} {label_sum:,.0f} positive of {observed:,} observed"
@@ -65,7 +65,7 @@ def size(value: float) -> str:
     return f"{value:,.0f} {unit}" if unit == "B" else f"{value:,.1f} {unit}"
 
 
-def requests_told(requests: Mapping[str, Any] | None) -> str | None:
+def describe_request_times(requests: Mapping[str, Any] | None) -> str | None:
     """How many requests have several times, of a manifest's `requests`; None where none has."""
     if not requests or not requests["several_times"]:
         return None
@@ -77,7 +77,7 @@ def requests_told(requests: Mapping[str, Any] | None) -> str | None:
     )
 
 
-def unmatured_told(task: str, labels: int, known_by: str | None) -> str:
+def describe_unmatured(task: str, labels: int, known_by: str | None) -> str:
     """How many labels of a split do not count, as they had not matured."""
     noun, verb = ("label", "does") if labels == 1 else ("labels", "do")
     return f"{labels:,} {noun} of {task} had not matured by {day(known_by)} UTC and {verb} not count"

@@ -12,7 +12,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from mmoe_rec.atomic import atomic_file
 from mmoe_rec.inspection import findings
-from mmoe_rec.inspection.findings import drift_beyond_noise, flags_of, moved, shown_and_folded
+from mmoe_rec.inspection.findings import drift_beyond_noise, flags_of, moved, split_findings
 from mmoe_rec.inspection.sums import FREQUENT, RATE_SMOOTHING
 from mmoe_rec.report.formatting import count
 from mmoe_rec.report.pages import COLOURS, blank, plain, render, svg
@@ -45,7 +45,7 @@ def page(health: dict[str, Any]) -> str:
     """The whole page of a health as `mmoe_rec.inspection.health` describes it."""
     overview = health["overview"]
     tasks = next(iter(overview["splits"].values()))["tasks"]
-    shown, folded = shown_and_folded(health["findings"])
+    shown, folded = split_findings(health["findings"])
     numbers = Counter(each["severity"] for each in health["findings"])
     said = [f"{numbers[word]} {word}{'s' * (numbers[word] != 1)}" for word in ("problem", "warning") if numbers[word]]
     values = {

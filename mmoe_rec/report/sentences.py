@@ -25,7 +25,7 @@ from mmoe_rec.evaluation.off_policy import PolicyEstimate
 from mmoe_rec.evaluation.results import Results
 from mmoe_rec.evaluation.slices import ALL, SliceRecord, find_slices_of_other_rows, sort_worst_first
 from mmoe_rec.evaluation.summary import LEFT_OUT, SCORE, GroupSummary, Summary
-from mmoe_rec.report.formatting import difference, interval, requests_told, signed, unmatured_told
+from mmoe_rec.report.formatting import describe_request_times, describe_unmatured, difference, interval, signed
 from mmoe_rec.settings.sections import Evaluation
 
 _SAME_IN_ANY_ORDER = 0.99  # NDCG@10 of the worst order above which NDCG says nothing
@@ -294,9 +294,9 @@ def describe_results(results: Results, findings: Sequence[Any]) -> Iterator[str]
 
 def describe_rows(overview: Mapping[str, Any]) -> list[str]:
     """What to know of the rows of a log that the totals do not show. overview: of a data set's health."""
-    told = requests_told(overview["requests"])
+    told = describe_request_times(overview["requests"])
     return [each for each in (told,) if each] + [
-        f"{name}: {unmatured_told(task, number, split['labels_known_by'])}"
+        f"{name}: {describe_unmatured(task, number, split['labels_known_by'])}"
         for name, split in overview["splits"].items()
         for task, number in split["unmatured"].items()
     ]

@@ -18,7 +18,7 @@ from mmoe_rec.evaluation.metrics.metric import Metric, Named
 from mmoe_rec.evaluation.off_policy import PolicyEstimate
 from mmoe_rec.evaluation.results import Results
 from mmoe_rec.evaluation.summary import CATALOGUE, SCORE, Summary
-from mmoe_rec.inspection.findings import DRIFT, LEAK_AUC, STRONG_DRIFT, flags_of, shown_and_folded
+from mmoe_rec.inspection.findings import DRIFT, LEAK_AUC, STRONG_DRIFT, flags_of, split_findings
 from mmoe_rec.report.findings import find_all
 from mmoe_rec.report.formatting import count, day, difference, fixed, interval, percent, rate, signed, size
 from mmoe_rec.report.sentences import describe_refusal, describe_results, describe_rows, describe_warnings
@@ -288,7 +288,7 @@ def _show_findings(health: dict[str, Any]) -> Iterator[Text]:
         yield Text(f"left out: {each['file']}: {each['reason']}", style="bold red")
     if not health["findings"]:
         yield Text("nothing suspicious found", style="bold green")
-    shown, folded = shown_and_folded(health["findings"])
+    shown, folded = split_findings(health["findings"])
     for each in shown:
         style = "bold red" if each["severity"] == "problem" else "yellow"
         yield Text.assemble((f"{each['severity']}: ", style), each["message"])

@@ -30,7 +30,7 @@ from mmoe_rec.server.calls import is_json, loading, read_body, refusal, type_of
 from mmoe_rec.server.following import Following, step_back
 from mmoe_rec.server.limits import INTERNAL, Limits, Places, Refused
 from mmoe_rec.server.metrics import Metrics
-from mmoe_rec.server.models import Models, Served
+from mmoe_rec.server.models import Models, ServedModel
 from mmoe_rec.server.openapi import ARROW
 from mmoe_rec.server.parsing import parse_json
 from mmoe_rec.server.ranking_queue import Passes
@@ -71,7 +71,7 @@ class Accepting:
         self._models, self._limits, self._metrics = models, limits, metrics
         self._following, self._passes = following, passes
         self._journal = Journal(journal)
-        self._checks: tuple[Served, RowChecks] | None = None
+        self._checks: tuple[ServedModel, RowChecks] | None = None
         self._newest: dict[str | None, int] = {}  # of each log, the latest time of rows that were accepted here
         self._lock = threading.Lock()
         self._next_wait = 0.0
@@ -112,7 +112,7 @@ class Accepting:
             end = time.monotonic()
             self._next_wait = end + _PAUSE_PER_WAIT * (end - begin)
 
-    def _check(self, served: Served, body: bytes, is_arrow: bool, log: str | None) -> _Rows | dict[str, Any]:
+    def _check(self, served: ServedModel, body: bytes, is_arrow: bool, log: str | None) -> _Rows | dict[str, Any]:
         """Checks and appends what was sent, and gives the reply; or gives the rows, if they lack something."""
         checks = self._checks_of(served)
         try:
@@ -127,7 +127,7 @@ class Accepting:
         sent = _Rows(log, table, _lacking(log, checks, table, rows))
         return sent if sent.lacking else self._append(served, sent)
 
-    def _append(self, served: Served, rows: _Rows) -> dict[str, Any]:
+    def _append(self, served: ServedModel, rows: _Rows) -> dict[str, Any]:
         """Appends rows; gives the reply."""
         assert served.learning is not None
         table = rows.table
@@ -159,7 +159,7 @@ class Accepting:
         ignored = learning.count_known(times)
         return order | ({"ignored": ignored} if ignored else {})
 
-    def _checks_of(self, served: Served) -> RowChecks:
+    def _checks_of(self, served: ServedModel) -> RowChecks:
         if self._checks is None or self._checks[0] is not served:
             pipeline = served.ranker.pipeline
             self._checks = served, RowChecks(pipeline.schema, known_types(pipeline), self._limits.max_events)

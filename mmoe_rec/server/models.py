@@ -53,7 +53,7 @@ class NotFoundError(UserError):
 
 
 @dataclass(frozen=True, eq=False)
-class Served:
+class ServedModel:
     """A loaded model, ready to answer. example: a request that can be sent as it is; scores: what it answered it when
     it was loaded; learning: how it learns events, None without a journal."""
 
@@ -93,11 +93,11 @@ class Models:
 
     def __init__(self, limits: Limits, journal: str | None = None, keeps_seen: bool = False) -> None:
         self.limits, self.journal, self.keeps_seen = limits, journal, keeps_seen
-        self.current: Served | None = None
+        self.current: ServedModel | None = None
         self.failure: str | None = None
         self._loading = threading.Lock()
 
-    def load(self, source: Source) -> Served:
+    def load(self, source: Source) -> ServedModel:
         """Loads a model and makes it the current one. Raises UserError for one that can't be loaded or can't answer."""
         with self._loading:
             try:
@@ -110,7 +110,7 @@ class Models:
             self.failure = None
             return served
 
-    def _replace(self, served: Served) -> None:
+    def _replace(self, served: ServedModel) -> None:
         """Serves a model once it has learnt all that the one before has, so that callers who saw events counted will
         still see that."""
         before = None if self.current is None else self.current.learning
@@ -125,7 +125,7 @@ class Models:
                     return
         self.current = served
 
-    def _loaded(self, source: Source) -> Served:
+    def _loaded(self, source: Source) -> ServedModel:
         from mmoe_rec.inference.ranker import Ranker
 
         try:
@@ -145,7 +145,7 @@ class Models:
             raise
         except Exception as error:  # whatever it is, the model before goes on
             raise UserError(f"the model at '{source.address}' can't be loaded ({one_line(error)})") from error
-        return Served(ranker, source, example, scores, learning)
+        return ServedModel(ranker, source, example, scores, learning)
 
 
 def _answer_example(ranker: Ranker, source: Source, example: dict[str, Any]) -> ExampleScores:

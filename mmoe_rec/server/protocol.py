@@ -68,7 +68,7 @@ def protocol(
     """
     base: Any = HttpToolsProtocol
 
-    class Bounded(base):
+    class BoundedProtocol(base):
         """uvicorn's protocol, closing connections between requests that stay unfinished."""
 
         _end: asyncio.TimerHandle | None = None
@@ -215,4 +215,4 @@ def protocol(
                 else:
                     self.transport.close_now()
 
-    return Bounded
+    return BoundedProtocol

@@ -46,7 +46,7 @@ from mmoe_rec.training.fbgemm import torchrec_installed
 from mmoe_rec.training.losses import add_log_variances, log_variances, loss_factors
 from mmoe_rec.training.measure import SOME_ROWS, Chooser
 from mmoe_rec.training.origin import Origin
-from mmoe_rec.training.sharding import Optimizers, Sharded, shard, training_tables
+from mmoe_rec.training.sharding import Optimizers, ShardedModel, shard, training_tables
 from mmoe_rec.training.steps import BadBatches, Balancing, Steps, learning_rate_share, validation_steps
 from mmoe_rec.training.validation import Validation, validate
 from mmoe_rec.training.warm_start import WarmStart, base_rates, set_base_rates
@@ -144,7 +144,7 @@ class Trainer:
 
     def _sharded(
         self, model_settings: Model, warm_start: WarmStart | None, resume: Checkpoint | None, prepared: Prepared
-    ) -> tuple[Sharded, Choices]:
+    ) -> tuple[ShardedModel, Choices]:
         model = build_model(self.layout, model_settings, training_tables(self.layout), self.settings.seed)
         if warm_start is not None:
             warm_start.fill_dense(model)

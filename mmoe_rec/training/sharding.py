@@ -28,7 +28,7 @@ FirstRows = Callable[[EmbeddingTable, int, int], Tensor]
 
 
 @dataclass(frozen=True)
-class Sharded:
+class ShardedModel:
     """A model spread over the ranks.
 
     model: torchrec's DistributedModelParallel, or `OneProcess`, called with a `Batch`; table_optimizer: its fused
@@ -70,7 +70,7 @@ def shard(
     seed: int = 0,
     first_rows: FirstRows | None = None,
     way: Literal["auto"] | Way = "auto",
-) -> Sharded:
+) -> ShardedModel:
     """Spreads a model over `training_tables` over the ranks of the current process group.
 
     batch_size: rows a rank and step. Tables start from `first_rows`, by default `initial_rows(table, seed, ...)`. A
@@ -85,7 +85,7 @@ def shard(
         one = OneProcess(model)
         _fill_tables(one, layout, first_rows)
         lines = [f"{table.name}: one process ({table.rows:,} rows)" for table in used_tables(layout)]
-        return Sharded(one, RowWiseAdagrad(tables, table_learning_rate), "\n".join(lines), "torch")
+        return ShardedModel(one, RowWiseAdagrad(tables, table_learning_rate), "\n".join(lines), "torch")
 
     from torchrec.distributed.model_parallel import DistributedModelParallel
     from torchrec.distributed.types import ShardingPlan
@@ -113,7 +113,7 @@ def shard(
     if alone and plan.plan:
         look_up_directly(parallel)
     _fill_tables(parallel, layout, first_rows)
-    return Sharded(parallel, parallel.fused_optimizer, describe_plan(plan), way)
+    return ShardedModel(parallel, parallel.fused_optimizer, describe_plan(plan), way)
 
 
 def _plan(model: nn.Module, layout: ModelLayout, device: torch.device, batch_size: int) -> Any:
@@ -148,7 +148,7 @@ class Optimizers:
     dense: AdamW of all that is not a table.
     """
 
-    def __init__(self, sharded: Sharded, settings: Training) -> None:
+    def __init__(self, sharded: ShardedModel, settings: Training) -> None:
         self._tables = sharded.table_optimizer
         self._named = sharded.dense_parameters()
         groups: list[dict[str, Any]] = [

@@ -38,7 +38,7 @@ from mmoe_rec.model.routing import Routing, balance_loss, expert_loads, z_loss
 from mmoe_rec.settings.model import Model
 from mmoe_rec.settings.sections import Training
 from mmoe_rec.training.losses import log_variances, masked_loss
-from mmoe_rec.training.sharding import Sharded
+from mmoe_rec.training.sharding import ShardedModel
 
 
 @dataclass
@@ -67,7 +67,7 @@ class Steps:
 
     def __init__(
         self,
-        sharded: Sharded,
+        sharded: ShardedModel,
         optimizer: Any,
         layout: ModelLayout,
         device: torch.device,
@@ -90,7 +90,7 @@ class Steps:
         self._pipeline = self._make_pipeline(sharded)
         self._now: Step | None = None
 
-    def _make_pipeline(self, sharded: Sharded) -> Any:
+    def _make_pipeline(self, sharded: ShardedModel) -> Any:
         if not sharded.pipelined:
             return _NothingAhead(self, self._device, self._forward)
         from torchrec.distributed.train_pipeline import TrainPipelineSparseDist

@@ -54,7 +54,7 @@ def main() -> None:
     """Serves at a port until SIGTERM."""
     from mmoe_rec.server.app import Application
     from mmoe_rec.server.limits import Limits
-    from mmoe_rec.server.models import Models, Served, Source
+    from mmoe_rec.server.models import Models, ServedModel, Source
     from mmoe_rec.server.options import Options, listening_socket
     from mmoe_rec.server.running import Server
     from mmoe_rec.settings.load import load_settings
@@ -65,7 +65,7 @@ def main() -> None:
     ranker: Any = NoopRanker.like(folder)
     ranker.about = SimpleNamespace(name="noop", tables_as_of=ranker.tables_as_of)
     example = json.loads((folder / "example_request.json").read_text(encoding="utf-8"))
-    models.current = Served(ranker, Source(folder, "noop", None), example, ExampleScores((), {}, {}))
+    models.current = ServedModel(ranker, Source(folder, "noop", None), example, ExampleScores((), {}, {}))
     server = Server(Application(models, limits), Options(limits))
     server.serve_on(listening_socket("127.0.0.1", port), lambda: None)
 

@@ -38,7 +38,7 @@ def later_log(seed: int, rows: int = 120) -> pa.Table:
     return table
 
 
-class Extended:
+class Extension:
     """A model, its ranker, and that of the same model over features that were extended by further files."""
 
     def __init__(self, work: Path, further: list[pa.Table]) -> None:
@@ -85,13 +85,13 @@ def scores(ranker: Ranker, small: SmallModel) -> list[float]:
 
 
 @pytest.fixture(scope="module")
-def extended(tmp_path_factory: pytest.TempPathFactory) -> Extended:
-    return Extended(tmp_path_factory.mktemp("extended"), [later_log(3)])
+def extended(tmp_path_factory: pytest.TempPathFactory) -> Extension:
+    return Extension(tmp_path_factory.mktemp("extended"), [later_log(3)])
 
 
 @pytest.mark.parametrize("size", [1, 7, 120])
 def test_a_ranker_that_learns_answers_as_one_over_extended_features(
-    extended: Extended, size: int, monkeypatch: pytest.MonkeyPatch
+    extended: Extension, size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever the order of rows, and the size of batches."""
     monkeypatch.setattr(levels, "SMALLEST", 100)
@@ -116,7 +116,7 @@ def log_rows_without(rows: LogRows, *names: str) -> LogRows:
     return LogRows(rows.table.drop_columns(list(names)), rows.schema)
 
 
-def test_memories_stay_as_they_are(extended: Extended) -> None:
+def test_memories_stay_as_they_are(extended: Extension) -> None:
     ranker = extended.ranker()
     columns = [
         column for each in ranker.pipeline.memory_encoders.values() for column in each.memory.to_columns().values()
@@ -130,7 +130,7 @@ def test_memories_stay_as_they_are(extended: Extended) -> None:
         np.testing.assert_array_equal(column, was)
 
 
-def test_what_was_prepared_beside_something_else_is_not_taken(extended: Extended) -> None:
+def test_what_was_prepared_beside_something_else_is_not_taken(extended: Extension) -> None:
     """Else what was taken in between would be lost without a word, as where two threads learn."""
     ranker = extended.ranker()
     rows = log_rows(later_log(3), extended.small.settings.schema_)
@@ -144,7 +144,7 @@ def test_what_was_prepared_beside_something_else_is_not_taken(extended: Extended
     assert ranker.live_rows == 2 * len(rows)
 
 
-def test_scored_rows_do_not_keep_what_was_known_when_they_were_scored_first(extended: Extended) -> None:
+def test_scored_rows_do_not_keep_what_was_known_when_they_were_scored_first(extended: Extension) -> None:
     ranker, (_, rows) = extended.ranker(), extended.small.later_rows()
     first = ranker.score(rows)[1]
     ranker.learn(later_log(3))
@@ -166,7 +166,7 @@ def known(ranker: Ranker, item: int) -> dict[str, Any]:
     return ranker.reader.completed(rows).table.to_pylist()[0]
 
 
-def test_latest_attributes_move_on_with_later_rows_alone(extended: Extended) -> None:
+def test_latest_attributes_move_on_with_later_rows_alone(extended: Extension) -> None:
     ranker = extended.ranker()
     before = known(ranker, 0)
     ranker.learn(one_row(time=START, brand="early", price=-1.0))
@@ -185,7 +185,7 @@ def test_latest_attributes_move_on_with_later_rows_alone(extended: Extended) -> 
     assert (known(ranker, 0)["brand"], known(ranker, 0)["price"]) == (None, 3.0)
 
 
-def test_early_rows_add_new_ids(extended: Extended) -> None:
+def test_early_rows_add_new_ids(extended: Extension) -> None:
     ranker = extended.ranker()
     request = ({"user": 1234}, {"time": TIMES[0]}, {"item": [NEW_ITEM, 0]})
     assert ranker.rank(*request).unknown_ids == {"user": 1, "candidate": 1}
@@ -205,7 +205,7 @@ def test_early_rows_add_new_ids(extended: Extended) -> None:
         (one_row(click=0.5), "label column 'click' of binary task 'click' holds 0.5"),
     ],
 )
-def test_rows_that_a_build_would_refuse_are_not_learnt(extended: Extended, row: pa.Table, told: str) -> None:
+def test_rows_that_a_build_would_refuse_are_not_learnt(extended: Extension, row: pa.Table, told: str) -> None:
     ranker = extended.ranker()
     with pytest.raises(UserError, match=told):
         ranker.learn(pa.concat_tables([row]))

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from mmoe_rec.inspection.findings import LEAST, cost_of_drift, cost_of_unknown, importance, shown_and_folded
+from mmoe_rec.inspection.findings import LEAST, cost_of_drift, cost_of_unknown, importance, split_findings
 from tests.inspection.encoded_data import changed, drifting, found, health_of_frames, part, random_frames
 
 
@@ -76,7 +76,7 @@ def test_ids_that_training_does_not_know_are_found(tmp_path):
 
 def test_what_costs_most_comes_first_and_the_rest_is_folded(tmp_path):
     findings = health_of_frames(tmp_path, changed(14, drifting))["findings"]
-    shown, folded = shown_and_folded(findings)
+    shown, folded = split_findings(findings)
     assert (shown[0]["check"], shown[0]["about"]) == ("unknown", "item")
     assert shown[0]["cost"] == pytest.approx(0.51 + 0.49 * 0.2, abs=0.02)  # a fifth is unknown anyway
     assert [*shown, *folded] == findings
@@ -88,9 +88,9 @@ def test_what_costs_most_comes_first_and_the_rest_is_folded(tmp_path):
 
 def test_problems_are_never_folded_nor_is_one_warning_alone():
     warning, problem = ({"severity": word, "cost": 0.0} for word in ("warning", "problem"))
-    assert shown_and_folded([problem] * 9 + [warning] * 6) == ([problem] * 9 + [warning] * 6, [])
-    assert shown_and_folded([problem] * 9 + [warning] * 7) == ([problem] * 9 + [warning] * 5, [warning] * 2)
-    assert shown_and_folded([]) == ([], [])
+    assert split_findings([problem] * 9 + [warning] * 6) == ([problem] * 9 + [warning] * 6, [])
+    assert split_findings([problem] * 9 + [warning] * 7) == ([problem] * 9 + [warning] * 5, [warning] * 2)
+    assert split_findings([]) == ([], [])
 
 
 def test_costs_are_those_of_rows_and_importance():

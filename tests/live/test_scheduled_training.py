@@ -17,9 +17,9 @@ import yaml
 from mmoe_rec.errors import UserError
 from mmoe_rec.inference.artifact import Artifact, read_artifact
 from mmoe_rec.live import scheduled_training as job
-from mmoe_rec.preprocessing.files import Taken
+from mmoe_rec.preprocessing.files import HeldFiles
 from mmoe_rec.preprocessing.prepare import Prepared
-from mmoe_rec.preprocessing.tables import taken_by
+from mmoe_rec.preprocessing.tables import read_held_files
 from mmoe_rec.tracking.registry import Version, fetch_model, find_holder
 from tests import commands
 from tests.log.small_logs import files_of
@@ -140,7 +140,7 @@ def test_a_training_when_one_is_due(days: Days, capsys: pytest.CaptureFixture) -
     assert days.holder().number == holds
     about = days.about("4")
     assert (about.tables_as_of, about.trained_as_of) == (days.about("3").tables_as_of, None)
-    assert about.files == days.about("3").files == Taken.read(days.prepared.folder).digest
+    assert about.files == days.about("3").files == HeldFiles.read(days.prepared.folder).digest
     assert not days.under_way
     days.run()
     printed = capsys.readouterr().out
@@ -167,7 +167,7 @@ def test_a_training_that_was_killed_is_ended_by_the_next(days: Days, more: bool,
     assert days.encoded("train") == trained_rows(6, *tables)
     assert not days.under_way
     assert days.versions == 3 + more
-    assert Taken.read(days.prepared.folder).digest == days.about(f"{2 + more}").files
+    assert HeldFiles.read(days.prepared.folder).digest == days.about(f"{2 + more}").files
     if not more:
         experiment = mlflow.MlflowClient(days.uri).get_experiment_by_name(NAME)
         runs = mlflow.MlflowClient(days.uri).search_runs([experiment.experiment_id])
@@ -214,7 +214,7 @@ def test_a_part_that_fails_leaves_the_alias(
     days.add(6, 7)
     assert "has changed since the model's tables were built from it" in days.refused(capsys)
     # As it was, to the time of its writing.
-    taken = taken_by(fetch_model(f"models:/{NAME}/2", days.uri) / "features")
+    taken = read_held_files(fetch_model(f"models:/{NAME}/2", days.uri) / "features")
     assert taken is not None
     (file,) = [each for address, each in taken.logs[0].files.items() if "from 6" in address]
     os.utime(file.address, ns=(int(file.version), int(file.version)))

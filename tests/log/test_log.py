@@ -21,7 +21,7 @@ from mmoe_rec.log.checks import BadFile
 from mmoe_rec.log.columns import UTC_MICROSECONDS
 from mmoe_rec.log.reader import EventRows, Log
 from mmoe_rec.log.rows import LogRows
-from mmoe_rec.preprocessing.files import Taken
+from mmoe_rec.preprocessing.files import HeldFiles
 from mmoe_rec.preprocessing.logs import DEFAULTS, Logs
 from mmoe_rec.settings.columns import EVENT
 from mmoe_rec.settings.schema import Schema
@@ -99,7 +99,7 @@ def _assert_equal(one: pa.Table, other: pa.Table) -> None:
 def test_the_digest_changes_with_the_files(tmp_path):
     def digest(*tables: pa.Table) -> str:
         logs = Logs(str(write_log(tmp_path, *tables)), SCHEMA, DEFAULTS)
-        return Taken.of(logs, {}).logs[0].digest
+        return HeldFiles.of(logs, {}).logs[0].digest
 
     tables = TABLE.slice(150), TABLE.slice(0, 150), TABLE.slice(0, 0)
     assert digest(*tables) == digest(*tables)

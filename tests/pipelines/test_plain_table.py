@@ -19,7 +19,7 @@ from mmoe_rec.jobs.places import build_features
 from mmoe_rec.jobs.workspace import Trained
 from mmoe_rec.live.outcomes import join_outcomes
 from mmoe_rec.live.replay import ReplayOptions, replay
-from mmoe_rec.log.stand_ins import told_of_stand_ins
+from mmoe_rec.log.stand_ins import describe_stand_ins
 from mmoe_rec.training.validation import BINS_PER_UNIT
 from mmoe_rec.training.warm_start import base_rates
 from tests.commands import read_metrics, refuse, run
@@ -376,7 +376,7 @@ def test_repeated_rows_are_named_by_columns_that_there_are(tmp_path: Path) -> No
 )
 def test_what_stands_in_is_told(tmp_path: Path, columns: dict[str, str], told: str | None) -> None:
     roles = {"candidate": ["x", "word", *([] if "candidate" in columns else ["code"])]}
-    said = told_of_stand_ins(plain_settings(tmp_path, columns=columns, roles=roles).schema_)
+    said = describe_stand_ins(plain_settings(tmp_path, columns=columns, roles=roles).schema_)
     assert (said is None) if told is None else (said is not None and told in said)
 
 

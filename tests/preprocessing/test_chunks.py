@@ -15,7 +15,7 @@ from mmoe_rec.point_in_time.join import in_window, known_at
 from mmoe_rec.preprocessing import look_up as chunks_module
 from mmoe_rec.preprocessing.exchange import Exchange, events_of, look_ups_of
 from mmoe_rec.preprocessing.logs import BuildOptions
-from mmoe_rec.preprocessing.look_up import Received, chunks
+from mmoe_rec.preprocessing.look_up import ReceivedRows, chunks
 from mmoe_rec.preprocessing.prepare import prepare
 from tests.log.small_logs import (
     ALL_KINDS,
@@ -104,7 +104,7 @@ def test_what_is_read_of_one_key_grows_with_its_rows(tmp_path, monkeypatch, spre
     assert many < 10 * 2400
 
 
-def received(folder: Path, table: pa.Table, senders: int, rng: np.random.Generator) -> Received:
+def received(folder: Path, table: pa.Table, senders: int, rng: np.random.Generator) -> ReceivedRows:
     """The rows as look-ups and events of one partition."""
     group = FeaturePipeline(SCHEMA).key_groups["click"]
     times = times_of(table)
@@ -120,7 +120,7 @@ def received(folder: Path, table: pa.Table, senders: int, rng: np.random.Generat
         edges = [0, *np.sort(rng.integers(0, len(sent) + 1, senders - 1)), len(sent)]
         for number, (start, end) in enumerate(pairwise(edges)):
             exchange.send(channel, (number, 0), sent.slice(start, end - start), np.zeros(end - start, np.int64))
-    return Received(exchange, 0, group, (None, None), 2 * rows)
+    return ReceivedRows(exchange, 0, group, (None, None), 2 * rows)
 
 
 @settings(max_examples=20, deadline=None)
@@ -139,7 +139,7 @@ def test_each_row_is_in_the_pieces_that_need_it(tmp_path_factory, seed, rows, sp
     ends: list[int | None] = [None]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(chunks_module, "_PIECES_AT_MOST", pieces_at_most)
-        for piece in whole.divided(at_most, folder / "scratch"):
+        for piece in whole.divide(at_most, folder / "scratch"):
             start, end = piece.window
             assert start == ends[-1]
             ends.append(end)

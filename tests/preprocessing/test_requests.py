@@ -15,7 +15,7 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.preprocessing.extend import extend
 from mmoe_rec.preprocessing.logs import DEFAULTS, BuildOptions, Logs
 from mmoe_rec.preprocessing.prepare import Prepared, encode_with, existing, prepare
-from mmoe_rec.report.formatting import requests_told
+from mmoe_rec.report.formatting import describe_request_times
 from mmoe_rec.settings.schema import Schema
 from tests.log.small_logs import (
     ALL_KINDS,
@@ -71,8 +71,8 @@ def test_all_is_that_of_a_log_with_the_first_times(
     assert told["count"] == plain["count"] == frame.ngroups
     assert (told["several_times"], plain["several_times"]) == ((frame.nunique() > 1).sum(), 0)
     assert told["longest_microseconds"] == (frame.max() - frame.min()).max()
-    assert requests_told(plain) is None
-    assert requests_told(told) == (
+    assert describe_request_times(plain) is None
+    assert describe_request_times(told) == (
         f"{told['several_times']} of {told['count']} requests have rows of several times, up to 48.0 hours apart: all "
         "rows of a request take its first time; are ids used again?"
     )

@@ -14,10 +14,10 @@ from hypothesis import settings
 from mmoe_rec.errors import UserError
 from mmoe_rec.features import kinds
 from mmoe_rec.features.pipeline import FeaturePipeline
-from mmoe_rec.preprocessing.files import Taken
+from mmoe_rec.preprocessing.files import HeldFiles
 from mmoe_rec.preprocessing.logs import BuildOptions, Logs
 from mmoe_rec.preprocessing.prepare import Prepared, prepare
-from mmoe_rec.preprocessing.tables import Tables, advanced, made_anew, taken_by
+from mmoe_rec.preprocessing.tables import Tables, extend_tables, read_held_files, remake_tables
 from tests.log.small_logs import DAY, START, remembered, windows_of
 from tests.point_in_time.compared_logs import _LACKS, _small_pieces
 from tests.point_in_time.drawn_logs import DrawnLog, draw
@@ -33,7 +33,7 @@ def features_of(prepared: Prepared, folder: Path) -> Path:
     return folder
 
 
-class Served:
+class ServedModel:
     """The features of a model, whose tables move on in a folder of their own at each step."""
 
     def __init__(self, prepared: Prepared, folder: Path, source: str, options: BuildOptions) -> None:
@@ -43,18 +43,18 @@ class Served:
         self.last = prepared.manifest["request_microseconds"][1]
         self.schema = kinds.schema_of(schema_in(prepared))
 
-    def logs(self, taken: Taken | None = None) -> Logs:
+    def logs(self, taken: HeldFiles | None = None) -> Logs:
         return Logs(
             self.source, self.schema, self.options, None if taken is None else [log.types for log in taken.logs]
         )
 
     def go_on(self) -> Tables | None:
-        taken = taken_by(self.features)
+        taken = read_held_files(self.features)
         assert taken is not None
         self.number += 1
         out = self.folder / f"{self.number}"
         out.mkdir()
-        made = advanced(self.features, self.last, self.logs(taken), taken, out)
+        made = extend_tables(self.features, self.last, self.logs(taken), taken, out)
         if made is not None:
             self.features, self.last = out, made.as_of
         return made
@@ -63,7 +63,7 @@ class Served:
         out = self.folder / f"anew {until}"
         shutil.rmtree(out, ignore_errors=True)
         out.mkdir()
-        return out, made_anew(self.folder / "0", self.logs(), out, until)
+        return out, remake_tables(self.folder / "0", self.logs(), out, until)
 
 
 def schema_in(prepared: Prepared) -> dict:
@@ -90,11 +90,11 @@ def assert_same_tables(one: Path, other: Path, but: tuple[str, ...] = ()) -> int
         compared += len(tables[0]) * name.endswith(".memory")
     if "files.json" in names - set(but):
         mine, its = (
-            [{each.address: each for each in log.files.values()} for log in Taken.read(each).logs]
+            [{each.address: each for each in log.files.values()} for log in HeldFiles.read(each).logs]
             for each in (one, other)
         )
         assert mine == its
-        assert Taken.read(one).digest == Taken.read(other).digest
+        assert HeldFiles.read(one).digest == HeldFiles.read(other).digest
     return compared
 
 
@@ -121,14 +121,14 @@ def test_drawn_logs_with_all_that_a_log_may_hold(tmp_path: Path, seed: int) -> N
         assert_same_tables(served.features, anew)
 
 
-def _steps(drawn: DrawnLog, folder: Path, schema, options: BuildOptions) -> Served | None:
+def _steps(drawn: DrawnLog, folder: Path, schema, options: BuildOptions) -> ServedModel | None:
     served = None
     for stage in range(drawn.stages):
         drawn.write(folder, stage)
         try:
             if served is None:
                 prepared = prepare(str(folder / "log"), schema, drawn.windows, folder / "work", options)
-                served = Served(prepared, folder / "served", str(folder / "log"), options)
+                served = ServedModel(prepared, folder / "served", str(folder / "log"), options)
             else:
                 served.go_on()
         except UserError as error:
@@ -141,7 +141,7 @@ def _steps(drawn: DrawnLog, folder: Path, schema, options: BuildOptions) -> Serv
 def test_tables_of_a_model_whose_vocabulary_lacks_frequent_ids(tmp_path: Path) -> None:
     """Items that have become frequent stay in their buckets; an extension of the features gives them rows."""
     log = Growing.of_eight_days(tmp_path)
-    served = Served(Prepared(log.work / "features"), tmp_path / "served", log.source, BuildOptions())
+    served = ServedModel(Prepared(log.work / "features"), tmp_path / "served", log.source, BuildOptions())
     known = ids_of(served.features)
     log.add(8, 12)
     served.go_on()
@@ -155,7 +155,7 @@ def test_tables_of_a_model_whose_vocabulary_lacks_frequent_ids(tmp_path: Path) -
 
 def test_events_alone_move_the_tables_on(tmp_path: Path) -> None:
     log = Growing.of_eight_days(tmp_path)
-    served = Served(Prepared(log.work / "features"), tmp_path / "served", log.source, BuildOptions())
+    served = ServedModel(Prepared(log.work / "features"), tmp_path / "served", log.source, BuildOptions())
     log.add(8, 12)
     late = log.folder / "log" / "99.parquet"
     rows = pq.read_table(late)
@@ -178,7 +178,7 @@ def test_events_alone_move_the_tables_on(tmp_path: Path) -> None:
 def test_rows_and_events_from_a_moment_on_do_not_count(tmp_path: Path, until: float) -> None:
     """As if the log had ended then; requests of a moment that is the edge itself don't count."""
     log = Growing.of_eight_days(tmp_path)
-    served = Served(Prepared(log.work / "features"), tmp_path / "served", log.source, BuildOptions())
+    served = ServedModel(Prepared(log.work / "features"), tmp_path / "served", log.source, BuildOptions())
     log.add(8, 12)
     moment = START + int(until * DAY)
     frozen, made = served.anew(moment)
@@ -194,7 +194,7 @@ def test_rows_and_events_from_a_moment_on_do_not_count(tmp_path: Path, until: fl
 
 def test_files_of_a_journal_are_known_by_their_names(tmp_path: Path) -> None:
     log = Growing.of_eight_days(tmp_path)
-    served = Served(Prepared(log.work / "features"), tmp_path / "served", log.source, BuildOptions())
+    served = ServedModel(Prepared(log.work / "features"), tmp_path / "served", log.source, BuildOptions())
     log.add(8, 9)
     made = served.go_on()
     assert made is not None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mmoe_rec.report.formatting import labels_told, rate
+from mmoe_rec.report.formatting import describe_labels, rate
 
 
 @pytest.mark.parametrize(
@@ -25,7 +25,7 @@ def test_a_mean_is_told_to_the_unit(value: float | None, kind: str, told: str) -
 
 
 def test_a_regression_has_a_mean_and_no_positives() -> None:
-    assert labels_told("clicked", "binary", 1103.0, 2218) == "clicked 1,103 positive of 2,218 observed"
-    assert labels_told("clicked", "binary", 0.0, 0) == "clicked 0 positive of 0 observed"
-    assert labels_told("done", "regression", 3_770_599_999_065.0, 2218) == "done 2,218 observed, mean 1,700,000,000"
-    assert labels_told("done", "regression", 0.0, 0) == "done 0 observed"
+    assert describe_labels("clicked", "binary", 1103.0, 2218) == "clicked 1,103 positive of 2,218 observed"
+    assert describe_labels("clicked", "binary", 0.0, 0) == "clicked 0 positive of 0 observed"
+    assert describe_labels("done", "regression", 3_770_599_999_065.0, 2218) == "done 2,218 observed, mean 1,700,000,000"
+    assert describe_labels("done", "regression", 0.0, 0) == "done 0 observed"

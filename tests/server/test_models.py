@@ -51,7 +51,7 @@ class Address:
         return found
 
 
-class Taken(list[str]):
+class HeldFiles(list[str]):
     """The models that were taken up; broken ones can't be."""
 
     def __call__(self, source: Source) -> None:
@@ -61,7 +61,7 @@ class Taken(list[str]):
 
 
 def test_a_slow_find_never_puts_an_older_model_back() -> None:
-    address, taken = Address("1"), Taken()
+    address, taken = Address("1"), HeldFiles()
     reloads = Reloads(address, taken)
     watch = Watch(address, reloads, 0)
     address.go_on.clear()
@@ -79,7 +79,7 @@ def test_a_slow_find_never_puts_an_older_model_back() -> None:
 
 
 def test_those_who_ask_meanwhile_share_one_further_attempt() -> None:
-    address, taken = Address("1"), Taken()
+    address, taken = Address("1"), HeldFiles()
     reloads = Reloads(address, taken)
     address.go_on.clear()
     first = reloads.ask()
@@ -96,7 +96,7 @@ def test_those_who_ask_meanwhile_share_one_further_attempt() -> None:
 
 
 def test_an_attempt_that_fails_tells_why() -> None:
-    reloads = Reloads(Address("broken", OSError("no\nroom"), "3"), taken := Taken())
+    reloads = Reloads(Address("broken", OSError("no\nroom"), "3"), taken := HeldFiles())
     with pytest.raises(UserError, match="it is broken"):
         reloads.ask().result(PATIENCE)
     with pytest.raises(NotFoundError, match="OSError: no room"):
@@ -108,7 +108,7 @@ def test_an_attempt_that_fails_tells_why() -> None:
 def test_no_error_ends_the_looking(caplog: pytest.LogCaptureFixture) -> None:
     down, gone = OSError("the store\nis down"), UserError("there is no such alias")
     address = Address("1", down, down, gone, "1", gone, RuntimeError("can't start new thread"), "2")
-    watch = Watch(address, Reloads(address, taken := Taken()), 3_600)
+    watch = Watch(address, Reloads(address, taken := HeldFiles()), 3_600)
     watch.start("1")
     while not taken:
         watch.look()
@@ -124,7 +124,7 @@ def test_no_error_ends_the_looking(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_a_model_that_can_not_be_loaded_is_not_loaded_at_every_look(caplog: pytest.LogCaptureFixture) -> None:
-    address, taken = Address("broken"), Taken()
+    address, taken = Address("broken"), HeldFiles()
     watch = Watch(address, Reloads(address, taken), 0)
     for state, loads in (("broken", 1), ("broken", 1), ("3", 2)):
         address.states = [state]

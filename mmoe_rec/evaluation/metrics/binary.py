@@ -16,7 +16,7 @@ from scipy.sparse import csr_matrix
 
 from mmoe_rec.auc import auc_of_counts, average_precision_of_counts, grouped_auc
 from mmoe_rec.evaluation.intervals import Values, resample
-from mmoe_rec.evaluation.metrics.metric import Drawn, Metric, Ratio, TaskRows, UserSums, ratio
+from mmoe_rec.evaluation.metrics.metric import Metric, Ratio, Resamples, TaskRows, UserSums, ratio
 
 MOST_BINS = 4_096
 FINE_BINS = 50
@@ -47,7 +47,7 @@ class Bins:
             by_user.eliminate_zeros()
             self._by_bin.append(by_user.astype(np.float32).toarray() if is_dense else by_user)
 
-    def resampled(self, area: Area, drawn: Drawn) -> np.ndarray:
+    def resampled(self, area: Area, drawn: Resamples) -> np.ndarray:
         """(R,) an area; exact where all are drawn once."""
         counts = drawn.counts.astype(np.float32) if isinstance(self._by_bin[0], np.ndarray) else drawn.counts
         found = area(*((each @ counts).astype(np.float64) for each in self._by_bin))
@@ -107,7 +107,7 @@ class Auc(Metric[TaskRows]):
         positive = sums.column("label")
         return [positive, sums.column("weight") - positive]
 
-    def summarise(self, drawn: Drawn) -> np.ndarray:
+    def summarise(self, drawn: Resamples) -> np.ndarray:
         return drawn.sums.once(Bins).resampled(auc_of_counts, drawn)
 
 
@@ -116,7 +116,7 @@ class AveragePrecision(Auc):
 
     name = "average_precision"
 
-    def summarise(self, drawn: Drawn) -> np.ndarray:
+    def summarise(self, drawn: Resamples) -> np.ndarray:
         return drawn.sums.once(Bins).resampled(average_precision_of_counts, drawn)
 
     def why_undefined(self, group: Mapping[str, Any]) -> str:
@@ -189,7 +189,7 @@ class NormalisedEntropy(Metric[TaskRows]):
     name, kinds, better, totals = "normalised_entropy", ("binary",), "lower", ("logloss", "label", "weight")
     why_undefined = one_class
 
-    def summarise(self, drawn: Drawn) -> np.ndarray:
+    def summarise(self, drawn: Resamples) -> np.ndarray:
         rate = ratio(drawn["label"], drawn["weight"])
         inside = np.where((rate > 0) & (rate < 1), rate, 0.5)
         entropy = -inside * np.log(inside) - (1 - inside) * np.log1p(-inside)
@@ -212,7 +212,7 @@ class ExpectedCalibrationError(Metric[TaskRows]):
 
     name, kinds, better, has_interval = "ece", ("binary",), "lower", False
 
-    def summarise(self, drawn: Drawn) -> np.ndarray:
+    def summarise(self, drawn: Resamples) -> np.ndarray:
         place, columns = _equal_bins(drawn.sums, "weight", 10)
         bins = {name: np.bincount(place, each)[:, None] for name, each in columns.items()}
         return ratio(np.abs(bins["prediction"] - bins["label"]).sum(axis=0), bins["weight"].sum(axis=0))

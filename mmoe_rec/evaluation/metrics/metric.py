@@ -68,7 +68,7 @@ class Metric(Named, Generic[Measured]):
         return {}
 
     @abstractmethod
-    def summarise(self, drawn: "Drawn") -> np.ndarray:
+    def summarise(self, drawn: "Resamples") -> np.ndarray:
         """(R,) float64, the value in each resample; NaN where it is undefined."""
 
     def why_undefined(self, group: Mapping[str, Any]) -> str:
@@ -90,7 +90,7 @@ class Ratio(Metric[Measured]):
     def sizes(self, sums: "UserSums") -> list[np.ndarray]:
         return [sums.column(self.totals[1])]
 
-    def summarise(self, drawn: "Drawn") -> np.ndarray:
+    def summarise(self, drawn: "Resamples") -> np.ndarray:
         return ratio(drawn[self.totals[0]], drawn[self.totals[1]])
 
 
@@ -158,10 +158,10 @@ class UserSums:
         made: Made = self._made.get(make) or self._made.setdefault(make, make(self))
         return made
 
-    def drawn(self, counts: np.ndarray) -> "Drawn":
+    def drawn(self, counts: np.ndarray) -> "Resamples":
         """The sums in R resamples that draw the users `counts` (U, R) float64 times."""
         # One product for the sums of all metrics reads the counts once.
-        return Drawn(self, counts, dict(zip(self._totals, self._values @ counts, strict=True)))
+        return Resamples(self, counts, dict(zip(self._totals, self._values @ counts, strict=True)))
 
     @property
     def effective_rows(self) -> float:
@@ -183,7 +183,7 @@ class UserSums:
 
 
 @dataclass(frozen=True)
-class Drawn:
+class Resamples:
     """R resamples of the users; `drawn["weight"]` is the total (R,) of a sum that a metric names in `totals`.
 
     counts: (U, R) float64, how often each user was drawn.

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from mmoe_rec.evaluation.metrics.metric import Drawn, Metric, Ratio, TaskRows, UserSums, ratio
+from mmoe_rec.evaluation.metrics.metric import Metric, Ratio, Resamples, TaskRows, UserSums, ratio
 
 _ROUNDING = 1e-12  # as a share of the mean square: what is left of equal labels
 
@@ -18,7 +18,7 @@ class RootMeanSquaredError(Ratio[TaskRows]):
     def measure(self, rows: TaskRows) -> dict[str, np.ndarray]:
         return {"squared_error": rows.weight * (rows.prediction - rows.label) ** 2}
 
-    def summarise(self, drawn: Drawn) -> np.ndarray:
+    def summarise(self, drawn: Resamples) -> np.ndarray:
         return np.sqrt(super().summarise(drawn))
 
 
@@ -48,7 +48,7 @@ class RSquared(Metric[TaskRows]):
         sums = {"label_distance": rows.weight * distance, "label_squares": rows.weight * distance**2}
         return sums | rows.at_first_rows(rows.unit, {"label_origin": origin})
 
-    def summarise(self, drawn: Drawn) -> np.ndarray:
+    def summarise(self, drawn: Resamples) -> np.ndarray:
         mean_squared_error = ratio(drawn["squared_error"], drawn["weight"])
         return 1 - ratio(mean_squared_error, drawn.sums.once(_Spread).variance(drawn.counts))
 
