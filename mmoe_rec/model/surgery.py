@@ -52,7 +52,7 @@ def add_experts(state: State, model: Model, copied: Iterable[int], seed: int = 0
 def remove_expert(state: State, model: Model, expert: int) -> tuple[State, Model]:
     """The model without a shared expert; gates give its weight to the others, in proportion.
 
-    Raises UserError where too few would be left.
+    Raises UserError where too few would be left, or none of a gate in use.
     """
     _check_shared(model, expert, "removed")
     if model.experts.count + model.experts.task_count == 1:
@@ -64,16 +64,23 @@ def remove_expert(state: State, model: Model, expert: int) -> tuple[State, Model
         kept = [index for index in range(values.shape[dim]) if index != expert]
         return values.index_select(dim, torch.tensor(kept))
 
-    return _changed(state, without), _with_count(model, model.experts.count - 1)
+    state, model = _changed(state, without), _with_count(model, model.experts.count - 1)
+    _check_in_use(state, model, expert, "removed")
+    return state, model
 
 
 def mask_expert(state: State, model: Model, expert: int) -> State:
-    """The model with an expert out of use, its weights kept. Raises UserError for one that it does not have."""
+    """The model with an expert out of use, its weights kept.
+
+    Raises UserError for one that it does not have, and where a gate would have none in use.
+    """
     masks = [name for name in state if name.endswith("gates.masked")]
     total = len(state[masks[0]])
     if not 0 <= expert < total:
         raise UserError(f"there is no expert {expert} to mask: the model has 0 to {total - 1}")
-    return state | {name: state[name].index_fill(0, torch.tensor([expert]), 1) for name in masks}
+    state = state | {name: state[name].index_fill(0, torch.tensor([expert]), 1) for name in masks}
+    _check_in_use(state, model, expert, "put out of use")
+    return state
 
 
 def _added(state: State, expert: int, count: int, soft: bool, generator: torch.Generator) -> State:
@@ -112,6 +119,16 @@ def _check_shared(model: Model, expert: int, what: str) -> None:
     if not 0 <= expert < count:
         hint = " (later numbers are experts of single tasks)" if own else ""
         raise UserError(f"expert {expert} can't be {what}: the experts that all tasks share are 0 to {count - 1}{hint}")
+
+
+def _check_in_use(state: State, model: Model, expert: int, what: str) -> None:
+    """A gate without experts in use would predict the same for every candidate."""
+    shared, own = model.experts.count, model.experts.task_count
+    for name in (name for name in state if name.endswith("gates.masked")):
+        in_use = (state[name] == 0) & (state[name.replace("masked", "ramp")] < 1)
+        of_tasks = in_use[shared:].view(-1, own).any(1).all() if own else False
+        if not (in_use[:shared].any() or of_tasks):
+            raise UserError(f"expert {expert} can't be {what}: it is the last one of a gate in use")
 
 
 def _with_count(model: Model, count: int) -> Model:

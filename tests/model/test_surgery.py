@@ -99,6 +99,16 @@ def test_what_cannot_be_edited_is_named() -> None:
     many = small_settings(experts={"count": 1024, "units": [1]})
     with pytest.raises(UserError, match=r"with 1025 shared experts: 'experts\.count' must be at most 1024"):
         add_experts(state_of(built(many)), many, [0])
+    two = small_settings(experts={"count": 2, "task_count": 0})
+    masked = mask_expert(state_of(built(two)), two, 0)
+    with pytest.raises(UserError, match="expert 1 can't be put out of use: it is the last one of a gate in use"):
+        mask_expert(masked, two, 1)
+    with pytest.raises(UserError, match="expert 1 can't be removed: it is the last one of a gate in use"):
+        remove_expert(masked, two, 1)
+    own = small_settings(experts={"count": 1, "task_count": 1})
+    masked = mask_expert(mask_expert(state_of(built(own)), own, 1), own, 2)
+    with pytest.raises(UserError, match="expert 0 can't be put out of use: it is the last one of a gate in use"):
+        mask_expert(masked, own, 0)
     alone = small_settings(experts={"count": 1})
     with pytest.raises(UserError, match="expert 0 is the only one of a gate"):
         remove_expert(state_of(built(alone)), alone, 0)

@@ -45,7 +45,8 @@ def other_model(world: World, name: str) -> Path:
     if not folder.exists():
         shutil.copytree(world.folder / "work" / "model", folder)
         weights = load_file(folder / "weights.safetensors")
-        save_file({name: weight + 0.01 * weight.is_floating_point() for name, weight in weights.items()}, folder / "w")
+        # Whether an expert is out of use is stored as a number too.
+        save_file({name: each + 0.01 * (not name.endswith("masked")) for name, each in weights.items()}, folder / "w")
         (folder / "w").rename(folder / "weights.safetensors")
         seal(folder)
     return folder
