@@ -260,7 +260,7 @@ def find_versions(names: Iterable[str]) -> dict[str, str]:
 
 
 def look() -> Machine:
-    """This machine."""
+    """What this machine has."""
     required = read_requirements()
     environment = Path(sys.prefix) / "pyvenv.cfg"
     by_uv = "uv =" in environment.read_text() if environment.is_file() else shutil.which("uv") is not None

@@ -73,10 +73,9 @@ class ScoredRows:
 
     users, requests, candidates: (N,) int64 or string; predictions, labels: (N, T), NaN where unobserved; score:
     (N,) log score; experts: how the tasks used them, None where there are none; candidates are None where the log has
-    none; outcomes: each of `layout.outcomes` ->
-    (N,) labels, NaN where unobserved; relevance: weight of each task's label in what a row is worth; weights: (N,) of
-    the rows, None where all count alike; placement: what the model adds for it, None where it does not know any; row:
-    (N,) numbers of rows in their log, where it has no candidates.
+    none; outcomes: each of `layout.outcomes` -> (N,) labels, NaN where unobserved; relevance: weight of each task's
+    label in what a row is worth; weights: (N,) of the rows, None where all count alike; placement: what the model adds
+    for it, None where it does not know any; row: (N,) numbers of rows in their log, where it has no candidates.
     """
 
     layout: ModelLayout

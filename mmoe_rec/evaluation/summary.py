@@ -93,8 +93,7 @@ class MeasuredModel:
 
     address: where it, or its predictions, come from; gates: task -> mean weight of each expert, None where they are
     unknown; seen: sentences on how it has seen these rows before; users: on how it has seen their users; slices: its
-    sums in each, by (what rows are sliced by, value), in the same units; placement: what
-    it has learnt of that.
+    sums in each, by (what rows are sliced by, value), in the same units; placement: what it has learnt of that.
     """
 
     sums: EvaluationSums

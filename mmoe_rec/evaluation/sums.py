@@ -95,7 +95,7 @@ class EvaluationSums:
 
     @property
     def users(self) -> int:
-        """How many were measured."""
+        """How many users were measured."""
         return int(self.tables["ranking"]["users"].to_numpy().sum())
 
     def save(self, folder: Path) -> None:

@@ -110,7 +110,7 @@ def score_log(
 
 
 class _Scoring:
-    """One run."""
+    """One run of the command."""
 
     def __init__(
         self, model: FoundModel, settings: Settings, source: str, out: Output, as_of: AsOf, window: Window, labels: bool

@@ -196,7 +196,7 @@ class Soft(RoutingRule):
     takes_k = False
 
     def select(self, gated: Gated) -> None:
-        """All."""
+        """Selects all experts."""
 
 
 class TopK(RoutingRule):
@@ -208,7 +208,7 @@ class TopK(RoutingRule):
     k_a_row = True
 
     def select(self, gated: Gated) -> Tensor:
-        """Each gate's k largest."""
+        """Selects the k largest of each gate."""
         return largest(gated)
 
 
@@ -222,7 +222,7 @@ class ExpertChoice(RoutingRule):
     rows_compete = True
 
     def select(self, gated: Gated) -> Tensor:
-        """Each expert's rows."""
+        """Selects the rows of each expert."""
         import torch
 
         assert gated.k is not None
@@ -250,7 +250,7 @@ class SharedRoute(RoutingRule):
     one_router = True
 
     def select(self, gated: Gated) -> Tensor:
-        """The router's k largest."""
+        """Selects the k largest of the router."""
         return largest(gated)
 
     def weigh(self, gated: Gated, selected: Tensor | None, renormalise: bool) -> Tensor:

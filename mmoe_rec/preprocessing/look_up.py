@@ -219,7 +219,7 @@ class _Pieces:
         self._events: dict[str, list[pa.Table]] = defaultdict(list)
 
     def add(self, piece: ReceivedRows) -> None:
-        """Takes the next one."""
+        """Takes the next piece."""
         for table in piece.look_ups():
             # What asks in one piece and is known in a later one is in both.
             before = (self._start, piece.window[0])

@@ -31,7 +31,7 @@ def fixed(value: float | None, digits: int = 3) -> str:
 
 
 def thousands(value: int | None) -> str:
-    """A whole number."""
+    """A whole number, its thousands apart."""
     return NONE if value is None else f"{value:,}"
 
 
@@ -57,7 +57,7 @@ def count(value: Mapping[str, Any] | None) -> str:
 
 
 def size(value: float) -> str:
-    """Bytes."""
+    """A number of bytes in its unit."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if value < 1024 or unit == "GiB":
             break

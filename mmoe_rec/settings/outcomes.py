@@ -83,7 +83,7 @@ class Outcomes(Section):
 
     @property
     def windows(self) -> list[Window]:
-        """All of them."""
+        """The windows of all labels, and of what was shown."""
         return [*self.labels.values(), *([] if self.shown is None else [self.shown])]
 
     def check(self, schema: Schema) -> None:

@@ -115,24 +115,24 @@ class Run:
         return heading in _read_sections(self.note)[1]
 
     def log_inputs(self, sets: Sequence[DataSet]) -> None:
-        """The rows that the run reads."""
+        """Logs which rows the run reads."""
         self._put("inputs", {"sets": [asdict(each) for each in sets]} if sets else {})
 
     def log_text(self, text: str, name: str) -> None:
-        """A text file."""
+        """Logs a text file."""
         self._put_file(name, lambda file: file.write_text(text, encoding="utf-8"))
 
     def log_dict(self, values: Mapping[str, Any], name: str) -> None:
-        """A JSON file."""
+        """Logs a JSON file."""
         self.log_text(json.dumps(values, indent=2), name)
 
     def log_figure(self, figure: Any, name: str) -> None:
-        """A matplotlib figure."""
+        """Logs a matplotlib figure."""
         if self.outbox is not None:
             self._put_file(name, figure.savefig)
 
     def log_artifact(self, path: str | Path, folder: str | None = None) -> None:
-        """A file."""
+        """Logs a file."""
         self._put("file", {"folder": folder}, Path(path))
 
     def end(self, status: str) -> None:

@@ -349,7 +349,7 @@ class Meter:
 
     @property
     def rows_per_s(self) -> float:
-        """So far."""
+        """Rows per second so far, of all ranks together."""
         return self._rows / self._seconds
 
     @property

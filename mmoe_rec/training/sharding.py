@@ -167,12 +167,12 @@ class Optimizers:
         return [*self._tables.param_groups, *self.dense.param_groups]
 
     def zero_grad(self) -> None:
-        """Before a forward pass."""
+        """Clears all gradients, before a forward pass."""
         self._tables.zero_grad()
         self.dense.zero_grad(set_to_none=True)
 
     def step(self) -> None:
-        """After a backward pass."""
+        """Steps both optimizers, after a backward pass."""
         self._tables.step()
         self.dense.step()
 

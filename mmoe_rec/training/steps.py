@@ -208,7 +208,7 @@ class _NothingAhead:
         return step
 
     def detach(self) -> None:
-        """Nothing is attached."""
+        """Does nothing, as nothing is attached."""
 
 
 # When learning rates rise and fall, and when validation rows are scored.

@@ -265,7 +265,7 @@ class OwnLabels:
             self._kept.append((users[chosen], logits.numpy().astype(np.float32)[chosen], seen[chosen]))
 
     def exchange(self, device: torch.device) -> None:
-        """A collective call."""
+        """Exchanges sums and users over all ranks: a collective call."""
         _add_up(self._sums, device)
         parts: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(parts, self._kept)
