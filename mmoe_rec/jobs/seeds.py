@@ -114,12 +114,12 @@ def _find_others(against: Sequence[str], settings: Settings, mine: Path) -> dict
         try:
             models: dict[str, str] = json.loads((folder / FILE).read_text(encoding="utf-8"))["models"]
             whole = all(version_of(folder / seed / "model") == version for seed, version in models.items())
-        except (OSError, KeyError, UserError):
+        except (OSError, ValueError, KeyError, UserError):
             whole = False
         if not whole:
             raise UserError(
-                f"--against '{work}' holds no trainings of several seeds that have all ended: '{folder / FILE}' is not "
-                "there, or other models than it says"
+                f"--against '{work}' holds no trainings of several seeds that have all ended: '{folder / FILE}' is "
+                "missing or damaged, or the models are not those that it names"
             )
         others[name] = [folder / seed / "model" for seed in models]
         try:

@@ -138,8 +138,11 @@ def test_other_settings_are_compared_over_their_trainings(world: World, capsys: 
     words = " ".join(Page((Path(other) / "seeds" / "report.html").read_text(encoding="utf-8")).words.split())
     assert "minus work" in words
     assert "{}{} to {}".format(*signed(apart["value"], apart["low"], apart["high"])) in words
+    (world.folder / "cut" / "seeds").mkdir(parents=True)
+    (world.folder / "cut" / "seeds" / "seeds.json").write_text('{"models": {"17"')
     for against, told in (
         (str(world.folder / "log"), "holds no trainings of several seeds that have all ended"),
+        (str(world.folder / "cut"), "holds no trainings of several seeds that have all ended"),
         (str(world.folder / "work"), "is the folder of these trainings"),
     ):
         assert told in refused(capsys, world, "--seeds", "2", "--against", against)
