@@ -127,7 +127,6 @@ def read_on(
         while batches := journal.read(position, through=end, leftovers=True):
             position = batches[-1].position
             yield end, duplicates.filter([each for each in batches if kept.get(each.source, after) < each.position])
-        position = max(position, end)
 
 
 def find_removed_logs(journal: Journal, schema: Schema, position: int) -> list[str | None]:
