@@ -132,7 +132,7 @@ class Study:
         depends = settings.model_dump(mode="json", include={"model", "training", "tuning"})
         text = json.dumps([depends, settings.choices, prepared.manifest["fingerprint"]], sort_keys=True)
         self.key = hashlib.sha256(text.encode()).hexdigest()[:16]
-        self._study = self._opened(self.folder / "study.db")
+        self._study = self._open(self.folder / "study.db")
         # Another seed when the search goes on, or it would draw the same values again.
         seed = settings.training.seed + len(self._study.get_trials(deepcopy=False))
         self._study.sampler = optuna.samplers.TPESampler(n_startup_trials=settings.tuning.startup_trials, seed=seed)
@@ -146,7 +146,7 @@ class Study:
         kind = distributions.IntDistribution if whole else distributions.FloatDistribution
         return kind(search.low, search.high, log=search.log)
 
-    def _opened(self, file: Path) -> Any:
+    def _open(self, file: Path) -> Any:
         from sqlalchemy.exc import SQLAlchemyError
 
         try:
@@ -173,7 +173,7 @@ class Study:
             assert run.run_id is not None
             self._take_up_killed()
             in_a_row = {"not valid": 0, "failed": 0}
-            while len(self._ended()) < trials:
+            while len(self._find_ended()) < trials:
                 outcome, said = self._try(run.run_id)
                 in_a_row = {each: many + 1 if each == outcome else 0 for each, many in in_a_row.items()}
                 if in_a_row["failed"] == FAILURES_IN_A_ROW:
@@ -196,7 +196,7 @@ class Study:
     def _unsent(self) -> Path:
         return Path(self.settings.data.work) / "unsent"
 
-    def _ended(self) -> list[Any]:
+    def _find_ended(self) -> list[Any]:
         """All trials that ended, except those that were or will be tried again."""
         states, trials = self._states, self._study.get_trials(deepcopy=False)
         again = {each.user_attrs.get(_INSTEAD_OF) for each in trials}
@@ -327,7 +327,7 @@ class Study:
             return result.best.objective(select_by, judge)
 
     def _best(self) -> TuningResult:
-        states, ended = self._states, self._ended()
+        states, ended = self._states, self._find_ended()
         if not any(each.state == states.COMPLETE for each in ended):
             reasons = [each.user_attrs[_REASON] for each in ended if _REASON in each.user_attrs]
             last = f" (the last reason: {reasons[-1]})" if reasons else ""

@@ -257,7 +257,7 @@ def _task_tables(
     # Fractions are the same that single precision has the same; whole numbers, such as moments, are not. -0 is 0.
     known_label = np.where(label == np.rint(label), label, label.astype(np.float32)) + 0.0
     own = {"digest": _digest(combine([key, known_label.view(np.uint64)]))}
-    own |= _measured([each for each in metrics_of(task.kind) if not each.of_lists], known, {*sums, *own})
+    own |= _measure_own([each for each in metrics_of(task.kind) if not each.of_lists], known, {*sums, *own})
     of_requests = {"requests": np.ones(requests, np.int64)} | _sums_of_lists(task.kind, lists, {*sums, *own})
     tables = {
         f"{task.name}.users": _sum_by({"user": units, **sums, **own, **known.at_first_rows(known.request, of_requests)})
@@ -282,12 +282,12 @@ def _sums_of_lists(kind: str, lists: RankedLists, taken: Iterable[str]) -> dict[
     least, random = least_and_random_ndcg(lists, NOTED_CUTOFF)
     measured = {"least_ndcg": least, "random_ndcg": random}
     metrics = [each for each in metrics_of(kind) if each.of_lists or kind == "score"]
-    measured |= _measured(metrics, lists, {*taken, *counted, *measured})
+    measured |= _measure_own(metrics, lists, {*taken, *counted, *measured})
     found = {name: each.astype(np.int64) for name, each in counted.items()}
     return found | {name: np.where(ranked, each, 0.0) for name, each in measured.items()}
 
 
-def _measured(metrics: Iterable[Metric[Any]], given: Any, taken: Iterable[str]) -> dict[str, np.ndarray]:
+def _measure_own(metrics: Iterable[Metric[Any]], given: Any, taken: Iterable[str]) -> dict[str, np.ndarray]:
     """The sums that are the metrics' own, of what they are given; taken: names of other sums."""
     columns: dict[str, np.ndarray] = {}
     for metric in metrics:

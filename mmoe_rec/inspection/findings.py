@@ -208,13 +208,12 @@ def _drifts(health: Health) -> Iterator[Finding]:
     features = [feature for feature in health["features"] if feature["inputs"]]
     drifted = [pair for pair in zip(features, worst, strict=True) if drift_beyond_noise(pair[1]) > STRONG_DRIFT]
     for feature, each in sorted(drifted, key=lambda pair: -pair[1]["psi"]):  # of equal cost, the stronger first
-        message = (
-            f"feature '{feature['name']}' drifts strongly, PSI {each['psi']:.2f}{_by(feature, each)}: {moved(each)}"
-        )
+        how = f"PSI {each['psi']:.2f}{_by(feature, each)}: {describe_move(each)}"
+        message = f"feature '{feature['name']}' drifts strongly, {how}"
         yield _finding("warning", "drift", feature["name"], message, cost_of_drift(feature, each))
 
 
-def moved(each: Mapping[str, Any]) -> str:
+def describe_move(each: Mapping[str, Any]) -> str:
     """The bin of an input whose share of the rows has changed most, in words."""
     most = max(each["bins"], key=lambda part: abs(part["test"] - part["train"]))
     words = {"missing": "without a value", "unknown": "of unknown ids", "all others": "of all less frequent ids"}

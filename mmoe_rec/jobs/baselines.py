@@ -52,7 +52,7 @@ def measure_baselines(
         prepared.require_rows("train", "validation", "test")
         scored = _predict(settings, prepared)
         models = {} if evaluated is None else {name: next(iter(evaluated.results.models.values()))}
-        models |= {each: _measured(settings, rows) for each, rows in scored.items()}
+        models |= {each: _measure(settings, rows) for each, rows in scored.items()}
         facts = {"log": settings.data.log} if evaluated is None else evaluated.results.facts
         facts = facts | {"trees": f"at most {MOST_TREES:,} of each task, fewer where validation rows say so"}
         title = f"Baselines of {settings.name}"
@@ -61,7 +61,7 @@ def measure_baselines(
     return results
 
 
-def _measured(settings: Settings, scored: ScoredRows) -> MeasuredModel:
+def _measure(settings: Settings, scored: ScoredRows) -> MeasuredModel:
     from mmoe_rec.evaluation.summary import summarise
 
     sums = scored.measure()

@@ -263,7 +263,7 @@ def _evaluate(
         slices = {} if training is None else training.slices(scored)
         for by, rows in ({} if in_log is None else in_log.of(scored)).items():
             slices[f"column {by}" if by in slices else by] = rows
-        measured[name] = _measured(settings, scored, each, training, slices)
+        measured[name] = _measure(settings, scored, each, training, slices)
     assert scored_by_first is not None, "there is a model"
     title = f"{'Promotion' if place == PROMOTION else 'Evaluation'} of {settings.name}"
     title += "" if split == "test" else f" on {split} rows"
@@ -290,7 +290,7 @@ def measured_on_test_rows(settings: Settings, models: Sequence[FoundModel]) -> l
             if ranker.about.fingerprint != one.about.fingerprint:
                 raise UserError(f"'{each.address}' and '{first.address}' have different features")
             scored = score_by(settings, ranker.model, ranker.layout, rows, ranker.calibration, each.address)
-            measured.append(_measured(settings, scored, each, None, {}))
+            measured.append(_measure(settings, scored, each, None, {}))
     return measured
 
 
@@ -304,7 +304,7 @@ def scored_rows(settings: Settings, model: FoundModel, name: str, split: str = "
         return score_by(settings, ranker.model, ranker.layout, folder, ranker.calibration, name)
 
 
-def _measured(
+def _measure(
     settings: Settings,
     scored: ScoredRows,
     model: FoundModel,

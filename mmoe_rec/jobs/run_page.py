@@ -79,9 +79,9 @@ class MachineMonitor:
         self.run.log_metrics(metrics, step)
         if self._monitors and time.monotonic() >= self._next:
             self._next = time.monotonic() + SECONDS_BETWEEN_SAMPLES
-            self.run.log_metrics(dict(self._sampled()), step)
+            self.run.log_metrics(dict(self._sample()), step)
 
-    def _sampled(self) -> Iterator[tuple[str, float]]:
+    def _sample(self) -> Iterator[tuple[str, float]]:
         for monitor in list(self._monitors):
             try:
                 monitor.collect_metrics()

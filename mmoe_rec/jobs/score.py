@@ -143,7 +143,7 @@ class _Scoring:
             say(f"the {before['rows']:,} scores in '{self.out.folder}' will be replaced once new ones are whole")
         self.out.begin(self.fingerprint)
         try:
-            manifest = self._scored()
+            manifest = self._write_scores()
         except UserError as error:
             # Another try with the same input and nothing done would begin at the same place.
             if isinstance(error, BadFile) or not any((self.out.work / "scored").iterdir()):
@@ -154,7 +154,7 @@ class _Scoring:
         self.out.end(manifest)
         return ScoredLog(self.out.folder, manifest)
 
-    def _scored(self) -> dict[str, Any]:
+    def _write_scores(self) -> dict[str, Any]:
         """Writes the files of the output; gives its manifest."""
         from mmoe_rec.devices import limit_threads
         from mmoe_rec.jobs.score_parts import forget_ranker

@@ -99,11 +99,11 @@ def ranker_of(folder: Path, version: str) -> Ranker:
     Raises UserError where another one lies there by now.
     """
     with _LOADING:
-        return _loaded(folder, version)
+        return _load(folder, version)
 
 
 @lru_cache(maxsize=1)
-def _loaded(folder: Path, version: str) -> Ranker:
+def _load(folder: Path, version: str) -> Ranker:
     ranker = Ranker.load(folder)
     if ranker.version != version:
         raise UserError(
@@ -115,7 +115,7 @@ def _loaded(folder: Path, version: str) -> Ranker:
 
 def forget_ranker() -> None:
     """Frees the memory of the model."""
-    _loaded.cache_clear()
+    _load.cache_clear()
 
 
 def score_part(job: ScoreJob, task: tuple[int, LogPart]) -> PartScored:
@@ -132,7 +132,7 @@ def score_part(job: ScoreJob, task: tuple[int, LogPart]) -> PartScored:
     with atomic_file(job.out.part(number, "arrow")) as path, pa.OSFile(str(path), "wb") as file:
         writer = None
         for numbers, rows in known_rows(job.reader, results, job.window, part):
-            table, log_scores = _scored(ranker, rows)
+            table, log_scores = _score_rows(ranker, rows)
             if job.labels_known_by is not None:
                 for name, values in labels_of(rows, job.labels_known_by).items():
                     table = table.append_column(label_column(name), pa.array(values, from_pandas=True))
@@ -159,7 +159,7 @@ _RANKED = pa.schema({"request": pa.uint64(), "score": pa.float64(), "number": pa
 """The hash of a row's request, its log score, and its number in the log."""
 
 
-def _scored(ranker: Ranker, rows: LogRows) -> tuple[pa.Table, np.ndarray]:
+def _score_rows(ranker: Ranker, rows: LogRows) -> tuple[pa.Table, np.ndarray]:
     """Keys, predictions and scores of rows, and their log scores, (N,) float64."""
     values, log_scores = ranker.score(ranker.reader.completed(rows))
     return scored_table(rows, values, log_scores, ranker.layout), log_scores

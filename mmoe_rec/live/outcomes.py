@@ -207,9 +207,9 @@ class _Run:
         self.database.run(f"DELETE FROM candidates WHERE time <= {self.after}")
         (before,) = self.database.row(f"SELECT count(*) FROM candidates WHERE time <= {until}")
         if (shown := self.outcomes.shown) is not None:
-            placed = "".join(f", {self._placed(name)}" for name in self.plan.placement)
+            placed = "".join(f", {self._query_placed(name)}" for name in self.plan.placement)
             self.database.run(
-                f"CREATE TABLE shown AS SELECT owner{placed} FROM ({self._owned(shown.events)}) "
+                f"CREATE TABLE shown AS SELECT owner{placed} FROM ({self._query_owned(shown.events)}) "
                 f"WHERE delay <= {shown.microseconds} "
                 "QUALIFY row_number() OVER (PARTITION BY owner ORDER BY time, number) = 1",
                 "DELETE FROM candidates WHERE number NOT IN (SELECT owner FROM shown)",
@@ -223,11 +223,11 @@ class _Run:
         self.counts["rows that were not shown"] += before - rows
         self.counts["requests"], self.counts["requests that wait"] = requests, waiting
 
-    def _placed(self, column: str) -> str:
+    def _query_placed(self, column: str) -> str:
         assert self.outcomes.shown is not None
         return self.plan.events[self.outcomes.shown.events].name(column)
 
-    def _owned(self, name: str) -> str:
+    def _query_owned(self, name: str) -> str:
         """A query for the events of a log that belong to a candidate, `owner`, with their `delay` after its request."""
         # Of candidates of one user, item and time the last one, whatever the order of the files.
         owners = (
@@ -256,7 +256,7 @@ class _Run:
             sums = ", ".join(self._combine(place, source) for place, source in mine)
             table = f"of_{self.tables[name]}"
             self.database.run(
-                f"CREATE TABLE {table} AS SELECT owner, {sums} FROM ({self._owned(name)}) GROUP BY owner",
+                f"CREATE TABLE {table} AS SELECT owner, {sums} FROM ({self._query_owned(name)}) GROUP BY owner",
                 f"DROP TABLE {self.tables[name]}",
             )
             joins.append(f"LEFT JOIN {table} ON {table}.owner = candidates.number")
@@ -306,7 +306,7 @@ class _Run:
             if name not in self.plan.placement:
                 chosen.setdefault(name, f"r.{source.name(name)}")
             else:
-                chosen.setdefault(name, f"s.{self._placed(name)}" if shown else "l.rank::BIGINT")
+                chosen.setdefault(name, f"s.{self._query_placed(name)}" if shown else "l.rank::BIGINT")
         chosen[columns.time] = "l.time"
         chosen |= {name: f"l.l{place}" for place, name in enumerate(self.outcomes.labels)}
         if columns.sampling_rate is not None:

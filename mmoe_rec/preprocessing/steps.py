@@ -193,7 +193,7 @@ class Steps:
             scratch=self.scratch / "pieces",
         )
         tasks = [
-            Partition(name, number, self._sent(group, number))
+            Partition(name, number, self._count_sent(group, number))
             for name, group in pipeline.key_groups.items()
             for number in range(partitions)
         ]
@@ -216,7 +216,7 @@ class Steps:
     def _results(self) -> ResultExchange:
         return ResultExchange(self.scratch / _RESULTS, Blocks.of(self.parts))
 
-    def _sent(self, group: Sequence[MemoryEncoder[Any]], partition: int) -> int:
+    def _count_sent(self, group: Sequence[MemoryEncoder[Any]], partition: int) -> int:
         """Rows of a partition that are held at a time: look-ups, and the events of one counter or history."""
         sent = self._counted.sent
         look_ups, *events = (

@@ -12,7 +12,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from mmoe_rec.atomic import atomic_file
 from mmoe_rec.inspection import findings
-from mmoe_rec.inspection.findings import drift_beyond_noise, flags_of, moved, split_findings
+from mmoe_rec.inspection.findings import describe_move, drift_beyond_noise, flags_of, split_findings
 from mmoe_rec.inspection.sums import FREQUENT, RATE_SMOOTHING
 from mmoe_rec.report.formatting import count
 from mmoe_rec.report.pages import COLOURS, blank, plain, render, svg
@@ -129,5 +129,5 @@ def _drift(features: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if each["table"] is None and len(bins) > 2:
             ends = ["low values", "high values, then missing" if ends[1] == "missing" else "high values"]
         most = max(*(part[split] for part in bins for split in ("train", "test")), 1e-9)
-        drawn.append({**each, "moved": moved(each), "ends": ends, "most": most})
+        drawn.append({**each, "moved": describe_move(each), "ends": ends, "most": most})
     return drawn

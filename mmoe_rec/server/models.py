@@ -101,7 +101,7 @@ class Models:
         """Loads a model and makes it the current one. Raises UserError for one that can't be loaded or can't answer."""
         with self._loading:
             try:
-                served = self._loaded(source)
+                served = self._load(source)
                 served.ranker.keeps_seen = self.keeps_seen
                 self._replace(served)
             except UserError as error:
@@ -125,7 +125,7 @@ class Models:
                     return
         self.current = served
 
-    def _loaded(self, source: Source) -> ServedModel:
+    def _load(self, source: Source) -> ServedModel:
         from mmoe_rec.inference.ranker import Ranker
 
         try:

@@ -67,7 +67,7 @@ class Outbox:
         """Sends the message after those that wait, or keeps it. Raises UserError where it can't be kept."""
         if self.folder is None:
             self._send(message)
-        elif self._waiting or not self._sent(message):
+        elif self._waiting or not self._try_to_send(message):
             self._keep(message)
             if time.monotonic() >= self._next_try:
                 self._send_waiting(time.monotonic() + _SECONDS_AT_ONCE)
@@ -92,7 +92,7 @@ class Outbox:
             message = self._read(number)
             if message is None:
                 self._waiting.remove(number)
-            elif self._sent(message):
+            elif self._try_to_send(message):
                 self._waiting.remove(number)
                 self._place(number).unlink(missing_ok=True)
                 shutil.rmtree(self._place(number).with_suffix(".file"), ignore_errors=True)
@@ -107,7 +107,7 @@ class Outbox:
             self._told.clear()
             say(f"MLflow has received all that was kept for it in '{self.folder}'")
 
-    def _sent(self, message: Message) -> bool:
+    def _try_to_send(self, message: Message) -> bool:
         """Tries once. Where it fails: says why, if that is news, and sets the time of the next try."""
         started = time.monotonic()
         try:

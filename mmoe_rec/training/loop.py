@@ -105,7 +105,7 @@ class Trainer:
         self.reader = self._reader(prepared, "train", settings.batch_size)
         self.validation_reader = self._reader(prepared, "validation", max(settings.batch_size, 8192))
         self.position = self.reader.position(0)
-        self.sharded, self.choices = self._sharded(model_settings, warm_start, resume, prepared)
+        self.sharded, self.choices = self._shard(model_settings, warm_start, resume, prepared)
         self.optimizer = Optimizers(self.sharded, settings)
         self.result = TrainingResult(self.sharded.plan)
         self.total_steps = settings.epochs * self.reader.batches_per_epoch
@@ -142,7 +142,7 @@ class Trainer:
             world_size=self.world_size,
         )
 
-    def _sharded(
+    def _shard(
         self, model_settings: Model, warm_start: WarmStart | None, resume: Checkpoint | None, prepared: Prepared
     ) -> tuple[ShardedModel, Choices]:
         model = build_model(self.layout, model_settings, training_tables(self.layout), self.settings.seed)

@@ -77,7 +77,7 @@ class Chooser:
         products = choose_products(settings.products, self._device.type)
         devices = [self._device] if self._device.type == "cuda" else []
         with torch.random.fork_rng(devices), freed_memory_kept():  # as in training
-            precision, products = self._multiplied(settings, products)
+            precision, products = self._choose_products(settings, products)
             set_products(self._mixture, products)
             experts = self._experts(precision)
             if settings.tables == "auto" and self._device.type == "cpu" and self._layout.ids:
@@ -85,7 +85,7 @@ class Chooser:
         threads = (settings.threads or torch.get_num_threads()) if self._device.type == "cpu" else 0
         return Choices(precision, way, experts, threads, products, self._times)
 
-    def _multiplied(self, settings: Training, by_default: Products) -> tuple[Precision, Products]:
+    def _choose_products(self, settings: Training, by_default: Products) -> tuple[Precision, Products]:
         """Precision of products and the library of those in fp32, from the same times: bf16 competes with the fp32
         that would be taken instead of it.
         """
@@ -100,7 +100,7 @@ class Chooser:
         }
         if "bf16" in precisions:
             options["bf16"] = self._option("bf16", by_default, self._rows)
-        times = self._timed(options, SECONDS, [*libraries, *precisions[1:]])
+        times = self._time(options, SECONDS, [*libraries, *precisions[1:]])
         fp32 = {name: time for name, time in times.items() if name != "bf16"}
         products = cast("Products", faster(fp32, by_default, BY_ROUNDING))
         if len(fp32) > 1:
@@ -114,7 +114,7 @@ class Chooser:
 
     def _precisions(self, products: Products) -> list[Precision]:
         """Those that are worth a step to be timed: where bf16 is emulated it takes seconds, so few rows tell first."""
-        few = self._timed({each: self._option(each, products, _FIRST_ROWS) for each in get_args(Precision)}, 0)
+        few = self._time({each: self._option(each, products, _FIRST_ROWS) for each in get_args(Precision)}, 0)
         if few["bf16"] <= _HOPELESS * few["fp32"]:
             return ["fp32", "bf16"]
         self._times["precision"] = few
@@ -141,7 +141,7 @@ class Chooser:
 
             return run
 
-        self._times["experts"] = self._timed({name: option(name) for name in get_args(Compute)}, SECONDS)
+        self._times["experts"] = self._time({name: option(name) for name in get_args(Compute)}, SECONDS)
         choice = cast("Compute", faster(self._times["experts"], "auto", CLEARLY))
         set_compute(self._mixture, choice)
         return choice
@@ -150,7 +150,7 @@ class Chooser:
         widths = sum(stored_width(table.dim) for table in used_tables(self._layout))
         most = max(1, min(_TABLE_ROWS, _TABLE_WEIGHTS // max(1, widths)))
         trials = {str(way): make_trial(way, self._layout, self._ids, most) for way in list_ways()}
-        times = self._timed(trials, SECONDS, get_args(Way))
+        times = self._time(trials, SECONDS, get_args(Way))
         if len(times) < 2:
             return by_default
         self._times["tables"] = times
@@ -164,7 +164,7 @@ class Chooser:
         weights = [each for each in self._mixture.parameters() if each.requires_grad]
         torch.autograd.grad(logits.float().square().mean(), [inputs, *weights], allow_unused=True)
 
-    def _timed(
+    def _time(
         self, options: Mapping[str, Callable[[], object]], seconds: float, names: Sequence[str] = ()
     ) -> dict[str, float]:
         """Milliseconds of each option on the slowest rank, of those that every rank has.

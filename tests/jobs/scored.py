@@ -51,7 +51,7 @@ if __name__ == "__main__":
     module, name = {
         "look_up": (score.Steps, "look_up"),
         "keep": (score.Steps, "keep"),
-        "score": (score_parts, "_scored"),
+        "score": (score_parts, "_score_rows"),
         "rank": (score_parts, "rank_rows"),
         "finish": (score_parts, "_groups"),
         "put": (score_files, "put_folder"),

@@ -119,7 +119,7 @@ class TimeEncoder(Encoder):
         # The rows of a request share their time.
         first = np.append(len(every) > 0, every[1:] != every[:-1])
         times, number = every[first], np.cumsum(first) - 1
-        read = self._read(times) if len(times) > _FEW_TIMES else self._remembered(times)
+        read = self._read(times) if len(times) > _FEW_TIMES else self._read_cached(times)
         ids = {
             f"{self.name}_{part}": each[number]
             for part, each in zip(("hour", "weekday"), read, strict=True)
@@ -128,7 +128,7 @@ class TimeEncoder(Encoder):
         ages = [(self._age(rows), self.age)] if "age" in self.feature.parts else []
         return Inputs(dict(ids), numbers=ages)
 
-    def _remembered(self, times: np.ndarray) -> np.ndarray:
+    def _read_cached(self, times: np.ndarray) -> np.ndarray:
         """What `_read` gives for a few times; what was read lately for the same seconds is taken again, as pandas needs
         .2 ms for a single one."""
         seconds = (times // _MICROSECONDS).tolist()  # zones differ by whole seconds
