@@ -101,7 +101,7 @@ def train(features: Path, training: Training = TRAINING) -> Trained | None:
         first = dist.get_rank() == 0
     (begin, started), (end, ended) = times[0], times[-1]
     speed = (end - begin) * training.batch_size / (ended - started)
-    return Trained(speed, trainer.choices.to_dict()) if first else None
+    return Trained(speed, asdict(trainer.choices)) if first else None
 
 
 def main() -> None:
