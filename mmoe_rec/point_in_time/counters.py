@@ -72,33 +72,29 @@ class CounterMemory(Memory):
         positive = None
         if label is not None and self.last_positive is not None:
             positive = np.where(label > 0, known, NEVER)
-        return self.merged(self._of_steps(key, known, np.ones(len(key), np.int32), labels, positive, in_order))
+        return self._with_steps(key, known, np.ones(len(key), np.int32), labels, positive, in_order)
 
     def merged(self, other: CounterMemory) -> CounterMemory:
         """The events of both, of the same kind; as of this one's `floor`."""
         if not len(other):
             return self
-        if not len(self):
-            other.floor = self.floor
-            return other
-        return self._of_steps(
-            np.append(self.events.key, other.events.key),
-            np.append(self.events.known, other.events.known),
-            np.append(self._steps(self.rows), other._steps(other.rows)),
-            _append(_map(self._steps, self.label_sum), _map(other._steps, other.label_sum)),
-            _append(self.last_positive, other.last_positive),
-        )
+        rows, labels = other._steps(other.rows), _map(other._steps, other.label_sum)
+        return self._with_steps(other.events.key, other.events.known, rows, labels, other.last_positive, in_order=True)
 
-    def _of_steps(
+    def _with_steps(
         self,
         key: np.ndarray,
         known: np.ndarray,
         rows: np.ndarray,
         labels: Labels | None,
         positive: np.ndarray | None,
-        in_order: bool = False,
+        in_order: bool,
     ) -> CounterMemory:
-        """The memory of (E,) events by what each adds: rows, labels, and the last positive."""
+        """These events and (E,) further ones by what each adds: rows, labels, and the last positive."""
+        if len(self):
+            key, known = np.append(self.events.key, key), np.append(self.events.known, known)
+            rows, labels = np.append(self._steps(self.rows), rows), _append(_map(self._steps, self.label_sum), labels)
+            positive, in_order = _append(self.last_positive, positive), False
         if not in_order:
             order = sorted_order(key, known)
             key, known = key[order], known[order]
