@@ -165,7 +165,7 @@ class NewFiles:
         repeated: list[np.ndarray] = []
         for by_journal in (False, True):
             mine, others = (
-                [file for file in files if of_journal(file.address) == way]
+                [file for file in files if file.rows and of_journal(file.address) == way]
                 for files, way in ((new.files, by_journal), (before, not by_journal))
             )
             if mine and others:

@@ -213,6 +213,24 @@ def test_rows_of_a_request_of_days_before_are_told_of_and_not_encoded(tmp_path: 
     assert set(encoded) == set(days.new["request"].to_pylist())
 
 
+def test_a_row_that_came_by_a_journal_and_otherwise_is_refused(tmp_path: Path) -> None:
+    """Files without rows have none that came before."""
+    days, journal = _Days(tmp_path), f"journal-{'ab' * 16}-%012d.parquet"
+    log = write_log(tmp_path / "log", days.old.slice(0, 100), days.old.slice(110), days.old.slice(0, 0))
+    (log / "1.parquet").rename(log / (journal % 1))
+    place = str(log), SCHEMA, WINDOWS, tmp_path / "work"
+    prepare(*place, BuildOptions(duplicates="keep"))
+    pq.write_table(days.old.slice(0, 0), log / "empty.parquet")
+    pq.write_table(pa.concat_tables([days.old.slice(100, 10), days.new.slice(0, 20)]), log / (journal % 2))
+    extended = extend(*place)
+    assert extended is not None
+    assert extended.rows == 30
+    pq.write_table(pa.concat_tables([days.new.slice(20), days.old.slice(7, 1)]), log / (journal % 3))
+    message = rf"row {days.new.num_rows - 20} of '.*{journal % 3}' repeats request and candidate of a row that .*; 1 ro"
+    with pytest.raises(UserError, match=message):
+        extend(*place)
+
+
 def test_ids_that_are_all_used_again_are_told(tmp_path: Path) -> None:
     days = _Days(tmp_path)
     again = days.new.slice(0, 20)
