@@ -107,6 +107,7 @@ def test_a_refreshed_model_answers_as_the_one_that_learnt(
         row["item"] += 100
     position = _sent(again, late)
     before = _answers(again, position)
+    _check(_answers(_served(model, "2", journal), position), before)  # which learns what came since its refresh
     model.refresh("--journal", str(journal), "--remove-events")
     assert "they came late" in capsys.readouterr().err
     assert model.holder().number == "3"
