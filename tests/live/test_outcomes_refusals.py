@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -157,6 +158,24 @@ def test_events_that_lack_something_or_lie_in_the_future_are_told(world: World, 
     world.events["clicks"] = world.events["clicks"][:-5]
     assert ordered(read_rows(tmp_path / "out")) == ordered(naive(world, about, NOW))
     assert any("in the future: 1" in line for line in lines_about(found))
+
+
+def test_a_value_that_is_no_number_counts_as_none(tmp_path: Path) -> None:
+    for name in ("null", "nan"):
+        drawn_world(1).write(tmp_path / name)
+    for each in ("clicks", "orders"):
+        change(tmp_path / "null", f"events/{each}", lambda table: _every_second(table, None))
+        change(tmp_path / "nan", f"events/{each}", lambda table: _every_second(table, math.nan))
+    null, nan = (
+        joined(tmp_path / name, settings(BY_REQUEST)) and read_rows(tmp_path / name / "out") for name in ("null", "nan")
+    )
+    assert null == nan
+    assert any(row["spent"] for row in null)
+
+
+def _every_second(table: pa.Table, value: float | None) -> pa.Table:
+    amounts = [value if number % 2 else each for number, each in enumerate(table["amount"].to_pylist())]
+    return table.set_column(table.column_names.index("amount"), "amount", pa.array(amounts, pa.float64()))
 
 
 def test_a_log_of_events_that_stands_still_keeps_requests_waiting(tmp_path: Path) -> None:
