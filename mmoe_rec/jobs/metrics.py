@@ -100,7 +100,7 @@ def measure_predictions(
     with writing(out, "an evaluation", "give another folder with --out", queue=True):
         names = dict(zip(files, short_names(list(files)), strict=True))
         measured = {names[each]: _measure_files(mine[each], those, each, out, options) for each, those in files.items()}
-        judged = tuple(task.name for task in mine[source].tasks if task.name not in columns.optional)
+        judged = tuple(task.name for task in mine[source].tasks if task.name not in columns.outcomes)
         facts = {"predictions": source, "files": f"{len(files[source]):,}"}
         facts |= {"columns": ", ".join(f"{part}={name}" for part, name in mine[source].by_part().items() if name)}
         results = Results(measured, judged, rules or Evaluation(), f"Evaluation of {names[source]}", facts)

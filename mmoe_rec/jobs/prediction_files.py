@@ -36,14 +36,16 @@ class PredictionColumns:
     """Tasks, and the columns that rows have.
 
     names: part (user, request, candidate, score, weight, predicted_TASK, label_TASK) -> column; of a request several,
-    joined by `JOINED`, whose values together tell requests apart; optional: parts, and names of tasks, that files need
-    not have; by_log: parts that are called as in the log, so that the names of `_OWN` are meant where the files lack
-    these; duplicates: whether a request may hold a candidate twice; slices: by what rows are sliced.
+    joined by `JOINED`, whose values together tell requests apart; optional: parts that files need not have; outcomes:
+    names of tasks that they need not have; by_log: parts that are called as in the log, so that the names of `_OWN` are
+    meant where the files lack these; duplicates: whether a request may hold a candidate twice; slices: by what rows are
+    sliced.
     """
 
     tasks: tuple[MeasuredTask, ...]
     names: Mapping[str, str]
     optional: frozenset[str] = frozenset(("score", "candidate", WEIGHT))
+    outcomes: frozenset[str] = frozenset()
     by_log: frozenset[str] = frozenset()
     duplicates: ErrorOrKeep = "error"
     slices: tuple[SliceBy, ...] = ()
@@ -99,7 +101,7 @@ class PredictionColumns:
         tasks = tuple(
             task
             for task in self.tasks
-            if task.name not in self.optional or there & {names[f"predicted_{task.name}"], names[f"label_{task.name}"]}
+            if task.name not in self.outcomes or there & {names[f"predicted_{task.name}"], names[f"label_{task.name}"]}
         )
         return replace(self, tasks=tasks, names=names)
 
@@ -124,10 +126,17 @@ def columns_of_settings(settings: Settings) -> PredictionColumns:
     else:
         request = [log.user, log.request] if log.request_scope == "user" else [log.request]
     names = {**columns.names, "user": user, "request": JOINED.join(request), "candidate": log.candidate}
-    optional, by_log = columns.optional.union(outcomes), frozenset(_OWN)
+    optional = columns.optional
     if log.weight is not None:
         names[WEIGHT], optional = log.weight, optional - {WEIGHT}
-    return replace(columns, names=names, optional=optional, by_log=by_log, duplicates=settings.data.duplicates)
+    return replace(
+        columns,
+        names=names,
+        optional=optional,
+        outcomes=frozenset(outcomes),
+        by_log=frozenset(_OWN),
+        duplicates=settings.data.duplicates,
+    )
 
 
 def columns_of_tasks(words: Sequence[str]) -> PredictionColumns:

@@ -257,6 +257,13 @@ def test_what_is_wrong_with_files_is_said(change, message: str, tmp_path: Path, 
         measure_predictions(columns_of_tasks(TASKS), str(source), tmp_path / "out", MeasureOptions(20))
 
 
+@pytest.mark.parametrize("task", ["candidate", "weight"])
+def test_a_task_that_is_called_like_a_part_is_not_left_out(task: str, tmp_path: Path) -> None:
+    source = written(predicted(7), tmp_path / "in")
+    with pytest.raises(UserError, match=f"no column 'predicted_{task}', the predictions of task '{task}'"):
+        measure_predictions(columns_of_tasks(["bought", task]), str(source), tmp_path / "out")
+
+
 @pytest.mark.parametrize("column", ["score", "candidate", "weight"])
 def test_what_one_file_has_all_must_have(column: str, tmp_path: Path) -> None:
     """Whichever comes first: else some rows would be ranked by the score, and others by the prediction."""
