@@ -87,10 +87,10 @@ class PartScored:
     @staticmethod
     def read(out: Output, number: int) -> PartScored | None:
         """What is known of a part that was scored before, None where it was not."""
-        try:
-            return PartScored(**json.loads(out.part(number, "json").read_text(encoding="utf-8")))
-        except FileNotFoundError:
+        record = out.part(number, "json")
+        if not (record.exists() and out.part(number, "ranked.parquet").exists()):
             return None
+        return PartScored(**json.loads(record.read_text(encoding="utf-8")))
 
 
 def ranker_of(folder: Path, version: str) -> Ranker:
