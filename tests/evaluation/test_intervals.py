@@ -11,6 +11,7 @@ from mmoe_rec.evaluation.intervals import (
     correct_by_holm,
     draw_users,
     effective_sample_size,
+    is_small_sample,
     resample,
 )
 
@@ -19,6 +20,13 @@ KEY = ("it", "mean")
 
 def resampled_mean(values: np.ndarray, resamples: int, seed: int) -> Resampled:
     return resample(lambda counts: {KEY: values @ counts / len(values)}, len(values), resamples, seed)[KEY]
+
+
+@pytest.mark.parametrize(
+    ("effective", "users", "small"), [(29.0, 200, True), (31.0, 200, False), (12.0, 20, False), (9.0, 20, True)]
+)
+def test_few_users_are_warned_of_where_most_say_little(effective: float, users: int, small: bool) -> None:
+    assert is_small_sample(effective, users) == small
 
 
 @pytest.mark.parametrize(

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from simulated_log import Log, simulate
 from sklearn.metrics import roc_auc_score
 
-from mmoe_rec.evaluation.slices import ALL, compare_slices, sort_worst_first
+from mmoe_rec.evaluation.slices import ALL, MISSING, SliceBy, compare_slices, sort_worst_first
 from mmoe_rec.evaluation.summary import MeasuredModel, summarise
 from mmoe_rec.report.sentences import describe_slices
 
@@ -44,6 +45,13 @@ def test_slices_have_the_metrics_of_their_rows(log: Log) -> None:
         assert found.low < found.apart < found.high
         assert found.beside == ALL
         assert found.p <= found.p_corrected
+
+
+def test_a_bucket_holds_its_largest_number() -> None:
+    values = pa.array([1.0, 2.0, None, 3.0, 4.0])
+    found = SliceBy("bucket(price, 2)", "price", 2).find_slices(values)
+    rows = {name: numbers.tolist() for name, numbers in found.rows(values).items()}
+    assert rows == {"[1, 2]": [0, 1], "(2, 4]": [3, 4], MISSING: [2]}
 
 
 def test_a_slice_that_is_worse_comes_first_and_others_are_not_called_so(log: Log) -> None:

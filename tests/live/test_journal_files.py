@@ -307,6 +307,7 @@ def test_old_batches_can_be_removed_and_their_rows_stay_known(growing, journal):
     assert find_removed_logs(journal, growing.schema, first) == [None, "purchases"]
     assert find_removed_logs(journal, growing.schema, second) == []
     remove_batches(journal, third)
+    remove_batches(journal, first)  # by the refresh of a model that is behind
     assert (_batches(journal), journal.end(), Journal(journal.name).end()) == ([], third, third)
     assert find_removed_logs(journal, growing.schema, first) == [None, "purchases"]
     assert journal.append(Batch("gone", 0, pa.table({"x": [1]}))) == third + 1

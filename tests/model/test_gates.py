@@ -144,6 +144,13 @@ def test_a_gate_never_loses_all_its_experts() -> None:
     assert x.grad.isfinite().all()
 
 
+def test_noise_is_for_training_only() -> None:
+    made, x = gates("top_k", top_k=2, noise=3.0), hidden()
+    assert not torch.equal(made(x).weights, made(x).weights)
+    made.eval()
+    assert torch.equal(made(x).weights, made(x).weights)
+
+
 @pytest.mark.parametrize("routing", ["soft", "top_k", "shared_route"])
 def test_masked_experts_get_nothing_and_the_others_are_renormalised(routing: str) -> None:
     made, x = gates(routing, top_k=2).eval(), hidden()
