@@ -288,7 +288,8 @@ class Experts(nn.Module):
         # In half precision oneDNN prepares products anew for each new number of rows, which takes as long as the
         # product of some hundred rows: whole blocks of rows keep these numbers few.
         block = BLOCK if used.is_cuda else 2 * BLOCK if hidden.dtype.itemsize == 2 else 1
-        dispatch = Dispatch.of(used, block, most if used.is_cuda else None)
+        # With `most`, every expert has a row at least: of one that may be broken, none must be read.
+        dispatch = Dispatch.of(used, block, most if used.is_cuda and not alone else None)
         return dispatch.combine(self.run(hidden, dispatch), weights)
 
     def runs_sparse(self, hidden: Tensor, used: Tensor, most: int | None) -> bool:
