@@ -19,6 +19,7 @@ on with one of them, or join it to the next.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence, Sized
 from copy import copy
 from functools import cached_property
@@ -90,7 +91,7 @@ _EVENTS_OF_A_SEARCH = 16
 NEVER = np.iinfo(np.int64).min
 
 
-class Memory:
+class Memory(ABC):
     """Events per key.
 
     floor: moment (microseconds) as of which they were compacted. What was known before it has been dropped, so a
@@ -125,9 +126,9 @@ class Memory:
         memory.levels = tuple(levels)
         return memory
 
+    @abstractmethod
     def merged(self, other: Self) -> Self:
         """The events of both, of the same kind; as of this one's `floor`."""
-        raise NotImplementedError
 
     def to_columns(self) -> dict[str, np.ndarray]:
         """The events, sorted by key and time: key (uint64), known (int64), and what each kind holds."""

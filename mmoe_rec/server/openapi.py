@@ -78,23 +78,21 @@ _STREAM = {"requestBody": {"content": {ARROW: {"schema": {"type": "string", "for
 _pages = FastAPI()  # describes and never answers: it would look for parameters in each of many calls
 
 
-@_pages.post("/invocations", operation_id="invocations", responses=_WRONG)
+@_pages.post("/invocations", operation_id="invocations", response_model=Reply, responses=_WRONG)
 def rank(
     call: Invocation,
     partial: Annotated[bool, Query(description="an element that is wrong gets an error in its place")] = False,
     after: Annotated[str | None, Query(description="answer once all events up to this position are known")] = None,
-) -> Reply:
+) -> None:
     """Ranks the candidates of each element."""
-    raise NotImplementedError
 
 
-@_pages.post("/events", operation_id="events", responses=_WRONG, openapi_extra=_STREAM)
+@_pages.post("/events", operation_id="events", response_model=Accepted, responses=_WRONG, openapi_extra=_STREAM)
 def accept(
     call: Events,
     log: Annotated[str | None, Query(description="name of a log of events, for an Arrow stream")] = None,
-) -> Accepted:
+) -> None:
     """Takes events, all rows of a call or none, once they are on disk."""
-    raise NotImplementedError
 
 
 def describe(tree: dict[str, Any], example: dict[str, Any] | None, has_events: bool) -> None:
