@@ -244,7 +244,7 @@ def _shared(column: pa.ListArray) -> SharedRagged:
 
 def take(results: Results, rows: np.ndarray) -> Results:
     """The results of the given rows."""
-    together = len(rows) and len(rows) == rows[-1] - rows[0] + 1
+    together = len(rows) > 0 and bool((np.diff(rows) == 1).all())
     inside = slice(int(rows[0]), int(rows[-1]) + 1) if together else rows  # a slice is not copied
     return {
         name: each.take(inside) if isinstance(each, SharedRagged) else each[inside] for name, each in results.items()

@@ -223,6 +223,13 @@ def test_a_shared_list_is_sent_once_a_block(tmp_path):
         assert table["list"].to_pylist() == [list(range(7))] + [None] * 49
 
 
+@pytest.mark.parametrize("order", [[0, 2, 1, 3], [1, 2, 3], [3, 1, 2, 0], [2, 2, 2], []])
+def test_results_are_taken_in_any_order(order):
+    lists = SharedRagged(Ragged(np.arange(4), np.ones(4, np.int64)), np.arange(4))
+    taken = module.take({"number": np.arange(4), "list": lists}, np.array(order, np.int64))
+    assert taken["number"].tolist() == taken["list"].expand().values.tolist() == order
+
+
 @given(st.lists(st.tuples(st.integers(0, 50), st.integers(0, 4)), max_size=20))
 def test_consecutive_places_are_those_of_a_loop(lists):
     starts, lengths = (np.array([each[index] for each in lists], np.int64) for index in (0, 1))
