@@ -1,38 +1,47 @@
-"""Predictions, scores and ranks of a log's rows, as Parquet."""
+"""Predictions, scores and ranks of a log's rows, as Parquet.
+
+    parts of the log -> their rows with predictions and scores, and what these are ranked by
+    all of these     -> rank within the request, in a database
+    parts            -> their rows with the ranks
+
+A process loads the model once, for all its tasks and threads. Rows are scored a fixed number at a time, by one thread
+each, so that no bit depends on the engine or the number of workers.
+"""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+import threading
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.dataset as ds
+import pyarrow.parquet as pq
 
 from mmoe_rec.atomic import atomic_file
 from mmoe_rec.errors import StoppedError, UserError
 from mmoe_rec.features.memories import exact_from
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.inference.artifact import read_artifact, version_of
-from mmoe_rec.inference.ranking import Freshness
-from mmoe_rec.jobs.score_files import (
-    AsOf,
-    Output,
-    check_names,
-    fingerprint_of,
-    finished_name,
-    open_logs,
-)
+from mmoe_rec.inference.ranking import Freshness, scored_table
+from mmoe_rec.jobs.score_files import AsOf, LearntRows, Output, fingerprint_of, finished_name, known_rows, open_logs
 from mmoe_rec.locks import writing
 from mmoe_rec.log.checks import BadFile, format_time
-from mmoe_rec.log.database import open_database
+from mmoe_rec.log.database import Database, open_database
 from mmoe_rec.log.files import is_remote
 from mmoe_rec.log.given import iso_time
-from mmoe_rec.log.reader import LogPart
+from mmoe_rec.log.reader import LogPart, LogReader
+from mmoe_rec.log.rows import LogRows, labels_of
 from mmoe_rec.point_in_time.join import Window
 from mmoe_rec.preprocessing.engines import Engine, open_engine
+from mmoe_rec.preprocessing.exchange import ResultExchange, ResultReader
 from mmoe_rec.preprocessing.steps import ROWS_FOR_PROCESSES, Steps, kept_reader, kept_results
 from mmoe_rec.progress import bar, say
 from mmoe_rec.settings.load import load_settings, parse_overrides
@@ -40,7 +49,8 @@ from mmoe_rec.settings.sections import Settings, Tracking
 from mmoe_rec.tracking.registry import FoundModel, find_model
 
 if TYPE_CHECKING:
-    from mmoe_rec.jobs.score_parts import PartScored, ScoreJob
+    from mmoe_rec.inference.ranker import Ranker
+    from mmoe_rec.model.products import Products
 
 
 ALL: Window = (None, None)
@@ -115,9 +125,8 @@ class _Scoring:
     def __init__(
         self, model: FoundModel, settings: Settings, source: str, out: Output, as_of: AsOf, window: Window, labels: bool
     ) -> None:
-        self.settings, self.labels = settings, labels
-        self.found, self.source, self.out, self.as_of, self.window = model, source, out, as_of, window
-        self.version = version_of(model.folder)
+        self.settings, self.source, self.out = settings, source, out
+        self.as_of, self.window, self.labels, self.artifact = as_of, window, labels, model.folder
         self.pipeline = FeaturePipeline.load(model.folder / "features", memories=False)
         self.has_time = self.pipeline.schema.columns.has_time
         if window != ALL and not self.has_time:
@@ -125,11 +134,10 @@ class _Scoring:
                 "--start and --end need times, and the model was trained on a table without times: leave them out"
             )
         self.logs, self.lacking, self.learnt = open_logs(source, self.pipeline, settings, as_of, labels)
-        check_names(self.pipeline)
         about = read_artifact(model.folder, verify=False)
         self.tables_as_of, self.freshness = about.tables_as_of, Freshness.of(about)
         self.exact_from = exact_from(model.folder / "features")
-        self.constants = {"model": model.address, "model_version": self.version}
+        self.constants = {"model": model.address, "model_version": version_of(model.folder)}
         tables = self.tables_as_of, self.exact_from
         more = ["labels", settings.split.model_dump(mode="json")] if labels else []
         self.fingerprint = fingerprint_of(self.logs, self.constants, tables, as_of, window, *more)
@@ -157,7 +165,6 @@ class _Scoring:
     def _write_scores(self) -> dict[str, Any]:
         """Writes the files of the output; gives its manifest."""
         from mmoe_rec.devices import limit_threads
-        from mmoe_rec.jobs.score_parts import forget_ranker
 
         parts, facts = self._known_rows()
         options, in_memory = self.logs.options, self.source.startswith("memory://")
@@ -165,115 +172,100 @@ class _Scoring:
         # What a product gives may depend on the number of threads that share it.
         with limit_threads(1), open_engine(options.engine, options.workers, processes) as engine:
             try:
-                each = self._score_parts(engine, parts, facts)
+                rows = self._score_parts(engine, parts, facts)
             finally:
                 forget_ranker()
             for log in self.logs.all:
                 log.check_unchanged()
-            self._rank(engine, [number for number, part in enumerate(each) if part.rows])
-        return self._manifest(each, facts)
+            facts |= self._rank(engine, list(rows))
+        return self._manifest(rows, facts)
 
     def _known_rows(self) -> tuple[list[LogPart], dict[str, Any]]:
         """The parts of the log, and what was found out before they are scored, which is kept for a run that goes on."""
+        from mmoe_rec.devices import limit_threads
+
         folder, scratch = self.out.known, self.out.work / "scratch"
-        steps = Steps(self.logs, {"scored": self.window}, scratch)
-        parts, ready = steps.parts, folder / "ready.json"
+        steps, ready = Steps(self.logs, {"scored": self.window}, scratch), folder / "ready.json"
         if ready.is_file():
             facts: dict[str, Any] = json.loads(ready.read_text(encoding="utf-8"))
-            return parts, facts
+            return steps.parts, facts
         for left in (folder, scratch):
             shutil.rmtree(left, ignore_errors=True)
         folder.mkdir()
         with steps:
-            facts = self._find_out(steps, scratch / "compacted")
+            if self.as_of == "tables":
+                steps.find_requests()
+                facts = {"first": None}
+            else:
+                counted, memories = steps.count(statistics=False), scratch / "compacted"
+                if not counted.rows["scored"]:
+                    raise self._no_rows()
+                memories.mkdir(parents=True)
+                steps.look_up(self.pipeline, memories, end=counted.last[0] + 1, training=None)
+                facts = {"first": counted.first[0], "last": counted.last[0]}
             steps.keep(folder)
-        # Kept, so that a run that goes on computes as it began.
-        facts["products"] = self._products()
+        facts["products"] = self.settings.serving.products
+        if facts["products"] == "auto":  # measured once: a run that goes on computes as it began
+            with limit_threads(1):
+                facts["products"] = load_ranker(self.artifact, self.constants["model_version"]).best_products()
         with atomic_file(ready) as path:
             path.write_text(json.dumps(facts), encoding="utf-8")
-        return parts, facts
-
-    def _products(self) -> str:
-        """What multiplies; for the setting `auto` it is measured."""
-        from mmoe_rec.devices import limit_threads
-        from mmoe_rec.jobs.score_parts import ranker_of
-
-        if self.settings.serving.products != "auto":
-            return self.settings.serving.products
-        with limit_threads(1):
-            return ranker_of(self.found.folder, self.version).best_products()
-
-    def _find_out(self, steps: Steps, memories: Path) -> dict[str, Any]:
-        if self.as_of == "tables":
-            steps.find_requests()
-            return {"first": None}
-        counted = steps.count(statistics=False)
-        if not counted.rows["scored"]:
-            raise self._no_rows()
-        memories.mkdir(parents=True)
-        steps.look_up(self.pipeline, memories, end=counted.last[0] + 1, training=None)
-        return {"first": counted.first[0], "last": counted.last[0]}
+        return steps.parts, facts
 
     def _no_rows(self) -> UserError:
         start, end = ("any time" if each is None else format_time(each) for each in self.window)
         return UserError(f"no row of '{self.source}' was requested from {start} to {end}; change --start and --end")
 
-    def _job(self, parts: Sequence[LogPart], facts: dict[str, Any]) -> ScoreJob:
-        from mmoe_rec.jobs.score_parts import ScoreJob
-
+    def _job(self, parts: Sequence[LogPart], facts: Mapping[str, Any]) -> ScoreJob:
         return ScoreJob(
-            model=self.found.folder,
-            version=self.version,
+            model=self.artifact,
+            version=self.constants["model_version"],
             products=facts["products"],
             reader=kept_reader(self.out.known, self.logs.log),
             results=kept_results(self.out.known, parts) if self.as_of == "log" else None,
             window=self.window,
-            known_until=self.freshness.known,
-            exact_from=self.exact_from,
             labels_known_by=facts["last"] if self.labels else None,
             learnt=self.learnt,
             out=self.out,
         )
 
-    def _score_parts(self, engine: Engine, parts: Sequence[LogPart], facts: dict[str, Any]) -> list[PartScored]:
-        """What is known of each part, all of which are scored then."""
-        from mmoe_rec.jobs.score_parts import PartScored, score_part
-
-        before = {n: PartScored.read(self.out, n) for n in range(len(parts))}
-        done = {number: scored for number, scored in before.items() if scored is not None}
-        left = [(number, part) for number, part in enumerate(parts) if number not in done]
-        if done:
-            say(f"going on with a run that was cut short: {len(done):,} of {len(parts):,} parts are scored")
-        function = partial(score_part, self._job(parts, facts))
+    def _score_parts(self, engine: Engine, parts: Sequence[LogPart], facts: Mapping[str, Any]) -> dict[int, int]:
+        """Scores the parts that no run before has scored; gives numbers of parts that have rows to score, and how
+        many."""
+        files = [self.out.part(number, "parquet") for number in range(len(parts))]
+        left = [(number, part) for number, part in enumerate(parts) if not files[number].exists()]
+        if len(left) < len(parts):
+            done = f"{len(parts) - len(left):,} of {len(parts):,} parts are scored"
+            say(f"going on with a run that was cut short: {done}")
+        function, total = partial(score_part, self._job(parts, facts)), self.logs.log.rows
         with bar() as progress:
-            completed = sum(parts[number].rows for number in done)
-            task = progress.add_task("scoring", total=self.logs.log.rows, completed=completed)
-            for (number, part), scored in zip(left, engine.map(function, left, lasting=True), strict=True):
-                done[number] = scored
+            task = progress.add_task("scoring", total=total, completed=total - sum(part.rows for _, part in left))
+            for (_, part), _ in zip(left, engine.map(function, left, lasting=True), strict=True):
                 progress.advance(task, part.rows)
-        if not any(part.rows for part in done.values()):
+        rows = {number: pq.read_metadata(file).num_rows for number, file in enumerate(files)}
+        if not any(rows.values()):
             raise self._no_rows()
-        return [done[number] for number in range(len(parts))]
+        return {number: each for number, each in rows.items() if each}
 
-    def _rank(self, engine: Engine, numbers: Sequence[int]) -> None:
-        """Writes the files of the output, of the parts of these numbers."""
-        from mmoe_rec.jobs.score_parts import finish_part, rank_rows
-
+    def _rank(self, engine: Engine, numbers: Sequence[int]) -> dict[str, int]:
+        """Writes the files of the output, of the parts of these numbers; gives what the manifest says of their rows."""
         options, out = self.logs.options, self.out
+        early, inexact = self.freshness.known, "NULL" if self.exact_from is None else self.exact_from
         with bar() as progress:
             task = progress.add_task("ranking and writing", total=len(numbers))
             shutil.rmtree(out.work / "database", ignore_errors=True)  # of a killed run
             with open_database(out.work / "database", options.memory_gib, options.workers) as database:
-                rank_rows(database, {out.part(each, "ranked.parquet"): out.part(each, "npy") for each in numbers})
+                rank_rows(database, {out.part(each, "parquet"): out.part(each, "npy") for each in numbers})
+                counts = database.row(
+                    f"SELECT count(*), count(*) FILTER (time <= {early}), count(*) FILTER (time < {inexact}), "
+                    "count(*) FILTER (learnt), min(time), max(time) FROM rows"
+                )
             for _ in engine.map(partial(finish_part, out, self.constants), numbers):
                 progress.advance(task)
+        names = ("rows", "early", "inexact", "learnt", "first_request", "last_request")
+        return dict(zip(names, counts, strict=True))
 
-    def _manifest(self, each: Sequence[PartScored], facts: dict[str, Any]) -> dict[str, Any]:
-        from mmoe_rec.jobs.score_parts import PartScored
-
-        whole = PartScored()
-        for part in each:
-            whole.merge(part)
+    def _manifest(self, rows: Mapping[int, int], facts: Mapping[str, Any]) -> dict[str, Any]:
         return {
             "fingerprint": self.fingerprint,
             **self.constants,
@@ -282,46 +274,47 @@ class _Scoring:
             "as_of": self.as_of,
             "known_from": format_time(facts["first"]) if self.has_time and facts["first"] is not None else None,
             "labels_known_by": format_time(facts["last"]) if self.has_time and self.labels else None,
-            "meaning": self._describe_past(facts["first"], whole),
-            "learnt": None if self.learnt is None else self.learnt.describe(whole.learnt, whole.rows),
+            "meaning": self._describe_past(facts),
+            "learnt": None if self.learnt is None else self.learnt.describe(facts["learnt"], facts["rows"]),
             "input": self.source,
             "files": [file.address for file in self.logs.log.files],
             "events": {log.name: [file.address for file in log.files] for log in self.logs.events},
-            "rows": whole.rows,
-            "first_request": format_time(whole.first) if self.has_time else None,
-            "last_request": format_time(whole.last) if self.has_time else None,
-            "rows_before_tables_as_of": whole.early if self.has_time else 0,
-            "rows_before_exact_from": whole.inexact,
-            "parts": {finished_name(number): part.rows for number, part in enumerate(each) if part.rows},
+            "rows": facts["rows"],
+            "first_request": format_time(facts["first_request"]) if self.has_time else None,
+            "last_request": format_time(facts["last_request"]) if self.has_time else None,
+            "rows_before_tables_as_of": facts["early"] if self.has_time else 0,
+            "rows_before_exact_from": facts["inexact"],
+            "parts": {finished_name(number): each for number, each in rows.items()},
         }
 
-    def _describe_past(self, first: int | None, whole: PartScored) -> str:
-        """What the features of all scored rows knew. first: time of the log's first request, microseconds."""
+    def _describe_past(self, facts: Mapping[str, Any]) -> str:
+        """What the features of all scored rows knew."""
+        rows, inexact, last = facts["rows"], facts["inexact"], facts["last_request"]
         if self.tables_as_of is None:
             return "the model was trained on a plain table: its features know nothing but the row itself"
         if self.as_of == "log":
-            assert first is not None
+            begin = format_time(facts["first"])
             events = "".join(f" and in events '{log.name}'" for log in self.logs.events)
             return (
                 "counters and histories know what was known before each request in the log that was given (its first "
-                f"request: {format_time(first)}){events}, and nothing of the past besides"
+                f"request: {begin}){events}, and nothing of the past besides"
             )
         sentence = f"counters and histories know what the model knew at {self.tables_as_of}"
-        if exact := whole.early - whole.inexact:
+        if exact := facts["early"] - inexact:
             sentence += (
-                f", and of it only what was known before each request for {exact:,} of {whole.rows:,} rows, which were "
+                f", and of it only what was known before each request for {exact:,} of {rows:,} rows, which were "
                 "requested earlier"
             )
-        if whole.inexact:
+        if inexact:
             assert self.exact_from is not None
             sentence += (
-                f"; {whole.inexact:,} of {whole.rows:,} rows were requested before {iso_time(self.exact_from)}, from "
+                f"; {inexact:,} of {rows:,} rows were requested before {iso_time(self.exact_from)}, from "
                 "when on they are exact, so their features know their future: to judge a model by them, score with "
                 "--as-of log"
             )
-        if self.freshness.is_stale(whole.last):
+        if self.freshness.is_stale(last):
             sentence += (
-                f"; the last row was requested at {format_time(whole.last)}, more than {self.freshness.days:g} days "
+                f"; the last row was requested at {format_time(last)}, more than {self.freshness.days:g} days "
                 "later, when these are stale (setting `serving.stale_after_days`)"
             )
         if self.lacking:
@@ -330,6 +323,137 @@ class _Scoring:
                 f"; the input has no column {names}: of each user and candidate the model's latest value is taken"
             )
         return sentence
+
+
+@dataclass(frozen=True)
+class ScoreJob:
+    """What the tasks of scoring share.
+
+    model: artifact folder, and version, its checksum; products: what multiplies; reader: of the log; results: what
+    counters and histories knew of the rows, None where the model's own tables are asked; window: request times to
+    score; labels_known_by: the moment as of which labels are written, microseconds, None for no labels; learnt: how
+    rows are told that the model has learnt from, None where nobody asks; out: where the files go.
+    """
+
+    model: Path
+    version: str
+    products: Products
+    reader: LogReader
+    results: ResultExchange | None
+    window: Window
+    labels_known_by: int | None
+    learnt: LearntRows | None
+    out: Output
+
+
+_LOADING = threading.Lock()
+
+
+def load_ranker(folder: Path, version: str) -> Ranker:
+    """The model of a folder, loaded once by this process, which keeps it until `forget_ranker`.
+
+    Raises UserError where another one lies there by now.
+    """
+    with _LOADING:
+        return _load(folder, version)
+
+
+@lru_cache(maxsize=1)
+def _load(folder: Path, version: str) -> Ranker:
+    from mmoe_rec.inference.ranker import Ranker
+
+    ranker = Ranker.load(folder)
+    if ranker.version != version:
+        raise UserError(
+            f"another model (version {ranker.version}) took the place of the one in '{folder}' (version {version}) "
+            "while rows were scored: start the command again, which scores with the new one"
+        )
+    return ranker
+
+
+def forget_ranker() -> None:
+    """Frees the memory of the model."""
+    _load.cache_clear()
+
+
+_RANKED = pa.schema(
+    {"request": pa.uint64(), "score": pa.float64(), "number": pa.int64(), "time": pa.int64(), "learnt": pa.bool_()}
+)
+"""Of a scored row the hash of its request, its log score, its number in the log, the time of its request in
+microseconds, and whether the model has learnt from it."""
+
+
+def score_part(job: ScoreJob, task: tuple[int, LogPart]) -> None:
+    """Scores part number `task[0]` of a log into a file, and writes what its rows are ranked by into another.
+
+    The part is done when that one is there; what a killed task has left is written again.
+    """
+    import torch
+
+    number, part = task
+    torch.set_num_threads(1)
+    ranker = load_ranker(job.model, job.version)
+    ranker.scorer.multiply_by(job.products)
+    results = None if job.results is None else ResultReader(job.results, list(ranker.pipeline.key_groups))
+    writer, ranked = None, [_RANKED.empty_table()]
+    with atomic_file(job.out.part(number, "arrow")) as path, pa.OSFile(str(path), "wb") as file:
+        for numbers, rows in known_rows(job.reader, results, job.window, part):
+            table, log_scores = _score_rows(ranker, rows)
+            if job.labels_known_by is not None:
+                for name, values in labels_of(rows, job.labels_known_by).items():
+                    table = table.append_column(f"label_{name}", pa.array(values, from_pandas=True))
+                if (weight := rows.schema.columns.weight) is not None:
+                    table = table.append_column("weight", pa.array(rows.numbers(weight)))
+            writer = writer or pa.ipc.new_file(file, table.schema)
+            writer.write_table(table)
+            learnt = np.zeros(len(rows), bool) if job.learnt is None else job.learnt.find(rows)
+            its = [rows.request_hashes(), log_scores, numbers, rows.times(), learnt]
+            ranked.append(pa.table(its, schema=_RANKED))
+        if writer is not None:
+            writer.close()
+    with atomic_file(job.out.part(number, "parquet")) as path:
+        pq.write_table(pa.concat_tables(ranked), path)
+
+
+def _score_rows(ranker: Ranker, rows: LogRows) -> tuple[pa.Table, np.ndarray]:
+    """Keys, predictions and scores of rows, and their log scores, (N,) float64."""
+    values, log_scores = ranker.score(ranker.reader.completed(rows))
+    return scored_table(rows, values, log_scores, ranker.layout), log_scores
+
+
+ROWS_PER_GROUP = 131_072
+
+
+def rank_rows(database: Database, parts: Mapping[Path, Path]) -> None:
+    """Ranks the rows of all requests, best first from 1; equal scores keep the order of the rows.
+
+    parts: file of `_RANKED` of each part -> the file that gets the ranks of its rows, (N,) int32, as NumPy's.
+    """
+    database.register("rows", ds.dataset(list(map(str, parts))))
+    database.run(
+        "CREATE TABLE ranks AS SELECT number, "
+        "row_number() OVER (PARTITION BY request ORDER BY score DESC, number)::INTEGER AS rank FROM rows"
+    )
+    for rows, target in parts.items():
+        numbers = pq.read_table(rows, columns=["number"])["number"].to_numpy()
+        query = f"SELECT rank FROM ranks WHERE number BETWEEN {numbers[0]} AND {numbers[-1]} ORDER BY number"
+        ranks = pa.concat_tables(database.read(query, ROWS_PER_GROUP))["rank"].to_numpy()
+        assert len(ranks) == len(numbers), "ranks of other rows"
+        with target.open("wb") as file:
+            np.save(file, ranks)
+
+
+def finish_part(out: Output, constants: Mapping[str, str], number: int) -> None:
+    """Writes the file of a part that has rows, unless it is there. constants: columns with one value in all rows."""
+    target = out.finished / finished_name(number)
+    if target.is_file():
+        return
+    with atomic_file(target) as path, pa.memory_map(str(out.part(number, "arrow"))) as file:
+        rows = pa.ipc.open_file(file).read_all()
+        its = {"rank": pa.array(np.load(out.part(number, "npy")))}
+        its |= {name: pa.repeat(value, len(rows)) for name, value in constants.items()}
+        table = pa.table([*rows.columns, *its.values()], names=[*rows.column_names, *its])
+        pq.write_table(table, path, row_group_size=ROWS_PER_GROUP, compression="zstd")
 
 
 def microseconds(time: str) -> int:

@@ -46,7 +46,6 @@ from mmoe_rec.settings.columns import Scalar, Use
 from mmoe_rec.settings.schema import Remembering, Schema
 from mmoe_rec.settings.sections import Settings, Split
 
-ADDED = ("score", "rank", "model", "model_version")
 AsOf = Literal["log", "tables"]
 """Where counters and histories come from: the log, as of each request, or what the model itself remembers."""
 
@@ -59,7 +58,8 @@ def open_logs(
     pipeline: the model's features; labels: whether those of all tasks are read. Gives also the attributes of users and
     candidates that no file has a column for: the model, as in the server, completes them by what it last knew of each;
     and, with labels, how rows are told that the model has learnt from. Raises UserError for a log that is not there,
-    has no rows, or lacks another column, the columns of labels among them.
+    has no rows, or lacks another column, the columns of labels among them, and for a key that is called like a column
+    that scoring adds.
     """
     files = {each.address: columns_of(each.address) for each in find_files(source, "--input")}
     schema, columns, lacking, learnt = pipeline.schema, pipeline.schema.columns, list[str](), None
@@ -81,22 +81,12 @@ def open_logs(
     of_log, *of_events = key_types(pipeline, read)
     of_log = {name: each for name, each in of_log.items() if name != split_column}  # no feature reads that one
     more: dict[str, Use] | None = None if split_column is None else {split_column: "any"}
-    return Logs(source, read, options, [of_log, *of_events], more), lacking, learnt
-
-
-def label_column(task: str) -> str:
-    """The column that holds a task's labels, or an outcome's, where they are written."""
-    return f"label_{task}"
-
-
-def check_names(pipeline: FeaturePipeline) -> None:
-    """Raises UserError where a key of the log is called like a column that scoring adds."""
-    predicted = prediction_columns(pipeline.layout)
-    added = {*predicted, *(label_column(each.removeprefix("predicted_")) for each in predicted), *ADDED}
-    added |= set() if pipeline.schema.columns.has_candidate else {ROW}
-    for name in key_columns(pipeline.schema):
-        if name in added:
-            raise UserError(f"column '{name}' of the log has the name of a column that scoring writes; rename it")
+    logs, predicted = Logs(source, read, options, [of_log, *of_events], more), prediction_columns(pipeline.layout)
+    added = {*predicted, *(each.replace("predicted", "label", 1) for each in predicted), "score", "rank"}
+    added |= {"model", "model_version"} if columns.has_candidate else {"model", "model_version", ROW}
+    if taken := next((name for name in key_columns(schema) if name in added), None):
+        raise UserError(f"column '{taken}' of the log has the name of a column that scoring writes; rename it")
+    return logs, lacking, learnt
 
 
 def _read_schema(schema: Schema, settings: Settings, as_of: AsOf, lacking: Collection[str], labels: bool) -> Schema:
@@ -177,7 +167,7 @@ class Output:
 
     def part(self, number: int, kind: str) -> Path:
         """A file of a part of the log: its rows (`arrow`) with their keys, predictions and scores, what they are ranked
-        by (`ranked.parquet`), their ranks (`npy`), and what is known of all of them (`json`)."""
+        by (`parquet`), and their ranks (`npy`)."""
         return self.work / "scored" / f"part-{number:05d}.{kind}"
 
     def check(self, source: str) -> None:
@@ -287,17 +277,17 @@ class LearntRows:
         """Those of the column, as text, by which rows were trained on or chose the best state."""
         return [text_of(each) for each in (*self.split.train, *self.split.validation)]
 
-    def count(self, rows: LogRows) -> int:
-        """How many rows it has learnt from, as far as that can be told."""
+    def find(self, rows: LogRows) -> np.ndarray:
+        """(N,) bool, which rows it has learnt from, as far as that can be told."""
         if self.lacks_column:
-            return 0
+            return np.zeros(len(rows), bool)
         if self.column is None:
             windows = self.split.windows()
-            return int(in_window(rows.times(), (windows["train"][0], windows["validation"][1])).sum())
+            return in_window(rows.times(), (windows["train"][0], windows["validation"][1]))
         # As text: a column may hold numbers in one log, and the same as strings in another.
         values = rows.coded(self.column)
         values = (values.cast(pa.int8()) if pt.is_boolean(values.type) else values).cast(pa.string())
-        return int(np.sum(pc.is_in(values, value_set=pa.array(self.values)).to_numpy(zero_copy_only=False)))
+        return np.asarray(pc.is_in(values, value_set=pa.array(self.values)).to_numpy(zero_copy_only=False))
 
     def describe(self, learnt: int, rows: int) -> str | None:
         """What is to be said of them, after the model's name; None where there are none.

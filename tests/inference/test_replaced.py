@@ -11,7 +11,6 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.inference import ranker as rankers
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.jobs import score
-from mmoe_rec.jobs import score_parts as parts
 from tests.inference.other_weights import other_weights
 from tests.inference.small_model import CONTEXT, ITEMS, USER, SmallModel
 
@@ -65,10 +64,10 @@ def test_rows_are_not_scored_by_a_model_that_came_later(
     """The version that stands beside each row is that of the model that scored it."""
     job = score._Scoring._job
 
-    def replaced(self: score._Scoring, *arguments: object) -> parts.ScoreJob:
+    def replaced(self: score._Scoring, *arguments: object) -> score.ScoreJob:
         shutil.rmtree(folder)
         shutil.copytree(other, folder)
-        parts.forget_ranker()
+        score.forget_ranker()
         return job(self, *arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(score._Scoring, "_job", replaced)

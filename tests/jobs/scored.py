@@ -42,8 +42,7 @@ def scored(*arguments: Any, **options: Any) -> tuple[pd.DataFrame, ScoredLog]:
 
 _KILLED = """
 import os, signal, sys
-from mmoe_rec.jobs import score
-from mmoe_rec.jobs import score_files, score_parts
+from mmoe_rec.jobs import score, score_files
 from tests.jobs.scored import cut_finely
 if __name__ == "__main__":
     model, log, output, place, calls = sys.argv[1:]
@@ -51,9 +50,9 @@ if __name__ == "__main__":
     module, name = {
         "look_up": (score.Steps, "look_up"),
         "keep": (score.Steps, "keep"),
-        "score": (score_parts, "_score_rows"),
-        "rank": (score_parts, "rank_rows"),
-        "finish": (score_parts, "_groups"),
+        "score": (score, "_score_rows"),
+        "rank": (score, "rank_rows"),
+        "finish": (score.np, "load"),
         "put": (score_files, "put_folder"),
     }[place]
     left, before = int(calls), getattr(module, name)

@@ -18,8 +18,7 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.scoring import COLUMNS, score_rows
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.jobs.places import logs_for
-from mmoe_rec.jobs.score import microseconds
-from mmoe_rec.jobs.score_parts import rank_rows
+from mmoe_rec.jobs.score import microseconds, rank_rows
 from mmoe_rec.log.columns import UTC_MICROSECONDS
 from mmoe_rec.log.database import open_database
 from mmoe_rec.model.score import add_outcomes

@@ -13,7 +13,6 @@ import pytest
 from mmoe_rec.errors import StoppedError
 from mmoe_rec.inference.writing import seal
 from mmoe_rec.jobs import score
-from mmoe_rec.jobs import score_parts as parts
 from mmoe_rec.jobs.score import score_log
 from mmoe_rec.preprocessing import engines
 from tests.commands import run
@@ -81,8 +80,8 @@ def test_a_killed_run_goes_on(
         scored.append(task[0])
         return before(job, task)
 
-    before = parts.score_part
-    monkeypatch.setattr(parts, "score_part", counted)
+    before = score.score_part
+    monkeypatch.setattr(score, "score_part", counted)
     # What is the same may be scored with other workers.
     score_log(small.folder, source, tmp_path / "out", overrides=["--data.workers", "2"])
     count = len(whole) - 1
@@ -98,7 +97,7 @@ def test_ctrl_c_keeps_what_was_scored(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(parts, "_score_rows", interrupted)
+        patch.setattr(score, "_score_rows", interrupted)
         with pytest.raises(StoppedError, match="the same command goes on"):
             score_log(small.folder, source, tmp_path / "out", overrides=["--data.workers", "1"])
     assert not (tmp_path / "out").exists()
