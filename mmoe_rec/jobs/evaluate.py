@@ -240,41 +240,35 @@ def evaluate_found(
 
     place: folder of the run's files.
     """
-    check_out(out, settings)
-    find_objective(settings.evaluation.decide_by)
-    with writing(out, "an evaluation", "give another folder with --out", queue=True):
-        return _evaluate(settings, models, out, place, split)
-
-
-def _evaluate(
-    settings: Settings, models: Mapping[str, FoundModel], out: Path, place: str, split: str
-) -> EvaluationResult:
     from mmoe_rec.report.documents import write_results
 
+    check_out(out, settings)
+    find_objective(settings.evaluation.decide_by)
     measured: dict[str, MeasuredModel] = {}
     scored_by_first: ScoredRows | None = None
     (first, *_), in_log = models.values(), None
-    training, columns = TrainingRows.of(settings), LogColumns.of(settings, first.folder)
-    for name, each in models.items():
-        scored = scored_rows(settings, each, name, split)
-        if scored_by_first is None:
-            scored_by_first = scored
-            in_log = None if columns is None else columns.read(scored)
-        slices = {} if training is None else training.slices(scored)
-        for by, rows in ({} if in_log is None else in_log.of(scored)).items():
-            slices[f"column {by}" if by in slices else by] = rows
-        measured[name] = _measure(settings, scored, each, training, slices)
-    assert scored_by_first is not None, "there is a model"
-    title = f"{'Promotion' if place == PROMOTION else 'Evaluation'} of {settings.name}"
-    title += "" if split == "test" else f" on {split} rows"
-    facts = _facts(settings, scored_by_first, split)
-    results = Results(measured, tuple(settings.tasks), settings.evaluation, title, facts)
-    write_results(results, out)
-    try:
-        log_evaluation(settings, first, scored_by_first, results, out, place, split)
-    except UserError as error:
-        all_of_it = "" if isinstance(error, UnreachableError) else "all of it "
-        say(f"{error}: the evaluation is in '{out}', but not {all_of_it}in MLflow")
+    with writing(out, "an evaluation", "give another folder with --out", queue=True):
+        training, columns = TrainingRows.of(settings), LogColumns.of(settings, first.folder)
+        for name, each in models.items():
+            scored = scored_rows(settings, each, name, split)
+            if scored_by_first is None:
+                scored_by_first = scored
+                in_log = None if columns is None else columns.read(scored)
+            slices = {} if training is None else training.slices(scored)
+            for by, rows in ({} if in_log is None else in_log.of(scored)).items():
+                slices[f"column {by}" if by in slices else by] = rows
+            measured[name] = _measure(settings, scored, each, training, slices)
+        assert scored_by_first is not None, "there is a model"
+        title = f"{'Promotion' if place == PROMOTION else 'Evaluation'} of {settings.name}"
+        title += "" if split == "test" else f" on {split} rows"
+        facts = _facts(settings, scored_by_first, split)
+        results = Results(measured, tuple(settings.tasks), settings.evaluation, title, facts)
+        write_results(results, out)
+        try:
+            log_evaluation(settings, first, scored_by_first, results, out, place, split)
+        except UserError as error:
+            all_of_it = "" if isinstance(error, UnreachableError) else "all of it "
+            say(f"{error}: the evaluation is in '{out}', but not {all_of_it}in MLflow")
     return EvaluationResult(scored_by_first, results)
 
 

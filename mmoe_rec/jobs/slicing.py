@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -200,12 +201,12 @@ ACTIVITY = 10  # groups of users of equal size, by how many training rows they h
 
 @dataclass(frozen=True)
 class TrainingRows:
-    """How many training rows there are of each user and candidate: (U,) ids and (U,) int64 of either, None where the
-    log has no such ids; fingerprint: of the features that they are of."""
+    """How many training rows each user and candidate has, by id; None where the log has no such ids. fingerprint: of
+    the features of these rows."""
 
     fingerprint: str
-    users: tuple[pa.Array, np.ndarray] | None
-    candidates: tuple[pa.Array, np.ndarray] | None
+    users: pd.Series | None
+    candidates: pd.Series | None
 
     @staticmethod
     def of(settings: Settings) -> TrainingRows | None:
@@ -216,8 +217,8 @@ class TrainingRows:
         columns, folder = settings.columns, prepared.split("train")
         return TrainingRows(
             prepared.manifest["fingerprint"],
-            _counts(folder, "user") if columns.has_user else None,
-            _counts(folder, "candidate") if columns.has_candidate else None,
+            _count_by(folder, "user") if columns.has_user else None,
+            _count_by(folder, "candidate") if columns.has_candidate else None,
         )
 
     def slices(self, scored: ScoredRows) -> dict[str, dict[str, np.ndarray]]:
@@ -234,25 +235,16 @@ class TrainingRows:
         return {by: _group(values) for by, values in names.items()}
 
 
-def _counts(folder: Path, name: str) -> tuple[pa.Array, np.ndarray]:
-    """The distinct values of a column of encoded rows, and how often each comes."""
-    tables = []
-    for file in sorted(folder.glob("*.parquet")):
-        counted = pq.read_table(file, columns=[name])[name].combine_chunks().value_counts()
-        tables.append(pa.table({"id": counted.field("values"), "rows": counted.field("counts")}))
-    if not tables:
-        return pa.nulls(0), np.zeros(0, np.int64)
-    total = pa.concat_tables(tables).group_by("id").aggregate([("rows", "sum")]).combine_chunks()
-    return total["id"].combine_chunks(), total["rows_sum"].to_numpy()
+def _count_by(folder: Path, name: str) -> pd.Series:
+    """How many encoded rows have each value of a column."""
+    files = sorted(folder.glob("*.parquet"))
+    counts = [pq.read_table(file, columns=[name])[name].to_pandas().value_counts() for file in files]
+    return pd.concat(counts).groupby(level=0).sum() if counts else pd.Series(dtype="int64")
 
 
-def _count_rows(ids: pa.Array, counted: tuple[pa.Array, np.ndarray]) -> np.ndarray:
+def _count_rows(ids: pa.Array, counts: pd.Series) -> np.ndarray:
     """(N,) int64, how many training rows there are of each of N ids."""
-    values, counts = counted
-    if not len(values) or values.type != ids.type:
-        return np.zeros(len(ids), np.int64)
-    place = pc.fill_null(pc.index_in(ids, value_set=values), -1).to_numpy()
-    return np.where(place >= 0, counts[place], 0)
+    return counts.reindex(ids.to_pandas()).fillna(0).to_numpy(np.int64)
 
 
 def _by_size(rows: np.ndarray) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.jobs import metrics
 from mmoe_rec.jobs.metrics import MeasureOptions
 from mmoe_rec.jobs.places import logs_for
-from mmoe_rec.jobs.prediction_files import columns_of_settings, columns_of_tasks
+from mmoe_rec.jobs.prediction_files import PredictionColumns, columns_of_settings, columns_of_tasks
 from mmoe_rec.jobs.score import score_log
 from mmoe_rec.preprocessing.prepare import encode_with
 from mmoe_rec.report.documents import summary_tree
@@ -34,9 +35,20 @@ from tests.log.small_logs import DAY, START, random_log, with_requests
 TASKS = ["bought", "stars:regression=0.2"]
 
 
-def measure_predictions(*given: Any) -> dict[str, Any]:
-    """The summary of the predictions."""
-    return summary_tree(metrics.measure_predictions(*given).first.summary)
+FEW = MeasureOptions(20)
+
+
+def measured(
+    rows: list[str] | PredictionColumns,
+    source: str | Path,
+    out: Path,
+    options: MeasureOptions = FEW,
+    against: Sequence[str] = (),
+    rules: Evaluation | None = None,
+) -> dict[str, Any]:
+    """The summary of predictions. rows: their columns, or tasks."""
+    columns = rows if isinstance(rows, PredictionColumns) else columns_of_tasks(rows)
+    return summary_tree(metrics.measure_predictions(columns, str(source), out, options, against, rules).first.summary)
 
 
 RATE = ["--columns.sampling_rate", "rate"]
@@ -71,6 +83,15 @@ def written(frame: pd.DataFrame, folder: Path, files: int = 3, **options: Any) -
     return folder
 
 
+def intervals(found: dict[str, Any], expected: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """The name of each metric that is expected with an interval, what was found and what is expected."""
+    groups = {"score": expected["score"], **expected["tasks"]}
+    for group, metrics_of_it in groups.items():
+        for name, value in metrics_of_it.items():
+            if isinstance(value, dict) and "low" in value:
+                yield f"{name} of {group}", (found if group == "score" else found["tasks"])[group][name], value
+
+
 @pytest.mark.parametrize("text", [False, True])
 def test_metrics_are_those_of_the_rows_however_these_are_cut(text: bool, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(metrics, "ROWS_PER_PART", 500)
@@ -78,9 +99,7 @@ def test_metrics_are_those_of_the_rows_however_these_are_cut(text: bool, tmp_pat
     monkeypatch.setattr(metrics, "ROWS_AT_A_TIME", 100)
     frame = predicted(1, text=text)
     asked = columns_of_tasks(TASKS)
-    found = measure_predictions(
-        asked, str(written(frame, tmp_path / "in")), tmp_path / "out", MeasureOptions(50, workers=2)
-    )
+    found = measured(asked, written(frame, tmp_path / "in"), tmp_path / "out", MeasureOptions(50, workers=2))
     label, chance = frame["label_bought"].astype(float), frame["predicted_bought"].astype(float)
     bought = {name: found["tasks"]["bought"][name]["value"] for name in ("auc", "average_precision", "logloss")}
     assert bought == pytest.approx(
@@ -107,13 +126,8 @@ def test_metrics_are_those_of_the_rows_however_these_are_cut(text: bool, tmp_pat
     expected = summarise(sums, 50)
     for part in ("rows", "users", "requests"):
         assert found[part] == expected[part]
-    for group, other in (
-        (found["score"], expected["score"]),
-        *zip(*(each["tasks"].values() for each in (found, expected)), strict=True),
-    ):
-        for name, value in other.items():
-            if isinstance(value, dict) and "low" in value:
-                assert group[name] == pytest.approx(value, rel=1e-9), name
+    for name, value, other in intervals(found, expected):
+        assert value == pytest.approx(other, rel=1e-9), name
     assert found["catalogue"] == pytest.approx(expected["catalogue"], rel=1e-9)
     assert json.loads((tmp_path / "out" / "metrics.json").read_text()) == found
     assert sorted(each.name for each in tmp_path.iterdir() if not each.name.endswith(".lock")) == ["in", "out"]
@@ -122,46 +136,35 @@ def test_metrics_are_those_of_the_rows_however_these_are_cut(text: bool, tmp_pat
 def test_many_users_and_values_are_measured_in_groups_and_bins(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(metrics, "ROWS_PER_PARTITION", 200)
     source = str(written(predicted(2).assign(predicted_bought=np.random.default_rng(0).random(3_000)), tmp_path / "in"))
-    expected = measure_predictions(columns_of_tasks(TASKS), source, tmp_path / "a", MeasureOptions(100))
+    expected = measured(TASKS, source, tmp_path / "a", MeasureOptions(100))
     for module in ("mmoe_rec.evaluation.sums", "mmoe_rec.jobs.metrics"):
         monkeypatch.setattr(f"{module}.MOST_UNITS", 32)
     monkeypatch.setattr("mmoe_rec.evaluation.metrics.binary.MOST_BINS", 200)
     monkeypatch.setattr("mmoe_rec.jobs.metrics.ROWS_PER_PART", 300)
-    found = measure_predictions(columns_of_tasks(TASKS), source, tmp_path / "b", MeasureOptions(100))
+    found = measured(TASKS, source, tmp_path / "b", MeasureOptions(100))
     assert found["users"] == expected["users"] == 97
     assert found["tasks"]["bought"]["single_class_users"] == expected["tasks"]["bought"]["single_class_users"]
-    for group, other in (
-        (found["score"], expected["score"]),
-        *zip(*(each["tasks"].values() for each in (found, expected)), strict=True),
-    ):
-        for name, value in other.items():
-            if isinstance(value, dict) and "low" in value:
-                assert group[name]["value"] == pytest.approx(value["value"], rel=1e-9), name
-                assert group[name]["low"] <= value["value"] <= group[name]["high"], name
+    for name, value, other in intervals(found, expected):
+        assert value["value"] == pytest.approx(other["value"], rel=1e-9), name
+        assert value["low"] <= other["value"] <= value["high"], name
     assert found["catalogue"] == pytest.approx(expected["catalogue"], rel=1e-9)
 
 
 def test_ray_gives_the_same(tmp_path: Path, monkeypatch) -> None:
     source = str(written(predicted(2), tmp_path / "in"))
-    local = measure_predictions(columns_of_tasks(TASKS), source, tmp_path / "local", MeasureOptions(20))
-    ray = measure_predictions(
-        columns_of_tasks(TASKS), source, tmp_path / "ray", MeasureOptions(20, engine="ray", workers=2)
-    )
+    local = measured(TASKS, source, tmp_path / "local")
+    ray = measured(TASKS, source, tmp_path / "ray", MeasureOptions(20, engine="ray", workers=2))
     assert ray == local
 
 
 def test_columns_go_by_other_names_and_requests_by_several(tmp_path: Path) -> None:
     frame = predicted(3)
     frame["at"] = pd.to_datetime(frame["request"] // 10**15, unit="s")
-    expected = measure_predictions(
-        columns_of_tasks(["bought"]), str(written(frame, tmp_path / "in")), tmp_path / "a", MeasureOptions(20)
-    )
+    expected = measured(["bought"], written(frame, tmp_path / "in"), tmp_path / "a")
     renamed = frame.rename(columns={"user": "who", "predicted_bought": "p", "label_bought": "y", "score": "s"})
     source = written(renamed.drop(columns="request"), tmp_path / "other")
     words = ["user=who", "request=who+at", "predicted_bought=p", "label_bought=y", "score=s"]
-    found = measure_predictions(
-        columns_of_tasks(["bought"]).with_columns(words), str(source), tmp_path / "b", MeasureOptions(20)
-    )
+    found = measured(columns_of_tasks(["bought"]).with_columns(words), source, tmp_path / "b")
     assert found["tasks"] == expected["tasks"]
     assert found["score"] == expected["score"]
 
@@ -174,30 +177,28 @@ def test_weights_count_rows(tmp_path: Path) -> None:
     for name, words in (("weight", []), ("w", ["weight=w"])):
         source = written(frame.rename(columns={"weight": name}), tmp_path / name)
         asked = columns_of_tasks(["bought"]).with_columns(words)
-        found = measure_predictions(asked, str(source), tmp_path / "out", MeasureOptions(20))
+        found = measured(asked, source, tmp_path / "out")
         assert found["tasks"]["bought"]["calibration"]["value"] == pytest.approx(expected, abs=1e-12)
     with pytest.raises(UserError, match="has no column 'rate'; name another one with --columns weight=COLUMN"):
-        measure_predictions(asked.with_columns(["weight=rate"]), str(source), tmp_path / "out", MeasureOptions(20))
+        measured(asked.with_columns(["weight=rate"]), source, tmp_path / "out")
 
 
 def test_without_candidates_there_is_no_catalogue(tmp_path: Path) -> None:
     source = str(written(predicted(4).drop(columns="candidate"), tmp_path / "in"))
-    assert "catalogue" not in measure_predictions(
-        columns_of_tasks(["bought"]), source, tmp_path / "out", MeasureOptions(20)
-    )
+    assert "catalogue" not in measured(["bought"], source, tmp_path / "out")
     asked = columns_of_tasks(["bought"]).with_columns(["candidate=item"])
     with pytest.raises(UserError, match="has no column 'item'; name another one with --columns candidate=COLUMN"):
-        measure_predictions(asked, source, tmp_path / "out", MeasureOptions(20))
+        measured(asked, source, tmp_path / "out")
 
 
 def test_without_a_score_one_task_ranks_by_its_prediction(tmp_path: Path) -> None:
     frame = predicted(5).drop(columns="score")
     source = str(written(frame, tmp_path / "in"))
-    found = measure_predictions(columns_of_tasks(["bought"]), source, tmp_path / "out", MeasureOptions(20))
+    found = measured(["bought"], source, tmp_path / "out")
     for name in ("ndcg_at_5", "mrr", "map"):
         assert found["score"][name] == found["tasks"]["bought"][name]
     with pytest.raises(UserError, match=r"0\.parquet' has no column 'score', by which.*--columns score=COLUMN"):
-        measure_predictions(columns_of_tasks(TASKS), source, tmp_path / "out", MeasureOptions(20))
+        measured(TASKS, source, tmp_path / "out")
 
 
 def changed(frame: pd.DataFrame, column: str, value: Any) -> pd.DataFrame:
@@ -227,7 +228,7 @@ def changed(frame: pd.DataFrame, column: str, value: Any) -> pd.DataFrame:
 def test_a_wrong_value_is_named_by_file_column_and_row(change, message: str, tmp_path: Path) -> None:
     source = written(change(predicted(6)), tmp_path / "in")
     with pytest.raises(UserError, match=rf"in/2\.parquet'.*{message}.*\(the first is row 500 of the file"):
-        measure_predictions(columns_of_tasks(TASKS), str(source), tmp_path / "out", MeasureOptions(20))
+        measured(TASKS, source, tmp_path / "out")
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
 
 
@@ -254,14 +255,14 @@ def test_what_is_wrong_with_files_is_said(change, message: str, tmp_path: Path, 
     monkeypatch.setattr(metrics, "ROWS_PER_PARTITION", 100)  # so that rows of two users are not looked at together
     source = written(change(predicted(7)), tmp_path / "in")
     with pytest.raises(UserError, match=message):
-        measure_predictions(columns_of_tasks(TASKS), str(source), tmp_path / "out", MeasureOptions(20))
+        measured(TASKS, source, tmp_path / "out")
 
 
 @pytest.mark.parametrize("task", ["candidate", "weight"])
 def test_a_task_that_is_called_like_a_part_is_not_left_out(task: str, tmp_path: Path) -> None:
     source = written(predicted(7), tmp_path / "in")
     with pytest.raises(UserError, match=f"no column 'predicted_{task}', the predictions of task '{task}'"):
-        measure_predictions(columns_of_tasks(["bought", task]), str(source), tmp_path / "out")
+        measured(["bought", task], source, tmp_path / "out")
 
 
 @pytest.mark.parametrize("column", ["score", "candidate", "weight"])
@@ -270,7 +271,7 @@ def test_what_one_file_has_all_must_have(column: str, tmp_path: Path) -> None:
     source = written(predicted(8).assign(weight=2.0), tmp_path / "in")
     pq.write_table(pq.read_table(source / "0.parquet").drop_columns([column]), source / "0.parquet")
     with pytest.raises(UserError, match=rf"in/0\.parquet' has no column '{column}'"):
-        measure_predictions(columns_of_tasks(["bought"]), str(source), tmp_path / "out", MeasureOptions(20))
+        measured(["bought"], source, tmp_path / "out")
 
 
 def test_times_that_tell_requests_apart_are_of_one_type(tmp_path: Path) -> None:
@@ -278,23 +279,23 @@ def test_times_that_tell_requests_apart_are_of_one_type(tmp_path: Path) -> None:
     frame = frame.assign(request=frame["request"].dt.as_unit("us"))
     asked = columns_of_tasks(["bought"]).with_columns(["request=user+request"])
     source = written(frame, tmp_path / "in")
-    measure_predictions(asked, str(source), tmp_path / "out", MeasureOptions(20))
+    measured(asked, source, tmp_path / "out")
     for other in ("int64", "str", "datetime64[us, UTC]"):
         values = frame["request"].dt.tz_localize("UTC") if "UTC" in other else frame["request"].astype(other)
         pq.write_table(pa.Table.from_pandas(frame.assign(request=values).iloc[:9]), source / "9.parquet")
         with pytest.raises(UserError, match=r"'request' holds timestamp\[us\] in '.*0\.parquet', and .*9\.parquet'"):
-            measure_predictions(asked, str(source), tmp_path / "out", MeasureOptions(20))
+            measured(asked, source, tmp_path / "out")
     fine = pd.to_datetime(np.arange(9), unit="ns")
     pq.write_table(pa.Table.from_pandas(frame.iloc[:9].assign(request=fine)), source / "9.parquet")
     with pytest.raises(UserError, match=r"9\.parquet': column 'request' .* apart by less than a microsecond"):
-        measure_predictions(asked, str(source), tmp_path / "out", MeasureOptions(20))
+        measured(asked, source, tmp_path / "out")
 
 
 def test_the_output_of_two_models_in_one_folder_is_refused(tmp_path: Path) -> None:
     source = written(predicted(8), tmp_path / "in", files=1)
     (source / "copy.parquet").write_bytes((source / "0.parquet").read_bytes())
     with pytest.raises(UserError, match=r"has candidate [0-9]+ more than once, as where files of two models"):
-        measure_predictions(columns_of_tasks(["bought"]), str(source), tmp_path / "out", MeasureOptions(20))
+        measured(["bought"], source, tmp_path / "out")
     words = ["--predictions", str(source), "--tasks", "bought", "--keep-duplicates"]
     run("metrics", *words, "--out", str(tmp_path / "kept"))
     assert json.loads((tmp_path / "kept" / "metrics.json").read_text())["rows"] == 6_000
@@ -303,20 +304,20 @@ def test_the_output_of_two_models_in_one_folder_is_refused(tmp_path: Path) -> No
 def test_files_without_rows_count_nothing(tmp_path: Path) -> None:
     frame = predicted(8)
     source = written(frame, tmp_path / "in")
-    expected = measure_predictions(columns_of_tasks(TASKS), str(source), tmp_path / "a", MeasureOptions(20))
+    expected = measured(TASKS, source, tmp_path / "a")
     for name, empty in (("00", frame.iloc[:0]), ("9", pd.DataFrame({each: [] for each in frame}))):
         empty.to_parquet(source / f"{name}.parquet")
-    found = measure_predictions(columns_of_tasks(TASKS), str(source), tmp_path / "b", MeasureOptions(20))
+    found = measured(TASKS, source, tmp_path / "b")
     assert found == expected | {"files": 5}
 
 
 def test_single_precision_is_clipped_alike_whatever_lies_beside_it(tmp_path: Path) -> None:
     frame = predicted(8).assign(predicted_bought=np.float32(1.0), label_bought=0)
     source = written(frame, tmp_path / "in")
-    alone = measure_predictions(columns_of_tasks(["bought"]), str(source), tmp_path / "a", MeasureOptions(20))
+    alone = measured(["bought"], source, tmp_path / "a")
     double = frame.assign(predicted_bought=1.0, request=-1 - frame["request"], user=frame["user"] + 1000)
     pq.write_table(pa.Table.from_pandas(double), source / "9.parquet")
-    found = measure_predictions(columns_of_tasks(["bought"]), str(source), tmp_path / "b", MeasureOptions(20))
+    found = measured(["bought"], source, tmp_path / "b")
     value, other = (each["tasks"]["bought"]["logloss"]["value"] for each in (found, alone))
     assert value == pytest.approx(other) == pytest.approx(-np.log(np.finfo(np.float32).eps))
 
@@ -326,7 +327,7 @@ def test_results_do_not_lie_among_the_predictions(tmp_path: Path, monkeypatch) -
     monkeypatch.chdir(source)
     for out in (".", "", "metrics", source / "a" / "b"):
         with pytest.raises(UserError, match=r"lies in '.*', where the predictions are, or holds them; name another"):
-            measure_predictions(columns_of_tasks(["bought"]), str(source), out, MeasureOptions(20))
+            measured(["bought"], source, out)
     assert sorted(each.name for each in source.iterdir()) == ["0.parquet", "1.parquet", "2.parquet"]
 
 
@@ -334,7 +335,7 @@ def test_files_of_other_types_are_named(tmp_path: Path) -> None:
     source = written(predicted(8), tmp_path / "in")
     pq.write_table(pa.Table.from_pandas(predicted(8, text=True)), source / "9.parquet")
     with pytest.raises(UserError, match=r"'user' holds int64 in '.*0\.parquet', and string in '.*9\.parquet'"):
-        measure_predictions(columns_of_tasks(TASKS), str(source), tmp_path / "out", MeasureOptions(20))
+        measured(TASKS, source, tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -368,17 +369,14 @@ def test_a_scored_log_has_the_metrics_of_an_evaluation(small: SmallModel, tmp_pa
     offline = score_rows(model, ranker.layout, rows, 256, calibration=calibration, relevance=relevance)
     expected = summarise(offline.measure(), 20)
     score_log(small.folder, source, tmp_path / "scores", window=windows["test"], labels=True)
-    found = measure_predictions(
-        columns_of_settings(settings), str(tmp_path / "scores"), tmp_path / "out", MeasureOptions(20)
-    )
+    found = measured(columns_of_settings(settings), tmp_path / "scores", tmp_path / "out")
     assert found["tasks"].keys() == expected["tasks"].keys() == {"click", "liked", "spent", "click_and_liked"}
     assert found["tasks"]["liked"]["rows"] < found["tasks"]["click_and_liked"]["rows"] < found["rows"]
-    for name, group in {**found["tasks"], "score": found["score"]}.items():
-        other = expected["score"] if name == "score" else expected["tasks"][name]
-        assert group.get("rows") == other.get("rows")
-        for metric, value in group.items():
-            if isinstance(value, dict) and "low" in value:
-                assert value == pytest.approx(other[metric], abs=1e-4), (name, metric)
+    assert {name: each["rows"] for name, each in found["tasks"].items()} == {
+        name: each["rows"] for name, each in expected["tasks"].items()
+    }
+    for name, value, other in intervals(found, expected):
+        assert value == pytest.approx(other, abs=1e-4), name
     with pytest.raises(UserError, match="--labels writes what the log says of its rows"):
         score_log(small.folder, source, tmp_path / "now", "tables", labels=True)
 
@@ -441,7 +439,7 @@ def test_predictions_of_other_rows_are_not_compared(tmp_path: Path) -> None:
 
 
 def compared(source: str, other: str, out: Path) -> None:
-    metrics.measure_predictions(columns_of_tasks(TASKS), source, out, MeasureOptions(20), [other])
+    measured(TASKS, source, out, against=[other])
 
 
 def test_nothing_of_the_users_is_replaced(tmp_path: Path) -> None:
@@ -452,15 +450,15 @@ def test_nothing_of_the_users_is_replaced(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"lies in '.*against', where the predictions are, or holds them; name another"):
         compared(ours, str(mine), tmp_path / "out")
     with pytest.raises(UserError, match="lies where results go, and belongs to no evaluation"):
-        measure_predictions(columns_of_tasks(TASKS), ours, tmp_path / "out", MeasureOptions(20))
+        measured(TASKS, ours, tmp_path / "out")
     assert (mine / "0.parquet").is_file()
     assert not (tmp_path / "out" / "metrics.json").exists()
     frame.to_parquet(tmp_path / "metrics.parquet")
     with pytest.raises(UserError, match="or holds them"):
-        measure_predictions(columns_of_tasks(TASKS), str(tmp_path / "metrics.parquet"), tmp_path, MeasureOptions(20))
+        measured(TASKS, tmp_path / "metrics.parquet", tmp_path)
     (tmp_path / "link").symlink_to(tmp_path / "ours")
     with pytest.raises(UserError, match="or holds them"):
-        measure_predictions(columns_of_tasks(TASKS), ours, tmp_path / "link" / "out", MeasureOptions(20))
+        measured(TASKS, ours, tmp_path / "link" / "out")
     with pytest.raises(UserError, match="are the same predictions; give others with --against"):
         compared(ours, f"{ours}/*.parquet", tmp_path / "fine")
     with pytest.raises(UserError, match="are the same predictions"):
@@ -475,16 +473,14 @@ def test_what_can_not_be_written_leaves_all_as_it_was(tmp_path: Path) -> None:
     (out / "sums" / "mine.txt").write_text("mine")
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     with pytest.raises(UserError, match="holds other files"):
-        measure_predictions(columns_of_tasks(TASKS), ours, out, MeasureOptions(20))
+        measured(TASKS, ours, out)
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
 
 def test_a_metric_that_is_none_is_told_before_anything_is_read(tmp_path: Path) -> None:
     source = str(written(predicted(24, rows=600), tmp_path / "in"))
     with pytest.raises(UserError, match=r"evaluation\.decide_by is 'acu'"):
-        measure_predictions(
-            columns_of_tasks(TASKS), source, tmp_path / "out", MeasureOptions(20), (), Evaluation(decide_by="acu")
-        )
+        measured(TASKS, source, tmp_path / "out", rules=Evaluation(decide_by="acu"))
 
 
 def test_names_are_no_markup(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
