@@ -63,13 +63,10 @@ def _of_model(task: str) -> set[str]:
 
 def _name_columns(tasks: Sequence[str], words: Sequence[str]) -> dict[str, str]:
     """Part -> column, by the words of the command line; those of a model only where one of them is named."""
+    from mmoe_rec.jobs.prediction_files import name_columns
+
     names = {part: part for part in ("user", "propensity", "target", *(f"label_{task}" for task in tasks))}
-    parts = sorted(names.keys() | set().union(*map(_of_model, tasks)))
-    for word in words:
-        part, equals, column = word.partition("=")
-        if not equals or part not in parts or not column:
-            raise UserError(f"--columns {word}: expected PART=COLUMN, where PART is one of {', '.join(parts)}")
-        names[part] = column
+    names |= name_columns(words, sorted(names.keys() | set().union(*map(_of_model, tasks))))
     for task in tasks:
         if names.keys() & _of_model(task):
             names = {part: part for part in sorted(_of_model(task))} | names

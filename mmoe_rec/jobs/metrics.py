@@ -137,18 +137,6 @@ def _check_columns(by_source: Mapping[str, PredictionColumns]) -> None:
         )
 
 
-def _measure_files(
-    columns: PredictionColumns, files: list[Footer], source: str, out: Path, options: MeasureOptions
-) -> MeasuredModel:
-    from mmoe_rec.evaluation.summary import summarise
-
-    sums, slices = _sum_files(columns, files, out.with_name(f".{out.name}.measuring"), options)
-    weights = {task.name: task.weight for task in columns.tasks}
-    facts = {"predictions": source, "files": len(files), "columns": columns.by_part(), "relevance_weights": weights}
-    summary = replace(summarise(sums, options.resamples), facts=facts)
-    return MeasuredModel(sums, summary, source, seen=learnt_from(file.file.address for file in files), slices=slices)
-
-
 def _match_columns(columns: PredictionColumns, files: list[Footer]) -> PredictionColumns:
     """The columns as the files have them. Raises UserError where they lack something, or differ."""
     columns = columns.match({name for each in files for name in each.schema.names})
@@ -166,24 +154,31 @@ def _match_columns(columns: PredictionColumns, files: list[Footer]) -> Predictio
     return columns
 
 
-def _sum_files(
-    columns: PredictionColumns, files: list[Footer], scratch: Path, options: MeasureOptions
-) -> tuple[EvaluationSums, SlicedSums]:
+def _measure_files(
+    columns: PredictionColumns, files: list[Footer], source: str, out: Path, options: MeasureOptions
+) -> MeasuredModel:
+    from mmoe_rec.evaluation.summary import summarise
+
     parts = cut([each.file for each in files], ROWS_PER_PART)
     rows = sum(part.rows for part in parts)
     if not rows:
         raise UserError(f"'{files[0].file.address}'{' and the other files' * (len(files) > 1)} hold no row to evaluate")
-    shutil.rmtree(scratch, ignore_errors=True)  # of a run that was killed
     # Each holds whole groups of users, whose number is a power of two as well.
     partitions = min(1 << (-(-rows // ROWS_PER_PARTITION) - 1).bit_length(), MOST_UNITS)
     precisions = [find_precision(columns, each) for each in files]
     precision = {name: max(each[name] for each in precisions) for name in precisions[0]}
+    scratch = out.with_name(f".{out.name}.measuring")
+    shutil.rmtree(scratch, ignore_errors=True)  # of a run that was killed
     job = MeasureJob(columns, Exchange(scratch, partitions), precision)
     try:
         with open_engine(options.engine, options.workers, rows >= ROWS_FOR_PROCESSES) as engine:
-            return _measure_parts(engine, job, parts, rows, options)
+            sums, slices = _measure_parts(engine, job, parts, rows, options)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+    weights = {task.name: task.weight for task in columns.tasks}
+    facts = {"predictions": source, "files": len(files), "columns": columns.by_part(), "relevance_weights": weights}
+    summary = replace(summarise(sums, options.resamples), facts=facts)
+    return MeasuredModel(sums, summary, source, seen=learnt_from(file.file.address for file in files), slices=slices)
 
 
 def _measure_parts(

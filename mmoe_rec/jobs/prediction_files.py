@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 
 import numpy as np
 import pyarrow as pa
@@ -53,9 +52,7 @@ class PredictionColumns:
     @staticmethod
     def of(tasks: Sequence[MeasuredTask]) -> PredictionColumns:
         """Columns with their usual names."""
-        parts = ["user", "request", "candidate", "score", WEIGHT]
-        parts += [f"{kind}_{task.name}" for task in tasks for kind in ("predicted", "label")]
-        return PredictionColumns(tuple(tasks), {part: part for part in parts})
+        return PredictionColumns(tuple(tasks), {part: part for part in _list_parts(tasks)})
 
     @property
     def request(self) -> list[str]:
@@ -64,27 +61,15 @@ class PredictionColumns:
 
     def by_part(self) -> dict[str, str | None]:
         """Part -> column, None where rows have none."""
-        parts = ["user", "candidate", "score", "weight", "request"]
-        parts += [f"{kind}_{task.name}" for task in self.tasks for kind in ("predicted", "label")]
-        return {part: self.names.get(part) for part in parts}
+        return {part: self.names.get(part) for part in _list_parts(self.tasks)}
 
     def with_columns(self, words: Sequence[str]) -> PredictionColumns:
-        """The same with other columns, each as PART=COLUMN. Raises UserError for words that say something else."""
-        names, parts = dict(self.names), [*self.by_part()]
-        for word in words:
-            part, equals, column = word.partition("=")
-            if not equals or not part or not column:
-                raise UserError(f"--columns takes PART=COLUMN, such as user=customer_id; found '{word}'")
-            if part not in parts:
-                near = get_close_matches(part, parts, 1)
-                meant = f"; did you mean '{near[0]}'?" if near else f"; there are {', '.join(parts)}"
-                raise UserError(f"--columns {word}: rows have no part '{part}'{meant}")
-            names[part] = column
-        given = {word.partition("=")[0] for word in words}
-        by_log = self.by_log - given
-        if given & {"user", "request", "candidate"}:
+        """The same with other columns, see `name_columns`."""
+        given = name_columns(words, _list_parts(self.tasks))
+        by_log = self.by_log - given.keys()
+        if given.keys() & {"user", "request", "candidate"}:
             by_log &= {WEIGHT}
-        return replace(self, names=names, optional=self.optional - given, by_log=by_log)
+        return replace(self, names={**self.names, **given}, optional=self.optional - given.keys(), by_log=by_log)
 
     def match(self, there: Collection[str]) -> PredictionColumns:
         """Those that files with the columns `there` have. What one file has, all must have: else a task, or the score,
@@ -111,6 +96,22 @@ class PredictionColumns:
         uses |= {name: "any" for name in self.request if name not in uses}
         numbers = [part for part in self.by_part() if part not in ("user", "candidate", "request")]
         return uses | {self.names[part]: "number" for part in numbers if part in self.names}
+
+
+def _list_parts(tasks: Sequence[MeasuredTask]) -> list[str]:
+    its = [f"{kind}_{task.name}" for task in tasks for kind in ("predicted", "label")]
+    return ["user", "candidate", "score", WEIGHT, "request", *its]
+
+
+def name_columns(words: Sequence[str], parts: Collection[str]) -> dict[str, str]:
+    """Part -> column, by words such as `user=customer_id`. Raises UserError for a word that says something else."""
+    names = {}
+    for word in words:
+        part, equals, column = word.partition("=")
+        if not equals or part not in parts or not column:
+            raise UserError(f"--columns {word}: expected PART=COLUMN, where PART is one of {', '.join(parts)}")
+        names[part] = column
+    return names
 
 
 def columns_of_settings(settings: Settings) -> PredictionColumns:

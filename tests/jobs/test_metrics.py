@@ -344,8 +344,11 @@ def test_files_of_other_types_are_named(tmp_path: Path) -> None:
         (["--tasks", "bought:ordinal"], "--tasks takes NAME, NAME:regression .* found 'bought:ordinal'"),
         (["--tasks", "bought=much"], "found 'bought=much'"),
         (["--tasks", "a", "a"], "--tasks names 'a' twice"),
-        (["--tasks", "a", "--columns", "usr=who"], "rows have no part 'usr'; did you mean 'user'"),
-        (["--tasks", "a", "--columns", "user"], "PART=COLUMN, such as user=customer_id; found 'user'"),
+        (
+            ["--tasks", "a", "--columns", "usr=who"],
+            "--columns usr=who: expected PART=COLUMN, where PART is one of",
+        ),
+        (["--tasks", "a", "--columns", "user"], "--columns user: expected PART=COLUMN"),
         ([], "give the tasks by --config C or by --tasks, one of the two"),
         (["--config", "configs/synthetic.yaml", "--training.sampling_correction", "weights", *RATE], "columns weight="),
     ],
