@@ -201,68 +201,56 @@ def test_without_a_score_one_task_ranks_by_its_prediction(tmp_path: Path) -> Non
         measured(TASKS, source, tmp_path / "out")
 
 
-def changed(frame: pd.DataFrame, column: str, value: Any) -> pd.DataFrame:
-    """With another value in row 2,500, which is row 500 of the last file."""
-    values = frame[column].astype(object)
-    values.iloc[2_500] = value
-    return frame.assign(**{column: values.convert_dtypes() if value is None else values.astype(type(value))})
-
-
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("column", "value", "message"),
     [
-        (lambda rows: changed(rows, "predicted_bought", 1.5), "'predicted_bought' must hold a probability, found 1.5"),
-        (lambda rows: changed(rows, "predicted_bought", 1 + 1e-9), "must hold a probability, found 1.000000001 "),
-        (lambda rows: changed(rows, "predicted_bought", float("nan")), "must hold a probability, found null or NaN"),
-        (lambda rows: changed(rows, "label_bought", 2), "'label_bought' must hold 0, 1 or null .*, found 2"),
-        (
-            lambda rows: changed(rows, "label_stars", float("inf")),
-            "'label_stars' must hold a number or null.*found inf",
-        ),
-        (lambda rows: changed(rows, "score", float("nan")), "column 'score' must hold a number, found null or NaN"),
-        (lambda rows: changed(rows, "user", None), "column 'user' holds null"),
-        (lambda rows: changed(rows, "request", None), "column 'request' holds null"),
-        (lambda rows: changed(rows, "candidate", None), "column 'candidate' holds null"),
+        ("predicted_bought", 1.5, "'predicted_bought' must hold a probability, found 1.5"),
+        ("predicted_bought", 1 + 1e-9, "must hold a probability, found 1.000000001 "),
+        ("predicted_bought", float("nan"), "must hold a probability, found null or NaN"),
+        ("label_bought", 2, "'label_bought' must hold 0, 1 or null .*, found 2"),
+        ("label_stars", float("inf"), "'label_stars' must hold a number or null.*found inf"),
+        ("score", float("nan"), "column 'score' must hold a number, found null or NaN"),
+        ("user", None, "column 'user' holds null"),
+        ("request", None, "column 'request' holds null"),
+        ("candidate", None, "column 'candidate' holds null"),
     ],
 )
-def test_a_wrong_value_is_named_by_file_column_and_row(change, message: str, tmp_path: Path) -> None:
-    source = written(change(predicted(6)), tmp_path / "in")
+def test_a_wrong_value_is_named_by_file_column_and_row(column: str, value: Any, message: str, tmp_path: Path) -> None:
+    frame = predicted(6)
+    values = frame[column].astype(object)
+    values.iloc[2_500] = value  # row 500 of the last file
+    frame[column] = values.convert_dtypes() if value is None else values.astype(type(value))
+    source = written(frame, tmp_path / "in")
     with pytest.raises(UserError, match=rf"in/2\.parquet'.*{message}.*\(the first is row 500 of the file"):
         measured(TASKS, source, tmp_path / "out")
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (
-            lambda rows: rows.drop(columns="label_stars"),
-            "no column 'label_stars', the labels of task 'stars': .*--labels",
-        ),
-        (lambda rows: rows.drop(columns="predicted_stars"), "no column 'predicted_stars', .*predicted_stars=COLUMN"),
-        (lambda rows: rows.drop(columns="user"), "no column 'user'; name another one with --columns user=COLUMN"),
-        (lambda rows: rows.drop(columns="request"), "no column 'request'; .*--columns request=COLUMN"),
-        (lambda rows: rows.assign(user=0.5), "column 'user' must hold integers or strings, found double"),
-        (lambda rows: rows.assign(score="x"), "column 'score' must hold numbers, found (large_)?string"),
-        (
-            lambda rows: rows.assign(user=np.where(np.arange(len(rows)) == 9, 10**9, rows["user"])),
-            "request [0-9]+ by 'request' has rows of more than one user, .*1000000000.*request=user[+]request",
-        ),
-        (lambda rows: rows.iloc[:0], "hold no row to evaluate"),
-    ],
-)
-def test_what_is_wrong_with_files_is_said(change, message: str, tmp_path: Path, monkeypatch) -> None:
+def test_what_is_wrong_with_files_is_said(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(metrics, "ROWS_PER_PARTITION", 100)  # so that rows of two users are not looked at together
-    source = written(change(predicted(7)), tmp_path / "in")
-    with pytest.raises(UserError, match=message):
+    rows = predicted(7)
+    of_two = rows["user"].mask(np.arange(len(rows)) == 9, 10**9)
+    for number, (changed, message) in enumerate(
+        [
+            (rows.drop(columns="label_stars"), "no column 'label_stars', the labels of task 'stars': .*--labels"),
+            (rows.drop(columns="predicted_stars"), "no column 'predicted_stars', .*predicted_stars=COLUMN"),
+            (rows.drop(columns="user"), "no column 'user'; name another one with --columns user=COLUMN"),
+            (rows.drop(columns="request"), "no column 'request'; .*--columns request=COLUMN"),
+            (rows.assign(user=0.5), "column 'user' must hold integers or strings, found double"),
+            (rows.assign(score="x"), "column 'score' must hold numbers, found (large_)?string"),
+            (rows.assign(user=of_two), "request [0-9]+ by 'request' has rows of more .*1000000000.*=user[+]request"),
+            (rows.iloc[:0], "hold no row to evaluate"),
+        ]
+    ):
+        with pytest.raises(UserError, match=message):
+            measured(TASKS, written(changed, tmp_path / str(number)), tmp_path / "out")
+    source = written(rows, tmp_path / "in")
+    for task in ("candidate", "weight"):  # which are parts that files need not have
+        with pytest.raises(UserError, match=f"no column 'predicted_{task}', the predictions of task '{task}'"):
+            measured(["bought", task], source, tmp_path / "out")
+    pq.write_table(pa.Table.from_pandas(predicted(8, text=True)), source / "9.parquet")
+    with pytest.raises(UserError, match=r"'user' holds int64 in '.*0\.parquet', and string in '.*9\.parquet'"):
         measured(TASKS, source, tmp_path / "out")
-
-
-@pytest.mark.parametrize("task", ["candidate", "weight"])
-def test_a_task_that_is_called_like_a_part_is_not_left_out(task: str, tmp_path: Path) -> None:
-    source = written(predicted(7), tmp_path / "in")
-    with pytest.raises(UserError, match=f"no column 'predicted_{task}', the predictions of task '{task}'"):
-        measured(["bought", task], source, tmp_path / "out")
 
 
 @pytest.mark.parametrize("column", ["score", "candidate", "weight"])
@@ -331,23 +319,13 @@ def test_results_do_not_lie_among_the_predictions(tmp_path: Path, monkeypatch) -
     assert sorted(each.name for each in source.iterdir()) == ["0.parquet", "1.parquet", "2.parquet"]
 
 
-def test_files_of_other_types_are_named(tmp_path: Path) -> None:
-    source = written(predicted(8), tmp_path / "in")
-    pq.write_table(pa.Table.from_pandas(predicted(8, text=True)), source / "9.parquet")
-    with pytest.raises(UserError, match=r"'user' holds int64 in '.*0\.parquet', and string in '.*9\.parquet'"):
-        measured(TASKS, source, tmp_path / "out")
-
-
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["--tasks", "bought:ordinal"], "--tasks takes NAME, NAME:regression .* found 'bought:ordinal'"),
         (["--tasks", "bought=much"], "found 'bought=much'"),
         (["--tasks", "a", "a"], "--tasks names 'a' twice"),
-        (
-            ["--tasks", "a", "--columns", "usr=who"],
-            "--columns usr=who: expected PART=COLUMN, where PART is one of",
-        ),
+        (["--tasks", "a", "--columns", "usr=who"], "--columns usr=who: expected PART=COLUMN, where PART is one"),
         (["--tasks", "a", "--columns", "user"], "--columns user: expected PART=COLUMN"),
         ([], "give the tasks by --config C or by --tasks, one of the two"),
         (["--config", "configs/synthetic.yaml", "--training.sampling_correction", "weights", *RATE], "columns weight="),
@@ -388,14 +366,14 @@ def test_predictions_are_compared_with_others_of_the_same_rows(tmp_path: Path, c
     frame = predicted(20)
     other = frame.sample(frac=1, random_state=0).reset_index(drop=True)  # in another order, in other files
     other["predicted_bought"] = 0.5 * other["predicted_bought"] + 0.5 * np.random.default_rng(0).random(len(other))
-    source, others = written(frame, tmp_path / "ours"), written(other, tmp_path / "theirs", files=2)
+    source, others = written(frame, tmp_path / "ours[a]"), written(other, tmp_path / "theirs", files=2)
     out = tmp_path / "out"
     words = ["--tasks", *TASKS, "--resamples", "200", "--out", str(out)]
     run("metrics", "--predictions", str(source), "--against", str(others), *words)
     printed = capsys.readouterr().out
     comparison = json.loads((out / "comparison.json").read_text())
     told = comparison["against"]["theirs"]
-    assert comparison["model"] == "ours"
+    assert comparison["model"] == "ours[a]"
     areas = [
         roc_auc_score(each["label_bought"].astype(bool), each["predicted_bought"].astype(float))
         for each in (frame, other)
@@ -403,10 +381,10 @@ def test_predictions_are_compared_with_others_of_the_same_rows(tmp_path: Path, c
     assert told["groups"]["bought"]["auc"]["value"] == pytest.approx(areas[0] - areas[1], abs=1e-12)
     assert told["objective"]["value"] == told["groups"]["bought"]["auc"]["value"]
     assert told["verdict"]["kind"] == "better"
-    assert "'ours' is better than 'theirs': auc of bought is higher by " in " ".join(printed.split())
+    assert "'ours[a]' is better than 'theirs': auc of bought is higher by " in " ".join(printed.split())
     assert json.loads((out / "against" / "1" / "metrics.json").read_text())["predictions"] == str(others)
     run("metrics", "--predictions", str(others), "--against", str(source), *words)
-    assert json.loads((out / "comparison.json").read_text())["against"]["ours"]["verdict"]["kind"] == "worse"
+    assert json.loads((out / "comparison.json").read_text())["against"]["ours[a]"]["verdict"]["kind"] == "worse"
     run("metrics", "--predictions", str(source), *words)
     assert not (out / "comparison.json").exists()
     assert not (out / "against").exists()
@@ -414,35 +392,34 @@ def test_predictions_are_compared_with_others_of_the_same_rows(tmp_path: Path, c
 
 def test_predictions_of_other_rows_are_not_compared(tmp_path: Path) -> None:
     """Labels that belong to other requests, as after a wrong join, and a file that is missing."""
-    frame = predicted(21)
-    source, out = str(written(frame, tmp_path / "ours")), tmp_path / "out"
-    wrong = frame.assign(label_bought=np.roll(frame["label_bought"], 1))
-    with pytest.raises(
-        UserError, match=r"not measured on the same rows \(labels of 'bought' of \d+ of 97 users differ"
+    frame, out = predicted(21), tmp_path / "out"
+    source, wrong = str(written(frame, tmp_path / "ours")), np.roll(frame["label_bought"], 1)
+    for number, (other, told) in enumerate(
+        [
+            (frame.assign(label_bought=wrong), r"on the same rows \(labels of 'bought' of \d+ of 97 users differ"),
+            (frame.head(2000), r"not measured on the same rows \(3,000 rows of 97 users, and 2,000 of 97\)"),
+            (
+                frame.drop(columns="candidate"),
+                "has no column 'candidate', and the predictions that it is compared with",
+            ),
+            (
+                frame.rename(columns={"predicted_bought": "p_bought"}),
+                "'predicted_bought'.*; those of --against are read by the same names, so rename",
+            ),
+            (
+                frame.assign(user=frame["user"].astype(str)),
+                r"not measured on the same rows \(users are \w+ in one, and \w+ in the other\)",
+            ),
+        ]
     ):
-        compared(source, str(written(wrong, tmp_path / "wrong")), out)
-    with pytest.raises(UserError, match=r"not measured on the same rows \(3,000 rows of 97 users, and 2,000 of 97\)"):
-        compared(source, str(written(frame.head(2000), tmp_path / "fewer")), out)
-    with pytest.raises(UserError, match="has no column 'candidate', and the predictions that it is compared with have"):
-        compared(source, str(written(frame.drop(columns="candidate"), tmp_path / "without")), out)
-    renamed = written(frame.rename(columns={"predicted_bought": "p_bought"}), tmp_path / "renamed")
-    with pytest.raises(
-        UserError, match=r"'predicted_bought'.*; those of --against are read by the same names, so rename"
-    ):
-        compared(source, str(renamed), out)
-    strings = written(frame.assign(user=frame["user"].astype(str)), tmp_path / "strings")
-    with pytest.raises(
-        UserError, match=r"not measured on the same rows \(users are \w+ in one, and \w+ in the other\)"
-    ):
-        compared(source, str(strings), out)
+        with pytest.raises(UserError, match=told):
+            measured(TASKS, source, out, against=[str(written(other, tmp_path / str(number)))])
     with pytest.raises(UserError, match="is compared with itself; give other models with --against"):
-        compared(source, source, out)
+        measured(TASKS, source, out, against=[source])
     assert not (out / "metrics.json").exists()
     assert not (out / "sums").exists()
-
-
-def compared(source: str, other: str, out: Path) -> None:
-    measured(TASKS, source, out, against=[other])
+    with pytest.raises(UserError, match=r"evaluation\.decide_by is 'acu'"):  # before anything is read
+        measured(TASKS, source, out, rules=Evaluation(decide_by="acu"))
 
 
 def test_nothing_of_the_users_is_replaced(tmp_path: Path) -> None:
@@ -451,7 +428,7 @@ def test_nothing_of_the_users_is_replaced(tmp_path: Path) -> None:
     ours, mine = str(written(frame, tmp_path / "ours")), tmp_path / "out" / "against"
     written(frame, mine)
     with pytest.raises(UserError, match=r"lies in '.*against', where the predictions are, or holds them; name another"):
-        compared(ours, str(mine), tmp_path / "out")
+        measured(TASKS, ours, tmp_path / "out", against=[str(mine)])
     with pytest.raises(UserError, match="lies where results go, and belongs to no evaluation"):
         measured(TASKS, ours, tmp_path / "out")
     assert (mine / "0.parquet").is_file()
@@ -463,34 +440,18 @@ def test_nothing_of_the_users_is_replaced(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="or holds them"):
         measured(TASKS, ours, tmp_path / "link" / "out")
     with pytest.raises(UserError, match="are the same predictions; give others with --against"):
-        compared(ours, f"{ours}/*.parquet", tmp_path / "fine")
+        measured(TASKS, ours, tmp_path / "fine", against=[f"{ours}/*.parquet"])
     with pytest.raises(UserError, match="are the same predictions"):
-        compared(ours, str(tmp_path / "link"), tmp_path / "fine")
+        measured(TASKS, ours, tmp_path / "fine", against=[str(tmp_path / "link")])
 
 
 def test_what_can_not_be_written_leaves_all_as_it_was(tmp_path: Path) -> None:
     frame, out = predicted(23, rows=600), tmp_path / "out"
     ours, theirs = (str(written(frame, tmp_path / name)) for name in ("ours", "theirs"))
-    compared(ours, theirs, out)
+    measured(TASKS, ours, out, against=[theirs])
     (out / "sums" / "sums.json").unlink()
     (out / "sums" / "mine.txt").write_text("mine")
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     with pytest.raises(UserError, match="holds other files"):
         measured(TASKS, ours, out)
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
-
-
-def test_a_metric_that_is_none_is_told_before_anything_is_read(tmp_path: Path) -> None:
-    source = str(written(predicted(24, rows=600), tmp_path / "in"))
-    with pytest.raises(UserError, match=r"evaluation\.decide_by is 'acu'"):
-        measured(TASKS, source, tmp_path / "out", rules=Evaluation(decide_by="acu"))
-
-
-def test_names_are_no_markup(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    frame = predicted(25, rows=600)
-    sides = [str(written(frame, tmp_path / name)) for name in ("m[a]", "m[b]")]
-    words = ["--tasks", *TASKS, "--resamples", "20", "--out", str(tmp_path / "out")]
-    run("metrics", "--predictions", sides[0], "--against", sides[1], *words)
-    printed = capsys.readouterr().out
-    assert printed.count("m[a]") >= 2
-    assert printed.count("m[b]") >= 2

@@ -188,18 +188,15 @@ def test_models_are_compared_on_the_test_rows(tmp_path: Path, monkeypatch: pytes
     assert "minus b/model" in words
 
 
-def test_the_first_model_is_not_scored_twice_by_another_name(tmp_path: Path) -> None:
-    model = SmallModel(tmp_path / "a")
-    with pytest.raises(UserError, match="are the same model"):
-        evaluate_model(model.settings, str(model.folder), tmp_path / "out", [f"{model.folder}/"])
-
-
-@pytest.mark.parametrize("where", ["log", "work", "work/features", "work/features/train", "file"])
-def test_results_do_not_lie_where_other_things_do(where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A log would have a file more, and a folder of features would wait for itself."""
+def test_what_an_evaluation_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model by another name; results among other things: a log would have a file more, and a folder of features would
+    wait for itself."""
     monkeypatch.setattr(evaluate, "log_evaluation", lambda *_: None)
     model = SmallModel(tmp_path / "work")
+    with pytest.raises(UserError, match="are the same model"):
+        evaluate_model(model.settings, str(model.folder), tmp_path / "out", [f"{model.folder}/"])
     (tmp_path / "file").write_text("mine")
-    place = {"log": model.settings.data.log, "work": model.settings.data.work}.get(where, str(tmp_path / where))
-    with pytest.raises(UserError, match=r"which holds other things; name another|is a file; name a folder"):
-        evaluate_model(model.settings, str(model.folder), place)
+    data, work = model.settings.data, tmp_path / "work"
+    for place in (data.log, data.work, work / "features", work / "features" / "train", tmp_path / "file"):
+        with pytest.raises(UserError, match=r"which holds other things; name another|is a file; name a folder"):
+            evaluate_model(model.settings, str(model.folder), place)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +51,24 @@ def later_table(rows: int = 80, seed: int = 7) -> pa.Table:
 def best_first(frame: pd.DataFrame, request: str = "request") -> np.ndarray:
     """Ranks by the scores of a frame, in the order of its rows."""
     return frame.groupby(request).score.rank(method="first", ascending=False).to_numpy()
+
+
+def assert_ranked_alike(
+    found: pd.DataFrame, ranker: Ranker, table: pa.Table, lacking: Collection[str] = frozenset()
+) -> None:
+    """Beside the ranker, request by request. lacking: columns that the rows were scored without."""
+    requests = table["request"].to_numpy()
+    for request in np.unique(requests):
+        places = np.flatnonzero(requests == request)
+        asked = as_request(table.take(pa.array(places)))
+        for part in ("user", "candidates"):
+            asked[part] = {name: each for name, each in asked[part].items() if name not in lacking}
+        ranking, mine = ranker.rank(**asked), found.iloc[places].sort_values("rank")
+        assert mine["rank"].tolist() == list(range(1, len(places) + 1))
+        assert mine["item"].tolist() == ranking.candidates
+        np.testing.assert_allclose(mine["score"], ranking.scores, rtol=1e-5)
+        for name, values in ranking.predictions.items():
+            np.testing.assert_allclose(mine[f"predicted_{name}"], values, atol=1e-6)
 
 
 def test_rows_of_a_log_are_scored_as_in_an_evaluation(small: SmallModel, tmp_path: Path, fine: None) -> None:
@@ -108,16 +127,7 @@ def test_later_candidates_are_ranked_as_by_the_server(small: SmallModel, tmp_pat
     found, done = scored(small.folder, source, tmp_path / "out", as_of="tables")
     np.testing.assert_array_equal(found["item"], table["item"])
     assert found["item"].nunique() > 5
-    requests = table["request"].to_numpy()
-    for request in np.unique(requests):
-        places = np.flatnonzero(requests == request)
-        ranking = ranker.rank(**as_request(table.take(pa.array(places))))
-        mine = found.iloc[places].sort_values("rank")
-        assert mine["rank"].tolist() == list(range(1, len(places) + 1))
-        assert mine["item"].tolist() == ranking.candidates
-        np.testing.assert_allclose(mine["score"], ranking.scores, rtol=1e-5)
-        for name, values in ranking.predictions.items():
-            np.testing.assert_allclose(mine[f"predicted_{name}"], values, atol=1e-6)
+    assert_ranked_alike(found, ranker, table)
     assert list(found) == ["request", "user", "item", "time", *PREDICTED, "score", "rank", "model", "model_version"]
     assert (found["model"] == str(small.folder)).all()
     assert (found["model_version"] == done.manifest["model_version"]).all()
@@ -143,16 +153,7 @@ def test_attributes_that_are_not_there_are_completed_as_by_the_server(
     there = [name for name in table.column_names if name not in {*attributes, "click", "liked", "spent", "slot"}]
     source = write_finely(tmp_path / "candidates", table.select(there).slice(0, 33), table.select(there).slice(33))
     found, done = scored(small.folder, source, tmp_path / "out", as_of="tables")
-    requests = table["request"].to_numpy()
-    for request in np.unique(requests):
-        places = np.flatnonzero(requests == request)
-        asked = as_request(table.take(pa.array(places)))
-        for part in ("user", "candidates"):
-            asked[part] = {name: each for name, each in asked[part].items() if name not in attributes}
-        ranking = ranker.rank(**asked)
-        mine = found.iloc[places].sort_values("rank")
-        assert mine["item"].tolist() == ranking.candidates
-        np.testing.assert_allclose(mine["score"], ranking.scores, rtol=1e-5)
+    assert_ranked_alike(found, ranker, table, attributes)
     read = set(ranker.pipeline.schema.input_columns())
     told = done.manifest["meaning"].partition("has no column ")[2].partition(": of each")[0]
     assert set(told.split(", ")) == {repr(name) for name in attributes & read}
