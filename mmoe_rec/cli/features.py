@@ -53,7 +53,7 @@ def features(configuration: Configuration, extend: bool) -> None:
 
 
 def _print(prepared: Prepared, settings: Settings) -> None:
-    from mmoe_rec.features.memories import remembered_bytes
+    from mmoe_rec.features.pipeline import remembered_bytes
     from mmoe_rec.log.checks import format_time
     from mmoe_rec.report.formatting import describe_labels, describe_request_times, describe_unmatured
 

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import pyarrow as pa
 
 from mmoe_rec.features.layout import DenseInput, Table
-from mmoe_rec.features.numbers import DenseNumber, encode_numbers
-from mmoe_rec.features.vocabulary import VocabularyOwner
+from mmoe_rec.features.numbers import DenseNumber, Standardiser, encode_numbers
+from mmoe_rec.features.vocabulary import Vocabulary
 from mmoe_rec.log.rows import MICROSECONDS_PER_DAY, LogRows, maturity
 from mmoe_rec.point_in_time.arrays import Ragged, SharedRagged
-from mmoe_rec.point_in_time.join import AnyLookUps
+from mmoe_rec.point_in_time.join import LookUps
 from mmoe_rec.point_in_time.memory import Memory
 from mmoe_rec.settings.columns import CHOICES, Use
 from mmoe_rec.settings.schema import Feature, Schema
@@ -82,10 +82,10 @@ class Counts(Protocol):
 
 @dataclass(frozen=True)
 class Shared:
-    """What the encoders of a pipeline have in common. owners: name of an id feature -> its vocabulary."""
+    """What the encoders of a pipeline have in common. vocabularies: by the names of the id features that own them."""
 
     schema: Schema
-    owners: Mapping[str, VocabularyOwner]
+    vocabularies: Mapping[str, Vocabulary]
 
 
 class Encoder(ABC):
@@ -133,6 +133,33 @@ class Encoder(ABC):
         return None
 
 
+class NumberEncoder(Encoder):
+    """A feature that is standardised with one mean and deviation, all that it learns. suffix: of its input's name."""
+
+    suffix = ""
+
+    def __init__(self, name: str, feature: Any, shared: Shared) -> None:
+        super().__init__(name, feature, shared)
+        self.number = DenseNumber(name + self.suffix)
+        self.counts = self.number.histogram
+
+    @abstractmethod
+    def values(self, rows: LogRows) -> np.ndarray:
+        """The numbers of rows, any number a row, NaN where missing."""
+
+    def learn(self, rows: LogRows, known_by: int) -> None:
+        self.number.histogram.add(self.values(rows).ravel())
+
+    def finish(self) -> None:
+        self.number.finish()
+
+    def state(self) -> State:
+        return State(asdict(self.number.standardiser))
+
+    def restore(self, state: State) -> None:
+        self.number.standardiser = Standardiser(**state.values)
+
+
 class MemoryEncoder(Encoder, Generic[MemoryKind]):
     """A feature that looks up, for each row, what was known of earlier events before its request.
 
@@ -162,10 +189,6 @@ class MemoryEncoder(Encoder, Generic[MemoryKind]):
         """A memory of nothing."""
 
     @abstractmethod
-    def memory_from(self, columns: Mapping[str, np.ndarray], floor: int | None) -> MemoryKind:
-        """The memory that `Memory.to_columns` gave."""
-
-    @abstractmethod
     def events(self, rows: LogRows) -> pa.Table:
         """Those of the rows that later requests may ask for: key (uint64), known (int64 microseconds), value."""
 
@@ -190,7 +213,7 @@ class MemoryEncoder(Encoder, Generic[MemoryKind]):
         """Names of results, under which a request may give them instead: how each is read, and its type if known."""
 
     @abstractmethod
-    def distinct_results(self, memory: MemoryKind, asked: AnyLookUps) -> Mapping[str, np.ndarray | Ragged]:
+    def distinct_results(self, memory: MemoryKind, asked: LookUps) -> Mapping[str, np.ndarray | Ragged]:
         """What a memory of this kind knew at D distinct look-ups: name -> (D,) float64 or `Ragged`."""
 
     @abstractmethod
@@ -223,7 +246,7 @@ class MemoryEncoder(Encoder, Generic[MemoryKind]):
             return {name: rows.results[name] for name in names}
         return self.results(self.memory, rows.look_ups(self.by))
 
-    def results(self, memory: MemoryKind, asked: AnyLookUps) -> Results:
+    def results(self, memory: MemoryKind, asked: LookUps) -> Results:
         """What a memory of this kind knew at the look-ups of N rows."""
         return {
             name: SharedRagged(each, asked.number)

@@ -14,10 +14,9 @@ import numpy as np
 import pyarrow as pa
 
 from mmoe_rec.features.layout import DenseInput
-from mmoe_rec.point_in_time.exact import BITS, ExactSums, whole_numbers
 
 _LOW_BITS = 27  # of 53, so that products of the parts of two numbers fit into 54
-_SCALE = 1088  # 2^-1088 divides every float64 number, and is a unit of `ExactSums`
+_SCALE = 1088  # 2^-1088 divides every float64 number
 _SMALL = 2.0**20  # squares of the rows read at a time add up within int64
 
 
@@ -41,12 +40,13 @@ class Moments:
             self.total += int(whole.sum()) << _SCALE
             self.squares += int(np.square(whole).sum()) << 2 * _SCALE
             return
-        whole, exponent = whole_numbers(values)
-        self.total += _sum(whole, exponent) >> _SCALE
-        size = np.abs(whole)
-        high, low = size >> _LOW_BITS, size & (2**_LOW_BITS - 1)
-        for product, place in ((high * high, 2 * _LOW_BITS), (2 * high * low, _LOW_BITS), (low * low, 0)):
-            self.squares += _sum(product, 2 * exponent + place)
+        fraction, exponent = np.frexp(values)
+        for each in np.unique(exponent).tolist():
+            whole = (fraction[exponent == each] * 2.0**53).astype(np.int64)
+            high, low = whole >> _LOW_BITS, whole & (2**_LOW_BITS - 1)
+            squares = (_sum(high * high) << 2 * _LOW_BITS) + (_sum(high * low) << _LOW_BITS + 1) + _sum(low * low)
+            self.total += _scaled(_sum(whole), each - 53 + _SCALE)
+            self.squares += _scaled(squares, 2 * (each - 53 + _SCALE))
 
     def merge(self, other: Moments) -> None:
         """Adds what another one took."""
@@ -81,10 +81,14 @@ class Moments:
         return float(Fraction(math.isqrt(spread << 2 * more), self.count << _SCALE + more))
 
 
-def _sum(whole: np.ndarray, exponent: np.ndarray) -> int:
-    """The sum of `whole` times 2^`exponent`, in units of 2^-2176."""
-    sums = ExactSums.of_scaled(whole, exponent).each(lambda limb: limb.sum(keepdims=True))
-    return sum(int(limb[0]) << BITS * unit + 2 * _SCALE for unit, limb in zip(sums.units, sums.limbs, strict=True))
+def _sum(whole: np.ndarray) -> int:
+    """The sum of (N,) int64 numbers, which need not fit into int64."""
+    return (int((whole >> 32).sum()) << 32) + int((whole & (2**32 - 1)).sum())
+
+
+def _scaled(whole: int, bits: int) -> int:
+    """A whole number times 2^bits, where that is one too."""
+    return whole << bits if bits >= 0 else whole >> -bits
 
 
 _VALUES_KEPT = 2**16

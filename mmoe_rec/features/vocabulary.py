@@ -56,7 +56,7 @@ class IdCounts:
     def to_table(self) -> pa.Table:
         """id and count, the most frequent ones first; ties are ordered by id."""
         if not self._parts:
-            return pa.table({"id": pa.nulls(0), "count": pa.array([], pa.int64())})
+            return pa.table({"id": pa.array([], pa.int64()), "count": pa.array([], pa.int64())})
         if self._ordered is None:
             by_count = self._summed().sort_by([("count", "descending"), ("id", "ascending")])
             self._ordered = by_count.combine_chunks()
@@ -72,86 +72,6 @@ class IdCounts:
     def _summed(self) -> pa.Table:
         summed = pa.concat_tables(self._parts).group_by("id").aggregate([("count", "sum")])
         return summed.rename_columns({"count_sum": "count"})
-
-    def vocabulary(self, min_count: int, max_size: int | None, oov_buckets: int) -> Vocabulary:
-        """The most frequent ids, in an order that does not depend on that of the rows."""
-        if not self._parts:
-            return Vocabulary(pa.array([], pa.int64()), oov_buckets)
-        counted = self.to_table()
-        counted = counted.filter(pc.greater_equal(counted["count"], min_count))
-        return Vocabulary(counted["id"].combine_chunks()[:max_size], oov_buckets)
-
-
-class Vocabulary:
-    """Known ids, an int64 or string array in the order of their rows, and the number of hashed buckets."""
-
-    def __init__(self, ids: pa.Array, oov_buckets: int) -> None:
-        self.ids = ids
-        self.oov_buckets = oov_buckets
-
-    def grown(self, counts: IdCounts, min_count: int, max_size: int | None) -> Vocabulary:
-        """The vocabulary with rows at its end for ids that became frequent, by falling count; no known id moves."""
-        new = counts.vocabulary(min_count, None, self.oov_buckets).ids
-        if len(self.ids) and len(new):
-            new = new.filter(pc.invert(pc.is_in(new, self.ids)))
-        if max_size is not None:
-            new = new[: max(0, max_size - len(self.ids))]
-        if not len(new):
-            return self
-        return Vocabulary(pa.concat_arrays([self.ids, new]) if len(self.ids) else new, self.oov_buckets)
-
-    @property
-    def rows(self) -> int:
-        """Rows of the embedding table."""
-        return 1 + self.oov_buckets + len(self.ids)
-
-    @cached_property
-    def _index(self) -> pd.Index:
-        return shared_index(_as_numpy(self.ids))
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Without the index, which pandas would send without its table, so that threads might not share it."""
-        return {name: value for name, value in self.__dict__.items() if name != "_index"}
-
-    def encode(self, values: pa.Array) -> np.ndarray:
-        """(N,) int64 table rows of an array of int64 or strings, dictionary-coded or not.
-
-        Raises UserError for ids of the other type.
-        """
-        kind = values.type.value_type if pt.is_dictionary(values.type) else values.type
-        if pt.is_null(kind):
-            return np.zeros(len(values), np.int64)
-        if len(self.ids) and kind != self.ids.type:
-            raise UserError(f"ids of type {kind} given where the model was trained on {self.ids.type}")
-        if pt.is_string(kind):
-            encoded = values.dictionary_encode()
-            rows = np.append(self._encode_known_or_hashed(encoded.dictionary), 0)
-            return rows[filled(encoded.indices, -1).to_numpy()]
-        rows = self._encode_known_or_hashed(filled(values, 0))
-        if values.null_count:
-            rows[values.is_null().to_numpy(zero_copy_only=False)] = 0
-        return rows
-
-    def decode(self, rows: np.ndarray) -> list[int | None] | list[str | None]:
-        """The ids at (N,) int64 table rows; None for the missing id, and for those that share a bucket."""
-        known = rows - 1 - self.oov_buckets
-        return self.ids.take(pa.array(known, mask=known < 0)).to_pylist()
-
-    def _encode_known_or_hashed(self, values: pa.Array) -> np.ndarray:
-        import pandas as pd
-
-        found = self._index.get_indexer(pd.Index(_as_numpy(values))) if len(self.ids) else np.full(len(values), -1)
-        rows = found.astype(np.int64) + 1 + self.oov_buckets
-        unknown = found < 0
-        if unknown.any():
-            hashes = hash_column(values.filter(pa.array(unknown)))
-            rows[unknown] = 1 + (hashes % np.uint64(self.oov_buckets)).astype(np.int64)
-        return rows
-
-
-def _as_numpy(values: pa.Array) -> np.ndarray:
-    array = values.to_numpy(zero_copy_only=False)
-    return array.astype(object) if pt.is_string(values.type) else array
 
 
 class VocabularyFeature(Feature):
@@ -211,43 +131,96 @@ def meaning_of_ids(schema: Schema, columns: tuple[str, ...], owner: str | Vocabu
     return Meaning(columns, unknown=feature.oov_buckets)
 
 
-class VocabularyOwner:
-    """The vocabulary and table of an id feature; other features may share it."""
+class Vocabulary:
+    """Ids of an id feature, which other features may share, and their rows of its table.
+
+    ids: int64 or string array, in the order of their rows; counts: what it grows from.
+    """
 
     def __init__(self, name: str, feature: VocabularyFeature) -> None:
-        self.name = name
-        self.feature = feature
-        self.counts = IdCounts()
-        self.vocabulary = Vocabulary(pa.array([], pa.int64()), feature.oov_buckets)
+        self.name, self.feature, self.counts = name, feature, IdCounts()
+        self.set_ids(pa.array([], pa.int64()))
 
-    def finish(self) -> None:
-        """Turns counts into the vocabulary. Raises UserError where it is too large for a table."""
-        feature = self.feature
-        self.vocabulary = self.counts.vocabulary(feature.min_count, feature.max_size, feature.oov_buckets)
-        self._check_size()
-
-    def grow(self) -> int:
-        """Adds rows at the end for ids whose counts now suffice; gives their number. Raises as `finish`."""
-        before, feature = len(self.vocabulary.ids), self.feature
-        self.vocabulary = self.vocabulary.grown(self.counts, feature.min_count, feature.max_size)
-        self._check_size()
-        return len(self.vocabulary.ids) - before
-
-    def _check_size(self) -> None:
-        if self.vocabulary.rows > MAX_TABLE_ROWS:
+    def set_ids(self, ids: pa.Array) -> None:
+        """Replaces the ids. Raises UserError where they are too many for a table."""
+        self.ids = ids
+        self.__dict__.pop("_index", None)
+        if self.rows > MAX_TABLE_ROWS:
             raise UserError(
-                f"feature '{self.name}' has {len(self.vocabulary.ids):,} ids and {self.feature.oov_buckets:,} "
-                f"`oov_buckets`; a table has at most {MAX_TABLE_ROWS:,} rows: set `max_size`, or raise `min_count`"
+                f"feature '{self.name}' has {len(ids):,} ids and {self.feature.oov_buckets:,} `oov_buckets`; a table "
+                f"has at most {MAX_TABLE_ROWS:,} rows: set `max_size`, or raise `min_count`"
             )
 
-    def encode(self, values: pa.Array) -> np.ndarray:
-        """(N,) int64 table rows. Raises UserError naming the feature for ids of another type than trained on."""
-        try:
-            return self.vocabulary.encode(values)
-        except UserError as error:
-            raise UserError(f"feature '{self.name}' (column '{self.feature.column}'): {error}") from None
+    def grow(self) -> int:
+        """Adds rows at the end for ids whose counts suffice, by falling count, and gives their number; no known id
+        moves, and the order of the log's rows does not matter. Raises as `set_ids`."""
+        feature, before = self.feature, len(self.ids)
+        counted = self.counts.to_table()
+        ids = counted.filter(pc.greater_equal(counted["count"], feature.min_count))["id"].combine_chunks()
+        if before:
+            new = ids.filter(pc.invert(pc.is_in(ids, self.ids))) if len(ids) else self.ids[:0]
+            ids = pa.concat_arrays([self.ids, new])
+        self.set_ids(ids if feature.max_size is None else ids[: max(feature.max_size, before)])
+        return len(self.ids) - before
+
+    @property
+    def rows(self) -> int:
+        """Rows of the embedding table."""
+        return 1 + self.feature.oov_buckets + len(self.ids)
 
     @property
     def id_type(self) -> pa.DataType | None:
         """The type of the known ids, None where there are none."""
-        return self.vocabulary.ids.type if len(self.vocabulary.ids) else None
+        return self.ids.type if len(self.ids) else None
+
+    @cached_property
+    def _index(self) -> pd.Index:
+        return shared_index(_as_numpy(self.ids))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the index, which pandas would send without its table, so that threads might not share it."""
+        return {name: value for name, value in self.__dict__.items() if name != "_index"}
+
+    def encode(self, values: pa.Array) -> np.ndarray:
+        """(N,) int64 table rows of an array of int64 or strings, dictionary-coded or not.
+
+        Raises UserError naming the feature for ids of another type than trained on.
+        """
+        kind = values.type.value_type if pt.is_dictionary(values.type) else values.type
+        if pt.is_null(kind):
+            return np.zeros(len(values), np.int64)
+        if kind != (self.id_type or kind):
+            raise UserError(
+                f"feature '{self.name}' (column '{self.feature.column}'): ids of type {kind} given where the model was "
+                f"trained on {self.id_type}"
+            )
+        if pt.is_string(kind):
+            encoded = values.dictionary_encode()
+            rows = np.append(self._encode_known_or_hashed(encoded.dictionary), 0)
+            return rows[filled(encoded.indices, -1).to_numpy()]
+        rows = self._encode_known_or_hashed(filled(values, 0))
+        if values.null_count:
+            rows[values.is_null().to_numpy(zero_copy_only=False)] = 0
+        return rows
+
+    def decode(self, rows: np.ndarray) -> list[int | None] | list[str | None]:
+        """The ids at (N,) int64 table rows; None for the missing id, and for those that share a bucket."""
+        known = rows - 1 - self.feature.oov_buckets
+        return self.ids.take(pa.array(known, mask=known < 0)).to_pylist()
+
+    def _encode_known_or_hashed(self, values: pa.Array) -> np.ndarray:
+        import pandas as pd
+
+        buckets = self.feature.oov_buckets
+        found = self._index.get_indexer(pd.Index(_as_numpy(values))) if len(self.ids) else np.full(len(values), -1)
+        rows = found.astype(np.int64) + 1 + buckets
+        unknown = found < 0
+        if unknown.any():
+            hashes = hash_column(values.filter(pa.array(unknown)))
+            rows[unknown] = 1 + (hashes % np.uint64(buckets)).astype(np.int64)
+        return rows
+
+
+def _as_numpy(values: pa.Array) -> np.ndarray:
+    array = values.to_numpy(zero_copy_only=False)
+    return array.astype(object) if pt.is_string(values.type) else array

@@ -63,7 +63,7 @@ def _frequent(pipeline: FeaturePipeline, features: Path, role: Role, key: str) -
 def _vocabulary(pipeline: FeaturePipeline, column: str) -> list[Any]:
     for name, feature in pipeline.schema.features.items():
         if isinstance(feature, VocabularyFeature) and feature.column == column:
-            return list(pipeline.owners[feature.shares or name].vocabulary.ids[:CANDIDATES].to_pylist())
+            return list(pipeline.vocabularies[feature.shares or name].ids[:CANDIDATES].to_pylist())
     return []
 
 

@@ -23,8 +23,7 @@ import torch
 from mmoe_rec.batches.batch import make_batch
 from mmoe_rec.errors import RequestError, UserError, one_line
 from mmoe_rec.features.encoder import Inputs
-from mmoe_rec.features.memories import Live
-from mmoe_rec.features.pipeline import FeaturePipeline
+from mmoe_rec.features.pipeline import FeaturePipeline, Live
 from mmoe_rec.inference.artifact import Artifact, read_artifact, read_calibration, read_model, version_of
 from mmoe_rec.inference.example import EXAMPLE, ExampleScores
 from mmoe_rec.inference.ranking import Freshness, RankedRequest, Ranking, as_of, explain, latest, scored_table

@@ -27,8 +27,7 @@ import pyarrow.parquet as pq
 
 from mmoe_rec.atomic import atomic_file
 from mmoe_rec.errors import StoppedError, UserError
-from mmoe_rec.features.memories import exact_from
-from mmoe_rec.features.pipeline import FeaturePipeline
+from mmoe_rec.features.pipeline import FeaturePipeline, exact_from
 from mmoe_rec.inference.artifact import read_artifact, version_of
 from mmoe_rec.inference.ranking import Freshness, scored_table
 from mmoe_rec.jobs.score_files import AsOf, LearntRows, Output, fingerprint_of, finished_name, known_rows, open_logs

@@ -277,7 +277,7 @@ def _show_values(
         result = period.rows.results[name]
         if isinstance(result, SharedRagged):
             assert isinstance(encoder, HistoryEncoder)
-            offline[name] = encoder.owner.vocabulary.decode(result.lists.take(result.number[[number]]).values) or None
+            offline[name] = encoder.vocabulary.decode(result.lists.take(result.number[[number]]).values) or None
         else:
             offline[name] = float(result[number])
     if explanation is not None and isinstance(encoder, HistoryEncoder):

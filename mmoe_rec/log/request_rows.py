@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from mmoe_rec.log.hashing import combine
 from mmoe_rec.log.rows import LogRows
-from mmoe_rec.point_in_time.join import UnsortedLookUps
+from mmoe_rec.point_in_time.join import LookUps
 from mmoe_rec.settings.schema import Schema
 
 Function = Callable[[pa.Array], np.ndarray]
@@ -74,9 +74,10 @@ class FewRows(LogRows):
     columns: canonical columns of N values each.
     """
 
+    _ask = staticmethod(LookUps.of_each)
+
     def __init__(self, columns: Mapping[str, pa.Array | Stored], rows: int, schema: Schema) -> None:
         self._columns, self._rows = columns, rows
-        self._asked: dict[tuple[str, ...], UnsortedLookUps] = {}
         self._start(schema)
 
     def unknown(self, name: str) -> np.ndarray:
@@ -105,13 +106,6 @@ class FewRows(LogRows):
         """(N,) what a function makes of a column's values."""
         column = self._columns[name]
         return column.each(function) if isinstance(column, Stored) else function(column)
-
-    def look_ups(self, names: Sequence[str]) -> UnsortedLookUps:
-        """The rows' look-ups by these columns."""
-        key = tuple(names)
-        if key not in self._asked:
-            self._asked[key] = UnsortedLookUps(self.hashes(names), self.times())
-        return self._asked[key]
 
 
 class RequestRows(FewRows):

@@ -19,7 +19,7 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.log.columns import UTC_MICROSECONDS
 from mmoe_rec.log.hashing import combine, hash_column
 from mmoe_rec.point_in_time.arrays import filled, one_array
-from mmoe_rec.point_in_time.join import AnyLookUps, LookUps
+from mmoe_rec.point_in_time.join import LookUps
 from mmoe_rec.settings.columns import Task, outcome_name
 from mmoe_rec.settings.schema import Schema
 
@@ -31,6 +31,8 @@ class LogRows:
 
     results: name -> what counters and histories give for these rows, where it was looked up before.
     """
+
+    _ask = staticmethod(LookUps.sort)
 
     def __init__(self, table: pa.Table, schema: Schema, results: Mapping[str, Any] | None = None) -> None:
         self.table = table
@@ -88,11 +90,11 @@ class LogRows:
             self._hashes[key] = combine(parts)
         return self._hashes[key]
 
-    def look_ups(self, names: Sequence[str]) -> AnyLookUps:
+    def look_ups(self, names: Sequence[str]) -> LookUps:
         """The rows' look-ups by these columns."""
         key = tuple(names)
         if key not in self._look_ups:
-            self._look_ups[key] = LookUps.sort(self.hashes(names), self.times())
+            self._look_ups[key] = self._ask(self.hashes(names), self.times())
         return self._look_ups[key]
 
     def times(self, name: str | None = None) -> np.ndarray:

@@ -1,27 +1,29 @@
 """What counters remember of a log: running totals per key (see `mmoe_rec.point_in_time.memory`).
 
-A window's count is the total at the request's time less the total at the window's start: `CounterFound.totals`.
+A window's count is the total at the request's time less the total at the window's start: `SeenTotals.totals`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from operator import add
 from typing import Any
 
 import numpy as np
 
-from mmoe_rec.point_in_time.exact import ExactSums
-from mmoe_rec.point_in_time.join import AnyLookUps, KeyGroups, KnownEvents, UnsortedLookUps, last_known, sorted_order
+from mmoe_rec.point_in_time.join import KeyGroups, KnownEvents, LookUps, last_known, sorted_order
 from mmoe_rec.point_in_time.memory import NEVER, Memory, SeenEvents, at, grown
 
 _LIMB = "label_sum."
-Labels = np.ndarray | ExactSums
+_BITS = 32
+_MASK = np.uint64(2**_BITS - 1)
+_AT_A_TIME = 8192  # this many numbers stay in the processor's cache
 
 
+@dataclass(eq=False)
 class CounterMemory(Memory):
     """Running totals per key, one event for each moment at which a key's totals change.
 
@@ -31,19 +33,10 @@ class CounterMemory(Memory):
     all, and both are None. shared: further levels, which other counters share.
     """
 
-    shared: SharedLevels | None = None
-
-    def __init__(
-        self,
-        events: KnownEvents,
-        rows: np.ndarray,
-        label_sum: Labels | None,
-        last_positive: np.ndarray | None,
-        floor: int | None = None,
-        forget_after: int | None = None,
-    ) -> None:
-        super().__init__(events, floor, forget_after)
-        self.rows, self.label_sum, self.last_positive = rows, label_sum, last_positive
+    rows: np.ndarray
+    label_sum: np.ndarray | ExactSums | None
+    last_positive: np.ndarray | None
+    shared: SharedLevels | None = field(default=None, init=False)
 
     @staticmethod
     def empty(
@@ -66,7 +59,7 @@ class CounterMemory(Memory):
         """
         if not len(key):
             return self
-        labels: Labels | None = label
+        labels: np.ndarray | ExactSums | None = label
         if label is not None and isinstance(self.label_sum, ExactSums):
             labels = ExactSums.of(label)
         positive = None
@@ -86,7 +79,7 @@ class CounterMemory(Memory):
         key: np.ndarray,
         known: np.ndarray,
         rows: np.ndarray,
-        labels: Labels | None,
+        labels: np.ndarray | ExactSums | None,
         positive: np.ndarray | None,
         in_order: bool,
     ) -> CounterMemory:
@@ -109,13 +102,12 @@ class CounterMemory(Memory):
             return total[1:][kept] - total[first]
 
         sums = _map(running, labels)
-        return CounterMemory(
-            KnownEvents(key[kept], known[kept]),
-            running(rows).astype(np.int32),
-            sums.astype(np.float64) if isinstance(sums, np.ndarray) else sums,
-            None if positive is None else _running_latest(groups, positive)[kept],
-            self.floor,
-            self.forget_after,
+        return replace(
+            self,
+            events=KnownEvents(key[kept], known[kept]),
+            rows=running(rows).astype(np.int32),
+            label_sum=sums.astype(np.float64) if isinstance(sums, np.ndarray) else sums,
+            last_positive=None if positive is None else _running_latest(groups, positive)[kept],
         )
 
     def _steps(self, totals: np.ndarray) -> np.ndarray:
@@ -124,13 +116,6 @@ class CounterMemory(Memory):
         first = self.events.starts[:-1]
         steps[first] = totals[first]
         return steps
-
-    def look_up(self, asked: AnyLookUps) -> CounterFound:
-        """What these look-ups find."""
-        later = asked.later.get(self) if isinstance(asked, UnsortedLookUps) else None
-        if later is None and self.shared is not None:
-            (later,) = self.shared.levels.find([(self, asked)])
-        return CounterFound(SeenEvents(self, asked), later)
 
     def sums(self, index: np.ndarray, before: np.ndarray | None = None) -> tuple[np.ndarray, Any]:
         """(N,) numbers of rows and sums of labels as of events by their index, 0 for index -1.
@@ -168,14 +153,9 @@ class CounterMemory(Memory):
         return memory._at_events(np.flatnonzero(needed), self._later_floor(moment))
 
     def _at_events(self, kept: np.ndarray, floor: int | None) -> CounterMemory:
-        return CounterMemory(
-            KnownEvents(self.events.key[kept], self.events.known[kept]),
-            self.rows[kept],
-            _take(self.label_sum, kept),
-            _take(self.last_positive, kept),
-            floor,
-            self.forget_after,
-        )
+        labels, positive = (_take(each, kept) for each in (self.label_sum, self.last_positive))
+        events, rows = self.events.take(kept), self.rows[kept]
+        return replace(self, events=events, rows=rows, label_sum=labels, last_positive=positive, floor=floor)
 
     def _without(self, ended: np.ndarray) -> CounterMemory:
         """The memory of the other events alone; of each key, (E,) bool `ended` are all up to one of them."""
@@ -193,7 +173,6 @@ class CounterMemory(Memory):
         return memory
 
     def to_columns(self) -> dict[str, np.ndarray]:
-        """The events, sorted by key and time."""
         columns = {"key": self.events.key, "known": self.events.known, "rows": self.rows}
         if isinstance(self.label_sum, ExactSums):
             limbs = zip(self.label_sum.units, self.label_sum.limbs, strict=True)
@@ -202,33 +181,33 @@ class CounterMemory(Memory):
             columns["label_sum"] = self.label_sum
         return columns if self.last_positive is None else columns | {"last_positive": self.last_positive}
 
-    @staticmethod
-    def from_columns(
-        columns: Mapping[str, np.ndarray], floor: int | None, fractions: bool = False, forget_after: int | None = None
-    ) -> CounterMemory:
-        """The memory that `to_columns` gave; `fractions`: whether labels may be other than whole numbers."""
-        events = KnownEvents(columns["key"], columns["known"])
-        label_sum: Labels | None = columns.get("label_sum")
-        if fractions:
+    def with_columns(self, columns: Mapping[str, np.ndarray], floor: int | None) -> CounterMemory:
+        events, positive = KnownEvents(columns["key"], columns["known"]), columns.get("last_positive")
+        labels: np.ndarray | ExactSums | None = columns.get("label_sum")
+        if isinstance(self.label_sum, ExactSums):
             limbs = {int(name.removeprefix(_LIMB)): each for name, each in columns.items() if name.startswith(_LIMB)}
-            label_sum = ExactSums.from_limbs(limbs, len(events))
-        return CounterMemory(events, columns["rows"], label_sum, columns.get("last_positive"), floor, forget_after)
+            labels = ExactSums.from_limbs(limbs, len(events))
+        rows = columns["rows"]
+        return replace(self, events=events, rows=rows, label_sum=labels, last_positive=positive, floor=floor)
 
 
-class CounterFound:
-    """What N look-ups find in a counter's memory and its levels. time: (N,) int64 microseconds as of which they do."""
+class SeenTotals(SeenEvents[CounterMemory]):
+    """What N look-ups see of a counter's memory and its levels. time: (N,) int64 microseconds as of which they do."""
 
-    def __init__(self, seen: SeenEvents[CounterMemory], later: LaterTotals | None) -> None:
-        self._seen, self._later, self.time = seen, later, seen.asked.time
+    def __init__(self, memory: CounterMemory, asked: LookUps) -> None:
+        super().__init__(memory, asked)
+        self.time = self.asked.time
+        self._later: LaterTotals | None = asked.later.get(memory)
+        if self._later is None and memory.shared is not None:
+            (self._later,) = memory.shared.levels.find([(memory, asked)])
 
     def totals(self, window: int | None) -> tuple[np.ndarray, np.ndarray]:
         """(N,) numbers of rows and sums of labels within so many microseconds, None for all of the past."""
         # All of a window is seen, as none is longer than what is forgotten.
-        before = self._seen.forgotten if window is None else self._seen.last(window)
-        memories, last = self._seen.memories, self._seen.last()
+        before = self.forgotten if window is None else self.last(window)
         every = [
             memory.sums(now, None if before is None else before[place])
-            for place, (memory, now) in enumerate(zip(memories, last, strict=True))
+            for place, (memory, now) in enumerate(zip(self.memories, self.last(), strict=True))
         ]
         if self._later is not None:
             every.append(self._later.totals[window])
@@ -237,10 +216,10 @@ class CounterFound:
 
     def last_positive(self) -> np.ndarray:
         """(N,) int64 moments of the last positive event, `NEVER` for none."""
-        every = zip(self._seen.memories, self._seen.last(), strict=True)
+        every = zip(self.memories, self.last(), strict=True)
         moments = np.max([memory.last_positive_at(last) for memory, last in every], axis=0)
-        if self._seen.forgotten_until is not None:
-            moments = _after(moments, self._seen.forgotten_until)
+        if self.forgotten_until is not None:
+            moments = _after(moments, self.forgotten_until)
         return moments if self._later is None else np.maximum(moments, self._later.positive)
 
 
@@ -287,7 +266,7 @@ class CounterLevels:
         _ = [level.events.index for level in levels]  # for which no request has to wait
         return CounterLevels(levels, some)
 
-    def find(self, asked: Sequence[tuple[CounterMemory, AnyLookUps]]) -> list[LaterTotals]:
+    def find(self, asked: Sequence[tuple[CounterMemory, LookUps]]) -> list[LaterTotals]:
         """What look-ups of counters, which share these levels, find in them; in one pass, as a request asks many."""
         look_ups, windows = [], []
         for memory, each in asked:
@@ -357,3 +336,133 @@ def _append(one: Any, other: Any) -> Any:
 
 def _take(values: Any, index: np.ndarray) -> Any:
     return values.take(index) if isinstance(values, ExactSums) else None if values is None else values[index]
+
+
+class ExactSums:
+    """N sums of float64 numbers without rounding, so that no order of adding and no difference of two loses anything.
+
+    A number is a whole multiple of 2^-1074, cut into limbs: whole numbers of 2^(32 j), each below 2^32. Limbs are added
+    up as int64, which is exact for 2^31 numbers; a sum is rounded once, when it is asked for, to the nearest float64.
+    (The idea is Kulisch's long accumulator; carries wait until the rounding, as in Neal, "Fast exact summation using
+    small and large superaccumulators", 2015.)
+
+    units: the j of each of L limbs, rising, 0 among them; others are zero. limbs: (L, N) int64.
+    """
+
+    def __init__(self, units: Sequence[int], limbs: np.ndarray) -> None:
+        self.units, self.limbs = tuple(units), limbs
+
+    def __len__(self) -> int:
+        return self.limbs.shape[1]
+
+    @staticmethod
+    def zeros(size: int, units: Collection[int] = ()) -> ExactSums:
+        """Sums of nothing, with room for these units."""
+        units = sorted({0, *units})
+        return ExactSums(units, np.zeros((len(units), size), np.int64))
+
+    @staticmethod
+    def of(values: np.ndarray) -> ExactSums:
+        """(N,) finite float64 numbers."""
+        parts = [_split(values[start : start + _AT_A_TIME]) for start in range(0, len(values), _AT_A_TIME)]
+        sums = ExactSums.zeros(len(values), set().union(*parts))
+        for number, part in enumerate(parts):
+            start = number * _AT_A_TIME
+            for unit, limb in part.items():
+                sums.limbs[sums.units.index(unit), start : start + _AT_A_TIME] = limb
+        return sums
+
+    @staticmethod
+    def from_limbs(limbs: Mapping[int, np.ndarray], size: int) -> ExactSums:
+        """unit -> (N,) int64."""
+        sums = ExactSums.zeros(size, limbs)
+        for unit, limb in zip(sums.units, sums.limbs, strict=True):
+            if unit in limbs:
+                limb[:] = limbs[unit]
+        return sums
+
+    def over(self, units: Collection[int]) -> ExactSums:
+        """The same sums, with limbs for further units."""
+        missing = set(units) - set(self.units)
+        if not missing:
+            return self
+        wider = ExactSums.zeros(len(self), missing | set(self.units))
+        wider.limbs[np.searchsorted(wider.units, self.units)] = self.limbs
+        return wider
+
+    def each(self, of: Callable[[np.ndarray], np.ndarray]) -> ExactSums:
+        """What a linear function, of (N,) int64 to (K,) int64, makes of the sums."""
+        return ExactSums(self.units, np.stack([of(limb) for limb in self.limbs]))
+
+    def take(self, index: np.ndarray) -> ExactSums:
+        """The sums at (K,) indices, or where (N,) bool is true."""
+        return ExactSums(self.units, self.limbs[:, index])
+
+    def append(self, other: ExactSums) -> ExactSums:
+        """These sums and others."""
+        one, two = self.over(other.units), other.over(self.units)
+        return ExactSums(one.units, np.concatenate([one.limbs, two.limbs], axis=1))
+
+    def __add__(self, other: ExactSums) -> ExactSums:
+        """The sums of both, one by one."""
+        one, two = self.over(other.units), other.over(self.units)
+        return ExactSums(one.units, one.limbs + two.limbs)
+
+    def rounded(self) -> np.ndarray:
+        """(N,) float64: the nearest to each sum, of two equally near, the even one; infinite beyond the largest."""
+        limbs = [self.limbs[:, start : start + _AT_A_TIME] for start in range(0, len(self), _AT_A_TIME)]
+        return np.concatenate([self._rounded(each) for each in limbs]) if limbs else np.empty(0)
+
+    def _rounded(self, limbs: np.ndarray) -> np.ndarray:
+        negative = self._digits(limbs)[-1] < 0
+        sizes = _nearest(self._digits(np.where(negative, -limbs, limbs)), self.units[0])
+        return np.where(negative, -sizes, sizes)
+
+    def _digits(self, limbs: np.ndarray) -> np.ndarray:
+        """(P, N) int64 whole numbers of 2^(32 j) from the first unit on, all from 0 to 2^32 - 1 but the last."""
+        digits = np.zeros((self.units[-1] - self.units[0] + 2, limbs.shape[1]), np.int64)
+        digits[np.array(self.units) - self.units[0]] = limbs
+        for place in range(len(digits) - 1):
+            digits[place + 1] += digits[place] >> _BITS
+            digits[place] &= np.int64(_MASK)
+        return digits
+
+
+def _split(values: np.ndarray) -> dict[int, np.ndarray]:
+    """Limbs, (N,) int64 by unit, of finite numbers."""
+    fraction, exponent = np.frexp(values)
+    whole, exponent = (fraction * 2.0**53).astype(np.int64), exponent.astype(np.int64) - 53
+    size = np.abs(whole).view(np.uint64)
+    unit, shift = exponent // _BITS, (exponent & (_BITS - 1)).view(np.uint64)
+    low, high = (size & _MASK) << shift, (size >> np.uint64(_BITS)) << shift
+    middle = (low >> np.uint64(_BITS)) + (high & _MASK)
+    digits = (low & _MASK, middle & _MASK, (high >> np.uint64(_BITS)) + (middle >> np.uint64(_BITS)))
+    signed = [np.where(whole < 0, -digit.view(np.int64), digit.view(np.int64)) for digit in digits]
+    limbs: dict[int, np.ndarray] = {}
+    least = unit.min()
+    firsts = np.flatnonzero(np.bincount(unit - least)) + least
+    for first in firsts.tolist():
+        here = unit == first
+        for j, digit in enumerate(signed, first):
+            limb = digit if len(firsts) == 1 else np.where(here, digit, 0)
+            if limb.any():
+                limbs[j] = limbs[j] + limb if j in limbs else limb
+    return limbs
+
+
+def _nearest(digits: np.ndarray, unit: int) -> np.ndarray:
+    """(N,) float64 nearest to numbers from 0 on, of (P, N) int64 digits, of which the first stand for 2^(32 unit)."""
+    digits = np.concatenate([np.zeros((2, digits.shape[1]), np.int64), digits]).view(np.uint64)
+    leading = len(digits) - 1 - np.argmax(digits[::-1] != 0, axis=0)
+    leading = np.maximum(leading, 2)
+    first, second, third = (np.take_along_axis(digits, (leading - back)[None], 0)[0] for back in range(3))
+    below = np.logical_or.accumulate(digits != 0, axis=0)
+    more = np.take_along_axis(below, np.maximum(leading - 3, 0)[None], 0)[0]
+    # The first 64 bits, and whether there is anything below them, which decides ties when rounding to 53.
+    empty = _BITS - np.frexp(first.astype(np.float64))[1].astype(np.uint64)
+    head = (((first << np.uint64(_BITS)) | second) << empty) | (third >> (np.uint64(_BITS) - empty))
+    more |= (third << empty) & _MASK != 0
+    head = (head >> np.uint64(1)) | (head & np.uint64(1)) | more
+    exponent = 1 - empty.astype(np.int64) + _BITS * (leading - 3 + unit)
+    with np.errstate(over="ignore"):
+        return np.ldexp(head.astype(np.int64).astype(np.float64), exponent)

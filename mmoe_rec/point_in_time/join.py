@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -183,6 +183,10 @@ class KnownEvents(KeyGroups):
     def __len__(self) -> int:
         return len(self.key)
 
+    def take(self, kept: np.ndarray) -> KnownEvents:
+        """The events at (K,) rising indices, or where (E,) bool is true."""
+        return KnownEvents(self.key[kept], self.known[kept])
+
     def needed_since(self, moment: int) -> np.ndarray:
         """(E,) bool: events known after `moment`, and the last one before it of each key, which carries its totals."""
         later = self.known > moment
@@ -192,22 +196,25 @@ class KnownEvents(KeyGroups):
 
 @dataclass(frozen=True)
 class LookUps:
-    """What N rows ask: D distinct look-ups sorted by key, then time.
+    """What N rows ask: D look-ups, distinct and sorted by key, then time, or one for each row.
 
-    groups: of the keys; time: (D,) int64 microseconds; number: (N,) int64 the look-up of each row.
+    key: (D,) uint64; time: (D,) int64 microseconds; number: (N,) int64 the look-up of each row; later: what
+    `CounterLevels.find` found in levels that counters share, by the counters' memories.
     """
 
-    groups: KeyGroups
+    key: np.ndarray
     time: np.ndarray
     number: np.ndarray
+    is_sorted: bool = True
+    later: dict[Any, Any] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.time)
 
-    @property
-    def key(self) -> np.ndarray:
-        """(D,) uint64 the keys asked for, rising."""
-        return self.groups.key
+    @staticmethod
+    def of_each(keys: np.ndarray, times: np.ndarray) -> LookUps:
+        """One for each of N rows, which is cheapest for few."""
+        return LookUps(keys, times, np.arange(len(keys)), is_sorted=False)
 
     @staticmethod
     def sort(keys: np.ndarray, times: np.ndarray) -> LookUps:
@@ -222,21 +229,21 @@ class LookUps:
         number = np.empty(len(keys), np.int64)
         number[order] = np.cumsum(first) - 1
         kept = np.flatnonzero(first)
-        return LookUps(KeyGroups(keys[kept]), times[kept], number)
+        return LookUps(keys[kept], times[kept], number)
 
     def where(self, wanted: np.ndarray) -> LookUps:
-        """The look-ups of those of the rows, (N,) bool."""
+        """The sorted look-ups of those of the rows, (N,) bool."""
         number = self.number[wanted]
         asked = np.zeros(len(self), bool)
         asked[number] = True
         kept = np.flatnonzero(asked)
-        return LookUps(KeyGroups(self.groups.key[kept]), self.time[kept], (np.cumsum(asked) - 1)[number])
+        return LookUps(self.key[kept], self.time[kept], (np.cumsum(asked) - 1)[number])
 
     def as_of(self, floor: int | None) -> LookUps:
         """The same look-ups, but none of an earlier time than `floor`."""
         if floor is None or not len(self) or self.time.min() >= floor:
             return self
-        return LookUps(self.groups, np.maximum(self.time, floor), self.number)
+        return replace(self, time=np.maximum(self.time, floor))
 
     @cached_property
     def unit(self) -> int:
@@ -244,147 +251,84 @@ class LookUps:
         return next((unit for unit in _UNITS if not (self.time % unit).any()), 1)
 
 
-class Join:
-    """Events and look-ups brought together by their keys."""
+class Search:
+    """Events and look-ups, each of which is searched by its key, then by its time."""
 
     def __init__(self, events: KnownEvents, asked: LookUps) -> None:
         self.events, self.asked = events, asked
-        self._ticks: _Ticks | None = None
-
-    def last(self, earlier: int = 0) -> np.ndarray:
-        """(D,) int64 index of the last event of each look-up's key that was known `earlier` microseconds before its
-        time; -1 for none."""
-        events, asked = self.events, self.asked
-        if not len(events) or not len(asked):
-            return np.full(len(asked), -1, np.int64)
-        return self._placed(asked.time - earlier, math.gcd(asked.unit, earlier))
 
     @cached_property
-    def _groups(self) -> tuple[np.ndarray, np.ndarray]:
-        """For each distinct key of the look-ups: the first run of events with no lesser key, and if it is equal."""
-        keys, asked = self.events.distinct, self.asked.groups.distinct
-        group = np.searchsorted(keys, asked)
-        return group, keys[np.minimum(group, len(keys) - 1)] == asked
-
-    @cached_property
-    def _between(self) -> np.ndarray:
-        """(D,) int64 of each look-up's key: 2 i + 1 for run i of events, or 2 i if it would lie before run i."""
-        group, found = self._groups
-        return (2 * group + found)[self.asked.groups.number]
+    def _remembered(self) -> tuple[np.ndarray, np.ndarray]:
+        """The look-ups whose keys have events: (K,) int64 their numbers, rising, and the groups of these events."""
+        return self.events.index.find(self.asked.key)
 
     @cached_property
     def first(self) -> np.ndarray:
         """(D,) int64 first event of each look-up's key, the number of all events where it has none."""
-        group, found = self._groups
-        first = np.where(found, self.events.starts[group], len(self.events))
-        return first[self.asked.groups.number]
+        first = np.full(len(self.asked), len(self.events))
+        rows, group = self._remembered
+        first[rows] = self.events.starts[group]
+        return first
 
-    def _placed(self, times: np.ndarray, unit: int) -> np.ndarray:
-        """Events and look-ups as single numbers that rise with key, then time."""
+    def last(self, earlier: int = 0) -> np.ndarray:
+        """(D,) int64 index of the last event of each look-up's key that was known `earlier` microseconds before its
+        time; -1 for none."""
+        last = np.full(len(self.asked), -1, np.int64)
+        rows, group = self._remembered
+        if len(rows):
+            last[rows] = self._last(group, self.asked.time[rows] - earlier, earlier)
+        return last
+
+    def _last(self, group: np.ndarray, times: np.ndarray, earlier: int) -> np.ndarray:
+        starts = self.events.starts
+        return last_known(self.events.known, starts[group], starts[group + 1], times)
+
+
+class Join(Search):
+    """Events and sorted look-ups, which are merged as single numbers that rise with key, then time."""
+
+    _ticks: _Ticks | None = None
+
+    def _last(self, group: np.ndarray, times: np.ndarray, earlier: int) -> np.ndarray:
+        unit = math.gcd(self.asked.unit, earlier)
         if self._ticks is None or self._ticks.unit != unit:  # windows mostly share one
-            self._ticks = _Ticks.of(self.events, unit)
+            self._ticks = _Ticks(self.events, unit)
         known, moments = self._ticks.known, self._ticks.numbers(times)
-        moments += self._between * self._ticks.count
+        moments += group * self._ticks.count
         # NumPy's stable sort merges two rising runs, faster than it would search; of equals, events come first.
         order = np.argsort(np.concatenate([known, moments]), kind="stable")
         before = np.flatnonzero(order >= len(known)) - np.arange(len(moments))
-        return before * (before > self.first) - 1  # `np.where` would guess, often wrongly, which way each one goes
+        # `np.where` would guess, often wrongly, which way each one goes.
+        return before * (before > self.events.starts[group]) - 1
 
 
-@dataclass(frozen=True)
 class _Ticks:
-    """Events as single numbers that rise with key, then time, and the same for moments of their keys.
+    """Events (at least one) as single numbers that rise with key, then time, and moments as numbers of any key.
 
     unit: microseconds that all moments asked for are whole multiples of; known: (E,) int64 number of each event; count:
-    numbers of a key; moments: rising known times, where these are counted as there are too many units to tell apart.
+    numbers of a key.
     """
 
-    unit: int
-    known: np.ndarray
-    count: int
-    _origin: int
-    _moments: np.ndarray | None
-
-    @staticmethod
-    def of(events: KnownEvents, unit: int) -> _Ticks:
-        """Numbers of events (at least one); the keys with events are odd groups, and even ones lie between them."""
-        known, groups = events.known, 2 * len(events.distinct) + 2
-        origin = int(known.min()) // unit * unit
-        count = -(-(int(known.max()) - origin) // unit) + 2
-        moments = None
-        if count * groups < 2**63:
-            ticks = (known - (origin - 2 * unit + 1)) // unit
+    def __init__(self, events: KnownEvents, unit: int) -> None:
+        known, self.unit = events.known, unit
+        self._origin = int(known.min()) // unit * unit
+        self.count = -(-(int(known.max()) - self._origin) // unit) + 2
+        # Rising known times, which are counted where there are too many units to tell apart.
+        self._moments = None
+        if self.count * len(events.distinct) < 2**63:
+            ticks = (known - (self._origin - 2 * unit + 1)) // unit
         else:
-            moments = np.unique(known)
-            ticks, count = np.searchsorted(moments, known) + 1, len(moments) + 1
-        ticks += (2 * events.number + 1) * count
-        return _Ticks(unit, ticks, count, origin, moments)
+            self._moments = np.unique(known)
+            ticks, self.count = np.searchsorted(self._moments, known) + 1, len(self._moments) + 1
+        self.known = ticks + events.number * self.count
 
     def numbers(self, times: np.ndarray) -> np.ndarray:
-        """(N,) int64 from 0 to `count` - 1: an event of group 0 is known at a time if its number is not greater."""
+        """(N,) int64 from 0 to `count` - 1: an event of the first key is known at a time if its number is not
+        greater."""
         if self._moments is not None:
             return np.searchsorted(self._moments, times, side="right")
         asked = (times - (self._origin - self.unit)) // self.unit
         return np.clip(asked, 0, self.count - 1, out=asked)
-
-
-@dataclass(frozen=True)
-class UnsortedLookUps:
-    """What N rows ask, each for itself. key: (N,) uint64; time: (N,) int64 microseconds.
-
-    later: what `CounterLevels.find` found in levels that counters share, by the counters' memories.
-    """
-
-    key: np.ndarray
-    time: np.ndarray
-    later: dict[Any, Any] = field(default_factory=dict)
-
-    def __len__(self) -> int:
-        return len(self.key)
-
-    @cached_property
-    def number(self) -> np.ndarray:
-        """(N,) int64 the look-up of each row, which is its own."""
-        return np.arange(len(self.key))
-
-    def as_of(self, floor: int | None) -> UnsortedLookUps:
-        """The same look-ups, but none of an earlier time than `floor`."""
-        if floor is None or not len(self) or self.time.min() >= floor:
-            return self
-        return UnsortedLookUps(self.key, np.maximum(self.time, floor))
-
-
-AnyLookUps = LookUps | UnsortedLookUps
-
-
-class Search:
-    """Events and look-ups of them in any order, of which each is searched by its key, then by its time."""
-
-    def __init__(self, events: KnownEvents, asked: AnyLookUps) -> None:
-        self.events, self.asked = events, asked
-
-    @cached_property
-    def _remembered(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The look-ups whose keys have events: (K,) int64 their numbers, the first events, and where the last end."""
-        rows, group = self.events.index.find(self.asked.key)
-        return rows, self.events.starts[group], self.events.starts[group + 1]
-
-    @cached_property
-    def first(self) -> np.ndarray:
-        """(N,) int64 first event of each look-up's key, the number of all events where it has none."""
-        first = np.full(len(self.asked), len(self.events))
-        rows, starts, _ = self._remembered
-        first[rows] = starts
-        return first
-
-    def last(self, earlier: int = 0) -> np.ndarray:
-        """(N,) int64 index of the last event of each look-up's key that was known `earlier` microseconds before its
-        time; -1 for none."""
-        last = np.full(len(self.asked), -1, np.int64)
-        if len(self.events):
-            rows, first, end = self._remembered
-            last[rows] = last_known(self.events.known, first, end, self.asked.time[rows] - earlier)
-        return last
 
 
 def last_known(known: np.ndarray, first: np.ndarray, end: np.ndarray, times: np.ndarray) -> np.ndarray:

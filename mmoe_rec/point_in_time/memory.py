@@ -20,15 +20,16 @@ on with one of them, or join it to the next.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence, Sized
+from collections.abc import Callable, Mapping, Sequence, Sized
 from copy import copy
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Generic, Self, TypeVar
 
 import numpy as np
 
 from mmoe_rec.point_in_time.arrays import consecutive
-from mmoe_rec.point_in_time.join import AnyLookUps, Join, KnownEvents, Search, UnsortedLookUps, last_known
+from mmoe_rec.point_in_time.join import Join, KnownEvents, LookUps, Search, last_known
 
 LATE_DAYS = 7
 """Events that come at most this late, or `forget_after` where that is shorter, count as if they had come on time."""
@@ -91,6 +92,7 @@ _EVENTS_OF_A_SEARCH = 16
 NEVER = np.iinfo(np.int64).min
 
 
+@dataclass(eq=False)
 class Memory(ABC):
     """Events per key.
 
@@ -99,10 +101,10 @@ class Memory(ABC):
     is forgotten, None for never. levels: memories of events that came later, the largest first.
     """
 
-    levels: tuple[Self, ...] = ()
-
-    def __init__(self, events: KnownEvents, floor: int | None, forget_after: int | None) -> None:
-        self.events, self.floor, self.forget_after = events, floor, forget_after
+    events: KnownEvents
+    floor: int | None = field(default=None, kw_only=True)
+    forget_after: int | None = field(default=None, kw_only=True)
+    levels: tuple[Self, ...] = field(default=(), init=False)
 
     def __len__(self) -> int:
         return len(self.events)
@@ -112,10 +114,10 @@ class Memory(ABC):
         """The lives of the keys, None where nothing is forgotten."""
         return None if self.forget_after is None else Lives(self.events, self.forget_after)
 
-    def join(self, asked: AnyLookUps) -> Join | Search:
+    def join(self, asked: LookUps) -> Search:
         """The events beside look-ups of them."""
-        few = not len(self.events) or len(asked) * _EVENTS_OF_A_SEARCH < len(self.events)
-        return Search(self.events, asked) if few or isinstance(asked, UnsortedLookUps) else Join(self.events, asked)
+        few = len(asked) * _EVENTS_OF_A_SEARCH < len(self.events)
+        return Search(self.events, asked) if few or not asked.is_sorted else Join(self.events, asked)
 
     def with_levels(self, levels: Sequence[Self]) -> Self:
         """The same memory with other levels. No request has to wait for their indexes, nor for this one's, which all
@@ -130,9 +132,13 @@ class Memory(ABC):
     def merged(self, other: Self) -> Self:
         """The events of both, of the same kind; as of this one's `floor`."""
 
+    @abstractmethod
     def to_columns(self) -> dict[str, np.ndarray]:
         """The events, sorted by key and time: key (uint64), known (int64), and what each kind holds."""
-        return {"key": self.events.key, "known": self.events.known}
+
+    @abstractmethod
+    def with_columns(self, columns: Mapping[str, np.ndarray], floor: int | None) -> Self:
+        """A memory of this one's kind, which `to_columns` gave."""
 
     def _later_floor(self, moment: int) -> int:
         return moment if self.floor is None else max(moment, self.floor)
@@ -162,7 +168,7 @@ class SeenEvents(Generic[_Memory]):
     begins earlier.
     """
 
-    def __init__(self, memory: _Memory, asked: AnyLookUps) -> None:
+    def __init__(self, memory: _Memory, asked: LookUps) -> None:
         self.memories: tuple[_Memory, ...] = (memory, *memory.levels)
         self.asked = asked.as_of(memory.floor)
         self._joins = [each.join(self.asked) for each in self.memories]

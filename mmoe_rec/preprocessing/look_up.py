@@ -22,9 +22,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from mmoe_rec.features.encoder import MemoryEncoder
-from mmoe_rec.features.memories import read_memory, write_memory
 from mmoe_rec.features.numbers import NumberHistogram
-from mmoe_rec.features.pipeline import FeaturePipeline
+from mmoe_rec.features.pipeline import FeaturePipeline, read_memory, write_memory
 from mmoe_rec.point_in_time.arrays import SharedRagged, join_tables, rebatch
 from mmoe_rec.point_in_time.join import LookUps, Window, in_any, in_window, known_at, sorted_order
 from mmoe_rec.point_in_time.memory import Memory

@@ -27,8 +27,7 @@ from mmoe_rec.atomic import atomic_folder, flush_tree
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.latest import LatestValues
 from mmoe_rec.features.layout import Layout
-from mmoe_rec.features.memories import exact_from
-from mmoe_rec.features.pipeline import FORMAT, FeaturePipeline
+from mmoe_rec.features.pipeline import FORMAT, FeaturePipeline, exact_from
 from mmoe_rec.locks import writing
 from mmoe_rec.log.checks import format_time
 from mmoe_rec.log.columns import zone_rules
@@ -98,8 +97,8 @@ def manifest_of(
         "splits": {name: asdict(each) for name, each in splits.items()},
         # The ids of each vocabulary that training rows held, and those that have a row of their own.
         "vocabularies": {
-            name: {"distinct": owner.counts.to_table().num_rows, "known": len(owner.vocabulary.ids)}
-            for name, owner in pipeline.owners.items()
+            name: {"distinct": each.counts.to_table().num_rows, "known": len(each.ids)}
+            for name, each in pipeline.vocabularies.items()
         },
     }
 

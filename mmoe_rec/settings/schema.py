@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, SerializeAsAny, model_validator
+from pydantic import AfterValidator, Field, SerializeAsAny, model_validator
 
 from mmoe_rec.settings.columns import (
     EVENT,
@@ -308,3 +308,6 @@ def each_once(values: tuple[Any, ...]) -> tuple[Any, ...]:
     if twice:
         raise ValueError(f"lists {'null' if twice[0] is None else twice[0]} twice")
     return values
+
+
+Once = AfterValidator(each_once)

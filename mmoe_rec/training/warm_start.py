@@ -68,8 +68,7 @@ class WarmStart:
         self._known = {table.name: table.rows for table in before.tables}
         # Table -> (rows that are new,) int64 row of the old table that each is a copy of.
         self._copied = {
-            name: old.owners[name].encode(owner.vocabulary.ids[len(old.owners[name].vocabulary.ids) :])
-            for name, owner in new.owners.items()
+            name: known.encode(new.vocabularies[name].ids[len(known.ids) :]) for name, known in old.vocabularies.items()
         }
 
     def rows(self, table: EmbeddingTable, first: int, last: int) -> Tensor:
@@ -124,8 +123,8 @@ def _misfits(old: FeaturePipeline, new: FeaturePipeline) -> Iterator[str]:
     for where, its, theirs in differences(old.schema.identity(), new.schema.identity()):
         if where.rpartition(".")[2] not in _FREE:
             yield f"its setting '{where}' is {its}, and {theirs} in the features"
-    for name, owner in old.owners.items():
-        known, now = owner.vocabulary.ids, new.owners[name].vocabulary.ids
+    for name, vocabulary in old.vocabularies.items():
+        known, now = vocabulary.ids, new.vocabularies[name].ids
         if len(known) > len(now):
             yield f"its feature '{name}' knows {len(known):,} ids, the features only {len(now):,}"
         if len(known) and not known.equals(now[: len(known)]):

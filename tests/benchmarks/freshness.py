@@ -146,7 +146,7 @@ class Benchmark:
     def _by_live(self, ranker: Any, period: Any, logs: Any) -> dict[str, np.ndarray]:
         """Predictions by tables as of the start together with what was learnt since, day by day."""
         from mmoe_rec.devices import limit_threads
-        from mmoe_rec.features.memories import Live
+        from mmoe_rec.features.pipeline import Live
 
         pipeline = ranker.pipeline
         nothing = daily = live = Live(pipeline.memory_encoders)

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from mmoe_rec.features.kinds.history import HistoryMemory
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.inference.request import Request
-from mmoe_rec.point_in_time.histories import HistoryMemory
 from tests.benchmarks.serving_models import Bodies
 
 TURNS = 200

@@ -38,15 +38,16 @@ def save_rechub(model: Path, target: Path, peers: Path) -> None:
     found = subprocess.run(words, check=True, capture_output=True, text=True)
     ranker = Ranker.load(model)
     features = {
-        each.column: owner
-        for name, owner in ranker.pipeline.owners.items()
-        if isinstance(each := owner.feature, VocabularyFeature) and ranker.pipeline.schema.role_of(name) != "placement"
+        each.column: vocabulary
+        for name, vocabulary in ranker.pipeline.vocabularies.items()
+        if isinstance(each := vocabulary.feature, VocabularyFeature)
+        and ranker.pipeline.schema.role_of(name) != "placement"
     }
     settings = ranker.about.model
     about = {
         "packages": str(Path(found.stdout.strip()).parent),
         "tasks": ranker.names,
-        "ids": {column: owner.vocabulary.ids.to_pylist() for column, owner in features.items()},
+        "ids": {column: each.ids.to_pylist() for column, each in features.items()},
         "dim": max(table.dim for table in ranker.layout.tables),  # which it wants to be the same for all
         "experts": settings["experts"]["count"],
         "units": settings["experts"]["units"],

@@ -135,7 +135,7 @@ def test_what_a_kind_may_leave_out_is_there_where_it_is_needed(kind: str) -> Non
     for table in outline.tables:
         assert meaning.first_known < table.rows
         if meaning.row_name is None:
-            assert table.name in pipeline.owners
+            assert table.name in pipeline.vocabularies
         else:
             rows = range(meaning.first_known, table.rows)
             assert len({meaning.row_name(table.name, row) for row in rows}) == len(rows)

@@ -314,7 +314,7 @@ def test_age_is_the_logarithm_of_days_until_the_request():
     for row in table.to_pylist():
         days = None if row["born"] is None else (row["time"] - row["born"]).total_seconds() / 86_400
         ages.append(np.nan if days is None else math.copysign(math.log(1 + abs(days)), days))
-    found = pipeline.encoders["f"].age.standardiser
+    found = pipeline.encoders["f"].number.standardiser
     expected = np.nan_to_num((np.array(ages) - found.mean) / found.deviation)
     np.testing.assert_allclose(encoded.dense[:, 0], np.clip(expected, -10, 10), rtol=1e-4, atol=1e-5)
     assert encoded.dense[:, 1].tolist() == np.isnan(ages).tolist()

@@ -100,7 +100,7 @@ def test_a_request_may_bring_its_own_history_and_statistics():
     table = random_log(0)
     pipeline = fit(table, SCHEMA, UNTIL)
     rows = log_rows(table.slice(0, 2), SCHEMA)
-    known = pipeline.encoders["item"].owner.vocabulary.ids[:4].to_pylist()
+    known = pipeline.encoders["item"].vocabulary.ids[:4].to_pylist()
     given = rows.table.append_column("clicked", pa.array([known, None], pa.list_(pa.int64())))
     given = given.append_column(
         "item_click_rows", pa.array([pipeline.encoders["item_click"].numbers["item_click_rows"].standardiser.mean] * 2)

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 
 from mmoe_rec.features.encoder import Inputs
-from mmoe_rec.features.memories import exact_from
+from mmoe_rec.features.pipeline import exact_from
 from mmoe_rec.inference.artifact import Artifact, read_artifact
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.inference.ranking import Freshness

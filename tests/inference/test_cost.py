@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
+from mmoe_rec.features.kinds.history import HistoryMemory
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.inference.scorer import Scorer
 from mmoe_rec.model.products import Products, has_onednn
 from mmoe_rec.point_in_time.counters import CounterMemory
-from mmoe_rec.point_in_time.histories import HistoryMemory
 from tests.inference.small_model import CONTEXT, ITEMS, USER, SmallModel
 
 

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.features.memories import exact_from
+from mmoe_rec.features.pipeline import exact_from
 from mmoe_rec.inference.artifact import version_of
 from mmoe_rec.inference.export import write_int8
 from mmoe_rec.inference.ranker import Ranker

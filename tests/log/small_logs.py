@@ -13,8 +13,7 @@ import pyarrow.parquet as pq
 from mmoe_rec.features import kinds
 from mmoe_rec.features.encoder import Inputs, MemoryEncoder
 from mmoe_rec.features.layout import Encoded
-from mmoe_rec.features.memories import write_memory
-from mmoe_rec.features.pipeline import FeaturePipeline
+from mmoe_rec.features.pipeline import FeaturePipeline, write_memory
 from mmoe_rec.log.columns import UTC_MICROSECONDS, canonical, column_uses
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.point_in_time.arrays import Ragged

@@ -19,9 +19,8 @@ from mmoe_rec.features import kinds
 from mmoe_rec.features.kinds.counter import CounterEncoder
 from mmoe_rec.features.kinds.history import HistoryEncoder
 from mmoe_rec.features.layout import Encoded
-from mmoe_rec.features.memories import exact_from
 from mmoe_rec.features.numbers import CLIP
-from mmoe_rec.features.pipeline import FeaturePipeline
+from mmoe_rec.features.pipeline import FeaturePipeline, exact_from
 from mmoe_rec.log import reader as log
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.point_in_time.arrays import Ragged
@@ -184,7 +183,7 @@ class _Comparison(_Rows):
         every = (row["item"] for rows in (self.naive.rows, *self.naive.events.values()) for row in rows)
         items = list(dict.fromkeys(every))
         array = pa.array(items, self.drawn.types["item"])
-        return dict(zip(items, encoder.owner.encode(array).tolist(), strict=True))
+        return dict(zip(items, encoder.vocabulary.encode(array).tolist(), strict=True))
 
     def _labels(self, table: pa.Table, rows: list[dict], split: str) -> None:
         known_by = self.drawn.windows["train"][1] if split == "train" else self.last

@@ -9,8 +9,7 @@ import pytest
 from hypothesis import settings
 
 from mmoe_rec.features import kinds
-from mmoe_rec.features.memories import Live, read_memory, write_memory
-from mmoe_rec.features.pipeline import FeaturePipeline
+from mmoe_rec.features.pipeline import FeaturePipeline, Live, read_memory, write_memory
 from mmoe_rec.log.columns import UTC_MICROSECONDS, canonical, column_uses
 from mmoe_rec.log.request_rows import FewRows, RequestRows
 from mmoe_rec.log.rows import LogRows

@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmoe_rec.point_in_time.join import Join, KeyIndex, KnownEvents, LookUps, Search, UnsortedLookUps, sorted_order
+from mmoe_rec.point_in_time.join import Join, KeyIndex, KnownEvents, LookUps, Search, sorted_order
 
-WAYS = ((Join, LookUps.sort), (Search, LookUps.sort), (Search, UnsortedLookUps))
+WAYS = ((Join, LookUps.sort), (Search, LookUps.sort), (Search, LookUps.of_each))
 # Few keys and moments, so that ties are met; keys alike in their last bits and in all but these.
 KEYS = np.array([0, 1, 2, 2**40, 2**40 + 1, 2**63, 2**64 - 2, 2**64 - 1], np.uint64)
 
@@ -86,7 +86,7 @@ def test_rows_that_ask_the_same_share_a_look_up(data, rows):
         (LookUps.sort(keys, times), np.ones(rows, bool)),
         (LookUps.sort(keys, times).where(wanted), wanted),
     ):
-        pairs = list(zip(asked.groups.key.tolist(), asked.time.tolist(), strict=True))
+        pairs = list(zip(asked.key.tolist(), asked.time.tolist(), strict=True))
         assert pairs == sorted(set(zip(keys[inside].tolist(), times[inside].tolist(), strict=True)))
-        np.testing.assert_array_equal(asked.groups.key[asked.number], keys[inside])
+        np.testing.assert_array_equal(asked.key[asked.number], keys[inside])
         np.testing.assert_array_equal(asked.time[asked.number], times[inside])

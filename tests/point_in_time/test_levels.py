@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mmoe_rec.features.kinds.history import HistoryMemory
 from mmoe_rec.point_in_time import memory as module
-from mmoe_rec.point_in_time.counters import CounterLevels, CounterMemory, salt_of
-from mmoe_rec.point_in_time.histories import HistoryMemory
-from mmoe_rec.point_in_time.join import UnsortedLookUps
+from mmoe_rec.point_in_time.counters import CounterLevels, CounterMemory, SeenTotals, salt_of
+from mmoe_rec.point_in_time.join import LookUps
 from mmoe_rec.point_in_time.memory import LEVELS, grown
 from tests.point_in_time.test_memories import (
     ASKING,
@@ -89,8 +89,7 @@ def test_a_counter_with_levels_is_one_that_was_extended(seed, size, forget_after
     memory, floor = counter_of(own, labels, forget_after), 0
     if compacted:
         floor = cuts[0]
-        columns = memory.compacted(floor, WINDOW).to_columns()
-        memory = CounterMemory.from_columns(columns, floor, labels == "fractions", forget_after)
+        memory = memory.with_columns(memory.compacted(floor, WINDOW).to_columns(), floor)
     read_only(memory)
     before = {name: column.copy() for name, column in memory.to_columns().items()}
     expected, several = memory, tuple[CounterMemory, ...]()
@@ -101,7 +100,7 @@ def test_a_counter_with_levels_is_one_that_was_extended(seed, size, forget_after
         assert len(several) <= LEVELS
         for asking in ASKING:
             look_ups = asking(*all_at(floor))
-            assert_agree(expected.look_up(look_ups), memory.with_levels(several).look_up(look_ups))
+            assert_agree(SeenTotals(expected, look_ups), SeenTotals(memory.with_levels(several), look_ups))
     for name, column in memory.to_columns().items():
         assert column.tolist() == before[name].tolist()
 
@@ -113,7 +112,7 @@ def test_a_history_with_levels_is_one_that_was_extended(seed, size, forget_after
     memory, floor = history_of(own, forget_after), 0
     if compacted:
         floor = cuts[0]
-        memory = HistoryMemory.from_columns(memory.compacted(floor, length).to_columns(), floor, forget_after)
+        memory = memory.with_columns(memory.compacted(floor, length).to_columns(), floor)
     read_only(memory)
     expected, several = memory, tuple[HistoryMemory, ...]()
     for some in further:
@@ -149,12 +148,12 @@ def test_levels_that_counters_share_are_as_memories_that_were_extended(seed: int
     windows = [[each for each in (0, 5, 40) if random.random() < 0.6] for _ in kinds]
     knowing = [memory.with_shared(levels, *of) for memory, *of in zip(memories, salts, windows, strict=True)]
     rows = [int(random.choice([0, 1, 30])) for _ in kinds]
-    look_ups = [UnsortedLookUps(random.choice(KEYS, each), random.integers(-5, 90, each)) for each in rows]
+    look_ups = [LookUps.of_each(random.choice(KEYS, each), random.integers(-5, 90, each)) for each in rows]
     together = levels.find(list(zip(knowing, look_ups, strict=True)))
     for memory, asked, later, one, own in zip(knowing, look_ups, together, expected, windows, strict=True):
-        assert_agree(one.look_up(asked), memory.look_up(asked), (None, *own))
+        assert_agree(SeenTotals(one, asked), SeenTotals(memory, asked), (None, *own))
         asked.later[memory] = later
-        assert_agree(one.look_up(asked), memory.look_up(asked), (None, *own))
+        assert_agree(SeenTotals(one, asked), SeenTotals(memory, asked), (None, *own))
 
 
 def test_what_is_computed_of_all_events_of_a_memory_is_computed_once() -> None:

@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mmoe_rec.features.kinds.history import HistoryMemory
 from mmoe_rec.point_in_time import memory as memories
-from mmoe_rec.point_in_time.counters import CounterMemory
-from mmoe_rec.point_in_time.histories import HistoryMemory
-from mmoe_rec.point_in_time.join import AnyLookUps, LookUps, UnsortedLookUps
+from mmoe_rec.point_in_time.counters import CounterMemory, SeenTotals
+from mmoe_rec.point_in_time.join import LookUps
 from mmoe_rec.point_in_time.memory import NEVER
 from tests.reference.features import Event, last_positive, totals, visible_events
 
@@ -22,7 +22,7 @@ KEYS = np.array([0, 5, 2**40, 2**64 - 1], np.uint64)
 WINDOW, UNTIL = 3, 45
 # Outliers beside which small labels are lost, the least and largest numbers, and exact opposites.
 FRACTIONS = np.array([1e17, -1e17, 1e-9, 0.1, -0.3, 3.0, 5e-324, 2.0**53, 1.0 + 2.0**-52, 1e300, -1e300, 0.0])
-ASKING: tuple[Callable[[np.ndarray, np.ndarray], AnyLookUps], ...] = (LookUps.sort, UnsortedLookUps)
+ASKING: tuple[Callable[[np.ndarray, np.ndarray], LookUps], ...] = (LookUps.sort, LookUps.of_each)
 
 
 def drawn(seed: int, size: int, labels: str = "whole") -> tuple[np.random.Generator, list[Event], np.ndarray]:
@@ -58,13 +58,13 @@ def counted(events: list[Event], key: int, now: int, forget_after: int | None) -
     return *totals(seen, now), *totals(seen, now, WINDOW), last_positive(seen, NEVER)
 
 
-def answers(memory: CounterMemory, asked: AnyLookUps) -> list[tuple[Any, ...]]:
-    found = memory.look_up(asked)
+def answers(memory: CounterMemory, asked: LookUps) -> list[tuple[Any, ...]]:
+    found = SeenTotals(memory, asked)
     columns = *found.totals(None), *found.totals(WINDOW), found.last_positive()
     return list(zip(*(each[asked.number].tolist() for each in columns), strict=True))
 
 
-def lists_of(memory: Any, asked: AnyLookUps, length: int) -> list[list[int]]:
+def lists_of(memory: Any, asked: LookUps, length: int) -> list[list[int]]:
     found = memory.last(asked, length)
     assert (found.values.dtype, found.lengths.dtype) == (np.int64, np.int32)
     found = found.take(asked.number)
@@ -93,8 +93,7 @@ def test_a_counter_is_the_reference_whatever_was_dropped_and_when(seed, size, fo
             keys, times = np.repeat(KEYS, end - start), np.tile(np.arange(start, end), len(KEYS))
             expected = [counted(here, *each, forget_after) for each in zip(keys.tolist(), times.tolist(), strict=True)]
             assert answers(memory, asking(keys, times)) == expected
-            columns = memory.compacted(end, WINDOW).to_columns()
-            memory = CounterMemory.from_columns(columns, end, labels == "fractions", forget_after)
+            memory = memory.with_columns(memory.compacted(end, WINDOW).to_columns(), end)
         if late == 0:
             at_once = counter_of(events, labels, forget_after).compacted(UNTIL, WINDOW).to_columns()
             for name, column in memory.to_columns().items():
@@ -121,7 +120,7 @@ def test_a_history_is_the_reference_whatever_was_dropped_and_when(seed, size, fo
         asked = zip(keys.tolist(), times.tolist(), strict=True)
         expected = [[item for *_, item in visible_events(here, *each, forget_after)[-length:]] for each in asked]
         assert lists_of(memory, asking(keys, times), length) == expected
-        memory = HistoryMemory.from_columns(memory.compacted(end, length).to_columns(), end, forget_after)
+        memory = memory.with_columns(memory.compacted(end, length).to_columns(), end)
 
 
 def test_a_key_without_news_goes_from_memory_some_days_after_it_is_forgotten():
@@ -131,4 +130,4 @@ def test_a_key_without_news_goes_from_memory_some_days_after_it_is_forgotten():
         assert len(memory.compacted(kept, 1).events) == 1
         assert len(memory.compacted(kept + 1, 1).events) == 0
     forever = counter_of(once).compacted(2**60, 1)
-    assert answers(forever, UnsortedLookUps(KEYS[:1], np.array([2**61])))[0][:2] == (1, 1)
+    assert answers(forever, LookUps.of_each(KEYS[:1], np.array([2**61])))[0][:2] == (1, 1)

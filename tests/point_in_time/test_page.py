@@ -13,6 +13,7 @@ from mmoe_rec.features.kinds.counter import CounterEncoder
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.log.columns import UTC_MICROSECONDS
 from mmoe_rec.log.rows import LogRows
+from mmoe_rec.point_in_time.counters import SeenTotals
 from tests.log.small_logs import DAY, log_rows
 
 ROOT = Path(__file__).parents[2]
@@ -105,7 +106,7 @@ def test_requests_get_what_the_page_says(encoder, cuts):
     if not cuts:
         for index, name in ((join.last(), "total now"), (join.last(WEEK), "total 7 days earlier")):
             assert memory.sums(index)[1][asked.number].tolist() == [int(row[name]) for row in REQUESTS]
-    clicks = memory.look_up(asked).totals(WEEK)[1][asked.number]
+    clicks = SeenTotals(memory, asked).totals(WEEK)[1][asked.number]
     assert clicks.tolist() == [int(row["clicks in 7 days"]) for row in REQUESTS]
 
     encoder.memory = memory

@@ -172,7 +172,7 @@ def test_no_stretch_holds_more_rows_than_memory_has_room_for(tmp_path, spread):
         )
     for encoder in whole.group:
         if encoder.name == "clicked":
-            encoder.owner.finish()  # type: ignore[attr-defined]
+            encoder.vocabulary.grow()  # type: ignore[attr-defined]
     memories = {encoder.name: encoder.memory for encoder in whole.group}
     for chunk in chunks(whole, [(None, None)], 100, tmp_path / "scratch", lambda: 0):
         for encoder in whole.group:

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmoe_rec.errors import UserError
+from mmoe_rec.features.kinds.id import IdFeature
 from mmoe_rec.features.vocabulary import Vocabulary
 from mmoe_rec.log.reader import LogPart
 from mmoe_rec.point_in_time.arrays import Ragged, SharedRagged, consecutive
@@ -241,7 +242,9 @@ def test_threads_may_ask_a_vocabulary_at_once():
     known = pa.array(np.random.default_rng(0).permutation(300_000))
     expected = np.arange(300_000) + 2
     for _ in range(5):
-        vocabulary, wrong, start = Vocabulary(known, 1), [], threading.Barrier(4)
+        feature = IdFeature(kind="id", column="x", oov_buckets=1)
+        vocabulary, wrong, start = Vocabulary("x", feature), [], threading.Barrier(4)
+        vocabulary.set_ids(known)
 
         def ask(vocabulary=vocabulary, wrong=wrong, start=start) -> None:
             start.wait()

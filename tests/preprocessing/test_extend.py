@@ -9,8 +9,7 @@ import pytest
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.features import kinds
-from mmoe_rec.features.memories import exact_from
-from mmoe_rec.features.pipeline import FeaturePipeline
+from mmoe_rec.features.pipeline import FeaturePipeline, exact_from
 from mmoe_rec.inspection.sums import collect
 from mmoe_rec.preprocessing.prepare import Prepared, existing
 from tests.log.small_logs import ALL_KINDS, DAY, assert_same, files_of, log_rows, times_of, windows_of, with_column
@@ -24,7 +23,7 @@ def growing(tmp_path: Path) -> Growing:
 
 
 def _known(prepared: Prepared, feature: str = "item") -> list:
-    return FeaturePipeline.load(prepared.serving, memories=False).owners[feature].vocabulary.ids.to_pylist()
+    return FeaturePipeline.load(prepared.serving, memories=False).vocabularies[feature].ids.to_pylist()
 
 
 def test_ids_never_move_and_new_ones_follow_by_count(tmp_path):

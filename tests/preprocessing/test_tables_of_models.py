@@ -100,7 +100,7 @@ def assert_same_tables(one: Path, other: Path, but: tuple[str, ...] = ()) -> int
 
 def ids_of(features: Path) -> list:
     pipeline = FeaturePipeline.load(features, memories=False)
-    return [owner.vocabulary.ids.to_pylist() for owner in pipeline.owners.values()]
+    return [each.ids.to_pylist() for each in pipeline.vocabularies.values()]
 
 
 def _drawn(seeds: range) -> list[int]:

@@ -113,16 +113,16 @@ def test_first_outputs_are_those_of_the_other_model(grown: Grown) -> None:
 
 
 def test_new_ids_start_from_their_buckets(grown: Grown) -> None:
-    old = FeaturePipeline.load(grown.before.serving, memories=False).owners["item"]
-    new = FeaturePipeline.load(grown.prepared.serving, memories=False).owners["item"].vocabulary
+    old = FeaturePipeline.load(grown.before.serving, memories=False).vocabularies["item"]
+    new = FeaturePipeline.load(grown.prepared.serving, memories=False).vocabularies["item"]
     weights = load_file(grown.small.folder / "weights.safetensors")["tables.embedding_bags.item.weight"]
     table = grown.layout.table("item")
     rows = grown.warm_start().rows(table, 0, table.rows)
     assert torch.equal(rows[: len(weights)], weights)
     for place, item in enumerate(new.ids.to_pylist()):
         (bucket,) = old.encode(pa.array([item]))
-        assert (bucket <= ALL_KINDS["item"]["oov_buckets"]) == (place >= len(old.vocabulary.ids))
-        assert torch.equal(rows[1 + new.oov_buckets + place], weights[bucket])
+        assert (bucket <= ALL_KINDS["item"]["oov_buckets"]) == (place >= len(old.ids))
+        assert torch.equal(rows[1 + new.feature.oov_buckets + place], weights[bucket])
 
 
 def test_any_range_of_rows_is_that_part_of_all(grown: Grown) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 import pyarrow as pa
@@ -13,11 +13,11 @@ from pydantic import Field, field_validator, model_validator
 from mmoe_rec.features.encoder import Inputs, Kind, MemoryEncoder, Outline, Shared, State
 from mmoe_rec.features.numbers import DenseNumber, Moments, Standardiser
 from mmoe_rec.log.rows import MICROSECONDS_PER_DAY, LogRows
-from mmoe_rec.point_in_time.counters import CounterMemory
-from mmoe_rec.point_in_time.join import AnyLookUps, known_at
+from mmoe_rec.point_in_time.counters import CounterMemory, SeenTotals
+from mmoe_rec.point_in_time.join import LookUps, known_at
 from mmoe_rec.point_in_time.memory import NEVER
 from mmoe_rec.settings.columns import Use
-from mmoe_rec.settings.schema import Days, Meaning, Remembering, Schema, each_once
+from mmoe_rec.settings.schema import Days, Meaning, Once, Remembering, Schema
 
 _FOREVER = np.iinfo(np.int64).max
 _ROUNDING = 1e-12
@@ -27,13 +27,15 @@ class CounterFeature(Remembering):
     """Trailing statistics of a task's label, or of events, over all earlier rows with the same key, point in time."""
 
     kind: Literal["counter"]
-    by: tuple[str, ...] = Field(min_length=1, description="columns that form the key, such as [user_id, brand]")
-    outputs: tuple[Literal["positives", "rows", "rate", "recency"], ...] = Field(
+    by: Annotated[tuple[str, ...], Once] = Field(
+        min_length=1, description="columns that form the key, such as [user_id, brand]"
+    )
+    outputs: Annotated[tuple[Literal["positives", "rows", "rate", "recency"], ...], Once] = Field(
         ("positives", "rate", "recency"),
         description="positives: log(1 + sum of labels); rows: log(1 + rows); rate: smoothed mean label, not of events; "
         "recency: log(1 + days since the last row with a positive label became known), missing if never",
     )
-    window_days: tuple[Days | None, ...] = Field(
+    window_days: Annotated[tuple[Days | None, ...], Once] = Field(
         (None,), min_length=1, description="trailing windows; null is all of the past"
     )
     smoothing: float = Field(20.0, gt=0, description="rows of the overall mean that are mixed into a rate")
@@ -51,11 +53,6 @@ class CounterFeature(Remembering):
         if self.events is not None and "rate" in self.outputs:
             raise ValueError("events have no rate; set outputs, say, to [positives, recency]")
         return self
-
-    @field_validator("by", "outputs", "window_days")
-    @classmethod
-    def _each_once(cls, values: tuple[str | float | None, ...]) -> tuple[str | float | None, ...]:
-        return each_once(values)
 
     @field_validator("window_days")
     @classmethod
@@ -136,9 +133,6 @@ class CounterEncoder(MemoryEncoder[CounterMemory]):
         recency = "recency" in self.feature.outputs
         return CounterMemory.empty(self.source is None, recency, self.has_fractions, self.forget_after)
 
-    def memory_from(self, columns: Mapping[str, np.ndarray], floor: int | None) -> CounterMemory:
-        return CounterMemory.from_columns(columns, floor, self.has_fractions, self.forget_after)
-
     def events(self, rows: LogRows) -> pa.Table:
         """The rows of a log of events. (Those of the interaction log come as look-ups with their labels.)"""
         key = rows.hashes(self.by)
@@ -170,8 +164,8 @@ class CounterEncoder(MemoryEncoder[CounterMemory]):
         """The statistics under their names, such as `user_product_positives`."""
         return dict.fromkeys(self.numbers, ("number", pa.float64()))
 
-    def distinct_results(self, memory: CounterMemory, asked: AnyLookUps) -> dict[str, np.ndarray]:
-        found, result = memory.look_up(asked), dict[str, np.ndarray]()
+    def distinct_results(self, memory: CounterMemory, asked: LookUps) -> dict[str, np.ndarray]:
+        found, result = SeenTotals(memory, asked), dict[str, np.ndarray]()
         for window, suffix in self._windows if self._totals else ():
             count, label_sum = found.totals(window)
             for output in self._totals:

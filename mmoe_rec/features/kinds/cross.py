@@ -3,29 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from mmoe_rec.features.encoder import Encoder, Inputs, Kind, Outline
 from mmoe_rec.features.layout import Table
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.settings.columns import Use
-from mmoe_rec.settings.schema import MAX_TABLE_ROWS, Embedded, Feature, Meaning, Schema, each_once
+from mmoe_rec.settings.schema import MAX_TABLE_ROWS, Embedded, Feature, Meaning, Once, Schema
 
 
 class CrossFeature(Feature):
     """The hashed combination of two or more columns."""
 
     kind: Literal["cross"]
-    columns: tuple[str, ...] = Field(min_length=2, description="columns to combine")
+    columns: Annotated[tuple[str, ...], Once] = Field(min_length=2, description="columns to combine")
     buckets: int = Field(10_000, ge=2, le=MAX_TABLE_ROWS, description="hashed rows of the embedding table")
-
-    @field_validator("columns")
-    @classmethod
-    def _each_once(cls, columns: tuple[str, ...]) -> tuple[str, ...]:
-        return each_once(columns)
 
     def reads(self) -> Mapping[str, Use]:
         return dict.fromkeys(self.columns, "key")

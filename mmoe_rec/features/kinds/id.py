@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from mmoe_rec.features.encoder import Encoder, Inputs, Kind, Outline, Shared, State
 from mmoe_rec.features.layout import Table
-from mmoe_rec.features.vocabulary import Vocabulary, VocabularyFeature
+from mmoe_rec.features.vocabulary import VocabularyFeature
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.settings.columns import Use
 from mmoe_rec.settings.schema import Embedded
@@ -37,36 +37,35 @@ class IdEncoder(Encoder):
 
     def __init__(self, name: str, feature: VocabularyFeature, shared: Shared) -> None:
         super().__init__(name, feature, shared)
-        self.owner = shared.owners[feature.shares or name]
-        self._owns = self.owner.name == name
-        self.counts = self.owner.counts if self._owns else None
+        self.vocabulary = shared.vocabularies[feature.shares or name]
+        self._owns = self.vocabulary.name == name
+        self.counts = self.vocabulary.counts if self._owns else None
 
     def learn(self, rows: LogRows, known_by: int) -> None:
         if self._owns:
-            self.owner.counts.add(rows.coded(self.feature.column))
+            self.vocabulary.counts.add(rows.coded(self.feature.column))
 
     def finish(self) -> None:
         if self._owns:
-            self.owner.finish()
+            self.vocabulary.grow()
 
     def outline(self) -> Outline:
-        tables = (Table(self.name, self.owner.vocabulary.rows),) if self._owns else ()
-        return Outline(tables, ((self.name, self.owner.name, self.many),))
+        tables = (Table(self.name, self.vocabulary.rows),) if self._owns else ()
+        return Outline(tables, ((self.name, self.vocabulary.name, self.many),))
 
     def encode(self, rows: LogRows) -> Inputs:
-        return Inputs({self.name: rows.each(self.feature.column, self.owner.encode)})
+        return Inputs({self.name: rows.each(self.feature.column, self.vocabulary.encode)})
 
     def state(self) -> State:
         """The vocabulary, if it is this feature's own: known ids in the order of their rows."""
         if not self._owns:
             return State()
-        vocabulary = self.owner.vocabulary
-        return State({"oov_buckets": vocabulary.oov_buckets}, {"vocabulary": pa.table({"id": vocabulary.ids})})
+        values = {"oov_buckets": self.feature.oov_buckets}
+        return State(values, {"vocabulary": pa.table({"id": self.vocabulary.ids})})
 
     def restore(self, state: State) -> None:
         if self._owns:
-            known = state.tables["vocabulary"]["id"].combine_chunks()
-            self.owner.vocabulary = Vocabulary(known, state.values["oov_buckets"])
+            self.vocabulary.set_ids(state.tables["vocabulary"]["id"].combine_chunks())
 
     def largest_tables(self) -> tuple[Table, ...] | None:
         if self._owns and self.feature.max_size is None:
@@ -74,10 +73,11 @@ class IdEncoder(Encoder):
         return tuple(replace(table, rows=table.rows + (self.feature.max_size or 0)) for table in self.outline().tables)
 
     def column_types(self) -> Mapping[str, pa.DataType]:
-        return {} if self.owner.id_type is None else {self.feature.column: self.owner.id_type}
+        known = self.vocabulary.id_type
+        return {} if known is None else {self.feature.column: known}
 
     def typical(self, use: Use) -> Any:
-        known = self.owner.vocabulary.ids
+        known = self.vocabulary.ids
         return known[0].as_py() if len(known) else None
 
 

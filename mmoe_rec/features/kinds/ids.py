@@ -42,11 +42,11 @@ class IdsEncoder(IdEncoder):
     def learn(self, rows: LogRows, known_by: int) -> None:
         if self._owns:
             values, _ = ragged(rows.column(self.feature.column), self.feature.max_length)
-            self.owner.counts.add(values)
+            self.vocabulary.counts.add(values)
 
     def encode(self, rows: LogRows) -> Inputs:
         values, lengths = ragged(rows.column(self.feature.column), self.feature.max_length)
-        return Inputs({self.name: Ragged(self.owner.encode(values), lengths)})
+        return Inputs({self.name: Ragged(self.vocabulary.encode(values), lengths)})
 
     def column_types(self) -> Mapping[str, pa.DataType]:
         return {column: pa.list_(kind) for column, kind in super().column_types().items()}

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
 from pydantic import Field
 
-from mmoe_rec.features.encoder import Encoder, Inputs, Kind, Outline, Shared, State
+from mmoe_rec.features.encoder import Inputs, Kind, NumberEncoder, Outline, Shared, State
 from mmoe_rec.features.layout import Table
-from mmoe_rec.features.numbers import DenseNumber, Standardiser
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.settings.columns import Use
 from mmoe_rec.settings.schema import Embedded, Feature, Meaning, Schema
@@ -41,26 +40,21 @@ class EmbeddedNumeric(NumericFeature, Embedded):
     """A number, as a standardised input or as an embedded quantile bucket; missing values get an indicator."""
 
 
-class NumericEncoder(Encoder):
+class NumericEncoder(NumberEncoder):
     """A number, standardised or as an embedded quantile bucket."""
 
     feature: NumericFeature
 
     def __init__(self, name: str, feature: NumericFeature, shared: Shared) -> None:
         super().__init__(name, feature, shared)
-        self.number = DenseNumber(name)
-        self.counts = self.number.histogram
         self.edges = np.empty(0)
 
-    def _values(self, rows: LogRows) -> np.ndarray:
+    def values(self, rows: LogRows) -> np.ndarray:
         values = rows.numbers(self.feature.column)
         return np.sign(values) * np.log1p(np.abs(values)) if self.feature.transform == "log" else values
 
-    def learn(self, rows: LogRows, known_by: int) -> None:
-        self.number.histogram.add(self._values(rows))
-
     def finish(self) -> None:
-        self.number.finish()
+        super().finish()
         if self.feature.transform == "buckets":
             self.edges = self.number.histogram.bucket_edges(self.feature.buckets)
 
@@ -72,19 +66,19 @@ class NumericEncoder(Encoder):
         return Outline((table,), ((self.name, self.name, False),))
 
     def encode(self, rows: LogRows) -> Inputs:
-        values = self._values(rows)
+        values = self.values(rows)
         if self.feature.transform != "buckets":
             return Inputs(numbers=[(values, self.number)])
         bucket = 1 + np.searchsorted(self.edges, values, side="left")
         return Inputs({self.name: np.where(np.isfinite(values), bucket, 0)})
 
     def state(self) -> State:
-        return State({**asdict(self.number.standardiser), "bucket_edges": self.edges.tolist()})
+        return State({**super().state().values, "bucket_edges": self.edges.tolist()})
 
     def restore(self, state: State) -> None:
         values = dict(state.values)
         self.edges = np.array(values.pop("bucket_edges"), np.float64)
-        self.number.standardiser = Standardiser(**values)
+        super().restore(State(values))
 
     def largest_tables(self) -> tuple[Table, ...]:
         """All buckets, which a log with fewer values does not fill."""

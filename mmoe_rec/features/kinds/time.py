@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import calendar
 from collections.abc import Mapping
-from dataclasses import asdict
-from typing import Literal
+from typing import Annotated, Literal
 from zoneinfo import ZoneInfo
 
 import numpy as np
 import pyarrow as pa
 from pydantic import Field, field_validator, model_validator
 
-from mmoe_rec.features.encoder import Encoder, Inputs, Kind, Outline, Shared, State
+from mmoe_rec.features.encoder import Inputs, Kind, NumberEncoder, Outline, Shared
 from mmoe_rec.features.layout import Table
-from mmoe_rec.features.numbers import DenseNumber, Standardiser
 from mmoe_rec.log.rows import MICROSECONDS_PER_DAY, LogRows
 from mmoe_rec.settings.columns import Use
-from mmoe_rec.settings.schema import Feature, Meaning, Schema, each_once
+from mmoe_rec.settings.schema import Feature, Meaning, Once, Schema
 
 _CALENDAR_CYCLE = 146_097 * MICROSECONDS_PER_DAY  # 400 years
 _MICROSECONDS = 1_000_000
@@ -30,15 +28,10 @@ class TimeFeature(Feature):
 
     kind: Literal["time"]
     column: str | None = Field(None, description="timestamp column; null is the request's time")
-    parts: tuple[Literal["hour", "weekday", "age"], ...] = Field(
+    parts: Annotated[tuple[Literal["hour", "weekday", "age"], ...], Once] = Field(
         ("hour", "weekday"), description="hour, weekday; age = days from `column` to the request"
     )
     timezone: str = Field("UTC", description="time zone in which hour and weekday are read, such as Europe/Berlin")
-
-    @field_validator("parts")
-    @classmethod
-    def _each_once(cls, parts: tuple[str, ...]) -> tuple[str, ...]:
-        return each_once(parts)
 
     @field_validator("timezone")
     @classmethod
@@ -80,30 +73,25 @@ class EmbeddedTime(TimeFeature):
     dim: int = Field(4, ge=1, le=1024, description="width of the embeddings of hour and weekday")
 
 
-class TimeEncoder(Encoder):
+class TimeEncoder(NumberEncoder):
     """Hour and weekday of a time, and its age at the request."""
 
     feature: TimeFeature
+    suffix = "_age"
 
     def __init__(self, name: str, feature: TimeFeature, shared: Shared) -> None:
         super().__init__(name, feature, shared)
-        self.age = DenseNumber(f"{name}_age")
-        self.counts = self.age.histogram
         # Second -> rows of hour and weekday.
         self._seconds: dict[int, list[int]] = {}
 
-    def _age(self, rows: LogRows) -> np.ndarray:
+    def values(self, rows: LogRows) -> np.ndarray:
+        """log(1 + days) of age; none where no part is the age."""
+        if "age" not in self.feature.parts:
+            return np.empty(0)
         times = rows.times(self.feature.column)
         days = (rows.times() - times.astype(np.float64)) / MICROSECONDS_PER_DAY
         days = np.where(times == np.iinfo(np.int64).min, np.nan, days)
         return np.sign(days) * np.log1p(np.abs(days))
-
-    def learn(self, rows: LogRows, known_by: int) -> None:
-        if "age" in self.feature.parts:
-            self.age.histogram.add(self._age(rows))
-
-    def finish(self) -> None:
-        self.age.finish()
 
     def outline(self) -> Outline:
         """Id inputs for hour and weekday (row 0 is missing), a dense input for the age."""
@@ -111,10 +99,10 @@ class TimeEncoder(Encoder):
         parts = [part for part in self.feature.parts if part in sizes]
         tables = tuple(Table(f"{self.name}_{part}", sizes[part], feature=self.name) for part in parts)
         ids = tuple((table.name, table.name, False) for table in tables)
-        return Outline(tables, ids, self.age.inputs() if "age" in self.feature.parts else ())
+        return Outline(tables, ids, self.number.inputs() if "age" in self.feature.parts else ())
 
     def encode(self, rows: LogRows) -> Inputs:
-        """Hour and weekday in the time zone; log(1 + days) of age."""
+        """Hour and weekday in the time zone, and the age."""
         every = rows.times(self.feature.column)
         # The rows of a request share their time.
         first = np.append(len(every) > 0, every[1:] != every[:-1])
@@ -125,7 +113,7 @@ class TimeEncoder(Encoder):
             for part, each in zip(("hour", "weekday"), read, strict=True)
             if part in self.feature.parts
         }
-        ages = [(self._age(rows), self.age)] if "age" in self.feature.parts else []
+        ages = [(self.values(rows), self.number)] if "age" in self.feature.parts else []
         return Inputs(dict(ids), numbers=ages)
 
     def _read_cached(self, times: np.ndarray) -> np.ndarray:
@@ -155,12 +143,6 @@ class TimeEncoder(Encoder):
         local = local.tz_localize("UTC").tz_convert(self.feature.timezone)
         read = np.array([local.hour, local.day_of_week], np.int64)
         return np.where(missing, 0, 1 + read)
-
-    def state(self) -> State:
-        return State(asdict(self.age.standardiser))
-
-    def restore(self, state: State) -> None:
-        self.age.standardiser = Standardiser(**state.values)
 
 
 def _hour_or_weekday(table: str, row: int) -> str:

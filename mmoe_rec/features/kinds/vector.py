@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
 from typing import Literal
 
 import numpy as np
@@ -11,9 +10,8 @@ import pyarrow.types as pt
 from pydantic import Field
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.features.encoder import Encoder, Inputs, Kind, Outline, Shared, State
+from mmoe_rec.features.encoder import Inputs, Kind, NumberEncoder, Outline
 from mmoe_rec.features.layout import DenseInput
-from mmoe_rec.features.numbers import DenseNumber, Standardiser
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.settings.columns import Use
 from mmoe_rec.settings.schema import Feature, Meaning, Schema
@@ -37,17 +35,12 @@ class VectorFeature(Feature):
         return Meaning((self.column,), zeros_missing=True)
 
 
-class VectorEncoder(Encoder):
+class VectorEncoder(NumberEncoder):
     """A vector, standardised with one mean and deviation over all its elements."""
 
     feature: VectorFeature
 
-    def __init__(self, name: str, feature: VectorFeature, shared: Shared) -> None:
-        super().__init__(name, feature, shared)
-        self.number = DenseNumber(name)
-        self.counts = self.number.histogram
-
-    def _matrix(self, rows: LogRows) -> np.ndarray:
+    def values(self, rows: LogRows) -> np.ndarray:
         column, size = rows.column(self.feature.column), self.feature.size
         matrix = np.full((len(rows), size), np.nan)
         if pt.is_null(column.type):
@@ -62,25 +55,13 @@ class VectorEncoder(Encoder):
         matrix[lengths == size] = column.flatten().to_numpy(zero_copy_only=False).reshape(-1, size)
         return matrix
 
-    def learn(self, rows: LogRows, known_by: int) -> None:
-        self.number.histogram.add(self._matrix(rows).ravel())
-
-    def finish(self) -> None:
-        self.number.finish()
-
     def outline(self) -> Outline:
         return Outline(dense=tuple(DenseInput(f"{self.name}_{index}") for index in range(self.feature.size)))
 
     def encode(self, rows: LogRows) -> Inputs:
         """The standardised elements; all zeros for a missing vector."""
-        scaled = self.number.standardiser.apply(self._matrix(rows))
+        scaled = self.number.standardiser.apply(self.values(rows))
         return Inputs(dense={f"{self.name}_{index}": scaled[:, index] for index in range(self.feature.size)})
-
-    def state(self) -> State:
-        return State(asdict(self.number.standardiser))
-
-    def restore(self, state: State) -> None:
-        self.number.standardiser = Standardiser(**state.values)
 
 
 KIND = Kind(VectorFeature, VectorFeature, VectorEncoder)
