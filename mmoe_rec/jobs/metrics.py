@@ -115,9 +115,8 @@ def _check_places(listed: Mapping[str, list[FoundFile]], out: Path) -> None:
         places = frozenset(
             file.address if is_remote(file.address) else os.path.realpath(file.address) for file in files
         )
-        local = [Path(place) for place in places if not is_remote(place)]
-        folder = () if is_remote(each) or not os.path.isdir(each) else (Path(os.path.realpath(each)),)
-        if any(place.is_relative_to(real) for place in local) or any(real.is_relative_to(place) for place in folder):
+        is_inside = os.path.isdir(each) and real.is_relative_to(os.path.realpath(each))
+        if is_inside or any(Path(place).is_relative_to(real) for place in places):
             raise UserError(
                 f"--out '{out}' lies in '{each}', where the predictions are, or holds them; name another folder"
             )

@@ -7,8 +7,9 @@ often; `overlap` and `users_in_both` say whether the model has seen labels or us
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -104,49 +105,39 @@ class LogColumns:
 
         Raises UserError where the log has other rows by now, or a column too many values.
         """
+        schema, log = self.log.schema, self.log
+        names, split, columns = schema.columns, schema.split, dict.fromkeys(each.column for each in self.by)
+        needed = {names.user, names.candidate, names.request, names.time, None if split is None else split.column}
+        uses = {name: use for name, use in log.uses.items() if name in needed or name in columns}
+        reader, noticed = replace(log.reader, uses=uses), Noticed() if self.skips else None
         wanted, keys, parts = np.sort(_keys(scored)), list[np.ndarray](), list[pa.Table]()
         with bar() as progress:
-            task = progress.add_task("slicing", total=self.log.rows)
-            for its, values in self._rows():
+            task = progress.add_task("slicing", total=log.rows)
+            for rows in chain.from_iterable(reader.read(part, noticed) for part in log.parts()):
+                its = combine([hash_column(rows.requests()), rows.hashes([names.candidate])])
                 progress.advance(task, len(its))
                 there = wanted[np.minimum(np.searchsorted(wanted, its), len(wanted) - 1)] == its
                 keys.append(its[there])
-                parts.append(values.filter(pa.array(there)))
+                parts.append(pa.table({name: rows.column(name) for name in columns}).filter(pa.array(there)))
         hashes = np.concatenate(keys) if keys else np.empty(0, np.uint64)
         order = np.argsort(hashes, kind="stable")
         if not np.array_equal(hashes[order], wanted):
-            skipped = self.log.left_out
+            skipped = log.left_out
             why = f" ({len(skipped):,} files are left out, such as: {skipped[0].reason})" if skipped else ""
             sentence = (
-                f"of the {len(wanted):,} rows that are measured, the log '{self.log.source}' has {len(hashes):,}{why}, "
+                f"of the {len(wanted):,} rows that are measured, the log '{log.source}' has {len(hashes):,}{why}, "
                 "so it can't be told what slices they are in"
             )
             _leave_out(sentence, self.usual)
             return None
         table = pa.concat_tables(parts, promote_options="default").take(pa.array(order))
-        return SlicedRows(wanted, dict(self._sliced(table)))
-
-    def _rows(self) -> Iterator[tuple[np.ndarray, pa.Table]]:
-        """Keys (N,) uint64 of rows of the log, and the columns."""
-        schema, log = self.log.schema, self.log
-        names, split = schema.columns, schema.split
-        keys = {names.user, names.candidate, names.request, names.time, None if split is None else split.column}
-        columns = dict.fromkeys(each.column for each in self.by)
-        uses = {name: use for name, use in log.uses.items() if name in keys or name in columns}
-        reader, noticed = replace(log.reader, uses=uses), Noticed() if self.skips else None
-        for part in log.parts():
-            for rows in reader.read(part, noticed):
-                its = combine([hash_column(rows.requests()), rows.hashes([names.candidate])])
-                yield its, pa.table({name: rows.column(name) for name in columns})
-
-    def _sliced(self, table: pa.Table) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
+        places = {}
         for each in self.by:
             given = one_array(table[each.column])
-            by = _usual(each, given) if self.usual else each
-            if by is None:
-                continue
-            values = _values_of(by, given)
-            yield by.name, dict(by.find_slices(values).rows(values))
+            if (by := _usual(each, given) if self.usual else each) is not None:
+                values = _values_of(by, given)
+                places[by.name] = by.find_slices(values).rows(values)
+        return SlicedRows(wanted, places)
 
 
 @dataclass(frozen=True)
@@ -223,16 +214,19 @@ class TrainingRows:
 
     def slices(self, scored: ScoredRows) -> dict[str, dict[str, np.ndarray]]:
         """What rows are sliced by -> slice -> (n,) numbers of its rows among those that were scored."""
-        names = {}
+        slices = {}
         for name, ids, counts in (
             ("user", scored.users, self.users),
             ("candidate", scored.candidates, self.candidates),
         ):
             if ids is not None and counts is not None:
-                names[name] = np.where(_count_rows(ids, counts) > 0, "returning", "new")
+                known = _count_rows(ids, counts) > 0
+                slices[name] = {"new": ~known, "returning": known}
         if self.users is not None:
-            names["training rows of the user"] = _by_size(_count_rows(scored.users, self.users))
-        return {by: _group(values) for by, values in names.items()}
+            slices["training rows of the user"] = _group_by_size(_count_rows(scored.users, self.users))
+        return {
+            by: {name: np.flatnonzero(rows) for name, rows in each.items() if rows.any()} for by, each in slices.items()
+        }
 
 
 def _count_by(folder: Path, name: str) -> pd.Series:
@@ -247,26 +241,16 @@ def _count_rows(ids: pa.Array, counts: pd.Series) -> np.ndarray:
     return counts.reindex(ids.to_pandas()).fillna(0).to_numpy(np.int64)
 
 
-def _by_size(rows: np.ndarray) -> np.ndarray:
-    """(N,) str: none, or a range of numbers of rows, of which about equally many are in each."""
-    names, some = np.full(len(rows), "none", object), rows > 0
+def _group_by_size(rows: np.ndarray) -> dict[str, np.ndarray]:
+    """None, and ranges of numbers of rows that about equally many have -> (N,) bool, who has so many."""
+    groups, some = {"none": rows == 0}, rows > 0
     if some.any():
         edges = np.unique(np.quantile(rows[some], np.arange(1, ACTIVITY) / ACTIVITY, method="lower"))
         group = np.where(some, np.searchsorted(edges, rows, side="left"), -1)
         for number in np.unique(group[some]):
             low, high = (int(end(rows[group == number])) for end in (np.min, np.max))
-            names[group == number] = f"{low:,}" if low == high else f"{low:,} to {high:,}"
-    return names.astype(str)
-
-
-def _group(names: np.ndarray) -> dict[str, np.ndarray]:
-    """Each name with the places of its rows, in the order in which they are best read: numbers by size."""
-
-    def size(name: str) -> tuple[int, str]:
-        first = name.split(" ", maxsplit=1)[0].replace(",", "")
-        return int(first) if first.isdigit() else -1, name
-
-    return {name: np.flatnonzero(names == name) for name in sorted(map(str, np.unique(names)), key=size)}
+            groups[f"{low:,}" if low == high else f"{low:,} to {high:,}"] = group == number
+    return groups
 
 
 def overlap(settings: Settings, artifact: Path) -> list[str]:
