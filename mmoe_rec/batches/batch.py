@@ -7,21 +7,47 @@ KeyedJaggedTensor. Shapes: B rows, F id inputs, D dense inputs, T tasks.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mmoe_rec.batches.order import Position
 from mmoe_rec.features.layout import Encoded, Layout
 from mmoe_rec.point_in_time.arrays import Ragged
 
+if TYPE_CHECKING:
+    from mmoe_rec.batches.reader import Position
+
+
+class _Tensors:
+    """Tensors that move together."""
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
+        """The same on another device."""
+        return self._map(lambda part: part.to(torch.device(device), non_blocking=non_blocking))
+
+    def pin_memory(self) -> Self:
+        """The same in page-locked memory, from which copies to a GPU overlap with its work."""
+        return self._map(lambda part: part.pin_memory())
+
+    def record_stream(self, stream: Any) -> None:
+        """Marks the tensors as used by a CUDA stream, so that their memory is not reused before it is done."""
+        for part in self._parts().values():
+            part.record_stream(stream)
+
+    def _map(self, change: Callable[[Any], Any]) -> Self:
+        given = {name: part for name, part in self._parts().items() if not name.startswith("_")}
+        return replace(self, **{name: change(part) for name, part in given.items()})  # type: ignore[type-var]
+
+    def _parts(self) -> dict[str, Any]:
+        return {name: part for name, part in vars(self).items() if hasattr(part, "record_stream")}
+
 
 @dataclass(frozen=True, eq=False)
-class KeyedIds:
+class KeyedIds(_Tensors):
     """Any number of ids for each of F inputs and B rows.
 
     keys: F names; values: (sum of lengths,) int64; lengths: (F * B,) int32. Both tensors are key-major. starts: F + 1
@@ -33,15 +59,12 @@ class KeyedIds:
     values: Tensor
     lengths: Tensor
     starts: tuple[int, ...] | None = field(default=None, repr=False)
-    _index: dict[str, int] = field(init=False, repr=False)
     _ends: Tensor = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        # Frozen: derived fields are set once, here, so that each column is a slice.
-        object.__setattr__(self, "_index", {key: index for index, key in enumerate(self.keys)})
         starts_at_zero = torch.zeros(1, dtype=torch.int64, device=self.lengths.device)
         ends = torch.cat([starts_at_zero, self.lengths.cumsum(0, dtype=torch.int64)])
-        object.__setattr__(self, "_ends", ends)
+        object.__setattr__(self, "_ends", ends)  # frozen: set once, so that each column is a slice
         if self.starts is None:
             object.__setattr__(self, "starts", tuple(ends[:: max(1, self.rows)].tolist()))
 
@@ -56,32 +79,16 @@ class KeyedIds:
         return self._ends
 
     def column(self, name: str) -> tuple[Tensor, Tensor]:
-        """The ids of one input: values (n,) int64 and offsets (B + 1,) int64 into them. KeyError: no such input."""
+        """The ids of one input: values (n,) int64 and offsets (B + 1,) int64 into them."""
         assert self.starts is not None
-        index = self._index[name]
+        index = self.keys.index(name)
         ends = self._ends[index * self.rows : (index + 1) * self.rows + 1]
         start, end = self.starts[index : index + 2] if self.rows else (0, 0)
         return self.values[start:end], ends - start
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> KeyedIds:
-        """The same ids on another device."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
-
-    def pin_memory(self) -> KeyedIds:
-        """The same ids in page-locked memory."""
-        return self._map(lambda tensor: tensor.pin_memory())
-
-    def record_stream(self, stream: Any) -> None:
-        """Marks the tensors as used by a CUDA stream."""
-        for tensor in (self.values, self.lengths, self._ends):
-            tensor.record_stream(stream)
-
-    def _map(self, change: Any) -> KeyedIds:
-        return KeyedIds(self.keys, change(self.values), change(self.lengths), self.starts)
-
 
 @dataclass(eq=False)
-class Batch:
+class Batch(_Tensors):
     """B rows of a `Layout`.
 
     ids: `KeyedIds` or torchrec's KeyedJaggedTensor over all of `layout.ids`; dense: (B, D) float32 over all of
@@ -106,33 +113,12 @@ class Batch:
     def __len__(self) -> int:
         return len(self.dense)
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
-        """The same batch on another device."""
-        device = torch.device(device)
-        return self._map(lambda part: part.to(device, non_blocking=non_blocking))
-
     @property
     def observed_weights(self) -> Tensor:
         """(T,) observed labels of each task: their number, int64, or the sum of their rows' weights, float64."""
         if self.weights is None:
             return self.observed.sum(0)
         return (self.observed * self.weights[:, None].double()).sum(0)
-
-    def pin_memory(self) -> Batch:
-        """The same batch in page-locked memory, from which copies to a GPU overlap with its work."""
-        return self._map(lambda part: part.pin_memory())
-
-    def record_stream(self, stream: Any) -> None:
-        """Marks the tensors as used by a CUDA stream, so that their memory is not reused before it is done."""
-        for name in self._parts():
-            getattr(self, name).record_stream(stream)
-
-    def _map(self, change: Any) -> Batch:
-        return replace(self, **{name: change(getattr(self, name)) for name in self._parts()})
-
-    def _parts(self) -> list[str]:
-        optional = [name for name in ("weights", "users", "shares") if getattr(self, name) is not None]
-        return ["ids", "dense", "labels", "observed", *optional]
 
 
 def make_batch(
@@ -148,39 +134,37 @@ def make_batch(
     """Encoded rows and their labels as a batch.
 
     labels: (B, T) float32 or float64 with NaN where unobserved; None leaves every label unobserved. weights: (B,)
-    float32, users: (B,) int64 hashes, of the rows. torchrec: give ids as a KeyedJaggedTensor. Raises ValueError when
-    inputs, labels, weights and layout do not fit each other.
+    float32, users: (B,) int64 hashes, of the rows. torchrec: give ids as a KeyedJaggedTensor. Raises ValueError
+    where labels, weights or dense inputs do not fit the layout, KeyError where an id input is missing.
     """
     rows = len(encoded)
     # Those that share a table side by side, as torchrec takes them: it would have to order them otherwise.
     tables = {table.name: number for number, table in enumerate(layout.tables)}
     in_order = sorted(layout.ids, key=lambda each: tables[each.table]) if torchrec else layout.ids
-    if missing := [each.name for each in in_order if each.name not in encoded.ids]:
-        raise ValueError(f"id input '{missing[0]}' of the layout is missing")
     inputs = {each.name: encoded.ids[each.name] for each in in_order}
     values, lengths, totals = _key_major(list(inputs.values()), rows)
     ragged = {name: each for name, each in inputs.items() if isinstance(each, Ragged) and (each.lengths != 1).any()}
     dense = _float_tensor(encoded.dense, (rows, len(layout.dense)), "dense inputs")
     if labels is None:
-        observed = torch.zeros(rows, len(layout.tasks), dtype=torch.bool)
-        known = torch.zeros(rows, len(layout.tasks))
-    else:
-        precision = np.float64 if labels.dtype == np.float64 else np.float32
-        given = _float_tensor(labels, (rows, len(layout.tasks)), "labels", precision)
-        observed = ~given.isnan()
-        known = given.masked_fill(~observed, 0.0)
+        labels = np.full((rows, len(layout.tasks)), np.nan, np.float32)
+    precision = np.float64 if labels.dtype == np.float64 else np.float32
+    given = _float_tensor(labels, (rows, len(layout.tasks)), "labels", precision)
+    observed = ~given.isnan()
     rows_weights = None if weights is None else _float_tensor(weights, (rows,), "weights")
     rows_users = None if users is None else torch.from_numpy(np.require(users, np.int64, ["C", "W"]))
     shares = None
     if ragged:
         counts = np.stack([each.lengths for each in ragged.values()])
         shares = torch.from_numpy(np.divide(1.0, counts, out=np.zeros(counts.shape, np.float32), where=counts > 0))
-    ids: Any = KeyedIds(tuple(inputs), values, lengths)
+    ids: Any
     if torchrec:
         from torchrec import KeyedJaggedTensor
 
         # The totals are known on the host; without them torchrec would read them back from the device.
         ids = KeyedJaggedTensor(list(inputs), values, lengths=lengths, stride=rows, length_per_key=totals)
+    else:
+        ids = KeyedIds(tuple(inputs), values, lengths)
+    known = given.masked_fill(~observed, 0.0)
     return Batch(ids, dense, known, observed, position, rows_weights, rows_users, tuple(ragged), shares)
 
 

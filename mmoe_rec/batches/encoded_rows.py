@@ -7,7 +7,6 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -137,13 +136,17 @@ class EncodedRows:
         """The columns that say what rows count, as `weights_of` reads them; weighted: by their rate of sampling too."""
         return [*(["weight"] if self.weighs else []), *(["sampling_rate"] if weighted else [])]
 
-    def read_row_groups(self, groups: Sequence[tuple[int, int]], take: np.ndarray | None = None) -> Rows:
-        """The rows of the given (file index, row group index) pairs (at least one), in the given order.
+    def read_row_group(self, group: tuple[int, int], take: np.ndarray | None = None) -> Rows:
+        """The rows of a row group, (file index, row group index).
 
-        take: (n,) int64, which of these rows to return, in which order; None returns all. Row groups of one file that
-        follow each other are read together. Raises UserError for a file that cannot be read.
+        take: (n,) int64, which of these rows to return, in which order; None returns all. Raises UserError for a file
+        that cannot be read.
         """
-        table = self._table(groups)
+        file, number = group
+        with _naming(self._files[file]), self._open(file) as parquet:
+            # One thread: the reader decodes several groups at a time, beside a training step that needs the rest.
+            table = parquet.read_row_group(number, columns=self._columns, use_threads=False)
+        self._forbid_nulls(table, self._files[file])
         if take is not None:
             # Much faster than permuting the arrays: the columns are narrower here and one at a time fits a cache.
             places = pa.array(take)
@@ -159,17 +162,6 @@ class EncodedRows:
         wanted = list(dict.fromkeys([*self._columns, *columns]))
         for table in _rebatch(self._tables(batch_size, wanted), batch_size):
             yield self._convert(table), table.select(list(columns))
-
-    def _table(self, groups: Sequence[tuple[int, int]]) -> pa.Table:
-        tables = []
-        for file, run in groupby(groups, key=lambda group: group[0]):
-            with _naming(self._files[file]), self._open(file) as parquet:
-                # One thread: the reader decodes several groups at a time, beside a training step that needs the rest.
-                tables.append(
-                    parquet.read_row_groups([group for _, group in run], columns=self._columns, use_threads=False)
-                )
-            self._forbid_nulls(tables[-1], self._files[file])
-        return pa.concat_tables(tables)
 
     def _tables(self, batch_size: int, columns: list[str]) -> Iterator[pa.Table]:
         for index, file in enumerate(self._files):

@@ -12,17 +12,23 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import pyarrow as pa
+from pydantic import ConfigDict, TypeAdapter
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.point_in_time.arrays import Ragged, one_array
 from mmoe_rec.settings.columns import outcome_name
 
 
+class _AsJson:
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+
 @dataclass(frozen=True)
-class Table:
+class Table(_AsJson):
     """What ids are looked up in: ids 0 to rows - 1. feature: the one that owns it, if its name differs."""
 
     name: str
@@ -30,7 +36,7 @@ class Table:
     feature: str | None = field(default=None, kw_only=True)
 
 
-class _OfFeature:
+class _OfFeature(_AsJson):
     """An input of a feature, which has the input's name unless it is given."""
 
     name: str
@@ -62,7 +68,7 @@ class DenseInput(_OfFeature):
 
 
 @dataclass(frozen=True)
-class TaskOutput:
+class TaskOutput(_AsJson):
     """One logit a row; `kind` and `given` as in `mmoe_rec.settings.columns.Task`.
 
     mean, deviation: of a regression's training labels. A model learns the standardised label, so that its unit does not
@@ -82,7 +88,7 @@ class TaskOutput:
 
 
 @dataclass(frozen=True)
-class Layout:
+class Layout(_AsJson):
     """Inputs and labels of rows. The order of the tuples is the order of every tensor made from them."""
 
     tables: tuple[Table, ...]
@@ -110,29 +116,18 @@ class Layout:
         return [each.name for each in self.dense if each.placement == placement]
 
     def to_json(self) -> str:
-        """JSON that `from_json` reads back."""
+        """JSON that `read` takes."""
         return json.dumps(asdict(self), indent=1)
 
-    @staticmethod
-    def from_json(text: str) -> Layout:
-        """The layout that `to_json` wrote."""
-        tree = json.loads(text)
-        return Layout(
-            tables=tuple(Table(**each) for each in tree["tables"]),
-            ids=tuple(IdInput(**each) for each in tree["ids"]),
-            dense=tuple(DenseInput(**{**each, "edges": tuple(each["edges"])}) for each in tree["dense"]),
-            tasks=tuple(TaskOutput(**each) for each in tree["tasks"]),
-        )
-
-    @staticmethod
-    def read(folder: Path) -> Layout:
-        """The layout saved in a folder of encoded rows. Raises UserError for a file of another version."""
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        """The layout saved in a folder of encoded rows, or of a model. Raises UserError without one of this version."""
         path = folder / "layout.json"
-        text = path.read_text(encoding="utf-8")
         try:
-            return Layout.from_json(text)
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"'{path}' is damaged or of another version: build the features anew") from None
+            return TypeAdapter(cls).validate_json(path.read_bytes())
+        except (OSError, ValueError):
+            what = "build the features anew" if cls is Layout else "train the model again"
+            raise UserError(f"'{path}' is missing, damaged or of another version: {what}") from None
 
 
 def label_types(layout: Layout) -> dict[str, pa.DataType]:

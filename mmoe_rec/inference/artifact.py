@@ -4,7 +4,7 @@
         manifest.json          size and SHA-256 of every other file
         model.json             format, name, model section, limits, origin of the features, time of the tables
         layout.json            order of the model's inputs and outputs, widths of tables, weights of tasks
-        weights.safetensors    float32 weights by name; in a small model int8 and bfloat16 (`mmoe_rec.model.int8`)
+        weights.safetensors    float32 weights by name; in a small model int8 and bfloat16 (`mmoe_rec.model.tables`)
         calibration.json       what turns the model's logits into probabilities, where it was calibrated
         settings.yaml          the resolved settings that the model was trained with
         example_request.json   a request that can be sent as it is
@@ -100,7 +100,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
     Raises UserError for a missing or damaged file.
     """
-    from mmoe_rec.model.int8 import in_float32
+    from mmoe_rec.model.tables import in_float32
 
     return in_float32(read_stored(path))
 
@@ -119,16 +119,14 @@ def read_stored(path: Path) -> dict[str, Tensor]:
 
 def read_model(about: Artifact, folder: Path) -> RankingModel:
     """The model with its weights. Raises UserError where its file is missing, damaged or of another model."""
-    from mmoe_rec.model.int8 import in_float32, take_table
     from mmoe_rec.model.mmoe import build_model
-    from mmoe_rec.model.tables import PlainTables
+    from mmoe_rec.model.tables import PlainTables, in_float32, take_table
     from mmoe_rec.settings.model import Model
 
     layout, path = about.layout, folder / "weights.safetensors"
     stored = read_stored(path)
     # Tables of one row each: drawing initial weights only to overwrite them takes minutes for large tables.
-    stubs = tuple(replace(table, rows=1) for table in layout.tables)
-    tables = PlainTables(stubs, layout.ids)
+    tables = PlainTables(replace(layout, tables=tuple(replace(table, rows=1) for table in layout.tables)))
     for table in layout.tables:
         if table.name in tables.embedding_bags:
             bag = take_table(stored, f"tables.embedding_bags.{table.name}.weight")

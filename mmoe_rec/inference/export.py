@@ -37,12 +37,11 @@ from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.inference.ranking import Ranking
 from mmoe_rec.inference.request import Request
 from mmoe_rec.inference.writing import copy_files, seal, write_tensors
-from mmoe_rec.model.int8 import SCALES, quantised, some_in_int8
 from mmoe_rec.model.levels import Experts
 from mmoe_rec.model.mmoe import RankingModel
 from mmoe_rec.model.products import set_products
 from mmoe_rec.model.score import log_predictions, predictions
-from mmoe_rec.model.tables import PlainTables
+from mmoe_rec.model.tables import SCALES, quantised, some_in_int8
 
 WEIGHTS = "weights.safetensors"
 Dense = Literal["bfloat16", "int8", "float32"]
@@ -89,7 +88,7 @@ class DensePart(nn.Module):
     def __init__(self, ranker: Ranker) -> None:
         super().__init__()
         layout = ranker.layout
-        self.model = RankingModel(PlainTables((), ()), layout, copy.deepcopy(ranker.model.mixture)).eval()
+        self.model = RankingModel(nn.Module(), layout, copy.deepcopy(ranker.model.mixture)).eval()
         self.model.mixture.placement = None
         set_products(self.model, "blas")
         for module in self.model.modules():

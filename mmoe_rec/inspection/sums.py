@@ -445,6 +445,6 @@ def _grids(train: EncodedRows, layout: Layout) -> list[np.ndarray]:
     for group in chosen:
         rows = int(train.group_rows[group])
         take = np.unique(np.linspace(0, rows - 1, min(rows, _SAMPLE // len(chosen))).round().astype(np.int64))
-        sample.append(train.read_row_groups([train.groups[group]], take).encoded.dense)
+        sample.append(train.read_row_group(train.groups[group], take).encoded.dense)
     dense = np.concatenate(sample)
     return [grid_edges(dense[:, place], each.edges) for place, each in enumerate(layout.dense)]

@@ -172,7 +172,7 @@ def _score_by_holder(
 def _grow(prepared: Prepared, ranker: Ranker, folder: Path) -> tuple[RankingModel, ModelLayout] | None:
     """A model and its layout on features that were extended from its own, with the same outputs; None for others."""
     from mmoe_rec.model.mmoe import build_model
-    from mmoe_rec.model.tables import plain_tables
+    from mmoe_rec.model.tables import PlainTables
     from mmoe_rec.settings.model import Model
     from mmoe_rec.training.warm_start import WarmStart
 
@@ -184,7 +184,7 @@ def _grow(prepared: Prepared, ranker: Ranker, folder: Path) -> tuple[RankingMode
         start = WarmStart(folder, structure, prepared, layout, structure)
     except UserError:
         return None
-    model = build_model(layout, structure, plain_tables(layout))
+    model = build_model(layout, structure, PlainTables(layout))
     start.fill(model)
     return model, layout
 

@@ -141,7 +141,7 @@ def _finish(run: Run, workspace: Workspace, result: TrainingResult, register: bo
     """Best state -> artifact -> registry -> result on disk."""
     from mmoe_rec.inference.writing import write_artifact
     from mmoe_rec.model.mmoe import build_model
-    from mmoe_rec.model.tables import plain_tables
+    from mmoe_rec.model.tables import PlainTables
     from mmoe_rec.training.checkpoint import load_plain
 
     settings, prepared, layout, best = workspace.settings, workspace.prepared, workspace.layout, result.best
@@ -153,7 +153,7 @@ def _finish(run: Run, workspace: Workspace, result: TrainingResult, register: bo
     run.log_text("\n".join(findings or ["all experts are used, and no gate settles on one"]) + "\n", "experts.txt")
     run.log_metrics(best.flat("best"), result.best_step)
     run.log_metrics({"train/rows_per_s": result.rows_per_s, "train/waiting_share": result.waiting}, result.steps)
-    model = build_model(layout, settings.model, plain_tables(layout))
+    model = build_model(layout, settings.model, PlainTables(layout))
     load_plain(model, result.best_checkpoint)
     calibration = _calibrate(settings, prepared, model)
     if calibration.tasks:

@@ -6,13 +6,11 @@ saved as JSON inside a served model. Code that only reads rows takes the plain `
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.features.layout import DenseInput, IdInput, Layout, Table, TaskOutput
+from mmoe_rec.features.layout import Layout, Table, TaskOutput
 from mmoe_rec.settings.columns import CHOICES
 
 if TYPE_CHECKING:
@@ -85,26 +83,6 @@ class ModelLayout(Layout):
         """Number of model inputs: the embeddings' widths plus the dense inputs."""
         embedded = sum(self.table(each.table).dim for each in self.ids if each.placement == placement)
         return embedded + len(self.dense_names(placement))
-
-    @staticmethod
-    def from_json(text: str) -> ModelLayout:
-        """The layout that `to_json` wrote."""
-        tree = json.loads(text)
-        return ModelLayout(
-            tables=tuple(EmbeddingTable(**each) for each in tree["tables"]),
-            ids=tuple(IdInput(**each) for each in tree["ids"]),
-            dense=tuple(DenseInput(**{**each, "edges": tuple(each["edges"])}) for each in tree["dense"]),
-            tasks=tuple(ModelTask(**each) for each in tree["tasks"]),
-        )
-
-    @staticmethod
-    def read(folder: Path) -> ModelLayout:
-        """The layout saved in the folder of a model. Raises UserError for one that is missing or damaged."""
-        path = folder / "layout.json"
-        try:
-            return ModelLayout.from_json(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, KeyError, TypeError):
-            raise UserError(f"'{path}' is missing or damaged: it does not hold the layout of a model") from None
 
 
 def _unknown(what: str, name: str) -> UserError:

@@ -16,22 +16,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from mmoe_rec.batches.batch import Batch
 from mmoe_rec.errors import UserError
-from mmoe_rec.model.bottom import Bottom, mlp
 from mmoe_rec.model.layout import ModelLayout
 from mmoe_rec.model.levels import Gates, Level
 from mmoe_rec.model.products import Linear, StackedLinear, for_products
 from mmoe_rec.model.routing import Routing
-from mmoe_rec.model.tables import by_name
+from mmoe_rec.model.tables import Int8Bag, PlainTables, by_name
+from mmoe_rec.point_in_time.arrays import Ragged
 
 if TYPE_CHECKING:
+    from mmoe_rec.features.encoder import Inputs
     from mmoe_rec.settings import model as section
 
 # torchrec's pipeline traces the model down to its parts, and this is one.
@@ -85,16 +87,9 @@ class RankingModel(nn.Module):
         """(T, E) bool: those of them that may get a weight."""
         return self.visible_experts & self.mixture.gates[-1].in_use
 
-    def forward(
-        self,
-        batch: Batch,
-        use_placement: bool | None = None,
-        top_k: int | None = None,
-        usable: Tensor | None = None,
-    ) -> Outputs:
+    def forward(self, batch: Batch, top_k: int | None = None, usable: Tensor | None = None) -> Outputs:
         """Logits and routings of a batch; the options are those of `Mixture`. Over sharded tables a collective call."""
-        inputs, placement = self.side_by_side(batch)
-        return self.of_inputs(inputs, placement, use_placement, top_k, usable)
+        return self.of_inputs(*self.side_by_side(batch), top_k, usable)
 
     def side_by_side(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """A batch's inputs, (B, W) float32: embeddings, then numbers, in layout order; and its placement, (B, P)."""
@@ -104,23 +99,61 @@ class RankingModel(nn.Module):
         return inputs, _side_by_side(embeddings, self.id_names[True], batch.dense, self.placement_columns)
 
     def of_inputs(
-        self,
-        inputs: Tensor,
-        placement: Tensor | None,
-        use_placement: bool | None = None,
-        top_k: int | None = None,
-        usable: Tensor | None = None,
+        self, inputs: Tensor, placement: Tensor | None, top_k: int | None = None, usable: Tensor | None = None
     ) -> Outputs:
-        """Logits and routings of inputs as `side_by_side` gives them; without placement, its tower adds nothing."""
-        if placement is None:
-            use_placement = False
-        outputs = self.mixture(inputs, placement, use_placement, top_k, usable)
+        """Logits and routings of inputs as `side_by_side` gives them; placement is read in training only."""
+        outputs = self.mixture(inputs, placement, top_k, usable)
         # A regression's output is in the label's own unit; a binary task has mean 0 and deviation 1.
         return Outputs(torch.addcmul(self.mean, outputs.logits.to(self.mean.dtype), self.scale), outputs.routings)
 
 
 def _side_by_side(embeddings: dict[str, Tensor], names: list[str], dense: Tensor, columns: Tensor) -> Tensor:
     return torch.cat([*(embeddings[name] for name in names), dense.index_select(1, columns)], dim=1)
+
+
+class RequestInputs:
+    """Puts the inputs of requests (all but placement) side by side, as `RankingModel.side_by_side` does those of a
+    batch: what describes user and context is looked up once, and spread over candidates.
+    """
+
+    def __init__(self, layout: ModelLayout, tables: PlainTables) -> None:
+        self._tables = tables
+        self._columns: list[tuple[str, str, slice]] = []  # input, table, columns of the matrix
+        width = 0
+        for each in (each for each in layout.ids if not each.placement):
+            columns = slice(width, width + layout.table(each.table).dim)
+            self._columns.append((each.name, each.table, columns))
+            width = columns.stop
+        self._numbers = list(enumerate(layout.dense_names(placement=False), width))
+        self.width = width + len(self._numbers)
+
+    def matrix(self, shared: Inputs, own: Inputs, of: np.ndarray) -> Tensor:
+        """(N, width) float32 of N candidates. shared: inputs of R requests; own: of the candidates; of: (N,) int64 the
+        request of each."""
+        requests = int(of[-1]) + 1 if len(of) else 0
+        spread = np.empty((requests, self.width), np.float32)
+        self._write(spread, shared)
+        matrix = spread.take(of, axis=0)
+        self._write(matrix, own)
+        return torch.from_numpy(matrix)
+
+    def _write(self, matrix: np.ndarray, inputs: Inputs) -> None:
+        for name, table, columns in self._columns:
+            if (ids := inputs.ids.get(name)) is not None:
+                matrix[:, columns] = self._embed(table, ids)
+        for column, name in self._numbers:
+            if (numbers := inputs.dense.get(name)) is not None:
+                matrix[:, column] = numbers
+
+    def _embed(self, table: str, ids: np.ndarray | Ragged) -> np.ndarray:
+        bag: Any = self._tables.embedding_bags[table]
+        if isinstance(ids, Ragged):
+            embedded = bag(torch.from_numpy(ids.values), torch.from_numpy(ids.offsets)).detach().numpy()
+        elif isinstance(bag, Int8Bag):
+            embedded = bag.rows(torch.from_numpy(ids)).numpy()
+        else:
+            embedded = bag.weight.detach().numpy().take(ids, axis=0)
+        return np.asarray(embedded)
 
 
 class Mixture(nn.Module):
@@ -154,17 +187,12 @@ class Mixture(nn.Module):
         return [level.gates for level in self.each_level()]
 
     def forward(
-        self,
-        inputs: Tensor,
-        placement: Tensor | None,
-        use_placement: bool | None = None,
-        top_k: int | None = None,
-        usable: Tensor | None = None,
+        self, inputs: Tensor, placement: Tensor | None, top_k: int | None = None, usable: Tensor | None = None
     ) -> Outputs:
-        """inputs (B, sum of widths), placement (B, P) where it is used -> logits and routings.
+        """inputs (B, sum of widths), placement (B, P), which counts in training only -> logits and routings.
 
-        use_placement: add the placement tower's logits; None does so in training only. top_k: experts per row and gate,
-        outside training, instead of the model's own number; usable: (E,) bool, the only experts that may be run.
+        top_k: experts per row and gate, outside training, instead of the model's own number; usable: (E,) bool, the
+        only experts that may be run.
         """
         hidden = self.bottom(inputs)  # (B, H)
         gate_inputs = [hidden]
@@ -176,11 +204,100 @@ class Mixture(nn.Module):
             routings.append(routing)
             gate_inputs = expert_inputs = list(mixed.unbind(1))  # G of (B, U)
         logits = self.towers(torch.stack(gate_inputs, dim=1) if len(self.levels) > 1 else mixed).float()  # (B, T)
-        if use_placement is None:
-            use_placement = self.training
-        if use_placement and self.placement is not None:
+        if self.training and self.placement is not None:
             logits = logits + self.placement(placement).float()
         return Outputs(logits, tuple(routings))
+
+
+class Bottom(nn.Module):
+    """The shared bottom, which experts and gates sit on: crosses and bends on the wide input, then hidden layers.
+
+    edges: for each of the last D inputs, the dense ones, the edges of its piecewise-linear encoding (at least two, or
+    none to leave it as it is).
+    """
+
+    def __init__(self, inputs: int, edges: Sequence[Sequence[float]], settings: section.Bottom) -> None:
+        super().__init__()
+        self.dense = len(edges)
+        self.crosses = Crosses(inputs, settings.cross_layers, settings.cross_rank) if settings.cross_layers else None
+        bends = settings.piecewise and any(len(each) > 1 for each in edges)
+        self.bends = PiecewiseLinear(edges) if bends else None
+        width = inputs + (self.bends.outputs if self.bends else 0)
+        self.layers = mlp(width, settings.units, settings.dropout)
+        self.outputs = settings.units[-1] if settings.units else width
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, W) float32 -> (B, H)."""
+        crossed = x if self.crosses is None else self.crosses(x)  # (B, W)
+        if self.bends is None:
+            return self.layers(crossed)
+        bends = self.bends(x[:, -self.dense :])
+        if not self.layers:
+            return torch.cat([crossed, bends.to(crossed.dtype)], dim=1)
+        first, *others = self.layers
+        hidden: Tensor = first(crossed, bends)
+        for layer in others:
+            hidden = layer(hidden)
+        return hidden
+
+
+class Crosses(nn.Module):
+    """Feature crosses: DCN-v2 with low-rank weights (Wang et al., WWW 2021, eq. 2), (B, W) -> (B, W).
+
+    x_{l+1} = x_0 * (U_l V_l x_l + b_l) + x_l, for `layers` layers of the given rank.
+    """
+
+    def __init__(self, inputs: int, layers: int, rank: int) -> None:
+        super().__init__()
+        self.down = nn.ModuleList(Linear(inputs, rank, bias=False) for _ in range(layers))
+        self.up = nn.ModuleList(Linear(rank, inputs) for _ in range(layers))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, W) -> (B, W)."""
+        crossed = x
+        for down, up in zip(self.down, self.up, strict=True):
+            crossed = x * up(down(crossed)) + crossed
+        return crossed
+
+
+class PiecewiseLinear(nn.Module):
+    """Piecewise-linear encoding of numbers (Gorishniy et al., NeurIPS 2022, eq. 1): how far each reaches into each of
+    the intervals between its edges, 0 to 1. The layer above then fits any function with bends at the edges.
+    """
+
+    def __init__(self, edges: Sequence[Sequence[float]]) -> None:
+        super().__init__()
+        intervals = [(index, *ends) for index, each in enumerate(edges) for ends in pairwise(each)]
+        column, low, high = zip(*intervals, strict=True) if intervals else ((), (), ())
+        slope = 1.0 / (torch.tensor(high) - torch.tensor(low))
+        self.column: Tensor
+        self.slope: Tensor
+        self.low: Tensor
+        self.register_buffer("column", torch.tensor(column, dtype=torch.int64), persistent=False)
+        self.register_buffer("slope", slope, persistent=False)
+        self.register_buffer("low", torch.tensor(low), persistent=False)
+
+    @property
+    def outputs(self) -> int:
+        """Parts of all numbers together."""
+        return len(self.column)
+
+    def forward(self, numbers: Tensor) -> Tensor:
+        """(B, D) float32 -> (B, outputs) float32. Numbers are data: no gradient flows back to them."""
+        # The difference first: it is exact where the edges lie so near that their distance is small beside themselves.
+        parts = numbers.detach().index_select(1, self.column).sub_(self.low)
+        return parts.mul_(self.slope).clamp_(0.0, 1.0)
+
+
+def mlp(inputs: int, units: Sequence[int], dropout: float = 0.0) -> nn.Sequential:
+    """Linear layers of the given widths, each followed by SiLU and, if asked for, dropout."""
+    layers: list[nn.Module] = []
+    for width in units:
+        layers += [Linear(inputs, width), nn.SiLU()]
+        if dropout > 0:
+            layers.append(nn.Dropout(dropout))
+        inputs = width
+    return nn.Sequential(*layers)
 
 
 class Towers(nn.Module):

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mmoe_rec.atomic import atomic_file, put_folder
-from mmoe_rec.batches.order import Position
+from mmoe_rec.batches.reader import Position
 from mmoe_rec.errors import UserError
 from mmoe_rec.model.tables import from_stored, stored_width
 from mmoe_rec.training.choices import Choices

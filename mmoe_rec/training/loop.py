@@ -21,8 +21,7 @@ import torch.distributed as dist
 from mmoe_rec.allocation import freed_memory_kept
 from mmoe_rec.batches.batch import Batch, KeyedIds, make_batch
 from mmoe_rec.batches.encoded_rows import EncodedRows
-from mmoe_rec.batches.order import Position
-from mmoe_rec.batches.reader import Prefetch, TrainingReader
+from mmoe_rec.batches.reader import Position, Prefetch, TrainingReader
 from mmoe_rec.devices import limit_threads
 from mmoe_rec.errors import StoppedError, StopRequest
 from mmoe_rec.features.layout import Layout
@@ -174,7 +173,7 @@ class Trainer:
         """Those of the training that goes on, as far as this machine allows, or new ones."""
         if before is not None:
             return keep_choices(before, self.settings, self.device)
-        first = self.reader.rows.read_row_groups(self.reader.rows.groups[:1])
+        first = self.reader.rows.read_row_group(self.reader.rows.groups[0])
         rows = min(math.ceil(self.settings.batch_size / self.world_size), self.reader.rows.rows)
         some = first.slice(0, min(rows, SOME_ROWS, len(first)))
         ids: KeyedIds = make_batch(some.encoded, self.layout, torchrec=False).ids

@@ -22,10 +22,9 @@ from torch import Tensor, nn
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.layout import TaskOutput
 from mmoe_rec.features.pipeline import FeaturePipeline
-from mmoe_rec.model.int8 import some_in_int8
 from mmoe_rec.model.layout import EmbeddingTable, ModelLayout
 from mmoe_rec.model.mmoe import Towers
-from mmoe_rec.model.tables import used_tables
+from mmoe_rec.model.tables import some_in_int8, used_tables
 from mmoe_rec.preprocessing.prepare import Prepared
 from mmoe_rec.settings.model import Model
 from mmoe_rec.settings.sections import differences

@@ -12,8 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mmoe_rec.batches.encoded_rows import EncodedRows, Rows
-from mmoe_rec.batches.order import GOLDEN, EpochOrder, Position, Window
-from mmoe_rec.batches.reader import TrainingReader
+from mmoe_rec.batches.reader import GOLDEN, EpochOrder, Position, TrainingReader, Window
 from mmoe_rec.features.layout import DenseInput, Encoded, IdInput, Layout, Table, TaskOutput
 from mmoe_rec.point_in_time.arrays import Ragged
 

@@ -11,19 +11,19 @@ from mmoe_rec.errors import UserError
 from tests.batches.encoded_files import LAYOUT, assert_values, numbers, table, write
 
 
-def test_row_groups_come_in_the_order_asked_for(tmp_path: Path) -> None:
+def test_rows_of_a_group_come_in_the_order_asked_for(tmp_path: Path) -> None:
     write(tmp_path / "rows", [[3, 0, 2], [], [4]])
     rows = EncodedRows(tmp_path / "rows", LAYOUT)
     assert [file for file, _ in rows.groups] == [0, 0, 2]
     assert (rows.rows, rows.group_rows.tolist()) == (9, [3, 2, 4])
-    first, second, third = rows.groups
-    read = rows.read_row_groups([third, second, first])
-    assert numbers(read).tolist() == [5, 6, 7, 8, 3, 4, 0, 1, 2]
+    *_, second, third = rows.groups
+    read = rows.read_row_group(second)
+    assert numbers(read).tolist() == [3, 4]
     assert_values(read)
-    some = rows.read_row_groups([second, third], np.array([5, 0, 0, 3]))
-    assert numbers(some).tolist() == [8, 3, 3, 6]
+    some = rows.read_row_group(third, np.array([3, 0, 0, 1]))
+    assert numbers(some).tolist() == [8, 5, 5, 6]
     assert_values(some)
-    assert len(rows.read_row_groups([first], np.array([], np.int64))) == 0
+    assert len(rows.read_row_group(third, np.array([], np.int64))) == 0
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 7, 23, 100])
@@ -40,7 +40,7 @@ def test_stream_gives_all_rows_in_file_order(tmp_path: Path, batch_size: int) ->
 
 def test_slices_and_their_concatenation(tmp_path: Path) -> None:
     write(tmp_path / "rows", [[12]])
-    rows = EncodedRows(tmp_path / "rows", LAYOUT).read_row_groups([(0, 0)])
+    rows = EncodedRows(tmp_path / "rows", LAYOUT).read_row_group((0, 0))
     assert_values(rows.slice(3, 9))
     assert_values(rows.slice(3, 9).slice(2, 4))
     joined = Rows.concatenate([rows.slice(9, 12), rows.slice(4, 4), rows.slice(0, 2)])
@@ -93,7 +93,7 @@ def test_what_cannot_be_read_is_named(tmp_path: Path, rows: list[pa.Table] | Non
     for number, each in enumerate(rows or []):
         pq.write_table(each, tmp_path / "rows" / f"{number}.parquet")
     with pytest.raises(UserError, match=message):
-        EncodedRows(tmp_path / "rows", LAYOUT).read_row_groups([(0, 0)])
+        EncodedRows(tmp_path / "rows", LAYOUT).read_row_group((0, 0))
 
 
 def test_a_damaged_file_or_a_further_column_that_is_missing_is_named(tmp_path: Path) -> None:
@@ -104,7 +104,7 @@ def test_a_damaged_file_or_a_further_column_that_is_missing_is_named(tmp_path: P
     whole = file.read_bytes()
     file.write_bytes(whole[:4] + b"\xff" * 1996 + whole[2000:])
     rows = EncodedRows(tmp_path / "rows", LAYOUT)
-    for read in (lambda: rows.read_row_groups(rows.groups), lambda: list(rows.stream(100))):
+    for read in (lambda: rows.read_row_group(rows.groups[1]), lambda: list(rows.stream(100))):
         with pytest.raises(UserError, match=r"001\.parquet' cannot be read"):
             read()
     file.write_bytes(whole[:-20])
@@ -114,9 +114,9 @@ def test_a_damaged_file_or_a_further_column_that_is_missing_is_named(tmp_path: P
 
 def test_weights_are_read_where_they_are_asked_for(tmp_path: Path) -> None:
     write(tmp_path / "rows", [[3, 2], [4]])
-    assert EncodedRows(tmp_path / "rows", LAYOUT).read_row_groups([(0, 0)]).weights is None
+    assert EncodedRows(tmp_path / "rows", LAYOUT).read_row_group((0, 0)).weights is None
     rows = EncodedRows(tmp_path / "rows", LAYOUT, weighted=True)
-    read = rows.read_row_groups([(0, 0), (1, 0)])
+    read = Rows.concatenate([rows.read_row_group((0, 0)), rows.read_row_group((1, 0))])
     joined = Rows.concatenate([read.slice(2, 5), read.take(np.array([6, 0]))])
     streamed = next(rows.stream(9))[0]
     for each, expected in ((read, [0, 1, 2, 5, 6, 7, 8]), (joined, [2, 5, 6, 8, 0]), (streamed, list(range(9)))):
@@ -136,8 +136,8 @@ def test_what_a_task_is_learnt_from_is_read_where_it_is_asked_for(tmp_path: Path
     rows = rows.set_column(place, "label.stars", rows["label.stars"].cast(pa.float32()))  # binary here
     pq.write_table(rows, tmp_path / "rows" / "0.parquet")
     own, learnt = (EncodedRows(tmp_path / "rows", layout, outcomes=each) for each in (False, True))
-    np.testing.assert_equal(own.read_row_groups([(0, 0)]).labels[:, 1], [np.nan, 1.0, 2.0])
-    np.testing.assert_equal(learnt.read_row_groups([(0, 0)]).labels, [[0.0, 0.0], [1.0, 1.0], [2.0, np.nan]])
+    np.testing.assert_equal(own.read_row_group((0, 0)).labels[:, 1], [np.nan, 1.0, 2.0])
+    np.testing.assert_equal(learnt.read_row_group((0, 0)).labels, [[0.0, 0.0], [1.0, 1.0], [2.0, np.nan]])
     write(tmp_path / "old", [[3]])
     with pytest.raises(UserError, match=r"lacks the column 'label\.click_and_stars'; run mmoe-rec features again"):
         EncodedRows(tmp_path / "old", layout, outcomes=True)

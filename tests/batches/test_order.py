@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmoe_rec.batches.order import EpochOrder, Share, Split
+from mmoe_rec.batches.reader import EpochOrder, Share, take_share
 from tests.batches.encoded_files import Row, global_batches, slots, window_order
 
 IRREGULAR = [4000, 3238, 2875, 3214, 2804, 3276, 119, 3134, 2430, 3276, 365, 3116, 3168, 2863, 3276, 412, 2838, 3276]
@@ -18,13 +18,8 @@ def epoch_order(sizes: list[int], shuffle_window: int, seed: int = 3, epoch: int
 
 
 def shares(order: EpochOrder, batch_size: int, position: int, rank: int, world_size: int) -> list[Share]:
-    rank_rows = -(-batch_size // world_size)
-    return [
-        Split(
-            sum(int(part.counts.sum()) for part in parts), rank=rank, world_size=world_size, rank_rows=rank_rows
-        ).share(parts)
-        for parts in order.batches(batch_size, position)
-    ]
+    slots = {"rank": rank, "world_size": world_size, "rank_rows": -(-batch_size // world_size)}
+    return [take_share(parts, **slots) for parts in order.batches(batch_size, position)]
 
 
 def read(order: EpochOrder, share: Share) -> list[tuple[Row, bool]]:

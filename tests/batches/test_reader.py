@@ -17,8 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmoe_rec.batches.encoded_rows import EncodedRows, Rows
-from mmoe_rec.batches.order import Position
-from mmoe_rec.batches.reader import TrainingReader
+from mmoe_rec.batches.reader import Position, TrainingReader
 from mmoe_rec.errors import UserError
 from tests.batches.encoded_files import LAYOUT, assert_values, background_threads, consume, numbers, real, write
 from tests.batches.encoded_files import global_batches as naive_batches
@@ -140,29 +139,20 @@ def test_positions_of_other_rows_seeds_and_windows_are_refused(rows: EncodedRows
             reader.resume(other.position(0, 5), 1)
 
 
-@pytest.mark.parametrize("threads", [1, 2, 5])
-def test_each_rank_decodes_only_its_row_groups_each_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: int
-) -> None:
+def test_each_rank_decodes_only_its_row_groups_each_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / "rows", [[64] * 16, [64] * 16])
     rows = EncodedRows(tmp_path / "rows", LAYOUT)
     decoded: list[tuple[int, int]] = []
 
-    def counting(groups: list[tuple[int, int]], take: np.ndarray) -> Rows:
-        decoded.extend(groups)
-        return EncodedRows.read_row_groups(rows, groups, take)
+    def counting(group: tuple[int, int], take: np.ndarray) -> Rows:
+        decoded.append(group)
+        return EncodedRows.read_row_group(rows, group, take)
 
-    monkeypatch.setattr(rows, "read_row_groups", counting)
+    monkeypatch.setattr(rows, "read_row_group", counting)
     orders = []
     for world_size in (1, 2, 4):
-        together = [
-            TrainingReader(
-                rows, batch_size=64, shuffle_window=512, seed=2, rank=rank, world_size=world_size, threads=threads
-            )
-            for rank in range(world_size)
-        ]
         decoded.clear()
-        orders.append(order(together))
+        orders.append(order(readers(rows, world_size, batch_size=64, shuffle_window=512, seed=2)))
         assert sorted(decoded) == rows.groups
     assert sorted(orders[0]) == list(range(2048))
     assert orders[1] == orders[2] == orders[0]
@@ -173,12 +163,12 @@ def test_no_more_than_two_windows_are_kept(tmp_path: Path, monkeypatch: pytest.M
     rows = EncodedRows(tmp_path / "rows", LAYOUT)
     references: list[weakref.ref[Rows]] = []
 
-    def tracked(groups: list[tuple[int, int]], take: np.ndarray) -> Rows:
-        read = EncodedRows.read_row_groups(rows, groups, take)
+    def tracked(group: tuple[int, int], take: np.ndarray) -> Rows:
+        read = EncodedRows.read_row_group(rows, group, take)
         references.append(weakref.ref(read))
         return read
 
-    monkeypatch.setattr(rows, "read_row_groups", tracked)
+    monkeypatch.setattr(rows, "read_row_group", tracked)
     reader = readers(rows, 1, batch_size=16, shuffle_window=64)[0]
     for _ in reader.resume(reader.position(0), epochs=2):
         assert 4 <= sum(each() is not None for each in references) <= 2 * 4

@@ -20,7 +20,7 @@ from mmoe_rec.model.layout import ModelLayout
 from mmoe_rec.model.levels import Level
 from mmoe_rec.model.mmoe import build_model
 from mmoe_rec.model.score import predictions
-from mmoe_rec.model.tables import plain_tables
+from mmoe_rec.model.tables import PlainTables
 from mmoe_rec.preprocessing.prepare import Prepared
 from mmoe_rec.settings.model import Model
 from mmoe_rec.training.loop import Trainer
@@ -191,7 +191,7 @@ def scoring(sizes: Sizes, device: torch.device) -> Iterator[Figure]:
         encoded = Encoded(dict(zip(ID_NAMES, np.ascontiguousarray(rows.ids.T), strict=True)), rows.numbers)
         times = {}
         for where in dict.fromkeys((torch.device("cpu"), device)):
-            model = build_model(inputs, MODEL, plain_tables(inputs)).to(where).eval()
+            model = build_model(inputs, MODEL, PlainTables(inputs)).to(where).eval()
 
             @torch.inference_mode()
             def score(model: Any = model, where: torch.device = where, encoded: Encoded = encoded) -> None:

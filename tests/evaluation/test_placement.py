@@ -23,14 +23,16 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> SmallModel:
     return SmallModel(tmp_path_factory.mktemp("placement"))
 
 
-def test_effects_are_those_of_the_rows(small: SmallModel) -> None:
-    """The reference scores each row with its placement and without, and groups rows by the log's own column."""
+def test_effects_are_those_of_the_rows(small: SmallModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reference scores each row with its placement, as in training, and without, and groups rows by the log's own
+    column."""
     folder = small.prepared.split("test")
     model, layout = small.model, small.model_layout
     part, table = next(EncodedRows(folder, layout).stream(10_000, ("request", "candidate")))
     batch = make_batch(part.encoded, layout, torchrec=False)
     with torch.inference_mode():
-        both = [model(batch, use_placement=each).logits.double().numpy() for each in (True, False)]
+        monkeypatch.setattr(model.mixture.placement, "dropout", 0.0)
+        both = [model.train(training)(batch).logits.double().numpy() for training in (True, False)]
     added = pd.DataFrame(both[0] - both[1], columns=[task.name for task in layout.tasks])
     keys = ["user", "item", "time"]
     log = pd.concat([rows.table.to_pandas() for rows in Log(small.settings.data.log, small.settings.schema_).stream()])

@@ -128,7 +128,8 @@ def test_a_model_takes_widths_and_weights_from_its_settings(work: Path) -> None:
         ("spent", "engagement", 1.0, 1.0),
     ]
     assert layout.of_rows() == prepared.layout
-    assert ModelLayout.from_json(layout.to_json()) == layout
+    (work / "layout.json").write_text(layout.to_json())
+    assert ModelLayout.read(work) == layout
 
 
 def test_features_in_another_order_of_tasks_are_not_extended(work: Path) -> None:

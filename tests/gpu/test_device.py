@@ -22,7 +22,7 @@ from mmoe_rec.evaluation.scoring import score_rows
 from mmoe_rec.model.levels import Experts
 from mmoe_rec.model.mmoe import RankingModel
 from mmoe_rec.model.products import multiplies_by_expert
-from mmoe_rec.model.tables import plain_tables
+from mmoe_rec.model.tables import PlainTables
 from mmoe_rec.settings import model as section
 from mmoe_rec.training.losses import masked_loss
 from mmoe_rec.training.ranks import process_group
@@ -60,7 +60,7 @@ def loss_of(model: RankingModel, batch: Batch) -> Tensor:
 @pytest.mark.parametrize("case", CASES)
 def test_logits_are_those_of_a_cpu(case: str) -> None:
     """Without TF32, and so the same experts."""
-    model, batch = small_model(plain_tables(LAYOUT), **changes(case)).eval(), batch_of()
+    model, batch = small_model(PlainTables(LAYOUT), **changes(case)).eval(), batch_of()
     with torch.inference_mode(), fp32_products("ieee", GPU):
         cpu = model(batch)
         gpu = model.to(GPU)(batch.pin_memory().to(GPU, non_blocking=True))
@@ -75,7 +75,7 @@ def test_logits_are_those_of_a_cpu(case: str) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_the_host_does_not_wait(case: str, bf16: bool, request: pytest.FixtureRequest) -> None:
     layout = LAYOUTS["no ids"]  # torch's own tables, which a training on a GPU has not, may do as they like
-    model, batch = small_model(plain_tables(layout), layout, **changes(case)).to(GPU).train(), batch_of(layout).to(GPU)
+    model, batch = small_model(PlainTables(layout), layout, **changes(case)).to(GPU).train(), batch_of(layout).to(GPU)
     loss_of(model, batch).backward()  # what is made once is made
     request.getfixturevalue("waits")
     with torch.autocast("cuda", torch.bfloat16, enabled=bf16):
@@ -86,7 +86,7 @@ def test_the_host_does_not_wait(case: str, bf16: bool, request: pytest.FixtureRe
 def test_the_host_waits_once_a_step() -> None:
     layout = LAYOUTS["no ids"]
     with process_group(GPU):
-        model = small_model(plain_tables(layout), layout, **changes("top_k")).to(GPU).train()
+        model = small_model(PlainTables(layout), layout, **changes("top_k")).to(GPU).train()
         steps = steps_of(model, layout, GPU, bf16=True, weight=0.1, z_weight=0.1, bias_rate=0.1)
         batch = batch_of(layout).pin_memory()
         for _ in range(3):
@@ -126,7 +126,7 @@ def test_experts_in_one_product_are_those_on_all_rows_and_the_same_each_time() -
 
 
 def test_gates_take_no_tf32_where_other_products_do() -> None:
-    made = small_model(plain_tables(LAYOUT), experts={"count": 8, "units": (16, 8)}).to(GPU).mixture.gates[0]
+    made = small_model(PlainTables(LAYOUT), experts={"count": 8, "units": (16, 8)}).to(GPU).mixture.gates[0]
     hidden = torch.randn(ROWS, 12, device=GPU)
     with fp32_products("ieee", GPU):
         expected = made(hidden).logits
@@ -140,7 +140,7 @@ def test_gates_take_no_tf32_where_other_products_do() -> None:
 
 def test_evaluation_and_calibration_follow_the_model(tmp_path: Path) -> None:
     prepared = write_prepared(tmp_path, LAYOUT)
-    model = small_model(plain_tables(LAYOUT))
+    model = small_model(PlainTables(LAYOUT))
     (file,) = (prepared.folder / "encoded" / "validation").glob("*.parquet")
     table = pq.read_table(file)
     for name in ("request", "candidate"):

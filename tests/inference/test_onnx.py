@@ -72,11 +72,11 @@ def variant(small: SmallModel, section: dict[str, Any], folder: Path) -> Ranker:
     """The small model's features under other settings of the model, whose weights are drawn, calibrated."""
     from mmoe_rec.model.layout import ModelLayout
     from mmoe_rec.model.mmoe import build_model
-    from mmoe_rec.model.tables import plain_tables
+    from mmoe_rec.model.tables import PlainTables
 
     settings = Model.model_validate({"towers": TOWERS, **section})
     layout = ModelLayout.read(small.folder)
-    model = build_model(layout, settings, plain_tables(layout))
+    model = build_model(layout, settings, PlainTables(layout))
     generator = torch.Generator().manual_seed(2)
     for name, parameter in model.named_parameters():
         scale = 0.5 if name.startswith("tables") else 1.5 * parameter.shape[-1] ** -0.5

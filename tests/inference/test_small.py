@@ -15,7 +15,7 @@ from mmoe_rec.inference.artifact import read_manifest, read_weights, write_manif
 from mmoe_rec.inference.export import Dense, agreement, answers_of, draw_requests, write_int8
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.inference.writing import rewrite_artifact
-from mmoe_rec.model.int8 import Int8Bag
+from mmoe_rec.model.tables import Int8Bag
 from mmoe_rec.training.warm_start import WarmStart
 from tests.inference.small_model import CONTEXT, ITEMS, USER, SmallModel
 

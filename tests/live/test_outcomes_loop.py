@@ -21,7 +21,7 @@ from mmoe_rec.live.request_log import LogOptions
 from mmoe_rec.log.columns import UTC_MICROSECONDS
 from mmoe_rec.model.layout import ModelLayout
 from mmoe_rec.model.mmoe import build_model
-from mmoe_rec.model.tables import plain_tables
+from mmoe_rec.model.tables import PlainTables
 from mmoe_rec.preprocessing.prepare import prepare
 from mmoe_rec.settings.load import load_settings
 from tests import commands
@@ -128,7 +128,7 @@ def loop(tmp_path_factory: pytest.TempPathFactory) -> Loop:
     settings = load_settings(path)
     prepared = prepare(settings.data.log, settings.schema_, settings.split.windows(), folder / "work")
     layout = ModelLayout.of(prepared.layout, settings)
-    model = build_model(layout, settings.model, plain_tables(layout))
+    model = build_model(layout, settings.model, PlainTables(layout))
     write_artifact(folder / "model", settings=settings, prepared=prepared, state_dict=model.state_dict())
     loop = Loop(folder, {})
     with logging_app(folder / "model", LogOptions(folder / "requests", share=1.0)) as app:

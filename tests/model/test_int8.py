@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from mmoe_rec.model.int8 import SCALES, Int8Bag, dequantised, in_float32, quantised, rows_a_scale, take_table
+from mmoe_rec.model.tables import SCALES, Int8Bag, dequantised, in_float32, quantised, rows_a_scale, take_table
 
 
 def bfloat16(value: np.float32) -> np.float32:

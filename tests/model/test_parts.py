@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from mmoe_rec.model.bottom import PiecewiseLinear
 from mmoe_rec.model.levels import Experts
-from mmoe_rec.model.mmoe import Outputs, PlacementTower
+from mmoe_rec.model.mmoe import Outputs, PiecewiseLinear, PlacementTower
 from mmoe_rec.model.products import StackedLinear
 from mmoe_rec.model.routing import Routing, rule_named
 from mmoe_rec.model.score import (

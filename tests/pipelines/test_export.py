@@ -15,7 +15,7 @@ from mmoe_rec.batches.encoded_rows import EncodedRows
 from mmoe_rec.evaluation.scoring import ScoredRows, score_rows
 from mmoe_rec.inference.artifact import check_files, write_manifest
 from mmoe_rec.inference.ranker import Ranker
-from mmoe_rec.model.int8 import Int8Bag
+from mmoe_rec.model.tables import Int8Bag
 from tests import commands
 from tests.inference.small_model import SmallModel
 

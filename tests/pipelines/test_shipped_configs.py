@@ -18,7 +18,7 @@ from mmoe_rec.inference.writing import write_artifact
 from mmoe_rec.jobs.places import build_features
 from mmoe_rec.model.layout import ModelLayout
 from mmoe_rec.model.mmoe import build_model
-from mmoe_rec.model.tables import plain_tables
+from mmoe_rec.model.tables import PlainTables
 from mmoe_rec.settings.load import load_settings
 from mmoe_rec.settings.sections import Settings
 from mmoe_rec.training.checkpoint import load_plain
@@ -69,7 +69,7 @@ def test_a_shipped_config_trains(config: Path, tmp_path: Path) -> None:
     assert result.best is not None
     assert np.isfinite(list(result.best.loss.values())).all()
 
-    model = build_model(layout, settings.model, plain_tables(layout))
+    model = build_model(layout, settings.model, PlainTables(layout))
     load_plain(model, result.best_checkpoint)
     write_artifact(tmp_path / "model", settings=settings, prepared=prepared, state_dict=model.state_dict())
     example = json.loads((tmp_path / "model" / "example_request.json").read_text(encoding="utf-8"))

@@ -12,7 +12,7 @@ from mmoe_rec.features import kinds
 from mmoe_rec.log.rows import labels_of
 from mmoe_rec.model.layout import EmbeddingTable, ModelLayout, ModelTask
 from mmoe_rec.model.score import fuse, predictions, scores_from_logs
-from mmoe_rec.model.tables import plain_tables
+from mmoe_rec.model.tables import PlainTables
 from mmoe_rec.point_in_time.arrays import Ragged
 from mmoe_rec.training.losses import masked_loss
 from tests.log.small_logs import BASE, DAY, START, fit, log_rows, random_log
@@ -78,7 +78,7 @@ def compare_models(rows_layout, encoded, known) -> torch.Tensor:
     """Logits, loss and gradients; gives the logits."""
     tables = tuple(EmbeddingTable(each.name, each.rows, 4) for each in rows_layout.tables)
     layout = ModelLayout(tables, rows_layout.ids, rows_layout.dense, TASKS)
-    ours = small_model(plain_tables(layout), layout, bottom=BOTTOM).train()
+    ours = small_model(PlainTables(layout), layout, bottom=BOTTOM).train()
     labels = np.stack([known[task.name] for task in TASKS], axis=1)
     batch = make_batch(encoded, layout, labels, torchrec=False)
     logits = ours(batch).logits

@@ -17,7 +17,7 @@ from mmoe_rec.batches.encoded_rows import EncodedRows
 from mmoe_rec.features.layout import Encoded, label_types
 from mmoe_rec.model.layout import ModelLayout, ModelTask
 from mmoe_rec.model.mmoe import RankingModel, build_model
-from mmoe_rec.model.tables import plain_tables
+from mmoe_rec.model.tables import PlainTables
 from mmoe_rec.point_in_time.arrays import Ragged
 from mmoe_rec.preprocessing.prepare import Prepared
 from mmoe_rec.preprocessing.splits import SplitCounts
@@ -169,7 +169,7 @@ class Trained:
 
 def plain_model(layout: ModelLayout, checkpoint: Path, model: Model = MODEL) -> RankingModel:
     """The plain model of a checkpoint."""
-    plain = build_model(layout, model, plain_tables(layout, seed=99), seed=99)
+    plain = build_model(layout, model, PlainTables(layout, seed=99), seed=99)
     load_plain(plain, checkpoint)
     return plain.eval()
 

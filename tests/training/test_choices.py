@@ -19,7 +19,7 @@ from mmoe_rec.model import products as products_module
 from mmoe_rec.model.levels import Experts
 from mmoe_rec.model.mmoe import RankingModel, build_model
 from mmoe_rec.model.products import Multiplying, has_onednn
-from mmoe_rec.model.tables import plain_tables
+from mmoe_rec.model.tables import PlainTables
 from mmoe_rec.preprocessing.prepare import Prepared
 from mmoe_rec.settings.load import load_settings
 from mmoe_rec.settings.model import Model
@@ -41,7 +41,7 @@ TOP_K = MODEL.model_dump() | {"gates": {"routing": "top_k", "top_k": 2}}
 
 
 def built(settings: Model = MODEL) -> RankingModel:
-    return build_model(LAYOUT, settings, plain_tables(LAYOUT))
+    return build_model(LAYOUT, settings, PlainTables(LAYOUT))
 
 
 def ids(rows: int = 50) -> KeyedIds:
@@ -268,7 +268,7 @@ def choose_on_a_rank(rank: int, world: int, port: int, folder: Path) -> None:
     ids = make_batch(random_rows(50)[0], LAYOUT, torchrec=False).ids
     settings = Training(precision="fp32", tables="torch", threads=1)
     with join(rank, world, port):
-        chosen = Chooser(small_model(plain_tables(LAYOUT)).mixture, LAYOUT, CPU, 64, ids).choose(settings)
+        chosen = Chooser(small_model(PlainTables(LAYOUT)).mixture, LAYOUT, CPU, 64, ids).choose(settings)
         again = keep_choices(Choices("fp32", "torch", "auto", 1, "onednn"), settings, CPU)
     timed = list(chosen.measured.get("products", {"blas": 0.0}))
     found = [chosen.products, timed, again.products]

@@ -21,7 +21,7 @@ from mmoe_rec.model import levels
 from mmoe_rec.model.layout import ModelLayout
 from mmoe_rec.model.mmoe import RankingModel, Towers
 from mmoe_rec.model.routing import RULES
-from mmoe_rec.model.tables import plain_tables
+from mmoe_rec.model.tables import PlainTables
 from mmoe_rec.training.losses import add_log_variances
 from mmoe_rec.training.ranks import process_group
 from mmoe_rec.training.steps import Balancing, Steps
@@ -109,7 +109,7 @@ def group() -> Iterator[None]:
 def test_a_step_waits_once(monkeypatch: pytest.MonkeyPatch, case: str, bf16: bool) -> None:
     """The whole step, but for the gradients' values: a model without tables takes no part of torchrec's."""
     layout = LAYOUTS["no ids"]
-    model = small_model(plain_tables(layout), layout, **changes(case)).train()
+    model = small_model(PlainTables(layout), layout, **changes(case)).train()
     add_log_variances(model, layout.tasks)
     batches = [batch_of(layout, weighted) for weighted in (False, True, False)]
     with fake_gpu(monkeypatch) as mode:
@@ -142,7 +142,7 @@ def test_a_step_waits_once(monkeypatch: pytest.MonkeyPatch, case: str, bf16: boo
 def test_products_of_fp32_are_in_tf32_but_for_those_of_gates(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, str] = {}
     layout = LAYOUTS["no ids"]
-    model = small_model(plain_tables(layout), layout, **changes("soft")).train()
+    model = small_model(PlainTables(layout), layout, **changes("soft")).train()
     parts = {"gates": (levels.Gates, "_logits"), "experts": (levels.Experts, "forward"), "towers": (Towers, "forward")}
     for part, (owner, name) in parts.items():
         of = getattr(owner, name)

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from mmoe_rec.batches.batch import Batch, make_batch
 from mmoe_rec.errors import UserError
-from mmoe_rec.model.tables import plain_tables
+from mmoe_rec.model.tables import PlainTables
 from mmoe_rec.training.checkpoint import load_plain
 from mmoe_rec.training.ranks import process_group
 from tests.model.examples import LAYOUT, is_weight, random_rows, small_model
@@ -45,7 +45,7 @@ def plain_batch() -> Batch:
 
 
 def test_first_outputs_agree(one_rank: Path, two_ranks: Path) -> None:
-    plain = small_model(plain_tables(LAYOUT, SEED)).eval()(plain_batch()).logits
+    plain = small_model(PlainTables(LAYOUT, SEED)).eval()(plain_batch()).logits
     torch.testing.assert_close(read(one_rank)["logits"], plain, atol=1e-6, rtol=0)
     both = torch.cat([read(two_ranks, rank)["logits"] for rank in (0, 1)])
     torch.testing.assert_close(both, plain, atol=1e-6, rtol=0)
@@ -63,7 +63,7 @@ def test_the_order_of_sharded_outputs_follows_the_plan(one_rank: Path, two_ranks
 
 
 def test_one_step_gives_the_same_weights(one_rank: Path, two_ranks: Path) -> None:
-    first, one, two = (small_model(plain_tables(LAYOUT, seed)) for seed in (SEED, 98, 99))
+    first, one, two = (small_model(PlainTables(LAYOUT, seed)) for seed in (SEED, 98, 99))
     load_plain(one, one_rank / "after")
     load_plain(two, two_ranks / "after")
     for name, weights in one.state_dict().items():
@@ -72,7 +72,7 @@ def test_one_step_gives_the_same_weights(one_rank: Path, two_ranks: Path) -> Non
 
 
 def test_a_checkpoint_of_two_ranks_holds_the_first_weights(two_ranks: Path) -> None:
-    first, loaded = (small_model(plain_tables(LAYOUT, seed)) for seed in (SEED, 99))
+    first, loaded = (small_model(PlainTables(LAYOUT, seed)) for seed in (SEED, 99))
     load_plain(loaded, two_ranks / "before")
     for name, weights in first.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], weights), name
@@ -80,7 +80,7 @@ def test_a_checkpoint_of_two_ranks_holds_the_first_weights(two_ranks: Path) -> N
 
 def test_a_folder_without_a_checkpoint_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no complete checkpoint"):
-        load_plain(small_model(plain_tables(LAYOUT)), tmp_path / "none")
+        load_plain(small_model(PlainTables(LAYOUT)), tmp_path / "none")
 
 
 def _leave_rank_0_alone(rank: int, world: int, port: int, folder: Path) -> None:

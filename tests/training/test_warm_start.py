@@ -21,7 +21,7 @@ from mmoe_rec.log.reader import Log
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.model.layout import EmbeddingTable, ModelLayout
 from mmoe_rec.model.mmoe import RankingModel, build_model
-from mmoe_rec.model.tables import initial_rows, plain_tables, torchrec_tables
+from mmoe_rec.model.tables import PlainTables, initial_rows, torchrec_tables
 from mmoe_rec.preprocessing.extend import extend
 from mmoe_rec.preprocessing.prepare import Prepared, prepare
 from mmoe_rec.settings.model import Model
@@ -60,7 +60,7 @@ class Grown:
     def plain(self) -> RankingModel:
         """A model of the grown features with other random weights."""
         layout = self.layout
-        return build_model(layout, self.small.settings.model, plain_tables(layout, 99), 99).eval()
+        return build_model(layout, self.small.settings.model, PlainTables(layout, 99), 99).eval()
 
     def outputs(self, model: RankingModel, prepared: Prepared) -> torch.Tensor:
         """Logits of all rows with placement, encoded by a state that remembers the whole log."""
@@ -68,7 +68,8 @@ class Grown:
         remember(pipeline, [self.rows])
         batch = make_batch(pipeline.encode(self.rows), prepared.layout, torchrec=False)
         with torch.inference_mode():
-            return model(batch, use_placement=True).logits
+            torch.manual_seed(0)  # of the rows whose placement is hidden
+            return model.train()(batch).logits
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,6 @@ from mmoe_rec.model.tables import (
     PlainTables,
     by_name,
     initial_rows,
-    plain_tables,
     torchrec_tables,
 )
 from mmoe_rec.settings.sections import Training
@@ -191,7 +190,7 @@ def layout() -> ModelLayout:
 
 
 def test_tables_of_any_width_are_trained_by_row_wise_adagrad(layout: ModelLayout, tmp_path: Path) -> None:
-    plain = small_model(plain_tables(layout, 3), layout)
+    plain = small_model(PlainTables(layout, 3), layout)
     assert isinstance(plain.tables, PlainTables)
     momentum = {name: torch.zeros(len(weight)) for name, weight in plain.tables.named_parameters()}
     with process_group(CPU):
@@ -211,7 +210,7 @@ def test_tables_of_any_width_are_trained_by_row_wise_adagrad(layout: ModelLayout
                 weight.grad = None
             sharded.table_optimizer.step()
         save_weights(sharded.model, tmp_path / "trained")
-    loaded = small_model(plain_tables(layout, 99), layout)
+    loaded = small_model(PlainTables(layout, 99), layout)
     load_plain(loaded, tmp_path / "trained")
     for table in layout.tables:
         name = f"tables.embedding_bags.{table.name}.weight"
