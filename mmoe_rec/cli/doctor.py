@@ -320,7 +320,7 @@ def probe() -> None:
             import torchrec  # noqa: F401
 
         report(stage="train a model for a few steps")
-        from mmoe_rec.training.measure import sample_choices
+        from mmoe_rec.training.choices import sample_choices
 
         devices = [torch.device(kind) for kind in ("cpu", *["cuda"] * torch.cuda.is_available())]
         report(choices={device.type: str(sample_choices(device)) for device in devices}, stage="done")

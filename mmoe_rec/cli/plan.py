@@ -56,7 +56,7 @@ def plan(
     from mmoe_rec.model.layout import ModelLayout
     from mmoe_rec.model.mmoe import build_model
     from mmoe_rec.model.tables import torchrec_tables, used_tables
-    from mmoe_rec.training.planning import Machines, merge_neighbours, plan_on_paper, table_bytes
+    from mmoe_rec.training.sharding import Machines, merge_neighbours, plan_on_paper, table_bytes
 
     built = Path(settings.data.work) / "features" / "encoded"
     if (built / "layout.json").is_file():

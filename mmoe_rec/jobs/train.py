@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from mmoe_rec.atomic import checksum
 from mmoe_rec.jobs.promotion import Decision, promote_trained
 from mmoe_rec.jobs.run_page import MachineMonitor, as_code, command, data_sets, draw_gates, name_training, quoted
-from mmoe_rec.jobs.workspace import Trained, Workspace, forget_training, is_first_rank, open_workspace
+from mmoe_rec.jobs.workspace import Workspace, is_first_rank, open_workspace
 from mmoe_rec.preprocessing.prepare import Prepared
 from mmoe_rec.progress import say
 from mmoe_rec.settings.sections import Settings
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from mmoe_rec.model.mmoe import RankingModel
     from mmoe_rec.model.score import Calibration
+    from mmoe_rec.training.checkpoint import FinishedTraining
     from mmoe_rec.training.choices import Choices
     from mmoe_rec.training.loop import Trainer, TrainingResult
     from mmoe_rec.training.validation import Validation
@@ -40,7 +41,7 @@ def train_model(
     *,
     parent: str | None = None,
     register: bool = True,
-) -> Trained | None:
+) -> FinishedTraining | None:
     """Features -> training on all ranks -> artifact -> registry. Gives None on ranks other than the first.
 
     start: address of a model to start from, which needs existing features that were extended from that model's. resume:
@@ -50,13 +51,13 @@ def train_model(
     """
     with open_workspace(settings, start, resume) as workspace:
         if workspace is None:
-            return Trained.read(Path(settings.data.work)) if is_first_rank() else None
+            from mmoe_rec.training.checkpoint import FinishedTraining
+
+            return FinishedTraining.read(Path(settings.data.work)) if is_first_rank() else None
         with _open_run(workspace, parent) as run:
             _log_start(run, workspace)
             trainer = _make_trainer(run, workspace)
             _log_choices(run, trainer.choices, workspace.first)
-            if workspace.first and workspace.checkpoint is None:
-                forget_training(workspace.checkpoints)
             result = trainer.run()
             return _finish(run, workspace, result, register) if workspace.first else None
 
@@ -137,12 +138,12 @@ def _log_start(run: Run, workspace: Workspace) -> None:
     run.describe("Resumed" if run.is_described("Training") else "Training", command_and_rows)
 
 
-def _finish(run: Run, workspace: Workspace, result: TrainingResult, register: bool) -> Trained:
+def _finish(run: Run, workspace: Workspace, result: TrainingResult, register: bool) -> FinishedTraining:
     """Best state -> artifact -> registry -> result on disk."""
     from mmoe_rec.inference.writing import write_artifact
     from mmoe_rec.model.mmoe import build_model
     from mmoe_rec.model.tables import PlainTables
-    from mmoe_rec.training.checkpoint import load_plain
+    from mmoe_rec.training.checkpoint import FinishedTraining, load_plain
 
     settings, prepared, layout, best = workspace.settings, workspace.prepared, workspace.layout, result.best
     artifact = workspace.folder / "model"
@@ -172,7 +173,7 @@ def _finish(run: Run, workspace: Workspace, result: TrainingResult, register: bo
         with registry.wait_to_register(run, artifact):
             decision = promote_trained(run, settings, prepared, model, artifact, about)
     run.describe("Result", f"{quoted(decision.reasons)}\n\n{chosen}\n\nModel: `{decision.address}`")
-    trained = Trained(
+    trained = FinishedTraining(
         artifact,
         decision.address,
         best,
@@ -227,7 +228,7 @@ def _calibrate(settings: Settings, prepared: Prepared, model: RankingModel) -> C
     return calibration
 
 
-def describe_training(trained: Trained, settings: Settings) -> Iterator[Table | str]:
+def describe_training(trained: FinishedTraining, settings: Settings) -> Iterator[Table | str]:
     """The table of all validations of a training that has ended, why its state was chosen, and warnings."""
     from mmoe_rec.inference.artifact import read_calibration
     from mmoe_rec.report.tables import validations_table

@@ -13,7 +13,7 @@ import os
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -34,12 +34,10 @@ if TYPE_CHECKING:
     import torch
 
     from mmoe_rec.model.layout import ModelLayout
-    from mmoe_rec.training.checkpoint import Checkpoint
-    from mmoe_rec.training.validation import Validation
+    from mmoe_rec.training.checkpoint import Checkpoint, FinishedTraining
     from mmoe_rec.training.warm_start import WarmStart
 
 CHALLENGER = "challenger"  # alias of a model that is no better than the one that holds the alias
-FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -142,10 +140,10 @@ class _Opening:
         return course, start
 
     def _decide(self) -> tuple[Course, Start | None]:
-        from mmoe_rec.training.checkpoint import latest_checkpoint
+        from mmoe_rec.training.checkpoint import FinishedTraining, latest_checkpoint
 
         if self.resume:
-            ended = Trained.read(self.work)
+            ended = FinishedTraining.read(self.work)
             before = None if ended is None else ended.origin
             if ended is None and (checkpoint := latest_checkpoint(self.checkpoints)) is not None:
                 before = checkpoint.state.origin
@@ -165,7 +163,7 @@ class _Opening:
                 self._check_rows()
         return "begins", self._look_up_start()
 
-    def _expect(self, before: Origin, ended: Trained | None) -> Origin:
+    def _expect(self, before: Origin, ended: FinishedTraining | None) -> Origin:
         """What the training would begin with now. One that goes on keeps its features: it cannot go on with others, and
         its work must not be thrown away because the log has grown meanwhile."""
         tree = fixed_settings(self.settings) if ended is None else result_settings(self.settings)
@@ -260,66 +258,6 @@ def resolve(address: str, settings: Settings) -> tuple[Start, Path]:
         raise UserError(f"the model at '{address}' has no weights (weights.safetensors)")
     read_artifact(model.folder)
     return Start(address, model.address, checksum(weights), model.run_id), model.folder
-
-
-@dataclass(frozen=True)
-class Trained:
-    """A training that has ended, which is not resumed: `checkpoints/finished.json` keeps it.
-
-    artifact, address: of the model, its folder and its place in the registry; compared: sentences on how it did beside
-    the model that held the alias, and on who holds it now; origin: what it was begun with, its settings with those of
-    `result_settings`; weights: checksum of the model's; started_from: validation of the model that it was started from;
-    before: whether it had ended before this command.
-    """
-
-    artifact: Path
-    address: str
-    best: Validation
-    best_step: int
-    rows_per_s: float
-    waiting: float
-    compared: tuple[str, ...]
-    origin: Origin
-    weights: str
-    started_from: Validation | None = None
-    before: bool = False
-
-    @staticmethod
-    def read(work: Path) -> Trained | None:
-        """The ended training in `data.work`; None where none has ended. Raises UserError for a file that can't be
-        read."""
-        from mmoe_rec.training.validation import Validation
-
-        file = work / "checkpoints" / "finished.json"
-        try:
-            tree = json.loads(file.read_text(encoding="utf-8"))
-            if tree.pop("format") != FORMAT:
-                raise ValueError("another format")
-            tree |= {"origin": Origin.from_dict(tree["origin"]), "best": Validation.from_dict(tree["best"])}
-            before = None if tree["started_from"] is None else Validation.from_dict(tree["started_from"])
-            tree |= {"compared": tuple(tree["compared"]), "started_from": before}
-            return Trained(artifact=work / "model", before=True, **tree)
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            raise UserError(
-                f"'{file}' is damaged or of another version, so it is unknown what the training there was; "
-                "train from the start, without --resume"
-            ) from None
-
-    def write(self) -> None:
-        """Writes the file."""
-        tree = {each.name: getattr(self, each.name) for each in fields(self) if each.name not in ("artifact", "before")}
-        tree |= {"origin": asdict(self.origin), "best": self.best.to_dict()}
-        tree["started_from"] = None if self.started_from is None else self.started_from.to_dict()
-        with atomic_file(self.artifact.parent / "checkpoints" / "finished.json") as file:
-            file.write_text(json.dumps({"format": FORMAT, **tree}), encoding="utf-8")
-
-
-def forget_training(checkpoints: Path) -> None:
-    """A new training begins; what is left of another one is not resumed."""
-    for name in ("latest.json", "finished.json"):
-        (checkpoints / name).unlink(missing_ok=True)
 
 
 def training_key(folder: Path, origin: Origin, new: bool) -> str:

@@ -24,7 +24,6 @@ from mmoe_rec.atomic import atomic_folder
 from mmoe_rec.errors import UserError
 from mmoe_rec.jobs.places import extend_features, log_and_place
 from mmoe_rec.jobs.train import train_model
-from mmoe_rec.jobs.workspace import Trained, forget_training
 from mmoe_rec.live.refresh import AliasHolder, as_of
 from mmoe_rec.locks import writing
 from mmoe_rec.log.checks import format_time
@@ -117,9 +116,11 @@ def _add_days(settings: Settings, served: AliasHolder, kept: Path, prepared: Pre
 
     The features of before come back first: others, to which days were added, may lack rows of the first of these.
     """
+    from mmoe_rec.training.checkpoint import FinishedTraining, forget_training
+
     with writing(prepared.folder, BUILD, ADVICE, queue=True), atomic_folder(prepared.folder) as folder:
         _link(kept / "features", folder)
-    if Trained.read(Path(settings.data.work)) is None:
+    if FinishedTraining.read(Path(settings.data.work)) is None:
         forget_training(Path(settings.data.work) / "checkpoints")  # of features that are gone
     if extend_features(settings) is None:
         raise UserError(
@@ -150,7 +151,9 @@ def _check_all_there(served: AliasHolder, prepared: Prepared) -> None:
 
 def _has_ended(prepared: Prepared, kept: Path, work: Path) -> bool:
     """Whether the training on features to which days were added since they were kept has ended."""
-    finished, now = Trained.read(work), prepared.manifest["fingerprint"]
+    from mmoe_rec.training.checkpoint import FinishedTraining
+
+    finished, now = FinishedTraining.read(work), prepared.manifest["fingerprint"]
     added = now != Prepared(kept / "features").manifest["fingerprint"]
     return added and finished is not None and finished.origin.features == now
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated
 
 import torch
+from pydantic import PlainValidator
 from torch import Tensor
 
 from mmoe_rec.model.mmoe import Outputs
@@ -17,6 +18,9 @@ POLARISED = 0.8
 # An expert with less than this share of the mean load is hardly used.
 HARDLY = 0.05
 
+Shares = Annotated[Tensor, PlainValidator(lambda value: torch.as_tensor(value, dtype=torch.float64))]
+"""Lists of numbers in JSON."""
+
 
 @dataclass(frozen=True)
 class Utilisation:
@@ -24,8 +28,8 @@ class Utilisation:
     the task's choices that fell on it. NaN where a task does not see an expert, or the expert is out of use.
     """
 
-    weights: Tensor
-    loads: Tensor
+    weights: Shares
+    loads: Shares
 
     @property
     def total_loads(self) -> Tensor:
@@ -102,15 +106,6 @@ class Utilisation:
             f"gates choose {count - len(experts)} of {count} experts, and hardly ever {', '.join(map(str, experts))}: "
             "if you want their capacity, set model.gates.balance, otherwise use fewer experts"
         )
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields, as JSON can hold them without loss."""
-        return {"weights": self.weights.tolist(), "loads": self.loads.tolist()}
-
-    @staticmethod
-    def from_dict(tree: dict[str, Any]) -> Utilisation:
-        """The utilisation that `to_dict` gave."""
-        return Utilisation(*(torch.tensor(tree[name], dtype=torch.float64) for name in ("weights", "loads")))
 
 
 class UtilisationSums:

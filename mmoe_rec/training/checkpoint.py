@@ -1,6 +1,7 @@
 """Checkpoints: all that a training needs to go on as if it had never stopped, on any number of ranks.
 
     latest.json              number of the step to go on from
+    finished.json            the result of a training that has ended, which is not resumed
     step-00001200/           written by torch.distributed.checkpoint: tables, dense part, both optimizers, and the
                              random state of each rank
         training.json        the rest, see `TrainingState`
@@ -16,10 +17,11 @@ import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from pydantic import ConfigDict, TypeAdapter
 from torch import Tensor, nn
 
 from mmoe_rec.atomic import atomic_file, put_folder
@@ -32,7 +34,8 @@ from mmoe_rec.training.validation import Validation
 
 FORMAT = 2
 _DESCRIPTION = "training.json"
-_LATEST = "latest.json"
+_LATEST, _FINISHED = "latest.json", "finished.json"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,7 @@ class TrainingState:
     versions that did not choose.
     """
 
+    __pydantic_config__ = ConfigDict(extra="forbid")
     step: int
     position: Position
     history: tuple[tuple[int, Validation], ...]
@@ -52,21 +56,63 @@ class TrainingState:
     origin: Origin
     choices: Choices | None = None
 
-    def to_json(self) -> str:
-        """The fields as text."""
-        return json.dumps({"format": FORMAT, **asdict(self)}, indent=1, default=Tensor.tolist)
+
+@dataclass(frozen=True)
+class FinishedTraining:
+    """A training that has ended.
+
+    artifact, address: of the model, its folder and its place in the registry; compared: sentences on how it did beside
+    the model that held the alias, and on who holds it now; origin: what it was begun with, its settings with those of
+    `result_settings`; weights: checksum of the model's; started_from: validation of the model that it was started from;
+    before: whether it had ended before this command.
+    """
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+    artifact: Path
+    address: str
+    best: Validation
+    best_step: int
+    rows_per_s: float
+    waiting: float
+    compared: tuple[str, ...]
+    origin: Origin
+    weights: str
+    started_from: Validation | None = None
+    before: bool = False
 
     @staticmethod
-    def from_json(text: str) -> TrainingState:
-        """The state that `to_json` gave. Raises ValueError, KeyError or TypeError for other text."""
-        tree = json.loads(text)
+    def read(work: Path) -> FinishedTraining | None:
+        """The ended training in `data.work`; None where none has ended. Raises UserError where it can't be read."""
+        file = work / "checkpoints" / _FINISHED
+        return _read(FinishedTraining, file, artifact=work / "model", before=True) if file.exists() else None
+
+    def write(self) -> None:
+        """Writes the file."""
+        tree = {name: each for name, each in asdict(self).items() if name not in ("artifact", "before")}
+        with atomic_file(self.artifact.parent / "checkpoints" / _FINISHED) as file:
+            _write(tree, file)
+
+
+def _write(tree: dict[str, Any], file: Path) -> None:
+    file.write_text(json.dumps({"format": FORMAT, **tree}, indent=1, default=Tensor.tolist), encoding="utf-8")
+
+
+def _read(kind: type[T], file: Path, **more: Any) -> T:
+    """What `_write` wrote. Raises UserError for another file, or one of another version."""
+    try:
+        tree = json.loads(file.read_text(encoding="utf-8"))
         if tree.pop("format") != FORMAT:
             raise ValueError("another format")
-        tree["position"], tree["origin"] = Position(**tree["position"]), Origin.from_dict(tree["origin"])
-        tree["history"] = tuple((step, Validation.from_dict(each)) for step, each in tree["history"])
-        if (choices := tree.get("choices")) is not None:
-            tree["choices"] = Choices(**choices)
-        return TrainingState(**tree)
+        return TypeAdapter(kind).validate_python(tree | more)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise _damaged(file) from None
+
+
+def _damaged(file: Path) -> UserError:
+    return UserError(
+        f"'{file}' is missing, damaged or of another version, so it is unknown what the training there was; train from "
+        "the start, without --resume"
+    )
 
 
 @dataclass(frozen=True)
@@ -76,27 +122,22 @@ class Checkpoint:
     folder: Path
     state: TrainingState
 
-    @staticmethod
-    def read(folder: Path) -> Checkpoint:
-        """Raises UserError where the folder holds none, or one of another version."""
-        try:
-            text = (folder / _DESCRIPTION).read_text(encoding="utf-8")
-            return Checkpoint(folder, TrainingState.from_json(text))
-        except (OSError, ValueError, KeyError, TypeError):
-            raise UserError(
-                f"'{folder}' holds no checkpoint that this version can read; train from the start, without --resume"
-            ) from None
-
 
 def latest_checkpoint(folder: Path) -> Checkpoint | None:
     """The checkpoint to go on from, None where there is none. Raises UserError where it is damaged."""
-    try:
-        step = json.loads((folder / _LATEST).read_text(encoding="utf-8"))["step"]
-    except FileNotFoundError:
+    if not (folder / _LATEST).exists():
         return None
+    try:
+        place = step_folder(folder, json.loads((folder / _LATEST).read_text(encoding="utf-8"))["step"])
     except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"'{folder / _LATEST}' is damaged; train from the start, without --resume") from None
-    return Checkpoint.read(step_folder(folder, step))
+        raise _damaged(folder / _LATEST) from None
+    return Checkpoint(place, _read(TrainingState, place / _DESCRIPTION))
+
+
+def forget_training(folder: Path) -> None:
+    """What is left of another training is not resumed any more."""
+    for name in (_LATEST, _FINISHED):
+        (folder / name).unlink(missing_ok=True)
 
 
 def step_folder(folder: Path, step: int) -> Path:
@@ -117,9 +158,8 @@ class CheckpointWriter:
         self._first = dist.get_rank() == 0
         if self._first:
             folder.mkdir(parents=True, exist_ok=True)
-            if before is None:
-                # Until a training has its first checkpoint, there is nothing to go on from.
-                (folder / _LATEST).unlink(missing_ok=True)
+            if before is None:  # until a training has its first checkpoint, there is nothing to go on from
+                forget_training(folder)
             for left in folder.glob(".step-*.tmp"):
                 shutil.rmtree(left, ignore_errors=True)
         # A thread exchanges the tensors of a checkpoint, so not in the group in which training exchanges its own.
@@ -147,7 +187,7 @@ class CheckpointWriter:
         written.result()
         if not self._first:
             return
-        (temporary / _DESCRIPTION).write_text(state.to_json(), encoding="utf-8")
+        _write(asdict(state), temporary / _DESCRIPTION)
         put_folder(temporary, step_folder(self.folder, state.step))
         with atomic_file(self.folder / _LATEST) as file:
             file.write_text(json.dumps({"step": state.step}), encoding="utf-8")

@@ -40,10 +40,9 @@ from mmoe_rec.training.checkpoint import (
     restore,
     step_folder,
 )
-from mmoe_rec.training.choices import Choices, keep_choices, set_compute
+from mmoe_rec.training.choices import SOME_ROWS, Choices, Chooser, keep_choices, set_compute
 from mmoe_rec.training.fbgemm import torchrec_installed
 from mmoe_rec.training.losses import add_log_variances, log_variances, loss_factors
-from mmoe_rec.training.measure import SOME_ROWS, Chooser
 from mmoe_rec.training.origin import Origin
 from mmoe_rec.training.sharding import Optimizers, ShardedModel, shard, training_tables
 from mmoe_rec.training.steps import BadBatches, Balancing, Steps, learning_rate_share, validation_steps

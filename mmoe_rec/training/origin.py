@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -62,28 +61,20 @@ class Origin:
     run_id: str | None = None
     start: Start | None = None
 
-    @staticmethod
-    def from_dict(tree: dict[str, Any]) -> Origin:
-        """The origin that `dataclasses.asdict` gave."""
-        start = tree["start"]
-        return Origin(**{**tree, "start": None if start is None else Start(**start)})
-
     def difference(self, now: Origin) -> str | None:
         """What is different now, as the end of a sentence on the training; None where all is the same."""
-        return next(self._differences(now), None)
-
-    def _differences(self, now: Origin) -> Iterator[str]:
         for where, before, found in differences(self.settings, now.settings):
-            yield f"it was begun with {where} {before}, now it is {found}; set it back"
+            return f"it was begun with {where} {before}, now it is {found}; set it back"
         if self.features != now.features:
-            yield "its features are not those of this log, these features and this split; bring those back"
+            return "its features are not those of this log, these features and this split; bring those back"
         one, other = self.start, now.start
-        if one is None and other is not None:
-            yield f"it was begun without --from, now it is --from {other}; leave that out"
-        elif one is not None and other is None:
-            yield f"it was begun with --from {one}, now there is none; give --from {one.address}"
-        elif one is not None and other is not None and one.weights != other.weights:
-            yield f"it was begun with --from {one}, now it is --from {other}; give --from {one.exact}"
+        if one is None:
+            return None if other is None else f"it was begun without --from, now it is --from {other}; leave that out"
+        if other is None:
+            return f"it was begun with --from {one}, now there is none; give --from {one.address}"
+        if one.weights != other.weights:
+            return f"it was begun with --from {one}, now it is --from {other}; give --from {one.exact}"
+        return None
 
     def check(self, now: Origin, folder: Path) -> None:
         """Raises UserError where anything differs from the checkpoint in a folder."""

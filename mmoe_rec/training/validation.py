@@ -56,15 +56,6 @@ class Validation:
         tasks = [task for task in layout.tasks if task.learnt_from in self.loss]
         return -sum(task.loss_weight * self.loss[task.learnt_from] for task in tasks)
 
-    def to_dict(self) -> dict[str, Any]:
-        """The fields, as JSON can hold them without loss."""
-        return {**vars(self), "experts": self.experts.to_dict()}
-
-    @staticmethod
-    def from_dict(tree: dict[str, Any]) -> Validation:
-        """The validation that `to_dict` gave."""
-        return Validation(**{**tree, "experts": Utilisation.from_dict(tree["experts"])})
-
     def flat(self, section: str = "validation") -> dict[str, float]:
         """Losses, areas and calibration by name, for a section of charts in MLflow."""
         names = ("loss", "auc", "gauc", "calibration")

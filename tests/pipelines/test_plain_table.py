@@ -16,10 +16,10 @@ from sklearn.metrics import log_loss, roc_auc_score
 from mmoe_rec.errors import RequestError, UserError
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.jobs.places import build_features
-from mmoe_rec.jobs.workspace import Trained
 from mmoe_rec.live.outcomes import join_outcomes
 from mmoe_rec.live.replay import ReplayOptions, replay
 from mmoe_rec.log.stand_ins import describe_stand_ins
+from mmoe_rec.training.checkpoint import FinishedTraining
 from mmoe_rec.training.validation import BINS_PER_UNIT
 from mmoe_rec.training.warm_start import base_rates
 from tests.commands import read_metrics, refuse, run
@@ -123,7 +123,7 @@ def test_metrics_are_weighted_and_of_the_test_rows(
 
 
 def test_the_best_state_is_chosen_by_weighted_losses_and_areas(world: World, scored: pd.DataFrame) -> None:
-    best = Trained.read(world.folder / "work").best  # type: ignore[union-attr]
+    best = FinishedTraining.read(world.folder / "work").best  # type: ignore[union-attr]
     for task in ("label", "other"):
         labels, predicted, weights = by_the_table(world, scored, [3], task)
         expected = log_loss(labels, predicted, sample_weight=weights)

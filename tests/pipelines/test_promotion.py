@@ -276,7 +276,7 @@ def test_a_training_that_was_killed_after_it_took_the_alias_is_not_registered_tw
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("mmoe_rec.jobs.workspace.Trained.write", killed)
+        patch.setattr("mmoe_rec.training.checkpoint.FinishedTraining.write", killed)
         with pytest.raises(KeyboardInterrupt):
             world.train()
     version = newest(world)

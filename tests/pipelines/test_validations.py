@@ -9,9 +9,9 @@ import torch
 from rich.console import Console
 
 from mmoe_rec.jobs.train import describe_training
-from mmoe_rec.jobs.workspace import Trained
 from mmoe_rec.model.utilisation import Utilisation
 from mmoe_rec.report.tables import validations_table
+from mmoe_rec.training.checkpoint import FinishedTraining
 from mmoe_rec.training.origin import Origin
 from mmoe_rec.training.validation import Validation
 from tests.inference.small_model import SmallModel
@@ -36,7 +36,7 @@ def test_every_validation_is_shown_and_the_chosen_one_marked() -> None:
 def test_what_should_worry_is_told_after_why_the_state_was_chosen(tmp_path: Path) -> None:
     small = SmallModel(tmp_path)
     best = Validation({"click": 0.5}, {"click": 0.42}, EVEN, {}, {"click": 11.0}, {"click": 9_000})
-    trained = Trained(small.folder, "models:/small/1", best, 300, 0.0, 0.0, (), Origin(), "")
+    trained = FinishedTraining(small.folder, "models:/small/1", best, 300, 0.0, 0.0, (), Origin(), "")
     told = list(describe_training(trained, small.settings))
     assert told[0] == "best validation, at step 300: the AUC of click is the highest"
     assert [sentence.partition(";")[0] for sentence in told[1:]] == [

@@ -191,9 +191,9 @@ def test_steps_that_are_not_finite_can_be_skipped(prepared: Prepared, tmp_path: 
 @pytest.mark.parametrize(
     ("file", "text", "message"),
     [
-        ("latest.json", "{", "latest.json' is damaged"),
-        ("latest.json", '{"step": 7}', "step-00000007' holds no checkpoint"),
-        ("step-00000008/training.json", '{"format": 99}', "holds no checkpoint that this version can read"),
+        ("latest.json", "{", "latest.json' is missing, damaged or"),
+        ("latest.json", '{"step": 7}', "step-00000007/training.json' is missing"),
+        ("step-00000008/training.json", '{"format": 99}', "training.json' is missing, damaged or of another version"),
     ],
 )
 def test_damage_is_named(tmp_path: Path, file: str, text: str, message: str) -> None:
