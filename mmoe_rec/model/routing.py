@@ -57,21 +57,6 @@ class Routing(NamedTuple):
         """(B, E) bool, the experts that some gate chose for a row; None where all are."""
         return None if self.selected is None else self.selected.any(1)
 
-    def loads(self, counted: Tensor | None = None) -> Tensor:
-        """(R, E) float32: the share of a router's choices that fall on each expert, or its mean probability where every
-        expert is used; without gradient. counted: (B,) float32, 1 for a row that counts and 0 for another.
-        """
-        import torch
-
-        if self.selected is None:
-            probabilities = self.probabilities.detach()
-            if counted is None:
-                return probabilities.mean(0)
-            return torch.tensordot(counted, probabilities, dims=1) / counted.sum().clamp(min=1)
-        selected = self.selected.float()
-        chosen = selected.sum(0) if counted is None else torch.tensordot(counted, selected, dims=1)
-        return chosen / chosen.sum(-1, keepdim=True).clamp(min=1)
-
 
 class RoutingRule(ABC):
     """How gates choose experts and weigh them. It has no state: what is set, and learnt, is in the gates."""
@@ -154,34 +139,40 @@ def keep_selected(probabilities: Tensor, selected: Tensor, renormalise: bool) ->
 
 
 # Losses that keep experts in use, on what the gates of one level did. shares: (B,) float32, how much each row counts in
-# a mean over rows; by default all count 1 / B.
+# a mean over rows.
 
 
-def expert_loads(routing: Routing, counted: Tensor | None = None) -> Tensor:
-    """(E,) float32: each expert's share of all routers' choices together: evenness within each task would forbid tasks
-    to use different experts. counted: as in `Routing.loads`.
+def expert_loads(routing: Routing, counted: Tensor) -> Tensor:
+    """(E,) float32: each expert's share of all routers' choices together, or its mean probability where every expert is
+    used; without gradient. Evenness within each task would forbid tasks to use different experts.
+
+    counted: (B,) float32, 1 for a row that counts and 0 for another.
     """
-    return routing.loads(counted).mean(0)
+    import torch
+
+    if routing.selected is None:
+        loads = torch.tensordot(counted, routing.probabilities.detach(), dims=1) / counted.sum().clamp(min=1)
+    else:
+        chosen = torch.tensordot(counted, routing.selected.float(), dims=1)
+        loads = chosen / chosen.sum(-1, keepdim=True).clamp(min=1)
+    return loads.mean(0)
 
 
-def balance_loss(routing: Routing, loads: Tensor, shares: Tensor | None = None) -> Tensor:
+def balance_loss(routing: Routing, loads: Tensor, shares: Tensor) -> Tensor:
     """E * sum over experts of load * mean probability (Fedus et al., JMLR 2022, eq. 4): 1 where all are even. loads:
     (E,) of `expert_loads`, over all ranks.
     """
-    importance = _mean_over_rows(routing.probabilities.mean(1), shares)
+    import torch
+
+    importance = torch.tensordot(shares, routing.probabilities.mean(1), dims=1)
     return importance.shape[0] * (loads * importance).sum()
 
 
-def z_loss(routing: Routing, shares: Tensor | None = None) -> Tensor:
+def z_loss(routing: Routing, shares: Tensor) -> Tensor:
     """Mean squared logsumexp of the routers' logits (Zoph et al., 2022, eq. 5), which keeps logits small."""
-    return _mean_over_rows(routing.logits.logsumexp(-1).square().mean(1), shares)
-
-
-def _mean_over_rows(values: Tensor, shares: Tensor | None) -> Tensor:
-    """The mean of (B,) or (B, E) values over rows."""
     import torch
 
-    return values.mean(0) if shares is None else torch.tensordot(shares, values, dims=1)
+    return torch.tensordot(shares, routing.logits.logsumexp(-1).square().mean(1), dims=1)
 
 
 # The rules themselves.

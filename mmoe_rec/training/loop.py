@@ -45,7 +45,7 @@ from mmoe_rec.training.fbgemm import torchrec_installed
 from mmoe_rec.training.losses import add_log_variances, log_variances, loss_factors
 from mmoe_rec.training.origin import Origin
 from mmoe_rec.training.sharding import Optimizers, ShardedModel, shard, training_tables
-from mmoe_rec.training.steps import BadBatches, Balancing, Steps, learning_rate_share, validation_steps
+from mmoe_rec.training.steps import BadBatches, Steps, learning_rate_share, validation_steps
 from mmoe_rec.training.validation import Validation, validate
 from mmoe_rec.training.warm_start import WarmStart, base_rates, set_base_rates
 
@@ -119,7 +119,6 @@ class Trainer:
             bf16=self.choices.precision == "bf16",
             clip_gradient=settings.clip_gradient,
             stop=self.stop,
-            balancing=Balancing.of(model_settings),
         )
         self.bad_batches = BadBatches(checkpoints, settings.on_bad_loss)
         self.checkpoints = CheckpointWriter(checkpoints, settings.checkpoints_kept, resume)

@@ -19,7 +19,7 @@ next. So the host waits for the device in these places only:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -33,9 +33,8 @@ from mmoe_rec.batches.batch import Batch
 from mmoe_rec.devices import fp32_products
 from mmoe_rec.errors import StopRequest, UserError
 from mmoe_rec.model.layout import ModelLayout
-from mmoe_rec.model.mmoe import Outputs, RankingModel
+from mmoe_rec.model.mmoe import Mixture, Outputs
 from mmoe_rec.model.routing import Routing, balance_loss, expert_loads, z_loss
-from mmoe_rec.settings.model import Model
 from mmoe_rec.settings.sections import Training
 from mmoe_rec.training.losses import log_variances, masked_loss
 from mmoe_rec.training.sharding import ShardedModel
@@ -62,7 +61,7 @@ class Steps:
     """Trains on batches, one a step, all ranks together.
 
     optimizer: of all parameters, with peak learning rates; bf16: whether products are in bf16; clip_gradient: largest
-    norm of the dense part's gradient; stop: asked at each step; balancing: what keeps experts in use.
+    norm of the dense part's gradient; stop: asked at each step.
     """
 
     def __init__(
@@ -75,29 +74,26 @@ class Steps:
         bf16: bool,
         clip_gradient: float,
         stop: StopRequest,
-        balancing: Balancing,
     ) -> None:
         self._model, self._optimizer, self._layout = sharded.model, optimizer, layout
         self._device, self._bf16, self._clip, self._stop = device, bf16, clip_gradient, stop
-        self._balancing = balancing
+        self._mixture: Mixture = sharded.model.module.mixture
+        self._gates = self._mixture.gates[0].settings  # those of all levels
         self._has_tables = bool(layout.ids)
         self._peaks = [group["lr"] for group in optimizer.param_groups]
         self._share = 1.0
         self._loads: list[Tensor] = []
         self._parameters = list(sharded.dense_parameters().values())
         self._ranks = dist.get_world_size()
-        self._tables = TablesLast(sharded.model.module.mixture)
-        self._pipeline = self._make_pipeline(sharded)
+        self._tables = TablesLast(self._mixture)
         self._now: Step | None = None
+        self._pipeline: Any = None
+        if sharded.pipelined:
+            from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
-    def _make_pipeline(self, sharded: ShardedModel) -> Any:
-        if not sharded.pipelined:
-            return _NothingAhead(self, self._device, self._forward)
-        from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
-
-        return TrainPipelineSparseDist(
-            sharded.model, self, self._device, execute_all_batches=True, custom_model_fwd=self._forward
-        )
+            self._pipeline = TrainPipelineSparseDist(
+                sharded.model, self, device, execute_all_batches=True, custom_model_fwd=self._forward
+            )
 
     def next(self, batches: Iterator[Batch], share: float) -> Step | None:
         """Trains on the next batch, at a share of the peak learning rates; None after the last one.
@@ -108,14 +104,26 @@ class Steps:
         for group, peak in zip(self._optimizer.param_groups, self._peaks, strict=True):
             group["lr"] = peak * share
         try:
-            step: Step = self._pipeline.progress(batches)
+            step: Step = (self._pipeline or self).progress(batches)
         except StopIteration:
             return None
         return step
 
+    def progress(self, batches: Iterator[Batch]) -> Step:
+        """The order of the pipeline's calls where no ids are to be sent ahead: without tables, or other ranks."""
+        batch = next(batches)
+        if self._device.type != "cpu":
+            batch = batch.to(self._device, non_blocking=True)
+        self.zero_grad()
+        loss, step = self._forward(batch)
+        loss.backward()
+        self.step()
+        return step
+
     def release(self) -> None:
         """Gives the model back to other uses, once `next` has given None; `next` takes it again."""
-        self._pipeline.detach()
+        if self._pipeline is not None:
+            self._pipeline.detach()
 
     def zero_grad(self) -> None:
         """Clears the gradients; the pipeline calls it before the forward pass."""
@@ -134,16 +142,16 @@ class Steps:
             outputs: Outputs = self._model(batch)
         logits = outputs.logits
         bad = (~logits.isfinite().all()).float()
-        loads = count_loads(outputs.routings, counted) if self._balancing.needs_loads else bad.new_empty(0)
-        found = torch.cat([bad[None], loads])
+        balanced = outputs.routings if self._gates.balance != "none" else ()
+        # Of all levels, one after the other, times the rows that they are of: so they may be added up over ranks.
+        loads = [counted.sum() * expert_loads(each, counted) for each in balanced]
+        found = torch.cat([bad[None], *loads])
         for each in (added, self._add_up(found)):
             if each is not None:
                 each.wait()
         bad = found[0]
         rows = shared[-2].float().clamp(min=1)
-        if self._balancing.needs_loads:
-            sizes = [routing.probabilities.shape[-1] for routing in outputs.routings]
-            self._loads = list((found[1:] / rows).split(sizes))
+        self._loads = list((found[1:] / rows).split([len(each) for each in loads]))
         total, losses = masked_loss(
             logits,
             batch.labels,
@@ -154,7 +162,7 @@ class Steps:
             weights=batch.weights,
             log_variances=log_variances(self._model.module),
         )
-        total = total + self._balancing.loss(outputs.routings, self._loads, counted * (self._ranks / rows))
+        total = total + self._balance_loss(outputs.routings, counted * (self._ranks / rows))
         with fp32_products("tf32", self._device):
             total.backward()
         # Read only now, when a device has the backward pass to work on; a bad loss has cost one for nothing.
@@ -182,33 +190,28 @@ class Steps:
         assert self._now is not None
         if self._now.bad is None:
             self._optimizer.step()
-            self._balancing.after_step(self._model.module, self._loads, self._share)
+            for level, gates in enumerate(self._mixture.gates):
+                gates.let_in(self._gates.ramp_steps)
+                if self._gates.balance == "bias":
+                    # It comes to rest with the learning rate, as the loads of one step are noisy.
+                    gates.even_out(self._loads[level], self._gates.bias_rate * self._share)
+
+    def _balance_loss(self, routings: Sequence[Routing], shares: Tensor) -> Tensor | float:
+        """What keeps experts in use: the mean over levels of the weighted balance loss and z-loss.
+
+        shares: (B,) float32, how much each row counts.
+        """
+        gates, total = self._gates, 0.0
+        if gates.balance == "loss":
+            pairs = zip(routings, self._loads, strict=True)
+            total += gates.balance_weight * sum(balance_loss(*pair, shares) for pair in pairs) / len(routings)
+        if gates.z_loss > 0:
+            total += gates.z_loss * sum(z_loss(routing, shares) for routing in routings) / len(routings)
+        return total
 
     def _add_up(self, values: Tensor) -> Any:
         """Begins to add up over all ranks, in place; None with one."""
         return dist.all_reduce(values, async_op=True) if self._ranks > 1 else None
-
-
-@dataclass
-class _NothingAhead:
-    """The order of the pipeline's calls where no ids are to be sent ahead: without tables, or without other ranks."""
-
-    steps: Steps
-    device: torch.device
-    forward: Callable[[Batch], tuple[Tensor, Step]]
-
-    def progress(self, batches: Iterator[Batch]) -> Step:
-        batch = next(batches)
-        if self.device.type != "cpu":
-            batch = batch.to(self.device, non_blocking=True)
-        self.steps.zero_grad()
-        loss, step = self.forward(batch)
-        loss.backward()
-        self.steps.step()
-        return step
-
-    def detach(self) -> None:
-        """Does nothing, as nothing is attached."""
 
 
 # When learning rates rise and fall, and when validation rows are scored.
@@ -279,67 +282,6 @@ def _content(batch: Batch, logits: Tensor) -> dict[str, Any]:
     content |= {name: getattr(batch, name) for name in ("dense", "labels", "observed", "weights")}
     on_cpu = {name: each.cpu() if isinstance(each, Tensor) else each for name, each in content.items()}
     return on_cpu | {"position": None if batch.position is None else asdict(batch.position)}
-
-
-# Terms of the loss and biases that keep experts in use.
-
-
-@dataclass(frozen=True)
-class Balancing:
-    """weight: of the balance loss; bias_rate: by how much a selection bias changes in a step at the peak learning rate;
-    z_weight: of the z-loss; 0 leaves each out. ramp_steps: steps until an added expert is fully in.
-    """
-
-    weight: float = 0.0
-    bias_rate: float = 0.0
-    z_weight: float = 0.0
-    ramp_steps: int = 1000
-
-    @staticmethod
-    def of(model: Model) -> Balancing:
-        """The balancing that the `model` section of the settings says."""
-        gates = model.gates
-        return Balancing(
-            gates.balance_weight if gates.balance == "loss" else 0.0,
-            gates.bias_rate if gates.balance == "bias" else 0.0,
-            gates.z_loss,
-            gates.ramp_steps,
-        )
-
-    @property
-    def needs_loads(self) -> bool:
-        """Whether the loads of all ranks are asked for."""
-        return self.weight > 0 or self.bias_rate > 0
-
-    def loss(self, routings: Sequence[Routing], loads: Sequence[Tensor], shares: Tensor) -> Tensor | float:
-        """What is added to the loss: the mean over levels of the weighted balance loss and z-loss.
-
-        loads: (E,) of each level, over all ranks; shares: (B,) float32, how much each row counts.
-        """
-        total: Tensor | float = 0.0
-        if self.weight > 0:
-            pairs = zip(routings, loads, strict=True)
-            total = total + self.weight * sum(balance_loss(*pair, shares) for pair in pairs) / len(routings)
-        if self.z_weight > 0:
-            total = total + self.z_weight * sum(z_loss(routing, shares) for routing in routings) / len(routings)
-        return total
-
-    def after_step(self, model: RankingModel, loads: Sequence[Tensor], share: float) -> None:
-        """Advances the state of the gates; loads as in `loss`, or empty where they are not needed. share: of the peak
-        learning rate, with which the bias comes to rest, as the loads of one step are noisy.
-        """
-        for index, each in enumerate(model.mixture.gates):
-            each.let_in(self.ramp_steps)
-            if self.bias_rate > 0:
-                each.even_out(loads[index], self.bias_rate * share)
-
-
-def count_loads(routings: Sequence[Routing], counted: Tensor) -> Tensor:
-    """(sum of E,) float32: the loads of all levels, one after the other, times the number of rows that they are of.
-
-    counted: (B,) float32, 1 for a row that counts and 0 for another.
-    """
-    return counted.sum() * torch.cat([expert_loads(routing, counted) for routing in routings])
 
 
 # The backward pass in two parts: that of the dense part first, then that of the tables.

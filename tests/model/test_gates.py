@@ -218,19 +218,20 @@ def test_balance_by_hand() -> None:
     probabilities = torch.tensor([[[0.9, 0.1]], [[0.7, 0.3]]], requires_grad=True)
     selected = torch.tensor([[[True, False]], [[True, False]]])
     routing = Routing(probabilities * selected, probabilities, selected, torch.tensor([[[1.0]], [[3.0]]]))
-    loads = expert_loads(routing)
+    loads, shares = expert_loads(routing, torch.ones(2)), torch.full((2,), 0.5)
     assert loads.tolist() == [1.0, 0.0]
-    loss = balance_loss(routing, loads)
+    loss = balance_loss(routing, loads, shares)
     assert loss.item() == pytest.approx(2 * (1.0 * 0.8 + 0.0 * 0.2))
     loss.backward()
     assert probabilities.grad is not None
     assert probabilities.grad.tolist() == [[[1.0, 0.0]], [[1.0, 0.0]]]
-    assert z_loss(routing).item() == pytest.approx((1 + 9) / 2)
+    assert z_loss(routing, shares).item() == pytest.approx((1 + 9) / 2)
     # Over tasks together: two tasks that each use one expert are as even as can be.
     apart = torch.eye(2).expand(6, 2, 2)
     routing = Routing(apart, apart, apart > 0, torch.zeros(6, 2, 2))
-    assert expert_loads(routing).tolist() == [0.5, 0.5]
-    assert balance_loss(routing, expert_loads(routing)).item() == pytest.approx(1.0)
+    loads = expert_loads(routing, torch.ones(6))
+    assert loads.tolist() == [0.5, 0.5]
+    assert balance_loss(routing, loads, torch.full((6,), 1 / 6)).item() == pytest.approx(1.0)
 
 
 def test_names_are_unique_and_in_the_help() -> None:

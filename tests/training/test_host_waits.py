@@ -24,7 +24,7 @@ from mmoe_rec.model.routing import RULES
 from mmoe_rec.model.tables import PlainTables
 from mmoe_rec.training.losses import add_log_variances
 from mmoe_rec.training.ranks import process_group
-from mmoe_rec.training.steps import Balancing, Steps
+from mmoe_rec.training.steps import Steps
 from tests.model.examples import random_rows, small_model
 from tests.training.fake_gpu import CUDA, Waits, fake_gpu, on_gpu
 from tests.training.learnable import CPU, LAYOUTS
@@ -54,7 +54,8 @@ def changes(case: str) -> dict[str, Any]:
     gates = found.get("gates", {})
     if gates.get("routing") == "expert_choice":
         gates = gates | {"serving_top_k": 2}
-    return found | {"gates": {"top_k": 2} | gates}
+    takes_bias = gates.get("routing") in ("top_k", "shared_route")
+    return found | {"gates": {"top_k": 2, "balance": "bias" if takes_bias else "loss", "z_loss": 0.1} | gates}
 
 
 def batch_of(layout: ModelLayout, weighted: bool = False) -> Batch:
@@ -71,7 +72,7 @@ def faked(batch: Batch, mode: Any) -> Batch:
     return replace(batch, ids=keyed, **parts)
 
 
-def steps_of(model: RankingModel, layout: ModelLayout, device: torch.device, bf16: bool, **balancing: float) -> Steps:
+def steps_of(model: RankingModel, layout: ModelLayout, device: torch.device, bf16: bool) -> Steps:
     class Whole(nn.Module):
         """As torchrec's wrapper has it."""
 
@@ -86,16 +87,7 @@ def steps_of(model: RankingModel, layout: ModelLayout, device: torch.device, bf1
         model=Whole(), dense_parameters=lambda: dict(model.named_parameters()), pipelined=False
     )
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    return Steps(
-        sharded,
-        optimizer,
-        layout,
-        device,
-        bf16=bf16,
-        clip_gradient=1.0,
-        stop=StopRequest(),
-        balancing=Balancing(**balancing),  # type: ignore[arg-type]
-    )
+    return Steps(sharded, optimizer, layout, device, bf16=bf16, clip_gradient=1.0, stop=StopRequest())
 
 
 @pytest.fixture(autouse=True)
@@ -120,8 +112,7 @@ def test_a_step_waits_once(monkeypatch: pytest.MonkeyPatch, case: str, bf16: boo
             for parameter in model.parameters() if loss.is_cuda else ():
                 parameter.grad = torch.empty_like(parameter)
 
-        takes_bias = "gates" in CASES[case] and CASES[case]["gates"]["routing"] in ("top_k", "shared_route")
-        steps = steps_of(model, layout, CUDA, bf16, weight=0.1, z_weight=0.1, bias_rate=0.1 * takes_bias)
+        steps = steps_of(model, layout, CUDA, bf16)
         batches = [faked(batch, mode) for batch in batches]
         waits = Waits(backward)
         found = []

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from mmoe_rec.batches.batch import Batch, make_batch
 from mmoe_rec.preprocessing.prepare import Prepared
+from mmoe_rec.settings.model import Gates
 from mmoe_rec.training.loop import Trainer
 from mmoe_rec.training.losses import masked_loss
-from mmoe_rec.training.steps import Balancing
 from tests.model.examples import LAYOUT
 from tests.training.learnable import TRAINING, learnable_rows, plain_model, write_prepared
 from tests.training.ranks import save_weights
@@ -108,13 +108,13 @@ def test_rows_without_labels_do_not_count_in_balance(prepared: Prepared, tmp_pat
     whole = make_batch(encoded, LAYOUT, labels, torchrec=True)
     alone = make_batch(encoded.take(np.arange(50)), LAYOUT, labels[:50], torchrec=True)
     found = {}
-    for name, batch, balancing in (
-        ("whole", whole, Balancing(weight=20.0, z_weight=5.0)),
-        ("alone", alone, Balancing(weight=20.0, z_weight=5.0)),
-        ("unbalanced", alone, Balancing()),
+    for name, batch, gates_settings in (
+        ("whole", whole, Gates(balance="loss", balance_weight=20.0, z_loss=5.0)),
+        ("alone", alone, Gates(balance="loss", balance_weight=20.0, z_loss=5.0)),
+        ("unbalanced", alone, Gates()),
     ):
         with trainer(prepared, tmp_path / "best", warmup_share=0.0) as one:
-            one.steps._balancing = balancing
+            one.steps._gates = gates_settings
             one._step(iter([replace(batch, position=one.position)]), meter(one))
             found[name] = weights(one, tmp_path / name)
     for key, weight in found["whole"].items():
