@@ -161,7 +161,7 @@ def log_evaluation(
         run.log_artifact(out / "metrics.json", place)
         # Files of a run can't be taken away again: without other models there is a comparison with none.
         tree = {"against": {}} if results.comparison is None else comparison_tree(results.comparison, summary)
-        run.log_dict(tree, f"{place}/comparison.json")
+        run.log_text(tree, f"{place}/comparison.json")
         run.log_artifact(out / "report.html", place)
         for task in layout.tasks:
             path = out / f"calibration_{task.name}.png"

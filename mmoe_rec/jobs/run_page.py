@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from mmoe_rec.progress import say
 from mmoe_rec.settings.sections import Settings
 from mmoe_rec.tracking.client import hide_password, open_monitors, summarise
-from mmoe_rec.tracking.runs import DataSet, Run
+from mmoe_rec.tracking.runs import Run
 
 if TYPE_CHECKING:
     from mmoe_rec.features.layout import Layout
@@ -40,7 +40,7 @@ def name_training(settings: Settings, start: str | None = None) -> str:
     return f"train{until}{begun}, seed {settings.training.seed}"
 
 
-def data_sets(settings: Settings, manifest: Mapping[str, Any], *splits: str) -> list[DataSet]:
+def data_sets(settings: Settings, manifest: Mapping[str, Any], *splits: str) -> list[dict[str, Any]]:
     """Splits of a log as the inputs of a run, by the manifest of its features.
 
     MLflow tells data sets apart by name and digest, so each split has a digest of its own.
@@ -50,8 +50,8 @@ def data_sets(settings: Settings, manifest: Mapping[str, Any], *splits: str) -> 
     for split in splits:
         text = f"{manifest['digest']} {split} {window[split]} {settings.split.by_column} {settings.columns.weight}"
         digest = hashlib.sha256(text.encode()).hexdigest()[:16]
-        rows = int(manifest["splits"][split]["rows"])
-        sets.append(DataSet(settings.name, digest, source, rows, _CONTEXTS[split], split))
+        about = {"name": settings.name, "digest": digest, "source": source, "context": _CONTEXTS[split]}
+        sets.append(about | {"rows": int(manifest["splits"][split]["rows"]), "split": split})
     return sets
 
 

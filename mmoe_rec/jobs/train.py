@@ -158,7 +158,7 @@ def _finish(run: Run, workspace: Workspace, result: TrainingResult, register: bo
     load_plain(model, result.best_checkpoint)
     calibration = _calibrate(settings, prepared, model)
     if calibration.tasks:
-        run.log_dict(calibration.to_dict(), "calibration.json")
+        run.log_text(calibration.to_dict(), "calibration.json")
     write_artifact(
         artifact,
         settings=settings,

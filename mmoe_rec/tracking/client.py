@@ -133,6 +133,14 @@ def translate_errors(uri: str, address: str | None = None, anything: bool = Fals
         raise kind(f"{refusal}: {type(error).__name__}: {summarise(error)}") from None
 
 
+@contextmanager
+def open_client(uri: str, address: str | None = None, limits: dict[str, str] = BRIEF) -> Iterator[Any]:
+    """MLflow's client, whose errors become sentences. address: of a model that is looked up."""
+    mlflow = connect(uri)
+    with limit_waiting(limits), translate_errors(uri, address):
+        yield mlflow.MlflowClient()
+
+
 # What matters in the long errors of requests, urllib3 and SQLAlchemy.
 _CAUSES = (
     (r"\[Errno -?\d+\] ([^'\")\]]+)", r"\1"),

@@ -18,11 +18,11 @@ from mmoe_rec.atomic import checksum
 from mmoe_rec.errors import StoppedError, UserError
 from mmoe_rec.progress import say
 from mmoe_rec.tracking.client import (
-    BRIEF,
     FOR_MODELS,
     connect,
     limit_waiting,
     make_store,
+    open_client,
     read_sqlite_path,
     shorten,
     summarise,
@@ -107,11 +107,11 @@ def find_run(address: str, uri: str) -> str | None:
     from mlflow.exceptions import MlflowException
 
     _require_store(address, uri)
-    with _open_client(uri, address, FOR_MODELS) as client:
+    with open_client(uri, address, FOR_MODELS) as client:
         name, version, _ = _resolve(client, address)
         made = client.get_logged_model(name) if version is None else client.get_model_version(name, version)
         run_id: str | None = made.source_run_id if version is None else made.run_id
-    with _open_client(uri, limits=FOR_MODELS) as client:
+    with open_client(uri, limits=FOR_MODELS) as client:
         try:
             return run_id if run_id and client.get_run(run_id).info.lifecycle_stage == "active" else None
         except MlflowException as error:
@@ -128,7 +128,7 @@ def pin_address(address: str, uri: str) -> str:
     if _read_scheme(address) != "models" or Path(address).exists():
         return address
     _require_store(address, uri)
-    with _open_client(uri, address, FOR_MODELS) as client:
+    with open_client(uri, address, FOR_MODELS) as client:
         return "/".join(["models:", *filter(None, _resolve(client, address))])
 
 
@@ -170,14 +170,6 @@ def _require_store(address: str, uri: str) -> None:
         )
 
 
-@contextmanager
-def _open_client(uri: str, address: str | None = None, limits: dict[str, str] = BRIEF) -> Iterator[Any]:
-    """MLflow's client, whose errors become sentences."""
-    mlflow = connect(uri)
-    with limit_waiting(limits), translate_errors(uri, address):
-        yield mlflow.MlflowClient()
-
-
 def _find_artifact(folder: Path) -> Path | None:
     """The folder itself if it is an artifact, or the one in the MLflow model that it holds."""
     files = [*folder.glob("model.json"), *sorted(folder.glob("artifacts/*/model.json"))]
@@ -211,7 +203,7 @@ def list_aliases(name: str, uri: str) -> dict[str, str]:
     """
     from mlflow.exceptions import MlflowException
 
-    with _open_client(uri) as client:
+    with open_client(uri) as client:
         try:
             aliases = client.get_registered_model(name).aliases
         except MlflowException as error:
@@ -229,7 +221,7 @@ def find_holder(name: str, alias: str, uri: str) -> Version | None:
 
 def get_version(name: str, number: str, uri: str) -> Version:
     """A version by its number. Raises UserError where there is none."""
-    with _open_client(uri, f"models:/{name}/{number}") as client:
+    with open_client(uri, f"models:/{name}/{number}") as client:
         found = client.get_model_version(name, number)
     return Version(name, str(found.version), found.run_id)
 
@@ -239,7 +231,7 @@ def move_alias(name: str, alias: str, number: str, uri: str, replaced: Version |
 
     replaced: the one that held it, which is kept with the version, see `get_replaced`.
     """
-    with _open_client(uri) as client:
+    with open_client(uri) as client:
         if replaced is not None and replaced.number != number:
             client.set_model_version_tag(name, number, f"{_REPLACED_TAG}.{alias}", replaced.number)
         client.set_registered_model_alias(name, alias, number)
@@ -247,14 +239,14 @@ def move_alias(name: str, alias: str, number: str, uri: str, replaced: Version |
 
 def get_replaced(version: Version, alias: str, uri: str) -> str | None:
     """The number of the version that held an alias before this one took it; None where that is unknown."""
-    with _open_client(uri) as client:
+    with open_client(uri) as client:
         number: str | None = client.get_model_version(version.name, version.number).tags.get(f"{_REPLACED_TAG}.{alias}")
     return number
 
 
 def forget_replaced(version: Version, alias: str, uri: str) -> None:
     """Removes a version's note of the one that it replaced at an alias; it may get that again from another one."""
-    with _open_client(uri) as client:
+    with open_client(uri) as client:
         client.delete_model_version_tag(version.name, version.number, f"{_REPLACED_TAG}.{alias}")
 
 
@@ -262,7 +254,7 @@ def describe_version(version: Version, text: str, tags: Mapping[str, str], uri: 
     """Writes the description of a version, in Markdown, and tags. What the registry refuses is said, and not needed."""
     try:
         tag_version(version, {name: value[:_LONGEST_TAG] for name, value in tags.items()}, uri)
-        with _open_client(uri) as client:
+        with open_client(uri) as client:
             if text:
                 client.update_model_version(version.name, version.number, shorten(text, _LONGEST_DESCRIPTION))
     except UserError as error:
@@ -271,7 +263,7 @@ def describe_version(version: Version, text: str, tags: Mapping[str, str], uri: 
 
 def tag_version(version: Version, tags: Mapping[str, str], uri: str) -> None:
     """Writes tags of a version. Raises UserError where the registry refuses."""
-    with _open_client(uri) as client:
+    with open_client(uri) as client:
         for name, value in tags.items():
             client.set_model_version_tag(version.name, version.number, name, value)
 
@@ -281,12 +273,10 @@ def check_names(uri: str, model: str, alias: str) -> None:
     given = f"'tracking.registered_model' (by default the settings' `name`) '{model}' with 'tracking.alias' '{alias}'"
     if not re.fullmatch(r"[^/:?#]+", model) or not alias or _parse(f"models:/{model}@{alias}")[:2] != (model, alias):
         raise UserError(f"{given}: 'models:/{model}@{alias}' would not be the address of this model; rename one")
-    if re.fullmatch(r"latest|v\d+", alias, re.IGNORECASE):
-        raise UserError(f"{given}: MLflow keeps this alias for itself; choose another one")
     from mlflow.exceptions import MlflowException
 
     make_store(uri)
-    with _open_client(uri) as client:
+    with open_client(uri) as client:
         try:  # a version that nobody has: names are looked at first
             client.set_registered_model_alias(model, alias, _NO_VERSION)
         except MlflowException as error:
@@ -349,7 +339,7 @@ def find_registered(run: Run, artifact_folder: Path, name: str) -> str | None:
     """The version as which a run has registered an artifact already; None where it has not, or the files differ."""
     import mlflow
 
-    with _open_client(mlflow.get_tracking_uri()) as client:
+    with open_client(mlflow.get_tracking_uri()) as client:
         versions = client.search_model_versions(f"run_id = '{run.run_id}'")
     files = _sum_files(artifact_folder)
     mine = (each for each in versions if each.name == name and each.tags.get(_FILES_TAG) == files)

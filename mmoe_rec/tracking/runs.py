@@ -8,8 +8,8 @@ import re
 import tempfile
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from mmoe_rec.tracking.client import (
     hide_password,
     limit_waiting,
     make_store,
+    open_client,
     read_sqlite_path,
     shorten,
     translate_errors,
@@ -33,18 +34,6 @@ _NOTE = "mlflow.note.content"
 _LONGEST_SECTION = 1900  # MLflow cuts a description at 8,000 characters, from the end
 # By this tag MLflow knows an experiment as one of model trainings, and not of applications of LLMs.
 _KIND = ("mlflow.experimentKind", "custom_model_development")
-
-
-@dataclass(frozen=True)
-class DataSet:
-    """Rows that a run reads. source: the log's address; context: what they are for; split: which of its rows."""
-
-    name: str
-    digest: str
-    source: str
-    rows: int
-    context: str
-    split: str
 
 
 @dataclass
@@ -67,13 +56,13 @@ class Run:
         params: Mapping[str, Any] | None = None,
         tags: Mapping[str, Any] | None = None,
         files: Mapping[str, str | Mapping[str, Any]] | None = None,
-        inputs: Sequence[DataSet] = (),
+        inputs: Sequence[Mapping[str, Any]] = (),
     ) -> None:
-        """Settings, tags, files (a text, or values as JSON, by name) and the rows that the run reads, in one call."""
+        """Settings, tags, files by name and the rows that the run reads, in one call."""
         self.log_params(params or {})
         self.set_tags(tags or {})
         for name, content in (files or {}).items():
-            self.log_text(content if isinstance(content, str) else json.dumps(content, indent=2), name)
+            self.log_text(content, name)
         self.log_inputs(inputs)
 
     def log_params(self, params: Mapping[str, Any]) -> None:
@@ -114,17 +103,18 @@ class Run:
         """Whether the description has a section of that heading."""
         return heading in _read_sections(self.note)[1]
 
-    def log_inputs(self, sets: Sequence[DataSet]) -> None:
-        """Logs which rows the run reads."""
-        self._put("inputs", {"sets": [asdict(each) for each in sets]} if sets else {})
+    def log_inputs(self, sets: Sequence[Mapping[str, Any]]) -> None:
+        """Logs which rows the run reads.
 
-    def log_text(self, text: str, name: str) -> None:
-        """Logs a text file."""
+        sets: of each data set its name and digest; source: the log's address; rows: how many; context: what they are
+        for; split: which of the log's rows.
+        """
+        self._put("inputs", {"sets": sets} if sets else {})
+
+    def log_text(self, content: str | Mapping[str, Any], name: str) -> None:
+        """Logs a text, or values as JSON, as a file."""
+        text = content if isinstance(content, str) else json.dumps(content, indent=2)
         self._put_file(name, lambda file: file.write_text(text, encoding="utf-8"))
-
-    def log_dict(self, values: Mapping[str, Any], name: str) -> None:
-        """Logs a JSON file."""
-        self.log_text(json.dumps(values, indent=2), name)
 
     def log_figure(self, figure: Any, name: str) -> None:
         """Logs a matplotlib figure."""
@@ -212,11 +202,8 @@ def open_run(
             status = "KILLED"
             raise
         finally:
-            if status == "FINISHED":
+            with nullcontext() if status == "FINISHED" else suppress(UserError):  # it would hide the original error
                 run.end(status)
-            else:
-                with suppress(UserError):  # it would hide the original error
-                    run.end(status)
             with suppress(Exception), translate_errors(uri, anything=True):
                 mlflow.end_run(status)  # the process has no open run any more
 
@@ -288,9 +275,8 @@ def _send_waiting(mlflow: Any, uri: str, unsent: Path) -> None:
 
 def mark_killed(uri: str, run_id: str) -> None:
     """Marks a run that was left open as killed."""
-    mlflow = connect(uri)
-    with limit_waiting(BRIEF), translate_errors(uri):
-        mlflow.MlflowClient().set_terminated(run_id, "KILLED")
+    with open_client(uri) as client:
+        client.set_terminated(run_id, "KILLED")
 
 
 def _open_outbox(mlflow: Any, uri: str, run_id: str, unsent: Path | None) -> Outbox:

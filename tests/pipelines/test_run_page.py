@@ -16,7 +16,7 @@ from mmoe_rec.jobs.run_page import command, data_sets, name_training
 from mmoe_rec.settings.load import load_settings
 from mmoe_rec.tracking import runs
 from mmoe_rec.tracking.outbox import list_waiting_runs
-from mmoe_rec.tracking.runs import DataSet, Run
+from mmoe_rec.tracking.runs import Run
 from tests import commands
 from tests.pipelines.short_trainings import World
 
@@ -173,7 +173,8 @@ def test_a_server_that_refuses_data_sets_gets_all_else(
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     monkeypatch.setattr(mlflow.MlflowClient, "log_inputs", refuse)
     with runs.open_run(uri, "old server", unsent=tmp_path / "unsent") as run:
-        run.log_inputs([DataSet("log", "digest", "folder", 3, "training", "train")])
+        about = {"name": "log", "digest": "digest", "source": "folder", "context": "training"}
+        run.log_inputs([about | {"rows": 3, "split": "train"}])
         run.log_metrics({"train/a.loss": 1.0}, 1)
     assert "no such endpoint: the run goes on without data sets" in capsys.readouterr().err
     assert not list_waiting_runs(tmp_path / "unsent")

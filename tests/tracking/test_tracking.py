@@ -40,7 +40,7 @@ def test_records_a_run_beside_the_database(
         run.log_metrics({"auc": 0.5}, step=1)
         run.log_metrics({"auc": 0.75}, step=2)
         run.log_text("hello", "notes/hello.txt")
-        run.log_dict({"a": 1}, "a.json")
+        run.log_text({"a": 1}, "a.json")
         run.log_figure(plt.figure(), "plots/empty.png")
         run.log_artifact(tmp_path / "plan.txt")
     assert capfd.readouterr() == ("", "")
@@ -81,7 +81,6 @@ def test_other_ranks_record_nothing(tmp_path: Path) -> None:
         run.log_params({"a": 1})
         run.log_metrics({"a": 1.0}, 1)
         run.log_text("a", "a.txt")
-        run.log_dict({}, "a.json")
         run.log_figure(None, "a.png")
         run.log_artifact(tmp_path / "no file")
         with pytest.raises(UserError, match="recorded run"):
@@ -191,8 +190,8 @@ def test_sqlite_addresses() -> None:
         ("..", "champion", "MLflow refuses"),
         (" ", "champion", "MLflow refuses"),
         ("shop?", "champion", "would not be the address"),
-        ("shop", "latest", "keeps this alias for itself"),
-        ("shop", "v1", "keeps this alias for itself"),
+        ("shop", "latest", "MLflow refuses"),
+        ("shop", "v1", "MLflow refuses"),
         ("shop", "the best", "MLflow refuses"),
         ("shop", "", "would not be the address"),
     ],

@@ -25,11 +25,9 @@ from mmoe_rec.settings.load import load_settings
 from mmoe_rec.settings.model import Model
 from mmoe_rec.settings.sections import Training
 from mmoe_rec.training import choices as choices_module
-from mmoe_rec.training import measure
 from mmoe_rec.training.checkpoint import latest_checkpoint
-from mmoe_rec.training.choices import Choices, faster, keep_choices
+from mmoe_rec.training.choices import GIVE_UP, Choices, Chooser, faster, keep_choices, time_options
 from mmoe_rec.training.loop import Trainer
-from mmoe_rec.training.measure import GIVE_UP, Chooser, time_options
 from tests.model.examples import LAYOUT, random_rows, small_model
 from tests.pipelines.learnable_log import write_files
 from tests.training.learnable import MODEL, write_prepared
@@ -75,7 +73,7 @@ def with_times(monkeypatch: pytest.MonkeyPatch, times: Mapping[str, float]) -> l
         compared.append(list(options))
         return {name: times[name] for name in options}
 
-    monkeypatch.setattr(measure, "time_options", told)
+    monkeypatch.setattr(choices_module, "time_options", told)
     return compared
 
 
@@ -153,7 +151,7 @@ def test_what_is_not_on_offer_is_told_before_features_are_built(
 def test_only_what_matters_and_is_there_is_measured(
     monkeypatch: pytest.MonkeyPatch, settings: dict[str, str], offered: bool, compared: list[list[str]]
 ) -> None:
-    monkeypatch.setattr(measure, "has_onednn", lambda: offered)
+    monkeypatch.setattr(choices_module, "has_onednn", lambda: offered)
     found = with_times(monkeypatch, TIMES)
     choices = chooser(built()).choose(Training.model_validate(settings | {"tables": "torch", "threads": 1}))
     assert found == compared
@@ -183,7 +181,7 @@ class Clock:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 0.0
         self.calls: list[str] = []
-        monkeypatch.setattr(measure, "time", SimpleNamespace(perf_counter=lambda: self.now))
+        monkeypatch.setattr(choices_module, "time", SimpleNamespace(perf_counter=lambda: self.now))
 
     def option(self, name: str, *seconds: float) -> Callable[[], None]:
         """What takes so long at its first call, its second, and so on; then what the last took."""
@@ -263,8 +261,7 @@ def test_experts_are_computed_as_chosen_or_as_set(
 
 def choose_on_a_rank(rank: int, world: int, port: int, folder: Path) -> None:
     """Chooses the library of products, and keeps an earlier choice, where ranks after the first have no oneDNN."""
-    for module in (measure, choices_module):
-        module.has_onednn = lambda: rank == 0  # type: ignore[attr-defined]
+    choices_module.has_onednn = lambda: rank == 0  # type: ignore[assignment, misc]
     ids = make_batch(random_rows(50)[0], LAYOUT, torchrec=False).ids
     settings = Training(precision="fp32", tables="torch", threads=1)
     with join(rank, world, port):

@@ -20,7 +20,8 @@ from mmoe_rec.model.tables import (
     torchrec_tables,
 )
 from mmoe_rec.settings.sections import Training
-from mmoe_rec.training import fbgemm, measure
+from mmoe_rec.training import choices as choices_module
+from mmoe_rec.training import fbgemm
 from mmoe_rec.training import tables as tables_module
 from mmoe_rec.training.checkpoint import load_plain
 from mmoe_rec.training.ranks import process_group
@@ -80,7 +81,7 @@ def test_what_does_not_load_is_not_taken_for_what_is_not_there(
 @pytest.mark.parametrize("there", [True, False])
 def test_a_trial_looks_up_and_updates_once(monkeypatch: pytest.MonkeyPatch, there: bool) -> None:
     if not there:
-        for module in (measure, tables_module):
+        for module in (choices_module, tables_module):
             monkeypatch.setattr(module, "torchrec_installed", lambda: False)
     encoded, _ = random_rows(50)
     ids = make_batch(encoded, LAYOUT, torchrec=False).ids
@@ -92,7 +93,7 @@ def test_a_trial_looks_up_and_updates_once(monkeypatch: pytest.MonkeyPatch, ther
         backward(pooled, gradient)
 
     for way in list_ways():
-        once = measure.make_trial(way, LAYOUT, ids, rows_at_most=20)
+        once = choices_module.make_trial(way, LAYOUT, ids, rows_at_most=20)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(torch.Tensor, "backward", counted)
             once()
