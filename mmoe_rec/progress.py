@@ -12,11 +12,12 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn
 console = Console(stderr=True)
 
 
-def bar(extra: str = "") -> Progress:
+def bar(extra: str = "", shown: bool = True) -> Progress:
     """A progress bar on stderr; `extra` is a further column such as '{task.fields[loss]}'."""
     columns = [SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TaskProgressColumn()]
     columns += [TextColumn(extra)] if extra else []
-    return Progress(*columns, TimeRemainingColumn(elapsed_when_finished=True), console=console)
+    left = TimeRemainingColumn(elapsed_when_finished=True)
+    return Progress(*columns, left, console=console, disable=not shown)
 
 
 def say(text: str) -> None:

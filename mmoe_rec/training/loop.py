@@ -66,11 +66,15 @@ class TrainingResult:
     rows_per_s: float = 0.0
     waiting: float = 0.0
     best_step: int = 0
-    best: Validation | None = None
     best_checkpoint: Path = Path()
     history: list[tuple[int, Validation]] = field(default_factory=list)
     stopped_early: bool = False
     skipped: int = 0
+
+    @property
+    def best(self) -> Validation | None:
+        """The validation of the best step, None before the first."""
+        return dict(self.history).get(self.best_step)
 
 
 class Trainer:
@@ -184,7 +188,6 @@ class Trainer:
         restore(checkpoint.folder, self.sharded.model, self.optimizer, self.device, seed)
         self.position, self.bad_batches.skipped = state.position, state.skipped
         result.steps, result.best_step, result.history = state.step, state.best_step, list(state.history)
-        result.best = dict(state.history).get(state.best_step)
         result.stopped_early = self._out_of_patience()
 
     def run(self) -> TrainingResult:
@@ -194,17 +197,11 @@ class Trainer:
         can't be written, or the loss is not finite.
         """
         result, meter = self.result, Meter(self.layout, self.world_size)
-        shown = bar("{task.fields[note]}") if self.rank == 0 else contextlib.nullcontext()
+        progress = bar("{task.fields[note]}", shown=self.rank == 0)
         try:
-            with shown as progress, self.stop, freed_memory_kept(), limit_threads(self.choices.threads):
-                task = progress.add_task("training", total=self.total_steps, note="") if progress else None
-
-                def show() -> None:
-                    if progress is not None and task is not None:
-                        progress.update(task, completed=result.steps, note=meter.note)
-
-                show()
-                self._train(meter, show)
+            with progress, self.stop, freed_memory_kept(), limit_threads(self.choices.threads):
+                task = progress.add_task("training", total=self.total_steps, completed=result.steps, note="")
+                self._train(meter, lambda: progress.update(task, completed=result.steps, note=meter.note))
             self.checkpoints.wait()
             dist.barrier()
         finally:
@@ -217,8 +214,7 @@ class Trainer:
     def _train(self, meter: Meter, show: Callable[[], None]) -> None:
         last = self.result.history[-1][0] if self.result.history else -1
         if self.result.steps in self.validate_at and last < self.result.steps:
-            if not self._validate(meter):
-                self._save_and_stop()
+            self._validate(meter)
             if self.result.steps == 0:
                 self._save()
         source = self._batches(self.reader, self.position, self.settings.epochs)
@@ -234,8 +230,7 @@ class Trainer:
                     if self.result.steps % self.settings.checkpoint_steps == 0 and self.result.steps < until:
                         self._save()
                 self.steps.release()
-                if not self._validate(meter):
-                    self._save_and_stop()
+                self._validate(meter)
                 self._save()
         if self.result.steps % STEPS_BETWEEN_LOGS:
             self._log(meter)
@@ -279,25 +274,22 @@ class Trainer:
             metrics["train/skipped_steps"] = self.bad_batches.skipped
         self.log_metrics(metrics, self.result.steps)
 
-    def _validate(self, meter: Meter) -> bool:
-        """Validates; False where a rank was asked to stop, so that the validation did not finish."""
+    def _validate(self, meter: Meter) -> None:
         start = time.perf_counter()
         batches = self._batches(self.validation_reader, self.validation_reader.position(0), 1)
         rows, model = self.validation_reader.rows.rows, self.sharded.model.module
-        found = validate(model, batches, self.layout, self.device, rows, self.stop)
+        now = validate(model, batches, self.layout, self.device, rows, self.stop)
         meter.left_out += time.perf_counter() - start
-        if found is None:
-            return False
-        result = self.result
-        result.history.append((result.steps, found))
-        self.log_metrics(found.flat() | found.experts.flat([task.name for task in self.layout.tasks]), result.steps)
+        if now is None:  # a rank was asked to stop
+            self._save_and_stop()
+        result, best, by = self.result, self.result.best, (self.settings.select_by, self.layout)
+        result.history.append((result.steps, now))
+        self.log_metrics(now.flat() | now.experts.flat([task.name for task in self.layout.tasks]), result.steps)
         if self.watch is not None:
-            self.watch(found, result.steps)
-        by = self.settings.select_by, self.layout
-        if result.best is None or found.objective(*by) > result.best.objective(*by):
-            result.best, result.best_step = found, result.steps
+            self.watch(now, result.steps)
+        if best is None or now.objective(*by) > best.objective(*by):
+            result.best_step = result.steps
         result.stopped_early = self._out_of_patience()
-        return True
 
     def _out_of_patience(self) -> bool:
         since = sum(step > self.result.best_step for step, _ in self.result.history)

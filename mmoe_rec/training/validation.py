@@ -25,6 +25,7 @@ from mmoe_rec.training.losses import row_losses
 BINS_PER_UNIT = 256
 LARGEST_LOGIT = 32
 BINS = 2 * LARGEST_LOGIT * BINS_PER_UNIT
+ROWS_KEPT = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -63,56 +64,90 @@ class Validation:
 
 
 class ValidationSums:
-    """What a validation adds up: sums of several ranks may be added to each other.
+    """What a validation adds up, of this rank's batches until `exchange`.
+
+    GAUC needs the rows of a user side by side, wherever they were scored: all ranks exchange them. Where there are more
+    than ROWS_KEPT, GAUC is that of a share of the users, drawn by a hash of their ids.
 
     experts: (T, E) bool, the experts that each task uses; rows: of all ranks.
     """
 
-    def __init__(self, layout: Layout, experts: Tensor, rows: int = 0) -> None:
-        self.layout = layout
-        self.counts = torch.zeros(len(layout.tasks), 2, BINS, dtype=torch.float64)
-        self.rows = torch.zeros(len(layout.tasks), 2, dtype=torch.float64)
-        self.loss = torch.zeros(len(layout.tasks), 2, dtype=torch.float64)
+    def __init__(self, layout: Layout, experts: Tensor, rows: int) -> None:
+        self.layout, tasks = layout, len(layout.tasks)
+        self.binary = {task.name: index for index, task in enumerate(layout.tasks) if task.kind == "binary"}
+        self.counts = torch.zeros(tasks, 2, BINS, dtype=torch.float64)
+        self.rows = torch.zeros(tasks, 2, dtype=torch.float64)
+        self.loss = torch.zeros(tasks, 2, dtype=torch.float64)
+        self.calibration = torch.zeros(tasks, 2, dtype=torch.float64)  # of predictions and labels
         self.utilisation = UtilisationSums(experts)
-        self.own_labels = OwnLabels(layout, max(rows, 1))
+        self._one_in = np.uint64(-(-max(rows, 1) // ROWS_KEPT))
+        # Of a batch: users (B,), and logits and labels (B, T), NaN where unobserved.
+        self._users: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
 
-    def add(self, outputs: Outputs, batch: Batch, counted: Tensor | None = None) -> None:
+    def add(self, outputs: Outputs, batch: Batch, counted: Tensor) -> None:
         """Adds a batch that was scored without placement, its tasks in the order of the layout.
 
         outputs: on any device; batch: in main memory, as all is but what gates did; counted: (B,) bool, the rows with a
-        label, on the device of the outputs. None where that is the batch's.
+        label, on the device of the outputs.
         """
-        self.utilisation.add(outputs, batch.observed.any(1) if counted is None else counted)
-        logits = outputs.logits.cpu()
-        losses = row_losses(logits, batch.labels, self.layout.tasks) * batch.observed
+        self.utilisation.add(outputs, counted)
+        logits, labels, own = outputs.logits.cpu(), batch.labels, batch.observed
+        losses = row_losses(logits, labels, self.layout.tasks) * batch.observed
         weighted = losses if batch.weights is None else losses * batch.weights[:, None]
-        self.loss[:, 0] += weighted.double().sum(0)
-        self.loss[:, 1] += batch.observed_weights.double()
-        own = batch.observed
+        self.loss += torch.stack([weighted.double().sum(0), batch.observed_weights.double()], dim=1)
         if self.layout.outcomes:  # of a task with `given`, the rows in which the given one came true
             own = own.clone()
             for given, task in self.layout.outcomes.values():
-                own[:, task] &= batch.labels[:, given] == 1
-        self.own_labels.add(logits, batch, own)
-        _count(self.counts, self.rows, logits, batch.labels, own, batch.weights)
+                own[:, task] &= labels[:, given] == 1
+        _count(self.counts, self.rows, logits, labels, own, batch.weights)
+        weights = own if batch.weights is None else own * batch.weights.double()[:, None]
+        predicted = weights * logits.double().sigmoid()
+        self.calibration += torch.stack([predicted.sum(0), (weights * labels.double()).sum(0)], dim=1)
+        if batch.users is not None:
+            users, seen = batch.users.numpy(), torch.where(own, labels.double(), torch.nan).numpy()
+            # The upper half of the hash: the lower one may be in use elsewhere.
+            chosen = (users.view(np.uint64) >> np.uint64(32)) % self._one_in == 0
+            self._users.append((users[chosen], logits.float().numpy()[chosen], seen[chosen]))
+
+    def exchange(self, device: torch.device) -> None:
+        """Makes the sums those of all ranks: a collective call."""
+        for total in (self.counts, self.rows, self.loss, self.calibration, self.utilisation.sums):
+            _add_up(total, device)
+        parts: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(parts, self._users)
+        self._users = [each for part in parts for each in part]
 
     def result(self) -> Validation:
         """The validation of all rows that were added. Raises UserError where no label was observed."""
         if self.utilisation.sums[-1] == 0:
             raise UserError("no row of the validation split has an observed label; move `split.validation_end`")
-        tasks, loss = self.layout.tasks, self.loss
-        means = {task.learnt_from: float(loss[t, 0] / loss[t, 1]) for t, task in enumerate(tasks) if loss[t, 1] > 0}
-        counts = self.counts.numpy()
-        binary = [(t, task.name) for t, task in enumerate(tasks) if task.kind == "binary"]
-        areas = {name: float(auc_of_counts(counts[t, 1], counts[t, 0])) for t, name in binary}
+        losses = zip(self.layout.tasks, self.loss.tolist(), strict=True)
+        counts, sums = self.counts.numpy(), self.calibration
+        areas = {name: float(auc_of_counts(counts[t, 1], counts[t, 0])) for name, t in self.binary.items()}
         return Validation(
-            means,
+            {task.learnt_from: total / weight for task, (total, weight) in losses if weight > 0},
             {name: area for name, area in areas.items() if not math.isnan(area)},
             self.utilisation.result(),
-            self.own_labels.gauc(),
-            self.own_labels.calibration(),
-            {name: int(self.rows[t].min()) for t, name in binary},
+            self._gauc(),
+            {name: float(sums[t, 0] / sums[t, 1]) for name, t in self.binary.items() if sums[t, 1] > 0},
+            {name: int(self.rows[t].min()) for name, t in self.binary.items()},
         )
+
+    def _gauc(self) -> dict[str, float]:
+        """Task -> mean AUC of users weighted by their rows; not where no user has both labels."""
+        if not self._users:
+            return {}
+        users, logits, labels = (np.concatenate(each) for each in zip(*self._users, strict=True))
+        means = {}
+        for name, task in self.binary.items():
+            seen = ~np.isnan(labels[:, task])
+            distinct, user = np.unique(users[seen], return_inverse=True)
+            label = labels[seen, task]
+            areas = grouped_auc(user, logits[seen, task], label, 1 - label, len(distinct))
+            both = ~np.isnan(areas)
+            if both.any():
+                means[name] = float(np.average(areas[both], weights=np.bincount(user)[both]))
+        return means
 
 
 @torch.no_grad()
@@ -140,9 +175,7 @@ def validate(
         batch = each.to(device, non_blocking=True)
         sums.add(model(batch), each, batch.observed.any(1))
     model.train()
-    for total in (sums.counts, sums.rows, sums.loss, sums.utilisation.sums):
-        _add_up(total, device)
-    sums.own_labels.exchange(device)
+    sums.exchange(device)
     return sums.result()
 
 
@@ -222,63 +255,3 @@ def warnings_of(best: Validation, calibrated: Collection[str] = ()) -> list[str]
                 "train longer (training.epochs, a smaller batch_size), or correct them by training.calibration"
             )
     return found
-
-
-# What validation says of binary tasks besides loss and AUC: calibration and GAUC, over the rows of a task's own label.
-#
-# GAUC needs the rows of a user side by side, wherever they were scored: all ranks exchange them. Where there are more
-# than ROWS_KEPT, GAUC is that of a share of the users, drawn by a hash of their ids.
-
-
-ROWS_KEPT = 1_000_000
-
-
-class OwnLabels:
-    """Adds up batches of this rank; `exchange` makes them those of all ranks. rows: of all ranks."""
-
-    def __init__(self, layout: Layout, rows: int) -> None:
-        self._binary = [index for index, task in enumerate(layout.tasks) if task.kind == "binary"]
-        self._names = [layout.tasks[index].name for index in self._binary]
-        self._one_in = np.uint64(-(-rows // ROWS_KEPT))
-        self._sums = torch.zeros(len(self._binary), 2, dtype=torch.float64)  # of predictions and labels
-        # Of a batch: users (B,), and logits and labels (B, T) of the binary tasks, NaN where unobserved.
-        self._kept: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
-
-    def add(self, logits: Tensor, batch: Batch, own: Tensor) -> None:
-        """logits (B, T) and own (B, T) bool, the rows of each task's own label; all in main memory."""
-        logits, labels, known = (each[:, self._binary].double() for each in (logits, batch.labels, own))
-        weights = known if batch.weights is None else known * batch.weights.double()[:, None]
-        self._sums += torch.stack([(weights * logits.sigmoid()).sum(0), (weights * labels).sum(0)], dim=1)
-        if batch.users is not None:
-            users, seen = batch.users.numpy(), torch.where(known > 0, labels, torch.nan).numpy()
-            # The upper half of the hash: the lower one may be in use elsewhere.
-            chosen = (users.view(np.uint64) >> np.uint64(32)) % self._one_in == 0
-            self._kept.append((users[chosen], logits.numpy().astype(np.float32)[chosen], seen[chosen]))
-
-    def exchange(self, device: torch.device) -> None:
-        """Exchanges sums and users over all ranks: a collective call."""
-        _add_up(self._sums, device)
-        parts: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(parts, self._kept)
-        self._kept = [each for part in parts for each in part]
-
-    def calibration(self) -> dict[str, float]:
-        """Task -> sum of predictions / sum of labels, both weighted as the loss; not where no label is 1."""
-        pairs = zip(self._names, self._sums.tolist(), strict=True)
-        return {name: predicted / labels for name, (predicted, labels) in pairs if labels > 0}
-
-    def gauc(self) -> dict[str, float]:
-        """Task -> mean AUC of users weighted by their rows; not where no user has both labels."""
-        if not self._kept:
-            return {}
-        users, logits, labels = (np.concatenate(each) for each in zip(*self._kept, strict=True))
-        found = {}
-        for task, name in enumerate(self._names):
-            seen = ~np.isnan(labels[:, task])
-            distinct, user = np.unique(users[seen], return_inverse=True)
-            label = labels[seen, task]
-            areas = grouped_auc(user, logits[seen, task], label, 1 - label, len(distinct))
-            both = ~np.isnan(areas)
-            if both.any():
-                found[name] = float(np.average(areas[both], weights=np.bincount(user)[both]))
-        return found
