@@ -6,8 +6,8 @@ saved as JSON inside a served model. Code that only reads rows takes the plain `
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, TypeVar
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.layout import Layout, Table, TaskOutput
@@ -15,6 +15,8 @@ from mmoe_rec.settings.columns import CHOICES
 
 if TYPE_CHECKING:
     from mmoe_rec.settings.sections import Settings
+
+T = TypeVar("T", Table, TaskOutput)
 
 
 @dataclass(frozen=True)
@@ -65,15 +67,12 @@ class ModelLayout(Layout):
 
     def of_rows(self) -> Layout:
         """The layout of the rows alone."""
-        return Layout(
-            tables=tuple(Table(each.name, each.rows, feature=each.feature) for each in self.tables),
-            ids=self.ids,
-            dense=self.dense,
-            tasks=tuple(
-                TaskOutput(each.name, each.kind, mean=each.mean, deviation=each.deviation, given=each.given)
-                for each in self.tasks
-            ),
-        )
+
+        def plain(kind: type[T], of: T) -> T:
+            return kind(**{each.name: getattr(of, each.name) for each in fields(kind)})
+
+        tables, tasks = (plain(Table, each) for each in self.tables), (plain(TaskOutput, each) for each in self.tasks)
+        return Layout(tuple(tables), self.ids, self.dense, tuple(tasks))
 
     def table(self, name: str) -> EmbeddingTable:
         """The table of that name."""

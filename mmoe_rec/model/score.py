@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor
 from torch.nn import functional
 
@@ -140,13 +141,8 @@ class Calibration:
 
     @staticmethod
     def from_dict(tree: Mapping[str, Any]) -> Calibration:
-        """The calibration that `to_dict` gave. Raises KeyError, TypeError or ValueError for anything else."""
-        return Calibration(
-            {
-                name: TaskCalibration(tuple(each["logits"]), tuple(each["calibrated"]), each["slope"])
-                for name, each in tree.items()
-            }
-        )
+        """The calibration that `to_dict` gave. Raises ValueError for anything else."""
+        return Calibration(TypeAdapter(dict[str, TaskCalibration]).validate_python(tree))
 
 
 UNCALIBRATED = Calibration()
