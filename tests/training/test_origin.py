@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +36,6 @@ def test_a_training_may_go_on_with_its_tables_in_another_way() -> None:
     """Results differ by rounding alone, and trainings begun by a version without this setting have none."""
     assert origin().difference(origin("training.tables", "torch")) is None
     assert "tables" not in {**fixed_settings(settings()), **result_settings(settings())}["training"]
-
-
-def test_what_a_file_holds_is_the_same() -> None:
-    for each in (origin(), replace(origin(), start=None)):
-        again = Origin.from_dict(json.loads(json.dumps(asdict(each))))
-        assert again == each
-        assert each.difference(again) is None
 
 
 @pytest.mark.parametrize(
