@@ -273,6 +273,8 @@ def check_names(uri: str, model: str, alias: str) -> None:
     given = f"'tracking.registered_model' (by default the settings' `name`) '{model}' with 'tracking.alias' '{alias}'"
     if not re.fullmatch(r"[^/:?#]+", model) or not alias or _parse(f"models:/{model}@{alias}")[:2] != (model, alias):
         raise UserError(f"{given}: 'models:/{model}@{alias}' would not be the address of this model; rename one")
+    if re.fullmatch(r"latest|v\d+", alias, re.IGNORECASE):
+        raise UserError(f"{given}: MLflow keeps this alias for itself; choose another one")
     from mlflow.exceptions import MlflowException
 
     make_store(uri)
