@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,7 +28,7 @@ from mmoe_rec.settings import model as section
 from mmoe_rec.training.losses import masked_loss
 from mmoe_rec.training.ranks import process_group
 from tests.model.examples import LAYOUT, random_rows, small_model
-from tests.training.learnable import LAYOUTS, write_prepared
+from tests.training.learnable import LAYOUTS, trained, write_prepared
 from tests.training.test_host_waits import CASES, changes, steps_of
 
 pytestmark = [
@@ -87,7 +88,7 @@ def test_the_host_waits_once_a_step() -> None:
     layout = LAYOUTS["no ids"]
     with process_group(GPU):
         model = small_model(PlainTables(layout), layout, **changes("top_k")).to(GPU).train()
-        steps = steps_of(model, layout, GPU, bf16=True, weight=0.1, z_weight=0.1, bias_rate=0.1)
+        steps = steps_of(model, layout, GPU, bf16=True)
         batch = batch_of(layout).pin_memory()
         for _ in range(3):
             assert steps.next(iter([batch]), 1.0) is not None
@@ -157,3 +158,22 @@ def test_evaluation_and_calibration_follow_the_model(tmp_path: Path) -> None:
     np.testing.assert_allclose(gpu.predictions, cpu.predictions, atol=1e-3, rtol=1e-3)
     np.testing.assert_allclose(gpu.score, cpu.score, atol=1e-2, rtol=1e-2)
     torch.testing.assert_close(gpu.experts.weights, cpu.experts.weights, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_gpu_trains_as_a_cpu(tmp_path: Path, precision: str) -> None:
+    """Under nccl, by the whole loop."""
+    prepared = write_prepared(tmp_path / "data", LAYOUT)
+    cpu = trained(prepared, tmp_path / "cpu").result
+    gpu = trained(prepared, tmp_path / "gpu", device=GPU, precision=precision)
+    assert cpu.best is not None
+    assert gpu.result.best is not None
+    assert "rank 0" in gpu.result.plan
+    assert all(math.isfinite(value) for _, metrics in gpu.logged for value in metrics.values())
+    for task, area in cpu.best.auc.items():
+        assert area > 0.7
+        assert gpu.result.best.auc[task] == pytest.approx(area, abs=0.01 if precision == "fp32" else 0.03)
+    for task, loss in cpu.best.loss.items():
+        assert gpu.result.best.loss[task] == pytest.approx(loss, rel=0.05)
+    weights = gpu.model().state_dict()
+    assert all(weight.isfinite().all() for weight in weights.values())

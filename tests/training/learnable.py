@@ -153,7 +153,7 @@ def layout_of(prepared: Prepared) -> ModelLayout:
 
 
 @dataclass
-class Trained:
+class SmallTraining:
     """A training's result, its checkpoint, and what it logged: (step, metrics)."""
 
     prepared: Prepared
@@ -176,7 +176,7 @@ def plain_model(layout: ModelLayout, checkpoint: Path, model: Model = MODEL) -> 
 
 def trained(
     prepared: Prepared, checkpoint: Path, model: Model = MODEL, device: torch.device = CPU, **changes: object
-) -> Trained:
+) -> SmallTraining:
     """Trains on one rank; `changes` replace those of `TRAINING`."""
     logged: list[tuple[int, dict[str, float]]] = []
     with process_group(device):
@@ -189,7 +189,7 @@ def trained(
             checkpoint,
             lambda metrics, step: logged.append((step, metrics)),
         ).run()
-    return Trained(prepared, result, result.best_checkpoint, logged, model)
+    return SmallTraining(prepared, result, result.best_checkpoint, logged, model)
 
 
 def scores(model: RankingModel, prepared: Prepared, split: str = "validation") -> tuple[np.ndarray, np.ndarray]:
