@@ -49,27 +49,25 @@ def train(
 ) -> TrainingResult:
     """Trains on one rank, or goes on from the folder's last checkpoint; `at` is called after every step."""
     with process_group(CPU):
-        return train_in_group(prepared, folder, at, model, **changes)
+        return trainer(prepared, folder, at, model, **changes).run()
 
 
-def train_in_group(
-    prepared: Prepared, folder: Path, at: Watch | None, model: Model, **changes: object
-) -> TrainingResult:
-    """The same on each of the ranks that have joined."""
+def trainer(prepared: Prepared, folder: Path, at: Watch | None, model: Model, **changes: object) -> Trainer:
+    """The same on each of the ranks that have joined, before its first step."""
     settings = TRAINING.model_copy(update=CHANGES | changes)
-    trainer = Trainer(
+    one = Trainer(
         prepared, layout_of(prepared), model, settings, CPU, folder, lambda *_: None, resume=latest_checkpoint(folder)
     )
-    step = trainer._step
+    step = one._step
 
     def watched(*arguments: object) -> bool | None:
         stopping = step(*arguments)  # type: ignore[arg-type]
         if at is not None and stopping is not None:
-            at(trainer)
+            at(one)
         return stopping
 
-    trainer._step = watched  # type: ignore[method-assign]
-    return trainer.run()
+    one._step = watched  # type: ignore[method-assign]
+    return one
 
 
 def train_on_rank(
@@ -79,7 +77,7 @@ def train_on_rank(
     with join(rank, world, port):
         for folder, model, last in jobs:
             try:
-                train_in_group(prepared, folder, None if last is None else crash(last), model)
+                trainer(prepared, folder, None if last is None else crash(last), model).run()
             except CrashError:
                 assert last is not None
             torch.distributed.barrier()

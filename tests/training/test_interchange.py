@@ -15,15 +15,14 @@ from torch import Tensor
 from mmoe_rec.preprocessing.prepare import Prepared
 from mmoe_rec.training import loop, sharding
 from mmoe_rec.training import tables as tables_module
-from mmoe_rec.training.checkpoint import latest_checkpoint
 from mmoe_rec.training.loop import Trainer
 from mmoe_rec.training.ranks import process_group
 from tests.model.examples import LAYOUT
-from tests.training.learnable import CPU, MODEL, TRAINING, layout_of, plain_model, write_prepared
-from tests.training.resuming import CHANGES, CrashError, crash
+from tests.training.learnable import CPU, MODEL, layout_of, plain_model, write_prepared
+from tests.training.resuming import CrashError, Watch, crash, trainer
 
 STEPS = 40
-SOME = {**CHANGES, "epochs": 1, "checkpoint_steps": 15, "validations_per_epoch": 1, "batch_size": 300}
+SOME: dict[str, Any] = {"epochs": 1, "checkpoint_steps": 15, "validations_per_epoch": 1, "batch_size": 300}
 Place = Callable[[], Any]
 
 
@@ -45,26 +44,15 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
 
 
 @contextmanager
-def trainer(prepared: Prepared, folder: Path, place: str) -> Iterator[Trainer]:
-    """That of a training that begins, or goes on from the folder's last checkpoint."""
-    way = "auto" if place == "without" else place
+def begun(prepared: Prepared, folder: Path, place: str, at: Watch | None = None) -> Iterator[Trainer]:
+    """The trainer of a training that begins, or goes on from the folder's last checkpoint."""
     with PLACES[place](), process_group(CPU):
-        settings = TRAINING.model_copy(update={**SOME, "tables": way})
-        layout = layout_of(prepared)
-        yield Trainer(prepared, layout, MODEL, settings, CPU, folder, lambda *_: None, resume=latest_checkpoint(folder))
+        yield trainer(prepared, folder, at, MODEL, **SOME, tables="auto" if place == "without" else place)
 
 
 def begin(prepared: Prepared, folder: Path, place: str) -> None:
     """Trains until after the first checkpoint."""
-    with trainer(prepared, folder, place) as one:
-        step = one._step
-
-        def watched(*arguments: Any) -> bool | None:
-            stopping = step(*arguments)
-            crash(20)(one)
-            return stopping
-
-        one._step = watched  # type: ignore[method-assign]
+    with begun(prepared, folder, place, crash(20)) as one:
         with pytest.raises(CrashError):
             one.run()
         one.checkpoints.wait()
@@ -83,7 +71,7 @@ def state(one: Trainer) -> dict[str, Tensor]:
 
 def trained(prepared: Prepared, folder: Path, place: str) -> dict[str, Tensor]:
     """The weights of a training that comes to its end there."""
-    with trainer(prepared, folder, place) as one:
+    with begun(prepared, folder, place) as one:
         found = one.run()
         assert found.steps == STEPS
         return plain_model(layout_of(prepared), found.best_checkpoint, MODEL).state_dict()
@@ -114,9 +102,9 @@ def test_a_training_goes_on_in_another_way(
     prepared: Prepared, tmp_path: Path, whole: dict[str, Tensor], first: str, then: str
 ) -> None:
     begin(prepared, tmp_path, first)
-    with trainer(prepared, tmp_path, first) as one:
+    with begun(prepared, tmp_path, first) as one:
         before = state(one)
-    with trainer(prepared, tmp_path, then) as one:
+    with begun(prepared, tmp_path, then) as one:
         assert one.result.steps == 15
         after = state(one)
     assert before.keys() == after.keys()
