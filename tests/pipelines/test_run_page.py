@@ -93,7 +93,7 @@ def test_digests_follow_log_and_split(world: World) -> None:
     assert data_sets(settings, manifest, "test") == [mine]
     (other,) = data_sets(settings, manifest | {"digest": "other"}, "test")
     later = load_settings(world.folder / "first.yaml", ["--split.test_end", "2024-03-09"])
-    assert len({mine.digest, other.digest, data_sets(later, manifest, "test")[0].digest}) == 3
+    assert len({each["digest"] for each in (mine, other, *data_sets(later, manifest, "test"))}) == 3
 
 
 def test_charts_have_sections(run: mlflow.entities.Run) -> None:
