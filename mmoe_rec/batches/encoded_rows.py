@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -23,17 +24,13 @@ ADVICE = "run mmoe-rec features again"
 
 @dataclass(frozen=True)
 class Rows:
-    """N encoded rows with their labels: inputs that have one id a row are one array.
+    """N encoded rows with their labels.
 
-    names, ids: of these inputs, (F, N) int64; lists: the inputs with any number of ids a row; labels: (N, T) float32,
-    or float64 where a task is a regression, NaN is unobserved; weights: (N,) float32, see `weights_of`; users: (N,)
-    int64, a hash of each row's user, where they are read.
+    labels: (N, T) float32, or float64 where a task is a regression, NaN is unobserved; weights: (N,) float32, see
+    `weights_of`; users: (N,) int64, a hash of each row's user, where they are read.
     """
 
-    names: tuple[str, ...]
-    ids: np.ndarray
-    lists: dict[str, Ragged]
-    dense: np.ndarray
+    encoded: Encoded
     labels: np.ndarray
     weights: np.ndarray | None = None
     users: np.ndarray | None = None
@@ -41,38 +38,29 @@ class Rows:
     def __len__(self) -> int:
         return len(self.labels)
 
-    @property
-    def encoded(self) -> Encoded:
-        """All inputs, as views."""
-        return Encoded({**dict(zip(self.names, self.ids, strict=True)), **self.lists}, self.dense)
-
     def slice(self, start: int, stop: int) -> Rows:
         """Rows start to stop (exclusive, at most N), as views."""
-        lists = {name: each.slice(start, stop) for name, each in self.lists.items()}
-        return self._with(self.ids[:, start:stop], lists, lambda part: part[start:stop])
+        return self._with(self.encoded.slice(start, stop), lambda part: part[start:stop])
 
     def take(self, rows: np.ndarray) -> Rows:
         """The given rows, in the given order, as copies."""
-        lists = {name: each.take(rows) for name, each in self.lists.items()}
-        return self._with(self.ids.take(rows, axis=1), lists, lambda part: part[rows])
+        return self._with(self.encoded.take(rows), lambda part: part[rows])
 
-    def _with(self, ids: np.ndarray, lists: dict[str, Ragged], change: Callable[[np.ndarray], np.ndarray]) -> Rows:
-        weights = None if self.weights is None else change(self.weights)
-        users = None if self.users is None else change(self.users)
-        return Rows(self.names, ids, lists, change(self.dense), change(self.labels), weights, users)
+    def _with(self, encoded: Encoded, change: Callable[[np.ndarray], np.ndarray]) -> Rows:
+        weights, users = (None if each is None else change(each) for each in (self.weights, self.users))
+        return Rows(encoded, change(self.labels), weights, users)
 
     @staticmethod
     def concatenate(parts: Sequence[Rows]) -> Rows:
         """The rows of all parts (at least one), in order, as copies."""
-        first = parts[0]
-        lists = {name: join([part.lists[name] for part in parts]) for name in first.lists}
+        ids: dict[str, np.ndarray | Ragged] = {}
+        for name, first in parts[0].encoded.ids.items():
+            columns: Any = [part.encoded.ids[name] for part in parts]
+            ids[name] = join(columns) if isinstance(first, Ragged) else np.concatenate(columns)
         weights = [part.weights for part in parts if part.weights is not None]
         users = [part.users for part in parts if part.users is not None]
         return Rows(
-            first.names,
-            np.concatenate([part.ids for part in parts], axis=1),
-            lists,
-            np.concatenate([part.dense for part in parts]),
+            Encoded(ids, np.concatenate([part.encoded.dense for part in parts])),
             np.concatenate([part.labels for part in parts]),
             *(np.concatenate(each) if each else None for each in (weights, users)),
         )
@@ -186,11 +174,7 @@ class EncodedRows:
         weights = weights_of(table.select(self.weighing(self._weighted)))
         weights = None if weights is None else weights.astype(np.float32)
         users = hash_column(one_array(table.column("user"))).view(np.int64) if self._with_users else None
-        encoded = Encoded.from_arrow(table, self.layout)
-        lists = {name: each for name, each in encoded.ids.items() if isinstance(each, Ragged)}
-        single = {name: each for name, each in encoded.ids.items() if not isinstance(each, Ragged)}
-        ids = np.stack(list(single.values())) if single else np.empty((0, len(encoded)), np.int64)
-        return Rows(tuple(single), ids, lists, encoded.dense, labels, weights, users)
+        return Rows(Encoded.from_arrow(table, self.layout), labels, weights, users)
 
 
 _WEIGHTS = {"weight": pa.float64(), "sampling_rate": pa.float32()}
