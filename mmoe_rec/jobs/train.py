@@ -18,7 +18,7 @@ from mmoe_rec.settings.sections import Settings
 from mmoe_rec.tracking import registry, runs
 from mmoe_rec.tracking.client import hide_password
 from mmoe_rec.tracking.runs import Run
-from mmoe_rec.training.fbgemm import note, torchrec_installed
+from mmoe_rec.training.fbgemm import torchrec_installed
 from mmoe_rec.training.origin import result_settings
 
 if TYPE_CHECKING:
@@ -115,7 +115,10 @@ def _log_start(run: Run, workspace: Workspace) -> None:
     if workspace.first:
         say(f"MLflow run: {run.address}")
         if not torchrec_installed():
-            say(note())
+            say(
+                "tables are trained by plain PyTorch in one process, since torchrec (fbgemm) is not installed: "
+                "`mmoe-rec doctor` says what to type for sharded tables"
+            )
     sections = {"model", "training", "split", "data", "evaluation", "serving"}
     tags = {"data.digest": manifest["digest"], "features.fingerprint": manifest["fingerprint"]}
     tags["data.files_left_out"] = len(manifest["left_out"])  # which and why is in data.json

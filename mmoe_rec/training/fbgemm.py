@@ -25,12 +25,13 @@ def torchrec_installed() -> bool:
     try:
         for name in _PARTS:
             importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] in _PARTS:
-            return False
-        raise _does_not_load(error) from error
     except (ImportError, OSError, AttributeError) as error:
-        raise _does_not_load(error) from error
+        if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] in _PARTS:
+            return False
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+        raise UserError(
+            f"torchrec and fbgemm are installed, but do not load ({reason}): mmoe-rec doctor says what to type"
+        ) from error
     return True
 
 
@@ -41,21 +42,6 @@ def require_torchrec(what: str, instead: str = "") -> None:
             f"{what} needs torchrec and fbgemm, which are not installed; they come with the extra cpu or cuda, and "
             f"`mmoe-rec doctor` says what to type{instead and f'; or {instead}'}"
         )
-
-
-def note() -> str:
-    """What a training without torchrec says of its tables."""
-    return (
-        "tables are trained by plain PyTorch in one process, since torchrec (fbgemm) is not installed: "
-        "`mmoe-rec doctor` says what to type for sharded tables"
-    )
-
-
-def _does_not_load(error: Exception) -> UserError:
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
-    return UserError(
-        f"torchrec and fbgemm are installed, but do not load ({reason}): mmoe-rec doctor says what to type"
-    )
 
 
 # fbgemm asks the library cpuinfo what the processor can do: code in torch's libc10 finds out, and fbgemm reads the
