@@ -46,13 +46,12 @@ class ShardedModel:
 
     model: torchrec's DistributedModelParallel, or `OneProcess`, called with a `Batch`; table_optimizer: its fused
     row-wise Adagrad, which updates the tables within the backward pass and takes its learning rate from `param_groups`
-    at `zero_grad()` and `step()`; plan: a line for each table, how and where it is stored; way: as in `list_ways`.
+    at `zero_grad()` and `step()`; plan: a line for each table, how and where it is stored.
     """
 
     model: Any
     table_optimizer: Any
     plan: str
-    way: Way
 
     @property
     def pipelined(self) -> bool:
@@ -98,7 +97,7 @@ def shard(
         one = OneProcess(model)
         _fill_tables(one, layout, first_rows)
         lines = [f"{table.name}: one process ({table.rows:,} rows)" for table in used_tables(layout)]
-        return ShardedModel(one, RowWiseAdagrad(tables, table_learning_rate), "\n".join(lines), "torch")
+        return ShardedModel(one, RowWiseAdagrad(tables, table_learning_rate), "\n".join(lines))
 
     from torchrec.distributed.model_parallel import DistributedModelParallel
     from torchrec.distributed.types import ShardingPlan
@@ -122,7 +121,7 @@ def shard(
     if alone and plan.plan:
         look_up_directly(parallel)
     _fill_tables(parallel, layout, first_rows)
-    return ShardedModel(parallel, parallel.fused_optimizer, describe_plan(plan), way)
+    return ShardedModel(parallel, parallel.fused_optimizer, describe_plan(plan))
 
 
 def _plan(model: nn.Module, layout: ModelLayout, device: torch.device, batch_size: int) -> Any:
