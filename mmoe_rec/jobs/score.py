@@ -184,7 +184,7 @@ class _Scoring:
         from mmoe_rec.devices import limit_threads
 
         folder, scratch = self.out.known, self.out.work / "scratch"
-        steps, ready = Steps(self.logs, {"scored": self.window}, scratch), folder / "ready.json"
+        steps, ready = Steps(self.logs, {"scored": self.window}, scratch), folder / "facts.json"
         if ready.is_file():
             facts: dict[str, Any] = json.loads(ready.read_text(encoding="utf-8"))
             return steps.parts, facts
@@ -221,7 +221,7 @@ class _Scoring:
             version=self.constants["model_version"],
             products=facts["products"],
             reader=kept_reader(self.out.known, self.logs.log),
-            results=kept_results(self.out.known, parts) if self.as_of == "log" else None,
+            results=kept_results(self.out.known, self.logs.log) if self.as_of == "log" else None,
             window=self.window,
             labels_known_by=facts["last"] if self.labels else None,
             learnt=self.learnt,

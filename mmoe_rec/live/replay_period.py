@@ -81,7 +81,7 @@ def read_period(logs: Logs, pipeline: FeaturePipeline, window: tuple[int, int], 
         steps.keep(known)
     logs = steps.logs  # without bad files, where those are skipped
     reader = kept_reader(known, logs.log)
-    results = ResultReader(kept_results(known, steps.parts), list(pipeline.key_groups))
+    results = ResultReader(kept_results(known, logs.log), list(pipeline.key_groups))
     parts = [
         (numbers, LogRows(rows.table, pipeline.schema, rows.results))
         for part in steps.parts

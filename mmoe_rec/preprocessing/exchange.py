@@ -3,9 +3,7 @@
 Senders write one Arrow IPC file each, with a record batch for every receiver in each turn; a receiver reads its batches
 of all files. So what is exchanged never has to fit into memory, and workers need nothing in common but a folder.
 
-What counters and histories say of rows, as it is exchanged: by block of rows, a table of each group of them.
-
-A list that many rows in a row share, as the candidates of a request share their user's history, is sent once: null
+Results of counters and histories are exchanged by block of rows, a table of each group of them. A list that many rows in a row share, as the candidates of a request share their user's history, is sent once: null
 stands for the list of the row before.
 """
 
@@ -23,7 +21,6 @@ import pyarrow as pa
 import pyarrow.types as pt
 
 from mmoe_rec.features.encoder import Results
-from mmoe_rec.log.reader import LogPart
 from mmoe_rec.point_in_time.arrays import Ragged, SharedRagged, join_tables, one_array
 
 Sender = tuple[int, int]
@@ -120,51 +117,24 @@ def key_range(partition: int, partitions: int) -> tuple[int, int]:
     return tuple((-(-number * 2**32 // partitions)) << 32 for number in (partition, partition + 1))  # type: ignore
 
 
-ROWS_PER_BLOCK = 131_072  # about
-
-
-@dataclass(frozen=True)
-class Blocks:
-    """Blocks of rows by the number of their first row, rising from 0, and the number of all rows."""
-
-    starts: np.ndarray
-    rows: int
-
-    @staticmethod
-    def of(parts: Sequence[LogPart]) -> Blocks:
-        """A block is a part of the log, or one of the equal pieces of a part that is large."""
-        pieces = [-(-part.rows // max(1, round(part.rows / ROWS_PER_BLOCK))) for part in parts]
-        starts = [np.arange(p.start, p.start + p.rows, rows) for p, rows in zip(parts, pieces, strict=True)]
-        return Blocks(np.concatenate([np.empty(0, np.int64), *starts]), sum(part.rows for part in parts))
-
-    def __len__(self) -> int:
-        return len(self.starts)
-
-    def holding(self, rows: np.ndarray) -> np.ndarray:
-        """(N,) int64 block of each row."""
-        return np.searchsorted(self.starts, rows, side="right") - 1
-
-    def size(self, block: int) -> int:
-        """Rows of a block."""
-        end = self.starts[block + 1] if block + 1 < len(self.starts) else self.rows
-        return int(end - self.starts[block])
+ROWS_PER_BLOCK = 131_072
 
 
 @dataclass(frozen=True)
 class ResultExchange:
-    """Where results lie in a build's folder: by block of rows."""
+    """Where results lie in a build's folder: by block of `ROWS_PER_BLOCK` of the log's `rows`."""
 
     folder: Path
-    blocks: Blocks
+    rows: int
 
     @property
     def exchange(self) -> Exchange:
         """The exchange, whose receivers are blocks."""
-        return Exchange(self.folder, len(self.blocks))
+        return Exchange(self.folder, -(-self.rows // ROWS_PER_BLOCK))
 
     def send(self, group: str, sender: Sender, rows: np.ndarray, results: Results) -> None:
         """Sends a group's results for (N,) rising row numbers."""
-        block = self.blocks.holding(rows)
+        block = rows // ROWS_PER_BLOCK
         columns = {"row": pa.array(rows)}
         for name, each in results.items():
             columns[name] = _lists(each, block) if isinstance(each, SharedRagged) else pa.array(each)
@@ -173,9 +143,9 @@ class ResultExchange:
     def receive(self, groups: Sequence[str], block: int) -> Results:
         """What was sent to a block, at the place of each row; rows without a result hold any value."""
         results: dict[str, np.ndarray | SharedRagged] = {}
+        start = block * ROWS_PER_BLOCK
         for group in groups:
-            tables = list(self.exchange.receive(group, block))
-            results |= _by_row(tables, int(self.blocks.starts[block]), self.blocks.size(block))
+            results |= _by_row(list(self.exchange.receive(group, block)), start, min(ROWS_PER_BLOCK, self.rows - start))
         return results
 
 
@@ -200,21 +170,13 @@ class ResultReader:
 
     def of(self, first: int, wanted: np.ndarray) -> Results:
         """Results for the rows from number `first` of the log on that are `wanted`, (N,) bool with any true."""
-        rows = first + np.flatnonzero(wanted)
-        holding = self._results.blocks.holding(rows)
+        block, place = np.divmod(first + np.flatnonzero(wanted), ROWS_PER_BLOCK)
         parts = []
-        for block in range(holding[0], holding[-1] + 1):
-            inside = rows[np.searchsorted(holding, block) : np.searchsorted(holding, block + 1)]
-            if len(inside):
-                parts.append(take(self._load(block), inside - self._results.blocks.starts[block]))
-        return (
-            parts[0] if len(parts) == 1 else {name: join_results([part[name] for part in parts]) for name in parts[0]}
-        )
-
-    def _load(self, block: int) -> Results:
-        if block != self._block:
-            self._block, self._loaded = block, self._results.receive(self._groups, block)
-        return self._loaded
+        for number in np.unique(block).tolist():
+            if number != self._block:
+                self._block, self._loaded = number, self._results.receive(self._groups, number)
+            parts.append(take(self._loaded, place[block == number]))
+        return {name: join_results([part[name] for part in parts]) for name in parts[0]}
 
 
 def _by_row(tables: Sequence[pa.Table], start: int, rows: int) -> Results:
@@ -253,5 +215,7 @@ def take(results: Results, rows: np.ndarray) -> Results:
 
 def join_results(parts: Sequence[np.ndarray | SharedRagged]) -> np.ndarray | SharedRagged:
     """One counter's or history's results of several blocks of rows, one after the other."""
+    if len(parts) == 1:
+        return parts[0]
     lists = [part for part in parts if isinstance(part, SharedRagged)]
     return SharedRagged.join(lists) if lists else np.concatenate([np.asarray(part) for part in parts])

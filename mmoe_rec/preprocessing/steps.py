@@ -30,7 +30,7 @@ from mmoe_rec.point_in_time.join import Window
 from mmoe_rec.preprocessing.checks import check_duplicates, check_readings, check_requests, check_times
 from mmoe_rec.preprocessing.count import CountJob, LogCounts, count_part
 from mmoe_rec.preprocessing.engines import Engine, open_engine
-from mmoe_rec.preprocessing.exchange import DUPLICATES, Blocks, Exchange, ResultExchange, events_of, look_ups_of
+from mmoe_rec.preprocessing.exchange import DUPLICATES, Exchange, ResultExchange, events_of, look_ups_of
 from mmoe_rec.preprocessing.logs import Logs
 from mmoe_rec.preprocessing.look_up import LookUpJob, Partition, load_pipeline, look_up_partition
 from mmoe_rec.preprocessing.requests import Requests, find_requests
@@ -49,9 +49,9 @@ def kept_reader(folder: Path, log: Log) -> LogReader:
     return replace(log.reader, first_times=path if path.exists() else None)
 
 
-def kept_results(folder: Path, parts: Sequence[LogPart]) -> ResultExchange:
+def kept_results(folder: Path, log: Log) -> ResultExchange:
     """What counters and histories knew of the rows, see `Steps.keep`."""
-    return ResultExchange(folder / _RESULTS, Blocks.of(parts))
+    return ResultExchange(folder / _RESULTS, log.rows)
 
 
 class Steps:
@@ -214,7 +214,7 @@ class Steps:
 
     @property
     def _results(self) -> ResultExchange:
-        return ResultExchange(self.scratch / _RESULTS, Blocks.of(self.parts))
+        return kept_results(self.scratch, self.logs.log)
 
     def _count_sent(self, group: Sequence[MemoryEncoder[Any]], partition: int) -> int:
         """Rows of a partition that are held at a time: look-ups, and the events of one counter or history."""

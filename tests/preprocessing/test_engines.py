@@ -16,12 +16,11 @@ from hypothesis import strategies as st
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.kinds.id import IdFeature
 from mmoe_rec.features.vocabulary import Vocabulary
-from mmoe_rec.log.reader import LogPart
 from mmoe_rec.point_in_time.arrays import Ragged, SharedRagged, consecutive
 from mmoe_rec.preprocessing import engines
 from mmoe_rec.preprocessing import exchange as module
 from mmoe_rec.preprocessing.engines import open_engine
-from mmoe_rec.preprocessing.exchange import Blocks, Exchange, ResultExchange, ResultReader, key_range, partition_of
+from mmoe_rec.preprocessing.exchange import Exchange, ResultExchange, ResultReader, key_range, partition_of
 from tests.processes import is_running, until
 
 
@@ -178,6 +177,13 @@ def test_no_file_stays_open_nor_takes_room_on_disk_once_it_is_removed(tmp_path):
     assert not [path for path in opened if f"{exchange.folder}/" in path]
 
 
+@pytest.fixture(scope="module")
+def small_blocks():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "ROWS_PER_BLOCK", 16)
+        yield
+
+
 @given(
     sizes=st.lists(st.integers(1, 40), min_size=1, max_size=4),
     senders=st.integers(1, 3),
@@ -185,14 +191,10 @@ def test_no_file_stays_open_nor_takes_room_on_disk_once_it_is_removed(tmp_path):
     share=st.sampled_from([0.2, 0.7, 1.0]),
     seed=st.integers(0, 999),
 )
-def test_rows_get_their_answers(tmp_path_factory, sizes, senders, lists, share, seed):
+def test_rows_get_their_answers(tmp_path_factory, small_blocks, sizes, senders, lists, share, seed):
     random = np.random.default_rng(seed)
     starts = np.cumsum([0, *sizes])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "ROWS_PER_BLOCK", 16)
-        blocks = Blocks.of([LogPart(int(s), n, ()) for s, n in zip(starts, sizes, strict=False)])
-    assert sum(blocks.size(block) for block in range(len(blocks))) == starts[-1]
-    exchange = ResultExchange(tmp_path_factory.mktemp("answers"), blocks)
+    exchange = ResultExchange(tmp_path_factory.mktemp("answers"), int(starts[-1]))
     numbers, owner = random.random(starts[-1]).astype(np.float32), random.integers(0, senders, starts[-1])
     lengths = random.integers(0, 4, lists).astype(np.int32)
     held = Ragged(random.integers(0, 100, lengths.sum()), lengths)
@@ -215,13 +217,12 @@ def test_rows_get_their_answers(tmp_path_factory, sizes, senders, lists, share, 
             np.testing.assert_array_equal(back.values, expected.values)
 
 
-def test_a_shared_list_is_sent_once_a_block(tmp_path):
-    exchange = ResultExchange(tmp_path, Blocks(np.array([0, 50]), 100))
-    rows = np.arange(100)
+def test_a_shared_list_is_sent_once_a_block(tmp_path, small_blocks):
+    exchange, rows = ResultExchange(tmp_path, 32), np.arange(32)
     exchange.send("group", (0, 0), rows, {"list": SharedRagged(Ragged(np.arange(7), np.array([7])), rows * 0)})
     for block in (0, 1):
         (table,) = exchange.exchange.receive("group", block)
-        assert table["list"].to_pylist() == [list(range(7))] + [None] * 49
+        assert table["list"].to_pylist() == [list(range(7))] + [None] * 15
 
 
 @pytest.mark.parametrize("order", [[0, 2, 1, 3], [1, 2, 3], [3, 1, 2, 0], [2, 2, 2], []])
