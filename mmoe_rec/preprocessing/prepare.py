@@ -23,7 +23,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from mmoe_rec.atomic import atomic_folder, flush_tree
+from mmoe_rec.atomic import atomic_folder
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.latest import LatestValues
 from mmoe_rec.features.layout import Layout
@@ -342,16 +342,13 @@ def write_features(
     serving, counts, last = folder / "serving", folder / "counts", counted.last[0]
     for each in (serving, counts):
         each.mkdir()
-    steps.beside(save_counts, pipeline, counts)
-    steps.beside(save_latest, counted, serving)
+    save_counts(pipeline, counts)
+    save_latest(counted, serving)
     end, training = steps.logs.options.earliest_look_up(last), train if before is None else None
     steps.look_up(pipeline, serving, end=end, training=training, before=before)
     if before is None:
         pipeline.finish_results()
     pipeline.save(serving)
-    steps.beside(flush_tree, serving)
     assert train[1] is not None
     # Training may use only labels that had matured when training ended; evaluation waits until the log's end.
-    splits = steps.encode(serving, folder / "encoded", {"train": train[1], "validation": last, "test": last})
-    steps.beside(flush_tree, folder / "encoded")
-    return splits
+    return steps.encode(serving, folder / "encoded", {"train": train[1], "validation": last, "test": last})

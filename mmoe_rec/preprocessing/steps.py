@@ -14,17 +14,14 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from mmoe_rec.atomic import flush_files
 from mmoe_rec.features.encoder import MemoryEncoder
 from mmoe_rec.features.pipeline import FeaturePipeline
-from mmoe_rec.log.checks import BadFile
 from mmoe_rec.log.reader import ROWS_PER_PART, Log, LogPart, LogReader
 from mmoe_rec.point_in_time.join import Window
 from mmoe_rec.preprocessing.checks import check_duplicates, check_readings, check_requests, check_times
@@ -72,21 +69,12 @@ class Steps:
         few = self.logs.rows < ROWS_FOR_PROCESSES
         in_memory = self.logs.log.source.startswith("memory://")  # which other processes do not see
         engine = open_engine(options.engine, options.workers, processes=not (few or in_memory))
-        self._thread = self._stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="beside"))
         self._stack.callback(shutil.rmtree, self.scratch, ignore_errors=True)
         self._engine: Engine = self._stack.enter_context(engine)
-        self._beside: list[Future[None]] = []
         return self
 
     def __exit__(self, *error: Any) -> None:
         self._stack.__exit__(*error)
-        if error == (None, None, None):
-            for done in self._beside:
-                done.result()
-
-    def beside(self, function: Callable[..., None], *arguments: Any) -> None:
-        """Has a thread do what no step waits for, until the end of the context, which raises what it raised."""
-        self._beside.append(self._thread.submit(function, *arguments))
 
     @property
     def _partitions(self) -> int:
@@ -104,7 +92,8 @@ class Steps:
         """
         check_readings(self.logs.log)
         while (counted := self._read_all(statistics, kept, before)).bad:
-            self.leave_out(counted.bad)
+            self.logs = self.logs.without(counted.bad)
+            shutil.rmtree(self.scratch, ignore_errors=True)  # what was read with them
         self._counted = counted
         check_times(self.logs.log, counted)
         check_requests(self.logs.log, self.requests)
@@ -128,11 +117,6 @@ class Steps:
         for name in (_FIRST_TIMES, _RESULTS):
             if (self.scratch / name).exists():
                 (self.scratch / name).rename(folder / name)
-
-    def leave_out(self, bad: Sequence[BadFile]) -> None:
-        """Forgets what was counted, and reads without further files from now on."""
-        self.logs = self.logs.without(bad)
-        shutil.rmtree(self.scratch, ignore_errors=True)
 
     def _read_all(self, statistics: bool, kept: Path | None, before: Path | None) -> LogCounts:
         self.requests = self._find_requests(before, kept)
@@ -206,7 +190,7 @@ class Steps:
             for name, counts in features.items():
                 for result, number in encoders[name].numbers.items():
                     number.histogram.merge(counts[result])
-        self.beside(self._events.remove)
+        self._events.remove()
 
     @property
     def _events(self) -> Exchange:
@@ -237,11 +221,9 @@ class Steps:
         counts = {name: SplitCounts(known_by=known_by[name]) for name in self.windows}
         function = partial(encode_part, state, self.windows, known_by, self._results, folder, reader)
         sizes = [part.rows for _, part in tasks]
-        for (number, _), part in zip(tasks, self._run(function, tasks, sizes, "encoding"), strict=True):
+        for part in self._run(function, tasks, sizes, "encoding"):
             for name, each in part.items():
                 counts[name].merge(each)
-            # While others are encoded: at the end the whole build would wait for the disk.
-            self.beside(flush_files, list(folder.glob(f"*/part-{number:05d}.parquet")))
         for log in self.logs.all:
             log.check_unchanged()
         folder.mkdir(exist_ok=True)
