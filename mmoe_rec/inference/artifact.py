@@ -10,7 +10,7 @@
         example_request.json   a request that can be sent as it is
         example_scores.json    what the model gave for it when the folder was written, and the versions that computed it
         features/              what encoders have learnt, and tables: what counters and histories remember, latest
-                               values, and which files of the log these hold (see `mmoe_rec.preprocessing.tables`)
+                               values, and which files of the log these hold (see `mmoe_rec.preprocessing.logs`)
 
 The folder appears whole or not at all (`mmoe_rec.inference.writing`). Whoever takes it up checks it against the
 manifest: a lost file of a counter, a missing calibration or one changed bit of a weight would give other scores

@@ -47,7 +47,7 @@ def write_artifact(
     Raises:
         UserError: a weight, or a prediction for the example, is not a finite number.
     """
-    from mmoe_rec.preprocessing.files import HeldFiles  # which no server needs
+    from mmoe_rec.preprocessing.logs import HeldFiles  # which no server needs
 
     taken = HeldFiles.read(prepared.folder)
     about = Artifact(
@@ -106,7 +106,7 @@ def write_with_tables(
 ) -> None:
     """Writes the artifact of a folder with other tables; an existing target is replaced.
 
-    features: a folder that `mmoe_rec.preprocessing.tables` has written for the model; tables_as_of: microseconds
+    features: a folder that `mmoe_rec.preprocessing.extend` has written for the model; tables_as_of: microseconds
     of the last request that it knows; files, journal: as in `Artifact`.
 
     Raises UserError for a folder that is not as it was written, and where the model can't score its example.

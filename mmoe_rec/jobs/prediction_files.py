@@ -172,7 +172,7 @@ class Footer:
         with open_parquet(found.address) as parquet:
             metadata = parquet.metadata
             rows = tuple(metadata.row_group(number).num_rows for number in range(metadata.num_row_groups))
-            file = LogFile(found.address, sum(rows), found.bytes, found.version, rows)
+            file = LogFile(found.address, found.bytes, found.version, rows)
             schema = parquet.schema_arrow
         for name in path_values(found.address):
             if name not in schema.names:

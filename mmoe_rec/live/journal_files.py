@@ -30,7 +30,7 @@ from mmoe_rec.live.duplicates import Duplicates, NewRows, find_uses
 from mmoe_rec.live.journal import ABOUT, BATCHES, CHECKPOINTS, CUTS, STATES, Journal
 from mmoe_rec.log.columns import canonical
 from mmoe_rec.log.files import find_local, first_line, is_remote, local_path, split_glob, takes_in
-from mmoe_rec.preprocessing.files import read_journal_name
+from mmoe_rec.preprocessing.logs import read_journal_name
 from mmoe_rec.settings.columns import Use
 from mmoe_rec.settings.schema import Schema
 

@@ -27,9 +27,8 @@ from mmoe_rec.log.files import find_files
 from mmoe_rec.log.given import iso_time
 from mmoe_rec.log.stand_ins import require_all
 from mmoe_rec.preprocessing.checks import check_apart
-from mmoe_rec.preprocessing.files import HeldFiles, of_journal
-from mmoe_rec.preprocessing.logs import Logs
-from mmoe_rec.preprocessing.tables import ANEW, Tables, extend_tables, read_held_files, remake_tables
+from mmoe_rec.preprocessing.extend import REMAKE, Tables, extend_tables, remake_tables
+from mmoe_rec.preprocessing.logs import HeldFiles, Logs, read_held_files, read_journal_name
 from mmoe_rec.progress import say
 from mmoe_rec.settings.sections import Settings, differences
 from mmoe_rec.tracking import registry, runs
@@ -207,7 +206,7 @@ def _check_one_way(settings: Settings, taken: HeldFiles | None) -> None:
         return
     recorded = taken.logs[0].files.keys() | taken.logs[0].left_out.keys()
     for file in find_files(settings.data.log):
-        if file.address not in recorded and not of_journal(file.address):
+        if file.address not in recorded and read_journal_name(file.address) is None:
             raise UserError(
                 f"'{file.address}' is new in the log, and no file of the journal: as requests have no ids, rows that "
                 "came both ways would count twice; if none did, run refresh without --journal once, which takes the "
@@ -250,7 +249,7 @@ def advance_tables(
     if taken is None:
         raise UserError(
             f"the model in '{artifact}' does not say which files its tables hold (an earlier version wrote it, or they "
-            f"are as of a moment): {ANEW}"
+            f"are as of a moment): {REMAKE}"
         )
     logs = _logs(artifact, settings, taken)
     with _scratch(out) as scratch:

@@ -28,9 +28,8 @@ from mmoe_rec.live.refresh import AliasHolder, as_of
 from mmoe_rec.locks import writing
 from mmoe_rec.log.checks import format_time
 from mmoe_rec.log.rows import MICROSECONDS_PER_DAY
-from mmoe_rec.preprocessing.files import HeldFiles
+from mmoe_rec.preprocessing.logs import HeldFiles, read_held_files
 from mmoe_rec.preprocessing.prepare import ADVICE, BUILD, Prepared, existing
-from mmoe_rec.preprocessing.tables import read_held_files
 from mmoe_rec.settings.sections import Settings, Split
 from mmoe_rec.tracking.outbox import list_waiting_runs
 

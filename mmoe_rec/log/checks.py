@@ -39,27 +39,22 @@ class BadFile(UserError):  # noqa: N818 - named for what it is about
 
 
 @dataclass(frozen=True)
-class LogFile:
-    """One Parquet file of a log.
+class LogFile(FoundFile):
+    """One Parquet file of a log: rows of its row groups, and columns in its path."""
 
-    version: changes when the file is written again. in_path: columns in its path.
-    """
-
-    address: str
-    rows: int
-    bytes: int
-    version: str
     group_rows: tuple[int, ...]
     in_path: PathColumns = ()
 
+    @property
+    def rows(self) -> int:
+        """Rows of all groups."""
+        return sum(self.group_rows)
+
 
 @dataclass(frozen=True)
-class LeftOut:
+class LeftOut(FoundFile):
     """A file of a log that is not read, as it was then, and why."""
 
-    address: str
-    bytes: int
-    version: str
     reason: str
 
 
@@ -170,8 +165,7 @@ def check_files(
     for each in footers:
         if (file := each.found).address not in problems:
             in_path = tuple((c, int(v) if v is not None and c in integers else v) for c, v in each.in_path.items())
-            rows = sum(each.group_rows)
-            files.append(LogFile(file.address, rows, file.bytes, file.version, each.group_rows, in_path))
+            files.append(LogFile(file.address, file.bytes, file.version, each.group_rows, in_path))
     return files, types, left_out
 
 

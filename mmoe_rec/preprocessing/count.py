@@ -10,12 +10,14 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pyarrow as pa
 
 from mmoe_rec.features.encoder import Counts
-from mmoe_rec.features.latest import LatestValues
+from mmoe_rec.features.latest import LatestRole, LatestValues
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.log.checks import BadFile
 from mmoe_rec.log.reader import ROWS_PER_PART, LogPart, LogReader, Noticed
@@ -25,6 +27,8 @@ from mmoe_rec.point_in_time.join import Window, in_any, in_window
 from mmoe_rec.point_in_time.memory import grown
 from mmoe_rec.preprocessing.exchange import DUPLICATES, Exchange, events_of, label_of, look_ups_of, partition_of
 from mmoe_rec.settings.schema import Schema
+
+_ROLES: tuple[LatestRole, ...] = get_args(LatestRole)
 
 
 @dataclass(frozen=True)
@@ -49,10 +53,10 @@ class LogCounts:
     """What was counted of parts of the log; parts are merged in any order.
 
     counts, key_types: as in `FeaturePipeline`; first, last: request times, with the number of a row of
-    each; rows: of each split; seen: rows of the interaction log (None) and of each log of events; users, candidates:
-    latest attributes; sent: channel -> (partitions,) int64 rows sent to each partition; spans: (log of events or None,
-    file) -> first and last time of its rows; bad: problems of files that could not be read, in which case nothing else
-    is counted of the part.
+    each; rows: of each split; seen: rows of the interaction log (None) and of each log of events; latest: attributes of
+    users and candidates; sent: channel -> (partitions,) int64 rows sent to each partition; spans: (log of events or
+    None, file) -> first and last time of its rows; bad: problems of files that could not be read, in which case nothing
+    else is counted of the part.
     """
 
     counts: dict[str, Counts] = field(default_factory=dict)
@@ -61,8 +65,7 @@ class LogCounts:
     last: tuple[int, int] = (np.iinfo(np.int64).min, 0)
     rows: Counter[str] = field(default_factory=Counter)
     seen: Counter[str | None] = field(default_factory=Counter)
-    users: tuple[LatestValues, ...] = ()
-    candidates: tuple[LatestValues, ...] = ()
+    latest: dict[LatestRole, tuple[LatestValues, ...]] = field(default_factory=dict)
     sent: dict[str, np.ndarray] = field(default_factory=dict)
     spans: dict[tuple[str | None, str], tuple[int, int]] = field(default_factory=dict)
     bad: list[BadFile] = field(default_factory=list)
@@ -78,7 +81,7 @@ class LogCounts:
         self.first, self.last = min(self.first, other.first), max(self.last, other.last)
         self.rows.update(other.rows)
         self.seen.update(other.seen)
-        self.add_latest(other.users, other.candidates)
+        self._add_latest(other.latest)
         for channel, rows in other.sent.items():
             self.sent[channel] = self.sent[channel] + rows if channel in self.sent else rows
         for file, span in other.spans.items():
@@ -86,12 +89,24 @@ class LogCounts:
             self.spans[file] = min(mine[0], span[0]), max(mine[1], span[1])
         self.bad += other.bad
 
-    def add_latest(self, users: Sequence[LatestValues], candidates: Sequence[LatestValues]) -> None:
-        """Adds latest attributes."""
-        for each in users:
-            self.users = grown(self.users, each, LatestValues.merged)
-        for each in candidates:
-            self.candidates = grown(self.candidates, each, LatestValues.merged)
+    def add_latest(self, rows: LogRows) -> None:
+        """Adds the attributes of rows of the interaction log."""
+        self._add_latest({role: (LatestValues.of(rows, role),) for role in _ROLES})
+
+    def add_latest_of(self, folder: Path, schema: Schema) -> None:
+        """Adds the latest attributes that `save_latest` wrote."""
+        columns = schema.columns
+        self._add_latest({role: (LatestValues.load(folder, role, getattr(columns, role)),) for role in _ROLES})
+
+    def save_latest(self, folder: Path) -> None:
+        """Writes the latest attributes of users and candidates."""
+        for role, parts in self.latest.items():
+            LatestValues.together(parts).save(folder, role)
+
+    def _add_latest(self, latest: Mapping[LatestRole, Sequence[LatestValues]]) -> None:
+        for role, parts in latest.items():
+            for each in parts:
+                self.latest[role] = grown(self.latest.get(role, ()), each, LatestValues.merged)
 
 
 def count_part(job: CountJob, readers: Mapping[str | None, LogReader], task: tuple[str | None, LogPart]) -> LogCounts:
@@ -113,7 +128,7 @@ def count_part(job: CountJob, readers: Mapping[str | None, LogReader], task: tup
             counted.last = max(counted.last, (int(times.max()), int(number[times.argmax()])))
             for split, window in job.windows.items():
                 counted.rows[split] += int(in_window(times, window).sum())
-            counted.add_latest([LatestValues.of(rows, "user")], [LatestValues.of(rows, "candidate")])
+            counted.add_latest(rows)
             pipeline.note_types(rows)
             assert train_end is not None
             if job.statistics and len(learnt := rows.filter(in_window(times, (start, train_end)))):

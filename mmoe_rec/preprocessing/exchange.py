@@ -3,8 +3,8 @@
 Senders write one Arrow IPC file each, with a record batch for every receiver in each turn; a receiver reads its batches
 of all files. So what is exchanged never has to fit into memory, and workers need nothing in common but a folder.
 
-Results of counters and histories are exchanged by block of rows, a table of each group of them. A list that many rows in a row share, as the candidates of a request share their user's history, is sent once: null
-stands for the list of the row before.
+Results of counters and histories go to blocks of rows, in a table of each group of them. A list that many rows in a row
+share, as the candidates of a request share their user's history, is sent once: null stands for the list before.
 """
 
 from __future__ import annotations

@@ -7,17 +7,27 @@ earlier ones, while events of other logs may come late. So may rows of an earlie
 their labels, but they are not encoded, as what they could have known is no longer remembered. A history remembers table
 rows: an item that was in a hashed bucket when it was remembered stays there, and a model that starts from the one
 before (see `mmoe_rec.training.warm_start`) begins with the same weights in the bucket and the new row.
+
+The tables of a model, what its counters and histories remember and the latest values in `<artifact>/features`, move on
+by themselves: `extend_tables` adds new files to them; `remake_tables` makes them of all files, or of all rows before a
+moment. Both encode by the model's own features, so an id that has become frequent stays in its hashed bucket, and
+weights and calibration stay right. From the same rows both give the same files to the last byte, but for a history of a
+model whose features were extended: one that went on keeps an item in the bucket that it was in, one that is made anew
+has the item's row.
 """
 
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from mmoe_rec.atomic import atomic_folder
 from mmoe_rec.errors import UserError
@@ -31,16 +41,12 @@ from mmoe_rec.log.stand_ins import require_all
 from mmoe_rec.point_in_time.join import Window
 from mmoe_rec.preprocessing.checks import check_apart, place
 from mmoe_rec.preprocessing.count import LogCounts
-from mmoe_rec.preprocessing.files import HeldFiles, of_journal
-from mmoe_rec.preprocessing.logs import DEFAULTS, BuildOptions, Logs
+from mmoe_rec.preprocessing.logs import DEFAULTS, BuildOptions, HeldFiles, Logs, read_journal_name
 from mmoe_rec.preprocessing.prepare import (
     ADVICE,
     BUILD,
     Prepared,
-    add_latest,
     fingerprint_of,
-    load_counts,
-    manifest_of,
     write_features,
     write_manifest,
 )
@@ -51,24 +57,15 @@ from mmoe_rec.settings.schema import Schema
 from mmoe_rec.settings.sections import differences
 
 
-@dataclass(frozen=True)
-class Holder:
-    """What took files in, for messages. what: in the plural, such as "the features in 'work'"; anew: what to do where
-    files can't be added; last: microseconds of the last request that it knows."""
-
-    what: str
-    anew: str
-    last: int
-
-
 class NewFiles:
-    """The new files of logs. logs: all files; taken: those that the holder knows; gone: those that the logs don't have.
+    """The new files of logs. taken: those that `holder` knows, in the plural, such as "the features in 'work'", with
+    requests up to `last`, microseconds; anew: what to do where files can't be added; gone: those that the logs lack.
 
     Raises UserError where a file that was taken in has changed, or no new file can be used.
     """
 
-    def __init__(self, logs: Logs, taken: HeldFiles, holder: Holder) -> None:
-        self.logs, self.taken, self.holder = logs, taken, holder
+    def __init__(self, logs: Logs, taken: HeldFiles, holder: str, last: int, anew: str) -> None:
+        self.logs, self.taken, self.holder, self.last, self.anew = logs, taken, holder, last, anew
         self.changes = taken.changes(logs)
         self._check_unchanged()
         self.gone = [address for each in self.changes for address in each.gone]
@@ -111,15 +108,17 @@ class NewFiles:
         reasons = {each.address: each.reason for log in self.logs.all for each in log.left_out}
         for address in (address for each in self.changes for address in each.changed):
             what = f"can't be used any more ({reasons[address]})" if address in reasons else "has changed"
-            raise UserError(
-                f"'{address}' {what} since {self.holder.what} were built from it; put it back, or {self.holder.anew}"
-            )
+            raise UserError(f"'{address}' {what} since {self.holder} were built from it; put it back, or {self.anew}")
 
     def _check_times(self, counted: LogCounts, requests: Requests, new: Logs) -> None:
-        first, known = self.begin(counted, requests), self.holder.last
+        first, known = self.begin(counted, requests), self.last
         if first > known:
             return
-        if all(of_journal(file) for (log, file), span in counted.spans.items() if log is None and span[0] <= known):
+        if all(
+            read_journal_name(file) is not None
+            for (log, file), span in counted.spans.items()
+            if log is None and span[0] <= known
+        ):
             say(
                 f"rows of a server's journal are of requests up to {format_time(known)}, so they came late: they "
                 "count, but are no rows to train on, as what they could have known is no longer remembered"
@@ -132,9 +131,9 @@ class NewFiles:
                 break
             row += len(rows)
         raise UserError(
-            f"{place(new.log, row)} was requested {format_time(first)}, but {self.holder.what} hold requests up to "
+            f"{place(new.log, row)} was requested {format_time(first)}, but {self.holder} hold requests up to "
             f"{format_time(known)} already: what such rows could have known is no longer remembered; take them out of "
-            f"the log, or {self.holder.anew}"
+            f"the log, or {self.anew}"
         )
 
     def _check_events(self, counted: LogCounts, new: Logs) -> None:
@@ -150,7 +149,7 @@ class NewFiles:
                     raise UserError(
                         f"'{max(inside, key=lambda address: inside[address])}' holds events '{log.name}' of the time "
                         f"of '{old.address}', which is gone, and there are as many as that file held ({old.rows:,}): "
-                        f"if they are the same, they would count twice; put that file back, or {self.holder.anew}"
+                        f"if they are the same, they would count twice; put that file back, or {self.anew}"
                     )
 
     def _check_repeats(self, steps: Steps) -> None:
@@ -165,7 +164,7 @@ class NewFiles:
         repeated: list[np.ndarray] = []
         for by_journal in (False, True):
             mine, others = (
-                [file for file in files if file.rows and of_journal(file.address) == way]
+                [file for file in files if file.rows and (read_journal_name(file.address) is not None) == way]
                 for files, way in ((new.files, by_journal), (before, not by_journal))
             )
             if mine and others:
@@ -179,7 +178,7 @@ class NewFiles:
             row, count = row + len(rows), count + int(again.sum())
         if count:
             raise UserError(
-                f"{place(new, example)} repeats request and candidate of a row that {self.holder.what} hold, and one "
+                f"{place(new, example)} repeats request and candidate of a row that {self.holder} hold, and one "
                 f"of the two came by a server's journal; {count:,} rows of new files do so, and would count twice: "
                 "remove them from these files, or set data.duplicates to keep if they are meant"
             )
@@ -226,7 +225,7 @@ def extend(
         taken = HeldFiles.read(prepared.folder)
         logs = Logs(log_source, schema, options, [log.types for log in taken.logs])
         last = prepared.manifest["request_microseconds"][1]
-        files = NewFiles(logs, taken, Holder(f"the features in '{prepared.folder}'", ANEW, last))
+        files = NewFiles(logs, taken, f"the features in '{prepared.folder}'", last, ANEW)
         if not files.any:
             return None
         with atomic_folder(prepared.folder) as folder:
@@ -262,19 +261,18 @@ def _extend(before: Prepared, files: NewFiles, windows: dict[str, Window], folde
         _check_splits(files, counted, steps)
         pipeline = FeaturePipeline.load(before.serving, memories=False)
         try:
-            load_counts(pipeline, before.folder / "counts")
+            for name, counts in pipeline.counts.items():
+                counts.merge(type(counts).from_table(pq.read_table(before.folder / "counts" / f"{name}.parquet")))
         except (OSError, pa.ArrowException) as error:
             raise UserError(f"the features in '{before.folder}' are damaged: {first_line(error)}; {ANEW}") from None
         pipeline.merge(counted.counts, counted.key_types)
         new_ids = pipeline.grow()
-        add_latest(counted, logs.schema, before.serving)
-        splits = write_features(steps, pipeline, counted, windows["train"], folder, before.serving.resolve())
-    taken.write(folder)
-    counted.first = (first, 0)
+        counted.add_latest_of(before.serving, logs.schema)
+        counted.first = (first, 0)
+        manifest = write_features(steps, pipeline, counted, taken, windows, folder, before.serving.resolve())
     stands_for = fingerprint_of(logs, windows)
     # Not that of a build of all files, whose ids have other rows: a model knows its features by the fingerprint.
     fingerprint = hashlib.sha256(f"{was['fingerprint']} {stands_for}".encode()).hexdigest()[:16]
-    manifest = manifest_of(steps, windows, taken, counted, splits, pipeline)
     manifest["unchecked"] = sorted({*was["unchecked"], *logs.options.unchecked})
     extends = {
         "fingerprint": was["fingerprint"],
@@ -301,3 +299,84 @@ def _check_splits(files: NewFiles, counted: LogCounts, steps: Steps) -> None:
         f"{format_time(counted.last[0])}; set `split.train_start`, `split.train_end`, `split.validation_end` and "
         "`split.test_end` around them"
     )
+
+
+REMAKE = "make the tables anew with --anew, which reads all files of the log"
+
+
+@dataclass(frozen=True)
+class Tables:
+    """What was made. files: that were read; rows: of the interaction log, events: of its logs of events, that were
+    added; as_of: microseconds of the last request that the tables know; digest: tells the files that they hold from any
+    others, None where these are not known; journal: what of a journal they hold, see `HeldFiles.journal`; gone: files
+    that the tables before hold and the log does not."""
+
+    files: int
+    rows: int
+    events: int
+    as_of: int
+    digest: str | None
+    journal: Mapping[str, Any] | None
+    gone: Sequence[str] = ()
+
+
+def extend_tables(features: Path, last: int, logs: Logs, taken: HeldFiles, out: Path) -> Tables | None:
+    """Writes features whose tables go on with the new files of logs into an empty folder; None where none has a row.
+
+    features: of the model; last: microseconds of the last request that its tables know; logs: to be read by the model's
+    schema, with the types of `taken`. Raises UserError as `extend`.
+    """
+    files, requests = NewFiles(logs, taken, "the model's tables", last, REMAKE), features / "requests"
+    new = zip(logs.all, files.changes, strict=True)
+    if not any(file.rows for log, changes in new for file in log.files if file.address in changes.new):
+        return None
+    if logs.schema.columns.request is not None and not requests.is_dir():
+        raise UserError(f"'{requests}', the requests that the model's tables hold, is missing; {REMAKE}")
+    with Steps(files.only(events_alone=True), {}, out / "scratch") as steps:
+        counted = files.count(steps, statistics=False, kept=out / "requests", before=requests)
+        counted.add_latest_of(features, logs.schema)
+        as_of = max(last, counted.last[0])
+        taken = taken.with_new(steps.logs, counted.spans)
+        return _write_tables(steps, counted, features, out, as_of, taken, files.gone, before=features.resolve())
+
+
+def remake_tables(features: Path, logs: Logs, out: Path, until: int | None = None) -> Tables:
+    """Writes features with tables of all rows of logs into an empty folder.
+
+    features: of the model, without a need for its tables; until: requests and events at or after that moment
+    (microseconds) don't count, None for none. Tables as of a moment don't know their files, so they don't go on.
+
+    Raises UserError where the log can't be used, or has no request before that moment.
+    """
+    with Steps(logs, {}, out / "scratch", until) as steps:
+        kept = out / "requests" if until is None else None
+        counted = steps.count(statistics=False, kept=kept)
+        if until is not None and counted.last[0] < counted.first[0]:
+            raise UserError(f"the log '{logs.log.source}' has no request before {format_time(until)}")
+        taken = None if until is not None else HeldFiles.of(steps.logs, counted.spans)
+        return _write_tables(steps, counted, features, out, counted.last[0], taken)
+
+
+def _write_tables(
+    steps: Steps,
+    counted: LogCounts,
+    features: Path,
+    out: Path,
+    as_of: int,
+    taken: HeldFiles | None,
+    gone: Sequence[str] = (),
+    before: Path | None = None,
+) -> Tables:
+    """Writes memories as of just after the last request, latest attributes, and what was fitted."""
+    pipeline = FeaturePipeline.load(features, memories=False)
+    steps.look_up(pipeline, out, end=steps.logs.options.earliest_look_up(as_of), training=None, before=before)
+    pipeline.save(out)
+    counted.save_latest(out)
+    for log in steps.logs.all:
+        log.check_unchanged()
+    shutil.rmtree(out / "scratch", ignore_errors=True)
+    if taken is not None:
+        taken.write(out)
+    files, rows = sum(len(log.files) for log in steps.logs.all), counted.seen[None]
+    digest, journal = (None, None) if taken is None else (taken.digest, taken.journal)
+    return Tables(files, rows, sum(counted.seen.values()) - rows, as_of, digest, journal, gone)

@@ -1,16 +1,27 @@
-"""The logs that a build reads, and how it is to read them."""
+"""The logs that a build reads, and which files features hold, `files.json`: so that days can be added.
+
+Counters, histories and vocabularies hold what was counted of a file for good, and no file is read again. So a file that
+is gone, as old ones are where a log is kept for some weeks only, changes nothing. One that was written again does: its
+old rows were counted. A file that was left out was not; it counts as new once it has been mended.
+"""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+import hashlib
+import json
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path, PurePath
+from typing import Any
 
 import numpy as np
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.log.checks import BadFile
+from mmoe_rec.log.checks import BadFile, LeftOut, words_of
 from mmoe_rec.log.database import MEMORY_GIB
+from mmoe_rec.log.files import FoundFile
 from mmoe_rec.log.reader import EventRows, Log, none_usable
 from mmoe_rec.log.rows import MICROSECONDS_PER_DAY
 from mmoe_rec.settings.columns import Use
@@ -115,3 +126,187 @@ class Logs:
         if not (rest.rows if events_alone else rest.log.rows):
             raise UserError(f"the new files of the log '{self.log.source}' have no rows")
         return rest
+
+
+_OF_A_JOURNAL = re.compile(r"journal-([0-9a-f]{32})-([0-9]+)\.parquet")
+Span = tuple[int, int]
+Spans = Mapping[tuple[str | None, str], Span]
+"""(name of a log of events or None, file) -> first and last time of its rows, microseconds."""
+
+
+@dataclass(frozen=True)
+class HeldFile(FoundFile):
+    """A file whose rows were counted. partition: columns that stand in its path; first, last: times of its rows,
+    microseconds, None without rows."""
+
+    partition: tuple[tuple[str, int | str | None], ...]
+    rows: int
+    first: int | None
+    last: int | None
+
+    def overlaps(self, first: int, last: int) -> bool:
+        """Whether its rows may be of a time from `first` to `last`."""
+        return self.first is not None and self.last is not None and first <= self.last and last >= self.first
+
+
+@dataclass
+class HeldLog:
+    """The files of one log by address, and the types of its columns in words."""
+
+    files: dict[str, HeldFile] = field(default_factory=dict)
+    left_out: dict[str, LeftOut] = field(default_factory=dict)
+    types: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def rows(self) -> int:
+        """Rows of all files."""
+        return sum(file.rows for file in self.files.values())
+
+    @property
+    def digest(self) -> str:
+        """A fingerprint of the names, sizes and row counts of all files that were taken in."""
+        files = [file for _, file in sorted(self.files.items())]
+        text = "\n".join(f"{PurePath(file.address).name} {file.bytes} {file.rows}" for file in files)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@dataclass
+class Changes:
+    """What has become of one log's files. gone, changed: taken in before; new: to be read, and mended: those of them
+    that were left out before; left_out: before, and as they were then; bad: new files that can't be used."""
+
+    gone: list[str] = field(default_factory=list)
+    changed: list[str] = field(default_factory=list)
+    new: set[str] = field(default_factory=set)
+    mended: set[str] = field(default_factory=set)
+    left_out: list[str] = field(default_factory=list)
+    bad: list[LeftOut] = field(default_factory=list)
+
+
+@dataclass
+class HeldFiles:
+    """The files of the interaction log, and then of each log of events."""
+
+    logs: list[HeldLog]
+
+    @staticmethod
+    def of(logs: Logs, spans: Spans) -> HeldFiles:
+        """All files of logs that were read, and those left out."""
+        return HeldFiles([HeldLog() for _ in logs.all]).with_new(logs, spans)
+
+    @staticmethod
+    def read(folder: Path) -> HeldFiles:
+        """What `write` wrote. Raises UserError where it is missing, damaged or of another version."""
+        try:
+            found = json.loads((folder / "files.json").read_text(encoding="utf-8"))
+            return HeldFiles([_log_from(each) for each in found["logs"]])
+        except (OSError, ValueError, KeyError, TypeError):
+            raise UserError(
+                f"the features in '{folder}' have no record of the log's files (files.json) that this version reads; "
+                "build them anew, without --extend"
+            ) from None
+
+    def write(self, folder: Path) -> None:
+        """Writes `files.json`."""
+        logs = [
+            {
+                "files": [asdict(log.files[address]) for address in sorted(log.files)],
+                "left_out": [asdict(log.left_out[address]) for address in sorted(log.left_out)],
+                "types": dict(sorted(log.types.items())),
+            }
+            for log in self.logs
+        ]
+        (folder / "files.json").write_text(json.dumps({"logs": logs}), encoding="utf-8")
+
+    def changes(self, logs: Logs) -> list[Changes]:
+        """What has become of the files of each log; of those that are in both, should the settings have changed."""
+        return [_changes(taken, log) for taken, log in zip(self.logs, logs.all, strict=False)]
+
+    def with_new(self, logs: Logs, spans: Spans) -> HeldFiles:
+        """These files and those that `logs` reads; files that were left out stay as long as they are there."""
+        return HeldFiles([_with_new(taken, log, spans) for taken, log in zip(self.logs, logs.all, strict=True)])
+
+    @property
+    def digest(self) -> str:
+        """What tells all files that were taken in from any others, as they were then: 16 hexadecimal digits."""
+        files = [sorted((file.address, file.bytes, file.version) for file in log.files.values()) for log in self.logs]
+        return hashlib.sha256(json.dumps(files).encode()).hexdigest()[:16]
+
+    @property
+    def journal(self) -> dict[str, Any] | None:
+        """What of a journal of live events the files hold, by their names: the journal's "id", and the last segment
+        "through" which they do; None for nothing. Of several journals, the one with the latest rows."""
+        found: dict[str, tuple[int, int]] = {}
+        for file in (file for log in self.logs for file in log.files.values()):
+            if (name := read_journal_name(file.address)) is not None:
+                latest, through = found.get(name[0], (0, 0))
+                found[name[0]] = max(latest, file.last or 0), max(through, name[1])
+        if not found:
+            return None
+        newest = max(found, key=lambda each: found[each])
+        return {"id": newest, "through": found[newest][1]}
+
+    def last_segments(self, journal: str, events: Iterable[str]) -> dict[str | None, int]:
+        """Log, None for the interaction log, -> the last segment of a journal, by its id, of which a file was taken in;
+        0 for none. events: names of the logs of events, in their order."""
+        found: dict[str | None, int] = {}
+        for source, log in zip((None, *events), self.logs, strict=False):
+            names = filter(None, map(read_journal_name, log.files))
+            found[source] = max((cut for of, cut in names if of == journal), default=0)
+        return found
+
+    @property
+    def left_out(self) -> list[LeftOut]:
+        """All files that were left out, each once, though it may belong to several logs."""
+        found = {file.address: file for log in reversed(self.logs) for file in log.left_out.values()}
+        return [found[address] for address in sorted(found)]
+
+
+def read_held_files(features: Path) -> HeldFiles | None:
+    """The files that the tables in a folder hold; None where an earlier version wrote it, or they were made as of a
+    moment. Raises UserError for a damaged record."""
+    return HeldFiles.read(features) if (features / "files.json").is_file() else None
+
+
+def read_journal_name(address: str) -> tuple[str, int] | None:
+    """The id of the journal whose rows a file holds, and the cut up to which, by its name; None for another file."""
+    name = _OF_A_JOURNAL.fullmatch(PurePath(address).name)
+    return None if name is None else (name[1], int(name[2]))
+
+
+def _log_from(tree: Mapping[str, Any]) -> HeldLog:
+    files = [HeldFile(**{**each, "partition": tuple(map(tuple, each["partition"]))}) for each in tree["files"]]
+    left_out = [LeftOut(**each) for each in tree["left_out"]]
+    return HeldLog({each.address: each for each in files}, {each.address: each for each in left_out}, tree["types"])
+
+
+def _changes(taken: HeldLog, log: Log) -> Changes:
+    changes, usable = Changes(), {file.address: file for file in log.files}
+    for address, file in taken.files.items():
+        if address not in log.found:
+            changes.gone.append(address)
+        elif not _same(file, log.found[address]) or (address in usable and usable[address].in_path != file.partition):
+            changes.changed.append(address)
+    for address, before in taken.left_out.items():
+        if address in log.found and _same(before, log.found[address]):
+            changes.left_out.append(address)
+        elif address in usable:
+            changes.mended.add(address)
+    changes.new = (usable.keys() - taken.files.keys() - taken.left_out.keys()) | changes.mended
+    changes.bad = [each for each in log.left_out if each.address not in taken.files.keys() | taken.left_out.keys()]
+    return changes
+
+
+def _same(before: FoundFile, now: FoundFile) -> bool:
+    return (before.bytes, before.version) == (now.bytes, now.version)
+
+
+def _with_new(taken: HeldLog, log: Log, spans: Spans) -> HeldLog:
+    files = dict(taken.files)
+    for file in log.files:
+        first, last = spans.get((log.name, file.address), (None, None))
+        files[file.address] = HeldFile(file.address, file.bytes, file.version, file.in_path, file.rows, first, last)
+    left_out = {address: file for address, file in taken.left_out.items() if address in log.found}
+    left_out |= {file.address: file for file in log.left_out}
+    left_out = {address: file for address, file in left_out.items() if address not in files}
+    return HeldLog(files, left_out, taken.types | words_of(log.types))

@@ -3,9 +3,9 @@
     <work>/features/
         manifest.json          fingerprint, log digest, times, files left out, what was not checked, rows and labels of
                                each split
-        files.json             the files of the logs that were taken in or left out (see `added.taken`)
+        files.json             the files of the logs that were taken in or left out (see `HeldFiles`)
         serving/               fitted features, what requests after the log's end can ask for, latest attributes
-        counts/                what was counted to fit them, so that days can be added (`added.extend`)
+        counts/                what was counted to fit them, so that days can be added (`extend`)
         requests/              times and users of requests, so that rows of one that come with later days are recognised
         encoded/layout.json    order of the rows' inputs and labels
         encoded/{train,validation,test}/part-00000.parquet
@@ -25,7 +25,6 @@ import pyarrow.parquet as pq
 
 from mmoe_rec.atomic import atomic_folder
 from mmoe_rec.errors import UserError
-from mmoe_rec.features.latest import LatestValues
 from mmoe_rec.features.layout import Layout
 from mmoe_rec.features.pipeline import FORMAT, FeaturePipeline, exact_from
 from mmoe_rec.locks import writing
@@ -35,78 +34,11 @@ from mmoe_rec.log.stand_ins import describe_stand_ins
 from mmoe_rec.point_in_time.join import Window
 from mmoe_rec.preprocessing.checks import check_apart, check_classes, check_splits, empty_split
 from mmoe_rec.preprocessing.count import LogCounts
-from mmoe_rec.preprocessing.files import Changes, HeldFiles
-from mmoe_rec.preprocessing.logs import DEFAULTS, BuildOptions, Logs
+from mmoe_rec.preprocessing.logs import DEFAULTS, BuildOptions, Changes, HeldFiles, Logs
 from mmoe_rec.preprocessing.splits import SplitCounts
 from mmoe_rec.preprocessing.steps import Steps
 from mmoe_rec.progress import say
 from mmoe_rec.settings.schema import Schema
-
-
-def save_counts(pipeline: FeaturePipeline, folder: Path) -> None:
-    """Writes what a pipeline was fitted from, one file each."""
-    for name, counts in pipeline.counts.items():
-        pq.write_table(counts.to_table(), folder / f"{name}.parquet", compression="zstd")
-
-
-def load_counts(pipeline: FeaturePipeline, folder: Path) -> None:
-    """Adds what `save_counts` wrote to the counts of a pipeline of the same schema."""
-    for name, counts in pipeline.counts.items():
-        counts.merge(type(counts).from_table(pq.read_table(folder / f"{name}.parquet")))
-
-
-def save_latest(counted: LogCounts, folder: Path) -> None:
-    """Writes the latest attributes of users and candidates."""
-    LatestValues.together(counted.users).save(folder, "user")
-    LatestValues.together(counted.candidates).save(folder, "candidate")
-
-
-def add_latest(counted: LogCounts, schema: Schema, folder: Path) -> None:
-    """Adds the latest attributes that `save_latest` wrote to what was counted since."""
-    users = LatestValues.load(folder, "user", schema.columns.user)
-    counted.add_latest([users], [LatestValues.load(folder, "candidate", schema.columns.candidate)])
-
-
-def manifest_of(
-    steps: Steps,
-    windows: dict[str, Window],
-    taken: HeldFiles,
-    counted: LogCounts,
-    splits: dict[str, SplitCounts],
-    pipeline: FeaturePipeline,
-) -> dict[str, Any]:
-    """What a manifest says of the logs, as far as they were taken in, and of what was encoded."""
-    logs, (log, *events), first, last = steps.logs, taken.logs, counted.first[0], counted.last[0]
-    columns = logs.schema.columns
-    return {
-        "settings": settings_of(logs.schema, windows),
-        "log": logs.log.source,
-        "digest": log.digest,
-        "files": len(log.files),
-        "rows": log.rows,
-        "events": {
-            each.name: {"files": len(its.files), "rows": its.rows}
-            for each, its in zip(logs.events, events, strict=True)
-        },
-        "left_out": [{"file": each.address, "reason": each.reason} for each in taken.left_out],
-        "unchecked": logs.options.unchecked,
-        "first_request": format_time(first) if columns.has_time else None,
-        "last_request": format_time(last) if columns.has_time else None,
-        "request_microseconds": [first, last],
-        "requests": None if columns.request is None else steps.requests.describe(),
-        "splits": {name: asdict(each) for name, each in splits.items()},
-        # The ids of each vocabulary that training rows held, and those that have a row of their own.
-        "vocabularies": {
-            name: {"distinct": each.counts.to_table().num_rows, "known": len(each.ids)}
-            for name, each in pipeline.vocabularies.items()
-        },
-    }
-
-
-def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    """Writes `manifest.json`."""
-    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-
 
 # For those that come while features are built, and for those who would build them while they are read.
 BUILD, ADVICE = "a build of features", "set `data.work` to another folder"
@@ -307,48 +239,87 @@ def fingerprint_of(logs: Logs, windows: dict[str, Window]) -> str:
         for each in logs.all
     ]
     # Keys in the order of the settings: that of features and tasks is the order of the layout.
-    text = json.dumps([FORMAT, zone_rules(logs.schema), found, logs.schema.identity(), windows])
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return _digest(FORMAT, zone_rules(logs.schema), found, logs.schema.identity(), windows)
 
 
 def settings_of(schema: Schema, windows: dict[str, Window]) -> str:
     """A fingerprint of all that features depend on besides the logs."""
-    text = json.dumps([FORMAT, zone_rules(schema), schema.identity(), windows])
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return _digest(FORMAT, zone_rules(schema), schema.identity(), windows)
+
+
+def _digest(*parts: object) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
 def _build(logs: Logs, windows: dict[str, Window], folder: Path) -> None:
     with Steps(logs, windows, folder / "scratch") as steps:
         counted = steps.count(statistics=True, kept=folder / "requests")
-        taken = HeldFiles.of(steps.logs, counted.spans)
         check_splits(counted, windows, logs.log.source, logs.schema.split)
         pipeline = FeaturePipeline(logs.schema)
         pipeline.merge(counted.counts, counted.key_types)
         pipeline.finish()
-        splits = write_features(steps, pipeline, counted, windows["train"], folder)
-    check_classes(logs.schema, splits["train"])
-    taken.write(folder)
-    manifest = manifest_of(steps, windows, taken, counted, splits, pipeline)
+        manifest = write_features(steps, pipeline, counted, HeldFiles.of(steps.logs, counted.spans), windows, folder)
     write_manifest(folder, {"fingerprint": fingerprint_of(logs, windows), **manifest})
 
 
 def write_features(
-    steps: Steps, pipeline: FeaturePipeline, counted: LogCounts, train: Window, folder: Path, before: Path | None = None
-) -> dict[str, SplitCounts]:
-    """Writes what was fitted and encodes the rows, into an empty folder.
+    steps: Steps,
+    pipeline: FeaturePipeline,
+    counted: LogCounts,
+    taken: HeldFiles,
+    windows: dict[str, Window],
+    folder: Path,
+    before: Path | None = None,
+) -> dict[str, Any]:
+    """Writes what was fitted and encodes the rows, into an empty folder; gives what a manifest says of that.
 
-    pipeline: with complete vocabularies; before: folder with the memories to go on from, whose statistics stay.
+    pipeline: with complete vocabularies; taken: all files whose rows the features hold; before: folder with the
+    memories to go on from, whose statistics stay. Raises UserError where a new task has nothing to learn from.
     """
-    serving, counts, last = folder / "serving", folder / "counts", counted.last[0]
+    serving, counts, logs, train = folder / "serving", folder / "counts", steps.logs, windows["train"]
     for each in (serving, counts):
         each.mkdir()
-    save_counts(pipeline, counts)
-    save_latest(counted, serving)
-    end, training = steps.logs.options.earliest_look_up(last), train if before is None else None
+    for name, its in pipeline.counts.items():
+        pq.write_table(its.to_table(), counts / f"{name}.parquet", compression="zstd")
+    counted.save_latest(serving)
+    first, last = counted.first[0], counted.last[0]
+    end, training = logs.options.earliest_look_up(last), train if before is None else None
     steps.look_up(pipeline, serving, end=end, training=training, before=before)
     if before is None:
         pipeline.finish_results()
     pipeline.save(serving)
     assert train[1] is not None
     # Training may use only labels that had matured when training ended; evaluation waits until the log's end.
-    return steps.encode(serving, folder / "encoded", {"train": train[1], "validation": last, "test": last})
+    splits = steps.encode(serving, folder / "encoded", {"train": train[1], "validation": last, "test": last})
+    if before is None:
+        check_classes(logs.schema, splits["train"])
+    taken.write(folder)
+    (log, *events), columns = taken.logs, logs.schema.columns
+    return {
+        "settings": settings_of(logs.schema, windows),
+        "log": logs.log.source,
+        "digest": log.digest,
+        "files": len(log.files),
+        "rows": log.rows,
+        "events": {
+            each.name: {"files": len(held.files), "rows": held.rows}
+            for each, held in zip(logs.events, events, strict=True)
+        },
+        "left_out": [{"file": each.address, "reason": each.reason} for each in taken.left_out],
+        "unchecked": logs.options.unchecked,
+        "first_request": format_time(first) if columns.has_time else None,
+        "last_request": format_time(last) if columns.has_time else None,
+        "request_microseconds": [first, last],
+        "requests": None if columns.request is None else steps.requests.describe(),
+        "splits": {name: asdict(each) for name, each in splits.items()},
+        # The ids of each vocabulary that training rows held, and those that have a row of their own.
+        "vocabularies": {
+            name: {"distinct": owner.counts.to_table().num_rows, "known": len(owner.vocabulary.ids)}
+            for name, owner in pipeline.owners.items()
+        },
+    }
+
+
+def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    """Writes `manifest.json`."""
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")

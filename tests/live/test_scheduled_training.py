@@ -17,9 +17,9 @@ import yaml
 from mmoe_rec.errors import UserError
 from mmoe_rec.inference.artifact import Artifact, read_artifact
 from mmoe_rec.live import scheduled_training as job
-from mmoe_rec.preprocessing.files import HeldFiles
+from mmoe_rec.preprocessing.extend import read_held_files
+from mmoe_rec.preprocessing.logs import HeldFiles
 from mmoe_rec.preprocessing.prepare import Prepared
-from mmoe_rec.preprocessing.tables import read_held_files
 from mmoe_rec.tracking.registry import Version, fetch_model, find_holder
 from tests import commands
 from tests.log.small_logs import files_of

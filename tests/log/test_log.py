@@ -21,8 +21,7 @@ from mmoe_rec.log.checks import BadFile
 from mmoe_rec.log.columns import UTC_MICROSECONDS
 from mmoe_rec.log.reader import EventRows, Log
 from mmoe_rec.log.rows import LogRows
-from mmoe_rec.preprocessing.files import HeldFiles
-from mmoe_rec.preprocessing.logs import DEFAULTS, Logs
+from mmoe_rec.preprocessing.logs import DEFAULTS, HeldFiles, Logs
 from mmoe_rec.settings.columns import EVENT
 from mmoe_rec.settings.schema import Schema
 from tests.log.small_logs import ALL_KINDS, log_rows, random_log, schema_of, with_column, write_log

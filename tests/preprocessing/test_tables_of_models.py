@@ -14,10 +14,9 @@ from hypothesis import settings
 from mmoe_rec.errors import UserError
 from mmoe_rec.features import kinds
 from mmoe_rec.features.pipeline import FeaturePipeline
-from mmoe_rec.preprocessing.files import HeldFiles
-from mmoe_rec.preprocessing.logs import BuildOptions, Logs
+from mmoe_rec.preprocessing.extend import Tables, extend_tables, remake_tables
+from mmoe_rec.preprocessing.logs import BuildOptions, HeldFiles, Logs, read_held_files
 from mmoe_rec.preprocessing.prepare import Prepared, prepare
-from mmoe_rec.preprocessing.tables import Tables, extend_tables, read_held_files, remake_tables
 from tests.log.small_logs import DAY, START, remembered, windows_of
 from tests.point_in_time.compared_logs import _LACKS, _small_pieces
 from tests.point_in_time.drawn_logs import DrawnLog, draw
