@@ -11,7 +11,7 @@ import pytest
 
 PACKAGE = Path("mmoe_rec")
 ORDER = [
-    {"errors", "auc", "allocation", "atomic", "progress", "devices", "locks"},
+    {"errors", "auc", "atomic", "progress", "devices", "locks"},
     {"settings"},
     {"point_in_time"},
     {"log"},

@@ -12,8 +12,7 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.features.kinds import KINDS
 from mmoe_rec.features.kinds.counter import CounterFeature
 from mmoe_rec.settings.columns import Section
-from mmoe_rec.settings.help import describe
-from mmoe_rec.settings.load import load_settings, parse_overrides
+from mmoe_rec.settings.load import describe, load_settings, parse_overrides
 from mmoe_rec.settings.sections import Settings
 from mmoe_rec.settings.yaml_text import dump_yaml
 

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.layout import IDS, Encoded, Layout, label_types
-from mmoe_rec.log.hashing import hash_column
+from mmoe_rec.log.columns import hash_column
 from mmoe_rec.point_in_time.arrays import Ragged, join, one_array
 
 ADVICE = "run mmoe-rec features again"

@@ -68,7 +68,7 @@ class Command(click.Command):
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         if self.section is not None:
-            from mmoe_rec.settings.help import describe
+            from mmoe_rec.settings.load import describe
 
             formatter.write(f"\nsettings (in the YAML file, or as overrides):\n{describe(self.section or None)}\n")
 

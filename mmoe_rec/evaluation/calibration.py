@@ -19,10 +19,9 @@ from scipy.special import expit
 from sklearn.isotonic import IsotonicRegression
 from sklearn.linear_model import LogisticRegression
 
-from mmoe_rec.allocation import freed_memory_kept
 from mmoe_rec.batches.batch import make_batch
 from mmoe_rec.batches.encoded_rows import EncodedRows
-from mmoe_rec.devices import device_of
+from mmoe_rec.devices import device_of, freed_memory_kept
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.layout import Layout, TaskOutput
 from mmoe_rec.model.mmoe import RankingModel

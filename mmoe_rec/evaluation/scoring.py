@@ -11,10 +11,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from mmoe_rec.allocation import freed_memory_kept
 from mmoe_rec.batches.batch import make_batch
 from mmoe_rec.batches.encoded_rows import EncodedRows, weights_of
-from mmoe_rec.devices import device_of
+from mmoe_rec.devices import device_of, freed_memory_kept
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.sums import EvaluationSums, MeasuredTask, measure
 from mmoe_rec.model.layout import ModelLayout

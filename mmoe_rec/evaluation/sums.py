@@ -27,7 +27,7 @@ from mmoe_rec.evaluation.metrics import CUTOFFS, metrics_of
 from mmoe_rec.evaluation.metrics.binary import bin_edges, counts_by_value
 from mmoe_rec.evaluation.metrics.metric import Metric, TaskRows
 from mmoe_rec.evaluation.metrics.ranking import RankedLists, least_and_random_ndcg, ranks_nothing, shown_rows
-from mmoe_rec.log.hashing import combine, hash_column
+from mmoe_rec.log.columns import combine, hash_column
 
 MOST_UNITS = 4_096
 """At most so many users, or groups of users, are kept apart; a power of two."""

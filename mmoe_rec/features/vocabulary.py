@@ -16,7 +16,7 @@ import pyarrow.types as pt
 from pydantic import Field, model_validator
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.log.hashing import hash_column
+from mmoe_rec.log.columns import hash_column
 from mmoe_rec.point_in_time.arrays import filled, shared_index
 from mmoe_rec.settings.schema import MAX_TABLE_ROWS, Feature, Meaning, Schema
 

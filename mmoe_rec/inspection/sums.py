@@ -22,7 +22,7 @@ import pyarrow as pa
 from mmoe_rec.auc import auc_of_counts
 from mmoe_rec.batches.encoded_rows import EncodedRows, Rows
 from mmoe_rec.features.layout import DenseInput, IdInput, Layout
-from mmoe_rec.log.hashing import hash_column, mix
+from mmoe_rec.log.columns import hash_column, mix
 from mmoe_rec.point_in_time.arrays import Ragged
 from mmoe_rec.preprocessing.prepare import Prepared
 from mmoe_rec.progress import bar

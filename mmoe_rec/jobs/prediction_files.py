@@ -17,9 +17,8 @@ from mmoe_rec.evaluation.slices import SliceBy
 from mmoe_rec.evaluation.sums import MeasuredTask
 from mmoe_rec.inference.ranking import ROW
 from mmoe_rec.log.checks import BadFile, LogFile, open_parquet
-from mmoe_rec.log.columns import canonical_type
+from mmoe_rec.log.columns import canonical_type, combine, hash_column
 from mmoe_rec.log.files import FoundFile, path_values
-from mmoe_rec.log.hashing import combine, hash_column
 from mmoe_rec.log.reader import Piece
 from mmoe_rec.log.values import file_column, first_row, next_batch, with_path_values
 from mmoe_rec.settings.columns import Use, outcome_name

@@ -27,8 +27,7 @@ from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.jobs.places import adapt_schema, build_options, log_and_place
 from mmoe_rec.jobs.score_files import text_of
 from mmoe_rec.log.checks import BadFile
-from mmoe_rec.log.columns import column_uses
-from mmoe_rec.log.hashing import combine, hash_column
+from mmoe_rec.log.columns import column_uses, combine, hash_column
 from mmoe_rec.log.reader import Log, Noticed
 from mmoe_rec.point_in_time.arrays import one_array
 from mmoe_rec.preprocessing.prepare import existing

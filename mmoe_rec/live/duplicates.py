@@ -17,9 +17,8 @@ import pyarrow.types as pt
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.live.journal import Batch
-from mmoe_rec.log.columns import UTC_MICROSECONDS, column_uses, event_uses
+from mmoe_rec.log.columns import UTC_MICROSECONDS, column_uses, combine, event_uses, hash_column, mix
 from mmoe_rec.log.files import first_line
-from mmoe_rec.log.hashing import combine, hash_column, mix
 from mmoe_rec.log.reader import event_rows
 from mmoe_rec.log.rows import MICROSECONDS_PER_DAY, LogRows, maturity
 from mmoe_rec.point_in_time.join import known_at

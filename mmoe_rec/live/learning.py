@@ -23,8 +23,7 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.live.duplicates import Duplicates, NewRows
 from mmoe_rec.live.journal import ROWS_AT_A_TIME, Journal
 from mmoe_rec.live.journal_files import find_removed_logs, read_on
-from mmoe_rec.log.rows import LogRows
-from mmoe_rec.log.stand_ins import require_all
+from mmoe_rec.log.rows import LogRows, require_all
 from mmoe_rec.preprocessing.logs import read_held_files
 from mmoe_rec.settings.schema import Schema
 

@@ -34,8 +34,7 @@ import pyarrow as pa
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.layout import IdInput, Layout
 from mmoe_rec.inference.ranking import RankedRequest, Ranking
-from mmoe_rec.log.columns import UTC_MICROSECONDS
-from mmoe_rec.log.hashing import mix
+from mmoe_rec.log.columns import UTC_MICROSECONDS, mix
 from mmoe_rec.point_in_time.arrays import Ragged
 
 REQUEST = "served_request"

@@ -33,8 +33,7 @@ from mmoe_rec.live.outcome_files import BEGIN, JoinPlan, JoinState, OutcomeSourc
 from mmoe_rec.log.checks import format_time
 from mmoe_rec.log.columns import UTC_MICROSECONDS
 from mmoe_rec.log.database import open_database
-from mmoe_rec.log.rows import MICROSECONDS_PER_DAY
-from mmoe_rec.log.stand_ins import require_all
+from mmoe_rec.log.rows import MICROSECONDS_PER_DAY, require_all
 from mmoe_rec.progress import bar, say
 from mmoe_rec.settings.outcomes import LabelSource
 from mmoe_rec.settings.sections import Settings, differences

@@ -25,7 +25,7 @@ from mmoe_rec.jobs.run_page import as_code, command
 from mmoe_rec.locks import writing
 from mmoe_rec.log.files import find_files
 from mmoe_rec.log.given import iso_time
-from mmoe_rec.log.stand_ins import require_all
+from mmoe_rec.log.rows import require_all
 from mmoe_rec.preprocessing.checks import check_apart
 from mmoe_rec.preprocessing.extend import REMAKE, Tables, extend_tables, remake_tables
 from mmoe_rec.preprocessing.logs import HeldFiles, Logs, read_held_files, read_journal_name

@@ -34,8 +34,7 @@ from mmoe_rec.locks import writing
 from mmoe_rec.log.checks import format_time
 from mmoe_rec.log.files import find_files, open_file
 from mmoe_rec.log.given import iso_time
-from mmoe_rec.log.rows import LogRows
-from mmoe_rec.log.stand_ins import require_all
+from mmoe_rec.log.rows import LogRows, require_all
 from mmoe_rec.model.score import add_outcomes
 from mmoe_rec.point_in_time.arrays import SharedRagged
 from mmoe_rec.progress import say

@@ -9,7 +9,7 @@ from functools import cached_property
 import numpy as np
 import pyarrow as pa
 
-from mmoe_rec.log.hashing import combine
+from mmoe_rec.log.columns import combine
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.point_in_time.join import LookUps
 from mmoe_rec.settings.schema import Schema

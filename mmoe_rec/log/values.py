@@ -18,8 +18,7 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.log.checks import BadFile, format_time, open_parquet
 from mmoe_rec.log.columns import canonical
 from mmoe_rec.log.files import first_line, path_values
-from mmoe_rec.log.rows import LogRows
-from mmoe_rec.log.stand_ins import places_of
+from mmoe_rec.log.rows import LogRows, places_of
 from mmoe_rec.settings.columns import Use
 from mmoe_rec.settings.schema import Schema
 

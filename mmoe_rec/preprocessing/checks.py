@@ -15,8 +15,7 @@ from mmoe_rec.log.checks import format_time
 from mmoe_rec.log.database import open_database
 from mmoe_rec.log.files import takes_in
 from mmoe_rec.log.reader import Log
-from mmoe_rec.log.rows import LogRows
-from mmoe_rec.log.stand_ins import with_ids, with_times
+from mmoe_rec.log.rows import LogRows, with_ids, with_times
 from mmoe_rec.point_in_time.join import Window
 from mmoe_rec.preprocessing.count import LogCounts
 from mmoe_rec.preprocessing.logs import Logs

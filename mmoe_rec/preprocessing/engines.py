@@ -20,8 +20,7 @@ from typing import Any, TypeVar
 
 import pyarrow as pa
 
-from mmoe_rec.allocation import freed_memory_kept, keep_freed_memory
-from mmoe_rec.devices import usable_cores
+from mmoe_rec.devices import freed_memory_kept, keep_freed_memory, usable_cores
 from mmoe_rec.errors import UserError
 from mmoe_rec.settings.sections import EngineName
 

@@ -36,8 +36,7 @@ from mmoe_rec.locks import writing
 from mmoe_rec.log.checks import LogFile, format_time
 from mmoe_rec.log.files import first_line
 from mmoe_rec.log.reader import ROWS_PER_PART, LogReader, cut
-from mmoe_rec.log.rows import LogRows
-from mmoe_rec.log.stand_ins import require_all
+from mmoe_rec.log.rows import LogRows, require_all
 from mmoe_rec.point_in_time.join import Window
 from mmoe_rec.preprocessing.checks import check_apart, place
 from mmoe_rec.preprocessing.count import LogCounts

@@ -30,7 +30,7 @@ from mmoe_rec.features.pipeline import FORMAT, FeaturePipeline, exact_from
 from mmoe_rec.locks import writing
 from mmoe_rec.log.checks import format_time
 from mmoe_rec.log.columns import zone_rules
-from mmoe_rec.log.stand_ins import describe_stand_ins
+from mmoe_rec.log.rows import describe_stand_ins
 from mmoe_rec.point_in_time.join import Window
 from mmoe_rec.preprocessing.checks import check_apart, check_classes, check_splits, empty_split
 from mmoe_rec.preprocessing.count import LogCounts

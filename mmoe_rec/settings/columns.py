@@ -71,7 +71,7 @@ class Columns(Section):
     """The columns that give a row its place in the log.
 
     A plain table, say one row a person, may lack users, candidates and times: then these names are those of columns
-    that `mmoe_rec.log.stand_ins` adds to its rows as they are read, and features can't read them.
+    that `mmoe_rec.log.rows` adds to its rows as they are read, and features can't read them.
     """
 
     younger = frozenset({"weight"})

@@ -117,7 +117,7 @@ class Split(Section):
 
     def windows(self) -> dict[str, tuple[int | None, int | None]]:
         """Request times [start, end) of each split in microseconds since 1970 UTC; by a column, the times that
-        `mmoe_rec.log.stand_ins` gives to the rows of each."""
+        `mmoe_rec.log.rows` gives to the rows of each."""
         if self.column is not None:
             return {name: (place, place + 1) for place, name in enumerate(SPLITS)}
         start, train, validation, test = (

@@ -18,11 +18,10 @@ from typing import NoReturn
 import torch
 import torch.distributed as dist
 
-from mmoe_rec.allocation import freed_memory_kept
 from mmoe_rec.batches.batch import Batch, KeyedIds, make_batch
 from mmoe_rec.batches.encoded_rows import EncodedRows
 from mmoe_rec.batches.reader import Position, Prefetch, TrainingReader
-from mmoe_rec.devices import limit_threads
+from mmoe_rec.devices import freed_memory_kept, limit_threads
 from mmoe_rec.errors import StoppedError, StopRequest
 from mmoe_rec.features.layout import Layout
 from mmoe_rec.model.layout import ModelLayout

@@ -9,7 +9,7 @@ import pyarrow as pa
 from scipy.special import expit, ndtri
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.log.hashing import mix
+from mmoe_rec.log.columns import mix
 from pipelines.data_sets.sampled_log import REQUEST_TIME, IntArray
 
 FloatArray = npt.NDArray[np.float32]

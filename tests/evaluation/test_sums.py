@@ -13,7 +13,7 @@ from simulated_log import BOUGHT, SPENT, Log, simulate
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.metrics.binary import bin_edges
 from mmoe_rec.evaluation.sums import MeasuredTask, group_of, join_sums, measure
-from mmoe_rec.log.hashing import hash_column
+from mmoe_rec.log.columns import hash_column
 from tests.evaluation.trees import find_differences, summarise
 
 

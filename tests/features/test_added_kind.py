@@ -69,7 +69,7 @@ SCRIPT = """
 import json
 from mmoe_rec.cli.main import main
 from mmoe_rec.inference.ranker import Ranker
-from mmoe_rec.settings.help import describe
+from mmoe_rec.settings.load import describe
 
 assert "features.NAME (kind: remainder): An integer's remainder, embedded." in describe()
 words = ["--config", "settings.yaml"]

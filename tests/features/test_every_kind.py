@@ -20,7 +20,7 @@ from mmoe_rec.log.columns import column_uses
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.point_in_time.arrays import Ragged
 from mmoe_rec.point_in_time.join import in_window
-from mmoe_rec.settings.help import describe
+from mmoe_rec.settings.load import describe
 from mmoe_rec.settings.schema import Remembering, Schema
 from tests.log.small_logs import BASE, DAY, START, assert_same, assert_same_inputs, fit, log_rows, random_log, schema_of
 

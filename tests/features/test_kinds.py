@@ -15,7 +15,7 @@ from mmoe_rec.features import vocabulary
 from mmoe_rec.features.kinds.ids import ragged
 from mmoe_rec.features.layout import Encoded
 from mmoe_rec.features.pipeline import FeaturePipeline
-from mmoe_rec.log.hashing import combine, hash_column
+from mmoe_rec.log.columns import combine, hash_column
 from mmoe_rec.settings.schema import Schema
 from tests.log.small_logs import DAY, START, fit, log_rows, random_log, schema_of
 from tests.reference import features as reference

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from mmoe_rec.inspection.sums import DistinctCount, psi, psi_noise
-from mmoe_rec.log.hashing import mix
+from mmoe_rec.log.columns import mix
 
 
 def test_psi_of_two_bins_by_hand():

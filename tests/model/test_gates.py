@@ -12,7 +12,7 @@ from torch import Tensor
 from mmoe_rec.model.levels import RAMP, Gates, keep_some
 from mmoe_rec.model.routing import RULES, Gated, Routing, RoutingRule, balance_loss, expert_loads, rule_named, z_loss
 from mmoe_rec.settings import model as section
-from mmoe_rec.settings.help import describe
+from mmoe_rec.settings.load import describe
 from tests.reference import model as reference
 
 GATES, EXPERTS, ROWS = 2, 5, 40

@@ -18,7 +18,7 @@ from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.jobs.places import build_features
 from mmoe_rec.live.outcomes import join_outcomes
 from mmoe_rec.live.replay import ReplayOptions, replay
-from mmoe_rec.log.stand_ins import describe_stand_ins
+from mmoe_rec.log.rows import describe_stand_ins
 from mmoe_rec.training.checkpoint import FinishedTraining
 from mmoe_rec.training.validation import BINS_PER_UNIT
 from mmoe_rec.training.warm_start import base_rates

@@ -10,7 +10,7 @@ import torch
 from sklearn.metrics import log_loss, mean_squared_error, roc_auc_score
 
 from mmoe_rec.batches.batch import Batch
-from mmoe_rec.log.hashing import mix
+from mmoe_rec.log.columns import mix
 from mmoe_rec.model.layout import ModelLayout
 from mmoe_rec.model.mmoe import Outputs
 from mmoe_rec.model.routing import Routing
