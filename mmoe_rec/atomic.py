@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,12 +27,8 @@ _RENAME_EXCHANGE = 2
 def atomic_file(path: str | Path, replace: bool = True) -> Iterator[Path]:
     """Yield a temporary path to write one file to; it replaces `path` when the block succeeds.
 
-    Args:
-        path: the target; missing parent folders are created, a symbolic link is followed.
-        replace: False leaves a file that another process has put there first.
-
-    Raises:
-        UserError: `path` is a folder, or its parent cannot be created.
+    Missing parent folders are created, a symbolic link is followed. replace: False leaves a file that another process
+    has put there first. Raises UserError where `path` is a folder, or its parent cannot be created.
     """
     target = _real(path)
     if target.is_dir():
@@ -40,12 +36,12 @@ def atomic_file(path: str | Path, replace: bool = True) -> Iterator[Path]:
     temporary = _temporary(target)
     try:
         yield temporary
-        _flush(temporary)
+        flush(temporary)
         if replace:
             os.replace(temporary, target)
         else:
             _put_new_file(temporary, target)
-        _flush(target.parent)
+        flush(target.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -54,11 +50,8 @@ def atomic_file(path: str | Path, replace: bool = True) -> Iterator[Path]:
 def atomic_folder(path: str | Path) -> Iterator[Path]:
     """Yield an empty temporary folder to fill; it replaces `path`, with all it held, when the block succeeds.
 
-    Args:
-        path: the target; missing parent folders are created, a symbolic link is followed.
-
-    Raises:
-        UserError: `path` is a file, or no folder can be created there.
+    Missing parent folders are created, a symbolic link is followed. Raises UserError where `path` is a file, or no
+    folder can be created there.
     """
     target = _real(path)
     if target.exists() and not target.is_dir():
@@ -73,10 +66,13 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
 
 
 def put_folder(temporary: Path, target: Path) -> None:
-    """Flushes a filled folder beside the target to disk and renames it over the target."""
-    flush_tree(temporary)
+    """Flushes a filled folder beside the target to disk, several files at a time, and renames it over the target."""
+    with ThreadPoolExecutor(8) as pool:
+        for parent, _, names in os.walk(temporary, topdown=False):
+            list(pool.map(flush, (Path(parent, name) for name in names)))
+            flush(Path(parent))
     _put_folder(temporary, target)
-    _flush(target.parent)
+    flush(target.parent)
     shutil.rmtree(temporary, ignore_errors=True)  # after an exchange it is the old one
 
 
@@ -137,21 +133,7 @@ def _exchange(one: Path, other: Path) -> bool:
     return bool(renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0)
 
 
-def flush_tree(folder: Path) -> None:
-    """Force all files in a folder to disk, several at a time, as each waits for it."""
-    with ThreadPoolExecutor(8) as pool:
-        for parent, _, names in os.walk(folder, topdown=False):
-            list(pool.map(_flush, (Path(parent, name) for name in names)))
-            _flush(Path(parent))
-
-
-def flush_files(paths: Iterable[Path]) -> None:
-    """Force the content of files to disk, one after the other."""
-    for path in paths:
-        _flush(path)
-
-
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """Force a file's content, or a folder's entries, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

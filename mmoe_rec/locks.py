@@ -33,13 +33,9 @@ _NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EBADF, errno.EI
 def writing(folder: Path, what: str, advice: str, *, queue: bool = False) -> Iterator[None]:
     """Lets one process write a folder that nobody else writes or reads, and removes what killed ones left beside it.
 
-    Args:
-        what: kind of this process, for messages to others.
-        advice: what to do where the folder is in use, besides waiting.
-        queue: wait for another writer, for as long as it takes.
-
-    Raises:
-        UserError: another process writes or reads the folder, or it can't be locked.
+    what: kind of this process, for messages to others; advice: what to do where the folder is in use, besides waiting;
+    queue: wait for another writer, for as long as it takes. Raises UserError where another process writes or reads the
+    folder, or it can't be locked.
     """
     made = [each for each in Path(os.path.realpath(folder)).parents if not each.exists()]
     try:
@@ -72,7 +68,7 @@ def lock_file(folder: Path) -> Path:
 
 @contextmanager
 def _hold(folder: Path, what: str, role: str, advice: str, queue: bool) -> Iterator[None]:
-    path, told, give_up, file = lock_file(folder), False, _give_up(), None
+    path, told, file, give_up = lock_file(folder), False, None, time.monotonic() + SECONDS_TO_LET_GO
     while file is None:
         try:
             file = _lock(path, shared=role == "reading")
@@ -88,7 +84,7 @@ def _hold(folder: Path, what: str, role: str, advice: str, queue: bool) -> Itera
                 if queue and holder == "writing":
                     if not told:
                         say(f"waiting for {who}, which is writing '{folder}'")
-                    told, give_up = True, _give_up()
+                    told, give_up = True, time.monotonic() + SECONDS_TO_LET_GO
                 elif time.monotonic() > give_up:
                     raise UserError(f"'{folder}' is in use by {who}: wait until that has ended, or {advice}")
                 time.sleep(0.1)
@@ -103,10 +99,6 @@ def _hold(folder: Path, what: str, role: str, advice: str, queue: bool) -> Itera
             with suppress(OSError):  # others still read, or there are no locks
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 path.unlink(missing_ok=True)
-
-
-def _give_up() -> float:
-    return time.monotonic() + SECONDS_TO_LET_GO
 
 
 def _lock(path: Path, shared: bool) -> TextIO | None:

@@ -32,7 +32,7 @@ import sqlalchemy as sql
 from sqlalchemy.engine import URL, Connection, Engine
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
-from mmoe_rec.atomic import flush_files
+from mmoe_rec.atomic import flush
 from mmoe_rec.errors import RequestError, UserError, quoted
 from mmoe_rec.log.files import first_line
 
@@ -344,7 +344,7 @@ class _EndMark:
         finally:
             os.close(file)
         if is_new:
-            flush_files([self._path.parent])
+            flush(self._path.parent)
 
     def _place(self, position: int, checksum: int) -> bytes:
         content = struct.pack("<16sQI", self._id, position, checksum)
