@@ -63,12 +63,8 @@ def require_packages(purpose: str, extra: str, *modules: str) -> None:
 
 @contextmanager
 def exit_with_message() -> Iterator[None]:
-    """Turn a `UserError` into one line on stderr and exit code 2, `StoppedError` into one and exit code 75.
-
-    Any other exception passes with its traceback.
-
-    Works as a decorator, `@exit_with_message()` on a command's `main`, and as a context, `with exit_with_message():`.
-    """
+    """Turn a `UserError` into one line on stderr and exit code 2, `StoppedError` into one and exit code 75; any other
+    exception passes with its traceback. Works as a decorator of a command's `main`, and as a context."""
     try:
         yield
     except UserError as error:

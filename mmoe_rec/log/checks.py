@@ -75,10 +75,8 @@ def format_time(microseconds: int) -> str:
 
 @contextmanager
 def open_parquet(address: str, coded: Sequence[str] = ()) -> Iterator[pq.ParquetFile]:
-    """A Parquet file; strings of the columns in `coded` are read dictionary-coded.
-
-    Raises BadFile where it is not one, UserError where its place can't be reached.
-    """
+    """A Parquet file; strings of the columns in `coded` are read dictionary-coded. Raises BadFile where it is not one,
+    UserError where its place can't be reached."""
     with ExitStack() as stack:
         try:
             file = stack.enter_context(open_file(address))
@@ -117,15 +115,11 @@ def check_files(
     skip_bad_files: bool,
     fitted: Mapping[str, str],
 ) -> tuple[list[LogFile], dict[str, pa.DataType], list[LeftOut]]:
-    """Reads every file's footer once.
+    """Reads every file's footer once; gives the files, each column's canonical type (none for a column that is null
+    everywhere), and what was left out.
 
-    fitted: types of columns, in words, that features were fitted to; other columns have that of most files.
-
-    Returns:
-        the files, each column's canonical type (none for a column that is null everywhere), and what was left out.
-
-    Raises:
-        BadFile: the first bad file, unless those are skipped.
+    fitted: types of columns, in words, that features were fitted to; other columns have that of most files. Raises
+    BadFile for the first bad file, unless those are skipped.
     """
     problems: dict[str, BadFile] = {}
     footers: list[_Footer] = []

@@ -81,10 +81,8 @@ def column_uses(schema: Schema) -> dict[str, Use]:
 
 
 def event_uses(schema: Schema, events: str) -> dict[str, Use]:
-    """What each column that a log of events must have is read as; the time column goes by its name in that log.
-
-    Raises UserError where the time column is a key as well.
-    """
+    """What each column that a log of events must have is read as; the time column goes by its name in that log. Raises
+    UserError where it is a key as well."""
     time = schema.events[events].time
     uses: dict[str, Use] = {}
     for feature in schema.features.values():
@@ -147,12 +145,8 @@ def _is_number(kind: pa.DataType) -> bool:
 def canonical(
     column: str, use: Use, values: pa.ChunkedArray, time_unit: str | None = None, coded: bool = False
 ) -> pa.Array:
-    """Values in the canonical type; an all-null column stays of type null.
-
-    coded: whether strings, but not lists of them, are given dictionary-coded.
-
-    Raises UserError naming the column.
-    """
+    """Values in the canonical type; an all-null column stays of type null. coded: whether strings, but not lists of
+    them, are given dictionary-coded. Raises UserError naming the column."""
     array = one_array(values) if isinstance(values, pa.ChunkedArray) else values
     target = canonical_type(column, use, array.type, time_unit)
     if pt.is_null(target):

@@ -65,9 +65,7 @@ class Database:
 @contextmanager
 def open_database(folder: Path, memory_gib: float = MEMORY_GIB, workers: int | None = None) -> Iterator[Database]:
     """A new database that is gone afterwards. It holds `memory_gib` in memory and the rest in `folder`, which it makes
-    and removes.
-
-    workers: threads; None is one a core. Raises UserError where it needs more memory, or the disk is full.
+    and removes. workers: threads; None is one a core. Raises UserError where it needs more memory, or the disk is full.
     """
     import duckdb
 

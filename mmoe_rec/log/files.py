@@ -82,11 +82,8 @@ def find_files(source: str, setting: str = "data.log") -> list[FoundFile]:
 
 
 def find_local(source: str) -> list[Path]:
-    """What `find_files` finds at a local path; none where nothing is there.
-
-    Raises UserError where a folder can't be read, a link leads nowhere or back to a folder that it lies in, or two
-    paths lead to the same file.
-    """
+    """What `find_files` finds at a local path; none where nothing is there. Raises UserError where a folder can't be
+    read, a link leads nowhere or back to a folder that it lies in, or two paths lead to the same file."""
     if os.path.isfile(source):
         return [Path(source)]
     folder, parts = split_glob(source)
@@ -200,11 +197,8 @@ def path_values(address: str) -> dict[str, str | None]:
 
 @contextmanager
 def open_file(address: str) -> Iterator[pa.NativeFile]:
-    """A file as pyarrow reads it; local ones by pyarrow itself, without a memory map.
-
-    Raises UserError where a remote place can't be reached, now or while it is read, and OSError for a file that can't
-    be opened.
-    """
+    """A file as pyarrow reads it; local ones by pyarrow itself, without a memory map. Raises UserError where a remote
+    place can't be reached, now or while it is read, and OSError for a file that can't be opened."""
     if not is_remote(address):
         with pa.OSFile(local_path(address), "rb") as file:
             yield file
@@ -294,13 +288,10 @@ def _s3_defaults() -> dict[str, Any]:
     """Fewer and shorter tries than botocore's, where the user has set nothing."""
     from fsspec.config import conf  # type: ignore[import-untyped]
 
-    given: dict[str, Any] = {}
-    for protocol in ("s3", "s3a"):
-        given |= conf.get(protocol, {}).get("config_kwargs") or {}
-    ours: dict[str, Any] = {"connect_timeout": 3}
-    if not {"AWS_MAX_ATTEMPTS", "AWS_RETRY_MODE"} & os.environ.keys():
-        ours["retries"] = {"mode": "standard", "total_max_attempts": 3}
-    return {"config_kwargs": ours | given}
+    users = any(conf.get(protocol, {}).get("config_kwargs") for protocol in ("s3", "s3a"))
+    if users or {"AWS_MAX_ATTEMPTS", "AWS_RETRY_MODE"} & os.environ.keys():
+        return {}
+    return {"config_kwargs": {"connect_timeout": 3, "retries": {"mode": "standard", "total_max_attempts": 3}}}
 
 
 class _RemoteFile:

@@ -36,10 +36,8 @@ _WANTED_USE = {**EXPECTED, "time": "times (ISO 8601 strings or integers)"}
 
 
 def plain(values: Any) -> Any:
-    """The list of what an Arrow array, a pandas Series or a numpy array holds; anything else as it is.
-
-    A value that pandas calls missing is null; NaN in a numpy array is NaN, as in a list.
-    """
+    """The list of what an Arrow array, a pandas Series or a numpy array holds; anything else as it is. A value that
+    pandas calls missing is null; NaN in a numpy array is NaN, as in a list."""
     if isinstance(values, pa.Array | pa.ChunkedArray):
         return values.to_pylist()
     if isinstance(values, np.ndarray):
@@ -64,15 +62,9 @@ def plain_option(value: Any) -> Any:
 def to_arrow(
     column: str, values: Sequence[Any], use: Use, expected: pa.DataType | None = None, time_unit: str | None = None
 ) -> pa.Array:
-    """(N,) values in the canonical type; all nulls stay of type null.
-
-    Args:
-        expected: the column's type in the log, where it is known.
-        time_unit: unit of integers in a time column; null where the log has timestamps, beside which they have none.
-
-    Raises:
-        RequestError: naming the column, what was expected and what was found.
-    """
+    """(N,) values in the canonical type; all nulls stay of type null. expected: the column's type in the log, where it
+    is known; time_unit: of integers in a time column, None where the log has timestamps, beside which they have none.
+    Raises RequestError naming the column, what was expected and what was found."""
     if use == "time":
         return pa.array([_microseconds_or_none(column, value, time_unit) for value in values], UTC_MICROSECONDS)
     if use in ("keys", "vector"):

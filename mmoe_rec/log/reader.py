@@ -79,10 +79,8 @@ def cut(files: Sequence[LogFile], rows_per_part: int) -> list[LogPart]:
 
 @dataclass
 class Noticed:
-    """What reading parts of a log tells about its files.
-
-    bad: problems of files that can't be used; spans: file -> first and last time of its rows, microseconds.
-    """
+    """What reading parts of a log tells about its files. bad: problems of files that can't be used; spans: file ->
+    first and last time of its rows, microseconds."""
 
     bad: list[BadFile] = field(default_factory=list)
     spans: dict[str, tuple[int, int]] = field(default_factory=dict)
@@ -202,15 +200,13 @@ def event_rows(table: pa.Table, schema: Schema, name: str) -> LogRows:
 class Log:
     """The files of an interaction log. Opening it reads every file's footer and checks columns and types.
 
+    source: a folder of Parquet files, one file or a glob; a local path or an fsspec address; skip_bad_files: leave
+    files that can't be used out, see `left_out`, instead of an error; types: required types of columns, in words, by
+    default those of most files; more: further columns that all files must have, and what they are read as; now:
+    microseconds since 1970 UTC, by default a day from now; later requests are an error when read.
+
     name: of a log of events, else None; found: all files that are there; files: those that can be used; types: of their
     columns; reader: reads a part of them.
-
-    Args:
-        source: a folder of Parquet files, one file or a glob; a local path or an fsspec address.
-        skip_bad_files: leave out files that can't be used, see `left_out`, instead of an error.
-        types: required types of columns, in words; by default those of most files.
-        more: further columns that all files must have, and what they are read as.
-        now: microseconds since 1970 UTC; later requests are an error when read. By default a day from now.
 
     Raises BadFile for the first file that is unreadable, lacks a column or has another type than most, and UserError
     where there is no log, it has no rows, or it can't be reached.
@@ -278,10 +274,8 @@ class Log:
 
 
 class EventRows(Log):
-    """The files of a further log of events, see `EventLog`. Key columns must have the log's types.
-
-    Args and errors: as `Log`, whose `now` it shares.
-    """
+    """The files of a further log of events, see `EventLog`, with the `now` of the interaction log, whose types its key
+    columns must have. Errors are those of `Log`."""
 
     name: str
 
@@ -314,10 +308,8 @@ def none_usable(source: str, left_out: Sequence[LeftOut]) -> UserError:
 def read_piece(
     piece: Piece, uses: dict[str, Use], time_unit: str | None, types: Mapping[str, str]
 ) -> Iterator[tuple[int, pa.Table]]:
-    """Batches in canonical types, each with the number of its first row within the file.
-
-    types: of columns, in words, as they were when the log was opened. Raises BadFile.
-    """
+    """Batches in canonical types, each with the number of its first row within the file. types: of columns, in words,
+    as they were when the log was opened. Raises BadFile."""
     address, in_path = piece.address, dict(piece.in_path)
     in_file = [column for column in uses if column not in in_path]
     coded = [column for column in in_file if uses[column] in ("key", "any")]

@@ -69,10 +69,7 @@ class Stored:
 
 
 class FewRows(LogRows):
-    """N rows given as columns, which ask few of many events: each look-up is searched for itself.
-
-    columns: canonical columns of N values each.
-    """
+    """N rows given as canonical columns, which ask few of many events: each look-up is searched for itself."""
 
     _ask = staticmethod(LookUps.of_each)
 
@@ -109,11 +106,8 @@ class FewRows(LogRows):
 
 
 class RequestRows(FewRows):
-    """N candidates of R requests.
-
-    shared: the R requests, with the columns of user and context; columns: of the candidates, N values each; of: (N,)
-    int64 the request of each candidate.
-    """
+    """N candidates of R requests. shared: the R requests, with the columns of user and context; columns: of the
+    candidates, N values each; of: (N,) int64 the request of each candidate."""
 
     def __init__(self, shared: FewRows, columns: Mapping[str, pa.Array | Stored], of: np.ndarray) -> None:
         super().__init__(columns, len(of), shared.schema)

@@ -276,10 +276,8 @@ def require_all(schema: Schema, what: str) -> None:
 
 
 def places_of(column: pa.ChunkedArray | pa.Array, split: SplitColumn) -> np.ndarray:
-    """(N,) int64 the place of each row's split among `SPLITS`, -1 for a value that none lists.
-
-    Raises UserError where the settings list values of another type than the column's.
-    """
+    """(N,) int64 the place of each row's split among `SPLITS`, -1 for a value that none lists. Raises UserError where
+    the settings list values of another type than the column's."""
     values = one_array(column) if isinstance(column, pa.ChunkedArray) else column
     values = values.dictionary_decode() if pt.is_dictionary(values.type) else values
     places = np.full(len(values), -1)

@@ -167,10 +167,8 @@ def check_classes(schema: Schema, counts: SplitCounts) -> None:
 
 
 def check_duplicates(logs: Logs, sent: Path, scratch: Path) -> None:
-    """Raises UserError where a row repeats an earlier one.
-
-    sent: folder of Arrow files with the `key` and the number of each `row`; scratch: folder for a database.
-    """
+    """Raises UserError where a row repeats an earlier one. sent: folder of Arrow files with the `key` and the number
+    of each `row`; scratch: folder for a database."""
     options, log, columns = logs.options, logs.log, logs.schema.columns
     with open_database(scratch, options.memory_gib, options.workers) as database:
         database.register("sent", ds.dataset(sent, format="ipc"))

@@ -145,10 +145,7 @@ def count_part(job: CountJob, readers: Mapping[str | None, LogReader], task: tup
 
 
 class _Sender:
-    """Sends a part's events and look-ups, many rows at a time.
-
-    source: the log of events that the part belongs to, None for the interaction log. A channel has one source.
-    """
+    """Sends events and look-ups of a part of a log of events of name `source`, None for the interaction log."""
 
     def __init__(self, job: CountJob, part: LogPart, source: str | None) -> None:
         self.job, self.part, self.source = job, part, source

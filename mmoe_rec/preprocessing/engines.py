@@ -32,10 +32,8 @@ THREADS_AT_MOST = 4
 
 @contextmanager
 def open_engine(name: EngineName, workers: int | None = None, processes: bool = True) -> Iterator[Engine]:
-    """The engine of that name; `workers` is the number of tasks at a time, by default one for each core.
-
-    processes: whether `local` may start processes, for more workers than threads suit.
-    """
+    """The engine of that name, with so many tasks at a time, by default one for each core. processes: whether `local`
+    may start processes, for more workers than threads suit."""
     workers = workers or usable_cores()
     if not processes and name == "local":
         workers = min(workers, THREADS_AT_MOST)
@@ -65,11 +63,8 @@ class _LocalEngine:
         self._pool = pool
 
     def map(self, function: Callable[[Task], Result], tasks: Sequence[Task], lasting: bool = False) -> Iterator[Result]:
-        """Results of a picklable function, in the order of the tasks.
-
-        lasting: whether a process that runs tasks holds something large in memory for those that follow, so that it
-        should be an actor where processes come and go.
-        """
+        """Results of a picklable function, in the order of the tasks. lasting: whether a process holds something large
+        in memory for the tasks that follow, so that it should be an actor where processes come and go."""
         try:
             yield from map(function, tasks) if self._pool is None else self._pool.map(function, tasks)
         except BrokenProcessPool:
@@ -94,10 +89,7 @@ def _start_worker() -> None:
 
 
 class _RayEngine:
-    """Tasks as rows of a Ray data set, on the cluster at RAY_ADDRESS if that variable is set, else on this machine.
-
-    On several machines the work folder and the log must be ones that all of them see.
-    """
+    """Tasks as rows of a Ray data set, on the cluster at RAY_ADDRESS if that variable is set, else on this machine."""
 
     def __init__(self, workers: int) -> None:
         if not os.environ.get("RAY_ADDRESS"):

@@ -50,10 +50,7 @@ class Exchange:
         self.receivers = receivers
 
     def send(self, channel: str, sender: Sender, table: pa.Table, receiver: np.ndarray) -> np.ndarray:
-        """Sends each of N rows to its receiver, (N,) integers; gives the number of rows each got, (receivers,) int64.
-
-        The rows that a receiver gets keep their order.
-        """
+        """Sends each of N rows to its receiver, (N,) integers, in order; gives the rows of each, (receivers,) int64."""
         return self.send_in_turns(channel, sender, [(table, receiver)])
 
     def send_in_turns(self, channel: str, sender: Sender, turns: Iterable[tuple[pa.Table, np.ndarray]]) -> np.ndarray:

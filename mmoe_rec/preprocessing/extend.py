@@ -79,18 +79,14 @@ class NewFiles:
         return any(each.new for each in self.changes)
 
     def only(self, events_alone: bool = False) -> Logs:
-        """The logs, of which only new files are read. events_alone: these may be of logs of events alone.
-
-        Raises UserError where there are no rows to read.
-        """
+        """The logs, of which only new files are read; events_alone: these may be of logs of events alone. Raises
+        UserError where there are no rows to read."""
         old = [log.found.keys() - each.new for log, each in zip(self.logs.all, self.changes, strict=True)]
         return self.logs.rest(old, events_alone)
 
     def count(self, steps: Steps, statistics: bool, kept: Path, before: Path) -> LogCounts:
-        """Counts the rows of the new files.
-
-        kept, before: folders of requests, see `Steps.count`. Raises UserError where rows can't be added.
-        """
+        """Counts the rows of the new files. kept, before: folders of requests, see `Steps.count`. Raises UserError
+        where rows can't be added."""
         has_requests = self.logs.schema.columns.request is not None
         counted = steps.count(statistics=statistics, kept=kept, before=before if has_requests else None)
         self._check_times(counted, steps.requests, steps.logs)

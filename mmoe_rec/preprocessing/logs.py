@@ -65,11 +65,9 @@ DEFAULTS = BuildOptions()
 
 
 class Logs:
-    """An interaction log with its logs of events. only_new: whether these are some of their files, see `rest`;
-    events_alone: whether rows of events suffice then.
-
-    types: of the columns of each of them, and more: further columns of the interaction log, as `Log` takes them.
-    """
+    """An interaction log with its logs of events. types: of the columns of each of them, and more: further columns of
+    the interaction log, as `Log` takes them. only_new: whether these are some of their files, see `rest`;
+    events_alone: whether rows of events suffice then."""
 
     only_new, events_alone = False, False
 
@@ -114,11 +112,8 @@ class Logs:
         return fewer
 
     def rest(self, not_read: Sequence[Collection[str]], events_alone: bool = False) -> Logs:
-        """The same logs without some of their files: addresses for each of `all`.
-
-        events_alone: rows of events suffice. Raises UserError where the other files, of the interaction log if that is
-        not so, have no rows.
-        """
+        """The same logs without some of their files: addresses for each of `all`. Raises UserError where the others
+        have no rows of the interaction log or, if `events_alone`, none at all."""
         rest = copy.copy(self)
         rest.only_new, rest.events_alone = True, events_alone
         rest.log = self.log.skip(not_read[0])

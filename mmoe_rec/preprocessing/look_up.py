@@ -36,10 +36,8 @@ _ROOM = 1.1  # for pieces that are larger than the sample says
 
 @dataclass(frozen=True)
 class ReceivedRows:
-    """What was sent to a partition of the keys of a group of counters and histories, or to a piece of one.
-
-    rows: look-ups, and the events of one counter or history, which are held in memory at a time.
-    """
+    """What was sent to a partition of the keys of a group of counters and histories, or to a piece of one. rows:
+    look-ups, and the events of one counter or history, which are held in memory at a time."""
 
     exchange: Exchange
     number: int
@@ -67,10 +65,8 @@ class ReceivedRows:
         return start is not None and end is not None and end - start <= 1
 
     def divide(self, rows_in_memory: int, scratch: Path) -> Iterator[ReceivedRows]:
-        """Pieces in the order of time, each of at most `rows_in_memory` rows or of one moment, in files in `scratch`.
-
-        A piece lasts until the next one is asked for.
-        """
+        """Pieces in the order of time, each of at most `rows_in_memory` rows or of one moment, in files in `scratch`,
+        which last until the next one is asked for."""
         if self.rows <= rows_in_memory or self.is_a_moment:
             yield self
             return

@@ -85,9 +85,8 @@ def find_requests(
     before: Path | None = None,
     kept: Path | None = None,
 ) -> Requests:
-    """What is known of the requests of a log in parts, with bad files if there are any.
-
-    Nothing is read of a log without a request column, whose requests are rows of one time.
+    """What is known of the requests of a log in parts, with bad files if there are any; one without a request column,
+    whose requests are rows of one time, is not read.
 
     run: runs tasks; first_times: file for the rows whose time is not their request's, see `LogReader`; before: folder
     with the requests of the days before; kept: folder that gets all requests. Raises UserError for a damaged `before`.
@@ -193,10 +192,8 @@ def _find_clash(database: Database, column: str, runs: str) -> Clash | None:
 
 def read_requests(folder: Path | None) -> Iterator[pa.Table]:
     """The requests that are kept in a folder, None for none, some at a time: `request`, `least` and `greatest` are
-    hashes of the id and of its users; `first` and `last` times in microseconds; `rows`.
-
-    Raises UserError for a folder that can't be read.
-    """
+    hashes of the id and of its users; `first` and `last` times in microseconds; `rows`. Raises UserError for a folder
+    that can't be read."""
     try:
         for path in () if folder is None else sorted(folder.iterdir()):
             with pq.ParquetFile(path) as file:

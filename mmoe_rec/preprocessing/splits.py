@@ -24,10 +24,8 @@ ROWS_PER_GROUP = 32_768
 @dataclass
 class SplitCounts:
     """Rows of a split, and per task the observed labels and their sum; the same with rows that weigh what their column
-    of weights says, and with that / their rate of sampling; and the labels that had not matured.
-
-    known_by: when labels must have matured to count, microseconds.
-    """
+    of weights says, and with that / their rate of sampling; and the labels that had not matured. known_by: when labels
+    must have matured to count, microseconds."""
 
     rows: int = 0
     observed: dict[str, int] = field(default_factory=dict)

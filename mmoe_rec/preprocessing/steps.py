@@ -52,11 +52,8 @@ def kept_results(folder: Path, log: Log) -> ResultExchange:
 
 
 class Steps:
-    """The steps of one build, in a scratch folder that is removed at the end. Use it as a context.
-
-    logs: as they are read, without files that turned out to be bad; until: as in `CountJob`; requests: what was found
-    out about them.
-    """
+    """The steps of one build, in a scratch folder that is removed at the end. Use it as a context. logs: as they are
+    read, without files that turned out to be bad; until: as in `CountJob`; requests: what was found out about them."""
 
     def __init__(self, logs: Logs, windows: Mapping[str, Window], scratch: Path, until: int | None = None) -> None:
         self.logs, self.windows, self.scratch, self.until = logs, windows, scratch, until
@@ -102,10 +99,8 @@ class Steps:
         return counted
 
     def find_requests(self) -> None:
-        """Only finds the times of requests, for rows whose counters and histories are known elsewhere.
-
-        Raises UserError for a bad file, and as `count` does for requests of several users or times.
-        """
+        """Only finds the times of requests, for rows whose counters and histories are known elsewhere. Raises UserError
+        for a bad file, and as `count` does for requests of several users or times."""
         self.requests = self._find_requests()
         if self.requests.bad:
             raise self.requests.bad[0]
