@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from itertools import chain
 from typing import Any
 
@@ -19,6 +19,7 @@ from mmoe_rec.errors import RequestError, UserError, quoted
 from mmoe_rec.log.columns import EXPECTED, UTC_MICROSECONDS, canonical
 from mmoe_rec.settings.columns import Use
 
+_EPOCH, _MICROSECOND = datetime(1970, 1, 1, tzinfo=UTC), timedelta(microseconds=1)
 _INT64 = range(-(2**63), 2**63)
 _PER_UNIT = {"s": 1_000_000, "ms": 1_000, "us": 1}
 _NUMBERS = {int, float, type(None)}
@@ -176,7 +177,7 @@ def microseconds(column: str, value: Any, unit: str | None = None) -> int:
             raise RequestError(f"column '{column}' holds {quoted(value)}, which is not an ISO 8601 time") from None
         moment = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
         inside = _YEARS[0] <= moment.year < _YEARS[1]
-        result = _microseconds_of(moment) if inside else 0
+        result = (moment - _EPOCH) // _MICROSECOND
     elif isinstance(value, int) and not isinstance(value, bool):
         if unit is None:
             raise RequestError(
@@ -184,7 +185,7 @@ def microseconds(column: str, value: Any, unit: str | None = None) -> int:
                 "timestamps: give an ISO 8601 string such as 2024-01-31T12:00:00Z"
             )
         result = value // 1_000 if unit == "ns" else value * _PER_UNIT[unit]
-        low, high = (_microseconds_of(datetime(year, 1, 1, tzinfo=UTC)) for year in _YEARS)
+        low, high = ((datetime(year, 1, 1, tzinfo=UTC) - _EPOCH) // _MICROSECOND for year in _YEARS)
         inside = low <= result < high
     else:
         raise RequestError(f"column '{column}' must hold {_WANTED_USE['time']}; found {_kind(value)}")
@@ -197,10 +198,4 @@ def microseconds(column: str, value: Any, unit: str | None = None) -> int:
 
 def iso_time(microseconds: int) -> str:
     """Microseconds since 1970 UTC as ISO 8601."""
-    seconds, rest = divmod(microseconds, 1_000_000)
-    return datetime.fromtimestamp(seconds, UTC).replace(microsecond=rest).isoformat()
-
-
-def _microseconds_of(moment: datetime) -> int:
-    passed = moment - datetime(1970, 1, 1, tzinfo=UTC)
-    return (passed.days * 86_400 + passed.seconds) * 1_000_000 + passed.microseconds
+    return (_EPOCH + microseconds * _MICROSECOND).isoformat()

@@ -233,7 +233,7 @@ class _Pieces:
 
 def _of_a_moment(piece: ReceivedRows, splits: Sequence[Window], rows: int) -> Iterator[Chunk]:
     """First its events, of which some are earlier look-ups, then its look-ups."""
-    start, end = piece.window
+    start = piece.window[0]
     for encoder in piece.unlabelled:
         for table in rebatch(piece.events(encoder), rows):
             yield Chunk(piece, splits, [], {encoder.name: [table]}, start)
@@ -241,7 +241,6 @@ def _of_a_moment(piece: ReceivedRows, splits: Sequence[Window], rows: int) -> It
         tables = (table.filter(pa.array((table["time"].to_numpy() == start) == asks)) for table in piece.look_ups())
         for table in rebatch(tables, rows):
             yield Chunk(piece, splits, [table], {}, start)
-    yield Chunk(piece, splits, [], {}, end)
 
 
 @dataclass(frozen=True)

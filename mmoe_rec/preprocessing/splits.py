@@ -83,7 +83,7 @@ def encode_part(
     labels must have matured to count (both in microseconds); exchange: results of counters and histories.
     """
     number, part = task
-    pipeline = load_pipeline(state)
+    pipeline, columns = load_pipeline(state), reader.schema.columns
     results = ResultReader(exchange, list(pipeline.key_groups))
     asked = {name for encoder in pipeline.memory_encoders.values() for name in encoder.result_columns()}
     counts = {name: SplitCounts() for name in windows}
@@ -97,7 +97,8 @@ def encode_part(
                 assert asked <= its.keys(), "a memory of this process, which is empty, would be asked in their place"
                 inside = LogRows(rows.filter(wanted).table, rows.schema, its)
                 labels, late = labels_of(inside, known_by[name]), unmatured(inside, known_by[name])
-                counts[name].add(labels, given_weights(inside), sampling_rates(inside), late)
+                weights, rates = numbers_or_ones(inside, columns.weight), numbers_or_ones(inside, columns.sampling_rate)
+                counts[name].add(labels, weights, rates, late)
                 writers[name].write(encoded_table(pipeline, pipeline.layout, inside, labels))
         row += len(rows)
     for writer in writers.values():
@@ -116,25 +117,16 @@ def encoded_table(pipeline: FeaturePipeline, layout: Layout, rows: LogRows, labe
     names = rows.schema.columns
     columns["user"], columns["candidate"] = rows.column(names.user), rows.column(names.candidate)
     columns["request"], columns["time"] = rows.requests(), rows.column(names.time)
-    columns["sampling_rate"] = pa.array(sampling_rates(rows).astype(np.float32))
+    columns["sampling_rate"] = pa.array(numbers_or_ones(rows, names.sampling_rate).astype(np.float32))
     if names.weight is not None:
-        columns["weight"] = pa.array(given_weights(rows))
+        columns["weight"] = pa.array(rows.numbers(names.weight))
     # Columns declared to have no nulls are written and read faster.
     fields = [pa.field(name, column.type, nullable=name not in inputs) for name, column in columns.items()]
     return pa.table(list(columns.values()), schema=pa.schema(fields))
 
 
-def sampling_rates(rows: LogRows) -> np.ndarray:
-    """(N,) float64, the rate at which rows like each were kept; 1 where the log has no such column."""
-    return _numbers_or_ones(rows, rows.schema.columns.sampling_rate)
-
-
-def given_weights(rows: LogRows) -> np.ndarray:
-    """(N,) float64, what each row counts; 1 where the log has no such column."""
-    return _numbers_or_ones(rows, rows.schema.columns.weight)
-
-
-def _numbers_or_ones(rows: LogRows, name: str | None) -> np.ndarray:
+def numbers_or_ones(rows: LogRows, name: str | None) -> np.ndarray:
+    """(N,) float64 of a column of rates or weights; 1 where the log has none."""
     return np.ones(len(rows)) if name is None else rows.numbers(name)
 
 
