@@ -1,7 +1,7 @@
 """Multi-gate mixture-of-experts ranking, from Parquet interaction logs to a served model.
 
     settings = mmoe_rec.load_settings("configs/complete_journey.yaml")
-    prepared = mmoe_rec.build_features(settings)
+    features = mmoe_rec.build_features(settings)
     trained = mmoe_rec.train(settings)
     evaluated = mmoe_rec.evaluate(settings, trained.address, "metrics")
     ranker = mmoe_rec.Ranker.load(trained.artifact)

@@ -18,7 +18,7 @@ import click
 from mmoe_rec.cli.command import Configuration, settings_command
 
 if TYPE_CHECKING:
-    from mmoe_rec.preprocessing.prepare import Prepared
+    from mmoe_rec.preprocessing.prepare import FeatureFolder
     from mmoe_rec.settings.sections import Settings
 
 
@@ -34,8 +34,8 @@ def features(configuration: Configuration, extend: bool) -> None:
     if extend and extended is None:
         print(f"no new files in '{settings.data.log}': the features stay as they are")
         return
-    prepared = build_features(settings) if extended is None else extended.prepared
-    _print(prepared, settings)
+    features = build_features(settings) if extended is None else extended.features
+    _print(features, settings)
     if extended is not None:
         counts = ((extended.rows, "row"), (extended.files, "new file"))
         print("added " + " of ".join(f"{many:,} {noun}{'s' * (many != 1)}" for many, noun in counts))
@@ -43,8 +43,8 @@ def features(configuration: Configuration, extend: bool) -> None:
             print("new ids: " + ", ".join(f"{name} {count:,}" for name, count in extended.new_ids.items()))
         if gone := extended.gone:
             print(f"files that are gone from the log stay counted: {len(gone):,}, such as '{gone[0]}'")
-    if empty := [name for name in ("train", "validation") if not prepared.manifest["splits"][name]["rows"]]:
-        print(f"no model can be trained on these: {empty_split(empty[0], prepared.folder)}")
+    if empty := [name for name in ("train", "validation") if not features.manifest["splits"][name]["rows"]]:
+        print(f"no model can be trained on these: {empty_split(empty[0], features.folder)}")
     elif extend:
         champion = f"models:/{settings.registered_model}@{settings.tracking.alias}"
         print(f"next: mmoe-rec train {configuration.options('--from', champion)}")
@@ -52,14 +52,14 @@ def features(configuration: Configuration, extend: bool) -> None:
         print(f"next: mmoe-rec inspect {configuration.options()}")
 
 
-def _print(prepared: Prepared, settings: Settings) -> None:
+def _print(features: FeatureFolder, settings: Settings) -> None:
     from mmoe_rec.features.pipeline import remembered_bytes
     from mmoe_rec.log.checks import format_time
     from mmoe_rec.report.formatting import describe_labels, describe_request_times, describe_unmatured
 
-    print(f"features: {prepared.folder}")
-    requests, kinds = prepared.manifest["requests"], {name: task.kind for name, task in settings.tasks.items()}
-    for name, split in prepared.manifest["splits"].items():
+    print(f"features: {features.folder}")
+    requests, kinds = features.manifest["requests"], {name: task.kind for name, task in settings.tasks.items()}
+    for name, split in features.manifest["splits"].items():
         labels = "; ".join(  # a name that is not a task's is the outcome of two, which is binary
             describe_labels(task, kinds.get(task, "binary"), split["label_sum"][task], observed)
             for task, observed in split["observed"].items()
@@ -76,11 +76,11 @@ def _print(prepared: Prepared, settings: Settings) -> None:
             f"{rows:,} new row{' belongs' if rows == 1 else 's belong'} to {begun:,} request{'s' * (begun != 1)} of "
             "the files before: counters and histories take such labels, but the rows are not encoded"
         )
-    if sizes := remembered_bytes(prepared.serving):  # which the server will hold
+    if sizes := remembered_bytes(features.serving):  # which the server will hold
         largest = sorted(sizes.items(), key=lambda each: -each[1])[:3]
         print(
             f"counters and histories remember {sum(sizes.values()) / 1e6:,.1f} MB for requests to come; most: "
             + ", ".join(f"{name} {size / 1e6:,.1f}" for name, size in largest)
         )
-    for each in prepared.manifest["left_out"]:
+    for each in features.manifest["left_out"]:
         print(f"left out: {each['reason']}")

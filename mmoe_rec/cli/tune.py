@@ -34,7 +34,7 @@ from mmoe_rec.tracking import runs
 from mmoe_rec.tracking.outbox import PATIENCE_SECONDS, UnreachableError
 
 if TYPE_CHECKING:
-    from mmoe_rec.preprocessing.prepare import Prepared
+    from mmoe_rec.preprocessing.prepare import FeatureFolder
 
 COMBINATIONS = 30  # with values of other settings, to try for a value that is not valid by itself
 Values = dict[str, Any]
@@ -121,7 +121,7 @@ class Study:
     on: features, settings and search space.
     """
 
-    def __init__(self, settings: Settings, prepared: Prepared, with_values: Callable[[Values], Settings]) -> None:
+    def __init__(self, settings: Settings, prepared: FeatureFolder, with_values: Callable[[Values], Settings]) -> None:
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)

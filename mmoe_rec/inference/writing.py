@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from mmoe_rec.model.score import Calibration
-    from mmoe_rec.preprocessing.prepare import Prepared
+    from mmoe_rec.preprocessing.prepare import FeatureFolder
     from mmoe_rec.settings.model import Model
     from mmoe_rec.settings.sections import Settings
 
@@ -33,7 +33,7 @@ def write_artifact(
     folder: Path,
     *,
     settings: Settings,
-    prepared: Prepared,
+    prepared: FeatureFolder,
     state_dict: Mapping[str, Tensor],
     calibration: Calibration | None = None,
 ) -> None:

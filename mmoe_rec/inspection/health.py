@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from mmoe_rec.features.layout import IdInput, Layout
 from mmoe_rec.inspection.findings import find
 from mmoe_rec.inspection.sums import FeatureInputs, Labels, NumberInput, SplitSums, Sums, collect, psi, psi_noise
-from mmoe_rec.preprocessing.prepare import Prepared
+from mmoe_rec.preprocessing.prepare import FeatureFolder
 from mmoe_rec.settings.schema import Meaning, Schema
 
 
@@ -123,7 +123,7 @@ SPLITS = ("train", "test")
 _FLOAT_BYTES = 4  # row-wise Adagrad keeps one more for each row
 
 
-def inspect(name: str, prepared: Prepared, schema: Schema, dims: Mapping[str, int]) -> dict[str, Any]:
+def inspect(name: str, prepared: FeatureFolder, schema: Schema, dims: Mapping[str, int]) -> dict[str, Any]:
     """The health of the data set of that name, ready for JSON.
 
     dims: table -> width that a model gives it. Raises UserError for encoded rows that are missing or can't be read.
@@ -152,7 +152,7 @@ def plain(value: Any) -> Any:
 
 
 def _feature(
-    feature: FeatureInputs, schema: Schema, sums: Sums, prepared: Prepared, manifest: Mapping[str, Any]
+    feature: FeatureInputs, schema: Schema, sums: Sums, prepared: FeatureFolder, manifest: Mapping[str, Any]
 ) -> dict[str, Any]:
     meaning, keys = feature.meaning, schema.columns
     inputs = [_id_input(each, meaning, sums, prepared) for each in feature.ids]
@@ -178,7 +178,7 @@ def _best(pick: Callable[..., float], values: Iterable[float | None]) -> float |
     return pick(known) if known else None
 
 
-def _id_input(each: IdInput, meaning: Meaning, sums: Sums, prepared: Prepared) -> dict[str, Any]:
+def _id_input(each: IdInput, meaning: Meaning, sums: Sums, prepared: FeatureFolder) -> dict[str, Any]:
     ids = sums.ids[each.name]
     names, train, test = ids.psi_counts(meaning)
     labels = row_names(meaning, each.table, names, prepared.serving)

@@ -24,7 +24,7 @@ from mmoe_rec.batches.encoded_rows import EncodedRows, Rows
 from mmoe_rec.features.layout import DenseInput, IdInput, Layout
 from mmoe_rec.log.columns import hash_column, mix
 from mmoe_rec.point_in_time.arrays import Ragged
-from mmoe_rec.preprocessing.prepare import Prepared
+from mmoe_rec.preprocessing.prepare import FeatureFolder
 from mmoe_rec.progress import bar
 from mmoe_rec.settings.schema import Meaning, Schema
 
@@ -422,7 +422,7 @@ def _missing(feature: FeatureInputs, dense: np.ndarray) -> list[np.ndarray | Non
     return [None if each.indicator is None else dense[:, each.indicator] > 0.5 for each in feature.numbers]
 
 
-def collect(prepared: Prepared, schema: Schema) -> Sums:
+def collect(prepared: FeatureFolder, schema: Schema) -> Sums:
     """Sums of all encoded rows. Raises UserError for a split without rows, and for rows that can't be read."""
     prepared.require_rows(*SPLITS)
     layout = prepared.layout

@@ -18,7 +18,7 @@ from mmoe_rec.evaluation.summary import MeasuredModel
 from mmoe_rec.features.layout import Layout
 from mmoe_rec.jobs.places import check_out, features_in_use
 from mmoe_rec.locks import writing
-from mmoe_rec.preprocessing.prepare import Prepared
+from mmoe_rec.preprocessing.prepare import FeatureFolder
 from mmoe_rec.progress import bar, say
 from mmoe_rec.settings.sections import Settings
 
@@ -68,7 +68,7 @@ def _measure(settings: Settings, scored: ScoredRows) -> MeasuredModel:
     return MeasuredModel(sums, summarise(sums, settings.evaluation.resamples))
 
 
-def _predict(settings: Settings, prepared: Prepared) -> dict[str, ScoredRows]:
+def _predict(settings: Settings, prepared: FeatureFolder) -> dict[str, ScoredRows]:
     """The baselines' predictions of the test rows; without candidates, none is more popular than another."""
     from mmoe_rec.evaluation.scoring import COLUMNS, ScoredRows
     from mmoe_rec.model.layout import ModelLayout

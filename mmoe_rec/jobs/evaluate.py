@@ -26,7 +26,7 @@ from mmoe_rec.jobs.run_page import as_code, command, data_sets, draw_gates, quot
 from mmoe_rec.jobs.slicing import LogColumns, TrainingRows, overlap, users_in_both
 from mmoe_rec.locks import reading, writing
 from mmoe_rec.preprocessing.logs import Logs
-from mmoe_rec.preprocessing.prepare import Prepared, encode_with, existing, fingerprint_of
+from mmoe_rec.preprocessing.prepare import FeatureFolder, encode_with, existing, fingerprint_of
 from mmoe_rec.progress import say
 from mmoe_rec.settings.columns import Columns
 from mmoe_rec.settings.schema import Schema
@@ -61,7 +61,7 @@ def rows_to_measure(settings: Settings, artifact: Path, ranker: Ranker, split: s
             yield prepared.split(split)
             return
     logs, encoded = logs_for(settings, ranker.pipeline), work / "evaluation" / "encoded"
-    if gone := Prepared(work / "features").gone(logs):
+    if gone := FeatureFolder(work / "features").gone(logs):
         files = f"1 is gone, '{gone[0]}'" if len(gone) == 1 else f"{len(gone):,} are gone, such as '{gone[0]}'"
         say(
             "the features that the model was trained on are not there, so counters and histories are rebuilt from the "

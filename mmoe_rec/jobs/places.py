@@ -15,7 +15,7 @@ from mmoe_rec.log.files import is_remote
 from mmoe_rec.point_in_time.join import Window
 from mmoe_rec.preprocessing.extend import Extension, extend
 from mmoe_rec.preprocessing.logs import BuildOptions, Logs
-from mmoe_rec.preprocessing.prepare import Prepared, existing, prepare
+from mmoe_rec.preprocessing.prepare import FeatureFolder, existing, prepare
 from mmoe_rec.settings.schema import Schema
 from mmoe_rec.settings.sections import Settings
 
@@ -65,7 +65,7 @@ def key_types(pipeline: FeaturePipeline, schema: Schema) -> list[dict[str, str]]
     return [kinds, *({n: kind for n, kind in kinds.items() if n != each.time} for each in schema.events.values())]
 
 
-def build_features(settings: Settings) -> Prepared:
+def build_features(settings: Settings) -> FeatureFolder:
     """Fitted features and encoded rows; existing ones are taken if they are still right."""
     return prepare(*log_and_place(settings))
 
@@ -76,7 +76,7 @@ def extend_features(settings: Settings) -> Extension | None:
 
 
 @contextmanager
-def features_in_use(settings: Settings, what: str, going_on: bool = False) -> Iterator[Prepared]:
+def features_in_use(settings: Settings, what: str, going_on: bool = False) -> Iterator[FeatureFolder]:
     """Features, newly built or existing, that nobody replaces meanwhile.
 
     what: uses them, such as "a training"; going_on: whether a model goes on from these features, see
@@ -84,11 +84,11 @@ def features_in_use(settings: Settings, what: str, going_on: bool = False) -> It
     """
     place = log_and_place(settings)
     while True:
-        prepared = prepare(*place, going_on=going_on)
-        with reading(prepared.folder, what):
+        features = prepare(*place, going_on=going_on)
+        with reading(features.folder, what):
             # Before the lock was taken, another process may have built others.
             if existing(*place) is not None:
-                yield prepared
+                yield features
                 return
 
 

@@ -22,7 +22,7 @@ from mmoe_rec.evaluation.comparison import BETTER
 from mmoe_rec.evaluation.results import Results
 from mmoe_rec.jobs.evaluate import PROMOTION, check_tasks, evaluate_found, rows_to_measure, score_by
 from mmoe_rec.jobs.workspace import CHALLENGER
-from mmoe_rec.preprocessing.prepare import Prepared
+from mmoe_rec.preprocessing.prepare import FeatureFolder
 from mmoe_rec.progress import say
 from mmoe_rec.settings.sections import Settings
 from mmoe_rec.tracking import registry
@@ -64,7 +64,7 @@ class Decision:
 
 
 def promote_trained(
-    run: Run, settings: Settings, prepared: Prepared, model: RankingModel, artifact: Path, about: str = ""
+    run: Run, settings: Settings, prepared: FeatureFolder, model: RankingModel, artifact: Path, about: str = ""
 ) -> Decision:
     """Registers a trained model, and points the alias at it if it is better than the holder, else `challenger`.
 
@@ -104,7 +104,7 @@ def promote_trained(
 
 
 def compare_with_holder(
-    settings: Settings, prepared: Prepared, model: RankingModel, artifact: Path, holder: Version | None
+    settings: Settings, prepared: FeatureFolder, model: RankingModel, artifact: Path, holder: Version | None
 ) -> tuple[bool, str]:
     """Whether a trained model is better than the version that holds the alias, and the sentence that says why."""
     from mmoe_rec.evaluation.scoring import NotFiniteError
@@ -154,7 +154,7 @@ def _judge_rows(settings: Settings, mine: ScoredRows, its: ScoredRows, its_name:
 
 
 def _score_by_holder(
-    settings: Settings, prepared: Prepared, ranker: Ranker, folder: Path, holder: Version
+    settings: Settings, prepared: FeatureFolder, ranker: Ranker, folder: Path, holder: Version
 ) -> ScoredRows:
     """The validation rows as the holder scores them: the training's, where its features are the same or were extended
     from its own; else encoded anew. Raises UserError where its tasks mean something else."""
@@ -169,7 +169,7 @@ def _score_by_holder(
         return score_by(settings, ranker.model, ranker.layout, rows, ranker.calibration)
 
 
-def _grow(prepared: Prepared, ranker: Ranker, folder: Path) -> tuple[RankingModel, ModelLayout] | None:
+def _grow(prepared: FeatureFolder, ranker: Ranker, folder: Path) -> tuple[RankingModel, ModelLayout] | None:
     """A model and its layout on features that were extended from its own, with the same outputs; None for others."""
     from mmoe_rec.model.mmoe import build_model
     from mmoe_rec.model.tables import PlainTables

@@ -215,7 +215,7 @@ class _Scoring:
         start, end = ("any time" if each is None else format_time(each) for each in self.window)
         return UserError(f"no row of '{self.source}' was requested from {start} to {end}; change --start and --end")
 
-    def _job(self, parts: Sequence[LogPart], facts: Mapping[str, Any]) -> ScoreJob:
+    def _job(self, facts: Mapping[str, Any]) -> ScoreJob:
         return ScoreJob(
             model=self.artifact,
             version=self.constants["model_version"],
@@ -236,7 +236,7 @@ class _Scoring:
         if len(left) < len(parts):
             done = f"{len(parts) - len(left):,} of {len(parts):,} parts are scored"
             say(f"going on with a run that was cut short: {done}")
-        function, total = partial(score_part, self._job(parts, facts)), self.logs.log.rows
+        function, total = partial(score_part, self._job(facts)), self.logs.log.rows
         with bar() as progress:
             task = progress.add_task("scoring", total=total, completed=total - sum(part.rows for _, part in left))
             for (_, part), _ in zip(left, engine.map(function, left, lasting=True), strict=True):

@@ -12,7 +12,7 @@ from mmoe_rec.atomic import checksum
 from mmoe_rec.jobs.promotion import Decision, promote_trained
 from mmoe_rec.jobs.run_page import MachineMonitor, as_code, command, data_sets, draw_gates, name_training, quoted
 from mmoe_rec.jobs.workspace import Workspace, is_first_rank, open_workspace
-from mmoe_rec.preprocessing.prepare import Prepared
+from mmoe_rec.preprocessing.prepare import FeatureFolder
 from mmoe_rec.progress import say
 from mmoe_rec.settings.sections import Settings
 from mmoe_rec.tracking import registry, runs
@@ -210,7 +210,7 @@ def _make_table(best: Validation) -> str:
     return "\n".join(lines)
 
 
-def _calibrate(settings: Settings, prepared: Prepared, model: RankingModel) -> Calibration:
+def _calibrate(settings: Settings, prepared: FeatureFolder, model: RankingModel) -> Calibration:
     """The calibration of a trained model on the validation rows; reports the tasks that it leaves as they are."""
     from mmoe_rec.model.score import UNCALIBRATED
 

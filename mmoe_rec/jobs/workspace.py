@@ -23,7 +23,7 @@ from mmoe_rec.evaluation.comparison import find_objective
 from mmoe_rec.jobs.places import features_in_use, log_and_place
 from mmoe_rec.locks import writing
 from mmoe_rec.preprocessing.logs import Logs
-from mmoe_rec.preprocessing.prepare import Prepared, existing, fingerprint_of, prepare
+from mmoe_rec.preprocessing.prepare import FeatureFolder, existing, fingerprint_of, prepare
 from mmoe_rec.progress import say
 from mmoe_rec.settings.sections import Settings
 from mmoe_rec.tracking import registry, runs
@@ -52,7 +52,7 @@ class Workspace:
     settings: Settings
     device: torch.device
     first: bool
-    prepared: Prepared
+    prepared: FeatureFolder
     manifest: Mapping[str, Any]
     layout: ModelLayout
     origin: Origin
@@ -110,7 +110,7 @@ class _Opening:
         self.work = Path(settings.data.work)
         self.checkpoints = self.work / "checkpoints"
         self.place = log_and_place(settings)
-        self.features: Prepared | None = None
+        self.features: FeatureFolder | None = None
         self.model: tuple[Start, Path] | None = None
 
     def check(self) -> None:
@@ -190,7 +190,7 @@ class _Opening:
         from mmoe_rec.model.layout import ModelLayout
         from mmoe_rec.training.checkpoint import latest_checkpoint
 
-        settings, prepared = self.settings, Prepared(self.work / "features")
+        settings, prepared = self.settings, FeatureFolder(self.work / "features")
         manifest, layout = prepared.manifest, ModelLayout.of(prepared.layout, settings)
         until = manifest["request_microseconds"][1]
         origin = Origin(fixed_settings(settings), manifest["fingerprint"], until, start=start)
@@ -221,7 +221,7 @@ class _Opening:
             self.model = resolve(self.start, self.settings)
         return self.model[0]
 
-    def _weights(self, start: Start, prepared: Prepared, layout: ModelLayout) -> WarmStart:
+    def _weights(self, start: Start, prepared: FeatureFolder, layout: ModelLayout) -> WarmStart:
         from mmoe_rec.inference.artifact import read_artifact
         from mmoe_rec.settings.model import Model
         from mmoe_rec.training.warm_start import WarmStart

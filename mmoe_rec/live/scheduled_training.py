@@ -29,7 +29,7 @@ from mmoe_rec.locks import writing
 from mmoe_rec.log.checks import format_time
 from mmoe_rec.log.rows import MICROSECONDS_PER_DAY
 from mmoe_rec.preprocessing.logs import HeldFiles, read_held_files
-from mmoe_rec.preprocessing.prepare import ADVICE, BUILD, Prepared, existing
+from mmoe_rec.preprocessing.prepare import ADVICE, BUILD, FeatureFolder, existing
 from mmoe_rec.settings.sections import Settings, Split
 from mmoe_rec.tracking.outbox import list_waiting_runs
 
@@ -65,7 +65,7 @@ def train_when_due(settings: Settings, address: str, every: int, days: int) -> I
     where a part of it fails, which leaves the alias as it was.
     """
     work = Path(settings.data.work)
-    kept, prepared = work / _KEPT, Prepared(work / "features")
+    kept, prepared = work / _KEPT, FeatureFolder(work / "features")
     with writing(kept, "a scheduled training", "set `data.work` to another folder", queue=True):
         served = AliasHolder.at(address, settings.tracking.address)
         newest = as_of(served.about)
@@ -95,7 +95,7 @@ def train_when_due(settings: Settings, address: str, every: int, days: int) -> I
         _forget(kept)
 
 
-def _train(settings: Settings, address: str, prepared: Prepared, work: Path) -> Iterator[str]:
+def _train(settings: Settings, address: str, prepared: FeatureFolder, work: Path) -> Iterator[str]:
     rows, end = prepared.manifest["splits"], settings.split.train_end
     assert end is not None, "days were added, so the log has times"
     yield (
@@ -110,7 +110,7 @@ def _train(settings: Settings, address: str, prepared: Prepared, work: Path) -> 
         raise UserError("the training has ended, but MLflow has not got all of it: start the same command again")
 
 
-def _add_days(settings: Settings, served: AliasHolder, kept: Path, prepared: Prepared) -> None:
+def _add_days(settings: Settings, served: AliasHolder, kept: Path, prepared: FeatureFolder) -> None:
     """Makes features that hold all files of the log.
 
     The features of before come back first: others, to which days were added, may lack rows of the first of these.
@@ -129,7 +129,7 @@ def _add_days(settings: Settings, served: AliasHolder, kept: Path, prepared: Pre
     _check_all_there(served, prepared)
 
 
-def _check_all_there(served: AliasHolder, prepared: Prepared) -> None:
+def _check_all_there(served: AliasHolder, prepared: FeatureFolder) -> None:
     """Raises UserError where the tables of the model that serves hold files that the features could not take in."""
     its = read_held_files(served.folder / "features")
     if its is None:
@@ -148,12 +148,12 @@ def _check_all_there(served: AliasHolder, prepared: Prepared) -> None:
         )
 
 
-def _has_ended(prepared: Prepared, kept: Path, work: Path) -> bool:
+def _has_ended(prepared: FeatureFolder, kept: Path, work: Path) -> bool:
     """Whether the training on features to which days were added since they were kept has ended."""
     from mmoe_rec.training.checkpoint import FinishedTraining
 
     finished, now = FinishedTraining.read(work), prepared.manifest["fingerprint"]
-    added = now != Prepared(kept / "features").manifest["fingerprint"]
+    added = now != FeatureFolder(kept / "features").manifest["fingerprint"]
     return added and finished is not None and finished.origin.features == now
 
 

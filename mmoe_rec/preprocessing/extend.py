@@ -44,7 +44,7 @@ from mmoe_rec.preprocessing.logs import DEFAULTS, BuildOptions, HeldFiles, Logs,
 from mmoe_rec.preprocessing.prepare import (
     ADVICE,
     BUILD,
-    Prepared,
+    FeatureFolder,
     fingerprint_of,
     write_features,
     write_manifest,
@@ -192,7 +192,7 @@ class Extension:
     """Features with `files` that were added. rows: new ones of the interaction log; new_ids: by feature; gone: files
     that the features hold and the log does not."""
 
-    prepared: Prepared
+    features: FeatureFolder
     files: int
     rows: int
     new_ids: Mapping[str, int]
@@ -212,25 +212,25 @@ def extend(
     """
     require_all(schema, "adding days to features")
     check_apart(log_source, schema, work)
-    prepared = Prepared(work / "features")
-    if not (prepared.folder / "manifest.json").is_file():
-        raise UserError(f"'{prepared.folder}' holds no features that could be extended; build them without --extend")
-    with writing(prepared.folder, BUILD, ADVICE, queue=True):
-        _check_schema(prepared, schema)
-        taken = HeldFiles.read(prepared.folder)
+    features = FeatureFolder(work / "features")
+    if not (features.folder / "manifest.json").is_file():
+        raise UserError(f"'{features.folder}' holds no features that could be extended; build them without --extend")
+    with writing(features.folder, BUILD, ADVICE, queue=True):
+        _check_schema(features, schema)
+        taken = HeldFiles.read(features.folder)
         logs = Logs(log_source, schema, options, [log.types for log in taken.logs])
-        last = prepared.manifest["request_microseconds"][1]
-        files = NewFiles(logs, taken, f"the features in '{prepared.folder}'", last, ANEW)
+        last = features.manifest["request_microseconds"][1]
+        files = NewFiles(logs, taken, f"the features in '{features.folder}'", last, ANEW)
         if not files.any:
             return None
-        with atomic_folder(prepared.folder) as folder:
-            extended = _extend(prepared, files, windows, folder)
-    prepared.say_exact_from(options)
+        with atomic_folder(features.folder) as folder:
+            extended = _extend(features, files, windows, folder)
+    features.say_exact_from(options)
     return extended
 
 
-def _check_schema(prepared: Prepared, schema: Schema) -> None:
-    before = FeaturePipeline.load(prepared.serving, memories=False).schema
+def _check_schema(features: FeatureFolder, schema: Schema) -> None:
+    before = FeaturePipeline.load(features.serving, memories=False).schema
     found = next(differences(before.identity(), schema.identity()), None)
     for section in ("tasks", "features", "events"):  # layouts, look-ups and files follow their order
         old_order, order = list(getattr(before, section)), list(getattr(schema, section))
@@ -239,12 +239,12 @@ def _check_schema(prepared: Prepared, schema: Schema) -> None:
     if found is not None:
         where, old, new = found
         raise UserError(
-            f"setting '{where}' is {old} in the features in '{prepared.folder}' and {new} now; {ANEW}, or "
+            f"setting '{where}' is {old} in the features in '{features.folder}' and {new} now; {ANEW}, or "
             "restore the setting"
         )
 
 
-def _extend(before: Prepared, files: NewFiles, windows: dict[str, Window], folder: Path) -> Extension:
+def _extend(before: FeatureFolder, files: NewFiles, windows: dict[str, Window], folder: Path) -> Extension:
     logs, new, was = files.logs, files.only(), before.manifest
     first, last = was["request_microseconds"]
     # The splits without the time of old requests.

@@ -45,7 +45,7 @@ BUILD, ADVICE = "a build of features", "set `data.work` to another folder"
 
 
 @dataclass(frozen=True)
-class Prepared:
+class FeatureFolder:
     """A folder of fitted features and encoded rows."""
 
     folder: Path
@@ -146,7 +146,7 @@ def prepare(
     options: BuildOptions = DEFAULTS,
     *,
     going_on: bool = False,
-) -> Prepared:
+) -> FeatureFolder:
     """Fits and encodes, or takes what is there if log, schema and split are the same.
 
     Features to which days were added stay where files have gone since, as `existing` says; others are built anew, and
@@ -162,35 +162,35 @@ def prepare(
     logs = Logs(log_source, schema, options)
     if (told := describe_stand_ins(schema)) is not None:
         say(told)
-    prepared = Prepared(work / "features")
+    features = FeatureFolder(work / "features")
 
     def stand() -> bool:
-        if not prepared.stands(logs, windows, may_lack_files=going_on or prepared.is_extended):
+        if not features.stands(logs, windows, may_lack_files=going_on or features.is_extended):
             return False
         # A build of the same files gives memories that can be asked as of all the days that are wanted.
-        same_files = not prepared.is_extended and not prepared.gone(logs)
-        return not same_files or prepared.exact_from_later(options) is None
+        same_files = not features.is_extended and not features.gone(logs)
+        return not same_files or features.exact_from_later(options) is None
 
     if not stand():
-        with writing(prepared.folder, BUILD, ADVICE, queue=True):
+        with writing(features.folder, BUILD, ADVICE, queue=True):
             # Another process may have built them while this one waited.
             if not stand():
-                _check_replaceable(prepared, logs)
-                with atomic_folder(prepared.folder) as folder:
+                _check_replaceable(features, logs)
+                with atomic_folder(features.folder) as folder:
                     _build(logs, windows, folder)
-    prepared.say_exact_from(options)
-    return prepared
+    features.say_exact_from(options)
+    return features
 
 
-def _check_replaceable(prepared: Prepared, logs: Logs) -> None:
+def _check_replaceable(features: FeatureFolder, logs: Logs) -> None:
     """Raises UserError where files are gone that extended features hold; for others it only says so."""
-    gone = prepared.gone(logs)
-    if gone and not prepared.is_extended:
+    gone = features.gone(logs)
+    if gone and not features.is_extended:
         such_as = f"({len(gone):,}, such as '{gone[0]}')"
         say(f"files that the features hold are gone {such_as}: the features are built anew without them")
     elif gone:
         raise UserError(
-            f"the features in '{prepared.folder}' are not of this log and these settings, and hold rows of files that "
+            f"the features in '{features.folder}' are not of this log and these settings, and hold rows of files that "
             f"are gone ({len(gone):,}, such as '{gone[0]}'), which building them anew would lose. To go on from them, "
             "add new files with --extend, or restore the settings; to build features from the log as it is, remove "
             "that folder first"
@@ -199,14 +199,14 @@ def _check_replaceable(prepared: Prepared, logs: Logs) -> None:
 
 def existing(
     log_source: str, schema: Schema, windows: dict[str, Window], work: Path, options: BuildOptions = DEFAULTS
-) -> Prepared | None:
+) -> FeatureFolder | None:
     """Features of this schema and these splits that hold all files of the log as they are, or None.
 
     They may also hold rows of files that are gone. Raises UserError if the log can't be read or takes in what is built.
     """
     check_apart(log_source, schema, work)
-    prepared = Prepared(work / "features")
-    return prepared if prepared.stands(Logs(log_source, schema, options), windows, may_lack_files=True) else None
+    features = FeatureFolder(work / "features")
+    return features if features.stands(Logs(log_source, schema, options), windows, may_lack_files=True) else None
 
 
 def encode_with(state: Path, logs: Logs, windows: dict[str, Window], folder: Path) -> dict[str, SplitCounts]:

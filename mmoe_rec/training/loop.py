@@ -27,7 +27,7 @@ from mmoe_rec.features.layout import Layout
 from mmoe_rec.model.layout import ModelLayout
 from mmoe_rec.model.mmoe import RankingModel, build_model
 from mmoe_rec.model.products import set_products
-from mmoe_rec.preprocessing.prepare import Prepared
+from mmoe_rec.preprocessing.prepare import FeatureFolder
 from mmoe_rec.progress import bar
 from mmoe_rec.settings.model import Model
 from mmoe_rec.settings.sections import Training
@@ -87,7 +87,7 @@ class Trainer:
 
     def __init__(
         self,
-        prepared: Prepared,
+        prepared: FeatureFolder,
         layout: ModelLayout,
         model_settings: Model,
         settings: Training,
@@ -129,7 +129,7 @@ class Trainer:
         if resume is not None:
             self._resume(resume)
 
-    def _reader(self, prepared: Prepared, split: str, batch_size: int) -> TrainingReader:
+    def _reader(self, prepared: FeatureFolder, split: str, batch_size: int) -> TrainingReader:
         weighted = self.settings.sampling_correction == "weights"
         return TrainingReader(
             EncodedRows(
@@ -143,7 +143,7 @@ class Trainer:
         )
 
     def _shard(
-        self, model_settings: Model, warm_start: WarmStart | None, resume: Checkpoint | None, prepared: Prepared
+        self, model_settings: Model, warm_start: WarmStart | None, resume: Checkpoint | None, prepared: FeatureFolder
     ) -> tuple[ShardedModel, Choices]:
         model = build_model(self.layout, model_settings, training_tables(self.layout), self.settings.seed)
         if warm_start is not None:

@@ -25,7 +25,7 @@ from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.model.layout import EmbeddingTable, ModelLayout
 from mmoe_rec.model.mmoe import Towers
 from mmoe_rec.model.tables import some_in_int8, used_tables
-from mmoe_rec.preprocessing.prepare import Prepared
+from mmoe_rec.preprocessing.prepare import FeatureFolder
 from mmoe_rec.settings.model import Model
 from mmoe_rec.settings.sections import differences
 
@@ -44,7 +44,7 @@ class WarmStart:
     """
 
     def __init__(
-        self, folder: Path, structure: Model, prepared: Prepared, layout: ModelLayout, settings: Model
+        self, folder: Path, structure: Model, prepared: FeatureFolder, layout: ModelLayout, settings: Model
     ) -> None:
         self.folder, self.layout = folder, layout
         with _weights(folder) as weights:

@@ -21,7 +21,7 @@ from mmoe_rec.model.levels import Level
 from mmoe_rec.model.mmoe import build_model
 from mmoe_rec.model.score import predictions
 from mmoe_rec.model.tables import PlainTables
-from mmoe_rec.preprocessing.prepare import Prepared
+from mmoe_rec.preprocessing.prepare import FeatureFolder
 from mmoe_rec.settings.model import Model
 from mmoe_rec.training.loop import Trainer
 from mmoe_rec.training.ranks import process_group
@@ -96,7 +96,7 @@ def training(sizes: Sizes, device: torch.device) -> Iterator[Figure]:
 def _steps(features: Path, settings: Any, device: torch.device, steps: int) -> Iterator[tuple[str, float, str]]:
     """Of batches that lie ready: their rate, and what the device does in them."""
     with tempfile.TemporaryDirectory() as folder, process_group(device):
-        prepared, model = Prepared(features), ModelLayout.read(features)
+        prepared, model = FeatureFolder(features), ModelLayout.read(features)
         trainer = Trainer(prepared, model, MODEL, settings, device, Path(folder), lambda *_: None)
         try:
             made = trainer._batches(trainer.reader, trainer.position, 1)

@@ -19,7 +19,7 @@ import yaml
 from mmoe_rec.devices import pick_device
 from mmoe_rec.features.layout import DenseInput, Encoded, IdInput
 from mmoe_rec.model.layout import EmbeddingTable, ModelLayout, ModelTask
-from mmoe_rec.preprocessing.prepare import Prepared
+from mmoe_rec.preprocessing.prepare import FeatureFolder
 from mmoe_rec.preprocessing.splits import SplitCounts
 from mmoe_rec.settings.model import Model
 from mmoe_rec.settings.sections import Training
@@ -96,7 +96,9 @@ def train(features: Path, training: Training = TRAINING) -> Trained | None:
             times.append((step, time.perf_counter()))
 
     with tempfile.TemporaryDirectory() as folder, process_group(device):
-        trainer = Trainer(Prepared(features), ModelLayout.read(features), MODEL, training, device, Path(folder), log)
+        trainer = Trainer(
+            FeatureFolder(features), ModelLayout.read(features), MODEL, training, device, Path(folder), log
+        )
         trainer.run()
         first = dist.get_rank() == 0
     (begin, started), (end, ended) = times[0], times[-1]

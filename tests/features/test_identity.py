@@ -12,7 +12,7 @@ from mmoe_rec.log.columns import zone_rules
 from mmoe_rec.model.layout import ModelLayout
 from mmoe_rec.preprocessing import prepare as build
 from mmoe_rec.preprocessing.extend import extend
-from mmoe_rec.preprocessing.prepare import Prepared, existing, prepare
+from mmoe_rec.preprocessing.prepare import FeatureFolder, existing, prepare
 from mmoe_rec.settings.sections import Settings
 from tests.inference.small_model import small_settings
 from tests.log.small_logs import ALL_KINDS, BASE, random_log, write_log
@@ -44,7 +44,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def found(work: Path, settings: Settings) -> Prepared | None:
+def found(work: Path, settings: Settings) -> FeatureFolder | None:
     return existing(settings.data.log, settings.schema_, settings.split.windows(), work)
 
 
@@ -141,4 +141,4 @@ def test_features_in_another_order_of_tasks_are_not_extended(work: Path) -> None
 def test_settings_of_other_features_are_told_of(work: Path) -> None:
     settings = settings_of(work, features={name: each for name, each in ALL_KINDS.items() if name != "when"})
     with pytest.raises(UserError, match=r"have the feature 'when', which the settings do not have"):
-        ModelLayout.of(Prepared(work / "features").layout, settings)
+        ModelLayout.of(FeatureFolder(work / "features").layout, settings)

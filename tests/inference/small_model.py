@@ -17,7 +17,7 @@ from mmoe_rec.model.layout import ModelLayout
 from mmoe_rec.model.mmoe import RankingModel, build_model
 from mmoe_rec.model.score import Calibration
 from mmoe_rec.model.tables import PlainTables
-from mmoe_rec.preprocessing.prepare import Prepared, prepare
+from mmoe_rec.preprocessing.prepare import FeatureFolder, prepare
 from mmoe_rec.settings.sections import Settings
 from tests.log.small_logs import ALL_KINDS, BASE, DAY, START, log_rows, random_log, remember, write_log
 
@@ -52,7 +52,9 @@ class SmallModel:
         write_log(work / "log", *(log or [random_log(1, rows=600, strings=strings)]))
         schema = self.settings.schema_
         options = build_options(self.settings)
-        self.prepared: Prepared = prepare(self.settings.data.log, schema, self.settings.split.windows(), work, options)
+        self.prepared: FeatureFolder = prepare(
+            self.settings.data.log, schema, self.settings.split.windows(), work, options
+        )
         self.model_layout = layout = ModelLayout.of(self.prepared.layout, self.settings)
         self.model: RankingModel = build_model(layout, self.settings.model, PlainTables(layout))
         generator = torch.Generator().manual_seed(1)  # not the global one, whose state depends on what ran before

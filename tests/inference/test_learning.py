@@ -53,7 +53,7 @@ class Extension:
         write_artifact(
             work / "after" / "model",
             settings=other.settings,
-            prepared=extended.prepared,
+            prepared=extended.features,
             state_dict=self.small.model.state_dict(),
             calibration=None,
         )

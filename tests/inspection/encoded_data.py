@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from mmoe_rec.features import kinds
 from mmoe_rec.features.layout import IDS, DenseInput, IdInput, Layout, Table, TaskOutput
 from mmoe_rec.inspection.health import inspect
-from mmoe_rec.preprocessing.prepare import Prepared
+from mmoe_rec.preprocessing.prepare import FeatureFolder
 
 ROWS = {"train": 6000, "validation": 2000, "test": 3000}
 STARTS = {"train": "2024-01-03", "validation": "2024-01-20", "test": "2024-01-27"}
@@ -109,7 +109,7 @@ def _frame(rng: np.random.Generator, taste: np.ndarray, split: str, rows: int) -
     )
 
 
-def write(folder: Path, frames: Frames, **manifest: object) -> Prepared:
+def write(folder: Path, frames: Frames, **manifest: object) -> FeatureFolder:
     """Writes rows as a build does, each split in two files, with further entries of the manifest."""
     for split, frame in frames.items():
         (folder / "encoded" / split).mkdir(parents=True)
@@ -122,7 +122,7 @@ def write(folder: Path, frames: Frames, **manifest: object) -> Prepared:
     known = {"log": "logs/x", "files": 3, "rows": rows + 5, "digest": "0", "first_request": "2024-01-03T00:00:00+00:00"}
     text = json.dumps({**known, "last_request": "2024-02-06T00:00:00+00:00", "splits": {}, **manifest})
     (folder / "manifest.json").write_text(text)
-    return Prepared(folder)
+    return FeatureFolder(folder)
 
 
 def health_of_frames(folder: Path, frames: Frames, **manifest: object) -> dict:

@@ -17,9 +17,8 @@ import yaml
 from mmoe_rec.errors import UserError
 from mmoe_rec.inference.artifact import Artifact, read_artifact
 from mmoe_rec.live import scheduled_training as job
-from mmoe_rec.preprocessing.extend import read_held_files
-from mmoe_rec.preprocessing.logs import HeldFiles
-from mmoe_rec.preprocessing.prepare import Prepared
+from mmoe_rec.preprocessing.logs import HeldFiles, read_held_files
+from mmoe_rec.preprocessing.prepare import FeatureFolder
 from mmoe_rec.tracking.registry import Version, fetch_model, find_holder
 from tests import commands
 from tests.log.small_logs import files_of
@@ -85,8 +84,8 @@ class Days:
         return read_artifact(fetch_model(f"models:/{NAME}/{number}", self.uri))
 
     @property
-    def prepared(self) -> Prepared:
-        return Prepared(self.folder / "work" / "features")
+    def prepared(self) -> FeatureFolder:
+        return FeatureFolder(self.folder / "work" / "features")
 
     @property
     def under_way(self) -> bool:

@@ -13,7 +13,7 @@ import pytest
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.log.checks import format_time
-from mmoe_rec.preprocessing.prepare import Prepared, prepare
+from mmoe_rec.preprocessing.prepare import FeatureFolder, prepare
 from mmoe_rec.settings.schema import Schema
 from tests.log.small_logs import (
     ALL_KINDS,
@@ -36,7 +36,7 @@ COLUMNS = {"user": "user", "candidate": "item", "time": "time"}
 ITEM = {"item": ALL_KINDS["item"]}
 
 
-def _prepare(log: Path | str, tmp_path: Path, schema: Schema = SCHEMA, windows: Any = WINDOWS) -> Prepared:
+def _prepare(log: Path | str, tmp_path: Path, schema: Schema = SCHEMA, windows: Any = WINDOWS) -> FeatureFolder:
     return prepare(str(log), schema, windows, tmp_path / "work")
 
 
@@ -212,7 +212,7 @@ def test_what_is_there_is_kept_until_log_schema_or_split_change(tmp_path):
     with pytest.raises(UserError, match=r"1\.parquet"):
         _prepare(log, tmp_path)
     assert [path.name for path in (tmp_path / "work").iterdir()] == ["features"]
-    assert Prepared(tmp_path / "work" / "features").manifest == before
+    assert FeatureFolder(tmp_path / "work" / "features").manifest == before
 
 
 def test_splits_count_their_rows_labels_and_requests(tmp_path):

@@ -12,7 +12,7 @@ from mmoe_rec.evaluation.scoring import score_rows
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.jobs import train as steps
 from mmoe_rec.model.score import UNCALIBRATED, Calibration
-from mmoe_rec.preprocessing.prepare import Prepared
+from mmoe_rec.preprocessing.prepare import FeatureFolder
 from mmoe_rec.settings.load import load_settings
 from mmoe_rec.tracking import registry
 from tests.commands import run
@@ -32,7 +32,7 @@ class World:
     def sums(self, split: str, calibration: Calibration) -> tuple[np.ndarray, np.ndarray]:
         """Sums of predictions and of labels of each task's observed rows."""
         layout = self.ranker.layout
-        rows = EncodedRows(Prepared(self.folder / "work" / "features").split(split), layout)
+        rows = EncodedRows(FeatureFolder(self.folder / "work" / "features").split(split), layout)
         scored = score_rows(self.ranker.model, layout, rows, 1000, calibration=calibration)
         known = ~np.isnan(scored.labels)
         return np.where(known, scored.predictions, 0).sum(0), np.where(known, scored.labels, 0).sum(0)
@@ -69,7 +69,7 @@ def test_evaluation_measures_calibrated_predictions(world: World) -> None:
 
 def test_a_task_with_too_few_rows_is_told_of(world: World, capsys: pytest.CaptureFixture) -> None:
     settings = load_settings(world.config, ["--training.calibration", "isotonic"])
-    calibration = steps._calibrate(settings, Prepared(world.folder / "work" / "features"), world.ranker.model)
+    calibration = steps._calibrate(settings, FeatureFolder(world.folder / "work" / "features"), world.ranker.model)
     assert "liked" not in calibration.tasks
     told = [line for line in capsys.readouterr().err.splitlines() if "is not calibrated" in line]
     assert "task 'liked' is not calibrated" in told[-1]

@@ -17,7 +17,7 @@ from mmoe_rec.batches.encoded_rows import EncodedRows
 from mmoe_rec.evaluation.scoring import score_rows
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.jobs.train import _calibrate
-from mmoe_rec.preprocessing.prepare import Prepared
+from mmoe_rec.preprocessing.prepare import FeatureFolder
 from mmoe_rec.settings.load import load_settings
 from tests.commands import read_metrics, run
 from tests.pipelines.learnable_log import learnable_log, settings_tree
@@ -113,7 +113,7 @@ def test_replies_hold_what_both_are_and_the_score_multiplies_once(folder: Path) 
 
 def test_calibration_is_that_of_the_log_before_it_was_sampled(folder: Path) -> None:
     """A satisfaction's is that of its own label, which engaged rows have."""
-    ranker, prepared = Ranker.load(folder / "work" / "model"), Prepared(folder / "work" / "features")
+    ranker, prepared = Ranker.load(folder / "work" / "model"), FeatureFolder(folder / "work" / "features")
     rows = EncodedRows(prepared.split("validation"), ranker.layout)
 
     def predicted_by_observed(*options: str, weighted: bool) -> np.ndarray:

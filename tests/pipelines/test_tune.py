@@ -128,7 +128,7 @@ def trained(values: dict[str, float]) -> Callable[..., Any]:
 def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str, str]]:
     """Runs the command for a search, without training; exit code and what was said."""
 
-    class Prepared:
+    class FeatureFolder:
         manifest: ClassVar[dict[str, str]] = {"fingerprint": "f"}
 
         def require_rows(self, *splits: str) -> None:
@@ -138,7 +138,7 @@ def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tupl
         capsys: pytest.CaptureFixture, search: dict[str, Any], trials: int, train: Callable[..., Any], *words: str
     ) -> tuple[int, str, str]:
         config = search_in(tmp_path, search)
-        monkeypatch.setattr("mmoe_rec.jobs.places.features_in_use", lambda *_: nullcontext(Prepared()))
+        monkeypatch.setattr("mmoe_rec.jobs.places.features_in_use", lambda *_: nullcontext(FeatureFolder()))
         monkeypatch.setattr(Study, "_train", train)
         capsys.readouterr()
         code = 0

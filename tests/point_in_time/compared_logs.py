@@ -29,7 +29,7 @@ from mmoe_rec.preprocessing import exchange as answers
 from mmoe_rec.preprocessing import prepare as build
 from mmoe_rec.preprocessing.extend import extend
 from mmoe_rec.preprocessing.logs import BuildOptions
-from mmoe_rec.preprocessing.prepare import Prepared, prepare
+from mmoe_rec.preprocessing.prepare import FeatureFolder, prepare
 from tests.log.small_logs import raw_results
 from tests.point_in_time.drawn_logs import DrawnLog, draw
 from tests.reference import features
@@ -77,7 +77,7 @@ def compare(seed: int, folder: Path) -> int:
                 elif (extended := extend(*place)) is None:
                     continue
                 else:
-                    prepared = extended.prepared
+                    prepared = extended.features
             except UserError as error:
                 if any(lack in str(error) for lack in _LACKS):
                     return compared
@@ -106,7 +106,7 @@ class _Rows:
 class _Comparison(_Rows):
     """Encoded rows of a stage beside the reference for all rows written so far."""
 
-    def __init__(self, drawn: DrawnLog, stage: int, prepared: Prepared) -> None:
+    def __init__(self, drawn: DrawnLog, stage: int, prepared: FeatureFolder) -> None:
         super().__init__(drawn, stage)
         self.drawn, self.prepared = drawn, prepared
         self.pipeline = FeaturePipeline.load(prepared.serving, memories=False)

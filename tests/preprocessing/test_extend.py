@@ -11,7 +11,7 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.features import kinds
 from mmoe_rec.features.pipeline import FeaturePipeline, exact_from
 from mmoe_rec.inspection.sums import collect
-from mmoe_rec.preprocessing.prepare import Prepared, existing
+from mmoe_rec.preprocessing.prepare import FeatureFolder, existing
 from tests.log.small_logs import ALL_KINDS, DAY, assert_same, files_of, log_rows, times_of, windows_of, with_column
 from tests.preprocessing.growing_log import WINDOWS, Growing, training_items
 
@@ -22,7 +22,7 @@ def growing(tmp_path: Path) -> Growing:
     return Growing.of_eight_days(tmp_path)
 
 
-def _known(prepared: Prepared, feature: str = "item") -> list:
+def _known(prepared: FeatureFolder, feature: str = "item") -> list:
     return FeaturePipeline.load(prepared.serving, memories=False).vocabularies[feature].ids.to_pylist()
 
 
@@ -42,12 +42,12 @@ def test_ids_never_move_and_new_ones_follow_by_count(tmp_path):
         new = [item for item, n in counted.items() if n >= 3 and item not in known]
         known += sorted(new, key=lambda item: (-counted[item], item))
         assert extended.new_ids["item"] == len(new)
-        assert extended.prepared.layout.dense == first.layout.dense, "statistics stay"
-        assert _known(extended.prepared) == known
-        assert extended.prepared.layout.table("item").rows == 1 + 4 + len(known)
-        counts = pq.read_table(extended.prepared.folder / "counts" / "feature.item.parquet").to_pydict()
+        assert extended.features.layout.dense == first.layout.dense, "statistics stay"
+        assert _known(extended.features) == known
+        assert extended.features.layout.table("item").rows == 1 + 4 + len(known)
+        counts = pq.read_table(extended.features.folder / "counts" / "feature.item.parquet").to_pydict()
         assert dict(zip(counts["id"], counts["count"], strict=True)) == counted
-        assert extended.prepared.manifest["vocabularies"]["item"] == {"distinct": len(counted), "known": len(known)}
+        assert extended.features.manifest["vocabularies"]["item"] == {"distinct": len(counted), "known": len(known)}
     assert len(known) > 12
 
 
@@ -63,7 +63,7 @@ def test_a_vocabulary_grows_up_to_its_largest_size(tmp_path):
     extended = log.extend(windows_of(11, 11.5))
     assert extended is not None
     assert extended.new_ids["item"] == 2
-    assert len(_known(extended.prepared)) == 14
+    assert len(_known(extended.features)) == 14
 
 
 def test_the_manifest_and_what_is_at_hand(growing):
@@ -71,7 +71,7 @@ def test_the_manifest_and_what_is_at_hand(growing):
     growing.add(8, 12.1)
     windows = windows_of(10, 11)
     extended = growing.extend(windows)
-    after = extended.prepared.manifest
+    after = extended.features.manifest
     assert after["extends"]["fingerprint"] == before["fingerprint"]
     assert after["extends"]["rows_before"] == before["rows"]
     assert after["rows"] == before["rows"] + extended.rows == growing.table.num_rows
@@ -83,7 +83,7 @@ def test_the_manifest_and_what_is_at_hand(growing):
     assert taken.manifest == after
     built = growing.prepare("whole", windows)
     for name in ("latest.user.parquet", "latest.candidate.parquet"):
-        mine, theirs = (pq.read_table(each.serving / name) for each in (extended.prepared, built))
+        mine, theirs = (pq.read_table(each.serving / name) for each in (extended.features, built))
         assert mine.equals(theirs)
     whole = built.manifest
     assert whole["fingerprint"] == after["extends"]["stands_for"]
@@ -96,13 +96,13 @@ def test_the_manifest_and_what_is_at_hand(growing):
 def test_a_split_without_new_rows_has_no_folder(growing):
     growing.add(8, 12.1)
     extended = growing.extend()
-    assert sorted(path.name for path in (extended.prepared.folder / "encoded").iterdir()) == ["layout.json", "test"]
-    assert extended.prepared.manifest["splits"]["train"]["rows"] == 0
+    assert sorted(path.name for path in (extended.features.folder / "encoded").iterdir()) == ["layout.json", "test"]
+    assert extended.features.manifest["splits"]["train"]["rows"] == 0
 
 
 def test_what_is_advised_where_a_split_has_no_rows_helps(growing):
     growing.add(8, 10)
-    prepared = growing.extend().prepared
+    prepared = growing.extend().features
     message = (
         r"have no train rows: .* Set `split` around the requests of the next new files .*, or set another `data.work`"
     )
@@ -112,7 +112,7 @@ def test_what_is_advised_where_a_split_has_no_rows_helps(growing):
     prepared.require_rows("test")
     collect(growing.prepare("another"), growing.schema)
     growing.add(10, 12.1)
-    collect(growing.extend(windows_of(11, 11.5)).prepared, growing.schema)
+    collect(growing.extend(windows_of(11, 11.5)).features, growing.schema)
 
 
 def test_new_files_that_turn_out_to_be_bad_are_left_out_and_recorded(growing):
@@ -126,8 +126,8 @@ def test_new_files_that_turn_out_to_be_bad_are_left_out_and_recorded(growing):
     assert files_of(growing.work) == before
     extended = growing.extend(skip_bad_files=True)
     assert extended.rows == len(training_items(growing, {"train": (None, None)}, 8, 9))
-    assert [Path(each["file"]).name for each in extended.prepared.manifest["left_out"]] == ["bad.parquet"]
-    assert extended.prepared.manifest["files"] == 2
+    assert [Path(each["file"]).name for each in extended.features.manifest["left_out"]] == ["bad.parquet"]
+    assert extended.features.manifest["files"] == 2
     assert growing.extend(skip_bad_files=True) is None
 
 
@@ -142,11 +142,11 @@ def unprepared(tmp_path: Path) -> Growing:
     return log
 
 
-def last_of(prepared: Prepared) -> int:
+def last_of(prepared: FeatureFolder) -> int:
     return int(prepared.manifest["request_microseconds"][1])
 
 
-def days_of(prepared: Prepared) -> float:
+def days_of(prepared: FeatureFolder) -> float:
     """Days before the moment after the last request from which on memories are exact."""
     floor = exact_from(prepared.serving)
     assert floor is not None
@@ -180,7 +180,7 @@ def test_an_extension_by_more_days_keeps_what_was_left_and_says_so(
     assert floor is not None
     unprepared.add(8, 12.1)
     assert TOLD not in capsys.readouterr().err
-    extended = unprepared.extend(as_of_days=30).prepared
+    extended = unprepared.extend(as_of_days=30).features
     assert TOLD in capsys.readouterr().err
     assert exact_from(extended.serving) == floor
     whole = unprepared.prepare("whole", as_of_days=30)

@@ -11,7 +11,7 @@ import pytest
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.preprocessing.logs import BuildOptions
-from mmoe_rec.preprocessing.prepare import Prepared, existing, prepare
+from mmoe_rec.preprocessing.prepare import FeatureFolder, existing, prepare
 from tests.log.small_logs import files_of, windows_of, with_column
 from tests.preprocessing.growing_log import WINDOWS, Growing
 
@@ -35,11 +35,11 @@ def _remove(log: Growing, number: int) -> None:
         (log.folder / name / f"{number}.parquet").unlink()
 
 
-def _existing(log: Growing, windows: dict, **options: object) -> Prepared | None:
+def _existing(log: Growing, windows: dict, **options: object) -> FeatureFolder | None:
     return existing(log.source, log.schema, windows, log.work, BuildOptions(**options))
 
 
-def _memories(prepared: Prepared) -> dict[str, bytes]:
+def _memories(prepared: FeatureFolder) -> dict[str, bytes]:
     return {name: each for name, each in files_of(prepared.serving).items() if name != "pipeline.json"}
 
 
@@ -57,7 +57,7 @@ def test_days_go_on_as_if_old_files_were_still_there(growing, tmp_path):
             extended = log.extend(windows)
             assert extended is not None
             assert len(extended.gone) == (2 * (number + 1) if log is growing else 0)
-        prepared, reference = (Prepared(log.work / "features") for log in (growing, whole))
+        prepared, reference = (FeatureFolder(log.work / "features") for log in (growing, whole))
         assert files_of(prepared.folder / "encoded") == files_of(reference.folder / "encoded")
         assert _memories(prepared) == _memories(reference)
         for name in ("rows", "files", "digest", "events", "splits", "first_request", "last_request", "vocabularies"):
@@ -169,7 +169,7 @@ def test_new_files_have_the_types_of_those_that_are_gone(growing):
         growing.extend(LATER)
     growing.add(10, 12.1)
     extended = growing.extend(LATER, **SKIP)
-    assert [Path(each["file"]).name for each in extended.prepared.manifest["left_out"]] == ["97.parquet"]
+    assert [Path(each["file"]).name for each in extended.features.manifest["left_out"]] == ["97.parquet"]
 
 
 # Files that were left out
@@ -187,7 +187,7 @@ def _spoil(path: Path, how: str) -> bytes:
     return whole
 
 
-def _left_out(prepared: Prepared) -> list[str]:
+def _left_out(prepared: FeatureFolder) -> list[str]:
     return [Path(each["file"]).name for each in prepared.manifest["left_out"]]
 
 
@@ -199,15 +199,15 @@ def test_a_file_that_was_left_out_is_removed(tmp_path, how):
     _spoil(log.folder / "log" / "99.parquet", how)
     assert _left_out(log.prepare(**SKIP)) == ["99.parquet"]
     log.add(8, 9)
-    assert _left_out(log.extend(LATER, **SKIP).prepared) == ["99.parquet"]
+    assert _left_out(log.extend(LATER, **SKIP).features) == ["99.parquet"]
     (log.folder / "log" / "99.parquet").unlink()
     assert _existing(log, LATER) is not None
     assert log.extend(LATER) is None
     log.add(9, 12.1)
     extended = log.extend(LATER)
-    assert _left_out(extended.prepared) == []
+    assert _left_out(extended.features) == []
     assert extended.gone == []
-    assert extended.prepared.manifest["files"] == 4
+    assert extended.features.manifest["files"] == 4
 
 
 @pytest.mark.parametrize("how", ["cut", "label"])
@@ -231,13 +231,13 @@ def test_a_last_file_that_was_left_out_is_mended_and_taken_in_with_the_next_one(
     mine, theirs = log.extend(LATER), other.extend(LATER)
     assert mine.rows == theirs.rows
     assert mine.files == 3
-    assert _left_out(mine.prepared) == []
+    assert _left_out(mine.features) == []
     for split in ("train", "validation"):
         columns = ["user", "candidate", "time", "label.click"]
-        one, two = (pq.read_table(each.prepared.split(split), columns=columns) for each in (mine, theirs))
+        one, two = (pq.read_table(each.features.split(split), columns=columns) for each in (mine, theirs))
         assert one.equals(two)
     counted = [
-        FeaturePipeline.load(each.prepared.serving).memory_encoders["item_click"].memory for each in (mine, theirs)
+        FeaturePipeline.load(each.features.serving).memory_encoders["item_click"].memory for each in (mine, theirs)
     ]
     one, two = (pa.table(each.to_columns()) for each in counted)
     assert one.equals(two)
@@ -257,7 +257,7 @@ def test_an_older_file_that_is_mended_is_late(tmp_path):
     ):
         log.extend(LATER)
     path.unlink()
-    assert _left_out(log.extend(LATER).prepared) == []
+    assert _left_out(log.extend(LATER).features) == []
 
 
 def test_new_files_that_are_all_bad_end_in_one_sentence(growing):

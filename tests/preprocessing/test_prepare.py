@@ -20,7 +20,7 @@ from mmoe_rec.preprocessing.checks import check_apart
 from mmoe_rec.preprocessing.engines import open_engine
 from mmoe_rec.preprocessing.extend import extend
 from mmoe_rec.preprocessing.logs import BuildOptions
-from mmoe_rec.preprocessing.prepare import Prepared, existing, prepare
+from mmoe_rec.preprocessing.prepare import FeatureFolder, existing, prepare
 from mmoe_rec.settings.schema import Schema
 from tests.log.small_logs import (
     ALL_KINDS,
@@ -51,7 +51,7 @@ def _cut(table: pa.Table, *edges: int) -> list[pa.Table]:
     return [table.slice(start, end - start) for start, end in pairwise(rows)]
 
 
-def _encoded(prepared: Prepared, split: str) -> tuple[Encoded, pa.Table]:
+def _encoded(prepared: FeatureFolder, split: str) -> tuple[Encoded, pa.Table]:
     table = pq.read_table(prepared.split(split))
     return Encoded.from_arrow(table, prepared.layout), table
 

@@ -14,7 +14,7 @@ import pytest
 from mmoe_rec.errors import UserError
 from mmoe_rec.preprocessing.extend import extend
 from mmoe_rec.preprocessing.logs import DEFAULTS, BuildOptions, Logs
-from mmoe_rec.preprocessing.prepare import Prepared, encode_with, existing, prepare
+from mmoe_rec.preprocessing.prepare import FeatureFolder, encode_with, existing, prepare
 from mmoe_rec.report.formatting import describe_request_times
 from mmoe_rec.settings.schema import Schema
 from tests.log.small_logs import (
@@ -47,12 +47,12 @@ def _cut(table: pa.Table, rows: int) -> list[pa.Table]:
     return [table.slice(start, rows) for start in range(0, table.num_rows, rows)]
 
 
-def _build(folder: Path, *tables: pa.Table, schema: Schema = SCHEMA, **options: Any) -> Prepared:
+def _build(folder: Path, *tables: pa.Table, schema: Schema = SCHEMA, **options: Any) -> FeatureFolder:
     source = str(write_log(folder / "log", *tables))
     return prepare(source, schema, WINDOWS, folder / "work", BuildOptions(**options))
 
 
-def _encoded_and_state(prepared: Prepared) -> dict[str, bytes]:
+def _encoded_and_state(prepared: FeatureFolder) -> dict[str, bytes]:
     return files_of(prepared.folder / "encoded") | files_of(prepared.serving)
 
 
@@ -188,12 +188,12 @@ class _Days:
         self.new = self.table.filter(pa.array(self.first >= START + 9 * DAY))
         self.last = int(self.first[self.first < START + 9 * DAY].max())
 
-    def extend(self, new: pa.Table, old: pa.Table | None = None, options: BuildOptions = DEFAULTS) -> Prepared:
+    def extend(self, new: pa.Table, old: pa.Table | None = None, options: BuildOptions = DEFAULTS) -> FeatureFolder:
         self.before = _build(self.folder, self.old if old is None else old)
         pq.write_table(new, self.folder / "log" / "new.parquet")
         extended = extend(str(self.folder / "log"), SCHEMA, WINDOWS, self.folder / "work", options)
         assert extended is not None
-        return extended.prepared
+        return extended.features
 
 
 def test_rows_of_a_request_of_days_before_are_told_of_and_not_encoded(tmp_path: Path) -> None:

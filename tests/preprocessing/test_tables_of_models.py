@@ -16,14 +16,14 @@ from mmoe_rec.features import kinds
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.preprocessing.extend import Tables, extend_tables, remake_tables
 from mmoe_rec.preprocessing.logs import BuildOptions, HeldFiles, Logs, read_held_files
-from mmoe_rec.preprocessing.prepare import Prepared, prepare
+from mmoe_rec.preprocessing.prepare import FeatureFolder, prepare
 from tests.log.small_logs import DAY, START, remembered, windows_of
 from tests.point_in_time.compared_logs import _LACKS, _small_pieces
 from tests.point_in_time.drawn_logs import DrawnLog, draw
 from tests.preprocessing.growing_log import Growing
 
 
-def features_of(prepared: Prepared, folder: Path) -> Path:
+def features_of(prepared: FeatureFolder, folder: Path) -> Path:
     """What an artifact holds of features."""
     shutil.copytree(prepared.serving, folder)
     shutil.copyfile(prepared.folder / "files.json", folder / "files.json")
@@ -35,7 +35,7 @@ def features_of(prepared: Prepared, folder: Path) -> Path:
 class ServedModel:
     """The features of a model, whose tables move on in a folder of their own at each step."""
 
-    def __init__(self, prepared: Prepared, folder: Path, source: str, options: BuildOptions) -> None:
+    def __init__(self, prepared: FeatureFolder, folder: Path, source: str, options: BuildOptions) -> None:
         self.folder, self.source, self.options, self.number = folder, source, options, 0
         folder.mkdir()
         self.features = features_of(prepared, folder / "0")
@@ -65,7 +65,7 @@ class ServedModel:
         return out, remake_tables(self.folder / "0", self.logs(), out, until)
 
 
-def schema_in(prepared: Prepared) -> dict:
+def schema_in(prepared: FeatureFolder) -> dict:
     return json.loads((prepared.serving / "pipeline.json").read_text())["schema"]
 
 
@@ -140,7 +140,7 @@ def _steps(drawn: DrawnLog, folder: Path, schema, options: BuildOptions) -> Serv
 def test_tables_of_a_model_whose_vocabulary_lacks_frequent_ids(tmp_path: Path) -> None:
     """Items that have become frequent stay in their buckets; an extension of the features gives them rows."""
     log = Growing.of_eight_days(tmp_path)
-    served = ServedModel(Prepared(log.work / "features"), tmp_path / "served", log.source, BuildOptions())
+    served = ServedModel(FeatureFolder(log.work / "features"), tmp_path / "served", log.source, BuildOptions())
     known = ids_of(served.features)
     log.add(8, 12)
     served.go_on()
@@ -154,7 +154,7 @@ def test_tables_of_a_model_whose_vocabulary_lacks_frequent_ids(tmp_path: Path) -
 
 def test_events_alone_move_the_tables_on(tmp_path: Path) -> None:
     log = Growing.of_eight_days(tmp_path)
-    served = ServedModel(Prepared(log.work / "features"), tmp_path / "served", log.source, BuildOptions())
+    served = ServedModel(FeatureFolder(log.work / "features"), tmp_path / "served", log.source, BuildOptions())
     log.add(8, 12)
     late = log.folder / "log" / "99.parquet"
     rows = pq.read_table(late)
@@ -177,7 +177,7 @@ def test_events_alone_move_the_tables_on(tmp_path: Path) -> None:
 def test_rows_and_events_from_a_moment_on_do_not_count(tmp_path: Path, until: float) -> None:
     """As if the log had ended then; requests of a moment that is the edge itself don't count."""
     log = Growing.of_eight_days(tmp_path)
-    served = ServedModel(Prepared(log.work / "features"), tmp_path / "served", log.source, BuildOptions())
+    served = ServedModel(FeatureFolder(log.work / "features"), tmp_path / "served", log.source, BuildOptions())
     log.add(8, 12)
     moment = START + int(until * DAY)
     frozen, made = served.anew(moment)
@@ -193,7 +193,7 @@ def test_rows_and_events_from_a_moment_on_do_not_count(tmp_path: Path, until: fl
 
 def test_files_of_a_journal_are_known_by_their_names(tmp_path: Path) -> None:
     log = Growing.of_eight_days(tmp_path)
-    served = ServedModel(Prepared(log.work / "features"), tmp_path / "served", log.source, BuildOptions())
+    served = ServedModel(FeatureFolder(log.work / "features"), tmp_path / "served", log.source, BuildOptions())
     log.add(8, 9)
     made = served.go_on()
     assert made is not None

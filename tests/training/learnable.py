@@ -19,7 +19,7 @@ from mmoe_rec.model.layout import ModelLayout, ModelTask
 from mmoe_rec.model.mmoe import RankingModel, build_model
 from mmoe_rec.model.tables import PlainTables
 from mmoe_rec.point_in_time.arrays import Ragged
-from mmoe_rec.preprocessing.prepare import Prepared
+from mmoe_rec.preprocessing.prepare import FeatureFolder
 from mmoe_rec.preprocessing.splits import SplitCounts
 from mmoe_rec.settings.model import Model
 from mmoe_rec.settings.sections import Training
@@ -119,7 +119,7 @@ def _mean_effect(ids: np.ndarray | Ragged, effect: np.ndarray) -> np.ndarray:
     return total / np.maximum(ids.lengths, 1)[:, None]
 
 
-def write_prepared(folder: Path, layout: ModelLayout, labels: dict[str, np.ndarray] | None = None) -> Prepared:
+def write_prepared(folder: Path, layout: ModelLayout, labels: dict[str, np.ndarray] | None = None) -> FeatureFolder:
     """The folder that `prepare` would make, with as much in it as training reads.
 
     labels: split -> labels instead of the learnable ones.
@@ -144,10 +144,10 @@ def write_prepared(folder: Path, layout: ModelLayout, labels: dict[str, np.ndarr
     (folder / "layout.json").write_text(layout.to_json(), encoding="utf-8")
     manifest = {"splits": {split: asdict(each) for split, each in counts.items()}}
     (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
-    return Prepared(folder)
+    return FeatureFolder(folder)
 
 
-def layout_of(prepared: Prepared) -> ModelLayout:
+def layout_of(prepared: FeatureFolder) -> ModelLayout:
     """The layout that `write_prepared` was given."""
     return ModelLayout.read(prepared.folder)
 
@@ -156,7 +156,7 @@ def layout_of(prepared: Prepared) -> ModelLayout:
 class SmallTraining:
     """A training's result, its checkpoint, and what it logged: (step, metrics)."""
 
-    prepared: Prepared
+    prepared: FeatureFolder
     result: TrainingResult
     checkpoint: Path
     logged: list[tuple[int, dict[str, float]]]
@@ -175,7 +175,7 @@ def plain_model(layout: ModelLayout, checkpoint: Path, model: Model = MODEL) -> 
 
 
 def trained(
-    prepared: Prepared, checkpoint: Path, model: Model = MODEL, device: torch.device = CPU, **changes: object
+    prepared: FeatureFolder, checkpoint: Path, model: Model = MODEL, device: torch.device = CPU, **changes: object
 ) -> SmallTraining:
     """Trains on one rank; `changes` replace those of `TRAINING`."""
     logged: list[tuple[int, dict[str, float]]] = []
@@ -192,7 +192,7 @@ def trained(
     return SmallTraining(prepared, result, result.best_checkpoint, logged, model)
 
 
-def scores(model: RankingModel, prepared: Prepared, split: str = "validation") -> tuple[np.ndarray, np.ndarray]:
+def scores(model: RankingModel, prepared: FeatureFolder, split: str = "validation") -> tuple[np.ndarray, np.ndarray]:
     """Logits and labels (N, T) of a split's rows in file order, without placement."""
     layout = prepared.layout
     parts: Sequence = list(EncodedRows(prepared.split(split), layout).stream(10_000))

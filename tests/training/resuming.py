@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from mmoe_rec.preprocessing.prepare import Prepared
+from mmoe_rec.preprocessing.prepare import FeatureFolder
 from mmoe_rec.settings.model import Model
 from mmoe_rec.training.checkpoint import latest_checkpoint
 from mmoe_rec.training.loop import Trainer, TrainingResult
@@ -45,14 +45,14 @@ def crash(step: int) -> Watch:
 
 
 def train(
-    prepared: Prepared, folder: Path, at: Watch | None = None, model: Model = DROPS, **changes: object
+    prepared: FeatureFolder, folder: Path, at: Watch | None = None, model: Model = DROPS, **changes: object
 ) -> TrainingResult:
     """Trains on one rank, or goes on from the folder's last checkpoint; `at` is called after every step."""
     with process_group(CPU):
         return trainer(prepared, folder, at, model, **changes).run()
 
 
-def trainer(prepared: Prepared, folder: Path, at: Watch | None, model: Model, **changes: object) -> Trainer:
+def trainer(prepared: FeatureFolder, folder: Path, at: Watch | None, model: Model, **changes: object) -> Trainer:
     """The same on each of the ranks that have joined, before its first step."""
     settings = TRAINING.model_copy(update=CHANGES | changes)
     one = Trainer(
@@ -71,7 +71,7 @@ def trainer(prepared: Prepared, folder: Path, at: Watch | None, model: Model, **
 
 
 def train_on_rank(
-    rank: int, world: int, port: int, prepared: Prepared, jobs: list[tuple[Path, Model, int | None]]
+    rank: int, world: int, port: int, prepared: FeatureFolder, jobs: list[tuple[Path, Model, int | None]]
 ) -> None:
     """Does the jobs one after the other on one of several ranks: in a folder, a model, until it crashes at a step."""
     with join(rank, world, port):
@@ -83,7 +83,7 @@ def train_on_rank(
             torch.distributed.barrier()
 
 
-def weights(prepared: Prepared, folder: Path, model: Model) -> dict[str, torch.Tensor]:
+def weights(prepared: FeatureFolder, folder: Path, model: Model) -> dict[str, torch.Tensor]:
     """Those of the best checkpoint of a training that came to its end."""
     found = latest_checkpoint(folder)
     assert found is not None

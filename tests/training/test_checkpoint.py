@@ -12,7 +12,7 @@ import torch
 
 from mmoe_rec.errors import StoppedError, UserError
 from mmoe_rec.model.mmoe import RankingModel
-from mmoe_rec.preprocessing.prepare import Prepared
+from mmoe_rec.preprocessing.prepare import FeatureFolder
 from mmoe_rec.training.checkpoint import latest_checkpoint
 from mmoe_rec.training.loop import Trainer, TrainingResult
 from mmoe_rec.training.ranks import process_group
@@ -23,20 +23,20 @@ from tests.training.resuming import BALANCED, DROPS, STEPS, CrashError, crash, t
 
 
 @pytest.fixture(scope="module")
-def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> FeatureFolder:
     return write_prepared(tmp_path_factory.mktemp("prepared"), LAYOUT)
 
 
-def best(prepared: Prepared, result: TrainingResult) -> RankingModel:
+def best(prepared: FeatureFolder, result: TrainingResult) -> RankingModel:
     return plain_model(LAYOUT, result.best_checkpoint, DROPS)
 
 
 @pytest.fixture(scope="module")
-def whole(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> TrainingResult:
+def whole(prepared: FeatureFolder, tmp_path_factory: pytest.TempPathFactory) -> TrainingResult:
     return train(prepared, tmp_path_factory.mktemp("whole"))
 
 
-def assert_same(prepared: Prepared, found: TrainingResult, expected: TrainingResult) -> None:
+def assert_same(prepared: FeatureFolder, found: TrainingResult, expected: TrainingResult) -> None:
     assert found.steps == expected.steps
     assert found.best_step == expected.best_step
     assert [step for step, _ in found.history] == [step for step, _ in expected.history]
@@ -62,7 +62,7 @@ THOROUGH = {"marks": pytest.mark.thorough}
     ],
 )
 def test_a_crash_changes_no_bit(
-    prepared: Prepared, tmp_path: Path, whole: TrainingResult, steps: tuple[int, ...]
+    prepared: FeatureFolder, tmp_path: Path, whole: TrainingResult, steps: tuple[int, ...]
 ) -> None:
     for step in steps:
         with pytest.raises(CrashError):
@@ -72,7 +72,7 @@ def test_a_crash_changes_no_bit(
 
 @pytest.mark.parametrize("name", [signal.SIGTERM, pytest.param(signal.SIGINT, **THOROUGH)])
 def test_a_signal_saves_the_step_at_hand(
-    prepared: Prepared, tmp_path: Path, whole: TrainingResult, name: signal.Signals
+    prepared: FeatureFolder, tmp_path: Path, whole: TrainingResult, name: signal.Signals
 ) -> None:
     def at(trainer: Trainer) -> None:
         if trainer.result.steps == 53:
@@ -88,7 +88,9 @@ def test_a_signal_saves_the_step_at_hand(
     assert_same(prepared, train(prepared, tmp_path), whole)
 
 
-def test_a_training_at_its_end_is_not_trained_on(prepared: Prepared, tmp_path: Path, whole: TrainingResult) -> None:
+def test_a_training_at_its_end_is_not_trained_on(
+    prepared: FeatureFolder, tmp_path: Path, whole: TrainingResult
+) -> None:
     train(prepared, tmp_path)
 
     def at(_: Trainer) -> None:
@@ -97,7 +99,7 @@ def test_a_training_at_its_end_is_not_trained_on(prepared: Prepared, tmp_path: P
     assert_same(prepared, train(prepared, tmp_path, at), whole)
 
 
-def test_the_last_checkpoints_and_the_best_are_kept(prepared: Prepared, tmp_path: Path) -> None:
+def test_the_last_checkpoints_and_the_best_are_kept(prepared: FeatureFolder, tmp_path: Path) -> None:
     seen: list[set[int]] = []
 
     def at(trainer: Trainer) -> None:
@@ -120,7 +122,7 @@ def test_the_last_checkpoints_and_the_best_are_kept(prepared: Prepared, tmp_path
 
 
 def test_a_full_disk_ends_training_and_leaves_the_checkpoint_before(
-    prepared: Prepared, tmp_path: Path, whole: TrainingResult
+    prepared: FeatureFolder, tmp_path: Path, whole: TrainingResult
 ) -> None:
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
 
@@ -147,7 +149,7 @@ def _spoil(trainer: Trainer) -> None:
             parameter.fill_(float("nan"))
 
 
-def test_a_loss_that_is_not_finite_stops_with_the_batch_saved(prepared: Prepared, tmp_path: Path) -> None:
+def test_a_loss_that_is_not_finite_stops_with_the_batch_saved(prepared: FeatureFolder, tmp_path: Path) -> None:
     def at(trainer: Trainer) -> None:
         if trainer.result.steps == 50:
             _spoil(trainer)
@@ -165,7 +167,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_batch_saved(prepared: Prepared
     assert found.state.step == 40
 
 
-def test_steps_that_are_not_finite_can_be_skipped(prepared: Prepared, tmp_path: Path) -> None:
+def test_steps_that_are_not_finite_can_be_skipped(prepared: FeatureFolder, tmp_path: Path) -> None:
     kept: dict[str, torch.Tensor] = {}
 
     def at(trainer: Trainer) -> None:
@@ -204,7 +206,7 @@ def test_damage_is_named(tmp_path: Path, file: str, text: str, message: str) -> 
         latest_checkpoint(tmp_path)
 
 
-def test_a_new_training_forgets_where_another_one_stood(prepared: Prepared, tmp_path: Path) -> None:
+def test_a_new_training_forgets_where_another_one_stood(prepared: FeatureFolder, tmp_path: Path) -> None:
     """A command that goes on after it was killed before its first checkpoint would else go on with the other one."""
     train(prepared, tmp_path)
     with process_group(CPU):
@@ -213,7 +215,7 @@ def test_a_new_training_forgets_where_another_one_stood(prepared: Prepared, tmp_
 
 
 @pytest.fixture(scope="module")
-def folder(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(prepared: FeatureFolder, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Each subfolder holds a training that came to its end; the names say on how many ranks, one after the other."""
     folder = tmp_path_factory.mktemp("trainings")
     train(prepared, folder / "1", None, MODEL)
@@ -238,13 +240,13 @@ def folder(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 @pytest.mark.thorough
-def test_as_many_ranks_change_no_bit(prepared: Prepared, folder: Path) -> None:
+def test_as_many_ranks_change_no_bit(prepared: FeatureFolder, folder: Path) -> None:
     whole, resumed = (weights(prepared, folder / name, DROPS) for name in ("2", "2-2"))
     assert all(torch.equal(weight, whole[name]) for name, weight in resumed.items())
 
 
 @pytest.mark.thorough
-def test_balance_is_over_all_ranks(prepared: Prepared, folder: Path) -> None:
+def test_balance_is_over_all_ranks(prepared: FeatureFolder, folder: Path) -> None:
     """The loss multiplies loads by probabilities: ranks that did so on their own rows would train another model."""
     one, two = (weights(prepared, folder / f"balanced {ranks}", BALANCED) for ranks in (1, 2))
     for key, weight in one.items():
@@ -256,7 +258,7 @@ def test_balance_is_over_all_ranks(prepared: Prepared, folder: Path) -> None:
 
 @pytest.mark.thorough
 @pytest.mark.parametrize("name", ["1-2", "2-1-2"])
-def test_other_numbers_of_ranks_give_the_same_model(prepared: Prepared, folder: Path, name: str) -> None:
+def test_other_numbers_of_ranks_give_the_same_model(prepared: FeatureFolder, folder: Path, name: str) -> None:
     """Sums over ranks are rounded in another order; 240 steps make no more of it than this."""
     whole, resumed = (weights(prepared, folder / each, MODEL) for each in ("1", name))
     for key, weight in whole.items():
@@ -266,7 +268,7 @@ def test_other_numbers_of_ranks_give_the_same_model(prepared: Prepared, folder: 
 
 
 @pytest.mark.thorough
-def test_two_ranks_judge_the_rows_of_all(prepared: Prepared, folder: Path) -> None:
+def test_two_ranks_judge_the_rows_of_all(prepared: FeatureFolder, folder: Path) -> None:
     """GAUC and calibration of the last validation, at which weights differ by as little as above."""
     one, two = (latest_checkpoint(folder / name).state.history[-1][1] for name in ("1", "1-2"))  # type: ignore[union-attr]
     assert two.rarer == one.rarer

@@ -20,7 +20,7 @@ from mmoe_rec.model.levels import Experts
 from mmoe_rec.model.mmoe import RankingModel, build_model
 from mmoe_rec.model.products import Multiplying, has_onednn
 from mmoe_rec.model.tables import PlainTables
-from mmoe_rec.preprocessing.prepare import Prepared
+from mmoe_rec.preprocessing.prepare import FeatureFolder
 from mmoe_rec.settings.load import load_settings
 from mmoe_rec.settings.model import Model
 from mmoe_rec.settings.sections import Training
@@ -216,12 +216,12 @@ def test_a_training_that_goes_on_keeps_them() -> None:
 
 
 @pytest.fixture(scope="module")
-def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> FeatureFolder:
     return write_prepared(tmp_path_factory.mktemp("prepared"), LAYOUT)
 
 
 def test_a_checkpoint_holds_them_and_resuming_measures_nothing(
-    prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    prepared: FeatureFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     auto = {"precision": "auto", "products": "auto", "tables": "auto"}
     with_times(monkeypatch, TIMES | {"onednn": 3.0})
@@ -243,7 +243,7 @@ def test_a_checkpoint_holds_them_and_resuming_measures_nothing(
 
 @pytest.mark.parametrize(("set_by_hand", "expected"), [("auto", "grouped"), ("dense", "dense")])
 def test_experts_are_computed_as_chosen_or_as_set(
-    prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, set_by_hand: str, expected: str
+    prepared: FeatureFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, set_by_hand: str, expected: str
 ) -> None:
     with_times(monkeypatch, TIMES)
     experts = MODEL.experts.model_dump() | {"compute": set_by_hand}

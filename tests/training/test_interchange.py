@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmoe_rec.preprocessing.prepare import Prepared
+from mmoe_rec.preprocessing.prepare import FeatureFolder
 from mmoe_rec.training import loop, sharding
 from mmoe_rec.training import tables as tables_module
 from mmoe_rec.training.loop import Trainer
@@ -39,18 +39,18 @@ PLACES: dict[str, Place] = {"without": without_torchrec} | dict.fromkeys(("fbgem
 
 
 @pytest.fixture(scope="module")
-def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> FeatureFolder:
     return write_prepared(tmp_path_factory.mktemp("prepared"), LAYOUT)
 
 
 @contextmanager
-def begun(prepared: Prepared, folder: Path, place: str, at: Watch | None = None) -> Iterator[Trainer]:
+def begun(prepared: FeatureFolder, folder: Path, place: str, at: Watch | None = None) -> Iterator[Trainer]:
     """The trainer of a training that begins, or goes on from the folder's last checkpoint."""
     with PLACES[place](), process_group(CPU):
         yield trainer(prepared, folder, at, MODEL, **SOME, tables="auto" if place == "without" else place)
 
 
-def begin(prepared: Prepared, folder: Path, place: str) -> None:
+def begin(prepared: FeatureFolder, folder: Path, place: str) -> None:
     """Trains until after the first checkpoint."""
     with begun(prepared, folder, place, crash(20)) as one:
         with pytest.raises(CrashError):
@@ -69,7 +69,7 @@ def state(one: Trainer) -> dict[str, Tensor]:
     }
 
 
-def trained(prepared: Prepared, folder: Path, place: str) -> dict[str, Tensor]:
+def trained(prepared: FeatureFolder, folder: Path, place: str) -> dict[str, Tensor]:
     """The weights of a training that comes to its end there."""
     with begun(prepared, folder, place) as one:
         found = one.run()
@@ -78,7 +78,7 @@ def trained(prepared: Prepared, folder: Path, place: str) -> dict[str, Tensor]:
 
 
 @pytest.fixture(scope="module")
-def whole(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
+def whole(prepared: FeatureFolder, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
     """The weights of a training that was never stopped, by fbgemm's kernels."""
     return trained(prepared, tmp_path_factory.mktemp("whole"), "fbgemm")
 
@@ -99,7 +99,7 @@ def whole(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> dict[
     ],
 )
 def test_a_training_goes_on_in_another_way(
-    prepared: Prepared, tmp_path: Path, whole: dict[str, Tensor], first: str, then: str
+    prepared: FeatureFolder, tmp_path: Path, whole: dict[str, Tensor], first: str, then: str
 ) -> None:
     begin(prepared, tmp_path, first)
     with begun(prepared, tmp_path, first) as one:
@@ -115,7 +115,7 @@ def test_a_training_goes_on_in_another_way(
         torch.testing.assert_close(weight, whole[name], atol=1e-4, rtol=1e-3, msg=name)
 
 
-def test_without_torchrec_a_resumed_training_has_every_bit(prepared: Prepared, tmp_path: Path) -> None:
+def test_without_torchrec_a_resumed_training_has_every_bit(prepared: FeatureFolder, tmp_path: Path) -> None:
     begin(prepared, tmp_path / "stopped", "without")
     resumed = trained(prepared, tmp_path / "stopped", "without")
     for name, weight in trained(prepared, tmp_path / "whole", "without").items():

@@ -17,7 +17,7 @@ from torch import Tensor
 from mmoe_rec.batches.batch import Batch, make_batch
 from mmoe_rec.model.layout import ModelLayout
 from mmoe_rec.model.utilisation import Utilisation
-from mmoe_rec.preprocessing.prepare import Prepared
+from mmoe_rec.preprocessing.prepare import FeatureFolder
 from mmoe_rec.settings.model import Gates, Model
 from mmoe_rec.training import loop
 from mmoe_rec.training.loop import Meter, Trainer
@@ -49,12 +49,12 @@ DROPS = Model.model_validate(
 
 
 @pytest.fixture(scope="module")
-def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> FeatureFolder:
     return write_prepared(tmp_path_factory.mktemp("prepared"), LAYOUT)
 
 
 @contextmanager
-def trainer(prepared: Prepared, folder: Path, **changes: object) -> Iterator[Trainer]:
+def trainer(prepared: FeatureFolder, folder: Path, **changes: object) -> Iterator[Trainer]:
     """A trainer whose steps a test takes itself."""
     with process_group(CPU):
         yield Trainer(
@@ -87,7 +87,7 @@ def test_learning_rates_rise_in_a_line_and_fall_in_a_cosine() -> None:
     assert learning_rate_share(110, 110, 10 / 110) == pytest.approx(0.01)
 
 
-def test_tables_take_the_schedules_rate_in_the_same_step(prepared: Prepared, tmp_path: Path) -> None:
+def test_tables_take_the_schedules_rate_in_the_same_step(prepared: FeatureFolder, tmp_path: Path) -> None:
     """The first update of a row by row-wise Adagrad has a root mean square of exactly the learning rate."""
     with trainer(prepared, tmp_path / "best", warmup_share=0.5) as one:
         before = first = weights(one, tmp_path / "now")
@@ -116,7 +116,7 @@ def batch_of(one: Trainer, seed: int, torchrec: bool = True) -> Batch:
     return replace(make_batch(encoded, LAYOUT, labels, torchrec=torchrec), position=one.position)
 
 
-def test_a_step_is_that_of_the_plain_gradient(prepared: Prepared, tmp_path: Path) -> None:
+def test_a_step_is_that_of_the_plain_gradient(prepared: FeatureFolder, tmp_path: Path) -> None:
     """The first step of row-wise Adagrad is the rate times each row's gradient over its root mean square."""
     with trainer(prepared, tmp_path / "best", clip_gradient=1e9, warmup_share=0.0) as one:
         save_weights(one.sharded.model, tmp_path / "before")
@@ -162,7 +162,7 @@ def _inputs_hook(one: Trainer) -> Callable[[], None]:
 
 @pytest.mark.parametrize("spoil", [_weights_hook, _inputs_hook])
 def test_a_step_whose_gradient_is_not_finite_changes_nothing(
-    prepared: Prepared, tmp_path: Path, spoil: Callable[[Trainer], Callable[[], None]]
+    prepared: FeatureFolder, tmp_path: Path, spoil: Callable[[Trainer], Callable[[], None]]
 ) -> None:
     """Nor does it change what optimizers remember: the steps after it are those of a training without it."""
     found = {}
@@ -184,7 +184,7 @@ def test_a_step_whose_gradient_is_not_finite_changes_nothing(
     assert all(torch.equal(weight, found[False][name]) for name, weight in found[True].items())
 
 
-def test_rows_without_labels_do_not_count_in_balance(prepared: Prepared, tmp_path: Path) -> None:
+def test_rows_without_labels_do_not_count_in_balance(prepared: FeatureFolder, tmp_path: Path) -> None:
     """The reader fills the last batch of an epoch with such copies."""
     encoded, labels = learnable_rows(LAYOUT, 80, seed=7)
     labels[50:] = np.nan
@@ -255,7 +255,7 @@ def test_every_layout_learns_and_validates_as_scikit_learn(name: str, tmp_path: 
 
 
 @pytest.mark.thorough
-def test_bf16_trains_as_well_as_fp32(prepared: Prepared, tmp_path: Path) -> None:
+def test_bf16_trains_as_well_as_fp32(prepared: FeatureFolder, tmp_path: Path) -> None:
     precise = judge(trained(prepared, tmp_path / "fp32", DROPS, epochs=4))
     coarse = judge(trained(prepared, tmp_path / "bf16", DROPS, precision="bf16", epochs=4))
     assert precise["click"] > 0.75
@@ -263,14 +263,14 @@ def test_bf16_trains_as_well_as_fp32(prepared: Prepared, tmp_path: Path) -> None
     assert coarse == pytest.approx(precise, abs=0.02)
 
 
-def test_the_same_seed_gives_the_same_model_and_another_seed_another(prepared: Prepared, tmp_path: Path) -> None:
+def test_the_same_seed_gives_the_same_model_and_another_seed_another(prepared: FeatureFolder, tmp_path: Path) -> None:
     models = [trained(prepared, tmp_path / f"{i}", DROPS, seed=seed).model() for i, seed in enumerate((3, 3, 4))]
     once, again, other = (model.state_dict() for model in models)
     assert all(torch.equal(weight, again[name]) for name, weight in once.items())
     assert all(torch.equal(weight, other[name]) != is_weight(name) for name, weight in once.items())
 
 
-def test_metrics_are_logged_on_the_way(prepared: Prepared, tmp_path: Path) -> None:
+def test_metrics_are_logged_on_the_way(prepared: FeatureFolder, tmp_path: Path) -> None:
     found = trained(prepared, tmp_path / "best", epochs=2, validations_per_epoch=3)
     train = [(step, metrics) for step, metrics in found.logged if "train/learning_rate" in metrics]
     assert [step for step, _ in train] == list(range(25, 401, 25))
@@ -307,7 +307,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[floa
 
 @pytest.mark.parametrize(("select_by", "best"), [("auc", 1), ("loss", 2)])
 def test_the_best_model_is_kept(
-    prepared: Prepared, tmp_path: Path, scripted: list[tuple[float, float]], select_by: str, best: int
+    prepared: FeatureFolder, tmp_path: Path, scripted: list[tuple[float, float]], select_by: str, best: int
 ) -> None:
     scripted += [(0.6, 0.9), (0.8, 0.8), (0.7, 0.3), (0.8, 0.7), (0.5, 0.9)]
     found = trained(prepared, tmp_path / "best", validations_per_epoch=5, select_by=select_by)
@@ -322,7 +322,7 @@ def test_the_best_model_is_kept(
 
 
 def test_training_stops_when_patience_has_run_out(
-    prepared: Prepared, tmp_path: Path, scripted: list[tuple[float, float]]
+    prepared: FeatureFolder, tmp_path: Path, scripted: list[tuple[float, float]]
 ) -> None:
     scripted += [(0.6, 0), (0.7, 0), (0.65, 0), (0.69, 0), (0.99, 0), (0.99, 0)]
     found = trained(prepared, tmp_path / "best", epochs=3, validations_per_epoch=2, patience=2)

@@ -19,7 +19,7 @@ from mmoe_rec.batches.batch import make_batch
 from mmoe_rec.features.layout import TaskOutput
 from mmoe_rec.model.layout import ModelLayout, ModelTask
 from mmoe_rec.model.mmoe import Towers
-from mmoe_rec.preprocessing.prepare import Prepared
+from mmoe_rec.preprocessing.prepare import FeatureFolder
 from mmoe_rec.preprocessing.splits import SplitCounts
 from mmoe_rec.training.loop import Trainer
 from mmoe_rec.training.losses import masked_loss
@@ -98,12 +98,12 @@ LOG_VARIANCES = torch.tensor([0.3, -0.8, 1.1], dtype=torch.float64)
 
 
 @pytest.fixture(scope="module")
-def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> FeatureFolder:
     return write_prepared(tmp_path_factory.mktemp("prepared"), LAYOUT)
 
 
 @pytest.fixture(scope="module")
-def given(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+def given(tmp_path_factory: pytest.TempPathFactory) -> FeatureFolder:
     return write_prepared(tmp_path_factory.mktemp("given"), GIVEN)
 
 
@@ -146,7 +146,7 @@ def test_an_unobserved_task_adds_exactly_zero() -> None:
     assert nothing == 0
 
 
-def test_the_weights_are_learnt_logged_and_left_out_of_the_model(prepared: Prepared, tmp_path: Path) -> None:
+def test_the_weights_are_learnt_logged_and_left_out_of_the_model(prepared: FeatureFolder, tmp_path: Path) -> None:
     found = trained(prepared, tmp_path, epochs=2, weight_decay=0.5, **LEARNT)
     logs = saved_log_variances(found.checkpoint)
     assert (logs.abs() > 0.1).all()
@@ -162,7 +162,7 @@ def test_the_weights_are_learnt_logged_and_left_out_of_the_model(prepared: Prepa
     assert steps[-1]["train/rating.weight"] / 0.5 > steps[-1]["train/click.weight"]
 
 
-def test_weight_decay_leaves_them_alone(prepared: Prepared, tmp_path: Path) -> None:
+def test_weight_decay_leaves_them_alone(prepared: FeatureFolder, tmp_path: Path) -> None:
     with process_group(CPU):
         settings = TRAINING.model_copy(update=LEARNT | {"weight_decay": 0.25})
         trainer = Trainer(prepared, LAYOUT, MODEL, settings, CPU, tmp_path, lambda *_: None)
@@ -218,7 +218,7 @@ def test_towers_say_the_rates_of_no_input() -> None:
     np.testing.assert_allclose(said, np.tile([logit(0.005), logit(0.7), 0, 0], (5, 1)), rtol=1e-6)
 
 
-def test_a_training_begins_at_the_rates_and_a_regression_at_its_mean(prepared: Prepared, tmp_path: Path) -> None:
+def test_a_training_begins_at_the_rates_and_a_regression_at_its_mean(prepared: FeatureFolder, tmp_path: Path) -> None:
     with process_group(CPU):
         trainer = Trainer(prepared, LAYOUT, MODEL, TRAINING, CPU, tmp_path / "checkpoints", lambda *_: None)
         bias = trainer.sharded.model.module.mixture.towers.output_bias.detach()
@@ -233,7 +233,7 @@ KEPT_SHARE = 0.2  # of rows without a click
 
 
 @pytest.fixture(scope="module")
-def sampled(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+def sampled(tmp_path_factory: pytest.TempPathFactory) -> FeatureFolder:
     """Rows with a click, and one in five of the others."""
     prepared = write_prepared(tmp_path_factory.mktemp("sampled"), ONE_TASK)
     for split in ROWS:
@@ -255,7 +255,7 @@ def mean_prediction(found: SmallTraining, whole: ModelLayout) -> tuple[float, fl
     return float((1 / (1 + np.exp(-logits[known]))).mean()), float(labels[known, 0].mean())
 
 
-def test_predictions_are_those_of_the_whole_log(sampled: Prepared, tmp_path: Path) -> None:
+def test_predictions_are_those_of_the_whole_log(sampled: FeatureFolder, tmp_path: Path) -> None:
     changes = {"epochs": 4, "select_by": "loss"}
     plain = trained(sampled, tmp_path / "plain", **changes)
     weighted = trained(sampled, tmp_path / "weighted", sampling_correction="weights", **changes)

@@ -23,7 +23,7 @@ from mmoe_rec.model.layout import EmbeddingTable, ModelLayout
 from mmoe_rec.model.mmoe import RankingModel, build_model
 from mmoe_rec.model.tables import PlainTables, initial_rows, torchrec_tables
 from mmoe_rec.preprocessing.extend import extend
-from mmoe_rec.preprocessing.prepare import Prepared, prepare
+from mmoe_rec.preprocessing.prepare import FeatureFolder, prepare
 from mmoe_rec.settings.model import Model
 from mmoe_rec.training.checkpoint import load_plain
 from mmoe_rec.training.ranks import process_group
@@ -41,8 +41,8 @@ class Grown:
     """A model, and features that were extended from its own by two days with further items and brands."""
 
     small: SmallModel
-    before: Prepared
-    prepared: Prepared
+    before: FeatureFolder
+    prepared: FeatureFolder
     rows: LogRows
 
     @property
@@ -62,7 +62,7 @@ class Grown:
         layout = self.layout
         return build_model(layout, self.small.settings.model, PlainTables(layout, 99), 99).eval()
 
-    def outputs(self, model: RankingModel, prepared: Prepared) -> torch.Tensor:
+    def outputs(self, model: RankingModel, prepared: FeatureFolder) -> torch.Tensor:
         """Logits of all rows with placement, encoded by a state that remembers the whole log."""
         pipeline = FeaturePipeline.load(prepared.serving, memories=False)
         remember(pipeline, [self.rows])
@@ -95,7 +95,7 @@ def grown(tmp_path_factory: pytest.TempPathFactory) -> Grown:
     assert extended.new_ids["brand"] == 1
     tables = [rows.table for rows in Log(str(work / "log"), schema).stream()]
     rows = LogRows(pa.concat_tables(tables).combine_chunks(), schema)
-    return Grown(small, Prepared(work / "before"), extended.prepared, rows)
+    return Grown(small, FeatureFolder(work / "before"), extended.features, rows)
 
 
 def test_first_outputs_are_those_of_the_other_model(grown: Grown) -> None:
@@ -135,7 +135,7 @@ def test_any_range_of_rows_is_that_part_of_all(grown: Grown) -> None:
                 assert torch.equal(start.rows(table, first, last), whole[first:last])
 
 
-def _shard(prepared: Prepared, layout: ModelLayout, artifact: Path, structure: Model, out: Path) -> str:
+def _shard(prepared: FeatureFolder, layout: ModelLayout, artifact: Path, structure: Model, out: Path) -> str:
     """Shards a started model, saves it, and gives the plan."""
     start = WarmStart(artifact, structure, prepared, layout, structure)
     model = build_model(layout, structure, torchrec_tables(layout), seed=99)
@@ -145,7 +145,9 @@ def _shard(prepared: Prepared, layout: ModelLayout, artifact: Path, structure: M
     return sharded.plan
 
 
-def _join_and_shard(rank: int, world: int, port: int, prepared: Prepared, layout: ModelLayout, *arguments: Any) -> None:
+def _join_and_shard(
+    rank: int, world: int, port: int, prepared: FeatureFolder, layout: ModelLayout, *arguments: Any
+) -> None:
     with join(rank, world, port):
         plan = _shard(prepared, layout, *arguments)
     assert "rank 0" in plan

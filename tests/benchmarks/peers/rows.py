@@ -15,7 +15,7 @@ import numpy as np
 from mmoe_rec.batches.encoded_rows import EncodedRows
 from mmoe_rec.features.layout import Layout
 from mmoe_rec.point_in_time.arrays import Ragged
-from mmoe_rec.preprocessing.prepare import Prepared
+from mmoe_rec.preprocessing.prepare import FeatureFolder
 from mmoe_rec.settings.columns import SPLITS
 from mmoe_rec.settings.schema import Remembering, Schema
 
@@ -24,7 +24,7 @@ LONGEST = 20
 ROWS_AT_A_TIME = 65_536
 
 
-def write_rows(prepared: Prepared, schema: Schema, folder: Path, *, remembered: bool) -> None:
+def write_rows(prepared: FeatureFolder, schema: Schema, folder: Path, *, remembered: bool) -> None:
     """Writes all splits; remembered: with what counters and histories give, or only what a row itself says."""
     layout = prepared.layout
     left_out = set() if remembered else {n for n, each in schema.features.items() if isinstance(each, Remembering)}
