@@ -1,6 +1,9 @@
-"""Features that are extended day by day: the state of all days before and a new day give the state of all days."""
+"""Features that are extended day by day: the state of all days before and a new day give the state of all days; what
+keeps them from being extended leaves them as they were, and is named."""
 
+import shutil
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
@@ -11,8 +14,20 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.features import kinds
 from mmoe_rec.features.pipeline import FeaturePipeline, exact_from
 from mmoe_rec.inspection.sums import collect
+from mmoe_rec.preprocessing import extend as extend_module
 from mmoe_rec.preprocessing.prepare import FeatureFolder, existing
-from tests.log.small_logs import ALL_KINDS, DAY, assert_same, files_of, log_rows, times_of, windows_of, with_column
+from mmoe_rec.preprocessing.steps import Steps
+from tests.log.small_logs import (
+    ALL_KINDS,
+    DAY,
+    START,
+    assert_same,
+    files_of,
+    log_rows,
+    times_of,
+    windows_of,
+    with_column,
+)
 from tests.preprocessing.growing_log import WINDOWS, Growing, training_items
 
 
@@ -53,10 +68,7 @@ def test_ids_never_move_and_new_ones_follow_by_count(tmp_path):
 
 def test_a_vocabulary_grows_up_to_its_largest_size(tmp_path):
     log = Growing(tmp_path, 2, 600)
-    item = {**ALL_KINDS["item"], "max_size": 14}
-    log.schema = kinds.schema_of(
-        {**log.schema.model_dump(), "features": {**log.schema.model_dump()["features"], "item": item}}
-    )
+    _with_features(log, lambda features: {**features, "item": {**ALL_KINDS["item"], "max_size": 14}})
     log.add(0, 7)
     assert len(_known(log.prepare())) == 12
     log.add(7, 12.1)
@@ -137,8 +149,7 @@ TOLD = "counters and histories are exact from"
 @pytest.fixture
 def unprepared(tmp_path: Path) -> Growing:
     """Eight days, not yet prepared."""
-    log = Growing(tmp_path)
-    log.add(0, 8)
+    (log := Growing(tmp_path)).add(0, 8)
     return log
 
 
@@ -196,3 +207,106 @@ def test_an_extension_by_more_days_keeps_what_was_left_and_says_so(
     for days, told in ((30, True), (1, False), (0, False)):
         assert files_of(unprepared.prepare(as_of_days=days).folder) == files
         assert (TOLD in capsys.readouterr().err) == told
+
+
+# Refusals
+
+
+def _rewrite(log: Growing) -> None:
+    path = log.folder / "log" / "100.parquet"
+    pq.write_table(pq.read_table(path).slice(1), path)
+
+
+def _rename(log: Growing) -> None:
+    path = log.folder / "events" / "100.parquet"
+    path.rename(path.with_name("renamed.parquet"))
+    log.add(8, 9)
+
+
+def _write_early(log: Growing) -> None:
+    early = log.table.filter(pa.array(times_of(log.table) < START + 8 * DAY)).slice(0, 20)
+    late = log.table.filter(pa.array(times_of(log.table) > START + 9 * DAY)).slice(0, 20)
+    pq.write_table(pa.concat_tables([late, early]), log.folder / "log" / "early.parquet")
+
+
+def _write_last_again(log: Growing) -> None:
+    last = times_of(log.table)[times_of(log.table) < START + 8 * DAY].max()
+    row = log.table.filter(pa.array(times_of(log.table) == last)).slice(0, 1)
+    pq.write_table(row, log.folder / "log" / "last.parquet")
+
+
+def _with_features(log: Growing, change: Callable[[dict], dict]) -> None:
+    tree = log.schema.model_dump()
+    log.schema = kinds.schema_of({**tree, "features": change(tree["features"])})
+
+
+def _change_schema(log: Growing) -> None:
+    _with_features(log, lambda features: {**features, "item": {**features["item"], "oov_buckets": 3}})
+
+
+def _drop_feature(log: Growing) -> None:
+    _with_features(log, lambda features: {name: each for name, each in features.items() if name != "price"})
+
+
+def _swap_features(log: Growing) -> None:
+    _with_features(log, lambda features: dict(reversed(features.items())))
+
+
+def _change_type(log: Growing) -> None:
+    items = pa.array([str(each) for each in log.table["item"].to_pylist()])
+    pq.write_table(log.table.set_column(1, "item", items), log.folder / "log" / "strings.parquet")
+
+
+def _only_events(log: Growing) -> None:
+    pq.write_table(log.events, log.folder / "events" / "more.parquet")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_rewrite, r"log/100.parquet' has changed since the features in '.*' were built from it; put it back, or"),
+        (_rename, r"events/renamed.parquet' holds events .* of the time of '.*events/100.parquet', which is gone"),
+        (_write_early, r"row 20 of '.*early.parquet' was requested .*; take them out of the log, or build .*anew"),
+        (_write_last_again, r"row 0 of '.*last.parquet' was requested .* hold requests up to"),
+        (_change_schema, r"setting 'features.item.oov_buckets' is 4 in the features in '.*' and 3 now; build the fe"),
+        (_drop_feature, r"setting 'features.price' is there in the features in '.*' and missing now"),
+        (_swap_features, r"'features' is in the order item, brand, .* in the features in '.*' and in the order n, b"),
+        (_change_type, r"column 'item' changes its type"),
+        (_only_events, r"the new files of the log '.*' have no rows"),
+        (lambda log: (log.work / "features" / "files.json").unlink(), r"no record of the log's files \(files.json\)"),
+        (lambda log: shutil.rmtree(log.work / "features"), r"holds no features that could be extended; build them"),
+        (lambda log: (log.work / "features/counts/feature.item.parquet").unlink() or log.add(8, 9), r"are damaged: "),
+    ],
+)
+def test_refusals_leave_all_as_it_was(growing, change, message):
+    change(growing)
+    before = files_of(growing.work)
+    with pytest.raises(UserError, match=message):
+        growing.extend()
+    assert files_of(growing.work) == before
+
+
+def test_new_rows_outside_of_all_splits(growing):
+    growing.add(8, 9)
+    windows = {**WINDOWS, "test": (START + 6 * DAY, START + 7 * DAY)}
+    with pytest.raises(UserError, match=r"none of the \d+ new rows lies in a split: they were requested from 2023-11"):
+        growing.extend(windows)
+
+
+# Failures
+
+
+@pytest.mark.parametrize(("owner", "step"), [(Steps, "look_up"), (Steps, "encode"), (extend_module, "write_manifest")])
+def test_a_failed_extension_leaves_the_old_folder(growing, monkeypatch, owner, step):
+    growing.add(8, 12.1)
+    before = files_of(growing.work)
+
+    def fail(*_args: object, **_named: object) -> None:
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, step, fail)
+        with pytest.raises(OSError, match="no space"):
+            growing.extend()
+    assert files_of(growing.work) == before
+    assert growing.extend() is not None
