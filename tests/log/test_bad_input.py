@@ -62,6 +62,8 @@ RATE = {"kind": "counter", "task": "click", "by": ["item"], "outputs": ["rate"]}
 AS_TIME_AND_ID = schema_of({"a": {"kind": "id", "column": "born"}, "b": {"kind": "time", "column": "born"}})
 LIKE_A_COLUMN = schema_of({"i": {**ITEM["item"]}, "user": {"kind": "history", "task": "click", "of": "i"}})
 ONE_INPUT = schema_of({"a": RATE, "a_rate": {"kind": "numeric", "column": "price"}})
+OF_NO_BRAND = _task(observed_when={"column": "brand", "equals": "z"})
+THREE = with_values(FIRST, "click", {5: 3.0})
 NO_ROWS = TABLE.slice(0, 0)
 REFUSED: list[tuple[list[pa.Table], Schema, str]] = [
     ([NO_ROWS], SCHEMA, "the log '.*log' has no rows"),
@@ -87,21 +89,11 @@ REFUSED: list[tuple[list[pa.Table], Schema, str]] = [
     ([TABLE], _numbers(a="price", a_missing="age"), "features 'a' and 'a_missing' both give an input 'a_missing'"),
     ([TABLE], LIKE_A_COLUMN, "feature 'user' gives an input 'user', which is also a column"),
     # Labels. The first file alone would also leave the later splits empty; the label is what is wrong.
-    (
-        [with_values(TABLE, "click", {5: 3.0}).slice(0, 150), SECOND],
-        SCHEMA,
-        r"0.parquet': label column 'click' of binary task 'click' holds 3, neither",
-    ),
-    *(
-        ([with_column(TABLE, "liked", [label] * 300)], _task(), rf"task 't' has one class .*'liked' are {label};")
-        for label in (0, 1)
-    ),
+    ([THREE, SECOND], SCHEMA, r"0.parquet': label column 'click' of binary task 'click' holds 3, neither"),
+    ([with_column(TABLE, "liked", [0] * 300)], _task(), "task 't' has one class .*'liked' are 0;"),
+    ([with_column(TABLE, "liked", [1] * 300)], _task(), "task 't' has one class .*'liked' are 1;"),
     ([TABLE], _task(matures_after_days=30), "task 't' has no observed label in training: .*split.train_end, 30 days"),
-    (
-        [TABLE],
-        _task(observed_when={"column": "brand", "equals": "z"}),
-        "task 't' has no observed label in training: .*column 'brand' never equals 'z'",
-    ),
+    ([TABLE], OF_NO_BRAND, "task 't' has no observed label in training: .*column 'brand' never equals 'z'"),
     ([TABLE], _task(observed_when={"column": "age", "equals": "1"}), "compares column 'age', .* the string '1'"),
 ]
 

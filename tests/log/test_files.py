@@ -287,9 +287,7 @@ def test_links_are_followed(log):
 @pytest.mark.parametrize("target", ["..", "../..", "."])
 def test_a_circle_of_links_is_told(log, pattern, target):
     (log / "a/again").symlink_to(target)
-    with pytest.raises(
-        UserError, match=r"a/again.*' is a link back to a folder that it lies in, '.*'.*remove the link"
-    ):
+    with pytest.raises(UserError, match=r"a/again.*' is a link back to a folder that it lies in, '.*'.*remove the"):
         find_files(str(log / pattern))
 
 

@@ -108,9 +108,7 @@ def test_extended_features_are_not_replaced_by_those_of_a_shorter_log(growing, w
         source = str(growing.folder / "log" / "9*.parquet")
     assert existing(source, growing.schema, windows, growing.work) is None
     before = files_of(growing.work)
-    with pytest.raises(
-        UserError, match=r"hold rows of files that are gone \(2, such as '.*100.parquet'\), .* --extend"
-    ):
+    with pytest.raises(UserError, match=r"rows of files that are gone \(2, such as '.*100.parquet'\), .* --extend"):
         prepare(source, growing.schema, windows, growing.work)
     assert files_of(growing.work) == before
     (growing.work / "features").rename(growing.work / "aside")
@@ -142,9 +140,7 @@ def test_events_of_a_file_that_is_gone_do_not_count_twice_under_another_name(gro
     else:
         old.rename(old.with_name("renamed.parquet"))
     name = "97" if merged else "renamed"
-    with pytest.raises(
-        UserError, match=rf"{name}.parquet' holds events 'purchases' of the time of '.*98.parquet', which is gone"
-    ):
+    with pytest.raises(UserError, match=rf"{name}.parquet' holds events .* of the time of '.*98.parquet', which is go"):
         growing.extend(LATER)
 
 
@@ -252,9 +248,7 @@ def test_an_older_file_that_is_mended_is_late(tmp_path):
     log.prepare(**SKIP)
     path.write_bytes(whole)
     log.add(8, 9)
-    with pytest.raises(
-        UserError, match=r"row 0 of '.*99.parquet' was requested .*; take them out of the log, or build"
-    ):
+    with pytest.raises(UserError, match=r"row 0 of '.*99.parquet' was requested .*; take them out of the log, or b"):
         log.extend(LATER)
     path.unlink()
     assert _left_out(log.extend(LATER).features) == []
@@ -266,9 +260,7 @@ def test_new_files_that_are_all_bad_end_in_one_sentence(growing):
     (growing.folder / "events" / "97.parquet").unlink()
     before = files_of(growing.work)
     whole = _spoil(path, "cut")
-    with pytest.raises(
-        UserError, match=r"none of the new files of the log '.*' can be used; the first: '.*97.parquet'"
-    ):
+    with pytest.raises(UserError, match=r"none of the new files of the log '.*' can be used; the first: '.*97.parque"):
         growing.extend(LATER, **SKIP)
     path.write_bytes(whole)
     _spoil(path, "label")

@@ -239,12 +239,7 @@ def test_names_of_columns_change_nothing(tmp_path, names):
     events = random_log(1, 200).rename_columns({"time": "at"})
     features = ALL_KINDS | {
         "bought": {"kind": "history", "events": "bought", "of": "item"},
-        "brand_bought": {
-            "kind": "counter",
-            "events": "bought",
-            "by": ["user", "brand"],
-            "outputs": ["rows", "recency"],
-        },
+        "rows": {"kind": "counter", "events": "bought", "by": ["user", "brand"], "outputs": ["rows", "recency"]},
     }
     prepared = []
     for renamed in ({}, names):
@@ -292,6 +287,10 @@ def _events(seed: int, rows: int = 200) -> pa.Table:
     return table.select(["user", "item", "brand"]).append_column("bought_at", times)
 
 
+def _with(name: str, values: Any) -> pa.Table:
+    return with_column(_events(0), name, values)
+
+
 def _schema(path: Path) -> Schema:
     return schema_with_purchases({"item": ALL_KINDS["item"], **OF_PURCHASES}, path)
 
@@ -301,15 +300,9 @@ def _schema(path: Path) -> Schema:
     [
         (None, r"does not exist; set `data.events.purchases.path`"),
         (_events(0).drop_columns(["brand"]), r"0.parquet' has no column 'brand'"),
-        (
-            _events(0).set_column(1, "item", _events(0)["item"].cast(pa.string())),
-            r"column 'item' is string in events 'purchases' and int64",
-        ),
-        (
-            _events(0).set_column(3, "bought_at", pa.nulls(200, pa.timestamp("us"))),
-            r"0.parquet': column 'bought_at' is null; every event needs a time",
-        ),
-        (_events(0).set_column(3, "bought_at", pa.array(["x"] * 200)), r"column 'bought_at' must hold timestamps"),
+        (_with("item", _events(0)["item"].cast(pa.string())), r"column 'item' is string in events 'purchases' and int"),
+        (_with("bought_at", pa.nulls(200, pa.timestamp("us"))), r"0.parquet': column 'bought_at' is null; every event"),
+        (_with("bought_at", pa.array(["x"] * 200)), r"column 'bought_at' must hold timestamps"),
     ],
 )
 def test_bad_events(tmp_path, events, message):
