@@ -49,36 +49,18 @@ def test_equals_a_loop(liked: dict[str, Any]) -> None:
 
 
 def test_encoded_rows_and_their_counts_have_both(tmp_path: Path) -> None:
-    schema = schema_of(FEATURES, tasks=tasks())
-    write_log(tmp_path / "log", random_log(3, rows=600))
-    edges = [START + days * DAY for days in (6, 8)]
-    windows = {"train": (None, edges[0]), "validation": (edges[0], edges[1]), "test": (edges[1], None)}
-    prepared = prepare(str(tmp_path / "log"), schema, windows, tmp_path / "work")
-    assert prepared.layout.outcomes == {"click_and_liked": (0, 1)}
-    assert [task.learnt_from for task in prepared.layout.tasks] == ["click", "click_and_liked", "spent"]
-    table = pq.read_table(prepared.split("train"))
-    observed = prepared.manifest["splits"]["train"]["observed"]
-    for name in ("liked", "click_and_liked"):
-        column = table[f"label.{name}"]
-        assert observed[name] == len(column) - column.null_count > 0
-    assert observed["liked"] < observed["click_and_liked"] < observed["click"]
-
-
-COUNTED = {
-    "item": {"kind": "id", "column": "item", "min_count": 1},
-    "rate": {"kind": "counter", "task": "liked", "by": ["brand"], "outputs": ["rows", "rate"], "smoothing": 2.0},
-    "last": {"kind": "history", "task": "liked", "of": "item", "length": 1000},
-}
-
-
-def test_labels_that_had_not_matured_are_counted(tmp_path: Path) -> None:
-    """Of each split's rows, those whose label the log holds already."""
-    table = random_log(3, rows=600)
-    schema = schema_of(FEATURES, tasks=tasks())
+    """And of each split's rows, those are counted whose label the log holds although it has not matured."""
+    table, schema = random_log(3, rows=600), schema_of(FEATURES, tasks=tasks())
     edges = [START + days * DAY for days in (6, 8)]
     windows = {"train": (None, edges[0]), "validation": (edges[0], edges[1]), "test": (edges[1], None)}
     prepared = prepare(str(write_log(tmp_path / "log", table)), schema, windows, tmp_path / "work")
-    last = int(times_of(table).max())
+    assert prepared.layout.outcomes == {"click_and_liked": (0, 1)}
+    assert [task.learnt_from for task in prepared.layout.tasks] == ["click", "click_and_liked", "spent"]
+    train, last = pq.read_table(prepared.split("train")), int(times_of(table).max())
+    observed = prepared.manifest["splits"]["train"]["observed"]
+    for name in ("liked", "click_and_liked"):
+        assert observed[name] == len(train) - train[f"label.{name}"].null_count > 0
+    assert observed["liked"] < observed["click_and_liked"] < observed["click"]
     for split, (start, end) in windows.items():
         told = prepared.manifest["splits"][split]
         assert told["known_by"] == (edges[0] if split == "train" else last)

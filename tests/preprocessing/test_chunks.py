@@ -1,18 +1,14 @@
 """Partitions that are larger than memory: divided by time once, read a few times, and answered as in one piece."""
 
 from collections.abc import Callable
-from itertools import chain, pairwise
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from mmoe_rec.features.pipeline import FeaturePipeline
-from mmoe_rec.point_in_time.join import in_window, known_at
-from mmoe_rec.preprocessing import look_up as chunks_module
 from mmoe_rec.preprocessing.exchange import Exchange, events_of, look_ups_of
 from mmoe_rec.preprocessing.logs import BuildOptions
 from mmoe_rec.preprocessing.look_up import ReceivedRows, chunks
@@ -121,43 +117,6 @@ def received(folder: Path, table: pa.Table, senders: int, rng: np.random.Generat
         for number, (start, end) in enumerate(pairwise(edges)):
             exchange.send(channel, (number, 0), sent.slice(start, end - start), np.zeros(end - start, np.int64))
     return ReceivedRows(exchange, 0, group, (None, None), 2 * rows)
-
-
-@settings(max_examples=20, deadline=None)
-@given(
-    seed=st.integers(0, 10**6),
-    rows=st.integers(1, 200),
-    spread=st.sampled_from(SPREADS),
-    at_most=st.integers(5, 60),
-    pieces_at_most=st.sampled_from([2, 5, 128]),
-)
-def test_each_row_is_in_the_pieces_that_need_it(tmp_path_factory, seed, rows, spread, at_most, pieces_at_most):
-    rng, folder = np.random.default_rng(seed), tmp_path_factory.mktemp("exchange")
-    whole = received(folder / "events", skewed_log(seed, rows, spread), int(rng.integers(1, 4)), rng)
-    look_ups = pa.concat_tables(whole.look_ups())
-    clicked = {encoder.name: encoder for encoder in whole.group}["clicked"]
-    ends: list[int | None] = [None]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(chunks_module, "_PIECES_AT_MOST", pieces_at_most)
-        for piece in whole.divide(at_most, folder / "scratch"):
-            start, end = piece.window
-            assert start == ends[-1]
-            ends.append(end)
-            assert piece.rows <= at_most or piece.is_a_moment
-            time = look_ups["time"].to_numpy()
-            moments = [time, *(known_at(time, encoder.matures_after) for encoder in whole.group if encoder.label)]
-            needed = np.logical_or.reduce([in_window(each, piece.window) for each in moments])
-            found = [table for table in piece.look_ups() if len(table)]
-            numbers = np.concatenate([table["row"].to_numpy() for table in found]) if found else np.empty(0)
-            assert sorted(numbers) == np.flatnonzero(needed).tolist()
-            asking = [table["row"].to_numpy()[in_window(table["time"].to_numpy(), piece.window)] for table in found]
-            assert (np.diff(np.concatenate([*asking, [rows]])) > 0).all()
-            events = [table["id"].to_pylist() for table in piece.events(clicked)]
-            all_events = pa.concat_tables(whole.events(clicked))
-            inside = in_window(all_events["known"].to_numpy(), piece.window)
-            assert list(chain(*events)) == all_events["id"].filter(pa.array(inside)).to_pylist()
-    assert ends[-1] is None
-    assert not list((folder / "scratch").rglob("*.arrow"))
 
 
 @pytest.mark.parametrize("spread", SPREADS)
