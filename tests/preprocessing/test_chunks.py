@@ -14,9 +14,9 @@ from mmoe_rec.preprocessing.logs import BuildOptions
 from mmoe_rec.preprocessing.look_up import ReceivedRows, chunks
 from mmoe_rec.preprocessing.prepare import prepare
 from tests.log.small_logs import (
-    ALL_KINDS,
     DAY,
     START,
+    files_of,
     random_log,
     schema_of,
     times_of,
@@ -86,18 +86,21 @@ def rows_read(monkeypatch: pytest.MonkeyPatch, run: Callable[[], object]) -> int
 
 
 @pytest.mark.parametrize("spread", SPREADS)
-def test_what_is_read_of_one_key_grows_with_its_rows(tmp_path, monkeypatch, spread):
-    schema = schema_of({"item": ALL_KINDS["item"], "n": {**COUNTER, "task": "click", "by": ["user"]}})
+def test_what_is_read_of_one_key_grows_with_its_rows_and_gives_what_one_piece_gives(tmp_path, monkeypatch, spread):
+    schema = schema_of({name: GROUP[name] for name in ("item", "click", "liked", "clicked")})
 
     def read(rows: int) -> int:
         source = str(write_log(tmp_path / f"{rows}", skewed_log(0, rows, spread)))
-        options = BuildOptions(rows_in_memory=50)
-        return rows_read(monkeypatch, lambda: prepare(source, schema, WINDOWS, tmp_path / f"work {rows}", options))
+        place, options = (source, schema, WINDOWS), BuildOptions(rows_in_memory=50)
+        count = rows_read(monkeypatch, lambda: prepare(*place, tmp_path / f"work {rows}", options))
+        divided, whole = (prepare(*place, tmp_path / f"{name} {rows}") for name in ("work", "whole"))
+        assert files_of(divided.folder / "encoded") == files_of(whole.folder / "encoded")
+        return count
 
     few, many = read(300), read(2400)
     # Duplicates and answers are read once, look-ups a few times, but not once for each of some 50 chunks.
-    assert few < 10 * 300
-    assert many < 10 * 2400
+    assert few < 15 * 300
+    assert many < 15 * 2400
 
 
 def received(folder: Path, table: pa.Table, senders: int, rng: np.random.Generator) -> ReceivedRows:
