@@ -9,6 +9,7 @@ import copy
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Self
 
@@ -49,32 +50,23 @@ class LogPart:
 def cut(files: Sequence[LogFile], rows_per_part: int) -> list[LogPart]:
     """The files as parts of at least `rows_per_part` rows (except the last), cut between row groups."""
     parts: list[LogPart] = []
-    pieces: list[Piece] = []
+    groups: list[tuple[LogFile, int]] = []
     start, rows = 0, 0
+    for file, group in [(each, number) for each in files for number, count in enumerate(each.group_rows) if count]:
+        groups.append((file, group))
+        rows += file.group_rows[group]
+        if rows >= rows_per_part:
+            parts.append(LogPart(start, rows, _pieces_of(groups)))
+            groups, start, rows = [], start + rows, 0
+    return [*parts, LogPart(start, rows, _pieces_of(groups))] if groups else parts
 
-    def finish() -> None:
-        nonlocal start, rows
-        if pieces:
-            parts.append(LogPart(start, rows, tuple(pieces)))
-        pieces.clear()
-        start, rows = start + rows, 0
 
-    for file in files:
-        groups: list[int] = []
-        rows_before = rows
-        for group, group_rows in enumerate(file.group_rows):
-            if not group_rows:
-                continue
-            groups.append(group)
-            rows += group_rows
-            if rows >= rows_per_part:
-                pieces.append(Piece(file.address, tuple(groups), file.in_path, rows - rows_before))
-                finish()
-                groups, rows_before = [], 0
-        if groups:
-            pieces.append(Piece(file.address, tuple(groups), file.in_path, rows - rows_before))
-    finish()
-    return parts
+def _pieces_of(groups: Sequence[tuple[LogFile, int]]) -> tuple[Piece, ...]:
+    pieces = []
+    for file, its in groupby(groups, key=lambda group: group[0]):
+        numbers = tuple(number for _, number in its)
+        pieces.append(Piece(file.address, numbers, file.in_path, sum(file.group_rows[number] for number in numbers)))
+    return tuple(pieces)
 
 
 @dataclass
