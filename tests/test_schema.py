@@ -10,11 +10,7 @@ TREE = {
     "roles": {"user": ["age"], "candidate": ["brand", "tags"], "context": ["store"], "placement": ["slot", "page"]},
     "tasks": {
         "click": {"label": "clicked", "objective": "engagement"},
-        "liked": {
-            "label": "stars",
-            "objective": "satisfaction",
-            "observed_when": {"column": "answered", "equals": True},
-        },
+        "liked": {"label": "stars", "objective": "satisfaction", "observed_when": {"column": "answered", "equals": 1}},
     },
     "features": {"item": {"kind": "id", "column": "c"}},
 }
@@ -59,6 +55,10 @@ def test_a_feature_describes_what_its_columns_describe_together(feature, role):
     assert _schema(feature).role_of("f") == role
 
 
+def _task(label: str, **keys) -> dict:
+    return {"label": label, "objective": "engagement", **keys}
+
+
 def _given(**changes) -> dict:
     """Tasks in which liked is given click, with other keys of liked."""
     return {**TREE["tasks"], "liked": {**TREE["tasks"]["liked"], "given": "click", **changes}}
@@ -68,8 +68,9 @@ LABEL = "feature 'f' reads column 'stars', which is the label of task 'liked'; p
 PLACEMENT = "feature 'f' reads placement together with other columns or past labels, but placement is absent in serving"
 MORE_TASKS = {
     "minutes": {"label": "minutes", "kind": "regression", "objective": "engagement"},
-    "shared": {"label": "shared", "objective": "satisfaction", "given": "click"},
+    "shared": _task("shared", given="click"),
 }
+OUTCOME = "the outcome of tasks 'click' and 'liked' together is called 'click_and_liked', as is a task; rename one"
 NO_GIVEN = "which is not another binary task without `given`; such tasks are:"
 NAME = {"kind": "id", "column": "c"}
 REFUSED: list[tuple[str, list, dict]] = [
@@ -83,11 +84,7 @@ REFUSED: list[tuple[str, list, dict]] = [
         (f"columns.user and columns.{name} both name column 'u'", [], {"columns": {**TREE["columns"], name: "u"}})
         for name in ("candidate", "time", "request", "sampling_rate")
     ),
-    (
-        "the label of task 'click' is column 'c', which is columns.candidate too",
-        [],
-        {"tasks": {"click": {"label": "c", "objective": "engagement"}}},
-    ),
+    ("the label of task 'click' is column 'c', which is columns.candidate too", [], {"tasks": {"click": _task("c")}}),
     # Leaks
     *(
         (LABEL, [feature], sections)
@@ -101,14 +98,11 @@ REFUSED: list[tuple[str, list, dict]] = [
     ("reads column 's', the sampling rate, which gives labels away", [_feature("numeric", column="s")], {}),
     # Names
     *(
-        ("may hold letters, digits and underscores only", [(name, NAME)], {})
+        ("may hold letters, digits and underscores", [(name, NAME)], {})
         for name in ("a-b", "a b", "", "a/b", "_", "é.x")
     ),
     ("features 'Größe' and 'größe' differ only in upper and lower case", [("Größe", NAME), ("größe", NAME)], {}),
-    *(
-        (f"a task may not be called '{name}'", [], {"tasks": {name: {"label": "y", "objective": "engagement"}}})
-        for name in ("score", "ranking")
-    ),
+    *((f"a task may not be called '{name}'", [], {"tasks": {name: _task("y")}}) for name in ("score", "ranking")),
     # A task that is given another one
     *(
         (f"task 'liked' is given '{given}', {NO_GIVEN} click", [], {"tasks": {**_given(given=given), **MORE_TASKS}})
@@ -117,14 +111,10 @@ REFUSED: list[tuple[str, list, dict]] = [
     (
         f"task 'click' is given 'liked', {NO_GIVEN} none",
         [],
-        {"tasks": {**_given(), "click": {**TREE["tasks"]["click"], "given": "liked"}}},
+        {"tasks": {**_given(), "click": _task("a", given="liked")}},
     ),
     ("task 'liked' has `given`, which only a binary task can have", [], {"tasks": _given(kind="regression")}),
-    (
-        "the outcome of tasks 'click' and 'liked' together is called 'click_and_liked', as is a task; rename one",
-        [],
-        {"tasks": {**_given(), "click_and_liked": {"label": "other", "objective": "satisfaction"}}},
-    ),
+    (OUTCOME, [], {"tasks": {**_given(), "click_and_liked": _task("other")}}),
 ]
 
 
@@ -164,10 +154,8 @@ def test_a_history_of_what_is_no_id_feature_of_the_candidate(of):
         ("tags", {"kind": "ids", "column": "tags"}),
         ("user", {"kind": "id", "column": "u"}),
     )
-    message = (
-        f"feature 'f': of '{of}' is not an id feature of the candidate with a table of its own; such features are: item"
-    )
-    _refuses(message, _feature("history", task="click", of=of), *others)
+    message = f"of '{of}' is not an id feature of the candidate with a table of its own; such features are: item"
+    _refuses(f"feature 'f': {message}", _feature("history", task="click", of=of), *others)
 
 
 def test_a_table_that_is_not_there_or_not_ones_own():
@@ -175,9 +163,8 @@ def test_a_table_that_is_not_there_or_not_ones_own():
     _refuses("feature 'f': table 'f' is not an id feature", _feature("id", column="brand", table="f"))
     chain = ("g", {"kind": "id", "column": "brand", "table": "f"})
     _refuses("feature 'g': table 'f' is not an id feature", _feature("id", column="brand", table="item"), chain)
-    schema = _schema(
-        _feature("ids", column="tags", table="item"), ("h", {"kind": "history", "task": "click", "of": "item"})
-    )
+    history = {"kind": "history", "task": "click", "of": "item"}
+    schema = _schema(_feature("ids", column="tags", table="item"), ("h", history))
     assert [schema.table_of(name) for name in ("item", "f", "h")] == ["item", "item", "item"]
 
 
@@ -213,16 +200,8 @@ def test_feature_values_that_make_no_sense(feature, message):
 
 
 def test_columns_that_are_read():
-    schema = _schema(
-        _feature("counter", task="liked", by=["u", "brand"]),
-        ("when", {"kind": "time"}),
-        ("slot", {"kind": "id", "column": "slot"}),
-    )
-    assert schema.input_columns() == {
-        "u": "user",
-        "c": "candidate",
-        "t": "context",
-        "brand": "candidate",
-        "slot": "placement",
-    }
+    others = ("when", {"kind": "time"}), ("slot", {"kind": "id", "column": "slot"})
+    schema = _schema(_feature("counter", task="liked", by=["u", "brand"]), *others)
+    roles = {"user": ["u"], "candidate": ["c", "brand"], "context": ["t"], "placement": ["slot"]}
+    assert schema.input_columns() == {column: role for role, columns in roles.items() for column in columns}
     assert sorted(column_uses(schema)) == ["answered", "brand", "c", "clicked", "r", "s", "slot", "stars", "t", "u"]

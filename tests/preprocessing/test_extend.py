@@ -217,12 +217,6 @@ def _rewrite(log: Growing) -> None:
     pq.write_table(pq.read_table(path).slice(1), path)
 
 
-def _rename(log: Growing) -> None:
-    path = log.folder / "events" / "100.parquet"
-    path.rename(path.with_name("renamed.parquet"))
-    log.add(8, 9)
-
-
 def _write_early(log: Growing) -> None:
     early = log.table.filter(pa.array(times_of(log.table) < START + 8 * DAY)).slice(0, 20)
     late = log.table.filter(pa.array(times_of(log.table) > START + 9 * DAY)).slice(0, 20)
@@ -265,7 +259,6 @@ def _only_events(log: Growing) -> None:
     ("change", "message"),
     [
         (_rewrite, r"log/100.parquet' has changed since the features in '.*' were built from it; put it back, or"),
-        (_rename, r"events/renamed.parquet' holds events .* of the time of '.*events/100.parquet', which is gone"),
         (_write_early, r"row 20 of '.*early.parquet' was requested .*; take them out of the log, or build .*anew"),
         (_write_last_again, r"row 0 of '.*last.parquet' was requested .* hold requests up to"),
         (_change_schema, r"setting 'features.item.oov_buckets' is 4 in the features in '.*' and 3 now; build the fe"),
