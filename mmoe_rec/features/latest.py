@@ -21,8 +21,7 @@ import pyarrow.types as pt
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.log.columns import hash_column
-from mmoe_rec.log.request_rows import Stored, StoredColumn
-from mmoe_rec.log.rows import LogRows
+from mmoe_rec.log.rows import LogRows, Stored, StoredColumn
 from mmoe_rec.point_in_time.arrays import one_array
 from mmoe_rec.point_in_time.join import KeyIndex
 from mmoe_rec.point_in_time.memory import grown

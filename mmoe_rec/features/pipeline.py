@@ -27,8 +27,7 @@ from mmoe_rec.features.layout import DenseInput, Encoded, IdInput, Layout, Table
 from mmoe_rec.features.numbers import Moments
 from mmoe_rec.features.vocabulary import Vocabulary, VocabularyFeature
 from mmoe_rec.log.columns import column_uses
-from mmoe_rec.log.request_rows import RequestRows
-from mmoe_rec.log.rows import LogRows
+from mmoe_rec.log.rows import LogRows, RequestRows
 from mmoe_rec.point_in_time.arrays import Ragged
 from mmoe_rec.point_in_time.counters import CounterLevels, CounterMemory, salt_of
 from mmoe_rec.point_in_time.memory import Memory, grown

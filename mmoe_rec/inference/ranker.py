@@ -31,8 +31,7 @@ from mmoe_rec.inference.reader import RequestReader, as_logged, read_rows
 from mmoe_rec.inference.request import Request, fused_weights
 from mmoe_rec.inference.scorer import ExpertOptions, Scored, Scorer
 from mmoe_rec.log.given import check_count, check_flag, iso_time
-from mmoe_rec.log.request_rows import RequestRows
-from mmoe_rec.log.rows import LogRows
+from mmoe_rec.log.rows import LogRows, RequestRows
 from mmoe_rec.model.mmoe import RequestInputs
 from mmoe_rec.model.products import Products
 from mmoe_rec.model.score import add_outcomes, scores_from_logs

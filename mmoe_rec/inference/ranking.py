@@ -20,7 +20,7 @@ from mmoe_rec.settings.schema import Schema
 if TYPE_CHECKING:
     from mmoe_rec.features.encoder import Inputs
     from mmoe_rec.inference.scorer import Scored
-    from mmoe_rec.log.request_rows import RequestRows
+    from mmoe_rec.log.rows import RequestRows
 
 
 @dataclass(frozen=True)

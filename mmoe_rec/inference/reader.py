@@ -21,8 +21,7 @@ from mmoe_rec.inference.request import Request
 from mmoe_rec.log.columns import UTC_MICROSECONDS, canonical, column_uses, event_uses
 from mmoe_rec.log.given import to_arrow
 from mmoe_rec.log.reader import event_rows
-from mmoe_rec.log.request_rows import FewRows, RequestRows, Stored
-from mmoe_rec.log.rows import LogRows
+from mmoe_rec.log.rows import FewRows, LogRows, RequestRows, Stored
 from mmoe_rec.point_in_time.arrays import filled
 from mmoe_rec.settings.columns import Role, Use
 from mmoe_rec.settings.schema import Schema

@@ -8,7 +8,7 @@ import pytest
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.latest import LatestValues
-from mmoe_rec.log.request_rows import Stored
+from mmoe_rec.log.rows import Stored
 from tests.log.small_logs import DAY, START, at_times, log_rows, random_log, schema_of, times_of
 
 FEATURES: dict[str, Any] = {

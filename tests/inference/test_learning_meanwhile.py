@@ -14,7 +14,7 @@ from mmoe_rec.inference import ranker as rankers
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.inference.reader import RequestReader
 from mmoe_rec.inference.scorer import Scorer
-from mmoe_rec.log.request_rows import Stored
+from mmoe_rec.log.rows import Stored
 from tests.inference.small_model import ITEMS, USER, SmallModel
 from tests.inference.test_learning import TIMES, later_log
 

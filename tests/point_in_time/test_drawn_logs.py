@@ -11,8 +11,7 @@ from hypothesis import settings
 from mmoe_rec.features import kinds
 from mmoe_rec.features.pipeline import FeaturePipeline, Live, read_memory, write_memory
 from mmoe_rec.log.columns import UTC_MICROSECONDS, canonical, column_uses
-from mmoe_rec.log.request_rows import FewRows, RequestRows
-from mmoe_rec.log.rows import LogRows
+from mmoe_rec.log.rows import FewRows, LogRows, RequestRows
 from mmoe_rec.point_in_time import memory as levels
 from mmoe_rec.settings.columns import EVENT
 from mmoe_rec.settings.schema import Schema
