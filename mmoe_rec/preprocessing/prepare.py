@@ -314,8 +314,8 @@ def write_features(
         "splits": {name: asdict(each) for name, each in splits.items()},
         # The ids of each vocabulary that training rows held, and those that have a row of their own.
         "vocabularies": {
-            name: {"distinct": owner.counts.to_table().num_rows, "known": len(owner.vocabulary.ids)}
-            for name, owner in pipeline.owners.items()
+            name: {"distinct": each.counts.to_table().num_rows, "known": len(each.ids)}
+            for name, each in pipeline.vocabularies.items()
         },
     }
 
