@@ -21,8 +21,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mmoe_rec.allocation import freed_memory_kept
 from mmoe_rec.batches.batch import KeyedIds
+from mmoe_rec.devices import freed_memory_kept
 from mmoe_rec.features.layout import DenseInput, IdInput
 from mmoe_rec.model.layout import EmbeddingTable, ModelLayout, ModelTask
 from mmoe_rec.model.levels import Experts
