@@ -54,10 +54,10 @@ ELSEWHERE = {
         "live/test_outcomes_loop.py::test_labels_are_the_truth_and_a_second_run_adds_new_requests"
     ),
     "serve --journal": (
-        "server/test_events_and_processes.py::test_what_was_acknowledged_survives_kills_of_workers_and_of_the_server"
+        "server/test_workers.py::test_what_was_acknowledged_survives_kills_of_workers_and_of_the_server"
     ),
     "serve --journal --poll": (
-        "server/test_events_and_processes.py::test_what_was_acknowledged_survives_kills_of_workers_and_of_the_server"
+        "server/test_workers.py::test_what_was_acknowledged_survives_kills_of_workers_and_of_the_server"
     ),
     "serve --workers --poll": "server/test_workers.py::test_workers_are_replaced_reloaded_and_counted_together",
     "serve --log-requests --log-share": (

@@ -40,19 +40,20 @@ def edit_experts(
     out = out or Path(settings.data.work) / "edited"
     if out.exists() and not (out / "model.json").exists():
         raise UserError(f"'{out}' exists and holds no model: name another folder with --out, or remove it")
-    from mmoe_rec.inference.artifact import read_artifact, read_weights
+    from mmoe_rec.inference.artifact import read_artifact, read_stored
     from mmoe_rec.inference.writing import rewrite_artifact
     from mmoe_rec.jobs.run_page import as_code, command
     from mmoe_rec.jobs.workspace import CHALLENGER
     from mmoe_rec.locks import writing
     from mmoe_rec.model.surgery import add_experts, mask_expert, remove_expert
+    from mmoe_rec.model.tables import in_float32
     from mmoe_rec.settings.model import Model
     from mmoe_rec.tracking import registry, runs
 
     with writing(out, "an edit of experts", "name another folder with --out"):
         registry.check_names(uri, name, CHALLENGER)
         found = registry.find_model(model, uri)
-        about, state = read_artifact(found.folder), read_weights(found.folder / "weights.safetensors")
+        about, state = read_artifact(found.folder), in_float32(read_stored(found.folder / "weights.safetensors"))
         structure = Model.model_validate(about.model)
         if add is not None:
             chosen = [index % max(1, structure.experts.count) for index in range(add)]

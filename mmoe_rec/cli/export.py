@@ -89,7 +89,7 @@ def _write_int8(folder: Path, made: Path, dense: Any, settings: Settings | None)
     forms.write_int8(folder, made, dense)
     small = Ranker.load(made)
     pairs = forms.answer_both(folder, ranker, lambda each: forms.answers_of(small.rank(**each)))
-    sizes = {"model": _count_bytes(folder), "int8": _count_bytes(made)}
+    sizes = {"model": forms.count_bytes(folder), "int8": forms.count_bytes(made)}
     report = {"dense": dense, "bytes": sizes, "requests": forms.agreement(pairs)}
     return report if settings is None else report | {"test_rows": _measure_test_rows(settings, folder, ranker, small)}
 
@@ -103,22 +103,10 @@ def _write_onnx(folder: Path, made: Path) -> dict[str, Any]:
 
     ranker = Ranker.load(folder)
     forms.write_onnx(folder, ranker, made)
-    onnx = forms.OnnxModel(made)
-    pairs = forms.answer_both(folder, ranker, lambda each: onnx.answers(forms.inputs_of(ranker, each)))
+    onnx = forms.load_onnx(made)
+    pairs = forms.answer_both(folder, ranker, lambda each: onnx(forms.inputs_of(ranker, each)))
     forms.check_equal(pairs, any(gates.experts_a_row() is not None for gates in ranker.model.mixture.gates))
     return {"requests": forms.agreement(pairs)}
-
-
-def _count_bytes(folder: Path) -> dict[str, int]:
-    """Bytes of the tables' weights and of all others, of their file, and of all files of a model: its features too."""
-    from mmoe_rec.inference.artifact import read_manifest, read_stored
-    from mmoe_rec.inference.export import WEIGHTS
-
-    sizes = {"tables": 0, "dense": 0}
-    for name, weight in read_stored(folder / WEIGHTS).items():
-        sizes["tables" if name.startswith("tables.") else "dense"] += weight.nbytes
-    files = {name: file.bytes for name, file in read_manifest(folder).items()}
-    return {**sizes, WEIGHTS: files[WEIGHTS], "all files": sum(files.values())}
 
 
 def _measure_test_rows(settings: Settings, folder: Path, ranker: Ranker, small: Ranker) -> dict[str, Any]:

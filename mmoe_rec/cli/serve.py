@@ -16,9 +16,10 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,9 +31,10 @@ from mmoe_rec.errors import UserError, require_packages
 from mmoe_rec.settings.load import load_settings, parse_overrides
 
 if TYPE_CHECKING:
-    from mmoe_rec.server.limits import Limits
-    from mmoe_rec.server.models import Source
+    from mmoe_rec.inference.artifact import Source
+    from mmoe_rec.settings.sections import Serving
 
+TOKEN_VARIABLE = "MMOE_REC_TOKEN"
 _READ = (".json", ".parquet", ".safetensors", ".yaml")  # what an artifact consists of, and loading reads or refuses
 
 
@@ -104,7 +106,7 @@ def serve(
             raise UserError(f"'--{'.'.join(keys)}' is no option of serve, nor a setting of section serving; see --help")
     require_packages("mmoe-rec serve", "serve", "uvicorn", "fastapi", "orjson", "httptools", "prometheus_client")
     from mmoe_rec.live.request_log import LogOptions, check_folder
-    from mmoe_rec.server.options import Options, end_process, listening_socket, log_to_stderr, read_token
+    from mmoe_rec.server.options import Options, end_process, listening_socket, log_to_stderr
     from mmoe_rec.settings.sections import Tracking
 
     given: dict[str, Any] = {
@@ -126,7 +128,7 @@ def serve(
     if log is not None:
         check_folder(log.folder)
     known, source = finder.state(), finder.find()
-    options = Options(limits_of(source.folder, list(overrides)), grace, token, journal, log)
+    options = Options(*read_limits(source.folder, list(overrides)), grace, token, journal, log)
     if workers == 1:
         from mmoe_rec.server.running import serve as serve_alone
 
@@ -166,11 +168,10 @@ class AtAddress:
 
     def find(self) -> Source:
         """The model with its files on this machine."""
-        from mmoe_rec.server.models import Source
         from mmoe_rec.tracking.registry import find_model
 
         found = find_model(self.address, self.uri)
-        return Source(found.folder.resolve(), found.address, found.run_id)
+        return replace(found, folder=found.folder.resolve())
 
 
 def _open_journal(address: str) -> None:
@@ -185,12 +186,31 @@ def _open_journal(address: str) -> None:
     journal.close()
 
 
-def limits_of(folder: Path, overrides: Sequence[str]) -> Limits:
-    """The limits in the settings that a model was trained with, and in what overrides them. Raises UserError."""
-    from mmoe_rec.server.limits import Limits
+def read_limits(folder: Path, overrides: Sequence[str]) -> tuple[Serving, dict[str, Any]]:
+    """The section `serving` of the settings that a model was trained with, and of overrides; and what these alone say
+    of settings that each model has for itself, which goes for models that are loaded later, too. Raises UserError."""
+    from mmoe_rec.server.options import OF_MODELS
 
-    settings = load_settings(folder / "settings.yaml", overrides)
-    given = set[str]()
+    serving, given = load_settings(folder / "settings.yaml", overrides).serving, set[str]()
     for (_, *name), value in parse_overrides(overrides):
         given.update(name or value)  # or the whole section
-    return Limits.of(settings, given)
+    return serving, {name: getattr(serving, name) for name in OF_MODELS if name in given}
+
+
+def read_token(file: str | None, environment: Mapping[str, str] = os.environ) -> str | None:
+    """The token in a file, else in the environment; None where there is neither.
+
+    It is no argument of the command, as any user of the machine can list those. Raises UserError for a file that can't
+    be read, and for an empty token.
+    """
+    if file is None:
+        token, where = environment.get(TOKEN_VARIABLE), TOKEN_VARIABLE
+    else:
+        where = f"'{file}'"
+        try:
+            token = Path(file).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"the token file '{file}' can't be read: {error}") from None
+    if token is not None and not token.strip():
+        raise UserError(f"the token in {where} is empty; give one, or leave it out to let everybody in")
+    return None if token is None else token.strip()

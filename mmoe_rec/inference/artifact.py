@@ -21,11 +21,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+import platform
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from mmoe_rec.devices import usable_cores
 from mmoe_rec.errors import UserError
@@ -39,6 +43,21 @@ if TYPE_CHECKING:
 
 FORMAT = 5
 MANIFEST = "manifest.json"
+EXAMPLE = "example_request.json"
+SCORES = "example_scores.json"
+# Libraries and processors round otherwise: fp32 logits then differ by some 1e-6, half precision by 1e-2.
+TOLERANCE = 1e-4
+_NOTHING, _LARGEST = 1e-30, 1e300  # probabilities and scores beyond are 0 or all there is, as rounding has it
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model lies. address: permanent, unlike one with an alias, or the folder's path; run_id: of the run that
+    made it, where that is known and was not deleted."""
+
+    folder: Path
+    address: str
+    run_id: str | None = None
 
 
 @dataclass(frozen=True)
@@ -74,35 +93,22 @@ class Artifact:
 
 
 def read_artifact(folder: Path, verify: bool = True) -> Artifact:
-    """What an artifact folder says about itself.
+    """What an artifact folder says about itself. verify: check its files first, as `check_files` does.
 
-    verify: check its files first, as `check_files` does. Raises UserError where there is no model, one of another
-    format, or one that is not as it was written.
+    Raises UserError where there is no model, one of another format, or one that is not as it was written.
     """
     tree = _read_object(folder / "model.json")
-    if tree is None and not (folder / MANIFEST).is_file():
-        raise UserError(f"'{folder}' holds no model (model.json)")
     if tree is not None and tree.get("format") != FORMAT:
         raise UserError(
             f"'{folder}' holds a model of another format than this version reads ({FORMAT}): train it again, or use "
             "the version of mmoe_rec that wrote it"
         )
-    if verify:
+    if verify and (tree is not None or (folder / MANIFEST).is_file()):
         check_files(folder)
     if tree is None:
         raise UserError(f"'{folder}' holds no model (model.json)")
     del tree["format"]
     return Artifact(layout=ModelLayout.read(folder), **tree)
-
-
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """All weights of an artifact by name, float32, from its file of weights.
-
-    Raises UserError for a missing or damaged file.
-    """
-    from mmoe_rec.model.tables import in_float32
-
-    return in_float32(read_stored(path))
 
 
 def read_stored(path: Path) -> dict[str, Tensor]:
@@ -143,10 +149,7 @@ def read_model(about: Artifact, folder: Path) -> RankingModel:
 
 
 def read_calibration(folder: Path) -> Calibration:
-    """The calibration in an artifact folder, `UNCALIBRATED` where it has none.
-
-    Raises UserError for a damaged file.
-    """
+    """The calibration in an artifact folder, `UNCALIBRATED` where it has none. Raises UserError for a damaged file."""
     from mmoe_rec.model.score import UNCALIBRATED, Calibration
 
     path = folder / "calibration.json"
@@ -156,6 +159,77 @@ def read_calibration(folder: Path) -> Calibration:
         return UNCALIBRATED
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         raise UserError(f"'{path}' is damaged: it does not hold the calibration of tasks") from None
+
+
+# What a model gives for its example, by which every load tells whether it still computes what it did
+
+
+@dataclass(frozen=True)
+class ExampleScores:
+    """What a model gives for its example, in the request's order.
+
+    scores: (N,); predictions: task -> (N,); computed_with: package, or "processor" -> version of it.
+    """
+
+    scores: tuple[float, ...]
+    predictions: Mapping[str, tuple[float, ...]]
+    computed_with: Mapping[str, str]
+
+    @staticmethod
+    def of(ranking: Any, tasks: Sequence[ModelTask]) -> ExampleScores:
+        """The scores of a `Ranking` of all candidates, computed in this process."""
+        back = np.argsort(ranking.order)
+        return ExampleScores(
+            tuple(np.array(ranking.scores)[back].tolist()),
+            {task.name: tuple(np.array(ranking.predictions[task.name])[back].tolist()) for task in tasks},
+            {name: version(name) for name in ("torch", "numpy", "pyarrow")} | {"processor": platform.machine()},
+        )
+
+    @staticmethod
+    def read(folder: Path) -> ExampleScores:
+        """The scores in an artifact folder."""
+        tree = json.loads((folder / SCORES).read_text(encoding="utf-8"))
+        predictions = {name: tuple(values) for name, values in tree["predictions"].items()}
+        return ExampleScores(tuple(tree["scores"]), predictions, dict(tree["computed_with"]))
+
+    def difference(self, now: ExampleScores, tasks: Sequence[ModelTask], calibration: Calibration) -> str | None:
+        """What `now`, computed elsewhere or later, has that rounding does not explain, as a part of a sentence.
+
+        A prediction may be off by TOLERANCE of its task's scale: the largest one in the example, or a regression's
+        deviation where that is larger. A calibration may be steep, which multiplies what rounding does to logits. A
+        score may be whatever such predictions make of it.
+        """
+        from mmoe_rec.model.score import SMALLEST_VALUE  # which imports torch
+
+        checks = []
+        least_score, most_score = np.full((2, len(self.scores)), [[1 - TOLERANCE], [1 + TOLERANCE]])
+        for task in tasks:
+            values, regression = np.array(self.predictions[task.name]), task.kind == "regression"
+            scale = max(np.abs(values).max(), task.deviation if regression else 0.0)
+            steepest = calibration.tasks[task.name].steepest if task.name in calibration.tasks else 1.0
+            off = TOLERANCE * scale * max(1.0, steepest) + _NOTHING
+            checks.append((f"'{task.name}'", values, now.predictions[task.name], values - off, values + off))
+            floor = SMALLEST_VALUE if regression else 0.0
+            with np.errstate(over="ignore"):
+                least_score *= np.maximum(values - off, floor) ** task.score_weight
+                most_score *= np.maximum(values + off, floor) ** task.score_weight
+        scores = np.array(self.scores)
+        checks.append(("the score", scores, now.scores, np.minimum(least_score, _LARGEST), most_score))
+        for what, before, after, low, high in checks:
+            fits = [(low <= each) & (each <= high) for each in (before, np.array(after))]
+            if not np.all(fits):
+                place = int(np.argmin(fits[0] & fits[1]))
+                return f"{what} of candidate {place + 1} is {after[place]:.6g} instead of {before[place]:.6g}"
+        return None
+
+    def other_versions(self, now: ExampleScores) -> list[str]:
+        """What has another version in `now`, such as "torch 2.13.0 instead of 2.14.1"."""
+        versions = now.computed_with
+        return [
+            f"{name} {versions.get(name)} instead of {each}"
+            for name, each in self.computed_with.items()
+            if versions.get(name) != each
+        ]
 
 
 # The manifest. SHA-256, as everyone can compute it (`sha256sum`) and processors have instructions for it: the 132 MB of
@@ -200,26 +274,18 @@ def read_manifest(folder: Path) -> dict[str, StoredFile]:
 
 
 def version_of(folder: Path) -> str:
-    """What tells an artifact from any other: 16 hexadecimal digits that follow from all of its files.
-
-    Raises UserError without a whole manifest.
-    """
+    """What tells an artifact from any other: 16 hexadecimal digits that follow from all of its files."""
     return _sum(read_manifest(folder))[:16]
 
 
 def check_files(folder: Path) -> None:
-    """Raises UserError unless an artifact folder holds the files that were written, with the content that was written.
-
-    The first one that does not fit is named. What an operating system, MLflow or Python leave beside them may lie
-    there, but no file that loading would read.
-    """
+    """Raises UserError unless a folder holds the files that were written, and nothing else that loading reads: what an
+    operating system, MLflow or Python leave beside them may lie there."""
     files = read_manifest(folder)
     with _pool() as pool:
-        # The largest first, so that no thread is left with it in the end.
-        largest = sorted(files, key=lambda name: -files[name].bytes)
-        wrong = dict(zip(largest, pool.map(lambda name: _wrong(folder / name, files[name]), largest), strict=True))
-    for name in files:
-        if reason := wrong[name]:
+        reasons = list(pool.map(lambda name: _wrong(folder / name, files[name]), files))
+    for name, reason in zip(files, reasons, strict=True):
+        if reason is not None:
             raise _damaged(folder, f"'{name}' {reason}")
     for name in sorted(set(_names(folder)) - files.keys()):
         if name == "calibration.json" or (name.startswith("features/") and name.endswith((".parquet", ".json"))):

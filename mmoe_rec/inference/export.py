@@ -31,11 +31,10 @@ import torch
 from torch import Tensor, nn
 
 from mmoe_rec.errors import UserError, one_line
-from mmoe_rec.inference.artifact import read_stored
-from mmoe_rec.inference.example import EXAMPLE
+from mmoe_rec.inference.artifact import EXAMPLE, read_manifest, read_stored
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.inference.ranking import Ranking
-from mmoe_rec.inference.request import Request
+from mmoe_rec.inference.reader import Request
 from mmoe_rec.inference.writing import copy_files, seal, write_tensors
 from mmoe_rec.model.levels import Experts
 from mmoe_rec.model.mmoe import RankingModel
@@ -49,8 +48,7 @@ Dense = Literal["bfloat16", "int8", "float32"]
 REQUESTS, CANDIDATES, BEST = 50, 200, 10
 Answers = Mapping[str, np.ndarray]
 """What a model answers for the N candidates of a request, in its order: prediction or `score` -> (N,) float64."""
-MODEL, TABLES, INPUTS, EXAMPLE_VALUES = "model.onnx", "tables.safetensors", "inputs.json", "example.safetensors"
-OPSET = 18
+MODEL, INPUTS = "model.onnx", "inputs.json"
 OUTPUTS = ("predictions", "log_score", "score")
 TOLERANCE = 1e-5
 _LARGEST = float(np.log(np.finfo(np.float64).max))
@@ -77,6 +75,14 @@ def write_int8(folder: Path, made: Path, dense: Dense) -> None:
     copy_files(folder, made, but=WEIGHTS)
     write_tensors(smaller, made / WEIGHTS)
     seal(made)
+
+
+def count_bytes(folder: Path) -> dict[str, int]:
+    """Bytes of an artifact's tables, of its other weights, and of all its files: its features, too."""
+    sizes = {"tables": 0, "dense": 0}
+    for name, weight in read_stored(folder / WEIGHTS).items():
+        sizes["tables" if name.startswith("tables.") else "dense"] += weight.nbytes
+    return sizes | {"all files": sum(file.bytes for file in read_manifest(folder).values())}
 
 
 class DensePart(nn.Module):
@@ -125,7 +131,7 @@ def write_onnx(folder: Path, ranker: Ranker, made: Path) -> None:
                 (example,),
                 dynamo=True,
                 verbose=False,
-                opset_version=OPSET,
+                opset_version=18,
                 input_names=["inputs"],
                 output_names=list(OUTPUTS),
                 dynamic_shapes=({0: torch.export.Dim("candidates")},),
@@ -137,10 +143,10 @@ def write_onnx(folder: Path, ranker: Ranker, made: Path) -> None:
     bags: Any = ranker.model.tables.embedding_bags
     used = {each.table for each in ranker.layout.ids if not each.placement}
     tables = {table.name: bags[table.name].weight for table in ranker.layout.tables if table.name in used}
-    write_tensors(tables, made / TABLES)
+    write_tensors(tables, made / "tables.safetensors")
     with torch.inference_mode():
         values = dict(zip(OUTPUTS, dense(example), strict=True))
-    write_tensors({"inputs": example, **values}, made / EXAMPLE_VALUES)
+    write_tensors({"inputs": example, **values}, made / "example.safetensors")
     about = _describe(ranker, {name: list(each.shape) for name, each in tables.items()})
     (made / INPUTS).write_text(json.dumps(about, indent=1, ensure_ascii=False), encoding="utf-8")
     (made / "README.md").write_text(_README, encoding="utf-8")
@@ -152,19 +158,18 @@ def inputs_of(ranker: Ranker, request: Mapping[str, Any]) -> Tensor:
     return ranker.request_inputs.matrix(*ranker.pipeline.request_inputs(rows), rows.of)
 
 
-class OnnxModel:
-    """The written file, run by onnxruntime as another server would."""
+def load_onnx(folder: Path) -> Callable[[Tensor], Answers]:
+    """What the written file answers for inputs (N, W), run by onnxruntime as another server would."""
+    import onnxruntime
 
-    def __init__(self, folder: Path) -> None:
-        import onnxruntime
+    session = onnxruntime.InferenceSession(str(folder / MODEL), providers=["CPUExecutionProvider"])
+    names = json.loads((folder / INPUTS).read_text(encoding="utf-8"))["outputs"]["predictions"]["columns"]
 
-        self._session = onnxruntime.InferenceSession(str(folder / MODEL), providers=["CPUExecutionProvider"])
-        self._names = json.loads((folder / INPUTS).read_text(encoding="utf-8"))["outputs"]["predictions"]["columns"]
+    def answer(inputs: Tensor) -> Answers:
+        values, _, scores = session.run(list(OUTPUTS), {"inputs": inputs.numpy()})
+        return {**dict(zip(names, values.T.astype(np.float64), strict=True)), "score": scores}
 
-    def answers(self, inputs: Tensor) -> Answers:
-        """What it gives for inputs (N, W)."""
-        values, _, scores = self._session.run(list(OUTPUTS), {"inputs": inputs.numpy()})
-        return {**dict(zip(self._names, values.T.astype(np.float64), strict=True)), "score": scores}
+    return answer
 
 
 def check_equal(pairs: Sequence[tuple[Answers, Answers]], chooses: bool) -> None:
@@ -285,9 +290,8 @@ def answer_both(
 def agreement(pairs: Sequence[tuple[Answers, Answers]]) -> dict[str, Any]:
     """How near two forms are to each other, of R requests with up to N candidates each.
 
-    Returns:
-        `requests`, `candidates`; `max_difference` of predictions, by task or outcome; `top_10_shared`, the mean share
-        of the 10 best of the first form that are among those of the other.
+    `max_difference` is of predictions, by task or outcome; `top_10_shared` is the mean share of the 10 best of the
+    first form that are among those of the other.
     """
     best = [[set(np.argsort(-each["score"], kind="stable")[:BEST].tolist()) for each in pair] for pair in pairs]
     return {

@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, SkipValidation
 
 from mmoe_rec.errors import RequestError
 from mmoe_rec.inference.ranking import Ranking
-from mmoe_rec.inference.request import read_requests
+from mmoe_rec.inference.reader import read_requests
 
 ARTIFACT = "model"
 Value = bool | int | float | str | None

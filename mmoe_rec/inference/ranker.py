@@ -24,11 +24,17 @@ from mmoe_rec.batches.batch import make_batch
 from mmoe_rec.errors import RequestError, UserError, one_line
 from mmoe_rec.features.encoder import Inputs
 from mmoe_rec.features.pipeline import FeaturePipeline, Live
-from mmoe_rec.inference.artifact import Artifact, read_artifact, read_calibration, read_model, version_of
-from mmoe_rec.inference.example import EXAMPLE, ExampleScores
+from mmoe_rec.inference.artifact import (
+    EXAMPLE,
+    Artifact,
+    ExampleScores,
+    read_artifact,
+    read_calibration,
+    read_model,
+    version_of,
+)
 from mmoe_rec.inference.ranking import Freshness, RankedRequest, Ranking, as_of, explain, latest, scored_table
-from mmoe_rec.inference.reader import RequestReader, as_logged, read_rows
-from mmoe_rec.inference.request import Request, fused_weights
+from mmoe_rec.inference.reader import Request, RequestReader, as_logged, fused_weights, read_rows
 from mmoe_rec.inference.scorer import ExpertOptions, Scored, Scorer
 from mmoe_rec.log.given import check_count, check_flag, iso_time
 from mmoe_rec.log.rows import LogRows, RequestRows
@@ -160,10 +166,7 @@ class Ranker:
             return ExampleScores.of(self.rank(**example), self.about.tasks)
 
     def take_settings(self, serving: Mapping[str, Any]) -> None:
-        """Serves by other settings of section `serving` than those that the model was trained with.
-
-        serving: those that change, of max_candidates, stale_after_days and products (which `serve_faster` looks at).
-        """
+        """Serves by these of max_candidates, stale_after_days and products (which `serve_faster` looks at)."""
         self.about = replace(self.about, **serving)
         self.reader.max_candidates = self.about.max_candidates
         self._knowledge = replace(self._knowledge, freshness=Freshness.of(self.about))
@@ -220,10 +223,7 @@ class Ranker:
             self.take(self.prepare({log: as_logged(schema, self.reader, log, checked)}))
 
     def prepare(self, rows: Mapping[str | None, LogRows]) -> Knowledge:
-        """What `take` takes; one after the other.
-
-        rows: of the interaction log (None) and of logs of events, with all columns of the log.
-        """
+        """What `take` takes. rows: of the interaction log (None) and of logs of events, with all of their columns."""
         before, rows = self._knowledge, {source: each for source, each in rows.items() if len(each)}
         pipeline, users, candidates = before.pipeline, before.reader.users, before.reader.candidates
         if None in rows:
@@ -264,7 +264,7 @@ class Ranker:
                 where the log has such.
             candidates: column -> list, numpy array, pandas Series or Arrow array of N values, or a pandas DataFrame;
                 the candidates' ids are required.
-            task_weights: task or objective -> weight, see `mmoe_rec.inference.request`.
+            task_weights: task or objective -> weight, see `mmoe_rec.inference.reader`.
             top_k: give only this many best candidates.
             gate_top_k: experts per candidate and gate, instead of the model's own number.
             mask_experts: numbers of experts to score without.
@@ -286,9 +286,7 @@ class Ranker:
         return answer
 
     def rank_many(self, requests: Sequence[Request | RequestError]) -> list[Ranking | RequestError]:
-        """Ranks the candidates of each request; one that is wrong gets its error, as `rank` would raise it.
-
-        requests: in whose place an error may stand already.
+        """Ranks the candidates of each request; one that is wrong gets its error, or keeps that which stands there.
 
         Requests that give the same columns and ask for the same experts share one pass of features and model.
         """
@@ -315,7 +313,6 @@ class Ranker:
         return [answers[number] for number in range(len(requests))]
 
     def _rank(self, knowledge: Knowledge, part: Sequence[_Checked]) -> Sequence[Ranking | RequestError]:
-        """One answer a request of a part that gives the same columns."""
         try:
             rows, inputs = self.encode(knowledge, [each.request for each in part])
             explain = any(each.request.explain for each in part)
@@ -332,10 +329,7 @@ class Ranker:
 
     @staticmethod
     def encode(knowledge: Knowledge, requests: Sequence[Request]) -> tuple[RequestRows, tuple[Inputs, Inputs]]:
-        """The rows of requests that give the same columns, and the model's inputs: of requests, and of candidates.
-
-        Raises RequestError; which of several requests is wrong, it does not say.
-        """
+        """The rows of requests that give the same columns, and the model's inputs: of requests, and of candidates."""
         rows = knowledge.reader.rows(requests)
         try:
             return rows, knowledge.pipeline.request_inputs(rows)
@@ -411,12 +405,10 @@ class Ranker:
         weights: (T,) weights of the tasks in the score; None takes the settings' `score_weight`. Raises UserError for a
         column that is missing, or that cannot be read as the features do.
         """
-        pipeline = self.pipeline
-        if not isinstance(rows, LogRows):
-            rows = read_rows(pipeline, rows)
+        pipeline, parts = self.pipeline, []
+        rows = read_rows(pipeline, rows)
         if weights is None:
             weights = fused_weights(self.about.tasks, None)
-        parts = []
         for start in range(0, len(rows), ROWS_AT_A_TIME):
             part = rows
             if len(rows) > ROWS_AT_A_TIME:
@@ -430,13 +422,12 @@ class Ranker:
 
     def score_table(self, rows: Rows) -> pa.Table:
         """What `score` gives, as a table: keys of the rows, `predicted_NAME` of each task and outcome, and `score`."""
-        if not isinstance(rows, LogRows):
-            rows = read_rows(self.pipeline, rows)
+        rows = read_rows(self.pipeline, rows)
         return scored_table(rows, *self.score(rows), self.layout)
 
 
 def _parts(group: Sequence[_Checked]) -> Iterator[Sequence[_Checked]]:
-    """Requests whose candidates fill a pass; one that has more than that is a part of its own."""
+    """Requests whose candidates fill a pass."""
     part: list[_Checked] = []
     rows = 0
     for each in group:

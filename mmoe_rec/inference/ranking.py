@@ -15,7 +15,6 @@ from mmoe_rec.inference.artifact import Artifact
 from mmoe_rec.log.given import iso_time, microseconds
 from mmoe_rec.log.rows import MICROSECONDS_PER_DAY, LogRows
 from mmoe_rec.settings.columns import NO_CANDIDATE
-from mmoe_rec.settings.schema import Schema
 
 if TYPE_CHECKING:
     from mmoe_rec.features.encoder import Inputs
@@ -122,10 +121,9 @@ def explain(
     places: Sequence[int],
     moments: Mapping[str, str],
 ) -> list[Explanation]:
-    """The explanations of a request's candidates, which are these rows of a pass, in the given order.
+    """The explanations of a request's candidates, which lie at these places of a pass.
 
-    scored: of the pass's rows, to be explained; read: counters and histories of these rows, as
-    `FeaturePipeline.explain` gives them; tasks: names; moments: as `as_of` gives.
+    scored, read: of the pass's rows, read as `FeaturePipeline.explain` gives it; moments: as `as_of` gives.
     """
     assert scored.uncalibrated is not None
     assert scored.gates is not None
@@ -178,10 +176,8 @@ class Freshness:
         return self.days is not None and time > self.known + self.days * MICROSECONDS_PER_DAY
 
     def warnings(self, time: int, floors: Iterable[int | None]) -> list[str]:
-        """No sentence, or one, about a request at this time (microseconds).
-
-        floors: of the memories that it reads, each the moment from which on it is exact, None for any.
-        """
+        """No sentence, or one, about a request at this time. floors: from when on the memories that it reads are exact,
+        None for any time."""
         read = list(floors)
         exact = latest(read)
         if exact is not None and time < exact:
@@ -208,25 +204,16 @@ ROW = "row"
 """The column of a scored row's number in its log, from 0, where nothing else tells it from others."""
 
 
-def key_columns(schema: Schema) -> list[str]:
-    """The columns by which a scored row is told from others."""
-    return list(schema.columns.names)
-
-
 def prediction_columns(layout: Layout) -> list[str]:
     """The columns of predictions, each task's and then each outcome's."""
     return [f"predicted_{name}" for name in (*(task.name for task in layout.tasks), *layout.outcomes)]
 
 
 def scored_table(rows: LogRows, values: np.ndarray, log_scores: np.ndarray, layout: Layout) -> pa.Table:
-    """The keys of N rows that they have (without candidates also their number `ROW`), their predictions and `score`, as
-    columns.
-
-    values: (N, T) predictions; log_scores: (N,).
-    """
+    """The keys of N rows (without candidates also their number `ROW`), their predictions (N, T), and `score` (N,)."""
     from mmoe_rec.model.score import add_outcomes, scores_from_logs  # which imports torch
 
-    columns = {name: rows.column(name) for name in key_columns(rows.schema) if rows.has(name)}
+    columns = {name: rows.column(name) for name in rows.schema.columns.names if rows.has(name)}
     if rows.has(NO_CANDIDATE):
         columns[ROW] = rows.column(NO_CANDIDATE)
     for name, each in zip(prediction_columns(layout), add_outcomes(values, layout).values(), strict=True):

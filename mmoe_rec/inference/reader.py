@@ -1,4 +1,11 @@
-"""Requests, tables and data frames -> rows that the feature pipeline encodes; what a request may give."""
+"""`Request`: one candidate list, for one user in one context, with what to make of it; from the wire to rows that the
+feature pipeline encodes, as tables and data frames are.
+
+A task's weight in the score is its own weight times its objective's: the own weight is the one given under the task's
+name, else the settings' `score_weight`; the objective's is the one given under its name, else 1. So
+`{"satisfaction": 0.5}` halves the weight of every satisfaction task, and `{"bought": 2}` sets one task's weight.
+A name that is both a task's and an objective's means the task.
+"""
 
 from __future__ import annotations
 
@@ -13,15 +20,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.types as pt
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mmoe_rec.errors import RequestError, UserError, quoted, suggest
 from mmoe_rec.features.latest import LatestValues
 from mmoe_rec.features.pipeline import FeaturePipeline
-from mmoe_rec.inference.request import Request
 from mmoe_rec.log.columns import UTC_MICROSECONDS, canonical, column_uses, event_uses
-from mmoe_rec.log.given import to_arrow
+from mmoe_rec.log.given import plain, plain_option, to_arrow
 from mmoe_rec.log.reader import event_rows
 from mmoe_rec.log.rows import FewRows, LogRows, RequestRows, Stored
+from mmoe_rec.model.layout import ModelTask
 from mmoe_rec.point_in_time.arrays import filled
 from mmoe_rec.settings.columns import Role, Use
 from mmoe_rec.settings.schema import Schema
@@ -30,6 +38,102 @@ if TYPE_CHECKING:
     import pandas as pd
 
 PARTS: dict[Role, str] = {"user": "user", "candidate": "candidates", "context": "context"}
+OPTIONS = ("task_weights", "top_k", "gate_top_k", "mask_experts", "explain")
+_WANTED = {"user": "an object", "context": "an object", "candidates": "an object of lists", "top_k": "an integer"}
+_WANTED |= {"gate_top_k": "an integer", "mask_experts": "a list of integers", "explain": "true or false"}
+
+
+class Request(BaseModel):
+    """A user, a context and columns of candidates, with options; an unknown key is an error.
+
+    Columns of candidates that are given as arrays, or as a data frame, are lists here; numpy's numbers are Python's.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    user: dict[str, Any]
+    context: dict[str, Any] = Field(default_factory=dict)
+    candidates: dict[str, Any]  # `RequestReader` says what is wrong with a column
+    task_weights: dict[str, Any] | None = None
+    top_k: int | None = None
+    gate_top_k: int | None = None
+    mask_experts: list[Any] | None = None  # checked by the model: pydantic would write down each that is no number
+    explain: bool | None = None
+
+    @staticmethod
+    def of(element: Any, params: Mapping[str, Any] = {}) -> Request:
+        """The request in an element of a call. params: options for all elements, of which an element's own win.
+
+        Raises RequestError for one of another shape.
+        """
+        if not isinstance(element, Mapping):
+            raise RequestError("a request must be an object with the keys user, context and candidates")
+        for name in element:  # pydantic would write down every one of them
+            if name not in Request.model_fields:
+                raise RequestError(
+                    f"a request has no key {quoted(str(name))}; {suggest(str(name), Request.model_fields)}"
+                )
+        given = {name: plain_option(each) if name in OPTIONS else each for name, each in element.items()}
+        columns: Any = given.get("candidates")
+        if hasattr(columns, "items"):  # a dict, or a data frame
+            given["candidates"] = {name: plain(each) for name, each in columns.items()}
+        try:
+            request = Request.model_validate(given)
+        except ValidationError as error:
+            problem = error.errors()[0]
+            name = str(problem["loc"][0])
+            if problem["type"] == "missing":
+                raise RequestError(f"a request needs the key '{name}'") from None
+            raise RequestError(f"'{name}' must be {_WANTED.get(name, 'an object of numbers')}") from None
+        for name in OPTIONS:
+            if getattr(request, name) is None and params.get(name) is not None:
+                setattr(request, name, plain_option(params[name]))
+        return request
+
+    @property
+    def columns(self) -> tuple[tuple[str, ...], ...]:
+        """What requests that can be read together have in common: the columns that they give."""
+        return tuple(self.user), tuple(self.context), tuple(self.candidates)
+
+
+def read_requests(elements: Sequence[Any], params: Mapping[str, Any]) -> list[Request | RequestError]:
+    """The request in each element of a call, or the sentence about what is wrong with it; params: see `Request.of`."""
+    requests: list[Request | RequestError] = []
+    for element in elements:
+        try:
+            requests.append(Request.of(element, params))
+        except RequestError as error:
+            requests.append(error)
+    return requests
+
+
+def fused_weights(tasks: Sequence[ModelTask], given: Mapping[str, Any] | None) -> np.ndarray:
+    """(T,) float64 weights of the tasks in the score.
+
+    Raises RequestError for an unknown name, a weight that is negative or not finite, or weights that leave every task
+    out.
+    """
+    if given is None:
+        return np.array([task.score_weight for task in tasks])
+    if not isinstance(given, Mapping):
+        raise RequestError('task_weights must be an object of numbers, such as {"engagement": 1.0}')
+    names = {task.name for task in tasks}
+    objectives = {task.objective for task in tasks} - names
+    for name, weight in given.items():
+        if name not in names | objectives:
+            hint = suggest(str(name), [*sorted(names), *sorted(objectives)])
+            raise RequestError(f"task_weights names {quoted(name)}, which is no task or objective; {hint}")
+        if isinstance(weight, bool) or not isinstance(weight, int | float):
+            raise RequestError(f"task_weights: the weight of '{name}' must be a number, found {quoted(weight)}")
+        if not 0 <= weight <= 1e6:  # nor NaN
+            raise RequestError(
+                f"task_weights: the weight of '{name}' must lie between 0 and 1,000,000, found {quoted(weight)}"
+            )
+    weights = np.array([float(given.get(task.name, task.score_weight)) for task in tasks])
+    weights *= [float(given.get(task.objective, 1)) if task.objective in objectives else 1.0 for task in tasks]
+    if given and not weights.any():
+        raise RequestError("task_weights leave every task out of the score: at least one weight must be above 0")
+    return weights
 
 
 @dataclass(frozen=True)
@@ -42,78 +146,45 @@ class RequestColumn:
     expected: pa.DataType | None
 
 
-class RequestColumns:
-    """Every column that a request may give.
+class RequestReader:
+    """Checks requests and completes them: given values win, others come from the latest known users and candidates.
 
-    Besides the log's columns these are the request's id, where the log has one, and precomputed values, which win over
+    Besides the log's columns a request may give its id, where the log has one, and precomputed values, which win over
     what the model's tables say: counters under the names of their outputs (such as `user_product_positives`), histories
-    under the feature's name, oldest first.
+    under the feature's name, oldest first. A given null means missing. Values of unknown users and candidates, and of
+    the context, that are not given are null; the request's time is now. A model of a plain table, which knows no ids of
+    users or candidates, needs what describes them.
     """
 
-    def __init__(self, pipeline: FeaturePipeline, users: LatestValues, candidates: LatestValues) -> None:
+    def __init__(self, pipeline: FeaturePipeline, features: Path, max_candidates: int) -> None:
         self.schema = schema = pipeline.schema
+        self.max_candidates = max_candidates
+        names, inputs, uses = schema.columns, schema.input_columns(), column_uses(schema)
+        self.users = LatestValues.load(features, "user", names.user)
+        self.candidates = LatestValues.load(features, "candidate", names.candidate)
+        # Without ids nothing is known of what a request leaves out.
+        known = {"user": names.has_user, "candidate": names.has_candidate}
+        self._uncompleted: dict[str, Role] = {name: role for name, role in inputs.items() if not known.get(role, True)}
         # Later ones win: the log's own columns tell more than a vocabulary.
         types = {name: pa.type_for_alias(kind) for name, kind in pipeline.key_types.items()}
         for encoder in pipeline.encoders.values():
             types |= encoder.column_types()
-        for latest in (users, candidates):
-            known = (each for each in latest.table.schema if not pt.is_null(each.type))
-            types |= {each.name: each.type for each in known if each.type != UTC_MICROSECONDS}
-        uses, inputs = column_uses(schema), schema.input_columns()
+        for latest in (self.users, self.candidates):
+            kinds = (each for each in latest.table.schema if not pt.is_null(each.type))
+            types |= {each.name: each.type for each in kinds if each.type != UTC_MICROSECONDS}
         self._columns = {
             name: RequestColumn(name, role, uses[name], types.get(name))
             for name, role in inputs.items()
             if role != "placement"
         }
-        self.log_columns = list(self._columns)
+        self._log_columns = list(self._columns)
         # A log's own column comes first: that is what a feature would read.
         for name, memory in pipeline.memory_encoders.items():
             for column, (use, kind) in memory.result_columns().items():
                 self._columns.setdefault(column, RequestColumn(column, schema.role_of(name), use, kind))
-        if (request := schema.columns.request) is not None:  # features may not read it, and the server logs it
+        if (request := names.request) is not None:  # features may not read it, and the server logs it
             self._columns.setdefault(request, RequestColumn(request, "context", "key", types.get(request)))
         self._unread = {n: r for n, r in schema.column_roles.items() if n not in inputs and n not in self._columns}
-
-    def of_part(self, role: Role, names: Collection[str]) -> list[RequestColumn]:
-        """The columns of these names. Columns that the settings list under the role but no feature reads are left out.
-
-        Raises RequestError for an unknown name, a placement, or a column that belongs to another part.
-        """
-        for name in names:
-            actual = self._columns[name].role if name in self._columns else self.schema.column_roles.get(name)
-            if actual == "placement":
-                raise RequestError(
-                    f"column '{name}' describes placement, which is absent in serving: leave it out of '{PARTS[role]}'"
-                )
-            if actual is None:
-                hint = suggest(name, [each.name for each in self._columns.values() if each.role == role])
-                raise RequestError(f"'{PARTS[role]}' has an unknown column {quoted(name)}; {hint}")
-            if actual != role:
-                raise RequestError(
-                    f"column '{name}' describes the {actual}: give it in '{PARTS[actual]}', not in '{PARTS[role]}'"
-                )
-        return [self._columns[name] for name in names if name not in self._unread]
-
-
-class RequestReader:
-    """Checks requests and completes them: given values win, others come from the latest known users and candidates.
-
-    A given null means missing. Values of unknown users and candidates, and of the context, that are not given are null;
-    the request's time is now. A model of a plain table, which knows no ids of users or candidates, needs what describes
-    them.
-    """
-
-    def __init__(self, pipeline: FeaturePipeline, features: Path, max_candidates: int) -> None:
-        self.schema = pipeline.schema
-        self.max_candidates = max_candidates
-        columns = self.schema.columns
-        self.users = LatestValues.load(features, "user", columns.user)
-        self.candidates = LatestValues.load(features, "candidate", columns.candidate)
-        self.columns = RequestColumns(pipeline, self.users, self.candidates)
-        # Without ids nothing is known of what a request leaves out.
-        known = {"user": columns.has_user, "candidate": columns.has_candidate}
-        inputs = self.schema.input_columns()
-        self._uncompleted: dict[str, Role] = {name: role for name, role in inputs.items() if not known.get(role, True)}
 
     def with_latest(self, users: LatestValues, candidates: LatestValues) -> RequestReader:
         """One that knows other latest values; this one stays as it is."""
@@ -129,11 +200,11 @@ class RequestReader:
         names = self.schema.columns
         counts = [self._count(request.candidates) for request in requests]
         one, given = dict[str, pa.Array](), dict[str, pa.Array]()
-        for each in self.columns.of_part("user", requests[0].user):
+        for each in self._columns_of("user", requests[0].user):
             one[each.name] = self._array(each, [request.user[each.name] for request in requests])
-        for each in self.columns.of_part("context", requests[0].context):
+        for each in self._columns_of("context", requests[0].context):
             one[each.name] = self._array(each, [request.context[each.name] for request in requests])
-        for each in self.columns.of_part("candidate", requests[0].candidates):
+        for each in self._columns_of("candidate", requests[0].candidates):
             lists = (request.candidates[each.name] for request in requests)
             given[each.name] = self._array(each, list(chain.from_iterable(lists)))
         self._require(one, given)
@@ -145,7 +216,7 @@ class RequestReader:
         if not names.has_candidate:  # which is then told by its place
             given[names.candidate] = pa.array(np.concatenate([np.arange(count) for count in counts]))
         shared, own = self.users.completed(one), self.candidates.completed(given)
-        for name in self.columns.log_columns:
+        for name in self._log_columns:
             if name not in own and name not in shared:
                 shared[name] = pa.nulls(len(requests))
         return RequestRows(FewRows(shared, len(requests), self.schema), own, of)
@@ -160,6 +231,23 @@ class RequestReader:
                     each = known[name]
                     table = table.append_column(name, each.array() if isinstance(each, Stored) else each)
         return rows if table is rows.table else LogRows(table, self.schema, rows.results)
+
+    def _columns_of(self, role: Role, names: Collection[str]) -> list[RequestColumn]:
+        """The columns of these names, without those that the settings list and no feature reads."""
+        for name in names:
+            actual = self._columns[name].role if name in self._columns else self.schema.column_roles.get(name)
+            if actual == "placement":
+                raise RequestError(
+                    f"column '{name}' describes placement, which is absent in serving: leave it out of '{PARTS[role]}'"
+                )
+            if actual is None:
+                hint = suggest(name, [each.name for each in self._columns.values() if each.role == role])
+                raise RequestError(f"'{PARTS[role]}' has an unknown column {quoted(name)}; {hint}")
+            if actual != role:
+                raise RequestError(
+                    f"column '{name}' describes the {actual}: give it in '{PARTS[actual]}', not in '{PARTS[role]}'"
+                )
+        return [self._columns[name] for name in names if name not in self._unread]
 
     def _count(self, candidates: Mapping[str, Any]) -> int:
         has_ids = self.schema.columns.has_candidate
@@ -214,11 +302,13 @@ def _now() -> pa.Scalar:
     return pa.scalar(time.time_ns() // 1_000, UTC_MICROSECONDS)
 
 
-def read_rows(pipeline: FeaturePipeline, given: pa.Table | pd.DataFrame) -> LogRows:
+def read_rows(pipeline: FeaturePipeline, given: LogRows | pa.Table | pd.DataFrame) -> LogRows:
     """Rows with the log's columns; labels need not be there.
 
     Raises UserError for a column that is missing, or that cannot be read as the features do.
     """
+    if isinstance(given, LogRows):
+        return given
     schema = pipeline.schema
     rows = given if isinstance(given, pa.Table) else pa.Table.from_pandas(given, preserve_index=False)
     read = schema.input_columns()

@@ -68,15 +68,11 @@ class Scored:
             return parts[0]
         if not parts:
             return Scored(np.empty((0, tasks), np.float32), np.empty((0, tasks)))
-        explained: dict[str, np.ndarray] = {}
-        if parts[0].gates is not None:
-            explained = {n: np.concatenate([getattr(part, n) for part in parts]) for n in ("uncalibrated", "gates")}
+        names = ("values", "logs") if parts[0].gates is None else ("values", "logs", "uncalibrated", "gates")
         return Scored(
-            np.concatenate([part.values for part in parts]),
-            np.concatenate([part.logs for part in parts]),
-            tuple(dict.fromkeys(sentence for part in parts for sentence in part.warnings)),
-            any(part.failed for part in parts),
-            **explained,
+            **{name: np.concatenate([getattr(part, name) for part in parts]) for name in names},
+            warnings=tuple(dict.fromkeys(sentence for part in parts for sentence in part.warnings)),
+            failed=any(part.failed for part in parts),
         )
 
 
@@ -154,10 +150,7 @@ class Scorer:
         return Scored(values, logs, warnings, failed, **explained)
 
     def _run(self, inputs: Tensor, options: ExpertOptions) -> tuple[Outputs, tuple[LostExpert, ...], bool]:
-        """The model's outputs of inputs (B, W) without experts that fail, what went wrong, and whether one failed.
-
-        Raises RuntimeError where the model fails for another reason than an expert.
-        """
+        """The model's outputs of inputs (B, W) without experts that fail, what went wrong, and whether one failed."""
         warnings = [
             f"expert {expert} has weights that are not finite numbers and is out of use" for expert in self.broken
         ]

@@ -10,15 +10,21 @@ import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, replace
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pyarrow.parquet as pq
+
 from mmoe_rec.atomic import atomic_folder
 from mmoe_rec.errors import UserError
-from mmoe_rec.inference.artifact import FORMAT, Artifact, read_artifact, read_manifest, write_manifest
-from mmoe_rec.inference.example import EXAMPLE, SCORES, example_request
+from mmoe_rec.features.pipeline import FeaturePipeline
+from mmoe_rec.features.vocabulary import VocabularyFeature
+from mmoe_rec.inference.artifact import EXAMPLE, FORMAT, SCORES, Artifact, read_artifact, read_manifest, write_manifest
+from mmoe_rec.log.columns import column_uses
 from mmoe_rec.log.given import iso_time
 from mmoe_rec.model.layout import ModelLayout
+from mmoe_rec.settings.columns import Role
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,6 +33,8 @@ if TYPE_CHECKING:
     from mmoe_rec.preprocessing.prepare import FeatureFolder
     from mmoe_rec.settings.model import Model
     from mmoe_rec.settings.sections import Settings
+
+CANDIDATES = 8  # of the example
 
 
 def write_artifact(
@@ -151,7 +159,7 @@ def seal(folder: Path) -> None:
         raise UserError(
             f"the model can't score its own example: {reason}; where training diverged, lower the learning rates"
         ) from None
-    _write_json(folder / SCORES, scores.to_dict())
+    _write_json(folder / SCORES, asdict(scores))
     write_manifest(folder)
 
 
@@ -182,3 +190,58 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     # Copies, as safetensors refuses tensors that share memory.
     save_file({name: each.detach().cpu().contiguous().clone() for name, each in tensors.items()}, path)
     path.chmod(mode)
+
+
+# The example: a realistic request made from what a model knows, to try the server with and to document it
+
+
+def example_request(features: Path, tables_as_of: str | None) -> dict[str, Any]:
+    """Arguments of `Ranker.rank`: a frequent user, frequent candidates, a usual context, a minute after the log's end;
+    of a plain table, what is frequent in its columns.
+
+    Args:
+        features: serving state, `<work>/features/serving` or an artifact's `features`.
+        tables_as_of: ISO time of the log's last request, None where it has no times.
+    """
+    pipeline = FeaturePipeline.load(features, memories=False)
+    names = pipeline.schema.columns
+    user = {column: values[0] for column, values in _usual(pipeline, "user").items()}
+    if names.has_user:
+        user = {names.user: _frequent(pipeline, features, "user", names.user)[0]}
+    candidates = _usual(pipeline, "candidate")
+    if names.has_candidate:
+        candidates = {names.candidate: _frequent(pipeline, features, "candidate", names.candidate)}
+    context = {column: values[0] for column, values in _usual(pipeline, "context").items() if values[0] is not None}
+    if tables_as_of is not None:
+        moment = datetime.fromisoformat(tables_as_of).replace(microsecond=0) + timedelta(minutes=1)
+        context[names.time] = moment.isoformat()
+    return {"user": user, "context": context, "candidates": candidates}
+
+
+def _frequent(pipeline: FeaturePipeline, features: Path, role: Role, key: str) -> list[Any]:
+    """The most frequent ids, or any known ones where no feature has counted them."""
+    known = pq.read_table(features / f"latest.{role}.parquet", columns=[key]).column(key)
+    return _vocabulary(pipeline, key) or known[:CANDIDATES].to_pylist()
+
+
+def _vocabulary(pipeline: FeaturePipeline, column: str) -> list[Any]:
+    for name, feature in pipeline.schema.features.items():
+        if isinstance(feature, VocabularyFeature) and feature.column == column:
+            return list(pipeline.vocabularies[feature.shares or name].ids[:CANDIDATES].to_pylist())
+    return []
+
+
+def _usual(pipeline: FeaturePipeline, role: Role) -> dict[str, list[Any]]:
+    """Some values of each column of a role: the most frequent ids, or a mean number; null where no feature of a kind
+    that knows one reads it."""
+    usual: dict[str, list[Any]] = {}
+    uses, own = column_uses(pipeline.schema), pipeline.schema.columns.names
+    for column, its in pipeline.schema.input_columns().items():
+        if its != role or column in own:
+            continue
+        readers = [name for name, feature in pipeline.schema.features.items() if [*feature.reads()] == [column]]
+        values = (pipeline.encoders[name].typical(uses[column]) for name in readers)
+        usual[column] = [next((value for value in values if value is not None), None)] * CANDIDATES
+        if uses[column] == "key" and (known := _vocabulary(pipeline, column)):
+            usual[column] = [known[place % len(known)] for place in range(CANDIDATES)]
+    return usual

@@ -19,6 +19,7 @@ from mmoe_rec.evaluation.comparison import find_objective
 from mmoe_rec.evaluation.results import Results
 from mmoe_rec.evaluation.summary import MeasuredModel, PlacementRecord, Summary
 from mmoe_rec.features.pipeline import FeaturePipeline
+from mmoe_rec.inference.artifact import Source
 from mmoe_rec.inference.ranking import ROW
 from mmoe_rec.inspection.health import row_names
 from mmoe_rec.jobs.places import build_options, check_names, check_out, log_and_place, logs_for, short_names
@@ -34,7 +35,7 @@ from mmoe_rec.settings.sections import Settings, differences
 from mmoe_rec.tracking import runs
 from mmoe_rec.tracking.client import hide_password
 from mmoe_rec.tracking.outbox import UnreachableError
-from mmoe_rec.tracking.registry import FoundModel, describe_version, find_model, get_version
+from mmoe_rec.tracking.registry import describe_version, find_model, get_version
 
 if TYPE_CHECKING:
     from mmoe_rec.evaluation.scoring import ScoredRows
@@ -120,7 +121,7 @@ _OF_ROWS = ("log", "rows", "requests", "caution")
 
 
 def log_evaluation(
-    settings: Settings, model: FoundModel, scored: ScoredRows, results: Results, out: Path, place: str, split: str
+    settings: Settings, model: Source, scored: ScoredRows, results: Results, out: Path, place: str, split: str
 ) -> None:
     """Logs to the run of a model, or to a new one where that is not known. Metrics of other rows than those of its
     training's log and split get sections of their own, beside those of the training's.
@@ -234,7 +235,7 @@ def place_of(split: str) -> str:
 
 
 def evaluate_found(
-    settings: Settings, models: Mapping[str, FoundModel], out: Path, place: str = "evaluation", split: str = "test"
+    settings: Settings, models: Mapping[str, Source], out: Path, place: str = "evaluation", split: str = "test"
 ) -> EvaluationResult:
     """Does what `evaluate_model` does for models by their names; the first one is compared with the others.
 
@@ -272,7 +273,7 @@ def evaluate_found(
     return EvaluationResult(scored_by_first, results)
 
 
-def measured_on_test_rows(settings: Settings, models: Sequence[FoundModel]) -> list[MeasuredModel]:
+def measured_on_test_rows(settings: Settings, models: Sequence[Source]) -> list[MeasuredModel]:
     """Metrics on the test rows, without slices, of models that have the same features, for which rows are encoded
     once."""
     from mmoe_rec.inference.ranker import Ranker
@@ -288,7 +289,7 @@ def measured_on_test_rows(settings: Settings, models: Sequence[FoundModel]) -> l
     return measured
 
 
-def scored_rows(settings: Settings, model: FoundModel, name: str, split: str = "test") -> ScoredRows:
+def scored_rows(settings: Settings, model: Source, name: str, split: str = "test") -> ScoredRows:
     """The rows of a split as a model scores them. Raises UserError where its tasks mean something else,
     NotFiniteError."""
     from mmoe_rec.inference.ranker import Ranker
@@ -301,7 +302,7 @@ def scored_rows(settings: Settings, model: FoundModel, name: str, split: str = "
 def _measure(
     settings: Settings,
     scored: ScoredRows,
-    model: FoundModel,
+    model: Source,
     training: TrainingRows | None,
     slices: Mapping[str, Mapping[str, np.ndarray]],
 ) -> MeasuredModel:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.comparison import BETTER
 from mmoe_rec.evaluation.results import Results
+from mmoe_rec.inference.artifact import Source
 from mmoe_rec.jobs.evaluate import PROMOTION, check_tasks, evaluate_found, rows_to_measure, score_by
 from mmoe_rec.jobs.workspace import CHALLENGER
 from mmoe_rec.preprocessing.prepare import FeatureFolder
@@ -28,7 +29,6 @@ from mmoe_rec.settings.sections import Settings
 from mmoe_rec.tracking import registry
 from mmoe_rec.tracking.outbox import UnreachableError
 from mmoe_rec.tracking.registry import (
-    FoundModel,
     Version,
     describe_version,
     fetch_model,
@@ -233,7 +233,7 @@ def _judge_versions(
             return True, [why], None
         return False, [f"{why}; so the two can't be compared here"], None
     models = {
-        f"version {each.number}": FoundModel(each.address, where, each.run_id)
+        f"version {each.number}": Source(where, each.address, each.run_id)
         for each, where in ((version, folder), (holder, its_folder))
     }
     name, its_name = models

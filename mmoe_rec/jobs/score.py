@@ -28,7 +28,7 @@ import pyarrow.parquet as pq
 from mmoe_rec.atomic import atomic_file
 from mmoe_rec.errors import StoppedError, UserError
 from mmoe_rec.features.pipeline import FeaturePipeline, exact_from
-from mmoe_rec.inference.artifact import read_artifact, version_of
+from mmoe_rec.inference.artifact import Source, read_artifact, version_of
 from mmoe_rec.inference.ranking import Freshness, scored_table
 from mmoe_rec.jobs.score_files import AsOf, LearntRows, Output, fingerprint_of, finished_name, known_rows, open_logs
 from mmoe_rec.locks import writing
@@ -45,7 +45,7 @@ from mmoe_rec.preprocessing.steps import ROWS_FOR_PROCESSES, Steps, kept_reader,
 from mmoe_rec.progress import bar, say
 from mmoe_rec.settings.load import load_settings, parse_overrides
 from mmoe_rec.settings.sections import Settings, Tracking
-from mmoe_rec.tracking.registry import FoundModel, find_model
+from mmoe_rec.tracking.registry import find_model
 
 if TYPE_CHECKING:
     from mmoe_rec.inference.ranker import Ranker
@@ -122,7 +122,7 @@ class _Scoring:
     """One run of the command."""
 
     def __init__(
-        self, model: FoundModel, settings: Settings, source: str, out: Output, as_of: AsOf, window: Window, labels: bool
+        self, model: Source, settings: Settings, source: str, out: Output, as_of: AsOf, window: Window, labels: bool
     ) -> None:
         self.settings, self.source, self.out = settings, source, out
         self.as_of, self.window, self.labels, self.artifact = as_of, window, labels, model.folder

@@ -31,7 +31,7 @@ from mmoe_rec.atomic import atomic_file, put_folder
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.encoder import Results
 from mmoe_rec.features.pipeline import FeaturePipeline
-from mmoe_rec.inference.ranking import ROW, key_columns, prediction_columns
+from mmoe_rec.inference.ranking import ROW, prediction_columns
 from mmoe_rec.jobs.places import build_options, key_types
 from mmoe_rec.log.columns import zone_rules
 from mmoe_rec.log.files import find_files, is_remote, local_path, takes_in
@@ -84,7 +84,7 @@ def open_logs(
     logs, predicted = Logs(source, read, options, [of_log, *of_events], more), prediction_columns(pipeline.layout)
     added = {*predicted, *(each.replace("predicted", "label", 1) for each in predicted), "score", "rank"}
     added |= {"model", "model_version"} if columns.has_candidate else {"model", "model_version", ROW}
-    if taken := next((name for name in key_columns(schema) if name in added), None):
+    if taken := next((name for name in schema.columns.names if name in added), None):
         raise UserError(f"column '{taken}' of the log has the name of a column that scoring writes; rename it")
     return logs, lacking, learnt
 

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, TypeVar
 from mmoe_rec.atomic import atomic_file
 from mmoe_rec.devices import usable_cores
 from mmoe_rec.errors import EXIT_CODE, STOPPED_EXIT_CODE, StoppedError, StopRequest, UserError, exit_with_message
-from mmoe_rec.inference.artifact import version_of
+from mmoe_rec.inference.artifact import Source, version_of
 from mmoe_rec.jobs.evaluate import check_tasks, measured_on_test_rows
 from mmoe_rec.jobs.places import check_names, features_in_use, short_names
 from mmoe_rec.jobs.run_page import as_code, command
@@ -37,7 +37,6 @@ from mmoe_rec.locks import reading, writing
 from mmoe_rec.progress import bar, say
 from mmoe_rec.settings.sections import Settings
 from mmoe_rec.tracking import runs
-from mmoe_rec.tracking.registry import FoundModel
 
 if TYPE_CHECKING:
     from mmoe_rec.evaluation.summary import MeasuredModel
@@ -130,7 +129,7 @@ def _find_others(against: Sequence[str], settings: Settings, mine: Path) -> dict
 
 
 def _measure(settings: Settings, models: Sequence[Path]) -> list[MeasuredModel]:
-    return measured_on_test_rows(settings, [FoundModel(str(each), each, None) for each in models])
+    return measured_on_test_rows(settings, [Source(each, str(each)) for each in models])
 
 
 def _with_seed(settings: Settings, seed: int, folder: Path, features: Path) -> Settings:

@@ -8,24 +8,29 @@ import hmac
 import logging
 import re
 import weakref
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from functools import cache
 from importlib.metadata import version
 from importlib.resources import files
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import orjson
-from fastapi import FastAPI, Request
+from fastapi import APIRouter, FastAPI, Query
+from fastapi import Request as HttpRequest
+from fastapi.openapi.utils import get_openapi
 from fastapi.responses import PlainTextResponse, Response
+from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.live.request_log import LogOptions, RequestLog
-from mmoe_rec.server.calls import Calls, loading, refusal
-from mmoe_rec.server.limits import INTERNAL, MOST_HEADER_BYTES, Limits, Refused, large_headers
+from mmoe_rec.inference.ranking import UNSENT, Ranking
+from mmoe_rec.inference.reader import Request
+from mmoe_rec.live.request_log import RequestLog
+from mmoe_rec.server.calls import ARROW, Calls, refusal
 from mmoe_rec.server.metrics import CONTENT_TYPE, Metrics
 from mmoe_rec.server.models import Models
+from mmoe_rec.server.options import INTERNAL, MOST_HEADER_BYTES, Refused, large_headers
 from mmoe_rec.server.ranking_queue import Passes
 
 if TYPE_CHECKING:
@@ -47,25 +52,23 @@ class Application:
     def __init__(
         self,
         models: Models,
-        limits: Limits,
         metrics: Metrics | None = None,
         reload: Reload | None = None,
-        token: str | None = None,
-        log: LogOptions | None = None,
         passes: Passes | None = None,
     ) -> None:
         """passes: of all workers, None where it is the only one."""
-        self.models, self.token = models, token
+        options = models.options
+        self.models, self.token = models, options.token
         self.metrics = metrics or Metrics()
-        self._log = None if log is None else RequestLog(log, self.metrics.count_logged)
-        self.calls = Calls(models, limits, self.metrics, passes or Passes(), self._log)
+        self._log = None if options.log is None else RequestLog(options.log, self.metrics.count_logged)
+        self.calls = Calls(models, self.metrics, passes or Passes(), self._log)
         self.events: Accepting | None = None
-        if models.journal is not None:
+        if options.journal is not None:
             from mmoe_rec.server.events import Accepting
 
             assert self.calls.following is not None
             following, passes = self.calls.following, self.calls.passes
-            self.events = Accepting(models, models.journal, limits, self.metrics, following, passes)
+            self.events = Accepting(models, options.journal, self.metrics, following, passes)
         # FastAPI's caches keep pages for ever, and what these hold: each application, and its threads, without `proxy`.
         self._pages: ASGIApp = _pages(weakref.proxy(self.calls), self.events, reload)
 
@@ -101,8 +104,6 @@ def _pages(calls: Calls, events: Accepting | None, reload: Reload | None) -> Fas
 
     async def health() -> Response:
         """200 once the model has answered its own example, and as long as it answers at all."""
-        if calls.models.current is None:
-            return _json({"status": "loading"}, 503)
         if calls.queue.is_stuck:
             return _json({"status": "stuck"}, 503)
         return _json({"status": "ok"})
@@ -114,7 +115,7 @@ def _pages(calls: Calls, events: Accepting | None, reload: Reload | None) -> Fas
     @app.get("/version", response_model=None)
     async def show_version() -> Response:
         """The model that is served, the version of this package, and why a newer model is not served, if so."""
-        return versions(calls.models.current.about() if calls.models.current else {})
+        return versions(calls.models.current.about())
 
     def versions(about: dict[str, str | None]) -> Response:
         tree: dict[str, Any] = {**about, "mmoe_rec": VERSION, "reload_failure": calls.models.failure}
@@ -125,8 +126,7 @@ def _pages(calls: Calls, events: Accepting | None, reload: Reload | None) -> Fas
     @app.get("/model", response_model=None)
     async def model() -> Response:
         """The model that is served, its tasks with their weights in the score, and a request that it can answer."""
-        if (served := calls.models.current) is None:
-            return refusal(loading())
+        served = calls.models.current
         return _json({**served.about(), "tasks": served.tasks(), "example": served.example})
 
     app.get(PAGE, response_model=None, include_in_schema=False)(page)
@@ -136,15 +136,13 @@ def _pages(calls: Calls, events: Accepting | None, reload: Reload | None) -> Fas
         """What the server counts, in Prometheus' text format."""
         return Response(calls.metrics.text(), media_type=CONTENT_TYPE)
 
-    async def invocations(request: Request) -> Response:
-        """Ranks the candidates of each element."""
+    async def invocations(request: HttpRequest) -> Response:
         return await calls.answer(request)
 
-    # As Starlette has it: FastAPI would look for parameters in each of many calls, and `openapi.py` describes them.
+    # As Starlette has it: FastAPI would look for parameters in each of many calls, and `_describe` tells of them.
     app.add_route("/invocations", invocations, methods=["POST"], include_in_schema=False)
 
-    async def take(request: Request) -> Response:
-        """Takes events into the journal."""
+    async def take(request: HttpRequest) -> Response:
         if events is None:
             sentence = "this server takes no events: start it with --journal ADDRESS"
             return refusal(Refused(404, sentence, "no_journal", "NOT_FOUND"))
@@ -164,15 +162,9 @@ def _pages(calls: Calls, events: Accepting | None, reload: Reload | None) -> Fas
 
     app.exception_handler(HTTPException)(_no_page)
     app.exception_handler(Exception)(_failed)
-    described = app.openapi
 
     def schema() -> dict[str, Any]:
-        from mmoe_rec.server import openapi
-
-        tree = described()  # made once, without a model
-        served = calls.models.current
-        openapi.describe(tree, None if served is None else served.example, events is not None)
-        return tree
+        return _describe(app.routes, calls.models.current.example, events is not None)
 
     app.openapi = schema  # type: ignore[method-assign]
     return app
@@ -182,7 +174,7 @@ def _json(tree: dict[str, Any], status: int = 200) -> Response:
     return Response(orjson.dumps(tree), status, media_type="application/json")
 
 
-async def _no_page(request: Request, error: HTTPException) -> Response:
+async def _no_page(request: HttpRequest, error: HTTPException) -> Response:
     sentences = {404: "there is no such page; POST /invocations ranks", 405: "this page has another method"}
     sentence = sentences.get(error.status_code, "this request can't be answered")
     code = "RESOURCE_DOES_NOT_EXIST" if error.status_code == 404 else "BAD_REQUEST"
@@ -191,7 +183,7 @@ async def _no_page(request: Request, error: HTTPException) -> Response:
     return response
 
 
-async def _failed(request: Request, error: Exception) -> Response:
+async def _failed(request: HttpRequest, error: Exception) -> Response:
     _log.error("a request failed", exc_info=error)
     return refusal(Refused(500, "the server failed; the log says why", "internal", INTERNAL))
 
@@ -217,3 +209,99 @@ def page() -> Response:
         "Cache-Control": "no-cache",
     }
     return Response(text, headers=headers, media_type="text/html")
+
+
+# What `/openapi.json` says of the pages whose bodies the server reads by itself, and of their replies
+
+
+class Params(BaseModel):
+    """Options for all elements of a call, of which an element's own win. Unknown ones are ignored with a warning."""
+
+    task_weights: dict[str, float] | None = Field(None, description="task or objective -> weight in the score")
+    top_k: int | None = Field(None, ge=1, description="only so many best candidates")
+    gate_top_k: int | None = Field(None, ge=1, description="experts per candidate and gate")
+    mask_experts: list[int] | None = Field(None, description="experts to score without")
+    explain: bool | None = Field(None, description="what each candidate's predictions come from")
+
+
+class Invocation(BaseModel):
+    """A call."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    inputs: list[Request] = Field(description="requests, each of which gets one ranking")
+    params: Params | None = None
+
+
+class ElementError(BaseModel):
+    """What is wrong with an element; with `?partial=true` it stands in the place of the ranking."""
+
+    error: str
+
+
+class Reply(BaseModel):
+    """A ranking for each element, in order."""
+
+    predictions: list[Ranking | ElementError]
+
+
+class Error(BaseModel):
+    """What is wrong, in one sentence."""
+
+    error_code: str
+    message: str
+
+
+class Events(BaseModel):
+    """Rows of the interaction log, or of a log of events, with the log's columns."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    events: list[dict[str, Any]] = Field(description="rows: column -> value; labels may be null")
+    log: str | None = Field(None, description="name of a log of events; null is the interaction log")
+
+
+class Accepted(BaseModel):
+    """What is on disk now, and will be known to replies at once."""
+
+    accepted: int = Field(description="rows of the call, also those that came before and so do not count again")
+    late: int = Field(description="rows that were known before the model's tables were made")
+    out_of_order: int = Field(description="rows that are earlier than one before them")
+    ignored: int = Field(
+        0, description="rows that the model's tables may hold, and that are not learnt; left out for 0"
+    )
+    position: str = Field(description="of the journal: /invocations?after=POSITION knows these rows")
+
+
+_WRONG: dict[int | str, dict[str, Any]] = {"default": {"model": Error, "description": "a refusal"}}
+_STREAM = {"requestBody": {"content": {ARROW: {"schema": {"type": "string", "format": "binary"}}}}}
+_described = APIRouter()  # describes and never answers: it would look for parameters in each of many calls
+
+
+@_described.post("/invocations", operation_id="invocations", response_model=Reply, responses=_WRONG)
+def rank(
+    call: Invocation,
+    partial: Annotated[bool, Query(description="an element that is wrong gets an error in its place")] = False,
+    after: Annotated[str | None, Query(description="answer once all events up to this position are known")] = None,
+) -> None:
+    """Ranks the candidates of each element."""
+
+
+@_described.post("/events", operation_id="events", response_model=Accepted, responses=_WRONG, openapi_extra=_STREAM)
+def accept(
+    call: Events,
+    log: Annotated[str | None, Query(description="name of a log of events, for an Arrow stream")] = None,
+) -> None:
+    """Takes events, all rows of a call or none, once they are on disk."""
+
+
+def _describe(routes: Sequence[Any], example: dict[str, Any], has_events: bool) -> dict[str, Any]:
+    """All pages. example: a request that the served model can answer; has_events: whether there is `/events`."""
+    tree = get_openapi(title="mmoe-rec serve", version=VERSION, routes=[*routes, *_described.routes])
+    if not has_events:
+        del tree["paths"]["/events"]
+    for name in UNSENT:
+        del tree["components"]["schemas"]["Ranking"]["properties"][name]
+    content = tree["paths"]["/invocations"]["post"]["requestBody"]["content"]["application/json"]
+    content["example"] = {"inputs": [example], "params": {"top_k": 5}}
+    return tree

@@ -1,12 +1,19 @@
-"""`POST /invocations`: read within limits, parse, rank, write. A reply is rankings or one sentence."""
+"""`POST /invocations`: read within limits, parse, rank, write. A reply is rankings or one sentence.
+
+orjson refuses what JSON does not have (NaN, numbers beyond a double, half of a surrogate pair, UTF-8 that is none) and
+nesting beyond 1,024. It lets through a key that is given twice, of which one value would be lost, so keys are counted
+here.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import math
-from collections.abc import Iterable, Mapping
+import json
+import re
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 import orjson
@@ -14,58 +21,69 @@ from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
-from mmoe_rec.errors import RequestError, quoted
+from mmoe_rec.errors import RequestError, quoted, suggest
 from mmoe_rec.inference.ranking import Ranking
-from mmoe_rec.inference.request import Request
+from mmoe_rec.inference.reader import OPTIONS, Request, read_requests
 from mmoe_rec.inference.scorer import LostExpert
 from mmoe_rec.live.request_log import RequestLog
-from mmoe_rec.server.following import Following
-from mmoe_rec.server.limits import INTERNAL, Limits, Places, Refused, shortened
 from mmoe_rec.server.metrics import Metrics
 from mmoe_rec.server.models import Models
-from mmoe_rec.server.parsing import Call, parse
-from mmoe_rec.server.ranking_queue import Answers, Passes, RankingQueue
+from mmoe_rec.server.options import MEBIBYTE, Places, Refused, shortened
+from mmoe_rec.server.ranking_queue import Answers, Following, Passes, RankingQueue
+from mmoe_rec.settings.sections import Serving
 
 PARSED_AT_ONCE = 256 * 2**10
 """Larger bodies are parsed in a thread, so that the event loop answers others in between."""
-_NO_NUMBER = (b"[null", b",null", b":null")
+SHAPE = '{"inputs": [{"user": {...}, "context": {...}, "candidates": {...}}], "params": {...}}'
+LONGEST_KEY = 256
+COST_OF_EXPLAINING = 10
+"""A candidate that is explained counts as so many: with 45 counters, its part of the reply is 35 times as long."""
+MOST_IGNORED = 5
+_KEY = re.compile(rb'"[ \t\n\r]*:')
+ARROW = "application/vnd.apache.arrow.stream"
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call that may be ranked.
+
+    requests: and in the place of one that is wrong, the sentence about it; ignored: a warning for each of the params
+    that there are not; candidates: of all requests together, at least.
+    """
+
+    requests: list[Request | RequestError]
+    ignored: tuple[str, ...]
+    candidates: int
 
 
 class Calls:
     """Answers calls with the current model."""
 
-    def __init__(
-        self, models: Models, limits: Limits, metrics: Metrics, passes: Passes, log: RequestLog | None = None
-    ) -> None:
+    def __init__(self, models: Models, metrics: Metrics, passes: Passes, log: RequestLog | None = None) -> None:
         """passes: of this worker, and of others where there are some."""
-        self.models, self.limits, self.metrics, self.passes, self._log = models, limits, metrics, passes, log
-        self.queue = RankingQueue(models, limits, metrics, passes)
+        self.models, self.limits, self.metrics, self.passes = models, models.options.limits, metrics, passes
+        self._log = log
+        self.queue = RankingQueue(models, metrics, passes)
         self.following: Following | None = None
-        if models.journal is not None:
-            self.following = Following(models, self.queue, passes, limits, metrics)
-            self.following.start()
+        if models.options.journal is not None:
+            self.following = Following(models, self.queue, passes, metrics)
         # One thread, as Python's own work would only slow that of others, and each body takes memory meanwhile.
         self._parsing = ThreadPoolExecutor(1, "parsing")
-        self.places = Places(limits, "calls", metrics.calls.set)
+        self.places = Places(self.limits, "calls", metrics.calls.set)
 
     async def answer(self, request: HttpRequest) -> Response:
         """The reply to a call, whatever is wrong with it."""
-        try:
-            with self.metrics.timed("total"), self.places.take():
-                response = Response(await self._answer(request), media_type="application/json")
-        except Refused as refused:
-            is_error = refused.reason in ("body", "element", "model")
-            (self.metrics.errors if is_error else self.metrics.refusals).labels(refused.reason).inc()
-            response = refusal(refused)
-        except ClientDisconnect:
-            self.metrics.refusals.labels("caller_gone").inc()
-            response = Response(status_code=499)  # which nobody reads
+
+        def count(reason: str) -> None:
+            is_error = reason in ("body", "element", "model")
+            (self.metrics.errors if is_error else self.metrics.refusals).labels(reason).inc()
+
+        with self.metrics.timed("total"):
+            response = await reply_to(lambda: self._answer(request), self.places, count)
         self.metrics.replies.labels(str(response.status_code)).inc()
         return response
 
     async def _answer(self, request: HttpRequest) -> bytes:
-        if self.models.current is None:
-            raise loading()
         partial, after = _query(request.query_params)
         if not is_json(type_of(request)):
             raise Refused(415, "the body must be JSON: send the header Content-Type: application/json", "no_json")
@@ -105,9 +123,7 @@ class Calls:
         return body
 
     def _offer(self, log: RequestLog, call: Call, answers: Answers) -> None:
-        served = self.models.current
-        assert served is not None
-        model = served.about()
+        model = self.models.current.about()
         for request, answer in zip(call.requests, answers, strict=True):
             if isinstance(answer, Ranking) and isinstance(request, Request):
                 is_current = answer.model["version"] == model["artifact"]  # else another one has taken its place
@@ -122,9 +138,17 @@ class Calls:
             self.metrics.unknown.labels(role).inc(sum(each.unknown_ids.get(role, 0) for each in rankings))
 
 
-def loading() -> Refused:
-    """What a caller gets before there is a model."""
-    return Refused(503, "the model is being loaded; come again", "loading", "TEMPORARILY_UNAVAILABLE", 5)
+async def reply_to(answer: Callable[[], Awaitable[bytes]], places: Places, count: Callable[[str], None]) -> Response:
+    """The reply to a call of a page, whatever is wrong with it. count: is told the reason of a refusal."""
+    try:
+        with places.take():
+            return Response(await answer(), media_type="application/json")
+    except Refused as refused:
+        count(refused.reason)
+        return refusal(refused)
+    except ClientDisconnect:
+        count("caller_gone")
+        return Response(status_code=499)  # which nobody reads
 
 
 async def _gone(request: HttpRequest) -> None:
@@ -165,7 +189,7 @@ def type_of(request: HttpRequest) -> str:
     return request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
 
 
-async def read_body(request: HttpRequest, limits: Limits) -> bytes:
+async def read_body(request: HttpRequest, limits: Serving) -> bytes:
     """The body of a call. Raises Refused for one that is too large, as soon as that is known, or too slow."""
     for name, plain in (("Content-Encoding", "identity"), ("Transfer-Encoding", "chunked")):
         if request.headers.get(name, plain).strip().lower() != plain:
@@ -179,8 +203,8 @@ async def read_body(request: HttpRequest, limits: Limits) -> bytes:
         "too_large",
         "REQUEST_TOO_LARGE",
     )
-    length = request.headers.get("content-length", "")
-    if length.isdecimal() and int(length[:20]) > limits.max_body_bytes:
+    length, most = request.headers.get("content-length", ""), limits.max_body_mib * MEBIBYTE
+    if length.isdecimal() and int(length[:20]) > most:
         raise too_large
     parts: list[bytes] = []
     size = 0
@@ -188,7 +212,7 @@ async def read_body(request: HttpRequest, limits: Limits) -> bytes:
         async with asyncio.timeout(limits.read_seconds):
             async for part in request.stream():
                 size += len(part)
-                if size > limits.max_body_bytes:
+                if size > most:
                     raise too_large
                 parts.append(part)
     except TimeoutError:
@@ -199,6 +223,104 @@ async def read_body(request: HttpRequest, limits: Limits) -> bytes:
             "REQUEST_TIMEOUT",
         ) from None
     return b"".join(parts)
+
+
+def parse_json(body: bytes, limits: Serving) -> Any:
+    """The JSON values of a body. Raises Refused where they are none by the standard, too deep, or ambiguous."""
+    try:
+        tree = orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        raise _wrong(f"the body is not valid JSON: {error}") from None
+    keys = _checked(tree, limits)
+    # A string that begins with a colon looks like a key, so that more may be found than there are, never fewer.
+    if sum(1 for _ in _KEY.finditer(body)) != keys:
+        json.loads(body, object_pairs_hook=_without_repeats)
+    return tree
+
+
+def parse(body: bytes, limits: Serving) -> Call:
+    """The call in a body. Raises Refused for one of another shape, or beyond the limits."""
+    tree = parse_json(body, limits)
+    if not isinstance(tree, dict):
+        raise _wrong(f"the body must be an object such as {SHAPE}")
+    for name in tree:
+        if name not in ("inputs", "params"):
+            raise _wrong(f"a call has no key {quoted(name)}; {suggest(name, ('inputs', 'params'))}")
+    elements = tree.get("inputs")
+    if not isinstance(elements, list):
+        raise _wrong(f"a call needs the key 'inputs', a list of requests: {SHAPE}")
+    if len(elements) > limits.max_elements:
+        raise _wrong(
+            f"'inputs' has {len(elements):,} elements; this server takes at most {limits.max_elements:,} in a call "
+            "(setting `serving.max_elements`)"
+        )
+    params, ignored = _params(tree)
+    costs = [_cost_of(each, params) for each in elements]
+    candidates = sum(count * cost for count, cost in costs)
+    if candidates > limits.max_total_candidates:
+        explained = any(cost > 1 for _, cost in costs)
+        hint = f" (with explain, each counts as {COST_OF_EXPLAINING})" if explained else ""
+        raise _wrong(
+            f"'inputs' has {candidates:,} candidates in all{hint}; this server takes at most "
+            f"{limits.max_total_candidates:,} in a call (setting `serving.max_total_candidates`)"
+        )
+    return Call(read_requests(elements, params), ignored, candidates)
+
+
+def _params(tree: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """The params that there are, and a warning for each of the others, which MLflow drops as well."""
+    given = tree.get("params")
+    if given is None:
+        return {}, ()
+    if not isinstance(given, dict):
+        raise _wrong("'params' must be an object")
+    unknown = islice((name for name in given if name not in OPTIONS), MOST_IGNORED)
+    ignored = [
+        f"'params' has an unknown key {quoted(name)}, which was ignored; {suggest(name, OPTIONS)}" for name in unknown
+    ]
+    return {name: value for name, value in given.items() if name in OPTIONS}, tuple(ignored)
+
+
+def _cost_of(element: Any, params: Mapping[str, Any]) -> tuple[int, int]:
+    """How many candidates an element has at least, and what each of them counts."""
+    columns, own = (element.get("candidates"), element.get("explain")) if isinstance(element, dict) else ({}, None)
+    lists = columns.values() if isinstance(columns, dict) else ()
+    count = max((len(values) for values in lists if isinstance(values, list)), default=0)
+    return count, COST_OF_EXPLAINING if (params.get("explain") if own is None else own) else 1
+
+
+def _checked(tree: Any, limits: Serving) -> int:
+    """How many keys a tree has in all its objects. Raises Refused for one too deep, or with too long a key."""
+    keys, depth, level = 0, 0, [tree] if isinstance(tree, dict | list) else []
+    while level:
+        depth += 1
+        if depth > limits.max_depth:
+            raise _wrong(
+                f"the body nests lists and objects more than {limits.max_depth} deep (setting `serving.max_depth`)"
+            )
+        inner: list[Any] = []
+        for each in level:
+            values: Iterable[Any] = each
+            if type(each) is dict:
+                keys += len(each)
+                if each and max(map(len, each)) > LONGEST_KEY:
+                    raise _wrong(f"the body has a key of more than {LONGEST_KEY} characters")
+                values = each.values()
+            inner += [value for value in values if type(value) is dict or type(value) is list]
+        level = inner
+    return keys
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> None:
+    names = set()
+    for name, _ in pairs:
+        if name in names:
+            raise _wrong(f"the body gives the key {quoted(name)} twice in one object")
+        names.add(name)
+
+
+def _wrong(sentence: str) -> Refused:
+    return Refused(400, sentence, "body")
 
 
 def reply(answers: Answers, ignored: Iterable[str], partial: bool) -> bytes:
@@ -212,14 +334,4 @@ def reply(answers: Answers, ignored: Iterable[str], partial: bool) -> bytes:
             replies.append({"error": shortened(str(answer))})
         else:
             raise Refused(400, f"inputs[{index}]: {answer}" if len(answers) > 1 else str(answer), "element")
-    body = orjson.dumps({"predictions": replies})
-    # orjson writes null for what is no number. A ranking holds none, and this says so before a caller finds out.
-    if any(each in body for each in _NO_NUMBER) and not all(map(_is_finite, answers)):
-        raise Refused(500, "the model gives scores that are not finite numbers", "model", INTERNAL)
-    return body
-
-
-def _is_finite(answer: Ranking | RequestError) -> bool:
-    if not isinstance(answer, Ranking):
-        return True
-    return all(math.isfinite(each) for values in (answer.scores, *answer.predictions.values()) for each in values)
+    return orjson.dumps({"predictions": replies})

@@ -9,14 +9,13 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import orjson
 import pyarrow as pa
 import pyarrow.types as pt
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import Response
 
 from mmoe_rec.errors import RequestError, UserError, quoted
@@ -26,14 +25,11 @@ from mmoe_rec.live.journal import Batch, Journal
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.point_in_time.arrays import one_array
 from mmoe_rec.point_in_time.memory import NEVER
-from mmoe_rec.server.calls import is_json, loading, read_body, refusal, type_of
-from mmoe_rec.server.following import Following, step_back
-from mmoe_rec.server.limits import INTERNAL, Limits, Places, Refused
+from mmoe_rec.server.calls import ARROW, is_json, parse_json, read_body, reply_to, type_of
 from mmoe_rec.server.metrics import Metrics
 from mmoe_rec.server.models import Models, ServedModel
-from mmoe_rec.server.openapi import ARROW
-from mmoe_rec.server.parsing import parse_json
-from mmoe_rec.server.ranking_queue import Passes
+from mmoe_rec.server.options import INTERNAL, Places, Refused
+from mmoe_rec.server.ranking_queue import Following, Passes, step_back
 
 if TYPE_CHECKING:
     from mmoe_rec.inference.ranker import Ranker
@@ -46,65 +42,46 @@ _PAUSE_PER_WAIT = 6
 """After a call has waited for passes, calls do not wait for so many times as long: where many workers rank there is
 hardly a moment without a pass. So a caller who sends one call after the other loses a seventh of the time at most."""
 
+Lacking = dict[str, np.ndarray]
+"""Attributes of users and candidates that rows leave out, each with (N,) bool in which rows."""
+
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """What a caller sent, checked.
-
-    source: name of a log of events, None for the interaction log; lacking: attributes of users and candidates that are
-    left out, each with (N,) bool in which rows.
-    """
-
-    source: str | None
-    table: pa.Table
-    lacking: Mapping[str, np.ndarray]
 
 
 class Accepting:
     """Takes events into a journal: all rows of a call, or none."""
 
-    def __init__(
-        self, models: Models, journal: str, limits: Limits, metrics: Metrics, following: Following, passes: Passes
-    ) -> None:
-        self._models, self._limits, self._metrics = models, limits, metrics
+    def __init__(self, models: Models, journal: str, metrics: Metrics, following: Following, passes: Passes) -> None:
+        self._models, self._limits, self._metrics = models, models.options.limits, metrics
         self._following, self._passes = following, passes
         self._journal = Journal(journal)
         self._checks: tuple[ServedModel, RowChecks] | None = None
         self._newest: dict[str | None, int] = {}  # of each log, the latest time of rows that were accepted here
         self._lock = threading.Lock()
         self._next_wait = 0.0
-        self.places = Places(limits, "calls of /events")
+        self.places = Places(self._limits, "calls of /events")
         self._threads = ThreadPoolExecutor(_THREADS, "events", initializer=step_back)
 
     async def answer(self, request: Request) -> Response:
         """The reply to a call, whatever is wrong with it: an acknowledgement once its rows are on disk."""
-        try:
-            with self._metrics.timed("events"), self.places.take():
-                response = Response(orjson.dumps(await self._accept(request)), media_type="application/json")
-        except Refused as refused:
-            self._metrics.events_refused.labels(refused.reason).inc()
-            response = refusal(refused)
-        except ClientDisconnect:
-            self._metrics.events_refused.labels("caller_gone").inc()
-            response = Response(status_code=499)  # which nobody reads
-        return response
+        with self._metrics.timed("events"):
+            return await reply_to(
+                lambda: self._accept(request),
+                self.places,
+                lambda reason: self._metrics.events_refused.labels(reason).inc(),
+            )
 
-    async def _accept(self, request: Request) -> dict[str, Any]:
+    async def _accept(self, request: Request) -> bytes:
         loop = asyncio.get_running_loop()
         await loop.run_in_executor(self._threads, self._let_passes_end)  # before more is done for the call
-        if (served := self._models.current) is None:
-            raise loading()
         kind, log = type_of(request), _log_in(request.query_params)
         if not is_json(kind) and kind != ARROW:
             raise Refused(415, f"the body must be JSON, or an Arrow stream (Content-Type: {ARROW})", "no_json")
         body = await read_body(request, self._limits)
-        reply = await loop.run_in_executor(self._threads, self._check, served, body, kind == ARROW, log)
-        if not isinstance(reply, _Rows):
-            return reply
-        await self._following.reach_end()  # what was acknowledged before may say what it lacks
-        return await loop.run_in_executor(self._threads, self._append, self._models.current or served, reply)
+        source, table, lacking = await loop.run_in_executor(self._threads, self._check, body, kind == ARROW, log)
+        if lacking:
+            await self._following.reach_end()  # what was acknowledged before may say what it lacks
+        return orjson.dumps(await loop.run_in_executor(self._threads, self._append, source, table, lacking))
 
     def _let_passes_end(self) -> None:
         if (begin := time.monotonic()) >= self._next_wait:
@@ -112,9 +89,9 @@ class Accepting:
             end = time.monotonic()
             self._next_wait = end + _PAUSE_PER_WAIT * (end - begin)
 
-    def _check(self, served: ServedModel, body: bytes, is_arrow: bool, log: str | None) -> _Rows | dict[str, Any]:
-        """Checks and appends what was sent, and gives the reply; or gives the rows, if they lack something."""
-        checks = self._checks_of(served)
+    def _check(self, body: bytes, is_arrow: bool, log: str | None) -> tuple[str | None, pa.Table, Lacking]:
+        """The log of events that rows are of, the rows, and what they lack."""
+        checks = self._checks_of(self._models.current)
         try:
             if is_arrow:
                 rows: Sequence[Mapping[str, Any]] = ()
@@ -124,24 +101,22 @@ class Accepting:
                 table = checks.read_json(log, rows)
         except RequestError as error:
             raise Refused(400, str(error), "body") from None
-        sent = _Rows(log, table, _lacking(log, checks, table, rows))
-        return sent if sent.lacking else self._append(served, sent)
+        return log, table, _lacking(log, checks, table, rows)
 
-    def _append(self, served: ServedModel, rows: _Rows) -> dict[str, Any]:
-        """Appends rows; gives the reply."""
+    def _append(self, source: str | None, table: pa.Table, lacking: Lacking) -> dict[str, Any]:
+        served = self._models.current
         assert served.learning is not None
-        table = rows.table
         try:
-            if rows.lacking:
-                table = _completed(served.ranker, table, rows.lacking)
-            order = self._order(served.learning, rows.source, table)
-            position = self._journal.append(Batch(rows.source, time.time_ns() // 1_000, table))
+            if lacking:
+                table = _completed(served.ranker, table, lacking)
+            order = self._order(served.learning, source, table)
+            position = self._journal.append(Batch(source, time.time_ns() // 1_000, table))
         except RequestError as error:
             raise Refused(400, str(error), "body") from None
         except UserError as error:  # such as a full disk
             _log.error("%s", error)
             raise Refused(503, "events can't be kept; the log says why", "disk", INTERNAL, 5) from None
-        self._metrics.events.labels(rows.source or "").inc(len(table))
+        self._metrics.events.labels(source or "").inc(len(table))
         self._following.look_at_once()
         return {"accepted": len(table), **order, "position": str(position)}
 
@@ -167,7 +142,6 @@ class Accepting:
 
 
 def _log_in(query: Mapping[str, str]) -> str | None:
-    """The log that the query names."""
     for name in query:
         if name != "log":
             raise Refused(400, f"/events has no query parameter {quoted(name)}; there is 'log'", "body")
@@ -190,9 +164,7 @@ def _rows_in(tree: Any, log: str | None) -> tuple[str | None, Any]:
     return log if named is None else named, tree["events"]
 
 
-def _lacking(
-    source: str | None, checks: RowChecks, table: pa.Table, rows: Sequence[Mapping[str, Any]]
-) -> dict[str, np.ndarray]:
+def _lacking(source: str | None, checks: RowChecks, table: pa.Table, rows: Sequence[Mapping[str, Any]]) -> Lacking:
     """The attributes that rows leave out. rows: as JSON gave them, where each may leave out others."""
     lacking = {}
     for name in checks.attributes if source is None else ():
@@ -203,7 +175,7 @@ def _lacking(
     return lacking
 
 
-def _completed(ranker: Ranker, table: pa.Table, lacking: Mapping[str, np.ndarray]) -> pa.Table:
+def _completed(ranker: Ranker, table: pa.Table, lacking: Lacking) -> pa.Table:
     """Rows with the attributes that they leave out, as these are known: the journal says all that a build reads."""
     given = {name: table.column(name) for name in lacking if name in table.column_names}
     known = ranker.reader.completed(LogRows(table.drop_columns(list(given)), ranker.pipeline.schema)).table

@@ -7,17 +7,17 @@ PROMETHEUS_MULTIPROC_DIR when it is imported; whichever worker is asked then add
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from time import perf_counter
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
+from prometheus_client.multiprocess import MultiProcessCollector
 
 FOLDER_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
-_PREFIX = "mmoe_rec_"
 
 
 class Metrics:
@@ -25,45 +25,44 @@ class Metrics:
 
     def __init__(self) -> None:
         self._own = CollectorRegistry()
-        counter, gauge, histogram = self._counter, self._gauge, self._histogram
+        counter = partial(Counter, namespace="mmoe_rec", registry=self._own)
+        gauge = partial(Gauge, namespace="mmoe_rec", registry=self._own, multiprocess_mode="livesum")
+        histogram = partial(Histogram, namespace="mmoe_rec", registry=self._own, buckets=_SECONDS)
         self.stages = histogram(
             "stage_seconds",
             "Time of a call by stage: read, parse, wait, score, write, and total; of a call of /events: events",
-            "stage",
+            ["stage"],
         )
-        self.replies = counter("replies", "Replies to /invocations by status", "status")
+        self.replies = counter("replies", "Replies to /invocations by status", ["status"])
         self.elements = counter("elements", "Elements of calls that were parsed")
         self.candidates = counter("candidates", "Candidates of calls that were parsed")
-        self.unknown = counter("unknown_ids", "Ids of ranked elements that the model knows nothing of, by role", "role")
-        self.errors = counter("errors", "Wrong calls by kind: body, element, model", "kind")
-        self.refusals = counter("refusals", "Calls refused for what they cost, or without a token, by reason", "reason")
+        self.unknown = counter(
+            "unknown_ids", "Ids of ranked elements that the model knows nothing of, by role", ["role"]
+        )
+        self.errors = counter("errors", "Wrong calls by kind: body, element, model", ["kind"])
+        self.refusals = counter(
+            "refusals", "Calls refused for what they cost, or without a token, by reason", ["reason"]
+        )
         self.warnings = counter("expert_warnings", "Warnings in rankings that an expert is lost")
-        self.reloads = counter("reloads", "Attempts to take up another model by outcome", "outcome")
-        self.events = counter("events", "Rows of events that were accepted, by log of events", "log")
-        self.events_refused = counter("events_refused", "Calls of /events that were refused, by reason", "reason")
-        self.learnt = counter("events_learnt", "Rows of events that each worker has learnt, by outcome", "outcome")
+        self.reloads = counter("reloads", "Attempts to take up another model by outcome", ["outcome"])
+        self.events = counter("events", "Rows of events that were accepted, by log of events", ["log"])
+        self.events_refused = counter("events_refused", "Calls of /events that were refused, by reason", ["reason"])
+        self.learnt = counter("events_learnt", "Rows of events that each worker has learnt, by outcome", ["outcome"])
         self.visible = histogram(
             "event_visible_seconds",
             "Time from the acceptance of a batch of events until a worker's replies know of it",
         )
         self.live_rows = gauge("live_rows", "Rows of events beside its tables that a worker's model holds now")
         self.logged = counter(
-            "request_log", "Replies by what became of their log: written, unsampled, dropped, failed", "outcome"
+            "request_log", "Replies by what became of their log: written, unsampled, dropped, failed", ["outcome"]
         )
         self.passes = histogram("calls_per_pass", "Calls ranked in one pass", buckets=(1, 2, 4, 8, 16, 32, 64))
         self.calls = gauge("calls", "Calls being read, waiting or scored now")
         self.waiting = gauge("waiting", "Calls waiting for a pass now")
-        self._model = gauge("model_info", "Workers that serve this model", "model", "version", "run_id", "tables_as_of")
+        self._model = gauge(
+            "model_info", "Workers that serve this model", ["model", "version", "run_id", "tables_as_of"]
+        )
         self._shown: tuple[str, ...] | None = None
-
-    def _counter(self, name: str, help_text: str, *labels: str) -> Counter:
-        return Counter(f"{_PREFIX}{name}", help_text, labels, registry=self._own)
-
-    def _gauge(self, name: str, help_text: str, *labels: str) -> Gauge:
-        return Gauge(f"{_PREFIX}{name}", help_text, labels, registry=self._own, multiprocess_mode="livesum")
-
-    def _histogram(self, name: str, help_text: str, *labels: str, buckets: Sequence[float] = _SECONDS) -> Histogram:
-        return Histogram(f"{_PREFIX}{name}", help_text, labels, registry=self._own, buckets=buckets)
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
@@ -92,8 +91,3 @@ class Metrics:
         registry = CollectorRegistry()
         MultiProcessCollector(registry)
         return generate_latest(registry)
-
-
-def forget_process(pid: int | None) -> None:
-    """Takes what an ended worker had under way out of the numbers; what it has counted stays."""
-    mark_process_dead(pid)

@@ -10,32 +10,23 @@ import json
 import logging
 import re
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from mmoe_rec.errors import UserError, one_line
-from mmoe_rec.server.limits import Limits
+from mmoe_rec.errors import RequestError, UserError, one_line
+from mmoe_rec.inference.artifact import Source
+from mmoe_rec.server.options import Options
 
 if TYPE_CHECKING:
-    from mmoe_rec.inference.example import ExampleScores
     from mmoe_rec.inference.ranker import Ranker
     from mmoe_rec.live.learning import Learning
 
 _REGISTERED = re.compile(r"models:/+([^/@]+)/(\d+)")
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where a model lies. address: permanent, of the registry or the folder's path; run_id: of the run that made it."""
-
-    folder: Path
-    address: str
-    run_id: str | None = None
 
 
 class Finder(Protocol):
@@ -54,13 +45,12 @@ class NotFoundError(UserError):
 
 @dataclass(frozen=True, eq=False)
 class ServedModel:
-    """A loaded model, ready to answer. example: a request that can be sent as it is; scores: what it answered it when
-    it was loaded; learning: how it learns events, None without a journal."""
+    """A loaded model, ready to answer. example: a request that can be sent as it is; learning: how it learns events,
+    None without a journal."""
 
     ranker: Ranker
     source: Source
     example: dict[str, Any]
-    scores: ExampleScores
     learning: Learning | None = None
 
     def about(self) -> dict[str, str | None]:
@@ -85,24 +75,20 @@ class ServedModel:
 
 
 class Models:
-    """The current model. failure: why the last other one did not take its place, None if it did.
+    """The current model. failure: why the last other one did not take its place, None if it did."""
 
-    keeps_seen: whether rankings hold what features saw, for the log of requests; journal: address of the journal of
-    events that models learn, None for none.
-    """
-
-    def __init__(self, limits: Limits, journal: str | None = None, keeps_seen: bool = False) -> None:
-        self.limits, self.journal, self.keeps_seen = limits, journal, keeps_seen
-        self.current: ServedModel | None = None
+    def __init__(self, options: Options, source: Source) -> None:
+        """Loads the first model. Raises UserError as `load` does."""
+        self.options = options
         self.failure: str | None = None
         self._loading = threading.Lock()
+        self.current = self._load(source)
 
     def load(self, source: Source) -> ServedModel:
         """Loads a model and makes it the current one. Raises UserError for one that can't be loaded or can't answer."""
         with self._loading:
             try:
                 served = self._load(source)
-                served.ranker.keeps_seen = self.keeps_seen
                 self._replace(served)
             except UserError as error:
                 self.failure = str(error)
@@ -113,50 +99,45 @@ class Models:
     def _replace(self, served: ServedModel) -> None:
         """Serves a model once it has learnt all that the one before has, so that callers who saw events counted will
         still see that."""
-        before = None if self.current is None else self.current.learning
-        while served.learning is not None:
-            served.learning.catch_up()
-            if before is None:
-                break
+        before, learning = self.current.learning, served.learning
+        if before is None or learning is None:
+            self.current = served
+            return
+        while self.current is not served:
+            learning.catch_up()
             with before.pause():
-                if served.learning.position >= before.position:
+                if learning.position >= before.position:
                     self.current = served
                     before.close()
-                    return
-        self.current = served
 
     def _load(self, source: Source) -> ServedModel:
         from mmoe_rec.inference.ranker import Ranker
 
         try:
             ranker = Ranker.load(source.folder)
-            ranker.take_settings(self.limits.instead)
+            ranker.take_settings(self.options.instead)
             ranker.serve_faster()
+            ranker.keeps_seen = self.options.log is not None
             example = json.loads((source.folder / "example_request.json").read_text(encoding="utf-8"))
-            scores = _answer_example(ranker, source, example)
             learning = None
-            if self.journal is not None:
+            if self.options.journal is not None:
                 from mmoe_rec.live.learning import Learning
 
-                learning = Learning(ranker, self.journal, source.folder / "features")
+                learning = Learning(ranker, self.options.journal, source.folder / "features")
                 learning.catch_up()
-                scores = _answer_example(ranker, source, example)  # which the events may have changed
+            ranker.rank(**example)
+        except RequestError as error:
+            raise UserError(f"the model at '{source.address}' refuses its own example: {error}") from None
         except UserError:
             raise
         except Exception as error:  # whatever it is, the model before goes on
             raise UserError(f"the model at '{source.address}' can't be loaded ({one_line(error)})") from error
-        return ServedModel(ranker, source, example, scores, learning)
+        return ServedModel(ranker, source, example, learning)
 
 
-def _answer_example(ranker: Ranker, source: Source, example: dict[str, Any]) -> ExampleScores:
-    """What a model gives for its example."""
-    from mmoe_rec.inference.example import ExampleScores
-    from mmoe_rec.inference.request import read_requests
-
-    (answer,) = ranker.rank_many(read_requests([example], {}))
-    if isinstance(answer, Exception):
-        raise UserError(f"the model at '{source.address}' refuses its own example: {answer}")
-    return ExampleScores.of(answer, ranker.about.tasks)
+def sentence_of(error: BaseException) -> str:
+    """A sentence that was written for people, or else an error's kind and text in one line."""
+    return str(error) if isinstance(error, UserError) else one_line(error)
 
 
 class Reloads:
@@ -171,6 +152,8 @@ class Reloads:
         self._lock = threading.Lock()
         self._next: Future[None] | None = None
         self._thread = ThreadPoolExecutor(1, "reloads")
+        self._state: str | None = None
+        self._reported: str | None = None
 
     def ask(self) -> Future[None]:
         """The next attempt, which all share who ask before it begins; it ends once its model is served.
@@ -196,39 +179,29 @@ class Reloads:
             _log.warning("the previous model goes on serving: %s", sentence_of(error))
             raise
 
+    def watch(self, state: str, seconds: float) -> None:
+        """Looks every few seconds from now on, in a thread of its own.
 
-def sentence_of(error: BaseException) -> str:
-    """A sentence that was written for people, or else an error's kind and text in one line."""
-    return str(error) if isinstance(error, UserError) else one_line(error)
+        state: before the model was found that is served now; seconds: between looks, 0 for none.
+        """
+        self._state = state
 
+        def look() -> None:
+            while True:
+                time.sleep(seconds)
+                self.look()
 
-class Watch:
-    """Looks every few seconds whether another model lies at the address, and has it taken up.
-
-    One that can't be loaded is not tried again until the address's state changes. seconds: between looks, 0 for none.
-    """
-
-    def __init__(self, finder: Finder, reloads: Reloads, seconds: float) -> None:
-        self._finder, self._reloads, self._seconds = finder, reloads, seconds
-        self._state: str | None = None
-        self._reported: str | None = None
-
-    def start(self, state: str) -> None:
-        """Looks from now on, in a thread of its own. state: before the model was found that is served now."""
-        if self._seconds > 0:
-            self._state = state
-            threading.Thread(target=self._run, name="watch", daemon=True).start()
-
-    def _run(self) -> None:
-        while True:
-            threading.Event().wait(self._seconds)
-            self.look()
+        if seconds > 0:
+            threading.Thread(target=look, name="watch", daemon=True).start()
 
     def look(self) -> None:
-        """Looks once."""
+        """Looks once whether another model lies at the address, and if so takes it up.
+
+        One that can't be loaded is not tried again until the address's state changes.
+        """
         try:
             state = self._finder.state()
-            error = None if state == self._state else self._reloads.ask().exception()
+            error = None if state == self._state else self.ask().exception()
         except Exception as problem:  # whatever it is, the next look may succeed, and nobody else would look
             error = NotFoundError(sentence_of(problem))
         if not isinstance(error, NotFoundError):

@@ -1,4 +1,4 @@
-"""How to serve: what is common to a server of one process and of several, without anything heavy."""
+"""How to serve, and how a call is refused: what is common to a server of one process and of several."""
 
 from __future__ import annotations
 
@@ -6,41 +6,99 @@ import logging
 import os
 import socket
 import sys
-import weakref
-from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import NoReturn
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.live.request_log import LogOptions
-from mmoe_rec.server.limits import Limits
+from mmoe_rec.settings.sections import Serving
+
+MOST_CHARACTERS = 400
+MEBIBYTE = 2**20
+MOST_HEADER_BYTES = 64 * 2**10
+BACKLOG = 1_024
+OF_MODELS = ("max_candidates", "stale_after_days", "products")
+"""Settings of section `serving` that each model has for itself, as another one may take its place."""
+INVALID, INTERNAL = "INVALID_PARAMETER_VALUE", "INTERNAL_ERROR"  # as MLflow's server says
 
 
 @dataclass(frozen=True)
 class Options:
     """How to serve.
 
-    grace: seconds from SIGTERM to the end; token: which callers have to show, None lets all in; journal: address
-    of the journal of events, None takes none; log: how requests are logged, None does not log them.
+    limits: of calls; instead: of the settings that stay with each model (`OF_MODELS`), those that go for every model
+    that is served instead of its own; grace: seconds from SIGTERM to the end; token: which callers have to show, None
+    lets all in; journal: address of the journal of events, None takes none; log: how requests are logged, None does not
+    log them.
     """
 
-    limits: Limits
+    limits: Serving = field(default_factory=Serving)
+    instead: Mapping[str, Any] = field(default_factory=dict)
     grace: float = 10.0
     token: str | None = None
     journal: str | None = None
     log: LogOptions | None = None
 
 
-BACKLOG = 1_024
-TOKEN_VARIABLE = "MMOE_REC_TOKEN"
+@dataclass(eq=False)
+class Refused(Exception):  # noqa: N818 - an answer, as HTTP has it
+    """A call that gets no rankings: an HTTP status and one sentence for the caller.
+
+    reason: one of few words, for the metrics; retry_after: seconds after which the same call may succeed.
+    """
+
+    status: int
+    sentence: str
+    reason: str
+    error_code: str = INVALID
+    retry_after: int | None = None
+
+    def body(self) -> dict[str, str]:
+        """The reply, in MLflow's form."""
+        return {"error_code": self.error_code, "message": shortened(self.sentence)}
+
+
+class Places:
+    """So many calls of a page are let in at a time as a worker takes (`max_waiting`); each page has its own."""
+
+    def __init__(self, limits: Serving, calls: str, show: Callable[[int], object] = lambda taken: None) -> None:
+        """calls: what they are, for people; show: is told whenever another number of places is taken."""
+        self._limits, self._calls, self._show = limits, calls, show
+        self.taken = 0
+
+    @contextmanager
+    def take(self) -> Iterator[None]:
+        """A place for a call, from its headers on: its body takes memory long before it is answered. Raises Refused."""
+        if self.taken >= self._limits.max_waiting:
+            sentence = f"{self.taken} {self._calls} are under way, as many as this server takes at a time"
+            hint = "(setting `serving.max_waiting`); come again"
+            raise Refused(503, f"{sentence} {hint}", "busy", "RESOURCE_EXHAUSTED", 1)
+        self.taken += 1
+        self._show(self.taken)
+        try:
+            yield
+        finally:
+            self.taken -= 1
+            self._show(self.taken)
+
+
+def large_headers() -> Refused:
+    """The refusal of a request with too many headers, or too long ones."""
+    sentence = f"the request's headers have more than {MOST_HEADER_BYTES // 2**10} KiB"
+    return Refused(431, sentence, "too_large", "REQUEST_TOO_LARGE")
+
+
+def shortened(sentence: str) -> str:
+    """A sentence of bounded length: it may quote a value or name of the caller's, which can be as long as the body."""
+    return sentence if len(sentence) <= MOST_CHARACTERS else f"{sentence[: MOST_CHARACTERS - 3]}..."
 
 
 def listening_socket(host: str, port: int) -> socket.socket:
     """A socket bound to an address, on which nobody listens yet. port: 0 takes a free one.
 
-    Raises UserError for an address that is taken, on Linux also by a server that is still loading its model, or that is
-    not this machine's.
+    Raises UserError for an address that a server listens at, or that is not this machine's.
     """
     try:
         family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
@@ -48,22 +106,9 @@ def listening_socket(host: str, port: int) -> socket.socket:
         if sys.platform != "win32":
             bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(address)
-        if sys.platform == "linux":
-            _reserve(bound)
     except OSError as error:
         raise _taken(f"{host}:{port}", error) from None
     return bound
-
-
-def _reserve(bound: socket.socket) -> None:
-    """Raises OSError where another server has bound a socket to the same address, which it does not listen on yet.
-
-    SO_REUSEADDR, which a server needs that starts soon after another one has ended, lets both bind. So each also binds
-    a Unix socket to a name without a file, of which there is one for a network namespace, as long as its own exists.
-    """
-    reserved = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-    weakref.finalize(bound, reserved.close)
-    reserved.bind(f"\0mmoe-rec {address_of(bound)}")
 
 
 def listen(bound: socket.socket) -> None:
@@ -98,22 +143,3 @@ def end_process(code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
-
-
-def read_token(file: str | None, environment: Mapping[str, str] = os.environ) -> str | None:
-    """The token in a file, else in the environment; None where there is neither.
-
-    It is no argument of the command, as any user of the machine can list those. Raises UserError for a file that can't
-    be read, and for an empty token.
-    """
-    if file is None:
-        token, where = environment.get(TOKEN_VARIABLE), TOKEN_VARIABLE
-    else:
-        where = f"'{file}'"
-        try:
-            token = Path(file).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"the token file '{file}' can't be read: {error}") from None
-    if token is not None and not token.strip():
-        raise UserError(f"the token in {where} is empty; give one, or leave it out to let everybody in")
-    return None if token is None else token.strip()

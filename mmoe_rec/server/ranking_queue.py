@@ -6,19 +6,25 @@ answer to what they sent and never another one's error.
 
 Work on events lets passes end first (`Passes`). Done beside a pass, it makes the requests in it wait longer: in one
 process it shares the interpreter's lock with it, and in another one the machine's caches and memory.
+
+A worker's model learns what comes into the journal, whichever worker has accepted it. A thread of its own (`Following`)
+reads the journal and prepares what the model is to know next; the model takes it between two passes, so that a pass
+sees one state of all counters, histories and latest values.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import queue
+import os
+import sys
 import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from time import monotonic, perf_counter
@@ -26,15 +32,17 @@ from typing import TYPE_CHECKING
 
 from starlette.requests import ClientDisconnect
 
-from mmoe_rec.errors import RequestError
+from mmoe_rec.errors import RequestError, UserError
 from mmoe_rec.inference.ranking import Ranking
-from mmoe_rec.inference.request import Request
-from mmoe_rec.server.limits import INTERNAL, Limits, Refused
+from mmoe_rec.inference.reader import Request
+from mmoe_rec.live.journal import parse_position
 from mmoe_rec.server.metrics import Metrics
-from mmoe_rec.server.models import Models
+from mmoe_rec.server.models import Models, sentence_of
+from mmoe_rec.server.options import INTERNAL, Refused
 
 if TYPE_CHECKING:
     from mmoe_rec.inference.ranker import Ranker
+    from mmoe_rec.live.learning import Learning
 
 Answers = list[Ranking | RequestError]
 JOINT_CANDIDATES = 4_096
@@ -45,13 +53,20 @@ LONGEST_WAIT_SECONDS = 0.03
 _LOOK_SECONDS = 0.003
 """Between looks at whether passes have ended; a pass takes several times as long."""
 
+PAUSE_SECONDS = 0.05
+"""Between looks at a journal in which other processes write; what this process has accepted is looked for at once."""
+_REST_SECONDS = 0.3
+"""After it has prepared something, the thread leaves the processor to requests, unless a caller waits: a step costs
+nearly the same for few rows as for many."""
+_PAUSE_AFTER_FAILURE_SECONDS = 5.0
+_NICER = 10
+_SECONDS_BETWEEN_LOOKS = 0.001  # of a caller who waits for a position
+
 _log = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
 class _Queued:
-    """A call in the queue."""
-
     requests: Sequence[Request | RequestError]
     candidates: int
     answers: asyncio.Future[Answers]
@@ -66,14 +81,12 @@ class _Queued:
 class RankingQueue:
     """Ranks calls with the current model. Used from one event loop alone. passes: are told when one is under way."""
 
-    def __init__(self, models: Models, limits: Limits, metrics: Metrics, passes: Passes) -> None:
-        self._models, self._limits, self._metrics, self._passes = models, limits, metrics, passes
+    def __init__(self, models: Models, metrics: Metrics, passes: Passes) -> None:
+        self._models, self._limits, self._metrics, self._passes = models, models.options.limits, metrics, passes
         self._queue: deque[_Queued] = deque()
-        self._tasks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._busy_since: float | None = None
-        # A daemon: a pass that hangs must not keep the process from ending. It ends once nobody holds the queue.
-        threading.Thread(target=_work, args=(self._tasks,), name="ranking", daemon=True).start()
-        weakref.finalize(self, self._tasks.put, None)
+        self.thread = ThreadPoolExecutor(1, "ranking", initializer=_take_one_thread)
+        """Of passes, and of what is to be done between them."""
 
     @property
     def is_stuck(self) -> bool:
@@ -85,21 +98,6 @@ class RankingQueue:
     def is_busy(self) -> bool:
         """Whether a pass is under way."""
         return self._busy_since is not None
-
-    def between_passes(self, function: Callable[[], None]) -> Future[None]:
-        """Has the thread of the passes call a function once none is under way; from any thread."""
-        done: Future[None] = Future()
-
-        def work() -> None:
-            try:
-                function()
-            except BaseException as error:  # whoever waits is told, and the thread goes on
-                done.set_exception(error)
-            else:
-                done.set_result(None)
-
-        self._tasks.put(work)
-        return done
 
     async def queue(
         self, requests: Sequence[Request | RequestError], candidates: int, gone: asyncio.Future[None]
@@ -143,7 +141,6 @@ class RankingQueue:
         if not calls:
             return
         served = self._models.current
-        assert served is not None, "a call was let in before there was a model"
         self._busy_since = monotonic()
         self._passes.begin()
         self._metrics.passes.observe(len(calls))
@@ -155,11 +152,12 @@ class RankingQueue:
             position = None if learning is None else str(learning.position)  # events are taken between passes alone
             with self._metrics.timed("score"):
                 answers = rank_together(ranker, [call.requests for call in calls])
-            if position is not None:
+            if position is not None:  # for the log of requests
                 answers = [each if isinstance(each, Refused) else _at(position, each) for each in answers]
-            loop.call_soon_threadsafe(self._end_pass, calls, answers)
+            with suppress(RuntimeError):  # the event loop has ended, and nobody waits
+                loop.call_soon_threadsafe(self._end_pass, calls, answers)
 
-        self._tasks.put(work)
+        self.thread.submit(work)
 
     def _end_pass(self, calls: Sequence[_Queued], answers: Sequence[Answers | Refused]) -> None:
         self._busy_since = None
@@ -178,22 +176,13 @@ class RankingQueue:
             self._passes.end()
 
 
-def _work(tasks: queue.SimpleQueue[Callable[[], None] | None]) -> None:
-    """What the thread does, until there is no task but None."""
+def _take_one_thread() -> None:
     import torch
 
-    # In this thread, as OpenMP counts for each thread. Why one: see `mmoe_rec.inference.mlflow_model`.
-    torch.set_num_threads(1)
-    while (task := tasks.get()) is not None:
-        try:
-            task()
-        except RuntimeError:  # the event loop has ended, and nobody waits
-            _log.debug("a pass ended after the server", exc_info=True)
-        del task  # by which the last pass would hold its model until the next one
+    torch.set_num_threads(1)  # of each thread that calls it. Why one: see `mmoe_rec.inference.mlflow_model`
 
 
 def _at(position: str, answers: Answers) -> Answers:
-    """Answers that say, for the log of requests, up to where of the journal the model knew events."""
     return [
         replace(each, journal_position=position) if isinstance(each, Ranking) and each.seen is not None else each
         for each in answers
@@ -236,3 +225,128 @@ class Passes:
         until = time.monotonic() + LONGEST_WAIT_SECONDS
         while any(self._marks) and time.monotonic() < until:
             time.sleep(_LOOK_SECONDS)
+
+
+class Following:
+    """Keeps the current model at the journal's end, in a thread of its own, until nobody holds it any more.
+
+    failure: why it has not been able to since, None if it has.
+    """
+
+    def __init__(self, models: Models, queue: RankingQueue, passes: Passes, metrics: Metrics) -> None:
+        self._models, self._queue, self._passes = models, queue, passes
+        self._limits, self._metrics = models.options.limits, metrics
+        self.failure: str | None = None
+        self._look, self._asked = threading.Event(), threading.Event()
+        self._callers = 0  # who wait for a position
+        arguments = weakref.ref(self), self._asked, self._look
+        threading.Thread(target=_follow, args=arguments, name="following", daemon=True).start()
+
+    def look_at_once(self) -> None:
+        """Ends a pause, as this process has appended something."""
+        self._look.set()
+
+    @property
+    def gap(self) -> str | None:
+        """Why the current model does not know all of the journal, as a sentence; None where it does."""
+        return "; ".join(filter(None, [self.failure, self._learning.gap])) or None
+
+    @property
+    def position(self) -> str:
+        """Up to where the current model knows the journal, as text."""
+        return str(self._learning.position)
+
+    @property
+    def _learning(self) -> Learning:
+        learning = self._models.current.learning
+        assert learning is not None, "there is a journal"
+        return learning
+
+    async def reach(self, text: str) -> None:
+        """Ends once the current model knows all up to a position, as text.
+
+        Raises Refused for a text that is no position, or lies beyond the journal's end, and after too long a time.
+        """
+        until, learning = time.monotonic() + self._limits.answer_seconds, self._learning
+        try:
+            position = parse_position(text)
+            if position > learning.position:
+                await asyncio.get_running_loop().run_in_executor(None, learning.journal.check, position)
+        except RequestError as error:
+            raise Refused(400, f"the query parameter 'after': {error}", "body") from None
+        except UserError as error:
+            _log.error("position %s can't be looked up: %s", text, error)
+            sentence = f"position {text} can't be looked up in the journal; the log says why"
+            raise Refused(503, sentence, "disk", INTERNAL, 5) from None
+        await self._reach(position, until)
+
+    async def reach_end(self) -> None:
+        """Ends once the current model knows all that the journal holds now. Raises Refused after too long a time."""
+        until = time.monotonic() + self._limits.answer_seconds
+        await self._reach(await asyncio.get_running_loop().run_in_executor(None, self._learning.journal.end), until)
+
+    async def _reach(self, position: int, until: float) -> None:
+        self._callers += 1
+        self._asked.set()  # a caller waits, and so the thread does not rest
+        self._look.set()
+        try:
+            while self._learning.position < position:
+                if time.monotonic() > until:
+                    why = self.failure or "setting `serving.answer_seconds`"
+                    sentence = f"the model has not learnt all events up to {position} in time ({why}); come again"
+                    raise Refused(503, sentence, "behind", "TEMPORARILY_UNAVAILABLE", 1)
+                await asyncio.sleep(_SECONDS_BETWEEN_LOOKS)
+        finally:
+            self._callers -= 1
+
+    def look(self) -> float:
+        """Learns what is new; gives the seconds to rest."""
+        try:
+            rest = _REST_SECONDS if self._step() and not self._callers else 0.0
+            if self.failure is not None:
+                _log.info("events are learnt again")
+            self.failure = None
+        except Exception as error:  # whatever it is, the model goes on with what it knows, and says so
+            if (failure := sentence_of(error)) != self.failure:
+                is_bug = not isinstance(error, UserError)
+                _log.error("the model learns no further events: %s", failure, exc_info=is_bug)
+            self.failure, rest = failure, _PAUSE_AFTER_FAILURE_SECONDS
+        self._metrics.live_rows.set(self._learning.ranker.live_rows)  # also of one that has learnt before it served
+        return rest
+
+    def _step(self) -> bool:
+        if not self._callers:  # a caller would wait, too
+            self._passes.wait()
+        learning = self._learning
+        if (learnt := learning.read()) is None:
+            return False
+        self._queue.thread.submit(learning.take, learnt).result()
+        now = time.time_ns() // 1_000
+        for accepted in learnt.accepted_at:
+            self._metrics.visible.observe(max(now - accepted, 0) / 1e6)
+        for outcome, rows in learnt.counts.items():
+            self._metrics.learnt.labels(outcome).inc(rows)
+        return True
+
+
+def _follow(following: weakref.ref[Following], asked: threading.Event, look: threading.Event) -> None:
+    """What the thread does: it holds what it follows for only while it works. asked, look: end its pauses."""
+    step_back()
+    while (it := following()) is not None:
+        rest = it.look()
+        del it
+        asked.wait(rest)
+        asked.clear()
+        look.wait(PAUSE_SECONDS)
+        look.clear()
+
+
+def step_back() -> None:
+    """The calling thread gets less of a processor than those that answer requests, while more want one than there are.
+
+    On Linux alone, where threads have priorities of their own.
+    """
+    if sys.platform == "linux":
+        thread = threading.get_native_id()
+        with suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, thread, min(os.getpriority(os.PRIO_PROCESS, thread) + _NICER, 19))

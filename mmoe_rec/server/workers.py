@@ -10,8 +10,8 @@ that tries.
 Messages, each a tuple that goes through a pipe:
 
     parent -> generation -> its workers    accept, is_another; retire; stop; failed, sentence;
-                                           reloaded, token, sentence or None, about the model
-    worker -> generation -> parent         reload, token
+                                           reloaded, process id of a worker, sentence or None, about the model
+    worker -> generation -> parent         reload, its process id
     worker -> generation                   ready; retired
     generation -> parent                   failed, error; or ready, about the model; retired (as all of its workers)
 """
@@ -34,15 +34,17 @@ import time
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import count
 from mmap import mmap
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from prometheus_client.multiprocess import mark_process_dead
+
 from mmoe_rec.errors import UserError
-from mmoe_rec.server.metrics import FOLDER_VARIABLE, Metrics, forget_process
-from mmoe_rec.server.models import Finder, Models, Reloads, Source, Watch, sentence_of
+from mmoe_rec.inference.artifact import Source
+from mmoe_rec.server.metrics import FOLDER_VARIABLE, Metrics
+from mmoe_rec.server.models import Finder, Models, Reloads, sentence_of
 from mmoe_rec.server.options import Options, address_of, end_process, listen, log_to_stderr
 from mmoe_rec.server.ranking_queue import Passes
 
@@ -94,13 +96,12 @@ class _Parent:
     """Keeps one generation that serves; those before end by themselves. Its main thread waits for a signal."""
 
     def __init__(self, finder: Finder, sockets: Sockets, options: Options, poll: float, workers: int) -> None:
-        self.sockets, self.options, self.workers = sockets, options, workers
+        self.sockets, self.options, self.workers, self._poll = sockets, options, workers, poll
         self.current: _Child | None = None
-        self.reloads = Reloads(finder, self._take_up)
-        self._watch = Watch(finder, self.reloads, poll)
+        self.reloads = Reloads(finder, self._exchange)
         self._ends: queue.SimpleQueue[UserError | None] = queue.SimpleQueue()  # why it ends; None for a signal
         self._is_ending = False
-        self._taking_up = threading.Lock()
+        self._exchanging = threading.RLock()
         self._children: list[_Child] = []
 
     def run(self, source: Source, state: str) -> int:
@@ -129,40 +130,37 @@ class _Parent:
 
     def _start(self, source: Source, state: str) -> None:
         try:
-            self._take_up(source)
+            self._exchange(source)
         except UserError as error:
             self._ends.put(error)
         else:
             _log.info("serving %s at %s/invocations", source.address, address_of(self.sockets.bound))
-            self._watch.start(state)
-
-    def _take_up(self, source: Source) -> None:
-        with self._taking_up:
-            self._exchange(source)
+            self.reloads.watch(state, self._poll)
 
     def _exchange(self, source: Source) -> None:
         """Serves a model by another generation. Raises UserError for one that can't be loaded."""
-        before, child = self.current, _Child(self, source)
-        self._children = [*(each for each in self._children if not each.has_ended.is_set()), child]
-        child.has_started.wait()
-        if child.error is not None:
-            if before is not None:
-                before.send("failed", str(child.error))
-            raise child.error
-        self.current = child
-        if before is None:
-            listen(self.sockets.bound)
-        else:
-            _log.info("serving %s", source.address)
-            before.send("retire")
-            before.has_retired.wait(self.options.grace)
-        child.send("accept", before is not None)
+        with self._exchanging:
+            before, child = self.current, _Child(self, source)
+            self._children = [*(each for each in self._children if not each.has_ended.is_set()), child]
+            child.has_started.wait()
+            if child.error is not None:
+                if before is not None:
+                    before.send("failed", str(child.error))
+                raise child.error
+            self.current = child
+            if before is None:
+                listen(self.sockets.bound)
+            else:
+                _log.info("serving %s", source.address)
+                before.send("retire")
+                before.has_retired.wait(self.options.grace)
+            child.send("accept", before is not None)
 
     def replace(self, ended: _Child) -> None:
         """Serves the same model again, unless the generation that has ended has another one in its place already."""
         failures = 0
         while not self._is_ending:
-            with self._taking_up:
+            with self._exchanging:
                 if self.current is not ended:
                     return
                 how = _ending_of(ended.process)
@@ -223,13 +221,13 @@ class _Child:
             each.set()
         self._parent.replace(self)
 
-    def _reload(self, token: Any) -> None:
+    def _reload(self, worker: int) -> None:
         """Looks for a model, and tells the worker that wants it what came of it."""
 
         def tell(done: Future[None]) -> None:
             error, current = done.exception(), self._parent.current
             assert current is not None
-            self.send("reloaded", token, None if error is None else sentence_of(error), current.about)
+            self.send("reloaded", worker, None if error is None else sentence_of(error), current.about)
 
         self._parent.reloads.ask().add_done_callback(tell)
 
@@ -253,18 +251,17 @@ def _run_generation(source: Source, sockets: Sockets, options: Options, workers:
     from mmoe_rec.server import app, running  # noqa: F401 - workers need them, and share them like the model
 
     torch.set_num_threads(1)  # a worker ranks with one, and OpenMP's threads would not be there after a fork
-    models = Models(options.limits, options.journal, options.log is not None)
     try:
-        learning = models.load(source).learning
+        models = Models(options, source)
     except UserError as error:
         with suppress(OSError):
             parent.send(("failed", error))
         end_process(1)
-    if learning is not None:
-        learning.journal.close()
+    if models.current.learning is not None:
+        models.current.learning.journal.close()
     gc.collect()
     gc.freeze()  # collecting garbage in a worker would write to the pages of all this, and so copy them
-    end_process(_Generation(models, sockets, options, workers, parent).run())
+    end_process(_Generation(models, sockets, workers, parent).run())
 
 
 @dataclass(eq=False)
@@ -279,8 +276,8 @@ class _Worker:
 class _Generation:
     """Keeps workers until the parent says otherwise, or has ended."""
 
-    def __init__(self, models: Models, sockets: Sockets, options: Options, workers: int, parent: Connection) -> None:
-        self._models, self._sockets, self._options, self._parent = models, sockets, options, parent
+    def __init__(self, models: Models, sockets: Sockets, workers: int, parent: Connection) -> None:
+        self._models, self._sockets, self._parent = models, sockets, parent
         self._workers: list[_Worker] = []
         self._marks = memoryview(mmap(-1, workers))  # forks share it
         self._free = list(range(workers))
@@ -313,8 +310,9 @@ class _Generation:
     def _fork(self) -> None:
         ours, theirs = multiprocessing.Pipe()
         number = self._free.pop()
-        passes, not_its_own = Passes(self._marks, number), [self._parent, ours, *(each.pipe for each in self._workers)]
-        arguments = (self._models, self._sockets, self._options, passes, theirs, not_its_own, self._accepts)
+        not_its_own = [self._parent, ours, *(each.pipe for each in self._workers)]
+        passes = Passes(self._marks, number)
+        arguments = (self._models, self._sockets, passes, theirs, not_its_own, self._accepts)
         process = multiprocessing.get_context("fork").Process(target=_run_worker, args=arguments)
         process.start()
         theirs.close()
@@ -335,7 +333,7 @@ class _Generation:
         elif message[0] == "retire":
             self._is_retiring = True
         elif message[0] == "stop":
-            self._end = time.monotonic() + _SHARE_OF_WORKERS * self._options.grace
+            self._end = time.monotonic() + _SHARE_OF_WORKERS * self._models.options.grace
         if message[0] in ("stop", "retire") and not self._is_ending:
             self._is_ending = True
             self._sockets.close()
@@ -353,7 +351,6 @@ class _Generation:
             worker.is_ready = True
             if not self._was_ready and all(each.is_ready for each in self._workers):
                 self._was_ready = True
-                assert self._models.current is not None
                 self._tell("ready", self._models.current.about())
         elif message == ("retired",):
             worker.is_retired = True
@@ -366,7 +363,7 @@ class _Generation:
         self._workers.remove(worker)
         self._marks[worker.number] = 0  # it may have ended in a pass
         self._free.append(worker.number)
-        forget_process(worker.process.pid)
+        mark_process_dead(worker.process.pid)  # what it had under way; what it has counted stays
         how = _ending_of(worker.process)
         if self._is_ending:
             self._code = max(self._code, int(worker.is_ready and worker.process.exitcode != 0))
@@ -384,13 +381,7 @@ class _Generation:
 
 
 def _run_worker(
-    models: Models,
-    sockets: Sockets,
-    options: Options,
-    passes: Passes,
-    pipe: Connection,
-    not_its_own: list[Connection],
-    accepts: bool,
+    models: Models, sockets: Sockets, passes: Passes, pipe: Connection, not_its_own: list[Connection], accepts: bool
 ) -> None:
     """Serves the model that was loaded before the fork, until it is to stop or retire, or its parent ends.
 
@@ -402,19 +393,21 @@ def _run_worker(
     from mmoe_rec.server.app import Application
     from mmoe_rec.server.running import Server
 
-    served = models.current
-    assert served is not None
-    talk = _Talk(pipe, models, Metrics())
+    served, metrics = models.current, Metrics()
+    talk = _Talk(pipe, models, metrics)
     try:
         if served.learning is not None:
             served.learning.catch_up()
-        talk.metrics.show_model(served.about())
-        app = Application(models, options.limits, talk.metrics, talk.reload, options.token, options.log, passes)
-        server = Server(app, options, sockets.give, sockets.take)
+        metrics.show_model(served.about())
+        server = Server(Application(models, metrics, talk.reload, passes), sockets.give, sockets.take)
         talk.send("ready")
         if not accepts:
-            talk.wait_to_accept()
-        server.serve_on(sockets.bound, lambda: talk.follow(server))
+            what, *is_another = talk.receive()
+            if what != "accept":
+                end_process(0)
+            if any(is_another):
+                metrics.reloads.labels("done").inc()
+        server.serve_on(sockets.bound, lambda: asyncio.get_running_loop().add_reader(pipe.fileno(), talk.obey, server))
     except UserError as error:
         _log.error("a worker can't serve: %s", error)
         end_process(1)
@@ -425,56 +418,43 @@ class _Talk:
     """A worker's end of the pipe; used in its main thread alone."""
 
     def __init__(self, pipe: Connection, models: Models, metrics: Metrics) -> None:
-        self.metrics, self._pipe, self._models = metrics, pipe, models
-        self._numbers = count()
-        self._waiting: dict[Any, asyncio.Future[tuple[str | None, dict[str, str | None]]]] = {}
+        self._pipe, self._models, self._metrics = pipe, models, metrics
+        self._reloads: list[asyncio.Future[Any]] = []  # replies come in this order
 
     def send(self, *message: Any) -> None:
         """Says something, unless the parent has ended."""
         with suppress(OSError):
             self._pipe.send(message)
 
-    def wait_to_accept(self) -> None:
-        """Waits until connections may be accepted; ends the process where that is not to come."""
-        what, *rest = self._receive()
-        if what != "accept":
-            end_process(0)
-        if rest[0]:
-            self.metrics.reloads.labels("done").inc()
-
-    def follow(self, server: Server) -> None:
-        """Does what it is told, from now on, in the event loop."""
-        asyncio.get_running_loop().add_reader(self._pipe.fileno(), self._obey, server)
-
-    async def reload(self) -> dict[str, str | None]:
-        """Asks for the model that the address names now; once it is served, gives what it is. Raises UserError."""
-        token = os.getpid(), next(self._numbers)
-        done = self._waiting[token] = asyncio.get_running_loop().create_future()
-        self.send("reload", token)
-        failure, about = await done
-        if failure is not None:
-            raise UserError(failure)
-        return about
-
-    def _receive(self) -> Any:
+    def receive(self) -> Any:
         try:
             return self._pipe.recv()
         except (EOFError, OSError):
             _log.warning("the process that holds the model has ended, and so does this worker")
             return ("end",)
 
-    def _obey(self, server: Server) -> None:
-        what, *rest = self._receive()
+    async def reload(self) -> dict[str, str | None]:
+        """Asks for the model that the address names now; once it is served, gives what it is. Raises UserError."""
+        done = asyncio.get_running_loop().create_future()
+        self._reloads.append(done)
+        self.send("reload", os.getpid())
+        failure, about = await done
+        if failure is not None:
+            raise UserError(failure)
+        return about
+
+    def obey(self, server: Server) -> None:
+        """Does what a message says; in the event loop."""
+        what, *rest = self.receive()
         if what == "failed":
             (self._models.failure,) = rest
-            self.metrics.reloads.labels("failed").inc()
+            self._metrics.reloads.labels("failed").inc()
         elif what == "retire":
             server.retire(lambda: self.send("retired"))
         elif what == "reloaded":
-            token, *result = rest
-            done = self._waiting.pop(token, None)  # another worker's
-            if done is not None and not done.done():
-                done.set_result((result[0], result[1]))
+            process, *result = rest
+            if process == os.getpid() and not (done := self._reloads.pop(0)).done():
+                done.set_result(result)
         else:
             server.stop()
             if what == "end":

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import re
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
+from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from mmoe_rec.atomic import checksum
 from mmoe_rec.errors import StoppedError, UserError
+from mmoe_rec.inference.artifact import EXAMPLE, Source, read_artifact
 from mmoe_rec.progress import say
 from mmoe_rec.tracking.client import (
     FOR_MODELS,
@@ -52,25 +56,32 @@ def find_folder(address: str | Path, uri: str | None) -> Path:
     return fetch_model(str(address), uri or own or Tracking().address)
 
 
-@dataclass(frozen=True)
-class FoundModel:
-    """The artifact folder of a model, and the run that made it, where that is known and was not deleted.
+# The packages whose installed versions the served model asks for; scoring needs neither torchrec nor fbgemm. tzdata is
+# for images and systems without time zones of their own.
+SERVED_PACKAGES = ("mlflow", "numpy", "pandas", "pyarrow", "pydantic", "safetensors", "torch", "tzdata")
+# The parts of this package that scoring imports.
+SERVED_CODE = (
+    "__init__.py",
+    "errors.py",
+    "settings",
+    "atomic.py",
+    "devices.py",
+    "log",
+    "point_in_time",
+    "features",
+    "batches",
+    "model",
+    "inference",
+)
 
-    address: permanent, unlike one with an alias.
-    """
 
-    address: str
-    folder: Path
-    run_id: str | None
-
-
-def find_model(address: str, uri: str) -> FoundModel:
+def find_model(address: str, uri: str) -> Source:
     """The model at an address: an artifact folder's path, or an address that MLflow accepts (see `fetch_model`).
 
     What moves, such as an alias, is looked up once. Raises UserError for an address without a model.
     """
     pinned = pin_address(address, uri)
-    return FoundModel(pinned, fetch_model(pinned, uri), find_run(pinned, uri))
+    return Source(fetch_model(pinned, uri), pinned, find_run(pinned, uri))
 
 
 def fetch_model(address: str, uri: str) -> Path:
@@ -309,7 +320,6 @@ def register_model(
     import torch
     from mlflow.models import set_signature
 
-    from mmoe_rec.inference import mlflow_package
     from mmoe_rec.inference.ranker import Ranker
 
     # MLflow runs the example too, but registers even a model that fails it.
@@ -325,16 +335,63 @@ def register_model(
         _no_bytecode(),
         tempfile.TemporaryDirectory() as scratch,
     ):
-        arguments = mlflow_package.arguments(artifact_folder, Path(scratch))
+        arguments = describe_model(artifact_folder, Path(scratch))
         logged = mlflow.pyfunc.log_model(name="ranking_model", **arguments)
         torch.set_num_threads(threads)  # the served model, which MLflow has just tried out, sets it for its server
-        set_signature(logged.model_uri, mlflow_package.with_params(logged.signature, artifact_folder))
+        set_signature(logged.model_uri, _with_params(logged.signature, artifact_folder))
         registered = mlflow.register_model(
             logged.model_uri, name, tags={**(tags or {}), _FILES_TAG: _sum_files(artifact_folder)}
         )
         if alias is not None:
             mlflow.MlflowClient().set_registered_model_alias(name, alias, registered.version)
     return str(registered.version)
+
+
+def describe_model(artifact_folder: Path, scratch: Path) -> dict[str, Any]:
+    """Arguments of `mlflow.pyfunc.log_model`. scratch: an empty folder that lives until the model is logged."""
+    package = Path(__file__).parents[1]
+
+    def leave_out(folder: str, names: list[str]) -> set[str]:
+        return {*names} - {*SERVED_CODE} if Path(folder) == package else {"__pycache__"}
+
+    code = shutil.copytree(package, scratch / "mmoe_rec", ignore=leave_out)
+    example = json.loads((artifact_folder / EXAMPLE).read_text(encoding="utf-8"))
+    return {
+        "python_model": str(code / "inference" / "mlflow_model.py"),
+        "artifacts": {"model": str(artifact_folder)},
+        "code_paths": [str(code)],
+        "pip_requirements": [f"{package}=={metadata.version(package).split('+')[0]}" for package in SERVED_PACKAGES],
+        "input_example": ([example], {"task_weights": {"engagement": 1.0, "satisfaction": 1.0}, "top_k": 5}),
+        # MLflow takes a uv.lock and pyproject.toml of the working folder for the model's, and then builds that project
+        # instead of installing the requirements. It is told to look for them where none are.
+        "uv_project_path": str(scratch),
+    }
+
+
+def _with_params(signature: Any, artifact_folder: Path) -> Any:
+    """The signature with the optional parameters of `mmoe_rec.inference.reader.OPTIONS`.
+
+    MLflow derives parameters from the example: its values become everyone's defaults, and every weight in it required.
+    """
+    from mlflow.models import ModelSignature
+    from mlflow.types.schema import AnyType, DataType, Object, ParamSchema, ParamSpec, Property
+
+    tasks = read_artifact(artifact_folder, verify=False).tasks
+    names = dict.fromkeys([*(task.name for task in tasks), *(task.objective for task in tasks)])
+    # The model checks the weights itself: its errors are one sentence, MLflow's repeat the schema.
+    weights = Object([Property(name, AnyType(), required=False) for name in names])
+    params = ParamSchema(
+        [
+            ParamSpec("task_weights", weights, {}),
+            ParamSpec("top_k", DataType.long, None),
+            ParamSpec("gate_top_k", DataType.long, None),
+            ParamSpec("mask_experts", DataType.long, [], shape=(-1,)),
+            ParamSpec("explain", DataType.boolean, None),
+        ]
+    )
+    changed = ModelSignature(signature.inputs, signature.outputs, params)
+    changed._is_signature_from_type_hint = True  # else the server would parse requests as data frames
+    return changed
 
 
 def find_registered(run: Run, artifact_folder: Path, name: str) -> str | None:

@@ -76,10 +76,10 @@ def measure(folder: Path) -> dict[str, int]:
     from mmoe_rec.batches.batch import make_batch
     from mmoe_rec.batches.encoded_rows import EncodedRows
     from mmoe_rec.batches.reader import TrainingReader
-    from mmoe_rec.inference.example import EXAMPLE
+    from mmoe_rec.inference.artifact import EXAMPLE, Source
     from mmoe_rec.server.app import Application
-    from mmoe_rec.server.limits import Limits
-    from mmoe_rec.server.models import Models, Source
+    from mmoe_rec.server.models import Models
+    from mmoe_rec.server.options import Options
     from mmoe_rec.settings.load import load_settings
     from pipelines import make_synthetic_log
     from tests.server.asking import ask
@@ -101,12 +101,11 @@ def measure(folder: Path) -> dict[str, int]:
         trained = mmoe_rec.train(settings)
     with travelling() as evaluation:
         mmoe_rec.evaluate(settings, trained.address, folder / "evaluation")
-    models = Models(Limits())
-    models.load(Source(Path(trained.artifact), trained.address, None))
+    models = Models(Options(), Source(Path(trained.artifact), trained.address, None))
     body = {"inputs": [json.loads((Path(trained.artifact) / EXAMPLE).read_bytes())]}
-    assert ask(Application(models, Limits()), body).status == 200
+    assert ask(Application(models), body).status == 200
     with travelling() as request:  # a new application, as threads that run already are not seen
-        assert ask(Application(models, Limits()), body).status == 200
+        assert ask(Application(models), body).status == 200
     trips = {"counter": counter, "train": training, "evaluate": evaluation, "invocations": request}
     return {name: len(trip.files) for name, trip in trips.items()} | {"calls_before_the_loop": len(training.calls)}
 

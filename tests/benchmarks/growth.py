@@ -16,7 +16,7 @@ import torch
 
 from mmoe_rec.features.kinds.history import HistoryMemory
 from mmoe_rec.inference.ranker import Ranker
-from mmoe_rec.inference.request import Request
+from mmoe_rec.inference.reader import Request
 from tests.benchmarks.serving_models import Bodies
 
 TURNS = 200

@@ -126,7 +126,7 @@ def learnt_ms(model: Path, time_column: str, events: pa.Table) -> float:
     the time of the last event."""
     from mmoe_rec.devices import limit_threads
     from mmoe_rec.inference.ranker import Ranker
-    from mmoe_rec.inference.request import read_requests
+    from mmoe_rec.inference.reader import read_requests
     from mmoe_rec.log.rows import LogRows
 
     rankers = plain, learnt = Ranker.load(model), Ranker.load(model)

@@ -9,7 +9,7 @@ import mlflow
 from mlflow.pyfunc import PythonModel, PythonModelContext
 
 from mmoe_rec.inference.mlflow_model import RankingRequest, Reply
-from mmoe_rec.inference.request import read_requests
+from mmoe_rec.inference.reader import read_requests
 from tests.benchmarks.noop_ranker import NoopRanker
 
 

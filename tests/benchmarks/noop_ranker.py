@@ -16,9 +16,8 @@ from typing import Any
 
 from mmoe_rec.errors import RequestError
 from mmoe_rec.inference.artifact import read_artifact
-from mmoe_rec.inference.example import ExampleScores
 from mmoe_rec.inference.ranking import Ranking
-from mmoe_rec.inference.request import Request
+from mmoe_rec.inference.reader import Request
 
 
 class NoopRanker:
@@ -52,21 +51,25 @@ class NoopRanker:
 
 def main() -> None:
     """Serves at a port until SIGTERM."""
+    from mmoe_rec.inference.artifact import Source
     from mmoe_rec.server.app import Application
-    from mmoe_rec.server.limits import Limits
-    from mmoe_rec.server.models import Models, ServedModel, Source
+    from mmoe_rec.server.models import Models, ServedModel
     from mmoe_rec.server.options import Options, listening_socket
     from mmoe_rec.server.running import Server
     from mmoe_rec.settings.load import load_settings
 
     port, folder = int(sys.argv[1]), Path(sys.argv[2])
-    limits = Limits.of(load_settings(folder / "settings.yaml"))
-    models = Models(limits)
     ranker: Any = NoopRanker.like(folder)
     ranker.about = SimpleNamespace(name="noop", tables_as_of=ranker.tables_as_of)
     example = json.loads((folder / "example_request.json").read_text(encoding="utf-8"))
-    models.current = ServedModel(ranker, Source(folder, "noop", None), example, ExampleScores((), {}, {}))
-    server = Server(Application(models, limits), Options(limits))
+    served = ServedModel(ranker, Source(folder, "noop", None), example)
+
+    class Noop(Models):
+        def _load(self, source: Source) -> ServedModel:
+            return served
+
+    models = Noop(Options(load_settings(folder / "settings.yaml").serving), served.source)
+    server = Server(Application(models))
     server.serve_on(listening_socket("127.0.0.1", port), lambda: None)
 
 

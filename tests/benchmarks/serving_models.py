@@ -16,10 +16,10 @@ def save_pyfunc(model: Path, target: Path, noop: bool) -> None:
     """Writes the MLflow model of an artifact, or the no-op one that replies as it does."""
     import mlflow
 
-    from mmoe_rec.inference.mlflow_package import arguments
+    from mmoe_rec.tracking.registry import describe_model
 
     with tempfile.TemporaryDirectory() as scratch:
-        told = arguments(model, Path(scratch))
+        told = describe_model(model, Path(scratch))
         if noop:
             told |= {"python_model": "tests/benchmarks/noop_model.py", "code_paths": ["mmoe_rec", "tests"]}
         mlflow.pyfunc.save_model(path=target, **told)

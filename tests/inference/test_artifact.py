@@ -1,20 +1,39 @@
 """The artifact folder: what is in it, and what is said of a damaged one."""
 
+import hashlib
 import json
+import random
 import shutil
+from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.inference.artifact import read_artifact, write_manifest
+from mmoe_rec.inference import ranker as rankers
+from mmoe_rec.inference.artifact import (
+    FORMAT,
+    TOLERANCE,
+    ExampleScores,
+    check_files,
+    read_artifact,
+    read_manifest,
+    write_manifest,
+)
 from mmoe_rec.inference.ranker import Ranker
-from mmoe_rec.inference.writing import seal, write_artifact
+from mmoe_rec.inference.ranking import Ranking
+from mmoe_rec.inference.writing import rewrite_artifact, seal, write_artifact
+from mmoe_rec.jobs import score
+from mmoe_rec.model.layout import ModelTask
 from mmoe_rec.model.score import UNCALIBRATED, Calibration, TaskCalibration
 from mmoe_rec.settings.load import load_settings
-from tests.inference.small_model import SmallModel
+from tests.inference.other_weights import other_weights
+from tests.inference.small_model import CONTEXT, ITEMS, USER, SmallModel
 from tests.log.small_logs import random_log, times_of
 
 
@@ -121,3 +140,340 @@ def test_other_model_settings_do_not_fit(small: SmallModel, tmp_path: Path) -> N
         Ranker.load(folder)
     with pytest.raises(UserError, match="does not fit the model's settings"):
         seal(folder)
+
+
+# A model that is not as it was written, or computes something else, is refused in one sentence
+
+
+@pytest.fixture(scope="module")
+def written(small: SmallModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A calibrated model's folder, which tests leave as it is."""
+    folder = tmp_path_factory.mktemp("written") / "model"
+    small.write(folder, CALIBRATION)
+    return folder
+
+
+@pytest.fixture
+def folder(written: Path, tmp_path: Path) -> Path:
+    """A copy of it elsewhere."""
+    return Path(shutil.copytree(written, tmp_path / "copy"))
+
+
+def files_of(folder: Path) -> dict[str, Path]:
+    return {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def refusal(folder: Path) -> str:
+    with pytest.raises(UserError) as refused:
+        Ranker.load(folder)
+    told = str(refused.value)
+    assert "\n" not in told
+    return told
+
+
+def test_the_manifest_names_every_file_by_its_checksum(folder: Path) -> None:
+    files = files_of(folder)
+    del files["manifest.json"]
+    found = {name: (each.bytes, each.sha256) for name, each in read_manifest(folder).items()}
+    assert found == {
+        name: (path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest()) for name, path in files.items()
+    }
+    assert {"calibration.json", "example_scores.json", "weights.safetensors", "features/pipeline.json"} < set(found)
+
+
+def test_damage_of_every_file_is_named(folder: Path) -> None:
+    """Missing, shorter, and with flipped bits, drawn by chance, one of which makes a weight another finite one."""
+    draw, aside = random.Random(5), folder.parent / "aside"
+    for name, path in files_of(folder).items():
+        whole = path.read_bytes()
+        path.rename(aside)
+        told = refusal(folder)
+        assert f"the model in '{folder}' is not as it was written: '{name}' is missing; copy the whole folder" in told
+        aside.rename(path)
+        path.write_bytes(whole[:-1])
+        reason = "has changed" if name == "manifest.json" else f"has {len(whole) - 1:,} bytes instead of {len(whole):,}"
+        assert f"'{name}' {reason}" in refusal(folder)
+        for bit in draw.sample(range(8 * len(whole)), 4):
+            changed = bytearray(whole)
+            changed[bit // 8] ^= 1 << bit % 8
+            path.write_bytes(changed)
+            assert f"'{name}' has changed" in refusal(folder), f"bit {bit}"
+        path.write_bytes(whole)
+    check_files(folder)
+
+
+@pytest.mark.parametrize(
+    "name", ["features/clicked.memory/part-00001.parquet", "features/more.json", "calibration.json"]
+)
+def test_a_file_that_loading_could_take_for_its_own_is_told(small: SmallModel, tmp_path: Path, name: str) -> None:
+    shutil.copytree(small.folder, tmp_path / "plain")
+    (tmp_path / "plain" / name).write_bytes(b"more")
+    assert f"'{name}' is no part of it; remove it" in refusal(tmp_path / "plain")
+
+
+def test_what_systems_leave_beside_breaks_no_load(folder: Path) -> None:
+    left = [
+        ".DS_Store",
+        "._model.json",
+        "Thumbs.db",
+        "notes.txt",
+        "__pycache__/x.cpython-311.pyc",
+        "registered_model_meta",
+    ]
+    for place in (folder, folder / "features", folder / "features" / "clicked.memory"):
+        for name in (*left, "._part-00000.parquet"):
+            (place / name).parent.mkdir(exist_ok=True)
+            (place / name).write_bytes(b"left")
+    Ranker.load(folder)
+    seal(folder)
+    assert not any("DS_Store" in name or "._" in name or "pycache" in name for name in read_manifest(folder))
+
+
+def test_all_may_read_who_may_read_one(written: Path) -> None:
+    assert len({path.stat().st_mode for path in files_of(written).values()}) == 1
+
+
+@pytest.mark.parametrize("manifest", [None, "{}", "[]", '{"files": {"model.json": {}}}'])
+def test_another_format_is_told_first(folder: Path, manifest: str | None) -> None:
+    """The former one had no manifest, and a later one may have another."""
+    tree = json.loads((folder / "model.json").read_text())
+    (folder / "model.json").write_text(json.dumps(tree | {"format": FORMAT - 1}))
+    if manifest is None:
+        (folder / "manifest.json").unlink()
+    else:
+        (folder / "manifest.json").write_text(manifest)
+    told = refusal(folder)
+    assert f"'{folder}' holds a model of another format than this version reads ({FORMAT}): train it again" in told
+
+
+def test_a_rewritten_model_is_whole_and_has_scores_of_its_own(small: SmallModel, folder: Path, tmp_path: Path) -> None:
+    (folder / ".DS_Store").write_bytes(b"left")
+    state = {name: weight * 1.1 if "towers" in name else weight for name, weight in small.model.state_dict().items()}
+    rewrite_artifact(folder, tmp_path / "new", small.settings.model, state)
+    assert files_of(tmp_path / "new").keys() == files_of(folder).keys() - {".DS_Store"}
+    one, other = ExampleScores.read(folder), ExampleScores.read(tmp_path / "new")
+    assert one.scores != other.scores
+    assert one.computed_with == other.computed_with
+    assert Ranker.load(tmp_path / "new").calibration == CALIBRATION
+
+
+def test_a_damaged_model_is_not_rewritten(small: SmallModel, folder: Path, tmp_path: Path) -> None:
+    """It would get a manifest that says it is whole."""
+    (folder / "features" / "clicked.memory" / "part-00000.parquet").unlink()
+    with pytest.raises(UserError, match=r"part-00000\.parquet' is missing"):
+        rewrite_artifact(folder, tmp_path / "new", small.settings.model, small.model.state_dict())
+    assert not (tmp_path / "new").exists()
+
+
+def test_without_checking_only_the_format_is_looked_at(folder: Path) -> None:
+    (folder / "calibration.json").unlink()
+    assert read_artifact(folder, verify=False).name == "small"
+    with pytest.raises(UserError, match=r"'calibration\.json' is missing"):
+        read_artifact(folder)
+
+
+# The example's scores.
+
+
+def changed_scores(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    tree = json.loads((folder / "example_scores.json").read_text())
+    change(tree)
+    (folder / "example_scores.json").write_text(json.dumps(tree))
+    write_manifest(folder)
+
+
+def times(factor: float, *where: Any) -> Callable[[dict[str, Any]], None]:
+    def change(tree: Any) -> None:
+        *parents, last = where
+        for each in parents:
+            tree = tree[each]
+        tree[last] *= factor
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("where", "what"),
+    [
+        (("predictions", "click", 2), "'click' of candidate 3 is "),
+        (("predictions", "spent", 0), "'spent' of candidate 1 is "),
+        (("scores", 7), "the score of candidate 8 is "),
+    ],
+)
+def test_other_scores_than_expected_are_told(folder: Path, where: tuple[Any, ...], what: str) -> None:
+    changed_scores(folder, times(1 + 1e-6, *where))
+    Ranker.load(folder)
+    changed_scores(folder, times(1.01, *where))
+    told = refusal(folder)
+    assert "computes something else here than where it was written: for example_request.json, " + what in told
+    assert "(by the same versions of torch, numpy and pyarrow); use the code that wrote it, or train again here" in told
+
+
+def test_other_versions_are_named(folder: Path) -> None:
+    def older(tree: dict[str, Any]) -> None:
+        times(1.01, "scores", 0)(tree)
+        tree["computed_with"]["torch"] = "2.0.0"
+
+    changed_scores(folder, older)
+    assert f"(torch {torch.__version__.split('+')[0]}" in refusal(folder)
+    assert "instead of 2.0.0); install the versions that it was written with, or" in refusal(folder)
+
+
+def test_a_process_that_rounds_products_loads_and_writes_as_a_server_does(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever it has told torch is so again afterwards; by hand, as not every processor has such products."""
+    told, before = [], torch.backends.mkldnn.matmul.fp32_precision
+    rank = Ranker.load(folder).__class__.rank
+
+    def noting(ranker: Any, *arguments: Any, **options: Any) -> Ranking:
+        told.append((torch.backends.mkldnn.matmul.fp32_precision, torch.is_autocast_enabled("cpu")))
+        return rank(ranker, *arguments, **options)
+
+    monkeypatch.setattr("mmoe_rec.inference.ranker.Ranker.rank", noting)
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+    try:
+        with torch.autocast("cpu"):
+            Ranker.load(folder)
+            seal(folder)
+            assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
+    finally:
+        torch.backends.mkldnn.matmul.fp32_precision = before
+    assert told == [("ieee", False)] * 2
+
+
+def test_a_model_whose_predictions_are_not_finite_is_not_written(small: SmallModel, tmp_path: Path) -> None:
+    state = {name: weight * 1e38 if "towers" in name else weight for name, weight in small.model.state_dict().items()}
+    with pytest.raises(UserError, match=r"can't score its own example: .* not finite .*lower the learning rates"):
+        rewrite_artifact(small.folder, tmp_path / "new", small.settings.model, state)
+    assert not (tmp_path / "new").exists()
+
+
+def task(name: str, kind: str, weight: float = 1.0, deviation: float = 1.0) -> ModelTask:
+    return ModelTask(name, kind, deviation=deviation, objective="engagement", score_weight=weight)  # type: ignore[arg-type]
+
+
+def scores_of(predictions: dict[str, np.ndarray], tasks: list[ModelTask]) -> ExampleScores:
+    """Scores by their definition."""
+    with np.errstate(over="ignore"):
+        values = [
+            np.maximum(predictions[each.name], 1e-6 if each.kind == "regression" else 0) ** each.score_weight
+            for each in tasks
+        ]
+        scores = np.minimum(np.prod(values, axis=0), np.finfo(float).max)
+    return ExampleScores(tuple(scores), {name: tuple(each) for name, each in predictions.items()}, {})
+
+
+BINARY = np.array([0.02, 0.3, 0.9])
+CASES = {
+    "probabilities": ([task("a", "binary")], {"a": BINARY}, {"a": 0.9}),
+    "rare": ([task("a", "binary")], {"a": BINARY * 1e-6}, {"a": 0.9e-6}),
+    "all but impossible": ([task("a", "binary", 3.0)], {"a": np.array([0.0, 1e-40, 1e-38])}, {"a": 1e-38}),
+    "a large amount": ([task("a", "regression", deviation=3e6)], {"a": np.array([2e6, 4e6, 9e6])}, {"a": 9e6}),
+    "around 0": ([task("a", "regression", deviation=3e6)], {"a": np.array([-1.0, 0.0, 2.0])}, {"a": 3e6}),
+    "large weights": (
+        [task("a", "binary", 40.0), task("b", "regression", 2.0)],
+        {"a": BINARY, "b": np.array([1.0, 3.0, 2e3])},
+        {"a": 0.9, "b": 2e3},
+    ),
+    "beyond the largest number": ([task("a", "regression", 1e6)], {"a": np.array([1e-3, 2.0, 3.0])}, {"a": 3.0}),
+    "no weight": ([task("a", "binary", 0.0), task("b", "binary")], {"a": np.zeros(3), "b": BINARY}, {"b": 0.9}),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_tolerance_goes_with_the_scale(name: str) -> None:
+    tasks, predictions, scales = CASES[name]
+    expected = scores_of(predictions, tasks)
+    assert expected.difference(expected, tasks, UNCALIBRATED) is None
+    for task_name, scale in scales.items():
+        for sign in (-1, 1):
+            off = {
+                part: predictions | {task_name: predictions[task_name] + sign * part * TOLERANCE * scale}
+                for part in (0.9, 1.5)
+            }
+            near, far = (scores_of(off[part], tasks) for part in (0.9, 1.5))
+            assert expected.difference(near, tasks, UNCALIBRATED) is None
+            told = expected.difference(far, tasks, UNCALIBRATED)
+            # What is all but 0 is as good as 0.
+            assert told is None if scale < 1e-30 else told is not None and told.startswith(f"'{task_name}' of ")
+
+
+def test_a_score_alone_may_be_wrong() -> None:
+    tasks, predictions, _ = CASES["large weights"]
+    expected = scores_of(predictions, tasks)
+    wrong = replace(expected, scores=tuple(np.array(expected.scores) * [1, 1, 1.1]))
+    for one, other in ((expected, wrong), (wrong, expected)):
+        told = one.difference(other, tasks, UNCALIBRATED)
+        assert told is not None
+        assert told.startswith("the score of candidate 3 is ")
+    nothing = replace(expected, scores=(float("nan"),) * 3)
+    assert expected.difference(nothing, tasks, UNCALIBRATED) is not None
+    assert nothing.difference(expected, tasks, UNCALIBRATED) is not None
+
+
+def test_a_steep_calibration_multiplies_what_rounding_does() -> None:
+    tasks = [task("a", "binary")]
+    steep = Calibration({"a": TaskCalibration((0.0, 0.001, 5.0), (0.0, 0.1, 6.0), 0.5)})
+    assert steep.tasks["a"].steepest == pytest.approx(100)
+    assert TaskCalibration.line(2.5, -1).steepest == 2.5
+    expected, found = (scores_of({"a": np.array([0.1, each])}, tasks) for each in (0.4, 0.4 + 20 * TOLERANCE))
+    assert expected.difference(found, tasks, steep) is None
+    assert expected.difference(found, tasks, UNCALIBRATED) is not None
+
+
+# Files that are replaced while a model is used, or while it is loaded
+
+
+@pytest.fixture
+def other(folder: Path, tmp_path: Path) -> Path:
+    """Another model of the same shapes."""
+    return other_weights(folder, tmp_path / "other", 0.5, 0.9)
+
+
+def scores(ranker: Ranker) -> list[float]:
+    return ranker.rank({"user": USER}, CONTEXT, {"item": ITEMS}).scores
+
+
+def test_a_loaded_model_stays_what_it_is_when_another_is_written_over_it(folder: Path, other: Path) -> None:
+    ranker = Ranker.load(folder)
+    before = scores(ranker)
+    assert scores(Ranker.load(other)) != before
+    for file in other.glob("*.*"):
+        (folder / file.name).write_bytes(file.read_bytes())  # in place, as `cp` does
+    assert scores(ranker) == before
+    (folder / "weights.safetensors").write_bytes(b"")
+    assert scores(ranker) == before
+
+
+def test_a_model_that_is_replaced_while_it_is_loaded_is_refused(
+    folder: Path, other: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = rankers.read_calibration
+
+    def replaced(path: Path) -> object:
+        shutil.rmtree(folder)
+        shutil.copytree(other, folder)
+        return read(path)
+
+    monkeypatch.setattr(rankers, "read_calibration", replaced)
+    with pytest.raises(UserError, match=f"another model took the place of the one in '{folder}' while it was loaded"):
+        Ranker.load(folder)
+
+
+def test_rows_are_not_scored_by_a_model_that_came_later(
+    small: SmallModel, folder: Path, other: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The version that stands beside each row is that of the model that scored it."""
+    job = score._Scoring._job
+
+    def replaced(self: score._Scoring, *arguments: object) -> score.ScoreJob:
+        shutil.rmtree(folder)
+        shutil.copytree(other, folder)
+        score.forget_ranker()
+        return job(self, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(score._Scoring, "_job", replaced)
+    with pytest.raises(UserError, match=r"another model \(version .*\) took the place of the one in"):
+        score.score_log(folder, small.settings.data.log, tmp_path / "out", "tables")
+    assert not (tmp_path / "out").exists()

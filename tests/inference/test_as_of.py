@@ -16,7 +16,7 @@ from mmoe_rec.features.pipeline import exact_from
 from mmoe_rec.inference.artifact import Artifact, read_artifact
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.inference.ranking import Freshness
-from mmoe_rec.inference.request import Request
+from mmoe_rec.inference.reader import Request
 from mmoe_rec.inference.writing import seal
 from mmoe_rec.log.given import iso_time
 from tests.inference.small_model import ITEMS, USER, SmallModel, as_request

@@ -15,16 +15,16 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.inference import export
 from mmoe_rec.inference.export import (
     Answers,
-    OnnxModel,
     answers_of,
     check_equal,
     draw_requests,
     inputs_of,
+    load_onnx,
     write_int8,
     write_onnx,
 )
 from mmoe_rec.inference.ranker import Ranker
-from mmoe_rec.inference.request import Request
+from mmoe_rec.inference.reader import Request
 from mmoe_rec.inference.writing import rewrite_artifact, seal
 from mmoe_rec.model.score import Calibration, TaskCalibration
 from mmoe_rec.settings.model import Model
@@ -92,9 +92,9 @@ def variant(small: SmallModel, section: dict[str, Any], folder: Path) -> Ranker:
 
 def pairs(folder: Path, ranker: Ranker, made: Path) -> list[tuple[Answers, Answers]]:
     """What the ranker and the file give for requests that the ranker knows."""
-    model = OnnxModel(made)
+    answer = load_onnx(made)
     return [
-        (answers_of(ranker.rank(**request)), model.answers(inputs_of(ranker, request)))
+        (answers_of(ranker.rank(**request)), answer(inputs_of(ranker, request)))
         for request in draw_requests(folder, ranker, 8)
     ]
 
@@ -114,7 +114,7 @@ def test_computes_what_the_ranker_does(small: SmallModel, tmp_path: Path, name: 
     for rows in (1, 2, 700):
         inputs = torch.from_numpy(random.normal(size=(rows, ranker.request_inputs.width)).astype(np.float32))
         scored = ranker.scorer.score(inputs)
-        found = OnnxModel(made).answers(inputs)
+        found = load_onnx(made)(inputs)
         for place, task in enumerate(ranker.names):
             np.testing.assert_allclose(found[task], scored.values[:, place], rtol=1e-5, atol=1e-5)
 

@@ -1,17 +1,23 @@
 """The model behind `mlflow models serve`: equal scores, readable refusals, no training library in the process."""
 
+import ast
 import json
 import os
+import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.metadata import packages_distributions
 from pathlib import Path
 from typing import Any
 
+import mlflow
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.tracking import registry, runs
+from mmoe_rec.tracking.registry import SERVED_CODE, SERVED_PACKAGES, describe_model
 from tests.inference.running_server import Server, answers, running_server
 from tests.inference.small_model import CONTEXT, ITEMS, USER, SmallModel, as_request
 
@@ -111,3 +117,102 @@ def _group_of(process: Path) -> int | None:
 def test_still_alive_after_all_that(server: Server) -> None:
     assert answers(f"http://127.0.0.1:{server.port}/ping")
     assert server.post({"inputs": [request_of()]})[0] == 200
+
+
+# What travels with the MLflow model: the code and packages that scoring imports, and no project of someone else
+
+
+# Loads and ranks with the served code alone; prints whose code imported what, and which of its modules were loaded.
+SCORES = """
+import builtins, json, sys
+asked, plain = {}, builtins.__import__
+
+def noting(name, globals=None, locals=None, fromlist=(), level=0):
+    by = str((globals or {}).get("__name__", ""))
+    if by.startswith("mmoe_rec."):
+        asked.setdefault(by, []).append(name.partition(".")[0])
+    return plain(name, globals, locals, fromlist, level)
+
+builtins.__import__ = noting
+import pyarrow.parquet
+from mmoe_rec.inference.reader import read_requests
+from mmoe_rec.inference.ranker import Ranker
+
+ranker = Ranker.load(sys.argv[1])
+example = json.load(open(sys.argv[1] + "/example_request.json"))
+options = {"top_k": 2, "gate_top_k": 1, "mask_experts": [0], "task_weights": {"click": 2.0}, "explain": True}
+(ranking,) = ranker.rank_many(read_requests([example], options))
+assert len(ranking.scores) == 2, ranking
+ranker.score(pyarrow.parquet.read_table(sys.argv[2]))
+files = {name: each.__file__ for name, each in sys.modules.items() if name.partition(".")[0] == "mmoe_rec"}
+print(json.dumps({"asked": asked, "files": files}))
+"""
+
+
+@pytest.fixture(scope="module")
+def served(small: SmallModel, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, dict[str, list[str]]]]:
+    """The folder of the served code, and what `SCORES` says of a process that has no other code of ours."""
+    folder = tmp_path_factory.mktemp("served")
+    (code,) = describe_model(small.folder, folder)["code_paths"]
+    env = {**os.environ, "PYTHONPATH": str(folder)}
+    pq.write_table(small.later_rows()[0], folder / "rows.parquet")
+    words = [sys.executable, "-c", SCORES, str(small.folder), str(folder / "rows.parquet")]
+    done = subprocess.run(words, capture_output=True, text=True, check=False, cwd=folder, env=env)
+    assert done.returncode == 0, done.stderr
+    return Path(code), json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.thorough
+def test_the_served_code_is_what_scoring_imports(served: tuple[Path, dict[str, dict[str, str]]]) -> None:
+    code, said = served
+    paths = [Path(file).relative_to(code) for file in said["files"].values()]
+    loaded = {str(path) if str(path) in SERVED_CODE else path.parts[0] for path in paths}
+    # What a loaded file imports when it writes, which scoring never does.
+    by_writers = {"atomic.py"}
+    assert loaded == set(SERVED_CODE) - by_writers
+    writers = [path for path in code.rglob("*.py") if "from mmoe_rec.atomic import" in path.read_text()]
+    assert writers
+
+
+@pytest.mark.thorough
+def test_the_served_packages_are_what_scoring_imports(served: tuple[Path, dict[str, dict[str, list[str]]]]) -> None:
+    code, said = served
+    own = {name: _imported(Path(file)) for name, file in said["files"].items()}
+    # What is asked for from within a library has our module's name too, but stands in no import of ours.
+    asked = {name for by, names in said["asked"].items() for name in names if name in own.get(by, set())}
+    packages = {name.lower() for each in asked for name in packages_distributions().get(each, ())} - {"mmoe-rec"}
+    model = _imported(code / "inference" / "mlflow_model.py")
+    assert "mlflow" in model
+    assert "mlflow" not in packages
+    # Time zones are a package of files, which Python's zoneinfo looks for by itself.
+    assert packages | {"mlflow", "tzdata"} == set(SERVED_PACKAGES)
+    assert "zoneinfo" in {name for names in own.values() for name in names}
+
+
+def _imported(file: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {each.name.partition(".")[0] for each in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module.partition(".")[0])
+    return found
+
+
+@pytest.mark.thorough
+def test_a_project_in_the_working_folder_is_not_taken_for_the_models(
+    small: SmallModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("uv.lock", "pyproject.toml", ".python-version"):
+        (tmp_path / name).write_text("version = 1\n")
+    monkeypatch.chdir(tmp_path)
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    with runs.open_run(uri, "small") as run:
+        version = registry.register_model(run, small.folder, "small")
+    assert not [name for name in os.environ if name.startswith("MLFLOW") and "UV" in name]
+    folder = Path(mlflow.artifacts.download_artifacts(f"models:/small/{version}", dst_path=str(tmp_path / "model")))
+    names = {path.name for path in folder.iterdir()}
+    assert {"MLmodel", "requirements.txt", "python_env.yaml"} <= names
+    assert not names & {"uv.lock", "pyproject.toml", ".python-version"}
+    needed = (folder / "requirements.txt").read_text().split()
+    assert [each.partition("==")[0] for each in needed] == list(SERVED_PACKAGES)

@@ -263,9 +263,11 @@ def test_streams_that_would_take_any_amount_of_memory():
         with pytest.raises(RequestError, match="the Arrow stream is compressed"):
             CHECKS.read_stream(None, _stream(table, compression=codec), NOW)
     words = pa.DictionaryArray.from_arrays(pa.array([0] * 400, pa.int32()), pa.array(["w" * 1_000_000]))
-    table = table.set_column(table.column_names.index("brand"), "brand", words)
-    with pytest.raises(RequestError, match="column 'brand' is of Arrow's type dictionary"):
-        CHECKS.read_stream(None, _stream(table), NOW)
+    coded = pa.array([["w"]] * 400).cast(pa.list_(pa.dictionary(pa.int32(), pa.string())))
+    for brand, kind in (words, "dictionary"), (pa.array(["w"] * 400, pa.string_view()), "string_view"), (coded, "list"):
+        table = table.set_column(table.column_names.index("brand"), "brand", brand)
+        with pytest.raises(RequestError, match=f"column 'brand' is of Arrow's type {kind}"):
+            CHECKS.read_stream(None, _stream(table), NOW)
 
 
 def test_streams_that_are_cut_off_or_followed_by_something():

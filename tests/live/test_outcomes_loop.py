@@ -28,8 +28,7 @@ from tests import commands
 from tests.fork_server import call
 from tests.pipelines.learnable_log import settings_tree, write_files
 from tests.processes import until
-from tests.server.asking import ask
-from tests.server.logging_server import logging_app
+from tests.server.asking import ask, logging_app
 
 BEGIN = datetime(2024, 3, 11, 6, tzinfo=UTC)
 HALF_AN_HOUR, BETWEEN = timedelta(minutes=30), timedelta(minutes=75)

@@ -9,13 +9,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from mmoe_rec.inference.artifact import Source
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.live.journal import Batch, Journal
 from mmoe_rec.live.journal_files import cut_journal
 from mmoe_rec.log.columns import UTC_MICROSECONDS
 from mmoe_rec.server.app import Application
-from mmoe_rec.server.limits import Limits
-from mmoe_rec.server.models import Models, Source
+from mmoe_rec.server.models import Models
+from mmoe_rec.server.options import Options
 from tests.inference.small_model import ITEMS
 from tests.live.refreshed_model import RefreshedModel
 from tests.log.small_logs import ALL_KINDS, BASE, DAY, START
@@ -29,9 +30,8 @@ TIMES = [START + 15 * DAY, START + 17 * DAY, START + 40 * DAY]
 
 def _served(model: RefreshedModel, number: str, journal: Path) -> Application:
     Journal(journal).close()
-    models = Models(Limits(), str(journal))
-    models.load(Source(model.folder_of(number), f"models:/small/{number}"))
-    return Application(models, Limits())
+    source = Source(model.folder_of(number), f"models:/small/{number}")
+    return Application(Models(Options(journal=str(journal)), source))
 
 
 def _answers(app: Application, position: str) -> list[Any]:

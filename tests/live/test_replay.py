@@ -28,8 +28,7 @@ from mmoe_rec.log.reader import EventRows, Log
 from mmoe_rec.server.app import Application
 from tests.live.replayed_log import FROM, TO, model_of
 from tests.log.small_logs import DAY
-from tests.server.asking import ask
-from tests.server.logging_server import logging_app
+from tests.server.asking import ask, logging_app
 
 PREDICTED = ("click", "liked", "spent", "score")
 Plant = Callable[["InProcess"], None]
@@ -153,7 +152,6 @@ def test_requests_come_after_all_that_happened_before_and_before_all_else(world:
 
 def test_labels_that_are_seen_before_they_mature_are_found(world: World, tmp_path: Path) -> None:
     def plant(server: InProcess) -> None:
-        assert server.app.models.current is not None
         for name in ("user_brand_liked", "liked_items"):
             server.app.models.current.ranker.pipeline.memory_encoders[name].matures_after = 0
 

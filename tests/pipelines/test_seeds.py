@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import yaml
 
+from mmoe_rec.inference.artifact import Source
 from mmoe_rec.jobs import seeds
 from mmoe_rec.jobs.evaluate import measured_on_test_rows
 from mmoe_rec.report.formatting import signed
 from mmoe_rec.settings.load import load_settings
-from mmoe_rec.tracking.registry import FoundModel
 from tests.commands import refuse
 from tests.pipelines.short_trainings import World, dying_after, refused
 from tests.report.parsed import Page
@@ -56,7 +56,7 @@ def test_trainings_that_were_stopped_go_on_and_their_mean_is_told(
     areas = []
     for seed in found["seeds"]:
         artifact = world.folder / "work" / "seeds" / str(seed) / "model"
-        (measured,) = measured_on_test_rows(settings, [FoundModel(str(artifact), artifact, None)])
+        (measured,) = measured_on_test_rows(settings, [Source(artifact, str(artifact))])
         areas.append(measured.summary.tasks["click"].get("auc").value)
     assert areas[0] != areas[1]
     assert found["click"]["auc"]["values"] == pytest.approx(areas, abs=1e-9)

@@ -4,12 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+from prometheus_client.parser import text_string_to_metric_families
 from starlette.types import ASGIApp
 
+from mmoe_rec.inference.artifact import Source
+from mmoe_rec.live.request_log import LogOptions
+from mmoe_rec.server.app import Application
+from mmoe_rec.server.models import Models
+from mmoe_rec.server.options import Options
+from mmoe_rec.settings.sections import Serving
 from tests.inference.small_model import CONTEXT, ITEMS, USER
 
 
@@ -104,6 +116,40 @@ async def _pieces(parts: Iterable[bytes] | AsyncIterator[bytes], left: asyncio.E
     yield {"type": "http.disconnect"}
 
 
+def application(models: Models, token: str | None = None, **limits: Any) -> Application:
+    """An application around the current model, with limits of its own."""
+    own = copy(models)
+    own.options = Options(Serving(**limits), token=token)
+    return Application(own)
+
+
 def element(**changes: Any) -> dict[str, Any]:
     """A good request with keys replaced."""
     return {"user": {"user": USER}, "context": dict(CONTEXT), "candidates": {"item": ITEMS}, **changes}
+
+
+# An application that logs requests
+
+
+@contextmanager
+def logging_app(model: Path, log: LogOptions, journal: Path | None = None) -> Iterator[Application]:
+    """An application that serves the model in a folder; what is to be logged is written when the block ends."""
+    models = Models(Options(journal=journal, log=log), Source(model, "models:/small/7", "a_run"))
+    app = Application(models)
+    try:
+        yield app
+    finally:
+        app.close()
+
+
+def logged(folder: Path) -> pa.Table:
+    """All logged rows, in the order of their files."""
+    return pa.concat_tables([pq.read_table(each) for each in sorted(folder.glob("*.parquet"))])
+
+
+def outcomes(app: Application) -> dict[str, int]:
+    """What became of how many replies."""
+    text = app.metrics.text().decode()
+    families = {each.name: each for each in text_string_to_metric_families(text)}
+    samples = families["mmoe_rec_request_log"].samples
+    return {each.labels["outcome"]: int(each.value) for each in samples if each.name.endswith("_total")}

@@ -2,10 +2,12 @@ from pathlib import Path
 
 import pytest
 
+from mmoe_rec.inference.artifact import Source
 from mmoe_rec.server.app import Application
-from mmoe_rec.server.limits import Limits
-from mmoe_rec.server.models import Models, Source
+from mmoe_rec.server.models import Models
+from mmoe_rec.server.options import Options
 from tests.inference.small_model import SmallModel
+from tests.server.asking import application
 
 
 @pytest.fixture(scope="session")
@@ -15,11 +17,9 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> SmallModel:
 
 @pytest.fixture(scope="session")
 def models(small: SmallModel) -> Models:
-    models = Models(Limits())
-    models.load(Source(small.folder, "models:/small/7", "a_run"))
-    return models
+    return Models(Options(), Source(small.folder, "models:/small/7", "a_run"))
 
 
 @pytest.fixture(scope="session")
 def app(models: Models) -> Application:
-    return Application(models, Limits(max_total_candidates=120, max_elements=9, max_body_mib=1))
+    return application(models, max_total_candidates=120, max_elements=9, max_body_mib=1)

@@ -1,9 +1,15 @@
 """Events that callers send: checked, on disk before they are acknowledged, and known to replies from then on."""
 
 import asyncio
+import gc
 import io
 import os
+import sys
+import threading
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +20,24 @@ import sqlalchemy as sql
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.pipeline import FeaturePipeline
-from mmoe_rec.inference.reader import RequestReader
-from mmoe_rec.inference.request import Request
+from mmoe_rec.inference.artifact import Source
+from mmoe_rec.inference.reader import Request, RequestReader
 from mmoe_rec.live.journal import BATCHES, Batch, Journal
+from mmoe_rec.live.journal_files import cut_journal, remove_batches, write_files
 from mmoe_rec.log.columns import UTC_MICROSECONDS
 from mmoe_rec.log.rows import LogRows
+from mmoe_rec.server import ranking_queue
 from mmoe_rec.server.app import Application
-from mmoe_rec.server.limits import Limits
-from mmoe_rec.server.models import Models, Source
-from mmoe_rec.server.openapi import ARROW
+from mmoe_rec.server.calls import ARROW
+from mmoe_rec.server.models import Models
+from mmoe_rec.server.options import Options
+from mmoe_rec.server.ranking_queue import Passes, step_back
+from mmoe_rec.settings.sections import Serving
 from tests.inference.small_model import ITEMS, SmallModel
 from tests.log.small_logs import DAY, START, log_rows, random_log
-from tests.processes import until
-from tests.server.asking import Answer, ask, reply
+from tests.processes import PATIENCE, until
+from tests.server.asking import Answer, ask, element, reply
+from tests.server.test_calls import Watched
 
 USERS = [-7, 0, 5]
 EXPLAIN = {"explain": True}
@@ -39,14 +50,13 @@ def models(small: SmallModel, tmp_path: Path) -> Models:
 
 def _models(small: SmallModel, work: Path, **limits: Any) -> Models:
     Journal(work / "journal.db").close()
-    models = Models(Limits(**limits), str(work / "journal.db"))
-    models.load(Source(small.folder, "models:/small/7", "a_run"))
-    return models
+    options = Options(Serving(**limits), journal=str(work / "journal.db"))
+    return Models(options, Source(small.folder, "models:/small/7", "a_run"))
 
 
 @pytest.fixture
 def app(models: Models) -> Application:
-    return Application(models, Limits())
+    return Application(models)
 
 
 def later_log(seed: int, rows: int = 80) -> pa.Table:
@@ -126,7 +136,7 @@ def test_an_arrow_stream_is_the_same_as_json(small, tmp_path):
     table = later_log(4)
     found = []
     for name in ("json", "arrow"):
-        app = Application(_models(small, tmp_path / name), Limits())
+        app = Application(_models(small, tmp_path / name))
         if name == "json":
             answer = ask(app, {"events": as_json(table)}, page="/events")
         else:
@@ -214,7 +224,7 @@ def test_what_was_learnt_is_known_afterwards(small, tmp_path, app, models, how):
     time = START + 20 * DAY
     before = explained(app, position, time, 5)
     if how == "the server starts again":
-        app = Application(_models(small, tmp_path), Limits())
+        app = Application(_models(small, tmp_path))
     else:
         models.load(Source(small.folder, "models:/small/8", "a_run"))
     assert ask(app, b"", page="/version", method="GET").tree["position"] == position
@@ -222,9 +232,7 @@ def test_what_was_learnt_is_known_afterwards(small, tmp_path, app, models, how):
 
 
 def test_a_server_without_a_journal_says_so(small):
-    models = Models(Limits())
-    models.load(Source(small.folder, "models:/small/7"))
-    app = Application(models, Limits())
+    app = Application(Models(Options(), Source(small.folder, "models:/small/7")))
     assert "--journal" in ask(app, {"events": [{}]}, page="/events").message
     answer = ask(app, {"inputs": [asked(START + 20 * DAY, 5)]}, page="/invocations?after=1")
     assert answer.status == 400
@@ -310,22 +318,6 @@ def test_models_that_are_replaced_keep_no_file_open(small, app, models):
     assert journals() <= before + 1
 
 
-@pytest.mark.parametrize(
-    "column",
-    [
-        pa.array(["x" * 100_000] * 50, pa.string_view()),
-        pa.DictionaryArray.from_arrays(pa.array([0] * 50), pa.array([["x"] * 1000])),
-        pa.array([["x" * 10_000]] * 50).cast(pa.list_(pa.dictionary(pa.int32(), pa.string()))),
-    ],
-    ids=["view", "coded lists", "lists of coded"],
-)
-def test_arrow_types_that_grow_are_refused(app, column):
-    table = pa.table({"user": [5] * 50, "brand": column})
-    answer = ask(app, stream(table), page="/events", headers={"Content-Type": ARROW})
-    assert answer.status == 400
-    assert "column 'brand' is of Arrow's type" in answer.message
-
-
 def test_a_journal_of_another_model_is_told(small, tmp_path):
     Journal(tmp_path / "journal.db").append(Batch(None, 1, pa.table({"person": [1], "when": [2]})))
     with pytest.raises(UserError, match="holds rows of the interaction log without a column 'user'"):
@@ -334,7 +326,7 @@ def test_a_journal_of_another_model_is_told(small, tmp_path):
 
 def test_a_lost_journal_is_told(small, tmp_path):
     """By the server that is running, and by one that is to start."""
-    app = Application(_models(small, tmp_path), Limits())
+    app = Application(_models(small, tmp_path))
     ask(app, {"events": as_json(later_log(18, rows=5))}, page="/events")
     with Journal(tmp_path / "journal.db").appending() as connection:
         connection.execute(sql.delete(BATCHES))
@@ -357,9 +349,172 @@ def test_logs_of_events_that_the_model_lacks_are_told_once(
     journal.append(Batch("returns", 0, event), Batch("clicks", 0, event))
     models = _models(small, tmp_path)
     assert [each.endswith(": 'clicks', 'returns'") for each in told()] == [True]
-    assert models.current is not None
     assert models.current.learning is not None
     for source in ("returns", "clicks", "views", "views"):  # the last one by a model that came later
         journal.append(Batch(source, 0, event))
         models.current.learning.catch_up()
     assert [each.endswith(": 'views'") for each in told()] == [False, True]
+
+
+# How a worker's model follows the journal: callers may wait for a position, and the thread ends with its server
+
+
+def after(app: Application, position: object) -> Answer:
+    answer = ask(app, {"inputs": [asked(START + 20 * DAY, 5)]}, page=f"/invocations?after={position}")
+    assert isinstance(answer, Answer)
+    return answer
+
+
+def positions(app: Application, calls: int, seed: int = 3) -> list[int]:
+    """Those that calls of /events get, each with one row."""
+    rows = as_json(later_log(seed, rows=calls))
+    return [int(ask(app, {"events": [row]}, page="/events").tree["position"]) for row in rows]
+
+
+def test_positions_up_to_the_end_are_answered_and_others_refused(app, tmp_path):
+    assert positions(app, 3) == [1, 2, 3]
+    for position in (3, 1, 0, 2):
+        assert after(app, position).status == 200
+    answer = after(app, 4)
+    assert answer.status == 400
+    assert "'after': position 4 lies beyond the journal's end, 3" in answer.message
+    for wrong in ("x", ""):
+        answer = after(app, wrong)
+        assert (answer.status, "no position" in answer.message) == (400, True)
+    other = Journal(tmp_path / "journal.db")
+    assert other.append(*other.read(0)) == 6  # as another worker does
+    assert after(app, 6).status == 200
+
+
+def test_positions_of_removed_batches_are_answered(small, tmp_path):
+    """A caller may come with an old one: what it stands for lies in the tables, or the reply says that it does not."""
+    app = Application(_models(small, tmp_path))
+    old = positions(app, 3)[-1]
+    assert after(app, old).status == 200
+    journal, place = Journal(tmp_path / "journal.db"), tmp_path / "log"
+    place.mkdir()
+    write_files(journal, small.settings.schema_, cut_journal(journal), str(place))
+    remove_batches(journal, old)
+    assert after(app, positions(app, 2, seed=6)[-1]).status == 200
+    assert after(app, old).status == 200
+    answer = after(Application(_models(small, tmp_path)), old)
+    assert answer.status == 200
+    assert "the journal begins after position 3" in answer.tree["predictions"][0]["warnings"][-1]
+
+
+def test_a_journal_that_can_not_be_read_is_no_fault_of_the_caller(app, monkeypatch, caplog):
+
+    def fails(*_: Any) -> None:
+        raise UserError("the disk is gone")
+
+    monkeypatch.setattr(Journal, "check", fails)
+    answer = after(app, 7)
+    assert (answer.status, answer.headers["retry-after"]) == (503, "5")
+    assert "can't be looked up" in answer.message
+    assert "the disk is gone" in caplog.text
+
+
+def _priority() -> int:
+    return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have no priority of their own")
+def test_a_thread_steps_back_alone() -> None:
+    before = _priority()
+    with ThreadPoolExecutor(1, initializer=step_back) as threads:
+        assert threads.submit(_priority).result() == min(before + 10, 19)
+    assert _priority() == before
+
+
+def test_threads_end_with_their_server(small: SmallModel, tmp_path: Path) -> None:
+    before = set(threading.enumerate())
+    app = Application(_models(small, tmp_path))
+    positions(app, 3)
+    assert ask(app, {"inputs": [asked(START + 20 * DAY, 5)]}).status == 200
+    threads = set(threading.enumerate()) - before
+    assert {"following", "ranking_0"} <= {each.name for each in threads}
+    del app
+
+    def have_ended() -> bool:
+        gc.collect()
+        return not any(each.is_alive() for each in threads)
+
+    until(have_ended, f"one of {threads} goes on")
+
+
+@pytest.mark.parametrize("ranking", [0, 1])
+def test_work_waits_for_a_pass_of_any_worker(ranking: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    marks, done = bytearray(2), threading.Event()
+    own, _ = workers = [Passes(marks, number) for number in range(2)]
+    own.wait()  # nobody ranks
+    workers[ranking].begin()
+    own.wait()  # and it gives up in the end
+    monkeypatch.setattr(ranking_queue, "LONGEST_WAIT_SECONDS", 2 * PATIENCE)
+    threading.Thread(target=lambda: (own.wait(), done.set()), daemon=True).start()
+    assert not done.wait(0.05)
+    workers[ranking].end()
+    assert done.wait(PATIENCE)
+
+
+def test_events_are_taken_after_a_pass(small: SmallModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranking_queue, "LONGEST_WAIT_SECONDS", 2 * PATIENCE)
+    app = Application(_models(small, tmp_path))
+    served, events = app.models.current, app.events
+    assert events is not None
+    ranker = Watched(served.ranker)
+    ranker.pipeline = served.ranker.pipeline  # type: ignore[attr-defined]
+    app.models.current = replace(served, ranker=ranker)  # type: ignore[arg-type]
+
+    async def scenario() -> None:
+        ranker.go_on.clear()
+        ranked = asyncio.create_task(reply(app, {"inputs": [element()]}))
+        await asyncio.to_thread(until, lambda: ranker.passes)
+        taken = asyncio.create_task(reply(app, b"no JSON", page="/events"))
+        while not events.places.taken:
+            await asyncio.sleep(0.001)
+        await asyncio.sleep(0.05)
+        assert not taken.done()
+        ranker.go_on.set()
+        assert (await ranked).status == 200
+        assert (await taken).status == 400
+        assert not events.places.taken
+
+    asyncio.run(scenario())
+
+
+def test_events_do_not_wait_soon_after_a_wait(
+    small: SmallModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Many workers leave no moment in which none ranks."""
+    app, wait, waits = Application(_models(small, tmp_path)), Passes.wait, list[str]()
+    monkeypatch.setattr(ranking_queue, "LONGEST_WAIT_SECONDS", 0.3)
+    monkeypatch.setattr(Passes, "wait", lambda self: (waits.append(threading.current_thread().name), wait(self)))
+    app.calls.passes.begin()
+    assert [ask(app, b"no JSON", page="/events").status for _ in range(3)] == [400] * 3
+    assert len([name for name in waits if name.startswith("events")]) == 1
+
+
+@pytest.mark.parametrize("full", ["/invocations", "/events"])
+def test_a_page_that_is_full_leaves_the_other_one_its_places(small: SmallModel, tmp_path: Path, full: str) -> None:
+    app = Application(_models(small, tmp_path, max_waiting=2))
+    assert app.events is not None
+    places = {"/invocations": app.calls.places, "/events": app.events.places}
+    bodies = {"/invocations": {"inputs": [element()]}, "/events": {"events": as_json(later_log(3, rows=2))}}
+
+    async def statuses() -> dict[str, int]:
+        end = asyncio.Event()
+
+        async def slow() -> AsyncIterator[bytes]:
+            yield b"{"
+            await end.wait()
+
+        held = [asyncio.ensure_future(reply(app, page=full, parts=slow())) for _ in range(2)]
+        while places[full].taken < 2:
+            await asyncio.sleep(0)
+        found = {page: (await reply(app, body, page=page)).status for page, body in bodies.items()}
+        end.set()
+        await asyncio.gather(*held)
+        return found
+
+    assert asyncio.run(statuses()) == {page: 503 if page == full else 200 for page in bodies}
+    assert [each.taken for each in places.values()] == [0, 0]

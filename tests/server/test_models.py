@@ -14,13 +14,13 @@ from typing import Any
 
 import pytest
 
-from mmoe_rec.cli.serve import AtAddress, limits_of
+from mmoe_rec.cli.serve import AtAddress, read_limits
 from mmoe_rec.errors import UserError
-from mmoe_rec.inference.artifact import version_of
+from mmoe_rec.inference.artifact import Source, version_of
 from mmoe_rec.model.products import has_onednn
 from mmoe_rec.server.app import Application
-from mmoe_rec.server.limits import Limits
-from mmoe_rec.server.models import Models, NotFoundError, Reloads, Source, Watch
+from mmoe_rec.server.models import Models, NotFoundError, Reloads
+from mmoe_rec.server.options import Options
 from tests.inference.other_weights import other_weights
 from tests.inference.small_model import SmallModel
 from tests.processes import PATIENCE, until
@@ -63,12 +63,11 @@ class HeldFiles(list[str]):
 def test_a_slow_find_never_puts_an_older_model_back() -> None:
     address, taken = Address("1"), HeldFiles()
     reloads = Reloads(address, taken)
-    watch = Watch(address, reloads, 0)
     address.go_on.clear()
     asked = reloads.ask()
     until(lambda: address.finds == ["1"])
     address.states = ["2"]
-    looking = threading.Thread(target=watch.look, daemon=True)
+    looking = threading.Thread(target=reloads.look, daemon=True)
     looking.start()
     until(lambda: reloads._next is not None or taken)
     assert not taken, "the second waits for the first"
@@ -108,10 +107,10 @@ def test_an_attempt_that_fails_tells_why() -> None:
 def test_no_error_ends_the_looking(caplog: pytest.LogCaptureFixture) -> None:
     down, gone = OSError("the store\nis down"), UserError("there is no such alias")
     address = Address("1", down, down, gone, "1", gone, RuntimeError("can't start new thread"), "2")
-    watch = Watch(address, Reloads(address, taken := HeldFiles()), 3_600)
-    watch.start("1")
+    reloads = Reloads(address, taken := HeldFiles())
+    reloads.watch("1", 3_600)
     while not taken:
-        watch.look()
+        reloads.look()
     assert [record.getMessage() for record in caplog.records] == [
         f"can't look for another model: {sentence}"
         for sentence in (
@@ -125,10 +124,10 @@ def test_no_error_ends_the_looking(caplog: pytest.LogCaptureFixture) -> None:
 
 def test_a_model_that_can_not_be_loaded_is_not_loaded_at_every_look(caplog: pytest.LogCaptureFixture) -> None:
     address, taken = Address("broken"), HeldFiles()
-    watch = Watch(address, Reloads(address, taken), 0)
+    reloads = Reloads(address, taken)
     for state, loads in (("broken", 1), ("broken", 1), ("3", 2)):
         address.states = [state]
-        watch.look()
+        reloads.look()
         assert len(taken) == loads
     assert [record.getMessage() for record in caplog.records] == ["the previous model goes on serving: it is broken"]
 
@@ -141,10 +140,9 @@ class Copied:
 
     def __init__(self, folder: Path) -> None:
         self.finder = AtAddress(str(folder), "unused")
-        self.models, self.loads = Models(Limits()), list[str]()
-        self.take_up(self.finder.find())
-        self.watch = Watch(self.finder, Reloads(self.finder, self.take_up), 3_600)
-        self.watch.start(self.finder.state())
+        self.models, self.loads = Models(Options(), self.finder.find()), list[str]()
+        self.reloads = Reloads(self.finder, self.take_up)
+        self.reloads.watch(self.finder.state(), 3_600)
 
     def take_up(self, source: Source) -> None:
         try:
@@ -156,7 +154,7 @@ class Copied:
     def look(self) -> list[str]:
         """What a look loads."""
         before = len(self.loads)
-        self.watch.look()
+        self.reloads.look()
         return self.loads[before:]
 
 
@@ -177,7 +175,6 @@ def test_a_copy_under_way_is_tried_again_when_more_of_it_is_there(small: SmallMo
     (told,) = copied.look()
     assert "'weights.safetensors' has changed" in told
     assert copied.models.failure == told
-    assert copied.models.current is not None
     assert copied.models.current.ranker.version == version_of(small.folder), "which goes on"
     assert copied.look() == [], "what stays broken is not loaded again"
     copy(made, folder, "weights.safetensors")
@@ -232,11 +229,9 @@ def call(app: Application) -> None:
 
 @pytest.mark.parametrize("asked", [schema, call])
 def test_a_model_is_gone_once_another_one_is_served(small: SmallModel, asked: Callable[[Application], None]) -> None:
-    models = Models(Limits())
-    models.load(Source(small.folder, "models:/small/1"))
-    app = Application(models, Limits())
+    models = Models(Options(), Source(small.folder, "models:/small/1"))
+    app = Application(models)
     asked(app)
-    assert models.current is not None
     before = weakref.ref(models.current.ranker)
     models.load(Source(small.folder, "models:/small/2"))
 
@@ -265,12 +260,12 @@ def test_a_model_is_gone_once_another_one_is_served(small: SmallModel, asked: Ca
 def test_what_the_command_line_gives_goes_for_every_model(
     small: SmallModel, overrides: list[str], stale: list[bool], most: int, products: str
 ) -> None:
-    limits = limits_of(small.folder, overrides)
-    models = Models(limits)
-    for _ in range(2):  # at the start, and for another model
-        ranker = models.load(Source(small.folder, "models:/small/1")).ranker
+    source = Source(small.folder, "models:/small/1")
+    models = Models(Options(*read_limits(small.folder, overrides)), source)
+    for served in models.current, models.load(source):
+        ranker = served.ranker
         assert ranker.scorer.products == (products if has_onednn() else "blas")
-        app, known = Application(models, limits), datetime.fromisoformat(str(ranker.about.tables_as_of))
+        app, known = Application(models), datetime.fromisoformat(str(ranker.about.tables_as_of))
         later = [known + timedelta(days=days) for days in (0.4, 0.6, 8, 200)]
         call = {"inputs": [element(context={"time": each.isoformat()}) for each in later]}
         rankings: list[Any] = ask(app, call).tree["predictions"]

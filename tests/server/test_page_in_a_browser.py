@@ -18,12 +18,13 @@ import numpy as np
 import pytest
 import uvicorn
 
+from mmoe_rec.inference.artifact import Source
 from mmoe_rec.inference.ranking import Ranking
 from mmoe_rec.server.app import Application
-from mmoe_rec.server.limits import Limits
-from mmoe_rec.server.models import Models, Source
+from mmoe_rec.server.models import Models
+from mmoe_rec.server.options import Options
 from tests.inference.small_model import SmallModel
-from tests.server.asking import ask
+from tests.server.asking import application, ask
 from tests.server.browser import CHROMIUM, DRIVER, Browser, browser
 
 needs_browser = pytest.mark.skipif(None in (CHROMIUM, DRIVER), reason="needs Chromium and chromedriver")
@@ -50,12 +51,11 @@ def test_the_page_is_bound_to_what_it_was_written_with(app: Application) -> None
 
 
 def test_everybody_may_see_the_page_and_nobody_the_model(models: Models) -> None:
-    app = Application(models, Limits(), token=TOKEN)
+    app = application(models, token=TOKEN)
     assert ask(app, b"", page="/", method="GET").status == 200
     assert ask(app, b"", page="/model", method="GET").status == 401
     found = ask(app, b"", page="/model", method="GET", headers={"Authorization": f"Bearer {TOKEN}"}).tree
     assert [each["name"] for each in found["tasks"]] == ["click", "liked", "spent"]
-    assert ask(Application(Models(Limits()), Limits()), b"", page="/model", method="GET").status == 503
 
 
 # In a browser
@@ -64,9 +64,7 @@ def test_everybody_may_see_the_page_and_nobody_the_model(models: Models) -> None
 @contextmanager
 def serving(small: SmallModel, token: str | None) -> Iterator[str]:
     """The address of a running server."""
-    models = Models(Limits())
-    models.load(Source(small.folder, "models:/small/7", "a_run"))
-    app = Application(models, Limits(), token=token)
+    app = Application(Models(Options(token=token), Source(small.folder, "models:/small/7", "a_run")))
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off"))
     with socket.socket() as bound:
         bound.bind(("127.0.0.1", 0))

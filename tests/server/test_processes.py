@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from http.client import HTTPConnection
@@ -25,11 +26,11 @@ import uvicorn
 from uvicorn.server import ServerState
 
 from mmoe_rec.errors import UserError
+from mmoe_rec.inference.artifact import Source
 from mmoe_rec.server.app import Application
-from mmoe_rec.server.limits import Limits
-from mmoe_rec.server.models import Models, Source
-from mmoe_rec.server.options import listen, listening_socket
-from mmoe_rec.server.protocol import protocol
+from mmoe_rec.server.models import Models
+from mmoe_rec.server.options import Options, listen, listening_socket
+from mmoe_rec.server.running import protocol
 from tests.fork_server import ROOT, run_command
 from tests.inference.other_weights import other_weights
 from tests.inference.running_server import free_port, running_program
@@ -102,28 +103,14 @@ def served(folder: Path, scratch: Path, *arguments: str, **variables: str) -> It
         yield Running(port, process, log)
 
 
-class Sending(threading.Thread):
-    """A call that is sent now and answered some time; `found` is None until then, or the error."""
-
-    def __init__(self, running: Running, body: Any) -> None:
-        super().__init__(daemon=True)
-        self.running, self.body, self.found = running, body, None
-        self.start()
-
-    def run(self) -> None:
-        try:
-            self.found: Any = self.running.send(self.body)
-        except (OSError, ValueError) as error:
-            self.found = error
-
-
 @pytest.mark.thorough
 def test_sigterm_answers_what_was_accepted_and_refuses_what_comes(small: SmallModel, tmp_path: Path) -> None:
-    with served(small.folder, tmp_path, "--grace", "200", "--serving.read_seconds", "200") as running:
+    words = ("--grace", "200", "--serving.read_seconds", "200")
+    with ThreadPoolExecutor() as threads, served(small.folder, tmp_path, *words) as running:
         expected = running.send(GOOD)
-        slow = Sending(running, SLOW)
+        slow = threads.submit(running.send, SLOW)
         until((tmp_path / "started").exists)
-        behind = Sending(running, GOOD)
+        behind = threads.submit(running.send, GOOD)
         until(lambda: "mmoe_rec_waiting 1.0" in running.send(None, "/metrics", "GET")[1])
         with running.connect() as idle, running.connect() as refused:
             refused.sendall(b"POST /elsewhere HTTP/1.1\r\nConnection: close\r\nHost: x\r\nContent-Length: 900\r\n\r\n")
@@ -131,13 +118,12 @@ def test_sigterm_answers_what_was_accepted_and_refuses_what_comes(small: SmallMo
             running.process.send_signal(signal.SIGTERM)
             until(running.refuses)
             assert idle.recv(1) == b""
-        assert slow.found is behind.found is None
+        assert not slow.done()
+        assert not behind.done()
         (tmp_path / "go_on").touch()
         assert running.process.wait(PATIENCE) == 0
-        slow.join(PATIENCE)
-        behind.join(PATIENCE)
-        assert slow.found[0] == 200
-        assert behind.found == expected
+        assert slow.result(PATIENCE)[0] == 200
+        assert behind.result(PATIENCE) == expected
 
 
 @pytest.mark.thorough
@@ -146,11 +132,15 @@ def test_sigterm_ends_a_server_whose_call_hangs(small: SmallModel, tmp_path: Pat
     if workers == "2":
         tmp_path = tmp_path / "no wait in workers"  # they are other processes, which the test does not slow down
         tmp_path.mkdir()
-    with served(small.folder, tmp_path, "--grace", "1", "--workers", workers) as running, ExitStack() as ends:
-        half = ends.enter_context(running.connect())
+    words = ("--grace", "1", "--workers", workers)
+    with (
+        ThreadPoolExecutor() as threads,
+        served(small.folder, tmp_path, *words) as running,
+        running.connect() as half,
+    ):
         half.sendall(b"POST /invocations HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n{")
         if workers == "1":
-            Sending(running, SLOW)
+            threads.submit(running.send, SLOW)
             until((tmp_path / "started").exists)
         started = running.workers()
         assert len(started) == (2 if workers == "2" else 0)
@@ -221,12 +211,11 @@ def test_what_only_sockets_can_send(sender: socket.socket, data: bytes, status: 
 
 
 def test_a_connection_that_comes_while_the_server_ends_gets_one_reply(small: SmallModel) -> None:
-    models = Models(Limits())
-    models.load(Source(small.folder, "models:/small/7"))
+    models = Models(Options(), Source(small.folder, "models:/small/7"))
 
     async def replies(data: bytes) -> bytes:
         kind = protocol(60, 2**20, lambda: True)
-        config = uvicorn.Config(Application(models, Limits()), http=kind, ws="none", lifespan="off", log_config=None)
+        config = uvicorn.Config(Application(models), http=kind, ws="none", lifespan="off", log_config=None)
         config.load()
         made = {"config": config, "server_state": ServerState(), "app_state": {}}
         async with await asyncio.get_running_loop().create_server(lambda: kind(**made), "127.0.0.1", 0) as server:
@@ -412,32 +401,26 @@ def test_mistakes_are_told_in_one_sentence(small: SmallModel, arguments: list[st
     assert sentence in told
 
 
-# An address is one server's, from before its model is loaded
+# An address is one server's
 
 
 TAKEN = "can't be listened on: Address already in use"
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="other systems tell later, once the model is loaded")
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
-def test_an_address_that_a_loading_server_has_is_taken(host: str) -> None:
+def test_an_address_that_a_server_listens_at_is_taken(host: str) -> None:
     try:
         first = listening_socket(host, 0)
     except UserError:
         pytest.skip("this machine has no IPv6")
+    listen(first)
     port = first.getsockname()[1]
     with pytest.raises(UserError, match=f"{port} {TAKEN}"):
         listening_socket(host, port)
     first.close()
-    del first
-    second = listening_socket(host, port)
-    listen(second)
-    with pytest.raises(UserError, match=f"{port} {TAKEN}"):
-        listening_socket(host, port)
-    second.close()
+    listening_socket(host, port).close()
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="other systems tell later, once the model is loaded")
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_who_comes_second_is_told_in_one_sentence(small: SmallModel, tmp_path: Path, workers: str) -> None:
     folder, port = tmp_path / "model", free_port()
@@ -453,8 +436,6 @@ def test_who_comes_second_is_told_in_one_sentence(small: SmallModel, tmp_path: P
         process = subprocess.Popen(words, cwd=ROOT, env=env, stdout=log, stderr=log)
     try:
         writing = until(lambda: opened(pipe))
-        with pytest.raises(UserError, match=TAKEN):
-            listening_socket("127.0.0.1", port)
         with socket.socket() as first:
             first.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             first.bind(("0.0.0.0", port))

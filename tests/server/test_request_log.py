@@ -28,8 +28,7 @@ from mmoe_rec.point_in_time.arrays import Ragged
 from tests.inference.small_model import CONTEXT, ITEMS, USER, SmallModel, as_request
 from tests.log.small_logs import random_log
 from tests.processes import PATIENCE, until
-from tests.server.asking import ask, element
-from tests.server.logging_server import logged, logging_app, outcomes
+from tests.server.asking import ask, element, logged, logging_app, outcomes
 from tests.server.test_events import as_json, later_log
 from tests.server.test_processes import Running, served
 
@@ -93,7 +92,6 @@ def test_a_row_says_up_to_where_the_model_knew_the_journal(
             expected[reply["request_id"]] = position
             position = ask(app, {"events": [row]}, page="/events").tree["position"]
         assert ask(app, asked, page=f"/invocations?after={position}").status == 200
-        assert app.models.current is not None
         ranker, learning = app.models.current.ranker, app.models.current.learning
         rank_many = ranker.rank_many
 
@@ -276,7 +274,7 @@ def test_files_are_whole_and_readable_as_the_umask_says(small: SmallModel, tmp_p
 
 
 def test_another_model_begins_another_file(small: SmallModel, with_ids: SmallModel, tmp_path: Path) -> None:
-    from mmoe_rec.server.models import Source
+    from mmoe_rec.inference.artifact import Source
 
     with logging_app(small.folder, LogOptions(tmp_path, share=1.0)) as app:
         one = ask(app, {"inputs": [element()]}).tree["predictions"][0]

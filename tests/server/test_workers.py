@@ -4,23 +4,31 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import sys
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict
+from http.client import HTTPException
 from pathlib import Path
+from typing import Any
 
+import pyarrow as pa
 import pytest
 
 from mmoe_rec.inference import artifact
-from mmoe_rec.inference.artifact import MANIFEST, StoredFile, read_manifest
-from mmoe_rec.inference.example import EXAMPLE
+from mmoe_rec.inference.artifact import EXAMPLE, MANIFEST, StoredFile, read_manifest
 from tests.fork_server import Command, run_command
 from tests.inference.running_server import free_port
-from tests.inference.small_model import SmallModel
+from tests.inference.small_model import ITEMS, SmallModel
+from tests.live.journals import postgresql
+from tests.log.small_logs import DAY, START, log_rows
 from tests.processes import PATIENCE, children, is_running, until
-from tests.server.test_processes import GOOD, Calling, Running, Sending, changed, model_count, served
+from tests.server.test_events import as_json, asked, expected, later_log
+from tests.server.test_processes import GOOD, Calling, Running, changed, model_count, served
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are forked on Linux alone")
 
@@ -122,11 +130,11 @@ def memory(process: int) -> Counter[str]:
 
 @pytest.mark.thorough
 def test_a_loading_that_is_killed_is_told_and_the_model_before_goes_on(folder: Path, tmp_path: Path) -> None:
-    with served(folder, tmp_path, "--workers", "2") as running:
+    with ThreadPoolExecutor() as threads, served(folder, tmp_path, "--workers", "2") as running:
         until(lambda: model_count(running) == 2)
         workers, generations, expected = running.workers(), running.generations(), version(running)
         hang_at_loading(folder)
-        reload = Reloading(running)
+        reload = threads.submit(running.send, None, "/reload")
         (loading,) = until(lambda: running.generations() - generations)
 
         os.kill(min(workers), signal.SIGKILL)
@@ -135,25 +143,11 @@ def test_a_loading_that_is_killed_is_told_and_the_model_before_goes_on(folder: P
         assert version(running) == expected
         os.kill(loading, signal.SIGKILL)
         until(lambda: "was ended by SIGKILL" in str(running.send(None, "/version", "GET")[1]["reload_failure"]))
-        reload.join(PATIENCE)
-        if not isinstance(reload.found, Exception):  # else its worker was the one that was killed
-            status, body = reload.found
+        if reload.exception(PATIENCE) is None:  # else its worker was the one that was killed
+            status, body = reload.result()
             assert status == 503
             assert "the process that loads the model at '" in body["message"]
         assert {version(running) for _ in range(9)} == {expected}
-
-
-class Reloading(Sending):
-    """A reload that is asked for now."""
-
-    def __init__(self, running: Running) -> None:
-        super().__init__(running, None)
-
-    def run(self) -> None:
-        try:
-            self.found = self.running.send(None, "/reload")
-        except (OSError, ValueError) as error:
-            self.found = error
 
 
 @pytest.mark.thorough
@@ -185,11 +179,11 @@ def test_all_ends_with_the_parent(folder: Path, tmp_path: Path) -> None:
 
 @pytest.mark.thorough
 def test_sigterm_while_another_model_is_loaded(folder: Path, tmp_path: Path) -> None:
-    with served(folder, tmp_path, "--workers", "2") as running:
+    with ThreadPoolExecutor() as threads, served(folder, tmp_path, "--workers", "2") as running:
         until(lambda: model_count(running) == 2)
         workers, generations = running.workers(), running.generations()
         hang_at_loading(folder)
-        Reloading(running)
+        threads.submit(running.send, None, "/reload")
         (loading,) = until(lambda: running.generations() - generations)
         running.process.send_signal(signal.SIGTERM)
         running.process.wait(PATIENCE)
@@ -222,3 +216,113 @@ def test_a_model_that_cannot_be_loaded_ends_the_start_in_one_sentence(folder: Pa
     assert told[0] == told[1], "the same words as from one process"
     assert told[1][2].count("\n") == 1
     assert "weights.safetensors" in told[1][2]
+
+
+# Events through several workers, some of which are killed: what was acknowledged is known to all of them
+
+
+TIME = START + 30 * DAY
+ASKED = {"inputs": [asked(TIME, 5)], "params": {"explain": True}}
+
+
+def _ready(running: Running) -> set[int]:
+    """Both workers, once they serve."""
+    until(lambda: len(running.workers()) == 2 and model_count(running) >= 2)
+    return running.workers()
+
+
+def _sent(running: Running, rows: list[dict[str, Any]]) -> str:
+    """Sends rows until they are acknowledged, as a caller does whose connection breaks; gives the position."""
+    answer: tuple[int, Any] = (0, None)
+
+    def acknowledged() -> bool:
+        nonlocal answer
+        with suppress(OSError, HTTPException, ValueError):
+            answer = running.send({"events": rows}, "/events")
+        return answer[0] == 200
+
+    until(acknowledged)
+    return str(answer[1]["position"])
+
+
+def _asked(running: Running, position: str) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
+
+    def answered() -> bool:
+        with suppress(OSError, HTTPException, ValueError):
+            status, reply = running.send(ASKED, f"/invocations?after={position}")
+            assert status == 200, reply
+            ranking = reply["predictions"][0]
+            by_item = dict(zip(ranking["candidates"], ranking["explanations"], strict=True))
+            found[:] = [by_item[item] for item in ITEMS]
+        return bool(found)
+
+    until(answered)
+    return found
+
+
+def _check(small: SmallModel, found: list[dict[str, Any]], table: pa.Table) -> None:
+    want = expected(small, log_rows(table, small.settings.schema_), TIME, 5)
+    for mine, each in zip(found, want, strict=True):
+        assert mine["counters"] == each["counters"]
+        assert mine["histories"] == each["histories"]
+
+
+@pytest.mark.thorough
+def test_what_was_acknowledged_survives_kills_of_workers_and_of_the_server(small: SmallModel, tmp_path: Path) -> None:
+    table = later_log(21, rows=120)
+    rows, journal = as_json(table), f"sqlite:///{tmp_path / 'journal.db'}"
+    serving = ("--workers", "2", "--journal", journal)
+
+    def said() -> str:
+        return (tmp_path / "server.log").read_text(encoding="utf-8")
+
+    with served(small.folder, tmp_path, *serving) as running:
+        begun = re.search(r"the journal '(.+)', ([0-9a-f]{32}), is empty: it begins now\n", said())
+        assert begun
+        assert begun[1] == journal
+        workers = _ready(running)
+        for number, start in enumerate(range(0, 60, 6)):
+            position = _sent(running, rows[start : start + 6])
+            if number % 3 == 1:
+                os.kill(sorted(workers)[number % 2], signal.SIGKILL)
+                workers = _ready(running)
+        _check(small, _asked(running, position), table.slice(0, 60))
+        whole = running.workers()
+        running.process.kill()
+        running.process.wait()
+        for worker in whole:
+            with suppress(ProcessLookupError):
+                os.kill(worker, signal.SIGKILL)
+    with served(small.folder, tmp_path, *serving) as running:
+        assert f"going on with the journal '{journal}', {begun[2]}, at position {position}\n" in said()
+        assert "it begins now" not in said()
+        _ready(running)
+        # Both workers know all of it, whichever of them answers.
+        for _ in range(6):
+            _check(small, _asked(running, position), table.slice(0, 60))
+        position = _sent(running, [*rows[50:60], *rows[60:]])
+        for _ in range(6):
+            _check(small, _asked(running, position), table)
+        assert running.send({}, "/reload")[0] == 200
+        for _ in range(6):
+            _check(small, _asked(running, position), table)
+
+
+@pytest.mark.thorough
+def test_servers_of_two_machines_know_the_same_after_the_same_position(small: SmallModel, tmp_path: Path) -> None:
+    """They share a PostgreSQL, which crashes once."""
+    table = later_log(23, rows=60)
+    rows, folders = as_json(table), [tmp_path / "one", tmp_path / "other"]
+    for folder in folders:
+        folder.mkdir()
+    with postgresql() as database:
+        words = ("--workers", "2", "--journal", database.new_address())
+        with served(small.folder, folders[0], *words) as one, served(small.folder, folders[1], *words) as other:
+            for number, start in enumerate(range(0, 60, 6)):
+                position = _sent((one, other)[number % 2], rows[start : start + 6])
+                if number == 5:
+                    database.kill()
+                    database.start()
+            for running in (one, other, one, other):
+                _check(small, _asked(running, position), table)
