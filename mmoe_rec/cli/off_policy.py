@@ -12,6 +12,7 @@ There is no estimate, and a sentence says why, where the log can't have shown wh
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from mmoe_rec.atomic import write_text
 from mmoe_rec.cli.command import COUNT, FOLDER, show
 from mmoe_rec.cli.main import command
 from mmoe_rec.errors import UserError
@@ -40,7 +42,7 @@ def off_policy(
     log: str, tasks: tuple[str, ...], columns: tuple[str, ...], where: tuple[str, ...], resamples: int, out: Path
 ) -> None:
     """Runs the command."""
-    from mmoe_rec.report.documents import estimate_tree, write_json
+    from mmoe_rec.report.sentences import estimate_tree
     from mmoe_rec.report.tables import show_estimates
 
     conditions = {}
@@ -51,7 +53,8 @@ def off_policy(
         conditions[column] = value
     estimates = estimate_policy(log, tasks, _name_columns(tasks, columns), conditions, resamples)
     trees = {task: estimate_tree(each) for task, each in estimates.items()}
-    write_json(out / "off_policy.json", {"log": log, "where": conditions, "tasks": trees})
+    tree = {"log": log, "where": conditions, "tasks": trees}
+    write_text(out / "off_policy.json", json.dumps(tree, indent=1))
     show(show_estimates(estimates))
     print(f"estimates: {out / 'off_policy.json'}")
 
@@ -129,7 +132,8 @@ def _read(address: str, there: set[str], columns: Mapping[str, str], where: Mapp
     import pyarrow.compute as pc
     import pyarrow.types as pt
 
-    from mmoe_rec.jobs.prediction_files import FINITE, LABELS, PROBABILITY, Check, FileRows
+    from mmoe_rec.evaluation.sums import LABELS, PREDICTIONS, Check
+    from mmoe_rec.jobs.prediction_files import FileRows
     from mmoe_rec.log.checks import BadFile, open_parquet
     from mmoe_rec.log.values import with_path_values
 
@@ -151,11 +155,12 @@ def _read(address: str, there: set[str], columns: Mapping[str, str], where: Mapp
         kept &= pc.fill_null(pc.equal(column.cast(pa.string()), value), False).to_numpy(zero_copy_only=False)
     rows = FileRows(address, table, kept=kept)
     chosen: Check = ("a probability above 0", lambda values: (values > 0) & (values <= 1))
-    checks = {part: LABELS["regression"] for part in columns if part.startswith("label_")}
-    checks |= {"propensity": chosen, "target": PROBABILITY}
+    checks = dict.fromkeys(columns, PREDICTIONS["regression"])
+    checks |= {part: LABELS["regression"] for part in columns if part.startswith("label_")}
+    checks |= {"propensity": chosen, "target": PREDICTIONS["binary"]}
     return pa.table(
         {
-            part: rows.read_ids(name) if part == "user" else rows.read_numbers(name, checks.get(part, FINITE))
+            part: rows.read_ids(name) if part == "user" else rows.read_numbers(name, checks[part])
             for part, name in columns.items()
         }
     )

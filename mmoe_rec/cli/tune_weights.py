@@ -9,6 +9,7 @@ weights into the settings as `score_weight`, or send them with a request as `tas
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -43,12 +44,12 @@ def tune_weights(
             margins[task] = math.nan
         if not equals or not margins[task] >= 0:
             raise UserError(f"--keep takes TASK=LOSS, such as rebought=0.002; found '{word}'")
-    from mmoe_rec.report.documents import write_json
+    from mmoe_rec.atomic import write_text
     from mmoe_rec.report.tables import show_choice
 
     file = (out or Path(settings.data.work) / "tradeoffs") / "tradeoffs.json"
     choice = choose(settings, model, goal or next(iter(settings.tasks)), margins)
-    write_json(file, asdict(choice))
+    write_text(file, json.dumps(asdict(choice), indent=1))
     show(show_choice(choice))
     print(f"all weights: {file}")
 

@@ -11,9 +11,9 @@ for how many they are by Holm's method (1979); the objective's for the number of
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -33,7 +33,8 @@ from mmoe_rec.evaluation.intervals import (
     resample,
 )
 from mmoe_rec.evaluation.metrics import METRICS, metrics_of
-from mmoe_rec.evaluation.metrics.metric import Metric
+from mmoe_rec.evaluation.metrics.metric import Metric, UserSums, distance_from_one
+from mmoe_rec.evaluation.slices import SliceRecord, compare_slices
 from mmoe_rec.evaluation.summary import (
     SCORE,
     GroupSummary,
@@ -44,14 +45,13 @@ from mmoe_rec.evaluation.summary import (
     nest,
     sums_by_user,
 )
-from mmoe_rec.evaluation.sums import EvaluationSums
+from mmoe_rec.evaluation.sums import EvaluationSums, check_same_rows, count_rarer_label
 from mmoe_rec.settings.sections import Evaluation
 
 OBJECTIVE: Key = ("objective", "objective")
 BETTER, HELD_BACK, NOT_SHOWN, WORSE, UNDECIDED = "better", "held back", "not shown", "worse", "undecided"
 GUARDED = {"binary": "auc", "regression": "r2"}
 """Kind of a task -> the metric of which it may not lose more than the margin."""
-_SAME = ["user", "rows", "requests", "digest"]
 
 
 @dataclass(frozen=True)
@@ -88,16 +88,6 @@ class Objective:
             return f"{self.metric} of the score"
         return f"{'mean ' if len(self.groups) > 1 else ''}{self.metric} of {', '.join(self.groups)}"
 
-    def add_to(self, values: Values) -> Values:
-        """Values of metrics, with the objective's where all of its parts are there."""
-        if all((each, self.metric) in values for each in self.groups):
-            values[OBJECTIVE] = np.asarray(np.mean([values[group, self.metric] for group in self.groups], axis=0))
-        return values
-
-    def effective_users(self, effective: Mapping[Key, float]) -> float:
-        """The least effective number of users of its parts."""
-        return min(effective[group, self.metric] for group in self.groups)
-
 
 def find_objective(decide_by: str) -> Metric[Any]:
     """The metric of a setting. Raises UserError where models can't be told apart by it."""
@@ -110,16 +100,6 @@ def find_objective(decide_by: str) -> Metric[Any]:
         f"evaluation.decide_by is '{decide_by}'; expected a metric of tasks, such as auc, gauc_user or logloss, or "
         "one of the score, such as score.ndcg_at_10"
     )
-
-
-def count_rarer_label(sums: EvaluationSums, task: str) -> int:
-    """How many rows have the rarer label of a binary task, or an observed label of a regression."""
-    table = sums.tables[f"{task}.users"]
-    rows = int(table["rows"].to_numpy().sum())
-    if "positives" not in table.column_names:
-        return rows
-    positives = int(table["positives"].to_numpy().sum())
-    return min(positives, rows - positives)
 
 
 @dataclass(frozen=True)
@@ -159,7 +139,6 @@ class Versus:
 
     objective: Difference
     groups: dict[str, dict[str, Difference]]
-    verdict: Verdict | None = None
 
 
 @dataclass(frozen=True)
@@ -168,7 +147,7 @@ class Comparison:
 
     units: users, or groups of them, that were redrawn; effective_users: by rows, of each task and the score; against:
     name of each other model -> the differences from it; judged: tasks with enough labels; left_out: each other task ->
-    rows of its rarer label.
+    rows of its rarer label; verdicts: by the name of the other model.
     """
 
     model: str
@@ -181,6 +160,7 @@ class Comparison:
     rules: Evaluation = field(default_factory=Evaluation)
     judged: tuple[str, ...] = ()
     left_out: dict[str, int] = field(default_factory=dict)
+    verdicts: dict[str, Verdict] = field(default_factory=dict)
 
 
 def compare(
@@ -191,24 +171,68 @@ def compare(
     resamples: int,
     seed: int = 0,
 ) -> Comparison:
-    """Compares a model with all others and decides, see `decide`.
+    """Compares a model with all others in all metrics and decides, see `decide`.
+
+    There is no `score` of a model that weighs relevance differently, as its truth is another one, nor are there tasks
+    that one of the two lacks.
 
     tasks: those that may decide; rules: by which, see `Objective.of`. Raises UserError where the rows are not the same,
     or for a metric that there is not.
     """
-    sums = {name: each.sums for name, each in models.items()}
-    labels = {task: count_rarer_label(sums[model], task) for task in tasks}
-    compared = find_differences(sums, model, Objective.of(rules.decide_by, sums[model], tasks), resamples, seed)
-    compared = replace(
-        compared,
-        rules=rules,
+    sums, others = {name: each.sums for name, each in models.items()}, [name for name in models if name != model]
+    mine = sums[model]
+    for other in others:
+        check_same_rows(model, mine, other, sums[other])
+    objective = Objective.of(rules.decide_by, mine, tasks)
+    groups = {name: sums_by_user(each) for name, each in sums.items()}
+    effective = effective_users(groups[model], objective)
+
+    def values_of(counts: np.ndarray) -> Values:
+        values = {name: evaluate_with(objective, group, counts) for name, group in groups.items()}
+        return {(name, *key): value for name, each in values.items() for key, value in each.items()}
+
+    units, differences = len(mine.tables["ranking"]), dict[tuple[str, str, str], Difference]()
+    resampled = resample(values_of, units, resamples, seed)
+    for other in others:
+        same_truth = _weights(mine) == _weights(sums[other])
+        for (name, *key), its in resampled.items():
+            of_score = SCORE in (objective.groups if objective is not None and tuple(key) == OBJECTIVE else key)
+            if name == model and (other, *key) in resampled and (same_truth or not of_score):
+                group, metric = key
+                apart = find_difference(its, resampled[other, group, metric], effective[group, metric])
+                differences[other, group, metric] = apart
+    labels = {task: count_rarer_label(mine, task) for task in tasks}
+    compared = Comparison(
+        model,
+        resamples,
+        seed,
+        units,
+        {name: each.effective_rows for name, each in groups[model].items()},
+        objective,
+        {other: Versus(*of) for other, of in correct(mine, differences, others).items()},
+        rules,
         judged=tuple(task for task, rows in labels.items() if rows >= FEWEST),
         left_out={task: rows for task, rows in labels.items() if rows < FEWEST},
     )
     summaries = {name: each.summary for name, each in models.items()}
-    verdicts = {other: decide(compared, other, summaries) for other in compared.against}
-    against = {other: replace(versus, verdict=verdicts[other]) for other, versus in compared.against.items()}
-    return replace(compared, against=against)
+    return replace(compared, verdicts={other: decide(compared, other, summaries) for other in others})
+
+
+def evaluate_with(objective: Objective | None, groups: Mapping[str, UserSums], counts: np.ndarray) -> Values:
+    """All metrics in resamples, and the objective, if there is one: see `summary.evaluate`."""
+    values = evaluate(groups, counts)
+    if objective is not None and all((each, objective.metric) in values for each in objective.groups):
+        parts = [values[group, objective.metric] for group in objective.groups]
+        values[OBJECTIVE] = np.asarray(np.mean(parts, axis=0))
+    return values
+
+
+def effective_users(groups: Mapping[str, UserSums], objective: Objective | None) -> dict[Key, float]:
+    """The effective number of users by their sizes, of each metric; of the objective, the least of its parts."""
+    effective = effective_by_metric(groups)
+    if objective is not None:
+        effective[OBJECTIVE] = min(effective[group, objective.metric] for group in objective.groups)
+    return effective
 
 
 def decide(compared: Comparison, other: str, summaries: Mapping[str, Summary]) -> Verdict:
@@ -254,11 +278,6 @@ def guard_calibration(task: str, model: GroupSummary, other: GroupSummary, limit
     return Guard(task, "calibration", passed, is_outside, calibrations=(mine, its))
 
 
-def distance_from_one(ratio: float) -> float:
-    """How far probabilities are off, by either factor."""
-    return abs(math.log(ratio)) if ratio > 0 else math.inf
-
-
 def find_detectable_gain(compared: Comparison, versus: Versus, summary: Summary) -> float:
     """The gain, the same for all tasks, with which nine of ten evaluations would call a model better.
 
@@ -279,47 +298,6 @@ def find_detectable_gain(compared: Comparison, versus: Versus, summary: Summary)
     margin = compared.rules.margin
     sizes += [error * sum(student.ppf([1 - LEVEL / 2, power], users - 1)) - margin for error, users in guarded]
     return float(max(sizes))
-
-
-def find_differences(
-    models: Mapping[str, EvaluationSums],
-    model: str,
-    objective: Objective | None = None,
-    resamples: int = 1000,
-    seed: int = 0,
-) -> Comparison:
-    """Differences of a model from each of the others in all metrics, without a verdict.
-
-    There is no `score` of a model that weighs relevance differently, as its truth is another one, nor are there tasks
-    that one of the two lacks. Raises UserError where two models were not measured on the same rows with the same
-    labels.
-    """
-    mine, others = models[model], [name for name in models if name != model]
-    for other in others:
-        check_same_rows(model, mine, other, models[other])
-    groups = {name: sums_by_user(sums) for name, sums in models.items()}
-    units, effective = len(mine.tables["ranking"]), effective_by_metric(groups[model])
-    if objective is not None:
-        effective |= {OBJECTIVE: objective.effective_users(effective)}
-
-    def values_of(counts: np.ndarray) -> Values:
-        values = {name: evaluate(group, counts) for name, group in groups.items()}
-        if objective is not None:
-            values = {name: objective.add_to(each) for name, each in values.items()}
-        return {(name, *key): value for name, each in values.items() for key, value in each.items()}
-
-    resampled, differences = resample(values_of, units, resamples, seed), dict[tuple[str, str, str], Difference]()
-    for other in others:
-        same_truth = _weights(mine) == _weights(models[other])
-        for (name, *key), its in resampled.items():
-            of_score = SCORE in (objective.groups if objective is not None and tuple(key) == OBJECTIVE else key)
-            if name == model and (other, *key) in resampled and (same_truth or not of_score):
-                group, metric = key
-                apart = find_difference(its, resampled[other, group, metric], effective[group, metric])
-                differences[other, group, metric] = apart
-    by_rows = {name: each.effective_rows for name, each in groups[model].items()}
-    against = {other: Versus(*of) for other, of in correct(mine, differences, others).items()}
-    return Comparison(model, resamples, seed, units, by_rows, objective, against)
 
 
 def correct(
@@ -350,40 +328,55 @@ def correct(
     return found
 
 
-def check_same_rows(name: str, sums: EvaluationSums, against: str, base: EvaluationSums) -> None:
-    """Raises UserError where two models were not measured on the same rows with the same labels."""
-    if (what := describe_other_rows(sums, base)) is not None:
-        raise UserError(
-            f"'{name}' and '{against}' were not measured on the same rows ({what}): differences of models need the "
-            "same requests and candidates, with the same labels"
-        )
-
-
-def describe_other_rows(sums: EvaluationSums, base: EvaluationSums) -> str | None:
-    """What differs between the rows of two models, or their labels; None where they are the same."""
-    for table in ["ranking", *(f"{task.name}.users" for task in base.tasks if f"{task.name}.users" in sums.tables)]:
-        mine, its = (
-            each.tables[table].select([key for key in _SAME if key in each.tables[table].column_names])
-            for each in (sums, base)
-        )
-        if mine.equals(its):
-            continue
-        task = table.removesuffix(".users")
-        rows = [int(each["rows"].to_numpy().sum()) for each in (mine, its)]
-        of = "" if table == "ranking" else f" with a label of '{task}'"
-        if rows[0] != rows[1] or sums.users != base.users:
-            return f"{rows[0]:,} rows{of} of {sums.users:,} users, and {rows[1]:,} of {base.users:,}"
-        kinds = [each["user"].type for each in (mine, its)]
-        if kinds[0] != kinds[1]:
-            return f"users are {kinds[0]} in one, and {kinds[1]} in the other"
-        if not mine["user"].equals(its["user"]):
-            return f"the users of rows{of} differ"
-        apart = int((mine["digest"].to_numpy() != its["digest"].to_numpy()).sum())
-        who = "users" if sums.users == len(base.tables["ranking"]) else "groups of users"
-        what = "requests or candidates" if table == "ranking" else f"labels of '{task}'"
-        return f"{what} of {apart or 'some'} of {len(mine):,} {who} differ"
-    return None
-
-
 def _weights(sums: EvaluationSums) -> dict[str, float]:
     return {task.name: task.weight for task in sums.tasks if task.weight}
+
+
+RESAMPLES_OF_SLICES = 200  # standard errors are good to 5%
+
+
+@dataclass(frozen=True)
+class Results:
+    """What was measured. models: by name, the one in question first; tasks: those that may decide; rules: by which;
+    title, facts: what a report says of the rows."""
+
+    models: dict[str, MeasuredModel]
+    tasks: tuple[str, ...]
+    rules: Evaluation
+    title: str
+    facts: dict[str, str]
+
+    @property
+    def name(self) -> str:
+        """The name of the model in question."""
+        return next(iter(self.models))
+
+    @property
+    def first(self) -> MeasuredModel:
+        """The model in question."""
+        return self.models[self.name]
+
+    @property
+    def summaries(self) -> dict[str, Summary]:
+        """The summaries of all models, by name."""
+        return {name: each.summary for name, each in self.models.items()}
+
+    @property
+    def each_row_is_a_user(self) -> bool:
+        """True if each row has a user of its own, for all models."""
+        return all(each.each_row_is_a_user for each in self.summaries.values())
+
+    @cached_property
+    def comparison(self) -> Comparison | None:
+        """The first model beside the others; None where it is alone.
+
+        Raises UserError where the rows are not the same.
+        """
+        if len(self.models) == 1:
+            return None
+        return compare(self.models, self.name, self.tasks, self.rules, self.first.summary.resamples)
+
+    @cached_property
+    def slices(self) -> list[SliceRecord]:
+        """All slices of the first model, beside all rows and other models."""
+        return compare_slices(self.models, self.name, min(self.first.summary.resamples, RESAMPLES_OF_SLICES))

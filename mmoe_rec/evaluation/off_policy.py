@@ -13,7 +13,7 @@ where few rows have nearly all of the weight, these decide alone.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
@@ -26,8 +26,7 @@ CAPS = (None, 100.0, 30.0, 10.0, 3.0, 1.0)
 _SURELY = 2.0  # times the reach of a 95% interval, so that a log with support is hardly ever refused
 LEAST_EFFECTIVE = 100.0
 """Effective rows, below which there is no estimate."""
-NO_LABEL, NEVER_CHOSEN, FEW_ROWS = "no label", "never chosen", "few rows"
-FEW_EFFECTIVE_ROWS, ONE_USER, NO_SUPPORT = "few effective rows", "one user", "no support"
+FEW_ROWS, FEW_EFFECTIVE_ROWS, ONE_USER, NO_SUPPORT = "few rows", "few effective rows", "one user", "no support"
 """Why there is no estimate."""
 BELOW_ONE, ABOVE_ONE, CONTRADICTION = "mean weight below 1", "mean weight above 1", "estimates contradict each other"
 """What is suspicious."""
@@ -92,7 +91,7 @@ def estimate(choices: LoggedChoices, resamples: int, seed: int = 0) -> PolicyEst
     rows = len(known.label)
     without_label = len(choices.label) - rows
     if not rows:
-        return PolicyEstimate(0, without_label, NO_LABEL)
+        return PolicyEstimate(0, without_label, FEW_ROWS)
     weight = known.target / known.propensity
     clipped = {cap: weight if cap is None else np.minimum(weight, cap) for cap in CAPS}
     units, keys = units_of(known.users)
@@ -104,34 +103,24 @@ def estimate(choices: LoggedChoices, resamples: int, seed: int = 0) -> PolicyEst
     # The effective number of units is that by their rows or their weights, whichever is less.
     sizes = {cap: min(effective_sample_size(of[0]), effective_sample_size(of[2])) for cap, of in sums.items()}
     values = {key: each.interval(sizes[key[0]]) for key, each in resample(at, len(keys), resamples, seed).items()}
-    mean, apart, effective = values[None, "weight"], values.get((None, "apart"), UNDEFINED), _effective(weight)
+    mean, apart = values[None, "weight"], values.get((None, "apart"), UNDEFINED)
+    effective = effective_sample_size(weight) if weight.any() else 0.0
     refusal = find_refusal(rows, effective, mean)
+    users, logged = len(known.users.unique()), values[None, "logged"]
+    told = PolicyEstimate(rows, without_label, refusal, users, logged, mean, effective, apart)
+    if refusal is not None:
+        return told
     estimates = (
-        ()
-        if refusal
-        else [
-            CappedEstimate(
-                cap,
-                0.0 if cap is None else float(1 - each.sum() / weight.sum()),
-                _effective(each),
-                values[cap, "snips"],
-                values.get((cap, "doubly_robust")),
-            )
-            for cap, each in clipped.items()
-        ]
+        CappedEstimate(
+            cap,
+            float(1 - each.sum() / weight.sum()),
+            effective_sample_size(each),
+            values[cap, "snips"],
+            values.get((cap, "doubly_robust")),
+        )
+        for cap, each in clipped.items()
     )
-    return PolicyEstimate(
-        rows,
-        without_label,
-        refusal,
-        len(known.users.unique()),
-        values[None, "logged"],
-        mean,
-        effective,
-        apart,
-        () if refusal else tuple(find_warnings(mean, apart)),
-        tuple(estimates),
-    )
+    return replace(told, warnings=tuple(find_warnings(mean, apart)), estimates=tuple(estimates))
 
 
 def find_warnings(mean: Interval, apart: Interval) -> Iterator[str]:
@@ -146,8 +135,6 @@ def find_warnings(mean: Interval, apart: Interval) -> Iterator[str]:
 
 def find_refusal(rows: int, effective: float, mean: Interval) -> str | None:
     """Why there is no estimate. effective: number of rows; mean: of the weights."""
-    if mean.value == 0 or effective == 0:
-        return NEVER_CHOSEN
     if rows < LEAST_EFFECTIVE:
         return FEW_ROWS
     if effective < LEAST_EFFECTIVE:
@@ -182,7 +169,3 @@ def _estimates(sums: np.ndarray) -> dict[str, np.ndarray]:
             found["doubly_robust"] = model[1] / rows + model[0] / weights
             found["apart"] = found["doubly_robust"] - found["snips"]
     return found
-
-
-def _effective(weight: np.ndarray) -> float:
-    return effective_sample_size(weight) if weight.any() else 0.0

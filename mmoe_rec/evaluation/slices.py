@@ -22,10 +22,10 @@ import pyarrow.types as pt
 
 from mmoe_rec.auc import FEWEST
 from mmoe_rec.errors import UserError
-from mmoe_rec.evaluation.comparison import count_rarer_label, describe_other_rows, distance_from_one
 from mmoe_rec.evaluation.intervals import LEVEL, Difference, Values, correct_by_holm, find_difference, resample
+from mmoe_rec.evaluation.metrics.metric import distance_from_one
 from mmoe_rec.evaluation.summary import SCORE, MeasuredModel, effective_by_metric, evaluate, sums_by_user
-from mmoe_rec.evaluation.sums import EvaluationSums
+from mmoe_rec.evaluation.sums import EvaluationSums, count_rarer_label, describe_other_rows
 
 _NDCG = "ndcg_at_10"
 METRICS_OF_SLICES = ("auc", "calibration", "r2", _NDCG)
@@ -215,27 +215,6 @@ def sort_worst_first(records: Sequence[SliceRecord]) -> list[SliceRecord]:
     ]
 
 
-def find_slices_of_other_rows(models: Mapping[str, MeasuredModel], model: str) -> list[str]:
-    """What rows are sliced by where slices hold other rows for another model, as those of a rank do."""
-    slices = models[model].slices
-    return [
-        by
-        for by in dict.fromkeys(by for by, _ in slices)
-        if any(
-            not _has_same_rows(sums, each.slices.get(key))
-            for name, each in models.items()
-            # Of a model that is not sliced by it, nothing is compared.
-            if name != model and any(by == key[0] for key in each.slices)
-            for key, sums in slices.items()
-            if key[0] == by
-        )
-    ]
-
-
-def _has_same_rows(sums: EvaluationSums, other: EvaluationSums | None) -> bool:
-    return other is not None and describe_other_rows(sums, other) is None
-
-
 def _count(sums: EvaluationSums, column: str, group: str = SCORE) -> int:
     table = "ranking" if group == SCORE else f"{group}.users"
     return int(sums.tables[table][column].to_numpy().sum())
@@ -247,9 +226,8 @@ def _compare_slice(
     """cut: whether requests have rows in other slices too."""
     whole, here = models[model].sums, models[model].slices[key]
     units = whole.tables["ranking"]["user"].combine_chunks()
-    sides = {ALL: whole} | {
-        name: each.slices[key] for name, each in models.items() if _has_same_rows(here, each.slices.get(key))
-    }
+    others = {name: each.slices[key] for name, each in models.items() if key in each.slices}
+    sides = {ALL: whole} | {name: its for name, its in others.items() if describe_other_rows(here, its) is None}
     groups = {side: sums_by_user(sums, METRICS_OF_SLICES) for side, sums in sides.items()}
     places = {
         side: pc.index_in(sums.tables["ranking"]["user"].combine_chunks(), value_set=units).to_numpy()

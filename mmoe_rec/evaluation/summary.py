@@ -8,9 +8,10 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from mmoe_rec.evaluation import metrics as every
 from mmoe_rec.evaluation.intervals import UNDEFINED, Interval, Key, Values, is_small_sample, resample
-from mmoe_rec.evaluation.metrics import CATALOGUE_METRICS, metrics_of
-from mmoe_rec.evaluation.metrics.metric import Metric, UserSums
+from mmoe_rec.evaluation.metrics import metrics_of
+from mmoe_rec.evaluation.metrics.metric import Metric, Named, UserSums
 from mmoe_rec.evaluation.sums import EvaluationSums
 
 SCORE, CATALOGUE = "score", "catalogue"
@@ -143,9 +144,29 @@ def summarise(sums: EvaluationSums, resamples: int = 1000, seed: int = 0) -> Sum
         least, random = (float(np.sum(ranking[f"{name}_ndcg"])) / ranked for name in ("least", "random"))
         score = summary_of(SCORE, SCORE, LEFT_OUT, least, random_ndcg_at_10=random)
     if (table := sums.tables.get(CATALOGUE)) is not None:
-        shown = {metric.name: metric.summarise(table, requests) for metric in CATALOGUE_METRICS}
+        shown = {metric.name: metric.summarise(table, requests) for metric in every.CATALOGUE_METRICS}
         catalogue = {"candidates": len(table), **shown}
     return Summary(_total(ranking["rows"]), sums.users, requests, resamples, seed, tasks, score, catalogue)
+
+
+def rows_of_metrics(summaries: Sequence[Summary], group: str) -> dict[Metric[Any], list[Interval]]:
+    """What is measured of a task, or of the score: metric -> its value for each model. Where each row is a user of its
+    own, how well rows are ranked within users and requests is left out."""
+    groups, alone = [each.groups.get(group) for each in summaries], all(each.each_row_is_a_user for each in summaries)
+    return {
+        metric: [UNDEFINED if each is None else each.get(metric.name) for each in groups]
+        for metric in every.METRICS
+        if any(each is not None and each.has(metric) for each in groups) and not (alone and metric.ranks_within)
+    }
+
+
+def rows_of_catalogue(summaries: Sequence[Summary]) -> dict[Named, list[Interval]]:
+    """The same of the catalogue, which has no intervals; none where no candidates are known."""
+    catalogues = [each.catalogue or {} for each in summaries]
+    return {
+        metric: [Interval(each.get(metric.name)) for each in catalogues]
+        for metric in (every.CATALOGUE_METRICS if any(catalogues) else ())
+    }
 
 
 def flatten(summary: Summary) -> dict[str, float]:

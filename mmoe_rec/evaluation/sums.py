@@ -24,9 +24,9 @@ import pyarrow.parquet as pq
 from mmoe_rec.atomic import atomic_folder
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.metrics import CUTOFFS, metrics_of
-from mmoe_rec.evaluation.metrics.binary import bin_edges, counts_by_value
 from mmoe_rec.evaluation.metrics.metric import Metric, TaskRows
 from mmoe_rec.evaluation.metrics.ranking import RankedLists, least_and_random_ndcg, ranks_nothing, shown_rows
+from mmoe_rec.evaluation.metrics.tasks import bin_edges, counts_by_value
 from mmoe_rec.log.columns import combine, hash_column
 
 MOST_UNITS = 4_096
@@ -35,6 +35,21 @@ NOTED_CUTOFF = 10  # of the NDCG whose least value is kept, for a note
 _FORMAT = 6
 _MANIFEST = "sums.json"
 _KEYS = ("user", "bin")
+
+
+Check = tuple[str, Callable[[np.ndarray], np.ndarray]]
+"""What a column must hold, in words, and for each of its values whether it is so."""
+PREDICTIONS: dict[str, Check] = {
+    "binary": ("a probability", lambda values: (values >= 0) & (values <= 1)),
+    "regression": ("a finite number", np.isfinite),
+}
+SCORES: Check = ("a number", lambda values: ~np.isnan(values))
+LABELS: dict[str, Check] = {
+    "binary": ("0, 1 or null where it is unobserved", lambda values: np.isnan(values) | (values == 0) | (values == 1)),
+    "regression": ("a number or null where it is unobserved", lambda values: ~np.isinf(values)),
+}
+# Products of sums of larger weights would overflow, and of smaller ones vanish.
+WEIGHTS: Check = ("a positive number", lambda values: (values > np.float64(1e-50)) & (values < np.float64(1e50)))
 
 
 @dataclass(frozen=True)
@@ -119,23 +134,15 @@ def check_folder(folder: Path) -> None:
 
 @dataclass(frozen=True)
 class _Rows:
-    """N checked rows of U users, V units and Q requests. user, request, candidate: (N,) int64 indices into the ids;
-    unit: (U,) of each user; request_user: (Q,); predictions: float32 or float64; labels: float64, NaN where
-    unobserved."""
+    """N rows. user, request, unit: (N,) int64 from 0 on; units: (V,) ids; weight: (N,) float64; key: (N,) uint64, which
+    tells rows of other requests, candidates or weights apart."""
 
-    users: pa.Array
     user: np.ndarray
-    units: pa.Array
-    unit: np.ndarray
-    requests: pa.Array
     request: np.ndarray
-    request_user: np.ndarray
-    candidates: pa.Array | None
-    candidate: np.ndarray
-    predictions: dict[str, np.ndarray]
-    labels: dict[str, np.ndarray]
-    score: np.ndarray
+    unit: np.ndarray
+    units: pa.Array
     weight: np.ndarray
+    key: np.ndarray
 
 
 def measure(
@@ -179,19 +186,30 @@ def measure(
             label, or a weight that is not a positive number. The message names the column and the first such row.
         ValueError: tasks without distinct names, a task without predictions or labels, a column of another length.
     """
-    rows = _check_rows(tasks, users, requests, predictions, labels, score, weight, candidates, grouped)
-    lists = RankedLists.of(rows.request, rows.score, _gain(tasks, rows), len(rows.requests))
-    keys = [hash_column(rows.requests)[rows.request], rows.weight.view(np.uint64)]
-    tables = dict[str, pa.Table]()
-    if rows.candidates is not None:
-        keys.append(hash_column(rows.candidates)[rows.candidate])
-        sums = {"rows": np.ones(len(rows.request), dtype=np.int64), **shown_rows(lists, CUTOFFS)}
-        tables["catalogue"] = _sum_by({"candidate": rows.candidates.take(pa.array(rows.candidate)), **sums})
-    key = combine(keys)
-    tables["ranking"] = _ranking_table(rows, lists, key)
+    if not (rows := len(users)):
+        raise UserError("there is no row to evaluate; expected at least one")
+    columns = _check_tasks(tasks, predictions, labels, rows)
+    (all_users, user), (all_requests, request) = (
+        _index(name, each, rows) for name, each in (("users", users), ("requests", requests))
+    )
+    _check_requests(user, request, all_requests)
+    score = _check_numbers("score", score, rows, SCORES)
+    weight = _check_numbers("weight", np.ones(rows) if weight is None else weight, rows, WEIGHTS).astype(np.float64)
+    gain = _gain([(task.weight, columns[task.name][1]) for task in tasks], rows)
+    lists = RankedLists.of(request, score, gain, len(all_requests))
+    keys, tables = [hash_column(all_requests)[request], weight.view(np.uint64)], dict[str, pa.Table]()
+    if candidates is not None:
+        all_candidates, candidate = _index("candidates", candidates, rows)
+        keys.append(hash_column(all_candidates)[candidate])
+        shown = {"rows": np.ones(rows, dtype=np.int64), **shown_rows(lists, CUTOFFS)}
+        tables["catalogue"] = _sum_by({"candidate": all_candidates.take(pa.array(candidate)), **shown})
+    unit, units = units_of(all_users, grouped)
+    given = _Rows(user, request, unit[user], units, weight, combine(keys))
+    tables["ranking"] = _ranking_table(given, lists)
     for task in tasks:
-        eps = np.finfo(rows.predictions[task.name].dtype).eps if precision is None else precision[task.name]
-        tables |= _task_tables(task, rows, key, float(eps), (edges or {}).get(task.name))
+        prediction, label = columns[task.name]
+        eps = float(np.finfo(prediction.dtype).eps) if precision is None else precision[task.name]
+        tables |= _task_tables(task, given, prediction, label, eps, (edges or {}).get(task.name))
     return EvaluationSums(tuple(tasks), tables)
 
 
@@ -205,6 +223,45 @@ def join_sums(parts: Sequence[EvaluationSums]) -> EvaluationSums:
             keys = [key for key in _KEYS if key in table.column_names]
             tables[name] = table.sort_by([(key, "ascending") for key in keys]).combine_chunks()
     return EvaluationSums(parts[0].tasks, tables)
+
+
+def count_rarer_label(sums: EvaluationSums, task: str) -> int:
+    """How many rows have the rarer label of a binary task, or an observed label of a regression."""
+    table = sums.tables[f"{task}.users"]
+    rows = int(table["rows"].to_numpy().sum())
+    if "positives" not in table.column_names:
+        return rows
+    positives = int(table["positives"].to_numpy().sum())
+    return min(positives, rows - positives)
+
+
+def check_same_rows(name: str, sums: EvaluationSums, against: str, base: EvaluationSums) -> None:
+    """Raises UserError where two models were not measured on the same rows with the same labels."""
+    if (what := describe_other_rows(sums, base)) is not None:
+        raise UserError(
+            f"'{name}' and '{against}' were not measured on the same rows ({what}): differences of models need the "
+            "same requests and candidates, with the same labels"
+        )
+
+
+def describe_other_rows(sums: EvaluationSums, base: EvaluationSums) -> str | None:
+    """What differs between the rows of two models, or their labels; None where they are the same."""
+    for table in ["ranking", *(f"{task.name}.users" for task in base.tasks if f"{task.name}.users" in sums.tables)]:
+        mine, its = (each.tables[table].select(["user", "rows", "requests", "digest"]) for each in (sums, base))
+        if mine.equals(its):
+            continue
+        task = table.removesuffix(".users")
+        rows = [int(each["rows"].to_numpy().sum()) for each in (mine, its)]
+        of = "" if table == "ranking" else f" with a label of '{task}'"
+        if rows[0] != rows[1] or sums.users != base.users:
+            return f"{rows[0]:,} rows{of} of {sums.users:,} users, and {rows[1]:,} of {base.users:,}"
+        if not mine["user"].equals(its["user"]):
+            return f"the users of rows{of} differ, which are {mine['user'].type} and {its['user'].type}"
+        apart = int((mine["digest"].to_numpy() != its["digest"].to_numpy()).sum())
+        who = "users" if sums.users == len(base.tables["ranking"]) else "groups of users"
+        what = "requests or candidates" if table == "ranking" else f"labels of '{task}'"
+        return f"{what} of {apart or 'some'} of {len(mine):,} {who} differ"
+    return None
 
 
 def group_of(users: np.ndarray) -> np.ndarray:
@@ -225,32 +282,32 @@ def units_of(users: pa.Array, grouped: bool | None = None) -> tuple[np.ndarray, 
     return place[codes], pa.array(groups)
 
 
-def _ranking_table(rows: _Rows, lists: RankedLists, key: np.ndarray) -> pa.Table:
-    columns = {
-        "rows": np.bincount(rows.request, minlength=lists.requests),
-        "requests": np.ones(lists.requests, dtype=np.int64),
-        "users": np.zeros(lists.requests, dtype=np.int64),
-        "digest": np.zeros(lists.requests, np.int64),
-    }
-    columns["users"][np.unique(rows.request_user, return_index=True)[1]] = 1
-    np.add.at(columns["digest"], rows.request, _digest(key))
+def _ranking_table(rows: _Rows, lists: RankedLists) -> pa.Table:
+    request_user, request_unit, users, digest = np.zeros((4, lists.requests), np.int64)
+    request_user[rows.request], request_unit[rows.request] = rows.user, rows.unit
+    users[np.unique(request_user, return_index=True)[1]] = 1
+    np.add.at(digest, rows.request, _digest(rows.key))
+    columns = {"rows": np.bincount(rows.request), "requests": np.ones_like(users), "users": users, "digest": digest}
     columns |= _sums_of_lists("score", lists, columns)
-    return _sum_by({"user": rows.units.take(pa.array(rows.unit[rows.request_user])), **columns})
+    return _sum_by({"user": rows.units.take(pa.array(request_unit)), **columns})
 
 
 def _task_tables(
-    task: MeasuredTask, rows: _Rows, key: np.ndarray, precision: float, edges: np.ndarray | None
+    task: MeasuredTask,
+    rows: _Rows,
+    predictions: np.ndarray,
+    labels: np.ndarray,
+    precision: float,
+    edges: np.ndarray | None,
 ) -> dict[str, pa.Table]:
-    observed = ~np.isnan(rows.labels[task.name])
-    label, weight, prediction, key = (
-        each[observed] for each in (rows.labels[task.name], rows.weight, rows.predictions[task.name], key)
-    )
-    prediction, user = prediction.astype(np.float64), rows.user[observed]
-    ids = (np.unique(each, return_inverse=True)[1] for each in (user, rows.request[observed], rows.unit[user]))
+    observed = ~np.isnan(labels)
+    label, weight, unit, key = (each[observed] for each in (labels, rows.weight, rows.unit, rows.key))
+    prediction = predictions[observed].astype(np.float64)
+    ids = (np.unique(each[observed], return_inverse=True)[1] for each in (rows.user, rows.request, rows.unit))
     known = TaskRows(label, prediction, weight, precision, *ids)
     requests = int(known.request.max(initial=-1)) + 1
     lists = RankedLists.of(known.request, prediction, np.maximum(label, 0.0), requests)
-    units = rows.units.take(pa.array(rows.unit[user]))
+    units = rows.units.take(pa.array(unit))
     sums = {"rows": np.ones(len(label), dtype=np.int64)}
     sums |= {"positives": label.astype(np.int64)} if task.kind == "binary" else {}
     sums |= {"weight": weight, "label": weight * label, "prediction": weight * prediction}
@@ -298,11 +355,14 @@ def _measure_own(metrics: Iterable[Metric[Any]], given: Any, taken: Iterable[str
     return columns
 
 
-def _gain(tasks: Sequence[MeasuredTask], rows: _Rows) -> np.ndarray:
-    """(N,) relevance to 12 digits: what is left of 0.1 + 0.2 - 0.3 is rounding, and makes no row relevant."""
-    gain, size = np.zeros(len(rows.request)), np.zeros(len(rows.request))
-    for task in tasks:
-        worth = task.weight * np.maximum(np.nan_to_num(rows.labels[task.name], nan=0.0), 0.0)
+def _gain(tasks: Iterable[tuple[float, np.ndarray]], rows: int) -> np.ndarray:
+    """(N,) relevance to 12 digits: what is left of 0.1 + 0.2 - 0.3 is rounding, and makes no row relevant.
+
+    tasks: weights and labels.
+    """
+    gain, size = np.zeros((2, rows))
+    for weight, labels in tasks:
+        worth = weight * np.maximum(np.nan_to_num(labels, nan=0.0), 0.0)
         gain, size = gain + worth, size + np.abs(worth)
     digits = 12 - np.ceil(np.log10(size, out=np.zeros_like(size), where=size > 0))
     unit = 10.0 ** -np.clip(digits, -290, 290)
@@ -332,94 +392,52 @@ def plain(ids: Any) -> pa.Array:
     return array.dictionary_decode() if pa.types.is_dictionary(array.type) else array
 
 
-def _check_rows(
-    tasks: Sequence[MeasuredTask],
-    users: Any,
-    requests: Any,
-    predictions: Mapping[str, Any],
-    labels: Mapping[str, Any],
-    score: Any,
-    weight: Any,
-    candidates: Any,
-    grouped: bool | None,
-) -> _Rows:
-    names = [task.name for task in tasks]
+def _check_tasks(
+    tasks: Sequence[MeasuredTask], predictions: Mapping[str, Any], labels: Mapping[str, Any], rows: int
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Task -> its predictions, float32 or float64, and its labels, float64, NaN where unobserved."""
+    names, given = [task.name for task in tasks], {"predictions": predictions, "labels": labels}
     if not names or len(set(names)) < len(names):
         raise ValueError(f"expected one or more tasks with distinct names, found {names}")
-    distinct_users, user = _index("users", users)
-    rows = len(user)
-    if rows == 0:
-        raise UserError("there is no row to evaluate; expected at least one")
-    distinct_requests, request = _index("requests", requests, rows)
-    distinct_candidates, candidate = (None, user) if candidates is None else _index("candidates", candidates, rows)
-    request_user = np.zeros(len(distinct_requests), dtype=np.int64)
-    request_user[request] = user
-    if len(strangers := np.flatnonzero(request_user[request] != user)):
+    columns = {}
+    for task in tasks:
+        of_task = []
+        checks = PREDICTIONS[task.kind], LABELS[task.kind]
+        for (what, each), check in zip(given.items(), checks, strict=True):
+            if task.name not in each:
+                raise ValueError(f"task {task.name!r} has no {what}; found {sorted(each)}")
+            of_task.append(_check_numbers(f"{what}[{task.name!r}]", each[task.name], rows, check))
+        columns[task.name] = of_task[0], of_task[1].astype(np.float64)
+    return columns
+
+
+def _check_requests(user: np.ndarray, request: np.ndarray, requests: pa.Array) -> None:
+    """Raises UserError where a request has rows of several users."""
+    users = np.zeros(len(requests), dtype=np.int64)
+    users[request] = user
+    if len(strangers := np.flatnonzero(users[request] != user)):
         row = int(strangers[0])
         raise UserError(
-            f"request {distinct_requests[int(request[row])].as_py()!r} has rows of more than one user, row {row} among "
-            "them: a request is one list shown to one user, so give each list its own request id"
+            f"request {requests[int(request[row])].as_py()!r} has rows of more than one user, row {row} among them: a "
+            "request is one list shown to one user, so give each list its own request id"
         )
-    for each, of in ((predictions, "predictions"), (labels, "labels")):
-        if missing := [name for name in names if name not in each]:
-            raise ValueError(f"task {missing[0]!r} has no {of}; found {sorted(each)}")
-    unit, units = units_of(distinct_users, grouped)
-    checked = {}
-    for task in tasks:
-        is_binary = task.kind == "binary"
-        for of, given, form in (
-            ("predictions", predictions, _PROBABILITY if is_binary else _FINITE),
-            ("labels", labels, _CLASS if is_binary else _LABEL),
-        ):
-            checked[of, task.name] = _numbers(f"{of}[{task.name!r}]", given[task.name], rows, *form)
-    return _Rows(
-        users=distinct_users,
-        user=user,
-        units=units,
-        unit=unit,
-        requests=distinct_requests,
-        request=request,
-        request_user=request_user,
-        candidates=distinct_candidates,
-        candidate=candidate,
-        predictions={name: checked["predictions", name] for name in names},
-        labels={name: checked["labels", name].astype(np.float64) for name in names},
-        score=_numbers("score", score, rows, lambda x: ~np.isnan(x), "a number"),
-        weight=np.ones(rows) if weight is None else _numbers("weight", weight, rows, *_WEIGHT).astype(np.float64),
-    )
 
 
-Form = tuple[Callable[[np.ndarray], np.ndarray], str]
-"""A check that says which values are right, and what these are called."""
-_PROBABILITY: Form = (lambda x: (x >= 0) & (x <= 1), "a probability")
-_FINITE: Form = (np.isfinite, "a finite number")
-_CLASS: Form = (lambda x: (x == 0) | (x == 1) | np.isnan(x), "0, 1 or NaN (unobserved)")
-_LABEL: Form = (lambda x: ~np.isinf(x), "a number or NaN (unobserved)")
-# Products of sums of larger weights would overflow, and of smaller ones vanish.
-_WEIGHT: Form = (lambda x: (x > np.float64(1e-50)) & (x < np.float64(1e50)), "a positive number, 1e-50 to 1e50")
-
-
-def _index(name: str, ids: Any, rows: int | None = None) -> tuple[pa.Array, np.ndarray]:
+def _index(name: str, ids: Any, rows: int) -> tuple[pa.Array, np.ndarray]:
     """The distinct ids, and for each row an index into them."""
     array = plain(ids)
-    if pa.types.is_integer(array.type):
-        array = array.cast(pa.int64())
-    elif pa.types.is_string(array.type) or pa.types.is_large_string(array.type):
-        array = array.cast(pa.string())
-    elif len(array) > 0:
+    if not (pa.types.is_integer(array.type) or pa.types.is_string(array.type) or pa.types.is_large_string(array.type)):
         raise UserError(f"column {name!r} has type {array.type}; expected integers or strings")
     if array.null_count:
         row = int(np.flatnonzero(array.is_null().to_numpy(zero_copy_only=False))[0])
         raise UserError(f"column {name!r} has {array.null_count} missing values, the first at row {row}")
-    encoded = array.dictionary_encode()
+    encoded = array.cast(pa.int64() if pa.types.is_integer(array.type) else pa.string()).dictionary_encode()
     codes = encoded.indices.to_numpy().astype(np.int64)
-    _check_length(name, codes, len(codes) if rows is None else rows)
+    _check_length(name, codes, rows)
     return encoded.dictionary, codes
 
 
-def _numbers(
-    name: str, values: Any, rows: int, is_valid: Callable[[np.ndarray], np.ndarray], expected: str
-) -> np.ndarray:
+def _check_numbers(name: str, values: Any, rows: int, check: Check) -> np.ndarray:
     """(N,) float32 stays float32, everything else becomes float64; an Arrow null becomes NaN."""
     if isinstance(values, (pa.Array, pa.ChunkedArray)):
         if not pa.types.is_float32(values.type):
@@ -429,10 +447,10 @@ def _numbers(
     if array.dtype != np.float32:
         array = array.astype(np.float64)
     _check_length(name, array, rows)
-    if len(invalid := np.flatnonzero(~is_valid(array))):
+    if len(invalid := np.flatnonzero(~check[1](array))):
         row = int(invalid[0])
         raise UserError(
-            f"column {name} has {len(invalid)} bad values, the first at row {row}: {array[row]}; expected {expected}"
+            f"column {name} has {len(invalid)} bad values, the first at row {row}: {array[row]}; expected {check[0]}"
         )
     return array
 

@@ -38,13 +38,6 @@ _SMALLEST_PROBABILITY = 1e-38
 Weights = tuple[float, ...]
 
 
-def log_predictions(scored: ScoredRows) -> np.ndarray:
-    """(N, T) float64, of which the weighted sum is the score."""
-    is_binary = [task.kind == "binary" for task in scored.layout.tasks]
-    least = np.where(is_binary, _SMALLEST_PROBABILITY, SMALLEST_VALUE)
-    return np.log(np.maximum(scored.predictions.astype(np.float64), least))
-
-
 class Sweep:
     """NDCG of each task by the ranking of each weights, in resamples of users: `values`, P of T; NaN where no request
     ranks anything for a task.
@@ -54,7 +47,9 @@ class Sweep:
 
     def __init__(self, scored: ScoredRows, weights: Sequence[Weights], resamples: int) -> None:
         self.tasks, self.weights = [task.name for task in scored.layout.tasks], list(weights)
-        logs = log_predictions(scored)
+        is_binary = [task.kind == "binary" for task in scored.layout.tasks]
+        least = np.where(is_binary, _SMALLEST_PROBABILITY, SMALLEST_VALUE)
+        logs = np.log(np.maximum(scored.predictions.astype(np.float64), least))  # whose weighted sum is the score
         gains = np.maximum(np.nan_to_num(scored.labels.astype(np.float64), nan=0.0), 0.0)
         request = scored.requests.dictionary_encode().indices.to_numpy().astype(np.int64)
         unit, keys = units_of(scored.users)
@@ -139,15 +134,19 @@ class WeightsChoice:
 
 def find_front(sweep: Sweep) -> list[WeightsRecord]:
     """A record for each weights, in their order."""
-    once = np.array([[each.value for each in of] for of in sweep.values])
-    return [
-        WeightsRecord(
-            dict(zip(sweep.tasks, each, strict=True)),
-            {task: of.interval() for task, of in zip(sweep.tasks, values, strict=True)},
-            _dominated_by(number, once),
+    values = np.array([[each.value for each in of] for of in sweep.values])
+    records = []
+    for weights, mine, of in zip(sweep.weights, values, sweep.values, strict=True):
+        known = ~np.isnan(mine)
+        is_better = (values[:, known] >= mine[known]).all(1) & (values[:, known] > mine[known]).any(1)
+        records.append(
+            WeightsRecord(
+                dict(zip(sweep.tasks, weights, strict=True)),
+                {task: each.interval() for task, each in zip(sweep.tasks, of, strict=True)},
+                int(is_better.argmax()) if is_better.any() else None,
+            )
         )
-        for number, (each, values) in enumerate(zip(sweep.weights, sweep.values, strict=True))
-    ]
+    return records
 
 
 def choose_weights(sweep: Sweep, goal: str, margins: Mapping[str, float]) -> int:
@@ -162,12 +161,3 @@ def choose_weights(sweep: Sweep, goal: str, margins: Mapping[str, float]) -> int
             if all((low := lows[task]) is not None and low >= -margin for task, margin in margins.items()):
                 best = number
     return best
-
-
-def _dominated_by(number: int, values: np.ndarray) -> int | None:
-    mine = values[number]
-    known = ~np.isnan(mine)
-    for other, its in enumerate(values):
-        if (its[known] >= mine[known]).all() and (its[known] > mine[known]).any():
-            return other
-    return None

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import t as student
 
-from mmoe_rec.evaluation.comparison import OBJECTIVE, Objective, check_same_rows, correct
+from mmoe_rec.evaluation.comparison import Objective, Versus, correct, effective_users, evaluate_with
 from mmoe_rec.evaluation.intervals import (
     LEAST_FREEDOM,
     LEVEL,
@@ -25,8 +25,8 @@ from mmoe_rec.evaluation.intervals import (
     rounding_of,
     student_difference,
 )
-from mmoe_rec.evaluation.summary import effective_by_metric, evaluate, nest, sums_by_user
-from mmoe_rec.evaluation.sums import EvaluationSums
+from mmoe_rec.evaluation.summary import effective_by_metric, nest, sums_by_user
+from mmoe_rec.evaluation.sums import EvaluationSums, check_same_rows
 
 
 @dataclass(frozen=True)
@@ -43,12 +43,10 @@ class TrainingsMean:
 
 
 @dataclass(frozen=True)
-class SettingsDifference:
-    """Differences of the means over trainings from those of other settings: of the objective, which has a name and
-    values that are `better`, and of all metrics, task or `score` -> metric."""
+class SettingsDifference(Versus):
+    """Differences of the means over trainings from those of other settings; the objective has a name, and values that
+    are `better`."""
 
-    objective: Difference
-    groups: dict[str, dict[str, Difference]]
     name: str | None
     better: str | None
 
@@ -70,9 +68,7 @@ def compare_trainings(
 
     sums, others: of two or more trainings each. Raises UserError where the rows are not the same.
     """
-    mine, effective = _resample_mean(sums, resamples, objective), effective_by_metric(sums_by_user(sums[0]))
-    if objective is not None:
-        effective |= {OBJECTIVE: objective.effective_users(effective)}
+    mine, effective = _resample_mean(sums, resamples, objective), effective_users(sums_by_user(sums[0]), objective)
     differences = dict[tuple[str, str, str], Difference]()
     for name, its in others.items():
         for each in its:
@@ -92,8 +88,7 @@ def _resample_mean(
     groups, units = [sums_by_user(each) for each in sums], len(sums[0].tables["ranking"])
 
     def values_of(counts: np.ndarray) -> list[Values]:
-        values = [evaluate(each, counts) for each in groups]
-        return values if objective is None else [objective.add_to(each) for each in values]
+        return [evaluate_with(objective, each, counts) for each in groups]
 
     def mean_of(counts: np.ndarray) -> Values:
         values = values_of(counts)

@@ -6,12 +6,15 @@ vocabulary can grow at its end without moving any row.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pyarrow.types as pt
 from pydantic import Field, model_validator
 
@@ -224,3 +227,20 @@ class Vocabulary:
 def _as_numpy(values: pa.Array) -> np.ndarray:
     array = values.to_numpy(zero_copy_only=False)
     return array.astype(object) if pt.is_string(values.type) else array
+
+
+def row_names(meaning: Meaning, table: str, rows: list[int | str], fitted: Path) -> list[str]:
+    """Names for a reader of `rows`, numbers of table rows or words; fitted: folder of the fitted features.
+
+    Where the vocabulary can't be read, the row's number is name enough.
+    """
+    numbers = [row for row in rows if isinstance(row, int)]
+    if meaning.row_name is not None:
+        known = {row: meaning.row_name(table, row) for row in numbers}
+    else:
+        known = {row: f"row {row}" for row in numbers}
+        with suppress(OSError, pa.ArrowException, KeyError):
+            ids = pq.read_table(fitted / f"{table}.vocabulary.parquet", columns=["id"])["id"]
+            places = pa.array([row - meaning.first_known for row in numbers], pa.int64())
+            known |= zip(numbers, map(str, ids.take(places).to_pylist()), strict=True)
+    return [known[row] if isinstance(row, int) else row for row in rows]

@@ -9,44 +9,20 @@ findings    what is suspicious, in words (`findings.py`)
 
 from __future__ import annotations
 
-import math
+import json
 from collections.abc import Callable, Iterable, Mapping
-from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
+import pandas as pd
 
 from mmoe_rec.features.layout import IdInput, Layout
+from mmoe_rec.features.vocabulary import row_names
 from mmoe_rec.inspection.findings import find
 from mmoe_rec.inspection.sums import FeatureInputs, Labels, NumberInput, SplitSums, Sums, collect, psi, psi_noise
 from mmoe_rec.preprocessing.prepare import FeatureFolder
 from mmoe_rec.settings.schema import Meaning, Schema
 
-
-def row_names(meaning: Meaning, table: str, rows: list[int | str], fitted: Path) -> list[str]:
-    """Names for a reader of `rows`, numbers of table rows or words; fitted: folder of the fitted features."""
-    numbers = [row for row in rows if isinstance(row, int)]
-    if meaning.row_name is not None:
-        known = {row: meaning.row_name(table, row) for row in numbers}
-    else:
-        known = {row: f"row {row}" for row in numbers} | _ids(fitted / f"{table}.vocabulary.parquet", meaning, numbers)
-    return [known[row] if isinstance(row, int) else row for row in rows]
-
-
-def _ids(vocabulary: Path, meaning: Meaning, rows: list[int]) -> dict[int, str]:
-    """Table row -> the id itself, where the vocabulary can be read; otherwise the row's number is name enough."""
-    try:
-        known = pq.read_table(vocabulary, columns=["id"]).column("id")
-        found = known.take(pa.array([row - meaning.first_known for row in rows], pa.int64())).to_pylist()
-    except (OSError, pa.ArrowException, KeyError):
-        return {}
-    return {row: str(value) for row, value in zip(rows, found, strict=True)}
-
-
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _TIMES = ("first_request", "last_request", "labels_known_by")
 
 
@@ -91,7 +67,7 @@ def weeks(manifest: Mapping[str, Any], sums: Sums) -> list[dict[str, Any]]:
 
 def time_of(microseconds: int) -> str:
     """ISO 8601, UTC."""
-    return (_EPOCH + timedelta(microseconds=microseconds)).isoformat(timespec="seconds")
+    return pd.Timestamp(microseconds, unit="us", tz="UTC").isoformat(timespec="seconds")
 
 
 def _split(sums: SplitSums, layout: Layout, told: Mapping[str, Any]) -> dict[str, Any]:
@@ -136,19 +112,10 @@ def inspect(name: str, prepared: FeatureFolder, schema: Schema, dims: Mapping[st
         "tables": _tables(sums, dims),
         "weeks": weeks(manifest, sums),
     }
-    found: dict[str, Any] = plain({**health, "findings": find(health)})
+    # Python's numbers for NumPy's, and None for what is not finite.
+    text = json.dumps({**health, "findings": find(health)}, default=lambda each: each.item())
+    found: dict[str, Any] = json.loads(text, parse_constant=lambda _: None)
     return found
-
-
-def plain(value: Any) -> Any:
-    """The same for JSON: Python numbers, and None for what is not finite."""
-    if isinstance(value, Mapping):
-        return {str(key): plain(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(each) for each in value]
-    if isinstance(value, np.generic):
-        value = value.item()
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _feature(

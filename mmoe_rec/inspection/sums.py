@@ -43,28 +43,6 @@ _SAMPLE, _SAMPLED_GROUPS = 65_536, 16
 _BATCH_VALUES = 1 << 24
 
 
-@dataclass(frozen=True)
-class BinaryLabels:
-    """Indices of the positive and of the negative rows among N, per task; an unobserved row is in neither.
-
-    A regression's row is positive where its label is above the task's mean in training.
-    """
-
-    positive: list[np.ndarray]
-    negative: list[np.ndarray]
-
-    @staticmethod
-    def of(labels: np.ndarray, layout: Layout) -> BinaryLabels:
-        """The binary ones of (N, T) labels; NaN is unobserved."""
-        bounds = [0.5 if task.kind == "binary" else task.mean for task in layout.tasks]
-        above = [labels[:, task] > bound for task, bound in enumerate(bounds)]
-        seen = ~np.isnan(labels)
-        return BinaryLabels(
-            [np.flatnonzero(each) for each in above],
-            [np.flatnonzero(seen[:, task] & ~each) for task, each in enumerate(above)],
-        )
-
-
 class DistinctCount:
     """Different 64-bit hashes seen: exact while fewer than `keep`, estimated from the `keep` smallest beyond.
 
@@ -108,8 +86,7 @@ def psi(train: np.ndarray, test: np.ndarray) -> float | None:
     """Population stability index of (B,) counts; None where a split has no rows."""
     if not train.sum() or not test.sum():
         return None
-    p = (train + 0.5) / (train.sum() + 0.5 * len(train))
-    q = (test + 0.5) / (test.sum() + 0.5 * len(test))
+    p, q = ((each + 0.5) / (each.sum() + 0.5 * len(each)) for each in (train, test))
     return float(((q - p) * np.log(q / p)).sum())
 
 
@@ -185,14 +162,15 @@ class IdSums:
         self.many = many
         self.counts = {split: np.zeros(rows, np.int64) for split in ("train", "test")}
         labelled = ("train",) if many else ("train", "validation")
-        self.observed = {split: np.zeros((tasks, rows), np.int64) for split in labelled}
-        self.positives = {split: np.zeros((tasks, rows), np.int64) for split in labelled}
+        self.observed, self.positives = (
+            {split: np.zeros((tasks, rows), np.int64) for split in labelled} for _ in range(2)
+        )
         self.empty = {"train": 0, "test": 0}
         self.scored = np.zeros((tasks, 2, len(_LOG_ODDS) + 1), np.int64)
         self._rates: list[np.ndarray] = []
 
-    def add(self, split: str, ids: np.ndarray | Ragged, labels: BinaryLabels) -> None:
-        """Counts the ids of N rows."""
+    def add(self, split: str, ids: np.ndarray | Ragged, labels: np.ndarray) -> None:
+        """Counts the ids of N rows. labels: (2, T, N) bool, which rows are positive, and which are negative."""
         if isinstance(ids, Ragged):  # an empty list is one of row 0
             lengths = np.maximum(ids.lengths, 1)
             values = np.zeros(int(lengths.sum()), np.int64)
@@ -200,19 +178,16 @@ class IdSums:
             ids = Ragged(values, lengths)
             if split == "validation":
                 self._add_scores(ids, labels)
-        if split in self.empty:
-            values = ids.values if isinstance(ids, Ragged) else ids
-            first = values[ids.offsets[:-1]][ids.lengths == 1] if isinstance(ids, Ragged) else ids
-            self.empty[split] += int((first == 0).sum())
-            np.add.at(self.counts[split], values, 1)
+        else:
+            ids = Ragged(ids, np.ones(len(ids), np.int32))
+        if split in self.counts:
+            self.empty[split] += int((ids.values[ids.offsets[:-1]][ids.lengths == 1] == 0).sum())
+            np.add.at(self.counts[split], ids.values, 1)
         if split in self.observed:
-            for task in range(len(self.observed[split])):
-                for places, of_class in ((labels.positive, self.positives), (labels.negative, None)):
-                    rows = places[task]
-                    taken = ids.take(rows).values if isinstance(ids, Ragged) else ids[rows]
-                    np.add.at(self.observed[split][task], taken, 1)
-                    if of_class is not None:
-                        np.add.at(of_class[split][task], taken, 1)
+            looked_up = np.repeat(labels, ids.lengths, axis=2)
+            for task, (positive, negative) in enumerate(zip(*looked_up, strict=True)):
+                np.add.at(self.observed[split][task], ids.values[positive | negative], 1)
+                np.add.at(self.positives[split][task], ids.values[positive], 1)
 
     def rates(self, task: int) -> np.ndarray:
         """(R,) share of positives of each table row in training rows, mixed with `RATE_SMOOTHING` rows of the overall
@@ -221,13 +196,13 @@ class IdSums:
         overall = positives.sum() / max(observed.sum(), 1)
         return (positives + RATE_SMOOTHING * overall) / (observed + RATE_SMOOTHING)
 
-    def _add_scores(self, ids: Ragged, labels: BinaryLabels) -> None:
+    def _add_scores(self, ids: Ragged, labels: np.ndarray) -> None:
         self._rates = self._rates or [self.rates(task) for task in range(len(self.scored))]
         for task, rates in enumerate(self._rates):
             mean = np.add.reduceat(rates[ids.values], ids.offsets[:-1]) / ids.lengths
             with np.errstate(divide="ignore"):
                 bins = np.searchsorted(_LOG_ODDS, np.log(mean) - np.log1p(-mean))
-            for place, rows in enumerate((labels.positive[task], labels.negative[task])):
+            for place, rows in enumerate(labels[:, task]):
                 self.scored[task, place] += np.bincount(bins[rows], minlength=len(_LOG_ODDS) + 1)
 
     def auc(self, task: int) -> float | None:
@@ -253,25 +228,18 @@ class IdSums:
 
     def psi_counts(self, meaning: Meaning) -> tuple[list[int | str], np.ndarray, np.ndarray]:
         """Table rows (or 'missing', 'unknown', 'all others'), training and test counts of the bins of drift."""
-        known = self.counts["train"][meaning.first_known :]
-        frequent = np.sort(np.argsort(-known, kind="stable")[:FREQUENT]) + meaning.first_known
-        frequent = frequent[np.argsort(-self.counts["train"][frequent], kind="stable")]
-        names: list[int | str] = [int(row) for row in frequent]
-        columns = []
-        for split in ("train", "test"):
-            counts = self.counts[split]
-            parts = [*counts[frequent], 0]
-            if meaning.unknown:
-                parts.append(counts[int(meaning.missing) : meaning.first_known].sum())
-            if meaning.missing:
-                parts.append(counts[0])
-            parts[len(frequent)] = counts.sum() - sum(parts)
-            columns.append(np.array(parts, np.float64))
-        names += ["all others"] + ["unknown"] * bool(meaning.unknown) + ["missing"] * meaning.missing
-        if len(known) <= FREQUENT:
-            names.pop(len(frequent))
-            columns = [np.delete(column, len(frequent)) for column in columns]
-        return names, columns[0], columns[1]
+        first = meaning.first_known
+        known = self.counts["train"][first:]
+        frequent = np.argsort(-known, kind="stable")[:FREQUENT] + first
+        names = ["all others"] * (len(known) > FREQUENT) + ["unknown"] * bool(meaning.unknown)
+        names += ["missing"] * meaning.missing
+
+        def count(counts: np.ndarray) -> np.ndarray:
+            unknown, others = counts[int(meaning.missing) : first].sum(), counts[first:].sum() - counts[frequent].sum()
+            told = {"all others": others, "unknown": unknown, "missing": counts[0]}
+            return np.array([*counts[frequent], *(told[name] for name in names)], np.float64)
+
+        return [*frequent.tolist(), *names], count(self.counts["train"]), count(self.counts["test"])
 
 
 def grid_edges(sample: np.ndarray, edges: tuple[float, ...]) -> np.ndarray:
@@ -290,11 +258,11 @@ class NumberSums:
         self.edges = edges
         bins = len(edges) + 2
         self.counts = {split: np.zeros(bins, np.int64) for split in ("train", "test")}
-        self.positives, self.negatives = np.zeros((2, tasks, bins), np.int64)  # of validation rows
+        self.labels = np.zeros((2, tasks, bins), np.int64)  # positive and negative validation rows
         self.distinct = DistinctCount(DISTINCT_VALUES)
 
-    def add(self, split: str, values: np.ndarray, missing: np.ndarray | None, labels: BinaryLabels) -> None:
-        """Counts (N,) float32 values; missing: (N,) bool, None where that is not known."""
+    def add(self, split: str, values: np.ndarray, missing: np.ndarray | None, labels: np.ndarray) -> None:
+        """Counts (N,) float32 values; missing: (N,) bool, None where that is not known; labels: as of `IdSums`."""
         bins = np.searchsorted(self.edges, values, side="left")
         if missing is not None:
             bins[missing] = len(self.edges) + 1
@@ -304,18 +272,16 @@ class NumberSums:
             present = values if missing is None else values[~missing]
             self.distinct.add(mix((present + np.float32(0)).view(np.uint32).astype(np.uint64)))
         if split == "validation":
-            for task in range(len(self.positives)):
-                self.positives[task] += self._count(bins[labels.positive[task]])
-                self.negatives[task] += self._count(bins[labels.negative[task]])
+            for place in np.ndindex(self.labels.shape[:2]):
+                self.labels[place] += self._count(bins[labels[place]])
 
     def _count(self, bins: np.ndarray) -> np.ndarray:
         return np.bincount(bins, minlength=len(self.edges) + 2)
 
     def auc(self, task: int) -> float | None:
         """How well the number alone ranks validation rows, whichever way round, missing values at the better end."""
-        positives, negatives = self.positives[task], self.negatives[task]
-        found = [auc(positives, negatives), auc(np.roll(positives, 1), np.roll(negatives, 1))]
-        return None if found[0] is None else max(max(each, 1 - each) for each in found if each is not None)
+        found = [auc(*np.roll(self.labels[:, task], shift, axis=1)) for shift in (0, 1)]
+        return max((max(each, 1 - each) for each in found if each is not None), default=None)
 
     def psi_counts(self, edges: tuple[float, ...]) -> tuple[list[str], np.ndarray, np.ndarray]:
         """Names, training and test counts of the bins that drift is measured in: at `edges`, if there are any, else
@@ -342,18 +308,11 @@ def _names(edges: np.ndarray) -> list[str]:
     return [f"up to {words[0]}", *between, f"over {words[-1]}"]
 
 
-@dataclass
 class Labels:
     """Per task: observed labels and their sum."""
 
-    observed: np.ndarray
-    total: np.ndarray
-    rows: int = 0
-
-    @staticmethod
-    def none(tasks: int) -> Labels:
-        """No labels yet."""
-        return Labels(np.zeros(tasks, np.int64), np.zeros(tasks))
+    def __init__(self, tasks: int) -> None:
+        self.rows, self.observed, self.total = 0, np.zeros(tasks, np.int64), np.zeros(tasks)
 
     def add(self, labels: np.ndarray) -> None:
         """Counts (N, T) labels, NaN is unobserved."""
@@ -387,28 +346,24 @@ class Sums:
         }
 
     def add(self, split: str, rows: Rows, columns: pa.Table) -> None:
-        """Counts N rows of a split; columns: their `COLUMNS`."""
+        """Counts N rows of a split; columns: their `COLUMNS`. A regression's label above its mean is positive."""
+        tasks, given, dense = self.layout.tasks, rows.labels, rows.encoded.dense
         times = columns.column("time").cast(pa.timestamp("us", tz="UTC")).cast(pa.int64()).to_numpy()
-        self._add_overview(split, rows.labels, columns, times)
-        labels = BinaryLabels.of(rows.labels, self.layout)
-        for name, sums in self.ids.items():
-            sums.add(split, rows.encoded.ids[name], labels)
-        dense = rows.encoded.dense
-        for feature in self.features:
-            for each, missing in zip(feature.numbers, _missing(feature, dense), strict=True):
-                values = np.ascontiguousarray(dense[:, each.place])
-                self.numbers[each.name].add(split, values, missing, labels)
-
-    def _add_overview(self, split: str, labels: np.ndarray, columns: pa.Table, times: np.ndarray) -> None:
-        tasks = labels.shape[1]
-        sums = self.splits.setdefault(split, SplitSums(Labels.none(tasks)))
-        sums.labels.add(labels)
+        sums = self.splits.setdefault(split, SplitSums(Labels(len(tasks))))
+        sums.labels.add(given)
         sums.first, sums.last = min(sums.first, int(times.min())), max(sums.last, int(times.max()))
         for name, count in sums.who.items():
             count.add(hash_column(columns.column(name).combine_chunks()))
         weeks = (times + _MONDAY) // (7 * _DAY) * (7 * _DAY) - _MONDAY
         for week in np.unique(weeks):
-            self.weeks.setdefault((int(week), split), Labels.none(tasks)).add(labels[weeks == week])
+            self.weeks.setdefault((int(week), split), Labels(len(tasks))).add(given[weeks == week])
+        bounds = np.array([0.5 if task.kind == "binary" else task.mean for task in tasks], given.dtype)
+        labels = np.stack([given > bounds, given <= bounds]).transpose(0, 2, 1)  # an unobserved one, NaN, is neither
+        for name, of_ids in self.ids.items():
+            of_ids.add(split, rows.encoded.ids[name], labels)
+        for feature in self.features:
+            for each, missing in zip(feature.numbers, _missing(feature, dense), strict=True):
+                self.numbers[each.name].add(split, np.ascontiguousarray(dense[:, each.place]), missing, labels)
 
 
 def _missing(feature: FeatureInputs, dense: np.ndarray) -> list[np.ndarray | None]:

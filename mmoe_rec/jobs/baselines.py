@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
+from sklearn.ensemble import HistGradientBoostingClassifier, HistGradientBoostingRegressor
 
 from mmoe_rec.batches.encoded_rows import EncodedRows, weights_of
 from mmoe_rec.errors import UserError
-from mmoe_rec.evaluation.baselines import PopularityBaseline, gradient_boosting
-from mmoe_rec.evaluation.results import Results
+from mmoe_rec.evaluation.comparison import Results
 from mmoe_rec.evaluation.summary import MeasuredModel
 from mmoe_rec.features.layout import Layout
 from mmoe_rec.jobs.places import check_out, features_in_use
@@ -32,6 +33,9 @@ ROWS_AT_A_TIME = 65_536
 MOST_ROWS = 2_000_000
 """Training rows that are held in memory; of more, the last ones."""
 MOST_TREES = 300
+SMOOTHING = 20.0
+"""Rows of the mean over all that are added to those of each candidate."""
+_CATEGORIES = 255  # what scikit-learn's histograms can hold; the last one stands for all rarer values
 
 
 def measure_baselines(
@@ -42,7 +46,8 @@ def measure_baselines(
     evaluated: a model on the same rows, which is compared with them, under its name. Raises UserError where there are
     no rows of a split, or a task can't be learnt.
     """
-    from mmoe_rec.report.documents import write_results
+    from mmoe_rec.evaluation.summary import summarise
+    from mmoe_rec.report.evaluation import write_results
 
     check_out(out, settings)
     with (
@@ -52,20 +57,15 @@ def measure_baselines(
         prepared.require_rows("train", "validation", "test")
         scored = _predict(settings, prepared)
         models = {} if evaluated is None else {name: next(iter(evaluated.results.models.values()))}
-        models |= {each: _measure(settings, rows) for each, rows in scored.items()}
+        for each, rows in scored.items():
+            sums = rows.measure()
+            models[each] = MeasuredModel(sums, summarise(sums, settings.evaluation.resamples))
         facts = {"log": settings.data.log} if evaluated is None else evaluated.results.facts
         facts = facts | {"trees": f"at most {MOST_TREES:,} of each task, fewer where validation rows say so"}
         title = f"Baselines of {settings.name}"
         results = Results(models, tuple(settings.tasks), settings.evaluation, title, facts)
         write_results(results, out)
     return results
-
-
-def _measure(settings: Settings, scored: ScoredRows) -> MeasuredModel:
-    from mmoe_rec.evaluation.summary import summarise
-
-    sums = scored.measure()
-    return MeasuredModel(sums, summarise(sums, settings.evaluation.resamples))
 
 
 def _predict(settings: Settings, prepared: FeatureFolder) -> dict[str, ScoredRows]:
@@ -91,20 +91,13 @@ def _predict(settings: Settings, prepared: FeatureFolder) -> dict[str, ScoredRow
             # Rows that say when to stop; none where they can't, for want of labels.
             enough = len(np.unique(own[~np.isnan(own)])) >= (2 if task.kind == "binary" else 1)
             try:
-                counted = PopularityBaseline(learnt.ids("candidate"), labels, weights=learnt.weights)
-                popularity.append(counted.predict(tested.ids("candidate")))
-                model = gradient_boosting(
-                    learnt.x,
-                    labels,
-                    learnt.categorical,
-                    kind=task.kind,  # type: ignore[arg-type]
-                    validation=(held_out.x, own) if enough else None,
-                    weights=(learnt.weights, held_out.weights),
-                    iterations=MOST_TREES,
-                )
+                rates = rate_candidates(learnt.ids("candidate"), labels, learnt.weights, tested.ids("candidate"))
+                trained, stopping = (learnt.x, labels, learnt.weights), (held_out.x, own, held_out.weights)
+                boosted = boost_trees(task.kind, learnt.categorical, trained, stopping if enough else None, tested.x)
             except UserError as error:
                 raise UserError(f"no baseline can learn task '{task.name}': {error}") from None
-            trees.append(model.predict(tested.x))
+            popularity.append(rates)
+            trees.append(boosted)
             progress.advance(step)
     rows = ScoredRows(
         layout,
@@ -121,6 +114,85 @@ def _predict(settings: Settings, prepared: FeatureFolder) -> dict[str, ScoredRow
     )
     predictions = {TREES: trees} | ({} if rows.candidates is None else {POPULARITY: popularity})
     return {name: rows.with_predictions(np.stack(each, 1)) for name, each in predictions.items()}
+
+
+def rate_candidates(
+    candidates: pa.Array, labels: np.ndarray, weights: np.ndarray | None, others: pa.Array
+) -> np.ndarray:
+    """(M,) float64, what is predicted for M `others`: the mean label of each candidate, whoever the user is.
+
+    It is smoothed toward the mean of all rows: (sum of labels + SMOOTHING x overall mean) / (rows + SMOOTHING); that of
+    a candidate that was not seen is the overall mean.
+
+    candidates, labels: (N,), NaN where unobserved; weights: (N,) what rows count, None is 1. Raises UserError where no
+    label is observed.
+    """
+    observed = ~np.isnan(labels)
+    if not observed.any():
+        raise UserError("no training row has an observed label; expected at least one")
+    rows = np.ones(len(labels)) if weights is None else weights
+    counted = pd.DataFrame({"rows": rows, "labels": rows * labels}, dtype=np.float64)[observed]
+    overall = counted["labels"].sum() / counted["rows"].sum()
+    sums = counted.groupby(candidates.to_pandas().to_numpy()[observed]).sum()
+    rates = (sums["labels"] + SMOOTHING * overall) / (sums["rows"] + SMOOTHING)
+    return rates.reindex(others.to_pandas().to_numpy()).fillna(overall).to_numpy()
+
+
+Rows = tuple[np.ndarray, np.ndarray, np.ndarray | None]
+"""Features (N, F) float, NaN where missing, labels (N,), NaN where unobserved, and what rows count (N,), None is 1."""
+
+
+def boost_trees(
+    kind: str, categorical: np.ndarray, train: Rows, validation: Rows | None, x: np.ndarray, trees: int = MOST_TREES
+) -> np.ndarray:
+    """(M,) float64, probabilities or values for features (M, F) by scikit-learn's histogram gradient boosting.
+
+    kind: of the task; categorical: (F,) bool, columns of whole numbers, whose most frequent 254 values are kept apart,
+    while all others, and those not seen in training, count as one; validation: rows by whose loss boosting stops once
+    it has not improved for 15 trees. Raises UserError where no label is observed, or of a binary task one class only.
+    """
+    observed = ~np.isnan(train[1])
+    classes = np.unique(train[1][observed])
+    if len(classes) == 0:
+        raise UserError("no training row has an observed label; expected at least one")
+    if kind == "binary" and not np.array_equal(classes, [0, 1]):
+        raise UserError(f"the observed training labels are {classes[:5].tolist()}; expected both 0 and 1")
+    categories = {column: _frequent(train[0][observed, column]) for column in np.flatnonzero(categorical).tolist()}
+
+    def known_rows(rows: Rows) -> Rows:
+        known = ~np.isnan(rows[1])
+        return _fold(rows[0][known], categories), rows[1][known], None if rows[2] is None else rows[2][known]
+
+    estimator = HistGradientBoostingClassifier if kind == "binary" else HistGradientBoostingRegressor
+    model = estimator(
+        max_iter=trees,
+        categorical_features=np.asarray(categorical, dtype=bool),
+        early_stopping=validation is not None,
+        n_iter_no_change=15,
+        random_state=0,
+    )
+    names = ("X_val", "y_val", "sample_weight_val")
+    held_out = {} if validation is None else dict(zip(names, known_rows(validation), strict=True))
+    model.fit(*known_rows(train), **held_out)
+    folded = _fold(x, categories)
+    return np.asarray(model.predict_proba(folded)[:, 1] if kind == "binary" else model.predict(folded))
+
+
+def _frequent(values: np.ndarray) -> np.ndarray:
+    """(at most 254,) the most frequent values, the most frequent first and the smaller first among equals."""
+    distinct, counts = np.unique(values[~np.isnan(values)], return_counts=True)
+    return distinct[np.argsort(-counts, kind="stable")][: _CATEGORIES - 1]
+
+
+def _fold(x: np.ndarray, categories: Mapping[int, np.ndarray]) -> np.ndarray:
+    """(N, F) float64 in which each categorical value is its rank by frequency, a rare one 254, a missing one NaN."""
+    folded = np.array(x, dtype=np.float64)
+    for column, frequent in categories.items():
+        values = folded[:, column]
+        rank = pd.Index(frequent).get_indexer(values).astype(np.float64)
+        rank[rank < 0] = _CATEGORIES - 1
+        folded[:, column] = np.where(np.isnan(values), np.nan, rank)
+    return folded
 
 
 @dataclass(frozen=True)

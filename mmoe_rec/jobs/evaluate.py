@@ -15,13 +15,12 @@ import pyarrow.parquet as pq
 
 from mmoe_rec.atomic import atomic_file
 from mmoe_rec.errors import UserError
-from mmoe_rec.evaluation.comparison import find_objective
-from mmoe_rec.evaluation.results import Results
+from mmoe_rec.evaluation.comparison import Results, find_objective
 from mmoe_rec.evaluation.summary import MeasuredModel, PlacementRecord, Summary
 from mmoe_rec.features.pipeline import FeaturePipeline
+from mmoe_rec.features.vocabulary import row_names
 from mmoe_rec.inference.artifact import Source
 from mmoe_rec.inference.ranking import ROW
-from mmoe_rec.inspection.health import row_names
 from mmoe_rec.jobs.places import build_options, check_names, check_out, log_and_place, logs_for, short_names
 from mmoe_rec.jobs.run_page import as_code, command, data_sets, draw_gates, quoted
 from mmoe_rec.jobs.slicing import LogColumns, TrainingRows, overlap, users_in_both
@@ -131,8 +130,7 @@ def log_evaluation(
     """
     from mmoe_rec.evaluation.summary import flatten
     from mmoe_rec.inference.artifact import read_artifact
-    from mmoe_rec.report.documents import comparison_tree
-    from mmoe_rec.report.evaluation import calibration_figure
+    from mmoe_rec.report.evaluation import calibration_figure, comparison_tree
     from mmoe_rec.report.findings import find_all
     from mmoe_rec.report.sentences import describe_verdicts
 
@@ -241,7 +239,7 @@ def evaluate_found(
 
     place: folder of the run's files.
     """
-    from mmoe_rec.report.documents import write_results
+    from mmoe_rec.report.evaluation import write_results
 
     check_out(out, settings)
     find_objective(settings.evaluation.decide_by)

@@ -22,9 +22,8 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.evaluation.comparison import find_objective
-from mmoe_rec.evaluation.metrics.binary import bin_edges
-from mmoe_rec.evaluation.results import Results
+from mmoe_rec.evaluation.comparison import Results, find_objective
+from mmoe_rec.evaluation.metrics.tasks import bin_edges
 from mmoe_rec.evaluation.slices import MOST_VALUES, SliceBy, Slices
 from mmoe_rec.evaluation.summary import MeasuredModel
 from mmoe_rec.evaluation.sums import MOST_UNITS, EvaluationSums, join_sums, measure
@@ -78,7 +77,7 @@ def measure_predictions(
     source: a folder of Parquet files, one file or a glob; against: further ones with other predictions of the same
     rows, which are compared with these; rules: by which. Raises UserError for a wrong file, column or value.
     """
-    from mmoe_rec.report.documents import write_results
+    from mmoe_rec.report.evaluation import write_results
 
     if is_remote(str(out)):
         raise UserError(f"--out '{out}' must be a folder of this machine, or one mounted like one")

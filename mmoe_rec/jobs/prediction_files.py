@@ -5,7 +5,7 @@ Rows are checked as they are read, and come in columns of known names and types.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -14,7 +14,7 @@ import pyarrow.types as pt
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.slices import SliceBy
-from mmoe_rec.evaluation.sums import MeasuredTask
+from mmoe_rec.evaluation.sums import LABELS, PREDICTIONS, SCORES, WEIGHTS, Check, MeasuredTask
 from mmoe_rec.inference.ranking import ROW
 from mmoe_rec.log.checks import BadFile, LogFile, open_parquet
 from mmoe_rec.log.columns import canonical_type, combine, hash_column
@@ -179,16 +179,6 @@ class Footer:
         return Footer(file, schema)
 
 
-Check = tuple[str, Callable[[np.ndarray], np.ndarray]]
-"""What a column must hold, in words, and for each of its values whether it is so."""
-PROBABILITY: Check = ("a probability", lambda values: (values >= 0) & (values <= 1))
-FINITE: Check = ("a finite number", np.isfinite)
-LABELS: dict[str, Check] = {
-    "binary": ("0, 1 or null where it is unobserved", lambda values: np.isnan(values) | (values == 0) | (values == 1)),
-    "regression": ("a number or null where it is unobserved", lambda values: ~np.isinf(values)),
-}
-
-
 @dataclass(frozen=True)
 class FileRows:
     """Some rows of a file, in columns of any names. start: number of the first; kept: (N,) bool, the rows that count,
@@ -256,17 +246,12 @@ def _name_parts(columns: PredictionColumns, rows: FileRows) -> pa.Table:
     if "candidate" in names:
         parts["candidate"] = rows.read_ids(names["candidate"])
     for number, task in enumerate(columns.tasks):
-        expected = PROBABILITY if task.kind == "binary" else FINITE
-        parts[f"p{number}"] = rows.read_numbers(names[f"predicted_{task.name}"], expected)
+        parts[f"p{number}"] = rows.read_numbers(names[f"predicted_{task.name}"], PREDICTIONS[task.kind])
         parts[f"l{number}"] = rows.read_numbers(names[f"label_{task.name}"], LABELS[task.kind])
     if "score" in names:
-        parts["score"] = rows.read_numbers(names["score"], ("a number", lambda values: ~np.isnan(values)))
+        parts["score"] = rows.read_numbers(names["score"], SCORES)
     if WEIGHT in names:
-        positive: Check = (
-            "a positive number",
-            lambda values: (values > np.float64(1e-50)) & (values < np.float64(1e50)),
-        )
-        parts[WEIGHT] = rows.read_numbers(names[WEIGHT], positive)
+        parts[WEIGHT] = rows.read_numbers(names[WEIGHT], WEIGHTS)
     for number, by in enumerate(columns.slices):
         try:
             parts[f"s{number}"] = by.read(rows.table[by.column].combine_chunks())

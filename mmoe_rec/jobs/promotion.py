@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.evaluation.comparison import BETTER
-from mmoe_rec.evaluation.results import Results
+from mmoe_rec.evaluation.comparison import BETTER, Results
 from mmoe_rec.inference.artifact import Source
 from mmoe_rec.jobs.evaluate import PROMOTION, check_tasks, evaluate_found, rows_to_measure, score_by
 from mmoe_rec.jobs.workspace import CHALLENGER
@@ -148,9 +147,8 @@ def _judge_rows(settings: Settings, mine: ScoredRows, its: ScoredRows, its_name:
     sums = {name: mine.measure(), its_name: its.measure()}
     models = {each: MeasuredModel(of_it, summarise(of_it, _RESAMPLES)) for each, of_it in sums.items()}
     compared = compare(models, name, list(settings.tasks), rules, rules.resamples)
-    verdict, sentence = compared.against[its_name].verdict, describe_verdict(compared, its_name, models[name].summary)
-    assert verdict is not None, "a comparison has verdicts"
-    return verdict.kind == BETTER, f"{sentence} ({len(mine.score):,} validation rows)"
+    sentence = describe_verdict(compared, its_name, models[name].summary)
+    return compared.verdicts[its_name].kind == BETTER, f"{sentence} ({len(mine.score):,} validation rows)"
 
 
 def _score_by_holder(
@@ -258,9 +256,9 @@ def _find_objections(results: Results, name: str, its_name: str) -> list[str]:
     from mmoe_rec.report.sentences import describe_verdict
 
     assert results.comparison is not None
-    verdict, findings = results.comparison.against[its_name].verdict, find_all(results)
+    verdict, findings = results.comparison.verdicts[its_name], find_all(results)
     objections = [f"{model} {seen}" for model, each in results.models.items() for seen in each.seen]
-    if verdict is None or verdict.kind != BETTER:
+    if verdict.kind != BETTER:
         objections.append(describe_verdict(results.comparison, its_name, results.first.summary))
     its = {(each.check, each.task) for each in findings if each.model == its_name}
     mine = [each for each in findings if each.model == name and each.task is not None]

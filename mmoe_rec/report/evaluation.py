@@ -1,72 +1,105 @@
-"""An evaluation as a page of its own: the verdict first, then what it rests on; and its figures, as
+"""An evaluation as a page of its own, the verdict first, then what it rests on; as files; and its figures, as
 `matplotlib.figure.Figure`: save with `figure.savefig`, or log to MLflow."""
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from mmoe_rec.evaluation.comparison import BETTER, WORSE
-from mmoe_rec.evaluation.intervals import Difference, Interval
-from mmoe_rec.evaluation.metrics.metric import Named
-from mmoe_rec.evaluation.results import Results
-from mmoe_rec.evaluation.slices import ALL, SliceRecord, sort_worst_first
-from mmoe_rec.evaluation.summary import CATALOGUE, SCORE, PlacementRecord, Summary
+from mmoe_rec.atomic import atomic_file, write_text
+from mmoe_rec.errors import UserError
+from mmoe_rec.evaluation.comparison import BETTER, WORSE, Comparison, Results
+from mmoe_rec.evaluation.slices import sort_worst_first
+from mmoe_rec.evaluation.summary import CATALOGUE, SCORE, Summary, rows_of_catalogue, rows_of_metrics
+from mmoe_rec.evaluation.sums import check_folder
 from mmoe_rec.report.findings import Finding, find_all
-from mmoe_rec.report.formatting import NONE, signed
 from mmoe_rec.report.pages import COLOURS, SERIES, blank, plain, render, svg
-from mmoe_rec.report.sentences import describe_guard, describe_metrics, describe_notes, describe_verdict
-from mmoe_rec.report.tables import rows_of_catalogue, rows_of_metrics
+from mmoe_rec.report.sentences import (
+    describe_guard,
+    describe_metrics,
+    describe_notes,
+    describe_verdict,
+    note_of,
+    note_of_group,
+)
 
-_SHOWN_SLICES = 12
+_DIFFERENCE = ("value", "low", "high", "error", "p", "p_corrected", "detectable")
 _INK, _MUTED, _LINE = COLOURS["ink"], COLOURS["muted"], SERIES[0]
 _TITLE: dict[str, Any] = {"fontsize": 13, "fontweight": "bold", "color": _INK}
 _LOG_SPAN = 20  # axes are logarithmic when the largest mean prediction is more than this many times the smallest
 
 
+def write_results(results: Results, out: Path) -> None:
+    """Writes the files of an evaluation, replacing those of one before; the page last.
+
+    OUT/metrics.json, metrics.parquet, sums/   of the model in question
+    OUT/slices.parquet                         where there are slices
+    OUT/against/1/metrics.json, sums/, ...     of each model that it is compared with
+    OUT/comparison.json                        differences and verdicts, where there are others
+    OUT/report.html                            the page
+
+    Raises UserError, before anything is written, where the rows are not the same, or other files are in the way.
+    """
+    text, comparison, against = page(results), results.comparison, out / "against"
+    for each in against.iterdir() if against.is_dir() else ():
+        if not (each.name.isdigit() and {path.name for path in each.iterdir()} <= {"sums", "metrics.json"}):
+            raise UserError(
+                f"'{each}' lies where results go, and belongs to no evaluation: give another folder with --out"
+            )
+    check_folder(out / "sums")
+    (out / "report.html").unlink(missing_ok=True)  # it would tell of other numbers than lie beside it
+    shutil.rmtree(against, ignore_errors=True)
+    for name in ("comparison.json", "slices.parquet"):
+        (out / name).unlink(missing_ok=True)
+    for place, model in enumerate(results.models.values()):
+        folder = against / str(place) if place else out
+        model.sums.save(folder / "sums")
+        write_text(folder / "metrics.json", json.dumps(summary_tree(model.summary), indent=1))
+    if comparison is not None:
+        write_text(out / "comparison.json", json.dumps(comparison_tree(comparison, results.first.summary), indent=1))
+    tables = {"metrics": metrics_table(results)}
+    tables |= {"slices": pa.Table.from_pylist([asdict(each) for each in results.slices])} if results.slices else {}
+    for name, table in tables.items():
+        with atomic_file(out / f"{name}.parquet") as file:
+            pq.write_table(table, file)
+    write_text(out / "report.html", text)
+
+
 def page(results: Results) -> str:
     """The whole page."""
     summaries, comparison, findings = results.summaries, results.comparison, find_all(results)
-    first, models = results.first, results.models
-    against = {} if comparison is None else comparison.against
-    slices = [_slice_row(each) for each in sort_worst_first(results.slices)]
-    guards = [
-        {"passed": guard.passed, "sentence": describe_guard(guard, other, results.rules), "other": other}
-        for other, each in against.items()
-        for guard in (() if each.verdict is None else each.verdict.guards)
-    ]
+    first, others = results.first.summary, [] if comparison is None else list(comparison.against)
     values = {
         "title": results.title,
-        "models": {name: each.address for name, each in models.items()},
-        "summary": first.summary,
-        "verdicts": [describe_verdict(comparison, other, first.summary) for other in against] if comparison else [],
+        "results": results,
+        "verdicts": {} if comparison is None else {each: describe_verdict(comparison, each, first) for each in others},
+        "describe_guard": describe_guard,
         "severity": _severity(results, findings),
-        "judged": None if comparison is None else comparison.objective,
-        "guards": guards,
-        "alone": describe_metrics(first.summary),
+        "alone": describe_metrics(first),
         "redrawn": "rows" if results.each_row_is_a_user else "users",
         "findings": findings,
         "notes": describe_notes(list(summaries.values())),
         "groups": list(_groups(results)),
         "curves": list(_curves(summaries)),
-        "gates": [{"model": name, "tasks": each.gates} for name, each in models.items() if each.gates],
-        "placement": list(_placement(first.placement, first.summary)),
-        "slices": slices[:_SHOWN_SLICES],
-        "more_slices": slices[_SHOWN_SLICES:],
+        "slices": sort_worst_first(results.slices),
         "few": len({(each.by, each.slice, each.group) for each in results.slices if each.value is None}),
-        "facts": results.facts,
     }
     return render("evaluation.html.j2", values)
 
 
 def _severity(results: Results, findings: Sequence[Finding]) -> str:
     """The class of the verdict's card."""
-    against = [] if results.comparison is None else list(results.comparison.against.values())
-    kinds = [each.verdict.kind for each in against if each.verdict is not None]
+    kinds = [] if results.comparison is None else [each.kind for each in results.comparison.verdicts.values()]
     if WORSE in kinds or any(each.severity == "problem" and each.model == results.name for each in findings):
         return "problem"
     return "warning" if findings or any(kind != BETTER for kind in kinds) else ""
@@ -79,44 +112,22 @@ def _groups(results: Results) -> Iterator[dict[str, Any]]:
     for group, first in summaries[0].groups.items():
         rows = [
             {
-                "label": metric.label,
+                "metric": metric,
                 "main": metric.is_shown(group == SCORE),
-                "cells": [_cell(metric, each) for each in values],
-                "apart": [
-                    difference_cell(metric, each.groups.get(group, {}).get(metric.name)) for each in against.values()
-                ],
+                "intervals": intervals,
+                "apart": [each.groups.get(group, {}).get(metric.name) for each in against.values()],
             }
-            for metric, values in rows_of_metrics(summaries, group).items()
+            for metric, intervals in rows_of_metrics(summaries, group).items()
         ]
-        told = f"{first.counts['rows']:,} rows" if "rows" in first.counts else ""
-        told += f", {first.counts['positives']:,} positive" if "positives" in first.counts else ""
         if rows:
-            yield {"name": group, "told": told, "rows": rows, "others": list(against)}
+            yield {"name": group, "counts": first.counts, "rows": rows, "others": list(against)}
     # What requests show together has no interval, and so no differences.
     shown = [
-        {"label": each.label, "main": each.is_headline, "apart": [], "cells": [_cell(each, value) for value in values]}
-        for each, values in rows_of_catalogue(summaries).items()
+        {"metric": each, "main": each.is_headline, "apart": [], "intervals": intervals}
+        for each, intervals in rows_of_catalogue(summaries).items()
     ]
     if shown:
-        yield {"name": CATALOGUE, "told": "", "rows": shown, "others": []}
-
-
-def _cell(metric: Named, each: Interval) -> dict[str, str]:
-    if each.value is None:
-        return {"value": NONE, "interval": ""}
-    ends = [metric.shown(end) for end in (each.low, each.high) if end is not None]
-    return {"value": metric.shown(each.value), "interval": " to ".join(ends)}
-
-
-def difference_cell(metric: Named, apart: Difference | None) -> dict[str, str]:
-    """A difference of a metric for a table: `value`, `interval`, and the class of its `badge`, which colours it if it
-    is significant after Holm's correction."""
-    if apart is None or apart.value is None:
-        return {"value": NONE, "interval": "", "badge": ""}
-    value, *ends = signed(*(each for each in (apart.value, apart.low, apart.high) if each is not None))
-    gain = (apart.value > 0) == (metric.better == "higher")
-    badge = "" if not apart.is_significant or metric.better == "one" else "good" if gain else "problem"
-    return {"value": value, "interval": " to ".join(ends), "badge": badge}
+        yield {"name": CATALOGUE, "counts": {}, "rows": shown, "others": []}
 
 
 def _curves(summaries: Mapping[str, Summary]) -> Iterator[dict[str, str]]:
@@ -127,30 +138,60 @@ def _curves(summaries: Mapping[str, Summary]) -> Iterator[dict[str, str]]:
                 yield {"task": task, "model": name, "figure": svg(calibration_figure(summary, task), label)}
 
 
-def _placement(records: Sequence[PlacementRecord], summary: Summary) -> Iterator[dict[str, Any]]:
-    """A table of each feature of placement: what its values do to each task."""
-    for feature in dict.fromkeys(each.feature for each in records):
-        mine = [each for each in records if each.feature == feature]
-        is_odds = {task: summary.tasks[task].kind == "binary" for task in mine[0].effects}
-        tasks = {task: "odds" if is_odds[task] else "added" for task in is_odds}
-        yield {"feature": feature, "tasks": tasks, "rows": mine}
+def summary_tree(summary: Summary) -> dict[str, Any]:
+    """`metrics.json`."""
+    names = ("rows", "users", "requests", "resamples", "seed")
+    tree: dict[str, Any] = {name: getattr(summary, name) for name in names} | {"tasks": {}}
+    for name, group in summary.groups.items():
+        kind = {} if name == SCORE else {"kind": group.kind}
+        metrics = {metric: asdict(each) for metric, each in group.metrics.items()}
+        part = kind | group.counts | metrics | _noted(note_of_group(summary, name)) | group.details
+        (tree if name == SCORE else tree["tasks"])[name] = part
+    tree |= {} if summary.catalogue is None else {"catalogue": summary.catalogue}
+    return tree | _noted(note_of(summary)) | summary.facts
 
 
-def _slice_row(each: SliceRecord) -> dict[str, Any]:
-    """A slice, with what it is compared with."""
-    better = not each.is_worse and each.is_significant and each.apart != 0
-    apart, *ends = signed(*(end for end in (each.apart, each.low, each.high) if end is not None)) or [NONE]
-    return {
-        "slice": f"{each.by}: {each.slice}",
-        "group": each.group,
-        "metric": each.metric,
-        "rows": each.rows,
-        "value": f"{each.value:.4f}",
-        "beside": ALL if each.beside == ALL else f"'{each.beside}' there",
-        "apart": apart,
-        "interval": " to ".join(ends),
-        "badge": "problem" if each.is_worse else "good" if better else "",
+def _noted(note: str | None) -> dict[str, str]:
+    return {} if note is None else {"note": note}
+
+
+def comparison_tree(compared: Comparison, summary: Summary) -> dict[str, Any]:
+    """`comparison.json`. summary: of the model."""
+    objective, against = compared.objective, dict[str, Any]()
+    for other, verdict in compared.verdicts.items():
+        guards = [
+            {"task": each.task, "metric": each.metric, "passed": each.passed}
+            | {"sentence": describe_guard(each, other, compared.rules)}
+            for each in verdict.guards
+        ]
+        told = {"kind": verdict.kind, "sentence": describe_verdict(compared, other, summary), "guards": guards}
+        against[other] = asdict(compared.against[other]) | {"verdict": told | {"detectable": verdict.detectable}}
+    names = ("model", "resamples", "seed", "units", "effective_users", "judged", "left_out")
+    return {name: getattr(compared, name) for name in names} | {
+        "objective": None if objective is None else asdict(objective) | {"name": objective.name},
+        "against": against,
     }
+
+
+def metrics_table(results: Results) -> pa.Table:
+    """`metrics.parquet`: a row for each model, task (`score`, `catalogue`) and metric, with its interval; and for each
+    difference from another model, whose name stands in `less`."""
+    rows: list[dict[str, Any]] = []
+    for name, summary in results.summaries.items():
+        tree = summary_tree(summary)
+        for group, metrics in {**tree["tasks"], SCORE: tree[SCORE], "catalogue": tree.get("catalogue", {})}.items():
+            for metric, value in metrics.items():
+                ends = value if isinstance(value, dict) and "low" in value else {"value": value}
+                if isinstance(ends["value"], (int, float)) or ends is value:
+                    rows.append({"model": name, "less": None, "group": group, "metric": metric, **ends})
+    comparison = results.comparison
+    for other, versus in ({} if comparison is None else comparison.against).items():
+        for group, differences in {"objective": {"objective": versus.objective}, **versus.groups}.items():
+            for metric, apart in differences.items():
+                keys = {"model": results.name, "less": other, "group": group, "metric": metric}
+                rows.append(keys | {end: getattr(apart, end) for end in _DIFFERENCE})
+    kinds = [(name, pa.string()) for name in ("model", "less", "group", "metric")]
+    return pa.Table.from_pylist(rows, pa.schema([*kinds, *((name, pa.float64()) for name in _DIFFERENCE)]))
 
 
 def calibration_figure(summary: Summary, task: str) -> Figure:
@@ -182,8 +223,10 @@ def calibration_figure(summary: Summary, task: str) -> Figure:
         axes.plot(predicted[~shown], floor, "o", **hollow, clip_on=False, label="no positive row")
     if is_log:
         axes.set(xscale="log", yscale="log")
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(LogLocator(subs=(1, 2, 5)) if is_log else MaxNLocator(6))
+    for axis, (low, high) in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim())):
+        # So few that their labels do not overlap.
+        subs = (1, 2, 5) if high < 100 * low else (1, 3) if high < 10_000 * low else (1,)
+        axis.set_major_locator(LogLocator(subs=subs) if is_log else MaxNLocator(6))
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
         axis.set_minor_formatter(NullFormatter())
     axes.set_ylabel("observed rate")

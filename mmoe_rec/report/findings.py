@@ -10,8 +10,8 @@ import numpy as np
 from scipy.stats import chi2, norm
 
 from mmoe_rec.auc import FEWEST, TOO_GOOD, WHY_TOO_GOOD
+from mmoe_rec.evaluation.comparison import Results
 from mmoe_rec.evaluation.intervals import Interval
-from mmoe_rec.evaluation.results import Results
 from mmoe_rec.evaluation.summary import SCORE, GroupSummary, Summary
 from mmoe_rec.report.formatting import interval
 

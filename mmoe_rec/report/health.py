@@ -10,7 +10,7 @@ from typing import Any
 
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from mmoe_rec.atomic import atomic_file
+from mmoe_rec.atomic import write_text
 from mmoe_rec.inspection import findings
 from mmoe_rec.inspection.findings import describe_move, drift_beyond_noise, flags_of, split_findings
 from mmoe_rec.inspection.sums import FREQUENT, RATE_SMOOTHING
@@ -20,25 +20,13 @@ from mmoe_rec.report.sentences import describe_rows
 
 _DRAWN = 12  # features whose drift is drawn
 _PARTS = 12  # inputs of a feature that are shown; a vector may have hundreds
-_LIMITS = {
-    "drift": findings.DRIFT,
-    "strong": findings.STRONG_DRIFT,
-    "leak": findings.LEAK_AUC,
-    "unknown": findings.UNKNOWN,
-    "coverage": findings.LEAST_COVERAGE,
-    "rate": findings.RATE_CHANGE,
-    "never_seen": findings.NEVER_SEEN,
-    "frequent": FREQUENT,
-    "smoothing": RATE_SMOOTHING,
-}
 
 
 def write(health: dict[str, Any], folder: Path) -> None:
     """Writes `health.json` and `health.html`. Raises UserError where the folder can't be made."""
-    texts = {"health.json": json.dumps(health, indent=1, allow_nan=False), "health.html": page(health)}
-    for name, text in texts.items():
-        with atomic_file(folder / name) as file:
-            file.write_text(text, encoding="utf-8")
+    text = page(health)
+    write_text(folder / "health.json", json.dumps(health, indent=1, allow_nan=False))
+    write_text(folder / "health.html", text)
 
 
 def page(health: dict[str, Any]) -> str:
@@ -53,15 +41,17 @@ def page(health: dict[str, Any]) -> str:
         "overview": overview,
         "tasks": tasks,
         "found": " and ".join(said),
-        "shown": _by_check(shown),
-        "folded": _by_check(folded),
+        "shown": shown,
+        "folded": folded,
         "notes": describe_rows(overview),
         "weeks": {task: weeks_figure(health["weeks"], task) for task in (tasks if health["weeks"] else ())},
         "features": [_feature(each) | {"flags": flags_of(health, each["name"])} for each in health["features"]],
         "drift": _drift(health["features"]),
         "tables": sorted(health["tables"], key=lambda each: -each["bytes"]),
         "largest": max((each["bytes"] + each["optimizer_bytes"] for each in health["tables"]), default=1),
-        "limits": _LIMITS,
+        "limits": findings,
+        "frequent": FREQUENT,
+        "smoothing": RATE_SMOOTHING,
     }
     return render("health.html.j2", values)
 
@@ -97,11 +87,6 @@ def weeks_figure(weeks: list[dict[str, Any]], task: str) -> str:
     every = range(0, len(weeks), -(-len(weeks) // 12))
     bars.set_xticks(every, [date.fromisoformat(weeks[place]["week"]).strftime("%-d %b %y") for place in every])
     return svg(figure, f"rate of {task} by week")
-
-
-def _by_check(found: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    names = dict.fromkeys(each["check"] for each in found)
-    return {name: [each for each in found if each["check"] == name] for name in names}
 
 
 def _feature(feature: dict[str, Any]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from mmoe_rec.report.formatting import count, day, fixed, percent, rate, size, thousands
+from mmoe_rec.report.formatting import count, day, fixed, percent, rate, signed, size, thousands
 
 TEMPLATES = Path(__file__).parent / "templates"
 COLOURS = {
@@ -56,6 +56,7 @@ def _environment() -> Environment:
     )
     for each in (count, day, fixed, percent, rate, size, thousands):
         environment.filters[each.__name__] = each
+    environment.filters["signed"] = lambda values: signed(*values)
     return environment
 
 

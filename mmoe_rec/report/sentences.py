@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -17,13 +18,13 @@ from mmoe_rec.evaluation.comparison import (
     WORSE,
     Comparison,
     Guard,
+    Results,
     Versus,
 )
 from mmoe_rec.evaluation.intervals import Difference, is_small_sample
 from mmoe_rec.evaluation.metrics import metrics_of
 from mmoe_rec.evaluation.off_policy import PolicyEstimate
-from mmoe_rec.evaluation.results import Results
-from mmoe_rec.evaluation.slices import ALL, SliceRecord, find_slices_of_other_rows, sort_worst_first
+from mmoe_rec.evaluation.slices import ALL, SliceRecord, sort_worst_first
 from mmoe_rec.evaluation.summary import LEFT_OUT, SCORE, GroupSummary, Summary
 from mmoe_rec.report.formatting import describe_request_times, describe_unmatured, difference, interval, signed
 from mmoe_rec.settings.sections import Evaluation
@@ -74,8 +75,7 @@ def describe_comparison(compared: Comparison, summary: Summary) -> list[str]:
 def describe_verdict(compared: Comparison, other: str, summary: Summary) -> str:
     """The verdict beside another model. summary: of the model."""
     versus, objective, both = compared.against[other], compared.objective, f"'{compared.model}' and '{other}'"
-    apart, verdict = versus.objective, versus.verdict
-    assert verdict is not None, "a comparison has verdicts"
+    apart, verdict = versus.objective, compared.verdicts[other]
     if verdict.kind == UNDECIDED or objective is None or apart.value is None:
         why = f"no task has labels enough ({FEWEST} rows of either)"
         if objective is not None:
@@ -156,8 +156,16 @@ def describe_slices(records: Sequence[SliceRecord], most: int = 3) -> Iterator[s
 
 
 def describe_other_slices(results: Results) -> Iterator[str]:
-    """What is not compared, as slices hold other rows for other models."""
-    if others := find_slices_of_other_rows(results.models, results.name):
+    """What is not compared, as slices hold other rows for other models, as those of a rank do."""
+    told = {(each.by, each.slice, each.beside) for each in results.slices}
+    others = dict.fromkeys(
+        by
+        for by, name in results.first.slices
+        for other, model in results.models.items()
+        # Of a model that is not sliced by it, nothing is compared.
+        if other != results.name and any(by == its for its, _ in model.slices) and (by, name, other) not in told
+    )
+    if others:
         yield f"slices by {', '.join(others)} hold other rows for other models, so these are not compared there"
 
 
@@ -238,8 +246,6 @@ def describe_refusal(estimate: PolicyEstimate) -> str | None:
         return None
     mean, least = _describe_mean_weight(estimate), f"{off_policy.LEAST_EFFECTIVE:g} are needed"
     return {
-        off_policy.NO_LABEL: "no row has an observed label",
-        off_policy.NEVER_CHOSEN: "the target policy never chooses what was shown",
         off_policy.FEW_ROWS: f"{estimate.rows:,} rows have a label, and {least}",
         off_policy.FEW_EFFECTIVE_ROWS: (
             f"the effective number of rows is {estimate.effective_rows:,.0f} of {estimate.rows:,}, and {least}: the "
@@ -253,6 +259,21 @@ def describe_refusal(estimate: PolicyEstimate) -> str | None:
             "probabilities of its choices"
         ),
     }[estimate.refusal]
+
+
+def estimate_tree(estimate: PolicyEstimate) -> dict[str, Any]:
+    """What `off_policy.json` says of a task."""
+    tree: dict[str, Any] = {name: getattr(estimate, name) for name in ("rows", "without_label")}
+    tree["refused"] = describe_refusal(estimate)
+    if estimate.rows:
+        its, names = asdict(estimate), ["users", "logged", "mean_weight", "effective_rows"]
+        tree |= {name: its[name] for name in names}
+        if estimate.refusal is None:
+            for each in its["estimates"]:
+                if each["doubly_robust"] is None:
+                    del each["doubly_robust"]
+            tree |= {"warnings": list(describe_warnings(estimate)), "estimates": list(its["estimates"])}
+    return tree
 
 
 def _describe_mean_weight(estimate: PolicyEstimate) -> str:

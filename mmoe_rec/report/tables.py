@@ -12,12 +12,11 @@ from rich.table import Table
 from rich.text import Text
 
 from mmoe_rec.evaluation import metrics as every
-from mmoe_rec.evaluation.comparison import Comparison
+from mmoe_rec.evaluation.comparison import Comparison, Results
 from mmoe_rec.evaluation.intervals import LEVEL, UNDEFINED, Difference, Interval
-from mmoe_rec.evaluation.metrics.metric import Metric, Named
+from mmoe_rec.evaluation.metrics.metric import Named
 from mmoe_rec.evaluation.off_policy import PolicyEstimate
-from mmoe_rec.evaluation.results import Results
-from mmoe_rec.evaluation.summary import CATALOGUE, SCORE, Summary
+from mmoe_rec.evaluation.summary import CATALOGUE, SCORE, Summary, rows_of_catalogue, rows_of_metrics
 from mmoe_rec.inspection.findings import DRIFT, LEAK_AUC, STRONG_DRIFT, flags_of, split_findings
 from mmoe_rec.report.findings import find_all
 from mmoe_rec.report.formatting import count, day, difference, fixed, interval, percent, rate, signed, size
@@ -38,26 +37,6 @@ def show_results(results: Results) -> Iterator[Table | str]:
     if results.comparison is not None:
         yield differences_table(results.comparison)
     yield from describe_results(results, find_all(results))
-
-
-def rows_of_metrics(summaries: Sequence[Summary], group: str) -> dict[Metric[Any], list[Interval]]:
-    """What is measured of a task, or of the score: metric -> its value for each model. Where each row is a user of its
-    own, how well rows are ranked within users and requests is left out."""
-    groups, alone = [each.groups.get(group) for each in summaries], all(each.each_row_is_a_user for each in summaries)
-    return {
-        metric: [UNDEFINED if each is None else each.get(metric.name) for each in groups]
-        for metric in every.METRICS
-        if any(each is not None and each.has(metric) for each in groups) and not (alone and metric.ranks_within)
-    }
-
-
-def rows_of_catalogue(summaries: Sequence[Summary]) -> dict[Named, list[Interval]]:
-    """The same of the catalogue, which has no intervals; none where no candidates are known."""
-    catalogues = [each.catalogue or {} for each in summaries]
-    return {
-        metric: [Interval(each.get(metric.name)) for each in catalogues]
-        for metric in (every.CATALOGUE_METRICS if any(catalogues) else ())
-    }
 
 
 def results_table(columns: Mapping[str, Summary]) -> Table:

@@ -13,7 +13,6 @@ from mmoe_rec.evaluation import metrics as every
 from mmoe_rec.evaluation.metrics.metric import Named
 from mmoe_rec.evaluation.summary import SCORE
 from mmoe_rec.evaluation.trainings import SettingsDifference, TrainingsMean
-from mmoe_rec.report.evaluation import difference_cell
 from mmoe_rec.report.formatting import NONE, difference, signed
 from mmoe_rec.report.pages import render
 from mmoe_rec.report.sentences import once_corrected
@@ -67,35 +66,15 @@ def terminal_parts(report: TrainingsReport) -> Iterator[Table | str]:
 
 def page(trainings: TrainingsReport) -> str:
     """The whole page."""
-    groups, means = [], []
+    groups = []
     for group, metrics in trainings.summary.items():
-        shown = _shown_metrics(group, metrics)
-        differences = [each.groups.get(group, {}) for each in trainings.against.values()]
+        others = [each.groups.get(group, {}) for each in trainings.against.values()]
         rows = [
-            {
-                "label": metric.label,
-                "cells": _cells(metric, each, NONE),
-                "apart": [difference_cell(metric, its.get(metric.name)) for its in differences],
-            }
-            for metric, each in shown
+            {"metric": metric, "cells": _cells(metric, each, NONE), "apart": [its.get(metric.name) for its in others]}
+            for metric, each in _shown_metrics(group, metrics)
         ]
-        if shown:
-            mean, ends, *_ = rows[0]["cells"]
-            means.append(f"{group}: {shown[0][0].name} {mean} on average" + ("" if ends == NONE else f" ({ends})"))
-            groups.append({"name": group, "rows": rows})
-    values = {
-        "title": trainings.title,
-        "seeds": list(trainings.seeds),
-        "units": trainings.units,
-        "others": list(trainings.against),
-        "measured": trainings.rows,
-        "means": means,
-        "sentences": trainings.sentences,
-        "warnings": trainings.warnings,
-        "groups": groups,
-        "facts": trainings.facts,
-    }
-    return render("trainings.html.j2", values)
+        groups += [{"name": group, "rows": rows}] if rows else []
+    return render("trainings.html.j2", {"title": trainings.title, "trainings": trainings, "groups": groups})
 
 
 def _shown_metrics(group: str, metrics: Mapping[str, TrainingsMean]) -> list[tuple[Named, TrainingsMean]]:

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mmoe_rec.evaluation.results import Results
+from mmoe_rec.evaluation.comparison import Results
 from mmoe_rec.evaluation.summary import MeasuredModel
 from mmoe_rec.jobs.evaluate import evaluate_model
 from mmoe_rec.jobs.train import train_model
@@ -111,7 +111,7 @@ def main() -> None:
     )
     from rich.console import Console
 
-    from mmoe_rec.report.documents import write_results
+    from mmoe_rec.report.evaluation import write_results
     from mmoe_rec.report.tables import show_results
 
     write_results(results, work / "report")

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 
 import numpy as np
 from sklearn.metrics import roc_auc_score
 
-from mmoe_rec.evaluation.comparison import Comparison, Objective, Verdict, decide, find_differences
-from mmoe_rec.evaluation.summary import summarise
+from mmoe_rec.evaluation.comparison import Verdict, compare
+from mmoe_rec.evaluation.summary import MeasuredModel, summarise
 from mmoe_rec.evaluation.sums import EvaluationSums, MeasuredTask, measure
+from mmoe_rec.settings.sections import Evaluation
 
 TASKS = (MeasuredTask("bought", "binary", 1.0), MeasuredTask("liked", "binary", 1.0))
 NAMES = [task.name for task in TASKS]
@@ -52,21 +52,19 @@ def true_gain(noise: float, worlds: int = 12, users: int = 4000) -> float:
     return float(np.mean(gains))
 
 
-def compared(noise: float, number: int, users: int, resamples: int) -> Iterator[tuple[Comparison, Verdict]]:
-    """Differences and verdicts of that many challengers, each on other users, beside a champion with `NOISE`."""
+def compared(noise: float, number: int, users: int, resamples: int) -> Iterator[Verdict]:
+    """Verdicts of that many challengers, each on other users, beside a champion with `NOISE`."""
     for seed in range(number):
         world = World(np.random.default_rng([11, seed]), users)
-        models = {name: world.sums(world.predictions(each)) for name, each in (("new", noise), ("old", NOISE))}
-        objective = Objective.of("auc", models["old"], NAMES)
-        found = replace(find_differences(models, "new", objective, resamples, seed), judged=tuple(NAMES))
-        summaries = {name: summarise(sums, 20) for name, sums in models.items()}
-        yield found, decide(found, "old", summaries)
+        sums = {name: world.sums(world.predictions(each)) for name, each in (("new", noise), ("old", NOISE))}
+        models = {name: MeasuredModel(each, summarise(each, 20)) for name, each in sums.items()}
+        yield compare(models, "new", NAMES, Evaluation(), resamples, seed).verdicts["old"]
 
 
 def verdicts(noise: float, number: int, users: int, resamples: int) -> tuple[Counter[str], float]:
     """How often each kind of verdict is given, and the mean size that the comparisons call detectable."""
     counts, sizes = Counter[str](), []
-    for _, judged in compared(noise, number, users, resamples):
+    for judged in compared(noise, number, users, resamples):
         counts[judged.kind] += 1
         sizes.append(judged.detectable)
     return counts, float(np.mean(sizes))

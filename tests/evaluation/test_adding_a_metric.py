@@ -13,13 +13,13 @@ from simulated_log import Log
 from sklearn.metrics import brier_score_loss
 
 from mmoe_rec.evaluation import metrics as registered
-from mmoe_rec.evaluation.comparison import find_differences
 from mmoe_rec.evaluation.metrics.metric import Metric, Ratio, TaskRows
 from mmoe_rec.evaluation.metrics.ranking import RankedLists
 from mmoe_rec.evaluation.summary import flatten, summarise
-from mmoe_rec.report.documents import summary_tree
+from mmoe_rec.report.evaluation import summary_tree
 from mmoe_rec.report.tables import results_table
 from tests.added_package import AddedPackage
+from tests.evaluation.trees import compare
 
 
 class Brier(Ratio[TaskRows]):
@@ -45,11 +45,11 @@ def test_a_class_and_a_line_are_all_that_is_added(log: Log, tmp_path: Path) -> N
     """To the package itself, a copy of which measures the log in a process of its own."""
     package = AddedPackage(tmp_path)
     package.add(
-        "evaluation/metrics/binary.py",
+        "evaluation/metrics/tasks.py",
         f"\n\n{inspect.getsource(Brier)}",
         listed_in="evaluation/metrics/__init__.py",
-        after="    binary.Logloss(),",
-        line="    binary.Brier(),",
+        after="    tasks.Logloss(),",
+        line="    tasks.Brier(),",
     )
     _, label, prediction = log.observed("bought")
     np.savez(tmp_path / "rows.npz", label=label, prediction=prediction)
@@ -119,7 +119,7 @@ def test_a_metric_is_compared_and_the_better_model_is_marked(log: Log) -> None:
     other = replace(log, predictions=log.predictions | {"bought": 0.5 * log.predictions["bought"]})
     sums = {"a": log.measure(), "b": other.measure()}
     summaries = {name: summarise(each, 20) for name, each in sums.items()}
-    difference = find_differences(sums, "a", resamples=20).against["b"].groups["bought"]["brier"].value
+    difference = compare(sums, "a")["against"]["b"]["groups"]["bought"]["brier"]["value"]
     first, second = (each.tasks["bought"].get("brier").value for each in summaries.values())
     assert difference == pytest.approx(first - second)
     table = results_table(summaries)

@@ -47,8 +47,7 @@ def verdict(found: Comparison, summaries: dict[str, Summary] = SAME) -> Verdict:
 
 
 def sentence(found: Comparison) -> str:
-    versus = replace(found.against["old"], verdict=verdict(found))
-    return describe_verdict(replace(found, against=found.against | {"old": versus}), "old", SAME["new"])
+    return describe_verdict(replace(found, verdicts={"old": verdict(found)}), "old", SAME["new"])
 
 
 @pytest.mark.parametrize("sign", [1, -1])

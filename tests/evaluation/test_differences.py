@@ -1,4 +1,4 @@
-"""Paired find_differences against scipy and loops; what is no difference; rows that are not the same."""
+"""Paired differences against scipy and loops; what is no difference; rows that are not the same."""
 
 from dataclasses import replace
 
@@ -15,12 +15,12 @@ from mmoe_rec.evaluation.sums import MeasuredTask, measure
 from mmoe_rec.report.sentences import describe_comparison
 from mmoe_rec.settings.sections import Evaluation
 from tests.evaluation.judged_models import NOISE, noise_of_gain, verdicts
-from tests.evaluation.trees import find_differences, summarise
+from tests.evaluation.trees import compare as compare_sums
+from tests.evaluation.trees import summarise
 
 
-def found(a: Log, b: Log, resamples: int = 400, objective: Objective | None = None) -> dict:
-    models = {"a": a.measure(), "b": b.measure()}
-    return find_differences(models, "a", objective, resamples)["against"]["b"]
+def found(a: Log, b: Log, resamples: int = 400, tasks: tuple[str, ...] = ()) -> dict:
+    return compare_sums({"a": a.measure(), "b": b.measure()}, "a", tasks, resamples)["against"]["b"]
 
 
 def other(log: Log, seed: int = 1) -> Log:
@@ -53,8 +53,7 @@ def test_a_difference_of_means_is_that_of_a_paired_t_test() -> None:
 @pytest.mark.parametrize("scale", [1.0, 1 + 1e-15])
 def test_equal_models_do_not_differ_and_rounding_is_no_difference(log: Log, scale: float) -> None:
     same = replace(log, predictions={name: each * scale for name, each in log.predictions.items()})
-    objective = Objective.of("auc", log.measure(), ["bought", "liked"])
-    result = found(same, log, 50, objective)
+    result = found(same, log, 50, ("bought", "liked"))
     assert result["objective"]["value"] == 0
     assert result["objective"]["p"] == 1
     for group in result["groups"].values():
@@ -68,7 +67,7 @@ def test_headline_metrics_of_all_models_are_one_family(log: Log) -> None:
         "b": log.measure(),
         "c": other(log, 2).measure(),
     }
-    both = find_differences(models, "b", Objective("auc", ("bought",), "higher"), 100)["against"]
+    both = compare_sums(models, "b", ["bought"], 100)["against"]
     shown = [
         each
         for model in both.values()
@@ -89,7 +88,7 @@ def test_the_objective_is_the_mean_over_tasks(log: Log) -> None:
     objective = Objective.of("auc", sums, ["bought", "liked", "spent"])
     assert objective == Objective("auc", ("bought", "liked"), "higher")
     assert objective.name == "mean auc of bought, liked"
-    result = found(other(log), log, 100, objective)
+    result = found(other(log), log, 100, objective.groups)
     areas = [result["groups"][task]["auc"]["value"] for task in ("bought", "liked")]
     assert result["objective"]["value"] == pytest.approx(np.mean(areas))
     assert Objective.of("auc", sums, ["spent"]) == Objective("r2", ("spent",), "higher")
@@ -145,7 +144,7 @@ def test_the_effective_number_of_users_is_that_of_their_rows() -> None:
     """Of one guest account with four fifths of the rows, and 200 users."""
     user, label = np.r_[np.zeros(800, int), np.arange(1, 201)], np.random.default_rng(0).normal(size=1000)
     sums = measure([SPENT], user, np.arange(1000), {"spent": label + 1}, {"spent": label}, score=label)
-    result = find_differences({"a": sums, "b": sums}, "a", None, 20)
+    result = compare_sums({"a": sums, "b": sums}, "a")
     assert result["effective_users"]["spent"] == pytest.approx(1000**2 / (800**2 + 200))
 
 

@@ -98,7 +98,8 @@ def test_without_support_there_is_no_estimate() -> None:
     assert "estimates" not in found
     only = np.zeros_like(never)
     only[:, 0] = 1
-    assert estimate(bandit.log(never, only, 500, 1), 20)["refused"] == "the target policy never chooses what was shown"
+    refused = estimate(bandit.log(never, only, 500, 1), 20)["refused"]
+    assert refused.startswith("the effective number of rows is 0 of 500, and 100 are needed: ")
     assert estimate(bandit.log(bandit.uniform, bandit.learnt, 60, 0), 20)["refused"] == (
         "60 rows have a label, and 100 are needed"
     )
@@ -120,7 +121,11 @@ def test_rows_without_a_label_are_left_out() -> None:
     found = estimate(partly, 20)
     assert found == estimate(shown.take(np.flatnonzero(~gone)), 20) | {"without_label": int(gone.sum())}
     none = LoggedChoices(shown.users, shown.propensity, shown.target, np.full(4000, np.nan))
-    assert estimate(none, 20) == {"rows": 0, "without_label": 4000, "refused": "no row has an observed label"}
+    assert estimate(none, 20) == {
+        "rows": 0,
+        "without_label": 4000,
+        "refused": "0 rows have a label, and 100 are needed",
+    }
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,7 @@ def test_areas_are_exact_and_their_intervals_good_where_bins_hold_many_values(sp
     log = replace(log, labels=log.labels | {"bought": kept})
     _, label, prediction = log.observed("bought")
     exact = summarise(log.measure(), resamples=200)["tasks"]["bought"]
-    monkeypatch.setattr("mmoe_rec.evaluation.metrics.binary.MOST_BINS", 400)
+    monkeypatch.setattr("mmoe_rec.evaluation.metrics.tasks.MOST_BINS", 400)
     found = summarise(log.measure(), resamples=200)["tasks"]["bought"]
     for metric, area in (("auc", roc_auc_score), ("average_precision", average_precision_score)):
         assert found[metric]["value"] == pytest.approx(area(label, prediction), abs=1e-12)

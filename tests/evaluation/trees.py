@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mmoe_rec.evaluation import comparison, off_policy, summary
-from mmoe_rec.report.documents import comparison_tree, estimate_tree, summary_tree
+from mmoe_rec.evaluation.sums import EvaluationSums
+from mmoe_rec.report.evaluation import comparison_tree, summary_tree
+from mmoe_rec.report.sentences import estimate_tree
+from mmoe_rec.settings.sections import Evaluation
 
 
 def summarise(*arguments: Any, **options: Any) -> dict[str, Any]:
     return summary_tree(summary.summarise(*arguments, **options))
 
 
-def find_differences(*arguments: Any, **options: Any) -> dict[str, Any]:
-    return comparison_tree(comparison.find_differences(*arguments, **options))
+def compare(
+    sums: Mapping[str, EvaluationSums], model: str, tasks: Sequence[str] = (), resamples: int = 20
+) -> dict[str, Any]:
+    """tasks: those that decide, by their AUC."""
+    models = {name: summary.MeasuredModel(each, summary.summarise(each, 1)) for name, each in sums.items()}
+    compared = comparison.compare(models, model, tasks, Evaluation(decide_by="auc"), resamples)
+    return comparison_tree(compared, models[model].summary)
 
 
 def estimate(*arguments: Any, **options: Any) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from mmoe_rec.jobs.places import logs_for
 from mmoe_rec.jobs.prediction_files import PredictionColumns, columns_of_settings, columns_of_tasks
 from mmoe_rec.jobs.score import score_log
 from mmoe_rec.preprocessing.prepare import encode_with
-from mmoe_rec.report.documents import summary_tree
+from mmoe_rec.report.evaluation import summary_tree
 from mmoe_rec.settings.sections import Evaluation
 from tests.commands import run
 from tests.evaluation.trees import summarise
@@ -139,7 +139,7 @@ def test_many_users_and_values_are_measured_in_groups_and_bins(tmp_path: Path, m
     expected = measured(TASKS, source, tmp_path / "a", MeasureOptions(100))
     for module in ("mmoe_rec.evaluation.sums", "mmoe_rec.jobs.metrics"):
         monkeypatch.setattr(f"{module}.MOST_UNITS", 32)
-    monkeypatch.setattr("mmoe_rec.evaluation.metrics.binary.MOST_BINS", 200)
+    monkeypatch.setattr("mmoe_rec.evaluation.metrics.tasks.MOST_BINS", 200)
     monkeypatch.setattr("mmoe_rec.jobs.metrics.ROWS_PER_PART", 300)
     found = measured(TASKS, source, tmp_path / "b", MeasureOptions(100))
     assert found["users"] == expected["users"] == 97
@@ -408,7 +408,7 @@ def test_predictions_of_other_rows_are_not_compared(tmp_path: Path) -> None:
             ),
             (
                 frame.assign(user=frame["user"].astype(str)),
-                r"not measured on the same rows \(users are \w+ in one, and \w+ in the other\)",
+                r"not measured on the same rows \(the users of rows differ, which are \w+ and \w+\)",
             ),
         ]
     ):

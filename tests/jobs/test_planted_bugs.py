@@ -14,7 +14,7 @@ from sklearn.isotonic import IsotonicRegression
 from sklearn.linear_model import LogisticRegression
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.evaluation.results import Results
+from mmoe_rec.evaluation.comparison import Results
 from mmoe_rec.jobs import evaluate
 from mmoe_rec.jobs.evaluate import evaluate_model
 from mmoe_rec.jobs.metrics import MeasureOptions, measure_predictions

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from mmoe_rec.evaluation.results import Results
+from mmoe_rec.evaluation.comparison import Results
 from mmoe_rec.evaluation.summary import MeasuredModel, PlacementRecord, summarise
 from mmoe_rec.evaluation.sums import EvaluationSums, MeasuredTask, measure
 from mmoe_rec.settings.sections import Evaluation

@@ -9,9 +9,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from mmoe_rec.evaluation.results import Results
-from mmoe_rec.report.documents import write_results
-from mmoe_rec.report.evaluation import page
+from mmoe_rec.evaluation.comparison import Results
+from mmoe_rec.report.evaluation import page, write_results
 from mmoe_rec.report.sentences import describe_verdict
 from tests.report.evaluations import evaluation
 from tests.report.parsed import Page

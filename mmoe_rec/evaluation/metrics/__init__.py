@@ -1,29 +1,29 @@
-"""All metrics of an evaluation: a new one is a class in `binary`, `regression` or `ranking`, and a line here."""
+"""All metrics of an evaluation: a new one is a class in `tasks` or `ranking`, and a line here."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from mmoe_rec.evaluation.metrics import binary, ranking, regression
+from mmoe_rec.evaluation.metrics import ranking, tasks
 from mmoe_rec.evaluation.metrics.metric import Metric
 
 CUTOFFS = (5, 10)
 """How many rows of a list metrics of its first rows take."""
 
 METRICS: tuple[Metric[Any], ...] = (
-    binary.Auc(),
-    binary.AveragePrecision(),
-    binary.Gauc("user"),
-    binary.Gauc("user", weighted=False),
-    binary.Gauc("request"),
-    binary.Gauc("request", weighted=False),
-    binary.Logloss(),
-    binary.NormalisedEntropy(),
-    binary.CalibrationRatio(),
-    binary.ExpectedCalibrationError(),
-    regression.RootMeanSquaredError(),
-    regression.MeanAbsoluteError(),
-    regression.RSquared(),
+    tasks.Auc(),
+    tasks.AveragePrecision(),
+    tasks.Gauc("user"),
+    tasks.Gauc("user", weighted=False),
+    tasks.Gauc("request"),
+    tasks.Gauc("request", weighted=False),
+    tasks.Logloss(),
+    tasks.NormalisedEntropy(),
+    tasks.CalibrationRatio(),
+    tasks.ExpectedCalibrationError(),
+    tasks.RootMeanSquaredError(),
+    tasks.MeanAbsoluteError(),
+    tasks.RSquared(),
     *ranking.list_metrics(CUTOFFS),
 )
 """All metrics of tasks and of the score, in the order in which tables show them."""

@@ -5,6 +5,7 @@ users, so `summarise` is asked for R resamples at once, in which each user count
 that counts every user once gives the metric itself.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -201,3 +202,8 @@ def ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
     """The same shape, float64; NaN where the denominator is not positive."""
     some = np.broadcast_to(denominator > 0, numerator.shape)
     return np.divide(numerator, denominator, out=np.full(numerator.shape, np.nan), where=some)
+
+
+def distance_from_one(ratio: float) -> float:
+    """How far probabilities are off, by either factor."""
+    return abs(math.log(ratio)) if ratio > 0 else math.inf

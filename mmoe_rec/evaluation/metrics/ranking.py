@@ -18,8 +18,8 @@ import pyarrow as pa
 from scipy.special import gammaln
 
 from mmoe_rec.auc import exclusive_sum, runs, starts
-from mmoe_rec.evaluation.metrics.binary import NO_REQUEST
 from mmoe_rec.evaluation.metrics.metric import Named, Ratio, ratio
+from mmoe_rec.evaluation.metrics.tasks import NO_REQUEST
 
 
 @dataclass(frozen=True)
