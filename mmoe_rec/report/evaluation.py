@@ -106,28 +106,21 @@ def _severity(results: Results, findings: Sequence[Finding]) -> str:
 
 
 def _groups(results: Results) -> Iterator[dict[str, Any]]:
-    """Tables of metrics: one a task, of the score, and of the catalogue."""
+    """Tables of metrics: one a task, of the score, and of the catalogue; others: models that differences are from."""
     summaries = list(results.summaries.values())
-    against = {} if results.comparison is None else results.comparison.against
-    for group, first in summaries[0].groups.items():
+    others = {} if results.comparison is None else results.comparison.against
+    for name, first in summaries[0].groups.items():
         rows = [
-            {
-                "metric": metric,
-                "main": metric.is_shown(group == SCORE),
-                "intervals": intervals,
-                "apart": [each.groups.get(group, {}).get(metric.name) for each in against.values()],
-            }
-            for metric, intervals in rows_of_metrics(summaries, group).items()
+            {"metric": metric, "main": metric.is_shown(name == SCORE), "intervals": intervals}
+            for metric, intervals in rows_of_metrics(summaries, name).items()
         ]
         if rows:
-            yield {"name": group, "counts": first.counts, "rows": rows, "others": list(against)}
+            yield {"name": name, "counts": first.counts, "rows": rows, "others": others}
     # What requests show together has no interval, and so no differences.
-    shown = [
-        {"metric": each, "main": each.is_headline, "apart": [], "intervals": intervals}
-        for each, intervals in rows_of_catalogue(summaries).items()
-    ]
-    if shown:
-        yield {"name": CATALOGUE, "counts": {}, "rows": shown, "others": []}
+    shown = rows_of_catalogue(summaries).items()
+    rows = [{"metric": each, "main": each.is_headline, "intervals": intervals} for each, intervals in shown]
+    if rows:
+        yield {"name": CATALOGUE, "counts": {}, "rows": rows, "others": {}}
 
 
 def _curves(summaries: Mapping[str, Summary]) -> Iterator[dict[str, str]]:

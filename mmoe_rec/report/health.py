@@ -14,12 +14,10 @@ from mmoe_rec.atomic import write_text
 from mmoe_rec.inspection import findings
 from mmoe_rec.inspection.findings import describe_move, drift_beyond_noise, flags_of, split_findings
 from mmoe_rec.inspection.sums import FREQUENT, RATE_SMOOTHING
-from mmoe_rec.report.formatting import count
 from mmoe_rec.report.pages import COLOURS, blank, plain, render, svg
 from mmoe_rec.report.sentences import describe_rows
 
 _DRAWN = 12  # features whose drift is drawn
-_PARTS = 12  # inputs of a feature that are shown; a vector may have hundreds
 
 
 def write(health: dict[str, Any], folder: Path) -> None:
@@ -45,7 +43,7 @@ def page(health: dict[str, Any]) -> str:
         "folded": folded,
         "notes": describe_rows(overview),
         "weeks": {task: weeks_figure(health["weeks"], task) for task in (tasks if health["weeks"] else ())},
-        "features": [_feature(each) | {"flags": flags_of(health, each["name"])} for each in health["features"]],
+        "features": [each | {"flags": flags_of(health, each["name"])} for each in health["features"]],
         "drift": _drift(health["features"]),
         "tables": sorted(health["tables"], key=lambda each: -each["bytes"]),
         "largest": max((each["bytes"] + each["optimizer_bytes"] for each in health["tables"]), default=1),
@@ -87,17 +85,6 @@ def weeks_figure(weeks: list[dict[str, Any]], task: str) -> str:
     every = range(0, len(weeks), -(-len(weeks) // 12))
     bars.set_xticks(every, [date.fromisoformat(weeks[place]["week"]).strftime("%-d %b %y") for place in every])
     return svg(figure, f"rate of {task} by week")
-
-
-def _feature(feature: dict[str, Any]) -> dict[str, Any]:
-    """A feature with those of its inputs that are shown, the most drifted of many, and how many are left out."""
-    inputs = feature["inputs"]
-    parts = inputs if 1 < len(inputs) <= _PARTS else sorted(inputs, key=lambda each: -(each["psi"] or 0))[:_PARTS]
-    parts, told = (parts, f"{len(inputs)} inputs") if len(inputs) > 1 else ([], count(feature["distinct"]))
-    vocabulary = feature["vocabulary"] or {}
-    if not parts and vocabulary.get("distinct", 0) > vocabulary.get("known", 0):
-        told += f" of {vocabulary['distinct']:,}"
-    return feature | {"parts": parts, "left": len(inputs) - len(parts), "distinct_told": told}
 
 
 def _drift(features: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -55,7 +55,7 @@ def results_table(columns: Mapping[str, Summary]) -> Table:
         shown = {metric: _cells(metric, values) for metric, values in rows if metric.is_shown(section == SCORE)}
         _add_section(table, section, shown)
     of_all = {each: _cells(each, values) for each, values in rows_of_catalogue(summaries).items() if each.is_headline}
-    _add_section(table, CATALOGUE, of_all, end=False)
+    _add_section(table, CATALOGUE, of_all)
     return table
 
 
@@ -86,12 +86,12 @@ def _add_columns(table: Table, names: Iterable[str]) -> None:
         table.add_column(Text(name), justify="right", no_wrap=True)
 
 
-def _add_section(table: Table, name: str, rows: Mapping[Any, Sequence[Text]], end: bool = True) -> None:
+def _add_section(table: Table, name: str, rows: Mapping[Any, Sequence[Text]]) -> None:
     """Rows of metrics below a heading, if there are any."""
     if rows:
         table.add_row(Text(name, style="bold"))
     for place, (metric, cells) in enumerate(rows.items(), start=1):
-        table.add_row(f"  {metric.label}", *cells, end_section=end and place == len(rows))
+        table.add_row(f"  {metric.label}", *cells, end_section=place == len(rows))
 
 
 def _cells(metric: Named, intervals: Sequence[Interval]) -> list[Text]:

@@ -1,13 +1,16 @@
-"""The numbers in figures of an evaluation are those of the summary."""
+"""The numbers in figures and tables of an evaluation are those of the summary."""
 
+import io
 from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from mmoe_rec.evaluation.summary import summarise
 from mmoe_rec.report.evaluation import calibration_figure, gate_weights_figure
+from mmoe_rec.report.tables import results_table
 from tests.evaluation.simulated_log import Log, simulate
 
 
@@ -62,3 +65,14 @@ def test_gate_weights_figure_writes_every_weight() -> None:
     cells = {text.get_position(): text.get_text() for text in axes.texts}
     assert cells == {(0, 0): "0.25", (1, 0): "0.75", (0, 1): "0.10", (2, 1): "0.90"}
     assert [label.get_text() for label in axes.get_yticklabels()] == ["bought", "liked"]
+
+
+def test_three_models_fit_a_narrow_terminal_and_what_one_lacks_is_a_dash(log: Log) -> None:
+    summary, one = (summarise(replace(log, tasks=log.tasks[:tasks]).measure(), 50) for tasks in (2, 1))
+    table = results_table({"MMoE": summary, "gradient boosting": summary, "popularity": one})
+    stream = io.StringIO()
+    Console(file=stream, width=80).print(table)
+    assert stream.getvalue().count(f"{summary.tasks['bought'].get('auc').value:.4f} ±") == 3
+    assert "…" not in stream.getvalue()
+    rows = zip(*(column.cells for column in table.columns), strict=True)
+    assert [str(cells[3]) for cells in rows if str(cells[0]) == "  auc ↑"][1] == "-"
