@@ -38,6 +38,13 @@ _SMALLEST_PROBABILITY = 1e-38
 Weights = tuple[float, ...]
 
 
+def log_predictions(scored: ScoredRows) -> np.ndarray:
+    """(N, T) float64, of which the weighted sum is the score."""
+    is_binary = [task.kind == "binary" for task in scored.layout.tasks]
+    least = np.where(is_binary, _SMALLEST_PROBABILITY, SMALLEST_VALUE)
+    return np.log(np.maximum(scored.predictions.astype(np.float64), least))
+
+
 class Sweep:
     """NDCG of each task by the ranking of each weights, in resamples of users: `values`, P of T; NaN where no request
     ranks anything for a task.
@@ -47,9 +54,7 @@ class Sweep:
 
     def __init__(self, scored: ScoredRows, weights: Sequence[Weights], resamples: int) -> None:
         self.tasks, self.weights = [task.name for task in scored.layout.tasks], list(weights)
-        is_binary = [task.kind == "binary" for task in scored.layout.tasks]
-        least = np.where(is_binary, _SMALLEST_PROBABILITY, SMALLEST_VALUE)
-        logs = np.log(np.maximum(scored.predictions.astype(np.float64), least))  # whose weighted sum is the score
+        logs = log_predictions(scored)
         gains = np.maximum(np.nan_to_num(scored.labels.astype(np.float64), nan=0.0), 0.0)
         request = scored.requests.dictionary_encode().indices.to_numpy().astype(np.int64)
         unit, keys = units_of(scored.users)
