@@ -101,7 +101,7 @@ def measure_fewer_experts(
     Raises:
         UserError: the model does not have so many experts.
     """
-    from mmoe_rec.atomic import atomic_file
+    from mmoe_rec.atomic import write_text
     from mmoe_rec.batches.encoded_rows import EncodedRows
     from mmoe_rec.evaluation.scoring import score_rows
     from mmoe_rec.evaluation.summary import summarise
@@ -128,8 +128,7 @@ def measure_fewer_experts(
                 if group.kind == "binary"
             }
             measured.append({"k": k, "milliseconds": _milliseconds(ranker, rows, top_k), "tasks": tasks})
-    with atomic_file(out / "experts.json") as file:
-        file.write_text(json.dumps(measured, indent=1, default=asdict), encoding="utf-8")
+    write_text(out / "experts.json", json.dumps(measured, indent=1, default=asdict))
     uri, experiment = settings.tracking.address, settings.experiment
     with runs.open_run(uri, experiment, run_name="fewer experts", run_id=model.run_id) as run:
         run.log_artifact(out / "experts.json", "experts")

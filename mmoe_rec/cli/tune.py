@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import click
 
-from mmoe_rec.atomic import atomic_file
+from mmoe_rec.atomic import write_text
 from mmoe_rec.cli.command import COUNT, Configuration, settings_command
 from mmoe_rec.errors import StoppedError, UserError, require_packages
 from mmoe_rec.progress import say
@@ -335,8 +335,7 @@ class Study:
         best = self._study.best_trial
         values = {name: _plain(space, best.params[name]) for name, space in self._spaces.items()}
         file = self.folder / "best.yaml"
-        with atomic_file(file) as path:
-            path.write_text(self.with_values(values).to_yaml(), encoding="utf-8")
+        write_text(file, self.with_values(values).to_yaml())
         outcomes: dict[Any, Outcome] = {states.COMPLETE: "reached", states.FAIL: "failed"}
         ends: dict[Outcome, int] = dict.fromkeys(get_args(Outcome), 0)
         for each in ended:

@@ -25,7 +25,7 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
-from mmoe_rec.atomic import atomic_file
+from mmoe_rec.atomic import atomic_file, write_text
 from mmoe_rec.errors import StoppedError, UserError
 from mmoe_rec.features.pipeline import FeaturePipeline, exact_from
 from mmoe_rec.inference.artifact import Source, read_artifact, version_of
@@ -207,8 +207,7 @@ class _Scoring:
         if facts["products"] == "auto":  # measured once: a run that goes on computes as it began
             with limit_threads(1):
                 facts["products"] = load_ranker(self.artifact, self.constants["model_version"]).best_products()
-        with atomic_file(ready) as path:
-            path.write_text(json.dumps(facts), encoding="utf-8")
+        write_text(ready, json.dumps(facts))
         return steps.parts, facts
 
     def _no_rows(self) -> UserError:

@@ -27,7 +27,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pyarrow.types as pt
 
-from mmoe_rec.atomic import atomic_file, put_folder
+from mmoe_rec.atomic import put_folder, write_text
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.encoder import Results
 from mmoe_rec.features.pipeline import FeaturePipeline
@@ -222,13 +222,11 @@ class Output:
         for each in (self.work / "scored", self.finished):
             each.mkdir(parents=True, exist_ok=True)
         if not begun.is_file():
-            with atomic_file(begun) as path:
-                path.write_text(json.dumps(fingerprint), encoding="utf-8")
+            write_text(begun, json.dumps(fingerprint))
 
     def end(self, manifest: dict[str, Any]) -> None:
         """Puts the finished files and their manifest in the output's place."""
-        with atomic_file(self.finished / "_manifest.json") as path:
-            path.write_text(json.dumps({"format": FORMAT, **manifest}, indent=1), encoding="utf-8")
+        write_text(self.finished / "_manifest.json", json.dumps({"format": FORMAT, **manifest}, indent=1))
         put_folder(self.finished, Path(os.path.realpath(self.folder)))
         self.forget()
 

@@ -25,7 +25,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from mmoe_rec.atomic import atomic_file
+from mmoe_rec.atomic import write_text
 from mmoe_rec.devices import usable_cores
 from mmoe_rec.errors import EXIT_CODE, STOPPED_EXIT_CODE, StoppedError, StopRequest, UserError, exit_with_message
 from mmoe_rec.inference.artifact import Source, version_of
@@ -310,7 +310,5 @@ def _write(folder: Path, report: TrainingsReport, models: Sequence[Path]) -> Non
     tree |= {"against": report.against} if report.against else {}
     tree |= {"warnings": list(report.warnings)} if report.warnings else {}
     (folder / PAGE).unlink(missing_ok=True)
-    with atomic_file(folder / FILE) as path:
-        path.write_text(json.dumps(tree, indent=1, default=asdict), encoding="utf-8")
-    with atomic_file(folder / PAGE) as path:
-        path.write_text(page(report), encoding="utf-8")
+    write_text(folder / FILE, json.dumps(tree, indent=1, default=asdict))
+    write_text(folder / PAGE, page(report))

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from mmoe_rec.atomic import atomic_file, checksum
+from mmoe_rec.atomic import checksum, write_text
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.comparison import find_objective
 from mmoe_rec.jobs.places import features_in_use, log_and_place
@@ -275,6 +275,5 @@ def training_key(folder: Path, origin: Origin, new: bool) -> str:
         except (OSError, ValueError, KeyError, AttributeError):
             pass  # none, or one that means nothing any more
     key = uuid.uuid4().hex
-    with atomic_file(file) as path:
-        path.write_text(json.dumps({"key": key, "origin": begun}), encoding="utf-8")
+    write_text(file, json.dumps({"key": key, "origin": begun}))
     return key

@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from mmoe_rec.atomic import atomic_file
+from mmoe_rec.atomic import write_text
 from mmoe_rec.errors import StoppedError, UserError
 from mmoe_rec.features.kinds.history import HistoryEncoder
 from mmoe_rec.features.pipeline import FeaturePipeline
@@ -143,8 +143,7 @@ def replay(
     }
     if options.keep is not None:
         options.keep.mkdir(parents=True, exist_ok=True)
-        with atomic_file(options.keep / REPORT) as path:
-            path.write_text(json.dumps(report, indent=1, ensure_ascii=False, default=str), encoding="utf-8")
+        write_text(options.keep / REPORT, json.dumps(report, indent=1, ensure_ascii=False, default=str))
     return report
 
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from mmoe_rec.atomic import atomic_file
+from mmoe_rec.atomic import atomic_file, write_text
 from mmoe_rec.errors import UserError
 from mmoe_rec.progress import say
 
@@ -133,8 +133,7 @@ class Outbox:
                 tree["file"] = message.file.name
                 with atomic_file(place.with_suffix(".file") / message.file.name) as copy:
                     shutil.copy(message.file, copy)
-            with atomic_file(place) as file:
-                file.write_text(json.dumps(tree), encoding="utf-8")
+            write_text(place, json.dumps(tree))
         except OSError as error:
             raise UserError(f"{self.trouble}, nor can it be kept in '{self.folder}': {error.strerror}") from None
         self._waiting.append(number)

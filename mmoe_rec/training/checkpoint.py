@@ -24,7 +24,7 @@ import torch.distributed as dist
 from pydantic import ConfigDict, TypeAdapter
 from torch import Tensor, nn
 
-from mmoe_rec.atomic import atomic_file, put_folder
+from mmoe_rec.atomic import atomic_file, put_folder, write_text
 from mmoe_rec.batches.reader import Position
 from mmoe_rec.errors import UserError
 from mmoe_rec.model.tables import from_stored, stored_width
@@ -189,8 +189,7 @@ class CheckpointWriter:
             return
         _write(asdict(state), temporary / _DESCRIPTION)
         put_folder(temporary, step_folder(self.folder, state.step))
-        with atomic_file(self.folder / _LATEST) as file:
-            file.write_text(json.dumps({"step": state.step}), encoding="utf-8")
+        write_text(self.folder / _LATEST, json.dumps({"step": state.step}))
         self._steps = [*(step for step in self._steps if step < state.step), state.step]
         stay = {step_folder(self.folder, step) for step in [*self._steps[-self._kept :], state.best_step]}
         for old in self.folder.glob("step-*"):
