@@ -92,9 +92,7 @@ class Columns(Section):
         description="column with the request's time (a timestamp, or integers with `time_unit`); null in a plain "
         "table, which `split.column` splits",
     )
-    request: str | None = Field(
-        None, description="column with the request's id; without one, a user's rows of one instant form a request"
-    )
+    request: str | None = Field(None, description="column with the request's id; null: a user's rows of one instant")
     request_scope: Literal["log", "user"] = Field(
         "log", description="log: a request id is unique in the whole log; user: only within a user, such as 1, 2, 3"
     )
@@ -187,9 +185,7 @@ class Task(Section):
     kind: Literal["binary", "regression"] = Field("binary", description="binary (labels 0 and 1) or regression")
     observed_when: ObservedWhen | None = Field(None, description="condition for the label to be known")
     given: str | None = Field(None, description="binary task without which this one cannot happen (ESMM 2018)")
-    matures_after_days: float = Field(
-        0.0, ge=0, le=36_500, description="days after the request until the label is final; until then it is unobserved"
-    )
+    matures_after_days: float = Field(0.0, ge=0, le=36_500, description="days until the final label, unobserved before")
 
 
 # A row of an event log, as a task: its label is always 1 and known at once. No log has a column of that name.

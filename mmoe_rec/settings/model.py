@@ -55,9 +55,7 @@ class Gates(Section):
     per_task: bool = Field(True, description="a gate for each task; false is one for all (OMoE)")
     top_k: int = Field(2, ge=1, le=1024, description="experts per row and gate in training, unless routing is soft")
     random_top_k: bool = Field(False, description="draw 1 to top_k at each step, so that fewer can serve")
-    serving_top_k: int | None = Field(
-        None, ge=1, le=1024, description="experts per row and gate outside training; null is as in training"
-    )
+    serving_top_k: int | None = Field(None, ge=1, le=1024, description="top_k outside training; null: as in training")
     dropout: float = Field(0.0, ge=0, lt=1, description="probability of leaving an expert out of a gate in training")
     noise: float = Field(0.0, ge=0, description="standard deviation of noise on the gates' logits in training")
     balance: Literal["none", "loss", "bias"] = Field(

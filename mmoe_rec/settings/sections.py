@@ -57,9 +57,7 @@ class Split(Section):
     train_end: Time | None = Field(None, description="end of training (exclusive), UTC unless an offset is given")
     validation_end: Time | None = Field(None, description="end of validation (exclusive)")
     test_end: Time | None = Field(None, description="end of test (exclusive); null is the log's end")
-    column: str | None = Field(
-        None, description="without columns.time, in place of the times above: column that says each row's split"
-    )
+    column: str | None = Field(None, description="without columns.time, instead of times: column of each row's split")
     train: _Values = Field(("train",), min_length=1, description="values of `column` in training rows")
     validation: _Values = Field(("validation",), min_length=1, description="values of `column` in validation rows")
     test: _Values = Field(("test",), min_length=1, description="values of `column` in test rows")
@@ -154,9 +152,7 @@ _SEARCHED = {section: keys - {"objective"} for section, keys in CHOICES.items()}
 class Tuning(Section):
     """The search for better settings by `mmoe-rec tune`."""
 
-    search: dict[str, Search] = Field(
-        {}, description="name of a setting that features do not depend on, such as model.experts.count -> values to try"
-    )
+    search: dict[str, Search] = Field({}, description="a setting such as model.experts.count -> values to try")
     startup_trials: int = Field(5, ge=1, description="trials with random values, none of which is cut short")
 
     @field_validator("search")
@@ -195,25 +191,13 @@ FirstOrError = Literal["first", "error"]
 class Data(Section):
     """Where the log is, and where what is built from it goes."""
 
-    log: str = Field(
-        description="interaction log: a folder of Parquet files, one file, or a glob; a path or an s3:// address"
-    )
-    events: dict[str, EventLog] = Field(
-        default_factory=dict, description="name -> a further log of events, which counters and histories may read"
-    )
+    log: str = Field(description="interaction log: folder of Parquet files, a file or a glob; a path or s3:// address")
+    events: dict[str, EventLog] = Field({}, description="name -> a further log of events for counters and histories")
     work: str = Field(description="folder for encoded features, checkpoints and models")
-    engine: EngineName = Field(
-        "local", description="what builds features: local (threads or processes here) or ray (a Ray cluster)"
-    )
-    workers: int | None = Field(
-        None, ge=1, description="threads that build features (processes above 4); null is one per core"
-    )
-    rows_in_memory: int = Field(
-        1_048_576, ge=1024, description="rows of a counter or history that each worker holds; bounds memory"
-    )
-    memory_gib: float = Field(
-        4, ge=0.25, description="GiB in which whole logs are joined; what is more goes through files"
-    )
+    engine: EngineName = Field("local", description="what builds features: threads or processes, or a Ray cluster")
+    workers: int | None = Field(None, ge=1, description="threads for features (processes above 4); null: one per core")
+    rows_in_memory: int = Field(1_048_576, ge=1024, description="rows of a counter or history that a worker holds")
+    memory_gib: float = Field(4, ge=0.25, description="GiB in which whole logs are joined; more goes through files")
     as_of_days: float = Field(
         0,
         ge=0,
@@ -223,12 +207,8 @@ class Data(Section):
     )
     skip_bad_files: bool = Field(False, description="leave out files that cannot be used, and record them; false stops")
     duplicates: ErrorOrKeep = Field("error", description="what to do if a candidate occurs twice in a request")
-    future_times: ErrorOrKeep = Field(
-        "error", description="what to do about times later than now, most likely in another unit"
-    )
-    several_times: FirstOrError = Field(
-        "first", description="what to do if rows of a request have different times: take the first for all, or stop"
-    )
+    future_times: ErrorOrKeep = Field("error", description="what to do about times after now, likely in another unit")
+    several_times: FirstOrError = Field("first", description="what to do if rows of a request have several times")
 
     @field_validator("work")
     @classmethod
@@ -292,9 +272,7 @@ class Training(Section):
     on_bad_loss: Literal["stop", "skip"] = Field(
         "stop", description="a loss or gradient that is not finite: stop with the batch saved, or skip and count it"
     )
-    checkpoint_steps: int = Field(
-        1000, ge=1, description="steps between checkpoints; there is also one after each validation"
-    )
+    checkpoint_steps: int = Field(1000, ge=1, description="steps between checkpoints; one more after each validation")
     checkpoints_kept: int = Field(1, ge=1, description="last checkpoints that are kept, besides the best one")
     timeout_minutes: float = Field(10, gt=0, description="minutes that a rank waits for the others before it gives up")
 
@@ -310,9 +288,7 @@ class Evaluation(Section):
         "label (R2, if there are none), or one of the score, such as score.ndcg_at_10",
     )
     margin: float = Field(0.005, ge=0, description="AUC, or R2, that a model may lose for any task, with its interval")
-    calibration: float = Field(
-        1.25, gt=1, description="factor by which probabilities may be off, unless the other model's are further"
-    )
+    calibration: float = Field(1.25, gt=1, description="factor probabilities may be off by unless the other's are more")
     slices: tuple[str, ...] | None = Field(
         None,
         description="what reports slice rows by, besides new users and candidates and activity: columns of the log, or "
@@ -330,17 +306,13 @@ class Serving(Section):
         "clearly faster; scores are equal but for rounding",
     )
     max_candidates: int = Field(10_000, ge=1, description="longest candidate list that a request may hold")
-    stale_after_days: float | None = Field(
-        7, gt=0, description="days after which replies warn that counters and histories are old; null: never"
-    )
+    stale_after_days: float | None = Field(7, gt=0, description="days until replies warn of old counters; null: never")
     max_total_candidates: int = Field(100_000, ge=1, description="candidates of all elements of a call together")
     max_elements: int = Field(256, ge=1, description="elements of `inputs` in a call")
     max_events: int = Field(10_000, ge=1, description="rows of a call that sends events")
     max_body_mib: int = Field(8, ge=1, le=1024, description="largest body of a call, MiB")
     max_depth: int = Field(16, ge=6, le=100, description="deepest nesting of lists and objects in a body")
-    max_waiting: int = Field(
-        64, ge=1, description="calls of /invocations at a time in a worker, and as many of /events"
-    )
+    max_waiting: int = Field(64, ge=1, description="calls of /invocations at a time in a worker, as many of /events")
     read_seconds: float = Field(10, gt=0, description="time for a caller to send a call, or to take its reply")
     answer_seconds: float = Field(30, gt=0, description="time to answer a call once it has been read")
 
