@@ -39,9 +39,10 @@ def _write(stand_in: str) -> PlainSerializer:
     return PlainSerializer(lambda name: None if name == stand_in else name)
 
 
-_User = Annotated[str, _read(NO_USER), _write(NO_USER)]
-_Candidate = Annotated[str, _read(NO_CANDIDATE), _write(NO_CANDIDATE)]
-_Time = Annotated[str, _read(NO_TIME), _write(NO_TIME)]
+_ALSO_NULL = Field(validate_default=True)
+_User = Annotated[str, _read(NO_USER), _write(NO_USER), _ALSO_NULL]
+_Candidate = Annotated[str, _read(NO_CANDIDATE), _write(NO_CANDIDATE), _ALSO_NULL]
+_Time = Annotated[str, _read(NO_TIME), _write(NO_TIME), _ALSO_NULL]
 
 
 class Section(BaseModel):
@@ -76,22 +77,9 @@ class Columns(Section):
 
     younger = frozenset({"weight"})
 
-    user: _User = Field(
-        None,
-        validate_default=True,
-        description="column with the user's id (integer or string); null in a plain table: each request is a user",
-    )
-    candidate: _Candidate = Field(
-        None,
-        validate_default=True,
-        description="column with the candidate's id (integer or string); null in a plain table: each row is another",
-    )
-    time: _Time = Field(
-        None,
-        validate_default=True,
-        description="column with the request's time (a timestamp, or integers with `time_unit`); null in a plain "
-        "table, which `split.column` splits",
-    )
+    user: _User = Field(None, description="column with the user's id; null in a plain table: each request is a user")
+    candidate: _Candidate = Field(None, description="the candidate's id; null in a plain table: each row is another")
+    time: _Time = Field(None, description="column with the request's time; null in a plain table (`split.column`)")
     request: str | None = Field(None, description="column with the request's id; null: a user's rows of one instant")
     request_scope: Literal["log", "user"] = Field(
         "log", description="log: a request id is unique in the whole log; user: only within a user, such as 1, 2, 3"
