@@ -39,10 +39,9 @@ def _write(stand_in: str) -> PlainSerializer:
     return PlainSerializer(lambda name: None if name == stand_in else name)
 
 
-_ALSO_NULL = Field(validate_default=True)
-_User = Annotated[str, _read(NO_USER), _write(NO_USER), _ALSO_NULL]
-_Candidate = Annotated[str, _read(NO_CANDIDATE), _write(NO_CANDIDATE), _ALSO_NULL]
-_Time = Annotated[str, _read(NO_TIME), _write(NO_TIME), _ALSO_NULL]
+_User = Annotated[str, _read(NO_USER), _write(NO_USER)]
+_Candidate = Annotated[str, _read(NO_CANDIDATE), _write(NO_CANDIDATE)]
+_Time = Annotated[str, _read(NO_TIME), _write(NO_TIME)]
 
 
 class Section(BaseModel):
@@ -77,13 +76,11 @@ class Columns(Section):
 
     younger = frozenset({"weight"})
 
-    user: _User = Field(None, description="column with the user's id; null in a plain table: each request is a user")
-    candidate: _Candidate = Field(None, description="the candidate's id; null in a plain table: each row is another")
-    time: _Time = Field(None, description="column with the request's time; null in a plain table (`split.column`)")
+    user: _User = Field(None, validate_default=True, description="column of users' ids; null: each request is a user")
+    candidate: _Candidate = Field(None, validate_default=True, description="candidates' ids; null: each row is its own")
+    time: _Time = Field(None, validate_default=True, description="request times; null in a table split by a column")
     request: str | None = Field(None, description="column with the request's id; null: a user's rows of one instant")
-    request_scope: Literal["log", "user"] = Field(
-        "log", description="log: a request id is unique in the whole log; user: only within a user, such as 1, 2, 3"
-    )
+    request_scope: Literal["log", "user"] = Field("log", description="request ids are unique in the log, or to a user")
     time_unit: Literal["s", "ms", "us", "ns"] | None = Field(None, description="unit of integer times since 1970 UTC")
     sampling_rate: str | None = Field(None, description="column with the rate at which the row was sampled (0 to 1]")
     weight: str | None = Field(None, description="column with what the row counts in losses and metrics (above 0)")

@@ -237,11 +237,7 @@ class Training(Section):
         description="how embedding tables are looked up and updated on a CPU: by fbgemm's kernels, or by PyTorch "
         "alone. Which is faster depends on the processor; results are equal but for rounding. auto measures",
     )
-    threads: int | None = Field(
-        None,
-        ge=1,
-        description="threads of each process for what is computed on a CPU; null takes OMP_NUM_THREADS, or one a core",
-    )
+    threads: int | None = Field(None, ge=1, description="CPU threads of a process; null: OMP_NUM_THREADS or one a core")
     epochs: int = Field(1, ge=1, description="passes over the training rows")
     batch_size: int = Field(4096, ge=2, description="rows per step, over all ranks together")
     learning_rate: float = Field(1e-3, gt=0, description="peak learning rate of AdamW on the dense part")
@@ -257,9 +253,7 @@ class Training(Section):
         description="best model: highest mean AUC over the binary tasks with 50 validation rows of each label (loss, "
         "if there are none), or lowest weighted loss",
     )
-    calibration: Literal["none", "temperature", "isotonic"] = Field(
-        "none", description="how probabilities are corrected on the validation rows after training"
-    )
+    calibration: Literal["none", "temperature", "isotonic"] = Field("none", description="correction of probabilities")
     task_weighting: Literal["fixed", "uncertainty"] = Field(
         "fixed",
         description="tasks count by their `loss_weight` alone, or by learnt uncertainties (Kendall 2018) as well",
@@ -269,9 +263,7 @@ class Training(Section):
         description="predict the log as it is, or as it was before sampling: rows weigh 1 / `columns.sampling_rate`",
     )
     seed: int = Field(17, ge=0, description="seed of initial weights, shuffling and dropout")
-    on_bad_loss: Literal["stop", "skip"] = Field(
-        "stop", description="a loss or gradient that is not finite: stop with the batch saved, or skip and count it"
-    )
+    on_bad_loss: Literal["stop", "skip"] = Field("stop", description="what to do if a loss or gradient is not finite")
     checkpoint_steps: int = Field(1000, ge=1, description="steps between checkpoints; one more after each validation")
     checkpoints_kept: int = Field(1, ge=1, description="last checkpoints that are kept, besides the best one")
     timeout_minutes: float = Field(10, gt=0, description="minutes that a rank waits for the others before it gives up")
