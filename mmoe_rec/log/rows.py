@@ -5,16 +5,9 @@ Labels are each task's own, and the outcome over all rows of a satisfaction that
 `given` exists only where the given task's label is 1. Its own label is unobserved elsewhere; its outcome (engaged and
 satisfied, as in ESMM: Ma et al., SIGIR 2018) is 0 where there was no engagement.
 
-Rows of a plain table without users, candidates or times get what stands in for these:
-
-| without | each row gets |
-|---|---|
-| a user | its request, where there is a column of requests; else its number in the log |
-| a candidate | its number in the log |
-| a time | the place of its split among `SPLITS`, microseconds; 0 where a log is not split |
-
-So it is a user and a request of its own, splits lie in different moments, and nothing that reads rows has to know about
-it. Features can't read these columns (see `Schema`), and no output holds them.
+A row of a plain table gets what stands in for what the table lacks: for a user, its request or its number in the log;
+for a candidate, its number; for a time, the place of its split among `SPLITS`, microseconds. So nothing that reads rows
+has to know about it. Features can't read these columns (see `Schema`), and no output holds them.
 """
 
 from __future__ import annotations

@@ -112,14 +112,22 @@ def _with_valid_words(array: pa.DictionaryArray) -> pa.DictionaryArray:
 _LARGEST = float(np.finfo(np.float32).max)  # models compute in float32
 
 
+_VALUE = "\x1a"  # stands for the wrong value in a sentence
+
+
+def _show(value: Any) -> str:
+    return "null" if value is None else f"{value:g}" if isinstance(value, float) else repr(value)
+
+
 @dataclass(frozen=True)
 class ValueCheck:
-    """A check of one column: which of N rows are `wrong`, (N,) bool, and what the error `says` about the first one's
-    value."""
+    """A check of one column: which of N rows are `wrong`, (N,) bool, and what the error `says` about the first one, with
+    its value as `show` gives it."""
 
     column: str
     wrong: Callable[[LogRows], np.ndarray]
-    says: Callable[[Any], str]
+    says: str
+    show: Callable[[Any], str] = _show
 
     def find(self, rows: LogRows) -> tuple[int, str] | None:
         """The first wrong row, and what is wrong with it; None where all are right."""
@@ -130,7 +138,7 @@ class ValueCheck:
         column = rows.column(self.column)[row]
         # A time may lie beyond the years that Python has.
         value = column.cast(pa.int64()).as_py() if pt.is_timestamp(column.type) else column.as_py()
-        return row, self.says(value)
+        return row, self.says.replace(_VALUE, self.show(value))
 
 
 def log_value_checks(schema: Schema, now: int) -> list[ValueCheck]:
@@ -145,16 +153,11 @@ def log_value_checks(schema: Schema, now: int) -> list[ValueCheck]:
         checks.append(_positive(columns.weight, _LARGEST, "above 0 and finite", "columns.weight"))
     if split is not None:
         listed = ", ".join(repr(each) for values in split.values.values() for each in values)
-        checks.append(
-            ValueCheck(
-                split.column,
-                lambda rows: places_of(rows.coded(split.column), split) < 0,
-                lambda value: (
-                    f"column '{split.column}' of split.column holds {_shown(value)}, and not one of {listed}: list "
-                    "it under split.train, split.validation or split.test, or leave such rows out"
-                ),
-            )
+        says = (
+            f"column '{split.column}' of split.column holds {_VALUE}, and not one of {listed}: list it under "
+            "split.train, split.validation or split.test, or leave such rows out"
         )
+        checks.append(ValueCheck(split.column, lambda rows: places_of(rows.coded(split.column), split) < 0, says))
     checks += [_label_check(name, task.label, task.kind) for name, task in schema.tasks.items()]
     for name, feature in schema.features.items():
         for column, length in feature.list_lengths.items():
@@ -167,27 +170,17 @@ def event_value_checks(time: str, now: int) -> list[ValueCheck]:
     return [_no_null(time, "every event needs a time"), _no_future(time, now, "an event")]
 
 
-def _shown(value: Any) -> str:
-    return "null" if value is None else f"{value:g}" if isinstance(value, float) else repr(value)
-
-
 def _no_null(column: str, need: str) -> ValueCheck:
-    return ValueCheck(
-        column,
-        lambda rows: rows.coded(column).is_null().to_numpy(zero_copy_only=False),
-        lambda _: f"column '{column}' is null; {need}",
-    )
+    says = f"column '{column}' is null; {need}"
+    return ValueCheck(column, lambda rows: rows.coded(column).is_null().to_numpy(zero_copy_only=False), says)
 
 
 def _no_future(column: str, now: int, what: str) -> ValueCheck:
-    return ValueCheck(
-        column,
-        lambda rows: rows.times(column) > now,
-        lambda value: (
-            f"column '{column}' holds {what} in the future, {format_time(value)}, later than {format_time(now)}; fix "
-            "the data, or set `columns.time_unit` if the column holds integers in another unit"
-        ),
+    says = (
+        f"column '{column}' holds {what} in the future, {_VALUE}, later than {format_time(now)}; fix the data, or set "
+        "`columns.time_unit` if the column holds integers in another unit"
     )
+    return ValueCheck(column, lambda rows: rows.times(column) > now, says, format_time)
 
 
 def _positive(column: str, most: float, expected: str, setting: str) -> ValueCheck:
@@ -195,37 +188,24 @@ def _positive(column: str, most: float, expected: str, setting: str) -> ValueChe
         values = rows.numbers(column)
         return ~((values > 0) & (values <= most))
 
-    return ValueCheck(
-        column,
-        wrong,
-        lambda value: (
-            f"column '{column}' holds {_shown(value)}, which is not {expected}; fix the data or remove {setting}"
-        ),
-    )
+    says = f"column '{column}' holds {_VALUE}, which is not {expected}; fix the data or remove {setting}"
+    return ValueCheck(column, wrong, says)
 
 
 def _label_check(task: str, label: str, kind: str) -> ValueCheck:
     if kind == "regression":
-        return ValueCheck(
-            label,
-            lambda rows: np.abs(rows.numbers(label)) > _LARGEST,
-            lambda value: (
-                f"label column '{label}' of task '{task}' holds {_shown(value)}, too large for 32 bits; make it null"
-            ),
-        )
+        says = f"label column '{label}' of task '{task}' holds {_VALUE}, too large for 32 bits; make it null"
+        return ValueCheck(label, lambda rows: np.abs(rows.numbers(label)) > _LARGEST, says)
 
     def wrong(rows: LogRows) -> np.ndarray:
         values = rows.numbers(label)
         return ~np.isnan(values) & (values != 0) & (values != 1)
 
-    return ValueCheck(
-        label,
-        wrong,
-        lambda value: (
-            f"label column '{label}' of binary task '{task}' holds {_shown(value)}, neither 0 nor 1; fix the data or "
-            "set the task's kind to regression"
-        ),
+    says = (
+        f"label column '{label}' of binary task '{task}' holds {_VALUE}, neither 0 nor 1; fix the data or set the "
+        "task's kind to regression"
     )
+    return ValueCheck(label, wrong, says)
 
 
 def _vector_checks(feature: str, column: str, size: int) -> list[ValueCheck]:
@@ -235,22 +215,14 @@ def _vector_checks(feature: str, column: str, size: int) -> list[ValueCheck]:
         lengths = list_lengths(rows.column(column))
         return (lengths >= 0) & (lengths != size)
 
+    sizes = (
+        f"{what} a list of {_VALUE} numbers, but its `size` is {size}; write lists of that length, or null where there "
+        "is none"
+    )
+    elements = f"{what} null, NaN or infinity within a list; write finite numbers, or null instead of the whole list"
     return [
-        ValueCheck(
-            column,
-            has_other_length,
-            lambda value: (
-                f"{what} a list of {len(value)} numbers, but its `size` is {size}; write lists of that length, or null "
-                "where there is none"
-            ),
-        ),
-        ValueCheck(
-            column,
-            lambda rows: _has_elements_not_finite(rows.column(column)),
-            lambda _: (
-                f"{what} null, NaN or infinity within a list; write finite numbers, or null instead of the whole list"
-            ),
-        ),
+        ValueCheck(column, has_other_length, sizes, lambda value: str(len(value))),
+        ValueCheck(column, lambda rows: _has_elements_not_finite(rows.column(column)), elements),
     ]
 
 
