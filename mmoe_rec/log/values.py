@@ -121,8 +121,8 @@ def _show(value: Any) -> str:
 
 @dataclass(frozen=True)
 class ValueCheck:
-    """A check of one column: which of N rows are `wrong`, (N,) bool, and what the error `says` of the first, whose value
-    it holds as `show` gives it."""
+    """A check of one column: which of N rows are `wrong`, (N,) bool, and what the error `says` of the first, with its
+    value as `show` gives it."""
 
     column: str
     wrong: Callable[[LogRows], np.ndarray]
