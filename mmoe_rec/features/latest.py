@@ -27,7 +27,6 @@ from mmoe_rec.point_in_time.join import KeyIndex
 from mmoe_rec.point_in_time.memory import grown
 
 LatestRole = Literal["user", "candidate"]
-_TIME, _CHANGED, _KEY = "time", "changed", "0"
 
 
 class LatestValues:
@@ -75,26 +74,21 @@ class LatestValues:
 
     def _latest(self) -> LatestValues:
         """The last row of each key, with strings decoded."""
-        # Numbers as names: columns of a log may have any name.
-        names = self.table.column_names
-        table = self.table.rename_columns([str(place) for place in range(len(names))])
-        table = table.append_column(_TIME, pa.array(self.times)).append_column(_CHANGED, pa.array(self.changed))
-        table = _without_repeats(table)
-        times = table.column(_TIME).to_numpy()
-        group, keys = pd.factorize(hash_column(one_array(table.column(_KEY))))
+        values = self.take(_without_repeats(self.table, self.times))
+        group, keys = pd.factorize(values.hashes)
         last = np.full(len(keys), np.iinfo(np.int64).min)
-        np.maximum.at(last, group, times)
-        rows = np.flatnonzero(times == last[group])
-        table, group = _decoded(table.take(pa.array(rows))), group[rows]
-        if len(rows) > len(keys):
-            tied = np.flatnonzero(np.bincount(group)[group] > 1)
-            order = tied[_order_by_values(table.take(pa.array(tied)))]
-            result = np.empty(len(keys), np.int64)
-            result[group] = np.arange(len(group))
-            result[group[order]] = order  # of equal times the last, which is the greatest
-            table = table.take(pa.array(result))
-        times, changed = (table.column(name).to_numpy() for name in (_TIME, _CHANGED))
-        return LatestValues(self.key, table.drop_columns([_TIME, _CHANGED]).rename_columns(names), times, changed)
+        np.maximum.at(last, group, values.times)
+        rows = np.flatnonzero(values.times == last[group])
+        values, group = values.take(rows), group[rows]
+        types = [kind.value_type if pt.is_dictionary(kind) else kind for kind in values.table.schema.types]
+        values.table = values.table.cast(pa.schema(zip(values.table.column_names, types, strict=True)))
+        if len(rows) == len(keys):
+            return values
+        is_tied = pd.Series(group).duplicated(keep=False).to_numpy()
+        tied = np.flatnonzero(is_tied)
+        tied = tied[_order_by_values(values.table.take(pa.array(tied)))]
+        tied = tied[~pd.Series(group[tied]).duplicated(keep="last").to_numpy()]  # the greatest
+        return values.take(np.append(np.flatnonzero(~is_tied), tied))
 
     def extended(self, rows: LogRows, role: LatestRole) -> LatestValues:
         """These values and those of rows, which may be older. This object stays as it is, and shares most."""
@@ -168,11 +162,9 @@ class LatestValues:
         table, times = pq.read_table(folder / f"latest.{role}.parquet"), folder / f"latest.{role}.times.parquet"
         if not times.is_file():
             raise UserError(f"'{folder}' lacks '{times.name}', as an earlier version wrote none: build it anew")
-        for place, field in enumerate(
-            table.schema
-        ):  # Parquet calls what lists hold `element`, canonical columns `item`
-            if pt.is_list(field.type):
-                table = table.set_column(place, field.name, table.column(place).cast(pa.list_(field.type.value_type)))
+        # Parquet calls what lists hold `element`, canonical columns `item`.
+        types = [pa.list_(kind.value_type) if pt.is_list(kind) else kind for kind in table.schema.types]
+        table = table.cast(pa.schema(zip(table.column_names, types, strict=True)))
         return LatestValues(key, table, pq.read_table(times)["time"].to_numpy())
 
 
@@ -187,27 +179,17 @@ def _replaced(column: Stored, rows: np.ndarray, values: pa.Array) -> Stored:
     return Stored(column.column, places, after)
 
 
-def _decoded(table: pa.Table) -> pa.Table:
-    return pa.table(
-        {
-            name: column.cast(column.type.value_type) if pt.is_dictionary(column.type) else column
-            for name, column in zip(table.column_names, table.columns, strict=True)
-        }
-    )
-
-
-def _without_repeats(table: pa.Table) -> pa.Table:
-    """Leaves out rows that equal the row before in all columns: most rows of a request say the same of its user."""
-    if not len(table) or any(pt.is_nested(field.type) for field in table.schema):
-        return table
-    same = np.ones(len(table) - 1, bool)
-    for name in [_TIME, *table.column_names]:
+def _without_repeats(table: pa.Table, times: np.ndarray) -> np.ndarray:
+    """The rows but those that equal the row before: most rows of a request say the same of its user."""
+    if not len(table) or any(pt.is_nested(kind) for kind in table.schema.types):
+        return np.arange(len(table))
+    same = times[1:] == times[:-1]
+    for column in map(one_array, table.columns):
         if not same.any():
-            return table
-        column = one_array(table.column(name))
+            break
         values = column.indices if pt.is_dictionary(column.type) else column
         same &= _same(values[1:], values[:-1])
-    return table.filter(pa.array(np.append(True, ~same)))
+    return np.flatnonzero(np.append(True, ~same))
 
 
 def _same(one: pa.Array, other: pa.Array) -> np.ndarray:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Iterable, Mapping
 from copy import copy
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ from mmoe_rec.settings.schema import Schema
 FORMAT = 9
 
 
+@dataclass(frozen=True)
 class Live:
     """What a pipeline has learnt since its memories were made: levels of further events of counters and histories.
 
@@ -47,53 +48,44 @@ class Live:
 
     encoders: `memory_encoders` of a pipeline; rows: of all logs that were learnt; shared: levels of all counters whose
     labels are whole numbers and that forget nothing; own: levels of each other counter and of each history, by its
-    name; learnt: names of those that have events in any level.
+    name.
     """
 
-    def __init__(
-        self,
-        encoders: Mapping[str, MemoryEncoder[Any]],
-        rows: int = 0,
-        shared: CounterLevels | None = None,
-        own: Mapping[str, tuple[Memory, ...]] | None = None,
-        learnt: frozenset[str] = frozenset(),
-    ) -> None:
-        self._encoders, self.rows, self._learnt = encoders, rows, learnt
-        self._shared, self._own = shared or CounterLevels(), dict(own or {})
-        self._salts = {name: salt_of(place) for place, name in enumerate(encoders)}
+    encoders: Mapping[str, MemoryEncoder[Any]]
+    rows: int = 0
+    shared: CounterLevels = field(default_factory=CounterLevels)
+    own: Mapping[str, tuple[Memory, ...]] = field(default_factory=dict)
+
+    def _salt(self, name: str) -> np.uint64:
+        return salt_of(list(self.encoders).index(name))
 
     def extended(self, rows: Mapping[str | None, LogRows]) -> Live:
         """What is known with further rows of the interaction log (None) and of logs of events, which have only the
         columns that counters and histories read of events. Raises UserError for ids of another type than those of the
         vocabulary."""
-        own, learnt, together = dict(self._own), set(self._learnt), []
-        for name, encoder in self._encoders.items():
+        own, together = dict(self.own), []
+        for name, encoder in self.encoders.items():
             if encoder.source not in rows or not len(events := encoder.events(rows[encoder.source])):
                 continue
-            learnt.add(name)
             if isinstance(encoder, CounterEncoder) and encoder.shares_levels:
                 # An event without a label counts as a positive one.
                 label = np.ones(len(events), np.int8) if encoder.label is None else events["label"].to_numpy()
-                together.append((events["key"].to_numpy() ^ self._salts[name], events["known"].to_numpy(), label))
+                together.append((events["key"].to_numpy() ^ self._salt(name), events["known"].to_numpy(), label))
             else:
                 new = encoder.extended(encoder.empty(), events)
                 own[name] = grown(own.get(name, ()), new, lambda one, two: one.merged(two))
-        shared = self._shared
+        shared = self.shared
         if together:
             shared = shared.extended(*map(np.concatenate, zip(*together, strict=True)))
-        count = sum(map(len, rows.values()))
-        return Live(self._encoders, self.rows + count, shared, own, frozenset(learnt))
+        return Live(self.encoders, self.rows + sum(map(len, rows.values())), shared, own)
 
     def encoder_of(self, name: str) -> MemoryEncoder[Any]:
         """A counter or history that knows these events besides its memory."""
-        encoder = self._encoders[name]
-        if name not in self._learnt:
-            return encoder
-        encoder = copy(encoder)
-        if isinstance(encoder, CounterEncoder) and encoder.shares_levels:
-            encoder.memory = encoder.memory.with_shared(self._shared, self._salts[name], encoder.windows)
-        else:
-            encoder.memory = encoder.memory.with_levels(self._own[name])
+        encoder = copy(self.encoders[name])
+        if name in self.own:
+            encoder.memory = encoder.memory.with_levels(self.own[name])
+        elif self.shared.levels and isinstance(encoder, CounterEncoder) and encoder.shares_levels:
+            encoder.memory = encoder.memory.with_shared(self.shared, self._salt(name), encoder.windows)
         return encoder
 
     def find(self, encoders: Mapping[str, MemoryEncoder[Any]], rows: RequestRows, of_requests: Collection[str]) -> None:
@@ -102,13 +94,13 @@ class Live:
         encoders: those that `encoder_of` gave; of_requests: names of those that ask once a request.
         """
         asked = []
-        for name in self._learnt:
-            memory = encoders[name].memory
+        for name, encoder in encoders.items():
+            memory = encoder.memory
             if isinstance(memory, CounterMemory) and memory.shared is not None:
                 asking = rows.shared if name in of_requests else rows
-                asked.append((memory, asking.look_ups(encoders[name].by)))
+                asked.append((memory, asking.look_ups(encoder.by)))
         if asked:
-            for (memory, look_ups), later in zip(asked, self._shared.find(asked), strict=True):
+            for (memory, look_ups), later in zip(asked, self.shared.find(asked), strict=True):
                 look_ups.later[memory] = later
 
 
@@ -188,11 +180,10 @@ class FeaturePipeline:
 
     def note_types(self, rows: LogRows) -> None:
         """Notes whether key columns hold integers or strings."""
-        for field in rows.table.schema:
-            kind = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
-            is_key = pa.types.is_int64(kind) or pa.types.is_string(kind)
-            if is_key and field.name not in (NO_USER, NO_CANDIDATE):
-                self.key_types[field.name] = str(kind)
+        for column in rows.table.schema:
+            name, kind = column.name, column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+            if (pa.types.is_int64(kind) or pa.types.is_string(kind)) and name not in (NO_USER, NO_CANDIDATE):
+                self.key_types[name] = str(kind)
 
     def merge(self, counts: Mapping[str, Counts], key_types: Mapping[str, str]) -> None:
         """Adds what another pipeline of the same schema counted and noted."""

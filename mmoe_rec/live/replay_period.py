@@ -162,9 +162,8 @@ def score_period(ranker: Ranker, rows: LogRows) -> tuple[dict[str, np.ndarray], 
             some = np.arange(start, min(start + ROWS_AT_A_TIME, len(rows)))
             piece = LogRows(rows.table.slice(start, len(some)), rows.schema, take(rows.results, some))
             completed = ranker.reader.completed(piece)
-            encoded, layout = ranker.pipeline.encode(completed), ranker.pipeline.layout
-            dense = {each.name: encoded.dense[:, place] for place, each in enumerate(layout.dense)}
-            hashes.append(hash_features(encoded.ids, dense, layout))
+            inputs = ranker.pipeline.inputs(completed)
+            hashes.append(hash_features(inputs.ids, inputs.dense, ranker.pipeline.layout))
             values, logs = ranker.score(completed)
             predictions.append(values)
             log_scores.append(logs)
