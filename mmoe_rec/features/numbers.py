@@ -93,7 +93,6 @@ def _scaled(whole: int, bits: int) -> int:
 
 _VALUES_KEPT = 2**16
 _MOST_DROPPED = 48  # 16 bits are left, so no more than 2^16 values
-_WAITING_AT_MOST = 4  # counted arrays, before they are added up
 CLIP = 10.0
 EDGES = 17
 _LARGEST = 1e150  # its square is still finite
@@ -140,8 +139,7 @@ class NumberHistogram:
 
     def __init__(self) -> None:
         self.missing = 0
-        self._sums = _Counted(np.empty(0, np.int64), np.empty(0, np.int64), 0)
-        self._waiting: list[_Counted] = []
+        self._counted = _Counted(np.empty(0, np.int64), np.empty(0, np.int64), 0)
 
     def add(self, values: np.ndarray) -> None:
         """Counts (N,) float32 or float64 values; NaN and infinities count as missing."""
@@ -149,32 +147,26 @@ class NumberHistogram:
         if not finite.all():
             values = values[finite]
             self.missing += len(finite) - len(values)
-        dropped = max(each.dropped for each in (self._sums, *self._waiting))
-        self._take([_counted(values, dropped).bounded()])
+        values = np.sort(values)
+        first = _first_of_each(values)
+        bits = (values[first] + np.float64(0)).view(np.int64)  # 0 and -0 are one
+        self._add(_Counted(bits, np.diff(first, append=len(values)), 0))
 
     def merge(self, other: NumberHistogram) -> None:
         """Adds what another histogram counted."""
         self.missing += other.missing
-        self._take([other._sums, *other._waiting])
+        self._add(other._counted)
 
-    def _take(self, counted: list[_Counted]) -> None:
-        self._waiting += counted
-        if len(self._waiting) > _WAITING_AT_MOST:
-            self._sum()
-
-    def _sum(self) -> _Counted:
-        if self._waiting:
-            parts = [self._sums, *self._waiting]
-            dropped = max(part.dropped for part in parts)
-            parts = [part.coarser(dropped) for part in parts]
-            keys, counts = (np.concatenate([getattr(part, name) for part in parts]) for name in ("keys", "counts"))
-            self._sums, self._waiting = _sum_counts(keys, counts, dropped).bounded(), []
-        return self._sums
+    def _add(self, other: _Counted) -> None:
+        dropped = max(self._counted.dropped, other.dropped)
+        parts = [each.coarser(dropped) for each in (self._counted, other)]
+        keys, counts = (np.concatenate([getattr(part, name) for part in parts]) for name in ("keys", "counts"))
+        self._counted = _sum_counts(keys, counts, dropped).bounded()
 
     @property
     def bins(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(V,) float64 least and largest number of each key, and how often it occurs, in the order of the numbers."""
-        sums = self._sum()
+        sums = self._counted
         inner = sums.keys << sums.dropped  # nearest to zero
         outer = (inner | ((1 << sums.dropped) - 1)).view(np.float64)
         inner = inner.view(np.float64)
@@ -185,7 +177,7 @@ class NumberHistogram:
 
     def to_table(self) -> pa.Table:
         """key (null for missing values) and count; the number of dropped bits is among the table's metadata."""
-        sums = self._sum()
+        sums = self._counted
         keys = pa.array(np.append(sums.keys, 0), mask=np.append(np.zeros(len(sums.keys), bool), True))
         table = pa.table({"key": keys, "count": np.append(sums.counts, self.missing)})
         return table.replace_schema_metadata({_DROPPED: str(sums.dropped)})
@@ -195,7 +187,7 @@ class NumberHistogram:
         """The histogram that `to_table` gave."""
         histogram = NumberHistogram()
         counts, keys = table["count"].to_numpy(), table["key"].combine_chunks().drop_null().to_numpy()
-        histogram._sums = _Counted(keys, counts[:-1], int(table.schema.metadata[_DROPPED]))
+        histogram._counted = _Counted(keys, counts[:-1], int(table.schema.metadata[_DROPPED]))
         histogram.missing = int(counts[-1])
         return histogram
 
@@ -253,14 +245,6 @@ def _equal_parts(counts: np.ndarray, parts: int) -> np.ndarray:
         nearest = over - (share[over] - goal > goal - share[over - 1])
         ends[part + 1] = min(max(nearest, ends[part] + 1), len(counts) - (left - 1))
     return ends[1:]
-
-
-def _counted(values: np.ndarray, dropped: int) -> _Counted:
-    """(N,) finite float32 or float64 values, counted by their bits, as float64, without the last `dropped`."""
-    values = np.sort(values)
-    first = _first_of_each(values)
-    bits = (values[first] + np.float64(0)).view(np.int64)  # 0 and -0 are one
-    return _sum_counts(bits >> dropped, np.diff(first, append=len(values)), dropped)
 
 
 def _first_of_each(values: np.ndarray) -> np.ndarray:

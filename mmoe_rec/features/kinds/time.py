@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import calendar
 from collections.abc import Mapping
+from datetime import datetime
 from typing import Annotated, Literal
 from zoneinfo import ZoneInfo
 
 import numpy as np
-import pyarrow as pa
 from pydantic import Field, field_validator, model_validator
 
-from mmoe_rec.features.encoder import Inputs, Kind, NumberEncoder, Outline, Shared
+from mmoe_rec.features.encoder import Inputs, Kind, NumberEncoder, Outline
 from mmoe_rec.features.layout import Table
 from mmoe_rec.log.rows import MICROSECONDS_PER_DAY, LogRows
 from mmoe_rec.settings.columns import Use
 from mmoe_rec.settings.schema import Feature, Meaning, Once, Schema
 
+_MISSING = np.iinfo(np.int64).min
 _CALENDAR_CYCLE = 146_097 * MICROSECONDS_PER_DAY  # 400 years
-_MICROSECONDS = 1_000_000
-_FEW_TIMES, _SECONDS_REMEMBERED = 16, 1_024
-_LAST_DAY = int(np.datetime64("9999-12-31", "us").astype(np.int64))
+_FIRST_DAY, _LAST_DAY = np.array(["0001-01-02", "9999-12-30"], "datetime64[us]").astype(np.int64)
 
 
 class TimeFeature(Feature):
@@ -79,18 +78,13 @@ class TimeEncoder(NumberEncoder):
     feature: TimeFeature
     suffix = "_age"
 
-    def __init__(self, name: str, feature: TimeFeature, shared: Shared) -> None:
-        super().__init__(name, feature, shared)
-        # Second -> rows of hour and weekday.
-        self._seconds: dict[int, list[int]] = {}
-
     def values(self, rows: LogRows) -> np.ndarray:
         """log(1 + days) of age; none where no part is the age."""
         if "age" not in self.feature.parts:
             return np.empty(0)
         times = rows.times(self.feature.column)
         days = (rows.times() - times.astype(np.float64)) / MICROSECONDS_PER_DAY
-        days = np.where(times == np.iinfo(np.int64).min, np.nan, days)
+        days = np.where(times == _MISSING, np.nan, days)
         return np.sign(days) * np.log1p(np.abs(days))
 
     def outline(self) -> Outline:
@@ -103,46 +97,21 @@ class TimeEncoder(NumberEncoder):
 
     def encode(self, rows: LogRows) -> Inputs:
         """Hour and weekday in the time zone, and the age."""
-        every = rows.times(self.feature.column)
-        # The rows of a request share their time.
-        first = np.append(len(every) > 0, every[1:] != every[:-1])
-        times, number = every[first], np.cumsum(first) - 1
-        read = self._read(times) if len(times) > _FEW_TIMES else self._read_cached(times)
-        ids = {
-            f"{self.name}_{part}": each[number]
-            for part, each in zip(("hour", "weekday"), read, strict=True)
-            if part in self.feature.parts
-        }
+        times, number = np.unique(rows.times(self.feature.column), return_inverse=True)
+        read = zip(("hour", "weekday"), self._read(times), strict=True)
+        ids = {f"{self.name}_{part}": each[number] for part, each in read if part in self.feature.parts}
         ages = [(self.values(rows), self.number)] if "age" in self.feature.parts else []
-        return Inputs(dict(ids), numbers=ages)
-
-    def _read_cached(self, times: np.ndarray) -> np.ndarray:
-        """What `_read` gives for a few times; what was read lately for the same seconds is taken again, as pandas needs
-        .2 ms for a single one."""
-        seconds = (times // _MICROSECONDS).tolist()  # zones differ by whole seconds
-        known = self._seconds
-        if all(second in known for second in seconds):
-            return np.array([known[second] for second in seconds], np.int64).reshape(-1, 2).T
-        read = self._read(times)
-        if len(known) > _SECONDS_REMEMBERED:
-            known = {}
-        # Another dict, as other threads may be reading this one.
-        self._seconds = known | dict(zip(seconds, read.T.tolist(), strict=True))
-        return read
+        return Inputs(ids, numbers=ages)
 
     def _read(self, times: np.ndarray) -> np.ndarray:
-        """(2, T) int64 hour and weekday of (T,) times, as rows of their tables."""
-        import pandas as pd
-
-        missing = times == np.iinfo(np.int64).min
-        times = np.where(missing, 0, times)
-        # Time zones go by a calendar that ends with the year 9999; it repeats, days of the week included.
-        late = np.maximum(times - _LAST_DAY, 0)
-        times -= -(-late // _CALENDAR_CYCLE) * _CALENDAR_CYCLE
-        local = pd.DatetimeIndex(pa.array(times, pa.timestamp("us")).to_numpy())
-        local = local.tz_localize("UTC").tz_convert(self.feature.timezone)
-        read = np.array([local.hour, local.day_of_week], np.int64)
-        return np.where(missing, 0, 1 + read)
+        """(2, T) int64 hour and weekday of (T,) times, as rows of their tables. (Arrow's are wrong from 2038 on.)"""
+        zone = ZoneInfo(self.feature.timezone)
+        # Python's calendar ends with the years 1 and 9999; it repeats, days of the week included.
+        known = np.where(times < _FIRST_DAY, _FIRST_DAY + (times - _FIRST_DAY) % _CALENDAR_CYCLE, times)
+        known = np.where(times > _LAST_DAY, _LAST_DAY - (_LAST_DAY - times) % _CALENDAR_CYCLE, known)
+        local = (datetime.fromtimestamp(second, zone) for second in (known // 1_000_000).tolist())
+        read = np.array([(each.hour, each.weekday()) for each in local], np.int64).reshape(-1, 2).T
+        return np.where(times == _MISSING, 0, 1 + read)
 
 
 def _hour_or_weekday(table: str, row: int) -> str:
