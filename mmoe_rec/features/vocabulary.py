@@ -20,7 +20,8 @@ from pydantic import Field, model_validator
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.log.columns import hash_column
-from mmoe_rec.point_in_time.arrays import filled, shared_index
+from mmoe_rec.point_in_time.arrays import filled
+from mmoe_rec.settings.columns import Role
 from mmoe_rec.settings.schema import MAX_TABLE_ROWS, Feature, Meaning, Schema
 
 if TYPE_CHECKING:
@@ -105,24 +106,24 @@ class VocabularyFeature(Feature):
     def check(self, name: str, schema: Schema) -> None:
         """Raises ValueError where `table` does not name a feature with a table of its own."""
         if self.table is not None:
-            check_owner(name, "table", self.table, owners(schema), "an id feature")
+            check_owner(schema, name, "table")
 
     def meaning(self, schema: Schema) -> Meaning:
         """Row 0 is the missing id, the buckets of unknown ids follow, then the known ones."""
         return meaning_of_ids(schema, tuple(self.reads()), self.shares or self)
 
 
-def owners(schema: Schema, kind: type[VocabularyFeature] = VocabularyFeature) -> list[str]:
-    """Names of the features, of that kind, that have a vocabulary and table of their own."""
-    features = schema.features.items()
-    return [name for name, each in features if isinstance(each, kind) and each.table is None]
-
-
-def check_owner(name: str, key: str, target: str, possible: list[str], what: str) -> None:
-    """Raises ValueError where `target`, the value of feature `name`'s `key`, is not a possible owner."""
+def check_owner(
+    schema: Schema, name: str, key: str, kind: type[VocabularyFeature] = VocabularyFeature, role: Role | None = None
+) -> None:
+    """Raises ValueError where `key` of a feature does not name one, of that kind and role, that has its own table."""
+    target, its = getattr(schema.features[name], key), schema.features.items()
+    own = [each for each, feature in its if isinstance(feature, kind) and feature.table is None]
+    possible = [each for each in own if role is None or schema.role_of(each) == role]
     if target not in possible:
+        of_role = "" if role is None else f"of the {role} "
         raise ValueError(
-            f"feature '{name}': {key} '{target}' is not {what} with a table of its own; "
+            f"feature '{name}': {key} '{target}' is not an id feature {of_role}with a table of its own; "
             f"such features are: {', '.join(possible) or 'none, add one'}"
         )
 
@@ -178,10 +179,16 @@ class Vocabulary:
 
     @cached_property
     def _index(self) -> pd.Index:
-        return shared_index(_as_numpy(self.ids))
+        """Of the ids, with its hash table, which pandas builds at the first question: a second thread would look into
+        the unfinished table, and miss what is not there yet."""
+        import pandas as pd
+
+        index = pd.Index(_as_numpy(self.ids))
+        index.get_indexer(index[:1])
+        return index
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the index, which pandas would send without its table, so that threads might not share it."""
+        """Without the index, which pandas would send without its table."""
         return {name: value for name, value in self.__dict__.items() if name != "_index"}
 
     def encode(self, values: pa.Array) -> np.ndarray:

@@ -91,7 +91,7 @@ class CounterMemory(Memory):
         if not in_order:
             order = sorted_order(key, known)
             key, known = key[order], known[order]
-            rows, labels, positive = (_take(each, order) for each in (rows, labels, positive))
+            rows, labels, positive = (_map(lambda steps: steps[order], each) for each in (rows, labels, positive))
         groups = KeyGroups(key)
         kept = np.flatnonzero(np.append((key[1:] != key[:-1]) | (known[1:] != known[:-1]), True))
         first = groups.starts[groups.number[kept]]
@@ -153,7 +153,7 @@ class CounterMemory(Memory):
         return memory._at_events(np.flatnonzero(needed), self._later_floor(moment))
 
     def _at_events(self, kept: np.ndarray, floor: int | None) -> CounterMemory:
-        labels, positive = (_take(each, kept) for each in (self.label_sum, self.last_positive))
+        labels, positive = (_map(lambda totals: totals[kept], each) for each in (self.label_sum, self.last_positive))
         events, rows = self.events.take(kept), self.rows[kept]
         return replace(self, events=events, rows=rows, label_sum=labels, last_positive=positive, floor=floor)
 
@@ -268,14 +268,13 @@ class CounterLevels:
 
     def find(self, asked: Sequence[tuple[CounterMemory, LookUps]]) -> list[LaterTotals]:
         """What look-ups of counters, which share these levels, find in them; in one pass, as a request asks many."""
-        look_ups, windows = [], []
+        keys, times = [], []
         for memory, each in asked:
             assert memory.shared is not None
-            look_ups.append((each.key ^ memory.shared.salt, each.as_of(memory.floor).time))
-            windows.append([0, *memory.shared.windows])
-        blocks = [(number, window) for number, each in enumerate(windows) for window in each]
-        key = np.concatenate([look_ups[number][0] for number, _ in blocks])
-        time = np.concatenate([look_ups[number][1] - window for number, window in blocks])
+            earlier = np.array([0, *memory.shared.windows])
+            keys.append(np.tile(each.key ^ memory.shared.salt, len(earlier)))
+            times.append((each.as_of(memory.floor).time - earlier[:, None]).ravel())
+        key, time = np.concatenate(keys), np.concatenate(times)
         rows, labels, positive = np.zeros(len(key), np.int32), np.zeros(len(key), np.int32), np.full(len(key), NEVER)
         likely = np.flatnonzero(self.some.take(_first_bits(key, len(self.some))))
         for level in self.levels:
@@ -288,16 +287,16 @@ class CounterLevels:
             rows[place] += level.rows[last]
             labels[place] += level.label_sum[last].astype(np.int32)
             positive[place] = np.maximum(positive[place], level.last_positive[last])
-        ends = np.cumsum([len(look_ups[number][1]) for number, _ in blocks])[:-1]
-        parts = iter(zip(*(np.split(each, ends) for each in (rows, labels, positive)), strict=True))
-        result = []
-        for each_windows in windows:
-            all_rows, all_labels, last_positive = next(parts)
-            totals: dict[int | None, tuple[np.ndarray, np.ndarray]] = {None: (all_rows, all_labels)}
-            for window in each_windows[1:]:
-                earlier_rows, earlier_labels, _ = next(parts)
-                totals[window] = all_rows - earlier_rows, all_labels - earlier_labels
-            result.append(LaterTotals(totals, last_positive))
+        result, ends = [], np.cumsum([0, *map(len, keys)])
+        for (memory, each), start, end in zip(asked, ends[:-1], ends[1:], strict=True):
+            assert memory.shared is not None
+            windows = memory.shared.windows
+            shape = 1 + len(windows), len(each)
+            counted, summed, latest = (values[start:end].reshape(shape) for values in (rows, labels, positive))
+            totals: dict[int | None, tuple[np.ndarray, np.ndarray]] = {None: (counted[0], summed[0])}
+            for place, window in enumerate(windows, 1):
+                totals[window] = counted[0] - counted[place], summed[0] - summed[place]
+            result.append(LaterTotals(totals, latest[0]))
         return result
 
 
@@ -332,10 +331,6 @@ def _map(function: Any, values: Any) -> Any:
 
 def _append(one: Any, other: Any) -> Any:
     return one.append(other) if isinstance(one, ExactSums) else None if one is None else np.append(one, other)
-
-
-def _take(values: Any, index: np.ndarray) -> Any:
-    return values.take(index) if isinstance(values, ExactSums) else None if values is None else values[index]
 
 
 class ExactSums:
@@ -393,10 +388,6 @@ class ExactSums:
     def each(self, of: Callable[[np.ndarray], np.ndarray]) -> ExactSums:
         """What a linear function, of (N,) int64 to (K,) int64, makes of the sums."""
         return ExactSums(self.units, np.stack([of(limb) for limb in self.limbs]))
-
-    def take(self, index: np.ndarray) -> ExactSums:
-        """The sums at (K,) indices, or where (N,) bool is true."""
-        return ExactSums(self.units, self.limbs[:, index])
 
     def append(self, other: ExactSums) -> ExactSums:
         """These sums and others."""

@@ -5,16 +5,8 @@ A memory is data: it goes to columns and back, is cut down to what requests from
 next day's state, and events that do not fit into memory are taken in one chunk of time after the other.
 
 A memory of millions of events is neither changed nor copied for a few that a server learns, and processes may share it.
-These lie in levels beside it (`Memory.levels`): a small one that takes in what comes, a larger one that takes in the
-small one once that has grown, and one more. (The idea is that of log-structured merge trees, O'Neil et al., 1996.) What
-look-ups see of all of them is, to the bit, what they would see of a memory that was extended by these events.
-
-Where `forget_after` is set, a gap of more than that between two events of a key, in the order in which they became
-known, ends a life. A look-up sees the life of the last event known at its time, and nothing once this event is more
-than `forget_after` past. So what it sees depends on the events and its time alone, and not on what was dropped, or
-when. Running totals go on through all lives of a key: a look-up subtracts those before the life that it sees. Lives
-that no later look-up sees are dropped (`Lives.ended`), but some days later, since an event that comes late may still go
-on with one of them, or join it to the next.
+These lie in levels beside it (the idea is that of log-structured merge trees, O'Neil et al., 1996). What look-ups see
+of all of them is, to the bit, what they would see of a memory that was extended by these events. The README says how.
 """
 
 from __future__ import annotations
@@ -37,7 +29,10 @@ _LATE = LATE_DAYS * 86_400_000_000
 
 
 class Lives:
-    """The lives of events. forget_after: microseconds."""
+    """The lives of events, which gaps of more than `forget_after` microseconds between two events of a key end.
+
+    What a look-up sees depends on the events and its time alone, not on what was dropped, or when.
+    """
 
     def __init__(self, events: KnownEvents, forget_after: int) -> None:
         self.events, self.forget_after = events, forget_after
@@ -62,12 +57,9 @@ class Lives:
         place: np.ndarray = np.arange(len(self.events), dtype=np.int32 if small else np.int64)
         place *= self._begins
         np.maximum.accumulate(place, out=place)  # the first event of each one's life
-        of_key = np.zeros(len(place), bool)
-        of_key[self.events.starts[:-1]] = True
-        none = of_key.take(place)
-        place -= 1
-        place[none] = -1
-        return place
+        is_first = np.zeros(len(place), bool)  # of its key
+        is_first[self.events.starts[:-1]] = True
+        return np.where(is_first[place], -1, place - 1)
 
     def forgotten(self, last: np.ndarray, times: np.ndarray) -> np.ndarray:
         """(N,) int64 index of the last event that look-ups no longer see, -1 for none.

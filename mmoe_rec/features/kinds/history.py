@@ -13,7 +13,7 @@ from pydantic import Field
 from mmoe_rec.features.encoder import Inputs, Kind, MemoryEncoder, Outline, Shared
 from mmoe_rec.features.kinds.id import IdFeature
 from mmoe_rec.features.kinds.ids import ragged
-from mmoe_rec.features.vocabulary import check_owner, meaning_of_ids, owners
+from mmoe_rec.features.vocabulary import check_owner, meaning_of_ids
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.point_in_time.arrays import Ragged, SharedRagged, consecutive, one_array
 from mmoe_rec.point_in_time.join import KnownEvents, LookUps, known_at, sorted_order
@@ -49,8 +49,7 @@ class HistoryFeature(Remembering):
         """Raises ValueError as `Remembering.check`, and where `of` is not an id feature of the candidate."""
         super().check(name, schema)
         self.require(name, schema, "user", "it is a user's")
-        possible = [each for each in owners(schema, IdFeature) if schema.role_of(each) == "candidate"]
-        check_owner(name, "of", self.of, possible, "an id feature of the candidate")
+        check_owner(schema, name, "of", IdFeature, "candidate")
 
     def meaning(self, schema: Schema) -> Meaning:
         return meaning_of_ids(schema, (schema.columns.user, *schema.features[self.of].reads()), self.of)
