@@ -123,22 +123,6 @@ class KeyIndex:
         return found, number[found].astype(np.int64, copy=False)
 
 
-def bisected(values: np.ndarray, asked: np.ndarray, low: np.ndarray, high: np.ndarray, before: np.ufunc) -> np.ndarray:
-    """(N,) int64 places of the first of the rising `values` from `low` to `high` (exclusive) that is not `before` what
-    is asked, `high` for none."""
-    found = low.copy()
-    open_ = (low < high).nonzero()[0]
-    low, high, asked = low[open_], high[open_], asked[open_]
-    while len(open_):
-        middle = (low + high) >> 1
-        is_before = before(values[middle], asked)
-        low, high = np.where(is_before, middle + 1, low), np.where(is_before, high, middle)
-        found[open_] = low
-        left = (low < high).nonzero()[0]
-        open_, low, high, asked = open_[left], low[left], high[left], asked[left]
-    return found
-
-
 _UNITS = (1_000_000, 1_000)  # microseconds that times are often whole multiples of
 
 
@@ -336,10 +320,16 @@ def last_known(known: np.ndarray, first: np.ndarray, end: np.ndarray, times: np.
     each of the `times`; -1 for none. known: (E,) int64, rising from each `first` to its `end`."""
     last = end - 1
     # Most requests are later than all that is remembered of their keys.
-    if len(open_ := (known.take(last) > times).nonzero()[0]):
-        first = first[open_]
-        later = bisected(known, times[open_], first, last[open_], np.less_equal)
-        last[open_] = np.where(later > first, later - 1, -1)
+    open_ = (known.take(last) > times).nonzero()[0]
+    low, high, asked, earliest = first[open_], last[open_], times[open_], first[open_]
+    last[open_] = -1
+    while len(open_):
+        middle = (low + high) >> 1
+        is_known = known[middle] <= asked
+        low, high = np.where(is_known, middle + 1, low), np.where(is_known, high, middle)
+        last[open_] = np.where(low > earliest, low - 1, -1)
+        left = (low < high).nonzero()[0]
+        open_, low, high, asked, earliest = (each[left] for each in (open_, low, high, asked, earliest))
     return last
 
 

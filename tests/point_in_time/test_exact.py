@@ -21,12 +21,13 @@ from tests.log.small_logs import (
     remembered,
     schema_of,
     times_of,
+    windows_of,
+    with_column,
     write_log,
 )
 
 # Outliers beside which small labels are lost, numbers of all bits, the least and largest ones, and exact opposites.
 LABELS = np.array([1e17, -1e17, 1e-9, -1e-9, 0.1, 0.5, 3.0, -7.0, 5e-324, 2.0**53, 1.0 + 2.0**-52, 1e300, -1e300, 0.0])
-WINDOW = 5
 
 
 def any_labels(rng: np.random.Generator, size: int) -> np.ndarray:
@@ -70,60 +71,27 @@ def test_numbers_alike_need_few_units():
     assert ExactSums.of(np.round(np.random.default_rng(0).lognormal(3, 1, 1000), 2)).units == (-2, -1, 0)
 
 
-FEATURES = {
-    "item": {"kind": "id", "column": "item", "min_count": 1},
-    "spent_of_brand": {
-        "kind": "counter",
-        "task": "spent",
-        "by": ["brand"],
-        "outputs": ["positives", "rate"],
-        "window_days": [None, 1, 2.5],
-    },
-}
-SCHEMA = schema_of(FEATURES)
-WINDOWS = {
-    "train": (START, START + 3 * DAY),
-    "validation": (START + 3 * DAY, START + 4 * DAY),
-    "test": (START + 4 * DAY, None),
-}
-
-
-def log_with_outliers(seed: int, rows: int = 400) -> pa.Table:
-    """A random log whose `spent` is small but for a few rows."""
-    rng, table = np.random.default_rng(seed), random_log(seed, rows)
-    small = np.round(rng.lognormal(size=rows), 2) * rng.choice([1, 1, 1e-9], rows)
-    spent = np.where(rng.random(rows) < 0.02, rng.choice([1e17, -1e17, 1e30], rows), small)
-    column = pa.array(spent, mask=rng.random(rows) < 0.1)
-    return table.set_column(table.column_names.index("spent"), "spent", column)
-
-
 @pytest.mark.parametrize("rows_in_memory", [30, 10**6])
-@pytest.mark.parametrize("seed", range(2))
-def test_neither_order_nor_chunks_nor_added_days_change_sums(tmp_path, seed, rows_in_memory):
-    table = log_with_outliers(seed)
-    days = (times_of(table) - START) // DAY
-    # The labels of the first days are whole numbers: later ones need further units.
-    spent = table["spent"].to_numpy()
-    spent = pa.array(np.where(days < 6, np.rint(spent), spent), from_pandas=True)
-    table = table.set_column(table.column_names.index("spent"), "spent", spent)
-    parts = [table.filter(pa.array(inside)) for inside in (days < 6, (days >= 6) & (days < 8), days >= 8)]
-    options, folder = BuildOptions(rows_in_memory=rows_in_memory), tmp_path / "log"
-    shuffled = parts[0].take(pa.array(np.random.default_rng(seed).permutation(len(parts[0]))))
-    log = str(write_log(folder, shuffled.slice(0, 90), shuffled.slice(90)))
-    grown = prepare(log, SCHEMA, WINDOWS, tmp_path / "two", options)
-    at_first = prepare(str(write_log(tmp_path / "first", parts[0])), SCHEMA, WINDOWS, tmp_path / "one")
-    order = [(name, "ascending") for name in ("time", "user", "candidate")]
-    for split in WINDOWS:
-        one, two = (pq.read_table(each.split(split)).sort_by(order) for each in (at_first, grown))
-        assert one.equals(two)
-    assert at_first.layout == grown.layout
-    name = "serving/spent_of_brand.memory"
-    before = remembered(grown.folder / name)
-    assert before == remembered(at_first.folder / name)
-    for number, part in enumerate(parts[1:], 5):
-        pq.write_table(part, folder / f"{number}.parquet")
-        assert extend(log, SCHEMA, WINDOWS, tmp_path / "two", options) is not None
-    whole = prepare(str(write_log(tmp_path / "whole", table)), SCHEMA, WINDOWS, tmp_path / "three")
-    after = remembered(grown.folder / name)
-    assert after == remembered(whole.folder / name)
+def test_neither_order_nor_chunks_nor_added_days_change_sums(tmp_path, rows_in_memory):
+    """A log whose labels are small but for a few; those of the first days are whole numbers, later ones need further
+    units."""
+    rng, table = np.random.default_rng(0), random_log(0, 400)
+    days, small = (times_of(table) - START) // DAY, np.round(rng.lognormal(size=400), 2) * rng.choice([1, 1, 1e-9], 400)
+    spent = np.where(rng.random(400) < 0.02, rng.choice([1e17, -1e17, 1e30], 400), small)
+    table = with_column(table, "spent", pa.array(np.where(days < 6, np.rint(spent), spent), mask=rng.random(400) < 0.1))
+    item = {"kind": "id", "column": "item", "min_count": 1}
+    counter = {"kind": "counter", "task": "spent", "by": ["brand"], "outputs": ["rate"], "window_days": [None, 1, 2.5]}
+    schema, windows = schema_of({"item": item, "spent_of_brand": counter}), windows_of(3, 4)
+    first, *added = (table.filter(pa.array(inside)) for inside in (days < 6, (days >= 6) & (days < 8), days >= 8))
+    shuffled = first.take(pa.array(rng.permutation(len(first))))
+    options, log = BuildOptions(rows_in_memory=rows_in_memory), tmp_path / "log"
+    write_log(log, shuffled.slice(0, 90), shuffled.slice(90))
+    grown = prepare(str(log), schema, windows, tmp_path / "grown", options).folder / "serving/spent_of_brand.memory"
+    before = remembered(grown)
+    for number, part in enumerate(added, 5):
+        pq.write_table(part, log / f"{number}.parquet")
+        assert extend(str(log), schema, windows, tmp_path / "grown", options) is not None
+    whole = prepare(str(write_log(tmp_path / "whole", table)), schema, windows, tmp_path / "at_once")
+    after = remembered(grown)
+    assert after == remembered(whole.serving / "spent_of_brand.memory")
     assert set(before.column_names) < set(after.column_names)

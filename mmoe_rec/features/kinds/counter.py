@@ -95,21 +95,19 @@ class CounterEncoder(MemoryEncoder[CounterMemory]):
         self.prior = 0.0
         self.counts = Moments()
         self._totals = [output for output in feature.outputs if output != "recency"]
-        names = [f"{name}_{output}{suffix}" for _, suffix in self._windows for output in self._totals]
+        # The end of an output's name -> microseconds; None is all of the past.
+        self._windows = {
+            _suffix(days): None if days is None else round(days * MICROSECONDS_PER_DAY) for days in feature.window_days
+        }
+        names = [f"{name}_{output}{suffix}" for suffix in self._windows for output in self._totals]
         if "recency" in feature.outputs:
             names.append(f"{name}_recency")
         self.numbers = {each: DenseNumber(each) for each in names}
 
     @property
-    def _windows(self) -> list[tuple[int | None, str]]:
-        """Microseconds of each window, and the end of its outputs' names."""
-        days = self.feature.window_days
-        return [(None if each is None else round(each * MICROSECONDS_PER_DAY), _suffix(each)) for each in days]
-
-    @property
     def windows(self) -> list[int]:
         """Microseconds of each window that does not go back forever."""
-        return [window for window, _ in self._windows if window is not None]
+        return [window for window in self._windows.values() if window is not None]
 
     @property
     def has_fractions(self) -> bool:
@@ -166,7 +164,7 @@ class CounterEncoder(MemoryEncoder[CounterMemory]):
 
     def distinct_results(self, memory: CounterMemory, asked: LookUps) -> dict[str, np.ndarray]:
         found, result = SeenTotals(memory, asked), dict[str, np.ndarray]()
-        for window, suffix in self._windows if self._totals else ():
+        for suffix, window in self._windows.items() if self._totals else ():
             count, label_sum = found.totals(window)
             for output in self._totals:
                 match output:
