@@ -104,14 +104,6 @@ def test_rules_of_a_time_zone_go_by_its_hours(work: Path) -> None:
     assert len(set(rules.values())) == len(zones) - 1
 
 
-def test_no_file_of_features_holds_a_choice_of_the_model(work: Path) -> None:
-    files = [path for path in (work / "features").rglob("*.json") if path.name != "files.json"]
-    assert {"layout.json", "pipeline.json", "manifest.json"} <= {path.name for path in files}
-    for path in files:
-        for key in ("dim", "loss_weight", "score_weight", "objective"):
-            assert f'"{key}"' not in path.read_text(encoding="utf-8"), path
-
-
 def test_a_model_takes_widths_and_weights_from_its_settings(work: Path) -> None:
     sections = changed("tasks", "click", loss_weight=0.25, score_weight=2.0) | changed("features", "when", dim=6)
     settings = settings_of(work, **sections)

@@ -121,9 +121,7 @@ class _Comparison(_Rows):
             if isinstance(encoder, CounterEncoder):
                 task = encoder.feature.task
                 mean = 0.0 if task is None else self.naive.overall_mean(task, self.drawn.windows["train"])
-                # Where labels are fractions, each is rounded to 2^-13 of itself.
-                largest = 0.0 if task != "spent" else max(abs(row["spent"] or 0) for row in self.naive.rows)
-                self._close(encoder.prior, mean, f"overall mean of {name}", 2**-13 * largest)
+                self._close(encoder.prior, mean, f"overall mean of {name}", 0.0)
                 means[name] = encoder.prior
         return means
 
