@@ -3,14 +3,11 @@
 import math
 
 import numpy as np
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mmoe_rec.batches.reader import EpochOrder, Share, take_share
 from tests.batches.encoded_files import Row, global_batches, slots, window_order
-
-IRREGULAR = [4000, 3238, 2875, 3214, 2804, 3276, 119, 3134, 2430, 3276, 365, 3116, 3168, 2863, 3276, 412, 2838, 3276]
 
 
 def epoch_order(sizes: list[int], shuffle_window: int, seed: int = 3, epoch: int = 0) -> EpochOrder:
@@ -95,29 +92,3 @@ def test_rows_of_a_group_are_permuted_anew_for_each_epoch_seed_and_group() -> No
         assert abs(np.corrcoef(one, np.arange(3000))[0, 1]) < 0.1
         for other in found[:index]:
             assert abs(np.corrcoef(one, other)[0, 1]) < 0.1
-
-
-def groups_read(order: EpochOrder, batch_size: int, rank: int, world_size: int) -> list[int]:
-    """Of each window, how many row groups a rank reads."""
-    read = {piece.group for share in shares(order, batch_size, 0, rank, world_size) for piece in share.pieces}
-    return [len(read & set(window.groups.tolist())) for window in order.windows]
-
-
-@pytest.mark.parametrize("world_size", [2, 3, 5, 8])
-@pytest.mark.parametrize("batch_size", [250, 409])
-def test_ranks_share_one_group_at_each_border(world_size: int, batch_size: int) -> None:
-    """Row groups of any sizes, and batches that span windows."""
-    order = epoch_order(IRREGULAR * 4, 26_214)
-    totals = np.zeros(len(order.windows), int)
-    for rank in range(world_size):
-        found = np.array(groups_read(order, batch_size, rank, world_size))
-        for number, window in enumerate(order.windows):
-            ends = np.cumsum(window.sizes) / window.sizes.sum()
-            starts = ends - window.sizes / window.sizes.sum()
-            own = int(((ends > rank / world_size) & (starts < (rank + 1) / world_size)).sum())
-            assert found[number] <= own + 2
-        totals += found
-    groups = np.array([len(window.groups) for window in order.windows])
-    # One more for each border, and a second where a border lies about between two groups.
-    assert (totals <= groups + 2 * (world_size - 1)).all()
-    assert totals.mean() <= groups.mean() + 1.5 * (world_size - 1)

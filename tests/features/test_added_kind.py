@@ -83,11 +83,8 @@ print("RANKED", json.dumps(ranking.to_dict()))
 """
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where features were built, a model was trained and evaluated, and candidates were ranked."""
-    folder = tmp_path_factory.mktemp("added")
-    package = AddedPackage(folder)
+def test_a_kind_is_learnt_from_and_named_in_the_report(tmp_path: Path) -> None:
+    package = AddedPackage(tmp_path)
     package.add(
         "features/kinds/remainder.py",
         KIND,
@@ -95,35 +92,24 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         after='    "counter",',
         line='    "remainder",',
     )
-    tree = settings_tree(folder)
+    tree = settings_tree(tmp_path)
     features = {
         "user": {"kind": "id", "column": "user", "max_size": 100},
         "rest": {"kind": "remainder", "column": "item", "divisor": 7, "dim": 4},
     }
-    write_files(folder, features=features, training={**tree["training"], "epochs": 1})
-    (folder / "printed.txt").write_text(package.run(SCRIPT), encoding="utf-8")
-    return folder
-
-
-def test_encoded_rows_hold_it(folder: Path) -> None:
-    log = pq.read_table(folder / "log")
+    write_files(tmp_path, features=features, training={**tree["training"], "epochs": 1})
+    printed = package.run(SCRIPT)
+    log = pq.read_table(tmp_path / "log")
     log = log.filter(np.asarray(log["time"]) < START + np.timedelta64(7, "D"))
-    (split,) = (each for each in (folder / "work" / "features").rglob("train") if each.is_dir())
+    (split,) = (each for each in (tmp_path / "work" / "features").rglob("train") if each.is_dir())
     encoded = pq.read_table(split)
     assert np.array_equal(np.sort(encoded["id.rest"].to_numpy()), np.sort(1 + log["item"].to_numpy() % 7))
-
-
-def test_the_model_has_learnt_from_it(folder: Path) -> None:
-    printed = (folder / "printed.txt").read_text(encoding="utf-8")
     assert "rest: 8 rows of 4" in printed
     ranked = json.loads(printed.rpartition("RANKED ")[2])
     scores = dict(zip(ranked["candidates"], ranked["scores"], strict=True))
     assert len({round(score, 6) for score in scores.values()}) == 5  # only `rest` tells candidates apart,
     assert scores[1] == pytest.approx(scores[8], rel=1e-6)  # and 1 and 8 have the same one
-
-
-def test_the_health_report_names_its_rows(folder: Path) -> None:
-    (path,) = (folder / "work").rglob("health.json")
+    (path,) = (tmp_path / "work").rglob("health.json")
     health = json.loads(path.read_text(encoding="utf-8"))
     (rest,) = (each for each in health["features"] if each["name"] == "rest")
     assert {each["bin"] for each in rest["inputs"][0]["bins"]} == {*(f"remainder {n}" for n in range(7)), "missing"}

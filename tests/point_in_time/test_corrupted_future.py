@@ -43,9 +43,7 @@ def _with(table: pa.Table, name: str, where: np.ndarray, values: pa.Array) -> pa
 def _corrupt(table: pa.Table, moment: int, rng: np.random.Generator) -> pa.Table:
     """The log with every row at or after `moment` changed, some dropped, some added; earlier rows as they were."""
     past, future = (table.filter(pa.array(mask)) for mask in (times_of(table) < moment, times_of(table) >= moment))
-    future = future.take(
-        pa.array(rng.integers(0, max(future.num_rows, 1), rng.integers(0, future.num_rows + 5))[: 10**6])
-    )
+    future = future.take(pa.array(rng.integers(0, max(future.num_rows, 1), rng.integers(0, future.num_rows + 5))))
     everyone = np.ones(future.num_rows, bool)
     for name in ("user", "item", "brand", "click", "liked", "spent"):
         replacement = table[name].combine_chunks().take(pa.array(rng.integers(0, table.num_rows, future.num_rows)))
@@ -74,9 +72,9 @@ def test_statistics_come_from_training_rows_alone(seed, tmp_path):
     times = times_of(table)
     later = times >= UNTIL
     lies = table
-    for name in ("item", "brand", "price", "tags", "born", "click", "liked", "spent", "slot"):
+    for name in ("item", "brand", "price", "born", "click", "liked", "spent", "slot"):
         shuffled = table[name].combine_chunks().take(pa.array(np.random.default_rng(seed).permutation(table.num_rows)))
-        lies = _with(lies, name, later, shuffled) if name != "tags" else lies
+        lies = _with(lies, name, later, shuffled)
     lies = pa.concat_tables([lies, lies.filter(pa.array(later))])
     one, other = fit(table, SCHEMA, UNTIL), fit(lies, SCHEMA, UNTIL)
     assert one.layout == other.layout
