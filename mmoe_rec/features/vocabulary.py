@@ -37,15 +37,10 @@ class IdCounts:
 
     def add(self, values: pa.Array) -> None:
         """Counts the non-null values of an array of int64 or strings, dictionary-coded or not."""
-        if pt.is_dictionary(values.type):
-            counts = np.bincount(values.indices.drop_null().to_numpy(), minlength=len(values.dictionary))
-            found = np.flatnonzero(counts)
-            ids, counts = values.dictionary.take(pa.array(found)), counts[found]
-        else:
-            counted = values.drop_null().value_counts()
-            ids, counts = counted.field("values"), counted.field("counts")
-        if len(ids):
-            self._take([pa.table({"id": ids, "count": counts})])
+        coded = values if pt.is_dictionary(values.type) else values.dictionary_encode()
+        counts = np.bincount(coded.indices.drop_null().to_numpy(), minlength=len(coded.dictionary))
+        if len(there := np.flatnonzero(counts)):
+            self._take([pa.table({"id": coded.dictionary.take(pa.array(there)), "count": counts[there]})])
 
     def merge(self, other: IdCounts) -> None:
         """Adds what another one counted."""
