@@ -147,7 +147,10 @@ class CounterMemory(Memory):
     def compacted(self, moment: int, window: int) -> CounterMemory:
         """What requests at `moment` or later, which look back `window` microseconds, can ask for."""
         memory = self if self.lives is None else self._without(self.lives.ended(moment))
-        needed = memory.events.needed_since(moment - window)
+        later = memory.events.known > moment - window
+        # And the last one before of each key, which carries its totals.
+        needed = later | np.append(later[1:], False)
+        needed[memory.events.starts[1:] - 1] = True
         if memory.lives is not None:
             needed |= memory.lives.ends  # whose totals are subtracted from those of the next life
         return memory._at_events(np.flatnonzero(needed), self._later_floor(moment))

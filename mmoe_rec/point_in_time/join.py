@@ -171,12 +171,6 @@ class KnownEvents(KeyGroups):
         """The events at (K,) rising indices, or where (E,) bool is true."""
         return KnownEvents(self.key[kept], self.known[kept])
 
-    def needed_since(self, moment: int) -> np.ndarray:
-        """(E,) bool: events known after `moment`, and the last one before it of each key, which carries its totals."""
-        later = self.known > moment
-        last_of_key = np.append(self.key[1:] != self.key[:-1], True) if len(self.key) else np.empty(0, bool)
-        return later | last_of_key | np.append(later[1:], False)
-
 
 @dataclass(frozen=True)
 class LookUps:
