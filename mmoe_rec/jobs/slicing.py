@@ -268,24 +268,14 @@ def overlap(settings: Settings, artifact: Path) -> list[str]:
             f"was trained on rows that {ways[0]} split, and those that it is measured on {ways[1]}: it may have seen "
             "labels that it is measured by"
         ]
-    sentences = []
-    for what, values, end in (
-        ("trained", its.train, its.train_end),
-        ("chosen and calibrated", its.validation, its.validation_end),
-    ):
-        if now.column is not None:
-            seen = {text_of(each) for each in values}
-            if both := [each for each in now.test if text_of(each) in seen]:
-                sentences.append(
-                    f"was {what} on rows with {', '.join(map(repr, both))} in column '{now.column}', which are those "
-                    "that it is measured on: it has seen labels that it is measured by"
-                )
-        elif now.validation_end is not None and end is not None and end > now.validation_end:
-            return [
-                f"was {what} on requests before {end:%Y-%m-%d %H:%M}, and the rows that it is measured on "
-                f"begin at {now.validation_end:%Y-%m-%d %H:%M} UTC: it has seen labels that it is measured by"
-            ]
-    return sentences
+    rows, end, begin = "", its.validation_end, now.validation_end
+    if now.column is not None:
+        seen = {text_of(each) for each in (*its.train, *its.validation)}
+        if both := ", ".join(repr(each) for each in now.test if text_of(each) in seen):
+            rows = f"on rows with {both} in column '{now.column}', which are those that it is measured on"
+    elif begin is not None and end is not None and end > begin:
+        rows = f"on requests before {end:%Y-%m-%d %H:%M}, and is measured on those from {begin:%Y-%m-%d %H:%M} UTC on"
+    return [f"was trained, or its best state chosen, {rows}: it has seen labels that it is measured by"] if rows else []
 
 
 def users_in_both(settings: Settings, artifact: Path, scored: ScoredRows, training: TrainingRows | None) -> list[str]:

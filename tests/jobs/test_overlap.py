@@ -15,7 +15,7 @@ def test_values_of_a_split_are_compared_as_text(tmp_path: Path) -> None:
     tree = {"split": settings.split.model_dump(mode="json") | {"train": ["1", "4"], "validation": ["2"], "test": ["3"]}}
     (tmp_path / "settings.yaml").write_text(yaml.safe_dump(tree), encoding="utf-8")
     (told,) = overlap(settings, tmp_path)
-    assert told.startswith("was trained on rows with 4 in column 'fold'")
+    assert told.startswith("was trained, or its best state chosen, on rows with 4 in column 'fold'")
 
 
 def test_rows_that_another_column_splits_may_have_been_seen(tmp_path: Path) -> None:

@@ -172,7 +172,7 @@ def test_other_settings_that_have_seen_the_rows_are_told_of(
     capsys.readouterr()
     world.train("--seeds", "2", "--resume", "--against", str(tmp_path / "later"))
     said = " ".join(capsys.readouterr().out.split())
-    assert "warning: models of 'later' were trained by settings by which each was trained on requests before" in said
+    assert "warning: models of 'later' were trained by settings by which each was trained, or its best state" in said
     page = Page((world.folder / "work" / "seeds" / "report.html").read_text(encoding="utf-8"))
     assert "it has seen labels that it is measured by" in " ".join(page.words.split())
     config = world.folder / "first.yaml"
