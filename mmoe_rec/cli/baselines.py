@@ -33,7 +33,7 @@ def baselines(configuration: Configuration, model: str | None, out: Path | None)
     check_out(out, settings)
     evaluated, name = None, ""
     if model is not None:
-        (name,) = short_names([model])
+        name = short_names([model])[model]
         evaluated = evaluate_model(settings, model, work / "evaluation")
     show(show_results(measure_baselines(settings, out, evaluated, name)))
     print(f"metrics: {out / 'metrics.json'}")

@@ -21,7 +21,7 @@ from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.features.vocabulary import row_names
 from mmoe_rec.inference.artifact import Source
 from mmoe_rec.inference.ranking import ROW
-from mmoe_rec.jobs.places import build_options, check_names, check_out, log_and_place, logs_for, short_names
+from mmoe_rec.jobs.places import build_options, check_out, log_and_place, logs_for, short_names
 from mmoe_rec.jobs.run_page import as_code, command, data_sets, draw_gates, quoted
 from mmoe_rec.jobs.slicing import LogColumns, TrainingRows, overlap, users_in_both
 from mmoe_rec.locks import reading, writing
@@ -212,15 +212,15 @@ def evaluate_model(
     """
     if predictions is not None:
         check_predictions(predictions)
-    check_names([address, *against], "--against")
+    short = short_names([address, *against])
     # A wrong address is reported before torch is loaded.
-    models, out = {each: find_model(each, settings.tracking.address) for each in (address, *against)}, Path(out)
+    models, out = {each: find_model(each, settings.tracking.address) for each in short}, Path(out)
     names: dict[Path, str] = {}
     for each, model in models.items():
         if (folder := model.folder.resolve()) in names:
             raise UserError(f"'{names[folder]}' and '{each}' are the same model, {model.address}")
         names[folder] = each
-    by_name = dict(zip(short_names(list(models)), models.values(), strict=True))
+    by_name = {short[each]: model for each, model in models.items()}
     evaluated = evaluate_found(settings, by_name, out, place_of(split), split)
     if predictions is not None:
         write_predictions(evaluated.scored, settings.columns, predictions)

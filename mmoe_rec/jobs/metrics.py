@@ -27,7 +27,7 @@ from mmoe_rec.evaluation.metrics.tasks import bin_edges
 from mmoe_rec.evaluation.slices import MOST_VALUES, SliceBy, Slices
 from mmoe_rec.evaluation.summary import MeasuredModel
 from mmoe_rec.evaluation.sums import MOST_UNITS, EvaluationSums, join_sums, measure
-from mmoe_rec.jobs.places import check_names, check_out, short_names
+from mmoe_rec.jobs.places import check_out, short_names
 from mmoe_rec.jobs.prediction_files import (
     JOINED,
     WEIGHT,
@@ -83,7 +83,7 @@ def measure_predictions(
         raise UserError(f"--out '{out}' must be a folder of this machine, or one mounted like one")
     out = Path(os.path.abspath(out))
     check_out(out)
-    check_names([source, *against], "--against")
+    names = short_names([source, *against])
     find_objective((rules or Evaluation()).decide_by)
     listed = {each: find_files(each, "--predictions" if each == source else "--against") for each in (source, *against)}
     _check_places(listed, out)
@@ -97,7 +97,6 @@ def measure_predictions(
             raise BadFile(message, error.address) from None
     _check_columns(mine)
     with writing(out, "an evaluation", "give another folder with --out", queue=True):
-        names = dict(zip(files, short_names(list(files)), strict=True))
         measured = {names[each]: _measure_files(mine[each], those, each, out, options) for each, those in files.items()}
         judged = tuple(task.name for task in mine[source].tasks if task.name not in columns.outcomes)
         facts = {"predictions": source, "files": f"{len(files[source]):,}"}

@@ -92,14 +92,17 @@ def features_in_use(settings: Settings, what: str, going_on: bool = False) -> It
                 return
 
 
-def short_names(addresses: Sequence[str]) -> list[str]:
-    """Names for files and folders, by the ends of their paths that tell them apart; other addresses are names."""
+def short_names(addresses: Sequence[str]) -> dict[str, str]:
+    """Addresses with names for files and folders, by the ends of their paths that tell them apart; other addresses are
+    names. Raises UserError where one comes twice."""
+    if twice := next((each for each in addresses if addresses.count(each) > 1), None):
+        raise UserError(f"'{twice}' is compared with itself; give other models with --against")
     parts = [[each] if ":" in each else each.rstrip("/").split("/") for each in addresses]
     for length in range(1, max(map(len, parts), default=0) + 1):
         names = ["/".join(each[-length:]) for each in parts]
         if len(set(names)) == len(names):
-            return names
-    return list(addresses)
+            return dict(zip(addresses, names, strict=True))
+    return {each: each for each in addresses}
 
 
 def check_out(out: Path, settings: Settings | None = None) -> None:
@@ -117,9 +120,3 @@ def check_out(out: Path, settings: Settings | None = None) -> None:
     inside = next((each for each in taken if real.is_relative_to(os.path.realpath(each))), None)
     if inside is not None or real == Path(os.path.realpath(work)):
         raise UserError(f"--out '{out}' lies in '{inside or work}', which holds other things; name another folder")
-
-
-def check_names(names: list[str], option: str) -> None:
-    """Raises UserError where two models are called the same. option: of the command, for the others."""
-    if twice := next((name for name in names if names.count(name) > 1), None):
-        raise UserError(f"'{twice}' is compared with itself; give other models with {option}")

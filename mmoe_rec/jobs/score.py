@@ -30,7 +30,7 @@ from mmoe_rec.errors import StoppedError, UserError
 from mmoe_rec.features.pipeline import FeaturePipeline, exact_from
 from mmoe_rec.inference.artifact import Source, read_artifact, version_of
 from mmoe_rec.inference.ranking import Freshness, scored_table
-from mmoe_rec.jobs.score_files import AsOf, LearntRows, Output, fingerprint_of, finished_name, known_rows, open_logs
+from mmoe_rec.jobs.score_files import FORMAT, AsOf, LearntRows, Output, finished_name, known_rows, open_logs
 from mmoe_rec.locks import writing
 from mmoe_rec.log.checks import BadFile, format_time
 from mmoe_rec.log.database import Database, open_database
@@ -41,6 +41,7 @@ from mmoe_rec.log.rows import LogRows, labels_of
 from mmoe_rec.point_in_time.join import Window
 from mmoe_rec.preprocessing.engines import Engine, open_engine
 from mmoe_rec.preprocessing.exchange import ResultExchange, ResultReader
+from mmoe_rec.preprocessing.prepare import fingerprint_of
 from mmoe_rec.preprocessing.steps import ROWS_FOR_PROCESSES, Steps, kept_reader, kept_results
 from mmoe_rec.progress import bar, say
 from mmoe_rec.settings.load import load_settings, parse_overrides
@@ -137,9 +138,10 @@ class _Scoring:
         self.tables_as_of, self.freshness = about.tables_as_of, Freshness.of(about)
         self.exact_from = exact_from(model.folder / "features")
         self.constants = {"model": model.address, "model_version": version_of(model.folder)}
-        tables = self.tables_as_of, self.exact_from
-        more = ["labels", settings.split.model_dump(mode="json")] if labels else []
-        self.fingerprint = fingerprint_of(self.logs, self.constants, tables, as_of, window, *more)
+        tables, how = (self.tables_as_of, self.exact_from), self.logs.options
+        options = [how.duplicates, how.several_times, how.rows_in_memory]
+        split = settings.split.model_dump(mode="json") if labels else None
+        self.fingerprint = fingerprint_of(self.logs, [FORMAT, self.constants, tables, as_of, window, options, split])
 
     def run(self) -> ScoredLog:
         """Scores, or goes on."""

@@ -12,7 +12,6 @@ It reads the columns of the model's features, and labels only where these are re
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -33,7 +32,6 @@ from mmoe_rec.features.encoder import Results
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.inference.ranking import ROW, prediction_columns
 from mmoe_rec.jobs.places import build_options, key_types
-from mmoe_rec.log.columns import zone_rules
 from mmoe_rec.log.files import find_files, is_remote, local_path, takes_in
 from mmoe_rec.log.reader import LogPart, LogReader
 from mmoe_rec.log.rows import LogRows
@@ -120,19 +118,15 @@ def _read_schema(schema: Schema, settings: Settings, as_of: AsOf, lacking: Colle
 
 
 def _check_labels(address: str, there: Collection[str], schema: Schema) -> None:
-    """Raises UserError where a file has no labels to count."""
-    for name, feature in schema.features.items():
-        if not isinstance(feature, Remembering) or feature.task is None:
-            continue
-        task = schema.tasks[feature.task]
-        for each in (task, *([schema.tasks[task.given]] if task.given else [])):
-            for column in (each.label, *([each.observed_when.column] if each.observed_when else [])):
-                if column not in there:
-                    raise UserError(
-                        f"'{address}' has no column '{column}', a label by which feature '{name}' knows what happened "
-                        "before: give a log that has it (null in rows of which nothing is known yet), or score with "
-                        "--as-of tables, by what the model itself remembers"
-                    )
+    """Raises UserError where a file lacks labels."""
+    for task in schema.tasks.values():
+        for column in (task.label, *([task.observed_when.column] if task.observed_when else [])):
+            if column not in there:
+                raise UserError(
+                    f"'{address}' has no column '{column}', a label, and counters and histories count what happened "
+                    "before: give a log that has it (null in rows of which nothing is known yet), or score with "
+                    "--as-of tables, by what the model itself remembers"
+                )
 
 
 FORMAT = 1
@@ -207,22 +201,16 @@ class Output:
 
     def begin(self, fingerprint: str) -> None:
         """Makes the working folder, or takes that of a run of the same fingerprint; another one's is removed."""
-        begun = self.work / "begun.json"
-        if self.work.exists():
-            try:
-                same = json.loads(begun.read_text(encoding="utf-8")) == fingerprint
-            except (OSError, ValueError):
-                same = False
-            if not same:
-                say(
-                    f"a run for '{self.folder}' that has not ended was of another input, model or settings, so scoring "
-                    "starts anew"
-                )
-                self.forget()
+        begun = self.work / "begun"
+        if self.work.exists() and not (begun.is_file() and begun.read_text(encoding="utf-8") == fingerprint):
+            say(
+                f"a run for '{self.folder}' that has not ended was of another input, model or settings, so scoring "
+                "starts anew"
+            )
+            self.forget()
         for each in (self.work / "scored", self.finished):
             each.mkdir(parents=True, exist_ok=True)
-        if not begun.is_file():
-            write_text(begun, json.dumps(fingerprint))
+        write_text(begun, fingerprint)
 
     def end(self, manifest: dict[str, Any]) -> None:
         """Puts the finished files and their manifest in the output's place."""
@@ -240,14 +228,6 @@ def learnt_from(files: Iterable[str]) -> list[str]:
     folders = {Path(local_path(each)).parent for each in files if not is_remote(each)}
     sentences = [(Output(each).manifest or {}).get("learnt") for each in sorted(folders)]
     return [each for each in sentences if each is not None]
-
-
-def fingerprint_of(logs: Logs, *settings: object) -> str:
-    """Changes with the files of the logs, when one is written again, with how they are read, and with the settings."""
-    files = [[(file.address, file.bytes, file.version, file.in_path) for file in each.files] for each in logs.all]
-    options = [logs.options.duplicates, logs.options.several_times, logs.options.rows_in_memory]
-    text = json.dumps([FORMAT, zone_rules(logs.schema), files, logs.schema.identity(), options, settings], default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def text_of(value: Scalar) -> str:

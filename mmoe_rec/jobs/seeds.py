@@ -30,7 +30,7 @@ from mmoe_rec.devices import usable_cores
 from mmoe_rec.errors import EXIT_CODE, STOPPED_EXIT_CODE, StoppedError, StopRequest, UserError, exit_with_message
 from mmoe_rec.inference.artifact import Source, version_of
 from mmoe_rec.jobs.evaluate import check_tasks, measured_on_test_rows
-from mmoe_rec.jobs.places import check_names, features_in_use, short_names
+from mmoe_rec.jobs.places import features_in_use, short_names
 from mmoe_rec.jobs.run_page import as_code, command
 from mmoe_rec.jobs.train import train_model
 from mmoe_rec.locks import reading, writing
@@ -104,9 +104,8 @@ def _find_others(against: Sequence[str], settings: Settings, mine: Path) -> dict
     still there, or that predicts other tasks."""
     from mmoe_rec.features.pipeline import FeaturePipeline
 
-    check_names(list(against), "--against")
     others = {}
-    for name, work in zip(short_names(list(against)), against, strict=True):
+    for work, name in short_names(against).items():
         folder = Path(work) / "seeds"
         if folder.resolve() == mine.resolve():
             raise UserError(f"--against '{work}' is the folder of these trainings (data.work); give that of others")

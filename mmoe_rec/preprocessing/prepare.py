@@ -228,9 +228,10 @@ def encode_with(state: Path, logs: Logs, windows: dict[str, Window], folder: Pat
     return counts
 
 
-def fingerprint_of(logs: Logs, windows: dict[str, Window]) -> str:
+def fingerprint_of(logs: Logs, windows: object) -> str:
     """Changes when a file of the logs is written again, even with the same size, and with what identifies features in
-    the schema, with splits, or with the rules of a time zone; not with what a model makes of features."""
+    the schema, with splits (`windows`, or what else rows depend on, as JSON), or with the rules of a time zone; not
+    with what a model makes of features."""
     found = [
         [
             [(file.address, file.bytes, file.version, file.in_path) for file in each.files],

@@ -61,7 +61,7 @@ def test_wrong_input(small: SmallModel, tmp_path: Path, fine: None, name: str, a
 
 def test_a_log_without_labels_has_nothing_to_count(small: SmallModel, tmp_path: Path) -> None:
     source = write_finely(tmp_path / "log", good().drop_columns(["click", "liked", "spent"]))
-    with pytest.raises(UserError, match=r"has no column 'click', a label by which feature 'clicked' .*--as-of tab"):
+    with pytest.raises(UserError, match=r"has no column 'click', a label, and counters .*--as-of tables"):
         score_log(small.folder, source, tmp_path / "out")
     assert score_log(small.folder, source, tmp_path / "out", "tables").manifest["rows"] == 200
     # Labels that no counter or history remembers are not needed, and neither is the rest that serving does without.
