@@ -162,11 +162,9 @@ def _measure_files(
         raise UserError(f"'{files[0].file.address}'{' and the other files' * (len(files) > 1)} hold no row to evaluate")
     # Each holds whole groups of users, whose number is a power of two as well.
     partitions = min(1 << (-(-rows // ROWS_PER_PARTITION) - 1).bit_length(), MOST_UNITS)
-    precisions = [find_precision(columns, each) for each in files]
-    precision = {name: max(each[name] for each in precisions) for name in precisions[0]}
     scratch = out.with_name(f".{out.name}.measuring")
     shutil.rmtree(scratch, ignore_errors=True)  # of a run that was killed
-    job = MeasureJob(columns, Exchange(scratch, partitions), precision)
+    job = MeasureJob(columns, Exchange(scratch, partitions), find_precision(columns, files))
     try:
         with open_engine(options.engine, options.workers, rows >= ROWS_FOR_PROCESSES) as engine:
             sums, slices = _measure_parts(engine, job, parts, rows, options)

@@ -290,11 +290,14 @@ def find_key_types(columns: PredictionColumns, footer: Footer) -> dict[str, pa.D
     return types
 
 
-def find_precision(columns: PredictionColumns, footer: Footer) -> dict[str, float]:
-    """Task -> machine precision of its predictions in a file."""
-    kinds = {task.name: footer.schema.field(columns.names[f"predicted_{task.name}"]).type for task in columns.tasks}
-    single = {name: pt.is_float32(kind) or pt.is_float16(kind) for name, kind in kinds.items()}
-    return {name: float(np.finfo(np.float32 if each else np.float64).eps) for name, each in single.items()}
+def find_precision(columns: PredictionColumns, footers: Sequence[Footer]) -> dict[str, float]:
+    """Task -> machine precision of its least precise predictions in files."""
+    precision = {}
+    for task in columns.tasks:
+        kinds = [each.schema.field(columns.names[f"predicted_{task.name}"]).type for each in footers]
+        is_single = any(pt.is_float32(kind) or pt.is_float16(kind) for kind in kinds)
+        precision[task.name] = float(np.finfo(np.float32 if is_single else np.float64).eps)
+    return precision
 
 
 def _hint(columns: PredictionColumns, name: str) -> str:

@@ -28,20 +28,79 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
+import platform
 import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from mmoe_rec.devices import usable_cores
 from tests.benchmarks.peers.environment import FOLDER, PEERS, peers_environment, run
 
 TABLE_ROWS = (50_000, 500_000, 2_000_000)
 SECONDS = 40  # for a peer's training; some would take an hour
 EMULATED = 0.5
 """bf16 products that have less than this share of fp32's rate are not worth a training."""
+# Of those that /proc/cpuinfo names, the ones that kernels of products and tables ask for.
+_FLAGS = ("avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "avx_vnni", "amx_bf16", "amx_tile", "bf16", "sve")
+
+
+@dataclass(frozen=True)
+class Processor:
+    """vendor, name: as the system calls them; flags: what products and tables may use; cores: that are free for us;
+    settings: environment variables that hold libraries back from using what the processor has."""
+
+    vendor: str
+    name: str
+    flags: tuple[str, ...]
+    cores: int
+    settings: tuple[str, ...]
+
+
+def processor() -> Processor:
+    """This machine's."""
+    file, first = Path("/proc/cpuinfo"), ""
+    if file.is_file():
+        first = file.read_text(encoding="utf-8", errors="replace").partition("\n\n")[0]
+    fields = dict(line.split(":", 1) for line in first.splitlines() if ":" in line)
+    found = {name.strip(): value.strip() for name, value in fields.items()}
+    known = set(found.get("flags", found.get("Features", "")).split())
+    held = ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "OPENBLAS_CORETYPE", "MKL_ENABLE_INSTRUCTIONS")
+    return Processor(
+        found.get("vendor_id", "unknown"),
+        found.get("model name", platform.processor() or platform.machine()),
+        tuple(flag for flag in _FLAGS if flag in known),
+        usable_cores(),
+        tuple(f"{name}={os.environ[name]}" for name in held if name in os.environ),
+    )
+
+
+def product_rates(seconds: float = 1.0, size: int = 2048) -> dict[str, float]:
+    """Operations a second in products of two square matrices, the fastest of many: in fp32 by torch's BLAS library and
+    by oneDNN, where torch has it, and in bf16.
+
+    seconds: for each; one product is done in any case, which takes long where bf16 is emulated.
+    """
+    import torch
+
+    from mmoe_rec.model.products import by_onednn, has_onednn
+
+    ways = {"fp32": (torch.float32, torch.mm), "bf16": (torch.bfloat16, torch.mm)}
+    if has_onednn():
+        ways["fp32_onednn"] = torch.float32, by_onednn
+    rates = {}
+    for name, (kind, multiply) in ways.items():
+        left, right = (torch.randn(size, size).to(kind) for _ in range(2))
+        shortest, end = float("inf"), time.perf_counter() + seconds
+        while (started := time.perf_counter()) < end:
+            multiply(left, right)
+            shortest = min(shortest, time.perf_counter() - started)
+        rates[name] = 2 * size**3 / shortest
+    return rates
 
 
 def tight_loop(rows: int, table_rows: int, precision: str) -> float:
@@ -135,7 +194,6 @@ def benchmark(rows: int, repeats: int, peers: Path, few: bool) -> dict[str, obje
 
 def by_hand(rates: Mapping[str, float]) -> dict[str, list[str]]:
     """Every combination of settings that a training could have chosen here, by name."""
-    from mmoe_rec.devices import usable_cores
     from mmoe_rec.training.tables import list_ways
 
     products = {"fp32": ["precision=fp32", "products=blas"]}
@@ -151,7 +209,6 @@ def by_hand(rates: Mapping[str, float]) -> dict[str, list[str]]:
 
 
 def _report(timer: Timer) -> dict[str, object]:
-    from tests.benchmarks.machine import processor
     from tests.benchmarks.training_rows import operations_per_row
 
     speeds, limit = timer.speeds, max(timer.rates.values()) / operations_per_row()
@@ -194,8 +251,6 @@ def main() -> None:
         case None:
             print(json.dumps(benchmark(options.rows, options.repeats, options.peers, options.peers_only_50k)))
         case ["rates"]:
-            from tests.benchmarks.machine import product_rates
-
             print(json.dumps(product_rates()))
         case ["tight", rows, table_rows, precision]:
             print(tight_loop(int(rows), int(table_rows), precision))
