@@ -123,26 +123,20 @@ def test_columns_of_the_same_name(tmp_path: Path) -> None:
         score_log(small.folder, tmp_path / "work" / "log", tmp_path / "out")
 
 
-@pytest.mark.parametrize(
-    ("options", "says"),
-    [
+def test_the_command_says_one_sentence(small: SmallModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = write_finely(tmp_path / "log", good())
+    for options, says in (
         (["--as-of", "now"], "invalid value for '--as-of': 'now' is not one of 'log', 'tables'"),
         (["--start", "yesterday"], "'yesterday' is no time; write it like 2017-09-04"),
         (["--data.worker", "2"], "data.worker"),
         (["--engine", "spark"], "invalid value for '--engine': 'spark' is not one of"),
-    ],
-)
-def test_the_command_says_one_sentence(
-    small: SmallModel, tmp_path: Path, options: list[str], says: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    source = write_finely(tmp_path / "log", good())
-    arguments = ["--model", small.folder, "--input", source, "--output", tmp_path / "out", *options]
-    with pytest.raises(SystemExit) as ended:
-        run("score", *arguments)
-    assert ended.value.code == 2
-    told = capsys.readouterr().err
-    assert says in told
-    assert len(told.splitlines()) == 1
+    ):
+        with pytest.raises(SystemExit) as ended:
+            run("score", "--model", small.folder, "--input", source, "--output", tmp_path / "out", *options)
+        assert ended.value.code == 2
+        told = capsys.readouterr().err
+        assert says in told
+        assert len(told.splitlines()) == 1
 
 
 def test_a_column_that_only_some_files_have_is_not_completed(small: SmallModel, tmp_path: Path) -> None:
@@ -152,13 +146,10 @@ def test_a_column_that_only_some_files_have_is_not_completed(small: SmallModel, 
         score_log(small.folder, source, tmp_path / "out", "tables")
 
 
-@pytest.mark.parametrize("setting", ["--tasks.click.score_weight", "--model.gates.top_k", "--serving.max_candidates"])
-def test_a_setting_that_scoring_does_not_read_is_refused(small: SmallModel, tmp_path: Path, setting: str) -> None:
-    with pytest.raises(UserError, match=f"^{setting} changes nothing here"):
-        score_log(small.folder, tmp_path / "log", tmp_path / "out", overrides=[setting, "1"])
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_window_without_time_is_refused_at_once(small: SmallModel, tmp_path: Path) -> None:
+def test_what_needs_no_look_at_the_log_is_refused_at_once(small: SmallModel, tmp_path: Path) -> None:
+    for setting in ("--tasks.click.score_weight", "--model.gates.top_k", "--serving.max_candidates"):
+        with pytest.raises(UserError, match=f"^{setting} changes nothing here"):
+            score_log(small.folder, tmp_path / "log", tmp_path / "out", overrides=[setting, "1"])
     with pytest.raises(UserError, match=r"--start 1970-01-01T00:00:00\+00:00 is not before --end"):
         score_log(small.folder, "no/log", tmp_path / "out", window=(2, 2))
+    assert not list(tmp_path.iterdir())

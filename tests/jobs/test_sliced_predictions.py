@@ -76,19 +76,22 @@ def test_slices_are_those_of_the_rows_however_these_are_cut(tmp_path: Path, monk
     assert devices["rows"].sum() == len(found)
 
 
+def compare(folder: Path, mine: pd.DataFrame, theirs: pd.DataFrame, *words: str) -> None:
+    for name, each in (("mine", mine), ("theirs", theirs)):
+        (folder / name).mkdir()
+        each.to_parquet(folder / name / "0.parquet", index=False)
+    sides = ["--predictions", str(folder / "mine"), "--against", str(folder / "theirs")]
+    run("metrics", *sides, "--tasks", "bought", "--out", str(folder / "out"), *words)
+
+
 def test_models_are_compared_in_slices_of_the_same_rows(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """A rank is each model's own: what a model shows first is better by construction than what another one shows."""
-    sides = {}
-    for seed, name in enumerate(("mine", "theirs")):
-        found = frame()
+    sides = [frame(), frame()]
+    for seed, found in enumerate(sides):
         noise = np.random.default_rng(seed).normal(size=len(found))
         found["score"] = found["predicted_bought"] = 1 / (1 + np.exp(-noise - found["label_bought"]))
         found["rank"] = found.groupby("request")["score"].rank(ascending=False, method="first").astype(int)
-        (tmp_path / name).mkdir()
-        found.to_parquet(tmp_path / name / "0.parquet", index=False)
-        sides[name] = str(tmp_path / name)
-    words = ["--predictions", sides["mine"], "--against", sides["theirs"], "--tasks", "bought", "--resamples", "20"]
-    run("metrics", *words, "--out", str(tmp_path / "out"), "--slices", "rank", "device")
+    compare(tmp_path, *sides, "--resamples", "20", "--slices", "rank", "device")
     table = pd.read_parquet(tmp_path / "out" / "slices.parquet")
     assert set(table[table["by"] == "rank"]["beside"]) == {"all rows"}
     assert set(table[table["by"] == "device"]["beside"]) == {"all rows", "theirs"}
@@ -98,13 +101,9 @@ def test_models_are_compared_in_slices_of_the_same_rows(tmp_path: Path, capsys: 
 
 def test_another_score_of_the_same_predictions_is_told_of(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """What decides is the same, and what is ranked by is not."""
-    for name, sign in (("mine", 1.0), ("theirs", -1.0)):
-        found = frame()
-        found["score"] = sign * found["predicted_bought"]
-        (tmp_path / name).mkdir()
-        found.to_parquet(tmp_path / name / "0.parquet", index=False)
-    words = ["--predictions", str(tmp_path / "mine"), "--against", str(tmp_path / "theirs"), "--tasks", "bought"]
-    run("metrics", *words, "--resamples", "50", "--out", str(tmp_path / "out"))
+    found = frame()
+    sides = [found.assign(score=sign * found["predicted_bought"]) for sign in (1.0, -1.0)]
+    compare(tmp_path, *sides, "--resamples", "50")
     printed = " ".join(capsys.readouterr().out.split())
     told = (
         "'mine' and 'theirs' do not differ in what decides, though in ndcg_at_5 of the score, ndcg_at_10 of the score"
