@@ -1,4 +1,4 @@
-"""Two simulated logs for the tests of this folder."""
+"""A simulated log for the tests of this folder."""
 
 import pytest
 from simulated_log import Log, simulate
@@ -7,8 +7,3 @@ from simulated_log import Log, simulate
 @pytest.fixture
 def log() -> Log:
     return simulate(seed=0)
-
-
-@pytest.fixture
-def tied_log() -> Log:
-    return simulate(seed=1, decimals=1)

@@ -10,7 +10,6 @@ from mmoe_rec.evaluation.intervals import (
     Resampled,
     correct_by_holm,
     draw_users,
-    effective_sample_size,
     is_small_sample,
     resample,
 )
@@ -49,16 +48,6 @@ def test_users_that_move_a_mean_most_count_alone(scale: np.ndarray, least: float
         np.testing.assert_allclose(resampled.influence, expected, atol=5 * expected.std() * np.sqrt(len(scale) / 1000))
         found.append(resampled.effective_users)
     assert least <= np.median(found) <= most
-
-
-def test_what_never_varies_rests_on_all() -> None:
-    assert resampled_mean(np.full(10, 2.0), 50, 0).effective_users == 10
-
-
-def test_users_of_unequal_size() -> None:
-    assert effective_sample_size(np.ones(7)) == 7
-    assert effective_sample_size(np.r_[np.full(2, 1e6), np.ones(50)]) == pytest.approx(2, rel=1e-3)
-    assert effective_sample_size(np.zeros(3)) == 1
 
 
 @pytest.mark.parametrize("users", [3, 5, 12])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pandas as pd
 import pytest
@@ -15,7 +13,6 @@ from mmoe_rec.evaluation.scoring import score_rows
 from mmoe_rec.jobs.evaluate import describe_placement
 from mmoe_rec.log.reader import Log
 from tests.inference.small_model import SmallModel
-from tests.log.small_logs import ALL_KINDS
 
 
 @pytest.fixture(scope="module")
@@ -50,12 +47,3 @@ def test_effects_are_those_of_the_rows(small: SmallModel, monkeypatch: pytest.Mo
             each = np.exp(effects[task.name]) if task.kind == "binary" else effects[task.name]
             assert mine.effects[task.name] == pytest.approx(each, rel=1e-4, abs=1e-5)
     assert len(found) >= 3, "slots do the same"
-
-
-def test_a_model_without_placement_tells_nothing(tmp_path: Path) -> None:
-    features = {name: each for name, each in ALL_KINDS.items() if name != "slot"}
-    small = SmallModel(tmp_path, features=features)
-    rows = EncodedRows(small.prepared.split("test"), small.model_layout)
-    scored = score_rows(small.model, small.model_layout, rows, 64)
-    assert scored.placement is None
-    assert describe_placement(scored, small.folder / "features") == []

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from html import unescape
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -99,11 +98,6 @@ def test_names_from_the_data_are_escaped(pages: dict[str, str]) -> None:
     assert health.count("<title>Data set health: &lt;/title&gt;") == 1
     assert f"rate of {EVIL}click by week" in _labels(health)
     assert f"predicted against observed probabilities of bought by {EVIL}new" in _labels(pages["evaluation.html.j2"])
-
-
-def test_a_page_is_the_same_for_the_same_data(pages: dict[str, str], tmp_path: Path) -> None:
-    found = health_of_frames(tmp_path, changed(1, lambda *_: None))
-    assert health.page(found) == health.page(found)
 
 
 def test_a_value_that_a_template_lacks_is_an_error() -> None:
