@@ -119,16 +119,10 @@ class ScoredRows:
 
     def take(self, rows: np.ndarray) -> ScoredRows:
         """Those of the rows whose numbers are given."""
-        names = ("predictions", "labels", "score")
-        return replace(
-            self,
-            users=self.users.take(pa.array(rows)),
-            requests=self.requests.take(pa.array(rows)),
-            candidates=None if self.candidates is None else self.candidates.take(pa.array(rows)),
-            outcomes={name: each[rows] for name, each in self.outcomes.items()},
-            weights=None if self.weights is None else self.weights[rows],
-            **{name: getattr(self, name)[rows] for name in names},
-        )
+        names = ("users", "requests", "candidates", "predictions", "labels", "score", "weights")
+        given = {name: each for name in names if (each := getattr(self, name)) is not None}
+        taken = {name: each.take(rows) if isinstance(each, pa.Array) else each[rows] for name, each in given.items()}
+        return replace(self, **taken, outcomes={name: each[rows] for name, each in self.outcomes.items()})
 
     def with_predictions(self, values: np.ndarray) -> ScoredRows:
         """The same rows with another model's predictions (N, T), fused by the relevance weights."""

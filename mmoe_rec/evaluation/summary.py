@@ -110,10 +110,8 @@ class MeasuredModel:
 def summarise(sums: EvaluationSums, resamples: int = 1000, seed: int = 0) -> Summary:
     """All metrics of a model, with 95% bootstrap intervals over users.
 
-    Args:
-        sums: of all rows.
-        resamples: how often users are redrawn, at least 1; 1,000 make the ends of the intervals steady.
-        seed: of the draws; the same seed gives the same users, whatever the model.
+    resamples: how often users are redrawn, at least 1; 1,000 make the ends of the intervals steady; seed: of the draws;
+    the same seed gives the same users, whatever the model.
     """
     groups, ranking = sums_by_user(sums), sums.tables["ranking"]
     units, effective = len(ranking), effective_by_metric(groups)

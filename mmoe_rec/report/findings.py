@@ -94,12 +94,9 @@ def _in_task(name: str, task: GroupSummary) -> Iterator[tuple[str, str]]:
     outside = [each for each in bins if each["low"] is not None and not _holds(each)]
     is_off = sum(each["weight"] for each in outside) >= sum(each["weight"] for each in bins) / 2 > 0
     if is_off and (task.details["ece"] or 0.0) >= OFF and not _is_far(ratio):
-        in_sum = (
-            "where nothing was observed"
-            if ratio.value is None
-            else f"and in sum {ratio.value:.2f} times what was observed"
-        )
-        in_sum = "though right in sum" if _is_right_in_sum(task) else in_sum
+        in_sum = "though right in sum" if _is_right_in_sum(task) else "where nothing was observed"
+        if ratio.value is not None and not _is_right_in_sum(task):
+            in_sum = f"and in sum {ratio.value:.2f} times what was observed"
         yield (
             "calibration",
             f"the probabilities of '{name}' are off by {task.details['ece']:.2g} on average (ece), {in_sum}: "

@@ -26,15 +26,9 @@ from mmoe_rec.evaluation.metrics.tasks import NO_REQUEST
 class RankedLists:
     """N rows sorted by request and falling score, with the runs of equal scores.
 
-    Attributes:
-        row: (N,) int64, where each row stands in the order in which they were given.
-        request: (N,) int64 in [0, requests).
-        requests: Q.
-        gain: (N,) float64, at least 0; a row is relevant when its gain is positive.
-        position: (N,) int64, from 0 within each request.
-        run: (N,) int64, the run each row belongs to.
-        run_first: (runs,) int64, position of the run's first row.
-        run_length: (runs,) int64.
+    row: (N,) int64, where each stands in the order in which they were given; request: (N,) int64 in [0, requests);
+    gain: (N,) float64, at least 0, a row is relevant where it is positive; position: (N,) int64, from 0 within each
+    request; run: (N,) int64, of each row; run_first, run_length: (runs,) int64, its first position, and its rows.
     """
 
     row: np.ndarray
