@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.benchmarks.abuse.server import served
-from tests.benchmarks.abuse.wire import everything, replies_in
+from tests.benchmarks.abuse.wire import everything, replies_in, served
 
 HANGS_AFTER = 30.0  # seconds: the server closes what stays idle within ten
 
