@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import click
 
@@ -65,16 +65,18 @@ def metrics(
         given = "both are given" if tasks else "neither is given"
         raise UserError(f"give the tasks by --config C or by --tasks, one of the two ({given}); --help says how")
     from mmoe_rec.evaluation.slices import SliceBy
-    from mmoe_rec.jobs.metrics import MeasureOptions, measure_predictions
+    from mmoe_rec.jobs.metrics import measure_predictions
+    from mmoe_rec.jobs.places import build_options
     from mmoe_rec.jobs.prediction_files import columns_of_settings, columns_of_tasks
+    from mmoe_rec.preprocessing.logs import DEFAULTS
     from mmoe_rec.report.tables import show_results
 
-    rules, options = Evaluation(), MeasureOptions()
+    rules, options = Evaluation(), DEFAULTS
     if configuration is None:
         rows = columns_of_tasks(tasks)
     else:
         settings = configuration.settings
-        rows, rules, data = columns_of_settings(settings), settings.evaluation, settings.data
+        rows, rules, options = columns_of_settings(settings), settings.evaluation, build_options(settings)
         weighed = settings.training.sampling_correction == "weights"
         if weighed and not any(each.startswith("weight=") for each in columns):
             weight = settings.columns.weight
@@ -84,14 +86,13 @@ def metrics(
                 "column that holds these weights with --columns weight=COLUMN, or set "
                 "--training.sampling_correction to none"
             )
-        options = MeasureOptions(rules.resamples, data.engine, data.workers, data.memory_gib)
         if rules.slices and not slices:
             say("evaluation.slices is a setting of evaluate; name columns by --slices here")
-    changes: dict[str, Any] = {"resamples": resamples, "engine": engine, "memory_gib": memory_gib}
-    options = replace(options, **{name: value for name, value in changes.items() if value is not None})
+    rules = rules if resamples is None else rules.model_copy(update={"resamples": resamples})
+    options = replace(options, engine=engine or options.engine, memory_gib=memory_gib or options.memory_gib)
     rows = replace(rows.with_columns(columns), slices=tuple(SliceBy.of(each) for each in slices))
     rows = replace(rows, duplicates="keep") if keep_duplicates else rows
-    results = measure_predictions(rows, predictions, out, options, against, rules)
+    results = measure_predictions(rows, predictions, out, rules, options, against)
     show(show_results(results))
     for name, summary in results.summaries.items():
         if summary.facts["columns"]["score"] is None:

@@ -40,42 +40,33 @@ from mmoe_rec.jobs.prediction_files import (
 from mmoe_rec.jobs.score_files import learnt_from
 from mmoe_rec.locks import writing
 from mmoe_rec.log.checks import BadFile
-from mmoe_rec.log.database import MEMORY_GIB, Database, open_database
+from mmoe_rec.log.database import Database, open_database
 from mmoe_rec.log.files import FoundFile, find_files, is_remote
 from mmoe_rec.log.reader import LogPart, cut
 from mmoe_rec.preprocessing.engines import Engine, open_engine
 from mmoe_rec.preprocessing.exchange import Exchange, partition_of
+from mmoe_rec.preprocessing.logs import DEFAULTS, BuildOptions
 from mmoe_rec.progress import bar
-from mmoe_rec.settings.sections import EngineName, Evaluation
+from mmoe_rec.settings.sections import Evaluation
 
 ROWS_PER_PART, ROWS_PER_PARTITION = 524_288, 262_144
 ROWS_FOR_PROCESSES = 2_000_000
 """With so many rows or more, processes are worth their start where there are more workers than threads suit."""
 
 
-@dataclass(frozen=True)
-class MeasureOptions:
-    """How to measure. resamples: of users for the intervals; engine, and workers: tasks at a time, None is
-    one a core; memory_gib: in which requests are checked."""
-
-    resamples: int = 1000
-    engine: EngineName = "local"
-    workers: int | None = None
-    memory_gib: float = MEMORY_GIB
-
-
 def measure_predictions(
     columns: PredictionColumns,
     source: str,
     out: str | Path,
-    options: MeasureOptions = MeasureOptions(),
+    rules: Evaluation,
+    options: BuildOptions = DEFAULTS,
     against: Sequence[str] = (),
-    rules: Evaluation | None = None,
 ) -> Results:
     """Measures rows of Parquet files; writes `metrics.json` and the sums to a folder.
 
-    source: a folder of Parquet files, one file or a glob; against: further ones with other predictions of the same
-    rows, which are compared with these; rules: by which. Raises UserError for a wrong file, column or value.
+    source: a folder of Parquet files, one file or a glob; rules: of intervals and comparisons; options: engine,
+    workers and memory; against: further files with other predictions of the same rows, which are compared with these.
+    Raises UserError for a wrong file, column or value.
     """
     from mmoe_rec.report.evaluation import write_results
 
@@ -84,7 +75,7 @@ def measure_predictions(
     out = Path(os.path.abspath(out))
     check_out(out)
     names = short_names([source, *against])
-    find_objective((rules or Evaluation()).decide_by)
+    find_objective(rules.decide_by)
     listed = {each: find_files(each, "--predictions" if each == source else "--against") for each in (source, *against)}
     _check_places(listed, out)
     files = {each: [Footer.read(file) for file in those] for each, those in listed.items()}
@@ -97,11 +88,14 @@ def measure_predictions(
             raise BadFile(message, error.address) from None
     _check_columns(mine)
     with writing(out, "an evaluation", "give another folder with --out", queue=True):
-        measured = {names[each]: _measure_files(mine[each], those, each, out, options) for each, those in files.items()}
+        measured = {
+            names[each]: _measure_files(mine[each], those, each, out, rules.resamples, options)
+            for each, those in files.items()
+        }
         judged = tuple(task.name for task in mine[source].tasks if task.name not in columns.outcomes)
         facts = {"predictions": source, "files": f"{len(files[source]):,}"}
         facts |= {"columns": ", ".join(f"{part}={name}" for part, name in mine[source].by_part().items() if name)}
-        results = Results(measured, judged, rules or Evaluation(), f"Evaluation of {names[source]}", facts)
+        results = Results(measured, judged, rules, f"Evaluation of {names[source]}", facts)
         write_results(results, out)
     return results
 
@@ -152,7 +146,7 @@ def _match_columns(columns: PredictionColumns, files: list[Footer]) -> Predictio
 
 
 def _measure_files(
-    columns: PredictionColumns, files: list[Footer], source: str, out: Path, options: MeasureOptions
+    columns: PredictionColumns, files: list[Footer], source: str, out: Path, resamples: int, options: BuildOptions
 ) -> MeasuredModel:
     from mmoe_rec.evaluation.summary import summarise
 
@@ -172,12 +166,12 @@ def _measure_files(
         shutil.rmtree(scratch, ignore_errors=True)
     weights = {task.name: task.weight for task in columns.tasks}
     facts = {"predictions": source, "files": len(files), "columns": columns.by_part(), "relevance_weights": weights}
-    summary = replace(summarise(sums, options.resamples), facts=facts)
+    summary = replace(summarise(sums, resamples), facts=facts)
     return MeasuredModel(sums, summary, source, seen=learnt_from(file.file.address for file in files), slices=slices)
 
 
 def _measure_parts(
-    engine: Engine, job: MeasureJob, parts: list[LogPart], rows: int, options: MeasureOptions
+    engine: Engine, job: MeasureJob, parts: list[LogPart], rows: int, options: BuildOptions
 ) -> tuple[EvaluationSums, SlicedSums]:
     with bar() as progress:
         task = progress.add_task("reading", total=rows)

@@ -19,10 +19,10 @@ from mmoe_rec.evaluation.scoring import score_rows
 from mmoe_rec.evaluation.sums import measure
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.jobs import metrics
-from mmoe_rec.jobs.metrics import MeasureOptions
 from mmoe_rec.jobs.places import logs_for
 from mmoe_rec.jobs.prediction_files import PredictionColumns, columns_of_settings, columns_of_tasks
 from mmoe_rec.jobs.score import score_log
+from mmoe_rec.preprocessing.logs import DEFAULTS, BuildOptions
 from mmoe_rec.preprocessing.prepare import encode_with
 from mmoe_rec.report.evaluation import summary_tree
 from mmoe_rec.settings.sections import Evaluation
@@ -35,20 +35,20 @@ from tests.log.small_logs import DAY, START, random_log, with_requests
 TASKS = ["bought", "stars:regression=0.2"]
 
 
-FEW = MeasureOptions(20)
+FEW = Evaluation(resamples=20)
 
 
 def measured(
     rows: list[str] | PredictionColumns,
     source: str | Path,
     out: Path,
-    options: MeasureOptions = FEW,
+    rules: Evaluation = FEW,
+    options: BuildOptions = DEFAULTS,
     against: Sequence[str] = (),
-    rules: Evaluation | None = None,
 ) -> dict[str, Any]:
     """The summary of predictions. rows: their columns, or tasks."""
     columns = rows if isinstance(rows, PredictionColumns) else columns_of_tasks(rows)
-    return summary_tree(metrics.measure_predictions(columns, str(source), out, options, against, rules).first.summary)
+    return summary_tree(metrics.measure_predictions(columns, str(source), out, rules, options, against).first.summary)
 
 
 RATE = ["--columns.sampling_rate", "rate"]
@@ -99,7 +99,9 @@ def test_metrics_are_those_of_the_rows_however_these_are_cut(text: bool, tmp_pat
     monkeypatch.setattr(metrics, "ROWS_AT_A_TIME", 100)
     frame = predicted(1, text=text)
     asked = columns_of_tasks(TASKS)
-    found = measured(asked, written(frame, tmp_path / "in"), tmp_path / "out", MeasureOptions(50, workers=2))
+    found = measured(
+        asked, written(frame, tmp_path / "in"), tmp_path / "out", Evaluation(resamples=50), BuildOptions(workers=2)
+    )
     label, chance = frame["label_bought"].astype(float), frame["predicted_bought"].astype(float)
     bought = {name: found["tasks"]["bought"][name]["value"] for name in ("auc", "average_precision", "logloss")}
     assert bought == pytest.approx(
@@ -136,12 +138,12 @@ def test_metrics_are_those_of_the_rows_however_these_are_cut(text: bool, tmp_pat
 def test_many_users_and_values_are_measured_in_groups_and_bins(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(metrics, "ROWS_PER_PARTITION", 200)
     source = str(written(predicted(2).assign(predicted_bought=np.random.default_rng(0).random(3_000)), tmp_path / "in"))
-    expected = measured(TASKS, source, tmp_path / "a", MeasureOptions(100))
+    expected = measured(TASKS, source, tmp_path / "a", Evaluation(resamples=100))
     for module in ("mmoe_rec.evaluation.sums", "mmoe_rec.jobs.metrics"):
         monkeypatch.setattr(f"{module}.MOST_UNITS", 32)
     monkeypatch.setattr("mmoe_rec.evaluation.metrics.tasks.MOST_BINS", 200)
     monkeypatch.setattr("mmoe_rec.jobs.metrics.ROWS_PER_PART", 300)
-    found = measured(TASKS, source, tmp_path / "b", MeasureOptions(100))
+    found = measured(TASKS, source, tmp_path / "b", Evaluation(resamples=100))
     assert found["users"] == expected["users"] == 97
     assert found["tasks"]["bought"]["single_class_users"] == expected["tasks"]["bought"]["single_class_users"]
     for name, value, other in intervals(found, expected):
@@ -153,7 +155,7 @@ def test_many_users_and_values_are_measured_in_groups_and_bins(tmp_path: Path, m
 def test_ray_gives_the_same(tmp_path: Path, monkeypatch) -> None:
     source = str(written(predicted(2), tmp_path / "in"))
     local = measured(TASKS, source, tmp_path / "local")
-    ray = measured(TASKS, source, tmp_path / "ray", MeasureOptions(20, engine="ray", workers=2))
+    ray = measured(TASKS, source, tmp_path / "ray", options=BuildOptions(engine="ray", workers=2))
     assert ray == local
 
 

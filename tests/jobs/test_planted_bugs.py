@@ -17,10 +17,10 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.comparison import Results
 from mmoe_rec.jobs import evaluate
 from mmoe_rec.jobs.evaluate import evaluate_model
-from mmoe_rec.jobs.metrics import MeasureOptions, measure_predictions
+from mmoe_rec.jobs.metrics import measure_predictions
 from mmoe_rec.jobs.prediction_files import columns_of_tasks
 from mmoe_rec.report.findings import find_all
-from mmoe_rec.settings.sections import Split
+from mmoe_rec.settings.sections import Evaluation, Split
 from tests.inference.small_model import SmallModel
 from tests.report.parsed import Page
 
@@ -50,7 +50,7 @@ def report(frame: pd.DataFrame, folder: Path) -> tuple[Results, str]:
     folder.mkdir(parents=True)
     frame.to_parquet(folder / "rows.parquet", index=False)
     results = measure_predictions(
-        columns_of_tasks(["bought"]), str(folder), folder.with_name("out"), MeasureOptions(200)
+        columns_of_tasks(["bought"]), str(folder), folder.with_name("out"), Evaluation(resamples=200)
     )
     return results, Page((folder.with_name("out") / "report.html").read_text(encoding="utf-8")).words
 
