@@ -371,7 +371,7 @@ def test_a_correction_needs_the_rate(tmp_path):
     correction = {"training__sampling_correction": "weights"}
     assert _load(tmp_path, **correction).training.sampling_correction == "weights"
     message = _message(tmp_path, columns__sampling_rate=_DROPPED, **correction)
-    assert "training.sampling_correction needs `columns.sampling_rate`, the column with the rate of each row" in message
+    assert "training.sampling_correction needs `columns.sampling_rate`, the column with the rate" in message
 
 
 # Documentation

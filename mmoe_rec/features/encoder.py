@@ -17,7 +17,7 @@ from mmoe_rec.log.rows import MICROSECONDS_PER_DAY, LogRows, maturity
 from mmoe_rec.point_in_time.arrays import Ragged, SharedRagged
 from mmoe_rec.point_in_time.join import LookUps
 from mmoe_rec.point_in_time.memory import Memory
-from mmoe_rec.settings.columns import CHOICES, Use
+from mmoe_rec.settings.columns import CHOICES, EVENT, Use
 from mmoe_rec.settings.schema import Feature, Schema
 
 MemoryKind = TypeVar("MemoryKind", bound=Memory)
@@ -173,7 +173,9 @@ class MemoryEncoder(Encoder, Generic[MemoryKind]):
 
     def __init__(self, name: str, feature: Any, shared: Shared, by: tuple[str, ...]) -> None:
         super().__init__(name, feature, shared)
-        self.by, self.source, self.task = by, feature.events, shared.schema.source_task(feature)
+        self.by, self.source = by, feature.events
+        # Every row of a log of events counts as one of the task `EVENT`.
+        self.task = EVENT if feature.task is None else shared.schema.tasks[feature.task]
         self.matures_after = maturity(self.task, shared.schema)
         self.numbers: dict[str, DenseNumber] = {}
         self.memory = self.empty()

@@ -29,7 +29,7 @@ from mmoe_rec.locks import writing
 from mmoe_rec.log.checks import format_time
 from mmoe_rec.log.rows import MICROSECONDS_PER_DAY
 from mmoe_rec.preprocessing.logs import HeldFiles, read_held_files
-from mmoe_rec.preprocessing.prepare import ADVICE, BUILD, FeatureFolder, existing
+from mmoe_rec.preprocessing.prepare import BUILD, FeatureFolder, existing
 from mmoe_rec.settings.sections import Settings, Split
 from mmoe_rec.tracking.outbox import list_waiting_runs
 
@@ -80,7 +80,7 @@ def train_when_due(settings: Settings, address: str, every: int, days: int) -> I
                     f"{max(0, behind):.1f} days behind the tables of '{served.alias}', and one is due after {every}"
                 )
                 return
-            with writing(prepared.folder, BUILD, ADVICE, queue=True), atomic_folder(kept) as folder:
+            with writing(prepared.folder, *BUILD, queue=True), atomic_folder(kept) as folder:
                 _link(prepared.folder, folder / "features")
         elif _has_ended(prepared, kept, work):
             _forget(kept)
@@ -117,7 +117,7 @@ def _add_days(settings: Settings, served: AliasHolder, kept: Path, prepared: Fea
     """
     from mmoe_rec.training.checkpoint import FinishedTraining, forget_training
 
-    with writing(prepared.folder, BUILD, ADVICE, queue=True), atomic_folder(prepared.folder) as folder:
+    with writing(prepared.folder, *BUILD, queue=True), atomic_folder(prepared.folder) as folder:
         _link(kept / "features", folder)
     if FinishedTraining.read(Path(settings.data.work)) is None:
         forget_training(Path(settings.data.work) / "checkpoints")  # of features that are gone

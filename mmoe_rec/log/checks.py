@@ -125,9 +125,7 @@ def check_files(
     footers: list[_Footer] = []
     with ThreadPoolExecutor(_OPEN_AT_ONCE) as pool:
         try:
-            for file, each in zip(
-                found, pool.map(lambda file: _read_footer(file, uses, time_unit), found), strict=True
-            ):
+            for file, each in zip(found, pool.map(lambda one: _read_footer(one, uses, time_unit), found), strict=True):
                 if isinstance(each, BadFile):
                     problems[file.address] = each
                 else:

@@ -29,17 +29,7 @@ FIRST_ANSWER_SECONDS = 15.0
 _PACKAGES = {"s3": ("s3fs", "s3"), "s3a": ("s3fs", "s3"), "gs": ("gcsfs", "gs"), "gcs": ("gcsfs", "gs")}
 # From these, read only what is asked for: their libraries would fetch megabytes around a footer.
 _READ_BY_RANGE = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "http", "https"}
-_VERSION_KEYS = (
-    "ETag",
-    "etag",
-    "generation",
-    "md5Hash",
-    "mtime",
-    "LastModified",
-    "last_modified",
-    "updated",
-    "created",
-)
+_VERSIONS = ("ETag", "etag", "generation", "md5Hash", "mtime", "LastModified", "last_modified", "updated", "created")
 
 
 @dataclass(frozen=True)
@@ -97,9 +87,7 @@ def find_local(source: str) -> list[Path]:
     seen: dict[str, Path] = {}
     for file in files:
         if (other := seen.setdefault(os.path.realpath(file), file)) != file:
-            raise UserError(
-                f"'{other}' and '{file}' are the same file, by a link: its rows would count twice; remove one of them"
-            )
+            raise UserError(f"'{other}' and '{file}' are the same file, by a link: its rows count twice; remove one")
     return files
 
 
@@ -254,7 +242,7 @@ def _first_answer(system: Any, path: str) -> dict[str, Any] | None:
 
 
 def _version(system: Any, info: dict[str, Any]) -> str:
-    version = next((info[key] for key in _VERSION_KEYS if info.get(key)), None)
+    version = next((info[key] for key in _VERSIONS if info.get(key)), None)
     return str(version if version is not None else system.ukey(info["name"]))
 
 

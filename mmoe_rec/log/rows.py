@@ -413,9 +413,7 @@ def require_all(schema: Schema, what: str) -> None:
     columns = schema.columns
     there = {"user": columns.has_user, "candidate": columns.has_candidate, "time": columns.has_time}
     if lacking := [f"columns.{name}" for name, has in there.items() if not has]:
-        raise UserError(
-            f"{what} needs {' and '.join(lacking)}, which the settings leave out, as those of a plain table"
-        )
+        raise UserError(f"{what} needs {' and '.join(lacking)}, which the settings leave out, as for a plain table")
 
 
 def places_of(column: pa.ChunkedArray | pa.Array, split: SplitColumn) -> np.ndarray:

@@ -89,10 +89,7 @@ def check_requests(log: Log, requests: Requests) -> None:
         advice = "a request is ranked as a whole: give all its rows one split"
         raise _clash(log, requests.times_clash, split.column, requests.several_times, advice)
     if requests.times_clash is not None:
-        advice = (
-            "write the request's time into all its rows, or set data.several_times to first, which takes the first "
-            "for all"
-        )
+        advice = "write the request's time into all its rows, or set data.several_times to first"
         raise _clash(log, requests.times_clash, columns.time, requests.several_times, advice)
 
 
@@ -113,20 +110,18 @@ def place(log: Log, row: int) -> str:
     raise AssertionError("a row beyond the log")
 
 
-def check_splits(
-    counted: LogCounts, windows: Mapping[str, Window], source: str, split: SplitColumn | None = None
-) -> None:
+def check_splits(counted: LogCounts, windows: Mapping[str, Window], log: str, split: SplitColumn | None = None) -> None:
     """Raises UserError where a split has no rows. split: the column that says it, None where times do."""
     for name in windows:
         if counted.rows[name] == 0 and split is not None:
             listed = ", ".join(map(repr, split.values[name]))
             raise UserError(
-                f"the {name} split is empty: no row of the log '{source}' has {listed} in column '{split.column}'; "
+                f"the {name} split is empty: no row of the log '{log}' has {listed} in column '{split.column}'; "
                 f"list its values under split.{name}"
             )
         if counted.rows[name] == 0:
             raise UserError(
-                f"the {name} split is empty: the log '{source}' has requests from {format_time(counted.first[0])} to "
+                f"the {name} split is empty: the log '{log}' has requests from {format_time(counted.first[0])} to "
                 f"{format_time(counted.last[0])}; set `split.train_end`, `split.validation_end` and `split.test_end` "
                 "inside (and `columns.time_unit`, if these times are wrong)"
             )
@@ -152,9 +147,7 @@ def check_classes(schema: Schema, counts: SplitCounts) -> None:
             if task.given is not None:
                 reasons.append(f"task '{task.given}' never happened where it has a value")
             if task.matures_after_days:
-                reasons.append(
-                    f"no label had matured by split.train_end, {task.matures_after_days:g} days after its request"
-                )
+                reasons.append(f"no label had matured by split.train_end, {task.matures_after_days:g} days after it")
             raise UserError(
                 f"task '{name}' has no observed label in training: {', or '.join(reasons)}; "
                 "give it labels, train on a longer period, or remove the task"

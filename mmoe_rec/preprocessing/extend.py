@@ -41,14 +41,7 @@ from mmoe_rec.point_in_time.join import Window
 from mmoe_rec.preprocessing.checks import check_apart, place
 from mmoe_rec.preprocessing.count import LogCounts
 from mmoe_rec.preprocessing.logs import DEFAULTS, BuildOptions, HeldFiles, Logs, read_journal_name
-from mmoe_rec.preprocessing.prepare import (
-    ADVICE,
-    BUILD,
-    FeatureFolder,
-    fingerprint_of,
-    write_features,
-    write_manifest,
-)
+from mmoe_rec.preprocessing.prepare import BUILD, FeatureFolder, fingerprint_of, write_features, write_manifest
 from mmoe_rec.preprocessing.requests import Requests
 from mmoe_rec.preprocessing.steps import Steps
 from mmoe_rec.progress import say
@@ -215,7 +208,7 @@ def extend(
     features = FeatureFolder(work / "features")
     if not (features.folder / "manifest.json").is_file():
         raise UserError(f"'{features.folder}' holds no features that could be extended; build them without --extend")
-    with writing(features.folder, BUILD, ADVICE, queue=True):
+    with writing(features.folder, *BUILD, queue=True):
         _check_schema(features, schema)
         taken = HeldFiles.read(features.folder)
         logs = Logs(log_source, schema, options, [log.types for log in taken.logs])
@@ -265,16 +258,11 @@ def _extend(before: FeatureFolder, files: NewFiles, windows: dict[str, Window], 
         counted.add_latest_of(before.serving, logs.schema)
         counted.first = (first, 0)
         manifest = write_features(steps, pipeline, counted, taken, windows, folder, before.serving.resolve())
-    stands_for = fingerprint_of(logs, windows)
+    whole = fingerprint_of(logs, windows)
     # Not that of a build of all files, whose ids have other rows: a model knows its features by the fingerprint.
-    fingerprint = hashlib.sha256(f"{was['fingerprint']} {stands_for}".encode()).hexdigest()[:16]
+    fingerprint = hashlib.sha256(f"{was['fingerprint']} {whole}".encode()).hexdigest()[:16]
     manifest["unchecked"] = sorted({*was["unchecked"], *logs.options.unchecked})
-    extends = {
-        "fingerprint": was["fingerprint"],
-        "stands_for": stands_for,
-        "rows_before": was["rows"],
-        "new_ids": new_ids,
-    }
+    extends = {"fingerprint": was["fingerprint"], "stands_for": whole, "rows_before": was["rows"], "new_ids": new_ids}
     write_manifest(folder, {"fingerprint": fingerprint, **manifest, "extends": extends})
     return Extension(before, sum(len(each.files) for each in new.all), new.log.rows, new_ids, files.gone)
 

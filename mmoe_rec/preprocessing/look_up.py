@@ -101,18 +101,16 @@ class ReceivedRows:
     def _send(self, exchange: Exchange, edges: np.ndarray, rows_in_memory: int) -> np.ndarray:
         """Writes each row to the pieces that need it; gives the rows of each piece, (pieces,) int64."""
         tables = rebatch(self.look_ups(), rows_in_memory)
-        turns = (self._to_pieces(table, self.moments(table), edges) for table in tables)
+        turns = (self._spread(table, self.moments(table), edges) for table in tables)
         look_ups = exchange.send_in_turns(look_ups_of(self.group[0].name), (0, 0), turns)
         most = np.zeros(exchange.receivers, np.int64)
         for encoder in self.unlabelled:
             tables = rebatch(self.events(encoder), rows_in_memory)
-            turns = (self._to_pieces(table, [table["known"].to_numpy()], edges) for table in tables)
+            turns = (self._spread(table, [table["known"].to_numpy()], edges) for table in tables)
             most = np.maximum(most, exchange.send_in_turns(events_of(encoder.name), (0, 0), turns))
         return look_ups + most
 
-    def _to_pieces(
-        self, table: pa.Table, moments: Sequence[np.ndarray], edges: np.ndarray
-    ) -> tuple[pa.Table, np.ndarray]:
+    def _spread(self, table: pa.Table, moments: Sequence[np.ndarray], edges: np.ndarray) -> tuple[pa.Table, np.ndarray]:
         """The rows and the piece of each, once for each piece that holds one of their moments, the first one first."""
         rows, pieces = [], []
         places: list[np.ndarray] = []

@@ -41,7 +41,7 @@ from mmoe_rec.progress import say
 from mmoe_rec.settings.schema import Schema
 
 # For those that come while features are built, and for those who would build them while they are read.
-BUILD, ADVICE = "a build of features", "set `data.work` to another folder"
+BUILD = ("a build of features", "set `data.work` to another folder")
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,7 @@ def prepare(
         return not same_files or features.exact_from_later(options) is None
 
     if not stand():
-        with writing(features.folder, BUILD, ADVICE, queue=True):
+        with writing(features.folder, *BUILD, queue=True):
             # Another process may have built them while this one waited.
             if not stand():
                 _check_replaceable(features, logs)

@@ -10,18 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, Field, SerializeAsAny, model_validator
 
-from mmoe_rec.settings.columns import (
-    EVENT,
-    Columns,
-    EventLog,
-    Role,
-    Roles,
-    Section,
-    SplitColumn,
-    Task,
-    Use,
-    outcome_name,
-)
+from mmoe_rec.settings.columns import Columns, EventLog, Role, Roles, Section, SplitColumn, Task, Use, outcome_name
 
 MAX_TABLE_ROWS = 2**31
 """Rows of the largest table: its ids are 32-bit numbers in encoded rows."""
@@ -198,10 +187,6 @@ class Schema(Section):
                     f"{taken[outcome]}; rename one"
                 )
             taken[outcome] = "that of two other tasks"
-
-    def source_task(self, feature: Remembering) -> Task:
-        """The task whose labels a feature remembers; every row of an event log counts as one of `EVENT`."""
-        return EVENT if feature.task is None else self.tasks[feature.task]
 
     def _check_columns(self) -> None:
         """No column has two purposes, and what needs users or times is not asked of a table without."""

@@ -76,18 +76,14 @@ class Split(Section):
                 raise ValueError("train_start, train_end, validation_end and test_end must follow each other in time")
             return self
         if given := [name for name in _TIMES if getattr(self, name) is not None]:
-            raise ValueError(
-                f"has both {given[0]} and column, but rows are split by times or by a column: leave one out"
-            )
+            raise ValueError(f"has both {given[0]} and column, but rows are split by times or a column: leave one out")
         seen: dict[Scalar, str] = {}
         for name in SPLITS:
             for value in getattr(self, name):
                 if isinstance(value, int) and not -(2**63) <= value < 2**63:
                     raise ValueError(f"{name} lists {value}, which no column of whole numbers can hold")
                 if isinstance(value, float):
-                    raise ValueError(
-                        f"{name} lists {value}, but values of a column of splits are text or whole numbers"
-                    )
+                    raise ValueError(f"{name} lists {value}, but values of a column of splits are text or integers")
                 if (other := seen.setdefault(value, name)) != name:
                     raise ValueError(f"value {value!r} is both in {other} and in {name}")
         return self
@@ -360,9 +356,7 @@ class Settings(Section):
                     f"{', '.join(known)}"
                 )
         if self.training.sampling_correction != "none" and self.columns.sampling_rate is None:
-            raise ValueError(
-                "training.sampling_correction needs `columns.sampling_rate`, the column with the rate of each row"
-            )
+            raise ValueError("training.sampling_correction needs `columns.sampling_rate`, the column with the rate")
         return self
 
     @property

@@ -125,7 +125,7 @@ def test_several_times_can_be_refused_also_of_features_at_hand(tmp_path: Path) -
     assert str(caught.value) == (
         f"row 4 of '{log_folder}/0.parquet' and row 1 of '{log_folder}/1.parquet' are of one request (column "
         "'request') and differ in column 'time', as do rows of 1 request: write the request's time into all its "
-        "rows, or set data.several_times to first, which takes the first for all"
+        "rows, or set data.several_times to first"
     )
     assert existing(*place, keep) is not None
 
