@@ -211,9 +211,7 @@ NO_LABEL = "neither 0 nor 1; fix the data or set the task's kind to regression"
         *(("price", {9: rate}, 9, f"holds {said}, {NO_RATE}") for rate, said in ((0.0, 0), (1.5, 1.5), (None, "null"))),
     ],
 )
-def test_the_first_wrong_value_is_told_however_a_file_is_cut(
-    tmp_path, monkeypatch, column, changes, row, message, rows_per_part
-):
+def test_the_first_wrong_value_is_told_in_any_part(tmp_path, monkeypatch, column, changes, row, message, rows_per_part):
     monkeypatch.setattr(log_module, "ROWS_AT_A_TIME", 30)
     tasks = {**TASKS, "spent": {"label": "spent", "kind": "regression", "objective": "engagement"}}
     columns = {"user": "user", "candidate": "item", "time": "time", "sampling_rate": "price"}

@@ -250,9 +250,7 @@ def test_a_place_that_fails_is_not_a_bad_file(monkeypatch):
             with monkeypatch.context() as patch:
                 patch.setattr(owner, function, fail)
                 for attempt in (lambda: Log("memory://log", SCHEMA, skip_bad_files=True), lambda: list(log.stream())):
-                    with pytest.raises(
-                        UserError, match=r"'memory:///log/0.parquet' cannot be reached .*by peer"
-                    ) as caught:
+                    with pytest.raises(UserError, match=r"/log/0.parquet' cannot be reached .*by peer") as caught:
                         attempt()
                     assert not isinstance(caught.value, BadFile)
     finally:

@@ -70,9 +70,7 @@ def test_a_users_rows_of_a_split_are_one_request(tmp_path: Path) -> None:
         ({0: None}, False, "holds null, and not one of 1, 2, 3, 4: .*row 0"),
     ],
 )
-def test_a_value_that_no_split_lists(
-    tmp_path: Path, changes: dict[int, int | None], as_text: bool, message: str
-) -> None:
+def test_a_value_that_no_split_lists(tmp_path, changes, as_text, message):
     table = with_values(plain_table(0), "fold", changes)
     values: dict[str, Any] = SPLIT_VALUES
     if as_text:

@@ -13,17 +13,7 @@ from mmoe_rec.preprocessing.exchange import Exchange, events_of, look_ups_of
 from mmoe_rec.preprocessing.logs import BuildOptions
 from mmoe_rec.preprocessing.look_up import ReceivedRows, chunks
 from mmoe_rec.preprocessing.prepare import prepare
-from tests.log.small_logs import (
-    DAY,
-    START,
-    files_of,
-    random_log,
-    schema_of,
-    times_of,
-    windows_of,
-    with_column,
-    write_log,
-)
+from tests.log.small_logs import DAY, START, files_of, random_log, schema_of, times_of, windows_of, write_log
 
 WINDOWS = windows_of(5, 7)
 COUNTER = {"kind": "counter", "outputs": ["positives", "rows", "rate", "recency"], "window_days": [None, 1, 5]}
@@ -65,7 +55,7 @@ def skewed_log(seed: int, rows: int, spread: str) -> pa.Table:
         "time": pa.array(START + np.sort(times_spread(spread, rows, rng))).cast(table["time"].type),
     }
     for name, column in columns.items():
-        table = with_column(table, name, column)
+        table = table.set_column(table.column_names.index(name), name, column)
     return table.take(pa.array(rng.permutation(rows)))
 
 

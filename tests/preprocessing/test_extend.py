@@ -17,17 +17,7 @@ from mmoe_rec.inspection.sums import collect
 from mmoe_rec.preprocessing import extend as extend_module
 from mmoe_rec.preprocessing.prepare import FeatureFolder, existing
 from mmoe_rec.preprocessing.steps import Steps
-from tests.log.small_logs import (
-    ALL_KINDS,
-    DAY,
-    START,
-    assert_same,
-    files_of,
-    log_rows,
-    times_of,
-    windows_of,
-    with_column,
-)
+from tests.log.small_logs import ALL_KINDS, DAY, START, assert_same, files_of, log_rows, times_of, windows_of
 from tests.preprocessing.growing_log import WINDOWS, Growing, training_items
 
 
@@ -115,9 +105,7 @@ def test_a_split_without_new_rows_has_no_folder(growing):
 def test_what_is_advised_where_a_split_has_no_rows_helps(growing):
     growing.add(8, 10)
     prepared = growing.extend().features
-    message = (
-        r"have no train rows: .* Set `split` around the requests of the next new files .*, or set another `data.work`"
-    )
+    message = r"have no train rows: .* Set `split` around the requests of the next new files .*, or set another `data"
     for needs_rows in (lambda: prepared.require_rows("train", "validation"), lambda: collect(prepared, growing.schema)):
         with pytest.raises(UserError, match=message):
             needs_rows()
@@ -129,8 +117,8 @@ def test_what_is_advised_where_a_split_has_no_rows_helps(growing):
 
 def test_new_files_that_turn_out_to_be_bad_are_left_out_and_recorded(growing):
     growing.add(8, 9)
-    wrong = growing.table.slice(0, 50)
-    wrong = with_column(wrong, "click", pa.array([7.0] * 50))
+    place = growing.table.column_names.index("click")
+    wrong = growing.table.slice(0, 50).set_column(place, "click", pa.array([7.0] * 50))
     pq.write_table(wrong, growing.folder / "log" / "bad.parquet")
     before = files_of(growing.work)
     with pytest.raises(UserError, match=r"bad.parquet': label column 'click' of binary task 'click' holds 7"):
@@ -164,9 +152,7 @@ def days_of(prepared: FeatureFolder) -> float:
     return (last_of(prepared) + 1 - floor) / DAY
 
 
-def test_features_are_built_anew_for_more_days_and_stay_for_fewer(
-    unprepared: Growing, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_features_are_built_anew_for_more_days_and_stay_for_fewer(unprepared, capsys):
     before = unprepared.prepare()
     assert days_of(before) == 0
     first = files_of(before.folder)
@@ -183,9 +169,7 @@ def test_features_are_built_anew_for_more_days_and_stay_for_fewer(
     assert TOLD not in capsys.readouterr().err
 
 
-def test_an_extension_by_more_days_keeps_what_was_left_and_says_so(
-    unprepared: Growing, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_extension_by_more_days_keeps_what_was_left_and_says_so(unprepared, capsys):
     before = unprepared.prepare(as_of_days=1)
     floor = exact_from(before.serving)
     assert floor is not None

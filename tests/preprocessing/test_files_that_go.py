@@ -232,10 +232,8 @@ def test_a_last_file_that_was_left_out_is_mended_and_taken_in_with_the_next_one(
         columns = ["user", "candidate", "time", "label.click"]
         one, two = (pq.read_table(each.features.split(split), columns=columns) for each in (mine, theirs))
         assert one.equals(two)
-    counted = [
-        FeaturePipeline.load(each.features.serving).memory_encoders["item_click"].memory for each in (mine, theirs)
-    ]
-    one, two = (pa.table(each.to_columns()) for each in counted)
+    clicks = [FeaturePipeline.load(each.features.serving).memory_encoders["item_click"] for each in (mine, theirs)]
+    one, two = (pa.table(each.memory.to_columns()) for each in clicks)
     assert one.equals(two)
 
 

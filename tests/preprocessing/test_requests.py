@@ -257,9 +257,7 @@ def test_a_row_before_a_request_of_days_before_is_refused(tmp_path: Path) -> Non
 def test_a_request_of_another_user_of_days_before_is_refused(tmp_path: Path) -> None:
     """Ids that begin anew each day are no requests of days before."""
     days = _Days(tmp_path)
-    again = days.new.set_column(
-        days.new.column_names.index("request"), "request", pa.array(np.zeros(days.new.num_rows, int))
-    )
+    again = with_column(days.new, "request", np.zeros(days.new.num_rows, int))
     user = days.old["user"].to_pylist()[days.old["request"].to_pylist().index(0)]
     other = pa.array([each for each in set(days.new["user"].to_pylist()) if each != user][:1] * 2)
     again = again.slice(0, 2).set_column(0, "user", other)
