@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings = quickstart_settings(options.fast, out, overrides)
     from rich.console import Console
 
-    from mmoe_rec.cli.command import show
+    from mmoe_rec.cli.main import show
     from mmoe_rec.inference.ranker import Ranker
     from mmoe_rec.jobs.baselines import measure_baselines
     from mmoe_rec.jobs.evaluate import evaluate_model
@@ -60,8 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     console.rule("2/5  features, training, registration")
     trained = train_model(settings)
     assert trained is not None, "the quickstart runs in one process"
-    for part in (*describe_training(trained, settings), *trained.compared):
-        console.print(part, highlight=False, soft_wrap=isinstance(part, str))
+    show(describe_training(trained, settings))
     console.rule("3/5  evaluation on later weeks")
     with reading(Path(settings.data.work) / "features", "a quickstart"):
         evaluated = evaluate_model(settings, trained.address, Path(settings.data.work) / "evaluation")
@@ -75,10 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         console.print(f"  {position}. product {candidate}  score {score:.4f}")
     show(show_results(results))
     print(f"report: {Path(settings.data.work) / 'baselines' / 'report.html'}")
-    console.print(
-        f"{time.perf_counter() - started:.0f} s in all; training {trained.rows_per_s:,.0f} rows/s, "
-        f"{trained.waiting:.1%} of it waiting for data"
-    )
+    print(f"{time.perf_counter() - started:.0f} s in all")
     _next_commands(settings, trained.address, request)
 
 

@@ -32,7 +32,7 @@ FILES += [ROOT / ".github" / "CONTRIBUTING.md"]
 DOCS = "\n".join([README, *(each.read_text(encoding="utf-8") for each in FILES)])
 """README, the guides beside what they describe, and how to contribute."""
 HOUSEHOLDS = "30"
-PIP_COMMAND = doctor.Machine(doctor.read_requirements(), {}, uv=False).install_all()
+PIP_COMMAND = doctor.Machine(doctor.read_requirements(), {}, uv=False).install()
 
 ELSEWHERE = {
     "doctor": "pipelines/test_doctor.py::test_this_machine",
@@ -72,7 +72,7 @@ ELSEWHERE = {
     "edit-experts --add": (
         "pipelines/test_expert_commands.py::test_adding_experts_keeps_predictions_and_training_goes_on"
     ),
-    "export --out --int8": "pipelines/test_export.py::test_a_model_in_int8_with_its_figures_on_test_rows",
+    "export --out --int8": "pipelines/test_export.py::test_a_model_in_int8_with_its_figures",
     "export --out --onnx": "pipelines/test_export.py::test_an_export_is_replaced_and_nothing_else_is",
     "baselines": "jobs/test_baselines_command.py::test_a_model_stands_beside_what_it_has_to_beat",
     "tune-weights --goal --keep": "jobs/test_tune_weights.py::test_the_choice_is_told_on_test_rows",

@@ -14,14 +14,13 @@ from pathlib import Path
 
 import click
 
-from mmoe_rec.cli.command import MODEL, Configuration, out_option, settings_command, show
+from mmoe_rec.cli.main import MODEL, Configuration, out_option, settings_command, show
 
 
 @settings_command(__doc__)
 @click.option("--model", metavar="M", help=f"the model beside them: {MODEL}")
 @out_option("data.work/baselines")
 def baselines(configuration: Configuration, model: str | None, out: Path | None) -> None:
-    """Runs the command."""
     from mmoe_rec.jobs.baselines import measure_baselines
     from mmoe_rec.jobs.evaluate import evaluate_model
     from mmoe_rec.jobs.places import check_out, short_names

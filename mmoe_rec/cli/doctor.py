@@ -47,6 +47,12 @@ EXTRAS = ("tables-cpu", "tables-cuda", "serve", "tune")  # what the extras cpu a
 TORCHREC_NEEDS = ("pyre-extensions", "tensordict", "torchmetrics==1.0.3", "tqdm")
 """What torchrec asks for besides fbgemm, whose build it would choose."""
 PLAIN = "plain PyTorch tables, one process"
+REMEDIES = {
+    "SIGILL": "use another machine: this processor lacks instructions of the wheels (AVX2 on x86-64)",
+    "^no answer": "mmoe-rec doctor  # once more: a first import from a slow disk takes long",
+    r"lib(stdc\+\+|gcc_s|z)\.so": "apt-get install -y libstdc++6 libgcc-s1 zlib1g",
+}
+"""What to do about errors of `probe` that hold a pattern."""
 
 
 @dataclass(frozen=True)
@@ -70,8 +76,8 @@ class Machine:
     """What the checks look at.
 
     required, versions: package name -> requirement (`mlflow==3.17.*`), and installed version; uv: whether uv made the
-    environment; has_driver: whether NVIDIA's driver is there; uvicorn: the first on PATH, and this environment's;
-    probe: what `probe` reported: `stage`, and maybe `error`, `torch_cuda`, `cards` (their names) and `choices`.
+    environment; has_driver: whether NVIDIA's driver is there; probe: what `probe` reported: `stage`, and maybe `error`,
+    `torch_cuda`, `cards` (their names) and `choices`.
     """
 
     required: Mapping[str, str]
@@ -81,7 +87,6 @@ class Machine:
     processor: str = platform.machine()
     uv: bool = True
     has_driver: bool = False
-    uvicorn: tuple[str | None, str | None] = (None, None)
     probe: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -95,37 +100,30 @@ class Machine:
         return self.system == "Linux" and self.processor in ("x86_64", "aarch64")
 
     @property
-    def trio(self) -> dict[str, str]:
-        """Requirements of torch, torchrec and both builds of fbgemm that go with the installed torch."""
+    def lines(self) -> dict[str, str]:
+        """Package name -> requirement; those of torchrec and fbgemm go with the torch that is installed, which may be
+        what the machine came with."""
         release = ".".join(self.versions.get("torch", "").split(".")[:2])
         release = release if release in TOGETHER else list(TOGETHER)[-1]
         torchrec, fbgemm = TOGETHER[release]
         builds = {build: f"{build}=={fbgemm}" for build in BUILDS.values()}
-        return {"torch": f"torch=={release}.*", "torchrec": f"torchrec=={torchrec}", **builds}
+        return {**self.required, "torch": f"torch=={release}.*", "torchrec": f"torchrec=={torchrec}", **builds}
 
-    def install(self, names: Iterable[str], again: bool = False) -> str:
-        """What installs these packages; torchrec without its dependencies, which ask for fbgemm's CUDA build."""
+    def install(self, *again: str) -> str:
+        """What installs everything that the project needs; torchrec without its dependencies, which ask for fbgemm's
+        CUDA build. again: what is there and has to be replaced."""
         if self.uv:
-            parts = [f"--reinstall-package {name}" for name in names] if again else []
-            return " ".join(["uv sync --extra", self.build, *parts])
-        lines, force = {**self.required, **self.trio}, " --force-reinstall" if again else ""
-        others = [shlex.quote(lines[name]) for name in names if name != "torchrec"]
-        commands = [f"pip uninstall -y {' '.join(BUILDS.values())}"] if again else []
-        commands += [f"pip install{force} " + " ".join(others)] if others else []
-        commands += [f"pip install{force} --no-deps {lines['torchrec']}"] if "torchrec" in names else []
-        return " && ".join(commands)
-
-    def install_all(self) -> str:
-        """What installs everything that the project needs."""
-        other = {"cpu": "fbgemm-gpu", "cuda": "fbgemm-gpu-cpu"}[self.build]
-        return self.install([name for name in self.required if name != other])
+            return " ".join(["uv sync --extra", self.build, *(f"--reinstall-package {name}" for name in again)])
+        remove = f"pip uninstall -y {' '.join(again)} && " if again else ""
+        apart = {"torchrec", *BUILDS.values()} - {BUILDS[self.build]}
+        words = [shlex.quote(line) for name, line in self.lines.items() if name not in apart]
+        return f"{remove}pip install {' '.join(words)} && pip install --no-deps {self.lines['torchrec']}"
 
     def problem(self, name: str) -> str | None:
         """What is wrong with the version of a package."""
         from packaging.requirements import Requirement
 
-        needed = Requirement({**self.required, **self.trio}[name]).specifier
-        version = self.versions.get(name)
+        needed, version = Requirement(self.lines[name]).specifier, self.versions.get(name)
         if version is None:
             return f"{name} is missing"
         return None if needed.contains(version, prereleases=True) else f"{name} {version} (needs {needed})"
@@ -144,57 +142,49 @@ def run_checks(machine: Machine) -> Iterator[Check]:
         fix = "use Linux on x86_64 or aarch64 (on a Mac a container) for sharded tables, or several processes"
     yield Check("platform", platform, fix, warns=runs)
     if find_spec("packaging") is None:
-        yield Check("packages", f"{sys.executable} lacks the project's packages", machine.install_all())
+        yield Check("packages", f"{sys.executable} lacks the project's packages", machine.install())
     elif fits and runs:
         yield _check_packages(machine)
-        yield _check_trio(machine)
-        yield from _check_build(machine)
+        yield _check_devices(machine)
         yield _check_training(machine)
-        yield _check_uvicorn(machine)
-        yield _check_cards(machine)
 
 
 def _check_packages(machine: Machine) -> Check:
-    is_plain = not machine.versions.keys() & {"torchrec", *BUILDS.values()}
-    needs = {re.split("[=]", line)[0] for line in TORCHREC_NEEDS}
-    names = [name for name in machine.required if name not in machine.trio and not (is_plain and name in needs)]
-    wrong = {name: problem for name in names if (problem := machine.problem(name))}
-    if wrong:
-        return Check("packages", ", ".join(wrong.values()), machine.install(list(wrong)))
-    return Check("packages", f"mlflow {machine.versions['mlflow']} and {len(names) - 1} others are in range")
+    """All packages are in range, and torch, torchrec and fbgemm go together."""
+    versions = machine.versions
+    builds = [each for each in BUILDS.values() if each in versions] or [BUILDS[machine.build]]
+    left = {*BUILDS.values()} - {*builds}
+    is_plain = not versions.keys() & {"torchrec", *BUILDS.values()}
+    if is_plain:
+        left = {"torchrec", *BUILDS.values(), *(re.split("[=]", line)[0] for line in TORCHREC_NEEDS)}
+    names = [name for name in machine.lines if name not in left]
+    if wrong := [problem for name in names if (problem := machine.problem(name))]:
+        return Check("packages", ", ".join(wrong), machine.install())
+    three = [f"{name} {versions[name]}" for name in ("torch", "torchrec", *builds) if name not in left]
+    text = f"{', '.join(three)} and {len(names) - len(three)} others go together"
+    if not is_plain:
+        return Check("packages", text)
+    text += f"; without torchrec and fbgemm: {PLAIN}"
+    return Check("packages", text, machine.install() if machine.offers_fbgemm else "", warns=True)
 
 
-def _check_trio(machine: Machine) -> Check:
-    """Torch, torchrec and fbgemm go together."""
-    versions, build = machine.versions, BUILDS[machine.build]
-    builds = [each for each in BUILDS.values() if each in versions]
-    if not (builds or "torchrec" in versions or machine.problem("torch")):
-        answer = f"torch {versions['torch']}, without torchrec and fbgemm: {PLAIN}"
-        needs = [name for name in machine.required if machine.required[name] in TORCHREC_NEEDS]
-        fix = f"{machine.install([*needs, build, 'torchrec'])}  # for sharded tables, and for tables on a CUDA device"
-        return Check("torch trio", answer, fix if machine.offers_fbgemm else "", warns=True)
-    names = ["torch", "torchrec", *(builds or [build])]
-    problems = {name: machine.problem(name) for name in names}
-    answer = ", ".join(problem or f"{name} {versions[name]}" for name, problem in problems.items())
-    wanted = ["torch"] if problems["torch"] else []  # one that is right stays, which may be what its machine came with
-    fix = machine.install([*wanted, build, "torchrec"]) + "  # the three releases go together"
-    return Check("torch trio", answer, fix if any(problems.values()) else "")
-
-
-def _check_build(machine: Machine) -> Iterator[Check]:
-    """There is one build of fbgemm, the one that suits the machine."""
-    cpu, cuda = (each in machine.versions for each in BUILDS.values())
-    cards, fix = len(machine.probe.get("cards", ())), machine.install([BUILDS[machine.build]], again=True)
-    problem = None
-    if cpu and cuda:
-        problem = "both builds are installed, into one folder: one breaks the other"
-    elif cpu and cards:
-        problem = f"no CUDA build, but torch sees {cards} CUDA device{'s' * (cards > 1)}: tables cannot train there"
+def _check_devices(machine: Machine) -> Check:
+    """torch sees the cards, and there is one build of fbgemm, the one that suits the machine."""
+    there = [each for each in BUILDS.values() if each in machine.versions]
+    cards, again = machine.probe.get("cards", ()), [BUILDS[machine.build]] if machine.uv else there
+    text, fix = ", ".join(cards) or "no CUDA device: models train on the CPU", machine.install(*again)
+    if len(there) > 1:
+        return Check("devices", "both builds of fbgemm are installed, into one folder: one breaks the other", fix)
+    if there == [BUILDS["cpu"]] and cards:
         fix += "  # or train with --training.device cpu"
-    elif cuda and not machine.has_driver:
-        problem = f"CUDA build, but there is no NVIDIA driver ({DRIVER})"
-    if cpu or cuda:
-        yield Check("fbgemm build", problem or ("CUDA build" if cuda else "CPU build"), fix if problem else "")
+        return Check("devices", f"{text}, where tables cannot train without fbgemm's CUDA build", fix)
+    if there == [BUILDS["cuda"]] and not machine.has_driver:
+        return Check("devices", f"fbgemm's CUDA build, but there is no NVIDIA driver ({DRIVER})", fix)
+    if machine.has_driver and not cards:
+        release = machine.probe.get("torch_cuda") or "no CUDA"
+        fix = f"nvidia-smi  # torch is built for {release}, which the driver has to support; see CUDA_VISIBLE_DEVICES"
+        return Check("devices", "an NVIDIA driver is here, but torch sees no device", fix, warns=True)
+    return Check("devices", text)
 
 
 def _check_training(machine: Machine) -> Check:
@@ -203,36 +193,11 @@ def _check_training(machine: Machine) -> Check:
     if stage == "done":
         choices = "; ".join(f"{device}: {text}" for device, text in machine.probe["choices"].items())
         return Check("training steps", f"a training of common size computes in {choices}")
-    fix = machine.install(["torch", BUILDS[machine.build], "torchrec"], again=True)
-    if "SIGILL" in error:
-        fix = "use another machine: this processor lacks instructions of the wheels (AVX2 on x86-64)"
-    elif error.startswith("no answer"):
-        fix = "mmoe-rec doctor  # once more: a first import from a slow disk takes long"
-    elif "libcudart.so" in error:
-        fix += f"  # torch is built for CUDA {machine.probe.get('torch_cuda')}, fbgemm for another release"
-    elif re.search(r"lib(stdc\+\+|gcc_s|z)\.so", error):
-        fix = "apt-get install -y libstdc++6 libgcc-s1 zlib1g"
+    fix = next((fix for pattern, fix in REMEDIES.items() if re.search(pattern, error)), "")
+    if not fix:
+        fix = machine.install("torch", BUILDS[machine.build], "torchrec")
+        fix += f"  # torch is built for CUDA {machine.probe.get('torch_cuda')}" if "libcudart.so" in error else ""
     return Check("training steps", f"could not {stage}: {error}", fix)
-
-
-def _check_uvicorn(machine: Machine) -> Check:
-    """`mlflow models serve` starts the first `uvicorn` on PATH."""
-    on_path, own = machine.uvicorn
-    if own is None:
-        return Check("uvicorn", "not found", machine.install(["uvicorn"], again=True))
-    if on_path is not None and Path(on_path).resolve() == Path(own).resolve():
-        return Check("uvicorn", own)
-    text = f"{own} is not the one on PATH ({on_path or 'none'}): `mlflow models serve` would not find it"
-    return Check("uvicorn", text, f"export PATH={shlex.quote(str(Path(own).parent))}:$PATH", warns=True)
-
-
-def _check_cards(machine: Machine) -> Check:
-    cards = machine.probe.get("cards", ())
-    if machine.has_driver and not cards:
-        release = machine.probe.get("torch_cuda") or "no CUDA"
-        fix = f"nvidia-smi  # torch is built for {release}, which the driver has to support; see CUDA_VISIBLE_DEVICES"
-        return Check("CUDA devices", "an NVIDIA driver is here, but torch sees no device", fix, warns=True)
-    return Check("CUDA devices", ", ".join(cards) or "none: models train on the CPU")
 
 
 def read_requirements() -> dict[str, str]:
@@ -261,37 +226,27 @@ def find_versions(names: Iterable[str]) -> dict[str, str]:
 
 def look() -> Machine:
     """What this machine has."""
-    required = read_requirements()
-    environment = Path(sys.prefix) / "pyvenv.cfg"
-    by_uv = "uv =" in environment.read_text() if environment.is_file() else shutil.which("uv") is not None
-    own = shutil.which("uvicorn", path=str(Path(sys.executable).parent))
-    has_driver = True
-    try:
+    required, environment, has_driver = read_requirements(), Path(sys.prefix) / "pyvenv.cfg", False
+    with suppress(OSError):
         ctypes.CDLL(DRIVER)
-    except OSError:
-        has_driver = False
-    uvicorn = shutil.which("uvicorn"), own
-    return Machine(
-        required, find_versions(required), uv=by_uv, has_driver=has_driver, uvicorn=uvicorn, probe=run_probe()
-    )
+        has_driver = True
+    uv = "uv =" in environment.read_text() if environment.is_file() else shutil.which("uv") is not None
+    return Machine(required, find_versions(required), uv=uv, has_driver=has_driver, probe=run_probe())
 
 
 def run_probe() -> dict[str, Any]:
     """What `probe` reports in a process of its own; `error` says how it ended, if not well."""
     words, crash = [sys.executable, "-W", "ignore", "-c", PROBE], None
-    with subprocess.Popen(
-        words, cwd=PYPROJECT.parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
-        try:
-            output, errors = process.communicate(timeout=PROBE_SECONDS)
-            if process.returncode:
-                crash = (errors.strip().splitlines() or [f"exit code {process.returncode}"])[-1]
-            if process.returncode < 0:
-                crash = f"died of {signal.Signals(-process.returncode).name}"
-        except subprocess.TimeoutExpired:
-            process.kill()
-            output, crash = process.communicate()[0], f"no answer after {PROBE_SECONDS} seconds"
-    lines = [line for line in output.splitlines() if line.startswith('{"stage"')]
+    try:
+        done = subprocess.run(words, cwd=PYPROJECT.parent, capture_output=True, timeout=PROBE_SECONDS, check=False)
+        output = done.stdout
+        if done.returncode < 0:
+            crash = f"died of {signal.Signals(-done.returncode).name}"
+        elif done.returncode:
+            crash = (done.stderr.decode().strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+    except subprocess.TimeoutExpired as late:
+        output, crash = late.stdout or b"", f"no answer after {PROBE_SECONDS} seconds"
+    lines = [line for line in output.splitlines() if line.startswith(b'{"stage"')]
     facts: dict[str, Any] = json.loads(lines[-1]) if lines else {}
     return facts | ({"error": crash} if crash and facts.get("stage") != "done" else {})
 
@@ -309,9 +264,8 @@ def probe() -> None:
         import torch
 
         cards = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
-        report(
-            torch_cuda=torch.version.cuda, cards=[f"{card.name} {card.total_memory / 2**30:.0f} GiB" for card in cards]
-        )
+        names = [f"{card.name} {card.total_memory / 2**30:.0f} GiB" for card in cards]
+        report(torch_cuda=torch.version.cuda, cards=names)
         if any(map(find_spec, ("fbgemm_gpu", "torchrec"))):
             report(stage="import fbgemm_gpu")
             import fbgemm_gpu  # noqa: F401
@@ -331,12 +285,11 @@ def probe() -> None:
 
 @command(__doc__)
 def doctor() -> None:
-    """Runs the command."""
     checks = list(run_checks(look()))
     for check in checks:
         colour = {"ok": "green", "warn": "yellow", "fail": "red"}[check.status]
         click.echo(f"{click.style(f'{check.status:4}', colour)}  {check.name:16}  {check.text}")
-    failed, wrong = sum(check.status == "fail" for check in checks), [check for check in checks if check.status != "ok"]
+    failed, wrong = sum(check.status == "fail" for check in checks), [check for check in checks if check.fix]
     for fix in dict.fromkeys(check.fix for check in wrong):
         names = ", ".join(check.name for check in wrong if check.fix == fix)
         print(f"\n{names}: what to type or do\n    {fix}")

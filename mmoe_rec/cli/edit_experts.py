@@ -14,7 +14,7 @@ from pathlib import Path
 
 import click
 
-from mmoe_rec.cli.command import COUNT, Configuration, model_option, out_option, settings_command
+from mmoe_rec.cli.main import COUNT, Configuration, model_option, out_option, settings_command
 from mmoe_rec.errors import UserError
 
 
@@ -32,7 +32,6 @@ def edit_experts(
     mask: int | None,
     out: Path | None,
 ) -> None:
-    """Runs the command."""
     settings = configuration.settings
     uri, name = settings.tracking.address, settings.registered_model
     if sum(each is not None for each in (add, remove, mask)) != 1:
@@ -43,12 +42,12 @@ def edit_experts(
     from mmoe_rec.inference.artifact import read_artifact, read_stored
     from mmoe_rec.inference.writing import rewrite_artifact
     from mmoe_rec.jobs.run_page import as_code, command
-    from mmoe_rec.jobs.workspace import CHALLENGER
     from mmoe_rec.locks import writing
     from mmoe_rec.model.surgery import add_experts, mask_expert, remove_expert
     from mmoe_rec.model.tables import in_float32
     from mmoe_rec.settings.model import Model
     from mmoe_rec.tracking import registry, runs
+    from mmoe_rec.tracking.registry import CHALLENGER
 
     with writing(out, "an edit of experts", "name another folder with --out"):
         registry.check_names(uri, name, CHALLENGER)

@@ -3,7 +3,7 @@
 Makes another form of a trained model, and tells how near it is to the model itself.
 
 --int8 writes a model folder with int8 tables, about .28 of their bytes, in memory too; it is loaded and served like any
-other. With --config, both are measured on the test rows of these settings.
+other, and `mmoe-rec evaluate --model small --against models:/shop@champion` measures both on the test rows.
 
 --onnx writes what comes after the features as an ONNX file for other servers, and the tables beside it; its README.md
 says how to use them. It needs the extra `onnx`.
@@ -17,50 +17,40 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from mmoe_rec.cli.command import FOLDER, Configuration, model_option, settings_command, show
+from mmoe_rec.cli.main import FOLDER, command, model_option, show, tracking_option
 from mmoe_rec.errors import UserError, require_packages
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from mmoe_rec.inference.ranker import Ranker
-    from mmoe_rec.settings.sections import Settings
-
 REPORT = "export.json"
 
 
-@settings_command(__doc__, required=False)
+@command(__doc__)
 @model_option
-@click.option(
-    "--out", required=True, type=FOLDER, metavar="DIR", help="the folder that is written; an export is replaced"
-)
+@tracking_option
+@click.option("--out", required=True, type=FOLDER, metavar="DIR", help="what is written; an export is replaced")
 @click.option("--int8", is_flag=True, help="a small model, with int8 tables")
 @click.option("--onnx", is_flag=True, help="the dense part as an ONNX file")
-@click.option(
-    "--dense",
-    type=click.Choice(["bfloat16", "int8", "float32"]),
-    help="how a small model stores its matrices (default: bfloat16); gates and biases stay float32",
-)
+@click.option("--dense", type=click.Choice(["bfloat16", "int8", "float32"]), help="type of small matrices (bfloat16)")
 def export(
-    configuration: Configuration | None,
     model: str,
+    tracking_uri: str | None,
     out: Path,
     int8: bool,
     onnx: bool,
     dense: Literal["bfloat16", "int8", "float32"] | None,
 ) -> None:
-    """Runs the command."""
     if int8 == onnx:
         raise UserError("give one of --int8 and --onnx")
-    if onnx and (dense or configuration):
-        raise UserError(f"{'--dense' if dense else '--config'} is for --int8: ONNX takes the model as it is")
-    settings = None if configuration is None else configuration.settings
+    if onnx and dense:
+        raise UserError("--dense is for --int8: ONNX takes the model as it is")
     from mmoe_rec.atomic import atomic_folder
     from mmoe_rec.locks import writing
     from mmoe_rec.settings.sections import Tracking
     from mmoe_rec.tracking.registry import find_model
 
-    found = find_model(model, (Tracking() if settings is None else settings.tracking).address)
+    found = find_model(model, Tracking(uri=tracking_uri).address)
     with writing(out, "an export", "name another folder with --out"):
         if out.exists() and out.resolve() == found.folder.resolve():
             raise UserError(f"'{out}' holds the model that is exported: name another folder with --out")
@@ -69,10 +59,7 @@ def export(
                 f"'{out}' holds something else than an export: name another folder with --out, or remove it"
             )
         with atomic_folder(out) as made:
-            if onnx:
-                report = _write_onnx(found.folder, made)
-            else:
-                report = _write_int8(found.folder, made, dense or "bfloat16", settings)
+            report = _write_onnx(found.folder, made) if onnx else _write_int8(found.folder, made, dense or "bfloat16")
             report = {"made": "onnx" if onnx else "int8", "of": found.address, **report}
             (made / REPORT).write_text(json.dumps(report, indent=1), encoding="utf-8")
     show([_make_table(report)])
@@ -80,8 +67,8 @@ def export(
     print(f"model: {files} report: {out / REPORT}")
 
 
-def _write_int8(folder: Path, made: Path, dense: Any, settings: Settings | None) -> dict[str, Any]:
-    """Writes an artifact with int8 tables; gives how large and how near it is, also on test rows of the settings."""
+def _write_int8(folder: Path, made: Path, dense: Any) -> dict[str, Any]:
+    """Writes an artifact with int8 tables; gives how large and how near it is."""
     from mmoe_rec.inference import export as forms
     from mmoe_rec.inference.ranker import Ranker
 
@@ -90,8 +77,7 @@ def _write_int8(folder: Path, made: Path, dense: Any, settings: Settings | None)
     small = Ranker.load(made)
     pairs = forms.answer_both(folder, ranker, lambda each: forms.answers_of(small.rank(**each)))
     sizes = {"model": forms.count_bytes(folder), "int8": forms.count_bytes(made)}
-    report = {"dense": dense, "bytes": sizes, "requests": forms.agreement(pairs)}
-    return report if settings is None else report | {"test_rows": _measure_test_rows(settings, folder, ranker, small)}
+    return {"dense": dense, "bytes": sizes, "requests": forms.agreement(pairs)}
 
 
 def _write_onnx(folder: Path, made: Path) -> dict[str, Any]:
@@ -109,30 +95,12 @@ def _write_onnx(folder: Path, made: Path) -> dict[str, Any]:
     return {"requests": forms.agreement(pairs)}
 
 
-def _measure_test_rows(settings: Settings, folder: Path, ranker: Ranker, small: Ranker) -> dict[str, Any]:
-    """Both models on the test rows: differences, and AUC, or the root of the mean squared error of a regression."""
-    import numpy as np
-
-    from mmoe_rec.evaluation.summary import summarise
-    from mmoe_rec.jobs.evaluate import rows_to_measure, score_by
-
-    with rows_to_measure(settings, folder, ranker) as rows:
-        before, now = (score_by(settings, each.model, each.layout, rows, each.calibration) for each in (ranker, small))
-    one, other = (summarise(each.measure(), settings.evaluation.resamples).tasks for each in (before, now))
-    off, tasks = np.abs(before.predictions - now.predictions).max(0), {}
-    for task, difference in zip(ranker.layout.tasks, off, strict=True):
-        metric = "auc" if task.kind == "binary" else "rmse"
-        values = {"model": one[task.name].get(metric).value, "int8": other[task.name].get(metric).value}
-        tasks[task.name] = {"max_difference": float(difference), "metric": metric.upper(), **values}
-    return {"rows": len(before.score), "tasks": tasks}
-
-
 def _make_table(report: dict[str, Any]) -> Table:
     from rich.table import Table
 
-    requests, test = report["requests"], report.get("test_rows")
+    requests = report["requests"]
     drawn = f"{requests['requests']} requests of {requests['candidates']} known candidates"
-    table = Table(caption=f"predictions and order: {drawn}" + (f"; test: {test['rows']:,} rows" if test else ""))
+    table = Table(caption=f"predictions and order: {drawn}")
     for name in ("", "model", report["made"]):
         table.add_column(name, justify="left" if not name else "right")
     for name, before in report.get("bytes", {}).get("model", {}).items():
@@ -141,9 +109,4 @@ def _make_table(report: dict[str, Any]) -> Table:
     for name, off in requests["max_difference"].items():
         table.add_row(f"{name}, largest difference", "", f"{off:.2g}")
     table.add_row("shared among the best 10", "", f"{requests['top_10_shared']:.4f}")
-    for name, measured in (test or {}).get("tasks", {}).items():
-        table.add_row(f"{name}, test, largest difference", "", f"{measured['max_difference']:.2g}")
-        metric, before, now = measured["metric"], measured["model"], measured["int8"]
-        if before is not None:
-            table.add_row(f"{name}, test, {metric}", f"{before:.5f}", f"{now:.5f} ({now - before:+.6f})")
     return table

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from mmoe_rec.cli.command import Configuration, settings_command
+from mmoe_rec.cli.main import Configuration, settings_command
 
 if TYPE_CHECKING:
     from mmoe_rec.preprocessing.prepare import FeatureFolder
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 @settings_command(__doc__)
 @click.option("--extend", is_flag=True, help="add new files of the log to existing features")
 def features(configuration: Configuration, extend: bool) -> None:
-    """Runs the command."""
     settings = configuration.settings
     from mmoe_rec.jobs.places import build_features, extend_features
     from mmoe_rec.preprocessing.checks import empty_split

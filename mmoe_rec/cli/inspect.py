@@ -9,13 +9,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mmoe_rec.cli.command import Configuration, out_option, settings_command, show
+from mmoe_rec.cli.main import Configuration, out_option, settings_command, show
 
 
 @settings_command(__doc__)
 @out_option("data.work/inspection")
 def inspect(configuration: Configuration, out: Path | None) -> None:
-    """Runs the command."""
     settings = configuration.settings
     from mmoe_rec.inspection import health as inspection
     from mmoe_rec.jobs.places import features_in_use

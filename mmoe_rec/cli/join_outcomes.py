@@ -13,18 +13,15 @@ from __future__ import annotations
 
 import click
 
-from mmoe_rec.cli.command import Configuration, settings_command
+from mmoe_rec.cli.main import Configuration, settings_command
 
 
 @settings_command(__doc__)
 @click.option("--requests", required=True, metavar="DIR", help="folder of logged requests")
-@click.option(
-    "--events", metavar="DIR", help="folder with a folder for each of outcomes.events (default: data.events.NAME.path)"
-)
+@click.option("--events", metavar="DIR", help="holds a folder for each log (default: data.events.NAME.path)")
 @click.option("--out", required=True, metavar="DIR", help="folder of the interaction log that is added to")
 @click.option("--until", metavar="T", help="time up to which all events are there (default: each log's last event)")
 def join_outcomes(configuration: Configuration, requests: str, events: str | None, out: str, until: str | None) -> None:
-    """Runs the command."""
     from mmoe_rec.jobs.score import microseconds
     from mmoe_rec.live import outcomes
 

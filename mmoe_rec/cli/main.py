@@ -1,17 +1,27 @@
-"""mmoe-rec COMMAND ...: finds the command, which is imported when it is called, and words what goes wrong."""
+"""mmoe-rec COMMAND ...: finds the command, which is imported when it is called, and words what goes wrong; and what the
+commands share: settings with overrides, options that take several values, and `--help`."""
 
 from __future__ import annotations
 
+import functools
+import math
+import os
+import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib import import_module
 from itertools import islice
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from mmoe_rec.errors import EXIT_CODE, UserError, exit_with_message
+
+if TYPE_CHECKING:
+    from mmoe_rec.settings.sections import Settings
 
 COMMANDS = {
     "train": "features, training, and registration of the model",
@@ -35,6 +45,15 @@ COMMANDS = {
     "doctor": "checks this machine and its packages",
 }
 """Command -> what it does. Its file has its name, with underscores, and so has the function in it."""
+_WIDE = 160  # columns
+MODEL = "models:/NAME@ALIAS, runs:/..., or a model's folder"
+FOLDER = click.Path(path_type=Path)
+COUNT = click.IntRange(min=1)
+
+model_option = click.option("--model", required=True, metavar="M", help=MODEL)
+tracking_option = click.option("--tracking.uri", "tracking_uri", metavar="U", help="MLflow's address, as in settings")
+slices_option = click.option("--slices", multiple=True, metavar="S...", help="rows by COLUMN or 'bucket(COLUMN, N)'")
+overrides_argument = click.argument("overrides", nargs=-1, type=click.UNPROCESSED, metavar="[--SECTION.KEY VALUE]...")
 
 
 class Command(click.Command):
@@ -81,6 +100,75 @@ def command(doc: str | None, section: str | None = None) -> Callable[[Callable[.
     context = {"help_option_names": ["-h", "--help"], "max_content_width": 120}
     any_option = {"ignore_unknown_options": section is not None}
     return click.command(cls=Command, help=doc, section=section, context_settings={**context, **any_option})
+
+
+def out_option(default: str, what: str = "where the report goes") -> Callable[[Any], Any]:
+    """`--out DIR`, a folder that is `default` if it is not given."""
+    return click.option("--out", type=FOLDER, metavar="DIR", help=f"{what} (default: {default})")
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """A settings file and what overrides it, as they were typed, and the settings."""
+
+    file: str
+    overrides: Sequence[str]
+    settings: Settings
+
+    def options(self, *words: str) -> str:
+        """The options that give another command the same settings, with `words` among them, quoted for a shell."""
+        return shlex.join(["--config", self.file, *words, *self.overrides])
+
+
+def settings_command(doc: str | None) -> Callable[[Callable[..., None]], click.Command]:
+    """Makes a command of a function, whose first argument becomes the `Configuration` of `--config` and overrides."""
+    from mmoe_rec.settings.load import TEMPLATE, load_settings
+
+    def decorate(function: Callable[..., None]) -> click.Command:
+        @functools.wraps(function)
+        def run(
+            config: str, overrides: tuple[str, ...], engine: str | None, skip_bad_files: bool, **options: Any
+        ) -> None:
+            overrides += ("--data.engine", engine) if engine else ()
+            overrides += ("--data.skip_bad_files", "true") if skip_bad_files else ()
+            return function(Configuration(config, overrides, load_settings(config, overrides)), **options)
+
+        for option in (
+            click.option("--skip-bad-files", is_flag=True, help="short for --data.skip_bad_files true"),
+            click.option("--engine", metavar="E", help="short for --data.engine: local or ray"),
+            overrides_argument,
+            click.option("--config", required=True, metavar="C", help=f"settings file, such as {TEMPLATE}"),
+        ):
+            run = option(run)
+        return command(doc, section="")(run)
+
+    return decorate
+
+
+class NumberBetween(click.FloatRange):
+    """A number between two others, the ends included, for an option's `type`."""
+
+    def __init__(self, low: float, high: float) -> None:
+        super().__init__(low, high)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number = super().convert(value, param, ctx)
+        if math.isnan(number):
+            self.fail(f"'{value}' is no number", param, ctx)
+        return float(number)
+
+
+def show(parts: Iterable[Any]) -> None:
+    """Prints sentences, one a line however long, and tables of rich."""
+    from rich.console import Console
+
+    # A table in a file or a pipe is not cut as on a narrow terminal.
+    console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else _WIDE)
+    for part in parts:
+        if isinstance(part, str):
+            print(part)
+        else:
+            console.print(part)
 
 
 class Commands(click.Group):

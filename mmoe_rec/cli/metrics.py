@@ -2,8 +2,9 @@
 
 Metrics of predictions in Parquet files: those of `score --labels`, or of any other system. A row has a user, a request,
 for each task a prediction (predicted_TASK) and a label (label_TASK, null where unobserved), and the score by which the
-candidates of its request were ranked; --columns says where columns are called otherwise. Prints a table, and writes
-`metrics.json` and the sums it was made from to --out.
+candidates of its request were ranked; maybe a candidate, and a weight by which it counts in metrics of tasks. --columns
+says where columns are called otherwise, such as request=day+basket. Prints a table, and writes `metrics.json` and the
+sums it was made from to --out.
 
 The tasks are those of the settings, or of --tasks: NAME for a binary one, NAME:regression for another, each maybe with
 its weight in what a row is worth, such as --tasks bought stars:regression=0.2.
@@ -13,42 +14,33 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import click
 
-from mmoe_rec.cli.command import FOLDER, Configuration, NumberBetween, settings_command, show, slices_option
+from mmoe_rec.cli.main import FOLDER, NumberBetween, command, overrides_argument, show, slices_option
 from mmoe_rec.errors import UserError
 from mmoe_rec.progress import say
+from mmoe_rec.settings.load import load_settings
 from mmoe_rec.settings.sections import EngineName, Evaluation
 
 
-@settings_command(__doc__, required=False)
+@command(__doc__, section="")
+@click.option("--config", metavar="C", help="settings file, whose tasks and names of columns are taken")
+@overrides_argument
 @click.option("--predictions", required=True, metavar="P", help="a folder of Parquet files, one, or a glob")
-@click.option(
-    "--against", multiple=True, metavar="P...", help="other predictions of the same rows, to compare them with"
-)
+@click.option("--against", multiple=True, metavar="P...", help="other predictions of the same rows, to compare with")
 @click.option("--tasks", multiple=True, metavar="T...", help="what was predicted, without a settings file")
-@click.option(
-    "--columns",
-    multiple=True,
-    metavar="PART=COLUMN...",
-    help="names of columns: user, request (several joined by +), candidate, score, weight (by which rows count "
-    "in metrics of tasks), predicted_TASK, label_TASK",
-)
+@click.option("--columns", multiple=True, metavar="PART=COLUMN...", help="names of columns")
 @slices_option
 @click.option("--keep-duplicates", is_flag=True, help="a request may hold a candidate more than once")
 @click.option("--out", type=FOLDER, default="metrics", metavar="DIR", help="where metrics.json goes (default: metrics)")
 @click.option("--resamples", type=click.IntRange(min=20), metavar="N", help="redraws of the users, for the intervals")
 @click.option("--engine", type=click.Choice(get_args(EngineName)), help="local, or ray for a Ray cluster")
-@click.option(
-    "--memory-gib",
-    type=NumberBetween(0.01, 1e6),
-    metavar="X",
-    help="memory in which requests are checked, the rest on disk (default: data.memory_gib, or 4)",
-)
+@click.option("--memory-gib", type=NumberBetween(0.01, 1e6), metavar="X", help="memory to check requests in (4)")
 def metrics(
-    configuration: Configuration | None,
+    config: str | None,
+    overrides: tuple[str, ...],
     predictions: str,
     against: tuple[str, ...],
     tasks: tuple[str, ...],
@@ -57,11 +49,11 @@ def metrics(
     keep_duplicates: bool,
     out: Path,
     resamples: int | None,
-    engine: EngineName | None,
-    memory_gib: float | None,
+    **changes: Any,
 ) -> None:
-    """Runs the command."""
-    if (configuration is None) != bool(tasks):
+    if config is None and overrides:
+        raise UserError(f"'{overrides[0]}' is no option; where it is a setting, --config is missing")
+    if (config is None) != bool(tasks):
         given = "both are given" if tasks else "neither is given"
         raise UserError(f"give the tasks by --config C or by --tasks, one of the two ({given}); --help says how")
     from mmoe_rec.evaluation.slices import SliceBy
@@ -72,10 +64,10 @@ def metrics(
     from mmoe_rec.report.tables import show_results
 
     rules, options = Evaluation(), DEFAULTS
-    if configuration is None:
+    if config is None:
         rows = columns_of_tasks(tasks)
     else:
-        settings = configuration.settings
+        settings = load_settings(config, overrides)
         rows, rules, options = columns_of_settings(settings), settings.evaluation, build_options(settings)
         weighed = settings.training.sampling_correction == "weights"
         if weighed and not any(each.startswith("weight=") for each in columns):
@@ -89,7 +81,7 @@ def metrics(
         if rules.slices and not slices:
             say("evaluation.slices is a setting of evaluate; name columns by --slices here")
     rules = rules if resamples is None else rules.model_copy(update={"resamples": resamples})
-    options = replace(options, engine=engine or options.engine, memory_gib=memory_gib or options.memory_gib)
+    options = replace(options, **{name: value for name, value in changes.items() if value is not None})
     rows = replace(rows.with_columns(columns), slices=tuple(SliceBy.of(each) for each in slices))
     rows = replace(rows, duplicates="keep") if keep_duplicates else rows
     results = measure_predictions(rows, predictions, out, rules, options, against)

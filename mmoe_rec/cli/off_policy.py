@@ -12,6 +12,7 @@ There is no estimate, and a sentence says why, where the log can't have shown wh
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
@@ -21,8 +22,7 @@ from typing import TYPE_CHECKING
 import click
 
 from mmoe_rec.atomic import write_text
-from mmoe_rec.cli.command import COUNT, FOLDER, show
-from mmoe_rec.cli.main import command
+from mmoe_rec.cli.main import COUNT, FOLDER, command, show
 from mmoe_rec.errors import UserError
 
 if TYPE_CHECKING:
@@ -41,7 +41,6 @@ if TYPE_CHECKING:
 def off_policy(
     log: str, tasks: tuple[str, ...], columns: tuple[str, ...], where: tuple[str, ...], resamples: int, out: Path
 ) -> None:
-    """Runs the command."""
     from mmoe_rec.report.sentences import estimate_tree
     from mmoe_rec.report.tables import show_estimates
 
@@ -51,7 +50,7 @@ def off_policy(
         if not equals or not column:
             raise UserError(f"--where {word}: expected COLUMN=VALUE, such as policy=random")
         conditions[column] = value
-    estimates = estimate_policy(log, tasks, _name_columns(tasks, columns), conditions, resamples)
+    estimates = estimate_policy(log, tasks, columns, conditions, resamples)
     trees = {task: estimate_tree(each) for task, each in estimates.items()}
     tree = {"log": log, "where": conditions, "tasks": trees}
     write_text(out / "off_policy.json", json.dumps(tree, indent=1))
@@ -59,43 +58,33 @@ def off_policy(
     print(f"estimates: {out / 'off_policy.json'}")
 
 
-def _of_model(task: str) -> set[str]:
-    """What a model expects of what was shown, and of what the target would show."""
-    return {f"predicted_{task}", f"expected_{task}"}
-
-
-def _name_columns(tasks: Sequence[str], words: Sequence[str]) -> dict[str, str]:
-    """Part -> column, by the words of the command line; those of a model only where one of them is named."""
-    from mmoe_rec.jobs.prediction_files import name_columns
-
-    names = {part: part for part in ("user", "propensity", "target", *(f"label_{task}" for task in tasks))}
-    names |= name_columns(words, sorted(names.keys() | set().union(*map(_of_model, tasks))))
-    for task in tasks:
-        if names.keys() & _of_model(task):
-            names = {part: part for part in sorted(_of_model(task))} | names
-    return names
-
-
 def estimate_policy(
-    source: str, tasks: Sequence[str], columns: Mapping[str, str], where: Mapping[str, str], resamples: int
+    source: str, tasks: Sequence[str], named: Sequence[str], where: Mapping[str, str], resamples: int
 ) -> dict[str, PolicyEstimate]:
     """Task -> its estimates from files of a log with propensities, see `mmoe_rec.evaluation.off_policy.estimate`.
 
-    columns: part -> column; where: column -> value, as text, of the rows that count. A model's expectations are used
-    where `columns` or all files have them. Raises UserError for a wrong file, column or value, or where no row is left.
+    named: PART=COLUMN, where a column is not called as its part; where: column -> value, as text, of the rows that
+    count. A model's expectations are used where they are named or all files have them. Raises UserError for a wrong
+    part, file, column or value, or where no row is left.
     """
     import numpy as np
     import pyarrow as pa
 
     from mmoe_rec.evaluation.off_policy import LoggedChoices, estimate
+    from mmoe_rec.jobs.prediction_files import name_columns
     from mmoe_rec.log.checks import BadFile
     from mmoe_rec.log.files import find_files
     from mmoe_rec.log.values import columns_of
 
+    parts = ["user", "propensity", "target", *(f"label_{task}" for task in tasks)]
+    # What a model expects of what was shown, and of what the target would show.
+    of_model = {task: [f"expected_{task}", f"predicted_{task}"] for task in tasks}
+    columns = name_columns(named, sorted({*parts, *itertools.chain(*of_model.values())}))
     files = {each.address: columns_of(each.address) for each in find_files(source, "--log")}
-    for task in tasks:
-        if all(_of_model(task) <= there for there in files.values()):
-            columns = {part: part for part in sorted(_of_model(task))} | dict(columns)
+    for names in of_model.values():
+        if columns.keys() & {*names} or all({*names} <= there for there in files.values()):
+            parts += names
+    columns = {part: columns.get(part, part) for part in parts}
     tables = {address: _read(address, there, columns, where) for address, there in files.items()}
     tables = {address: table for address, table in tables.items() if len(table)}
     for address, table in tables.items():
@@ -114,10 +103,10 @@ def estimate_policy(
     for task in tasks:
         label, model = numbers[f"label_{task}"], [numbers.get(f"{kind}_{task}") for kind in ("predicted", "expected")]
         if np.isin(label[~np.isnan(label)], (0, 1)).all():
-            for part in _of_model(task) & numbers.keys():
-                if (wrong := (numbers[part] < 0) | (numbers[part] > 1)).any():
+            for part in (each for each in of_model[task] if each in numbers):
+                if (outside := (numbers[part] < 0) | (numbers[part] > 1)).any():
                     raise UserError(
-                        f"column '{columns[part]}' of '{source}' holds {numbers[part][wrong][0]:g}; expected "
+                        f"column '{columns[part]}' of '{source}' holds {numbers[part][outside][0]:g}; expected "
                         f"probabilities, as the labels of '{task}' are 0 and 1"
                     )
         shown = LoggedChoices(rows["user"].combine_chunks(), numbers["propensity"], numbers["target"], label, *model)

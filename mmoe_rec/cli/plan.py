@@ -16,7 +16,7 @@ from typing import Literal
 
 import click
 
-from mmoe_rec.cli.command import COUNT, Configuration, NumberBetween, settings_command
+from mmoe_rec.cli.main import COUNT, Configuration, NumberBetween, settings_command
 from mmoe_rec.errors import UserError
 
 GIB = 2**30
@@ -40,7 +40,6 @@ def plan(
     hbm_gib: float,
     host_gib: float,
 ) -> None:
-    """Runs the command."""
     settings = configuration.settings
     if world_size % local_world_size:
         raise UserError(f"--world-size {world_size} is not a multiple of --local-world-size {local_world_size}")

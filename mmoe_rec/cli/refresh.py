@@ -22,58 +22,39 @@ started again at any time, and a part that fails ends it with a sentence and lea
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
-from mmoe_rec.cli.command import COUNT, Configuration, settings_command, show
+from mmoe_rec.cli.main import COUNT, Configuration, settings_command
 from mmoe_rec.errors import UserError
 
 
 @settings_command(__doc__)
 @click.option("--model", metavar="M", help="models:/NAME@ALIAS (default: the settings' registered model and alias)")
 @click.option("--anew", is_flag=True, help="make tables of all files, instead of going on")
-@click.option(
-    "--journal",
-    metavar="A",
-    help="address of a server's journal: first write what it has accepted into files of the logs",
-)
-@click.option(
-    "--remove-events",
-    is_flag=True,
-    help="remove what the journal holds and the tables, by an earlier refresh, held already",
-)
-@click.option(
-    "--other-journal",
-    is_flag=True,
-    help="go over to this journal from the one that the tables hold, which is gone; else that is refused",
-)
+@click.option("--journal", metavar="A", help="address of a server's journal, whose events come into the logs first")
+@click.option("--remove-events", is_flag=True, help="remove from the journal what the tables held already")
+@click.option("--other-journal", is_flag=True, help="go over to this journal: the one that the tables hold is gone")
 @click.option("--train-every-days", type=COUNT, metavar="N", help="then train, if a training is due")
-@click.option(
-    "--validation-days",
-    type=COUNT,
-    metavar="V",
-    help="newest days that such a training is judged by (default: one more than labels take to mature)",
-)
+@click.option("--validation-days", type=COUNT, metavar="V", help="newest days that judge it (default: 1 + to mature)")
 def refresh(
     configuration: Configuration,
     model: str | None,
     anew: bool,
     journal: str | None,
-    remove_events: bool,
-    other_journal: bool,
     train_every_days: int | None,
     validation_days: int | None,
+    **options: Any,
 ) -> None:
-    """Runs the command."""
     settings = configuration.settings
     for option, is_given, other, is_there in (
-        ("--remove-events", remove_events, "--journal A", journal),
-        ("--other-journal", other_journal, "--journal A", journal),
+        ("--remove-events", options["remove_events"], "--journal A", journal),
+        ("--other-journal", options["other_journal"], "--journal A", journal),
         ("--validation-days", validation_days is not None, "--train-every-days N", train_every_days),
     ):
         if is_given and is_there is None:
             raise UserError(f"{option} belongs to {other}, which is missing")
-    from rich.table import Table
-
     from mmoe_rec.live import refresh as tables
     from mmoe_rec.live.scheduled_training import choose_validation_days, train_when_due
     from mmoe_rec.log.checks import format_time
@@ -82,9 +63,7 @@ def refresh(
     every, days = train_every_days, 0
     if every is not None:
         days = choose_validation_days(settings, address, every, validation_days)
-    refreshed = tables.refresh(
-        settings, address, anew=anew, journal=journal, remove_events=remove_events, other_journal=other_journal
-    )
+    refreshed = tables.refresh(settings, address, anew=anew, journal=journal, **options)
     before, made, now = refreshed.before, refreshed.tables, refreshed.after
     holder = f"'{before.alias}' of '{before.version.name}'"
     if made is None:
@@ -92,12 +71,9 @@ def refresh(
         why = f"tables made anew of all files in '{log}' are the same" if anew else f"no new files in '{log}'"
         print(f"{why}: {holder} stays version {before.version.number}, with tables as of {before.about.tables_as_of}")
     else:
-        table = Table("", "before", "now")
-        table.add_row("version", before.version.number, str(refreshed.number))
-        table.add_row("tables as of", format_time(tables.as_of(before.about)), format_time(made.as_of))
-        for name in ("files", "rows", "events"):
-            table.add_row(f"{name} read", "", f"{getattr(made, name):,}")
-        show([table])
+        was, now_as_of = map(format_time, (tables.as_of(before.about), made.as_of))
+        print(f"version {refreshed.number}: tables as of {now_as_of}; version {before.version.number}: as of {was}")
+        print(f"read {made.files:,} files, {made.rows:,} rows and {made.events:,} events")
         if made.gone:
             print(f"files that are gone from the log stay counted: {len(made.gone):,}, such as '{made.gone[0]}'")
         if now is not None and now.number == refreshed.number:

@@ -11,10 +11,11 @@ period are fed to a server of the replay's own, with tables as of --from. mmoe_r
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
-from mmoe_rec.cli.command import COUNT, FOLDER, Configuration, settings_command, show
+from mmoe_rec.cli.main import COUNT, FOLDER, Configuration, settings_command, show
 from mmoe_rec.errors import UserError
 
 DIFFERS = 1
@@ -25,29 +26,15 @@ DIFFERS = 1
 @click.option("--from", "start", required=True, metavar="DAY", help="first request time, such as 2017-09-11")
 @click.option("--to", "end", required=True, metavar="DAY", help="end of the request times, which is no part of them")
 @click.option("--model", metavar="M", help="models:/NAME@ALIAS, runs:/..., or a folder (default: the settings' alias)")
-@click.option(
-    "--requests",
-    type=FOLDER,
-    metavar="DIR",
-    help="requests that `serve --log-requests DIR` logged, which the log holds by now",
-)
+@click.option("--requests", type=FOLDER, metavar="DIR", help="requests that `serve --log-requests DIR` logged")
 @click.option("--workers", type=COUNT, default=2, metavar="N", help="processes of an own server (default: 2)")
 @click.option("--ids-only", is_flag=True, help="send ids and context alone, so that the server completes attributes")
 @click.option("--values", is_flag=True, help="show the values on both sides where a feature differs")
 @click.option("--keep", type=FOLDER, metavar="FOLDER", help="where replay.json goes")
 def replay(
-    configuration: Configuration,
-    start: str,
-    end: str,
-    model: str | None,
-    requests: Path | None,
-    workers: int,
-    ids_only: bool,
-    values: bool,
-    keep: Path | None,
+    configuration: Configuration, start: str, end: str, model: str | None, requests: Path | None, **options: Any
 ) -> None:
-    """Runs the command."""
-    if requests is not None and ids_only:
+    if requests is not None and options["ids_only"]:
         raise UserError(
             "--ids-only is for the server that replay starts, and --requests needs none: leave one of them out"
         )
@@ -55,17 +42,9 @@ def replay(
     from mmoe_rec.live import replay as job
 
     settings = configuration.settings
-    options = job.ReplayOptions(
-        start=microseconds(start),
-        end=microseconds(end),
-        model=model or f"models:/{settings.registered_model}@{settings.tracking.alias}",
-        requests=requests,
-        workers=workers,
-        ids_only=ids_only,
-        values=values,
-        keep=keep,
-    )
-    report = job.replay(settings, options)
+    address = model or f"models:/{settings.registered_model}@{settings.tracking.alias}"
+    period = job.ReplayOptions(microseconds(start), microseconds(end), address, requests, **options)
+    report = job.replay(settings, period)
     show(job.describe(report))
     if report["mismatches"]:
         raise SystemExit(DIFFERS)

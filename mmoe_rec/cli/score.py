@@ -16,8 +16,7 @@ from typing import Literal, get_args
 
 import click
 
-from mmoe_rec.cli.command import model_option, overrides_argument
-from mmoe_rec.cli.main import command
+from mmoe_rec.cli.main import command, model_option, overrides_argument
 from mmoe_rec.settings.sections import EngineName
 
 
@@ -25,12 +24,7 @@ from mmoe_rec.settings.sections import EngineName
 @model_option
 @click.option("--input", "log", required=True, metavar="LOG", help="a folder of Parquet files, one file, or a glob")
 @click.option("--output", required=True, metavar="DIR", help="a new or empty folder, or one with scores")
-@click.option(
-    "--as-of",
-    type=click.Choice(["log", "tables"]),
-    default="log",
-    help="what counters and histories know (log)",
-)
+@click.option("--as-of", type=click.Choice(["log", "tables"]), default="log", help="what counters know (log)")
 @click.option("--start", metavar="T", help="score rows requested at that time or later; others are the past")
 @click.option("--end", metavar="T", help="score rows requested before that time")
 @click.option("--labels", is_flag=True, help="write labels too (label_TASK), for the command metrics")
@@ -47,7 +41,6 @@ def score(
     engine: str | None,
     overrides: tuple[str, ...],
 ) -> None:
-    """Runs the command."""
     from mmoe_rec.jobs.score import microseconds, score_log
 
     words = [*overrides, *(["--data.engine", engine] if engine else [])]

@@ -5,7 +5,7 @@ Serves a model over HTTP: POST /invocations ranks, as MLflow's server does; GET 
 accepted is answered.
 
 --log-requests writes a share of requests and replies into a folder, as Parquet, from which `mmoe-rec join-outcomes`
-makes a log to train on.
+makes a log to train on. --poll S looks every S seconds whether the alias has moved, and takes the new model up.
 
 Where MMOE_REC_TOKEN stands in the environment, or --token-file is given, callers must send
 `Authorization: Bearer TOKEN`. Settings of section serving are those that the model was trained with; overrides may
@@ -25,8 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mmoe_rec.cli.command import COUNT, FOLDER, NumberBetween, model_option, overrides_argument
-from mmoe_rec.cli.main import command
+from mmoe_rec.cli.main import COUNT, FOLDER, NumberBetween, command, model_option, overrides_argument, tracking_option
 from mmoe_rec.errors import UserError, require_packages
 from mmoe_rec.settings.load import load_settings, parse_overrides
 
@@ -40,49 +39,18 @@ _READ = (".json", ".parquet", ".safetensors", ".yaml")  # what an artifact consi
 
 @command(__doc__, section="serving")
 @model_option
-@click.option(
-    "--tracking.uri",
-    "tracking_uri",
-    metavar="U",
-    help="MLflow's address (default: MLFLOW_TRACKING_URI, else sqlite:///mlflow.db)",
-)
+@tracking_option
 @click.option("--host", default="127.0.0.1", metavar="H", help="default: 127.0.0.1, this machine alone; 0.0.0.0 is all")
-@click.option(
-    "--port", type=click.IntRange(0, 65_535), default=8000, metavar="P", help="default: 8000; 0 takes a free one"
-)
+@click.option("--port", type=click.IntRange(0, 65_535), default=8000, metavar="P", help="default: 8000; 0: a free one")
 @click.option("--workers", type=COUNT, default=1, metavar="N", help="processes that share the model (default: 1)")
-@click.option(
-    "--poll",
-    type=NumberBetween(0, 86_400),
-    default=0.0,
-    metavar="S",
-    help="look every S seconds whether the alias has moved, and take up the new model (default: 0, never)",
-)
-@click.option(
-    "--grace",
-    type=NumberBetween(1, 3_600),
-    default=10.0,
-    metavar="S",
-    help="seconds from SIGTERM to the end, whatever is under way (default: 10)",
-)
-@click.option(
-    "--journal",
-    metavar="A",
-    help="address of a journal, such as sqlite:///journal.db, made if it is not there: take events (POST /events), "
-    "which the model learns live",
-)
+@click.option("--poll", type=NumberBetween(0, 86_400), default=0.0, metavar="S", help="seconds between looks (0: none)")
+@click.option("--grace", type=NumberBetween(1, 3_600), default=10.0, metavar="S", help="seconds after SIGTERM (10)")
+@click.option("--journal", metavar="A", help="take events into a journal, such as sqlite:///journal.db")
 @click.option("--token-file", metavar="F", help="file with the token that callers must send (default: MMOE_REC_TOKEN)")
 @click.option("--log-requests", type=FOLDER, metavar="DIR", help="log requests and replies there (default: not)")
-@click.option(
-    "--log-share", type=NumberBetween(0, 1), metavar="S", help="share of requests that are logged (default: 0.1)"
-)
+@click.option("--log-share", type=NumberBetween(0, 1), metavar="S", help="share of requests that are logged (0.1)")
 @click.option("--log-seconds", type=NumberBetween(1, 86_400), metavar="S", help="seconds between files (default: 300)")
-@click.option(
-    "--log-gib",
-    type=NumberBetween(0.001, 1e6),
-    metavar="G",
-    help="remove the oldest files beyond this size, GiB (default: keep all)",
-)
+@click.option("--log-gib", type=NumberBetween(0.001, 1e6), metavar="G", help="most GiB of files (default: keep all)")
 @overrides_argument
 def serve(
     model: str,

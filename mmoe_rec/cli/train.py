@@ -29,23 +29,16 @@ from __future__ import annotations
 
 import click
 
-from mmoe_rec.cli.command import COUNT, Configuration, settings_command, show
+from mmoe_rec.cli.main import COUNT, Configuration, settings_command, show
 from mmoe_rec.errors import UserError
 
 
 @settings_command(__doc__)
 @click.option("--resume", is_flag=True, help="go on from the last checkpoint, if there is one")
 @click.option("--from", "start", metavar="M", help="start from a model: an artifact folder or models:/NAME@ALIAS")
-@click.option(
-    "--seeds",
-    type=click.IntRange(min=2),
-    metavar="N",
-    help="train N times, and tell what the settings are worth on average",
-)
+@click.option("--seeds", type=click.IntRange(min=2), metavar="N", help="train N times, and tell what is usual")
 @click.option("--at-once", type=COUNT, metavar="N", help="of --seeds, how many run at a time (1)")
-@click.option(
-    "--against", multiple=True, metavar="W...", help="of --seeds: data.work of other settings to compare with"
-)
+@click.option("--against", multiple=True, metavar="W...", help="of --seeds: data.work of others to compare with")
 def train(
     configuration: Configuration,
     resume: bool,
@@ -54,7 +47,6 @@ def train(
     at_once: int | None,
     against: tuple[str, ...],
 ) -> None:
-    """Runs the command."""
     if seeds is not None:
         if start is not None:
             raise UserError("--seeds trains from random weights; leave --from out")
@@ -68,38 +60,20 @@ def train(
         folder = Path(settings.data.work) / "seeds"
         print(f"all values: {folder / FILE}")
         print(f"report: {folder / PAGE}")
-    elif at_once is not None:
-        raise UserError("--at-once says how many trainings of --seeds run at a time; give --seeds as well")
-    elif against:
-        raise UserError("--against compares trainings of --seeds; models are compared by evaluate --against")
+    elif at_once is not None or against:
+        raise UserError("--at-once and --against belong to --seeds; models are compared by evaluate --against")
     else:
         _train_one(configuration, start, resume)
 
 
 def _train_one(configuration: Configuration, start: str | None, resume: bool) -> None:
-    from rich.console import Console
-
     from mmoe_rec.jobs.train import describe_training, train_model
-    from mmoe_rec.jobs.workspace import CHALLENGER
+    from mmoe_rec.tracking.registry import CHALLENGER
 
-    settings = configuration.settings
-    trained = train_model(settings, start, resume)
+    trained = train_model(configuration.settings, start, resume)
     if trained is None:
         return
-    if trained.before:
-        print("this training has already ended, and what follows was so then; without --resume a new one begins")
-    if trained.started_from is not None:
-        values = trained.started_from.flat().items()
-        text = ", ".join(f"{name.removeprefix('validation/')} {value:.4f}" for name, value in values)
-        print(f"validation of the model that it was started from: {text}")
-    for part in describe_training(trained, settings):
-        Console().print(part, highlight=False, soft_wrap=isinstance(part, str))
-    if note := trained.best.experts.note(settings.model.gates.rule):
-        print(f"note: {note}")
-    if trained.rows_per_s:  # else all steps were done before, and the rest was left
-        print(f"{trained.rows_per_s:,.0f} rows/s in training, {trained.waiting:.1%} of the time spent waiting for data")
-    for sentence in trained.compared:
-        print(sentence)
+    show(describe_training(trained, configuration.settings))
     print(f"model: {trained.artifact}, registered as {trained.address}")
     if trained.address.endswith(f"@{CHALLENGER}"):
         options = configuration.options("--challenger", CHALLENGER)

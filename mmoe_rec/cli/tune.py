@@ -17,15 +17,16 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
 from mmoe_rec.atomic import write_text
-from mmoe_rec.cli.command import COUNT, Configuration, settings_command
+from mmoe_rec.cli.main import COUNT, Configuration, settings_command
 from mmoe_rec.errors import StoppedError, UserError, require_packages
 from mmoe_rec.progress import say
 from mmoe_rec.settings.load import load_settings
@@ -36,21 +37,20 @@ from mmoe_rec.tracking.outbox import PATIENCE_SECONDS, UnreachableError
 if TYPE_CHECKING:
     from mmoe_rec.preprocessing.prepare import FeatureFolder
 
-COMBINATIONS = 30  # with values of other settings, to try for a value that is not valid by itself
+COMBINATIONS = 30
 Values = dict[str, Any]
-FAILURES_IN_A_ROW = 3
-NOT_VALID_IN_A_ROW = 20
+Outcome = Literal["reached", "cut short", "not valid", "failed"]
+MOST_IN_A_ROW: dict[Outcome, int] = {"failed": 3, "not valid": 20}
+"""Trials after which the search ends where they all ended so."""
 KILLS_OF_ONE_TRIAL = 3
 # What trials are marked with, beside the id of their run: why one was given up, which one it replaces, and how often a
 # trial of its values was killed before.
 _RUN, _REASON, _INSTEAD_OF, _KILLS = "run_id", "reason", "instead_of", "kills"
-Outcome = Literal["reached", "cut short", "not valid", "failed"]
 
 
 @settings_command(__doc__)
 @click.option("--trials", type=COUNT, default=20, metavar="N", help="trials in all (default: 20)")
 def tune(configuration: Configuration, trials: int) -> None:
-    """Runs the command."""
     settings = configuration.settings
     search = settings.tuning.search
     if not search:
@@ -71,55 +71,42 @@ def tune(configuration: Configuration, trials: int) -> None:
     existing(*log_and_place(settings))  # a wrong log is reported before MLflow and optuna are loaded
     runs.check_server(settings.tracking.address, settings.experiment, unsent=Path(settings.data.work) / "unsent")
     what, advice = "a search for settings", "set `data.work` to another folder"
-    with features_in_use(settings, what) as prepared, writing(Path(settings.data.work) / "tuning", what, advice):
-        prepared.require_rows("train", "validation")
-        tuned = Study(settings, prepared, with_values).run(trials)
-    told = {name: f"{many} {'was' if many == 1 else 'were'} {name}" for name, many in tuned.ends.items()}
-    not_valid = f", {told['not valid']}" if tuned.ends["not valid"] else ""
-    trials = sum(tuned.ends.values())
-    ended = f"{told['cut short']}{not_valid} and {tuned.ends['failed']} failed"
-    print(f"{trials} trial{'s' * (trials != 1)}, of which {ended}")
-    print(f"best: {tuned.value:.4f} with " + ", ".join(f"{name} {value}" for name, value in tuned.best.items()))
-    print(f"next: mmoe-rec train --config {tuned.file}")
+    with (
+        features_in_use(settings, what, ("train", "validation")) as prepared,
+        writing(Path(settings.data.work) / "tuning", what, advice),
+    ):
+        Study(settings, prepared, with_values).run(trials)
 
 
 def _check_values(search: dict[str, Search], with_values: Callable[[Values], Settings]) -> None:
-    """Raises UserError, at once, for a value that is valid neither alone nor in some combinations with the others."""
+    """Raises UserError, at once, where nothing that is drawn is valid."""
     chance, values = random.Random(17), {name: each.choices or (each.low, each.high) for name, each in search.items()}
-    for name, value in ((name, value) for name, some in values.items() for value in some):
-        reasons = []
-        for number in range(COMBINATIONS if len(search) > 1 else 1):
-            others = {other: chance.choice(some) for other, some in values.items()} if number else {}
-            try:
-                with_values({**others, name: value})
-                break
-            except UserError as error:
-                reasons.append(str(error))
-        else:
-            raise UserError(f"'tuning.search' has {json.dumps(value)} for '{name}': {reasons[0]}")
+    reasons = []
+    for _ in range(COMBINATIONS):
+        try:
+            with_values({name: chance.choice(some) for name, some in values.items()})
+            return
+        except UserError as error:
+            reasons.append(str(error))
+    raise UserError(f"none of {COMBINATIONS} combinations of 'tuning.search' is valid: {reasons[0]}")
 
 
 class NotValidError(UserError):
     """Values that don't go together."""
 
 
-@dataclass(frozen=True)
-class TuningResult:
-    """A finished search. best: setting -> value; value: what it reached; file: all settings with these, as YAML; ends:
-    how many trials had which outcome."""
-
-    best: Values
-    value: float
-    file: Path
-    ends: dict[Outcome, int]
+@contextmanager
+def _refused_values() -> Iterator[None]:
+    """Makes a NotValidError of a UserError."""
+    try:
+        yield
+    except UserError as error:
+        raise NotValidError(str(error)) from None
 
 
 class Study:
-    """Trials of settings for one data set.
-
-    with_values: gives the settings with some values replaced. The study is found again by what it depends
-    on: features, settings and search space.
-    """
+    """Trials of settings for one data set, found again by features, settings and search space. with_values: gives the
+    settings with some values replaced."""
 
     def __init__(self, settings: Settings, prepared: FeatureFolder, with_values: Callable[[Values], Settings]) -> None:
         import optuna
@@ -127,7 +114,8 @@ class Study:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._optuna, self._states = optuna, optuna.trial.TrialState
         self.settings, self.prepared, self.with_values = settings, prepared, with_values
-        self.folder = Path(settings.data.work) / "tuning"
+        work = Path(settings.data.work)
+        self.folder, self.unsent = work / "tuning", work / "unsent"
         self.folder.mkdir(parents=True, exist_ok=True)
         depends = settings.model_dump(mode="json", include={"model", "training", "tuning"})
         text = json.dumps([depends, settings.choices, prepared.manifest["fingerprint"]], sort_keys=True)
@@ -161,40 +149,49 @@ class Study:
             reason = str(error.__cause__ or error).splitlines()[0]
             raise UserError(f"the search in '{file}' can't be resumed: {reason}; remove it to begin anew") from None
 
-    def run(self, trials: int) -> TuningResult:
-        """Tries until there are so many trials, those of earlier runs included.
+    def run(self, trials: int) -> None:
+        """Tries until there are so many trials, those of earlier runs included; writes and prints what is best.
 
-        Raises:
-            StoppedError: the search was asked to stop; the current trial will be tried again.
-            UserError: no trial ended well, or several in a row failed or were not valid.
+        Raises StoppedError where it was asked to stop, and the current trial will be tried again; UserError where no
+        trial ended well, or several in a row failed or were not valid.
         """
         uri, experiment = self.settings.tracking.address, self.settings.experiment
-        with runs.open_run(uri, experiment, run_name="tuning", key=f"tuning-{self.key}", unsent=self._unsent) as run:
+        with runs.open_run(uri, experiment, run_name="tuning", key=f"tuning-{self.key}", unsent=self.unsent) as run:
             assert run.run_id is not None
             self._take_up_killed()
-            in_a_row = {"not valid": 0, "failed": 0}
+            last, in_a_row = "", 0
             while len(self._find_ended()) < trials:
                 outcome, said = self._try(run.run_id)
-                in_a_row = {each: many + 1 if each == outcome else 0 for each, many in in_a_row.items()}
-                if in_a_row["failed"] == FAILURES_IN_A_ROW:
-                    raise UserError(f"{FAILURES_IN_A_ROW} trials in a row failed; the last one: {said}")
-                if in_a_row["not valid"] == NOT_VALID_IN_A_ROW:
+                last, in_a_row = outcome, in_a_row + 1 if outcome == last else 1
+                if in_a_row == MOST_IN_A_ROW.get(outcome):
                     raise UserError(
-                        f"{NOT_VALID_IN_A_ROW} combinations in a row were not valid: narrow tuning.search; the last "
-                        f"one: {said}"
+                        f"{in_a_row} trials in a row ended as {outcome}: narrow tuning.search; the last one: {said}"
                     )
-            tuned = self._best()
-            run.log_params({f"best.{setting}": value for setting, value in tuned.best.items()})
-            run.log_metrics({"best/objective": tuned.value})
-            run.log_artifact(tuned.file)
-            table = self._study.trials_dataframe(attrs=("number", "value", "params", "state", "user_attrs"))
-            run.log_text(str(table.to_csv(index=False)), "trials.csv")
-            run.flush(PATIENCE_SECONDS)
-            return tuned
+            self._finish(run)
 
-    @property
-    def _unsent(self) -> Path:
-        return Path(self.settings.data.work) / "unsent"
+    def _finish(self, run: runs.Run) -> None:
+        states, ended = self._states, self._find_ended()
+        if not any(each.state == states.COMPLETE for each in ended):
+            reasons = [each.user_attrs[_REASON] for each in ended if _REASON in each.user_attrs]
+            last = f" (the last reason: {reasons[-1]})" if reasons else ""
+            raise UserError(f"no trial ended well{last}; raise --trials, or narrow tuning.search")
+        best, file = self._study.best_trial, self.folder / "best.yaml"
+        values = self._read_values(best)
+        write_text(file, self.with_values(values).to_yaml())
+        run.log_params({f"best.{setting}": value for setting, value in values.items()})
+        run.log_metrics({"best/objective": float(best.value)})
+        run.log_artifact(file)
+        table = self._study.trials_dataframe(attrs=("number", "value", "params", "state", "user_attrs"))
+        run.log_text(str(table.to_csv(index=False)), "trials.csv")
+        run.flush(PATIENCE_SECONDS)
+        outcomes: dict[Any, Outcome] = {states.COMPLETE: "reached", states.FAIL: "failed"}
+        ends = Counter(
+            outcomes.get(each.state, "not valid" if _REASON in each.user_attrs else "cut short") for each in ended
+        )
+        counts = ", ".join(f"{ends[each]} {each}" for each in ("cut short", "not valid", "failed"))
+        print(f"{len(ended)} trial{'s' * (len(ended) != 1)}: {counts}")
+        print(f"best: {best.value:.4f} with " + ", ".join(f"{name} {value}" for name, value in values.items()))
+        print(f"next: mmoe-rec train --config {file}")
 
     def _find_ended(self) -> list[Any]:
         """All trials that ended, except those that were or will be tried again."""
@@ -226,14 +223,15 @@ class Study:
     def _try(self, parent: str) -> tuple[Outcome, str]:
         """One trial: what became of it, in a word and at length."""
         trial = self._study.ask(self._spaces)
-        values = {name: _plain(space, trial.params[name]) for name, space in self._spaces.items()}
-        folder, reached = self.folder / f"trial-{trial.number:04d}", None
+        values, folder, reached = self._read_values(trial), self.folder / f"trial-{trial.number:04d}", None
         shutil.rmtree(folder, ignore_errors=True)
         again = f"trial {trial.number + 1} will be tried again: go on with the same command"
         outcome: Outcome = "cut short"
         told = "it fell behind"
         try:
-            reached = self._train(trial, self._settings_of(values), values, folder, parent)
+            with _refused_values():
+                settings = self.with_values(values)
+            reached = self._train(trial, settings, values, folder, parent)
             if reached is not None:
                 outcome, told = "reached", f"{reached:.4f}"
         except (StoppedError, KeyboardInterrupt) as stopped:
@@ -261,35 +259,30 @@ class Study:
         say(f"trial {trial.number + 1}: {told if reached is not None else f'{outcome}: {told}'} ({text})")
         return outcome, told
 
-    def _settings_of(self, values: Values) -> Settings:
-        try:
-            return self.with_values(values)
-        except UserError as error:
-            raise NotValidError(str(error)) from None
+    def _read_values(self, trial: Any) -> Values:
+        """Setting -> value; that of a choice is stored as JSON."""
+        kept = {name: trial.params[name] for name in self._spaces}
+        return {name: json.loads(each) if isinstance(each, str) else each for name, each in kept.items()}
 
     def _train(self, trial: Any, settings: Settings, values: Values, folder: Path, parent: str) -> float | None:
         """What the training reached; None where it was cut short. Raises NotValidError for values that don't go
         together."""
-        from mmoe_rec.devices import pick_device
         from mmoe_rec.model.layout import ModelLayout
-        from mmoe_rec.training.choices import check_offered
         from mmoe_rec.training.loop import Trainer
-        from mmoe_rec.training.ranks import process_group
+        from mmoe_rec.training.ranks import training_ranks
         from mmoe_rec.training.validation import Validation
 
-        device = pick_device(settings.training.device)
-        check_offered(settings.training, device.type)  # what is not on offer here is no fault of a trial
         layout = ModelLayout.of(self.prepared.layout, settings)
         # Trials are compared by one measure, whatever loss weights they try.
         judge, select_by = ModelLayout.of(self.prepared.layout, self.settings), settings.training.select_by
         with (
-            process_group(device, settings.training.timeout_minutes),
+            training_ranks(settings.training) as (device, _),  # what is not on offer here is no fault of a trial
             runs.open_run(
                 settings.tracking.address,
                 settings.experiment,
                 run_name=f"trial {trial.number + 1}",
                 parent=parent,
-                unsent=self._unsent,
+                unsent=self.unsent,
                 patience=PATIENCE_SECONDS,
             ) as run,
         ):
@@ -304,44 +297,24 @@ class Study:
                     raise self._optuna.TrialPruned
 
             try:
-                trainer = Trainer(
-                    self.prepared,
-                    layout,
-                    settings.model,
-                    settings.training,
-                    device,
-                    folder,
-                    run.log_metrics,
-                    watch=watch,
-                )
-            except UserError as error:
-                run.set_tags({"not_valid": error})
-                raise NotValidError(str(error)) from None
-            try:
+                with _refused_values():
+                    trainer = Trainer(
+                        self.prepared,
+                        layout,
+                        settings.model,
+                        settings.training,
+                        device,
+                        folder,
+                        run.log_metrics,
+                        watch=watch,
+                    )
                 result = trainer.run()
+            except NotValidError as error:
+                run.set_tags({"not_valid": error})
+                raise
             except self._optuna.TrialPruned:
                 run.set_tags({"cut_short": "it fell behind"})
                 return None
             assert result.best is not None
             run.log_metrics(result.best.flat("best"), result.best_step)
             return result.best.objective(select_by, judge)
-
-    def _best(self) -> TuningResult:
-        states, ended = self._states, self._find_ended()
-        if not any(each.state == states.COMPLETE for each in ended):
-            reasons = [each.user_attrs[_REASON] for each in ended if _REASON in each.user_attrs]
-            last = f" (the last reason: {reasons[-1]})" if reasons else ""
-            raise UserError(f"no trial ended well{last}; raise --trials, or narrow tuning.search")
-        best = self._study.best_trial
-        values = {name: _plain(space, best.params[name]) for name, space in self._spaces.items()}
-        file = self.folder / "best.yaml"
-        write_text(file, self.with_values(values).to_yaml())
-        outcomes: dict[Any, Outcome] = {states.COMPLETE: "reached", states.FAIL: "failed"}
-        ends: dict[Outcome, int] = dict.fromkeys(get_args(Outcome), 0)
-        for each in ended:
-            ends[outcomes.get(each.state, "not valid" if _REASON in each.user_attrs else "cut short")] += 1
-        return TuningResult(values, float(best.value), file, ends)
-
-
-def _plain(space: Any, value: Any) -> Any:
-    return json.loads(value) if hasattr(space, "choices") else value

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from mmoe_rec.cli.command import Configuration, model_option, out_option, settings_command, show
+from mmoe_rec.cli.main import Configuration, model_option, out_option, settings_command, show
 from mmoe_rec.errors import UserError
 
 if TYPE_CHECKING:
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 def tune_weights(
     configuration: Configuration, model: str, goal: str | None, keep: tuple[str, ...], out: Path | None
 ) -> None:
-    """Runs the command."""
     settings, margins = configuration.settings, {}
     for word in keep:
         task, equals, loss = word.partition("=")

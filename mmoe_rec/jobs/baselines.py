@@ -51,10 +51,9 @@ def measure_baselines(
 
     check_out(out, settings)
     with (
-        features_in_use(settings, "baselines") as prepared,
+        features_in_use(settings, "baselines", ("train", "validation", "test")) as prepared,
         writing(out, "an evaluation", "give another folder with --out"),
     ):
-        prepared.require_rows("train", "validation", "test")
         scored = _predict(settings, prepared)
         models = {} if evaluated is None else {name: next(iter(evaluated.results.models.values()))}
         for each, rows in scored.items():

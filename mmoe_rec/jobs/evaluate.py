@@ -32,7 +32,6 @@ from mmoe_rec.settings.columns import Columns
 from mmoe_rec.settings.schema import Schema
 from mmoe_rec.settings.sections import Settings, differences
 from mmoe_rec.tracking import runs
-from mmoe_rec.tracking.client import hide_password
 from mmoe_rec.tracking.outbox import UnreachableError
 from mmoe_rec.tracking.registry import describe_version, find_model, get_version
 
@@ -175,7 +174,7 @@ def log_evaluation(
     if split != "test" or first.seen:  # what it has learnt says nothing of it
         return
     if (registered := re.fullmatch(r"models:/([^/@]+)/(\d+)", model.address)) is not None:
-        rows = f"{summary.rows:,} rows of {hide_password(settings.data.log)}"
+        rows = f"{summary.rows:,} rows of {settings.data.log}"
         sentences = f"{'; '.join(describe_verdicts(results))} ({rows})"
         report = {"report": f"runs:/{run.run_id}/{place}/report.html", "evaluated": sentences}
         version = get_version(registered[1], registered[2], uri)

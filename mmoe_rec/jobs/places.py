@@ -76,11 +76,13 @@ def extend_features(settings: Settings) -> Extension | None:
 
 
 @contextmanager
-def features_in_use(settings: Settings, what: str, going_on: bool = False) -> Iterator[FeatureFolder]:
+def features_in_use(
+    settings: Settings, what: str, splits: Sequence[str] = (), going_on: bool = False
+) -> Iterator[FeatureFolder]:
     """Features, newly built or existing, that nobody replaces meanwhile.
 
-    what: uses them, such as "a training"; going_on: whether a model goes on from these features, see
-    `mmoe_rec.preprocessing.prepare.prepare`.
+    what: uses them, such as "a training"; splits: that must have rows; going_on: whether a model goes on from these
+    features, see `mmoe_rec.preprocessing.prepare.prepare`.
     """
     place = log_and_place(settings)
     while True:
@@ -88,6 +90,7 @@ def features_in_use(settings: Settings, what: str, going_on: bool = False) -> It
         with reading(features.folder, what):
             # Before the lock was taken, another process may have built others.
             if existing(*place) is not None:
+                features.require_rows(*splits)
                 yield features
                 return
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,24 +22,12 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.comparison import BETTER, Results
 from mmoe_rec.inference.artifact import Source
 from mmoe_rec.jobs.evaluate import PROMOTION, check_tasks, evaluate_found, rows_to_measure, score_by
-from mmoe_rec.jobs.workspace import CHALLENGER
 from mmoe_rec.preprocessing.prepare import FeatureFolder
 from mmoe_rec.progress import say
 from mmoe_rec.settings.sections import Settings
 from mmoe_rec.tracking import registry
 from mmoe_rec.tracking.outbox import UnreachableError
-from mmoe_rec.tracking.registry import (
-    Version,
-    describe_version,
-    fetch_model,
-    find_holder,
-    forget_replaced,
-    get_replaced,
-    get_version,
-    list_aliases,
-    move_alias,
-    tag_version,
-)
+from mmoe_rec.tracking.registry import CHALLENGER, Version
 from mmoe_rec.tracking.runs import Run
 
 if TYPE_CHECKING:
@@ -72,7 +61,7 @@ def promote_trained(
     is registered twice. A holder that changes meanwhile is compared with anew.
     """
     name, alias, uri = settings.registered_model, settings.tracking.alias, settings.tracking.address
-    holder = find_holder(name, alias, uri)
+    holder = registry.find_holder(name, alias, uri)
     if holder is not None and holder.run_id == run.run_id:  # a kill came between the alias and the training's end
         return Decision(f"models:/{name}@{alias}", True, (f"'{alias}' is version {holder.number}, this model",))
     # What came between may also have been an outage of MLflow.
@@ -80,7 +69,7 @@ def promote_trained(
     number = registry.find_registered(run, artifact, name) or registry.register_model(run, artifact, name, tags=tags)
     while True:
         better, reason = compare_with_holder(settings, prepared, model, artifact, holder)
-        now = find_holder(name, alias, uri)
+        now = registry.find_holder(name, alias, uri)
         if now == holder:
             break
         say(f"'{alias}' has moved to {'no model' if now is None else f'version {now.number}'} meanwhile")
@@ -88,16 +77,16 @@ def promote_trained(
     decision = {"promoted": str(better), "compared": reason}
     run.set_tags(decision)
     if better:
-        move_alias(name, alias, number, uri, holder)
+        registry.move_alias(name, alias, number, uri, holder)
     version = Version(name, number, run.run_id)
-    describe_version(version, f"{reason}\n\n{about}", decision, uri)
+    registry.describe_version(version, f"{reason}\n\n{about}", decision, uri)
     if better:
         return Decision(f"models:/{name}@{alias}", True, (reason, f"'{alias}' is version {number} now, this model"))
     assert holder is not None, "without a holder the new model is better"
     stays = f"'{alias}' stays version {holder.number}"
     if alias == CHALLENGER:
         return Decision(version.address, False, (reason, stays))
-    move_alias(name, CHALLENGER, number, uri)
+    registry.move_alias(name, CHALLENGER, number, uri)
     stays += f"; this model, version {number}, is '{CHALLENGER}'"
     return Decision(f"models:/{name}@{CHALLENGER}", False, (reason, stays))
 
@@ -108,63 +97,69 @@ def compare_with_holder(
     """Whether a trained model is better than the version that holds the alias, and the sentence that says why."""
     from mmoe_rec.evaluation.scoring import NotFiniteError
     from mmoe_rec.inference.artifact import read_calibration
-    from mmoe_rec.inference.ranker import OtherScoresError
     from mmoe_rec.model.layout import ModelLayout
 
-    alias = settings.tracking.alias
+    alias, mine_name = settings.tracking.alias, "this model"
     if holder is None:
         return True, f"no model held '{alias}' before"
-    who = f"version {holder.number}, which holds '{alias}',"
-    by_hand = "point the alias at the new one yourself if it is to serve, or set tracking.registered_model"
     try:
-        folder = fetch_model(holder.address, settings.tracking.address)
+        folder = registry.fetch_model(holder.address, settings.tracking.address)
         ranker = _load(folder)
-        if isinstance(ranker, OtherScoresError):  # on another machine it may serve well
-            raise ranker
         if isinstance(ranker, Exception):
-            return True, f"{who} can't be served any more: {_one_line(ranker)}"
-        its = _score_by_holder(settings, prepared, ranker, folder, holder)
+            return _judge_trouble(ranker, holder, alias)
+        its_name = f"version {holder.number}"
+        its = _score_by_holder(settings, prepared, ranker, folder, its_name)
         layout, calibration = ModelLayout.of(prepared.layout, settings), read_calibration(artifact)
-        try:
-            mine = score_by(settings, model, layout, prepared.split("validation"), calibration)
-        except NotFiniteError:
-            return False, "this model gives predictions that are not finite numbers"
-        return _judge_rows(settings, mine, its, f"version {holder.number}")
+        mine = score_by(settings, model, layout, prepared.split("validation"), calibration, mine_name)
+        return _judge_rows(settings, {mine_name: mine, its_name: its})
     except UnreachableError:
         raise  # an outage decides nothing
-    except NotFiniteError:
-        return True, f"{who} gives predictions that are not finite numbers"
+    except NotFiniteError as error:
+        return error.name != mine_name, str(error)
     except UserError as error:
-        return False, f"{who} can't be compared: {_one_line(error)}; {by_hand}"
+        return _judge_trouble(error, holder, alias, is_loaded=True)
 
 
-def _judge_rows(settings: Settings, mine: ScoredRows, its: ScoredRows, its_name: str) -> tuple[bool, str]:
+def _judge_trouble(trouble: Exception, holder: Version, alias: str, is_loaded: bool = False) -> tuple[bool, str]:
+    """Whether a holder that can't be loaded, or else compared, gives way, and the sentence that says why."""
+    from mmoe_rec.inference.ranker import OtherScoresError
+
+    who, what = f"version {holder.number}, which holds '{alias}',", " ".join(str(trouble).split())
+    # What is wrong with it wherever it is loaded; memory may lack here alone.
+    is_broken = isinstance(trouble, UserError) or "not finite numbers" in what
+    if is_broken and not is_loaded and not isinstance(trouble, OtherScoresError):
+        return True, f"{who} can't be served any more: {what}"
+    return False, f"{who} can't be compared here: {what}; point the alias at another one yourself if that is to serve"
+
+
+def _judge_rows(settings: Settings, scored: Mapping[str, ScoredRows]) -> tuple[bool, str]:
+    """Whether the first of two models is better on the rows that both have scored."""
     from mmoe_rec.evaluation.comparison import compare
     from mmoe_rec.evaluation.summary import MeasuredModel, summarise
     from mmoe_rec.report.sentences import describe_verdict
 
-    rules, name = settings.evaluation, "this model"
-    sums = {name: mine.measure(), its_name: its.measure()}
+    rules, (name, its_name) = settings.evaluation, scored
+    sums = {each: rows.measure() for each, rows in scored.items()}
     models = {each: MeasuredModel(of_it, summarise(of_it, _RESAMPLES)) for each, of_it in sums.items()}
     compared = compare(models, name, list(settings.tasks), rules, rules.resamples)
     sentence = describe_verdict(compared, its_name, models[name].summary)
-    return compared.verdicts[its_name].kind == BETTER, f"{sentence} ({len(mine.score):,} validation rows)"
+    return compared.verdicts[its_name].kind == BETTER, f"{sentence} ({len(scored[name].score):,} validation rows)"
 
 
 def _score_by_holder(
-    settings: Settings, prepared: FeatureFolder, ranker: Ranker, folder: Path, holder: Version
+    settings: Settings, prepared: FeatureFolder, ranker: Ranker, folder: Path, name: str
 ) -> ScoredRows:
     """The validation rows as the holder scores them: the training's, where its features are the same or were extended
     from its own; else encoded anew. Raises UserError where its tasks mean something else."""
     check_tasks(settings, ranker.pipeline.schema)
     manifest, validation = prepared.manifest, prepared.split("validation")
     if manifest["fingerprint"] == ranker.about.fingerprint:
-        return score_by(settings, ranker.model, ranker.layout, validation, ranker.calibration)
+        return score_by(settings, ranker.model, ranker.layout, validation, ranker.calibration, name)
     if "extends" in manifest and (grown := _grow(prepared, ranker, folder)) is not None:
-        return score_by(settings, *grown, validation, ranker.calibration)
-    say(f"encoding the validation rows for version {holder.number}, which has other features")
+        return score_by(settings, *grown, validation, ranker.calibration, name)
+    say(f"encoding the validation rows for {name}, which has other features")
     with rows_to_measure(settings, folder, ranker, "validation") as rows:
-        return score_by(settings, ranker.model, ranker.layout, rows, ranker.calibration)
+        return score_by(settings, ranker.model, ranker.layout, rows, ranker.calibration, name)
 
 
 def _grow(prepared: FeatureFolder, ranker: Ranker, folder: Path) -> tuple[RankingModel, ModelLayout] | None:
@@ -187,23 +182,23 @@ def _grow(prepared: FeatureFolder, ranker: Ranker, folder: Path) -> tuple[Rankin
     return model, layout
 
 
-def promote_version(settings: Settings, name: str, challenger: str, slower_at_most: float, out: Path) -> Decision:
+def promote_version(settings: Settings, challenger: str, slower_at_most: float, out: Path) -> Decision:
     """Decides by the test rows, and moves the alias if the challenger is better; writes the report to a folder.
 
-    name: of the registered model; challenger: number of a version, or an alias; slower_at_most: largest ratio of the
+    challenger: number of a version, or an alias; slower_at_most: largest ratio of the
     times in which both answer. Raises UserError for a version that there is not, or where the two can't be compared.
     """
-    alias, uri = settings.tracking.alias, settings.tracking.address
-    version, holder = _find_version(name, challenger, uri), find_holder(name, alias, uri)
+    name, alias, uri = settings.registered_model, settings.tracking.alias, settings.tracking.address
+    version, holder = _find_version(name, challenger, uri), registry.find_holder(name, alias, uri)
     if holder == version:
         return Decision(version.address, True, (f"version {version.number} holds '{alias}' already",))
     better, reasons, results = _judge_versions(settings, version, holder, slower_at_most, out)
-    if better and find_holder(name, alias, uri) != holder:
+    if better and registry.find_holder(name, alias, uri) != holder:
         better, reasons = False, [f"'{alias}' has moved meanwhile: run the command again"]
     if better:
-        move_alias(name, alias, version.number, uri, holder)
+        registry.move_alias(name, alias, version.number, uri, holder)
     tags = {"promoted": f"'{alias}' since this comparison" if better else "no", "compared": "; ".join(reasons)[:4000]}
-    tag_version(version, tags, uri)
+    registry.tag_version(version, tags, uri)
     now = f"'{alias}' is version {version.number} now" if better else f"'{alias}' stays as it was"
     return Decision(version.address, better, (*reasons, now), results)
 
@@ -213,23 +208,20 @@ def _judge_versions(
 ) -> tuple[bool, list[str], Results | None]:
     """Whether a version is better than the holder, the reasons, and what was measured."""
     from mmoe_rec.evaluation.scoring import NotFiniteError
-    from mmoe_rec.inference.ranker import OtherScoresError
     from mmoe_rec.report.sentences import describe_verdict
 
     alias, uri = settings.tracking.alias, settings.tracking.address
-    folder = fetch_model(version.address, uri)
+    folder = registry.fetch_model(version.address, uri)
     mine = _load(folder)
     if isinstance(mine, Exception):
         return False, [f"version {version.number} can't be served: {_one_line(mine)}"], None
     if holder is None:
         return True, [f"no version held '{alias}' before"], None
-    its_folder = fetch_model(holder.address, uri)
+    its_folder = registry.fetch_model(holder.address, uri)
     its = _load(its_folder)
     if isinstance(its, Exception):
-        why = f"version {holder.number}, which holds '{alias}', can't be served: {_one_line(its)}"
-        if isinstance(its, UserError) and not isinstance(its, OtherScoresError):  # wherever it is loaded
-            return True, [why], None
-        return False, [f"{why}; so the two can't be compared here"], None
+        better, why = _judge_trouble(its, holder, alias)
+        return better, [why], None
     models = {
         f"version {each.number}": Source(where, each.address, each.run_id)
         for each, where in ((version, folder), (holder, its_folder))
@@ -281,29 +273,30 @@ def _slower(mine: Ranker, its: Ranker, artifact: Path) -> float:
     return fastest[0] / fastest[1]
 
 
-def roll_back(name: str, alias: str, uri: str) -> Decision:
-    """Gives an alias back to the version that held it before the one that holds it now.
+def roll_back(settings: Settings) -> Decision:
+    """Gives the alias back to the version that held it before the one that holds it now.
 
     Raises UserError where that is unknown, or can't be served any more, or the alias moves meanwhile.
     """
-    holder = find_holder(name, alias, uri)
+    name, alias, uri = settings.registered_model, settings.tracking.alias, settings.tracking.address
+    holder = registry.find_holder(name, alias, uri)
     if holder is None:
         raise UserError(f"no version of '{name}' holds '{alias}'")
-    before = get_replaced(holder, alias, uri)
+    before = registry.get_replaced(holder, alias, uri)
     if before is None:
         raise UserError(
             f"it is not known which version of '{name}' held '{alias}' before version {holder.number}; point the alias "
             "at it by hand"
         )
-    version = get_version(name, before, uri)
-    if isinstance(trouble := _load(fetch_model(version.address, uri)), Exception):
+    version = registry.get_version(name, before, uri)
+    if isinstance(trouble := _load(registry.fetch_model(version.address, uri)), Exception):
         raise UserError(f"version {before}, which held '{alias}' before, can't be served: {_one_line(trouble)}")
-    if find_holder(name, alias, uri) != holder:
+    if registry.find_holder(name, alias, uri) != holder:
         raise UserError(f"'{alias}' has moved meanwhile: run the command again")
-    move_alias(name, alias, before, uri)
-    forget_replaced(holder, alias, uri)
-    tag_version(holder, {"promoted": f"no more: '{alias}' went back to version {before}"}, uri)
-    tag_version(version, {"promoted": f"'{alias}' again, after version {holder.number}"}, uri)
+    registry.move_alias(name, alias, before, uri)
+    registry.forget_replaced(holder, alias, uri)
+    registry.tag_version(holder, {"promoted": f"no more: '{alias}' went back to version {before}"}, uri)
+    registry.tag_version(version, {"promoted": f"'{alias}' again, after version {holder.number}"}, uri)
     sentence = f"'{alias}' is version {before} again, which held it before version {holder.number}"
     return Decision(version.address, True, (sentence,))
 
@@ -311,10 +304,10 @@ def roll_back(name: str, alias: str, uri: str) -> Decision:
 def _find_version(name: str, word: str, uri: str) -> Version:
     word = word.removeprefix(f"models:/{name}/").removeprefix(f"models:/{name}@")
     if word.isdigit():
-        return get_version(name, word, uri)
-    version = find_holder(name, word, uri)
+        return registry.get_version(name, word, uri)
+    version = registry.find_holder(name, word, uri)
     if version is None:
-        held = ", ".join(f"'{alias}' ({number})" for alias, number in sorted(list_aliases(name, uri).items()))
+        held = ", ".join(f"'{alias}' ({number})" for alias, number in sorted(registry.list_aliases(name, uri).items()))
         others = f"those that are held are {held}" if held else "none is held"
         raise UserError(f"no version of '{name}' holds the alias '{word}': {others}; or give the number of a version")
     return version

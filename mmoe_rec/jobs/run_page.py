@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import math
+import os
 import shlex
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmoe_rec.progress import say
 from mmoe_rec.settings.sections import Settings
-from mmoe_rec.tracking.client import hide_password, open_monitors, summarise
+from mmoe_rec.tracking.client import hide_password
 from mmoe_rec.tracking.runs import Run
 
 if TYPE_CHECKING:
@@ -45,12 +48,11 @@ def data_sets(settings: Settings, manifest: Mapping[str, Any], *splits: str) -> 
 
     MLflow tells data sets apart by name and digest, so each split has a digest of its own.
     """
-    window, source = settings.split.windows(), hide_password(str(manifest["log"]))
-    sets = []
+    sets, by = [], settings.split
     for split in splits:
-        text = f"{manifest['digest']} {split} {window[split]} {settings.split.by_column} {settings.columns.weight}"
+        text = f"{manifest['digest']} {split} {by.windows()[split]} {by.by_column} {settings.columns.weight}"
         digest = hashlib.sha256(text.encode()).hexdigest()[:16]
-        about = {"name": settings.name, "digest": digest, "source": source, "context": _CONTEXTS[split]}
+        about = {"name": settings.name, "digest": digest, "source": str(manifest["log"]), "context": _CONTEXTS[split]}
         sets.append(about | {"rows": int(manifest["splits"][split]["rows"]), "split": split})
     return sets
 
@@ -72,26 +74,38 @@ class MachineMonitor:
     """
 
     def __init__(self, run: Run, wanted: bool) -> None:
-        self.run, self._next = run, 0.0
-        self._monitors = open_monitors() if wanted and run.outbox is not None else []
+        self.run, self._next = run, 0.0 if wanted and run.outbox is not None else math.inf
+        sample_machine()  # the first load of processors is since nothing
 
     def __call__(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         self.run.log_metrics(metrics, step)
-        if self._monitors and time.monotonic() >= self._next:
+        if time.monotonic() >= self._next:
             self._next = time.monotonic() + SECONDS_BETWEEN_SAMPLES
-            self.run.log_metrics(dict(self._sample()), step)
+            self.run.log_metrics(sample_machine(), step)
 
-    def _sample(self) -> Iterator[tuple[str, float]]:
-        for monitor in list(self._monitors):
-            try:
-                monitor.collect_metrics()
-                values = {f"system/{name}": float(value) for name, value in monitor.aggregate_metrics().items()}
-                monitor.clear_metrics()
-            except Exception as error:  # no training ends for want of a chart
-                self._monitors.remove(monitor)
-                say(f"the machine's load is no longer watched by {type(monitor).__name__}: {summarise(error)}")
-                continue
-            yield from values.items()
+
+def sample_machine() -> dict[str, float]:
+    """Loads of processors, memory, disk, network (since the machine started) and GPUs; what can't be had is left
+    out."""
+    import psutil
+    import torch
+
+    readers: dict[str, Callable[[], float]] = {
+        "cpu_utilization_percentage": psutil.cpu_percent,
+        "system_memory_usage_percentage": lambda: psutil.virtual_memory().percent,
+        "system_memory_usage_megabytes": lambda: psutil.virtual_memory().used / 1e6,
+        "disk_usage_percentage": lambda: psutil.disk_usage(os.sep).percent,
+        "network_receive_megabytes": lambda: psutil.net_io_counters().bytes_recv / 1e6,
+        "network_transmit_megabytes": lambda: psutil.net_io_counters().bytes_sent / 1e6,
+    }
+    for card in range(torch.cuda.device_count()):
+        readers[f"gpu_{card}_utilization_percentage"] = partial(torch.cuda.utilization, card)
+        readers[f"gpu_{card}_memory_usage_bytes"] = partial(torch.cuda.device_memory_used, card)
+    values = {}
+    for name, read in readers.items():
+        with suppress(Exception):  # no training ends for want of a chart
+            values[f"system/{name}"] = float(read())
+    return values
 
 
 def draw_gates(run: Run, layout: Layout, experts: Utilisation, name: str) -> None:

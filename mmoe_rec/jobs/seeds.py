@@ -52,10 +52,8 @@ def train_seeds(
 ) -> TrainingsReport:
     """Trains with `training.seed` and those after it, measures all on the test rows, and writes the files.
 
-    resume: go on with what an earlier run has left; trainings that have ended stay. at_once: how many run at a time.
-    against: `data.work` of other settings, whose trainings of several seeds these are compared with.
-
-    Raises UserError where several processes train, there are no test rows, or no such other trainings.
+    resume: trainings that an earlier run has ended stay; at_once: how many run at a time; against: `data.work` of other
+    settings, whose trainings these are compared with. Raises UserError where there are no test rows, or none of those.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("--seeds trains in one process: start it without torchrun")
@@ -63,11 +61,10 @@ def train_seeds(
     seeds = list(range(settings.training.seed, settings.training.seed + number))
     others = _find_others(against, settings, folder)
     with (
-        features_in_use(settings, what) as prepared,
+        features_in_use(settings, what, ("train", "validation", "test")) as prepared,
         writing(folder, what, "set `data.work` to another folder"),
         ExitStack() as held,
     ):
-        prepared.require_rows("train", "validation", "test")
         theirs = {}
         for (name, models), work in zip(others.items(), against, strict=True):
             held.enter_context(reading(Path(work) / "seeds", what))
@@ -100,8 +97,8 @@ def train_seeds(
 
 
 def _find_others(against: Sequence[str], settings: Settings, mine: Path) -> dict[str, list[Path]]:
-    """Name of each other setting -> its models. Raises UserError for one that has none which were all measured and are
-    still there, or that predicts other tasks."""
+    """Name of each other setting -> its models. Raises UserError where these are not all that were measured, or predict
+    other tasks."""
     from mmoe_rec.features.pipeline import FeaturePipeline
 
     others = {}
@@ -144,7 +141,7 @@ def _with_seed(settings: Settings, seed: int, folder: Path, features: Path) -> S
 
 
 def _train_all(own: Sequence[Settings], at_once: int, resume: bool, parent: str | None) -> None:
-    train = partial(_train, resume=resume, parent=parent)
+    train = partial(train_model, resume=resume, parent=parent, register=False)
     if at_once == 1:
         for number, settings in enumerate(own, 1):
             say(f"training {number} of {len(own)}, with seed {settings.training.seed}")
@@ -160,10 +157,6 @@ def _train_all(own: Sequence[Settings], at_once: int, resume: bool, parent: str 
         for number in run_side_by_side(train, own, logs, at_once):
             say(f"trained with seed {own[number].training.seed}")
             progress.advance(task)
-
-
-def _train(settings: Settings, resume: bool, parent: str | None) -> None:
-    train_model(settings, resume=resume, parent=parent, register=False)
 
 
 def run_side_by_side(

@@ -1,35 +1,53 @@
-"""A training, from settings to a registered model: `train_model` reads from top to bottom."""
+"""A training, from settings to a registered model: `train_model` reads from top to bottom.
+
+What it works on, log, features, checkpoints and the model that it starts from, is opened once and held (`Workspace`):
+settings, log, MLflow and start are checked before torch is loaded, and other processes are kept from replacing what is
+in use.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import json
+import os
+import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from mmoe_rec.atomic import checksum
+from mmoe_rec.atomic import checksum, write_text
+from mmoe_rec.errors import UserError
+from mmoe_rec.evaluation.comparison import find_objective
+from mmoe_rec.jobs.places import features_in_use, log_and_place
 from mmoe_rec.jobs.promotion import Decision, promote_trained
 from mmoe_rec.jobs.run_page import MachineMonitor, as_code, command, data_sets, draw_gates, name_training, quoted
-from mmoe_rec.jobs.workspace import Workspace, is_first_rank, open_workspace
-from mmoe_rec.preprocessing.prepare import FeatureFolder
+from mmoe_rec.locks import writing
+from mmoe_rec.preprocessing.logs import Logs
+from mmoe_rec.preprocessing.prepare import FeatureFolder, existing, fingerprint_of, prepare
 from mmoe_rec.progress import say
 from mmoe_rec.settings.sections import Settings
 from mmoe_rec.tracking import registry, runs
-from mmoe_rec.tracking.client import hide_password
+from mmoe_rec.tracking.outbox import list_waiting_runs
+from mmoe_rec.tracking.registry import check_mlflow
 from mmoe_rec.tracking.runs import Run
 from mmoe_rec.training.fbgemm import torchrec_installed
-from mmoe_rec.training.origin import result_settings
+from mmoe_rec.training.origin import Origin, Start, fixed_settings, result_settings
 
 if TYPE_CHECKING:
+    import torch
     from rich.table import Table
 
+    from mmoe_rec.model.layout import ModelLayout
     from mmoe_rec.model.mmoe import RankingModel
     from mmoe_rec.model.score import Calibration
-    from mmoe_rec.training.checkpoint import FinishedTraining
+    from mmoe_rec.training.checkpoint import Checkpoint, FinishedTraining
     from mmoe_rec.training.choices import Choices
     from mmoe_rec.training.loop import Trainer, TrainingResult
     from mmoe_rec.training.validation import Validation
+    from mmoe_rec.training.warm_start import WarmStart
 
 FEW_STEPS = 50
 
@@ -50,10 +68,8 @@ def train_model(
     goes into the registry. Raises UserError where another process trains in `data.work`.
     """
     with open_workspace(settings, start, resume) as workspace:
-        if workspace is None:
-            from mmoe_rec.training.checkpoint import FinishedTraining
-
-            return FinishedTraining.read(Path(settings.data.work)) if is_first_rank() else None
+        if workspace.course == "has ended":
+            return workspace.ended
         with _open_run(workspace, parent) as run:
             _log_start(run, workspace)
             trainer = _make_trainer(run, workspace)
@@ -65,9 +81,10 @@ def train_model(
 def _open_run(workspace: Workspace, parent: str | None) -> AbstractContextManager[Run]:
     """The run of the training, which a resumed or killed one finds again."""
     settings, start, before = workspace.settings, workspace.origin.start, workspace.checkpoint
+    address, experiment = settings.tracking.address, settings.experiment
     return runs.open_run(
-        settings.tracking.address,
-        settings.experiment,
+        address,
+        experiment,
         run_id=None if before is None else before.state.origin.run_id,
         key=workspace.key,
         parent=parent,
@@ -110,8 +127,7 @@ def _log_choices(run: Run, choices: Choices, first: bool) -> None:
 
 def _log_start(run: Run, workspace: Workspace) -> None:
     """What the run's page says before the first step."""
-    settings, prepared, manifest = workspace.settings, workspace.prepared, workspace.manifest
-    start = workspace.origin.start
+    settings, manifest, start = workspace.settings, workspace.manifest, workspace.origin.start
     if workspace.first:
         say(f"MLflow run: {run.address}")
         if not torchrec_installed():
@@ -129,12 +145,7 @@ def _log_start(run: Run, workspace: Workspace) -> None:
     run.record(
         {**settings.model_dump(mode="json", include=sections), **settings.choices},
         tags,
-        {
-            "settings.yaml": settings.to_yaml(),
-            "data.json": manifest,
-            "features/layout.json": (prepared.folder / "encoded" / "layout.json").read_text(encoding="utf-8"),
-            "features/pipeline.json": (prepared.serving / "pipeline.json").read_text(encoding="utf-8"),
-        },
+        {"settings.yaml": settings.to_yaml(), "data.json": manifest},
         data_sets(settings, manifest, "train", "validation"),
     )
     command_and_rows = f"{as_code(command())}\n\n{_describe_rows(manifest)}"
@@ -170,7 +181,8 @@ def _finish(run: Run, workspace: Workspace, result: TrainingResult, register: bo
         calibration=calibration,
     )
     decision = Decision(str(artifact), False, ())
-    chosen = f"The state of step {result.best_step:,} was chosen, by its validation:\n\n{_make_table(best)}"
+    values = [f"{name.removeprefix('best/')} {value:.4f}" for name, value in best.flat("best").items()]
+    chosen = f"The state of step {result.best_step:,} was chosen, by its validation:\n\n{quoted(values)}"
     if register:
         about = f"{as_code(command())}\n\n{_describe_rows(workspace.manifest)}\n\n{chosen}"
         with registry.wait_to_register(run, artifact):
@@ -195,19 +207,9 @@ def _finish(run: Run, workspace: Workspace, result: TrainingResult, register: bo
 def _describe_rows(manifest: Mapping[str, Any]) -> str:
     rows = {split: counts["rows"] for split, counts in manifest["splits"].items()}
     return (
-        f"{rows['train']:,} rows of `{hide_password(manifest['log'])}` (digest `{manifest['digest']}`), validated on "
+        f"{rows['train']:,} rows of `{manifest['log']}` (digest `{manifest['digest']}`), validated on "
         f"{rows['validation']:,}."
     )
-
-
-def _make_table(best: Validation) -> str:
-    """The metrics of the best state, as a table in Markdown."""
-    metrics = {"loss": best.loss, "auc": best.auc, "gauc": best.gauc, "calibration": best.calibration}
-    lines = [f"| task | {' | '.join(metrics)} |", f"|---{'|---' * len(metrics)}|"]
-    for task in best.loss:
-        cells = [f"{each[task]:.4f}" if task in each else "–" for each in metrics.values()]  # noqa: RUF001
-        lines.append(f"| {task} | {' | '.join(cells)} |")
-    return "\n".join(lines)
 
 
 def _calibrate(settings: Settings, prepared: FeatureFolder, model: RankingModel) -> Calibration:
@@ -231,13 +233,223 @@ def _calibrate(settings: Settings, prepared: FeatureFolder, model: RankingModel)
     return calibration
 
 
+Course = Literal["begins", "goes on", "has ended"]
+"""What a training does."""
+
+
+@contextmanager
+def open_workspace(settings: Settings, start: str | None = None, resume: bool = False) -> Iterator[Workspace]:
+    """The workspace of a training on this rank.
+
+    start, resume: as in `mmoe_rec.jobs.train.train_model`. Raises UserError for a wrong setting, log or address, and
+    where another process is in the way.
+    """
+    workspace = Workspace(settings, start, resume)
+    if workspace.first:
+        workspace.check()  # before torch is loaded
+
+    from mmoe_rec.training.ranks import training_ranks
+
+    with training_ranks(settings.training) as (device, ranks), contextlib.ExitStack() as held:
+        decided = ranks.after_first(lambda: json.dumps(workspace.decide(held), default=asdict))
+        workspace.course, begun = json.loads(decided)
+        if workspace.course != "has ended":
+            workspace.read(device, begun and Start(**begun))
+        yield workspace
+
+
+class Workspace:
+    """What a training has at hand on one rank.
+
+    first: whether this rank writes down what is common to all; ended: the training that has ended before, on the first
+    rank. Unless it has ended: device; manifest: of the features; layout: of the model on them; origin: what the
+    training begins with; checkpoint: to go on from; weights: to start from instead of random ones; key: of the run of a
+    training that begins, on the first rank.
+    """
+
+    course: Course
+    device: torch.device
+    manifest: Mapping[str, Any]
+    layout: ModelLayout
+    origin: Origin
+    ended: FinishedTraining | None = None
+    checkpoint: Checkpoint | None = None
+    weights: WarmStart | None = None
+    key: str | None = None
+
+    def __init__(self, settings: Settings, start: str | None, resume: bool) -> None:
+        self.settings, self.start, self.resume = settings, start, resume
+        self.first = int(os.environ.get("RANK", "0")) == 0  # known before there is a process group
+        self.folder = Path(settings.data.work)
+        self.checkpoints = self.folder / "checkpoints"
+        self.prepared = FeatureFolder(self.folder / "features")
+        self._place = log_and_place(settings)
+        self._has_features = False
+        self._model: tuple[Start, Path] | None = None
+
+    def check(self) -> None:
+        """Raises UserError for a wrong setting, log or address, and where MLflow is away or would refuse a name."""
+        find_objective(self.settings.evaluation.decide_by)
+        self._has_features = existing(*self._place) is not None
+        ended = self.resume and (self.checkpoints / "finished.json").is_file()
+        if not ended and not (self.resume and (self.checkpoints / "latest.json").is_file()):
+            self._require_features()
+            self._look_up_start()
+        if not ended or list_waiting_runs(self.folder / "unsent"):
+            check_mlflow(self.settings)
+
+    def decide(self, held: contextlib.ExitStack) -> tuple[Course, Start | None]:
+        """What the training does, and the model that it starts, or was started, from; its features are ready, and its
+        folders held, from now on. On the first rank.
+
+        Raises UserError where the folder holds another training than the one asked for, unless it is of an earlier day.
+        """
+        for name in ("checkpoints", "model"):
+            held.enter_context(writing(self.folder / name, "a training", "set `data.work` to another folder"))
+        course, start = self._decide()
+        if course != "has ended":
+            going_on = self.start is not None or course == "goes on"
+            needs = ("train", "validation")
+            held.enter_context(features_in_use(self.settings, "a training", needs, going_on))
+        return course, start
+
+    def _decide(self) -> tuple[Course, Start | None]:
+        from mmoe_rec.training.checkpoint import FinishedTraining, latest_checkpoint
+
+        if self.resume:
+            self.ended = ended = FinishedTraining.read(self.folder)
+            before = None if ended is None else ended.origin
+            if ended is None and (checkpoint := latest_checkpoint(self.checkpoints)) is not None:
+                before = checkpoint.state.origin
+            if before is not None:
+                now = self._expect(before)
+                difference = before.difference(now)
+                if difference is None:
+                    return "has ended" if ended else "goes on", before.start
+                if now.until <= before.until:
+                    what = "has ended, and is not the one asked for" if ended else "can't go on"
+                    raise UserError(
+                        f"the training of '{self.checkpoints}' {what}: {difference}, or train from the start, without "
+                        "--resume"
+                    )
+                where = f"the training in '{self.checkpoints}'"
+                say(f"the features go on to a later day than those of {where}: a new training begins")
+                self._require_features()
+        return "begins", self._look_up_start()
+
+    def _expect(self, before: Origin) -> Origin:
+        """What the training would begin with now. One that goes on keeps its features: it cannot go on with others, and
+        its work must not be thrown away because the log has grown meanwhile."""
+        ended = self.ended
+        tree = fixed_settings(self.settings) if ended is None else result_settings(self.settings)
+        if not self._has_features:
+            log, schema, windows, _, options = self._place
+            fingerprint, until = fingerprint_of(Logs(log, schema, options), windows), before.until
+            if ended is not None and fingerprint != before.features:
+                self._require_features()
+                prepare(*self._place)
+                self._has_features = True
+        if self._has_features:
+            fingerprint, until = _what_is_known(self.prepared.manifest)
+        start, now = before.start, None
+        if self.start is not None:
+            same = start is not None and start.address == self.start
+            now = start if start is not None and same and start.moves else self._look_up_start()
+            # The folder to start from may be the one that the training has written its model to.
+            if same and ended is not None and now is not None and now.weights == ended.weights:
+                now = start
+        return Origin(tree, fingerprint, until, before.run_id, now)
+
+    def read(self, device: torch.device, start: Start | None) -> None:
+        """Takes up what a training that begins or goes on needs. start: as `decide` gave it."""
+        from mmoe_rec.model.layout import ModelLayout
+        from mmoe_rec.training.checkpoint import latest_checkpoint
+
+        self.device, self.manifest, layout = device, self.prepared.manifest, self.prepared.layout
+        self.layout = ModelLayout.of(layout, self.settings)
+        self.origin = Origin(fixed_settings(self.settings), *_what_is_known(self.manifest), start=start)
+        if self.course == "goes on":
+            self.checkpoint = latest_checkpoint(self.checkpoints)
+            assert self.checkpoint is not None, "the first rank has read it"
+            self.checkpoint.state.origin.check(self.origin, self.checkpoint.folder)
+            return
+        if start is not None:
+            self.weights = self._read_weights(start)
+        if self.first:
+            self.key = training_key(self.checkpoints, self.origin, new=not self.resume)
+
+    def _require_features(self) -> None:
+        """Raises UserError where a training has nothing to go on from."""
+        if self.start is not None and not self._has_features:
+            raise UserError(
+                f"'{self.folder}' has no features of this log, these features and this split: to go on from a model, "
+                "run mmoe-rec features with --extend first"
+            )
+
+    def _look_up_start(self) -> Start | None:
+        """The model to start from, looked up once: an alias may move."""
+        if self.start is None:
+            return None
+        if self._model is None:
+            from mmoe_rec.inference.artifact import read_artifact
+
+            model = registry.find_model(self.start, self.settings.tracking.address)
+            weights = model.folder / "weights.safetensors"
+            if not weights.is_file():
+                raise UserError(f"the model at '{self.start}' has no weights (weights.safetensors)")
+            read_artifact(model.folder)  # it is as it was written
+            self._model = Start(self.start, model.address, checksum(weights), model.run_id), model.folder
+        return self._model[0]
+
+    def _read_weights(self, start: Start) -> WarmStart:
+        from mmoe_rec.inference.artifact import read_artifact
+        from mmoe_rec.settings.model import Model
+        from mmoe_rec.training.warm_start import WarmStart
+
+        # The first rank has checked its files; the others may be on other machines.
+        address = self.settings.tracking.address
+        folder = registry.fetch_model(start.exact, address) if self._model is None else self._model[1]
+        structure = Model.model_validate(read_artifact(folder, verify=False).model)
+        return WarmStart(folder, structure, self.prepared, self.layout, self.settings.model)
+
+
+def _what_is_known(manifest: Mapping[str, Any]) -> tuple[str, int]:
+    """The fingerprint of features, and the time of the last request that they know."""
+    return manifest["fingerprint"], manifest["request_microseconds"][1]
+
+
+def training_key(folder: Path, origin: Origin, new: bool) -> str:
+    """The key of a training's run, even before its first checkpoint; a killed training finds it again, unless `new`.
+
+    A training begun with something else gets another key.
+    """
+    file = folder / "key.json"
+    begun = hashlib.sha256(json.dumps(asdict(origin), sort_keys=True).encode()).hexdigest()
+    if not new:
+        try:
+            tree = json.loads(file.read_text(encoding="utf-8"))
+            if tree.get("origin") == begun:
+                return str(tree["key"])
+        except (OSError, ValueError, KeyError, AttributeError):
+            pass  # none, or one that means nothing any more
+    key = uuid.uuid4().hex
+    write_text(file, json.dumps({"key": key, "origin": begun}))
+    return key
+
+
 def describe_training(trained: FinishedTraining, settings: Settings) -> Iterator[Table | str]:
-    """The table of all validations of a training that has ended, why its state was chosen, and warnings."""
+    """What people are told of a training that has ended: all validations, why a state was chosen, warnings, speed."""
     from mmoe_rec.inference.artifact import read_calibration
     from mmoe_rec.report.tables import validations_table
     from mmoe_rec.training.checkpoint import latest_checkpoint
     from mmoe_rec.training.validation import explain_choice, warnings_of
 
+    if trained.before:
+        yield "this training has already ended, and what follows was so then; without --resume a new one begins"
+    if trained.started_from is not None:
+        values = trained.started_from.flat().items()
+        text = ", ".join(f"{name.removeprefix('validation/')} {value:.4f}" for name, value in values)
+        yield f"validation of the model that it was started from: {text}"
     checkpoint = latest_checkpoint(trained.artifact.parent / "checkpoints")
     if checkpoint is not None:
         yield validations_table(checkpoint.state.history, trained.best_step)
@@ -250,3 +462,8 @@ def describe_training(trained: FinishedTraining, settings: Settings) -> Iterator
     yield from explain_choice(trained.best, trained.best_step, settings.training.select_by)
     for warning in warnings_of(trained.best, read_calibration(trained.artifact).tasks):
         yield f"warning: {warning}"
+    if note := trained.best.experts.note(settings.model.gates.rule):
+        yield f"note: {note}"
+    if trained.rows_per_s:  # else all steps were done before, and the rest was left
+        yield f"{trained.rows_per_s:,.0f} rows/s in training, {trained.waiting:.1%} of the time spent waiting for data"
+    yield from trained.compared

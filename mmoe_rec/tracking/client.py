@@ -12,7 +12,7 @@ import os
 import re
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -80,24 +80,6 @@ def make_store(uri: str) -> None:
         mlflow = connect(uri)
         with translate_errors(uri), atomic_file(store, replace=False) as temporary:
             mlflow.MlflowClient(f"sqlite:///{temporary}").search_experiments(max_results=1)
-
-
-def open_monitors() -> list[Any]:
-    """MLflow's own monitors of processors, memory, disk and network, and of GPUs: those that this machine has."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
-        from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
-        from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
-        from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
-    found = []
-    for made in (CPUMonitor, DiskMonitor, NetworkMonitor, GPUMonitor):
-        with suppress(Exception):  # whatever a machine lacks: a driver, an interface, a file of the system
-            monitor = made()
-            monitor.collect_metrics()  # the first load of processors is since nothing
-            monitor.clear_metrics()
-            found.append(monitor)
-    return found
 
 
 @contextmanager

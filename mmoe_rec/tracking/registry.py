@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mmoe_rec.atomic import checksum
 from mmoe_rec.errors import StoppedError, UserError
@@ -24,6 +24,7 @@ from mmoe_rec.progress import say
 from mmoe_rec.tracking.client import (
     FOR_MODELS,
     connect,
+    hide_password,
     limit_waiting,
     make_store,
     open_client,
@@ -33,8 +34,12 @@ from mmoe_rec.tracking.client import (
     translate_errors,
 )
 from mmoe_rec.tracking.outbox import PATIENCE_SECONDS, UnreachableError
-from mmoe_rec.tracking.runs import Run
+from mmoe_rec.tracking.runs import Run, check_server
 
+if TYPE_CHECKING:
+    from mmoe_rec.settings.sections import Settings
+
+CHALLENGER = "challenger"  # alias of a model that is no better than the one that holds the alias
 _FILES_TAG = "files"  # of a version
 _REPLACED_TAG = "replaced"  # of a version: which one held an alias before it
 _LONGEST_DESCRIPTION, _LONGEST_TAG = 4900, 4000  # what databases behind MLflow take is 5,000
@@ -263,11 +268,12 @@ def forget_replaced(version: Version, alias: str, uri: str) -> None:
 
 def describe_version(version: Version, text: str, tags: Mapping[str, str], uri: str) -> None:
     """Writes the description of a version, in Markdown, and tags. What the registry refuses is said, and not needed."""
+    text = shorten(hide_password(text), _LONGEST_DESCRIPTION)
     try:
-        tag_version(version, {name: value[:_LONGEST_TAG] for name, value in tags.items()}, uri)
+        tag_version(version, {name: hide_password(value)[:_LONGEST_TAG] for name, value in tags.items()}, uri)
         with open_client(uri) as client:
             if text:
-                client.update_model_version(version.name, version.number, shorten(text, _LONGEST_DESCRIPTION))
+                client.update_model_version(version.name, version.number, text)
     except UserError as error:
         say(f"{error}: {version.address} is not described in the registry")
 
@@ -277,6 +283,13 @@ def tag_version(version: Version, tags: Mapping[str, str], uri: str) -> None:
     with open_client(uri) as client:
         for name, value in tags.items():
             client.set_model_version_tag(version.name, version.number, name, value)
+
+
+def check_mlflow(settings: Settings) -> None:
+    """Raises UserError where MLflow is away or would refuse a name. Sends what waits for it."""
+    uri = settings.tracking.address
+    check_server(uri, settings.experiment, unsent=Path(settings.data.work) / "unsent")
+    check_names(uri, settings.registered_model, settings.tracking.alias)
 
 
 def check_names(uri: str, model: str, alias: str) -> None:

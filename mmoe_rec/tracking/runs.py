@@ -95,7 +95,7 @@ class Run:
         """A section of the run's description, in Markdown, in the place of one with that heading; what people wrote
         above the sections stays."""
         above, sections = _read_sections(self.note)
-        sections[heading] = shorten(text.strip(), _LONGEST_SECTION)
+        sections[heading] = shorten(hide_password(text.strip()), _LONGEST_SECTION)
         self.note = "\n\n".join(filter(None, [above, *(f"### {each}\n\n{its}" for each, its in sections.items())]))
         self.set_tags({_NOTE: self.note})
 
@@ -109,7 +109,8 @@ class Run:
         sets: of each data set its name and digest; source: the log's address; rows: how many; context: what they are
         for; split: which of the log's rows.
         """
-        self._put("inputs", {"sets": sets} if sets else {})
+        known = [{**each, "source": hide_password(each["source"])} for each in sets]
+        self._put("inputs", {"sets": known} if sets else {})
 
     def log_text(self, content: str | Mapping[str, Any], name: str) -> None:
         """Logs a text, or values as JSON, as a file."""

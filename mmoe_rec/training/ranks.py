@@ -16,8 +16,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from mmoe_rec.devices import pick_device
 from mmoe_rec.errors import UserError
 from mmoe_rec.progress import quiet_loggers
+from mmoe_rec.settings.sections import Training
 
 # Loggers that write of the planner's estimates and of tracing, on which a user cannot act. The plan is given as text.
 NOISY_LOGGERS = ("torchrec.distributed.planner", "torch.fx._symbolic_trace")
@@ -65,6 +67,18 @@ class Ranks:
         finally:
             self.store.set("first", json.dumps({"result": result, "failure": failure}))
         return result
+
+
+@contextlib.contextmanager
+def training_ranks(settings: Training) -> Iterator[tuple[torch.device, Ranks]]:
+    """The device and the process group of a training. Raises UserError for what this machine does not offer."""
+    device, ranks = pick_device(settings.device), int(os.environ.get("WORLD_SIZE", "1"))
+    if ranks > 1 or {settings.tables, settings.products} != {"auto"}:
+        from mmoe_rec.training.choices import check_offered
+
+        check_offered(settings, device.type, ranks)
+    with process_group(device, settings.timeout_minutes) as group:
+        yield device, group
 
 
 @contextlib.contextmanager

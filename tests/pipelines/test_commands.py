@@ -134,8 +134,6 @@ def test_the_run_holds_params_metrics_and_files(world: World) -> None:
     assert yaml.safe_load(world.text("settings.yaml")) == load_settings(world.config).model_dump(mode="json")
     assert "item: table_wise" in world.text("sharding_plan.txt")
     assert set(json.loads(world.text("data.json"))["splits"]) == {"train", "validation", "test"}
-    assert {each["name"] for each in json.loads(world.text("features/layout.json"))["tasks"]} == set(TASKS)
-    assert json.loads(world.text("features/pipeline.json"))["encoders"]
     plots = [each.path for each in client.list_artifacts(run.info.run_id, "plots")]
     assert plots == ["plots/gate_weights.png", "plots/gates"]
     steps = [each.path for each in client.list_artifacts(run.info.run_id, "plots/gates")]
@@ -323,7 +321,7 @@ def test_what_the_registry_refuses_in_the_end_costs_no_model(
     own = ["--data.work", work, "--tracking.uri", f"sqlite:///{tmp_path / 'mlflow.db'}"]
     wrong = ["train", "--config", world.config, *own, "--tracking.alias", "latest"]
     assert "with 'tracking.alias' 'latest'" in refuse(capsys, *wrong), "before any work"
-    monkeypatch.setattr("mmoe_rec.jobs.workspace.check_mlflow", lambda *_: None)
+    monkeypatch.setattr("mmoe_rec.jobs.train.check_mlflow", lambda *_: None)
     told = refuse(capsys, *wrong)
     assert "refuses: 'latest' alias name" in told
     assert f"the trained model in '{work / 'model'}' is whole but not registered: the same command with" in told

@@ -148,7 +148,7 @@ def test_a_holder_of_other_tasks_keeps_the_alias(world: World) -> None:
     world.train("--data.work", str(elsewhere), day="loved")
     reason, now = json.loads((elsewhere / "checkpoints" / "finished.json").read_text())["compared"]
     assert "the model predicts click, liked; the settings have click, loved" in reason
-    assert "point the alias at the new one yourself" in reason
+    assert "point the alias at another one yourself" in reason
     assert now.startswith("'champion' stays version 2; ")
     assert holder(world) == "2"
 
@@ -183,7 +183,7 @@ def test_a_holder_that_cannot_be_served_gives_way(
     def taken(address: str, uri: str) -> Path:
         return folder if address == "models:/learnable/2" else fetch_model(address, uri)
 
-    monkeypatch.setattr(promotion, "fetch_model", taken)
+    monkeypatch.setattr(registry, "fetch_model", taken)
     world.train(*SLOW)
     assert holder(world) == newest(world)
     assert said(world)[0].startswith("version 2, which holds 'champion', can't be served any more: ")
@@ -199,10 +199,10 @@ def test_a_holder_that_computes_something_else_here_keeps_the_alias(
     scores["predictions"]["click"][0] *= 1.01
     (folder / "example_scores.json").write_text(json.dumps(scores))
     write_manifest(folder)
-    monkeypatch.setattr(promotion, "fetch_model", lambda *_: folder)
+    monkeypatch.setattr(registry, "fetch_model", lambda *_: folder)
     world.train(*SLOW, "--training.seed", "9")
     assert holder(world) == "2"
-    assert "version 2, which holds 'champion', can't be compared: the model in " in said(world)[0]
+    assert "version 2, which holds 'champion', can't be compared here: the model in " in said(world)[0]
     assert "computes something else here" in said(world)[0]
 
 
@@ -219,17 +219,17 @@ def test_a_model_whose_predictions_are_not_finite_takes_no_alias(world: World, m
     monkeypatch.setattr(promotion, "score_by", scored)
     world.train()
     assert holder(world) == "1"
-    assert said(world)[0] == "this model gives predictions that are not finite numbers"
+    assert said(world)[0] == "'this model' gives predictions that are not finite numbers"
 
 
 def test_files_that_cannot_be_fetched_do_not_cost_the_alias(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     def away(address: str, uri: str) -> Path:
         raise promotion.UserError(f"'{address}' can't be loaded")
 
-    monkeypatch.setattr(promotion, "fetch_model", away)
+    monkeypatch.setattr(registry, "fetch_model", away)
     world.train()
     assert holder(world) == "2"
-    assert "can't be compared: 'models:/learnable/2' can't be loaded" in said(world)[0]
+    assert "can't be compared here: 'models:/learnable/2' can't be loaded" in said(world)[0]
 
 
 def test_an_outage_during_the_comparison_decides_nothing(
@@ -241,7 +241,7 @@ def test_an_outage_during_the_comparison_decides_nothing(
         raise runs.UnreachableError("MLflow does not answer")
 
     with monkeypatch.context() as patch:
-        patch.setattr(promotion, "fetch_model", away)
+        patch.setattr(registry, "fetch_model", away)
         with pytest.raises(SystemExit) as ended:
             world.train()
     assert ended.value.code == 75

@@ -191,7 +191,7 @@ def test_what_cannot_be_is_told(world: World, monkeypatch: pytest.MonkeyPatch, c
         (("--seeds", "1"), "1 is not in the range x>=2"),
         (("--seeds", "2", "--from", "models:/x/1"), "--seeds trains from random weights; leave --from out"),
         (("--seeds", "2"), "start it without torchrun"),
-        (("--against", "x"), "--against compares trainings of --seeds; models are compared by evaluate --against"),
-        (("--at-once", "2"), "--at-once says how many trainings of --seeds run at a time; give --seeds as well"),
+        (("--against", "x"), "--at-once and --against belong to --seeds; models are compared by evaluate"),
+        (("--at-once", "2"), "--at-once and --against belong to --seeds"),
     ):
         assert told in refused(capsys, world, *words)
