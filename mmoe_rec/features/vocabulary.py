@@ -31,9 +31,8 @@ if TYPE_CHECKING:
 class IdCounts:
     """How often each id occurs; a mergeable partial fit."""
 
-    def __init__(self) -> None:
-        self._parts: list[pa.Table] = []
-        self._ordered: pa.Table | None = None
+    def __init__(self, *parts: pa.Table) -> None:
+        self._parts, self._ordered = list(parts), False
 
     def add(self, values: pa.Array) -> None:
         """Counts the non-null values of an array of int64 or strings, dictionary-coded or not."""
@@ -47,8 +46,7 @@ class IdCounts:
         self._take(other._parts)
 
     def _take(self, parts: list[pa.Table]) -> None:
-        self._parts += parts
-        self._ordered = None
+        self._parts, self._ordered = self._parts + parts, False
         if len(self._parts) > 64:
             self._parts = [self._summed()]
 
@@ -56,17 +54,15 @@ class IdCounts:
         """id and count, the most frequent ones first; ties are ordered by id."""
         if not self._parts:
             return pa.table({"id": pa.array([], pa.int64()), "count": pa.array([], pa.int64())})
-        if self._ordered is None:
+        if not self._ordered:
             by_count = self._summed().sort_by([("count", "descending"), ("id", "ascending")])
-            self._ordered = by_count.combine_chunks()
-        return self._ordered
+            self._parts, self._ordered = [by_count.combine_chunks()], True
+        return self._parts[0]
 
     @staticmethod
     def from_table(table: pa.Table) -> IdCounts:
         """The counts that `to_table` gave."""
-        counts = IdCounts()
-        counts._parts = [table] if table.num_rows else []
-        return counts
+        return IdCounts(table) if table.num_rows else IdCounts()
 
     def _summed(self) -> pa.Table:
         summed = pa.concat_tables(self._parts).group_by("id").aggregate([("count", "sum")])

@@ -275,23 +275,16 @@ class RequestRows(FewRows):
     def times(self, name: str | None = None) -> np.ndarray:
         """(N,) int64, as of `LogRows`."""
         name = name or self.schema.columns.time
-        if name in self._columns:
-            return super().times(name)
-        if name not in self._times:
+        if name not in self._columns and name not in self._times:
             self._times[name] = self.shared.times(name)[self.of]
-        return self._times[name]
+        return super().times(name)
 
     def hashes(self, names: Sequence[str]) -> np.ndarray:
         """(N,) uint64 hash of one column or of the combination of several."""
         key = tuple(names)
-        if key not in self._hashes:
-            if not any(name in self._columns for name in key):
-                self._hashes[key] = self.shared.hashes(key)[self.of]
-            elif len(key) > 1:
-                self._hashes[key] = combine([self.hashes([name]) for name in key])
-            else:
-                return super().hashes(key)
-        return self._hashes[key]
+        if key not in self._hashes and not any(name in self._columns for name in key):
+            self._hashes[key] = self.shared.hashes(key)[self.of]
+        return super().hashes(key)
 
 
 def _numbers(column: pa.Array) -> np.ndarray:
