@@ -19,21 +19,10 @@ from tests.log.small_logs import DAY, log_rows
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "mmoe_rec" / "point_in_time" / "README.md").read_text(encoding="utf-8")
 WEEK = 7 * DAY
-SCHEMA = schema_of(
-    {
-        "columns": {"user": "user", "candidate": "item", "time": "time"},
-        "tasks": {"clicked": {"label": "clicked", "objective": "engagement", "matures_after_days": 1}},
-        "features": {
-            "clicks": {
-                "kind": "counter",
-                "task": "clicked",
-                "by": ["user"],
-                "outputs": ["positives"],
-                "window_days": [7],
-            }
-        },
-    }
-)
+CLICKS = {"kind": "counter", "task": "clicked", "by": ["user"], "outputs": ["positives"], "window_days": [7]}
+CLICKED = {"label": "clicked", "objective": "engagement", "matures_after_days": 1}
+COLUMNS = {"user": "user", "candidate": "item", "time": "time"}
+SCHEMA = schema_of({"columns": COLUMNS, "tasks": {"clicked": CLICKED}, "features": {"clicks": CLICKS}})
 
 
 def tables() -> list[list[dict[str, str]]]:
