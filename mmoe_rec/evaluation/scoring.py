@@ -59,9 +59,9 @@ COLUMNS = ("user", "request", "candidate")
 
 
 class NotFiniteError(UserError):
-    """A model gives predictions that are not finite numbers. name: of the model, where several are scored."""
+    """A model gives predictions that are not finite numbers. name: of the model."""
 
-    def __init__(self, message: str, name: str = "") -> None:
+    def __init__(self, message: str, name: str) -> None:
         super().__init__(message)
         self.name = name
 
@@ -142,16 +142,14 @@ def score_rows(
     relevance: Mapping[str, float] | None = None,
     weighted: bool = False,
     top_k: int | None = None,
-    usable: torch.Tensor | None = None,
-    first: int | None = None,
+    name: str = "the model",
 ) -> ScoredRows:
     """Scores all rows without placement, in fp32, on the model's device, under a progress bar.
 
     The score is the one that the model serves, by its own weights. relevance: weight of each task's label in what a row
     is worth, against which rankings are measured, so that models with other weights are measured alike; None takes the
     model's. weighted: metrics are those of the log before it was sampled, each row weighing 1 / its sampling rate.
-    top_k: experts per row and gate, in place of the model's; usable: (E,) bool, the only experts that are run;
-    first: score only the batches that hold this many first rows. Raises NotFiniteError.
+    top_k: experts per row and gate, in place of the model's. Raises NotFiniteError, which calls the model by its name.
     """
     model.eval()
     kinds, names = [task.kind for task in layout.tasks], [task.name for task in layout.tasks]
@@ -163,13 +161,13 @@ def score_rows(
     tables: list[pa.Table] = []
     experts, effects = UtilisationSums(model.experts_in_use), PlacementSums(layout)
     with bar() as progress, freed_memory_kept():
-        task = progress.add_task("scoring", total=min(rows.rows, rows.rows if first is None else first))
+        task = progress.add_task("scoring", total=rows.rows)
         for part, table in rows.stream(batch_size, (*COLUMNS, *more)):
             batch = make_batch(part.encoded, layout, torchrec=False).to(device_of(model))
             inputs, placement = model.side_by_side(batch)
-            outputs = model.of_inputs(inputs, None, top_k=top_k, usable=usable)
+            outputs = model.of_inputs(inputs, None, top_k=top_k)
             if not outputs.logits.isfinite().all():
-                raise NotFiniteError("the model gives predictions that are not finite numbers")
+                raise NotFiniteError(f"'{name}' gives predictions that are not finite numbers", name)
             logits = calibration.apply(outputs.logits.cpu(), names)
             parts.append((predictions(logits, kinds).numpy(), part.labels, fuse(logits, kinds, weights).numpy()))
             experts.add(outputs)
@@ -177,8 +175,6 @@ def score_rows(
                 effects.add((model.mixture.placement(placement).float() * model.scale).cpu().numpy(), part.encoded.ids)
             tables.append(table)
             progress.advance(task, len(part))
-            if first is not None and sum(map(len, tables)) >= first:
-                break
     predicted, labels, score = (np.concatenate(each) for each in zip(*parts, strict=True))
     ids = pa.concat_tables(tables)
     users, requests, candidates = (ids.column(name).combine_chunks() for name in COLUMNS)

@@ -84,20 +84,18 @@ def score_by(
     layout: the model's; name: what it is called where it gives predictions that are not finite (NotFiniteError).
     """
     from mmoe_rec.batches.encoded_rows import EncodedRows
-    from mmoe_rec.evaluation.scoring import NotFiniteError, score_rows
+    from mmoe_rec.evaluation.scoring import score_rows
 
-    try:
-        scored = score_rows(
-            model,
-            layout,
-            EncodedRows(rows, layout),
-            settings.evaluation.batch_size,
-            calibration=calibration,
-            relevance={each: task.score_weight for each, task in settings.tasks.items()},
-            weighted=settings.training.sampling_correction == "weights",
-        )
-    except NotFiniteError:
-        raise NotFiniteError(f"'{name}' gives predictions that are not finite numbers", name) from None
+    scored = score_rows(
+        model,
+        layout,
+        EncodedRows(rows, layout),
+        settings.evaluation.batch_size,
+        calibration=calibration,
+        relevance={each: task.score_weight for each, task in settings.tasks.items()},
+        weighted=settings.training.sampling_correction == "weights",
+        name=name,
+    )
     return scored if settings.columns.has_candidate else replace(scored, candidates=None, row=scored.candidates)
 
 
