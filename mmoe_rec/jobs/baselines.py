@@ -137,12 +137,17 @@ def rate_candidates(
     return rates.reindex(others.to_pandas().to_numpy()).fillna(overall).to_numpy()
 
 
-Rows = tuple[np.ndarray, np.ndarray, np.ndarray | None]
+LabelledRows = tuple[np.ndarray, np.ndarray, np.ndarray | None]
 """Features (N, F) float, NaN where missing, labels (N,), NaN where unobserved, and what rows count (N,), None is 1."""
 
 
 def boost_trees(
-    kind: str, categorical: np.ndarray, train: Rows, validation: Rows | None, x: np.ndarray, trees: int = MOST_TREES
+    kind: str,
+    categorical: np.ndarray,
+    train: LabelledRows,
+    validation: LabelledRows | None,
+    x: np.ndarray,
+    trees: int = MOST_TREES,
 ) -> np.ndarray:
     """(M,) float64, probabilities or values for features (M, F) by scikit-learn's histogram gradient boosting.
 
@@ -158,7 +163,7 @@ def boost_trees(
         raise UserError(f"the observed training labels are {classes[:5].tolist()}; expected both 0 and 1")
     categories = {column: _frequent(train[0][observed, column]) for column in np.flatnonzero(categorical).tolist()}
 
-    def known_rows(rows: Rows) -> Rows:
+    def known_rows(rows: LabelledRows) -> LabelledRows:
         known = ~np.isnan(rows[1])
         return _fold(rows[0][known], categories), rows[1][known], None if rows[2] is None else rows[2][known]
 
