@@ -51,6 +51,6 @@ def score(
         print("these rows were already scored, by the same model and settings")
     print(f"{about['rows']:,} rows scored by {about['model']} (version {about['model_version']})")
     print(f"note: {about['meaning']}")
-    if learnt := about.get("learnt"):  # scores of before there was it do not say
-        print(f"warning: the model {learnt}")
+    if about["learnt"] is not None:
+        print(f"warning: the model {about['learnt']}")
     print(f"scores: {done.folder}")

@@ -1,8 +1,8 @@
 import pytest
 
 from mmoe_rec.model.score import Calibration, TaskCalibration
+from mmoe_rec.preprocessing import steps
 from tests.inference.small_model import SmallModel
-from tests.jobs.scored import cut_finely
 from tests.log.small_logs import BASE, random_log, with_requests
 
 TASKS = {**BASE["tasks"], "liked": {**BASE["tasks"]["liked"], "given": "click", "score_weight": 0.7}}
@@ -21,5 +21,5 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> SmallModel:
 
 @pytest.fixture
 def fine(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Logs are cut into parts of few rows."""
-    cut_finely(monkeypatch.setattr)
+    """Logs are cut into parts of some 40 rows."""
+    monkeypatch.setattr(steps, "ROWS_PER_PART", 40)

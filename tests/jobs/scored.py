@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mmoe_rec.jobs.score import ScoredLog, score_log
-from mmoe_rec.preprocessing import steps
 from tests.fork_server import run_command
-
-
-def cut_finely(setattr: Callable[[Any, str, Any], None]) -> None:
-    """Has logs be cut into parts of some 40 rows."""
-    setattr(steps, "ROWS_PER_PART", 40)
 
 
 def write_finely(folder: Path, *tables: pa.Table) -> Path:
@@ -43,10 +36,10 @@ def scored(*arguments: Any, **options: Any) -> tuple[pd.DataFrame, ScoredLog]:
 _KILLED = """
 import os, signal, sys
 from mmoe_rec.jobs import score, score_files
-from tests.jobs.scored import cut_finely
+from mmoe_rec.preprocessing import steps
 if __name__ == "__main__":
     model, log, output, place, calls = sys.argv[1:]
-    cut_finely(setattr)
+    steps.ROWS_PER_PART = 40
     module, name = {
         "look_up": (score.Steps, "look_up"),
         "keep": (score.Steps, "keep"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 from sklearn.isotonic import IsotonicRegression
 from sklearn.linear_model import LogisticRegression
 
@@ -19,9 +21,11 @@ from mmoe_rec.jobs import evaluate
 from mmoe_rec.jobs.evaluate import evaluate_model
 from mmoe_rec.jobs.metrics import measure_predictions
 from mmoe_rec.jobs.prediction_files import columns_of_tasks
+from mmoe_rec.jobs.slicing import overlap
 from mmoe_rec.report.findings import find_all
 from mmoe_rec.settings.sections import Evaluation, Split
 from tests.inference.small_model import SmallModel
+from tests.log.plain_tables import plain_settings
 from tests.report.parsed import Page
 
 USERS, REQUESTS, CANDIDATES = 300, 1500, 8
@@ -162,6 +166,24 @@ def test_rows_that_the_model_was_trained_on(tmp_path: Path, monkeypatch: pytest.
     assert checks(found).count("seen") == 1
     words = Page((out / "report.html").read_text(encoding="utf-8")).words
     assert "it has seen labels that it is measured by" in " ".join(words.split())
+
+
+def test_rows_that_a_column_splits_may_have_been_seen(tmp_path: Path) -> None:
+    """Values are compared as text; what can't be told is said."""
+    settings, file = plain_settings(tmp_path), tmp_path / "settings.yaml"
+    split, unknown = settings.split.model_dump(mode="json"), "does not say on which rows it was trained"
+    learnt = {"train": ["1", "4"], "validation": ["2"], "test": ["3"]}
+    for text, told in (
+        (None, unknown),
+        ("split: {column: fold, from: 3}", unknown),
+        ("split", unknown),
+        (yaml.safe_dump({"split": split | learnt}), "chosen, on rows with 4 in column 'fold', which are those that"),
+        (yaml.safe_dump({"split": split | {"column": "person"}}), "column 'person' split, .* it may have seen"),
+    ):
+        if text is not None:
+            file.write_text(text, encoding="utf-8")
+        (said,) = overlap(settings, tmp_path)
+        assert re.search(told, said), said
 
 
 def test_models_are_compared_on_the_test_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

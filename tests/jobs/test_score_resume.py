@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ from mmoe_rec.inference.writing import seal
 from mmoe_rec.jobs import score
 from mmoe_rec.jobs.score import score_log
 from mmoe_rec.preprocessing import engines
-from tests.commands import run
 from tests.inference.small_model import SmallModel
 from tests.jobs.scored import killed_run, write_finely
 from tests.log.small_logs import files_of, random_log, with_requests
@@ -126,18 +124,6 @@ def test_with_something_else_a_killed_run_starts_anew(
     assert "scoring starts anew" in capsys.readouterr().err.replace("\n", " ")
     score_log(model, log, tmp_path / "expected", as_of)
     assert files_of(tmp_path / "out") == files_of(tmp_path / "expected")
-
-
-def test_scores_of_an_earlier_version_are_taken_as_they_are(
-    small: SmallModel, source: Path, tmp_path: Path, fine: None, capsys: pytest.CaptureFixture
-) -> None:
-    """Their manifest does not say which rows the model has learnt from."""
-    manifest = score_log(small.folder, source, tmp_path / "out").folder / "_manifest.json"
-    tree = json.loads(manifest.read_text(encoding="utf-8"))
-    del tree["learnt"]
-    manifest.write_text(json.dumps(tree), encoding="utf-8")
-    run("score", "--model", str(small.folder), "--input", str(source), "--output", str(tmp_path / "out"))
-    assert "these rows were already scored" in capsys.readouterr().out
 
 
 def test_scores_are_replaced_once_new_ones_are_whole(
