@@ -217,10 +217,7 @@ def _find_remote(source: str) -> tuple[list[FoundFile], bool]:
         else:
             below = {name[len(root.rstrip("/")) + 1 :]: info for name, info in system.find(root, detail=True).items()}
             infos = [info for name, info in below.items() if _matches(name.split("/"), parts or ["**"])]
-        files = [
-            FoundFile(system.unstrip_protocol(info["name"]), int(info["size"] or 0), _version(system, info))
-            for info in infos
-        ]
+        files = [_file_of(system, info) for info in infos]
     return files, not parts and top is not None and top["type"] == "directory"
 
 
@@ -241,9 +238,9 @@ def _first_answer(system: Any, path: str) -> dict[str, Any] | None:
         ) from None
 
 
-def _version(system: Any, info: dict[str, Any]) -> str:
-    version = next((info[key] for key in _VERSIONS if info.get(key)), None)
-    return str(version if version is not None else system.ukey(info["name"]))
+def _file_of(system: Any, info: dict[str, Any]) -> FoundFile:
+    version = next((info[key] for key in _VERSIONS if info.get(key)), None) or system.ukey(info["name"])
+    return FoundFile(system.unstrip_protocol(info["name"]), int(info["size"] or 0), str(version))
 
 
 def _protocol(address: str) -> str:

@@ -204,10 +204,8 @@ def _shared(column: pa.ListArray) -> SharedRagged:
 def take(results: Results, rows: np.ndarray) -> Results:
     """The results of the given rows."""
     together = len(rows) > 0 and bool((np.diff(rows) == 1).all())
-    inside = slice(int(rows[0]), int(rows[-1]) + 1) if together else rows  # a slice is not copied
-    return {
-        name: each.take(inside) if isinstance(each, SharedRagged) else each[inside] for name, each in results.items()
-    }
+    its = slice(int(rows[0]), int(rows[-1]) + 1) if together else rows  # a slice is not copied
+    return {name: each.take(its) if isinstance(each, SharedRagged) else each[its] for name, each in results.items()}
 
 
 def join_results(parts: Sequence[np.ndarray | SharedRagged]) -> np.ndarray | SharedRagged:

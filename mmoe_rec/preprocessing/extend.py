@@ -3,17 +3,13 @@
 Only rows of the new files are read and encoded, into the splits of the settings; no old file is needed. What a trained
 model relies on stays: rows of known ids, statistics, scales of labels; ids that have become frequent get rows at the
 end of their tables. Counters and histories go on from what they remember, so new requests must be later than all
-earlier ones, while events of other logs may come late. So may rows of an earlier request: counters and histories take
-their labels, but they are not encoded, as what they could have known is no longer remembered. A history remembers table
-rows: an item that was in a hashed bucket when it was remembered stays there, and a model that starts from the one
-before (see `mmoe_rec.training.warm_start`) begins with the same weights in the bucket and the new row.
+earlier ones. Events of other logs, and rows of an earlier request, may come late: counters and histories take them, but
+such rows are not encoded, as what they could have known is no longer remembered.
 
-The tables of a model, what its counters and histories remember and the latest values in `<artifact>/features`, move on
-by themselves: `extend_tables` adds new files to them; `remake_tables` makes them of all files, or of all rows before a
-moment. Both encode by the model's own features, so an id that has become frequent stays in its hashed bucket, and
-weights and calibration stay right. From the same rows both give the same files to the last byte, but for a history of a
-model whose features were extended: one that went on keeps an item in the bucket that it was in, one that is made anew
-has the item's row.
+The tables of a model (`<artifact>/features`) move on by themselves, by the model's own features: `extend_tables` adds
+new files to them; `remake_tables` makes them of all files, or of all rows before a moment. From the same rows both give
+the same files to the last byte, but for a history that remembers an item in the hashed bucket where it was before its
+id got a row: one that is made anew has that row.
 """
 
 from __future__ import annotations
