@@ -308,10 +308,6 @@ def test_bad_files_of_events(tmp_path):
 WINDOWS = windows_of(5, 7)
 
 
-def _gone(path: Path) -> None:
-    path.unlink()
-
-
 def _cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-400])
 
@@ -331,7 +327,7 @@ def _other_type(path: Path) -> None:
 
 @pytest.mark.parametrize("skip", [False, True])
 @pytest.mark.parametrize("step", ["count", "look_up", "encode"])
-@pytest.mark.parametrize("change", [_gone, _cut, _bad_label, _other_rows, _other_type])
+@pytest.mark.parametrize("change", [Path.unlink, _cut, _bad_label, _other_rows, _other_type])
 def test_a_file_that_turns_bad_while_features_are_built(tmp_path, monkeypatch, change, step, skip):
     """Found by what reads it next, or at the end; no rows are encoded with what was counted of others."""
     folder = _five(tmp_path / "log")

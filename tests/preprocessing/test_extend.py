@@ -265,9 +265,8 @@ def test_refusals_leave_all_as_it_was(growing, change, message):
 
 def test_new_rows_outside_of_all_splits(growing):
     growing.add(8, 9)
-    windows = {**WINDOWS, "test": (START + 6 * DAY, START + 7 * DAY)}
     with pytest.raises(UserError, match=r"none of the \d+ new rows lies in a split: they were requested from 2023-11"):
-        growing.extend(windows)
+        growing.extend({**WINDOWS, "test": (START + 6 * DAY, START + 7 * DAY)})
 
 
 # Failures
