@@ -166,10 +166,6 @@ def canonical(
     return array.dictionary_encode() if coded and target == pa.string() else array
 
 
-# Years in which a time of any log is likely to lie; all databases have rules up to the latter.
-FIRST, LAST = "1970-01-01", "2037-12-31"
-
-
 def zone_rules(schema: Schema) -> dict[str, str]:
     """Time zone -> digest of the rules that give hours and weekdays, for each zone of a schema but UTC."""
     zones = {zone for feature in schema.features.values() for zone in feature.time_zones} - {"UTC"}
@@ -181,7 +177,8 @@ def _digest(zone: str) -> str:
     """The same wherever the zone's offsets from UTC are the same in every hour."""
     import pandas as pd
 
-    hours = pd.date_range(FIRST, LAST, freq="h", unit="s")
+    # In which a time of any log is likely to lie; all databases of zones have rules up to the latter.
+    hours = pd.date_range("1970-01-01", "2037-12-31", freq="h", unit="s")
     local = hours.tz_localize("UTC").tz_convert(zone).tz_localize(None)
     offsets = (local.asi8 - hours.asi8).astype(np.int32)
     changes = np.flatnonzero(np.diff(offsets, prepend=offsets[0] + 1))
