@@ -125,34 +125,32 @@ def check_files(
     footers: list[_Footer] = []
     with ThreadPoolExecutor(_OPEN_AT_ONCE) as pool:
         try:
-            for file, each in zip(found, pool.map(lambda one: _read_footer(one, uses, time_unit), found), strict=True):
-                if isinstance(each, BadFile):
-                    problems[file.address] = each
-                else:
-                    footers.append(each)
+            for footer in [pool.submit(_read_footer, file, uses, time_unit) for file in found]:
+                try:
+                    footers.append(footer.result())
+                except BadFile as problem:
+                    problems[problem.address] = problem
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
     integers = _integers_in_paths(footers) - {column for column, word in fitted.items() if word == "string"}
     integers |= {column for column, word in fitted.items() if word == "int64"}
-    for footer in footers:
-        for column, value in footer.in_path.items() if any(footer.group_rows) else ():
+    for each in footers:
+        for column, value in each.in_path.items() if any(each.group_rows) else ():
             kind = pa.null() if value is None else pa.string()
             kind = pa.int64() if column in integers and value is not None and _is_integer(value) else kind
             try:
-                footer.kinds[column] = canonical_type(column, uses[column], kind, time_unit)
+                each.kinds[column] = canonical_type(column, uses[column], kind, time_unit)
             except UserError as error:
-                address = footer.found.address
+                address = each.found.address
                 problems.setdefault(address, BadFile(f"'{address}': {error}, in the file's path", address))
     footers = [each for each in footers if each.found.address not in problems]
     types, deviating = _common_types(footers, uses, fitted)
     problems |= deviating
-    left_out = []
-    for file in found:
-        if (problem := problems.get(file.address)) is not None:
-            if not skip_bad_files:
-                raise problem
-            left_out.append(LeftOut(file.address, file.bytes, file.version, str(problem)))
+    bad = [file for file in found if file.address in problems]
+    if bad and not skip_bad_files:
+        raise problems[bad[0].address]
+    left_out = [LeftOut(file.address, file.bytes, file.version, str(problems[file.address])) for file in bad]
     files = []
     for each in footers:
         if (file := each.found).address not in problems:
@@ -161,14 +159,11 @@ def check_files(
     return files, types, left_out
 
 
-def _read_footer(found: FoundFile, uses: dict[str, Use], time_unit: str | None) -> _Footer | BadFile:
+def _read_footer(found: FoundFile, uses: dict[str, Use], time_unit: str | None) -> _Footer:
     address = found.address
-    try:
-        with open_parquet(address) as parquet:
-            arrow, metadata = parquet.schema_arrow, parquet.metadata
-            group_rows = tuple(metadata.row_group(i).num_rows for i in range(metadata.num_row_groups))
-    except BadFile as problem:
-        return problem
+    with open_parquet(address) as parquet:
+        arrow, metadata = parquet.schema_arrow, parquet.metadata
+        group_rows = tuple(metadata.row_group(i).num_rows for i in range(metadata.num_row_groups))
     paths = path_values(address)
     in_path = {column: paths[column] for column in uses if column not in arrow.names and column in paths}
     kinds = {}
@@ -194,7 +189,7 @@ def _read_footer(found: FoundFile, uses: dict[str, Use], time_unit: str | None) 
             except UserError as error:
                 wrong = f": {error}"
         if wrong is not None:
-            return BadFile(f"'{address}'{wrong}", address)
+            raise BadFile(f"'{address}'{wrong}", address)
     return _Footer(found, group_rows, kinds, in_path)
 
 
