@@ -24,12 +24,12 @@ ORDER = [
     {"training", "evaluation", "inspection", "inference"},
     {
         "report",
-        *(f"live.{name}" for name in ("logged_requests", "request_log", "learning", "outcomes", "outcome_files")),
+        *(f"live.{name}" for name in ("request_log", "learning", "outcomes", "outcome_files")),
     },
     {"server"},
     {"tracking"},
     {"jobs"},
-    {f"live.{name}" for name in ("refresh", "scheduled_training", "replay", "replay_period", "replay_server")},
+    {f"live.{name}" for name in ("refresh", "replay")},
     {"cli"},
     {"__init__", "__main__"},
 ]

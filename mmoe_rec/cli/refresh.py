@@ -56,13 +56,12 @@ def refresh(
         if is_given and is_there is None:
             raise UserError(f"{option} belongs to {other}, which is missing")
     from mmoe_rec.live import refresh as tables
-    from mmoe_rec.live.scheduled_training import choose_validation_days, train_when_due
     from mmoe_rec.log.checks import format_time
 
     address = model or f"models:/{settings.registered_model}@{settings.tracking.alias}"
     every, days = train_every_days, 0
     if every is not None:
-        days = choose_validation_days(settings, address, every, validation_days)
+        days = tables.choose_validation_days(settings, address, every, validation_days)
     refreshed = tables.refresh(settings, address, anew=anew, journal=journal, **options)
     before, made, now = refreshed.before, refreshed.tables, refreshed.after
     holder = f"'{before.alias}' of '{before.version.name}'"
@@ -84,5 +83,5 @@ def refresh(
                 f"the alias stays there: version {refreshed.number} is registered without it"
             )
     if every is not None:
-        for sentence in train_when_due(settings, address, every, days):
+        for sentence in tables.train_when_due(settings, address, every, days):
             print(sentence)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
@@ -47,7 +47,8 @@ def list_label_columns(schema: Schema) -> list[str]:
 
 @dataclass(frozen=True)
 class NewRows:
-    """Rows that count, in the journal's order. table: the columns that the log must have, null where not given.
+    """Rows that count, in the journal's order. table: the columns that the log must have, null where not given, and
+    those that other models read.
 
     counts: all rows by what became of them. accepted: they count; duplicate: they came before with the same labels;
     conflict: they came before with other labels, or their request is another user's. Of the accepted ones,
@@ -57,6 +58,15 @@ class NewRows:
     source: str | None
     table: pa.Table
     counts: Counter[str]
+
+    @staticmethod
+    def join(parts: Sequence[NewRows]) -> NewRows:
+        """All rows of one log."""
+        table = pa.concat_tables([each.table for each in parts], promote_options="default").combine_chunks()
+        counts = Counter[str]()
+        for each in parts:
+            counts.update(each.counts)
+        return NewRows(parts[0].source, table, counts)
 
     def rows(self, schema: Schema) -> LogRows:
         """The rows, as features read them."""
@@ -73,22 +83,6 @@ class NewRows:
         return int(late.sum())
 
 
-class _Memory:
-    """What is remembered of one log.
-
-    newest: latest time of its rows so far, microseconds; stores: rows by event id, and by request and candidate;
-    requests by id.
-    """
-
-    def __init__(self) -> None:
-        self.newest = _NEVER
-        self.stores = {
-            "events": KeyStore(content=np.uint32),
-            "rows": KeyStore(content=np.uint32),
-            "requests": KeyStore(time=np.int64, user=np.uint64),
-        }
-
-
 class Duplicates:
     """Takes the batches of a journal in order, and remembers for `forget_after_days` which rows it has seen.
 
@@ -101,13 +95,22 @@ class Duplicates:
         self._uses = find_uses(schema)
         self.sources = list(self._uses)
         """The logs that the schema has, None for the interaction log."""
-        self._memories = {source: _Memory() for source in self._uses}
+        self._newest = dict.fromkeys(self._uses, _NEVER)
+        # Rows by event id, and by request and candidate; requests by id.
+        self._stores = {
+            source: {
+                "events": KeyStore(content=np.uint32),
+                "rows": KeyStore(content=np.uint32),
+                "requests": KeyStore(time=np.int64, user=np.uint64),
+            }
+            for source in self._uses
+        }
         self.unknown: Counter[str] = Counter()
         """Log of events that the schema does not have -> rows that were left out."""
 
     def __len__(self) -> int:
         """Keys that are remembered."""
-        return sum(len(store) for memory in self._memories.values() for store in memory.stores.values())
+        return sum(len(store) for stores in self._stores.values() for store in stores.values())
 
     def filter(self, batches: Sequence[Batch]) -> dict[str | None, NewRows]:
         """The rows that count, by log; those of logs that the schema does not have are `unknown`.
@@ -123,61 +126,80 @@ class Duplicates:
 
     def to_arrays(self, source: str | None) -> dict[str, np.ndarray]:
         """What is remembered of one log: the same for the same batches, in however many steps they came."""
-        memory = self._memories[source]
-        arrays = {"newest": np.array(memory.newest)}
-        for store, keys in memory.stores.items():
-            columns = keys.to_arrays(memory.newest // MICROSECONDS_PER_DAY - self.forget_after_days)
-            arrays |= {f"{store}.{column}": values for column, values in columns.items()}
+        arrays = {"newest": np.array(self._newest[source])}
+        for store, keys in self._stores[source].items():
+            arrays |= {f"{store}.{column}": values for column, values in keys.to_arrays().items()}
         return arrays
 
     def restore(self, source: str | None, arrays: Mapping[str, np.ndarray]) -> None:
         """Takes what `to_arrays` gave. Raises KeyError for anything else."""
-        memory = self._memories[source]
-        memory.newest = int(arrays["newest"])
-        for store, keys in memory.stores.items():
+        self._newest[source] = int(arrays["newest"])
+        for store, keys in self._stores[source].items():
             begin = f"{store}."
             keys.restore({name.removeprefix(begin): each for name, each in arrays.items() if name.startswith(begin)})
 
     def newest(self, source: str | None) -> int:
         """The latest time of a log's rows so far, microseconds; the least int64 before there are any."""
-        return self._memories[source].newest
+        return self._newest[source]
 
     def _filter(self, name: str | None, batches: Sequence[Batch]) -> NewRows:
-        memory, uses = self._memories[name], self._uses[name]
         time = self.schema.columns.time if name is None else self.schema.events[name].time
-        table = _concat(batches, uses)
+        table, sizes = _concat(batches, self._uses[name]), [len(batch) for batch in batches]
+        starts, number = np.cumsum([0, *sizes]), np.repeat(np.arange(len(sizes)), sizes)
         times = LogRows(table, self.schema).times(time)
-        rows = _Rows.of(table, self.schema, name, uses, times, [len(batch) for batch in batches])
-        before = np.maximum.accumulate(np.append(memory.newest, times))[:-1]
-        latest = np.full(len(batches), memory.newest)
-        np.maximum.at(latest, rows.batch, times)
-        days = np.maximum.accumulate(latest) // MICROSECONDS_PER_DAY
+        latest = np.maximum.accumulate(np.maximum(np.maximum.reduceat(times, starts[:-1]), self._newest[name]))
+        days = latest // MICROSECONDS_PER_DAY
         # The batches of one latest day together: what is remembered is the same for all of them.
         edges = [0, *(np.flatnonzero(days[1:] != days[:-1]) + 1).tolist(), len(batches)]
-        verdict, settled = np.zeros(len(times), np.int8), times.copy()
+        parts = []
         for begin, end in pairwise(edges):
-            places, day = np.flatnonzero((rows.batch >= begin) & (rows.batch < end)), int(days[begin])
-            since = day - self.forget_after_days
-            if day != memory.newest // MICROSECONDS_PER_DAY:
-                for store in memory.stores.values():
-                    store.forget(since)
-            verdict[places] = _judge(memory, rows.take(places), day, since)
-            kept = places[verdict[places] == COUNTS]
-            settled[kept] = _settle(memory.stores["requests"], rows.take(kept), day, since)
-            memory.newest = max(memory.newest, int(times[places].max()))
+            rows = slice(*starts[[begin, end]].tolist())
+            some = table.slice(rows.start, rows.stop - rows.start)
+            parts.append(self._filter_day(name, time, some, times[rows], number[rows], int(days[begin])))
+        return NewRows.join(parts)
+
+    def _filter_day(
+        self, name: str | None, time: str, table: pa.Table, times: np.ndarray, batch: np.ndarray, day: int
+    ) -> NewRows:
+        """The rows that count of batches until whose ends the latest time of the log lies on one day.
+
+        time: the column of (N,) times; batch: (N,) the number of each row's batch, rising.
+        """
+        stores, uses, newest = self._stores[name], self._uses[name], self._newest[name]
+        rows = LogRows(table, self.schema)
+        if day != newest // MICROSECONDS_PER_DAY:
+            for store in stores.values():
+                store.forget(day - self.forget_after_days)
+        keys, owners = dict[str, tuple[np.ndarray, np.ndarray]](), None
+        if rows.has(EVENT_ID) and EVENT_ID not in uses:
+            events = rows.column(EVENT_ID)
+            keys["events"] = hash_column(events), ~events.is_null().to_numpy(zero_copy_only=False)
+        if name is None:
+            keys["rows"] = rows.row_hashes(), np.ones(len(rows), bool)
+            if self.schema.columns.request is not None:
+                owners = rows.request_hashes(), rows.hashes([self.schema.columns.user])
+        content = _hash_content(rows, list_label_columns(self.schema) if name is None else list(uses))
+        verdict = _judge(stores, content, keys, owners, day)
         kept = np.flatnonzero(verdict == COUNTS)
-        horizon = before[kept] // MICROSECONDS_PER_DAY - self.forget_after_days
+        taken = table.take(pa.array(kept)) if len(kept) < len(times) else table
+        if owners is not None and len(kept):
+            request, user = (each[kept] for each in owners)
+            settled = _settle(stores["requests"], request, user, times[kept], batch[kept], day)
+            if (settled != times[kept]).any():
+                place = table.column_names.index(time)
+                taken = taken.set_column(place, time, pa.array(settled).cast(UTC_MICROSECONDS))
+        before = np.maximum.accumulate(np.append(newest, times))[:-1][kept]
+        self._newest[name] = max(newest, int(times.max()))
+        horizon = before // MICROSECONDS_PER_DAY - self.forget_after_days
         counts = Counter(
             accepted=len(kept),
             duplicate=int((verdict == DUPLICATE).sum()),
             conflict=int((verdict == CONFLICT).sum()),
-            out_of_order=int((times[kept] < before[kept]).sum()),
+            out_of_order=int((times[kept] < before).sum()),
             old=int((times[kept] // MICROSECONDS_PER_DAY < horizon).sum()),
         )
-        if (settled != times).any():
-            table = table.set_column(table.column_names.index(time), time, pa.array(settled).cast(UTC_MICROSECONDS))
-        table = table.select(list(uses))
-        return NewRows(name, table if len(kept) == len(times) else table.take(pa.array(kept)), counts)
+        others = (each for each in table.column_names if each not in uses and each != EVENT_ID)
+        return NewRows(name, taken.select([*uses, *others]), counts)
 
 
 def _concat(batches: Sequence[Batch], columns: Mapping[str, Use]) -> pa.Table:
@@ -189,44 +211,6 @@ def _concat(batches: Sequence[Batch], columns: Mapping[str, Use]) -> pa.Table:
         if column not in table.column_names:
             table = table.append_column(column, pa.nulls(len(table)))
     return table
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """N rows as hashes. times: (N,) microseconds; batch: (N,) the number of each row's batch, rising; content: (N,)
-    uint32 of what a duplicate repeats; keys: store -> (N,) uint64 keys, and which rows have one; request, user: (N,)
-    uint64 where requests have ids."""
-
-    times: np.ndarray
-    batch: np.ndarray
-    content: np.ndarray
-    keys: dict[str, tuple[np.ndarray, np.ndarray]]
-    request: np.ndarray | None = None
-    user: np.ndarray | None = None
-
-    @staticmethod
-    def of(
-        table: pa.Table, schema: Schema, name: str | None, uses: Mapping[str, Use], times: np.ndarray, sizes: list[int]
-    ) -> _Rows:
-        """name: of the log; sizes: of the batches."""
-        rows, keys = LogRows(table, schema), {}
-        if rows.has(EVENT_ID) and EVENT_ID not in uses:
-            events = rows.column(EVENT_ID)
-            keys["events"] = hash_column(events), ~events.is_null().to_numpy(zero_copy_only=False)
-        if name is None:
-            keys["rows"] = rows.row_hashes(), np.ones(len(rows), bool)
-        batch = np.repeat(np.arange(len(sizes)), sizes)
-        compared = list_label_columns(schema) if name is None else list(uses)
-        hashed = _Rows(times, batch, _hash_content(rows, compared), keys)
-        if name is not None or schema.columns.request is None:
-            return hashed
-        return replace(hashed, request=rows.request_hashes(), user=rows.hashes([schema.columns.user]))
-
-    def take(self, places: np.ndarray) -> _Rows:
-        """The rows at some places."""
-        request, user = (None if each is None else each[places] for each in (self.request, self.user))
-        keys = {name: (key[places], valid[places]) for name, (key, valid) in self.keys.items()}
-        return _Rows(self.times[places], self.batch[places], self.content[places], keys, request, user)
 
 
 def _hash_content(rows: LogRows, columns: Sequence[str]) -> np.ndarray:
@@ -244,38 +228,46 @@ def _hash_content(rows: LogRows, columns: Sequence[str]) -> np.ndarray:
     return (combine(hashes) >> np.uint64(32)).astype(np.uint32)
 
 
-def _judge(memory: _Memory, rows: _Rows, day: int, since: int) -> np.ndarray:
-    """(N,) what becomes of each row. Only those whose keys were seen, here or before, are looked at one by one."""
-    special, seen, user_of = np.zeros(len(rows.content), bool), dict[str, dict[int, int]](), dict[int, int]()
-    for name, (key, valid) in rows.keys.items():
-        known, values = memory.stores[name].find(key, since)
+def _judge(
+    stores: Mapping[str, KeyStore],
+    content: np.ndarray,
+    keys: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    owners: tuple[np.ndarray, np.ndarray] | None,
+    day: int,
+) -> np.ndarray:
+    """(N,) what becomes of each row. Only those whose keys were seen, here or before, are looked at one by one.
+
+    content: (N,) of what a duplicate repeats; keys: store -> (N,) keys, and which rows have one; owners: (N,) requests
+    and (N,) users, where requests have ids.
+    """
+    special, seen, user_of = np.zeros(len(content), bool), dict[str, dict[int, int]](), dict[int, int]()
+    for name, (key, valid) in keys.items():
+        known, values = stores[name].find(key)
         known &= valid
         special |= known
         special[valid] |= _count(key[valid]) > 1
         seen[name] = dict(zip(key[known].tolist(), values["content"][known].tolist(), strict=True))
-    if rows.request is not None and rows.user is not None:
-        known, values = memory.stores["requests"].find(rows.request, since)
-        special |= known & (values["user"] != rows.user)
-        special |= _count(rows.request) != _count(combine([rows.request, rows.user]))
-        user_of = dict(zip(rows.request[known].tolist(), values["user"][known].tolist(), strict=True))
-    verdict = np.zeros(len(rows.content), np.int8)
+    if owners is not None:
+        request, user = owners
+        known, values = stores["requests"].find(request)
+        special |= known & (values["user"] != user)
+        special |= _count(request) != _count(combine([request, user]))
+        user_of = dict(zip(request[known].tolist(), values["user"][known].tolist(), strict=True))
+    verdict = np.zeros(len(content), np.int8)
     for row in np.flatnonzero(special).tolist():
-        content = int(rows.content[row])
-        mine = [(seen[name], int(key[row])) for name, (key, valid) in rows.keys.items() if valid[row]]
+        its = int(content[row])
+        mine = [(seen[name], int(key[row])) for name, (key, valid) in keys.items() if valid[row]]
         before = next((contents[at] for contents, at in mine if at in contents), None)
         if before is not None:
-            verdict[row] = DUPLICATE if before == content else CONFLICT
-            continue
-        if rows.request is not None and rows.user is not None:
-            user = int(rows.user[row])
-            if user_of.setdefault(int(rows.request[row]), user) != user:
-                verdict[row] = CONFLICT
-                continue
-        for contents, at in mine:
-            contents[at] = content
-    for name, (key, valid) in rows.keys.items():
+            verdict[row] = DUPLICATE if before == its else CONFLICT
+        elif owners is not None and user_of.setdefault(int(request[row]), int(user[row])) != int(user[row]):
+            verdict[row] = CONFLICT
+        else:
+            for contents, at in mine:
+                contents[at] = its
+    for name, (key, valid) in keys.items():
         new = np.flatnonzero((verdict == COUNTS) & valid)
-        memory.stores[name].add(key[new], day, since, content=rows.content[new])
+        stores[name].add(key[new], day, content=content[new])
     return verdict
 
 
@@ -285,17 +277,17 @@ def _count(keys: np.ndarray) -> np.ndarray:
     return counts[inverse]
 
 
-def _settle(requests: KeyStore, rows: _Rows, day: int, since: int) -> np.ndarray:
+def _settle(
+    requests: KeyStore, request: np.ndarray, user: np.ndarray, times: np.ndarray, batch: np.ndarray, day: int
+) -> np.ndarray:
     """(N,) times of rows' requests: the earliest in the batch with which a request began."""
-    if rows.request is None or rows.user is None or not len(rows.times):
-        return rows.times
-    distinct, first, inverse = np.unique(rows.request, return_index=True, return_inverse=True)
+    distinct, first, inverse = np.unique(request, return_index=True, return_inverse=True)
     earliest = np.full(len(distinct), _FOREVER)
-    of_first = rows.batch == rows.batch[first][inverse]  # `first` is the first row, and batches rise
-    np.minimum.at(earliest, inverse[of_first], rows.times[of_first])
-    known, values = requests.find(distinct, since)
+    of_first = batch == batch[first][inverse]  # `first` is the first row, and batches rise
+    np.minimum.at(earliest, inverse[of_first], times[of_first])
+    known, values = requests.find(distinct)
     new = ~known
-    requests.add(distinct[new], day, since, time=earliest[new], user=rows.user[first][new])
+    requests.add(distinct[new], day, time=earliest[new], user=user[first][new])
     return np.where(known, values["time"], earliest)[inverse]
 
 
@@ -314,46 +306,46 @@ class KeyStore:
     def __len__(self) -> int:
         return sum(len(level["key"]) for level in self._levels)
 
-    def find(self, keys: np.ndarray, since: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """Whether each of (N,) keys was added on day `since` or later, (N,) bool; and its values, (N,) each."""
+    def find(self, keys: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """Whether each of (N,) keys is there, (N,) bool; and its values, (N,) each."""
         is_there = np.zeros(len(keys), bool)
         values = {name: np.zeros(len(keys), dtype) for name, dtype in self._values.items()}
         for level in self._levels:
             place = np.minimum(np.searchsorted(level["key"], keys), len(level["key"]) - 1)
-            here = (level["key"][place] == keys) & (level["day"][place] >= since)
+            here = level["key"][place] == keys
             is_there |= here
             for name, column in values.items():
                 column[here] = level[name][place[here]]
         return is_there, values
 
-    def add(self, keys: np.ndarray, day: int, since: int, **values: np.ndarray) -> None:
-        """Adds distinct keys, none of which `find` finds; forgets those before day `since` where they are merged."""
+    def add(self, keys: np.ndarray, day: int, **values: np.ndarray) -> None:
+        """Adds distinct keys, none of which `find` finds."""
         if not len(keys):
             return
         order = np.argsort(keys)
         level = {"key": keys[order], "day": np.full(len(keys), day, np.int32)}
         self._levels.append(level | {name: column[order] for name, column in values.items()})
         while len(self._levels) > 1 and len(self._levels[-2]["key"]) < 2 * len(self._levels[-1]["key"]):
-            self._merge(since)
+            self._merge()
 
     def forget(self, since: int) -> None:
         """Forgets the keys that were added before day `since`."""
-        levels = [_filter_level(level, level["day"] >= since) for level in self._levels]
+        levels = []
+        for level in self._levels:
+            alive = level["day"] >= since
+            levels.append(level if alive.all() else {name: column[alive] for name, column in level.items()})
         self._levels = [level for level in levels if len(level["key"])]
 
-    def _merge(self, since: int) -> None:
+    def _merge(self) -> None:
         one, other = self._levels[-2:]
         both = {name: np.concatenate([one[name], other[name]]) for name in self._dtypes}
-        # A key that is in both was added again once it counted as forgotten.
-        both = _filter_level(both, both["day"] >= since)
         order = np.argsort(both["key"], kind="stable")
-        self._levels[-2:] = [{name: column[order] for name, column in both.items()}] if len(order) else []
+        self._levels[-2:] = [{name: column[order] for name, column in both.items()}]
 
-    def to_arrays(self, since: int) -> dict[str, np.ndarray]:
-        """All keys of day `since` or later, by key, with their days and values."""
+    def to_arrays(self) -> dict[str, np.ndarray]:
+        """All keys in order, with their days and values."""
         while len(self._levels) > 1:
-            self._merge(since)
-        self.forget(since)
+            self._merge()
         if not self._levels:
             return {name: np.empty(0, dtype) for name, dtype in self._dtypes.items()}
         return dict(self._levels[0])
@@ -362,7 +354,3 @@ class KeyStore:
         """Takes what `to_arrays` gave."""
         level = {name: np.ascontiguousarray(arrays[name], dtype) for name, dtype in self._dtypes.items()}
         self._levels = [level] if len(level["key"]) else []
-
-
-def _filter_level(level: dict[str, np.ndarray], mask: np.ndarray) -> dict[str, np.ndarray]:
-    return level if mask.all() else {name: column[mask] for name, column in level.items()}

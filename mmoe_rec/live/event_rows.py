@@ -25,7 +25,6 @@ import pyarrow.types as pt
 from mmoe_rec.errors import RequestError, UserError, quoted
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.live.duplicates import EVENT_ID, find_uses, list_label_columns
-from mmoe_rec.log.checks import format_time
 from mmoe_rec.log.columns import canonical
 from mmoe_rec.log.files import first_line
 from mmoe_rec.log.given import check_finite, element_type, microseconds, to_arrow
@@ -91,8 +90,6 @@ class RowChecks:
                 for name, use in uses.items()
             }
             self._columns[source].setdefault(EVENT_ID, _EventColumn("key", False, None, False))
-        events = {name: event_value_checks(log.time, _FOREVER) for name, log in schema.events.items()}
-        self._value_checks = {None: log_value_checks(schema, _FOREVER)} | events
         inputs = schema.input_columns().items()
         self.attributes = [name for name, role in inputs if role in ("user", "candidate") and name not in ids]
         """Columns of users and candidates that features read, and that rows of the interaction log may leave out."""
@@ -228,31 +225,22 @@ class RowChecks:
             is_given = rate in table and not pt.is_null(table[rate].type)
             table[rate] = table[rate].fill_null(1.0) if is_given else pa.array(np.ones(size))
         rows = LogRows(pa.table(table), self.schema)
-        self._check_values(source, rows)
+        latest = (time.time_ns() // 1_000 if now is None else now) + TOLERANCE_MICROSECONDS
+        for check in (
+            log_value_checks(self.schema, latest)
+            if source is None
+            else event_value_checks(self.schema.events[source].time, latest)
+        ):
+            if rows.has(check.column) and (wrong := check.find(rows)) is not None:
+                raise _in_row(*wrong)
         ids = table.get(EVENT_ID)
         if ids is not None and pt.is_string(ids.type) and (row := pc.index(ids, "").as_py()) >= 0:
             what = "is empty, as which all rows would be the same event; give null where a row has no id"
             raise _in_row(row, f"column '{EVENT_ID}' {what}")
-        moment = time.time_ns() // 1_000 if now is None else now
-        self._check_times(source, rows, moment + TOLERANCE_MICROSECONDS)
         if source is None:
             self._check_requests(rows)
             self._check_labels(rows)
         return rows.table
-
-    def _check_values(self, source: str | None, rows: LogRows) -> None:
-        for check in self._value_checks[source]:
-            if rows.has(check.column) and (wrong := check.find(rows)) is not None:
-                raise _in_row(*wrong)
-
-    def _check_times(self, source: str | None, rows: LogRows, latest: int) -> None:
-        name = self.schema.columns.time if source is None else self.schema.events[source].time
-        times = rows.times(name)
-        if (late := np.flatnonzero(times > latest)).size:
-            row = int(late[0])
-            time_sent = format_time(int(times[row]))
-            now = format_time(latest - TOLERANCE_MICROSECONDS)
-            raise _in_row(row, f"column '{name}' holds {time_sent}, a time later than the server's, {now}")
 
     def _check_requests(self, rows: LogRows) -> None:
         if self.schema.columns.request is None:

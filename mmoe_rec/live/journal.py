@@ -20,6 +20,7 @@ import weakref
 import zlib
 from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,13 +88,8 @@ class Batch:
         return self.table.num_rows
 
 
-@dataclass(eq=False)
-class _Call:
-    """What one caller of `append` waits for."""
-
-    batches: list[tuple[Batch, bytes]]
-    position: int | None = None
-    error: BaseException | None = None
+Call = tuple[list[tuple[Batch, bytes]], Future[int]]
+"""Batches, encoded, and the position that the caller of `append` waits for."""
 
 
 def parse_position(text: object) -> int:
@@ -139,18 +135,15 @@ class Journal:
             RequestError: a column is of another type than in earlier rows, or a batch is too large.
             UserError: nothing was appended, or it is not known: the disk is full, fails, or a server is away.
         """
-        call = _Call([(batch, _encode(batch.table)) for batch in batches if len(batch)])
-        for _, payload in call.batches:
+        encoded, position = [(batch, _encode(batch.table)) for batch in batches if len(batch)], Future[int]()
+        for _, payload in encoded:
             if len(payload) > MOST_BATCH_BYTES:
                 raise RequestError(f"the rows take {len(payload):,} bytes; a batch has at most {MOST_BATCH_BYTES:,}")
-        self._waiting.append(call)
+        self._waiting.append((encoded, position))
         with self._writer:
-            if call.position is None and call.error is None:
+            if not position.done():
                 self._append_together([self._waiting.popleft() for _ in range(len(self._waiting))])
-        if call.error is not None:
-            raise call.error
-        assert call.position is not None
-        return call.position
+        return position.result()
 
     def end(self) -> int:
         """The position of the last batch, 0 for none. It costs little where SQLite's mark says so."""
@@ -243,7 +236,7 @@ class Journal:
     def _start(self) -> None:
         """Begins without connections and threads: those that a forked child finds are its parent's."""
         self._engine = _create_engine(self._url)
-        self._waiting, self._writer = deque[_Call](), threading.Lock()
+        self._waiting, self._writer = deque[Call](), threading.Lock()
         _journals.add(self)
 
     @contextmanager
@@ -274,33 +267,37 @@ class Journal:
             f"its files from a copy{files}"
         )
 
-    def _append_together(self, calls: list[_Call]) -> None:
+    def _append_together(self, calls: list[Call]) -> None:
+        ends = list[tuple[Future[int], int]]()
         try:
             with self.appending() as connection:
                 end, types = self._find_end(connection), _read_types(connection)
-                for call in calls:
-                    end = self._insert(connection, call, end, types)
+                for batches, position in calls:
+                    try:
+                        end = self._insert(connection, batches, end, types)
+                        ends.append((position, end[0]))
+                    except RequestError as error:
+                        position.set_exception(error)
             self._note_end(end)
+            for position, last in ends:
+                position.set_result(last)
         except BaseException as error:
-            for call in calls:
-                call.error = call.error or error
+            for _, position in calls:
+                if not position.done():
+                    position.set_exception(error)
 
-    def _insert(self, connection: Connection, call: _Call, end: tuple[int, int], types: Types) -> tuple[int, int]:
-        """Inserts the batches of a call after the last one; returns position and checksum of the new last one."""
-        try:
-            new = _find_new_types(types, call)
-        except RequestError as error:
-            call.error = error
-            return end
-        if new:
+    def _insert(
+        self, connection: Connection, batches: list[tuple[Batch, bytes]], end: tuple[int, int], types: Types
+    ) -> tuple[int, int]:
+        """Inserts batches after the last one; returns position and checksum of the new last one."""
+        if new := _find_new_types(types, batches):
             types |= new
             columns = [{"log": log, "name": name, "type": kind} for (log, name), kind in new.items()]
             connection.execute(sql.insert(COLUMNS), columns)
-        for batch, payload in call.batches:
+        for batch, payload in batches:
             about = end[0] + 1, batch.source or "", batch.accepted_at, len(batch)
             end = about[0], _checksum(self.id, *about, payload)
             connection.execute(sql.insert(BATCHES).values((*about, end[1], payload)))
-        call.position = end[0]
         return end
 
     def _note_end(self, end: tuple[int, int]) -> None:
@@ -432,13 +429,13 @@ def _read_types(connection: Connection) -> Types:
     return {(log, name): kind for log, name, kind in connection.execute(sql.select(COLUMNS))}
 
 
-def _find_new_types(types: Types, call: _Call) -> Types:
-    """The types of columns of a call that have none yet.
+def _find_new_types(types: Types, batches: list[tuple[Batch, bytes]]) -> Types:
+    """The types of columns of batches that have none yet.
 
     Raises RequestError where a column is of another type than before: its hashes, too, would be others.
     """
     new: Types = {}
-    for batch, _ in call.batches:
+    for batch, _ in batches:
         for column in batch.table.schema:
             if not pt.is_null(column.type):
                 key, kind = (batch.source or "", column.name), str(column.type)

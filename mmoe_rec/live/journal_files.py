@@ -9,7 +9,6 @@ models may share a journal: a log goes on from its own last checkpoint, whicheve
 from __future__ import annotations
 
 import io
-import json
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -30,14 +29,11 @@ from mmoe_rec.live.duplicates import Duplicates, NewRows, find_uses
 from mmoe_rec.live.journal import ABOUT, BATCHES, CHECKPOINTS, CUTS, STATES, Journal
 from mmoe_rec.log.columns import canonical
 from mmoe_rec.log.files import find_local, first_line, is_remote, local_path, split_glob, takes_in
-from mmoe_rec.preprocessing.logs import read_journal_name
 from mmoe_rec.settings.columns import Use
 from mmoe_rec.settings.schema import Schema
 
 ROWS_OF_A_FILE = 2**20
 _PART_BYTES = 2**26
-_COLUMNS = b"mmoe_rec.columns"
-"""Metadata of a file: the columns that the model read for which it was written, as a JSON list; others are null."""
 
 
 @dataclass
@@ -88,20 +84,23 @@ def write_files(
     Raises:
         UserError: a place can't take files, or the journal is damaged.
     """
-    written, duplicates = WrittenFiles(), Duplicates(schema)
-    tables, cut = dict[str | None, list[pa.Table]](), 0
-    for end, new in read_on(journal, duplicates, after, through):
-        if end != cut:
-            _write_cut(written, tables, journal.id, cut, schema, log)
-            tables, cut = {}, end
+    written, duplicates, uses = WrittenFiles(), Duplicates(schema), find_uses(schema)
+    for cut, new in read_on(journal, duplicates, after, through):
+        name = f"journal-{journal.id}-{cut:012d}.parquet"
         for source, rows in new.items():
             table = rows.table
             if later_than is not None:
                 table = table.filter(pa.array(rows.rows(schema).times() > later_than))
             written.early += len(rows.table) - len(table)
-            tables.setdefault(source, []).append(table)
             written.counts.setdefault(source, Counter()).update(rows.counts)
-    _write_cut(written, tables, journal.id, cut, schema, log)
+            if not table.num_rows:
+                continue
+            setting, place = _place_of(source, schema, log)
+            path = _find_folder(place, setting, name) / name
+            if not path.exists():
+                _write(path, table, uses[source], _find_pattern(place), schema.columns.time_unit)
+            written.files.append(path)
+            written.last_files[source] = cut
     written.unknown = duplicates.unknown
     if through:
         _keep_checkpoint(journal, through, duplicates, written.last_files)
@@ -111,7 +110,7 @@ def write_files(
 def read_on(
     journal: Journal, duplicates: Duplicates, after: int, through: int
 ) -> Iterator[tuple[int, dict[str | None, NewRows]]]:
-    """Goes on after a position to another one: gives the rows that count, each with the first cut not before it.
+    """Goes on after a position to another one: gives the rows that count up to each cut, and those up to the end.
 
     First come rows up to `after` that no checkpoint holds, such as those of a log that only other models than those
     refreshed so far have. duplicates: new; what is remembered of rows up to `after` is restored into it.
@@ -124,9 +123,13 @@ def read_on(
         cuts = sql.select(place).where(place > position, place < through).order_by(place)
         ends = [*connection.execute(cuts).scalars(), through]
     for end in ends:
+        parts = dict[str | None, list[NewRows]]()
         while batches := journal.read(position, through=end, leftovers=True):
             position = batches[-1].position
-            yield end, duplicates.filter([each for each in batches if kept.get(each.source, after) < each.position])
+            new = duplicates.filter([each for each in batches if kept.get(each.source, after) < each.position])
+            for source, rows in new.items():
+                parts.setdefault(source, []).append(rows)
+        yield end, {source: NewRows.join(several) for source, several in parts.items()}
 
 
 def find_removed_logs(journal: Journal, schema: Schema, position: int) -> list[str | None]:
@@ -200,51 +203,9 @@ def _checksum(position: int, log: str, part: int, data: bytes) -> int:
     return zlib.crc32(data, zlib.crc32(f"{position} {part} {log}".encode()))
 
 
-def check_columns(journal: str, schema: Schema, log: str, held: Mapping[str | None, int]) -> None:
-    """Raises UserError where files of a journal, by its id, lack columns that a model reads, as the refresh of another
-    model wrote them.
-
-    held: log -> the last cut whose file the model's tables hold; only later ones are looked at.
-    """
-    for source, uses in find_uses(schema).items():
-        _, place = _place_of(source, schema, log)
-        for path in [] if is_remote(place) else find_local(local_path(place)):
-            name = read_journal_name(str(path))
-            if name is None or name[0] != journal or name[1] <= held.get(source, 0):
-                continue
-            try:
-                written = json.loads((pq.read_schema(path).metadata or {})[_COLUMNS])
-            except (pa.ArrowException, OSError, KeyError):  # it is of an earlier version, or the build tells of it
-                continue
-            if missing := sorted(uses.keys() - set(written)):
-                raise UserError(
-                    f"'{path}' was written by the refresh of a model that does not read the column '{missing[0]}', so "
-                    "values of it that callers sent are not in this file: models that share a journal must read the "
-                    "same columns; where no caller sent the column then, as it is new, run refresh without --journal "
-                    "once, which takes the file as it is, with nulls"
-                )
-
-
 def _place_of(source: str | None, schema: Schema, log: str) -> tuple[str, str]:
     """The setting that says where a log is, and its value."""
     return ("data.log", log) if source is None else (f"data.events.{source}.path", schema.events[source].path)
-
-
-def _write_cut(
-    written: WrittenFiles, tables: Mapping[str | None, list[pa.Table]], journal: str, cut: int, schema: Schema, log: str
-) -> None:
-    """Writes the rows up to a cut, one file for each log that has some. written: to be added to."""
-    name = f"journal-{journal}-{cut:012d}.parquet"
-    for source, parts in tables.items():
-        table = pa.concat_tables(parts, promote_options="default").combine_chunks()
-        if not table.num_rows:
-            continue
-        setting, place = _place_of(source, schema, log)
-        path = _find_folder(place, setting, name) / name
-        if not path.exists():
-            _write(path, table, find_uses(schema)[source], _find_pattern(place), schema.columns.time_unit)
-        written.files.append(path)
-        written.last_files[source] = cut
 
 
 def _find_folder(source: str, setting: str, name: str) -> Path:
@@ -275,29 +236,29 @@ def _find_pattern(source: str) -> Mapping[str, pa.DataType]:
 def _write(
     path: Path, table: pa.Table, uses: Mapping[str, Use], pattern: Mapping[str, pa.DataType], unit: str | None
 ) -> None:
-    columns = {
-        name: _as_type(name, uses[name], table.column(name).combine_chunks(), kind, unit)
-        if name in uses
-        else pa.nulls(table.num_rows, kind)
-        for name, kind in pattern.items()
-    }
-    columns |= {name: table.column(name) for name in uses if name not in pattern}  # such as those in files' paths
-    metadata = {_COLUMNS: json.dumps(sorted(uses))}
+    columns = {name: pa.nulls(table.num_rows, kind) for name, kind in pattern.items()}
+    for name in table.column_names:  # others than the pattern's are such as those in files' paths
+        values = table.column(name).combine_chunks()
+        columns[name] = _as_type(name, uses.get(name), values, pattern[name], unit) if name in pattern else values
     try:
         with atomic_file(path) as temporary:
-            pq.write_table(pa.table(columns).replace_schema_metadata(metadata), temporary, compression="zstd")
+            pq.write_table(pa.table(columns), temporary, compression="zstd")
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"'{path}' can't be written: {first_line(error)}") from None
 
 
-def _as_type(name: str, use: Use, values: pa.Array, kind: pa.DataType, unit: str | None) -> pa.Array:
-    """Canonical values in a file's type; as they are where that could not hold them, as both are read alike."""
+def _as_type(name: str, use: Use | None, values: pa.Array, kind: pa.DataType, unit: str | None) -> pa.Array:
+    """Canonical values in a file's type; as they are where that could not hold them, as both are read alike. use: None
+    for a column that only other models read."""
     if pt.is_null(values.type):
         return pa.nulls(len(values), kind)
+    if use is None and pt.is_timestamp(values.type):
+        use = "time"
     try:
         given = values.cast(pa.timestamp(unit or "us", tz="UTC")) if use == "time" and pt.is_integer(kind) else values
         cast = given.cast(kind)
-        if canonical(name, use, cast, unit).equals(values):
+        again = cast.cast(values.type) if use is None else canonical(name, use, cast, unit)
+        if again.equals(values):
             return cast
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, UserError):
         pass

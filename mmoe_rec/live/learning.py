@@ -12,12 +12,11 @@ import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow as pa
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.live.duplicates import Duplicates, NewRows
@@ -33,22 +32,15 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 
-@dataclass
-class _NewBatches:
-    """What was read and is to be learnt. position: of the journal, up to where."""
-
-    new: dict[str | None, NewRows]
-    position: int
-    accepted_at: list[int]
-
-
 @dataclass(frozen=True)
 class ModelUpdate:
-    """What the model can take. counts: rows by outcome; accepted_at: of the batches, microseconds."""
+    """What was read of the journal and is to be learnt. new: rows by log; position: up to where; accepted_at: of the
+    batches, microseconds; prepared: what the model can take; counts: rows by outcome."""
 
-    prepared: Any
+    new: Mapping[str | None, NewRows]
     position: int
-    accepted_at: list[int] = field(default_factory=list)
+    accepted_at: list[int]
+    prepared: Any = None
     counts: Mapping[str, int] = field(default_factory=dict)
 
 
@@ -64,7 +56,7 @@ class Learning:
         self.ranker, self.journal = ranker, Journal(address, create=False)
         self.schema = ranker.pipeline.schema
         require_all(self.schema, "a journal of events")
-        self._waiting: _NewBatches | None = None
+        self._waiting: ModelUpdate | None = None
         self._error: Exception | None = None
         self._has_ended = False
         self._lock = threading.Lock()
@@ -107,11 +99,8 @@ class Learning:
                 if source is not None and cut > (through if held is None else held[source]):
                     lacking.setdefault(source, []).append(each)
         if lacking:
-            together = {}
-            for source, parts in lacking.items():
-                table = pa.concat_tables([each.table for each in parts], promote_options="default").combine_chunks()
-                together[source] = NewRows(source, table, sum((each.counts for each in parts), Counter()))
-            self._waiting = _NewBatches(together, self.position, [])
+            together = {source: NewRows.join(parts) for source, parts in lacking.items()}
+            self._waiting = ModelUpdate(together, self.position, [])
 
     def _tell_of(self, logs: Iterable[str]) -> None:
         """Says once which logs of events the journal has that the model does not read; other models may."""
@@ -164,7 +153,7 @@ class Learning:
                     self._error = error
                     raise
                 self._tell_of(self._duplicates.unknown)
-                self._waiting = _NewBatches(new, batches[-1].position, [each.accepted_at for each in batches])
+                self._waiting = ModelUpdate(new, batches[-1].position, [each.accepted_at for each in batches])
             counts, rows = Counter[str](), dict[str | None, LogRows]()
             for source, each in self._waiting.new.items():
                 counts.update(each.counts, late=each.count_late(self.schema, self.ranker.tables_known))
@@ -172,7 +161,7 @@ class Learning:
                 rows[source] = known if self._is_known else known.filter(known.times() > self.ranker.tables_known)
                 counts["in_tables"] += len(known) - len(rows[source])
             prepared = self.ranker.prepare({source: each for source, each in rows.items() if len(each)})
-            return ModelUpdate(prepared, self._waiting.position, self._waiting.accepted_at, +counts)
+            return replace(self._waiting, prepared=prepared, counts=+counts)
 
     def count_known(self, times: np.ndarray) -> int:
         """How many rows of (N,) times, microseconds, the tables may hold, so that they are not learnt."""

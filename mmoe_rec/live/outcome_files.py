@@ -17,7 +17,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import groupby
@@ -29,16 +29,12 @@ import pyarrow.parquet as pq
 
 from mmoe_rec.atomic import atomic_folder
 from mmoe_rec.errors import UserError
-from mmoe_rec.live import logged_requests as names
-from mmoe_rec.live.duplicates import EVENT_ID
 from mmoe_rec.locks import writing
-from mmoe_rec.log.checks import BadFile, LeftOut, LogFile, check_files, open_parquet, words_of
-from mmoe_rec.log.columns import canonical, column_uses
+from mmoe_rec.log.checks import LeftOut, LogFile, check_files, open_parquet, words_of
+from mmoe_rec.log.columns import canonical
 from mmoe_rec.log.files import find_files, is_remote, takes_in
 from mmoe_rec.log.reader import Piece, read_piece
-from mmoe_rec.log.values import columns_of
-from mmoe_rec.settings.columns import Role, Use
-from mmoe_rec.settings.outcomes import label_columns
+from mmoe_rec.settings.columns import Use
 from mmoe_rec.settings.sections import Settings
 
 BEGIN = -(2**62)
@@ -108,95 +104,6 @@ class OutcomeSource:
         except (UserError, pa.ArrowException, OverflowError):
             return True
         return int(last.cast(pa.int64())[0].as_py()) > after
-
-
-@dataclass(frozen=True)
-class JoinPlan:
-    """The settings, and what is read. events: by log; inputs: columns that features read, with their roles; placement:
-    of them, those that events or ranks say."""
-
-    settings: Settings
-    requests: OutcomeSource
-    events: dict[str, OutcomeSource]
-    inputs: dict[str, Role]
-    placement: list[str]
-
-
-def open_plan(settings: Settings, requests: str, events: str | None) -> JoinPlan:
-    """Opens all files. requests, events: addresses of folders. Raises UserError where something is missing."""
-    outcomes, schema = settings.outcomes, settings.schema_
-    for column, tasks in label_columns(schema).items():
-        if column not in outcomes.labels:
-            raise UserError(
-                f"outcomes.labels does not say where column '{column}' comes from, which task '{tasks[0]}' reads; add "
-                f"outcomes.labels.{column} with the log of events and within_days"
-            )
-    inputs, uses = schema.input_columns(), column_uses(schema)
-    placement = [name for name, role in inputs.items() if role == "placement"]
-    if outcomes.shown is None and (unknown := [name for name in placement if name != outcomes.rank]):
-        raise UserError(
-            f"features read column '{unknown[0]}' of role placement, but nothing says where candidates were shown: set "
-            "outcomes.shown to a log of events with that column, or outcomes.rank where it is the rank in the reply"
-        )
-    source = _open_requests(settings, requests, {name: uses[name] for name in inputs if name not in placement})
-    logs = {}
-    for name in dict.fromkeys(each.events for each in outcomes.windows):
-        logs[name] = _open_events(settings, name, events, {column: uses[column] for column in placement})
-        _check_types(settings, name, logs[name], source)
-    return JoinPlan(settings, source, logs, inputs, placement)
-
-
-def _open_requests(settings: Settings, address: str, columns: Mapping[str, Use]) -> OutcomeSource:
-    own: dict[str, Use] = {names.REQUEST: "key", names.AT: "time", names.RANK: "number", names.SHARE: "number"}
-    try:
-        return OutcomeSource.open(settings, address, "--requests", {**columns, **own}, settings.columns.time)
-    except BadFile as problem:
-        raise BadFile(
-            f"{problem}. Requests are as `serve --log-requests` wrote them, with the columns that the features of the "
-            "ranking model read. The settings ask for others: move requests of other models away, or join with the "
-            "settings of that model",
-            problem.address,
-        ) from None
-
-
-def _open_events(settings: Settings, name: str, folder: str | None, placement: Mapping[str, Use]) -> OutcomeSource:
-    outcomes, columns = settings.outcomes, settings.columns
-    section = outcomes.events[name]
-    if folder is not None and (is_remote(folder) or Path(folder, name).exists()):
-        address, setting = f"{folder.rstrip('/')}/{name}", "--events"
-    elif name in settings.data.events:
-        address, setting = settings.data.events[name].path, f"data.events.{name}.path"
-    else:
-        where = "give --events FOLDER with a" if folder is None else f"--events '{folder}' has no"
-        raise UserError(f"{where} folder '{name}' of Parquet files; or say where they are in data.events.{name}.path")
-    uses: dict[str, Use] = {columns.user: "key", columns.candidate: "key"}
-    if section.request is not None:
-        uses[section.request] = "key"
-    for each in outcomes.labels.values():
-        if each.events == name and each.value is not None:
-            uses[each.value] = "number"
-    if outcomes.shown is not None and outcomes.shown.events == name:
-        uses |= placement
-    if section.time in uses:
-        raise UserError(f"column '{section.time}' of events '{name}' is the time and something else; add a column")
-    if any(EVENT_ID in columns_of(file.address) for file in find_files(address, setting)):
-        uses[EVENT_ID] = "key"
-    return OutcomeSource.open(settings, address, setting, {**uses, section.time: "time"}, section.time)
-
-
-def _check_types(settings: Settings, name: str, events: OutcomeSource, requests: OutcomeSource) -> None:
-    """Raises UserError where a column by which events are joined has another type than in the requests; one that is
-    null everywhere gets the other's."""
-    columns, request = settings.columns, settings.outcomes.events[name].request
-    pairs = {columns.user: columns.user, columns.candidate: columns.candidate}
-    for mine, theirs in (pairs | ({} if request is None else {request: names.REQUEST})).items():
-        one = events.types.setdefault(mine, requests.types.get(theirs, pa.int8()))
-        other = requests.types.setdefault(theirs, one)
-        if one != other:
-            raise UserError(
-                f"column '{mine}' of events '{name}' holds {one}, and column '{theirs}' of the requests {other}: no "
-                "event would belong to any request; write both with one type"
-            )
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,7 @@ request's candidate, and there is one row; else it is a user's candidate, and of
 event the last one before it does. Then the window decides whether it counts.
 
 A request is written once all its windows have ended and what happened in them is known: its time is at most that of
-the last event of each log, less the log's longest window, less `outcomes.wait_days`. So a log of events that stands
-still keeps requests waiting, instead of making zeros of what is not known. Later requests wait for the next run, which
-only reads what can be later than all that was written.
+the last event of each log, less the log's longest window, less `outcomes.wait_days`.
 """
 
 from __future__ import annotations
@@ -27,15 +25,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.live import logged_requests as names
+from mmoe_rec.live import request_log as names
 from mmoe_rec.live.duplicates import EVENT_ID
-from mmoe_rec.live.outcome_files import BEGIN, JoinPlan, JoinState, OutcomeSource, Runs, open_plan, open_runs
-from mmoe_rec.log.checks import format_time
-from mmoe_rec.log.columns import UTC_MICROSECONDS
+from mmoe_rec.live.outcome_files import BEGIN, JoinState, OutcomeSource, Runs, open_runs
+from mmoe_rec.log.checks import BadFile, format_time
+from mmoe_rec.log.columns import UTC_MICROSECONDS, column_uses
 from mmoe_rec.log.database import open_database
+from mmoe_rec.log.files import find_files, is_remote
 from mmoe_rec.log.rows import MICROSECONDS_PER_DAY, require_all
+from mmoe_rec.log.values import columns_of
 from mmoe_rec.progress import bar, say
-from mmoe_rec.settings.outcomes import LabelSource
+from mmoe_rec.settings.columns import Use
+from mmoe_rec.settings.outcomes import LabelSource, label_columns
 from mmoe_rec.settings.sections import Settings, differences
 
 ROWS_PER_FILE = 262_144
@@ -78,27 +79,105 @@ def join_outcomes(
     require_all(settings.schema_, "joining outcomes")
     sources = {"--requests": requests} | ({} if events is None else {"--events": events})
     with open_runs(out, sources) as runs:
-        plan = open_plan(settings, requests, events)
-        return _Run(plan, runs, until, int(clock.time() * 1e6) if now is None else now).run()
+        moment = int(clock.time() * 1e6) if now is None else now
+        return _Run(settings, requests, events, runs, until, moment).run()
 
 
 class _Run:
-    def __init__(self, plan: JoinPlan, runs: Runs, until: int | None, now: int) -> None:
-        self.plan, self.runs, self.given, self.now = plan, runs, until, now
-        self.columns, self.outcomes = plan.settings.columns, plan.settings.outcomes
+    """One run. requests, events: what is read; inputs: columns that features read; placement: of them, those that
+    events or ranks say."""
+
+    def __init__(
+        self, settings: Settings, requests: str, events: str | None, runs: Runs, until: int | None, now: int
+    ) -> None:
+        self.settings, self.runs, self.given, self.now = settings, runs, until, now
+        self.columns, self.outcomes, schema = settings.columns, settings.outcomes, settings.schema_
+        for column, tasks in label_columns(schema).items():
+            if column not in self.outcomes.labels:
+                raise UserError(
+                    f"outcomes.labels does not say where column '{column}' comes from, which task '{tasks[0]}' reads; "
+                    f"add outcomes.labels.{column} with the log of events and within_days"
+                )
+        self.inputs, uses = schema.input_columns(), column_uses(schema)
+        self.placement = [name for name, role in self.inputs.items() if role == "placement"]
+        if self.outcomes.shown is None and (unknown := [name for name in self.placement if name != self.outcomes.rank]):
+            raise UserError(
+                f"features read column '{unknown[0]}' of role placement, but nothing says where candidates were shown: "
+                "set outcomes.shown to a log of events with that column, or outcomes.rank where it is the rank in the "
+                "reply"
+            )
+        self.requests = self._open_requests(
+            requests, {name: uses[name] for name in self.inputs if name not in self.placement}
+        )
+        self.events = dict[str, OutcomeSource]()
+        for name in dict.fromkeys(each.events for each in self.outcomes.windows):
+            self.events[name] = self._open_events(name, events, {column: uses[column] for column in self.placement})
+            self._check_types(name)
         self.before = runs.state()
         self.after = self.before.through
         self.counts: Counter[str] = Counter()
-        self.tables = {name: f"events_{number}" for number, name in enumerate(plan.events)}
-        self.sources = [plan.requests, *plan.events.values()]
-        self.by_user = [name for name in plan.events if self.outcomes.events[name].request is None]
+        self.tables = {name: f"events_{number}" for number, name in enumerate(self.events)}
+        self.sources = [self.requests, *self.events.values()]
+        self.by_user = [name for name in self.events if self.outcomes.events[name].request is None]
+
+    def _open_requests(self, address: str, columns: dict[str, Use]) -> OutcomeSource:
+        uses: dict[str, Use] = {names.REQUEST: "key", names.AT: "time", names.RANK: "number", names.SHARE: "number"}
+        try:
+            return OutcomeSource.open(self.settings, address, "--requests", columns | uses, self.columns.time)
+        except BadFile as problem:
+            raise BadFile(
+                f"{problem}. Requests are as `serve --log-requests` wrote them, with the columns that the features of "
+                "the ranking model read. The settings ask for others: move requests of other models away, or join with "
+                "the settings of that model",
+                problem.address,
+            ) from None
+
+    def _open_events(self, name: str, folder: str | None, placement: dict[str, Use]) -> OutcomeSource:
+        section, given = self.outcomes.events[name], self.settings.data.events
+        if folder is not None and (is_remote(folder) or Path(folder, name).exists()):
+            address, setting = f"{folder.rstrip('/')}/{name}", "--events"
+        elif name in given:
+            address, setting = given[name].path, f"data.events.{name}.path"
+        else:
+            where = "give --events FOLDER with a" if folder is None else f"--events '{folder}' has no"
+            raise UserError(
+                f"{where} folder '{name}' of Parquet files; or say where they are in data.events.{name}.path"
+            )
+        uses: dict[str, Use] = dict.fromkeys(self._keys(name), "key")
+        values = (each.value for each in self.outcomes.labels.values() if each.events == name)
+        uses |= dict.fromkeys(filter(None, values), "number")
+        if self.outcomes.shown is not None and self.outcomes.shown.events == name:
+            uses |= placement
+        if section.time in uses:
+            raise UserError(f"column '{section.time}' of events '{name}' is the time and something else; add a column")
+        if any(EVENT_ID in columns_of(file.address) for file in find_files(address, setting)):
+            uses[EVENT_ID] = "key"
+        return OutcomeSource.open(self.settings, address, setting, {**uses, section.time: "time"}, section.time)
+
+    def _keys(self, name: str) -> dict[str, str]:
+        """Columns by which events of a log are joined -> those of the requests."""
+        keys = {self.columns.user: self.columns.user, self.columns.candidate: self.columns.candidate}
+        request = self.outcomes.events[name].request
+        return keys if request is None else {**keys, request: names.REQUEST}
+
+    def _check_types(self, name: str) -> None:
+        """Raises UserError where a column by which events are joined has another type than in the requests; one that is
+        null everywhere gets the other's."""
+        for mine, theirs in self._keys(name).items():
+            one = self.events[name].types.setdefault(mine, self.requests.types.get(theirs, pa.int8()))
+            other = self.requests.types.setdefault(theirs, one)
+            if one != other:
+                raise UserError(
+                    f"column '{mine}' of events '{name}' holds {one}, and column '{theirs}' of the requests {other}: "
+                    "no event would belong to any request; write both with one type"
+                )
 
     def run(self) -> JoinResult:
         settings = self.outcomes.model_dump(mode="json")
         if self.before.settings and self.before.settings != settings:
             changes = (f"{name}: {old}, now {new}" for name, old, new in differences(self.before.settings, settings))
             say(f"note: earlier rows were joined by other settings of section outcomes ({'; '.join(changes)})")
-        data, rows = self.plan.settings.data, 0
+        data, rows = self.settings.data, 0
         with (
             bar() as progress,
             open_database(self.runs.folder / ".database", data.memory_gib, data.workers) as database,
@@ -148,10 +227,10 @@ class _Run:
     def _read_events(self) -> int:
         """Reads the events later than all that is written; gives the time up to which requests can be written."""
         ends = []
-        for name, source in self.plan.events.items():
+        for name, source in self.events.items():
             table, section = self.tables[name], self.outcomes.events[name]
             self._fill("given", source, self.after, f"new events '{name}' of requests that were written before")
-            keys = [self.columns.user, self.columns.candidate, *([section.request] if section.request else [])]
+            keys = list(self._keys(name))
             lacking = " OR ".join(f"{source.name(each)} IS NULL" for each in (*keys, section.time))
             user, time, item = map(source.name, (self.columns.user, section.time, self.columns.candidate))
             first = user if section.request is None else self._request(source, section.request)
@@ -178,7 +257,7 @@ class _Run:
     def _find_candidates(self, until: int) -> None:
         """The candidates that were shown, with their request's first time; one that was logged again counts as it was
         in the last reply."""
-        source, columns = self.plan.requests, self.columns
+        source, columns = self.requests, self.columns
         self._fill("requests", source, self.after - _LONGEST_REQUEST, "rows of requests that came too late")
         (share,) = self.database.row(f"SELECT min({source.name(names.SHARE)}) FROM requests")
         if self.by_user and share is not None and share < 1:
@@ -206,7 +285,7 @@ class _Run:
         self.database.run(f"DELETE FROM candidates WHERE time <= {self.after}")
         (before,) = self.database.row(f"SELECT count(*) FROM candidates WHERE time <= {until}")
         if (shown := self.outcomes.shown) is not None:
-            placed = "".join(f", {self._query_placed(name)}" for name in self.plan.placement)
+            placed = "".join(f", {self.events[shown.events].name(name)}" for name in self.placement)
             self.database.run(
                 f"CREATE TABLE shown AS SELECT owner{placed} FROM ({self._query_owned(shown.events)}) "
                 f"WHERE delay <= {shown.microseconds} "
@@ -222,10 +301,6 @@ class _Run:
         self.counts["rows that were not shown"] += before - rows
         self.counts["requests"], self.counts["requests that wait"] = requests, waiting
 
-    def _query_placed(self, column: str) -> str:
-        assert self.outcomes.shown is not None
-        return self.plan.events[self.outcomes.shown.events].name(column)
-
     def _query_owned(self, name: str) -> str:
         """A query for the events of a log that belong to a candidate, `owner`, with their `delay` after its request."""
         # Of candidates of one user, item and time the last one, whatever the order of the files.
@@ -240,7 +315,7 @@ class _Run:
                 f"SELECT count(*) FROM {self.tables[name]} e JOIN candidates c ON e.first = c.request "
                 "AND e.item = c.item WHERE e.time < c.time"
             )
-            self.counts[f"events '{name}' earlier than their request"] += early
+            self.counts.setdefault(f"events '{name}' earlier than their request", early)
         return (
             f"SELECT e.*, c.number AS owner, e.time - c.time AS delay FROM {self.tables[name]} e {join} {owners} c "
             f"ON e.first = c.{key} AND e.item = c.item AND e.time >= c.time"
@@ -272,7 +347,7 @@ class _Run:
                 f"min(l{place}) FILTER (l{place} NOT IN (0, 1)) FROM labelled"
             )
             self.counts[f"rows with {name}"] += rows
-            for task, about in self.plan.settings.tasks.items():
+            for task, about in self.settings.tasks.items():
                 if wrong is not None and about.label == name and about.kind == "binary":
                     raise UserError(
                         f"outcomes.labels.{name} gives {wrong:g}, but the label of the binary task '{task}' is 0 or 1: "
@@ -285,7 +360,7 @@ class _Run:
         inside = f"delay <= {source.microseconds}"
         label = f"{'sum' if source.combine == 'sum' else 'max'}(1.0::DOUBLE) FILTER ({inside})"
         if source.value is not None:
-            value = self.plan.events[source.events].name(source.value)
+            value = self.events[source.events].name(source.value)
             label = {
                 "first": f"arg_min({value}, row(time, {value}))",
                 "last": f"arg_max({value}, row(time, {value}))",
@@ -296,27 +371,36 @@ class _Run:
         return f"{label} AS l{place}, count(*) FILTER ({inside}) AS n{place}"
 
     def _write(self, until: int, folder: Path) -> None:
-        """Writes the rows of requests up to a time."""
-        columns, source, shown = self.columns, self.plan.requests, self.outcomes.shown is not None
-        chosen: dict[str, str] = {}  # column -> what it is
+        """Writes the rows of requests up to a time. A column of which no value is known is null, of any type."""
+        columns, source, shown = self.columns, self.requests, self.outcomes.shown
+
+        def logged(name: str) -> tuple[str, pa.DataType]:
+            return f"r.{source.name(name)}", source.types.get(name, pa.null())
+
+        chosen: dict[str, tuple[str, pa.DataType]] = {}  # column -> what it is
         if columns.request is not None:
-            chosen[columns.request] = f"r.{source.name(names.REQUEST)}"
-        for name in self.plan.inputs:
-            if name not in self.plan.placement:
-                chosen.setdefault(name, f"r.{source.name(name)}")
+            chosen[columns.request] = logged(names.REQUEST)
+        for name in self.inputs:
+            if name not in self.placement:
+                chosen.setdefault(name, logged(name))
+            elif shown is None:
+                chosen[name] = "l.rank::BIGINT", pa.int64()
             else:
-                chosen.setdefault(name, f"s.{self._query_placed(name)}" if shown else "l.rank::BIGINT")
-        chosen[columns.time] = "l.time"
-        chosen |= {name: f"l.l{place}" for place, name in enumerate(self.outcomes.labels)}
+                events = self.events[shown.events]
+                chosen[name] = f"s.{events.name(name)}", events.types.get(name, pa.null())
+        chosen[columns.time] = "l.time", UTC_MICROSECONDS
+        of_tasks = {task.label for task in self.settings.tasks.values()}
+        for place, (name, label) in enumerate(self.outcomes.labels.items()):
+            chosen[name] = f"l.l{place}", pa.float64() if label.value or name in of_tasks else pa.int64()
         if columns.sampling_rate is not None:
-            chosen[columns.sampling_rate] = f"r.{source.name(names.SHARE)}"
-        selected = ", ".join(f"{what} AS o{place}" for place, what in enumerate(chosen.values()))
+            chosen[columns.sampling_rate] = logged(names.SHARE)
+        selected = ", ".join(f"{what} AS o{place}" for place, (what, _) in enumerate(chosen.values()))
         query = (
             f"SELECT {selected} FROM labelled l JOIN requests r ON r.number = l.number "
             f"{'JOIN shown s ON s.owner = l.number ' if shown else ''}WHERE l.time <= {until} "
             "ORDER BY l.time, l.request, l.rank, l.number"
         )
-        schema = pa.schema({name: self._type(name) for name in chosen})
+        schema = pa.schema({name: kind for name, (_, kind) in chosen.items()})
         for number, table in enumerate(self.database.read(query, ROWS_PER_FILE)):
             arrays = [
                 pa.nulls(len(table)) if pa.types.is_null(field.type) else column.cast(field.type)
@@ -324,18 +408,6 @@ class _Run:
             ]
             file = folder / f"part-{number:05d}.parquet"
             pq.write_table(pa.table(arrays, schema=schema), file, compression="zstd")
-
-    def _type(self, name: str) -> pa.DataType:
-        """The type of a column in all files; null for one that no value is known of."""
-        if name in self.outcomes.labels:
-            of_a_task = any(task.label == name for task in self.plan.settings.tasks.values())
-            return pa.float64() if of_a_task or self.outcomes.labels[name].value else pa.int64()
-        if name == self.columns.time:
-            return UTC_MICROSECONDS
-        if name == self.outcomes.rank:
-            return pa.int64()
-        name = {self.columns.request: names.REQUEST, self.columns.sampling_rate: names.SHARE}.get(name, name)
-        return next((each.types[name] for each in self.sources if name in each.types), pa.null())
 
 
 def describe(joined: JoinResult) -> Iterator[str]:

@@ -7,11 +7,15 @@ is full or gone is told once, what could not be written is counted, and serving 
 Files are called `requests-TIME-HOST-PROCESS-RANDOM.parquet` by the time at which they were written, UTC, so that names
 in order are times in order, and any number of processes and machines write into one folder. Nothing else in the folder
 is touched, and other programs may move or remove files at any time.
+
+A row has the columns of user, candidate, context and time, as features saw them, and those that begin with `served_`,
+which mmoe_rec/server/README.md lists; files of earlier versions lack some of them.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
 import re
@@ -24,19 +28,34 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from operator import attrgetter
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from time import monotonic, time, time_ns
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from mmoe_rec.atomic import atomic_file
 from mmoe_rec.errors import UserError, one_line
+from mmoe_rec.features.layout import IdInput, Layout
+from mmoe_rec.log.columns import UTC_MICROSECONDS, mix
+from mmoe_rec.point_in_time.arrays import Ragged
 
 if TYPE_CHECKING:
-    import pyarrow as pa
-
     from mmoe_rec.inference.ranking import RankedRequest, Ranking
-    from mmoe_rec.live.logged_requests import Record
+
+REQUEST = "served_request"
+AT = "served_at"
+RANK = "served_rank"
+SCORE = "served_score"
+PREDICTED = "served_predicted_"
+WEIGHTS = "served_weights"
+DIGEST = "served_digest_"
+ARTIFACT = "served_artifact"
+SHARE = "served_share"
 
 MOST_WAITING = 100_000
 """Candidates of replies that wait to be made rows of."""
@@ -91,8 +110,6 @@ class RequestLog:
 
         reply: with the id that `id_of` gave; the rest as in `Record`.
         """
-        from mmoe_rec.live.logged_requests import Record
-
         request: Any = reply.request_id
         if reply.seen.rows.schema.columns.request_scope == "user":
             request = f"{reply.seen.user} {request}"
@@ -143,16 +160,19 @@ class RequestLog:
         self._small: list[pa.Table] = []
 
     def _add(self, record: Record) -> None:
-        import pyarrow as pa
-
         try:
             table = record.table()
         except Exception as error:
             self._fail(1, "a reply", error)
             return
-        if self._records and not self._fits(record, table):
+        try:  # a column without a value has no type yet
+            schema = pa.unify_schemas([self._schema or table.schema, table.schema])
+            fits = record.artifact == self._artifact
+        except pa.ArrowException:
+            fits = False
+        if self._records and not fits:
             self._write()
-        self._schema = pa.unify_schemas([self._schema or table.schema, table.schema])
+        self._schema = schema if fits else table.schema
         if not self._records:
             self._since, self._artifact = monotonic(), record.artifact
         self._rows, self._records = self._rows + len(table), self._records + 1
@@ -160,17 +180,6 @@ class RequestLog:
         if len(self._small) >= _TABLES_AT_ONCE:
             self._tables.append(_concat(self._small))
             self._small = []
-
-    def _fits(self, record: Record, table: pa.Table) -> bool:
-        """Whether the file may hold rows of a reply as well: of the same model, and of the same types, where a column
-        without a value has none."""
-        import pyarrow as pa
-
-        try:
-            pa.unify_schemas([self._schema, table.schema])
-        except pa.ArrowException:
-            return False
-        return record.artifact == self._artifact
 
     def _write(self) -> None:
         tables, records = [*self._tables, *self._small], self._records
@@ -208,8 +217,6 @@ class RequestLog:
 
 
 def _concat(tables: list[pa.Table]) -> pa.Table:
-    import pyarrow as pa
-
     return pa.concat_tables(tables, promote_options="default").combine_chunks()
 
 
@@ -241,8 +248,6 @@ def check_folder(folder: Path) -> None:
 
 def write_file(folder: Path, rows: pa.Table) -> Path:
     """Writes rows into a new file of the folder, which appears whole. Raises OSError."""
-    import pyarrow.parquet as pq
-
     if not folder.is_dir():  # it may be a disk that has gone, so it is not made again on the one below
         raise FileNotFoundError(2, "the folder is gone")
     moment = datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%fZ")
@@ -275,3 +280,104 @@ def make_room(folder: Path, most_bytes: int) -> list[Path]:
             path.unlink()
             removed.append(path)
     return removed
+
+
+@dataclass(frozen=True, eq=False)
+class Record:
+    """A reply to be logged. weights: the caller's `task_weights`; name, version: of the registered model, None where it
+    is not known; share: of requests that are logged; served_at: microseconds since 1970 UTC."""
+
+    reply: Ranking
+    weights: Mapping[str, Any] | None
+    name: str | None
+    version: str | None
+    share: float
+    served_at: int
+
+    def __len__(self) -> int:
+        return len(self.reply.scores)
+
+    @property
+    def artifact(self) -> str:
+        """The version of the artifact that ranked."""
+        return self.reply.model["version"]
+
+    def table(self) -> pa.Table:
+        """A row for each candidate of the reply, best first.
+
+        Raises UserError where a column of the log has the name of one that is added.
+        """
+        reply, seen, count = self.reply, self.reply.seen, len(self)
+        places = seen.first + np.array(reply.order, np.int64)
+        inputs = seen.rows.schema.input_columns()
+        columns = {name: seen.rows.taken(name, places) for name, role in inputs.items() if role != "placement"}
+        weights = None if self.weights is None else json.dumps(self.weights, sort_keys=True)
+        added = {
+            REQUEST: pa.repeat(reply.request_id, count),
+            AT: pa.repeat(pa.scalar(self.served_at, UTC_MICROSECONDS), count),
+            RANK: pa.array(np.arange(1, count + 1, dtype=np.int32)),
+            "served_candidates": pa.repeat(pa.scalar(seen.end - seen.first, pa.int32()), count),
+            SCORE: pa.array(reply.scores, pa.float64()),
+        }
+        for name, values in reply.predictions.items():
+            added[f"{PREDICTED}{name}"] = pa.array(np.array(values, np.float32))
+        added[WEIGHTS] = pa.repeat(pa.scalar(weights, pa.string()), count)
+        for name, hashes in _hash_seen(seen, places).items():
+            added[f"{DIGEST}{name}"] = pa.array(hashes)
+        texts = {"served_model": self.name, "served_version": self.version, ARTIFACT: self.artifact}
+        texts |= {"served_tables_as_of": reply.tables_as_of, "served_journal_position": reply.journal_position}
+        added |= {name: pa.repeat(pa.scalar(value, pa.string()), count) for name, value in texts.items()}
+        added[SHARE] = pa.repeat(float(self.share), count)
+        if both := columns.keys() & added.keys():
+            raise UserError(f"column '{min(both)}' has a name that logged requests use for their own; rename it")
+        return pa.table(columns | added)
+
+
+def _hash_seen(seen: RankedRequest, places: np.ndarray) -> dict[str, np.ndarray]:
+    """Feature -> (M,) int32 hashes of what the model read of the candidates at these (M,) rows of the pass."""
+    shared, own = seen.inputs
+    request = np.full(len(places), seen.number)
+
+    def take(mine: Mapping[str, Any], spread: Mapping[str, Any]) -> dict[str, Any]:
+        values = [*((name, each, places) for name, each in mine.items())]
+        values += [(name, each, request) for name, each in spread.items()]
+        return {name: each.take(at) if isinstance(each, Ragged) else each[at] for name, each, at in values}
+
+    return hash_features(take(own.ids, shared.ids), take(own.dense, shared.dense), seen.layout)
+
+
+def hash_features(
+    ids: Mapping[str, np.ndarray | Ragged], dense: Mapping[str, np.ndarray], layout: Layout
+) -> dict[str, np.ndarray]:
+    """Feature -> (N,) int32 hashes of what a model reads of N rows, so that served and offline rows can be compared.
+
+    Placement is left out, which is absent in serving. The hashes are computed from encoded inputs, ids as integers and
+    numbers by the bits of their float32, so they agree exactly if every input does. A hash is multilinear (Lemire and
+    Kaser 2014): the sum over inputs of value times a fixed odd number, modulo 2^64, then mixed.
+
+    ids: name of an input -> (N,) integers, or `Ragged`; dense: name -> (N,) float32.
+    """
+    of_ids = [each for each in layout.ids if not each.placement]
+    inputs = [*of_ids, *(each for each in layout.dense if not each.placement)]
+    inputs.sort(key=attrgetter("feature"))
+    columns = [_numbers(ids[each.name] if isinstance(each, IdInput) else dense[each.name]) for each in inputs]
+    names, starts = np.unique([each.feature for each in inputs], return_index=True)
+    factors = mix(np.arange(len(inputs), dtype=np.uint64)) | np.uint64(1)
+    with np.errstate(over="ignore"):
+        hashes = mix(np.add.reduceat((np.column_stack(columns) + np.uint64(1)) * factors, starts, axis=1))
+    return dict(zip(names.tolist(), (hashes >> np.uint64(32)).astype(np.uint32).view(np.int32).T, strict=True))
+
+
+def _numbers(values: np.ndarray | Ragged) -> np.ndarray:
+    """(N,) uint64, one for each row."""
+    if not isinstance(values, Ragged):
+        if values.dtype == np.float32:
+            return np.ascontiguousarray(values).view(np.uint32).astype(np.uint64)
+        return values.astype(np.int64).view(np.uint64)
+    ends = np.cumsum(values.lengths, dtype=np.int64)
+    starts = ends - values.lengths
+    within = np.arange(len(values.values)) - np.repeat(starts, values.lengths)
+    with np.errstate(over="ignore"):
+        each = mix(values.values.astype(np.int64).view(np.uint64) + mix(within.astype(np.uint64)))
+        sums = np.append(np.uint64(0), np.cumsum(each, dtype=np.uint64))
+        return mix(sums[ends] - sums[starts] + values.lengths.astype(np.uint64))

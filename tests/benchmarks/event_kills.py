@@ -31,9 +31,9 @@ import numpy as np
 import pyarrow as pa
 
 from mmoe_rec.live.journal import Journal
-from mmoe_rec.live.replay_server import Client, OwnServer
 from tests.inference.small_model import SmallModel
 from tests.live.journals import every_batch, postgresql
+from tests.live.own_server import Client, OwnServer
 from tests.processes import until, workers
 from tests.server.test_events import later_log
 
@@ -71,7 +71,6 @@ def _batch(table: pa.Table, number: int) -> pa.Table:
 
 def _workers(server: OwnServer) -> list[int]:
     """The process ids of all workers, once they are there."""
-    assert server.process is not None
     process = server.process.pid
 
     def all_of_them() -> set[int]:

@@ -9,7 +9,7 @@ live    all that happened until a second before the request, as a server with a 
 fresh   all that was known before the request, as a feature build gives it: what training and evaluation see.
 
 All but `fresh` are computed by what a server looks up in its tables and in what it has learnt since. How that comes
-about is measured on servers of their own with two workers each, a replay on one, load on four, one after the other:
+about is measured by a replay, and by load on four servers with two workers each, one after the other:
 
 compared, mismatches   a replay of weeks 37 to 40: all events, and all requests beside the offline values;
 visible_s_p99          from the acknowledgement of an event until all of several connections, which lie with both
@@ -106,15 +106,15 @@ class Benchmark:
         """All figures."""
         from mmoe_rec.features.pipeline import FeaturePipeline
         from mmoe_rec.jobs.places import logs_for
-        from mmoe_rec.live.refresh import make_tables
-        from mmoe_rec.live.replay_period import read_period
+        from mmoe_rec.live.refresh import renew_tables
+        from mmoe_rec.live.replay import read_period
         from tests.benchmarks.live_events import learnt_ms, live_events
 
         pipeline = FeaturePipeline.load(self.model / "features", memories=False)
         logs, offline = logs_for(self.settings, pipeline), self.scratch / "offline"
         offline.mkdir()
-        period = read_period(logs, pipeline, (self.start, self.end), offline)
-        make_tables(self.model, self.settings, self.start, self.frozen)
+        period = read_period(logs, self.model, (self.start, self.end), offline)
+        renew_tables(self.model, self.settings, self.frozen, until=self.start)
         found = self._accuracy(period, logs)
         rows, time_column = period.logs[0].table, self.settings.schema_.columns.time
         found["p50_learnt_ms"] = learnt_ms(self.frozen, time_column, rows.slice(0, LEARNT))
@@ -122,21 +122,22 @@ class Benchmark:
         return found | self._replayed()
 
     def _replayed(self) -> dict[str, int]:
-        from mmoe_rec.live.replay import ReplayOptions, replay
+        from mmoe_rec.live.replay import replay
 
         data = self.settings.data.model_copy(update={"work": str(self.scratch / "work")})
         settings = self.settings.model_copy(update={"data": data})
-        found = replay(settings, ReplayOptions(self.start, self.start + REPLAYED_WEEKS * WEEK, str(self.model)))
+        found = replay(settings, self.start, self.start + REPLAYED_WEEKS * WEEK, str(self.model))
         _say(f"replayed {found['rows']:,} rows of {found['requests']:,} requests in {found['seconds']:,.0f} s")
         return {name: found[name] for name in ("mismatches", "compared")}
 
     def _accuracy(self, period: Any, logs: Any) -> dict[str, Any]:
         """AUC and calibration of all ways."""
         from mmoe_rec.inference.ranker import Ranker
-        from mmoe_rec.live.replay_period import score_period
+        from mmoe_rec.live.request_log import PREDICTED
 
         ranker = Ranker.load(self.frozen)
-        predicted = {"fresh": score_period(ranker, period.rows)[1], **self._by_live(ranker, period, logs)}
+        fresh = [period.rows.table[f"{PREDICTED}{name}"].to_numpy() for name in ranker.names]
+        predicted = {"fresh": np.stack(fresh, axis=1), **self._by_live(ranker, period, logs)}
         schema, rows = ranker.pipeline.schema, period.rows
         known_by = np.iinfo(np.int64).max
         labels = np.stack([rows.labels(schema.tasks[name], known_by) for name in ranker.names], axis=1)

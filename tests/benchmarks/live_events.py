@@ -19,9 +19,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from mmoe_rec.live.replay_server import Client as EventClient
 from tests.benchmarks.http_load import Client
 from tests.benchmarks.serving_models import Bodies
+from tests.live.own_server import Client as EventClient
+from tests.live.own_server import OwnServer
 
 REQUESTS_PER_S, CANDIDATES = 20, 500
 EVENTS_PER_S, BATCHES, LARGE_BATCH = 2_000, (100, 500), 1_000
@@ -39,8 +40,6 @@ def live_events(model: Path, events: pa.Table, time_column: str, scratch: Path, 
     beside events in batches of each size, for each of `SERVERS` servers, one after the other: processes of the same
     code differ, and so does the machine's mood. Raises RuntimeError where there are too few events for so many seconds.
     """
-    from mmoe_rec.live.replay_server import OwnServer
-
     file = scratch / "events.arrow"
     with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_file(sink, events.schema) as writer:
         writer.write_table(events)

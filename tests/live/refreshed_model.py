@@ -9,6 +9,7 @@ import mlflow
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 
 from mmoe_rec.inference.artifact import Artifact, read_artifact
 from mmoe_rec.point_in_time.join import in_window
@@ -17,7 +18,7 @@ from mmoe_rec.tracking import registry, runs
 from mmoe_rec.tracking.registry import Version, fetch_model, find_holder, move_alias
 from tests import commands
 from tests.inference.small_model import SmallModel
-from tests.log.small_logs import BASE, DAY, START, random_log, times_of, with_requests
+from tests.log.small_logs import BASE, DAY, START, files_of, random_log, times_of, with_requests
 
 NAME = "small"
 
@@ -28,6 +29,7 @@ class RefreshedModel:
     def __init__(self, folder: Path, requests: bool = False, **sections: Any) -> None:
         """requests: the log has requests with ids, of one time each; sections: of the settings."""
         self.folder, self.uri = folder, f"sqlite:///{folder / 'mlflow.db'}"
+        self.journal = folder / "journal.db"
         self.table = random_log(3, 900, days=14.0)
         if requests:
             self.table = with_requests(self.table, spread=1)
@@ -54,6 +56,22 @@ class RefreshedModel:
     def refresh(self, *words: str) -> None:
         """The command."""
         commands.run("refresh", "--config", str(self.config), *words)
+
+    def take_in(self, *words: str) -> None:
+        """The command, with the journal."""
+        self.refresh("--journal", str(self.journal), *words)
+
+    def refused(self, capsys: pytest.CaptureFixture, *words: str) -> str:
+        """The sentence with which a refresh refuses; nothing has changed by it."""
+        before = self.holder(), len(self.versions()), files_of(self.log)
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            self.refresh(*words)
+        assert ended.value.code == 2
+        assert (self.holder(), len(self.versions()), files_of(self.log)) == before
+        assert not (Path(self.settings.data.work) / "refreshed").exists()
+        (line,) = [each for each in capsys.readouterr().err.splitlines() if each.startswith("error: ")]
+        return line
 
     def holder(self, alias: str = "champion") -> Version:
         """The version that holds an alias."""
@@ -82,9 +100,3 @@ class RefreshedModel:
         """Microseconds of the last request that the log's files hold."""
         tables = [pq.read_table(path) for path in self.log.glob("*.parquet")]
         return int(np.concatenate([times_of(each) for each in tables]).max())
-
-
-def rewritten(path: Path) -> None:
-    """A file is written again, with one row less."""
-    table = pq.read_table(path)
-    pq.write_table(table.slice(1), path)

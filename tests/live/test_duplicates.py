@@ -126,9 +126,10 @@ def test_rows_of_unknown_logs_are_counted():
     assert duplicates.unknown == {"other": 2}
 
 
-def test_columns_of_another_schema_are_null_or_left_out():
-    taken = Duplicates(_schema()).filter([_batch([{"time": 1, "colour": "red"}])])[None]
-    assert "colour" not in taken.table.column_names
+def test_columns_that_lack_are_null_and_others_stay():
+    taken = Duplicates(_schema()).filter([_batch([{"time": 1, "colour": "red", "event_id": 1}])])[None]
+    assert taken.table["colour"].to_pylist() == ["red"]
+    assert "event_id" not in taken.table.column_names
     table = _batch([{"time": 1}]).table.drop_columns(["liked"])
     assert Duplicates(_schema()).filter([Batch(None, 0, table)])[None].table["liked"].null_count == 1
 
@@ -246,14 +247,13 @@ def test_known_keys_as_a_dictionary_has_them(adds, days):
     every = np.arange(61, dtype=np.uint64)
     for keys, step in adds:
         day += step
-        since = day - days
-        found, values = known.find(every, since)
-        assert found.tolist() == [key in expected and expected[key][0] >= since for key in range(61)]
+        known.forget(day - days)
+        found, values = known.find(every)
+        assert found.tolist() == [key in expected and expected[key][0] >= day - days for key in range(61)]
         assert all(values["value"][key] == expected[key][1] for key in np.flatnonzero(found).tolist())
         new = [key for key in keys if not found[key]]
-        known.add(np.array(new, np.uint64), day, since, value=np.array([key * 7 + day for key in new], np.int64))
+        known.add(np.array(new, np.uint64), day, value=np.array([key * 7 + day for key in new], np.int64))
         expected |= {key: (day, key * 7 + day) for key in new}
-    since = day - days
-    alive = sorted(key for key, (of, _) in expected.items() if of >= since)
-    assert known.to_arrays(since)["key"].tolist() == alive
+    alive = sorted(key for key, (of, _) in expected.items() if of >= day - days)
+    assert known.to_arrays()["key"].tolist() == alive
     assert len(known) == len(alive)

@@ -31,8 +31,24 @@ from tests.live.journals import (
     every_batch,
     follow_and_tell,
     numbers_in,
+    postgresql,
 )
 from tests.processes import until
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[PostgreSQL]:
+    with postgresql() as server:
+        yield server
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def address(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """Of a journal that is not there yet."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path / 'journal.db'}"
+    server: PostgreSQL = request.getfixturevalue("postgres")
+    return server.new_address()
 
 
 @pytest.fixture
@@ -99,7 +115,7 @@ def test_threads_share_a_transaction_and_one_threads_error_is_its_own(
     journal.append(batch(0))
     together, gate, counts = Journal._append_together, threading.Event(), list[int]()
 
-    def slow(self: Journal, calls: list[module._Call]) -> None:
+    def slow(self: Journal, calls: list[module.Call]) -> None:
         counts.append(len(calls))
         if len(counts) == 1:
             gate.wait()

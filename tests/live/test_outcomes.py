@@ -13,7 +13,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mmoe_rec.live import logged_requests as names
 from mmoe_rec.live import outcomes as joining
 from mmoe_rec.live.outcomes import JoinResult, join_outcomes
 from mmoe_rec.log.columns import UTC_MICROSECONDS
@@ -129,8 +128,8 @@ def test_logged_requests_of_several_versions_go_together(tmp_path: Path, newer_f
     for path, values in ((newer, ["3-4096"] * half), (newer.with_name("without a journal.parquet"), [None] * half)):
         some = table.slice(0, half) if path == newer else table.slice(half)
         column = pa.array((values * 2)[: len(some)], pa.string())
-        pq.write_table(some.append_column(names.JOURNAL_POSITION, column), path)
-    assert names.JOURNAL_POSITION not in pq.read_schema(older).names
+        pq.write_table(some.append_column("served_journal_position", column), path)
+    assert "served_journal_position" not in pq.read_schema(older).names
     joined(tmp_path, about)
     assert ordered(read_rows(tmp_path / "out")) == ordered(naive(world, about, NOW))
 

@@ -18,11 +18,11 @@ from mmoe_rec.inference.artifact import version_of
 from mmoe_rec.inference.export import write_int8
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.live import refresh as job
-from mmoe_rec.live.refresh import advance_tables, as_of, make_tables
+from mmoe_rec.live.refresh import as_of, renew_tables
 from mmoe_rec.log.given import iso_time
 from mmoe_rec.tracking import registry, runs
 from tests.fork_server import Command
-from tests.live.refreshed_model import NAME, RefreshedModel, rewritten
+from tests.live.refreshed_model import NAME, RefreshedModel
 from tests.log.small_logs import DAY, START, files_of, times_of
 from tests.preprocessing.test_tables_of_models import assert_same_tables
 
@@ -34,19 +34,6 @@ ADDRESS = f"models:/{NAME}@champion"
 @pytest.fixture
 def model(tmp_path: Path) -> RefreshedModel:
     return RefreshedModel(tmp_path)
-
-
-def refused(capsys: pytest.CaptureFixture, model: RefreshedModel, *words: str) -> str:
-    """The sentence with which a refresh refuses; nothing has changed by it."""
-    before = model.holder(), len(model.versions())
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as ended:
-        model.refresh(*words)
-    assert ended.value.code == 2
-    assert (model.holder(), len(model.versions())) == before
-    assert not (Path(model.settings.data.work) / "refreshed").exists()
-    (line,) = [each for each in capsys.readouterr().err.splitlines() if each.startswith("error: ")]
-    return line
 
 
 def test_days_come_one_after_the_other(model: RefreshedModel, capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
@@ -82,7 +69,7 @@ def test_days_come_one_after_the_other(model: RefreshedModel, capsys: pytest.Cap
     one, three = model.folder_of("1"), model.folder_of("3")
     for name in ("weights.safetensors", "layout.json", "settings.yaml"):
         assert (one / name).read_bytes() == (three / name).read_bytes()
-    make_tables(one, model.settings, None, tmp_path / "anew")
+    renew_tables(one, model.settings, tmp_path / "anew", anew=True)
     assert assert_same_tables(three / "features", tmp_path / "anew" / "features") > 100
     assert version_of(three) == version_of(tmp_path / "anew")
     # What is served has changed, and says so.
@@ -108,33 +95,33 @@ def test_frozen_at_a_moment(model: RefreshedModel, tmp_path: Path) -> None:
     """Tables as of a day equal those of a log that ends with it."""
     model.add(9, 14)
     until = START + int(10.3 * DAY)
-    made = make_tables(model.folder_of("1"), model.settings, until, tmp_path / "frozen")
+    made = renew_tables(model.folder_of("1"), model.settings, tmp_path / "frozen", until=until)
     assert made.as_of < until
     assert made.digest is None
     shutil.rmtree(model.log)
     model.log.mkdir()
     model.add(0, 10.3)
-    short = make_tables(model.folder_of("1"), model.settings, None, tmp_path / "short")
+    short = renew_tables(model.folder_of("1"), model.settings, tmp_path / "short", anew=True)
     assert (made.rows, made.as_of) == (short.rows, short.as_of)
     one, other = (tmp_path / name / "features" for name in ("frozen", "short"))
     assert assert_same_tables(one, other, but=("files.json",)) > 100
     assert Ranker.load(tmp_path / "frozen").about.tables_as_of == iso_time(made.as_of)
     with pytest.raises(UserError, match=r"does not say which files its tables hold .* --anew"):
-        advance_tables(tmp_path / "frozen", model.settings, tmp_path / "on")
+        renew_tables(tmp_path / "frozen", model.settings, tmp_path / "on")
     with pytest.raises(UserError, match="has no request before"):
-        make_tables(model.folder_of("1"), model.settings, START - DAY, tmp_path / "never")
+        renew_tables(model.folder_of("1"), model.settings, tmp_path / "never", until=START - DAY)
     assert not (tmp_path / "never").exists()
 
 
 def test_what_can_not_be_added_is_told(model: RefreshedModel, capsys: pytest.CaptureFixture) -> None:
     model.add(8, 9.5)  # half of it is in the tables already
-    told = refused(capsys, model)
+    told = model.refused(capsys)
     assert "but the model's tables hold requests up to" in told
     assert told.endswith("make the tables anew with --anew, which reads all files of the log")
     (model.log / "days 8 to 9.5.parquet").unlink()
     old = next(iter(sorted(model.log.glob("*.parquet"))))
-    rewritten(old)
-    told = refused(capsys, model)
+    pq.write_table(pq.read_table(old).slice(1), old)
+    told = model.refused(capsys)
     assert f"'{old}' has changed since the model's tables were built from it; put it back, or make" in told
     model.refresh("--anew")
     assert model.holder().number == "2"
@@ -146,8 +133,8 @@ def test_what_can_not_be_added_is_told(model: RefreshedModel, capsys: pytest.Cap
     assert model.holder().number == "3"
     assert exact_from(model.folder_of("3") / "features") == before - 2 * DAY
     (model.log / "bad.parquet").write_bytes(b"PAR1")
-    assert "bad.parquet" in refused(capsys, model)
-    assert "bad.parquet" in refused(capsys, model, "--skip-bad-files")
+    assert "bad.parquet" in model.refused(capsys)
+    assert "bad.parquet" in model.refused(capsys, "--skip-bad-files")
     model.add(9, 10)
     model.refresh("--skip-bad-files")
     assert model.holder().number == "4"
@@ -155,23 +142,23 @@ def test_what_can_not_be_added_is_told(model: RefreshedModel, capsys: pytest.Cap
 
 def test_other_settings_and_other_addresses_are_told(model: RefreshedModel, capsys: pytest.CaptureFixture) -> None:
     model.add(9, 10)
-    told = refused(capsys, model, "--tasks.click.matures_after_days", "3")
+    told = model.refused(capsys, "--tasks.click.matures_after_days", "3")
     assert "setting 'tasks.click.matures_after_days' is 0.0 in the model's features and 3.0 in the settings" in told
-    assert "give models:/NAME@ALIAS" in refused(capsys, model, "--model", f"models:/{NAME}/1")
-    assert "give models:/NAME@ALIAS" in refused(capsys, model, "--model", str(model.folder_of("1")))
-    assert "no version of the model 'small' holds the alias 'best'" in refused(
-        capsys, model, "--model", f"models:/{NAME}@best"
+    assert "give models:/NAME@ALIAS" in model.refused(capsys, "--model", f"models:/{NAME}/1")
+    assert "give models:/NAME@ALIAS" in model.refused(capsys, "--model", str(model.folder_of("1")))
+    assert "no version of the model 'small' holds the alias 'best'" in model.refused(
+        capsys, "--model", f"models:/{NAME}@best"
     )
-    told = refused(capsys, model, "--train-every-days", "2")
+    told = model.refused(capsys, "--train-every-days", "2")
     assert "leaves no day to train on, as the newest 4 validate (a label takes 2.5 to mature)" in told
-    told = refused(capsys, model, "--train-every-days", "9", "--model", f"models:/{NAME}@other")
+    told = model.refused(capsys, "--train-every-days", "9", "--model", f"models:/{NAME}@other")
     assert "--train-every-days trains the settings' own model" in told
 
 
 def test_files_that_go_stay_counted(model: RefreshedModel, capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
     whole = tmp_path / "whole"
     model.add(9, 11)
-    make_tables(model.folder_of("1"), model.settings, None, whole)
+    renew_tables(model.folder_of("1"), model.settings, whole, anew=True)
     for path in model.log.glob("*.parquet"):
         if "days" not in path.name:
             path.unlink()
@@ -222,7 +209,7 @@ def _dying(function: Callable[..., Any], after: bool) -> Callable[..., Any]:
 @pytest.mark.parametrize(
     ("place", "name", "after", "versions"),
     [
-        (job, "advance_tables", True, 2),
+        (job, "renew_tables", True, 2),
         (registry, "find_registered", True, 2),
         (registry, "register_model", True, 2),
         (job, "move_alias", False, 2),
@@ -269,11 +256,11 @@ def test_a_model_of_an_earlier_version_is_made_anew(model: RefreshedModel, capsy
     with runs.open_run(model.uri, NAME) as run:
         registry.register_model(run, folder, NAME, "champion")
     model.add(9, 10)
-    assert "does not say which files its tables hold" in refused(capsys, model)
+    assert "does not say which files its tables hold" in model.refused(capsys)
     model.refresh("--anew")
     model.add(10, 11)
     model.refresh()
-    make_tables(model.folder_of("1"), model.settings, None, model.folder / "anew")
+    renew_tables(model.folder_of("1"), model.settings, model.folder / "anew", anew=True)
     features = model.folder_of(model.holder().number) / "features"
     assert_same_tables(features, model.folder / "anew" / "features")
 

@@ -19,7 +19,7 @@ from mmoe_rec.server.models import Models
 from mmoe_rec.server.options import Options
 from tests.inference.small_model import ITEMS
 from tests.live.refreshed_model import RefreshedModel
-from tests.log.small_logs import ALL_KINDS, BASE, DAY, START
+from tests.log.small_logs import ALL_KINDS, BASE, DAY, START, files_of
 from tests.server.asking import ask
 from tests.server.test_events import as_json, asked
 
@@ -28,10 +28,11 @@ pytestmark = pytest.mark.thorough
 TIMES = [START + 15 * DAY, START + 17 * DAY, START + 40 * DAY]
 
 
-def _served(model: RefreshedModel, number: str, journal: Path) -> Application:
-    Journal(journal).close()
+def _served(model: RefreshedModel, number: str, journal: Path | None = None) -> Application:
+    address = model.journal if journal is None else journal
+    Journal(address).close()
     source = Source(model.folder_of(number), f"models:/small/{number}")
-    return Application(Models(Options(journal=str(journal)), source))
+    return Application(Models(Options(journal=str(address)), source))
 
 
 def _answers(app: Application, position: str) -> list[Any]:
@@ -74,11 +75,8 @@ def model(tmp_path: Path) -> RefreshedModel:
     return RefreshedModel(tmp_path)
 
 
-def test_a_refreshed_model_answers_as_the_one_that_learnt(
-    model: RefreshedModel, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
-    journal = tmp_path / "journal.db"
-    app = _served(model, "1", journal)
+def test_a_refreshed_model_answers_as_the_one_that_learnt(model: RefreshedModel, capsys: pytest.CaptureFixture) -> None:
+    app = _served(model, "1")
     first = as_json(model._days(9, 11))
     late = as_json(model._days(6, 6.5).slice(0, 3))  # which a model may hold that does not know the journal
     for number, row in enumerate(late):
@@ -86,7 +84,7 @@ def test_a_refreshed_model_answers_as_the_one_that_learnt(
     position = _sent(app, [*first, *first[:5], *late])
     before = _answers(app, position)
 
-    model.refresh("--journal", str(journal))
+    model.take_in()
     said = capsys.readouterr()
     assert "'champion' of 'small' is version 2 now" in said.out
     through = _through(model)
@@ -96,7 +94,7 @@ def test_a_refreshed_model_answers_as_the_one_that_learnt(
     # The tables alone say the same, and a server that goes on with the journal counts nothing twice.
     request = asked(TIMES[0], 5)
     told = Ranker.load(model.folder_of("2")).rank(**request, explain=True)
-    again = _served(model, "2", journal)
+    again = _served(model, "2")
     _check(_answers(again, position), before)
     assert told.scores == pytest.approx(_answers(again, position)[2][1], abs=1e-6)
 
@@ -107,13 +105,13 @@ def test_a_refreshed_model_answers_as_the_one_that_learnt(
         row["item"] += 100
     position = _sent(again, late)
     before = _answers(again, position)
-    _check(_answers(_served(model, "2", journal), position), before)  # which learns what came since its refresh
-    model.refresh("--journal", str(journal), "--remove-events")
+    _check(_answers(_served(model, "2"), position), before)  # which learns what came since its refresh
+    model.take_in("--remove-events")
     assert "they came late" in capsys.readouterr().err
     assert model.holder().number == "3"
-    assert Journal(journal).removed() == through
-    _check(_answers(_served(model, "3", journal), position), before)
-    model.refresh("--journal", str(journal))
+    assert Journal(model.journal).removed() == through
+    _check(_answers(_served(model, "3"), position), before)
+    model.take_in()
     assert "no new files" in capsys.readouterr().out
     assert len(model.versions()) == 3
 
@@ -121,40 +119,36 @@ def test_a_refreshed_model_answers_as_the_one_that_learnt(
 def test_another_journal_than_the_tables_hold_is_refused(
     model: RefreshedModel, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    journal, other = tmp_path / "journal.db", tmp_path / "other.db"
-    app = _served(model, "1", journal)
+    other = tmp_path / "other.db"
+    app = _served(model, "1")
     rows = as_json(model._days(9, 14))
     _sent(app, rows[:30])
-    model.refresh("--journal", str(journal))
+    model.take_in()
     position = _sent(app, rows[30:40])  # by the model before, which goes on until the server takes up the new one
     before = _answers(app, position)
-    _check(_answers(_served(model, "2", journal), position), before)
+    _check(_answers(_served(model, "2"), position), before)
     _sent(_served(model, "2", other), rows[-5:])
-    capsys.readouterr()
-    with pytest.raises(SystemExit):
-        model.refresh("--journal", str(other))
-    assert "hold another journal" in capsys.readouterr().err
-    assert len(model.versions()) == 2
+    assert "hold another journal" in model.refused(capsys, "--journal", str(other))
     # What the right one holds was not lost.
-    model.refresh("--journal", str(journal))
-    _check(_answers(_served(model, "3", journal), position), before)
+    model.take_in()
+    _check(_answers(_served(model, "3"), position), before)
     model.refresh("--journal", str(other), "--other-journal")
     about = model.about("4")
     assert about.journal is not None
     assert about.journal["id"] == Journal(other).id
 
 
-def _rolled_back(model: RefreshedModel, journal: Path) -> str:
+def _rolled_back(model: RefreshedModel) -> str:
     """Three refreshes, of which the last one removes what the second took; then the alias goes back to version 2.
 
     Gives the journal's last position.
     """
-    app, rows = _served(model, "1", journal), as_json(model._days(9, 14))
+    app, rows = _served(model, "1"), as_json(model._days(9, 14))
     for number, start in enumerate((0, 20, 40)):
         _sent(app, rows[start : start + 20])
-        model.refresh("--journal", str(journal), *(["--remove-events"] if number == 2 else []))
+        model.take_in(*(["--remove-events"] if number == 2 else []))
     assert model.holder().number == "4"
-    assert Journal(journal).removed() == 4
+    assert Journal(model.journal).removed() == 4
     model.move_alias("2")
     return _sent(app, rows[60:])
 
@@ -178,11 +172,10 @@ def _told(app: Application) -> str:
 
 
 def test_an_earlier_version_serves_without_what_was_removed_and_says_so(
-    model: RefreshedModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    model: RefreshedModel, caplog: pytest.LogCaptureFixture
 ) -> None:
-    journal = tmp_path / "journal.db"
-    position = _rolled_back(model, journal)
-    app = _served(model, "4", journal)
+    position = _rolled_back(model)
+    app = _served(model, "4")
     assert _failure(app) is None
     app.models.load(Source(model.folder_of("2"), "models:/small/2"))
     assert ask(app, b"", page="/version", method="GET").tree["address"] == "models:/small/2"
@@ -198,18 +191,16 @@ def test_an_earlier_version_serves_without_what_was_removed_and_says_so(
 
 
 def test_a_refresh_of_an_earlier_version_without_the_journal_knows_what_was_removed(
-    model: RefreshedModel, tmp_path: Path, capsys: pytest.CaptureFixture
+    model: RefreshedModel, capsys: pytest.CaptureFixture
 ) -> None:
-    journal = tmp_path / "journal.db"
-    position = _rolled_back(model, journal)
-    with pytest.raises(SystemExit):
-        model.refresh("--journal", str(journal))
-    assert "up to 2 only: what was removed is in the log's files" in capsys.readouterr().err
-    expected = _answers(_served(model, "4", journal), position)
-    for number, words in (("5", ()), ("6", ("--journal", str(journal)))):
+    position = _rolled_back(model)
+    told = model.refused(capsys, "--journal", str(model.journal))
+    assert "up to 2 only: what was removed is in the log's files" in told
+    expected = _answers(_served(model, "4"), position)
+    for number, words in (("5", ()), ("6", ("--journal", str(model.journal)))):
         model.refresh(*words)
         assert model.holder().number == number
-        app = _served(model, number, journal)
+        app = _served(model, number)
         assert _failure(app) is None
         _check(_answers(app, position), expected)
 
@@ -220,10 +211,7 @@ def test_a_journal_that_is_none_is_told(model: RefreshedModel, tmp_path: Path, c
         (("--remove-events",), "--journal"),
         (("--other-journal",), "--journal"),
     ):
-        with pytest.raises(SystemExit):
-            model.refresh(*words)
-        assert told in capsys.readouterr().err
-    assert len(model.versions()) == 1
+        assert told in model.refused(capsys, *words)
     assert not (tmp_path / "nothing").exists()
 
 
@@ -251,91 +239,88 @@ def _other(model: RefreshedModel) -> RefreshedModel:
     events = {"returns": {"path": str(folder / "returns"), "time": "bought_at"}}
     data = {"log": str(model.log), "work": str(folder / "work"), "events": events}
     features = {**ALL_KINDS, "returned": {"kind": "history", "events": "returns", "of": "item", "length": 3}}
-    return RefreshedModel(folder, data=data, features=features)
+    other = RefreshedModel(folder, data=data, features=features)
+    other.journal = model.journal
+    return other
 
 
 @pytest.mark.parametrize("more", [False, True])
-def test_a_model_that_is_trained_after_anothers_refresh_knows_its_events(
-    model: RefreshedModel, tmp_path: Path, more: bool
-) -> None:
-    journal = tmp_path / "journal.db"
-    _sent(_served(model, "1", journal), as_json(model._days(9, 11)))
-    position = _sent_returns(journal, 0, 30)
-    model.refresh("--journal", str(journal))
+def test_a_model_that_is_trained_after_anothers_refresh_knows_its_events(model: RefreshedModel, more: bool) -> None:
+    _sent(_served(model, "1"), as_json(model._days(9, 11)))
+    position = _sent_returns(model.journal, 0, 30)
+    model.take_in()
     other = _other(model)
     assert _through(other) == int(position)
     if more:
-        position = _sent_returns(journal, 30, 40)
-    app = _served(other, "1", journal)
+        position = _sent_returns(model.journal, 30, 40)
+    app = _served(other, "1")
     assert _learnt(app) == 30 + 10 * more
     before = _answers(app, position)
     assert before[5][2][0]["histories"]["returned"] == [
         ITEMS[each % 3] for each in range(27 + 10 * more, 30 + 10 * more)
     ]
-    other.refresh("--journal", str(journal))
-    app = _served(other, "2", journal)
+    other.take_in()
+    app = _served(other, "2")
     assert _learnt(app) == 0
     _check(_answers(app, position), before)
 
 
 @pytest.mark.parametrize("anew", [False, True])
 def test_segments_of_another_models_events_alone_lock_no_model_out(
-    model: RefreshedModel, tmp_path: Path, capsys: pytest.CaptureFixture, caplog: pytest.LogCaptureFixture, anew: bool
+    model: RefreshedModel, capsys: pytest.CaptureFixture, caplog: pytest.LogCaptureFixture, anew: bool
 ) -> None:
-    journal = tmp_path / "journal.db"
-    _sent(_served(model, "1", journal), as_json(model._days(9, 10)))
-    model.refresh("--journal", str(journal))
+    _sent(_served(model, "1"), as_json(model._days(9, 10)))
+    model.take_in()
     first, other = _through(model), _other(model)
-    _sent_returns(journal, 0, 30)
-    model.refresh("--journal", str(journal))
+    _sent_returns(model.journal, 0, 30)
+    model.take_in()
     assert "no new files" in capsys.readouterr().out
     assert _through(model) == first
-    other.refresh("--journal", str(journal))
+    other.take_in()
     for number in (30, 40):
-        _sent_returns(journal, number, number + 10)
-        other.refresh("--journal", str(journal), "--remove-events")
-    assert Journal(journal).removed() > first
+        _sent_returns(model.journal, number, number + 10)
+        other.take_in("--remove-events")
+    assert Journal(model.journal).removed() > first
     caplog.clear()
-    app = _served(model, "2", journal)
+    app = _served(model, "2")
     assert _failure(app) is None
     assert "removed" not in caplog.text
     position = _sent(app, as_json(model._days(10, 11)))
     before = _answers(app, position)
-    model.refresh("--journal", str(journal), *(["--anew"] if anew else []))
+    model.take_in(*(["--anew"] if anew else []))
     assert model.holder().number == "3"
     assert _through(model) == int(position)
-    _check(_answers(_served(model, "3", journal), position), before)
+    _check(_answers(_served(model, "3"), position), before)
 
 
 def test_a_model_that_knows_another_journal_or_none_joins_one_whose_first_segments_are_gone(
-    model: RefreshedModel, tmp_path: Path
+    model: RefreshedModel,
 ) -> None:
-    journal = tmp_path / "journal.db"
-    Journal(journal).close()
+    Journal(model.journal).close()
     other = _other(model)
     for number in (0, 10):
-        _sent_returns(journal, number, number + 10)
-        other.refresh("--journal", str(journal), "--remove-events")
-    assert Journal(journal).removed() > 0
-    app = _served(model, "1", journal)
+        _sent_returns(model.journal, number, number + 10)
+        other.take_in("--remove-events")
+    assert Journal(model.journal).removed() > 0
+    app = _served(model, "1")
     assert _failure(app) is None
     position = _sent(app, as_json(model._days(9, 10)))
     before = _answers(app, position)
-    model.refresh("--journal", str(journal))
+    model.take_in()
     assert _through(model) == int(position)
-    _check(_answers(_served(model, "2", journal), position), before)
+    _check(_answers(_served(model, "2"), position), before)
 
 
 @pytest.mark.parametrize("words", [(), ("--anew",)])
 def test_what_is_known_of_a_journal_never_becomes_less(tmp_path: Path, words: tuple[str, ...]) -> None:
     """Batches that leave no file are known all the same, and so they stay without the journal."""
-    model, journal = RefreshedModel(tmp_path, requests=True), tmp_path / "journal.db"
-    Journal(journal).close()
+    model = RefreshedModel(tmp_path, requests=True)
+    Journal(model.journal).close()
     for number in (0, 10):
-        _sent_returns(journal, number, number + 10)
-        through = cut_journal(Journal(journal))
+        _sent_returns(model.journal, number, number + 10)
+        through = cut_journal(Journal(model.journal))
     model.add(9, 10)
-    model.refresh("--journal", str(journal))
+    model.take_in()
     assert _through(model) == through
     model.add(10, 11)
     model.refresh(*words)
@@ -343,34 +328,21 @@ def test_what_is_known_of_a_journal_never_becomes_less(tmp_path: Path, words: tu
     assert _through(model) == through
 
 
-def test_files_that_lack_columns_of_a_model_are_refused(
-    model: RefreshedModel, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
-    """One model does not read a column, so its refresh wrote nulls there."""
+def test_files_hold_columns_that_only_another_model_reads(model: RefreshedModel, tmp_path: Path) -> None:
     features = {name: each for name, each in ALL_KINDS.items() if name != "brand_spent"}
     tasks = {name: each for name, each in BASE["tasks"].items() if name != "spent"}
     data = {"log": str(model.log), "work": str(tmp_path / "fewer" / "work")}
     fewer = RefreshedModel(tmp_path / "fewer", data=data, features=features, tasks=tasks)
-    journal = tmp_path / "journal.db"
-    app = _served(model, "1", journal)
-    rows = as_json(model._days(9, 11))
-    _sent(app, rows[:30])
-    model.refresh("--journal", str(journal))
-    _sent(app, rows[30:60])
-    fewer.refresh("--journal", str(journal))  # it reads no column that the first file lacks
-    assert fewer.holder().number == "2"
-    _sent(app, rows[60:])
-    files = sorted(model.log.iterdir())
-    capsys.readouterr()
-    with pytest.raises(SystemExit):
-        model.refresh("--journal", str(journal))
-    assert "of a model that does not read the column 'spent', so" in capsys.readouterr().err
-    assert sorted(model.log.iterdir()) == files
-    assert model.holder().number == "2"
-    # A person may take the file as it is, and then goes on.
-    model.refresh()
-    model.refresh("--journal", str(journal))
-    assert model.holder().number == "4"
+    fewer.journal = model.journal
+    app = _served(model, "1")
+    position = _sent(app, as_json(model._days(9, 11)))
+    before = _answers(app, position)
+    fewer.take_in()
+    files = files_of(model.log)
+    model.take_in()
+    assert fewer.holder().number == model.holder().number == "2"
+    assert files_of(model.log) == files
+    _check(_answers(_served(model, "2"), position), before)
 
 
 def _of_journal(model: RefreshedModel) -> list[dict[str, Any]]:
@@ -379,74 +351,56 @@ def _of_journal(model: RefreshedModel) -> list[dict[str, Any]]:
     return [row for path in files for row in pq.read_table(path).to_pylist()]
 
 
-def _refreshed_once(model: RefreshedModel, journal: Path) -> Application:
+def _refreshed_once(model: RefreshedModel) -> Application:
     """With rows of day 9 through the journal, so that it is known to the model; serves what was refreshed."""
-    _sent(_served(model, "1", journal), as_json(model._days(9, 10)))
-    model.refresh("--journal", str(journal))
-    return _served(model, "2", journal)
+    _sent(_served(model, "1"), as_json(model._days(9, 10)))
+    model.take_in()
+    return _served(model, "2")
 
 
 def test_a_row_of_the_journal_that_a_file_of_the_log_holds_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    model, journal = RefreshedModel(tmp_path, requests=True), tmp_path / "journal.db"
-    app = _refreshed_once(model, journal)
+    model = RefreshedModel(tmp_path, requests=True)
+    app = _refreshed_once(model)
     old = as_json(model._days(2, 3))
     _sent(app, [*as_json(model._days(10, 11)), *old])
-    for words in (("--journal", str(journal)), (), ("--journal", str(journal), "--anew")):
+    for words in (("--journal", str(model.journal)), (), ("--journal", str(model.journal), "--anew")):
         capsys.readouterr()
         with pytest.raises(SystemExit):
-            model.refresh(*words)
+            model.refresh(*words)  # which writes the journal's file
         told = capsys.readouterr().err
         assert f"{len(old):,} rows of " in told
         assert "repeats request and candidate" in told
     assert model.holder().number == "2"
 
 
-def test_a_row_of_a_request_that_the_log_has_of_another_user_is_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
-    model, journal = RefreshedModel(tmp_path, requests=True), tmp_path / "journal.db"
-    app = _refreshed_once(model, journal)
-    new = as_json(model._days(10, 11))
-    _sent(app, [*new, {**new[0], "request": model._days(2, 3)["request"][0].as_py(), "item": 123, "user": 99}])
-    with pytest.raises(SystemExit):
-        model.refresh("--journal", str(journal))
-    assert "user" in capsys.readouterr().err
-
-
 def test_without_requests_ids_new_files_of_another_program_are_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    model, journal = RefreshedModel(tmp_path), tmp_path / "journal.db"
-    app = _refreshed_once(model, journal)
+    model = RefreshedModel(tmp_path)
+    app = _refreshed_once(model)
     _sent(app, as_json(model._days(11, 12)))
     model.add(10, 11)
-    with pytest.raises(SystemExit):
-        model.refresh("--journal", str(journal))
-    assert "days 10 to 11.parquet' is new in the log" in capsys.readouterr().err
+    assert "days 10 to 11.parquet' is new in the log" in model.refused(capsys, "--journal", str(model.journal))
     model.refresh()
-    model.refresh("--journal", str(journal))
+    model.take_in()
     assert model.holder().number == "4"
 
 
 def test_a_file_with_rows_that_came_by_the_journal_before_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    model, journal = RefreshedModel(tmp_path, requests=True), tmp_path / "journal.db"
-    _refreshed_once(model, journal)
+    model = RefreshedModel(tmp_path, requests=True)
+    _refreshed_once(model)
     sent = len(_of_journal(model))
     model.add(9, 10.5)  # which without its later requests holds nothing but rows that are known
-    for words in ((), ("--journal", str(journal)), ("--anew",)):
-        capsys.readouterr()
-        with pytest.raises(SystemExit):
-            model.refresh(*words)
-        told = capsys.readouterr().err
+    for words in ((), ("--journal", str(model.journal)), ("--anew",)):
+        told = model.refused(capsys, *words)
         assert "'" + str(model.log / "days 9 to 10.5.parquet") in told
         assert f"{sent:,} rows of " in told
         assert "repeats request and candidate" in told
-    assert model.holder().number == "2"
     (model.log / "days 9 to 10.5.parquet").unlink()
     model.add(10, 10.5)
-    model.refresh("--journal", str(journal))
+    model.take_in()
     assert model.holder().number == "3"

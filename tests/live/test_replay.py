@@ -1,4 +1,4 @@
-"""A replay beside a server that is right, and beside servers that are wrong in one way each."""
+"""A replay beside a model that is right, and beside models that are wrong in one way each."""
 
 from __future__ import annotations
 
@@ -14,61 +14,109 @@ import pytest
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.pipeline import FeaturePipeline
-from mmoe_rec.inference.ranker import Ranker
+from mmoe_rec.inference.artifact import version_of
+from mmoe_rec.inference.ranking import Ranking
 from mmoe_rec.jobs.places import logs_for
-from mmoe_rec.live import logged_requests as names
-from mmoe_rec.live import replay_server
-from mmoe_rec.live.journal import Journal
-from mmoe_rec.live.refresh import make_tables
-from mmoe_rec.live.replay import ReplayOptions, ValueComparison, compare, describe, read_logged, replay
-from mmoe_rec.live.replay_period import Period, read_period
-from mmoe_rec.live.replay_server import Client, feed
-from mmoe_rec.live.request_log import LogOptions
+from mmoe_rec.live import replay as job
+from mmoe_rec.live import request_log as names
+from mmoe_rec.live.refresh import renew_tables
+from mmoe_rec.live.replay import (
+    LiveModel,
+    Period,
+    ValueComparison,
+    compare,
+    describe,
+    feed,
+    read_logged,
+    read_period,
+    replay,
+)
 from mmoe_rec.log.reader import EventRows, Log
-from mmoe_rec.server.app import Application
-from tests.live.replayed_log import FROM, TO, model_of
-from tests.log.small_logs import DAY
-from tests.server.asking import ask, logging_app
+from tests.commands import run
+from tests.inference.small_model import SmallModel
+from tests.log.small_logs import ALL_KINDS, BASE, DAY, START, random_log, times_of, write_log
+
+FROM, TO = START + 6 * DAY, START + 9 * DAY
+FEATURES: dict[str, Any] = {
+    **ALL_KINDS,
+    "age": {"kind": "id", "column": "age", "min_count": 1},
+    "seen": {"kind": "history", "events": "views", "of": "item", "length": 4},
+    "seen_brand": {
+        "kind": "counter",
+        "events": "views",
+        "by": ["user", "brand"],
+        "outputs": ["positives", "rows", "recency"],
+        "window_days": [None, 0.5, 2],
+    },
+    "carts": {"kind": "counter", "events": "carts", "by": ["item"], "window_days": [1]},
+}
+
+
+def drawn_events(log: pa.Table, seed: int, rows: int, time: str) -> pa.Table:
+    """Events at some of the log's own times and between them; some are the same as others, some keys are null."""
+    rng = np.random.default_rng(seed)
+    table = log.take(pa.array(rng.integers(0, len(log), rows)))
+    shift = rng.choice([0, 0, 1, -1, DAY // 3], rows)
+    columns = {name: pa.array(table[name].to_pylist(), mask=rng.random(rows) < 0.05) for name in ("user", "item")}
+    brand = table["brand"].combine_chunks()
+    return pa.table({**columns, "brand": brand, time: pa.array(times_of(table) + shift).cast(table["time"].type)})
+
+
+def model_of(work: Path) -> SmallModel:
+    """A model of a random log with late labels and ties in time, in several files in no order, and of two logs of
+    events. Rows of one user and time, which are a request, agree in what describes user and context."""
+    log = random_log(1, 700)
+    users, times = log["user"].to_numpy(), times_of(log)
+    age = (users % 7 + times // (2 * DAY)) % 3
+    born = START - np.abs(users % 11) * 31 * DAY
+    for name, values in (("age", pa.array(age)), ("born", pa.array(born).cast(log["born"].type))):
+        log = log.set_column(log.column_names.index(name), name, values)
+    write_log(work / "views", drawn_events(log, 1, 900, "viewed_at"), drawn_events(log, 2, 30, "viewed_at"))
+    write_log(work / "carts", drawn_events(log, 3, 200, "time"))
+    times = {"views": "viewed_at", "carts": "time"}
+    events = {name: {"path": str(work / name), "time": time} for name, time in times.items()}
+    data = {"log": str(work / "log"), "work": str(work), "events": events}
+    shuffled = log.take(pa.array(np.random.default_rng(1).permutation(len(log))))
+    return SmallModel(
+        work, log=[shuffled.slice(0, 300), shuffled.slice(300)], **{**BASE, "data": data, "features": FEATURES}
+    )
+
 
 PREDICTED = ("click", "liked", "spent", "score")
-Plant = Callable[["InProcess"], None]
 
 
-class InProcess(Client):
-    """A server in this process, as a replay feeds it; sent: (log, events), asked: (position, request)."""
+class Recorded(LiveModel):
+    """A model that keeps what it is fed: (log, events), and (None, request)."""
 
-    def __init__(self, app: Application) -> None:
-        super().__init__(0)
-        self.app, self.sent, self.asked = app, list[tuple[str | None, pa.Table]](), list[tuple[Any, dict[str, Any]]]()
+    def __init__(self, model: Path, folder: Path) -> None:
+        super().__init__(model, folder)
+        self.fed = list[tuple[Any, Any]]()
 
-    def send(self, table: pa.Table, log: str | None = None) -> int:
-        self.sent.append((log, table))
-        return super().send(table, log)
+    def send(self, table: pa.Table, log: str | None) -> None:
+        self.fed.append((log, table))
+        super().send(table, log)
 
-    def rank(self, request: dict[str, Any], after: Any, explain: bool) -> dict[str, Any]:
-        self.asked.append((after, request))
-        return super().rank(request, after, explain)
+    def rank(self, request: dict[str, Any], explain: bool) -> Ranking:
+        self.fed.append((None, request))
+        return super().rank(request, explain)
 
-    def _ask(self, method: str, page: str, body: bytes | None = None, kind: str = "application/json") -> dict[str, Any]:
-        assert body is not None
-        reply = ask(self.app, body, page=page, headers={"content-type": kind})
-        assert reply.status == 200, reply.body
-        return dict(reply.tree)
+
+Plant = Callable[[Recorded], None]
 
 
 class World:
-    """A model, a day of its log, and what a replay of it through a server in this process says."""
+    """A model, a day of its log, and what a replay of it says."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.small = folder, model_of(folder / "small")
-        make_tables(self.small.folder, self.small.settings, FROM, folder / "frozen")
+        self.pipeline = FeaturePipeline.load(self.small.folder / "features", memories=False)
+        renew_tables(self.small.folder, self.small.settings, folder / "frozen", until=FROM)
         self.period = self.read_period(FROM, FROM + DAY)
 
     def read_period(self, start: int, end: int) -> Period:
-        pipeline = FeaturePipeline.load(self.small.folder / "features", memories=False)
         scratch = self.folder / f"offline {start} {end}"
         scratch.mkdir()
-        return read_period(logs_for(self.small.settings, pipeline), pipeline, (start, end), scratch)
+        return read_period(logs_for(self.small.settings, self.pipeline), self.small.folder, (start, end), scratch)
 
     def replayed(
         self,
@@ -76,17 +124,16 @@ class World:
         plant: Plant = lambda server: None,
         period: Period | None = None,
         **options: Any,
-    ) -> tuple[dict[str, ValueComparison], InProcess]:
-        period = period or self.period
-        log = LogOptions(scratch / "requests", share=1.0)
-        Journal(scratch / "journal.db").close()
-        with logging_app(self.folder / "frozen", log, journal=scratch / "journal.db") as app:
-            server = InProcess(app)
-            plant(server)
-            explanations = feed(period, server, options.pop("most", 50), **options)
-        logged = read_logged(scratch / "requests", period)
-        compared = compare(period, logged, Ranker.load(self.small.folder), explanations or None)
-        return {each.name: each for each in compared}, server
+    ) -> tuple[dict[str, ValueComparison], Recorded]:
+        period, live = period or self.period, Recorded(self.folder / "frozen", scratch)
+        plant(live)
+        explanations = feed(period, live, **options)
+        live.write()
+        return self.compared(period, live.requests, explanations), live
+
+    def compared(self, period: Period, requests: Path, explanations: Any = None) -> dict[str, ValueComparison]:
+        compared = compare(period, read_logged(requests, period), self.pipeline, explanations or None)
+        return {each.name: each for each in compared}
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +148,7 @@ def wrong(compared: dict[str, ValueComparison]) -> dict[str, int]:
 
 def test_a_server_that_is_right_is_equal_in_all_values(world: World, tmp_path: Path) -> None:
     period = world.period
-    compared, server = world.replayed(tmp_path)
+    compared, _ = world.replayed(tmp_path)
     assert wrong(compared) == {}
     # Everything was compared, in every row.
     assert {each.compared for each in compared.values()} == {len(period.rows)}
@@ -110,37 +157,22 @@ def test_a_server_that_is_right_is_equal_in_all_values(world: World, tmp_path: P
     }
     assert compared.keys() == (world.small.settings.features.keys() - placement) | {*PREDICTED}
     assert len(period.rows) > len(period.times) > 20
-    # Each request waits for what was sent before it.
-    assert sum(after is not None for after, _ in server.asked) >= len(period.times) - 2
 
 
 def test_requests_come_after_all_that_happened_before_and_before_all_else(world: World, tmp_path: Path) -> None:
     period, small = world.period, world.small
     schema, happened, ties = small.settings.schema_, dict[str | None, list[int]](), 0
     left = {each.name: each.times.tolist() for each in period.logs}
-
-    def plant(server: InProcess) -> None:
-        def send(table: pa.Table, log: str | None) -> None:
+    for log, fed in world.replayed(tmp_path)[1].fed:
+        if isinstance(fed, pa.Table):
             name = schema.columns.time if log is None else schema.events[log].time
-            times = table[name].cast(pa.int64()).to_pylist()
-            for each in times:
+            for each in fed[name].cast(pa.int64()).to_pylist():
                 left[log].remove(each)
-            happened.setdefault(log, []).extend(times)
-            if log is not None:
-                ids = table["event_id"].to_pylist()
-                assert len(set(ids)) == len(ids)
-
-        def rank(request: dict[str, Any], after: Any, explain: bool) -> dict[str, Any]:
-            nonlocal ties
-            now = np.datetime64(request["context"]["time"].removesuffix("+00:00"), "us").astype(np.int64)
+                happened.setdefault(log, []).append(each)
+        else:
+            now = np.datetime64(fed["context"]["time"].removesuffix("+00:00"), "us").astype(np.int64)
             assert all(each >= now for times in left.values() for each in times)
             ties += sum(times.count(now) for times in left.values())
-            return ranked(request, after, explain)
-
-        ranked = server.rank
-        server.send, server.rank = send, rank  # type: ignore[method-assign]
-
-    world.replayed(tmp_path, plant)
     assert ties > len(period.rows) / 2  # of requests' own rows, and of events at the same instant
     log = Log(small.settings.data.log, schema)
     for name in ("views", "carts"):
@@ -151,9 +183,9 @@ def test_requests_come_after_all_that_happened_before_and_before_all_else(world:
 
 
 def test_labels_that_are_seen_before_they_mature_are_found(world: World, tmp_path: Path) -> None:
-    def plant(server: InProcess) -> None:
+    def plant(server: Recorded) -> None:
         for name in ("user_brand_liked", "liked_items"):
-            server.app.models.current.ranker.pipeline.memory_encoders[name].matures_after = 0
+            server.ranker.pipeline.memory_encoders[name].matures_after = 0
 
     compared, _ = world.replayed(tmp_path, plant, world.read_period(FROM, TO))
     assert (
@@ -162,16 +194,15 @@ def test_labels_that_are_seen_before_they_mature_are_found(world: World, tmp_pat
 
 
 def test_one_lost_event_is_found_and_its_values_are_shown(world: World, tmp_path: Path) -> None:
-    def plant(server: InProcess) -> None:
-        send, lost, positions = server.send, list[str](), [0]
+    def plant(server: Recorded) -> None:
+        send, lost = server.send, list[str]()
 
-        def losing(table: pa.Table, log: str | None) -> int:
+        def losing(table: pa.Table, log: str | None) -> None:
             if log == "carts" and not lost:
                 lost.append(log)
                 table = table.slice(1)
             if len(table):
-                positions.append(send(table, log))
-            return positions[-1]
+                send(table, log)
 
         server.send = losing  # type: ignore[method-assign]
 
@@ -186,7 +217,7 @@ def test_one_lost_event_is_found_and_its_values_are_shown(world: World, tmp_path
 def test_one_wrong_value_is_found_and_nothing_else(world: World, tmp_path: Path) -> None:
     """A digest, a score, and predictions, also one that is so small that it may be wrong and nearly the same number."""
     world.replayed(tmp_path)
-    logged, ranker = read_logged(tmp_path / "requests", world.period), Ranker.load(world.small.folder)
+    logged = read_logged(tmp_path / "requests", world.period)
     changes = [("item_click", f"{names.DIGEST}item_click", 1, 1), ("score", names.SCORE, 1, 3e-5)]
     changes += [("click", f"{names.PREDICTED}click", 1, -3e-5), ("liked", f"{names.PREDICTED}liked", 1.01, 0)]
     for name, column, factor, more in changes:
@@ -194,7 +225,7 @@ def test_one_wrong_value_is_found_and_nothing_else(world: World, tmp_path: Path)
         place = int(values.argmin())
         values[place] = values[place] * factor + more
         spoilt = logged.set_column(logged.column_names.index(column), column, pa.array(values))
-        different = {each.name: each for each in compare(world.period, spoilt, ranker) if each.mismatches}
+        different = {each.name: each for each in compare(world.period, spoilt, world.pipeline) if each.mismatches}
         assert different.keys() == {name}
         (example,) = different[name].examples
         assert example["candidate"] == logged["item"][place].as_py()
@@ -205,19 +236,20 @@ def test_ids_alone_show_attributes_that_differ(world: World, tmp_path: Path) -> 
     compared, server = world.replayed(tmp_path, ids_only=True, most=2)
     assert {"user_brand_liked", "brand"} & wrong(compared).keys()
     assert not {"item", "item_click", "clicked", "seen", "carts"} & wrong(compared).keys()
-    assert {part: set(columns) for part, columns in server.asked[0][1].items()} == {
+    asked = [fed for _, fed in server.fed if isinstance(fed, dict)]
+    assert {part: set(columns) for part, columns in asked[0].items()} == {
         "user": {"user"},
         "context": {"time", "born"},
         "candidates": {"item"},
     }
-    assert max(len(request["candidates"]["item"]) for _, request in server.asked) == 2
+    assert max(len(request["candidates"]["item"]) for request in asked) == 2
 
 
 def test_batches_are_cut(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(replay_server, "ROWS_AT_A_TIME", 2)
+    monkeypatch.setattr(job, "EVENTS_AT_A_TIME", 2)
     compared, server = world.replayed(tmp_path)
     assert wrong(compared) == {}
-    assert max(len(table) for _, table in server.sent) == 2
+    assert max(len(fed) for _, fed in server.fed if isinstance(fed, pa.Table)) == 2
 
 
 def test_what_cannot_be_replayed(world: World, tmp_path: Path) -> None:
@@ -225,7 +257,7 @@ def test_what_cannot_be_replayed(world: World, tmp_path: Path) -> None:
 
     def refused(start: int, end: int, model: str = model, requests: Path | None = None) -> str:
         with pytest.raises(UserError) as refused:
-            replay(settings, ReplayOptions(start, end, model, requests))
+            replay(settings, start, end, model, requests)
         assert not (Path(settings.data.work) / "replay").exists()
         return str(refused.value)
 
@@ -245,13 +277,11 @@ def test_logged_requests_of_a_server_are_compared_with_the_log(
     world.replayed(tmp_path)
     (file,) = requests.iterdir()
     table = pq.read_table(file)
-    options = ReplayOptions(FROM, FROM + DAY, str(small.folder), requests, keep=tmp_path / "kept", values=True)
+    given = small.settings, FROM, FROM + DAY, str(small.folder), requests
     with pytest.raises(UserError, match="the log has none of the requests"):
-        replay(small.settings, options)
+        replay(*given)
     version = table["served_artifact"].to_pylist()
     assert version
-    from mmoe_rec.inference.artifact import version_of
-
     mine = pa.array([version_of(small.folder)] * (len(table) - 3) + version[-3:])
     item, digest = table["item"].to_numpy().copy(), table["served_digest_item_click"].to_numpy().copy()
     item[0], digest[1] = 12345, digest[1] + 1
@@ -260,7 +290,7 @@ def test_logged_requests_of_a_server_are_compared_with_the_log(
         table = table.set_column(table.column_names.index(name), name, values)
     pq.write_table(table, file)
     capsys.readouterr()
-    report = replay(small.settings, options)
+    report = replay(*given, keep=tmp_path / "kept", values=True)
     assert report["logged_rows"] == len(table) - 4
     assert {each["name"]: each["mismatches"] for each in report["values"] if each["mismatches"]} == {"item_click": 1}
     said = " ".join(capsys.readouterr().err.split())
@@ -272,3 +302,20 @@ def test_logged_requests_of_a_server_are_compared_with_the_log(
     assert f"candidate {table['item'][1].as_py()}, at 2023-11-2" in example
     assert "served None, offline {'item_click" in example
     assert last.endswith(", 1 mismatches")
+
+
+def test_the_command_by_itself(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    small = world.small
+    (tmp_path / "settings.yaml").write_text(small.settings.to_yaml(), encoding="utf-8")
+    words = ["--config", str(tmp_path / "settings.yaml"), "--model", str(small.folder), "--keep", str(tmp_path)]
+    run("replay", *words, "--from", "2023-11-20T22:13:20", "--to", "2023-11-21T22:13:20")
+    report = json.loads((tmp_path / "replay.json").read_text())
+    assert report["mismatches"] == 0
+    assert report["logged_rows"] == report["rows"] > 20
+    assert "features are equal to the last bit" in capsys.readouterr().out
+    assert not (Path(small.settings.data.work) / "replay").exists()
+    # Attributes that the model takes from its tables are not those of each row.
+    with pytest.raises(SystemExit) as ended:
+        run("replay", *words, "--from", "2023-11-20T22:13:20", "--to", "2023-11-21T04:13:20", "--ids-only", "--values")
+    assert ended.value.code == 1
+    assert "feature 'user_brand_liked' differs in " in capsys.readouterr().out

@@ -16,7 +16,7 @@ import yaml
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.inference.artifact import Artifact, read_artifact
-from mmoe_rec.live import scheduled_training as job
+from mmoe_rec.live import refresh as job
 from mmoe_rec.preprocessing.logs import HeldFiles, read_held_files
 from mmoe_rec.preprocessing.prepare import FeatureFolder
 from mmoe_rec.tracking.registry import Version, fetch_model, find_holder

@@ -21,8 +21,7 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.live import request_log
 from mmoe_rec.live.journal import Journal
-from mmoe_rec.live.logged_requests import hash_features
-from mmoe_rec.live.request_log import LogOptions, check_folder, is_logged, make_room, new_id
+from mmoe_rec.live.request_log import LogOptions, check_folder, hash_features, is_logged, make_room, new_id
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.point_in_time.arrays import Ragged
 from tests.inference.small_model import CONTEXT, ITEMS, USER, SmallModel, as_request
