@@ -13,8 +13,7 @@ from mmoe_rec.features.kinds import KINDS
 from mmoe_rec.features.kinds.counter import CounterFeature
 from mmoe_rec.settings.columns import Section
 from mmoe_rec.settings.load import describe, load_settings, parse_overrides
-from mmoe_rec.settings.sections import Settings
-from mmoe_rec.settings.yaml_text import dump_yaml
+from mmoe_rec.settings.sections import Settings, dump_yaml
 
 CONFIGS = sorted(Path("configs").glob("*.yaml"))
 SMALL = {

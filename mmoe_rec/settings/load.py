@@ -20,8 +20,7 @@ from pydantic.fields import FieldInfo
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.kinds import KINDS
 from mmoe_rec.settings.columns import TaskSettings
-from mmoe_rec.settings.sections import Settings
-from mmoe_rec.settings.yaml_text import load_yaml
+from mmoe_rec.settings.sections import Settings, load_yaml
 
 _INSTALLED = Path(__file__).parent / "template.yaml"
 TEMPLATE = str(_INSTALLED) if _INSTALLED.is_file() else "configs/template.yaml"
