@@ -2,8 +2,6 @@
 
 Features write rows in this layout and batches carry them; it is saved as JSON beside encoded rows. What a model makes
 of it, widths and weights, is not part of it: see `mmoe_rec.model.layout`.
-
-`Encoded` is what a fitted pipeline makes of a table of log rows, in the order of a `Layout`.
 """
 
 from __future__ import annotations
@@ -166,7 +164,7 @@ def arrow_columns(
 
 @dataclass(frozen=True)
 class Encoded:
-    """N encoded rows.
+    """N rows as a fitted pipeline encodes them.
 
     ids: name -> (N,) int64 for one id a row, `Ragged` for any number; dense: (N, D) float32, columns as in
     `layout.dense`.

@@ -1,7 +1,4 @@
-"""Statistics of numbers that do not depend on the order of rows: a histogram, exact until there are too many values.
-
-`DenseNumber` is a standardised number, which several kinds share.
-"""
+"""Statistics of numbers that do not depend on the order of rows: a histogram, exact until there are too many values."""
 
 from __future__ import annotations
 

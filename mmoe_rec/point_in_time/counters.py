@@ -213,7 +213,7 @@ class SeenTotals(SeenEvents[CounterMemory]):
             for place, (memory, now) in enumerate(zip(self.memories, self.last(), strict=True))
         ]
         if self._later is not None:
-            every.append(self._later.totals[window])
+            every.append(self._later[0][window])
         rows, labels = (reduce(add, each) for each in zip(*every, strict=True))
         return rows, labels.rounded() if isinstance(labels, ExactSums) else labels
 
@@ -223,16 +223,12 @@ class SeenTotals(SeenEvents[CounterMemory]):
         moments = np.max([memory.last_positive_at(last) for memory, last in every], axis=0)
         if self.forgotten_until is not None:
             moments = _after(moments, self.forgotten_until)
-        return moments if self._later is None else np.maximum(moments, self._later.positive)
+        return moments if self._later is None else np.maximum(moments, self._later[1])
 
 
-@dataclass(frozen=True)
-class LaterTotals:
-    """What N look-ups find in levels: by window (microseconds, None for all of the past) numbers of rows and sums of
-    labels, (N,) int32 each, and (N,) int64 moments of the last positive event, `NEVER` for none."""
-
-    totals: Mapping[int | None, tuple[np.ndarray, np.ndarray]]
-    positive: np.ndarray
+LaterTotals = tuple[Mapping[int | None, tuple[np.ndarray, np.ndarray]], np.ndarray]
+"""What N look-ups find in levels: by window (microseconds, None for all of the past) numbers of rows and sums of
+labels, (N,) int32 each, and (N,) int64 moments of the last positive event, `NEVER` for none."""
 
 
 @dataclass(frozen=True)
@@ -290,7 +286,7 @@ class CounterLevels:
             rows[place] += level.rows[last]
             labels[place] += level.label_sum[last].astype(np.int32)
             positive[place] = np.maximum(positive[place], level.last_positive[last])
-        result, ends = [], np.cumsum([0, *map(len, keys)])
+        result, ends = list[LaterTotals](), np.cumsum([0, *map(len, keys)])
         for (memory, each), start, end in zip(asked, ends[:-1], ends[1:], strict=True):
             assert memory.shared is not None
             windows = memory.shared.windows
@@ -299,7 +295,7 @@ class CounterLevels:
             totals: dict[int | None, tuple[np.ndarray, np.ndarray]] = {None: (counted[0], summed[0])}
             for place, window in enumerate(windows, 1):
                 totals[window] = counted[0] - counted[place], summed[0] - summed[place]
-            result.append(LaterTotals(totals, latest[0]))
+            result.append((totals, latest[0]))
         return result
 
 

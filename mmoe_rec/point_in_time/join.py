@@ -3,10 +3,6 @@
 This is the one mechanism behind counters and histories. A label of a row requested at time r that matures after m
 becomes known at max(r + 1 microsecond, r + m); a request at time t sees the events known at t or before. So a request
 sees rows of strictly earlier requests whose label had matured, never itself and never the future.
-
-Events and look-ups are each sorted by key and time, once; a `Join` then finds each look-up's place among the events,
-for each window that is asked for. A request's few look-ups are searched one by one instead (`Search`), at a cost that
-does not grow with what is remembered.
 """
 
 from __future__ import annotations
@@ -36,10 +32,7 @@ def in_window(times: np.ndarray, window: Window) -> np.ndarray:
 
 def in_any(times: np.ndarray, windows: Iterable[Window]) -> np.ndarray:
     """(N,) bool: whether a time lies in one of several windows."""
-    inside = np.zeros(len(times), bool)
-    for window in windows:
-        inside |= in_window(times, window)
-    return inside
+    return np.any([in_window(times, window) for window in windows], axis=0)
 
 
 def sorted_order(key: np.ndarray, time: np.ndarray, value: np.ndarray | None = None) -> np.ndarray:
@@ -230,7 +223,8 @@ class LookUps:
 
 
 class Search:
-    """Events and look-ups, each of which is searched by its key, then by its time."""
+    """Events and look-ups, each of which is searched by its key, then by its time: a request's few, at a cost that does
+    not grow with what is remembered."""
 
     def __init__(self, events: KnownEvents, asked: LookUps) -> None:
         self.events, self.asked = events, asked
@@ -263,7 +257,7 @@ class Search:
 
 
 class Join(Search):
-    """Events and sorted look-ups, which are merged as single numbers that rise with key, then time."""
+    """Events and a log's sorted look-ups, which are merged as single numbers that rise with key, then time."""
 
     _ticks: _Ticks | None = None
 
