@@ -209,7 +209,7 @@ def compare(
         units,
         {name: each.effective_rows for name, each in groups[model].items()},
         objective,
-        {other: Versus(*of) for other, of in correct(mine, differences, others).items()},
+        correct(mine, differences, others),
         rules,
         judged=tuple(task for task, rows in labels.items() if rows >= FEWEST),
         left_out={task: rows for task, rows in labels.items() if rows < FEWEST},
@@ -302,9 +302,8 @@ def find_detectable_gain(compared: Comparison, versus: Versus, summary: Summary)
 
 def correct(
     base: EvaluationSums, differences: Mapping[tuple[str, str, str], Difference], others: Iterable[str]
-) -> dict[str, tuple[Difference, dict[str, dict[str, Difference]]]]:
-    """Each other model -> the difference of the objective, and those of task or `score` -> metric, with corrected
-    p-values: of the metrics that tables show, and of the objectives.
+) -> dict[str, Versus]:
+    """Each other model -> differences with corrected p-values: of the metrics that tables show, and of the objectives.
 
     differences: by (other model, task or `score`, metric).
     """
@@ -323,8 +322,7 @@ def correct(
     found = {}
     for other in others:
         flat = {key[1:]: each for key, each in corrected.items() if key[0] == other}
-        objective = flat.pop(OBJECTIVE, Difference(None))
-        found[other] = objective, nest(flat)
+        found[other] = Versus(flat.pop(OBJECTIVE, Difference(None)), nest(flat))
     return found
 
 

@@ -78,7 +78,7 @@ def compare_trainings(
             differences[name, *key] = _difference_of(*mine[key], *theirs[key], effective[key])
     named = (None, None) if objective is None else (objective.name, objective.better)
     corrected = correct(sums[0], differences, others)
-    return {name: SettingsDifference(*each, *named) for name, each in corrected.items()}
+    return {name: SettingsDifference(each.objective, each.groups, *named) for name, each in corrected.items()}
 
 
 def _resample_mean(

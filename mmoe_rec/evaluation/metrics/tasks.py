@@ -267,20 +267,17 @@ def _calibration_bins(sums: UserSums, resamples: int, seed: int) -> list[dict[st
         return dict(enumerate(ratio(label @ counts, weight @ counts)))
 
     found = resample(observed_rates, len(sums.users), resamples, seed)
-    bins = []
-    for number in range(count):
-        rate = found[number].interval()
-        bins.append(
-            {
-                "rows": int(total["rows"][number]),
-                "weight": float(total["weight"][number]),
-                "mean_predicted": float(total["prediction"][number] / total["weight"][number]),
-                "observed_rate": rate.value,
-                "low": rate.low,
-                "high": rate.high,
-            }
-        )
-    return bins
+    return [
+        {
+            "rows": int(total["rows"][number]),
+            "weight": float(total["weight"][number]),
+            "mean_predicted": float(total["prediction"][number] / total["weight"][number]),
+            "observed_rate": rate.value,
+            "low": rate.low,
+            "high": rate.high,
+        }
+        for number, rate in enumerate(found[place].interval() for place in range(count))
+    ]
 
 
 class RootMeanSquaredError(Ratio[TaskRows]):
