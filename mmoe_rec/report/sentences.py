@@ -263,16 +263,14 @@ def describe_refusal(estimate: PolicyEstimate) -> str | None:
 
 def estimate_tree(estimate: PolicyEstimate) -> dict[str, Any]:
     """What `off_policy.json` says of a task."""
-    tree: dict[str, Any] = {name: getattr(estimate, name) for name in ("rows", "without_label")}
+    its, names = asdict(estimate), ["users", "logged", "mean_weight", "effective_rows"]
+    tree: dict[str, Any] = {name: its[name] for name in ("rows", "without_label", *(names if estimate.rows else ()))}
     tree["refused"] = describe_refusal(estimate)
-    if estimate.rows:
-        its, names = asdict(estimate), ["users", "logged", "mean_weight", "effective_rows"]
-        tree |= {name: its[name] for name in names}
-        if estimate.refusal is None:
-            for each in its["estimates"]:
-                if each["doubly_robust"] is None:
-                    del each["doubly_robust"]
-            tree |= {"warnings": list(describe_warnings(estimate)), "estimates": list(its["estimates"])}
+    if estimate.refusal is None:
+        for each in its["estimates"]:
+            if each["doubly_robust"] is None:
+                del each["doubly_robust"]
+        tree |= {"warnings": list(describe_warnings(estimate)), "estimates": list(its["estimates"])}
     return tree
 
 
