@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from mmoe_rec.settings.sections import Serving
 
 TOKEN_VARIABLE = "MMOE_REC_TOKEN"
+_OF_MODELS = ("max_candidates", "stale_after_days", "products")  # settings that each model has for itself
 _READ = (".json", ".parquet", ".safetensors", ".yaml")  # what an artifact consists of, and loading reads or refuses
 
 
@@ -157,12 +158,10 @@ def _open_journal(address: str) -> None:
 def read_limits(folder: Path, overrides: Sequence[str]) -> tuple[Serving, dict[str, Any]]:
     """The section `serving` of the settings that a model was trained with, and of overrides; and what these alone say
     of settings that each model has for itself, which goes for models that are loaded later, too. Raises UserError."""
-    from mmoe_rec.server.options import OF_MODELS
-
     serving, given = load_settings(folder / "settings.yaml", overrides).serving, set[str]()
     for (_, *name), value in parse_overrides(overrides):
         given.update(name or value)  # or the whole section
-    return serving, {name: getattr(serving, name) for name in OF_MODELS if name in given}
+    return serving, {name: getattr(serving, name) for name in _OF_MODELS if name in given}
 
 
 def read_token(file: str | None, environment: Mapping[str, str] = os.environ) -> str | None:

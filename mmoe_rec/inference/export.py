@@ -86,10 +86,8 @@ def count_bytes(folder: Path) -> dict[str, int]:
 
 
 class DensePart(nn.Module):
-    """What a ranker computes from its inputs on, in one module without choices: all experts run on all rows.
-
-    An expert that fails is not left out, as a ranker does.
-    """
+    """What a ranker computes from its inputs on, in one module without choices: all experts run on all rows, and
+    one that fails is not left out."""
 
     def __init__(self, ranker: Ranker) -> None:
         super().__init__()
@@ -116,10 +114,8 @@ class DensePart(nn.Module):
 
 
 def write_onnx(folder: Path, ranker: Ranker, made: Path) -> None:
-    """Writes the model of an artifact folder, loaded as `ranker`, to an empty folder.
-
-    Raises UserError where a package is missing, or for a model that the exporter can't follow.
-    """
+    """Writes the model of an artifact folder, loaded as `ranker`, to an empty folder. Raises UserError for one that the
+    exporter can't follow."""
     dense = DensePart(ranker)
     example = inputs_of(ranker, json.loads((folder / EXAMPLE).read_text(encoding="utf-8")))
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # the exporter tells of libraries that no model here uses
@@ -252,10 +248,8 @@ Which row an id has, and what a number is, follows from the folder `features` of
 
 
 def draw_requests(folder: Path, ranker: Ranker, requests: int = REQUESTS) -> Iterator[dict[str, Any]]:
-    """Arguments of `Ranker.rank`: users and candidates that the model knows, in the context of its folder's example.
-
-    The same ones at every call. Of a model that knows no users or candidates only the example.
-    """
+    """Arguments of `Ranker.rank`, the same ones at every call: users and candidates that the model knows, in the
+    context of its folder's example; of a model that knows none only the example."""
     random = np.random.default_rng(0)
     example = json.loads((folder / EXAMPLE).read_text(encoding="utf-8"))
     names = ranker.pipeline.schema.columns

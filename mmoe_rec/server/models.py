@@ -180,10 +180,8 @@ class Reloads:
             raise
 
     def watch(self, state: str, seconds: float) -> None:
-        """Looks every few seconds from now on, in a thread of its own.
-
-        state: before the model was found that is served now; seconds: between looks, 0 for none.
-        """
+        """Looks every so many seconds from now on, in a thread of its own; 0: never. state: before the model was found
+        that is served now."""
         self._state = state
 
         def look() -> None:
@@ -195,10 +193,8 @@ class Reloads:
             threading.Thread(target=look, name="watch", daemon=True).start()
 
     def look(self) -> None:
-        """Looks once whether another model lies at the address, and if so takes it up.
-
-        One that can't be loaded is not tried again until the address's state changes.
-        """
+        """Takes up the model at the address if it is another one. One that can't be loaded is not tried again until the
+        address's state changes."""
         try:
             state = self._finder.state()
             error = None if state == self._state else self.ask().exception()

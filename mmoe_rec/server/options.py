@@ -19,8 +19,6 @@ MOST_CHARACTERS = 400
 MEBIBYTE = 2**20
 MOST_HEADER_BYTES = 64 * 2**10
 BACKLOG = 1_024
-OF_MODELS = ("max_candidates", "stale_after_days", "products")
-"""Settings of section `serving` that each model has for itself, as another one may take its place."""
 INVALID, INTERNAL = "INVALID_PARAMETER_VALUE", "INTERNAL_ERROR"  # as MLflow's server says
 
 
@@ -28,10 +26,9 @@ INVALID, INTERNAL = "INVALID_PARAMETER_VALUE", "INTERNAL_ERROR"  # as MLflow's s
 class Options:
     """How to serve.
 
-    limits: of calls; instead: of the settings that stay with each model (`OF_MODELS`), those that go for every model
-    that is served instead of its own; grace: seconds from SIGTERM to the end; token: which callers have to show, None
-    lets all in; journal: address of the journal of events, None takes none; log: how requests are logged, None does not
-    log them.
+    limits: of calls; instead: settings that go for every model that is served instead of its own; grace: seconds from
+    SIGTERM to the end; token: which callers have to show, None lets all in; journal: address of the journal of events,
+    None takes none; log: how requests are logged, None does not log them.
     """
 
     limits: Serving = field(default_factory=Serving)

@@ -342,10 +342,8 @@ def _follow(following: weakref.ref[Following], asked: threading.Event, look: thr
 
 
 def step_back() -> None:
-    """The calling thread gets less of a processor than those that answer requests, while more want one than there are.
-
-    On Linux alone, where threads have priorities of their own.
-    """
+    """The calling thread gets less of a processor than those that answer requests; on Linux alone, where threads have
+    priorities of their own."""
     if sys.platform == "linux":
         thread = threading.get_native_id()
         with suppress(OSError):

@@ -323,10 +323,8 @@ class Server(uvicorn.Server):
             task.add_done_callback(self._arriving.discard)
 
     def serve_on(self, bound: socket.socket, started: Callable[[], None]) -> None:
-        """Serves until a signal. started: is called in the event loop before the first request.
-
-        Raises UserError where it can't listen.
-        """
+        """Serves until a signal. started: is called in the event loop before the first request. Raises UserError where
+        it can't listen."""
         listen(bound)
         config = self.config
         config.load()
