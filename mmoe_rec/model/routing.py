@@ -111,21 +111,9 @@ def largest(gated: Gated) -> Tensor:
 
     assert gated.k is not None, "this rule takes a k"
     probabilities = gated.probabilities
-    chosen = _places_of_largest(probabilities.log() + gated.bias, min(gated.k, probabilities.shape[-1]))
+    k = min(gated.k, probabilities.shape[-1])
+    chosen = (probabilities.log() + gated.bias).topk(k, dim=-1, sorted=False).indices
     return torch.zeros_like(probabilities, dtype=torch.bool).scatter_(-1, chosen, True) & (probabilities > 0)
-
-
-def _places_of_largest(values: Tensor, k: int) -> Tensor:
-    """(..., k) int64. On a CPU a few maxima, one after the other, take half as long as `topk`."""
-    import torch
-
-    if k > 3 or values.is_cuda:
-        return values.topk(k, dim=-1, sorted=False).indices
-    found = [values.argmax(-1, keepdim=True)]
-    for _ in range(1, k):
-        values = values.scatter(-1, found[-1], float("-inf"))
-        found.append(values.argmax(-1, keepdim=True))
-    return torch.cat(found, dim=-1)
 
 
 def keep_selected(probabilities: Tensor, selected: Tensor, renormalise: bool) -> Tensor:
@@ -199,7 +187,7 @@ class TopK(RoutingRule):
     k_a_row = True
 
     def select(self, gated: Gated) -> Tensor:
-        """Selects the k largest of each gate."""
+        """Selects the k largest of each router."""
         return largest(gated)
 
 
@@ -231,18 +219,12 @@ class ExpertChoice(RoutingRule):
         return chosen & (probabilities > 0)
 
 
-class SharedRoute(RoutingRule):
+class SharedRoute(TopK):
     """One router picks k experts for all tasks, and each task's gate weighs these: exactly k are computed per row."""
 
     name = "shared_route"
     summary = "k experts chosen for all tasks together"
-    takes_bias = True
-    k_a_row = True
     one_router = True
-
-    def select(self, gated: Gated) -> Tensor:
-        """Selects the k largest of the router."""
-        return largest(gated)
 
     def weigh(self, gated: Gated, selected: Tensor | None, renormalise: bool) -> Tensor:
         """Each gate's softmax over the selected."""
@@ -254,12 +236,7 @@ class SharedRoute(RoutingRule):
         return weights
 
 
-RULES: list[RoutingRule] = [
-    Soft(),
-    TopK(),
-    ExpertChoice(),
-    SharedRoute(),
-]
+RULES: list[RoutingRule] = [Soft(), TopK(), ExpertChoice(), SharedRoute()]
 """The rules that settings may name."""
 
 
