@@ -21,7 +21,7 @@ from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import KW_ONLY, dataclass
 from itertools import chain, groupby
-from typing import Generic, NamedTuple, TypeVar, cast
+from typing import Generic, TypeVar, cast
 
 import numpy as np
 
@@ -137,23 +137,16 @@ class EpochOrder:
         return np.random.default_rng([self._seed, self.epoch, draw])
 
 
-class Piece(NamedTuple):
-    """Rows start to stop (exclusive) of a row group, permuted."""
-
-    group: int
-    start: int
-    stop: int
-
-
 @dataclass(frozen=True, eq=False)
 class Share:
     """A rank's n rows of one global batch.
 
-    pieces: where they are; index: (n,) int64, each row's place in the joined pieces, None where they are in order;
-    copies: (n,) bool, whether a row is a copy of the one before it, which may be another rank's, None where none is.
+    pieces: where they are, a row group and rows start to stop (exclusive) of it, permuted; index: (n,) int64, each
+    row's place in the joined pieces, None where they are in order; copies: (n,) bool, whether a row is a copy of the
+    one before it, which may be another rank's, None where none is.
     """
 
-    pieces: list[Piece]
+    pieces: list[tuple[int, int, int]]
     index: np.ndarray | None
     copies: np.ndarray | None
 
@@ -184,9 +177,7 @@ def take_share(parts: list[Part], *, rank: int, world_size: int, rank_rows: int)
         index = np.argsort(np.argsort(chosen))[within - first]
     groups = np.concatenate([part.window.groups for part in parts])
     starts = np.concatenate([part.starts for part in parts])
-    pieces = [
-        Piece(int(groups[i]), int(starts[i] + low[i]), int(starts[i] + high[i])) for i in np.flatnonzero(high > low)
-    ]
+    pieces = [(int(groups[i]), int(starts[i] + low[i]), int(starts[i] + high[i])) for i in np.flatnonzero(high > low)]
     in_order = np.array_equal(index, np.arange(stop - first))
     return Share(pieces, None if in_order else index, copies)
 
@@ -266,7 +257,7 @@ class TrainingReader:
         try:
             for ahead in chain(self._windows(start, epochs), [[]]):
                 needed = {
-                    (order.epoch, piece.group): order for order, share, _ in current + ahead for piece in share.pieces
+                    (order.epoch, group): order for order, share, _ in current + ahead for group, *_ in share.pieces
                 }
                 # Also lets go of the groups that no batch needs any more.
                 decoded = {

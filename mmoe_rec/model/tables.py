@@ -24,6 +24,8 @@ from mmoe_rec.model.layout import EmbeddingTable, ModelLayout
 INITIAL_DEVIATION = 0.01
 # Rows that share a generator. A rank fills any range of rows by drawing only the blocks that the range touches.
 BLOCK_ROWS = 65_536
+Pooled = tuple[list[str], list[int], Tensor]
+"""Names of inputs, the width of each, and the sums of their embeddings side by side, (B, sum of widths) float32."""
 
 
 def used_tables(layout: ModelLayout) -> list[EmbeddingTable]:
@@ -95,13 +97,19 @@ def torchrec_tables(layout: ModelLayout, device: torch.device | str = "meta") ->
 def by_name(embeddings: Any, dims: dict[str, int], ragged: Sequence[str], shares: Tensor | None) -> dict[str, Tensor]:
     """Mean embeddings from what a collection of either form gives: input name -> (B, dim) float32.
 
-    dims: width of each input's embedding; ragged, shares: see `Batch`, of the inputs whose sums have to be divided.
+    embeddings: means by name; or sums, as `Pooled` or torchrec's KeyedTensor. dims: width of each input's embedding;
+    ragged, shares: see `Batch`, of the inputs whose sums have to be divided.
     """
     if isinstance(embeddings, dict):
         return embeddings
+    names, widths, pooled = (
+        embeddings
+        if isinstance(embeddings, tuple)
+        else (embeddings.keys(), embeddings.length_per_key(), embeddings.values())
+    )
     # One split, whose gradient is one tensor; inputs picked one by one would each give a gradient as wide as all.
-    parts = embeddings.values().split(embeddings.length_per_key(), dim=1)
-    sums = {name: from_stored(part, dims[name]) for name, part in zip(embeddings.keys(), parts, strict=True)}
+    parts = pooled.split(widths, dim=1)
+    sums = {name: from_stored(part, dims[name]) for name, part in zip(names, parts, strict=True)}
     if shares is None:
         return sums
     return sums | {name: sums[name] * each[:, None] for name, each in zip(ragged, shares, strict=True)}

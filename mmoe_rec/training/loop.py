@@ -252,10 +252,7 @@ class Trainer:
         if step is None:
             return None
         assert step.batch.position is not None
-        if step.bad:
-            self.bad_batches.leave_out(step.batch, step.logits, self.result.steps + 1, step.bad)
-        else:
-            self.bad_batches.reset()
+        if self.bad_batches.check(step, self.result.steps + 1):
             meter.add(len(step.batch), step.losses, step.observed)
         self.position = step.batch.position
         self.result.steps += 1

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
+from types import SimpleNamespace
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
@@ -317,7 +318,8 @@ def plan_on_paper(
     """
     from torchrec.distributed.planner.types import PlannerError
 
-    listener = _Listener()
+    options: list[Any] = []
+    listener = SimpleNamespace(log=lambda *, best_plan, **_: options.extend(best_plan))
     update_in_backward(model, learning_rate=1.0)  # what it keeps takes memory
     try:
         plan = planner(layout, machines, batch_size, listener).plan(model, sharders())
@@ -331,21 +333,10 @@ def plan_on_paper(
             "`training.batch_size` lower, or use more ranks"
         ) from None
     taken, times = [0] * machines.world_size, [0.0] * machines.world_size
-    for part in (part for option in listener.options for part in option.shards):
+    for part in (part for option in options for part in option.shards):
         taken[part.rank] += part.storage.hbm + part.storage.ddr
         times[part.rank] += part.perf.total
     return describe_plan(plan), [RankPlan(*each) for each in zip(itertools.count(), taken, times)]
-
-
-class _Listener:
-    """Keeps what the planner reports of its plan."""
-
-    def __init__(self) -> None:
-        self.options: Sequence[Any] = ()
-
-    def log(self, *, best_plan: Sequence[Any], **_: Any) -> None:
-        """Called by the planner."""
-        self.options = best_plan
 
 
 def describe_plan(plan: Any) -> str:

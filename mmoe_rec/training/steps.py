@@ -251,26 +251,22 @@ class BadBatches:
         self.skipped = 0
         self._in_a_row = 0
 
-    def reset(self) -> None:
-        """The step was a good one."""
-        self._in_a_row = 0
-
-    def leave_out(self, batch: Batch, logits: Tensor, step: int, what: str) -> None:
-        """Skips a step, or raises UserError, as every rank does at the same step.
-
-        what: what is not finite: "loss" or "gradient".
-        """
+    def check(self, step: Step, number: int) -> bool:
+        """Whether a step counts; raises UserError where training is to stop, as every rank does at the same step."""
+        if step.bad is None:
+            self._in_a_row = 0
+            return True
         self.skipped += 1
         self._in_a_row += 1
         if self.policy == "skip" and self._in_a_row <= IN_A_ROW_AT_MOST:
-            return
-        file = self.folder / f"bad_batch.step{step}.rank{dist.get_rank()}.pt"
+            return False
+        file = self.folder / f"bad_batch.step{number}.rank{dist.get_rank()}.pt"
         with atomic_file(file) as path:
-            torch.save(_content(batch, logits), path)
+            torch.save(_content(step.batch, step.logits), path)
         tried = f" in {self._in_a_row} steps, one after the other," if self.policy == "skip" else ""
         raise UserError(
-            f"the {what} of step {step}{tried} is not finite; the batch is saved as '{file}' (torch.load): look there "
-            "for extreme inputs, lower training.learning_rate or training.table_learning_rate, or set "
+            f"the {step.bad} of step {number}{tried} is not finite; the batch is saved as '{file}' (torch.load): look "
+            "there for extreme inputs, lower training.learning_rate or training.table_learning_rate, or set "
             "training.on_bad_loss to skip"
         )
 

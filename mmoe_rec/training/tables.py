@@ -24,7 +24,7 @@ from torch.nn import functional
 from mmoe_rec.batches.batch import KeyedIds
 from mmoe_rec.errors import UserError
 from mmoe_rec.model.layout import ModelLayout
-from mmoe_rec.model.tables import stored_width, used_tables
+from mmoe_rec.model.tables import Pooled, stored_width, used_tables
 from mmoe_rec.training.fbgemm import require_torchrec, share_cpuinfo, torchrec_installed
 
 _MOST_INT32 = 2**31 - 1  # sorting numbers of 32 bits takes two thirds of the time
@@ -178,27 +178,6 @@ class _LookUp(torch.autograd.Function):
 EPS = 1e-8  # as fbgemm has it where nothing else is said
 
 
-@dataclass(frozen=True)
-class Pooled:
-    """Sums of the embeddings of each input, with the methods of torchrec's KeyedTensor that are read."""
-
-    names: list[str]
-    widths: list[int]
-    sums: Tensor
-
-    def keys(self) -> list[str]:
-        """Names of the inputs."""
-        return self.names
-
-    def values(self) -> Tensor:
-        """(B, sum of widths) float32."""
-        return self.sums
-
-    def length_per_key(self) -> list[int]:
-        """Width of each input."""
-        return self.widths
-
-
 class OneProcessTables(nn.Module):
     """The tables of a layout, as wide as they are stored; zeros until they are filled.
 
@@ -234,8 +213,7 @@ class OneProcessTables(nn.Module):
         assert list(ids.keys) == self._names, "a batch has the inputs of its layout, in the same order"
         if not self._names:
             return {}
-        sums = self.look_up(ids.values, ids.offsets)
-        return Pooled(self._names, [place.width for place in self._tables.places], sums)
+        return self._names, [place.width for place in self._tables.places], self.look_up(ids.values, ids.offsets)
 
     def look_up(self, values: Tensor, offsets: Tensor) -> Tensor:
         """(B, sum of widths) float32, by the parts of a `KeyedIds`."""
@@ -309,7 +287,7 @@ def _look_up_directly(module: Any, names: list[str], widths: list[int], ids: Any
     keys = ids.keys()
     if keys != names:
         ids = ids.permute([keys.index(name) for name in names])
-    return Pooled(names, widths, module(ids.values(), ids.offsets().long()))
+    return names, widths, module(ids.values(), ids.offsets().long())
 
 
 # The ways in which tables on a CPU are looked up and updated: fbgemm's kernels, and plain PyTorch.

@@ -28,7 +28,7 @@ from mmoe_rec.training import tables as tables_module
 from mmoe_rec.training.checkpoint import load_plain
 from mmoe_rec.training.ranks import process_group
 from mmoe_rec.training.sharding import shard
-from mmoe_rec.training.tables import Pooled, Way, choose_way, list_ways, look_up_directly, table_batches, use_way
+from mmoe_rec.training.tables import Way, choose_way, list_ways, look_up_directly, table_batches, use_way
 from tests.model.examples import LAYOUT, random_rows, small_model
 from tests.reference.model import adagrad
 from tests.training.ranks import CPU, save_weights
@@ -130,7 +130,7 @@ def steps(layout: ModelLayout, batch: Batch, way: Any, direct: bool) -> list[Ten
         for _ in range(3):
             sharded.table_optimizer.zero_grad()
             pooled = tables(batch.ids)
-            assert isinstance(pooled, Pooled) is direct
+            assert isinstance(pooled, tuple) is direct
             means = by_name(pooled, dims, batch.ragged, batch.shares)
             found += [means[each.name].detach().clone() for each in layout.ids]
             weights = torch.linspace(-1, 1, len(batch))[:, None]
