@@ -47,19 +47,3 @@ def test_all_parts_run_and_are_written_down(tmp_path: Path, monkeypatch: pytest.
     table = (tmp_path / "gpu.md").read_text(encoding="utf-8").splitlines()
     assert len(table) == 4 + len(found["figures"])
     assert "| training | batch 64, tables of 100, fp32 | whole |" in "\n".join(table)
-
-
-@pytest.mark.parametrize(
-    ("kernel", "kind"),
-    [
-        ("split_embedding_backward_codegen_rowwise_adagrad_unweighted_kernel_warp_per_row_1", "tables"),
-        ("sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64", "products"),
-        ("void at::native::multi_tensor_apply_kernel<FusedAdamMathFunctor>", "optimizer"),
-        ("Memcpy HtoD (Pinned -> Device)", "copies"),
-        ("void at::native::vectorized_elementwise_kernel<silu>", "others"),
-        ("aten::addmm", "products"),
-        ("aten::copy_", "copies"),
-    ],
-)
-def test_kernels_are_known_by_their_names(kernel: str, kind: str) -> None:
-    assert gpu_parts.kind_of(kernel) == kind

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.abc
 import json
+import runpy
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,13 +21,22 @@ pytestmark = pytest.mark.thorough
 ROOT = Path(__file__).parents[2]
 RANK = """
 import json, sys
-from tests.training.blocked import Blocked
+from tests.training.test_without_torchrec import Blocked
 sys.meta_path.insert(0, Blocked())
 import mmoe_rec
 ranked = mmoe_rec.Ranker.load(sys.argv[1]).rank({"user": 3}, {}, {"item": [1, 2, 3, 4], "price": [0.0] * 4})
 print(json.dumps(ranked.candidates))
 print({"torchrec", "fbgemm_gpu"} & set(sys.modules))
 """
+
+
+class Blocked(importlib.abc.MetaPathFinder):
+    """Finds nothing of these packages, and lets nobody else find it."""
+
+    def find_spec(self, fullname: str, path: Sequence[str] | None = None, target: object = None) -> None:
+        """As a package that is not there."""
+        if fullname.partition(".")[0] in ("torchrec", "fbgemm_gpu"):
+            raise ModuleNotFoundError(f"No module named {fullname!r}", name=fullname)
 
 
 @dataclass(frozen=True)
@@ -42,7 +54,11 @@ class World:
 def command(*words: str, ends_with: int = 0) -> subprocess.CompletedProcess[str]:
     """A command in a process that finds neither package."""
     done = subprocess.run(
-        [sys.executable, "-m", "tests.training.blocked", *words], cwd=ROOT, capture_output=True, text=True, check=False
+        [sys.executable, "-m", "tests.training.test_without_torchrec", *words],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == ends_with, done.stderr
     return done
@@ -93,3 +109,9 @@ def test_a_plan_says_so_in_one_sentence(world: World) -> None:
     said = command("mmoe_rec", "plan", *words, ends_with=2).stderr
     assert "a plan needs torchrec and fbgemm, which" in said
     assert "Traceback" not in said
+
+
+if __name__ == "__main__":
+    sys.meta_path.insert(0, Blocked())
+    sys.argv = sys.argv[1:]
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
