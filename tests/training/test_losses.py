@@ -28,7 +28,6 @@ from mmoe_rec.training.warm_start import base_rates, set_base_rates
 from tests.reference.model import loss as reference_loss
 from tests.training.learnable import (
     CPU,
-    GIVEN,
     LAYOUT,
     LAYOUTS,
     MODEL,
@@ -92,19 +91,12 @@ def test_both_together_are_finite_for_extreme_logits() -> None:
 LEARNT = {"task_weighting": "uncertainty"}
 
 
-# With a task that is given another one, everything that a loss can be made of.
-ALL = LEARNT | {"sampling_correction": "weights"}
 LOG_VARIANCES = torch.tensor([0.3, -0.8, 1.1], dtype=torch.float64)
 
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> FeatureFolder:
     return write_prepared(tmp_path_factory.mktemp("prepared"), LAYOUT)
-
-
-@pytest.fixture(scope="module")
-def given(tmp_path_factory: pytest.TempPathFactory) -> FeatureFolder:
-    return write_prepared(tmp_path_factory.mktemp("given"), GIVEN)
 
 
 def saved_log_variances(folder: Path) -> torch.Tensor:

@@ -24,7 +24,6 @@ from tests.training.learnable import CPU, GIVEN
 TASKS = len(LAYOUT.tasks)
 BINARY = ("click", "like")
 EXPERTS = 4
-EVEN = Utilisation(torch.full((TASKS, EXPERTS), 0.25), torch.full((TASKS, EXPERTS), 0.25))
 
 
 class Told(torch.nn.Module):
