@@ -5,7 +5,7 @@ k = 1: the weight would be 1 whatever the logits, and a gate would never learn. 
 Outside training a model may run with fewer experts than it was trained with: then every rule takes the k largest
 (V-MoE: Riquelme et al., NeurIPS 2021).
 
-A new rule is one subclass of `RoutingRule` and one line of the list `RULES`.
+A new rule is one subclass of `RoutingRule` and one entry of the list `RULES`.
 
 Shapes: B rows, G gates, E experts, R routers: one chooses experts for each gate, or one for all gates.
 """
