@@ -13,7 +13,7 @@ from tests.pipelines.learnable_log import settings_tree, write_files
 
 pytestmark = pytest.mark.thorough
 EXPERTS = 4
-RULES = "RULES: list[RoutingRule] = [Soft()"
+RULES = "RULES: list[RoutingRule] = [Soft(), TopK(), ExpertChoice(), SharedRoute()]"
 
 RULE = '''class AboveAverage(RoutingRule):
     """The experts whose probability is at least the average: as many as the row needs."""
@@ -53,7 +53,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What the script found in a package that has a rule more."""
     folder = tmp_path_factory.mktemp("added")
     package = AddedPackage(folder)
-    package.replace("model/routing.py", RULES, f"{RULE}\n\n{RULES}, AboveAverage()")
+    package.replace("model/routing.py", RULES, f"{RULE}\n\n{RULES[:-1]}, AboveAverage()]")
     model = {
         "bottom": {"units": [16], "cross_layers": 1, "cross_rank": 8},
         "experts": {"count": EXPERTS, "units": [8], "compute": "grouped"},
