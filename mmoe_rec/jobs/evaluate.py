@@ -113,7 +113,6 @@ def check_tasks(settings: Settings, schema: Schema) -> None:
 
 PROMOTION = "promotion"
 """Folder of a run's files, of what `promote` measures."""
-_OF_ROWS = ("log", "rows", "requests", "caution")
 
 
 def log_evaluation(
@@ -145,7 +144,8 @@ def log_evaluation(
             heading, section = f"{heading} of another log or split", f"other_{split}_rows"
             place = f"{place}_of_other_rows" if place != PROMOTION else place
         sentences = quoted([*describe_verdicts(results), *(each.message for each in find_all(results))])
-        facts = "\n".join(f"- {fact}: {text}" for fact, text in results.facts.items() if fact in _OF_ROWS)
+        of_rows = ("log", "rows", "requests", "caution")
+        facts = "\n".join(f"- {fact}: {results.facts[fact]}" for fact in of_rows if fact in results.facts)
         page = f"Report: `{place}/report.html` of the artifacts."
         run.describe(heading, f"{sentences}\n\n{facts}\n\n{page}\n\n{as_code(command())}")
         numbers = {  # the ends of intervals get a section of charts of their own
@@ -269,8 +269,7 @@ def evaluate_found(
 
 
 def measured_on_test_rows(settings: Settings, models: Sequence[Source]) -> list[MeasuredModel]:
-    """Metrics on the test rows, without slices, of models that have the same features, for which rows are encoded
-    once."""
+    """Metrics on the test rows, encoded once, without slices, of models that have the same features."""
     from mmoe_rec.inference.ranker import Ranker
 
     measured, (first, *_) = [], models
@@ -285,8 +284,7 @@ def measured_on_test_rows(settings: Settings, models: Sequence[Source]) -> list[
 
 
 def scored_rows(settings: Settings, model: Source, name: str, split: str = "test") -> ScoredRows:
-    """The rows of a split as a model scores them. Raises UserError where its tasks mean something else,
-    NotFiniteError."""
+    """The rows of a split as a model scores them. Raises UserError where its tasks mean something else."""
     from mmoe_rec.inference.ranker import Ranker
 
     ranker = Ranker.load(model.folder)
@@ -324,22 +322,19 @@ def _measure(
 
 def _facts(settings: Settings, scored: ScoredRows, split: str) -> dict[str, str]:
     """What a reader wants to know of the rows."""
-    rows = settings.split
-    facts = {"log": settings.data.log}
+    rows, facts = settings.split, {"log": settings.data.log}
     if rows.column is not None:
         facts["rows"] = f"those with {' or '.join(map(str, getattr(rows, split)))} in column '{rows.column}'"
     else:
-        begin, end = (rows.train_end, rows.validation_end)
-        if split == "test":
-            begin, end = rows.validation_end, rows.test_end
+        ends = rows.train_end, rows.validation_end, rows.test_end
+        begin, end = ends[1:] if split == "test" else ends[:2]
         until = "the end of the log" if end is None else f"{end:%Y-%m-%d %H:%M} UTC"
         facts["requests"] = f"from {begin:%Y-%m-%d %H:%M} UTC to {until}"
     if split == "validation":
         facts["caution"] = "these rows chose the state of the model, so it looks better on them than on others"
     if settings.columns.weight is not None:
         facts["rows count"] = f"by column '{settings.columns.weight}'"
-    for task in scored.layout.tasks:
-        label = scored.labels[:, [each.name for each in scored.layout.tasks].index(task.name)]
+    for task, label in zip(scored.layout.tasks, scored.labels.T, strict=True):
         seen = ~np.isnan(label)
         observed, weights = label[seen], None if scored.weights is None else scored.weights[seen]
         of = "" if weights is None else " by weights"

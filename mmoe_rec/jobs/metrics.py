@@ -220,13 +220,12 @@ class MeasureJob:
 def send_part(job: MeasureJob, number_and_part: tuple[int, LogPart]) -> None:
     """Reads a part, checks its rows and sends them. Raises BadFile for a wrong value."""
     number, part = number_and_part
-
-    def tables() -> Iterator[tuple[pa.Table, np.ndarray]]:
-        for piece in part.pieces:
-            for table in read_rows(job.columns, piece, ROWS_AT_A_TIME):
-                yield table.drop_columns(["hash"]), partition_of(table["hash"].to_numpy(), job.rows.receivers)
-
-    job.rows.send_in_turns(ROWS, (number, 0), tables())
+    tables = (
+        (table.drop_columns(["hash"]), partition_of(table["hash"].to_numpy(), job.rows.receivers))
+        for piece in part.pieces
+        for table in read_rows(job.columns, piece, ROWS_AT_A_TIME)
+    )
+    job.rows.send_in_turns(ROWS, (number, 0), tables)
 
 
 SlicedSums = dict[tuple[str, str], EvaluationSums]

@@ -457,10 +457,7 @@ def finish_part(out: Output, constants: Mapping[str, str], number: int) -> None:
 
 
 def microseconds(time: str) -> int:
-    """An ISO time in microseconds since 1970 UTC; one without an offset is in UTC.
-
-    Raises UserError for another text.
-    """
+    """An ISO time (in UTC, without an offset) in microseconds since 1970 UTC. Raises UserError for another text."""
     try:
         moment = datetime.fromisoformat(time)
     except ValueError:

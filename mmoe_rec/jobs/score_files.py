@@ -172,15 +172,12 @@ class Output:
             raise UserError(f"--input '{source}' takes in the files of --output '{address}'; give a folder outside it")
         if self.folder.exists() and not self.folder.is_dir():
             raise UserError(f"--output '{address}' is a file; give a new or empty folder")
-        if self.folder.is_dir():
-            names = sorted(each.name for each in self.folder.iterdir())
-            manifest = self.manifest
-            others = [name for name in names if manifest is None or name not in {"_manifest.json", *manifest["parts"]}]
-            if others:
-                raise UserError(
-                    f"--output '{address}' holds something else than scores, such as '{others[0]}'; give a new or "
-                    "empty folder, or one with scores that may be replaced"
-                )
+        ours = set[str]() if (manifest := self.manifest) is None else {"_manifest.json", *manifest["parts"]}
+        if others := {each.name for each in self.folder.glob("*")} - ours:
+            raise UserError(
+                f"--output '{address}' holds something else than scores, such as '{min(others)}'; give a new or empty "
+                "folder, or one with scores that may be replaced"
+            )
 
     @property
     def manifest(self) -> dict[str, Any] | None:

@@ -63,17 +63,17 @@ class LogColumns:
         have, or can't be sliced by.
         """
         wanted, options = settings.evaluation.slices, build_options(settings)
+        source, skip = settings.data.log, options.skip_bad_files
         pipeline = FeaturePipeline.load(artifact / "features", memories=False)
         schema = adapt_schema(settings, pipeline.schema)
         uses = column_uses(schema)
         usual = [name for name in schema.roles.placement if uses.get(name) in ("key", "number", "any")]
-        words = usual if wanted is None else wanted
-        by = tuple(SliceBy.of(word, OPTION) for word in words)
+        by = tuple(SliceBy.of(word, OPTION) for word in (usual if wanted is None else wanted))
         if not by:
             return None
         if twice := next((each.name for each in by if [one.name for one in by].count(each.name) > 1), None):
             raise UserError(f"{OPTION} names '{twice}' twice")
-        if not schema.columns.has_candidate and options.skip_bad_files:
+        if not schema.columns.has_candidate and skip:
             why = (
                 "slices by columns of the log need columns.candidate where files may be left out "
                 "(data.skip_bad_files): without it rows are told apart by their number in the log"
@@ -85,19 +85,12 @@ class LogColumns:
                 say(f"'{each.column}' is a label: slices by it are by what happened, not by what was known before")
         more: dict[str, Use] = {each.column: "any" for each in by if each.column not in uses}
         try:
-            log = Log(
-                settings.data.log,
-                schema,
-                skip_bad_files=options.skip_bad_files,
-                types=pipeline.key_types,
-                now=options.now,
-                more=more,
-            )
+            log = Log(source, schema, skip_bad_files=skip, types=pipeline.key_types, now=options.now, more=more)
         except BadFile as error:
             raise UserError(f"{error} ({OPTION})" if more else str(error)) from None
         for each in by:  # before rows are scored
             _values_of(each, pa.nulls(0, log.types.get(each.column, pa.null())))
-        return LogColumns(log, by, wanted is None, options.skip_bad_files)
+        return LogColumns(log, by, wanted is None, skip)
 
     def read(self, scored: ScoredRows) -> SlicedRows | None:
         """The slices of rows; None where they can't be told, and nothing was asked for.
