@@ -74,7 +74,7 @@ ELSEWHERE = {
     ),
     "export --out --int8": "pipelines/test_export.py::test_a_model_in_int8_with_its_figures",
     "export --out --onnx": "pipelines/test_export.py::test_an_export_is_replaced_and_nothing_else_is",
-    "baselines": "jobs/test_baselines_command.py::test_a_model_stands_beside_what_it_has_to_beat",
+    "baselines": "jobs/test_baselines.py::test_a_model_stands_beside_what_it_has_to_beat",
     "tune-weights --goal --keep": "jobs/test_tune_weights.py::test_the_choice_is_told_on_test_rows",
     "off-policy --log --tasks --columns --where": ("jobs/test_off_policy_command.py::test_one_log_tells_of_the_other"),
     "promote --challenger": (
