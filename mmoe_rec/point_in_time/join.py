@@ -32,7 +32,7 @@ def in_window(times: np.ndarray, window: Window) -> np.ndarray:
 
 def in_any(times: np.ndarray, windows: Iterable[Window]) -> np.ndarray:
     """(N,) bool: whether a time lies in one of several windows."""
-    return np.any([in_window(times, window) for window in windows], axis=0)
+    return np.any([np.zeros(len(times), bool), *(in_window(times, window) for window in windows)], axis=0)
 
 
 def sorted_order(key: np.ndarray, time: np.ndarray, value: np.ndarray | None = None) -> np.ndarray:

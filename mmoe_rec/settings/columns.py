@@ -170,7 +170,7 @@ class Task(Section):
     kind: Literal["binary", "regression"] = Field("binary", description="binary (labels 0 and 1) or regression")
     observed_when: ObservedWhen | None = Field(None, description="condition for the label to be known")
     given: str | None = Field(None, description="binary task without which this one cannot happen (ESMM 2018)")
-    matures_after_days: float = Field(0.0, ge=0, le=36_500, description="days until the final label, unobserved before")
+    matures_after_days: float = Field(0.0, ge=0, le=36_500, description="days until its label is final; unknown before")
 
 
 # A row of an event log, as a task: its label is always 1 and known at once. No log has a column of that name.

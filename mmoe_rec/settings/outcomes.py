@@ -56,7 +56,7 @@ class Outcomes(Section):
         description="the events that say which candidates were shown, with the columns of roles.placement; others are "
         "left out. null: all that were replied were shown",
     )
-    top: int | None = Field(None, ge=1, description="only so many best of a request were shown; null with `shown`")
+    top: int | None = Field(None, ge=1, description="so many best of a request were shown; null with `shown`")
     rank: str | None = Field(None, description="placement column with the rank in the reply, from 1; null with `shown`")
     labels: dict[str, LabelSource] = Field({}, description="column of a label or observed_when -> events it is from")
     wait_days: float = Field(0.05, ge=0, le=365, description="days for events to arrive after a request's last window")

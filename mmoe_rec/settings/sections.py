@@ -254,7 +254,7 @@ class Training(Section):
         description="best model: highest mean AUC over the binary tasks with 50 validation rows of each label (loss, "
         "if there are none), or lowest weighted loss",
     )
-    calibration: Literal["none", "temperature", "isotonic"] = Field("none", description="correction of probabilities")
+    calibration: Literal["none", "temperature", "isotonic"] = Field("none", description="correction on validation rows")
     task_weighting: Literal["fixed", "uncertainty"] = Field(
         "fixed",
         description="tasks count by their `loss_weight` alone, or by learnt uncertainties (Kendall 2018) as well",
@@ -281,7 +281,7 @@ class Evaluation(Section):
         "label (R2, if there are none), or one of the score, such as score.ndcg_at_10",
     )
     margin: float = Field(0.005, ge=0, description="AUC, or R2, that a model may lose for any task, with its interval")
-    calibration: float = Field(1.25, gt=1, description="factor probabilities may be off by unless the other's are more")
+    calibration: float = Field(1.25, gt=1, description="factor by which probabilities may be off, or the other's are")
     slices: tuple[str, ...] | None = Field(
         None,
         description="what reports slice rows by, besides new users and candidates and activity: columns of the log, or "

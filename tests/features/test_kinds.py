@@ -293,6 +293,17 @@ def test_hour_and_weekday_are_those_of_the_zone(moments, zone):
     assert {table.name: table.rows for table in pipeline.layout.tables} == {"f_weekday": 8, "f_hour": 25}
 
 
+@pytest.mark.parametrize("zone", ["UTC", "Europe/Berlin", "Africa/Monrovia", "Australia/Lord_Howe"])
+def test_many_times_are_read_as_few_are(zone):
+    moments = np.random.default_rng(0).integers(-(2**55), 2**59, 1000)
+    moments[:3] = np.iinfo(np.int64).min, np.iinfo(np.int64).max, 0
+    encoder = _fitted({"kind": "time", "column": "x", "timezone": zone}, x=pa.array([0], pa.timestamp("us")))[
+        0
+    ].encoders["f"]
+    few = [encoder._read(moments[start : start + 10]) for start in range(0, 1000, 10)]
+    np.testing.assert_array_equal(encoder._read(moments), np.concatenate(few, axis=1))
+
+
 def test_the_clock_goes_back_in_autumn():
     times = [datetime(2023, 10, 29, hour, 30, tzinfo=UTC) for hour in (0, 1, 2)]
     feature = {"kind": "time", "column": "x", "timezone": "Europe/Berlin", "parts": ["hour"]}

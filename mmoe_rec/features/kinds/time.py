@@ -19,6 +19,7 @@ from mmoe_rec.settings.schema import Feature, Meaning, Once, Schema
 
 _MISSING = np.iinfo(np.int64).min
 _CALENDAR_CYCLE = 146_097 * MICROSECONDS_PER_DAY  # 400 years
+_FEW_TIMES = 256  # up to which Python's calendar, of .6 microseconds a time, is faster than pandas's
 _FIRST_DAY, _LAST_DAY = np.array(["0001-01-02", "9999-12-30"], "datetime64[us]").astype(np.int64)
 
 
@@ -109,8 +110,14 @@ class TimeEncoder(NumberEncoder):
         # Python's calendar ends with the years 1 and 9999; it repeats, days of the week included.
         known = np.where(times < _FIRST_DAY, _FIRST_DAY + (times - _FIRST_DAY) % _CALENDAR_CYCLE, times)
         known = np.where(times > _LAST_DAY, _LAST_DAY - (_LAST_DAY - times) % _CALENDAR_CYCLE, known)
-        local = (datetime.fromtimestamp(second, zone) for second in (known // 1_000_000).tolist())
-        read = np.array([(each.hour, each.weekday()) for each in local], np.int64).reshape(-1, 2).T
+        if len(times) > _FEW_TIMES:
+            import pandas as pd
+
+            index = pd.DatetimeIndex(known.view("datetime64[us]")).tz_localize("UTC").tz_convert(zone)
+            read = np.array([index.hour, index.day_of_week], np.int64)
+        else:
+            local = (datetime.fromtimestamp(second, zone) for second in (known // 1_000_000).tolist())
+            read = np.array([(each.hour, each.weekday()) for each in local], np.int64).reshape(-1, 2).T
         return np.where(times == _MISSING, 0, 1 + read)
 
 
