@@ -33,7 +33,6 @@ from mmoe_rec.tracking import registry, runs
 from mmoe_rec.tracking.outbox import list_waiting_runs
 from mmoe_rec.tracking.registry import check_mlflow
 from mmoe_rec.tracking.runs import Run
-from mmoe_rec.training.fbgemm import torchrec_installed
 from mmoe_rec.training.origin import Origin, Start, fixed_settings, result_settings
 
 if TYPE_CHECKING:
@@ -73,7 +72,7 @@ def train_model(
         with _open_run(workspace, parent) as run:
             _log_start(run, workspace)
             trainer = _make_trainer(run, workspace)
-            _log_choices(run, trainer.choices, workspace.first)
+            _log_choices(run, trainer.choices)
             result = trainer.run()
             return _finish(run, workspace, result, register) if workspace.first else None
 
@@ -117,9 +116,7 @@ def _make_trainer(run: Run, workspace: Workspace) -> Trainer:
     )
 
 
-def _log_choices(run: Run, choices: Choices, first: bool) -> None:
-    if first:
-        say(f"computing in {choices}")
+def _log_choices(run: Run, choices: Choices) -> None:
     values = asdict(choices)
     tags = {f"choices.{name}": str(value) for name, value in values.items() if name != "measured"}
     run.record(tags=tags, files={"choices.json": values})
@@ -130,11 +127,6 @@ def _log_start(run: Run, workspace: Workspace) -> None:
     settings, manifest, start = workspace.settings, workspace.manifest, workspace.origin.start
     if workspace.first:
         say(f"MLflow run: {run.address}")
-        if not torchrec_installed():
-            say(
-                "tables are trained by plain PyTorch in one process, since torchrec (fbgemm) is not installed: "
-                "`mmoe-rec doctor` says what to type for sharded tables"
-            )
     sections = {"model", "training", "split", "data", "evaluation", "serving"}
     tags = {"data.digest": manifest["digest"], "features.fingerprint": manifest["fingerprint"]}
     tags["data.files_left_out"] = len(manifest["left_out"])  # which and why is in data.json

@@ -28,7 +28,7 @@ from mmoe_rec.model.layout import ModelLayout
 from mmoe_rec.model.mmoe import RankingModel, build_model
 from mmoe_rec.model.products import set_products
 from mmoe_rec.preprocessing.prepare import FeatureFolder
-from mmoe_rec.progress import bar
+from mmoe_rec.progress import bar, say
 from mmoe_rec.settings.model import Model
 from mmoe_rec.settings.sections import Training
 from mmoe_rec.training.checkpoint import (
@@ -168,6 +168,13 @@ class Trainer:
             first_rows=None if warm_start is None else warm_start.rows,
             way=choices.tables,
         )
+        if self.rank == 0:
+            say(f"computing in {choices}")
+            if not torchrec_installed():
+                say(
+                    "tables are trained by plain PyTorch in one process, since torchrec (fbgemm) is not installed: "
+                    "`mmoe-rec doctor` says what to type for sharded tables"
+                )
         return sharded, choices
 
     def _choices(self, model: RankingModel, before: Choices | None) -> Choices:
