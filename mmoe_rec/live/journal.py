@@ -143,7 +143,7 @@ class Journal:
         with self._writer:
             if not position.done():
                 self._append_together([self._waiting.popleft() for _ in range(len(self._waiting))])
-        return position.result()
+        return position.result(0)  # whoever had the lock before has set it
 
     def end(self) -> int:
         """The position of the last batch, 0 for none. It costs little where SQLite's mark says so."""

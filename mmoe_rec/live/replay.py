@@ -23,7 +23,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from mmoe_rec.atomic import write_text
-from mmoe_rec.errors import RequestError, UserError
+from mmoe_rec.errors import RequestError, StoppedError, UserError
 from mmoe_rec.features.kinds.history import HistoryEncoder
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.inference.artifact import read_artifact, version_of
@@ -108,6 +108,7 @@ def replay(
 
     Raises:
         UserError: the log, the model, the period or the logged requests can't be used.
+        StoppedError: Ctrl-C.
     """
     if start >= end:
         raise UserError(f"--from {format_time(start)} is not before --to {format_time(end)}")
@@ -135,6 +136,8 @@ def replay(
             compared = compare(period, logged, pipeline, explanations if values else None)
         except RequestError as error:
             raise UserError(f"the model refuses what the log holds: {error}") from None
+        except KeyboardInterrupt:
+            raise StoppedError("nothing of this replay is kept") from None
         finally:
             shutil.rmtree(folder, ignore_errors=True)
     report = {

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mmoe_rec.errors import UserError
+from mmoe_rec.errors import StoppedError, UserError
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.inference.artifact import version_of
 from mmoe_rec.inference.ranking import Ranking
@@ -250,6 +250,16 @@ def test_batches_are_cut(world: World, tmp_path: Path, monkeypatch: pytest.Monke
     compared, server = world.replayed(tmp_path)
     assert wrong(compared) == {}
     assert max(len(fed) for _, fed in server.fed if isinstance(fed, pa.Table)) == 2
+
+
+def test_ctrl_c_leaves_nothing(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(job, "feed", stop)
+    with pytest.raises(StoppedError, match="nothing of this replay is kept"):
+        replay(world.small.settings, FROM, FROM + DAY, str(world.small.folder))
+    assert not (Path(world.small.settings.data.work) / "replay").exists()
 
 
 def test_what_cannot_be_replayed(world: World, tmp_path: Path) -> None:
