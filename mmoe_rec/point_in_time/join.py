@@ -217,6 +217,11 @@ class LookUps:
         return replace(self, time=np.maximum(self.time, floor))
 
     @cached_property
+    def groups(self) -> KeyGroups:
+        """The keys, rising, of sorted look-ups."""
+        return KeyGroups(self.key)
+
+    @cached_property
     def unit(self) -> int:
         """Microseconds that all times are whole multiples of, so that less room is needed to tell them apart."""
         return next((unit for unit in _UNITS if not (self.time % unit).any()), 1)
@@ -260,6 +265,15 @@ class Join(Search):
     """Events and a log's sorted look-ups, which are merged as single numbers that rise with key, then time."""
 
     _ticks: _Ticks | None = None
+
+    @cached_property
+    def _remembered(self) -> tuple[np.ndarray, np.ndarray]:
+        # Keys of a partition share their first bits, so an index would put them into few buckets.
+        keys, asked = self.events.distinct, self.asked.groups
+        group = np.searchsorted(keys, asked.distinct)
+        there = keys.take(group, mode="clip") == asked.distinct if len(keys) else group < 0
+        rows = np.flatnonzero(there[asked.number])
+        return rows, group[asked.number[rows]]
 
     def _last(self, group: np.ndarray, times: np.ndarray, earlier: int) -> np.ndarray:
         unit = math.gcd(self.asked.unit, earlier)
