@@ -17,11 +17,12 @@ from mmoe_rec.cli.main import Configuration, out_option, settings_command, show
 def inspect(configuration: Configuration, out: Path | None) -> None:
     settings = configuration.settings
     from mmoe_rec.inspection import health as inspection
-    from mmoe_rec.jobs.places import features_in_use
+    from mmoe_rec.jobs.places import log_and_place
     from mmoe_rec.model.layout import ModelLayout
+    from mmoe_rec.preprocessing.prepare import features_in_use
 
     out = out or Path(settings.data.work) / "inspection"
-    with features_in_use(settings, "an inspection") as prepared:
+    with features_in_use(*log_and_place(settings), "an inspection") as prepared:
         dims = {table.name: table.dim for table in ModelLayout.of(prepared.layout, settings).tables}
         health = inspection.inspect(settings.name, prepared, settings.schema_, dims)
     # matplotlib and Jinja2 are for what there is to be shown.

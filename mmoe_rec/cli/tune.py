@@ -64,15 +64,15 @@ def tune(configuration: Configuration, trials: int) -> None:
 
     _check_values(search, with_values)
     require_packages("mmoe-rec tune", "tune", "optuna")
-    from mmoe_rec.jobs.places import features_in_use, log_and_place
+    from mmoe_rec.jobs.places import log_and_place
     from mmoe_rec.locks import writing
-    from mmoe_rec.preprocessing.prepare import existing
+    from mmoe_rec.preprocessing.prepare import existing, features_in_use
 
     existing(*log_and_place(settings))  # a wrong log is reported before MLflow and optuna are loaded
     runs.check_server(settings.tracking.address, settings.experiment, unsent=Path(settings.data.work) / "unsent")
     what, advice = "a search for settings", "set `data.work` to another folder"
     with (
-        features_in_use(settings, what, ("train", "validation")) as prepared,
+        features_in_use(*log_and_place(settings), what, ("train", "validation")) as prepared,
         writing(Path(settings.data.work) / "tuning", what, advice),
     ):
         Study(settings, prepared, with_values).run(trials)

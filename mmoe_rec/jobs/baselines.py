@@ -17,9 +17,9 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.comparison import Results
 from mmoe_rec.evaluation.summary import MeasuredModel
 from mmoe_rec.features.layout import Layout
-from mmoe_rec.jobs.places import check_out, features_in_use
+from mmoe_rec.jobs.places import check_out, log_and_place
 from mmoe_rec.locks import writing
-from mmoe_rec.preprocessing.prepare import FeatureFolder
+from mmoe_rec.preprocessing.prepare import FeatureFolder, features_in_use
 from mmoe_rec.progress import bar, say
 from mmoe_rec.settings.sections import Settings
 
@@ -51,7 +51,7 @@ def measure_baselines(
 
     check_out(out, settings)
     with (
-        features_in_use(settings, "baselines", ("train", "validation", "test")) as prepared,
+        features_in_use(*log_and_place(settings), "baselines", ("train", "validation", "test")) as prepared,
         writing(out, "an evaluation", "give another folder with --out"),
     ):
         scored = _predict(settings, prepared)

@@ -1,27 +1,25 @@
-"""Where the log is and how its features are built, by the settings; and features while they are in use."""
+"""Where the log is and how its features are built, by the settings."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.pipeline import FeaturePipeline
-from mmoe_rec.locks import reading
 from mmoe_rec.log.files import is_remote
 from mmoe_rec.point_in_time.join import Window
 from mmoe_rec.preprocessing.extend import Extension, extend
 from mmoe_rec.preprocessing.logs import BuildOptions, Logs
-from mmoe_rec.preprocessing.prepare import FeatureFolder, existing, prepare
+from mmoe_rec.preprocessing.prepare import FeatureFolder, prepare
 from mmoe_rec.settings.schema import Schema
 from mmoe_rec.settings.sections import Settings
 
 
 def log_and_place(settings: Settings) -> tuple[str, Schema, dict[str, Window], Path, BuildOptions]:
-    """The arguments of `prepare`, `extend` and `existing`."""
+    """The arguments of `prepare`, `extend`, `existing` and `features_in_use`."""
     data = settings.data
     return data.log, settings.schema_, settings.split.windows(), Path(data.work), build_options(settings)
 
@@ -73,26 +71,6 @@ def build_features(settings: Settings) -> FeatureFolder:
 def extend_features(settings: Settings) -> Extension | None:
     """Adds new files of the log to existing features; None where there are no new files."""
     return extend(*log_and_place(settings))
-
-
-@contextmanager
-def features_in_use(
-    settings: Settings, what: str, splits: Sequence[str] = (), going_on: bool = False
-) -> Iterator[FeatureFolder]:
-    """Features, newly built or existing, that nobody replaces meanwhile.
-
-    what: uses them, such as "a training"; splits: that must have rows; going_on: whether a model goes on from these
-    features, see `mmoe_rec.preprocessing.prepare.prepare`.
-    """
-    place = log_and_place(settings)
-    while True:
-        features = prepare(*place, going_on=going_on)
-        with reading(features.folder, what):
-            # Before the lock was taken, another process may have built others.
-            if existing(*place) is not None:
-                features.require_rows(*splits)
-                yield features
-                return
 
 
 def short_names(addresses: Sequence[str]) -> dict[str, str]:

@@ -30,10 +30,11 @@ from mmoe_rec.devices import usable_cores
 from mmoe_rec.errors import EXIT_CODE, STOPPED_EXIT_CODE, StoppedError, StopRequest, UserError, exit_with_message
 from mmoe_rec.inference.artifact import Source, version_of
 from mmoe_rec.jobs.evaluate import check_tasks, measured_on_test_rows
-from mmoe_rec.jobs.places import features_in_use, short_names
+from mmoe_rec.jobs.places import log_and_place, short_names
 from mmoe_rec.jobs.run_page import as_code, command
 from mmoe_rec.jobs.train import train_model
 from mmoe_rec.locks import reading, writing
+from mmoe_rec.preprocessing.prepare import features_in_use
 from mmoe_rec.progress import bar, say
 from mmoe_rec.settings.sections import Settings
 from mmoe_rec.tracking import runs
@@ -61,7 +62,7 @@ def train_seeds(
     seeds = list(range(settings.training.seed, settings.training.seed + number))
     others = _find_others(against, settings, folder)
     with (
-        features_in_use(settings, what, ("train", "validation", "test")) as prepared,
+        features_in_use(*log_and_place(settings), what, ("train", "validation", "test")) as prepared,
         writing(folder, what, "set `data.work` to another folder"),
         ExitStack() as held,
     ):

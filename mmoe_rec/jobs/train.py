@@ -21,12 +21,12 @@ from typing import TYPE_CHECKING, Any, Literal
 from mmoe_rec.atomic import checksum, write_text
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.comparison import find_objective
-from mmoe_rec.jobs.places import features_in_use, log_and_place
+from mmoe_rec.jobs.places import log_and_place
 from mmoe_rec.jobs.promotion import Decision, promote_trained
 from mmoe_rec.jobs.run_page import MachineMonitor, as_code, command, data_sets, draw_gates, name_training, quoted
 from mmoe_rec.locks import writing
 from mmoe_rec.preprocessing.logs import Logs
-from mmoe_rec.preprocessing.prepare import FeatureFolder, existing, fingerprint_of, prepare
+from mmoe_rec.preprocessing.prepare import FeatureFolder, existing, features_in_use, fingerprint_of, prepare
 from mmoe_rec.progress import say
 from mmoe_rec.settings.sections import Settings
 from mmoe_rec.tracking import registry, runs
@@ -302,7 +302,7 @@ class Workspace:
         if course != "has ended":
             going_on = self.start is not None or course == "goes on"
             needs = ("train", "validation")
-            held.enter_context(features_in_use(self.settings, "a training", needs, going_on))
+            held.enter_context(features_in_use(*self._place, "a training", needs, going_on))
         return course, start
 
     def _decide(self) -> tuple[Course, Start | None]:

@@ -17,6 +17,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,7 @@ from mmoe_rec.atomic import atomic_folder
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.layout import Layout
 from mmoe_rec.features.pipeline import FORMAT, FeaturePipeline, exact_from
-from mmoe_rec.locks import writing
+from mmoe_rec.locks import reading, writing
 from mmoe_rec.log.checks import format_time
 from mmoe_rec.log.columns import zone_rules
 from mmoe_rec.log.rows import describe_stand_ins
@@ -207,6 +209,31 @@ def existing(
     check_apart(log_source, schema, work)
     features = FeatureFolder(work / "features")
     return features if features.stands(Logs(log_source, schema, options), windows, may_lack_files=True) else None
+
+
+@contextmanager
+def features_in_use(
+    log_source: str,
+    schema: Schema,
+    windows: dict[str, Window],
+    work: Path,
+    options: BuildOptions,
+    what: str,
+    splits: Sequence[str] = (),
+    going_on: bool = False,
+) -> Iterator[FeatureFolder]:
+    """Features, newly built or existing (see `prepare`), that nobody replaces meanwhile.
+
+    what: uses them, such as "a training"; splits: that must have rows.
+    """
+    while True:
+        features = prepare(log_source, schema, windows, work, options, going_on=going_on)
+        with reading(features.folder, what):
+            # Before the lock was taken, another process may have built others.
+            if existing(log_source, schema, windows, work, options) is not None:
+                features.require_rows(*splits)
+                yield features
+                return
 
 
 def encode_with(state: Path, logs: Logs, windows: dict[str, Window], folder: Path) -> dict[str, SplitCounts]:

@@ -11,9 +11,10 @@ import pytest
 from mmoe_rec import locks
 from mmoe_rec.jobs import train as steps
 from mmoe_rec.jobs.evaluate import evaluate_model
-from mmoe_rec.jobs.places import features_in_use
+from mmoe_rec.jobs.places import log_and_place
 from mmoe_rec.jobs.promotion import Decision
 from mmoe_rec.locks import lock_file, reading, writing
+from mmoe_rec.preprocessing import prepare as building
 from mmoe_rec.settings.load import load_settings
 from tests.commands import refuse, run
 from tests.pipelines.short_trainings import World
@@ -144,18 +145,16 @@ def test_features_that_another_process_builds_meanwhile_are_not_taken(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Between building and reading, another one may have built others in their place."""
-    from mmoe_rec.jobs import places
-
-    settings, prepare, built = load_settings(world.folder / "first.yaml"), places.prepare, []
+    settings, prepare, built = load_settings(world.folder / "first.yaml"), building.prepare, []
 
     def replaced_once(*arguments: Any, going_on: bool) -> Any:
         prepared = prepare(*arguments, going_on=going_on)
         built.append(prepared.manifest["fingerprint"])
         if len(built) == 1:
             other = load_settings(world.folder / "first.yaml", ["--split.validation_end", "2024-03-07"])
-            prepare(*places.log_and_place(other))
+            prepare(*log_and_place(other))
         return prepared
 
-    monkeypatch.setattr(places, "prepare", replaced_once)
-    with features_in_use(settings, "a test") as prepared:
+    monkeypatch.setattr(building, "prepare", replaced_once)
+    with building.features_in_use(*log_and_place(settings), "a test") as prepared:
         assert prepared.manifest["fingerprint"] == built[0] == built[1]

@@ -134,7 +134,7 @@ def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tupl
         capsys: pytest.CaptureFixture, search: dict[str, Any], trials: int, train: Callable[..., Any], *words: str
     ) -> tuple[int, str, str]:
         config = search_in(tmp_path, search)
-        monkeypatch.setattr("mmoe_rec.jobs.places.features_in_use", lambda *_: nullcontext(FeatureFolder()))
+        monkeypatch.setattr("mmoe_rec.preprocessing.prepare.features_in_use", lambda *_: nullcontext(FeatureFolder()))
         monkeypatch.setattr(Study, "_train", train)
         capsys.readouterr()
         code = 0

@@ -45,13 +45,14 @@ def run(command: Sequence[str], **environment: str) -> Any:
 
 def write_rows_once(settings: Settings, folder: Path, *, remembered: bool = True) -> None:
     """Writes the rows of a settings' features for the peers, unless a run before has; see `rows.write_rows`."""
-    from mmoe_rec.jobs.places import features_in_use
+    from mmoe_rec.jobs.places import log_and_place
+    from mmoe_rec.preprocessing.prepare import features_in_use
     from tests.benchmarks.peers.rows import write_rows
 
     if (folder / "inputs.json").is_file():
         return
     made = folder.with_suffix(".tmp")
-    with features_in_use(settings, "a benchmark") as prepared:
+    with features_in_use(*log_and_place(settings), "a benchmark") as prepared:
         write_rows(prepared, settings.schema_, made, remembered=remembered)
     made.rename(folder)
 
