@@ -49,7 +49,8 @@ LABELS: dict[str, Check] = {
     "regression": ("a number or null where it is unobserved", lambda values: ~np.isinf(values)),
 }
 # Products of sums of larger weights would overflow, and of smaller ones vanish.
-WEIGHTS: Check = ("a positive number", lambda values: (values > np.float64(1e-50)) & (values < np.float64(1e50)))
+_LEAST, _LARGEST = np.float64(1e-50), np.float64(1e50)
+WEIGHTS: Check = ("a positive number, 1e-50 to 1e50", lambda values: (values > _LEAST) & (values < _LARGEST))
 
 
 @dataclass(frozen=True)
@@ -256,7 +257,8 @@ def describe_other_rows(sums: EvaluationSums, base: EvaluationSums) -> str | Non
         if rows[0] != rows[1] or sums.users != base.users:
             return f"{rows[0]:,} rows{of} of {sums.users:,} users, and {rows[1]:,} of {base.users:,}"
         if not mine["user"].equals(its["user"]):
-            return f"the users of rows{of} differ, which are {mine['user'].type} and {its['user'].type}"
+            kinds = list(dict.fromkeys(str(each["user"].type) for each in (mine, its)))
+            return f"the users of rows{of} differ" + f", which are {' and '.join(kinds)}" * (len(kinds) - 1)
         apart = int((mine["digest"].to_numpy() != its["digest"].to_numpy()).sum())
         who = "users" if sums.users == len(base.tables["ranking"]) else "groups of users"
         what = "requests or candidates" if table == "ranking" else f"labels of '{task}'"

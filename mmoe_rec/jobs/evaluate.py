@@ -160,12 +160,10 @@ def log_evaluation(
         run.log_text(tree, f"{place}/comparison.json")
         run.log_artifact(out / "report.html", place)
         for task in layout.tasks:
-            path = out / f"calibration_{task.name}.png"
-            path.unlink(missing_ok=True)  # of an evaluation before
             # Without a label that is known by now there is nothing to draw; the summary says so.
             if summary.tasks[task.name].details.get("calibration_bins"):
                 figure = calibration_figure(summary, task.name)
-                figure.savefig(path)
+                figure.savefig(out / f"calibration_{task.name}.png")
                 run.log_figure(figure, f"{place}/calibration_{task.name}.png")
         assert scored.experts is not None, "a model scored the rows"
         draw_gates(run, layout, scored.experts, f"{place}/gate_weights.png")

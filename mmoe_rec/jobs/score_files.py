@@ -70,7 +70,7 @@ def open_logs(
         column = settings.split.column
         learnt = LearntRows(settings.split, column is not None and not all(column in each for each in files.values()))
     read = _read_schema(schema, settings, as_of, lacking, labels)
-    if as_of == "log":
+    if as_of == "log" and not labels:
         _check_labels(*next(iter(files.items())), read)
     options = replace(build_options(settings), skip_bad_files=False)
     if as_of == "tables":  # requests that are yet to come may be scored by what is known now

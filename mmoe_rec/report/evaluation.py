@@ -59,7 +59,7 @@ def write_results(results: Results, out: Path) -> None:
     check_folder(out / "sums")
     (out / "report.html").unlink(missing_ok=True)  # it would tell of other numbers than lie beside it
     shutil.rmtree(against, ignore_errors=True)
-    for name in ("comparison.json", "slices.parquet"):
+    for name in ("comparison.json", "slices.parquet", *(f"calibration_{task}.png" for task in results.tasks)):
         (out / name).unlink(missing_ok=True)
     for place, model in enumerate(results.models.values()):
         folder = against / str(place) if place else out
@@ -200,8 +200,7 @@ def calibration_figure(summary: Summary, task: str) -> Figure:
     axes, ratios = map(plain, figure.subplots(2, 1, sharex=True, height_ratios=[3, 1]))
     is_log = bool(predicted.min() > 0 and predicted.max() > _LOG_SPAN * predicted.min())
     shown = (bins[:, 1] > 0) | (not is_log)
-    with np.errstate(divide="ignore", invalid="ignore"):  # a prediction of 0 has no ratio
-        relative = bins / predicted[:, None]
+    relative = bins / np.where(predicted > 0, predicted, np.nan)[:, None]  # a prediction of 0 has no ratio
     for each, values, label in ((axes, bins[shown], "equal-mass bins, 95% interval"), (ratios, relative, None)):
         _, middle, low, high = values.T
         reach = np.nan_to_num(np.maximum([middle - low, high - middle], 0.0))

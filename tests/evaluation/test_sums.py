@@ -131,7 +131,10 @@ def _with(values: np.ndarray, row: int, value: float) -> np.ndarray:
             lambda log: replace(log, labels=log.labels | {"bought": _with(log.labels["bought"], 7, 2.0)}),
             r"labels\['bought'\] .* row 7: 2.0; expected 0, 1 or null",
         ),
-        (lambda log: replace(log, weight=np.zeros(len(log.score))), "weight has .* expected a positive number"),
+        (
+            lambda log: replace(log, weight=np.zeros(len(log.score))),
+            "weight has .* expected a positive number, 1e-50 to 1e50",
+        ),
     ],
 )
 def test_bad_input_is_named(log: Log, change, message: str) -> None:

@@ -410,8 +410,9 @@ def test_predictions_of_other_rows_are_not_compared(tmp_path: Path) -> None:
             ),
             (
                 frame.assign(user=frame["user"].astype(str)),
-                r"not measured on the same rows \(the users of rows differ, which are \w+ and \w+\)",
+                r"not measured on the same rows \(the users of rows differ, which are int64 and string\)",
             ),
+            (frame.assign(user=frame["user"] + 1000), r"\(the users of rows differ\)"),
         ]
     ):
         with pytest.raises(UserError, match=told):

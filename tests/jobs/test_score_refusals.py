@@ -63,6 +63,8 @@ def test_a_log_without_labels_has_nothing_to_count(small: SmallModel, tmp_path: 
     source = write_finely(tmp_path / "log", good().drop_columns(["click", "liked", "spent"]))
     with pytest.raises(UserError, match=r"has no column 'click', a label, and counters .*--as-of tables"):
         score_log(small.folder, source, tmp_path / "out")
+    with pytest.raises(UserError, match=r"has no column 'click'; it has"):  # which --as-of tables does not take
+        score_log(small.folder, source, tmp_path / "out", labels=True)
     assert score_log(small.folder, source, tmp_path / "out", "tables").manifest["rows"] == 200
     # Labels that no counter or history remembers are not needed, and neither is the rest that serving does without.
     source = write_finely(tmp_path / "less", good().drop_columns(["slot"]))

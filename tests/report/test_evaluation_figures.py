@@ -42,6 +42,12 @@ def test_calibration_figure_marks_bins_without_a_positive_row(log: Log) -> None:
     assert "no positive row" in [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
 
 
+def test_a_prediction_of_0_has_no_ratio(log: Log) -> None:
+    log = replace(log, predictions=log.predictions | {"bought": np.where(log.predictions["bought"] < 0.5, 0.0, 0.7)})
+    ratio = calibration_figure(summarise(log.measure(), 20), "bought").axes[1].containers[0].lines[0].get_ydata()
+    assert np.isnan(ratio).tolist() == [True, False]
+
+
 @pytest.mark.parametrize("power", [1, 2, 4, 10])
 def test_labels_of_ticks_do_not_overlap(log: Log, power: int) -> None:
     """Predictions reach down to .05 of the largest, or to 1e-10 of it."""
