@@ -296,7 +296,7 @@ def test_hour_and_weekday_are_those_of_the_zone(moments, zone):
 @pytest.mark.parametrize("zone", ["UTC", "Europe/Berlin", "Africa/Monrovia", "Australia/Lord_Howe"])
 def test_many_times_are_read_as_few_are(zone):
     moments = np.random.default_rng(0).integers(-(2**55), 2**59, 1000)
-    moments[:3] = np.iinfo(np.int64).min, np.iinfo(np.int64).max, 0
+    moments[:3] = np.iinfo(np.int64).min, np.iinfo(np.int64).max, -(2**57)
     encoder = _fitted({"kind": "time", "column": "x", "timezone": zone}, x=pa.array([0], pa.timestamp("us")))[
         0
     ].encoders["f"]
