@@ -85,8 +85,9 @@ class RankingQueue:
         self._models, self._limits, self._metrics, self._passes = models, models.options.limits, metrics, passes
         self._queue: deque[_Queued] = deque()
         self._busy_since: float | None = None
-        self.thread = ThreadPoolExecutor(1, "ranking", initializer=_take_one_thread)
+        self.thread = ThreadPoolExecutor(1, "ranking")
         """Of passes, and of what is to be done between them."""
+        self.thread.submit(_take_one_thread)  # now, as a first pass without a thread would count as under way for ever
 
     @property
     def is_stuck(self) -> bool:

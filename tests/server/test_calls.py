@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -406,6 +408,32 @@ def test_a_call_that_fails_leaves_the_others_alone(models: Models) -> None:
     assert answers[0].tree == answers[3].tree == ask(app, bodies[0]).tree
     assert answers[2].tree == {"error_code": "INTERNAL_ERROR", "message": "poisoned badly"}
     assert "/a/path" not in answers[4].message, "an error of another kind may hold anything"
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("task", range(3))
+def test_what_is_no_number_is_never_replied(
+    models: Models, monkeypatch: pytest.MonkeyPatch, number: float, task: int
+) -> None:
+    """orjson would write null. A logit of infinity is the probability 1, which is a number."""
+    model = models.current.ranker.model
+    computes = type(model).of_inputs
+
+    def fails(*given: Any, **options: Any) -> Any:
+        outputs = computes(model, *given, **options)
+        outputs.logits[0, task] = number
+        return outputs
+
+    monkeypatch.setattr(model, "of_inputs", fails)
+    answer = ask(application(models), {"inputs": [element()], "params": {"explain": True}})
+    if number == math.inf and models.current.ranker.about.tasks[task].kind == "binary":
+        assert answer.status == 200
+        (ranking,) = answer.tree["predictions"]
+        explained = [each["uncalibrated"].values() for each in ranking["explanations"]]
+        found = chain(ranking["scores"], *ranking["predictions"].values(), *explained)
+        assert all(isinstance(each, float) for each in found)
+    else:
+        assert (answer.status, "not finite numbers" in answer.message) == (500, True)
 
 
 def test_a_pass_takes_no_more_than_is_worth_waiting_for(models: Models) -> None:

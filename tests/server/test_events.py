@@ -414,6 +414,26 @@ def test_a_journal_that_can_not_be_read_is_no_fault_of_the_caller(app, monkeypat
     assert "the disk is gone" in caplog.text
 
 
+def test_events_that_can_not_be_learnt_hold_up_only_who_waits_for_them(small, tmp_path, monkeypatch):
+    app = Application(_models(small, tmp_path, answer_seconds=1))
+
+    def fails(*_: Any) -> None:
+        raise UserError("the disk is gone")
+
+    monkeypatch.setattr(Journal, "read", fails)
+    (position,) = positions(app, 1)
+    body = {"inputs": [asked(START + 20 * DAY, 5)]}
+
+    async def both() -> tuple[int, bool, Answer]:
+        waits = asyncio.create_task(reply(app, body, f"/invocations?after={position}"))
+        return (await reply(app, body)).status, waits.done(), await waits
+
+    status, is_over, late = asyncio.run(both())
+    assert (status, is_over, late.status, late.headers["retry-after"]) == (200, False, 503, "1")
+    assert "not learnt all events up to 1 in time (the disk is gone)" in late.message
+    assert ask(app, body).tree["predictions"][0]["warnings"][-1].endswith("not counted: the disk is gone")
+
+
 def _priority() -> int:
     return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
 
