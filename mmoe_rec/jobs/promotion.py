@@ -124,7 +124,7 @@ def _judge_trouble(trouble: Exception, holder: Version, alias: str, is_loaded: b
     """Whether a holder that can't be loaded, or else compared, gives way, and the sentence that says why."""
     from mmoe_rec.inference.ranker import OtherScoresError
 
-    who, what = f"version {holder.number}, which holds '{alias}',", " ".join(str(trouble).split())
+    who, what = f"version {holder.number}, which holds '{alias}',", _one_line(trouble)
     # What is wrong with it wherever it is loaded; memory may lack here alone.
     is_broken = isinstance(trouble, UserError) or "not finite numbers" in what
     if is_broken and not is_loaded and not isinstance(trouble, OtherScoresError):
@@ -185,8 +185,8 @@ def _grow(prepared: FeatureFolder, ranker: Ranker, folder: Path) -> tuple[Rankin
 def promote_version(settings: Settings, challenger: str, slower_at_most: float, out: Path) -> Decision:
     """Decides by the test rows, and moves the alias if the challenger is better; writes the report to a folder.
 
-    challenger: number of a version, or an alias; slower_at_most: largest ratio of the
-    times in which both answer. Raises UserError for a version that there is not, or where the two can't be compared.
+    challenger: number of a version, or an alias; slower_at_most: largest ratio of the times in which both answer.
+    Raises UserError for a version that there is not, or where the two can't be compared.
     """
     name, alias, uri = settings.registered_model, settings.tracking.alias, settings.tracking.address
     version, holder = _find_version(name, challenger, uri), registry.find_holder(name, alias, uri)

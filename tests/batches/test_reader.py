@@ -293,6 +293,17 @@ def test_rows_of_a_group_are_permuted_anew_for_each_epoch_seed_and_group() -> No
             assert abs(np.corrcoef(one, other)[0, 1]) < 0.1
 
 
+@pytest.mark.parametrize("world_size", [2, 5])
+def test_ranks_share_one_group_at_each_border(world_size: int) -> None:
+    """Row groups of any sizes, and batches that span windows."""
+    sizes = [4000, 3238, 2875, 3214, 2804, 3276, 119, 3134, 2430, 3276, 365, 3116, 3168, 2863, 412, 2838] * 4
+    order, read = epoch_order(sizes, 26_214), []
+    for rank in range(world_size):
+        read += [*{group for share in shares(order, 409, 0, rank, world_size) for group, *_ in share.pieces}]
+    # One more for each border, and a second where a border lies about between two groups.
+    assert len(read) <= len(sizes) + 1.5 * (world_size - 1) * len(order.windows)
+
+
 EPOCHS = 2
 KILLED_FILES = [[90, 41, 7], [66, 0, 120], [35], [80, 80, 80, 1]]
 
