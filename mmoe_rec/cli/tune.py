@@ -37,7 +37,7 @@ from mmoe_rec.tracking.outbox import PATIENCE_SECONDS, UnreachableError
 if TYPE_CHECKING:
     from mmoe_rec.preprocessing.prepare import FeatureFolder
 
-COMBINATIONS = 30
+COMBINATIONS = 30  # with values of other settings, to try for a value that is not valid by itself
 Values = dict[str, Any]
 Outcome = Literal["reached", "cut short", "not valid", "failed"]
 MOST_IN_A_ROW: dict[Outcome, int] = {"failed": 3, "not valid": 20}
@@ -79,16 +79,21 @@ def tune(configuration: Configuration, trials: int) -> None:
 
 
 def _check_values(search: dict[str, Search], with_values: Callable[[Values], Settings]) -> None:
-    """Raises UserError, at once, where nothing that is drawn is valid."""
+    """Raises UserError, at once, for a value that is valid neither alone nor in some combinations with the others."""
     chance, values = random.Random(17), {name: each.choices or (each.low, each.high) for name, each in search.items()}
-    reasons = []
-    for _ in range(COMBINATIONS):
+
+    def find_reason(chosen: Values) -> str | None:
         try:
-            with_values({name: chance.choice(some) for name, some in values.items()})
-            return
+            with_values(chosen)
         except UserError as error:
-            reasons.append(str(error))
-    raise UserError(f"none of {COMBINATIONS} combinations of 'tuning.search' is valid: {reasons[0]}")
+            return str(error)
+        return None
+
+    for name, value in ((name, value) for name, some in values.items() for value in some):
+        if reason := find_reason({name: value}):
+            drawn = ({each: chance.choice(some) for each, some in values.items()} for _ in range(COMBINATIONS))
+            if all(find_reason({**others, name: value}) for others in drawn):
+                raise UserError(f"'tuning.search' has {json.dumps(value)} for '{name}': {reason}")
 
 
 class NotValidError(UserError):
