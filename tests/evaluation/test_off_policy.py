@@ -149,3 +149,11 @@ def test_few_users_with_most_rows_have_wide_intervals() -> None:
     one = replace(shown, users=pa.array(np.where(np.arange(4000) < 3900, np.arange(4000) % 3, np.arange(4000))))
     wide, narrow = (estimate(each, 200)["estimates"][0]["snips"] for each in (one, shown))
     assert wide["high"] - wide["low"] > 1.5 * (narrow["high"] - narrow["low"])
+
+
+def test_a_user_with_most_weight_has_the_interval_of_few_users() -> None:
+    """All have as many rows, so their number alone would say that there are a hundred; Student's lies evenly."""
+    random, user = np.random.default_rng(0), np.arange(4000) % 100
+    target, label = np.where(user == 0, 1.0, 0.01), (random.random(4000) < random.random(100)[user]).astype(float)
+    found = estimate(LoggedChoices(pa.array(user), np.full(4000, 0.02), target, label), 200)["estimates"][0]["snips"]
+    assert found["high"] - found["value"] == pytest.approx(found["value"] - found["low"])
