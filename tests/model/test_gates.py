@@ -234,6 +234,14 @@ def test_balance_by_hand() -> None:
     assert balance_loss(routing, loads, torch.full((6,), 1 / 6)).item() == pytest.approx(1.0)
 
 
+@pytest.mark.parametrize("chooses", [True, False])
+def test_loads_are_those_of_the_rows_that_count(chooses: bool) -> None:
+    selected = torch.tensor([[[True, False]], [[False, True]]])
+    weights = selected.float()
+    routing = Routing(weights, weights, selected if chooses else None, torch.zeros(2, 1, 2))
+    assert expert_loads(routing, torch.tensor([1.0, 0.0])).tolist() == [1.0, 0.0]
+
+
 def test_names_are_unique_and_in_the_help() -> None:
     names = [rule.name for rule in RULES]
     assert len(set(names)) == len(names)
