@@ -418,6 +418,6 @@ def test_events_that_only_another_model_has_are_neither_removed_nor_forgotten(
 
 def test_rows_that_a_checkpoint_holds_do_not_come_again(journal: Journal, tmp_path: Path) -> None:
     """Where another log of the same model has none, and so is read from the beginning."""
-    journal.append(_events("purchases", 1, 2), _events("returns", 1))
+    journal.append(_events("purchases", 1), _events("returns", 1), _events("purchases", 2))
     first, _ = _refresh(tmp_path, journal, _schema(tmp_path, "purchases"), 0)
     assert _refresh(tmp_path, journal, _schema(tmp_path, *LOGS), first) == (first, {"returns": Counter(accepted=1)})
