@@ -130,6 +130,11 @@ def test_other_weights_of_tasks_have_another_truth_of_the_score(log: Log) -> Non
     assert set(found(heavier, log, 20)["groups"]) == {"bought", "liked", "spent"}
     unlike = replace(log, tasks=log.tasks[:2])
     assert set(found(unlike, log, 20)["groups"]) == {"bought", "liked"}
+    models = {
+        name: typed.MeasuredModel(each, typed.summarise(each, 1))
+        for name, each in (("a", heavier.measure()), ("b", log.measure()))
+    }
+    assert compare(models, "a", [], Evaluation(decide_by="score.mrr"), 20).verdicts["b"].kind == "undecided"
 
 
 def test_one_user_and_one_resample_have_differences_without_an_interval(log: Log) -> None:
