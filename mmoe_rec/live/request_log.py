@@ -295,7 +295,8 @@ class Record:
     served_at: int
 
     def __len__(self) -> int:
-        return len(self.reply.scores)
+        """How many candidates it holds the rows of: also those that `top_k` leaves out."""
+        return int(self.reply.seen.end - self.reply.seen.first)
 
     @property
     def artifact(self) -> str:
@@ -307,7 +308,7 @@ class Record:
 
         Raises UserError where a column of the log has the name of one that is added.
         """
-        reply, seen, count = self.reply, self.reply.seen, len(self)
+        reply, seen, count = self.reply, self.reply.seen, len(self.reply.scores)
         places = seen.first + np.array(reply.order, np.int64)
         inputs = seen.rows.schema.input_columns()
         columns = {name: seen.rows.taken(name, places) for name, role in inputs.items() if role != "placement"}
