@@ -32,7 +32,7 @@ REPORT = "export.json"
 @click.option("--out", required=True, type=FOLDER, metavar="DIR", help="what is written; an export is replaced")
 @click.option("--int8", is_flag=True, help="a small model, with int8 tables")
 @click.option("--onnx", is_flag=True, help="the dense part as an ONNX file")
-@click.option("--dense", type=click.Choice(["bfloat16", "int8", "float32"]), help="type of small matrices (bfloat16)")
+@click.option("--dense", type=click.Choice(["bfloat16", "int8", "float32"]), help="of --int8's matrices (bfloat16)")
 def export(
     model: str,
     tracking_uri: str | None,

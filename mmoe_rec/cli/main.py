@@ -52,7 +52,7 @@ COUNT = click.IntRange(min=1)
 
 model_option = click.option("--model", required=True, metavar="M", help=MODEL)
 tracking_option = click.option("--tracking.uri", "tracking_uri", metavar="U", help="MLflow's address, as in settings")
-slices_option = click.option("--slices", multiple=True, metavar="S...", help="rows by COLUMN or 'bucket(COLUMN, N)'")
+slices_option = click.option("--slices", multiple=True, metavar="S...", help="parts by COLUMN or 'bucket(COLUMN, N)'")
 overrides_argument = click.argument("overrides", nargs=-1, type=click.UNPROCESSED, metavar="[--SECTION.KEY VALUE]...")
 
 

@@ -126,7 +126,7 @@ def log_evaluation(
     """
     from mmoe_rec.evaluation.summary import flatten
     from mmoe_rec.inference.artifact import read_artifact
-    from mmoe_rec.report.evaluation import calibration_figure, comparison_tree
+    from mmoe_rec.report.evaluation import comparison_tree
     from mmoe_rec.report.findings import find_all
     from mmoe_rec.report.sentences import describe_verdicts
 
@@ -159,12 +159,9 @@ def log_evaluation(
         tree = {"against": {}} if results.comparison is None else comparison_tree(results.comparison, summary)
         run.log_text(tree, f"{place}/comparison.json")
         run.log_artifact(out / "report.html", place)
-        for task in layout.tasks:
-            # Without a label that is known by now there is nothing to draw; the summary says so.
-            if summary.tasks[task.name].details.get("calibration_bins"):
-                figure = calibration_figure(summary, task.name)
-                figure.savefig(out / f"calibration_{task.name}.png")
-                run.log_figure(figure, f"{place}/calibration_{task.name}.png")
+        for plot in (out / f"calibration_{task.name}.png" for task in layout.tasks):
+            if plot.exists():
+                run.log_artifact(plot, place)
         assert scored.experts is not None, "a model scored the rows"
         draw_gates(run, layout, scored.experts, f"{place}/gate_weights.png")
     if split != "test" or first.seen:  # what it has learnt says nothing of it
@@ -234,7 +231,7 @@ def evaluate_found(
 
     place: folder of the run's files.
     """
-    from mmoe_rec.report.evaluation import write_results
+    from mmoe_rec.report.evaluation import calibration_figure, write_results
 
     check_out(out, settings)
     find_objective(settings.evaluation.decide_by)
@@ -258,6 +255,10 @@ def evaluate_found(
         facts = _facts(settings, scored_by_first, split)
         results = Results(measured, tuple(settings.tasks), settings.evaluation, title, facts)
         write_results(results, out)
+        for task, group in results.first.summary.tasks.items():
+            # Without a label that is known by now there is nothing to draw; the summary says so.
+            if task in settings.tasks and group.details.get("calibration_bins"):
+                calibration_figure(results.first.summary, task).savefig(out / f"calibration_{task}.png")
         try:
             log_evaluation(settings, first, scored_by_first, results, out, place, split)
         except UserError as error:

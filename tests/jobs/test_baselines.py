@@ -120,7 +120,9 @@ def test_a_model_stands_beside_what_it_has_to_beat(
     comparison = json.loads((out / "comparison.json").read_text())
     assert comparison["model"] == "model"
     assert list(comparison["against"]) == ["gradient boosting", "popularity"]
-    mine = json.loads((Path(model.settings.data.work) / "evaluation" / "metrics.json").read_text())
+    evaluation = Path(model.settings.data.work) / "evaluation"
+    assert (evaluation / "calibration_click.png").stat().st_size, "MLflow or not"
+    mine = json.loads((evaluation / "metrics.json").read_text())
     assert json.loads((out / "metrics.json").read_text())["tasks"]["click"]["auc"] == mine["tasks"]["click"]["auc"]
     printed = capsys.readouterr().out
     assert "gradient boosting" in printed
