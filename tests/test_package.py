@@ -28,7 +28,7 @@ MISTAKES = {
     "refresh --config C --validation-days 3": "--validation-days belongs to --train-every-days N, which is missing",
     "refresh --config C --remove-events": "--remove-events belongs to --journal A, which is missing",
     "replay --config C --from 2024-01-01 --to 2024-01-02 --requests requests --ids-only": (
-        "--ids-only is for the server that replay starts, and --requests needs none: leave one of them out"
+        "--ids-only is for requests of the log, and --requests were sent: leave one of them out"
     ),
     "train --config no.yaml": "settings file 'no.yaml' does not exist",
     "train --config C --model.expert.count 3": "model.expert",

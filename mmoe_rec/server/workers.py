@@ -101,7 +101,7 @@ class _Parent:
         self.reloads = Reloads(finder, self._exchange)
         self._ends: queue.SimpleQueue[UserError | None] = queue.SimpleQueue()  # why it ends; None for a signal
         self._is_ending = False
-        self._exchanging = threading.RLock()
+        self._exchanging, self._starting = threading.RLock(), threading.Lock()
         self._children: list[_Child] = []
 
     def run(self, source: Source, state: str) -> int:
@@ -110,7 +110,8 @@ class _Parent:
             signal.signal(each, lambda *_: self._ends.put(None))
         threading.Thread(target=self._start, args=(source, state), daemon=True).start()
         error = self._ends.get()
-        self._is_ending = True
+        with self._starting:
+            self._is_ending = True
         self.sockets.close()
         until = time.monotonic() + _SHARE_OF_GENERATIONS * self.options.grace
         children = list(self._children)
@@ -140,8 +141,12 @@ class _Parent:
     def _exchange(self, source: Source) -> None:
         """Serves a model by another generation. Raises UserError for one that can't be loaded."""
         with self._exchanging:
-            before, child = self.current, _Child(self, source)
-            self._children = [*(each for each in self._children if not each.has_ended.is_set()), child]
+            before = self.current
+            with self._starting:  # none that the end does not know of
+                if self._is_ending:
+                    raise UserError("the server is ending")
+                child = _Child(self, source)
+                self._children = [*(each for each in self._children if not each.has_ended.is_set()), child]
             child.has_started.wait()
             if child.error is not None:
                 if before is not None:

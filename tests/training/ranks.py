@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import nn
 
 from mmoe_rec.batches.batch import make_batch
-from mmoe_rec.model.tables import torchrec_tables
+from mmoe_rec.model.tables import by_name, torchrec_tables
 from mmoe_rec.training.losses import masked_loss
 from mmoe_rec.training.ranks import Ranks, process_group
 from mmoe_rec.training.sharding import shard
@@ -83,7 +83,8 @@ def train_one_step(folder: Path, way: Way = "fbgemm") -> None:
     sharded.model.eval()
     with torch.no_grad():
         logits = sharded.model(batch).logits
-        order = list(sharded.model.module.tables(batch.ids).keys())
+        module = sharded.model.module
+        order = list(by_name(module.tables(batch.ids), module.dims, (), None))
     save_weights(sharded.model, folder / "before")
 
     dense = torch.optim.SGD(sharded.dense_parameters().values(), lr=0.1)
