@@ -143,7 +143,8 @@ def _read(address: str, there: set[str], columns: Mapping[str, str], where: Mapp
         column = column.dictionary_decode() if pt.is_dictionary(column.type) else column
         kept &= pc.fill_null(pc.equal(column.cast(pa.string()), value), False).to_numpy(zero_copy_only=False)
     rows = FileRows(address, table, kept=kept)
-    chosen: Check = ("a probability above 0", lambda values: (values > 0) & (values <= 1))
+    # The squares of what is divided by smaller ones would overflow.
+    chosen: Check = ("a probability, 1e-50 to 1", lambda values: (values > 1e-50) & (values <= 1))
     checks = dict.fromkeys(columns, PREDICTIONS["regression"])
     checks |= {part: LABELS["regression"] for part in columns if part.startswith("label_")}
     checks |= {"propensity": chosen, "target": PREDICTIONS["binary"]}

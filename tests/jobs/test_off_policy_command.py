@@ -115,9 +115,9 @@ def test_users_are_of_one_type(tmp_path: Path, capsys: pytest.CaptureFixture) ->
         ({"q": 60.0}, [*MODELLED], "column 'q' of "),
         ({}, ["goal=p_new"], "--columns goal=p_new: expected PART=COLUMN, where PART is one of "),
         (
-            {"propensity": 0.0},
+            {"propensity": 1e-200},
             ["target=p_new"],
-            "column 'propensity' must hold a probability above 0, found 0 (the first is row 0",
+            "column 'propensity' must hold a probability, 1e-50 to 1, found 1e-200 (the first is row 0",
         ),
         ({"p_new": 1.5}, ["target=p_new"], "column 'p_new' must hold a probability, found 1.5 (the first is row 0"),
         (
