@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -49,6 +49,14 @@ def test_values_are_the_ndcg_of_each_ranking_and_task() -> None:
             value = found[number].values[task]
             assert asdict(value) == pytest.approx(asdict(expected), rel=1e-9)
         assert found[number].weights == dict(zip(TASKS, weights[number], strict=True))
+
+
+def test_users_without_labels_of_a_task_do_not_make_it_surer() -> None:
+    given = rows()
+    known = np.column_stack([np.ones(len(given.labels), bool), given.users.to_numpy() < 10])
+    sweep = Sweep(replace(given, labels=np.where(known, given.labels, np.nan)), [(0.5, 0.5)], 1)
+    assert sweep.effective[0] > 200
+    assert sweep.effective[1] <= 10
 
 
 def test_the_front_is_what_no_other_ranking_beats() -> None:
