@@ -85,6 +85,8 @@ def test_labels_and_other_keys_may_be_null():
     table = CHECKS.read_json(None, [{**ROW, "click": None, "spent": None, "brand": None, "rate": None}], NOW)
     assert [table[name].null_count for name in ("click", "spent", "brand")] == [1, 1, 1]
     assert table["rate"].to_pylist() == [1.0]
+    table = CHECKS.read_json(None, [{**ROW, "rate": 0.5}, {**ROW, "rate": None}], NOW)
+    assert table["rate"].to_pylist() == [0.5, 1.0]
 
 
 @pytest.mark.parametrize(
