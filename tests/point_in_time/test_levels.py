@@ -156,6 +156,14 @@ def test_levels_that_counters_share_are_as_memories_that_were_extended(seed: int
         assert_agree(SeenTotals(one, asked), SeenTotals(memory, asked), (None, *own))
 
 
+def test_shared_levels_still_find_their_first_keys_once_they_have_many() -> None:
+    keys, levels = np.random.default_rng(0).integers(2**64, size=64, dtype=np.uint64), CounterLevels()
+    for some in np.split(keys, 16):
+        levels = levels.extended(some, np.zeros(4, np.int64), np.ones(4, np.int8))
+    memory = CounterMemory.empty().with_shared(levels, np.uint64(0), ())
+    assert SeenTotals(memory, LookUps.of_each(keys, np.zeros(64, np.int64))).totals(None)[0].tolist() == [1] * 64
+
+
 def test_what_is_computed_of_all_events_of_a_memory_is_computed_once() -> None:
     memory, level = (counter_of(drawn(seed, 30, "whole")[1], "whole", 5) for seed in (0, 1))
     one, two = memory.with_levels([level]), memory.with_levels([level, level])
