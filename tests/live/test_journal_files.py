@@ -421,3 +421,11 @@ def test_rows_that_a_checkpoint_holds_do_not_come_again(journal: Journal, tmp_pa
     journal.append(_events("purchases", 1), _events("returns", 1), _events("purchases", 2))
     first, _ = _refresh(tmp_path, journal, _schema(tmp_path, "purchases"), 0)
     assert _refresh(tmp_path, journal, _schema(tmp_path, *LOGS), first) == (first, {"returns": Counter(accepted=1)})
+
+
+def test_rows_that_tables_know_already_are_left_out(journal: Journal, tmp_path: Path) -> None:
+    """Those of the moment up to which they know the log are among them."""
+    journal.append(_events("purchases", 1, 2, 3))
+    schema = _schema(tmp_path, "purchases")
+    written = write_files(journal, schema, cut_journal(journal), str(tmp_path / "log"), later_than=START + 2)
+    assert (_events_in(tmp_path, "purchases"), written.early) == ([3], 2)
