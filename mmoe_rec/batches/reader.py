@@ -204,8 +204,8 @@ class Position:
             before, now = getattr(self, name), getattr(own, name)
             if before != now:
                 raise UserError(
-                    f"{cannot}: the checkpoint was made with {name} {before} of the encoded rows, now it is {now}; "
-                    "bring those rows or that setting back, or train from the start"
+                    f"{cannot}: the checkpoint was made with {name} {before} and now it is {now}; "
+                    "bring those encoded rows or that setting back, or train from the start"
                 )
         if self.epoch < 0 or not 0 <= self.row <= self.rows:
             raise UserError(f"{cannot}: an epoch has {self.rows} rows; train from the start")

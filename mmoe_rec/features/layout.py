@@ -100,7 +100,7 @@ class Layout(_AsJson):
 
     @property
     def outcomes(self) -> dict[str, tuple[int, int]]:
-        """Outcome of two tasks -> places among the tasks of the given one and of the one that follows it."""
+        """Name of an outcome of two tasks -> their places: of the `given` task, and of the task that follows it."""
         places = {task.name: place for place, task in enumerate(self.tasks)}
         given = {task: task.given for task in self.tasks if task.given is not None}
         return {task.learnt_from: (places[name], places[task.name]) for task, name in given.items()}

@@ -80,7 +80,7 @@ class Live:
         return Live(self.encoders, self.rows + sum(map(len, rows.values())), shared, own)
 
     def encoder_of(self, name: str) -> MemoryEncoder[Any]:
-        """A counter or history that knows these events besides its memory."""
+        """A counter or history that knows these events besides those in its memory."""
         encoder = copy(self.encoders[name])
         if name in self.own:
             encoder.memory = encoder.memory.with_levels(self.own[name])

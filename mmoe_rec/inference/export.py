@@ -63,7 +63,7 @@ def write_int8(folder: Path, made: Path, dense: Dense) -> None:
     """
     stored, smaller = read_stored(folder / WEIGHTS), {}
     if some_in_int8(stored):
-        raise UserError(f"the model in '{folder}' is in int8 already: name the model that it was made of")
+        raise UserError(f"the model in '{folder}' is in int8 already: name the model that it was made from")
     for name, weight in stored.items():
         if not weight.isfinite().all():
             raise UserError(f"weight '{name}' holds NaN or infinity, which int8 can't hold: train the model again")

@@ -62,7 +62,7 @@ class Request(BaseModel):
 
     @staticmethod
     def of(element: Any, params: Mapping[str, Any] = {}) -> Request:
-        """The request in an element of a call. params: options for all elements, of which an element's own win.
+        """The request in an element of a call. params: options for all elements; an element's own win.
 
         Raises RequestError for one of another shape.
         """

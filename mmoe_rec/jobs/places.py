@@ -46,9 +46,9 @@ def logs_for(settings: Settings, pipeline: FeaturePipeline, types: Sequence[Mapp
     """
     schema = pipeline.schema
     if schema.columns.has_time != settings.columns.has_time:
-        ways = ("has no times, a plain table", f"has times, in column '{schema.columns.time}'")
+        ways = ("has no times (a plain table)", f"has times (in column '{schema.columns.time}')")
         raise UserError(
-            f"the model was trained on a log that {ways[schema.columns.has_time]}, and the log of the settings has "
+            f"the model was trained on a log that {ways[schema.columns.has_time]}, but the log of the settings has "
             f"{'times' if settings.columns.has_time else 'none'} (columns.time): the model's features can't read it"
         )
     schema = adapt_schema(settings, schema)

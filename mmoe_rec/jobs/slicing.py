@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 
 OPTION = "slices"
-_ADVICE = "leave slices by columns of the log out (--evaluation.slices '[]')"
+_ADVICE = "leave out slices by columns of the log (--evaluation.slices '[]')"
 BUCKETS = 10
 """Ranges of a number that describes placement and has too many values, where nothing was asked for."""
 

@@ -103,8 +103,8 @@ class _Run:
         if self.outcomes.shown is None and (unknown := [name for name in self.placement if name != self.outcomes.rank]):
             raise UserError(
                 f"features read column '{unknown[0]}' of role placement, but nothing says where candidates were shown: "
-                "set outcomes.shown to a log of events with that column, or outcomes.rank where it is the rank in the "
-                "reply"
+                "set outcomes.shown to a log of events with that column, or outcomes.rank to its name if it holds the "
+                "rank in the reply"
             )
         self.requests = self._open_requests(
             requests, {name: uses[name] for name in self.inputs if name not in self.placement}

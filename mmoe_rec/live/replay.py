@@ -237,7 +237,7 @@ def read_period(logs: Logs, model: Path, window: tuple[int, int], scratch: Path)
 
 def _check(rows: int, first: int, last: int, window: tuple[int, int]) -> None:
     start, end = map(format_time, window)
-    span = f"its requests lie from {format_time(first)} to {format_time(last)}"
+    span = f"the log has requests from {format_time(first)} to {format_time(last)}"
     if not rows:
         raise UserError(f"no row of the log was requested from {start} to {end}: {span}; change --from and --to")
     if window[0] <= first:

@@ -103,7 +103,7 @@ def _one_use(column: str, found: dict[Use, str]) -> Use:
         return "key"
     if len(found) > 1:
         readings = " and as ".join(f"{EXPECTED[use]} by {reader}" for use, reader in found.items())
-        raise UserError(f"column '{column}' is read as {readings}; it can be one: change a feature or add a column")
+        raise UserError(f"column '{column}' is read as {readings}; choose one, or add a column")
     return next(iter(found))
 
 

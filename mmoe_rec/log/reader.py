@@ -259,7 +259,7 @@ class Log:
         return fewer
 
     def skip(self, addresses: Collection[str]) -> Self:
-        """The same log, of which some files are not read."""
+        """The same log without the files at these addresses."""
         fewer = copy.copy(self)
         fewer.files = [file for file in self.files if file.address not in addresses]
         return fewer

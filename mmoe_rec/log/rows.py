@@ -149,8 +149,8 @@ class LogRows:
 
 
 class StoredColumn:
-    """A column of (S,) values that stays as it is: what functions make of each value is computed once, when first asked
-    for, which costs a request nothing but a look at the results."""
+    """A column of (S,) values that stays as it is. What functions make of each value is computed once, when first asked
+    for; after that, a request only looks the results up."""
 
     def __init__(self, values: pa.Array) -> None:
         self.values = values

@@ -120,7 +120,7 @@ class CounterMemory(Memory):
     def sums(self, index: np.ndarray, before: np.ndarray | None = None) -> tuple[np.ndarray, Any]:
         """(N,) numbers of rows and sums of labels as of events by their index, 0 for index -1.
 
-        before: events, by their index, as of which totals are subtracted.
+        before: indices of the events whose totals are subtracted, -1 for none.
         """
 
         def difference(totals: np.ndarray) -> np.ndarray:

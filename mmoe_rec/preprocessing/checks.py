@@ -123,7 +123,7 @@ def check_splits(counted: LogCounts, windows: Mapping[str, Window], log: str, sp
             raise UserError(
                 f"the {name} split is empty: the log '{log}' has requests from {format_time(counted.first[0])} to "
                 f"{format_time(counted.last[0])}; set `split.train_end`, `split.validation_end` and `split.test_end` "
-                "inside (and `columns.time_unit`, if these times are wrong)"
+                "inside that span (and `columns.time_unit`, if these times are wrong)"
             )
 
 

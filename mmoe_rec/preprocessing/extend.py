@@ -68,7 +68,7 @@ class NewFiles:
         return any(each.new for each in self.changes)
 
     def only(self, events_alone: bool = False) -> Logs:
-        """The logs, of which only new files are read; events_alone: these may be of logs of events alone. Raises
+        """The logs with only their new files to read; events_alone: these may be of logs of events alone. Raises
         UserError where there are no rows to read."""
         old = [log.found.keys() - each.new for log, each in zip(self.logs.all, self.changes, strict=True)]
         return self.logs.rest(old, events_alone)
@@ -115,9 +115,9 @@ class NewFiles:
                 break
             row += len(rows)
         raise UserError(
-            f"{place(new.log, row)} was requested {format_time(first)}, but {self.holder} hold requests up to "
-            f"{format_time(known)} already: what such rows could have known is no longer remembered; take them out of "
-            f"the log, or {self.anew}"
+            f"{place(new.log, row)} was requested at {format_time(first)}, but {self.holder} hold requests up "
+            f"to {format_time(known)} already: what such rows could have known is no longer remembered; take them out "
+            f"of the log, or {self.anew}"
         )
 
     def _check_events(self, counted: LogCounts, new: Logs) -> None:

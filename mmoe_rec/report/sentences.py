@@ -312,7 +312,7 @@ def describe_results(results: Results, findings: Sequence[Any]) -> Iterator[str]
 
 
 def describe_rows(overview: Mapping[str, Any]) -> list[str]:
-    """What to know of the rows of a log that the totals do not show. overview: of a data set's health."""
+    """What a reader should know of a log's rows beyond the totals. overview: that of a data set's health."""
     told = describe_request_times(overview["requests"])
     return [each for each in (told,) if each] + [
         f"{name}: {describe_unmatured(task, number, split['labels_known_by'])}"

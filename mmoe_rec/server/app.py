@@ -215,7 +215,7 @@ def page() -> Response:
 
 
 class Params(BaseModel):
-    """Options for all elements of a call, of which an element's own win. Unknown ones are ignored with a warning."""
+    """Options for all elements of a call; an element's own options win. Unknown ones are ignored with a warning."""
 
     task_weights: dict[str, float] | None = Field(None, description="task or objective -> weight in the score")
     top_k: int | None = Field(None, ge=1, description="only so many best candidates")

@@ -49,7 +49,7 @@ _log = logging.getLogger(__name__)
 
 
 class _Transport:
-    """uvicorn's end of a connection, of which the protocol decides how it closes."""
+    """uvicorn's end of a connection; the protocol decides how it closes."""
 
     def __init__(self, transport: asyncio.Transport, close: Callable[[], None]) -> None:
         self._transport, self.close = transport, close

@@ -61,10 +61,10 @@ class TrainingState:
 class FinishedTraining:
     """A training that has ended.
 
-    artifact, address: of the model, its folder and its place in the registry; compared: sentences on how it did beside
-    the model that held the alias, and on who holds it now; origin: what it was begun with, its settings with those of
-    `result_settings`; weights: checksum of the model's; started_from: validation of the model that it was started from;
-    before: whether it had ended before this command.
+    artifact: the model's folder; address: its place in the registry; compared: sentences on how it did beside the model
+    that held the alias, and on which model holds it now; origin: what it was begun with, its settings as
+    `result_settings` gives them; weights: checksum of the model's weights; started_from: validation of the model that
+    it was started from; before: whether it had ended before this command.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")

@@ -51,7 +51,7 @@ class WarmStart:
             if some_in_int8(weights.keys()):
                 raise UserError(
                     f"the model in '{folder}' is an export in int8, which is too coarse to be trained on: start from "
-                    "the model that it was made of"
+                    "the model that it was made from"
                 )
         before = ModelLayout.read(folder)
         old = FeaturePipeline.load(folder / "features", memories=False)

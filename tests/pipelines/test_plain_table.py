@@ -392,7 +392,7 @@ def test_a_model_of_a_log_with_times_is_told(world: World, tmp_path: Path, capsy
     (tmp_path / "timed.yaml").write_text(settings.to_yaml(), encoding="utf-8")
     said = refuse(capsys, "evaluate", "--config", tmp_path / "timed.yaml", "--model", world.model)
     assert (
-        "trained on a log that has no times, a plain table, and the log of the settings has times (columns.time)"
+        "trained on a log that has no times (a plain table), but the log of the settings has times (columns.time)"
         in said
     )
 
