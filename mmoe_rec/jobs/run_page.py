@@ -48,9 +48,9 @@ def data_sets(settings: Settings, manifest: Mapping[str, Any], *splits: str) -> 
 
     MLflow tells data sets apart by name and digest, so each split has a digest of its own.
     """
-    sets, by = [], settings.split
+    sets, windows, by_column = [], settings.split.windows(), settings.split.by_column
     for split in splits:
-        text = f"{manifest['digest']} {split} {by.windows()[split]} {by.by_column} {settings.columns.weight}"
+        text = f"{manifest['digest']} {split} {windows[split]} {by_column} {settings.columns.weight}"
         digest = hashlib.sha256(text.encode()).hexdigest()[:16]
         about = {"name": settings.name, "digest": digest, "source": str(manifest["log"]), "context": _CONTEXTS[split]}
         sets.append(about | {"rows": int(manifest["splits"][split]["rows"]), "split": split})
@@ -74,8 +74,10 @@ class MachineMonitor:
     """
 
     def __init__(self, run: Run, wanted: bool) -> None:
-        self.run, self._next = run, 0.0 if wanted and run.outbox is not None else math.inf
-        sample_machine()  # the first load of processors is since nothing
+        self.run, self._next = run, math.inf
+        if wanted and run.outbox is not None:
+            self._next = 0.0
+            sample_machine()  # the first load of processors is since nothing
 
     def __call__(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         self.run.log_metrics(metrics, step)

@@ -173,7 +173,7 @@ class Output:
         if self.folder.exists() and not self.folder.is_dir():
             raise UserError(f"--output '{address}' is a file; give a new or empty folder")
         ours = set[str]() if (manifest := self.manifest) is None else {"_manifest.json", *manifest["parts"]}
-        if others := {each.name for each in self.folder.glob("*")} - ours:
+        if others := {each.name for each in self.folder.iterdir()} - ours if self.folder.exists() else None:
             raise UserError(
                 f"--output '{address}' holds something else than scores, such as '{min(others)}'; give a new or empty "
                 "folder, or one with scores that may be replaced"

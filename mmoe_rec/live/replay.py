@@ -344,8 +344,9 @@ def feed(
             first, end = period.starts[request : request + 2].tolist()
             for start in range(first, end, most):
                 ranking = model.rank(_build_request(period, start, min(start + most, end), ids_only), explain)
-                rows = (start + each for each in ranking.order)
-                explanations |= dict(zip(rows, ranking.explanations or [], strict=False))
+                if ranking.explanations is not None:
+                    rows = (start + each for each in ranking.order)
+                    explanations.update(zip(rows, ranking.explanations, strict=True))
             progress.advance(task, end - first)
     return explanations
 
