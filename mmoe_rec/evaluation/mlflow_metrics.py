@@ -47,9 +47,7 @@ def metrics_of_task(
     last: list[tuple[np.ndarray, np.ndarray, GroupSummary]] = []  # of the predictions that were asked for last
 
     def summary_of(given: Any, targets: Any) -> GroupSummary:
-        predictions, labels = np.asarray(given), np.asarray(targets, np.float64)
-        if predictions.dtype != np.float32:  # its precision tells what 0 is
-            predictions = predictions.astype(np.float64)
+        predictions, labels = (np.asarray(each, np.float64) for each in (given, targets))
         for before, known, summary in last:
             if np.array_equal(before, predictions) and np.array_equal(known, labels, equal_nan=True):
                 return summary

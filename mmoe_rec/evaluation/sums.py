@@ -156,7 +156,6 @@ def measure(
     score: Any,
     weight: Any = None,
     candidates: Any = None,
-    precision: Mapping[str, float] | None = None,
     edges: Mapping[str, np.ndarray] | None = None,
     grouped: bool | None = None,
 ) -> EvaluationSums:
@@ -170,14 +169,13 @@ def measure(
         tasks: one or more, with distinct names.
         users: (N,) integers or strings, NumPy or Arrow.
         requests: (N,) integers or strings; a request belongs to one user.
-        predictions: task name -> (N,) probabilities in [0, 1] (binary) or values (regression). For the logloss they are
-            clipped to [eps, 1 - eps], eps being the machine precision of their dtype, as scikit-learn does.
+        predictions: task name -> (N,) probabilities in [0, 1] (binary) or values (regression). See `Logloss` for those
+            near 0 and 1.
         labels: task name -> (N,) 0 or 1 (binary) or values (regression); NaN or null where unobserved.
         score: (N,) fused ranking score, higher is better.
         weight: (N,) positive importance weights, such as 1 / the rate a row was sampled at: a row counts by them in all
             metrics of a task, but not in a request's ranking, such as NDCG, where requests count alike.
         candidates: (N,) integers or strings, for what is shown of the catalogue; None leaves it out.
-        precision: task -> machine precision by which its predictions are clipped; None takes that of their dtype.
         edges: binary task -> first value of each bin but the first; None makes them of the predictions.
         grouped: whether units are groups of users; None: where there are more than `MOST_UNITS`.
 
@@ -208,9 +206,7 @@ def measure(
     given = _Rows(user, request, unit[user], units, weight, combine(keys))
     tables["ranking"] = _ranking_table(given, lists)
     for task in tasks:
-        prediction, label = columns[task.name]
-        eps = float(np.finfo(prediction.dtype).eps) if precision is None else precision[task.name]
-        tables |= _task_tables(task, given, prediction, label, eps, (edges or {}).get(task.name))
+        tables |= _task_tables(task, given, *columns[task.name], (edges or {}).get(task.name))
     return EvaluationSums(tuple(tasks), tables)
 
 
@@ -295,18 +291,13 @@ def _ranking_table(rows: _Rows, lists: RankedLists) -> pa.Table:
 
 
 def _task_tables(
-    task: MeasuredTask,
-    rows: _Rows,
-    predictions: np.ndarray,
-    labels: np.ndarray,
-    precision: float,
-    edges: np.ndarray | None,
+    task: MeasuredTask, rows: _Rows, predictions: np.ndarray, labels: np.ndarray, edges: np.ndarray | None
 ) -> dict[str, pa.Table]:
     observed = ~np.isnan(labels)
     label, weight, unit, key = (each[observed] for each in (labels, rows.weight, rows.unit, rows.key))
     prediction = predictions[observed].astype(np.float64)
     ids = (np.unique(each[observed], return_inverse=True)[1] for each in (rows.user, rows.request, rows.unit))
-    known = TaskRows(label, prediction, weight, precision, *ids)
+    known = TaskRows(label, prediction, weight, *ids)
     requests = int(known.request.max(initial=-1)) + 1
     lists = RankedLists.of(known.request, prediction, np.maximum(label, 0.0), requests)
     units = rows.units.take(pa.array(unit))

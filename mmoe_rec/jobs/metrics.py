@@ -34,7 +34,6 @@ from mmoe_rec.jobs.prediction_files import (
     Footer,
     PredictionColumns,
     find_key_types,
-    find_precision,
     read_rows,
 )
 from mmoe_rec.jobs.score_files import learnt_from
@@ -158,7 +157,7 @@ def _measure_files(
     partitions = min(1 << (-(-rows // ROWS_PER_PARTITION) - 1).bit_length(), MOST_UNITS)
     scratch = out.with_name(f".{out.name}.measuring")
     shutil.rmtree(scratch, ignore_errors=True)  # of a run that was killed
-    job = MeasureJob(columns, Exchange(scratch, partitions), find_precision(columns, files))
+    job = MeasureJob(columns, Exchange(scratch, partitions))
     try:
         with open_engine(options.engine, options.workers, rows >= ROWS_FOR_PROCESSES) as engine:
             sums, slices = _measure_parts(engine, job, parts, rows, options)
@@ -205,13 +204,12 @@ ROWS_AT_A_TIME = 131_072
 class MeasureJob:
     """What the tasks share.
 
-    precision: task -> machine precision of its least precise predictions; edges: of the bins of each binary task's
-    predictions; grouped: whether users are measured in groups; slices: of the rows; all known once all was read.
+    edges: of the bins of each binary task's predictions; grouped: whether users are measured in groups; slices: of the
+    rows; all known once all was read.
     """
 
     columns: PredictionColumns
     rows: Exchange
-    precision: dict[str, float]
     edges: dict[str, np.ndarray] | None = None
     grouped: bool = False
     slices: tuple[Slices, ...] = ()
@@ -259,7 +257,6 @@ def _measure_rows(job: MeasureJob, table: pa.Table) -> EvaluationSums:
         score=table["score"] if "score" in names else table["p0"],
         weight=table[WEIGHT] if WEIGHT in names else None,
         candidates=table["candidate"] if "candidate" in names else None,
-        precision=job.precision,
         edges=job.edges,
         grouped=job.grouped,
     )

@@ -290,16 +290,6 @@ def find_key_types(columns: PredictionColumns, footer: Footer) -> dict[str, pa.D
     return types
 
 
-def find_precision(columns: PredictionColumns, footers: Sequence[Footer]) -> dict[str, float]:
-    """Task -> machine precision of its least precise predictions in files."""
-    precision = {}
-    for task in columns.tasks:
-        kinds = [each.schema.field(columns.names[f"predicted_{task.name}"]).type for each in footers]
-        is_single = any(pt.is_float32(kind) or pt.is_float16(kind) for kind in kinds)
-        precision[task.name] = float(np.finfo(np.float32 if is_single else np.float64).eps)
-    return precision
-
-
 def _hint(columns: PredictionColumns, name: str) -> str:
     part = next((part for part, column in columns.by_part().items() if column == name), "request")
     kind, _, task = part.partition("_")

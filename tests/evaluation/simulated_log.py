@@ -61,6 +61,8 @@ def simulate(seed: int, users: int = 60, requests: int = 400, decimals: int | No
     other = generator.uniform(0.01, 0.99, size=rows)
     if decimals is not None:
         probability, other = (np.clip(p.round(decimals), 0.1, 0.9) for p in (probability, other))
+    # As exact as the logloss takes probabilities.
+    probability, other = (each.astype(np.float32).astype(np.float64) for each in (probability, other))
     log = Log(
         tasks=(BOUGHT, LIKED, SPENT),
         users=request_user[request] - users // 2,  # negative ids too

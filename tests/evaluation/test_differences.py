@@ -26,7 +26,9 @@ def found(a: Log, b: Log, resamples: int = 400, tasks: tuple[str, ...] = ()) -> 
 def other(log: Log, seed: int = 1) -> Log:
     noise = np.exp(0.3 * np.random.default_rng(seed).normal(size=len(log.score)))
     return replace(
-        log, predictions=log.predictions | {"bought": np.clip(log.predictions["bought"] * noise, 0.01, 0.99)}
+        log,
+        predictions=log.predictions
+        | {"bought": np.clip(log.predictions["bought"] * noise, 0.01, 0.99).astype(np.float32).astype(float)},
     )
 
 

@@ -18,7 +18,7 @@ from mmoe_rec.evaluation.mlflow_metrics import metrics_of_task
 def frame() -> pd.DataFrame:
     random = np.random.default_rng(0)
     request = np.repeat(np.arange(120), 5)
-    predicted = random.random(600).round(2)
+    predicted = random.integers(101, size=600) / 128
     return pd.DataFrame(
         {
             "user": request % 40,
@@ -48,7 +48,7 @@ def test_mlflow_evaluates_with_them(frame: pd.DataFrame, weighted: bool) -> None
     with mlflow.start_run():
         found = mlflow.models.evaluate(data=frame, evaluators="default", **given).metrics
     area = roc_auc_score(frame["label"], frame["predicted"], sample_weight=weight)
-    loss = log_loss(frame["label"], frame["predicted"].clip(1e-15, 1 - 1e-15), sample_weight=weight)
+    loss = log_loss(frame["label"], frame["predicted"].clip(2.0**-23, 1), sample_weight=weight)
     assert found["auc/value"] == pytest.approx(area, abs=1e-12)
     assert found["auc/low"] < area < found["auc/high"]
     assert found["logloss/value"] == pytest.approx(loss, rel=1e-9)
@@ -59,8 +59,8 @@ def test_mlflow_evaluates_with_them(frame: pd.DataFrame, weighted: bool) -> None
     assert 0 < found["ndcg_at_5/value"] <= 1
 
 
-def test_single_precision_is_told_by_the_predictions() -> None:
-    """A prediction of 0 is as small as their precision can tell."""
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_prediction_of_0_is_as_small_as_single_precision_can_tell(dtype: type) -> None:
     random = np.random.default_rng(0)
     predicted = random.random(2000).astype(np.float32)
     label = (random.random(2000) < predicted).astype(int)
@@ -68,7 +68,7 @@ def test_single_precision_is_told_by_the_predictions() -> None:
     (found,) = (
         each for each in metrics_of_task(np.arange(2000), np.arange(2000), resamples=5) if each.name == "logloss"
     )
-    value = found.eval_fn(predicted, label).aggregate_results["value"]
+    value = found.eval_fn(predicted.astype(dtype), label).aggregate_results["value"]
     assert value == pytest.approx(log_loss(label, predicted), rel=1e-6)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -301,15 +302,22 @@ def test_files_without_rows_count_nothing(tmp_path: Path) -> None:
     assert found == expected | {"files": 5}
 
 
-def test_single_precision_is_clipped_alike_whatever_lies_beside_it(tmp_path: Path) -> None:
-    frame = predicted(8).assign(predicted_bought=np.float32(1.0), label_bought=0)
-    source = written(frame, tmp_path / "in")
-    alone = measured(["bought"], source, tmp_path / "a")
-    double = frame.assign(predicted_bought=1.0, request=-1 - frame["request"], user=frame["user"] + 1000)
-    pq.write_table(pa.Table.from_pandas(double), source / "9.parquet")
-    found = measured(["bought"], source, tmp_path / "b")
-    value, other = (each["tasks"]["bought"]["logloss"]["value"] for each in (found, alone))
-    assert value == pytest.approx(other) == pytest.approx(-np.log(np.finfo(np.float32).eps))
+def test_predictions_of_single_and_double_precision_have_the_same_logloss(tmp_path: Path) -> None:
+    """Also where they are sure, nearly or wholly, and where both lie side by side."""
+    logits = 9 * np.random.default_rng(0).normal(size=3_000)
+    chance = np.where(np.abs(logits) > 20, logits > 0, 1 / (1 + np.exp(-logits)))
+    double = predicted(8).assign(predicted_bought=chance)
+    single = double.assign(predicted_bought=chance.astype(np.float32))
+    sources = [written(each, tmp_path / name) for name, each in (("double", double), ("single", single))]
+    sources.append(written(single, tmp_path / "mixed"))
+    shutil.copy(sources[0] / "0.parquet", sources[2])
+    eps = float(np.finfo(np.float32).eps)
+    expected = log_loss(
+        double["label_bought"].astype(float), np.clip(chance.astype(np.float32).astype(float), eps, 1 - eps)
+    )
+    for source in sources:
+        bought = measured(["bought"], source, tmp_path / "out")["tasks"]["bought"]
+        assert bought["logloss"]["value"] == pytest.approx(expected, rel=1e-9), source.name
 
 
 def test_results_do_not_lie_among_the_predictions(tmp_path: Path, monkeypatch) -> None:

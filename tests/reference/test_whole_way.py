@@ -107,7 +107,9 @@ def compare_metrics(log, logits, known) -> None:
     users, requests = (
         np.unique([str(log.request(row)[: 1 + each]) for row in log.rows], return_inverse=True)[1] for each in (0, 1)
     )
-    values = dict(zip([task.name for task in TASKS], predictions(logits, names).numpy().T, strict=True))
+    values = dict(
+        zip([task.name for task in TASKS], predictions(logits, names).float().double().numpy().T, strict=True)
+    )
     sums = measure(measured, users, requests, values, known, score=scores)
     summary = summarise(sums, resamples=300, seed=0)
     gains = sum(np.nan_to_num(known[task.name]).clip(0) * task.score_weight for task in TASKS)

@@ -99,15 +99,13 @@ class Ratio(Metric[Measured]):
 class TaskRows:
     """The N rows in which the label of a task is observed.
 
-    label, prediction, weight: (N,) float64; precision: machine precision of the predictions as they were given;
-    user, request, unit: (N,) int64 from 0 on, without gaps; a unit is the user, or the group of users, that resamples
-    draw.
+    label, prediction, weight: (N,) float64; user, request, unit: (N,) int64 from 0 on, without gaps; a unit is the
+    user, or the group of users, that resamples draw.
     """
 
     label: np.ndarray
     prediction: np.ndarray
     weight: np.ndarray
-    precision: float
     user: np.ndarray
     request: np.ndarray
     unit: np.ndarray

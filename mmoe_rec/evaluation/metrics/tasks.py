@@ -24,6 +24,7 @@ FINE_BINS = 50
 Area = Callable[[np.ndarray, np.ndarray], np.ndarray]
 """Takes numbers of positive and of negative rows by rising value, (B, ...) each, and gives (...) areas."""
 _ROUNDING = 1e-12  # as a share of the mean square: what is left of equal labels
+_LEAST_CHANCE = float(np.finfo(np.float32).eps)
 _DENSE_FROM = 0.05  # of all cells, from which share on a dense matrix is faster
 NO_REQUEST = "No request has rows of both labels: metrics by request are undefined."
 
@@ -175,13 +176,16 @@ class Gauc(Ratio[TaskRows]):
 
 
 class Logloss(Ratio[TaskRows]):
-    """Mean negative log likelihood of the labels, in nats."""
+    """Mean negative log likelihood of the labels, in nats.
+
+    Probabilities are rounded to float32 and clipped to [eps, 1 - eps], eps being its machine precision, as scikit-learn
+    clips. So they are if they come as float64: what is compared may not differ by the type of a file.
+    """
 
     name, kinds, better, totals = "logloss", ("binary",), "lower", ("logloss", "weight")
 
     def measure(self, rows: TaskRows) -> dict[str, np.ndarray]:
-        """`logloss`, of probabilities clipped as scikit-learn does."""
-        clipped = np.clip(rows.prediction, rows.precision, 1 - rows.precision)
+        clipped = np.clip(rows.prediction.astype(np.float32).astype(np.float64), _LEAST_CHANCE, 1 - _LEAST_CHANCE)
         return {"logloss": -rows.weight * np.where(rows.label == 1, np.log(clipped), np.log1p(-clipped))}
 
 
