@@ -377,7 +377,7 @@ class Ranker:
             explanations = None
             if read is not None and each.request.explain:
                 moments = as_of(floors, times[number])
-                explanations = explain(scored, read, self.names, places[start:end], moments)
+                explanations = explain(scored, rows, read, self.names, places[start:end], moments)
             rankings.append(
                 Ranking(
                     candidates=[ids[place] for place in places[start:end]],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,7 +31,8 @@ class Explanation:
     the last level; counters: input -> value before it is standardised, null where it is missing; histories: feature ->
     ids, oldest first (null in the place of an id without a row of its own), null where there are none; as_of: counter
     or history -> ISO time as of which its memory answered: the request's, or a later one where the memory has dropped
-    what was known then. What the request gives itself has none.
+    what was known then. What the request gives itself has none. attributes: column that describes the candidate and
+    that features read -> value, as the request gives it, or else as it was last known; times are ISO.
     """
 
     uncalibrated: dict[str, float]
@@ -39,6 +41,7 @@ class Explanation:
     counters: dict[str, float | None]
     histories: dict[str, list[int | None] | list[str | None] | None]
     as_of: dict[str, str]
+    attributes: dict[str, Any]
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,6 +119,7 @@ class Ranking:
 
 def explain(
     scored: Scored,
+    rows: RequestRows,
     read: tuple[Mapping[str, Any], Mapping[str, Any]],
     tasks: Sequence[str],
     places: Sequence[int],
@@ -123,13 +127,16 @@ def explain(
 ) -> list[Explanation]:
     """The explanations of a request's candidates, which lie at these places of a pass.
 
-    scored, read: of the pass's rows, read as `FeaturePipeline.explain` gives it; moments: as `as_of` gives.
+    scored, rows, read: of the pass, read as `FeaturePipeline.explain` gives it; moments: as `as_of` gives.
     """
     assert scored.uncalibrated is not None
     assert scored.gates is not None
     chosen = np.array(places, np.int64)
     after, before = (each[chosen].astype(np.float64).tolist() for each in (scored.values, scored.uncalibrated))
     numbers, lists = ({name: each[chosen].tolist() for name, each in part.items()} for part in read)
+    inputs, ids = rows.schema.input_columns(), rows.schema.columns.names
+    own = [name for name, role in inputs.items() if role == "candidate" and name not in ids]
+    attributes = pa.table({name: rows.taken(name, chosen) for name in own}).to_pylist() if own else [{}] * len(chosen)
     return [
         Explanation(
             uncalibrated=dict(zip(tasks, before[row], strict=True)),
@@ -138,9 +145,16 @@ def explain(
             counters={name: None if math.isnan(each[row]) else each[row] for name, each in numbers.items()},
             histories={name: each[row] for name, each in lists.items()},
             as_of=dict(moments),
+            attributes={name: _plain(each) for name, each in seen.items()},
         )
-        for row, gates in enumerate(scored.gates[chosen].tolist())
+        for row, (gates, seen) in enumerate(zip(scored.gates[chosen].tolist(), attributes, strict=True))
     ]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, datetime):
+        return value.isoformat()
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def as_of(floors: Mapping[str, int | None], time: int) -> dict[str, str]:

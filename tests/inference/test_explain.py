@@ -132,10 +132,25 @@ def test_given_values_are_shown_and_nothing_found_is_null(ranker: Ranker) -> Non
     assert by_place[0].counters["item_click_positives"] == 0
     assert by_place[0].histories == {"clicked": [ITEMS[0], unknown, 4], "liked_items": None}
     reply = json.loads(json.dumps(ranking.to_dict(), allow_nan=False))
-    assert set(reply["explanations"][0]) == {"uncalibrated", "calibrated", "gates", "counters", "histories", "as_of"}
+    parts = {"uncalibrated", "calibrated", "gates", "counters", "histories", "as_of", "attributes"}
+    assert set(reply["explanations"][0]) == parts
     encoders = ranker.pipeline.memory_encoders.values()
     shown = {*by_place[0].counters, *by_place[0].histories}
     assert shown == {name for encoder in encoders for name in encoder.result_columns()}
+
+
+@pytest.mark.parametrize("given", [{}, {"price": [7.5, None, None], "tags": [None, ["t3"], None]}])
+def test_attributes_are_those_given_or_last_known(small: SmallModel, ranker: Ranker, given: dict[str, Any]) -> None:
+    log = pq.read_table(f"{small.settings.data.log}/0.parquet").to_pylist()
+    items = [ITEMS[0], ITEMS[3], 10**17 + 1]
+    ranking = ranker.rank({"user": USER}, CONTEXT, {"item": items, **given}, explain=True)
+    for place, each in zip(ranking.order, explained(ranking), strict=True):
+        last = max((row for row in log if row["item"] == items[place]), key=lambda row: row["time"], default={})
+        known = {name: last.get(name) for name in ("brand", "price", "tags")}
+        if isinstance(price := known["price"], float) and math.isnan(price):
+            known["price"] = None
+        assert each.attributes == known | {name: values[place] for name, values in given.items()}
+        json.dumps(each.attributes, allow_nan=False)
 
 
 def test_without_explain_nothing_is_added_or_computed(ranker: Ranker, monkeypatch: pytest.MonkeyPatch) -> None:

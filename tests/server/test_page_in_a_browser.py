@@ -31,6 +31,11 @@ needs_browser = pytest.mark.skipif(None in (CHROMIUM, DRIVER), reason="needs Chr
 TOKEN = "open sesame"
 HTML = "<img src=x onerror=\"document.title='taken'\"><b>7</b>"
 LARGE = -(10**17) - 1  # which no double can hold
+CELLS = """
+    const text = (cell) => (cell.querySelector("button") ?? cell).textContent;
+    return [...document.querySelector(arguments[0]).rows].map(row => [...row.cells].map(text))"""
+STATISTICS = {"positives": ("", " 3.5d", " 2d", " 1d"), "rows": ("", " 3.5d", " 2d", " 1d")}
+STATISTICS |= {"rate": ("", " 3.5d", " 2d", " 1d"), "recency": ("",)}
 ROWS = "return document.querySelectorAll('#ranking tbody tr').length"
 
 
@@ -98,7 +103,7 @@ def page(opened: Browser, address: str) -> Browser:
     assert opened.texts("#error") == ["this server asks for a token: send the header Authorization: Bearer TOKEN"]
     opened.run("document.activeElement.value = arguments[0]", TOKEN)
     opened.press("\ue007")
-    opened.wait("return document.querySelector('#text').value")
+    opened.wait(ROWS)
     assert opened.texts("#error") == []
     opened.complaints()  # of the refusal, and of the model asked for without the token
     return opened
@@ -127,8 +132,7 @@ def move(page: Browser, label: str, value: float) -> None:
 
 def columns(page: Browser) -> dict[str, list[str]]:
     """The ranking as it is seen: name of the column -> texts."""
-    cells = "return [...document.querySelectorAll('#ranking tr')].map(r => [...r.cells].map(c => c.textContent))"
-    head, *rows = page.run(cells)
+    head, *rows = page.run(CELLS, "#ranking")
     return dict(zip((each.replace("\u200b", "") for each in head), map(list, zip(*rows, strict=True)), strict=True))
 
 
@@ -147,16 +151,21 @@ ITEMS = [10**17 * number for number in range(-4, 8)]
 
 
 @needs_browser
-def test_the_example_is_there_and_is_ranked(page: Browser, small: SmallModel) -> None:
+def test_the_example_is_there_and_is_ranked_at_once(page: Browser, small: SmallModel) -> None:
     assert page.texts("h1") == ["small, version 7"]
     example = {"inputs": [json.loads((small.folder / "example_request.json").read_text())]}
     assert json.loads(page.run("return document.querySelector('#text').value")) == example
-    page.run("document.querySelector('#send').focus()")
-    page.press("\ue007")
-    page.wait(ROWS)
     ranking = expected(small, example)
     found = columns(page)
+    assert ranking.explanations is not None
     assert found["candidate"] == [str(each) for each in ranking.candidates]
+    known = [[each for each in why.attributes.values() if each is not None] for why in ranking.explanations]
+    told = page.texts("#ranking .attributes")
+    assert len(told) == sum(map(bool, known)) > 2
+    for text, values in zip(told, filter(None, known), strict=True):
+        parts = [", ".join(one or "null" for one in each) if isinstance(each, list) else each for each in values]
+        for part, value in zip(text.split(" · "), parts, strict=True):
+            assert part == value if isinstance(value, str) else float(part) == pytest.approx(value, rel=1e-3)
     for name, values in ranking.predictions.items():
         np.testing.assert_allclose([float(each) for each in found[name]], values, rtol=1e-3)
     assert set(found["moved"]) == {"\u2013"}
@@ -201,15 +210,32 @@ def test_what_a_candidate_rests_on(page: Browser, small: SmallModel) -> None:
         assert text.startswith(f"{name}: ")
         shown = [int(each) for each in re.findall(r"(\d+)%", text)]
         np.testing.assert_allclose(shown, 100 * np.stack([weights, means[name]]).T.ravel(), atol=0.51)
-    assert page.texts(".counter span:first-child") == list(why.counters)
-    for text, value in zip(page.texts(".counter span:nth-child(2)"), why.counters.values(), strict=True):
-        assert text == "missing" if value is None else float(text) == pytest.approx(value, rel=1e-3)
+    assert page.texts("#attributes th") == ["brand", "price", "tags"]
+    (_, *statistics), *rows = page.run(CELLS, "#counters")
+    assert statistics == [f"{kind}{days}" for kind, windows in STATISTICS.items() for days in windows]
+    table = {row[0].replace("\u200b", ""): dict(zip(statistics, row[1:], strict=True)) for row in rows}
+    assert [*table] == ["item_click", "user_brand_liked", "brand_spent"]
+    for name, value in why.counters.items():
+        counter, kind, days = re.fullmatch(r"(.*)_(positives|rows|rate|recency)_?(.*)", name).groups()
+        text = table[counter].pop(f"{kind} {days.replace('p', '.')}".strip())
+        number = value if kind == "rate" or value is None else np.expm1(value)
+        assert text == "missing" if value is None else float(text) == pytest.approx(number, rel=1e-3, abs=1e-3), name
+    assert {text for row in table.values() for text in row.values()} == {""}
     clicked = why.histories["clicked"]
     assert clicked
     assert page.texts("#as-of") == [
         f"Counters and histories that the request does not give are as of {ranking.request_time}"
     ]
     assert page.texts("#histories ul:first-of-type li")[: len(clicked)] == [str(each) for each in clicked]
+
+
+@needs_browser
+def test_numbers_near_one_are_told_from_it(page: Browser) -> None:
+    values = [0.5, 0.9987276, 0.99995, 0.9999849, 0.99999994, 1 - 2**-53, -0.99996, 1.0, 0.0, 123.456, 2e7, 3e-9]
+    texts = page.run("return arguments[0].map(number)", values)
+    np.testing.assert_allclose(texts_as_numbers := [float(each) for each in texts], values, rtol=1e-2)
+    for text, value in zip(texts_as_numbers, values, strict=True):
+        assert abs(1 - text) == pytest.approx(abs(1 - value), rel=0.06)
 
 
 @needs_browser
