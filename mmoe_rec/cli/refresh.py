@@ -5,12 +5,11 @@ mmoe-rec refresh --config configs/complete_journey.yaml --train-every-days 7
 Takes new files of the log, and of logs of events, into what a model's counters, histories and latest values know, and
 registers the result as a new version: the same weights, calibration and vocabularies, new tables. The alias moves to
 it, if no other version has taken it meanwhile; a server that was started with --poll goes on with the new version.
-Where there are no new files, nothing happens. Only rows of new files are read, and these must be later than those
-before. Features in `data.work` stay as they are: days are added to them for the next training.
+Where there are no new files, nothing happens. Only rows of new files are read; those that come late count, too, and
+are told. Features in `data.work` stay as they are: days are added to them for the next training.
 
 --journal A first writes what a server (serve --journal A) has accepted into files of `data.log` and of the logs of
-events, which the features for the next training then take as well. Rows that came late count, too, but no model is
-trained on them.
+events, which the features for the next training then take as well.
 
 --anew makes the tables of all files that the log has now, as where an old file was put right.
 

@@ -2,9 +2,9 @@
 
 Only rows of the new files are read and encoded, into the splits of the settings; no old file is needed. What a trained
 model relies on stays: rows of known ids, statistics, scales of labels; ids that have become frequent get rows at the
-end of their tables. Counters and histories go on from what they remember, so new requests must be later than all
-earlier ones. Events of other logs, and rows of an earlier request, may come late: counters and histories take them, but
-such rows are not encoded, as what they could have known is no longer remembered.
+end of their tables. Counters and histories go on from what they remember. Requests, rows of an earlier request, and
+events of other logs may come late: counters and histories take them, as a build of all files would, but such rows are
+not encoded, as what they could have known is no longer remembered.
 
 The tables of a model (`<artifact>/features`) move on by themselves, by the model's own features: `extend_tables` adds
 new files to them; `remake_tables` makes them of all files, or of all rows before a moment. From the same rows both give
@@ -31,7 +31,7 @@ from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.locks import writing
 from mmoe_rec.log.checks import LogFile, format_time
 from mmoe_rec.log.files import first_line
-from mmoe_rec.log.reader import ROWS_PER_PART, LogReader, cut
+from mmoe_rec.log.reader import ROWS_PER_PART, Log, LogReader, cut
 from mmoe_rec.log.rows import LogRows, require_all
 from mmoe_rec.point_in_time.join import Window
 from mmoe_rec.preprocessing.checks import check_apart, place
@@ -78,10 +78,10 @@ class NewFiles:
         where rows can't be added."""
         has_requests = self.logs.schema.columns.request is not None
         counted = steps.count(statistics=statistics, kept=kept, before=before if has_requests else None)
-        self._check_times(counted, steps.requests, steps.logs)
+        self._check_late(counted, steps)
         self._check_events(counted, steps.logs)
         if steps.requests.continued and self.logs.options.duplicates == "error":
-            self._check_repeats(steps)
+            self._check_repeats(steps, steps.requests.continued_times)
         return counted
 
     def begin(self, counted: LogCounts, requests: Requests) -> int:
@@ -94,30 +94,44 @@ class NewFiles:
             what = f"can't be used any more ({reasons[address]})" if address in reasons else "has changed"
             raise UserError(f"'{address}' {what} since {self.holder} were built from it; put it back, or {self.anew}")
 
-    def _check_times(self, counted: LogCounts, requests: Requests, new: Logs) -> None:
-        first, known = self.begin(counted, requests), self.last
+    def _check_late(self, counted: LogCounts, steps: Steps) -> None:
+        """Tells of requests that are no later than those held. Raises UserError where they may be the same ones."""
+        first, known, log = self.begin(counted, steps.requests), self.last, steps.logs.log
         if first > known:
             return
-        if all(
-            read_journal_name(file) is not None
-            for (log, file), span in counted.spans.items()
-            if log is None and span[0] <= known
-        ):
-            say(
-                f"rows of a server's journal are of requests up to {format_time(known)}, so they came late: they "
-                "count, but are no rows to train on, as what they could have known is no longer remembered"
-            )
-            return
+        late = [file for file in log.files if counted.spans.get((None, file.address), (known + 1, 0))[0] <= known]
+        if any(read_journal_name(file.address) is None for file in late):
+            held = self.taken.logs[0].files
+            if steps.requests.earlier is not None:
+                first, why = steps.requests.earlier, "a later row of its request among them, which would get its time"
+                raise self._late_row(log, first, why)
+            if self.logs.schema.columns.request is None:
+                gone = [each for each in self.changes[0].gone if held[each].overlaps(first, known)]
+                if gone:
+                    raise self._late_row(log, first, f"rows of '{gone[0]}', which is gone and may hold the same ones")
+                self._check_repeats(steps, (first, known))
+        such_as = f"'{late[0].address}'" + (f" and {len(late) - 1:,} other new files" if len(late) > 1 else "")
+        say(
+            f"{such_as} came late, with requests from {format_time(first)} on, {self.describe_known()}: the late rows "
+            "count, but are no rows to train on, as what they could have known is no longer remembered"
+        )
+
+    def describe_known(self) -> str:
+        """Up to when requests are held, and where the latest one lies, which may be a row ahead of its time."""
+        files = self.taken.logs[0].files.values()
+        latest = max(files, key=lambda file: (file.last is not None, file.last or 0))
+        return f"as {self.holder} know requests up to {format_time(self.last)} already (of '{latest.address}')"
+
+    def _late_row(self, log: Log, first: int, why: str) -> UserError:
         row = 0
-        for rows in new.log.stream():
+        for rows in log.stream():
             if (here := rows.times() == first).any():
                 row += int(here.argmax())
                 break
             row += len(rows)
-        raise UserError(
-            f"{place(new.log, row)} was requested at {format_time(first)}, but {self.holder} hold requests up "
-            f"to {format_time(known)} already: what such rows could have known is no longer remembered; take them out "
-            f"of the log, or {self.anew}"
+        return UserError(
+            f"{place(log, row)} was requested at {format_time(first)}, but {self.holder} hold requests up to "
+            f"{format_time(self.last)} already, and {why}: take such rows out of the log, or {self.anew}"
         )
 
     def _check_events(self, counted: LogCounts, new: Logs) -> None:
@@ -136,19 +150,23 @@ class NewFiles:
                         f"if they are the same, they would count twice; put that file back, or {self.anew}"
                     )
 
-    def _check_repeats(self, steps: Steps) -> None:
-        """Raises UserError where rows of new files came before by the other way: by a server's journal, or in a file
-        of another program that is still there."""
+    def _check_repeats(self, steps: Steps, times: tuple[int, int]) -> None:
+        """Raises UserError where rows of new files came before, of requests of `times`, in a file that is still there;
+        where requests have ids, by the other way: by a server's journal, or in a file of another program."""
         new, taken, columns = steps.logs.log, self.taken.logs[0].files, steps.logs.schema.columns
         needed = {columns.request, columns.user, columns.candidate, columns.time}
         reader = replace(new.reader, uses={name: use for name, use in new.uses.items() if name in needed})
         # The same row may have other times in other files: all rows of the requests' times are looked at.
         before = [file for file in self.logs.log.files if file.address in taken]
-        before = [file for file in before if taken[file.address].overlaps(*steps.requests.continued_times)]
+        before = [file for file in before if taken[file.address].overlaps(*times)]
         repeated: list[np.ndarray] = []
         for by_journal in (False, True):
             mine, others = (
-                [file for file in files if file.rows and (read_journal_name(file.address) is not None) == way]
+                [
+                    file
+                    for file in files
+                    if file.rows and (columns.request is None or (read_journal_name(file.address) is not None) == way)
+                ]
                 for files, way in ((new.files, by_journal), (before, not by_journal))
             )
             if mine and others:
@@ -161,10 +179,12 @@ class NewFiles:
             example = row + int(again.argmax()) if again.any() and not count else example
             row, count = row + len(rows), count + int(again.sum())
         if count:
+            way, keep = ", and one of the two came by a server's journal", ", or set data.duplicates to keep if meant"
+            if columns.request is None:
+                way = keep = ""
             raise UserError(
-                f"{place(new, example)} repeats request and candidate of a row that {self.holder} hold, and one "
-                f"of the two came by a server's journal; {count:,} rows of new files do so, and would count twice: "
-                "remove them from these files, or set data.duplicates to keep if they are meant"
+                f"{place(new, example)} repeats request and candidate of a row that {self.holder} hold{way}; "
+                f"{count:,} rows of new files do so, and would count twice: remove them from these files{keep}"
             )
 
 
@@ -195,9 +215,9 @@ def extend(
 
     windows: request times [start, end) in microseconds of each split of the new rows.
 
-    Raises UserError where there are no features to extend, or they are of another schema; an old file has changed; new
-    requests are not later than old ones, or in no split; new events may be those of a file that is gone; no new file
-    can be used, or the log can't be read.
+    Raises UserError where there are no features to extend, or they are of another schema; an old file has changed; late
+    requests may be old ones; no new request is later than these, or in a split; new events may be those of a file that
+    is gone; no new file can be used, or the log can't be read.
     """
     require_all(schema, "adding days to features")
     check_apart(log_source, schema, work)
@@ -252,7 +272,7 @@ def _extend(before: FeatureFolder, files: NewFiles, windows: dict[str, Window], 
         pipeline.merge(counted.counts, counted.key_types)
         new_ids = pipeline.grow()
         counted.add_latest_of(before.serving, logs.schema)
-        counted.first = (first, 0)
+        counted.first = (min(first, counted.first[0]), 0)
         manifest = write_features(steps, pipeline, counted, taken, windows, folder, before.serving.resolve())
     whole = fingerprint_of(logs, windows)
     # Not that of a build of all files, whose ids have other rows: a model knows its features by the fingerprint.
@@ -272,6 +292,11 @@ def _check_splits(files: NewFiles, counted: LogCounts, steps: Steps) -> None:
             f"all {rows:,} new rows belong to requests of the files before, by column "
             f"'{steps.logs.schema.columns.request}', so none of them would be encoded: give each request an id of "
             "its own if ids were used again, or add these rows together with those of new requests"
+        )
+    if counted.last[0] <= files.last:
+        raise UserError(
+            f"all {rows:,} new rows came late, {files.describe_known()}, so none of them would be encoded: add them "
+            f"together with those of later requests, or {files.anew}"
         )
     raise UserError(
         f"none of the {rows:,} new rows lies in a split: they were requested from {format_time(first)} to "

@@ -49,8 +49,8 @@ class Requests:
     count: requests; several_times, several_users: those with rows of several times or users; longest: greatest
     difference of times within a request, microseconds; continued, continued_rows: requests of days before that have
     rows here, and continued_times: their first and last time before; begin: time of the first request that is none of
-    them; times_clash, users_clash: two rows that disagree, the second being the first such row; bad: files that can't
-    be read.
+    them; earlier: least time of a row that is earlier than all of its request before, None for none; times_clash,
+    users_clash: two rows that disagree, the second being the first such row; bad: files that can't be read.
     """
 
     count: int = 0
@@ -61,6 +61,7 @@ class Requests:
     continued_rows: int = 0
     continued_times: tuple[int, int] = (0, -1)
     begin: int = _GREATEST
+    earlier: int | None = None
     times_clash: Clash | None = None
     users_clash: Clash | None = None
     bad: list[BadFile] = field(default_factory=list)
@@ -155,9 +156,9 @@ def _group(database: Database, requests: Requests, before: Path | None) -> None:
         "coalesce(max(before.last), -1) FROM mine JOIN before USING (request) WHERE mine.first >= before.first"
     )
     requests.continued_times = (times[0], times[1])
-    (requests.begin,) = database.row(
-        f"SELECT coalesce(min(mine.first), {_GREATEST}) FROM mine LEFT JOIN before USING (request) "
-        "WHERE before.first IS NULL OR mine.first < before.first"
+    requests.begin, requests.earlier = database.row(
+        f"SELECT coalesce(min(mine.first), {_GREATEST}), min(mine.first) FILTER (before.first IS NOT NULL) "
+        "FROM mine LEFT JOIN before USING (request) WHERE before.first IS NULL OR mine.first < before.first"
     )
     database.run(
         "CREATE TABLE every AS SELECT request, min(least) AS least, max(greatest) AS greatest, min(first) AS first, "

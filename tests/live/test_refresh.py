@@ -117,8 +117,7 @@ def test_frozen_at_a_moment(model: RefreshedModel, tmp_path: Path) -> None:
 def test_what_can_not_be_added_is_told(model: RefreshedModel, capsys: pytest.CaptureFixture) -> None:
     model.add(8, 9.5)  # half of it is in the tables already
     told = model.refused(capsys)
-    assert "but the model's tables hold requests up to" in told
-    assert told.endswith("make the tables anew with --anew, which reads all files of the log")
+    assert "repeats request and candidate of a row that the model's tables hold; " in told
     (model.log / "days 8 to 9.5.parquet").unlink()
     old = next(iter(sorted(model.log.glob("*.parquet"))))
     pq.write_table(pq.read_table(old).slice(1), old)

@@ -243,8 +243,14 @@ def _only_events(log: Growing) -> None:
     ("change", "message"),
     [
         (_rewrite, r"log/100.parquet' has changed since the features in '.*' were built from it; put it back, or"),
-        (_write_early, r"row 20 of '.*early.parquet' was requested .*; take them out of the log, or build .*anew"),
-        (_write_last_again, r"row 0 of '.*last.parquet' was requested .* hold requests up to"),
+        (
+            _write_early,
+            r"row 20 of '.*early.parquet' repeats request and candidate of a row that the features in .*; 20 rows of",
+        ),
+        (
+            _write_last_again,
+            r"row 0 of '.*last.parquet' repeats request and candidate of a row .*: remove them from these files$",
+        ),
         (_change_schema, r"setting 'features.item.oov_buckets' is 4 in the features in '.*' and 3 now; build the fe"),
         (_drop_feature, r"setting 'features.price' is there in the features in '.*' and missing now"),
         (_swap_features, r"'features' is in the order item, brand, .* in the features in '.*' and in the order n, b"),

@@ -250,7 +250,9 @@ def test_ids_that_are_all_used_again_are_told(tmp_path: Path) -> None:
 def test_a_row_before_a_request_of_days_before_is_refused(tmp_path: Path) -> None:
     days = _Days(tmp_path)
     early = at_times(days.old.slice(3, 1), times_of(days.old)[3:4] - DAY)
-    with pytest.raises(UserError, match=r"^row 0 of '.*new.parquet' was requested .* is no longer remembered; take"):
+    with pytest.raises(
+        UserError, match=r"^row 0 of '.*new.parquet' was requested .*, and a later row of its request among"
+    ):
         days.extend(pa.concat_tables([early, days.new]))
 
 
