@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import chi2, norm
 
-from mmoe_rec.auc import FEWEST, TOO_GOOD, WHY_TOO_GOOD
+from mmoe_rec.auc import FEWEST, TOO_GOOD, WHY_TOO_GOOD, auc_of_counts
 from mmoe_rec.evaluation.comparison import Results
 from mmoe_rec.evaluation.intervals import Interval
 from mmoe_rec.evaluation.summary import SCORE, GroupSummary, Summary
@@ -18,6 +18,7 @@ from mmoe_rec.report.formatting import interval
 FURTHEST = 2.0  # predictions over labels, or the other way round, beyond which a warning is given
 OFF = 0.05  # expected calibration error, at which half of the rows lie in bins that are shown to be off
 FEWEST_BINS = 5
+PROMISE = 0.1  # how far probabilities that only rank candidates by noise may lie, as an AUC, above what they reach
 UNLIKELY = 1e-4  # chance at which probabilities are called too close to what was observed
 _WARNINGS = ("calibration", "users")
 
@@ -110,10 +111,15 @@ def _in_ranking(name: str, task: GroupSummary) -> tuple[str, str] | None:
         return None
     if (auc.value if auc.low is None else auc.low) <= 0.5:
         what = ", below .5: it ranks no better" if auc.value < 0.5 else ": it is not shown to rank better"
-        joined = (
-            "although the probabilities are right in sum, as where labels or predictions were joined to the wrong rows"
-        )
-        why = f", {joined}" if positives >= FEWEST and _is_right_in_sum(task) else ""
+        why = ""
+        if positives >= FEWEST and _is_right_in_sum(task):
+            own = _auc_by_own_probabilities(task)
+            promise = f"an AUC of {own:.2f} if each were right"
+            usual = "as is usual of popularity where the other rows were sampled by it"
+            why = f"; its probabilities hardly differ ({promise}), {usual}"
+            if own - (auc.value if auc.high is None else auc.high) > PROMISE:
+                joined = "as where labels or predictions were joined to the wrong rows"
+                why = f", although the probabilities are right in sum and differ ({promise}), {joined}"
         return "chance", f"the AUC of '{name}' is {interval(auc, 3)}{what} than chance{why}"
     if min(positives, task.counts["rows"] - positives) < FEWEST:
         return None  # of few labels nothing can be said
@@ -127,6 +133,14 @@ def _in_ranking(name: str, task: GroupSummary) -> tuple[str, str] | None:
             "joined to rows of other requests",
         )
     return None
+
+
+def _auc_by_own_probabilities(task: GroupSummary) -> float:
+    """The AUC, over bins, that rows would have if each were positive with the probability that is predicted."""
+    weight, mean = (
+        np.array([each[of] for each in task.details["calibration_bins"]]) for of in ("weight", "mean_predicted")
+    )
+    return float(auc_of_counts(weight * mean, weight * (1 - mean)))
 
 
 def _is_right_in_sum(task: GroupSummary) -> bool:
