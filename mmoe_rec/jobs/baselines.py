@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,9 +31,10 @@ if TYPE_CHECKING:
 
 TREES, POPULARITY = "gradient boosting", "popularity"
 ROWS_AT_A_TIME = 65_536
-MOST_ROWS = 2_000_000
-"""Training rows that are held in memory; of more, the last ones."""
-MOST_TREES = 300
+MOST_ROWS, MOST_VALUES = 2_000_000, 200_000_000
+"""Rows, and values of their inputs, that are held in memory for training or validation; of more, the last ones."""
+MOST_TREES, PATIENCE, TREES_UNCHOSEN = 300, 20, 100
+"""Trees of a task; those that are tried without a lower loss on validation rows; and trees where none say so."""
 SMOOTHING = 20.0
 """Rows of the mean over all that are added to those of each candidate."""
 _CATEGORIES = 255  # what scikit-learn's histograms can hold; the last one stands for all rarer values
@@ -54,65 +56,71 @@ def measure_baselines(
         features_in_use(*log_and_place(settings), "baselines", ("train", "validation", "test")) as prepared,
         writing(out, "an evaluation", "give another folder with --out"),
     ):
-        scored = _predict(settings, prepared)
+        scored, trees = _predict(settings, prepared)
         models = {} if evaluated is None else {name: next(iter(evaluated.results.models.values()))}
         for each, rows in scored.items():
             sums = rows.measure()
             models[each] = MeasuredModel(sums, summarise(sums, settings.evaluation.resamples))
         facts = {"log": settings.data.log} if evaluated is None else evaluated.results.facts
-        facts = facts | {"trees": f"at most {MOST_TREES:,} of each task, fewer where validation rows say so"}
+        facts = facts | trees
         title = f"Baselines of {settings.name}"
         results = Results(models, tuple(settings.tasks), settings.evaluation, title, facts)
         write_results(results, out)
     return results
 
 
-def _predict(settings: Settings, prepared: FeatureFolder) -> dict[str, ScoredRows]:
-    """The baselines' predictions of the test rows; without candidates, none is more popular than another."""
+def _predict(settings: Settings, prepared: FeatureFolder) -> tuple[dict[str, ScoredRows], dict[str, str]]:
+    """The baselines' predictions of the test rows, and what trees of each task validation rows chose; without
+    candidates, none is more popular than another."""
     from mmoe_rec.evaluation.scoring import COLUMNS, ScoredRows
     from mmoe_rec.model.layout import ModelLayout
 
     layout = ModelLayout.of(prepared.layout, settings)
     train, validation, test = (EncodedRows(prepared.split(name), layout) for name in ("train", "validation", "test"))
-    if train.rows > MOST_ROWS:
-        say(f"the baselines learn from the last {MOST_ROWS:,} of {train.rows:,} training rows")
-    weighted = settings.training.sampling_correction == "weights"
+    weighted, seed = settings.training.sampling_correction == "weights", settings.training.seed
     learnt, held_out = (
-        _Inputs.read(rows, layout, ("candidate", *rows.weighing(weighted)), MOST_ROWS) for rows in (train, validation)
+        Inputs.read(rows, layout, ("candidate", *rows.weighing(weighted))) for rows in (train, validation)
     )
-    outcomes = [f"label.{name}" for name in layout.outcomes]
-    tested = _Inputs.read(test, layout, (*COLUMNS, *outcomes, *test.weighing(weighted)))
-    popularity, trees = [], []
+    if len(learnt.labels) < train.rows:
+        say(f"the baselines learn from the last {len(learnt.labels):,} of {train.rows:,} training rows")
+    boosted = {}
     with bar() as progress:
         step = progress.add_task(TREES, total=len(layout.tasks))
         for index, task in enumerate(layout.tasks):
-            labels, own = learnt.labels[:, index], held_out.labels[:, index]
-            # Rows that say when to stop; none where they can't, for want of labels.
-            enough = len(np.unique(own[~np.isnan(own)])) >= (2 if task.kind == "binary" else 1)
             try:
-                rates = rate_candidates(learnt.ids("candidate"), labels, learnt.weights, tested.ids("candidate"))
-                trained, stopping = (learnt.x, labels, learnt.weights), (held_out.x, own, held_out.weights)
-                boosted = boost_trees(task.kind, learnt.categorical, trained, stopping if enough else None, tested.x)
+                found = boost_trees(task.kind, learnt.of_task(index), held_out.of_task(index), seed)
             except UserError as error:
                 raise UserError(f"no baseline can learn task '{task.name}': {error}") from None
-            popularity.append(rates)
-            trees.append(boosted)
+            boosted[task.name] = found
+            say(f"  {task.name}: {found.told}")
             progress.advance(step)
+    columns = (*COLUMNS, *(f"label.{name}" for name in layout.outcomes), *test.weighing(weighted))
+    parts, predicted = [], []
+    for part in Inputs.stream(test, layout, columns):
+        predicted.append(np.stack([each.predict(part) for each in boosted.values()], axis=1))
+        parts.append(replace(part, dense=part.dense[:0], ids=part.ids[:0]))
+    tested = Inputs.join(parts)
     rows = ScoredRows(
         layout,
-        users=tested.ids("user"),
-        requests=tested.ids("request"),
-        candidates=tested.ids("candidate") if settings.columns.has_candidate else None,
+        users=tested.column("user"),
+        requests=tested.column("request"),
+        candidates=tested.column("candidate") if settings.columns.has_candidate else None,
         predictions=np.zeros(tested.labels.shape),
         labels=tested.labels,
         score=np.zeros(len(tested.labels)),
         experts=None,
-        outcomes={name: tested.table.column(f"label.{name}").to_numpy() for name in layout.outcomes},
+        outcomes={name: tested.column(f"label.{name}").to_numpy() for name in layout.outcomes},
         relevance={name: task.score_weight for name, task in settings.tasks.items()},
         weights=tested.weights,
     )
-    predictions = {TREES: trees} | ({} if rows.candidates is None else {POPULARITY: popularity})
-    return {name: rows.with_predictions(np.stack(each, 1)) for name, each in predictions.items()}
+    scored = {TREES: rows.with_predictions(np.concatenate(predicted))}
+    if rows.candidates is not None:
+        rates = [
+            rate_candidates(learnt.column("candidate"), labels, learnt.weights, rows.candidates)
+            for labels in learnt.labels.T
+        ]
+        scored[POPULARITY] = rows.with_predictions(np.stack(rates, axis=1))
+    return scored, {f"{TREES} of {name}": each.told for name, each in boosted.items()}
 
 
 def rate_candidates(
@@ -120,8 +128,8 @@ def rate_candidates(
 ) -> np.ndarray:
     """(M,) float64, what is predicted for M `others`: the mean label of each candidate, whoever the user is.
 
-    It is smoothed toward the mean of all rows: (sum of labels + SMOOTHING x overall mean) / (rows + SMOOTHING); that of
-    a candidate that was not seen is the overall mean.
+    It is smoothed toward the mean of all rows: (sum of labels + SMOOTHING x overall mean) / (rows + SMOOTHING), where a
+    row of mean weight is one; that of a candidate that was not seen is the overall mean.
 
     candidates, labels: (N,), NaN where unobserved; weights: (N,) what rows count, None is 1. Raises UserError where no
     label is observed.
@@ -129,7 +137,7 @@ def rate_candidates(
     observed = ~np.isnan(labels)
     if not observed.any():
         raise UserError("no training row has an observed label; expected at least one")
-    rows = np.ones(len(labels)) if weights is None else weights
+    rows = np.ones(len(labels)) if weights is None else weights / weights[observed].mean()
     counted = pd.DataFrame({"rows": rows, "labels": rows * labels}, dtype=np.float64)[observed]
     overall = counted["labels"].sum() / counted["rows"].sum()
     sums = counted.groupby(candidates.to_pandas().to_numpy()[observed]).sum()
@@ -137,101 +145,147 @@ def rate_candidates(
     return rates.reindex(others.to_pandas().to_numpy()).fillna(overall).to_numpy()
 
 
-LabelledRows = tuple[np.ndarray, np.ndarray, np.ndarray | None]
-"""Features (N, F) float, NaN where missing, labels (N,), NaN where unobserved, and what rows count (N,), None is 1."""
+@dataclass(frozen=True)
+class BoostedTrees:
+    """The trees of a task. categories: of each id the values that are kept apart, None without ids; trees: how many of
+    them count, as further ones were too many; loss: of validation rows, NaN where they say nothing."""
+
+    estimator: HistGradientBoostingClassifier | HistGradientBoostingRegressor
+    categories: Sequence[np.ndarray] | None
+    trees: int
+    loss: float
+    told: str = ""
+
+    def predict(self, rows: Inputs) -> np.ndarray:
+        """(N,) float64, probabilities or values."""
+        x, last = _join(rows, self.categories), self.trees - 1
+        if isinstance(self.estimator, HistGradientBoostingClassifier):
+            return np.asarray(next(islice(self.estimator.staged_predict_proba(x), last, None))[:, 1])
+        return np.asarray(next(islice(self.estimator.staged_predict(x), last, None)))
 
 
-def boost_trees(
-    kind: str,
-    categorical: np.ndarray,
-    train: LabelledRows,
-    validation: LabelledRows | None,
-    x: np.ndarray,
-    trees: int = MOST_TREES,
-) -> np.ndarray:
-    """(M,) float64, probabilities or values for features (M, F) by scikit-learn's histogram gradient boosting.
+def boost_trees(kind: str, train: Inputs, validation: Inputs, seed: int = 0) -> BoostedTrees:
+    """scikit-learn's histogram gradient boosting, without ids and with them, whichever has the lower validation loss.
 
-    kind: of the task; categorical: (F,) bool, columns of whole numbers, whose most frequent 254 values are kept apart,
-    while all others, and those not seen in training, count as one; validation: rows by whose loss boosting stops once
-    it has not improved for 15 trees. Raises UserError where no label is observed, or of a binary task one class only.
+    kind: of the task; train, validation: its rows, as `Inputs.of_task` gives them; seed: of the columns that a split
+    looks at. The logloss, or squared error, of validation rows also says how many trees count; where these lack labels,
+    TREES_UNCHOSEN do, without ids if there are numbers. Raises UserError where no label is observed, of a binary task
+    one class only, or no input is left.
     """
-    observed = ~np.isnan(train[1])
-    classes = np.unique(train[1][observed])
+    classes = np.unique(train.labels)
     if len(classes) == 0:
         raise UserError("no training row has an observed label; expected at least one")
     if kind == "binary" and not np.array_equal(classes, [0, 1]):
         raise UserError(f"the observed training labels are {classes[:5].tolist()}; expected both 0 and 1")
-    categories = {column: _frequent(train[0][observed, column]) for column in np.flatnonzero(categorical).tolist()}
+    held_out = validation if len(np.unique(validation.labels)) >= (2 if kind == "binary" else 1) else None
+    choices: dict[str, Sequence[np.ndarray] | None] = {"without ids": None} if train.dense.shape[1] else {}
+    if train.ids.shape[1] and (held_out is not None or not choices):
+        choices["with ids"] = [_most_frequent(values) for values in train.ids.T]
+    if not choices:
+        raise UserError("trees have no input: all features describe placement, or are lists of ids")
+    found = {name: _fit_trees(kind, train, held_out, categories, seed) for name, categories in choices.items()}
+    best = min(found, key=lambda name: found[name].loss)
+    told = f"{found[best].trees} trees {best}"
+    if held_out is not None:
+        loss = "logloss" if kind == "binary" else "squared error"
+        told += f"; {loss} of validation rows " + ", ".join(f"{each.loss:.4g} {name}" for name, each in found.items())
+    return replace(found[best], told=told)
 
-    def known_rows(rows: LabelledRows) -> LabelledRows:
-        known = ~np.isnan(rows[1])
-        return _fold(rows[0][known], categories), rows[1][known], None if rows[2] is None else rows[2][known]
 
-    estimator = HistGradientBoostingClassifier if kind == "binary" else HistGradientBoostingRegressor
-    model = estimator(
-        max_iter=trees,
-        categorical_features=np.asarray(categorical, dtype=bool),
-        early_stopping=validation is not None,
-        n_iter_no_change=15,
-        random_state=0,
+def _fit_trees(
+    kind: str, train: Inputs, held_out: Inputs | None, categories: Sequence[np.ndarray] | None, seed: int
+) -> BoostedTrees:
+    estimator = (HistGradientBoostingClassifier if kind == "binary" else HistGradientBoostingRegressor)(
+        max_iter=TREES_UNCHOSEN if held_out is None else MOST_TREES,
+        min_samples_leaf=50,
+        max_features=0.5,
+        categorical_features=None if categories is None else train.dense.shape[1] + np.arange(len(categories)),
+        early_stopping=held_out is not None,
+        n_iter_no_change=PATIENCE,
+        tol=0.0,  # else labels in a large unit would never improve enough
+        random_state=seed,
     )
+    x = _join(train, categories)
+    if held_out is None:
+        return BoostedTrees(estimator.fit(x, train.labels, train.weights), categories, TREES_UNCHOSEN, np.nan)
     names = ("X_val", "y_val", "sample_weight_val")
-    held_out = {} if validation is None else dict(zip(names, known_rows(validation), strict=True))
-    model.fit(*known_rows(train), **held_out)
-    folded = _fold(x, categories)
-    return np.asarray(model.predict_proba(folded)[:, 1] if kind == "binary" else model.predict(folded))
+    own = dict(zip(names, (_join(held_out, categories), held_out.labels, held_out.weights), strict=True))
+    estimator.fit(x, train.labels, train.weights, **own)
+    losses = (-1 if kind == "binary" else -2) * estimator.validation_score_[1:]  # the first one is that of no tree
+    return BoostedTrees(estimator, categories, int(losses.argmin()) + 1, float(losses.min()))
 
 
-def _frequent(values: np.ndarray) -> np.ndarray:
+def _most_frequent(values: np.ndarray) -> np.ndarray:
     """(at most 254,) the most frequent values, the most frequent first and the smaller first among equals."""
-    distinct, counts = np.unique(values[~np.isnan(values)], return_counts=True)
+    distinct, counts = np.unique(values, return_counts=True)
     return distinct[np.argsort(-counts, kind="stable")][: _CATEGORIES - 1]
 
 
-def _fold(x: np.ndarray, categories: Mapping[int, np.ndarray]) -> np.ndarray:
-    """(N, F) float64 in which each categorical value is its rank by frequency, a rare one 254, a missing one NaN."""
-    folded = np.array(x, dtype=np.float64)
-    for column, frequent in categories.items():
-        values = folded[:, column]
-        rank = pd.Index(frequent).get_indexer(values).astype(np.float64)
-        rank[rank < 0] = _CATEGORIES - 1
-        folded[:, column] = np.where(np.isnan(values), np.nan, rank)
-    return folded
+def _join(rows: Inputs, categories: Sequence[np.ndarray] | None) -> np.ndarray:
+    """(N, D + I) float32, of each id its rank by frequency, 254 for all others; (N, D) without categories."""
+    if categories is None:
+        return rows.dense
+    ranks = [pd.Index(frequent).get_indexer(ids) for frequent, ids in zip(categories, rows.ids.T, strict=True)]
+    ids = [np.where(rank < 0, _CATEGORIES - 1, rank).astype(np.float32) for rank in ranks]
+    return np.column_stack([rows.dense, *ids])
 
 
 @dataclass(frozen=True)
-class _Inputs:
-    """Inputs (N, F) float32 of encoded rows, all but placement and lists, which of them are ids (F,) bool, labels
-    (N, T) float64, and further columns."""
+class Inputs:
+    """Rows as trees see them: numbers (N, D) float32, NaN where missing, and ids (N, I) int32, both without placement
+    and lists; labels (N, T), or (N,) of one task, NaN where unobserved; what rows count (N,), None is 1; and further
+    columns."""
 
-    x: np.ndarray
-    categorical: np.ndarray
+    dense: np.ndarray
+    ids: np.ndarray
     labels: np.ndarray
-    table: pa.Table
+    weights: np.ndarray | None = None
+    table: pa.Table | None = None
 
-    @property
-    def weights(self) -> np.ndarray | None:
-        """(N,), None where all rows count alike."""
-        return weights_of(self.table)
-
-    def ids(self, name: str) -> pa.Array:
-        """A column of ids (N,)."""
+    def column(self, name: str) -> pa.Array:
+        """A further column (N,)."""
+        assert self.table is not None
         return self.table.column(name).combine_chunks()
 
+    def of_task(self, index: int) -> Inputs:
+        """The rows with an observed label of a task. Weights become multiples of their mean, as trees compare their
+        sums with constants."""
+        missing = np.isnan(self.labels[:, index])
+        known = ~missing if missing.any() else slice(None)
+        weights = None if self.weights is None else self.weights[known]
+        if weights is not None and len(weights):
+            weights = weights / weights.mean()
+        return Inputs(self.dense[known], self.ids[known], self.labels[known, index], weights)
+
     @staticmethod
-    def read(rows: EncodedRows, layout: Layout, columns: Sequence[str], most: int | None = None) -> _Inputs:
-        """The inputs of all rows, or of the last `most`."""
+    def stream(rows: EncodedRows, layout: Layout, columns: Sequence[str], left_out: int = 0) -> Iterator[Inputs]:
+        """All rows but the first ones, some at a time."""
         dense = [index for index, each in enumerate(layout.dense) if not each.placement]
         names = [each.name for each in layout.ids if not each.many and not each.placement]
-        left_out, parts, labels, tables = max(0, rows.rows - (most or rows.rows)), [], [], []
         for part, table in rows.stream(ROWS_AT_A_TIME, columns):
             first = min(left_out, len(part))
             left_out -= first
             if first == len(part):
                 continue  # a slice of no row would keep all of them in memory
-            ids = [np.asarray(part.encoded.ids[name])[first:] for name in names]
-            parts.append(np.column_stack([part.encoded.dense[first:, dense], *ids]).astype(np.float32))
-            labels.append(part.labels[first:])
-            tables.append(table.slice(first))
-        categorical = np.arange(len(dense) + len(names)) >= len(dense)
-        return _Inputs(np.concatenate(parts), categorical, np.concatenate(labels), pa.concat_tables(tables))
+            ids = (
+                np.array([np.asarray(part.encoded.ids[name])[first:] for name in names], np.int32)
+                .reshape(len(names), -1)
+                .T
+            )
+            kept = table.slice(first)
+            yield Inputs(part.encoded.dense[first:, dense], ids, part.labels[first:], weights_of(kept), kept)
+
+    @staticmethod
+    def join(parts: Sequence[Inputs]) -> Inputs:
+        """All rows of parts."""
+        table = pa.concat_tables([each.table for each in parts])
+        dense, ids, labels = (
+            np.concatenate([getattr(each, name) for each in parts]) for name in ("dense", "ids", "labels")
+        )
+        return Inputs(dense, ids, labels, weights_of(table), table)
+
+    @staticmethod
+    def read(rows: EncodedRows, layout: Layout, columns: Sequence[str]) -> Inputs:
+        """The last rows, as many as memory is meant to hold."""
+        most = min(MOST_ROWS, MOST_VALUES // max(1, len(layout.dense) + len(layout.ids)))
+        return Inputs.join(list(Inputs.stream(rows, layout, columns, max(0, rows.rows - most))))

@@ -5,12 +5,12 @@ mixtures are trained by their own loops on Complete Journey, on the very rows an
 and once more on what a row itself says, without counters and histories. The test rows are predicted by all:
 
 features    a peer with our features less the same peer without
-model       ours less a peer with our features
+model       ours less a peer with our features, or less gradient-boosted trees
 
 as differences of AUC with 95% intervals from a paired bootstrap over households, in the report of an evaluation
 (`--work`/report/report.html). The peers can't leave out labels that are not known, so a training of their own on the
-rows that were bought predicts `rebought`. Their state after the best of --epochs epochs, by validation, counts. A run
-that was stopped goes on.
+rows that were bought predicts `rebought`. Their state after the best of --epochs epochs, by validation, counts; with
+--epochs 0 there are trees alone. A run that was stopped goes on.
 
 The last line is JSON: task -> comparison -> value, low and high.
 """
@@ -29,6 +29,7 @@ import numpy as np
 
 from mmoe_rec.evaluation.comparison import Results
 from mmoe_rec.evaluation.summary import MeasuredModel
+from mmoe_rec.jobs.baselines import TREES, measure_baselines
 from mmoe_rec.jobs.evaluate import evaluate_model
 from mmoe_rec.jobs.train import train_model
 from mmoe_rec.settings.sections import Settings
@@ -45,7 +46,10 @@ FEATURES = {"our features": True, "the row alone": False}
 
 def predicted(work: Path, settings: Settings, epochs: int) -> dict[str, np.ndarray]:
     """What each peer predicts of the test rows with each choice of features, (N, T)."""
-    python, found = peers_environment(), {}
+    found: dict[str, np.ndarray] = {}
+    if not epochs:
+        return found
+    python = peers_environment()
     for given, remembered in FEATURES.items():
         rows = work / "peers" / given.replace(" ", "_")
         write_rows_once(settings, rows, remembered=remembered)
@@ -69,18 +73,19 @@ def parts(settings: Settings, models: Mapping[str, MeasuredModel]) -> dict[str, 
         both = {name: models[name] for name in (one, other)}
         return Results(both, tuple(settings.tasks), settings.evaluation, "", {})
 
-    found: dict[str, dict[str, dict[str, float]]] = {task: {} for task in settings.tasks}
+    pairs = {"model, beside trees": apart(OURS, TREES)}
     for peer in PEERS:
         with_features, without = (f"{peer}, {given}" for given in FEATURES)
-        for name, results in (
-            (f"features, by {peer}", apart(with_features, without)),
-            (f"model, beside {peer}", apart(OURS, with_features)),
-        ):
-            assert results.comparison is not None
-            (against,) = results.comparison.against.values()
-            for task in settings.tasks:
-                each = asdict(against.groups[task]["auc"])
-                found[task][name] = {end: round(each[end], 5) for end in ("value", "low", "high")}
+        if with_features in models:
+            pairs[f"features, by {peer}"] = apart(with_features, without)
+            pairs[f"model, beside {peer}"] = apart(OURS, with_features)
+    found: dict[str, dict[str, dict[str, float]]] = {task: {} for task in settings.tasks}
+    for name, results in pairs.items():
+        assert results.comparison is not None
+        (against,) = results.comparison.against.values()
+        for task in settings.tasks:
+            each = asdict(against.groups[task]["auc"])
+            found[task][name] = {end: round(each[end], 5) for end in ("value", "low", "high")}
     return found
 
 
@@ -99,7 +104,8 @@ def main() -> None:
         train_model(settings)
     evaluated = evaluate_model(settings, str(Path(settings.data.work) / "model"), work / "evaluation")
     found = predicted(work, settings, asked.epochs)
-    models = {OURS: measured(settings, evaluated.scored)}
+    trees = measure_baselines(settings, work / "baselines", evaluated, OURS).models[TREES]
+    models = {OURS: measured(settings, evaluated.scored), TREES: trees}
     models |= {n: measured(settings, evaluated.scored.with_predictions(each)) for n, each in found.items()}
     compared = parts(settings, models)
     facts = dict(evaluated.results.facts)

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from sklearn.metrics import roc_auc_score
+from sklearn.ensemble import HistGradientBoostingClassifier
+from sklearn.metrics import log_loss, roc_auc_score
 
 from mmoe_rec.batches.encoded_rows import EncodedRows
 from mmoe_rec.errors import UserError
 from mmoe_rec.jobs import baselines, evaluate
-from mmoe_rec.jobs.baselines import SMOOTHING, boost_trees, rate_candidates
+from mmoe_rec.jobs.baselines import SMOOTHING, BoostedTrees, Inputs, boost_trees, rate_candidates
 from tests import commands
 from tests.inference.small_model import SmallModel
 from tests.log.small_logs import BASE, random_log
@@ -29,75 +31,111 @@ def test_popularity_by_hand(of) -> None:
     np.testing.assert_allclose(found, [(a + SMOOTHING * overall) / (b + SMOOTHING) for a, b in sums])
 
 
-def test_popularity_counts_rows_by_their_weights() -> None:
-    """As if a row of weight 3 came three times."""
+@pytest.mark.parametrize("scale", [1.0, 1e-6, 1e6])
+def test_popularity_counts_rows_by_their_weights(scale: float) -> None:
+    """As if a row of weight 3 came three times; whatever the unit of weights, smoothing is by rows of the mean one."""
     random = np.random.default_rng(2)
     candidates, labels = random.integers(0, 5, 200), (random.random(200) < 0.3).astype(float)
     labels[random.random(200) < 0.1] = np.nan
     weights = random.integers(1, 4, 200)
-    mine = rate_candidates(pa.array(candidates), labels, weights.astype(float), pa.array(range(6)))
-    often = rate_candidates(pa.array(candidates.repeat(weights)), labels.repeat(weights), None, pa.array(range(6)))
-    np.testing.assert_allclose(mine, often, rtol=1e-12)
+    mine = rate_candidates(pa.array(candidates), labels, weights * scale, pa.array(range(6)))
+    often, each = labels.repeat(weights), candidates.repeat(weights)
+    smoothing = SMOOTHING * weights[~np.isnan(labels)].mean()
+    counts = [np.sum((each == own) & ~np.isnan(often)) for own in range(6)]
+    sums = [np.nansum(often[each == own]) for own in range(6)]
+    expected = (np.array(sums) + smoothing * np.nanmean(often)) / (np.array(counts) + smoothing)
+    np.testing.assert_allclose(mine, expected, rtol=1e-9)
 
 
-NUMBER_AND_ID = np.array([False, True])
-
-
-def tree_rows(seed: int, rows: int = 4000) -> tuple[np.ndarray, np.ndarray, None]:
-    """A number with gaps, and an id from 600 values whose parity matters; large and negative ids."""
+def tree_rows(seed: int, by: float = 1.5, rows: int = 4000) -> Inputs:
+    """A number with gaps, an id of 120 values whose parity matters `by` so much, and one that says nothing."""
     generator = np.random.default_rng(seed)
-    number = np.where(generator.random(rows) < 0.1, np.nan, generator.normal(size=rows))
-    identity = generator.geometric(0.02, size=rows)
-    logit = np.nan_to_num(number) + np.where(identity % 2 == 0, 1.5, -1.5)
+    number = np.where(generator.random(rows) < 0.1, np.nan, generator.normal(size=rows)).astype(np.float32)
+    ids = np.column_stack([generator.geometric(0.02, rows) % 120, generator.integers(0, 200, rows)])
+    logit = np.nan_to_num(number) + np.where(ids[:, 0] % 2 == 0, by, -by)
     label = (generator.random(rows) < 1 / (1 + np.exp(-logit))).astype(float)
-    return np.column_stack([number, identity * -1_000_000_007.0]), label, None
+    label[generator.random(rows) < 0.1] = np.nan
+    return Inputs(number[:, None], (ids * 10_000_019).astype(np.int32), label[:, None])
 
 
-def test_trees_learn_from_numbers_and_categories() -> None:
-    train, (x, y, _) = tree_rows(seed=0), tree_rows(seed=1)
-    found, again = (boost_trees("binary", NUMBER_AND_ID, train, None, x, 15) for _ in range(2))
-    assert roc_auc_score(y, found) > 0.8
-    np.testing.assert_array_equal(found, again)
+def boosted(train: Inputs, validation: Inputs, kind: str = "binary") -> BoostedTrees:
+    return boost_trees(kind, train.of_task(0), validation.of_task(0))
 
 
-def test_rare_and_unseen_categories_are_one() -> None:
-    x = np.column_stack([np.repeat(np.arange(1000.0), 3), np.zeros(3000)])
-    x[:600, 0] = 7  # the most frequent value; all others but 253 of equal frequency are folded
-    train = (x, (x[:, 0] == 7).astype(float), None)
-    others = np.column_stack([[999.0, -5.0, 7.0, np.nan], np.zeros(4)])
-    rare, unseen, frequent, missing = boost_trees("binary", np.array([True, False]), train, None, others, 5)
-    assert rare == unseen < 0.5 < frequent
-    assert np.isfinite(missing)
+@pytest.mark.parametrize(("by", "stands"), [(1.5, "with ids"), (0.0, "without ids")])
+def test_validation_rows_choose_how_many_trees_and_whether_ids_help(
+    by: float, stands: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the losses of all numbers of trees that scikit-learn's estimator makes when nothing stops it."""
+    monkeypatch.setattr(baselines, "MOST_TREES", 60)
+    train, validation, test = (tree_rows(seed, by) for seed in range(3))
+    losses, predicted = {}, {}
+    for name, columns in (("without ids", 1), ("with ids", 3)):
+        model = HistGradientBoostingClassifier(
+            max_iter=60, early_stopping=False, min_samples_leaf=50, max_features=0.5, random_state=0,
+            categorical_features=np.arange(3)[:columns] > 0,
+        )  # fmt: skip
+        x = [np.column_stack([each.dense, each.ids // 10_000_019])[:, :columns] for each in (train, validation, test)]
+        known, observed = (~np.isnan(each.labels[:, 0]) for each in (train, validation))
+        model.fit(x[0][known], train.labels[known, 0])
+        stages = [each[:, 1] for each in model.staged_predict_proba(x[1][observed])]
+        losses[name] = [log_loss(validation.labels[observed, 0], each) for each in stages]
+        best = int(np.argmin(losses[name]))
+        predicted[name] = list(model.staged_predict_proba(x[2]))[best][:, 1]
+    found, again = (boosted(train, validation) for _ in range(2))
+    assert found.told.startswith(f"{np.argmin(losses[stands]) + 1} trees {stands}; logloss of validation rows ")
+    assert found.loss == pytest.approx(min(map(min, losses.values())), rel=1e-6)
+    np.testing.assert_allclose(found.predict(test), predicted[stands], rtol=1e-6)
+    np.testing.assert_array_equal(found.predict(test), again.predict(test))
 
 
-def test_trees_use_observed_rows_only_and_validation_rows_stop_them() -> None:
-    x, y, _ = tree_rows(seed=2)
-    unobserved = np.random.default_rng(0).random(len(y)) < 0.5
-    masked = (x, np.where(unobserved, np.nan, y), None)
-    left, right = (
-        boost_trees("binary", NUMBER_AND_ID, each, None, x, 8)
-        for each in (masked, (x[~unobserved], y[~unobserved], None))
-    )
-    np.testing.assert_array_equal(left, right)
-    noise = np.random.default_rng(1).integers(0, 2, len(y)).astype(float)
-    noise[::3] = np.nan
-    stopped, full = (
-        boost_trees("binary", NUMBER_AND_ID, (x, y, None), each, x, 80) for each in ((x, noise, None), None)
-    )
-    assert np.ptp(stopped) < np.ptp(full)
+def test_rare_and_unseen_ids_are_one() -> None:
+    ids = np.repeat(np.arange(1000), 3)
+    ids[:600] = 7  # the most frequent value; all others but 253 of equal frequency are folded
+    train = Inputs(np.empty((3000, 0), np.float32), ids[:, None], (ids[:, None] == 7).astype(float))
+    others = np.array([[999], [-5], [2**31 - 1], [7]], np.int32)
+    found = boosted(train, replace(train, labels=np.full((3000, 1), np.nan)))
+    rare, unseen, largest, frequent = found.predict(Inputs(np.empty((4, 0), np.float32), others, others))
+    assert rare == unseen == largest < 0.5 < frequent
+    assert found.told == "100 trees with ids", "validation rows say nothing, and there is no number"
 
 
-def test_trees_predict_values_of_a_regression() -> None:
-    x, _, _ = tree_rows(seed=4)
-    y = 3 + 2 * np.nan_to_num(x[:, 0])
-    assert np.abs(boost_trees("regression", NUMBER_AND_ID, (x, y, None), None, x, 90) - y).mean() < 0.2
+@pytest.mark.parametrize("kind", ["binary", "regression"])
+def test_units_of_weights_and_labels_do_not_matter(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Least sums of weights, and least gains of a loss, are constants of scikit-learn."""
+    monkeypatch.setattr(baselines, "MOST_TREES", 60)
+    train, validation = tree_rows(3), tree_rows(4)
+    unit, random = (1.0 if kind == "binary" else 2.0**-20), np.random.default_rng(0)
+    if kind == "regression":
+        train, validation = (
+            replace(each, labels=3 + 2 * np.nan_to_num(each.dense) + 0 * each.labels) for each in (train, validation)
+        )
+    weights = [random.choice([0.5, 1.0, 4.0], len(each.labels)) for each in (train, validation)]
+    predicted = []
+    for scale, own in ((1.0, 1.0), (2.0**-30, unit)):
+        rows = [
+            replace(each, labels=each.labels * own, weights=weight * scale)
+            for each, weight in zip((train, validation), weights, strict=True)
+        ]
+        predicted.append(boosted(*rows, kind=kind).predict(validation) / own)
+    np.testing.assert_allclose(*predicted, rtol=1e-5)
+    observed = ~np.isnan(validation.labels[:, 0])
+    wrong = np.abs(predicted[0] - validation.labels[:, 0])[observed].mean()
+    assert wrong < (0.2 if kind == "regression" else 0.4)
 
 
 def test_what_can_not_be_learnt_is_told() -> None:
-    x, unobserved = np.zeros((3, 1)), np.full(3, np.nan)
-    for labels, sentence in ((unobserved, "no training row"), (np.array([1, 1, np.nan]), "expected both 0 and 1")):
+    def rows(labels: object, numbers: int = 1) -> Inputs:
+        return Inputs(np.zeros((3, numbers), np.float32), np.empty((3, 0), np.int32), np.array(labels)[:, None])
+
+    unobserved = np.full(3, np.nan)
+    for each, sentence in (
+        (rows(unobserved), "no training row"),
+        (rows([1, 1, np.nan]), "expected both 0 and 1"),
+        (rows([1.0, 1, 0], 0), "all features describe placement, or are lists of ids"),
+    ):
         with pytest.raises(UserError, match=sentence):
-            boost_trees("binary", np.array([False]), (x, labels, None), None, x)
+            boosted(each, each)
     with pytest.raises(UserError, match="no training row has an observed label"):
         rate_candidates(pa.array([1, 2, 3]), unobserved, None, pa.array([1]))
 
@@ -163,15 +201,18 @@ def test_rows_that_were_sampled_count_by_their_rate(tmp_path: Path) -> None:
 
 
 def test_of_many_rows_the_last_ones_are_taken(model: SmallModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However many are read at a time."""
+    """However many are read at a time; fewer of those with many inputs."""
     layout = model.prepared.layout
     rows = EncodedRows(model.prepared.split("train"), layout)
-    whole = baselines._Inputs.read(rows, layout, ("candidate",))
-    assert len(whole.x) == rows.rows
+    whole = Inputs.read(rows, layout, ("candidate",))
+    assert len(whole.dense) == rows.rows
     monkeypatch.setattr(baselines, "ROWS_AT_A_TIME", 13)
-    for most in (1, 7, rows.rows - 1, rows.rows, 10**9):
-        last = baselines._Inputs.read(rows, layout, ("candidate",), most)
-        taken = min(most, rows.rows)
-        np.testing.assert_array_equal(last.x, whole.x[-taken:])
-        np.testing.assert_array_equal(last.labels, whole.labels[-taken:])
-        assert last.ids("candidate").equals(whole.ids("candidate")[-taken:])
+    inputs = len(layout.dense) + len(layout.ids)
+    for most, values in ((1, 10**9), (7, 10**9), (10**9, inputs * rows.rows - 1), (rows.rows, 10**9), (10**9, 10**9)):
+        monkeypatch.setattr(baselines, "MOST_ROWS", most)
+        monkeypatch.setattr(baselines, "MOST_VALUES", values)
+        last = Inputs.read(rows, layout, ("candidate",))
+        taken = min(most, rows.rows, values // inputs)
+        for name in ("dense", "ids", "labels"):
+            np.testing.assert_array_equal(getattr(last, name), getattr(whole, name)[-taken:])
+        assert last.column("candidate").equals(whole.column("candidate")[-taken:])
