@@ -94,7 +94,7 @@ class Batch(_Tensors):
     ids: `KeyedIds` or torchrec's KeyedJaggedTensor over all of `layout.ids`; dense: (B, D) float32 over all of
     `layout.dense`; labels: (B, T) float32, or float64 where a task is a regression, 0 where unobserved; observed:
     (B, T) bool; position: where a reader continues after this batch; None for rows that are not read in a training
-    order; weights: (B,) float32 of the rows in the loss; None where all count alike; users: (B,) int64, a hash of each
+    order; weights: (B,) float64 of the rows in the loss; None where all count alike; users: (B,) int64, a hash of each
     row's user, where metrics are by user. ragged: names of the R inputs of which not every row has exactly one id;
     shares: (R, B) float32, what one of a row's ids counts in their mean, 1 / number of ids, and 0 where there is none;
     None where R is 0.
@@ -118,7 +118,7 @@ class Batch(_Tensors):
         """(T,) observed labels of each task: their number, int64, or the sum of their rows' weights, float64."""
         if self.weights is None:
             return self.observed.sum(0)
-        return (self.observed * self.weights[:, None].double()).sum(0)
+        return (self.observed * self.weights[:, None]).sum(0)
 
 
 def make_batch(
@@ -134,7 +134,7 @@ def make_batch(
     """Encoded rows and their labels as a batch.
 
     labels: (B, T) float32 or float64 with NaN where unobserved; None leaves every label unobserved. weights: (B,)
-    float32, users: (B,) int64 hashes, of the rows. torchrec: give ids as a KeyedJaggedTensor. Raises ValueError
+    float64, users: (B,) int64 hashes, of the rows. torchrec: give ids as a KeyedJaggedTensor. Raises ValueError
     where labels, weights or dense inputs do not fit the layout, KeyError where an id input is missing.
     """
     rows = len(encoded)
@@ -150,7 +150,7 @@ def make_batch(
     precision = np.float64 if labels.dtype == np.float64 else np.float32
     given = _float_tensor(labels, (rows, len(layout.tasks)), "labels", precision)
     observed = ~given.isnan()
-    rows_weights = None if weights is None else _float_tensor(weights, (rows,), "weights")
+    rows_weights = None if weights is None else _float_tensor(weights, (rows,), "weights", np.float64)
     rows_users = None if users is None else torch.from_numpy(np.require(users, np.int64, ["C", "W"]))
     shares = None
     if ragged:

@@ -26,7 +26,7 @@ ADVICE = "run mmoe-rec features again"
 class Rows:
     """N encoded rows with their labels.
 
-    labels: (N, T) float32, or float64 where a task is a regression, NaN is unobserved; weights: (N,) float32, see
+    labels: (N, T) float32, or float64 where a task is a regression, NaN is unobserved; weights: (N,) float64, see
     `weights_of`; users: (N,) int64, a hash of each row's user, where they are read.
     """
 
@@ -172,7 +172,7 @@ class EncodedRows:
         for index, name in enumerate(self._labels):
             labels[:, index] = table.column(name).to_numpy()
         weights = weights_of(table.select(self.weighing(self._weighted)))
-        weights = None if weights is None else weights.astype(np.float32)
+        weights = None if weights is None else weights.astype(np.float64)
         users = hash_column(one_array(table.column("user"))).view(np.int64) if self._with_users else None
         return Rows(Encoded.from_arrow(table, self.layout), labels, weights, users)
 

@@ -148,9 +148,9 @@ def log_value_checks(schema: Schema, now: int) -> list[ValueCheck]:
     checks = [_no_null(column, "every row needs one") for column in keys]
     checks.append(_no_future(columns.time, now, "a request"))
     if columns.sampling_rate is not None:
-        checks.append(_positive(columns.sampling_rate, 1.0, "in (0, 1]", "columns.sampling_rate"))
+        checks.append(_positive(columns.sampling_rate, 1e-30, 1.0, "columns.sampling_rate"))
     if columns.weight is not None:
-        checks.append(_positive(columns.weight, _LARGEST, "above 0 and finite", "columns.weight"))
+        checks.append(_positive(columns.weight, 1e-20, 1e20, "columns.weight"))
     if split is not None:
         listed = ", ".join(repr(each) for values in split.values.values() for each in values)
         says = (
@@ -183,12 +183,12 @@ def _no_future(column: str, now: int, what: str) -> ValueCheck:
     return ValueCheck(column, lambda rows: rows.times(column) > now, says, format_time)
 
 
-def _positive(column: str, most: float, expected: str, setting: str) -> ValueCheck:
+def _positive(column: str, least: float, most: float, setting: str) -> ValueCheck:
     def wrong(rows: LogRows) -> np.ndarray:
         values = rows.numbers(column)
-        return ~((values > 0) & (values <= most))
+        return ~((values >= least) & (values <= most))
 
-    says = f"column '{column}' holds {_VALUE}, which is not {expected}; fix the data or remove {setting}"
+    says = f"column '{column}' holds {_VALUE}, which is not from {least:g} to {most:g}; fix the data or remove {setting}"
     return ValueCheck(column, wrong, says)
 
 

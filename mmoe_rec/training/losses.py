@@ -28,7 +28,7 @@ def masked_loss(
     """Weighted loss over the observed labels: the total to differentiate, and each task's plain sum.
 
     logits, labels: (B, T) float32, or float64 where a task is a regression; observed: (B, T) bool; global_counts: (T,)
-    observed rows of this step over all ranks, or the sums of their weights; weights: (B,) float32 of the rows;
+    observed rows of this step over all ranks, or the sums of their weights; weights: (B,) float64 of the rows, above 0;
     log_variances: (T,), where task weights are learnt. Returns a scalar and (T,) detached sums over this rank's rows.
 
     The total is world_size * sum_t weight_t * sum_t / global_counts_t: gradients are averaged over ranks afterwards
@@ -38,14 +38,19 @@ def masked_loss(
     assert logits.shape == labels.shape == observed.shape, "logits, labels and observed differ in shape"
     assert len(tasks) == logits.shape[1] == len(global_counts), "one entry per task"
     losses = row_losses(logits, labels, tasks) * observed
-    sums = (losses if weights is None else losses * weights[:, None]).sum(0)
-    task_weights = constant(tuple(task.loss_weight for task in tasks), sums.dtype, sums.device)
-    scale = world_size * task_weights / global_counts.to(sums).clamp(min=1)
+    totals = torch.where(global_counts > 0, global_counts, 1)
+    task_weights = constant(tuple(task.loss_weight for task in tasks), losses.dtype, losses.device)
+    if weights is None:
+        parts, scale, unit = losses.sum(0), world_size * task_weights / totals.to(losses), 1
+    else:  # weights of any size are divided by their sum before they meet float32
+        parts, scale = (losses * (weights[:, None] / totals).to(losses)).sum(0), world_size * task_weights
+        unit = totals
+    sums = parts.detach() * unit
     if log_variances is None:
-        return (scale * sums).sum(), sums.detach()
+        return (scale * parts).sum(), sums
     # Every rank adds the whole of this term, which the average over ranks leaves as it is.
     uncertainty = (task_weights * (global_counts > 0) * log_variances).sum() / 2
-    return (scale * loss_factors(log_variances, tasks) * sums).sum() + uncertainty, sums.detach()
+    return (scale * loss_factors(log_variances, tasks) * parts).sum() + uncertainty, sums
 
 
 def row_losses(logits: Tensor, labels: Tensor, tasks: Sequence[TaskOutput]) -> Tensor:

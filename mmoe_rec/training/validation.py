@@ -100,7 +100,7 @@ class ValidationSums:
             for given, task in self.layout.outcomes.values():
                 own[:, task] &= labels[:, given] == 1
         _count(self.counts, self.rows, logits, labels, own, batch.weights)
-        weights = own if batch.weights is None else own * batch.weights.double()[:, None]
+        weights = own if batch.weights is None else own * batch.weights[:, None]
         predicted = weights * logits.double().sigmoid()
         self.calibration += torch.stack([predicted.sum(0), (weights * labels.double()).sum(0)], dim=1)
         if batch.users is not None:
@@ -188,7 +188,7 @@ def _count(
         known = observed[:, task]
         for label in (0, 1):
             mine = known & (labels[:, task] == label)
-            counted = None if weights is None else weights[mine].double()
+            counted = None if weights is None else weights[mine]
             counts[task, label] += torch.bincount(bins[mine, task], counted, minlength=BINS)
             rows[task, label] += mine.sum()
 

@@ -162,7 +162,8 @@ def base_rates(
     manifest: Mapping[str, Any], tasks: Sequence[TaskOutput], weighted: bool, given: bool = False
 ) -> list[float | None]:
     """How often each task's label is 1 among the training rows in which it is observed, as encoding counted them;
-    None for a regression, and where no label was observed. Half a row of each class is added, so no rate is 0 or 1.
+    None for a regression, and where no label was observed. Half a row of each class, of the mean weight, is added, so no
+    rate is 0 or 1.
 
     manifest: that of the features; weighted: rows count by their weight / the rate at which they were sampled, as in
     the loss; given: by their weight alone.
@@ -174,7 +175,8 @@ def base_rates(
     for task in tasks:
         observed, positive = counts[rows].get(task.name, 0), counts[positives].get(task.name, 0)
         known = task.kind == "binary" and observed > 0
-        rates.append((positive + 0.5) / (observed + 1) if known else None)
+        row = observed / counts["observed"][task.name] if known else 1.0
+        rates.append((positive + 0.5 * row) / (observed + row) if known else None)
     return rates
 
 

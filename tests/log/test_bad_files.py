@@ -194,7 +194,7 @@ def test_text_that_is_not_utf8(tmp_path):
     assert str(error).endswith("(the first is row 7 of the file, counted from 0)")
 
 
-NO_RATE = "which is not in (0, 1]; fix the data or remove columns.sampling_rate"
+NO_RATE = "which is not from 1e-30 to 1; fix the data or remove columns.sampling_rate"
 NO_LABEL = "neither 0 nor 1; fix the data or set the task's kind to regression"
 
 

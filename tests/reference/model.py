@@ -183,7 +183,7 @@ def loss(
                     counted + weight,
                 )
         sums.append(summed)
-        total = total + task.loss_weight * summed / max(counted, 1.0)
+        total = total + task.loss_weight * summed / (counted or 1.0)
     return total, sums
 
 

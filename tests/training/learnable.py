@@ -119,10 +119,12 @@ def _mean_effect(ids: np.ndarray | Ragged, effect: np.ndarray) -> np.ndarray:
     return total / np.maximum(ids.lengths, 1)[:, None]
 
 
-def write_prepared(folder: Path, layout: ModelLayout, labels: dict[str, np.ndarray] | None = None) -> FeatureFolder:
+def write_prepared(
+    folder: Path, layout: ModelLayout, labels: dict[str, np.ndarray] | None = None, unit: float | None = None
+) -> FeatureFolder:
     """The folder that `prepare` would make, with as much in it as training reads.
 
-    labels: split -> labels instead of the learnable ones.
+    labels: split -> labels instead of the learnable ones; unit: a column of uneven weights has so many times 1 to 13.
     """
     counts = {split: SplitCounts() for split in ROWS}
     for seed, (split, rows) in enumerate(ROWS.items()):
@@ -136,7 +138,9 @@ def write_prepared(folder: Path, layout: ModelLayout, labels: dict[str, np.ndarr
             columns[f"label.{name}"] = pa.array(column, label_types(layout)[name], mask=np.isnan(column))
         columns["user"] = pa.array(np.arange(rows) // 20)
         rates = np.where(values[:, 0] == 0, 0.25, 1.0)
-        counts[split].add(known, np.ones(rows), rates, {})
+        weights = np.ones(rows) if unit is None else unit * (1 + 8 * (values[:, 0] == 1) + np.arange(rows) % 5)
+        counts[split].add(known, weights, rates, {})
+        columns |= {} if unit is None else {"weight": pa.array(weights)}
         columns["sampling_rate"] = pa.array(rates, pa.float32())
         (folder / "encoded" / split).mkdir(parents=True)
         pq.write_table(pa.table(columns), folder / "encoded" / split / "part-00000.parquet", row_group_size=1_000)

@@ -194,7 +194,7 @@ def test_rates_are_the_means_of_observed_labels(weighted: bool) -> None:
     labels = {"click": click, "kept": kept, "stars": random.normal(3, 1, 3_000), "survey": np.full(3_000, np.nan)}
     found = base_rates(manifest(labels, rates), RATED, weighted)
     weights = 1 / rates if weighted else np.ones(3_000)
-    expected = [((weights * click).sum() + 0.5) / (weights.sum() + 1)]
+    expected = [((weights * click).sum() + 0.5 * weights.mean()) / (weights.sum() + weights.mean())]
     engaged = click == 1
     expected.append((kept[engaged].sum() + 0.5) / (engaged.sum() + 1))  # clicks weigh 1
     assert found[:2] == pytest.approx(expected, rel=1e-12)
@@ -217,6 +217,21 @@ def test_a_training_begins_at_the_rates_and_a_regression_at_its_mean(prepared: F
         rates = base_rates(prepared.manifest, LAYOUT.tasks, weighted=False)
         assert bias[:, 0].tolist() == pytest.approx([logit(rates[0]), logit(rates[1]), 0.0], rel=1e-6)
         trainer.checkpoints.close()
+
+
+@pytest.mark.parametrize("unit", [2.0**-20, 2.0**20, 1e-20, 1e-3])
+def test_weights_times_any_constant_train_the_same(tmp_path: Path, unit: float) -> None:
+    """To the last bit where the constant is a power of two, which rounds nothing."""
+    found = [
+        trained(write_prepared(tmp_path / f"{each}", LAYOUT, unit=each), tmp_path / f"best {each}", epochs=2, **LEARNT)
+        for each in (1.0, unit)
+    ]
+    one, other = (each.model().state_dict() for each in found)
+    near = 0.0 if math.frexp(unit)[0] == 0.5 else 1e-3
+    for key, weight in one.items():
+        torch.testing.assert_close(other[key], weight, rtol=near, atol=near, msg=lambda text, key=key: f"{key}: {text}")
+    for (_, first), (_, second) in zip(*(each.result.history for each in found), strict=True):
+        assert second.flat() == pytest.approx(first.flat(), rel=near, abs=near)
 
 
 # Without placement, which would hold a part of the mean.

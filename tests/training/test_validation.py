@@ -83,12 +83,12 @@ def example(rows: int = 3_000) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 @pytest.mark.parametrize("weighted", [False, True])
 def test_losses_and_areas_equal_scikit_learn(weighted: bool) -> None:
     logits, labels, gates = example()
-    weights = np.random.default_rng(5).uniform(1, 9, len(logits)).astype(np.float32) if weighted else None
+    weights = np.random.default_rng(5).uniform(1, 9, len(logits)) if weighted else None
     found = validated(logits, labels, gates, weights=weights)
     for index, task in enumerate(LAYOUT.tasks):
         known = ~np.isnan(labels[:, index])
         predicted, label = logits[known, index].astype(np.float64), labels[known, index]
-        weight = None if weights is None else weights[known].astype(np.float64)
+        weight = None if weights is None else weights[known]
         if task.kind == "regression":
             expected = mean_squared_error(label, predicted, sample_weight=weight) / task.deviation**2
         else:
@@ -168,11 +168,11 @@ def test_gauc_calibration_and_rows_of_the_rarer_label_are_those_of_loops() -> No
     labels[:, 0] = np.where(labels[:, 0] == 1, np.random.default_rng(2).random(2_000) < 0.2, labels[:, 0])
     users = np.random.default_rng(1).integers(-(2**62), 2**62, 90)[np.random.default_rng(3).integers(0, 90, 2_000)]
     logits = logits.round(1)  # ties
-    weights = np.random.default_rng(5).uniform(1, 9, len(logits)).astype(np.float32)
+    weights = np.random.default_rng(5).uniform(1, 9, len(logits))
     found = validated(logits, labels, gates, weights=weights, users=users)
     for index, name in enumerate(("click", "like")):
         known = ~np.isnan(labels[:, index])
-        label, w = labels[known, index], weights[known].astype(np.float64)
+        label, w = labels[known, index], weights[known]
         assert found.gauc[name] == pytest.approx(naive_gauc(users, logits[:, index], labels[:, index]), rel=1e-9)
         predicted = w @ (1 / (1 + np.exp(-logits[known, index].astype(np.float64))))
         assert found.calibration[name] == pytest.approx(predicted / (w @ label), rel=1e-6)

@@ -25,6 +25,7 @@ Area = Callable[[np.ndarray, np.ndarray], np.ndarray]
 """Takes numbers of positive and of negative rows by rising value, (B, ...) each, and gives (...) areas."""
 _ROUNDING = 1e-12  # as a share of the mean square: what is left of equal labels
 _LEAST_CHANCE = float(np.finfo(np.float32).eps)
+_TINY = np.finfo(float).tiny
 _DENSE_FROM = 0.05  # of all cells, from which share on a dense matrix is faster
 NO_REQUEST = "No request has rows of both labels: metrics by request are undefined."
 
@@ -76,7 +77,7 @@ def bin_edges(values: np.ndarray, positives: np.ndarray, negatives: np.ndarray) 
     """
     if len(values) <= MOST_BINS:
         return values[1:]
-    mass = positives / max(positives.sum(), 1) + negatives / max(negatives.sum(), 1)
+    mass = positives / max(positives.sum(), _TINY) + negatives / max(negatives.sum(), _TINY)
     bins = equal_mass(np.arange(len(values)), mass, MOST_BINS)
     return values[1:][np.diff(bins) > 0]
 
@@ -89,7 +90,7 @@ def equal_mass(values: np.ndarray, mass: np.ndarray, bins: int) -> np.ndarray:
     distinct, place = np.unique(values, return_inverse=True)
     each = np.bincount(place, mass, len(distinct))
     middle = np.cumsum(each) - 0.5 * each
-    found = np.minimum((bins * middle / max(each.sum(), np.finfo(float).tiny)).astype(np.int64), bins - 1)
+    found = np.minimum((bins * middle / max(each.sum(), _TINY)).astype(np.int64), bins - 1)
     return np.unique(found, return_inverse=True)[1][place]
 
 
