@@ -7,8 +7,12 @@ KeyedJaggedTensor. Shapes: B rows, F id inputs, D dense inputs, T tasks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
@@ -95,9 +99,9 @@ class Batch(_Tensors):
     `layout.dense`; labels: (B, T) float32, or float64 where a task is a regression, 0 where unobserved; observed:
     (B, T) bool; position: where a reader continues after this batch; None for rows that are not read in a training
     order; weights: (B,) float64 of the rows in the loss; None where all count alike; users: (B,) int64, a hash of each
-    row's user, where metrics are by user. ragged: names of the R inputs of which not every row has exactly one id;
-    shares: (R, B) float32, what one of a row's ids counts in their mean, 1 / number of ids, and 0 where there is none;
-    None where R is 0.
+    row's user, where metrics are by user; numbers: (B,) int64, of the rows in the files, for `Draws`. ragged: names of
+    the R inputs of which not every row has exactly one id; shares: (R, B) float32, what one of a row's ids counts in
+    their mean, 1 / number of ids, and 0 where there is none; None where R is 0.
     """
 
     ids: Any
@@ -107,6 +111,7 @@ class Batch(_Tensors):
     position: Position | None = None
     weights: Tensor | None = None
     users: Tensor | None = None
+    numbers: Tensor | None = None
     ragged: tuple[str, ...] = ()
     shares: Tensor | None = None
 
@@ -128,13 +133,14 @@ def make_batch(
     position: Position | None = None,
     weights: np.ndarray | None = None,
     users: np.ndarray | None = None,
+    numbers: np.ndarray | None = None,
     *,
     torchrec: bool,
 ) -> Batch:
     """Encoded rows and their labels as a batch.
 
     labels: (B, T) float32 or float64 with NaN where unobserved; None leaves every label unobserved. weights: (B,)
-    float64, users: (B,) int64 hashes, of the rows. torchrec: give ids as a KeyedJaggedTensor. Raises ValueError
+    float64, users, numbers: (B,) int64, as in `Batch`. torchrec: give ids as a KeyedJaggedTensor. Raises ValueError
     where labels, weights or dense inputs do not fit the layout, KeyError where an id input is missing.
     """
     rows = len(encoded)
@@ -151,7 +157,9 @@ def make_batch(
     given = _float_tensor(labels, (rows, len(layout.tasks)), "labels", precision)
     observed = ~given.isnan()
     rows_weights = None if weights is None else _float_tensor(weights, (rows,), "weights", np.float64)
-    rows_users = None if users is None else torch.from_numpy(np.require(users, np.int64, ["C", "W"]))
+    rows_users, rows_numbers = (
+        None if each is None else torch.from_numpy(np.require(each, np.int64, ["C", "W"])) for each in (users, numbers)
+    )
     shares = None
     if ragged:
         counts = np.stack([each.lengths for each in ragged.values()])
@@ -165,7 +173,8 @@ def make_batch(
     else:
         ids = KeyedIds(tuple(inputs), values, lengths)
     known = given.masked_fill(~observed, 0.0)
-    return Batch(ids, dense, known, observed, position, rows_weights, rows_users, tuple(ragged), shares)
+    rows_own = (position, rows_weights, rows_users, rows_numbers)
+    return Batch(ids, dense, known, observed, *rows_own, tuple(ragged), shares)
 
 
 def _float_tensor(
@@ -189,3 +198,67 @@ def _key_major(columns: Sequence[np.ndarray | Ragged], rows: int) -> tuple[Tenso
         assert isinstance(each, Ragged) or totals[index] == rows, "ids do not fit the rows"
     values = np.concatenate(flat).astype(np.int64, copy=False) if flat else np.empty(0, np.int64)
     return torch.from_numpy(values), torch.from_numpy(lengths), totals
+
+
+# Random numbers of rows and steps, which are the same however rows are spread over batches and processes.
+
+
+class Draws:
+    """What is drawn in one training step: by the batch's seed and epoch, the row's number and the draws before it.
+
+    A counter-based generator (Salmon et al., SC 2011), by the mixing function of SplitMix64 (Steele et al., OOPSLA
+    2014).
+    """
+
+    def __init__(self, batch: Batch) -> None:
+        self._batch, self.count = batch, 0
+
+    @cached_property
+    def keys(self) -> Tensor:
+        """(B,) int64, one for each row."""
+        assert self._batch.numbers is not None, "these rows have no numbers"
+        return _mix(self._batch.numbers + int(self.generator(0).integers(-(2**63), 2**63)))
+
+    def generator(self, draw: int) -> np.random.Generator:
+        """That of all ranks for a draw of the step, or of the whole epoch for draw 0."""
+        position = self._batch.position
+        assert position is not None, "this batch has no position"
+        return np.random.default_rng([position.seed, position.epoch, position.row if draw else 0, 1 + draw])
+
+
+_DRAWS: ContextVar[Draws | None] = ContextVar("draws", default=None)
+
+
+@contextmanager
+def draws_of(batch: Batch) -> Iterator[None]:
+    """Within it, `draw_uniform` and `draw_whole` draw for the batch's rows; elsewhere from torch's own generator."""
+    token = _DRAWS.set(Draws(batch))
+    try:
+        yield
+    finally:
+        _DRAWS.reset(token)
+
+
+def draw_uniform(shape: Sequence[int], device: torch.device) -> Tensor:
+    """(B, ...) float32, even over (0, 1)."""
+    if (draws := _DRAWS.get()) is None:
+        return torch.rand(tuple(shape), device=device)
+    draws.count += 1
+    places = torch.arange(math.prod(shape[1:]), device=device) + (draws.count << 32)
+    bits = _mix(draws.keys[:, None] + places * -0x61C8864680B583EB) >> 41  # 23 of them
+    return (((bits & (1 << 23) - 1).float() + 0.5) * 2.0**-23).view(*shape)
+
+
+def draw_whole(low: int, high: int) -> int:
+    """A whole number from low to high, the same on all ranks."""
+    if (draws := _DRAWS.get()) is None:
+        return int(torch.randint(low, high + 1, ()))
+    draws.count += 1
+    return int(draws.generator(draws.count).integers(low, high + 1))
+
+
+def _mix(values: Tensor) -> Tensor:
+    """(...) int64, which wraps around."""
+    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15), (31, 1)):
+        values = (values ^ (values >> shift & (1 << 64 - shift) - 1)) * factor
+    return values

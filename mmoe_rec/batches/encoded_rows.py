@@ -27,13 +27,15 @@ class Rows:
     """N encoded rows with their labels.
 
     labels: (N, T) float32, or float64 where a task is a regression, NaN is unobserved; weights: (N,) float64, see
-    `weights_of`; users: (N,) int64, a hash of each row's user, where they are read.
+    `weights_of`; users: (N,) int64, a hash of each row's user, where they are read; numbers: (N,) int64, of the rows in
+    file order, where a row group was read.
     """
 
     encoded: Encoded
     labels: np.ndarray
     weights: np.ndarray | None = None
     users: np.ndarray | None = None
+    numbers: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -47,8 +49,8 @@ class Rows:
         return self._with(self.encoded.take(rows), lambda part: part[rows])
 
     def _with(self, encoded: Encoded, change: Callable[[np.ndarray], np.ndarray]) -> Rows:
-        weights, users = (None if each is None else change(each) for each in (self.weights, self.users))
-        return Rows(encoded, change(self.labels), weights, users)
+        others = (None if each is None else change(each) for each in (self.weights, self.users, self.numbers))
+        return Rows(encoded, change(self.labels), *others)
 
     @staticmethod
     def concatenate(parts: Sequence[Rows]) -> Rows:
@@ -57,12 +59,11 @@ class Rows:
         for name, first in parts[0].encoded.ids.items():
             columns: Any = [part.encoded.ids[name] for part in parts]
             ids[name] = join(columns) if isinstance(first, Ragged) else np.concatenate(columns)
-        weights = [part.weights for part in parts if part.weights is not None]
-        users = [part.users for part in parts if part.users is not None]
+        others: Any = zip(*((part.weights, part.users, part.numbers) for part in parts), strict=True)
         return Rows(
             Encoded(ids, np.concatenate([part.encoded.dense for part in parts])),
             np.concatenate([part.labels for part in parts]),
-            *(np.concatenate(each) if each else None for each in (weights, users)),
+            *(None if each[0] is None else np.concatenate(each) for each in others),
         )
 
 
@@ -109,6 +110,7 @@ class EncodedRows:
         self.groups = [group for group, rows in counts.items() if rows]
         self.group_rows = np.array([counts[group] for group in self.groups], np.int64)
         self.rows = int(self.group_rows.sum())
+        self._starts = dict(zip(self.groups, np.cumsum(self.group_rows) - self.group_rows, strict=True))
         if not self.rows:
             raise UserError(f"the files of '{folder}' hold no rows; check the split's times, then {ADVICE}")
 
@@ -139,7 +141,7 @@ class EncodedRows:
             # Much faster than permuting the arrays: the columns are narrower here and one at a time fits a cache.
             places = pa.array(take)
             table = pa.table({name: table.column(name).combine_chunks().take(places) for name in table.column_names})
-        return self._convert(table)
+        return self._convert(table, self._starts[group] + (np.arange(len(table)) if take is None else take))
 
     def stream(self, batch_size: int, columns: Sequence[str] = ()) -> Iterator[tuple[Rows, pa.Table]]:
         """All rows in file order, `batch_size` at a time (the last ones fewer), with the columns asked for beside them.
@@ -167,14 +169,14 @@ class EncodedRows:
             if table.column(name).null_count and not name.startswith("label."):
                 raise UserError(f"'{file}' has nulls in the column '{name}', which must have none; {ADVICE}")
 
-    def _convert(self, table: pa.Table) -> Rows:
+    def _convert(self, table: pa.Table, numbers: np.ndarray | None = None) -> Rows:
         labels = np.empty((table.num_rows, len(self.layout.tasks)), self._label_type)
         for index, name in enumerate(self._labels):
             labels[:, index] = table.column(name).to_numpy()
         weights = weights_of(table.select(self.weighing(self._weighted)))
         weights = None if weights is None else weights.astype(np.float64)
         users = hash_column(one_array(table.column("user"))).view(np.int64) if self._with_users else None
-        return Rows(Encoded.from_arrow(table, self.layout), labels, weights, users)
+        return Rows(Encoded.from_arrow(table, self.layout), labels, weights, users, numbers)
 
 
 _WEIGHTS = {"weight": pa.float64(), "sampling_rate": pa.float32()}

@@ -188,7 +188,9 @@ def _positive(column: str, least: float, most: float, setting: str) -> ValueChec
         values = rows.numbers(column)
         return ~((values >= least) & (values <= most))
 
-    says = f"column '{column}' holds {_VALUE}, which is not from {least:g} to {most:g}; fix the data or remove {setting}"
+    says = (
+        f"column '{column}' holds {_VALUE}, which is not from {least:g} to {most:g}; fix the data or remove {setting}"
+    )
     return ValueCheck(column, wrong, says)
 
 

@@ -11,6 +11,7 @@ of an expert's output.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from mmoe_rec.batches.batch import draw_uniform, draw_whole
 from mmoe_rec.devices import fp32_products
 from mmoe_rec.model.products import BLOCK, Dispatch, StackedLinear, for_products, multiplies_by_expert
 from mmoe_rec.model.routing import Gated, Routing, largest, masked_softmax, rule_named
@@ -185,9 +187,10 @@ class Gates(nn.Module):
         RecSys 2019).
         """
         if self.training and self.settings.noise > 0:
-            logits = logits + self.settings.noise * torch.randn_like(logits)
+            noise = torch.erfinv(2 * draw_uniform(logits.shape, logits.device) - 1) * math.sqrt(2)  # normal
+            logits = logits + self.settings.noise * noise
         if self.training and self.settings.dropout > 0:
-            allowed = keep_some(torch.rand_like(logits) >= self.settings.dropout, allowed)
+            allowed = keep_some(draw_uniform(logits.shape, logits.device) >= self.settings.dropout, allowed)
         return masked_softmax(logits, allowed)
 
     def experts_a_row(self, asked: int | None = None) -> int | None:
@@ -203,7 +206,7 @@ class Gates(nn.Module):
         if not self.rule.takes_k:
             return None
         if self.training and self.settings.random_top_k:
-            return int(torch.randint(1, self.settings.top_k + 1, ()))
+            return draw_whole(1, self.settings.top_k)
         return self.settings.top_k
 
     def _renormalises(self, k: int | None) -> bool:

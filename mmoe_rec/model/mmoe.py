@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mmoe_rec.batches.batch import Batch
+from mmoe_rec.batches.batch import Batch, draw_uniform
 from mmoe_rec.errors import UserError
 from mmoe_rec.model.layout import ModelLayout
 from mmoe_rec.model.levels import Gates, Level
@@ -295,9 +295,23 @@ def mlp(inputs: int, units: Sequence[int], dropout: float = 0.0) -> nn.Sequentia
     for width in units:
         layers += [Linear(inputs, width), nn.SiLU()]
         if dropout > 0:
-            layers.append(nn.Dropout(dropout))
+            layers.append(Dropout(dropout))
         inputs = width
     return nn.Sequential(*layers)
+
+
+class Dropout(nn.Module):
+    """In training sets each entry of a row to 0 with probability `share`, and divides the others by the rest of it."""
+
+    def __init__(self, share: float) -> None:
+        super().__init__()
+        self.share = share
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, W) -> (B, W)."""
+        if not self.training:
+            return x
+        return x * ((draw_uniform(x.shape, x.device) >= self.share) / (1 - self.share)).to(x.dtype)
 
 
 class Towers(nn.Module):
@@ -340,7 +354,7 @@ class PlacementTower(nn.Module):
         """(B, P) -> logits (B, T)."""
         logits: Tensor = self.logits(self.layers(placement))
         if self.training and self.dropout > 0:
-            shown = torch.rand(len(logits), 1, device=logits.device) >= self.dropout
+            shown = draw_uniform((len(logits), 1), logits.device) >= self.dropout
             logits = logits * shown
         return logits
 

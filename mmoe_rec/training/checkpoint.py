@@ -2,8 +2,7 @@
 
     latest.json              number of the step to go on from
     finished.json            the result of a training that has ended, which is not resumed
-    step-00001200/           written by torch.distributed.checkpoint: tables, dense part, both optimizers, and the
-                             random state of each rank
+    step-00001200/           written by torch.distributed.checkpoint: tables, dense part and both optimizers
         training.json        the rest, see `TrainingState`
 
 They are written while training goes on, from a copy of its state, and appear once they are whole.
@@ -234,38 +233,14 @@ def _quiet() -> warnings.catch_warnings:
     return warnings.catch_warnings(action="ignore", category=FutureWarning)
 
 
-def random_states(device: torch.device) -> dict[str, Any]:
-    """This rank's random states, by a name that no other rank has."""
-    states = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state(device)
-    return {f"rank{dist.get_rank()}of{dist.get_world_size()}": states}
-
-
-def restore(folder: Path, model: Any, optimizer: Any, device: torch.device, seed: int) -> None:
-    """Fills a sharded model, its optimizers and this rank's random state from a checkpoint of any number of ranks.
-
-    seed: of the random state where the checkpoint is of another number of ranks. A collective call.
-    """
+def restore(folder: Path, model: Any, optimizer: Any) -> None:
+    """Fills a sharded model and its optimizers from a checkpoint of any number of ranks. A collective call."""
     import torch.distributed.checkpoint as dcp
 
-    states = random_states(device)
-    tensors = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "random": states}
+    tensors = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
     with _quiet():
-        found = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
-        (name,) = states
-        same = any(key.startswith(f"random.{name}.") for key in found)
-        if not same:
-            del tensors["random"]
         dcp.load(tensors, checkpoint_id=folder)
     model.load_state_dict(tensors["model"])
-    optimizer.load_state_dict(tensors["optimizer"])
-    if same:
-        torch.set_rng_state(states[name]["cpu"])
-        if device.type == "cuda":
-            torch.cuda.set_rng_state(states[name]["cuda"], device)
-    else:
-        torch.manual_seed(seed)
 
 
 def load_plain(model: nn.Module, folder: Path) -> None:

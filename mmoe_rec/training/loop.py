@@ -35,7 +35,6 @@ from mmoe_rec.training.checkpoint import (
     Checkpoint,
     CheckpointWriter,
     TrainingState,
-    random_states,
     restore,
     step_folder,
 )
@@ -125,7 +124,6 @@ class Trainer:
         )
         self.bad_batches = BadBatches(checkpoints, settings.on_bad_loss)
         self.checkpoints = CheckpointWriter(checkpoints, settings.checkpoints_kept, resume)
-        torch.manual_seed(settings.seed + self.rank)
         if resume is not None:
             self._resume(resume)
 
@@ -190,8 +188,7 @@ class Trainer:
     def _resume(self, checkpoint: Checkpoint) -> None:
         self.optimizer.init_state()
         state, result = checkpoint.state, self.result
-        seed = self.settings.seed + self.rank + state.step
-        restore(checkpoint.folder, self.sharded.model, self.optimizer, self.device, seed)
+        restore(checkpoint.folder, self.sharded.model, self.optimizer)
         self.position, self.bad_batches.skipped = state.position, state.skipped
         result.steps, result.best_step, result.history = state.step, state.best_step, list(state.history)
         result.stopped_early = self._out_of_patience()
@@ -246,7 +243,14 @@ class Trainer:
             keyed_jagged = torchrec_installed()
             for rows, position in reader.resume(start, epochs):
                 batch = make_batch(
-                    rows.encoded, self.layout, rows.labels, position, rows.weights, rows.users, torchrec=keyed_jagged
+                    rows.encoded,
+                    self.layout,
+                    rows.labels,
+                    position,
+                    rows.weights,
+                    rows.users,
+                    rows.numbers,
+                    torchrec=keyed_jagged,
                 )
                 yield batch.pin_memory() if self.device.type == "cuda" else batch
 
@@ -307,7 +311,6 @@ class Trainer:
         tensors = {
             "model": self.sharded.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "random": random_states(self.device),
         }
         self.checkpoints.save(tensors, state)
 

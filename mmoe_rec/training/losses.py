@@ -40,12 +40,13 @@ def masked_loss(
     losses = row_losses(logits, labels, tasks) * observed
     totals = torch.where(global_counts > 0, global_counts, 1)
     task_weights = constant(tuple(task.loss_weight for task in tasks), losses.dtype, losses.device)
+    scale = world_size * task_weights
     if weights is None:
-        parts, scale, unit = losses.sum(0), world_size * task_weights / totals.to(losses), 1
+        parts = losses.sum(0)
+        sums, scale = parts.detach(), scale / totals.to(losses)
     else:  # weights of any size are divided by their sum before they meet float32
-        parts, scale = (losses * (weights[:, None] / totals).to(losses)).sum(0), world_size * task_weights
-        unit = totals
-    sums = parts.detach() * unit
+        parts = (losses * (weights[:, None] / totals).to(losses)).sum(0)
+        sums = parts.detach() * totals
     if log_variances is None:
         return (scale * parts).sum(), sums
     # Every rank adds the whole of this term, which the average over ranks leaves as it is.

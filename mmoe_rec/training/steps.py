@@ -29,7 +29,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mmoe_rec.atomic import atomic_file
-from mmoe_rec.batches.batch import Batch
+from mmoe_rec.batches.batch import Batch, draws_of
 from mmoe_rec.devices import fp32_products
 from mmoe_rec.errors import StopRequest, UserError
 from mmoe_rec.model.layout import ModelLayout
@@ -138,7 +138,7 @@ class Steps:
         shared = torch.cat([observed, counted.sum()[None].to(observed), signalled])
         added = self._add_up(shared)  # beside the forward pass
         autocast = torch.autocast(self._device.type, torch.bfloat16, enabled=self._bf16)
-        with autocast, fp32_products("tf32", self._device):
+        with autocast, fp32_products("tf32", self._device), draws_of(batch):
             outputs: Outputs = self._model(batch)
         logits = outputs.logits
         bad = (~logits.isfinite().all()).float()

@@ -162,7 +162,7 @@ def base_rates(
     manifest: Mapping[str, Any], tasks: Sequence[TaskOutput], weighted: bool, given: bool = False
 ) -> list[float | None]:
     """How often each task's label is 1 among the training rows in which it is observed, as encoding counted them;
-    None for a regression, and where no label was observed. Half a row of each class, of the mean weight, is added, so no
+    None for a regression, and where no label was observed. Half a row of each class, of mean weight, is added, so no
     rate is 0 or 1.
 
     manifest: that of the features; weighted: rows count by their weight / the rate at which they were sampled, as in

@@ -13,10 +13,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mmoe_rec.batches import reader as reader_module
+from mmoe_rec.batches.batch import Batch, draw_uniform, draws_of
 from mmoe_rec.batches.encoded_rows import EncodedRows, Rows
 from mmoe_rec.batches.reader import EpochOrder, Position, Prefetch, Share, TrainingReader, take_share
 from mmoe_rec.errors import UserError
@@ -90,6 +92,7 @@ def test_values_follow_their_rows_and_copies_follow_their_originals(rows: Encode
         for part in parts:
             assert_values(part)
         together = Rows.concatenate(parts)
+        np.testing.assert_array_equal(together.numbers, numbers(together))
         copies = np.isnan(together.labels[:, 0])
         assert not copies[0]
         before = np.roll(numbers(together), 1)
@@ -464,3 +467,19 @@ def test_waited_is_the_time_without_items(monkeypatch: pytest.MonkeyPatch) -> No
     next(items)
     assert ready.waited == before
     items.close()
+
+
+def test_what_is_drawn_for_a_row_does_not_depend_on_its_batch() -> None:
+    """Nor on the rows beside it; another epoch, seed, or draw of the step gives other numbers, even ones."""
+
+    def draw(rows: np.ndarray, seed: int = 5, epoch: int = 0) -> np.ndarray:
+        position = Position(epoch, int(rows[0]), seed, 1, 900, "")
+        with draws_of(Batch(None, *torch.zeros(3, len(rows), 1), position, numbers=torch.from_numpy(rows))):
+            shapes = ((len(rows), 2, 3), (len(rows), 1), (len(rows), 1))
+            return np.hstack([draw_uniform(shape, torch.device("cpu")).flatten(1).numpy() for shape in shapes])
+
+    whole, some = draw(np.arange(900)), np.random.default_rng(0).permutation(900)[:77]
+    np.testing.assert_array_equal(draw(some), whole[some])
+    every = np.hstack([whole, draw(np.arange(900), seed=6), draw(np.arange(900), epoch=1)])
+    assert np.abs(np.corrcoef(every.T) - np.eye(24)).max() < 0.15
+    assert np.abs(np.histogram(every, 50, (0, 1))[0] / every.size - 0.02).max() < 0.003

@@ -15,7 +15,16 @@ from mmoe_rec.training.ranks import process_group
 from tests.training.learnable import CPU, MODEL, ROWS, TRAINING, layout_of, plain_model
 from tests.training.ranks import join
 
-# Dropouts draw from the random state of a rank, and the gates' bias moves from step to step.
+# All that is drawn; where experts are chosen, another rounding may choose another one.
+DRAWS = Model.model_validate(
+    MODEL.model_dump()
+    | {
+        "bottom": MODEL.bottom.model_dump() | {"dropout": 0.1},
+        "gates": {"dropout": 0.2, "noise": 0.3},
+        "placement": {"units": [4], "dropout": 0.3},
+    }
+)
+# The gates' bias moves from step to step.
 DROPS = Model.model_validate(
     MODEL.model_dump()
     | {
@@ -24,7 +33,9 @@ DROPS = Model.model_validate(
         "placement": {"units": [4], "dropout": 0.3},
     }
 )
-BALANCED = Model.model_validate(MODEL.model_dump() | {"gates": {"balance": "loss", "balance_weight": 2, "z_loss": 0.1}})
+BALANCED = DRAWS.model_copy(
+    update={"gates": DRAWS.gates.model_copy(update={"balance": "loss", "balance_weight": 2, "z_loss": 0.1})}
+)
 CHANGES = {"epochs": 2, "validations_per_epoch": 3, "checkpoint_steps": 40, "batch_size": 100}
 STEPS = 2 * ROWS["train"] // 100
 Watch = Callable[[Trainer], None]

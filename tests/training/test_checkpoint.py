@@ -24,14 +24,14 @@ from mmoe_rec.training.origin import Origin, Start, fixed_settings, result_setti
 from mmoe_rec.training.ranks import process_group
 from tests.model.examples import LAYOUT
 from tests.pipelines.learnable_log import settings_tree
-from tests.training.learnable import CPU, MODEL, TRAINING, plain_model, write_prepared
+from tests.training.learnable import CPU, TRAINING, plain_model, write_prepared
 from tests.training.ranks import spawn
-from tests.training.resuming import BALANCED, DROPS, STEPS, CrashError, crash, train, train_on_rank, weights
+from tests.training.resuming import BALANCED, DRAWS, DROPS, STEPS, CrashError, crash, train, train_on_rank, weights
 
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> FeatureFolder:
-    return write_prepared(tmp_path_factory.mktemp("prepared"), LAYOUT)
+    return write_prepared(tmp_path_factory.mktemp("prepared"), LAYOUT, unit=0.001)
 
 
 def best(prepared: FeatureFolder, result: TrainingResult) -> RankingModel:
@@ -258,23 +258,23 @@ def test_a_new_training_forgets_where_another_one_stood(prepared: FeatureFolder,
 def folder(prepared: FeatureFolder, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Each subfolder holds a training that came to its end; the names say on how many ranks, one after the other."""
     folder = tmp_path_factory.mktemp("trainings")
-    train(prepared, folder / "1", None, MODEL)
+    train(prepared, folder / "1", None, DRAWS)
     train(prepared, folder / "balanced 1", None, BALANCED)
     with pytest.raises(CrashError):
-        train(prepared, folder / "1-2", crash(100), MODEL)
+        train(prepared, folder / "1-2", crash(100), DRAWS)
     first = [
         (folder / "2", DROPS, None),
         (folder / "2-2", DROPS, 100),
-        (folder / "2-1-2", MODEL, 100),
+        (folder / "2-1-2", DRAWS, 100),
         (folder / "balanced 2", BALANCED, None),
     ]
     spawn(train_on_rank, prepared, first)
     with pytest.raises(CrashError):
-        train(prepared, folder / "2-1-2", crash(170), MODEL)
+        train(prepared, folder / "2-1-2", crash(170), DRAWS)
     spawn(
         train_on_rank,
         prepared,
-        [(folder / name, DROPS if name == "2-2" else MODEL, None) for name in ("2-2", "2-1-2", "1-2")],
+        [(folder / name, DROPS if name == "2-2" else DRAWS, None) for name in ("2-2", "2-1-2", "1-2")],
     )
     return folder
 
@@ -291,7 +291,7 @@ def test_balance_is_over_all_ranks(prepared: FeatureFolder, folder: Path) -> Non
     one, two = (weights(prepared, folder / f"balanced {ranks}", BALANCED) for ranks in (1, 2))
     for key, weight in one.items():
         torch.testing.assert_close(two[key], weight, atol=2e-4, rtol=1e-3, msg=lambda text, key=key: f"{key}: {text}")
-    plain = weights(prepared, folder / "1", MODEL)
+    plain = weights(prepared, folder / "1", DRAWS)
     name = "mixture.levels.0.gates.linear.weight"
     assert (one[name] - plain[name]).abs().max() > 0.01, "balance changed next to nothing"
 
@@ -300,7 +300,7 @@ def test_balance_is_over_all_ranks(prepared: FeatureFolder, folder: Path) -> Non
 @pytest.mark.parametrize("name", ["1-2", "2-1-2"])
 def test_other_numbers_of_ranks_give_the_same_model(prepared: FeatureFolder, folder: Path, name: str) -> None:
     """Sums over ranks are rounded in another order; 240 steps make no more of it than this."""
-    whole, resumed = (weights(prepared, folder / each, MODEL) for each in ("1", name))
+    whole, resumed = (weights(prepared, folder / each, DRAWS) for each in ("1", name))
     for key, weight in whole.items():
         torch.testing.assert_close(
             resumed[key], weight, atol=2e-4, rtol=1e-3, msg=lambda text, key=key: f"{key}: {text}"

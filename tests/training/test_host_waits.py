@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from mmoe_rec.batches.batch import Batch, KeyedIds, make_batch
+from mmoe_rec.batches.reader import Position
 from mmoe_rec.errors import StopRequest
 from mmoe_rec.model import levels
 from mmoe_rec.model.layout import ModelLayout
@@ -60,8 +61,8 @@ def changes(case: str) -> dict[str, Any]:
 
 def batch_of(layout: ModelLayout, weighted: bool = False) -> Batch:
     encoded, labels = random_rows(ROWS, 3, layout)
-    weights = np.full(ROWS, 2.0, np.float32) if weighted else None
-    return make_batch(encoded, layout, labels, None, weights, np.arange(ROWS), torchrec=False)
+    weights, rows = np.full(ROWS, 2.0) if weighted else None, np.arange(ROWS)
+    return make_batch(encoded, layout, labels, Position(0, ROWS, 17, 1, ROWS, ""), weights, rows, rows, torchrec=False)
 
 
 def faked(batch: Batch, mode: Any) -> Batch:
