@@ -4,9 +4,9 @@ Trains what a model has to beat on the same encoded rows, popularity and gradien
 measures them on the test rows. With `--model` the model stands beside them, with the differences of all metrics and a
 verdict. Writes `report.html`, `metrics.json` and others to `data.work`/baselines.
 
-Trees get all inputs but placement and lists of ids (histories). The validation rows choose how many there are, at most
-300 for each task, and whether they see ids, of each the 254 most frequent values. They learn from the last two million
-training rows, or fewer where these have more than a hundred inputs, which takes at most some four gigabytes.
+Trees get all inputs but placement and lists of ids (histories). Validation rows choose how many there are, at most 500,
+and what stands: trees without ids, trees that see the 254 most frequent values of each, or the mean of both. They learn
+from the last two million training rows, or fewer of more than a hundred inputs; that takes some six gigabytes.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 from sklearn.ensemble import HistGradientBoostingClassifier, HistGradientBoostingRegressor
+from sklearn.metrics import log_loss, mean_squared_error
 
 from mmoe_rec.batches.encoded_rows import EncodedRows, weights_of
 from mmoe_rec.errors import UserError
@@ -33,8 +34,10 @@ TREES, POPULARITY = "gradient boosting", "popularity"
 ROWS_AT_A_TIME = 65_536
 MOST_ROWS, MOST_VALUES = 2_000_000, 200_000_000
 """Rows, and values of their inputs, that are held in memory for training or validation; of more, the last ones."""
-MOST_TREES, PATIENCE, TREES_UNCHOSEN = 300, 20, 100
-"""Trees of a task; those that are tried without a lower loss on validation rows; and trees where none say so."""
+MOST_TREES, PATIENCE, TREES_UNCHOSEN = 500, 30, 100
+"""Trees of a kind; those that are tried without a lower loss on validation rows; and trees where none say so."""
+FEW_ROWS = 500_000
+"""Training rows up to which trees learn at half the rate, which takes twice as many: with more, it gains little."""
 SMOOTHING = 20.0
 """Rows of the mean over all that are added to those of each candidate."""
 _CATEGORIES = 255  # what scikit-learn's histograms can hold; the last one stands for all rarer values
@@ -98,7 +101,7 @@ def _predict(settings: Settings, prepared: FeatureFolder) -> tuple[dict[str, Sco
     parts, predicted = [], []
     for part in Inputs.stream(test, layout, columns):
         predicted.append(np.stack([each.predict(part) for each in boosted.values()], axis=1))
-        parts.append(replace(part, dense=part.dense[:0], ids=part.ids[:0]))
+        parts.append(replace(part, dense=part.dense[:0].copy(), ids=part.ids[:0].copy()))  # no views, which keep all
     tested = Inputs.join(parts)
     rows = ScoredRows(
         layout,
@@ -146,26 +149,36 @@ def rate_candidates(
 
 
 @dataclass(frozen=True)
-class BoostedTrees:
-    """The trees of a task. categories: of each id the values that are kept apart, None without ids; trees: how many of
-    them count, as further ones were too many; loss: of validation rows, NaN where they say nothing."""
+class Trees:
+    """Trees that see ids or do not. categories: of each id the values that are kept apart, None without ids; count: how
+    many of the trees predict, as further ones were too many."""
 
     estimator: HistGradientBoostingClassifier | HistGradientBoostingRegressor
-    categories: Sequence[np.ndarray] | None
-    trees: int
-    loss: float
-    told: str = ""
+    categories: Sequence[pd.Index] | None
+    count: int
 
     def predict(self, rows: Inputs) -> np.ndarray:
         """(N,) float64, probabilities or values."""
-        x, last = _join(rows, self.categories), self.trees - 1
+        x, last = _join(rows, self.categories), self.count - 1
         if isinstance(self.estimator, HistGradientBoostingClassifier):
             return np.asarray(next(islice(self.estimator.staged_predict_proba(x), last, None))[:, 1])
         return np.asarray(next(islice(self.estimator.staged_predict(x), last, None)))
 
 
+@dataclass(frozen=True)
+class BoostedTrees:
+    """What predicts a task: the mean of one or both kinds of trees. told: which stand, and by what they were chosen."""
+
+    kinds: Sequence[Trees]
+    told: str
+
+    def predict(self, rows: Inputs) -> np.ndarray:
+        """(N,) float64, probabilities or values."""
+        return np.mean([each.predict(rows) for each in self.kinds], axis=0)
+
+
 def boost_trees(kind: str, train: Inputs, validation: Inputs, seed: int = 0) -> BoostedTrees:
-    """scikit-learn's histogram gradient boosting, without ids and with them, whichever has the lower validation loss.
+    """scikit-learn's histogram gradient boosting without ids, with ids, or the mean of both, by the validation loss.
 
     kind: of the task; train, validation: its rows, as `Inputs.of_task` gives them; seed: of the columns that a split
     looks at. The logloss, or squared error, of validation rows also says how many trees count; where these lack labels,
@@ -178,24 +191,31 @@ def boost_trees(kind: str, train: Inputs, validation: Inputs, seed: int = 0) -> 
     if kind == "binary" and not np.array_equal(classes, [0, 1]):
         raise UserError(f"the observed training labels are {classes[:5].tolist()}; expected both 0 and 1")
     held_out = validation if len(np.unique(validation.labels)) >= (2 if kind == "binary" else 1) else None
-    choices: dict[str, Sequence[np.ndarray] | None] = {"without ids": None} if train.dense.shape[1] else {}
-    if train.ids.shape[1] and (held_out is not None or not choices):
-        choices["with ids"] = [_most_frequent(values) for values in train.ids.T]
-    if not choices:
+    inputs: dict[str, Sequence[pd.Index] | None] = {"without ids": None} if train.dense.shape[1] else {}
+    if train.ids.shape[1] and (held_out is not None or not inputs):
+        inputs["with ids"] = [pd.Series(ids).value_counts().index[: _CATEGORIES - 1] for ids in train.ids.T]
+    if not inputs:
         raise UserError("trees have no input: all features describe placement, or are lists of ids")
-    found = {name: _fit_trees(kind, train, held_out, categories, seed) for name, categories in choices.items()}
-    best = min(found, key=lambda name: found[name].loss)
-    told = f"{found[best].trees} trees {best}"
-    if held_out is not None:
-        loss = "logloss" if kind == "binary" else "squared error"
-        told += f"; {loss} of validation rows " + ", ".join(f"{each.loss:.4g} {name}" for name, each in found.items())
-    return replace(found[best], told=told)
+    trees = {name: _fit_trees(kind, train, held_out, categories, seed) for name, categories in inputs.items()}
+    counts = {name: f"{each.count} trees {name}" for name, each in trees.items()}
+    if held_out is None:
+        return BoostedTrees(list(trees.values()), *counts.values())
+    choices = {counts[name]: [each] for name, each in trees.items()}
+    if len(trees) > 1:
+        choices[f"the mean of {' and '.join(counts.values())}"] = list(trees.values())
+    name, measure = ("logloss", log_loss) if kind == "binary" else ("squared error", mean_squared_error)
+    predicted = {told: BoostedTrees(each, told).predict(held_out) for told, each in choices.items()}
+    losses = {told: measure(held_out.labels, p, sample_weight=held_out.weights) for told, p in predicted.items()}
+    best = min(losses, key=losses.__getitem__)
+    others = [f"{loss:.4g} of {told}" for told, loss in losses.items() if told != best]
+    return BoostedTrees(choices[best], "; ".join([f"{best}, {name} of validation rows {losses[best]:.4g}", *others]))
 
 
 def _fit_trees(
-    kind: str, train: Inputs, held_out: Inputs | None, categories: Sequence[np.ndarray] | None, seed: int
-) -> BoostedTrees:
+    kind: str, train: Inputs, held_out: Inputs | None, categories: Sequence[pd.Index] | None, seed: int
+) -> Trees:
     estimator = (HistGradientBoostingClassifier if kind == "binary" else HistGradientBoostingRegressor)(
+        learning_rate=0.05 if len(train.labels) <= FEW_ROWS else 0.1,
         max_iter=TREES_UNCHOSEN if held_out is None else MOST_TREES,
         min_samples_leaf=50,
         max_features=0.5,
@@ -207,25 +227,17 @@ def _fit_trees(
     )
     x = _join(train, categories)
     if held_out is None:
-        return BoostedTrees(estimator.fit(x, train.labels, train.weights), categories, TREES_UNCHOSEN, np.nan)
-    names = ("X_val", "y_val", "sample_weight_val")
-    own = dict(zip(names, (_join(held_out, categories), held_out.labels, held_out.weights), strict=True))
+        return Trees(estimator.fit(x, train.labels, train.weights), categories, TREES_UNCHOSEN)
+    own = {"X_val": _join(held_out, categories), "y_val": held_out.labels, "sample_weight_val": held_out.weights}
     estimator.fit(x, train.labels, train.weights, **own)
-    losses = (-1 if kind == "binary" else -2) * estimator.validation_score_[1:]  # the first one is that of no tree
-    return BoostedTrees(estimator, categories, int(losses.argmin()) + 1, float(losses.min()))
+    return Trees(estimator, categories, int(estimator.validation_score_[1:].argmax()) + 1)  # the first is of no tree
 
 
-def _most_frequent(values: np.ndarray) -> np.ndarray:
-    """(at most 254,) the most frequent values, the most frequent first and the smaller first among equals."""
-    distinct, counts = np.unique(values, return_counts=True)
-    return distinct[np.argsort(-counts, kind="stable")][: _CATEGORIES - 1]
-
-
-def _join(rows: Inputs, categories: Sequence[np.ndarray] | None) -> np.ndarray:
+def _join(rows: Inputs, categories: Sequence[pd.Index] | None) -> np.ndarray:
     """(N, D + I) float32, of each id its rank by frequency, 254 for all others; (N, D) without categories."""
     if categories is None:
         return rows.dense
-    ranks = [pd.Index(frequent).get_indexer(ids) for frequent, ids in zip(categories, rows.ids.T, strict=True)]
+    ranks = [frequent.get_indexer(ids) for frequent, ids in zip(categories, rows.ids.T, strict=True)]
     ids = [np.where(rank < 0, _CATEGORIES - 1, rank).astype(np.float32) for rank in ranks]
     return np.column_stack([rows.dense, *ids])
 
