@@ -75,8 +75,13 @@ def measure_baselines(
 def _predict(settings: Settings, prepared: FeatureFolder) -> tuple[dict[str, ScoredRows], dict[str, str]]:
     """The baselines' predictions of the test rows, and what trees of each task validation rows chose; without
     candidates, none is more popular than another."""
+    import torch
+    from scipy.special import expit, logit
+
+    from mmoe_rec.evaluation.calibration import fit_calibration
     from mmoe_rec.evaluation.scoring import COLUMNS, ScoredRows
     from mmoe_rec.model.layout import ModelLayout
+    from mmoe_rec.model.score import UNCALIBRATED
 
     layout = ModelLayout.of(prepared.layout, settings)
     train, validation, test = (EncodedRows(prepared.split(name), layout) for name in ("train", "validation", "test"))
@@ -91,16 +96,27 @@ def _predict(settings: Settings, prepared: FeatureFolder) -> tuple[dict[str, Sco
         step = progress.add_task(TREES, total=len(layout.tasks))
         for index, task in enumerate(layout.tasks):
             try:
-                found = boost_trees(task.kind, learnt.of_task(index), held_out.of_task(index), seed)
+                trees = boost_trees(task.kind, learnt.of_task(index), held_out.of_task(index), seed)
             except UserError as error:
                 raise UserError(f"no baseline can learn task '{task.name}': {error}") from None
-            boosted[task.name] = found
-            say(f"  {task.name}: {found.told}")
+            boosted[task.name] = trees
+            say(f"  {task.name}: {trees.told}")
             progress.advance(step)
+    binary = np.array([task.kind == "binary" for task in layout.tasks])
+
+    def logits_of(rows: Inputs) -> np.ndarray:
+        values = np.stack([each.predict(rows) for each in boosted.values()], axis=1)
+        return np.where(binary, logit(values.clip(1e-12, 1 - 1e-12)), values)
+
+    calibration = UNCALIBRATED
+    if settings.training.calibration != "none":  # as the model is
+        found = logits_of(held_out), held_out.labels, held_out.weights
+        calibration, _ = fit_calibration(settings.training.calibration, layout.tasks, *found)
     columns = (*COLUMNS, *(f"label.{name}" for name in layout.outcomes), *test.weighing(weighted))
     parts, predicted = [], []
     for part in Inputs.stream(test, layout, columns):
-        predicted.append(np.stack([each.predict(part) for each in boosted.values()], axis=1))
+        logits = calibration.apply(torch.from_numpy(logits_of(part)), list(boosted)).numpy()
+        predicted.append(np.where(binary, expit(logits), logits))
         parts.append(replace(part, dense=part.dense[:0].copy(), ids=part.ids[:0].copy()))  # no views, which keep all
     tested = Inputs.join(parts)
     rows = ScoredRows(

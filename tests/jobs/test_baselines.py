@@ -19,7 +19,7 @@ from mmoe_rec.jobs import baselines, evaluate
 from mmoe_rec.jobs.baselines import SMOOTHING, BoostedTrees, Inputs, boost_trees, rate_candidates
 from tests import commands
 from tests.inference.small_model import SmallModel
-from tests.log.small_logs import BASE, random_log
+from tests.log.small_logs import BASE, DAY, START, random_log, times_of
 
 
 @pytest.mark.parametrize("of", [lambda number: number, lambda number: f"item {number}"])
@@ -183,6 +183,23 @@ def test_popularity_is_the_rate_of_each_candidate(model: SmallModel) -> None:
     found = json.loads((out / "against" / "1" / "metrics.json").read_text())
     expected = roc_auc_score(test["label.click"], predicted)
     assert found["tasks"]["click"]["auc"]["value"] == pytest.approx(expected, abs=1e-9)
+
+
+def test_trees_are_calibrated_as_the_model_is(tmp_path: Path) -> None:
+    """Labels of later days are rarer, on validation and test rows alike; a regression stays as it is."""
+    log = random_log(0, rows=6000)
+    late = times_of(log) > START + 6 * DAY
+    click = np.where(late & (np.arange(len(log)) % 3 > 0), 0.0, log["click"].to_numpy())
+    log = log.set_column(log.column_names.index("click"), "click", pa.array(click, from_pandas=True))
+    ratios, errors = [], []
+    for method in ("none", "temperature"):
+        run(SmallModel(tmp_path / method, log=[log], training={"calibration": method}))
+        tasks = json.loads((tmp_path / method / "baselines" / "metrics.json").read_text())["tasks"]
+        ratios.append(tasks["click"]["calibration"]["value"])
+        errors.append(tasks["spent"]["rmse"]["value"])
+    assert ratios[0] > 1.5
+    assert ratios[1] == pytest.approx(1, abs=0.1)
+    assert errors[0] == errors[1]
 
 
 def test_rows_that_were_sampled_count_by_their_rate(tmp_path: Path) -> None:
