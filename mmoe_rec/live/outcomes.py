@@ -220,9 +220,8 @@ class _Run:
         self.database.run(f"DELETE FROM {table} WHERE {time} IS NOT NULL AND {time} <= {start}")
 
     def _request(self, source: OutcomeSource, column: str) -> str:
-        """The request's id in SQL, with the user where ids are a user's own."""
-        own = source.name(column)
-        return f"row({source.name(self.columns.user)}, {own})" if self.columns.request_scope == "user" else own
+        """The request in SQL: its user and its id."""
+        return f"row({source.name(self.columns.user)}, {source.name(column)})"
 
     def _read_events(self) -> int:
         """Reads the events later than all that is written; gives the time up to which requests can be written."""
@@ -316,6 +315,13 @@ class _Run:
                 "AND e.item = c.item WHERE e.time < c.time"
             )
             self.counts.setdefault(f"events '{name}' earlier than their request", early)
+            if self.columns.request_scope == "log":
+                (others,) = self.database.row(
+                    f"SELECT count(*) FROM {self.tables[name]} e "
+                    "SEMI JOIN candidates c ON e.first[2] = c.request[2] AND e.item = c.item "
+                    "ANTI JOIN candidates o ON e.first = o.request AND e.item = o.item"
+                )
+                self.counts.setdefault(f"events '{name}' of another user than their request's", others)
         return (
             f"SELECT e.*, c.number AS owner, e.time - c.time AS delay FROM {self.tables[name]} e {join} {owners} c "
             f"ON e.first = c.{key} AND e.item = c.item AND e.time >= c.time"

@@ -50,14 +50,15 @@ MIXED = {
 }
 
 
-def drawn_world(seed: int, user_ids: bool = False) -> World:
+def drawn_world(seed: int, user_ids: bool = False, repeats: bool = False) -> World:
     """Few users and items, so that many events could belong to several requests; times lie on a grid, so that many are
-    equal and some lie on the edges of windows; events come twice, early, late, and for what was never requested."""
+    equal and some lie on the edges of windows; events come twice, early, late, and for what was never requested; some
+    name another user than the request's. repeats: a user's ids of events come again with other events."""
     draw = random.Random(seed)
     world = World()
     hours = [number / 2 for number in range(120)]
     pages: list[tuple[Any, int, float, list[int]]] = []
-    taken = set()
+    taken, ids = set(), set[tuple[int, int]]()
     for number in range(40):
         user, hour = draw.randrange(3), draw.choice(hours)
         if (user, hour) in taken:  # of two requests of one instant, either could claim an event
@@ -76,7 +77,12 @@ def drawn_world(seed: int, user_ids: bool = False) -> World:
         hour += draw.choice([-0.5, 0, 0.25, 0.5, 1, 3, 3.5, 6, 12, 24, 25])
         item = draw.choice(items) if draw.random() < 0.9 else draw.randrange(8)
         amount = draw.choice([None, 1.0, 2.5, 10.0])
-        more = {"page": page, "slot": draw.randrange(4), "amount": amount, "event_id": number}
+        user = draw.choice([user] * 9 + [draw.randrange(3)])  # now and then another one than the request's
+        event_id = draw.randrange(200)  # which several users have
+        if not repeats and (user, event_id) in ids:
+            event_id = 200 + number
+        ids.add((user, event_id))
+        more = {"page": page, "slot": draw.randrange(4), "amount": amount, "event_id": event_id}
         world.event(name, user, hour + number * 1e-7, item, **more)
         if draw.random() < 0.2:
             world.event(name, user, hour + number * 1e-7, item, **more)
@@ -94,14 +100,16 @@ def joined(folder: Path, about: Any, **options: Any) -> JoinResult:
 def test_rows_are_those_of_plain_loops(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, outcomes: dict[str, Any], seed: int
 ) -> None:
-    monkeypatch.setattr(joining, "ROWS_PER_FILE", 40)  # several partitions and files
-    world = drawn_world(seed)
+    monkeypatch.setattr(joining, "ROWS_PER_FILE", 20)  # several partitions and files
+    world = drawn_world(seed, repeats=True)
     world.write(tmp_path, seed=seed)
     about = settings(outcomes)
     found = joined(tmp_path, about)
     rows = read_rows(tmp_path / "out")
     assert ordered(rows) == ordered(naive(world, about, NOW))
     assert found.rows == len(rows) > 20
+    others = found.counts.get("events 'clicks' of another user than their request's", 0)
+    assert (others > 0) == (outcomes is not BY_USER)
     assert [row["time"] for row in rows] == sorted(row["time"] for row in rows)
     assert len([*(tmp_path / "out").glob("run-*/*.parquet")]) > 1
     assert 0 < sum(row["clicked"] for row in rows) < len(rows)
@@ -110,7 +118,7 @@ def test_rows_are_those_of_plain_loops(
 
 @pytest.mark.parametrize("seed", range(6))
 def test_ids_may_be_a_users_own(tmp_path: Path, seed: int) -> None:
-    world = drawn_world(seed, user_ids=True)
+    world = drawn_world(seed, user_ids=True, repeats=True)
     world.write(tmp_path)
     about = settings(BY_REQUEST, request_scope="user")
     joined(tmp_path, about)
