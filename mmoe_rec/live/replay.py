@@ -3,7 +3,8 @@
 A server that logs requests keeps a digest for each feature of what the model read of each row. The same digests are
 computed here from the log and its events, by the steps of a feature build and with the model's own encoders: counters
 and histories are what was known before the request, point in time, as training and evaluation see them. Nothing of a
-server or of a model's memories takes part. Predictions and scores are compared too.
+server or of a model's memories takes part. Predictions and scores are compared too, and whether replies rank all
+candidates that they were asked for.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ from mmoe_rec.log.files import find_files, open_file
 from mmoe_rec.log.given import iso_time
 from mmoe_rec.log.reader import EventRows
 from mmoe_rec.log.rows import LogRows, require_all
-from mmoe_rec.model.score import add_outcomes, scores_from_logs
+from mmoe_rec.model.score import SMALLEST_VALUE, add_outcomes, scores_from_logs
 from mmoe_rec.point_in_time.arrays import SharedRagged
 from mmoe_rec.point_in_time.join import in_window
 from mmoe_rec.preprocessing.exchange import ResultReader, join_results, take
@@ -68,13 +69,15 @@ EVENTS_AT_A_TIME = 2_000
 CANDIDATES_AT_A_TIME = 500
 """Candidates of a call, at most."""
 _REQUESTS_OF_A_FILE = 1_000
+_SCORE_TOLERANCE = "score_tolerance"  # column: the share of itself by which a score may differ
+_OUT_OF_ORDER, _MUST_HOLD = "out_of_order", "must_hold"  # columns of logged requests
 
 
 @dataclass(frozen=True)
 class ValueComparison:
     """One thing that is compared in all rows.
 
-    kind: feature, prediction or score; largest: greatest difference of numbers; examples: the first mismatches.
+    kind: feature, prediction, score or reply; largest: greatest difference of numbers; examples: the first mismatches.
     """
 
     name: str
@@ -128,12 +131,12 @@ def replay(
                 renew_tables(model, settings, folder / "model", until=start)
                 live = LiveModel(folder / "model", folder)
                 most = min(CANDIDATES_AT_A_TIME, live.ranker.about.max_candidates)
-                explanations = feed(period, live, ids_only, values, most)
+                explanations, wrong = feed(period, live, ids_only, values, most)
                 live.write()
                 logged = read_logged(live.requests, period)
             else:
-                explanations, logged = {}, read_logged(requests, period, version_of(model))
-            compared = compare(period, logged, pipeline, explanations if values else None)
+                explanations, wrong, logged = {}, None, read_logged(requests, period, version_of(model))
+            compared = compare(period, logged, pipeline, explanations if values else None, wrong)
         except RequestError as error:
             raise UserError(f"the model refuses what the log holds: {error}") from None
         except KeyboardInterrupt:
@@ -277,7 +280,12 @@ def _score(ranker: Ranker, rows: LogRows) -> LogRows:
     columns = {f"{names.DIGEST}{name}": each for name, each in digests.items()}
     columns |= {f"{names.PREDICTED}{name}": each for name, each in add_outcomes(values, ranker.layout).items()}
     table = _decode(rows.table)
-    for name, each in {**columns, names.SCORE: scores_from_logs(logs)}.items():
+    tolerance = np.full(len(rows), RELATIVE_TOLERANCE)
+    for place, task in enumerate(ranker.layout.tasks):
+        if task.kind == "regression":
+            off = TOLERANCE * np.maximum(1.0, np.abs(values[:, place]))
+            tolerance += task.score_weight * off / np.maximum(values[:, place], SMALLEST_VALUE)
+    for name, each in {**columns, names.SCORE: scores_from_logs(logs), _SCORE_TOLERANCE: tolerance}.items():
         table = table.append_column(name, pa.array(each))
     return LogRows(table, rows.schema, rows.results)
 
@@ -325,30 +333,55 @@ class LiveModel:
 
 def feed(
     period: Period, model: LiveModel, ids_only: bool = False, explain: bool = False, most: int = CANDIDATES_AT_A_TIME
-) -> dict[int, Explanation]:
-    """Feeds a period's events and requests in the order of time to a model; gives explanations by numbers of rows.
+) -> tuple[dict[int, Explanation], dict[int, str]]:
+    """Feeds a period's events and requests in the order of time to a model; gives explanations, and what is wrong with
+    replies, by numbers of rows.
 
     Before a request, all events that happened earlier are learnt. What is of the same instant comes later: nothing sees
     its own instant. A row of the interaction log comes with all its labels, though some mature later: the model has to
     hide them until then. ids_only: leave out attributes of users and candidates; most: candidates of a call.
     """
-    explanations, sent = dict[int, Explanation](), [0] * len(period.logs)
+    explanations, wrong, sent = dict[int, Explanation](), dict[int, str](), [0] * len(period.logs)
+    encoders, candidate = model.ranker.pipeline.memory_encoders.values(), period.rows.schema.columns.candidate
+    explained = [name for encoder in encoders for name in encoder.result_columns()] if explain else []
     with bar() as progress:
         task = progress.add_task("replaying", total=len(period.rows))
-        for request, instant in enumerate(period.times.tolist()):
+        for number, instant in enumerate(period.times.tolist()):
             for place, log in enumerate(period.logs):
                 until = int(np.searchsorted(log.times, instant))
                 for start in range(sent[place], until, EVENTS_AT_A_TIME):
                     model.send(log.table.slice(start, min(EVENTS_AT_A_TIME, until - start)), log.name)
                 sent[place] = until
-            first, end = period.starts[request : request + 2].tolist()
+            first, end = period.starts[number : number + 2].tolist()
             for start in range(first, end, most):
-                ranking = model.rank(_build_request(period, start, min(start + most, end), ids_only), explain)
-                if ranking.explanations is not None:
-                    rows = (start + each for each in ranking.order)
-                    explanations.update(zip(rows, ranking.explanations, strict=True))
+                request = _build_request(period, start, min(start + most, end), ids_only)
+                ranking = model.rank(request, explain)
+                explanations.update(
+                    zip((start + each for each in ranking.order), ranking.explanations or (), strict=False)
+                )
+                for place, why in _check_reply(ranking, request["candidates"][candidate], explained):
+                    wrong[start + place] = why
+                    explanations.pop(start + place, None)
             progress.advance(task, end - first)
-    return explanations
+    return explanations, wrong
+
+
+def _check_reply(ranking: Ranking, asked: list[Any], explained: list[str]) -> Iterator[tuple[int, str]]:
+    """The candidates that a reply does not rank once, or explain, as it was asked to: by place, and why."""
+    ranked = min(map(len, (ranking.candidates, ranking.scores, *ranking.predictions.values())))
+    numbers, explanations = {place: number for number, place in enumerate(ranking.order)}, ranking.explanations or []
+    for place, candidate in enumerate(asked):
+        number = numbers.get(place, ranked)
+        if number >= ranked or len(ranking.order) > len(asked):
+            yield place, f"the reply ranks {len(ranking.order):,} candidates of {len(asked):,}"
+        elif ranking.candidates[number] != candidate:
+            yield place, f"the reply names candidate {ranking.candidates[number]} in its place"
+        elif explained and number >= len(explanations):
+            yield place, f"the reply explains {len(explanations):,} candidates of {len(asked):,}"
+        elif explained:
+            told = {**explanations[number].counters, **explanations[number].histories}
+            if lacking := [name for name in explained if name not in told]:
+                yield place, f"the explanation lacks '{lacking[0]}'"
 
 
 def _build_request(period: Period, start: int, end: int, ids_only: bool) -> dict[str, Any]:
@@ -376,7 +409,9 @@ def _to_json(value: Any) -> Any:
 
 
 def read_logged(folder: Path, period: Period, version: str | None = None) -> pa.Table:
-    """Requests of a period that a server has logged in a folder, with a column `row`: the number of the log's row.
+    """Requests of a period that a server has logged in a folder, with a column `row`: the number of the log's row; a
+    column that says which rows have a higher score than the one ranked before, or lack it; and one that says of which
+    requests all replies are there, and whole, so that they hold all candidates of the log.
 
     version: of the artifact that answered them, None for any. Notes say how many rows are left out, and why.
 
@@ -387,17 +422,29 @@ def read_logged(folder: Path, period: Period, version: str | None = None) -> pa.
         with open_file(file.address) as opened:
             tables.append(pq.read_table(opened))
     table = pa.concat_tables(tables, promote_options="permissive").combine_chunks()
-    if names.REQUEST not in table.column_names:
-        raise UserError(f"'{folder}' holds no requests that a server logged: column '{names.REQUEST}' is missing")
+    read = (names.REQUEST, names.AT, names.RANK, names.SCORE, names.CANDIDATES, names.ARTIFACT)
+    if lacking := [name for name in read if name not in table.column_names]:
+        raise UserError(f"'{folder}' holds no requests that a server logged: column '{lacking[0]}' is missing")
     time, request = table[schema.columns.time].cast(pa.int64()).to_numpy(), schema.columns.request
     table = table.filter(pa.array((time >= period.times[0]) & (time <= period.times[-1])))
+    if request is not None:
+        table = table.append_column(request, table[names.REQUEST])
+    replies = table.select(read[1:]).to_pandas()
+    replies["request"] = LogRows(table, schema).request_hashes()
+    replies = replies.sort_values(["request", names.AT, names.RANK])
+    each = replies.groupby(["request", names.AT])
+    is_wrong = (each[names.SCORE].diff() > 0) | (replies[names.RANK] != each.cumcount() + 1)
+    is_part = each[names.RANK].transform("size") != replies[names.CANDIDATES]
+    if version is not None:
+        is_part |= replies[names.ARTIFACT] != version
+    is_part = is_part.groupby(replies["request"]).transform("any")
+    for name, values in ((_OUT_OF_ORDER, is_wrong), (_MUST_HOLD, ~is_part)):
+        table = table.append_column(name, pa.array(values.sort_index().to_numpy()))
     if version is not None:
         mine = pc.equal(table[names.ARTIFACT], version)
         if others := len(table) - (pc.sum(mine).as_py() or 0):
             say(f"note: {others:,} logged rows were answered by other versions of the model, and are left out")
         table = table.filter(mine)
-    if request is not None:
-        table = table.append_column(request, table[names.REQUEST])
     rows = pd.Index(period.rows.row_hashes())
     first = np.flatnonzero(~rows.duplicated())
     row = np.append(first, -1)[rows[first].get_indexer(LogRows(table, schema).row_hashes())]
@@ -409,10 +456,15 @@ def read_logged(folder: Path, period: Period, version: str | None = None) -> pa.
 
 
 def compare(
-    period: Period, logged: pa.Table, pipeline: FeaturePipeline, explanations: Mapping[int, Explanation] | None = None
+    period: Period,
+    logged: pa.Table,
+    pipeline: FeaturePipeline,
+    explanations: Mapping[int, Explanation] | None = None,
+    wrong_replies: Mapping[int, str] | None = None,
 ) -> list[ValueComparison]:
     """What differs between logged requests (of `read_logged`) and a period of the log, for each feature, prediction and
-    the score. explanations: by row, where examples are to show values.
+    the score, and for the candidates of replies. explanations: by row, where examples are to show values;
+    wrong_replies: by row, where all requests of the period were asked: none may be lacking then.
 
     Raises UserError where another version of the server has logged them.
     """
@@ -423,6 +475,7 @@ def compare(
         told = f"the logged requests have no column '{min(lacking)}': another version of the server logged them"
         raise UserError(told)
     regressions = {name for name, task in pipeline.schema.tasks.items() if task.kind != "binary"}
+    compared.append(_compare_candidates(period, logged, wrong_replies))
     for column, prefix in columns:
         kind, name = kinds[prefix], column.removeprefix(prefix) or "score"
         served, offline, largest = logged[column].to_numpy(), table[column].to_numpy()[row], None
@@ -430,8 +483,9 @@ def compare(
         if kind != "feature":
             served, offline = served.astype(np.float64), offline.astype(np.float64)
             difference, allowed = np.abs(served - offline), TOLERANCE * np.maximum(1.0, np.abs(offline))
-            if not (regressions if kind == "score" else regressions & {name}):
-                allowed = np.minimum(allowed, RELATIVE_TOLERANCE * offline)
+            if name not in regressions:
+                share = table[_SCORE_TOLERANCE].to_numpy()[row] if kind == "score" else RELATIVE_TOLERANCE
+                allowed = np.minimum(allowed, share * offline)
             is_wrong = ~(difference <= allowed)
             largest = float(difference.max()) if np.isfinite(difference).all() else None
         if kind == "score":  # which the caller's own weights change
@@ -447,6 +501,21 @@ def compare(
             examples.append(example)
         compared.append(ValueComparison(name, kind, len(row), len(wrong), largest, examples))
     return compared
+
+
+def _compare_candidates(period: Period, logged: pa.Table, wrong_replies: Mapping[int, str] | None) -> ValueComparison:
+    """The candidates of the log that replies lack, or rank in another order than that of their scores."""
+    row, rows = logged["row"].to_numpy(), np.arange(len(period.rows))
+    request = np.searchsorted(period.starts, rows, "right")
+    whole = row[logged[_MUST_HOLD].to_numpy()]
+    must_hold = np.isin(request, request[whole]) if wrong_replies is None else np.ones(len(rows), bool)
+    must_hold &= ~pd.Index(period.rows.row_hashes()).duplicated()
+    why = dict.fromkeys(rows[must_hold & ~np.isin(rows, row)].tolist(), "no reply with it is logged")
+    why |= dict.fromkeys(row[logged[_OUT_OF_ORDER].to_numpy()].tolist(), "the reply ranks it below a lower score")
+    why |= wrong_replies or {}
+    compared = int((must_hold | np.isin(rows, row)).sum())
+    examples = [_describe_row(period, number) | {"why": why[number]} for number in sorted(why)[:EXAMPLES]]
+    return ValueComparison("candidates", "reply", compared, len(why), None, examples)
 
 
 def _describe_row(period: Period, number: int) -> dict[str, Any]:
@@ -501,9 +570,10 @@ def describe(report: Mapping[str, Any]) -> Iterator[str]:
         yield (f"{each['kind']} '{each['name']}' differs in {each['mismatches']:,} of {each['compared']:,} rows{far}")
         for example in each["examples"]:
             sides = f": served {example['served']}, offline {example['offline']}" if "served" in example else ""
+            sides += f": {example['why']}" if "why" in example else ""
             yield f"  request {example['request']}, candidate {example['candidate']}, at {example['time']}{sides}"
     if not report["mismatches"]:
-        yield f"features are equal to the last bit, predictions and scores within {TOLERANCE:g}"
+        yield f"replies are whole, features are equal to the last bit, predictions and scores within {TOLERANCE:g}"
     yield (
         f"{report['requests']:,} requests with {report['rows']:,} rows, {report['logged_rows']:,} of them logged, in "
         f"{report['seconds']:,.0f} s: {report['compared']:,} values compared, {report['mismatches']:,} mismatches"

@@ -50,6 +50,7 @@ if TYPE_CHECKING:
 REQUEST = "served_request"
 AT = "served_at"
 RANK = "served_rank"
+CANDIDATES = "served_candidates"
 SCORE = "served_score"
 PREDICTED = "served_predicted_"
 WEIGHTS = "served_weights"
@@ -317,7 +318,7 @@ class Record:
             REQUEST: pa.repeat(reply.request_id, count),
             AT: pa.repeat(pa.scalar(self.served_at, UTC_MICROSECONDS), count),
             RANK: pa.array(np.arange(1, count + 1, dtype=np.int32)),
-            "served_candidates": pa.repeat(pa.scalar(seen.end - seen.first, pa.int32()), count),
+            CANDIDATES: pa.repeat(pa.scalar(seen.end - seen.first, pa.int32()), count),
             SCORE: pa.array(reply.scores, pa.float64()),
         }
         for name, values in reply.predictions.items():

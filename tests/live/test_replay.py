@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from mmoe_rec.live.replay import (
     replay,
 )
 from mmoe_rec.log.reader import EventRows, Log
+from mmoe_rec.point_in_time.arrays import Ragged
 from tests.commands import run
 from tests.inference.small_model import SmallModel
 from tests.log.small_logs import ALL_KINDS, BASE, DAY, START, random_log, times_of, write_log
@@ -76,9 +78,14 @@ def model_of(work: Path) -> SmallModel:
     times = {"views": "viewed_at", "carts": "time"}
     events = {name: {"path": str(work / name), "time": time} for name, time in times.items()}
     data = {"log": str(work / "log"), "work": str(work), "events": events}
+    # Small scores, to which a regression of little weight belongs.
+    weights = {"click": 4, "liked": 4, "spent": 5e-5}
+    tasks = {name: {**BASE["tasks"][name], "score_weight": weight} for name, weight in weights.items()}
     shuffled = log.take(pa.array(np.random.default_rng(1).permutation(len(log))))
     return SmallModel(
-        work, log=[shuffled.slice(0, 300), shuffled.slice(300)], **{**BASE, "data": data, "features": FEATURES}
+        work,
+        log=[shuffled.slice(0, 300), shuffled.slice(300)],
+        **{**BASE, "data": data, "features": FEATURES, "tasks": tasks},
     )
 
 
@@ -111,7 +118,7 @@ class World:
         self.folder, self.small = folder, model_of(folder / "small")
         self.pipeline = FeaturePipeline.load(self.small.folder / "features", memories=False)
         renew_tables(self.small.folder, self.small.settings, folder / "frozen", until=FROM)
-        self.period = self.read_period(FROM, FROM + DAY)
+        self.period, self.short = self.read_period(FROM, FROM + DAY), self.read_period(FROM, FROM + DAY // 3)
 
     def read_period(self, start: int, end: int) -> Period:
         scratch = self.folder / f"offline {start} {end}"
@@ -127,13 +134,10 @@ class World:
     ) -> tuple[dict[str, ValueComparison], Recorded]:
         period, live = period or self.period, Recorded(self.folder / "frozen", scratch)
         plant(live)
-        explanations = feed(period, live, **options)
+        explanations, replies = feed(period, live, **options)
         live.write()
-        return self.compared(period, live.requests, explanations), live
-
-    def compared(self, period: Period, requests: Path, explanations: Any = None) -> dict[str, ValueComparison]:
-        compared = compare(period, read_logged(requests, period), self.pipeline, explanations or None)
-        return {each.name: each for each in compared}
+        compared = compare(period, read_logged(live.requests, period), self.pipeline, explanations or None, replies)
+        return {each.name: each for each in compared}, live
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +159,7 @@ def test_a_server_that_is_right_is_equal_in_all_values(world: World, tmp_path: P
     placement = {
         name for name in world.small.settings.features if world.small.settings.schema_.role_of(name) == "placement"
     }
-    assert compared.keys() == (world.small.settings.features.keys() - placement) | {*PREDICTED}
+    assert compared.keys() == (world.small.settings.features.keys() - placement) | {*PREDICTED, "candidates"}
     assert len(period.rows) > len(period.times) > 20
 
 
@@ -191,6 +195,108 @@ def test_labels_that_are_seen_before_they_mature_are_found(world: World, tmp_pat
     assert (
         {"user_brand_liked", "liked_items"} <= wrong(compared).keys() <= {"user_brand_liked", "liked_items", *PREDICTED}
     )
+
+
+def _first(values: np.ndarray, change: Callable[[Any], Any]) -> None:
+    place = int(np.flatnonzero(values != change(values))[0])
+    values[place] = change(values[place])
+
+
+def _spoil_history(ids: Ragged, change: Callable[[np.ndarray], np.ndarray]) -> bool:
+    """Changes the first list of several distinct ids, if there is one."""
+    start = 0
+    for length in ids.lengths.tolist():
+        if len(set((mine := ids.values[start : start + length]).tolist())) > 1:
+            ids.values[start : start + length] = change(mine)
+            return True
+        start += length
+    return False
+
+
+def _without_last(ranking: Ranking) -> Ranking:
+    predictions = {name: values[:-1] for name, values in ranking.predictions.items()}
+    assert ranking.explanations is not None
+    lists = {"candidates": ranking.candidates, "scores": ranking.scores, "order": ranking.order}
+    lists["explanations"] = ranking.explanations
+    return replace(ranking, predictions=predictions, **{name: each[:-1] for name, each in lists.items()})
+
+
+def _without_name(ranking: Ranking) -> Ranking:
+    assert ranking.explanations is not None
+    (first, *rest) = ranking.explanations
+    counters = {name: each for name, each in first.counters.items() if name != "item_click_rate"}
+    assert len(counters) < len(first.counters)
+    return replace(ranking, explanations=[replace(first, counters=counters), *rest])
+
+
+def _with_first(values: list[float], factor: float, more: float) -> list[float]:
+    return [values[0] * factor + more, *values[1:]]
+
+
+# What becomes of one reply -> where it must be found.
+REPLIES: dict[str, tuple[str, Callable[[Ranking], Any]]] = {
+    "a candidate left out": ("candidates", _without_last),
+    "two ids swapped": ("candidates", lambda r: replace(r, candidates=[*r.candidates[1::-1], *r.candidates[2:]])),
+    "an empty explanation": ("candidates", lambda r: replace(r, explanations=[])),
+    "a short explanation": ("candidates", lambda r: replace(r, explanations=r.explanations[:-1])),
+    "no explanation": ("candidates", lambda r: replace(r, explanations=None)),
+    "a counter's name missing": ("candidates", _without_name),
+    "two ranks swapped": ("candidates", lambda r: replace(r, scores=r.scores[::-1])),
+    "one ulp of a counter": (
+        "item_click",
+        lambda r: _first(r.seen.inputs[1].dense["item_click_rate"], lambda v: np.nextafter(v, np.float32(9))),
+    ),
+    "a null counter": ("item_click", lambda r: _first(r.seen.inputs[1].dense["item_click_rate"], lambda v: v * 0)),
+    "a prediction": (
+        "click",
+        lambda r: replace(r, predictions={**r.predictions, "click": _with_first(r.predictions["click"], 1, 3e-5)}),
+    ),
+    "a score": ("score", lambda r: replace(r, scores=_with_first(r.scores, 1.002, 0))),
+    "the order of a history": ("clicked", lambda r: _spoil_history(r.seen.inputs[0].ids["clicked"], lambda v: v[::-1])),
+    "a null in a history": (
+        "clicked",
+        lambda r: _spoil_history(r.seen.inputs[0].ids["clicked"], lambda v: v * (v != v[0])),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REPLIES)
+def test_one_wrong_reply_is_found(world: World, tmp_path: Path, name: str) -> None:
+    (found_in, spoil), done = REPLIES[name], list[str]()
+
+    def plant(server: Recorded) -> None:
+        rank = server.ranker.rank
+
+        def spoilt(*given: Any, **more: Any) -> Ranking:
+            ranking = rank(*given, **more)
+            if done or len(set(ranking.scores)) < 2:
+                return ranking
+            changed = spoil(ranking)
+            if changed is not False:
+                done.append(name)
+            return changed if isinstance(changed, Ranking) else ranking
+
+        server.ranker.rank = spoilt  # type: ignore[method-assign]
+
+    compared, _ = world.replayed(tmp_path, plant, world.short, explain=True)
+    assert done
+    assert found_in in wrong(compared)
+    assert compared[found_in].examples[0]["candidate"] in world.short.rows.table["item"].to_pylist()
+
+
+def test_a_reply_that_is_not_logged_is_found(world: World, tmp_path: Path) -> None:
+    def plant(server: Recorded) -> None:
+        write = server.write
+
+        def without_first() -> None:
+            del server._logged[0]
+            write()
+
+        server.write = without_first  # type: ignore[method-assign]
+
+    compared, _ = world.replayed(tmp_path, plant, world.short)
+    assert wrong(compared).keys() == {"candidates"}
+    assert compared["candidates"].examples[0]["why"] == "no reply with it is logged"
 
 
 def test_one_lost_event_is_found_and_its_values_are_shown(world: World, tmp_path: Path) -> None:
@@ -294,7 +400,9 @@ def test_logged_requests_of_a_server_are_compared_with_the_log(
     assert version
     mine = pa.array([version_of(small.folder)] * (len(table) - 3) + version[-3:])
     item, digest = table["item"].to_numpy().copy(), table["served_digest_item_click"].to_numpy().copy()
-    item[0], digest[1] = 12345, digest[1] + 1
+    several = np.flatnonzero(table["served_candidates"].to_numpy() > 1)
+    other, wrong_one = several[0], several[several > several[0] + 5][0]
+    item[other], digest[wrong_one] = 12345, digest[wrong_one] + 1
     columns = {"served_artifact": mine, "item": pa.array(item), "served_digest_item_click": pa.array(digest)}
     for name, values in columns.items():
         table = table.set_column(table.column_names.index(name), name, values)
@@ -302,16 +410,19 @@ def test_logged_requests_of_a_server_are_compared_with_the_log(
     capsys.readouterr()
     report = replay(*given, keep=tmp_path / "kept", values=True)
     assert report["logged_rows"] == len(table) - 4
-    assert {each["name"]: each["mismatches"] for each in report["values"] if each["mismatches"]} == {"item_click": 1}
+    mismatches = {each["name"]: each["mismatches"] for each in report["values"] if each["mismatches"]}
+    assert mismatches == {"item_click": 1, "candidates": 1}
     said = " ".join(capsys.readouterr().err.split())
     assert "3 logged rows were answered by other versions" in said
     assert f"does not have 1 of {len(table) - 3:,} logged rows" in said
-    assert json.loads((tmp_path / "kept" / "replay.json").read_text())["mismatches"] == 1
-    first, example, last = describe(report)
+    assert json.loads((tmp_path / "kept" / "replay.json").read_text())["mismatches"] == 2
+    lacking, why, first, example, last = describe(report)
+    assert lacking.startswith("reply 'candidates' differs in 1 of ")
+    assert why.endswith(": no reply with it is logged")
     assert first == f"feature 'item_click' differs in 1 of {len(table) - 4:,} rows"
-    assert f"candidate {table['item'][1].as_py()}, at 2023-11-2" in example
+    assert f"candidate {table['item'][wrong_one].as_py()}, at 2023-11-2" in example
     assert "served None, offline {'item_click" in example
-    assert last.endswith(", 1 mismatches")
+    assert last.endswith(", 2 mismatches")
 
 
 def test_the_command_by_itself(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
