@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -96,16 +96,15 @@ def _predict(settings: Settings, prepared: FeatureFolder) -> tuple[dict[str, Sco
         step = progress.add_task(TREES, total=len(layout.tasks))
         for index, task in enumerate(layout.tasks):
             try:
-                trees = boost_trees(task.kind, learnt.of_task(index), held_out.of_task(index), seed)
+                boosted[task.name] = boost_trees(task.kind, learnt.of_task(index), held_out.of_task(index), seed)
             except UserError as error:
                 raise UserError(f"no baseline can learn task '{task.name}': {error}") from None
-            boosted[task.name] = trees
-            say(f"  {task.name}: {trees.told}")
+            say(f"  {task.name}: {boosted[task.name][1]}")
             progress.advance(step)
     binary = np.array([task.kind == "binary" for task in layout.tasks])
 
     def logits_of(rows: Inputs) -> np.ndarray:
-        values = np.stack([each.predict(rows) for each in boosted.values()], axis=1)
+        values = np.stack([predict(rows) for predict, _ in boosted.values()], axis=1)
         return np.where(binary, logit(values.clip(1e-12, 1 - 1e-12)), values)
 
     calibration = UNCALIBRATED
@@ -139,7 +138,7 @@ def _predict(settings: Settings, prepared: FeatureFolder) -> tuple[dict[str, Sco
             for labels in learnt.labels.T
         ]
         scored[POPULARITY] = rows.with_predictions(np.stack(rates, axis=1))
-    return scored, {f"{TREES} of {name}": each.told for name, each in boosted.items()}
+    return scored, {f"{TREES} of {name}": told for name, (_, told) in boosted.items()}
 
 
 def rate_candidates(
@@ -164,37 +163,13 @@ def rate_candidates(
     return rates.reindex(others.to_pandas().to_numpy()).fillna(overall).to_numpy()
 
 
-@dataclass(frozen=True)
-class Trees:
-    """Trees that see ids or do not. categories: of each id the values that are kept apart, None without ids; count: how
-    many of the trees predict, as further ones were too many."""
-
-    estimator: HistGradientBoostingClassifier | HistGradientBoostingRegressor
-    categories: Sequence[pd.Index] | None
-    count: int
-
-    def predict(self, rows: Inputs) -> np.ndarray:
-        """(N,) float64, probabilities or values."""
-        x, last = _join(rows, self.categories), self.count - 1
-        if isinstance(self.estimator, HistGradientBoostingClassifier):
-            return np.asarray(next(islice(self.estimator.staged_predict_proba(x), last, None))[:, 1])
-        return np.asarray(next(islice(self.estimator.staged_predict(x), last, None)))
+Predict = Callable[["Inputs"], np.ndarray]
+"""Rows -> (N,) float64, probabilities or values."""
 
 
-@dataclass(frozen=True)
-class BoostedTrees:
-    """What predicts a task: the mean of one or both kinds of trees. told: which stand, and by what they were chosen."""
-
-    kinds: Sequence[Trees]
-    told: str
-
-    def predict(self, rows: Inputs) -> np.ndarray:
-        """(N,) float64, probabilities or values."""
-        return np.mean([each.predict(rows) for each in self.kinds], axis=0)
-
-
-def boost_trees(kind: str, train: Inputs, validation: Inputs, seed: int = 0) -> BoostedTrees:
-    """scikit-learn's histogram gradient boosting without ids, with ids, or the mean of both, by the validation loss.
+def boost_trees(kind: str, train: Inputs, validation: Inputs, seed: int = 0) -> tuple[Predict, str]:
+    """scikit-learn's histogram gradient boosting, without ids, with ids or the mean of both by the validation loss; and
+    what was chosen, in words.
 
     kind: of the task; train, validation: its rows, as `Inputs.of_task` gives them; seed: of the columns that a split
     looks at. The logloss, or squared error, of validation rows also says how many trees count; where these lack labels,
@@ -212,24 +187,30 @@ def boost_trees(kind: str, train: Inputs, validation: Inputs, seed: int = 0) -> 
         inputs["with ids"] = [pd.Series(ids).value_counts().index[: _CATEGORIES - 1] for ids in train.ids.T]
     if not inputs:
         raise UserError("trees have no input: all features describe placement, or are lists of ids")
-    trees = {name: _fit_trees(kind, train, held_out, categories, seed) for name, categories in inputs.items()}
-    counts = {name: f"{each.count} trees {name}" for name, each in trees.items()}
+    choices = dict[str, Predict]()
+    for name, categories in inputs.items():
+        predict, count = _fit_trees(kind, train, held_out, categories, seed)
+        choices[f"{count} trees {name}"] = predict
     if held_out is None:
-        return BoostedTrees(list(trees.values()), *counts.values())
-    choices = {counts[name]: [each] for name, each in trees.items()}
-    if len(trees) > 1:
-        choices[f"the mean of {' and '.join(counts.values())}"] = list(trees.values())
+        ((told, predict),) = choices.items()
+        return predict, told
+    if len(both := list(choices.values())) > 1:
+        choices[f"the mean of {' and '.join(choices)}"] = lambda rows: np.mean([each(rows) for each in both], axis=0)
     name, measure = ("logloss", log_loss) if kind == "binary" else ("squared error", mean_squared_error)
-    predicted = {told: BoostedTrees(each, told).predict(held_out) for told, each in choices.items()}
-    losses = {told: measure(held_out.labels, p, sample_weight=held_out.weights) for told, p in predicted.items()}
+    losses = {
+        told: measure(held_out.labels, predict(held_out), sample_weight=held_out.weights)
+        for told, predict in choices.items()
+    }
     best = min(losses, key=losses.__getitem__)
     others = [f"{loss:.4g} of {told}" for told, loss in losses.items() if told != best]
-    return BoostedTrees(choices[best], "; ".join([f"{best}, {name} of validation rows {losses[best]:.4g}", *others]))
+    return choices[best], "; ".join([f"{best}, {name} of validation rows {losses[best]:.4g}", *others])
 
 
 def _fit_trees(
     kind: str, train: Inputs, held_out: Inputs | None, categories: Sequence[pd.Index] | None, seed: int
-) -> Trees:
+) -> tuple[Predict, int]:
+    """What trees predict, and how many of them. categories: of each id the values that are kept apart, None without
+    ids."""
     estimator = (HistGradientBoostingClassifier if kind == "binary" else HistGradientBoostingRegressor)(
         learning_rate=0.05 if len(train.labels) <= FEW_ROWS else 0.1,
         max_iter=TREES_UNCHOSEN if held_out is None else MOST_TREES,
@@ -241,12 +222,20 @@ def _fit_trees(
         tol=0.0,  # else labels in a large unit would never improve enough
         random_state=seed,
     )
-    x = _join(train, categories)
-    if held_out is None:
-        return Trees(estimator.fit(x, train.labels, train.weights), categories, TREES_UNCHOSEN)
-    own = {"X_val": _join(held_out, categories), "y_val": held_out.labels, "sample_weight_val": held_out.weights}
-    estimator.fit(x, train.labels, train.weights, **own)
-    return Trees(estimator, categories, int(estimator.validation_score_[1:].argmax()) + 1)  # the first is of no tree
+    own, count = {}, TREES_UNCHOSEN
+    if held_out is not None:
+        own = {"X_val": _join(held_out, categories), "y_val": held_out.labels, "sample_weight_val": held_out.weights}
+    estimator.fit(_join(train, categories), train.labels, train.weights, **own)
+    if held_out is not None:
+        count = int(estimator.validation_score_[1:].argmax()) + 1  # the first one is that of no tree
+
+    def predict(rows: Inputs) -> np.ndarray:
+        x = _join(rows, categories)
+        stages = estimator.staged_predict_proba(x) if kind == "binary" else estimator.staged_predict(x)
+        last = next(islice(stages, count - 1, None))  # further trees were too many
+        return np.asarray(last[:, 1] if kind == "binary" else last)
+
+    return predict, count
 
 
 def _join(rows: Inputs, categories: Sequence[pd.Index] | None) -> np.ndarray:
@@ -268,11 +257,10 @@ class Inputs:
     ids: np.ndarray
     labels: np.ndarray
     weights: np.ndarray | None = None
-    table: pa.Table | None = None
+    table: pa.Table = field(default_factory=lambda: pa.table({}))
 
     def column(self, name: str) -> pa.Array:
         """A further column (N,)."""
-        assert self.table is not None
         return self.table.column(name).combine_chunks()
 
     def of_task(self, index: int) -> Inputs:

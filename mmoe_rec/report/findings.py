@@ -72,7 +72,8 @@ def _in_score(summary: Summary) -> Iterator[str]:
 
 
 def _in_task(name: str, task: GroupSummary) -> Iterator[tuple[str, str]]:
-    ranking, ratio, bins = _in_ranking(name, task), task.get("calibration"), task.details.get("calibration_bins") or ()
+    ratio, bins = task.get("calibration"), task.details.get("calibration_bins") or ()
+    ranking = _in_ranking(name, task, bins)
     if ranking is not None:
         yield ranking
     if ratio.value is not None and _is_far(ratio):
@@ -105,7 +106,7 @@ def _in_task(name: str, task: GroupSummary) -> Iterator[tuple[str, str]]:
         )
 
 
-def _in_ranking(name: str, task: GroupSummary) -> tuple[str, str] | None:
+def _in_ranking(name: str, task: GroupSummary, bins: Sequence[Mapping[str, float]]) -> tuple[str, str] | None:
     auc, by_request, positives = task.get("auc"), task.get("gauc_request"), task.counts.get("positives", 0)
     if auc.value is None:
         return None
@@ -113,7 +114,8 @@ def _in_ranking(name: str, task: GroupSummary) -> tuple[str, str] | None:
         what = ", below .5: it ranks no better" if auc.value < 0.5 else ": it is not shown to rank better"
         why = ""
         if positives >= FEWEST and _is_right_in_sum(task):
-            own = _auc_by_own_probabilities(task)
+            weight, mean = (np.array([each[of] for each in bins]) for of in ("weight", "mean_predicted"))
+            own = float(auc_of_counts(weight * mean, weight * (1 - mean)))  # were each row positive as often as it says
             promise = f"an AUC of {own:.2f} if each were right"
             usual = "as is usual of popularity where the other rows were sampled by it"
             why = f"; its probabilities hardly differ ({promise}), {usual}"
@@ -133,14 +135,6 @@ def _in_ranking(name: str, task: GroupSummary) -> tuple[str, str] | None:
             "joined to rows of other requests",
         )
     return None
-
-
-def _auc_by_own_probabilities(task: GroupSummary) -> float:
-    """The AUC, over bins, that rows would have if each were positive with the probability that is predicted."""
-    weight, mean = (
-        np.array([each[of] for each in task.details["calibration_bins"]]) for of in ("weight", "mean_predicted")
-    )
-    return float(auc_of_counts(weight * mean, weight * (1 - mean)))
 
 
 def _is_right_in_sum(task: GroupSummary) -> bool:

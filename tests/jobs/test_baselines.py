@@ -16,7 +16,7 @@ from sklearn.metrics import log_loss, roc_auc_score
 from mmoe_rec.batches.encoded_rows import EncodedRows
 from mmoe_rec.errors import UserError
 from mmoe_rec.jobs import baselines, evaluate
-from mmoe_rec.jobs.baselines import SMOOTHING, BoostedTrees, Inputs, boost_trees, rate_candidates
+from mmoe_rec.jobs.baselines import SMOOTHING, Inputs, Predict, boost_trees, rate_candidates
 from tests import commands
 from tests.inference.small_model import SmallModel
 from tests.log.small_logs import BASE, DAY, START, random_log, times_of
@@ -58,7 +58,7 @@ def tree_rows(seed: int, by: float = 1.5, rows: int = 4000) -> Inputs:
     return Inputs(number[:, None], (ids * 10_000_019).astype(np.int32), label[:, None])
 
 
-def boosted(train: Inputs, validation: Inputs, kind: str = "binary") -> BoostedTrees:
+def boosted(train: Inputs, validation: Inputs, kind: str = "binary") -> tuple[Predict, str]:
     return boost_trees(kind, train.of_task(0), validation.of_task(0))
 
 
@@ -85,10 +85,10 @@ def test_validation_rows_choose_how_many_trees_and_whether_ids_help(
     counts["both"] = f"the mean of {counts['without']} and {counts['with']}"
     losses = {name: log_loss(validation.labels[observed, 0], each[0][observed]) for name, each in predicted.items()}
     assert min(losses, key=losses.__getitem__) == stands, "of the data"
-    found, again = (boosted(train, validation) for _ in range(2))
-    assert found.told.startswith(f"{counts[stands]}, logloss of validation rows {losses[stands]:.4g}; ")
-    np.testing.assert_allclose(found.predict(test), predicted[stands][1], rtol=1e-6)
-    np.testing.assert_array_equal(found.predict(test), again.predict(test))
+    (predict, told), (again, _) = (boosted(train, validation) for _ in range(2))
+    assert told.startswith(f"{counts[stands]}, logloss of validation rows {losses[stands]:.4g}; ")
+    np.testing.assert_allclose(predict(test), predicted[stands][1], rtol=1e-6)
+    np.testing.assert_array_equal(predict(test), again(test))
 
 
 def test_rare_and_unseen_ids_are_one() -> None:
@@ -96,10 +96,10 @@ def test_rare_and_unseen_ids_are_one() -> None:
     ids[:600] = 7  # the most frequent value; all others but 253 of equal frequency are folded
     train = Inputs(np.empty((3000, 0), np.float32), ids[:, None], (ids[:, None] == 7).astype(float))
     others = np.array([[999], [-5], [2**31 - 1], [7]], np.int32)
-    found = boosted(train, replace(train, labels=np.full((3000, 1), np.nan)))
-    rare, unseen, largest, frequent = found.predict(Inputs(np.empty((4, 0), np.float32), others, others))
+    predict, told = boosted(train, replace(train, labels=np.full((3000, 1), np.nan)))
+    rare, unseen, largest, frequent = predict(Inputs(np.empty((4, 0), np.float32), others, others))
     assert rare == unseen == largest < 0.5 < frequent
-    assert found.told == "100 trees with ids", "validation rows say nothing, and there is no number"
+    assert told == "100 trees with ids", "validation rows say nothing, and there is no number"
 
 
 @pytest.mark.parametrize("kind", ["binary", "regression"])
@@ -119,7 +119,7 @@ def test_units_of_weights_and_labels_do_not_matter(kind: str, monkeypatch: pytes
             replace(each, labels=each.labels * own, weights=weight * scale)
             for each, weight in zip((train, validation), weights, strict=True)
         ]
-        predicted.append(boosted(*rows, kind=kind).predict(validation) / own)
+        predicted.append(boosted(*rows, kind=kind)[0](validation) / own)
     np.testing.assert_allclose(*predicted, rtol=1e-5)
     observed = ~np.isnan(validation.labels[:, 0])
     wrong = np.abs(predicted[0] - validation.labels[:, 0])[observed].mean()
