@@ -197,13 +197,11 @@ def boost_trees(kind: str, train: Inputs, validation: Inputs, seed: int = 0) -> 
     if len(both := list(choices.values())) > 1:
         choices[f"the mean of {' and '.join(choices)}"] = lambda rows: np.mean([each(rows) for each in both], axis=0)
     name, measure = ("logloss", log_loss) if kind == "binary" else ("squared error", mean_squared_error)
-    losses = {
-        told: measure(held_out.labels, predict(held_out), sample_weight=held_out.weights)
-        for told, predict in choices.items()
-    }
+    predicted = {told: predict(held_out) for told, predict in choices.items()}
+    losses = {told: measure(held_out.labels, p, sample_weight=held_out.weights) for told, p in predicted.items()}
     best = min(losses, key=losses.__getitem__)
-    others = [f"{loss:.4g} of {told}" for told, loss in losses.items() if told != best]
-    return choices[best], "; ".join([f"{best}, {name} of validation rows {losses[best]:.4g}", *others])
+    others = (f"; {loss:.4g} of {told}" for told, loss in losses.items() if told != best)
+    return choices[best], f"{best}, {name} of validation rows {losses[best]:.4g}{''.join(others)}"
 
 
 def _fit_trees(

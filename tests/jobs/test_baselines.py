@@ -16,35 +16,30 @@ from sklearn.metrics import log_loss, roc_auc_score
 from mmoe_rec.batches.encoded_rows import EncodedRows
 from mmoe_rec.errors import UserError
 from mmoe_rec.jobs import baselines, evaluate
-from mmoe_rec.jobs.baselines import SMOOTHING, Inputs, Predict, boost_trees, rate_candidates
+from mmoe_rec.jobs.baselines import Inputs, Predict, boost_trees, rate_candidates
 from tests import commands
 from tests.inference.small_model import SmallModel
 from tests.log.small_logs import BASE, DAY, START, random_log, times_of
 
 
-@pytest.mark.parametrize("of", [lambda number: number, lambda number: f"item {number}"])
-def test_popularity_by_hand(of) -> None:
-    candidates, others = ([of(each) for each in ids] for ids in ((-7, -7, -7, 5, 9), (-7, 5, 9, 1234)))
-    found = rate_candidates(pa.array(candidates), np.array([1.0, 0.0, 1.0, 1.0, np.nan]), None, pa.array(others))
-    overall = 3 / 4
-    sums = [(2, 3), (1, 1), (0, 0), (0, 0)]
-    np.testing.assert_allclose(found, [(a + SMOOTHING * overall) / (b + SMOOTHING) for a, b in sums])
-
-
-@pytest.mark.parametrize("scale", [1.0, 1e-6, 1e6])
-def test_popularity_counts_rows_by_their_weights(scale: float) -> None:
-    """As if a row of weight 3 came three times; whatever the unit of weights, smoothing is by rows of the mean one."""
+@pytest.mark.parametrize("unit", [None, 1.0, 1e-6, 1e6])
+def test_popularity_is_the_smoothed_rate_of_rows_by_their_weights(unit: float | None) -> None:
+    """A row of weight 3 counts as if it came three times, and smoothing is by rows of the mean weight."""
     random = np.random.default_rng(2)
-    candidates, labels = random.integers(0, 5, 200), (random.random(200) < 0.3).astype(float)
+    items, labels = random.integers(0, 5, 200), (random.random(200) < 0.3).astype(float)
     labels[random.random(200) < 0.1] = np.nan
-    weights = random.integers(1, 4, 200)
-    mine = rate_candidates(pa.array(candidates), labels, weights * scale, pa.array(range(6)))
-    often, each = labels.repeat(weights), candidates.repeat(weights)
-    smoothing = SMOOTHING * weights[~np.isnan(labels)].mean()
-    counts = [np.sum((each == own) & ~np.isnan(often)) for own in range(6)]
-    sums = [np.nansum(often[each == own]) for own in range(6)]
-    expected = (np.array(sums) + smoothing * np.nanmean(often)) / (np.array(counts) + smoothing)
-    np.testing.assert_allclose(mine, expected, rtol=1e-9)
+    weights = random.integers(1, 4, 200) if unit else np.ones(200, int)
+    found = rate_candidates(
+        pa.array([f"item {each}" for each in items]),
+        labels,
+        None if unit is None else weights * unit,
+        pa.array([f"item {each}" for each in range(6)]),
+    )
+    often, item, smoothing = labels.repeat(weights), items.repeat(weights), 20 * weights[~np.isnan(labels)].mean()
+    for own, rate in enumerate(found):
+        seen = often[(item == own) & ~np.isnan(often)]
+        expected = (seen.sum() + smoothing * np.nanmean(often)) / (len(seen) + smoothing)
+        assert rate == pytest.approx(expected, rel=1e-9)
 
 
 def tree_rows(seed: int, by: float = 1.5, rows: int = 4000) -> Inputs:
@@ -106,24 +101,15 @@ def test_rare_and_unseen_ids_are_one() -> None:
 def test_units_of_weights_and_labels_do_not_matter(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Least sums of weights, and least gains of a loss, are constants of scikit-learn."""
     monkeypatch.setattr(baselines, "MOST_TREES", 60)
-    train, validation = tree_rows(3), tree_rows(4)
-    unit, random = (1.0 if kind == "binary" else 2.0**-20), np.random.default_rng(0)
+    rows, predicted = [tree_rows(3), tree_rows(4)], []
     if kind == "regression":
-        train, validation = (
-            replace(each, labels=3 + 2 * np.nan_to_num(each.dense) + 0 * each.labels) for each in (train, validation)
-        )
-    weights = [random.choice([0.5, 1.0, 4.0], len(each.labels)) for each in (train, validation)]
-    predicted = []
-    for scale, own in ((1.0, 1.0), (2.0**-30, unit)):
-        rows = [
-            replace(each, labels=each.labels * own, weights=weight * scale)
-            for each, weight in zip((train, validation), weights, strict=True)
-        ]
-        predicted.append(boosted(*rows, kind=kind)[0](validation) / own)
+        rows = [replace(each, labels=3 + 2 * np.nan_to_num(each.dense) + 0 * each.labels) for each in rows]
+    weights = np.random.default_rng(0).choice([0.5, 1.0, 4.0], len(rows[0].labels))
+    for scale, unit in ((1.0, 1.0), (2.0**-30, 1.0 if kind == "binary" else 2.0**-20)):
+        own = [replace(each, labels=each.labels * unit, weights=weights * scale) for each in rows]
+        predicted.append(boosted(*own, kind=kind)[0](rows[1]) / unit)
     np.testing.assert_allclose(*predicted, rtol=1e-5)
-    observed = ~np.isnan(validation.labels[:, 0])
-    wrong = np.abs(predicted[0] - validation.labels[:, 0])[observed].mean()
-    assert wrong < (0.2 if kind == "regression" else 0.4)
+    assert np.nanmean(np.abs(predicted[0] - rows[1].labels[:, 0])) < (0.2 if kind == "regression" else 0.4)
 
 
 def test_what_can_not_be_learnt_is_told() -> None:
