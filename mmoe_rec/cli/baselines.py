@@ -6,7 +6,7 @@ verdict. Writes `report.html`, `metrics.json` and others to `data.work`/baseline
 
 Trees get all inputs but placement and lists of ids (histories). Validation rows choose how many there are, at most 500,
 and what stands: trees without ids, trees that see the 254 most frequent values of each, or the mean of both; and they
-calibrate it, as `training.calibration` says of a model. Trees learn from the last two million training rows, or fewer
+calibrate all, as `training.calibration` says of a model. Trees learn from the last two million training rows, or fewer
 of more than a hundred inputs, which takes some six gigabytes.
 """
 

@@ -75,13 +75,8 @@ def measure_baselines(
 def _predict(settings: Settings, prepared: FeatureFolder) -> tuple[dict[str, ScoredRows], dict[str, str]]:
     """The baselines' predictions of the test rows, and what trees of each task validation rows chose; without
     candidates, none is more popular than another."""
-    import torch
-    from scipy.special import expit, logit
-
-    from mmoe_rec.evaluation.calibration import fit_calibration
     from mmoe_rec.evaluation.scoring import COLUMNS, ScoredRows
     from mmoe_rec.model.layout import ModelLayout
-    from mmoe_rec.model.score import UNCALIBRATED
 
     layout = ModelLayout.of(prepared.layout, settings)
     train, validation, test = (EncodedRows(prepared.split(name), layout) for name in ("train", "validation", "test"))
@@ -101,21 +96,10 @@ def _predict(settings: Settings, prepared: FeatureFolder) -> tuple[dict[str, Sco
                 raise UserError(f"no baseline can learn task '{task.name}': {error}") from None
             say(f"  {task.name}: {boosted[task.name][1]}")
             progress.advance(step)
-    binary = np.array([task.kind == "binary" for task in layout.tasks])
-
-    def logits_of(rows: Inputs) -> np.ndarray:
-        values = np.stack([predict(rows) for predict, _ in boosted.values()], axis=1)
-        return np.where(binary, logit(values.clip(1e-12, 1 - 1e-12)), values)
-
-    calibration = UNCALIBRATED
-    if settings.training.calibration != "none":  # as the model is
-        found = logits_of(held_out), held_out.labels, held_out.weights
-        calibration, _ = fit_calibration(settings.training.calibration, layout.tasks, *found)
     columns = (*COLUMNS, *(f"label.{name}" for name in layout.outcomes), *test.weighing(weighted))
-    parts, predicted = [], []
+    parts, values = [], []
     for part in Inputs.stream(test, layout, columns):
-        logits = calibration.apply(torch.from_numpy(logits_of(part)), list(boosted)).numpy()
-        predicted.append(np.where(binary, expit(logits), logits))
+        values.append(np.stack([predict(part) for predict, _ in boosted.values()], axis=1))
         parts.append(replace(part, dense=part.dense[:0].copy(), ids=part.ids[:0].copy()))  # no views, which keep all
     tested = Inputs.join(parts)
     rows = ScoredRows(
@@ -131,14 +115,32 @@ def _predict(settings: Settings, prepared: FeatureFolder) -> tuple[dict[str, Sco
         relevance={name: task.score_weight for name, task in settings.tasks.items()},
         weights=tested.weights,
     )
-    scored = {TREES: rows.with_predictions(np.concatenate(predicted))}
+    own = np.stack([predict(held_out) for predict, _ in boosted.values()], axis=1)
+    scored = {TREES: rows.with_predictions(_calibrate(settings, layout, held_out, own, np.concatenate(values)))}
     if rows.candidates is not None:
-        rates = [
-            rate_candidates(learnt.column("candidate"), labels, learnt.weights, rows.candidates)
-            for labels in learnt.labels.T
-        ]
-        scored[POPULARITY] = rows.with_predictions(np.stack(rates, axis=1))
+        own, rated = (
+            np.stack(
+                [rate_candidates(learnt.column("candidate"), of, learnt.weights, each) for of in learnt.labels.T], 1
+            )
+            for each in (held_out.column("candidate"), rows.candidates)
+        )
+        scored[POPULARITY] = rows.with_predictions(_calibrate(settings, layout, held_out, own, rated))
     return scored, {f"{TREES} of {name}": told for name, (_, told) in boosted.items()}
+
+
+def _calibrate(settings: Settings, layout: Layout, held_out: Inputs, own: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Predictions (M, T), calibrated by those of the validation rows, `own` (N, T), as a model's are."""
+    import torch
+    from scipy.special import expit, logit
+
+    from mmoe_rec.evaluation.calibration import fit_calibration
+
+    if settings.training.calibration == "none":
+        return values
+    binary, names = np.array([task.kind == "binary" for task in layout.tasks]), [task.name for task in layout.tasks]
+    own, logits = (np.where(binary, logit(each.clip(1e-12, 1 - 1e-12)), each) for each in (own, values))
+    found, _ = fit_calibration(settings.training.calibration, layout.tasks, own, held_out.labels, held_out.weights)
+    return np.where(binary, expit(found.apply(torch.from_numpy(logits), names).numpy()), values)
 
 
 def rate_candidates(

@@ -171,21 +171,20 @@ def test_popularity_is_the_rate_of_each_candidate(model: SmallModel) -> None:
     assert found["tasks"]["click"]["auc"]["value"] == pytest.approx(expected, abs=1e-9)
 
 
-def test_trees_are_calibrated_as_the_model_is(tmp_path: Path) -> None:
-    """Labels of later days are rarer, on validation and test rows alike; a regression stays as it is."""
+def test_probabilities_are_calibrated_as_those_of_the_model_are(tmp_path: Path) -> None:
+    """Clicks of later days are rarer, on validation and test rows alike; a regression stays as it is."""
     log = random_log(0, rows=6000)
-    late = times_of(log) > START + 6 * DAY
-    click = np.where(late & (np.arange(len(log)) % 3 > 0), 0.0, log["click"].to_numpy())
+    rarer = (times_of(log) > START + 6 * DAY) & (np.arange(len(log)) % 3 > 0)
+    click = np.where(rarer, 0.0, log["click"].to_numpy())
     log = log.set_column(log.column_names.index("click"), "click", pa.array(click, from_pandas=True))
-    ratios, errors = [], []
+    tasks: dict[str, list[dict]] = {}
     for method in ("none", "temperature"):
-        run(SmallModel(tmp_path / method, log=[log], training={"calibration": method}))
-        tasks = json.loads((tmp_path / method / "baselines" / "metrics.json").read_text())["tasks"]
-        ratios.append(tasks["click"]["calibration"]["value"])
-        errors.append(tasks["spent"]["rmse"]["value"])
-    assert ratios[0] > 1.5
-    assert ratios[1] == pytest.approx(1, abs=0.1)
-    assert errors[0] == errors[1]
+        out = run(SmallModel(tmp_path / method, log=[log], training={"calibration": method}))
+        tasks[method] = [json.loads((out / each / "metrics.json").read_text())["tasks"] for each in (".", "against/1")]
+    for before, after in zip(*tasks.values(), strict=True):
+        assert before["click"]["calibration"]["value"] > 1.5
+        assert after["click"]["calibration"]["value"] == pytest.approx(1, abs=0.1)
+        assert before["spent"]["rmse"] == after["spent"]["rmse"]
 
 
 def test_rows_that_were_sampled_count_by_their_rate(tmp_path: Path) -> None:
