@@ -6,7 +6,8 @@ Takes new files of the log, and of logs of events, into what a model's counters,
 registers the result as a new version: the same weights, calibration and vocabularies, new tables. The alias moves to
 it, if no other version has taken it meanwhile; a server that was started with --poll goes on with the new version.
 Where there are no new files, nothing happens. Only rows of new files are read; those that come late count, too, and
-are told. Features in `data.work` stay as they are: days are added to them for the next training.
+are told. Features in `data.work` stay as they are: days are added to them for the next training. Of
+the versions that refreshes made, `tracking.keep_versions` stay besides those that an alias needs.
 
 --journal A first writes what a server (serve --journal A) has accepted into files of `data.log` and of the logs of
 events, which the features for the next training then take as well.
@@ -80,6 +81,11 @@ def refresh(
             print(
                 f"{holder} has moved to {'no version' if now is None else f'version {now.number}'} meanwhile, so "
                 f"the alias stays there: version {refreshed.number} is registered without it"
+            )
+        if removed := refreshed.removed:
+            print(
+                f"versions of earlier refreshes are removed, with their files: {', '.join(removed)} "
+                f"(tracking.keep_versions: {settings.tracking.keep_versions})"
             )
     if every is not None:
         for sentence in tables.train_when_due(settings, address, every, days):

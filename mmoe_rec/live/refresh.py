@@ -22,7 +22,7 @@ import hashlib
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -55,6 +55,7 @@ from mmoe_rec.tracking.outbox import UnreachableError, list_waiting_runs
 from mmoe_rec.tracking.registry import Version, describe_version, fetch_model, find_holder, move_alias
 
 _KEPT = "before_training"
+_FROM_TAG = "refreshed.from"  # of a version that a refresh made
 
 
 @dataclass(frozen=True)
@@ -85,12 +86,13 @@ class AliasHolder:
 @dataclass(frozen=True)
 class RefreshResult:
     """A refresh. before: what held the alias; after: the version that holds it now; number: of the new version, None
-    where there was nothing new; tables: of that version."""
+    where there was nothing new; tables: of that version; removed: numbers of older versions."""
 
     before: AliasHolder
     after: Version | None
     number: str | None = None
     tables: Tables | None = None
+    removed: Sequence[str] = ()
 
 
 def refresh(
@@ -102,7 +104,7 @@ def refresh(
     remove_events: bool = False,
     other_journal: bool = False,
 ) -> RefreshResult:
-    """Registers a version with new tables of the model that holds an alias, and moves the alias.
+    """Registers a version with new tables of the model that holds an alias, moves the alias, and removes old versions.
 
     anew: make the tables of all rows of the log, instead of going on; journal, remove_events, other_journal: see
     `write_journal`. One refresh at a time in `data.work`: another one waits. Raises UserError as `write_journal` and
@@ -133,7 +135,7 @@ def _register(settings: Settings, served: AliasHolder, made: Tables, artifact: P
     key = f"refresh-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
     after = iso_time(made.as_of)
     tags = {
-        "refreshed.from": version.address,
+        _FROM_TAG: version.address,
         "refreshed.run": version.run_id or "unknown",
         "refreshed.rows": str(made.rows),
         "tables_as_of": after,
@@ -156,7 +158,12 @@ def _register(settings: Settings, served: AliasHolder, made: Tables, artifact: P
         raise UserError(
             f"{error}: '{served.alias}' stays where it was, and the same command makes the version once MLflow answers"
         ) from None
-    return RefreshResult(served, now, number, made)
+    removed, keep = list[str](), settings.tracking.keep_versions
+    try:
+        removed = [] if keep is None else registry.remove_versions(version.name, _FROM_TAG, keep, uri)
+    except UserError as error:
+        say(f"{error}: older versions of refreshes are removed by the next refresh")
+    return RefreshResult(served, now, number, made, removed)
 
 
 def write_journal(

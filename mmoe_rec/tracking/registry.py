@@ -266,6 +266,34 @@ def forget_replaced(version: Version, alias: str, uri: str) -> None:
         client.delete_model_version_tag(version.name, version.number, f"{_REPLACED_TAG}.{alias}")
 
 
+def remove_versions(name: str, tag: str, keep: int, uri: str) -> list[str]:
+    """Removes versions of a model that have a tag, with their files, but for the newest `keep`; gives their numbers.
+
+    Those stay that hold an alias, that one which holds it has replaced, and that others are copies of. Raises UserError
+    where MLflow refuses. Files go first, so a version of which they are gone is removed by the next call.
+    """
+    from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+    removed = []
+    with open_client(uri, limits=FOR_MODELS) as client, translate_errors(uri, anything=True):
+        versions = sorted(client.search_model_versions(f"name = '{name}'"), key=lambda each: -int(each.version))
+        held = {*list_aliases(name, uri).values()}
+        of_holders = [each.tags.items() for each in versions if str(each.version) in held]
+        held |= {number for tags in of_holders for key, number in tags if key.startswith(f"{_REPLACED_TAG}.")}
+        free = [each for each in versions if tag in each.tags and str(each.version) not in held]
+        for each in free[keep:]:
+            sources = (each.source, f"models:/{name}/{each.version}")
+            users = [one for source in sources for one in client.search_model_versions(f"source_path = '{source}'")]
+            if len(users) > 1 or client.get_model_version(name, each.version).aliases:
+                continue
+            logged = client.get_logged_model(each.source.removeprefix("models:/"))
+            get_artifact_repository(logged.artifact_location).delete_artifacts()
+            client.delete_model_version(name, each.version)
+            client.delete_logged_model(logged.model_id)
+            removed.append(str(each.version))
+    return removed
+
+
 def describe_version(version: Version, text: str, tags: Mapping[str, str], uri: str) -> None:
     """Writes the description of a version, in Markdown, and tags. What the registry refuses is said, and not needed."""
     text = shorten(hide_password(text), _LONGEST_DESCRIPTION)

@@ -12,16 +12,18 @@ import mlflow
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.pipeline import exact_from
-from mmoe_rec.inference.artifact import version_of
+from mmoe_rec.inference.artifact import read_artifact, version_of
 from mmoe_rec.inference.export import write_int8
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.live import refresh as job
 from mmoe_rec.live.refresh import as_of, renew_tables
 from mmoe_rec.log.given import iso_time
 from mmoe_rec.tracking import registry, runs
+from mmoe_rec.tracking.registry import fetch_model, move_alias
 from tests.fork_server import Command
 from tests.live.refreshed_model import NAME, RefreshedModel
 from tests.log.small_logs import DAY, START, files_of, times_of
@@ -197,11 +199,11 @@ class Killed(BaseException):
     """As sudden as a kill."""
 
 
-def _dying(function: Callable[..., Any], after: bool) -> Callable[..., Any]:
+def _dying(function: Callable[..., Any], after: bool, error: type[BaseException] = Killed) -> Callable[..., Any]:
     def dying(*arguments: Any, **more: Any) -> Any:
         if after:
             function(*arguments, **more)
-        raise Killed
+        raise error
 
     return dying
 
@@ -230,6 +232,39 @@ def test_a_refresh_that_was_killed_is_ended_by_the_next(
     model.add(10, 11)
     model.refresh()
     assert len(model.versions()) == versions + 1
+
+
+def test_old_versions_of_refreshes_go_with_their_files(
+    model: RefreshedModel, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But for the newest, those that an alias needs, copies, and all that a refresh has not made."""
+
+    def refresh(number: int) -> str:
+        model.add(8 + number / 2, 8.5 + number / 2)
+        model.refresh("--tracking.keep_versions", "1")
+        assert model.holder().number == f"{number}"
+        said = capsys.readouterr()
+        return " ".join(f"{said.out} {said.err}".split())
+
+    client = mlflow.MlflowClient(model.uri, model.uri)
+    for number in range(2, 6):
+        assert "removed" not in refresh(number)
+        if number == 2:
+            move_alias(NAME, "other", "1", model.uri, replaced=model.holder())
+        if number == 3:
+            model.move_alias("3", "kept")
+    client.copy_model_version(f"models:/{NAME}/4", "production")
+    client.delete_registered_model_alias(NAME, "other")
+    gone = model.folder_of("2")
+    assert "removed, with their files: 2 (tracking.keep_versions: 1)" in refresh(6)
+    assert not gone.exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalArtifactRepository, "delete_artifacts", _dying(print, after=False, error=OSError))
+        assert "older versions of refreshes are removed by the next refresh" in refresh(7)
+    assert "removed, with their files: 6, 5 (" in refresh(8)
+    assert [each.version for each in model.versions()] == [1, 3, 4, 7, 8]
+    for address in ("production/1", "small@kept", "small/1", "small/7", "small@champion"):
+        read_artifact(fetch_model(f"models:/{address}", model.uri))
 
 
 def test_two_at_once_make_one_version(model: RefreshedModel) -> None:
