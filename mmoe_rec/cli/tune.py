@@ -279,7 +279,7 @@ class Study:
 
         layout = ModelLayout.of(self.prepared.layout, settings)
         # Trials are compared by one measure, whatever loss weights they try.
-        judge, select_by = ModelLayout.of(self.prepared.layout, self.settings), settings.training.select_by
+        judge, select_by = ModelLayout.of(self.prepared.layout, self.settings), self.settings.training.select_by
         with (
             training_ranks(settings.training) as (device, _),  # what is not on offer here is no fault of a trial
             runs.open_run(

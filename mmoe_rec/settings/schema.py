@@ -73,6 +73,11 @@ class Feature(Section, ABC):
         """Name of the feature whose vocabulary and table this one uses, None for its own or none."""
         return None
 
+    @property
+    def has_dim(self) -> bool:
+        """Whether a `dim` means anything: the feature has an embedding table of its own."""
+        return self.shares is None and "dim" in type(self).model_fields
+
     def check(self, name: str, schema: Schema) -> None:
         """Raises ValueError where a feature of that name does not fit the other sections."""
 

@@ -147,7 +147,7 @@ class Search(Section):
 
 
 # Keys of tasks and features that can be tried without building features anew.
-_SEARCHED = {section: keys - {"objective"} for section, keys in CHOICES.items()}
+_SEARCHED = {"tasks": {"loss_weight"}, "features": {"dim"}}
 
 
 class Tuning(Section):
@@ -164,7 +164,7 @@ class Tuning(Section):
             if section not in ("model", "training") and rest.rpartition(".")[2] not in _SEARCHED.get(section, ()):
                 raise ValueError(
                     f"'{name}' can't be tried; only settings of model and training can, such as "
-                    "training.learning_rate, and tasks.NAME.loss_weight, tasks.NAME.score_weight and features.NAME.dim"
+                    "training.learning_rate, and tasks.NAME.loss_weight and features.NAME.dim"
                 )
         return search
 
@@ -365,6 +365,11 @@ class Settings(Section):
                 raise ValueError(
                     f"tuning.search names '{name}', but there is no {section[:-1]} '{asked}'; {section} are: "
                     f"{', '.join(known)}"
+                )
+            if section == "features" and not self.features[asked].has_dim:
+                raise ValueError(
+                    f"tuning.search names '{name}', but feature '{asked}' has no embedding table of its own, so that "
+                    "means nothing"
                 )
         if self.training.sampling_correction != "none" and self.columns.sampling_rate is None:
             raise ValueError("training.sampling_correction needs `columns.sampling_rate`, the column with the rate")

@@ -261,7 +261,11 @@ def test_trials_of_other_loss_weights_are_told_apart_by_one_measure(tmp_path: Pa
         ({"tasks.click.label": {"choices": ["click"]}}, "'tasks.click.label' can't be tried; .*loss_weight"),
         ({"tasks.lik.loss_weight": {"low": 0.1, "high": 1}}, "there is no task 'lik'; tasks are: click, liked"),
         ({"tasks.click.loss_weight": {"low": -1.0, "high": 1}}, "'tasks.click.loss_weight' must be at least 0"),
-        ({"features.item_click.dim": {"low": 4, "high": 8}}, "unknown key 'features.item_click.dim'"),
+        ({"tasks.click.score_weight": {"low": 0.1, "high": 1}}, "'tasks.click.score_weight' can't be tried; only"),
+        *(
+            ({f"features.{name}.dim": {"low": 4, "high": 8}}, f"feature '{name}' has no embedding table of its own")
+            for name in ("item_click", "clicked", "price")
+        ),
         ({"training.lerning_rate": {"low": 0.1, "high": 0.2}}, "lerning_rate.*learning_rate"),
         ({"model.experts.count": {"low": 3}}, "give either `choices`, or both `low` and `high`"),
         ({"model.experts.count": {"low": 3, "high": 3}}, r"low \(3\) must be below high \(3\)"),

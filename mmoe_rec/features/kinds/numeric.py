@@ -31,6 +31,10 @@ class NumericFeature(Feature):
     def reads(self) -> Mapping[str, Use]:
         return {self.column: "number"}
 
+    @property
+    def has_dim(self) -> bool:
+        return super().has_dim and self.transform == "buckets"
+
     def meaning(self, schema: Schema) -> Meaning:
         """Row 0 is a missing number, the buckets follow."""
         return Meaning((self.column,), lambda table, row: f"bucket {row}")

@@ -52,6 +52,10 @@ class TimeFeature(Feature):
         """The column as times; the request's own time needs no reading."""
         return {} if self.column is None else {self.column: "time"}
 
+    @property
+    def has_dim(self) -> bool:
+        return super().has_dim and self.parts != ("age",)
+
     def check(self, name: str, schema: Schema) -> None:
         if self.column is None:
             self.require(name, schema, "time", "it has no `column` of its own")
