@@ -7,12 +7,12 @@ KeyedJaggedTensor. Shapes: B rows, F id inputs, D dense inputs, T tasks.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
@@ -99,8 +99,8 @@ class Batch(_Tensors):
     `layout.dense`; labels: (B, T) float32, or float64 where a task is a regression, 0 where unobserved; observed:
     (B, T) bool; position: where a reader continues after this batch; None for rows that are not read in a training
     order; weights: (B,) float64 of the rows in the loss; None where all count alike; users: (B,) int64, a hash of each
-    row's user, where metrics are by user; numbers: (B,) int64, of the rows in the files, for `Draws`. ragged: names of
-    the R inputs of which not every row has exactly one id; shares: (R, B) float32, what one of a row's ids counts in
+    row's user, where metrics are by user; numbers: (B,) int64, of the rows in the files, for `draws_of`. ragged: names
+    of the R inputs of which not every row has exactly one id; shares: (R, B) float32, what one of a row's ids counts in
     their mean, 1 / number of ids, and 0 where there is none; None where R is 0.
     """
 
@@ -202,37 +202,15 @@ def _key_major(columns: Sequence[np.ndarray | Ragged], rows: int) -> tuple[Tenso
 
 # Random numbers of rows and steps, which are the same however rows are spread over batches and processes.
 
-
-class Draws:
-    """What is drawn in one training step: by the batch's seed and epoch, the row's number and the draws before it.
-
-    A counter-based generator (Salmon et al., SC 2011), by the mixing function of SplitMix64 (Steele et al., OOPSLA
-    2014).
-    """
-
-    def __init__(self, batch: Batch) -> None:
-        self._batch, self.count = batch, 0
-
-    @cached_property
-    def keys(self) -> Tensor:
-        """(B,) int64, one for each row."""
-        assert self._batch.numbers is not None, "these rows have no numbers"
-        return _mix(self._batch.numbers + int(self.generator(0).integers(-(2**63), 2**63)))
-
-    def generator(self, draw: int) -> np.random.Generator:
-        """That of all ranks for a draw of the step, or of the whole epoch for draw 0."""
-        position = self._batch.position
-        assert position is not None, "this batch has no position"
-        return np.random.default_rng([position.seed, position.epoch, position.row if draw else 0, 1 + draw])
-
-
-_DRAWS: ContextVar[Draws | None] = ContextVar("draws", default=None)
+_DRAWS: ContextVar[tuple[Batch, Iterator[int]] | None] = ContextVar("draws", default=None)
 
 
 @contextmanager
 def draws_of(batch: Batch) -> Iterator[None]:
-    """Within it, `draw_uniform` and `draw_whole` draw for the batch's rows; elsewhere from torch's own generator."""
-    token = _DRAWS.set(Draws(batch))
+    """Within it, `draw_uniform` and `draw_whole` draw for a step of a batch, by the seed and epoch of its position, the
+    numbers of its rows and how many draws came before; elsewhere from torch's own generator.
+    """
+    token = _DRAWS.set((batch, itertools.count(1)))
     try:
         yield
     finally:
@@ -240,12 +218,15 @@ def draws_of(batch: Batch) -> Iterator[None]:
 
 
 def draw_uniform(shape: Sequence[int], device: torch.device) -> Tensor:
-    """(B, ...) float32, even over (0, 1)."""
+    """(B, ...) float32, even over (0, 1), by a counter-based generator (Salmon et al., SC 2011): the mixing function of
+    SplitMix64 (Steele et al., OOPSLA 2014) on a row's key and the place of the draw.
+    """
     if (draws := _DRAWS.get()) is None:
         return torch.rand(tuple(shape), device=device)
-    draws.count += 1
-    places = torch.arange(math.prod(shape[1:]), device=device) + (draws.count << 32)
-    bits = _mix(draws.keys[:, None] + places * -0x61C8864680B583EB) >> 41  # 23 of them
+    (batch, draw), first = draws, int(_generator(draws[0], 0).integers(-(2**63), 2**63))
+    assert batch.numbers is not None, "these rows have no numbers"
+    places = torch.arange(math.prod(shape[1:]), device=device) + (next(draw) << 32)
+    bits = _mix(_mix(batch.numbers + first)[:, None] + places * -0x61C8864680B583EB) >> 41  # 23 of them
     return (((bits & (1 << 23) - 1).float() + 0.5) * 2.0**-23).view(*shape)
 
 
@@ -253,8 +234,15 @@ def draw_whole(low: int, high: int) -> int:
     """A whole number from low to high, the same on all ranks."""
     if (draws := _DRAWS.get()) is None:
         return int(torch.randint(low, high + 1, ()))
-    draws.count += 1
-    return int(draws.generator(draws.count).integers(low, high + 1))
+    batch, draw = draws
+    return int(_generator(batch, next(draw)).integers(low, high + 1))
+
+
+def _generator(batch: Batch, draw: int) -> np.random.Generator:
+    """That of all ranks for a draw of the step, or of the whole epoch for draw 0."""
+    position = batch.position
+    assert position is not None, "this batch has no position"
+    return np.random.default_rng([position.seed, position.epoch, position.row if draw else 0, 1 + draw])
 
 
 def _mix(values: Tensor) -> Tensor:

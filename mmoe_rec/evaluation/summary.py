@@ -93,8 +93,9 @@ class MeasuredModel:
     """A model's sums, and the summary of its metrics.
 
     address: where it, or its predictions, come from; gates: task -> mean weight of each expert, None where they are
-    unknown; seen: sentences on how it has seen these rows before; users: on how it has seen their users; slices: its
-    sums in each, by (what rows are sliced by, value), in the same units; placement: what it has learnt of that.
+    unknown; seen: sentences on how it has seen these rows before; training: on how it was trained, also on their users;
+    slices: its sums in each, by (what rows are sliced by, value), in the same units; placement: what it has learnt of
+    that.
     """
 
     sums: EvaluationSums
@@ -102,7 +103,7 @@ class MeasuredModel:
     address: str = ""
     gates: dict[str, list[float]] | None = None
     seen: Sequence[str] = ()
-    users: Sequence[str] = ()
+    training: Sequence[str] = ()
     slices: Mapping[tuple[str, str], EvaluationSums] = field(default_factory=dict)
     placement: Sequence[PlacementRecord] = ()
 

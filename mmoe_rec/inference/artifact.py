@@ -71,7 +71,7 @@ class Artifact:
     artifacts of before there was one); trained_as_of: as tables_as_of, of the features that the model was trained on,
     None where the tables are still these; files: digest of the files of the log that the tables hold, None where it is
     unknown; journal: what of the journal of live events the tables hold, {"id": ..., "through": number of the last
-    segment}, None for nothing.
+    segment}, None for nothing; early_end: what `mmoe_rec.training.validation.find_early_end` says of its training.
     """
 
     name: str
@@ -85,6 +85,7 @@ class Artifact:
     trained_as_of: str | None = None
     files: str | None = None
     journal: dict[str, Any] | None = None
+    early_end: str | None = None
 
     @property
     def tasks(self) -> tuple[ModelTask, ...]:

@@ -44,6 +44,7 @@ def write_artifact(
     prepared: FeatureFolder,
     state_dict: Mapping[str, Tensor],
     calibration: Calibration | None = None,
+    early_end: str | None = None,
 ) -> None:
     """Writes an artifact folder; an existing one is replaced.
 
@@ -51,6 +52,7 @@ def write_artifact(
         prepared: the features that the model was trained on.
         state_dict: `RankingModel.state_dict()` of the whole model with plain tables.
         calibration: of the model's tasks; None leaves their logits as they are.
+        early_end: as in `Artifact`.
 
     Raises:
         UserError: a weight, or a prediction for the example, is not a finite number.
@@ -69,6 +71,7 @@ def write_artifact(
         tables_as_of=iso_time(prepared.manifest["request_microseconds"][1]) if settings.columns.has_time else None,
         files=taken.digest,
         journal=taken.journal,
+        early_end=early_end,
     )
     with atomic_folder(folder) as target:
         _write_weights(target, state_dict)

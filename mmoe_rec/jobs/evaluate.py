@@ -19,7 +19,7 @@ from mmoe_rec.evaluation.comparison import Results, find_objective
 from mmoe_rec.evaluation.summary import MeasuredModel, PlacementRecord, Summary
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.features.vocabulary import row_names
-from mmoe_rec.inference.artifact import Source
+from mmoe_rec.inference.artifact import Source, read_artifact
 from mmoe_rec.inference.ranking import ROW
 from mmoe_rec.jobs.places import build_options, check_out, log_and_place, logs_for, short_names
 from mmoe_rec.jobs.run_page import as_code, command, data_sets, draw_gates, quoted
@@ -125,7 +125,6 @@ def log_evaluation(
     files; split: of the rows. Raises UnreachableError where MLflow does not answer.
     """
     from mmoe_rec.evaluation.summary import flatten
-    from mmoe_rec.inference.artifact import read_artifact
     from mmoe_rec.report.evaluation import comparison_tree
     from mmoe_rec.report.findings import find_all
     from mmoe_rec.report.sentences import describe_verdicts
@@ -314,9 +313,10 @@ def _measure(
         (by, name): scored.take(rows).measure(grouped) for by, named in slices.items() for name, rows in named.items()
     }
     of_tasks = {task.name: weights for task, weights in zip(scored.layout.tasks, gates, strict=True)}
-    seen, users = overlap(settings, model.folder), users_in_both(settings, model.folder, scored, training)
+    seen, told = overlap(settings, model.folder), users_in_both(settings, model.folder, scored, training)
+    told += filter(None, [read_artifact(model.folder, verify=False).early_end])
     placement = describe_placement(scored, model.folder / "features")
-    return MeasuredModel(sums, summary, model.address, of_tasks, seen, users, sliced, placement)
+    return MeasuredModel(sums, summary, model.address, of_tasks, seen, told, sliced, placement)
 
 
 def _facts(settings: Settings, scored: ScoredRows, split: str) -> dict[str, str]:

@@ -48,8 +48,6 @@ if TYPE_CHECKING:
     from mmoe_rec.training.validation import Validation
     from mmoe_rec.training.warm_start import WarmStart
 
-FEW_STEPS = 50
-
 
 def train_model(
     settings: Settings,
@@ -150,6 +148,7 @@ def _finish(run: Run, workspace: Workspace, result: TrainingResult, register: bo
     from mmoe_rec.model.mmoe import build_model
     from mmoe_rec.model.tables import PlainTables
     from mmoe_rec.training.checkpoint import FinishedTraining, load_plain
+    from mmoe_rec.training.validation import find_early_end
 
     settings, prepared, layout, best = workspace.settings, workspace.prepared, workspace.layout, result.best
     artifact = workspace.folder / "model"
@@ -171,6 +170,7 @@ def _finish(run: Run, workspace: Workspace, result: TrainingResult, register: bo
         prepared=prepared,
         state_dict=model.state_dict(),
         calibration=calibration,
+        early_end=find_early_end(result.history, result.best_step, layout, settings.training),
     )
     decision = Decision(str(artifact), False, ())
     values = [f"{name.removeprefix('best/')} {value:.4f}" for name, value in best.flat("best").items()]
@@ -431,7 +431,7 @@ def training_key(folder: Path, origin: Origin, new: bool) -> str:
 
 def describe_training(trained: FinishedTraining, settings: Settings) -> Iterator[Table | str]:
     """What people are told of a training that has ended: all validations, why a state was chosen, warnings, speed."""
-    from mmoe_rec.inference.artifact import read_calibration
+    from mmoe_rec.inference.artifact import read_artifact, read_calibration
     from mmoe_rec.report.tables import validations_table
     from mmoe_rec.training.checkpoint import latest_checkpoint
     from mmoe_rec.training.validation import explain_choice, warnings_of
@@ -445,12 +445,8 @@ def describe_training(trained: FinishedTraining, settings: Settings) -> Iterator
     checkpoint = latest_checkpoint(trained.artifact.parent / "checkpoints")
     if checkpoint is not None:
         yield validations_table(checkpoint.state.history, trained.best_step)
-        if checkpoint.state.step < FEW_STEPS:
-            steps = f"{checkpoint.state.step:,} step{'s' * (checkpoint.state.step != 1)}"
-            yield (
-                f"warning: the training had {steps}, of training.batch_size {settings.training.batch_size:,}: a model "
-                "learns little in so few; take a smaller batch size, or more training.epochs"
-            )
+    if early_end := read_artifact(trained.artifact, verify=False).early_end:
+        yield f"warning: the model {early_end}"
     yield from explain_choice(trained.best, trained.best_step, settings.training.select_by)
     for warning in warnings_of(trained.best, read_calibration(trained.artifact).tasks):
         yield f"warning: {warning}"

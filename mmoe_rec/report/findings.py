@@ -20,7 +20,7 @@ OFF = 0.05  # expected calibration error, at which half of the rows lie in bins 
 FEWEST_BINS = 5
 PROMISE = 0.1  # how far probabilities that only rank candidates by noise may lie, as an AUC, above what they reach
 UNLIKELY = 1e-4  # chance at which probabilities are called too close to what was observed
-_WARNINGS = ("calibration", "users")
+_WARNINGS = ("calibration", "in sum", "training")
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def find_all(results: Results) -> list[Finding]:
     """What is suspicious of all models, and of how they have seen the rows before."""
     found = []
     for name, each in results.models.items():
-        for check, sentences in (("seen", each.seen), ("users", each.users)):
+        for check, sentences in (("seen", each.seen), ("training", each.training)):
             found += [Finding(name, check, None, f"the model {sentence}") for sentence in sentences]
         found += find_in_summary(each.summary, name)
     return found
@@ -76,11 +76,15 @@ def _in_task(name: str, task: GroupSummary) -> Iterator[tuple[str, str]]:
     ranking = _in_ranking(name, task, bins)
     if ranking is not None:
         yield ranking
-    if ratio.value is not None and _is_far(ratio):
+    outside = [each for each in bins if each["low"] is not None and not _holds(each)]
+    is_off = sum(each["weight"] for each in outside) >= sum(each["weight"] for each in bins) / 2 > 0
+    is_off = is_off and (task.details["ece"] or 0.0) >= OFF and not _is_far(ratio)
+    is_shown = not _is_right_in_sum(task) and ratio.low is not None and not ratio.low <= 1 <= (ratio.high or 0.0)
+    if ratio.value is not None and (_is_far(ratio) or (is_shown and not is_off and ranking is None)):
         ends = "" if ratio.low is None else f" ({ratio.low:.2f} to {ratio.high:.2f})"
         too = "high" if ratio.value > 1 else "low"
         yield (
-            "calibration",
+            "calibration" if _is_far(ratio) else "in sum",
             f"the probabilities of '{name}' are too {too}: {ratio.value:.2f} times what was observed{ends}; "
             "training.calibration corrects them, and so may longer training",
         )
@@ -93,9 +97,7 @@ def _in_task(name: str, task: GroupSummary) -> Iterator[tuple[str, str]]:
             f"the probabilities of '{name}' are closer to what was observed than chance allows: their calibration was "
             "fitted on these rows",
         )
-    outside = [each for each in bins if each["low"] is not None and not _holds(each)]
-    is_off = sum(each["weight"] for each in outside) >= sum(each["weight"] for each in bins) / 2 > 0
-    if is_off and (task.details["ece"] or 0.0) >= OFF and not _is_far(ratio):
+    if is_off:
         in_sum = "though right in sum" if _is_right_in_sum(task) else "where nothing was observed"
         if ratio.value is not None and not _is_right_in_sum(task):
             in_sum = f"and in sum {ratio.value:.2f} times what was observed"

@@ -148,7 +148,7 @@ class Trainer:
             warm_start.fill_dense(model)
         else:
             weighted = self.settings.sampling_correction == "weights"
-            rates = base_rates(prepared.manifest, self.layout.tasks, weighted, self.reader.rows.weighs)
+            rates = base_rates(prepared.manifest, self.layout.tasks, weighted)
             set_base_rates(model.mixture.towers, rates)
         if self.settings.task_weighting == "uncertainty":
             add_log_variances(model, self.layout.tasks)
@@ -242,16 +242,8 @@ class Trainer:
         def make() -> Generator[Batch, None, None]:
             keyed_jagged = torchrec_installed()
             for rows, position in reader.resume(start, epochs):
-                batch = make_batch(
-                    rows.encoded,
-                    self.layout,
-                    rows.labels,
-                    position,
-                    rows.weights,
-                    rows.users,
-                    rows.numbers,
-                    torchrec=keyed_jagged,
-                )
+                own = (rows.weights, rows.users, rows.numbers)
+                batch = make_batch(rows.encoded, self.layout, rows.labels, position, *own, torchrec=keyed_jagged)
                 yield batch.pin_memory() if self.device.type == "cuda" else batch
 
         return Prefetch(make())

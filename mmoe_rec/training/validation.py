@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,7 @@ from mmoe_rec.features.layout import Layout
 from mmoe_rec.model.layout import ModelLayout
 from mmoe_rec.model.mmoe import Outputs, RankingModel
 from mmoe_rec.model.utilisation import Utilisation, UtilisationSums
+from mmoe_rec.settings.sections import Training
 from mmoe_rec.training.losses import row_losses
 
 # Logits are counted in bins of 1/256 between -32 and 32: the AUC is exact up to ties within a bin.
@@ -206,21 +207,54 @@ def _add_up(total: Tensor, device: torch.device) -> None:
 
 FURTHEST = 2.0  # predictions over labels, or the other way round, beyond which a warning is given
 _ERRORS = 1.96
+FEW_STEPS = 50
+GAIN = 0.005
+"""Mean AUC, or share of the loss, by which the second half of the steps may make a model better without a warning: the
+learning rate falls in it, so it always does a little."""
 
 
 def explain_choice(best: Validation, step: int, select_by: str) -> list[str]:
     """One sentence, then one for each binary task whose AUC had no say although it was asked for."""
-    judged = best.tasks_judged_by_auc(select_by)
-    how = "the weighted loss is the lowest"
-    if judged:
-        names = " and ".join(filter(None, (", ".join(judged[:-1]), judged[-1])))
-        how = f"the {'mean ' if len(judged) > 1 else ''}AUC of {names} is the highest"
+    how = f"{_name_objective(best, select_by)} is the {'highest' if best.tasks_judged_by_auc(select_by) else 'lowest'}"
     without = [
         f"the AUC of '{task}' had no say: {rows} validation rows have its rarer label, and it takes {FEWEST}"
         for task, rows in best.rarer.items()
         if select_by == "auc" and rows < FEWEST
     ]
     return [f"best validation, at step {step}: {how}", *without]
+
+
+def _name_objective(best: Validation, select_by: str) -> str:
+    judged = best.tasks_judged_by_auc(select_by)
+    names = " and ".join(filter(None, (", ".join(judged[:-1]), *judged[-1:])))
+    return f"the {'mean ' if len(judged) > 1 else ''}AUC of {names}" if judged else "the weighted loss"
+
+
+def find_early_end(
+    history: Sequence[tuple[int, Validation]], best_step: int, layout: ModelLayout, settings: Training
+) -> str | None:
+    """What follows "the model" where its training seems to have ended too early; None where not.
+
+    history: (step, validation), the last one of the last step. Too early is after a few steps, or with a last state
+    that is the best of all, and by more than `GAIN` better than those of the first half of the steps.
+    """
+    steps = history[-1][0]
+    advice = (
+        f"take more training.epochs (now {settings.epochs}), a smaller training.batch_size (now "
+        f"{settings.batch_size:,}), or a higher training.learning_rate (now {settings.learning_rate:g})"
+    )
+    if steps < FEW_STEPS:
+        return f"had {steps:,} step{'s' * (steps != 1)} of training, and learns little in so few; {advice}"
+    reached = {step: each.objective(settings.select_by, layout) for step, each in history}
+    before = max((value for step, value in reached.items() if step <= steps / 2), default=math.inf)
+    last, gain = history[-1][1], reached[steps] - before
+    rises = bool(last.tasks_judged_by_auc(settings.select_by))
+    if best_step < steps or gain <= (GAIN if rises else GAIN * abs(before)):
+        return None
+    return (
+        f"was still getting better when its training ended: {_name_objective(last, settings.select_by)} "
+        f"{'rose' if rises else 'fell'} by {gain:.4f} in the second half of {steps:,} steps; {advice}"
+    )
 
 
 def warnings_of(best: Validation, calibrated: Collection[str] = ()) -> list[str]:

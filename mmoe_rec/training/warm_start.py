@@ -158,19 +158,16 @@ def _shape(layout: ModelLayout) -> tuple[Any, ...]:
 # of 0 a short training never gets down to a label that one row in 200 has.
 
 
-def base_rates(
-    manifest: Mapping[str, Any], tasks: Sequence[TaskOutput], weighted: bool, given: bool = False
-) -> list[float | None]:
+def base_rates(manifest: Mapping[str, Any], tasks: Sequence[TaskOutput], weighted: bool) -> list[float | None]:
     """How often each task's label is 1 among the training rows in which it is observed, as encoding counted them;
     None for a regression, and where no label was observed. Half a row of each class, of mean weight, is added, so no
     rate is 0 or 1.
 
     manifest: that of the features; weighted: rows count by their weight / the rate at which they were sampled, as in
-    the loss; given: by their weight alone.
+    the loss, or else by their weight alone.
     """
     counts = manifest["splits"]["train"]
-    rows, positives = ("given_weight", "given_sum") if given else ("observed", "label_sum")
-    rows, positives = ("weight", "weighted_sum") if weighted else (rows, positives)
+    rows, positives = ("weight", "weighted_sum") if weighted else ("given_weight", "given_sum")
     rates = []
     for task in tasks:
         observed, positive = counts[rows].get(task.name, 0), counts[positives].get(task.name, 0)

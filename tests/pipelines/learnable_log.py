@@ -68,8 +68,7 @@ def settings_tree(folder: Path, **sections: Any) -> dict[str, Any]:
             "bottom": {"units": [16], "cross_layers": 1, "cross_rank": 8},
             "experts": {"count": 3, "units": [8]},
             "towers": {"units": [4]},
-            # Nothing is drawn at random in training: one rank and two see the same rows in the same way.
-            "placement": {"units": [4], "dropout": 0.0},
+            "placement": {"units": [4], "dropout": 0.3},
         },
         "training": {
             "device": "cpu",

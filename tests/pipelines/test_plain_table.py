@@ -346,7 +346,7 @@ def test_towers_start_at_the_rates_of_the_loss(tmp_path: Path) -> None:
     ):
         settings = plain_settings(tmp_path / f"{len(list(tmp_path.iterdir()))}", table, columns=columns)
         prepared = build_features(settings)
-        found = base_rates(prepared.manifest, prepared.layout.tasks, weighted, "weight" in columns)
+        found = base_rates(prepared.manifest, prepared.layout.tasks, weighted)
         assert found[0] == pytest.approx(np.average(label, weights=expected), abs=2e-3)
 
 
@@ -425,7 +425,7 @@ def test_weights_by_another_name_are_found(tmp_path: Path) -> None:
 
 def test_a_training_of_few_steps_is_warned_of(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     World(tmp_path / "few", training={"batch_size": 4096, "device": "cpu", "precision": "fp32"})
-    assert "warning: the training had 1 step, of training.batch_size 4,096" in capsys.readouterr().out
+    assert "warning: the model had 1 step of training, and learns little in so few; take" in capsys.readouterr().out
 
 
 def test_a_column_that_is_nearly_one_with_a_role(tmp_path: Path) -> None:

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
+from itertools import zip_longest
 from pathlib import Path
 
+import pytest
 import torch
 from rich.console import Console
 
 from mmoe_rec.jobs.train import describe_training
 from mmoe_rec.model.utilisation import Utilisation
 from mmoe_rec.report.tables import validations_table
+from mmoe_rec.settings.sections import Training
 from mmoe_rec.training.checkpoint import FinishedTraining
 from mmoe_rec.training.origin import Origin
-from mmoe_rec.training.validation import Validation
+from mmoe_rec.training.validation import Validation, find_early_end
 from tests.inference.small_model import SmallModel
+from tests.model.examples import LAYOUT
 
 EVEN = Utilisation(torch.full((1, 2), 0.5), torch.full((1, 2), 0.5))
 
@@ -43,3 +48,38 @@ def test_what_should_worry_is_told_after_why_the_state_was_chosen(tmp_path: Path
         "warning: the validation AUC of 'click' is 0.420, below .5",
         "warning: the probabilities of 'click' are too high: 11.00 times what was observed on validation rows",
     ]
+
+
+@pytest.mark.parametrize(
+    ("steps", "areas", "losses", "told"),
+    [
+        (
+            80,
+            (0.61, 0.68),
+            (0.5, 0.5),
+            "was still getting better when its training ended: the AUC of click rose by 0.0700",
+        ),
+        (960, (0.6, 0.68, 0.684, 0.684), (0.5,) * 4, None),
+        (80, (0.70, 0.68), (0.5, 0.5), None),
+        (80, (), (0.5, 0.45), "was still getting better when its training ended: the weighted loss fell by 0.0500"),
+        (80, (), (0.5, 0.499), None),
+        (1, (0.61,), (0.5,), "had 1 step of training, and learns little in so few"),
+        (700, (0.61,), (0.5,), None),
+    ],
+)
+def test_a_training_that_ends_too_early_is_told(
+    steps: int, areas: tuple[float, ...], losses: tuple[float, ...], told: str | None
+) -> None:
+    layout, settings = replace(LAYOUT, tasks=LAYOUT.tasks[:1]), Training()
+    history = [
+        (steps * number // len(losses), Validation({"click": loss}, {} if area is None else {"click": area}, EVEN))
+        for number, (loss, area) in enumerate(zip_longest(losses, areas), 1)
+    ]
+    best, _ = max(history, key=lambda each: each[1].objective("auc", layout))
+    found = find_early_end(history, best, layout, settings)
+    assert (found is None) == (told is None)
+    if told is not None:
+        advice = "take more training.epochs (now 1), a smaller training.batch_size (now 4,096), or a higher training."
+        assert found is not None
+        assert found.startswith(told)
+        assert advice in found
