@@ -125,6 +125,8 @@ class FeaturePipeline:
         }
         # Column -> "int64" or "string", of the log's key columns: a request must give the same.
         self.key_types: dict[str, str] = {}
+        # Columns in which the logs hold true and false; None where an earlier version has not noted them.
+        self.booleans: set[str] | None = set()
         # Regression task -> mean and deviation of its training labels.
         self.label_scales: dict[str, tuple[float, float]] = {}
         self._labels = {name: Moments() for name, task in schema.tasks.items() if task.kind == "regression"}
@@ -184,6 +186,20 @@ class FeaturePipeline:
             name, kind = column.name, column.type.value_type if pa.types.is_dictionary(column.type) else column.type
             if (pa.types.is_int64(kind) or pa.types.is_string(kind)) and name not in (NO_USER, NO_CANDIDATE):
                 self.key_types[name] = str(kind)
+
+    def takes_booleans(self, column: str) -> bool:
+        """Whether true and false are values of a column: where the log holds them, or nobody has noted whether it does,
+        but for ids of users, candidates and requests."""
+        columns = self.schema.columns
+        ids = (columns.user, columns.candidate, columns.request)
+        return column not in ids if self.booleans is None else column in self.booleans
+
+    def column_types(self) -> dict[str, pa.DataType]:
+        """The types of columns as the fitted log had them, where more is known than how they are read."""
+        types = {name: pa.type_for_alias(kind) for name, kind in self.key_types.items()}
+        for encoder in self.encoders.values():  # the log's own columns tell more than a vocabulary
+            types |= encoder.column_types()
+        return types
 
     def merge(self, counts: Mapping[str, Counts], key_types: Mapping[str, str]) -> None:
         """Adds what another pipeline of the same schema counted and noted."""
@@ -312,7 +328,8 @@ class FeaturePipeline:
             for key, table in state.tables.items():
                 pq.write_table(table, folder / f"{name}.{key}.parquet", compression="zstd")
         schema = self.schema.model_dump(mode="json")
-        fitted = {"key_types": self.key_types, "label_scales": self.label_scales}
+        booleans = None if self.booleans is None else sorted(self.booleans)
+        fitted = {"key_types": self.key_types, "booleans": booleans, "label_scales": self.label_scales}
         text = {"format": FORMAT, "schema": schema, **fitted, "encoders": values}
         (folder / "pipeline.json").write_text(json.dumps(text, indent=1), encoding="utf-8")
 
@@ -329,7 +346,8 @@ class FeaturePipeline:
         if text.get("format") != FORMAT:
             raise UserError(f"'{folder}' has feature state of format {text.get('format')}, this version reads {FORMAT}")
         pipeline = FeaturePipeline(schema_of(text["schema"]))
-        pipeline.key_types = text["key_types"]
+        pipeline.key_types, booleans = text["key_types"], text.get("booleans")
+        pipeline.booleans = None if booleans is None else set(booleans)
         pipeline.label_scales = {name: (mean, deviation) for name, (mean, deviation) in text["label_scales"].items()}
         try:
             for name, saved in text["encoders"].items():

@@ -214,11 +214,11 @@ class Ranker:
         Raises:
             UserError: for a row that can't be one of the log, or a column that is missing.
         """
-        from mmoe_rec.live.event_rows import RowChecks, known_types
+        from mmoe_rec.live.event_rows import RowChecks
 
         table = events if isinstance(events, pa.Table) else pa.Table.from_pandas(events, preserve_index=False)
         schema = self.pipeline.schema
-        checked = RowChecks(schema, known_types(self.pipeline), max(len(table), 1)).read_table(log, table)
+        checked = RowChecks(self.pipeline, max(len(table), 1)).read_table(log, table)
         with self._learning:
             self.take(self.prepare({log: as_logged(schema, self.reader, log, checked)}))
 

@@ -138,12 +138,14 @@ def fused_weights(tasks: Sequence[ModelTask], given: Mapping[str, Any] | None) -
 
 @dataclass(frozen=True)
 class RequestColumn:
-    """A column of a request. expected: its type in the log, None where any that `use` allows will do."""
+    """A column of a request. expected: its type in the log, None where any that `use` allows will do; booleans: whether
+    the log holds true and false."""
 
     name: str
     role: Role
     use: Use
     expected: pa.DataType | None
+    booleans: bool = False
 
 
 class RequestReader:
@@ -165,15 +167,12 @@ class RequestReader:
         # Without ids nothing is known of what a request leaves out.
         known = {"user": names.has_user, "candidate": names.has_candidate}
         self._uncompleted: dict[str, Role] = {name: role for name, role in inputs.items() if not known.get(role, True)}
-        # Later ones win: the log's own columns tell more than a vocabulary.
-        types = {name: pa.type_for_alias(kind) for name, kind in pipeline.key_types.items()}
-        for encoder in pipeline.encoders.values():
-            types |= encoder.column_types()
+        types = pipeline.column_types()
         for latest in (self.users, self.candidates):
             kinds = (each for each in latest.table.schema if not pt.is_null(each.type))
             types |= {each.name: each.type for each in kinds if each.type != UTC_MICROSECONDS}
         self._columns = {
-            name: RequestColumn(name, role, uses[name], types.get(name))
+            name: RequestColumn(name, role, uses[name], types.get(name), pipeline.takes_booleans(name))
             for name, role in inputs.items()
             if role != "placement"
         }
@@ -279,10 +278,8 @@ class RequestReader:
         return count
 
     def _array(self, column: RequestColumn, values: Sequence[Any]) -> pa.Array:
-        names = self.schema.columns
-        if column.name in (names.user, names.candidate) and bool in set(map(type, values)):
-            raise RequestError(f"column '{column.name}' holds true or false, which is no id")
-        array = to_arrow(column.name, values, column.use, column.expected, self.schema.columns.time_unit)
+        unit = self.schema.columns.time_unit
+        array = to_arrow(column.name, values, column.use, column.expected, unit, column.booleans)
         return filled(array, _now()) if column.name == self.schema.columns.time else array
 
     def _require(self, one: dict[str, pa.Array], given: dict[str, pa.Array]) -> None:

@@ -13,7 +13,7 @@ import difflib
 import struct
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,9 +25,9 @@ import pyarrow.types as pt
 from mmoe_rec.errors import RequestError, UserError, quoted
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.live.duplicates import EVENT_ID, find_uses, list_label_columns
-from mmoe_rec.log.columns import canonical
+from mmoe_rec.log.columns import canonical, element_type
 from mmoe_rec.log.files import first_line
-from mmoe_rec.log.given import check_finite, element_type, microseconds, to_arrow
+from mmoe_rec.log.given import check_finite, microseconds, to_arrow
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.log.values import (
     event_value_checks,
@@ -51,42 +51,32 @@ _RECORD_BATCH = 3  # the kind of a message, in Arrow's Message.fbs
 _END = b"\xff\xff\xff\xff\0\0\0\0"
 
 
-def known_types(pipeline: FeaturePipeline) -> dict[str, pa.DataType]:
-    """The types of columns as a fitted pipeline's log had them, where it knows more than how they are read."""
-    types = {name: pa.type_for_alias(kind) for name, kind in pipeline.key_types.items()}
-    for encoder in pipeline.encoders.values():
-        types |= encoder.column_types()
-    return types
-
-
 @dataclass(frozen=True)
 class _EventColumn:
-    """use: what it is read as; expected: its type, None where any that `use` allows will do; boolean: whether it may
-    hold true and false, which are no ids."""
+    """use: what it is read as; expected: its type, None where any that `use` allows will do; booleans: whether it may
+    hold true and false, as the log does."""
 
     use: Use
     required: bool
     expected: pa.DataType | None
-    boolean: bool
+    booleans: bool
 
 
 class RowChecks:
     """What rows of the interaction log, and of each log of events, must hold.
 
-    types: of columns, where they are known (`known_types`); most_rows: of a batch.
+    pipeline: that was fitted to the log; most_rows: of a batch.
     """
 
-    def __init__(
-        self, schema: Schema, types: Mapping[str, pa.DataType] | None = None, most_rows: int = MOST_ROWS
-    ) -> None:
-        self.schema, self.most_rows = schema, most_rows
-        known: Mapping[str, pa.DataType] = types or {}
+    def __init__(self, pipeline: FeaturePipeline, most_rows: int = MOST_ROWS) -> None:
+        self.schema, self.most_rows = pipeline.schema, most_rows
+        schema, known, takes = pipeline.schema, pipeline.column_types(), pipeline.takes_booleans
         self._columns: dict[str | None, dict[str, _EventColumn]] = {}
         ids = {schema.columns.user, schema.columns.candidate, schema.columns.request}
         for source, uses in find_uses(schema).items():
             required = _required(schema) if source is None else uses.keys()
             self._columns[source] = {
-                name: _EventColumn(use, name in required, known.get(name) if use != "time" else None, name not in ids)
+                name: _EventColumn(use, name in required, known.get(name) if use != "time" else None, takes(name))
                 for name, use in uses.items()
             }
             self._columns[source].setdefault(EVENT_ID, _EventColumn("key", False, None, False))
@@ -187,9 +177,8 @@ class RowChecks:
 
     def _json_column(self, name: str, column: _EventColumn, values: Sequence[Any]) -> pa.Array:
         def read(some: Sequence[Any]) -> pa.Array:
-            if not column.boolean and any(isinstance(value, bool) for value in some):
-                raise RequestError(f"column '{name}' holds true or false, which is no id")
-            return to_arrow(name, some, column.use, column.expected, self.schema.columns.time_unit)
+            unit = self.schema.columns.time_unit
+            return to_arrow(name, some, column.use, column.expected, unit, column.booleans)
 
         return _read(read, values)
 
@@ -199,8 +188,8 @@ class RowChecks:
             return self._json_column(name, column, whole.to_pylist())
 
         def read(some: pa.Array) -> pa.Array:
-            if not column.boolean and pt.is_boolean(some.type):
-                raise RequestError(f"column '{name}' holds true or false, which is no id")
+            if not column.booleans and pt.is_boolean(element_type(some.type)):
+                raise RequestError(f"column '{name}' holds true or false, and not so in the log")
             array = canonical(name, column.use, some, self.schema.columns.time_unit)
             if column.use == "time":
                 for end in pc.min_max(array.cast(pa.int64())).as_py().values():

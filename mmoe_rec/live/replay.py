@@ -33,7 +33,7 @@ from mmoe_rec.inference.reader import PARTS
 from mmoe_rec.jobs.places import logs_for
 from mmoe_rec.jobs.score_files import known_rows
 from mmoe_rec.live import request_log as names
-from mmoe_rec.live.event_rows import RowChecks, known_types
+from mmoe_rec.live.event_rows import RowChecks
 from mmoe_rec.live.journal import Batch, Journal
 from mmoe_rec.live.request_log import Record, RequestLog, hash_features, write_file
 from mmoe_rec.locks import writing
@@ -306,7 +306,7 @@ class LiveModel:
         address = f"sqlite:///{folder / 'journal.db'}"
         Journal(address).close()
         self._learning = Learning(self.ranker, address, model / "features")
-        self._checks = RowChecks(self.ranker.pipeline.schema, known_types(self.ranker.pipeline))
+        self._checks = RowChecks(self.ranker.pipeline)
         self._logged: list[pa.Table] = []
 
     def send(self, table: pa.Table, log: str | None) -> None:

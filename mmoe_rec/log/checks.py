@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.log.columns import canonical_type
+from mmoe_rec.log.columns import canonical_type, element_type
 from mmoe_rec.log.files import FoundFile, first_line, is_remote, open_file, path_values
 from mmoe_rec.settings.columns import Use
 
@@ -40,10 +40,11 @@ class BadFile(UserError):  # noqa: N818 - named for what it is about
 
 @dataclass(frozen=True)
 class LogFile(FoundFile):
-    """One Parquet file of a log: rows of its row groups, and columns in its path."""
+    """One Parquet file of a log: rows of its row groups, columns in its path, and those that hold true and false."""
 
     group_rows: tuple[int, ...]
     in_path: PathColumns = ()
+    booleans: frozenset[str] = frozenset()
 
     @property
     def rows(self) -> int:
@@ -60,12 +61,14 @@ class LeftOut(FoundFile):
 
 @dataclass(frozen=True)
 class _Footer:
-    """What is read of a file: kinds of the columns that are used, and those of them that stand in its path."""
+    """What is read of a file: kinds of the columns that are used, and those of them that stand in its path, or that
+    hold true and false."""
 
     found: FoundFile
     group_rows: tuple[int, ...]
     kinds: dict[str, pa.DataType]
     in_path: dict[str, str | None]
+    booleans: frozenset[str]
 
 
 def format_time(microseconds: int) -> str:
@@ -155,7 +158,7 @@ def check_files(
     for each in footers:
         if (file := each.found).address not in problems:
             in_path = tuple((c, int(v) if v is not None and c in integers else v) for c, v in each.in_path.items())
-            files.append(LogFile(file.address, file.bytes, file.version, each.group_rows, in_path))
+            files.append(LogFile(file.address, file.bytes, file.version, each.group_rows, in_path, each.booleans))
     return files, types, left_out
 
 
@@ -190,7 +193,9 @@ def _read_footer(found: FoundFile, uses: dict[str, Use], time_unit: str | None) 
                 wrong = f": {error}"
         if wrong is not None:
             raise BadFile(f"'{address}'{wrong}", address)
-    return _Footer(found, group_rows, kinds, in_path)
+    elements = {column: element_type(arrow.field(column).type) for column in kinds}
+    booleans = frozenset(column for column, kind in elements.items() if pa.types.is_boolean(kind))
+    return _Footer(found, group_rows, kinds, in_path, booleans)
 
 
 def _integers_in_paths(footers: Iterable[_Footer]) -> set[str]:

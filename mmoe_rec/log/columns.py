@@ -126,14 +126,18 @@ def canonical_type(  # noqa: PLR0911 - one line a case reads best
     if use == "time" and (pt.is_timestamp(kind) or pt.is_date(kind) or (pt.is_integer(kind) and time_unit)):
         return UTC_MICROSECONDS
     if pt.is_list(kind) or pt.is_large_list(kind) or pt.is_fixed_size_list(kind):
-        if pt.is_null(kind.value_type):
-            return pa.null()
         if use == "keys":
-            return pa.list_(canonical_type(column, "key", kind.value_type))
-        if use == "vector" and _is_number(kind.value_type):
+            inner = canonical_type(column, "key", kind.value_type)
+            return inner if pt.is_null(inner) else pa.list_(inner)
+        if use == "vector" and (_is_number(kind.value_type) or pt.is_null(kind.value_type)):
             return pa.list_(pa.float64())
     hint = _HINTS.get((use, str(kind)), "")
     raise UserError(f"column '{column}' must hold {EXPECTED[use]}, found {found}{hint}")
+
+
+def element_type(kind: pa.DataType) -> pa.DataType:
+    """The type of a list's elements; any other type as it is."""
+    return kind.value_type if pt.is_list(kind) or pt.is_large_list(kind) or pt.is_fixed_size_list(kind) else kind
 
 
 def _is_number(kind: pa.DataType) -> bool:

@@ -16,13 +16,13 @@ import pyarrow as pa
 import pyarrow.types as pt
 
 from mmoe_rec.errors import RequestError, UserError, quoted
-from mmoe_rec.log.columns import EXPECTED, UTC_MICROSECONDS, canonical
+from mmoe_rec.log.columns import EXPECTED, UTC_MICROSECONDS, canonical, element_type
 from mmoe_rec.settings.columns import Use
 
 _EPOCH, _MICROSECOND = datetime(1970, 1, 1, tzinfo=UTC), timedelta(microseconds=1)
 _INT64 = range(-(2**63), 2**63)
 _PER_UNIT = {"s": 1_000_000, "ms": 1_000, "us": 1}
-_NUMBERS = {int, float, type(None)}
+_NUMBERS = {list, bool, int, float, type(None)}
 # Beyond these years, not every time zone database gives an hour and weekday.
 _YEARS = (1700, 2200)
 _NOT_ARROW = (pa.ArrowException, TypeError, ValueError, OverflowError)
@@ -61,34 +61,53 @@ def plain_option(value: Any) -> Any:
 
 
 def to_arrow(
-    column: str, values: Sequence[Any], use: Use, expected: pa.DataType | None = None, time_unit: str | None = None
+    column: str,
+    values: Sequence[Any],
+    use: Use,
+    expected: pa.DataType | None = None,
+    time_unit: str | None = None,
+    booleans: bool = False,
 ) -> pa.Array:
-    """(N,) values in the canonical type; all nulls stay of type null. expected: the column's type in the log, where it
-    is known; time_unit: of integers in a time column, None where the log has timestamps, beside which they have none.
-    Raises RequestError naming the column, what was expected and what was found."""
+    """(N,) values in the canonical type; all nulls stay of type null. Whether a value is taken depends on none of the
+    others, where the column's type is known.
+
+    expected: the column's type in the log, where it is known; time_unit: of integers in a time column, None where the
+    log has timestamps, beside which they have none; booleans: whether true and false are taken, as 1 and 0. Raises
+    RequestError naming the column, what was expected and what was found.
+    """
     if use == "time":
         return pa.array([_microseconds_or_none(column, value, time_unit) for value in values], UTC_MICROSECONDS)
-    if use in ("keys", "vector"):
+    is_list, wanted = use in ("keys", "vector"), _wanted(use, expected)
+    if is_list:
         values = [plain(value) for value in values]
+    found = set(map(type, values))
+    if list in found:
+        found |= set(map(type, chain.from_iterable(each for each in values if isinstance(each, list))))
+    if bool in found and not booleans:
+        raise _mismatch(column, values, wanted)
     try:
-        if use == "number" and {type(value) for value in values} <= _NUMBERS:
-            # JSON has no floats, only numbers: Arrow would refuse large integers beside fractions.
-            values = [None if value is None else float(value) for value in values]
-        if use == "vector":
-            values = [_floats(value) for value in values]
-        array = canonical(column, use, pa.array(values))
+        # JSON has no floats, only numbers: Arrow would refuse large integers beside fractions, and true beside both.
+        if found <= _NUMBERS and (use in ("number", "vector") or (use == "any" and float in found)):
+            values = [_convert(value, float) for value in values]
+        elif bool in found:
+            values = [_convert(value, int) for value in values]
+        array = pa.array(values)
+        if is_list and pt.is_list(array.type) and pt.is_null(array.type.value_type) and expected is not None:
+            array = array.cast(expected)  # lists without any element
+        array = canonical(column, use, array)
     except (*_NOT_ARROW, UserError):
-        raise _mismatch(column, values, _wanted(use, expected)) from None
+        raise _mismatch(column, values, wanted) from None
     check_finite(column, array)
     if expected is not None and not pt.is_null(array.type) and element_type(array.type) != element_type(expected):
-        raise _mismatch(column, values, _wanted(use, expected))
+        raise _mismatch(column, values, wanted)
     return array
 
 
-def _floats(value: Any) -> Any:
-    if isinstance(value, list) and {type(each) for each in value} <= _NUMBERS:
-        return [None if each is None else float(each) for each in value]
-    return value
+def _convert(value: Any, kind: type[int | float]) -> Any:
+    """A value as a float; or, where only true and false are to be converted, those as integers."""
+    if isinstance(value, list):
+        return [_convert(each, kind) for each in value]
+    return kind(value) if value is not None and (kind is float or isinstance(value, bool)) else value
 
 
 def check_count(name: str, value: Any) -> None:
@@ -101,11 +120,6 @@ def check_flag(name: str, value: Any) -> None:
     """Raises RequestError unless an option is missing, true or false."""
     if value is not None and not isinstance(value, bool):
         raise RequestError(f"{name} must be true or false, found {value!r}")
-
-
-def element_type(kind: pa.DataType) -> pa.DataType:
-    """The type of a list's elements; any other type as it is."""
-    return kind.value_type if pt.is_list(kind) else kind
 
 
 def _wanted(use: Use, expected: pa.DataType | None) -> str:
@@ -131,6 +145,8 @@ def _hint(wanted: str, found: list[str]) -> str:
         return ': give 12, not "12"'
     if wanted.startswith("strings,") and found == ["integers"]:
         return ': give "12", not 12'
+    if wanted.startswith("numbers") and found == ["true/false"]:
+        return ": give 1 or 0"
     return ""
 
 
@@ -147,10 +163,12 @@ def _kind(value: Any) -> str:
 
 
 def check_finite(column: str, array: pa.Array) -> None:
-    """Raises RequestError for NaN or infinity in a canonical column."""
+    """Raises RequestError for NaN or infinity in a canonical column, and for null within a vector."""
     numbers = array.flatten() if pt.is_list(array.type) else array
     if pt.is_floating(numbers.type) and not np.isfinite(numbers.drop_null().to_numpy(zero_copy_only=False)).all():
         raise RequestError(f"column '{column}' holds NaN or infinity; give null for a missing number")
+    if pt.is_list(array.type) and pt.is_floating(numbers.type) and numbers.null_count:
+        raise RequestError(f"column '{column}' holds null within a list; give null instead of the whole list")
 
 
 def _microseconds_or_none(column: str, value: Any, unit: str | None) -> int | None:

@@ -20,7 +20,7 @@ from starlette.responses import Response
 
 from mmoe_rec.errors import RequestError, UserError, quoted
 from mmoe_rec.live.duplicates import NewRows
-from mmoe_rec.live.event_rows import RowChecks, known_types
+from mmoe_rec.live.event_rows import RowChecks
 from mmoe_rec.live.journal import Batch, Journal
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.point_in_time.arrays import one_array
@@ -136,8 +136,7 @@ class Accepting:
 
     def _checks_of(self, served: ServedModel) -> RowChecks:
         if self._checks is None or self._checks[0] is not served:
-            pipeline = served.ranker.pipeline
-            self._checks = served, RowChecks(pipeline.schema, known_types(pipeline), self._limits.max_events)
+            self._checks = served, RowChecks(served.ranker.pipeline, self._limits.max_events)
         return self._checks[1]
 
 

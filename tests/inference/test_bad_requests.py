@@ -2,20 +2,25 @@
 
 import json
 from datetime import UTC, datetime, timedelta, timezone
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 
 from mmoe_rec.errors import RequestError, UserError
+from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.inference.ranking import Ranking
 from mmoe_rec.inference.reader import read_requests
+from mmoe_rec.live.event_rows import RowChecks
 from mmoe_rec.tracking import registry, runs
 from tests.inference.small_model import CONTEXT, ITEMS, USER, SmallModel, as_request
+from tests.log.small_logs import random_log, with_column
 
 NAN, INFINITY = float("nan"), float("inf")
 
@@ -66,8 +71,14 @@ def rank(ranker: Ranker, changes: dict[str, Any]) -> None:
         ({"user": {"user": [5]}}, "'user' must hold integers, as in the log; found lists of integers"),
         ({"context": {"time": "yesterday"}}, "'time' holds 'yesterday', which is not an ISO 8601 time"),
         ({"context": {"time": 1.5}}, "'time' must hold times"),
-        ({"user": {"user": True}}, "'user' holds true or false, which is no id"),
-        ({"candidates": {"item": [1, True]}}, "'item' holds true or false, which is no id"),
+        ({"user": {"user": True}}, "'user' must hold integers, as in the log; found true/false"),
+        ({"candidates": {"item": [1, True, 3, 4, 5]}}, "'item' must hold integers.*; found integers and true/false"),
+        ({"candidates": {"brand": [[]] * 5}}, "'brand' must hold strings, as in the log; found lists"),
+        ({"candidates": {"price": [[]] * 5}}, "'price' must hold numbers; found lists"),
+        ({"candidates": {"price": [True] * 5}}, "'price' must hold numbers; found true/false: give 1 or 0"),
+        ({"candidates": {"tags": [[True]] * 5}}, "'tags' must hold lists of strings.*; found lists of true/false"),
+        ({"candidates": {"item_click_rate": [False] * 5}}, "'item_click_rate' must hold numbers; found true/false"),
+        ({"user": {"clicked": [[]]}}, "'clicked' must hold lists of integers.*; found lists of lists"),
         ({"context": {"time": True}}, "'time' must hold times"),
         ({"context": {"time": "2201-01-01"}}, "outside the years 1700 to 2200"),
         ({"context": {"time": 1_701_255_600}}, "'time' holds the integer 1701255600, whose unit is not known"),
@@ -100,6 +111,47 @@ def test_sentence(ranker: Ranker, changes: dict[str, Any], message: str) -> None
         rank(ranker, changes)
     assert len(str(error.value)) < 400
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("column", ["price", "brand", "tags", "item_click_rate"])
+def test_a_value_is_refused_for_itself_whatever_stands_beside_it(ranker: Ranker, column: str) -> None:
+    def refusal(values: list[Any]) -> str:
+        try:
+            ranker.rank({"user": USER}, CONTEXT, {"item": list(range(len(values))), column: values})
+        except RequestError as error:
+            return str(error)
+        return ""
+
+    values: list[Any] = [None, True, 1, 0.5, 2**63, "", "1", NAN, {}, [], [None], [True], [1], ["a", None], [[]]]
+    wrong = {index for index, value in enumerate(values) if refusal([value])}
+    for one, other in product(range(len(values)), repeat=2):
+        assert bool(refusal([values[one], values[other]])) == bool(wrong & {one, other}), (values[one], values[other])
+    assert {1, 7, 8, 11, 14} <= wrong
+    assert 0 not in wrong
+
+
+def test_a_logs_own_booleans_are_taken_in_requests_and_events(tmp_path: Path) -> None:
+    log = random_log(1, rows=600)
+    for name, flags in {"price": pc.greater(log["price"], 1.0), "click": pc.equal(log["click"], 1.0)}.items():
+        log = with_column(log, name, flags)
+    folder = SmallModel(tmp_path, log=[log.slice(0, 200), log.slice(200)]).folder
+    ranker = Ranker.load(folder)
+    assert ranked(ranker, price=[True, False, 1, 0, None]) == ranked(ranker, price=[1.0, 0.0, 1.0, 0.0, None])
+    with pytest.raises(RequestError, match="'brand' must hold strings, as in the log; found true/false"):
+        ranked(ranker, brand=[True] * 5)
+    row = {"user": 5, "item": 3, "time": "2023-12-01", "click": True, "liked": None, "spent": 1, "brand": "a"}
+    assert RowChecks(ranker.pipeline).read_json(None, [row, row | {"click": 0}])["click"].to_pylist() == [1.0, 0.0]
+    with pytest.raises(RequestError, match="'liked' must hold numbers; found true/false: give 1 or 0"):
+        RowChecks(ranker.pipeline).read_json(None, [row | {"liked": True}])
+    # An earlier version noted no booleans.
+    file = folder / "features" / "pipeline.json"
+    state = json.loads(file.read_text())
+    assert state.pop("booleans") == ["click", "price"]
+    file.write_text(json.dumps(state))
+    before = RowChecks(FeaturePipeline.load(folder / "features"))
+    assert before.read_json(None, [row | {"liked": True}, row])["liked"].to_pylist() == [1.0, None]
+    with pytest.raises(RequestError, match="'user' must hold integers, as in the log; found true/false"):
+        before.read_json(None, [row | {"user": True}])
 
 
 def test_ids_are_required(ranker: Ranker) -> None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from mmoe_rec.errors import RequestError
 from mmoe_rec.features.pipeline import FeaturePipeline
-from mmoe_rec.live.event_rows import TOLERANCE_MICROSECONDS, RowChecks, known_types
+from mmoe_rec.live.event_rows import TOLERANCE_MICROSECONDS, RowChecks
 from mmoe_rec.log.columns import UTC_MICROSECONDS
 from tests.log.small_logs import ALL_KINDS, DAY, START, log_rows, random_log, schema_of, with_requests
 
@@ -35,14 +35,15 @@ def _log() -> pa.Table:
     return table.append_column("rate", pa.array(np.ones(len(table)))).append_column("taste", taste)
 
 
-def _types() -> dict[str, pa.DataType]:
+def _pipeline() -> FeaturePipeline:
     pipeline = FeaturePipeline(SCHEMA)
     pipeline.learn(log_rows(_log(), SCHEMA), NOW)
     pipeline.finish()
-    return known_types(pipeline)
+    pipeline.booleans = {"liked", "slot"}
+    return pipeline
 
 
-CHECKS = RowChecks(SCHEMA, _types(), most_rows=500)
+CHECKS = RowChecks(_pipeline(), most_rows=500)
 ROW = {
     "user": 5, "item": 3, "time": "2024-01-01T00:00:00Z", "request": 12, "click": 1, "liked": None, "spent": 2.5,
     "age": 1, "brand": "a", "price": 3, "tags": ["x", None], "born": "2000-01-01", "slot": 2, "rate": 0.5,
@@ -97,9 +98,15 @@ def test_labels_and_other_keys_may_be_null():
         ({"request": None}, "column 'request' is null"),
         ({"time": None}, "column 'time' is null"),
         ({"user": "5"}, """column 'user' must hold integers, as in the log; found strings: give 12, not "12\""""),
-        ({"user": True}, "column 'user' holds true or false, which is no id"),
-        ({"request": False}, "column 'request' holds true or false"),
-        ({"event_id": True}, "column 'event_id' holds true or false"),
+        ({"user": True}, "column 'user' must hold integers, as in the log; found true/false"),
+        ({"request": False}, "column 'request' must hold integers, as in the log; found true/false"),
+        ({"click": True}, "column 'click' must hold numbers; found true/false: give 1 or 0"),
+        ({"click": []}, "column 'click' must hold numbers; found lists"),
+        ({"brand": [None]}, "column 'brand' must hold strings, as in the log; found lists"),
+        ({"tags": [True]}, "column 'tags' must hold lists of strings, as in the log; found lists of true/false"),
+        ({"taste": []}, "column 'taste' of feature 'taste' holds a list of 0 numbers, but its `size` is 2"),
+        ({"event_id": True}, "column 'event_id' must hold integers or strings; found true/false"),
+        ({"event_id": []}, "column 'event_id' must hold integers or strings; found lists"),
         ({"event_id": 1.5}, "column 'event_id' must hold integers or strings; found numbers with a fraction"),
         ({"user": 2**63}, "column 'user' holds 9223372036854775808, which does not fit into 64 bits"),
         ({"brand": 7}, "column 'brand' must hold strings, as in the log; found integers"),
@@ -113,7 +120,7 @@ def test_labels_and_other_keys_may_be_null():
         ({"rate": 0}, "column 'rate' holds 0"),
         ({"rate": 1.5}, "column 'rate' holds 1.5"),
         ({"taste": [1.0]}, "column 'taste' of feature 'taste' holds a list of 1 numbers, but its `size` is 2"),
-        ({"taste": [1.0, None]}, "column 'taste' of feature 'taste' holds null, NaN or infinity within a list"),
+        ({"taste": [1.0, None]}, "column 'taste' holds null within a list; give null instead of the whole list"),
         ({"time": "yesterday"}, "column 'time' holds 'yesterday', which is not an ISO 8601 time"),
         ({"time": 1_700_000_000}, "column 'time' holds the integer 1700000000, whose unit is not known"),
         ({"time": "9999-01-01"}, "column 'time' holds '9999-01-01', a time outside the years 1700 to 2200"),
@@ -222,7 +229,7 @@ def _naive(table: pa.Table) -> pa.ChunkedArray:
     ("name", "values", "sentence"),
     [
         ("user", ["5"], "column 'user' must hold int64, as in the log; found string"),
-        ("user", [True], "column 'user' holds true or false"),
+        ("user", [True], "column 'user' holds true or false, and not so in the log"),
         ("user", pa.array([2**64 - 1], pa.uint64()), "column 'user' cannot be read as int64"),
         ("price", [math.inf], "column 'price' holds NaN or infinity"),
         ("time", ["soon"], "column 'time' holds 'soon', which is not an ISO 8601 time"),
@@ -343,6 +350,36 @@ VALUES = st.recursive(
     lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=2), inner, max_size=2)),
     max_leaves=5,
 )  # fmt: skip
+
+
+PLAUSIBLE = [None, True, False, 0, 1, 1.0, 0.5, 2**53 + 1, 2**63, "", "a", "1", math.nan, {}]
+PLAUSIBLE += [[], [None], [True], [1], [0.5, 2], [1.0, None], ["a"], ["a", None], [[]], "2023-01-01", 1_700_000_000]
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data())
+def test_a_value_is_refused_for_itself_whatever_stands_beside_it(data):
+    name = data.draw(st.sampled_from([each for each in ROW if each != "event_id"]))  # a caller's own, of any type
+    values = data.draw(st.lists(st.one_of(st.sampled_from([*PLAUSIBLE, ROW[name]]), VALUES), min_size=1, max_size=4))
+    rows = [{**ROW, "request": 20 + number, name: value} for number, value in enumerate(values)]
+    alone = [_outcome(lambda row=row: CHECKS.read_json(None, [row], NOW)) for row in rows]
+    table, told = _outcome(lambda: CHECKS.read_json(None, rows, NOW))
+    if table is None:
+        assert told in [each.replace("row 0: ", f"row {row}: ", 1) for row, (_, each) in enumerate(alone) if each]
+    else:
+        assert [each for _, each in alone] == [""] * len(rows)
+        one_by_one = pa.concat_tables([each for each, _ in alone], promote_options="permissive")
+        assert table.to_pylist() == one_by_one.select(table.column_names).to_pylist()
+
+
+def test_true_and_false_are_taken_where_the_log_holds_them():
+    rows = [{**ROW, "liked": liked} for liked in (True, 0, None, False, 1.0)]
+    table = pa.Table.from_pylist([{**ROW, "liked": liked} for liked in (True, False, None)])
+    assert CHECKS.read_json(None, rows, NOW)["liked"].to_pylist() == [1.0, 0.0, None, 0.0, 1.0]
+    assert CHECKS.read_table(None, table, NOW)["liked"].to_pylist() == [1.0, 0.0, None]
+    for held in (pa.array([True] * 3), pa.array([[True]] * 3)):
+        with pytest.raises(RequestError, match="column 'price' holds true or false, and not so in the log"):
+            CHECKS.read_table(None, table.set_column(table.column_names.index("price"), "price", held), NOW)
 
 
 @settings(max_examples=400, deadline=None)

@@ -15,7 +15,7 @@ from mmoe_rec.features import kinds
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.live import journal_files
 from mmoe_rec.live.duplicates import Duplicates
-from mmoe_rec.live.event_rows import RowChecks, known_types
+from mmoe_rec.live.event_rows import RowChecks
 from mmoe_rec.live.journal import BATCHES, CHECKPOINTS, STATES, Batch, Journal
 from mmoe_rec.live.journal_files import cut_journal, find_removed_logs, remove_batches, write_files
 from mmoe_rec.log.columns import canonical, column_uses, event_uses
@@ -45,7 +45,7 @@ def _rows_of(growing: Growing, start: float, end: float) -> tuple[pa.Table, pa.T
 def _post(journal: Journal, growing: Growing, start: float, end: float, size: int = 7) -> None:
     """Sends the rows of some days as a caller would, every third batch twice."""
     pipeline = FeaturePipeline.load(growing.work / "features" / "serving", memories=False)
-    checks = RowChecks(growing.schema, known_types(pipeline))
+    checks = RowChecks(pipeline)
     rows, events = _rows_of(growing, start, end)
     for first in range(0, max(len(rows), len(events)), size):
         batches = []
@@ -223,7 +223,7 @@ def test_integer_times_stay_integers(journal, tmp_path):
     (tmp_path / "log").mkdir()
     pq.write_table(rows, tmp_path / "log" / "0.parquet")
     row = {"user": 1, "item": 3, "at": START // 1000 + 5, "click": 0}
-    journal.append(Batch(None, 0, RowChecks(schema).read_json(None, [row])))
+    journal.append(Batch(None, 0, RowChecks(FeaturePipeline(schema)).read_json(None, [row])))
     (path,) = write_files(journal, schema, cut_journal(journal), str(tmp_path / "log")).files
     assert pq.read_table(path).to_pylist() == [row]
     finer = pa.array([START + 7]).cast(_UTC)
