@@ -88,7 +88,7 @@ class Calls:
         if not is_json(type_of(request)):
             raise Refused(415, "the body must be JSON: send the header Content-Type: application/json", "no_json")
         with self.metrics.timed("read"):
-            body = await read_body(request, self.limits)
+            body = await read_body(request, self.limits, self.places)
         with self.metrics.timed("parse"):
             if len(body) <= PARSED_AT_ONCE:
                 call = parse(body, self.limits)
@@ -189,8 +189,9 @@ def type_of(request: HttpRequest) -> str:
     return request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
 
 
-async def read_body(request: HttpRequest, limits: Serving) -> bytes:
-    """The body of a call. Raises Refused for one that is too large, as soon as that is known, or too slow."""
+async def read_body(request: HttpRequest, limits: Serving, places: Places) -> bytes:
+    """The body of a call that has a place. Raises Refused for one that is too large, as soon as that is known, or too
+    slow."""
     for name, plain in (("Content-Encoding", "identity"), ("Transfer-Encoding", "chunked")):
         if request.headers.get(name, plain).strip().lower() != plain:
             raise Refused(415, f"the body must not be compressed: leave the header {name} out", "no_json")
@@ -209,19 +210,19 @@ async def read_body(request: HttpRequest, limits: Serving) -> bytes:
     parts: list[bytes] = []
     size = 0
     try:
-        async with asyncio.timeout(limits.read_seconds):
-            async for part in request.stream():
-                size += len(part)
-                if size > most:
-                    raise too_large
-                parts.append(part)
+        async with asyncio.timeout(limits.read_seconds) as scope:
+            with places.read(scope) as reading:
+                async for part in request.stream():
+                    reading.take(len(part))
+                    size += len(part)
+                    if size > most:
+                        raise too_large
+                    parts.append(part)
     except TimeoutError:
-        raise Refused(
-            408,
-            f"the body did not arrive within {limits.read_seconds:g} seconds (setting `serving.read_seconds`)",
-            "too_slow",
-            "REQUEST_TIMEOUT",
-        ) from None
+        slow = f"did not arrive within {limits.read_seconds:g} seconds (setting `serving.read_seconds`)"
+        if reading.is_slow:
+            slow = "came so slowly that another call took its place (setting `serving.max_waiting`); come again"
+        raise Refused(408, f"the body {slow}", "too_slow", "REQUEST_TIMEOUT") from None
     return b"".join(parts)
 
 

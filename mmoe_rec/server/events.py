@@ -77,7 +77,7 @@ class Accepting:
         kind, log = type_of(request), _log_in(request.query_params)
         if not is_json(kind) and kind != ARROW:
             raise Refused(415, f"the body must be JSON, or an Arrow stream (Content-Type: {ARROW})", "no_json")
-        body = await read_body(request, self._limits)
+        body = await read_body(request, self._limits, self.places)
         source, table, lacking = await loop.run_in_executor(self._threads, self._check, body, kind == ARROW, log)
         if lacking:
             await self._following.reach_end()  # what was acknowledged before may say what it lacks

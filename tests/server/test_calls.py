@@ -18,6 +18,7 @@ import pytest
 from mmoe_rec.errors import LONGEST_QUOTE
 from mmoe_rec.inference.artifact import version_of
 from mmoe_rec.inference.reader import OPTIONS
+from mmoe_rec.server import options
 from mmoe_rec.server.app import Application
 from mmoe_rec.server.calls import MOST_IGNORED
 from mmoe_rec.server.models import Models
@@ -227,6 +228,43 @@ def test_calls_beyond_the_limit_are_told_to_come_again(models: Models) -> None:
     refused = next(each for each in answers if each.status == 503)
     assert refused.headers["retry-after"] == "1"
     assert ask(app, GOOD).status == 200
+
+
+def test_the_slowest_body_leaves_its_place_to_a_call_that_needs_one(
+    models: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(options, "PAUSE_SECONDS", 1e9)
+    monkeypatch.setattr(options, "LEAST_RATE", 1.0)
+    app = application(models, max_waiting=3, read_seconds=600)
+
+    async def scenario() -> list[Answer]:
+        end = asyncio.Event()
+
+        async def stalled(first: bytes) -> AsyncIterator[bytes]:
+            yield first
+            await end.wait()
+            yield GOOD[len(first) :]
+
+        async def held(first: bytes, grace: float) -> asyncio.Task[Answer]:
+            monkeypatch.setattr(options, "GRACE_SECONDS", grace)
+            before, task = app.calls.places.taken, asyncio.ensure_future(reply(app, parts=stalled(first)))
+            while app.calls.places.taken == before:
+                await asyncio.sleep(0)
+            return task
+
+        # By their bytes two have come too slowly, the second one less so.
+        calls = [await held(GOOD[:9], -99.0), await held(GOOD[:5], -99.0), await held(GOOD[:5], 1e9)]
+        found = [await reply(app, GOOD) for _ in range(3)]
+        calls += [await held(GOOD[:5], 1e9) for _ in range(2)]
+        found += [await reply(app, GOOD)]
+        end.set()
+        return [*found, *await asyncio.gather(*calls)]
+
+    *found, first, second, third, fourth, fifth = asyncio.run(scenario())
+    assert [each.status for each in found] == [200, 200, 200, 503]
+    assert (second.status, second.headers["connection"]) == (408, "close")
+    assert "came so slowly that another call took its place" in second.message
+    assert [each.status for each in (first, third, fourth, fifth)] == [408, 200, 200, 200]
 
 
 def test_nothing_is_ranked_for_a_caller_who_has_left(models: Models) -> None:

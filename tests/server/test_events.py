@@ -26,7 +26,7 @@ from mmoe_rec.live.journal import BATCHES, Batch, Journal
 from mmoe_rec.live.journal_files import cut_journal, remove_batches, write_files
 from mmoe_rec.log.columns import UTC_MICROSECONDS
 from mmoe_rec.log.rows import LogRows
-from mmoe_rec.server import ranking_queue
+from mmoe_rec.server import options, ranking_queue
 from mmoe_rec.server.app import Application
 from mmoe_rec.server.calls import ARROW
 from mmoe_rec.server.models import Models
@@ -515,7 +515,10 @@ def test_events_do_not_wait_soon_after_a_wait(
 
 
 @pytest.mark.parametrize("full", ["/invocations", "/events"])
-def test_a_page_that_is_full_leaves_the_other_one_its_places(small: SmallModel, tmp_path: Path, full: str) -> None:
+def test_a_page_that_is_full_leaves_the_other_one_its_places(
+    small: SmallModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full: str
+) -> None:
+    monkeypatch.setattr(options, "GRACE_SECONDS", 1e9)
     app = Application(_models(small, tmp_path, max_waiting=2))
     assert app.events is not None
     places = {"/invocations": app.calls.places, "/events": app.events.places}
