@@ -362,18 +362,18 @@ def _parse_address(text: str) -> URL:
 
 
 def _check_file(file: Path, create: bool) -> None:
-    if file.is_dir():
-        raise UserError(
-            f"'{file}' is a folder, as the journal of an earlier version: run refresh --journal with that version "
-            "once, and then give the address of a new journal, such as sqlite:///journal.db"
-        )
-    if create:
-        try:
+    try:
+        if file.is_dir():
+            raise UserError(
+                f"'{file}' is a folder, as the journal of an earlier version: run refresh --journal with that version "
+                "once, and then give the address of a new journal, such as sqlite:///journal.db"
+            )
+        if create:
             file.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"there can be no journal '{file}': {error.strerror}") from None
-    elif not file.is_file():
-        raise UserError(f"'{file}' holds no journal")
+        elif not file.is_file():
+            raise UserError(f"'{file}' holds no journal")
+    except OSError as error:
+        raise UserError(f"there can be no journal '{file}': {error.strerror}") from None
 
 
 def _create_engine(url: URL) -> Engine:

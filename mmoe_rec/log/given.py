@@ -119,7 +119,7 @@ def check_count(name: str, value: Any) -> None:
 def check_flag(name: str, value: Any) -> None:
     """Raises RequestError unless an option is missing, true or false."""
     if value is not None and not isinstance(value, bool):
-        raise RequestError(f"{name} must be true or false, found {value!r}")
+        raise RequestError(f"{name} must be true or false, found {quoted(value)}")
 
 
 def _wanted(use: Use, expected: pa.DataType | None) -> str:

@@ -211,15 +211,15 @@ class Passes:
     """
 
     def __init__(self, marks: bytearray | memoryview | None = None, number: int = 0) -> None:
-        self._marks, self._number = bytearray(1) if marks is None else marks, number
+        self._marks, self.number = bytearray(1) if marks is None else marks, number
 
     def begin(self) -> None:
         """A pass of this worker begins."""
-        self._marks[self._number] = 1
+        self._marks[self.number] = 1
 
     def end(self) -> None:
         """It has ended, and its replies are written."""
-        self._marks[self._number] = 0
+        self._marks[self.number] = 0
 
     def wait(self) -> None:
         """Ends once no worker ranks, or after `LONGEST_WAIT_SECONDS`; for threads."""

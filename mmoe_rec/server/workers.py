@@ -399,7 +399,8 @@ def _run_worker(
     from mmoe_rec.server.running import Server
 
     served, metrics = models.current, Metrics()
-    talk = _Talk(pipe, models, metrics)
+    counts = passes.number == 0  # one of the workers counts what happens to all of them
+    talk = _Talk(pipe, models, metrics, counts)
     try:
         if served.learning is not None:
             served.learning.catch_up()
@@ -410,7 +411,7 @@ def _run_worker(
             what, *is_another = talk.receive()
             if what != "accept":
                 end_process(0)
-            if any(is_another):
+            if any(is_another) and counts:
                 metrics.reloads.labels("done").inc()
         server.serve_on(sockets.bound, lambda: asyncio.get_running_loop().add_reader(pipe.fileno(), talk.obey, server))
     except UserError as error:
@@ -422,8 +423,9 @@ def _run_worker(
 class _Talk:
     """A worker's end of the pipe; used in its main thread alone."""
 
-    def __init__(self, pipe: Connection, models: Models, metrics: Metrics) -> None:
-        self._pipe, self._models, self._metrics = pipe, models, metrics
+    def __init__(self, pipe: Connection, models: Models, metrics: Metrics, counts: bool) -> None:
+        """counts: whether this worker counts attempts to take up another model."""
+        self._pipe, self._models, self._metrics, self._counts = pipe, models, metrics, counts
         self._reloads: list[asyncio.Future[Any]] = []  # replies come in this order
 
     def send(self, *message: Any) -> None:
@@ -453,7 +455,8 @@ class _Talk:
         what, *rest = self.receive()
         if what == "failed":
             (self._models.failure,) = rest
-            self._metrics.reloads.labels("failed").inc()
+            if self._counts:
+                self._metrics.reloads.labels("failed").inc()
         elif what == "retire":
             server.retire(lambda: self.send("retired"))
         elif what == "reloaded":

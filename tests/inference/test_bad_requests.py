@@ -96,7 +96,7 @@ def rank(ranker: Ranker, changes: dict[str, Any]) -> None:
         ({"top_k": 1.5}, "top_k must be an integer"),
         ({"top_k": True}, "top_k must be an integer"),
         ({"explain": "yes"}, "explain must be true or false"),
-        ({"explain": 1}, "explain must be true or false"),
+        ({"explain": ["yes"] * 999}, r"explain must be true or false, found \['yes'.{50,60}\.\.\.$"),
         ({"gate_top_k": 0}, "gate_top_k must be an integer of at least 1, found 0"),
         ({"gate_top_k": True}, "gate_top_k must be an integer"),
         ({"gate_top_k": 1000}, "gate_top_k is 1000, and the model has 3 experts"),

@@ -200,6 +200,8 @@ def test_addresses_that_hold_no_journal(tmp_path: Path, file: Path) -> None:
         Journal(file)
     with pytest.raises(UserError, match="there can be no journal"):
         Journal(file / "below" / "journal.db")
+    with pytest.raises(UserError, match=r"there can be no journal '.*': File name too long"):
+        Journal(tmp_path / ("x" * 300))
     with pytest.raises(UserError, match=r"is a folder.*earlier version.*run refresh --journal with that version once"):
         Journal(tmp_path)
     with pytest.raises(UserError, match=r"'postgresql\+psycopg://me:\*\*\*@.*can't be written") as error:

@@ -79,7 +79,7 @@ def test_workers_are_replaced_reloaded_and_counted_together(folder: Path, tmp_pa
             assert each.answers == sorted(each.answers, key=lambda answer: answer == after), "nobody meets it once more"
         until(lambda: not any(map(is_running, first | generation)))
         text = running.send(None, "/metrics", "GET")[1]
-        assert 'mmoe_rec_reloads_total{outcome="done"} 2.0' in text, "of each worker"
+        assert 'mmoe_rec_reloads_total{outcome="done"} 1.0' in text, "of all workers"
 
         second = running.workers()
         os.kill(max(second), signal.SIGKILL)
@@ -91,6 +91,8 @@ def test_workers_are_replaced_reloaded_and_counted_together(folder: Path, tmp_pa
         assert (status, "the previous model goes on serving" in body["message"]) == (503, True)
         assert version(running) == after
         assert "features" in until(lambda: running.send(None, "/version", "GET")[1]["reload_failure"])
+        failed = 'mmoe_rec_reloads_total{outcome="failed"} '
+        assert f"{failed}1.0" in until(lambda: (text := running.send(None, "/metrics", "GET")[1]) * (failed in text))
 
         last = running.workers() | running.generations()
         assert len(last) == 3
