@@ -362,7 +362,7 @@ class Ranker:
         unknown_users = (rows.shared.unknown(names.user) & names.has_user).astype(int).tolist()
         best = scored.values[order].astype(np.float64)
         lists = {name: each.tolist() for name, each in add_outcomes(best, self.layout).items()}
-        scores = scores_from_logs(log_scores[order]).tolist()
+        logs, scores = log_scores[order].tolist(), scores_from_logs(log_scores[order]).tolist()
         places, positions = order.tolist(), (order - starts[rows.of]).tolist()
         times = rows.shared.times().tolist()
         floors = pipeline.memories_read(rows)
@@ -382,6 +382,7 @@ class Ranker:
                 Ranking(
                     candidates=[ids[place] for place in places[start:end]],
                     scores=scores[start:end],
+                    log_scores=logs[start:end],
                     predictions={name: every[start:end] for name, every in lists.items()},
                     order=positions[start:end],
                     request_time=iso_time(times[number]),

@@ -84,7 +84,8 @@ _IF_THERE = ("explanations", "request_id")
 class Ranking:
     """Candidates, best first. Equal scores keep the request's order.
 
-    candidates: ids; scores: exp(sum of weight x log prediction); predictions: name -> values, as `add_outcomes` gives;
+    candidates: ids; scores: exp(sum of weight x log prediction); log_scores: the sums, which tell candidates apart
+    where scores are too small or large for it; predictions: name -> values, as `add_outcomes` gives;
     order: positions of the candidates in the request; request_time and tables_as_of: ISO times of the request and of
     the last logged request that the model's tables know, None where the log has no times; warnings: what went wrong
     with experts, see `mmoe_rec.inference.scorer`, and what is wrong with the request's time, see `Freshness`; model:
@@ -97,6 +98,7 @@ class Ranking:
 
     candidates: list[int] | list[str]
     scores: list[float]
+    log_scores: list[float]
     predictions: dict[str, list[float]]
     order: list[int]
     request_time: str

@@ -46,7 +46,8 @@ class NoopRanker:
     def _answer(self, ids: Any) -> Ranking:
         numbers = [0.12345678901234567] * len(ids)
         predictions = dict.fromkeys(self.names, numbers)
-        return Ranking(list(ids), numbers, predictions, list(range(len(ids))), self.tables_as_of, self.tables_as_of)
+        order = list(range(len(ids)))
+        return Ranking(list(ids), numbers, numbers, predictions, order, self.tables_as_of, self.tables_as_of)
 
 
 def main() -> None:

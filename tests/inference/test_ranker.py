@@ -2,6 +2,7 @@
 
 import json
 from datetime import UTC, datetime
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -225,13 +226,19 @@ def test_task_weights(ranker: Ranker, given: dict | None, weights: list[float]) 
     np.testing.assert_allclose(ranking.scores, np.prod(values ** np.array(weights), axis=1), rtol=1e-4)
 
 
-def test_huge_weights_still_rank(ranker: Ranker) -> None:
-    ranking = ranker.rank({"user": USER}, CONTEXT, {"item": ITEMS}, task_weights={"click": 1e6})
+@pytest.mark.parametrize(("weight", "scores"), [(1e6, {0.0}), (1e-300, {1.0})])
+def test_lists_are_merged_by_log_scores_whatever_the_weights(ranker: Ranker, weight: float, scores: set) -> None:
+    weights = {"click": weight, "liked": 0, "spent": -0.0}
+    ranking = ranker.rank({"user": USER}, CONTEXT, {"item": ITEMS}, task_weights=weights)
     reply = json.loads(json.dumps(ranking.to_dict(), allow_nan=False))
-    assert sorted(reply["order"]) == list(range(len(ITEMS)))
     clicks = in_request_order(ranking, ranker)[0][:, 0]
     assert (np.diff(clicks[reply["order"]]) < 1e-5).all()
     assert np.ptp(clicks) > 1e-4
+    assert set(reply["scores"]) == scores, "which would lose the order"
+    np.testing.assert_allclose(reply["log_scores"], weight * np.log(clicks[reply["order"]]), rtol=1e-4)
+    parts = [ranker.rank({"user": USER}, CONTEXT, {"item": part}, weights) for part in (ITEMS[:2], ITEMS[2:])]
+    merged = sorted(chain(*(zip(each.log_scores, each.candidates, strict=True) for each in parts)), reverse=True)
+    assert [candidate for _, candidate in merged] == reply["candidates"]
 
 
 def test_string_ids(tmp_path: Path) -> None:
