@@ -5,7 +5,7 @@ measures them on the test rows. With `--model` the model stands beside them, wit
 verdict. Writes `report.html`, `metrics.json` and others to `data.work`/baselines.
 
 Trees get all inputs but placement and lists of ids (histories). Validation rows choose how many there are, at most 500,
-and what stands: trees without ids, trees that see the 254 most frequent values of each, or the mean of both; and they
+and what stands: trees without ids, trees with ids, numbered by falling frequency, or the mean of both; and they
 calibrate all, as `training.calibration` says of a model. Trees learn from the last two million training rows, or fewer
 of more than a hundred inputs, which takes some six gigabytes.
 """

@@ -40,7 +40,6 @@ FEW_ROWS = 500_000
 """Training rows up to which trees learn at half the rate, which takes twice as many: with more, it gains little."""
 SMOOTHING = 20.0
 """Rows of the mean over all that are added to those of each candidate."""
-_CATEGORIES = 255  # what scikit-learn's histograms can hold; the last one stands for all rarer values
 
 
 def measure_baselines(
@@ -173,10 +172,11 @@ def boost_trees(kind: str, train: Inputs, validation: Inputs, seed: int = 0) -> 
     """scikit-learn's histogram gradient boosting, without ids, with ids or the mean of both by the validation loss; and
     what was chosen, in words.
 
-    kind: of the task; train, validation: its rows, as `Inputs.of_task` gives them; seed: of the columns that a split
-    looks at. The logloss, or squared error, of validation rows also says how many trees count; where these lack labels,
-    TREES_UNCHOSEN do, without ids if there are numbers. Raises UserError where no label is observed, of a binary task
-    one class only, or no input is left.
+    An id is its number in the vocabulary, where the most frequent ones come first: as categories, of which scikit-learn
+    takes 254, ids did no better. kind: of the task; train, validation: its rows, as `Inputs.of_task` gives them; seed:
+    of the columns that a split looks at. The logloss, or squared error, of validation rows also says how many trees
+    count; where these lack labels, TREES_UNCHOSEN do, without ids if there are numbers. Raises UserError where no label
+    is observed, of a binary task one class only, or no input is left.
     """
     classes = np.unique(train.labels)
     if len(classes) == 0:
@@ -184,14 +184,14 @@ def boost_trees(kind: str, train: Inputs, validation: Inputs, seed: int = 0) -> 
     if kind == "binary" and not np.array_equal(classes, [0, 1]):
         raise UserError(f"the observed training labels are {classes[:5].tolist()}; expected both 0 and 1")
     held_out = validation if len(np.unique(validation.labels)) >= (2 if kind == "binary" else 1) else None
-    inputs: dict[str, Sequence[pd.Index] | None] = {"without ids": None} if train.dense.shape[1] else {}
-    if train.ids.shape[1] and (held_out is not None or not inputs):
-        inputs["with ids"] = [pd.Series(ids).value_counts().index[: _CATEGORIES - 1] for ids in train.ids.T]
-    if not inputs:
+    views = {"without ids": False} if train.dense.shape[1] else {}
+    if train.ids.shape[1] and (held_out is not None or not views):
+        views["with ids"] = True
+    if not views:
         raise UserError("trees have no input: all features describe placement, or are lists of ids")
     choices = dict[str, Predict]()
-    for name, categories in inputs.items():
-        predict, count = _fit_trees(kind, train, held_out, categories, seed)
+    for name, with_ids in views.items():
+        predict, count = _fit_trees(kind, train, held_out, with_ids, seed)
         choices[f"{count} trees {name}"] = predict
     if held_out is None:
         ((told, predict),) = choices.items()
@@ -206,17 +206,17 @@ def boost_trees(kind: str, train: Inputs, validation: Inputs, seed: int = 0) -> 
     return choices[best], f"{best}, {name} of validation rows {losses[best]:.4g}{''.join(others)}"
 
 
-def _fit_trees(
-    kind: str, train: Inputs, held_out: Inputs | None, categories: Sequence[pd.Index] | None, seed: int
-) -> tuple[Predict, int]:
-    """What trees predict, and how many of them. categories: of each id the values that are kept apart, None without
-    ids."""
+def _fit_trees(kind: str, train: Inputs, held_out: Inputs | None, with_ids: bool, seed: int) -> tuple[Predict, int]:
+    """What trees predict, and how many of them."""
+
+    def see(rows: Inputs) -> np.ndarray:
+        return np.column_stack([rows.dense, rows.ids]).astype(np.float32) if with_ids else rows.dense
+
     estimator = (HistGradientBoostingClassifier if kind == "binary" else HistGradientBoostingRegressor)(
         learning_rate=0.05 if len(train.labels) <= FEW_ROWS else 0.1,
         max_iter=TREES_UNCHOSEN if held_out is None else MOST_TREES,
         min_samples_leaf=50,
         max_features=0.5,
-        categorical_features=None if categories is None else train.dense.shape[1] + np.arange(len(categories)),
         early_stopping=held_out is not None,
         n_iter_no_change=PATIENCE,
         tol=0.0,  # else labels in a large unit would never improve enough
@@ -224,27 +224,17 @@ def _fit_trees(
     )
     own, count = {}, TREES_UNCHOSEN
     if held_out is not None:
-        own = {"X_val": _join(held_out, categories), "y_val": held_out.labels, "sample_weight_val": held_out.weights}
-    estimator.fit(_join(train, categories), train.labels, train.weights, **own)
+        own = {"X_val": see(held_out), "y_val": held_out.labels, "sample_weight_val": held_out.weights}
+    estimator.fit(see(train), train.labels, train.weights, **own)
     if held_out is not None:
         count = int(estimator.validation_score_[1:].argmax()) + 1  # the first one is that of no tree
 
     def predict(rows: Inputs) -> np.ndarray:
-        x = _join(rows, categories)
-        stages = estimator.staged_predict_proba(x) if kind == "binary" else estimator.staged_predict(x)
-        last = next(islice(stages, count - 1, None))  # further trees were too many
+        stages = estimator.staged_predict_proba if kind == "binary" else estimator.staged_predict
+        last = next(islice(stages(see(rows)), count - 1, None))  # further trees were too many
         return np.asarray(last[:, 1] if kind == "binary" else last)
 
     return predict, count
-
-
-def _join(rows: Inputs, categories: Sequence[pd.Index] | None) -> np.ndarray:
-    """(N, D + I) float32, of each id its rank by frequency, 254 for all others; (N, D) without categories."""
-    if categories is None:
-        return rows.dense
-    ranks = [frequent.get_indexer(ids) for frequent, ids in zip(categories, rows.ids.T, strict=True)]
-    ids = [np.where(rank < 0, _CATEGORIES - 1, rank).astype(np.float32) for rank in ranks]
-    return np.column_stack([rows.dense, *ids])
 
 
 @dataclass(frozen=True)

@@ -43,35 +43,34 @@ def test_popularity_is_the_smoothed_rate_of_rows_by_their_weights(unit: float | 
 
 
 def tree_rows(seed: int, by: float = 1.5, rows: int = 4000) -> Inputs:
-    """A number with gaps, an id of 120 values whose parity matters `by` so much, and one that says nothing."""
+    """A number with gaps, an id of 120 values, of which some matter `by` so much, and one that says nothing."""
     generator = np.random.default_rng(seed)
     number = np.where(generator.random(rows) < 0.1, np.nan, generator.normal(size=rows)).astype(np.float32)
     ids = np.column_stack([generator.geometric(0.02, rows) % 120, generator.integers(0, 200, rows)])
-    logit = np.nan_to_num(number) + np.where(ids[:, 0] % 2 == 0, by, -by)
+    logit = np.nan_to_num(number) + np.where(ids[:, 0] // 15 % 2 == 0, by, -by)
     label = (generator.random(rows) < 1 / (1 + np.exp(-logit))).astype(float)
     label[generator.random(rows) < 0.1] = np.nan
-    return Inputs(number[:, None], (ids * 10_000_019).astype(np.int32), label[:, None])
+    return Inputs(number[:, None], ids.astype(np.int32), label[:, None])
 
 
 def boosted(train: Inputs, validation: Inputs, kind: str = "binary") -> tuple[Predict, str]:
     return boost_trees(kind, train.of_task(0), validation.of_task(0))
 
 
-@pytest.mark.parametrize(("by", "stands"), [(3.0, "with"), (0.0, "without"), (0.2, "both")])
+@pytest.mark.parametrize(("by", "later", "stands"), [(3, 3, "with"), (1, -1, "without"), (0.2, 0.2, "both")])
 def test_validation_rows_choose_how_many_trees_and_whether_ids_help(
-    by: float, stands: str, monkeypatch: pytest.MonkeyPatch
+    by: float, later: float, stands: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By the losses of all numbers of trees that scikit-learn's estimator makes when nothing stops it."""
     monkeypatch.setattr(baselines, "MOST_TREES", 60)
-    train, validation, test = (tree_rows(seed, by) for seed in range(3))
+    train, validation, test = tree_rows(0, by), tree_rows(1, later), tree_rows(2, later)
     known, observed = (~np.isnan(each.labels[:, 0]) for each in (train, validation))
     predicted, counts = {}, {}
     for name, columns in (("without", 1), ("with", 3)):
         model = HistGradientBoostingClassifier(
-            max_iter=60, early_stopping=False, learning_rate=0.05, min_samples_leaf=50, max_features=0.5,
-            random_state=0, categorical_features=np.arange(3)[:columns] > 0,
+            max_iter=60, early_stopping=False, learning_rate=0.05, min_samples_leaf=50, max_features=0.5, random_state=0
         )  # fmt: skip
-        x = [np.column_stack([each.dense, each.ids // 10_000_019])[:, :columns] for each in (train, validation, test)]
+        x = [np.column_stack([each.dense, each.ids])[:, :columns] for each in (train, validation, test)]
         model.fit(x[0][known], train.labels[known, 0])
         own, other = ([stage[:, 1] for stage in model.staged_predict_proba(each)] for each in x[1:])
         best = int(np.argmin([log_loss(validation.labels[observed, 0], each[observed]) for each in own]))
@@ -86,15 +85,13 @@ def test_validation_rows_choose_how_many_trees_and_whether_ids_help(
     np.testing.assert_array_equal(predict(test), again(test))
 
 
-def test_rare_and_unseen_ids_are_one() -> None:
-    ids = np.repeat(np.arange(1000), 3)
-    ids[:600] = 7  # the most frequent value; all others but 253 of equal frequency are folded
-    train = Inputs(np.empty((3000, 0), np.float32), ids[:, None], (ids[:, None] == 7).astype(float))
-    others = np.array([[999], [-5], [2**31 - 1], [7]], np.int32)
-    predict, told = boosted(train, replace(train, labels=np.full((3000, 1), np.nan)))
-    rare, unseen, largest, frequent = predict(Inputs(np.empty((4, 0), np.float32), others, others))
-    assert rare == unseen == largest < 0.5 < frequent
-    assert told == "100 trees with ids", "validation rows say nothing, and there is no number"
+def test_where_validation_rows_say_nothing_there_are_trees_all_the_same() -> None:
+    train = tree_rows(5, 3.0)
+    nothing = replace(train, labels=np.full_like(train.labels, np.nan))
+    for rows, stands in ((train, "without ids"), (replace(train, dense=train.dense[:, :0]), "with ids")):
+        predict, told = boosted(rows, nothing)
+        assert told == f"100 trees {stands}"
+        assert roc_auc_score(train.of_task(0).labels, predict(rows.of_task(0))) > 0.6
 
 
 @pytest.mark.parametrize("kind", ["binary", "regression"])
@@ -172,10 +169,11 @@ def test_popularity_is_the_rate_of_each_candidate(model: SmallModel) -> None:
 
 
 def test_probabilities_are_calibrated_as_those_of_the_model_are(tmp_path: Path) -> None:
-    """Clicks of later days are rarer, on validation and test rows alike; a regression stays as it is."""
+    """Clicks of later days are rarer, on validation and test rows alike, and some items always have more; a regression
+    stays as it is."""
     log = random_log(0, rows=6000)
     rarer = (times_of(log) > START + 6 * DAY) & (np.arange(len(log)) % 3 > 0)
-    click = np.where(rarer, 0.0, log["click"].to_numpy())
+    click = np.where(rarer, 0.0, np.where(log["item"].to_numpy() > 0, log["click"].to_numpy(), 1.0))
     log = log.set_column(log.column_names.index("click"), "click", pa.array(click, from_pandas=True))
     tasks: dict[str, list[dict]] = {}
     for method in ("none", "temperature"):
@@ -183,7 +181,7 @@ def test_probabilities_are_calibrated_as_those_of_the_model_are(tmp_path: Path) 
         tasks[method] = [json.loads((out / each / "metrics.json").read_text())["tasks"] for each in (".", "against/1")]
     for before, after in zip(*tasks.values(), strict=True):
         assert before["click"]["calibration"]["value"] > 1.5
-        assert after["click"]["calibration"]["value"] == pytest.approx(1, abs=0.1)
+        assert after["click"]["calibration"]["value"] == pytest.approx(1, abs=0.2)
         assert before["spent"]["rmse"] == after["spent"]["rmse"]
 
 
