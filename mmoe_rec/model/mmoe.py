@@ -295,23 +295,19 @@ def mlp(inputs: int, units: Sequence[int], dropout: float = 0.0) -> nn.Sequentia
     for width in units:
         layers += [Linear(inputs, width), nn.SiLU()]
         if dropout > 0:
-            layers.append(Dropout(dropout))
+            layers.append(RowDropout(dropout))
         inputs = width
     return nn.Sequential(*layers)
 
 
-class Dropout(nn.Module):
-    """In training sets each entry of a row to 0 with probability `share`, and divides the others by the rest of it."""
+class RowDropout(nn.Dropout):
+    """Dropout of (B, W) that draws for rows, see `mmoe_rec.batches.batch.draws_of`."""
 
-    def __init__(self, share: float) -> None:
-        super().__init__()
-        self.share = share
-
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """(B, W) -> (B, W)."""
         if not self.training:
-            return x
-        return x * ((draw_uniform(x.shape, x.device) >= self.share) / (1 - self.share)).to(x.dtype)
+            return input
+        return input * ((draw_uniform(input.shape, input.device) >= self.p) / (1 - self.p)).to(input.dtype)
 
 
 class Towers(nn.Module):

@@ -209,8 +209,7 @@ FURTHEST = 2.0  # predictions over labels, or the other way round, beyond which 
 _ERRORS = 1.96
 FEW_STEPS = 50
 GAIN = 0.005
-"""Mean AUC, or share of the loss, by which the second half of the steps may make a model better without a warning: the
-learning rate falls in it, so it always does a little."""
+"""Of the mean AUC or the loss: what the second half of the steps, in which the learning rate falls, may always gain."""
 
 
 def explain_choice(best: Validation, step: int, select_by: str) -> list[str]:
@@ -236,24 +235,22 @@ def find_early_end(
     """What follows "the model" where its training seems to have ended too early; None where not.
 
     history: (step, validation), the last one of the last step. Too early is after a few steps, or with a last state
-    that is the best of all, and by more than `GAIN` better than those of the first half of the steps.
+    that is the best, and by more than a share of `GAIN` better than after half of the steps.
     """
-    steps = history[-1][0]
+    (steps, last), by = history[-1], settings.select_by
     advice = (
         f"take more training.epochs (now {settings.epochs}), a smaller training.batch_size (now "
         f"{settings.batch_size:,}), or a higher training.learning_rate (now {settings.learning_rate:g})"
     )
     if steps < FEW_STEPS:
         return f"had {steps:,} step{'s' * (steps != 1)} of training, and learns little in so few; {advice}"
-    reached = {step: each.objective(settings.select_by, layout) for step, each in history}
-    before = max((value for step, value in reached.items() if step <= steps / 2), default=math.inf)
-    last, gain = history[-1][1], reached[steps] - before
-    rises = bool(last.tasks_judged_by_auc(settings.select_by))
-    if best_step < steps or gain <= (GAIN if rises else GAIN * abs(before)):
+    now = last.objective(by, layout)
+    before = max((each.objective(by, layout) for step, each in history if step <= steps / 2), default=now)
+    if best_step < steps or now - before <= GAIN * abs(before):
         return None
     return (
-        f"was still getting better when its training ended: {_name_objective(last, settings.select_by)} "
-        f"{'rose' if rises else 'fell'} by {gain:.4f} in the second half of {steps:,} steps; {advice}"
+        f"was still getting better when its training ended: {_name_objective(last, by)} was {abs(before):.4f} after "
+        f"half of the {steps:,} steps and is {abs(now):.4f}; {advice}"
     )
 
 

@@ -423,11 +423,6 @@ def test_weights_by_another_name_are_found(tmp_path: Path) -> None:
     assert areas[0] == pytest.approx(expected, abs=1e-12)
 
 
-def test_a_training_of_few_steps_is_warned_of(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    World(tmp_path / "few", training={"batch_size": 4096, "device": "cpu", "precision": "fp32"})
-    assert "warning: the model had 1 step of training, and learns little in so few; take" in capsys.readouterr().out
-
-
 def test_a_column_that_is_nearly_one_with_a_role(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"reads column 'wrd', which has no role \(did you mean 'word'\?\); list it"):
         plain_settings(tmp_path, features={"w": {"kind": "id", "column": "wrd"}})
