@@ -63,12 +63,16 @@ def metrics(
     from mmoe_rec.preprocessing.logs import DEFAULTS
     from mmoe_rec.report.tables import show_results
 
-    rules, options = Evaluation(), DEFAULTS
+    rules, options, placement = Evaluation(), DEFAULTS, tuple[str, ...]()
     if config is None:
         rows = columns_of_tasks(tasks)
     else:
         settings = load_settings(config, overrides)
         rows, rules, options = columns_of_settings(settings), settings.evaluation, build_options(settings)
+        placement = settings.roles.placement
+        if rules.guarded_slices is not None:
+            sliced = tuple(each for each in rules.guarded_slices if each in slices)
+            rules = rules.model_copy(update={"guarded_slices": sliced})
         weighed = settings.training.sampling_correction == "weights"
         if weighed and not any(each.startswith("weight=") for each in columns):
             weight = settings.columns.weight
@@ -84,7 +88,7 @@ def metrics(
     options = replace(options, **{name: value for name, value in changes.items() if value is not None})
     rows = replace(rows.with_columns(columns), slices=tuple(SliceBy.of(each) for each in slices))
     rows = replace(rows, duplicates="keep") if keep_duplicates else rows
-    results = measure_predictions(rows, predictions, out, rules, options, against)
+    results = measure_predictions(rows, predictions, out, rules, options, against, placement)
     show(show_results(results))
     for name, summary in results.summaries.items():
         if summary.facts["columns"]["score"] is None:

@@ -2,8 +2,8 @@
 
 The objective, one number named before anything is measured (`evaluation.decide_by`), decides, in `decide`.
 A model is better where the 95% interval of the difference lies on the better side of 0 and no guardrail holds it back:
-for no task may the interval of its loss reach beyond a margin, nor may its probabilities be far off where those of the
-other model are less so.
+for no task may the interval of its loss reach beyond a margin, no slice may be shown to lose more than that, and its
+probabilities may not be far off where those of the other model are less so.
 
 All models see the same redrawn users (`mmoe_rec.evaluation.intervals`). p-values of the metrics in tables are corrected
 for how many they are by Holm's method (1979); the objective's for the number of models alone, as it was chosen before.
@@ -11,6 +11,7 @@ for how many they are by Holm's method (1979); the objective's for the number of
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -34,7 +35,7 @@ from mmoe_rec.evaluation.intervals import (
 )
 from mmoe_rec.evaluation.metrics import METRICS, metrics_of
 from mmoe_rec.evaluation.metrics.metric import Metric, UserSums, distance_from_one
-from mmoe_rec.evaluation.slices import SliceRecord, compare_slices
+from mmoe_rec.evaluation.slices import SliceBy, SliceRecord, compare_slices
 from mmoe_rec.evaluation.summary import (
     SCORE,
     GroupSummary,
@@ -104,19 +105,22 @@ def find_objective(decide_by: str) -> Metric[Any]:
 
 @dataclass(frozen=True)
 class Guard:
-    """Whether a guardrail of a task has passed.
+    """Whether a guardrail of a task, or of slices, has passed.
 
-    metric: `auc` or `r2`, with the `difference`, or `calibration`, with the calibration of the model and of the other
-    one; is_outside: whether the difference is shown to be a loss beyond the margin, or the model's probabilities to be
-    beyond the limit.
+    task: None of slices; metric: `auc` or `r2`, with the `difference`, or `calibration`, with the calibration of the
+    model and of the other one, or `slices`, with the number of each that was looked at, by what rows are sliced by, and
+    those that lose, the largest loss first; is_outside: whether the difference is shown to be a loss beyond the margin,
+    or the model's probabilities to be beyond the limit.
     """
 
-    task: str
+    task: str | None
     metric: str
     passed: bool
     is_outside: bool
     difference: Difference | None = None
     calibrations: tuple[Interval, Interval] | None = None
+    looked_at: Mapping[str, int] = field(default_factory=dict)
+    losing: tuple[SliceRecord, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -147,7 +151,7 @@ class Comparison:
 
     units: users, or groups of them, that were redrawn; effective_users: by rows, of each task and the score; against:
     name of each other model -> the differences from it; judged: tasks with enough labels; left_out: each other task ->
-    rows of its rarer label; verdicts: by the name of the other model.
+    rows of its rarer label; verdicts: by the name of the other model; slices: those that are guarded.
     """
 
     model: str
@@ -161,6 +165,7 @@ class Comparison:
     judged: tuple[str, ...] = ()
     left_out: dict[str, int] = field(default_factory=dict)
     verdicts: dict[str, Verdict] = field(default_factory=dict)
+    slices: Sequence[SliceRecord] = ()
 
 
 def compare(
@@ -170,14 +175,15 @@ def compare(
     rules: Evaluation,
     resamples: int,
     seed: int = 0,
+    slices: Sequence[SliceRecord] = (),
 ) -> Comparison:
     """Compares a model with all others in all metrics and decides, see `decide`.
 
     There is no `score` of a model that weighs relevance differently, as its truth is another one, nor are there tasks
     that one of the two lacks.
 
-    tasks: those that may decide; rules: by which, see `Objective.of`. Raises UserError where the rows are not the same,
-    or for a metric that there is not.
+    tasks: those that may decide; rules: by which, see `Objective.of`; slices: those that are guarded. Raises UserError
+    where the rows are not the same, or for a metric that there is not.
     """
     sums, others = {name: each.sums for name, each in models.items()}, [name for name in models if name != model]
     mine = sums[model]
@@ -213,6 +219,7 @@ def compare(
         rules,
         judged=tuple(task for task, rows in labels.items() if rows >= FEWEST),
         left_out={task: rows for task, rows in labels.items() if rows < FEWEST},
+        slices=slices,
     )
     summaries = {name: each.summary for name, each in models.items()}
     return replace(compared, verdicts={other: decide(compared, other, summaries) for other in others})
@@ -245,6 +252,8 @@ def decide(compared: Comparison, other: str, summaries: Mapping[str, Summary]) -
         limit = compared.rules.calibration
         if (guard := guard_calibration(task, mine.tasks[task], its.tasks[task], limit)) is not None:
             guards.append(guard)
+    if (of_slices := guard_slices(compared, other)) is not None:
+        guards.append(of_slices)
     apart, kind = versus.objective, BETTER
     if objective is None or apart.p is None or apart.value is None:
         return Verdict(UNDECIDED, tuple(guards), None)
@@ -276,6 +285,26 @@ def guard_calibration(task: str, model: GroupSummary, other: GroupSummary, limit
     is_outside = low > limit or high < 1 / limit
     passed = not (is_outside and distance_from_one(mine.value) > distance_from_one(its.value))
     return Guard(task, "calibration", passed, is_outside, calibrations=(mine, its))
+
+
+def guard_slices(compared: Comparison, other: str) -> Guard | None:
+    """Passes unless a slice is shown to lose more than the margin, corrected for how many are looked at: all of them
+    together hold an equal model back in at most 2.5% of the cases, as the interval of a single one does.
+
+    None where no slice can be judged.
+    """
+    judged = [
+        (each, each.test_loss(compared.rules.margin))
+        for each in compared.slices
+        if each.beside == other
+        and each.metric in GUARDED.values()
+        and each.group in compared.judged
+        and each.effective_users
+    ]
+    losing = [each for each, p in judged if p * len(judged) < LEVEL]
+    worst_first = tuple(sorted(losing, key=lambda each: each.apart or 0.0))
+    looked_at = Counter(by for by, _ in {(each.by, each.slice): None for each, _ in judged})
+    return Guard(None, "slices", not losing, bool(losing), looked_at=looked_at, losing=worst_first) if judged else None
 
 
 def find_detectable_gain(compared: Comparison, versus: Versus, summary: Summary) -> float:
@@ -336,13 +365,14 @@ RESAMPLES_OF_SLICES = 200  # standard errors are good to 5%
 @dataclass(frozen=True)
 class Results:
     """What was measured. models: by name, the one in question first; tasks: those that may decide; rules: by which;
-    title, facts: what a report says of the rows."""
+    title, facts: what a report says of the rows; placement: columns by which slices are not guarded unless named."""
 
     models: dict[str, MeasuredModel]
     tasks: tuple[str, ...]
     rules: Evaluation
     title: str
     facts: dict[str, str]
+    placement: Collection[str] = ()
 
     @property
     def name(self) -> str:
@@ -372,9 +402,17 @@ class Results:
         """
         if len(self.models) == 1:
             return None
-        return compare(self.models, self.name, self.tasks, self.rules, self.first.summary.resamples)
+        wanted, there = self.rules.guarded_slices, dict.fromkeys(by for by, _ in self.first.slices)
+        if unknown := [each for each in wanted or () if each not in there]:
+            sliced = f"rows are sliced by: {', '.join(there) or 'nothing'}"
+            raise UserError(f"evaluation.guarded_slices names '{unknown[0]}', and {sliced}")
+        if wanted is None:
+            wanted = tuple(by for by in there if SliceBy.of(by).column not in self.placement)
+        slices = [each for each in self.slices if each.by in wanted]
+        return compare(self.models, self.name, self.tasks, self.rules, self.rules.resamples, slices=slices)
 
     @cached_property
     def slices(self) -> list[SliceRecord]:
         """All slices of the first model, beside all rows and other models."""
-        return compare_slices(self.models, self.name, min(self.first.summary.resamples, RESAMPLES_OF_SLICES))
+        resamples = min(self.rules.resamples, RESAMPLES_OF_SLICES)
+        return compare_slices(self.models, self.name, resamples, self.placement)

@@ -12,17 +12,27 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.types as pt
+from scipy.stats import t as student
 
 from mmoe_rec.auc import FEWEST
 from mmoe_rec.errors import UserError
-from mmoe_rec.evaluation.intervals import LEVEL, Difference, Values, correct_by_holm, find_difference, resample
+from mmoe_rec.evaluation.intervals import (
+    LEVEL,
+    Difference,
+    Key,
+    Resampled,
+    Values,
+    correct_by_holm,
+    find_difference,
+    resample,
+)
 from mmoe_rec.evaluation.metrics.metric import distance_from_one
 from mmoe_rec.evaluation.summary import SCORE, MeasuredModel, effective_by_metric, evaluate, sums_by_user
 from mmoe_rec.evaluation.sums import EvaluationSums, count_rarer_label, describe_other_rows
@@ -158,7 +168,8 @@ class SliceRecord:
 
     by, slice: what rows are sliced by, and the value; group: the task, or `score`; labels: rows of the rarer label,
     None of the score; requests: of NDCG, those that rank anything; beside: `ALL`, or the name of another model; apart:
-    by how much the value differs, with its interval and p-values. What can't be judged for want of labels is None.
+    by how much the value differs, with its interval, its standard error by how many effective users, and p-values. What
+    can't be judged for want of labels is None.
     """
 
     by: str
@@ -173,6 +184,8 @@ class SliceRecord:
     apart: float | None
     low: float | None
     high: float | None
+    error: float | None
+    effective_users: float | None
     p: float | None
     p_corrected: float | None = None
 
@@ -190,26 +203,43 @@ class SliceRecord:
         """True if the difference is shown after the correction for how many slices are compared."""
         return self.p_corrected is not None and self.p_corrected < LEVEL
 
+    def test_loss(self, margin: float) -> float:
+        """The p-value of a loss of more than the margin, by both tails as an interval's; 1 where it can't be tested."""
+        if self.apart is None or self.error is None or self.effective_users is None or not self.error:
+            return 1.0
+        return float(2 * student.cdf((self.apart + margin) / self.error, self.effective_users - 1))
 
-def compare_slices(models: Mapping[str, MeasuredModel], model: str, resamples: int) -> list[SliceRecord]:
-    """A record for each slice of a model, task or `score`, metric, and what the slice is compared with."""
-    slices, requests, records = models[model].slices, Counter[str](), list[SliceRecord]()
+
+def compare_slices(
+    models: Mapping[str, MeasuredModel], model: str, resamples: int, placement: Collection[str] = ()
+) -> list[SliceRecord]:
+    """A record for each slice of a model, task or `score`, metric, and what the slice is compared with.
+
+    placement: columns of placement, which models leave out: in slices by these, probabilities are off by design, so
+    nothing is said of them.
+    """
+    slices, whole, requests = models[model].slices, models[model].sums, Counter[str]()
+    groups, records, units = sums_by_user(whole, METRICS_OF_SLICES), list[SliceRecord](), len(whole.tables["ranking"])
+    # The same redraws as in each slice.
+    of_all = resample(lambda counts: evaluate(groups, counts), units, resamples) if slices else {}
     for (by, _), sums in slices.items():
         requests[by] += _count(sums, "requests")
     for key in slices:
-        is_cut = requests[key[0]] > _count(models[model].sums, "requests")
-        records += _compare_slice(key, models, model, resamples, is_cut)
+        is_cut = requests[key[0]] > _count(whole, "requests")
+        found = _compare_slice(key, models, model, of_all, resamples, is_cut)
+        is_placement = SliceBy.of(key[0]).column in placement
+        records += [each for each in found if not (is_placement and each.metric == "calibration")]
     corrected = iter(correct_by_holm([each.p for each in records if each.p is not None]))
     return [each if each.p is None else replace(each, p_corrected=next(corrected)) for each in records]
 
 
 def sort_worst_first(records: Sequence[SliceRecord]) -> list[SliceRecord]:
-    """Those that are shown to be worse: AUC, R2 and NDCG by the difference, then probabilities by how far they are off;
-    then the others of the former in their order."""
+    """Those that are shown to be worse: AUC, R2 and NDCG by the difference, beside other models first, then
+    probabilities by how far they are off; then the others of the former in their order."""
     ranked = [each for each in records if each.metric != "calibration" and each.value is not None]
     off = [each for each in records if each.metric == "calibration" and each.is_worse]
     return [
-        *sorted((each for each in ranked if each.is_worse), key=lambda each: each.apart or 0.0),
+        *sorted((each for each in ranked if each.is_worse), key=lambda each: (each.beside == ALL, each.apart or 0.0)),
         *sorted(off, key=lambda each: -distance_from_one(each.value or 0.0)),
         *(each for each in ranked if not each.is_worse),
     ]
@@ -221,13 +251,17 @@ def _count(sums: EvaluationSums, column: str, group: str = SCORE) -> int:
 
 
 def _compare_slice(
-    key: tuple[str, str], models: Mapping[str, MeasuredModel], model: str, resamples: int, cut: bool
+    key: tuple[str, str],
+    models: Mapping[str, MeasuredModel],
+    model: str,
+    of_all: Mapping[Key, Resampled],
+    resamples: int,
+    cut: bool,
 ) -> Iterator[SliceRecord]:
-    """cut: whether requests have rows in other slices too."""
-    whole, here = models[model].sums, models[model].slices[key]
-    units = whole.tables["ranking"]["user"].combine_chunks()
+    """of_all: metrics of all rows; cut: whether requests have rows in other slices too."""
+    here, units = models[model].slices[key], models[model].sums.tables["ranking"]["user"].combine_chunks()
     others = {name: each.slices[key] for name, each in models.items() if key in each.slices}
-    sides = {ALL: whole} | {name: its for name, its in others.items() if describe_other_rows(here, its) is None}
+    sides = {name: its for name, its in others.items() if describe_other_rows(here, its) is None}
     groups = {side: sums_by_user(sums, METRICS_OF_SLICES) for side, sums in sides.items()}
     places = {
         side: pc.index_in(sums.tables["ranking"]["user"].combine_chunks(), value_set=units).to_numpy()
@@ -242,21 +276,22 @@ def _compare_slice(
         }
 
     effective = effective_by_metric(groups[model])
-    resampled = resample(values_of, len(units), resamples)
+    resampled = {(ALL, *metric): each for metric, each in of_all.items()}
+    resampled |= resample(values_of, len(units), resamples)
     for (group, metric), sizes in effective.items():
         its, ranks = resampled[model, group, metric], metric == _NDCG
         labels = None if group == SCORE else count_rarer_label(here, group)
         requests = _count(here, "ranked_requests", group) if ranks else None
         is_judged = min(each for each in (labels, requests, FEWEST) if each is not None) >= FEWEST
-        for side in sides:
+        for side in (ALL, *sides):
             if side == model or (side, group, metric) not in resampled:
                 continue
             of_shorter_lists = ranks and cut and side == ALL
-            if of_shorter_lists and len(sides) > 2:
+            if of_shorter_lists and len(sides) > 1:
                 continue  # another model is what it can be compared with
             apart = Difference(None)
             if is_judged and not of_shorter_lists:
                 apart = find_difference(its, resampled[side, group, metric], sizes, len(here.tables["ranking"]))
             value = its.value if is_judged and np.isfinite(its.value) else None
             told = (*key, group, metric, _count(here, "rows", group), labels, requests, value, side)
-            yield SliceRecord(*told, apart.value, apart.low, apart.high, apart.p)
+            yield SliceRecord(*told, apart.value, apart.low, apart.high, apart.error, apart.effective_users, apart.p)

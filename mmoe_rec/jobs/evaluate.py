@@ -23,7 +23,7 @@ from mmoe_rec.inference.artifact import Source, read_artifact
 from mmoe_rec.inference.ranking import ROW
 from mmoe_rec.jobs.places import build_options, check_out, log_and_place, logs_for, short_names
 from mmoe_rec.jobs.run_page import as_code, command, data_sets, draw_gates, quoted
-from mmoe_rec.jobs.slicing import LogColumns, TrainingRows, overlap, users_in_both
+from mmoe_rec.jobs.slicing import Slicing, overlap, users_in_both
 from mmoe_rec.locks import reading, writing
 from mmoe_rec.preprocessing.logs import Logs
 from mmoe_rec.preprocessing.prepare import FeatureFolder, encode_with, existing, fingerprint_of
@@ -236,23 +236,18 @@ def evaluate_found(
     find_objective(settings.evaluation.decide_by)
     measured: dict[str, MeasuredModel] = {}
     scored_by_first: ScoredRows | None = None
-    (first, *_), in_log = models.values(), None
+    (first, *_) = models.values()
     with writing(out, "an evaluation", "give another folder with --out", queue=True):
-        training, columns = TrainingRows.of(settings), LogColumns.of(settings, first.folder)
+        slicing = Slicing.of(settings, first.folder)
         for name, each in models.items():
             scored = scored_rows(settings, each, name, split)
-            if scored_by_first is None:
-                scored_by_first = scored
-                in_log = None if columns is None else columns.read(scored)
-            slices = {} if training is None else training.slices(scored)
-            for by, rows in ({} if in_log is None else in_log.of(scored)).items():
-                slices[f"column {by}" if by in slices else by] = rows
-            measured[name] = _measure(settings, scored, each, training, slices)
+            scored_by_first = scored_by_first or scored
+            measured[name] = _measure(settings, scored, each, slicing)
         assert scored_by_first is not None, "there is a model"
         title = f"{'Promotion' if place == PROMOTION else 'Evaluation'} of {settings.name}"
         title += "" if split == "test" else f" on {split} rows"
         facts = _facts(settings, scored_by_first, split)
-        results = Results(measured, tuple(settings.tasks), settings.evaluation, title, facts)
+        results = Results(measured, tuple(settings.tasks), settings.evaluation, title, facts, settings.roles.placement)
         write_results(results, out)
         for task, group in results.first.summary.tasks.items():
             # Without a label that is known by now there is nothing to draw; the summary says so.
@@ -277,7 +272,7 @@ def measured_on_test_rows(settings: Settings, models: Sequence[Source]) -> list[
             if ranker.about.fingerprint != one.about.fingerprint:
                 raise UserError(f"'{each.address}' and '{first.address}' have different features")
             scored = score_by(settings, ranker.model, ranker.layout, rows, ranker.calibration, each.address)
-            measured.append(_measure(settings, scored, each, None, {}))
+            measured.append(_measure(settings, scored, each, Slicing()))
     return measured
 
 
@@ -290,13 +285,7 @@ def scored_rows(settings: Settings, model: Source, name: str, split: str = "test
         return score_by(settings, ranker.model, ranker.layout, folder, ranker.calibration, name)
 
 
-def _measure(
-    settings: Settings,
-    scored: ScoredRows,
-    model: Source,
-    training: TrainingRows | None,
-    slices: Mapping[str, Mapping[str, np.ndarray]],
-) -> MeasuredModel:
+def _measure(settings: Settings, scored: ScoredRows, model: Source, slicing: Slicing) -> MeasuredModel:
     from mmoe_rec.evaluation.summary import summarise
 
     sums = scored.measure()
@@ -308,15 +297,12 @@ def _measure(
     summary = replace(summarise(sums, settings.evaluation.resamples), facts=facts)
     assert scored.experts is not None, "a model scored the rows"
     gates = [[round(float(each), 4) for each in weights] for weights in scored.experts.weights]
-    grouped = sums.users > len(sums.tables["ranking"])
-    sliced = {
-        (by, name): scored.take(rows).measure(grouped) for by, named in slices.items() for name, rows in named.items()
-    }
     of_tasks = {task.name: weights for task, weights in zip(scored.layout.tasks, gates, strict=True)}
-    seen, told = overlap(settings, model.folder), users_in_both(settings, model.folder, scored, training)
+    seen, told = overlap(settings, model.folder), users_in_both(settings, model.folder, scored, slicing.training)
     told += filter(None, [read_artifact(model.folder, verify=False).early_end])
     placement = describe_placement(scored, model.folder / "features")
-    return MeasuredModel(sums, summary, model.address, of_tasks, seen, told, sliced, placement)
+    slices = slicing.measure(scored, sums)
+    return MeasuredModel(sums, summary, model.address, of_tasks, seen, told, slices, placement)
 
 
 def _facts(settings: Settings, scored: ScoredRows, split: str) -> dict[str, str]:

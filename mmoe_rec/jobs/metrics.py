@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -60,12 +60,13 @@ def measure_predictions(
     rules: Evaluation,
     options: BuildOptions = DEFAULTS,
     against: Sequence[str] = (),
+    placement: Collection[str] = (),
 ) -> Results:
     """Measures rows of Parquet files; writes `metrics.json` and the sums to a folder.
 
     source: a folder of Parquet files, one file or a glob; rules: of intervals and comparisons; options: engine,
-    workers and memory; against: further files with other predictions of the same rows, which are compared with these.
-    Raises UserError for a wrong file, column or value.
+    workers and memory; against: further files with other predictions of the same rows, which are compared with these;
+    placement: columns of placement. Raises UserError for a wrong file, column or value.
     """
     from mmoe_rec.report.evaluation import write_results
 
@@ -94,7 +95,7 @@ def measure_predictions(
         judged = tuple(task.name for task in mine[source].tasks if task.name not in columns.outcomes)
         facts = {"predictions": source, "files": f"{len(files[source]):,}"}
         facts |= {"columns": ", ".join(f"{part}={name}" for part, name in mine[source].by_part().items() if name)}
-        results = Results(measured, judged, rules, f"Evaluation of {names[source]}", facts)
+        results = Results(measured, judged, rules, f"Evaluation of {names[source]}", facts, placement)
         write_results(results, out)
     return results
 

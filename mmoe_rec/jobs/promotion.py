@@ -20,8 +20,10 @@ from typing import TYPE_CHECKING
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.comparison import BETTER, Results
+from mmoe_rec.evaluation.summary import SCORE
 from mmoe_rec.inference.artifact import Source
 from mmoe_rec.jobs.evaluate import PROMOTION, check_tasks, evaluate_found, rows_to_measure, score_by
+from mmoe_rec.jobs.slicing import Slicing
 from mmoe_rec.preprocessing.prepare import FeatureFolder
 from mmoe_rec.progress import say
 from mmoe_rec.settings.sections import Settings
@@ -111,7 +113,7 @@ def compare_with_holder(
         its = _score_by_holder(settings, prepared, ranker, folder, its_name)
         layout, calibration = ModelLayout.of(prepared.layout, settings), read_calibration(artifact)
         mine = score_by(settings, model, layout, prepared.split("validation"), calibration, mine_name)
-        return _judge_rows(settings, {mine_name: mine, its_name: its})
+        return _judge_rows(settings, {mine_name: mine, its_name: its}, artifact)
     except UnreachableError:
         raise  # an outage decides nothing
     except NotFiniteError as error:
@@ -132,18 +134,23 @@ def _judge_trouble(trouble: Exception, holder: Version, alias: str, is_loaded: b
     return False, f"{who} can't be compared here: {what}; point the alias at another one yourself if that is to serve"
 
 
-def _judge_rows(settings: Settings, scored: Mapping[str, ScoredRows]) -> tuple[bool, str]:
-    """Whether the first of two models is better on the rows that both have scored."""
-    from mmoe_rec.evaluation.comparison import compare
+def _judge_rows(settings: Settings, scored: Mapping[str, ScoredRows], artifact: Path) -> tuple[bool, str]:
+    """Whether the first of two models, that of the artifact, is better on the rows that both have scored."""
     from mmoe_rec.evaluation.summary import MeasuredModel, summarise
     from mmoe_rec.report.sentences import describe_verdict
 
-    rules, (name, its_name) = settings.evaluation, scored
-    sums = {each: rows.measure() for each, rows in scored.items()}
-    models = {each: MeasuredModel(of_it, summarise(of_it, _RESAMPLES)) for each, of_it in sums.items()}
-    compared = compare(models, name, list(settings.tasks), rules, rules.resamples)
-    sentence = describe_verdict(compared, its_name, models[name].summary)
-    return compared.verdicts[its_name].kind == BETTER, f"{sentence} ({len(scored[name].score):,} validation rows)"
+    rules, (name, its_name), models = settings.evaluation, scored, dict[str, MeasuredModel]()
+    # What columns of placement slice is guarded only where it is named, so the log is not read for it.
+    asked = settings.model_copy(update={"evaluation": rules.model_copy(update={"slices": rules.slices or ()})})
+    slicing = Slicing() if rules.guarded_slices == () else Slicing.of(asked, artifact)
+    for each, rows in scored.items():
+        sums = rows.measure()
+        models[each] = MeasuredModel(sums, summarise(sums, _RESAMPLES), slices=slicing.measure(rows, sums))
+    results = Results(models, tuple(settings.tasks), rules, "", {}, settings.roles.placement)
+    assert results.comparison is not None
+    sentence = describe_verdict(results.comparison, its_name, results.first.summary)
+    kind = results.comparison.verdicts[its_name].kind
+    return kind == BETTER, f"{sentence} ({len(scored[name].score):,} validation rows)"
 
 
 def _score_by_holder(
@@ -253,8 +260,10 @@ def _find_objections(results: Results, name: str, its_name: str) -> list[str]:
     if verdict.kind != BETTER:
         objections.append(describe_verdict(results.comparison, its_name, results.first.summary))
     its = {(each.check, each.task) for each in findings if each.model == its_name}
-    # What is off in sum by less than a factor of FURTHEST is for the guardrail, `evaluation.calibration`.
-    mine = [each for each in findings if each.model == name and each.task is not None and each.check != "in sum"]
+    # What is off in sum by less than a factor of FURTHEST is for the guardrail, `evaluation.calibration`; what is found
+    # of a task that is not judged, as few rows have a label, decides nothing either.
+    judged = (*results.comparison.judged, SCORE)
+    mine = [each for each in findings if each.model == name and each.task in judged and each.check != "in sum"]
     return objections + [each.message for each in mine if (each.check, each.task) not in its]
 
 

@@ -37,6 +37,7 @@ from mmoe_rec.settings.sections import Settings, Split
 
 if TYPE_CHECKING:
     from mmoe_rec.evaluation.scoring import ScoredRows
+    from mmoe_rec.evaluation.sums import EvaluationSums
 
 
 OPTION = "slices"
@@ -221,6 +222,35 @@ class TrainingRows:
         }
 
 
+@dataclass
+class Slicing:
+    """What models' rows, which are the same, are sliced by: how their users and candidates stand in training, and
+    columns of the log, which is read for the first of them."""
+
+    training: TrainingRows | None = None
+    columns: LogColumns | None = None
+    in_log: SlicedRows | None = None
+
+    @staticmethod
+    def of(settings: Settings, artifact: Path) -> Slicing:
+        """That of the settings, see `LogColumns.of`."""
+        return Slicing(TrainingRows.of(settings), LogColumns.of(settings, artifact))
+
+    def measure(self, scored: ScoredRows, sums: EvaluationSums) -> dict[tuple[str, str], EvaluationSums]:
+        """The sums of each slice, by what rows are sliced by and its name. sums: of all rows."""
+        if self.columns is not None:
+            self.in_log, self.columns = self.columns.read(scored), None
+        slices = {} if self.training is None else self.training.slices(scored)
+        for by, rows in ({} if self.in_log is None else self.in_log.of(scored)).items():
+            slices[f"column {by}" if by in slices else by] = rows
+        grouped = sums.users > len(sums.tables["ranking"])
+        return {
+            (by, name): scored.take(rows).measure(grouped)
+            for by, named in slices.items()
+            for name, rows in named.items()
+        }
+
+
 def _count_by(folder: Path, name: str) -> pd.Series:
     """How many encoded rows have each value of a column."""
     files = sorted(folder.glob("*.parquet"))
@@ -234,8 +264,8 @@ def _count_rows(ids: pa.Array, counts: pd.Series) -> np.ndarray:
 
 
 def _group_by_size(rows: np.ndarray) -> dict[str, np.ndarray]:
-    """None, and ranges of numbers of rows that about equally many have -> (N,) bool, who has so many."""
-    groups, some = {"none": rows == 0}, rows > 0
+    """Ranges of numbers of rows, 1 or more, that about equally many have -> (N,) bool, who has so many."""
+    groups, some = dict[str, np.ndarray](), rows > 0
     if some.any():
         edges = np.unique(np.quantile(rows[some], np.arange(1, ACTIVITY) / ACTIVITY, method="lower"))
         group = np.where(some, np.searchsorted(edges, rows, side="left"), -1)

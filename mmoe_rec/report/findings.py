@@ -109,7 +109,7 @@ def _in_task(name: str, task: GroupSummary) -> Iterator[tuple[str, str]]:
 
 
 def _in_ranking(name: str, task: GroupSummary, bins: Sequence[Mapping[str, float]]) -> tuple[str, str] | None:
-    auc, by_request, positives = task.get("auc"), task.get("gauc_request"), task.counts.get("positives", 0)
+    auc, positives = task.get("auc"), task.counts.get("positives", 0)
     if auc.value is None:
         return None
     if (auc.value if auc.low is None else auc.low) <= 0.5:
@@ -129,13 +129,15 @@ def _in_ranking(name: str, task: GroupSummary, bins: Sequence[Mapping[str, float
         return None  # of few labels nothing can be said
     if auc.value > TOO_GOOD:
         return "too good", f"the AUC of '{name}' is {interval(auc, 4)}, {WHY_TOO_GOOD}"
-    if by_request.low is not None and by_request.low <= 0.5 and (auc.low or 0.0) > (by_request.high or 0.0):
-        return (
-            "requests",
-            f"'{name}' is ranked well over all rows (AUC {interval(auc, 3)}), but the rows of a request no better "
-            f"than by chance (GAUC {interval(by_request, 3)}): no feature tells candidates apart, or predictions were "
-            "joined to rows of other requests",
-        )
+    for what in ("request", "user"):
+        within = task.get(f"gauc_{what}")
+        if within.high is not None and (within.low or 0.0) <= 0.5 and (auc.low or 0.0) > within.high:
+            return (
+                f"within {what}s",
+                f"'{name}' is ranked well over all rows (AUC {interval(auc, 3)}), but the rows of a {what} "
+                f"{'worse' if within.high < 0.5 else 'no better'} than by chance (GAUC {interval(within, 3)}): no "
+                "feature tells candidates apart, or predictions were joined to rows of other requests",
+            )
     return None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
+from decimal import ROUND_CEILING, Context
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,8 @@ from mmoe_rec.evaluation.summary import LEFT_OUT, SCORE, GroupSummary, Summary
 from mmoe_rec.report.formatting import describe_request_times, describe_unmatured, difference, interval, signed
 from mmoe_rec.settings.sections import Evaluation
 
+MOST_SLICES = 3
+"""So many of the worst slices are told."""
 _SAME_IN_ANY_ORDER = 0.99  # NDCG@10 of the worst order above which NDCG says nothing
 _LEFT_OUT = ("{} of one row", "{} without a relevant row", "{} whose rows are equally relevant")
 
@@ -98,13 +101,22 @@ def describe_verdict(compared: Comparison, other: str, summary: Summary) -> str:
     which, size = "higher" if apart.value > 0 else "lower", f"{size} ({' to '.join(reach)})"
     if verdict.kind == HELD_BACK:
         failed = "; ".join(describe_guard(each, other, compared.rules) for each in verdict.guards if not each.passed)
-        return f"'{compared.model}' is held back, although {what} is {which} than that of '{other}' by {size}: {failed}"
+        beats = f"although {what} is {which} than that of '{other}' by {size}"
+        return f"'{compared.model}' is not called better, {beats}: {failed}"
     is_what = "worse" if verdict.kind == WORSE else "better"
     return f"'{compared.model}' is {is_what} than '{other}': {what} is {which} by {size}"
 
 
 def describe_guard(guard: Guard, other: str, rules: Evaluation) -> str:
     """What a guardrail found beside another model."""
+    limit = f"loss of more than {rules.margin:g} (evaluation.margin)"
+    if guard.metric == "slices":
+        number, by = sum(guard.looked_at.values()), ", ".join(guard.looked_at)
+        if guard.passed:
+            return f"of {number} slices by {by} none is shown to have a {limit}"
+        told = [f"in {_describe_slice(each)}" for each in guard.losing[:MOST_SLICES]]
+        more = f", and in {len(guard.losing) - MOST_SLICES} more" if len(guard.losing) > MOST_SLICES else ""
+        return f"{'; '.join(told)}{more}, which is a {limit}, corrected for the {number} slices by {by}"
     if guard.calibrations is not None:
         mine, its = guard.calibrations
         low, high = (mine.value, mine.value) if mine.low is None else (mine.low, mine.high)
@@ -114,11 +126,13 @@ def describe_guard(guard: Guard, other: str, rules: Evaluation) -> str:
             f"{high:.2f}), which is {where} a factor of {rules.calibration:g} (evaluation.calibration); those of "
             f"'{other}' are {its.value:.2f} times"
         )
-    apart, limit = guard.difference, f"loss of more than {rules.margin:g} (evaluation.margin)"
+    apart = guard.difference
     if apart is None or apart.low is None:
         missing = "is undefined" if apart is None or apart.value is None else "has no interval"
         return f"the difference in {guard.metric} of {guard.task} {missing}, so a {limit} can't be ruled out"
-    shown = f"which is a {limit}" if guard.is_outside else f"so a {limit} can't be ruled out"
+    least = f"{Context(prec=2, rounding=ROUND_CEILING).create_decimal_from_float(-apart.low):f}"
+    open_ = f"so a {limit} can't be ruled out; the least margin that these rows support is {least}"
+    shown = f"which is a {limit}" if guard.is_outside else open_
     end = f"so a {limit} is ruled out" if guard.passed else shown
     return f"{guard.metric} of {guard.task} changes by {difference(apart)}, {end}"
 
@@ -141,18 +155,22 @@ def once_corrected(apart: Difference) -> str:
     return ", once corrected for the number of comparisons" if outside else ""
 
 
-def describe_slices(records: Sequence[SliceRecord], most: int = 3) -> Iterator[str]:
+def describe_slices(records: Sequence[SliceRecord]) -> Iterator[str]:
     """The worst slices."""
     worse = [each for each in sort_worst_first(records) if each.is_worse]
-    for each in worse[:most]:
-        beside = "that of all rows" if each.beside == ALL else f"that of '{each.beside}'"
-        value, apart = each.value or 0.0, each.apart or 0.0
-        yield (
-            f"slice {each.by}: {each.slice} ({each.rows:,} rows): {each.metric} of {each.group} is {value:.3f}, "
-            f"where {beside} is {value - apart:.3f}"
-        )
-    if len(worse) > most:
-        yield f"{len(worse) - most} more slices are shown to be worse; the report has them"
+    yield from map(_describe_slice, worse[:MOST_SLICES])
+    if len(worse) > MOST_SLICES:
+        yield f"{len(worse) - MOST_SLICES} more slices are shown to be worse; the report has them"
+
+
+def _describe_slice(each: SliceRecord) -> str:
+    """A slice beside all rows or another model."""
+    beside = "that of all rows" if each.beside == ALL else f"that of '{each.beside}'"
+    value, apart = each.value or 0.0, each.apart or 0.0
+    return (
+        f"slice {each.by}: {each.slice} ({each.rows:,} rows): {each.metric} of {each.group} is {value:.3f}, "
+        f"where {beside} is {value - apart:.3f}"
+    )
 
 
 def describe_other_slices(results: Results) -> Iterator[str]:

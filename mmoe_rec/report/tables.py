@@ -35,7 +35,7 @@ def show_results(results: Results) -> Iterator[Table | str]:
     """Tables, verdicts, notes and warnings of an evaluation."""
     yield results_table(results.summaries)
     if results.comparison is not None:
-        yield differences_table(results.comparison)
+        yield differences_table(results.comparison, results.first.summary)
     yield from describe_results(results, find_all(results))
 
 
@@ -59,11 +59,11 @@ def results_table(columns: Mapping[str, Summary]) -> Table:
     return table
 
 
-def differences_table(compared: Comparison) -> Table:
-    """One row a headline metric, one column another model.
+def differences_table(compared: Comparison, summary: Summary) -> Table:
+    """One row a headline metric, one column another model. summary: of the model.
 
     A difference that is significant after Holm's correction is bold: green where the model is better, red where it is
-    worse.
+    worse; of what should be 1, a word says which.
     """
     caption = f"± half the 95% interval; bold: shown (p < {LEVEL:g}, corrected)"
     table = Table(title=Text(f"Differences: {compared.model} minus"), **_TITLED, header_style="bold", caption=caption)
@@ -75,7 +75,8 @@ def differences_table(compared: Comparison) -> Table:
             found = [each.get(group, {}).get(metric.name) for each in others]
             is_undefined = all(each is None or each.value is None for each in found)
             if any(found) and metric.is_shown(group == SCORE) and not (metric.ranks_within and is_undefined):
-                rows[metric] = [_difference_cell(each, metric.better) for each in found]
+                value = summary.groups[group].get(metric.name).value
+                rows[metric] = [_difference_cell(each, metric, value) for each in found]
         _add_section(table, group, rows)
     return table
 
@@ -109,16 +110,18 @@ def _cells(metric: Named, intervals: Sequence[Interval]) -> list[Text]:
     return cells
 
 
-def _difference_cell(apart: Difference | None, better: str) -> Text:
-    if apart is None or apart.value is None:
+def _difference_cell(apart: Difference | None, metric: Named, value: float | None) -> Text:
+    """value: of the model."""
+    if apart is None or apart.value is None or value is None:
         return Text("-", style="dim")
-    is_gain = (apart.value > 0) == (better == "higher")
-    coloured = "bold" if better == "one" else f"bold {'green' if is_gain else 'red'}"
-    style = coloured if apart.is_significant else ""
-    if apart.high is None:
-        return Text(signed(apart.value)[0], style=style)
-    value, half = signed(apart.value, apart.high - apart.value)
-    return Text(value, style=style).append(f" ±{half.removeprefix('+')}", style="not bold dim")
+    is_gain = metric.loss(value) < metric.loss(value - apart.value)
+    style = f"bold {'green' if is_gain else 'red'}" if apart.is_significant else ""
+    shown, *half = signed(apart.value, *(() if apart.high is None else (apart.high - apart.value,)))
+    text = Text(shown, style=style).append(
+        "".join(f" ±{each.removeprefix('+')}" for each in half), style="not bold dim"
+    )
+    is_told = metric.better == "one" and apart.is_significant
+    return text.append(" closer" if is_gain else " further") if is_told else text
 
 
 def show_choice(choice: WeightsChoice) -> Iterator[Table | str]:
@@ -178,7 +181,7 @@ def show_estimates(estimates: Mapping[str, PolicyEstimate]) -> Iterator[Table | 
 
 def validations_table(history: Sequence[tuple[int, Validation]], best_step: int) -> Table:
     """A row for each step and task; what is undefined is a dash. history: (step, validation) of each."""
-    caption = "placement hidden, before calibration; gauc: by user; calibration: predicted / observed"
+    caption = "without placement and calibration, if any; gauc: by user; calibration: predicted / observed"
     table = _plain_table("Validations", ["step", "task"], list(_VALIDATIONS), caption)
     for step, found in history:
         names = dict.fromkeys([*found.loss, *found.auc])

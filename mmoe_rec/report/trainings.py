@@ -70,7 +70,8 @@ def page(trainings: TrainingsReport) -> str:
     for group, metrics in trainings.summary.items():
         others = [each.groups.get(group, {}) for each in trainings.against.values()]
         rows = [
-            {"metric": metric, "cells": _cells(metric, each, NONE), "apart": [its.get(metric.name) for its in others]}
+            {"metric": metric, "value": each.mean, "cells": _cells(metric, each, NONE)}
+            | {"apart": [its.get(metric.name) for its in others]}
             for metric, each in _shown_metrics(group, metrics)
         ]
         groups += [{"name": group, "rows": rows}] if rows else []

@@ -9,6 +9,7 @@ import numpy as np
 from sklearn.metrics import roc_auc_score
 
 from mmoe_rec.evaluation.comparison import Verdict, compare
+from mmoe_rec.evaluation.slices import compare_slices
 from mmoe_rec.evaluation.summary import MeasuredModel, summarise
 from mmoe_rec.evaluation.sums import EvaluationSums, MeasuredTask, measure
 from mmoe_rec.settings.sections import Evaluation
@@ -36,9 +37,22 @@ class World:
         of_users = self.random.normal(0, 0.4 * noise, size=(len(NAMES), self.user[-1] + 1))[:, self.user]
         return 1 / (1 + np.exp(-self.logits - of_users - self.random.normal(0, noise, size=self.logits.shape)))
 
-    def sums(self, predictions: np.ndarray) -> EvaluationSums:
-        given = [dict(zip(NAMES, each, strict=True)) for each in (predictions, self.labels)]
-        return measure(TASKS, self.user, self.request, *given, score=np.log(predictions).sum(0))
+    def measure(self, predictions: np.ndarray, slices: bool) -> MeasuredModel:
+        """With 20 slices, which hold a fifth of the users each, if wanted."""
+
+        def sums(rows: np.ndarray) -> EvaluationSums:
+            given = [dict(zip(NAMES, each[:, rows], strict=True)) for each in (predictions, self.labels)]
+            return measure(
+                TASKS, self.user[rows], self.request[rows], *given, score=np.log(predictions[:, rows]).sum(0)
+            )
+
+        fifths = {(f"{by}", f"{value}"): self.fifth(by) == value for by in range(4 * slices) for value in range(5)}
+        whole = sums(np.full(len(self.user), True))
+        return MeasuredModel(whole, summarise(whole, 20), slices={key: sums(rows) for key, rows in fifths.items()})
+
+    def fifth(self, by: int) -> np.ndarray:
+        """(N,) of 0 to 4, by one of several columns."""
+        return np.random.default_rng(by).permutation(self.user[-1] + 1)[self.user] % 5
 
 
 def true_gain(noise: float, worlds: int = 12, users: int = 4000) -> float:
@@ -52,20 +66,32 @@ def true_gain(noise: float, worlds: int = 12, users: int = 4000) -> float:
     return float(np.mean(gains))
 
 
-def compared(noise: float, number: int, users: int, resamples: int) -> Iterator[Verdict]:
-    """Verdicts of that many challengers, each on other users, beside a champion with `NOISE`."""
+def compared(
+    noise: float, number: int, users: int, resamples: int, slices: bool, broken: bool = False
+) -> Iterator[Verdict]:
+    """Verdicts of that many challengers, each on other users, beside a champion with `NOISE`. broken: whether the
+    challenger ranks one of the slices at random, beside a champion that is worse elsewhere."""
     for seed in range(number):
-        world = World(np.random.default_rng([11, seed]), users)
-        sums = {name: world.sums(world.predictions(each)) for name, each in (("new", noise), ("old", NOISE))}
-        models = {name: MeasuredModel(each, summarise(each, 20)) for name, each in sums.items()}
-        yield compare(models, "new", NAMES, Evaluation(), resamples, seed).verdicts["old"]
+        world, models = World(np.random.default_rng([11, seed]), users), dict[str, MeasuredModel]()
+        for name, each in (("new", noise), ("old", 1.4 if broken else NOISE)):
+            predictions, spoilt = world.predictions(each), np.flatnonzero(world.fifth(0) == 3)
+            if broken and name == "new":
+                predictions[:, spoilt] = predictions[:, world.random.permutation(spoilt)]
+            models[name] = world.measure(predictions, slices)
+        found = compare_slices(models, "new", resamples)
+        yield compare(models, "new", NAMES, Evaluation(), resamples, seed, found).verdicts["old"]
 
 
-def verdicts(noise: float, number: int, users: int, resamples: int) -> tuple[Counter[str], float]:
-    """How often each kind of verdict is given, and the mean size that the comparisons call detectable."""
+def verdicts(
+    noise: float, number: int, users: int, resamples: int, slices: bool = False, broken: bool = False
+) -> tuple[Counter[str], float]:
+    """How often each kind of verdict is given, and `only slices` hold a challenger back; and the mean size that the
+    comparisons call detectable."""
     counts, sizes = Counter[str](), []
-    for judged in compared(noise, number, users, resamples):
+    for judged in compared(noise, number, users, resamples, slices, broken):
         counts[judged.kind] += 1
+        failed = [guard.metric for guard in judged.guards if not guard.passed]
+        counts["only slices"] += judged.kind == "held back" and failed == ["slices"]
         sizes.append(judged.detectable)
     return counts, float(np.mean(sizes))
 

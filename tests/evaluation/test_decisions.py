@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -9,9 +10,11 @@ import pytest
 
 from mmoe_rec.evaluation.comparison import Comparison, Objective, Verdict, Versus, decide
 from mmoe_rec.evaluation.intervals import Difference, Interval
+from mmoe_rec.evaluation.slices import SliceRecord
 from mmoe_rec.evaluation.summary import GroupSummary, Summary
 from mmoe_rec.report.formatting import signed
 from mmoe_rec.report.sentences import describe_guard, describe_verdict
+from mmoe_rec.report.tables import differences_table
 from mmoe_rec.settings.sections import Evaluation
 
 
@@ -89,8 +92,8 @@ def test_a_model_that_is_held_back_says_why() -> None:
     assert verdict(both).kind == "better", "there are too few labels of 'spent' to judge by"
     both = replace(both, judged=("bought", "spent"))
     assert sentence(both) == (
-        "'new' is held back, although mean auc of bought, liked is higher than that of 'old' by 0.0030 (0.0010 to "
-        "0.0050): r2 of spent changes by -0.0200 (-0.0300 to -0.0100), which is a loss of more than 0.005 "
+        "'new' is not called better, although mean auc of bought, liked is higher than that of 'old' by 0.0030 (0.0010 "
+        "to 0.0050): r2 of spent changes by -0.0200 (-0.0300 to -0.0100), which is a loss of more than 0.005 "
         "(evaluation.margin)"
     )
     assert [(guard.task, guard.metric, guard.passed) for guard in verdict(both).guards] == [
@@ -99,6 +102,49 @@ def test_a_model_that_is_held_back_says_why() -> None:
         ("spent", "r2", False),
     ]
     assert verdict(replace(both, rules=Evaluation(margin=0.03))).kind == "better"
+
+
+@pytest.mark.parametrize("low", [-0.0080001, -0.0081, -0.0071])
+def test_a_margin_that_rows_can_not_rule_out_says_which_they_could(low: float) -> None:
+    found = compared(apart(0.003, 0.002), bought={"auc": apart(0.001, 0.001 - low)})
+    told = re.search(
+        r"so a loss of more than 0.005 .* can't be ruled out; the least margin .* is (.*)$", sentence(found)
+    )
+    assert told
+    assert -low <= float(told[1]) < -low + 1e-4
+    assert verdict(replace(found, rules=Evaluation(margin=float(told[1])))).kind == "better"
+
+
+@pytest.mark.parametrize(
+    ("number", "changes", "kind"),
+    [
+        (10, {}, "held back"),
+        (30, {}, "better"),  # of so many, one is as far off by chance
+        (10, {"apart": -0.03}, "better"),  # is not shown to be beyond the margin
+        (10, {"group": "liked"}, "better"),  # is not judged
+        (10, {"beside": "all rows"}, "better"),
+        (10, {"metric": "ndcg_at_10"}, "better"),
+        (10, {"error": None}, "better"),
+    ],
+)
+def test_a_slice_that_is_shown_to_lose_more_than_the_margin_holds_back(number: int, changes: Any, kind: str) -> None:
+    """Three standard errors beyond the margin: by chance 27 of 10,000."""
+    ends = {"low": -0.079, "high": -0.021, "error": 0.015, "effective_users": 1e9, "p": 0.001}
+    same = SliceRecord("country", "A", "bought", "auc", 99, 60, None, 0.7, "old", 0.0, 0.0, 0.0, 0.0, 1e9, 1.0)
+    lost = replace(same, **({"slice": "E", "apart": -0.05, "value": 0.48} | ends | changes))
+    found = compared(apart(0.003, 0.002), bought={"auc": apart(0.001, 0.002)})
+    found = replace(found, slices=[lost, *(replace(same, slice=f"{each}") for each in range(number - 1))])
+    assert verdict(found).kind == kind
+    (guard,) = (each for each in verdict(found).guards if each.metric == "slices")
+    told = describe_guard(guard, "old", Evaluation())
+    if kind == "held back":
+        assert sentence(found).endswith(told)
+        assert told == (
+            "in slice country: E (99 rows): auc of bought is 0.480, where that of 'old' is 0.530, which is a loss of "
+            "more than 0.005 (evaluation.margin), corrected for the 10 slices by country"
+        )
+    else:
+        assert re.fullmatch(r"of \d+ slices by country none is shown to have a loss .*\(evaluation.margin\)", told)
 
 
 @pytest.mark.parametrize(
@@ -152,6 +198,14 @@ def test_a_gain_that_is_not_shown_once_corrected_says_so() -> None:
     found = compared(replace(apart(0.0013, 0.0012), p_corrected=0.07))
     assert verdict(found).kind == "not shown"
     assert "between 'new' and 'old', once corrected for the number of comparisons: mean auc" in sentence(found)
+
+
+@pytest.mark.parametrize(("mine", "its", "told"), [(1.2, 1.1, "further"), (0.9, 0.8, "closer"), (0.5, 1.6, "further")])
+def test_a_difference_of_calibration_says_which_way(mine: float, its: float, told: str) -> None:
+    """By factors: 0.5 is further from 1 than 1.6."""
+    found = compared(apart(0.0, 0.1), bought={"calibration": apart(mine - its, 0.05)})
+    (_, cell) = differences_table(found, summary(mine)).columns[1].cells
+    assert str(cell).endswith(f" {told}")
 
 
 @pytest.mark.parametrize(

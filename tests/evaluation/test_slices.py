@@ -10,9 +10,12 @@ import pytest
 from simulated_log import Log, simulate
 from sklearn.metrics import roc_auc_score
 
+from mmoe_rec.errors import UserError
+from mmoe_rec.evaluation.comparison import Results
 from mmoe_rec.evaluation.slices import ALL, MISSING, SliceBy, compare_slices, sort_worst_first
 from mmoe_rec.evaluation.summary import MeasuredModel, summarise
-from mmoe_rec.report.sentences import describe_slices
+from mmoe_rec.report.sentences import describe_slices, describe_verdict
+from mmoe_rec.settings.sections import Evaluation
 
 
 def model(log: Log, of_rows: np.ndarray) -> MeasuredModel:
@@ -138,3 +141,29 @@ def test_probabilities_that_are_off_in_a_slice_are_told(log: Log) -> None:
     assert ("2", "bought") in {(each.slice, each.group) for each in shown}
     told = list(describe_slices(records))
     assert any(each.startswith("slice kind: 2 (") and "calibration of bought is" in each for each in told)
+    models = {"ours": model(replace(log, predictions=log.predictions | {"bought": doubled}), of_rows)}
+    of_placement = compare_slices(models, "ours", 200, placement=("kind",))
+    # Models leave placement out, so there it is off by design.
+    assert {each.metric for each in of_placement} == {each.metric for each in records} - {"calibration"}
+
+
+@pytest.mark.parametrize(
+    ("guarded", "placement", "kind"),
+    [(None, (), "held back"), (None, ("kind",), "better"), ((), (), "better"), (("kind",), ("kind",), "held back")],
+)
+def test_a_model_that_fails_in_one_slice_is_not_called_better(log: Log, guarded, placement, kind: str) -> None:
+    """It is far better in the others, and for each task."""
+    random, of_rows = np.random.default_rng(4), (log.users % 5).astype(str)
+    noisy = 1 / (1 + np.exp(-np.log(log.predictions["spent"]) - 2.5 * random.normal(size=len(log.score))))
+    spoilt = np.where(of_rows == "3", random.permutation(noisy), log.predictions["bought"])
+    new, old = (replace(log, predictions=log.predictions | {"bought": each}) for each in (spoilt, noisy))
+    models = {"new": model(new, of_rows), "old": model(old, of_rows)}
+    rules = Evaluation(resamples=200, calibration=9, slices=("kind",), guarded_slices=guarded)
+    results = Results(models, ("bought",), rules, "", {}, placement)
+    assert results.comparison is not None
+    assert results.comparison.verdicts["old"].kind == kind
+    assert ("slice kind: 3 (" in describe_verdict(results.comparison, "old", results.first.summary)) == (
+        kind != "better"
+    )
+    with pytest.raises(UserError, match=r"guarded_slices names 'kin', and rows are sliced by: kind"):
+        _ = replace(results, rules=Evaluation(slices=("kin",), guarded_slices=("kin",))).comparison

@@ -105,7 +105,7 @@ def test_a_gain_that_a_task_may_pay_for_is_held_back(world: World) -> None:
     registry.move_alias(NAME, "champion", "1", world.uri)
     world.train("--evaluation.margin", "0.005")
     assert holder(world) == "1"
-    assert said(world)[0].startswith("'this model' is held back, although mean auc of click, liked is higher than that")
+    assert said(world)[0].startswith("'this model' is not called better, although mean auc of click, liked is higher")
     assert "auc of liked changes by " in said(world)[0]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from itertools import pairwise
 from pathlib import Path
 
@@ -139,3 +140,34 @@ def test_rows_that_the_log_no_longer_has_are_told(world: World, tmp_path: Path) 
     usual = LogColumns.of(other.model_copy(update={"evaluation": rules}), model)
     assert usual is not None
     assert usual.read(scored) is None
+
+
+def test_a_country_that_is_ranked_worse_than_by_chance_is_named_and_not_promoted(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """A signal that says much of clicks turns round in one of five countries once training rows have ended."""
+    log, random = learnable_log(rows=24_000), np.random.default_rng(3)
+    country, click = np.array([*"ABCDE"])[log["user"].to_numpy() % 5], log["click"].to_numpy()
+    turned = (country == "E") & (log["time"].to_numpy() >= np.datetime64("2024-03-07"))
+    signal = np.where(turned, -0.25, 1.0) * 0.9 * (2 * click - 1) + random.normal(size=len(click))
+    log = log.append_column("country", pa.array(country)).append_column("signal", pa.array(signal))
+    world, words = World(tmp_path), ["--config", str(tmp_path / "first.yaml")]
+    (tmp_path / "log").mkdir()
+    pq.write_table(log, tmp_path / "log" / "0.parquet")
+    for signals in ({}, {"signal": {"kind": "numeric", "column": "signal"}}):
+        tree = settings_tree(tmp_path, split={"train_end": "2024-03-07", "validation_end": "2024-03-09"})
+        tree["features"] |= signals
+        tree["roles"] |= {"context": ["country"], "candidate": ["item", "price", *signals]}
+        tree["training"] |= {"calibration": "temperature"}
+        tree["evaluation"] = {"margin": 0.02, "resamples": 200, "slices": ["country"]}
+        (tmp_path / "first.yaml").write_text(yaml.safe_dump(tree), encoding="utf-8")
+        world.train()
+    told = r"'{}' is not called better, although .*: in slice country: E \([\d,]+ rows\): auc of click is 0.4"
+    assert re.search(told.format("this model"), capsys.readouterr().out)
+    assert world.champion().number == "1"
+    with pytest.raises(SystemExit):
+        run("promote", *words, "--challenger", "2")
+    assert re.search(told.format("version 2"), capsys.readouterr().out)
+    assert "no In slice country: E" in Page((tmp_path / "work/promotion/report.html").read_text(encoding="utf-8")).words
+    run("promote", *words, "--challenger", "2", "--evaluation.guarded_slices", '["user"]')
+    assert world.champion().number == "2"

@@ -39,7 +39,7 @@ class Named(ABC):
 
     def loss(self, value: float) -> float:
         """A number that is smaller for better values."""
-        return {"higher": -value, "lower": value, "one": abs(value - 1)}[self.better]
+        return {"higher": -value, "lower": value, "one": distance_from_one(value)}[self.better]
 
     def shown(self, value: float) -> str:
         """A value, or half the width of an interval, in a table."""
