@@ -410,10 +410,11 @@ def _check_all_there(served: AliasHolder, prepared: FeatureFolder) -> None:
     if its is None:
         return
     lacking = [
-        address
+        file.address
         for mine, others in zip(HeldFiles.read(prepared.folder).logs, its.logs, strict=True)
-        for address in others.files
-        if address not in mine.files
+        for file in others.files.values()
+        if file.address not in mine.files
+        and file.checksum not in {each.checksum for each in mine.files.values() if each.checksum is not None}
     ]
     if lacking:
         raise UserError(

@@ -20,10 +20,9 @@ import pyarrow.parquet as pq
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.log.columns import canonical_type, element_type
-from mmoe_rec.log.files import FoundFile, first_line, is_remote, open_file, path_values
+from mmoe_rec.log.files import OPEN_AT_ONCE, FoundFile, first_line, is_remote, open_file, path_values
 from mmoe_rec.settings.columns import Use
 
-_OPEN_AT_ONCE = 16
 PathColumns = tuple[tuple[str, int | str | None], ...]
 
 
@@ -126,7 +125,7 @@ def check_files(
     """
     problems: dict[str, BadFile] = {}
     footers: list[_Footer] = []
-    with ThreadPoolExecutor(_OPEN_AT_ONCE) as pool:
+    with ThreadPoolExecutor(OPEN_AT_ONCE) as pool:
         try:
             for footer in [pool.submit(_read_footer, file, uses, time_unit) for file in found]:
                 try:

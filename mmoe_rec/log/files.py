@@ -9,11 +9,14 @@ Local folders are walked here, through links, so that no file is left out silent
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NoReturn
 from urllib.parse import unquote
@@ -197,6 +200,29 @@ def open_file(address: str) -> Iterator[pa.NativeFile]:
         handle = system.open(path, "rb", **options)
     with pa.PythonFile(_RemoteFile(address, handle), mode="r") as file:
         yield file
+
+
+OPEN_AT_ONCE = 16
+"""Files of a log that are open at a time; most of the work on each is waiting."""
+
+
+def find_checksums(files: Sequence[FoundFile]) -> list[str | None]:
+    """A fingerprint of each file's bytes, 32 hexadecimal digits; None for one that can't be read. Raises UserError
+    where a remote place can't be reached."""
+    with ThreadPoolExecutor(OPEN_AT_ONCE) as pool:
+        return list(pool.map(_find_checksum, files))
+
+
+@lru_cache(4096)  # a command may ask several times whether features are of the log
+def _find_checksum(file: FoundFile) -> str | None:
+    digest = hashlib.blake2b(digest_size=16)
+    try:
+        with open_file(file.address) as opened:
+            while block := opened.read(1 << 20):
+                digest.update(block)
+    except OSError:
+        return None
+    return digest.hexdigest()
 
 
 def _find_remote(source: str) -> tuple[list[FoundFile], bool]:

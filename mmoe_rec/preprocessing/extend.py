@@ -36,7 +36,7 @@ from mmoe_rec.log.rows import LogRows, require_all
 from mmoe_rec.point_in_time.join import Window
 from mmoe_rec.preprocessing.checks import check_apart, place
 from mmoe_rec.preprocessing.count import LogCounts
-from mmoe_rec.preprocessing.logs import DEFAULTS, BuildOptions, HeldFiles, Logs, read_journal_name
+from mmoe_rec.preprocessing.logs import DEFAULTS, BuildOptions, HeldFiles, Logs, read_journal_name, say_copies
 from mmoe_rec.preprocessing.prepare import BUILD, FeatureFolder, fingerprint_of, write_features, write_manifest
 from mmoe_rec.preprocessing.requests import Requests
 from mmoe_rec.preprocessing.steps import Steps
@@ -53,10 +53,12 @@ class NewFiles:
     """
 
     def __init__(self, logs: Logs, taken: HeldFiles, holder: str, last: int, anew: str) -> None:
-        self.logs, self.taken, self.holder, self.last, self.anew = logs, taken, holder, last, anew
+        self.logs, self.holder, self.last, self.anew = logs, holder, last, anew
         self.changes = taken.changes(logs)
+        self.taken = HeldFiles([each.held for each in self.changes])
         self._check_unchanged()
         self.gone = [address for each in self.changes for address in each.gone]
+        say_copies([pair for each in self.changes for pair in each.copies.items()])
         if not self.any and (bad := [left for each in self.changes for left in each.bad]):
             raise UserError(
                 f"none of the new files of the log '{logs.log.source}' can be used; the first: {bad[0].reason}"
@@ -71,7 +73,7 @@ class NewFiles:
         """The logs with only their new files to read; events_alone: these may be of logs of events alone. Raises
         UserError where there are no rows to read."""
         old = [log.found.keys() - each.new for log, each in zip(self.logs.all, self.changes, strict=True)]
-        return self.logs.rest(old, events_alone)
+        return self.logs.rest(old, events_alone).without_copies()
 
     def count(self, steps: Steps, statistics: bool, kept: Path, before: Path) -> LogCounts:
         """Counts the rows of the new files. kept, before: folders of requests, see `Steps.count`. Raises UserError
@@ -340,7 +342,7 @@ def extend_tables(features: Path, last: int, logs: Logs, taken: HeldFiles, out: 
         counted = files.count(steps, statistics=False, kept=out / "requests", before=requests)
         counted.add_latest_of(features, logs.schema)
         as_of = max(last, counted.last[0])
-        taken = taken.with_new(steps.logs, counted.spans)
+        taken = files.taken.with_new(steps.logs, counted.spans)
         return _write_tables(steps, counted, features, out, as_of, taken, files.gone, before=features.resolve())
 
 
@@ -352,7 +354,7 @@ def remake_tables(features: Path, logs: Logs, out: Path, until: int | None = Non
 
     Raises UserError where the log can't be used, or has no request before that moment.
     """
-    with Steps(logs, {}, out / "scratch", until) as steps:
+    with Steps(logs.without_copies(), {}, out / "scratch", until) as steps:
         kept = out / "requests" if until is None else None
         counted = steps.count(statistics=False, kept=kept)
         if until is not None and counted.last[0] < counted.first[0]:

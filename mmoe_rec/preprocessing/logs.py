@@ -1,8 +1,9 @@
 """The logs that a build reads, and which files features hold, `files.json`: so that days can be added.
 
 Counters, histories and vocabularies hold what was counted of a file for good, and no file is read again. So a file that
-is gone, as old ones are where a log is kept for some weeks only, changes nothing. One that was written again does: its
-old rows were counted. A file that was left out was not; it counts as new once it has been mended.
+is gone, as old ones are where a log is kept for some weeks only, changes nothing. One with other bytes does: its old
+rows were counted. A file is told by its bytes, not by its name or time: it stays the same one where it was moved or
+touched, and counts once where it lies twice. A file that was left out counts as new once it has been mended.
 """
 
 from __future__ import annotations
@@ -11,19 +12,21 @@ import copy
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.log.checks import BadFile, LeftOut, words_of
+from mmoe_rec.log.checks import BadFile, LeftOut, LogFile, PathColumns, words_of
 from mmoe_rec.log.database import MEMORY_GIB
-from mmoe_rec.log.files import FoundFile
+from mmoe_rec.log.files import FoundFile, find_checksums
 from mmoe_rec.log.reader import EventRows, Log, none_usable
 from mmoe_rec.log.rows import MICROSECONDS_PER_DAY
+from mmoe_rec.progress import say
 from mmoe_rec.settings.columns import Use
 from mmoe_rec.settings.schema import Schema
 from mmoe_rec.settings.sections import EngineName, ErrorOrKeep, FirstOrError
@@ -111,6 +114,14 @@ class Logs:
             raise UserError(f"the log '{self.log.source}' has no rows")
         return fewer
 
+    def without_copies(self) -> Logs:
+        """The same logs with one of the files whose bytes are the same; says which others are left out."""
+        fewer, copies = copy.copy(self), [find_copies(log.files, {}) for log in self.all]
+        say_copies([pair for each in copies for pair in each.items()])
+        fewer.log = self.log.skip(copies[0])
+        fewer.events = [log.skip(each) for log, each in zip(self.events, copies[1:], strict=True)]
+        return fewer
+
     def rest(self, not_read: Sequence[Collection[str]], events_alone: bool = False) -> Logs:
         """The same logs without some of their files: addresses for each of `all`. Raises UserError where the others
         have no rows of the interaction log or, if `events_alone`, none at all."""
@@ -123,6 +134,29 @@ class Logs:
         return rest
 
 
+Content = tuple[int, str, PathColumns]
+
+
+def find_copies(files: Sequence[LogFile], held: Mapping[Content, str]) -> dict[str, str]:
+    """Addresses of files with rows -> that of another one with the same bytes, and columns in its path. held: addresses
+    of files that these may be copies of besides each other."""
+    sizes = Counter([size for size, *_ in held] + [file.bytes for file in files if file.rows])
+    alike = [file for file in files if file.rows and sizes[file.bytes] > 1]
+    first, copies = dict(held), dict[str, str]()
+    for file, checksum in zip(alike, find_checksums(alike), strict=True):
+        if checksum is not None:
+            other = first.setdefault((file.bytes, checksum, file.in_path), file.address)
+            copies |= {file.address: other} if other != file.address else {}
+    return copies
+
+
+def say_copies(copies: Sequence[tuple[str, str]]) -> None:
+    """Tells people which files are left out, as others have the same bytes: pairs of such a file and the other one."""
+    if copies:
+        what = "1 file with" if len(copies) == 1 else f"{len(copies):,} files with"
+        say(f"left out: {what} the bytes of another one, such as '{copies[0][0]}' ('{copies[0][1]}'); they count once")
+
+
 _OF_A_JOURNAL = re.compile(r"journal-([0-9a-f]{32})-([0-9]+)\.parquet")
 Span = tuple[int, int]
 Spans = Mapping[tuple[str | None, str], Span]
@@ -132,12 +166,13 @@ Spans = Mapping[tuple[str | None, str], Span]
 @dataclass(frozen=True)
 class HeldFile(FoundFile):
     """A file whose rows were counted. partition: columns that stand in its path; first, last: times of its rows,
-    microseconds, None without rows."""
+    microseconds, None without rows; checksum: of its bytes, None where it is not known, as in earlier versions."""
 
-    partition: tuple[tuple[str, int | str | None], ...]
+    partition: PathColumns
     rows: int
     first: int | None
     last: int | None
+    checksum: str | None = None
 
     def overlaps(self, first: int, last: int) -> bool:
         """Whether its rows may be of a time from `first` to `last`."""
@@ -167,9 +202,13 @@ class HeldLog:
 
 @dataclass
 class Changes:
-    """What has become of one log's files. gone, changed: taken in before; new: to be read, and mended: those of them
-    that were left out before; left_out: before, and as they were then; bad: new files that can't be used."""
+    """What has become of one log's files. held: those taken in before, under the names and times that they have now;
+    gone, changed: some of these; copies: files that lie beside one of these, its copy; new: to be read, and mended:
+    those of them that were left out before; left_out: before, and as they were then; bad: new files that can't be used.
+    """
 
+    held: HeldLog
+    copies: dict[str, str] = field(default_factory=dict)
     gone: list[str] = field(default_factory=list)
     changed: list[str] = field(default_factory=list)
     new: set[str] = field(default_factory=set)
@@ -276,19 +315,33 @@ def _log_from(tree: Mapping[str, Any]) -> HeldLog:
 
 
 def _changes(taken: HeldLog, log: Log) -> Changes:
-    changes, usable = Changes(), {file.address: file for file in log.files}
-    for address, file in taken.files.items():
-        if address not in log.found:
-            changes.gone.append(address)
-        elif not _same(file, log.found[address]) or (address in usable and usable[address].in_path != file.partition):
-            changes.changed.append(address)
-    for address, before in taken.left_out.items():
-        if address in log.found and _same(before, log.found[address]):
-            changes.left_out.append(address)
-        elif address in usable:
-            changes.mended.add(address)
-    changes.new = (usable.keys() - taken.files.keys() - taken.left_out.keys()) | changes.mended
-    changes.bad = [each for each in log.left_out if each.address not in taken.files.keys() | taken.left_out.keys()]
+    usable, files = {file.address: file for file in log.files}, dict(taken.files)
+    touched = [now for at, now in log.found.items() if at in files and now.bytes == files[at].bytes]
+    touched = [now for now in touched if now.version != files[now.address].version]
+    for now, checksum in zip(touched, find_checksums(touched), strict=True):
+        if checksum is not None and checksum == files[now.address].checksum:
+            files[now.address] = replace(files[now.address], version=now.version)
+    new = [file for at, file in usable.items() if at not in files]
+    held = {(each.bytes, each.checksum, each.partition): at for at, each in files.items() if each.checksum is not None}
+    copies = {at: other for at, other in find_copies(new, held).items() if other in files}
+    for at, other in copies.items():
+        # A journal tells by its files' names what they hold.
+        if other in files and other not in log.found and read_journal_name(at) == read_journal_name(other):
+            files[at] = replace(files.pop(other), address=at, version=usable[at].version)
+    changes = Changes(HeldLog(files, taken.left_out, taken.types), copies)
+    for at, file in files.items():
+        if at not in log.found:
+            changes.gone.append(at)
+        elif not _same(file, log.found[at]) or (at in usable and usable[at].in_path != file.partition):
+            changes.changed.append(at)
+    for at, before in taken.left_out.items():
+        if at in log.found and _same(before, log.found[at]):
+            changes.left_out.append(at)
+        elif at in usable:
+            changes.mended.add(at)
+    changes.mended -= copies.keys()
+    changes.new = (usable.keys() - files.keys() - copies.keys() - taken.left_out.keys()) | changes.mended
+    changes.bad = [each for each in log.left_out if each.address not in files.keys() | taken.left_out.keys()]
     return changes
 
 
@@ -301,6 +354,11 @@ def _with_new(taken: HeldLog, log: Log, spans: Spans) -> HeldLog:
     for file in log.files:
         first, last = spans.get((log.name, file.address), (None, None))
         files[file.address] = HeldFile(file.address, file.bytes, file.version, file.in_path, file.rows, first, last)
+    # Also of those that an earlier version took in, as long as they are there.
+    unknown = [each for each in files.values() if each.checksum is None and each.address in log.found]
+    unknown = [each for each in unknown if _same(each, log.found[each.address])]
+    for each, checksum in zip(unknown, find_checksums(unknown), strict=True):
+        files[each.address] = replace(each, checksum=checksum)
     left_out = {address: file for address, file in taken.left_out.items() if address in log.found}
     left_out |= {file.address: file for file in log.left_out}
     left_out = {address: file for address, file in left_out.items() if address not in files}

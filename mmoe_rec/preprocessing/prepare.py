@@ -280,7 +280,7 @@ def _digest(*parts: object) -> str:
 
 
 def _build(logs: Logs, windows: dict[str, Window], folder: Path) -> None:
-    with Steps(logs, windows, folder / "scratch") as steps:
+    with Steps(logs.without_copies(), windows, folder / "scratch") as steps:
         counted = steps.count(statistics=True, kept=folder / "requests")
         check_splits(counted, windows, logs.log.source, logs.schema.split)
         pipeline = FeaturePipeline(logs.schema)

@@ -1,6 +1,7 @@
 """A log of which old files are removed and bad ones mended, day by day: what was counted stays, once, and is found."""
 
 import os
+import shutil
 from itertools import pairwise
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from mmoe_rec.preprocessing.logs import BuildOptions, Logs
 from mmoe_rec.preprocessing.prepare import FeatureFolder, encode_with, existing, prepare
 from mmoe_rec.preprocessing.steps import Steps
 from tests.log.small_logs import DAY, START, at_times, files_of, times_of, windows_of, with_column
-from tests.preprocessing.growing_log import WINDOWS, Growing
+from tests.preprocessing.growing_log import FEATURES, WINDOWS, Growing, schema_with_purchases
 from tests.preprocessing.test_tables_of_models import ServedModel, assert_same_tables
 
 FIRST_DAYS = ((0, 1), (1, 6), (6, 8))
@@ -133,25 +134,67 @@ def test_a_file_that_was_written_again_is_refused_also_when_others_are_gone(grow
     assert files_of(growing.work) == before
 
 
-@pytest.mark.parametrize("merged", [False, True])
-def test_events_of_a_file_that_is_gone_do_not_count_twice_under_another_name(growing, merged):
+def test_events_of_a_file_that_is_gone_do_not_count_twice_in_another_one(growing):
     growing.add(8, 10)
     old, new = (growing.folder / "events" / f"{number}.parquet" for number in (98, 97))
-    if merged:
-        pq.write_table(pa.concat_tables(map(pq.read_table, (old, new))), new)
-        old.unlink()
-    else:
-        old.rename(old.with_name("renamed.parquet"))
-    name = "97" if merged else "renamed"
-    with pytest.raises(UserError, match=rf"{name}.parquet' holds events .* of the time of '.*98.parquet', which is go"):
+    pq.write_table(pa.concat_tables(map(pq.read_table, (old, new))), new)
+    old.unlink()
+    with pytest.raises(UserError, match=r"97.parquet' holds events .* of the time of '.*98.parquet', which is go"):
         growing.extend(LATER)
 
 
-def test_requests_of_a_file_that_is_gone_do_not_count_twice_under_another_name(growing):
-    growing.add(8, 10)
-    (growing.folder / "log" / "98.parquet").rename(growing.folder / "log" / "renamed.parquet")
-    with pytest.raises(UserError, match=r"row \d+ of '.*renamed.parquet' was requested .* hold requests up to"):
-        growing.extend(LATER)
+def _deliver_again(log: Growing, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Old files under other names, places or times."""
+    if how in ("link", "relative"):
+        (log.folder / "by a link").symlink_to(log.folder)
+        monkeypatch.chdir(log.folder)
+        place = Path() if how == "relative" else log.folder / "by a link"
+        log.source, log.schema = str(place / "log"), schema_with_purchases(FEATURES, place / "events")
+    for name in ("log", "events"):
+        old = log.folder / name / "99.parquet"
+        if how in ("copy", "link"):
+            shutil.copyfile(old, old.with_name("0.parquet"))
+        if how == "name":
+            old.rename(old.with_name("0.parquet"))
+        for path in old.parent.iterdir() if how == "time" else ():
+            os.utime(path)
+
+
+@pytest.mark.parametrize("how", ["copy", "name", "link", "relative", "time"])
+def test_a_file_that_is_delivered_again_counts_once(growing, tmp_path, monkeypatch, capsys, how):
+    whole = Growing(tmp_path / "whole")
+    for start, end in FIRST_DAYS:
+        whole.add(start, end)
+    whole.prepare()
+    for end in (10, 12.1):
+        _deliver_again(growing, how if end == 10 else "time", monkeypatch)
+        assert _existing(growing, WINDOWS if end == 10 else LATER) is not None
+        capsys.readouterr()
+        assert growing.extend(LATER) is None
+        told = capsys.readouterr().err
+        assert ("with the bytes of another one, such as" in told) == (
+            how != "time" and (end == 10 or how in "copylink")
+        )
+        for log in (growing, whole):
+            log.add(end - 2, end)
+            extended = log.extend(LATER)
+            assert extended.gone == []
+        prepared, reference = (FeatureFolder(log.work / "features") for log in (growing, whole))
+        assert files_of(prepared.folder / "encoded") == files_of(reference.folder / "encoded")
+        assert _memories(prepared) == _memories(reference)
+        assert prepared.manifest["rows"] == reference.manifest["rows"]
+
+
+def test_files_with_the_same_bytes_count_once_in_a_build(growing, capsys):
+    """Also events, whose rows nothing else tells from others."""
+    before = growing.prepare()
+    expected = files_of(before.folder / "encoded"), _memories(before)
+    for name in ("log", "events"):
+        shutil.copyfile(growing.folder / name / "99.parquet", growing.folder / name / "again.parquet")
+    found = growing.prepare("other")
+    assert capsys.readouterr().err.count("left out: 2 files with the bytes of another one, such as ") == 1
+    assert (files_of(found.folder / "encoded"), _memories(found)) == expected
+    assert existing(growing.source, growing.schema, WINDOWS, growing.folder / "other") is not None
 
 
 def test_new_files_have_the_types_of_those_that_are_gone(growing):
