@@ -13,11 +13,17 @@ from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.types as pt
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.live.journal import Batch
-from mmoe_rec.log.columns import UTC_MICROSECONDS, column_uses, combine, event_uses, hash_column, mix
+from mmoe_rec.log.columns import (
+    UTC_MICROSECONDS,
+    column_uses,
+    combine,
+    event_uses,
+    hash_column,
+    list_label_columns,
+)
 from mmoe_rec.log.files import first_line
 from mmoe_rec.log.reader import event_rows
 from mmoe_rec.log.rows import MICROSECONDS_PER_DAY, LogRows, maturity
@@ -36,13 +42,6 @@ def find_uses(schema: Schema) -> dict[str | None, dict[str, Use]]:
     """Log, None for the interaction log, -> its columns and what each is read as."""
     uses: dict[str | None, dict[str, Use]] = {None: column_uses(schema)}
     return uses | {name: event_uses(schema, name) for name in schema.events}
-
-
-def list_label_columns(schema: Schema) -> list[str]:
-    """The columns that decide labels."""
-    tasks = schema.tasks.values()
-    conditions = [task.observed_when.column for task in tasks if task.observed_when]
-    return list(dict.fromkeys([*(task.label for task in tasks), *conditions]))
 
 
 @dataclass(frozen=True)
@@ -178,7 +177,7 @@ class Duplicates:
             keys["rows"] = rows.row_hashes(), np.ones(len(rows), bool)
             if self.schema.columns.request is not None:
                 owners = rows.request_hashes(), rows.hashes([self.schema.columns.user])
-        content = _hash_content(rows, list_label_columns(self.schema) if name is None else list(uses))
+        content = rows.content_hashes(list_label_columns(self.schema) if name is None else list(uses))
         verdict = _judge(stores, content, keys, owners, day)
         kept = np.flatnonzero(verdict == COUNTS)
         taken = table.take(pa.array(kept)) if len(kept) < len(times) else table
@@ -211,21 +210,6 @@ def _concat(batches: Sequence[Batch], columns: Mapping[str, Use]) -> pa.Table:
         if column not in table.column_names:
             table = table.append_column(column, pa.nulls(len(table)))
     return table
-
-
-def _hash_content(rows: LogRows, columns: Sequence[str]) -> np.ndarray:
-    """(N,) uint32 hash of some columns' values."""
-    hashes = []
-    for name in columns:
-        column = rows.column(name)
-        if pt.is_floating(column.type):
-            numbers = rows.numbers(name) + 0.0  # one zero
-            hashes.append(np.where(np.isnan(numbers), hash_column(pa.nulls(1))[0], mix(numbers.view(np.uint64))))
-        elif pt.is_timestamp(column.type):
-            hashes.append(mix(rows.times(name).view(np.uint64)))
-        else:
-            hashes.append(hash_column(column))
-    return (combine(hashes) >> np.uint64(32)).astype(np.uint32)
 
 
 def _judge(

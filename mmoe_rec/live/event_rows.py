@@ -24,8 +24,8 @@ import pyarrow.types as pt
 
 from mmoe_rec.errors import RequestError, UserError, quoted
 from mmoe_rec.features.pipeline import FeaturePipeline
-from mmoe_rec.live.duplicates import EVENT_ID, find_uses, list_label_columns
-from mmoe_rec.log.columns import canonical, element_type
+from mmoe_rec.live.duplicates import EVENT_ID, find_uses
+from mmoe_rec.log.columns import canonical, element_type, list_label_columns
 from mmoe_rec.log.files import first_line
 from mmoe_rec.log.given import check_finite, microseconds, to_arrow
 from mmoe_rec.log.rows import LogRows

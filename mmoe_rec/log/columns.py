@@ -80,6 +80,13 @@ def column_uses(schema: Schema) -> dict[str, Use]:
     return {column: _one_use(column, found) for column, found in uses.items()}
 
 
+def list_label_columns(schema: Schema) -> list[str]:
+    """The columns that decide labels."""
+    tasks = schema.tasks.values()
+    conditions = [task.observed_when.column for task in tasks if task.observed_when]
+    return list(dict.fromkeys([*(task.label for task in tasks), *conditions]))
+
+
 def event_uses(schema: Schema, events: str) -> dict[str, Use]:
     """What each column that a log of events must have is read as; the time column goes by its name in that log. Raises
     UserError where it is a key as well."""

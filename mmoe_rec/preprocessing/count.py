@@ -20,12 +20,14 @@ from mmoe_rec.features.encoder import Counts
 from mmoe_rec.features.latest import LatestRole, LatestValues
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.log.checks import BadFile
+from mmoe_rec.log.columns import list_label_columns
 from mmoe_rec.log.reader import ROWS_PER_PART, LogPart, LogReader, Noticed
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.point_in_time.arrays import join_tables
 from mmoe_rec.point_in_time.join import Window, in_any, in_window
 from mmoe_rec.point_in_time.memory import grown
 from mmoe_rec.preprocessing.exchange import DUPLICATES, Exchange, events_of, label_of, look_ups_of, partition_of
+from mmoe_rec.preprocessing.requests import find_counted
 from mmoe_rec.settings.schema import Schema
 
 _ROLES: tuple[LatestRole, ...] = get_args(LatestRole)
@@ -36,8 +38,9 @@ class CountJob:
     """What the tasks of this step share.
 
     windows: request times of each split, microseconds; exchange: where events and look-ups go; statistics: whether
-    vocabularies and statistics are counted (or are known already); duplicates: whether to look for rows that occur
-    twice; until: microseconds of a moment from which on requests and events are read but do not count, None for none.
+    vocabularies and statistics are counted (or are known already); duplicates: whether requests and candidates are
+    sent; repeats: file of rows that do not count, see `find_counted`; until: microseconds of a moment from which on
+    requests and events are read but do not count, None for none.
     """
 
     schema: Schema
@@ -45,6 +48,7 @@ class CountJob:
     exchange: Exchange
     statistics: bool
     duplicates: bool
+    repeats: Path
     until: int | None = None
 
 
@@ -114,9 +118,11 @@ def count_part(job: CountJob, readers: Mapping[str | None, LogReader], task: tup
     source, part = task
     pipeline, counted, noticed = FeaturePipeline(job.schema), LogCounts(), Noticed()
     sender, end = _Sender(job, part, source), part.start
+    counts = find_counted(job.repeats, part) if source is None else np.ones(part.rows, bool)
     start, train_end = job.windows["train"] if job.statistics else (None, 0)
     for read in readers[source].read(part, noticed):
-        inside = np.ones(len(read), bool) if job.until is None else read.times() < job.until
+        inside = counts[end - part.start :][: len(read)]
+        inside = inside if job.until is None else inside & (read.times() < job.until)
         rows, number = read.filter(inside), end + np.flatnonzero(inside)
         end += len(read)
         if noticed.bad or not len(rows):
@@ -169,7 +175,8 @@ class _Sender:
     def _add_look_ups(self, pipeline: FeaturePipeline, rows: LogRows, number: np.ndarray) -> None:
         times = rows.times()
         if self.job.duplicates:
-            self._waiting[DUPLICATES].append(pa.table({"key": rows.row_hashes(), "row": number}))
+            content = rows.content_hashes(list_label_columns(rows.schema))
+            self._waiting[DUPLICATES].append(pa.table({"key": rows.row_hashes(), "row": number, "labels": content}))
         wanted = np.flatnonzero(in_any(times, self.job.windows.values()))
         labels: dict[str, np.ndarray] = {}
         for name, group in pipeline.key_groups.items():

@@ -24,7 +24,7 @@ from mmoe_rec.features.encoder import Results
 from mmoe_rec.point_in_time.arrays import Ragged, SharedRagged, join_tables, one_array
 
 Sender = tuple[int, int]
-DUPLICATES = "duplicates"  # the channel of each row's request and candidate
+DUPLICATES = "duplicates"  # the channel of each row's request and candidate, with its labels
 
 
 def events_of(feature: str) -> str:

@@ -16,12 +16,11 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -29,10 +28,10 @@ from mmoe_rec.atomic import atomic_folder
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.locks import writing
-from mmoe_rec.log.checks import LogFile, format_time
+from mmoe_rec.log.checks import format_time
 from mmoe_rec.log.files import first_line
-from mmoe_rec.log.reader import ROWS_PER_PART, Log, LogReader, cut
-from mmoe_rec.log.rows import LogRows, require_all
+from mmoe_rec.log.reader import Log
+from mmoe_rec.log.rows import require_all
 from mmoe_rec.point_in_time.join import Window
 from mmoe_rec.preprocessing.checks import check_apart, place
 from mmoe_rec.preprocessing.count import LogCounts
@@ -78,17 +77,28 @@ class NewFiles:
     def count(self, steps: Steps, statistics: bool, kept: Path, before: Path) -> LogCounts:
         """Counts the rows of the new files. kept, before: folders of requests, see `Steps.count`. Raises UserError
         where rows can't be added."""
-        has_requests = self.logs.schema.columns.request is not None
-        counted = steps.count(statistics=statistics, kept=kept, before=before if has_requests else None)
+        counted = steps.count(statistics=statistics, kept=kept, before=before)
+        if not (before / "rows").is_dir():
+            self._check_unknown(counted, steps)
         self._check_late(counted, steps)
         self._check_events(counted, steps.logs)
-        if steps.requests.continued and self.logs.options.duplicates == "error":
-            self._check_repeats(steps, steps.requests.continued_times)
         return counted
 
     def begin(self, counted: LogCounts, requests: Requests) -> int:
         """Microseconds of the first new request."""
         return requests.begin if self.logs.schema.columns.request is not None else counted.first[0]
+
+    def _check_unknown(self, counted: LogCounts, steps: Steps) -> None:
+        """Raises UserError where rows may have come before, and an earlier version kept none of them."""
+        why = f"{self.holder} were built by an earlier version, which kept no record of rows"
+        of_programs = [file for file in steps.logs.log.files if read_journal_name(file.address) is None]
+        is_late = steps.requests.continued or self.begin(counted, steps.requests) <= self.last
+        if is_late and of_programs and self.logs.options.duplicates == "error":
+            raise UserError(
+                f"rows of new files ('{of_programs[0].address}' is one) are no later than those before, and may be the "
+                f"same: {why}. If none came before, set data.duplicates to keep this once; else {self.anew}"
+            )
+        say(f"{why}: those of the files before are not known again, should they come once more")
 
     def _check_unchanged(self) -> None:
         reasons = {each.address: each.reason for log in self.logs.all for each in log.left_out}
@@ -102,16 +112,9 @@ class NewFiles:
         if first > known:
             return
         late = [file for file in log.files if counted.spans.get((None, file.address), (known + 1, 0))[0] <= known]
-        if any(read_journal_name(file.address) is None for file in late):
-            held = self.taken.logs[0].files
-            if steps.requests.earlier is not None:
-                first, why = steps.requests.earlier, "a later row of its request among them, which would get its time"
-                raise self._late_row(log, first, why)
-            if self.logs.schema.columns.request is None:
-                gone = [each for each in self.changes[0].gone if held[each].overlaps(first, known)]
-                if gone:
-                    raise self._late_row(log, first, f"rows of '{gone[0]}', which is gone and may hold the same ones")
-                self._check_repeats(steps, (first, known))
+        earlier = steps.requests.earlier
+        if earlier is not None and any(read_journal_name(file.address) is None for file in late):
+            raise self._late_row(log, earlier, "a later row of its request among them, which would get its time")
         such_as = f"'{late[0].address}'" + (f" and {len(late) - 1:,} other new files" if len(late) > 1 else "")
         say(
             f"{such_as} came late, with requests from {format_time(first)} on, {self.describe_known()}: the late rows "
@@ -151,48 +154,6 @@ class NewFiles:
                         f"of '{old.address}', which is gone, and there are as many as that file held ({old.rows:,}): "
                         f"if they are the same, they would count twice; put that file back, or {self.anew}"
                     )
-
-    def _check_repeats(self, steps: Steps, times: tuple[int, int]) -> None:
-        """Raises UserError where rows of new files came before, of requests of `times`, in a file that is still there;
-        where requests have ids, by the other way: by a server's journal, or in a file of another program."""
-        new, taken, columns = steps.logs.log, self.taken.logs[0].files, steps.logs.schema.columns
-        needed = {columns.request, columns.user, columns.candidate, columns.time}
-        reader = replace(new.reader, uses={name: use for name, use in new.uses.items() if name in needed})
-        # The same row may have other times in other files: all rows of the requests' times are looked at.
-        before = [file for file in self.logs.log.files if file.address in taken]
-        before = [file for file in before if taken[file.address].overlaps(*times)]
-        repeated: list[np.ndarray] = []
-        for by_journal in (False, True):
-            mine, others = (
-                [
-                    file
-                    for file in files
-                    if file.rows and (columns.request is None or (read_journal_name(file.address) is not None) == way)
-                ]
-                for files, way in ((new.files, by_journal), (before, not by_journal))
-            )
-            if mine and others:
-                keys = np.unique(np.concatenate([rows.row_hashes() for rows in _read(reader, mine)]))
-                repeated += [np.intersect1d(rows.row_hashes(), keys) for rows in _read(reader, others)]
-        keys = np.unique(np.concatenate([np.empty(0, np.uint64), *repeated]))
-        row, count, example = 0, 0, 0
-        for rows in _read(reader, new.files) if len(keys) else ():
-            again = np.isin(rows.row_hashes(), keys)
-            example = row + int(again.argmax()) if again.any() and not count else example
-            row, count = row + len(rows), count + int(again.sum())
-        if count:
-            way, keep = ", and one of the two came by a server's journal", ", or set data.duplicates to keep if meant"
-            if columns.request is None:
-                way = keep = ""
-            raise UserError(
-                f"{place(new, example)} repeats request and candidate of a row that {self.holder} hold{way}; "
-                f"{count:,} rows of new files do so, and would count twice: remove them from these files{keep}"
-            )
-
-
-def _read(reader: LogReader, files: Sequence[LogFile]) -> Iterator[LogRows]:
-    for part in cut(files, ROWS_PER_PART):
-        yield from reader.read(part)
 
 
 ANEW = "build the features anew, without --extend"
@@ -282,13 +243,15 @@ def _extend(before: FeatureFolder, files: NewFiles, windows: dict[str, Window], 
     manifest["unchecked"] = sorted({*was["unchecked"], *logs.options.unchecked})
     extends = {"fingerprint": was["fingerprint"], "stands_for": whole, "rows_before": was["rows"], "new_ids": new_ids}
     write_manifest(folder, {"fingerprint": fingerprint, **manifest, "extends": extends})
-    return Extension(before, sum(len(each.files) for each in new.all), new.log.rows, new_ids, files.gone)
+    return Extension(before, sum(len(each.files) for each in new.all), counted.seen[None], new_ids, files.gone)
 
 
 def _check_splits(files: NewFiles, counted: LogCounts, steps: Steps) -> None:
     if any(counted.rows.values()):
         return
     first, rows = files.begin(counted, steps.requests), steps.logs.log.rows
+    if not counted.seen[None]:
+        raise UserError(f"all {rows:,} rows of new files came before: add them together with those of new requests")
     if first > counted.last[0]:  # no request is new
         raise UserError(
             f"all {rows:,} new rows belong to requests of the files before, by column "
@@ -340,6 +303,8 @@ def extend_tables(features: Path, last: int, logs: Logs, taken: HeldFiles, out: 
         raise UserError(f"'{requests}', the requests that the model's tables hold, is missing; {REMAKE}")
     with Steps(files.only(events_alone=True), {}, out / "scratch") as steps:
         counted = files.count(steps, statistics=False, kept=out / "requests", before=requests)
+        if not any(counted.seen.values()):  # all came before
+            return None
         counted.add_latest_of(features, logs.schema)
         as_of = max(last, counted.last[0])
         taken = files.taken.with_new(steps.logs, counted.spans)

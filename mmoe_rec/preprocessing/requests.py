@@ -3,7 +3,8 @@
 A request's rows may lie in any parts of a log. So each part writes (request, time, user, row, rows) of its rows, once
 for consecutive rows that agree, and a database groups these by the hash of the request's id. Where a request has
 several times, its rows get the first one: a file says which, by rising row, and whoever reads the log reads it as well.
-What is known of requests is kept with the features, so that rows in a later day's files are recognised.
+What is known of requests is kept with the features, so that rows in a later day's files are recognised; so are, in the
+folder `rows`, hashes of all rows, as rows of a day before do not count when they come again.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ _RUNS = pa.schema(
 KEPT = pa.schema(
     dict.fromkeys(("request", "least", "greatest"), pa.uint64()) | dict.fromkeys(("first", "last", "rows"), pa.int64())
 )
+KEPT_ROWS = pa.schema({"key": pa.uint64(), "labels": pa.uint32()})
 _GREATEST = np.iinfo(np.int64).max
 Run = Callable[[Callable[[Any], Any], Sequence[Any], Sequence[int], str], Iterator[Any]]
 
@@ -83,14 +85,16 @@ def find_requests(
     run: Run,
     scratch: Path,
     first_times: Path,
+    repeats: Path,
     before: Path | None = None,
     kept: Path | None = None,
 ) -> Requests:
     """What is known of the requests of a log in parts, with bad files if there are any; one without a request column,
     whose requests are rows of one time, is not read.
 
-    run: runs tasks; first_times: file for the rows whose time is not their request's, see `LogReader`; before: folder
-    with the requests of the days before; kept: folder that gets all requests. Raises UserError for a damaged `before`.
+    run: runs tasks; first_times: file for the rows whose time is not their request's, see `LogReader`; repeats: file of
+    rows that do not count, see `find_counted`; before: folder with the requests of the days before; kept: folder that
+    gets all requests. Raises UserError for a damaged `before`.
     """
     log, options, requests = logs.log, logs.options, Requests()
     columns, split = log.schema.columns, log.schema.split
@@ -100,7 +104,7 @@ def find_requests(
     reader = replace(log.reader, uses={column: use for column, use in log.uses.items() if column in read})
     folder = scratch / "runs"
     folder.mkdir(parents=True)
-    for bad in run(partial(_write_runs, folder, reader), parts, [part.rows for part in parts], "requests"):
+    for bad in run(partial(_write_runs, folder, reader, repeats), parts, [part.rows for part in parts], "requests"):
         requests.bad += bad
     if not requests.bad:
         with open_database(scratch / "database", options.memory_gib, options.workers) as database:
@@ -126,22 +130,32 @@ def find_requests(
     return requests
 
 
-def _write_runs(folder: Path, reader: LogReader, part: LogPart) -> list[BadFile]:
-    row, noticed = part.start, Noticed()
+def find_counted(repeats: Path, part: LogPart) -> np.ndarray:
+    """(N,) bool: which rows of a part count. repeats: Parquet file of each `row` that does not; none need be there."""
+    counted = np.ones(part.rows, bool)
+    if repeats.exists():
+        inside = [("row", ">=", part.start), ("row", "<", part.start + part.rows)]
+        counted[pq.read_table(repeats, filters=inside)["row"].to_numpy() - part.start] = False
+    return counted
+
+
+def _write_runs(folder: Path, reader: LogReader, repeats: Path, part: LogPart) -> list[BadFile]:
+    row, noticed, counted = part.start, Noticed(), find_counted(repeats, part)
     with pa.OSFile(str(folder / f"{part.start:012d}.arrow"), "wb") as file, pa.ipc.new_file(file, _RUNS) as writer:
         for rows in reader.read(part, noticed):
-            if not noticed.bad:
-                writer.write_table(_runs_of(rows, row))
-                row += len(rows)
+            inside = counted[row - part.start :][: len(rows)]
+            if not noticed.bad and inside.any():
+                writer.write_table(_runs_of(rows.filter(inside), row + np.flatnonzero(inside)))
+            row += len(rows)
     return noticed.bad
 
 
-def _runs_of(rows: LogRows, first_row: int) -> pa.Table:
+def _runs_of(rows: LogRows, number: np.ndarray) -> pa.Table:
     request, user, time = rows.request_hashes(), rows.hashes([rows.schema.columns.user]), rows.times()
-    begins = np.append(True, (request[1:] != request[:-1]) | (time[1:] != time[:-1]) | (user[1:] != user[:-1]))
-    start = np.flatnonzero(begins)
+    begins = (request[1:] != request[:-1]) | (time[1:] != time[:-1]) | (user[1:] != user[:-1]) | (np.diff(number) > 1)
+    start = np.flatnonzero(np.append(True, begins))
     counts = np.diff(np.append(start, len(rows)))
-    return pa.table([request[start], time[start], user[start], first_row + start, counts], schema=_RUNS)
+    return pa.table([request[start], time[start], user[start], number[start], counts], schema=_RUNS)
 
 
 def _group(database: Database, requests: Requests, before: Path | None) -> None:
@@ -149,7 +163,7 @@ def _group(database: Database, requests: Requests, before: Path | None) -> None:
         "CREATE TABLE mine AS SELECT request, min(who) AS least, max(who) AS greatest, min(time) AS first, "
         "max(time) AS last, sum(rows)::BIGINT AS rows FROM runs GROUP BY request"
     )
-    database.fill("before", KEPT, read_requests(before))
+    database.fill("before", KEPT, read_kept(before, KEPT))
     # A row that is earlier than all of its request in the files before would change what these have become.
     requests.continued, requests.continued_rows, *times = database.row(
         "SELECT count(*), coalesce(sum(mine.rows), 0)::BIGINT, coalesce(min(before.first), 0), "
@@ -191,14 +205,14 @@ def _find_clash(database: Database, column: str, runs: str) -> Clash | None:
     return first, other
 
 
-def read_requests(folder: Path | None) -> Iterator[pa.Table]:
-    """The requests that are kept in a folder, None for none, some at a time: `request`, `least` and `greatest` are
-    hashes of the id and of its users; `first` and `last` times in microseconds; `rows`. Raises UserError for a folder
-    that can't be read."""
+def read_kept(folder: Path | None, columns: pa.Schema) -> Iterator[pa.Table]:
+    """What is kept in a folder, None for none, some at a time. `request`, `least` and `greatest` are hashes of a
+    request's id and of its users, `first` and `last` its times in microseconds; `key` is a hash of a row's request and
+    candidate, `labels` one of its labels. Raises UserError for a folder that can't be read."""
     try:
-        for path in () if folder is None else sorted(folder.iterdir()):
+        for path in () if folder is None else sorted(each for each in folder.iterdir() if each.is_file()):
             with pq.ParquetFile(path) as file:
                 for group in range(file.num_row_groups):
-                    yield file.read_row_group(group, KEPT.names)
+                    yield file.read_row_group(group, columns.names)
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"'{folder}' is damaged: {first_line(error)}; build the features anew") from None

@@ -17,6 +17,7 @@ from mmoe_rec.log.rows import LogRows, labels_of, unmatured
 from mmoe_rec.point_in_time.join import Window, in_window
 from mmoe_rec.preprocessing.exchange import ResultExchange, ResultReader
 from mmoe_rec.preprocessing.look_up import load_pipeline
+from mmoe_rec.preprocessing.requests import find_counted
 
 ROWS_PER_GROUP = 32_768
 
@@ -75,12 +76,14 @@ def encode_part(
     exchange: ResultExchange,
     encoded: Path,
     reader: LogReader,
+    repeats: Path,
     task: tuple[int, LogPart],
 ) -> dict[str, SplitCounts]:
     """Encodes part number `task[0]` of a log into `encoded`/SPLIT/part-NUMBER.parquet, one file for each split.
 
     state: folder of the fitted pipeline; windows: request times [start, end) of each split; known_by: when a split's
-    labels must have matured to count (both in microseconds); exchange: results of counters and histories.
+    labels must have matured to count (both in microseconds); exchange: results of counters and histories;
+    repeats: file of rows that do not count, see `find_counted`.
     """
     number, part = task
     pipeline, columns = load_pipeline(state), reader.schema.columns
@@ -88,10 +91,10 @@ def encode_part(
     asked = {name for encoder in pipeline.memory_encoders.values() for name in encoder.result_columns()}
     counts = {name: SplitCounts() for name in windows}
     writers = {name: _SplitWriter(encoded / name / f"part-{number:05d}.parquet") for name in windows}
-    row = part.start
+    row, counted = part.start, find_counted(repeats, part)
     for rows in reader.read(part):
         for name, window in windows.items():
-            wanted = in_window(rows.times(), window)
+            wanted = in_window(rows.times(), window) & counted[row - part.start :][: len(rows)]
             if wanted.any():
                 its = results.of(row, wanted)
                 assert asked <= its.keys(), "a memory of this process, which is empty, would be asked in their place"

@@ -36,7 +36,7 @@ from mmoe_rec.progress import bar
 
 # Fewer rows are done before further processes have started.
 ROWS_FOR_PROCESSES = 500_000
-_FIRST_TIMES, _RESULTS = "first_times.parquet", "results"
+_FIRST_TIMES, _RESULTS, _REPEATS = "first_times.parquet", "results", "repeats.parquet"
 Result = TypeVar("Result")
 
 
@@ -60,6 +60,7 @@ class Steps:
         self._stack = ExitStack()
         self._counted = LogCounts()
         self.requests = Requests()
+        self._repeats = scratch.with_name(_REPEATS)  # outlives what was read with them
 
     def __enter__(self) -> Steps:
         options = self.logs.options
@@ -67,6 +68,7 @@ class Steps:
         in_memory = self.logs.log.source.startswith("memory://")  # which other processes do not see
         engine = open_engine(options.engine, options.workers, processes=not (few or in_memory))
         self._stack.callback(shutil.rmtree, self.scratch, ignore_errors=True)
+        self._stack.callback(self._repeats.unlink, missing_ok=True)
         self._engine: Engine = self._stack.enter_context(engine)
         return self
 
@@ -79,7 +81,8 @@ class Steps:
         return -(-(self.logs.log.rows + self.logs.rows) // self.logs.options.rows_in_memory)
 
     def count(self, statistics: bool, kept: Path | None = None, before: Path | None = None) -> LogCounts:
-        """Finds the times of requests and reads the logs, and does both again without bad files where some are skipped.
+        """Finds the times of requests and reads the logs, and does both again without bad files where some are skipped,
+        and without rows that came before.
 
         statistics: whether vocabularies and the like are counted; kept: folder that gets what is known of the requests;
         before: such a folder of the files that are not read.
@@ -88,15 +91,25 @@ class Steps:
         several users, or times where that is wanted.
         """
         check_readings(self.logs.log)
-        while (counted := self._read_all(statistics, kept, before)).bad:
-            self.logs = self.logs.without(counted.bad)
+        while (counted := self._read_all(statistics, kept, before)).bad or self._find_repeats(counted, kept, before):
+            if counted.bad:
+                self.logs = self.logs.without(counted.bad)
+                self._repeats.unlink(missing_ok=True)  # of rows that have other numbers now
             shutil.rmtree(self.scratch, ignore_errors=True)  # what was read with them
         self._counted = counted
+        return counted
+
+    def _find_repeats(self, counted: LogCounts, kept: Path | None, before: Path | None) -> bool:
+        """As `check_duplicates`, after other checks."""
         check_times(self.logs.log, counted)
         check_requests(self.logs.log, self.requests)
+        sent, kept = self._events.folder / DUPLICATES, None if kept is None else kept / "rows"
+        before = before / "rows" if before is not None and (before / "rows").is_dir() else None
         if DUPLICATES in counted.sent:
-            check_duplicates(self.logs, self._events.folder / DUPLICATES, self.scratch / "database")
-        return counted
+            return check_duplicates(self.logs, sent, self.scratch / "database", self._repeats, before, kept)
+        if before is not None and kept is not None:
+            shutil.copytree(before, kept)
+        return False
 
     def find_requests(self) -> None:
         """Only finds the times of requests, for rows whose counters and histories are known elsewhere. Raises UserError
@@ -118,17 +131,17 @@ class Steps:
         bad = self.requests.bad
         if bad and not self.logs.options.skip_bad_files:
             raise bad[0]
-        counted = self._count(statistics)  # which finds further bad files at once
+        counted = self._count(statistics, kept is not None)  # which finds further bad files at once
         return LogCounts(bad=[*bad, *counted.bad]) if bad else counted
 
     def _find_requests(self, before: Path | None = None, kept: Path | None = None) -> Requests:
         scratch, first_times = self.scratch / "requests", self.scratch / _FIRST_TIMES
-        return find_requests(self.logs, self.parts, self._run, scratch, first_times, before, kept)
+        return find_requests(self.logs, self.parts, self._run, scratch, first_times, self._repeats, before, kept)
 
-    def _count(self, statistics: bool) -> LogCounts:
+    def _count(self, statistics: bool, keep: bool) -> LogCounts:
         options = self.logs.options
-        look = options.duplicates == "error" and self.logs.schema.columns.has_candidate
-        job = CountJob(self.logs.schema, self.windows, self._events, statistics, look, self.until)
+        look = (options.duplicates == "error" or keep) and self.logs.schema.columns.has_candidate
+        job = CountJob(self.logs.schema, self.windows, self._events, statistics, look, self._repeats, self.until)
         readers: dict[str | None, LogReader] = {None: kept_reader(self.scratch, self.logs.log)}
         parts: list[tuple[str | None, LogPart]] = [(None, part) for part in self.parts]
         for events in self.logs.events:
@@ -214,7 +227,7 @@ class Steps:
         reader = kept_reader(self.scratch, self.logs.log)
         tasks = list(enumerate(self.parts))
         counts = {name: SplitCounts(known_by=known_by[name]) for name in self.windows}
-        function = partial(encode_part, state, self.windows, known_by, self._results, folder, reader)
+        function = partial(encode_part, state, self.windows, known_by, self._results, folder, reader, self._repeats)
         sizes = [part.rows for _, part in tasks]
         for part in self._run(function, tasks, sizes, "encoding"):
             for name, each in part.items():

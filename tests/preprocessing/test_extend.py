@@ -201,12 +201,6 @@ def _rewrite(log: Growing) -> None:
     pq.write_table(pq.read_table(path).slice(1), path)
 
 
-def _write_early(log: Growing) -> None:
-    early = log.table.filter(pa.array(times_of(log.table) < START + 8 * DAY)).slice(0, 20)
-    late = log.table.filter(pa.array(times_of(log.table) > START + 9 * DAY)).slice(0, 20)
-    pq.write_table(pa.concat_tables([late, early]), log.folder / "log" / "early.parquet")
-
-
 def _write_last_again(log: Growing) -> None:
     last = times_of(log.table)[times_of(log.table) < START + 8 * DAY].max()
     row = log.table.filter(pa.array(times_of(log.table) == last)).slice(0, 1)
@@ -243,14 +237,7 @@ def _only_events(log: Growing) -> None:
     ("change", "message"),
     [
         (_rewrite, r"log/100.parquet' has changed since the features in '.*' were built from it; put it back, or"),
-        (
-            _write_early,
-            r"row 20 of '.*early.parquet' repeats request and candidate of a row that the features in .*; 20 rows of",
-        ),
-        (
-            _write_last_again,
-            r"row 0 of '.*last.parquet' repeats request and candidate of a row .*: remove them from these files$",
-        ),
+        (_write_last_again, r"^all 1 rows of new files came before: add them together with those of new requests$"),
         (_change_schema, r"setting 'features.item.oov_buckets' is 4 in the features in '.*' and 3 now; build the fe"),
         (_drop_feature, r"setting 'features.price' is there in the features in '.*' and missing now"),
         (_swap_features, r"'features' is in the order item, brand, .* in the features in '.*' and in the order n, b"),

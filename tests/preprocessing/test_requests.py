@@ -174,7 +174,7 @@ def test_ids_of_a_user_make_requests_with_the_user(tmp_path: Path, small_pieces:
 def test_without_a_request_column_there_is_nothing_to_find(tmp_path: Path) -> None:
     prepared = _build(tmp_path, random_log(3), schema=schema_of(ALL_KINDS))
     assert prepared.manifest["requests"] is None
-    assert not (prepared.folder / "requests").exists()
+    assert [each.name for each in (prepared.folder / "requests").iterdir()] == ["rows"]
 
 
 class _Days:
@@ -213,22 +213,86 @@ def test_rows_of_a_request_of_days_before_are_told_of_and_not_encoded(tmp_path: 
     assert set(encoded) == set(days.new["request"].to_pylist())
 
 
-def test_a_row_that_came_by_a_journal_and_otherwise_is_refused(tmp_path: Path) -> None:
-    """Files without rows have none that came before."""
-    days, journal = _Days(tmp_path), f"journal-{'ab' * 16}-%012d.parquet"
-    log = write_log(tmp_path / "log", days.old.slice(0, 100), days.old.slice(110), days.old.slice(0, 0))
-    (log / "1.parquet").rename(log / (journal % 1))
-    place = str(log), SCHEMA, WINDOWS, tmp_path / "work"
-    prepare(*place, BuildOptions(duplicates="keep"))
-    pq.write_table(days.old.slice(0, 0), log / "empty.parquet")
-    pq.write_table(pa.concat_tables([days.old.slice(100, 10), days.new.slice(0, 20)]), log / (journal % 2))
+def _deliver_again(days: _Days, how: str, rng: np.random.Generator) -> int:
+    """Writes the new rows, and old ones once more, in other files; gives the number of the latter."""
+    log = days.folder / "log"
+    old = days.old.take(pa.array(rng.permutation(days.old.num_rows)))
+    if how == "some":
+        old = old.slice(0, 29)
+    if how == "compacted":
+        (log / "0.parquet").unlink()
+        pq.write_table(pa.concat_tables([old, days.new]), log / "all.parquet", row_group_size=37)
+        return old.num_rows
+    for number, part in enumerate(_cut(old, 150 if how == "split" else 1000)):
+        pq.write_table(part, log / f"again {number}.parquet", compression="zstd")
+    if how == "journal":
+        (log / "again 0.parquet").rename(log / f"journal-{'ab' * 16}-000000000002.parquet")
+    pq.write_table(days.new, log / "new.parquet")
+    return old.num_rows
+
+
+@pytest.mark.parametrize("how", ["written again", "compacted", "split", "some", "journal"])
+def test_rows_that_came_before_count_once(
+    tmp_path: Path, small_pieces: None, capsys: pytest.CaptureFixture, how: str
+) -> None:
+    days, only = _Days(tmp_path / "found"), _Days(tmp_path / "expected")
+    expected = only.extend(only.new)
+    _build(days.folder, days.old)
+    repeated = _deliver_again(days, how, np.random.default_rng(7))
+    capsys.readouterr()
+    place = str(days.folder / "log"), SCHEMA, WINDOWS, days.folder / "work"
     extended = extend(*place)
+    assert f"left out: {repeated:,} rows of new files that came before, such as row " in capsys.readouterr().err
     assert extended is not None
-    assert extended.rows == 30
-    pq.write_table(pa.concat_tables([days.new.slice(20), days.old.slice(7, 1)]), log / (journal % 3))
-    message = rf"row {days.new.num_rows - 20} of '.*{journal % 3}' repeats request and candidate of a row that .*; 1 ro"
+    assert extended.rows == days.new.num_rows
+    found = extended.features
+    assert files_of(found.serving) == files_of(expected.serving)
+    assert pq.read_table(found.split("test")) == pq.read_table(expected.split("test"))
+    assert [each.name for each in (found.folder / "encoded").iterdir() if each.is_dir()] == ["test"]
+    assert found.manifest["requests"] == expected.manifest["requests"]
+    kept = [pq.read_table(each.folder / "requests" / "rows") for each in (found, expected)]
+    assert kept[0] == kept[1]
+    assert len(kept[0]) == days.old.num_rows + days.new.num_rows
+    # Nothing is new on the day after, when rows of the day before come again.
+    pq.write_table(days.new.slice(5, 9), days.folder / "log" / "zz.parquet")
+    with pytest.raises(UserError, match="has no new rows" if False else "belong to requests of the files before"):
+        extend(*place)
+    assert "left out: 9 rows of new files that came before, such as row 0 of " in capsys.readouterr().err
+
+
+def test_rows_that_came_before_with_other_labels_are_refused_and_kept_if_that_is_meant(tmp_path: Path) -> None:
+    days = _Days(tmp_path)
+    _build(tmp_path, days.old)
+    again = days.old.slice(40, 6)
+    again = with_column(again, "click", pa.array([1.0 - (each or 0) for each in again["click"].to_pylist()]))
+    new = pa.concat_tables([days.new, days.old.slice(3, 1), again])
+    pq.write_table(new, tmp_path / "log" / "new.parquet")
+    place = str(tmp_path / "log"), SCHEMA, WINDOWS, tmp_path / "work"
+    message = rf"^row {days.new.num_rows + 1} of '.*new.parquet' repeats .* came before, with other labels; 6 rows of n"
     with pytest.raises(UserError, match=message):
         extend(*place)
+    extended = extend(*place, BuildOptions(duplicates="keep"))
+    assert extended is not None
+    assert (extended.rows, extended.features.manifest["requests"]["continued_rows"]) == (new.num_rows, 7)
+
+
+def test_rows_of_requests_that_an_earlier_version_kept_are_unknown(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    days = _Days(tmp_path)
+    late = int(np.flatnonzero(times_of(days.old) > times_of(_with_first_times(days.old)))[5])
+    before = _build(tmp_path, days.old.slice(0, late), days.old.slice(late + 1))
+    shutil.rmtree(before.folder / "requests" / "rows")
+    place = str(tmp_path / "log"), SCHEMA, WINDOWS, tmp_path / "work"
+    pq.write_table(pa.concat_tables([days.new, days.old.slice(late, 1)]), tmp_path / "log" / "new.parquet")
+    with pytest.raises(UserError, match=r"^rows of new files \('.*new.parquet' is one\) are no later .* If none came"):
+        extend(*place)
+    capsys.readouterr()
+    extended = extend(*place, BuildOptions(duplicates="keep"))
+    assert extended is not None
+    assert "those of the files before are not known again" in capsys.readouterr().err
+    kept = pq.read_table(extended.features.folder / "requests" / "rows")
+    assert len(kept) == extended.rows == days.new.num_rows + 1
 
 
 def test_ids_that_are_all_used_again_are_told(tmp_path: Path) -> None:
@@ -249,7 +313,7 @@ def test_ids_that_are_all_used_again_are_told(tmp_path: Path) -> None:
 
 def test_a_row_before_a_request_of_days_before_is_refused(tmp_path: Path) -> None:
     days = _Days(tmp_path)
-    early = at_times(days.old.slice(3, 1), times_of(days.old)[3:4] - DAY)
+    early = at_times(with_column(days.old.slice(3, 1), "item", pa.array([77])), times_of(days.old)[3:4] - DAY)
     with pytest.raises(
         UserError, match=r"^row 0 of '.*new.parquet' was requested .*, and a later row of its request among"
     ):
