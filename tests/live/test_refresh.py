@@ -117,10 +117,12 @@ def test_frozen_at_a_moment(model: RefreshedModel, tmp_path: Path) -> None:
 
 
 def test_what_can_not_be_added_is_told(model: RefreshedModel, capsys: pytest.CaptureFixture) -> None:
-    model.add(8, 9.5)  # half of it is in the tables already
-    told = model.refused(capsys)
-    assert "repeats request and candidate of a row that the model's tables hold; " in told
-    (model.log / "days 8 to 9.5.parquet").unlink()
+    model.add(8, 9)  # which is in the tables already
+    model.refresh()
+    told = capsys.readouterr()
+    assert f"left out: {len(model._days(8, 9)):,} rows of new files that came before, such as row 0 of" in told.err
+    assert "no new files" in told.out
+    (model.log / "days 8 to 9.parquet").unlink()
     old = next(iter(sorted(model.log.glob("*.parquet"))))
     pq.write_table(pq.read_table(old).slice(1), old)
     told = model.refused(capsys)

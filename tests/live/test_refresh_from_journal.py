@@ -20,6 +20,7 @@ from mmoe_rec.server.options import Options
 from tests.inference.small_model import ITEMS
 from tests.live.refreshed_model import RefreshedModel
 from tests.log.small_logs import ALL_KINDS, BASE, DAY, START, files_of
+from tests.preprocessing.test_tables_of_models import assert_same_tables
 from tests.server.asking import ask
 from tests.server.test_events import as_json, asked
 
@@ -358,21 +359,30 @@ def _refreshed_once(model: RefreshedModel) -> Application:
     return _served(model, "2")
 
 
-def test_a_row_of_the_journal_that_a_file_of_the_log_holds_is_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture
+@pytest.mark.parametrize("first", ["file", "journal"])
+def test_a_row_that_came_by_the_journal_and_in_a_file_counts_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture, first: str
 ) -> None:
-    model = RefreshedModel(tmp_path, requests=True)
-    app = _refreshed_once(model)
-    old = as_json(model._days(2, 3))
-    _sent(app, [*as_json(model._days(10, 11)), *old])
-    for words in (("--journal", str(model.journal)), (), ("--journal", str(model.journal), "--anew")):
-        capsys.readouterr()
-        with pytest.raises(SystemExit):
-            model.refresh(*words)  # which writes the journal's file
-        told = capsys.readouterr().err
-        assert f"{len(old):,} rows of " in told
-        assert "repeats request and candidate" in told
-    assert model.holder().number == "2"
+    """As long as one of the two is new; a build of all files refuses it."""
+    model, whole = RefreshedModel(tmp_path / "one", requests=True), RefreshedModel(tmp_path / "other", requests=True)
+    app, again = _refreshed_once(model), len(_of_journal(model))
+    if first == "file":
+        again = len(old := as_json(model._days(2, 3)))
+        _sent(app, [*as_json(model._days(10, 11)), *old])
+        model.take_in()
+        whole.add(9, 11)
+    else:
+        model.add(9, 10.5)
+        model.refresh()
+        whole.add(9, 10.5)
+    whole.refresh()
+    assert f"left out: {again:,} rows of new files that came before" in capsys.readouterr().err
+    assert model.holder().number == "3"
+    one, other = (each.folder_of(each.holder().number) / "features" for each in (model, whole))
+    assert_same_tables(one, other, but=("files.json",))
+    told = model.refused(capsys, "--anew")
+    assert f"; {again:,} rows of the log do so" in told
+    assert "repeats request and candidate" in told
 
 
 def test_without_requests_ids_new_files_of_another_program_are_refused(
@@ -386,21 +396,3 @@ def test_without_requests_ids_new_files_of_another_program_are_refused(
     model.refresh()
     model.take_in()
     assert model.holder().number == "4"
-
-
-def test_a_file_with_rows_that_came_by_the_journal_before_is_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
-    model = RefreshedModel(tmp_path, requests=True)
-    _refreshed_once(model)
-    sent = len(_of_journal(model))
-    model.add(9, 10.5)  # which without its later requests holds nothing but rows that are known
-    for words in ((), ("--journal", str(model.journal)), ("--anew",)):
-        told = model.refused(capsys, *words)
-        assert "'" + str(model.log / "days 9 to 10.5.parquet") in told
-        assert f"{sent:,} rows of " in told
-        assert "repeats request and candidate" in told
-    (model.log / "days 9 to 10.5.parquet").unlink()
-    model.add(10, 10.5)
-    model.take_in()
-    assert model.holder().number == "3"
