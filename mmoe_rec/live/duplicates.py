@@ -178,6 +178,7 @@ class Duplicates:
             if self.schema.columns.request is not None:
                 owners = rows.request_hashes(), rows.hashes([self.schema.columns.user])
         content = rows.content_hashes(list_label_columns(self.schema) if name is None else list(uses))
+        content = (content >> np.uint64(32)).astype(np.uint32)
         verdict = _judge(stores, content, keys, owners, day)
         kept = np.flatnonzero(verdict == COUNTS)
         taken = table.take(pa.array(kept)) if len(kept) < len(times) else table

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 from typing import Self
@@ -284,11 +284,14 @@ class EventRows(Log):
                     "write both with one type"
                 )
 
-    def times(self, file: LogFile) -> np.ndarray:
-        """(rows,) int64 microseconds of the events of one file."""
-        reader = replace(self.reader, uses={self.reader.time: "time"})
-        times = [rows.times() for part in cut([file], file.rows) for rows in reader.read(part)]
-        return np.concatenate([np.empty(0, np.int64), *times])
+    def find_events(self, file: LogFile, first: int, last: int) -> np.ndarray:
+        """(N,) uint64 hash of all columns of each event of one file that is of a time from `first` to `last`, both in
+        microseconds."""
+        found = [np.empty(0, np.uint64)]
+        for rows in (rows for part in cut([file], file.rows) for rows in self.reader.read(part)):
+            inside = (rows.times() >= first) & (rows.times() <= last)
+            found.append(rows.content_hashes(rows.table.column_names)[inside])
+        return np.concatenate(found)
 
 
 def none_usable(source: str, left_out: Sequence[LeftOut]) -> UserError:

@@ -136,7 +136,7 @@ class LogRows:
         return combine([self.request_hashes(), self.hashes([self.schema.columns.candidate])])
 
     def content_hashes(self, columns: Sequence[str]) -> np.ndarray:
-        """(N,) uint32 hash of some columns' values, of any type but lists."""
+        """(N,) uint64 hash of some columns' values, of any type but lists."""
         hashes = []
         for name in columns:
             column = self.column(name)
@@ -147,7 +147,7 @@ class LogRows:
                 hashes.append(mix(self.times(name).view(np.uint64)))
             else:
                 hashes.append(hash_column(column))
-        return (combine(hashes) >> np.uint64(32)).astype(np.uint32)
+        return combine(hashes)
 
     def labels(self, task: Task, known_by: int) -> np.ndarray:
         """(N,) float64 labels, NaN where unobserved: null, ruled out, not matured at `known_by` (microseconds), or of a

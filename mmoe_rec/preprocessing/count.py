@@ -175,17 +175,17 @@ class _Sender:
     def _add_look_ups(self, pipeline: FeaturePipeline, rows: LogRows, number: np.ndarray) -> None:
         times = rows.times()
         if self.job.duplicates:
-            content = rows.content_hashes(list_label_columns(rows.schema))
-            self._waiting[DUPLICATES].append(pa.table({"key": rows.row_hashes(), "row": number, "labels": content}))
+            labels = (rows.content_hashes(list_label_columns(rows.schema)) >> np.uint64(32)).astype(np.uint32)
+            self._waiting[DUPLICATES].append(pa.table({"key": rows.row_hashes(), "row": number, "labels": labels}))
         wanted = np.flatnonzero(in_any(times, self.job.windows.values()))
-        labels: dict[str, np.ndarray] = {}
+        of_tasks: dict[str, np.ndarray] = {}
         for name, group in pipeline.key_groups.items():
             look_ups = {"key": rows.hashes(group[0].by), "time": times, "row": number}
             labelled = {encoder.label: encoder for encoder in group if encoder.label is not None}
             for task, encoder in labelled.items():
-                if task not in labels:
-                    labels[task] = encoder.labels(rows)
-                look_ups[label_of(task)] = labels[task]
+                if task not in of_tasks:
+                    of_tasks[task] = encoder.labels(rows)
+                look_ups[label_of(task)] = of_tasks[task]
             if not labelled and len(wanted) < len(rows):
                 look_ups = {column: values[wanted] for column, values in look_ups.items()}
             self._waiting[look_ups_of(name)].append(pa.table(look_ups))

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -28,7 +29,7 @@ from mmoe_rec.atomic import atomic_folder
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.locks import writing
-from mmoe_rec.log.checks import format_time
+from mmoe_rec.log.checks import LogFile, format_time
 from mmoe_rec.log.files import first_line
 from mmoe_rec.log.reader import Log
 from mmoe_rec.log.rows import require_all
@@ -140,19 +141,43 @@ class NewFiles:
         )
 
     def _check_events(self, counted: LogCounts, new: Logs) -> None:
-        """Raises UserError where new files hold as many events of the time of a file that is gone as that one did."""
-        for log, before, changes in zip(new.events, self.taken.logs[1:], self.changes[1:], strict=True):
-            for old in (before.files[address] for address in changes.gone):
-                inside: dict[str, int] = {}
-                for file in log.files:
-                    if old.overlaps(*counted.spans.get((log.name, file.address), (0, -1))):
-                        times = log.times(file)
-                        inside[file.address] = int(((times >= old.first) & (times <= old.last)).sum())
-                if inside and sum(inside.values()) >= old.rows:
+        """Raises UserError where new files hold all events of an old one, or as many of its time if it is gone; or all
+        events of a new one stand in old ones."""
+        looks = self.logs.options.duplicates == "error"
+        for log, whole, before in zip(new.events, self.logs.events, self.taken.logs[1:], strict=True):
+            there, spans = {file.address: file for file in whole.files}, counted.spans
+            known: dict[LogFile, tuple[np.ndarray, np.ndarray]] = {}  # events of new files, and which are old ones
+            for old in before.files.values():
+                near = [file for file in log.files if old.overlaps(*spans.get((log.name, file.address), (0, -1)))]
+                what = f"of events '{log.name}' are of the time of '{old.address}'"
+                if near and old.address not in whole.found and old.first is not None and old.last is not None:
+                    inside = {file.address: len(log.find_events(file, old.first, old.last)) for file in near}
+                    if sum(inside.values()) >= old.rows:
+                        raise UserError(
+                            f"rows of '{max(inside, key=lambda file: inside[file])}' {what}, which is gone, and there "
+                            f"are as many as that file held ({old.rows:,}): if they are the same, they would count "
+                            f"twice; put that file back, or {self.anew}"
+                        )
+                # A journal tells for itself which of its rows count.
+                near = [file for file in near if read_journal_name(file.address) is None and looks]
+                if not near or old.address not in there:
+                    continue
+                for file in (file for file in near if file not in known):
+                    events = log.find_events(file, *spans[log.name, file.address])
+                    known[file] = events, np.zeros(len(events), bool)
+                of_near = [spans[log.name, file.address] for file in near]
+                its = log.find_events(there[old.address], min(of_near)[0], max(last for _, last in of_near))
+                for file in near:
+                    known[file][1][np.isin(known[file][0], its)] = True
+                repeated = [file for file in near if known[file][1].all()]
+                whole_old = (
+                    len(its) == old.rows and np.isin(its, np.concatenate([known[file][0] for file in near])).all()
+                )
+                if repeated or whole_old:
                     raise UserError(
-                        f"'{max(inside, key=lambda address: inside[address])}' holds events '{log.name}' of the time "
-                        f"of '{old.address}', which is gone, and there are as many as that file held ({old.rows:,}): "
-                        f"if they are the same, they would count twice; put that file back, or {self.anew}"
+                        f"rows of '{(repeated or near)[0].address}' {what}, and all rows of one of the two came before "
+                        "or come again: they would count twice; remove the new file, or set data.duplicates to keep if "
+                        "they are meant"
                     )
 
 

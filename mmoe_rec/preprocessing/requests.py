@@ -50,9 +50,9 @@ class Requests:
 
     count: requests; several_times, several_users: those with rows of several times or users; longest: greatest
     difference of times within a request, microseconds; continued, continued_rows: requests of days before that have
-    rows here, and continued_times: their first and last time before; begin: time of the first request that is none of
-    them; earlier: least time of a row that is earlier than all of its request before, None for none; times_clash,
-    users_clash: two rows that disagree, the second being the first such row; bad: files that can't be read.
+    rows here; begin: time of the first request that is none of them; earlier: least time of a row that is earlier than
+    all of its request before, None for none; times_clash, users_clash: two rows that disagree, the second being the
+    first such row; bad: files that can't be read.
     """
 
     count: int = 0
@@ -61,7 +61,6 @@ class Requests:
     several_users: int = 0
     continued: int = 0
     continued_rows: int = 0
-    continued_times: tuple[int, int] = (0, -1)
     begin: int = _GREATEST
     earlier: int | None = None
     times_clash: Clash | None = None
@@ -165,11 +164,10 @@ def _group(database: Database, requests: Requests, before: Path | None) -> None:
     )
     database.fill("before", KEPT, read_kept(before, KEPT))
     # A row that is earlier than all of its request in the files before would change what these have become.
-    requests.continued, requests.continued_rows, *times = database.row(
-        "SELECT count(*), coalesce(sum(mine.rows), 0)::BIGINT, coalesce(min(before.first), 0), "
-        "coalesce(max(before.last), -1) FROM mine JOIN before USING (request) WHERE mine.first >= before.first"
+    requests.continued, requests.continued_rows = database.row(
+        "SELECT count(*), coalesce(sum(mine.rows), 0)::BIGINT FROM mine JOIN before USING (request) "
+        "WHERE mine.first >= before.first"
     )
-    requests.continued_times = (times[0], times[1])
     requests.begin, requests.earlier = database.row(
         f"SELECT coalesce(min(mine.first), {_GREATEST}), min(mine.first) FILTER (before.first IS NOT NULL) "
         "FROM mine LEFT JOIN before USING (request) WHERE before.first IS NULL OR mine.first < before.first"

@@ -5,6 +5,8 @@ A log comes in stages: the files of the first build, then those of each extensio
 
 from __future__ import annotations
 
+import os
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,8 @@ TASKS = ("click", "liked", "spent")
 @dataclass
 class DrawnLog:
     """settings: of a schema; log, events: all rows, with the `stage` in which each is written, in the order of files;
-    paths: the file of each row of both; windows: of the splits, microseconds; as_of_days: of each stage."""
+    paths: the file of each row of both; windows: of the splits, microseconds; as_of_days: of each stage; again:
+    stage -> log -> how files of the stages before are delivered again."""
 
     seed: int
     settings: dict[str, Any]
@@ -38,6 +41,7 @@ class DrawnLog:
     as_of_days: list[float]
     row_group: int = 7
     small: dict[str, int] = field(default_factory=dict)
+    again: dict[int, dict[str, str]] = field(default_factory=dict)
 
     def write(self, folder: Path, stage: int) -> None:
         """Writes the files of a stage."""
@@ -49,6 +53,46 @@ class DrawnLog:
             for path, places in rows.reset_index(drop=True).groupby("file").indices.items():
                 file = folder / name / f"{path}.parquet"
                 pq.write_table(whole.take(pa.array(places)), file, row_group_size=self.row_group)
+
+    def deliver_again(self, folder: Path, stage: int, columns: list[str]) -> bool:
+        """Delivers files of the stages before again, beside those of this stage; gives whether a new file of events
+        holds only events of old ones by some columns, or new ones hold all of an old one."""
+        rng = np.random.default_rng([self.seed, 3, stage])
+        for name, table in (("log", self.log), ("events", self.events)):
+            way, place = self.again.get(stage, {}).get(name), folder / name
+            of_stage = {f"{path}.parquet" for path in table["file"][table["stage"] == stage]}
+            new = [path for path in sorted(place.iterdir()) if path.name in of_stage]
+            old = [path for path in sorted(place.iterdir()) if path.name not in of_stage]
+            before = [pq.read_table(path) for path in old]
+            if old and way is not None:
+                self._deliver(rng, way, old, new, before)
+        fresh = [path for path in place.iterdir() if path not in old and not path.name.startswith("same bytes")]
+        ours = [set(map(str, pq.read_table(path, columns=columns).to_pylist())) for path in fresh]
+        theirs = [set(map(str, each.select(columns).to_pylist())) for each in before]
+        return any(each <= set().union(*theirs) for each in ours) or any(each <= set().union(*ours) for each in theirs)
+
+    def _deliver(
+        self, rng: np.random.Generator, way: str, old: list[Path], new: list[Path], before: list[pa.Table]
+    ) -> None:
+        one, place = int(rng.integers(len(old))), old[0].parent
+        for path in old if way == "time" else ():
+            os.utime(path)
+        if way == "name":
+            old[one].rename(place / f"same bytes {old[one].name}")
+        if way == "copy":
+            shutil.copyfile(old[one], place / f"same bytes {old[one].name}")
+        rows = before[one] if way == "some" else pa.concat_tables(before)
+        rows = rows.take(pa.array(rng.permutation(len(rows))))
+        if way == "some":
+            pq.write_table(rows.slice(0, int(rng.integers(1, len(rows) + 1))), place / f"again {old[one].name}")
+        if way == "split":
+            for number, start in enumerate(range(0, len(rows), 9)):
+                pq.write_table(rows.slice(start, 9), place / f"again {number} {old[one].name}")
+        if way == "compacted":
+            rows = pa.concat_tables([rows, *map(pq.read_table, new)])
+            pq.write_table(rows, place / f"all {old[one].name}", row_group_size=self.row_group)
+        for path in [*old, *new] if way == "compacted" else old if way == "split" and rng.random() < 0.5 else ():
+            path.unlink()
 
 
 def draw(seed: int) -> DrawnLog:
@@ -85,7 +129,17 @@ def draw(seed: int) -> DrawnLog:
     group = int(rng.choice([3, 7, 1000]))
     # By a generator of their own: the other draws of a seed stay what they were.
     as_of_days = np.random.default_rng([seed, 1]).choice([0, 0, 1 / 24, 0.5, 1.5, 4, 90], stages).tolist()
-    return DrawnLog(seed, settings, log, events, _types(log), windows, options, stages, as_of_days, group, small)
+    again = _again(np.random.default_rng([seed, 3]), stages, options["duplicates"])
+    return DrawnLog(seed, settings, log, events, _types(log), windows, options, stages, as_of_days, group, small, again)
+
+
+def _again(rng: np.random.Generator, stages: int, duplicates: str) -> dict[int, dict[str, str]]:
+    ways = {name: ["time", "name", "copy"] for name in ("log", "events")}
+    for name, share in (("log", 0.5), ("events", 0.15)):  # rows of events that come again are refused
+        if duplicates == "error" and rng.random() < share:
+            ways[name] = ["some", "split", "compacted"]
+    drawn = {stage: {name: _pick(rng, each) for name, each in ways.items()} for stage in range(1, stages)}
+    return {stage: each for stage, each in drawn.items() if rng.random() < 0.6}
 
 
 def _settings(rng: np.random.Generator, stages: int) -> dict[str, Any]:

@@ -134,13 +134,30 @@ def test_a_file_that_was_written_again_is_refused_also_when_others_are_gone(grow
     assert files_of(growing.work) == before
 
 
-def test_events_of_a_file_that_is_gone_do_not_count_twice_in_another_one(growing):
+@pytest.mark.parametrize("how", ["gone", "there", "compacted", "halves"])
+def test_events_that_come_again_in_another_file_do_not_count_twice(growing, how):
     growing.add(8, 10)
     old, new = (growing.folder / "events" / f"{number}.parquet" for number in (98, 97))
-    pq.write_table(pa.concat_tables(map(pq.read_table, (old, new))), new)
-    old.unlink()
-    with pytest.raises(UserError, match=r"97.parquet' holds events .* of the time of '.*98.parquet', which is go"):
+    again, table = pq.read_table(old), pq.read_table(new)
+    if how == "there":
+        pq.write_table(again, old.with_name("0.parquet"), compression="zstd")
+    elif how == "halves":
+        early = pq.read_table(old.with_name("99.parquet"))
+        parts = [again.slice(0, 9), early.slice(7)], [early.slice(0, 7), again.slice(9), table]
+        for number, part in enumerate(parts):
+            pq.write_table(pa.concat_tables(part), old.with_name(f"{number}.parquet"))
+        new.unlink()
+    else:
+        pq.write_table(pa.concat_tables([again, table]), new)
+    message = "and all rows of one of the two came before or come again"
+    if how == "gone":
+        old.unlink()
+        message = "which is gone, and there are as many as that file held"
+    name = {"gone": "97", "compacted": "97", "there": "0", "halves": "[01]"}[how]
+    with pytest.raises(UserError, match=rf"{name}.parquet' of events .* of the time of '.*9\d.parquet', {message}"):
         growing.extend(LATER)
+    if how != "gone":
+        assert growing.extend(LATER, duplicates="keep") is not None
 
 
 def _deliver_again(log: Growing, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
