@@ -70,7 +70,7 @@ CANDIDATES_AT_A_TIME = 500
 """Candidates of a call, at most."""
 _REQUESTS_OF_A_FILE = 1_000
 _SCORE_TOLERANCE = "score_tolerance"  # column: the share of itself by which a score may differ
-_OUT_OF_ORDER, _MUST_HOLD = "out_of_order", "must_hold"  # columns of logged requests
+_WHOLE = "whole"  # column of logged requests: whether all replies to the request are there, with all candidates
 
 
 @dataclass(frozen=True)
@@ -343,7 +343,7 @@ def feed(
     """
     explanations, wrong, sent = dict[int, Explanation](), dict[int, str](), [0] * len(period.logs)
     encoders, candidate = model.ranker.pipeline.memory_encoders.values(), period.rows.schema.columns.candidate
-    explained = [name for encoder in encoders for name in encoder.result_columns()] if explain else []
+    explained = {name for encoder in encoders for name in encoder.result_columns()} if explain else set()
     with bar() as progress:
         task = progress.add_task("replaying", total=len(period.rows))
         for number, instant in enumerate(period.times.tolist()):
@@ -355,33 +355,28 @@ def feed(
             first, end = period.starts[number : number + 2].tolist()
             for start in range(first, end, most):
                 request = _build_request(period, start, min(start + most, end), ids_only)
-                ranking = model.rank(request, explain)
-                explanations.update(
-                    zip((start + each for each in ranking.order), ranking.explanations or (), strict=False)
-                )
-                for place, why in _check_reply(ranking, request["candidates"][candidate], explained):
-                    wrong[start + place] = why
-                    explanations.pop(start + place, None)
+                ranking, asked = model.rank(request, explain), request["candidates"][candidate]
+                if why := _check_reply(ranking, asked, explained):
+                    wrong |= dict.fromkeys(range(start, start + len(asked)), why)
+                elif explain:
+                    assert ranking.explanations is not None
+                    rows = (start + each for each in ranking.order)
+                    explanations.update(zip(rows, ranking.explanations, strict=True))
             progress.advance(task, end - first)
     return explanations, wrong
 
 
-def _check_reply(ranking: Ranking, asked: list[Any], explained: list[str]) -> Iterator[tuple[int, str]]:
-    """The candidates that a reply does not rank once, or explain, as it was asked to: by place, and why."""
-    ranked = min(map(len, (ranking.candidates, ranking.scores, *ranking.predictions.values())))
-    numbers, explanations = {place: number for number, place in enumerate(ranking.order)}, ranking.explanations or []
-    for place, candidate in enumerate(asked):
-        number = numbers.get(place, ranked)
-        if number >= ranked or len(ranking.order) > len(asked):
-            yield place, f"the reply ranks {len(ranking.order):,} candidates of {len(asked):,}"
-        elif ranking.candidates[number] != candidate:
-            yield place, f"the reply names candidate {ranking.candidates[number]} in its place"
-        elif explained and number >= len(explanations):
-            yield place, f"the reply explains {len(explanations):,} candidates of {len(asked):,}"
-        elif explained:
-            told = {**explanations[number].counters, **explanations[number].histories}
-            if lacking := [name for name in explained if name not in told]:
-                yield place, f"the explanation lacks '{lacking[0]}'"
+def _check_reply(ranking: Ranking, asked: list[Any], explained: set[str]) -> str | None:
+    """What is wrong with a reply that was to rank candidates, and to explain each by these counters and histories."""
+    lists = (ranking.candidates, ranking.scores, *ranking.predictions.values())
+    told = [{*each.counters, *each.histories} for each in ranking.explanations or ()]
+    if sorted(ranking.order) != list(range(len(asked))) or any(len(each) != len(asked) for each in lists):
+        return f"the reply ranks {len(ranking.order):,} candidates of {len(asked):,}"
+    if ranking.candidates != [asked[place] for place in ranking.order]:
+        return "the reply names candidates in the place of others"
+    if explained and (len(told) != len(asked) or any(explained - each for each in told)):
+        return f"the reply explains {len(told):,} candidates of {len(asked):,}, or lacks a counter or history"
+    return None
 
 
 def _build_request(period: Period, start: int, end: int, ids_only: bool) -> dict[str, Any]:
@@ -409,9 +404,8 @@ def _to_json(value: Any) -> Any:
 
 
 def read_logged(folder: Path, period: Period, version: str | None = None) -> pa.Table:
-    """Requests of a period that a server has logged in a folder, with a column `row`: the number of the log's row; a
-    column that says which rows have a higher score than the one ranked before, or lack it; and one that says of which
-    requests all replies are there, and whole, so that they hold all candidates of the log.
+    """Requests of a period that a server has logged in a folder, with a column `row`, the number of the log's row, and
+    one that says whether all replies to the request are there, with all candidates.
 
     version: of the artifact that answered them, None for any. Notes say how many rows are left out, and why.
 
@@ -431,15 +425,10 @@ def read_logged(folder: Path, period: Period, version: str | None = None) -> pa.
         table = table.append_column(request, table[names.REQUEST])
     replies = table.select(read[1:]).to_pandas()
     replies["request"] = LogRows(table, schema).request_hashes()
-    replies = replies.sort_values(["request", names.AT, names.RANK])
-    each = replies.groupby(["request", names.AT])
-    is_wrong = (each[names.SCORE].diff() > 0) | (replies[names.RANK] != each.cumcount() + 1)
-    is_part = each[names.RANK].transform("size") != replies[names.CANDIDATES]
-    if version is not None:
-        is_part |= replies[names.ARTIFACT] != version
+    count = replies.groupby(["request", names.AT])[names.AT].transform("size")
+    is_part = (count != replies[names.CANDIDATES]) | (replies[names.ARTIFACT] != (version or replies[names.ARTIFACT]))
     is_part = is_part.groupby(replies["request"]).transform("any")
-    for name, values in ((_OUT_OF_ORDER, is_wrong), (_MUST_HOLD, ~is_part)):
-        table = table.append_column(name, pa.array(values.sort_index().to_numpy()))
+    table = table.append_column(_WHOLE, pa.array(~is_part))
     if version is not None:
         mine = pc.equal(table[names.ARTIFACT], version)
         if others := len(table) - (pc.sum(mine).as_py() or 0):
@@ -507,15 +496,19 @@ def _compare_candidates(period: Period, logged: pa.Table, wrong_replies: Mapping
     """The candidates of the log that replies lack, or rank in another order than that of their scores."""
     row, rows = logged["row"].to_numpy(), np.arange(len(period.rows))
     request = np.searchsorted(period.starts, rows, "right")
-    whole = row[logged[_MUST_HOLD].to_numpy()]
-    must_hold = np.isin(request, request[whole]) if wrong_replies is None else np.ones(len(rows), bool)
-    must_hold &= ~pd.Index(period.rows.row_hashes()).duplicated()
-    why = dict.fromkeys(rows[must_hold & ~np.isin(rows, row)].tolist(), "no reply with it is logged")
-    why |= dict.fromkeys(row[logged[_OUT_OF_ORDER].to_numpy()].tolist(), "the reply ranks it below a lower score")
+    must = np.isin(request, request[row[logged[_WHOLE].to_numpy()]]) | (wrong_replies is not None)
+    must &= ~pd.Index(period.rows.row_hashes()).duplicated()
+    why = dict.fromkeys(rows[must & ~np.isin(rows, row)].tolist(), "no reply with it is logged")
+    at, score = logged[names.AT].cast(pa.int64()).to_numpy(), logged[names.SCORE].to_numpy()
+    order = np.lexsort((logged[names.RANK].to_numpy(), at, request[row]))
+    one, next_one = order[:-1], order[1:]
+    is_wrong = (
+        (score[next_one] > score[one]) & (at[one] == at[next_one]) & (request[row[one]] == request[row[next_one]])
+    )
+    why |= dict.fromkeys(row[next_one[is_wrong]].tolist(), "the reply ranks it below a lower score")
     why |= wrong_replies or {}
-    compared = int((must_hold | np.isin(rows, row)).sum())
     examples = [_describe_row(period, number) | {"why": why[number]} for number in sorted(why)[:EXAMPLES]]
-    return ValueComparison("candidates", "reply", compared, len(why), None, examples)
+    return ValueComparison("candidates", "reply", int((must | np.isin(rows, row)).sum()), len(why), None, examples)
 
 
 def _describe_row(period: Period, number: int) -> dict[str, Any]:

@@ -280,8 +280,9 @@ def remove_versions(name: str, tag: str, keep: int, uri: str) -> list[str]:
         held = {*list_aliases(name, uri).values()}
         of_holders = [each.tags.items() for each in versions if str(each.version) in held]
         held |= {number for tags in of_holders for key, number in tags if key.startswith(f"{_REPLACED_TAG}.")}
-        free = [each for each in versions if tag in each.tags and str(each.version) not in held]
-        for each in free[keep:]:
+        # A copy of a version has its tags, and another's files.
+        made = [each for each in versions if tag in each.tags and each.source.startswith("models:/m-")]
+        for each in [each for each in made if str(each.version) not in held][keep:]:
             sources = (each.source, f"models:/{name}/{each.version}")
             users = [one for source in sources for one in client.search_model_versions(f"source_path = '{source}'")]
             if len(users) > 1 or client.get_model_version(name, each.version).aliases:
