@@ -99,7 +99,7 @@ def _predict(settings: Settings, prepared: FeatureFolder) -> tuple[dict[str, Sco
     parts, values = [], []
     for part in Inputs.stream(test, layout, columns):
         values.append(np.stack([predict(part) for predict, _ in boosted.values()], axis=1))
-        parts.append(replace(part, dense=part.dense[:0].copy(), ids=part.ids[:0].copy()))  # no views, which keep all
+        parts.append(replace(part, x=part.x[:0].copy()))  # a view would keep all
     tested = Inputs.join(parts)
     rows = ScoredRows(
         layout,
@@ -184,14 +184,14 @@ def boost_trees(kind: str, train: Inputs, validation: Inputs, seed: int = 0) -> 
     if kind == "binary" and not np.array_equal(classes, [0, 1]):
         raise UserError(f"the observed training labels are {classes[:5].tolist()}; expected both 0 and 1")
     held_out = validation if len(np.unique(validation.labels)) >= (2 if kind == "binary" else 1) else None
-    views = {"without ids": False} if train.dense.shape[1] else {}
-    if train.ids.shape[1] and (held_out is not None or not views):
-        views["with ids"] = True
-    if not views:
+    columns = {"without ids": train.numbers, "with ids": train.x.shape[1]}
+    if train.numbers in (0, train.x.shape[1]) or held_out is None:  # the same, or nothing that tells them apart
+        del columns["without ids" if train.numbers == 0 else "with ids"]
+    if not train.x.shape[1]:
         raise UserError("trees have no input: all features describe placement, or are lists of ids")
     choices = dict[str, Predict]()
-    for name, with_ids in views.items():
-        predict, count = _fit_trees(kind, train, held_out, with_ids, seed)
+    for name, first in columns.items():
+        predict, count = _fit_trees(kind, train, held_out, first, seed)
         choices[f"{count} trees {name}"] = predict
     if held_out is None:
         ((told, predict),) = choices.items()
@@ -206,12 +206,8 @@ def boost_trees(kind: str, train: Inputs, validation: Inputs, seed: int = 0) -> 
     return choices[best], f"{best}, {name} of validation rows {losses[best]:.4g}{''.join(others)}"
 
 
-def _fit_trees(kind: str, train: Inputs, held_out: Inputs | None, with_ids: bool, seed: int) -> tuple[Predict, int]:
-    """What trees predict, and how many of them."""
-
-    def see(rows: Inputs) -> np.ndarray:
-        return np.column_stack([rows.dense, rows.ids]).astype(np.float32) if with_ids else rows.dense
-
+def _fit_trees(kind: str, train: Inputs, held_out: Inputs | None, columns: int, seed: int) -> tuple[Predict, int]:
+    """What trees of the first columns predict, and how many of them."""
     estimator = (HistGradientBoostingClassifier if kind == "binary" else HistGradientBoostingRegressor)(
         learning_rate=0.05 if len(train.labels) <= FEW_ROWS else 0.1,
         max_iter=TREES_UNCHOSEN if held_out is None else MOST_TREES,
@@ -224,14 +220,14 @@ def _fit_trees(kind: str, train: Inputs, held_out: Inputs | None, with_ids: bool
     )
     own, count = {}, TREES_UNCHOSEN
     if held_out is not None:
-        own = {"X_val": see(held_out), "y_val": held_out.labels, "sample_weight_val": held_out.weights}
-    estimator.fit(see(train), train.labels, train.weights, **own)
+        own = {"X_val": held_out.x[:, :columns], "y_val": held_out.labels, "sample_weight_val": held_out.weights}
+    estimator.fit(train.x[:, :columns], train.labels, train.weights, **own)
     if held_out is not None:
         count = int(estimator.validation_score_[1:].argmax()) + 1  # the first one is that of no tree
 
     def predict(rows: Inputs) -> np.ndarray:
         stages = estimator.staged_predict_proba if kind == "binary" else estimator.staged_predict
-        last = next(islice(stages(see(rows)), count - 1, None))  # further trees were too many
+        last = next(islice(stages(rows.x[:, :columns]), count - 1, None))  # further trees were too many
         return np.asarray(last[:, 1] if kind == "binary" else last)
 
     return predict, count
@@ -239,12 +235,12 @@ def _fit_trees(kind: str, train: Inputs, held_out: Inputs | None, with_ids: bool
 
 @dataclass(frozen=True)
 class Inputs:
-    """Rows as trees see them: numbers (N, D) float32, NaN where missing, and ids (N, I) int32, both without placement
-    and lists; labels (N, T), or (N,) of one task, NaN where unobserved; what rows count (N,), None is 1; and further
+    """Rows as trees see them: x (N, F) float32, first the `numbers`, NaN where missing, then ids, without placement and
+    lists; labels (N, T), or (N,) of one task, NaN where unobserved; what rows count (N,), None is 1; and further
     columns."""
 
-    dense: np.ndarray
-    ids: np.ndarray
+    x: np.ndarray
+    numbers: int
     labels: np.ndarray
     weights: np.ndarray | None = None
     table: pa.Table = field(default_factory=lambda: pa.table({}))
@@ -256,12 +252,11 @@ class Inputs:
     def of_task(self, index: int) -> Inputs:
         """The rows with an observed label of a task. Weights become multiples of their mean, as trees compare their
         sums with constants."""
-        missing = np.isnan(self.labels[:, index])
-        known = ~missing if missing.any() else slice(None)
-        weights = None if self.weights is None else self.weights[known]
-        if weights is not None and len(weights):
-            weights = weights / weights.mean()
-        return Inputs(self.dense[known], self.ids[known], self.labels[known, index], weights)
+        known = ~np.isnan(self.labels[:, index])
+        weights = (
+            None if self.weights is None else self.weights[known] / (self.weights[known].mean() if known.any() else 1)
+        )
+        return Inputs(self.x if known.all() else self.x[known], self.numbers, self.labels[known, index], weights)
 
     @staticmethod
     def stream(rows: EncodedRows, layout: Layout, columns: Sequence[str], left_out: int = 0) -> Iterator[Inputs]:
@@ -273,22 +268,16 @@ class Inputs:
             left_out -= first
             if first == len(part):
                 continue  # a slice of no row would keep all of them in memory
-            ids = (
-                np.array([np.asarray(part.encoded.ids[name])[first:] for name in names], np.int32)
-                .reshape(len(names), -1)
-                .T
-            )
-            kept = table.slice(first)
-            yield Inputs(part.encoded.dense[first:, dense], ids, part.labels[first:], weights_of(kept), kept)
+            ids = [np.asarray(part.encoded.ids[name])[first:] for name in names]
+            x = np.column_stack([part.encoded.dense[first:, dense], *ids]).astype(np.float32)
+            yield Inputs(x, len(dense), part.labels[first:], weights_of(table.slice(first)), table.slice(first))
 
     @staticmethod
     def join(parts: Sequence[Inputs]) -> Inputs:
         """All rows of parts."""
         table = pa.concat_tables([each.table for each in parts])
-        dense, ids, labels = (
-            np.concatenate([getattr(each, name) for each in parts]) for name in ("dense", "ids", "labels")
-        )
-        return Inputs(dense, ids, labels, weights_of(table), table)
+        x, labels = (np.concatenate([getattr(each, name) for each in parts]) for name in ("x", "labels"))
+        return Inputs(x, parts[0].numbers, labels, weights_of(table), table)
 
     @staticmethod
     def read(rows: EncodedRows, layout: Layout, columns: Sequence[str]) -> Inputs:

@@ -45,12 +45,12 @@ def test_popularity_is_the_smoothed_rate_of_rows_by_their_weights(unit: float | 
 def tree_rows(seed: int, by: float = 1.5, rows: int = 4000) -> Inputs:
     """A number with gaps, an id of 120 values, of which some matter `by` so much, and one that says nothing."""
     generator = np.random.default_rng(seed)
-    number = np.where(generator.random(rows) < 0.1, np.nan, generator.normal(size=rows)).astype(np.float32)
+    number = np.where(generator.random(rows) < 0.1, np.nan, generator.normal(size=rows))
     ids = np.column_stack([generator.geometric(0.02, rows) % 120, generator.integers(0, 200, rows)])
     logit = np.nan_to_num(number) + np.where(ids[:, 0] // 15 % 2 == 0, by, -by)
     label = (generator.random(rows) < 1 / (1 + np.exp(-logit))).astype(float)
     label[generator.random(rows) < 0.1] = np.nan
-    return Inputs(number[:, None], ids.astype(np.int32), label[:, None])
+    return Inputs(np.column_stack([number, ids]).astype(np.float32), 1, label[:, None])
 
 
 def boosted(train: Inputs, validation: Inputs, kind: str = "binary") -> tuple[Predict, str]:
@@ -70,7 +70,7 @@ def test_validation_rows_choose_how_many_trees_and_whether_ids_help(
         model = HistGradientBoostingClassifier(
             max_iter=60, early_stopping=False, learning_rate=0.05, min_samples_leaf=50, max_features=0.5, random_state=0
         )  # fmt: skip
-        x = [np.column_stack([each.dense, each.ids])[:, :columns] for each in (train, validation, test)]
+        x = [each.x[:, :columns] for each in (train, validation, test)]
         model.fit(x[0][known], train.labels[known, 0])
         own, other = ([stage[:, 1] for stage in model.staged_predict_proba(each)] for each in x[1:])
         best = int(np.argmin([log_loss(validation.labels[observed, 0], each[observed]) for each in own]))
@@ -88,7 +88,7 @@ def test_validation_rows_choose_how_many_trees_and_whether_ids_help(
 def test_where_validation_rows_say_nothing_there_are_trees_all_the_same() -> None:
     train = tree_rows(5, 3.0)
     nothing = replace(train, labels=np.full_like(train.labels, np.nan))
-    for rows, stands in ((train, "without ids"), (replace(train, dense=train.dense[:, :0]), "with ids")):
+    for rows, stands in ((train, "without ids"), (replace(train, numbers=0), "with ids")):
         predict, told = boosted(rows, nothing)
         assert told == f"100 trees {stands}"
         assert roc_auc_score(train.of_task(0).labels, predict(rows.of_task(0))) > 0.6
@@ -100,7 +100,7 @@ def test_units_of_weights_and_labels_do_not_matter(kind: str, monkeypatch: pytes
     monkeypatch.setattr(baselines, "MOST_TREES", 60)
     rows, predicted = [tree_rows(3), tree_rows(4)], []
     if kind == "regression":
-        rows = [replace(each, labels=3 + 2 * np.nan_to_num(each.dense) + 0 * each.labels) for each in rows]
+        rows = [replace(each, labels=3 + 2 * np.nan_to_num(each.x[:, :1]) + 0 * each.labels) for each in rows]
     weights = np.random.default_rng(0).choice([0.5, 1.0, 4.0], len(rows[0].labels))
     for scale, unit in ((1.0, 1.0), (2.0**-30, 1.0 if kind == "binary" else 2.0**-20)):
         own = [replace(each, labels=each.labels * unit, weights=weights * scale) for each in rows]
@@ -111,7 +111,7 @@ def test_units_of_weights_and_labels_do_not_matter(kind: str, monkeypatch: pytes
 
 def test_what_can_not_be_learnt_is_told() -> None:
     def rows(labels: object, numbers: int = 1) -> Inputs:
-        return Inputs(np.zeros((3, numbers), np.float32), np.empty((3, 0), np.int32), np.array(labels)[:, None])
+        return Inputs(np.zeros((3, numbers), np.float32), numbers, np.array(labels)[:, None])
 
     unobserved = np.full(3, np.nan)
     for each, sentence in (
@@ -207,7 +207,7 @@ def test_of_many_rows_the_last_ones_are_taken(model: SmallModel, monkeypatch: py
     layout = model.prepared.layout
     rows = EncodedRows(model.prepared.split("train"), layout)
     whole = Inputs.read(rows, layout, ("candidate",))
-    assert len(whole.dense) == rows.rows
+    assert len(whole.x) == rows.rows
     monkeypatch.setattr(baselines, "ROWS_AT_A_TIME", 13)
     inputs = len(layout.dense) + len(layout.ids)
     for most, values in ((1, 10**9), (7, 10**9), (10**9, inputs * rows.rows - 1), (rows.rows, 10**9), (10**9, 10**9)):
@@ -215,6 +215,6 @@ def test_of_many_rows_the_last_ones_are_taken(model: SmallModel, monkeypatch: py
         monkeypatch.setattr(baselines, "MOST_VALUES", values)
         last = Inputs.read(rows, layout, ("candidate",))
         taken = min(most, rows.rows, values // inputs)
-        for name in ("dense", "ids", "labels"):
+        for name in ("x", "labels"):
             np.testing.assert_array_equal(getattr(last, name), getattr(whole, name)[-taken:])
         assert last.column("candidate").equals(whole.column("candidate")[-taken:])
