@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import logging
+import os
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-console = Console(stderr=True)
+_WIDE = 160  # columns
+
+
+def open_console(stderr: bool = False) -> Console:
+    """A console on stdout or stderr. What goes into a file or a pipe is not cut as on a narrow terminal."""
+    is_terminal = (sys.stderr if stderr else sys.stdout).isatty()
+    return Console(stderr=stderr, width=None if is_terminal or "COLUMNS" in os.environ else _WIDE)
+
+
+console = open_console(stderr=True)
 
 
 def bar(extra: str = "", shown: bool = True) -> Progress:

@@ -43,17 +43,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     options, overrides = parser.parse_known_args(argv)
     out = Path(options.out or ("data/complete_journey_fast" if options.fast else "data/complete_journey"))
     settings = quickstart_settings(options.fast, out, overrides)
-    from rich.console import Console
-
     from mmoe_rec.cli.main import show
     from mmoe_rec.inference.ranker import Ranker
     from mmoe_rec.jobs.baselines import measure_baselines
     from mmoe_rec.jobs.evaluate import evaluate_model
     from mmoe_rec.jobs.train import describe_training, train_model
     from mmoe_rec.locks import reading
+    from mmoe_rec.progress import open_console
     from mmoe_rec.report.tables import show_results
 
-    console = Console()
+    console = open_console()
     started = time.perf_counter()
     console.rule("1/5  Complete Journey as an interaction log")
     ingest_log(out, options.fast)

@@ -55,9 +55,7 @@ def export(
         if out.exists() and out.resolve() == found.folder.resolve():
             raise UserError(f"'{out}' holds the model that is exported: name another folder with --out")
         if out.is_dir() and any(out.iterdir()) and not (out / REPORT).exists():
-            raise UserError(
-                f"'{out}' holds something else than an export: name another folder with --out, or remove it"
-            )
+            raise UserError(f"'{out}' holds files that are no export: name another folder with --out, or remove it")
         with atomic_folder(out) as made:
             report = _write_onnx(found.folder, made) if onnx else _write_int8(found.folder, made, dense or "bfloat16")
             report = {"made": "onnx" if onnx else "int8", "of": found.address, **report}

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import functools
 import math
-import os
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -45,7 +44,6 @@ COMMANDS = {
     "doctor": "checks this machine and its packages",
 }
 """Command -> what it does. Its file has its name, with underscores, and so has the function in it."""
-_WIDE = 160  # columns
 MODEL = "models:/NAME@ALIAS, runs:/..., or a model's folder"
 FOLDER = click.Path(path_type=Path)
 COUNT = click.IntRange(min=1)
@@ -160,10 +158,9 @@ class NumberBetween(click.FloatRange):
 
 def show(parts: Iterable[Any]) -> None:
     """Prints sentences, one a line however long, and tables of rich."""
-    from rich.console import Console
+    from mmoe_rec.progress import open_console
 
-    # A table in a file or a pipe is not cut as on a narrow terminal.
-    console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else _WIDE)
+    console = open_console()
     for part in parts:
         if isinstance(part, str):
             print(part)

@@ -2,9 +2,9 @@
 
 Metrics of predictions in Parquet files: those of `score --labels`, or of any other system. A row has a user, a request,
 for each task a prediction (predicted_TASK) and a label (label_TASK, null where unobserved), and the score by which the
-candidates of its request were ranked; maybe a candidate, and a weight by which it counts in metrics of tasks. --columns
-says where columns are called otherwise, such as request=day+basket. Prints a table, and writes `metrics.json` and the
-sums it was made from to --out.
+candidates of its request were ranked (without it, the predictions rank them, by the weights of the tasks); maybe a
+candidate, and a weight by which it counts in metrics of tasks. --columns says where columns are called otherwise, such
+as request=day+basket. Prints a table, and writes `metrics.json` and the sums it was made from to --out.
 
 The tasks are those of the settings, or of --tasks: NAME for a binary one, NAME:regression for another, each maybe with
 its weight in what a row is worth, such as --tasks bought stars:regression=0.2.
@@ -32,6 +32,7 @@ from mmoe_rec.settings.sections import EngineName, Evaluation
 @click.option("--against", multiple=True, metavar="P...", help="other predictions of the same rows, to compare with")
 @click.option("--tasks", multiple=True, metavar="T...", help="what was predicted, without a settings file")
 @click.option("--columns", multiple=True, metavar="PART=COLUMN...", help="names of columns")
+@click.option("--against-columns", multiple=True, metavar="PART=COLUMN...", help="names that differ in --against")
 @slices_option
 @click.option("--keep-duplicates", is_flag=True, help="a request may hold a candidate more than once")
 @click.option("--out", type=FOLDER, default="metrics", metavar="DIR", help="where metrics.json goes (default: metrics)")
@@ -45,6 +46,7 @@ def metrics(
     against: tuple[str, ...],
     tasks: tuple[str, ...],
     columns: tuple[str, ...],
+    against_columns: tuple[str, ...],
     slices: tuple[str, ...],
     keep_duplicates: bool,
     out: Path,
@@ -56,6 +58,8 @@ def metrics(
     if (config is None) != bool(tasks):
         given = "both are given" if tasks else "neither is given"
         raise UserError(f"give the tasks by --config C or by --tasks, one of the two ({given}); --help says how")
+    if against_columns and not against:
+        raise UserError("--against-columns names columns of the files of --against, which is not given")
     from mmoe_rec.evaluation.slices import SliceBy
     from mmoe_rec.jobs.metrics import measure_predictions
     from mmoe_rec.jobs.places import build_options
@@ -88,11 +92,12 @@ def metrics(
     options = replace(options, **{name: value for name, value in changes.items() if value is not None})
     rows = replace(rows.with_columns(columns), slices=tuple(SliceBy.of(each) for each in slices))
     rows = replace(rows, duplicates="keep") if keep_duplicates else rows
-    results = measure_predictions(rows, predictions, out, rules, options, against, placement)
+    results = measure_predictions(rows, predictions, out, rules, options, against, placement, against_columns)
     show(show_results(results))
     for name, summary in results.summaries.items():
         if summary.facts["columns"]["score"] is None:
-            print(f"note: without a column of scores in '{name}', the prediction ranks the candidates of a request")
+            what = "the prediction" if len(summary.tasks) == 1 else "the sum of each task's weight x log(prediction)"
+            print(f"note: without a column of scores in '{name}', {what} ranks the candidates of a request")
         if summary.facts["columns"]["candidate"] is None and summary.rows > summary.requests:
             print(f"note: without a column of candidates in '{name}', rows that come twice can't be told")
     print(f"metrics: {out / 'metrics.json'}")

@@ -2,10 +2,10 @@
 
 What another policy would have gained, from a log of what was shown and with which probability: SNIPS and, where a
 model's expectations are there, doubly robust estimates of the mean label, with intervals over users, for weights
-clipped at several caps. A row has a `user`, the `propensity` with which the logging policy chose what it shows, the
-probability with which the `target` policy would choose the same, and label_TASK; maybe predicted_TASK, what a model
-expects of what was shown, and expected_TASK, what it expects of the target's choices. `--columns` says what they are
-called, `--where COLUMN=VALUE` which rows count, such as those of a randomised part.
+clipped at several caps. A row has the `propensity` with which the logging policy chose what it shows, the probability
+with which the `target` policy would choose the same, and label_TASK; maybe a `user` (else each row is one),
+predicted_TASK, what a model expects of what was shown, and expected_TASK, what it expects of the target's choices.
+`--columns` says what they are called, `--where COLUMN=VALUE` which rows count, such as those of a randomised part.
 
 There is no estimate, and a sentence says why, where the log can't have shown what the target shows.
 """
@@ -24,6 +24,7 @@ import click
 from mmoe_rec.atomic import write_text
 from mmoe_rec.cli.main import COUNT, FOLDER, command, show
 from mmoe_rec.errors import UserError
+from mmoe_rec.progress import say
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -81,13 +82,19 @@ def estimate_policy(
     of_model = {task: [f"expected_{task}", f"predicted_{task}"] for task in tasks}
     columns = name_columns(named, sorted({*parts, *itertools.chain(*of_model.values())}))
     files = {each.address: columns_of(each.address) for each in find_files(source, "--log")}
+    if not any(columns.get("user", "user") in there for there in files.values()) and "user" not in columns:
+        parts.remove("user")
+        say(
+            "the log has no column 'user', so each row counts as a user: where users come back, intervals are too "
+            "narrow; name their column with --columns user=COLUMN"
+        )
     for names in of_model.values():
         if columns.keys() & {*names} or all({*names} <= there for there in files.values()):
             parts += names
     columns = {part: columns.get(part, part) for part in parts}
     tables = {address: _read(address, there, columns, where) for address, there in files.items()}
     tables = {address: table for address, table in tables.items() if len(table)}
-    for address, table in tables.items():
+    for address, table in tables.items() if "user" in columns else ():
         first, kind = next(iter(tables.values()))["user"].type, table["user"].type
         if kind != first:
             name = columns["user"]
@@ -109,7 +116,8 @@ def estimate_policy(
                         f"column '{columns[part]}' of '{source}' holds {numbers[part][outside][0]:g}; expected "
                         f"probabilities, as the labels of '{task}' are 0 and 1"
                     )
-        shown = LoggedChoices(rows["user"].combine_chunks(), numbers["propensity"], numbers["target"], label, *model)
+        users = rows["user"].combine_chunks() if "user" in columns else pa.array(np.arange(len(rows)))
+        shown = LoggedChoices(users, numbers["propensity"], numbers["target"], label, *model)
         estimates[task] = estimate(shown, resamples)
     return estimates
 

@@ -184,7 +184,7 @@ def check_equal(pairs: Sequence[tuple[Answers, Answers]], chooses: bool) -> None
     off = np.where(np.isnan(off), np.inf, off)
     if (wrong := int((off > TOLERANCE).sum())) > len(off) * chooses / 1000:
         raise UserError(
-            f"the ONNX file computes something else than the model: {wrong:,} of {len(off):,} candidates are off, by "
+            f"the ONNX file does not compute what the model does: {wrong:,} of {len(off):,} candidates are off, by "
             f"{off.max():.2g} at most"
         )
 

@@ -37,7 +37,7 @@ from mmoe_rec.inference.ranking import Freshness, RankedRequest, Ranking, as_of,
 from mmoe_rec.inference.reader import Request, RequestReader, as_logged, fused_weights, read_rows
 from mmoe_rec.inference.scorer import ExpertOptions, Scored, Scorer
 from mmoe_rec.log.given import check_count, check_flag, iso_time
-from mmoe_rec.log.rows import LogRows, RequestRows
+from mmoe_rec.log.rows import ROWS_AT_A_TIME, LogRows, RequestRows
 from mmoe_rec.model.mmoe import RequestInputs
 from mmoe_rec.model.products import Products
 from mmoe_rec.model.score import add_outcomes, scores_from_logs
@@ -47,9 +47,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
     Rows: TypeAlias = LogRows | pa.Table | pd.DataFrame
-
-ROWS_AT_A_TIME = 16_384
-"""Rows whose features are made together, at most, unless a single request has more."""
 
 
 class OtherScoresError(UserError):
@@ -410,10 +407,7 @@ class Ranker:
         rows = read_rows(pipeline, rows)
         if weights is None:
             weights = fused_weights(self.about.tasks, None)
-        for start in range(0, len(rows), ROWS_AT_A_TIME):
-            part = rows
-            if len(rows) > ROWS_AT_A_TIME:
-                part = LogRows(rows.table.slice(start, ROWS_AT_A_TIME), rows.schema)
+        for part in rows.cut(ROWS_AT_A_TIME):
             batch = make_batch(pipeline.encode(part), self.layout, torchrec=False)
             with torch.inference_mode():
                 inputs = self.model.side_by_side(batch)[0]

@@ -18,6 +18,7 @@ It puts the findings in order; it does not measure what a model would gain.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from itertools import combinations
 from typing import Any
 
@@ -204,13 +205,25 @@ def _unknown(feature: Health) -> Iterator[Finding]:
 
 
 def _drifts(health: Health) -> Iterator[Finding]:
-    worst = [max(feature["inputs"], key=drift_beyond_noise) for feature in health["features"] if feature["inputs"]]
     features = [feature for feature in health["features"] if feature["inputs"]]
+    worst = [max(each["inputs"], key=partial(_order_of_drift, each)) for each in features]
     drifted = [pair for pair in zip(features, worst, strict=True) if drift_beyond_noise(pair[1]) > STRONG_DRIFT]
     for feature, each in sorted(drifted, key=lambda pair: -pair[1]["psi"]):  # of equal cost, the stronger first
         how = f"PSI {each['psi']:.2f}{_by(feature, each)}: {describe_move(each)}"
+        how += "; a count of all of the past grows with any log (`window_days`)" if _is_total(feature, each) else ""
         message = f"feature '{feature['name']}' drifts strongly, {how}"
         yield _finding("warning", "drift", feature["name"], message, cost_of_drift(feature, each))
+
+
+def _order_of_drift(feature: Health, each: Mapping[str, Any]) -> tuple[bool, float]:
+    """Of strong drifts one that means something comes first, then the strongest."""
+    drift = drift_beyond_noise(each)
+    return drift > STRONG_DRIFT and not _is_total(feature, each), drift
+
+
+def _is_total(feature: Health, each: Mapping[str, Any]) -> bool:
+    """Whether an input counts all of the past, so that it grows as the log does."""
+    return feature["kind"] == "counter" and each["name"].removeprefix(f"{feature['name']}_") in ("positives", "rows")
 
 
 def describe_move(each: Mapping[str, Any]) -> str:

@@ -48,8 +48,8 @@ def rows_to_measure(settings: Settings, artifact: Path, ranker: Ranker, split: s
     """Encoded test rows, which nobody replaces meanwhile: the existing ones if the model's features made them, else
     rows freshly encoded by those.
 
-    artifact: the folder that the ranker was loaded from; split: of the rows. Raises UserError where its tasks mean
-    something else than those of the settings.
+    artifact: the folder that the ranker was loaded from; split: of the rows. Raises UserError where its tasks do not
+    mean what those of the settings do.
     """
     check_tasks(settings, ranker.pipeline.schema)
     work, what = Path(settings.data.work), "an evaluation"

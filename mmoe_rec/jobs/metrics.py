@@ -26,7 +26,7 @@ from mmoe_rec.evaluation.comparison import Results, find_objective
 from mmoe_rec.evaluation.metrics.tasks import bin_edges
 from mmoe_rec.evaluation.slices import MOST_VALUES, SliceBy, Slices
 from mmoe_rec.evaluation.summary import MeasuredModel
-from mmoe_rec.evaluation.sums import MOST_UNITS, EvaluationSums, join_sums, measure
+from mmoe_rec.evaluation.sums import MOST_UNITS, EvaluationSums, MeasuredTask, join_sums, measure
 from mmoe_rec.jobs.places import check_out, short_names
 from mmoe_rec.jobs.prediction_files import (
     JOINED,
@@ -61,12 +61,14 @@ def measure_predictions(
     options: BuildOptions = DEFAULTS,
     against: Sequence[str] = (),
     placement: Collection[str] = (),
+    against_columns: Sequence[str] = (),
 ) -> Results:
     """Measures rows of Parquet files; writes `metrics.json` and the sums to a folder.
 
     source: a folder of Parquet files, one file or a glob; rules: of intervals and comparisons; options: engine,
     workers and memory; against: further files with other predictions of the same rows, which are compared with these;
-    placement: columns of placement. Raises UserError for a wrong file, column or value.
+    placement: columns of placement; against_columns: PART=COLUMN, where columns of `against` are called otherwise.
+    Raises UserError for a wrong file, column or value.
     """
     from mmoe_rec.report.evaluation import write_results
 
@@ -82,10 +84,9 @@ def measure_predictions(
     mine = {source: _match_columns(columns, files[source])}
     for each in against:
         try:
-            mine[each] = _match_columns(columns, files[each])
+            mine[each] = _match_columns(columns.with_columns(against_columns, "--against-columns"), files[each])
         except BadFile as error:
-            message = f"{error}; those of --against are read by the same names, so rename the column there if need be"
-            raise BadFile(message, error.address) from None
+            raise BadFile(str(error).replace("--columns", "--against-columns"), error.address) from None
     _check_columns(mine)
     with writing(out, "an evaluation", "give another folder with --out", queue=True):
         measured = {
@@ -131,11 +132,6 @@ def _check_columns(by_source: Mapping[str, PredictionColumns]) -> None:
 def _match_columns(columns: PredictionColumns, files: list[Footer]) -> PredictionColumns:
     """The columns as the files have them. Raises UserError where they lack something, or differ."""
     columns = columns.match({name for each in files for name in each.schema.names})
-    if "score" not in columns.names and len(columns.tasks) > 1:
-        raise UserError(
-            f"'{files[0].file.address}' has no column 'score', by which the candidates of a request are ranked; name "
-            "it with --columns score=COLUMN"
-        )
     types: dict[str, tuple[Any, str]] = {}
     for each in files:
         for name, kind in find_key_types(columns, each).items():
@@ -255,12 +251,21 @@ def _measure_rows(job: MeasureJob, table: pa.Table) -> EvaluationSums:
         table["request"],
         predictions,
         labels,
-        score=table["score"] if "score" in names else table["p0"],
+        score=table["score"] if "score" in names else _fuse(columns.tasks, list(predictions.values())),
         weight=table[WEIGHT] if WEIGHT in names else None,
         candidates=table["candidate"] if "candidate" in names else None,
         edges=job.edges,
         grouped=job.grouped,
     )
+
+
+def _fuse(tasks: Sequence[MeasuredTask], predictions: Sequence[pa.ChunkedArray]) -> np.ndarray:
+    """(N,) what ranks rows that have no score: one task's prediction, or sum of weight x log(prediction), as in a
+    model's score."""
+    values = np.stack([each.to_numpy() for each in predictions], axis=1)
+    if len(tasks) == 1:
+        return values[:, 0]
+    return np.log(np.clip(values, 1e-12, None)) @ np.array([task.weight for task in tasks])
 
 
 def _find_edges(database: Database, job: MeasureJob) -> Iterator[tuple[str, np.ndarray]]:

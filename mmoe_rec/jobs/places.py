@@ -77,7 +77,7 @@ def short_names(addresses: Sequence[str]) -> dict[str, str]:
     """Addresses with names for files and folders, by the ends of their paths that tell them apart; other addresses are
     names. Raises UserError where one comes twice."""
     if twice := next((each for each in addresses if addresses.count(each) > 1), None):
-        raise UserError(f"'{twice}' is compared with itself; give other models with --against")
+        raise UserError(f"'{twice}' is given twice, and would be compared with itself; give --against another one")
     parts = [[each] if ":" in each else each.rstrip("/").split("/") for each in addresses]
     for length in range(1, max(map(len, parts), default=0) + 1):
         names = ["/".join(each[-length:]) for each in parts]

@@ -62,9 +62,9 @@ class PredictionColumns:
         """Part -> column, None where rows have none."""
         return {part: self.names.get(part) for part in _list_parts(self.tasks)}
 
-    def with_columns(self, words: Sequence[str]) -> PredictionColumns:
+    def with_columns(self, words: Sequence[str], option: str = "--columns") -> PredictionColumns:
         """The same with other columns, see `name_columns`."""
-        given = name_columns(words, _list_parts(self.tasks))
+        given = name_columns(words, _list_parts(self.tasks), option)
         by_log = self.by_log - given.keys()
         if given.keys() & {"user", "request", "candidate"}:
             by_log &= {WEIGHT}
@@ -102,13 +102,13 @@ def _list_parts(tasks: Sequence[MeasuredTask]) -> list[str]:
     return ["user", "candidate", "score", WEIGHT, "request", *its]
 
 
-def name_columns(words: Sequence[str], parts: Collection[str]) -> dict[str, str]:
-    """Part -> column, by words such as `user=customer_id`. Raises UserError for a word that says something else."""
+def name_columns(words: Sequence[str], parts: Collection[str], option: str = "--columns") -> dict[str, str]:
+    """Part -> column, by words such as `user=customer_id`. Raises UserError for any other word."""
     names = {}
     for word in words:
         part, equals, column = word.partition("=")
         if not equals or part not in parts or not column:
-            raise UserError(f"--columns {word}: expected PART=COLUMN, where PART is one of {', '.join(parts)}")
+            raise UserError(f"{option} {word}: expected PART=COLUMN, where PART is one of {', '.join(parts)}")
         names[part] = column
     return names
 

@@ -34,10 +34,10 @@ from mmoe_rec.inference.ranking import ROW, prediction_columns
 from mmoe_rec.jobs.places import build_options, key_types
 from mmoe_rec.log.files import find_files, is_remote, local_path, takes_in
 from mmoe_rec.log.reader import LogPart, LogReader
-from mmoe_rec.log.rows import LogRows
+from mmoe_rec.log.rows import ROWS_AT_A_TIME, LogRows
 from mmoe_rec.log.values import columns_of
 from mmoe_rec.point_in_time.join import Window, in_window
-from mmoe_rec.preprocessing.exchange import ResultReader, take
+from mmoe_rec.preprocessing.exchange import ResultReader
 from mmoe_rec.preprocessing.logs import Logs
 from mmoe_rec.progress import say
 from mmoe_rec.settings.columns import Scalar, Use
@@ -165,7 +165,7 @@ class Output:
         return self.work / "scored" / f"part-{number:05d}.{kind}"
 
     def check(self, source: str) -> None:
-        """Raises UserError where the output would be read as input, or the folder holds something else than scores."""
+        """Raises UserError where the output would be read as input, or the folder holds files that are no scores."""
         address = str(self.folder)
         planted = [each / finished_name(0) for each in (self.folder, self.finished)]
         if takes_in(source, planted):
@@ -175,7 +175,7 @@ class Output:
         ours = set[str]() if (manifest := self.manifest) is None else {"_manifest.json", *manifest["parts"]}
         if others := {each.name for each in self.folder.iterdir()} - ours if self.folder.exists() else None:
             raise UserError(
-                f"--output '{address}' holds something else than scores, such as '{min(others)}'; give a new or empty "
+                f"--output '{address}' holds files that are no scores, such as '{min(others)}'; give a new or empty "
                 "folder, or one with scores that may be replaced"
             )
 
@@ -291,9 +291,6 @@ class LearntRows:
         )
 
 
-ROWS_AT_A_TIME = 16_384
-
-
 def known_rows(
     reader: LogReader, results: ResultReader | None, window: Window, part: LogPart
 ) -> Iterator[tuple[np.ndarray, LogRows]]:
@@ -308,8 +305,6 @@ def known_rows(
         if not len(numbers):
             continue
         looked_up: Results = {} if results is None else results.of(first - len(rows), wanted)
-        inside = rows.filter(wanted).table
-        for start in range(0, len(numbers), ROWS_AT_A_TIME):
-            some = np.arange(start, min(start + ROWS_AT_A_TIME, len(numbers)))
-            table = inside.slice(start, len(some))
-            yield numbers[some], LogRows(table, rows.schema, take(looked_up, some) if looked_up else None)
+        for some in LogRows(rows.filter(wanted).table, rows.schema, looked_up).cut(ROWS_AT_A_TIME):
+            yield numbers[: len(some)], some
+            numbers = numbers[len(some) :]

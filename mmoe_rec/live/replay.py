@@ -28,7 +28,7 @@ from mmoe_rec.errors import RequestError, StoppedError, UserError
 from mmoe_rec.features.kinds.history import HistoryEncoder
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.inference.artifact import read_artifact, version_of
-from mmoe_rec.inference.ranking import Explanation, Ranking
+from mmoe_rec.inference.ranking import Explanation, Ranking, prediction_columns
 from mmoe_rec.inference.reader import PARTS
 from mmoe_rec.jobs.places import logs_for
 from mmoe_rec.jobs.score_files import known_rows
@@ -285,7 +285,9 @@ def _score(ranker: Ranker, rows: LogRows) -> LogRows:
         if task.kind == "regression":
             off = TOLERANCE * np.maximum(1.0, np.abs(values[:, place]))
             tolerance += task.score_weight * off / np.maximum(values[:, place], SMALLEST_VALUE)
-    for name, each in {**columns, names.SCORE: scores_from_logs(logs), _SCORE_TOLERANCE: tolerance}.items():
+    columns |= {names.SCORE: scores_from_logs(logs), _SCORE_TOLERANCE: tolerance}
+    names.refuse_own(table.column_names, columns)
+    for name, each in columns.items():
         table = table.append_column(name, pa.array(each))
     return LogRows(table, rows.schema, rows.results)
 
@@ -458,8 +460,12 @@ def compare(
     Raises UserError where another version of the server has logged them.
     """
     row, table, compared = logged["row"].to_numpy(), period.rows.table, list[ValueComparison]()
-    kinds = {names.DIGEST: "feature", names.PREDICTED: "prediction", names.SCORE: "score"}
-    columns = [(name, prefix) for prefix in kinds for name in table.column_names if name.startswith(prefix)]
+    kinds, layout = {names.DIGEST: "feature", names.PREDICTED: "prediction", names.SCORE: "score"}, pipeline.layout
+    features = {each.feature for each in layout.ids if not each.placement}
+    features |= {each.feature for each in layout.dense if not each.placement}
+    columns = [(f"{names.DIGEST}{each}", names.DIGEST) for each in sorted(features)]
+    columns += [(f"served_{each}", names.PREDICTED) for each in prediction_columns(layout)]
+    columns.append((names.SCORE, names.SCORE))
     if lacking := {*dict(columns), names.WEIGHTS} - {*logged.column_names}:
         told = f"the logged requests have no column '{min(lacking)}': another version of the server logged them"
         raise UserError(told)

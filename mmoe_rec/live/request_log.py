@@ -24,7 +24,7 @@ import socket
 import tempfile
 import threading
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -330,9 +330,14 @@ class Record:
         texts |= {"served_tables_as_of": reply.tables_as_of, "served_journal_position": reply.journal_position}
         added |= {name: pa.repeat(pa.scalar(value, pa.string()), count) for name, value in texts.items()}
         added[SHARE] = pa.repeat(float(self.share), count)
-        if both := columns.keys() & added.keys():
-            raise UserError(f"column '{min(both)}' has a name that logged requests use for their own; rename it")
+        refuse_own(columns, added)
         return pa.table(columns | added)
+
+
+def refuse_own(columns: Iterable[str], added: Iterable[str]) -> None:
+    """Raises UserError where a column of the log has the name of one that is added to its rows."""
+    if both := {*columns} & {*added}:
+        raise UserError(f"column '{min(both)}' has a name that logged requests use for their own; rename it")
 
 
 def _hash_seen(seen: RankedRequest, places: np.ndarray) -> dict[str, np.ndarray]:

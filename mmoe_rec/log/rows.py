@@ -12,7 +12,7 @@ has to know about it. Features can't read these columns (see `Schema`), and no o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -24,12 +24,14 @@ import pyarrow.types as pt
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.log.columns import UTC_MICROSECONDS, combine, hash_column, mix
-from mmoe_rec.point_in_time.arrays import filled, one_array
+from mmoe_rec.point_in_time.arrays import SharedRagged, filled, one_array
 from mmoe_rec.point_in_time.join import LookUps
 from mmoe_rec.settings.columns import SplitColumn, Task, outcome_name
 from mmoe_rec.settings.schema import Schema
 
 MICROSECONDS_PER_DAY = 86_400_000_000
+ROWS_AT_A_TIME = 16_384
+"""Rows whose features are made together, at most, unless a single request has more."""
 Function = Callable[[pa.Array], np.ndarray]
 
 
@@ -58,6 +60,16 @@ class LogRows:
     def filter(self, mask: np.ndarray) -> LogRows:
         """The rows where `mask` (N,) bool is true."""
         return self if mask.all() else LogRows(self.table.filter(pa.array(mask)), self.schema)
+
+    def cut(self, rows: int) -> Iterator[LogRows]:
+        """The rows with their results, at most so many at a time."""
+        if 0 < len(self) <= rows:
+            yield self
+            return
+        for start in range(0, len(self), rows):
+            its = slice(start, start + rows)
+            known = {n: e.take(its) if isinstance(e, SharedRagged) else e[its] for n, e in self.results.items()}
+            yield LogRows(self.table.slice(start, rows), self.schema, known)
 
     def with_times(self, times: np.ndarray) -> LogRows:
         """The same rows with (N,) int64 other times of their requests, microseconds."""

@@ -51,10 +51,13 @@ def find_all(results: Results) -> list[Finding]:
 
 def find_in_summary(summary: Summary, model: str = "") -> list[Finding]:
     """What is suspicious of a model's metrics, task by task."""
+    mends = "training.calibration corrects them, and so may longer training"
+    if "predictions" in summary.facts:  # in files, by any system
+        mends = "calibrate them on other rows than these"
     found = [
         Finding(model, check, name, message)
         for name, task in summary.tasks.items()
-        for check, message in _in_task(name, task)
+        for check, message in _in_task(name, task, mends)
     ]
     return found + [Finding(model, "score", SCORE, message) for message in _in_score(summary)]
 
@@ -71,7 +74,7 @@ def _in_score(summary: Summary) -> Iterator[str]:
         )
 
 
-def _in_task(name: str, task: GroupSummary) -> Iterator[tuple[str, str]]:
+def _in_task(name: str, task: GroupSummary, mends: str) -> Iterator[tuple[str, str]]:
     ratio, bins = task.get("calibration"), task.details.get("calibration_bins") or ()
     ranking = _in_ranking(name, task, bins)
     if ranking is not None:
@@ -85,8 +88,7 @@ def _in_task(name: str, task: GroupSummary) -> Iterator[tuple[str, str]]:
         too = "high" if ratio.value > 1 else "low"
         yield (
             "calibration" if _is_far(ratio) else "in sum",
-            f"the probabilities of '{name}' are too {too}: {ratio.value:.2f} times what was observed{ends}; "
-            "training.calibration corrects them, and so may longer training",
+            f"the probabilities of '{name}' are too {too}: {ratio.value:.2f} times what was observed{ends}; {mends}",
         )
     if ranking is not None:
         return  # where more is wrong, that is the cause
@@ -104,7 +106,7 @@ def _in_task(name: str, task: GroupSummary) -> Iterator[tuple[str, str]]:
         yield (
             "calibration",
             f"the probabilities of '{name}' are off by {task.details['ece']:.2g} on average (ece), {in_sum}: "
-            f"{_which_way(bins, outside)}; training.calibration corrects them, and so may longer training",
+            f"{_which_way(bins, outside)}; {mends}",
         )
 
 

@@ -72,15 +72,16 @@ def run_ingest(
 
 def print_summary(title: str, values: Mapping[str, int | float], log: Path, next_command: str | None = None) -> None:
     """Print a table of counts and seconds (floats), then where the log is and what to type next."""
-    from rich.console import Console
     from rich.table import Table
+
+    from mmoe_rec.progress import open_console
 
     table = Table(title=title, show_header=False, title_justify="left")
     table.add_column(no_wrap=True)
     table.add_column(justify="right")
     for name, value in values.items():
         table.add_row(name, f"{value:,.1f}" if isinstance(value, float) else f"{value:,}")
-    Console().print(table)
+    open_console().print(table)
     # Plain lines, which a narrow terminal wraps without breaking a copied path or command.
     print(f"log:  {log}")
     if next_command:

@@ -4,6 +4,7 @@ import json
 from datetime import UTC, datetime
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -18,6 +19,7 @@ from mmoe_rec.inference.reader import Request
 from mmoe_rec.log.columns import UTC_MICROSECONDS
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.model.score import Calibration, TaskCalibration, fuse, predictions
+from mmoe_rec.point_in_time.arrays import SharedRagged
 from tests.inference.small_model import CONTEXT, ITEMS, USER, SmallModel, as_request
 
 KINDS = ["binary", "binary", "regression"]
@@ -111,6 +113,16 @@ def test_long_tables_are_scored_in_parts(small: SmallModel, ranker: Ranker, monk
     monkeypatch.setattr("mmoe_rec.inference.ranker.ROWS_AT_A_TIME", 7)
     np.testing.assert_allclose(ranker.score(rows)[0], whole, atol=1e-6)
     assert ranker.score(rows.table.slice(0, 0))[0].shape == (0, 3)
+    known: dict[str, Any] = {}
+    for encoder in ranker.pipeline.memory_encoders.values():
+        known |= encoder.look_up(rows)
+    order = np.random.default_rng(3).permutation(len(rows))  # what was looked up for other rows, which shows
+    known = {name: each.take(order) if isinstance(each, SharedRagged) else each[order] for name, each in known.items()}
+    with_results = LogRows(rows.table, rows.schema, known)
+    in_parts = ranker.score(with_results)[0]
+    monkeypatch.undo()
+    np.testing.assert_allclose(in_parts, ranker.score(with_results)[0], atol=1e-6)
+    assert (in_parts != whole).any(axis=1).sum() > len(rows) / 2
 
 
 def test_logged_rows_as_json_equal_offline_path(small: SmallModel, ranker: Ranker) -> None:

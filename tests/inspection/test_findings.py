@@ -4,8 +4,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from mmoe_rec.inspection.findings import LEAST, cost_of_drift, cost_of_unknown, importance, split_findings
-from tests.inspection.encoded_data import changed, drifting, found, health_of_frames, part, random_frames
+from mmoe_rec.inspection.findings import LEAST, cost_of_drift, cost_of_unknown, find, importance, split_findings
+from tests.inspection.encoded_data import changed, drifting, feature, found, health_of_frames, part, random_frames
 
 
 def message(health: dict, check: str) -> str:
@@ -60,8 +60,14 @@ def test_drift_is_found_in_numbers_and_ids(tmp_path):
     health = health_of_frames(tmp_path, changed(9, drift))
     assert sorted(found(health, "drift")) == ["item_click", "when"]
     assert part(health, "item_click_rate")["psi"] > 1
-    told = [each["message"] for each in health["findings"] if each["about"] == "item_click"]
-    assert "by its input 'item_click_rate': the share of values" in told[0]
+    counter, rate = feature(health, "item_click"), part(health, "item_click_rate")
+    total = {**rate, "name": "item_click_positives", "psi": rate["psi"] + 1}
+    advice = "; a count of all of the past grows with any log (`window_days`)"
+    for inputs, name, end in (([rate], "rate", ""), ([total, rate], "rate", ""), ([total], "positives", advice)):
+        counter["inputs"] = inputs
+        (told,) = (each["message"] for each in find(health) if each["about"] == "item_click")
+        assert f"by its input 'item_click_{name}': the share of values" in told
+        assert told.endswith(end or "%")
 
 
 def test_ids_that_training_does_not_know_are_found(tmp_path):

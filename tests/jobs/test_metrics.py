@@ -26,6 +26,7 @@ from mmoe_rec.jobs.score import score_log
 from mmoe_rec.preprocessing.logs import DEFAULTS, BuildOptions
 from mmoe_rec.preprocessing.prepare import encode_with
 from mmoe_rec.report.evaluation import summary_tree
+from mmoe_rec.report.findings import find_all
 from mmoe_rec.settings.sections import Evaluation
 from tests.commands import run
 from tests.evaluation.trees import summarise
@@ -200,8 +201,20 @@ def test_without_a_score_one_task_ranks_by_its_prediction(tmp_path: Path) -> Non
     found = measured(["bought"], source, tmp_path / "out")
     for name in ("ndcg_at_5", "mrr", "map"):
         assert found["score"][name] == found["tasks"]["bought"][name]
-    with pytest.raises(UserError, match=r"0\.parquet' has no column 'score', by which.*--columns score=COLUMN"):
-        measured(TASKS, source, tmp_path / "out")
+    fused = np.log(frame["predicted_bought"].clip(1e-12)) + 0.2 * np.log(frame["predicted_stars"].clip(1e-12))
+    with_score = written(frame.assign(score=fused), tmp_path / "fused")
+    found, expected = (measured(TASKS, each, tmp_path / "out")["score"] for each in (source, with_score))
+    assert found == expected
+    assert found["ndcg_at_5"] != measured(["bought"], source, tmp_path / "out")["score"]["ndcg_at_5"]
+
+
+def test_what_is_said_of_other_systems_names_no_setting_of_ours(tmp_path: Path) -> None:
+    frame = predicted(6)
+    source = str(written(frame.assign(predicted_bought=0.3 * frame["predicted_bought"]), tmp_path / "in"))
+    results = metrics.measure_predictions(columns_of_tasks(["bought"]), source, tmp_path / "out", FEW)
+    (told,) = (each.message for each in find_all(results) if each.check == "calibration")
+    assert "too low: 0.30 times" in told
+    assert told.endswith("calibrate them on other rows than these")
 
 
 @pytest.mark.parametrize(
@@ -376,10 +389,12 @@ def test_predictions_are_compared_with_others_of_the_same_rows(tmp_path: Path, c
     frame = predicted(20)
     other = frame.sample(frac=1, random_state=0).reset_index(drop=True)  # in another order, in other files
     other["predicted_bought"] = 0.5 * other["predicted_bought"] + 0.5 * np.random.default_rng(0).random(len(other))
-    source, others = written(frame, tmp_path / "ours[a]"), written(other, tmp_path / "theirs", files=2)
+    source, others = written(frame, tmp_path / "ours[a]"), tmp_path / "theirs"
+    written(other.rename(columns={"user": "viewer", "predicted_stars": "p"}), others, files=2)
+    names = ["user=viewer", "predicted_stars=p"]
     out = tmp_path / "out"
     words = ["--tasks", *TASKS, "--resamples", "200", "--out", str(out)]
-    run("metrics", "--predictions", str(source), "--against", str(others), *words)
+    run("metrics", "--predictions", str(source), "--against", str(others), "--against-columns", *names, *words)
     printed = capsys.readouterr().out
     comparison = json.loads((out / "comparison.json").read_text())
     told = comparison["against"]["theirs"]
@@ -393,9 +408,10 @@ def test_predictions_are_compared_with_others_of_the_same_rows(tmp_path: Path, c
     assert told["verdict"]["kind"] == "better"
     assert "'ours[a]' is better than 'theirs': auc of bought is higher by " in " ".join(printed.split())
     assert json.loads((out / "against" / "1" / "metrics.json").read_text())["predictions"] == str(others)
-    run("metrics", "--predictions", str(others), "--against", str(source), *words)
+    words += ["--against-columns", "user=user", "predicted_stars=predicted_stars"]
+    run("metrics", "--predictions", str(others), "--against", str(source), "--columns", *names, *words)
     assert json.loads((out / "comparison.json").read_text())["against"]["ours[a]"]["verdict"]["kind"] == "worse"
-    run("metrics", "--predictions", str(source), *words)
+    run("metrics", "--predictions", str(source), *words[:-3])
     assert not (out / "comparison.json").exists()
     assert not (out / "against").exists()
 
@@ -414,7 +430,7 @@ def test_predictions_of_other_rows_are_not_compared(tmp_path: Path) -> None:
             ),
             (
                 frame.rename(columns={"predicted_bought": "p_bought"}),
-                "'predicted_bought'.*; those of --against are read by the same names, so rename",
+                "'predicted_bought'.*; name another one with --against-columns predicted_bought=COLUMN",
             ),
             (
                 frame.assign(user=frame["user"].astype(str)),
@@ -425,7 +441,9 @@ def test_predictions_of_other_rows_are_not_compared(tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=told):
             measured(TASKS, source, out, against=[str(written(other, tmp_path / str(number)))])
-    with pytest.raises(UserError, match="is compared with itself; give other models with --against"):
+    with pytest.raises(
+        UserError, match="is given twice, and would be compared with itself; give --against another one"
+    ):
         measured(TASKS, source, out, against=[source])
     assert not (out / "metrics.json").exists()
     assert not (out / "sums").exists()

@@ -72,6 +72,18 @@ def test_without_support_a_sentence_says_so(tmp_path: Path, capsys: pytest.Captu
     assert "estimates" not in json.loads((tmp_path / "out" / "off_policy.json").read_text())["tasks"]["clicked"]
 
 
+def test_without_users_each_row_is_one(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    bandit = Bandit()
+    rows = frame(bandit, bandit.uniform, "random", 5)
+    found = []
+    for name, each in {"with": rows.assign(user=rows.index), "without": rows.drop(columns="user")}.items():
+        written(tmp_path / name, each.head(1000), each.tail(-1000))
+        assert run(tmp_path / name, "--columns", "target=p_new") == 0
+        found.append(json.loads((tmp_path / name / "out" / "off_policy.json").read_text())["tasks"])
+    assert found[0] == found[1]
+    assert "each row counts as a user: where users come back, intervals are too narrow" in capsys.readouterr().err
+
+
 MODELLED = ("target=p_new", "predicted_clicked=q", "expected_clicked=v")
 
 

@@ -87,7 +87,7 @@ def test_folders_that_hold_something_else(small: SmallModel, tmp_path: Path) -> 
     out = tmp_path / "out"
     out.mkdir()
     (out / "notes.txt").write_text("mine")
-    with pytest.raises(UserError, match=r"holds something else than scores, such as 'notes\.txt'"):
+    with pytest.raises(UserError, match=r"holds files that are no scores, such as 'notes\.txt'"):
         score_log(small.folder, source, out, "tables")
     (out / "notes.txt").unlink()
     score_log(small.folder, source, out, "tables")

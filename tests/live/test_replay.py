@@ -19,6 +19,7 @@ from mmoe_rec.inference.artifact import version_of
 from mmoe_rec.inference.ranking import Ranking
 from mmoe_rec.jobs.places import logs_for
 from mmoe_rec.live import replay as job
+from mmoe_rec.live import request_log as names
 from mmoe_rec.live.refresh import renew_tables
 from mmoe_rec.live.replay import (
     LiveModel,
@@ -32,6 +33,7 @@ from mmoe_rec.live.replay import (
     replay,
 )
 from mmoe_rec.log.reader import EventRows, Log
+from mmoe_rec.log.rows import LogRows
 from tests.commands import run
 from tests.inference.small_model import SmallModel
 from tests.log.small_logs import ALL_KINDS, BASE, DAY, START, random_log, times_of, write_log
@@ -286,6 +288,20 @@ def test_ids_alone_show_attributes_that_differ(world: World, tmp_path: Path) -> 
         "candidates": {"item"},
     }
     assert max(len(request["candidates"]["item"]) for request in asked) == 2
+
+
+def test_the_logs_own_columns_of_such_names_are_not_compared(world: World, tmp_path: Path) -> None:
+    rows, table = world.period.rows, world.period.rows.table
+    for name in ("served_score_before", "served_digest_of_old", "served_predicted_before"):
+        table = table.append_column(name, pa.array(np.arange(len(table))))
+    period = replace(world.period, rows=LogRows(table, rows.schema, rows.results))
+    compared, live = world.replayed(tmp_path, period=period)
+    assert {*PREDICTED, *FEATURES} - {"slot"} <= compared.keys()
+    assert not [name for name in compared if "before" in name or "old" in name]
+    assert wrong(compared) == {}
+    own = [name for name in read_logged(live.requests, period).column_names if name.startswith("served_")]
+    with pytest.raises(UserError, match="column 'served_score' has a name that logged requests use for their own"):
+        names.refuse_own(["item", "served_score"], own)
 
 
 def test_batches_are_cut(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

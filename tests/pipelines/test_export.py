@@ -66,7 +66,7 @@ def test_an_export_is_replaced_and_nothing_else_is(
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("mine")
     words = ("--model", str(small.folder), "--int8", "--out")
-    assert "holds something else than an export" in commands.refuse(capsys, "export", *words, str(tmp_path / "mine"))
+    assert "holds files that are no export" in commands.refuse(capsys, "export", *words, str(tmp_path / "mine"))
     assert "holds the model that is exported" in commands.refuse(capsys, "export", *words, str(small.folder))
 
 
