@@ -3,31 +3,26 @@
 A request is `{"inputs": [{"user": {...}, "context": {...}, "candidates": {...}}], "params": {...}}`; each element of
 `inputs` gets one ranking. `task_weights`, `top_k`, `gate_top_k`, `mask_experts` and `explain` may stand in an element
 or, for all elements, in `params`; the element's own win. MLflow drops unknown keys of `params` before the model sees
-them; in an element they are an error.
+them; in an element they are an error. A data frame has a row for each candidate (`read_frame`), and so has the reply.
 """
 
 from __future__ import annotations
 
 import json
-import logging
-from collections.abc import Callable, Mapping
-from functools import wraps
-from typing import Annotated, Any
+from typing import Any
 
 import mlflow
+import numpy as np
+import pandas as pd
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import INTERNAL_ERROR, INVALID_PARAMETER_VALUE
 from mlflow.pyfunc import PythonModel, PythonModelContext
-from pydantic import BaseModel, ConfigDict, SkipValidation
 
 from mmoe_rec.errors import RequestError
 from mmoe_rec.inference.ranking import Ranking
-from mmoe_rec.inference.reader import read_requests
+from mmoe_rec.inference.reader import Frame, name_element, read_frame, read_requests, rows_of_candidates
 
 ARTIFACT = "model"
-Value = bool | int | float | str | None
-Explained = dict[str, dict[str, Value | list[Value]]]
-Reply = dict[str, str | list[Value] | list[Explained] | dict[str, list[float]] | dict[str, str]]
 
 
 class BadRequest(MlflowException):
@@ -40,30 +35,6 @@ class BadRequest(MlflowException):
     def serialize_as_json(self) -> str:
         """The body of the reply."""
         return json.dumps({"error_code": self.error_code, "message": self.sentence})
-
-
-class RankingRequest(BaseModel):
-    """What MLflow documents and lets through unchecked: `Request` gives errors that don't repeat the whole input."""
-
-    model_config = ConfigDict(extra="allow")
-
-    user: Annotated[dict[str, Value], SkipValidation] = {}
-    context: Annotated[dict[str, Value], SkipValidation] = {}
-    candidates: Annotated[dict[str, list[Value]], SkipValidation] = {}
-    task_weights: Annotated[dict[str, float] | None, SkipValidation] = None
-    top_k: Annotated[int | None, SkipValidation] = None
-    gate_top_k: Annotated[int | None, SkipValidation] = None
-    mask_experts: Annotated[list[int] | None, SkipValidation] = None
-    explain: Annotated[bool | None, SkipValidation] = None
-
-    def given(self) -> dict[str, Any]:
-        """The keys of the request, known or not."""
-        values = {**self.__dict__, **(self.model_extra or {})}
-        return {name: values[name] for name in self.model_fields_set}
-
-
-# MLflow warns that it leaves it to the model to tell numbers from strings, which is intended.
-logging.getLogger("mlflow.types.type_hints").setLevel(logging.ERROR)
 
 
 class RankingPythonModel(PythonModel):
@@ -82,32 +53,41 @@ class RankingPythonModel(PythonModel):
         self.ranker = Ranker.load(context.artifacts[ARTIFACT])
         self.ranker.serve_faster()
 
-    def predict(
-        self, context: Any, model_input: list[RankingRequest], params: dict[str, Any] | None = None
-    ) -> list[Reply]:
-        """One ranking a request, see `Ranking`; one request may be given without a list.
+    # Of this type hint MLflow makes no schema: it would repeat the whole input in its errors, and refuse data frames.
+    def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> Any:
+        """One ranking a request, see `Ranking`, for a list of requests, or one; a table of predictions for a table.
 
         Raises BadRequest with the sentence for the caller.
         """
         try:
-            answers = self.ranker.rank_many(read_requests([each.given() for each in model_input], params or {}))
+            if isinstance(model_input, pd.DataFrame):
+                if "candidates" not in model_input:
+                    columns = [model_input.iloc[:, place] for place in range(model_input.shape[1])]
+                    frame = read_frame(self.ranker.reader, [*model_input.columns], columns, params or {})
+                    return pd.DataFrame(rows_of_candidates(self._rank(frame), frame.rows), model_input.index)
+                model_input = model_input.to_dict("records")  # requests, a row each
+            elements = [model_input] if isinstance(model_input, dict) else plain_values(model_input)
+            if not isinstance(elements, list):
+                raise RequestError("'inputs' must be a list of requests")
+            return self._rank(Frame(read_requests([plain_values(each) for each in elements], params or {})))
+        except RequestError as error:
+            raise BadRequest(str(error)) from None
         except RuntimeError as error:
             raise MlflowException(str(error), error_code=INTERNAL_ERROR) from error
+
+    def _rank(self, frame: Frame) -> list[dict[str, Any]]:
+        answers = self.ranker.rank_many(frame.requests)
         for index, answer in enumerate(answers):
             if isinstance(answer, RequestError):
-                raise BadRequest(f"inputs[{index}]: {answer}" if len(answers) > 1 else str(answer))
+                raise RequestError(name_element(answer, index, frame))
         return [answer.to_dict() for answer in answers if isinstance(answer, Ranking)]
 
 
-def _of_one_too(predict: Callable[..., list[Reply]]) -> Callable[..., list[Reply]]:
-    """MLflow lets no input but a list through its check of type hints; in a notebook one has one request."""
-
-    @wraps(predict)  # and so with the marks by which MLflow knows its own wrapper
-    def of_one_too(self: Any, context: Any, model_input: Any, params: dict[str, Any] | None = None) -> list[Reply]:
-        return predict(self, context, [model_input] if isinstance(model_input, Mapping) else model_input, params)
-
-    return of_one_too
+def plain_values(value: Any) -> Any:
+    """JSON values instead of the arrays that MLflow's server makes of them, and of the parts of a request."""
+    if isinstance(value, dict):
+        return {name: each.tolist() if isinstance(each, np.ndarray) else each for name, each in value.items()}
+    return value.tolist() if isinstance(value, np.ndarray) else value
 
 
-RankingPythonModel.predict = _of_one_too(RankingPythonModel.predict)  # type: ignore[method-assign]
 mlflow.models.set_model(RankingPythonModel())

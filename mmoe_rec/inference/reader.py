@@ -107,6 +107,75 @@ def read_requests(elements: Sequence[Any], params: Mapping[str, Any]) -> list[Re
     return requests
 
 
+@dataclass(frozen=True)
+class Frame:
+    """Requests of a call. rows: of each of them the numbers of its rows, where they come from a table with a row for
+    each candidate."""
+
+    requests: list[Request | RequestError]
+    rows: Sequence[Sequence[int]] = ()
+
+
+def read_frame(reader: RequestReader, names: Sequence[Any], columns: Sequence[Any], params: Mapping[str, Any]) -> Frame:
+    """The requests in a table with a row for each candidate, in which values of user and context are repeated.
+
+    columns: N values of each name; rows with the same id in `columns.request` are a request, and all rows where there
+    is no such column. Raises RequestError for a column that is unknown or given twice, and for an option whose reply
+    has not a row for each candidate.
+    """
+    if wrong := next((name for name in ("top_k", "explain") if params.get(name)), None):
+        raise RequestError(f"{wrong} is not for data frames, each of whose rows gets one prediction: send 'inputs'")
+    names = [str(name) for name in names]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise RequestError(f"the data frame has column {quoted(twice)} twice")
+    roles = {name: reader.role_of(name, "the data frame") for name in names}
+    values = {name: reader.frame_column(name, each) for name, each in zip(names, columns, strict=True)}
+    request, groups = reader.schema.columns.request, dict[str, list[int]]()
+    for row, each in enumerate(values.get(request or "", [None] * max(map(len, values.values()), default=0))):
+        groups.setdefault(repr(each), []).append(row)
+    requests: list[Request | RequestError] = []
+    for rows in groups.values():
+        element: dict[str, dict[str, Any]] = {part: {} for part in PARTS.values()}
+        try:
+            for name, role in roles.items():
+                its = [values[name][row] for row in rows]
+                texts = [] if role == "candidate" else [repr(plain(each)) for each in its]
+                if other := next((row for row, text in zip(rows, texts, strict=False) if text != texts[0]), None):
+                    hint = "" if request in (None, *names) else f"; give each request an id of its own in '{request}'"
+                    raise RequestError(
+                        f"column '{name}' describes the {role} of a request, and differs in its rows {rows[0]} and "
+                        f"{other}{hint}"
+                    )
+                element[PARTS[role]][name] = its if role == "candidate" else its[0]
+            requests.append(Request.of(element, params))
+        except RequestError as error:
+            requests.append(error)
+    return Frame(requests, list(groups.values()))
+
+
+def name_element(error: RequestError, index: int, frame: Frame) -> str:
+    """The sentence about a wrong request, with its place in a call of several."""
+    if len(frame.requests) == 1:
+        return str(error)
+    where = f"inputs[{index}]" if not frame.rows else f"the request of row {frame.rows[index][0]}"
+    return f"{where}: {error}"
+
+
+def rows_of_candidates(replies: Sequence[Mapping[str, Any]], rows: Sequence[Sequence[int]]) -> list[dict[str, Any]]:
+    """Rankings, or errors, of a table's requests as JSON values: one for each row of the table."""
+    found: dict[int, dict[str, Any]] = {}
+    for reply, places in zip(replies, rows, strict=True):
+        if "error" in reply:
+            found |= {row: dict(reply) for row in places}
+            continue
+        predictions = {f"predicted_{name}": each for name, each in reply["predictions"].items()}
+        columns = {**predictions, "score": reply["scores"], "log_score": reply["log_scores"]}
+        for rank, place in enumerate(reply["order"]):
+            more = {name: reply[name] for name in ("request_id", "warnings") if name in reply}
+            found[places[place]] = {**{name: each[rank] for name, each in columns.items()}, "rank": rank + 1, **more}
+    return [found[row] for row in sorted(found)]
+
+
 def fused_weights(tasks: Sequence[ModelTask], given: Mapping[str, Any] | None) -> np.ndarray:
     """(T,) float64 weights of the tasks in the score.
 
@@ -234,19 +303,33 @@ class RequestReader:
     def _columns_of(self, role: Role, names: Collection[str]) -> list[RequestColumn]:
         """The columns of these names, without those that the settings list and no feature reads."""
         for name in names:
-            actual = self._columns[name].role if name in self._columns else self.schema.column_roles.get(name)
-            if actual == "placement":
-                raise RequestError(
-                    f"column '{name}' describes placement, which is absent in serving: leave it out of '{PARTS[role]}'"
-                )
-            if actual is None:
-                hint = suggest(name, [each.name for each in self._columns.values() if each.role == role])
-                raise RequestError(f"'{PARTS[role]}' has an unknown column {quoted(name)}; {hint}")
-            if actual != role:
+            if (actual := self.role_of(name, f"'{PARTS[role]}'", role)) != role:
                 raise RequestError(
                     f"column '{name}' describes the {actual}: give it in '{PARTS[actual]}', not in '{PARTS[role]}'"
                 )
         return [self._columns[name] for name in names if name not in self._unread]
+
+    def role_of(self, name: str, where: str, role: Role | None = None) -> Role:
+        """What a column describes. where: it stands; role: of the columns that may stand there, None for any. Raises
+        RequestError for one that is unknown, or of the placement."""
+        actual = self._columns[name].role if name in self._columns else self.schema.column_roles.get(name)
+        if actual == "placement":
+            raise RequestError(
+                f"column '{name}' describes placement, which is absent in serving: leave it out of {where}"
+            )
+        if actual is None:
+            hint = suggest(name, [each.name for each in self._columns.values() if role in (None, each.role)])
+            raise RequestError(f"{where} has an unknown column {quoted(name)}; {hint}")
+        return actual
+
+    def frame_column(self, name: str, values: Any) -> Sequence[Any]:
+        """Values of a column; ids that pandas made floats, as some are missing, are integers again."""
+        found: Sequence[Any] = plain(values)
+        is_float = getattr(getattr(values, "dtype", None), "kind", "") == "f"
+        if is_float and None in found and name in self._columns and self._columns[name].use == "key":
+            whole = [each is None or (each.is_integer() and abs(each) < 2**53) for each in found]
+            return [each if each is None else int(each) for each in found] if all(whole) else found
+        return found
 
     def _count(self, candidates: Mapping[str, Any]) -> int:
         has_ids = self.schema.columns.has_candidate

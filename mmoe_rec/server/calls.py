@@ -13,8 +13,8 @@ import re
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from itertools import islice
-from typing import Any
+from itertools import chain, islice
+from typing import TYPE_CHECKING, Any
 
 import orjson
 from starlette.requests import ClientDisconnect
@@ -23,7 +23,15 @@ from starlette.responses import Response
 
 from mmoe_rec.errors import RequestError, quoted, suggest
 from mmoe_rec.inference.ranking import Ranking
-from mmoe_rec.inference.reader import OPTIONS, Request, read_requests
+from mmoe_rec.inference.reader import (
+    OPTIONS,
+    Frame,
+    Request,
+    name_element,
+    read_frame,
+    read_requests,
+    rows_of_candidates,
+)
 from mmoe_rec.inference.scorer import LostExpert
 from mmoe_rec.live.request_log import RequestLog
 from mmoe_rec.server.metrics import Metrics
@@ -32,9 +40,13 @@ from mmoe_rec.server.options import MEBIBYTE, Places, Refused, shortened
 from mmoe_rec.server.ranking_queue import Answers, Following, Passes, RankingQueue
 from mmoe_rec.settings.sections import Serving
 
+if TYPE_CHECKING:
+    from mmoe_rec.inference.ranker import Ranker
+
 PARSED_AT_ONCE = 256 * 2**10
 """Larger bodies are parsed in a thread, so that the event loop answers others in between."""
 SHAPE = '{"inputs": [{"user": {...}, "context": {...}, "candidates": {...}}], "params": {...}}'
+_KEYS = ("inputs", "params", "dataframe_split", "dataframe_records")
 LONGEST_KEY = 256
 COST_OF_EXPLAINING = 10
 """A candidate that is explained counts as so many: with 45 counters, its part of the reply is 35 times as long."""
@@ -47,11 +59,11 @@ ARROW = "application/vnd.apache.arrow.stream"
 class Call:
     """A call that may be ranked.
 
-    requests: and in the place of one that is wrong, the sentence about it; ignored: a warning for each of the params
-    that there are not; candidates: of all requests together, at least.
+    frame: its requests, and in the place of one that is wrong, the sentence about it; ignored: a warning for each of
+    the params that there are not; candidates: of all requests together, at least.
     """
 
-    requests: list[Request | RequestError]
+    frame: Frame
     ignored: tuple[str, ...]
     candidates: int
 
@@ -89,13 +101,14 @@ class Calls:
             raise Refused(415, "the body must be JSON: send the header Content-Type: application/json", "no_json")
         with self.metrics.timed("read"):
             body = await read_body(request, self.limits, self.places)
+        ranker = self.models.current.ranker
         with self.metrics.timed("parse"):
             if len(body) <= PARSED_AT_ONCE:
-                call = parse(body, self.limits)
+                call = parse(body, self.limits, ranker)
             else:
                 loop = asyncio.get_running_loop()
-                call = await loop.run_in_executor(self._parsing, parse, body, self.limits)
-        self.metrics.elements.inc(len(call.requests))
+                call = await loop.run_in_executor(self._parsing, parse, body, self.limits, ranker)
+        self.metrics.elements.inc(len(call.frame.requests))
         self.metrics.candidates.inc(call.candidates)
         gone = asyncio.ensure_future(_gone(request))
         try:
@@ -104,7 +117,7 @@ class Calls:
                     sentence = "this server takes no events, so there is nothing to wait for: leave 'after' out"
                     raise Refused(400, sentence, "body")
                 await self.following.reach(after)
-            answers = await self.queue.queue(call.requests, call.candidates, gone)
+            answers = await self.queue.queue(call.frame.requests, call.candidates, gone)
         finally:
             gone.cancel()
         self._count(answers)
@@ -117,14 +130,14 @@ class Calls:
         if self.following is not None and (gap := self.following.gap) is not None:
             ignored = (*ignored, f"some events are not counted: {gap}")
         with self.metrics.timed("write"):
-            body = reply(answers, ignored, partial)
+            body = reply(answers, ignored, partial, call.frame)
         if log is not None:
             self._offer(log, call, answers)
         return body
 
     def _offer(self, log: RequestLog, call: Call, answers: Answers) -> None:
         model = self.models.current.about()
-        for request, answer in zip(call.requests, answers, strict=True):
+        for request, answer in zip(call.frame.requests, answers, strict=True):
             if isinstance(answer, Ranking) and isinstance(request, Request):
                 is_current = answer.model["version"] == model["artifact"]  # else another one has taken its place
                 name, version = (model["model"], model["version"]) if is_current else (None, None)
@@ -239,33 +252,63 @@ def parse_json(body: bytes, limits: Serving) -> Any:
     return tree
 
 
-def parse(body: bytes, limits: Serving) -> Call:
+def parse(body: bytes, limits: Serving, ranker: Ranker) -> Call:
     """The call in a body. Raises Refused for one of another shape, or beyond the limits."""
     tree = parse_json(body, limits)
     if not isinstance(tree, dict):
         raise _wrong(f"the body must be an object such as {SHAPE}")
     for name in tree:
-        if name not in ("inputs", "params"):
-            raise _wrong(f"a call has no key {quoted(name)}; {suggest(name, ('inputs', 'params'))}")
-    elements = tree.get("inputs")
-    if not isinstance(elements, list):
+        if name not in _KEYS:
+            raise _wrong(f"a call has no key {quoted(name)}; {suggest(name, _KEYS)}")
+    params, ignored = _params(tree)
+    if (frame := _frame(tree, params, ranker)) is not None:
+        elements: Any = frame.requests
+    elif not isinstance(elements := tree.get("inputs"), list):
         raise _wrong(f"a call needs the key 'inputs', a list of requests: {SHAPE}")
     if len(elements) > limits.max_elements:
         raise _wrong(
-            f"'inputs' has {len(elements):,} elements; this server takes at most {limits.max_elements:,} in a call "
+            f"the call has {len(elements):,} elements; this server takes at most {limits.max_elements:,} in a call "
             "(setting `serving.max_elements`)"
         )
-    params, ignored = _params(tree)
-    costs = [_cost_of(each, params) for each in elements]
+    costs = [_cost_of(each, params) for each in elements] if frame is None else [(len(rows), 1) for rows in frame.rows]
     candidates = sum(count * cost for count, cost in costs)
     if candidates > limits.max_total_candidates:
         explained = any(cost > 1 for _, cost in costs)
         hint = f" (with explain, each counts as {COST_OF_EXPLAINING})" if explained else ""
         raise _wrong(
-            f"'inputs' has {candidates:,} candidates in all{hint}; this server takes at most "
+            f"the call has {candidates:,} candidates in all{hint}; this server takes at most "
             f"{limits.max_total_candidates:,} in a call (setting `serving.max_total_candidates`)"
         )
-    return Call(read_requests(elements, params), ignored, candidates)
+    return Call(frame or Frame(read_requests(elements, params)), ignored, candidates)
+
+
+def _frame(tree: Mapping[str, Any], params: Mapping[str, Any], ranker: Ranker) -> Frame | None:
+    """The requests of a call in one of MLflow's forms of a data frame, None for one in another form."""
+    if len(forms := [name for name in _KEYS if name in tree and name != "params"]) > 1:
+        raise _wrong(f"a call has either {' or '.join(map(repr, forms))}, not both")
+    if "dataframe_records" in tree:
+        if not _are(rows := tree["dataframe_records"], dict):
+            raise _wrong("'dataframe_records' must be a list of objects of columns and values")
+        names = list(dict.fromkeys(chain.from_iterable(rows)))
+        columns: list[Any] = [[row.get(name) for row in rows] for name in names]
+    elif "dataframe_split" in tree:
+        split: Any = tree["dataframe_split"] if isinstance(tree["dataframe_split"], dict) else {}
+        names, rows = split.get("columns"), split.get("data")
+        if not _are(names, str) or not _are(rows, list) or {*map(len, rows)} - {len(names)}:
+            raise _wrong(
+                """'dataframe_split' must be {"columns": [...], "data": [[...], ...]} with rows of one length"""
+            )
+        columns = list(zip(*rows, strict=True)) or [()] * len(names)
+    else:
+        return None
+    try:
+        return read_frame(ranker.reader, names, columns, params)
+    except RequestError as error:
+        raise _wrong(str(error)) from None
+
+
+def _are(values: Any, kind: type) -> bool:
+    return isinstance(values, list) and all(isinstance(each, kind) for each in values)
 
 
 def _params(tree: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
@@ -324,7 +367,7 @@ def _wrong(sentence: str) -> Refused:
     return Refused(400, sentence, "body")
 
 
-def reply(answers: Answers, ignored: Iterable[str], partial: bool) -> bytes:
+def reply(answers: Answers, ignored: Iterable[str], partial: bool, frame: Frame) -> bytes:
     """The body of the reply. Raises Refused where an element is wrong, unless its error may stand in its place."""
     ignored = [shortened(each) for each in ignored]
     replies: list[dict[str, Any]] = []
@@ -334,5 +377,7 @@ def reply(answers: Answers, ignored: Iterable[str], partial: bool) -> bytes:
         elif partial:
             replies.append({"error": shortened(str(answer))})
         else:
-            raise Refused(400, f"inputs[{index}]: {answer}" if len(answers) > 1 else str(answer), "element")
+            raise Refused(400, name_element(answer, index, frame), "element")
+    if frame.rows:
+        replies = rows_of_candidates(replies, frame.rows)
     return orjson.dumps({"predictions": replies})

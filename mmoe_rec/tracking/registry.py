@@ -360,7 +360,6 @@ def register_model(
         raise UserError("a model can be registered from a recorded run only")
     import mlflow
     import torch
-    from mlflow.models import set_signature
 
     from mmoe_rec.inference.ranker import Ranker
 
@@ -380,7 +379,6 @@ def register_model(
         arguments = describe_model(artifact_folder, Path(scratch))
         logged = mlflow.pyfunc.log_model(name="ranking_model", **arguments)
         torch.set_num_threads(threads)  # the served model, which MLflow has just tried out, sets it for its server
-        set_signature(logged.model_uri, _with_params(logged.signature, artifact_folder))
         registered = mlflow.register_model(
             logged.model_uri, name, tags={**(tags or {}), _FILES_TAG: _sum_files(artifact_folder)}
         )
@@ -403,6 +401,7 @@ def describe_model(artifact_folder: Path, scratch: Path) -> dict[str, Any]:
         "artifacts": {"model": str(artifact_folder)},
         "code_paths": [str(code)],
         "pip_requirements": [f"{package}=={metadata.version(package).split('+')[0]}" for package in SERVED_PACKAGES],
+        "signature": _signature(artifact_folder),
         "input_example": ([example], {"task_weights": {"engagement": 1.0, "satisfaction": 1.0}, "top_k": 5}),
         # MLflow takes a uv.lock and pyproject.toml of the working folder for the model's, and then builds that project
         # instead of installing the requirements. It is told to look for them where none are.
@@ -410,8 +409,8 @@ def describe_model(artifact_folder: Path, scratch: Path) -> dict[str, Any]:
     }
 
 
-def _with_params(signature: Any, artifact_folder: Path) -> Any:
-    """The signature with the optional parameters of `mmoe_rec.inference.reader.OPTIONS`.
+def _signature(artifact_folder: Path) -> Any:
+    """The signature: the optional parameters of `mmoe_rec.inference.reader.OPTIONS`, and inputs of any kind.
 
     MLflow derives parameters from the example: its values become everyone's defaults, and every weight in it required.
     """
@@ -431,9 +430,7 @@ def _with_params(signature: Any, artifact_folder: Path) -> Any:
             ParamSpec("explain", DataType.boolean, None),
         ]
     )
-    changed = ModelSignature(signature.inputs, signature.outputs, params)
-    changed._is_signature_from_type_hint = True  # else the server would parse requests as data frames
-    return changed
+    return ModelSignature(params=params)
 
 
 def find_registered(run: Run, artifact_folder: Path, name: str) -> str | None:

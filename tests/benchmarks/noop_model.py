@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import mlflow
+import pandas as pd
 from mlflow.pyfunc import PythonModel, PythonModelContext
 
-from mmoe_rec.inference.mlflow_model import RankingRequest, Reply
+from mmoe_rec.inference.mlflow_model import plain_values
 from mmoe_rec.inference.reader import read_requests
 from tests.benchmarks.noop_ranker import NoopRanker
 
@@ -20,14 +21,10 @@ class NoopPythonModel(PythonModel):
         """Reads what replies look like."""
         self.ranker = NoopRanker.like(Path(context.artifacts["model"]))
 
-    def predict(
-        self, context: Any, model_input: list[RankingRequest], params: dict[str, Any] | None = None
-    ) -> list[Reply]:
+    def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> Any:
         """One reply a request."""
-        return [
-            each.to_dict()
-            for each in self.ranker.rank_many(read_requests([each.given() for each in model_input], params or {}))
-        ]
+        requests = read_requests([plain_values(each) for each in model_input], params or {})
+        return [each.to_dict() for each in self.ranker.rank_many(requests)]
 
 
 mlflow.models.set_model(NoopPythonModel())

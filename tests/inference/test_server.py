@@ -98,6 +98,20 @@ def test_which_of_several_requests_is_wrong(server: Server) -> None:
     assert body["message"].startswith("inputs[1]: 'user' needs a column")
 
 
+def test_a_data_frame_has_a_row_for_each_candidate(server: Server) -> None:
+    rows = [{"user": USER, "item": item, **CONTEXT} for item in ITEMS]
+    split = {"columns": [*rows[0]], "data": [[*row.values()] for row in rows]}
+    (ranking,) = server.post({"inputs": [request_of()]})[1]["predictions"]
+    for form in ({"dataframe_split": split}, {"dataframe_records": rows}):
+        status, body = server.post(form)
+        assert status == 200
+        assert [each["rank"] - 1 for each in body["predictions"]] == np.argsort(ranking["order"]).tolist()
+        assert sorted((each["score"] for each in body["predictions"]), reverse=True) == ranking["scores"]
+    status, body = server.post({"dataframe_records": [rows[0], rows[1] | {"user": 6}]})
+    says = "column 'user' describes the user of a request, and differs in its rows 0 and 1"
+    assert (status, body["message"]) == (400, says)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_process_holds_no_training_library(server: Server) -> None:
     maps = [

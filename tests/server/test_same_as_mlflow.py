@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from mlflow.exceptions import MlflowException
 
+from mmoe_rec.inference.artifact import Source
 from mmoe_rec.inference.mlflow_model import ARTIFACT, RankingPythonModel
+from mmoe_rec.inference.reader import PARTS
 from mmoe_rec.server.app import Application
+from mmoe_rec.server.models import Models
+from mmoe_rec.server.options import Options
 from tests.inference.small_model import ITEMS, SmallModel, as_request
+from tests.log.small_logs import random_log, with_requests
 from tests.server.asking import ask, element
 
 NAMES = ("brand", "price", "tags")
@@ -97,5 +104,115 @@ def test_explained_replies(app: Application, mlflow_model: RankingPythonModel, s
     assert "explanations" not in second
 
 
+def as_rows(made: dict[str, Any], ranking: dict[str, Any]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """A request as a table with a row for each candidate, and what a ranking says of each row."""
+    rows, found = [], {}
+    for place in range(len(ranking["order"])):
+        own = {name: each[place] for name, each in made["candidates"].items()}
+        rows.append({**own, **made["user"], **made["context"]})
+        rank = ranking["order"].index(place)
+        found[place] = {f"predicted_{name}": each[rank] for name, each in ranking["predictions"].items()} | {
+            "score": ranking["scores"][rank],
+            "log_score": ranking["log_scores"][rank],
+            "rank": rank + 1,
+            "warnings": ranking["warnings"],
+        }
+    return rows, [found[place] for place in range(len(rows))]
+
+
+def split(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    return {"columns": [*rows[0]], "data": [[*row.values()] for row in rows]}
+
+
+def test_a_row_for_each_candidate_gets_what_its_request_gets(
+    app: Application, mlflow_model: RankingPythonModel, small: SmallModel
+) -> None:
+    random = np.random.default_rng(4)
+    for _ in range(12):
+        made = {name: each for name, each in random_element(random, small).items() if name in PARTS.values()}
+        options = {"task_weights": {"engagement": 3}} if random.random() < 0.5 else {}
+        (ranking,) = mlflow_model.predict(None, [made], options)
+        rows, expected = as_rows(made, ranking)
+        for form in ({"dataframe_records": rows}, {"dataframe_split": split(rows)}):
+            assert ask(app, {**form, "params": options}).tree == {"predictions": expected}
+        frame = pd.DataFrame(rows, index=range(7, 7 + len(rows)))
+        found = mlflow_model.predict(None, frame, options)
+        assert found.to_dict("records") == expected
+        assert found.index.equals(frame.index)
+    assert mlflow_model.predict(None, pd.DataFrame([made]), options) == [ranking], (
+        "a request in a row, as Spark sends it"
+    )
+
+
+OF_USER = "column 'user' describes the user of a request, and differs in its rows"
+
+
+@pytest.mark.parametrize(
+    ("rows", "params", "sentence"),
+    [
+        ([{"user": 5, "item": 3}, {"user": 6, "item": 4}], {}, f"{OF_USER} 0 and 1"),
+        ([{"user": 5, "item": 3, "slot": 1}], {}, "column 'slot' describes placement, which is absent in serving: "),
+        ([{"user": 5, "iten": 3}], {}, "the data frame has an unknown column 'iten'; did you mean 'item'?"),
+        ([{"user": 5, "item": True}], {}, "column 'item' must hold integers, as in the log; found true/false"),
+        ([{"user": 5}], {}, "'candidates' needs a column 'item' with the candidates' ids"),
+        ([{"user": 5, "item": 3}], {"top_k": 2}, "top_k is not for data frames, each of whose rows gets one predict"),
+    ],
+)
+def test_a_wrong_data_frame(
+    app: Application, mlflow_model: RankingPythonModel, rows: list[Any], params: dict[str, Any], sentence: str
+) -> None:
+    for form in ({"dataframe_records": rows}, {"dataframe_split": split(rows)}):
+        answer = ask(app, {**form, "params": params})
+        assert (answer.status, answer.message[: len(sentence)]) == (400, sentence)
+    with pytest.raises(MlflowException) as refused:
+        mlflow_model.predict(None, pd.DataFrame(rows), params)
+    assert refused.value.sentence == answer.message
+
+
+def test_requests_of_a_data_frame_are_told_by_their_ids(tmp_path: Path) -> None:
+    columns = {"user": "user", "candidate": "item", "time": "time", "request": "request"}
+    small = SmallModel(tmp_path, columns=columns, log=[with_requests(random_log(1, rows=600))])
+    app, model = Application(Models(Options(), Source(small.folder, "small", None))), RankingPythonModel()
+    model.load_context(SimpleNamespace(artifacts={ARTIFACT: str(small.folder)}))
+    user, time = {"user": -7}, "2023-11-29T10:00:00"
+    elements = [
+        element(context={"time": time, "request": 31}),
+        element(user=user, context={"time": time, "request": 30}),
+    ]
+    tables = [as_rows(*each) for each in zip(elements, model.predict(None, elements), strict=True)]
+    rows, expected = ([each for pair in zip(*part, strict=True) for each in pair] for part in zip(*tables, strict=True))
+    for form in ({"dataframe_records": rows}, {"dataframe_split": split(rows)}):
+        assert ask(app, form).tree == {"predictions": expected}
+    assert model.predict(None, pd.DataFrame(rows)).to_dict("records") == expected
+    wrong = [*rows[:3], rows[3] | {"user": 6}]
+    says = f"{OF_USER} 1 and 3"
+    answer = ask(app, {"dataframe_records": wrong})
+    assert answer.message == f"the request of row 1: {says}"
+    partial = ask(app, {"dataframe_records": wrong}, page="/invocations?partial=true").tree["predictions"]
+    assert [each.get("error") for each in partial] == [None, says, None, says]
+    without = [{name: each for name, each in row.items() if name != "request"} for row in rows]
+    assert "give each request an id of its own in 'request'" in ask(app, {"dataframe_split": split(without)}).message
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        {"dataframe_split": []},
+        {"dataframe_split": {"columns": ["user"], "data": [[1, 2]]}},
+        {"dataframe_split": {"columns": [1], "data": [[1]]}},
+        {"dataframe_split": {"columns": ["user", "user"], "data": [[1, 1]]}},
+        {"dataframe_records": {}},
+        {"dataframe_records": [5]},
+        {"dataframe_records": [], "inputs": []},
+    ],
+    ids=str,
+)
+def test_a_malformed_data_frame(app: Application, form: dict[str, Any]) -> None:
+    answer = ask(app, form)
+    assert answer.status == 400
+    assert "dataframe" in answer.message or "twice" in answer.message
+
+
 def test_a_call_without_elements(app: Application) -> None:
-    assert ask(app, {"inputs": []}).tree == {"predictions": []}
+    for form in ({"inputs": []}, {"dataframe_records": []}, {"dataframe_split": {"columns": ["item"], "data": []}}):
+        assert ask(app, form).tree == {"predictions": []}
