@@ -245,7 +245,7 @@ def find_early_end(
     if steps < FEW_STEPS:
         return f"had {steps:,} step{'s' * (steps != 1)} of training, and learns little in so few; {advice}"
     now = last.objective(by, layout)
-    before = max((each.objective(by, layout) for step, each in history if step <= steps / 2), default=now)
+    before = max((each.objective(by, layout) for step, each in history if 2 * step <= steps + 1), default=now)
     if best_step < steps or now - before <= GAIN * abs(before):
         return None
     return (
