@@ -4,8 +4,8 @@ Trains what a model has to beat on the same encoded rows, popularity and gradien
 measures them on the test rows. With `--model` the model stands beside them, with the differences of all metrics and a
 verdict. Writes `report.html`, `metrics.json` and others to `data.work`/baselines.
 
-Trees get all inputs but placement and lists of ids (histories). Validation rows choose how many there are, at most 500,
-and what stands: trees without ids, trees with ids, numbered by falling frequency, or the mean of both; and they
+Trees get all inputs but placement and lists of ids (histories). Validation rows choose how many there are, at most
+1,000, and what stands: trees without ids, trees with ids, numbered by falling frequency, or the mean of both; and they
 calibrate all, as `training.calibration` says of a model. Trees learn from the last two million training rows, or fewer
 of more than a hundred inputs, which takes some six gigabytes.
 """

@@ -34,7 +34,7 @@ TREES, POPULARITY = "gradient boosting", "popularity"
 ROWS_AT_A_TIME = 65_536
 MOST_ROWS, MOST_VALUES = 2_000_000, 200_000_000
 """Rows, and values of their inputs, that are held in memory for training or validation; of more, the last ones."""
-MOST_TREES, PATIENCE, TREES_UNCHOSEN = 500, 30, 100
+MOST_TREES, PATIENCE, TREES_UNCHOSEN = 1000, 30, 100
 """Trees of a kind; those that are tried without a lower loss on validation rows; and trees where none say so."""
 FEW_ROWS = 500_000
 """Training rows up to which trees learn at half the rate, which takes twice as many: with more, it gains little."""
