@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -203,18 +202,12 @@ def open_file(address: str) -> Iterator[pa.NativeFile]:
 
 
 OPEN_AT_ONCE = 16
-"""Files of a log that are open at a time; most of the work on each is waiting."""
-
-
-def find_checksums(files: Sequence[FoundFile]) -> list[str | None]:
-    """A fingerprint of each file's bytes, 32 hexadecimal digits; None for one that can't be read. Raises UserError
-    where a remote place can't be reached."""
-    with ThreadPoolExecutor(OPEN_AT_ONCE) as pool:
-        return list(pool.map(_find_checksum, files))
 
 
 @lru_cache(4096)  # a command may ask several times whether features are of the log
-def _find_checksum(file: FoundFile) -> str | None:
+def find_checksum(file: FoundFile) -> str | None:
+    """A fingerprint of a file's bytes, 32 hexadecimal digits; None for one that can't be read. Raises UserError where a
+    remote place can't be reached."""
     digest = hashlib.blake2b(digest_size=16)
     try:
         with open_file(file.address) as opened:

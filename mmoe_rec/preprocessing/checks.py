@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.log.checks import format_time
-from mmoe_rec.log.database import Database, open_database
+from mmoe_rec.log.database import open_database
 from mmoe_rec.log.files import takes_in
 from mmoe_rec.log.reader import ROWS_PER_PART, Log
 from mmoe_rec.log.rows import LogRows, with_ids, with_times
@@ -24,7 +24,7 @@ from mmoe_rec.preprocessing.logs import Logs
 from mmoe_rec.preprocessing.requests import KEPT_ROWS, Clash, Requests, read_kept
 from mmoe_rec.preprocessing.splits import SplitCounts
 from mmoe_rec.progress import say
-from mmoe_rec.settings.columns import Columns, SplitColumn
+from mmoe_rec.settings.columns import SplitColumn
 from mmoe_rec.settings.schema import Schema
 
 _YEAR = 365 * 86_400_000_000
@@ -166,7 +166,7 @@ def check_duplicates(
     logs: Logs, sent: Path, scratch: Path, repeats: Path, before: Path | None, kept: Path | None
 ) -> bool:
     """Whether rows came before, in the same request with the same labels: their numbers are then written to a file
-    `repeats` (see `find_counted`), and all of them have to be counted again. Rows are kept where none did.
+    `repeats` (see `find_counted`), and all others have to be counted again. Else rows are kept.
 
     sent: folder of Arrow files with the `key` and the number of each `row`, and a hash of its `labels`; scratch: folder
     for a database; before: folder with the rows of the days before; kept: folder that gets all rows.
@@ -174,33 +174,41 @@ def check_duplicates(
     Raises UserError where a row repeats an earlier one of these files, or one of before with other labels.
     """
     options, log, columns = logs.options, logs.log, logs.schema.columns
-    look = options.duplicates == "error"
     with open_database(scratch, options.memory_gib, options.workers) as database:
         database.register("sent", ds.dataset(sent, format="ipc"))
-        known = database.fill("before", KEPT_ROWS, read_kept(before, KEPT_ROWS))
-        if look and known:
-            database.run(
-                "CREATE TABLE repeats AS SELECT row, bool_or(sent.labels = before.labels) AS same FROM sent "
-                "JOIN before USING (key) GROUP BY row"
-            )
-            count, row, others, other = database.row(
-                "SELECT count(*), min(row), count(*) FILTER (NOT same), min(row) FILTER (NOT same) FROM repeats"
-            )
+        database.fill("before", KEPT_ROWS, read_kept(before, KEPT_ROWS))
+        database.run(
+            "CREATE TABLE known AS SELECT row, bool_or(sent.labels = before.labels) AS same FROM sent "
+            "JOIN before USING (key) GROUP BY row",
+            "CREATE TABLE again AS SELECT key FROM sent GROUP BY key HAVING count(*) > 1",
+        )
+        count, row, others, other = database.row(
+            "SELECT count(*), min(row), count(*) FILTER (NOT same), min(row) FILTER (NOT same) FROM known"
+        )
+        repeated, pair = database.row(
+            "SELECT sum(rows - 1)::BIGINT, min(row(pair[2], pair[1])) FROM "
+            "(SELECT count(*) AS rows, min(row, 2) AS pair FROM sent SEMI JOIN again USING (key) GROUP BY key)"
+        )
+        if count and options.duplicates == "error":
             if others:
                 raise UserError(
                     f"{place(log, other)} repeats request and candidate of a row that came before, with other labels; "
-                    f"{others:,} rows of new files do so, and would count twice: remove them from these files, or set "
-                    "data.duplicates to keep if they are meant"
+                    f"{others:,} rows of new files do so: remove them, or set data.duplicates to keep if they are meant"
                 )
-            if count:
-                some = "a row of new files that" if count == 1 else f"{count:,} rows of new files that"
-                say(f"left out: {some} came before, such as {place(log, row)}; request and candidate count once")
-                with pq.ParquetWriter(repeats, pa.schema({"row": pa.int64()})) as writer:
-                    for table in database.read("SELECT row FROM repeats ORDER BY row", ROWS_PER_PART):
-                        writer.write_table(table)
-                return True
-        if look:
-            _check_once(database, log, columns)
+            say(f"left out: {count:,} rows of new files that came before, such as {place(log, row)}; they count once")
+            with pq.ParquetWriter(repeats, pa.schema({"row": pa.int64()})) as writer:
+                for table in database.read("SELECT row FROM known ORDER BY row", ROWS_PER_PART):
+                    writer.write_table(table)
+            return True
+        if repeated is not None and options.duplicates == "error":
+            names = f"'{columns.request}'" if columns.request else f"'{columns.user}', '{columns.time}'"
+            if not columns.has_time and not columns.request:
+                names = f"'{columns.user}', within a split,"
+            raise UserError(
+                f"{place(log, pair[0])} repeats request and candidate (columns {names} and '{columns.candidate}') of "
+                f"{place(log, pair[1])}; {repeated:,} rows of the log do so: remove them, or set data.duplicates to "
+                "keep if they are meant"
+            )
         if kept is not None:
             kept.mkdir(parents=True)
             every = "SELECT key, labels FROM sent UNION ALL FROM before ORDER BY key"
@@ -209,20 +217,3 @@ def check_duplicates(
             for number, table in enumerate(database.read(every, ROWS_PER_PART)):
                 pq.write_table(table, kept / f"part-{number:05d}.parquet", compression="zstd", **packed)
     return False
-
-
-def _check_once(database: Database, log: Log, columns: Columns) -> None:
-    database.run("CREATE TABLE again AS SELECT key FROM sent GROUP BY key HAVING count(*) > 1")
-    repeated, pair = database.row(
-        "SELECT sum(rows - 1)::BIGINT, min(row(pair[2], pair[1])) FROM "
-        "(SELECT count(*) AS rows, min(row, 2) AS pair FROM sent SEMI JOIN again USING (key) GROUP BY key)"
-    )
-    if repeated is not None:
-        names = f"'{columns.request}'" if columns.request else f"'{columns.user}', '{columns.time}'"
-        if not columns.has_time and not columns.request:
-            names = f"'{columns.user}', within a split,"
-        raise UserError(
-            f"{place(log, pair[0])} repeats request and candidate (columns {names} and '{columns.candidate}') of "
-            f"{place(log, pair[1])}; {repeated:,} rows of the log do so: remove them, or set data.duplicates to keep "
-            "if they are meant"
-        )

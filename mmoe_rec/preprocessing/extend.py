@@ -58,7 +58,7 @@ class NewFiles:
         self.taken = HeldFiles([each.held for each in self.changes])
         self._check_unchanged()
         self.gone = [address for each in self.changes for address in each.gone]
-        say_copies([pair for each in self.changes for pair in each.copies.items()])
+        say_copies([each.copies for each in self.changes])
         if not self.any and (bad := [left for each in self.changes for left in each.bad]):
             raise UserError(
                 f"none of the new files of the log '{logs.log.source}' can be used; the first: {bad[0].reason}"
@@ -73,7 +73,7 @@ class NewFiles:
         """The logs with only their new files to read; events_alone: these may be of logs of events alone. Raises
         UserError where there are no rows to read."""
         old = [log.found.keys() - each.new for log, each in zip(self.logs.all, self.changes, strict=True)]
-        return self.logs.rest(old, events_alone).without_copies()
+        return self.logs.rest(old, events_alone)
 
     def count(self, steps: Steps, statistics: bool, kept: Path, before: Path) -> LogCounts:
         """Counts the rows of the new files. kept, before: folders of requests, see `Steps.count`. Raises UserError
@@ -92,12 +92,11 @@ class NewFiles:
     def _check_unknown(self, counted: LogCounts, steps: Steps) -> None:
         """Raises UserError where rows may have come before, and an earlier version kept none of them."""
         why = f"{self.holder} were built by an earlier version, which kept no record of rows"
-        of_programs = [file for file in steps.logs.log.files if read_journal_name(file.address) is None]
         is_late = steps.requests.continued or self.begin(counted, steps.requests) <= self.last
-        if is_late and of_programs and self.logs.options.duplicates == "error":
+        if is_late and self.logs.options.duplicates == "error":
             raise UserError(
-                f"rows of new files ('{of_programs[0].address}' is one) are no later than those before, and may be the "
-                f"same: {why}. If none came before, set data.duplicates to keep this once; else {self.anew}"
+                f"rows of new files are no later than those before, and may be the same: {why}. If none came before, "
+                f"set data.duplicates to keep this once; else {self.anew}"
             )
         say(f"{why}: those of the files before are not known again, should they come once more")
 

@@ -14,6 +14,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path, PurePath
 from typing import Any
@@ -23,7 +24,7 @@ import numpy as np
 from mmoe_rec.errors import UserError
 from mmoe_rec.log.checks import BadFile, LeftOut, LogFile, PathColumns, words_of
 from mmoe_rec.log.database import MEMORY_GIB
-from mmoe_rec.log.files import FoundFile, find_checksums
+from mmoe_rec.log.files import OPEN_AT_ONCE, FoundFile, find_checksum
 from mmoe_rec.log.reader import EventRows, Log, none_usable
 from mmoe_rec.log.rows import MICROSECONDS_PER_DAY
 from mmoe_rec.progress import say
@@ -117,7 +118,7 @@ class Logs:
     def without_copies(self) -> Logs:
         """The same logs with one of the files whose bytes are the same; says which others are left out."""
         fewer, copies = copy.copy(self), [find_copies(log.files, {}) for log in self.all]
-        say_copies([pair for each in copies for pair in each.items()])
+        say_copies(copies)
         fewer.log = self.log.skip(copies[0])
         fewer.events = [log.skip(each) for log, each in zip(self.events, copies[1:], strict=True)]
         return fewer
@@ -134,27 +135,24 @@ class Logs:
         return rest
 
 
-Content = tuple[int, str, PathColumns]
-
-
-def find_copies(files: Sequence[LogFile], held: Mapping[Content, str]) -> dict[str, str]:
-    """Addresses of files with rows -> that of another one with the same bytes, and columns in its path. held: addresses
-    of files that these may be copies of besides each other."""
-    sizes = Counter([size for size, *_ in held] + [file.bytes for file in files if file.rows])
-    alike = [file for file in files if file.rows and sizes[file.bytes] > 1]
-    first, copies = dict(held), dict[str, str]()
-    for file, checksum in zip(alike, find_checksums(alike), strict=True):
-        if checksum is not None:
+def find_copies(files: Sequence[LogFile], held: Mapping[str, HeldFile]) -> dict[str, str]:
+    """Addresses of files with rows -> that of another one with the same bytes, and columns in its path: one of these
+    files or of those held."""
+    first = {(each.bytes, each.checksum, each.partition): at for at, each in held.items() if each.checksum is not None}
+    sizes = Counter([size for size, *_ in first] + [file.bytes for file in files if file.rows])
+    copies: dict[str, str] = {}
+    for file in files:
+        if file.rows and sizes[file.bytes] > 1 and (checksum := find_checksum(file)) is not None:
             other = first.setdefault((file.bytes, checksum, file.in_path), file.address)
             copies |= {file.address: other} if other != file.address else {}
     return copies
 
 
-def say_copies(copies: Sequence[tuple[str, str]]) -> None:
-    """Tells people which files are left out, as others have the same bytes: pairs of such a file and the other one."""
-    if copies:
-        what = "1 file with" if len(copies) == 1 else f"{len(copies):,} files with"
-        say(f"left out: {what} the bytes of another one, such as '{copies[0][0]}' ('{copies[0][1]}'); they count once")
+def say_copies(copies: Sequence[Mapping[str, str]]) -> None:
+    """Tells people which files are left out: file -> another one with the same bytes, for each log."""
+    if pairs := [pair for each in copies for pair in each.items()]:
+        such_as = f"such as '{pairs[0][0]}' ('{pairs[0][1]}')"
+        say(f"left out: {len(pairs):,} files with the bytes of another one, {such_as}; they count once")
 
 
 _OF_A_JOURNAL = re.compile(r"journal-([0-9a-f]{32})-([0-9]+)\.parquet")
@@ -316,14 +314,11 @@ def _log_from(tree: Mapping[str, Any]) -> HeldLog:
 
 def _changes(taken: HeldLog, log: Log) -> Changes:
     usable, files = {file.address: file for file in log.files}, dict(taken.files)
-    touched = [now for at, now in log.found.items() if at in files and now.bytes == files[at].bytes]
-    touched = [now for now in touched if now.version != files[now.address].version]
-    for now, checksum in zip(touched, find_checksums(touched), strict=True):
-        if checksum is not None and checksum == files[now.address].checksum:
-            files[now.address] = replace(files[now.address], version=now.version)
-    new = [file for at, file in usable.items() if at not in files]
-    held = {(each.bytes, each.checksum, each.partition): at for at, each in files.items() if each.checksum is not None}
-    copies = {at: other for at, other in find_copies(new, held).items() if other in files}
+    for at, file in taken.files.items():
+        now = log.found.get(at, file)
+        if now.version != file.version and now.bytes == file.bytes and file.checksum is not None:
+            files[at] = replace(file, version=now.version if find_checksum(now) == file.checksum else file.version)
+    copies = find_copies([file for at, file in usable.items() if at not in files], files)
     for at, other in copies.items():
         # A journal tells by its files' names what they hold.
         if other in files and other not in log.found and read_journal_name(at) == read_journal_name(other):
@@ -355,10 +350,10 @@ def _with_new(taken: HeldLog, log: Log, spans: Spans) -> HeldLog:
         first, last = spans.get((log.name, file.address), (None, None))
         files[file.address] = HeldFile(file.address, file.bytes, file.version, file.in_path, file.rows, first, last)
     # Also of those that an earlier version took in, as long as they are there.
-    unknown = [each for each in files.values() if each.checksum is None and each.address in log.found]
-    unknown = [each for each in unknown if _same(each, log.found[each.address])]
-    for each, checksum in zip(unknown, find_checksums(unknown), strict=True):
-        files[each.address] = replace(each, checksum=checksum)
+    unknown = [at for at, file in files.items() if file.checksum is None and _same(file, log.found.get(at, file))]
+    with ThreadPoolExecutor(OPEN_AT_ONCE) as pool:
+        found = pool.map(find_checksum, [log.found.get(at, files[at]) for at in unknown])
+        files |= {at: replace(files[at], checksum=each) for at, each in zip(unknown, found, strict=True)}
     left_out = {address: file for address, file in taken.left_out.items() if address in log.found}
     left_out |= {file.address: file for file in log.left_out}
     left_out = {address: file for address, file in left_out.items() if address not in files}
