@@ -237,11 +237,6 @@ def test_an_unknown_missing_or_unfit_key(tmp_path, key, value, message):
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        (
-            "evaluation.guarded_slices",
-            ["contry"],
-            "'evaluation': guarded_slices names 'contry', and rows are sliced by: user",
-        ),
         ("model.experts.count", "many", "{} must be a whole number, found 'many'"),
         ("model.experts.count", 1.5, "{} must be a whole number, found 1.5"),
         ("model.experts.count", -1, "{} must be at least 0, found -1"),

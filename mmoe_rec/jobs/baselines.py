@@ -66,7 +66,8 @@ def measure_baselines(
         facts = {"log": settings.data.log} if evaluated is None else evaluated.results.facts
         facts = facts | trees
         title = f"Baselines of {settings.name}"
-        results = Results(models, tuple(settings.tasks), settings.evaluation, title, facts)
+        rules = settings.evaluation.model_copy(update={"guarded_slices": ()})  # no slices of baselines are measured
+        results = Results(models, tuple(settings.tasks), rules, title, facts)
         write_results(results, out)
     return results
 

@@ -160,7 +160,7 @@ def describe_slices(records: Sequence[SliceRecord]) -> Iterator[str]:
     worse = [each for each in sort_worst_first(records) if each.is_worse]
     yield from map(_describe_slice, worse[:MOST_SLICES])
     if len(worse) > MOST_SLICES:
-        yield f"{len(worse) - MOST_SLICES} more slices are shown to be worse; the report has them"
+        yield f"{len(worse) - MOST_SLICES} more are shown to be worse; the report has them"
 
 
 def _describe_slice(each: SliceRecord) -> str:

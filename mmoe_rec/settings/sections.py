@@ -270,10 +270,6 @@ class Training(Section):
     timeout_minutes: float = Field(10, gt=0, description="minutes that a rank waits for the others before it gives up")
 
 
-SLICED_BY = ("user", "candidate", "training rows of the user")
-"""What rows are sliced by besides columns of the log."""
-
-
 class Evaluation(Section):
     """How the trained model is judged."""
 
@@ -296,13 +292,6 @@ class Evaluation(Section):
         description="slices of which none may be shown to lose more than `margin`: by user, candidate, training rows "
         "of the user, or what `slices` names; null takes all but those by columns of placement",
     )
-
-    @model_validator(mode="after")
-    def _check_guarded(self) -> Evaluation:
-        sliced = (*SLICED_BY, *(self.slices or ()))
-        if unknown := [name for name in self.guarded_slices or () if name not in sliced]:
-            raise ValueError(f"guarded_slices names '{unknown[0]}', and rows are sliced by: {', '.join(sliced)}")
-        return self
 
 
 class Serving(Section):
