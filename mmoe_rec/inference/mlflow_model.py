@@ -3,7 +3,7 @@
 A request is `{"inputs": [{"user": {...}, "context": {...}, "candidates": {...}}], "params": {...}}`; each element of
 `inputs` gets one ranking. `task_weights`, `top_k`, `gate_top_k`, `mask_experts` and `explain` may stand in an element
 or, for all elements, in `params`; the element's own win. MLflow drops unknown keys of `params` before the model sees
-them; in an element they are an error. A data frame has a row for each candidate (`read_frame`), and so has the reply.
+them; in an element they are an error. A data frame has a row for each candidate (`split_rows`), and so has the reply.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from mlflow.pyfunc import PythonModel, PythonModelContext
 
 from mmoe_rec.errors import RequestError
 from mmoe_rec.inference.ranking import Ranking
-from mmoe_rec.inference.reader import Frame, name_element, read_frame, read_requests, rows_of_candidates
+from mmoe_rec.inference.reader import name_element, read_requests, rows_of_candidates, split_rows
 
 ARTIFACT = "model"
 
@@ -60,26 +60,29 @@ class RankingPythonModel(PythonModel):
         Raises BadRequest with the sentence for the caller.
         """
         try:
+            if isinstance(model_input, pd.DataFrame) and "candidates" not in model_input:
+                columns = [model_input.iloc[:, place] for place in range(model_input.shape[1])]
+                elements, rows = split_rows(self.ranker.reader, [*model_input.columns], columns, params or {})
+                replies = self._rank(elements, params or {}, rows)
+                return pd.DataFrame(rows_of_candidates(replies, rows), model_input.index)
             if isinstance(model_input, pd.DataFrame):
-                if "candidates" not in model_input:
-                    columns = [model_input.iloc[:, place] for place in range(model_input.shape[1])]
-                    frame = read_frame(self.ranker.reader, [*model_input.columns], columns, params or {})
-                    return pd.DataFrame(rows_of_candidates(self._rank(frame), frame.rows), model_input.index)
                 model_input = model_input.to_dict("records")  # requests, a row each
             elements = [model_input] if isinstance(model_input, dict) else plain_values(model_input)
             if not isinstance(elements, list):
                 raise RequestError("'inputs' must be a list of requests")
-            return self._rank(Frame(read_requests([plain_values(each) for each in elements], params or {})))
+            return self._rank([plain_values(each) for each in elements], params or {})
         except RequestError as error:
             raise BadRequest(str(error)) from None
         except RuntimeError as error:
             raise MlflowException(str(error), error_code=INTERNAL_ERROR) from error
 
-    def _rank(self, frame: Frame) -> list[dict[str, Any]]:
-        answers = self.ranker.rank_many(frame.requests)
+    def _rank(
+        self, elements: list[Any], params: dict[str, Any], rows: list[list[int]] | None = None
+    ) -> list[dict[str, Any]]:
+        answers = self.ranker.rank_many(read_requests(elements, params))
         for index, answer in enumerate(answers):
             if isinstance(answer, RequestError):
-                raise RequestError(name_element(answer, index, frame))
+                raise RequestError(name_element(answer, index, len(answers), rows or ()))
         return [answer.to_dict() for answer in answers if isinstance(answer, Ranking)]
 
 

@@ -101,25 +101,19 @@ def read_requests(elements: Sequence[Any], params: Mapping[str, Any]) -> list[Re
     requests: list[Request | RequestError] = []
     for element in elements:
         try:
-            requests.append(Request.of(element, params))
+            requests.append(element if isinstance(element, RequestError) else Request.of(element, params))
         except RequestError as error:
             requests.append(error)
     return requests
 
 
-@dataclass(frozen=True)
-class Frame:
-    """Requests of a call. rows: of each of them the numbers of its rows, where they come from a table with a row for
-    each candidate."""
+def split_rows(
+    reader: RequestReader, names: Sequence[Any], columns: Sequence[Any], params: Mapping[str, Any]
+) -> tuple[list[Any], list[list[int]]]:
+    """The elements of a call, and the rows of each, in a table with a row for each candidate, in which values of user
+    and context are repeated; in the place of a wrong element, the error.
 
-    requests: list[Request | RequestError]
-    rows: Sequence[Sequence[int]] = ()
-
-
-def read_frame(reader: RequestReader, names: Sequence[Any], columns: Sequence[Any], params: Mapping[str, Any]) -> Frame:
-    """The requests in a table with a row for each candidate, in which values of user and context are repeated.
-
-    columns: N values of each name; rows with the same id in `columns.request` are a request, and all rows where there
+    columns: N values of each name; rows with the same id in `columns.request` are an element, and all rows where there
     is no such column. Raises RequestError for a column that is unknown or given twice, and for an option whose reply
     has not a row for each candidate.
     """
@@ -133,32 +127,25 @@ def read_frame(reader: RequestReader, names: Sequence[Any], columns: Sequence[An
     request, groups = reader.schema.columns.request, dict[str, list[int]]()
     for row, each in enumerate(values.get(request or "", [None] * max(map(len, values.values()), default=0))):
         groups.setdefault(repr(each), []).append(row)
-    requests: list[Request | RequestError] = []
+    elements: list[Any] = []
     for rows in groups.values():
-        element: dict[str, dict[str, Any]] = {part: {} for part in PARTS.values()}
-        try:
-            for name, role in roles.items():
-                its = [values[name][row] for row in rows]
-                texts = [] if role == "candidate" else [repr(plain(each)) for each in its]
-                if other := next((row for row, text in zip(rows, texts, strict=False) if text != texts[0]), None):
-                    hint = "" if request in (None, *names) else f"; give each request an id of its own in '{request}'"
-                    raise RequestError(
-                        f"column '{name}' describes the {role} of a request, and differs in its rows {rows[0]} and "
-                        f"{other}{hint}"
-                    )
-                element[PARTS[role]][name] = its if role == "candidate" else its[0]
-            requests.append(Request.of(element, params))
-        except RequestError as error:
-            requests.append(error)
-    return Frame(requests, list(groups.values()))
+        elements.append({part: {} for part in PARTS.values()})
+        for name, role in roles.items():
+            its = [values[name][row] for row in rows]
+            texts = [] if role == "candidate" else [repr(plain(each)) for each in its]
+            if other := next((row for row, text in zip(rows, texts, strict=False) if text != texts[0]), None):
+                hint = "" if request in (None, *names) else f"; give each request an id of its own in '{request}'"
+                differs = f"describes the {role} of a request, and differs in its rows {rows[0]} and {other}"
+                elements[-1] = RequestError(f"column '{name}' {differs}{hint}")
+                break
+            elements[-1][PARTS[role]][name] = its if role == "candidate" else its[0]
+    return elements, list(groups.values())
 
 
-def name_element(error: RequestError, index: int, frame: Frame) -> str:
-    """The sentence about a wrong request, with its place in a call of several."""
-    if len(frame.requests) == 1:
-        return str(error)
-    where = f"inputs[{index}]" if not frame.rows else f"the request of row {frame.rows[index][0]}"
-    return f"{where}: {error}"
+def name_element(error: RequestError, index: int, count: int, rows: Sequence[Sequence[int]] = ()) -> str:
+    """The sentence about a wrong element, with its place in a call of several. rows: of a table, of each element."""
+    where = f"the request of row {rows[index][0]}" if rows else f"inputs[{index}]"
+    return f"{where}: {error}" if count > 1 else str(error)
 
 
 def rows_of_candidates(replies: Sequence[Mapping[str, Any]], rows: Sequence[Sequence[int]]) -> list[dict[str, Any]]:

@@ -25,12 +25,11 @@ from mmoe_rec.errors import RequestError, quoted, suggest
 from mmoe_rec.inference.ranking import Ranking
 from mmoe_rec.inference.reader import (
     OPTIONS,
-    Frame,
     Request,
     name_element,
-    read_frame,
     read_requests,
     rows_of_candidates,
+    split_rows,
 )
 from mmoe_rec.inference.scorer import LostExpert
 from mmoe_rec.live.request_log import RequestLog
@@ -59,11 +58,13 @@ ARROW = "application/vnd.apache.arrow.stream"
 class Call:
     """A call that may be ranked.
 
-    frame: its requests, and in the place of one that is wrong, the sentence about it; ignored: a warning for each of
-    the params that there are not; candidates: of all requests together, at least.
+    requests: and in the place of one that is wrong, the sentence about it; rows: of each, in a table with a row for
+    each candidate; ignored: a warning for each of the params that there are not; candidates: of all requests together,
+    at least.
     """
 
-    frame: Frame
+    requests: list[Request | RequestError]
+    rows: list[list[int]]
     ignored: tuple[str, ...]
     candidates: int
 
@@ -108,7 +109,7 @@ class Calls:
             else:
                 loop = asyncio.get_running_loop()
                 call = await loop.run_in_executor(self._parsing, parse, body, self.limits, ranker)
-        self.metrics.elements.inc(len(call.frame.requests))
+        self.metrics.elements.inc(len(call.requests))
         self.metrics.candidates.inc(call.candidates)
         gone = asyncio.ensure_future(_gone(request))
         try:
@@ -117,7 +118,7 @@ class Calls:
                     sentence = "this server takes no events, so there is nothing to wait for: leave 'after' out"
                     raise Refused(400, sentence, "body")
                 await self.following.reach(after)
-            answers = await self.queue.queue(call.frame.requests, call.candidates, gone)
+            answers = await self.queue.queue(call.requests, call.candidates, gone)
         finally:
             gone.cancel()
         self._count(answers)
@@ -130,14 +131,14 @@ class Calls:
         if self.following is not None and (gap := self.following.gap) is not None:
             ignored = (*ignored, f"some events are not counted: {gap}")
         with self.metrics.timed("write"):
-            body = reply(answers, ignored, partial, call.frame)
+            body = reply(answers, ignored, partial, call.rows)
         if log is not None:
             self._offer(log, call, answers)
         return body
 
     def _offer(self, log: RequestLog, call: Call, answers: Answers) -> None:
         model = self.models.current.about()
-        for request, answer in zip(call.frame.requests, answers, strict=True):
+        for request, answer in zip(call.requests, answers, strict=True):
             if isinstance(answer, Ranking) and isinstance(request, Request):
                 is_current = answer.model["version"] == model["artifact"]  # else another one has taken its place
                 name, version = (model["model"], model["version"]) if is_current else (None, None)
@@ -261,16 +262,15 @@ def parse(body: bytes, limits: Serving, ranker: Ranker) -> Call:
         if name not in _KEYS:
             raise _wrong(f"a call has no key {quoted(name)}; {suggest(name, _KEYS)}")
     params, ignored = _params(tree)
-    if (frame := _frame(tree, params, ranker)) is not None:
-        elements: Any = frame.requests
-    elif not isinstance(elements := tree.get("inputs"), list):
+    elements, rows = _elements_in(tree, params, ranker)
+    if not isinstance(elements, list):
         raise _wrong(f"a call needs the key 'inputs', a list of requests: {SHAPE}")
     if len(elements) > limits.max_elements:
         raise _wrong(
             f"the call has {len(elements):,} elements; this server takes at most {limits.max_elements:,} in a call "
             "(setting `serving.max_elements`)"
         )
-    costs = [_cost_of(each, params) for each in elements] if frame is None else [(len(rows), 1) for rows in frame.rows]
+    costs = [_cost_of(each, params) for each in elements]
     candidates = sum(count * cost for count, cost in costs)
     if candidates > limits.max_total_candidates:
         explained = any(cost > 1 for _, cost in costs)
@@ -279,11 +279,11 @@ def parse(body: bytes, limits: Serving, ranker: Ranker) -> Call:
             f"the call has {candidates:,} candidates in all{hint}; this server takes at most "
             f"{limits.max_total_candidates:,} in a call (setting `serving.max_total_candidates`)"
         )
-    return Call(frame or Frame(read_requests(elements, params)), ignored, candidates)
+    return Call(read_requests(elements, params), rows, ignored, candidates)
 
 
-def _frame(tree: Mapping[str, Any], params: Mapping[str, Any], ranker: Ranker) -> Frame | None:
-    """The requests of a call in one of MLflow's forms of a data frame, None for one in another form."""
+def _elements_in(tree: Mapping[str, Any], params: Mapping[str, Any], ranker: Ranker) -> tuple[Any, list[list[int]]]:
+    """The elements of a call, which may come in one of MLflow's forms of a data frame: then also the rows of each."""
     if len(forms := [name for name in _KEYS if name in tree and name != "params"]) > 1:
         raise _wrong(f"a call has either {' or '.join(map(repr, forms))}, not both")
     if "dataframe_records" in tree:
@@ -300,9 +300,9 @@ def _frame(tree: Mapping[str, Any], params: Mapping[str, Any], ranker: Ranker) -
             )
         columns = list(zip(*rows, strict=True)) or [()] * len(names)
     else:
-        return None
+        return tree.get("inputs"), []
     try:
-        return read_frame(ranker.reader, names, columns, params)
+        return split_rows(ranker.reader, names, columns, params)
     except RequestError as error:
         raise _wrong(str(error)) from None
 
@@ -367,7 +367,7 @@ def _wrong(sentence: str) -> Refused:
     return Refused(400, sentence, "body")
 
 
-def reply(answers: Answers, ignored: Iterable[str], partial: bool, frame: Frame) -> bytes:
+def reply(answers: Answers, ignored: Iterable[str], partial: bool, rows: list[list[int]]) -> bytes:
     """The body of the reply. Raises Refused where an element is wrong, unless its error may stand in its place."""
     ignored = [shortened(each) for each in ignored]
     replies: list[dict[str, Any]] = []
@@ -377,7 +377,7 @@ def reply(answers: Answers, ignored: Iterable[str], partial: bool, frame: Frame)
         elif partial:
             replies.append({"error": shortened(str(answer))})
         else:
-            raise Refused(400, name_element(answer, index, frame), "element")
-    if frame.rows:
-        replies = rows_of_candidates(replies, frame.rows)
+            raise Refused(400, name_element(answer, index, len(answers), rows), "element")
+    if rows:
+        replies = rows_of_candidates(replies, rows)
     return orjson.dumps({"predictions": replies})

@@ -38,6 +38,12 @@ LONG = "never seen again" * 12
         (b'{"inputs": 5}', "needs the key 'inputs'"),
         (b'{"input": [], "x": 1}', "no key 'input'; did you mean 'inputs'?"),
         (b'{"user": {}}', "no key 'user'; valid are inputs, params"),
+        (b'{"inputs": [], "dataframe_records": []}', "either 'inputs' or 'dataframe_records', not both"),
+        (b'{"dataframe_records": [5]}', "'dataframe_records' must be a list of objects"),
+        (b'{"dataframe_split": []}', "'dataframe_split' must be {"),
+        (b'{"dataframe_split": {"columns": [1], "data": [[1]]}}', "'dataframe_split' must be {"),
+        (b'{"dataframe_split": {"columns": ["user"], "data": [[1, 2]]}}', "with rows of one length"),
+        (b'{"dataframe_split": {"columns": ["user", "user"], "data": [[1, 1]]}}', "has column 'user' twice"),
         (b'{"inputs": [5]}', "must be an object with the keys user, context and candidates"),
         (b'{"inputs": [{}], "params": 5}', "'params' must be an object"),
         (b'{"inputs": [{}]}', "a request needs the key 'user'"),
@@ -268,12 +274,16 @@ def test_the_slowest_body_leaves_its_place_to_a_call_that_needs_one(
 
 
 def test_nothing_is_ranked_for_a_caller_who_has_left(models: Models) -> None:
-    app = Application(models)
+    app, ranker = watched(models)
+    ranker.go_on.clear()
 
     async def together() -> list[Answer]:
         left = asyncio.Event()
         left.set()
-        return await asyncio.gather(reply(app, GOOD), reply(app, GOOD, left=left), reply(app, GOOD))
+        calls = [asyncio.ensure_future(reply(app, GOOD, left=each)) for each in (None, left, None)]
+        await calls[1]
+        ranker.go_on.set()
+        return await asyncio.gather(*calls)
 
     assert [each.status for each in asyncio.run(together())] == [200, 499, 200]
     numbers = app.metrics.text().decode()

@@ -194,25 +194,6 @@ def test_requests_of_a_data_frame_are_told_by_their_ids(tmp_path: Path) -> None:
     assert "give each request an id of its own in 'request'" in ask(app, {"dataframe_split": split(without)}).message
 
 
-@pytest.mark.parametrize(
-    "form",
-    [
-        {"dataframe_split": []},
-        {"dataframe_split": {"columns": ["user"], "data": [[1, 2]]}},
-        {"dataframe_split": {"columns": [1], "data": [[1]]}},
-        {"dataframe_split": {"columns": ["user", "user"], "data": [[1, 1]]}},
-        {"dataframe_records": {}},
-        {"dataframe_records": [5]},
-        {"dataframe_records": [], "inputs": []},
-    ],
-    ids=str,
-)
-def test_a_malformed_data_frame(app: Application, form: dict[str, Any]) -> None:
-    answer = ask(app, form)
-    assert answer.status == 400
-    assert "dataframe" in answer.message or "twice" in answer.message
-
-
 def test_a_call_without_elements(app: Application) -> None:
     for form in ({"inputs": []}, {"dataframe_records": []}, {"dataframe_split": {"columns": ["item"], "data": []}}):
         assert ask(app, form).tree == {"predictions": []}
