@@ -82,11 +82,6 @@ def refresh(
                 f"{holder} has moved to {'no version' if now is None else f'version {now.number}'} meanwhile, so "
                 f"the alias stays there: version {refreshed.number} is registered without it"
             )
-        if removed := refreshed.removed:
-            print(
-                f"versions of earlier refreshes are removed, with their files: {', '.join(removed)} "
-                f"(tracking.keep_versions: {settings.tracking.keep_versions})"
-            )
     if every is not None:
         for sentence in tables.train_when_due(settings, address, every, days):
             print(sentence)

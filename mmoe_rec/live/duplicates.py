@@ -107,10 +107,6 @@ class Duplicates:
         self.unknown: Counter[str] = Counter()
         """Log of events that the schema does not have -> rows that were left out."""
 
-    def __len__(self) -> int:
-        """Keys that are remembered."""
-        return sum(len(store) for stores in self._stores.values() for store in stores.values())
-
     def filter(self, batches: Sequence[Batch]) -> dict[str | None, NewRows]:
         """The rows that count, by log; those of logs that the schema does not have are `unknown`.
 
@@ -287,9 +283,6 @@ class KeyStore:
         self._dtypes: dict[str, type[np.generic]] = {"key": np.uint64, "day": np.int32, **dtypes}
         # Each level is sorted by key, and less than half as long as the one before.
         self._levels: list[dict[str, np.ndarray]] = []
-
-    def __len__(self) -> int:
-        return sum(len(level["key"]) for level in self._levels)
 
     def find(self, keys: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """Whether each of (N,) keys is there, (N,) bool; and its values, (N,) each."""

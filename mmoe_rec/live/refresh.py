@@ -22,7 +22,7 @@ import hashlib
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -86,13 +86,12 @@ class AliasHolder:
 @dataclass(frozen=True)
 class RefreshResult:
     """A refresh. before: what held the alias; after: the version that holds it now; number: of the new version, None
-    where there was nothing new; tables: of that version; removed: numbers of older versions."""
+    where there was nothing new; tables: of that version."""
 
     before: AliasHolder
     after: Version | None
     number: str | None = None
     tables: Tables | None = None
-    removed: Sequence[str] = ()
 
 
 def refresh(
@@ -158,12 +157,14 @@ def _register(settings: Settings, served: AliasHolder, made: Tables, artifact: P
         raise UserError(
             f"{error}: '{served.alias}' stays where it was, and the same command makes the version once MLflow answers"
         ) from None
-    removed, keep = list[str](), settings.tracking.keep_versions
+    keep = settings.tracking.keep_versions
     try:
-        removed = [] if keep is None else registry.remove_versions(version.name, _FROM_TAG, keep, uri)
+        if keep is not None and (removed := registry.remove_versions(version.name, _FROM_TAG, keep, uri)):
+            what = f"version{'s' * (len(removed) > 1)} {', '.join(removed)} of earlier refreshes"
+            say(f"removed, with all files: {what} (tracking.keep_versions: {keep})")
     except UserError as error:
         say(f"{error}: older versions of refreshes are removed by the next refresh")
-    return RefreshResult(served, now, number, made, removed)
+    return RefreshResult(served, now, number, made)
 
 
 def write_journal(

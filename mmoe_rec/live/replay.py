@@ -43,7 +43,7 @@ from mmoe_rec.log.files import find_files, open_file
 from mmoe_rec.log.given import iso_time
 from mmoe_rec.log.reader import EventRows
 from mmoe_rec.log.rows import LogRows, require_all
-from mmoe_rec.model.score import SMALLEST_VALUE, add_outcomes, scores_from_logs
+from mmoe_rec.model.score import add_outcomes, scores_from_logs
 from mmoe_rec.point_in_time.arrays import SharedRagged
 from mmoe_rec.point_in_time.join import in_window
 from mmoe_rec.preprocessing.exchange import ResultReader, join_results, take
@@ -69,7 +69,6 @@ EVENTS_AT_A_TIME = 2_000
 CANDIDATES_AT_A_TIME = 500
 """Candidates of a call, at most."""
 _REQUESTS_OF_A_FILE = 1_000
-_SCORE_TOLERANCE = "score_tolerance"  # column: the share of itself by which a score may differ
 _WHOLE = "whole"  # column of logged requests: whether all replies to the request are there, with all candidates
 
 
@@ -280,12 +279,7 @@ def _score(ranker: Ranker, rows: LogRows) -> LogRows:
     columns = {f"{names.DIGEST}{name}": each for name, each in digests.items()}
     columns |= {f"{names.PREDICTED}{name}": each for name, each in add_outcomes(values, ranker.layout).items()}
     table = _decode(rows.table)
-    tolerance = np.full(len(rows), RELATIVE_TOLERANCE)
-    for place, task in enumerate(ranker.layout.tasks):
-        if task.kind == "regression":
-            off = TOLERANCE * np.maximum(1.0, np.abs(values[:, place]))
-            tolerance += task.score_weight * off / np.maximum(values[:, place], SMALLEST_VALUE)
-    columns |= {names.SCORE: scores_from_logs(logs), _SCORE_TOLERANCE: tolerance}
+    columns[names.SCORE] = scores_from_logs(logs)
     names.refuse_own(table.column_names, columns)
     for name, each in columns.items():
         table = table.append_column(name, pa.array(each))
@@ -478,9 +472,8 @@ def compare(
         if kind != "feature":
             served, offline = served.astype(np.float64), offline.astype(np.float64)
             difference, allowed = np.abs(served - offline), TOLERANCE * np.maximum(1.0, np.abs(offline))
-            if name not in regressions:
-                share = table[_SCORE_TOLERANCE].to_numpy()[row] if kind == "score" else RELATIVE_TOLERANCE
-                allowed = np.minimum(allowed, share * offline)
+            if not (regressions if kind == "score" else regressions & {name}):
+                allowed = np.minimum(allowed, RELATIVE_TOLERANCE * offline)
             is_wrong = ~(difference <= allowed)
             largest = float(difference.max()) if np.isfinite(difference).all() else None
         if kind == "score":  # which the caller's own weights change

@@ -328,10 +328,7 @@ class Tracking(Section):
     registered_model: str | None = Field(None, description="name in the registry; null takes the settings' `name`")
     alias: str = Field("champion", description="alias that a new model gets if it is better than the one that holds it")
     keep_versions: int | None = Field(
-        14,
-        ge=1,
-        description="refresh removes versions that refreshes made, with their files, but for so many of the newest and "
-        "those that an alias needs; null keeps all",
+        14, ge=1, description="versions of refreshes that stay besides those that an alias needs; null keeps all"
     )
     system_metrics: bool = Field(True, description="log processors, memory, disk and network while a model is trained")
 

@@ -59,8 +59,8 @@ def _restore(duplicates: Duplicates, arrays: dict[tuple[str | None, str], np.nda
 @pytest.mark.parametrize("name", ["click", "liked", "spent"])
 def test_every_label_decides_whether_rows_are_equal(name):
     duplicates = Duplicates(_schema())
-    for before, after, conflict in ((0.0, 1.0, 1), (0.0, -0.0, 0), (None, 0.0, 1), (None, None, 0), (1.0, None, 1)):
-        request = len(duplicates)
+    pairs = ((0.0, 1.0, 1), (0.0, -0.0, 0), (None, 0.0, 1), (None, None, 0), (1.0, None, 1))
+    for request, (before, after, conflict) in enumerate(pairs):
         rows = [_batch([{"request": request, "time": 1, name: value}]) for value in (before, after)]
         found = _taken(duplicates, *rows)
         assert (found["accepted"], found["conflict"], found["duplicate"]) == (1, conflict, 1 - conflict)
@@ -231,7 +231,7 @@ def test_memory_is_that_of_the_days_that_are_remembered():
     for day in range(40):
         rows = [{"time": day + part / 100, "request": 100 * day + part, "item": part} for part in range(50)]
         duplicates.filter([_batch(rows)])
-        sizes.append(len(duplicates))
+        sizes.append(sum(len(each) for (_, name), each in _arrays(duplicates).items() if name.endswith("key")))
     assert max(sizes) == sizes[-1] == 2 * 3 * 50
     bytes_held = sum(values.nbytes for values in _arrays(duplicates).values())
     assert bytes_held < 50 * 3 * 60
@@ -256,4 +256,3 @@ def test_known_keys_as_a_dictionary_has_them(adds, days):
         expected |= {key: (day, key * 7 + day) for key in new}
     alive = sorted(key for key, (of, _) in expected.items() if of >= day - days)
     assert known.to_arrays()["key"].tolist() == alive
-    assert len(known) == len(alive)

@@ -258,13 +258,13 @@ def test_old_versions_of_refreshes_go_with_their_files(
     mlflow.register_model(model.versions()[4].source, "production")
     client.delete_registered_model_alias(NAME, "other")
     gone = model.folder_of("2")
-    assert "removed, with their files: 2 (tracking.keep_versions: 1)" in refresh(6)
+    assert "with all files: version 2 of earlier refreshes (tracking.keep_versions: 1)" in refresh(6)
     assert not gone.exists()
     refresh(7)
     with monkeypatch.context() as patch:
         patch.setattr(LocalArtifactRepository, "delete_artifacts", _dying(print, after=False, error=OSError))
         assert "older versions of refreshes are removed by the next refresh" in refresh(8)
-    assert "removed, with their files: 7, 6 (" in refresh(9)
+    assert "with all files: versions 7, 6 of earlier" in refresh(9)
     assert [each.version for each in model.versions()] == [1, 3, 4, 5, 8, 9]
     for address in ("production/1", "production/2", "small@kept", "small/1", "small/8", "small@champion"):
         read_artifact(fetch_model(f"models:/{address}", model.uri))
