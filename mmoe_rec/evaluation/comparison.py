@@ -398,7 +398,7 @@ class Results:
     def comparison(self) -> Comparison | None:
         """The first model beside the others; None where it is alone.
 
-        Raises UserError where the rows are not the same.
+        Raises UserError where the rows are not the same, or not sliced by what is to be guarded.
         """
         if len(self.models) == 1:
             return None

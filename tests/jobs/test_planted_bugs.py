@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,8 @@ from mmoe_rec.jobs.baselines import rate_candidates
 from mmoe_rec.jobs.evaluate import evaluate_model
 from mmoe_rec.jobs.metrics import measure_predictions
 from mmoe_rec.jobs.prediction_files import columns_of_tasks
-from mmoe_rec.jobs.slicing import overlap
+from mmoe_rec.jobs.promotion import _find_objections
+from mmoe_rec.jobs.slicing import TrainingRows, overlap
 from mmoe_rec.report.findings import find_all
 from mmoe_rec.settings.sections import Evaluation, Split
 from tests.inference.small_model import SmallModel
@@ -179,6 +181,23 @@ def test_nothing_is_found_where_nothing_is_wrong(tmp_path: Path) -> None:
         assert "Nothing suspicious found" in words
 
 
+def test_what_is_found_of_a_task_that_is_not_judged_keeps_no_model_back(tmp_path: Path) -> None:
+    """40 rows have its rarer label, and only the better model ranks them by chance."""
+    frame, random = rows(), np.random.default_rng(3)
+    rare = np.arange(len(frame)) % 300 == 0
+    noisy = 1 / (1 + 1.5 * (1 / frame["predicted_bought"] - 1) * np.exp(random.normal(0, 1, len(frame))))
+    frame = frame.assign(score=frame["predicted_bought"], label_rare=rare)
+    new = frame.assign(predicted_rare=np.where(random.permutation(rare), 0.5, 0.001))
+    old = frame.assign(predicted_rare=np.where(rare, 0.5, 0.001), predicted_bought=noisy, score=noisy)
+    for name, each in (("new", new), ("old", old)):
+        each.to_parquet(tmp_path / f"{name}.parquet", index=False)
+    paths = [str(tmp_path / f"{name}.parquet") for name in ("new", "old")]
+    columns, rules = columns_of_tasks(["bought", "rare"]), Evaluation(resamples=200)
+    results = measure_predictions(columns, paths[0], tmp_path / "out", rules, against=paths[1:])
+    assert "chance" in checks(results)
+    assert _find_objections(results, *results.models) == []
+
+
 def test_rows_that_the_model_was_trained_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The settings' split was moved back after the training."""
     monkeypatch.setattr(evaluate, "log_evaluation", lambda *_: None)
@@ -219,6 +238,15 @@ def test_rows_that_a_column_splits_may_have_been_seen(tmp_path: Path) -> None:
         assert re.search(told, said), said
 
 
+def test_new_users_are_one_slice() -> None:
+    scored: Any = SimpleNamespace(users=pa.array([1, 2, 9]), candidates=None)
+    slices = TrainingRows("", pd.Series({1: 3, 2: 1}), None).slices(scored)
+    assert {by: list(each) for by, each in slices.items()} == {
+        "user": ["new", "returning"],
+        "training rows of the user": ["1", "3"],
+    }
+
+
 def test_models_are_compared_on_the_test_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By their own features; the page names both, and who is new and who returns is sliced."""
     monkeypatch.setattr(evaluate, "log_evaluation", lambda *_: None)
@@ -236,7 +264,6 @@ def test_models_are_compared_on_the_test_rows(tmp_path: Path, monkeypatch: pytes
     assert of_click["less"].fillna("").tolist() == ["", "", "b/model"]
     slices = pd.read_parquet(out / "slices.parquet")
     clicks = slices[(slices["group"] == "click") & (slices["metric"] == "auc") & (slices["beside"] == "all rows")]
-    assert "none" not in set(slices["slice"]), "they are new users"
     by_user = clicks[clicks["by"] == "user"]
     assert by_user["rows"].sum() == found.first.summary.tasks["click"].counts["rows"]
     words = Page((out / "report.html").read_text(encoding="utf-8")).words
