@@ -370,6 +370,8 @@ def _check_reply(ranking: Ranking, asked: list[Any], explained: set[str]) -> str
         return f"the reply ranks {len(ranking.order):,} candidates of {len(asked):,}"
     if ranking.candidates != [asked[place] for place in ranking.order]:
         return "the reply names candidates in the place of others"
+    if ranking.scores != sorted(ranking.scores, reverse=True):
+        return "the reply does not rank by its scores"
     if explained and (len(told) != len(asked) or any(explained - each for each in told)):
         return f"the reply explains {len(told):,} candidates of {len(asked):,}, or lacks a counter or history"
     return None
@@ -492,20 +494,13 @@ def compare(
 
 
 def _compare_candidates(period: Period, logged: pa.Table, wrong_replies: Mapping[int, str] | None) -> ValueComparison:
-    """The candidates of the log that replies lack, or rank in another order than that of their scores."""
+    """The candidates of the log that replies lack, or do not rank and explain as they were asked to."""
     row, rows = logged["row"].to_numpy(), np.arange(len(period.rows))
     request = np.searchsorted(period.starts, rows, "right")
     must = np.isin(request, request[row[logged[_WHOLE].to_numpy()]]) | (wrong_replies is not None)
     must &= ~pd.Index(period.rows.row_hashes()).duplicated()
-    why = dict.fromkeys(rows[must & ~np.isin(rows, row)].tolist(), "no reply with it is logged")
-    at, score = logged[names.AT].cast(pa.int64()).to_numpy(), logged[names.SCORE].to_numpy()
-    order = np.lexsort((logged[names.RANK].to_numpy(), at, request[row]))
-    one, next_one = order[:-1], order[1:]
-    is_wrong = (
-        (score[next_one] > score[one]) & (at[one] == at[next_one]) & (request[row[one]] == request[row[next_one]])
-    )
-    why |= dict.fromkeys(row[next_one[is_wrong]].tolist(), "the reply ranks it below a lower score")
-    why |= wrong_replies or {}
+    lacking = rows[must & ~np.isin(rows, row)].tolist()
+    why = {**dict.fromkeys(lacking, "no reply with it is logged"), **(wrong_replies or {})}
     examples = [_describe_row(period, number) | {"why": why[number]} for number in sorted(why)[:EXAMPLES]]
     return ValueComparison("candidates", "reply", int((must | np.isin(rows, row)).sum()), len(why), None, examples)
 
