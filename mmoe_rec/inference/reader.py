@@ -26,7 +26,7 @@ from mmoe_rec.errors import RequestError, UserError, quoted, suggest
 from mmoe_rec.features.latest import LatestValues
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.log.columns import UTC_MICROSECONDS, canonical, column_uses, event_uses
-from mmoe_rec.log.given import plain, plain_option, to_arrow
+from mmoe_rec.log.given import plain, plain_option, to_arrow, value_schema
 from mmoe_rec.log.reader import event_rows
 from mmoe_rec.log.rows import FewRows, LogRows, RequestRows, Stored
 from mmoe_rec.model.layout import ModelTask
@@ -246,6 +246,30 @@ class RequestReader:
         reader = copy(self)
         reader.users, reader.candidates = users, candidates
         return reader
+
+    def json_schema(self) -> dict[str, dict[str, Any]]:
+        """What a request's `user`, `context` and `candidates` may hold, as JSON Schema."""
+        names, unit = self.schema.columns, self.schema.columns.time_unit
+        sizes = dict(chain.from_iterable(each.list_lengths.items() for each in self.schema.features.values()))
+        parts: dict[str, dict[str, Any]] = {}
+        for role, part in PARTS.items():
+            own = {
+                each.name: value_schema(each.use, each.expected, unit, each.booleans, sizes.get(each.name))
+                for each in self._columns.values()
+                if each.role == role and each.name not in self._unread
+            }
+            for name in own.keys() & {names.user, names.candidate}:
+                own[name]["type"].remove("null")
+            own |= {name: {} for name, each in self._unread.items() if each == role}  # which nobody looks at
+            required = [name for name in own if name in (names.user, names.candidate) or name in self._uncompleted]
+            if role == "candidate":
+                most = self.max_candidates
+                own = {
+                    name: {"type": "array", "items": each, "minItems": 1, "maxItems": most}
+                    for name, each in own.items()
+                }
+            parts[part] = {"type": "object", "properties": own, "required": required, "additionalProperties": False}
+        return parts
 
     def rows(self, requests: Sequence[Request]) -> RequestRows:
         """A row for each of the candidates of requests (at least one) that give the same columns, in order.

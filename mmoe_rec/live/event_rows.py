@@ -15,6 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -27,9 +28,10 @@ from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.live.duplicates import EVENT_ID, find_uses
 from mmoe_rec.log.columns import canonical, element_type, list_label_columns
 from mmoe_rec.log.files import first_line
-from mmoe_rec.log.given import check_finite, microseconds, to_arrow
+from mmoe_rec.log.given import check_finite, microseconds, to_arrow, value_schema
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.log.values import (
+    LARGEST,
     event_value_checks,
     find_first_fault,
     log_value_checks,
@@ -85,6 +87,41 @@ class RowChecks:
         """Columns of users and candidates that features read, and that rows of the interaction log may leave out."""
         # Columns of a role that no feature reads are left out, as those of a request are.
         self._unread = schema.column_roles.keys() - self._columns[None].keys()
+
+    def json_schema(self) -> dict[str, Any]:
+        """What a call of events may hold, as JSON Schema."""
+        columns, unit = self.schema.columns, self.schema.columns.time_unit
+        sizes = dict(chain.from_iterable(each.list_lengths.items() for each in self.schema.features.values()))
+        never_null = {columns.user, columns.candidate, columns.time, columns.request, columns.weight}
+        ends = {columns.sampling_rate: (1e-30, 1.0), columns.weight: (1e-20, 1e20)}
+        ends |= {
+            each.label: (0, 1) if each.kind == "binary" else (-LARGEST, LARGEST) for each in self.schema.tasks.values()
+        }
+        calls = []
+        for source, its in self._columns.items():
+            rows = {
+                name: value_schema(each.use, each.expected, unit, each.booleans, sizes.get(name))
+                for name, each in its.items()
+            }
+            for name, each in rows.items():
+                if name in (never_null if source is None else {self.schema.events[source].time}):
+                    each["type"].remove("null")
+                if source is None and name in ends:
+                    each |= dict(zip(("minimum", "maximum"), ends[name], strict=True))
+                if source is None and ends.get(name) == (0, 1):
+                    each["multipleOf"] = 1
+                if "string" in each.get("items", each)["type"]:
+                    each.get("items", each)["maxLength"] = LONGEST_STRING
+                if name == EVENT_ID:
+                    each["minLength"] = 1
+            rows |= {name: {} for name in (self._unread if source is None else ())}
+            row = {"type": "object", "properties": rows, "additionalProperties": False}
+            row["required"] = [name for name, each in its.items() if each.required]
+            log = {"type": "null"} if source is None else {"const": source}
+            events = {"type": "array", "items": row, "minItems": 1, "maxItems": self.most_rows}
+            call = {"type": "object", "properties": {"events": events, "log": log}, "additionalProperties": False}
+            calls.append({**call, "required": ["events", *["log"] * (source is not None)]})
+        return {"anyOf": calls}
 
     def read_json(self, source: str | None, rows: Any, now: int | None = None) -> pa.Table:
         """A canonical table of rows as JSON gives them, a list of objects of columns and values.

@@ -109,7 +109,7 @@ def _with_valid_words(array: pa.DictionaryArray) -> pa.DictionaryArray:
     return array
 
 
-_LARGEST = float(np.finfo(np.float32).max)  # models compute in float32
+LARGEST = float(np.finfo(np.float32).max)  # models compute in float32
 
 
 _VALUE = "\x1a"  # stands for the wrong value in a sentence
@@ -197,7 +197,7 @@ def _positive(column: str, least: float, most: float, setting: str) -> ValueChec
 def _label_check(task: str, label: str, kind: str) -> ValueCheck:
     if kind == "regression":
         says = f"label column '{label}' of task '{task}' holds {_VALUE}, too large for 32 bits; make it null"
-        return ValueCheck(label, lambda rows: np.abs(rows.numbers(label)) > _LARGEST, says)
+        return ValueCheck(label, lambda rows: np.abs(rows.numbers(label)) > LARGEST, says)
 
     def wrong(rows: LogRows) -> np.ndarray:
         values = rows.numbers(label)

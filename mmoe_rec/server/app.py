@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from functools import cache
 from importlib.metadata import version
 from importlib.resources import files
+from itertools import product
 from typing import TYPE_CHECKING, Annotated, Any
 
 import orjson
@@ -29,9 +30,10 @@ from mmoe_rec.inference.reader import Request
 from mmoe_rec.live.request_log import RequestLog
 from mmoe_rec.server.calls import ARROW, Calls, refusal
 from mmoe_rec.server.metrics import CONTENT_TYPE, Metrics
-from mmoe_rec.server.models import Models
+from mmoe_rec.server.models import Models, ServedModel
 from mmoe_rec.server.options import INTERNAL, MOST_HEADER_BYTES, Refused, large_headers
 from mmoe_rec.server.ranking_queue import Passes
+from mmoe_rec.settings.sections import Serving
 
 if TYPE_CHECKING:
     from mmoe_rec.server.events import Accepting
@@ -164,7 +166,9 @@ def _pages(calls: Calls, events: Accepting | None, reload: Reload | None) -> Fas
     app.exception_handler(Exception)(_failed)
 
     def schema() -> dict[str, Any]:
-        return _describe(app.routes, calls.models.current.example, events is not None)
+        return _describe(
+            app.routes, calls.models.current, calls.limits, None if events is None else events.json_schema()
+        )
 
     app.openapi = schema  # type: ignore[method-assign]
     return app
@@ -217,11 +221,11 @@ def page() -> Response:
 class Params(BaseModel):
     """Options for all elements of a call; an element's own options win. Unknown ones are ignored with a warning."""
 
-    task_weights: dict[str, float] | None = Field(None, description="task or objective -> weight in the score")
-    top_k: int | None = Field(None, ge=1, description="only so many best candidates")
-    gate_top_k: int | None = Field(None, ge=1, description="experts per candidate and gate")
-    mask_experts: list[int] | None = Field(None, description="experts to score without")
-    explain: bool | None = Field(None, description="what each candidate's predictions come from")
+    task_weights: Any = Field(None, description="task or objective -> weight in the score, of which one is above 0")
+    top_k: Any = Field(None, description="only so many best candidates")
+    gate_top_k: Any = Field(None, description="experts per candidate and gate")
+    mask_experts: Any = Field(None, description="experts to score without")
+    explain: Any = Field(None, description="what each candidate's predictions come from")
 
 
 class Invocation(BaseModel):
@@ -275,6 +279,7 @@ class Accepted(BaseModel):
 
 _WRONG: dict[int | str, dict[str, Any]] = {"default": {"model": Error, "description": "a refusal"}}
 _STREAM = {"requestBody": {"content": {ARROW: {"schema": {"type": "string", "format": "binary"}}}}}
+_WEIGHT = {"type": "number", "minimum": 0, "maximum": 1e6}
 _described = APIRouter()  # describes and never answers: it would look for parameters in each of many calls
 
 
@@ -295,13 +300,32 @@ def accept(
     """Takes events, all rows of a call or none, once they are on disk."""
 
 
-def _describe(routes: Sequence[Any], example: dict[str, Any], has_events: bool) -> dict[str, Any]:
-    """All pages. example: a request that the served model can answer; has_events: whether there is `/events`."""
+def _describe(
+    routes: Sequence[Any], served: ServedModel, limits: Serving, events: dict[str, Any] | None
+) -> dict[str, Any]:
+    """All pages, with what the served model takes. events: calls of `/events`, None where there is no such page."""
     tree = get_openapi(title="mmoe-rec serve", version=VERSION, routes=[*routes, *_described.routes])
-    if not has_events:
-        del tree["paths"]["/events"]
+    schemas, post = tree["components"]["schemas"], tree["paths"]["/invocations"]["post"]
+    if events is None:
+        del tree["paths"]["/events"], schemas["Events"], schemas["Accepted"]
+        post["parameters"] = [each for each in post["parameters"] if each["name"] != "after"]
+    else:
+        schemas["Events"] = {"description": schemas["Events"]["description"], **events}
     for name in UNSENT:
-        del tree["components"]["schemas"]["Ranking"]["properties"][name]
-    content = tree["paths"]["/invocations"]["post"]["requestBody"]["content"]["application/json"]
-    content["example"] = {"inputs": [example], "params": {"top_k": 5}}
+        del schemas["Ranking"]["properties"][name]
+    tasks, experts = served.ranker.about.tasks, served.ranker.scorer.experts
+    weights = dict.fromkeys((name for each in tasks for name in (each.name, each.objective)), _WEIGHT)
+    options = {
+        "task_weights": {"type": "object", "properties": weights, "additionalProperties": False},
+        "top_k": {"type": "integer", "minimum": 1, "maximum": 2**64 - 1},
+        "gate_top_k": {"type": "integer", "minimum": 1, "maximum": experts},
+        "mask_experts": {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": experts - 1}},
+        "explain": {"type": "boolean"},
+    }
+    schemas["Request"]["properties"] |= served.ranker.reader.json_schema()
+    for each, (name, option) in product((schemas["Request"], schemas["Params"]), options.items()):
+        each["properties"][name] |= {"anyOf": [option, {"type": "null"}]}
+    schemas["Invocation"]["properties"]["inputs"]["maxItems"] = limits.max_elements
+    content = post["requestBody"]["content"]["application/json"]
+    content["example"] = {"inputs": [served.example], "params": {"top_k": 5}}
     return tree

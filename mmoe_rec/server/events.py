@@ -62,6 +62,10 @@ class Accepting:
         self.places = Places(self._limits, "calls of /events")
         self._threads = ThreadPoolExecutor(_THREADS, "events", initializer=step_back)
 
+    def json_schema(self) -> dict[str, Any]:
+        """The calls that are taken, see `RowChecks.json_schema`."""
+        return self._checks_of(self._models.current).json_schema()
+
     async def answer(self, request: Request) -> Response:
         """The reply to a call, whatever is wrong with it: an acknowledgement once its rows are on disk."""
         with self._metrics.timed("events"):

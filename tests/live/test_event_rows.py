@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from datetime import UTC, datetime
 
+import jsonschema
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -17,6 +18,7 @@ from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.live.event_rows import TOLERANCE_MICROSECONDS, RowChecks
 from mmoe_rec.log.columns import UTC_MICROSECONDS
 from tests.log.small_logs import ALL_KINDS, DAY, START, log_rows, random_log, schema_of, with_requests
+from tests.server.asking import PROBES
 
 COLUMNS = {"user": "user", "candidate": "item", "time": "time", "request": "request", "sampling_rate": "rate"}
 FEATURES = {
@@ -80,6 +82,21 @@ def test_only_what_a_row_could_not_count_without_is_needed():
             _told([row, {key: value for key, value in row.items() if key != name}])
             == f"row 1: there is no column '{name}'"
         )
+
+
+@pytest.mark.parametrize("log", [None, "views"])
+def test_the_schema_says_what_is_taken(log: str | None) -> None:
+    row = ROW if log is None else {"user": 5, "brand": "a", "at": "2024-01-01", "event_id": "e1"}
+    changes = [{**row, name: value} for name in (*row, "no_column") for value in PROBES]
+    changes += [{key: value for key, value in row.items() if key != name} for name in row]
+    validator = jsonschema.Draft202012Validator(CHECKS.json_schema())
+    for each in changes:
+        try:
+            CHECKS.read_json(log, [each], START + 99_999 * DAY)
+            is_taken = True
+        except RequestError:
+            is_taken = False
+        assert validator.is_valid({"events": [each], "log": log}) == is_taken, each
 
 
 def test_labels_and_other_keys_may_be_null():

@@ -24,6 +24,37 @@ from mmoe_rec.server.options import Options
 from mmoe_rec.settings.sections import Serving
 from tests.inference.small_model import CONTEXT, ITEMS, USER
 
+PROBES: list[Any] = [
+    *(None, True, False, 0, 1, 3, -1, 2**53, 2**63 - 1, -(2**63), 2**63, 2**64, 0.5, -1e300, 10**6, 10**6 + 1),
+    *("", "1", "a", "2023-11-29", "2024-02-29 10:00", "2023-02-29", "2023-11-29T12:00:00.5+01:00", "2000-02-29T00:00Z"),
+    *(
+        "1900-02-29",
+        "1699-12-31",
+        "2199-12-31T23:59:59-12:00",
+        "2200-01-01",
+        "yesterday",
+        [],
+        [1],
+        [0, 2],
+        [None],
+        ["a"],
+    ),
+    *(
+        ["a", None],
+        [0.5],
+        [1, "a"],
+        [[1]],
+        [True],
+        {},
+        {"a": 1},
+        {"click": 1.5},
+        {"engagement": "1"},
+        {"liked": -1},
+        {"liked": 0},
+    ),
+]
+"""What any column or option may be given, rightly or wrongly."""
+
 
 @dataclass(frozen=True)
 class Answer:

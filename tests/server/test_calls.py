@@ -12,19 +12,20 @@ from datetime import datetime, timedelta
 from itertools import chain
 from typing import Any
 
+import jsonschema
 import numpy as np
 import pytest
 
 from mmoe_rec.errors import LONGEST_QUOTE
 from mmoe_rec.inference.artifact import version_of
-from mmoe_rec.inference.reader import OPTIONS
+from mmoe_rec.inference.reader import OPTIONS, PARTS
 from mmoe_rec.server import options
 from mmoe_rec.server.app import Application
 from mmoe_rec.server.calls import MOST_IGNORED
 from mmoe_rec.server.models import Models
 from mmoe_rec.server.ranking_queue import JOINT_CANDIDATES
-from tests.inference.small_model import ITEMS, SmallModel
-from tests.server.asking import Answer, application, ask, element, reply
+from tests.inference.small_model import ITEMS, USER, SmallModel
+from tests.server.asking import PROBES, Answer, application, ask, element, reply
 
 GOOD = json.dumps({"inputs": [element()]}).encode()
 LONG = "never seen again" * 12
@@ -339,6 +340,48 @@ def test_the_schema_has_the_models_own_example(app: Application) -> None:
     (sent,) = ask(app, {"inputs": [element(explain=True)]}).tree["predictions"]
     assert set(names["Ranking"]["properties"]) == {*sent, "request_id"}  # which a server has that logs requests
     assert set(names["Explanation"]["properties"]) == set(sent["explanations"][0])
+
+
+def test_the_schema_says_exactly_what_is_accepted(models: Models) -> None:
+    """Each value by itself in each place, then drawn requests with several right values, and with one that is wrong."""
+    app = application(models)
+    tree = ask(app, b"", page="/openapi.json", method="GET").tree
+    schema = {"$ref": "#/components/schemas/Request", "components": tree["components"]}
+    validator = jsonschema.Draft202012Validator(schema)
+    parts = tree["components"]["schemas"]["Request"]["properties"]
+    places = [(part, name) for part in PARTS.values() for name in (*parts[part]["properties"], "no_column")]
+    places += [(name, "") for name in (*parts, "no_key")]
+
+    def request(*chosen: tuple[tuple[str, str], Any]) -> dict[str, Any]:
+        found: dict[str, Any] = {"user": {"user": USER}, "candidates": {"item": [1, 2]}}
+        for (part, name), value in chosen:
+            if name:
+                part_of = found.setdefault(part, {})
+                part_of[name] = [value, value] if part == "candidates" else value
+            else:
+                found[part] = value
+        return found
+
+    def check(requests: list[dict[str, Any]], expected: list[bool]) -> None:
+        assert len(requests) == len(expected)
+        for start in range(0, len(requests), 200):
+            some = requests[start : start + 200]
+            answers = ask(app, {"inputs": some}, page="/invocations?partial=true").tree["predictions"]
+            told = [answer.get("error") for answer in answers]
+            both = zip(some, told, expected[start:], strict=False)
+            assert [(each, error) for each, error, is_right in both if (error is None) != is_right] == []
+
+    alone = [(place, value) for place in places for value in PROBES]
+    right = [validator.is_valid(request(each)) for each in alone]
+    check([request(each) for each in alone], right)
+    assert 100 < sum(right) < len(right) / 2
+    good, wrong = ([each for each, its in zip(alone, right, strict=True) if its == wanted] for wanted in (True, False))
+    generator = np.random.default_rng(5)
+    drawn = [[good[number] for number in generator.integers(len(good), size=9)] for _ in range(300)]
+    drawn += [[*each, wrong[generator.integers(len(wrong))]] for each in drawn]
+    right = [validator.is_valid(request(*each)) for each in drawn]
+    check([request(*each) for each in drawn], right)
+    assert 150 < sum(right) < 400
 
 
 def test_a_token_is_asked_for(models: Models) -> None:
