@@ -234,6 +234,8 @@ class Invocation(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     inputs: list[Request] = Field(description="requests, each of which gets one ranking")
+    dataframe_records: list[Any] = Field(description="a row for each candidate, and a row of predictions for each")
+    dataframe_split: Any = Field(description="the same as names of columns, and rows of their values")
     params: Params | None = None
 
 
@@ -243,10 +245,20 @@ class ElementError(BaseModel):
     error: str
 
 
-class Reply(BaseModel):
-    """A ranking for each element, in order."""
+class RowPrediction(BaseModel):
+    """What is predicted for a row of a data frame, with `predicted_NAME` of each task and outcome."""
 
-    predictions: list[Ranking | ElementError]
+    model_config = ConfigDict(extra="allow")
+
+    score: float
+    log_score: float
+    rank: int = Field(description="place in its request, 1 is best")
+
+
+class Reply(BaseModel):
+    """A ranking for each element, in order, or a row for each row of a data frame."""
+
+    predictions: list[Ranking | RowPrediction | ElementError]
 
 
 class Error(BaseModel):
@@ -322,10 +334,36 @@ def _describe(
         "mask_experts": {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": experts - 1}},
         "explain": {"type": "boolean"},
     }
-    schemas["Request"]["properties"] |= served.ranker.reader.json_schema()
+    parts = served.ranker.reader.json_schema()
+    schemas["Request"]["properties"] |= parts
     for each, (name, option) in product((schemas["Request"], schemas["Params"]), options.items()):
         each["properties"][name] |= {"anyOf": [option, {"type": "null"}]}
-    schemas["Invocation"]["properties"]["inputs"]["maxItems"] = limits.max_elements
+    row = {name: each["items"] for name, each in parts["candidates"]["properties"].items()}
+    row |= parts["user"]["properties"] | parts["context"]["properties"]
+    required = [name for part in parts.values() for name in part["required"]]
+    call = schemas["Invocation"]["properties"]
+    call["inputs"]["maxItems"] = limits.max_elements
+    of_frame = {"top_k": {"type": "null"}, "explain": {"enum": [False, None]}}  # whose reply has a row for each
+    params = {"type": ["object", "null"], "properties": schemas["Params"]["properties"] | of_frame}
+    schemas["Row"] = {"type": "object", "properties": row, "required": required, "additionalProperties": False}
+    call["dataframe_records"]["items"] = {"$ref": "#/components/schemas/Row"}
+    names = {"type": "array", "items": {"enum": [*row]}, "uniqueItems": True}
+    names["allOf"] = [{"contains": {"const": name}} for name in required]
+    data = {"type": "array", "items": {"type": "array"}}
+    split = {"type": "object", "properties": {"columns": names, "data": data}, "required": ["columns", "data"]}
+    forms = {"inputs": (call["inputs"], call["params"]), "dataframe_records": (call["dataframe_records"], params)}
+    forms["dataframe_split"] = {**call["dataframe_split"], **split}, params
+    schemas["Invocation"] = {
+        "anyOf": [
+            {
+                "type": "object",
+                "properties": {name: form, "params": its},
+                "required": [name],
+                "additionalProperties": False,
+            }
+            for name, (form, its) in forms.items()
+        ]
+    }
     content = post["requestBody"]["content"]["application/json"]
     content["example"] = {"inputs": [served.example], "params": {"top_k": 5}}
     return tree

@@ -301,6 +301,8 @@ def _elements_in(tree: Mapping[str, Any], params: Mapping[str, Any], ranker: Ran
         columns = list(zip(*rows, strict=True)) or [()] * len(names)
     else:
         return tree.get("inputs"), []
+    if rows and not names:
+        raise _wrong("the data frame has rows, and no columns")
     try:
         return split_rows(ranker.reader, names, columns, params)
     except RequestError as error:

@@ -375,6 +375,26 @@ def test_the_schema_says_exactly_what_is_accepted(models: Models) -> None:
     right = [validator.is_valid(request(each)) for each in alone]
     check([request(each) for each in alone], right)
     assert 100 < sum(right) < len(right) / 2
+    names = ["user", "clicked", "born", "item", "brand", "price", "tags", "item_click_rate", "no_column"]
+    frames = [{"user": USER, "item": 1, name: value} for name in names for value in PROBES]
+    columns = {"columns": ["user", "item"], "data": [[USER, 1], [USER, 2]]}
+    calls = [{"dataframe_records": [each]} for each in (*frames, {"user": USER}, {"item": 1}, {})]
+    calls += [
+        {"dataframe_split": each} for each in (columns, {"columns": ["item"], "data": [[1]]}, {"data": []}, [], None)
+    ]
+    for each in (
+        {"top_k": 1},
+        {"explain": True},
+        {"explain": False, "top_k": None},
+        {"task_weights": {"click": 2}},
+        None,
+    ):
+        calls += [{"dataframe_split": columns, "params": each}, {"inputs": [request()], "params": each}]
+    calls += [{"inputs": [request()], "dataframe_split": columns}, {"other": []}, {}, []]
+    validator = jsonschema.Draft202012Validator(schema | {"$ref": "#/components/schemas/Invocation"})
+    differ = [each for each in calls if (ask(app, each).status == 200) != validator.is_valid(each)]
+    assert differ == []
+    validator = jsonschema.Draft202012Validator(schema)
     good, wrong = ([each for each, its in zip(alone, right, strict=True) if its == wanted] for wanted in (True, False))
     generator = np.random.default_rng(5)
     drawn = [[good[number] for number in generator.integers(len(good), size=9)] for _ in range(300)]
