@@ -38,7 +38,7 @@ def quickstart_settings(fast: bool, out: Path, overrides: Sequence[str] = ()) ->
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command."""
     parser = command_parser("python -m pipelines.quickstart", __doc__)
-    parser.add_argument("--fast", action="store_true", help=f"a slice of {FAST_HOUSEHOLDS} households, under 90 s")
+    parser.add_argument("--fast", action="store_true", help=f"a slice of {FAST_HOUSEHOLDS} households, under 2 minutes")
     parser.add_argument("--out", metavar="DIR", help="folder of the log and all that is made from it")
     options, overrides = parser.parse_known_args(argv)
     out = Path(options.out or ("data/complete_journey_fast" if options.fast else "data/complete_journey"))
