@@ -240,7 +240,7 @@ class Training(Section):
     )
     threads: int | None = Field(None, ge=1, description="CPU threads of a process; null: OMP_NUM_THREADS or one a core")
     epochs: int = Field(1, ge=1, description="passes over the training rows")
-    batch_size: int = Field(4096, ge=2, description="rows per step, over all ranks together")
+    batch_size: int = Field(1024, ge=2, description="rows per step, over all ranks together")
     learning_rate: float = Field(1e-3, gt=0, description="peak learning rate of AdamW on the dense part")
     table_learning_rate: float = Field(0.05, gt=0, description="peak learning rate of row-wise Adagrad on the tables")
     weight_decay: float = Field(1e-4, ge=0, description="decoupled weight decay of the dense part")

@@ -207,7 +207,7 @@ def _add_up(total: Tensor, device: torch.device) -> None:
 
 FURTHEST = 2.0  # predictions over labels, or the other way round, beyond which a warning is given
 _ERRORS = 1.96
-FEW_STEPS = 50
+FEW_STEPS, SHORT = 50, 300
 GAIN = 0.005
 """Of the mean AUC or the loss: what the second half of the steps, in which the learning rate falls, may always gain."""
 
@@ -235,7 +235,8 @@ def find_early_end(
     """What follows "the model" where its training seems to have ended too early; None where not.
 
     history: (step, validation), the last one of the last step. Too early is after a few steps, or with a last state
-    that is the best, and by more than a share of `GAIN` better than after half of the steps.
+    that is the best, and better than after half of the steps: after fewer than `SHORT` steps by anything, unless it was
+    started from another model, else by more than a share of `GAIN`.
     """
     (steps, last), by = history[-1], settings.select_by
     advice = (
@@ -246,7 +247,8 @@ def find_early_end(
         return f"had {steps:,} step{'s' * (steps != 1)} of training, and learns little in so few; {advice}"
     now = last.objective(by, layout)
     before = max((each.objective(by, layout) for step, each in history if 2 * step <= steps + 1), default=now)
-    if best_step < steps or now - before <= GAIN * abs(before):
+    is_short = steps < SHORT and history[0][0] > 0
+    if best_step < steps or now - before <= (0 if is_short else GAIN * abs(before)):
         return None
     return (
         f"was still getting better when its training ended: {_name_objective(last, by)} was {abs(before):.4f} after "
