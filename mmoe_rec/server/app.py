@@ -299,7 +299,9 @@ _described = APIRouter()  # describes and never answers: it would look for param
 def rank(
     call: Invocation,
     partial: Annotated[bool, Query(description="an element that is wrong gets an error in its place")] = False,
-    after: Annotated[str | None, Query(description="answer once all events up to this position are known")] = None,
+    after: Annotated[
+        str | None, Query(pattern="^[0-9]{1,18}$", description="answer once all events up to this position are known")
+    ] = None,
 ) -> None:
     """Ranks the candidates of each element."""
 
@@ -323,6 +325,9 @@ def _describe(
         post["parameters"] = [each for each in post["parameters"] if each["name"] != "after"]
     else:
         schemas["Events"] = {"description": schemas["Events"]["description"], **events}
+        logs = [each["properties"]["log"]["const"] for each in events["anyOf"][1:]]
+        taking = tree["paths"]["/events"]["post"]
+        taking["parameters"] = [{**each, "schema": {"enum": logs}} for each in taking["parameters"] if logs]
     for name in UNSENT:
         del schemas["Ranking"]["properties"][name]
     tasks, experts = served.ranker.about.tasks, served.ranker.scorer.experts

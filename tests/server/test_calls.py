@@ -326,6 +326,8 @@ def test_the_schema_has_the_models_own_example(app: Application) -> None:
     operation = tree["paths"]["/invocations"]["post"]
     content = operation["requestBody"]["content"]["application/json"]
     assert ask(app, content["example"]).status == 200
+    assert [each["name"] for each in operation["parameters"]] == ["partial"]
+    assert "/events" not in tree["paths"]
     assert [*tree["paths"]["/metrics"]["get"]["responses"]["200"]["content"]] == ["text/plain"]
     names = tree["components"]["schemas"]
     for reference in (content["schema"], operation["responses"]["200"]["content"]["application/json"]["schema"]):
