@@ -372,6 +372,8 @@ def _write_tables(
     shutil.rmtree(out / "scratch", ignore_errors=True)
     if taken is not None:
         taken.write(out)
+        for each in taken.left_out:
+            say(f"left out, until it is written again: {each.reason}")
     files, rows = sum(len(log.files) for log in steps.logs.all), counted.seen[None]
     digest, journal = (None, None) if taken is None else (taken.digest, taken.journal)
     return Tables(files, rows, sum(counted.seen.values()) - rows, as_of, digest, journal, gone)

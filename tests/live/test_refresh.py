@@ -140,8 +140,10 @@ def test_what_can_not_be_added_is_told(model: RefreshedModel, capsys: pytest.Cap
     assert "bad.parquet" in model.refused(capsys)
     assert "bad.parquet" in model.refused(capsys, "--skip-bad-files")
     model.add(9, 10)
+    capsys.readouterr()
     model.refresh("--skip-bad-files")
     assert model.holder().number == "4"
+    assert "left out, until it is written again: '" in capsys.readouterr().err
 
 
 def test_other_settings_and_other_addresses_are_told(model: RefreshedModel, capsys: pytest.CaptureFixture) -> None:
