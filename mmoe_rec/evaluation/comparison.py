@@ -6,7 +6,8 @@ for no task may the interval of its loss reach beyond a margin, no slice may be 
 probabilities may not be far off where those of the other model are less so.
 
 All models see the same redrawn users (`mmoe_rec.evaluation.intervals`). p-values of the metrics in tables are corrected
-for how many they are by Holm's method (1979); the objective's for the number of models alone, as it was chosen before.
+for how many they are by Holm's method (1979); the objective's for the number of models alone, as it was chosen before,
+and for the decisions that these rows have already made in vain (`intervals.level_after`).
 """
 
 from __future__ import annotations
@@ -23,14 +24,19 @@ from scipy.stats import t as student
 from mmoe_rec.auc import FEWEST
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.intervals import (
+    FEW_CHANGES,
+    FEW_USERS,
     LEVEL,
     POWER,
+    ROUNDING,
     Difference,
     Interval,
     Key,
     Values,
     correct_by_holm,
     find_difference,
+    level_after,
+    limit_by_changes,
     resample,
 )
 from mmoe_rec.evaluation.metrics import METRICS, metrics_of
@@ -151,7 +157,8 @@ class Comparison:
 
     units: users, or groups of them, that were redrawn; effective_users: by rows, of each task and the score; against:
     name of each other model -> the differences from it; judged: tasks with enough labels; left_out: each other task ->
-    rows of its rarer label; verdicts: by the name of the other model; slices: those that are guarded.
+    rows of its rarer label; verdicts: by the name of the other model; slices: those that are guarded; tried: decisions
+    on these rows before, none of which promoted a model.
     """
 
     model: str
@@ -166,6 +173,7 @@ class Comparison:
     left_out: dict[str, int] = field(default_factory=dict)
     verdicts: dict[str, Verdict] = field(default_factory=dict)
     slices: Sequence[SliceRecord] = ()
+    tried: int = 0
 
 
 def compare(
@@ -176,14 +184,15 @@ def compare(
     resamples: int,
     seed: int = 0,
     slices: Sequence[SliceRecord] = (),
+    tried: int = 0,
 ) -> Comparison:
     """Compares a model with all others in all metrics and decides, see `decide`.
 
     There is no `score` of a model that weighs relevance differently, as its truth is another one, nor are there tasks
     that one of the two lacks.
 
-    tasks: those that may decide; rules: by which, see `Objective.of`; slices: those that are guarded. Raises UserError
-    where the rows are not the same, or for a metric that there is not.
+    tasks: those that may decide; rules: by which, see `Objective.of`; slices: those that are guarded; tried: see
+    `Comparison`. Raises UserError where the rows are not the same, or for a metric that there is not.
     """
     sums, others = {name: each.sums for name, each in models.items()}, [name for name in models if name != model]
     mine = sums[model]
@@ -201,11 +210,18 @@ def compare(
     resampled = resample(values_of, units, resamples, seed)
     for other in others:
         same_truth = _weights(mine) == _weights(sums[other])
+        few = find_few_changes(groups[model], groups[other], objective)
+        left_out = np.unique(np.concatenate([[0], *few.values()]).astype(np.int64))
+        rests = values_of(1.0 - (np.arange(units)[:, None] == left_out)) if few else {}
         for (name, *key), its in resampled.items():
             of_score = SCORE in (objective.groups if objective is not None and tuple(key) == OBJECTIVE else key)
             if name == model and (other, *key) in resampled and (same_truth or not of_score):
                 group, metric = key
                 apart = find_difference(its, resampled[other, group, metric], effective[group, metric])
+                if group in few and apart.value is not None and (apart.effective_users or 0.0) < FEW_USERS:
+                    rest = rests[model, group, metric] - rests[other, group, metric]
+                    parts = its.value - resampled[other, group, metric].value - rest
+                    apart = limit_by_changes(apart, parts[np.isin(left_out, few[group])])
                 differences[other, group, metric] = apart
     labels = {task: count_rarer_label(mine, task) for task in tasks}
     compared = Comparison(
@@ -215,14 +231,30 @@ def compare(
         units,
         {name: each.effective_rows for name, each in groups[model].items()},
         objective,
-        correct(mine, differences, others),
+        correct(mine, differences, others, tried),
         rules,
         judged=tuple(task for task, rows in labels.items() if rows >= FEWEST),
         left_out={task: rows for task, rows in labels.items() if rows < FEWEST},
         slices=slices,
+        tried=tried,
     )
     summaries = {name: each.summary for name, each in models.items()}
     return replace(compared, verdicts={other: decide(compared, other, summaries) for other in others})
+
+
+def find_few_changes(
+    mine: Mapping[str, UserSums], other: Mapping[str, UserSums], objective: Objective | None
+) -> dict[str, np.ndarray]:
+    """Task, `score` or `objective` -> (K,) int64 places of users whose sums differ between two models, if few do."""
+    changed = {}
+    for group in mine.keys() & other.keys():
+        names = [name for name in mine[group].table.column_names if name != "user"]
+        one, two = (np.stack([of[group].column(name) for name in names]) for of in (mine, other))
+        changed[group] = np.flatnonzero(~np.isclose(one, two, rtol=ROUNDING, atol=0).all(axis=0))
+    if objective is not None and changed.keys() >= {*objective.groups}:
+        changed[OBJECTIVE[0]] = np.unique(np.concatenate([changed[group] for group in objective.groups]))
+    most = min(FEW_CHANGES, len(mine[SCORE].users) // 5)
+    return {group: users for group, users in changed.items() if 0 < len(users) <= most}
 
 
 def evaluate_with(objective: Objective | None, groups: Mapping[str, UserSums], counts: np.ndarray) -> Values:
@@ -322,7 +354,7 @@ def find_detectable_gain(compared: Comparison, versus: Versus, summary: Summary)
             guarded.append((apart.error, apart.effective_users))
     power, own, sizes = 1 - (1 - POWER) / (1 + len(guarded)), versus.objective, [0.0]
     if own.error and own.effective_users is not None:
-        levels = [1 - LEVEL / len(compared.against) / 2, power]
+        levels = [1 - level_after(compared.tried) / len(compared.against) / 2, power]
         sizes = [own.error * sum(student.ppf(levels, own.effective_users - 1))]
     margin = compared.rules.margin
     sizes += [error * sum(student.ppf([1 - LEVEL / 2, power], users - 1)) - margin for error, users in guarded]
@@ -330,7 +362,7 @@ def find_detectable_gain(compared: Comparison, versus: Versus, summary: Summary)
 
 
 def correct(
-    base: EvaluationSums, differences: Mapping[tuple[str, str, str], Difference], others: Iterable[str]
+    base: EvaluationSums, differences: Mapping[tuple[str, str, str], Difference], others: Iterable[str], tried: int = 0
 ) -> dict[str, Versus]:
     """Each other model -> differences with corrected p-values: of the metrics that tables show, and of the objectives.
 
@@ -344,10 +376,10 @@ def correct(
         if each.is_shown(group == SCORE)
     }
     corrected = dict(differences)
-    for family in (shown, {OBJECTIVE}):
+    for family, times in ((shown, 1.0), ({OBJECTIVE}, LEVEL / level_after(tried))):
         tested = {key: each.p for key, each in differences.items() if each.p is not None and key[1:] in family}
         for key, p in zip(tested, correct_by_holm(list(tested.values())), strict=True):
-            corrected[key] = replace(differences[key], p_corrected=p)
+            corrected[key] = replace(differences[key], p_corrected=min(p * times, 1.0))
     found = {}
     for other in others:
         flat = {key[1:]: each for key, each in corrected.items() if key[0] == other}
@@ -365,7 +397,8 @@ RESAMPLES_OF_SLICES = 200  # standard errors are good to 5%
 @dataclass(frozen=True)
 class Results:
     """What was measured. models: by name, the one in question first; tasks: those that may decide; rules: by which;
-    title, facts: what a report says of the rows; placement: columns by which slices are not guarded unless named."""
+    title, facts: what a report says of the rows; placement: columns by which slices are not guarded unless named;
+    tried: see `Comparison`."""
 
     models: dict[str, MeasuredModel]
     tasks: tuple[str, ...]
@@ -373,6 +406,7 @@ class Results:
     title: str
     facts: dict[str, str]
     placement: Collection[str] = ()
+    tried: int = 0
 
     @property
     def name(self) -> str:
@@ -409,7 +443,9 @@ class Results:
         if wanted is None:
             wanted = tuple(by for by in there if SliceBy.of(by).column not in self.placement)
         slices = [each for each in self.slices if each.by in wanted]
-        return compare(self.models, self.name, self.tasks, self.rules, self.rules.resamples, slices=slices)
+        return compare(
+            self.models, self.name, self.tasks, self.rules, self.rules.resamples, slices=slices, tried=self.tried
+        )
 
     @cached_property
     def slices(self) -> list[SliceRecord]:

@@ -1,8 +1,8 @@
 """How sure a number is: the bootstrap over users, what few users make of it, and differences with their intervals.
 
 Rows of one user are alike, so whole users are drawn with replacement, as many as there are (Efron and Tibshirani,
-1993). A metric's interval is that of percentiles, or Student's where few users decide. Models that are compared see the
-same draws, so what they have in common cancels; the interval of a difference is Student's.
+1993). A metric's interval is that of percentiles, or Student's where few users decide, and Jeffreys' of a share. Models
+that are compared see the same draws, so what they have in common cancels; the interval of a difference is Student's.
 
 The number of users counts for less where few of them have most of the rows, weight or positive labels. The effective
 number is the least of two: by their sizes, (sum of sizes)^2 / sum of sizes^2 (Kish, 1965); and by their influence. A
@@ -14,11 +14,13 @@ the number of users). For U equal users of normal influence the mean of sum d^4 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
+from scipy.optimize import brentq
+from scipy.stats import beta, gamma
 from scipy.stats import t as student
 
 Key = tuple[str, str]
@@ -29,11 +31,13 @@ LEVEL, POWER = 0.05, 0.9
 """Chance that equal models are told apart; and that models are whose difference is called detectable."""
 FEW_USERS = 30
 """Effective users, below which percentiles are too narrow."""
+FEW_CHANGES = 100
+"""Users whose predictions differ, up to which (and up to a fifth of all) they are rare, see `limit_by_changes`."""
 LEAST_FREEDOM = 0.5
 """Degrees of freedom, below which an interval says nothing."""
 _ENTRIES_AT_A_TIME = 2_000_000
 _DEFINED_SHARE = 0.95
-_ROUNDING = 1e-9  # as a share of the values: a smaller difference is none
+ROUNDING = 1e-9  # as a share of the values: a smaller difference is none
 _INFLUENCE_OF_FOUR = 0.45  # sum d^4 / (sum d^2)^2 that four users give
 _INDISTINCT = 2.0  # users: two or three who have all of the influence can't be told apart by it
 
@@ -125,10 +129,11 @@ class Resampled:
         noise = (6 + 3 * users / resamples) / resamples
         return min(float(users), _users_of(float((self.influence**4).sum()) / variance**2 - noise))
 
-    def interval(self, effective: float = np.inf) -> Interval:
+    def interval(self, effective: float = np.inf, is_share: bool = False) -> Interval:
         """The number with its 95% interval.
 
-        effective: the effective number of users by their sizes. There is no interval with a single user, or one who
+        effective: the effective number of users by their sizes; is_share: whether it is a share, or a mean of what lies
+        between 0 and 1. There is no interval with a single user, or one who
         decides nearly alone, nor where the number is undefined in more than 5% of the resamples: the rest would not be
         a fair sample. Other resamples in which it is undefined are left out.
         """
@@ -138,11 +143,25 @@ class Resampled:
         effective = min(users, effective)
         if not self._is_fair(users) or effective - 1 < LEAST_FREEDOM:
             return Interval(self.value)
+        if is_share:
+            return self._share_interval(effective)
         if effective < FEW_USERS:
             reach = float(student.ppf(1 - LEVEL / 2, effective - 1)) * self._error(effective)
             return Interval(self.value, self.value - reach, self.value + reach)
         low, high = np.percentile(self.defined, [100 * LEVEL / 2, 100 * (1 - LEVEL / 2)])
         return Interval(self.value, float(low), float(high))
+
+    def _share_interval(self, effective: float) -> Interval:
+        """Jeffreys' (Brown, Cai and DasGupta, 2001) for as many trials as have this variance (Korn and Graubard, 1998).
+
+        Where all users, or groups of them, agree, they are the trials.
+        """
+        value, error, trials = min(max(self.value, 0.0), 1.0), self._error(effective), effective
+        if error > ROUNDING and 0 < value < 1:
+            reach = error * student.ppf(1 - LEVEL / 2, effective - 1) / student.ppf(1 - LEVEL / 2, np.inf)
+            trials = value * (1 - value) / reach**2
+        low, high = beta.ppf([LEVEL / 2, 1 - LEVEL / 2], trials * value + 0.5, trials * (1 - value) + 0.5)
+        return Interval(self.value, min(low, value) if value else 0.0, max(high, value) if value < 1 else 1.0)
 
     def error(self, effective: float, units: int | None = None) -> tuple[float | None, float]:
         """The standard error from the choice of users, None where too few resamples are defined, and the effective
@@ -207,9 +226,48 @@ def find_difference(mine: Resampled, other: Resampled, effective: float, units: 
     return Difference(value) if error is None else student_difference(value, error, effective - 1, rounding)
 
 
+def limit_by_changes(apart: Difference, changes: np.ndarray) -> Difference:
+    """A difference whose interval reaches no further than what few users' changes explain.
+
+    changes: (K,) what each user whose predictions differ adds to it; for all others the models are the same. Users who
+    lose, and those who gain, come as rare events do, each counting by its size, and one more might be as large as the
+    largest seen: the intervals of both sums are those of weighted Poisson counts, by gamma distributions (Fay and
+    Feuer, 1997; by mid-p: Fay and Kim, 2017), and make that of their difference (Zou and Donner, 2008). So the fewer
+    users a change touches, the narrower it is. It holds 0 whatever was seen: it rules out losses, and shows no gain.
+    """
+    most = float(np.abs(changes).max())
+    if not most or not np.isfinite(most):
+        return apart
+    gain, least_gain, most_gain = _sum_rare(np.maximum(changes, 0.0) / most)
+    loss, least_loss, most_loss = _sum_rare(np.maximum(-changes, 0.0) / most)
+    low = most * min(gain - loss - float(np.hypot(gain - least_gain, most_loss - loss)), 0.0)
+    high = most * max(gain - loss + float(np.hypot(most_gain - gain, loss - least_loss)), 0.0)
+    if apart.low is not None and apart.high is not None:
+        low, high = max(low, apart.low), min(high, apart.high)
+        if (low, high) == (apart.low, apart.high):
+            return apart
+    # How sure it is rests on no standard error.
+    return replace(apart, low=low, high=high, error=None, detectable=None)
+
+
+def _sum_rare(parts: np.ndarray) -> tuple[float, float, float]:
+    """The sum of what rare events add, each from 0 to 1, and the ends of its interval."""
+    total, squares = float(parts.sum()), float((parts**2).sum())
+    above = gamma((total + 1) ** 2 / (squares + 1), scale=(squares + 1) / (total + 1))
+    seen = gamma(total**2 / squares, scale=squares / total) if total else None
+
+    def share(size: float) -> float:
+        return float((1.0 if seen is None else seen.cdf(size)) + above.cdf(size)) / 2
+
+    def end(at: float) -> float:
+        return float(brentq(lambda size: share(size) - at, 0.0, above.ppf(1 - LEVEL / 4)))
+
+    return total, 0.0 if seen is None else end(LEVEL / 2), end(1 - LEVEL / 2)
+
+
 def rounding_of(*values: float) -> float:
     """Up to which size a difference of such values is none."""
-    return _ROUNDING * max(map(abs, values))
+    return ROUNDING * max(map(abs, values))
 
 
 def student_difference(value: float, error: float, freedom: float, rounding: float) -> Difference:
@@ -223,6 +281,16 @@ def student_difference(value: float, error: float, freedom: float, rounding: flo
     half, p = float(reach * error), float(2 * student.sf(abs(value) / error, freedom))
     detectable = float((reach + extra) * error)
     return Difference(value, value - half, value + half, error, freedom + 1, p, None, detectable)
+
+
+def level_after(tried: int) -> float:
+    """The level of a decision after so many on the same rows, none of which promoted a model.
+
+    Of two-sided levels LEVEL x 2 / (k (k + 1)), the half that errs in favour of the new model adds up to LEVEL over all
+    k: so all decisions on the same rows together promote a model that is no better in at most that share of cases
+    (alpha spending, Tian and Ramdas, 2021). One that did promote takes no part, as in Holm's method.
+    """
+    return LEVEL * 2 / ((tried + 1) * (tried + 2))
 
 
 def correct_by_holm(p: Sequence[float]) -> list[float]:

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from mmoe_rec.evaluation import metrics as every
-from mmoe_rec.evaluation.intervals import UNDEFINED, Interval, Key, Values, is_small_sample, resample
+from mmoe_rec.evaluation.intervals import UNDEFINED, Interval, Key, Values, is_small_sample, resample, rounding_of
 from mmoe_rec.evaluation.metrics import metrics_of
 from mmoe_rec.evaluation.metrics.metric import Metric, Named, UserSums
 from mmoe_rec.evaluation.sums import EvaluationSums
@@ -117,7 +117,11 @@ def summarise(sums: EvaluationSums, resamples: int = 1000, seed: int = 0) -> Sum
     groups, ranking = sums_by_user(sums), sums.tables["ranking"]
     units, effective = len(ranking), effective_by_metric(groups)
     resampled = resample(lambda counts: evaluate(groups, counts), units, resamples, seed)
-    metrics = nest({key: each.interval(effective[key]) for key, each in resampled.items()})
+    of_all = {key: each.interval(effective[key], key[1] in groups[key[0]].shares) for key, each in resampled.items()}
+    for key, at in of_all.items():  # what is the same for all users does not say how sure it is
+        if at.low is not None and at.high is not None and at.high - at.low <= rounding_of(at.low):
+            of_all[key] = Interval(at.value)
+    metrics = nest(of_all)
 
     def summary_of(
         name: str, kind: str, counts: Sequence[str], least: float | None = None, **details: Any

@@ -9,6 +9,7 @@ AUC and average precision need the order of all rows: so a binary task's rows ar
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -113,6 +114,12 @@ class EvaluationSums:
     def users(self) -> int:
         """How many users were measured."""
         return int(self.tables["ranking"]["users"].to_numpy().sum())
+
+    @property
+    def digest(self) -> str:
+        """Tells other rows apart: other requests, candidates or weights; not other labels."""
+        rows = self.tables["ranking"].select(["user", "rows", "requests", "digest"]).to_pylist()
+        return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
 
     def save(self, folder: Path) -> None:
         """Writes `sums.json` and a Parquet file a table to a folder of their own, replacing sums saved there before.

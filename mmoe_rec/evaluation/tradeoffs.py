@@ -147,7 +147,10 @@ def find_front(sweep: Sweep) -> list[WeightsRecord]:
         records.append(
             WeightsRecord(
                 dict(zip(sweep.tasks, weights, strict=True)),
-                {task: each.interval() for task, each in zip(sweep.tasks, of, strict=True)},
+                {
+                    task: each.interval(effective, is_share=True)
+                    for task, each, effective in zip(sweep.tasks, of, sweep.effective, strict=True)
+                },
                 int(is_better.argmax()) if is_better.any() else None,
             )
         )

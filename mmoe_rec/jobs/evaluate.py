@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -224,11 +224,16 @@ def place_of(split: str) -> str:
 
 
 def evaluate_found(
-    settings: Settings, models: Mapping[str, Source], out: Path, place: str = "evaluation", split: str = "test"
+    settings: Settings,
+    models: Mapping[str, Source],
+    out: Path,
+    place: str = "evaluation",
+    split: str = "test",
+    note_decision: Callable[[str], int] = lambda rows: 0,
 ) -> EvaluationResult:
     """Does what `evaluate_model` does for models by their names; the first one is compared with the others.
 
-    place: folder of the run's files.
+    place: folder of the run's files; note_decision: tells how many decisions on rows of a digest promoted none before.
     """
     from mmoe_rec.report.evaluation import calibration_figure, write_results
 
@@ -246,8 +251,10 @@ def evaluate_found(
         assert scored_by_first is not None, "there is a model"
         title = f"{'Promotion' if place == PROMOTION else 'Evaluation'} of {settings.name}"
         title += "" if split == "test" else f" on {split} rows"
-        facts = _facts(settings, scored_by_first, split)
-        results = Results(measured, tuple(settings.tasks), settings.evaluation, title, facts, settings.roles.placement)
+        facts, tried = _facts(settings, scored_by_first, split), note_decision(measured[next(iter(models))].sums.digest)
+        results = Results(
+            measured, tuple(settings.tasks), settings.evaluation, title, facts, settings.roles.placement, tried
+        )
         write_results(results, out)
         for task, group in results.first.summary.tasks.items():
             # Without a label that is known by now there is nothing to draw; the summary says so.

@@ -15,6 +15,7 @@ import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -69,8 +70,9 @@ def promote_trained(
     # What came between may also have been an outage of MLflow.
     tags = {"data.digest": prepared.manifest["digest"], "features.fingerprint": prepared.manifest["fingerprint"]}
     number = registry.find_registered(run, artifact, name) or registry.register_model(run, artifact, name, tags=tags)
+    version = Version(name, number, run.run_id)
     while True:
-        better, reason = compare_with_holder(settings, prepared, model, artifact, holder)
+        better, reason = compare_with_holder(settings, prepared, model, artifact, version, holder)
         now = registry.find_holder(name, alias, uri)
         if now == holder:
             break
@@ -80,7 +82,6 @@ def promote_trained(
     run.set_tags(decision)
     if better:
         registry.move_alias(name, alias, number, uri, holder)
-    version = Version(name, number, run.run_id)
     registry.describe_version(version, f"{reason}\n\n{about}", decision, uri)
     if better:
         return Decision(f"models:/{name}@{alias}", True, (reason, f"'{alias}' is version {number} now, this model"))
@@ -94,9 +95,17 @@ def promote_trained(
 
 
 def compare_with_holder(
-    settings: Settings, prepared: FeatureFolder, model: RankingModel, artifact: Path, holder: Version | None
+    settings: Settings,
+    prepared: FeatureFolder,
+    model: RankingModel,
+    artifact: Path,
+    version: Version,
+    holder: Version | None,
 ) -> tuple[bool, str]:
-    """Whether a trained model is better than the version that holds the alias, and the sentence that says why."""
+    """Whether a trained model is better than the version that holds the alias, and the sentence that says why.
+
+    version: as which it is registered.
+    """
     from mmoe_rec.evaluation.scoring import NotFiniteError
     from mmoe_rec.inference.artifact import read_calibration
     from mmoe_rec.model.layout import ModelLayout
@@ -113,7 +122,7 @@ def compare_with_holder(
         its = _score_by_holder(settings, prepared, ranker, folder, its_name)
         layout, calibration = ModelLayout.of(prepared.layout, settings), read_calibration(artifact)
         mine = score_by(settings, model, layout, prepared.split("validation"), calibration, mine_name)
-        return _judge_rows(settings, {mine_name: mine, its_name: its}, artifact)
+        return _judge_rows(settings, {mine_name: mine, its_name: its}, artifact, version, holder)
     except UnreachableError:
         raise  # an outage decides nothing
     except NotFiniteError as error:
@@ -134,7 +143,9 @@ def _judge_trouble(trouble: Exception, holder: Version, alias: str, is_loaded: b
     return False, f"{who} can't be compared here: {what}; point the alias at another one yourself if that is to serve"
 
 
-def _judge_rows(settings: Settings, scored: Mapping[str, ScoredRows], artifact: Path) -> tuple[bool, str]:
+def _judge_rows(
+    settings: Settings, scored: Mapping[str, ScoredRows], artifact: Path, version: Version, holder: Version
+) -> tuple[bool, str]:
     """Whether the first of two models, that of the artifact, is better on the rows that both have scored."""
     from mmoe_rec.evaluation.summary import MeasuredModel, summarise
     from mmoe_rec.report.sentences import describe_verdict
@@ -146,7 +157,8 @@ def _judge_rows(settings: Settings, scored: Mapping[str, ScoredRows], artifact: 
     for each, rows in scored.items():
         sums = rows.measure()
         models[each] = MeasuredModel(sums, summarise(sums, _RESAMPLES), slices=slicing.measure(rows, sums))
-    results = Results(models, tuple(settings.tasks), rules, "", {}, settings.roles.placement)
+    tried = registry.note_decision(version, holder, models[name].sums.digest, settings.tracking.address)
+    results = Results(models, tuple(settings.tasks), rules, "", {}, settings.roles.placement, tried)
     assert results.comparison is not None
     sentence = describe_verdict(results.comparison, its_name, results.first.summary)
     kind = results.comparison.verdicts[its_name].kind
@@ -234,8 +246,9 @@ def _judge_versions(
         for each, where in ((version, folder), (holder, its_folder))
     }
     name, its_name = models
+    note_decision = partial(registry.note_decision, version, holder, uri=uri)
     try:
-        results = evaluate_found(settings, models, out, PROMOTION).results
+        results = evaluate_found(settings, models, out, PROMOTION, "test", note_decision).results
     except NotFiniteError as error:
         return error.name == its_name, [str(error)], None
     against = _find_objections(results, name, its_name)

@@ -22,7 +22,7 @@ from mmoe_rec.evaluation.comparison import (
     Results,
     Versus,
 )
-from mmoe_rec.evaluation.intervals import Difference, is_small_sample
+from mmoe_rec.evaluation.intervals import LEVEL, Difference, is_small_sample, level_after
 from mmoe_rec.evaluation.metrics import metrics_of
 from mmoe_rec.evaluation.off_policy import PolicyEstimate
 from mmoe_rec.evaluation.slices import ALL, SliceRecord, sort_worst_first
@@ -84,6 +84,8 @@ def describe_verdict(compared: Comparison, other: str, summary: Summary) -> str:
         if objective is not None:
             alone = "has no interval, as one user decides nearly alone, or many redraws leave it undefined"
             why = f"{objective.name} {'is undefined' if apart.value is None else alone}"
+            if apart.low is not None:
+                why = f"{objective.name} differs by {difference(apart)}, for too few users to show more"
         return f"{both} can't be told apart: {why}"
     what = objective.name
     if verdict.kind == NOT_SHOWN and apart.low == apart.high == 0:
@@ -94,7 +96,7 @@ def describe_verdict(compared: Comparison, other: str, summary: Summary) -> str:
         (gain,) = signed(verdict.detectable or 0.0, sign=False)
         return (
             f"no difference is shown between {both}{once_corrected(apart)}: {what} differs by {difference(apart)}; "
-            f"nine of ten evaluations like this one would show a gain of {gain}{besides}"
+            f"nine of ten evaluations like this one would show a gain of {gain}{besides}{describe_tries(compared)}"
         )
     ends = sorted(abs(each or 0.0) for each in (apart.low, apart.high))
     size, *reach = signed(abs(apart.value), *ends, sign=False)
@@ -104,7 +106,16 @@ def describe_verdict(compared: Comparison, other: str, summary: Summary) -> str:
         beats = f"although {what} is {which} than that of '{other}' by {size}"
         return f"'{compared.model}' is not called better, {beats}: {failed}"
     is_what = "worse" if verdict.kind == WORSE else "better"
-    return f"'{compared.model}' is {is_what} than '{other}': {what} is {which} by {size}"
+    return f"'{compared.model}' is {is_what} than '{other}': {what} is {which} by {size}{describe_tries(compared)}"
+
+
+def describe_tries(compared: Comparison) -> str:
+    """What earlier decisions on the same rows ask of this one; nothing where there were none."""
+    if not compared.tried:
+        return ""
+    before = "1 decision" if compared.tried == 1 else f"{compared.tried:,} decisions"
+    level = f"{100 * level_after(compared.tried):.2g}%, not {100 * LEVEL:g}%"
+    return f" ({before} on these rows promoted no model before, so the level of this one is {level})"
 
 
 def describe_guard(guard: Guard, other: str, rules: Evaluation) -> str:
@@ -253,7 +264,8 @@ def _note_intervals(group: GroupSummary, users: int) -> Iterator[str]:
             f"of users is {few:.1f}, so intervals are wide or missing."
         )
     if bare := [name for name, each in group.metrics.items() if each.value is not None and each.low is None]:
-        verb, why = "has" if len(bare) == 1 else "have", "undefined in more than 5% of the resamples of users"
+        verb = "has" if len(bare) == 1 else "have"
+        why = "the same for all users, or undefined in more than 5% of the resamples"
         why = why if few is None else f"{why}, or one user decides nearly alone"
         yield f"{', '.join(bare)} {verb} no interval: {why}."
 

@@ -67,28 +67,39 @@ def true_gain(noise: float, worlds: int = 12, users: int = 4000) -> float:
 
 
 def compared(
-    noise: float, number: int, users: int, resamples: int, slices: bool, broken: bool = False
+    noise: float, number: int, users: int, resamples: int, slices: bool, broken: bool = False, few: int | None = None
 ) -> Iterator[Verdict]:
     """Verdicts of that many challengers, each on other users, beside a champion with `NOISE`. broken: whether the
-    challenger ranks one of the slices at random, beside a champion that is worse elsewhere."""
+    challenger ranks one of the slices at random, beside a champion that is worse elsewhere; few: users for whom the
+    last task's predictions differ, None: all."""
     for seed in range(number):
-        world, models = World(np.random.default_rng([11, seed]), users), dict[str, MeasuredModel]()
+        world, both = World(np.random.default_rng([11, seed]), users), dict[str, np.ndarray]()
         for name, each in (("new", noise), ("old", 1.4 if broken else NOISE)):
             predictions, spoilt = world.predictions(each), np.flatnonzero(world.fifth(0) == 3)
             if broken and name == "new":
                 predictions[:, spoilt] = predictions[:, world.random.permutation(spoilt)]
-            models[name] = world.measure(predictions, slices)
+            both[name] = predictions
+        if few is not None:
+            others = np.isin(world.user, world.random.permutation(users)[few:])
+            both["new"][-1, others] = both["old"][-1, others]
+        models = {name: world.measure(each, slices) for name, each in both.items()}
         found = compare_slices(models, "new", resamples)
         yield compare(models, "new", NAMES, Evaluation(), resamples, seed, found).verdicts["old"]
 
 
 def verdicts(
-    noise: float, number: int, users: int, resamples: int, slices: bool = False, broken: bool = False
+    noise: float,
+    number: int,
+    users: int,
+    resamples: int,
+    slices: bool = False,
+    broken: bool = False,
+    few: int | None = None,
 ) -> tuple[Counter[str], float]:
     """How often each kind of verdict is given, and `only slices` hold a challenger back; and the mean size that the
     comparisons call detectable."""
     counts, sizes = Counter[str](), []
-    for judged in compared(noise, number, users, resamples, slices, broken):
+    for judged in compared(noise, number, users, resamples, slices, broken, few):
         counts[judged.kind] += 1
         failed = [guard.metric for guard in judged.guards if not guard.passed]
         counts["only slices"] += judged.kind == "held back" and failed == ["slices"]

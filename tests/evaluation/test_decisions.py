@@ -7,9 +7,10 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from scipy.stats import norm
 
 from mmoe_rec.evaluation.comparison import Comparison, Objective, Verdict, Versus, decide
-from mmoe_rec.evaluation.intervals import Difference, Interval
+from mmoe_rec.evaluation.intervals import LEVEL, Difference, Interval, level_after
 from mmoe_rec.evaluation.slices import SliceRecord
 from mmoe_rec.evaluation.summary import GroupSummary, Summary
 from mmoe_rec.report.formatting import signed
@@ -191,6 +192,14 @@ def test_what_is_not_shown_says_what_would_have_been() -> None:
     assert sentence(replace(compared(apart(None)), objective=None)) == (
         "'new' and 'old' can't be told apart: no task has labels enough (50 rows of either)"
     )
+
+
+def test_decisions_on_the_same_rows_share_one_level() -> None:
+    """Each half of which errs in favour of the new model."""
+    assert level_after(0) == LEVEL
+    assert sum(level_after(tried) for tried in range(100_000)) / 2 == pytest.approx(LEVEL, rel=1e-4)
+    again = replace(compared(replace(apart(0.0007, 1.96e-3), p_corrected=0.5), judged=()), tried=2)
+    assert verdict(again).detectable == pytest.approx(1e-3 * (norm.isf(0.05 / 12) + norm.isf(0.1)), rel=1e-4)
 
 
 def test_a_gain_that_is_not_shown_once_corrected_says_so() -> None:

@@ -4,13 +4,14 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from scipy.stats import ttest_rel
+from scipy.optimize import brentq
+from scipy.stats import poisson, ttest_rel
 from simulated_log import BOUGHT, SPENT, Log, simulate
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation import summary as typed
 from mmoe_rec.evaluation.comparison import Objective, compare
-from mmoe_rec.evaluation.intervals import correct_by_holm
+from mmoe_rec.evaluation.intervals import Difference, correct_by_holm, limit_by_changes
 from mmoe_rec.evaluation.sums import MeasuredTask, measure
 from mmoe_rec.report.sentences import describe_comparison
 from mmoe_rec.settings.sections import Evaluation
@@ -223,3 +224,24 @@ def test_equal_models_are_rarely_told_apart_and_detectable_gains_mostly_are() ->
     counts, _ = verdicts(noise_of_gain(size), number=60, users=250, resamples=100)
     assert counts["better"] >= 45
     assert counts["worse"] == 0
+
+
+@pytest.mark.parametrize("few", [1, 2, 5])
+def test_a_better_model_that_differs_for_few_users_in_a_task_is_not_held_back(few: int) -> None:
+    counts, _ = verdicts(0.4, number=6, users=250, resamples=100, few=few)
+    assert counts["better"] >= 5
+
+
+@pytest.mark.parametrize("few", [1, 2, 5, 12])
+def test_what_few_users_lose_alike_is_a_number_of_rare_events(few: int) -> None:
+    """Poisson's by mid-p: half of P(few), and all that lies beyond, is 2.5%. That none gains has its limit as well."""
+
+    def limit(count: int, tail: float) -> float:
+        return brentq(lambda mean: poisson.cdf(count, mean) - poisson.pmf(count, mean) / 2 - tail, 1e-9, 99)
+
+    found = limit_by_changes(Difference(-3e-9 * few), np.full(few, -3e-9))
+    gain = np.hypot(limit(0, 0.025), few - limit(few, 0.975)) - few
+    assert (found.low / 3e-9, found.high / 3e-9) == pytest.approx((-limit(few, 0.025), max(gain, 0.0)), rel=1e-6)
+    assert found.p is None
+    other = limit_by_changes(Difference(3e-9 * few), np.full(few, 3e-9))
+    assert (other.low, other.high) == (-found.high, -found.low)

@@ -354,3 +354,20 @@ def test_what_has_no_interval_is_said_and_why() -> None:
     assert "one user" in describe_notes([alone])[0]
     intervals = [each for group in alone.groups.values() for each in group.metrics.values()]
     assert all(each.value is not None and each.low is None and each.high is None for each in intervals)
+
+
+def test_users_who_all_agree_leave_no_interval_of_no_width() -> None:
+    """Five of them, ranked without an error, with equal sums of predictions and labels, and equal losses."""
+    users, label, chance = (
+        np.repeat(np.arange(5), 4),
+        np.tile([0.0, 0.0, 1.0, 1.0], 5),
+        np.tile([0.25, 0.25, 0.75, 0.75], 5),
+    )
+    task = MeasuredTask("bought", "binary")
+    found = summarise(measure((task,), users, users, {"bought": chance}, {"bought": label}, score=chance))
+    for auc in (found["tasks"]["bought"]["auc"], found["score"]["hit_rate_at_5"]):
+        assert (auc["value"], auc["high"]) == (1.0, 1.0)
+        assert 0.5 < auc["low"] < 0.7
+    for name in ("logloss", "calibration", "normalised_entropy"):
+        assert found["tasks"]["bought"][name]["low"] is None
+    assert "have no interval: the same for all users, or undefined" in found["tasks"]["bought"]["note"]

@@ -113,6 +113,24 @@ def test_a_worse_version_is_refused(world: World, capsys: pytest.CaptureFixture)
     assert tags(world, "1")["promoted"] == "no"
 
 
+def test_decisions_on_the_same_rows_ask_for_more_the_more_there_are(
+    world: World, capsys: pytest.CaptureFixture
+) -> None:
+    """A challenger that is tried again has its old place, and one that was promoted has none."""
+    source = client(world).get_model_version(NAME, "1").source
+    equal, other = (str(client(world).create_model_version(NAME, source).version) for _ in range(2))
+    asked = []
+    for number in (equal, other, "2", equal, "2"):
+        run(world, "--challenger", number)
+        registry.move_alias(NAME, "champion", "1", world.uri)
+        asked.append([value for name, value in tags(world, number).items() if name.startswith("tried.")])
+    assert asked == [["0"], ["1"], [], ["0"], []]
+    told = " (2 decisions on these rows promoted no model before, so the level of this one is 0.83%, not 5%)"
+    assert tags(world, "2")["compared"].endswith(told)
+    assert told in capsys.readouterr().out.replace("\n", " ")
+    assert told in Page((world.folder / "work" / "promotion" / "report.html").read_text(encoding="utf-8")).words
+
+
 def test_rows_that_either_has_seen_decide_nothing(world: World, capsys: pytest.CaptureFixture) -> None:
     split = ["--split.train_end", "2024-03-04", "--split.validation_end", "2024-03-05"]
     assert run(world, "--challenger", "2", *split, "--data.work", str(world.folder / "earlier")) == 1

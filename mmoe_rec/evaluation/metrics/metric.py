@@ -59,6 +59,8 @@ class Metric(Named, Generic[Measured]):
     ranks_within: bool = False
     """Whether it says how well rows are ranked within users or requests, of which a row alone says nothing."""
     has_interval: bool = True
+    is_share: bool = False
+    """Whether it is a mean of what lies between 0 and 1."""
 
     def is_shown(self, of_score: bool) -> bool:
         """Whether a table shows it of the score, or of tasks: of how these rank each request's rows, only GAUC."""
@@ -174,6 +176,11 @@ class UserSums:
         return {
             metric.name: min([by_rows, *map(effective_sample_size, metric.sizes(self))]) for metric in self._metrics
         }
+
+    @property
+    def shares(self) -> set[str]:
+        """Names of the metrics that are shares."""
+        return {metric.name for metric in self._metrics if metric.is_share}
 
     def at(self, counts: np.ndarray) -> dict[str, np.ndarray]:
         """Name of each metric that has an interval -> (R,) float64."""

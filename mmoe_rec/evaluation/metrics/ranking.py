@@ -58,7 +58,7 @@ class ListMetric(Ratio[RankedLists]):
     """
 
     kinds, better, of_lists = ("binary", "regression", "score"), "higher", True
-    ranks_within = True
+    ranks_within = is_share = True
 
     def __init__(self, name: str, of_list: Callable[[RankedLists], np.ndarray], is_headline: bool = True) -> None:
         self.name, self._of_list, self.is_headline = name, of_list, is_headline

@@ -104,7 +104,7 @@ def one_class(_: Metric[Any], group: Mapping[str, Any]) -> str:
 class Auc(Metric[TaskRows]):
     """Area under the ROC curve over all observed rows."""
 
-    name, kinds, better = "auc", ("binary",), "higher"
+    name, kinds, better, is_share = "auc", ("binary",), "higher", True
     why_undefined = one_class
 
     def sizes(self, sums: UserSums) -> list[np.ndarray]:
@@ -133,7 +133,7 @@ class Gauc(Ratio[TaskRows]):
     by: `user` or `request`.
     """
 
-    kinds, better, ranks_within = ("binary",), "higher", True
+    kinds, better, ranks_within, is_share = ("binary",), "higher", True, True
 
     def __init__(self, by: str, weighted: bool = True) -> None:
         self.by = by
@@ -281,7 +281,7 @@ def _calibration_bins(sums: UserSums, resamples: int, seed: int) -> list[dict[st
             "low": rate.low,
             "high": rate.high,
         }
-        for number, rate in enumerate(found[place].interval() for place in range(count))
+        for number, rate in enumerate(found[place].interval(is_share=True) for place in range(count))
     ]
 
 
