@@ -4,7 +4,7 @@ How often does the judge err? Each comparison is of two models on the rows of 25
 tasks, in 20 slices of a fifth of the users each, by the rule that promotes: of `equal` models; of those of which one
 is truly better by the size that the reports of the former call detectable (the mean over them), its `gain`; and of
 models of which one is far better, but for a slice that it ranks at random, `broken`, or but for the second task, in
-which it differs for 1, 2 or 5 users alone (`few_1` ..., without slices). What is true is measured on 48,000 other users.
+which it differs for 1, 2 or 5 users alone (`few_1` ...). What is true is measured on 48,000 other users.
 
 promoted_...         share of the comparisons in which the first model is better, and nothing holds it back
 shown_...            the same without guardrails

@@ -59,19 +59,6 @@ def test_mlflow_evaluates_with_them(frame: pd.DataFrame, weighted: bool) -> None
     assert 0 < found["ndcg_at_5/value"] <= 1
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_a_prediction_of_0_is_as_small_as_single_precision_can_tell(dtype: type) -> None:
-    random = np.random.default_rng(0)
-    predicted = random.random(2000).astype(np.float32)
-    label = (random.random(2000) < predicted).astype(int)
-    predicted[:40], label[:40] = 0.0, 1
-    (found,) = (
-        each for each in metrics_of_task(np.arange(2000), np.arange(2000), resamples=5) if each.name == "logloss"
-    )
-    value = found.eval_fn(predicted.astype(dtype), label).aggregate_results["value"]
-    assert value == pytest.approx(log_loss(label, predicted), rel=1e-6)
-
-
 def test_a_regression(frame: pd.DataFrame) -> None:
     metrics = {
         each.name: each for each in metrics_of_task(frame["user"], frame["request"], kind="regression", resamples=20)
