@@ -78,9 +78,12 @@ class NewFiles:
     def count(self, steps: Steps, statistics: bool, kept: Path, before: Path) -> LogCounts:
         """Counts the rows of the new files. kept, before: folders of requests, see `Steps.count`. Raises UserError
         where rows can't be added."""
+        if not (before / "rows").is_dir() and self.logs.options.duplicates == "error":
+            raise UserError(
+                f"{self.holder} were built by an earlier version, which kept no record of rows, so those that come "
+                f"again would count twice: {self.anew}, or set data.duplicates to keep this once, if none do"
+            )
         counted = steps.count(statistics=statistics, kept=kept, before=before)
-        if not (before / "rows").is_dir():
-            self._check_unknown(counted, steps)
         self._check_late(counted, steps)
         self._check_events(counted, steps.logs)
         return counted
@@ -88,17 +91,6 @@ class NewFiles:
     def begin(self, counted: LogCounts, requests: Requests) -> int:
         """Microseconds of the first new request."""
         return requests.begin if self.logs.schema.columns.request is not None else counted.first[0]
-
-    def _check_unknown(self, counted: LogCounts, steps: Steps) -> None:
-        """Raises UserError where rows may have come before, and an earlier version kept none of them."""
-        why = f"{self.holder} were built by an earlier version, which kept no record of rows"
-        is_late = steps.requests.continued or self.begin(counted, steps.requests) <= self.last
-        if is_late and self.logs.options.duplicates == "error":
-            raise UserError(
-                f"rows of new files are no later than those before, and may be the same: {why}. If none came before, "
-                f"set data.duplicates to keep this once; else {self.anew}"
-            )
-        say(f"{why}: those of the files before are not known again, should they come once more")
 
     def _check_unchanged(self) -> None:
         reasons = {each.address: each.reason for log in self.logs.all for each in log.left_out}

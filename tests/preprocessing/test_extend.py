@@ -196,11 +196,6 @@ def test_an_extension_by_more_days_keeps_what_was_left_and_says_so(unprepared, c
 # Refusals
 
 
-def _rewrite(log: Growing) -> None:
-    path = log.folder / "log" / "100.parquet"
-    pq.write_table(pq.read_table(path).slice(1), path)
-
-
 def _write_last_again(log: Growing) -> None:
     last = times_of(log.table)[times_of(log.table) < START + 8 * DAY].max()
     row = log.table.filter(pa.array(times_of(log.table) == last)).slice(0, 1)
@@ -236,7 +231,6 @@ def _only_events(log: Growing) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (_rewrite, r"log/100.parquet' has changed since the features in '.*' were built from it; put it back, or"),
         (_write_last_again, r"^all 1 rows of new files came before: add them together with those of new requests$"),
         (_change_schema, r"setting 'features.item.oov_buckets' is 4 in the features in '.*' and 3 now; build the fe"),
         (_drop_feature, r"setting 'features.price' is there in the features in '.*' and missing now"),

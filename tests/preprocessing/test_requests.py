@@ -276,23 +276,19 @@ def test_rows_that_came_before_with_other_labels_are_refused_and_kept_if_that_is
     assert (extended.rows, extended.features.manifest["requests"]["continued_rows"]) == (new.num_rows, 7)
 
 
-def test_rows_of_requests_that_an_earlier_version_kept_are_unknown(
-    tmp_path: Path, capsys: pytest.CaptureFixture
+def test_features_of_an_earlier_version_which_kept_no_rows_are_extended_once_all_are_known_as_new(
+    tmp_path: Path,
 ) -> None:
     days = _Days(tmp_path)
-    late = int(np.flatnonzero(times_of(days.old) > times_of(_with_first_times(days.old)))[5])
-    before = _build(tmp_path, days.old.slice(0, late), days.old.slice(late + 1))
-    shutil.rmtree(before.folder / "requests" / "rows")
+    shutil.rmtree(_build(tmp_path, days.old).folder / "requests" / "rows")
     place = str(tmp_path / "log"), SCHEMA, WINDOWS, tmp_path / "work"
-    pq.write_table(pa.concat_tables([days.new, days.old.slice(late, 1)]), tmp_path / "log" / "new.parquet")
-    with pytest.raises(UserError, match=r"^rows of new files are no later than those before, .* If none came"):
+    pq.write_table(days.new, tmp_path / "log" / "new.parquet")
+    with pytest.raises(UserError, match=r"^the features in .* an earlier version, .* set data.duplicates to keep th"):
         extend(*place)
-    capsys.readouterr()
     extended = extend(*place, BuildOptions(duplicates="keep"))
     assert extended is not None
-    assert "those of the files before are not known again" in capsys.readouterr().err
     kept = pq.read_table(extended.features.folder / "requests" / "rows")
-    assert len(kept) == extended.rows == days.new.num_rows + 1
+    assert len(kept) == extended.rows == days.new.num_rows
 
 
 def test_ids_that_are_all_used_again_are_told(tmp_path: Path) -> None:
@@ -340,4 +336,4 @@ def test_a_lost_record_of_requests_is_named(tmp_path: Path) -> None:
     shutil.rmtree(days.before.folder / "requests")
     pq.write_table(days.new, tmp_path / "log" / "new.parquet")
     with pytest.raises(UserError, match=r"features/requests' is damaged: .*; build the features anew$"):
-        extend(str(tmp_path / "log"), SCHEMA, WINDOWS, tmp_path / "work")
+        extend(str(tmp_path / "log"), SCHEMA, WINDOWS, tmp_path / "work", BuildOptions(duplicates="keep"))
