@@ -12,12 +12,13 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 from urllib.parse import unquote
 
 import pyarrow as pa
@@ -202,6 +203,13 @@ def open_file(address: str) -> Iterator[pa.NativeFile]:
 
 
 OPEN_AT_ONCE = 16
+AnyFile = TypeVar("AnyFile", bound=FoundFile)
+
+
+def find_checksums(files: Sequence[AnyFile]) -> dict[AnyFile, str | None]:
+    """What `find_checksum` gives of each, several at a time."""
+    with ThreadPoolExecutor(OPEN_AT_ONCE) as pool:
+        return dict(zip(files, pool.map(find_checksum, files), strict=True))
 
 
 @lru_cache(4096)  # a command may ask several times whether features are of the log

@@ -14,7 +14,6 @@ import json
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path, PurePath
 from typing import Any
@@ -24,7 +23,7 @@ import numpy as np
 from mmoe_rec.errors import UserError
 from mmoe_rec.log.checks import BadFile, LeftOut, LogFile, PathColumns, words_of
 from mmoe_rec.log.database import MEMORY_GIB
-from mmoe_rec.log.files import OPEN_AT_ONCE, FoundFile, find_checksum
+from mmoe_rec.log.files import FoundFile, find_checksum, find_checksums
 from mmoe_rec.log.reader import EventRows, Log, none_usable
 from mmoe_rec.log.rows import MICROSECONDS_PER_DAY
 from mmoe_rec.progress import say
@@ -140,11 +139,10 @@ def find_copies(files: Sequence[LogFile], held: Mapping[str, HeldFile]) -> dict[
     files or of those held."""
     first = {(each.bytes, each.checksum, each.partition): at for at, each in held.items() if each.checksum is not None}
     sizes = Counter([size for size, *_ in first] + [file.bytes for file in files if file.rows])
-    copies: dict[str, str] = {}
-    for file in files:
-        if file.rows and sizes[file.bytes] > 1 and (checksum := find_checksum(file)) is not None:
-            other = first.setdefault((file.bytes, checksum, file.in_path), file.address)
-            copies |= {file.address: other} if other != file.address else {}
+    alike, copies = [file for file in files if file.rows and sizes[file.bytes] > 1], dict[str, str]()
+    for file, checksum in find_checksums(alike).items():
+        other = first.setdefault((file.bytes, checksum or file.address, file.in_path), file.address)
+        copies |= {file.address: other} if other != file.address else {}
     return copies
 
 
@@ -350,10 +348,8 @@ def _with_new(taken: HeldLog, log: Log, spans: Spans) -> HeldLog:
         first, last = spans.get((log.name, file.address), (None, None))
         files[file.address] = HeldFile(file.address, file.bytes, file.version, file.in_path, file.rows, first, last)
     # Also of those that an earlier version took in, as long as they are there.
-    unknown = [at for at, file in files.items() if file.checksum is None and _same(file, log.found.get(at, file))]
-    with ThreadPoolExecutor(OPEN_AT_ONCE) as pool:
-        found = pool.map(find_checksum, [log.found.get(at, files[at]) for at in unknown])
-        files |= {at: replace(files[at], checksum=each) for at, each in zip(unknown, found, strict=True)}
+    unknown = [each for each in files.values() if each.checksum is None]
+    files |= {each.address: replace(each, checksum=checksum) for each, checksum in find_checksums(unknown).items()}
     left_out = {address: file for address, file in taken.left_out.items() if address in log.found}
     left_out |= {file.address: file for file in log.left_out}
     left_out = {address: file for address, file in left_out.items() if address not in files}
