@@ -339,7 +339,7 @@ def feed(
     """
     explanations, wrong, sent = dict[int, Explanation](), dict[int, str](), [0] * len(period.logs)
     encoders, candidate = model.ranker.pipeline.memory_encoders.values(), period.rows.schema.columns.candidate
-    explained = {name for encoder in encoders for name in encoder.result_columns()} if explain else set()
+    explained = {name for encoder in encoders for name in encoder.result_columns()} if explain else None
     with bar() as progress:
         task = progress.add_task("replaying", total=len(period.rows))
         for number, instant in enumerate(period.times.tolist()):
@@ -362,8 +362,9 @@ def feed(
     return explanations, wrong
 
 
-def _check_reply(ranking: Ranking, asked: list[Any], explained: set[str]) -> str | None:
-    """What is wrong with a reply that was to rank candidates, and to explain each by these counters and histories."""
+def _check_reply(ranking: Ranking, asked: list[Any], explained: set[str] | None) -> str | None:
+    """What is wrong with a reply that was to rank candidates, and to explain each by these counters and histories, None
+    for nothing."""
     lists = (ranking.candidates, ranking.scores, *ranking.predictions.values())
     told = [{*each.counters, *each.histories} for each in ranking.explanations or ()]
     if sorted(ranking.order) != list(range(len(asked))) or any(len(each) != len(asked) for each in lists):
@@ -372,7 +373,7 @@ def _check_reply(ranking: Ranking, asked: list[Any], explained: set[str]) -> str
         return "the reply names candidates in the place of others"
     if ranking.scores != sorted(ranking.scores, reverse=True):
         return "the reply does not rank by its scores"
-    if explained and (len(told) != len(asked) or any(explained - each for each in told)):
+    if explained is not None and (len(told) != len(asked) or any(explained - each for each in told)):
         return f"the reply explains {len(told):,} candidates of {len(asked):,}, or lacks a counter or history"
     return None
 
