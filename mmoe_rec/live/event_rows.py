@@ -99,11 +99,10 @@ class RowChecks:
         }
         calls = []
         for source, its in self._columns.items():
-            rows = {
-                name: value_schema(each.use, each.expected, unit, each.booleans, sizes.get(name))
-                for name, each in its.items()
-            }
-            for name, each in rows.items():
+            rows: dict[str, dict[str, Any]] = {name: {} for name in (self._unread if source is None else ())}
+            for name, column in its.items():
+                each = value_schema(column.use, column.expected, unit, column.booleans, sizes.get(name))
+                rows[name] = each
                 if name in (never_null if source is None else {self.schema.events[source].time}):
                     each["type"].remove("null")
                 if source is None and name in ends:
@@ -114,7 +113,6 @@ class RowChecks:
                     each.get("items", each)["maxLength"] = LONGEST_STRING
                 if name == EVENT_ID:
                     each["minLength"] = 1
-            rows |= {name: {} for name in (self._unread if source is None else ())}
             row = {"type": "object", "properties": rows, "additionalProperties": False}
             row["required"] = [name for name, each in its.items() if each.required]
             log = {"type": "null"} if source is None else {"const": source}

@@ -291,6 +291,7 @@ class Accepted(BaseModel):
 
 _WRONG: dict[int | str, dict[str, Any]] = {"default": {"model": Error, "description": "a refusal"}}
 _STREAM = {"requestBody": {"content": {ARROW: {"schema": {"type": "string", "format": "binary"}}}}}
+_CLOSED = {"type": "object", "additionalProperties": False}
 _WEIGHT = {"type": "number", "minimum": 0, "maximum": 1e6}
 _described = APIRouter()  # describes and never answers: it would look for parameters in each of many calls
 
@@ -333,7 +334,7 @@ def _describe(
     tasks, experts = served.ranker.about.tasks, served.ranker.scorer.experts
     weights = dict.fromkeys((name for each in tasks for name in (each.name, each.objective)), _WEIGHT)
     options = {
-        "task_weights": {"type": "object", "properties": weights, "additionalProperties": False},
+        "task_weights": {**_CLOSED, "properties": weights},
         "top_k": {"type": "integer", "minimum": 1, "maximum": 2**64 - 1},
         "gate_top_k": {"type": "integer", "minimum": 1, "maximum": experts},
         "mask_experts": {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": experts - 1}},
@@ -350,7 +351,7 @@ def _describe(
     call["inputs"]["maxItems"] = limits.max_elements
     of_frame = {"top_k": {"type": "null"}, "explain": {"enum": [False, None]}}  # whose reply has a row for each
     params = {"type": ["object", "null"], "properties": schemas["Params"]["properties"] | of_frame}
-    schemas["Row"] = {"type": "object", "properties": row, "required": required, "additionalProperties": False}
+    schemas["Row"] = {**_CLOSED, "properties": row, "required": required}
     call["dataframe_records"]["items"] = {"$ref": "#/components/schemas/Row"}
     names = {"type": "array", "items": {"enum": [*row]}, "uniqueItems": True}
     names["allOf"] = [{"contains": {"const": name}} for name in required]
@@ -358,17 +359,11 @@ def _describe(
     split = {"type": "object", "properties": {"columns": names, "data": data}, "required": ["columns", "data"]}
     forms = {"inputs": (call["inputs"], call["params"]), "dataframe_records": (call["dataframe_records"], params)}
     forms["dataframe_split"] = {**call["dataframe_split"], **split}, params
-    schemas["Invocation"] = {
-        "anyOf": [
-            {
-                "type": "object",
-                "properties": {name: form, "params": its},
-                "required": [name],
-                "additionalProperties": False,
-            }
-            for name, (form, its) in forms.items()
-        ]
-    }
+    calls = [
+        {**_CLOSED, "properties": {name: form, "params": its}, "required": [name]}
+        for name, (form, its) in forms.items()
+    ]
+    schemas["Invocation"] = {"anyOf": calls}
     content = post["requestBody"]["content"]["application/json"]
     content["example"] = {"inputs": [served.example], "params": {"top_k": 5}}
     return tree
