@@ -83,7 +83,7 @@ class Columns(Section):
     request_scope: Literal["log", "user"] = Field("log", description="request ids are unique in the log, or to a user")
     time_unit: Literal["s", "ms", "us", "ns"] | None = Field(None, description="unit of integer times since 1970 UTC")
     sampling_rate: str | None = Field(None, description="column with the rate at which the row was sampled (0 to 1]")
-    weight: str | None = Field(None, description="column with what the row counts in losses and metrics (above 0)")
+    weight: str | None = Field(None, description="column with what the row counts in losses and metrics, in any unit")
 
     @property
     def has_user(self) -> bool:
