@@ -36,7 +36,7 @@ from mmoe_rec.inference.artifact import (
 from mmoe_rec.inference.ranking import Freshness, RankedRequest, Ranking, as_of, explain, latest, scored_table
 from mmoe_rec.inference.reader import Request, RequestReader, as_logged, fused_weights, read_rows
 from mmoe_rec.inference.scorer import ExpertOptions, Scored, Scorer
-from mmoe_rec.log.given import check_count, check_flag, iso_time
+from mmoe_rec.log.given import check_count, iso_time
 from mmoe_rec.log.rows import ROWS_AT_A_TIME, LogRows, RequestRows
 from mmoe_rec.model.mmoe import RequestInputs
 from mmoe_rec.model.products import Products
@@ -296,7 +296,6 @@ class Ranker:
                 continue
             try:
                 check_count("top_k", request.top_k)
-                check_flag("explain", request.explain)
                 weights = fused_weights(self.layout.tasks, request.task_weights)
                 experts = self.scorer.options(request.gate_top_k, request.mask_experts)
             except RequestError as error:

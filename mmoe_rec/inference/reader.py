@@ -74,21 +74,20 @@ class Request(BaseModel):
                     f"a request has no key {quoted(str(name))}; {suggest(str(name), Request.model_fields)}"
                 )
         given = {name: plain_option(each) if name in OPTIONS else each for name, each in element.items()}
+        given |= {
+            name: plain_option(each) for name, each in params.items() if name in OPTIONS and given.get(name) is None
+        }
         columns: Any = given.get("candidates")
         if hasattr(columns, "items"):  # a dict, or a data frame
             given["candidates"] = {name: plain(each) for name, each in columns.items()}
         try:
-            request = Request.model_validate(given)
+            return Request.model_validate(given)
         except ValidationError as error:
             problem = error.errors()[0]
             name = str(problem["loc"][0])
             if problem["type"] == "missing":
                 raise RequestError(f"a request needs the key '{name}'") from None
             raise RequestError(f"'{name}' must be {_WANTED.get(name, 'an object of numbers')}") from None
-        for name in OPTIONS:
-            if getattr(request, name) is None and params.get(name) is not None:
-                setattr(request, name, plain_option(params[name]))
-        return request
 
     @property
     def columns(self) -> tuple[tuple[str, ...], ...]:
@@ -171,8 +170,6 @@ def fused_weights(tasks: Sequence[ModelTask], given: Mapping[str, Any] | None) -
     """
     if given is None:
         return np.array([task.score_weight for task in tasks])
-    if not isinstance(given, Mapping):
-        raise RequestError('task_weights must be an object of numbers, such as {"engagement": 1.0}')
     names = {task.name for task in tasks}
     objectives = {task.objective for task in tasks} - names
     for name, weight in given.items():

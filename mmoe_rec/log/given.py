@@ -151,12 +151,6 @@ def check_count(name: str, value: Any) -> None:
         raise RequestError(f"{name} must be an integer of at least 1, found {quoted(value)}")
 
 
-def check_flag(name: str, value: Any) -> None:
-    """Raises RequestError unless an option is missing, true or false."""
-    if value is not None and not isinstance(value, bool):
-        raise RequestError(f"{name} must be true or false, found {quoted(value)}")
-
-
 def _wanted(use: Use, expected: pa.DataType | None) -> str:
     if expected is not None:
         name = f"list<{expected.value_type}>" if pt.is_list(expected) else str(expected)
