@@ -121,7 +121,7 @@ def _in_ranking(name: str, task: GroupSummary, bins: Sequence[Mapping[str, float
             weight, mean = (np.array([each[of] for each in bins]) for of in ("weight", "mean_predicted"))
             own = float(auc_of_counts(weight * mean, weight * (1 - mean)))  # were each row positive as often as it says
             promise = f"an AUC of {own:.2f} if each were right"
-            usual = "as is usual of popularity where the other rows were sampled by it"
+            usual = "as is usual where the other rows were sampled by popularity"
             why = f"; its probabilities hardly differ ({promise}), {usual}"
             if own - (auc.value if auc.high is None else auc.high) > PROMISE:
                 joined = "as where labels or predictions were joined to the wrong rows"

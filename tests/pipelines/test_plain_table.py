@@ -241,7 +241,8 @@ def test_baselines_learn_by_weights(world: World, capsys: pytest.CaptureFixture)
     run("baselines", "--config", world.config, "--out", out)
     printed = capsys.readouterr().out
     assert "gradient boosting" in printed
-    assert "popularity" not in printed
+    assert "popularity ┃" not in printed
+    assert "'popularity'" not in printed
     assert read_metrics(out)["tasks"]["label"]["auc"]["value"] > 0.6
 
 
