@@ -3,8 +3,8 @@
 How often does the judge err? Each comparison is of two models on the rows of 250 users of its own, some 3,000 of two
 tasks, in 20 slices of a fifth of the users each, by the rule that promotes: of `equal` models; of those of which one
 is truly better by the size that the reports of the former call detectable (the mean over them), its `gain`; and of
-models of which one is far better, but for a slice that it ranks at random, `broken`, or but for the second task, in
-which it differs for 1, 2 or 5 users alone (`few_1` ...). What is true is measured on 48,000 other users.
+models of which one is far better, but for a slice that it ranks at random, on 500 users, `broken`, or but for the last
+task, in which it differs for 1, 2 or 5 users alone (`few_1` ...). What is true is measured on 48,000 other users.
 
 promoted_...         share of the comparisons in which the first model is better, and nothing holds it back
 shown_...            the same without guardrails
@@ -34,7 +34,7 @@ def main() -> None:
     equal, size = verdicts(NOISE, number, USERS, RESAMPLES, slices=True)
     found, counts = {"detectable": round(size, 5), "margin": Evaluation().margin}, {"equal": equal}
     counts["gain"], _ = verdicts(noise_of_gain(size), number, USERS, RESAMPLES, slices=True)
-    counts["broken"], _ = verdicts(0.0, number, USERS, RESAMPLES, slices=True, broken=True)
+    counts["broken"], _ = verdicts(0.0, number, 2 * USERS, RESAMPLES, slices=True, broken=True)
     for few in (1, 2, 5):
         counts[f"few_{few}"], _ = verdicts(NOISE / 2, number, USERS, RESAMPLES, few=few)
     for name, each in counts.items():
