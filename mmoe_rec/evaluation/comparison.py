@@ -6,8 +6,8 @@ for no task may the interval of its loss reach beyond a margin, no slice may be 
 probabilities may not be far off where those of the other model are less so.
 
 All models see the same redrawn users (`mmoe_rec.evaluation.intervals`). p-values of the metrics in tables are corrected
-for how many they are by Holm's method (1979); the objective's for the number of models alone, as it was chosen before,
-and for the decisions that these rows have already made in vain (`intervals.level_after`).
+for how many they are by Holm's method (1979); the objective's for the number of models alone, as it was chosen before.
+The level at which a model is better falls with the decisions that its rows have made in vain (`level_after`).
 """
 
 from __future__ import annotations
@@ -231,7 +231,7 @@ def compare(
         units,
         {name: each.effective_rows for name, each in groups[model].items()},
         objective,
-        correct(mine, differences, others, tried),
+        correct(mine, differences, others),
         rules,
         judged=tuple(task for task, rows in labels.items() if rows >= FEWEST),
         left_out={task: rows for task, rows in labels.items() if rows < FEWEST},
@@ -293,6 +293,8 @@ def decide(compared: Comparison, other: str, summaries: Mapping[str, Summary]) -
         kind = NOT_SHOWN
     elif (apart.value > 0) != (objective.better == "higher"):
         kind = WORSE
+    elif (apart.p_corrected or 0.0) >= level_after(compared.tried):
+        kind = NOT_SHOWN
     elif not all(guard.passed for guard in guards):
         kind = HELD_BACK
     return Verdict(kind, tuple(guards), find_detectable_gain(compared, versus, mine))
@@ -362,7 +364,7 @@ def find_detectable_gain(compared: Comparison, versus: Versus, summary: Summary)
 
 
 def correct(
-    base: EvaluationSums, differences: Mapping[tuple[str, str, str], Difference], others: Iterable[str], tried: int = 0
+    base: EvaluationSums, differences: Mapping[tuple[str, str, str], Difference], others: Iterable[str]
 ) -> dict[str, Versus]:
     """Each other model -> differences with corrected p-values: of the metrics that tables show, and of the objectives.
 
@@ -376,10 +378,10 @@ def correct(
         if each.is_shown(group == SCORE)
     }
     corrected = dict(differences)
-    for family, times in ((shown, 1.0), ({OBJECTIVE}, LEVEL / level_after(tried))):
+    for family in (shown, {OBJECTIVE}):
         tested = {key: each.p for key, each in differences.items() if each.p is not None and key[1:] in family}
         for key, p in zip(tested, correct_by_holm(list(tested.values())), strict=True):
-            corrected[key] = replace(differences[key], p_corrected=min(p * times, 1.0))
+            corrected[key] = replace(differences[key], p_corrected=p)
     found = {}
     for other in others:
         flat = {key[1:]: each for key, each in corrected.items() if key[0] == other}
