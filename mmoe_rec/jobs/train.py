@@ -155,6 +155,8 @@ def _finish(run: Run, workspace: Workspace, result: TrainingResult, register: bo
     assert best is not None, "every training validates at least once"
     run.log_text(result.plan, "sharding_plan.txt")
     draw_gates(run, layout, best.experts, "plots/gate_weights.png")
+    findings = best.experts.findings([task.name for task in layout.tasks])
+    run.log_text("\n".join(findings or ["all experts are used, and no gate settles on one"]) + "\n", "experts.txt")
     run.log_metrics(best.flat("best"), result.best_step)
     run.log_metrics({"train/rows_per_s": result.rows_per_s, "train/waiting_share": result.waiting}, result.steps)
     model = build_model(layout, settings.model, PlainTables(layout))

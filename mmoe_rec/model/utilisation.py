@@ -77,6 +77,23 @@ class Utilisation:
         loads = self.total_loads
         return (loads < HARDLY * _numbers(loads).mean()).nonzero().flatten().tolist()
 
+    def findings(self, tasks: list[str]) -> list[str]:
+        """A sentence for each expert that is hardly used, and for each gate that settles on one."""
+        loads = self.total_loads
+        found = [
+            f"expert {expert} is hardly used: it gets {loads[expert]:.2%} of the load, where an even share is "
+            f"{_numbers(loads).mean():.1%}; it costs computation, not accuracy"
+            for expert in self.hardly_used
+        ]
+        for name, polarised, weights in zip(tasks, self.polarised, self.weights, strict=True):
+            if polarised:
+                expert = int(weights.nan_to_num().argmax())
+                found.append(
+                    f"the gate of '{name}' settles on expert {expert} with {weights[expert]:.0%} of its weight: good "
+                    f"predictions, until that expert fails in serving; model.gates.dropout of 0.1 spreads the weight"
+                )
+        return found
+
     def note(self, rule: RoutingRule) -> str | None:
         """What is worth a line on the terminal: gates that choose experts leave some unchosen. Where gates mix all
         experts, unused ones cost no accuracy (`tests/benchmarks/LOG.md`).

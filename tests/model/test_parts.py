@@ -213,10 +213,13 @@ def test_experts_that_a_task_does_not_see_are_left_out() -> None:
     assert "gates/b/expert_1.weight" not in found.flat(["a", "b"])
 
 
-def test_gates_that_settle_and_experts_that_starve_are_found() -> None:
+def test_what_gates_do_is_told_in_words() -> None:
     found = used([0.9, 0.1, 0.0, 0.0], [0.3, 0.3, 0.4, 0.0])
     assert found.polarised == [True, False]
     assert found.hardly_used == [3]
+    dead, settled = found.findings(["bought", "liked"])
+    assert dead.startswith("expert 3 is hardly used: it gets 0.00% of the load, where an even share is 25.0%")
+    assert settled.startswith("the gate of 'bought' settles on expert 0 with 90% of its weight")
     assert found.flat(["bought", "liked"])["gates/polarised_share"] == 0.5
 
 
@@ -234,12 +237,13 @@ def test_nothing_is_said_of_experts_that_are_out_of_use() -> None:
     sums = UtilisationSums(torch.tensor([[True, False], [True, False]]))
     sums.add(outputs(torch.tensor([[[1.0, 0.0], [1.0, 0.0]]])))
     found = sums.result()
-    assert (found.polarised, found.hardly_used) == ([False] * 2, [])
+    assert found.findings(["a", "b"]) == []
     assert (found.max_over_mean, found.entropy) == (1.0, 1.0)
     nothing = UtilisationSums(torch.zeros(2, 2, dtype=torch.bool))
     nothing.add(outputs(torch.zeros(1, 2, 2)))
     assert nothing.result().max_over_mean == 1.0
-    assert nothing.result().hardly_used == used([0.25] * 4, [0.25] * 4).hardly_used == []
+    assert nothing.result().findings(["a", "b"]) == []
+    assert used([0.25] * 4, [0.25] * 4).findings(["a", "b"]) == []
 
 
 # Weights in int8 against a loop over rows in numpy, which rounds to bfloat16 by itself.
