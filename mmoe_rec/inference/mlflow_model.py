@@ -20,7 +20,7 @@ from mlflow.pyfunc import PythonModel, PythonModelContext
 
 from mmoe_rec.errors import RequestError
 from mmoe_rec.inference.ranking import Ranking
-from mmoe_rec.inference.reader import name_element, read_requests, rows_of_candidates, split_rows
+from mmoe_rec.inference.reader import EMPTY, Request, name_element, read_requests, rows_of_candidates, split_rows
 
 ARTIFACT = "model"
 
@@ -79,6 +79,8 @@ class RankingPythonModel(PythonModel):
     def _rank(
         self, elements: list[Any], params: dict[str, Any], rows: list[list[int]] | None = None
     ) -> list[dict[str, Any]]:
+        if not elements:  # of which none would be refused for wrong params
+            self.ranker.check_options(Request.of(EMPTY, params))
         answers = self.ranker.rank_many(read_requests(elements, params))
         for index, answer in enumerate(answers):
             if isinstance(answer, RequestError):

@@ -295,9 +295,7 @@ class Ranker:
                 answers[number] = request
                 continue
             try:
-                check_count("top_k", request.top_k)
-                weights = fused_weights(self.layout.tasks, request.task_weights)
-                experts = self.scorer.options(request.gate_top_k, request.mask_experts)
+                weights, experts = self.check_options(request)
             except RequestError as error:
                 answers[number] = error
             else:
@@ -307,6 +305,13 @@ class Ranker:
             for part in _parts(group):
                 answers.update(zip((each.number for each in part), self._rank(knowledge, part), strict=True))
         return [answers[number] for number in range(len(requests))]
+
+    def check_options(self, request: Request) -> tuple[np.ndarray, ExpertOptions]:
+        """(T,) weights of the tasks in the score, and experts, that a request asks for. Raises RequestError for a wrong
+        option."""
+        check_count("top_k", request.top_k)
+        weights = fused_weights(self.layout.tasks, request.task_weights)
+        return weights, self.scorer.options(request.gate_top_k, request.mask_experts)
 
     def _rank(self, knowledge: Knowledge, part: Sequence[_Checked]) -> Sequence[Ranking | RequestError]:
         try:

@@ -10,7 +10,7 @@ A name that is both a task's and an objective's means the task.
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from itertools import chain
@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 
 PARTS: dict[Role, str] = {"user": "user", "candidate": "candidates", "context": "context"}
 OPTIONS = ("task_weights", "top_k", "gate_top_k", "mask_experts", "explain")
+EMPTY: dict[str, Any] = {"user": {}, "candidates": {}}
+"""The least request, for a look at options alone."""
 _WANTED = {"user": "an object", "context": "an object", "candidates": "an object of lists", "top_k": "an integer"}
 _WANTED |= {"gate_top_k": "an integer", "mask_experts": "a list of integers", "explain": "true or false"}
 
@@ -107,21 +109,22 @@ def read_requests(elements: Sequence[Any], params: Mapping[str, Any]) -> list[Re
 
 
 def split_rows(
-    reader: RequestReader, names: Sequence[Any], columns: Sequence[Any], params: Mapping[str, Any]
+    reader: RequestReader, names: Sequence[Any], columns: Iterable[Any], params: Mapping[str, Any]
 ) -> tuple[list[Any], list[list[int]]]:
     """The elements of a call, and the rows of each, in a table with a row for each candidate, in which values of user
     and context are repeated; in the place of a wrong element, the error.
 
-    columns: N values of each name; rows with the same id in `columns.request` are an element, and all rows where there
-    is no such column. Raises RequestError for a column that is unknown or given twice, and for an option whose reply
-    has not a row for each candidate.
+    columns: N values of each name, which are made only once all names are known; rows with the same id in
+    `columns.request` are an element, and all rows where there is no such column. Raises RequestError for a column that
+    is unknown or given twice, and for an option whose reply has not a row for each candidate.
     """
     if wrong := next((name for name in ("top_k", "explain") if params.get(name)), None):
         raise RequestError(f"{wrong} is not for data frames, each of whose rows gets one prediction: send 'inputs'")
     names = [str(name) for name in names]
-    if twice := next((name for name in names if names.count(name) > 1), None):
-        raise RequestError(f"the data frame has column {quoted(twice)} twice")
     roles = {name: reader.role_of(name, "the data frame") for name in names}
+    if len(roles) < len(names):
+        twice = next(name for name in roles if names.count(name) > 1)
+        raise RequestError(f"the data frame has column {quoted(twice)} twice")
     values = {name: reader.frame_column(name, each) for name, each in zip(names, columns, strict=True)}
     request, groups = reader.schema.columns.request, dict[str, list[int]]()
     for row, each in enumerate(values.get(request or "", [None] * max(map(len, values.values()), default=0))):

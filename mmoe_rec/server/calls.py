@@ -24,6 +24,7 @@ from starlette.responses import Response
 from mmoe_rec.errors import RequestError, quoted, suggest
 from mmoe_rec.inference.ranking import Ranking
 from mmoe_rec.inference.reader import (
+    EMPTY,
     OPTIONS,
     Request,
     name_element,
@@ -262,7 +263,7 @@ def parse(body: bytes, limits: Serving, ranker: Ranker) -> Call:
         if name not in _KEYS:
             raise _wrong(f"a call has no key {quoted(name)}; {suggest(name, _KEYS)}")
     params, ignored = _params(tree)
-    elements, rows = _elements_in(tree, params, ranker)
+    elements, rows = _elements_in(tree, params, limits, ranker)
     if not isinstance(elements, list):
         raise _wrong(f"a call needs the key 'inputs', a list of requests: {SHAPE}")
     if len(elements) > limits.max_elements:
@@ -272,17 +273,27 @@ def parse(body: bytes, limits: Serving, ranker: Ranker) -> Call:
         )
     costs = [_cost_of(each, params) for each in elements]
     candidates = sum(count * cost for count, cost in costs)
-    if candidates > limits.max_total_candidates:
-        explained = any(cost > 1 for _, cost in costs)
-        hint = f" (with explain, each counts as {COST_OF_EXPLAINING})" if explained else ""
-        raise _wrong(
-            f"the call has {candidates:,} candidates in all{hint}; this server takes at most "
-            f"{limits.max_total_candidates:,} in a call (setting `serving.max_total_candidates`)"
-        )
+    explained = any(cost > 1 for _, cost in costs)
+    _check_candidates(candidates, limits, f" (with explain, each counts as {COST_OF_EXPLAINING})" if explained else "")
+    if not elements:  # of which none would be refused for wrong params
+        try:
+            ranker.check_options(Request.of(EMPTY, params))
+        except RequestError as error:
+            raise _wrong(str(error)) from None
     return Call(read_requests(elements, params), rows, ignored, candidates)
 
 
-def _elements_in(tree: Mapping[str, Any], params: Mapping[str, Any], ranker: Ranker) -> tuple[Any, list[list[int]]]:
+def _check_candidates(count: int, limits: Serving, hint: str = "") -> None:
+    if count > limits.max_total_candidates:
+        raise _wrong(
+            f"the call has {count:,} candidates in all{hint}; this server takes at most "
+            f"{limits.max_total_candidates:,} in a call (setting `serving.max_total_candidates`)"
+        )
+
+
+def _elements_in(
+    tree: Mapping[str, Any], params: Mapping[str, Any], limits: Serving, ranker: Ranker
+) -> tuple[Any, list[list[int]]]:
     """The elements of a call, which may come in one of MLflow's forms of a data frame: then also the rows of each."""
     if len(forms := [name for name in _KEYS if name in tree and name != "params"]) > 1:
         raise _wrong(f"a call has either {' or '.join(map(repr, forms))}, not both")
@@ -290,7 +301,7 @@ def _elements_in(tree: Mapping[str, Any], params: Mapping[str, Any], ranker: Ran
         if not _are(rows := tree["dataframe_records"], dict):
             raise _wrong("'dataframe_records' must be a list of objects of columns and values")
         names = list(dict.fromkeys(chain.from_iterable(rows)))
-        columns: list[Any] = [[row.get(name) for row in rows] for name in names]
+        columns: Iterable[Any] = ([row.get(name) for row in rows] for name in names)
     elif "dataframe_split" in tree:
         split: Any = tree["dataframe_split"] if isinstance(tree["dataframe_split"], dict) else {}
         names, rows = split.get("columns"), split.get("data")
@@ -298,11 +309,12 @@ def _elements_in(tree: Mapping[str, Any], params: Mapping[str, Any], ranker: Ran
             raise _wrong(
                 """'dataframe_split' must be {"columns": [...], "data": [[...], ...]} with rows of one length"""
             )
-        columns = list(zip(*rows, strict=True)) or [()] * len(names)
+        columns = zip(*rows, strict=True) if rows else [()] * len(names)
     else:
         return tree.get("inputs"), []
     if rows and not names:
         raise _wrong("the data frame has rows, and no columns")
+    _check_candidates(len(rows), limits)
     try:
         return split_rows(ranker.reader, names, columns, params)
     except RequestError as error:

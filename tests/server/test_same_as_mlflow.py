@@ -12,9 +12,10 @@ import pandas as pd
 import pytest
 from mlflow.exceptions import MlflowException
 
+from mmoe_rec.errors import RequestError
 from mmoe_rec.inference.artifact import Source
 from mmoe_rec.inference.mlflow_model import ARTIFACT, RankingPythonModel
-from mmoe_rec.inference.reader import PARTS
+from mmoe_rec.inference.reader import PARTS, split_rows
 from mmoe_rec.server.app import Application
 from mmoe_rec.server.models import Models
 from mmoe_rec.server.options import Options
@@ -194,6 +195,22 @@ def test_requests_of_a_data_frame_are_told_by_their_ids(tmp_path: Path) -> None:
     assert "give each request an id of its own in 'request'" in ask(app, {"dataframe_split": split(without)}).message
 
 
-def test_a_call_without_elements(app: Application) -> None:
+def test_a_call_without_elements(app: Application, mlflow_model: RankingPythonModel) -> None:
     for form in ({"inputs": []}, {"dataframe_records": []}, {"dataframe_split": {"columns": ["item"], "data": []}}):
         assert ask(app, form).tree == {"predictions": []}
+        for params in ({"task_weights": {"no_task": 1}}, {"gate_top_k": 0}, {"mask_experts": [99]}, {"explain": "yes"}):
+            answer = ask(app, {**form, "params": params})
+            assert (answer.status, next(iter(params)) in answer.message) == (400, True)
+    assert mlflow_model.predict(None, []) == []
+    with pytest.raises(MlflowException, match="no_task"):
+        mlflow_model.predict(None, [], {"task_weights": {"no_task": 1}})
+
+
+def test_values_of_a_data_frame_are_made_only_where_its_names_and_number_are_right(
+    app: Application, mlflow_model: RankingPythonModel
+) -> None:
+    columns = (pytest.fail("as many values as names times rows") for _ in "ab")
+    with pytest.raises(RequestError, match="unknown column 'a'"):
+        split_rows(mlflow_model.ranker.reader, ["a", "b"], columns, {})
+    says = "the call has 121 candidates in all; this server takes at most 120"
+    assert ask(app, {"dataframe_records": [{"no_column": 1}] * 121}).message.startswith(says)
