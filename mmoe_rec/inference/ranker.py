@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 
 
 class OtherScoresError(UserError):
-    """A model that is as it was written computes something else here: the fault of this machine or its packages."""
+    """A model that is as it was written gives other predictions here: the fault of this machine or its packages."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ class Ranker:
         `models:/NAME@ALIAS`. uri: where MLflow looks it up; None is what `mlflow.set_tracking_uri` was told, or else
         what settings without `tracking.uri` have.
 
-        Raises UserError for one that is incomplete, changed or of another format, or that computes something else here.
+        Raises UserError for one that is incomplete, changed or of another format, or that gives other predictions here.
         """
         folder = Ranker.find_folder(address, uri)
         try:
@@ -149,7 +149,7 @@ class Ranker:
         if difference := before.difference(now, ranker.about.tasks, ranker.calibration):
             others = ", ".join(before.other_versions(now))
             raise OtherScoresError(
-                f"the model in '{folder}' computes something else here than where it was written: for {EXAMPLE}, "
+                f"the model in '{folder}' gives other predictions here than where it was written: for {EXAMPLE}, "
                 f"{difference} ({others or 'by the same versions of torch, numpy and pyarrow'}); "
                 + ("install the versions that it was written with" if others else "use the code that wrote it")
                 + ", or train again here"

@@ -265,7 +265,8 @@ def _fuse(tasks: Sequence[MeasuredTask], predictions: Sequence[pa.ChunkedArray])
     values = np.stack([each.to_numpy() for each in predictions], axis=1)
     if len(tasks) == 1:
         return values[:, 0]
-    return np.log(np.clip(values, 1e-12, None)) @ np.array([task.weight for task in tasks])
+    least = [1e-12 if task.kind == "binary" else 1e-6 for task in tasks]
+    return np.log(np.maximum(values, least)) @ np.array([task.weight for task in tasks])
 
 
 def _find_edges(database: Database, job: MeasureJob) -> Iterator[tuple[str, np.ndarray]]:

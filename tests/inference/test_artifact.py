@@ -142,7 +142,7 @@ def test_other_model_settings_do_not_fit(small: SmallModel, tmp_path: Path) -> N
         seal(folder)
 
 
-# A model that is not as it was written, or computes something else, is refused in one sentence
+# A model that is not as it was written, or gives other predictions, is refused in one sentence
 
 
 @pytest.fixture(scope="module")
@@ -305,7 +305,7 @@ def test_other_scores_than_expected_are_told(folder: Path, where: tuple[Any, ...
     Ranker.load(folder)
     changed_scores(folder, times(1.01, *where))
     told = refusal(folder)
-    assert "computes something else here than where it was written: for example_request.json, " + what in told
+    assert "gives other predictions here than where it was written: for example_request.json, " + what in told
     assert "(by the same versions of torch, numpy and pyarrow); use the code that wrote it, or train again here" in told
 
 

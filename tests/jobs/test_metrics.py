@@ -201,7 +201,7 @@ def test_without_a_score_one_task_ranks_by_its_prediction(tmp_path: Path) -> Non
     found = measured(["bought"], source, tmp_path / "out")
     for name in ("ndcg_at_5", "mrr", "map"):
         assert found["score"][name] == found["tasks"]["bought"][name]
-    fused = np.log(frame["predicted_bought"].clip(1e-12)) + 0.2 * np.log(frame["predicted_stars"].clip(1e-12))
+    fused = np.log(frame["predicted_bought"].clip(1e-12)) + 0.2 * np.log(frame["predicted_stars"].clip(1e-6))
     with_score = written(frame.assign(score=fused), tmp_path / "fused")
     found, expected = (measured(TASKS, each, tmp_path / "out")["score"] for each in (source, with_score))
     assert found == expected

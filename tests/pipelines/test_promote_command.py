@@ -217,7 +217,7 @@ def test_an_alias_that_moves_meanwhile_is_left_alone(world: World, monkeypatch: 
 
 
 def test_a_holder_that_can_not_be_had_here_stays(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An outage, or a machine that computes something else, says nothing about the holder."""
+    """An outage, or a machine that gives other predictions, says nothing about the holder."""
     fetch = registry.fetch_model
 
     def away(address: str, uri: str) -> Path:
@@ -230,7 +230,7 @@ def test_a_holder_that_can_not_be_had_here_stays(world: World, monkeypatch: pyte
         assert run(world, "--challenger", "2") == 2
     load = Ranker.load
 
-    for error in (OtherScoresError("computes something else here"), RuntimeError("can't allocate memory")):
+    for error in (OtherScoresError("gives other predictions here"), RuntimeError("can't allocate memory")):
         with monkeypatch.context() as patch:
             calls = iter([None, error])
 

@@ -203,7 +203,7 @@ def test_a_holder_that_computes_something_else_here_keeps_the_alias(
     world.train(*SLOW, "--training.seed", "9")
     assert holder(world) == "2"
     assert "version 2, which holds 'champion', can't be compared here: the model in " in said(world)[0]
-    assert "computes something else here" in said(world)[0]
+    assert "gives other predictions here" in said(world)[0]
 
 
 def test_a_model_whose_predictions_are_not_finite_takes_no_alias(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
