@@ -234,7 +234,10 @@ def _quiet() -> warnings.catch_warnings:
 
 
 def restore(folder: Path, model: Any, optimizer: Any) -> None:
-    """Fills a sharded model and its optimizers from a checkpoint of any number of ranks. A collective call."""
+    """Fills a sharded model and its optimizers, in place, from a checkpoint of any number of ranks. A collective call.
+
+    optimizer: its state has to be there, as `Optimizers.init_state` makes it.
+    """
     import torch.distributed.checkpoint as dcp
 
     tensors = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}

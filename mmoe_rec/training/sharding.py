@@ -10,7 +10,7 @@ import itertools
 import math
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 from types import SimpleNamespace
@@ -196,15 +196,6 @@ class Optimizers:
         """`state`: name of a parameter -> its state; the tensors are those that are stepped."""
         state = {name: dict(self.dense.state[each]) for name, each in self._named.items() if each in self.dense.state}
         return {"state": {**self._tables.state_dict()["state"], **state}}
-
-    @torch.no_grad()
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Copies what `state_dict` gave, after `init_state`."""
-        found = state["state"]
-        self._tables.load_state_dict({"state": {name: each for name, each in found.items() if name not in self._named}})
-        for name, parameter in self._named.items():
-            for part, tensor in self.dense.state[parameter].items():
-                tensor.copy_(found[name][part])
 
 
 # Which rank holds which part of which table: torchrec's planner, for the running ranks or for any, on paper.

@@ -11,7 +11,7 @@ Row-wise Adagrad (as in fbgemm; Duchi et al. 2011, with one sum of squares for a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -244,13 +244,6 @@ class RowWiseAdagrad:
         return {
             "state": {f"tables.embedding_bags.{name}.weight": {f"{name}.momentum1": each} for name, each in momentum}
         }
-
-    @torch.no_grad()
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Copies what `state_dict` gave."""
-        for table, parts in self.state_dict()["state"].items():
-            for name, part in parts.items():
-                part.copy_(state["state"][table][name])
 
 
 class OneProcess:

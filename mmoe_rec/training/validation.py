@@ -235,8 +235,8 @@ def find_early_end(
     """What follows "the model" where its training seems to have ended too early; None where not.
 
     history: (step, validation), the last one of the last step. Too early is after a few steps, or with a last state
-    that is the best, and better than after half of the steps: after fewer than `SHORT` steps by anything, unless it was
-    started from another model, else by more than a share of `GAIN`.
+    that is the best, and better than after half of the steps: after fewer than `SHORT` steps by what four digits show,
+    unless it was started from another model, else by more than a share of `GAIN`.
     """
     (steps, last), by = history[-1], settings.select_by
     advice = (
@@ -248,7 +248,7 @@ def find_early_end(
     now = last.objective(by, layout)
     before = max((each.objective(by, layout) for step, each in history if 2 * step <= steps + 1), default=now)
     is_short = steps < SHORT and history[0][0] > 0
-    if best_step < steps or now - before <= (0 if is_short else GAIN * abs(before)):
+    if best_step < steps or now - before <= (1e-4 if is_short else GAIN * abs(before)):
         return None
     return (
         f"was still getting better when its training ended: {_name_objective(last, by)} was {abs(before):.4f} after "

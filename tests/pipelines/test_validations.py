@@ -56,6 +56,7 @@ def test_what_should_worry_is_told_after_why_the_state_was_chosen(tmp_path: Path
         (135, [0.61, 0.68], [0.5] * 2, "AUC of click was 0.6100 after half of the 135 steps and is 0.6800; take more"),
         (960, [0.6, 0.68, 0.683, 0.683], [0.5] * 4, ""),
         (80, [0.70, 0.68], [0.5, 0.5], ""),
+        (80, [0.70, 0.70001], [0.5, 0.5], ""),
         (80, [], [0.5, 0.45], "the weighted loss was 0.5000 after half of the 80 steps and is 0.4500; take more"),
         (80, [], [0.5, 0.499], "the weighted loss was 0.5000 after half of the 80 steps and is 0.4990; take more"),
         (800, [], [0.5, 0.499], ""),
