@@ -124,19 +124,6 @@ def test_resume_gives_exactly_the_rest(
     assert position == TOTAL
 
 
-@pytest.mark.parametrize("world_size", [1, 3])
-@pytest.mark.parametrize("row", [0, 12, 31, TOTAL])
-def test_resume_goes_on_through_the_following_epochs(rows: EncodedRows, world_size: int, row: int) -> None:
-    for reader in readers(rows, world_size):
-        expected = [*epoch_of(reader, 1, row), *epoch_of(reader, 2), *epoch_of(reader, 3)]
-        found = list(reader.resume(reader.position(1, row), epochs=4))
-        assert [after for _, after in found] == [after for _, after in expected]
-        for (one, _), (other, _) in zip(found, expected, strict=True):
-            np.testing.assert_array_equal(numbers(one), numbers(other))
-            np.testing.assert_array_equal(one.labels, other.labels)
-        assert list(reader.resume(reader.position(1, row), epochs=1)) == []
-
-
 def test_positions_of_other_rows_seeds_and_windows_are_refused(rows: EncodedRows, tmp_path: Path) -> None:
     write(tmp_path / "rows", [[20, 20, 20, 15]])
     regrouped = EncodedRows(tmp_path / "rows", LAYOUT)

@@ -219,7 +219,7 @@ def test_a_training_begins_at_the_rates_and_a_regression_at_its_mean(prepared: F
         trainer.checkpoints.close()
 
 
-@pytest.mark.parametrize("unit", [2.0**-20, 2.0**20, 1e-20, 1e-3])
+@pytest.mark.parametrize("unit", [2.0**20, 1e-20, 7e18])
 def test_weights_times_any_constant_train_the_same(tmp_path: Path, unit: float) -> None:
     """To the last bit where the constant is a power of two, which rounds nothing."""
     found = [
