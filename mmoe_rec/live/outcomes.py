@@ -41,6 +41,7 @@ from mmoe_rec.settings.sections import Settings, differences
 
 ROWS_PER_FILE = 262_144
 _LONGEST_REQUEST = MICROSECONDS_PER_DAY  # between the parts of a request that are logged apart
+_LONGEST_REPEAT = 30 * MICROSECONDS_PER_DAY  # between an event and the same one sent again
 
 
 @dataclass(frozen=True)
@@ -228,7 +229,10 @@ class _Run:
         ends = []
         for name, source in self.events.items():
             table, section = self.tables[name], self.outcomes.events[name]
-            self._fill("given", source, self.after, f"new events '{name}' of requests that were written before")
+            # An event that is sent again may lie in the time of a later request, if it does not name its own.
+            looks_back = name in self.by_user and EVENT_ID in source.uses
+            start = self.after - _LONGEST_REPEAT * looks_back
+            self._fill("given", source, start, f"new events '{name}' of requests that were written before")
             keys = list(self._keys(name))
             lacking = " OR ".join(f"{source.name(each)} IS NULL" for each in (*keys, section.time))
             user, time, item = map(source.name, (self.columns.user, section.time, self.columns.candidate))
@@ -236,12 +240,13 @@ class _Run:
             event = source.name(EVENT_ID) if EVENT_ID in source.uses else "NULL"
             self.database.run(
                 f"CREATE TABLE {table} AS SELECT *, {first} AS first, {item} AS item, {time} AS time FROM given "
-                f"WHERE NOT ({lacking}) AND {time} <= {self.now} QUALIFY {event} IS NULL "
-                f"OR row_number() OVER (PARTITION BY {user}, {event} ORDER BY {time}, number) = 1"
+                f"WHERE NOT ({lacking}) AND {time} <= {self.now} QUALIFY {time} > {self.after} AND ({event} IS NULL "
+                f"OR row_number() OVER (PARTITION BY {user}, {event} ORDER BY {time}, number) = 1)"
             )
             null, future, rows = self.database.row(
                 f"SELECT count(*) FILTER ({lacking}), "
-                f"count(*) FILTER (NOT ({lacking}) AND {time} > {self.now}), count(*) FROM given"
+                f"count(*) FILTER (NOT ({lacking}) AND {time} > {self.now}), count(*) FROM given "
+                f"WHERE {time} IS NULL OR {time} > {self.after}"
             )
             count, last = self.database.row(f"SELECT count(*), max(time) FROM {table}")
             self.database.run("DROP TABLE given")

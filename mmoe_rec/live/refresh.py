@@ -150,7 +150,10 @@ def _register(settings: Settings, served: AliasHolder, made: Tables, artifact: P
             describe_version(Version(version.name, number, run.run_id), told + as_code(command()), {}, uri)
             now = find_holder(version.name, served.alias, uri)
             if now == version:
-                move_alias(version.name, served.alias, number, uri)
+                # The way back leads to the model that a promotion replaced, not to older tables of the same one.
+                before = registry.get_replaced(version, served.alias, uri)
+                replaced = None if before is None else Version(version.name, before, None)
+                move_alias(version.name, served.alias, number, uri, replaced)
                 now = Version(version.name, number, run.run_id)
             run.set_tags({"refreshed.holds": f"{served.alias}: {now is not None and now.number == number}"})
     except UnreachableError as error:

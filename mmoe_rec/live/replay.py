@@ -43,7 +43,7 @@ from mmoe_rec.log.files import find_files, open_file
 from mmoe_rec.log.given import iso_time
 from mmoe_rec.log.reader import EventRows
 from mmoe_rec.log.rows import LogRows, require_all
-from mmoe_rec.model.score import add_outcomes, scores_from_logs
+from mmoe_rec.model.score import SMALLEST_VALUE, add_outcomes, scores_from_logs
 from mmoe_rec.point_in_time.arrays import SharedRagged
 from mmoe_rec.point_in_time.join import in_window
 from mmoe_rec.preprocessing.exchange import ResultReader, join_results, take
@@ -61,8 +61,7 @@ REPORT = "replay.json"
 TOLERANCE = 1e-5
 """Predictions and scores may differ by this, times their size above 1: libraries sum products in different orders."""
 RELATIVE_TOLERANCE = 1e-3
-"""Probabilities, and scores made of these alone, may differ by this share of themselves at most, as small ones are
-never far apart."""
+"""Probabilities and scores may differ by this share of themselves at most, as small ones are never far apart."""
 EXAMPLES = 3
 EVENTS_AT_A_TIME = 2_000
 """Events of a batch, at most."""
@@ -182,13 +181,14 @@ class Period:
     rows: with what counters and histories say of them, in the order of request time, request and place in the log, and
     with digests, predictions and scores under the names of the log of requests; starts: (R + 1,) where each request's
     rows begin; times: (R,) microseconds; logs: events of the interaction log, which are the same rows, and of each
-    named log.
+    named log; weights: of regressions in the score.
     """
 
     rows: LogRows
     starts: np.ndarray
     times: np.ndarray
     logs: tuple[LogEvents, ...]
+    weights: Mapping[str, float]
 
 
 def read_period(logs: Logs, model: Path, window: tuple[int, int], scratch: Path) -> Period:
@@ -234,7 +234,8 @@ def read_period(logs: Logs, model: Path, window: tuple[int, int], scratch: Path)
     happened = LogEvents(None, times, interactions), *(_read_events(log, window) for log in logs.events)
     for log in logs.all:
         log.check_unchanged()
-    return Period(rows, starts, times[starts[:-1]], happened)
+    weights = {task.name: task.score_weight for task in ranker.layout.tasks if task.kind != "binary"}
+    return Period(rows, starts, times[starts[:-1]], happened, weights)
 
 
 def _check(rows: int, first: int, last: int, window: tuple[int, int]) -> None:
@@ -466,7 +467,6 @@ def compare(
     if lacking := {*dict(columns), names.WEIGHTS} - {*logged.column_names}:
         told = f"the logged requests have no column '{min(lacking)}': another version of the server logged them"
         raise UserError(told)
-    regressions = {name for name, task in pipeline.schema.tasks.items() if task.kind != "binary"}
     compared.append(_compare_candidates(period, logged, wrong_replies))
     for column, prefix in columns:
         kind, name = kinds[prefix], column.removeprefix(prefix) or "score"
@@ -474,8 +474,10 @@ def compare(
         is_wrong = served != offline
         if kind != "feature":
             served, offline = served.astype(np.float64), offline.astype(np.float64)
+            if kind == "score":
+                offline = _score_of_served(offline, logged, period, row)
             difference, allowed = np.abs(served - offline), TOLERANCE * np.maximum(1.0, np.abs(offline))
-            if not (regressions if kind == "score" else regressions & {name}):
+            if kind == "score" or name not in period.weights:
                 allowed = np.minimum(allowed, RELATIVE_TOLERANCE * offline)
             is_wrong = ~(difference <= allowed)
             largest = float(difference.max()) if np.isfinite(difference).all() else None
@@ -492,6 +494,18 @@ def compare(
             examples.append(example)
         compared.append(ValueComparison(name, kind, len(row), len(wrong), largest, examples))
     return compared
+
+
+def _score_of_served(scores: np.ndarray, logged: pa.Table, period: Period, row: np.ndarray) -> np.ndarray:
+    """(M,) scores of the log's rows, but with the served values of regressions, which are compared for themselves: what
+    rounding does to a small one may be much of it, and so of the score."""
+    for task, weight in period.weights.items():
+        served, offline = (
+            np.maximum(table[f"{names.PREDICTED}{task}"].to_numpy().astype(np.float64), SMALLEST_VALUE)
+            for table in (logged, period.rows.table)
+        )
+        scores = scores * (served / offline[row]) ** weight
+    return scores
 
 
 def _compare_candidates(period: Period, logged: pa.Table, wrong_replies: Mapping[int, str] | None) -> ValueComparison:

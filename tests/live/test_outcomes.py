@@ -167,6 +167,9 @@ def test_runs_write_each_request_once_and_in_order(tmp_path: Path, outcomes: dic
     """Files come day by day: what is written after each is what loops over all rows give, up to what had ended."""
     world, about = drawn_world(seed), settings(outcomes)
     edges = [START + round(hours * HOUR) for hours in (0, 20, 40, 40.5, 70, 90, 210)]
+    for name in (each for each, given in outcomes["events"].items() if "request" not in given):
+        again = random.Random(seed).sample(world.events[name][:-1], 20)  # sent again, with a later time
+        world.events[name] += [{**row, "at": row["at"] + 26 * HOUR} for row in again]
     before: list[Any] = []
     for since, until in pairwise(edges):
         for name in outcomes["events"]:  # something always happens, so that all before is known

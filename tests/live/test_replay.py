@@ -78,7 +78,7 @@ def model_of(work: Path) -> SmallModel:
     times = {"views": "viewed_at", "carts": "time"}
     events = {name: {"path": str(work / name), "time": time} for name, time in times.items()}
     data = {"log": str(work / "log"), "work": str(work), "events": events}
-    tasks = {**BASE["tasks"], "spent": {**BASE["tasks"]["spent"], "score_weight": 0}}
+    tasks = {**BASE["tasks"], "spent": {**BASE["tasks"]["spent"], "score_weight": 0.1}}
     shuffled = log.take(pa.array(np.random.default_rng(1).permutation(len(log))))
     return SmallModel(
         work,
