@@ -216,8 +216,15 @@ class _Scoring:
         start, end = ("any time" if each is None else format_time(each) for each in self.window)
         return UserError(f"no row of '{self.source}' was requested from {start} to {end}; change --start and --end")
 
-    def _job(self, facts: Mapping[str, Any]) -> ScoreJob:
-        return ScoreJob(
+    def _score_parts(self, engine: Engine, parts: Sequence[LogPart], facts: Mapping[str, Any]) -> dict[int, int]:
+        """Scores the parts that no run before has scored; gives numbers of parts that have rows to score, and how
+        many."""
+        files = [self.out.part(number, "parquet") for number in range(len(parts))]
+        left = [(number, part) for number, part in enumerate(parts) if not files[number].exists()]
+        if len(left) < len(parts):
+            done = f"{len(parts) - len(left):,} of {len(parts):,} parts are scored"
+            say(f"going on with a run that was cut short: {done}")
+        job = ScoreJob(
             model=self.artifact,
             version=self.constants["model_version"],
             products=facts["products"],
@@ -228,16 +235,7 @@ class _Scoring:
             learnt=self.learnt,
             out=self.out,
         )
-
-    def _score_parts(self, engine: Engine, parts: Sequence[LogPart], facts: Mapping[str, Any]) -> dict[int, int]:
-        """Scores the parts that no run before has scored; gives numbers of parts that have rows to score, and how
-        many."""
-        files = [self.out.part(number, "parquet") for number in range(len(parts))]
-        left = [(number, part) for number, part in enumerate(parts) if not files[number].exists()]
-        if len(left) < len(parts):
-            done = f"{len(parts) - len(left):,} of {len(parts):,} parts are scored"
-            say(f"going on with a run that was cut short: {done}")
-        function, total = partial(score_part, self._job(facts)), self.logs.log.rows
+        function, total = partial(score_part, job), self.logs.log.rows
         with bar() as progress:
             task = progress.add_task("scoring", total=total, completed=total - sum(part.rows for _, part in left))
             for (_, part), _ in zip(left, engine.map(function, left, lasting=True), strict=True):

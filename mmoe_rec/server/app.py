@@ -229,13 +229,9 @@ class Params(BaseModel):
 
 
 class Invocation(BaseModel):
-    """A call."""
-
-    model_config = ConfigDict(extra="forbid")
+    """A call; `_describe` adds data frames."""
 
     inputs: list[Request] = Field(description="requests, each of which gets one ranking")
-    dataframe_records: list[Any] = Field(description="a row for each candidate, and a row of predictions for each")
-    dataframe_split: Any = Field(description="the same as names of columns, and rows of their values")
     params: Params | None = None
 
 
@@ -352,13 +348,14 @@ def _describe(
     of_frame = {"top_k": {"type": "null"}, "explain": {"enum": [False, None]}}  # whose reply has a row for each
     params = {"type": ["object", "null"], "properties": schemas["Params"]["properties"] | of_frame}
     schemas["Row"] = {**_CLOSED, "properties": row, "required": required}
-    call["dataframe_records"]["items"] = {"$ref": "#/components/schemas/Row"}
+    what = "a row for each candidate, and a row of predictions for each"
+    records = {"type": "array", "items": {"$ref": "#/components/schemas/Row"}, "description": what}
     names = {"type": "array", "items": {"enum": [*row]}, "uniqueItems": True}
     names["allOf"] = [{"contains": {"const": name}} for name in required]
-    data = {"type": "array", "items": {"type": "array"}}
-    split = {"type": "object", "properties": {"columns": names, "data": data}, "required": ["columns", "data"]}
-    forms = {"inputs": (call["inputs"], call["params"]), "dataframe_records": (call["dataframe_records"], params)}
-    forms["dataframe_split"] = {**call["dataframe_split"], **split}, params
+    data = {"columns": names, "data": {"type": "array", "items": {"type": "array"}}}
+    split = {"type": "object", "properties": data, "required": [*data], "description": "the same, names once"}
+    forms = {"inputs": (call["inputs"], call["params"]), "dataframe_records": (records, params)}
+    forms["dataframe_split"] = split, params
     calls = [
         {**_CLOSED, "properties": {name: form, "params": its}, "required": [name]}
         for name, (form, its) in forms.items()

@@ -424,26 +424,15 @@ def test_predictions_of_other_rows_are_not_compared(tmp_path: Path) -> None:
         [
             (frame.assign(label_bought=wrong), r"on the same rows \(labels of 'bought' of \d+ of 97 users differ"),
             (frame.head(2000), r"not measured on the same rows \(3,000 rows of 97 users, and 2,000 of 97\)"),
-            (
-                frame.drop(columns="candidate"),
-                "has no column 'candidate', and the predictions that it is compared with",
-            ),
-            (
-                frame.rename(columns={"predicted_bought": "p_bought"}),
-                "'predicted_bought'.*; name another one with --against-columns predicted_bought=COLUMN",
-            ),
-            (
-                frame.assign(user=frame["user"].astype(str)),
-                r"not measured on the same rows \(the users of rows differ, which are int64 and string\)",
-            ),
+            (frame.drop(columns="candidate"), "has no column 'candidate', and the predictions that it is compared"),
+            (frame.rename(columns={"predicted_bought": "p"}), "one with --against-columns predicted_bought=COLUMN"),
+            (frame.assign(user=frame["user"].astype(str)), r"users of rows differ, which are int64 and string\)"),
             (frame.assign(user=frame["user"] + 1000), r"\(the users of rows differ\)"),
         ]
     ):
         with pytest.raises(UserError, match=told):
             measured(TASKS, source, out, against=[str(written(other, tmp_path / str(number)))])
-    with pytest.raises(
-        UserError, match="is given twice, and would be compared with itself; give --against another one"
-    ):
+    with pytest.raises(UserError, match="is given twice, and would be compared with itself; give --against another"):
         measured(TASKS, source, out, against=[source])
     assert not (out / "metrics.json").exists()
     assert not (out / "sums").exists()

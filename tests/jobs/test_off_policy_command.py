@@ -126,17 +126,9 @@ def test_users_are_of_one_type(tmp_path: Path, capsys: pytest.CaptureFixture) ->
         ({}, ["target=p_new", "predicted_clicked=q"], "has no column 'expected_clicked'; name another one with"),
         ({"q": 60.0}, [*MODELLED], "column 'q' of "),
         ({}, ["goal=p_new"], "--columns goal=p_new: expected PART=COLUMN, where PART is one of "),
-        (
-            {"propensity": 1e-200},
-            ["target=p_new"],
-            "column 'propensity' must hold a probability, 1e-50 to 1, found 1e-200 (the first is row 0",
-        ),
+        ({"propensity": 1e-200}, ["target=p_new"], "a probability, 1e-50 to 1, found 1e-200 (the first is row 0"),
         ({"p_new": 1.5}, ["target=p_new"], "column 'p_new' must hold a probability, found 1.5 (the first is row 0"),
-        (
-            {"label_clicked": np.inf},
-            ["target=p_new"],
-            "column 'label_clicked' must hold a number or null where it is unobserved, found inf",
-        ),
+        ({"label_clicked": np.inf}, ["target=p_new"], "'label_clicked' must hold a number or null where it is unobs"),
         ({"user": None}, ["target=p_new"], "column 'user' holds null (the first is row 0"),
     ],
 )
