@@ -102,7 +102,9 @@ def estimate(choices: LoggedChoices, resamples: int, seed: int = 0) -> PolicyEst
 
     # The effective number of units is that by their rows or their weights, whichever is less.
     sizes = {cap: min(effective_sample_size(of[0]), effective_sample_size(of[2])) for cap, of in sums.items()}
-    values = {key: each.interval(sizes[key[0]]) for key, each in resample(at, len(keys), resamples, seed).items()}
+    shares = ("logged", "snips") if ((known.label >= 0) & (known.label <= 1)).all() else ()
+    resampled = resample(at, len(keys), resamples, seed)
+    values = {key: each.interval(sizes[key[0]], key[1] in shares) for key, each in resampled.items()}
     mean, apart = values[None, "weight"], values.get((None, "apart"), UNDEFINED)
     effective = effective_sample_size(weight) if weight.any() else 0.0
     refusal = find_refusal(rows, effective, mean)

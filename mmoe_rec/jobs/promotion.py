@@ -24,7 +24,7 @@ from mmoe_rec.evaluation.comparison import BETTER, Results
 from mmoe_rec.evaluation.summary import SCORE
 from mmoe_rec.inference.artifact import Source
 from mmoe_rec.jobs.evaluate import PROMOTION, check_tasks, evaluate_found, rows_to_measure, score_by
-from mmoe_rec.jobs.slicing import Slicing
+from mmoe_rec.jobs.slicing import Slicing, TrainingRows
 from mmoe_rec.preprocessing.prepare import FeatureFolder
 from mmoe_rec.progress import say
 from mmoe_rec.settings.sections import Settings
@@ -151,9 +151,10 @@ def _judge_rows(
     from mmoe_rec.report.sentences import describe_verdict
 
     rules, (name, its_name), models = settings.evaluation, scored, dict[str, MeasuredModel]()
-    # What columns of placement slice is guarded only where it is named, so the log is not read for it.
-    asked = settings.model_copy(update={"evaluation": rules.model_copy(update={"slices": rules.slices or ()})})
-    slicing = Slicing() if rules.guarded_slices == () else Slicing.of(asked, artifact)
+    if rules.slices is None and rules.guarded_slices is None:
+        slicing = Slicing(TrainingRows.of(settings))  # columns of placement are guarded only where they are named
+    else:
+        slicing = Slicing() if rules.guarded_slices == () else Slicing.of(settings, artifact)
     for each, rows in scored.items():
         sums = rows.measure()
         models[each] = MeasuredModel(sums, summarise(sums, _RESAMPLES), slices=slicing.measure(rows, sums))

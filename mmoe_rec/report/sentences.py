@@ -104,7 +104,7 @@ def describe_verdict(compared: Comparison, other: str, summary: Summary) -> str:
     if verdict.kind == HELD_BACK:
         failed = "; ".join(describe_guard(each, other, compared.rules) for each in verdict.guards if not each.passed)
         beats = f"although {what} is {which} than that of '{other}' by {size}"
-        return f"'{compared.model}' is not called better, {beats}: {failed}"
+        return f"'{compared.model}' is not called better, {beats}: {failed}{describe_tries(compared)}"
     is_what = "worse" if verdict.kind == WORSE else "better"
     return f"'{compared.model}' is {is_what} than '{other}': {what} is {which} by {size}{describe_tries(compared)}"
 

@@ -200,6 +200,10 @@ def test_decisions_on_the_same_rows_share_one_level() -> None:
     assert sum(level_after(tried) for tried in range(100_000)) / 2 == pytest.approx(LEVEL, rel=1e-4)
     again = replace(compared(replace(apart(0.0007, 1.96e-3), p_corrected=0.5), judged=()), tried=2)
     assert verdict(again).detectable == pytest.approx(1e-3 * (norm.isf(0.05 / 12) + norm.isf(0.1)), rel=1e-4)
+    told = " (2 decisions on these rows promoted no model before, so the level of this one is 0.83%, not 5%)"
+    for found in (apart(0.003, 0.002), apart(0.003, 0.004), apart(-0.003, 0.002)):
+        for groups in ({"bought": {"auc": apart(0.001, 0.002)}}, {}):  # the latter holds back
+            assert sentence(replace(compared(found, **groups), tried=2)).endswith(told)
 
 
 def test_a_gain_that_is_not_shown_once_corrected_says_so() -> None:
