@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -16,8 +15,10 @@ _WIDE = 160  # columns
 
 def open_console(stderr: bool = False) -> Console:
     """A console on stdout or stderr. What goes into a file or a pipe is not cut as on a narrow terminal."""
-    is_terminal = (sys.stderr if stderr else sys.stdout).isatty()
-    return Console(stderr=stderr, width=None if is_terminal or "COLUMNS" in os.environ else _WIDE)
+    console = Console(stderr=stderr)
+    if not console.file.isatty() and "COLUMNS" not in os.environ:  # of rich, as Python has no stream where it is closed
+        console.width = _WIDE
+    return console
 
 
 console = open_console(stderr=True)

@@ -1,4 +1,4 @@
-"""The progress bar: a step with nothing to do does not stand at 0% for ever."""
+"""The progress bar and consoles: a step with nothing to do does not stand at 0% for ever, and no stream is needed."""
 
 import io
 from itertools import pairwise
@@ -24,3 +24,12 @@ def test_a_build_without_counters_and_histories_shows_no_bar_for_them(
     assert "encoding" in shown.getvalue()
     assert "counters and histories" not in shown.getvalue()
     assert "\n\n" not in shown.getvalue().replace("\r", "")
+
+
+def test_without_a_terminal_lines_are_wide_and_a_closed_stream_takes_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    for stream in (io.StringIO(), None):  # None as Python has it after `2>&-`
+        monkeypatch.setattr("sys.stderr", stream)
+        console = progress.open_console(stderr=True)
+        console.print("x" * 150)
+        assert console.width == 160
