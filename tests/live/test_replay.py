@@ -78,7 +78,8 @@ def model_of(work: Path) -> SmallModel:
     times = {"views": "viewed_at", "carts": "time"}
     events = {name: {"path": str(work / name), "time": time} for name, time in times.items()}
     data = {"log": str(work / "log"), "work": str(work), "events": events}
-    tasks = {**BASE["tasks"], "spent": {**BASE["tasks"]["spent"], "score_weight": 0.1}}
+    weights = {"click": 10, "spent": 0.1}  # scores are small, and a regression enters them
+    tasks = BASE["tasks"] | {name: {**BASE["tasks"][name], "score_weight": each} for name, each in weights.items()}
     shuffled = log.take(pa.array(np.random.default_rng(1).permutation(len(log))))
     return SmallModel(
         work,
@@ -262,6 +263,26 @@ def test_one_wrong_reply_is_found(world: World, tmp_path: Path, name: str) -> No
     assert done
     assert {found_in} <= wrong(compared).keys() <= {found_in, "score"}
     assert compared[found_in].examples[0]["candidate"] in world.short.rows.table["item"].to_pylist()
+
+
+def test_an_event_that_is_swallowed_is_found_and_its_values_are_shown(world: World, tmp_path: Path) -> None:
+    def plant(server: Recorded) -> None:
+        send, lost = server.send, list[str]()
+
+        def lose_first(table: pa.Table, log: str | None) -> None:
+            if log == "carts" and not lost:
+                lost.append(log)
+                table = table.slice(1)
+            if len(table):
+                send(table, log)
+
+        server.send = lose_first  # type: ignore[method-assign]
+
+    compared, _ = world.replayed(tmp_path, plant, explain=True)
+    assert {"carts"} <= wrong(compared).keys() <= {"carts", *PREDICTED}
+    for example in compared["carts"].examples:
+        assert example["served"].keys() == example["offline"].keys() != set()
+        assert example["served"] != example["offline"]
 
 
 def test_a_reply_that_is_not_logged_is_found(world: World, tmp_path: Path) -> None:
