@@ -75,6 +75,8 @@ def metrics(
         rows, rules, options = columns_of_settings(settings), settings.evaluation, build_options(settings)
         placement = settings.roles.placement
         if rules.guarded_slices is not None:
+            if against and (left := [each for each in rules.guarded_slices if each not in slices]):
+                say(f"evaluation.guarded_slices names '{left[0]}', which guards nothing here unless --slices names it")
             sliced = tuple(each for each in rules.guarded_slices if each in slices)
             rules = rules.model_copy(update={"guarded_slices": sliced})
         weighed = settings.training.sampling_correction == "weights"

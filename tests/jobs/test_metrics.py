@@ -53,7 +53,7 @@ def measured(
     return summary_tree(metrics.measure_predictions(columns, str(source), out, rules, options, against).first.summary)
 
 
-RATE = ["--columns.sampling_rate", "rate"]
+RATE, GUARDED = ["--columns.sampling_rate", "rate"], ["--evaluation.guarded_slices", '["user"]']
 
 
 def predicted(seed: int, rows: int = 3_000, text: bool = False) -> pd.DataFrame:
@@ -352,6 +352,7 @@ def test_results_do_not_lie_among_the_predictions(tmp_path: Path, monkeypatch) -
         (["--tasks", "a", "--columns", "user"], "--columns user: expected PART=COLUMN"),
         ([], "give the tasks by --config C or by --tasks, one of the two"),
         (["--config", "configs/synthetic.yaml", "--training.sampling_correction", "weights", *RATE], "columns weight="),
+        (["--config", "configs/synthetic.yaml", "--against", "b", *GUARDED], "names 'user', which guards nothing here"),
     ],
 )
 def test_wrong_words_are_told(words: list[str], message: str, tmp_path: Path, capsys) -> None:
