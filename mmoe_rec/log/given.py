@@ -23,6 +23,7 @@ _EPOCH, _MICROSECOND = datetime(1970, 1, 1, tzinfo=UTC), timedelta(microseconds=
 _INT64 = range(-(2**63), 2**63)
 _PER_UNIT = {"s": 1_000_000, "ms": 1_000, "us": 1}
 _NUMBERS = {list, bool, int, float, type(None)}
+_JSON = {*_NUMBERS, str, dict}
 # Beyond these years, not every time zone database gives an hour and weekday.
 _YEARS = (1700, 2200)
 _KEYS = {"integer": pa.int64(), "string": pa.string()}
@@ -85,11 +86,9 @@ def to_arrow(
     if use == "time":
         return pa.array([_microseconds_or_none(column, value, time_unit) for value in values], UTC_MICROSECONDS)
     is_list, wanted = use in ("keys", "vector"), _wanted(use, expected)
-    if is_list:
-        values = [plain(value) for value in values]
-    found = set(map(type, values))
-    if list in found:
-        found |= set(map(type, chain.from_iterable(each for each in values if isinstance(each, list))))
+    if (found := _types(values)) - _JSON:
+        values = [plain_option(plain(value)) for value in values]
+        found = _types(values)
     if bool in found and not booleans:
         raise _mismatch(column, values, wanted)
     try:
@@ -108,6 +107,14 @@ def to_arrow(
     if expected is not None and not pt.is_null(array.type) and element_type(array.type) != element_type(expected):
         raise _mismatch(column, values, wanted)
     return array
+
+
+def _types(values: Sequence[Any]) -> set[type]:
+    """The types of values, and of those in lists."""
+    found = set(map(type, values))
+    if list in found:
+        found |= set(map(type, chain.from_iterable(each for each in values if isinstance(each, list))))
+    return found
 
 
 def value_schema(

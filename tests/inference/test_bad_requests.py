@@ -283,6 +283,9 @@ def test_lists_in_a_column(ranker: Ranker) -> None:
             "column 'item' must hold integers, as in the log; found strings: give 12",
         ),
         ("item", np.array([2**63] * 5, np.uint64), "column 'item' holds 9223372036854775808, which does not fit"),
+        ("item", [np.True_] * 5, "column 'item' must hold integers, as in the log; found true/false"),
+        ("price", [1.0, np.True_, 1, 1, 1], "column 'price' must hold numbers; found numbers with a fraction and true"),
+        ("tags", [(True,)] * 5, "column 'tags' must hold lists of strings, as in the log; found lists of true/false"),
         ("brand", np.array([b"x"] * 5), "column 'brand' must hold strings, as in the log; found bytes"),
     ],
 )
