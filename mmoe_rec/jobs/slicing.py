@@ -114,6 +114,8 @@ class LogColumns:
                 parts.append(pa.table({name: rows.column(name) for name in columns}).filter(pa.array(there)))
         hashes = np.concatenate(keys) if keys else np.empty(0, np.uint64)
         order = np.argsort(hashes, kind="stable")
+        if len(order) > len(wanted):  # rows that came again count once
+            order = order[np.unique(hashes[order], return_index=True)[1]]
         if not np.array_equal(hashes[order], wanted):
             skipped = log.left_out
             why = f" ({len(skipped):,} files are left out, such as: {skipped[0].reason})" if skipped else ""

@@ -120,8 +120,9 @@ def _in_ranking(name: str, task: GroupSummary, bins: Sequence[Mapping[str, float
         if positives >= FEWEST and _is_right_in_sum(task):
             weight, mean = (np.array([each[of] for each in bins]) for of in ("weight", "mean_predicted"))
             own = float(auc_of_counts(weight * mean, weight * (1 - mean)))  # were each row positive as often as it says
+            own = 0.5 if np.isnan(own) else own  # all are 1, or all are 0
             promise = f"an AUC of {own:.2f} if each were right"
-            usual = "as is usual where the other rows were sampled by popularity"
+            usual = "as is usual of popularity where negatives were sampled by it"
             why = f"; its probabilities hardly differ ({promise}), {usual}"
             if own - (auc.value if auc.high is None else auc.high) > PROMISE:
                 joined = "as where labels or predictions were joined to the wrong rows"

@@ -140,7 +140,7 @@ def rate_items(frame: pd.DataFrame) -> pd.DataFrame:
         (
             rate_items,
             "chance",
-            r"hardly differ \(an AUC of 0.5. if each were right\), as is usual where the other rows",
+            r"hardly differ \(an AUC of 0.5. if each were right\), as is usual of popularity where",
         ),
         (join_other_requests, "within requests", "joined to rows of other requests"),
         (turn_users_round, "within users", "but the rows of a user worse than by chance"),

@@ -132,6 +132,16 @@ def test_rows_that_the_log_no_longer_has_are_told(world: World, tmp_path: Path) 
     pq.write_table(log.filter(pa.compute.less(log["request"], last["request"][0])), tmp_path / "log" / "0.parquet")
     model = world.folder / "work" / "model"
     columns = LogColumns.of(other, model)
+    pq.write_table(log, tmp_path / "log" / "again.parquet")
+    found = []
+    for asked in (settings, other):  # the second has a file that came again, whose rows count once
+        columns_of_all = LogColumns.of(asked, model)
+        assert columns_of_all is not None
+        sliced = columns_of_all.read(scored)
+        assert sliced is not None
+        found.append({name: rows.tolist() for name, rows in sliced.places["device"].items()})
+    assert found[0] == found[1]
+    (tmp_path / "log" / "again.parquet").unlink()
     assert columns is not None
     with pytest.raises(UserError, match=f"of the {len(scored.users):,} rows that are measured, the log '.*' has "):
         columns.read(scored)
