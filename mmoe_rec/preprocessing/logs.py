@@ -316,11 +316,14 @@ def _changes(taken: HeldLog, log: Log) -> Changes:
         now = log.found.get(at, file)
         if now.version != file.version and now.bytes == file.bytes and file.checksum is not None:
             files[at] = replace(file, version=now.version if find_checksum(now) == file.checksum else file.version)
-    copies = find_copies([file for at, file in usable.items() if at not in files], files)
-    for at, other in copies.items():
-        # A journal tells by its files' names what they hold.
-        if other in files and other not in log.found and read_journal_name(at) == read_journal_name(other):
-            files[at] = replace(files.pop(other), address=at, version=usable[at].version)
+    lost = {at for at, file in files.items() if at not in log.found or not _same(file, log.found[at])}
+    copies = find_copies([file for at, file in usable.items() if at not in files or at in lost], files)
+    # A journal tells by its files' names what they hold.
+    moved = {of: at for at, of in copies.items() if of in lost and read_journal_name(at) == read_journal_name(of)}
+    while taken_up := [of for of, at in moved.items() if at in files.keys() - moved.keys()]:
+        moved = {of: at for of, at in moved.items() if of not in taken_up}  # a name of rows that are nowhere else
+    there = {at: replace(files[of], address=at, version=usable[at].version) for of, at in moved.items()}
+    files = {at: file for at, file in files.items() if at not in moved} | there
     changes = Changes(HeldLog(files, taken.left_out, taken.types), copies)
     for at, file in files.items():
         if at not in log.found:

@@ -170,14 +170,18 @@ def _deliver_again(log: Growing, how: str, monkeypatch: pytest.MonkeyPatch) -> N
         old = log.folder / name / "99.parquet"
         if how in ("copy", "link"):
             shutil.copyfile(old, old.with_name("0.parquet"))
-        if how == "name":
+        if how in ("name", "swap"):
             old.rename(old.with_name("0.parquet"))
+        if how == "swap":
+            old.with_name("98.parquet").rename(old)
+            old.with_name("0.parquet").rename(old.with_name("98.parquet"))
         for path in old.parent.iterdir() if how == "time" else ():
             os.utime(path)
 
 
-@pytest.mark.parametrize("how", ["copy", "name", "link", "relative", "time"])
+@pytest.mark.parametrize("how", ["copy", "name", "swap", "link", "relative", "time"])
 def test_a_file_that_is_delivered_again_counts_once(growing, tmp_path, monkeypatch, capsys, how):
+    """Also where others take its name: another old file, or that of the next day, as with a newest one that rotates."""
     whole = Growing(tmp_path / "whole")
     for start, end in FIRST_DAYS:
         whole.add(start, end)
@@ -193,6 +197,9 @@ def test_a_file_that_is_delivered_again_counts_once(growing, tmp_path, monkeypat
         )
         for log in (growing, whole):
             log.add(end - 2, end)
+            if how == "name" and log is growing and end == 10:
+                for name in ("log", "events"):
+                    (log.folder / name / "97.parquet").rename(log.folder / name / "99.parquet")
             extended = log.extend(LATER)
             assert extended.gone == []
         prepared, reference = (FeatureFolder(log.work / "features") for log in (growing, whole))
