@@ -41,7 +41,7 @@ from mmoe_rec.live import journal_files as files
 from mmoe_rec.live.journal import Journal
 from mmoe_rec.locks import writing
 from mmoe_rec.log.checks import format_time
-from mmoe_rec.log.files import find_files
+from mmoe_rec.log.files import find_checksum, find_files
 from mmoe_rec.log.given import iso_time, microseconds
 from mmoe_rec.log.rows import MICROSECONDS_PER_DAY, require_all
 from mmoe_rec.preprocessing.checks import check_apart
@@ -228,9 +228,12 @@ def _check_one_way(settings: Settings, taken: HeldFiles | None) -> None:
     """
     if settings.schema_.columns.request is not None or taken is None:
         return
-    recorded = taken.logs[0].files.keys() | taken.logs[0].left_out.keys()
+    held = taken.logs[0]
+    recorded, known = held.files.keys() | held.left_out.keys(), {each.checksum for each in held.files.values()} - {None}
     for file in find_files(settings.data.log):
-        if file.address not in recorded and read_journal_name(file.address) is None:
+        if file.address in recorded or read_journal_name(file.address) is not None:
+            continue
+        if find_checksum(file) not in known:  # of another name, place or time
             raise UserError(
                 f"'{file.address}' is new in the log, and no file of the journal: as requests have no ids, rows that "
                 "came both ways would count twice; if none did, run refresh without --journal once, which takes the "

@@ -390,6 +390,9 @@ def test_without_requests_ids_new_files_of_another_program_are_refused(
 ) -> None:
     model = RefreshedModel(tmp_path)
     app = _refreshed_once(model)
+    old = next(path for path in model.log.glob("*.parquet") if "journal" not in path.name)
+    old.rename(model.log / "renamed.parquet")
+    model.take_in()
     _sent(app, as_json(model._days(11, 12)))
     model.add(10, 11)
     assert "days 10 to 11.parquet' is new in the log" in model.refused(capsys, "--journal", str(model.journal))
