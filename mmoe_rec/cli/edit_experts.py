@@ -25,12 +25,7 @@ from mmoe_rec.errors import UserError
 @click.option("--mask", type=int, metavar="E", help="number of the expert to put out of use")
 @out_option("data.work/edited", "where the edited model goes")
 def edit_experts(
-    configuration: Configuration,
-    model: str,
-    add: int | None,
-    remove: int | None,
-    mask: int | None,
-    out: Path | None,
+    configuration: Configuration, model: str, add: int | None, remove: int | None, mask: int | None, out: Path | None
 ) -> None:
     settings = configuration.settings
     uri, name = settings.tracking.address, settings.registered_model

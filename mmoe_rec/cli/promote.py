@@ -27,11 +27,7 @@ REFUSED = 1
 @click.option("--slower-at-most", type=NumberBetween(0.1, 1000), default=1.5, metavar="X", help="times as slow (1.5)")
 @out_option("data.work/promotion")
 def promote(
-    configuration: Configuration,
-    challenger: str | None,
-    rollback: bool,
-    slower_at_most: float,
-    out: Path | None,
+    configuration: Configuration, challenger: str | None, rollback: bool, slower_at_most: float, out: Path | None
 ) -> None:
     if (challenger is None) != rollback:
         raise UserError("give the version that is to be promoted with --challenger, or --rollback alone")

@@ -14,14 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.evaluation.intervals import (
-    Difference,
-    Interval,
-    Values,
-    effective_sample_size,
-    find_difference,
-    resample,
-)
+from mmoe_rec.evaluation.intervals import Difference, Interval, Values, effective_sample_size, find_difference, resample
 from mmoe_rec.evaluation.metrics.metric import ratio
 from mmoe_rec.evaluation.metrics.ranking import RankedLists, ndcg, ranks_nothing
 from mmoe_rec.evaluation.sums import units_of

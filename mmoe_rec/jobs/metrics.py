@@ -28,14 +28,7 @@ from mmoe_rec.evaluation.slices import MOST_VALUES, SliceBy, Slices
 from mmoe_rec.evaluation.summary import MeasuredModel
 from mmoe_rec.evaluation.sums import MOST_UNITS, EvaluationSums, MeasuredTask, join_sums, measure
 from mmoe_rec.jobs.places import check_out, short_names
-from mmoe_rec.jobs.prediction_files import (
-    JOINED,
-    WEIGHT,
-    Footer,
-    PredictionColumns,
-    find_key_types,
-    read_rows,
-)
+from mmoe_rec.jobs.prediction_files import JOINED, WEIGHT, Footer, PredictionColumns, find_key_types, read_rows
 from mmoe_rec.jobs.score_files import learnt_from
 from mmoe_rec.locks import writing
 from mmoe_rec.log.checks import BadFile

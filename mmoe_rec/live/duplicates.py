@@ -16,14 +16,7 @@ import pyarrow as pa
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.live.journal import Batch
-from mmoe_rec.log.columns import (
-    UTC_MICROSECONDS,
-    column_uses,
-    combine,
-    event_uses,
-    hash_column,
-    list_label_columns,
-)
+from mmoe_rec.log.columns import UTC_MICROSECONDS, column_uses, combine, event_uses, hash_column, list_label_columns
 from mmoe_rec.log.files import first_line
 from mmoe_rec.log.reader import event_rows
 from mmoe_rec.log.rows import MICROSECONDS_PER_DAY, LogRows, maturity

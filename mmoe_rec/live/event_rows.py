@@ -30,13 +30,7 @@ from mmoe_rec.log.columns import canonical, element_type, list_label_columns
 from mmoe_rec.log.files import first_line
 from mmoe_rec.log.given import check_finite, microseconds, to_arrow, value_schema
 from mmoe_rec.log.rows import LogRows
-from mmoe_rec.log.values import (
-    LARGEST,
-    event_value_checks,
-    find_first_fault,
-    log_value_checks,
-    take_part,
-)
+from mmoe_rec.log.values import LARGEST, event_value_checks, find_first_fault, log_value_checks, take_part
 from mmoe_rec.point_in_time.arrays import one_array
 from mmoe_rec.settings.columns import Use
 from mmoe_rec.settings.schema import Remembering, Schema

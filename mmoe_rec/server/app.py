@@ -52,11 +52,7 @@ class Application:
     """The ASGI application of a worker, and the parts that others ask about it."""
 
     def __init__(
-        self,
-        models: Models,
-        metrics: Metrics | None = None,
-        reload: Reload | None = None,
-        passes: Passes | None = None,
+        self, models: Models, metrics: Metrics | None = None, reload: Reload | None = None, passes: Passes | None = None
     ) -> None:
         """passes: of all workers, None where it is the only one."""
         options = models.options
@@ -305,8 +301,7 @@ def rank(
 
 @_described.post("/events", operation_id="events", response_model=Accepted, responses=_WRONG, openapi_extra=_STREAM)
 def accept(
-    call: Events,
-    log: Annotated[str | None, Query(description="name of a log of events, for an Arrow stream")] = None,
+    call: Events, log: Annotated[str | None, Query(description="name of a log of events, for an Arrow stream")] = None
 ) -> None:
     """Takes events, all rows of a call or none, once they are on disk."""
 

@@ -49,8 +49,7 @@ class Metrics:
         self.events_refused = counter("events_refused", "Calls of /events that were refused, by reason", ["reason"])
         self.learnt = counter("events_learnt", "Rows of events that each worker has learnt, by outcome", ["outcome"])
         self.visible = histogram(
-            "event_visible_seconds",
-            "Time from the acceptance of a batch of events until a worker's replies know of it",
+            "event_visible_seconds", "Time from the acceptance of a batch of events until a worker's replies know of it"
         )
         self.live_rows = gauge("live_rows", "Rows of events beside its tables that a worker's model holds now")
         self.logged = counter(

@@ -369,11 +369,7 @@ def check_names(uri: str, model: str, alias: str) -> None:
 
 
 def register_model(
-    run: Run,
-    artifact_folder: Path,
-    name: str,
-    alias: str | None = None,
-    tags: Mapping[str, str] | None = None,
+    run: Run, artifact_folder: Path, name: str, alias: str | None = None, tags: Mapping[str, str] | None = None
 ) -> str:
     """Logs an artifact folder as the run's model, registers it and points an alias at it; gives the new version.
 

@@ -31,13 +31,7 @@ from mmoe_rec.preprocessing.prepare import FeatureFolder
 from mmoe_rec.progress import bar, say
 from mmoe_rec.settings.model import Model
 from mmoe_rec.settings.sections import Training
-from mmoe_rec.training.checkpoint import (
-    Checkpoint,
-    CheckpointWriter,
-    TrainingState,
-    restore,
-    step_folder,
-)
+from mmoe_rec.training.checkpoint import Checkpoint, CheckpointWriter, TrainingState, restore, step_folder
 from mmoe_rec.training.choices import SOME_ROWS, Choices, Chooser, keep_choices, set_compute
 from mmoe_rec.training.fbgemm import torchrec_installed
 from mmoe_rec.training.losses import add_log_variances, log_variances, loss_factors
@@ -300,10 +294,7 @@ class Trainer:
         state = TrainingState(
             result.steps, self.position, history, result.best_step, skipped, self.origin, self.choices
         )
-        tensors = {
-            "model": self.sharded.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-        }
+        tensors = {"model": self.sharded.model.state_dict(), "optimizer": self.optimizer.state_dict()}
         self.checkpoints.save(tensors, state)
 
     def _save_and_stop(self) -> NoReturn:

@@ -18,16 +18,7 @@ import numpy as np
 import torch
 
 from tests.benchmarks.peers.mixtures import deepctr_mixture, rechub_mixture
-from tests.benchmarks.training_rows import (
-    BATCH,
-    DIM,
-    ID_NAMES,
-    NUMBER_NAMES,
-    TASKS,
-    Clock,
-    TrainingRows,
-    draw,
-)
+from tests.benchmarks.training_rows import BATCH, DIM, ID_NAMES, NUMBER_NAMES, TASKS, Clock, TrainingRows, draw
 
 
 def rechub(rows: TrainingRows, table_rows: int, seconds: float) -> float:

@@ -65,11 +65,7 @@ def test_equal_models_do_not_differ_and_rounding_is_no_difference(log: Log, scal
 
 
 def test_headline_metrics_of_all_models_are_one_family(log: Log) -> None:
-    models = {
-        "a": other(log).measure(),
-        "b": log.measure(),
-        "c": other(log, 2).measure(),
-    }
+    models = {"a": other(log).measure(), "b": log.measure(), "c": other(log, 2).measure()}
     both = compare_sums(models, "b", ["bought"], 100)["against"]
     shown = [
         each

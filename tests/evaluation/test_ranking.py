@@ -127,9 +127,7 @@ def ndcg_of_one(gain: np.ndarray) -> float:
 @given(rows=st.lists(st.tuples(st.integers(0, 2), st.booleans()), min_size=1, max_size=6))
 @example(rows=[(0, place == 4) for place in range(6)])
 def test_ties_count_as_the_mean_over_their_orders(
-    of_lists: Callable[[RankedLists], np.ndarray],
-    of_one: Callable[[np.ndarray], float],
-    rows: list[tuple[int, bool]],
+    of_lists: Callable[[RankedLists], np.ndarray], of_one: Callable[[np.ndarray], float], rows: list[tuple[int, bool]]
 ) -> None:
     score, gain = (np.array(each, dtype=float) for each in zip(*rows, strict=True))
     found = of_lists(RankedLists.of(np.zeros(len(rows), dtype=int), score, gain, 1))[0]

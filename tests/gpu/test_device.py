@@ -31,10 +31,7 @@ from tests.model.examples import LAYOUT, random_rows, small_model
 from tests.training.learnable import LAYOUTS, trained, write_prepared
 from tests.training.test_host_waits import CASES, changes, steps_of
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 GPU = torch.device("cuda", 0)
 ROWS = 512
 

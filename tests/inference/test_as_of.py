@@ -20,14 +20,7 @@ from mmoe_rec.inference.reader import Request
 from mmoe_rec.inference.writing import seal
 from mmoe_rec.log.given import iso_time
 from tests.inference.small_model import ITEMS, USER, SmallModel, as_request
-from tests.log.small_logs import (
-    DAY,
-    START,
-    assert_same_inputs,
-    at_times,
-    random_log,
-    times_of,
-)
+from tests.log.small_logs import DAY, START, assert_same_inputs, at_times, random_log, times_of
 
 SPLIT = {
     "train_end": np.datetime64(START + 5 * DAY, "us").item().isoformat(),

@@ -60,10 +60,7 @@ LAYOUT = Layout(
         DenseInput("look_1", feature="look"),
         DenseInput("item_click_rate", edges=EDGES, feature="item_click"),
     ),
-    tasks=(
-        TaskOutput("click", "binary"),
-        TaskOutput("stars", "regression", mean=3.0, deviation=1.0),
-    ),
+    tasks=(TaskOutput("click", "binary"), TaskOutput("stars", "regression", mean=3.0, deviation=1.0)),
 )
 
 Frames = dict[str, pd.DataFrame]

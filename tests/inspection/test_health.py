@@ -8,16 +8,7 @@ import pytest
 from sklearn.metrics import roc_auc_score
 
 from mmoe_rec.inspection.sums import SPLITS, psi
-from tests.inspection.encoded_data import (
-    EDGES,
-    ITEMS,
-    UNKNOWN,
-    Frames,
-    feature,
-    health_of_frames,
-    part,
-    random_frames,
-)
+from tests.inspection.encoded_data import EDGES, ITEMS, UNKNOWN, Frames, feature, health_of_frames, part, random_frames
 
 
 @pytest.fixture(scope="module")

@@ -125,11 +125,7 @@ class World:
         return read_period(logs_for(self.small.settings, self.pipeline), self.small.folder, (start, end), scratch)
 
     def replayed(
-        self,
-        scratch: Path,
-        plant: Plant = lambda server: None,
-        period: Period | None = None,
-        **options: Any,
+        self, scratch: Path, plant: Plant = lambda server: None, period: Period | None = None, **options: Any
     ) -> tuple[dict[str, ValueComparison], Recorded]:
         period, live = period or self.period, Recorded(self.folder / "frozen", scratch)
         plant(live)

@@ -49,11 +49,7 @@ def settings_tree(folder: Path, **sections: Any) -> dict[str, Any]:
         "roles": {"user": ["user"], "candidate": ["item", "price"], "placement": ["slot"]},
         "tasks": {
             "click": {"label": "click", "objective": "engagement"},
-            "liked": {
-                "label": "liked",
-                "objective": "satisfaction",
-                "observed_when": {"column": "click", "equals": 1},
-            },
+            "liked": {"label": "liked", "objective": "satisfaction", "observed_when": {"column": "click", "equals": 1}},
         },
         "features": {
             "user": {"kind": "id", "column": "user", "dim": 8},

@@ -23,14 +23,7 @@ CUDA = {"torch": "2.14.1", "torchrec": "1.9.2", "fbgemm-gpu": "1.9.0"}
 OTHERS = {name: version for name, version in doctor.find_versions(REQUIRED).items() if name not in (*RIGHT, *CUDA)}
 DONE = {"stage": "done", "choices": {"cpu": "fp32"}, "cards": []}
 CARDS = {"cards": ["NVIDIA H100 80 GiB"]}
-WELL = Machine(
-    REQUIRED,
-    {**OTHERS, **RIGHT},
-    python=(3, 11),
-    system="Linux",
-    processor="x86_64",
-    probe=DONE,
-)
+WELL = Machine(REQUIRED, {**OTHERS, **RIGHT}, python=(3, 11), system="Linux", processor="x86_64", probe=DONE)
 
 
 def check(name: str, **changes: Any) -> Check:

@@ -91,12 +91,7 @@ def test_the_registered_model_answers_as_the_ranker(done: Done, tmp_path: Path) 
 )
 @pytest.mark.parametrize("by_variable", [False, True])
 def test_commands_fit_the_address(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture,
-    uri: str,
-    ui: str,
-    by_variable: bool,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, uri: str, ui: str, by_variable: bool
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri if by_variable else "http://another")
     settings = quickstart.quickstart_settings(True, tmp_path, [] if by_variable else ["--tracking.uri", uri])

@@ -250,10 +250,7 @@ def test_what_scoring_and_measuring_refuse(
     world: World, scored: pd.DataFrame, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     """Nothing is known of rows, so nothing completes them, as of users and candidates."""
-    for name, table in (
-        ("unweighted", scored.drop(columns="weight")),
-        ("lacking", world.table[["x", "code"]]),
-    ):
+    for name, table in (("unweighted", scored.drop(columns="weight")), ("lacking", world.table[["x", "code"]])):
         _write(tmp_path / name, pa.Table.from_pandas(table))
     score = ("score", "--model", world.model, "--output", tmp_path / "out", "--input")
     lacks = "0.parquet' has no column 'word'"

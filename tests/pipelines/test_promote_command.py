@@ -189,10 +189,7 @@ def test_a_version_that_cannot_be_served_is_refused_and_a_holder_that_cannot_giv
 def test_what_is_asked_for_wrongly_is_told(world: World, capsys: pytest.CaptureFixture) -> None:
     for words, told in (
         (("--challenger", "99"), "99"),
-        (
-            ("--challenger", "nobody"),
-            "no version of 'learnable' holds the alias 'nobody': those that are held are ",
-        ),
+        (("--challenger", "nobody"), "no version of 'learnable' holds the alias 'nobody': those that are held are "),
         ((), "give the version that is to be promoted with --challenger, or --rollback alone"),
         (("--challenger", "2", "--rollback"), "or --rollback alone"),
         (("--challenger", "2", "--tracking.registered_model", "unknown"), "unknown"),

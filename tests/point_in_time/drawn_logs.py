@@ -162,7 +162,7 @@ def _settings(rng: np.random.Generator, stages: int) -> dict[str, Any]:
             "column": "item",
             "min_count": 1000 if stages > 1 else _pick(rng, [1, 3]),
             "oov_buckets": 3,
-        },
+        }
     }
     for number in range(2):
         features[f"counter{number}"] = _counter(rng)

@@ -20,10 +20,7 @@ from tests.log.small_logs import (
 )
 
 SCHEMA = schema_of(ALL_KINDS)
-_SHORT = {
-    "counter": {"window_days": [None, 0.25], "forget_after_days": 0.25},
-    "history": {"forget_after_days": 0.25},
-}
+_SHORT = {"counter": {"window_days": [None, 0.25], "forget_after_days": 0.25}, "history": {"forget_after_days": 0.25}}
 FORGETFUL = schema_of({name: {**each, **_SHORT.get(each["kind"], {})} for name, each in ALL_KINDS.items()})
 UNTIL = START + 6 * DAY
 

@@ -23,7 +23,7 @@ def evaluation(first: str = "new", second: str = "old", tasks: tuple[str, str] =
         "placement": [
             PlacementRecord("position", value, 100, {"bought": odds, "spent": odds - 1})
             for value, odds in (("1", 1.5), ("<2>", 0.5))
-        ],
+        ]
     }
     models = {}
     for name, noise in ((first, np.where(user < 60, 3.0, 0.1)), (second, 0.5)):

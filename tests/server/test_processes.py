@@ -133,11 +133,7 @@ def test_sigterm_ends_a_server_whose_call_hangs(small: SmallModel, tmp_path: Pat
         tmp_path = tmp_path / "no wait in workers"  # they are other processes, which the test does not slow down
         tmp_path.mkdir()
     words = ("--grace", "1", "--workers", workers)
-    with (
-        ThreadPoolExecutor() as threads,
-        served(small.folder, tmp_path, *words) as running,
-        running.connect() as half,
-    ):
+    with ThreadPoolExecutor() as threads, served(small.folder, tmp_path, *words) as running, running.connect() as half:
         half.sendall(b"POST /invocations HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n{")
         if workers == "1":
             threads.submit(running.send, SLOW)

@@ -417,10 +417,7 @@ def test_a_run_that_was_deleted_made_nothing(store: dict[str, str]) -> None:
     assert find_model("models:/small/1", store["uri"]).run_id is None
 
 
-@pytest.mark.parametrize(
-    "address",
-    ["models:/small@champion", "{path}"],
-)
+@pytest.mark.parametrize("address", ["models:/small@champion", "{path}"])
 def test_a_ranker_is_loaded_from_an_address(small: SmallModel, store: dict[str, str], address: str) -> None:
     path = store["files"].removeprefix("file://")
     example = json.loads((small.folder / "example_request.json").read_text())

@@ -103,10 +103,7 @@ def test_bf16_competes_with_the_faster_fp32(monkeypatch: pytest.MonkeyPatch) -> 
     compared = with_times(monkeypatch, TIMES | {"onednn": 5.5})
     choices = chooser(built()).choose(Training(tables="torch", threads=1))
     assert (choices.precision, choices.products) == ("fp32", "onednn")
-    assert choices.measured == {
-        "products": {"blas": 10.0, "onednn": 5.5},
-        "precision": {"fp32": 5.5, "bf16": 5.0},
-    }
+    assert choices.measured == {"products": {"blas": 10.0, "onednn": 5.5}, "precision": {"fp32": 5.5, "bf16": 5.0}}
     assert compared == [["fp32", "bf16"], ["blas", "onednn", "bf16"]]
     assert str(choices) == "fp32 (5.5 ms, bf16 5.0), products by onednn (5.5 ms, blas 10.0), tables by torch, 1 thread"
 

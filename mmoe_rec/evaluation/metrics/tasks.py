@@ -226,10 +226,7 @@ class ExpectedCalibrationError(Metric[TaskRows]):
 
     def details(self, sums: UserSums, resamples: int, seed: int) -> dict[str, Any]:
         """The bins, for a plot; and how far rates deviate from probabilities, in finer ones."""
-        return {
-            "calibration_bins": _calibration_bins(sums, resamples, seed),
-            "calibration_deviation": _deviation(sums),
-        }
+        return {"calibration_bins": _calibration_bins(sums, resamples, seed), "calibration_deviation": _deviation(sums)}
 
 
 def _equal_bins(sums: UserSums, mass: str, most: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
