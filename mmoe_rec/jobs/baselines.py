@@ -118,11 +118,9 @@ def _predict(settings: Settings, prepared: FeatureFolder) -> tuple[dict[str, Sco
     own = np.stack([predict(held_out) for predict, _ in boosted.values()], axis=1)
     scored = {TREES: rows.with_predictions(_calibrate(settings, layout, held_out, own, np.concatenate(values)))}
     if rows.candidates is not None:
+        rates = [rate_candidates(learnt.column("candidate"), of, learnt.weights) for of in learnt.labels.T]
         own, rated = (
-            np.stack(
-                [rate_candidates(learnt.column("candidate"), of, learnt.weights, each) for of in learnt.labels.T], 1
-            )
-            for each in (held_out.column("candidate"), rows.candidates)
+            np.stack([rate(each) for rate in rates], 1) for each in (held_out.column("candidate"), rows.candidates)
         )
         scored[POPULARITY] = rows.with_predictions(_calibrate(settings, layout, held_out, own, rated))
     return scored, {f"{TREES} of {name}": told for name, (_, told) in boosted.items()}
@@ -144,9 +142,9 @@ def _calibrate(settings: Settings, layout: Layout, held_out: Inputs, own: np.nda
 
 
 def rate_candidates(
-    candidates: pa.Array, labels: np.ndarray, weights: np.ndarray | None, others: pa.Array
-) -> np.ndarray:
-    """(M,) float64, what is predicted for M `others`: the mean label of each candidate, whoever the user is.
+    candidates: pa.Array, labels: np.ndarray, weights: np.ndarray | None
+) -> Callable[[pa.Array], np.ndarray]:
+    """M candidates -> (M,) float64, what is predicted for them: the mean label of each, whoever the user is.
 
     It is smoothed toward the mean of all rows: (sum of labels + SMOOTHING x overall mean) / (rows + SMOOTHING), where a
     row of mean weight is one; that of a candidate that was not seen is the overall mean.
@@ -162,11 +160,10 @@ def rate_candidates(
     overall = counted["labels"].sum() / counted["rows"].sum()
     sums = counted.groupby(candidates.to_pandas().to_numpy()[observed]).sum()
     rates = (sums["labels"] + SMOOTHING * overall) / (sums["rows"] + SMOOTHING)
-    return rates.reindex(others.to_pandas().to_numpy()).fillna(overall).to_numpy()
+    return lambda others: rates.reindex(others.to_pandas().to_numpy()).fillna(overall).to_numpy()
 
 
-Predict = Callable[["Inputs"], np.ndarray]
-"""Rows -> (N,) float64, probabilities or values."""
+Predict = Callable[["Inputs"], np.ndarray]  # rows -> (N,) float64, probabilities or values
 
 
 def boost_trees(kind: str, train: Inputs, validation: Inputs, seed: int = 0) -> tuple[Predict, str]:

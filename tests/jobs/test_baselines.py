@@ -33,8 +33,7 @@ def test_popularity_is_the_smoothed_rate_of_rows_by_their_weights(unit: float | 
         pa.array([f"item {each}" for each in items]),
         labels,
         None if unit is None else weights * unit,
-        pa.array([f"item {each}" for each in range(6)]),
-    )
+    )(pa.array([f"item {each}" for each in range(6)]))
     often, item, smoothing = labels.repeat(weights), items.repeat(weights), 20 * weights[~np.isnan(labels)].mean()
     for own, rate in enumerate(found):
         seen = often[(item == own) & ~np.isnan(often)]
@@ -122,7 +121,7 @@ def test_what_can_not_be_learnt_is_told() -> None:
         with pytest.raises(UserError, match=sentence):
             boosted(each, each)
     with pytest.raises(UserError, match="no training row has an observed label"):
-        rate_candidates(pa.array([1, 2, 3]), unobserved, None, pa.array([1]))
+        rate_candidates(pa.array([1, 2, 3]), unobserved, None)
 
 
 @pytest.fixture(scope="module")

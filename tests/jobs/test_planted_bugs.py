@@ -119,10 +119,8 @@ def rate_items(frame: pd.DataFrame) -> pd.DataFrame:
     """Popularity, where the other candidates of a request were sampled by popularity: no candidate is above another."""
     random, before = np.random.default_rng(3), len(frame) // 2
     item = random.geometric(0.01, len(frame))
-    rates = rate_candidates(
-        pa.array(item[:before]), frame["label_bought"][:before] * 1.0, None, pa.array(item[before:])
-    )
-    return frame[before:].assign(predicted_bought=rates)
+    rate = rate_candidates(pa.array(item[:before]), frame["label_bought"][:before] * 1.0, None)
+    return frame[before:].assign(predicted_bought=rate(pa.array(item[before:])))
 
 
 @pytest.mark.parametrize(
