@@ -65,7 +65,8 @@ def plain_option(value: Any) -> Any:
         return {name: plain_option(each) for name, each in value.items()}
     if isinstance(value, list | tuple):
         return [plain_option(each) for each in value]
-    return value.tolist() if isinstance(value, np.generic | np.ndarray) else value
+    is_plain = not isinstance(value, np.generic | np.ndarray) or value.dtype.kind in "mM"  # times would be integers
+    return value if is_plain else value.tolist()
 
 
 def to_arrow(
