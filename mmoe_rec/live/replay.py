@@ -458,18 +458,17 @@ def compare(
     Raises UserError where another version of the server has logged them.
     """
     row, table, compared = logged["row"].to_numpy(), period.rows.table, list[ValueComparison]()
-    kinds, layout = {names.DIGEST: "feature", names.PREDICTED: "prediction", names.SCORE: "score"}, pipeline.layout
+    layout = pipeline.layout
     features = {each.feature for each in layout.ids if not each.placement}
     features |= {each.feature for each in layout.dense if not each.placement}
-    columns = [(f"{names.DIGEST}{each}", names.DIGEST) for each in sorted(features)]
-    columns += [(f"served_{each}", names.PREDICTED) for each in prediction_columns(layout)]
-    columns.append((names.SCORE, names.SCORE))
-    if lacking := {*dict(columns), names.WEIGHTS} - {*logged.column_names}:
+    columns = {f"{names.DIGEST}{each}": "feature" for each in sorted(features)}
+    columns |= {f"served_{each}": "prediction" for each in prediction_columns(layout)} | {names.SCORE: "score"}
+    if lacking := {*columns, names.WEIGHTS} - {*logged.column_names}:
         told = f"the logged requests have no column '{min(lacking)}': another version of the server logged them"
         raise UserError(told)
     compared.append(_compare_candidates(period, logged, wrong_replies))
-    for column, prefix in columns:
-        kind, name = kinds[prefix], column.removeprefix(prefix) or "score"
+    for column, kind in columns.items():
+        name = column.removeprefix(names.DIGEST).removeprefix(names.PREDICTED) if kind != "score" else kind
         served, offline, largest = logged[column].to_numpy(), table[column].to_numpy()[row], None
         is_wrong = served != offline
         if kind != "feature":
@@ -485,7 +484,7 @@ def compare(
             is_wrong &= logged[names.WEIGHTS].is_null().to_numpy()
         wrong, examples = np.flatnonzero(is_wrong), []
         for place in wrong[:EXAMPLES].tolist():
-            example, number = _describe_row(period, int(row[place])), int(row[place])
+            example = _describe_row(period, number := int(row[place]))
             if kind != "feature":
                 example |= {"served": float(served[place]), "offline": float(offline[place])}
             elif explanations is not None:

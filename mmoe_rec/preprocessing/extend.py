@@ -31,7 +31,6 @@ from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.locks import writing
 from mmoe_rec.log.checks import LogFile, format_time
 from mmoe_rec.log.files import first_line
-from mmoe_rec.log.reader import Log
 from mmoe_rec.log.rows import require_all
 from mmoe_rec.point_in_time.join import Window
 from mmoe_rec.preprocessing.checks import check_apart, place
@@ -106,7 +105,17 @@ class NewFiles:
         late = [file for file in log.files if counted.spans.get((None, file.address), (known + 1, 0))[0] <= known]
         earlier = steps.requests.earlier
         if earlier is not None and any(read_journal_name(file.address) is None for file in late):
-            raise self._late_row(log, earlier, "a later row of its request among them, which would get its time")
+            row = 0
+            for rows in log.stream():
+                if (here := rows.times() == earlier).any():
+                    row += int(here.argmax())
+                    break
+                row += len(rows)
+            raise UserError(
+                f"{place(log, row)} was requested at {format_time(earlier)}, but {self.holder} hold requests up to "
+                f"{format_time(known)} already, and a later row of its request among them, which would get its time: "
+                f"take such rows out of the log, or {self.anew}"
+            )
         such_as = f"'{late[0].address}'" + (f" and {len(late) - 1:,} other new files" if len(late) > 1 else "")
         say(
             f"{such_as} came late, with requests from {format_time(first)} on, {self.describe_known()}: the late rows "
@@ -118,18 +127,6 @@ class NewFiles:
         files = self.taken.logs[0].files.values()
         latest = max(files, key=lambda file: (file.last is not None, file.last or 0))
         return f"as {self.holder} know requests up to {format_time(self.last)} already (of '{latest.address}')"
-
-    def _late_row(self, log: Log, first: int, why: str) -> UserError:
-        row = 0
-        for rows in log.stream():
-            if (here := rows.times() == first).any():
-                row += int(here.argmax())
-                break
-            row += len(rows)
-        return UserError(
-            f"{place(log, row)} was requested at {format_time(first)}, but {self.holder} hold requests up to "
-            f"{format_time(self.last)} already, and {why}: take such rows out of the log, or {self.anew}"
-        )
 
     def _check_events(self, counted: LogCounts, new: Logs) -> None:
         """Raises UserError where new files hold all events of an old one, or as many of its time if it is gone; or all
