@@ -89,7 +89,7 @@ def whole(prepared: FeatureFolder, tmp_path_factory: pytest.TempPathFactory) -> 
         ("fbgemm", "without"),
         *(
             pytest.param(*ways, marks=pytest.mark.thorough)
-            for ways in (("without", "fbgemm"), ("fbgemm", "torch"), ("torch", "fbgemm"), ("without", "without"))
+            for ways in (("without", "fbgemm"), ("fbgemm", "torch"), ("torch", "fbgemm"))
         ),
     ],
 )

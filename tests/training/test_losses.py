@@ -18,13 +18,12 @@ from scipy.special import logit
 from mmoe_rec.batches.batch import make_batch
 from mmoe_rec.features.layout import TaskOutput
 from mmoe_rec.model.layout import ModelLayout, ModelTask
-from mmoe_rec.model.mmoe import Towers
 from mmoe_rec.preprocessing.prepare import FeatureFolder
 from mmoe_rec.preprocessing.splits import SplitCounts
 from mmoe_rec.training.loop import Trainer
 from mmoe_rec.training.losses import masked_loss
 from mmoe_rec.training.ranks import process_group
-from mmoe_rec.training.warm_start import base_rates, set_base_rates
+from mmoe_rec.training.warm_start import base_rates
 from tests.reference.model import loss as reference_loss
 from tests.training.learnable import (
     CPU,
@@ -199,15 +198,6 @@ def test_rates_are_the_means_of_observed_labels(weighted: bool) -> None:
     expected.append((kept[engaged].sum() + 0.5) / (engaged.sum() + 1))  # clicks weigh 1
     assert found[:2] == pytest.approx(expected, rel=1e-12)
     assert found[2:] == [None, None]
-
-
-def test_towers_say_the_rates_of_no_input() -> None:
-    towers = Towers(4, 3, (2,))
-    set_base_rates(towers, [0.005, 0.7, None, None])
-    with torch.no_grad():
-        towers.layers[-1].weight.zero_()
-        said = towers(torch.randn(5, 4, 3)).numpy()
-    np.testing.assert_allclose(said, np.tile([logit(0.005), logit(0.7), 0, 0], (5, 1)), rtol=1e-6)
 
 
 def test_a_training_begins_at_the_rates_and_a_regression_at_its_mean(prepared: FeatureFolder, tmp_path: Path) -> None:
