@@ -236,19 +236,18 @@ def find_early_end(
 
     history: (step, validation), the last one of the last step. Too early is after a few steps, or with a last state
     that is the best, and better than after half of the steps: after fewer than `SHORT` steps by what four digits show,
-    unless it was started from another model, else by more than a share of `GAIN`.
+    else by more than a share of `GAIN`. What was started from another model is held to `GAIN` alone.
     """
-    (steps, last), by = history[-1], settings.select_by
+    (steps, last), by, is_new = history[-1], settings.select_by, history[0][0] > 0
     advice = (
         f"take more training.epochs (now {settings.epochs}), a smaller training.batch_size (now "
         f"{settings.batch_size:,}), or a higher training.learning_rate (now {settings.learning_rate:g})"
     )
-    if steps < FEW_STEPS:
+    if steps < FEW_STEPS and is_new:
         return f"had {steps:,} step{'s' * (steps != 1)} of training, and learns little in so few; {advice}"
     now = last.objective(by, layout)
     before = max((each.objective(by, layout) for step, each in history if 2 * step <= steps + 1), default=now)
-    is_short = steps < SHORT and history[0][0] > 0
-    if best_step < steps or now - before <= (1e-4 if is_short else GAIN * abs(before)):
+    if best_step < steps or now - before <= (1e-4 if steps < SHORT and is_new else GAIN * abs(before)):
         return None
     return (
         f"was still getting better when its training ended: {_name_objective(last, by)} was {abs(before):.4f} after "

@@ -75,3 +75,8 @@ def test_a_training_that_ends_too_early_is_told(steps: int, areas: list[float], 
     said = find_early_end(history, best, layout, Training()) or ""
     assert told in said
     assert bool(told) == bool(said)
+
+
+def test_few_steps_from_another_model_are_not_called_few() -> None:
+    history = [(step, Validation({"click": 0.5}, {"click": 0.7 + step / 1e5}, EVEN)) for step in (0, 10, 20)]
+    assert find_early_end(history, 20, replace(LAYOUT, tasks=LAYOUT.tasks[:1]), Training()) is None
