@@ -133,9 +133,8 @@ class Resampled:
         """The number with its 95% interval.
 
         effective: the effective number of users by their sizes; is_share: whether it is a share, or a mean of what lies
-        between 0 and 1. There is no interval with a single user, or one who
-        decides nearly alone, nor where the number is undefined in more than 5% of the resamples: the rest would not be
-        a fair sample. Other resamples in which it is undefined are left out.
+        between 0 and 1. There is none with a single user, or one who decides nearly alone, nor where the number is
+        undefined in more than 5% of the resamples: the rest, from which others are left out, would be no fair sample.
         """
         if not np.isfinite(self.value):
             return UNDEFINED

@@ -148,9 +148,8 @@ def _judge_rows(
 ) -> tuple[bool, str]:
     """Whether the first of two models, that of the artifact, is better on the rows that both have scored."""
     from mmoe_rec.evaluation.summary import MeasuredModel, summarise
-    from mmoe_rec.report.sentences import describe_verdict
 
-    rules, (name, its_name), models = settings.evaluation, scored, dict[str, MeasuredModel]()
+    rules, name, models = settings.evaluation, next(iter(scored)), dict[str, MeasuredModel]()
     if rules.slices is None and rules.guarded_slices is None:
         slicing = Slicing(TrainingRows.of(settings))  # columns of placement are guarded only where they are named
     else:
@@ -160,10 +159,17 @@ def _judge_rows(
         models[each] = MeasuredModel(sums, summarise(sums, _RESAMPLES), slices=slicing.measure(rows, sums))
     tried = registry.note_decision(version, holder, models[name].sums.digest, settings.tracking.address)
     results = Results(models, tuple(settings.tasks), rules, "", {}, settings.roles.placement, tried)
+    better, sentence = _read_verdict(results)
+    return better, f"{sentence} ({len(scored[name].score):,} validation rows)"
+
+
+def _read_verdict(results: Results) -> tuple[bool, str]:
+    """Whether the first of two models is better, and the sentence that says why."""
+    from mmoe_rec.report.sentences import describe_verdict
+
     assert results.comparison is not None
-    sentence = describe_verdict(results.comparison, its_name, results.first.summary)
-    kind = results.comparison.verdicts[its_name].kind
-    return kind == BETTER, f"{sentence} ({len(scored[name].score):,} validation rows)"
+    ((other, verdict),) = results.comparison.verdicts.items()
+    return verdict.kind == BETTER, describe_verdict(results.comparison, other, results.first.summary)
 
 
 def _score_by_holder(
@@ -228,7 +234,6 @@ def _judge_versions(
 ) -> tuple[bool, list[str], Results | None]:
     """Whether a version is better than the holder, the reasons, and what was measured."""
     from mmoe_rec.evaluation.scoring import NotFiniteError
-    from mmoe_rec.report.sentences import describe_verdict
 
     alias, uri = settings.tracking.alias, settings.tracking.address
     folder = registry.fetch_model(version.address, uri)
@@ -258,21 +263,17 @@ def _judge_versions(
             f"{name} answers {ratio:.1f} times as slowly as {its_name}, and {slower_at_most:g} times is allowed "
             "(--slower-at-most)"
         )
-    assert results.comparison is not None
-    verdict = describe_verdict(results.comparison, its_name, results.first.summary)
-    return not against, against or [verdict], results
+    return not against, against or [_read_verdict(results)[1]], results
 
 
 def _find_objections(results: Results, name: str, its_name: str) -> list[str]:
     """What speaks against a version: rows that either has seen, the verdict, and what is suspicious about it alone."""
     from mmoe_rec.report.findings import find_all
-    from mmoe_rec.report.sentences import describe_verdict
 
     assert results.comparison is not None
-    verdict, findings = results.comparison.verdicts[its_name], find_all(results)
+    (better, sentence), findings = _read_verdict(results), find_all(results)
     objections = [f"{model} {seen}" for model, each in results.models.items() for seen in each.seen]
-    if verdict.kind != BETTER:
-        objections.append(describe_verdict(results.comparison, its_name, results.first.summary))
+    objections += [] if better else [sentence]
     its = {(each.check, each.task) for each in findings if each.model == its_name}
     # What is off in sum by less than a factor of FURTHEST is for the guardrail, `evaluation.calibration`; what is found
     # of a task that is not judged, as few rows have a label, decides nothing either.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 from sklearn.metrics import roc_auc_score
@@ -67,11 +68,11 @@ def true_gain(noise: float, worlds: int = 12, users: int = 4000) -> float:
 
 
 def compared(
-    noise: float, number: int, users: int, resamples: int, slices: bool, broken: bool = False, few: int | None = None
+    noise: float, number: int, users: int, resamples: int, slices: bool = False, broken: bool = False, few: int = 0
 ) -> Iterator[Verdict]:
     """Verdicts of that many challengers, each on other users, beside a champion with `NOISE`. broken: whether the
     challenger ranks one of the slices at random, beside a champion that is worse elsewhere; few: users for whom the
-    last task's predictions differ, None: all."""
+    last task's predictions differ, 0: all."""
     for seed in range(number):
         world, both = World(np.random.default_rng([11, seed]), users), dict[str, np.ndarray]()
         for name, each in (("new", noise), ("old", 1.4 if broken else NOISE)):
@@ -79,7 +80,7 @@ def compared(
             if broken and name == "new":
                 predictions[:, spoilt] = predictions[:, world.random.permutation(spoilt)]
             both[name] = predictions
-        if few is not None:
+        if few:
             others = np.isin(world.user, world.random.permutation(users)[few:])
             both["new"][-1, others] = both["old"][-1, others]
         models = {name: world.measure(each, slices) for name, each in both.items()}
@@ -87,19 +88,11 @@ def compared(
         yield compare(models, "new", NAMES, Evaluation(), resamples, seed, found).verdicts["old"]
 
 
-def verdicts(
-    noise: float,
-    number: int,
-    users: int,
-    resamples: int,
-    slices: bool = False,
-    broken: bool = False,
-    few: int | None = None,
-) -> tuple[Counter[str], float]:
+def verdicts(*arguments: Any, **options: Any) -> tuple[Counter[str], float]:
     """How often each kind of verdict is given, and `only slices` hold a challenger back; and the mean size that the
-    comparisons call detectable."""
+    comparisons call detectable. arguments, options: of `compared`."""
     counts, sizes = Counter[str](), []
-    for judged in compared(noise, number, users, resamples, slices, broken, few):
+    for judged in compared(*arguments, **options):
         counts[judged.kind] += 1
         failed = [guard.metric for guard in judged.guards if not guard.passed]
         counts["only slices"] += judged.kind == "held back" and failed == ["slices"]

@@ -26,11 +26,8 @@ def found(a: Log, b: Log, resamples: int = 400, tasks: tuple[str, ...] = ()) -> 
 
 def other(log: Log, seed: int = 1) -> Log:
     noise = np.exp(0.3 * np.random.default_rng(seed).normal(size=len(log.score)))
-    return replace(
-        log,
-        predictions=log.predictions
-        | {"bought": np.clip(log.predictions["bought"] * noise, 0.01, 0.99).astype(np.float32).astype(float)},
-    )
+    noisy = np.clip(log.predictions["bought"] * noise, 0.01, 0.99).astype(np.float32).astype(float)
+    return replace(log, predictions=log.predictions | {"bought": noisy})
 
 
 def test_a_difference_of_means_is_that_of_a_paired_t_test() -> None:

@@ -358,11 +358,8 @@ def test_what_has_no_interval_is_said_and_why() -> None:
 
 def test_users_who_all_agree_leave_no_interval_of_no_width() -> None:
     """Five of them, ranked without an error, with equal sums of predictions and labels, and equal losses."""
-    users, label, chance = (
-        np.repeat(np.arange(5), 4),
-        np.tile([0.0, 0.0, 1.0, 1.0], 5),
-        np.tile([0.25, 0.25, 0.75, 0.75], 5),
-    )
+    users, label = np.repeat(np.arange(5), 4), np.tile([0.0, 0.0, 1.0, 1.0], 5)
+    chance = 0.25 + label / 2
     task = MeasuredTask("bought", "binary")
     found = summarise(measure((task,), users, users, {"bought": chance}, {"bought": label}, score=chance))
     for auc in (found["tasks"]["bought"]["auc"], found["score"]["hit_rate_at_5"]):
