@@ -19,19 +19,22 @@ from tests.log.small_logs import DAY, START, at_times, files_of, times_of, windo
 from tests.preprocessing.growing_log import FEATURES, WINDOWS, Growing, schema_with_purchases
 from tests.preprocessing.test_tables_of_models import ServedModel, assert_same_tables
 
-FIRST_DAYS = ((0, 1), (1, 6), (6, 8))
 LATER = windows_of(10, 11)
 SKIP = {"skip_bad_files": True}
 
 
-@pytest.fixture
-def growing(tmp_path: Path) -> Growing:
-    """Eight days in three files, prepared."""
-    log = Growing(tmp_path)
-    for start, end in FIRST_DAYS:
+def _of_three_files(folder: Path) -> Growing:
+    """Eight days, prepared."""
+    log = Growing(folder)
+    for start, end in ((0, 1), (1, 6), (6, 8)):
         log.add(start, end)
     log.prepare()
     return log
+
+
+@pytest.fixture
+def growing(tmp_path: Path) -> Growing:
+    return _of_three_files(tmp_path)
 
 
 def _remove(log: Growing, number: int) -> None:
@@ -49,10 +52,7 @@ def _memories(prepared: FeatureFolder) -> dict[str, bytes]:
 
 def test_days_go_on_as_if_old_files_were_still_there(growing, tmp_path):
     """Retention: with each new day an old file goes, up to where no file of the first build is left."""
-    whole = Growing(tmp_path / "whole")
-    for start, end in FIRST_DAYS:
-        whole.add(start, end)
-    whole.prepare()
+    whole = _of_three_files(tmp_path / "whole")
     for number, (start, end) in enumerate(pairwise([8, 9, 10, 12.1])):
         windows = windows_of(end - 0.7, end - 0.4)
         _remove(growing, 100 - number)
@@ -182,10 +182,7 @@ def _deliver_again(log: Growing, how: str, monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize("how", ["copy", "name", "swap", "link", "relative", "time"])
 def test_a_file_that_is_delivered_again_counts_once(growing, tmp_path, monkeypatch, capsys, how):
     """Also where others take its name: another old file, or that of the next day, as with a newest one that rotates."""
-    whole = Growing(tmp_path / "whole")
-    for start, end in FIRST_DAYS:
-        whole.add(start, end)
-    whole.prepare()
+    whole = _of_three_files(tmp_path / "whole")
     for end in (10, 12.1):
         _deliver_again(growing, how if end == 10 else "time", monkeypatch)
         assert _existing(growing, WINDOWS if end == 10 else LATER) is not None
