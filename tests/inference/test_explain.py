@@ -131,9 +131,7 @@ def test_given_values_are_shown_and_nothing_found_is_null(ranker: Ranker) -> Non
     assert by_place[0].counters["item_click_recency"] is None
     assert by_place[0].counters["item_click_positives"] == 0
     assert by_place[0].histories == {"clicked": [ITEMS[0], unknown, 4], "liked_items": None}
-    reply = json.loads(json.dumps(ranking.to_dict(), allow_nan=False))
-    parts = {"uncalibrated", "calibrated", "gates", "counters", "histories", "as_of", "attributes"}
-    assert set(reply["explanations"][0]) == parts
+    json.dumps(ranking.to_dict(), allow_nan=False)
     encoders = ranker.pipeline.memory_encoders.values()
     shown = {*by_place[0].counters, *by_place[0].histories}
     assert shown == {name for encoder in encoders for name in encoder.result_columns()}
