@@ -79,7 +79,8 @@ def _in_task(name: str, task: GroupSummary, mends: str) -> Iterator[tuple[str, s
     ranking = _in_ranking(name, task, bins)
     if ranking is not None:
         yield ranking
-    outside = [each for each in bins if each["low"] is not None and not _holds(each)]
+    shown = [each for each in bins if each["low"] is not None]
+    outside = [each for each in shown if not each["low"] <= each["mean_predicted"] <= each["high"]]
     is_off = sum(each["weight"] for each in outside) >= sum(each["weight"] for each in bins) / 2 > 0
     is_off = is_off and (task.details["ece"] or 0.0) >= OFF and not _is_far(ratio)
     is_shown = not _is_right_in_sum(task) and ratio.low is not None and not ratio.low <= 1 <= (ratio.high or 0.0)
@@ -153,11 +154,6 @@ def _is_far(ratio: Interval) -> bool:
     if ratio.value is None or 1 / FURTHEST <= ratio.value <= FURTHEST:
         return False
     return ratio.low is None or ratio.high is None or not ratio.low <= 1 <= ratio.high
-
-
-def _holds(each: Mapping[str, float]) -> bool:
-    """True if the interval of a bin's observed rate holds what was predicted."""
-    return each["low"] <= each["mean_predicted"] <= each["high"]
 
 
 def _which_way(bins: Sequence[Mapping[str, float]], outside: Sequence[Mapping[str, float]]) -> str:

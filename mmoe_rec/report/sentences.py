@@ -130,12 +130,12 @@ def describe_guard(guard: Guard, other: str, rules: Evaluation) -> str:
         return f"{'; '.join(told)}{more}, which is a {limit}, corrected for the {number} slices by {by}"
     if guard.calibrations is not None:
         mine, its = guard.calibrations
-        low, high = (mine.value, mine.value) if mine.low is None else (mine.low, mine.high)
+        ends = "" if mine.low is None else f" ({mine.low:.2f} to {mine.high:.2f})"
         where = "beyond" if guard.is_outside else "not shown to be beyond"
         return (
-            f"the probabilities of {guard.task} are {mine.value:.2f} times what was observed ({low:.2f} to "
-            f"{high:.2f}), which is {where} a factor of {rules.calibration:g} (evaluation.calibration); those of "
-            f"'{other}' are {its.value:.2f} times"
+            f"the probabilities of {guard.task} are {mine.value:.2f} times what was observed{ends}, which is "
+            f"{where} a factor of {rules.calibration:g} (evaluation.calibration); those of '{other}' are "
+            f"{its.value:.2f} times"
         )
     apart = guard.difference
     if apart is None or apart.low is None:
@@ -170,8 +170,8 @@ def describe_slices(records: Sequence[SliceRecord]) -> Iterator[str]:
     """The worst slices."""
     worse = [each for each in sort_worst_first(records) if each.is_worse]
     yield from map(_describe_slice, worse[:MOST_SLICES])
-    if len(worse) > MOST_SLICES:
-        yield f"{len(worse) - MOST_SLICES} more are shown to be worse; the report has them"
+    if (more := len(worse) - MOST_SLICES) > 0:
+        yield f"{more} more {'is' if more == 1 else 'are'} shown to be worse; the report has all"
 
 
 def _describe_slice(each: SliceRecord) -> str:

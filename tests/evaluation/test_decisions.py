@@ -162,7 +162,11 @@ def test_a_slice_that_is_shown_to_lose_more_than_the_margin_holds_back(number: i
 )
 def test_probabilities_may_not_be_far_off_where_they_were_not(mine: Summary, its: Summary, kind: str) -> None:
     found = compared(apart(0.003, 0.002), bought={"auc": apart(0.003, 0.002)})
-    assert verdict(found, {"new": mine, "old": its}).kind == kind
+    of_both = verdict(found, {"new": mine, "old": its})
+    assert of_both.kind == kind
+    (guard,) = (each for each in of_both.guards if each.metric == "calibration")
+    told = describe_guard(guard, "old", Evaluation())
+    assert ("observed (" in told) == (mine.tasks["bought"].get("calibration").low is not None), "none has no width"
 
 
 def test_a_guardrail_of_probabilities_says_what_it_found() -> None:
