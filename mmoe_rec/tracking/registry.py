@@ -296,8 +296,8 @@ def forget_replaced(version: Version, alias: str, uri: str) -> None:
 def remove_versions(name: str, tag: str, keep: int, uri: str) -> list[str]:
     """Removes versions of a model that have a tag, with their files, but for the newest `keep`; gives their numbers.
 
-    Those stay that hold an alias, that one which holds it has replaced, and that others are copies of. Raises UserError
-    where MLflow refuses. Files go first, so a version of which they are gone is removed by the next call.
+    Those stay that hold an alias or have a stage, that a holder has replaced, and that others are copies of. Raises
+    UserError where MLflow refuses. Files go first, so a version of which they are gone is removed by the next call.
     """
     from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
@@ -305,11 +305,12 @@ def remove_versions(name: str, tag: str, keep: int, uri: str) -> list[str]:
     with open_client(uri, limits=FOR_MODELS) as client, translate_errors(uri, anything=True):
         versions = sorted(client.search_model_versions(f"name = '{name}'"), key=lambda each: -int(each.version))
         held = {*list_aliases(name, uri).values()}
+        staged = {str(each.version) for each in versions if each.current_stage not in (None, "None")}
         of_holders = [each.tags.items() for each in versions if str(each.version) in held]
         held |= {number for tags in of_holders for key, number in tags if key.startswith(f"{_REPLACED_TAG}.")}
         # A copy of a version has its tags, and another's files.
         made = [each for each in versions if tag in each.tags and each.source.startswith("models:/m-")]
-        for each in [each for each in made if str(each.version) not in held][keep:]:
+        for each in [each for each in made if str(each.version) not in held | staged][keep:]:
             sources = (each.source, f"models:/{name}/{each.version}")
             users = [one for source in sources for one in client.search_model_versions(f"source_path = '{source}'")]
             if len(users) > 1 or client.get_model_version(name, each.version).aliases:

@@ -267,8 +267,9 @@ def test_old_versions_of_refreshes_go_with_their_files(
     with monkeypatch.context() as patch:
         patch.setattr(LocalArtifactRepository, "delete_artifacts", _dying(print, after=False, error=OSError))
         assert "older versions of refreshes are removed by the next refresh" in refresh(8)
-    assert "with all files: versions 7, 6 of earlier" in refresh(9)
-    assert [each.version for each in model.versions()] == [1, 3, 4, 5, 8, 9]
+    client.transition_model_version_stage(NAME, "6", "Production")
+    assert "with all files: version 7 of earlier" in refresh(9)
+    assert [each.version for each in model.versions()] == [1, 3, 4, 5, 6, 8, 9]
     for address in ("production/1", "production/2", "small@kept", "small/1", "small/8", "small@champion"):
         read_artifact(fetch_model(f"models:/{address}", model.uri))
 
