@@ -129,6 +129,8 @@ def split_rows(
     request, groups = reader.schema.columns.request, dict[str, list[int]]()
     for row, each in enumerate(values.get(request or "", [None] * max(map(len, values.values()), default=0))):
         groups.setdefault(repr(each), []).append(row)
+    if len(groups) > 1 and (rows := groups.get(repr(None))):  # which may be of several requests
+        raise RequestError(f"column '{request}' is null in row {rows[0]}: give each row the id of its request")
     elements: list[Any] = []
     for rows in groups.values():
         elements.append({part: {} for part in PARTS.values()})

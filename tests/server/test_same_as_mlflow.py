@@ -186,6 +186,8 @@ def test_requests_of_a_data_frame_are_told_by_their_ids(tmp_path: Path) -> None:
     assert answer.message == f"the request of row 1: {says}"
     partial = ask(app, {"dataframe_records": wrong}, page="/invocations?partial=true").tree["predictions"]
     assert [each.get("error") for each in partial] == [None, says, None, says]
+    null = {"dataframe_records": [*rows[:2], rows[2] | {"request": None}]}
+    assert ask(app, null).message == "column 'request' is null in row 2: give each row the id of its request"
     without = [{name: each for name, each in row.items() if name != "request"} for row in rows]
     assert "give each request an id of its own in 'request'" in ask(app, {"dataframe_split": split(without)}).message
 
