@@ -84,7 +84,7 @@ def test_models_are_compared_within_slices(log: Log) -> None:
     assert apart["1"].p_corrected < 0.01
 
 
-def test_few_labels_are_counted_and_not_judged(log: Log) -> None:
+def test_few_labels_or_requests_are_counted_and_not_judged(log: Log) -> None:
     of_rows = np.where(np.arange(len(log.score)) < 40, "few", "many")
     records = compare_slices({"ours": model(log, of_rows)}, "ours", 50)
     few = [each for each in records if each.slice == "few" and each.group == "bought"]
@@ -93,6 +93,11 @@ def test_few_labels_are_counted_and_not_judged(log: Log) -> None:
         assert each.labels < 50
         assert each.rows == 40
         assert each.value is each.apart is each.p is each.p_corrected is None
+    of_requests = np.where(np.isin(log.requests, np.unique(log.requests)[:40]), "few", "many")
+    records = compare_slices({"ours": model(log, of_requests)}, "ours", 50)
+    (found,) = (each for each in records if (each.slice, each.group) == ("few", "score"))
+    assert found.requests <= 40
+    assert found.value is found.apart is None
 
 
 def test_groups_of_users_are_redrawn_alike(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,15 +125,6 @@ def test_lists_that_slices_cut_are_not_compared_with_whole_ones(log: Log) -> Non
     beside = [each for each in two if each.metric == "ndcg_at_10"]
     assert {each.beside for each in beside} == {"old"}
     assert all(each.apart == 0 for each in beside)
-
-
-def test_few_requests_are_not_judged(log: Log) -> None:
-    requests = np.unique(log.requests)
-    few = np.where(np.isin(log.requests, requests[:40]), "few", "many")
-    records = compare_slices({"ours": model(log, few)}, "ours", 50)
-    (found,) = (each for each in records if (each.slice, each.group) == ("few", "score"))
-    assert found.requests <= 40
-    assert found.value is found.apart is None
 
 
 def test_probabilities_that_are_off_in_a_slice_are_told(log: Log) -> None:
