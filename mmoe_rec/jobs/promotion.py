@@ -314,8 +314,8 @@ def roll_back(settings: Settings) -> Decision:
             "at it by hand"
         )
     version = registry.get_version(name, before, uri)
-    if isinstance(trouble := _load(registry.fetch_model(version.address, uri)), Exception):
-        raise UserError(f"version {before}, which held '{alias}' before, can't be served: {_one_line(trouble)}")
+    if isinstance(model := _load(registry.fetch_model(version.address, uri)), Exception):
+        raise UserError(f"version {before}, which held '{alias}' before, can't be served: {_one_line(model)}")
     if registry.find_holder(name, alias, uri) != holder:
         raise UserError(f"'{alias}' has moved meanwhile: run the command again")
     registry.move_alias(name, alias, before, uri)
@@ -323,7 +323,10 @@ def roll_back(settings: Settings) -> Decision:
     registry.tag_version(holder, {"promoted": f"no more: '{alias}' went back to version {before}"}, uri)
     registry.tag_version(version, {"promoted": f"'{alias}' again, after version {holder.number}"}, uri)
     sentence = f"'{alias}' is version {before} again, which held it before version {holder.number}"
-    return Decision(version.address, True, (sentence,))
+    if (as_of := model.about.tables_as_of) is None:  # of a log without times
+        return Decision(version.address, True, (sentence,))
+    tables = f"its tables are as of {as_of}: `mmoe-rec refresh` takes in what came since"
+    return Decision(version.address, True, (sentence, tables))
 
 
 def _find_version(name: str, word: str, uri: str) -> Version:

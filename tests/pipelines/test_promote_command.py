@@ -97,7 +97,9 @@ def test_a_better_version_takes_the_alias_and_gives_it_back(
     registry.move_alias(NAME, "champion", "2", world.uri)
     assert run(world, "--rollback") == 0
     assert holder(world) == "1"
-    assert "'champion' is version 1 again, which held it before version 2" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "'champion' is version 1 again, which held it before version 2" in printed
+    assert "its tables are as of 2024-" in printed
     assert tags(world, "2")["promoted"] == "no more: 'champion' went back to version 1"
     assert tags(world, "1")["promoted"] == "'champion' again, after version 2"
     registry.move_alias(NAME, "champion", "2", world.uri)  # by hand
