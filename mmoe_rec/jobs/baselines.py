@@ -84,8 +84,10 @@ def _predict(settings: Settings, prepared: FeatureFolder) -> tuple[dict[str, Sco
     learnt, held_out = (
         Inputs.read(rows, layout, ("candidate", *rows.weighing(weighted))) for rows in (train, validation)
     )
+    last = ""
     if len(learnt.labels) < train.rows:
-        say(f"the baselines learn from the last {len(learnt.labels):,} of {train.rows:,} training rows")
+        last = f" from the last {len(learnt.labels):,} of {train.rows:,} training rows"
+        say(f"the baselines learn{last}")
     boosted = {}
     with bar() as progress:
         step = progress.add_task(TREES, total=len(layout.tasks))
@@ -93,7 +95,7 @@ def _predict(settings: Settings, prepared: FeatureFolder) -> tuple[dict[str, Sco
             try:
                 boosted[task.name] = boost_trees(task.kind, learnt.of_task(index), held_out.of_task(index), seed)
             except UserError as error:
-                raise UserError(f"no baseline can learn task '{task.name}': {error}") from None
+                raise UserError(f"no baseline can learn task '{task.name}'{last}: {error}") from None
             say(f"  {task.name}: {boosted[task.name][1]}")
             progress.advance(step)
     columns = (*COLUMNS, *(f"label.{name}" for name in layout.outcomes), *test.weighing(weighted))

@@ -16,7 +16,7 @@ from sklearn.metrics import log_loss, roc_auc_score
 from mmoe_rec.batches.encoded_rows import EncodedRows
 from mmoe_rec.errors import UserError
 from mmoe_rec.jobs import baselines, evaluate
-from mmoe_rec.jobs.baselines import Inputs, Predict, boost_trees, rate_candidates
+from mmoe_rec.jobs.baselines import Inputs, Predict, boost_trees, measure_baselines, rate_candidates
 from tests import commands
 from tests.inference.small_model import SmallModel
 from tests.log.small_logs import BASE, DAY, START, random_log, times_of
@@ -217,3 +217,12 @@ def test_of_many_rows_the_last_ones_are_taken(model: SmallModel, monkeypatch: py
         for name in ("x", "labels"):
             np.testing.assert_array_equal(getattr(last, name), getattr(whole, name)[-taken:])
         assert last.column("candidate").equals(whole.column("candidate")[-taken:])
+
+
+def test_a_task_whose_last_rows_say_nothing_is_told_with_their_number(
+    model: SmallModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Labels that are known late may all lie before them."""
+    monkeypatch.setattr(baselines, "MOST_ROWS", 1)
+    with pytest.raises(UserError, match=r"task 'click' from the last 1 of \d+ training rows: "):
+        measure_baselines(model.settings, Path(model.settings.data.work) / "last")
