@@ -295,7 +295,7 @@ def test_what_was_scored_has_the_metrics_of_the_evaluation(said: dict[str, str],
 
 @pytest.mark.thorough
 def test_python_examples(said: dict[str, str], folder: Path) -> None:
-    trained, measured, scored, _ = blocks("python")
+    trained, measured, scored, _, encoded = blocks("python")
     rows, auc, candidates = shell(shlex.join(["python", "-c", trained]), folder).splitlines()[-3:]
     assert re.fullmatch(r"\d+ rows", rows)
     assert "Interval(value=0." in auc
@@ -303,6 +303,7 @@ def test_python_examples(said: dict[str, str], folder: Path) -> None:
     area = shell(shlex.join(["python", "-c", FRAME + measured]), folder).splitlines()[-1]
     assert 0.9 < float(area) <= 1
     shell(shlex.join(["python", "-c", scored]), folder)
+    assert int(shell(shlex.join(["python", "-c", f"{encoded}print(trees.n_iter_)"]), folder)) > 10
     log, found = (pq.read_table(folder / path) for path in ("data/complete_journey/log", "scored.parquet"))
     assert found["product_id"].to_pylist() == log["product_id"].to_pylist()[: len(found)]
     _check_scores(found, log)
@@ -332,7 +333,7 @@ def test_scores_by_spark(said: dict[str, str], folder: Path) -> None:
     if importlib.util.find_spec("pyspark") is None or shutil.which("java") is None:
         pytest.skip("pyspark or Java is not installed")
     quiet = "export SPARK_LOCAL_IP=127.0.0.1 PYSPARK_SUBMIT_ARGS='--conf spark.ui.enabled=false pyspark-shell'; "
-    shell(quiet + shlex.join(["python", "-c", blocks("python")[-1]]), folder)
+    shell(quiet + shlex.join(["python", "-c", blocks("python")[3]]), folder)
     found = pq.read_table(folder / "scored_by_spark")
     assert 0 < found.num_rows <= 5_000
     keys = ["request_id", "product_id"]
