@@ -465,15 +465,15 @@ def test_rows_are_not_scored_by_a_model_that_came_later(
     small: SmallModel, folder: Path, other: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The version that stands beside each row is that of the model that scored it."""
-    job = score._Scoring._job
+    score_parts = score._Scoring._score_parts
 
-    def replaced(self: score._Scoring, *arguments: object) -> score.ScoreJob:
+    def replaced(self: score._Scoring, *arguments: Any) -> dict[int, int]:
         shutil.rmtree(folder)
         shutil.copytree(other, folder)
         score.forget_ranker()
-        return job(self, *arguments)  # type: ignore[arg-type]
+        return score_parts(self, *arguments)
 
-    monkeypatch.setattr(score._Scoring, "_job", replaced)
+    monkeypatch.setattr(score._Scoring, "_score_parts", replaced)
     with pytest.raises(UserError, match=r"another model \(version .*\) took the place of the one in"):
         score.score_log(folder, small.settings.data.log, tmp_path / "out", "tables")
     assert not (tmp_path / "out").exists()
