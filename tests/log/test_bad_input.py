@@ -195,7 +195,7 @@ def test_what_is_there_is_kept_until_log_schema_or_split_change(tmp_path):
     os.utime(first_file, ns=(1, 1))
     assert built() == again, "the bytes are the same"
     table = pq.read_table(first_file)
-    pq.write_table(table.set_column(0, table.schema[0], table[0][::-1]), first_file)
+    pq.write_table(table.set_column(table.schema.get_field_index("liked"), "liked", table["liked"][::-1]), first_file)
     assert built() != again
     (tmp_path / "work" / "features" / "manifest.json").write_text("half")
     before = _prepare(log, tmp_path).manifest
