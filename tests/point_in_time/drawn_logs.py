@@ -63,10 +63,10 @@ class DrawnLog:
             of_stage = {f"{path}.parquet" for path in table["file"][table["stage"] == stage]}
             new = [path for path in sorted(place.iterdir()) if path.name in of_stage]
             old = [path for path in sorted(place.iterdir()) if path.name not in of_stage]
-            before = [pq.read_table(path) for path in old]
+            before, known = [pq.read_table(path) for path in old], {path.read_bytes() for path in old}
             if old and way is not None:
                 self._deliver(rng, way, old, new, before)
-        fresh = [path for path in place.iterdir() if path not in old and not path.name.startswith("same bytes")]
+        fresh = [path for path in place.iterdir() if path.read_bytes() not in known]
         ours = [set(map(str, pq.read_table(path, columns=columns).to_pylist())) for path in fresh]
         theirs = [set(map(str, each.select(columns).to_pylist())) for each in before]
         return any(each <= set().union(*theirs) for each in ours) or any(each <= set().union(*ours) for each in theirs)
