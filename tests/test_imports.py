@@ -24,7 +24,7 @@ ORDER = [
     {"training", "evaluation", "inspection", "inference"},
     {
         "report",
-        *(f"live.{name}" for name in ("request_log", "learning", "outcomes", "outcome_files")),
+        *(f"live.{name}" for name in ("request_log", "learning", "outcomes", "outcome_files", "served_rows")),
     },
     {"server"},
     {"tracking"},

@@ -37,11 +37,12 @@ def replay(
         raise UserError("--ids-only is for requests of the log, and --requests were sent: leave one of them out")
     from mmoe_rec.jobs.score import microseconds
     from mmoe_rec.live import replay as job
+    from mmoe_rec.live.served_rows import describe
 
     settings = configuration.settings
     address = model or f"models:/{settings.registered_model}@{settings.tracking.alias}"
     period = microseconds(start), microseconds(end)
     report = job.replay(settings, *period, address, requests, **options)
-    show(job.describe(report))
+    show(describe(report))
     if report["mismatches"]:
         raise SystemExit(DIFFERS)

@@ -21,17 +21,8 @@ from mmoe_rec.jobs.places import logs_for
 from mmoe_rec.live import replay as job
 from mmoe_rec.live import request_log as names
 from mmoe_rec.live.refresh import renew_tables
-from mmoe_rec.live.replay import (
-    LiveModel,
-    Period,
-    ValueComparison,
-    compare,
-    describe,
-    feed,
-    read_logged,
-    read_period,
-    replay,
-)
+from mmoe_rec.live.replay import LiveModel, feed, read_period, replay
+from mmoe_rec.live.served_rows import Period, ValueComparison, compare, describe, read_logged
 from mmoe_rec.log.reader import EventRows, Log
 from mmoe_rec.log.rows import LogRows
 from tests.commands import run
