@@ -47,10 +47,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     from mmoe_rec.inference.ranker import Ranker
     from mmoe_rec.jobs.baselines import measure_baselines
     from mmoe_rec.jobs.evaluate import evaluate_model
-    from mmoe_rec.jobs.train import describe_training, train_model
+    from mmoe_rec.jobs.train import train_model
     from mmoe_rec.locks import reading
     from mmoe_rec.progress import open_console
-    from mmoe_rec.report.tables import show_results
+    from mmoe_rec.report.tables import describe_training, show_results
 
     console = open_console()
     started = time.perf_counter()

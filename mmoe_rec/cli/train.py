@@ -67,7 +67,8 @@ def train(
 
 
 def _train_one(configuration: Configuration, start: str | None, resume: bool) -> None:
-    from mmoe_rec.jobs.train import describe_training, train_model
+    from mmoe_rec.jobs.train import train_model
+    from mmoe_rec.report.tables import describe_training
     from mmoe_rec.tracking.registry import CHALLENGER
 
     trained = train_model(configuration.settings, start, resume)

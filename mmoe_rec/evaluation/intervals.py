@@ -214,15 +214,45 @@ def resample(at: Callable[[np.ndarray], Values], users: int, resamples: int, see
     }
 
 
-def find_difference(mine: Resampled, other: Resampled, effective: float, units: int | None = None) -> Difference:
-    """The difference of two models in one metric. effective, units: see `Resampled.error`."""
-    apart = mine.subtract(other)
+def find_difference(
+    mine: Resampled,
+    other: Resampled,
+    effective: float,
+    units: int | None = None,
+    besides: Sequence[tuple[float, float]] = (),
+) -> Difference:
+    """The difference of two models in one metric, by Student.
+
+    effective, units: see `Resampled.error`; besides: what it errs by besides the choice of users, see `add_errors`.
+    """
+    apart, rounding = mine.subtract(other), rounding_of(mine.value, other.value)
     if not np.isfinite(apart.value):
         return Difference(None)
-    rounding = rounding_of(mine.value, other.value)
     value = 0.0 if abs(apart.value) <= rounding else apart.value
     error, effective = apart.error(effective, units)
-    return Difference(value) if error is None else student_difference(value, error, effective - 1, rounding)
+    freedom = effective - 1
+    if error is None or (error > rounding and freedom < LEAST_FREEDOM):
+        return Difference(value)
+    if besides:
+        error, freedom = add_errors([*besides, (0.0 if error <= rounding else error**2, freedom)])
+    if error <= rounding:
+        # A difference that does not vary rests on too few resamples, or users, to say how sure it is.
+        return Difference(value) if value else Difference(value, value, value, 0.0, None, 1.0, None, 0.0)
+    reach, extra = student.ppf([1 - LEVEL / 2, POWER], freedom)
+    half, p = float(reach * error), float(2 * student.sf(abs(value) / error, freedom))
+    detectable = float((reach + extra) * error)
+    return Difference(value, value - half, value + half, error, freedom + 1, p, None, detectable)
+
+
+def add_errors(parts: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """Standard error of a sum, and its degrees of freedom by Welch and Satterthwaite, infinite where nothing varies.
+
+    parts: variance and degrees of freedom of each.
+    """
+    total = sum(variance for variance, _ in parts)
+    if total == 0:
+        return 0.0, np.inf
+    return float(np.sqrt(total)), float(total**2 / sum(variance**2 / free for variance, free in parts if variance))
 
 
 def limit_by_changes(apart: Difference, changes: np.ndarray) -> Difference:
@@ -267,19 +297,6 @@ def _sum_rare(parts: np.ndarray) -> tuple[float, float, float]:
 def rounding_of(*values: float) -> float:
     """Up to which size a difference of such values is none."""
     return ROUNDING * max(map(abs, values))
-
-
-def student_difference(value: float, error: float, freedom: float, rounding: float) -> Difference:
-    """A difference by its standard error and the degrees of freedom of that."""
-    if error <= rounding:
-        # A difference that does not vary rests on too few resamples, or users, to say how sure it is.
-        return Difference(value) if value else Difference(value, value, value, 0.0, None, 1.0, None, 0.0)
-    if freedom < LEAST_FREEDOM:
-        return Difference(value)
-    reach, extra = student.ppf([1 - LEVEL / 2, POWER], freedom)
-    half, p = float(reach * error), float(2 * student.sf(abs(value) / error, freedom))
-    detectable = float((reach + extra) * error)
-    return Difference(value, value - half, value + half, error, freedom + 1, p, None, detectable)
 
 
 def level_after(tried: int) -> float:

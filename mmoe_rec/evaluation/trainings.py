@@ -21,9 +21,9 @@ from mmoe_rec.evaluation.intervals import (
     Key,
     Resampled,
     Values,
+    add_errors,
+    find_difference,
     resample,
-    rounding_of,
-    student_difference,
 )
 from mmoe_rec.evaluation.summary import effective_by_metric, nest, sums_by_user
 from mmoe_rec.evaluation.sums import EvaluationSums, check_same_rows
@@ -75,7 +75,9 @@ def compare_trainings(
             check_same_rows("these settings", sums[0], name, each)
         theirs = _resample_mean(its, resamples, objective)
         for key in (key for key in mine if key in theirs):
-            differences[name, *key] = _difference_of(*mine[key], *theirs[key], effective[key])
+            (values, redrawn), (its_values, its_redrawn) = mine[key], theirs[key]
+            of_seeds = [(each.var(ddof=1) / len(each), len(each) - 1) for each in (values, its_values)]
+            differences[name, *key] = find_difference(redrawn, its_redrawn, effective[key], besides=of_seeds)
     named = (None, None) if objective is None else (objective.name, objective.better)
     corrected = correct(sums[0], differences, others)
     return {name: SettingsDifference(each.objective, each.groups, *named) for name, each in corrected.items()}
@@ -107,32 +109,6 @@ def _mean_of(values: np.ndarray, redrawn: Resampled, effective: float) -> Traini
     of_users, effective = redrawn.error(effective)
     if of_users is None or effective - 1 < LEAST_FREEDOM:
         return TrainingsMean(mean, None, None, spread, None, each)
-    error, freedom = _welch((spread**2 / len(values), of_users**2), (len(values) - 1, effective - 1))
+    error, freedom = add_errors([(spread**2 / len(values), len(values) - 1), (of_users**2, effective - 1)])
     reach = float(student.ppf(1 - LEVEL / 2, freedom)) * error
     return TrainingsMean(mean, mean - reach, mean + reach, spread, of_users, each)
-
-
-def _difference_of(
-    mine: np.ndarray, redrawn: Resampled, its: np.ndarray, its_redrawn: Resampled, effective: float
-) -> Difference:
-    apart, rounding = redrawn.subtract(its_redrawn), rounding_of(redrawn.value, its_redrawn.value)
-    if not np.isfinite(apart.value):
-        return Difference(None)
-    value = 0.0 if abs(apart.value) <= rounding else apart.value
-    of_users, effective = apart.error(effective)
-    if of_users is None or (of_users > rounding and effective - 1 < LEAST_FREEDOM):
-        return Difference(value)  # a few users decide nearly alone
-    of_seeds = (each.var(ddof=1) / len(each) for each in (mine, its))
-    variances = (*of_seeds, 0.0 if of_users <= rounding else of_users**2)
-    error, freedom = _welch(variances, (len(mine) - 1, len(its) - 1, effective - 1))
-    return student_difference(value, error, freedom, rounding)
-
-
-def _welch(variances: Sequence[float], freedom: Sequence[float]) -> tuple[float, float]:
-    """Standard error of a sum, and its degrees of freedom by Welch and Satterthwaite. Infinite where all variances are
-    0."""
-    total = sum(variances)
-    if total == 0:
-        return 0.0, np.inf
-    joint = total**2 / sum(each**2 / free for each, free in zip(variances, freedom, strict=True) if each)
-    return float(np.sqrt(total)), float(joint)

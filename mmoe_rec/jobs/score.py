@@ -37,7 +37,7 @@ from mmoe_rec.log.database import Database, open_database
 from mmoe_rec.log.files import is_remote
 from mmoe_rec.log.given import iso_time
 from mmoe_rec.log.reader import LogPart, LogReader
-from mmoe_rec.log.rows import LogRows, labels_of
+from mmoe_rec.log.rows import labels_of
 from mmoe_rec.point_in_time.join import Window
 from mmoe_rec.preprocessing.engines import Engine, open_engine
 from mmoe_rec.preprocessing.exchange import ResultExchange, ResultReader
@@ -396,7 +396,8 @@ def score_part(job: ScoreJob, task: tuple[int, LogPart]) -> None:
     writer, ranked = None, [_RANKED.empty_table()]
     with atomic_file(job.out.part(number, "arrow")) as path, pa.OSFile(str(path), "wb") as file:
         for numbers, rows in known_rows(job.reader, results, job.window, part):
-            table, log_scores = _score_rows(ranker, rows)
+            values, log_scores = ranker.score(ranker.reader.completed(rows))
+            table = scored_table(rows, values, log_scores, ranker.layout)
             if job.labels_known_by is not None:
                 for name, values in labels_of(rows, job.labels_known_by).items():
                     table = table.append_column(f"label_{name}", pa.array(values, from_pandas=True))
@@ -411,12 +412,6 @@ def score_part(job: ScoreJob, task: tuple[int, LogPart]) -> None:
             writer.close()
     with atomic_file(job.out.part(number, "parquet")) as path:
         pq.write_table(pa.concat_tables(ranked), path)
-
-
-def _score_rows(ranker: Ranker, rows: LogRows) -> tuple[pa.Table, np.ndarray]:
-    """Keys, predictions and scores of rows, and their log scores, (N,) float64."""
-    values, log_scores = ranker.score(ranker.reader.completed(rows))
-    return scored_table(rows, values, log_scores, ranker.layout), log_scores
 
 
 ROWS_PER_GROUP = 131_072

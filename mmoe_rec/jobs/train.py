@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from mmoe_rec.atomic import checksum, write_text
-from mmoe_rec.errors import UserError
+from mmoe_rec.errors import StoppedError, UserError
 from mmoe_rec.evaluation.comparison import find_objective
 from mmoe_rec.jobs.places import log_and_place
 from mmoe_rec.jobs.promotion import Decision, promote_trained
@@ -30,14 +30,12 @@ from mmoe_rec.preprocessing.prepare import FeatureFolder, existing, features_in_
 from mmoe_rec.progress import say
 from mmoe_rec.settings.sections import Settings
 from mmoe_rec.tracking import registry, runs
-from mmoe_rec.tracking.outbox import list_waiting_runs
-from mmoe_rec.tracking.registry import check_mlflow
-from mmoe_rec.tracking.runs import Run
+from mmoe_rec.tracking.outbox import PATIENCE_SECONDS, UnreachableError, list_waiting_runs
+from mmoe_rec.tracking.runs import Run, check_server
 from mmoe_rec.training.origin import Origin, Start, fixed_settings, result_settings
 
 if TYPE_CHECKING:
     import torch
-    from rich.table import Table
 
     from mmoe_rec.model.layout import ModelLayout
     from mmoe_rec.model.mmoe import RankingModel
@@ -177,7 +175,7 @@ def _finish(run: Run, workspace: Workspace, result: TrainingResult, register: bo
     chosen = f"The state of step {result.best_step:,} was chosen, by its validation:\n\n{quoted(values)}"
     if register:
         about = f"{as_code(command())}\n\n{_describe_rows(workspace.manifest)}\n\n{chosen}"
-        with registry.wait_to_register(run, artifact):
+        with _wait_to_register(run, artifact):
             decision = promote_trained(run, settings, prepared, model, artifact, about)
     run.describe("Result", f"{quoted(decision.reasons)}\n\n{chosen}\n\nModel: `{decision.address}`")
     trained = FinishedTraining(
@@ -194,6 +192,25 @@ def _finish(run: Run, workspace: Workspace, result: TrainingResult, register: bo
     )
     trained.write()
     return trained
+
+
+@contextmanager
+def _wait_to_register(run: Run, artifact_folder: Path) -> Iterator[None]:
+    """Around the registration of a trained model: first waits for MLflow, if it is away, and sends what waits.
+
+    Raises:
+        StoppedError, UserError: it does not answer, or refuses; says that the model is not registered and how to do it.
+    """
+    run.flush(PATIENCE_SECONDS)
+    what = (
+        f"the trained model in '{artifact_folder}' is whole but not registered: the same command with --resume does it"
+    )
+    try:
+        yield
+    except UnreachableError as error:
+        raise StoppedError(f"{error}; {what} once MLflow answers") from None
+    except UserError as error:
+        raise UserError(f"{error}; {what} once that is put right") from None
 
 
 def _describe_rows(manifest: Mapping[str, Any]) -> str:
@@ -288,7 +305,9 @@ class Workspace:
             self._require_features()
             self._look_up_start()
         if not ended or list_waiting_runs(self.folder / "unsent"):
-            check_mlflow(self.settings)
+            tracking = self.settings.tracking
+            check_server(tracking.address, self.settings.experiment, unsent=self.folder / "unsent")
+            registry.check_names(tracking.address, self.settings.registered_model, tracking.alias)
 
     def decide(self, held: contextlib.ExitStack) -> tuple[Course, Start | None]:
         """What the training does, and the model that it starts, or was started, from; its features are ready, and its
@@ -427,31 +446,3 @@ def training_key(folder: Path, origin: Origin, new: bool) -> str:
     key = uuid.uuid4().hex
     write_text(file, json.dumps({"key": key, "origin": begun}))
     return key
-
-
-def describe_training(trained: FinishedTraining, settings: Settings) -> Iterator[Table | str]:
-    """What people are told of a training that has ended: all validations, why a state was chosen, warnings, speed."""
-    from mmoe_rec.inference.artifact import read_artifact, read_calibration
-    from mmoe_rec.report.tables import validations_table
-    from mmoe_rec.training.checkpoint import latest_checkpoint
-    from mmoe_rec.training.validation import explain_choice, warnings_of
-
-    if trained.before:
-        yield "this training has already ended, and what follows was so then; without --resume a new one begins"
-    if trained.started_from is not None:
-        values = trained.started_from.flat().items()
-        text = ", ".join(f"{name.removeprefix('validation/')} {value:.4f}" for name, value in values)
-        yield f"validation of the model that it was started from: {text}"
-    checkpoint = latest_checkpoint(trained.artifact.parent / "checkpoints")
-    if checkpoint is not None:
-        yield validations_table(checkpoint.state.history, trained.best_step)
-    if early_end := read_artifact(trained.artifact, verify=False).early_end:
-        yield f"warning: the model {early_end}"
-    yield from explain_choice(trained.best, trained.best_step, settings.training.select_by)
-    for warning in warnings_of(trained.best, read_calibration(trained.artifact).tasks):
-        yield f"warning: {warning}"
-    if note := trained.best.experts.note(settings.model.gates.rule):
-        yield f"note: {note}"
-    if trained.rows_per_s:  # else all steps were done before, and the rest was left
-        yield f"{trained.rows_per_s:,.0f} rows/s in training, {trained.waiting:.1%} of the time spent waiting for data"
-    yield from trained.compared

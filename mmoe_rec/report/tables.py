@@ -24,6 +24,8 @@ from mmoe_rec.report.sentences import describe_refusal, describe_results, descri
 
 if TYPE_CHECKING:
     from mmoe_rec.evaluation.tradeoffs import WeightsChoice
+    from mmoe_rec.settings.sections import Settings
+    from mmoe_rec.training.checkpoint import FinishedTraining
     from mmoe_rec.training.validation import Validation
 
 _VALIDATIONS = {"loss ↓": "loss", "auc ↑": "auc", "gauc ↑": "gauc", "calibration → 1": "calibration"}
@@ -192,6 +194,33 @@ def validations_table(history: Sequence[tuple[int, Validation]], best_step: int)
             cells = ["-" if value is None else f"{value:.4f}" for value in values]
             table.add_row(shown, Text(name), *cells, style=style, end_section=place == len(names) - 1)
     return table
+
+
+def describe_training(trained: FinishedTraining, settings: Settings) -> Iterator[Table | str]:
+    """What people are told of a training that has ended: all validations, why a state was chosen, warnings, speed."""
+    from mmoe_rec.inference.artifact import read_artifact, read_calibration
+    from mmoe_rec.training.checkpoint import latest_checkpoint
+    from mmoe_rec.training.validation import explain_choice, warnings_of
+
+    if trained.before:
+        yield "this training has already ended, and what follows was so then; without --resume a new one begins"
+    if trained.started_from is not None:
+        values = trained.started_from.flat().items()
+        text = ", ".join(f"{name.removeprefix('validation/')} {value:.4f}" for name, value in values)
+        yield f"validation of the model that it was started from: {text}"
+    checkpoint = latest_checkpoint(trained.artifact.parent / "checkpoints")
+    if checkpoint is not None:
+        yield validations_table(checkpoint.state.history, trained.best_step)
+    if early_end := read_artifact(trained.artifact, verify=False).early_end:
+        yield f"warning: the model {early_end}"
+    yield from explain_choice(trained.best, trained.best_step, settings.training.select_by)
+    for warning in warnings_of(trained.best, read_calibration(trained.artifact).tasks):
+        yield f"warning: {warning}"
+    if note := trained.best.experts.note(settings.model.gates.rule):
+        yield f"note: {note}"
+    if trained.rows_per_s:  # else all steps were done before, and the rest was left
+        yield f"{trained.rows_per_s:,.0f} rows/s in training, {trained.waiting:.1%} of the time spent waiting for data"
+    yield from trained.compared
 
 
 def show_health(health: dict[str, Any]) -> Iterator[RenderableType]:

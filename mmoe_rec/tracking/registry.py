@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mmoe_rec.atomic import checksum
-from mmoe_rec.errors import StoppedError, UserError
+from mmoe_rec.errors import UserError
 from mmoe_rec.inference.artifact import EXAMPLE, Source, read_artifact
 from mmoe_rec.progress import say
 from mmoe_rec.tracking.client import (
@@ -33,11 +33,7 @@ from mmoe_rec.tracking.client import (
     summarise,
     translate_errors,
 )
-from mmoe_rec.tracking.outbox import PATIENCE_SECONDS, UnreachableError
-from mmoe_rec.tracking.runs import Run, check_server
-
-if TYPE_CHECKING:
-    from mmoe_rec.settings.sections import Settings
+from mmoe_rec.tracking.runs import Run
 
 CHALLENGER = "challenger"  # alias of a model that is no better than the one that holds the alias
 _FILES_TAG = "files"  # of a version
@@ -342,13 +338,6 @@ def tag_version(version: Version, tags: Mapping[str, str], uri: str) -> None:
             client.set_model_version_tag(version.name, version.number, name, value)
 
 
-def check_mlflow(settings: Settings) -> None:
-    """Raises UserError where MLflow is away or would refuse a name. Sends what waits for it."""
-    uri = settings.tracking.address
-    check_server(uri, settings.experiment, unsent=Path(settings.data.work) / "unsent")
-    check_names(uri, settings.registered_model, settings.tracking.alias)
-
-
 def check_names(uri: str, model: str, alias: str) -> None:
     """Raises UserError where the registry would refuse to register a model under a name and an alias, by asking it."""
     given = f"'tracking.registered_model' (by default the settings' `name`) '{model}' with 'tracking.alias' '{alias}'"
@@ -476,25 +465,6 @@ def _sum_files(artifact_folder: Path) -> str:
     left = ("example_scores.json", "manifest.json")
     files = sorted(file for file in artifact_folder.iterdir() if file.is_file() and file.name not in left)
     return hashlib.sha256("\n".join(f"{file.name} {checksum(file)}" for file in files).encode()).hexdigest()[:32]
-
-
-@contextmanager
-def wait_to_register(run: Run, artifact_folder: Path) -> Iterator[None]:
-    """Around the registration of a trained model: first waits for MLflow, if it is away, and sends what waits.
-
-    Raises:
-        StoppedError, UserError: it does not answer, or refuses; says that the model is not registered and how to do it.
-    """
-    run.flush(PATIENCE_SECONDS)
-    what = (
-        f"the trained model in '{artifact_folder}' is whole but not registered: the same command with --resume does it"
-    )
-    try:
-        yield
-    except UnreachableError as error:
-        raise StoppedError(f"{error}; {what} once MLflow answers") from None
-    except UserError as error:
-        raise UserError(f"{error}; {what} once that is put right") from None
 
 
 @contextmanager

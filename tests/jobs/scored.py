@@ -43,7 +43,7 @@ if __name__ == "__main__":
     module, name = {
         "look_up": (score.Steps, "look_up"),
         "keep": (score.Steps, "keep"),
-        "score": (score, "_score_rows"),
+        "score": (score, "scored_table"),
         "rank": (score, "rank_rows"),
         "finish": (score.np, "load"),
         "put": (score_files, "put_folder"),

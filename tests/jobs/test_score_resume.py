@@ -95,7 +95,7 @@ def test_ctrl_c_keeps_what_was_scored(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(score, "_score_rows", interrupted)
+        patch.setattr(score, "scored_table", interrupted)
         with pytest.raises(StoppedError, match="the same command goes on"):
             score_log(small.folder, source, tmp_path / "out", overrides=["--data.workers", "1"])
     assert not (tmp_path / "out").exists()

@@ -11,9 +11,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from mmoe_rec.jobs.train import describe_training
 from mmoe_rec.model.utilisation import Utilisation
-from mmoe_rec.report.tables import validations_table
+from mmoe_rec.report.tables import describe_training, validations_table
 from mmoe_rec.settings.sections import Training
 from mmoe_rec.training.checkpoint import FinishedTraining
 from mmoe_rec.training.origin import Origin
