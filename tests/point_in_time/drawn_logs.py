@@ -293,13 +293,14 @@ def _forget(seed: int, settings: dict[str, Any], log: pd.DataFrame, events: pd.D
 
 
 def _in_files(rng: np.random.Generator, table: pd.DataFrame) -> pd.DataFrame:
-    """Rows in any order in any number of files; the names of later stages do not sort last."""
+    """Rows in any order in any number of files; the names of later stages do not sort last. A number of each row, which
+    no feature reads, keeps two files of the same events from being the same file."""
     table = table.assign(
         file=[f"{n}-{90 - stage}" for n, stage in zip(rng.integers(0, 3, len(table)), table["stage"], strict=True)]
     )
     table = table.sample(frac=1, random_state=int(rng.integers(2**31))).sort_values("file", kind="stable")
     table = table.reset_index(drop=True)
-    return table.assign(row=ROW_SHARE * np.arange(1, len(table) + 1)) if "request" in table else table
+    return table.assign(row=ROW_SHARE * np.arange(1, len(table) + 1))
 
 
 def _types(log: pd.DataFrame) -> dict[str, pa.DataType]:
