@@ -5,9 +5,9 @@ measures them on the test rows. With `--model` the model stands beside them, wit
 verdict. Writes `report.html`, `metrics.json` and others to `data.work`/baselines.
 
 Trees get all inputs but placement and lists of ids (histories). Validation rows choose how many there are, at most
-1,000, and what stands: trees without ids, trees with ids, numbered by falling frequency, or the mean of both; and they
-calibrate all, as `training.calibration` says of a model. Trees learn from the last two million training rows, or fewer
-of more than a hundred inputs, which takes some six gigabytes.
+1,000, and what stands: trees without ids, with ids, numbered by falling frequency, with the mean label of each id in
+other requests, or the mean of the best two; and they calibrate all, as `training.calibration` says of a model. Trees
+learn from the last two million training rows, or fewer of more than a hundred inputs, which takes some seven gigabytes.
 """
 
 from __future__ import annotations

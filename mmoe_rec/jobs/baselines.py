@@ -21,6 +21,7 @@ from mmoe_rec.evaluation.summary import MeasuredModel
 from mmoe_rec.features.layout import Layout
 from mmoe_rec.jobs.places import check_out, log_and_place
 from mmoe_rec.locks import writing
+from mmoe_rec.log.columns import hash_column
 from mmoe_rec.preprocessing.prepare import FeatureFolder, features_in_use
 from mmoe_rec.progress import bar, say
 from mmoe_rec.settings.sections import Settings
@@ -39,7 +40,8 @@ MOST_TREES, PATIENCE, TREES_UNCHOSEN = 1000, 30, 100
 FEW_ROWS = 500_000
 """Training rows up to which trees learn at half the rate, which takes twice as many: with more, it gains little."""
 SMOOTHING = 20.0
-"""Rows of the mean over all that are added to those of each candidate."""
+"""Rows of the mean over all that are added to those of each candidate, or each id."""
+FOLDS = 5
 
 
 def measure_baselines(
@@ -169,14 +171,14 @@ Predict = Callable[["Inputs"], np.ndarray]  # rows -> (N,) float64, probabilitie
 
 
 def boost_trees(kind: str, train: Inputs, validation: Inputs, seed: int = 0) -> tuple[Predict, str]:
-    """scikit-learn's histogram gradient boosting, without ids, with ids or the mean of both by the validation loss; and
-    what was chosen, in words.
+    """scikit-learn's histogram gradient boosting of the view with the lowest validation loss, or the mean of the two
+    best; and what was chosen, in words.
 
     An id is its number in the vocabulary, where the most frequent ones come first: as categories, of which scikit-learn
     takes 254, ids did no better. kind: of the task; train, validation: its rows, as `Inputs.of_task` gives them; seed:
     of the columns that a split looks at. The logloss, or squared error, of validation rows also says how many trees
-    count; where these lack labels, TREES_UNCHOSEN do, without ids if there are numbers. Raises UserError where no label
-    is observed, of a binary task one class only, or no input is left.
+    count; where these lack labels, TREES_UNCHOSEN of the first view do. Raises UserError where no label is observed, of
+    a binary task one class only, or no input is left.
     """
     classes = np.unique(train.labels)
     if len(classes) == 0:
@@ -184,30 +186,68 @@ def boost_trees(kind: str, train: Inputs, validation: Inputs, seed: int = 0) -> 
     if kind == "binary" and not np.array_equal(classes, [0, 1]):
         raise UserError(f"the observed training labels are {classes[:5].tolist()}; expected both 0 and 1")
     held_out = validation if len(np.unique(validation.labels)) >= (2 if kind == "binary" else 1) else None
-    columns = {"without ids": train.numbers, "with ids": train.x.shape[1]}
-    if train.numbers in (0, train.x.shape[1]) or held_out is None:  # the same, or nothing that tells them apart
-        del columns["without ids" if train.numbers == 0 else "with ids"]
     if not train.x.shape[1]:
         raise UserError("trees have no input: all features describe placement, or are lists of ids")
     choices = dict[str, Predict]()
-    for name, first in columns.items():
-        predict, count = _fit_trees(kind, train, held_out, first, seed)
+    for name, x, view in _views(train):
+        predict, count = _fit_trees(kind, replace(train, x=x), held_out, view, seed)
         choices[f"{count} trees {name}"] = predict
-    if held_out is None:
-        ((told, predict),) = choices.items()
-        return predict, told
-    if len(both := list(choices.values())) > 1:
-        choices[f"the mean of {' and '.join(choices)}"] = lambda rows: np.mean([each(rows) for each in both], axis=0)
+        if held_out is None:  # nothing tells them apart
+            return predict, f"{count} trees {name}"
     name, measure = ("logloss", log_loss) if kind == "binary" else ("squared error", mean_squared_error)
-    predicted = {told: predict(held_out) for told, predict in choices.items()}
-    losses = {told: measure(held_out.labels, p, sample_weight=held_out.weights) for told, p in predicted.items()}
+
+    def measure_loss(predict: Predict) -> float:
+        return measure(validation.labels, predict(validation), sample_weight=validation.weights)
+
+    losses = {told: measure_loss(predict) for told, predict in choices.items()}
+    if len(losses) > 1:
+        both = sorted(losses, key=losses.__getitem__)[:2]
+        mean = f"the mean of {' and '.join(both)}"
+        choices[mean] = lambda rows: np.mean([choices[each](rows) for each in both], axis=0)
+        losses[mean] = measure_loss(choices[mean])
     best = min(losses, key=losses.__getitem__)
     others = (f"; {loss:.4g} of {told}" for told, loss in losses.items() if told != best)
     return choices[best], f"{best}, {name} of validation rows {losses[best]:.4g}{''.join(others)}"
 
 
-def _fit_trees(kind: str, train: Inputs, held_out: Inputs | None, columns: int, seed: int) -> tuple[Predict, int]:
-    """What trees of the first columns predict, and how many of them."""
+View = Callable[["Inputs"], np.ndarray]  # rows -> (N, F), what trees see of them
+
+
+def _views(train: Inputs) -> Iterator[tuple[str, np.ndarray, View]]:
+    """What trees may learn from: a name, x of the training rows, and what gives that of others.
+
+    Ids of many values make trees overfit where counters say the same, and without counters their numbers say little. So
+    the third view has each id's mean label instead, as `rate_candidates` has it: of training rows by the requests of
+    other folds, since labels of the row's own list would tell its own.
+    """
+    if train.numbers:
+        yield "without ids", train.x[:, : train.numbers], lambda rows: rows.x[:, : rows.numbers]
+    if train.numbers == train.x.shape[1]:
+        return
+    yield "with ids", train.x, lambda rows: rows.x
+
+    def learn(taken: np.ndarray) -> View:
+        weights = None if train.weights is None else train.weights[taken]
+        ids = train.x[taken, train.numbers :].T
+        rates = [rate_candidates(pa.array(each), train.labels[taken], weights) for each in ids]
+
+        def view(rows: Inputs) -> np.ndarray:
+            ids = map(pa.array, rows.x[:, rows.numbers :].T)
+            means = (rate(each).astype(np.float32) for rate, each in zip(rates, ids, strict=True))
+            return np.column_stack([rows.x[:, : rows.numbers], *means])
+
+        return view
+
+    x = np.empty_like(train.x)
+    if train.folds is not None and len(folds := np.unique(train.folds)) > 1:
+        for fold in folds:
+            own = train.folds == fold
+            x[own] = learn(~own)(replace(train, x=train.x[own]))
+        yield "with mean labels of ids", x, learn(np.ones(len(x), bool))
+
+
+def _fit_trees(kind: str, train: Inputs, held_out: Inputs | None, view: View, seed: int) -> tuple[Predict, int]:
+    """What trees predict, and how many of them. train: as trees see it; view: what shows them others."""
     estimator = (HistGradientBoostingClassifier if kind == "binary" else HistGradientBoostingRegressor)(
         learning_rate=0.05 if len(train.labels) <= FEW_ROWS else 0.1,
         max_iter=TREES_UNCHOSEN if held_out is None else MOST_TREES,
@@ -220,14 +260,14 @@ def _fit_trees(kind: str, train: Inputs, held_out: Inputs | None, columns: int, 
     )
     own, count = {}, TREES_UNCHOSEN
     if held_out is not None:
-        own = {"X_val": held_out.x[:, :columns], "y_val": held_out.labels, "sample_weight_val": held_out.weights}
-    estimator.fit(train.x[:, :columns], train.labels, train.weights, **own)
+        own = {"X_val": view(held_out), "y_val": held_out.labels, "sample_weight_val": held_out.weights}
+    estimator.fit(train.x, train.labels, train.weights, **own)
     if held_out is not None:
         count = int(estimator.validation_score_[1:].argmax()) + 1  # the first one is that of no tree
 
     def predict(rows: Inputs) -> np.ndarray:
         stages = estimator.staged_predict_proba if kind == "binary" else estimator.staged_predict
-        last = next(islice(stages(rows.x[:, :columns]), count - 1, None))  # further trees were too many
+        last = next(islice(stages(view(rows)), count - 1, None))  # further trees were too many
         return np.asarray(last[:, 1] if kind == "binary" else last)
 
     return predict, count
@@ -236,13 +276,14 @@ def _fit_trees(kind: str, train: Inputs, held_out: Inputs | None, columns: int, 
 @dataclass(frozen=True)
 class Inputs:
     """Rows as trees see them: x (N, F) float32, first the `numbers`, NaN where missing, then ids, without placement and
-    lists; labels (N, T), or (N,) of one task, NaN where unobserved; what rows count (N,), None is 1; and further
-    columns."""
+    lists; labels (N, T), or (N,) of one task, NaN where unobserved; what rows count (N,), None is 1; the fold of FOLDS
+    that a row's request belongs to (N,); and further columns."""
 
     x: np.ndarray
     numbers: int
     labels: np.ndarray
     weights: np.ndarray | None = None
+    folds: np.ndarray | None = None
     table: pa.Table = field(default_factory=lambda: pa.table({}))
 
     def column(self, name: str) -> pa.Array:
@@ -253,10 +294,11 @@ class Inputs:
         """The rows with an observed label of a task. Weights become multiples of their mean, as trees compare their
         sums with constants."""
         known = ~np.isnan(self.labels[:, index])
-        weights = (
-            None if self.weights is None else self.weights[known] / (self.weights[known].mean() if known.any() else 1)
-        )
-        return Inputs(self.x if known.all() else self.x[known], self.numbers, self.labels[known, index], weights)
+        weights, folds = (None if each is None else each[known] for each in (self.weights, self.folds))
+        if weights is not None and len(weights):
+            weights = weights / weights.mean()
+        x = self.x if known.all() else self.x[known]
+        return Inputs(x, self.numbers, self.labels[known, index], weights, folds)
 
     @staticmethod
     def stream(rows: EncodedRows, layout: Layout, columns: Sequence[str], left_out: int = 0) -> Iterator[Inputs]:
@@ -270,17 +312,20 @@ class Inputs:
                 continue  # a slice of no row would keep all of them in memory
             ids = [np.asarray(part.encoded.ids[name])[first:] for name in names]
             x = np.column_stack([part.encoded.dense[first:, dense], *ids]).astype(np.float32)
-            yield Inputs(x, len(dense), part.labels[first:], weights_of(table.slice(first)), table.slice(first))
+            yield Inputs(x, len(dense), part.labels[first:], weights_of(table.slice(first)), table=table.slice(first))
 
     @staticmethod
     def join(parts: Sequence[Inputs]) -> Inputs:
         """All rows of parts."""
         table = pa.concat_tables([each.table for each in parts])
         x, labels = (np.concatenate([getattr(each, name) for each in parts]) for name in ("x", "labels"))
-        return Inputs(x, parts[0].numbers, labels, weights_of(table), table)
+        return Inputs(x, parts[0].numbers, labels, weights_of(table), table=table)
 
     @staticmethod
     def read(rows: EncodedRows, layout: Layout, columns: Sequence[str]) -> Inputs:
         """The last rows, as many as memory is meant to hold."""
         most = min(MOST_ROWS, MOST_VALUES // max(1, len(layout.dense) + len(layout.ids)))
-        return Inputs.join(list(Inputs.stream(rows, layout, columns, max(0, rows.rows - most))))
+        left_out = max(0, rows.rows - most)
+        whole = Inputs.join(list(Inputs.stream(rows, layout, (*columns, "request"), left_out)))
+        folds = (hash_column(whole.column("request")) % FOLDS).astype(np.int8)
+        return replace(whole, folds=folds, table=whole.table.drop_columns("request"))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -75,13 +77,59 @@ def test_validation_rows_choose_how_many_trees_and_whether_ids_help(
         best = int(np.argmin([log_loss(validation.labels[observed, 0], each[observed]) for each in own]))
         predicted[name], counts[name] = np.stack([own[best], other[best]]), f"{best + 1} trees {name} ids"
     predicted["both"] = (predicted["without"] + predicted["with"]) / 2
-    counts["both"] = f"the mean of {counts['without']} and {counts['with']}"
     losses = {name: log_loss(validation.labels[observed, 0], each[0][observed]) for name, each in predicted.items()}
     assert min(losses, key=losses.__getitem__) == stands, "of the data"
+    better, worse = sorted(counts, key=losses.__getitem__)
+    counts["both"] = f"the mean of {counts[better]} and {counts[worse]}"
     (predict, told), (again, _) = (boosted(train, validation) for _ in range(2))
     assert told.startswith(f"{counts[stands]}, logloss of validation rows {losses[stands]:.4g}; ")
     np.testing.assert_allclose(predict(test), predicted[stands][1], rtol=1e-6)
     np.testing.assert_array_equal(predict(test), again(test))
+
+
+def id_rows(seed: int, rows: int = 6000) -> Inputs:
+    """A user and an item, and nothing else; lists of five, of which one is clicked."""
+    effects, generator = np.random.default_rng(9).normal(size=(2, 300)), np.random.default_rng(seed)
+    ids = np.stack([generator.integers(0, 300, rows // 5).repeat(5), generator.integers(0, 300, rows)])
+    liking = (effects[0, ids[0]] + effects[1, ids[1]] + generator.gumbel(size=rows)).reshape(-1, 5)
+    clicked = (liking == liking.max(axis=1, keepdims=True)).astype(float).reshape(-1, 1)
+    folds = generator.integers(0, 5, rows // 5).repeat(5)
+    return Inputs(ids.T.astype(np.float32), 0, clicked, folds=folds)
+
+
+def test_where_there_are_ids_alone_their_mean_labels_tell_most() -> None:
+    """Those of a row come from other requests: its list would tell that one of five is clicked."""
+    predict, told = boosted(id_rows(0), id_rows(1))
+    assert re.match(r"\d+ trees with mean labels of ids, ", told), told
+    test = id_rows(2)
+    assert roc_auc_score(test.labels[:, 0], predict(test)) > 0.7
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_mean_labels_of_ids_come_from_other_folds(weighted: bool) -> None:
+    """By a loop over rows; of other rows than those of training, from all."""
+    rows = id_rows(0, 500).of_task(0)
+    rows = replace(rows, x=np.column_stack([np.arange(500), rows.x]).astype(np.float32), numbers=1)
+    if weighted:
+        rows = replace(rows, weights=np.random.default_rng(0).choice([0.5, 1, 4], 500))
+    name, x, view = list(baselines._views(rows))[-1]
+    assert name == "with mean labels of ids"
+    others = replace(rows, x=rows.x + 1)
+    weights = np.ones(500) if rows.weights is None else rows.weights
+
+    def expect(each: np.ndarray, taken: np.ndarray) -> list[float]:
+        means = [each[0]]
+        overall = np.average(rows.labels[taken], weights=weights[taken])
+        for column in (1, 2):
+            same = taken & (rows.x[:, column] == each[column])
+            count = weights[same] / weights[taken].mean()
+            means.append((rows.labels[same] @ count + 20 * overall) / (count.sum() + 20))
+        return means
+
+    np.testing.assert_allclose(
+        x, [expect(*each) for each in zip(rows.x, rows.folds != rows.folds[:, None], strict=True)], rtol=1e-5
+    )
+    np.testing.assert_allclose(view(others), [expect(each, np.ones(500, bool)) for each in others.x], rtol=1e-5)
 
 
 def test_where_validation_rows_say_nothing_there_are_trees_all_the_same() -> None:
@@ -207,6 +255,10 @@ def test_of_many_rows_the_last_ones_are_taken(model: SmallModel, monkeypatch: py
     rows = EncodedRows(model.prepared.split("train"), layout)
     whole = Inputs.read(rows, layout, ("candidate",))
     assert len(whole.x) == rows.rows
+    requests = pq.read_table(model.prepared.split("train"), columns=["request"]).to_pandas()["request"]
+    folds = pd.Series(whole.folds).groupby(requests)
+    assert (folds.nunique() == 1).all()
+    assert set(whole.folds) == set(range(5))
     monkeypatch.setattr(baselines, "ROWS_AT_A_TIME", 13)
     inputs = len(layout.dense) + len(layout.ids)
     for most, values in ((1, 10**9), (7, 10**9), (10**9, inputs * rows.rows - 1), (rows.rows, 10**9), (10**9, 10**9)):
@@ -214,7 +266,7 @@ def test_of_many_rows_the_last_ones_are_taken(model: SmallModel, monkeypatch: py
         monkeypatch.setattr(baselines, "MOST_VALUES", values)
         last = Inputs.read(rows, layout, ("candidate",))
         taken = min(most, rows.rows, values // inputs)
-        for name in ("x", "labels"):
+        for name in ("x", "labels", "folds"):
             np.testing.assert_array_equal(getattr(last, name), getattr(whole, name)[-taken:])
         assert last.column("candidate").equals(whole.column("candidate")[-taken:])
 
