@@ -278,7 +278,7 @@ def _find_edges(database: Database, job: MeasureJob) -> Iterator[tuple[str, np.n
 def check_requests(database: Database, job: MeasureJob) -> int:
     """The number of users. Raises UserError where a request has rows of several, or a candidate twice."""
     columns = job.columns
-    database.register("rows", ds.dataset(job.rows.folder / ROWS, format="ipc"))
+    database.copy("rows", ds.dataset(job.rows.folder / ROWS, format="ipc"))
     (strange,) = database.row(
         'SELECT min(row(request, one, other)) FROM (SELECT request, min("user") AS one, max("user") AS other FROM rows '
         "GROUP BY request HAVING one <> other)"

@@ -395,7 +395,7 @@ def score_part(job: ScoreJob, task: tuple[int, LogPart]) -> None:
     results = None if job.results is None else ResultReader(job.results, list(ranker.pipeline.key_groups))
     writer, ranked = None, [_RANKED.empty_table()]
     with atomic_file(job.out.part(number, "arrow")) as path, pa.OSFile(str(path), "wb") as file:
-        for numbers, rows in known_rows(job.reader, results, job.window, part):
+        for rows in known_rows(job.reader, results, job.window, part):
             values, log_scores = ranker.score(ranker.reader.completed(rows))
             table = scored_table(rows, values, log_scores, ranker.layout)
             if job.labels_known_by is not None:
@@ -406,7 +406,7 @@ def score_part(job: ScoreJob, task: tuple[int, LogPart]) -> None:
             writer = writer or pa.ipc.new_file(file, table.schema)
             writer.write_table(table)
             learnt = np.zeros(len(rows), bool) if job.learnt is None else job.learnt.find(rows)
-            its = [rows.request_hashes(), log_scores, numbers, rows.times(), learnt]
+            its = [rows.request_hashes(), log_scores, rows.row_numbers, rows.times(), learnt]
             ranked.append(pa.table(its, schema=_RANKED))
         if writer is not None:
             writer.close()
@@ -422,7 +422,7 @@ def rank_rows(database: Database, parts: Mapping[Path, Path]) -> None:
 
     parts: file of `_RANKED` of each part -> the file that gets the ranks of its rows, (N,) int32, as NumPy's.
     """
-    database.register("rows", ds.dataset(list(map(str, parts))))
+    database.copy("rows", ds.dataset(list(map(str, parts))))
     database.run(
         "CREATE TABLE ranks AS SELECT number, "
         "row_number() OVER (PARTITION BY request ORDER BY score DESC, number)::INTEGER AS rank FROM rows"

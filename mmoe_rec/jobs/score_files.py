@@ -291,20 +291,13 @@ class LearntRows:
         )
 
 
-def known_rows(
-    reader: LogReader, results: ResultReader | None, window: Window, part: LogPart
-) -> Iterator[tuple[np.ndarray, LogRows]]:
-    """The rows of a part that lie in the window, some at a time, with their numbers in the log, (N,) int64.
+def known_rows(reader: LogReader, results: ResultReader | None, window: Window, part: LogPart) -> Iterator[LogRows]:
+    """The rows of a part that lie in the window, some at a time.
 
     results: what `Steps` looked up for the window, None where rows come without.
     """
-    first = part.start
     for rows in reader.read(part):
-        wanted = in_window(rows.times(), window)
-        numbers, first = first + np.flatnonzero(wanted), first + len(rows)
-        if not len(numbers):
-            continue
-        looked_up: Results = {} if results is None else results.of(first - len(rows), wanted)
-        for some in LogRows(rows.filter(wanted).table, rows.schema, looked_up).cut(ROWS_AT_A_TIME):
-            yield numbers[: len(some)], some
-            numbers = numbers[len(some) :]
+        inside = rows.filter(in_window(rows.times(), window))
+        if len(inside):
+            looked_up: Results = {} if results is None else results.of(inside.row_numbers)
+            yield from LogRows(inside.table, rows.schema, looked_up, inside.row_numbers).cut(ROWS_AT_A_TIME)

@@ -161,9 +161,9 @@ def read_period(logs: Logs, model: Path, window: tuple[int, int], scratch: Path)
     with limit_threads(1), bar() as progress:
         task = progress.add_task("offline scores", total=counted.rows["replayed"])
         for part in steps.parts:
-            for places, rows in known_rows(reader, results, window, part):
+            for rows in known_rows(reader, results, window, part):
                 parts.append(_score(ranker, LogRows(rows.table, ranker.pipeline.schema, rows.results)))
-                progress.advance(task, len(places))
+                progress.advance(task, len(rows))
     table = pa.concat_tables([each.table for each in parts], promote_options="permissive").combine_chunks()
     known = {name: join_results([each.results[name] for each in parts]) for name in parts[0].results}
     rows = LogRows(table, ranker.pipeline.schema)

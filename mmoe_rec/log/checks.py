@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import Any
 
@@ -60,14 +60,11 @@ class LeftOut(FoundFile):
 
 @dataclass(frozen=True)
 class _Footer:
-    """What is read of a file: kinds of the columns that are used, and those of them that stand in its path, or that
-    hold true and false."""
+    """What is read of a file: kinds of the columns that are used, and the text of those that stand in its path."""
 
-    found: FoundFile
-    group_rows: tuple[int, ...]
+    file: LogFile
     kinds: dict[str, pa.DataType]
     in_path: dict[str, str | None]
-    booleans: frozenset[str]
 
 
 def format_time(microseconds: int) -> str:
@@ -138,15 +135,15 @@ def check_files(
     integers = _integers_in_paths(footers) - {column for column, word in fitted.items() if word == "string"}
     integers |= {column for column, word in fitted.items() if word == "int64"}
     for each in footers:
-        for column, value in each.in_path.items() if any(each.group_rows) else ():
+        for column, value in each.in_path.items() if each.file.rows else ():
             kind = pa.null() if value is None else pa.string()
             kind = pa.int64() if column in integers and value is not None and _is_integer(value) else kind
             try:
                 each.kinds[column] = canonical_type(column, uses[column], kind, time_unit)
             except UserError as error:
-                address = each.found.address
+                address = each.file.address
                 problems.setdefault(address, BadFile(f"'{address}': {error}, in the file's path", address))
-    footers = [each for each in footers if each.found.address not in problems]
+    footers = [each for each in footers if each.file.address not in problems]
     types, deviating = _common_types(footers, uses, fitted)
     problems |= deviating
     bad = [file for file in found if file.address in problems]
@@ -155,9 +152,9 @@ def check_files(
     left_out = [LeftOut(file.address, file.bytes, file.version, str(problems[file.address])) for file in bad]
     files = []
     for each in footers:
-        if (file := each.found).address not in problems:
+        if each.file.address not in problems:
             in_path = tuple((c, int(v) if v is not None and c in integers else v) for c, v in each.in_path.items())
-            files.append(LogFile(file.address, file.bytes, file.version, each.group_rows, in_path, each.booleans))
+            files.append(replace(each.file, in_path=in_path))
     return files, types, left_out
 
 
@@ -194,7 +191,7 @@ def _read_footer(found: FoundFile, uses: dict[str, Use], time_unit: str | None) 
             raise BadFile(f"'{address}'{wrong}", address)
     elements = {column: element_type(arrow.field(column).type) for column in kinds}
     booleans = frozenset(column for column, kind in elements.items() if pa.types.is_boolean(kind))
-    return _Footer(found, group_rows, kinds, in_path, booleans)
+    return _Footer(LogFile(address, found.bytes, found.version, group_rows, (), booleans), kinds, in_path)
 
 
 def _integers_in_paths(footers: Iterable[_Footer]) -> set[str]:
@@ -215,7 +212,7 @@ def _common_types(
     types: dict[str, pa.DataType] = {}
     deviating: dict[str, BadFile] = {}
     for column in uses:
-        having = [(each.kinds[column], each.found.address) for each in footers if column in each.kinds]
+        having = [(each.kinds[column], each.file.address) for each in footers if column in each.kinds]
         having = [(kind, address) for kind, address in having if not pa.types.is_null(kind)]
         if not having:
             continue

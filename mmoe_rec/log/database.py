@@ -20,6 +20,7 @@ from mmoe_rec.point_in_time.arrays import rebatch
 
 if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
+    from pyarrow.dataset import Dataset
 
 MEMORY_GIB = 4.0
 """Memory of a database, by default."""
@@ -43,9 +44,12 @@ class Database:
         self._connection.unregister("batch")
         return rows
 
-    def register(self, table: str, data: Any) -> None:
-        """Makes an Arrow table or data set readable as a table."""
-        self._connection.register(table, data)
+    def copy(self, table: str, data: Dataset) -> None:
+        """Makes a table of a data set. (Where a query, as a join with nothing, leaves off while it reads Arrow files,
+        Arrow crashes now and then. A copy is always read to the end, and costs no time.)"""
+        self._connection.register("files", data)
+        self.run(f"CREATE TABLE {table} AS FROM files")
+        self._connection.unregister("files")
 
     def run(self, *statements: str) -> None:
         """Runs statements one after the other."""

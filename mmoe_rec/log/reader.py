@@ -96,7 +96,8 @@ class LogReader:
     uses: columns to read, at least those of user and time; now: microseconds since 1970 UTC; later times are an error;
     types: of the columns in all files, as words; events: name of the log of events, None for the interaction log;
     first_times: Parquet file of `row`, by which it rises, `rows` from there on, and the `time` of their requests, which
-    these rows get (see `mmoe_rec.preprocessing.requests`); None: rows have their own times.
+    these rows get (see `mmoe_rec.preprocessing.requests`); None: rows have their own times; repeats: Parquet file of
+    each `row` that does not count, None for none.
     """
 
     schema: Schema
@@ -105,6 +106,7 @@ class LogReader:
     types: dict[str, str] = field(default_factory=dict)
     events: str | None = None
     first_times: Path | None = None
+    repeats: Path | None = None
 
     @property
     def time(self) -> str:
@@ -126,22 +128,23 @@ class LogReader:
 
         Raises BadFile for a damaged, changed or invalid file, and UserError where a remote place can't be reached.
         """
-        row, moved, time = part.start, np.empty(0, np.int64), np.empty(0, np.int64)
-        if self.first_times is not None:
-            moved, time = _read_first_times(self.first_times, part)
+        row, (moved, time) = part.start, _read_first_times(self.first_times, part)
+        (repeats,) = _read_columns(self.repeats, part, "row")
         # Those of small files are joined, so that a batch is worth its overhead.
         for table in rebatch(self._tables(part, noticed), ROWS_AT_A_TIME):
             if self.events is not None:
                 yield event_rows(table, self.schema, self.events)
                 continue
-            rows = LogRows(with_ids(table, self.schema, row), self.schema)
+            numbers = row + np.arange(len(table))
+            rows = LogRows(with_ids(table, self.schema, row), self.schema, row_numbers=numbers)
             here = slice(*np.searchsorted(moved, [row, row + len(table)]))
             if len(moved[here]):
                 times = rows.times().copy()
                 times[moved[here] - row] = time[here]
                 rows = rows.with_times(times)
-            yield rows
             row += len(table)
+            if len(counted := rows.filter(~np.isin(numbers, repeats))):
+                yield counted
 
     def _tables(self, part: LogPart, noticed: Noticed | None) -> Iterator[pa.Table]:
         """Tables of canonical columns."""
@@ -171,12 +174,19 @@ class LogReader:
             yield timed
 
 
-def _read_first_times(path: Path, part: LogPart) -> tuple[np.ndarray, np.ndarray]:
+def _read_first_times(path: Path | None, part: LogPart) -> tuple[np.ndarray, np.ndarray]:
     """Numbers of rows of a part, rising, and the time that each has instead of its own, (N,) int64 each."""
-    inside = [("row", ">=", part.start), ("row", "<", part.start + part.rows)]
-    start, count, time = (column.to_numpy() for column in pq.read_table(path, filters=inside).columns)
+    start, count, time = _read_columns(path, part, "row", "rows", "time")
     rows = np.repeat(start, count) + np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
     return rows, np.repeat(time, count)
+
+
+def _read_columns(path: Path | None, part: LogPart, *names: str) -> list[np.ndarray]:
+    """Columns of a Parquet file of each `row`, as far as these are of a part; of no file, empty ones."""
+    if path is None:
+        return [np.empty(0, np.int64) for _ in names]
+    inside = [("row", ">=", part.start), ("row", "<", part.start + part.rows)]
+    return [column.to_numpy() for column in pq.read_table(path, columns=list(names), filters=inside).columns]
 
 
 def event_rows(table: pa.Table, schema: Schema, name: str) -> LogRows:

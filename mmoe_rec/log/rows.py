@@ -38,13 +38,21 @@ Function = Callable[[pa.Array], np.ndarray]
 class LogRows:
     """N rows; `table` holds canonical columns (see `mmoe_rec.log.columns`), strings dictionary-coded or not.
 
-    results: name -> what counters and histories give for these rows, where it was looked up before.
+    results: name -> what counters and histories give for these rows, where it was looked up before; row_numbers: (N,)
+    int64 of each row in its log, by default from 0 on.
     """
 
     _ask = staticmethod(LookUps.sort)
 
-    def __init__(self, table: pa.Table, schema: Schema, results: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        table: pa.Table,
+        schema: Schema,
+        results: Mapping[str, Any] | None = None,
+        row_numbers: np.ndarray | None = None,
+    ) -> None:
         self.table = table
+        self.row_numbers = np.arange(len(table)) if row_numbers is None else row_numbers
         self._start(schema, results)
 
     def _start(self, schema: Schema, results: Mapping[str, Any] | None = None) -> None:
@@ -59,7 +67,9 @@ class LogRows:
 
     def filter(self, mask: np.ndarray) -> LogRows:
         """The rows where `mask` (N,) bool is true."""
-        return self if mask.all() else LogRows(self.table.filter(pa.array(mask)), self.schema)
+        if mask.all():
+            return self
+        return LogRows(self.table.filter(pa.array(mask)), self.schema, row_numbers=self.row_numbers[mask])
 
     def cut(self, rows: int) -> Iterator[LogRows]:
         """The rows with their results, at most so many at a time."""
@@ -69,13 +79,14 @@ class LogRows:
         for start in range(0, len(self), rows):
             its = slice(start, start + rows)
             known = {n: e.take(its) if isinstance(e, SharedRagged) else e[its] for n, e in self.results.items()}
-            yield LogRows(self.table.slice(start, rows), self.schema, known)
+            yield LogRows(self.table.slice(start, rows), self.schema, known, self.row_numbers[its])
 
     def with_times(self, times: np.ndarray) -> LogRows:
         """The same rows with (N,) int64 other times of their requests, microseconds."""
         name = self.schema.columns.time
         column = pa.array(times).cast(UTC_MICROSECONDS)
-        return LogRows(self.table.set_column(self.table.column_names.index(name), name, column), self.schema)
+        table = self.table.set_column(self.table.column_names.index(name), name, column)
+        return LogRows(table, self.schema, row_numbers=self.row_numbers)
 
     def has(self, name: str) -> bool:
         """Whether the rows have this column."""

@@ -166,7 +166,7 @@ def check_duplicates(
     logs: Logs, sent: Path, scratch: Path, repeats: Path, before: Path | None, kept: Path | None
 ) -> bool:
     """Whether rows came before, in the same request with the same labels: their numbers are then written to a file
-    `repeats` (see `find_counted`), and all others have to be counted again. Else rows are kept.
+    `repeats` (see `LogReader`), and all others have to be counted again. Else rows are kept.
 
     sent: folder of Arrow files with the `key` and the number of each `row`, and a hash of its `labels`; scratch: folder
     for a database; before: folder with the rows of the days before; kept: folder that gets all rows.
@@ -175,8 +175,7 @@ def check_duplicates(
     """
     options, log, columns = logs.options, logs.log, logs.schema.columns
     with open_database(scratch, options.memory_gib, options.workers) as database:
-        database.register("files", ds.dataset(sent, format="ipc"))
-        database.run("CREATE TABLE sent AS FROM files")  # a join that leaves a scan of Arrow files ends in a crash
+        database.copy("sent", ds.dataset(sent, format="ipc"))
         database.fill("before", KEPT_ROWS, read_kept(before, KEPT_ROWS))
         database.run(
             "CREATE TABLE known AS SELECT row, bool_or(sent.labels = before.labels) AS same FROM sent "

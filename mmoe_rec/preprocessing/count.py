@@ -27,7 +27,6 @@ from mmoe_rec.point_in_time.arrays import join_tables
 from mmoe_rec.point_in_time.join import Window, in_any, in_window
 from mmoe_rec.point_in_time.memory import grown
 from mmoe_rec.preprocessing.exchange import DUPLICATES, Exchange, events_of, label_of, look_ups_of, partition_of
-from mmoe_rec.preprocessing.requests import find_counted
 from mmoe_rec.settings.schema import Schema
 
 _ROLES: tuple[LatestRole, ...] = get_args(LatestRole)
@@ -39,8 +38,7 @@ class CountJob:
 
     windows: request times of each split, microseconds; exchange: where events and look-ups go; statistics: whether
     vocabularies and statistics are counted (or are known already); duplicates: whether requests and candidates are
-    sent; repeats: file of rows that do not count, see `find_counted`; until: microseconds of a moment from which on
-    requests and events are read but do not count, None for none.
+    sent; until: microseconds of a moment from which on requests and events are read but do not count, None for none.
     """
 
     schema: Schema
@@ -48,7 +46,6 @@ class CountJob:
     exchange: Exchange
     statistics: bool
     duplicates: bool
-    repeats: Path
     until: int | None = None
 
 
@@ -117,19 +114,15 @@ def count_part(job: CountJob, readers: Mapping[str | None, LogReader], task: tup
     """Counts a part of the log of events of that name, or of the interaction log (None)."""
     source, part = task
     pipeline, counted, noticed = FeaturePipeline(job.schema), LogCounts(), Noticed()
-    sender, end = _Sender(job, part, source), part.start
-    counts = find_counted(job.repeats, part) if source is None else np.ones(part.rows, bool)
+    sender = _Sender(job, part, source)
     start, train_end = job.windows["train"] if job.statistics else (None, 0)
     for read in readers[source].read(part, noticed):
-        inside = counts[end - part.start :][: len(read)]
-        inside = inside if job.until is None else inside & (read.times() < job.until)
-        rows, number = read.filter(inside), end + np.flatnonzero(inside)
-        end += len(read)
+        rows = read if job.until is None else read.filter(read.times() < job.until)
         if noticed.bad or not len(rows):
             continue  # read on for further bad files; what is good is counted without them
         counted.seen[source] += len(rows)
         if source is None:
-            times = rows.times()
+            times, number = rows.times(), rows.row_numbers
             counted.first = min(counted.first, (int(times.min()), int(number[times.argmin()])))
             counted.last = max(counted.last, (int(times.max()), int(number[times.argmax()])))
             for split, window in job.windows.items():
@@ -139,7 +132,7 @@ def count_part(job: CountJob, readers: Mapping[str | None, LogReader], task: tup
             assert train_end is not None
             if job.statistics and len(learnt := rows.filter(in_window(times, (start, train_end)))):
                 pipeline.learn(learnt, train_end)
-        sender.add(pipeline, rows, number)
+        sender.add(pipeline, rows)
     sender.flush()
     if noticed.bad:
         return LogCounts(bad=noticed.bad)
@@ -160,10 +153,10 @@ class _Sender:
         self._rows = 0
         self._turn = 0
 
-    def add(self, pipeline: FeaturePipeline, rows: LogRows, number: np.ndarray) -> None:
-        """Takes N rows; number: (N,) int64 of each in its log."""
+    def add(self, pipeline: FeaturePipeline, rows: LogRows) -> None:
+        """Takes rows."""
         if self.source is None:
-            self._add_look_ups(pipeline, rows, number)
+            self._add_look_ups(pipeline, rows)
         for name, encoder in pipeline.memory_encoders.items():
             if encoder.source == self.source and encoder.label is None:
                 self._waiting[events_of(name)].append(encoder.events(rows))
@@ -172,8 +165,8 @@ class _Sender:
         if self._rows >= ROWS_PER_PART:
             self.flush()
 
-    def _add_look_ups(self, pipeline: FeaturePipeline, rows: LogRows, number: np.ndarray) -> None:
-        times = rows.times()
+    def _add_look_ups(self, pipeline: FeaturePipeline, rows: LogRows) -> None:
+        times, number = rows.times(), rows.row_numbers
         if self.job.duplicates:
             labels = (rows.content_hashes(list_label_columns(rows.schema)) >> np.uint64(32)).astype(np.uint32)
             self._waiting[DUPLICATES].append(pa.table({"key": rows.row_hashes(), "row": number, "labels": labels}))

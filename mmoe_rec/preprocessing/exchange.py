@@ -165,9 +165,9 @@ class ResultReader:
         self._block = -1
         self._loaded: Results = {}
 
-    def of(self, first: int, wanted: np.ndarray) -> Results:
-        """Results for the rows from number `first` of the log on that are `wanted`, (N,) bool with any true."""
-        block, place = np.divmod(first + np.flatnonzero(wanted), ROWS_PER_BLOCK)
+    def of(self, rows: np.ndarray) -> Results:
+        """Results for rows by their numbers in the log, (N,) int64, at least one."""
+        block, place = np.divmod(rows, ROWS_PER_BLOCK)
         parts = []
         for number in np.unique(block).tolist():
             if number != self._block:

@@ -105,12 +105,8 @@ class NewFiles:
         late = [file for file in log.files if counted.spans.get((None, file.address), (known + 1, 0))[0] <= known]
         earlier = steps.requests.earlier
         if earlier is not None and any(read_journal_name(file.address) is None for file in late):
-            row = 0
-            for rows in log.stream():
-                if (here := rows.times() == earlier).any():
-                    row += int(here.argmax())
-                    break
-                row += len(rows)
+            found = (rows.row_numbers[rows.times() == earlier] for rows in log.stream())
+            row = next(int(numbers[0]) for numbers in found if len(numbers))
             raise UserError(
                 f"{place(log, row)} was requested at {format_time(earlier)}, but {self.holder} hold requests up to "
                 f"{format_time(known)} already, and a later row of its request among them, which would get its time: "

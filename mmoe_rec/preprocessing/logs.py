@@ -104,8 +104,7 @@ class Logs:
     def without(self, bad: Sequence[BadFile]) -> Logs:
         """The same logs without further files. Raises UserError where nothing is left to read of one."""
         reasons = {error.address: str(error) for error in reversed(bad)}  # of several parts of a file, the first one's
-        fewer = copy.copy(self)
-        fewer.log, fewer.events = self.log.without(reasons), [each.without(reasons) for each in self.events]
+        fewer = self._with([each.without(reasons) for each in self.all])
         for log, before in zip(fewer.all, self.all, strict=True):
             needed = not self.only_new or (log is fewer.log and not self.events_alone)
             if before.files and not log.files and needed:
@@ -116,19 +115,20 @@ class Logs:
 
     def without_copies(self) -> Logs:
         """The same logs with one of the files whose bytes are the same; says which others are left out."""
-        fewer, copies = copy.copy(self), [find_copies(log.files, {}) for log in self.all]
+        copies = [find_copies(log.files, {}) for log in self.all]
         say_copies(copies)
-        fewer.log = self.log.skip(copies[0])
-        fewer.events = [log.skip(each) for log, each in zip(self.events, copies[1:], strict=True)]
-        return fewer
+        return self._with([log.skip(each) for log, each in zip(self.all, copies, strict=True)])
+
+    def _with(self, logs: Sequence[Any]) -> Logs:
+        changed = copy.copy(self)
+        changed.log, *changed.events = logs
+        return changed
 
     def rest(self, not_read: Sequence[Collection[str]], events_alone: bool = False) -> Logs:
         """The same logs without some of their files: addresses for each of `all`. Raises UserError where the others
         have no rows of the interaction log or, if `events_alone`, none at all."""
-        rest = copy.copy(self)
+        rest = self._with([log.skip(done) for log, done in zip(self.all, not_read, strict=True)])
         rest.only_new, rest.events_alone = True, events_alone
-        rest.log = self.log.skip(not_read[0])
-        rest.events = [each.skip(done) for each, done in zip(self.events, not_read[1:], strict=True)]
         if not (rest.rows if events_alone else rest.log.rows):
             raise UserError(f"the new files of the log '{self.log.source}' have no rows")
         return rest

@@ -48,16 +48,16 @@ Clash = tuple[int | None, int]
 class Requests:
     """What is known of a log's requests.
 
-    count: requests; several_times, several_users: those with rows of several times or users; longest: greatest
-    difference of times within a request, microseconds; continued, continued_rows: requests of days before that have
-    rows here; begin: time of the first request that is none of them; earlier: least time of a row that is earlier than
-    all of its request before, None for none; times_clash, users_clash: two rows that disagree, the second being the
-    first such row; bad: files that can't be read.
+    count: requests; several_times, several_users: those with rows of several times or users; longest_microseconds:
+    greatest difference of times within a request; continued, continued_rows: requests of days before that have rows
+    here; begin: time of the first request that is none of them; earlier: least time of a row that is earlier than all
+    of its request before, None for none; times_clash, users_clash: two rows that disagree, the second being the first
+    such row; bad: files that can't be read.
     """
 
     count: int = 0
     several_times: int = 0
-    longest: int = 0
+    longest_microseconds: int = 0
     several_users: int = 0
     continued: int = 0
     continued_rows: int = 0
@@ -69,45 +69,39 @@ class Requests:
 
     def describe(self) -> dict[str, int]:
         """What a manifest says of them."""
-        return {
-            "count": self.count,
-            "several_times": self.several_times,
-            "longest_microseconds": self.longest,
-            "continued": self.continued,
-            "continued_rows": self.continued_rows,
-        }
+        names = ("count", "several_times", "longest_microseconds", "continued", "continued_rows")
+        return {name: getattr(self, name) for name in names}
 
 
 def find_requests(
     logs: Logs,
+    reader: LogReader,
     parts: Sequence[LogPart],
     run: Run,
     scratch: Path,
     first_times: Path,
-    repeats: Path,
     before: Path | None = None,
     kept: Path | None = None,
 ) -> Requests:
     """What is known of the requests of a log in parts, with bad files if there are any; one without a request column,
     whose requests are rows of one time, is not read.
 
-    run: runs tasks; first_times: file for the rows whose time is not their request's, see `LogReader`; repeats: file of
-    rows that do not count, see `find_counted`; before: folder with the requests of the days before; kept: folder that
-    gets all requests. Raises UserError for a damaged `before`.
+    run: runs tasks; first_times: file for the rows whose time is not their request's, see `LogReader`; before: folder
+    with the requests of the days before; kept: folder that gets all requests. Raises UserError for a damaged `before`.
     """
     log, options, requests = logs.log, logs.options, Requests()
     columns, split = log.schema.columns, log.schema.split
     if columns.request is None:
         return requests
     read = {columns.request, columns.user, columns.time, *([] if split is None else [split.column])}
-    reader = replace(log.reader, uses={column: use for column, use in log.uses.items() if column in read})
+    reader = replace(reader, uses={column: use for column, use in log.uses.items() if column in read})
     folder = scratch / "runs"
     folder.mkdir(parents=True)
-    for bad in run(partial(_write_runs, folder, reader, repeats), parts, [part.rows for part in parts], "requests"):
+    for bad in run(partial(_write_runs, folder, reader), parts, [part.rows for part in parts], "requests"):
         requests.bad += bad
     if not requests.bad:
         with open_database(scratch / "database", options.memory_gib, options.workers) as database:
-            database.register("runs", ds.dataset(folder, _RUNS, format="ipc"))
+            database.copy("runs", ds.dataset(folder, _RUNS, format="ipc"))
             _group(database, requests, before)
             if requests.several_times:
                 # Without times a request's rows of several splits have several.
@@ -129,28 +123,18 @@ def find_requests(
     return requests
 
 
-def find_counted(repeats: Path, part: LogPart) -> np.ndarray:
-    """(N,) bool: which rows of a part count. repeats: Parquet file of each `row` that does not; none need be there."""
-    counted = np.ones(part.rows, bool)
-    if repeats.exists():
-        inside = [("row", ">=", part.start), ("row", "<", part.start + part.rows)]
-        counted[pq.read_table(repeats, filters=inside)["row"].to_numpy() - part.start] = False
-    return counted
-
-
-def _write_runs(folder: Path, reader: LogReader, repeats: Path, part: LogPart) -> list[BadFile]:
-    row, noticed, counted = part.start, Noticed(), find_counted(repeats, part)
+def _write_runs(folder: Path, reader: LogReader, part: LogPart) -> list[BadFile]:
+    noticed = Noticed()
     with pa.OSFile(str(folder / f"{part.start:012d}.arrow"), "wb") as file, pa.ipc.new_file(file, _RUNS) as writer:
         for rows in reader.read(part, noticed):
-            inside = counted[row - part.start :][: len(rows)]
-            if not noticed.bad and inside.any():
-                writer.write_table(_runs_of(rows.filter(inside), row + np.flatnonzero(inside)))
-            row += len(rows)
+            if not noticed.bad:
+                writer.write_table(_runs_of(rows))
     return noticed.bad
 
 
-def _runs_of(rows: LogRows, number: np.ndarray) -> pa.Table:
-    request, user, time = rows.request_hashes(), rows.hashes([rows.schema.columns.user]), rows.times()
+def _runs_of(rows: LogRows) -> pa.Table:
+    number, time = rows.row_numbers, rows.times()
+    request, user = rows.request_hashes(), rows.hashes([rows.schema.columns.user])
     begins = (request[1:] != request[:-1]) | (time[1:] != time[:-1]) | (user[1:] != user[:-1]) | (np.diff(number) > 1)
     start = np.flatnonzero(np.append(True, begins))
     counts = np.diff(np.append(start, len(rows)))
@@ -176,7 +160,7 @@ def _group(database: Database, requests: Requests, before: Path | None) -> None:
         "CREATE TABLE every AS SELECT request, min(least) AS least, max(greatest) AS greatest, min(first) AS first, "
         "max(last) AS last, sum(rows)::BIGINT AS rows FROM (FROM mine UNION ALL FROM before) GROUP BY request"
     )
-    requests.count, requests.several_times, requests.several_users, requests.longest = database.row(
+    requests.count, requests.several_times, requests.several_users, requests.longest_microseconds = database.row(
         "SELECT count(*), count(*) FILTER (last > first), count(*) FILTER (greatest > least), "
         "coalesce(max(last - first), 0) FROM every"
     )

@@ -17,7 +17,6 @@ from mmoe_rec.log.rows import LogRows, labels_of, unmatured
 from mmoe_rec.point_in_time.join import Window, in_window
 from mmoe_rec.preprocessing.exchange import ResultExchange, ResultReader
 from mmoe_rec.preprocessing.look_up import load_pipeline
-from mmoe_rec.preprocessing.requests import find_counted
 
 ROWS_PER_GROUP = 32_768
 
@@ -76,14 +75,12 @@ def encode_part(
     exchange: ResultExchange,
     encoded: Path,
     reader: LogReader,
-    repeats: Path,
     task: tuple[int, LogPart],
 ) -> dict[str, SplitCounts]:
     """Encodes part number `task[0]` of a log into `encoded`/SPLIT/part-NUMBER.parquet, one file for each split.
 
     state: folder of the fitted pipeline; windows: request times [start, end) of each split; known_by: when a split's
-    labels must have matured to count (both in microseconds); exchange: results of counters and histories;
-    repeats: file of rows that do not count, see `find_counted`.
+    labels must have matured to count (both in microseconds); exchange: results of counters and histories.
     """
     number, part = task
     pipeline, columns = load_pipeline(state), reader.schema.columns
@@ -91,19 +88,17 @@ def encode_part(
     asked = {name for encoder in pipeline.memory_encoders.values() for name in encoder.result_columns()}
     counts = {name: SplitCounts() for name in windows}
     writers = {name: _SplitWriter(encoded / name / f"part-{number:05d}.parquet") for name in windows}
-    row, counted = part.start, find_counted(repeats, part)
     for rows in reader.read(part):
         for name, window in windows.items():
-            wanted = in_window(rows.times(), window) & counted[row - part.start :][: len(rows)]
-            if wanted.any():
-                its = results.of(row, wanted)
+            inside = rows.filter(in_window(rows.times(), window))
+            if len(inside):
+                its = results.of(inside.row_numbers)
                 assert asked <= its.keys(), "a memory of this process, which is empty, would be asked in their place"
-                inside = LogRows(rows.filter(wanted).table, rows.schema, its)
+                inside = LogRows(inside.table, rows.schema, its)
                 labels, late = labels_of(inside, known_by[name]), unmatured(inside, known_by[name])
                 weights, rates = numbers_or_ones(inside, columns.weight), numbers_or_ones(inside, columns.sampling_rate)
                 counts[name].add(labels, weights, rates, late)
                 writers[name].write(encoded_table(pipeline, pipeline.layout, inside, labels))
-        row += len(rows)
     for writer in writers.values():
         writer.close()
     return counts

@@ -136,13 +136,13 @@ class Steps:
 
     def _find_requests(self, before: Path | None = None, kept: Path | None = None) -> Requests:
         scratch, first_times = self.scratch / "requests", self.scratch / _FIRST_TIMES
-        return find_requests(self.logs, self.parts, self._run, scratch, first_times, self._repeats, before, kept)
+        return find_requests(self.logs, self._reader, self.parts, self._run, scratch, first_times, before, kept)
 
     def _count(self, statistics: bool, keep: bool) -> LogCounts:
         options = self.logs.options
         look = (options.duplicates == "error" or keep) and self.logs.schema.columns.has_candidate
-        job = CountJob(self.logs.schema, self.windows, self._events, statistics, look, self._repeats, self.until)
-        readers: dict[str | None, LogReader] = {None: kept_reader(self.scratch, self.logs.log)}
+        job = CountJob(self.logs.schema, self.windows, self._events, statistics, look, self.until)
+        readers: dict[str | None, LogReader] = {None: self._reader}
         parts: list[tuple[str | None, LogPart]] = [(None, part) for part in self.parts]
         for events in self.logs.events:
             readers[events.name] = events.reader
@@ -153,6 +153,11 @@ class Steps:
                 raise part.bad[0]
             counted.merge(part)
         return counted
+
+    @property
+    def _reader(self) -> LogReader:
+        reader = kept_reader(self.scratch, self.logs.log)
+        return replace(reader, repeats=self._repeats if self._repeats.exists() else None)
 
     @property
     def parts(self) -> list[LogPart]:
@@ -224,10 +229,9 @@ class Steps:
 
         Raises UserError for a file that has changed meanwhile: what was counted of its rows no longer holds.
         """
-        reader = kept_reader(self.scratch, self.logs.log)
         tasks = list(enumerate(self.parts))
         counts = {name: SplitCounts(known_by=known_by[name]) for name in self.windows}
-        function = partial(encode_part, state, self.windows, known_by, self._results, folder, reader, self._repeats)
+        function = partial(encode_part, state, self.windows, known_by, self._results, folder, self._reader)
         sizes = [part.rows for _, part in tasks]
         for part in self._run(function, tasks, sizes, "encoding"):
             for name, each in part.items():

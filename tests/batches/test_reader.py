@@ -6,7 +6,7 @@ import random
 import signal
 import time
 import weakref
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -355,13 +355,6 @@ def test_killed_and_resumed_with_other_world_sizes(tmp_path: Path, seed: int) ->
 # Batches are made ahead of their consumer.
 
 
-def wait_until(condition: Callable[[], bool]) -> None:
-    """Returns when the condition holds, or after two minutes."""
-    end = time.monotonic() + 120
-    while not condition() and time.monotonic() < end:
-        time.sleep(0.001)
-
-
 class Counter:
     """Counts up without end; knows how many items it made and whether it was closed."""
 
@@ -388,7 +381,7 @@ def test_items_in_order_then_no_thread() -> None:
 def test_makes_no_more_than_depth_items_ahead(depth: int) -> None:
     counter = Counter()
     for item in Prefetch(counter.items(), depth):
-        wait_until(lambda item=item: counter.made == item + depth)
+        until(lambda item=item: counter.made == item + depth, pause=0.001)
         time.sleep(0.005)
         assert counter.made == item + depth
         if item == 5:
@@ -435,7 +428,7 @@ def test_waited_is_the_time_without_items(monkeypatch: pytest.MonkeyPatch) -> No
 
     def slow() -> Generator[int, None, None]:
         for item in range(3):
-            wait_until(lambda item=item: clock.reads == 2 * item + 1)  # the consumer has begun to wait
+            until(lambda item=item: clock.reads == 2 * item + 1, pause=0.001)  # the consumer has begun to wait
             clock.now += 3
             yield item
 
@@ -448,7 +441,7 @@ def test_waited_is_the_time_without_items(monkeypatch: pytest.MonkeyPatch) -> No
     ready = Prefetch(counter.items(), depth=3)
     items = iter(ready)
     next(items)
-    wait_until(lambda: counter.made == 4)
+    until(lambda: counter.made == 4, pause=0.001)
     before = ready.waited
     clock.now += 50
     next(items)

@@ -1,10 +1,11 @@
 """The statistics of numbers, against numpy and `fractions`."""
 
+import math
 from fractions import Fraction
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mmoe_rec.features.numbers import EDGES, Moments, NumberHistogram, Standardiser
@@ -22,6 +23,7 @@ def _histogram(*parts: np.ndarray) -> NumberHistogram:
     cuts=st.lists(st.integers(0, 60), max_size=4).map(sorted),
     seed=st.integers(0, 99),
 )
+@example(values=[float(np.finfo(np.float64).max), 1.0, math.nan], cuts=[], seed=0)
 def test_any_partition_and_order_gives_the_same_statistics(values, cuts, seed):
     whole = np.array(values, np.float64)
     shuffled = np.random.default_rng(seed).permutation(whole)
@@ -29,6 +31,7 @@ def test_any_partition_and_order_gives_the_same_statistics(values, cuts, seed):
     assert one.standardiser() == other.standardiser()
     assert one.bucket_edges(7).tolist() == other.bucket_edges(7).tolist()
     assert np.isfinite([one.standardiser().mean, one.standardiser().deviation]).all()
+    assert one.standardiser().has_missing == (not np.isfinite(whole).all())
 
 
 @pytest.mark.parametrize("offset", [0.0, 1.7e9, -1.7e9, 1.7e15, 1.7e18])
@@ -114,11 +117,6 @@ def test_different_values_have_buckets_of_their_own(values):
     assert np.searchsorted(edges, np.sort(exact)).tolist() == list(range(len(values)))
 
 
-def test_zero_has_one_bucket_whatever_its_sign():
-    edges = _histogram(np.array([-1.0, -0.0, 0.0, 1.0])).bucket_edges(8)
-    assert np.searchsorted(edges, [-1.0, -0.0, 0.0, 1.0]).tolist() == [0, 1, 1, 2]
-
-
 def test_a_value_and_what_float32_makes_of_it_are_in_one_bucket():
     prices = np.arange(100, 10_000, 7) / 100
     for stored in (prices, prices.astype(np.float32)):
@@ -127,19 +125,13 @@ def test_a_value_and_what_float32_makes_of_it_are_in_one_bucket():
 
 
 @given(
-    values=st.lists(st.sampled_from([*map(float, range(-6, 7)), 0.1, 0.2, 0.3]), min_size=1, max_size=200),
+    values=st.lists(st.sampled_from([*map(float, range(-6, 7)), -0.0, 0.1, 0.2, 0.3]), min_size=1, max_size=200),
     buckets=st.integers(2, 12),
 )
 def test_there_are_as_many_buckets_as_asked_for_and_none_is_empty(values, buckets):
     exact = np.array(values)
     found = np.searchsorted(_histogram(exact).bucket_edges(buckets), exact)
     assert np.unique(found).tolist() == list(range(min(buckets, len(set(values)))))
-
-
-def test_values_beyond_reach_do_not_break_the_statistics():
-    found = _histogram(np.array([np.finfo(np.float64).max, 1.0, np.nan])).standardiser()
-    assert np.isfinite([found.mean, found.deviation]).all()
-    assert found.has_missing
 
 
 def test_standardising_clips_and_puts_missing_values_at_the_mean():

@@ -252,12 +252,6 @@ def test_a_log_on_s3(bucket):
     assert Log(f"{bucket}/log", schema, skip_bad_files=True).files == log.files
 
 
-def _write_here(*files: Path) -> None:
-    for file in files:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        pq.write_table(TABLE, file)
-
-
 def _found(source: str | Path) -> list[str]:
     return [file.address for file in find_files(str(source))]
 
@@ -266,7 +260,8 @@ def _found(source: str | Path) -> list[str]:
 def log(tmp_path: Path) -> Path:
     """A log with a folder of its own, one that is a link, and a link to a file."""
     log, away = tmp_path / "log", tmp_path / "away"
-    _write_here(log / "a/0.parquet", away / "deep/1.parquet", away / "2.parquet", tmp_path / "other/3.parquet")
+    for file in (log / "a/0.parquet", away / "deep/1.parquet", away / "2.parquet", tmp_path / "other/3.parquet"):
+        _write(str(file))
     (log / "b").symlink_to("../away")
     (log / "a/3.parquet").symlink_to(tmp_path / "other/3.parquet")
     return log
@@ -367,11 +362,12 @@ _APART = [
 @pytest.mark.parametrize("there", [False, True])
 @pytest.mark.parametrize(("source", "work", "inside"), [(*e, True) for e in _INSIDE] + [(*e, False) for e in _APART])
 def test_whether_a_log_takes_in_what_is_not_there_yet(tmp_path, monkeypatch, source, work, inside, there):
-    _write_here(tmp_path / "log/0.parquet", tmp_path / "log/day=1/1.parquet", tmp_path / "elsewhere/2.parquet")
+    for name in ("log/0", "log/day=1/1", "elsewhere/2"):
+        _write(f"{tmp_path}/{name}.parquet")
     (tmp_path / "log/linked").symlink_to("../elsewhere")
     monkeypatch.chdir(tmp_path)
     written = Path(work) / "features/encoded/train/part-00000.parquet"
     if there:
-        _write_here(written)
+        _write(str(written))
     for each in (source, str(tmp_path / source)):
         assert takes_in(each, [written]) == takes_in(each, [tmp_path / written]) == inside

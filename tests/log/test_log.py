@@ -1,7 +1,7 @@
 """A log in any number of files, folders and row groups is the same rows, in parts that other processes can read."""
 
 import pickle
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -48,6 +48,14 @@ def _write_groups(path: Path, table: pa.Table, sizes: Iterable[int], start: int 
             writer.write_table(table.slice(start, size))
             start += size
     return start
+
+
+@pytest.fixture
+def memory() -> Iterator[MemoryFileSystem]:
+    """Files in memory, none of which is left."""
+    system = fsspec.filesystem("memory")
+    yield system
+    system.store.clear()
 
 
 # Parts
@@ -105,18 +113,14 @@ def test_the_digest_changes_with_the_files(tmp_path):
     assert digest(TABLE.slice(149), TABLE.slice(0, 149), TABLE.slice(0, 0)) != digest(*tables)
 
 
-def test_a_log_in_memory():
-    system = fsspec.filesystem("memory")
-    try:
-        for name, table in (("a/0", TABLE.slice(0, 100)), ("a/1", TABLE.slice(100, 0)), ("b/0", TABLE.slice(100))):
-            with system.open(f"/log/{name}.parquet", "wb") as handle:
-                pq.write_table(table, handle, row_group_size=40)
-        log = Log("memory://log", SCHEMA)
-        assert [file.rows for file in log.files] == [100, 0, 200]
-        reader, parts = pickle.loads(pickle.dumps((log.reader, log.parts(60))))
-        _assert_equal(_table(rows for part in parts for rows in reader.read(part)), log_rows(TABLE, SCHEMA).table)
-    finally:
-        system.store.clear()
+def test_a_log_in_memory(memory):
+    for name, table in (("a/0", TABLE.slice(0, 100)), ("a/1", TABLE.slice(100, 0)), ("b/0", TABLE.slice(100))):
+        with memory.open(f"/log/{name}.parquet", "wb") as handle:
+            pq.write_table(table, handle, row_group_size=40)
+    log = Log("memory://log", SCHEMA)
+    assert [file.rows for file in log.files] == [100, 0, 200]
+    reader, parts = pickle.loads(pickle.dumps((log.reader, log.parts(60))))
+    _assert_equal(_table(rows for part in parts for rows in reader.read(part)), log_rows(TABLE, SCHEMA).table)
 
 
 # Times
@@ -213,45 +217,34 @@ def test_events_are_read_in_parts_too(tmp_path):
 # Remote
 
 
-def test_bad_files_in_memory_are_named_by_their_address():
-    nulls = TABLE.set_column(0, "user", pa.nulls(300, pa.int64()))
-    system = fsspec.filesystem("memory")
-    try:
-        for name in ("0", "1"):
-            with system.open(f"/log/{name}.parquet", "wb") as handle:
-                pq.write_table(TABLE if name == "0" else nulls, handle)
-        log = Log("memory://log", SCHEMA)
-        with pytest.raises(BadFile, match=r"^'memory:///log/1.parquet': column 'user' is null; every row"):
-            list(log.stream())
-        system.rm("/log/1.parquet")
-        with pytest.raises(BadFile, match=r"'memory:///log/1.parquet' is not a readable Parquet file"):
-            list(log.stream())
-        system.pipe_file("/log/1.parquet", b"half")
-        with pytest.raises(BadFile) as caught:
-            Log("memory://log", SCHEMA)
-        assert caught.value.address == "memory:///log/1.parquet"
-    finally:
-        system.store.clear()
+def test_bad_files_in_memory_are_named_by_their_address(memory):
+    for name, table in (("0", TABLE), ("1", TABLE.set_column(0, "user", pa.nulls(300, pa.int64())))):
+        with memory.open(f"/log/{name}.parquet", "wb") as handle:
+            pq.write_table(table, handle)
+    log = Log("memory://log", SCHEMA)
+    with pytest.raises(BadFile, match=r"^'memory:///log/1.parquet': column 'user' is null; every row"):
+        list(log.stream())
+    memory.rm("/log/1.parquet")
+    with pytest.raises(BadFile, match=r"'memory:///log/1.parquet' is not a readable Parquet file"):
+        list(log.stream())
+    memory.pipe_file("/log/1.parquet", b"half")
+    with pytest.raises(BadFile) as caught:
+        Log("memory://log", SCHEMA)
+    assert caught.value.address == "memory:///log/1.parquet"
 
 
-def test_a_place_that_fails_is_not_a_bad_file(monkeypatch):
+@pytest.mark.parametrize(("owner", "function"), [(MemoryFileSystem, "_open"), (MemoryFile, "read")])
+def test_a_place_that_fails_is_not_a_bad_file(memory, monkeypatch, owner, function):
     """Otherwise a minute without network would leave files out."""
-    system = fsspec.filesystem("memory")
-    try:
-        for name in ("0", "1"):
-            with system.open(f"/log/{name}.parquet", "wb") as handle:
-                pq.write_table(TABLE, handle)
-        log = Log("memory://log", SCHEMA)
+    with memory.open("/log/0.parquet", "wb") as handle:
+        pq.write_table(TABLE, handle)
+    log = Log("memory://log", SCHEMA)
 
-        def fail(*_: object, **__: object) -> None:
-            raise ConnectionResetError(104, "Connection reset by peer")
+    def fail(*_: object, **__: object) -> None:
+        raise ConnectionResetError(104, "Connection reset by peer")
 
-        for owner, function in ((MemoryFileSystem, "_open"), (MemoryFile, "read")):
-            with monkeypatch.context() as patch:
-                patch.setattr(owner, function, fail)
-                for attempt in (lambda: Log("memory://log", SCHEMA, skip_bad_files=True), lambda: list(log.stream())):
-                    with pytest.raises(UserError, match=r"/log/0.parquet' cannot be reached .*by peer") as caught:
-                        attempt()
-                    assert not isinstance(caught.value, BadFile)
-    finally:
-        system.store.clear()
+    monkeypatch.setattr(owner, function, fail)
+    for attempt in (lambda: Log("memory://log", SCHEMA, skip_bad_files=True), lambda: list(log.stream())):
+        with pytest.raises(UserError, match=r"/log/0.parquet' cannot be reached .*by peer") as caught:
+            attempt()
+        assert not isinstance(caught.value, BadFile)

@@ -17,7 +17,7 @@ from mmoe_rec.errors import StoppedError, UserError
 from mmoe_rec.model.mmoe import RankingModel
 from mmoe_rec.preprocessing.prepare import FeatureFolder
 from mmoe_rec.settings.sections import Settings
-from mmoe_rec.training.checkpoint import FinishedTraining, latest_checkpoint
+from mmoe_rec.training.checkpoint import FinishedTraining, TrainingState, latest_checkpoint
 from mmoe_rec.training.choices import Choices
 from mmoe_rec.training.loop import Trainer, TrainingResult
 from mmoe_rec.training.origin import Origin, Start, fixed_settings, result_settings
@@ -55,6 +55,21 @@ def assert_same(prepared: FeatureFolder, found: TrainingResult, expected: Traini
     assert all(torch.equal(weight, weights[name]) for name, weight in best(prepared, found).state_dict().items())
 
 
+def state_in(folder: Path) -> TrainingState:
+    """Where the training stands that a folder's last checkpoint holds."""
+    found = latest_checkpoint(folder)
+    assert found is not None
+    return found.state
+
+
+def assert_near(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    """Sums over ranks are rounded in another order; 240 steps make no more of it than this."""
+    for name, weight in expected.items():
+        torch.testing.assert_close(
+            found[name], weight, atol=2e-4, rtol=1e-3, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
 THOROUGH = {"marks": pytest.mark.thorough}
 
 
@@ -89,21 +104,15 @@ def test_a_signal_saves_the_step_at_hand(
     with pytest.raises(StoppedError, match=rf"{name.name} came; step 5[34] of {STEPS} is saved.*--resume"):
         train(prepared, tmp_path, at)
     assert signal.getsignal(name) is before
-    found = latest_checkpoint(tmp_path)
-    assert found is not None
-    assert found.state.step in (53, 54)
+    assert state_in(tmp_path).step in (53, 54)
     assert_same(prepared, train(prepared, tmp_path), whole)
 
 
-def test_a_training_at_its_end_is_not_trained_on(
-    prepared: FeatureFolder, tmp_path: Path, whole: TrainingResult
-) -> None:
-    train(prepared, tmp_path)
-
+def test_a_training_at_its_end_is_not_trained_on(prepared: FeatureFolder, whole: TrainingResult) -> None:
     def at(_: Trainer) -> None:
         raise AssertionError("there is no step left")
 
-    assert_same(prepared, train(prepared, tmp_path, at), whole)
+    assert_same(prepared, train(prepared, whole.best_checkpoint.parent, at), whole)
 
 
 def test_the_last_checkpoints_and_the_best_are_kept(prepared: FeatureFolder, tmp_path: Path) -> None:
@@ -144,9 +153,7 @@ def test_a_full_disk_ends_training_and_leaves_the_checkpoint_before(
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert not list(tmp_path.glob(".step*"))
-    found = latest_checkpoint(tmp_path)
-    assert found is not None
-    assert found.state.step == 40
+    assert state_in(tmp_path).step == 40
     assert_same(prepared, train(prepared, tmp_path), whole)
 
 
@@ -169,9 +176,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_batch_saved(prepared: FeatureF
     assert saved["id_names"] == [each.name for each in LAYOUT.ids]
     assert len(saved["id_lengths"]) == 100 * len(LAYOUT.ids)
     assert saved["logits"].isnan().any()
-    found = latest_checkpoint(tmp_path)
-    assert found is not None
-    assert found.state.step == 40
+    assert state_in(tmp_path).step == 40
 
 
 def test_steps_that_are_not_finite_can_be_skipped(prepared: FeatureFolder, tmp_path: Path) -> None:
@@ -192,9 +197,7 @@ def test_steps_that_are_not_finite_can_be_skipped(prepared: FeatureFolder, tmp_p
     assert result.steps == STEPS
     weights = best(prepared, result).state_dict()
     assert all(weight.isfinite().all() for weight in weights.values())
-    found = latest_checkpoint(tmp_path)
-    assert found is not None
-    assert found.state.skipped == 3
+    assert state_in(tmp_path).skipped == 3
 
 
 @pytest.mark.parametrize(
@@ -230,16 +233,15 @@ def test_what_was_written_before_is_read(tmp_path: Path) -> None:
     (tmp_path / "checkpoints" / "latest.json").write_text('{"step": 8}')
     for name, text in (("step-00000008/training.json", STOOD), ("finished.json", ENDED)):
         (tmp_path / "checkpoints" / name).write_text(text)
-    found, ended = latest_checkpoint(tmp_path / "checkpoints"), FinishedTraining.read(tmp_path)
-    assert found is not None
+    found, ended = state_in(tmp_path / "checkpoints"), FinishedTraining.read(tmp_path)
     assert ended is not None
     begun = Origin({"split": {"values": [1, None]}}, "b656", 1709941769242397, None)
     begun = replace(begun, start=Start("models:/m@champion", "models:/m/1", "eee5", "069e"))
-    assert found.state.origin == ended.origin == begun
-    assert found.state.position == Position(1, 14, 17, 99, 29, "bae5")
-    assert found.state.choices == Choices("fp32", "fbgemm", "auto", 1)
+    assert found.origin == ended.origin == begun
+    assert found.position == Position(1, 14, 17, 99, 29, "bae5")
+    assert found.choices == Choices("fp32", "fbgemm", "auto", 1)
     assert (ended.before, ended.artifact, ended.compared) == (True, tmp_path / "model", ("it is better",))
-    for each in (found.state.history[0][1], ended.best, ended.started_from):
+    for each in (found.history[0][1], ended.best, ended.started_from):
         assert each is not None
         assert (each.loss, each.gauc, each.calibration["a"]) == ({"a": 0.6, "b": 2.0}, {"a": 0.65}, float("inf"))
         assert each.experts.weights.dtype == torch.float64
@@ -289,8 +291,7 @@ def test_as_many_ranks_change_no_bit(prepared: FeatureFolder, folder: Path) -> N
 def test_balance_is_over_all_ranks(prepared: FeatureFolder, folder: Path) -> None:
     """The loss multiplies loads by probabilities: ranks that did so on their own rows would train another model."""
     one, two = (weights(prepared, folder / f"balanced {ranks}", BALANCED) for ranks in (1, 2))
-    for key, weight in one.items():
-        torch.testing.assert_close(two[key], weight, atol=2e-4, rtol=1e-3, msg=lambda text, key=key: f"{key}: {text}")
+    assert_near(two, one)
     plain = weights(prepared, folder / "1", DRAWS)
     name = "mixture.levels.0.gates.linear.weight"
     assert (one[name] - plain[name]).abs().max() > 0.01, "balance changed next to nothing"
@@ -299,18 +300,13 @@ def test_balance_is_over_all_ranks(prepared: FeatureFolder, folder: Path) -> Non
 @pytest.mark.thorough
 @pytest.mark.parametrize("name", ["1-2", "2-1-2"])
 def test_other_numbers_of_ranks_give_the_same_model(prepared: FeatureFolder, folder: Path, name: str) -> None:
-    """Sums over ranks are rounded in another order; 240 steps make no more of it than this."""
-    whole, resumed = (weights(prepared, folder / each, DRAWS) for each in ("1", name))
-    for key, weight in whole.items():
-        torch.testing.assert_close(
-            resumed[key], weight, atol=2e-4, rtol=1e-3, msg=lambda text, key=key: f"{key}: {text}"
-        )
+    assert_near(*(weights(prepared, folder / each, DRAWS) for each in (name, "1")))
 
 
 @pytest.mark.thorough
 def test_two_ranks_judge_the_rows_of_all(prepared: FeatureFolder, folder: Path) -> None:
     """GAUC and calibration of the last validation, at which weights differ by as little as above."""
-    one, two = (latest_checkpoint(folder / name).state.history[-1][1] for name in ("1", "1-2"))  # type: ignore[union-attr]
+    one, two = (state_in(folder / name).history[-1][1] for name in ("1", "1-2"))
     assert two.rarer == one.rarer
     assert min(one.rarer.values()) > 100
     for name in ("gauc", "calibration"):
