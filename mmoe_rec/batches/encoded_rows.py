@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.layout import IDS, Encoded, Layout, label_types
 from mmoe_rec.log.columns import hash_column
+from mmoe_rec.log.files import first_line
 from mmoe_rec.point_in_time.arrays import Ragged, join, one_array
 
 ADVICE = "run mmoe-rec features again"
@@ -210,8 +211,8 @@ def _naming(file: Path) -> Iterator[None]:
     try:
         yield
     except (pa.ArrowException, OSError) as error:
-        reason = str(error).strip().split("\n", maxsplit=1)[0]
-        raise UserError(f"'{file}' cannot be read, it may be truncated or corrupt: {reason}; {ADVICE}") from error
+        what = f"'{file}' cannot be read, it may be truncated or corrupt: {first_line(error)}"
+        raise UserError(f"{what}; {ADVICE}") from error
 
 
 def _rebatch(tables: Iterator[pa.Table], size: int) -> Iterator[pa.Table]:

@@ -27,6 +27,7 @@ from mmoe_rec.features.layout import DenseInput, Encoded, IdInput, Layout, Table
 from mmoe_rec.features.numbers import Moments
 from mmoe_rec.features.vocabulary import Vocabulary, VocabularyFeature
 from mmoe_rec.log.columns import column_uses
+from mmoe_rec.log.files import first_line
 from mmoe_rec.log.rows import LogRows, RequestRows
 from mmoe_rec.point_in_time.arrays import Ragged
 from mmoe_rec.point_in_time.counters import CounterLevels, CounterMemory, salt_of
@@ -357,8 +358,8 @@ class FeaturePipeline:
                 for encoder in pipeline.memory_encoders.values():
                     encoder.memory = read_memory(encoder, folder)
         except (OSError, pa.ArrowException) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"the feature state in '{folder}' is damaged, prepare it again: {reason}") from None
+            what = f"the feature state in '{folder}' is damaged"
+            raise UserError(f"{what}, prepare it again: {first_line(error)}") from None
         return pipeline
 
 

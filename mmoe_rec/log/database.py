@@ -16,6 +16,7 @@ import pyarrow as pa
 
 from mmoe_rec.devices import usable_cores
 from mmoe_rec.errors import UserError
+from mmoe_rec.log.files import first_line
 from mmoe_rec.point_in_time.arrays import rebatch
 
 if TYPE_CHECKING:
@@ -86,10 +87,9 @@ def open_database(folder: Path, memory_gib: float = MEMORY_GIB, workers: int | N
         with duckdb.connect(":memory:", config=config) as connection:
             yield Database(connection)
     except duckdb.OutOfMemoryException as error:
-        why = str(error).splitlines()[0]
         raise UserError(
-            f"data.memory_gib is {memory_gib:g}, which does not suffice here ({why}): set it higher, or data.workers "
-            f"lower, and see that the disk of '{folder.parent}' has room"
+            f"data.memory_gib is {memory_gib:g}, which does not suffice here ({first_line(error)}): set it higher, or "
+            f"data.workers lower, and see that the disk of '{folder.parent}' has room"
         ) from None
     finally:
         shutil.rmtree(folder, ignore_errors=True)

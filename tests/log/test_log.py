@@ -1,6 +1,7 @@
 """A log in any number of files, folders and row groups is the same rows, in parts that other processes can read."""
 
 import pickle
+import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,11 +15,13 @@ import pytest
 from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
 from hypothesis import given
 from hypothesis import strategies as st
+from pyarrow.dataset import dataset
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.log import reader as log_module
 from mmoe_rec.log.checks import BadFile
 from mmoe_rec.log.columns import UTC_MICROSECONDS
+from mmoe_rec.log.database import open_database
 from mmoe_rec.log.reader import EventRows, Log
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.preprocessing.logs import DEFAULTS, HeldFiles, Logs
@@ -215,6 +218,19 @@ def test_events_are_read_in_parts_too(tmp_path):
 
 
 # Remote
+
+
+def test_a_copy_of_arrow_files_does_not_need_them(tmp_path):
+    """Where a query left off while it reads them, as a join with nothing does, Arrow would crash now and then."""
+    (tmp_path / "files").mkdir()
+    for number in range(3):
+        with pa.OSFile(f"{tmp_path}/files/{number}", "wb") as file, pa.ipc.new_file(file, TABLE.schema) as writer:
+            writer.write_table(TABLE)
+    with open_database(tmp_path / "database") as database:
+        database.copy("log", dataset(tmp_path / "files", format="ipc"))
+        shutil.rmtree(tmp_path / "files")
+        database.fill("nothing", pa.schema({"item": pa.int64()}), [])
+        assert database.row("SELECT count(*), count(nothing.item) FROM log LEFT JOIN nothing USING (item)") == (900, 0)
 
 
 def test_bad_files_in_memory_are_named_by_their_address(memory):

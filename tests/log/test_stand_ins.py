@@ -62,61 +62,52 @@ def test_a_users_rows_of_a_split_are_one_request(tmp_path: Path) -> None:
     assert len(np.unique(rows.request_hashes())) == len(pairs)
 
 
+PLAIN = plain_table(0)
+STRANGE = with_values(PLAIN, "fold", {7: 5, 9: 6})
+OF_TEXT = with_column(STRANGE, "fold", [f"f{each}" for each in STRANGE["fold"].to_pylist()])
+TEXTS = {name: [f"f{each}" for each in listed] for name, listed in SPLIT_VALUES.items()}
+FIRST, SECOND, *_ = np.flatnonzero(PLAIN["group"].to_numpy() == 5).tolist()
+DIVIDED = with_values(PLAIN, "fold", {SECOND: 1 if PLAIN["fold"][FIRST].as_py() > 2 else 4})
+HELD_OUT = PLAIN.append_column("held_out", pa.array(np.arange(400) % 3 == 0))
+WORDS = {
+    "roles": {"candidate": ["x"]},
+    "features": {"x": {"kind": "numeric", "column": "x"}},
+    "split": {"column": "word", "train": ["a"], "validation": ["b"], "test": [1]},
+}
+NO_WEIGHT = r"column 'weight' holds .* which is not from 1e-20 to 1e\+20; fix the data"
+
+
 @pytest.mark.parametrize(
-    ("changes", "as_text", "message"),
+    ("table", "sections", "message"),
     [
-        ({7: 5, 9: 6}, False, "holds 5, and not one of 1, 2, 3, 4: .*row 7"),
-        ({7: 5, 9: 6}, True, "holds 'f5', and not one of 'f1', 'f2', 'f3', 'f4': .*row 7"),
-        ({0: None}, False, "holds null, and not one of 1, 2, 3, 4: .*row 0"),
+        (STRANGE, {}, "'fold' of split.column holds 5, and not one of 1, 2, 3, 4: .*row 7"),
+        (OF_TEXT, {"split": {"column": "fold", **TEXTS}}, "holds 'f5', and not one of 'f1', 'f2', 'f3', 'f4': .*row 7"),
+        (with_values(PLAIN, "fold", {0: None}), {}, "holds null, and not one of 1, 2, 3, 4: .*row 0"),
+        (
+            PLAIN,
+            {"split": {"column": "fold", **SPLIT_VALUES, "test": ["4"]}},
+            "'fold' holds whole numbers, but split.test lists '4': .* without quotes",
+        ),
+        (PLAIN, WORDS, "'word' holds text, but split.test lists 1: write its values in quotes"),
+        (  # true and false are 1 and 0
+            HELD_OUT,
+            {"split": {"column": "held_out", "train": [False], "validation": [True], "test": [2]}},
+            "the test split is empty: no row of the log .* has 2 in column 'held_out'",
+        ),
+        (
+            DIVIDED,
+            {"columns": {"request": "group"}},
+            r"are of one request \(column 'group'\) and differ in column 'fold'",
+        ),
+        *(
+            (with_values(PLAIN, "weight", {3: value}), {"columns": {"weight": "weight"}}, NO_WEIGHT)
+            for value in (0.0, -1.0, 1e-40, float("nan"), float("inf"), None)
+        ),
     ],
 )
-def test_a_value_that_no_split_lists(tmp_path, changes, as_text, message):
-    table = with_values(plain_table(0), "fold", changes)
-    values: dict[str, Any] = SPLIT_VALUES
-    if as_text:
-        table = with_column(table, "fold", [f"f{each}" for each in table["fold"].to_pylist()])
-        values = {name: [f"f{each}" for each in listed] for name, listed in SPLIT_VALUES.items()}
-    settings = plain_settings(tmp_path, table, split={"column": "fold", **values})
-    with pytest.raises(UserError, match=f"'fold' of split.column {message}"):
-        build_features(settings)
-
-
-def test_values_of_another_type(tmp_path: Path) -> None:
-    settings = plain_settings(tmp_path, split={"column": "fold", **SPLIT_VALUES, "test": ["4"]})
-    with pytest.raises(UserError, match=r"'fold' holds whole numbers, but split.test lists '4': .* without quotes"):
-        build_features(settings)
-    settings = plain_settings(
-        tmp_path,
-        roles={"candidate": ["x"]},
-        features={"x": {"kind": "numeric", "column": "x"}},
-        split={"column": "word", "train": ["a"], "validation": ["b"], "test": [1]},
-    )
-    with pytest.raises(UserError, match=r"'word' holds text, but split.test lists 1: write its values in quotes"):
-        build_features(settings)
-
-
-def test_true_and_false_are_1_and_0(tmp_path: Path) -> None:
-    table = plain_table(0, 60).append_column("held_out", pa.array(np.arange(60) % 3 == 0))
-    split = {"column": "held_out", "train": [False], "validation": [True], "test": [2]}
-    with pytest.raises(UserError, match=r"the test split is empty: no row of the log .* has 2 in column 'held_out'"):
-        build_features(plain_settings(tmp_path, table, split=split))
-
-
-def test_a_request_in_two_splits(tmp_path: Path) -> None:
-    table = plain_table(0)
-    row = table["group"].to_pylist().index(5, table["group"].to_pylist().index(5) + 1)
-    table = with_values(table, "fold", {row: 1 if table["fold"][row].as_py() > 2 else 4})
-    settings = plain_settings(tmp_path, table, columns={"request": "group"})
-    with pytest.raises(UserError, match=r"are of one request \(column 'group'\) and differ in column 'fold', as do r"):
-        build_features(settings)
-
-
-@pytest.mark.parametrize("value", [0.0, -1.0, 1e-40, float("nan"), float("inf"), None])
-def test_a_weight_that_counts_nothing(tmp_path: Path, value: float | None) -> None:
-    table = with_values(plain_table(0), "weight", {3: value})
-    settings = plain_settings(tmp_path, table, columns={"weight": "weight"})
-    with pytest.raises(UserError, match=r"column 'weight' holds .* which is not from 1e-20 to 1e\+20; fix the data"):
-        build_features(settings)
+def test_a_table_that_is_refused(tmp_path: Path, table: pa.Table, sections: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        build_features(plain_settings(tmp_path, table, **sections))
 
 
 @pytest.mark.parametrize(

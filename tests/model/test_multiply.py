@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -26,7 +27,6 @@ from mmoe_rec.settings.model import Model
 
 pytestmark = pytest.mark.skipif(not has_onednn(), reason="this build of torch has no oneDNN")
 
-Run = Callable[[nn.Module, Tensor], Tensor]
 ROWS = (0, 1, 7, 64)
 WIDTHS = ((1, 1), (5, 3), (3, 17), (64, 8))
 
@@ -37,9 +37,9 @@ def rows(count: int, *widths: int, gaps: bool = False) -> Tensor:
     return (drawn[..., ::2] if gaps else drawn).requires_grad_()
 
 
-def values(module: nn.Module, x: Tensor, run: Run) -> list[Tensor]:
+def values(module: nn.Module, x: Tensor, method: str) -> list[Tensor]:
     """Outputs, and gradients of inputs and weights, where each output counts by a weight of its own."""
-    out = run(module, x)
+    out = getattr(module, method)(x)
     weights = torch.linspace(-1, 2, out.numel(), dtype=out.dtype).view(out.shape)
     return [out, *torch.autograd.grad((out * weights).sum(), [x, *module.parameters()])]
 
@@ -56,23 +56,12 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     return shapes
 
 
-LAYERS: dict[str, tuple[Callable[[int, int], nn.Module], Callable[[int, int, bool], Tensor], Run]] = {
-    "linear": (Linear, lambda count, width, gaps: rows(count, width, gaps=gaps), lambda module, x: module(x)),
-    "no bias": (
-        lambda inputs, outputs: Linear(inputs, outputs, bias=False),
-        lambda count, width, gaps: rows(count, width, gaps=gaps),
-        lambda module, x: module(x),
-    ),
-    "stacked": (
-        lambda inputs, outputs: StackedLinear(3, inputs, outputs),
-        lambda count, width, gaps: rows(count, 3, width, gaps=gaps),
-        lambda module, x: module(x),
-    ),
-    "shared": (
-        lambda inputs, outputs: StackedLinear(3, inputs, outputs),
-        lambda count, width, gaps: rows(count, width, gaps=gaps),
-        lambda module, x: module.shared(x),
-    ),
+# Of inputs and outputs a layer, the widths of a row besides the inputs, and what is called.
+LAYERS: dict[str, tuple[Callable[[int, int], nn.Module], tuple[int, ...], str]] = {
+    "linear": (Linear, (), "forward"),
+    "no bias": (partial(Linear, bias=False), (), "forward"),
+    "stacked": (partial(StackedLinear, 3), (3,), "forward"),
+    "shared": (partial(StackedLinear, 3), (), "shared"),
 }
 
 
@@ -81,16 +70,16 @@ LAYERS: dict[str, tuple[Callable[[int, int], nn.Module], Callable[[int, int, boo
 def test_layers_against_float64(monkeypatch: pytest.MonkeyPatch, kind: str, gaps: bool) -> None:
     torch.manual_seed(0)
     shapes = calls(monkeypatch)
-    make, draw, run = LAYERS[kind]
+    make, widths, method = LAYERS[kind]
     for count, (inputs, outputs) in product(ROWS, WIDTHS):
-        module, x = make(inputs, outputs), draw(count, inputs, gaps)
+        module, x = make(inputs, outputs), rows(count, *widths, inputs, gaps=gaps)
         set_products(module, "onednn")
         shapes.clear()
-        found = values(module, x, run)
+        found = values(module, x, method)
         assert bool(shapes) == (count > 0)
         # All that float64 computes is by torch's own BLAS.
         shapes.clear()
-        expected = values(module.double(), x.detach().double().requires_grad_(), run)
+        expected = values(module.double(), x.detach().double().requires_grad_(), method)
         assert shapes == []
         for ours, exact in zip(found, expected, strict=True):
             assert ours.dtype == torch.float32
