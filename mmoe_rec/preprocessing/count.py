@@ -82,7 +82,7 @@ class LogCounts:
         self.first, self.last = min(self.first, other.first), max(self.last, other.last)
         self.rows.update(other.rows)
         self.seen.update(other.seen)
-        self._add_latest(other.latest)
+        self.add_latest(other.latest)
         for channel, rows in other.sent.items():
             self.sent[channel] = self.sent[channel] + rows if channel in self.sent else rows
         for file, span in other.spans.items():
@@ -90,24 +90,21 @@ class LogCounts:
             self.spans[file] = min(mine[0], span[0]), max(mine[1], span[1])
         self.bad += other.bad
 
-    def add_latest(self, rows: LogRows) -> None:
-        """Adds the attributes of rows of the interaction log."""
-        self._add_latest({role: (LatestValues.of(rows, role),) for role in _ROLES})
+    def add_latest(self, latest: Mapping[LatestRole, Sequence[LatestValues]]) -> None:
+        """Adds attributes of users and candidates."""
+        for role, parts in latest.items():
+            for each in parts:
+                self.latest[role] = grown(self.latest.get(role, ()), each, LatestValues.merged)
 
     def add_latest_of(self, folder: Path, schema: Schema) -> None:
         """Adds the latest attributes that `save_latest` wrote."""
         columns = schema.columns
-        self._add_latest({role: (LatestValues.load(folder, role, getattr(columns, role)),) for role in _ROLES})
+        self.add_latest({role: (LatestValues.load(folder, role, getattr(columns, role)),) for role in _ROLES})
 
     def save_latest(self, folder: Path) -> None:
         """Writes the latest attributes of users and candidates."""
         for role, parts in self.latest.items():
             LatestValues.together(parts).save(folder, role)
-
-    def _add_latest(self, latest: Mapping[LatestRole, Sequence[LatestValues]]) -> None:
-        for role, parts in latest.items():
-            for each in parts:
-                self.latest[role] = grown(self.latest.get(role, ()), each, LatestValues.merged)
 
 
 def count_part(job: CountJob, readers: Mapping[str | None, LogReader], task: tuple[str | None, LogPart]) -> LogCounts:
@@ -127,7 +124,7 @@ def count_part(job: CountJob, readers: Mapping[str | None, LogReader], task: tup
             counted.last = max(counted.last, (int(times.max()), int(number[times.argmax()])))
             for split, window in job.windows.items():
                 counted.rows[split] += int(in_window(times, window).sum())
-            counted.add_latest(rows)
+            counted.add_latest({role: (LatestValues.of(rows, role),) for role in _ROLES})
             pipeline.note_types(rows)
             assert train_end is not None
             if job.statistics and len(learnt := rows.filter(in_window(times, (start, train_end)))):

@@ -170,10 +170,6 @@ _NUMBERS = st.lists(
 )
 
 
-def _finite(values: list) -> np.ndarray:
-    return np.array([value for value in values if value is not None and math.isfinite(value)])
-
-
 @given(values=_NUMBERS, transform=st.sampled_from(["standard", "log"]))
 def test_numbers_are_standardised(values, transform):
     pipeline, _, encoded = _fitted(

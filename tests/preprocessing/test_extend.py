@@ -135,15 +135,11 @@ def unprepared(tmp_path: Path) -> Growing:
     return log
 
 
-def last_of(prepared: FeatureFolder) -> int:
-    return int(prepared.manifest["request_microseconds"][1])
-
-
 def days_of(prepared: FeatureFolder) -> float:
     """Days before the moment after the last request from which on memories are exact."""
     floor = exact_from(prepared.serving)
     assert floor is not None
-    return (last_of(prepared) + 1 - floor) / DAY
+    return (prepared.manifest["request_microseconds"][1] + 1 - floor) / DAY
 
 
 def test_features_are_built_anew_for_more_days_and_stay_for_fewer(unprepared, capsys):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
@@ -23,24 +22,18 @@ from tests.point_in_time.drawn_logs import DrawnLog, draw
 from tests.preprocessing.growing_log import Growing
 
 
-def features_of(prepared: FeatureFolder, folder: Path) -> Path:
-    """What an artifact holds of features."""
-    shutil.copytree(prepared.serving, folder)
-    shutil.copyfile(prepared.folder / "files.json", folder / "files.json")
-    if (prepared.folder / "requests").is_dir():
-        shutil.copytree(prepared.folder / "requests", folder / "requests")
-    return folder
-
-
 class ServedModel:
     """The features of a model, whose tables move on in a folder of their own at each step."""
 
     def __init__(self, prepared: FeatureFolder, folder: Path, source: str, options: BuildOptions) -> None:
         self.folder, self.source, self.options, self.number = folder, source, options, 0
-        folder.mkdir()
-        self.features = features_of(prepared, folder / "0")
+        self.features = folder / "0"
+        shutil.copytree(prepared.serving, self.features)
+        shutil.copyfile(prepared.folder / "files.json", self.features / "files.json")
+        if (prepared.folder / "requests").is_dir():
+            shutil.copytree(prepared.folder / "requests", self.features / "requests")
         self.last = prepared.manifest["request_microseconds"][1]
-        self.schema = kinds.schema_of(schema_in(prepared))
+        self.schema = FeaturePipeline.load(self.features, memories=False).schema
 
     def logs(self, taken: HeldFiles | None = None) -> Logs:
         return Logs(
@@ -63,10 +56,6 @@ class ServedModel:
         shutil.rmtree(out, ignore_errors=True)
         out.mkdir()
         return out, remake_tables(self.folder / "0", self.logs(), out, until)
-
-
-def schema_in(prepared: FeatureFolder) -> dict:
-    return json.loads((prepared.serving / "pipeline.json").read_text())["schema"]
 
 
 def assert_same_tables(one: Path, other: Path, but: tuple[str, ...] = ()) -> int:
@@ -107,11 +96,10 @@ def ids_of(features: Path) -> list:
     return [each.ids.to_pylist() for each in pipeline.vocabularies.values()]
 
 
-def _drawn(seeds: range) -> list[int]:
-    return [seed for seed in seeds if draw(seed).stages > 1]
+GROWING = [seed for seed in range(4000, 4000 + settings().max_examples) if draw(seed).stages > 1]
 
 
-@pytest.mark.parametrize("seed", _drawn(range(4000, 4000 + settings().max_examples)))
+@pytest.mark.parametrize("seed", GROWING)
 def test_drawn_logs_with_all_that_a_log_may_hold(tmp_path: Path, seed: int) -> None:
     """Among them rows of a request that come with a later stage, regressions, late labels, events of any time."""
     drawn = draw(seed)

@@ -29,8 +29,6 @@ from mmoe_rec.training.ranks import process_group
 from tests.model.examples import LAYOUT, random_rows
 
 CPU = torch.device("cpu")
-# In seconds, say. The unit of a regression's label must not decide how much the other tasks learn.
-REGRESSION_MEAN, REGRESSION_DEVIATION = 500.0, 300.0
 ROWS = {"train": 12_000, "validation": 4_000}
 MODEL = Model.model_validate(
     {
@@ -56,22 +54,16 @@ TRAINING = Training.model_validate(
 )
 
 
-def regression(name: str) -> ModelTask:
-    """A regression whose label has a large unit."""
-    return ModelTask(name, "regression", "satisfaction", mean=REGRESSION_MEAN, deviation=REGRESSION_DEVIATION)
-
-
-def five_tasks() -> tuple[ModelTask, ...]:
-    """Four binary tasks and a regression."""
-    binary = [ModelTask(f"task{i}", "binary", "engagement") for i in range(4)]
-    return (*binary, regression("rating"))
-
-
+FIVE_TASKS = (
+    *(ModelTask(f"task{i}", "binary", "engagement") for i in range(4)),
+    # In seconds, say. The unit of a regression's label must not decide how much the other tasks learn.
+    ModelTask("rating", "regression", "satisfaction", mean=500.0, deviation=300.0),
+)
 # A like needs a click.
 GIVEN = replace(LAYOUT, tasks=(LAYOUT.tasks[0], replace(LAYOUT.tasks[1], given="click"), LAYOUT.tasks[2]))
 LAYOUTS = {
     "everything": LAYOUT,
-    "five tasks": replace(LAYOUT, tasks=five_tasks()),
+    "five tasks": replace(LAYOUT, tasks=FIVE_TASKS),
     "one task": replace(LAYOUT, tasks=LAYOUT.tasks[:1]),
     "one regression": replace(LAYOUT, tasks=LAYOUT.tasks[2:]),
     "no placement": replace(
