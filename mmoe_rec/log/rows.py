@@ -39,9 +39,10 @@ class LogRows:
     """N rows; `table` holds canonical columns (see `mmoe_rec.log.columns`), strings dictionary-coded or not.
 
     results: name -> what counters and histories give for these rows, where it was looked up before; row_numbers: (N,)
-    int64 of each row in its log, by default from 0 on.
+    int64 of each row in its log, None for rows of none.
     """
 
+    _row_numbers: np.ndarray | None = None
     _ask = staticmethod(LookUps.sort)
 
     def __init__(
@@ -52,7 +53,7 @@ class LogRows:
         row_numbers: np.ndarray | None = None,
     ) -> None:
         self.table = table
-        self.row_numbers = np.arange(len(table)) if row_numbers is None else row_numbers
+        self._row_numbers = row_numbers
         self._start(schema, results)
 
     def _start(self, schema: Schema, results: Mapping[str, Any] | None = None) -> None:
@@ -65,11 +66,18 @@ class LogRows:
     def __len__(self) -> int:
         return self.table.num_rows
 
+    @property
+    def row_numbers(self) -> np.ndarray:
+        """(N,) int64 number of each row in the log that it was read from."""
+        assert self._row_numbers is not None, "these rows were not read from a log"
+        return self._row_numbers
+
     def filter(self, mask: np.ndarray) -> LogRows:
         """The rows where `mask` (N,) bool is true."""
         if mask.all():
             return self
-        return LogRows(self.table.filter(pa.array(mask)), self.schema, row_numbers=self.row_numbers[mask])
+        numbers = None if self._row_numbers is None else self._row_numbers[mask]
+        return LogRows(self.table.filter(pa.array(mask)), self.schema, row_numbers=numbers)
 
     def cut(self, rows: int) -> Iterator[LogRows]:
         """The rows with their results, at most so many at a time."""
@@ -79,14 +87,15 @@ class LogRows:
         for start in range(0, len(self), rows):
             its = slice(start, start + rows)
             known = {n: e.take(its) if isinstance(e, SharedRagged) else e[its] for n, e in self.results.items()}
-            yield LogRows(self.table.slice(start, rows), self.schema, known, self.row_numbers[its])
+            numbers = None if self._row_numbers is None else self._row_numbers[its]
+            yield LogRows(self.table.slice(start, rows), self.schema, known, numbers)
 
     def with_times(self, times: np.ndarray) -> LogRows:
         """The same rows with (N,) int64 other times of their requests, microseconds."""
         name = self.schema.columns.time
         column = pa.array(times).cast(UTC_MICROSECONDS)
         table = self.table.set_column(self.table.column_names.index(name), name, column)
-        return LogRows(table, self.schema, row_numbers=self.row_numbers)
+        return LogRows(table, self.schema, row_numbers=self._row_numbers)
 
     def has(self, name: str) -> bool:
         """Whether the rows have this column."""
