@@ -166,7 +166,7 @@ class ResultReader:
         self._loaded: Results = {}
 
     def of(self, rows: np.ndarray) -> Results:
-        """Results for rows by their numbers in the log, (N,) int64, at least one."""
+        """Results for rows by their numbers in the log, (N,) int64, which rise, at least one."""
         block, place = np.divmod(rows, ROWS_PER_BLOCK)
         parts = []
         for number in np.unique(block).tolist():

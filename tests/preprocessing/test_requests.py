@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.preprocessing.extend import extend
+from mmoe_rec.preprocessing.extend import Extension, extend
 from mmoe_rec.preprocessing.logs import DEFAULTS, BuildOptions, Logs
 from mmoe_rec.preprocessing.prepare import FeatureFolder, encode_with, existing, prepare
 from mmoe_rec.report.formatting import describe_request_times
@@ -190,10 +190,13 @@ class _Days:
 
     def extend(self, new: pa.Table, old: pa.Table | None = None, options: BuildOptions = DEFAULTS) -> FeatureFolder:
         self.before = _build(self.folder, self.old if old is None else old)
+        return self.add(new, options).features
+
+    def add(self, new: pa.Table, options: BuildOptions = DEFAULTS) -> Extension:
         pq.write_table(new, self.folder / "log" / "new.parquet")
         extended = extend(str(self.folder / "log"), SCHEMA, WINDOWS, self.folder / "work", options)
         assert extended is not None
-        return extended.features
+        return extended
 
 
 def test_rows_of_a_request_of_days_before_are_told_of_and_not_encoded(tmp_path: Path) -> None:
@@ -266,13 +269,10 @@ def test_rows_that_came_before_with_other_labels_are_refused_and_kept_if_that_is
     again = days.old.slice(40, 6)
     again = with_column(again, "click", pa.array([1.0 - (each or 0) for each in again["click"].to_pylist()]))
     new = pa.concat_tables([days.new, days.old.slice(3, 1), again])
-    pq.write_table(new, tmp_path / "log" / "new.parquet")
-    place = str(tmp_path / "log"), SCHEMA, WINDOWS, tmp_path / "work"
     message = rf"^row {days.new.num_rows + 1} of '.*new.parquet' repeats .* came before, with other labels; 6 rows of n"
     with pytest.raises(UserError, match=message):
-        extend(*place)
-    extended = extend(*place, BuildOptions(duplicates="keep"))
-    assert extended is not None
+        days.add(new)
+    extended = days.add(new, BuildOptions(duplicates="keep"))
     assert (extended.rows, extended.features.manifest["requests"]["continued_rows"]) == (new.num_rows, 7)
 
 
@@ -281,12 +281,9 @@ def test_features_of_an_earlier_version_which_kept_no_rows_are_extended_once_all
 ) -> None:
     days = _Days(tmp_path)
     shutil.rmtree(_build(tmp_path, days.old).folder / "requests" / "rows")
-    place = str(tmp_path / "log"), SCHEMA, WINDOWS, tmp_path / "work"
-    pq.write_table(days.new, tmp_path / "log" / "new.parquet")
     with pytest.raises(UserError, match=r"^the features in .* an earlier version, .* set data.duplicates to keep th"):
-        extend(*place)
-    extended = extend(*place, BuildOptions(duplicates="keep"))
-    assert extended is not None
+        days.add(days.new)
+    extended = days.add(days.new, BuildOptions(duplicates="keep"))
     kept = pq.read_table(extended.features.folder / "requests" / "rows")
     assert len(kept) == extended.rows == days.new.num_rows
 
@@ -332,8 +329,6 @@ def test_a_request_of_another_user_of_days_before_is_refused(tmp_path: Path) -> 
 
 def test_a_lost_record_of_requests_is_named(tmp_path: Path) -> None:
     days = _Days(tmp_path)
-    days.before = _build(tmp_path, days.old)
-    shutil.rmtree(days.before.folder / "requests")
-    pq.write_table(days.new, tmp_path / "log" / "new.parquet")
+    shutil.rmtree(_build(tmp_path, days.old).folder / "requests")
     with pytest.raises(UserError, match=r"features/requests' is damaged: .*; build the features anew$"):
-        extend(str(tmp_path / "log"), SCHEMA, WINDOWS, tmp_path / "work", BuildOptions(duplicates="keep"))
+        days.add(days.new, BuildOptions(duplicates="keep"))
