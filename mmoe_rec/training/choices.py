@@ -99,15 +99,6 @@ def faster(times: Mapping[str, float], by_default: str, margin: float) -> str:
     return best if by_default not in times or times[by_default] >= margin * times[best] else by_default
 
 
-def check_offered(settings: Training, device: str, ranks: int = 1) -> None:
-    """Raises UserError where a way of tables or a library of products is set that is not on offer here.
-
-    device: "cpu" or "cuda"; ranks: how many train together.
-    """
-    choose_way(settings.tables, device, ranks)
-    choose_products(settings.products, device)
-
-
 def keep_choices(before: Choices, settings: Training, device: torch.device) -> Choices:
     """The choices of a training that goes on here: what changes more than time stays, or it would not be the same.
 

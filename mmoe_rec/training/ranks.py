@@ -74,9 +74,11 @@ def training_ranks(settings: Training) -> Iterator[tuple[torch.device, Ranks]]:
     """The device and the process group of a training. Raises UserError for what this machine does not offer."""
     device, ranks = pick_device(settings.device), int(os.environ.get("WORLD_SIZE", "1"))
     if ranks > 1 or {settings.tables, settings.products} != {"auto"}:
-        from mmoe_rec.training.choices import check_offered
+        from mmoe_rec.model.products import choose_products
+        from mmoe_rec.training.tables import choose_way
 
-        check_offered(settings, device.type, ranks)
+        choose_way(settings.tables, device.type, ranks)
+        choose_products(settings.products, device.type)
     with process_group(device, settings.timeout_minutes) as group:
         yield device, group
 

@@ -56,9 +56,9 @@ class WarmStart:
         before = ModelLayout.read(folder)
         old = FeaturePipeline.load(folder / "features", memories=False)
         new = FeaturePipeline.load(prepared.serving, memories=False)
-        found = next(
-            itertools.chain(_structures(structure, settings), _misfits(old, new), _widths(before, layout)), None
-        )
+        one, other = ({"model": each.model_dump(mode="json")} for each in (structure, settings))
+        misfits = _compare(one, other, "settings"), _misfits(old, new), _widths(before, layout)
+        found = next(itertools.chain(*misfits), None)
         if found is not None:
             raise UserError(
                 f"the model in '{folder}' can't be started from: {found}; start from a model of the features that "
@@ -110,18 +110,16 @@ def _weights(folder: Path) -> Iterator[Any]:
         raise UserError(f"the weights of the model in '{folder}' can't be read: {error}") from None
 
 
-def _structures(one: Model, other: Model) -> Iterator[str]:
-    its_tree, tree = ({"model": each.model_dump(mode="json")} for each in (one, other))
-    for where, old, new in differences(its_tree, tree):
+def _compare(one: dict[str, Any], other: dict[str, Any], place: str) -> Iterator[str]:
+    """The settings on which weights depend and that differ, each as a part of a sentence."""
+    for where, old, new in differences(one, other):
         if where.rpartition(".")[2] not in _FREE:
-            yield f"its setting '{where}' is {old}, and {new} in the settings"
+            yield f"its setting '{where}' is {old}, and {new} in the {place}"
 
 
 def _misfits(old: FeaturePipeline, new: FeaturePipeline) -> Iterator[str]:
     """What besides new ids distinguishes the features, each as a part of a sentence."""
-    for where, its, theirs in differences(old.schema.identity(), new.schema.identity()):
-        if where.rpartition(".")[2] not in _FREE:
-            yield f"its setting '{where}' is {its}, and {theirs} in the features"
+    yield from _compare(old.schema.identity(), new.schema.identity(), "features")
     for name, vocabulary in old.vocabularies.items():
         known, now = vocabulary.ids, new.vocabularies[name].ids
         if len(known) > len(now):
