@@ -57,8 +57,7 @@ REMEDIES = {
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the report; fix: what to type or do, empty where nothing is wrong; warns: whether all works as it
-    is."""
+    """One line of the report; fix: what to do, empty where nothing is wrong; warns: whether all works as it is."""
 
     name: str
     text: str
@@ -101,8 +100,7 @@ class Machine:
 
     @property
     def lines(self) -> dict[str, str]:
-        """Package name -> requirement; those of torchrec and fbgemm go with the torch that is installed, which may be
-        what the machine came with."""
+        """Package name -> requirement; torchrec and fbgemm go with the torch that is there, maybe the machine's own."""
         release = ".".join(self.versions.get("torch", "").split(".")[:2])
         release = release if release in TOGETHER else list(TOGETHER)[-1]
         torchrec, fbgemm = TOGETHER[release]

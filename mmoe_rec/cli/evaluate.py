@@ -4,8 +4,7 @@ Scores the test rows with a model (its address in MLflow, or its folder) and wri
 from, and calibration plots to `data.work`/evaluation; logs them to MLflow, in the run that trained the model.
 
 `--split validation` measures the rows that chose the model's state instead, to look at without using up the test rows.
-`--predictions DIR` writes the rows with what the model predicts for them, as `metrics` reads them, for metrics of your
-own.
+`--predictions DIR` writes the rows with what the model predicts, as `metrics` reads them, for metrics of your own.
 
 `--slices` measures parts of the rows too, by columns of the log, in place of `evaluation.slices`.
 

@@ -79,8 +79,7 @@ def _write_int8(folder: Path, made: Path, dense: Any) -> dict[str, Any]:
 
 
 def _write_onnx(folder: Path, made: Path) -> dict[str, Any]:
-    """Writes the dense part as `mmoe_rec.inference.export` says. Raises UserError where a package is missing, or the
-    file does not compute what the model does."""
+    """Writes the dense part, see `inference.export`. Raises UserError where a package is missing, or results differ."""
     require_packages("ONNX", "onnx", "onnx", "onnxscript", "onnxruntime")
     from mmoe_rec.inference import export as forms
     from mmoe_rec.inference.ranker import Ranker

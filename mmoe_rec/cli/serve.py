@@ -8,8 +8,7 @@ accepted is answered.
 makes a log to train on. --poll S looks every S seconds whether the alias has moved, and takes the new model up.
 
 Where MMOE_REC_TOKEN stands in the environment, or --token-file is given, callers must send
-`Authorization: Bearer TOKEN`. Settings of section serving are those that the model was trained with; overrides may
-follow.
+`Authorization: Bearer TOKEN`. Settings of section serving are the model's own; overrides may follow.
 """
 
 from __future__ import annotations

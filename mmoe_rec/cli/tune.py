@@ -43,8 +43,7 @@ Outcome = Literal["reached", "cut short", "not valid", "failed"]
 MOST_IN_A_ROW: dict[Outcome, int] = {"failed": 3, "not valid": 20}
 """Trials after which the search ends where they all ended so."""
 KILLS_OF_ONE_TRIAL = 3
-# What trials are marked with, beside the id of their run: why one was given up, which one it replaces, and how often a
-# trial of its values was killed before.
+# What trials are marked with: the id of the run, why it was given up, which trial it replaces, how often it was killed.
 _RUN, _REASON, _INSTEAD_OF, _KILLS = "run_id", "reason", "instead_of", "kills"
 
 
@@ -110,8 +109,7 @@ def _refused_values() -> Iterator[None]:
 
 
 class Study:
-    """Trials of settings for one data set, found again by features, settings and search space. with_values: gives the
-    settings with some values replaced."""
+    """Trials for one data set, found again by features, settings and search space. with_values: replaces settings."""
 
     def __init__(self, settings: Settings, prepared: FeatureFolder, with_values: Callable[[Values], Settings]) -> None:
         import optuna
@@ -270,8 +268,7 @@ class Study:
         return {name: json.loads(each) if isinstance(each, str) else each for name, each in kept.items()}
 
     def _train(self, trial: Any, settings: Settings, values: Values, folder: Path, parent: str) -> float | None:
-        """What the training reached; None where it was cut short. Raises NotValidError for values that don't go
-        together."""
+        """What the training reached, None where it was cut short. Raises NotValidError for values that don't fit."""
         from mmoe_rec.model.layout import ModelLayout
         from mmoe_rec.training.loop import Trainer
         from mmoe_rec.training.ranks import training_ranks

@@ -162,8 +162,6 @@ class Comparison:
     """
 
     model: str
-    resamples: int
-    seed: int
     units: int
     effective_users: dict[str, float]
     objective: Objective | None
@@ -181,8 +179,6 @@ def compare(
     model: str,
     tasks: Sequence[str],
     rules: Evaluation,
-    resamples: int,
-    seed: int = 0,
     slices: Sequence[SliceRecord] = (),
     tried: int = 0,
 ) -> Comparison:
@@ -207,7 +203,7 @@ def compare(
         return {(name, *key): value for name, each in values.items() for key, value in each.items()}
 
     units, differences = len(mine.tables["ranking"]), dict[tuple[str, str, str], Difference]()
-    resampled = resample(values_of, units, resamples, seed)
+    resampled = resample(values_of, units, rules.resamples)
     for other in others:
         same_truth = _weights(mine) == _weights(sums[other])
         few = find_few_changes(groups[model], groups[other], objective)
@@ -226,8 +222,6 @@ def compare(
     labels = {task: count_rarer_label(mine, task) for task in tasks}
     compared = Comparison(
         model,
-        resamples,
-        seed,
         units,
         {name: each.effective_rows for name, each in groups[model].items()},
         objective,
@@ -445,9 +439,7 @@ class Results:
         if wanted is None:
             wanted = tuple(by for by in there if SliceBy.of(by).column not in self.placement)
         slices = [each for each in self.slices if each.by in wanted]
-        return compare(
-            self.models, self.name, self.tasks, self.rules, self.rules.resamples, slices=slices, tried=self.tried
-        )
+        return compare(self.models, self.name, self.tasks, self.rules, slices, self.tried)
 
     @cached_property
     def slices(self) -> list[SliceRecord]:

@@ -163,8 +163,7 @@ class Resampled:
         return Interval(self.value, min(low, value) if value else 0.0, max(high, value) if value < 1 else 1.0)
 
     def error(self, effective: float, units: int | None = None) -> tuple[float | None, float]:
-        """The standard error from the choice of users, None where too few resamples are defined, and the effective
-        number of users.
+        """The standard error by the choice of users, None for too few resamples, and the effective number of users.
 
         effective: that by their sizes; units: how many of the U have rows, None for all.
         """
@@ -193,8 +192,7 @@ def _users_of(share: float) -> float:
 def resample(at: Callable[[np.ndarray], Values], users: int, resamples: int, seed: int = 0) -> dict[Any, Resampled]:
     """Numbers in resamples of users. What is compared is redrawn in one call, so that all see the same users.
 
-    at: gives the numbers (R,) for counts (U, R) of how often users are drawn. Raises ValueError where no resample is
-    asked for.
+    at: gives the numbers (R,) for counts (U, R) of how often users are drawn. Raises ValueError for no resample.
     """
     if resamples < 1:
         raise ValueError(f"resamples is {resamples}; expected at least 1")

@@ -12,7 +12,6 @@ where few rows have nearly all of the weight, these decide alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -28,8 +27,6 @@ LEAST_EFFECTIVE = 100.0
 """Effective rows, below which there is no estimate."""
 FEW_ROWS, FEW_EFFECTIVE_ROWS, ONE_USER, NO_SUPPORT = "few rows", "few effective rows", "one user", "no support"
 """Why there is no estimate."""
-BELOW_ONE, ABOVE_ONE, CONTRADICTION = "mean weight below 1", "mean weight above 1", "estimates contradict each other"
-"""What is suspicious."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +67,7 @@ class PolicyEstimate:
 
     rows: with an observed label; logged: the mean label as it was logged; mean_weight: has to be 1; apart: the doubly
     robust estimate less SNIPS, with all weights as they are; estimates: one for each cap, none where refused; refusal:
-    why there is no estimate, and warnings: what is suspicious of the estimates, each a constant of this module.
+    why there is no estimate, a constant of this module.
     """
 
     rows: int
@@ -81,11 +78,15 @@ class PolicyEstimate:
     mean_weight: Interval = UNDEFINED
     effective_rows: float = 0.0
     apart: Interval = UNDEFINED
-    warnings: tuple[str, ...] = ()
     estimates: tuple[CappedEstimate, ...] = ()
 
+    @property
+    def is_contradictory(self) -> bool:
+        """Whether the doubly robust estimate differs from SNIPS by more than chance explains."""
+        return _is_far(self.apart, 0.0)
 
-def estimate(choices: LoggedChoices, resamples: int, seed: int = 0) -> PolicyEstimate:
+
+def estimate(choices: LoggedChoices, resamples: int) -> PolicyEstimate:
     """Estimates the mean label under the target policy, or says why that is not possible."""
     known = choices.take(np.flatnonzero(~np.isnan(choices.label)))
     rows = len(known.label)
@@ -103,7 +104,7 @@ def estimate(choices: LoggedChoices, resamples: int, seed: int = 0) -> PolicyEst
     # The effective number of units is that by their rows or their weights, whichever is less.
     sizes = {cap: min(effective_sample_size(of[0]), effective_sample_size(of[2])) for cap, of in sums.items()}
     shares = ("logged", "snips") if ((known.label >= 0) & (known.label <= 1)).all() else ()
-    resampled = resample(at, len(keys), resamples, seed)
+    resampled = resample(at, len(keys), resamples)
     values = {key: each.interval(sizes[key[0]], key[1] in shares) for key, each in resampled.items()}
     mean, apart = values[None, "weight"], values.get((None, "apart"), UNDEFINED)
     effective = effective_sample_size(weight) if weight.any() else 0.0
@@ -122,17 +123,7 @@ def estimate(choices: LoggedChoices, resamples: int, seed: int = 0) -> PolicyEst
         )
         for cap, each in clipped.items()
     )
-    return replace(told, warnings=tuple(find_warnings(mean, apart)), estimates=tuple(estimates))
-
-
-def find_warnings(mean: Interval, apart: Interval) -> Iterator[str]:
-    """What is suspicious of the estimates with all weights as they are. mean: of the weights."""
-    if (mean.high or 0.0) < 1:
-        yield BELOW_ONE
-    if (mean.low or 0.0) > 1:
-        yield ABOVE_ONE
-    if _is_far(apart, 0.0):
-        yield CONTRADICTION
+    return replace(told, estimates=tuple(estimates))
 
 
 def find_refusal(rows: int, effective: float, mean: Interval) -> str | None:

@@ -215,8 +215,7 @@ def compare_slices(
 ) -> list[SliceRecord]:
     """A record for each slice of a model, task or `score`, metric, and what the slice is compared with.
 
-    placement: columns of placement, which models leave out: in slices by these, probabilities are off by design, so
-    nothing is said of them.
+    placement: columns that models leave out: in slices by these, probabilities are off by design and not told.
     """
     slices, whole, requests = models[model].slices, models[model].sums, Counter[str]()
     groups, records, units = sums_by_user(whole, METRICS_OF_SLICES), list[SliceRecord](), len(whole.tables["ranking"])
@@ -263,10 +262,8 @@ def _compare_slice(
     others = {name: each.slices[key] for name, each in models.items() if key in each.slices}
     sides = {name: its for name, its in others.items() if describe_other_rows(here, its) is None}
     groups = {side: sums_by_user(sums, METRICS_OF_SLICES) for side, sums in sides.items()}
-    places = {
-        side: pc.index_in(sums.tables["ranking"]["user"].combine_chunks(), value_set=units).to_numpy()
-        for side, sums in sides.items()
-    }
+    users = {side: sums.tables["ranking"]["user"] for side, sums in sides.items()}
+    places = {side: pc.index_in(each, value_set=units).to_numpy() for side, each in users.items()}
 
     def values_of(counts: np.ndarray) -> Values:
         return {

@@ -51,7 +51,7 @@ class GroupSummary:
 class Summary:
     """All metrics of a model.
 
-    rows, users, requests: that were measured; resamples, seed: of the intervals; tasks: by name; catalogue: how many
+    rows, users, requests: that were measured; resamples: of the intervals; tasks: by name; catalogue: how many
     `candidates` there are, and metrics of all requests together, None where candidates are unknown; facts: what else
     the file of metrics says.
     """
@@ -60,7 +60,6 @@ class Summary:
     users: int
     requests: int
     resamples: int
-    seed: int
     tasks: dict[str, GroupSummary]
     score: GroupSummary
     catalogue: dict[str, float] | None = None
@@ -94,8 +93,7 @@ class MeasuredModel:
 
     address: where it, or its predictions, come from; gates: task -> mean weight of each expert, None where they are
     unknown; seen: sentences on how it has seen these rows before; training: on how it was trained, also on their users;
-    slices: its sums in each, by (what rows are sliced by, value), in the same units; placement: what it has learnt of
-    that.
+    slices: its sums in each, by (what rows are sliced by, value), in the same units; placement: what was learnt of it.
     """
 
     sums: EvaluationSums
@@ -108,15 +106,14 @@ class MeasuredModel:
     placement: Sequence[PlacementRecord] = ()
 
 
-def summarise(sums: EvaluationSums, resamples: int = 1000, seed: int = 0) -> Summary:
+def summarise(sums: EvaluationSums, resamples: int = 1000) -> Summary:
     """All metrics of a model, with 95% bootstrap intervals over users.
 
-    resamples: how often users are redrawn, at least 1; 1,000 make the ends of the intervals steady; seed: of the draws;
-    the same seed gives the same users, whatever the model.
+    resamples: how often users are redrawn, at least 1; 1,000 make ends steady. The same are drawn for all models.
     """
     groups, ranking = sums_by_user(sums), sums.tables["ranking"]
     units, effective = len(ranking), effective_by_metric(groups)
-    resampled = resample(lambda counts: evaluate(groups, counts), units, resamples, seed)
+    resampled = resample(lambda counts: evaluate(groups, counts), units, resamples)
     of_all = {key: each.interval(effective[key], key[1] in groups[key[0]].shares) for key, each in resampled.items()}
     for key, at in of_all.items():  # what is the same for all users does not say how sure it is
         if at.low is not None and at.high is not None and at.high - at.low <= rounding_of(at.low):
@@ -131,17 +128,13 @@ def summarise(sums: EvaluationSums, resamples: int = 1000, seed: int = 0) -> Sum
             if not metric.has_interval:
                 value = float(metric.summarise(group.drawn(np.ones((units, 1))))[0])
                 details[metric.name] = value if np.isfinite(value) else None
-            details |= metric.details(group, resamples, seed)
+            details |= metric.details(group, resamples)
         fewest = min((effective[name, each] for each, at in its.items() if at.value is not None), default=np.inf)
         few = fewest if is_small_sample(fewest, units) else None
         return GroupSummary(kind, {each: _total(group.table[each]) for each in counts}, its, details, few, least)
 
-    tasks = {
-        task.name: summary_of(
-            task.name, task.kind, ["rows", "positives", "requests"] if task.kind == "binary" else ["rows"]
-        )
-        for task in sums.tasks
-    }
+    counted = {"binary": ["rows", "positives", "requests"], "regression": ["rows"]}
+    tasks = {task.name: summary_of(task.name, task.kind, counted[task.kind]) for task in sums.tasks}
     score, requests, catalogue = summary_of(SCORE, SCORE, LEFT_OUT), _total(ranking["requests"]), None
     if ranked := _total(ranking["ranked_requests"]):
         least, random = (float(np.sum(ranking[f"{name}_ndcg"])) / ranked for name in ("least", "random"))
@@ -149,7 +142,7 @@ def summarise(sums: EvaluationSums, resamples: int = 1000, seed: int = 0) -> Sum
     if (table := sums.tables.get(CATALOGUE)) is not None:
         shown = {metric.name: metric.summarise(table, requests) for metric in every.CATALOGUE_METRICS}
         catalogue = {"candidates": len(table), **shown}
-    return Summary(_total(ranking["rows"]), sums.users, requests, resamples, seed, tasks, score, catalogue)
+    return Summary(_total(ranking["rows"]), sums.users, requests, resamples, tasks, score, catalogue)
 
 
 def rows_of_metrics(summaries: Sequence[Summary], group: str) -> dict[Metric[Any], list[Interval]]:

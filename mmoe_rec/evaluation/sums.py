@@ -176,8 +176,7 @@ def measure(
         tasks: one or more, with distinct names.
         users: (N,) integers or strings, NumPy or Arrow.
         requests: (N,) integers or strings; a request belongs to one user.
-        predictions: task name -> (N,) probabilities in [0, 1] (binary) or values (regression). See `Logloss` for those
-            near 0 and 1.
+        predictions: task name -> (N,) probabilities (binary; near 0 and 1 see `Logloss`) or values (regression).
         labels: task name -> (N,) 0 or 1 (binary) or values (regression); NaN or null where unobserved.
         score: (N,) fused ranking score, higher is better.
         weight: (N,) positive importance weights, such as 1 / the rate a row was sampled at: a row counts by them in all
@@ -195,9 +194,8 @@ def measure(
     if not (rows := len(users)):
         raise UserError("there is no row to evaluate; expected at least one")
     columns = _check_tasks(tasks, predictions, labels, rows)
-    (all_users, user), (all_requests, request) = (
-        _index(name, each, rows) for name, each in (("users", users), ("requests", requests))
-    )
+    all_users, user = _index("users", users, rows)
+    all_requests, request = _index("requests", requests, rows)
     _check_requests(user, request, all_requests)
     score = _check_numbers("score", score, rows, SCORES)
     weight = _check_numbers("weight", np.ones(rows) if weight is None else weight, rows, WEIGHTS).astype(np.float64)
@@ -316,9 +314,8 @@ def _task_tables(
     own = {"digest": _digest(combine([key, known_label.view(np.uint64)]))}
     own |= _measure_own([each for each in metrics_of(task.kind) if not each.of_lists], known, {*sums, *own})
     of_requests = {"requests": np.ones(requests, np.int64)} | _sums_of_lists(task.kind, lists, {*sums, *own})
-    tables = {
-        f"{task.name}.users": _sum_by({"user": units, **sums, **own, **known.at_first_rows(known.request, of_requests)})
-    }
+    own |= known.at_first_rows(known.request, of_requests)
+    tables = {f"{task.name}.users": _sum_by({"user": units, **sums, **own})}
     if task.kind == "binary":
         if edges is None:
             edges = bin_edges(*counts_by_value(prediction, label, 1 - label))
@@ -375,8 +372,7 @@ def _digest(keys: np.ndarray) -> np.ndarray:
 
 
 def _sum_by(columns: Mapping[str, Any] | pa.Table, keys: Sequence[str] = ()) -> pa.Table:
-    """Adds up rows of equal keys, by default of the first column, and sorts by key. One thread: equal input gives equal
-    output to the last bit."""
+    """Adds up rows of equal keys, by default the first column, sorted by key; by one thread, so that bits repeat."""
     table = columns if isinstance(columns, pa.Table) else pa.table(columns)
     keys = keys or table.column_names[:1]
     names = [name for name in table.column_names if name not in keys]
@@ -448,10 +444,8 @@ def _check_numbers(name: str, values: Any, rows: int, check: Check) -> np.ndarra
         array = array.astype(np.float64)
     _check_length(name, array, rows)
     if len(invalid := np.flatnonzero(~check[1](array))):
-        row = int(invalid[0])
-        raise UserError(
-            f"column {name} has {len(invalid)} bad values, the first at row {row}: {array[row]}; expected {check[0]}"
-        )
+        first = f"the first at row {invalid[0]}: {array[invalid[0]]}"
+        raise UserError(f"column {name} has {len(invalid)} bad values, {first}; expected {check[0]}")
     return array
 
 

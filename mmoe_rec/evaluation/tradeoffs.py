@@ -39,8 +39,7 @@ def log_predictions(scored: ScoredRows) -> np.ndarray:
 
 
 class Sweep:
-    """NDCG of each task by the ranking of each weights, in resamples of users: `values`, P of T; NaN where no request
-    ranks anything for a task.
+    """NDCG of each task by each ranking, in resamples of users: `values`, P of T; NaN where no request ranks anything.
 
     scored: of a model with T tasks; weights: P of T, which sum to 1.
     """
@@ -81,8 +80,7 @@ class Sweep:
 
 
 def make_grid(tasks: int, deployed: Weights) -> list[Weights]:
-    """Weights that sum to 1: the deployed ones first, then all of a grid, or some that are drawn where that is
-    large."""
+    """Weights that sum to 1: the deployed ones, then all of a grid, or some that are drawn where that is large."""
     if (steps := _DENOMINATORS.get(tasks)) is None:
         drawn = np.random.default_rng(0).dirichlet(np.ones(tasks), _DRAWN)
         others = [tuple(float(x) for x in each) for each in [*np.eye(tasks), *drawn]]
@@ -96,9 +94,7 @@ def normalise(weights: Sequence[float]) -> Weights:
     """Weights that sum to 1. Raises UserError where none is above 0, or one is below."""
     total = sum(weights)
     if total <= 0 or min(weights) < 0:
-        raise UserError(
-            f"weights of tasks in the score are {list(weights)}; trade-offs need some above 0 and none below"
-        )
+        raise UserError(f"weights of tasks in a score are {list(weights)}; trade-offs need some above 0 and none below")
     return tuple(each / total for each in weights)
 
 

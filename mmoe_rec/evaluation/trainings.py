@@ -44,8 +44,7 @@ class TrainingsMean:
 
 @dataclass(frozen=True)
 class SettingsDifference(Versus):
-    """Differences of the means over trainings from those of other settings; the objective has a name, and values that
-    are `better`."""
+    """Differences of means over trainings from those of other settings, and the name and direction of the objective."""
 
     name: str | None
     better: str | None

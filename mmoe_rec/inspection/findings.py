@@ -105,10 +105,8 @@ def _files(health: Health) -> Iterator[Finding]:
 def _users(health: Health) -> Iterator[Finding]:
     share, column = (health["overview"].get(name) for name in ("users_in_both", "split_column"))
     if share:
-        message = (
-            f"{share:.1%} of the users of test rows have training rows as well, as column '{column}' splits rows of "
-            "the same users"
-        )
+        why = f"as column '{column}' splits rows of the same users"
+        message = f"{share:.1%} of the users of test rows have training rows as well, {why}"
         yield _finding("warning", "users", "users in training and test", message, share)
 
 
@@ -131,9 +129,7 @@ def _labels(health: Health) -> Iterator[Finding]:
                 for split in splits
                 if split in sum(changed, ())
             ]
-            message = (
-                f"the rate of task '{name}' changes more than {RATE_CHANGE:g} times between splits: {', '.join(rates)}"
-            )
+            message = f"the rate of '{name}' changes more than {RATE_CHANGE:g} times between splits: {', '.join(rates)}"
             told = sorted(splits[split]["tasks"][name]["rate"] for split in sum(changed, ()))
             yield _finding("warning", "rate", name, message, 1 - told[0] / told[-1] if told[-1] > 0 else 0.0)
 

@@ -14,12 +14,12 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
 from mmoe_rec.features.layout import IdInput, Layout
 from mmoe_rec.features.vocabulary import row_names
 from mmoe_rec.inspection.findings import find
 from mmoe_rec.inspection.sums import FeatureInputs, Labels, NumberInput, SplitSums, Sums, collect, psi, psi_noise
+from mmoe_rec.log.checks import format_time
 from mmoe_rec.preprocessing.prepare import FeatureFolder
 from mmoe_rec.settings.schema import Meaning, Schema
 
@@ -47,14 +47,13 @@ def overview(manifest: Mapping[str, Any], sums: Sums, schema: Schema) -> dict[st
 
 
 def weeks(manifest: Mapping[str, Any], sums: Sums) -> list[dict[str, Any]]:
-    """Labels of each week that has rows, from Monday 00:00 UTC by the request's time; each split apart. None of a log
-    without times."""
+    """Labels of each split by week, from Monday 00:00 UTC by the request's time; none of a log without times."""
     if manifest.get("first_request") is None:
         return []
     starts = sorted({week for week, _ in sums.weeks})
     return [
         {
-            "week": time_of(start)[:10],
+            "week": format_time(start)[:10],
             "splits": {
                 split: {"rows": labels.rows, "tasks": _tasks(labels, sums.layout)}
                 for (week, split), labels in sums.weeks.items()
@@ -65,19 +64,14 @@ def weeks(manifest: Mapping[str, Any], sums: Sums) -> list[dict[str, Any]]:
     ]
 
 
-def time_of(microseconds: int) -> str:
-    """ISO 8601, UTC."""
-    return pd.Timestamp(microseconds, unit="us", tz="UTC").isoformat(timespec="seconds")
-
-
 def _split(sums: SplitSums, layout: Layout, told: Mapping[str, Any]) -> dict[str, Any]:
     who = {f"{name}s": {"count": count.count(), "exact": count.exact} for name, count in sums.who.items()}
     return {
         "rows": sums.labels.rows,
         **who,
-        "first_request": time_of(sums.first),
-        "last_request": time_of(sums.last),
-        "labels_known_by": time_of(told["known_by"]) if told.get("known_by") is not None else None,
+        "first_request": format_time(sums.first),
+        "last_request": format_time(sums.last),
+        "labels_known_by": format_time(told["known_by"]) if told.get("known_by") is not None else None,
         "unmatured": {name: count for name, count in told.get("unmatured", {}).items() if count},
         "tasks": _tasks(sums.labels, layout),
     }

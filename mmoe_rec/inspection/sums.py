@@ -67,8 +67,7 @@ class DistinctCount:
         return len(self.smallest) < self.keep
 
     def share_in(self, other: DistinctCount) -> float | None:
-        """The share of the different hashes that the other one has seen as well, or its estimate; None where there
-        are no hashes."""
+        """The share of the hashes that the other one has seen as well, or its estimate; None without hashes."""
         # Below this bound both hold all that they have seen: hashes are as good as random, so it is a fair sample.
         most = np.iinfo(np.uint64).max
         bound = min(most if each.exact else each.smallest[-1] for each in (self, other))
@@ -162,9 +161,8 @@ class IdSums:
         self.many = many
         self.counts = {split: np.zeros(rows, np.int64) for split in ("train", "test")}
         labelled = ("train",) if many else ("train", "validation")
-        self.observed, self.positives = (
-            {split: np.zeros((tasks, rows), np.int64) for split in labelled} for _ in range(2)
-        )
+        self.observed = {split: np.zeros((tasks, rows), np.int64) for split in labelled}
+        self.positives = {split: np.zeros((tasks, rows), np.int64) for split in labelled}
         self.empty = {"train": 0, "test": 0}
         self.scored = np.zeros((tasks, 2, len(_LOG_ODDS) + 1), np.int64)
         self._rates: list[np.ndarray] = []
@@ -190,8 +188,7 @@ class IdSums:
                 np.add.at(self.positives[split][task], ids.values[positive], 1)
 
     def rates(self, task: int) -> np.ndarray:
-        """(R,) share of positives of each table row in training rows, mixed with `RATE_SMOOTHING` rows of the overall
-        share (0 where there is none)."""
+        """(R,) share of positives of each table row in training, with `RATE_SMOOTHING` rows of the overall share."""
         positives, observed = self.positives["train"][task], self.observed["train"][task]
         overall = positives.sum() / max(observed.sum(), 1)
         return (positives + RATE_SMOOTHING * overall) / (observed + RATE_SMOOTHING)

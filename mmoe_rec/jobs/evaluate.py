@@ -45,11 +45,9 @@ if TYPE_CHECKING:
 
 @contextmanager
 def rows_to_measure(settings: Settings, artifact: Path, ranker: Ranker, split: str = "test") -> Iterator[Path]:
-    """Encoded test rows, which nobody replaces meanwhile: the existing ones if the model's features made them, else
-    rows freshly encoded by those.
+    """Encoded test rows, which nobody replaces meanwhile: existing ones that the model's features made, or new ones.
 
-    artifact: the folder that the ranker was loaded from; split: of the rows. Raises UserError where its tasks do not
-    mean what those of the settings do.
+    artifact: where the ranker was loaded from; split: of the rows. Raises UserError where its tasks are not the same.
     """
     check_tasks(settings, ranker.pipeline.schema)
     work, what = Path(settings.data.work), "an evaluation"
@@ -62,10 +60,8 @@ def rows_to_measure(settings: Settings, artifact: Path, ranker: Ranker, split: s
     logs, encoded = logs_for(settings, ranker.pipeline), work / "evaluation" / "encoded"
     if gone := FeatureFolder(work / "features").gone(logs):
         files = f"1 is gone, '{gone[0]}'" if len(gone) == 1 else f"{len(gone):,} are gone, such as '{gone[0]}'"
-        say(
-            "the features that the model was trained on are not there, so counters and histories are rebuilt from the "
-            f"files that are left in the log: {files}"
-        )
+        told = "the features that the model was trained on are not there, so counters and histories are rebuilt from"
+        say(f"{told} the files that are left in the log: {files}")
     with writing(encoded, what, "set `data.work` to another folder", queue=True):
         encode_with(artifact / "features", logs, {split: settings.split.windows()[split]}, encoded)
         yield encoded / split
@@ -194,12 +190,10 @@ def evaluate_model(
     split: str = "test",
     predictions: Path | None = None,
 ) -> EvaluationResult:
-    """Scores the rows of a split with the model at an address, writes metrics, sums and plots to a folder, logs to
-    MLflow.
+    """Scores a split's rows with the model at an address; writes metrics, sums and plots to a folder and to MLflow.
 
     against: addresses of other models, which the model is compared with on the same rows; predictions: a folder that
-    gets the rows with what the model predicts, see `write_predictions`. Waits while another evaluation writes to the
-    folder.
+    gets the rows with what the model predicts, see `write_predictions`. Waits while another evaluation writes there.
     """
     if predictions is not None:
         check_predictions(predictions)
@@ -237,8 +231,9 @@ def evaluate_found(
     """
     from mmoe_rec.report.evaluation import calibration_figure, write_results
 
+    rules, placement = settings.evaluation, settings.roles.placement
     check_out(out, settings)
-    find_objective(settings.evaluation.decide_by)
+    find_objective(rules.decide_by)
     measured: dict[str, MeasuredModel] = {}
     scored_by_first: ScoredRows | None = None
     (first, *_) = models.values()
@@ -252,9 +247,7 @@ def evaluate_found(
         title = f"{'Promotion' if place == PROMOTION else 'Evaluation'} of {settings.name}"
         title += "" if split == "test" else f" on {split} rows"
         facts, tried = _facts(settings, scored_by_first, split), note_decision(measured[next(iter(models))].sums.digest)
-        results = Results(
-            measured, tuple(settings.tasks), settings.evaluation, title, facts, settings.roles.placement, tried
-        )
+        results = Results(measured, tuple(settings.tasks), rules, title, facts, placement, tried)
         write_results(results, out)
         for task, group in results.first.summary.tasks.items():
             # Without a label that is known by now there is nothing to draw; the summary says so.

@@ -98,14 +98,10 @@ def _check_places(listed: Mapping[str, list[FoundFile]], out: Path) -> None:
     """Raises UserError where results would lie among predictions or over them, or predictions are given twice."""
     real, sources = Path(os.path.realpath(out)), dict[frozenset[str], str]()
     for each, files in listed.items():
-        places = frozenset(
-            file.address if is_remote(file.address) else os.path.realpath(file.address) for file in files
-        )
+        places = frozenset(it.address if is_remote(it.address) else os.path.realpath(it.address) for it in files)
         is_inside = os.path.isdir(each) and real.is_relative_to(os.path.realpath(each))
         if is_inside or any(Path(place).is_relative_to(real) for place in places):
-            raise UserError(
-                f"--out '{out}' lies in '{each}', where the predictions are, or holds them; name another folder"
-            )
+            raise UserError(f"--out '{out}' lies in '{each}', where the predictions are, or holds them; name another")
         if places in sources:
             raise UserError(f"'{sources[places]}' and '{each}' are the same predictions; give others with --against")
         sources[places] = each
@@ -116,10 +112,8 @@ def _check_columns(by_source: Mapping[str, PredictionColumns]) -> None:
     candidates = {each: columns.names.get("candidate") for each, columns in by_source.items()}
     if None in candidates.values() and (named := [name for name in candidates.values() if name is not None]):
         without = next(each for each, name in candidates.items() if name is None)
-        raise UserError(
-            f"'{without}' has no column '{named[0]}', and the predictions that it is compared with have one: either "
-            "all need it, or none"
-        )
+        lacks = f"'{without}' has no column '{named[0]}', and the predictions that it is compared with have one"
+        raise UserError(f"{lacks}: either all need it, or none")
 
 
 def _match_columns(columns: PredictionColumns, files: list[Footer]) -> PredictionColumns:
@@ -173,17 +167,14 @@ def _measure_parts(
         job = replace(job, edges=edges, grouped=users > MOST_UNITS, slices=slices)
         partitions = range(job.rows.receivers)
         task = progress.add_task("measuring", total=len(partitions))
-        sums: list[EvaluationSums] = []
-        sliced: dict[tuple[str, str], list[EvaluationSums]] = {
-            (each.by.name, name): [] for each in slices for name in each.names
-        }
+        keys = [WHOLE, *((each.by.name, name) for each in slices for name in each.names)]
+        parts_of: dict[tuple[str, str], list[EvaluationSums]] = {key: [] for key in keys}
         for measured in engine.map(partial(measure_partition, job), partitions):
             progress.advance(task)
-            if measured is not None:
-                sums.append(measured[0])
-                for key, of_slice in measured[1].items():
-                    sliced[key].append(of_slice)
-    return join_sums(sums), {key: join_sums(each) for key, each in sliced.items() if each}
+            for key, sums in measured.items():
+                parts_of[key].append(sums)
+    joined = {key: join_sums(each) for key, each in parts_of.items() if each}
+    return joined.pop(WHOLE), joined
 
 
 ROWS = "rows"  # the channel
@@ -217,27 +208,26 @@ def send_part(job: MeasureJob, number_and_part: tuple[int, LogPart]) -> None:
 
 
 SlicedSums = dict[tuple[str, str], EvaluationSums]
+WHOLE = ("", "")  # no slice
 
 
-def measure_partition(job: MeasureJob, number: int) -> tuple[EvaluationSums, SlicedSums] | None:
-    """The sums of a partition's rows and of their slices; None if there are no rows."""
+def measure_partition(job: MeasureJob, number: int) -> SlicedSums:
+    """The sums of a partition's rows, as `WHOLE`, and of their slices; nothing if there are no rows."""
     table = job.rows.receive_all(ROWS, number)
     if table is None:
-        return None
+        return {}
     slices = {
         (each.by.name, name): _measure_rows(job, table.take(pa.array(rows)))
         for place, each in enumerate(job.slices)
         for name, rows in each.rows(table[f"s{place}"].combine_chunks()).items()
     }
-    return _measure_rows(job, table), slices
+    return {WHOLE: _measure_rows(job, table), **slices}
 
 
 def _measure_rows(job: MeasureJob, table: pa.Table) -> EvaluationSums:
     """The sums of rows."""
     columns, names = job.columns, job.columns.names
-    predictions, labels = (
-        {task.name: table[f"{kind}{number}"] for number, task in enumerate(columns.tasks)} for kind in "pl"
-    )
+    predictions, labels = ({task.name: table[f"{kind}{n}"] for n, task in enumerate(columns.tasks)} for kind in "pl")
     return measure(
         columns.tasks,
         table["user"],
@@ -253,8 +243,7 @@ def _measure_rows(job: MeasureJob, table: pa.Table) -> EvaluationSums:
 
 
 def _fuse(tasks: Sequence[MeasuredTask], predictions: Sequence[pa.ChunkedArray]) -> np.ndarray:
-    """(N,) what ranks rows that have no score: one task's prediction, or sum of weight x log(prediction), as in a
-    model's score."""
+    """(N,) what ranks rows without a score: one task's prediction, or sum of weight x log(prediction) as in a model."""
     values = np.stack([each.to_numpy() for each in predictions], axis=1)
     if len(tasks) == 1:
         return values[:, 0]
@@ -291,10 +280,8 @@ def check_requests(database: Database, job: MeasureJob) -> int:
             f"request={JOINED.join((columns.names['user'], *columns.request))}"
         )
     if "candidate" in columns.names and columns.duplicates == "error":
-        (twice,) = database.row(
-            "SELECT min(row(request, candidate)) FROM "
-            "(SELECT request, candidate FROM rows GROUP BY ALL HAVING count(*) > 1)"
-        )
+        repeated = "SELECT request, candidate FROM rows GROUP BY ALL HAVING count(*) > 1"
+        (twice,) = database.row(f"SELECT min(row(request, candidate)) FROM ({repeated})")
         if twice is not None:
             raise UserError(
                 f"{_request(columns, twice[0])} has candidate {twice[1]!r} more than once, as where files of two "
@@ -306,17 +293,13 @@ def check_requests(database: Database, job: MeasureJob) -> int:
 
 def _find_slices(database: Database, number: int, by: SliceBy) -> Slices:
     """The slices of the rows, once their requests were checked. Raises UserError where a column has too many values."""
-    column = f"s{number}"
+    name = f"s{number}"
     if by.buckets is not None:
-        edges, *ends = database.row(
-            f"SELECT quantile_disc({column}, {by.shares}), min({column}), max({column}) FROM rows"
-        )
+        edges, *ends = database.row(f"SELECT quantile_disc({name}, {by.shares}), min({name}), max({name}) FROM rows")
         return Slices(by, ()) if edges is None else by.of_numbers(edges, *ends)
-    counted = (
-        f"SELECT {column}, count(*) FROM rows WHERE {column} IS NOT NULL GROUP BY 1 ORDER BY 1 LIMIT {MOST_VALUES + 1}"
-    )
+    query = f"SELECT {name}, count(*) FROM rows WHERE {name} IS NOT NULL GROUP BY 1 ORDER BY 1 LIMIT {MOST_VALUES + 1}"
     counts = [
-        row for table in database.read(counted, MOST_VALUES) for row in zip(*table.to_pydict().values(), strict=True)
+        row for table in database.read(query, MOST_VALUES) for row in zip(*table.to_pydict().values(), strict=True)
     ]
     return by.of_values([value for value, _ in counts], [rows for _, rows in counts])
 

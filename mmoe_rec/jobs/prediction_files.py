@@ -36,8 +36,7 @@ class PredictionColumns:
     names: part (user, request, candidate, score, weight, predicted_TASK, label_TASK) -> column; of a request several,
     joined by `JOINED`, whose values together tell requests apart; optional: parts that files need not have; outcomes:
     names of tasks that they need not have; by_log: parts that are called as in the log, so that the names of `_OWN` are
-    meant where the files lack these; duplicates: whether a request may hold a candidate twice; slices: by what rows are
-    sliced.
+    meant where the files lack these; duplicates: whether a request may hold a candidate twice; slices: of rows.
     """
 
     tasks: tuple[MeasuredTask, ...]
@@ -71,8 +70,7 @@ class PredictionColumns:
         return replace(self, names={**self.names, **given}, optional=self.optional - given.keys(), by_log=by_log)
 
     def match(self, there: Collection[str]) -> PredictionColumns:
-        """Those that files with the columns `there` have. What one file has, all must have: else a task, or the score,
-        would be that of some rows alone."""
+        """Those that files with the columns `there` have. All need what one has, or a task would be of some rows."""
         there, names = set(there), dict(self.names)
         lacking = not {names["user"], *self.request} <= there
         if "user" in self.by_log and lacking and {"user", "request"} <= there:
@@ -218,9 +216,8 @@ class FileRows:
         if wrong.any():
             row = int(np.flatnonzero(wrong)[0])
             if values is not None:
-                what += (
-                    f", found {'null or NaN' if np.isnan(values[row]) else str(float(values[row])).removesuffix('.0')}"
-                )
+                value = float(values[row])
+                what += f", found {'null or NaN' if np.isnan(value) else str(value).removesuffix('.0')}"
             raise BadFile(f"'{self.address}': {what}{first_row(self.start + row)}", self.address)
 
 
@@ -261,8 +258,7 @@ def _name_parts(columns: PredictionColumns, rows: FileRows) -> pa.Table:
 
 
 def find_key_types(columns: PredictionColumns, footer: Footer) -> dict[str, pa.DataType]:
-    """Canonical types of the columns of a file that are keys. Raises BadFile where a column is missing or of a wrong
-    type."""
+    """Canonical types of a file's columns that are keys. Raises BadFile where one is missing or of a wrong type."""
     types = {}
     address, schema = footer.file.address, footer.schema
     for name, use in columns.find_uses().items():

@@ -259,10 +259,8 @@ def _judge_versions(
         return error.name == its_name, [str(error)], None
     against = _find_objections(results, name, its_name)
     if (ratio := _slower(mine, its, folder)) > slower_at_most:
-        against.append(
-            f"{name} answers {ratio:.1f} times as slowly as {its_name}, and {slower_at_most:g} times is allowed "
-            "(--slower-at-most)"
-        )
+        slow = f"{name} answers {ratio:.1f} times as slowly as {its_name}"
+        against.append(f"{slow}, and {slower_at_most:g} times is allowed (--slower-at-most)")
     return not against, against or [_read_verdict(results)[1]], results
 
 
@@ -307,12 +305,10 @@ def roll_back(settings: Settings) -> Decision:
     holder = registry.find_holder(name, alias, uri)
     if holder is None:
         raise UserError(f"no version of '{name}' holds '{alias}'")
-    before = registry.get_replaced(holder, alias, uri)
+    before = holder.find_replaced(alias)
     if before is None:
-        raise UserError(
-            f"it is not known which version of '{name}' held '{alias}' before version {holder.number}; point the alias "
-            "at it by hand"
-        )
+        which = f"which version of '{name}' held '{alias}' before version {holder.number}"
+        raise UserError(f"it is not known {which}; point the alias at it by hand")
     version = registry.get_version(name, before, uri)
     if isinstance(model := _load(registry.fetch_model(version.address, uri)), Exception):
         raise UserError(f"version {before}, which held '{alias}' before, can't be served: {_one_line(model)}")

@@ -87,8 +87,7 @@ class MachineMonitor:
 
 
 def sample_machine() -> dict[str, float]:
-    """Loads of processors, memory, disk, network (since the machine started) and GPUs; what can't be had is left
-    out."""
+    """Loads of processors, memory, disk, network (since the machine started) and GPUs, as far as they can be had."""
     import psutil
     import torch
 

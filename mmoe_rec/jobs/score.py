@@ -130,9 +130,7 @@ class _Scoring:
         self.pipeline = FeaturePipeline.load(model.folder / "features", memories=False)
         self.has_time = self.pipeline.schema.columns.has_time
         if window != ALL and not self.has_time:
-            raise UserError(
-                "--start and --end need times, and the model was trained on a table without times: leave them out"
-            )
+            raise UserError("--start and --end need times, which the model's table does not have: leave them out")
         self.logs, self.lacking, self.learnt = open_logs(source, self.pipeline, settings, as_of, labels)
         about = read_artifact(model.folder, verify=False)
         self.tables_as_of, self.freshness = about.tables_as_of, Freshness.of(about)
@@ -217,8 +215,7 @@ class _Scoring:
         return UserError(f"no row of '{self.source}' was requested from {start} to {end}; change --start and --end")
 
     def _score_parts(self, engine: Engine, parts: Sequence[LogPart], facts: Mapping[str, Any]) -> dict[int, int]:
-        """Scores the parts that no run before has scored; gives numbers of parts that have rows to score, and how
-        many."""
+        """Scores the parts that no run before has scored; gives the number of each part with rows -> how many."""
         files = [self.out.part(number, "parquet") for number in range(len(parts))]
         left = [(number, part) for number, part in enumerate(parts) if not files[number].exists()]
         if len(left) < len(parts):
@@ -299,10 +296,8 @@ class _Scoring:
             )
         sentence = f"counters and histories know what the model knew at {self.tables_as_of}"
         if exact := facts["early"] - inexact:
-            sentence += (
-                f", and of it only what was known before each request for {exact:,} of {rows:,} rows, which were "
-                "requested earlier"
-            )
+            earlier = f"for {exact:,} of {rows:,} rows, which were requested earlier"
+            sentence += f", and of it only what was known before each request {earlier}"
         if inexact:
             assert self.exact_from is not None
             sentence += (
@@ -317,9 +312,7 @@ class _Scoring:
             )
         if self.lacking:
             names = ", ".join(map(repr, self.lacking))
-            sentence += (
-                f"; the input has no column {names}: of each user and candidate the model's latest value is taken"
-            )
+            sentence += f"; the input has no column {names}: of each user and candidate the latest value is taken"
         return sentence
 
 

@@ -200,10 +200,7 @@ class Output:
         """Makes the working folder, or takes that of a run of the same fingerprint; another one's is removed."""
         begun = self.work / "begun"
         if self.work.exists() and not (begun.is_file() and begun.read_text(encoding="utf-8") == fingerprint):
-            say(
-                f"a run for '{self.folder}' that has not ended was of another input, model or settings, so scoring "
-                "starts anew"
-            )
+            say(f"the run for '{self.folder}' before was of another input, model or settings: scoring starts anew")
             self.forget()
         for each in (self.work / "scored", self.finished):
             each.mkdir(parents=True, exist_ok=True)

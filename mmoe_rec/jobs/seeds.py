@@ -98,8 +98,7 @@ def train_seeds(
 
 
 def _find_others(against: Sequence[str], settings: Settings, mine: Path) -> dict[str, list[Path]]:
-    """Name of each other setting -> its models. Raises UserError where these are not all that were measured, or predict
-    other tasks."""
+    """Name of each other setting -> its models. Raises UserError where some are missing, or predict other tasks."""
     from mmoe_rec.features.pipeline import FeaturePipeline
 
     others = {}

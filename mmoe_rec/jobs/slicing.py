@@ -119,11 +119,8 @@ class LogColumns:
         if not np.array_equal(hashes[order], wanted):
             skipped = log.left_out
             why = f" ({len(skipped):,} files are left out, such as: {skipped[0].reason})" if skipped else ""
-            sentence = (
-                f"of the {len(wanted):,} rows that are measured, the log '{log.source}' has {len(hashes):,}{why}, "
-                "so it can't be told what slices they are in"
-            )
-            _leave_out(sentence, self.usual)
+            told = f"of the {len(wanted):,} rows that are measured, the log '{log.source}' has {len(hashes):,}{why}"
+            _leave_out(f"{told}, so it can't be told what slices they are in", self.usual)
             return None
         table = pa.concat_tables(parts, promote_options="default").take(pa.array(order))
         places = {}
@@ -187,8 +184,7 @@ ACTIVITY = 10  # groups of users of equal size, by how many training rows they h
 
 @dataclass(frozen=True)
 class TrainingRows:
-    """How many training rows each user and candidate has, by id; None where the log has no such ids. fingerprint: of
-    the features of these rows."""
+    """Training rows of each user and candidate, by id, None where the log has no such ids; fingerprint: of features."""
 
     fingerprint: str
     users: pd.Series | None
@@ -289,10 +285,8 @@ def overlap(settings: Settings, artifact: Path) -> list[str]:
         return ["does not say on which rows it was trained, so it may have seen labels that it is measured by"]
     if now.column != its.column:
         ways = ["times" if each is None else f"column '{each}'" for each in (its.column, now.column)]
-        return [
-            f"was trained on rows that {ways[0]} split, and those that it is measured on {ways[1]}: it may have seen "
-            "labels that it is measured by"
-        ]
+        rows = f"rows that {ways[0]} split, and those that it is measured on {ways[1]}"
+        return [f"was trained on {rows}: it may have seen labels that it is measured by"]
     rows, end, begin = "", its.validation_end, now.validation_end
     if now.column is not None:
         seen = {text_of(each) for each in (*its.train, *its.validation)}

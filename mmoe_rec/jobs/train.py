@@ -1,8 +1,7 @@
 """A training, from settings to a registered model: `train_model` reads from top to bottom.
 
 What it works on, log, features, checkpoints and the model that it starts from, is opened once and held (`Workspace`):
-settings, log, MLflow and start are checked before torch is loaded, and other processes are kept from replacing what is
-in use.
+settings, log, MLflow and start are checked before torch is loaded, and no other process replaces what is in use.
 """
 
 from __future__ import annotations
@@ -137,7 +136,7 @@ def _log_start(run: Run, workspace: Workspace) -> None:
         data_sets(settings, manifest, "train", "validation"),
     )
     command_and_rows = f"{as_code(command())}\n\n{_describe_rows(manifest)}"
-    run.describe("Resumed" if run.is_described("Training") else "Training", command_and_rows)
+    run.describe("Resumed" if "### Training\n" in run.note else "Training", command_and_rows)
 
 
 def _finish(run: Run, workspace: Workspace, result: TrainingResult, register: bool) -> FinishedTraining:
@@ -195,16 +194,14 @@ def _finish(run: Run, workspace: Workspace, result: TrainingResult, register: bo
 
 
 @contextmanager
-def _wait_to_register(run: Run, artifact_folder: Path) -> Iterator[None]:
+def _wait_to_register(run: Run, artifact: Path) -> Iterator[None]:
     """Around the registration of a trained model: first waits for MLflow, if it is away, and sends what waits.
 
     Raises:
         StoppedError, UserError: it does not answer, or refuses; says that the model is not registered and how to do it.
     """
     run.flush(PATIENCE_SECONDS)
-    what = (
-        f"the trained model in '{artifact_folder}' is whole but not registered: the same command with --resume does it"
-    )
+    what = f"the trained model in '{artifact}' is whole but not registered: the same command with --resume does it"
     try:
         yield
     except UnreachableError as error:
@@ -215,10 +212,8 @@ def _wait_to_register(run: Run, artifact_folder: Path) -> Iterator[None]:
 
 def _describe_rows(manifest: Mapping[str, Any]) -> str:
     rows = {split: counts["rows"] for split, counts in manifest["splits"].items()}
-    return (
-        f"{rows['train']:,} rows of `{manifest['log']}` (digest `{manifest['digest']}`), validated on "
-        f"{rows['validation']:,}."
-    )
+    trained = f"{rows['train']:,} rows of `{manifest['log']}` (digest `{manifest['digest']}`)"
+    return f"{trained}, validated on {rows['validation']:,}."
 
 
 def _calibrate(settings: Settings, prepared: FeatureFolder, model: RankingModel) -> Calibration:
@@ -250,8 +245,7 @@ Course = Literal["begins", "goes on", "has ended"]
 def open_workspace(settings: Settings, start: str | None = None, resume: bool = False) -> Iterator[Workspace]:
     """The workspace of a training on this rank.
 
-    start, resume: as in `mmoe_rec.jobs.train.train_model`. Raises UserError for a wrong setting, log or address, and
-    where another process is in the way.
+    start, resume: as in `train_model`. Raises UserError for a wrong setting, log or address, or a process in the way.
     """
     workspace = Workspace(settings, start, resume)
     if workspace.first:
@@ -339,10 +333,8 @@ class Workspace:
                     return "has ended" if ended else "goes on", before.start
                 if now.until <= before.until:
                     what = "has ended, and is not the one asked for" if ended else "can't go on"
-                    raise UserError(
-                        f"the training of '{self.checkpoints}' {what}: {difference}, or train from the start, without "
-                        "--resume"
-                    )
+                    told = f"{what}: {difference}, or train from the start, without --resume"
+                    raise UserError(f"the training of '{self.checkpoints}' {told}")
                 where = f"the training in '{self.checkpoints}'"
                 say(f"the features go on to a later day than those of {where}: a new training begins")
                 self._require_features()

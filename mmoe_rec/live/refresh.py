@@ -151,7 +151,7 @@ def _register(settings: Settings, served: AliasHolder, made: Tables, artifact: P
             now = find_holder(version.name, served.alias, uri)
             if now == version:
                 # The way back leads to the model that a promotion replaced, not to older tables of the same one.
-                before = registry.get_replaced(version, served.alias, uri)
+                before = now.find_replaced(served.alias)
                 replaced = None if before is None else Version(version.name, before, None)
                 move_alias(version.name, served.alias, number, uri, replaced)
                 now = Version(version.name, number, run.run_id)

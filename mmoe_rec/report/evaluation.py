@@ -53,9 +53,7 @@ def write_results(results: Results, out: Path) -> None:
     text, comparison, against = page(results), results.comparison, out / "against"
     for each in against.iterdir() if against.is_dir() else ():
         if not (each.name.isdigit() and {path.name for path in each.iterdir()} <= {"sums", "metrics.json"}):
-            raise UserError(
-                f"'{each}' lies where results go, and belongs to no evaluation: give another folder with --out"
-            )
+            raise UserError(f"'{each}' lies where results go, and belongs to no evaluation: give another --out")
     check_folder(out / "sums")
     (out / "report.html").unlink(missing_ok=True)  # it would tell of other numbers than lie beside it
     shutil.rmtree(against, ignore_errors=True)
@@ -110,10 +108,8 @@ def _groups(results: Results) -> Iterator[dict[str, Any]]:
     summaries = list(results.summaries.values())
     others = {} if results.comparison is None else results.comparison.against
     for name, first in summaries[0].groups.items():
-        rows = [
-            {"metric": metric, "main": metric.is_shown(name == SCORE), "intervals": intervals}
-            for metric, intervals in rows_of_metrics(summaries, name).items()
-        ]
+        measured = rows_of_metrics(summaries, name).items()
+        rows = [{"metric": each, "main": each.is_shown(name == SCORE), "intervals": its} for each, its in measured]
         if rows:
             yield {"name": name, "counts": first.counts, "rows": rows, "others": others}
     # What requests show together has no interval, and so no differences.
@@ -133,7 +129,7 @@ def _curves(summaries: Mapping[str, Summary]) -> Iterator[dict[str, str]]:
 
 def summary_tree(summary: Summary) -> dict[str, Any]:
     """`metrics.json`."""
-    names = ("rows", "users", "requests", "resamples", "seed")
+    names = ("rows", "users", "requests", "resamples")
     tree: dict[str, Any] = {name: getattr(summary, name) for name in names} | {"tasks": {}}
     for name, group in summary.groups.items():
         kind = {} if name == SCORE else {"kind": group.kind}
@@ -159,8 +155,9 @@ def comparison_tree(compared: Comparison, summary: Summary) -> dict[str, Any]:
         ]
         told = {"kind": verdict.kind, "sentence": describe_verdict(compared, other, summary), "guards": guards}
         against[other] = asdict(compared.against[other]) | {"verdict": told | {"detectable": verdict.detectable}}
-    names = ("model", "resamples", "seed", "units", "effective_users", "judged", "left_out")
+    names = ("model", "units", "effective_users", "judged", "left_out")
     return {name: getattr(compared, name) for name in names} | {
+        "resamples": compared.rules.resamples,
         "objective": None if objective is None else asdict(objective) | {"name": objective.name},
         "against": against,
     }

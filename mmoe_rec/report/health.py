@@ -89,10 +89,8 @@ def weeks_figure(weeks: list[dict[str, Any]], task: str) -> str:
 
 def _drift(features: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The features that drift most, each by its worst input, with its bins, the ends of which have names."""
-    worst = [
-        max((each for each in feature["inputs"] if each["psi"] is not None), key=drift_beyond_noise, default=None)
-        for feature in features
-    ]
+    known = [[each for each in feature["inputs"] if each["psi"] is not None] for feature in features]
+    worst = [max(inputs, key=drift_beyond_noise, default=None) for inputs in known]
     drawn = []
     for each in sorted(filter(None, worst), key=lambda each: -drift_beyond_noise(each))[:_DRAWN]:
         bins = each["bins"]

@@ -46,9 +46,8 @@ def describe_verdicts(results: Results) -> list[str]:
 def describe_metrics(summary: Summary) -> list[str]:
     """How well each task is predicted, and the score ranks."""
     shown = {name: "auc" if task.kind == "binary" else "r2" for name, task in summary.tasks.items()}
-    values = {
-        name: (metric, summary.groups[name].get(metric)) for name, metric in (shown | {SCORE: "ndcg_at_10"}).items()
-    }
+    shown[SCORE] = "ndcg_at_10"
+    values = {name: (metric, summary.groups[name].get(metric)) for name, metric in shown.items()}
     return [f"{name}: {metric} {interval(at)}" for name, (metric, at) in values.items() if at.value is not None]
 
 
@@ -178,10 +177,8 @@ def _describe_slice(each: SliceRecord) -> str:
     """A slice beside all rows or another model."""
     beside = "that of all rows" if each.beside == ALL else f"that of '{each.beside}'"
     value, apart = each.value or 0.0, each.apart or 0.0
-    return (
-        f"slice {each.by}: {each.slice} ({each.rows:,} rows): {each.metric} of {each.group} is {value:.3f}, "
-        f"where {beside} is {value - apart:.3f}"
-    )
+    which = f"slice {each.by}: {each.slice} ({each.rows:,} rows)"
+    return f"{which}: {each.metric} of {each.group} is {value:.3f}, where {beside} is {value - apart:.3f}"
 
 
 def describe_other_slices(results: Results) -> Iterator[str]:
@@ -224,8 +221,7 @@ def note_of(summary: Summary) -> str | None:
 
 
 def note_of_group(summary: Summary, name: str) -> str | None:
-    """Why metrics of a task, or of the score, are undefined or have no interval: no number is missing without a
-    reason."""
+    """Why metrics of a task, or of the score, are undefined or have no interval: each that is missing has a reason."""
     group = summary.groups[name]
     if name != SCORE and group.counts["rows"] == 0:
         return "No row has an observed label: all metrics are undefined."
@@ -281,9 +277,7 @@ def describe_refusal(estimate: PolicyEstimate) -> str | None:
             f"the effective number of rows is {estimate.effective_rows:,.0f} of {estimate.rows:,}, and {least}: the "
             "target chooses mostly what was hardly ever shown"
         ),
-        off_policy.ONE_USER: (
-            "the rows are of one user, or one user has nearly all of the weight, so there is no interval"
-        ),
+        off_policy.ONE_USER: "the rows are of one user, or one has nearly all of the weight, so there is no interval",
         off_policy.NO_SUPPORT: (
             f"{mean} and has to be 1: the log never shows some of what the target chooses, or these are not the "
             "probabilities of its choices"
@@ -311,12 +305,13 @@ def _describe_mean_weight(estimate: PolicyEstimate) -> str:
 def describe_warnings(estimate: PolicyEstimate) -> Iterator[str]:
     """What is suspicious of an estimate of another policy."""
     what, apart = _describe_mean_weight(estimate), estimate.apart
-    if off_policy.BELOW_ONE in estimate.warnings:
-        most = f"up to {1 - (estimate.mean_weight.low or 0.0):.0%} of what the target chooses may never have been shown"
+    low, high = estimate.mean_weight.low or 0.0, estimate.mean_weight.high or 0.0
+    if high < 1:
+        most = f"up to {1 - low:.0%} of what the target chooses may never have been shown"
         yield f"{what}, below 1: {most}, and the estimates say nothing of it"
-    if off_policy.ABOVE_ONE in estimate.warnings:
+    if low > 1:
         yield f"{what}, above 1: these may not be the probabilities of the two policies' choices"
-    if off_policy.CONTRADICTION in estimate.warnings and apart.value is not None:
+    if estimate.is_contradictory and apart.value is not None:
         yield (
             f"the doubly robust estimate is {abs(apart.value):.4f} {'above' if apart.value > 0 else 'below'} SNIPS, by "
             "more than chance explains: what the model expects may be of another policy than the target, or of other "

@@ -119,9 +119,8 @@ def _difference_cell(apart: Difference | None, metric: Named, value: float | Non
     is_gain = metric.loss(value) < metric.loss(value - apart.value)
     style = f"bold {'green' if is_gain else 'red'}" if apart.is_significant else ""
     shown, *half = signed(apart.value, *(() if apart.high is None else (apart.high - apart.value,)))
-    text = Text(shown, style=style).append(
-        "".join(f" ±{each.removeprefix('+')}" for each in half), style="not bold dim"
-    )
+    reach = "".join(f" ±{each.removeprefix('+')}" for each in half)
+    text = Text(shown, style=style).append(reach, style="not bold dim")
     is_told = metric.better == "one" and apart.is_significant
     return text.append(" closer" if is_gain else " further") if is_told else text
 
@@ -141,9 +140,7 @@ def show_choice(choice: WeightsChoice) -> Iterator[Table | str]:
         said += ["dominated"] if each.dominated_by is not None else []
         table.add_row(weights, *values, ", ".join(said), style="bold" if any(marks.values()) else "")
     dominated = sum(each.dominated_by is not None for each in choice.records)
-    table.caption = (
-        f"{dominated} of {len(choice.records)} are dominated: others are better for one task and worse for none"
-    )
+    table.caption = f"{dominated} of {len(choice.records)} are dominated: others serve a task better, and none worse"
     yield table
     kept = ", ".join(f"{name} by {margin:g}" for name, margin in choice.margins.items())
     if not choice.changes:

@@ -1,5 +1,4 @@
-"""Several trainings of one setting: what they are worth on average, and how far they are apart, as a page, a table and
-sentences."""
+"""Several trainings of one setting, as a page, a table and sentences: their mean, and how far they are apart."""
 
 from __future__ import annotations
 
@@ -88,8 +87,7 @@ def _shown_metrics(group: str, metrics: Mapping[str, TrainingsMean]) -> list[tup
 
 
 def _cells(metric: Named, each: TrainingsMean, nothing: str) -> list[str]:
-    """Mean, interval, spread between trainings, error by users, and the trainings' values; nothing: stands for a number
-    that does not exist."""
+    """Mean, interval, spread between trainings, error by users, and each value; nothing: stands for no number."""
     numbers = [each.mean, each.between_trainings, each.between_users, *each.values]
     mean, *others = (nothing if value is None else metric.shown(value) for value in numbers)
     ends = [metric.shown(end) for end in (each.low, each.high) if end is not None]

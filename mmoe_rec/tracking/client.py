@@ -24,8 +24,7 @@ from mmoe_rec.tracking.outbox import UnreachableError
 
 _ADDRESSES = ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI")
 
-# What they say below these levels is about MLflow's insides (migrations of its database, type hints, environment
-# files); a user cannot act on it.
+# What they say below these levels is about MLflow's insides, such as migrations; a user cannot act on it.
 _QUIET_LOGGERS = {
     "alembic": logging.WARNING,
     "mlflow.store.db.utils": logging.CRITICAL,

@@ -11,7 +11,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -173,14 +173,10 @@ def _parse(address: str) -> tuple[str, str | None, str | None, str]:
 def _require_store(address: str, uri: str) -> None:
     """Raises UserError where mlflow is not installed, or there is no store yet: looking up would make one."""
     if find_spec("mlflow") is None:
-        raise UserError(
-            f"'{address}' is looked up by mlflow, which is not installed: install it, or give an artifact folder"
-        )
-    store = read_sqlite_path(uri)
-    if _read_scheme(address) in ("models", "runs") and store is not None and not store.is_file():
-        raise UserError(
-            f"there is no MLflow store '{store}' to look up '{address}' in; train first or set tracking.uri"
-        )
+        raise UserError(f"'{address}' is looked up by mlflow, which is not installed: install it, or give a folder")
+    file = read_sqlite_path(uri)
+    if _read_scheme(address) in ("models", "runs") and file is not None and not file.is_file():
+        raise UserError(f"there is no MLflow store '{file}' to look up '{address}' in; train first or set tracking.uri")
 
 
 def _find_artifact(folder: Path) -> Path | None:
@@ -197,16 +193,21 @@ def _read_scheme(address: str) -> str | None:
 
 @dataclass(frozen=True)
 class Version:
-    """A version of a registered model. run_id: of the run that made it."""
+    """A version of a registered model. run_id: of the run that made it; tags: what it had when it was looked up."""
 
     name: str
     number: str
     run_id: str | None
+    tags: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     @property
     def address(self) -> str:
         """Its permanent address, unlike one with an alias."""
         return f"models:/{self.name}/{self.number}"
+
+    def find_replaced(self, alias: str) -> str | None:
+        """The number of the version that held an alias before this one took it; None where that is unknown."""
+        return self.tags.get(f"{_REPLACED_TAG}.{alias}")
 
 
 def list_aliases(name: str, uri: str) -> dict[str, str]:
@@ -236,14 +237,14 @@ def get_version(name: str, number: str, uri: str) -> Version:
     """A version by its number. Raises UserError where there is none."""
     with open_client(uri, f"models:/{name}/{number}") as client:
         found = client.get_model_version(name, number)
-    return Version(name, str(found.version), found.run_id)
+    return Version(name, str(found.version), found.run_id, found.tags)
 
 
 def move_alias(name: str, alias: str, number: str, uri: str, replaced: Version | None = None) -> None:
     """Makes a version the one that holds an alias. Raises UserError where the registry refuses.
 
-    replaced: the one that held it, which is kept with the version, see `get_replaced`; decisions between the two count
-    no more among those that promoted none.
+    replaced: the one that held it, which is kept with the version (`Version.find_replaced`); decisions between the two
+    count no more among those that promoted none.
     """
     with open_client(uri) as client:
         if replaced is not None and replaced.number != number:
@@ -274,13 +275,6 @@ def note_decision(version: Version, holder: Version, rows: str, uri: str) -> int
         tried = max(len(others), *(1 + each for each in others), 0)  # some may be gone with their versions
         client.set_model_version_tag(version.name, version.number, tag, str(tried))
     return tried
-
-
-def get_replaced(version: Version, alias: str, uri: str) -> str | None:
-    """The number of the version that held an alias before this one took it; None where that is unknown."""
-    with open_client(uri) as client:
-        number: str | None = client.get_model_version(version.name, version.number).tags.get(f"{_REPLACED_TAG}.{alias}")
-    return number
 
 
 def forget_replaced(version: Version, alias: str, uri: str) -> None:
@@ -392,9 +386,8 @@ def register_model(
         arguments = describe_model(artifact_folder, Path(scratch))
         logged = mlflow.pyfunc.log_model(name="ranking_model", **arguments)
         torch.set_num_threads(threads)  # the served model, which MLflow has just tried out, sets it for its server
-        registered = mlflow.register_model(
-            logged.model_uri, name, tags={**(tags or {}), _FILES_TAG: _sum_files(artifact_folder)}
-        )
+        tags = {**(tags or {}), _FILES_TAG: _sum_files(artifact_folder)}
+        registered = mlflow.register_model(logged.model_uri, name, tags=tags)
         if alias is not None:
             mlflow.MlflowClient().set_registered_model_alias(name, alias, registered.version)
     return str(registered.version)

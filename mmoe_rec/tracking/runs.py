@@ -92,22 +92,16 @@ class Run:
         self._put("tags", {name: str(value) for name, value in tags.items()})
 
     def describe(self, heading: str, text: str) -> None:
-        """A section of the run's description, in Markdown, in the place of one with that heading; what people wrote
-        above the sections stays."""
+        """Puts a section, in Markdown, into the description, in place of one of that heading; text above all stays."""
         above, sections = _read_sections(self.note)
         sections[heading] = shorten(hide_password(text.strip()), _LONGEST_SECTION)
         self.note = "\n\n".join(filter(None, [above, *(f"### {each}\n\n{its}" for each, its in sections.items())]))
         self.set_tags({_NOTE: self.note})
 
-    def is_described(self, heading: str) -> bool:
-        """Whether the description has a section of that heading."""
-        return heading in _read_sections(self.note)[1]
-
     def log_inputs(self, sets: Sequence[Mapping[str, Any]]) -> None:
         """Logs which rows the run reads.
 
-        sets: of each data set its name and digest; source: the log's address; rows: how many; context: what they are
-        for; split: which of the log's rows.
+        sets: name and digest of each; source: the log's address; rows: how many; context: what for; split: which rows.
         """
         known = [{**each, "source": hide_password(each["source"])} for each in sets]
         self._put("inputs", {"sets": known} if sets else {})
@@ -232,9 +226,7 @@ def _open_experiment(mlflow: Any, uri: str, name: str) -> str:
         created: str = mlflow.create_experiment(name, artifact_location=place, tags=dict([_KIND]))
         return created
     if experiment.lifecycle_stage != "active":
-        raise UserError(
-            f"MLflow experiment '{name}' was deleted: restore it, or set tracking.experiment to another name"
-        )
+        raise UserError(f"MLflow experiment '{name}' was deleted: restore it, or set another tracking.experiment")
     if _KIND[0] not in experiment.tags:  # of before there were kinds, or made by hand
         mlflow.MlflowClient().set_experiment_tag(experiment.experiment_id, *_KIND)
     number: str = experiment.experiment_id
@@ -245,10 +237,8 @@ def _read_run(mlflow: Any, run_id: str) -> tuple[dict[str, str], dict[str, int],
     """The settings that a run knows, the last step of each metric, and its description."""
     run = mlflow.get_run(run_id)
     if run.info.lifecycle_stage != "active":
-        raise UserError(
-            f"MLflow run '{run_id}' was deleted: restore it with `mlflow runs restore --run-id {run_id}`, or "
-            "train from the start, without --resume"
-        )
+        restore = f"restore it with `mlflow runs restore --run-id {run_id}`"
+        raise UserError(f"MLflow run '{run_id}' was deleted: {restore}, or train from the start, without --resume")
     client = mlflow.MlflowClient()
     history = {name: client.get_metric_history(run_id, name) for name in run.data.metrics}
     last = {name: max(each.step for each in steps) for name, steps in history.items() if steps}

@@ -37,8 +37,6 @@ CATALOGUE_METRICS = tuple(
 
 
 def metrics_of(kind: str) -> list[Metric[Any]]:
-    """Those of a task of this kind, or of the `score`, in the order in which a summary has them: losses come first,
-    and what has no interval comes last.
-    """
+    """Those of tasks of this kind, or of the `score`, in a summary's order: losses first, what has no interval last."""
     found = [metric for metric in METRICS if kind in metric.kinds]
     return sorted(found, key=lambda metric: (not metric.has_interval, metric.better != "lower"))

@@ -78,7 +78,7 @@ class Metric(Named, Generic[Measured]):
         """A sentence for people; group: what the summary says of the task or the score."""
         return f"{self.name} is undefined."
 
-    def details(self, sums: "UserSums", resamples: int, seed: int) -> dict[str, Any]:
+    def details(self, sums: "UserSums", resamples: int) -> dict[str, Any]:
         """What else the summary says."""
         return {}
 
@@ -172,10 +172,8 @@ class UserSums:
     @property
     def effective_users(self) -> dict[str, float]:
         """Metric that has an interval -> the effective number of users by rows, or by its divisor if that is less."""
-        by_rows = self.effective_rows
-        return {
-            metric.name: min([by_rows, *map(effective_sample_size, metric.sizes(self))]) for metric in self._metrics
-        }
+        rows = self.effective_rows
+        return {metric.name: min([rows, *map(effective_sample_size, metric.sizes(self))]) for metric in self._metrics}
 
     @property
     def shares(self) -> set[str]:

@@ -161,7 +161,7 @@ class Gauc(Ratio[TaskRows]):
         }
         return rows.at_first_rows(group, sums)
 
-    def details(self, sums: UserSums, resamples: int, seed: int) -> dict[str, Any]:
+    def details(self, sums: UserSums, resamples: int) -> dict[str, Any]:
         """The users or requests that are left out."""
         if not self.weighted:
             return {}
@@ -213,8 +213,7 @@ class CalibrationRatio(Ratio[TaskRows]):
 class ExpectedCalibrationError(Metric[TaskRows]):
     """Mean over ten bins of equal mass, by weight, of |mean predicted - observed rate| (Naeini et al., 2015).
 
-    Rows of one prediction share a bin. It has no interval: it is a mean of absolute values, which resampling biases
-    upward.
+    Rows of one prediction share a bin. It has no interval, as resampling biases a mean of absolute values upward.
     """
 
     name, kinds, better, has_interval = "ece", ("binary",), "lower", False
@@ -224,9 +223,9 @@ class ExpectedCalibrationError(Metric[TaskRows]):
         bins = {name: np.bincount(place, each)[:, None] for name, each in columns.items()}
         return ratio(np.abs(bins["prediction"] - bins["label"]).sum(axis=0), bins["weight"].sum(axis=0))
 
-    def details(self, sums: UserSums, resamples: int, seed: int) -> dict[str, Any]:
+    def details(self, sums: UserSums, resamples: int) -> dict[str, Any]:
         """The bins, for a plot; and how far rates deviate from probabilities, in finer ones."""
-        return {"calibration_bins": _calibration_bins(sums, resamples, seed), "calibration_deviation": _deviation(sums)}
+        return {"calibration_bins": _calibration_bins(sums, resamples), "calibration_deviation": _deviation(sums)}
 
 
 def _equal_bins(sums: UserSums, mass: str, most: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
@@ -251,7 +250,7 @@ def _deviation(sums: UserSums) -> dict[str, float]:
     return {"bins": int(some.sum()), "squares": squares, "in_sum": in_sum}
 
 
-def _calibration_bins(sums: UserSums, resamples: int, seed: int) -> list[dict[str, Any]]:
+def _calibration_bins(sums: UserSums, resamples: int) -> list[dict[str, Any]]:
     """One dict a bin: `rows`, `weight`, `mean_predicted`, and `observed_rate` with its 95% interval `low` and `high`
     (None for a single user), which redraws users and leaves the bins where they are. Means are weighted.
     """
@@ -261,14 +260,12 @@ def _calibration_bins(sums: UserSums, resamples: int, seed: int) -> list[dict[st
     assert sums.bins is not None
     total = {name: np.bincount(place, each) for name, each in columns.items()}
     count, user = len(total["weight"]), sums.index(sums.bins["user"])
-    weight, label = (
-        csr_matrix((columns[name], (place, user)), (count, len(sums.users))) for name in ("weight", "label")
-    )
+    weight, label = (csr_matrix((columns[key], (place, user)), (count, len(sums.users))) for key in ("weight", "label"))
 
     def observed_rates(counts: np.ndarray) -> Values:
         return dict(enumerate(ratio(label @ counts, weight @ counts)))
 
-    found = resample(observed_rates, len(sums.users), resamples, seed)
+    found = resample(observed_rates, len(sums.users), resamples)
     return [
         {
             "rows": int(total["rows"][number]),
