@@ -25,6 +25,15 @@ def run_and_read(*words: object) -> str:
     return printed.getvalue()
 
 
+def exit_code(*words: object) -> int:
+    """The exit code of `mmoe-rec WORDS`."""
+    try:
+        run(*words)
+    except SystemExit as ended:
+        return int(ended.code or 0)
+    return 0
+
+
 def refuse(capsys: pytest.CaptureFixture, *words: object) -> str:
     """The one sentence with which `mmoe-rec WORDS` refuses, with exit code 2."""
     capsys.readouterr()

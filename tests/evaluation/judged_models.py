@@ -43,9 +43,8 @@ class World:
 
         def sums(rows: np.ndarray) -> EvaluationSums:
             given = [dict(zip(NAMES, each[:, rows], strict=True)) for each in (predictions, self.labels)]
-            return measure(
-                TASKS, self.user[rows], self.request[rows], *given, score=np.log(predictions[:, rows]).sum(0)
-            )
+            score = np.log(predictions[:, rows]).sum(0)
+            return measure(TASKS, self.user[rows], self.request[rows], *given, score=score)
 
         fifths = {(f"{by}", f"{value}"): self.fifth(by) == value for by in range(4 * slices) for value in range(5)}
         whole = sums(np.full(len(self.user), True))
@@ -85,7 +84,7 @@ def compared(
             both["new"][-1, others] = both["old"][-1, others]
         models = {name: world.measure(each, slices) for name, each in both.items()}
         found = compare_slices(models, "new", resamples)
-        yield compare(models, "new", NAMES, Evaluation(), resamples, seed, found).verdicts["old"]
+        yield compare(models, "new", NAMES, Evaluation(resamples=resamples), found).verdicts["old"]
 
 
 def verdicts(*arguments: Any, **options: Any) -> tuple[Counter[str], float]:

@@ -35,6 +35,14 @@ class Log:
             weight=None if self.weight is None else self.weight[rows],
         )
 
+    def with_labels(self, **labels: np.ndarray) -> "Log":
+        """The same rows with other labels of some tasks."""
+        return replace(self, labels=self.labels | labels)
+
+    def with_predictions(self, **predictions: np.ndarray) -> "Log":
+        """The same rows with other predictions of some tasks."""
+        return replace(self, predictions=self.predictions | predictions)
+
     def measure(self, **more: Any) -> EvaluationSums:
         """Sums of all rows; more: arguments of `measure`."""
         given = (self.tasks, self.users, self.requests, self.predictions, self.labels)

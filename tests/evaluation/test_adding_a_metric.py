@@ -83,7 +83,7 @@ def test_a_metric_is_in_summary_json_mlflow_and_table(log: Log) -> None:
 
 @pytest.mark.usefixtures("toys")
 def test_a_metric_is_compared_and_the_better_model_is_marked(log: Log) -> None:
-    other = replace(log, predictions=log.predictions | {"bought": 0.5 * log.predictions["bought"]})
+    other = log.with_predictions(bought=0.5 * log.predictions["bought"])
     sums = {"a": log.measure(), "b": other.measure()}
     summaries = {name: summarise(each, 20) for name, each in sums.items()}
     difference = compare(sums, "a")["against"]["b"]["groups"]["bought"]["brier"]["value"]

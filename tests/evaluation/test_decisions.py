@@ -31,7 +31,7 @@ def compared(
 ) -> Comparison:
     decides = Objective("auc", ("bought", "liked"), better)
     against = {"old": Versus(objective, groups)}
-    return Comparison("new", 100, 0, 1000, {}, decides, against, judged=judged)
+    return Comparison("new", 1000, {}, decides, against, judged=judged)
 
 
 def summary(calibration: float = 1.0, reach: float | None = 0.1) -> Summary:
@@ -40,7 +40,7 @@ def summary(calibration: float = 1.0, reach: float | None = 0.1) -> Summary:
         "bought": GroupSummary("binary", {}, {"calibration": Interval(calibration, *ends)}, {}),
         "spent": GroupSummary("regression", {}, {}, {}),
     }
-    return Summary(1, 1, 1, 1, 0, tasks, GroupSummary("score", {}, {}, {}))
+    return Summary(1, 1, 1, 1, tasks, GroupSummary("score", {}, {}, {}))
 
 
 SAME = {"new": summary(), "old": summary()}
@@ -108,9 +108,7 @@ def test_a_model_that_is_held_back_says_why() -> None:
 @pytest.mark.parametrize("low", [-0.0080001, -0.0081, -0.0071])
 def test_a_margin_that_rows_can_not_rule_out_says_which_they_could(low: float) -> None:
     found = compared(apart(0.003, 0.002), bought={"auc": apart(0.001, 0.001 - low)})
-    told = re.search(
-        r"so a loss of more than 0.005 .* can't be ruled out; the least margin .* is (.*)$", sentence(found)
-    )
+    told = re.search(r"a loss of more than 0.005 .* can't be ruled out; the least margin .* is (.*)$", sentence(found))
     assert told
     assert -low <= float(told[1]) < -low + 1e-4
     assert verdict(replace(found, rules=Evaluation(margin=float(told[1])))).kind == "better"

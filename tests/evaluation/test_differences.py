@@ -27,7 +27,7 @@ def found(a: Log, b: Log, resamples: int = 400, tasks: tuple[str, ...] = ()) -> 
 def other(log: Log, seed: int = 1) -> Log:
     noise = np.exp(0.3 * np.random.default_rng(seed).normal(size=len(log.score)))
     noisy = np.clip(log.predictions["bought"] * noise, 0.01, 0.99).astype(np.float32).astype(float)
-    return replace(log, predictions=log.predictions | {"bought": noisy})
+    return log.with_predictions(bought=noisy)
 
 
 def test_a_difference_of_means_is_that_of_a_paired_t_test() -> None:
@@ -104,13 +104,11 @@ def test_the_objective_is_the_mean_over_tasks(log: Log) -> None:
         (lambda log: replace(log, requests=log.requests + 1), "requests or candidates of 60 of 60 users differ"),
         (lambda log: replace(log, users=log.users + 1), "the users of rows differ"),
         (
-            lambda log: replace(log, labels=log.labels | {"bought": np.roll(log.labels["bought"], 1)}),
+            lambda log: log.with_labels(bought=np.roll(log.labels["bought"], 1)),
             "labels of 'bought' of 60 of 60 users differ",
         ),
         (
-            lambda log: replace(
-                log, labels=log.labels | {"liked": np.where(log.users > 0, np.nan, log.labels["liked"])}
-            ),
+            lambda log: log.with_labels(liked=np.where(log.users > 0, np.nan, log.labels["liked"])),
             r"\d+ rows with a label of 'liked' of 60 users, and [\d,]+ of 60",
         ),
         (lambda log: replace(log, weight=np.full(len(log.score), 2.0)), "requests or candidates of 60 of 60 users"),
@@ -130,7 +128,7 @@ def test_other_weights_of_tasks_have_another_truth_of_the_score(log: Log) -> Non
         name: typed.MeasuredModel(each, typed.summarise(each, 1))
         for name, each in (("a", heavier.measure()), ("b", log.measure()))
     }
-    assert compare(models, "a", [], Evaluation(decide_by="score.mrr"), 20).verdicts["b"].kind == "undecided"
+    assert compare(models, "a", [], Evaluation(decide_by="score.mrr", resamples=20)).verdicts["b"].kind == "undecided"
 
 
 def test_one_user_and_one_resample_have_differences_without_an_interval(log: Log) -> None:
@@ -176,7 +174,7 @@ def test_users_that_hold_nearly_all_of_what_counts_tell_little(few: str, number:
             scored = measure([task], user, rows, {"it": predicted}, {"it": label}, score=predicted, weight=weight)
             sums[name] = scored
         models = {name: typed.MeasuredModel(each, typed.summarise(each, 2)) for name, each in sums.items()}
-        result = compare(models, "a", ["it"], Evaluation(), 100)
+        result = compare(models, "a", ["it"], Evaluation(resamples=100))
         auc = result.against["b"].groups["it"]["auc"]
         assert auc.p is not None
         shown += auc.p < 0.05
@@ -202,7 +200,7 @@ def test_large_labels_that_single_precision_has_the_same_are_others(log: Log) ->
     """Such as moments in seconds."""
     moments = 1.7e9 + np.random.default_rng(0).integers(60, size=(2, len(log.score)))
     assert (moments[0].astype(np.float32) == moments[1].astype(np.float32)).mean() > 0.9
-    one, two = (replace(log, labels=log.labels | {"spent": each}) for each in moments)
+    one, two = (log.with_labels(spent=each) for each in moments)
     with pytest.raises(UserError, match="labels of 'spent' of 60 of 60 users differ"):
         found(one, two, 20)
 

@@ -60,9 +60,8 @@ def test_mlflow_evaluates_with_them(frame: pd.DataFrame, weighted: bool) -> None
 
 
 def test_a_regression(frame: pd.DataFrame) -> None:
-    metrics = {
-        each.name: each for each in metrics_of_task(frame["user"], frame["request"], kind="regression", resamples=20)
-    }
+    found = metrics_of_task(frame["user"], frame["request"], kind="regression", resamples=20)
+    metrics = {each.name: each for each in found}
     predicted, labels = frame["predicted"] * 10, frame["predicted"] * 9 + frame["label"]
     found = metrics["r2"].eval_fn(predicted, labels).aggregate_results["value"]
     assert found == pytest.approx(r2_score(labels, predicted), abs=1e-12)

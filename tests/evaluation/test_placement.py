@@ -21,8 +21,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> SmallModel:
 
 
 def test_effects_are_those_of_the_rows(small: SmallModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The reference scores each row with its placement, as in training, and without, and groups rows by the log's own
-    column."""
+    """The reference scores each row with its placement and without, and groups rows by the log's own column."""
     folder = small.prepared.split("test")
     model, layout = small.model, small.model_layout
     part, table = next(EncodedRows(folder, layout).stream(10_000, ("request", "candidate")))

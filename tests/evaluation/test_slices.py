@@ -61,9 +61,7 @@ def test_a_slice_that_is_worse_comes_first_and_others_are_not_called_so(log: Log
     of_rows = np.random.default_rng(1).integers(8, size=400)[log.users + 200]
     noise = np.random.default_rng(2).random(len(log.score))
     wrong = np.where(of_rows == 5, noise, log.predictions["bought"])
-    records = compare_slices(
-        {"ours": model(replace(log, predictions=log.predictions | {"bought": wrong}), of_rows)}, "ours", 200
-    )
+    records = compare_slices({"ours": model(log.with_predictions(bought=wrong), of_rows)}, "ours", 200)
     shown = [each for each in records if each.metric == "auc" and (each.p_corrected or 1) < 0.05]
     assert [(each.slice, each.group) for each in shown] == [("5", "bought")]
     assert sort_worst_first(records)[0] == shown[0]
@@ -72,9 +70,7 @@ def test_a_slice_that_is_worse_comes_first_and_others_are_not_called_so(log: Log
 def test_models_are_compared_within_slices(log: Log) -> None:
     of_rows = (log.users % 2).astype(str)
     noise = np.random.default_rng(3).random(len(log.score))
-    worse = replace(
-        log, predictions=log.predictions | {"bought": np.where(of_rows == "1", noise, log.predictions["bought"])}
-    )
+    worse = log.with_predictions(bought=np.where(of_rows == "1", noise, log.predictions["bought"]))
     models = {"new": model(worse, of_rows), "old": model(log, of_rows)}
     records = compare_slices(models, "new", 200)
     apart = {each.slice: each for each in records if (each.group, each.metric, each.beside) == ("bought", "auc", "old")}
@@ -130,14 +126,12 @@ def test_lists_that_slices_cut_are_not_compared_with_whole_ones(log: Log) -> Non
 def test_probabilities_that_are_off_in_a_slice_are_told(log: Log) -> None:
     of_rows = (log.users % 4).astype(str)
     doubled = np.where(of_rows == "2", np.clip(2.5 * log.predictions["bought"], 0, 1), log.predictions["bought"])
-    records = compare_slices(
-        {"ours": model(replace(log, predictions=log.predictions | {"bought": doubled}), of_rows)}, "ours", 200
-    )
+    models = {"ours": model(log.with_predictions(bought=doubled), of_rows)}
+    records = compare_slices(models, "ours", 200)
     shown = [each for each in sort_worst_first(records) if each.metric == "calibration"]
     assert ("2", "bought") in {(each.slice, each.group) for each in shown}
     told = list(describe_slices(records))
     assert any(each.startswith("slice kind: 2 (") and "calibration of bought is" in each for each in told)
-    models = {"ours": model(replace(log, predictions=log.predictions | {"bought": doubled}), of_rows)}
     of_placement = compare_slices(models, "ours", 200, placement=("kind",))
     # Models leave placement out, so there it is off by design.
     assert {each.metric for each in of_placement} == {each.metric for each in records} - {"calibration"}
@@ -152,14 +146,14 @@ def test_a_model_that_fails_in_one_slice_is_not_called_better(log: Log, guarded,
     random, of_rows = np.random.default_rng(4), (log.users % 5).astype(str)
     noisy = 1 / (1 + np.exp(-np.log(log.predictions["spent"]) - 2.5 * random.normal(size=len(log.score))))
     spoilt = np.where(of_rows == "3", random.permutation(noisy), log.predictions["bought"])
-    new, old = (replace(log, predictions=log.predictions | {"bought": each}) for each in (spoilt, noisy))
-    models = {"new": model(new, of_rows), "old": model(old, of_rows)}
+    models = {
+        name: model(log.with_predictions(bought=each), of_rows) for name, each in (("new", spoilt), ("old", noisy))
+    }
     rules = Evaluation(resamples=200, calibration=9, slices=("kind",), guarded_slices=guarded)
     results = Results(models, ("bought",), rules, "", {}, placement)
     assert results.comparison is not None
     assert results.comparison.verdicts["old"].kind == kind
-    assert ("slice kind: 3 (" in describe_verdict(results.comparison, "old", results.first.summary)) == (
-        kind != "better"
-    )
+    told = describe_verdict(results.comparison, "old", results.first.summary)
+    assert ("slice kind: 3 (" in told) == (kind != "better")
     with pytest.raises(UserError, match=r"guarded_slices names 'kin', and rows are sliced by: kind"):
         _ = replace(results, rules=Evaluation(slices=("kin",), guarded_slices=("kin",))).comparison

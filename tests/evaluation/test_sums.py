@@ -124,11 +124,11 @@ def _with(values: np.ndarray, row: int, value: float) -> np.ndarray:
         (lambda log: replace(log, predictions={}), "task 'bought' has no predictions"),
         (lambda log: replace(log, labels={"bought": log.labels["bought"]}), "task 'liked' has no labels"),
         (
-            lambda log: replace(log, predictions=log.predictions | {"liked": _with(log.predictions["liked"], 5, 1.5)}),
+            lambda log: log.with_predictions(liked=_with(log.predictions["liked"], 5, 1.5)),
             r"predictions\['liked'\] has 1 bad values, the first at row 5: 1.5; expected a probability",
         ),
         (
-            lambda log: replace(log, labels=log.labels | {"bought": _with(log.labels["bought"], 7, 2.0)}),
+            lambda log: log.with_labels(bought=_with(log.labels["bought"], 7, 2.0)),
             r"labels\['bought'\] .* row 7: 2.0; expected 0, 1 or null",
         ),
         (

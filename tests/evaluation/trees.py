@@ -21,7 +21,7 @@ def compare(
 ) -> dict[str, Any]:
     """tasks: those that decide, by their AUC."""
     models = {name: summary.MeasuredModel(each, summary.summarise(each, 1)) for name, each in sums.items()}
-    compared = comparison.compare(models, model, tasks, Evaluation(decide_by="auc"), resamples)
+    compared = comparison.compare(models, model, tasks, Evaluation().model_copy(update={"resamples": resamples}))
     return comparison_tree(compared, models[model].summary)
 
 

@@ -100,10 +100,8 @@ def test_metrics_are_those_of_the_rows_however_these_are_cut(text: bool, tmp_pat
     monkeypatch.setattr(metrics, "ROWS_PER_PARTITION", 700)
     monkeypatch.setattr(metrics, "ROWS_AT_A_TIME", 100)
     frame = predicted(1, text=text)
-    asked = columns_of_tasks(TASKS)
-    found = measured(
-        asked, written(frame, tmp_path / "in"), tmp_path / "out", Evaluation(resamples=50), BuildOptions(workers=2)
-    )
+    asked, source = columns_of_tasks(TASKS), written(frame, tmp_path / "in")
+    found = measured(asked, source, tmp_path / "out", Evaluation(resamples=50), BuildOptions(workers=2))
     label, chance = frame["label_bought"].astype(float), frame["predicted_bought"].astype(float)
     bought = {name: found["tasks"]["bought"][name]["value"] for name in ("auc", "average_precision", "logloss")}
     assert bought == pytest.approx(
@@ -325,9 +323,8 @@ def test_predictions_of_single_and_double_precision_have_the_same_logloss(tmp_pa
     sources.append(written(single, tmp_path / "mixed"))
     shutil.copy(sources[0] / "0.parquet", sources[2])
     eps = float(np.finfo(np.float32).eps)
-    expected = log_loss(
-        double["label_bought"].astype(float), np.clip(chance.astype(np.float32).astype(float), eps, 1 - eps)
-    )
+    clipped = np.clip(chance.astype(np.float32).astype(float), eps, 1 - eps)
+    expected = log_loss(double["label_bought"].astype(float), clipped)
     for source in sources:
         bought = measured(["bought"], source, tmp_path / "out")["tasks"]["bought"]
         assert bought["logloss"]["value"] == pytest.approx(expected, rel=1e-9), source.name
@@ -400,10 +397,7 @@ def test_predictions_are_compared_with_others_of_the_same_rows(tmp_path: Path, c
     comparison = json.loads((out / "comparison.json").read_text())
     told = comparison["against"]["theirs"]
     assert comparison["model"] == "ours[a]"
-    areas = [
-        roc_auc_score(each["label_bought"].astype(bool), each["predicted_bought"].astype(float))
-        for each in (frame, other)
-    ]
+    areas = [roc_auc_score(each["label_bought"].astype(bool), each["predicted_bought"]) for each in (frame, other)]
     assert told["groups"]["bought"]["auc"]["value"] == pytest.approx(areas[0] - areas[1], abs=1e-12)
     assert told["objective"]["value"] == told["groups"]["bought"]["auc"]["value"]
     assert told["verdict"]["kind"] == "better"

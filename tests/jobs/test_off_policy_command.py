@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from tests import commands
+from tests.commands import exit_code
 from tests.evaluation.test_off_policy import Bandit
 
 
@@ -32,12 +32,8 @@ def frame(bandit: Bandit, shows: np.ndarray, policy: str, seed: int, rows: int =
 
 
 def run(folder: Path, *words: str) -> int:
-    try:
-        log, out = str(folder / "log"), str(folder / "out")
-        commands.run("off-policy", "--log", log, "--tasks", "clicked", "--out", out, "--resamples", "100", *words)
-    except SystemExit as ended:
-        return int(ended.code or 0)
-    return 0
+    places = ("--log", folder / "log", "--out", folder / "out")
+    return exit_code("off-policy", *places, "--tasks", "clicked", "--resamples", "100", *words)
 
 
 def written(folder: Path, *frames: pd.DataFrame) -> None:

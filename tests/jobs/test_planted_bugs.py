@@ -57,10 +57,9 @@ def report(frame: pd.DataFrame, folder: Path) -> tuple[Results, str]:
     """What is found, and the words of the page."""
     folder.mkdir(parents=True)
     frame.to_parquet(folder / "rows.parquet", index=False)
-    results = measure_predictions(
-        columns_of_tasks(["bought"]), str(folder), folder.with_name("out"), Evaluation(resamples=200)
-    )
-    return results, Page((folder.with_name("out") / "report.html").read_text(encoding="utf-8")).words
+    out = folder.with_name("out")
+    results = measure_predictions(columns_of_tasks(["bought"]), str(folder), out, Evaluation(resamples=200))
+    return results, Page((out / "report.html").read_text(encoding="utf-8")).words
 
 
 def checks(results: Results) -> list[str]:
@@ -204,12 +203,9 @@ def test_rows_that_the_model_was_trained_on(tmp_path: Path, monkeypatch: pytest.
     out = tmp_path / "out"
     fine = evaluate_model(model.settings, str(model.folder), out)
     assert "seen" not in checks(fine.results)
-    earlier = Split.model_validate(
-        {
-            "train_end": split.train_end.replace(day=split.train_end.day - 3),
-            "validation_end": split.train_end.replace(day=split.train_end.day - 1),
-        }
-    )
+    end = split.train_end
+    ends = {"train_end": end.replace(day=end.day - 3), "validation_end": end.replace(day=end.day - 1)}
+    earlier = Split.model_validate(ends)
     settings = model.settings.model_copy(update={"split": earlier})
     settings = settings.model_copy(update={"data": settings.data.model_copy(update={"work": str(tmp_path / "other")})})
     found = evaluate_model(settings, str(model.folder), out).results
@@ -239,10 +235,8 @@ def test_rows_that_a_column_splits_may_have_been_seen(tmp_path: Path) -> None:
 def test_new_users_are_one_slice() -> None:
     scored: Any = SimpleNamespace(users=pa.array([1, 2, 9]), candidates=None)
     slices = TrainingRows("", pd.Series({1: 3, 2: 1}), None).slices(scored)
-    assert {by: list(each) for by, each in slices.items()} == {
-        "user": ["new", "returning"],
-        "training rows of the user": ["1", "3"],
-    }
+    found = {by: list(each) for by, each in slices.items()}
+    assert found == {"user": ["new", "returning"], "training rows of the user": ["1", "3"]}
 
 
 def test_models_are_compared_on_the_test_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -270,8 +264,7 @@ def test_models_are_compared_on_the_test_rows(tmp_path: Path, monkeypatch: pytes
 
 
 def test_what_an_evaluation_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A model by another name; results among other things: a log would have a file more, and a folder of features would
-    wait for itself."""
+    """A model by another name; results among other things: a log would have a file more."""
     monkeypatch.setattr(evaluate, "log_evaluation", lambda *_: None)
     model = SmallModel(tmp_path / "work")
     with pytest.raises(UserError, match="are the same model"):

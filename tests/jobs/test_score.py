@@ -134,10 +134,8 @@ def test_later_candidates_are_ranked_as_by_the_server(small: SmallModel, tmp_pat
     assert done.manifest["rows_before_tables_as_of"] == 0
     assert "their future" not in done.manifest["meaning"]
     last = max(table["time"].to_pylist()).isoformat()
-    assert (
-        f"the last row was requested at {last}, more than 7 days later, when these are stale"
-        in done.manifest["meaning"]
-    )
+    told = f"the last row was requested at {last}, more than 7 days later, when these are stale"
+    assert told in done.manifest["meaning"]
 
 
 @pytest.mark.parametrize("given", [(), ("price",), ("age",)], ids=str)

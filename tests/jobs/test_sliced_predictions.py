@@ -60,9 +60,8 @@ def test_slices_are_those_of_the_rows_however_these_are_cut(tmp_path: Path, monk
     by_price = areas(table, "bucket(price, 4)")
     names = [name for name in by_price if name != MISSING]
     assert len(names) == 4
-    assert [by_price[name] for name in names] == pytest.approx(
-        [area(known[quarters == each]) for each in range(4)], abs=0.003
-    )
+    of_quarters = [area(known[quarters == each]) for each in range(4)]
+    assert [by_price[name] for name in names] == pytest.approx(of_quarters, abs=0.003)
     assert {name[1:-1].split(", ")[1] for name in names} <= {f"{price:.6g}" for price in known["price"]}
     assert names[0].startswith(f"[{known['price'].min():.6g}, ")
     assert names[-1].endswith(f", {known['price'].max():.6g}]")
@@ -105,10 +104,8 @@ def test_another_score_of_the_same_predictions_is_told_of(tmp_path: Path, capsys
     sides = [found.assign(score=sign * found["predicted_bought"]) for sign in (1.0, -1.0)]
     compare(tmp_path, *sides, "--resamples", "50")
     printed = " ".join(capsys.readouterr().out.split())
-    told = (
-        "'mine' and 'theirs' do not differ in what decides, though in ndcg_at_5 of the score, ndcg_at_10 of the score"
-    )
-    assert f"{told} and 1 more: auc of bought is the same" in printed
+    told = "'mine' and 'theirs' do not differ in what decides, though in ndcg_at_5 of the score, ndcg_at_10 of the"
+    assert f"{told} score and 1 more: auc of bought is the same" in printed
 
 
 def test_columns_of_the_path_are_sliced_by(tmp_path: Path) -> None:
@@ -128,10 +125,7 @@ def test_a_column_that_is_no_slice_is_refused(tmp_path: Path, capsys: pytest.Cap
     found["id"] = np.arange(len(found))
     found["tags"] = [["a"]] * len(found)
     for word, told in (
-        (
-            "id",
-            r"column 'id' has more than 1,000 values, such as '0': too many to slice by; slice by 'bucket\(id, 10\)'",
-        ),
+        ("id", r"column 'id' has more than 1,000 values, such as '0': too many to .* slice by 'bucket\(id, 10\)'"),
         ("nowhere", r"in/0.parquet' has no column 'nowhere', by which rows are to be sliced \(--slices\)"),
         ("tags", r"in/0.parquet': column 'tags' holds list<.*>, which rows can't be sliced by \(--slices\)"),
         ("bucket(device, 3)", r"column 'device' holds .*string, and buckets are of numbers"),

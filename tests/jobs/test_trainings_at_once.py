@@ -93,8 +93,7 @@ if __name__ == "__main__":
 
 @pytest.mark.parametrize("way", ["command", "all", "killed"])
 def test_a_signal_lets_all_save(tmp_path: Path, way: str) -> None:
-    """Whether it comes to the command, to all of its processes (as from a terminal or a cluster), or kills the command
-    alone."""
+    """Whether it comes to the command, to all of its processes (as from a cluster), or kills the command alone."""
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     command = [sys.executable, str(script), str(tmp_path)]

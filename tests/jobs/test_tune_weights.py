@@ -13,7 +13,7 @@ from mmoe_rec.evaluation.scoring import score_rows
 from mmoe_rec.evaluation.tradeoffs import WeightsChoice, log_predictions
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.report.tables import show_choice
-from tests import commands
+from tests.commands import exit_code
 from tests.inference.small_model import SmallModel
 
 
@@ -23,11 +23,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> SmallModel:
 
 
 def run(model: SmallModel, *words: str) -> int:
-    try:
-        commands.run("tune-weights", "--config", str(model.config()), "--model", str(model.folder), *words)
-    except SystemExit as ended:
-        return int(ended.code or 0)
-    return 0
+    return exit_code("tune-weights", "--config", model.config(), "--model", model.folder, *words)
 
 
 def test_logs_are_those_of_the_served_score(model: SmallModel) -> None:

@@ -68,7 +68,7 @@ def test_days_come_one_after_the_other(model: RefreshedModel, capsys: pytest.Cap
     move_alias(NAME, "champion", "2", model.uri, replaced=registry.get_version(NAME, "1", model.uri))
     model.refresh()
     assert model.holder().number == "3"
-    assert registry.get_replaced(model.holder(), "champion", model.uri) == "1", "a promotion is undone past refreshes"
+    assert model.holder().find_replaced("champion") == "1", "a promotion is undone past refreshes"
     assert model.about("3").trained_as_of == first.tables_as_of
     one, three = model.folder_of("1"), model.folder_of("3")
     for name in ("weights.safetensors", "layout.json", "settings.yaml"):

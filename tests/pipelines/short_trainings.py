@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import mlflow
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -34,6 +35,9 @@ SMALL = {
 # 1,204 validation rows can't rule out small losses of a task.
 LENIENT = {"margin": 0.2, "resamples": 200}
 RATES = {"learning_rate": 0.01, "table_learning_rate": 0.1}
+SLOW = ("--training.learning_rate", "1e-9", "--training.table_learning_rate", "1e-9")
+"""Words of trainings that learn next to nothing."""
+NAME = "learnable"
 
 
 @dataclass(frozen=True)
@@ -69,14 +73,29 @@ class World:
         """Of MLflow's store."""
         return f"sqlite:///{self.folder / 'mlflow.db'}"
 
+    @property
+    def client(self) -> mlflow.MlflowClient:
+        """MLflow's."""
+        return mlflow.MlflowClient(self.uri, self.uri)
+
     def champion(self, alias: str = "champion") -> Version | None:
         """The version that holds an alias."""
-        return find_holder("learnable", alias, self.uri)
+        return find_holder(NAME, alias, self.uri)
+
+    def holder(self, alias: str = "champion") -> str | None:
+        """The number of that version."""
+        found = self.champion(alias)
+        return None if found is None else found.number
+
+    @property
+    def work(self) -> Path:
+        """All that is made of the log."""
+        return self.folder / "work"
 
     @property
     def checkpoints(self) -> Path:
         """Folder of the checkpoints."""
-        return self.folder / "work" / "checkpoints"
+        return self.work / "checkpoints"
 
 
 class Killed(BaseException):

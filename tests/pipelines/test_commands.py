@@ -285,8 +285,6 @@ def test_wrong_settings_are_refused(
     [
         ("no/such/folder", "'no/such/folder' holds no model"),
         ("models:/nobody@champion", "'models:/nobody@champion' can't be loaded"),
-        ("models:/learnable@challenger", "'models:/learnable@challenger' can't be loaded"),
-        ("models:/learnable/99", "'models:/learnable/99' can't be loaded"),
         ("damaged", "weights.safetensors"),
     ],
 )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import mlflow
 import numpy as np
 import pandas as pd
 import pytest
@@ -73,10 +72,9 @@ def test_validation_rows_have_charts_of_their_own(world: World) -> None:
 
 
 def world_metrics(world: World) -> dict[str, float]:
-    client = mlflow.MlflowClient(world.uri, world.uri)
     holder = world.champion()
     assert holder is not None
-    found: dict[str, float] = client.get_run(holder.run_id).data.metrics
+    found: dict[str, float] = world.client.get_run(holder.run_id).data.metrics
     return found
 
 

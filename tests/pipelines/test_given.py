@@ -122,10 +122,8 @@ def test_calibration_is_that_of_the_log_before_it_was_sampled(folder: Path) -> N
         scored = score_rows(ranker.model, ranker.layout, rows, 1000, calibration=calibration, weighted=True)
         weight = scored.weights[:, None] if weighted and scored.weights is not None else 1
         known = ~np.isnan(scored.labels)
-        predicted, observed = (
-            (np.where(known, each, 0) * weight).sum(0) for each in (scored.predictions, scored.labels)
-        )
-        return predicted / observed
+        sums = [(np.where(known, each, 0) * weight).sum(0) for each in (scored.predictions, scored.labels)]
+        return sums[0] / sums[1]
 
     np.testing.assert_allclose(predicted_by_observed(weighted=True), 1, rtol=1e-4)
     plain = ["--training.sampling_correction", "none"]

@@ -85,9 +85,8 @@ def a_busy_source(folder: Path, shuffled: bool = False) -> Path:
         week = 1 + basket % 3
         moment = REQUEST + timedelta(days=7 * (week - 1), minutes=basket)
         for product in random.choice(60, 3, replace=False) + 1:
-            transactions.append(
-                purchase(basket % 7, 100 + basket, int(product), moment, store=1 + basket % 2, week=week)
-            )
+            place = {"store": 1 + basket % 2, "week": week}
+            transactions.append(purchase(basket % 7, 100 + basket, int(product), moment, **place))
     promotions = [promotion(product, store, week) for product in range(1, 41) for store in (1, 2) for week in (1, 2, 3)]
     if shuffled:
         transactions = [transactions[i] for i in random.permutation(len(transactions))]
@@ -269,9 +268,8 @@ def test_rows_depend_neither_on_the_slice_nor_on_the_order_of_the_source(tmp_pat
     order = [("request_time", "ascending"), ("request_id", "ascending"), ("product_id", "ascending")]
     assert whole.equals(whole.sort_by(order))
     assert ingested(tmp_path / "a").equals(whole)
-    assert ingested(tmp_path / "a", Selection(first_week=2, last_week=2)).equals(
-        whole.filter(pc.equal(whole["week"], 2))
-    )
+    second = ingested(tmp_path / "a", Selection(first_week=2, last_week=2))
+    assert second.equals(whole.filter(pc.equal(whole["week"], 2)))
     assert ingested(tmp_path / "a", Selection(households=3)).equals(whole.filter(pc.less(whole["household_id"], 3)))
     assert ingested(a_busy_source(tmp_path / "b", shuffled=True)).equals(whole)
     other_seed = ingested(tmp_path / "a", Selection(seed=18))
@@ -305,10 +303,8 @@ def test_purchases_are_those_of_the_selected_households_in_all_weeks_promoted_or
         here | known | {"product_id": 60, "manufacturer_id": 600, "product_category": None},
         unknown | {"household_id": 1, "store_id": 2, "request_time": later.replace(tzinfo=UTC), "product_id": 777},
     ]
-    assert [path.name for path in sorted((tmp_path / "out" / "purchases").iterdir())] == [
-        "week-01.parquet",
-        "week-02.parquet",
-    ]
+    files = sorted(path.name for path in (tmp_path / "out" / "purchases").iterdir())
+    assert files == ["week-01.parquet", "week-02.parquet"]
     assert set(ingested(source, Selection(last_week=1, households=1))["week"].to_pylist()) == {1}
 
 

@@ -9,7 +9,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from mmoe_rec.errors import UserError
-from pipelines import ingest_movielens
 from pipelines.ingest_movielens import LOG, ingest, main
 
 START = 978_300_000
@@ -220,20 +219,3 @@ def test_a_missing_file_is_named(tmp_path, file):
 def test_files_that_contradict_each_other_are_named(tmp_path, change, message):
     with pytest.raises(UserError, match=message):
         ingested(write_source(tmp_path, **change))
-
-
-def test_a_job_that_dies_half_way_leaves_the_old_log(tmp_path, monkeypatch):
-    source = write_source(tmp_path)
-    log = ingested(source)
-    write = ingest_movielens.write_log_file
-
-    def die_at_the_second_file(table: pa.Table, path: Path) -> None:
-        if path.name == "2001-01.parquet":
-            raise KeyboardInterrupt
-        write(table, path)
-
-    monkeypatch.setattr(ingest_movielens, "write_log_file", die_at_the_second_file)
-    with pytest.raises(KeyboardInterrupt):
-        ingest(source, tmp_path / "out", 1, 17)
-    assert pq.read_table(tmp_path / "out" / "log").equals(log)
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["log"]

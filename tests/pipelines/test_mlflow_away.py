@@ -17,7 +17,6 @@ import yaml
 
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.jobs import evaluate as evaluation
-from mmoe_rec.tracking import registry
 from mmoe_rec.training.loop import Trainer
 from tests import commands
 from tests.inference.running_server import free_port, running_program
@@ -131,11 +130,7 @@ class Training:
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Trainer, "_validate", watched)
-            try:
-                commands.run("train", "--config", str(self.config), *words)
-            except SystemExit as end:
-                return int(end.code or 0)
-        return 0
+            return commands.exit_code("train", "--config", self.config, *words)
 
     def metrics(self) -> list[tuple[Any, ...]]:
         """All of training and validation: name, step and value in the order in which they were measured."""
@@ -202,7 +197,7 @@ def test_a_server_that_stays_away_is_told_afterwards(
     capsys: pytest.CaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(registry, "PATIENCE_SECONDS", 1.5)
+    monkeypatch.setattr("mmoe_rec.jobs.train.PATIENCE_SECONDS", 1.5)
     training = Training(tmp_path, log, server, "afterwards")
     assert training.run(at_validation={0: server.door.shut}) == 75
     said = capsys.readouterr().err
@@ -245,10 +240,8 @@ def test_an_evaluation_is_not_lost(
     assert "auc" in said.out
     out = whole.work / "evaluation"
     assert (out / "metrics.json").is_file()
-    assert said.err.splitlines()[-1] == (
-        f"MLflow at '{server.uri}' does not answer (Connection refused): the evaluation is in '{out}', "
-        "but not in MLflow"
-    )
+    told = f"MLflow at '{server.uri}' does not answer (Connection refused)"
+    assert said.err.splitlines()[-1] == f"{told}: the evaluation is in '{out}', but not in MLflow"
 
 
 def test_a_server_that_is_away_at_the_start_is_told_at_once(

@@ -350,9 +350,8 @@ def test_towers_start_at_the_rates_of_the_loss(tmp_path: Path) -> None:
 
 def test_repeated_rows_are_named_by_columns_that_there_are(tmp_path: Path) -> None:
     table = pa.concat_tables([plain_table(0), plain_table(0).slice(3, 1)])
-    settings = plain_settings(
-        tmp_path, table, columns={"user": "person", "candidate": "code"}, roles={"candidate": ["x", "word"]}
-    )
+    columns = {"user": "person", "candidate": "code"}
+    settings = plain_settings(tmp_path, table, columns=columns, roles={"candidate": ["x", "word"]})
     with pytest.raises(UserError) as error:
         build_features(settings)
     assert "(columns 'person', within a split, and 'code')" in str(error.value)
@@ -389,17 +388,13 @@ def test_a_model_of_a_log_with_times_is_told(world: World, tmp_path: Path, capsy
     )
     (tmp_path / "timed.yaml").write_text(settings.to_yaml(), encoding="utf-8")
     said = refuse(capsys, "evaluate", "--config", tmp_path / "timed.yaml", "--model", world.model)
-    assert (
-        "trained on a log that has no times (a plain table), but the log of the settings has times (columns.time)"
-        in said
-    )
+    told = "trained on a log that has no times (a plain table), but the log of the settings has times (columns.time)"
+    assert told in said
 
 
 def test_weights_by_another_name_are_found(tmp_path: Path) -> None:
     """As files of this project call them, whatever the log does; a log's own name comes first."""
-    table = plain_table(3, 1_000).rename_columns(
-        ["how much" if name == "weight" else name for name in plain_table(3, 4).column_names]
-    )
+    table = plain_table(3, 1_000).rename_columns({"weight": "how much"})
     settings = plain_settings(tmp_path / "work", table, columns={"weight": "how much"})
     (tmp_path / "settings.yaml").write_text(settings.to_yaml(), encoding="utf-8")
     frame = table.to_pandas().assign(row=range(1_000), predicted_label=0.5, predicted_other=0.5, score=0.25)
@@ -419,8 +414,3 @@ def test_weights_by_another_name_are_found(tmp_path: Path) -> None:
     assert areas[0] == areas[1] == areas[2] != areas[3]
     expected = roc_auc_score(frame["label_label"], frame["predicted_label"], sample_weight=frame["how much"])
     assert areas[0] == pytest.approx(expected, abs=1e-12)
-
-
-def test_a_column_that_is_nearly_one_with_a_role(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"reads column 'wrd', which has no role \(did you mean 'word'\?\); list it"):
-        plain_settings(tmp_path, features={"w": {"kind": "id", "column": "wrd"}})

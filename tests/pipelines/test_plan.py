@@ -8,19 +8,15 @@ import pytest
 
 from mmoe_rec.features.pipeline import largest_layout
 from mmoe_rec.settings.load import load_settings
-from tests import commands
+from tests.commands import exit_code
 
 CONFIG = "configs/cluster.yaml"
 
 
 def run(capsys: pytest.CaptureFixture, *arguments: str) -> tuple[int, str]:
     """Exit code, and what is printed."""
-    try:
-        commands.run("plan", "--config", CONFIG, *arguments)
-    except SystemExit as end:
-        said = capsys.readouterr()
-        return int(end.code or 0), said.out + said.err
-    return 0, capsys.readouterr().out
+    code, said = exit_code("plan", "--config", CONFIG, *arguments), capsys.readouterr()
+    return code, said.out + said.err
 
 
 def test_a_terabyte_on_sixteen_cards(capsys: pytest.CaptureFixture) -> None:

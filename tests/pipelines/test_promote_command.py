@@ -7,7 +7,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import mlflow
 import numpy as np
 import pytest
 
@@ -18,13 +17,10 @@ from mmoe_rec.jobs import promotion
 from mmoe_rec.tracking import registry
 from mmoe_rec.tracking.registry import fetch_model
 from tests import commands
-from tests.pipelines.short_trainings import World
+from tests.pipelines.short_trainings import NAME, SLOW, World
 from tests.report.parsed import Page
 
 pytestmark = pytest.mark.thorough
-
-SLOW = ("--training.learning_rate", "1e-9", "--training.table_learning_rate", "1e-9")
-NAME = "learnable"
 
 
 SLOWER = promotion._slower
@@ -36,7 +32,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> World:
     world = World.of(tmp_path_factory.mktemp("template"))
     world.train(*SLOW)
     world.train("--evaluation.guarded_slices", '["slot"]')  # which only slices where nothing else is named
-    assert holder(world) == "2"
+    assert world.holder() == "2"
     return world
 
 
@@ -50,25 +46,11 @@ def world(template: World, monkeypatch: pytest.MonkeyPatch) -> World:
 
 def run(world: World, *words: str) -> int:
     """The exit code of the command."""
-    try:
-        commands.run("promote", "--config", str(world.folder / "first.yaml"), *words)
-    except SystemExit as ended:
-        return int(ended.code or 0)
-    return 0
-
-
-def client(world: World) -> Any:
-    return mlflow.MlflowClient(world.uri, world.uri)
-
-
-def holder(world: World) -> str:
-    found = world.champion()
-    assert found is not None
-    return found.number
+    return commands.exit_code("promote", "--config", world.folder / "first.yaml", *words)
 
 
 def tags(world: World, version: str) -> dict[str, str]:
-    found: dict[str, str] = client(world).get_model_version(NAME, version).tags
+    found: dict[str, str] = world.client.get_model_version(NAME, version).tags
     return found
 
 
@@ -77,26 +59,26 @@ def test_a_better_version_takes_the_alias_and_gives_it_back(
 ) -> None:
     assert run(world, "--challenger", "2") == 0
     printed = capsys.readouterr().out
-    assert holder(world) == "2"
+    assert world.holder() == "2"
     assert "'champion' is version 2 now" in printed
     assert "'version 2' is better than 'version 1': mean auc of click, liked is higher by " in printed
     assert tags(world, "2")["compared"].startswith("'version 2' is better than 'version 1'")
     assert tags(world, "2")["promoted"] == "'champion' since this comparison"
     report = world.folder / "work" / "promotion" / "report.html"
     assert "'version 2' is better than 'version 1'" in Page(report.read_text(encoding="utf-8")).words
-    run_id = client(world).get_model_version(NAME, "2").run_id
-    assert "promotion/report.html" in [each.path for each in client(world).list_artifacts(run_id, "promotion")]
+    run_id = world.client.get_model_version(NAME, "2").run_id
+    assert "promotion/report.html" in [each.path for each in world.client.list_artifacts(run_id, "promotion")]
     assert run(world, "--challenger", "models:/learnable/2") == 0
     assert "version 2 holds 'champion' already" in capsys.readouterr().out
     with monkeypatch.context() as patch:
         # Another process promotes while the version is loaded.
         patch.setattr(promotion, "_load", lambda _: registry.move_alias(NAME, "champion", "1", world.uri))
         assert run(world, "--rollback") == 2
-    assert holder(world) == "1"
+    assert world.holder() == "1"
     assert "'champion' has moved meanwhile: run the command again" in capsys.readouterr().err
     registry.move_alias(NAME, "champion", "2", world.uri)
     assert run(world, "--rollback") == 0
-    assert holder(world) == "1"
+    assert world.holder() == "1"
     printed = capsys.readouterr().out
     assert "'champion' is version 1 again, which held it before version 2" in printed
     assert "its tables are as of 2024-" in printed
@@ -111,7 +93,7 @@ def test_a_better_version_takes_the_alias_and_gives_it_back(
 def test_a_worse_version_is_refused(world: World, capsys: pytest.CaptureFixture) -> None:
     registry.move_alias(NAME, "champion", "2", world.uri)
     assert run(world, "--challenger", "1") == 1
-    assert holder(world) == "2"
+    assert world.holder() == "2"
     assert "'version 1' is worse than 'version 2'" in capsys.readouterr().out
     assert tags(world, "1")["promoted"] == "no"
 
@@ -120,11 +102,11 @@ def test_decisions_on_the_same_rows_ask_for_more_the_more_there_are(
     world: World, capsys: pytest.CaptureFixture
 ) -> None:
     """A challenger that is tried again has its old place, and one that was promoted has none."""
-    for each in client(world).search_model_versions(f"name = '{NAME}'"):  # of other tests
+    for each in world.client.search_model_versions(f"name = '{NAME}'"):  # of other tests
         for tag in [tag for tag in each.tags if tag.startswith("tried.")]:
-            client(world).delete_model_version_tag(NAME, each.version, tag)
-    source = client(world).get_model_version(NAME, "1").source
-    equal, other = (str(client(world).create_model_version(NAME, source).version) for _ in range(2))
+            world.client.delete_model_version_tag(NAME, each.version, tag)
+    source = world.client.get_model_version(NAME, "1").source
+    equal, other = (str(world.client.create_model_version(NAME, source).version) for _ in range(2))
     asked = []
     for number in (equal, other, "2", equal, "2"):
         run(world, "--challenger", number)
@@ -140,7 +122,7 @@ def test_decisions_on_the_same_rows_ask_for_more_the_more_there_are(
 def test_rows_that_either_has_seen_decide_nothing(world: World, capsys: pytest.CaptureFixture) -> None:
     split = ["--split.train_end", "2024-03-04", "--split.validation_end", "2024-03-05"]
     assert run(world, "--challenger", "2", *split, "--data.work", str(world.folder / "earlier")) == 1
-    assert holder(world) == "1"
+    assert world.holder() == "1"
     printed = capsys.readouterr().out
     for version in (1, 2):
         assert f"version {version} was trained, or its best state chosen, on requests before 2024-03-08 " in printed
@@ -149,11 +131,10 @@ def test_rows_that_either_has_seen_decide_nothing(world: World, capsys: pytest.C
 def test_a_slower_version_is_refused(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(promotion, "_slower", lambda *_: 2.0)
     assert run(world, "--challenger", "2") == 1
-    assert (
-        "version 2 answers 2.0 times as slowly as version 1, and 1.5 times is allowed" in tags(world, "2")["compared"]
-    )
+    told = "version 2 answers 2.0 times as slowly as version 1, and 1.5 times is allowed"
+    assert told in tags(world, "2")["compared"]
     assert run(world, "--challenger", "2", "--slower-at-most", "2.5") == 0
-    assert holder(world) == "2"
+    assert world.holder() == "2"
 
 
 def test_the_time_of_an_answer_is_measured(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,11 +165,11 @@ def test_a_version_that_cannot_be_served_is_refused_and_a_holder_that_cannot_giv
 
     monkeypatch.setattr(registry, "fetch_model", taken)
     assert run(world, "--challenger", "2") == 1
-    assert holder(world) == "1"
+    assert world.holder() == "1"
     assert tags(world, "2")["compared"].startswith("version 2 can't be served: ")
     registry.move_alias(NAME, "champion", "2", world.uri)
     assert run(world, "--challenger", "1") == 0
-    assert holder(world) == "1"
+    assert world.holder() == "1"
 
 
 def test_what_is_asked_for_wrongly_is_told(world: World, capsys: pytest.CaptureFixture) -> None:
@@ -201,21 +182,21 @@ def test_what_is_asked_for_wrongly_is_told(world: World, capsys: pytest.CaptureF
     ):
         assert run(world, *words) == 2
         assert told in capsys.readouterr().err
-    client(world).set_registered_model_alias(NAME, "lonely", "1")
+    world.client.set_registered_model_alias(NAME, "lonely", "1")
     assert run(world, "--rollback", "--tracking.alias", "lonely") == 2
     assert "it is not known which version of 'learnable' held 'lonely' before version 1" in capsys.readouterr().err
 
 
 def test_an_alias_that_moves_meanwhile_is_left_alone(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     def meanwhile(*_: Any) -> float:
-        client(world).create_model_version(NAME, client(world).get_model_version(NAME, "1").source)
-        newest = max(int(each.version) for each in client(world).search_model_versions(f"name='{NAME}'"))
+        world.client.create_model_version(NAME, world.client.get_model_version(NAME, "1").source)
+        newest = max(int(each.version) for each in world.client.search_model_versions(f"name='{NAME}'"))
         registry.move_alias(NAME, "champion", str(newest), world.uri)
         return 1.0
 
     monkeypatch.setattr(promotion, "_slower", meanwhile)
     assert run(world, "--challenger", "2") == 1
-    assert holder(world) not in ("1", "2")
+    assert world.holder() not in ("1", "2")
     assert tags(world, "2")["compared"] == "'champion' has moved meanwhile: run the command again"
 
 
@@ -245,7 +226,7 @@ def test_a_holder_that_can_not_be_had_here_stays(world: World, monkeypatch: pyte
             patch.setattr(Ranker, "load", staticmethod(loaded))
             assert run(world, "--challenger", "2") == 1
         assert "can't be compared here" in tags(world, "2")["compared"]
-    assert holder(world) == "1"
+    assert world.holder() == "1"
 
 
 @pytest.mark.parametrize(("which", "promoted"), [("2", False), ("1", True)])
@@ -257,22 +238,22 @@ def test_a_version_whose_predictions_are_not_finite(
 
     monkeypatch.setattr(promotion, "evaluate_found", evaluated)
     assert run(world, "--challenger", "2") == (0 if promoted else 1)
-    assert (holder(world) == "2") == promoted
+    assert (world.holder() == "2") == promoted
     assert tags(world, "2")["compared"] == "it gives predictions that are not finite numbers"
 
 
 def test_what_is_undefined_by_now_does_not_stay_in_the_run(world: World) -> None:
     """An evaluation of few rows after one of many: numbers of the first would stand beside those of the second."""
-    run_id = client(world).get_model_version(NAME, "2").run_id
+    run_id = world.client.get_model_version(NAME, "2").run_id
     words = ["--config", str(world.folder / "first.yaml"), "--model", "models:/learnable/2"]
     commands.run("evaluate", *words)
-    of_training = client(world).get_run(run_id).data.metrics
+    of_training = world.client.get_run(run_id).data.metrics
     words += ["--data.work", str(world.folder / "few")]
     commands.run("evaluate", *words, "--split.validation_end", "2024-03-08T12:00")
-    before = client(world).get_run(run_id).data.metrics
+    before = world.client.get_run(run_id).data.metrics
     assert before["other_test_rows/liked.auc"] > 0
     commands.run("evaluate", *words, "--split.validation_end", "2024-03-08T23:35")
-    after = client(world).get_run(run_id).data.metrics
+    after = world.client.get_run(run_id).data.metrics
     assert after["other_test_rows/rows"] < 100
     assert after.keys() >= before.keys()
     # Those of the training's own test rows stay.

@@ -8,7 +8,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import mlflow
 import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
@@ -21,13 +20,9 @@ from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.jobs import promotion
 from mmoe_rec.tracking import registry, runs
 from mmoe_rec.tracking.registry import fetch_model
-from tests.pipelines.short_trainings import World
+from tests.pipelines.short_trainings import NAME, SLOW, World
 
 pytestmark = pytest.mark.thorough
-
-# Which learn next to nothing.
-SLOW = ("--training.learning_rate", "1e-9", "--training.table_learning_rate", "1e-9")
-NAME = "learnable"
 
 
 @pytest.fixture(scope="module")
@@ -44,30 +39,21 @@ def world(template: World, monkeypatch: pytest.MonkeyPatch) -> World:
     """The same, in which registering a model, which takes longer than to train it, is to count up."""
 
     def register(run: runs.Run, artifact: Path, name: str, **_: Any) -> str:
-        versions = client(template).search_model_versions(f"name='{NAME}'")
+        versions = template.client.search_model_versions(f"name='{NAME}'")
         source = f"{versions[0].source}"
-        return str(client(template).create_model_version(name, source, run_id=run.run_id).version)
+        return str(template.client.create_model_version(name, source, run_id=run.run_id).version)
 
     monkeypatch.setattr(promotion.registry, "register_model", register)
     registry.move_alias(NAME, "champion", "2", template.uri)
     return template
 
 
-def client(world: World) -> Any:
-    return mlflow.MlflowClient(world.uri, world.uri)
-
-
-def holder(world: World, alias: str = "champion") -> str | None:
-    found = world.champion(alias)
-    return None if found is None else found.number
-
-
 def newest(world: World) -> str:
-    return str(max(int(each.version) for each in client(world).search_model_versions(f"name='{NAME}'")))
+    return str(max(int(each.version) for each in world.client.search_model_versions(f"name='{NAME}'")))
 
 
-def said(world: World) -> list[str]:
-    found: list[str] = json.loads((world.checkpoints / "finished.json").read_text())["compared"]
+def said(work: Path) -> list[str]:
+    found: list[str] = json.loads((work / "checkpoints" / "finished.json").read_text())["compared"]
     return found
 
 
@@ -89,8 +75,8 @@ def area_of(world: World, version: str) -> float:
 
 
 def test_the_first_takes_the_alias_and_a_better_one_after_it(template: World) -> None:
-    assert holder(template) == "2"
-    reason, now = said(template)
+    assert template.holder() == "2"
+    reason, now = said(template.work)
     assert now == "'champion' is version 2 now, this model"
     rows = json.loads((template.folder / "work" / "features" / "manifest.json").read_text())["splits"]["validation"]
     better = r"'this model' is better than 'version 1': mean auc of click, liked is higher by "
@@ -104,62 +90,41 @@ def test_a_gain_that_a_task_may_pay_for_is_held_back(world: World) -> None:
     """Twice the clicks are ranked right, but few rows tell about likes."""
     registry.move_alias(NAME, "champion", "1", world.uri)
     world.train("--evaluation.margin", "0.005")
-    assert holder(world) == "1"
-    assert said(world)[0].startswith("'this model' is not called better, although mean auc of click, liked is higher")
-    assert "auc of liked changes by " in said(world)[0]
+    assert world.holder() == "1"
+    assert said(world.work)[0].startswith(
+        "'this model' is not called better, although mean auc of click, liked is higher"
+    )
+    assert "auc of liked changes by " in said(world.work)[0]
 
 
 def test_a_worse_model_leaves_the_alias(world: World, capsys: pytest.CaptureFixture) -> None:
     world.train(*SLOW)
     version = newest(world)
-    assert holder(world) == "2"
-    assert holder(world, "challenger") == version
+    assert world.holder() == "2"
+    assert world.holder("challenger") == version
     out = capsys.readouterr().out
     assert f"'champion' stays version 2; this model, version {version}, is 'challenger'" in out
     assert "registered as models:/learnable@challenger" in out
-
-
-def test_a_model_that_beats_its_start_but_not_the_holder_leaves_the_alias(world: World) -> None:
-    tiny = ("--training.learning_rate", "1e-4", "--training.table_learning_rate", "1e-4")
-    world.train("--from", "models:/learnable/1", "--model.experts.count", "2", *tiny, "--training.select_by", "loss")
-    finished = json.loads((world.checkpoints / "finished.json").read_text())
-    assert finished["best_step"] > 0, "it is better than what it was started from"
-    assert holder(world) == "2"
-    assert finished["compared"][0].startswith(
-        "'this model' is worse than 'version 2': mean auc of click, liked is lower"
-    )
 
 
 def test_a_holder_of_other_features_is_measured_on_its_own(world: World) -> None:
     """Its rows are encoded by its own features; the same weights on them give the same value as at first."""
     elsewhere = world.folder / "elsewhere"
     world.train(*SLOW, "--features.item_click.window_days", "[1]", "--data.work", str(elsewhere))
-    assert holder(world) == "2"
-    (reason, _) = json.loads((elsewhere / "checkpoints" / "finished.json").read_text())["compared"]
+    assert world.holder() == "2"
+    reason, _ = said(elsewhere)
     found = re.search(r"is worse than 'version 2': mean auc of click, liked is lower by ([.\d]+) ", reason)
     assert found
     assert float(found[1]) == pytest.approx(area_of(world, "2") - area(elsewhere / "model", elsewhere), abs=1e-4)
 
 
-def test_a_holder_of_other_tasks_keeps_the_alias(world: World) -> None:
-    elsewhere = world.folder / "tasks"
-    text = (world.folder / "first.yaml").read_text().replace("liked:\n", "loved:\n", 1)
-    (world.folder / "loved.yaml").write_text(text)
-    world.train("--data.work", str(elsewhere), day="loved")
-    reason, now = json.loads((elsewhere / "checkpoints" / "finished.json").read_text())["compared"]
-    assert "the model predicts click, liked; the settings have click, loved" in reason
+def test_a_holder_whose_labels_mean_something_else_keeps_the_alias(world: World, tmp_path: Path) -> None:
+    world.train("--data.work", str(tmp_path), "--tasks.liked.matures_after_days", "1")
+    reason, now = said(tmp_path)
+    assert "trained with 'tasks.liked.matures_after_days' 0.0, and it is 1.0 in the settings" in reason
     assert "point the alias at another one yourself" in reason
     assert now.startswith("'champion' stays version 2; ")
-    assert holder(world) == "2"
-
-
-def test_a_holder_whose_labels_mean_something_else_keeps_the_alias(world: World) -> None:
-    elsewhere = world.folder / "meaning"
-    world.train("--data.work", str(elsewhere), "--tasks.liked.matures_after_days", "1")
-    reason, now = json.loads((elsewhere / "checkpoints" / "finished.json").read_text())["compared"]
-    assert "trained with 'tasks.liked.matures_after_days' 0.0, and it is 1.0 in the settings" in reason
-    assert now.startswith("'champion' stays version 2; ")
-    assert holder(world) == "2"
+    assert world.holder() == "2"
 
 
 @pytest.mark.parametrize("what", ["damaged", "another format", "not finite"])
@@ -185,8 +150,8 @@ def test_a_holder_that_cannot_be_served_gives_way(
 
     monkeypatch.setattr(registry, "fetch_model", taken)
     world.train(*SLOW)
-    assert holder(world) == newest(world)
-    assert said(world)[0].startswith("version 2, which holds 'champion', can't be served any more: ")
+    assert world.holder() == newest(world)
+    assert said(world.work)[0].startswith("version 2, which holds 'champion', can't be served any more: ")
 
 
 def test_a_holder_that_computes_something_else_here_keeps_the_alias(
@@ -201,9 +166,9 @@ def test_a_holder_that_computes_something_else_here_keeps_the_alias(
     write_manifest(folder)
     monkeypatch.setattr(registry, "fetch_model", lambda *_: folder)
     world.train(*SLOW, "--training.seed", "9")
-    assert holder(world) == "2"
-    assert "version 2, which holds 'champion', can't be compared here: the model in " in said(world)[0]
-    assert "gives other predictions here" in said(world)[0]
+    assert world.holder() == "2"
+    assert "version 2, which holds 'champion', can't be compared here: the model in " in said(world.work)[0]
+    assert "gives other predictions here" in said(world.work)[0]
 
 
 def test_a_model_whose_predictions_are_not_finite_takes_no_alias(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,8 +183,8 @@ def test_a_model_whose_predictions_are_not_finite_takes_no_alias(world: World, m
 
     monkeypatch.setattr(promotion, "score_by", scored)
     world.train()
-    assert holder(world) == "1"
-    assert said(world)[0] == "'this model' gives predictions that are not finite numbers"
+    assert world.holder() == "1"
+    assert said(world.work)[0] == "'this model' gives predictions that are not finite numbers"
 
 
 def test_files_that_cannot_be_fetched_do_not_cost_the_alias(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -228,8 +193,8 @@ def test_files_that_cannot_be_fetched_do_not_cost_the_alias(world: World, monkey
 
     monkeypatch.setattr(registry, "fetch_model", away)
     world.train()
-    assert holder(world) == "2"
-    assert "can't be compared here: 'models:/learnable/2' can't be loaded" in said(world)[0]
+    assert world.holder() == "2"
+    assert "can't be compared here: 'models:/learnable/2' can't be loaded" in said(world.work)[0]
 
 
 def test_an_outage_during_the_comparison_decides_nothing(
@@ -245,10 +210,10 @@ def test_an_outage_during_the_comparison_decides_nothing(
         with pytest.raises(SystemExit) as ended:
             world.train()
     assert ended.value.code == 75
-    assert holder(world) == "1"
+    assert world.holder() == "1"
     assert capsys.readouterr().err.splitlines()[-1].startswith("stopped: MLflow does not answer; the trained model in ")
     world.train("--resume")
-    assert holder(world) == newest(world)
+    assert world.holder() == newest(world)
     assert " rows/s in training" not in capsys.readouterr().out, "no step was left to do"
 
 
@@ -264,13 +229,13 @@ def test_an_alias_that_moved_meanwhile_is_compared_with_anew(world: World, monke
     monkeypatch.setattr(promotion, "compare_with_holder", meanwhile)
     world.train(*SLOW, "--training.seed", "5")
     assert holders == ["1", "2"]
-    assert holder(world) == "2"
+    assert world.holder() == "2"
 
 
 def test_a_training_that_was_killed_after_it_took_the_alias_is_not_registered_twice(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    client(world).delete_registered_model_alias(NAME, "champion")
+    world.client.delete_registered_model_alias(NAME, "champion")
 
     def killed(*_: object) -> None:
         raise KeyboardInterrupt
@@ -280,7 +245,7 @@ def test_a_training_that_was_killed_after_it_took_the_alias_is_not_registered_tw
         with pytest.raises(KeyboardInterrupt):
             world.train()
     version = newest(world)
-    assert holder(world) == version
+    assert world.holder() == version
     world.train("--resume")
-    assert newest(world) == version == holder(world)
-    assert said(world) == [f"'champion' is version {version}, this model"]
+    assert newest(world) == version == world.holder()
+    assert said(world.work) == [f"'champion' is version {version}, this model"]

@@ -7,7 +7,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import mlflow
 import numpy as np
 import pytest
 import yaml
@@ -61,7 +60,7 @@ def test_trainings_that_were_stopped_go_on_and_their_mean_is_told(
     assert areas[0] != areas[1]
     assert found["click"]["auc"]["values"] == pytest.approx(areas, abs=1e-9)
     assert found["click"]["auc"]["mean"] == pytest.approx(np.mean(areas), abs=1e-9)
-    client = mlflow.MlflowClient(world.uri, world.uri)
+    client = world.client
     experiment = client.get_experiment_by_name("learnable")
     runs = client.search_runs([experiment.experiment_id])
     parents = [each for each in runs if each.data.tags.get("mlflow.runName") == "2 seeds"]
@@ -69,7 +68,7 @@ def test_trainings_that_were_stopped_go_on_and_their_mean_is_told(
     inside = [each for each in runs if each.data.tags.get("mlflow.parentRunId") == parents[0].info.run_id]
     assert len(inside) == 2
     assert parents[0].data.metrics["test/click.auc.mean"] == found["click"]["auc"]["mean"]
-    assert world.champion() is None, "none is registered"
+    assert world.holder() is None, "none is registered"
     assert not client.search_registered_models()
 
 
@@ -80,7 +79,7 @@ def test_a_training_that_died_in_the_middle_goes_on(tmp_path: Path, capsys: pyte
         world.train("--seeds", "2")
     world.train("--seeds", "2", "--resume")
     assert "2 trainings, " in capsys.readouterr().out
-    client = mlflow.MlflowClient(world.uri, world.uri)
+    client = world.client
     runs = client.search_runs([client.get_experiment_by_name("learnable").experiment_id])
     assert len(runs) == 3
     assert {each.info.status for each in runs} == {"FINISHED"}
@@ -106,7 +105,7 @@ def test_trainings_side_by_side_are_those_one_after_the_other(
     assert "precision fp32" in words
     for value in other["click"]["auc"]["values"]:
         assert f"{value:.4f}" in words
-    client = mlflow.MlflowClient(together.uri, together.uri)
+    client = together.client
     runs = client.search_runs([client.get_experiment_by_name("learnable").experiment_id])
     (parent,) = [each for each in runs if "mlflow.parentRunId" not in each.data.tags]
     assert len(runs) == 4
@@ -125,9 +124,8 @@ def test_other_settings_are_compared_over_their_trainings(world: World, capsys: 
     capsys.readouterr()
     world.train("--seeds", "2", *words)
     printed = capsys.readouterr().out
-    first, second = (
-        json.loads((world.folder / each / "seeds" / "seeds.json").read_text()) for each in ("work", "other")
-    )
+    files = (world.folder / each / "seeds" / "seeds.json" for each in ("work", "other"))
+    first, second = (json.loads(each.read_text()) for each in files)
     apart = second["against"]["work"]["groups"]["click"]["auc"]
     assert apart["value"] == pytest.approx(second["click"]["auc"]["mean"] - first["click"]["auc"]["mean"], abs=1e-9)
     assert apart["low"] < apart["value"] < apart["high"]

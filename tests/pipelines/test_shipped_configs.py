@@ -43,8 +43,7 @@ CANDIDATES = 6  # of a request
 
 
 def write_fitting_logs(settings: Settings, folder: Path, requests: int = 200) -> list[str]:
-    """Writes random rows that fit settings, an interaction log and all logs of events, or a plain table; gives the
-    overrides that name them."""
+    """Writes random rows that fit settings, as logs or a plain table; gives the overrides that name them."""
     rng = np.random.default_rng(0)
     schema = settings.schema_
     if schema.split is not None:
@@ -146,10 +145,8 @@ def test_a_shipped_config_trains(config: Path, tmp_path: Path) -> None:
     prepared = build_features(settings)
     layout = ModelLayout.of(prepared.layout, settings)
     with process_group(CPU):
-        trainer = Trainer(
-            prepared, layout, settings.model, settings.training, CPU, tmp_path / "checkpoints", lambda *_: None
-        )
-        result = trainer.run()
+        checkpoints, log = tmp_path / "checkpoints", lambda *_: None
+        result = Trainer(prepared, layout, settings.model, settings.training, CPU, checkpoints, log).run()
     assert result.steps >= 5
     assert result.best is not None
     assert np.isfinite(list(result.best.loss.values())).all()

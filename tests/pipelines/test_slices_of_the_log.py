@@ -174,10 +174,11 @@ def test_a_country_that_is_ranked_worse_than_by_chance_is_named_and_not_promoted
         world.train()
     told = r"'{}' is not called better, although .*: in slice country: E \([\d,]+ rows\): auc of click is 0.4"
     assert re.search(told.format("this model"), capsys.readouterr().out)
-    assert world.champion().number == "1"
+    assert world.holder() == "1"
+    words += ["--slower-at-most", "1000"]  # how fast they answer here depends on what else the machine does
     with pytest.raises(SystemExit):
         run("promote", *words, "--challenger", "2")
     assert re.search(told.format("version 2"), capsys.readouterr().out)
     assert "no In slice country: E" in Page((tmp_path / "work/promotion/report.html").read_text(encoding="utf-8")).words
     run("promote", *words, "--challenger", "2", "--evaluation.guarded_slices", '["user"]')
-    assert world.champion().number == "2"
+    assert world.holder() == "2"

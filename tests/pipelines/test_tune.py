@@ -137,12 +137,7 @@ def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tupl
         monkeypatch.setattr("mmoe_rec.preprocessing.prepare.features_in_use", lambda *_: nullcontext(FeatureFolder()))
         monkeypatch.setattr(Study, "_train", train)
         capsys.readouterr()
-        code = 0
-        try:
-            commands.run("tune", "--config", str(config), "--trials", str(trials), *words)
-        except SystemExit as end:
-            code = int(end.code or 0)
-        said = capsys.readouterr()
+        code, said = commands.exit_code("tune", "--config", config, "--trials", trials, *words), capsys.readouterr()
         return code, said.out, said.err
 
     return run

@@ -111,7 +111,7 @@ def compare_metrics(log, logits, known) -> None:
         zip([task.name for task in TASKS], predictions(logits, names).float().double().numpy().T, strict=True)
     )
     sums = measure(measured, users, requests, values, known, score=scores)
-    summary = summarise(sums, resamples=300, seed=0)
+    summary = summarise(sums, resamples=300)
     gains = sum(np.nan_to_num(known[task.name]).clip(0) * task.score_weight for task in TASKS)
     ranked = list(zip(users, requests, scores, gains, strict=True))
     for name, metric, cutoff in (

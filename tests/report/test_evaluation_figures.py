@@ -21,7 +21,7 @@ def log() -> Log:
 
 @pytest.mark.parametrize("scale", [1.0, 0.01])
 def test_calibration_figure_draws_the_bins(log: Log, scale: float) -> None:
-    log = replace(log, predictions=log.predictions | {"bought": scale * log.predictions["bought"]})
+    log = log.with_predictions(bought=scale * log.predictions["bought"])
     summary = summarise(log.measure(), 50)
     figure = calibration_figure(summary, "bought")
     figure.canvas.draw()
@@ -35,7 +35,7 @@ def test_calibration_figure_draws_the_bins(log: Log, scale: float) -> None:
 def test_calibration_figure_marks_bins_without_a_positive_row(log: Log) -> None:
     rare = np.where(log.predictions["bought"] > 0.5, log.labels["bought"], 0.0)
     spread = log.predictions["bought"] ** 2  # over more than a decade: logarithmic axes, where 0 has no place
-    log = replace(log, labels=log.labels | {"bought": rare}, predictions=log.predictions | {"bought": spread})
+    log = log.with_labels(bought=rare).with_predictions(bought=spread)
     summary = summarise(log.measure(), 50)
     figure = calibration_figure(summary, "bought")
     figure.canvas.draw()
@@ -43,7 +43,7 @@ def test_calibration_figure_marks_bins_without_a_positive_row(log: Log) -> None:
 
 
 def test_a_prediction_of_0_has_no_ratio(log: Log) -> None:
-    log = replace(log, predictions=log.predictions | {"bought": np.where(log.predictions["bought"] < 0.5, 0.0, 0.7)})
+    log = log.with_predictions(bought=np.where(log.predictions["bought"] < 0.5, 0.0, 0.7))
     ratio = calibration_figure(summarise(log.measure(), 20), "bought").axes[1].containers[0].lines[0].get_ydata()
     assert np.isnan(ratio).tolist() == [True, False]
 
@@ -51,7 +51,7 @@ def test_a_prediction_of_0_has_no_ratio(log: Log) -> None:
 @pytest.mark.parametrize("power", [1, 2, 4, 10])
 def test_labels_of_ticks_do_not_overlap(log: Log, power: int) -> None:
     """Predictions reach down to .05 of the largest, or to 1e-10 of it."""
-    log = replace(log, predictions=log.predictions | {"bought": log.predictions["bought"] ** power})
+    log = log.with_predictions(bought=log.predictions["bought"] ** power)
     figure = calibration_figure(summarise(log.measure(), 20), "bought")
     figure.canvas.draw()
     for axis, side in ((figure.axes[1].xaxis, "x"), (figure.axes[0].yaxis, "y")):

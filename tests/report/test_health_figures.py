@@ -40,9 +40,8 @@ def heights(figure: str, split: str) -> list[float]:
 def test_bars_are_as_high_as_rows_are_many_and_the_figure_names_weeks_and_splits() -> None:
     figure = weeks_figure(weeks(), "like")
     found = [height for split in ROWS for height in heights(figure, split)]
-    assert [each / found[1] for each in found] == pytest.approx(
-        [rows / 40 for own in ROWS.values() for rows in own], abs=2e-3
-    )
+    expected = [rows / 40 for own in ROWS.values() for rows in own]
+    assert [each / found[1] for each in found] == pytest.approx(expected, abs=2e-3)
     assert {"train", "test", "40", "rows", "1 Jan 24", "29 Jan 24", "40%"} <= set(texts_of(figure))
 
 

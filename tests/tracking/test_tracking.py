@@ -291,22 +291,21 @@ def test_a_locked_store_is_waited_for(tmp_path: Path, monkeypatch: pytest.Monkey
     assert not list((tmp_path / "unsent").iterdir())
 
 
-def test_an_address_of_the_environment_is_said_to_be_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No file that a user looks into holds it."""
+@pytest.mark.parametrize(
+    ("uri", "place"),
+    [
+        ("http://127.0.0.1:9", "'http://127.0.0.1:9' (the address in the variable MLFLOW_TRACKING_URI)"),
+        ("http://me:secret@127.0.0.1:9", "'http://me:***@127.0.0.1:9'"),
+    ],
+)
+def test_an_address_is_told_with_its_source_and_without_its_password(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uri: str, place: str
+) -> None:
+    """No file that a user looks into holds that of the environment."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9 ")
     with pytest.raises(UserError) as refused:
-        runs.check_server("http://127.0.0.1:9", "x", unsent=tmp_path)
-    assert str(refused.value) == (
-        "MLflow at 'http://127.0.0.1:9' (the address in the variable MLFLOW_TRACKING_URI) does not answer "
-        "(Connection refused)"
-    )
-
-
-def test_passwords_are_not_shown(tmp_path: Path) -> None:
-    with pytest.raises(UserError) as refused:
-        runs.check_server("http://me:secret@127.0.0.1:9", "x", unsent=tmp_path)
-    assert "secret" not in str(refused.value)
-    assert str(refused.value) == "MLflow at 'http://me:***@127.0.0.1:9' does not answer (Connection refused)"
+        runs.check_server(uri, "x", unsent=tmp_path)
+    assert str(refused.value) == f"MLflow at {place} does not answer (Connection refused)"
 
 
 # Every way to address a model leads to it, or to one sentence.
@@ -417,20 +416,15 @@ def test_a_run_that_was_deleted_made_nothing(store: dict[str, str]) -> None:
     assert find_model("models:/small/1", store["uri"]).run_id is None
 
 
-@pytest.mark.parametrize("address", ["models:/small@champion", "{path}"])
-def test_a_ranker_is_loaded_from_an_address(small: SmallModel, store: dict[str, str], address: str) -> None:
-    path = store["files"].removeprefix("file://")
-    example = json.loads((small.folder / "example_request.json").read_text())
-    expected = mmoe_rec.Ranker.load(small.folder).rank(**example)
-    found = mmoe_rec.Ranker.load(address.format(**store, path=path, folder=small.folder), store["uri"])
-    assert found.rank(**example) == expected
-
-
-def test_a_ranker_is_looked_up_where_mlflow_was_told(
-    store: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_ranker_is_loaded_from_an_address_which_is_looked_up_where_mlflow_was_told(
+    small: SmallModel, store: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import mlflow
 
+    example = json.loads((small.folder / "example_request.json").read_text())
+    expected = mmoe_rec.Ranker.load(small.folder).rank(**example)
+    for address in ("models:/small@champion", store["files"].removeprefix("file://")):
+        assert mmoe_rec.Ranker.load(address, store["uri"]).rank(**example) == expected
     monkeypatch.chdir(tmp_path)
     mlflow.set_tracking_uri(store["uri"])
     assert mmoe_rec.Ranker.load("models:/small@champion").about.name == "small"
@@ -475,7 +469,6 @@ def test_folders_need_no_mlflow_and_addresses_say_that_they_do(
     done = subprocess.run(words, capture_output=True, text=True, check=False, cwd=tmp_path, env=env)
     assert done.stdout.splitlines() == [
         "'models:/small@champion' is an address of MLflow, and this takes folders: use mmoe_rec.Ranker.load",
-        "'models:/small@champion' is looked up by mlflow, which is not installed: install it, or give an artifact "
-        "folder",
+        "'models:/small@champion' is looked up by mlflow, which is not installed: install it, or give a folder",
         "small",
     ], done.stderr
