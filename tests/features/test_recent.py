@@ -47,15 +47,16 @@ def test_rows_in_any_batches_are_as_all_rows_at_once(seed: int, role: Any, strin
     before, after = table.filter(pa.array(early)), table.filter(pa.array(~early))
     after = after.take(pa.array(rng.permutation(len(after))))
     LatestValues.of(log_rows(before, SCHEMA), role).save(tmp_path, role)
-    at_first = recent = LatestValues.load(tmp_path, role, columns[0])
-    start = 0
+    recent, start = LatestValues.load(tmp_path, role, columns[0]), 0
+    all_of_them = [(recent, before)]  # each stays as it is
     while start < len(after):
         size = int(rng.integers(1, 30))
         recent = recent.extended(log_rows(after.slice(start, size), SCHEMA), role)
         start += size
+        all_of_them.append((recent, pa.concat_tables([before, after.slice(0, start)])))
     keys = table[columns[0]].unique()
     asked = pa.concat_arrays([keys, keys.slice(0, 3)])
-    for values, rows in ((at_first, before), (recent, table), (at_first, before)):
+    for values, rows in (*all_of_them, all_of_them[0]):
         want, found = latest_of(rows, columns), values.completed({columns[0]: asked})
         for place, name in enumerate(columns[1:], 1):
             column = found[name]

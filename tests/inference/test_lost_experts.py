@@ -67,12 +67,13 @@ def test_each_expert_may_be_masked(small: SmallModel, ranker: Ranker) -> None:
 
 
 def test_masking_renormalises_the_other_weights(small: SmallModel, ranker: Ranker) -> None:
-    gates = ranker.model.mixture.gates[-1]
-    gates.masked[0] = True
+    for gates in ranker.model.mixture.gates:
+        gates.masked[0] = True
     permanent = values(rank(ranker))
-    gates.masked[0] = False
-    if len(ranker.model.mixture.gates) == 1:
-        np.testing.assert_allclose(values(rank(ranker, mask_experts=[0])), permanent, atol=1e-6)
+    for gates in ranker.model.mixture.gates:
+        gates.masked[0] = False
+    np.testing.assert_allclose(values(rank(ranker, mask_experts=[0])), permanent, atol=1e-6)
+    assert not np.allclose(values(rank(ranker)), permanent, atol=1e-6)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

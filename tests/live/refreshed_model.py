@@ -23,8 +23,36 @@ from tests.log.small_logs import BASE, DAY, START, files_of, random_log, times_o
 NAME = "small"
 
 
-class RefreshedModel:
+class Registered:
+    """A model of a name in the registry at `uri`."""
+
+    name: str
+    uri: str
+
+    def holder(self, alias: str = "champion") -> Version:
+        """The version that holds an alias."""
+        found = find_holder(self.name, alias, self.uri)
+        assert found is not None
+        return found
+
+    def versions(self) -> list[Any]:
+        """All versions, the first one first."""
+        client = mlflow.MlflowClient(self.uri, self.uri)
+        return sorted(client.search_model_versions(f"name='{self.name}'"), key=lambda each: int(each.version))
+
+    def folder_of(self, number: str) -> Path:
+        """The artifact folder of a version."""
+        return fetch_model(f"models:/{self.name}/{number}", self.uri)
+
+    def about(self, number: str) -> Artifact:
+        """What the artifact of a version says, once its files are checked."""
+        return read_artifact(self.folder_of(number))
+
+
+class RefreshedModel(Registered):
     """In a folder: eight days of a log, a model of them that is version 1 and champion, and a settings file."""
+
+    name = NAME
 
     def __init__(self, folder: Path, requests: bool = False, **sections: Any) -> None:
         """requests: the log has requests with ids, of one time each; sections: of the settings."""
@@ -73,28 +101,9 @@ class RefreshedModel:
         (line,) = [each for each in capsys.readouterr().err.splitlines() if each.startswith("error: ")]
         return line
 
-    def holder(self, alias: str = "champion") -> Version:
-        """The version that holds an alias."""
-        found = find_holder(NAME, alias, self.uri)
-        assert found is not None
-        return found
-
     def move_alias(self, number: str, alias: str = "champion") -> None:
         """A person moves the alias."""
         move_alias(NAME, alias, number, self.uri)
-
-    def versions(self) -> list[Any]:
-        """All versions, the first one first."""
-        client = mlflow.MlflowClient(self.uri, self.uri)
-        return sorted(client.search_model_versions(f"name='{NAME}'"), key=lambda each: int(each.version))
-
-    def folder_of(self, number: str) -> Path:
-        """The artifact folder of a version."""
-        return fetch_model(f"models:/{NAME}/{number}", self.uri)
-
-    def about(self, number: str) -> Artifact:
-        """What the artifact of a version says, once its files are checked."""
-        return read_artifact(self.folder_of(number))
 
     def last_time(self) -> int:
         """Microseconds of the last request that the log's files hold."""

@@ -373,18 +373,12 @@ def test_nothing_that_was_acknowledged_is_lost_when_writers_are_killed(address: 
     _check_writers(journal, acknowledged)
 
 
-_STEPS = ["before the commit", "before the mark", "before the answer"]
-
-
 def append_and_die(address: str, step: str) -> None:
     """Appends two batches, and kills itself at a step of the second one. It is called in a process of its own."""
     journal = Journal(address)
     print(1, journal.append(batch(1, 2)), flush=True)
-    begin, method = {
-        "before the commit": (Journal._insert, "_insert"),
-        "before the mark": (Journal._note_end, "_note_end"),
-        "before the answer": (Journal._note_end, "_note_end"),
-    }[step]
+    method = "_insert" if step == "before the commit" else "_note_end"
+    begin = getattr(Journal, method)
 
     def die(self: Journal, *arguments: object) -> object:
         if step != "before the mark":
@@ -396,7 +390,7 @@ def append_and_die(address: str, step: str) -> None:
     journal.append(batch(3, 4))
 
 
-@pytest.mark.parametrize("step", _STEPS)
+@pytest.mark.parametrize("step", ["before the commit", "before the mark", "before the answer"])
 def test_a_kill_at_any_step_of_an_append_loses_nothing(address: str, step: str) -> None:
     writer = call(append_and_die, address, step)
     assert writer.wait() == -signal.SIGKILL, writer.stderr

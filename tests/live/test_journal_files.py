@@ -218,7 +218,9 @@ def test_columns_have_the_types_of_the_logs_files(growing, journal, tmp_path):
 
 
 def test_integer_times_stay_integers(journal, tmp_path):
-    schema = _simple(time_unit="ms")
+    columns = {"user": "user", "candidate": "item", "time": "at", "time_unit": "ms"}
+    features = {"item": {"kind": "id", "column": "item"}}
+    schema = kinds.schema_of({"columns": columns, "tasks": {"click": {"label": "click"}}, "features": features})
     rows = pa.table({"user": [1], "item": [2], "at": [START // 1000], "click": [1]})
     (tmp_path / "log").mkdir()
     pq.write_table(rows, tmp_path / "log" / "0.parquet")
@@ -233,16 +235,6 @@ def test_integer_times_stay_integers(journal, tmp_path):
     assert [rows.times().tolist() for rows in Log(str(tmp_path / "log"), schema).stream()] == [
         [START // 1000 * 1000, START // 1000 * 1000 + 5000, START + 7]
     ]
-
-
-def _simple(**columns: str) -> Schema:
-    return kinds.schema_of(
-        {
-            "columns": {"user": "user", "candidate": "item", "time": "at", **columns},
-            "tasks": {"click": {"label": "click"}},
-            "features": {"item": {"kind": "id", "column": "item"}},
-        }
-    )
 
 
 @pytest.mark.parametrize(

@@ -95,34 +95,29 @@ def joined(folder: Path, about: Any, **options: Any) -> JoinResult:
     return join_outcomes(about, str(folder / "requests"), str(folder / "events"), folder / "out", now=NOW, **options)
 
 
-@pytest.mark.parametrize("outcomes", [BY_REQUEST, BY_USER, MIXED], ids=["by request", "by user", "mixed"])
+@pytest.mark.parametrize(
+    ("outcomes", "scope"),
+    [(BY_REQUEST, "log"), (BY_USER, "log"), (MIXED, "log"), (BY_REQUEST, "user")],
+    ids=["by request", "by user", "mixed", "by a user's own ids of requests"],
+)
 @pytest.mark.parametrize("seed", range(6))
 def test_rows_are_those_of_plain_loops(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, outcomes: dict[str, Any], seed: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, outcomes: dict[str, Any], scope: str, seed: int
 ) -> None:
     monkeypatch.setattr(joining, "ROWS_PER_FILE", 20)  # several partitions and files
-    world = drawn_world(seed, repeats=True)
+    world = drawn_world(seed, user_ids=scope == "user", repeats=True)
     world.write(tmp_path, seed=seed)
-    about = settings(outcomes)
+    about = settings(outcomes, request_scope=scope)
     found = joined(tmp_path, about)
     rows = read_rows(tmp_path / "out")
     assert ordered(rows) == ordered(naive(world, about, NOW))
     assert found.rows == len(rows) > 20
     others = found.counts.get("events 'clicks' of another user than their request's", 0)
-    assert (others > 0) == (outcomes is not BY_USER)
+    assert (others > 0) == (outcomes is not BY_USER and scope == "log")
     assert [row["time"] for row in rows] == sorted(row["time"] for row in rows)
     assert len([*(tmp_path / "out").glob("run-*/*.parquet")]) > 1
     assert 0 < sum(row["clicked"] for row in rows) < len(rows)
     assert len({row["spent"] for row in rows}) > 2
-
-
-@pytest.mark.parametrize("seed", range(6))
-def test_ids_may_be_a_users_own(tmp_path: Path, seed: int) -> None:
-    world = drawn_world(seed, user_ids=True, repeats=True)
-    world.write(tmp_path)
-    about = settings(BY_REQUEST, request_scope="user")
-    joined(tmp_path, about)
-    assert ordered(read_rows(tmp_path / "out")) == ordered(naive(world, about, NOW))
 
 
 @pytest.mark.parametrize("newer_first", [False, True])

@@ -96,19 +96,11 @@ def test_days_come_one_after_the_other(model: RefreshedModel, capsys: pytest.Cap
 
 
 def test_frozen_at_a_moment(model: RefreshedModel, tmp_path: Path) -> None:
-    """Tables as of a day equal those of a log that ends with it."""
     model.add(9, 14)
     until = START + int(10.3 * DAY)
     made = renew_tables(model.folder_of("1"), model.settings, tmp_path / "frozen", until=until)
     assert made.as_of < until
     assert made.digest is None
-    shutil.rmtree(model.log)
-    model.log.mkdir()
-    model.add(0, 10.3)
-    short = renew_tables(model.folder_of("1"), model.settings, tmp_path / "short", anew=True)
-    assert (made.rows, made.as_of) == (short.rows, short.as_of)
-    one, other = (tmp_path / name / "features" for name in ("frozen", "short"))
-    assert assert_same_tables(one, other, but=("files.json", "requests")) > 100
     assert Ranker.load(tmp_path / "frozen").about.tables_as_of == iso_time(made.as_of)
     with pytest.raises(UserError, match=r"does not say which files its tables hold .* --anew"):
         renew_tables(tmp_path / "frozen", model.settings, tmp_path / "on")

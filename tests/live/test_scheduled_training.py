@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import mlflow
@@ -14,12 +13,11 @@ import pytest
 import yaml
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.inference.artifact import Artifact, read_artifact
 from mmoe_rec.live import refresh as job
 from mmoe_rec.preprocessing.logs import HeldFiles
 from mmoe_rec.preprocessing.prepare import FeatureFolder
-from mmoe_rec.tracking.registry import Version, fetch_model, find_holder
 from tests import commands
+from tests.live.refreshed_model import Registered
 from tests.log.small_logs import files_of
 from tests.pipelines.learnable_log import START, learnable_log, settings_tree
 from tests.pipelines.short_trainings import RATES, SMALL, dying_after
@@ -29,22 +27,19 @@ pytestmark = pytest.mark.thorough
 NAME = "learnable"
 
 
-@dataclass(frozen=True)
-class Days:
+class Days(Registered):
     """Six days of a log of ten, of which the others come as files of their own, and a model of the first six."""
 
-    folder: Path
+    name = NAME
 
-    @staticmethod
-    def of(folder: Path) -> Days:
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.uri = folder, f"sqlite:///{folder / 'mlflow.db'}"
         split = {"train_end": "2024-03-05", "validation_end": "2024-03-06"}
         tree = settings_tree(folder, split=split, training=SMALL | RATES)
         (folder / "settings.yaml").write_text(yaml.safe_dump(tree, sort_keys=False), encoding="utf-8")
         (folder / "log").mkdir()
-        days = Days(folder)
-        days.add(0, 6)
+        self.add(0, 6)
         commands.run("train", "--config", str(folder / "settings.yaml"))
-        return days
 
     def add(self, start: float, end: float) -> pa.Table:
         """A file of these days."""
@@ -65,22 +60,6 @@ class Days:
         assert ended.value.code == 2
         (line,) = [each for each in capsys.readouterr().err.splitlines() if each.startswith("error: ")]
         return line
-
-    @property
-    def uri(self) -> str:
-        return f"sqlite:///{self.folder / 'mlflow.db'}"
-
-    def holder(self, alias: str = "champion") -> Version:
-        found = find_holder(NAME, alias, self.uri)
-        assert found is not None
-        return found
-
-    @property
-    def versions(self) -> int:
-        return len(mlflow.MlflowClient(self.uri, self.uri).search_model_versions(f"name='{NAME}'"))
-
-    def about(self, number: str) -> Artifact:
-        return read_artifact(fetch_model(f"models:/{NAME}/{number}", self.uri))
 
     @property
     def prepared(self) -> FeatureFolder:
@@ -110,7 +89,7 @@ def trained_rows(start: float, *tables: pa.Table) -> int:
 
 @pytest.fixture
 def days(tmp_path: Path) -> Days:
-    return Days.of(tmp_path)
+    return Days(tmp_path)
 
 
 def test_a_training_when_one_is_due(days: Days, capsys: pytest.CaptureFixture) -> None:
@@ -128,7 +107,7 @@ def test_a_training_when_one_is_due(days: Days, capsys: pytest.CaptureFixture) -
     assert f"training on {rows:,} rows before 2024-03-08T" in printed
     assert days.encoded("train") == rows > len(one)
     assert days.encoded("validation") == len(one) + len(two) - rows
-    assert days.versions == 4
+    assert len(days.versions()) == 4
     client = mlflow.MlflowClient(days.uri, days.uri)
     run = client.get_run(client.get_model_version(NAME, "4").run_id)
     assert run.data.tags["warm_start.model"] == f"models:/{NAME}/3"
@@ -144,7 +123,7 @@ def test_a_training_when_one_is_due(days: Days, capsys: pytest.CaptureFixture) -
     printed = capsys.readouterr().out
     assert "no new files" in printed
     assert "no training is due" in printed
-    assert days.versions == 4
+    assert len(days.versions()) == 4
     days.add(8.5, 10)
     days.run()
     assert days.holder().number == "5"
@@ -164,7 +143,7 @@ def test_a_training_that_was_killed_is_ended_by_the_next(days: Days, more: bool,
     days.run()
     assert days.encoded("train") == trained_rows(6, *tables)
     assert not days.under_way
-    assert days.versions == 3 + more
+    assert len(days.versions()) == 3 + more
     assert HeldFiles.read(days.prepared.folder).digest == days.about(f"{2 + more}").files
     if not more:
         experiment = mlflow.MlflowClient(days.uri).get_experiment_by_name(NAME)
@@ -193,9 +172,9 @@ def test_a_kill_between_any_two_steps(days: Days, monkeypatch: pytest.MonkeyPatc
     days.run()
     assert not days.under_way
     assert days.encoded("train") == trained_rows(6, table)
-    assert days.versions == 3
+    assert len(days.versions()) == 3
     days.run()
-    assert days.versions == 3
+    assert len(days.versions()) == 3
 
 
 def test_a_part_that_fails_leaves_the_alias(

@@ -14,7 +14,7 @@ from mmoe_rec.report.evaluation import page, write_results
 from mmoe_rec.report.sentences import describe_verdict
 from tests.report.evaluations import evaluation
 from tests.report.parsed import Page
-from tests.server.browser import CHROMIUM, DRIVER, browser
+from tests.server.browser import browser
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,6 @@ def test_its_figures_are_in_files_too(results: Results, tmp_path: Path) -> None:
     assert {each.name for each in tmp_path.iterdir()} == {"metrics.json", "metrics.parquet", "sums", "report.html"}
 
 
-@pytest.mark.skipif(None in (CHROMIUM, DRIVER), reason="needs Chromium and chromedriver")
 @pytest.mark.parametrize(("width", "dark"), [(1200, False), (390, True)])
 def test_it_opens_in_a_browser_and_fits(results: Results, width: int, dark: bool, tmp_path: Path) -> None:
     write_results(results, tmp_path)

@@ -43,8 +43,6 @@ GOOD = {"inputs": [element()]}
 BODY = json.dumps(GOOD).encode()
 SLOW = {"inputs": [element(user={"user": SLOW_USER})]}
 
-pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
-
 
 @dataclass
 class Running:

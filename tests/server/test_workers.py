@@ -233,34 +233,28 @@ def _ready(running: Running) -> set[int]:
     return running.workers()
 
 
-def _sent(running: Running, rows: list[dict[str, Any]]) -> str:
-    """Sends rows until they are acknowledged, as a caller does whose connection breaks; gives the position."""
-    answer: tuple[int, Any] = (0, None)
+def _answered(running: Running, body: Any, page: str) -> Any:
+    """The reply to a call, which is sent again as by a caller whose connection breaks."""
 
-    def acknowledged() -> bool:
-        nonlocal answer
+    def reply() -> Any:
         with suppress(OSError, HTTPException, ValueError):
-            answer = running.send({"events": rows}, "/events")
-        return answer[0] == 200
+            status, tree = running.send(body, page)
+            assert status == 200 or page == "/events", tree
+            return tree if status == 200 else None
+        return None
 
-    until(acknowledged)
-    return str(answer[1]["position"])
+    return until(reply)
+
+
+def _sent(running: Running, rows: list[dict[str, Any]]) -> str:
+    """Sends rows until they are acknowledged; gives the position."""
+    return str(_answered(running, {"events": rows}, "/events")["position"])
 
 
 def _asked(running: Running, position: str) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = []
-
-    def answered() -> bool:
-        with suppress(OSError, HTTPException, ValueError):
-            status, reply = running.send(ASKED, f"/invocations?after={position}")
-            assert status == 200, reply
-            ranking = reply["predictions"][0]
-            by_item = dict(zip(ranking["candidates"], ranking["explanations"], strict=True))
-            found[:] = [by_item[item] for item in ITEMS]
-        return bool(found)
-
-    until(answered)
-    return found
+    (ranking,) = _answered(running, ASKED, f"/invocations?after={position}")["predictions"]
+    by_item = dict(zip(ranking["candidates"], ranking["explanations"], strict=True))
+    return [by_item[item] for item in ITEMS]
 
 
 def _check(small: SmallModel, found: list[dict[str, Any]], table: pa.Table) -> None:
