@@ -172,8 +172,8 @@ class ExampleScores:
     scores: (N,); predictions: task -> (N,); computed_with: package, or "processor" -> version of it.
     """
 
-    scores: tuple[float, ...]
-    predictions: Mapping[str, tuple[float, ...]]
+    scores: Sequence[float]
+    predictions: Mapping[str, Sequence[float]]
     computed_with: Mapping[str, str]
 
     @staticmethod
@@ -181,17 +181,15 @@ class ExampleScores:
         """The scores of a `Ranking` of all candidates, computed in this process."""
         back = np.argsort(ranking.order)
         return ExampleScores(
-            tuple(np.array(ranking.scores)[back].tolist()),
-            {task.name: tuple(np.array(ranking.predictions[task.name])[back].tolist()) for task in tasks},
+            np.array(ranking.scores)[back].tolist(),
+            {task.name: np.array(ranking.predictions[task.name])[back].tolist() for task in tasks},
             {name: version(name) for name in ("torch", "numpy", "pyarrow")} | {"processor": platform.machine()},
         )
 
     @staticmethod
     def read(folder: Path) -> ExampleScores:
         """The scores in an artifact folder."""
-        tree = json.loads((folder / SCORES).read_text(encoding="utf-8"))
-        predictions = {name: tuple(values) for name, values in tree["predictions"].items()}
-        return ExampleScores(tuple(tree["scores"]), predictions, dict(tree["computed_with"]))
+        return ExampleScores(**json.loads((folder / SCORES).read_text(encoding="utf-8")))
 
     def difference(self, now: ExampleScores, tasks: Sequence[ModelTask], calibration: Calibration) -> str | None:
         """What `now`, computed elsewhere or later, has that rounding does not explain, as a part of a sentence.

@@ -12,7 +12,6 @@ import json
 from typing import Any
 
 import mlflow
-import numpy as np
 import pandas as pd
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import INTERNAL_ERROR, INVALID_PARAMETER_VALUE
@@ -21,6 +20,7 @@ from mlflow.pyfunc import PythonModel, PythonModelContext
 from mmoe_rec.errors import RequestError
 from mmoe_rec.inference.ranking import Ranking
 from mmoe_rec.inference.reader import EMPTY, Request, name_element, read_requests, rows_of_candidates, split_rows
+from mmoe_rec.log.given import plain
 
 ARTIFACT = "model"
 
@@ -67,10 +67,10 @@ class RankingPythonModel(PythonModel):
                 return pd.DataFrame(rows_of_candidates(replies, rows), model_input.index)
             if isinstance(model_input, pd.DataFrame):
                 model_input = model_input.to_dict("records")  # requests, a row each
-            elements = [model_input] if isinstance(model_input, dict) else plain_values(model_input)
+            elements = [model_input] if isinstance(model_input, dict) else plain(model_input)
             if not isinstance(elements, list):
                 raise RequestError("'inputs' must be a list of requests")
-            return self._rank([plain_values(each) for each in elements], params or {})
+            return self._rank(elements, params or {})
         except RequestError as error:
             raise BadRequest(str(error)) from None
         except RuntimeError as error:
@@ -86,13 +86,6 @@ class RankingPythonModel(PythonModel):
             if isinstance(answer, RequestError):
                 raise RequestError(name_element(answer, index, len(answers), rows or ()))
         return [answer.to_dict() for answer in answers if isinstance(answer, Ranking)]
-
-
-def plain_values(value: Any) -> Any:
-    """JSON values instead of the arrays that MLflow's server makes of them, and of the parts of a request."""
-    if isinstance(value, dict):
-        return {name: each.tolist() if isinstance(each, np.ndarray) else each for name, each in value.items()}
-    return value.tolist() if isinstance(value, np.ndarray) else value
 
 
 mlflow.models.set_model(RankingPythonModel())

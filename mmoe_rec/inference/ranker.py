@@ -12,6 +12,7 @@ import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeAlias
@@ -33,10 +34,10 @@ from mmoe_rec.inference.artifact import (
     read_model,
     version_of,
 )
-from mmoe_rec.inference.ranking import Freshness, RankedRequest, Ranking, as_of, explain, latest, scored_table
-from mmoe_rec.inference.reader import Request, RequestReader, as_logged, fused_weights, read_rows
+from mmoe_rec.inference.ranking import Freshness, RankedRequest, Ranking, as_of, explain, latest, new_id, scored_table
+from mmoe_rec.inference.reader import Request, RequestReader, as_logged, as_table, fused_weights, read_rows
 from mmoe_rec.inference.scorer import ExpertOptions, Scored, Scorer
-from mmoe_rec.log.given import check_count, iso_time
+from mmoe_rec.log.given import iso_time
 from mmoe_rec.log.rows import ROWS_AT_A_TIME, LogRows, RequestRows
 from mmoe_rec.model.mmoe import RequestInputs
 from mmoe_rec.model.products import Products
@@ -104,7 +105,7 @@ class Ranker:
         reader = RequestReader(pipeline, features, about.max_candidates)
         self._knowledge = Knowledge(pipeline, reader, Freshness.of(about))
         self.keeps_seen = False
-        """Whether rankings hold what features saw of their request (`Ranking.seen`), for who logs it."""
+        """Whether rankings hold what features saw of their request (`Ranking.seen`), and its id, for who logs it."""
         self._learning = threading.RLock()
 
     @property
@@ -131,21 +132,17 @@ class Ranker:
         """
         folder = Ranker.find_folder(address, uri)
         try:
-            return Ranker._read(folder)
+            about, version = read_artifact(folder), version_of(folder)
+            ranker = Ranker(folder, about, version)
+            if (version_of(folder), read_artifact(folder, verify=False)) != (version, about):
+                raise UserError(f"another model took the place of '{folder}' while it was loaded: load it again")
+            # This also builds the indexes that encoders make at their first use, so that no request waits for them.
+            now, before = ranker.example_scores(folder), ExampleScores.read(folder)
         except (FileNotFoundError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise UserError(
                 f"the model in '{folder}' can't be loaded ({one_line(error)}): train it again, or use the version of "
                 "mmoe_rec that wrote it"
             ) from error
-
-    @staticmethod
-    def _read(folder: Path) -> Ranker:
-        about, version = read_artifact(folder), version_of(folder)
-        ranker = Ranker(folder, about, version)
-        if (version_of(folder), read_artifact(folder, verify=False)) != (version, about):
-            raise UserError(f"another model took the place of the one in '{folder}' while it was loaded: load it again")
-        # This also builds the indexes that encoders make at their first use, so that no request waits for them.
-        now, before = ranker.example_scores(folder), ExampleScores.read(folder)
         if difference := before.difference(now, ranker.about.tasks, ranker.calibration):
             others = ", ".join(before.other_versions(now))
             raise OtherScoresError(
@@ -213,8 +210,7 @@ class Ranker:
         """
         from mmoe_rec.live.event_rows import RowChecks
 
-        table = events if isinstance(events, pa.Table) else pa.Table.from_pandas(events, preserve_index=False)
-        schema = self.pipeline.schema
+        table, schema = as_table(events), self.pipeline.schema
         checked = RowChecks(self.pipeline, max(len(table), 1)).read_table(log, table)
         with self._learning:
             self.take(self.prepare({log: as_logged(schema, self.reader, log, checked)}))
@@ -222,11 +218,12 @@ class Ranker:
     def prepare(self, rows: Mapping[str | None, LogRows]) -> Knowledge:
         """What `take` takes. rows: of the interaction log (None) and of logs of events, with all of their columns."""
         before, rows = self._knowledge, {source: each for source, each in rows.items() if len(each)}
-        pipeline, users, candidates = before.pipeline, before.reader.users, before.reader.candidates
+        pipeline, reader = before.pipeline, copy(before.reader)
         if None in rows:
-            users, candidates = users.extended(rows[None], "user"), candidates.extended(rows[None], "candidate")
+            reader.users = reader.users.extended(rows[None], "user")
+            reader.candidates = reader.candidates.extended(rows[None], "candidate")
         known = max([before.freshness.known, *(int(each.times().max()) for each in rows.values())])
-        reader, freshness = before.reader.with_latest(users, candidates), before.freshness.up_to(known)
+        freshness = replace(before.freshness, known=known)
         return Knowledge(pipeline.with_live(pipeline.live.extended(rows)), reader, freshness, pipeline.live)
 
     def take(self, knowledge: Knowledge) -> None:
@@ -270,14 +267,10 @@ class Ranker:
         Raises:
             RequestError: naming the column or option that the caller has to change.
         """
-        options = {
-            "task_weights": task_weights,
-            "top_k": top_k,
-            "gate_top_k": gate_top_k,
-            "mask_experts": mask_experts,
-            "explain": explain,
-        }
-        (answer,) = self.rank_many([Request.of({"user": user, "context": context, "candidates": candidates}, options)])
+        element: dict[str, Any] = {"user": user, "context": context, "candidates": candidates}
+        element |= {"task_weights": task_weights, "top_k": top_k, "explain": explain}
+        element |= {"gate_top_k": gate_top_k, "mask_experts": mask_experts}
+        (answer,) = self.rank_many([Request.of(element)])
         if isinstance(answer, RequestError):
             raise answer
         return answer
@@ -291,16 +284,14 @@ class Ranker:
         answers: dict[int, Ranking | RequestError] = {}
         groups: dict[Any, list[_Checked]] = {}
         for number, request in enumerate(requests):
-            if isinstance(request, RequestError):
-                answers[number] = request
-                continue
             try:
+                if isinstance(request, RequestError):
+                    raise request
                 weights, experts = self.check_options(request)
-            except RequestError as error:
-                answers[number] = error
-            else:
                 group = groups.setdefault((experts, request.columns), [])
                 group.append(_Checked(number, request, weights, experts))
+            except RequestError as error:
+                answers[number] = error
         for group in groups.values():
             for part in _parts(group):
                 answers.update(zip((each.number for each in part), self._rank(knowledge, part), strict=True))
@@ -309,35 +300,24 @@ class Ranker:
     def check_options(self, request: Request) -> tuple[np.ndarray, ExpertOptions]:
         """(T,) weights of the tasks in the score, and experts, that a request asks for. Raises RequestError for a wrong
         option."""
-        check_count("top_k", request.top_k)
         weights = fused_weights(self.layout.tasks, request.task_weights)
         return weights, self.scorer.options(request.gate_top_k, request.mask_experts)
 
     def _rank(self, knowledge: Knowledge, part: Sequence[_Checked]) -> Sequence[Ranking | RequestError]:
         try:
-            rows, inputs = self.encode(knowledge, [each.request for each in part])
+            rows = knowledge.reader.rows([each.request for each in part])
+            inputs = knowledge.pipeline.request_inputs(rows)
             explain = any(each.request.explain for each in part)
             matrix = self.request_inputs.matrix(*inputs, rows.of)
             scored = self.scorer.score(matrix, part[0].experts, explain)
             if len(part) == 1 or not scored.failed:  # an expert's failure may be the fault of one request
                 return self._put_in_order(knowledge, part, rows, inputs, scored)
-        except RequestError as error:
+        except UserError as error:
             if len(part) == 1:
-                return [error]
+                return [error if isinstance(error, RequestError) else RequestError(str(error))]
         # Some of them are wrong, or give values of other types than the others: halves find out which.
         half = len(part) // 2
         return [*self._rank(knowledge, part[:half]), *self._rank(knowledge, part[half:])]
-
-    @staticmethod
-    def encode(knowledge: Knowledge, requests: Sequence[Request]) -> tuple[RequestRows, tuple[Inputs, Inputs]]:
-        """The rows of requests that give the same columns, and the model's inputs: of requests, and of candidates."""
-        rows = knowledge.reader.rows(requests)
-        try:
-            return rows, knowledge.pipeline.request_inputs(rows)
-        except RequestError:
-            raise
-        except UserError as error:
-            raise RequestError(str(error)) from None
 
     def _put_in_order(
         self,
@@ -368,13 +348,17 @@ class Ranker:
         times = rows.shared.times().tolist()
         floors = pipeline.memories_read(rows)
         read = pipeline.explain(rows) if scored.gates is not None else None
-        integer_ids = pipeline.key_types.get(names.request or "") == "int64"
+        name, request_ids = names.request, [None] * len(part)
+        if name is not None and rows.shared.has(name):
+            request_ids = rows.shared.column(name).to_pylist()
+        integer_ids = pipeline.key_types.get(name or "") == "int64"
         rankings = []
         for number, each in enumerate(part):
             start, end = int(starts[number]), int(starts[number + 1])
-            seen = RankedRequest(rows, inputs, self.layout, integer_ids, number, start, end)
+            seen = RankedRequest(rows, inputs, self.layout, number, start, end)
             if each.request.top_k is not None:
                 end = min(end, start + each.request.top_k)
+            request_id = new_id(integer_ids) if request_ids[number] is None else request_ids[number]
             explanations = None
             if read is not None and each.request.explain:
                 moments = as_of(floors, times[number])
@@ -392,6 +376,7 @@ class Ranker:
                     model={"name": self.about.name, "version": self.version},
                     explanations=explanations,
                     unknown_ids={"user": unknown_users[number], "candidate": unknown[number]},
+                    request_id=request_id if self.keeps_seen else None,
                     seen=seen if self.keeps_seen else None,
                 )
             )
@@ -430,13 +415,11 @@ def _parts(group: Sequence[_Checked]) -> Iterator[Sequence[_Checked]]:
     part: list[_Checked] = []
     rows = 0
     for each in group:
-        lists = (column for column in each.request.candidates.values() if isinstance(column, Sequence))
-        count = max(map(len, lists), default=0)
-        if part and rows + count > ROWS_AT_A_TIME:
+        if part and rows + each.request.count > ROWS_AT_A_TIME:
             yield part
             part, rows = [], 0
         part.append(each)
-        rows += count
+        rows += each.request.count
     yield part
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import secrets
+import uuid
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +23,9 @@ if TYPE_CHECKING:
     from mmoe_rec.features.encoder import Inputs
     from mmoe_rec.inference.scorer import Scored
     from mmoe_rec.log.rows import RequestRows
+
+_JAVASCRIPT_BITS = 53
+"""Integers beyond lose digits in JavaScript, and events with such ids would belong to no request."""
 
 
 @dataclass(frozen=True)
@@ -44,19 +49,22 @@ class Explanation:
     attributes: dict[str, Any]
 
 
+def new_id(integer: bool) -> int | str:
+    """An id for a request that has none: a random integer from 1 to 2^53, or 32 hexadecimal digits."""
+    return secrets.randbelow(2**_JAVASCRIPT_BITS) + 1 if integer else uuid.uuid4().hex
+
+
 @dataclass(frozen=True, eq=False)
 class RankedRequest:
     """A request of a pass.
 
     rows: of the whole pass; inputs: of its R requests, and of its N candidates, as `request_inputs` gives them; layout:
-    of the model; integer_ids: whether ids of requests are integers in the log; number: of the request; first, end: its
-    rows.
+    of the model; number: of the request; first, end: its rows.
     """
 
     rows: RequestRows
     inputs: tuple[Inputs, Inputs]
     layout: Layout
-    integer_ids: bool
     number: int
     first: int
     end: int
@@ -65,14 +73,6 @@ class RankedRequest:
     def user(self) -> int | str:
         """The user's id."""
         return self.rows.shared.column(self.rows.schema.columns.user)[self.number].as_py()
-
-    @property
-    def request(self) -> int | str | None:
-        """The request's id, where the caller gave one."""
-        name = self.rows.schema.columns.request
-        if name is None or not self.rows.shared.has(name):
-            return None
-        return self.rows.shared.column(name)[self.number].as_py()
 
 
 UNSENT = ("unknown_ids", "seen", "journal_position")
@@ -91,9 +91,9 @@ class Ranking:
     with experts, see `mmoe_rec.inference.scorer`, and what is wrong with the request's time, see `Freshness`; model:
     the artifact's `name` and `version` (see `version_of`); explanations: of each candidate, where they were asked for;
     unknown_ids: how many ids of the request's `user` and `candidate`s the model knows nothing of, which replies leave
-    out; request_id: the caller's own, or the one that the server gave, where it logs requests; seen: what features saw
-    of the request, see `RankedRequest`, and journal_position: up to where of the server's journal the
-    model knew events, which replies leave out.
+    out; request_id: the caller's own or a new one, where requests are logged; seen: what features saw of the request
+    then, see `RankedRequest`, and journal_position: up to where of the server's journal the model knew events, which
+    replies leave out.
     """
 
     candidates: list[int] | list[str]
@@ -182,10 +182,6 @@ class Freshness:
         if about.tables_as_of is None:
             return Freshness(0, None)
         return Freshness(microseconds("tables_as_of", about.tables_as_of), about.stale_after_days)
-
-    def up_to(self, moment: int) -> Freshness:
-        """The same where what happened up to a moment (microseconds) has become known besides."""
-        return self if moment <= self.known else replace(self, known=moment)
 
     def is_stale(self, time: int) -> bool:
         """Whether a request at this time (microseconds) is so much later."""

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from copy import copy
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -26,7 +25,7 @@ from mmoe_rec.errors import RequestError, UserError, quoted, suggest
 from mmoe_rec.features.latest import LatestValues
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.log.columns import UTC_MICROSECONDS, canonical, column_uses, event_uses
-from mmoe_rec.log.given import plain, plain_option, to_arrow, value_schema
+from mmoe_rec.log.given import find_twice, plain, plain_option, to_arrow, value_schema
 from mmoe_rec.log.reader import event_rows
 from mmoe_rec.log.rows import FewRows, LogRows, RequestRows, Stored
 from mmoe_rec.model.layout import ModelTask
@@ -41,8 +40,9 @@ PARTS: dict[Role, str] = {"user": "user", "candidate": "candidates", "context": 
 OPTIONS = ("task_weights", "top_k", "gate_top_k", "mask_experts", "explain")
 EMPTY: dict[str, Any] = {"user": {}, "candidates": {}}
 """The least request, for a look at options alone."""
-_WANTED = {"user": "an object", "context": "an object", "candidates": "an object of lists", "top_k": "an integer"}
-_WANTED |= {"gate_top_k": "an integer", "mask_experts": "a list of integers", "explain": "true or false"}
+_WANTED = {"user": "an object", "context": "an object", "candidates": "an object of lists"}
+_WANTED |= dict.fromkeys(("top_k", "gate_top_k"), "an integer of at least 1")
+_WANTED |= {"mask_experts": "a list of integers", "explain": "true or false"}
 
 
 class Request(BaseModel):
@@ -57,8 +57,8 @@ class Request(BaseModel):
     context: dict[str, Any] = Field(default_factory=dict)
     candidates: dict[str, Any]  # `RequestReader` says what is wrong with a column
     task_weights: dict[str, Any] | None = None
-    top_k: int | None = None
-    gate_top_k: int | None = None
+    top_k: int | None = Field(None, ge=1)
+    gate_top_k: int | None = Field(None, ge=1)
     mask_experts: list[Any] | None = None  # checked by the model: pydantic would write down each that is no number
     explain: bool | None = None
 
@@ -75,13 +75,17 @@ class Request(BaseModel):
                 raise RequestError(
                     f"a request has no key {quoted(str(name))}; {suggest(str(name), Request.model_fields)}"
                 )
-        given = {name: plain_option(each) if name in OPTIONS else each for name, each in element.items()}
+        # MLflow's server makes arrays of the parts of a request.
+        given = {name: plain_option(each) if name in OPTIONS else plain(each) for name, each in element.items()}
         given |= {
             name: plain_option(each) for name, each in params.items() if name in OPTIONS and given.get(name) is None
         }
         columns: Any = given.get("candidates")
         if hasattr(columns, "items"):  # a dict, or a data frame
-            given["candidates"] = {name: plain(each) for name, each in columns.items()}
+            pairs = [(name, plain(each)) for name, each in columns.items()]
+            given["candidates"] = dict(pairs)
+            if len(given["candidates"]) < len(pairs):
+                raise RequestError(f"'candidates' has column {quoted(find_twice(name for name, _ in pairs))} twice")
         try:
             return Request.model_validate(given)
         except ValidationError as error:
@@ -95,6 +99,12 @@ class Request(BaseModel):
     def columns(self) -> tuple[tuple[str, ...], ...]:
         """What requests that can be read together have in common: the columns that they give."""
         return tuple(self.user), tuple(self.context), tuple(self.candidates)
+
+    @property
+    def count(self) -> int:
+        """How many candidates there are, by the longest column."""
+        lists = (each for each in self.candidates.values() if isinstance(each, Sequence) and not isinstance(each, str))
+        return max(map(len, lists), default=0)
 
 
 def read_requests(elements: Sequence[Any], params: Mapping[str, Any]) -> list[Request | RequestError]:
@@ -122,8 +132,7 @@ def split_rows(
         raise RequestError(f"{wrong} is not for data frames, each of whose rows gets one prediction: send 'inputs'")
     names = [str(name) for name in names]
     roles = {name: reader.role_of(name, "the data frame") for name in names}
-    if len(roles) < len(names):
-        twice = next(name for name in roles if names.count(name) > 1)
+    if (twice := find_twice(names)) is not None:
         raise RequestError(f"the data frame has column {quoted(twice)} twice")
     values = {name: reader.frame_column(name, each) for name, each in zip(names, columns, strict=True)}
     request, groups = reader.schema.columns.request, dict[str, list[int]]()
@@ -242,12 +251,6 @@ class RequestReader:
         if (request := names.request) is not None:  # features may not read it, and the server logs it
             self._columns.setdefault(request, RequestColumn(request, "context", "key", types.get(request)))
         self._unread = {n: r for n, r in schema.column_roles.items() if n not in inputs and n not in self._columns}
-
-    def with_latest(self, users: LatestValues, candidates: LatestValues) -> RequestReader:
-        """One that knows other latest values; this one stays as it is."""
-        reader = copy(self)
-        reader.users, reader.candidates = users, candidates
-        return reader
 
     def json_schema(self) -> dict[str, dict[str, Any]]:
         """What a request's `user`, `context` and `candidates` may hold, as JSON Schema."""
@@ -395,6 +398,17 @@ def _now() -> pa.Scalar:
     return pa.scalar(time.time_ns() // 1_000, UTC_MICROSECONDS)
 
 
+def as_table(given: pa.Table | pd.DataFrame) -> pa.Table:
+    """Rows as Arrow has them. Raises UserError for a column that is there twice, and for values of several types."""
+    names = given.column_names if isinstance(given, pa.Table) else given.columns
+    if (twice := find_twice(names)) is not None:
+        raise UserError(f"column {quoted(twice)} is given twice")
+    try:
+        return given if isinstance(given, pa.Table) else pa.Table.from_pandas(given, preserve_index=False)
+    except pa.ArrowException as error:
+        raise UserError(f"the data frame can't be read: {'; '.join(map(str, error.args))}") from None
+
+
 def read_rows(pipeline: FeaturePipeline, given: LogRows | pa.Table | pd.DataFrame) -> LogRows:
     """Rows with the log's columns; labels need not be there.
 
@@ -403,7 +417,7 @@ def read_rows(pipeline: FeaturePipeline, given: LogRows | pa.Table | pd.DataFram
     if isinstance(given, LogRows):
         return given
     schema = pipeline.schema
-    rows = given if isinstance(given, pa.Table) else pa.Table.from_pandas(given, preserve_index=False)
+    rows = as_table(given)
     read = schema.input_columns()
     missing = [name for name, role in read.items() if role != "placement" and name not in rows.column_names]
     if missing:

@@ -20,7 +20,6 @@ from torch.nn import functional
 
 from mmoe_rec.errors import RequestError
 from mmoe_rec.inference.artifact import Artifact
-from mmoe_rec.log.given import check_count
 from mmoe_rec.model.mmoe import Outputs, RankingModel
 from mmoe_rec.model.products import Products, has_onednn, set_products
 from mmoe_rec.model.score import Calibration, log_predictions, predictions
@@ -86,19 +85,16 @@ class Scorer:
         self.broken = _take_out_broken(model)
         self.products: Products = "blas"
 
-    def options(self, top_k: Any, masked: Any) -> ExpertOptions:
+    def options(self, top_k: int | None, masked: Sequence[Any] | None) -> ExpertOptions:
         """A request's `gate_top_k` and `mask_experts`, checked. Raises RequestError."""
-        check_count("gate_top_k", top_k)
         if top_k is not None and top_k > self.experts:
             raise RequestError(f"gate_top_k is {top_k}, and the model has {self.experts} experts")
-        if masked is None:
-            return ExpertOptions(top_k)
-        if not isinstance(masked, list | tuple) or any(isinstance(e, bool) or not isinstance(e, int) for e in masked):
-            raise RequestError("mask_experts must be a list of experts' numbers, such as [0, 3]")
-        for expert in masked:
+        for expert in masked or ():
+            if isinstance(expert, bool) or not isinstance(expert, int):
+                raise RequestError("mask_experts must be a list of experts' numbers, such as [0, 3]")
             if not 0 <= expert < self.experts:
                 raise RequestError(f"mask_experts names expert {expert}; the model has 0 to {self.experts - 1}")
-        return ExpertOptions(top_k, tuple(sorted(set(masked))))
+        return ExpertOptions(top_k, tuple(sorted(set(masked or ()))))
 
     def multiply_by(self, products: Products) -> None:
         """From now on multiplies by this library, where torch has it; results are equal but for rounding."""

@@ -87,7 +87,8 @@ class Duplicates:
         self._uses = find_uses(schema)
         self.sources = list(self._uses)
         """The logs that the schema has, None for the interaction log."""
-        self._newest = dict.fromkeys(self._uses, _NEVER)
+        self.newest = dict.fromkeys(self._uses, _NEVER)
+        """The latest time of each log's rows so far, microseconds; the least int64 before there are any."""
         # Rows by event id, and by request and candidate; requests by id.
         self._stores = {
             source: {
@@ -114,28 +115,24 @@ class Duplicates:
 
     def to_arrays(self, source: str | None) -> dict[str, np.ndarray]:
         """What is remembered of one log: the same for the same batches, in however many steps they came."""
-        arrays = {"newest": np.array(self._newest[source])}
+        arrays = {"newest": np.array(self.newest[source])}
         for store, keys in self._stores[source].items():
             arrays |= {f"{store}.{column}": values for column, values in keys.to_arrays().items()}
         return arrays
 
     def restore(self, source: str | None, arrays: Mapping[str, np.ndarray]) -> None:
         """Takes what `to_arrays` gave. Raises KeyError for anything else."""
-        self._newest[source] = int(arrays["newest"])
+        self.newest[source] = int(arrays["newest"])
         for store, keys in self._stores[source].items():
             begin = f"{store}."
             keys.restore({name.removeprefix(begin): each for name, each in arrays.items() if name.startswith(begin)})
-
-    def newest(self, source: str | None) -> int:
-        """The latest time of a log's rows so far, microseconds; the least int64 before there are any."""
-        return self._newest[source]
 
     def _filter(self, name: str | None, batches: Sequence[Batch]) -> NewRows:
         time = self.schema.columns.time if name is None else self.schema.events[name].time
         table, sizes = _concat(batches, self._uses[name]), [len(batch) for batch in batches]
         starts, number = np.cumsum([0, *sizes]), np.repeat(np.arange(len(sizes)), sizes)
         times = LogRows(table, self.schema).times(time)
-        latest = np.maximum.accumulate(np.maximum(np.maximum.reduceat(times, starts[:-1]), self._newest[name]))
+        latest = np.maximum.accumulate(np.maximum(np.maximum.reduceat(times, starts[:-1]), self.newest[name]))
         days = latest // MICROSECONDS_PER_DAY
         # The batches of one latest day together: what is remembered is the same for all of them.
         edges = [0, *(np.flatnonzero(days[1:] != days[:-1]) + 1).tolist(), len(batches)]
@@ -153,7 +150,7 @@ class Duplicates:
 
         time: the column of (N,) times; batch: (N,) the number of each row's batch, rising.
         """
-        stores, uses, newest = self._stores[name], self._uses[name], self._newest[name]
+        stores, uses, newest = self._stores[name], self._uses[name], self.newest[name]
         rows = LogRows(table, self.schema)
         if day != newest // MICROSECONDS_PER_DAY:
             for store in stores.values():
@@ -178,7 +175,7 @@ class Duplicates:
                 place = table.column_names.index(time)
                 taken = taken.set_column(place, time, pa.array(settled).cast(UTC_MICROSECONDS))
         before = np.maximum.accumulate(np.append(newest, times))[:-1][kept]
-        self._newest[name] = max(newest, int(times.max()))
+        self.newest[name] = max(newest, int(times.max()))
         horizon = before // MICROSECONDS_PER_DAY - self.forget_after_days
         counts = Counter(
             accepted=len(kept),

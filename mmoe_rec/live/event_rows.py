@@ -12,7 +12,6 @@ from __future__ import annotations
 import difflib
 import struct
 import time
-from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -28,7 +27,7 @@ from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.live.duplicates import EVENT_ID, find_uses
 from mmoe_rec.log.columns import canonical, element_type, list_label_columns
 from mmoe_rec.log.files import first_line
-from mmoe_rec.log.given import check_finite, microseconds, to_arrow, value_schema
+from mmoe_rec.log.given import check_finite, find_twice, microseconds, to_arrow, value_schema
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.log.values import LARGEST, event_value_checks, find_first_fault, log_value_checks, take_part
 from mmoe_rec.point_in_time.arrays import one_array
@@ -87,10 +86,11 @@ class RowChecks:
         columns, unit = self.schema.columns, self.schema.columns.time_unit
         sizes = dict(chain.from_iterable(each.list_lengths.items() for each in self.schema.features.values()))
         never_null = {columns.user, columns.candidate, columns.time, columns.request, columns.weight}
-        ends = {columns.sampling_rate: (1e-30, 1.0), columns.weight: (1e-20, 1e20)}
-        ends |= {
-            each.label: (0, 1) if each.kind == "binary" else (-LARGEST, LARGEST) for each in self.schema.tasks.values()
-        }
+        ends: dict[str | None, dict[str, Any]] = {columns.sampling_rate: {"minimum": 1e-30, "maximum": 1.0}}
+        ends[columns.weight] = {"minimum": 1e-20, "maximum": 1e20}
+        binary, number = {"minimum": 0, "maximum": 1, "multipleOf": 1}, {"minimum": -LARGEST, "maximum": LARGEST}
+        for task in self.schema.tasks.values():
+            ends[task.label] = binary if task.kind == "binary" else number
         calls = []
         for source, its in self._columns.items():
             rows: dict[str, dict[str, Any]] = {name: {} for name in (self._unread if source is None else ())}
@@ -99,10 +99,8 @@ class RowChecks:
                 rows[name] = each
                 if name in (never_null if source is None else {self.schema.events[source].time}):
                     each["type"].remove("null")
-                if source is None and name in ends:
-                    each |= dict(zip(("minimum", "maximum"), ends[name], strict=True))
-                if source is None and ends.get(name) == (0, 1):
-                    each["multipleOf"] = 1
+                if source is None:
+                    each |= ends.get(name, {})
                 if "string" in each.get("items", each)["type"]:
                     each.get("items", each)["maxLength"] = LONGEST_STRING
                 if name == EVENT_ID:
@@ -171,10 +169,9 @@ class RowChecks:
         if not table.num_rows:
             raise RequestError("the table must have at least one row")
         self._check_count(table.num_rows)
-        given = dict(zip(table.column_names, table.columns, strict=True))
-        if len(given) < table.num_columns:
-            twice, _ = Counter(table.column_names).most_common(1)[0]
+        if (twice := find_twice(table.column_names)) is not None:
             raise RequestError(f"column {quoted(twice)} is given twice")
+        given = dict(zip(table.column_names, table.columns, strict=True))
         if (wrong := self._wrong_names(source, given)) is not None:
             raise RequestError(wrong)
         arrays = {name: self._arrow_column(name, each, given[name]) for name, each in columns.items() if name in given}

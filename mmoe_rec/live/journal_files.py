@@ -98,8 +98,8 @@ def write_files(
             written.counts.setdefault(source, Counter()).update(rows.counts)
             if not table.num_rows:
                 continue
-            setting, place = _place_of(source, schema, log)
-            path = _find_folder(place, setting, name) / name
+            place = log if source is None else schema.events[source].path
+            path = _find_folder(place, "data.log" if source is None else f"data.events.{source}.path", name) / name
             if path.exists():
                 _check_columns(path, uses[source])
             else:
@@ -206,11 +206,6 @@ def _keep_checkpoint(
 
 def _checksum(position: int, log: str, part: int, data: bytes) -> int:
     return zlib.crc32(data, zlib.crc32(f"{position} {part} {log}".encode()))
-
-
-def _place_of(source: str | None, schema: Schema, log: str) -> tuple[str, str]:
-    """The setting that says where a log is, and its value."""
-    return ("data.log", log) if source is None else (f"data.events.{source}.path", schema.events[source].path)
 
 
 def _find_folder(source: str, setting: str, name: str) -> Path:

@@ -20,6 +20,7 @@ import numpy as np
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.live.duplicates import Duplicates, NewRows
+from mmoe_rec.live.event_rows import MOST_ROWS, RowChecks
 from mmoe_rec.live.journal import ROWS_AT_A_TIME, Journal
 from mmoe_rec.live.journal_files import find_removed_logs, read_on
 from mmoe_rec.log.rows import LogRows, require_all
@@ -46,16 +47,17 @@ class ModelUpdate:
 
 class Learning:
     """What one model learns. `read` and `take` alternate, in whatever thread. position: up to where the model knows the
-    journal; gap: what it does not know of it and can't learn, as a sentence.
+    journal; gap: what it does not know of it and can't learn, as a sentence; checks: of rows that are to come.
 
     Raises UserError for an address that holds no journal.
     """
 
-    def __init__(self, ranker: Ranker, address: str, features: Path) -> None:
-        """address: of the journal; features: the folder with the model's tables."""
+    def __init__(self, ranker: Ranker, address: str, features: Path, most_rows: int = MOST_ROWS) -> None:
+        """address: of the journal; features: the folder with the model's tables; most_rows: of a batch to come."""
         self.ranker, self.journal = ranker, Journal(address, create=False)
         self.schema = ranker.pipeline.schema
         require_all(self.schema, "a journal of events")
+        self.checks = RowChecks(ranker.pipeline, most_rows)
         self._waiting: ModelUpdate | None = None
         self._error: Exception | None = None
         self._has_ended = False
@@ -75,7 +77,7 @@ class Learning:
             )
         through = int(about["through"]) if about is not None and self._is_known else 0
         self.position = max(through, self.journal.removed())
-        self._duplicates = Duplicates(self.schema)
+        self.duplicates = Duplicates(self.schema)
         taken = read_held_files(features)
         self._begin(through, None if taken is None else taken.last_segments(self.journal.id, self.schema.events))
         self.gap: str | None = None
@@ -94,7 +96,7 @@ class Learning:
         these first. held: log -> the last cut whose file the tables hold.
         """
         lacking: dict[str | None, list[NewRows]] = {}
-        for cut, rows in read_on(self.journal, self._duplicates, self.position, self.position):
+        for cut, rows in read_on(self.journal, self.duplicates, self.position, self.position):
             for source, each in rows.items():
                 if source is not None and cut > (through if held is None else held[source]):
                     lacking.setdefault(source, []).append(each)
@@ -124,10 +126,6 @@ class Learning:
         self._has_ended = True
         self.journal.close()
 
-    def newest(self, source: str | None) -> int:
-        """The latest time of a log's rows so far, microseconds; the least int64 before there are any."""
-        return self._duplicates.newest(source)
-
     def catch_up(self) -> None:
         """Learns all that there is; for a model that nobody asks yet."""
         while (learnt := self.read()) is not None:
@@ -148,11 +146,11 @@ class Learning:
                 if not (batches := self.journal.read(self.position, most_rows)):
                     return None
                 try:
-                    new = self._duplicates.filter(batches)
+                    new = self.duplicates.filter(batches)
                 except Exception as error:
                     self._error = error
                     raise
-                self._tell_of(self._duplicates.unknown)
+                self._tell_of(self.duplicates.unknown)
                 self._waiting = ModelUpdate(new, batches[-1].position, [each.accepted_at for each in batches])
             counts, rows = Counter[str](), dict[str | None, LogRows]()
             for source, each in self._waiting.new.items():
@@ -160,8 +158,7 @@ class Learning:
                 known = each.rows(self.schema)
                 rows[source] = known if self._is_known else known.filter(known.times() > self.ranker.tables_known)
                 counts["in_tables"] += len(known) - len(rows[source])
-            prepared = self.ranker.prepare({source: each for source, each in rows.items() if len(each)})
-            return replace(self._waiting, prepared=prepared, counts=+counts)
+            return replace(self._waiting, prepared=self.ranker.prepare(rows), counts=+counts)
 
     def count_known(self, times: np.ndarray) -> int:
         """How many rows of (N,) times, microseconds, the tables may hold, so that they are not learnt."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,9 +29,8 @@ from mmoe_rec.inference.reader import PARTS
 from mmoe_rec.jobs.places import logs_for
 from mmoe_rec.jobs.score_files import known_rows
 from mmoe_rec.live import request_log as names
-from mmoe_rec.live.event_rows import RowChecks
 from mmoe_rec.live.journal import Batch, Journal
-from mmoe_rec.live.request_log import Record, RequestLog, hash_features, write_file
+from mmoe_rec.live.request_log import Record, hash_features, write_file
 from mmoe_rec.live.served_rows import LogEvents, Period, compare, read_logged
 from mmoe_rec.locks import writing
 from mmoe_rec.log.checks import format_time
@@ -245,19 +244,17 @@ class LiveModel:
         address = f"sqlite:///{folder / 'journal.db'}"
         Journal(address).close()
         self._learning = Learning(self.ranker, address, model / "features")
-        self._checks = RowChecks(self.ranker.pipeline)
         self._logged: list[pa.Table] = []
 
     def send(self, table: pa.Table, log: str | None) -> None:
         """Accepts events of the interaction log (None), or of a named log, and learns them."""
-        checked = self._checks.read_table(log, table)
+        checked = self._learning.checks.read_table(log, table)
         self._learning.journal.append(Batch(log, time.time_ns() // 1_000, checked))
         self._learning.catch_up()
 
     def rank(self, request: dict[str, Any], explain: bool) -> Ranking:
         """Ranks and logs a request."""
         ranking = self.ranker.rank(**json.loads(json.dumps(request)), explain=explain)
-        ranking = replace(ranking, request_id=RequestLog.id_of(ranking.seen))
         self._logged.append(Record(ranking, None, None, None, 1.0, time.time_ns() // 1_000).table())
         if len(self._logged) >= _REQUESTS_OF_A_FILE:
             self.write()
@@ -330,17 +327,8 @@ def _build_request(period: Period, start: int, end: int, ids_only: bool) -> dict
     for name, role in schema.input_columns().items():
         if role in PARTS and (not ids_only or role == "context" or name in ids):
             rows = table[name].slice(start, end - start if role == "candidate" else 1)
-            values = [_to_json(each) for each in rows.to_pylist()]
+            values = [each.isoformat() if hasattr(each, "isoformat") else each for each in rows.to_pylist()]
             parts[PARTS[role]][name] = values if role == "candidate" else values[0]
     if schema.columns.request is not None:
         parts["context"][schema.columns.request] = table[schema.columns.request][start].as_py()
     return parts
-
-
-def _to_json(value: Any) -> Any:
-    """Times as ISO 8601, what is no number as null."""
-    if isinstance(value, list):
-        return [_to_json(each) for each in value]
-    if isinstance(value, float) and not np.isfinite(value):
-        return None
-    return value.isoformat() if hasattr(value, "isoformat") else value

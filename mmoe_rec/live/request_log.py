@@ -23,7 +23,6 @@ import secrets
 import socket
 import tempfile
 import threading
-import uuid
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -68,8 +67,6 @@ Count = Callable[[str, int], None]
 _OURS = re.compile(r"requests-\d{8}T\d{6}\.\d{6}Z-.+\.parquet")
 _LEFT = re.compile(r"\.requests-.+\.parquet\.[0-9a-f]{12}\.tmp")
 _SECONDS_LEFT = 86_400
-_JAVASCRIPT_BITS = 53
-"""Integers beyond lose digits in JavaScript, and events with such ids would belong to no request."""
 
 
 @dataclass(frozen=True)
@@ -101,15 +98,10 @@ class RequestLog:
         self._thread = threading.Thread(target=self._run, name="request log", daemon=True)
         self._thread.start()
 
-    @staticmethod
-    def id_of(seen: RankedRequest) -> int | str:
-        """A request's id: the caller's own, or a new one of the type that the log has."""
-        return new_id(seen.integer_ids) if seen.request is None else seen.request
-
     def offer(self, reply: Ranking, weights: Mapping[str, Any] | None, name: str | None, version: str | None) -> None:
         """Takes a reply, if it is one of those that are logged, and never waits.
 
-        reply: with the id that `id_of` gave; the rest as in `Record`.
+        reply: with an id; the rest as in `Record`.
         """
         request: Any = reply.request_id
         if reply.seen.rows.schema.columns.request_scope == "user":
@@ -161,6 +153,7 @@ class RequestLog:
         self._small: list[pa.Table] = []
 
     def _add(self, record: Record) -> None:
+        artifact = record.reply.model["version"]
         try:
             table = record.table()
         except Exception as error:
@@ -168,14 +161,14 @@ class RequestLog:
             return
         try:  # a column without a value has no type yet
             schema = pa.unify_schemas([self._schema or table.schema, table.schema])
-            fits = record.artifact == self._artifact
+            fits = artifact == self._artifact
         except pa.ArrowException:
             fits = False
         if self._records and not fits:
             self._write()
         self._schema = schema if fits else table.schema
         if not self._records:
-            self._since, self._artifact = monotonic(), record.artifact
+            self._since, self._artifact = monotonic(), artifact
         self._rows, self._records = self._rows + len(table), self._records + 1
         self._small.append(table)
         if len(self._small) >= _TABLES_AT_ONCE:
@@ -219,11 +212,6 @@ class RequestLog:
 
 def _concat(tables: list[pa.Table]) -> pa.Table:
     return pa.concat_tables(tables, promote_options="default").combine_chunks()
-
-
-def new_id(integer: bool) -> int | str:
-    """An id for a request that has none: a random integer from 1 to 2^53, or 32 hexadecimal digits."""
-    return secrets.randbelow(2**_JAVASCRIPT_BITS) + 1 if integer else uuid.uuid4().hex
 
 
 def is_logged(request: int | str, share: float) -> bool:
@@ -299,11 +287,6 @@ class Record:
         """How many candidates it holds the rows of: also those that `top_k` leaves out."""
         return int(self.reply.seen.end - self.reply.seen.first)
 
-    @property
-    def artifact(self) -> str:
-        """The version of the artifact that ranked."""
-        return self.reply.model["version"]
-
     def table(self) -> pa.Table:
         """A row for each candidate of the reply, best first.
 
@@ -326,7 +309,7 @@ class Record:
         added[WEIGHTS] = pa.repeat(pa.scalar(weights, pa.string()), count)
         for name, hashes in _hash_seen(seen, places).items():
             added[f"{DIGEST}{name}"] = pa.array(hashes)
-        texts = {"served_model": self.name, "served_version": self.version, ARTIFACT: self.artifact}
+        texts = {"served_model": self.name, "served_version": self.version, ARTIFACT: reply.model["version"]}
         texts |= {"served_tables_as_of": reply.tables_as_of, "served_journal_position": reply.journal_position}
         added |= {name: pa.repeat(pa.scalar(value, pa.string()), count) for name, value in texts.items()}
         added[SHARE] = pa.repeat(float(self.share), count)

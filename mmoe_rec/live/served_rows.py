@@ -11,14 +11,14 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.kinds.history import HistoryEncoder
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.inference.ranking import Explanation, prediction_columns
 from mmoe_rec.live import request_log as names
-from mmoe_rec.log.files import find_files, open_file
+from mmoe_rec.log.checks import open_parquet
+from mmoe_rec.log.files import find_files, first_line
 from mmoe_rec.log.given import iso_time
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.model.score import SMALLEST_VALUE
@@ -86,18 +86,23 @@ def read_logged(folder: Path, period: Period, version: str | None = None) -> pa.
     Raises UserError where nothing is left.
     """
     schema, tables = period.rows.schema, []
-    for file in find_files(str(folder), "--requests"):
-        with open_file(file.address) as opened:
-            tables.append(pq.read_table(opened))
-    table = pa.concat_tables(tables, promote_options="permissive").combine_chunks()
-    read = (names.REQUEST, names.AT, names.RANK, names.SCORE, names.CANDIDATES, names.ARTIFACT)
+    try:
+        for file in find_files(str(folder), "--requests"):
+            with open_parquet(file.address) as parquet:
+                tables.append(parquet.read())
+        table = pa.concat_tables(tables, promote_options="permissive").combine_chunks()
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"the files in '{folder}' can't be read together: {first_line(error)}") from None
+    of_reply = [names.AT, names.CANDIDATES, names.ARTIFACT]
+    read = [names.REQUEST, *of_reply, names.RANK, names.SCORE]
+    read += [schema.columns.user, schema.columns.candidate, schema.columns.time]
     if lacking := [name for name in read if name not in table.column_names]:
         raise UserError(f"'{folder}' holds no requests that a server logged: column '{lacking[0]}' is missing")
     time, request = table[schema.columns.time].cast(pa.int64()).to_numpy(), schema.columns.request
     table = table.filter(pa.array((time >= period.times[0]) & (time <= period.times[-1])))
     if request is not None:
         table = table.append_column(request, table[names.REQUEST])
-    replies = table.select(read[1:]).to_pandas()
+    replies = table.select(of_reply).to_pandas()
     replies["request"] = LogRows(table, schema).request_hashes()
     count = replies.groupby(["request", names.AT])[names.AT].transform("size")
     is_part = (count != replies[names.CANDIDATES]) | (replies[names.ARTIFACT] != (version or replies[names.ARTIFACT]))

@@ -6,7 +6,8 @@ Values are those that JSON has, and those that Python programs have for them (`p
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from itertools import chain
 from typing import Any
@@ -153,10 +154,9 @@ def _convert(value: Any, kind: type[int | float]) -> Any:
     return kind(value) if value is not None and (kind is float or isinstance(value, bool)) else value
 
 
-def check_count(name: str, value: Any) -> None:
-    """Raises RequestError unless an option is missing or a whole number of at least 1."""
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-        raise RequestError(f"{name} must be an integer of at least 1, found {quoted(value)}")
+def find_twice(names: Iterable[Any]) -> str | None:
+    """A name that is there twice, None without one."""
+    return next((name for name, count in Counter(map(str, names)).items() if count > 1), None)
 
 
 def _wanted(use: Use, expected: pa.DataType | None) -> str:

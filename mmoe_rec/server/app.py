@@ -12,7 +12,6 @@ from collections.abc import Awaitable, Callable, Sequence
 from functools import cache
 from importlib.metadata import version
 from importlib.resources import files
-from itertools import product
 from typing import TYPE_CHECKING, Annotated, Any
 
 import orjson
@@ -61,12 +60,10 @@ class Application:
         self._log = None if options.log is None else RequestLog(options.log, self.metrics.count_logged)
         self.calls = Calls(models, self.metrics, passes or Passes(), self._log)
         self.events: Accepting | None = None
-        if options.journal is not None:
+        if options.journal is not None and (following := self.calls.following) is not None:
             from mmoe_rec.server.events import Accepting
 
-            assert self.calls.following is not None
-            following, passes = self.calls.following, self.calls.passes
-            self.events = Accepting(models, options.journal, self.metrics, following, passes)
+            self.events = Accepting(options.limits, options.journal, self.metrics, following, self.calls.passes)
         # FastAPI's caches keep pages for ever, and what these hold: each application, and its threads, without `proxy`.
         self._pages: ASGIApp = _pages(weakref.proxy(self.calls), self.events, reload)
 
@@ -124,8 +121,9 @@ def _pages(calls: Calls, events: Accepting | None, reload: Reload | None) -> Fas
     @app.get("/model", response_model=None)
     async def model() -> Response:
         """The model that is served, its tasks with their weights in the score, and a request that it can answer."""
-        served = calls.models.current
-        return _json({**served.about(), "tasks": served.tasks(), "example": served.example})
+        served, names = calls.models.current, ("name", "kind", "objective", "score_weight")
+        tasks = [{name: getattr(task, name) for name in names} for task in served.ranker.about.tasks]
+        return _json({**served.about(), "tasks": tasks, "example": served.example})
 
     app.get(PAGE, response_model=None, include_in_schema=False)(page)
 
@@ -162,9 +160,8 @@ def _pages(calls: Calls, events: Accepting | None, reload: Reload | None) -> Fas
     app.exception_handler(Exception)(_failed)
 
     def schema() -> dict[str, Any]:
-        return _describe(
-            app.routes, calls.models.current, calls.limits, None if events is None else events.json_schema()
-        )
+        calls_of_events = None if calls.following is None else calls.following.learning.checks.json_schema()
+        return _describe(app.routes, calls.models.current, calls.limits, calls_of_events)
 
     app.openapi = schema  # type: ignore[method-assign]
     return app
@@ -217,12 +214,6 @@ def page() -> Response:
 class Params(BaseModel):
     """Options for all elements of a call; an element's own options win. Unknown ones are ignored with a warning."""
 
-    task_weights: Any = Field(None, description="task or objective -> weight in the score, of which one is above 0")
-    top_k: Any = Field(None, description="only so many best candidates")
-    gate_top_k: Any = Field(None, description="experts per candidate and gate")
-    mask_experts: Any = Field(None, description="experts to score without")
-    explain: Any = Field(None, description="what each candidate's predictions come from")
-
 
 class Invocation(BaseModel):
     """A call; `_describe` adds data frames."""
@@ -261,12 +252,7 @@ class Error(BaseModel):
 
 
 class Events(BaseModel):
-    """Rows of the interaction log, or of a log of events, with the log's columns."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    events: list[dict[str, Any]] = Field(description="rows: column -> value; labels may be null")
-    log: str | None = Field(None, description="name of a log of events; null is the interaction log")
+    """Rows of the interaction log, or of a log of events, with the log's columns; labels may be null."""
 
 
 class Accepted(BaseModel):
@@ -306,6 +292,10 @@ def accept(
     """Takes events, all rows of a call or none, once they are on disk."""
 
 
+def _option(description: str, **schema: Any) -> dict[str, Any]:
+    return {"anyOf": [schema, {"type": "null"}], "description": description}
+
+
 def _describe(
     routes: Sequence[Any], served: ServedModel, limits: Serving, events: dict[str, Any] | None
 ) -> dict[str, Any]:
@@ -325,23 +315,24 @@ def _describe(
     tasks, experts = served.ranker.about.tasks, served.ranker.scorer.experts
     weights = dict.fromkeys((name for each in tasks for name in (each.name, each.objective)), _WEIGHT)
     options = {
-        "task_weights": {**_CLOSED, "properties": weights},
-        "top_k": {"type": "integer", "minimum": 1, "maximum": 2**64 - 1},
-        "gate_top_k": {"type": "integer", "minimum": 1, "maximum": experts},
-        "mask_experts": {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": experts - 1}},
-        "explain": {"type": "boolean"},
+        "task_weights": _option("task or objective -> weight, one of them above 0", **_CLOSED, properties=weights),
+        "top_k": _option("only so many best candidates", type="integer", minimum=1, maximum=2**64 - 1),
+        "gate_top_k": _option("experts per candidate and gate", type="integer", minimum=1, maximum=experts),
+        "mask_experts": _option(
+            "experts to score without", type="array", items={"type": "integer", "minimum": 0, "maximum": experts - 1}
+        ),
+        "explain": _option("what each candidate's predictions come from", type="boolean"),
     }
     parts = served.ranker.reader.json_schema()
-    schemas["Request"]["properties"] |= parts
-    for each, (name, option) in product((schemas["Request"], schemas["Params"]), options.items()):
-        each["properties"][name] |= {"anyOf": [option, {"type": "null"}]}
+    schemas["Request"]["properties"] |= parts | options
+    schemas["Params"]["properties"] = options
     row = {name: each["items"] for name, each in parts["candidates"]["properties"].items()}
     row |= parts["user"]["properties"] | parts["context"]["properties"]
     required = [name for part in parts.values() for name in part["required"]]
     call = schemas["Invocation"]["properties"]
     call["inputs"]["maxItems"] = limits.max_elements
     of_frame = {"top_k": {"type": "null"}, "explain": {"enum": [False, None]}}  # whose reply has a row for each
-    params = {"type": ["object", "null"], "properties": schemas["Params"]["properties"] | of_frame}
+    params = {"type": ["object", "null"], "properties": options | of_frame}
     schemas["Row"] = {**_CLOSED, "properties": row, "required": required}
     what = "a row for each candidate, and a row of predictions for each"
     records = {"type": "array", "items": {"$ref": "#/components/schemas/Row"}, "description": what}

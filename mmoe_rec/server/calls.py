@@ -12,7 +12,7 @@ import json
 import re
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
 
@@ -124,11 +124,6 @@ class Calls:
             gone.cancel()
         self._count(answers)
         log, ignored = self._log, call.ignored
-        if log is not None:
-            answers = [
-                replace(each, request_id=log.id_of(each.seen)) if isinstance(each, Ranking) else each
-                for each in answers
-            ]
         if self.following is not None and (gap := self.following.gap) is not None:
             ignored = (*ignored, f"some events are not counted: {gap}")
         with self.metrics.timed("write"):
@@ -271,16 +266,17 @@ def parse(body: bytes, limits: Serving, ranker: Ranker) -> Call:
             f"the call has {len(elements):,} elements; this server takes at most {limits.max_elements:,} in a call "
             "(setting `serving.max_elements`)"
         )
-    costs = [_cost_of(each, params) for each in elements]
-    candidates = sum(count * cost for count, cost in costs)
-    explained = any(cost > 1 for _, cost in costs)
-    _check_candidates(candidates, limits, f" (with explain, each counts as {COST_OF_EXPLAINING})" if explained else "")
+    requests = read_requests(elements, params)
+    right = [each for each in requests if isinstance(each, Request)]
+    candidates = sum(each.count * (COST_OF_EXPLAINING if each.explain else 1) for each in right)
+    explained = f" (with explain, each counts as {COST_OF_EXPLAINING})" if any(each.explain for each in right) else ""
+    _check_candidates(candidates, limits, explained)
     if not elements:  # of which none would be refused for wrong params
         try:
             ranker.check_options(Request.of(EMPTY, params))
         except RequestError as error:
             raise _wrong(str(error)) from None
-    return Call(read_requests(elements, params), rows, ignored, candidates)
+    return Call(requests, rows, ignored, candidates)
 
 
 def _check_candidates(count: int, limits: Serving, hint: str = "") -> None:
@@ -337,14 +333,6 @@ def _params(tree: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
         f"'params' has an unknown key {quoted(name)}, which was ignored; {suggest(name, OPTIONS)}" for name in unknown
     ]
     return {name: value for name, value in given.items() if name in OPTIONS}, tuple(ignored)
-
-
-def _cost_of(element: Any, params: Mapping[str, Any]) -> tuple[int, int]:
-    """How many candidates an element has at least, and what each of them counts."""
-    columns, own = (element.get("candidates"), element.get("explain")) if isinstance(element, dict) else ({}, None)
-    lists = columns.values() if isinstance(columns, dict) else ()
-    count = max((len(values) for values in lists if isinstance(values, list)), default=0)
-    return count, COST_OF_EXPLAINING if (params.get("explain") if own is None else own) else 1
 
 
 def _checked(tree: Any, limits: Serving) -> int:

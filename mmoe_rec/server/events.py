@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import orjson
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.types as pt
 from starlette.requests import Request
 from starlette.responses import Response
@@ -23,13 +24,12 @@ from mmoe_rec.live.duplicates import NewRows
 from mmoe_rec.live.event_rows import RowChecks
 from mmoe_rec.live.journal import Batch, Journal
 from mmoe_rec.log.rows import LogRows
-from mmoe_rec.point_in_time.arrays import one_array
 from mmoe_rec.point_in_time.memory import NEVER
 from mmoe_rec.server.calls import ARROW, is_json, parse_json, read_body, reply_to, type_of
 from mmoe_rec.server.metrics import Metrics
-from mmoe_rec.server.models import Models, ServedModel
 from mmoe_rec.server.options import INTERNAL, Places, Refused
 from mmoe_rec.server.ranking_queue import Following, Passes, step_back
+from mmoe_rec.settings.sections import Serving
 
 if TYPE_CHECKING:
     from mmoe_rec.inference.ranker import Ranker
@@ -51,20 +51,14 @@ _log = logging.getLogger(__name__)
 class Accepting:
     """Takes events into a journal: all rows of a call, or none."""
 
-    def __init__(self, models: Models, journal: str, metrics: Metrics, following: Following, passes: Passes) -> None:
-        self._models, self._limits, self._metrics = models, models.options.limits, metrics
-        self._following, self._passes = following, passes
+    def __init__(self, limits: Serving, journal: str, metrics: Metrics, following: Following, passes: Passes) -> None:
+        self._limits, self._metrics, self._following, self._passes = limits, metrics, following, passes
         self._journal = Journal(journal)
-        self._checks: tuple[ServedModel, RowChecks] | None = None
         self._newest: dict[str | None, int] = {}  # of each log, the latest time of rows that were accepted here
         self._lock = threading.Lock()
         self._next_wait = 0.0
         self.places = Places(self._limits, "calls of /events")
         self._threads = ThreadPoolExecutor(_THREADS, "events", initializer=step_back)
-
-    def json_schema(self) -> dict[str, Any]:
-        """The calls that are taken, see `RowChecks.json_schema`."""
-        return self._checks_of(self._models.current).json_schema()
 
     async def answer(self, request: Request) -> Response:
         """The reply to a call, whatever is wrong with it: an acknowledgement once its rows are on disk."""
@@ -95,7 +89,7 @@ class Accepting:
 
     def _check(self, body: bytes, is_arrow: bool, log: str | None) -> tuple[str | None, pa.Table, Lacking]:
         """The log of events that rows are of, the rows, and what they lack."""
-        checks = self._checks_of(self._models.current)
+        checks = self._following.learning.checks
         try:
             if is_arrow:
                 rows: Sequence[Mapping[str, Any]] = ()
@@ -108,12 +102,11 @@ class Accepting:
         return log, table, _lacking(log, checks, table, rows)
 
     def _append(self, source: str | None, table: pa.Table, lacking: Lacking) -> dict[str, Any]:
-        served = self._models.current
-        assert served.learning is not None
+        learning = self._following.learning
         try:
             if lacking:
-                table = _completed(served.ranker, table, lacking)
-            order = self._order(served.learning, source, table)
+                table = _completed(learning.ranker, table, lacking)
+            order = self._order(learning, source, table)
             position = self._journal.append(Batch(source, time.time_ns() // 1_000, table))
         except RequestError as error:
             raise Refused(400, str(error), "body") from None
@@ -130,18 +123,13 @@ class Accepting:
         rows = NewRows(source, table, Counter())
         times = rows.rows(learning.schema).times()
         with self._lock:
-            newest = max(learning.newest(source), self._newest.get(source, NEVER))
+            newest = max(learning.duplicates.newest[source], self._newest.get(source, NEVER))
             before = np.maximum.accumulate(np.append(newest, times))
             self._newest[source] = int(before[-1])
         late = rows.count_late(learning.schema, learning.ranker.tables_known)
         order = {"late": late, "out_of_order": int(np.sum(times < before[:-1]))}
         ignored = learning.count_known(times)
         return order | ({"ignored": ignored} if ignored else {})
-
-    def _checks_of(self, served: ServedModel) -> RowChecks:
-        if self._checks is None or self._checks[0] is not served:
-            self._checks = served, RowChecks(served.ranker.pipeline, self._limits.max_events)
-        return self._checks[1]
 
 
 def _log_in(query: Mapping[str, str]) -> str | None:
@@ -183,10 +171,8 @@ def _completed(ranker: Ranker, table: pa.Table, lacking: Lacking) -> pa.Table:
     given = {name: table.column(name) for name in lacking if name in table.column_names}
     known = ranker.reader.completed(LogRows(table.drop_columns(list(given)), ranker.pipeline.schema)).table
     for name, column in given.items():
-        own, theirs = one_array(column), one_array(known.column(name))
-        if pt.is_null(own.type) or pt.is_null(theirs.type):
-            own, theirs = (own.cast(theirs.type), theirs) if pt.is_null(own.type) else (own, theirs.cast(own.type))
-        places = np.where(lacking[name], np.arange(len(own)), len(own) + np.arange(len(own)))
-        both = pa.concat_arrays([theirs, own.cast(theirs.type)]).take(pa.array(places))
+        theirs = known.column(name)
+        kind = theirs.type if pt.is_null(column.type) else column.type
+        both = pc.if_else(pa.array(lacking[name]), theirs.cast(kind), column.cast(kind))
         known = known.set_column(known.column_names.index(name), name, both)
     return known

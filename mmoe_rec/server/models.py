@@ -68,11 +68,6 @@ class ServedModel:
             "exact_from": self.ranker.exact_from,
         }
 
-    def tasks(self) -> list[dict[str, Any]]:
-        """What the score is made of: each task's name, kind, objective and weight."""
-        names = ("name", "kind", "objective", "score_weight")
-        return [{name: getattr(task, name) for name in names} for task in self.ranker.about.tasks]
-
 
 class Models:
     """The current model. failure: why the last other one did not take its place, None if it did."""
@@ -128,7 +123,8 @@ class Models:
             if self.options.journal is not None:
                 from mmoe_rec.live.learning import Learning
 
-                learning = Learning(ranker, self.options.journal, source.folder / "features")
+                most_rows = self.options.limits.max_events
+                learning = Learning(ranker, self.options.journal, source.folder / "features", most_rows)
                 learning.catch_up()
             ranker.rank(**example)
         except RequestError as error:

@@ -84,7 +84,7 @@ class Places:
         """calls: what they are, for people; show: is told whenever another number of places is taken."""
         self._limits, self._calls, self._show = limits, calls, show
         self.taken = 0
-        self._reading: list[Reading] = []
+        self._reading: set[Reading] = set()
 
     @contextmanager
     def take(self) -> Iterator[None]:
@@ -105,12 +105,11 @@ class Places:
     def read(self, scope: asyncio.Timeout) -> Iterator[Reading]:
         """The body of a call that has a place; `scope` ends where another call takes it."""
         reading = Reading(scope, asyncio.get_running_loop().time() + GRACE_SECONDS)
-        self._reading.append(reading)
+        self._reading.add(reading)
         try:
             yield reading
         finally:
-            if not reading.is_slow:
-                self._reading.remove(reading)
+            self._reading.discard(reading)
 
     def _drop_slowest(self) -> bool:
         now, slowest = asyncio.get_running_loop().time(), min(self._reading, key=lambda each: each.until, default=None)
@@ -142,8 +141,7 @@ def listening_socket(host: str, port: int) -> socket.socket:
     try:
         family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         bound = socket.socket(family, kind, proto)
-        if sys.platform != "win32":
-            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(address)
     except OSError as error:
         raise _taken(f"{host}:{port}", error) from None

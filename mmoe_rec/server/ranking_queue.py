@@ -250,15 +250,16 @@ class Following:
     @property
     def gap(self) -> str | None:
         """Why the current model does not know all of the journal, as a sentence; None where it does."""
-        return "; ".join(filter(None, [self.failure, self._learning.gap])) or None
+        return "; ".join(filter(None, [self.failure, self.learning.gap])) or None
 
     @property
     def position(self) -> str:
         """Up to where the current model knows the journal, as text."""
-        return str(self._learning.position)
+        return str(self.learning.position)
 
     @property
-    def _learning(self) -> Learning:
+    def learning(self) -> Learning:
+        """What the current model has learnt."""
         learning = self._models.current.learning
         assert learning is not None, "there is a journal"
         return learning
@@ -268,7 +269,7 @@ class Following:
 
         Raises Refused for a text that is no position, or lies beyond the journal's end, and after too long a time.
         """
-        until, learning = time.monotonic() + self._limits.answer_seconds, self._learning
+        until, learning = time.monotonic() + self._limits.answer_seconds, self.learning
         try:
             position = parse_position(text)
             if position > learning.position:
@@ -284,14 +285,14 @@ class Following:
     async def reach_end(self) -> None:
         """Ends once the current model knows all that the journal holds now. Raises Refused after too long a time."""
         until = time.monotonic() + self._limits.answer_seconds
-        await self._reach(await asyncio.get_running_loop().run_in_executor(None, self._learning.journal.end), until)
+        await self._reach(await asyncio.get_running_loop().run_in_executor(None, self.learning.journal.end), until)
 
     async def _reach(self, position: int, until: float) -> None:
         self._callers += 1
         self._asked.set()  # a caller waits, and so the thread does not rest
         self._look.set()
         try:
-            while self._learning.position < position:
+            while self.learning.position < position:
                 if time.monotonic() > until:
                     why = self.failure or "setting `serving.answer_seconds`"
                     sentence = f"the model has not learnt all events up to {position} in time ({why}); come again"
@@ -312,13 +313,13 @@ class Following:
                 is_bug = not isinstance(error, UserError)
                 _log.error("the model learns no further events: %s", failure, exc_info=is_bug)
             self.failure, rest = failure, _PAUSE_AFTER_FAILURE_SECONDS
-        self._metrics.live_rows.set(self._learning.ranker.live_rows)  # also of one that has learnt before it served
+        self._metrics.live_rows.set(self.learning.ranker.live_rows)  # also of one that has learnt before it served
         return rest
 
     def _step(self) -> bool:
         if not self._callers:  # a caller would wait, too
             self._passes.wait()
-        learning = self._learning
+        learning = self.learning
         if (learnt := learning.read()) is None:
             return False
         self._queue.thread.submit(learning.take, learnt).result()

@@ -9,8 +9,8 @@ import mlflow
 import pandas as pd
 from mlflow.pyfunc import PythonModel, PythonModelContext
 
-from mmoe_rec.inference.mlflow_model import plain_values
 from mmoe_rec.inference.reader import read_requests
+from mmoe_rec.log.given import plain
 from tests.benchmarks.noop_ranker import NoopRanker
 
 
@@ -23,7 +23,7 @@ class NoopPythonModel(PythonModel):
 
     def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> Any:
         """One reply a request."""
-        requests = read_requests([plain_values(each) for each in model_input], params or {})
+        requests = read_requests(plain(model_input), params or {})
         return [each.to_dict() for each in self.ranker.rank_many(requests)]
 
 

@@ -457,7 +457,7 @@ def test_a_model_that_is_replaced_while_it_is_loaded_is_refused(
         return read(path)
 
     monkeypatch.setattr(rankers, "read_calibration", replaced)
-    with pytest.raises(UserError, match=f"another model took the place of the one in '{folder}' while it was loaded"):
+    with pytest.raises(UserError, match=f"another model took the place of '{folder}' while it was loaded"):
         Ranker.load(folder)
 
 

@@ -42,13 +42,16 @@ def in_request_order(ranking: object, ranker: Ranker) -> tuple[np.ndarray, np.nd
     return values[back], np.array(tree["scores"])[back]
 
 
-def test_score_equals_offline_path(small: SmallModel, ranker: Ranker) -> None:
-    _, rows = small.later_rows()
+def test_rows_and_the_same_as_json_equal_the_offline_path(small: SmallModel, ranker: Ranker) -> None:
+    table, rows = small.later_rows()
     values, log_scores = ranker.score(rows)
     expected, expected_scores = offline(small, rows)
     np.testing.assert_allclose(values, expected, atol=1e-6)
     np.testing.assert_allclose(log_scores, expected_scores, rtol=1e-6, atol=1e-6)
     np.testing.assert_array_equal(ranker.score(rows.table)[1], log_scores)
+    served, scores = in_request_order(ranker.rank(**json.loads(json.dumps(as_request(table)))), ranker)
+    np.testing.assert_allclose(served, expected, atol=1e-6)
+    np.testing.assert_allclose(scores, np.exp(expected_scores), rtol=1e-5)
 
 
 def test_score_reads_a_table_as_the_log_is_read(small: SmallModel, ranker: Ranker) -> None:
@@ -123,15 +126,6 @@ def test_long_tables_are_scored_in_parts(small: SmallModel, ranker: Ranker, monk
     monkeypatch.undo()
     np.testing.assert_allclose(in_parts, ranker.score(with_results)[0], atol=1e-6)
     assert (in_parts != whole).any(axis=1).sum() > len(rows) / 2
-
-
-def test_logged_rows_as_json_equal_offline_path(small: SmallModel, ranker: Ranker) -> None:
-    table, rows = small.later_rows()
-    request = json.loads(json.dumps(as_request(table)))
-    values, scores = in_request_order(ranker.rank(**request), ranker)
-    expected, expected_scores = offline(small, rows)
-    np.testing.assert_allclose(values, expected, atol=1e-6)
-    np.testing.assert_allclose(scores, np.exp(expected_scores), rtol=1e-5)
 
 
 def test_ids_alone_equal_offline_rows_with_latest_values(small: SmallModel, ranker: Ranker) -> None:

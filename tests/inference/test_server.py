@@ -64,36 +64,23 @@ def test_params_for_all_and_options_of_one(server: Server, ranker: Ranker) -> No
 
 
 @pytest.mark.parametrize(
-    ("changes", "params", "sentence"),
+    ("body", "sentence"),
     [
-        ({"candidates": {"item": ITEMS, "prise": [1] * 5}}, {}, "'candidates' has an unknown column 'prise'; did you"),
-        ({"candidates": {"item": list(range(100_000))}}, {}, "has 100,000 candidates; this model takes at most 50"),
-        ({"candidates": {"item": ITEMS, "price": [float("nan")] * 5}}, {}, "NaN"),
-        ({"task_weights": 3}, {}, "'task_weights' must be an object of numbers"),
-        ({}, {"task_weights": {"click": -1}}, "click"),
-        ({}, {"gate_top_k": 0}, "gate_top_k"),
+        ({"inputs": [request_of(candidates={"item": list(range(100_000))})]}, "has 100,000 candidates; this model"),
+        ({"inputs": [request_of(candidates={"item": ITEMS, "price": [float("nan")] * 5})]}, "NaN"),
+        ({"inputs": [request_of(task_weights=3)]}, "'task_weights' must be an object of numbers"),
+        ({"inputs": [request_of()], "params": {"gate_top_k": 0}}, "gate_top_k"),
+        ({"inputs": [request_of(), request_of(user={})]}, "inputs[1]: 'user' needs a column"),
+        *((body, "") for body in (b'{"inputs": [', b"[]", b'{"user": {}}', b'{"inputs": 5}', b'{"inputs": [5]}')),
     ],
+    ids=lambda value: str(value)[:40],
 )
-def test_refusals_are_one_sentence(
-    server: Server, changes: dict[str, Any], params: dict[str, Any], sentence: str
-) -> None:
-    status, body = server.post({"inputs": [request_of(**changes)], "params": params})
-    assert status == 400
-    assert sentence in body["message"]
-    assert len(json.dumps(body)) < 400
-
-
-@pytest.mark.parametrize("body", [b'{"inputs": [', b"[]", b'{"user": {}}', b'{"inputs": 5}', b'{"inputs": [5]}'])
-def test_malformed_bodies(server: Server, body: bytes) -> None:
+def test_refusals_are_one_sentence(server: Server, body: Any, sentence: str) -> None:
     status, reply = server.post(body)
     assert status == 400
     assert reply["message"]
-
-
-def test_which_of_several_requests_is_wrong(server: Server) -> None:
-    status, body = server.post({"inputs": [request_of(), request_of(user={})]})
-    assert status == 400
-    assert body["message"].startswith("inputs[1]: 'user' needs a column")
+    assert sentence in reply["message"]
+    assert len(json.dumps(reply)) < 400 or not sentence  # MLflow's own are longer
 
 
 def test_a_data_frame_has_a_row_for_each_candidate(server: Server) -> None:

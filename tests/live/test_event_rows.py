@@ -77,6 +77,8 @@ def test_only_what_a_row_could_not_count_without_is_needed():
     assert set(table.column_names) == {*NEEDED, "rate"}
     assert table["liked"].null_count == 1
     assert table["rate"].to_pylist() == [1.0], "a row that nobody has sampled was kept"
+    table = CHECKS.read_json(None, [{**ROW, "rate": 0.5}, {**ROW, "rate": None, "click": None, "brand": None}], NOW)
+    assert [table[name].to_pylist() for name in ("rate", "click", "brand")] == [[0.5, 1.0], [1.0, None], ["a", None]]
     for name in NEEDED:
         assert (
             _told([row, {key: value for key, value in row.items() if key != name}])
@@ -99,14 +101,6 @@ def test_the_schema_says_what_is_taken(log: str | None) -> None:
         assert validator.is_valid({"events": [each], "log": log}) == is_taken, each
 
 
-def test_labels_and_other_keys_may_be_null():
-    table = CHECKS.read_json(None, [{**ROW, "click": None, "spent": None, "brand": None, "rate": None}], NOW)
-    assert [table[name].null_count for name in ("click", "spent", "brand")] == [1, 1, 1]
-    assert table["rate"].to_pylist() == [1.0]
-    table = CHECKS.read_json(None, [{**ROW, "rate": 0.5}, {**ROW, "rate": None}], NOW)
-    assert table["rate"].to_pylist() == [0.5, 1.0]
-
-
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
@@ -115,21 +109,10 @@ def test_labels_and_other_keys_may_be_null():
         ({"request": None}, "column 'request' is null"),
         ({"time": None}, "column 'time' is null"),
         ({"user": "5"}, """column 'user' must hold integers, as in the log; found strings: give 12, not "12\""""),
-        ({"user": True}, "column 'user' must hold integers, as in the log; found true/false"),
-        ({"request": False}, "column 'request' must hold integers, as in the log; found true/false"),
         ({"click": True}, "column 'click' must hold numbers; found true/false: give 1 or 0"),
-        ({"click": []}, "column 'click' must hold numbers; found lists"),
-        ({"brand": [None]}, "column 'brand' must hold strings, as in the log; found lists"),
         ({"tags": [True]}, "column 'tags' must hold lists of strings, as in the log; found lists of true/false"),
         ({"taste": []}, "column 'taste' of feature 'taste' holds a list of 0 numbers, but its `size` is 2"),
         ({"event_id": True}, "column 'event_id' must hold integers or strings; found true/false"),
-        ({"event_id": []}, "column 'event_id' must hold integers or strings; found lists"),
-        ({"event_id": 1.5}, "column 'event_id' must hold integers or strings; found numbers with a fraction"),
-        ({"user": 2**63}, "column 'user' holds 9223372036854775808, which does not fit into 64 bits"),
-        ({"brand": 7}, "column 'brand' must hold strings, as in the log; found integers"),
-        ({"brand": "\ud800"}, "column 'brand' holds a string that is not valid Unicode"),
-        ({"tags": "x"}, "column 'tags' must hold lists of strings, as in the log; found strings"),
-        ({"price": "3"}, "column 'price' must hold numbers; found strings"),
         ({"price": math.nan}, "column 'price' holds NaN or infinity; give null for a missing number"),
         ({"click": 2}, "label column 'click' of binary task 'click' holds 2"),
         ({"liked": 0.5}, "label column 'liked' of binary task 'liked' holds 0.5"),
@@ -139,8 +122,6 @@ def test_labels_and_other_keys_may_be_null():
         ({"taste": [1.0]}, "column 'taste' of feature 'taste' holds a list of 1 numbers, but its `size` is 2"),
         ({"taste": [1.0, None]}, "column 'taste' holds null within a list; give null instead of the whole list"),
         ({"time": "yesterday"}, "column 'time' holds 'yesterday', which is not an ISO 8601 time"),
-        ({"time": 1_700_000_000}, "column 'time' holds the integer 1700000000, whose unit is not known"),
-        ({"time": "9999-01-01"}, "column 'time' holds '9999-01-01', a time outside the years 1700 to 2200"),
         ({"time": "2199-01-01"}, "column 'time' holds a request in the future, 2199-01-01T00:00:00+00:00, later than"),
         ({"userr": 1}, "the model was trained without a column 'userr': did you mean 'user'? If not, leave it out"),
         ({"door": 1}, "the model was trained without a column 'door': leave it out; it knows user, item, request, ti"),
@@ -148,7 +129,6 @@ def test_labels_and_other_keys_may_be_null():
         ({"brand": "x" * 4097}, "column 'brand' holds a string of 4,097 characters; those of events have at most 4"),
         ({"tags": ["x", None, "ç" * 10**6]}, "column 'tags' holds a string of 1,000,000 characters; those of events"),
         ({"event_id": "x" * 5000}, "column 'event_id' holds a string of 5,000 characters"),
-        ({"brand": {"a": 1}}, "column 'brand' must hold strings, as in the log; found objects"),
         ({"user": 6}, "column 'user' holds another user than row 0, of the same request by column 'request'"),
     ],
 )  # fmt: skip
@@ -158,20 +138,12 @@ def test_a_wrong_row_is_named(changes, sentence):
     told = _told(rows)
     assert told.startswith(f"row 4: {sentence}"), told
     assert len(told) < 600
-    if not any(name not in ROW for name in changes) and "\ud800" not in changes.values() and not _has_nan(changes):
-        assert CHECKS.read_json(None, [*rows[:4], *rows[5:]], NOW).num_rows == 6
-
-
-def _has_nan(changes: dict) -> bool:
-    return any(isinstance(value, float) and math.isnan(value) for value in changes.values())
-
-
-@pytest.mark.parametrize("rows", [None, [], {}, "rows", 5, {"user": [1]}])
-def test_what_is_no_list_of_rows(rows):
-    assert _told(rows) == "the rows must be a list of at least one object of columns and values"
+    assert CHECKS.read_json(None, [*rows[:4], *rows[5:]], NOW).num_rows == 6
 
 
 def test_what_is_no_row_and_too_many():
+    for rows in (None, [], {}, "rows", 5, {"user": [1]}):
+        assert _told(rows) == "the rows must be a list of at least one object of columns and values"
     assert _told([ROW, None]) == "row 1 must be an object of columns and values, found NoneType"
     assert _told([ROW] * 501) == "there are more than 500 rows; send them in several calls"
     with pytest.raises(RequestError, match="more than 500 rows"):
@@ -204,8 +176,6 @@ def test_strings_of_the_greatest_length_are_taken():
     longest = "ç" * 4096
     table = CHECKS.read_json(None, [{**ROW, "brand": longest, "tags": [longest] * 2, "event_id": longest}], NOW)
     assert table.to_pylist()[0]["brand"] == longest
-    told = _told([{"user": 1, "brand": "x" * 4097, "at": "2024-01-01"}], "views")
-    assert told.startswith("row 0: column 'brand' holds a string of 4,097 characters")
 
 
 def _stream(table: pa.Table, **options: object) -> bytes:

@@ -342,6 +342,13 @@ def test_what_cannot_be_replayed(world: World, tmp_path: Path) -> None:
     assert "holds no model" in refused(FROM, TO, "no/model")
     pq.write_table(pa.table({"user": [1]}), tmp_path / "x.parquet")
     assert "column 'served_request' is missing" in refused(FROM, TO, requests=tmp_path)
+    own = ("request", "at", "rank", "score", "candidates", "artifact")
+    pq.write_table(pa.table({f"served_{name}": [1] for name in own}), tmp_path / "y.parquet")
+    assert "column 'item' is missing" in refused(FROM, TO, requests=tmp_path)
+    pq.write_table(pa.table({"user": ["of another model"]}), tmp_path / "z.parquet")
+    assert "can't be read together: " in refused(FROM, TO, requests=tmp_path)
+    (tmp_path / "z.parquet").write_bytes(b"PAR1")
+    assert "z.parquet' is not a readable Parquet file" in refused(FROM, TO, requests=tmp_path)
 
 
 def test_logged_requests_of_a_server_are_compared_with_the_log(

@@ -13,7 +13,6 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from prometheus_client.parser import text_string_to_metric_families
 from starlette.types import ASGIApp
 
 from mmoe_rec.inference.artifact import Source
@@ -154,9 +153,13 @@ def logged(folder: Path) -> pa.Table:
     return pa.concat_tables([pq.read_table(each) for each in sorted(folder.glob("*.parquet"))])
 
 
+def numbers(app: Application) -> dict[str, float]:
+    """What the page of metrics says."""
+    lines = ask(app, b"", page="/metrics", method="GET").body.decode().splitlines()
+    pairs = (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+    return {name.removeprefix("mmoe_rec_"): float(value) for name, value in pairs}
+
+
 def outcomes(app: Application) -> dict[str, int]:
     """What became of how many replies."""
-    text = app.metrics.text().decode()
-    families = {each.name: each for each in text_string_to_metric_families(text)}
-    samples = families["mmoe_rec_request_log"].samples
-    return {each.labels["outcome"]: int(each.value) for each in samples if each.name.endswith("_total")}
+    return {n.split('"')[1]: int(each) for n, each in numbers(app).items() if n.startswith("request_log_total{")}

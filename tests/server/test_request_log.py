@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 import stat
-import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -19,9 +18,10 @@ import pytest
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.pipeline import FeaturePipeline
+from mmoe_rec.inference.ranking import new_id
 from mmoe_rec.live import request_log
 from mmoe_rec.live.journal import Journal
-from mmoe_rec.live.request_log import LogOptions, check_folder, hash_features, is_logged, make_room, new_id
+from mmoe_rec.live.request_log import LogOptions, check_folder, hash_features, is_logged, make_room
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.point_in_time.arrays import Ragged
 from tests.inference.small_model import CONTEXT, ITEMS, USER, SmallModel, as_request
@@ -320,7 +320,6 @@ def ids_of(running: Running, calls: int) -> set[str]:
 
 
 @pytest.mark.thorough
-@pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
 def test_workers_write_one_folder_and_all_of_it_at_sigterm(small: SmallModel, tmp_path: Path) -> None:
     folder = tmp_path / "log"
     words = ["--workers", "2", "--log-requests", str(folder), "--log-share", "0.5"]
@@ -338,7 +337,6 @@ def test_workers_write_one_folder_and_all_of_it_at_sigterm(small: SmallModel, tm
 
 
 @pytest.mark.thorough
-@pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
 def test_a_worker_that_is_killed_loses_what_it_has_not_written(small: SmallModel, tmp_path: Path) -> None:
     folder = tmp_path / "log"
     words = ["--workers", "2", "--log-requests", str(folder), "--log-share", "1", "--log-seconds", "1"]
