@@ -5,6 +5,7 @@
         model.json             format, name, model section, limits, origin of the features, time of the tables
         layout.json            order of the model's inputs and outputs, widths of tables, weights of tasks
         weights.safetensors    float32 weights by name; in a small model int8 and bfloat16 (`mmoe_rec.model.tables`)
+        trees/                 where the model has trees: these, and how much they count (`mmoe_rec.model.trees`)
         calibration.json       what turns the model's logits into probabilities, where it was calibrated
         settings.yaml          the resolved settings that the model was trained with
         example_request.json   a request that can be sent as it is
@@ -128,6 +129,7 @@ def read_model(about: Artifact, folder: Path) -> RankingModel:
     """The model with its weights. Raises UserError where its file is missing, damaged or of another model."""
     from mmoe_rec.model.mmoe import build_model
     from mmoe_rec.model.tables import PlainTables, in_float32, take_table
+    from mmoe_rec.model.trees import Trees
     from mmoe_rec.settings.model import Model
 
     layout, path = about.layout, folder / "weights.safetensors"
@@ -140,12 +142,15 @@ def read_model(about: Artifact, folder: Path) -> RankingModel:
             if bag is None or (bag.num_embeddings, bag.embedding_dim) != (table.rows, table.dim):
                 raise UserError(f"'{path}' does not hold the weights of table '{table.name}'")
             tables.embedding_bags[table.name] = bag
-    model = build_model(layout, Model.model_validate(about.model), tables)
+    settings = Model.model_validate(about.model)
+    model = build_model(layout, settings, tables)
     dense = {name.removeprefix("mixture."): each for name, each in in_float32(stored).items()}
     try:
         model.mixture.load_state_dict(dense)
     except RuntimeError as error:
         raise UserError(f"'{path}' does not fit the model's settings: {' '.join(str(error).split())}") from None
+    if settings.trees is not None:
+        model.trees = Trees.read(folder, len(model.dense_columns), len(model.trees_ids))
     return model
 
 

@@ -116,6 +116,8 @@ class DensePart(nn.Module):
 def write_onnx(folder: Path, ranker: Ranker, made: Path) -> None:
     """Writes the model of an artifact folder, loaded as `ranker`, to an empty folder. Raises UserError for one that the
     exporter can't follow."""
+    if ranker.model.trees is not None:
+        raise UserError("a model with trees (model.trees) can't be written as ONNX, which would hold its network alone")
     dense = DensePart(ranker)
     example = inputs_of(ranker, json.loads((folder / EXAMPLE).read_text(encoding="utf-8")))
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # the exporter tells of libraries that no model here uses

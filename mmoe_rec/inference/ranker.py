@@ -101,7 +101,7 @@ class Ranker:
         self.names = self.scorer.names
         tables = self.model.tables
         assert isinstance(tables, PlainTables)
-        self.request_inputs = RequestInputs(self.layout, tables)
+        self.request_inputs = RequestInputs(self.layout, tables, with_ids=self.model.trees is not None)
         reader = RequestReader(pipeline, features, about.max_candidates)
         self._knowledge = Knowledge(pipeline, reader, Freshness.of(about))
         self.keeps_seen = False

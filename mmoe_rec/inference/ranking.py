@@ -37,7 +37,8 @@ class Explanation:
     ids, oldest first (null in the place of an id without a row of its own), null where there are none; as_of: counter
     or history -> ISO time as of which its memory answered: the request's, or a later one where the memory has dropped
     what was known then. What the request gives itself has none. attributes: column that describes the candidate and
-    that features read -> value, as the request gives it, or else as it was last known; times are ISO.
+    that features read -> value, as the request gives it, or else as it was last known; times are ISO. Of a model with
+    trees, network and trees: task -> prediction by these alone, before calibration, null for a task without trees.
     """
 
     uncalibrated: dict[str, float]
@@ -47,6 +48,8 @@ class Explanation:
     histories: dict[str, list[int | None] | list[str | None] | None]
     as_of: dict[str, str]
     attributes: dict[str, Any]
+    network: dict[str, float] | None = None
+    trees: dict[str, float | None] | None = None
 
 
 def new_id(integer: bool) -> int | str:
@@ -77,7 +80,7 @@ class RankedRequest:
 
 UNSENT = ("unknown_ids", "seen", "journal_position")
 """What a ranking holds for the server's metrics and its log of requests alone."""
-_IF_THERE = ("explanations", "request_id")
+_IF_THERE = ("explanations", "request_id", "network", "trees")
 
 
 @dataclass(frozen=True)
@@ -115,8 +118,12 @@ class Ranking:
         """The ranking as JSON values, whose lists are its own; without explanations that nobody asked for, or an id."""
         tree = {each.name: getattr(self, each.name) for each in fields(self) if each.name not in UNSENT}
         if self.explanations is not None:
-            tree["explanations"] = [dict(vars(each)) for each in self.explanations]
-        return {name: each for name, each in tree.items() if each is not None or name not in _IF_THERE}
+            tree["explanations"] = [_without_lacks(vars(each)) for each in self.explanations]
+        return _without_lacks(tree)
+
+
+def _without_lacks(tree: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: each for name, each in tree.items() if each is not None or name not in _IF_THERE}
 
 
 def explain(
@@ -137,6 +144,10 @@ def explain(
     after, before = (each[chosen].astype(np.float64).tolist() for each in (scored.values, scored.uncalibrated))
     numbers, lists = ({name: each[chosen].tolist() for name, each in part.items()} for part in read)
     inputs, ids = rows.schema.input_columns(), rows.schema.columns.names
+    alone = dict[str, list[list[float]]]()
+    if scored.alone is not None:
+        both = scored.alone[chosen].astype(np.float64)
+        alone = {"network": both[..., 0].tolist(), "trees": both[..., 1].tolist()}
     own = [name for name, role in inputs.items() if role == "candidate" and name not in ids]
     attributes = pa.table({name: rows.taken(name, chosen) for name in own}).to_pylist() if own else [{}] * len(chosen)
     return [
@@ -148,6 +159,7 @@ def explain(
             histories={name: each[row] for name, each in lists.items()},
             as_of=dict(moments),
             attributes={name: _plain(each) for name, each in seen.items()},
+            **{by: dict(zip(tasks, map(_plain, each[row]), strict=True)) for by, each in alone.items()},
         )
         for row, (gates, seen) in enumerate(zip(scored.gates[chosen].tolist(), attributes, strict=True))
     ]

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from mmoe_rec.model.score import Calibration
+    from mmoe_rec.model.trees import Trees
     from mmoe_rec.preprocessing.prepare import FeatureFolder
     from mmoe_rec.settings.model import Model
     from mmoe_rec.settings.sections import Settings
@@ -43,6 +44,7 @@ def write_artifact(
     settings: Settings,
     prepared: FeatureFolder,
     state_dict: Mapping[str, Tensor],
+    trees: Trees | None = None,
     calibration: Calibration | None = None,
     early_end: str | None = None,
 ) -> None:
@@ -51,6 +53,7 @@ def write_artifact(
     Args:
         prepared: the features that the model was trained on.
         state_dict: `RankingModel.state_dict()` of the whole model with plain tables.
+        trees: of a model that has some beside the network.
         calibration: of the model's tasks; None leaves their logits as they are.
         early_end: as in `Artifact`.
 
@@ -75,6 +78,8 @@ def write_artifact(
     )
     with atomic_folder(folder) as target:
         _write_weights(target, state_dict)
+        if trees is not None:
+            trees.write(target)
         shutil.copytree(prepared.serving, target / "features")
         shutil.copyfile(prepared.folder / "files.json", target / "features" / "files.json")
         if (prepared.folder / "requests").is_dir():

@@ -204,6 +204,7 @@ def _grow(prepared: FeatureFolder, ranker: Ranker, folder: Path) -> tuple[Rankin
     except UserError:
         return None
     model = build_model(layout, structure, PlainTables(layout))
+    model.trees = ranker.model.trees
     start.fill(model)
     return model, layout
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from mmoe_rec.atomic import checksum, write_text
-from mmoe_rec.errors import StoppedError, UserError
+from mmoe_rec.errors import StoppedError, UserError, require_packages
 from mmoe_rec.evaluation.comparison import find_objective
 from mmoe_rec.jobs.places import log_and_place
 from mmoe_rec.jobs.promotion import Decision, promote_trained
@@ -142,6 +142,7 @@ def _log_start(run: Run, workspace: Workspace) -> None:
 def _finish(run: Run, workspace: Workspace, result: TrainingResult, register: bool) -> FinishedTraining:
     """Best state -> artifact -> registry -> result on disk."""
     from mmoe_rec.inference.writing import write_artifact
+    from mmoe_rec.jobs.trees import grow_trees
     from mmoe_rec.model.mmoe import build_model
     from mmoe_rec.model.tables import PlainTables
     from mmoe_rec.training.checkpoint import FinishedTraining, load_plain
@@ -158,6 +159,8 @@ def _finish(run: Run, workspace: Workspace, result: TrainingResult, register: bo
     run.log_metrics({"train/rows_per_s": result.rows_per_s, "train/waiting_share": result.waiting}, result.steps)
     model = build_model(layout, settings.model, PlainTables(layout))
     load_plain(model, result.best_checkpoint)
+    if settings.model.trees is not None:
+        model.trees = grow_trees(settings, prepared, layout, model)
     calibration = _calibrate(settings, prepared, model)
     if calibration.tasks:
         run.log_text(calibration.to_dict(), "calibration.json")
@@ -166,6 +169,7 @@ def _finish(run: Run, workspace: Workspace, result: TrainingResult, register: bo
         settings=settings,
         prepared=prepared,
         state_dict=model.state_dict(),
+        trees=model.trees,
         calibration=calibration,
         early_end=find_early_end(result.history, result.best_step, layout, settings.training),
     )
@@ -293,6 +297,8 @@ class Workspace:
     def check(self) -> None:
         """Raises UserError for a wrong setting, log or address, and where MLflow is away or would refuse a name."""
         find_objective(self.settings.evaluation.decide_by)
+        if self.settings.model.trees is not None:
+            require_packages("model.trees", "trees", "lightgbm")
         self._has_features = existing(*self._place) is not None
         ended = self.resume and (self.checkpoints / "finished.json").is_file()
         if not ended and not (self.resume and (self.checkpoints / "latest.json").is_file()):

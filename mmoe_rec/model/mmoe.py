@@ -30,6 +30,7 @@ from mmoe_rec.model.levels import Gates, Level
 from mmoe_rec.model.products import Linear, StackedLinear, for_products
 from mmoe_rec.model.routing import Routing
 from mmoe_rec.model.tables import Int8Bag, PlainTables, by_name
+from mmoe_rec.model.trees import Trees
 from mmoe_rec.point_in_time.arrays import Ragged
 
 if TYPE_CHECKING:
@@ -41,7 +42,8 @@ torch.fx.wrap("by_name")
 
 
 class Outputs(NamedTuple):
-    """Logits (B, T) float32 of B rows, and the routing of each level of experts, the last level's last.
+    """Logits (B, T) float32 of B rows, and the routing of each level of experts, the last level's last; of a model with
+    trees also what the network and the trees say alone, NaN for a task without them.
 
     Those of a `RankingModel` with a regression are float64: a float32 in the label's own unit may have steps wider
     than the labels' deviation.
@@ -49,14 +51,18 @@ class Outputs(NamedTuple):
 
     logits: Tensor
     routings: tuple[Routing, ...]
+    alone: tuple[Tensor, ...] = ()
 
 
 class RankingModel(nn.Module):
     """Logits of all tasks for a batch of rows; for a regression task the logit is the prediction.
 
     tables: `PlainTables` (ids as `KeyedIds`) or torchrec's collection (ids as KeyedJaggedTensor); the rest of the model
-    is the same. State: `tables.embedding_bags.<table>.weight` and `mixture.*`.
+    is the same. State: `tables.embedding_bags.<table>.weight` and `mixture.*`. trees: beside the mixture, once it is
+    trained.
     """
+
+    trees: Trees | None = None
 
     def __init__(self, tables: nn.Module, layout: ModelLayout, mixture: Mixture) -> None:
         super().__init__()
@@ -74,13 +80,15 @@ class RankingModel(nn.Module):
         self.register_buffer("scale", torch.tensor([task.deviation for task in layout.tasks], dtype=units), False)
         self.register_buffer("mean", torch.tensor([task.mean for task in layout.tasks], dtype=units), False)
         self.mixture = mixture
-        self.tasks = len(layout.tasks)
+        self.names = [task.name for task in layout.tasks]
+        self.width = layout.width(placement=False)
+        self.trees_ids = layout.single_ids()
 
     @property
     def visible_experts(self) -> Tensor:
         """(T, E) bool: the experts of the last level that each task sees."""
         visible = self.mixture.gates[-1].visible
-        return visible.expand(self.tasks, -1) if len(visible) == 1 else visible
+        return visible.expand(len(self.names), -1) if len(visible) == 1 else visible
 
     @property
     def experts_in_use(self) -> Tensor:
@@ -92,19 +100,27 @@ class RankingModel(nn.Module):
         return self.of_inputs(*self.side_by_side(batch), top_k, usable)
 
     def side_by_side(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """A batch's inputs, (B, W) float32: embeddings, then numbers, in layout order; and its placement, (B, P)."""
+        """A batch's inputs, (B, W) float32: embeddings, then numbers, in layout order, with trees also single ids; and
+        its placement, (B, P)."""
         pooled = self.tables(batch.ids)
         embeddings = by_name(pooled, self.dims, batch.ragged, batch.shares)  # of each id input (B, its dim)
         inputs = _side_by_side(embeddings, self.id_names[False], batch.dense, self.dense_columns)
+        if self.trees is not None:
+            ids = [batch.ids.column(name)[0][:, None] for name in self.trees_ids]
+            inputs = torch.cat([inputs, *(each.to(inputs) for each in ids)], dim=1)
         return inputs, _side_by_side(embeddings, self.id_names[True], batch.dense, self.placement_columns)
 
     def of_inputs(
         self, inputs: Tensor, placement: Tensor | None, top_k: int | None = None, usable: Tensor | None = None
     ) -> Outputs:
         """Logits and routings of inputs as `side_by_side` gives them; placement is read in training only."""
-        outputs = self.mixture(inputs, placement, top_k, usable)
+        outputs = self.mixture(inputs if self.trees is None else inputs[:, : self.width], placement, top_k, usable)
         # A regression's output is in the label's own unit; a binary task has mean 0 and deviation 1.
-        return Outputs(torch.addcmul(self.mean, outputs.logits.to(self.mean.dtype), self.scale), outputs.routings)
+        logits = torch.addcmul(self.mean, outputs.logits.to(self.mean.dtype), self.scale)
+        if self.trees is None:
+            return Outputs(logits, outputs.routings)
+        grown = self.trees.logits(inputs[:, self.width - len(self.dense_columns) :], self.names).to(logits)
+        return Outputs(self.trees.blend(logits, grown, self.names), outputs.routings, (logits, grown))
 
 
 def _side_by_side(embeddings: dict[str, Tensor], names: list[str], dense: Tensor, columns: Tensor) -> Tensor:
@@ -116,7 +132,8 @@ class RequestInputs:
     batch: what describes user and context is looked up once, and spread over candidates.
     """
 
-    def __init__(self, layout: ModelLayout, tables: PlainTables) -> None:
+    def __init__(self, layout: ModelLayout, tables: PlainTables, with_ids: bool) -> None:
+        """with_ids: for a model with trees."""
         self._tables = tables
         self._columns: list[tuple[str, str, slice]] = []  # input, table, columns of the matrix
         width = 0
@@ -125,7 +142,9 @@ class RequestInputs:
             self._columns.append((each.name, each.table, columns))
             width = columns.stop
         self._numbers = list(enumerate(layout.dense_names(placement=False), width))
-        self.width = width + len(self._numbers)
+        width += len(self._numbers)
+        self._ids = list(enumerate(layout.single_ids() if with_ids else [], width))
+        self.width = width + len(self._ids)
 
     def matrix(self, shared: Inputs, own: Inputs, of: np.ndarray) -> Tensor:
         """(N, width) float32 of N candidates. shared: inputs of R requests; own: of the candidates; of: (N,) int64 the
@@ -144,6 +163,9 @@ class RequestInputs:
         for column, name in self._numbers:
             if (numbers := inputs.dense.get(name)) is not None:
                 matrix[:, column] = numbers
+        for column, name in self._ids:
+            if (ids := inputs.ids.get(name)) is not None:
+                matrix[:, column] = ids
 
     def _embed(self, table: str, ids: np.ndarray | Ragged) -> np.ndarray:
         bag: Any = self._tables.embedding_bags[table]

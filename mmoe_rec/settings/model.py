@@ -101,6 +101,14 @@ class Placement(Section):
     dropout: float = Field(0.1, ge=0, lt=1, description="share of training rows whose placement is hidden")
 
 
+class Trees(Section):
+    """Boosted trees beside the mixture (LightGBM's), on its numbers: each task's logit is a weighted sum of both."""
+
+    number: int = Field(1000, ge=1, description="most trees of a task; validation rows say how many count")
+    leaves: int = Field(31, ge=2, le=1024, description="most leaves of a tree")
+    learning_rate: float = Field(0.05, gt=0, le=1, description="what a tree adds, as a share of what it has learnt")
+
+
 class Model(Section):
     """Structure of the multi-gate mixture of experts."""
 
@@ -109,6 +117,7 @@ class Model(Section):
     gates: Gates = Gates()
     towers: Towers = Towers()
     placement: Placement = Placement()
+    trees: Trees | None = Field(None, description="boosted trees beside the mixture; {} takes the defaults")
 
     @model_validator(mode="after")
     def _check_together(self) -> Model:

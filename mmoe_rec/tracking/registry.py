@@ -402,11 +402,12 @@ def describe_model(artifact_folder: Path, scratch: Path) -> dict[str, Any]:
 
     code = shutil.copytree(package, scratch / "mmoe_rec", ignore=leave_out)
     example = json.loads((artifact_folder / EXAMPLE).read_text(encoding="utf-8"))
+    packages = [*SERVED_PACKAGES, *(["lightgbm"] if (artifact_folder / "trees").is_dir() else [])]
     return {
         "python_model": str(code / "inference" / "mlflow_model.py"),
         "artifacts": {"model": str(artifact_folder)},
         "code_paths": [str(code)],
-        "pip_requirements": [f"{package}=={metadata.version(package).split('+')[0]}" for package in SERVED_PACKAGES],
+        "pip_requirements": [f"{package}=={metadata.version(package).split('+')[0]}" for package in packages],
         "signature": _signature(artifact_folder),
         "input_example": ([example], {"task_weights": {"engagement": 1.0, "satisfaction": 1.0}, "top_k": 5}),
         # MLflow takes a uv.lock and pyproject.toml of the working folder for the model's, and then builds that project

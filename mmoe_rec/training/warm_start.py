@@ -56,7 +56,7 @@ class WarmStart:
         before = ModelLayout.read(folder)
         old = FeaturePipeline.load(folder / "features", memories=False)
         new = FeaturePipeline.load(prepared.serving, memories=False)
-        one, other = ({"model": each.model_dump(mode="json")} for each in (structure, settings))
+        one, other = ({"model": each.model_dump(mode="json", exclude={"trees"})} for each in (structure, settings))
         misfits = _compare(one, other, "settings"), _misfits(old, new), _widths(before, layout)
         found = next(itertools.chain(*misfits), None)
         if found is not None:

@@ -11,6 +11,7 @@ import torch
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.inference.writing import write_artifact
 from mmoe_rec.jobs.places import build_options
+from mmoe_rec.jobs.trees import grow_trees
 from mmoe_rec.log.reader import Log
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.model.layout import ModelLayout
@@ -62,6 +63,8 @@ class SmallModel:
             # Initial embeddings are so small that a wrong one would go unnoticed.
             parameter.data.normal_(0.0, 0.5, generator=generator)
         self.model.eval()
+        if self.settings.model.trees is not None:
+            self.model.trees = grow_trees(self.settings, self.prepared, layout, self.model)
         self.folder = work / "model"
         self.write(self.folder)
 
@@ -72,6 +75,7 @@ class SmallModel:
             settings=self.settings,
             prepared=self.prepared,
             state_dict=self.model.state_dict(),
+            trees=self.model.trees,
             calibration=calibration,
         )
 

@@ -184,6 +184,7 @@ def test_other_structures_are_refused(grown: Grown, change: dict[str, Any], mess
     tree = {**grown.small.settings.model.model_dump(), **change}
     with pytest.raises(UserError, match=r"the model in '.*' can't be started from: .*" + message):
         grown.warm_start(Model.model_validate(tree))
+    grown.warm_start(Model.model_validate({**grown.small.settings.model.model_dump(), "trees": {}}))  # grown anew
 
 
 def _with(changes: dict[str, Any]) -> dict[str, Any]:

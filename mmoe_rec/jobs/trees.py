@@ -1,0 +1,134 @@
+"""Grows the boosted trees that stand beside a trained network, and fits how much each of both counts."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from scipy.optimize import minimize
+from scipy.special import expit
+
+from mmoe_rec.batches.encoded_rows import EncodedRows
+from mmoe_rec.evaluation.calibration import FEWEST, calibration_rows
+from mmoe_rec.jobs.baselines import Inputs
+from mmoe_rec.model.trees import Blend, Trees, predict
+from mmoe_rec.progress import bar, say
+
+if TYPE_CHECKING:
+    from lightgbm import Booster
+
+    from mmoe_rec.model.layout import ModelLayout
+    from mmoe_rec.model.mmoe import RankingModel
+    from mmoe_rec.preprocessing.prepare import FeatureFolder
+    from mmoe_rec.settings.model import Trees as Section
+    from mmoe_rec.settings.sections import Settings
+
+PATIENCE = 50
+"""Trees that are tried without a lower loss on validation rows."""
+HALF = Blend(0.5, 0.5, 0.0)
+"""Where validation rows have too few labels to say more."""
+
+
+def grow_trees(settings: Settings, prepared: FeatureFolder, layout: ModelLayout, model: RankingModel) -> Trees:
+    """The trees of all tasks that have both labels (or several values) in training and validation rows.
+
+    model: the trained network. Says what each task takes.
+    """
+    section = settings.model.trees
+    assert section is not None
+    weighted = settings.training.sampling_correction == "weights"
+    train, validation = (EncodedRows(prepared.split(name), layout) for name in ("train", "validation"))
+    learnt, held_out = (Inputs.read(rows, layout, rows.weighing(weighted)) for rows in (train, validation))
+    logits, _, _ = calibration_rows(model, layout, validation, settings.evaluation.batch_size)
+    logits = logits[len(logits) - len(held_out.labels) :]
+    boosters: dict[str, Booster] = {}
+    blends: dict[str, Blend] = {}
+    with bar() as progress:
+        step = progress.add_task("trees", total=len(layout.tasks))
+        for index, task in enumerate(layout.tasks):
+            rows, judged = learnt.of_task(index), held_out.of_task(index)
+            network = logits[~np.isnan(held_out.labels[:, index]), index].astype(np.float64)
+            inputs = sorted({rows.numbers, rows.x.shape[1]} - {0})
+            if min(len(np.unique(each.labels)) for each in (rows, judged)) < 2:
+                inputs = []
+            best = math.inf
+            for first in inputs:
+                booster = _boost(task.kind, rows, judged, first, section, settings.training.seed)
+                blend, losses = fit_blend(task.kind, network, predict(booster, judged.x), judged.labels, judged.weights)
+                if losses[0] < best:
+                    best, boosters[task.name], blends[task.name] = losses[0], booster, blend
+                    told = (
+                        f"{booster.num_trees()} trees {'without' if first == rows.numbers else 'with'} ids; "
+                        f"{blend.network:.3g} x network + {blend.trees:.3g} x trees, loss of validation rows "
+                        f"{losses[0]:.4g} (network {losses[1]:.4g}, trees {losses[2]:.4g})"
+                    )
+            if not inputs:
+                told = "no trees: training or validation rows lack labels that differ, or there is no input"
+            say(f"  {task.name}: {told}")
+            progress.advance(step)
+    return Trees(boosters, blends)
+
+
+def _boost(kind: str, train: Inputs, validation: Inputs, first: int, section: Section, seed: int) -> Booster:
+    """Trees of the first inputs."""
+    import lightgbm
+
+    parameters = {
+        "objective": "binary" if kind == "binary" else "regression",
+        "learning_rate": section.learning_rate,
+        "num_leaves": section.leaves,
+        "min_data_in_leaf": 50,
+        "feature_fraction": 0.6,
+        "num_threads": torch.get_num_threads(),
+        "deterministic": True,
+        "force_row_wise": True,
+        "seed": seed,
+        "verbose": -1,
+    }
+
+    def rows(each: Inputs, reference: object = None) -> object:
+        return lightgbm.Dataset(
+            each.x[:, :first], each.labels, weight=each.weights, reference=reference, free_raw_data=False
+        )
+
+    learnt = rows(train)
+    stop = lightgbm.early_stopping(PATIENCE, verbose=False)
+    booster = lightgbm.train(parameters, learnt, section.number, [rows(validation, learnt)], callbacks=[stop])
+    # Further trees were too many.
+    return lightgbm.Booster(model_str=booster.model_to_string(num_iteration=booster.best_iteration))
+
+
+def fit_blend(
+    kind: str, network: np.ndarray, trees: np.ndarray, labels: np.ndarray, weights: np.ndarray | None = None
+) -> tuple[Blend, tuple[float, float, float]]:
+    """The blend of the least mean loss on rows that neither learnt from (stacking: Wolpert, 1992), with no weight below
+    0; and the loss of it, of the network alone and of the trees alone.
+
+    network, trees, labels: (N,), logits of a binary task or values; weights: (N,) positive, None is 1.
+    """
+    share = np.full(len(labels), 1 / len(labels)) if weights is None else weights / weights.sum()
+    scale = 1.0 if kind == "binary" else float(labels.std())
+    offset = 0.0 if kind == "binary" else float(labels.mean())  # a regression is fitted in deviations from its mean
+    x = (np.column_stack([network, trees]) - offset) / scale
+
+    def loss(logit: np.ndarray) -> tuple[float, np.ndarray]:
+        """Mean loss, and its slope for each row's logit."""
+        if kind == "binary":
+            return float(share @ (np.logaddexp(0, logit) - labels * logit)), share * (expit(logit) - labels)
+        error = logit - (labels - offset) / scale
+        return float(share @ error**2), 2 * share * error
+
+    def objective(at: np.ndarray) -> tuple[float, np.ndarray]:
+        value, slope = loss(x @ at[:2] + at[2])
+        return value, np.append(slope @ x, slope.sum())
+
+    blend, rarer = HALF, min(labels.sum(), (1 - labels).sum()) if kind == "binary" else len(labels)
+    if rarer >= FEWEST["temperature"]:
+        bounds = [(0, None), (0, None), (None, None)]
+        a, b, c = minimize(objective, [0.5, 0.5, 0.0], jac=True, method="L-BFGS-B", bounds=bounds).x
+        blend = Blend(float(a), float(b), float(scale * c + offset * (1 - a - b)))
+    blended = blend.network * network + blend.trees * trees + blend.offset
+    together, apart, alone = (loss((each - offset) / scale)[0] for each in (blended, network, trees))
+    return blend, (together, apart, alone)

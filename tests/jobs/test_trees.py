@@ -1,0 +1,159 @@
+"""Boosted trees beside the network: what they add to logits by plain loops, offline and served, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from sklearn.linear_model import LinearRegression, LogisticRegression
+
+from mmoe_rec import errors
+from mmoe_rec.batches.encoded_rows import EncodedRows
+from mmoe_rec.errors import UserError
+from mmoe_rec.evaluation.calibration import calibration_rows
+from mmoe_rec.inference.artifact import MANIFEST, write_manifest
+from mmoe_rec.inference.export import write_onnx
+from mmoe_rec.inference.ranker import Ranker
+from mmoe_rec.jobs.trees import HALF, fit_blend
+from mmoe_rec.model.trees import Trees
+from mmoe_rec.tracking import registry
+from tests.inference.small_model import ITEMS, SmallModel, as_request
+from tests.inference.test_ranker import in_request_order, offline
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> SmallModel:
+    """The small log's model with trees, whose steps are large, as its labels are random."""
+    structure = {"bottom": {"units": [16]}, "experts": {"count": 3, "units": [8]}, "towers": {"units": [4]}}
+    trees = {"number": 30, "leaves": 8, "learning_rate": 0.5}
+    return SmallModel(tmp_path_factory.mktemp("trees"), model={**structure, "trees": trees})
+
+
+def grown(node: dict[str, Any], row: np.ndarray) -> float:
+    """What a tree, as LightGBM describes it, gives a row."""
+    while "leaf_value" not in node:
+        assert node["decision_type"] == "<="
+        left = float(row[node["split_feature"]]) <= node["threshold"]
+        node = node["left_child" if left else "right_child"]
+    return node["leaf_value"]
+
+
+def test_logits_are_weighted_sums_of_the_networks_and_those_of_trees(small: SmallModel) -> None:
+    """All rows, whose batches may be of any size, by a loop over trees."""
+    model, trees = small.model, small.model.trees
+    assert trees is not None
+    assert set(trees.blends) == {task.name for task in small.model_layout.tasks}
+    rows = EncodedRows(small.prepared.split("test"), small.model_layout)
+    blended, _, _ = calibration_rows(model, small.model_layout, rows, 7)
+    model.trees = None
+    network, _, _ = calibration_rows(model, small.model_layout, rows, 1000)
+    model.trees = trees
+    ((part, _),) = rows.stream(1000)
+    own = [index for index, each in enumerate(small.model_layout.dense) if not each.placement]
+    ids = [each.name for each in small.model_layout.ids if not each.many and not each.placement]
+    numbers = np.column_stack([part.encoded.dense[:, own], *(part.encoded.ids[name] for name in ids)])
+    for index, task in enumerate(small.model_layout.tasks):
+        blend, booster = trees.blends[task.name], trees.boosters[task.name]
+        roots = [each["tree_structure"] for each in booster.dump_model()["tree_info"]]
+        sums = np.array([sum(grown(root, row) for root in roots) for row in numbers])
+        assert sums.std() > 1e-3 or task.name == "liked", "of which too few rows are observed for a split"
+        expected = blend.network * network[:, index] + blend.trees * sums + blend.offset
+        np.testing.assert_allclose(blended[:, index], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_served_request_gets_what_a_batch_job_gives(small: SmallModel) -> None:
+    ranker = Ranker.load(small.folder)
+    table, rows = small.later_rows()
+    expected, scores = offline(small, rows)
+    found, served = in_request_order(ranker.rank(**as_request(table)), ranker)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(served, np.exp(scores), rtol=1e-5)
+    ranker.model.trees = Trees({}, {})
+    without, _ = in_request_order(ranker.rank(**as_request(table)), ranker)
+    assert (np.abs(without - found).max(axis=0) > 1e-4).all()
+
+
+def test_an_explanation_says_what_network_and_trees_predict_alone(small: SmallModel) -> None:
+    ranker = Ranker.load(small.folder)
+    request = {"user": {"user": 5}, "context": {}, "candidates": {"item": ITEMS}}
+    ranking = ranker.rank(**request, explain=True, top_k=2)
+    assert json.loads(json.dumps(ranking.to_dict()))["explanations"][1]["trees"].keys() == ranking.predictions.keys()
+    trees, ranker.model.trees = ranker.model.trees, Trees({}, {})
+    assert trees is not None
+    network = ranker.rank(**request, explain=True)
+    assert set(network.to_dict()["explanations"][0]["trees"].values()) == {None}
+    for candidate, each in zip(ranking.candidates, ranking.explanations or (), strict=True):
+        alone = (network.explanations or [])[network.candidates.index(candidate)]
+        assert each.network == pytest.approx(alone.uncalibrated)
+        assert each.trees is not None
+        for task, blend in trees.blends.items():
+            one, other, both = alone.uncalibrated[task], each.trees[task], each.uncalibrated[task]
+            if task != "spent":
+                one, other, both = (np.log(p / (1 - p)) for p in (one, other, both))
+            assert both == pytest.approx(blend.network * one + blend.trees * other + blend.offset, rel=1e-4, abs=1e-5)
+
+
+def test_no_onnx_file_holds_the_network_alone(small: SmallModel, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"trees \(model\.trees\) can't be written as ONNX"):
+        write_onnx(small.folder, Ranker.load(small.folder), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_who_installs_the_served_model_installs_lightgbm(small: SmallModel, tmp_path: Path) -> None:
+    needed = registry.describe_model(small.folder, tmp_path)["pip_requirements"]
+    assert any(each.startswith("lightgbm==") for each in needed)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_blend_loses_least_on_the_rows(weighted: bool) -> None:
+    """By scikit-learn, where no weight would be below 0; where one would, the other side stands alone."""
+    random = np.random.default_rng(3)
+    truth = random.normal(size=(3, 4000))
+    labels = (random.random(4000) < 1 / (1 + np.exp(-truth[0] - truth[1]))).astype(float)
+    weights = random.choice([0.01, 0.03], 4000) if weighted else None
+    network, trees = truth[0] + 0.4, 2 * truth[1] + truth[0]
+    for first, second in ((network, trees), (network, network - 3 * truth[2] - 2 * truth[1])):
+        blend, losses = fit_blend("binary", first, second, labels, weights)
+        both = second is trees
+        columns = np.column_stack([first, second] if both else [first])
+        model = LogisticRegression(C=np.inf, tol=1e-10, max_iter=1000).fit(columns, labels, weights)
+        expected = [*model.coef_[0], *([] if both else [0.0]), model.intercept_[0]]
+        np.testing.assert_allclose([blend.network, blend.trees, blend.offset], expected, rtol=2e-3, atol=2e-3)
+        assert losses[0] <= min(losses[1:])
+    values = 500 + 40 * (truth[0] + truth[1]) + random.normal(size=4000)
+    for_values = 480 + 30 * truth[0], 510 + 20 * truth[1]
+    blend, _ = fit_blend("regression", *for_values, values, weights)
+    line = LinearRegression().fit(np.column_stack(for_values), values, weights)
+    np.testing.assert_allclose([blend.network, blend.trees], line.coef_, rtol=1e-3)
+    np.testing.assert_allclose(blend.offset, line.intercept_, rtol=1e-3, atol=1)
+
+
+def test_of_few_labels_half_of_each_is_taken() -> None:
+    labels = np.array([0.0] * 500 + [1.0] * 99)
+    assert fit_blend("binary", labels - 0.5, labels, labels)[0] == HALF
+
+
+def test_damage_and_a_lack_are_told(small: SmallModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "model"
+    small.write(folder)
+    file = folder / "trees" / "click.txt"
+    file.write_text(file.read_text().replace("leaf_value=", "leaf_value=1", 1))
+    with pytest.raises(UserError, match=r"'trees/click\.txt' has"):
+        Ranker.load(folder)
+    file.write_text("no trees")
+    (folder / MANIFEST).unlink()
+    write_manifest(folder)
+    with pytest.raises(UserError, match=r"the trees of the model in '.*' can't be read: "):
+        Ranker.load(folder)
+    with pytest.raises(UserError, match="read other inputs than its layout has"):
+        Trees.read(small.folder, 3, 1)
+    blends = folder / "trees" / "blends.json"
+    blends.write_text(json.dumps({"click": {"network": 1}}))
+    with pytest.raises(UserError, match=r"can't be read: .*click\.trees"):
+        Trees.read(folder, 3, 1)
+    monkeypatch.setattr(errors, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"which has trees, needs lightgbm, .*pip install 'mmoe-rec\[trees\]'"):
+        Ranker.load(small.folder)
