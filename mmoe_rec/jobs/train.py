@@ -142,7 +142,7 @@ def _log_start(run: Run, workspace: Workspace) -> None:
 def _finish(run: Run, workspace: Workspace, result: TrainingResult, register: bool) -> FinishedTraining:
     """Best state -> artifact -> registry -> result on disk."""
     from mmoe_rec.inference.writing import write_artifact
-    from mmoe_rec.jobs.trees import grow_trees
+    from mmoe_rec.jobs.stacking import grow_trees
     from mmoe_rec.model.mmoe import build_model
     from mmoe_rec.model.tables import PlainTables
     from mmoe_rec.training.checkpoint import FinishedTraining, load_plain

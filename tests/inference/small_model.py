@@ -11,7 +11,7 @@ import torch
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.inference.writing import write_artifact
 from mmoe_rec.jobs.places import build_options
-from mmoe_rec.jobs.trees import grow_trees
+from mmoe_rec.jobs.stacking import grow_trees
 from mmoe_rec.log.reader import Log
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.model.layout import ModelLayout

@@ -17,7 +17,7 @@ from mmoe_rec.evaluation.calibration import calibration_rows
 from mmoe_rec.inference.artifact import MANIFEST, write_manifest
 from mmoe_rec.inference.export import write_onnx
 from mmoe_rec.inference.ranker import Ranker
-from mmoe_rec.jobs.trees import HALF, fit_blend
+from mmoe_rec.jobs.stacking import HALF, fit_blend
 from mmoe_rec.model.trees import Trees
 from mmoe_rec.tracking import registry
 from tests.inference.small_model import ITEMS, SmallModel, as_request
