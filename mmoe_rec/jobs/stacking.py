@@ -12,7 +12,7 @@ from scipy.special import expit
 
 from mmoe_rec.batches.encoded_rows import EncodedRows
 from mmoe_rec.evaluation.calibration import FEWEST, calibration_rows
-from mmoe_rec.jobs.baselines import Inputs
+from mmoe_rec.jobs.trees import Inputs
 from mmoe_rec.model.trees import Blend, Trees, predict
 from mmoe_rec.progress import bar, say
 

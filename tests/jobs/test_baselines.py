@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +17,30 @@ from sklearn.metrics import log_loss, roc_auc_score
 
 from mmoe_rec.batches.encoded_rows import EncodedRows
 from mmoe_rec.errors import UserError
-from mmoe_rec.jobs import baselines, evaluate
-from mmoe_rec.jobs.baselines import Inputs, Predict, boost_trees, measure_baselines, rate_candidates
+from mmoe_rec.jobs import baselines, evaluate, trees
+from mmoe_rec.jobs.baselines import measure_baselines
+from mmoe_rec.jobs.trees import LIBRARIES, Inputs, Library, Predict, boost_trees, rate_candidates
 from tests import commands
 from tests.inference.small_model import SmallModel
 from tests.log.small_logs import BASE, DAY, START, random_log, times_of
+
+EACH_LIBRARY = pytest.mark.parametrize(
+    "library",
+    [
+        pytest.param(
+            each,
+            marks=pytest.mark.skipif(find_spec(each.module) is None, reason="the extra `baselines` is not installed"),
+            id=each.name,
+        )
+        for each in LIBRARIES
+    ],
+)
+
+
+@pytest.fixture(autouse=True)
+def _one_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The commands' tests train scikit-learn's trees alone, wherever they run."""
+    monkeypatch.setattr(trees, "LIBRARIES", LIBRARIES[:1])
 
 
 @pytest.mark.parametrize("unit", [None, 1.0, 1e-6, 1e6])
@@ -54,8 +73,10 @@ def tree_rows(seed: int, by: float = 1.5, rows: int = 4000) -> Inputs:
     return Inputs(np.column_stack([number, ids]).astype(np.float32), 1, label[:, None])
 
 
-def boosted(train: Inputs, validation: Inputs, kind: str = "binary") -> tuple[Predict, str]:
-    return boost_trees(kind, train.of_task(0), validation.of_task(0))
+def boosted(
+    train: Inputs, validation: Inputs, kind: str = "binary", library: Library = LIBRARIES[0]
+) -> tuple[Predict, str]:
+    return boost_trees(library, kind, train.of_task(0), validation.of_task(0))
 
 
 @pytest.mark.parametrize(("by", "later", "stands"), [(3, 3, "with"), (1, -1, "without"), (0.2, 0.2, "both")])
@@ -63,7 +84,7 @@ def test_validation_rows_choose_how_many_trees_and_whether_ids_help(
     by: float, later: float, stands: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By the losses of all numbers of trees that scikit-learn's estimator makes when nothing stops it."""
-    monkeypatch.setattr(baselines, "MOST_TREES", 60)
+    monkeypatch.setattr(trees, "MOST_TREES", 60)
     train, validation, test = tree_rows(0, by), tree_rows(1, later), tree_rows(2, later)
     known, observed = (~np.isnan(each.labels[:, 0]) for each in (train, validation))
     predicted, counts = {}, {}
@@ -75,7 +96,7 @@ def test_validation_rows_choose_how_many_trees_and_whether_ids_help(
         model.fit(x[0][known], train.labels[known, 0])
         own, other = ([stage[:, 1] for stage in model.staged_predict_proba(each)] for each in x[1:])
         best = int(np.argmin([log_loss(validation.labels[observed, 0], each[observed]) for each in own]))
-        predicted[name], counts[name] = np.stack([own[best], other[best]]), f"{best + 1} trees {name} ids"
+        predicted[name], counts[name] = np.stack([own[best], other[best]]), f"{best + 1} trees of 31 leaves {name} ids"
     predicted["both"] = (predicted["without"] + predicted["with"]) / 2
     losses = {name: log_loss(validation.labels[observed, 0], each[0][observed]) for name, each in predicted.items()}
     assert min(losses, key=losses.__getitem__) == stands, "of the data"
@@ -89,7 +110,7 @@ def test_validation_rows_choose_how_many_trees_and_whether_ids_help(
 
 def id_rows(seed: int, rows: int = 6000) -> Inputs:
     """A user and an item, and nothing else; lists of five, of which one is clicked."""
-    effects, generator = np.random.default_rng(9).normal(size=(2, 300)), np.random.default_rng(seed)
+    effects, generator = np.random.default_rng(9).normal(0, 1.5, (2, 300)), np.random.default_rng(seed)
     ids = np.stack([generator.integers(0, 300, rows // 5).repeat(5), generator.integers(0, 300, rows)])
     liking = (effects[0, ids[0]] + effects[1, ids[1]] + generator.gumbel(size=rows)).reshape(-1, 5)
     clicked = (liking == liking.max(axis=1, keepdims=True)).astype(float).reshape(-1, 1)
@@ -97,12 +118,18 @@ def id_rows(seed: int, rows: int = 6000) -> Inputs:
     return Inputs(ids.T.astype(np.float32), 0, clicked, folds=folds)
 
 
-def test_where_there_are_ids_alone_their_mean_labels_tell_most() -> None:
-    """Those of a row come from other requests: its list would tell that one of five is clicked."""
-    predict, told = boosted(id_rows(0), id_rows(1))
-    assert re.match(r"\d+ trees with mean labels of ids, ", told), told
+@EACH_LIBRARY
+def test_where_there_are_ids_alone_their_mean_labels_tell_most(
+    library: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of a row come from other requests: its list would tell that one of five is clicked. CatBoost encodes ids by
+    labels itself."""
+    monkeypatch.setattr(trees, "MOST_TREES", 100)
+    (predict, told), (again, _) = (boosted(id_rows(0), id_rows(1), library=library) for _ in range(2))
+    assert ("with ids" if library.name == "CatBoost" else "with mean labels of ids") in told.partition(";")[0]
     test = id_rows(2)
-    assert roc_auc_score(test.labels[:, 0], predict(test)) > 0.7
+    assert roc_auc_score(test.labels[:, 0], predict(test)) > 0.75
+    np.testing.assert_array_equal(predict(test), again(test))
 
 
 @pytest.mark.parametrize("weighted", [False, True])
@@ -112,7 +139,7 @@ def test_mean_labels_of_ids_come_from_other_folds(weighted: bool) -> None:
     rows = replace(rows, x=np.column_stack([np.arange(500), rows.x]).astype(np.float32), numbers=1)
     if weighted:
         rows = replace(rows, weights=np.random.default_rng(0).choice([0.5, 1, 4], 500))
-    name, x, view = list(baselines._views(rows))[-1]
+    name, x, view = list(trees._views(rows))[-1]
     assert name == "with mean labels of ids"
     others = replace(rows, x=rows.x + 1)
     weights = np.ones(500) if rows.weights is None else rows.weights
@@ -132,28 +159,57 @@ def test_mean_labels_of_ids_come_from_other_folds(weighted: bool) -> None:
     np.testing.assert_allclose(view(others), [expect(each, np.ones(500, bool)) for each in others.x], rtol=1e-5)
 
 
-def test_where_validation_rows_say_nothing_there_are_trees_all_the_same() -> None:
-    train = tree_rows(5, 3.0)
+@EACH_LIBRARY
+def test_where_validation_rows_say_nothing_there_are_trees_all_the_same(library: Library) -> None:
+    train = tree_rows(5)
     nothing = replace(train, labels=np.full_like(train.labels, np.nan))
-    for rows, stands in ((train, "without ids"), (replace(train, numbers=0), "with ids")):
-        predict, told = boosted(rows, nothing)
-        assert told == f"100 trees {stands}"
+    for rows, stands in ((train, "without ids"), (replace(train, x=train.x[:, 1:], numbers=0), "with ids")):
+        predict, told = boosted(rows, nothing, library=library)
+        assert told == f"100 trees of {next(iter(library.sizes))} {stands}"
         assert roc_auc_score(train.of_task(0).labels, predict(rows.of_task(0))) > 0.6
 
 
+@EACH_LIBRARY
 @pytest.mark.parametrize("kind", ["binary", "regression"])
-def test_units_of_weights_and_labels_do_not_matter(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Least sums of weights, and least gains of a loss, are constants of scikit-learn."""
-    monkeypatch.setattr(baselines, "MOST_TREES", 60)
+def test_units_of_weights_and_labels_do_not_matter(
+    kind: str, library: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Least sums of weights, and least gains of a loss, are constants of the libraries, and some hold labels in
+    float32."""
+    monkeypatch.setattr(trees, "MOST_TREES", 100)
     rows, predicted = [tree_rows(3), tree_rows(4)], []
     if kind == "regression":
         rows = [replace(each, labels=3 + 2 * np.nan_to_num(each.x[:, :1]) + 0 * each.labels) for each in rows]
     weights = np.random.default_rng(0).choice([0.5, 1.0, 4.0], len(rows[0].labels))
-    for scale, unit in ((1.0, 1.0), (2.0**-30, 1.0 if kind == "binary" else 2.0**-20)):
-        own = [replace(each, labels=each.labels * unit, weights=weights * scale) for each in rows]
-        predicted.append(boosted(*own, kind=kind)[0](rows[1]) / unit)
-    np.testing.assert_allclose(*predicted, rtol=1e-5)
+    other = {"binary": (1.0, 0.0), "regression": (2.0**-20, 2.0**10)}[kind]
+    for scale, unit, least in ((1.0, 1.0, 0.0), (2.0**-30, *other)):
+        own = [replace(each, labels=each.labels * unit + least, weights=weights * scale) for each in rows]
+        predicted.append((boosted(*own, kind=kind, library=library)[0](rows[1]) - least) / unit)
+    np.testing.assert_allclose(*predicted, rtol=1e-5, atol=1e-5)
     assert np.nanmean(np.abs(predicted[0] - rows[1].labels[:, 0])) < (0.2 if kind == "regression" else 0.4)
+
+
+@EACH_LIBRARY
+def test_odd_inputs_and_labels(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing that varies, numbers that only later rows lack, one that is missing everywhere, very many ids, two rows,
+    and weights that make others of rows."""
+    monkeypatch.setattr(trees, "MOST_TREES", 40)
+    rows = tree_rows(6, 3.0, 1000).of_task(0)
+    whole = replace(rows, x=np.nan_to_num(rows.x))
+    lacking = replace(rows, x=np.column_stack([np.full(len(rows.x), np.nan), rows.x]), numbers=2)
+    many = replace(rows, x=np.column_stack([rows.x[:, 0], np.arange(len(rows.x)) * 100]).astype(np.float32))
+    two = replace(rows, x=rows.x[:2], labels=np.array([0.0, 1.0]))
+    for train, validation in ((whole, rows), (lacking, lacking), (many, many), (two, rows)):
+        predicted = boost_trees(library, "binary", train, validation)[0](validation)
+        assert ((predicted > 0) & (predicted < 1)).all()
+        assert roc_auc_score(validation.labels, predicted) > 0.55 or train is two
+    alike = replace(rows, x=np.ones_like(rows.x))
+    for weights in (np.ones(len(rows.x)), np.where(rows.labels > 0, 1.5, 0.5)):
+        weighted = replace(alike, weights=weights / weights.mean())
+        predicted = boost_trees(library, "binary", weighted, weighted)[0](weighted)
+        np.testing.assert_allclose(predicted, np.average(rows.labels, weights=weights), atol=1e-6)
+    constant = replace(rows, labels=np.full(len(rows.x), 7.0))
+    np.testing.assert_allclose(boost_trees(library, "regression", constant, constant)[0](rows), 7.0)
 
 
 def test_what_can_not_be_learnt_is_told() -> None:
@@ -186,16 +242,24 @@ def test_a_model_stands_beside_what_it_has_to_beat(
     model: SmallModel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.setattr(evaluate, "log_evaluation", lambda *_: None)
+    monkeypatch.setattr(trees, "LIBRARIES", (*LIBRARIES, Library("Other", "not_there", LIBRARIES[0].fit, {})))
+    monkeypatch.setattr(trees, "MOST_TREES", 20)
+    names = [each.name for each in trees.find_libraries()]
+    capsys.readouterr()
     out = run(model, "--model", str(model.folder))
     comparison = json.loads((out / "comparison.json").read_text())
     assert comparison["model"] == "model"
-    assert list(comparison["against"]) == ["gradient boosting", "popularity"]
+    assert list(comparison["against"]) == [*names, "popularity"]
     evaluation = Path(model.settings.data.work) / "evaluation"
     assert (evaluation / "calibration_click.png").stat().st_size, "MLflow or not"
     mine = json.loads((evaluation / "metrics.json").read_text())
     assert json.loads((out / "metrics.json").read_text())["tasks"]["click"]["auc"] == mine["tasks"]["click"]["auc"]
-    printed = capsys.readouterr().out
-    assert "gradient boosting" in printed
+    printed, said = capsys.readouterr()
+    said = " ".join(said.split())
+    for each in names:
+        assert f"{each} of click: " in said
+        assert f"{each} of click" in (out / "report.html").read_text()
+    assert "Other would be measured too: `pip install 'mmoe-rec[baselines]'`" in said
     assert "report: " in printed
     assert "hold other rows" not in printed, "baselines are not sliced"
 
@@ -259,11 +323,11 @@ def test_of_many_rows_the_last_ones_are_taken(model: SmallModel, monkeypatch: py
     folds = pd.Series(whole.folds).groupby(requests)
     assert (folds.nunique() == 1).all()
     assert set(whole.folds) == set(range(5))
-    monkeypatch.setattr(baselines, "ROWS_AT_A_TIME", 13)
+    monkeypatch.setattr(trees, "ROWS_AT_A_TIME", 13)
     inputs = len(layout.dense) + len(layout.ids)
     for most, values in ((1, 10**9), (7, 10**9), (10**9, inputs * rows.rows - 1), (rows.rows, 10**9), (10**9, 10**9)):
-        monkeypatch.setattr(baselines, "MOST_ROWS", most)
-        monkeypatch.setattr(baselines, "MOST_VALUES", values)
+        monkeypatch.setattr(trees, "MOST_ROWS", most)
+        monkeypatch.setattr(trees, "MOST_VALUES", values)
         last = Inputs.read(rows, layout, ("candidate",))
         taken = min(most, rows.rows, values // inputs)
         for name in ("x", "labels", "folds"):
@@ -275,6 +339,6 @@ def test_a_task_whose_last_rows_say_nothing_is_told_with_their_number(
     model: SmallModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Labels that are known late may all lie before them."""
-    monkeypatch.setattr(baselines, "MOST_ROWS", 1)
+    monkeypatch.setattr(trees, "MOST_ROWS", 1)
     with pytest.raises(UserError, match=r"task 'click' from the last 1 of \d+ training rows: "):
         measure_baselines(model.settings, Path(model.settings.data.work) / "last")

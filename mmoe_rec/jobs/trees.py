@@ -1,0 +1,335 @@
+"""Gradient-boosted trees of three libraries; validation rows choose what they see, their size and their number."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from importlib import import_module
+from itertools import islice
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+from sklearn.ensemble import HistGradientBoostingClassifier, HistGradientBoostingRegressor
+from sklearn.metrics import log_loss, mean_squared_error
+
+from mmoe_rec.batches.encoded_rows import EncodedRows, weights_of
+from mmoe_rec.devices import usable_cores
+from mmoe_rec.errors import UserError
+from mmoe_rec.features.layout import Layout
+from mmoe_rec.log.columns import hash_column
+from mmoe_rec.progress import say
+
+ROWS_AT_A_TIME = 65_536
+MOST_ROWS, MOST_VALUES = 2_000_000, 200_000_000
+"""Rows, and values of their inputs, that are held in memory for training or validation; of more, the last ones."""
+MOST_TREES, PATIENCE, TREES_UNCHOSEN = 1000, 30, 100
+"""Trees of a kind; those that are tried without a lower loss on validation rows; and trees where none say so."""
+FEW_ROWS = 500_000
+"""Training rows up to which trees learn at half the rate, which takes twice as many, and in all sizes: with more, both
+gain little."""
+SMOOTHING = 20.0
+"""Rows of the mean over all that are added to those of each candidate, or each id."""
+FOLDS = 5
+
+Predict = Callable[["Inputs"], np.ndarray]  # rows -> (N,) float64, probabilities or values
+View = Callable[["Inputs"], np.ndarray]  # rows -> (N, F), what trees see of them
+Fitted = tuple[Callable[[np.ndarray], np.ndarray], int]  # x (N, F) -> predictions (N,); number of trees
+
+
+@dataclass(frozen=True)
+class Library:
+    """How trees of a library are made.
+
+    module: what is imported; fit: (kind of the task, training rows, validation rows or None, size, seed) -> `Fitted`;
+    sizes: of trees, by their names, the usual one first; encodes_ids: by their labels, by itself.
+    """
+
+    name: str
+    module: str
+    fit: Callable[[str, Inputs, Inputs | None, int, int], Fitted]
+    sizes: Mapping[str, int]
+    encodes_ids: bool = False
+
+
+def _pace(train: Inputs, held_out: Inputs | None) -> tuple[float, int]:
+    """The learning rate, and the most trees."""
+    return 0.05 if len(train.labels) <= FEW_ROWS else 0.1, TREES_UNCHOSEN if held_out is None else MOST_TREES
+
+
+def _fit_scikit(kind: str, train: Inputs, held_out: Inputs | None, leaves: int, seed: int) -> Fitted:
+    rate, most = _pace(train, held_out)
+    estimator = (HistGradientBoostingClassifier if kind == "binary" else HistGradientBoostingRegressor)(
+        learning_rate=rate,
+        max_iter=most,
+        max_leaf_nodes=leaves,
+        min_samples_leaf=50,
+        max_features=0.5,
+        early_stopping=held_out is not None,
+        n_iter_no_change=PATIENCE,
+        tol=0.0,
+        random_state=seed,
+    )
+    missing = np.isnan(train.x).all(axis=0)
+    x = np.where(missing, 0, train.x) if missing.any() else train.x  # it fails where a column holds no number at all
+    own, count = {}, most
+    if held_out is not None:
+        own = {"X_val": held_out.x, "y_val": held_out.labels, "sample_weight_val": held_out.weights}
+    estimator.fit(x, train.labels, train.weights, **own)
+    if held_out is not None:
+        count = int(estimator.validation_score_[1:].argmax()) + 1  # the first one is that of no tree
+
+    def predict(others: np.ndarray) -> np.ndarray:
+        stages = estimator.staged_predict_proba if kind == "binary" else estimator.staged_predict
+        last = next(islice(stages(others), count - 1, None))  # further trees were too many
+        return np.asarray(last[:, 1] if kind == "binary" else last)
+
+    return predict, count
+
+
+def _fit_lightgbm(kind: str, train: Inputs, held_out: Inputs | None, leaves: int, seed: int) -> Fitted:
+    import lightgbm
+
+    rate, most = _pace(train, held_out)
+    settings = {
+        "objective": kind,
+        "learning_rate": rate,
+        "num_leaves": leaves,
+        "min_data_in_leaf": 50,
+        "feature_fraction_bynode": 0.5,
+        "seed": seed,
+        "deterministic": True,
+        "force_col_wise": True,  # else the way that is faster at the moment is taken
+        "verbosity": -1,
+    }
+    rows, own = lightgbm.Dataset(train.x, train.labels, weight=train.weights), {}
+    if held_out is not None:
+        validation = rows.create_valid(held_out.x, held_out.labels, weight=held_out.weights)
+        own = {"valid_sets": [validation], "callbacks": [lightgbm.early_stopping(PATIENCE, verbose=False)]}
+    booster = lightgbm.train(settings, rows, most, **own)
+    return booster.predict, booster.best_iteration or most  # of which `predict` makes use
+
+
+def _fit_catboost(kind: str, train: Inputs, held_out: Inputs | None, depth: int, seed: int) -> Fitted:
+    """Ids are its categories, which it encodes by the labels of earlier rows in a random order."""
+    import catboost
+
+    ids = range(train.numbers, train.x.shape[1])
+
+    def pool(x: np.ndarray, labels: np.ndarray | None = None, weights: np.ndarray | None = None) -> catboost.Pool:
+        frame = pd.DataFrame(x).astype(dict.fromkeys(ids, np.int32))
+        return catboost.Pool(frame, labels, weight=weights, cat_features=list(ids))
+
+    rate, most = _pace(train, held_out)
+    estimator = (catboost.CatBoostClassifier if kind == "binary" else catboost.CatBoostRegressor)(
+        learning_rate=rate,
+        iterations=most,
+        depth=depth,
+        rsm=0.5,
+        max_ctr_complexity=1,  # combinations of ids take several times as long
+        random_seed=seed,
+        thread_count=usable_cores(),
+        allow_writing_files=False,
+        verbose=False,
+    )
+    try:
+        own = {}
+        if held_out is not None:
+            own = {"eval_set": pool(held_out.x, held_out.labels, held_out.weights), "early_stopping_rounds": PATIENCE}
+        estimator.fit(pool(train.x, train.labels, train.weights), **own)
+    except catboost.CatBoostError as error:  # where nothing varies
+        if "are either constant" not in str(error) and "targets are equal" not in str(error):
+            raise
+        mean = np.average(train.labels, weights=train.weights)
+        return lambda x: np.full(len(x), mean), 0
+    if kind == "binary":
+        return lambda x: estimator.predict_proba(pool(x))[:, 1], estimator.tree_count_
+    return lambda x: estimator.predict(pool(x)), estimator.tree_count_
+
+
+LIBRARIES = (
+    Library("gradient boosting", "sklearn", _fit_scikit, {"31 leaves": 31}),
+    Library("LightGBM", "lightgbm", _fit_lightgbm, {"31 leaves": 31, "63 leaves": 63, "127 leaves": 127}),
+    Library("CatBoost", "catboost", _fit_catboost, {"depth 6": 6, "depth 8": 8}, encodes_ids=True),
+)
+
+
+def find_libraries() -> list[Library]:
+    """Those that can be imported; of others the output says how they come."""
+    found, missing = [], []
+    for each in LIBRARIES:
+        try:
+            import_module(each.module)
+            found.append(each)
+        except (ImportError, OSError):  # the latter where the system lacks what a library needs
+            missing.append(each.name)
+    if missing:
+        say(f"{' and '.join(missing)} would be measured too: `pip install 'mmoe-rec[baselines]'`")
+    return found
+
+
+def boost_trees(library: Library, kind: str, train: Inputs, validation: Inputs, seed: int = 0) -> tuple[Predict, str]:
+    """The trees of a library with the lowest validation loss, or the mean of those of the two best views; and what was
+    chosen, in words.
+
+    An id is its number in the vocabulary, where the most frequent ones come first, or a category of CatBoost: as
+    categories of scikit-learn, which takes 254, or of LightGBM ids did no better. kind: of the task; train, validation:
+    its rows, as `Inputs.of_task` gives them; seed: of the columns that a split looks at. The logloss, or squared error,
+    of validation rows also says how many trees count; where these lack labels, TREES_UNCHOSEN of the first view do.
+    Raises UserError where no label is observed, of a binary task one class only, or no input is left.
+    """
+    classes = np.unique(train.labels)
+    if len(classes) == 0:
+        raise UserError("no training row has an observed label; expected at least one")
+    if kind == "binary" and not np.array_equal(classes, [0, 1]):
+        raise UserError(f"the observed training labels are {classes[:5].tolist()}; expected both 0 and 1")
+    held_out = validation if len(np.unique(validation.labels)) >= (2 if kind == "binary" else 1) else None
+    if not train.x.shape[1]:
+        raise UserError("trees have no input: all features describe placement, or are lists of ids")
+    name, measure = ("logloss", log_loss) if kind == "binary" else ("squared error", mean_squared_error)
+    middle, scale = (0.0, 1.0) if kind == "binary" else (train.labels.mean(), train.labels.std() or 1.0)
+    # Labels in float32, as some libraries hold them, would lose small differences beside a large mean.
+    train = replace(train, labels=(train.labels - middle) / scale)
+    choices, losses = dict[str, Predict](), dict[str, float]()
+
+    def measure_loss(predict: Predict) -> float:
+        return measure(validation.labels, predict(validation), sample_weight=validation.weights)
+
+    def show(view: View, predict: Callable[[np.ndarray], np.ndarray]) -> Predict:
+        return lambda rows: predict(view(rows)) * scale + middle
+
+    sizes = list(library.sizes)[: None if held_out and len(train.labels) <= FEW_ROWS else 1]
+    for seen, x, view in _views(train, rated=not library.encodes_ids):
+        own, other = replace(train, x=x), None
+        if held_out is not None:
+            other = replace(held_out, x=view(held_out), labels=(held_out.labels - middle) / scale)
+        tried = []
+        for size in sizes:
+            predict, count = library.fit(kind, own, other, library.sizes[size], seed)
+            shown, told = show(view, predict), f"{count} trees of {size} {seen}"
+            if held_out is None:  # nothing tells them apart
+                return shown, told
+            tried.append((measure_loss(shown), size, told, shown))
+        loss, size, told, shown = min(tried, key=lambda each: each[0])
+        choices[told], losses[told], sizes = shown, loss, [size]  # the first view chooses the size of all
+    if len(losses) > 1:
+        both = sorted(losses, key=losses.__getitem__)[:2]
+        mean = f"the mean of {' and '.join(both)}"
+        choices[mean] = lambda rows: np.mean([choices[each](rows) for each in both], axis=0)
+        losses[mean] = measure_loss(choices[mean])
+    best = min(losses, key=losses.__getitem__)
+    others = (f"; {loss:.4g} of {told}" for told, loss in losses.items() if told != best)
+    return choices[best], f"{best}, {name} of validation rows {losses[best]:.4g}{''.join(others)}"
+
+
+def _views(train: Inputs, rated: bool = True) -> Iterator[tuple[str, np.ndarray, View]]:
+    """What trees may learn from: a name, x of the training rows, and what gives that of others.
+
+    Ids of many values make trees overfit where counters say the same, and without counters their numbers say little. So
+    the third view, where ids are to be `rated`, has each id's mean label instead, as `rate_candidates` has it: of
+    training rows by the requests of other folds, since labels of the row's own list would tell its own.
+    """
+    if train.numbers:
+        yield "without ids", train.x[:, : train.numbers], lambda rows: rows.x[:, : rows.numbers]
+    if train.numbers < train.x.shape[1]:
+        yield "with ids", train.x, lambda rows: rows.x
+    if train.numbers == train.x.shape[1] or not rated or train.folds is None or len(np.unique(train.folds)) == 1:
+        return
+
+    def learn(taken: np.ndarray) -> View:
+        weights = None if train.weights is None else train.weights[taken]
+        ids = train.x[taken, train.numbers :].T
+        rates = [rate_candidates(pa.array(each), train.labels[taken], weights) for each in ids]
+
+        def view(rows: Inputs) -> np.ndarray:
+            ids = map(pa.array, rows.x[:, rows.numbers :].T)
+            means = (rate(each).astype(np.float32) for rate, each in zip(rates, ids, strict=True))
+            return np.column_stack([rows.x[:, : rows.numbers], *means])
+
+        return view
+
+    x = np.empty_like(train.x)
+    for fold in np.unique(train.folds):
+        own = train.folds == fold
+        x[own] = learn(~own)(replace(train, x=train.x[own]))
+    yield "with mean labels of ids", x, learn(np.ones(len(x), bool))
+
+
+def rate_candidates(
+    candidates: pa.Array, labels: np.ndarray, weights: np.ndarray | None
+) -> Callable[[pa.Array], np.ndarray]:
+    """M candidates -> (M,) float64, what is predicted for them: the mean label of each, whoever the user is.
+
+    It is smoothed toward the mean of all rows: (sum of labels + SMOOTHING x overall mean) / (rows + SMOOTHING), where a
+    row of mean weight is one; that of a candidate that was not seen is the overall mean.
+
+    candidates, labels: (N,), NaN where unobserved; weights: (N,) what rows count, None is 1. Raises UserError where no
+    label is observed.
+    """
+    observed = ~np.isnan(labels)
+    if not observed.any():
+        raise UserError("no training row has an observed label; expected at least one")
+    rows = np.ones(len(labels)) if weights is None else weights / weights[observed].mean()
+    counted = pd.DataFrame({"rows": rows, "labels": rows * labels}, dtype=np.float64)[observed]
+    overall = counted["labels"].sum() / counted["rows"].sum()
+    sums = counted.groupby(candidates.to_pandas().to_numpy()[observed]).sum()
+    rates = (sums["labels"] + SMOOTHING * overall) / (sums["rows"] + SMOOTHING)
+    return lambda others: rates.reindex(others.to_pandas().to_numpy()).fillna(overall).to_numpy()
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Rows as trees see them: x (N, F) float32, first the `numbers`, NaN where missing, then ids, without placement and
+    lists; labels (N, T), or (N,) of one task, NaN where unobserved; what rows count (N,), None is 1; the fold of FOLDS
+    that a row's request belongs to (N,); and further columns."""
+
+    x: np.ndarray
+    numbers: int
+    labels: np.ndarray
+    weights: np.ndarray | None = None
+    folds: np.ndarray | None = None
+    table: pa.Table = field(default_factory=lambda: pa.table({}))
+
+    def column(self, name: str) -> pa.Array:
+        """A further column (N,)."""
+        return self.table.column(name).combine_chunks()
+
+    def of_task(self, index: int) -> Inputs:
+        """The rows with an observed label of a task. Weights become multiples of their mean, as trees compare their
+        sums with constants."""
+        known = ~np.isnan(self.labels[:, index])
+        weights, folds = (None if each is None else each[known] for each in (self.weights, self.folds))
+        if weights is not None and len(weights):
+            weights = weights / weights.mean()
+        x = self.x if known.all() else self.x[known]
+        return Inputs(x, self.numbers, self.labels[known, index], weights, folds)
+
+    @staticmethod
+    def stream(rows: EncodedRows, layout: Layout, columns: Sequence[str], left_out: int = 0) -> Iterator[Inputs]:
+        """All rows but the first ones, some at a time."""
+        dense = [index for index, each in enumerate(layout.dense) if not each.placement]
+        names = [each.name for each in layout.ids if not each.many and not each.placement]
+        for part, table in rows.stream(ROWS_AT_A_TIME, columns):
+            first = min(left_out, len(part))
+            left_out -= first
+            if first == len(part):
+                continue  # a slice of no row would keep all of them in memory
+            ids = [np.asarray(part.encoded.ids[name])[first:] for name in names]
+            x = np.column_stack([part.encoded.dense[first:, dense], *ids]).astype(np.float32)
+            yield Inputs(x, len(dense), part.labels[first:], weights_of(table.slice(first)), table=table.slice(first))
+
+    @staticmethod
+    def join(parts: Sequence[Inputs]) -> Inputs:
+        """All rows of parts."""
+        table = pa.concat_tables([each.table for each in parts])
+        x, labels = (np.concatenate([getattr(each, name) for each in parts]) for name in ("x", "labels"))
+        return Inputs(x, parts[0].numbers, labels, weights_of(table), table=table)
+
+    @staticmethod
+    def read(rows: EncodedRows, layout: Layout, columns: Sequence[str]) -> Inputs:
+        """The last rows, as many as memory is meant to hold."""
+        most = min(MOST_ROWS, MOST_VALUES // max(1, len(layout.dense) + len(layout.ids)))
+        left_out = max(0, rows.rows - most)
+        whole = Inputs.join(list(Inputs.stream(rows, layout, (*columns, "request"), left_out)))
+        folds = (hash_column(whole.column("request")) % FOLDS).astype(np.int8)
+        return replace(whole, folds=folds, table=whole.table.drop_columns("request"))
