@@ -53,17 +53,23 @@ def grow_trees(settings: Settings, prepared: FeatureFolder, layout: ModelLayout,
             inputs = sorted({rows.numbers, rows.x.shape[1]} - {0})
             if min(len(np.unique(each.labels)) for each in (rows, judged)) < 2:
                 inputs = []
-            best = math.inf
+            known = judged.labels, judged.weights
+            before: np.ndarray | None = None
             for first in inputs:
                 booster = _boost(task.kind, rows, judged, first, section, settings.training.seed)
-                blend, losses = fit_blend(task.kind, network, predict(booster, judged.x), judged.labels, judged.weights)
-                if losses[0] < best:
-                    best, boosters[task.name], blends[task.name] = losses[0], booster, blend
-                    told = (
-                        f"{booster.num_trees()} trees {'without' if first == rows.numbers else 'with'} ids; "
-                        f"{blend.network:.3g} x network + {blend.trees:.3g} x trees, loss of validation rows "
-                        f"{losses[0]:.4g} (network {losses[1]:.4g}, trees {losses[2]:.4g})"
-                    )
+                trees = predict(booster, judged.x)
+                blend = fit_blend(task.kind, network, trees, *known)
+                blended = blend.network * network + blend.trees * trees + blend.offset
+                losses = [losses_of(task.kind, each, judged.labels) for each in (blended, network, trees)]
+                if before is not None and not _is_clearly_less(losses[0], before, judged.weights):
+                    continue
+                before, boosters[task.name], blends[task.name] = losses[0], booster, blend
+                together, alone, of_trees = (np.average(each, weights=judged.weights) for each in losses)
+                told = (
+                    f"{booster.num_trees()} trees {'without' if first == rows.numbers else 'with'} ids; "
+                    f"{blend.network:.3g} x network + {blend.trees:.3g} x trees, loss of validation rows "
+                    f"{together:.4g} (network {alone:.4g}, trees {of_trees:.4g})"
+                )
             if not inputs:
                 told = "no trees: training or validation rows lack labels that differ, or there is no input"
             say(f"  {task.name}: {told}")
@@ -100,35 +106,44 @@ def _boost(kind: str, train: Inputs, validation: Inputs, first: int, section: Se
     return lightgbm.Booster(model_str=booster.model_to_string(num_iteration=booster.best_iteration))
 
 
+def losses_of(kind: str, logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """(N,) the loss of each row: cross-entropy of a logit, or squared error of a value in deviations of the labels."""
+    if kind == "binary":
+        return np.logaddexp(0, logits) - labels * logits
+    return ((logits - labels) / (labels.std() or 1.0)) ** 2
+
+
+def _is_clearly_less(losses: np.ndarray, others: np.ndarray, weights: np.ndarray | None) -> bool:
+    """Whether rows lose less by more than two standard errors: what an id was worth lasts less long than counters do,
+    so ids have to show more on validation rows than that they do not harm."""
+    gains = (others - losses) * (1 if weights is None else weights)
+    return bool(gains.mean() > 2 * gains.std() / math.sqrt(len(gains)))
+
+
 def fit_blend(
     kind: str, network: np.ndarray, trees: np.ndarray, labels: np.ndarray, weights: np.ndarray | None = None
-) -> tuple[Blend, tuple[float, float, float]]:
+) -> Blend:
     """The blend of the least mean loss on rows that neither learnt from (stacking: Wolpert, 1992), with no weight below
-    0; and the loss of it, of the network alone and of the trees alone.
+    0; HALF where there are few.
 
     network, trees, labels: (N,), logits of a binary task or values; weights: (N,) positive, None is 1.
     """
+    if (min(labels.sum(), (1 - labels).sum()) if kind == "binary" else len(labels)) < FEWEST["temperature"]:
+        return HALF
     share = np.full(len(labels), 1 / len(labels)) if weights is None else weights / weights.sum()
-    scale = 1.0 if kind == "binary" else float(labels.std())
-    offset = 0.0 if kind == "binary" else float(labels.mean())  # a regression is fitted in deviations from its mean
-    x = (np.column_stack([network, trees]) - offset) / scale
-
-    def loss(logit: np.ndarray) -> tuple[float, np.ndarray]:
-        """Mean loss, and its slope for each row's logit."""
-        if kind == "binary":
-            return float(share @ (np.logaddexp(0, logit) - labels * logit)), share * (expit(logit) - labels)
-        error = logit - (labels - offset) / scale
-        return float(share @ error**2), 2 * share * error
+    # A regression is fitted in deviations from its labels' mean.
+    middle, scale = (0.0, 1.0) if kind == "binary" else (labels.mean(), labels.std())
+    x, y = (np.column_stack([network, trees]) - middle) / scale, (labels - middle) / scale
 
     def objective(at: np.ndarray) -> tuple[float, np.ndarray]:
-        value, slope = loss(x @ at[:2] + at[2])
-        return value, np.append(slope @ x, slope.sum())
+        """Mean loss, and its slopes."""
+        logit = x @ at[:2] + at[2]
+        if kind == "binary":
+            losses, slopes = np.logaddexp(0, logit) - y * logit, expit(logit) - y
+        else:
+            losses, slopes = (logit - y) ** 2, 2 * (logit - y)
+        return float(share @ losses), np.append((share * slopes) @ x, share @ slopes)
 
-    blend, rarer = HALF, min(labels.sum(), (1 - labels).sum()) if kind == "binary" else len(labels)
-    if rarer >= FEWEST["temperature"]:
-        bounds = [(0, None), (0, None), (None, None)]
-        a, b, c = minimize(objective, [0.5, 0.5, 0.0], jac=True, method="L-BFGS-B", bounds=bounds).x
-        blend = Blend(float(a), float(b), float(scale * c + offset * (1 - a - b)))
-    blended = blend.network * network + blend.trees * trees + blend.offset
-    together, apart, alone = (loss((each - offset) / scale)[0] for each in (blended, network, trees))
-    return blend, (together, apart, alone)
+    bounds = [(0, None), (0, None), (None, None)]
+    a, b, c = minimize(objective, [0.5, 0.5, 0.0], jac=True, method="L-BFGS-B", bounds=bounds).x
+    return Blend(float(a), float(b), float(scale * c + middle * (1 - a - b)))
