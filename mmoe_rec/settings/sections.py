@@ -161,6 +161,8 @@ class Tuning(Section):
     def _check_names(cls, search: dict[str, Search]) -> dict[str, Search]:
         for name in search:
             section, _, rest = name.partition(".")
+            if name.startswith(("model.trees", "training.calibration")):
+                raise ValueError(f"'{name}' can't be tried: it is used after a training, and trials are judged before")
             if section not in ("model", "training") and rest.rpartition(".")[2] not in _SEARCHED.get(section, ()):
                 raise ValueError(
                     f"'{name}' can't be tried; only settings of model and training can, such as "

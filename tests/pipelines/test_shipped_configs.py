@@ -18,6 +18,7 @@ from mmoe_rec.features.kinds.ids import IdsFeature
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.inference.writing import write_artifact
 from mmoe_rec.jobs.places import build_features
+from mmoe_rec.jobs.stacking import grow_trees
 from mmoe_rec.log.columns import UTC_MICROSECONDS, column_uses, event_uses
 from mmoe_rec.model.layout import ModelLayout
 from mmoe_rec.model.mmoe import build_model
@@ -153,7 +154,10 @@ def test_a_shipped_config_trains(config: Path, tmp_path: Path) -> None:
 
     model = build_model(layout, settings.model, PlainTables(layout))
     load_plain(model, result.best_checkpoint)
-    write_artifact(tmp_path / "model", settings=settings, prepared=prepared, state_dict=model.state_dict())
+    if settings.model.trees is not None:
+        model.trees = grow_trees(settings, prepared, layout, model)
+    parts = {"state_dict": model.state_dict(), "trees": model.trees}
+    write_artifact(tmp_path / "model", settings=settings, prepared=prepared, **parts)
     example = json.loads((tmp_path / "model" / "example_request.json").read_text(encoding="utf-8"))
     ranking = Ranker.load(tmp_path / "model").rank(**example)
     assert set(settings.tasks) <= set(ranking.predictions)

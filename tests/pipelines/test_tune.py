@@ -254,6 +254,7 @@ def test_trials_of_other_loss_weights_are_told_apart_by_one_measure(tmp_path: Pa
         ({}, "has nothing to search: list settings under tuning.search"),
         ({"data.workers": {"low": 1, "high": 2}}, "'data.workers' can't be tried; only settings"),
         ({"tasks.click.label": {"choices": ["click"]}}, "'tasks.click.label' can't be tried; .*loss_weight"),
+        ({"model.trees.leaves": {"low": 8, "high": 64}}, "'model.trees.leaves' can't be tried: it is used after"),
         ({"tasks.lik.loss_weight": {"low": 0.1, "high": 1}}, "there is no task 'lik'; tasks are: click, liked"),
         ({"tasks.click.loss_weight": {"low": -1.0, "high": 1}}, "'tasks.click.loss_weight' must be at least 0"),
         ({"tasks.click.score_weight": {"low": 0.1, "high": 1}}, "'tasks.click.score_weight' can't be tried; only"),
