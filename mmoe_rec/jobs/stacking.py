@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from scipy.optimize import minimize
 from scipy.special import expit
 
 from mmoe_rec.batches.encoded_rows import EncodedRows
 from mmoe_rec.evaluation.calibration import FEWEST, calibration_rows
-from mmoe_rec.jobs.trees import Inputs
+from mmoe_rec.jobs.trees import Inputs, grow_lightgbm
 from mmoe_rec.model.trees import Blend, Trees, predict
 from mmoe_rec.progress import bar, say
 
@@ -22,11 +22,8 @@ if TYPE_CHECKING:
     from mmoe_rec.model.layout import ModelLayout
     from mmoe_rec.model.mmoe import RankingModel
     from mmoe_rec.preprocessing.prepare import FeatureFolder
-    from mmoe_rec.settings.model import Trees as Section
     from mmoe_rec.settings.sections import Settings
 
-PATIENCE = 50
-"""Trees that are tried without a lower loss on validation rows."""
 HALF = Blend(0.5, 0.5, 0.0)
 """Where validation rows have too few labels to say more."""
 
@@ -43,6 +40,7 @@ def grow_trees(settings: Settings, prepared: FeatureFolder, layout: ModelLayout,
     learnt, held_out = (Inputs.read(rows, layout, rows.weighing(weighted)) for rows in (train, validation))
     logits, _, _ = calibration_rows(model, layout, validation, settings.evaluation.batch_size)
     logits = logits[len(logits) - len(held_out.labels) :]
+    shape = section.leaves, settings.training.seed, section.learning_rate, section.number
     boosters: dict[str, Booster] = {}
     blends: dict[str, Blend] = {}
     with bar() as progress:
@@ -56,8 +54,12 @@ def grow_trees(settings: Settings, prepared: FeatureFolder, layout: ModelLayout,
             known = judged.labels, judged.weights
             before: np.ndarray | None = None
             for first in inputs:
-                booster = _boost(task.kind, rows, judged, first, section, settings.training.seed)
-                trees = predict(booster, judged.x)
+                learnt_from, tried_on = (
+                    replace(each, x=each.x[:, :first], labels=(each.labels - task.mean) / task.deviation)
+                    for each in (rows, judged)
+                )
+                booster = _without_idle(grow_lightgbm(task.kind, learnt_from, tried_on, *shape))
+                trees = task.mean + task.deviation * predict(booster, judged.x)
                 blend = fit_blend(task.kind, network, trees, *known)
                 blended = blend.network * network + blend.trees * trees + blend.offset
                 losses = [losses_of(task.kind, each, judged.labels) for each in (blended, network, trees)]
@@ -77,32 +79,10 @@ def grow_trees(settings: Settings, prepared: FeatureFolder, layout: ModelLayout,
     return Trees(boosters, blends)
 
 
-def _boost(kind: str, train: Inputs, validation: Inputs, first: int, section: Section, seed: int) -> Booster:
-    """Trees of the first inputs."""
+def _without_idle(booster: Booster) -> Booster:
+    """The trees up to the best one: further ones were too many."""
     import lightgbm
 
-    parameters = {
-        "objective": "binary" if kind == "binary" else "regression",
-        "learning_rate": section.learning_rate,
-        "num_leaves": section.leaves,
-        "min_data_in_leaf": 50,
-        "feature_fraction": 0.6,
-        "num_threads": torch.get_num_threads(),
-        "deterministic": True,
-        "force_row_wise": True,
-        "seed": seed,
-        "verbose": -1,
-    }
-
-    def rows(each: Inputs, reference: object = None) -> object:
-        return lightgbm.Dataset(
-            each.x[:, :first], each.labels, weight=each.weights, reference=reference, free_raw_data=False
-        )
-
-    learnt = rows(train)
-    stop = lightgbm.early_stopping(PATIENCE, verbose=False)
-    booster = lightgbm.train(parameters, learnt, section.number, [rows(validation, learnt)], callbacks=[stop])
-    # Further trees were too many.
     return lightgbm.Booster(model_str=booster.model_to_string(num_iteration=booster.best_iteration))
 
 

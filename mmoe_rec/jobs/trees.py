@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from itertools import islice
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -19,6 +20,9 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.features.layout import Layout
 from mmoe_rec.log.columns import hash_column
 from mmoe_rec.progress import say
+
+if TYPE_CHECKING:
+    from lightgbm import Booster
 
 ROWS_AT_A_TIME = 65_536
 MOST_ROWS, MOST_VALUES = 2_000_000, 200_000_000
@@ -88,9 +92,18 @@ def _fit_scikit(kind: str, train: Inputs, held_out: Inputs | None, leaves: int, 
 
 
 def _fit_lightgbm(kind: str, train: Inputs, held_out: Inputs | None, leaves: int, seed: int) -> Fitted:
+    rate, most = _pace(train, held_out)
+    booster = grow_lightgbm(kind, train, held_out, leaves, seed, rate, most)
+    return booster.predict, booster.best_iteration or most  # of which `predict` makes use
+
+
+def grow_lightgbm(
+    kind: str, train: Inputs, held_out: Inputs | None, leaves: int, seed: int, rate: float, most: int
+) -> Booster:
+    """Trees of LightGBM; `best_iteration` of them lose least on the rows that are held out, if any are. rate: of
+    learning. It holds labels in float32, so those of a regression should have a mean of about 0."""
     import lightgbm
 
-    rate, most = _pace(train, held_out)
     settings = {
         "objective": kind,
         "learning_rate": rate,
@@ -106,8 +119,7 @@ def _fit_lightgbm(kind: str, train: Inputs, held_out: Inputs | None, leaves: int
     if held_out is not None:
         validation = rows.create_valid(held_out.x, held_out.labels, weight=held_out.weights)
         own = {"valid_sets": [validation], "callbacks": [lightgbm.early_stopping(PATIENCE, verbose=False)]}
-    booster = lightgbm.train(settings, rows, most, **own)
-    return booster.predict, booster.best_iteration or most  # of which `predict` makes use
+    return lightgbm.train(settings, rows, most, **own)
 
 
 def _fit_catboost(kind: str, train: Inputs, held_out: Inputs | None, depth: int, seed: int) -> Fitted:

@@ -120,6 +120,7 @@ class RankingModel(nn.Module):
         if self.trees is None:
             return Outputs(logits, outputs.routings)
         grown = self.trees.logits(inputs[:, self.width - len(self.dense_columns) :], self.names).to(logits)
+        grown = torch.addcmul(self.mean, grown, self.scale)
         return Outputs(self.trees.blend(logits, grown, self.names), outputs.routings, (logits, grown))
 
 

@@ -46,7 +46,8 @@ class Trees:
     blends: Mapping[str, Blend]
 
     def logits(self, inputs: Tensor, names: Sequence[str]) -> Tensor:
-        """(B, F) float32, numbers and then ids -> (B, T) float64 what the trees of T tasks say, NaN for one without."""
+        """(B, F) float32, numbers and then ids -> (B, T) float64 what the trees of T tasks say, NaN for one without
+        them: logits, or a regression's values in deviations from its mean."""
         own = inputs.detach().cpu().numpy()
         columns = np.full((len(own), len(names)), np.nan)
         for index, name in enumerate(names):
@@ -90,7 +91,7 @@ class Trees:
 
 
 def predict(booster: Booster, inputs: np.ndarray) -> np.ndarray:
-    """(B, F) float32, of which trees without ids read the first ones -> (B,) float64, logits (values of a regression);
-    by as many threads as torch uses."""
+    """(B, F) float32, of which trees without ids read the first ones -> (B,) float64, what they say; by as many threads
+    as torch uses."""
     own = inputs[:, : booster.num_feature()]
     return np.asarray(booster.predict(own, raw_score=True, num_threads=torch.get_num_threads()))
