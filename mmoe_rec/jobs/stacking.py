@@ -94,10 +94,10 @@ def losses_of(kind: str, logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def _is_clearly_less(losses: np.ndarray, others: np.ndarray, weights: np.ndarray | None) -> bool:
-    """Whether rows lose less by more than two standard errors: what an id was worth lasts less long than counters do,
-    so ids have to show more on validation rows than that they do not harm."""
+    """Whether rows lose less by more than three standard errors: what an id was worth lasts less long than counters do,
+    and rows of a user are no independent witnesses."""
     gains = (others - losses) * (1 if weights is None else weights)
-    return bool(gains.mean() > 2 * gains.std() / math.sqrt(len(gains)))
+    return bool(gains.mean() > 3 * gains.std() / math.sqrt(len(gains)))
 
 
 def fit_blend(
