@@ -173,7 +173,7 @@ class Ranker:
         """What the setting `serving.products` asks for; for `auto`, what is faster on this processor."""
         wanted = self.about.products
         if wanted == "auto":
-            return self.scorer.faster_products(self.request_inputs.width)
+            return self.scorer.faster_products()
         return "onednn" if wanted == "onednn" else "blas"
 
     # Learning what happened since

@@ -104,11 +104,11 @@ class Scorer:
         self.products = products if has_onednn() else "blas"
         set_products(self.model, self.products)
 
-    def faster_products(self, width: int) -> Products:
-        """oneDNN if it is clearly faster here. width: of the inputs. Takes some 50 ms."""
+    def faster_products(self) -> Products:
+        """oneDNN if it is clearly faster here. Takes some 50 ms."""
         if not has_onednn():
             return "blas"
-        rows, before = torch.zeros(_ROWS_TIMED, width), self.products
+        rows, before = torch.zeros(_ROWS_TIMED, self.model.width), self.products
         seconds: dict[Products, float] = {}
         for products in ("blas", "onednn"):
             set_products(self.model, products)
@@ -118,7 +118,8 @@ class Scorer:
 
     def _seconds(self, inputs: Tensor) -> float:
         start = time.perf_counter()
-        self._forward(inputs)
+        with torch.inference_mode():
+            self.model.mixture(inputs, None)  # trees take as long either way
         return time.perf_counter() - start
 
     def score(self, inputs: Tensor, options: ExpertOptions = _MODELS_OWN, explain: bool = False) -> Scored:
@@ -166,10 +167,10 @@ class Scorer:
             warnings += [f"expert {expert} failed and was left out: {reason}" for expert, reason in failed.items()]
             usable = self._all_but([*options.masked, *failed])
             outputs = self._forward(inputs, options.top_k, usable)
-        left = self.model.experts_in_use
+        left, whose = self.model.experts_in_use, "network's " if self.model.trees is not None else ""
         some = (left if usable is None else left & usable).any(1).tolist()
         warnings += [
-            f"no expert is left for '{task}': its prediction is the same for every candidate"
+            f"no expert is left for '{task}': its {whose}prediction is the same for every candidate"
             for task, any_left in zip(self.names, some, strict=True)
             if not any_left
         ]
