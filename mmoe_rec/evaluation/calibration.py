@@ -10,10 +10,12 @@ Hence the middles of the steps are joined by straight lines, which rise by at le
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Literal
 
 import numpy as np
+import pyarrow as pa
 import torch
 from scipy.special import expit
 from sklearn.isotonic import IsotonicRegression
@@ -43,6 +45,7 @@ def fit_calibration(
     logits: np.ndarray,
     labels: np.ndarray,
     weights: np.ndarray | None = None,
+    times: np.ndarray | None = None,
 ) -> tuple[Calibration, list[str]]:
     """The calibration of all binary tasks, and a sentence for each that is left as it is.
 
@@ -51,6 +54,8 @@ def fit_calibration(
         logits: (N, T) of the model.
         labels: (N, T), 0 or 1, NaN where unobserved.
         weights: (N,) positive, how many rows each stands for; None is 1 each.
+        times: (N,) of requests. Where the function fitted on the earlier half of a task's rows makes the later half
+            worse, the task drifts, and is left as it is. None: no such trial.
 
     Raises:
         UserError: a logit is not a finite number.
@@ -69,11 +74,30 @@ def fit_calibration(
             why = f"{rarer:,} observed validation rows have its rarer label, {method} needs {FEWEST[method]:,}"
         elif (fitted := _FITS[method](x, y, w)) is None:
             why = "its logits do not rise with the label on validation rows, or tell the labels apart without an error"
+        elif times is not None and (drift := _find_drift(method, x, y, w, times[observed])):
+            why = drift
         else:
             calibrated[task.name] = fitted
             continue
         left.append(f"task '{task.name}' is not calibrated: {why}")
     return Calibration(calibrated), left
+
+
+def _find_drift(method: Method, x: np.ndarray, y: np.ndarray, w: np.ndarray, times: np.ndarray) -> str | None:
+    """What a fit on the earlier half of rows does to the later half, if it makes them worse by two standard errors."""
+    early, late = np.array_split(np.argsort(times, kind="stable"), 2)
+    if len(np.unique(y[early])) < 2 or (fitted := _FITS[method](x[early], y[early], w[early])) is None:
+        return None
+    share, before = w[late] / w[late].sum(), x[late]
+    after = fitted.apply(torch.from_numpy(before)).numpy()
+    losses = [np.logaddexp(0, each) - y[late] * each for each in (after, before)]
+    apart = losses[0] - losses[1]
+    if share @ apart <= 2 * math.sqrt(share**2 @ (apart - share @ apart) ** 2):
+        return None
+    return (
+        "fitted on the earlier half of validation rows, it makes the later half worse (logloss "
+        f"{share @ losses[0]:.4g} instead of {share @ losses[1]:.4g}): it drifts"
+    )
 
 
 def temperature(x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> TaskCalibration | None:
@@ -128,17 +152,20 @@ def _without_single_class(step: np.ndarray, y: np.ndarray) -> np.ndarray:
 @torch.inference_mode()
 def calibration_rows(
     model: RankingModel, layout: Layout, rows: EncodedRows, batch_size: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """Logits (N, T) without placement, labels (N, T), NaN where unobserved, and weights (N,), if rows have them."""
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, np.ndarray]:
+    """Logits (N, T) without placement, labels (N, T), NaN where unobserved, weights (N,), if rows have them, and times
+    of requests (N,) int64."""
     model.eval()
-    logits, labels, weights = [], [], []
+    logits, labels, weights, times = [], [], [], []
     with bar() as progress, freed_memory_kept():
         task = progress.add_task("calibrating", total=rows.rows)
-        for part, _ in rows.stream(batch_size):
+        for part, table in rows.stream(batch_size, ("time",)):
             batch = make_batch(part.encoded, layout, torchrec=False).to(device_of(model))
             logits.append(model(batch).logits.cpu().numpy())
             labels.append(part.labels)
             if part.weights is not None:
                 weights.append(part.weights)
+            times.append(table.column("time").cast(pa.int64()).to_numpy())
             progress.advance(task, len(part))
-    return np.concatenate(logits), np.concatenate(labels), np.concatenate(weights) if weights else None
+    known = np.concatenate(weights) if weights else None
+    return np.concatenate(logits), np.concatenate(labels), known, np.concatenate(times)

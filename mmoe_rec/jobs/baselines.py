@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pyarrow as pa
 
 from mmoe_rec.batches.encoded_rows import EncodedRows
 from mmoe_rec.errors import UserError
@@ -75,7 +76,7 @@ def _predict(
     train, validation, test = (EncodedRows(prepared.split(name), layout) for name in ("train", "validation", "test"))
     weighted, seed = settings.training.sampling_correction == "weights", settings.training.seed
     learnt, held_out = (
-        Inputs.read(rows, layout, ("candidate", *rows.weighing(weighted))) for rows in (train, validation)
+        Inputs.read(rows, layout, ("candidate", "time", *rows.weighing(weighted))) for rows in (train, validation)
     )
     last = ""
     if len(learnt.labels) < train.rows:
@@ -144,5 +145,7 @@ def _calibrate(settings: Settings, layout: Layout, held_out: Inputs, own: np.nda
         return values
     binary, names = np.array([task.kind == "binary" for task in layout.tasks]), [task.name for task in layout.tasks]
     own, logits = (np.where(binary, logit(each.clip(1e-12, 1 - 1e-12)), each) for each in (own, values))
-    found, _ = fit_calibration(settings.training.calibration, layout.tasks, own, held_out.labels, held_out.weights)
+    times = held_out.column("time").cast(pa.int64()).to_numpy()
+    known = held_out.labels, held_out.weights, times
+    found, _ = fit_calibration(settings.training.calibration, layout.tasks, own, *known)
     return np.where(binary, expit(found.apply(torch.from_numpy(logits), names).numpy()), values)

@@ -38,7 +38,7 @@ def grow_trees(settings: Settings, prepared: FeatureFolder, layout: ModelLayout,
     weighted = settings.training.sampling_correction == "weights"
     train, validation = (EncodedRows(prepared.split(name), layout) for name in ("train", "validation"))
     learnt, held_out = (Inputs.read(rows, layout, rows.weighing(weighted)) for rows in (train, validation))
-    logits, _, _ = calibration_rows(model, layout, validation, settings.evaluation.batch_size)
+    logits, *_ = calibration_rows(model, layout, validation, settings.evaluation.batch_size)
     logits = logits[len(logits) - len(held_out.labels) :]
     shape = section.leaves, settings.training.seed, section.learning_rate, section.number
     boosters: dict[str, Booster] = {}

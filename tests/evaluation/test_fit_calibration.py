@@ -183,6 +183,24 @@ def test_a_task_that_cannot_be_fitted_is_named(x: np.ndarray, y: np.ndarray, sen
     assert sentence in told
 
 
+@pytest.mark.parametrize("method", ["temperature", "isotonic"])
+def test_what_drifts_is_not_calibrated_by_the_past(method: module.Method) -> None:
+    """Logits that are too high by as much as they become too low later, in rows of any order."""
+    random = np.random.default_rng(4)
+    x, times = random.normal(size=40_000), random.permutation(40_000)
+    for later, drifts in ((-0.8, True), (0.8, False), (0.0, True)):
+        y = drawn(x - np.where(times < 20_000, 0.8, later), seed=1).astype(float)
+        found, left = fit_calibration(method, [TASK], x[:, None], y[:, None], None, times)
+        assert bool(found.tasks) != drifts
+        assert len(left) == drifts
+        late = times >= 20_000
+        fitted = fit_calibration(method, [TASK], x[~late][:, None], y[~late][:, None])[0].tasks["click"]
+        losses = [log_loss(y[late], expit(each[late])) for each in (calibrated(fitted, x), x)]
+        assert (losses[0] > losses[1]) == drifts
+        if drifts:
+            assert f"(logloss {losses[0]:.4g} instead of {losses[1]:.4g}): it drifts" in left[0]
+
+
 def test_diverged_logits_are_refused() -> None:
     with pytest.raises(UserError, match="training diverged"):
         fit_calibration("temperature", [TASK], np.array([[np.nan], [0.0]]), np.array([[1.0], [0.0]]))

@@ -47,9 +47,9 @@ def test_logits_are_weighted_sums_of_the_networks_and_those_of_trees(small: Smal
     assert trees is not None
     assert set(trees.blends) == {task.name for task in small.model_layout.tasks}
     rows = EncodedRows(small.prepared.split("test"), small.model_layout)
-    blended, _, _ = calibration_rows(model, small.model_layout, rows, 7)
+    blended, *_ = calibration_rows(model, small.model_layout, rows, 7)
     model.trees = None
-    network, _, _ = calibration_rows(model, small.model_layout, rows, 1000)
+    network, *_ = calibration_rows(model, small.model_layout, rows, 1000)
     model.trees = trees
     ((part, _),) = rows.stream(1000)
     own = [index for index, each in enumerate(small.model_layout.dense) if not each.placement]
