@@ -5,7 +5,7 @@ In int8 it is an artifact folder like any other: tables stay int8 in memory, mat
 In ONNX it is the dense part as a file, its tables beside it, and what a stranger needs to use both:
 
     <folder>/
-        model.onnx              inputs (N, W) -> predictions (N, P), log_score (N,), score (N,)
+        model.onnx              inputs (N, W) -> predictions (N, P), log_score (N,), score (N,), with trees, if any
         tables.safetensors      embedding tables by name, float32
         inputs.json             what stands in which column of inputs and predictions
         example.safetensors     the inputs of the model's example request, and what it gives for them
@@ -41,6 +41,7 @@ from mmoe_rec.model.mmoe import RankingModel
 from mmoe_rec.model.products import set_products
 from mmoe_rec.model.score import log_predictions, predictions
 from mmoe_rec.model.tables import SCALES, quantised, some_in_int8
+from mmoe_rec.model.trees import Trees
 
 WEIGHTS = "weights.safetensors"
 Dense = Literal["bfloat16", "int8", "float32"]
@@ -102,10 +103,17 @@ class DensePart(nn.Module):
         self._kinds = [task.kind for task in layout.tasks]
         self._weights = [task.score_weight for task in layout.tasks]
         self._products = list(layout.outcomes.values())
+        self._trees = ranker.model.trees
 
-    def forward(self, inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(N, W) float32 -> predictions (N, P) of tasks, then outcomes; log scores and scores, (N,) float64."""
-        logits = self._calibration.apply(self.model.of_inputs(inputs, None).logits, self._names)
+    def forward(self, inputs: Tensor, grown: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """(N, W) float32, with trees also what these say, (N, T) float32 -> predictions (N, P) of tasks, then outcomes;
+        log scores and scores, (N,) float64."""
+        model = self.model
+        logits = model.of_inputs(inputs[:, : model.width], None).logits
+        if self._trees is not None and grown is not None:
+            grown = torch.addcmul(model.mean, grown.to(logits), model.scale)
+            logits = self._trees.blend(logits, grown, self._names)
+        logits = self._calibration.apply(logits, self._names)
         values = predictions(logits, self._kinds)
         both = [(values[:, given] * values[:, task]).unsqueeze(1) for given, task in self._products]
         logs = log_predictions(logits.double(), self._kinds)
@@ -116,38 +124,106 @@ class DensePart(nn.Module):
 def write_onnx(folder: Path, ranker: Ranker, made: Path) -> None:
     """Writes the model of an artifact folder, loaded as `ranker`, to an empty folder. Raises UserError for one that the
     exporter can't follow."""
-    if ranker.model.trees is not None:
-        raise UserError("a model with trees (model.trees) can't be written as ONNX, which would hold its network alone")
-    dense = DensePart(ranker)
+    dense, trees = DensePart(ranker), ranker.model.trees
+    if trees is not None and not trees.boosters:  # of no task
+        trees = None
     example = inputs_of(ranker, json.loads((folder / EXAMPLE).read_text(encoding="utf-8")))
+    first = ranker.model.width - len(ranker.model.dense_columns)  # of what trees read
+    given = (example,) if trees is None else (example, trees.logits(example[:, first:], ranker.names).float())
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # the exporter tells of libraries that no model here uses
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             program = torch.onnx.export(
                 dense,
-                (example,),
+                given,
                 dynamo=True,
                 verbose=False,
                 opset_version=18,
-                input_names=["inputs"],
+                input_names=["inputs", "grown"][: len(given)],
                 output_names=list(OUTPUTS),
-                dynamic_shapes=({0: torch.export.Dim("candidates")},),
+                dynamic_shapes=tuple([{0: torch.export.Dim("candidates")}] * len(given)),
             )
         except Exception as error:  # the exporter's, which has causes of many kinds
             raise UserError(f"torch's exporter can't turn this model into ONNX: {one_line(error)[:200]}") from error
     assert program is not None
-    program.save(made / MODEL)
+    if trees is None:
+        program.save(made / MODEL)
+    else:
+        _save_with_trees(program.model_proto, trees, ranker.names, first, made / MODEL)
     bags: Any = ranker.model.tables.embedding_bags
     used = {each.table for each in ranker.layout.ids if not each.placement}
     tables = {table.name: bags[table.name].weight for table in ranker.layout.tables if table.name in used}
     write_tensors(tables, made / "tables.safetensors")
     with torch.inference_mode():
-        values = dict(zip(OUTPUTS, dense(example), strict=True))
+        values = dict(zip(OUTPUTS, dense(*given), strict=True))
     write_tensors({"inputs": example, **values}, made / "example.safetensors")
     about = _describe(ranker, {name: list(each.shape) for name, each in tables.items()})
     (made / INPUTS).write_text(json.dumps(about, indent=1, ensure_ascii=False), encoding="utf-8")
     (made / "README.md").write_text(_README, encoding="utf-8")
+
+
+def _save_with_trees(model: Any, trees: Trees, names: Sequence[str], first: int, path: Path) -> None:
+    """Writes a graph with the trees of its tasks in the place of its input `grown`. first: input that trees read first.
+
+    A task without trees gets another one's, which its blend does not read.
+    """
+    import onnx
+
+    grown = [f"grown.{name}" if name in trees.boosters else f"grown.{next(iter(trees.boosters))}" for name in names]
+    nodes = [
+        onnx.helper.make_node(
+            "TreeEnsembleRegressor",
+            ["inputs"],
+            [f"grown.{name}"],
+            domain="ai.onnx.ml",
+            n_targets=1,
+            **_as_attributes([each["tree_structure"] for each in booster.dump_model()["tree_info"]], first),
+        )
+        for name, booster in trees.boosters.items()
+    ]
+    nodes.append(onnx.helper.make_node("Concat", grown, ["grown"], axis=1))
+    for place, node in enumerate(nodes):
+        model.graph.node.insert(place, node)
+    del model.graph.input[1]
+    model.opset_import.append(onnx.helper.make_opsetid("ai.onnx.ml", 3))
+    onnx.save(model, path)
+
+
+def _as_attributes(roots: Sequence[Mapping[str, Any]], first: int) -> dict[str, Any]:
+    """Trees, as LightGBM describes them, as attributes of a TreeEnsembleRegressor."""
+    found: dict[str, list[Any]] = {
+        f"{kind}_{name}": []
+        for kind, of_kind in (
+            ("nodes", ("treeids", "nodeids", "featureids", "values", "modes", "truenodeids", "falsenodeids")),
+            ("target", ("treeids", "nodeids", "ids", "weights")),
+        )
+        for name in of_kind
+    }
+
+    def add(kind: str, **values: Any) -> None:
+        for name, value in values.items():
+            found[f"{kind}_{name}"].append(value)
+
+    for tree, root in enumerate(roots):
+        waiting, count = [(0, root)], 1
+        while waiting:
+            number, node = waiting.pop()
+            own = {"treeids": tree, "nodeids": number}
+            if "leaf_value" in node:
+                add("nodes", **own, featureids=0, values=0.0, modes="LEAF", truenodeids=0, falsenodeids=0)
+                add("target", **own, ids=0, weights=node["leaf_value"])
+                continue
+            # The largest float32 up to the threshold, as inputs are float32.
+            edge = np.float32(node["threshold"])
+            edge = np.nextafter(edge, np.float32(-np.inf)) if float(edge) > node["threshold"] else edge
+            left, right = count, count + 1
+            count += 2
+            waiting += [(left, node["left_child"]), (right, node["right_child"])]
+            place = first + node["split_feature"]
+            branches = {"modes": "BRANCH_LEQ", "truenodeids": left, "falsenodeids": right}
+            add("nodes", **own, featureids=place, values=float(edge), **branches)
+    return found
 
 
 def inputs_of(ranker: Ranker, request: Mapping[str, Any]) -> Tensor:
@@ -201,6 +277,10 @@ def _describe(ranker: Ranker, tables: dict[str, list[int]]) -> dict[str, Any]:
     for name in layout.dense_names(False):
         columns.append({"name": name, "first": start, "end": start + 1})
         start += 1
+    of_tables = {each.name: each.table for each in layout.ids}
+    for name in layout.single_ids() if ranker.model.trees is not None else ():
+        columns.append({"name": name, "first": start, "end": start + 1, "row_of": of_tables[name]})
+        start += 1
     values = "float64" if any(task.kind == "regression" for task in layout.tasks) else "float32"
     return {
         "format": 1,
@@ -235,7 +315,7 @@ assert abs(predictions - example["predictions"]).max() < 1e-5
 
 - `inputs`: a column of the list goes from `first` up to but without `end`. With a `table` it is an embedding: the row
   of an id in that table of `tables.safetensors`, with `many` the mean of the rows of several ids, zeros without any.
-  Without one it is a number, as features give it.
+  Without one it is a number, as features give it, or with `row_of` the number of an id's row in that table.
 - `predictions`: of each task, and then of two tasks together, their product. `log_score`: the sum of each task's weight
   times the log of its prediction; `score`: its exponential. Rank by `log_score`, which is exact where `score` is too
   small or too large for a number.

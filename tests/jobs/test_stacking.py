@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from sklearn.linear_model import LinearRegression, LogisticRegression
 
 from mmoe_rec import errors
@@ -15,7 +17,7 @@ from mmoe_rec.batches.encoded_rows import EncodedRows
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.calibration import calibration_rows
 from mmoe_rec.inference.artifact import MANIFEST, write_manifest
-from mmoe_rec.inference.export import write_onnx
+from mmoe_rec.inference.export import draw_requests, inputs_of, load_onnx, write_onnx
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.jobs.stacking import HALF, fit_blend
 from mmoe_rec.model.trees import Trees
@@ -97,10 +99,24 @@ def test_an_explanation_says_what_network_and_trees_predict_alone(small: SmallMo
             assert both == pytest.approx(blend.network * one + blend.trees * other + blend.offset, rel=1e-4, abs=1e-5)
 
 
-def test_no_onnx_file_holds_the_network_alone(small: SmallModel, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"trees \(model\.trees\) can't be written as ONNX"):
-        write_onnx(small.folder, Ranker.load(small.folder), tmp_path)
-    assert not list(tmp_path.iterdir())
+def test_an_onnx_file_has_the_trees(small: SmallModel, tmp_path: Path) -> None:
+    ranker = Ranker.load(small.folder)
+    write_onnx(small.folder, ranker, tmp_path)
+    onnx, random = load_onnx(tmp_path), np.random.default_rng(0)
+    for request in draw_requests(small.folder, ranker, 5):
+        inputs = inputs_of(ranker, request)
+        for _ in range(2):
+            scored, found = ranker.scorer.score(inputs), onnx(inputs)
+            for place, task in enumerate(ranker.names):
+                np.testing.assert_allclose(found[task], scored.values[:, place], rtol=1e-5, atol=1e-5)
+            # Then numbers at the edges of trees, where rounding would take the other branch.
+            booster = small.model.trees.boosters["click"]  # type: ignore[union-attr]
+            edges = re.findall(r"(?m)^threshold=(.*)$", booster.model_to_string())
+            drawn = random.choice(np.array(" ".join(edges).split(), float), inputs.shape).astype(np.float32)
+            inputs[:, -drawn.shape[1] // 2 :] = torch.from_numpy(drawn)[:, -drawn.shape[1] // 2 :]
+    columns = json.loads((tmp_path / "inputs.json").read_text())["inputs"]["columns"]
+    assert columns[-1]["end"] == inputs.shape[1]
+    assert [each["name"] for each in columns if "row_of" in each] == small.model_layout.single_ids()
 
 
 def test_who_installs_the_served_model_installs_lightgbm(small: SmallModel, tmp_path: Path) -> None:
