@@ -52,6 +52,11 @@ def one_line(error: BaseException) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message."""
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
 def require_packages(purpose: str, extra: str, *modules: str) -> None:
     """Raises UserError where modules that come with an extra of this package are not installed."""
     if missing := [name for name in modules if find_spec(name) is None]:

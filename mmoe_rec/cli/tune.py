@@ -27,7 +27,7 @@ import click
 
 from mmoe_rec.atomic import write_text
 from mmoe_rec.cli.main import COUNT, Configuration, settings_command
-from mmoe_rec.errors import StoppedError, UserError, require_packages
+from mmoe_rec.errors import StoppedError, UserError, first_line, require_packages
 from mmoe_rec.progress import say
 from mmoe_rec.settings.load import load_settings
 from mmoe_rec.settings.sections import Search, Settings
@@ -149,7 +149,7 @@ class Study:
                 pruner=self._optuna.pruners.MedianPruner(n_startup_trials=self.settings.tuning.startup_trials),
             )
         except (SQLAlchemyError, self._optuna.exceptions.OptunaError, RuntimeError) as error:
-            reason = str(error.__cause__ or error).splitlines()[0]
+            reason = first_line(error.__cause__ or error)
             raise UserError(f"the search in '{file}' can't be resumed: {reason}; remove it to begin anew") from None
 
     def run(self, trials: int) -> None:

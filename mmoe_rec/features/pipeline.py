@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from mmoe_rec.errors import UserError
+from mmoe_rec.errors import UserError, first_line
 from mmoe_rec.features.encoder import Counts, Encoder, Inputs, MemoryEncoder, Shared, State
 from mmoe_rec.features.kinds import KINDS, schema_of
 from mmoe_rec.features.kinds.counter import CounterEncoder
@@ -27,7 +27,6 @@ from mmoe_rec.features.layout import DenseInput, Encoded, IdInput, Layout, Table
 from mmoe_rec.features.numbers import Moments
 from mmoe_rec.features.vocabulary import Vocabulary, VocabularyFeature
 from mmoe_rec.log.columns import column_uses
-from mmoe_rec.log.files import first_line
 from mmoe_rec.log.rows import LogRows, RequestRows
 from mmoe_rec.point_in_time.arrays import Ragged
 from mmoe_rec.point_in_time.counters import CounterLevels, CounterMemory, salt_of

@@ -14,10 +14,9 @@ from itertools import pairwise
 import numpy as np
 import pyarrow as pa
 
-from mmoe_rec.errors import UserError
+from mmoe_rec.errors import UserError, first_line
 from mmoe_rec.live.journal import Batch
 from mmoe_rec.log.columns import UTC_MICROSECONDS, column_uses, combine, event_uses, hash_column, list_label_columns
-from mmoe_rec.log.files import first_line
 from mmoe_rec.log.reader import event_rows
 from mmoe_rec.log.rows import MICROSECONDS_PER_DAY, LogRows, maturity
 from mmoe_rec.point_in_time.join import known_at

@@ -22,11 +22,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.types as pt
 
-from mmoe_rec.errors import RequestError, UserError, quoted
+from mmoe_rec.errors import RequestError, UserError, first_line, quoted
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.live.duplicates import EVENT_ID, find_uses
 from mmoe_rec.log.columns import canonical, element_type, list_label_columns
-from mmoe_rec.log.files import first_line
 from mmoe_rec.log.given import check_finite, find_twice, microseconds, to_arrow, value_schema
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.log.values import LARGEST, event_value_checks, find_first_fault, log_value_checks, take_part

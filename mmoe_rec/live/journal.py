@@ -34,8 +34,7 @@ from sqlalchemy.engine import URL, Connection, Engine
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
 from mmoe_rec.atomic import flush
-from mmoe_rec.errors import RequestError, UserError, quoted
-from mmoe_rec.log.files import first_line
+from mmoe_rec.errors import RequestError, UserError, first_line, quoted
 
 ROWS_AT_A_TIME = 65_536
 MOST_BATCH_BYTES = 2**28

@@ -25,11 +25,11 @@ import sqlalchemy as sql
 from sqlalchemy.engine import Connection
 
 from mmoe_rec.atomic import atomic_file
-from mmoe_rec.errors import UserError
+from mmoe_rec.errors import UserError, first_line
 from mmoe_rec.live.duplicates import Duplicates, NewRows, find_uses
 from mmoe_rec.live.journal import ABOUT, BATCHES, CHECKPOINTS, CUTS, STATES, Journal
 from mmoe_rec.log.columns import canonical
-from mmoe_rec.log.files import find_local, first_line, is_remote, local_path, split_glob, takes_in
+from mmoe_rec.log.files import find_local, is_remote, local_path, split_glob, takes_in
 from mmoe_rec.settings.columns import Use
 from mmoe_rec.settings.schema import Schema
 

@@ -12,13 +12,13 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mmoe_rec.errors import UserError
+from mmoe_rec.errors import UserError, first_line
 from mmoe_rec.features.kinds.history import HistoryEncoder
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.inference.ranking import Explanation, prediction_columns
 from mmoe_rec.live import request_log as names
 from mmoe_rec.log.checks import open_parquet
-from mmoe_rec.log.files import find_files, first_line
+from mmoe_rec.log.files import find_files
 from mmoe_rec.log.given import iso_time
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.model.score import SMALLEST_VALUE

@@ -18,9 +18,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mmoe_rec.errors import UserError
+from mmoe_rec.errors import UserError, first_line
 from mmoe_rec.log.columns import canonical_type, element_type
-from mmoe_rec.log.files import OPEN_AT_ONCE, FoundFile, first_line, is_remote, open_file, path_values
+from mmoe_rec.log.files import OPEN_AT_ONCE, FoundFile, is_remote, open_file, path_values
 from mmoe_rec.settings.columns import Use
 
 PathColumns = tuple[tuple[str, int | str | None], ...]

@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from mmoe_rec.devices import usable_cores
-from mmoe_rec.errors import UserError
-from mmoe_rec.log.files import first_line
+from mmoe_rec.errors import UserError, first_line
 from mmoe_rec.point_in_time.arrays import rebatch
 
 if TYPE_CHECKING:

@@ -23,7 +23,7 @@ from urllib.parse import unquote
 
 import pyarrow as pa
 
-from mmoe_rec.errors import UserError
+from mmoe_rec.errors import UserError, first_line
 
 _MAGIC = frozenset("*?[")
 FIRST_ANSWER_SECONDS = 15.0
@@ -347,8 +347,3 @@ def _raise_unreachable(address: str, error: Exception) -> NoReturn:
     else:
         what, to_do = f"cannot be reached ({name}: {reason})", "check the address, the network and the endpoint"
     raise UserError(f"'{address}' {what}; {to_do}") from None
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message."""
-    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -14,10 +14,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.types as pt
 
-from mmoe_rec.errors import UserError
+from mmoe_rec.errors import UserError, first_line
 from mmoe_rec.log.checks import BadFile, format_time, open_parquet
 from mmoe_rec.log.columns import canonical
-from mmoe_rec.log.files import first_line, path_values
+from mmoe_rec.log.files import path_values
 from mmoe_rec.log.rows import LogRows, places_of
 from mmoe_rec.settings.columns import Use
 from mmoe_rec.settings.schema import Schema

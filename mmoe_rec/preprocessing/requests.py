@@ -21,10 +21,9 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
-from mmoe_rec.errors import UserError
+from mmoe_rec.errors import UserError, first_line
 from mmoe_rec.log.checks import BadFile
 from mmoe_rec.log.database import Database, open_database
-from mmoe_rec.log.files import first_line
 from mmoe_rec.log.reader import ROWS_PER_PART, LogPart, LogReader, Noticed
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.preprocessing.logs import Logs

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from mmoe_rec.devices import pick_device
-from mmoe_rec.errors import UserError
+from mmoe_rec.errors import UserError, first_line
 from mmoe_rec.progress import quiet_loggers
 from mmoe_rec.settings.sections import Training
 
@@ -119,7 +119,7 @@ def _naming_lost(ranks: Ranks) -> Iterator[None]:
         text = str(error).lower()
         if ranks.world_size == 1 or not any(sign in text for sign in _SIGNS_OF_LOSS):
             raise
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         message = f"{_lost(ranks)}; rank {ranks.rank} can't go on alone: go on with --resume ({reason})"
         raise UserError(message) from error
 
