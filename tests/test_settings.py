@@ -13,6 +13,7 @@ from mmoe_rec.features.kinds import KINDS
 from mmoe_rec.features.kinds.counter import CounterFeature
 from mmoe_rec.settings.columns import Section
 from mmoe_rec.settings.load import describe, load_settings, parse_overrides
+from mmoe_rec.settings.model import Trees
 from mmoe_rec.settings.sections import Settings, dump_yaml
 
 CONFIGS = sorted(Path("configs").glob("*.yaml"))
@@ -246,7 +247,7 @@ def test_an_unknown_missing_or_unfit_key(tmp_path, key, value, message):
         ("model.experts.units", [], "{} must be longer: at least 1 needed"),
         ("model.bottom.units", [True], "'model.bottom.units.0' must be a whole number, found true"),
         ("model.bottom.dropout", 1, "{} must be less than 1"),
-        ("model", None, "{} must hold keys (bottom, experts, gates, towers, placement), found nothing (null)"),
+        ("model", None, "{} must hold keys (bottom, experts, gates, towers, placement, trees), found nothing (null)"),
         ("tasks", ["click"], "{} must hold a section for each name, found ['click']"),
         ("features.item", "id", "{} must hold keys (kind and others), found 'id'"),
         ("features", {1: {"kind": "id", "column": "c"}}, "{} has the key 1, which is not text; put it in quotes"),
@@ -432,8 +433,10 @@ def test_the_template_mentions_every_key():
 
 
 def test_the_templates_defaults_are_the_defaults():
-    """Sections that may be left out stand in the template with their defaults."""
+    """Sections that may be left out stand in the template with their defaults; trees, which need an extra, are on."""
     template = load_settings("configs/template.yaml")
+    assert template.model.trees == Trees()
+    template = template.model_copy(update={"model": template.model.model_copy(update={"trees": None})})
     for section in ("model", "training", "evaluation", "serving", "tracking"):
         assert getattr(template, section) == type(getattr(template, section))(), section
 
