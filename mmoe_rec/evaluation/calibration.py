@@ -83,6 +83,11 @@ def fit_calibration(
     return Calibration(calibrated), left
 
 
+def cross_entropy(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """(N,) logits and labels (0 or 1) -> (N,) losses in nats."""
+    return np.logaddexp(0, logits) - labels * logits
+
+
 def _find_drift(method: Method, x: np.ndarray, y: np.ndarray, w: np.ndarray, times: np.ndarray) -> str | None:
     """What a fit on the earlier half of rows does to the later half, if it makes them worse by two standard errors."""
     early, late = np.array_split(np.argsort(times, kind="stable"), 2)
@@ -90,7 +95,7 @@ def _find_drift(method: Method, x: np.ndarray, y: np.ndarray, w: np.ndarray, tim
         return None
     share, before = w[late] / w[late].sum(), x[late]
     after = fitted.apply(torch.from_numpy(before)).numpy()
-    losses = [np.logaddexp(0, each) - y[late] * each for each in (after, before)]
+    losses = [cross_entropy(each, y[late]) for each in (after, before)]
     apart = losses[0] - losses[1]
     if share @ apart <= 2 * math.sqrt(share**2 @ (apart - share @ apart) ** 2):
         return None

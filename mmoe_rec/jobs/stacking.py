@@ -11,7 +11,7 @@ from scipy.optimize import minimize
 from scipy.special import expit
 
 from mmoe_rec.batches.encoded_rows import EncodedRows
-from mmoe_rec.evaluation.calibration import FEWEST, calibration_rows
+from mmoe_rec.evaluation.calibration import FEWEST, calibration_rows, cross_entropy
 from mmoe_rec.jobs.trees import Inputs, grow_lightgbm
 from mmoe_rec.model.trees import Blend, Trees, predict
 from mmoe_rec.progress import bar, say
@@ -89,7 +89,7 @@ def _without_idle(booster: Booster) -> Booster:
 def losses_of(kind: str, logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """(N,) the loss of each row: cross-entropy of a logit, or squared error of a value in deviations of the labels."""
     if kind == "binary":
-        return np.logaddexp(0, logits) - labels * logits
+        return cross_entropy(logits, labels)
     return ((logits - labels) / (labels.std() or 1.0)) ** 2
 
 
@@ -119,7 +119,7 @@ def fit_blend(
         """Mean loss, and its slopes."""
         logit = x @ at[:2] + at[2]
         if kind == "binary":
-            losses, slopes = np.logaddexp(0, logit) - y * logit, expit(logit) - y
+            losses, slopes = cross_entropy(logit, y), expit(logit) - y
         else:
             losses, slopes = (logit - y) ** 2, 2 * (logit - y)
         return float(share @ losses), np.append((share * slopes) @ x, share @ slopes)
