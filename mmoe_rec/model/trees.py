@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from lightgbm import Booster
 
 FOLDER, BLENDS = "trees", "blends.json"
+TREES_AT_A_TIME = 50
+"""So many stay in a processor's cache while all rows pass: 701 trees and 500 rows took 11.5 ms at once, 9.2 so."""
 
 
 @dataclass(frozen=True)
@@ -93,5 +95,8 @@ class Trees:
 def predict(booster: Booster, inputs: np.ndarray) -> np.ndarray:
     """(B, F) float32, of which trees without ids read the first ones -> (B,) float64, what they say; by as many threads
     as torch uses."""
-    own = inputs[:, : booster.num_feature()]
-    return np.asarray(booster.predict(own, raw_score=True, num_threads=torch.get_num_threads()))
+    own, total = inputs[:, : booster.num_feature()].astype(np.float64), np.zeros(len(inputs))
+    some = {"raw_score": True, "num_threads": torch.get_num_threads(), "num_iteration": TREES_AT_A_TIME}
+    for first in range(0, booster.num_trees(), TREES_AT_A_TIME):
+        total += booster.predict(own, start_iteration=first, **some)
+    return total
