@@ -109,6 +109,10 @@ class Layout(_AsJson):
         """Names of the id inputs that describe placement, or of all others."""
         return [each.name for each in self.ids if each.placement == placement]
 
+    def single_ids(self) -> list[str]:
+        """Inputs with one id a row, without placement."""
+        return [each.name for each in self.ids if not each.many and not each.placement]
+
     def dense_names(self, placement: bool) -> list[str]:
         """Names of the dense inputs that describe placement, or of all others."""
         return [each.name for each in self.dense if each.placement == placement]

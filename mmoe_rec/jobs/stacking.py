@@ -51,7 +51,6 @@ def grow_trees(settings: Settings, prepared: FeatureFolder, layout: ModelLayout,
             inputs = sorted({rows.numbers, rows.x.shape[1]} - {0})
             if min(len(np.unique(each.labels)) for each in (rows, judged)) < 2:
                 inputs = []
-            known = judged.labels, judged.weights
             before: np.ndarray | None = None
             for first in inputs:
                 learnt_from, tried_on = (
@@ -60,9 +59,9 @@ def grow_trees(settings: Settings, prepared: FeatureFolder, layout: ModelLayout,
                 )
                 booster = _without_idle(grow_lightgbm(task.kind, learnt_from, tried_on, *shape))
                 trees = task.mean + task.deviation * predict(booster, judged.x)
-                blend = fit_blend(task.kind, network, trees, *known)
+                blend = fit_blend(task.kind, network, trees, judged.labels, judged.weights)
                 blended = blend.network * network + blend.trees * trees + blend.offset
-                losses = [losses_of(task.kind, each, judged.labels) for each in (blended, network, trees)]
+                losses = [_losses_of(task.kind, each, judged.labels) for each in (blended, network, trees)]
                 if before is not None and not _is_clearly_less(losses[0], before, judged.weights):
                     continue
                 before, boosters[task.name], blends[task.name] = losses[0], booster, blend
@@ -86,7 +85,7 @@ def _without_idle(booster: Booster) -> Booster:
     return lightgbm.Booster(model_str=booster.model_to_string(num_iteration=booster.best_iteration))
 
 
-def losses_of(kind: str, logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+def _losses_of(kind: str, logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """(N,) the loss of each row: cross-entropy of a logit, or squared error of a value in deviations of the labels."""
     if kind == "binary":
         return cross_entropy(logits, labels)

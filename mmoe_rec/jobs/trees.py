@@ -320,13 +320,12 @@ class Inputs:
     def stream(rows: EncodedRows, layout: Layout, columns: Sequence[str], left_out: int = 0) -> Iterator[Inputs]:
         """All rows but the first ones, some at a time."""
         dense = [index for index, each in enumerate(layout.dense) if not each.placement]
-        names = [each.name for each in layout.ids if not each.many and not each.placement]
         for part, table in rows.stream(ROWS_AT_A_TIME, columns):
             first = min(left_out, len(part))
             left_out -= first
             if first == len(part):
                 continue  # a slice of no row would keep all of them in memory
-            ids = [np.asarray(part.encoded.ids[name])[first:] for name in names]
+            ids = [np.asarray(part.encoded.ids[name])[first:] for name in layout.single_ids()]
             x = np.column_stack([part.encoded.dense[first:, dense], *ids]).astype(np.float32)
             yield Inputs(x, len(dense), part.labels[first:], weights_of(table.slice(first)), table=table.slice(first))
 

@@ -78,10 +78,6 @@ class ModelLayout(Layout):
         """The table of that name."""
         return next(table for table in self.tables if table.name == name)
 
-    def single_ids(self) -> list[str]:
-        """Inputs with one id a row, without placement."""
-        return [each.name for each in self.ids if not each.many and not each.placement]
-
     def width(self, placement: bool) -> int:
         """Number of model inputs: the embeddings' widths plus the dense inputs."""
         embedded = sum(self.table(each.table).dim for each in self.ids if each.placement == placement)
