@@ -399,8 +399,10 @@ def _now() -> pa.Scalar:
 
 
 def as_table(given: pa.Table | pd.DataFrame) -> pa.Table:
-    """Rows as Arrow has them. Raises UserError for a column that is there twice, and for values of several types."""
-    names = given.column_names if isinstance(given, pa.Table) else given.columns
+    """Rows as Arrow has them. Raises UserError for what is no table, a column that is there twice, and values of
+    several types."""
+    if (names := getattr(given, "column_names" if isinstance(given, pa.Table) else "columns", None)) is None:
+        raise UserError(f"rows are given as a pyarrow Table or a pandas DataFrame, not as a {type(given).__name__}")
     if (twice := find_twice(names)) is not None:
         raise UserError(f"column {quoted(twice)} is given twice")
     try:

@@ -381,3 +381,5 @@ def test_a_column_that_is_there_twice_or_has_several_types_is_refused(small: Sma
                 take(rows)
         with pytest.raises(UserError, match=r"the data frame can't be read: .* column brand"):
             take(mixed)
+        with pytest.raises(UserError, match="as a pyarrow Table or a pandas DataFrame, not as a list"):
+            take(table.to_pylist())  # type: ignore[arg-type]
