@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -88,13 +88,23 @@ def _scaled(whole: int, bits: int) -> int:
     return whole << bits if bits >= 0 else whole >> -bits
 
 
-_VALUES_KEPT = 2**16
+VALUES_KEPT = 2**16
 _MOST_DROPPED = 48  # 16 bits are left, so no more than 2^16 values
 CLIP = 10.0
 EDGES = 17
 _LARGEST = 1e150  # its square is still finite
 _ROUNDING = 8 * np.finfo(np.float64).eps  # values that differ by less, relative to the largest, are one
 _DROPPED = b"dropped_bits"
+_FLOAT32_DROPS = 29  # last bits of a float64 that a float32 lacks
+OFTEN, OFTEN_SHARE = 8, 1000
+"""Rows that share a frequent value; and of how many rows it has at least one where a number is continuous."""
+
+
+def float_keys(values: np.ndarray, dropped: int) -> np.ndarray:
+    """(N,) float64 -> (N,) int32, equal for values that are equal in float32 but for the last `dropped` bits: a number
+    that was rounded on its way, or read from text, keeps its key."""
+    with np.errstate(over="ignore"):
+        return (values.astype(np.float32) + np.float32(0)).view(np.int32) >> dropped
 
 
 @dataclass(frozen=True)
@@ -112,14 +122,14 @@ class _Counted:
         return _sum_counts(self.keys >> (dropped - self.dropped), self.counts, dropped)
 
     def bounded(self) -> _Counted:
-        """The counts with as few bits dropped as leave no more than `_VALUES_KEPT` keys."""
+        """The counts with as few bits dropped as leave no more than `VALUES_KEPT` keys."""
         fewest, enough = self.dropped, _MOST_DROPPED
-        if len(self.keys) <= _VALUES_KEPT:
+        if len(self.keys) <= VALUES_KEPT:
             return self
         while enough - fewest > 1:
             middle = (fewest + enough) // 2
             keys = self.keys >> (middle - self.dropped)
-            if 1 + np.count_nonzero(keys[1:] != keys[:-1]) > _VALUES_KEPT:
+            if 1 + np.count_nonzero(keys[1:] != keys[:-1]) > VALUES_KEPT:
                 fewest = middle
             else:
                 enough = middle
@@ -208,6 +218,30 @@ class NumberHistogram:
         scaled = np.clip((_spread_quantiles(values, counts, EDGES) - mean) / deviation, -CLIP, CLIP)
         return Standardiser(mean, deviation, self.missing > 0, tuple(np.unique(scaled.astype(np.float32) + 0).tolist()))
 
+    def map(self, function: Callable[[np.ndarray], np.ndarray]) -> NumberHistogram:
+        """The histogram of what a function makes of the values; of values counted together, of their middle."""
+        least, largest, counts = self.bins
+        bits = (function(least / 2 + largest / 2) + np.float64(0)).view(np.int64)
+        histogram = NumberHistogram()
+        histogram.missing = self.missing
+        histogram._counted = _sum_counts(bits, counts, 0)
+        return histogram
+
+    def frequent_values(self) -> FrequentValues:
+        """The values that many rows share.
+
+        Many are `OFTEN`; where there are more different values than are kept, one row in `OFTEN_SHARE` too, which no
+        value of a continuous number has.
+        """
+        least, largest, counts = self.bins
+        dropped = max(0, self._counted.dropped - _FLOAT32_DROPS)
+        keys, place = np.unique(float_keys(np.where(np.signbit(least), largest, least), dropped), return_inverse=True)
+        rows = np.bincount(place, counts, len(keys))
+        often = np.flatnonzero(rows >= max(OFTEN, rows.sum() / OFTEN_SHARE if self._counted.dropped else 0))
+        ids = np.empty(len(often), np.int64)
+        ids[np.argsort(-rows[often], kind="stable")] = np.arange(1, len(often) + 1)
+        return FrequentValues(keys[often], ids, dropped)
+
     def bucket_edges(self, buckets: int) -> np.ndarray:
         """Rising inner edges that cut the values into `buckets` parts of about equal mass, fewer only of fewer values.
 
@@ -256,6 +290,24 @@ def _sum_counts(keys: np.ndarray, counts: np.ndarray, dropped: int) -> _Counted:
     keys = keys[order]
     first = _first_of_each(keys)
     return _Counted(keys[first], np.add.reduceat(counts[order], first) if len(first) else counts, dropped)
+
+
+@dataclass(frozen=True)
+class FrequentValues:
+    """keys: (V,) rising int32 `float_keys` of values; ids: (V,) int64 of each from 1 on, the most frequent first;
+    dropped: bits that the keys lack."""
+
+    keys: np.ndarray
+    ids: np.ndarray
+    dropped: int
+
+    def find(self, values: np.ndarray) -> np.ndarray:
+        """(N,) int64 ids of float64 values, 0 of others."""
+        if not len(self.keys):
+            return np.zeros(len(values), np.int64)
+        keys = float_keys(values, self.dropped)
+        place = np.searchsorted(self.keys, keys).clip(max=len(self.keys) - 1)
+        return np.where(np.isfinite(values) & (self.keys[place] == keys), self.ids[place], 0)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Each kind of feature against a naive reference, on one column that a test makes up."""
 
 import math
+import struct
 from datetime import UTC, datetime
 from zoneinfo import ZoneInfo
 
@@ -170,10 +171,10 @@ _NUMBERS = st.lists(
 )
 
 
-@given(values=_NUMBERS, transform=st.sampled_from(["standard", "log"]))
-def test_numbers_are_standardised(values, transform):
+@given(values=_NUMBERS, transform=st.sampled_from(["standard", "log"]), own=st.sampled_from([None, "auto"]))
+def test_numbers_are_standardised(values, transform, own):
     pipeline, _, encoded = _fitted(
-        {"kind": "numeric", "column": "x", "transform": transform}, x=pa.array(values, pa.float64())
+        {"kind": "numeric", "column": "x", "transform": transform, "values": own}, x=pa.array(values, pa.float64())
     )
     missing = [value is None or not math.isfinite(value) for value in values]
     numbers = np.array([0.0 if out else value for value, out in zip(values, missing, strict=True)])
@@ -200,6 +201,49 @@ def test_a_constant_column_is_zero_and_a_missing_one_is_marked():
     assert _encode(pipeline, schema, x=pa.array([7.5, None])).dense.tolist() == [[0.5], [0.0]]
     _, _, encoded = _fitted({"kind": "numeric", "column": "x"}, x=pa.nulls(2))
     assert encoded.dense.tolist() == [[0.0, 1.0], [0.0, 1.0]]
+
+
+_SPIKES = [0.0, -0.0, 9.99, -9.99, 0.1, 1e-9, 16_777_216.0, 16_777_217.0, 1e300, 2e300, math.inf, math.nan, None]
+
+
+def _single(value: float | None) -> float | None:
+    """A number as float32 holds it, an infinite one beyond its range; None where missing."""
+    if value is None or not math.isfinite(value):
+        return None
+    return struct.unpack("f", struct.pack("f", value))[0] + 0.0 if abs(value) < 3e38 else math.copysign(math.inf, value)
+
+
+@given(
+    values=st.lists(st.sampled_from(_SPIKES) | st.floats(-3, 3), min_size=1, max_size=50),
+    times=st.integers(1, 9),
+    transform=st.sampled_from(["standard", "log"]),
+)
+def test_frequent_values_have_ids_of_their_own(values, times, transform, tmp_path_factory):
+    """A value is that of float32, so that one which was rounded on its way is the same."""
+    feature = {"kind": "numeric", "column": "x", "transform": transform, "values": "auto"}
+    column = pa.array(values * times, pa.float64())
+    pipeline, schema, encoded = _fitted(feature, x=column)
+    singles, found = [_single(value) for value in column.to_pylist()], encoded.ids["f_value"].tolist()
+    rows = {single: singles.count(single) for single in singles}
+    names = {}
+    for single, row in zip(singles, found, strict=True):
+        often = single is not None and rows[single] >= 8
+        assert (row > 0) == often
+        if often:
+            assert names.setdefault(row, single) == single
+    counts = [rows[names[row]] for row in sorted(names)]
+    assert sorted(names) == list(range(1, len(counts) + 1))
+    assert counts == sorted(counts, reverse=True)
+    assert pipeline.layout.table("f_value").rows == 1 + len(counts)
+    kept = [single is None or math.isfinite(single) for single in singles]
+    stored = pa.array([single if each else None for single, each in zip(singles, kept, strict=True)], pa.float32())
+    again = _encode(pipeline, schema, x=stored).ids["f_value"]
+    assert again[kept].tolist() == np.array(found)[kept].tolist()
+    folder = tmp_path_factory.mktemp("state")
+    pipeline.save(folder)
+    restored = FeaturePipeline.load(folder)
+    assert _encode(restored, schema, x=column).ids["f_value"].tolist() == found
+    assert _encode(restored, schema, x=pa.array([3.5, None])).ids["f_value"].tolist() == [0, 0]
 
 
 @given(values=_NUMBERS, buckets=st.integers(2, 9))

@@ -98,6 +98,17 @@ def test_a_value_of_many_is_rounded_by_little():
     assert (distance <= np.abs(values) * 2.0**-9).all()
 
 
+def test_a_spike_in_a_continuous_number_is_found_and_nothing_else():
+    random = np.random.default_rng(3)
+    values = random.permutation(np.concatenate([random.normal(size=90_000), np.full(300, 0.7), np.full(80, -0.2)]))
+    found = _histogram(*np.split(values, 5)).frequent_values()
+    ids = found.find(values)
+    near = np.abs(values - 0.7) <= 0.7 * 2.0**-9  # values that are counted together
+    assert len(found.keys) == 1
+    assert (ids[values == 0.7] == 1).all()
+    assert not ids[~near].any()
+
+
 _DISTINCT = {
     "near": [20001.0, 30003.0],
     "prices": [1.99, 2.99, 3.99, 4.99, 5.99, 6.99, 7.99, 9.99],

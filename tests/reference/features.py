@@ -143,6 +143,9 @@ def encode(log: Log, training: Window) -> tuple[dict[str, list[list[int]]], dict
             rows_of[name] = {None: 0} | vocabulary(training_values, least, buckets)
             ids[name] = [[rows_of[name][value]] for value in column]
         elif feature["kind"] == "numeric":
+            if feature.get("values") == "auto":
+                frequent = vocabulary([x for x, trains in zip(column, is_training, strict=True) if trains], 8, 0)
+                ids[f"{name}_value"] = [[frequent.get(value, 0)] for value in column]
             if feature.get("transform") == "log":
                 column = [None if x is None else math.copysign(math.log1p(abs(x)), x) for x in column]
             dense |= encode_number(name, column, is_training)

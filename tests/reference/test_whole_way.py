@@ -27,6 +27,7 @@ FEATURES = {
     "slot": {"kind": "id", "column": "slot", "min_count": 1},
     "price": {"kind": "numeric", "column": "price"},
     "price_log": {"kind": "numeric", "column": "price", "transform": "log"},
+    "age": {"kind": "numeric", "column": "age", "transform": "log", "values": "auto"},
     "clicks": {
         "kind": "counter",
         "task": "click",

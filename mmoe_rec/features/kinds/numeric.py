@@ -1,4 +1,4 @@
-"""The kind `numeric`: a number, standardised or as its quantile bucket."""
+"""The kind `numeric`: a number, standardised or as its quantile bucket, and its frequent values as ids besides."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from dataclasses import replace
 from typing import Literal
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from mmoe_rec.features.encoder import Inputs, Kind, NumberEncoder, Outline, Shared, State
 from mmoe_rec.features.layout import Table
+from mmoe_rec.features.numbers import VALUES_KEPT, FrequentValues
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.settings.columns import Use
 from mmoe_rec.settings.schema import Embedded, Feature, Meaning, Schema
@@ -18,6 +19,8 @@ from mmoe_rec.settings.schema import Embedded, Feature, Meaning, Schema
 
 class NumericFeature(Feature):
     """A number, standardised or as its quantile bucket; missing values get an indicator."""
+
+    younger = frozenset({"values"})
 
     kind: Literal["numeric"]
     column: str = Field(description="column that the feature reads")
@@ -27,17 +30,31 @@ class NumericFeature(Feature):
         "buckets: an embedding for each quantile bucket",
     )
     buckets: int = Field(32, ge=2, le=4096, description="number of quantile buckets (transform: buckets)")
+    values: Literal["auto"] | None = Field(
+        None,
+        description="auto: exact values that many rows share, such as 0 or a round price, get embeddings too",
+    )
+
+    @model_validator(mode="after")
+    def _check_values(self) -> NumericFeature:
+        if self.values is not None and self.transform == "buckets":
+            raise ValueError("`values: auto` stands beside a number: take transform standard or log, or leave it out")
+        return self
 
     def reads(self) -> Mapping[str, Use]:
         return {self.column: "number"}
 
     @property
     def has_dim(self) -> bool:
-        return super().has_dim and self.transform == "buckets"
+        return super().has_dim and (self.transform == "buckets" or self.values is not None)
 
     def meaning(self, schema: Schema) -> Meaning:
-        """Row 0 is a missing number, the buckets follow."""
-        return Meaning((self.column,), lambda table, row: f"bucket {row}")
+        """Row 0 is a missing number, the buckets follow; or all other numbers, and frequent values follow."""
+        if self.values is None:
+            return Meaning((self.column,), lambda table, row: f"bucket {row}")
+        return Meaning(
+            (self.column,), lambda table, row: f"frequent value {row}" if row else "others", missing=False, unknown=1
+        )
 
 
 class EmbeddedNumeric(NumericFeature, Embedded):
@@ -45,48 +62,77 @@ class EmbeddedNumeric(NumericFeature, Embedded):
 
 
 class NumericEncoder(NumberEncoder):
-    """A number, standardised or as an embedded quantile bucket."""
+    """A number, standardised or as an embedded quantile bucket. frequent: its values with embeddings of their own, None
+    without."""
 
     feature: NumericFeature
 
     def __init__(self, name: str, feature: NumericFeature, shared: Shared) -> None:
         super().__init__(name, feature, shared)
         self.edges = np.empty(0)
+        self.frequent = None if feature.values is None else self.number.histogram.frequent_values()
 
     def values(self, rows: LogRows) -> np.ndarray:
-        values = rows.numbers(self.feature.column)
+        return self._transform(rows.numbers(self.feature.column))
+
+    def _transform(self, values: np.ndarray) -> np.ndarray:
         return np.sign(values) * np.log1p(np.abs(values)) if self.feature.transform == "log" else values
+
+    def learn(self, rows: LogRows, known_by: int) -> None:
+        if self.feature.values is None:
+            super().learn(rows, known_by)
+        else:  # as in the log: not all processors have the same logarithms, to the bit
+            self.number.histogram.add(rows.numbers(self.feature.column))
 
     def finish(self) -> None:
         super().finish()
+        if self.feature.values is not None:
+            self.frequent = self.number.histogram.frequent_values()
+            self.number.standardiser = self.number.histogram.map(self._transform).standardiser()
         if self.feature.transform == "buckets":
             self.edges = self.number.histogram.bucket_edges(self.feature.buckets)
 
     def outline(self) -> Outline:
-        """One dense input (and its indicator), or one id input: row 0 is missing, the buckets follow."""
+        """One dense input (and its indicator), with an id input of frequent values, whose row 0 is that of all others;
+        or one id input: row 0 is missing, the buckets follow."""
         if self.feature.transform != "buckets":
-            return Outline(dense=self.number.inputs())
+            dense = self.number.inputs()
+            if self.frequent is None:
+                return Outline(dense=dense)
+            table = Table(f"{self.name}_value", len(self.frequent.keys) + 1, feature=self.name)
+            return Outline((table,), ((table.name, table.name, False),), dense)
         table = Table(self.name, len(self.edges) + 2)
         return Outline((table,), ((self.name, self.name, False),))
 
     def encode(self, rows: LogRows) -> Inputs:
-        values = self.values(rows)
         if self.feature.transform != "buckets":
-            return Inputs(numbers=[(values, self.number)])
+            values = rows.numbers(self.feature.column)
+            inputs = Inputs(numbers=[(self._transform(values), self.number)])
+            if self.frequent is not None:
+                inputs.ids[f"{self.name}_value"] = self.frequent.find(values)
+            return inputs
+        values = self.values(rows)
         bucket = 1 + np.searchsorted(self.edges, values, side="left")
         return Inputs({self.name: np.where(np.isfinite(values), bucket, 0)})
 
     def state(self) -> State:
-        return State({**super().state().values, "bucket_edges": self.edges.tolist()})
+        values = {**super().state().values, "bucket_edges": self.edges.tolist()}
+        if self.frequent is not None:
+            values |= {"frequent": [self.frequent.keys.tolist(), self.frequent.ids.tolist(), self.frequent.dropped]}
+        return State(values)
 
     def restore(self, state: State) -> None:
         values = dict(state.values)
         self.edges = np.array(values.pop("bucket_edges"), np.float64)
+        if self.frequent is not None:
+            keys, ids, dropped = values.pop("frequent")
+            self.frequent = FrequentValues(np.array(keys, np.int32), np.array(ids, np.int64), dropped)
         super().restore(State(values))
 
     def largest_tables(self) -> tuple[Table, ...]:
-        """All buckets, which a log with fewer values does not fill."""
-        return tuple(replace(table, rows=self.feature.buckets + 1) for table in self.outline().tables)
+        """All buckets, or frequent values, which a log with fewer values does not fill."""
+        most = self.feature.buckets if self.feature.values is None else VALUES_KEPT
+        return tuple(replace(table, rows=most + 1) for table in self.outline().tables)
 
     def typical(self, use: Use) -> float | None:
         if use != "number":
