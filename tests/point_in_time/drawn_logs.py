@@ -115,6 +115,8 @@ def draw(seed: int) -> DrawnLog:
     events = _events(rng, log)
     events["stage"] = np.minimum(rng.integers(0, stages, len(events)), stages - 1)
     _forget(seed, settings, log, events, first)
+    _ask_for_gaps(seed, settings)
+    _ask_for_shares(seed, settings)
     log, events = (_in_files(rng, each) for each in (log, events))
     options = {
         "workers": int(rng.choice([1, 2])),
@@ -290,6 +292,25 @@ def _forget(seed: int, settings: dict[str, Any], log: pd.DataFrame, events: pd.D
     for table, known in ((log, first + 1), (events, events["bought_at"].to_numpy() + 1)):
         late = np.searchsorted(begins, known + shortest, side="right")
         table["stage"] = np.minimum(table["stage"], late)
+
+
+def _ask_for_gaps(seed: int, settings: dict[str, Any]) -> None:
+    """Of some features that do not forget, among their other outputs or alone."""
+    rng = np.random.default_rng([seed, 4])  # the other draws of a seed stay what they were
+    for feature in settings["features"].values():
+        if feature["kind"] == "counter" and "forget_after_days" not in feature and rng.random() < 0.7:
+            asked = [each for each in ("mean_gap", "gap_deviation", "due") if rng.random() < 0.6]
+            if asked:
+                others = feature.get("outputs", ["positives", "recency"])
+                feature["outputs"] = rng.permutation(asked if rng.random() < 0.2 else [*others, *asked]).tolist()
+
+
+def _ask_for_shares(seed: int, settings: dict[str, Any]) -> None:
+    rng = np.random.default_rng([seed, 5])
+    for feature in settings["features"].values():
+        if feature["kind"] == "counter" and len(feature["by"]) > 1 and rng.random() < 0.7:
+            feature["outputs"] = [*feature.get("outputs", ["positives", "recency"]), "share"]
+            feature["share_of"] = [_pick(rng, feature["by"])]
 
 
 def _in_files(rng: np.random.Generator, table: pd.DataFrame) -> pd.DataFrame:
