@@ -30,7 +30,7 @@ def quickstart_settings(fast: bool, out: Path, overrides: Sequence[str] = ()) ->
     from mmoe_rec.settings.load import load_settings
 
     paths = [f"--data.log={out}/log", f"--data.events.purchases.path={out}/purchases", f"--data.work={out}/work"]
-    small = ["--training.batch_size", "1024", "--evaluation.resamples", "200", "--name", "complete_journey_fast"]
+    small = ["--evaluation.resamples", "200", "--name", "complete_journey_fast"]
     return load_settings(CONFIG, [*paths, *(small if fast else []), *overrides])
 
 

@@ -1,4 +1,5 @@
 import datetime
+import math
 import subprocess
 import sys
 import typing
@@ -6,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from mmoe_rec.errors import UserError
@@ -14,7 +17,7 @@ from mmoe_rec.features.kinds.counter import CounterFeature
 from mmoe_rec.settings.columns import Section
 from mmoe_rec.settings.load import describe, load_settings, parse_overrides
 from mmoe_rec.settings.model import Trees
-from mmoe_rec.settings.sections import Settings, dump_yaml
+from mmoe_rec.settings.sections import Settings, Training, dump_yaml
 
 CONFIGS = sorted(Path("configs").glob("*.yaml"))
 SMALL = {
@@ -443,6 +446,21 @@ def test_the_templates_defaults_are_the_defaults():
     template = template.model_copy(update={"model": template.model.model_copy(update={"trees": None})})
     for section in ("model", "training", "evaluation", "serving", "tracking"):
         assert getattr(template, section) == type(getattr(template, section))(), section
+
+
+@given(rows=st.integers(1, 10**10), epochs=st.integers(1, 20))
+def test_an_automatic_batch_makes_about_a_thousand_steps(rows, epochs):
+    sizes = [64, 128, 256, 512, 1024, 2048, 4096]
+    nearest = min(sizes, key=lambda size: abs(math.log(rows * epochs / size / 1000)))
+    found = Training(epochs=epochs).rows_of_step(rows)
+    assert math.isclose(*(abs(math.log(rows * epochs / size / 1000)) for size in (found, nearest)), abs_tol=1e-9)
+    assert Training(epochs=epochs, batch_size=700).rows_of_step(rows) == 700
+
+
+@pytest.mark.parametrize(("batch_size", "found"), [(1, "1"), ("many", "'many'"), (True, "true"), (2.5, "2.5")])
+def test_a_batch_is_auto_or_a_number_of_rows(tmp_path, batch_size, found):
+    told = f"'training.batch_size' must be auto, or a whole number of at least 2, found {found}"
+    assert _message(tmp_path, training__batch_size=batch_size) == told
 
 
 # What reading settings imports

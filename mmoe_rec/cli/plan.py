@@ -20,6 +20,7 @@ from mmoe_rec.cli.main import COUNT, Configuration, NumberBetween, settings_comm
 from mmoe_rec.errors import UserError
 
 GIB = 2**30
+MANY_ROWS = 10**9  # to train on, where `training.batch_size` depends on them: what asks for a plan is large
 MOST_RANKS = 4_096  # the planner's time grows with them; a plan for so many takes about half a minute
 # Floating-point operations a second of a rank in products of bf16 matrices, as training reaches them.
 TFLOPS = {"cuda": 100.0, "cpu": 0.4}
@@ -66,7 +67,7 @@ def plan(
     layout = ModelLayout.of(layout, settings)
     hbm = int(hbm_gib * GIB) if device == "cuda" else 0
     machines = Machines(world_size, local_world_size, device, hbm, int(host_gib * GIB))
-    rows = -(-settings.training.batch_size // world_size)
+    rows = -(-settings.training.rows_of_step(MANY_ROWS) // world_size)
     model = build_model(layout, settings.model, torchrec_tables(layout, torch.device("meta")))
     (text, ranks), tables = plan_on_paper(model, layout, machines, rows), used_tables(layout)
     print(f"table sizes: {where}")

@@ -40,7 +40,6 @@ if TYPE_CHECKING:
     from mmoe_rec.model.mmoe import RankingModel
     from mmoe_rec.model.score import Calibration
     from mmoe_rec.training.checkpoint import Checkpoint, FinishedTraining
-    from mmoe_rec.training.choices import Choices
     from mmoe_rec.training.loop import Trainer, TrainingResult
     from mmoe_rec.training.validation import Validation
     from mmoe_rec.training.warm_start import WarmStart
@@ -67,7 +66,7 @@ def train_model(
         with _open_run(workspace, parent) as run:
             _log_start(run, workspace)
             trainer = _make_trainer(run, workspace)
-            _log_choices(run, trainer.choices)
+            _log_choices(run, trainer)
             result = trainer.run()
             return _finish(run, workspace, result, register) if workspace.first else None
 
@@ -111,8 +110,8 @@ def _make_trainer(run: Run, workspace: Workspace) -> Trainer:
     )
 
 
-def _log_choices(run: Run, choices: Choices) -> None:
-    values = asdict(choices)
+def _log_choices(run: Run, trainer: Trainer) -> None:
+    values = asdict(trainer.choices) | {"batch_size": trainer.batch_size}
     tags = {f"choices.{name}": str(value) for name, value in values.items() if name != "measured"}
     run.record(tags=tags, files={"choices.json": values})
 

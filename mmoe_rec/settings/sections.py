@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -221,6 +222,16 @@ class Data(Section):
         return work
 
 
+def _as_batch(value: Any) -> Any:
+    if value == "auto" or (type(value) is int and value >= 2):
+        return value
+    raise ValueError("must be auto, or a whole number of at least 2")
+
+
+STEPS = 1000
+"""Of a training, which a network needs, and which `training.batch_size: auto` aims at."""
+
+
 class Training(Section):
     """How the model is trained."""
 
@@ -242,7 +253,11 @@ class Training(Section):
     )
     threads: int | None = Field(None, ge=1, description="CPU threads of a process; null: OMP_NUM_THREADS or one a core")
     epochs: int = Field(1, ge=1, description="passes over the training rows")
-    batch_size: int = Field(1024, ge=2, description="rows per step, over all ranks together")
+    batch_size: Annotated[int | Literal["auto"], BeforeValidator(_as_batch)] = Field(
+        "auto",
+        description="rows per step, over all ranks together; auto takes the power of two from 64 to 4,096 that makes "
+        "about 1,000 steps of all epochs",
+    )
     learning_rate: float = Field(1e-3, gt=0, description="peak learning rate of AdamW on the dense part")
     table_learning_rate: float = Field(0.05, gt=0, description="peak learning rate of row-wise Adagrad on the tables")
     weight_decay: float = Field(1e-4, ge=0, description="decoupled weight decay of the dense part")
@@ -270,6 +285,12 @@ class Training(Section):
     checkpoint_steps: int = Field(1000, ge=1, description="steps between checkpoints; one more after each validation")
     checkpoints_kept: int = Field(1, ge=1, description="last checkpoints that are kept, besides the best one")
     timeout_minutes: float = Field(10, gt=0, description="minutes that a rank waits for the others before it gives up")
+
+    def rows_of_step(self, rows: int) -> int:
+        """`batch_size`, for so many training rows."""
+        if self.batch_size != "auto":
+            return self.batch_size
+        return 2 ** round(math.log2(min(4096, max(64, rows * self.epochs / STEPS))))
 
 
 class Evaluation(Section):

@@ -348,7 +348,7 @@ _IDS, _ROWS, _DIM, _NUMBERS, _TASKS = 20, 20_000, 16, 5, 2
 
 
 def sample_choices(device: torch.device) -> Choices:
-    """The choices for a model with default settings on 20 ids and 5 numbers, in default batches."""
+    """The choices for a model with default settings on 20 ids and 5 numbers, in the batches of a million rows."""
     names = [f"id{index}" for index in range(_IDS)]
     layout = ModelLayout(
         tuple(EmbeddingTable(name, _ROWS, _DIM) for name in names),
@@ -362,4 +362,4 @@ def sample_choices(device: torch.device) -> Choices:
         values = torch.randint(_ROWS, (_IDS * SOME_ROWS,))
     ids = KeyedIds(tuple(names), values, torch.ones(_IDS * SOME_ROWS, dtype=torch.int32))
     settings = Training()
-    return Chooser(mixture, layout, device, settings.batch_size, ids).choose(settings)
+    return Chooser(mixture, layout, device, settings.rows_of_step(10**6), ids).choose(settings)

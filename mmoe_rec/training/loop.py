@@ -30,7 +30,7 @@ from mmoe_rec.model.products import set_products
 from mmoe_rec.preprocessing.prepare import FeatureFolder
 from mmoe_rec.progress import bar, say
 from mmoe_rec.settings.model import Model
-from mmoe_rec.settings.sections import Training
+from mmoe_rec.settings.sections import STEPS, Training
 from mmoe_rec.training.checkpoint import Checkpoint, CheckpointWriter, TrainingState, restore, step_folder
 from mmoe_rec.training.choices import SOME_ROWS, Choices, Chooser, keep_choices, set_compute
 from mmoe_rec.training.fbgemm import torchrec_installed
@@ -96,8 +96,10 @@ class Trainer:
         self.log_metrics, self.watch = log_metrics, watch
         self.layout = layout
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        self.reader = self._reader(prepared, "train", settings.batch_size)
-        self.validation_reader = self._reader(prepared, "validation", max(settings.batch_size, 8192))
+        rows = EncodedRows(prepared.split("train"), layout).rows
+        self.batch_size = settings.rows_of_step(rows)
+        self.reader = self._reader(prepared, "train", self.batch_size)
+        self.validation_reader = self._reader(prepared, "validation", max(self.batch_size, 8192))
         self.position = self.reader.position(0)
         self.sharded, self.choices = self._shard(model_settings, warm_start, resume, prepared)
         self.optimizer = Optimizers(self.sharded, settings)
@@ -154,7 +156,7 @@ class Trainer:
             model,
             self.layout,
             self.device,
-            batch_size=math.ceil(self.settings.batch_size / self.world_size),
+            batch_size=math.ceil(self.batch_size / self.world_size),
             table_learning_rate=self.settings.table_learning_rate,
             seed=self.settings.seed,
             first_rows=None if warm_start is None else warm_start.rows,
@@ -162,6 +164,8 @@ class Trainer:
         )
         if self.rank == 0:
             say(f"computing in {choices}")
+            steps = self.settings.epochs * self.reader.batches_per_epoch
+            say(f"{steps:,} step{'s' * (steps != 1)} of {self.batch_size:,} rows{self._advise_batch(steps)}")
             if not torchrec_installed():
                 say(
                     "tables are trained by plain PyTorch in one process, since torchrec (fbgemm) is not installed: "
@@ -169,12 +173,19 @@ class Trainer:
                 )
         return sharded, choices
 
+    def _advise_batch(self, steps: int) -> str:
+        """What follows the number of steps, where a smaller batch would make more of too few."""
+        own = self.settings.model_copy(update={"batch_size": "auto"}).rows_of_step(self.reader.rows.rows)
+        if steps >= STEPS or 2 * own >= self.batch_size:
+            return ""
+        return f", which are few: training.batch_size {own} (or auto) makes {steps * self.batch_size // own:,} of them"
+
     def _choices(self, model: RankingModel, before: Choices | None) -> Choices:
         """Those of the training that goes on, as far as this machine allows, or new ones."""
         if before is not None:
             return keep_choices(before, self.settings, self.device)
         first = self.reader.rows.read_row_group(self.reader.rows.groups[0])
-        rows = min(math.ceil(self.settings.batch_size / self.world_size), self.reader.rows.rows)
+        rows = min(math.ceil(self.batch_size / self.world_size), self.reader.rows.rows)
         some = first.slice(0, min(rows, SOME_ROWS, len(first)))
         ids: KeyedIds = make_batch(some.encoded, self.layout, torchrec=False).ids
         return Chooser(model.mixture, self.layout, self.device, rows, ids).choose(self.settings)

@@ -241,7 +241,7 @@ def find_early_end(
     (steps, last), by, is_new = history[-1], settings.select_by, history[0][0] > 0
     advice = (
         f"take more training.epochs (now {settings.epochs}), a smaller training.batch_size (now "
-        f"{settings.batch_size:,}), or a higher training.learning_rate (now {settings.learning_rate:g})"
+        f"{settings.batch_size}), or a higher training.learning_rate (now {settings.learning_rate:g})"
     )
     if steps < FEW_STEPS and is_new:
         return f"had {steps:,} step{'s' * (steps != 1)} of training, and learns little in so few; {advice}"

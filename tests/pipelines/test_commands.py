@@ -120,7 +120,7 @@ def test_torchrun_says_everything_once(world: World, two_ranks: World) -> None:
 def test_the_run_holds_params_metrics_and_files(world: World) -> None:
     run = world.run()
     assert run.info.status == "FINISHED"
-    assert run.data.params["training.batch_size"] == "128"
+    assert run.data.params["training.batch_size"] == run.data.tags["choices.batch_size"] == "128"
     assert run.data.params["model.experts.count"] == "3"
     client = mlflow.MlflowClient()
     losses = client.get_metric_history(run.info.run_id, "train/click.loss")

@@ -73,6 +73,22 @@ def weights(one: Trainer, folder: Path) -> dict[str, torch.Tensor]:
     return {name: each.clone() for name, each in plain_model(one.layout, folder).state_dict().items()}
 
 
+# Batches
+
+
+def test_an_automatic_batch_is_that_of_the_training_rows_and_few_steps_are_told(
+    prepared: FeatureFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with trainer(prepared, tmp_path / "auto", batch_size="auto") as one:
+        assert (one.batch_size, one.reader.batch_size, one.total_steps) == (64, 64, math.ceil(ROWS["train"] / 64))
+    assert "188 steps of 64 rows\n" in capsys.readouterr().err
+    with trainer(prepared, tmp_path / "few", batch_size=4_000):
+        told = "3 steps of 4,000 rows, which are few: training.batch_size 64 (or auto) makes 187 of them\n"
+        assert told in capsys.readouterr().err
+    with trainer(prepared, tmp_path / "one epoch", batch_size=60):
+        assert "200 steps of 60 rows\n" in capsys.readouterr().err
+
+
 # Learning rates
 
 
