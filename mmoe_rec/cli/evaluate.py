@@ -102,7 +102,7 @@ def measure_fewer_experts(
 
     model = find_model(address, settings.tracking.address)
     ranker = Ranker.load(model.folder)
-    seen = int(ranker.model.visible_experts.sum(1).max())
+    seen = int(ranker.model.mixture.gates[-1].visible.sum(1).max())
     if (most := max(numbers)) > seen:
         raise UserError(f"--experts-per-row names {most}, and a gate of the model sees {seen} experts")
     # The model's own number is not asked for: levels below may see more experts than the last one's gates.

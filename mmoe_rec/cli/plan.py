@@ -41,7 +41,7 @@ def plan(
     hbm_gib: float,
     host_gib: float,
 ) -> None:
-    settings = configuration.settings
+    settings = configuration.settings.of_member(0)  # members are trained one after the other
     if world_size % local_world_size:
         raise UserError(f"--world-size {world_size} is not a multiple of --local-world-size {local_world_size}")
     if world_size > MOST_RANKS:

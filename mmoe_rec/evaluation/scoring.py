@@ -159,7 +159,8 @@ def score_rows(
     more = [*(f"label.{name}" for name in layout.outcomes), *rows.weighing(weighted)]
     parts: list[tuple[np.ndarray, ...]] = []
     tables: list[pa.Table] = []
-    experts, effects = UtilisationSums(model.experts_in_use), PlacementSums(layout)
+    members = len(model.mixture.each_member())
+    experts, effects = UtilisationSums(model.experts_in_use, members), PlacementSums(layout)
     with bar() as progress, freed_memory_kept():
         task = progress.add_task("scoring", total=rows.rows)
         for part, table in rows.stream(batch_size, (*COLUMNS, *more)):
@@ -171,8 +172,8 @@ def score_rows(
             logits = calibration.apply(outputs.logits.cpu(), names)
             parts.append((predictions(logits, kinds).numpy(), part.labels, fuse(logits, kinds, weights).numpy()))
             experts.add(outputs)
-            if model.mixture.placement is not None:
-                effects.add((model.mixture.placement(placement).float() * model.scale).cpu().numpy(), part.encoded.ids)
+            if (effect := model.mixture.place(placement)) is not None:
+                effects.add((effect.float() * model.scale).cpu().numpy(), part.encoded.ids)
             tables.append(table)
             progress.advance(task, len(part))
     predicted, labels, score = (np.concatenate(each) for each in zip(*parts, strict=True))
@@ -190,5 +191,5 @@ def score_rows(
         {name: ids.column(f"label.{name}").to_numpy() for name in layout.outcomes},
         relevance,
         weights_of(ids),
-        None if model.mixture.placement is None else effects.effects(),
+        None if model.mixture.each_member()[0].placement is None else effects.effects(),
     )

@@ -94,7 +94,8 @@ class DensePart(nn.Module):
         super().__init__()
         layout = ranker.layout
         self.model = RankingModel(nn.Module(), layout, copy.deepcopy(ranker.model.mixture)).eval()
-        self.model.mixture.placement = None
+        for member in self.model.mixture.each_member():
+            member.placement = None
         set_products(self.model, "blas")
         for module in self.model.modules():
             if isinstance(module, Experts):

@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from mmoe_rec.errors import RequestError
 from mmoe_rec.inference.artifact import Artifact
-from mmoe_rec.model.mmoe import Outputs, RankingModel
+from mmoe_rec.model.mmoe import Mixture, Outputs, RankingModel
 from mmoe_rec.model.products import Products, has_onednn, set_products
 from mmoe_rec.model.score import Calibration, log_predictions, predictions
 
@@ -85,13 +85,14 @@ class Scorer:
         self.about, self.model, self.calibration = about, model.eval(), calibration
         self.names, self._kinds = [task.name for task in about.tasks], [task.kind for task in about.tasks]
         self.experts = model.visible_experts.shape[1]
+        self.of_gate = self.experts // len(model.mixture.each_member())
         self.broken = _take_out_broken(model)
         self.products: Products = "blas"
 
     def options(self, top_k: int | None, masked: Sequence[Any] | None) -> ExpertOptions:
         """A request's `gate_top_k` and `mask_experts`, checked. Raises RequestError."""
-        if top_k is not None and top_k > self.experts:
-            raise RequestError(f"gate_top_k is {top_k}, and the model has {self.experts} experts")
+        if top_k is not None and top_k > self.of_gate:
+            raise RequestError(f"gate_top_k is {top_k}, and the model has {self.of_gate} experts")
         for expert in masked or ():
             if isinstance(expert, bool) or not isinstance(expert, int):
                 raise RequestError("mask_experts must be a list of experts' numbers, such as [0, 3]")
@@ -142,7 +143,7 @@ class Scorer:
             logs = log_predictions(logits.double(), self._kinds).numpy()
             explained: dict[str, np.ndarray] = {}
             if explain:
-                gates = outputs.routings[-1].weights.expand(-1, len(self.names), -1)  # one gate may serve all tasks
+                gates = outputs.last_level()[0].expand(-1, len(self.names), -1)  # one gate may serve all tasks
                 explained = {"uncalibrated": predictions(plain, self._kinds).numpy(), "gates": gates[:rows].numpy()}
                 if alone := [predictions(each[:rows], self._kinds).numpy() for each in outputs.alone]:
                     explained["alone"] = np.stack(alone, axis=2)
@@ -185,7 +186,7 @@ class Scorer:
         everyone = range(self.experts)
         # What fails here is no expert's fault.
         without = self._forward(inputs, options.top_k, self._all_but(everyone))
-        if not without.routings[0].probabilities.isfinite().all():
+        if not all(each.probabilities.isfinite().all() for each in without.routings):
             raise RuntimeError("what experts and gates read has values that are not finite numbers")
         failed = {}
         for expert in sorted(set(everyone) - set(options.masked)):
@@ -213,6 +214,12 @@ def _is_finite(outputs: Outputs) -> bool:
 @torch.no_grad()
 def _take_out_broken(model: RankingModel) -> list[int]:
     """Masks experts with a weight that is not finite; gives their numbers."""
+    members = [_take_out_of(each) for each in model.mixture.each_member()]
+    count = model.visible_experts.shape[1] // len(members)
+    return [number * count + expert for number, broken in enumerate(members) for expert in sorted(broken)]
+
+
+def _take_out_of(mixture: Mixture) -> set[int]:
     broken: set[int] = set()
 
     def clear(expert: int, weights: Sequence[Tensor]) -> None:
@@ -221,14 +228,14 @@ def _take_out_broken(model: RankingModel) -> list[int]:
             for weight in weights:
                 weight.zero_()  # a weight of 0 times NaN would still be NaN
 
-    for level in model.mixture.each_level():
+    for level in mixture.each_level():
         for expert, weights in level.weights_by_expert():
             clear(expert, weights)
-    for gates in model.mixture.gates:
+    for gates in mixture.gates:
         for expert in range(gates.visible.shape[1]):
             clear(expert, gates.rows_of(expert))
         gates.masked[list(broken)] = True
-    return sorted(broken)
+    return broken
 
 
 def _filled_up(inputs: Tensor) -> Tensor:

@@ -10,8 +10,9 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -65,10 +66,12 @@ def train_model(
             return workspace.ended
         with _open_run(workspace, parent) as run:
             _log_start(run, workspace)
-            trainer = _make_trainer(run, workspace)
-            _log_choices(run, trainer)
-            result = trainer.run()
-            return _finish(run, workspace, result, register) if workspace.first else None
+            results = []
+            for member in range(settings.model.members):
+                trainer = _make_trainer(run, workspace, member)
+                _log_choices(run, trainer)
+                results.append(trainer.run())
+            return _finish(run, workspace, results, register) if workspace.first else None
 
 
 def _open_run(workspace: Workspace, parent: str | None) -> AbstractContextManager[Run]:
@@ -87,13 +90,25 @@ def _open_run(workspace: Workspace, parent: str | None) -> AbstractContextManage
     )
 
 
-def _make_trainer(run: Run, workspace: Workspace) -> Trainer:
+def _make_trainer(run: Run, workspace: Workspace, member: int) -> Trainer:
+    """What trains a member of the model. Metrics and figures of the first have no prefix."""
+    from mmoe_rec.model.layout import ModelLayout
     from mmoe_rec.training.loop import Trainer
 
-    settings, layout = workspace.settings, workspace.layout
+    settings, count = workspace.settings.of_member(member), workspace.settings.model.members
+    layout = ModelLayout.of(workspace.prepared.layout, settings)
+    prefix, monitor = f"member_{member}/" if member else "", MachineMonitor(run, settings.tracking.system_metrics)
+    checkpoint, weights = workspace.find_checkpoint(member), None
+    if checkpoint is None and workspace.weights is not None:
+        weights = workspace.weights.of_member(member)
+    if workspace.first and count > 1:
+        say(f"member {member + 1} of {count}")
 
     def draw(validation: Validation, step: int) -> None:
-        draw_gates(run, layout, validation.experts, f"plots/gates/step_{step:07}.png")
+        draw_gates(run, layout, validation.experts, f"plots/{prefix}gates/step_{step:07}.png")
+
+    def log(metrics: dict[str, float], step: int) -> None:
+        monitor({prefix + name: value for name, value in metrics.items()}, step)
 
     return Trainer(
         workspace.prepared,
@@ -101,10 +116,10 @@ def _make_trainer(run: Run, workspace: Workspace) -> Trainer:
         settings.model,
         settings.training,
         workspace.device,
-        workspace.checkpoints,
-        MachineMonitor(run, settings.tracking.system_metrics),
-        workspace.weights,
-        workspace.checkpoint,
+        workspace.checkpoints / prefix,
+        log,
+        weights,
+        checkpoint,
         replace(workspace.origin, run_id=run.run_id),
         watch=draw,
     )
@@ -138,26 +153,22 @@ def _log_start(run: Run, workspace: Workspace) -> None:
     run.describe("Resumed" if "### Training\n" in run.note else "Training", command_and_rows)
 
 
-def _finish(run: Run, workspace: Workspace, result: TrainingResult, register: bool) -> FinishedTraining:
-    """Best state -> artifact -> registry -> result on disk."""
+def _finish(run: Run, workspace: Workspace, results: Sequence[TrainingResult], register: bool) -> FinishedTraining:
+    """Best states -> artifact -> registry -> result on disk."""
     from mmoe_rec.inference.writing import write_artifact
     from mmoe_rec.jobs.stacking import grow_trees
-    from mmoe_rec.model.mmoe import build_model
-    from mmoe_rec.model.tables import PlainTables
-    from mmoe_rec.training.checkpoint import FinishedTraining, load_plain
+    from mmoe_rec.training.checkpoint import FinishedTraining
     from mmoe_rec.training.validation import find_early_end
 
-    settings, prepared, layout, best = workspace.settings, workspace.prepared, workspace.layout, result.best
+    settings, prepared, layout, result = workspace.settings, workspace.prepared, workspace.layout, results[0]
     artifact = workspace.folder / "model"
-    assert best is not None, "every training validates at least once"
+    model, best, begun = _join(workspace, results)
     run.log_text(result.plan, "sharding_plan.txt")
     draw_gates(run, layout, best.experts, "plots/gate_weights.png")
     findings = best.experts.findings([task.name for task in layout.tasks])
     run.log_text("\n".join(findings or ["all experts are used, and no gate settles on one"]) + "\n", "experts.txt")
     run.log_metrics(best.flat("best"), result.best_step)
     run.log_metrics({"train/rows_per_s": result.rows_per_s, "train/waiting_share": result.waiting}, result.steps)
-    model = build_model(layout, settings.model, PlainTables(layout))
-    load_plain(model, result.best_checkpoint)
     if settings.model.trees is not None:
         model.trees = grow_trees(settings, prepared, layout, model)
     calibration = _calibrate(settings, prepared, model)
@@ -170,11 +181,17 @@ def _finish(run: Run, workspace: Workspace, result: TrainingResult, register: bo
         state_dict=model.state_dict(),
         trees=model.trees,
         calibration=calibration,
-        early_end=find_early_end(result.history, result.best_step, layout, settings.training),
+        early_end=next(
+            filter(None, (find_early_end(each.history, each.best_step, layout, settings.training) for each in results)),
+            None,
+        ),
     )
     decision = Decision(str(artifact), False, ())
     values = [f"{name.removeprefix('best/')} {value:.4f}" for name, value in best.flat("best").items()]
     chosen = f"The state of step {result.best_step:,} was chosen, by its validation:\n\n{quoted(values)}"
+    if len(results) > 1:
+        steps = " and ".join(f"{each.best_step:,}" for each in results)
+        chosen = f"The mean of the members' states of steps {steps}, which their validations chose:\n\n{quoted(values)}"
     if register:
         about = f"{as_code(command())}\n\n{_describe_rows(workspace.manifest)}\n\n{chosen}"
         with _wait_to_register(run, artifact):
@@ -185,15 +202,50 @@ def _finish(run: Run, workspace: Workspace, result: TrainingResult, register: bo
         decision.address,
         best,
         result.best_step,
-        result.rows_per_s,
+        max(each.rows_per_s for each in results),
         result.waiting,
         decision.reasons,
         replace(workspace.origin, run_id=run.run_id, settings=result_settings(settings)),
         checksum(artifact / "weights.safetensors"),
-        dict(result.history).get(0),
+        begun,
     )
     trained.write()
     return trained
+
+
+def _join(
+    workspace: Workspace, results: Sequence[TrainingResult]
+) -> tuple[RankingModel, Validation, Validation | None]:
+    """The model of the best states of all members; its validation, and that of the model that it was started from."""
+    from mmoe_rec.batches.encoded_rows import EncodedRows
+    from mmoe_rec.model.layout import ModelLayout
+    from mmoe_rec.model.members import join_members
+    from mmoe_rec.model.mmoe import build_model
+    from mmoe_rec.model.tables import PlainTables
+    from mmoe_rec.training.checkpoint import load_plain
+    from mmoe_rec.training.validation import validate_alone
+
+    settings, layout = workspace.settings, workspace.layout
+    one = settings.of_member(0)
+    own, states = ModelLayout.of(workspace.prepared.layout, one), []
+    for result in results:
+        model = build_model(own, one.model, PlainTables(own))
+        load_plain(model, result.best_checkpoint)
+        states.append(model.state_dict())
+    if len(results) == 1:
+        assert result.best is not None, "every training validates at least once"
+        return model, result.best, dict(result.history).get(0)
+    model, size = build_model(layout, settings.model, PlainTables(layout)), settings.evaluation.batch_size
+    weighted = settings.training.sampling_correction == "weights"
+    rows = EncodedRows(
+        workspace.prepared.split("validation"), layout, outcomes=True, weighted=weighted, with_users=True
+    )
+    begun = None
+    if workspace.weights is not None:
+        workspace.weights.fill(model)
+        begun = validate_alone(model, rows, layout, size)
+    model.load_state_dict(join_members(states))
+    return model, validate_alone(model, rows, layout, size), begun
 
 
 @contextmanager
@@ -317,6 +369,9 @@ class Workspace:
         for name in ("checkpoints", "model"):
             held.enter_context(writing(self.folder / name, "a training", "set `data.work` to another folder"))
         course, start = self._decide()
+        if course == "begins":
+            for old in self.checkpoints.glob("member_*"):  # of another training
+                shutil.rmtree(old)
         if course != "has ended":
             going_on = self.start is not None or course == "goes on"
             needs = ("train", "validation")
@@ -380,11 +435,18 @@ class Workspace:
             self.checkpoint = latest_checkpoint(self.checkpoints)
             assert self.checkpoint is not None, "the first rank has read it"
             self.checkpoint.state.origin.check(self.origin, self.checkpoint.folder)
-            return
-        if start is not None:
+        if start is not None and (self.checkpoint is None or self.settings.model.members > 1):
             self.weights = self._read_weights(start)
-        if self.first:
+        if self.first and self.checkpoint is None:
             self.key = training_key(self.checkpoints, self.origin, new=not self.resume)
+
+    def find_checkpoint(self, member: int) -> Checkpoint | None:
+        """The one that a member's training goes on from; None where it begins."""
+        from mmoe_rec.training.checkpoint import latest_checkpoint
+
+        if member == 0 or self.checkpoint is None:
+            return self.checkpoint
+        return latest_checkpoint(self.checkpoints / f"member_{member}")
 
     def _require_features(self) -> None:
         """Raises UserError where a training has nothing to go on from."""

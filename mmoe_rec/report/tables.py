@@ -178,18 +178,22 @@ def show_estimates(estimates: Mapping[str, PolicyEstimate]) -> Iterator[Table | 
         yield from (f"warning: {task}: {sentence}" for sentence in describe_warnings(each))
 
 
-def validations_table(history: Sequence[tuple[int, Validation]], best_step: int) -> Table:
-    """A row for each step and task; what is undefined is a dash. history: (step, validation) of each."""
+def validations_table(
+    history: Sequence[tuple[int, Validation]], best_step: int, together: Mapping[str, Validation] | None = None
+) -> Table:
+    """A row for each step and task; what is undefined is a dash. history: (step, validation) of each; together: further
+    rows by name."""
     caption = "without placement and calibration, if any; gauc: by user; calibration: predicted / observed"
     table = _plain_table("Validations", ["step", "task"], list(_VALIDATIONS), caption)
-    for step, found in history:
+    rows = {f"{step:,}{' chosen' if step == best_step else ''}": found for step, found in history}
+    for label, found in {**rows, **(together or {})}.items():
         names = dict.fromkeys([*found.loss, *found.auc])
+        style = "bold" if label.endswith("chosen") else ""
         for place, name in enumerate(names):
             values = [getattr(found, metric).get(name) for metric in _VALIDATIONS.values()]
-            shown = f"{step:,}{' chosen' if step == best_step else ''}" if place == 0 else ""
-            style = "bold" if step == best_step else ""
             cells = ["-" if value is None else f"{value:.4f}" for value in values]
-            table.add_row(shown, Text(name), *cells, style=style, end_section=place == len(names) - 1)
+            last = place == len(names) - 1
+            table.add_row("" if place else label, Text(name), *cells, style=style, end_section=last)
     return table
 
 
@@ -207,7 +211,9 @@ def describe_training(trained: FinishedTraining, settings: Settings) -> Iterator
         yield f"validation of the model that it was started from: {text}"
     checkpoint = latest_checkpoint(trained.artifact.parent / "checkpoints")
     if checkpoint is not None:
-        yield validations_table(checkpoint.state.history, trained.best_step)
+        members = settings.model.members  # the first one's validations, and then that of all
+        together = {f"all {members}": trained.best} if members > 1 else {}
+        yield validations_table(checkpoint.state.history, trained.best_step, together)
     if early_end := read_artifact(trained.artifact, verify=False).early_end:
         yield f"warning: the model {early_end}"
     yield from explain_choice(trained.best, trained.best_step, settings.training.select_by)

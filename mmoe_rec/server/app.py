@@ -312,14 +312,16 @@ def _describe(
         taking["parameters"] = [{**each, "schema": {"enum": logs}} for each in taking["parameters"] if logs]
     for name in UNSENT:
         del schemas["Ranking"]["properties"][name]
-    tasks, experts = served.ranker.about.tasks, served.ranker.scorer.experts
+    tasks, scorer = served.ranker.about.tasks, served.ranker.scorer
     weights = dict.fromkeys((name for each in tasks for name in (each.name, each.objective)), _WEIGHT)
     options = {
         "task_weights": _option("task or objective -> weight, one of them above 0", **_CLOSED, properties=weights),
         "top_k": _option("only so many best candidates", type="integer", minimum=1, maximum=2**64 - 1),
-        "gate_top_k": _option("experts per candidate and gate", type="integer", minimum=1, maximum=experts),
+        "gate_top_k": _option("experts per candidate and gate", type="integer", minimum=1, maximum=scorer.of_gate),
         "mask_experts": _option(
-            "experts to score without", type="array", items={"type": "integer", "minimum": 0, "maximum": experts - 1}
+            "experts to score without",
+            type="array",
+            items={"type": "integer", "minimum": 0, "maximum": scorer.experts - 1},
         ),
         "explain": _option("what each candidate's predictions come from", type="boolean"),
     }

@@ -35,6 +35,9 @@ from mmoe_rec.settings.model import Model
 from mmoe_rec.settings.outcomes import Outcomes
 from mmoe_rec.settings.schema import Schema
 
+SEEDS_APART = 10_000
+"""Between the seeds of two members of a model, so that models of neighbouring seeds have no member in common."""
+
 
 def _as_time(value: Any) -> datetime | None:
     """A date or time of YAML, or text in ISO 8601; UTC unless it has an offset."""
@@ -383,6 +386,8 @@ class Settings(Section):
     def _check_schema(self) -> Settings:
         self.outcomes.check(self.schema_)
         self.split.check(self.columns)
+        if "model.members" in self.tuning.search:
+            raise ValueError("tuning.search names 'model.members', but a trial trains one member: more rank better")
         for name in self.tuning.search:
             section, _, rest = name.partition(".")
             known = getattr(self, section) if section in CHOICES else None
@@ -399,6 +404,13 @@ class Settings(Section):
         if self.training.sampling_correction != "none" and self.columns.sampling_rate is None:
             raise ValueError("training.sampling_correction needs `columns.sampling_rate`, the column with the rate")
         return self
+
+    def of_member(self, number: int) -> Settings:
+        """The settings by which a member of the model is trained: the model of that one alone, with a seed that no
+        neighbouring `training.seed` gives."""
+        model = self.model.model_copy(update={"members": 1})
+        seed = self.training.seed + number * SEEDS_APART
+        return self.model_copy(update={"model": model, "training": self.training.model_copy(update={"seed": seed})})
 
     @property
     def schema_(self) -> Schema:

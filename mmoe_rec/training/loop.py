@@ -25,7 +25,7 @@ from mmoe_rec.devices import freed_memory_kept, limit_threads
 from mmoe_rec.errors import StoppedError, StopRequest
 from mmoe_rec.features.layout import Layout
 from mmoe_rec.model.layout import ModelLayout
-from mmoe_rec.model.mmoe import RankingModel, build_model
+from mmoe_rec.model.mmoe import Mixture, build_model
 from mmoe_rec.model.products import set_products
 from mmoe_rec.preprocessing.prepare import FeatureFolder
 from mmoe_rec.progress import bar, say
@@ -140,17 +140,19 @@ class Trainer:
         self, model_settings: Model, warm_start: WarmStart | None, resume: Checkpoint | None, prepared: FeatureFolder
     ) -> tuple[ShardedModel, Choices]:
         model = build_model(self.layout, model_settings, training_tables(self.layout), self.settings.seed)
+        mixture = model.mixture
+        assert isinstance(mixture, Mixture), "members are trained one after the other"
         if warm_start is not None:
             warm_start.fill_dense(model)
         else:
             weighted = self.settings.sampling_correction == "weights"
             rates = base_rates(prepared.manifest, self.layout.tasks, weighted)
-            set_base_rates(model.mixture.towers, rates)
+            set_base_rates(mixture.towers, rates)
         if self.settings.task_weighting == "uncertainty":
             add_log_variances(model, self.layout.tasks)
-        choices = self._choices(model, None if resume is None else resume.state.choices)
+        choices = self._choices(mixture, None if resume is None else resume.state.choices)
         if choices.experts != "auto":
-            set_compute(model.mixture, choices.experts)
+            set_compute(mixture, choices.experts)
         set_products(model, choices.products)
         sharded = shard(
             model,
@@ -180,7 +182,7 @@ class Trainer:
             return ""
         return f", which are few: training.batch_size {own} (or auto) makes {steps * self.batch_size // own:,} of them"
 
-    def _choices(self, model: RankingModel, before: Choices | None) -> Choices:
+    def _choices(self, mixture: Mixture, before: Choices | None) -> Choices:
         """Those of the training that goes on, as far as this machine allows, or new ones."""
         if before is not None:
             return keep_choices(before, self.settings, self.device)
@@ -188,7 +190,7 @@ class Trainer:
         rows = min(math.ceil(self.batch_size / self.world_size), self.reader.rows.rows)
         some = first.slice(0, min(rows, SOME_ROWS, len(first)))
         ids: KeyedIds = make_batch(some.encoded, self.layout, torchrec=False).ids
-        return Chooser(model.mixture, self.layout, self.device, rows, ids).choose(self.settings)
+        return Chooser(mixture, self.layout, self.device, rows, ids).choose(self.settings)
 
     def _resume(self, checkpoint: Checkpoint) -> None:
         self.optimizer.init_state()

@@ -13,7 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mmoe_rec.auc import FEWEST, TOO_GOOD, WHY_TOO_GOOD, auc_of_counts, grouped_auc
-from mmoe_rec.batches.batch import Batch
+from mmoe_rec.batches.batch import Batch, make_batch
+from mmoe_rec.batches.encoded_rows import EncodedRows
 from mmoe_rec.errors import StopRequest, UserError
 from mmoe_rec.features.layout import Layout
 from mmoe_rec.model.layout import ModelLayout
@@ -70,17 +71,17 @@ class ValidationSums:
     GAUC needs the rows of a user side by side, wherever they were scored: all ranks exchange them. Where there are more
     than ROWS_KEPT, GAUC is that of a share of the users, drawn by a hash of their ids.
 
-    experts: (T, E) bool, the experts that each task uses; rows: of all ranks.
+    experts: (T, E) bool, the experts that each task uses; rows: of all ranks; members: networks of the model.
     """
 
-    def __init__(self, layout: Layout, experts: Tensor, rows: int) -> None:
+    def __init__(self, layout: Layout, experts: Tensor, rows: int, members: int = 1) -> None:
         self.layout, tasks = layout, len(layout.tasks)
         self.binary = {task.name: index for index, task in enumerate(layout.tasks) if task.kind == "binary"}
         self.counts = torch.zeros(tasks, 2, BINS, dtype=torch.float64)
         self.rows = torch.zeros(tasks, 2, dtype=torch.float64)
         self.loss = torch.zeros(tasks, 2, dtype=torch.float64)
         self.calibration = torch.zeros(tasks, 2, dtype=torch.float64)  # of predictions and labels
-        self.utilisation = UtilisationSums(experts)
+        self.utilisation = UtilisationSums(experts, members)
         self._one_in = np.uint64(-(-max(rows, 1) // ROWS_KEPT))
         # Of a batch: users (B,), and logits and labels (B, T), NaN where unobserved.
         self._users: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
@@ -164,7 +165,7 @@ def validate(
 
     rows: of all ranks. Gives None as soon as a rank was asked to stop.
     """
-    sums = ValidationSums(layout, model.experts_in_use, rows)
+    sums = ValidationSums(layout, model.experts_in_use, rows, len(model.mixture.each_member()))
     model.eval()
     for each in batches:
         if stop is not None:
@@ -177,6 +178,17 @@ def validate(
         sums.add(model(batch), each, batch.observed.any(1))
     model.train()
     sums.exchange(device)
+    return sums.result()
+
+
+@torch.no_grad()
+def validate_alone(model: RankingModel, rows: EncodedRows, layout: Layout, batch_size: int) -> Validation:
+    """Scores all rows with a model over `PlainTables`, on this process. rows: with outcomes and users."""
+    sums = ValidationSums(layout, model.experts_in_use, rows.rows, len(model.mixture.each_member()))
+    model.eval()
+    for part, _ in rows.stream(batch_size):
+        batch = make_batch(part.encoded, layout, part.labels, None, part.weights, part.users, torchrec=False)
+        sums.add(model(batch), batch, batch.observed.any(1))
     return sums.result()
 
 

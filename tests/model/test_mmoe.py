@@ -59,6 +59,8 @@ STRUCTURES: dict[str, dict[str, Any]] = {
     "PLE, top-k, grouped": {"experts": {**PLE, "count": 3, **GROUPED}, "gates": {"routing": "top_k", "top_k": 2}},
     "shared route": {"experts": {"count": 5, **GROUPED}, "gates": {"routing": "shared_route", "top_k": 2}},
     "shared route to one": {"experts": {"count": 5}, "gates": {"routing": "shared_route", "top_k": 1}},
+    "two members": {"members": 2, "bottom": {"piecewise": True, "cross_layers": 1, "cross_rank": 2}},
+    "four members, PLE, top-k": {"members": 4, "experts": PLE, "gates": {"routing": "top_k", "top_k": 2}},
 }
 
 

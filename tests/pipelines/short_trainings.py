@@ -103,13 +103,13 @@ class Killed(BaseException):
 
 
 @contextmanager
-def dying_after(steps: int) -> Iterator[None]:
-    """Trainings die after so many steps."""
+def dying_after(steps: int, seed: int | None = None) -> Iterator[None]:
+    """Trainings die after so many steps. seed: only those of this one."""
     step = Trainer._step
 
     def dying(trainer: Trainer, *arguments: Any) -> bool | None:
         found = step(trainer, *arguments)
-        if trainer.result.steps == steps:
+        if trainer.result.steps == steps and seed in (None, trainer.settings.seed):
             raise Killed
         return found
 
