@@ -8,7 +8,7 @@ model holds the members' own tables side by side: a row of `members` x `dim` num
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,6 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from mmoe_rec.model.layout import ModelLayout
     from mmoe_rec.model.levels import Gates
-    from mmoe_rec.model.mmoe import Mixture, Outputs
 
 
 class Members(nn.Module):
@@ -26,16 +25,16 @@ class Members(nn.Module):
     the inputs and of the placement that each member reads, int64.
     """
 
-    def __init__(self, members: Sequence[Mixture], columns: Sequence[tuple[Tensor, Tensor]]) -> None:
+    def __init__(self, members: Sequence[nn.Module], columns: Sequence[tuple[Tensor, Tensor]]) -> None:
         super().__init__()
         self.members = nn.ModuleList(members)
         for number, (inputs, placement) in enumerate(columns):
             self.register_buffer(f"inputs_{number}", inputs, persistent=False)
             self.register_buffer(f"placement_{number}", placement, persistent=False)
 
-    def each_member(self) -> list[Mixture]:
-        """The members, in order."""
-        return list(self.members)  # type: ignore[arg-type]
+    def each_member(self) -> list[Any]:
+        """The members, each a `Mixture`, in order."""
+        return list(self.members)
 
     @property
     def gates(self) -> list[Gates]:
@@ -44,9 +43,9 @@ class Members(nn.Module):
 
     def forward(
         self, inputs: Tensor, placement: Tensor | None, top_k: int | None = None, usable: Tensor | None = None
-    ) -> Outputs:
-        """The mean logits, and the routings of all members; arguments as of a `Mixture`, with E experts of all members
-        together."""
+    ) -> Any:
+        """`Outputs` of the mean logits and the routings of all members; arguments as of a `Mixture`, with E experts of
+        all members together."""
         parts = [None] * len(self.members) if usable is None else usable.chunk(len(self.members))
         found = []
         for number, member in enumerate(self.members):
