@@ -250,7 +250,11 @@ def test_an_unknown_missing_or_unfit_key(tmp_path, key, value, message):
         ("model.experts.units", [], "{} must be longer: at least 1 needed"),
         ("model.bottom.units", [True], "'model.bottom.units.0' must be a whole number, found true"),
         ("model.bottom.dropout", 1, "{} must be less than 1"),
-        ("model", None, "{} must hold keys (bottom, experts, gates, towers, placement, trees), found nothing (null)"),
+        (
+            "model",
+            None,
+            "{} must hold keys (members, bottom, experts, gates, towers, placement, trees), found nothing (null)",
+        ),
         ("tasks", ["click"], "{} must hold a section for each name, found ['click']"),
         ("features.item", "id", "{} must hold keys (kind and others), found 'id'"),
         ("features", {1: {"kind": "id", "column": "c"}}, "{} has the key 1, which is not text; put it in quotes"),

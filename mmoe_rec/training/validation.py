@@ -165,7 +165,7 @@ def validate(
 
     rows: of all ranks. Gives None as soon as a rank was asked to stop.
     """
-    sums = ValidationSums(layout, model.experts_in_use, rows, len(model.mixture.each_member()))
+    sums = ValidationSums(layout, model.experts_in_use, rows)
     model.eval()
     for each in batches:
         if stop is not None:
