@@ -110,8 +110,9 @@ class Layout(_AsJson):
         return [each.name for each in self.ids if each.placement == placement]
 
     def single_ids(self) -> list[str]:
-        """Inputs with one id a row, without placement."""
-        return [each.name for each in self.ids if not each.many and not each.placement]
+        """Inputs with one id a row, without placement and values of numbers (which trees see as numbers)."""
+        single = (each for each in self.ids if not each.many and not each.placement)
+        return [each.name for each in single if each.name != f"{each.feature}_value"]
 
     def dense_names(self, placement: bool) -> list[str]:
         """Names of the dense inputs that describe placement, or of all others."""

@@ -151,7 +151,7 @@ def write_onnx(folder: Path, ranker: Ranker, made: Path) -> None:
     if trees is None:
         program.save(made / MODEL)
     else:
-        _save_with_trees(program.model_proto, trees, ranker.names, first, made / MODEL)
+        save_with_trees(program.model_proto, trees, ranker.names, first, made / MODEL)
     bags: Any = ranker.model.tables.embedding_bags
     used = {each.table for each in ranker.layout.ids if not each.placement}
     tables = {table.name: bags[table.name].weight for table in ranker.layout.tables if table.name in used}
@@ -164,7 +164,7 @@ def write_onnx(folder: Path, ranker: Ranker, made: Path) -> None:
     (made / "README.md").write_text(_README, encoding="utf-8")
 
 
-def _save_with_trees(model: Any, trees: Trees, names: Sequence[str], first: int, path: Path) -> None:
+def save_with_trees(model: Any, trees: Trees, names: Sequence[str], first: int, path: Path) -> None:
     """Writes a graph with the trees of its tasks in the place of its input `grown`. first: input that trees read first.
 
     A task without trees gets another one's, which its blend does not read.
@@ -215,15 +215,22 @@ def _as_attributes(roots: Sequence[Mapping[str, Any]], first: int) -> dict[str, 
                 add("nodes", **own, featureids=0, values=0.0, modes="LEAF", truenodeids=0, falsenodeids=0)
                 add("target", **own, ids=0, weights=node["leaf_value"])
                 continue
-            # The largest float32 up to the threshold, as inputs are float32.
-            edge = np.float32(node["threshold"])
-            edge = np.nextafter(edge, np.float32(-np.inf)) if float(edge) > node["threshold"] else edge
             left, right = count, count + 1
             count += 2
             waiting += [(left, node["left_child"]), (right, node["right_child"])]
-            place = first + node["split_feature"]
-            branches = {"modes": "BRANCH_LEQ", "truenodeids": left, "falsenodeids": right}
-            add("nodes", **own, featureids=place, values=float(edge), **branches)
+            own |= {"featureids": first + node["split_feature"], "truenodeids": left}
+            if node["decision_type"] == "==":  # a set of ids: a chain of nodes, all of which go on with the same one
+                *others, last = map(float, node["threshold"].split("||"))
+                for value in others:
+                    add("nodes", **own, values=value, modes="BRANCH_EQ", falsenodeids=count)
+                    own["nodeids"] = count
+                    count += 1
+                add("nodes", **own, values=last, modes="BRANCH_EQ", falsenodeids=right)
+                continue
+            # The largest float32 up to the threshold, as inputs are float32.
+            edge = np.float32(node["threshold"])
+            edge = np.nextafter(edge, np.float32(-np.inf)) if float(edge) > node["threshold"] else edge
+            add("nodes", **own, values=float(edge), modes="BRANCH_LEQ", falsenodeids=right)
     return found
 
 

@@ -17,10 +17,11 @@ from mmoe_rec.batches.encoded_rows import EncodedRows
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.calibration import calibration_rows
 from mmoe_rec.inference.artifact import MANIFEST, write_manifest
-from mmoe_rec.inference.export import draw_requests, inputs_of, load_onnx, write_onnx
+from mmoe_rec.inference.export import draw_requests, inputs_of, load_onnx, save_with_trees, write_onnx
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.jobs.stacking import HALF, fit_blend
-from mmoe_rec.model.trees import Trees
+from mmoe_rec.jobs.trees import Inputs, grow_lightgbm
+from mmoe_rec.model.trees import Trees, predict
 from mmoe_rec.tracking import registry
 from tests.inference.small_model import ITEMS, SmallModel, as_request
 from tests.inference.test_ranker import in_request_order, offline
@@ -37,8 +38,8 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> SmallModel:
 def grown(node: dict[str, Any], row: np.ndarray) -> float:
     """What a tree, as LightGBM describes it, gives a row."""
     while "leaf_value" not in node:
-        assert node["decision_type"] == "<="
-        left = float(row[node["split_feature"]]) <= node["threshold"]
+        value, threshold = float(row[node["split_feature"]]), node["threshold"]
+        left = value in map(float, threshold.split("||")) if node["decision_type"] == "==" else value <= threshold
         node = node["left_child" if left else "right_child"]
     return node["leaf_value"]
 
@@ -117,6 +118,30 @@ def test_an_onnx_file_has_the_trees(small: SmallModel, tmp_path: Path) -> None:
     columns = json.loads((tmp_path / "inputs.json").read_text())["inputs"]["columns"]
     assert columns[-1]["end"] == inputs.shape[1]
     assert [each["name"] for each in columns if "row_of" in each] == small.model_layout.single_ids()
+
+
+def test_few_ids_are_split_into_any_two_sets(tmp_path: Path) -> None:
+    """By a loop over trees, as they are and as ONNX, also of ids that no training row has."""
+    import onnxruntime
+    from onnx import TensorProto, helper
+
+    random = np.random.default_rng(0)
+    x = np.column_stack([random.normal(size=5000), random.integers(0, 40, 5000)]).astype(np.float32)
+    labels = (random.random(5000) < np.where((x[:, 1] % 7 < 3) ^ (x[:, 0] > 0), 0.8, 0.2)).astype(float)
+    booster = grow_lightgbm("binary", Inputs(x, 1, labels, categories=(1,)), None, 8, 0, 0.3, 20)
+    roots = [each["tree_structure"] for each in booster.dump_model()["tree_info"]]
+    assert {"==", "<="} == set(re.findall(r"'decision_type': '(..)'", str(roots)))
+    rows = np.column_stack([random.normal(size=400), random.integers(0, 60, 400)]).astype(np.float32)
+    expected = [sum(grown(root, row) for root in roots) for row in rows]
+    np.testing.assert_allclose(predict(booster, rows), expected, rtol=1e-9)
+    given = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [None, None]) for name in ("inputs", "grown")]
+    answer = helper.make_tensor_value_info("answer", TensorProto.FLOAT, [None, 1])
+    graph = helper.make_graph([helper.make_node("Identity", ["grown"], ["answer"])], "trees", given, [answer])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    save_with_trees(model, Trees({"click": booster}, {}), ["click"], 0, tmp_path / "trees.onnx")
+    session = onnxruntime.InferenceSession(str(tmp_path / "trees.onnx"), providers=["CPUExecutionProvider"])
+    (found,) = session.run(["answer"], {"inputs": rows})
+    np.testing.assert_allclose(found[:, 0], expected, rtol=1e-5, atol=1e-6)
 
 
 def test_who_installs_the_served_model_installs_lightgbm(small: SmallModel, tmp_path: Path) -> None:
