@@ -75,6 +75,7 @@ def settings_of(work: Path, pair: str, structure: str) -> Settings:
     tree["tasks"]["income"]["label"] = PAIRS[pair]
     tasks = {pair: tree["tasks"]["income"], "never_married": tree["tasks"]["never_married"]}
     tree["tasks"] = {pair: tasks[pair]} if structure == "single" else tasks
+    tree["model"]["trees"] = None  # structures of the network are compared
     for section, values in STRUCTURES[structure].items():
         tree["model"][section] |= values
     own = work / pair / structure
