@@ -21,6 +21,7 @@ SCHEMA = kinds.schema_of(
             "price": {"kind": "numeric", "column": "price"},
             "price_0": {"kind": "vector", "column": "text", "size": 2},
             "coarse": {"kind": "numeric", "column": "age", "transform": "buckets"},
+            "years": {"kind": "numeric", "column": "age", "values": "auto"},
             "seen": {"kind": "history", "task": "click", "of": "a"},
             "both": {"kind": "cross", "columns": ["u", "c"]},
             "when": {"kind": "time", "parts": ["hour", "weekday"]},
@@ -41,11 +42,17 @@ def test_inputs_of_a_pipeline_find_their_features():
         "item_rate": ["item_rate_positives", "item_rate_rate", "item_rate_recency"],
         "price": ["price"],
         "price_0": ["price_0_0", "price_0_1"],
+        "years": ["years"],
         "when_old": ["when_old_age"],
     }
     ids = {name: [each.name for each in feature.ids] for name, feature in features.items() if feature.ids}
     single = ("a", "a_b_rows", "coarse", "seen", "both")
-    assert ids == {**{name: [name] for name in single}, "when": ["when_hour", "when_weekday"]}
+    several = {"when": ["when_hour", "when_weekday"], "years": ["years_value"]}
+    assert ids == {**{name: [name] for name in single}, **several}
+    others = features["years"].meaning
+    assert (others.first_known, others.unknown) == (0, 0), "a number that is not frequent is no unknown id"
+    assert others.row_name is not None
+    assert [others.row_name("years_value", row) for row in range(2)] == ["others", "frequent value 1"]
     assert features["seen"].meaning.columns == ("u", "c")
     assert features["when"].meaning.columns == ("t",)
 

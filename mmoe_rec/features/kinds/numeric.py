@@ -52,9 +52,7 @@ class NumericFeature(Feature):
         """Row 0 is a missing number, the buckets follow; or all other numbers, and frequent values follow."""
         if self.values is None:
             return Meaning((self.column,), lambda table, row: f"bucket {row}")
-        return Meaning(
-            (self.column,), lambda table, row: f"frequent value {row}" if row else "others", missing=False, unknown=1
-        )
+        return Meaning((self.column,), lambda table, row: f"frequent value {row}" if row else "others", missing=False)
 
 
 class EmbeddedNumeric(NumericFeature, Embedded):
