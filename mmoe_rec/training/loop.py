@@ -167,7 +167,7 @@ class Trainer:
         if self.rank == 0:
             say(f"computing in {choices}")
             steps = self.settings.epochs * self.reader.batches_per_epoch
-            say(f"{steps:,} step{'s' * (steps != 1)} of {self.batch_size:,} rows{self._advise_batch(steps)}")
+            say(f"{steps:,} step{'s' * (steps != 1)} of {self.batch_size:,} rows{self._advise_more(steps)}")
             if not torchrec_installed():
                 say(
                     "tables are trained by plain PyTorch in one process, since torchrec (fbgemm) is not installed: "
@@ -175,12 +175,16 @@ class Trainer:
                 )
         return sharded, choices
 
-    def _advise_batch(self, steps: int) -> str:
-        """What follows the number of steps, where a smaller batch would make more of too few."""
+    def _advise_more(self, steps: int) -> str:
+        """What follows the number of steps, where a smaller batch, or more epochs, would make more of too few."""
         own = self.settings.model_copy(update={"batch_size": "auto"}).rows_of_step(self.reader.rows.rows)
-        if steps >= STEPS or 2 * own >= self.batch_size:
-            return ""
-        return f", which are few: training.batch_size {own} (or auto) makes {steps * self.batch_size // own:,} of them"
+        if steps < STEPS and 2 * own < self.batch_size:
+            more = steps * self.batch_size // own
+            return f", which are few: training.batch_size {own} (or auto) makes {more:,} of them"
+        if steps < STEPS / 2:
+            epochs = math.ceil(self.settings.epochs * STEPS / steps)
+            return f", which are few: training.epochs {epochs:,} makes {STEPS:,} of them, if so many help"
+        return ""
 
     def _choices(self, mixture: Mixture, before: Choices | None) -> Choices:
         """Those of the training that goes on, as far as this machine allows, or new ones."""

@@ -81,12 +81,13 @@ def test_an_automatic_batch_is_that_of_the_training_rows_and_few_steps_are_told(
 ) -> None:
     with trainer(prepared, tmp_path / "auto", batch_size="auto") as one:
         assert (one.batch_size, one.reader.batch_size, one.total_steps) == (64, 64, math.ceil(ROWS["train"] / 64))
-    assert "188 steps of 64 rows\n" in capsys.readouterr().err
+    told = "188 steps of 64 rows, which are few: training.epochs 6 makes 1,000 of them, if so many help\n"
+    assert told in capsys.readouterr().err
     with trainer(prepared, tmp_path / "few", batch_size=4_000):
         told = "3 steps of 4,000 rows, which are few: training.batch_size 64 (or auto) makes 187 of them\n"
         assert told in capsys.readouterr().err
-    with trainer(prepared, tmp_path / "one epoch", batch_size=60):
-        assert "200 steps of 60 rows\n" in capsys.readouterr().err
+    with trainer(prepared, tmp_path / "enough", batch_size=128, epochs=6):
+        assert "564 steps of 128 rows\n" in capsys.readouterr().err
 
 
 # Learning rates
