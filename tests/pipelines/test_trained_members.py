@@ -10,7 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from mmoe_rec.batches.encoded_rows import EncodedRows
+from mmoe_rec.inference.artifact import read_artifact, read_model
+from mmoe_rec.preprocessing.prepare import FeatureFolder
 from mmoe_rec.training.checkpoint import FinishedTraining
+from mmoe_rec.training.validation import validate_alone
 from tests.commands import refuse
 from tests.pipelines.short_trainings import World, dying_after
 
@@ -48,6 +52,14 @@ def test_each_member_is_the_training_of_its_own_seed(world: World, tmp_path: Pat
             elif f"members.{member}." in name:
                 found[name.replace(f"members.{member}.", "")] = weight
         assert_equal(found, weights(work))
+        # Scored whole and in one process, a model has the validation that its training had.
+        ended, about = FinishedTraining.read(work), read_artifact(work / "model")
+        assert ended is not None
+        validation = FeatureFolder(work / "features").split("validation")
+        rows = EncodedRows(validation, about.layout, outcomes=True, with_users=True)
+        again = validate_alone(read_model(about, work / "model"), rows, about.layout, 512)
+        for name in ("loss", "auc", "gauc", "calibration", "rarer"):
+            assert getattr(again, name) == pytest.approx(getattr(ended.best, name), rel=1e-5), name
 
 
 def test_a_killed_member_goes_on(world: World, tmp_path: Path) -> None:
