@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from mmoe_rec.model.mmoe import RankingModel
     from mmoe_rec.model.score import Calibration
     from mmoe_rec.training.checkpoint import Checkpoint, FinishedTraining
+    from mmoe_rec.training.choices import Choices
     from mmoe_rec.training.loop import Trainer, TrainingResult
     from mmoe_rec.training.validation import Validation
     from mmoe_rec.training.warm_start import WarmStart
@@ -66,9 +67,11 @@ def train_model(
             return workspace.ended
         with _open_run(workspace, parent) as run:
             _log_start(run, workspace)
-            results = []
+            results: list[TrainingResult] = []
+            choices: Choices | None = None
             for member in range(settings.model.members):
-                trainer = _make_trainer(run, workspace, member)
+                trainer = _make_trainer(run, workspace, member, choices)
+                choices = trainer.choices
                 _log_choices(run, trainer)
                 results.append(trainer.run())
             return _finish(run, workspace, results, register) if workspace.first else None
@@ -90,8 +93,9 @@ def _open_run(workspace: Workspace, parent: str | None) -> AbstractContextManage
     )
 
 
-def _make_trainer(run: Run, workspace: Workspace, member: int) -> Trainer:
-    """What trains a member of the model. Metrics and figures of the first have no prefix."""
+def _make_trainer(run: Run, workspace: Workspace, member: int, choices: Choices | None) -> Trainer:
+    """What trains a member of the model, by the choices of the member before. Metrics and figures of the first have no
+    prefix."""
     from mmoe_rec.model.layout import ModelLayout
     from mmoe_rec.training.loop import Trainer
 
@@ -122,6 +126,7 @@ def _make_trainer(run: Run, workspace: Workspace, member: int) -> Trainer:
         checkpoint,
         replace(workspace.origin, run_id=run.run_id),
         watch=draw,
+        choices=choices,
     )
 
 

@@ -74,8 +74,8 @@ class Trainer:
 
     log_metrics: called with metrics and the step. warm_start: the weights to start from, by default random ones;
     resume: a checkpoint to go on from instead; origin: what checkpoints say the training began with; watch: called with
-    each validation and its step; what it raises ends the training. Raises UserError where the tables do not fit into
-    memory, or encoded rows or the checkpoint can't be read.
+    each validation and its step; what it raises ends the training; choices: to be kept, instead of measured. Raises
+    UserError where the tables do not fit into memory, or encoded rows or the checkpoint can't be read.
     """
 
     def __init__(
@@ -91,6 +91,7 @@ class Trainer:
         resume: Checkpoint | None = None,
         origin: Origin = Origin(),  # noqa: B008 - it is frozen
         watch: Callable[[Validation, int], None] | None = None,
+        choices: Choices | None = None,
     ) -> None:
         self.settings, self.device, self.origin = settings, device, origin
         self.log_metrics, self.watch = log_metrics, watch
@@ -101,7 +102,8 @@ class Trainer:
         self.reader = self._reader(prepared, "train", self.batch_size)
         self.validation_reader = self._reader(prepared, "validation", max(self.batch_size, 8192))
         self.position = self.reader.position(0)
-        self.sharded, self.choices = self._shard(model_settings, warm_start, resume, prepared)
+        choices = choices if resume is None else resume.state.choices
+        self.sharded, self.choices = self._shard(model_settings, warm_start, choices, prepared)
         self.optimizer = Optimizers(self.sharded, settings)
         self.result = TrainingResult(self.sharded.plan)
         self.total_steps = settings.epochs * self.reader.batches_per_epoch
@@ -137,7 +139,7 @@ class Trainer:
         )
 
     def _shard(
-        self, model_settings: Model, warm_start: WarmStart | None, resume: Checkpoint | None, prepared: FeatureFolder
+        self, model_settings: Model, warm_start: WarmStart | None, before: Choices | None, prepared: FeatureFolder
     ) -> tuple[ShardedModel, Choices]:
         model = build_model(self.layout, model_settings, training_tables(self.layout), self.settings.seed)
         mixture = model.mixture
@@ -150,7 +152,7 @@ class Trainer:
             set_base_rates(mixture.towers, rates)
         if self.settings.task_weighting == "uncertainty":
             add_log_variances(model, self.layout.tasks)
-        choices = self._choices(mixture, None if resume is None else resume.state.choices)
+        choices = self._choices(mixture, before)
         if choices.experts != "auto":
             set_compute(mixture, choices.experts)
         set_products(model, choices.products)

@@ -13,7 +13,9 @@ from safetensors.torch import load_file
 from mmoe_rec.batches.encoded_rows import EncodedRows
 from mmoe_rec.inference.artifact import read_artifact, read_model
 from mmoe_rec.preprocessing.prepare import FeatureFolder
-from mmoe_rec.training.checkpoint import FinishedTraining
+from mmoe_rec.settings.sections import Training
+from mmoe_rec.training.checkpoint import FinishedTraining, latest_checkpoint
+from mmoe_rec.training.choices import Choices, Chooser
 from mmoe_rec.training.validation import validate_alone
 from tests.commands import refuse
 from tests.pipelines.short_trainings import World, dying_after
@@ -101,6 +103,23 @@ def test_training_goes_on_from_all_members(world: World, tmp_path: Path, capsys:
     assert found.started_from.auc == pytest.approx(before.best.auc, abs=1e-6)
     first = weights(world.work)
     assert all(not torch.equal(weight, first[name]) for name, weight in weights(work).items() if "towers" in name)
+
+
+@pytest.mark.thorough
+def test_members_compute_as_the_first_one_does(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[int] = []
+
+    def choose(self: Chooser, settings: Training) -> Choices:
+        measured.append(settings.seed)
+        return Choices("bf16", "fbgemm", "auto", 1, "blas", {})
+
+    monkeypatch.setattr(Chooser, "choose", choose)
+    work = tmp_path / "work"
+    shutil.copytree(world.work / "features", work / "features")
+    world.train(*MEMBERS, "--data.work", str(work))
+    assert measured == [17]
+    found = [latest_checkpoint(work / "checkpoints" / name) for name in ("", "member_1")]
+    assert [None if each is None else each.state.choices for each in found] == [choose(None, Training())] * 2
 
 
 def test_what_has_no_meaning_for_members_is_refused(world: World, capsys: pytest.CaptureFixture) -> None:
