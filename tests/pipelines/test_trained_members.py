@@ -18,6 +18,7 @@ from mmoe_rec.training.checkpoint import FinishedTraining, latest_checkpoint
 from mmoe_rec.training.choices import Choices, Chooser
 from mmoe_rec.training.validation import validate_alone
 from tests.commands import refuse
+from tests.fork_server import run_command
 from tests.pipelines.short_trainings import World, dying_after
 
 MEMBERS = ("--model.members", "2")
@@ -120,6 +121,19 @@ def test_members_compute_as_the_first_one_does(world: World, tmp_path: Path, mon
     assert measured == [17]
     found = [latest_checkpoint(work / "checkpoints" / name) for name in ("", "member_1")]
     assert [None if each is None else each.state.choices for each in found] == [choose(None, Training())] * 2
+
+
+@pytest.mark.thorough
+def test_two_ranks_train_the_same_members(world: World, tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    shutil.copytree(world.work / "features", work / "features")
+    ranks = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "mmoe_rec", "train"]
+    made = run_command(*ranks, "--config", str(world.folder / "first.yaml"), *MEMBERS, "--data.work", str(work))
+    assert made.returncode == 0, made.stderr
+    found, expected = weights(work), weights(world.work)
+    assert found.keys() == expected.keys()
+    for name, weight in expected.items():
+        torch.testing.assert_close(found[name], weight, atol=2e-4, rtol=1e-3, msg=name)
 
 
 def test_what_has_no_meaning_for_members_is_refused(world: World, capsys: pytest.CaptureFixture) -> None:
