@@ -103,8 +103,10 @@ def draw_numbers() -> pa.Table:
 
 
 def numbers_settings(work: Path) -> Settings:
-    """The template's model and training on the drawn numbers, each with its frequent values."""
-    names = ["a", "b", "c", "d", "x", "y"]
+    """The template's model and training on the drawn numbers, with the frequent values of prices and narrow ranges."""
+    names, ranges = ["a", "b", "c", "d", "x", "y"], {"kind": "numeric", "transform": "buckets", "buckets": 256}
+    features = {name: {"kind": "numeric", "column": name, "values": "auto"} for name in names}
+    features |= {f"{name}_range": {**ranges, "column": name} for name in ("x", "y")}
     tree = {
         "name": NUMBERS,
         "data": {"log": str(work / "log"), "work": str(work / "work")},
@@ -112,7 +114,7 @@ def numbers_settings(work: Path) -> Settings:
         "split": {"column": "split"},
         "roles": {"candidate": names},
         "tasks": {"label": {"label": "label", "objective": "engagement"}},
-        "features": {name: {"kind": "numeric", "column": name, "values": "auto"} for name in names},
+        "features": features,
         "tracking": {"uri": f"sqlite:///{work / 'mlflow.db'}"},
     }
     return with_defaults(Settings.model_validate(tree), work / "work")
