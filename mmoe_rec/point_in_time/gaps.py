@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mmoe_rec.point_in_time.arrays import consecutive
-from mmoe_rec.point_in_time.join import KeyGroups, KnownEvents, last_known
+from mmoe_rec.point_in_time.join import KeyGroups, KnownEvents, last_known, sorted_order
 from mmoe_rec.point_in_time.memory import NEVER, at
 
 _SECOND = 1_000_000
@@ -78,9 +78,8 @@ class Gaps:
         """Running totals, as of (K,) `kept` events, of steps that are sorted by key and (E,) `known` time; `running`
         makes such totals of numbers."""
         counted = np.flatnonzero(self.moments)
-        key, moment = groups.number[counted], known[counted]
-        another = np.append(True, (key[1:] != key[:-1]) | (moment[1:] != moment[:-1]))[: len(key)]
-        counted, key = counted[another], key[another]
+        counted = counted[_is_another(groups.number[counted], known[counted])]
+        key = groups.number[counted]
         moments, squares, place = (np.zeros(len(known), np.int64) for _ in range(3))
         moments[counted], squares[counted], place[counted] = self.moments[counted], self.squares[counted], counted
         same = key[1:] == key[:-1]
@@ -177,12 +176,20 @@ def _listed(parts: Sequence[Part], starts: Sequence[np.ndarray], last: Sequence[
         counted = gaps.last[index] == known[index]
         rows.append(np.repeat(np.arange(len(start)), lengths)[counted])
         moments.append(known[index[counted]])
-    row, moment = np.unique(np.stack([np.concatenate(rows), np.concatenate(moments)]), axis=1)
+    row, moment = np.concatenate(rows), np.concatenate(moments)
+    order = sorted_order(row.view(np.uint64), moment)
+    order = order[_is_another(row[order], moment[order])]
+    row, moment = row[order], moment[order]
     begin = np.flatnonzero(np.append(True, row[1:] != row[:-1]))
     squares = np.append(0, _squared(moment[:-1], moment[1:]))
     squares[begin] = 0
     end = np.append(begin[1:], len(row)) - 1
     return SeenGaps(end - begin + 1, moment[begin], moment[end], np.add.reduceat(squares, begin))
+
+
+def _is_another(key: np.ndarray, moment: np.ndarray) -> np.ndarray:
+    """(N,) bool: whether sorted moments of keys are not the same as the ones before."""
+    return np.append(True, (key[1:] != key[:-1]) | (moment[1:] != moment[:-1]))[: len(key)]
 
 
 def _squared(start: np.ndarray, end: np.ndarray) -> np.ndarray:
