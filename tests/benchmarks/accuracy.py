@@ -189,10 +189,10 @@ def measure_cost(settings: Settings) -> dict[str, float]:
     finished, model = FinishedTraining.read(folder), folder / "model"
     assert finished is not None
     ranker, torch_threads = Ranker.load(model), torch.get_num_threads()
-    if (model / "features" / "latest.candidate.parquet").is_file():
+    example = json.loads((model / "example_request.json").read_text(encoding="utf-8"))
+    if example["user"]:
         elements = Bodies(model).elements(500, 20)
     else:  # of a plain table, whose requests give all columns
-        example = json.loads((model / "example_request.json").read_text(encoding="utf-8"))
         rows = pq.read_table(settings.data.log, columns=list(example["candidates"])).slice(0, 10_000)
         elements = [{**example, "candidates": rows.slice(500 * turn, 500).to_pydict()} for turn in range(20)]
     requests, taken = [Request(**each) for each in elements], []
