@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmoe_rec.features.layout import Encoded, Layout
+from mmoe_rec.features.layout import Encoded, Layout, input_of_place
 from mmoe_rec.point_in_time.arrays import Ragged
 
 if TYPE_CHECKING:
@@ -78,6 +78,12 @@ class KeyedIds(_Tensors):
         return len(self.lengths) // len(self.keys) if self.keys else 0
 
     @property
+    def totals(self) -> list[int]:
+        """F numbers of ids of the inputs."""
+        assert self.starts is not None
+        return [end - start for start, end in itertools.pairwise(self.starts)] if self.rows else [0] * len(self.keys)
+
+    @property
     def offsets(self) -> Tensor:
         """(F * B + 1,) int64: where the ids of each row of each input begin."""
         return self._ends
@@ -91,6 +97,23 @@ class KeyedIds(_Tensors):
         return self.values[start:end], ends - start
 
 
+@dataclass(frozen=True, eq=False)
+class Events(_Tensors):
+    """The events of the histories that attention pools, one history after the other; those of each by row, the oldest
+    first.
+
+    sizes: how many each history has, which add up to E; rows, places, later: (E,) int64 the row of each event, its
+    place in the row's list, and how many come after it; same: (E, K) float32, 1 where an event's part, of at most K
+    with a counterpart in the candidate, has the candidate's id.
+    """
+
+    sizes: tuple[int, ...]
+    rows: Tensor
+    places: Tensor
+    later: Tensor
+    same: Tensor
+
+
 @dataclass(eq=False)
 class Batch(_Tensors):
     """B rows of a `Layout`.
@@ -101,7 +124,8 @@ class Batch(_Tensors):
     order; weights: (B,) float64 of the rows in the loss; None where all count alike; users: (B,) int64, a hash of each
     row's user, where metrics are by user; numbers: (B,) int64, of the rows in the files, for `draws_of`. ragged: names
     of the R inputs of which not every row has exactly one id; shares: (R, B) float32, what one of a row's ids counts in
-    their mean, 1 / number of ids, and 0 where there is none; None where R is 0.
+    their mean, 1 / number of ids, and 0 where there is none; None where R is 0. events: of the histories that attention
+    pools, if there are any.
     """
 
     ids: Any
@@ -114,6 +138,7 @@ class Batch(_Tensors):
     numbers: Tensor | None = None
     ragged: tuple[str, ...] = ()
     shares: Tensor | None = None
+    events: Events | None = None
 
     def __len__(self) -> int:
         return len(self.dense)
@@ -148,8 +173,14 @@ def make_batch(
     tables = {table.name: number for number, table in enumerate(layout.tables)}
     in_order = sorted(layout.ids, key=lambda each: tables[each.table]) if torchrec else layout.ids
     inputs = {each.name: encoded.ids[each.name] for each in in_order}
+    events = _events_of(inputs, layout) if layout.attention else None
+    looked_at = {name: each.length for each in layout.attention for name, _ in layout.parts(each)}
     values, lengths, totals = _key_major(list(inputs.values()), rows)
-    ragged = {name: each for name, each in inputs.items() if isinstance(each, Ragged) and (each.lengths != 1).any()}
+    ragged = {
+        name: each
+        for name, each in inputs.items()
+        if isinstance(each, Ragged) and (each.lengths != 1).any() and name not in looked_at
+    }
     dense = _float_tensor(encoded.dense, (rows, len(layout.dense)), "dense inputs")
     if labels is None:
         labels = np.full((rows, len(layout.tasks)), np.nan, np.float32)
@@ -164,17 +195,68 @@ def make_batch(
     if ragged:
         counts = np.stack([each.lengths for each in ragged.values()])
         shares = torch.from_numpy(np.divide(1.0, counts, out=np.zeros(counts.shape, np.float32), where=counts > 0))
-    ids: Any
+    ids: Any = None
+    if looked_at or not torchrec:
+        ids = KeyedIds(tuple(inputs), values, lengths)
     if torchrec:
         from torchrec import KeyedJaggedTensor
 
+        names = list(inputs)
+        if looked_at:
+            apart = by_place(ids, looked_at)
+            names, values, lengths, totals = list(apart.keys), apart.values, apart.lengths, apart.totals
         # The totals are known on the host; without them torchrec would read them back from the device.
-        ids = KeyedJaggedTensor(list(inputs), values, lengths=lengths, stride=rows, length_per_key=totals)
-    else:
-        ids = KeyedIds(tuple(inputs), values, lengths)
+        ids = KeyedJaggedTensor(names, values, lengths=lengths, stride=rows, length_per_key=totals)
     known = given.masked_fill(~observed, 0.0)
     rows_own = (position, rows_weights, rows_users, rows_numbers)
-    return Batch(ids, dense, known, observed, *rows_own, tuple(ragged), shares)
+    return Batch(ids, dense, known, observed, *rows_own, tuple(ragged), shares, events)
+
+
+def by_place(ids: KeyedIds, lengths: Mapping[str, int]) -> KeyedIds:
+    """The same ids, those of the inputs named with an input for each place of their lists. lengths: name -> places.
+
+    Raises ValueError for a list that has more ids.
+    """
+    keys, values, counts = list[str](), list[Tensor](), list[Tensor]()
+    for name in ids.keys:
+        own, offsets = ids.column(name)
+        counted = offsets.diff()
+        if name not in lengths:
+            keys, values, counts = [*keys, name], [*values, own], [*counts, counted]
+            continue
+        if len(counted) and int(counted.max()) > lengths[name]:
+            raise ValueError(f"'{name}' has a list of {int(counted.max())} ids, and at most {lengths[name]} are read")
+        place = torch.arange(lengths[name])[:, None]
+        inside = place < counted  # (places, B)
+        keys += [input_of_place(name, each) for each in range(lengths[name])]
+        values.append(own[(offsets[:-1] + place)[inside]])
+        counts.append(inside.flatten())
+    return KeyedIds(tuple(keys), torch.cat(values), torch.cat([each.int() for each in counts]))
+
+
+def _events_of(inputs: Mapping[str, Any], layout: Layout) -> Events:
+    sizes, rows, places, later, same = list[int](), *(list[np.ndarray]() for _ in range(4))
+    parts = {each.history: layout.parts(each) for each in layout.attention}
+    most = max(sum(partner is not None for _, partner in each) for each in parts.values())
+    for name, own in parts.items():
+        lists = inputs[name]
+        row = np.arange(len(lists.lengths)).repeat(lists.lengths)
+        sizes.append(len(row))
+        rows.append(row)
+        places.append(np.arange(len(row)) - lists.offsets[row])
+        later.append(lists.lengths[row] - 1 - places[-1])
+        equal = np.zeros((len(row), most), np.float32)
+        pairs = [(part, partner) for part, partner in own if partner is not None]
+        for column, (part, partner) in enumerate(pairs):
+            equal[:, column] = same_ids(inputs[part].values, inputs[partner][row])
+        same.append(equal)
+    joined = (torch.from_numpy(np.concatenate(each)) for each in (rows, places, later, same))
+    return Events(tuple(sizes), *joined)
+
+
+def same_ids(events: np.ndarray, candidates: np.ndarray) -> np.ndarray:
+    """(E,) bool: where (E,) table rows are those of the candidates, and not of missing ids, which row 0 is."""
+    return (events == candidates) & (events != 0)
 
 
 def _float_tensor(

@@ -86,6 +86,20 @@ class TaskOutput(_AsJson):
 
 
 @dataclass(frozen=True)
+class Attention(_AsJson):
+    """A history that a model pools by attention, which looks at each of its events. history: the feature; length: the
+    most events of a row."""
+
+    history: str
+    length: int
+
+
+def input_of_place(name: str, place: int) -> str:
+    """What sharded tables call the input of the ids at one place of an input's lists."""
+    return f"{name}@{place}"
+
+
+@dataclass(frozen=True)
 class Layout(_AsJson):
     """Inputs and labels of rows. The order of the tuples is the order of every tensor made from them."""
 
@@ -117,6 +131,18 @@ class Layout(_AsJson):
     def dense_names(self, placement: bool) -> list[str]:
         """Names of the dense inputs that describe placement, or of all others."""
         return [each.name for each in self.dense if each.placement == placement]
+
+    @property
+    def attention(self) -> tuple[Attention, ...]:
+        """The histories that are pooled by it: none of rows, as it is a model's choice."""
+        return ()
+
+    def parts(self, attention: Attention) -> list[tuple[str, str | None]]:
+        """Inputs of a history's events, the history itself first, and of each the candidate's input with the same
+        table, if there is one."""
+        single = self.single_ids()
+        own = [each for each in self.ids if each.feature == attention.history]
+        return [(each.name, each.table if each.table in single else None) for each in own]
 
     def to_json(self) -> str:
         """JSON that `read` takes."""

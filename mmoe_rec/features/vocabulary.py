@@ -105,10 +105,16 @@ class VocabularyFeature(Feature):
 
 
 def check_owner(
-    schema: Schema, name: str, key: str, kind: type[VocabularyFeature] = VocabularyFeature, role: Role | None = None
+    schema: Schema,
+    name: str,
+    key: str,
+    kind: type[VocabularyFeature] = VocabularyFeature,
+    role: Role | None = None,
+    target: str | None = None,
 ) -> None:
-    """Raises ValueError where `key` of a feature does not name one, of that kind and role, that has its own table."""
-    target, its = getattr(schema.features[name], key), schema.features.items()
+    """Raises ValueError where `key` of a feature does not name one, of that kind and role, that has its own table.
+    target: one of several that it names."""
+    target, its = target or getattr(schema.features[name], key), schema.features.items()
     own = [each for each, feature in its if isinstance(feature, kind) and feature.table is None]
     possible = [each for each in own if role is None or schema.role_of(each) == role]
     if target not in possible:

@@ -125,6 +125,11 @@ class DensePart(nn.Module):
 def write_onnx(folder: Path, ranker: Ranker, made: Path) -> None:
     """Writes the model of an artifact folder, loaded as `ranker`, to an empty folder. Raises UserError for one that the
     exporter can't follow."""
+    if ranker.layout.attention:
+        raise UserError(
+            f"feature '{ranker.layout.attention[0].history}' is pooled by attention, which an ONNX file does not hold: "
+            "its inputs are pooled already; export in int8, or train with `pooling: mean`"
+        )
     dense, trees = DensePart(ranker), ranker.model.trees
     if trees is not None and not trees.boosters:  # of no task
         trees = None

@@ -101,7 +101,8 @@ class Ranker:
         self.names = self.scorer.names
         tables = self.model.tables
         assert isinstance(tables, PlainTables)
-        self.request_inputs = RequestInputs(self.layout, tables, with_ids=self.model.trees is not None)
+        with_ids, histories = self.model.trees is not None, self.model.mixture.histories
+        self.request_inputs = RequestInputs(self.layout, tables, with_ids, histories)
         reader = RequestReader(pipeline, features, about.max_candidates)
         self._knowledge = Knowledge(pipeline, reader, Freshness.of(about))
         self.keeps_seen = False

@@ -116,7 +116,7 @@ def _feature(
     feature: FeatureInputs, schema: Schema, sums: Sums, prepared: FeatureFolder, manifest: Mapping[str, Any]
 ) -> dict[str, Any]:
     meaning, keys = feature.meaning, schema.columns
-    inputs = [_id_input(each, meaning, sums, prepared) for each in feature.ids]
+    inputs = [_id_input(each, meaning.parts.get(each.table, meaning), sums, prepared) for each in feature.ids]
     inputs += [_number_input(each, feature, sums) for each in feature.numbers]
     return {
         "name": feature.name,

@@ -229,7 +229,7 @@ def _show_values(
         result = period.rows.results[name]
         if isinstance(result, SharedRagged):
             assert isinstance(encoder, HistoryEncoder)
-            offline[name] = encoder.vocabulary.decode(result.lists.take(result.number[[number]]).values) or None
+            offline[name] = encoder.words(name, result.lists.take(result.number[[number]]).values) or None
             continue
         offline[name] = float(result[number])
         if told:

@@ -7,10 +7,10 @@ saved as JSON inside a served model. Code that only reads rows takes the plain `
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.features.layout import Layout, Table, TaskOutput
+from mmoe_rec.features.layout import Attention, IdInput, Layout, Table, TaskOutput, input_of_place
 from mmoe_rec.settings.columns import CHOICES
 
 if TYPE_CHECKING:
@@ -39,10 +39,11 @@ class ModelTask(TaskOutput):
 
 @dataclass(frozen=True)
 class ModelLayout(Layout):
-    """Inputs and outputs of a model."""
+    """Inputs and outputs of a model. attention: the histories that are pooled by it; all others by their mean."""
 
     tables: tuple[EmbeddingTable, ...]
     tasks: tuple[ModelTask, ...]
+    attention: tuple[Attention, ...] = ()
 
     @staticmethod
     def of(layout: Layout, settings: Settings) -> ModelLayout:
@@ -63,7 +64,13 @@ class ModelLayout(Layout):
                 raise _unknown("task", task.name)
             choices = {name: getattr(chosen, name) for name in CHOICES["tasks"]}
             tasks.append(ModelTask(**vars(task), **choices))
-        return ModelLayout(tuple(tables), layout.ids, layout.dense, tuple(tasks))
+        features: dict[str, Any] = {each.name: settings.features.get(each.name) for each in layout.ids}
+        attention = tuple(
+            Attention(name, each.length)
+            for name, each in features.items()
+            if getattr(each, "pooling", None) == "attention"
+        )
+        return ModelLayout(tuple(tables), layout.ids, layout.dense, tuple(tasks), attention)
 
     def of_rows(self) -> Layout:
         """The layout of the rows alone."""
@@ -80,8 +87,23 @@ class ModelLayout(Layout):
 
     def width(self, placement: bool) -> int:
         """Number of model inputs: the embeddings' widths plus the dense inputs."""
-        embedded = sum(self.table(each.table).dim for each in self.ids if each.placement == placement)
-        return embedded + len(self.dense_names(placement))
+        dims = {each.name: self.table(each.table).dim for each in self.ids}
+        return sum(dims[name] for name in self.id_names(placement)) + len(self.dense_names(placement))
+
+    def id_names(self, placement: bool) -> list[str]:
+        """As of any layout, but all that attention pools of a history is one input, of the history's name."""
+        others = {name for each in self.attention for name, _ in self.parts(each)[1:]}
+        return [name for name in super().id_names(placement) if name not in others]
+
+    def look_ups(self) -> list[IdInput]:
+        """The inputs of sharded tables, which add up all ids of a row: where attention looks at each event, the ids at
+        each place of a list are an input of their own."""
+        lengths = {name: each.length for each in self.attention for name, _ in self.parts(each)}
+        found = list[IdInput]()
+        for each in self.ids:
+            places = range(lengths.get(each.name, 0))
+            found += [IdInput(input_of_place(each.name, place), each.table) for place in places] or [each]
+        return found
 
 
 def _unknown(what: str, name: str) -> UserError:

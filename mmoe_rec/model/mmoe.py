@@ -14,7 +14,7 @@ unseen id adds next to nothing; a LayerNorm across them would let one outlying n
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -23,23 +23,25 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mmoe_rec.batches.batch import Batch, draw_uniform
+from mmoe_rec.batches.batch import Batch, Events, draw_uniform, same_ids
 from mmoe_rec.errors import UserError
+from mmoe_rec.model.attention import Histories
 from mmoe_rec.model.layout import ModelLayout
 from mmoe_rec.model.levels import Gates, Level
 from mmoe_rec.model.members import Members, member_columns
 from mmoe_rec.model.products import Linear, StackedLinear, for_products
 from mmoe_rec.model.routing import Routing
-from mmoe_rec.model.tables import Int8Bag, PlainTables, by_name
+from mmoe_rec.model.tables import Int8Bag, PlainTables, by_name, event_vectors
 from mmoe_rec.model.trees import Trees
-from mmoe_rec.point_in_time.arrays import Ragged
+from mmoe_rec.point_in_time.arrays import Ragged, consecutive
 
 if TYPE_CHECKING:
     from mmoe_rec.features.encoder import Inputs
     from mmoe_rec.settings import model as section
 
-# torchrec's pipeline traces the model down to its parts, and this is one.
+# torchrec's pipeline traces the model down to its parts, and these are some.
 torch.fx.wrap("by_name")
+torch.fx.wrap("_with_means")
 
 
 class Outputs(NamedTuple):
@@ -83,7 +85,10 @@ class RankingModel(nn.Module):
         self.tables = tables
         self.dense_columns: Tensor
         self.placement_columns: Tensor
-        self.dims = {each.name: layout.table(each.table).dim for each in layout.ids}
+        self.dims = {each.name: layout.table(each.table).dim for each in [*layout.ids, *layout.look_ups()]}
+        self.histories = [
+            (each.history, each.length, [name for name, _ in layout.parts(each)]) for each in layout.attention
+        ]
         self.id_names = {placement: layout.id_names(placement) for placement in (False, True)}
         for name, placement in (("dense_columns", False), ("placement_columns", True)):
             columns = [index for index, each in enumerate(layout.dense) if each.placement == placement]
@@ -111,24 +116,44 @@ class RankingModel(nn.Module):
 
     def forward(self, batch: Batch, top_k: int | None = None, usable: Tensor | None = None) -> Outputs:
         """Logits and routings of a batch; the options are those of `Mixture`. Over sharded tables a collective call."""
-        return self.of_inputs(*self.side_by_side(batch), top_k, usable)
+        inputs, placement, vectors = self._look_up(batch)
+        return self.of_inputs(inputs, placement, top_k, usable, batch.events, vectors)
 
     def side_by_side(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """A batch's inputs, (B, W) float32: embeddings, then numbers, in layout order, with trees also single ids; and
         its placement, (B, P)."""
+        inputs, placement, vectors = self._look_up(batch)
+        if self.mixture.histories is not None and batch.events is not None:
+            inputs = self.mixture.histories(inputs, batch.events, vectors)
+        return inputs, placement
+
+    def _look_up(self, batch: Batch) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """What `side_by_side` gives, with means for what attention pools, and (E, W) of the events of each of these."""
         pooled = self.tables(batch.ids)
         embeddings = by_name(pooled, self.dims, batch.ragged, batch.shares)  # of each id input (B, its dim)
+        vectors = list[Tensor]()
+        if self.histories:
+            embeddings = _with_means(embeddings, batch.events, self.histories, self.dims, batch.dense)
+            vectors = [embeddings[_vectors(name)] for name, *_ in self.histories]
         inputs = _side_by_side(embeddings, self.id_names[False], batch.dense, self.dense_columns)
         if self.trees is not None:
             ids = [batch.ids.column(name)[0][:, None] for name in self.trees_ids]
             inputs = torch.cat([inputs, *(each.to(inputs) for each in ids)], dim=1)
-        return inputs, _side_by_side(embeddings, self.id_names[True], batch.dense, self.placement_columns)
+        return inputs, _side_by_side(embeddings, self.id_names[True], batch.dense, self.placement_columns), vectors
 
     def of_inputs(
-        self, inputs: Tensor, placement: Tensor | None, top_k: int | None = None, usable: Tensor | None = None
+        self,
+        inputs: Tensor,
+        placement: Tensor | None,
+        top_k: int | None = None,
+        usable: Tensor | None = None,
+        events: Events | None = None,
+        vectors: Sequence[Tensor] = (),
     ) -> Outputs:
-        """Logits and routings of inputs as `side_by_side` gives them; placement is read in training only."""
-        outputs = self.mixture(inputs if self.trees is None else inputs[:, : self.width], placement, top_k, usable)
+        """Logits and routings of inputs as `side_by_side` gives them; placement is read in training only. events,
+        vectors: of each history, where attention has not pooled them yet."""
+        of_network = inputs if self.trees is None else inputs[:, : self.width]
+        outputs = self.mixture(of_network, placement, top_k, usable, events, *vectors)
         # A regression's output is in the label's own unit; a binary task has mean 0 and deviation 1.
         logits = torch.addcmul(self.mean, outputs.logits.to(self.mean.dtype), self.scale)
         if self.trees is None:
@@ -142,19 +167,49 @@ def _side_by_side(embeddings: dict[str, Tensor], names: list[str], dense: Tensor
     return torch.cat([*(embeddings[name] for name in names), dense.index_select(1, columns)], dim=1)
 
 
+def _vectors(history: str) -> str:
+    """What `_with_means` calls the vectors of a history's events."""
+    return f"{history} events"
+
+
+def _with_means(
+    embeddings: dict[str, Tensor],
+    events: Events | None,
+    histories: Sequence[tuple[str, int, Sequence[str]]],
+    dims: dict[str, int],
+    dense: Tensor,
+) -> dict[str, Tensor]:
+    """Embeddings with those of all events of histories, (E, W) each, and the mean of those of their first input.
+
+    dense: (B, D) of the same rows.
+    """
+    assert events is not None, "a batch of a model with attention has events"
+    found, first = dict(embeddings), 0
+    for (name, length, names), size in zip(histories, events.sizes, strict=True):
+        row, place, later = (each[first : first + size] for each in (events.rows, events.places, events.later))
+        vectors = event_vectors(embeddings, names, length, row * length + place)
+        own = vectors[:, : dims[name]]
+        means = own / (place + later + 1)[:, None]
+        found |= {_vectors(name): vectors, name: own.new_zeros(len(dense), dims[name]).index_add(0, row, means)}
+        first += size
+    return found
+
+
 class RequestInputs:
     """Puts the inputs of requests (all but placement) side by side, as `RankingModel.side_by_side` does those of a
     batch: what describes user and context is looked up once, and spread over candidates.
     """
 
-    def __init__(self, layout: ModelLayout, tables: PlainTables, with_ids: bool) -> None:
-        """with_ids: for a model with trees."""
-        self._tables = tables
+    def __init__(self, layout: ModelLayout, tables: PlainTables, with_ids: bool, histories: Histories | None) -> None:
+        """with_ids: for a model with trees; histories: those that attention pools."""
+        self._tables, self._histories = tables, histories
+        self._parts = {each.history: layout.parts(each) for each in layout.attention}
+        self._table_of = {each.name: each.table for each in layout.ids}
         self._columns: list[tuple[str, str, slice]] = []  # input, table, columns of the matrix
         width = 0
-        for each in (each for each in layout.ids if not each.placement):
-            columns = slice(width, width + layout.table(each.table).dim)
-            self._columns.append((each.name, each.table, columns))
+        for name in layout.id_names(placement=False):
+            columns = slice(width, width + layout.table(self._table_of[name]).dim)
+            self._columns.append((name, self._table_of[name], columns))
             width = columns.stop
         self._numbers = list(enumerate(layout.dense_names(placement=False), width))
         width += len(self._numbers)
@@ -169,7 +224,37 @@ class RequestInputs:
         self._write(spread, shared)
         matrix = spread.take(of, axis=0)
         self._write(matrix, own)
-        return torch.from_numpy(matrix)
+        inputs = torch.from_numpy(matrix)
+        for name, parts in self._parts.items():
+            inputs = self._look_at_candidates(name, parts, inputs, {**shared.ids, **own.ids}, of)
+        return inputs
+
+    def _look_at_candidates(
+        self,
+        name: str,
+        parts: Sequence[tuple[str, str | None]],
+        inputs: Tensor,
+        ids: Mapping[str, Any],
+        of: np.ndarray,
+    ) -> Tensor:
+        """Inputs (N, width) with what a history's events say of each candidate; events are read once a request."""
+        assert self._histories is not None
+        pool, lists = self._histories.pool(name), ids[name]
+        assert isinstance(lists, Ragged)
+        lengths = lists.lengths[of]
+        events, rows = consecutive(lists.offsets[of], lengths), np.arange(len(of)).repeat(lengths)
+        values = {part: ids[part].values for part, _ in parts}
+        same = np.empty((len(rows), pool.parts), np.float32)
+        for column, (part, partner) in enumerate((part, partner) for part, partner in parts if partner is not None):
+            same[:, column] = same_ids(values[part][events], ids[partner][rows])
+        later = lists.offsets[1:].repeat(lists.lengths) - 1 - np.arange(len(lists.values))
+        with torch.inference_mode():
+            own = [self._tables.rows(self._table_of[part], torch.from_numpy(each)) for part, each in values.items()]
+            vectors = torch.cat(own, dim=1)
+            read = pool.read_events(vectors, torch.from_numpy(later))
+            asked = self._histories.candidates(name, inputs)
+            pairs = (torch.from_numpy(each) for each in (rows, same, events))
+            return self._histories.add(name, inputs, pool(read, vectors, asked, *pairs))
 
     def _write(self, matrix: np.ndarray, inputs: Inputs) -> None:
         for name, table, columns in self._columns:
@@ -208,6 +293,7 @@ class Mixture(nn.Module):
         raw_inputs: bool = False,
     ) -> None:
         super().__init__()
+        self.histories: Histories | None = None
         self.bottom = bottom
         self.levels = nn.ModuleList(levels)
         self.towers = towers
@@ -232,13 +318,21 @@ class Mixture(nn.Module):
         return [level.gates for level in self.each_level()]
 
     def forward(
-        self, inputs: Tensor, placement: Tensor | None, top_k: int | None = None, usable: Tensor | None = None
+        self,
+        inputs: Tensor,
+        placement: Tensor | None,
+        top_k: int | None = None,
+        usable: Tensor | None = None,
+        events: Events | None = None,
+        *vectors: Tensor,
     ) -> Outputs:
         """inputs (B, sum of widths), placement (B, P), which counts in training only -> logits and routings.
 
         top_k: experts per row and gate, outside training, instead of the model's own number; usable: (E,) bool, the
-        only experts that may be run.
+        only experts that may be run; events, vectors: see `Histories`, where inputs hold no more than means of these.
         """
+        if vectors and self.histories is not None and events is not None:
+            inputs = self.histories(inputs, events, vectors)
         hidden = self.bottom(inputs)  # (B, H)
         gate_inputs = [hidden]
         rounded = for_products(hidden)
@@ -411,6 +505,7 @@ def build_model(layout: ModelLayout, model: section.Model, tables: nn.Module, se
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         widths = layout.width(placement=False), layout.width(placement=True)
+<<<<<<< HEAD
         if model.members == 1:
             return RankingModel(tables, layout, build_mixture(widths[0], edges, widths[1], len(layout.tasks), model))
         columns = [member_columns(layout, placement, model.members) for placement in (False, True)]
@@ -419,6 +514,11 @@ def build_model(layout: ModelLayout, model: section.Model, tables: nn.Module, se
             for inputs, placement in zip(*columns, strict=True)
         ]
         return RankingModel(tables, layout, Members(members, list(zip(*columns, strict=True))))
+=======
+        mixture = build_mixture(widths[0], edges, widths[1], len(layout.tasks), model)
+        mixture.histories = Histories(layout) if layout.attention else None
+        return RankingModel(tables, layout, mixture)
+>>>>>>> 8f5c1511 (A history may look at the candidate (pooling: attention): a small network reads each event with it, its place, its age and further ids; a log of one objective is registered with MLflow)
 
 
 def build_mixture(

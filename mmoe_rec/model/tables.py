@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mmoe_rec.batches.batch import KeyedIds
+from mmoe_rec.features.layout import input_of_place
 from mmoe_rec.model.layout import EmbeddingTable, ModelLayout
 
 # New ids start near zero: an id that training has barely seen then adds next to nothing to a row.
@@ -62,10 +63,21 @@ class PlainTables(nn.Module):
                 weight, freeze=False, mode="mean", include_last_offset=True
             )
         self.table_of = {each.name: each.table for each in layout.ids}
+        self._looked_at = {name for each in layout.attention for name, _ in layout.parts(each)}
 
     def forward(self, ids: KeyedIds) -> dict[str, Tensor]:
-        """Mean embedding of every input: name -> (B, dim) float32."""
-        return {name: self.embedding_bags[table](*ids.column(name)) for name, table in self.table_of.items()}
+        """Mean embedding of every input: name -> (B, dim) float32; (E, dim) of each id where attention looks at it."""
+        return {
+            name: self.rows(table, ids.column(name)[0])
+            if name in self._looked_at
+            else self.embedding_bags[table](*ids.column(name))
+            for name, table in self.table_of.items()
+        }
+
+    def rows(self, table: str, ids: Tensor) -> Tensor:
+        """(S,) int64 -> (S, dim) float32 of a table."""
+        bag: Any = self.embedding_bags[table]
+        return bag.rows(ids) if isinstance(bag, Int8Bag) else functional.embedding(ids, bag.weight)
 
 
 def torchrec_tables(layout: ModelLayout, device: torch.device | str = "meta") -> nn.Module:
@@ -84,7 +96,7 @@ def torchrec_tables(layout: ModelLayout, device: torch.device | str = "meta") ->
             name=table.name,
             num_embeddings=table.rows,
             embedding_dim=stored_width(table.dim),
-            feature_names=[each.name for each in layout.ids if each.table == table.name],
+            feature_names=[each.name for each in layout.look_ups() if each.table == table.name],
             pooling=PoolingType.SUM,
             init_fn=nn.init.zeros_,  # torchrec's own would draw from the global generator, differently on each rank
         )
@@ -113,6 +125,22 @@ def by_name(embeddings: Any, dims: dict[str, int], ragged: Sequence[str], shares
     if shares is None:
         return sums
     return sums | {name: sums[name] * each[:, None] for name, each in zip(ragged, shares, strict=True)}
+
+
+def event_vectors(embeddings: Mapping[str, Tensor], names: Sequence[str], length: int, at: Tensor) -> Tensor:
+    """What the events of a history hold, side by side: (E, sum of dims) float32.
+
+    embeddings: as `by_name` gives them; names: of the history's inputs, which have at most `length` ids a row; at: (E,)
+    int64, row * length + place of each event.
+    """
+    parts = []
+    for name in names:
+        own = embeddings.get(name)
+        if own is None:  # of each place, (B, dim): (B * length, dim), of which some are no events
+            by_row = torch.stack([embeddings[input_of_place(name, place)] for place in range(length)], dim=1)
+            own = by_row.flatten(0, 1).index_select(0, at)
+        parts.append(own)
+    return torch.cat(parts, dim=1)
 
 
 # How a table of any width is trained by kernels that take multiples of four columns only.

@@ -52,11 +52,12 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=True)
     younger: ClassVar[frozenset[str]] = frozenset()
-    """Keys that are not written where they are null: what was made without them is identified as before."""
+    """Keys that are not written where they have their defaults: what was made without them is identified as before."""
 
     @model_serializer(mode="wrap")
     def _without_younger(self, values_of: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return {name: each for name, each in values_of(self).items() if each is not None or name not in self.younger}
+        defaults = {name: type(self).model_fields[name].default for name in self.younger}
+        return {name: each for name, each in values_of(self).items() if name not in defaults or each != defaults[name]}
 
     @model_validator(mode="before")
     @classmethod
@@ -142,7 +143,7 @@ class EventLog(Section):
 
 
 # Keys of tasks and features that say what a model makes of them; no encoded row depends on these.
-CHOICES = {"tasks": frozenset({"objective", "loss_weight", "score_weight"}), "features": frozenset({"dim"})}
+CHOICES = {"tasks": frozenset({"objective", "loss_weight", "score_weight"}), "features": frozenset({"dim", "pooling"})}
 
 
 def without_choices(section: str, tree: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
@@ -25,7 +25,8 @@ class Meaning:
 
     columns: what its values come from; row_name: (table, row) -> what a reader calls a row of a table, None where rows
     are the ids of a vocabulary; missing: row 0 stands for a missing value; unknown: rows after it that unknown ids
-    share; hashed: values share rows by their hashes; zeros_missing: dense inputs that are all 0 are a missing value.
+    share; hashed: values share rows by their hashes; zeros_missing: dense inputs that are all 0 are a missing value;
+    parts: by table, that of inputs of other tables.
     """
 
     columns: tuple[str, ...]
@@ -34,6 +35,7 @@ class Meaning:
     unknown: int = 0
     hashed: bool = False
     zeros_missing: bool = False
+    parts: Mapping[str, Meaning] = field(default_factory=dict)
 
     @property
     def first_known(self) -> int:

@@ -396,7 +396,7 @@ class Settings(Section):
                     f"tuning.search names '{name}', but there is no {section[:-1]} '{asked}'; {section} are: "
                     f"{', '.join(known)}"
                 )
-            if section == "features" and not self.features[asked].has_dim:
+            if section == "features" and rest.endswith(".dim") and not self.features[asked].has_dim:
                 raise ValueError(
                     f"tuning.search names '{name}', but feature '{asked}' has no embedding table of its own, so that "
                     "means nothing"

@@ -9,13 +9,13 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mmoe_rec.atomic import checksum
 from mmoe_rec.errors import UserError
@@ -34,6 +34,9 @@ from mmoe_rec.tracking.client import (
     translate_errors,
 )
 from mmoe_rec.tracking.runs import Run
+
+if TYPE_CHECKING:
+    from mmoe_rec.model.layout import ModelTask
 
 CHALLENGER = "challenger"  # alias of a model that is no better than the one that holds the alias
 _FILES_TAG = "files"  # of a version
@@ -402,21 +405,22 @@ def describe_model(artifact_folder: Path, scratch: Path) -> dict[str, Any]:
 
     code = shutil.copytree(package, scratch / "mmoe_rec", ignore=leave_out)
     example = json.loads((artifact_folder / EXAMPLE).read_text(encoding="utf-8"))
+    about = read_artifact(artifact_folder, verify=False)
     packages = [*SERVED_PACKAGES, *(["lightgbm"] if (artifact_folder / "trees").is_dir() else [])]
     return {
         "python_model": str(code / "inference" / "mlflow_model.py"),
         "artifacts": {"model": str(artifact_folder)},
         "code_paths": [str(code)],
         "pip_requirements": [f"{package}=={metadata.version(package).split('+')[0]}" for package in packages],
-        "signature": _signature(artifact_folder),
-        "input_example": ([example], {"task_weights": {"engagement": 1.0, "satisfaction": 1.0}, "top_k": 5}),
+        "signature": _signature(about.tasks),
+        "input_example": ([example], {"task_weights": {task.objective: 1.0 for task in about.tasks}, "top_k": 5}),
         # MLflow takes a uv.lock and pyproject.toml of the working folder for the model's, and then builds that project
         # instead of installing the requirements. It is told to look for them where none are.
         "uv_project_path": str(scratch),
     }
 
 
-def _signature(artifact_folder: Path) -> Any:
+def _signature(tasks: Sequence[ModelTask]) -> Any:
     """The signature: the optional parameters of `mmoe_rec.inference.reader.OPTIONS`, and inputs of any kind.
 
     MLflow derives parameters from the example: its values become everyone's defaults, and every weight in it required.
@@ -424,7 +428,6 @@ def _signature(artifact_folder: Path) -> Any:
     from mlflow.models import ModelSignature
     from mlflow.types.schema import AnyType, DataType, Object, ParamSchema, ParamSpec, Property
 
-    tasks = read_artifact(artifact_folder, verify=False).tasks
     names = dict.fromkeys([*(task.name for task in tasks), *(task.objective for task in tasks)])
     # The model checks the weights itself: its errors are one sentence, MLflow's repeat the schema.
     weights = Object([Property(name, AnyType(), required=False) for name in names])

@@ -308,7 +308,7 @@ def make_trial(way: Way, layout: ModelLayout, ids: KeyedIds, rows_at_most: int) 
     values = torch.cat([column % table.rows for (column, _), table in zip(columns, own, strict=True)])
     offsets = functional.pad(torch.cat([starts.diff() for _, starts in columns]).cumsum(0), (1, 0))
     gradient = torch.randn(ids.rows, sum(stored_width(table.dim) for table in own))
-    look_up = _look_up_by(way, replace(layout, tables=tables, ids=inputs))
+    look_up = _look_up_by(way, replace(layout, tables=tables, ids=inputs, attention=()))
 
     def once() -> None:
         look_up(values, offsets).backward(gradient)

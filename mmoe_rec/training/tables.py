@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mmoe_rec.batches.batch import KeyedIds
+from mmoe_rec.batches.batch import KeyedIds, by_place
 from mmoe_rec.errors import UserError
 from mmoe_rec.model.layout import ModelLayout
 from mmoe_rec.model.tables import Pooled, stored_width, used_tables
@@ -205,7 +205,9 @@ class OneProcessTables(nn.Module):
             self.momentum[table.name] = momentum[row : row + table.rows]
             first, row = first + weight.numel(), row + table.rows
         self._names = [each.name for each in layout.ids]
-        self._tables = RowWise([places[each.table] for each in layout.ids])
+        self._looked_at = {name: each.length for each in layout.attention for name, _ in layout.parts(each)}
+        self._keys = [each.name for each in layout.look_ups()]
+        self._tables = RowWise([places[each.table] for each in layout.look_ups()])
         self._graph = torch.zeros(0, requires_grad=True)
 
     def forward(self, ids: KeyedIds) -> Pooled | dict[str, Tensor]:
@@ -213,7 +215,9 @@ class OneProcessTables(nn.Module):
         assert list(ids.keys) == self._names, "a batch has the inputs of its layout, in the same order"
         if not self._names:
             return {}
-        return self._names, [place.width for place in self._tables.places], self.look_up(ids.values, ids.offsets)
+        if self._looked_at:
+            ids = by_place(ids, self._looked_at)
+        return self._keys, [place.width for place in self._tables.places], self.look_up(ids.values, ids.offsets)
 
     def look_up(self, values: Tensor, offsets: Tensor) -> Tensor:
         """(B, sum of widths) float32, by the parts of a `KeyedIds`."""

@@ -152,6 +152,10 @@ def _widths(old: ModelLayout, new: ModelLayout) -> Iterator[str]:
         if dims.get(table.name, table.dim) != table.dim:
             where = f"features.{table.feature or table.name}.dim"
             yield f"its setting '{where}' is {table.dim}, and {dims[table.name]} in the settings"
+    pools = [{each.history for each in layout.attention} for layout in (old, new)]
+    for name in sorted(pools[0] ^ pools[1]):
+        before, now = ("attention" if name in each else "mean" for each in pools)
+        yield f"its setting 'features.{name}.pooling' is {before}, and {now} in the settings"
     if _shape(old) != _shape(new):
         yield "its inputs or tasks come in another order"
 

@@ -31,7 +31,9 @@ def grow(ranker: Ranker, times: int) -> None:
         keys = random.integers(0, 2**64, more, np.uint64)
         known = random.choice(memory.events.known, more)
         if isinstance(memory, HistoryMemory):
-            encoder.memory = memory.extended(keys, known, random.choice(memory.items, more))
+            encoder.memory = memory.extended(
+                keys, known, *(random.choice(each, more) for each in (memory.items, *memory.attributes))
+            )
         else:
             labels = None if memory.label_sum is None else random.integers(0, 2, more).astype(np.float64)
             encoder.memory = memory.extended(keys, known, labels)

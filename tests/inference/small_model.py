@@ -27,6 +27,13 @@ ITEMS = [3 * 10**17, -(10**17), 0, 7 * 10**17, 99]  # the last one is unknown
 CONTEXT = {"time": "2023-11-29T12:00:00+01:00", "born": "2022-01-02T03:04:05"}
 
 
+_LOOKED_AT = {"pooling": "attention", "ages": True, "attributes": ["brand"]}
+ATTENTION: dict[str, Any] = {
+    "clicked": ALL_KINDS["clicked"] | {"pooling": "attention"},
+    "liked_items": ALL_KINDS["liked_items"] | _LOOKED_AT,
+}
+
+
 def small_settings(work: Path, **sections: Any) -> Settings:
     """Settings of a random log, with every kind of feature."""
     day = [np.datetime64(START + days * DAY, "us").item().isoformat() for days in (6, 8)]
@@ -35,7 +42,7 @@ def small_settings(work: Path, **sections: Any) -> Settings:
             "name": "small",
             "data": {"log": str(work / "log"), "work": str(work)},
             **BASE,
-            "features": ALL_KINDS,
+            "features": ALL_KINDS | ATTENTION,
             "split": {"train_end": day[0], "validation_end": day[1]},
             "model": {"bottom": {"units": [16]}, "experts": {"count": 3, "units": [8]}, "towers": {"units": [4]}},
             "serving": {"max_candidates": 50, "products": "blas"},
@@ -62,6 +69,9 @@ class SmallModel:
         for parameter in self.model.tables.parameters():
             # Initial embeddings are so small that a wrong one would go unnoticed.
             parameter.data.normal_(0.0, 0.5, generator=generator)
+        for name, parameter in self.model.mixture.named_parameters():
+            if name.startswith("histories."):  # adds nothing at first
+                parameter.data.normal_(0.0, 0.5, generator=generator)
         self.model.eval()
         if self.settings.model.trees is not None:
             self.model.trees = grow_trees(self.settings, self.prepared, layout, self.model)

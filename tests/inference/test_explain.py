@@ -34,7 +34,7 @@ def calibrated(small: SmallModel, tmp_path_factory: pytest.TempPathFactory) -> R
 
 def by_hand(small: SmallModel, rows: LogRows) -> tuple[np.ndarray, np.ndarray]:
     """Logits (N, T) and gates (N, T, E) of the model that was trained, by the whole past's features."""
-    batch = make_batch(small.full_pipeline().encode(rows), small.prepared.layout, torchrec=False)
+    batch = make_batch(small.full_pipeline().encode(rows), small.model_layout, torchrec=False)
     with torch.inference_mode():
         outputs = small.model(batch)
     return outputs.logits.numpy(), outputs.routings[-1].weights.numpy()
@@ -130,7 +130,9 @@ def test_given_values_are_shown_and_nothing_found_is_null(ranker: Ranker) -> Non
     assert by_place[1].counters["brand_spent_rate"] is None
     assert by_place[0].counters["item_click_recency"] is None
     assert by_place[0].counters["item_click_positives"] == 0
-    assert by_place[0].histories == {"clicked": [ITEMS[0], unknown, 4], "liked_items": None}
+    assert by_place[0].histories == {"clicked": [ITEMS[0], unknown, 4], "liked_items": None} | dict.fromkeys(
+        ("liked_items_brand", "liked_items_ages")
+    )
     json.dumps(ranking.to_dict(), allow_nan=False)
     encoders = ranker.pipeline.memory_encoders.values()
     shown = {*by_place[0].counters, *by_place[0].histories}

@@ -29,6 +29,7 @@ from mmoe_rec.inference.writing import rewrite_artifact, seal
 from mmoe_rec.model.score import Calibration, TaskCalibration
 from mmoe_rec.settings.model import Model
 from tests.inference.small_model import SmallModel
+from tests.log.small_logs import ALL_KINDS
 
 pytestmark = pytest.mark.thorough
 
@@ -99,9 +100,20 @@ def pairs(folder: Path, ranker: Ranker, made: Path) -> list[tuple[Answers, Answe
     ]
 
 
+@pytest.fixture(scope="module")
+def means(tmp_path_factory: pytest.TempPathFactory) -> SmallModel:
+    """Without attention, which ONNX files do not hold."""
+    return SmallModel(tmp_path_factory.mktemp("means"), features=ALL_KINDS)
+
+
+def test_attention_is_refused_by_name(ranker: Ranker, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="feature 'clicked' is pooled by attention, which an ONNX file does not hold"):
+        write_onnx(tmp_path, ranker, tmp_path)
+
+
 @pytest.mark.parametrize("name", VARIANTS)
-def test_computes_what_the_ranker_does(small: SmallModel, tmp_path: Path, name: str) -> None:
-    ranker = variant(small, VARIANTS[name], tmp_path / "model")
+def test_computes_what_the_ranker_does(means: SmallModel, tmp_path: Path, name: str) -> None:
+    ranker = variant(means, VARIANTS[name], tmp_path / "model")
     made = tmp_path / "onnx"
     made.mkdir()
     write_onnx(tmp_path / "model", ranker, made)
@@ -120,13 +132,13 @@ def test_computes_what_the_ranker_does(small: SmallModel, tmp_path: Path, name: 
 
 
 @pytest.fixture(scope="module")
-def given(small: SmallModel, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Ranker, Path]:
+def given(means: SmallModel, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Ranker, Path]:
     """A model in int8 with a task that is given another one, and without a regression: its folder, and ONNX of it."""
     work = tmp_path_factory.mktemp("given")
-    tasks = small.settings.model_dump(mode="json", exclude_unset=True)["tasks"]
+    tasks = means.settings.model_dump(mode="json", exclude_unset=True)["tasks"]
     del tasks["spent"]
     tasks["liked"] |= {"given": "click", "score_weight": 0.5}
-    features = small.settings.model_dump(mode="json", exclude_unset=True)["features"]
+    features = means.settings.model_dump(mode="json", exclude_unset=True)["features"]
     del features["brand_spent"]
     model = SmallModel(work, tasks=tasks, features=features)
     for name in ("int8", "onnx"):
@@ -191,11 +203,11 @@ def test_another_value_is_refused() -> None:
 
 
 def test_a_model_that_the_exporter_can_not_follow_is_refused(
-    ranker: Ranker, small: SmallModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    means: SmallModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def forward(self: object, inputs: torch.Tensor) -> torch.Tensor:
         return inputs if inputs.sum() > 0 else -inputs
 
     monkeypatch.setattr(export.DensePart, "forward", forward)
     with pytest.raises(UserError, match="torch's exporter can't turn this model into ONNX"):
-        write_onnx(small.folder, ranker, tmp_path)
+        write_onnx(means.folder, Ranker.load(means.folder), tmp_path)

@@ -27,7 +27,7 @@ KINDS = ["binary", "binary", "regression"]
 
 def offline(small: SmallModel, rows: LogRows) -> tuple[np.ndarray, np.ndarray]:
     """Predictions and log scores by the whole past's features and the model that was trained."""
-    batch = make_batch(small.full_pipeline().encode(rows), small.prepared.layout, torchrec=False)
+    batch = make_batch(small.full_pipeline().encode(rows), small.model_layout, torchrec=False)
     with torch.inference_mode():
         logits = small.model(batch).logits
     weights = [task.score_weight for task in small.settings.tasks.values()]

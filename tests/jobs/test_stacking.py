@@ -25,14 +25,20 @@ from mmoe_rec.model.trees import Trees, predict
 from mmoe_rec.tracking import registry
 from tests.inference.small_model import ITEMS, SmallModel, as_request
 from tests.inference.test_ranker import in_request_order, offline
+from tests.log.small_logs import ALL_KINDS
+
+MODEL: dict[str, Any] = {
+    "bottom": {"units": [16]},
+    "experts": {"count": 3, "units": [8]},
+    "towers": {"units": [4]},
+    "trees": {"number": 30, "leaves": 8, "learning_rate": 0.5},
+}
 
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> SmallModel:
     """The small log's model with trees, whose steps are large, as its labels are random."""
-    structure = {"bottom": {"units": [16]}, "experts": {"count": 3, "units": [8]}, "towers": {"units": [4]}}
-    trees = {"number": 30, "leaves": 8, "learning_rate": 0.5}
-    return SmallModel(tmp_path_factory.mktemp("trees"), model={**structure, "trees": trees})
+    return SmallModel(tmp_path_factory.mktemp("trees"), model=MODEL)
 
 
 def grown(node: dict[str, Any], row: np.ndarray) -> float:
@@ -100,7 +106,8 @@ def test_an_explanation_says_what_network_and_trees_predict_alone(small: SmallMo
             assert both == pytest.approx(blend.network * one + blend.trees * other + blend.offset, rel=1e-4, abs=1e-5)
 
 
-def test_an_onnx_file_has_the_trees(small: SmallModel, tmp_path: Path) -> None:
+def test_an_onnx_file_has_the_trees(tmp_path: Path) -> None:
+    small = SmallModel(tmp_path / "work", model=MODEL, features=ALL_KINDS)  # without attention
     ranker = Ranker.load(small.folder)
     write_onnx(small.folder, ranker, tmp_path)
     onnx, random = load_onnx(tmp_path), np.random.default_rng(0)

@@ -34,6 +34,7 @@ FEATURES: dict[str, Any] = {
     **REPEATING,
     "age": {"kind": "id", "column": "age", "min_count": 1},
     "seen": {"kind": "history", "events": "views", "of": "item", "length": 4},
+    "viewed": {"kind": "history", "events": "views", "of": "item", "length": 3, "ages": True, "attributes": ["brand"]},
     "seen_brand": {
         "kind": "counter",
         "events": "views",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mmoe_rec.features.layout import DenseInput, Encoded, IdInput
+from mmoe_rec.features.layout import Attention, DenseInput, Encoded, IdInput
 from mmoe_rec.model.layout import EmbeddingTable, ModelLayout, ModelTask
 from mmoe_rec.model.mmoe import RankingModel, build_model
 from mmoe_rec.point_in_time.arrays import Ragged
@@ -22,16 +22,19 @@ LAYOUT = ModelLayout(
     tables=(
         EmbeddingTable("t0", 40, 4),
         EmbeddingTable("t1", 90, 8),
-        EmbeddingTable("t2", 60, 16),
-        EmbeddingTable("t3", 200, 8),
+        EmbeddingTable("item", 60, 16),
+        EmbeddingTable("city", 200, 8),
+        EmbeddingTable("ages", 9, 16),
         EmbeddingTable("t4", 30, 4),
     ),
     ids=(
         IdInput("user", "t0"),
         IdInput("tags", "t1", many=True),
-        IdInput("item", "t2"),
-        IdInput("history", "t2", many=True),
-        IdInput("city", "t3"),
+        IdInput("item", "item"),
+        IdInput("history", "item", many=True),
+        IdInput("city", "city"),
+        IdInput("history_city", "city", many=True, feature="history"),
+        IdInput("history_ages", "ages", many=True, feature="history"),
         IdInput("slot", "t4", placement=True),
     ),
     dense=(
@@ -44,6 +47,7 @@ LAYOUT = ModelLayout(
         ModelTask("like", "binary", "satisfaction", 2.0, 0.5),
         ModelTask("rating", "regression", "satisfaction", 0.5, 2.0, mean=0.4, deviation=0.7),
     ),
+    attention=(Attention("history", 4),),
 )
 KINDS = [task.kind for task in LAYOUT.tasks]
 
@@ -55,7 +59,8 @@ def random_rows(rows: int, seed: int = 0, layout: ModelLayout = LAYOUT) -> tuple
     for each in layout.ids:
         size = layout.table(each.table).rows
         if each.many:
-            lengths = random.integers(0, 5, rows).astype(np.int32)
+            events = ids.get(each.feature)  # what they hold besides comes later in a layout
+            lengths = events.lengths if isinstance(events, Ragged) else random.integers(0, 5, rows).astype(np.int32)
             ids[each.name] = Ragged(random.integers(0, size, lengths.sum()), lengths)
         else:
             ids[each.name] = random.integers(0, size, rows)
@@ -75,7 +80,12 @@ def small_model(tables: nn.Module, layout: ModelLayout = LAYOUT, **changes: obje
 
     changes: settings of the model section, such as `experts={"count": 4}`.
     """
-    return build_model(layout, small_settings(**changes), tables, seed=5)
+    model = build_model(layout, small_settings(**changes), tables, seed=5)
+    generator = torch.Generator().manual_seed(6)
+    for name, weight in model.mixture.named_parameters():
+        if name.startswith("histories.") and not weight.any():  # which would hide all else of an attention
+            weight.data.normal_(0.0, 0.5, generator=generator)
+    return model
 
 
 def small_settings(**changes: Any) -> Model:
@@ -101,16 +111,40 @@ def reference_logits(
 ) -> Tensor:
     """(B, T) float64 logits by the reference; a regression's is in its own unit."""
 
+    def ids_of(name: str, row: int) -> np.ndarray:
+        ids = encoded.ids[name]
+        return ids.take(np.array([row])).values if isinstance(ids, Ragged) else ids[[row]]
+
+    tables = {each.name: weights[f"tables.embedding_bags.{each.table}.weight"] for each in layout.ids}
+    lengths = {each.history: each.length for each in layout.attention}
+
+    def look(name: str, row: int) -> Tensor:
+        own = [each.name for each in layout.ids if each.feature == name]
+        counterparts = [name for name in own if (of := layout_table[name]) in encoded.ids and of != name]
+        return reference.attend(
+            {key.removeprefix(f"mixture.histories.{name}."): each for key, each in weights.items()},
+            [
+                torch.cat([tables[part][ids_of(part, row)[place]] for part in own])
+                for place in range(len(ids_of(name, row)))
+            ],
+            torch.cat([tables[part][ids_of(layout_table[part], row)[0]] for part in counterparts]),
+            [
+                [ids_of(part, row)[place] == ids_of(layout_table[part], row)[0] != 0 for part in counterparts]
+                for place in range(len(ids_of(name, row)))
+            ],
+            lengths[name],
+        )
+
+    layout_table = {each.name: each.table for each in layout.ids}
+
     def inputs(of_placement: bool) -> Tensor:
         parts = []
         for each in layout.ids:
-            if each.placement == of_placement:
-                ids, table = encoded.ids[each.name], weights[f"tables.embedding_bags.{each.table}.weight"]
-                rows = [
-                    ids.take(np.array([row])).values if isinstance(ids, Ragged) else ids[[row]]
-                    for row in range(len(encoded))
-                ]
-                parts.append(torch.stack([reference.embed(table, row) for row in rows]))
+            if each.placement == of_placement and (each.feature not in lengths or each.feature == each.name):
+                rows = [reference.embed(tables[each.name], ids_of(each.name, row)) for row in range(len(encoded))]
+                if each.name in lengths:
+                    rows = [row + look(each.name, number) for number, row in enumerate(rows)]
+                parts.append(torch.stack(rows))
         columns = [place for place, each in enumerate(layout.dense) if each.placement == of_placement]
         return torch.cat([*parts, torch.from_numpy(encoded.dense[:, columns]).double()], dim=1)
 

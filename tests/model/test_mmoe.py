@@ -13,7 +13,7 @@ import torch
 
 from mmoe_rec.batches.batch import Batch, make_batch
 from mmoe_rec.errors import UserError
-from mmoe_rec.features.layout import Encoded
+from mmoe_rec.features.layout import Attention, Encoded
 from mmoe_rec.model import tables as tables_module
 from mmoe_rec.model.layout import EmbeddingTable, ModelLayout
 from mmoe_rec.model.mmoe import RankingModel, build_model
@@ -154,7 +154,8 @@ def test_build_model_follows_settings_and_seed() -> None:
     assert first.state_dict()["mixture.levels.0.experts.0.layers.1.weight"].shape == (5, 4, 6)
     for name, tensor in first.state_dict().items():
         assert torch.equal(tensor, again.state_dict()[name])
-        assert torch.equal(tensor, other.state_dict()[name]) != is_weight(name)
+        at_zero = name.endswith((".later", ".output.weight"))  # attention adds nothing at first
+        assert torch.equal(tensor, other.state_dict()[name]) != (is_weight(name) and not at_zero), name
 
 
 def test_weights_have_the_names_of_saved_models() -> None:
@@ -165,12 +166,18 @@ def test_weights_have_the_names_of_saved_models() -> None:
         "towers": {"units": []},
     }
     model = build_model(LAYOUT, Model.model_validate(section), PlainTables(LAYOUT))
-    tables = {f"tables.embedding_bags.t{index}.weight" for index in range(5)}
+    tables = {f"tables.embedding_bags.{each.name}.weight" for each in LAYOUT.tables}
     layers = ["bottom.layers.0", "bottom.crosses.up.0", "towers.layers.0", "placement.layers.0", "placement.logits"]
     layers += [f"levels.{level}.gates.linear" for level in range(2)]
     layers += ["levels.0.experts.0.layers.0", *(f"levels.1.experts.{group}.layers.0" for group in range(4))]
     dense = {f"mixture.{layer}.{part}" for layer in layers for part in ("weight", "bias")}
     dense.add("mixture.bottom.crosses.down.0.weight")
+    attention = [
+        *(f"{each}.weight" for each in ("event", "candidate", "product", "same", "output")),
+        "event.bias",
+        "later",
+    ]
+    dense |= {f"mixture.histories.history.{each}" for each in attention}
     kept = {f"mixture.levels.{i}.gates.{name}" for i in range(2) for name in ("masked", "ramp", "selection_bias")}
     assert set(model.state_dict()) == tables | dense | kept
     route = build_model(LAYOUT, Model.model_validate({"gates": {"routing": "shared_route"}}), PlainTables(LAYOUT))
@@ -228,8 +235,10 @@ def expected_rows(column: np.ndarray | Ragged) -> list[list[int]]:
 @pytest.mark.parametrize("seed", range(5))
 def test_ids_are_those_of_the_rows_and_of_torchrec(seed: int) -> None:
     encoded, labels = random_rows(17, seed)
-    ids = make_batch(encoded, LAYOUT, labels, torchrec=False).ids
-    keyed = make_batch(encoded, LAYOUT, labels, torchrec=True).ids
+    apart = make_batch(encoded, LAYOUT, labels, torchrec=True).ids
+    layout = replace(LAYOUT, attention=())
+    ids = make_batch(encoded, layout, labels, torchrec=False).ids
+    keyed = make_batch(encoded, layout, labels, torchrec=True).ids
     assert list(ids.keys) == keyed.keys()
     assert torch.equal(ids.values, keyed.values())
     assert torch.equal(ids.lengths, keyed.lengths())
@@ -237,6 +246,20 @@ def test_ids_are_those_of_the_rows_and_of_torchrec(seed: int) -> None:
         rows = rows_of(*ids.column(name))
         assert rows == expected_rows(encoded.ids[name])
         assert rows == [row.tolist() for row in keyed[name].to_dense()]
+        if name.startswith("history"):  # attention looks at each: the first ids of all lists, then the second ones
+            for place in range(4):
+                assert [row.tolist() for row in apart[f"{name}@{place}"].to_dense()] == [
+                    row[place : place + 1] for row in rows
+                ]
+    assert apart.keys() == [
+        each.name for each in sorted(LAYOUT.look_ups(), key=lambda each: LAYOUT.tables.index(LAYOUT.table(each.table)))
+    ]
+
+
+def test_a_list_longer_than_attention_looks_at_is_refused() -> None:
+    layout = replace(LAYOUT, attention=(Attention("history", 3),))
+    with pytest.raises(ValueError, match="'history' has a list of 4 ids, and at most 3 are read"):
+        make_batch(random_rows(40)[0], layout, torchrec=True)
 
 
 def test_labels_are_zero_where_unobserved() -> None:

@@ -16,13 +16,14 @@ from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.model.tables import Int8Bag
 from tests import commands
 from tests.inference.small_model import SmallModel
+from tests.log.small_logs import ALL_KINDS
 
 pytestmark = pytest.mark.thorough
 
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> SmallModel:
-    return SmallModel(tmp_path_factory.mktemp("export"))
+    return SmallModel(tmp_path_factory.mktemp("export"), features=ALL_KINDS)
 
 
 def run(small: SmallModel, out: Path, *words: str) -> dict[str, Any]:

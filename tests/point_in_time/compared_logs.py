@@ -151,8 +151,11 @@ class _Comparison(_Rows):
             self._labels(table, expected, split)
             for name, values in counters.items():
                 self._counter(name, [values[place] for place in places], encoded)
-            for name, lists in histories.items():
-                self._same_lists(name, encoded.ids[name], [lists[place] for place in places])
+            for name, lists in ((part, each) for parts in histories.values() for part, each in parts.items()):
+                expected_lists = [lists[place] for place in places]
+                if name.endswith("_ages"):
+                    expected_lists = [[features.age_bucket(age) for age in ages] for ages in expected_lists]
+                self._same_lists(name, encoded.ids[name], expected_lists)
         self._requests_since(floor, means)
         return self.compared
 
@@ -172,7 +175,9 @@ class _Comparison(_Rows):
             found = raw_results(encoder, rows)
             if isinstance(encoder, HistoryEncoder):
                 lists = features.history(self.naive, name, self._table_rows(encoder), asking)
-                self._same_lists(name, found[name], lists)
+                assert found.keys() == lists.keys()
+                for part, each in lists.items():
+                    self._same_lists(part, found[part], each)
             else:
                 statistics = features.counter(self.naive, name, means[name], asking)
                 for answer, values in self._by_name(encoder, statistics).items():
@@ -183,11 +188,15 @@ class _Comparison(_Rows):
         folder = self.prepared.split(split)
         return pq.read_table(folder) if folder.is_dir() else pa.table({})
 
-    def _table_rows(self, encoder: HistoryEncoder) -> dict[Any, int]:
-        every = (row["item"] for rows in (self.naive.rows, *self.naive.events.values()) for row in rows)
-        items = list(dict.fromkeys(every))
-        array = pa.array(items, self.drawn.types["item"])
-        return dict(zip(items, encoder.vocabulary.encode(array).tolist(), strict=True))
+    def _table_rows(self, encoder: HistoryEncoder) -> dict[str, dict[Any, int]]:
+        found = {}
+        for vocabulary in encoder.parts.values():
+            column = vocabulary.feature.column
+            every = (row[column] for rows in (self.naive.rows, *self.naive.events.values()) for row in rows)
+            values = list(dict.fromkeys(every))
+            rows = vocabulary.encode(pa.array(values, self.drawn.types[column])).tolist()
+            found[vocabulary.name] = dict(zip(values, rows, strict=True))
+        return found
 
     def _labels(self, table: pa.Table, rows: list[dict], split: str) -> None:
         known_by = self.drawn.windows["train"][1] if split == "train" else self.last

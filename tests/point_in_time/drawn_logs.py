@@ -117,6 +117,7 @@ def draw(seed: int) -> DrawnLog:
     _forget(seed, settings, log, events, first)
     _ask_for_gaps(seed, settings)
     _ask_for_shares(seed, settings)
+    _ask_for_more_of_events(seed, settings)
     log, events = (_in_files(rng, each) for each in (log, events))
     options = {
         "workers": int(rng.choice([1, 2])),
@@ -292,6 +293,18 @@ def _forget(seed: int, settings: dict[str, Any], log: pd.DataFrame, events: pd.D
     for table, known in ((log, first + 1), (events, events["bought_at"].to_numpy() + 1)):
         late = np.searchsorted(begins, known + shortest, side="right")
         table["stage"] = np.minimum(table["stage"], late)
+
+
+def _ask_for_more_of_events(seed: int, settings: dict[str, Any]) -> None:
+    """Of the history: ages, and an attribute, some with different ids of one item."""
+    rng = np.random.default_rng([seed, 6])  # the other draws of a seed stay what they were
+    history = settings["features"]["history"]
+    if rng.random() < 0.6:
+        history["ages"] = True
+    if rng.random() < 0.6:
+        item = settings["features"]["item"]
+        settings["features"] = {"brand": item | {"column": "brand", "oov_buckets": 2}, **settings["features"]}
+        history["attributes"] = ["brand"]
 
 
 def _ask_for_gaps(seed: int, settings: dict[str, Any]) -> None:

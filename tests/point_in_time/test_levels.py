@@ -20,6 +20,7 @@ from tests.point_in_time.test_memories import (
     KEYS,
     WINDOW,
     Event,
+    attribute_of,
     columns_of,
     counter_of,
     drawn,
@@ -118,7 +119,7 @@ def test_a_history_with_levels_is_one_that_was_extended(seed, size, forget_after
     for some in further:
         if some:
             key, known, item = columns_of(some)
-            expected = expected.extended(key, known, item.astype(np.int64))
+            expected = expected.extended(key, known, item.astype(np.int64), attribute_of(known))
             several = grown(several, history_of(some, forget_after), HistoryMemory.merged)
         for asking in ASKING:
             look_ups = asking(*all_at(floor))

@@ -49,7 +49,12 @@ def extended(memory: CounterMemory, events: list[Event]) -> CounterMemory:
 
 def history_of(events: list[Event], forget_after: int | None = None) -> HistoryMemory:
     key, known, item = columns_of(events)
-    return HistoryMemory.empty(forget_after).extended(key, known, item.astype(np.int64))
+    return HistoryMemory.empty(forget_after, 1).extended(key, known, item.astype(np.int64), attribute_of(known))
+
+
+def attribute_of(known: np.ndarray) -> np.ndarray:
+    """(E,) int64, some other number for each moment."""
+    return known * 7 % 11
 
 
 def counted(events: list[Event], key: int, now: int, forget_after: int | None) -> tuple[Any, ...]:
@@ -65,7 +70,10 @@ def answers(memory: CounterMemory, asked: LookUps) -> list[tuple[Any, ...]]:
 
 
 def lists_of(memory: Any, asked: LookUps, length: int) -> list[list[int]]:
-    found = memory.last(asked, length)
+    found, *attributes, since = memory.last_events(asked, length)
+    known = asked.as_of(memory.floor).time.repeat(since.lengths) - since.values
+    for each in attributes:  # which stay with their events
+        assert each.values.tolist() == attribute_of(known).tolist()
     assert (found.values.dtype, found.lengths.dtype) == (np.int64, np.int32)
     found = found.take(asked.number)
     return [found.values[a:b].tolist() for a, b in pairwise(found.offsets.tolist())]

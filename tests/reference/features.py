@@ -86,18 +86,36 @@ def counter(log: Log, name: str, overall_mean: float, rows: list[Row] | None = N
     return result
 
 
-def history(log: Log, name: str, table_row: dict[Any, int], rows: list[Row] | None = None) -> list[list[int]]:
-    """For each row, the table rows of the user's last candidates, the oldest first; of one moment, by table row."""
-    feature, result = log.features[name], []
-    user, item = log.columns["user"], log.features[feature["of"]]["column"]
-    least = feature.get("at_least", 1.0)
+def history(
+    log: Log, name: str, table_rows: dict[str, dict[Any, int]], rows: list[Row] | None = None
+) -> dict[str, list[list[int]]]:
+    """For each row, the table rows of the user's last candidates, the oldest first; of one moment, by table row; and
+    the same of each attribute's, and the seconds since. table_rows: of each id feature."""
+    feature = log.features[name]
+    user, ids = log.columns["user"], [feature["of"], *feature.get("attributes", [])]
+    least, length = feature.get("at_least", 1.0), feature.get("length", 20)
+    time = log.event_times[feature["events"]] if feature.get("events") is not None else log.columns["time"]
     events = [
-        (row[user], known, table_row[row[item]]) for row, known, label in _remembered(log, feature) if label >= least
+        (row[user], known, (*(table_rows[each][row[log.features[each]["column"]]] for each in ids), row[time]))
+        for row, known, label in _remembered(log, feature)
+        if label >= least
     ]
+    names = [name, *(f"{name}_{each}" for each in ids[1:]), f"{name}_ages"]
+    result: dict[str, list[list[int]]] = {each: [] for each in names}
     for row in log.rows if rows is None else rows:
-        visible = visible_events(events, row[user], log.time(row), _microseconds(feature.get("forget_after_days")))
-        result.append([item for _, _, item in visible][-feature.get("length", 20) :])
+        now = log.time(row)
+        visible = visible_events(events, row[user], now, _microseconds(feature.get("forget_after_days")))[-length:]
+        for place, each in enumerate(names[:-1]):
+            result[each].append([held[place] for _, _, held in visible])
+        result[names[-1]].append([(now - held[-1]) // 1_000_000 for _, _, held in visible])
+    if not feature.get("ages"):
+        del result[names[-1]]
     return result
+
+
+def age_bucket(seconds: int) -> int:
+    """How many of the ages at which buckets begin are reached: 1 s, then each 1.4 times as long as the one before."""
+    return sum(seconds >= begin for begin in {round(2 ** (power / 2)) for power in range(61)})
 
 
 def _remembered(log: Log, feature: Row) -> list[tuple[Row, int, float]]:
@@ -180,5 +198,8 @@ def encode(log: Log, training: Window) -> tuple[dict[str, list[list[int]]], dict
                     title = f"{name}_{output}" + ("" if days is None else f"_{days:g}d".replace(".", "p"))
                     dense |= encode_number(title, [each[output, days] for each in statistics], is_training)
         elif feature["kind"] == "history":
-            ids[name] = history(log, name, rows_of[feature["of"]])
+            lists = history(log, name, rows_of)
+            if feature.get("ages"):
+                lists[f"{name}_ages"] = [[age_bucket(each) for each in ages] for ages in lists[f"{name}_ages"]]
+            ids |= lists
     return ids, dense

@@ -23,6 +23,20 @@ def embed(table: Tensor, ids: Sequence[int]) -> Tensor:
     return table[list(ids)].sum(0) / max(len(ids), 1)
 
 
+def attend(
+    weights: Weights, events: Sequence[Tensor], candidate: Tensor, same: Sequence[Sequence[bool]], length: int
+) -> Tensor:
+    """What the events of a list, the oldest first, say of a candidate. same: of each, which of its ids, that come first
+    in it, are the candidate's."""
+    total = torch.zeros_like(weights["event.bias"])
+    for place, event in enumerate(events):
+        hidden = weights["event.weight"] @ event + weights["event.bias"] + weights["later"][len(events) - 1 - place]
+        hidden = hidden + weights["candidate.weight"] @ candidate
+        hidden = hidden + weights["product.weight"] @ (event[: len(candidate)] * candidate)
+        total = total + functional.silu(hidden + weights["same.weight"] @ torch.tensor(same[place], dtype=total.dtype))
+    return weights["output.weight"] @ total / math.sqrt(length)
+
+
 def layers(
     weights: Weights, prefix: str, x: Tensor, group: int | None = None, activation: Any = functional.silu
 ) -> Tensor:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -14,7 +15,7 @@ import torch
 
 from mmoe_rec.batches.batch import make_batch
 from mmoe_rec.batches.encoded_rows import EncodedRows
-from mmoe_rec.features.layout import Encoded, label_types
+from mmoe_rec.features.layout import Attention, Encoded, label_types
 from mmoe_rec.model.layout import ModelLayout, ModelTask
 from mmoe_rec.model.mmoe import RankingModel, build_model
 from mmoe_rec.model.tables import PlainTables
@@ -190,7 +191,8 @@ def trained(
 
 def scores(model: RankingModel, prepared: FeatureFolder, split: str = "validation") -> tuple[np.ndarray, np.ndarray]:
     """Logits and labels (N, T) of a split's rows in file order, without placement."""
-    layout = prepared.layout
+    attention = tuple(Attention(name, length) for name, length, _ in model.histories)
+    layout: Any = replace(LAYOUT, **vars(prepared.layout), attention=attention)
     parts: Sequence = list(EncodedRows(prepared.split(split), layout).stream(10_000))
     with torch.inference_mode():
         logits = [model(make_batch(rows.encoded, layout, torchrec=False)).logits.numpy() for rows, _ in parts]

@@ -173,8 +173,8 @@ def test_a_loss_that_is_not_finite_stops_with_the_batch_saved(prepared: FeatureF
     saved = torch.load(tmp_path / "bad_batch.step51.rank0.pt")
     assert saved["position"]["row"] == 5100
     assert saved["labels"].shape == (100, len(LAYOUT.tasks))
-    assert saved["id_names"] == [each.name for each in LAYOUT.ids]
-    assert len(saved["id_lengths"]) == 100 * len(LAYOUT.ids)
+    assert saved["id_names"] == [each.name for each in LAYOUT.look_ups()]
+    assert len(saved["id_lengths"]) == 100 * len(LAYOUT.look_ups())
     assert saved["logits"].isnan().any()
     assert state_in(tmp_path).step == 40
 

@@ -103,7 +103,7 @@ def test_a_training_goes_on_in_another_way(
         assert one.result.steps == 15
         after = state(one)
     assert before.keys() == after.keys()
-    assert any(name.endswith("t2.momentum1") and each.any() for name, each in before.items())
+    assert any(name.endswith("item.momentum1") and each.any() for name, each in before.items())
     for name, each in before.items():
         assert torch.equal(each, after[name]), name
     for name, weight in trained(prepared, tmp_path, then).items():

@@ -106,13 +106,15 @@ def test_learning_rates_rise_in_a_line_and_fall_in_a_cosine() -> None:
 
 def test_tables_take_the_schedules_rate_in_the_same_step(prepared: FeatureFolder, tmp_path: Path) -> None:
     """The first update of a row by row-wise Adagrad has a root mean square of exactly the learning rate."""
+    looked_at = tuple(f"{each.table}.weight" for each in LAYOUT.ids if each.feature == "history")
     with trainer(prepared, tmp_path / "best", warmup_share=0.5) as one:
         before = first = weights(one, tmp_path / "now")
         for step, batch in enumerate(one._batches(one.reader, one.position, 1)):
             one._step(iter([batch]), meter(one))
             after = weights(one, tmp_path / "now")
             updates = []
-            for name in (name for name in after if name.startswith("tables.")):
+            # What attention alone looks at has hardly a gradient at first, beside which the epsilon counts.
+            for name in (name for name in after if name.startswith("tables.") and not name.endswith(looked_at)):
                 fresh = (before[name] == first[name]).all(1) & (after[name] != before[name]).any(1)
                 updates.append((after[name] - before[name])[fresh].square().mean(1).sqrt())
             rate = TRAINING.table_learning_rate * learning_rate_share(step, STEPS, 0.5)

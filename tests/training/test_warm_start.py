@@ -66,7 +66,8 @@ class Grown:
         """Logits of all rows with placement, encoded by a state that remembers the whole log."""
         pipeline = FeaturePipeline.load(prepared.serving, memories=False)
         remember(pipeline, [self.rows])
-        batch = make_batch(pipeline.encode(self.rows), prepared.layout, torchrec=False)
+        layout = ModelLayout.of(prepared.layout, self.small.settings)
+        batch = make_batch(pipeline.encode(self.rows), layout, torchrec=False)
         with torch.inference_mode():
             torch.manual_seed(0)  # of the rows whose placement is hidden
             return model.train()(batch).logits
@@ -75,7 +76,8 @@ class Grown:
 @pytest.fixture(scope="module")
 def grown(tmp_path_factory: pytest.TempPathFactory) -> Grown:
     work = tmp_path_factory.mktemp("grown")
-    small = SmallModel(work)
+    # Means alone: two new ids that shared a bucket were the same to attention, and no longer are.
+    small = SmallModel(work, features=ALL_KINDS)
     shutil.copytree(small.prepared.folder, work / "before")
     table = random_log(5, rows=200, days=2.0)
     # No two at once: a history would take those in the order of their table rows, which differ.
@@ -195,6 +197,11 @@ def _with(changes: dict[str, Any]) -> dict[str, Any]:
     ("sections", "log", "message"),
     [
         (_with({"item": {**ALL_KINDS["item"], "dim": 3}}), 1, r"'features.item.dim' is 16, and 3 in the settings"),
+        (
+            _with({"clicked": {**ALL_KINDS["clicked"], "pooling": "attention"}}),
+            1,
+            r"'features.clicked.pooling' is mean, and attention in the settings",
+        ),
         (_with({"extra": {"kind": "id", "column": "brand"}}), 1, r"'features.extra' is missing, and there"),
         (_with({"item": {**ALL_KINDS["item"], "oov_buckets": 3}}), 1, r"'features.item.oov_buckets' is 4, and 3"),
         (_with({}), 2, r"the ids of its feature 'item' have other rows"),

@@ -120,14 +120,14 @@ def steps(layout: ModelLayout, batch: Batch, way: Any, direct: bool) -> list[Ten
         assert ("forward" in vars(tables)) is True
         if not direct:
             del tables.forward
-        dims = {each.name: layout.table(each.table).dim for each in layout.ids}
+        dims = {each.name: layout.table(each.table).dim for each in layout.look_ups()}
         found = []
         for _ in range(3):
             sharded.table_optimizer.zero_grad()
             pooled = tables(batch.ids)
             assert isinstance(pooled, tuple) is direct
             means = by_name(pooled, dims, batch.ragged, batch.shares)
-            found += [means[each.name].detach().clone() for each in layout.ids]
+            found += [means[each.name].detach().clone() for each in layout.look_ups()]
             weights = torch.linspace(-1, 1, len(batch))[:, None]
             sum((number + 1) * (each * weights).sum() for number, each in enumerate(means.values())).backward()  # type: ignore[union-attr]
         (module,) = table_batches(sharded.model)
@@ -148,7 +148,7 @@ def test_a_batch_has_ids_of_one_table_side_by_side() -> None:
     encoded, _ = random_rows(8)
     ids = make_batch(encoded, MIXED, torchrec=True).ids
     names = ids.keys()
-    tables = [next(each.table for each in MIXED.ids if each.name == name) for name in names]
+    tables = [next(each.table for each in MIXED.look_ups() if each.name == name) for name in names]
     assert tables == sorted(tables, key=[each.name for each in MIXED.tables].index)
     assert [each.table for each in MIXED.ids] != tables
     for name, table in zip(names, tables, strict=True):
@@ -179,7 +179,7 @@ RATE = 0.05
 
 
 # One width that kernels take, and all remainders.
-WIDTHS = {"t0": 1, "t1": 2, "t2": 7, "t3": 8, "t4": 5}
+WIDTHS = {"t0": 1, "t1": 2, "item": 7, "city": 8, "ages": 3, "t4": 5}
 
 
 @pytest.fixture(scope="module")

@@ -4,42 +4,61 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from functools import reduce
+from operator import or_
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pyarrow as pa
-from pydantic import Field
+import pyarrow.types as pt
+from pydantic import Field, model_validator
 
+from mmoe_rec.errors import UserError
 from mmoe_rec.features.encoder import Inputs, Kind, MemoryEncoder, Outline, Shared
 from mmoe_rec.features.kinds.id import IdFeature
 from mmoe_rec.features.kinds.ids import ragged
+from mmoe_rec.features.layout import Table
 from mmoe_rec.features.vocabulary import check_owner, meaning_of_ids
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.point_in_time.arrays import Ragged, SharedRagged, consecutive, one_array
 from mmoe_rec.point_in_time.join import KnownEvents, LookUps, known_at, sorted_order
 from mmoe_rec.point_in_time.memory import Memory, SeenEvents
 from mmoe_rec.settings.columns import Use
-from mmoe_rec.settings.schema import Meaning, Remembering, Schema
+from mmoe_rec.settings.schema import Meaning, Once, Remembering, Schema
 
 _FOREVER = np.iinfo(np.int64).max
+LONGEST = 512  # list that attention looks at
+_SECOND, _LONGEST_AGE = 1_000_000, 2**31 - 1
+_AGES = np.unique(np.round(2 ** (np.arange(61) / 2)).astype(np.int64))
+"""Seconds at which the buckets of ages begin but for the first: each is about 1.4 times as long as the one before."""
 
 
 class HistoryFeature(Remembering):
     """The user's last engaged candidates before the request, point in time, embedded and averaged."""
 
     fixed_role = "user"
+    younger = Remembering.younger | {"ages", "attributes"}
 
     kind: Literal["history"]
     of: str = Field(description="name of the candidate's id feature whose vocabulary and table are used")
     length: int = Field(20, ge=1, le=1000, description="number of last engaged candidates")
     at_least: float = Field(1.0, description="smallest label that counts as engaged")
+    ages: bool = Field(False, description="each has its age too, from its time to the request's, in buckets")
+    attributes: Annotated[tuple[str, ...], Once] = Field(
+        (), description="further id features of the candidate, such as its brand, that each has too"
+    )
 
     def reads(self) -> Mapping[str, Use]:
         """None: every row has the user's id."""
         return {}
 
     def event_reads(self, schema: Schema) -> Mapping[str, Use]:
-        return {schema.columns.user: "key", **schema.features[self.of].reads()}
+        ids = [schema.features[name].reads() for name in (self.of, *self.attributes)]
+        return {schema.columns.user: "key", **reduce(or_, map(dict, ids))}
+
+    def parts(self, name: str) -> dict[str, str]:
+        """Names of what each event of a history of that name holds: the id first -> the id feature that it is of."""
+        return {name: self.of, **{f"{name}_{each}": each for each in self.attributes}}
 
     @property
     def shares(self) -> str | None:
@@ -50,48 +69,108 @@ class HistoryFeature(Remembering):
         super().check(name, schema)
         self.require(name, schema, "user", "it is a user's")
         check_owner(schema, name, "of", IdFeature, "candidate")
+        for attribute in self.attributes:
+            if attribute == self.of:
+                raise ValueError(
+                    f"feature '{name}' has '{attribute}' both as `of` and among its `attributes`: leave it out"
+                )
+            check_owner(schema, name, "attributes", IdFeature, "candidate", attribute)
+        histories = {each: other for each, other in schema.features.items() if isinstance(other, HistoryFeature)}
+        names = [*schema.features, *(part for each, other in histories.items() for part in other.inputs(each)[1:])]
+        for part in self.inputs(name)[1:]:
+            if names.count(part) > 1:
+                raise ValueError(f"feature '{name}' has an input '{part}', and so has another feature: rename one")
+
+    def inputs(self, name: str) -> list[str]:
+        """Names of the inputs of a history of that name."""
+        return [*self.parts(name), *([f"{name}_ages"] if self.ages else [])]
 
     def meaning(self, schema: Schema) -> Meaning:
-        return meaning_of_ids(schema, (schema.columns.user, *schema.features[self.of].reads()), self.of)
+        columns = (schema.columns.user, *schema.features[self.of].reads())
+        parts = {each: meaning_of_ids(schema, columns, each) for each in self.attributes}
+        if self.ages:
+            name = next(name for name, each in schema.features.items() if each is self)
+            parts[f"{name}_ages"] = Meaning(columns, row_name=_name_age, missing=False)
+        return replace(meaning_of_ids(schema, columns, self.of), parts=parts)
+
+
+class PooledHistory(HistoryFeature):
+    """A history, and how a model makes one vector of it."""
+
+    younger = HistoryFeature.younger | {"pooling"}
+
+    pooling: Literal["mean", "attention"] = Field(
+        "mean",
+        description="mean of the vectors of events; attention: besides, a small network looks at each event together "
+        "with the candidate, and at the order of events",
+    )
+
+    @model_validator(mode="after")
+    def _not_too_long(self) -> PooledHistory:
+        if self.pooling == "attention" and self.length > LONGEST:
+            raise ValueError(
+                f"attention looks at no more than {LONGEST} events: set `length` lower, or `pooling` to mean"
+            )
+        return self
+
+
+def _name_age(table: str, row: int) -> str:
+    return f"under {_AGES[row]:,} s" if row < len(_AGES) else "older"
 
 
 @dataclass(eq=False)
 class HistoryMemory(Memory):
-    """Candidates per user. items: (E,) int64 rows of the candidates' table."""
+    """Candidates per user. items: (E,) int64 rows of the candidates' table; attributes: the same, of each of those."""
 
     items: np.ndarray
+    attributes: tuple[np.ndarray, ...] = ()
 
     @staticmethod
-    def empty(forget_after: int | None = None) -> HistoryMemory:
+    def empty(forget_after: int | None = None, attributes: int = 0) -> HistoryMemory:
         """Nothing remembered."""
         none = np.empty(0, np.int64)
-        return HistoryMemory(KnownEvents(np.empty(0, np.uint64), none), none, forget_after=forget_after)
+        events = KnownEvents(np.empty(0, np.uint64), none)
+        return HistoryMemory(events, none, (none,) * attributes, forget_after=forget_after)
 
-    def extended(self, key: np.ndarray, known: np.ndarray, items: np.ndarray) -> HistoryMemory:
-        """These events and further ones, (E,) uint64, int64 and int64, in any order."""
+    def extended(self, key: np.ndarray, known: np.ndarray, *rows: np.ndarray) -> HistoryMemory:
+        """These events and further ones, (E,) uint64 and int64, and rows of items and attributes, in any order."""
         if not len(key):
             return self
-        key, known = np.append(self.events.key, key), np.append(self.events.known, known)
-        items = np.append(self.items, items)
-        order = sorted_order(key, known, items)
-        return replace(self, events=KnownEvents(key[order], known[order]), items=items[order])
+        before = (self.events.key, self.events.known, self.items, *self.attributes)
+        columns = [np.append(*each) for each in zip(before, (key, known, *rows), strict=True)]
+        if self.attributes:  # which decide where all else is the same
+            order = np.lexsort(columns[:2:-1])
+            columns = [each[order] for each in columns]
+        order = sorted_order(*columns[:3])
+        key, known, items, *attributes = (each[order] for each in columns)
+        return replace(self, events=KnownEvents(key, known), items=items, attributes=tuple(attributes))
 
     def merged(self, other: HistoryMemory) -> HistoryMemory:
-        return self.extended(other.events.key, other.events.known, other.items)
+        return self.extended(other.events.key, other.events.known, other.items, *other.attributes)
 
     def last(self, asked: LookUps, length: int) -> Ragged:
         """The last `length` items that were known at N look-ups, oldest first; of one moment, in the items' order."""
+        return self.last_events(asked, length)[0]
+
+    def last_events(self, asked: LookUps, length: int) -> list[Ragged]:
+        """The same, then each attribute, and how many microseconds before the look-up each became known."""
         seen = SeenEvents(self, asked)
         parts = list(zip(seen.memories, seen.last_events(length), strict=True))
-        items = np.concatenate([memory.items[index] for memory, (index, _) in parts])
+        each_part = [
+            [column[index] for column in (memory.events.known, memory.items, *memory.attributes)]
+            for memory, (index, _) in parts
+        ]
+        known, *rows = map(np.concatenate, zip(*each_part, strict=True))
         together = np.sum([lengths for _, (_, lengths) in parts], axis=0)
-        if len(parts) == 1 or not len(items):
-            return Ragged(items, together.astype(np.int32))
-        number = np.concatenate([np.arange(len(asked)).repeat(lengths) for _, (_, lengths) in parts])
-        known = np.concatenate([memory.events.known[index] for memory, (index, _) in parts])
-        lengths = np.minimum(together, length)
-        last = consecutive(np.cumsum(together) - lengths, lengths)
-        return Ragged(items[np.lexsort((items, known, number))[last]], lengths.astype(np.int32))
+        lengths = together
+        if len(parts) > 1 and len(known):
+            number = np.concatenate([np.arange(len(asked)).repeat(lengths) for _, (_, lengths) in parts])
+            lengths = np.minimum(together, length)
+            last = consecutive(np.cumsum(together) - lengths, lengths)
+            last = np.lexsort((*reversed(rows), known, number))[last]
+            known, *rows = (each[last] for each in (known, *rows))
+        since = seen.asked.time.repeat(lengths) - known
+        return [Ragged(each, lengths.astype(np.int32)) for each in (*rows, since)]
 
     def compacted(self, moment: int, length: int) -> HistoryMemory:
         """What requests at `moment` or later, which ask for `length` items, can ask for."""
@@ -102,77 +181,136 @@ class HistoryMemory(Memory):
         needed = within_key >= (known_by_then - length)[events.number]
         if self.lives is not None:
             needed &= ~self.lives.ended(moment)
-        return replace(self, events=events.take(needed), items=self.items[needed], floor=self._later_floor(moment))
+        return replace(
+            self,
+            events=events.take(needed),
+            items=self.items[needed],
+            attributes=tuple(each[needed] for each in self.attributes),
+            floor=self._later_floor(moment),
+        )
 
     def to_columns(self) -> dict[str, np.ndarray]:
-        return {"key": self.events.key, "known": self.events.known, "item": self.items}
+        columns = {"key": self.events.key, "known": self.events.known, "item": self.items}
+        return columns | {f"attribute{place}": each for place, each in enumerate(self.attributes)}
 
     def with_columns(self, columns: Mapping[str, np.ndarray], floor: int | None) -> HistoryMemory:
-        return replace(self, events=KnownEvents(columns["key"], columns["known"]), items=columns["item"], floor=floor)
+        attributes = tuple(columns[f"attribute{place}"] for place in range(len(self.attributes)))
+        events = KnownEvents(columns["key"], columns["known"])
+        return replace(self, events=events, items=columns["item"], attributes=attributes, floor=floor)
 
 
 class HistoryEncoder(MemoryEncoder[HistoryMemory]):
-    """Table rows of the last `length` candidates that the user engaged with, oldest first."""
+    """Table rows of the last `length` candidates that the user engaged with, oldest first, and what else each holds.
+
+    parts: names of results -> vocabulary, the history's own first; ages: name of that of the seconds since, or None.
+    """
 
     feature: HistoryFeature
 
     def __init__(self, name: str, feature: HistoryFeature, shared: Shared) -> None:
+        self.parts = {part: shared.vocabularies[of] for part, of in feature.parts(name).items()}
+        self.ages = f"{name}_ages" if feature.ages else None
         super().__init__(name, feature, shared, (shared.schema.columns.user,))
-        self.vocabulary = shared.vocabularies[feature.of]
 
     def empty(self) -> HistoryMemory:
-        return HistoryMemory.empty(self.forget_after)
+        return HistoryMemory.empty(self.forget_after, len(self.parts) - 1)
 
     def events(self, rows: LogRows) -> pa.Table:
-        """Engaged rows with the candidate's id; each becomes visible only when its label is known."""
+        """Engaged rows with the candidate's ids; each becomes visible only when its label is known."""
         engaged = np.flatnonzero(rows.labels(self.task, _FOREVER) >= self.feature.at_least)
         known = known_at(rows.times()[engaged], self.matures_after)
-        ids = rows.column(self.vocabulary.feature.column).take(pa.array(engaged))
-        return pa.table({"key": rows.hashes(self.by)[engaged], "known": known, "id": ids})
+        columns = {
+            _column(place): rows.column(each.feature.column).take(pa.array(engaged))
+            for place, each in enumerate(self.parts.values())
+        }
+        return pa.table({"key": rows.hashes(self.by)[engaged], "known": known, **columns})
 
     def extended(self, memory: HistoryMemory, events: pa.Table, in_order: bool = False) -> HistoryMemory:
-        """The vocabulary must be complete by now."""
-        items = self.vocabulary.encode(one_array(events["id"]))
-        return memory.extended(events["key"].to_numpy(), events["known"].to_numpy(), items)
+        """The vocabularies must be complete by now."""
+        rows = [each.encode(one_array(events[_column(place)])) for place, each in enumerate(self.parts.values())]
+        return memory.extended(events["key"].to_numpy(), events["known"].to_numpy(), *rows)
 
     def compacted(self, memory: HistoryMemory, moment: int) -> HistoryMemory:
         return memory.compacted(moment, self.feature.length)
 
     def result_columns(self) -> Mapping[str, tuple[Use, pa.DataType | None]]:
-        """Lists of ids under the feature's name, oldest first."""
-        known = self.vocabulary.id_type
-        return {self.name: ("keys", None if known is None else pa.list_(known))}
+        """Lists of ids under the feature's name, oldest first, and of what else each holds."""
+        types = {name: None if each.id_type is None else pa.list_(each.id_type) for name, each in self.parts.items()}
+        ages = {} if self.ages is None else {self.ages: pa.list_(pa.int64())}
+        return {name: ("keys", each) for name, each in {**types, **ages}.items()}
 
     def distinct_results(self, memory: HistoryMemory, asked: LookUps) -> Mapping[str, Ragged]:
-        return {self.name: memory.last(asked, self.feature.length)}
+        *rows, since = memory.last_events(asked, self.feature.length)
+        found = dict(zip(self.parts, rows, strict=True))
+        if self.ages is not None:  # an event became known some time after it happened
+            seconds = known_at(since.values, self.matures_after) // _SECOND
+            found[self.ages] = Ragged(np.clip(seconds, 0, _LONGEST_AGE), since.lengths)
+        return found
 
     def outline(self) -> Outline:
-        return Outline(ids=((self.name, self.vocabulary.name, True),))
+        ids = tuple((name, each.name, True) for name, each in self.parts.items())
+        if self.ages is None:
+            return Outline(ids=ids)
+        table = Table(self.ages, len(_AGES) + 1, feature=self.feature.of)  # as wide as the ids' own
+        return Outline(tables=(table,), ids=(*ids, (self.ages, self.ages, True)))
 
     def encode(self, rows: LogRows) -> Inputs:
-        """The last candidates. A column with the feature's name, lists of candidate ids, wins."""
-        if rows.has(self.name):
-            values, lengths = ragged(rows.column(self.name), self.feature.length, last=True)
-            return Inputs({self.name: Ragged(self.vocabulary.encode(values), lengths)})
-        lists = self.look_up(rows)[self.name]
-        assert isinstance(lists, SharedRagged)
-        return Inputs({self.name: lists.expand()})
+        """The last candidates. Columns with the names of the results, lists of ids and seconds, win."""
+        if (given := self._given(rows)) is not None:
+            lists = {name: ragged(each, self.feature.length, last=True) for name, each in given.items()}
+            found = {name: Ragged(each.encode(lists[name][0]), lists[name][1]) for name, each in self.parts.items()}
+            if self.ages is not None:
+                found[self.ages] = Ragged(lists[self.ages][0].to_numpy(), lists[self.ages][1])
+        else:
+            found = {name: each.expand() for name, each in self.look_up(rows).items() if isinstance(each, SharedRagged)}
+        if self.ages is not None:
+            ages = found[self.ages]
+            found[self.ages] = Ragged(np.searchsorted(_AGES, ages.values, side="right"), ages.lengths)
+        return Inputs(dict(found))
+
+    def _given(self, rows: LogRows) -> dict[str, pa.Array] | None:
+        """The lists that came with the rows, None where none did. Raises UserError where they don't belong together."""
+        names = list(self.result_columns())
+        if not any(map(rows.has, names)):
+            return None
+        if lacking := [name for name in names if not rows.has(name)]:
+            raise UserError(f"history '{self.name}' is given without '{lacking[0]}': give all of {', '.join(names)}")
+        lists = {name: rows.column(name) for name in names}
+        lengths = {name: each.value_lengths().fill_null(0) for name, each in lists.items() if not pt.is_null(each.type)}
+        nulls = any(each.flatten().null_count for name, each in lists.items() if name in lengths)
+        if len(names) > 1 and (nulls or len({each.to_numpy().tobytes() for each in lengths.values()}) > 1):
+            raise UserError(
+                f"history '{self.name}': lists of {', '.join(names)} must be equally long in each row, without nulls"
+            )
+        return lists
+
+    def words(self, result: str, values: np.ndarray) -> list[Any]:
+        """(N,) values of a result as the log has them: ids, None in the place of one without a row of its own; or
+        seconds."""
+        return self.parts[result].decode(values) if result in self.parts else values.tolist()
 
     def explain(self, rows: LogRows) -> Mapping[str, np.ndarray]:
-        """The last candidates' ids, None in the place of one without a row of its own, oldest first; None for an empty
-        list. A column with the feature's name wins."""
-        lists: list[Any]
-        if rows.has(self.name):
-            given = rows.column(self.name).to_pylist()
-            lists = [[each for each in ids or () if each is not None][-self.feature.length :] for ids in given]
-        else:
-            asked = rows.look_ups(self.by)
-            known = self.memory.last(asked, self.feature.length)
-            ids, offsets = self.vocabulary.decode(known.values), known.offsets
-            lists = [ids[offsets[each] : offsets[each + 1]] for each in asked.number.tolist()]
-        result = np.empty(len(rows), object)
-        result[:] = [each or None for each in lists]
-        return {self.name: result}
+        """The last candidates in the log's words, oldest first; None for an empty list. Columns with the names of the
+        results win."""
+        found = {}
+        given, asked = self._given(rows), rows.look_ups(self.by)
+        known = {} if given is not None else self.distinct_results(self.memory, asked)
+        for name in self.result_columns():
+            lists: list[Any]
+            if given is not None:
+                own = given[name].to_pylist()
+                lists = [[each for each in ids or () if each is not None][-self.feature.length :] for ids in own]
+            else:
+                words, offsets = self.words(name, known[name].values), known[name].offsets
+                lists = [words[offsets[each] : offsets[each + 1]] for each in asked.number.tolist()]
+            found[name] = np.empty(len(rows), object)
+            found[name][:] = [each or None for each in lists]
+        return found
 
 
-KIND = Kind(HistoryFeature, HistoryFeature, HistoryEncoder)
+def _column(place: int) -> str:
+    """What events call the ids of a part."""
+    return f"id{place or ''}"
+
+
+KIND = Kind(HistoryFeature, PooledHistory, HistoryEncoder)
