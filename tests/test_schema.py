@@ -152,6 +152,18 @@ def test_a_history_of_what_is_no_id_feature_of_the_candidate(of):
     _refuses(f"feature 'f': {message}", _feature("history", task="click", of=of), *others)
 
 
+def test_what_each_event_of_a_history_has_besides():
+    brand = ("brand", {"kind": "id", "column": "brand"})
+    own = {"task": "click", "of": "item"}
+    for attributes, others, message in (
+        (["none"], [brand], "attributes 'none' is not an id feature of the candidate with a table of its own"),
+        (["item"], [brand], "has 'item' both as `of` and among its `attributes`: leave it out"),
+        (["brand"], [brand, ("f_brand", brand[1])], "has an input 'f_brand', and so has another feature: rename one"),
+        ([], [brand, ("f_ages", brand[1])], "has an input 'f_ages', and so has another feature: rename one"),
+    ):
+        _refuses(message, _feature("history", **own, attributes=attributes, ages=True), *others)
+
+
 def test_a_table_that_is_not_there_or_not_ones_own():
     _refuses("feature 'f': table 'none' is not an id feature", _feature("id", column="brand", table="none"))
     _refuses("feature 'f': table 'f' is not an id feature", _feature("id", column="brand", table="f"))

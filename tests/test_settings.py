@@ -332,6 +332,16 @@ def test_a_table_has_as_many_rows_as_32_bit_ids_can_tell_apart(tmp_path):
     _load(tmp_path, features__x={**CROSS, "buckets": 2**31}, features__y={**USER_ID, "max_size": 2**31 - 17})
 
 
+def test_attention_has_its_bounds(tmp_path):
+    history = {"kind": "history", "task": "click", "of": "item", "length": 512, "pooling": "attention"}
+    features = {"item": {"kind": "id", "column": "c"}, "seen": history}
+    assert _load(tmp_path, features=features).features["seen"].pooling == "attention"
+    longer = features | {"seen": history | {"length": 513}}
+    assert "attention looks at no more than 512 events: set `length` lower" in _message(tmp_path, features=longer)
+    told = _message(tmp_path, features=features, **{"model.members": 2})
+    assert "model.members is 2, and feature 'seen' has `pooling: attention`, which models of one member have" in told
+
+
 def test_every_mistake_is_told_at_once(tmp_path):
     message = _message(tmp_path, modle={}, name=5, tasks__click__kind="binry")
     assert "'modle'" in message

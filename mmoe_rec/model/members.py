@@ -22,8 +22,10 @@ class Members(nn.Module):
     """The dense parts of several networks, to be scored with: takes the place of a `Mixture`.
 
     Experts are numbered one member after the other. State: `members.<number>.*`, each that of a `Mixture`. columns: of
-    the inputs and of the placement that each member reads, int64.
+    the inputs and of the placement that each member reads, int64. histories: none; settings refuse both together.
     """
+
+    histories = None
 
     def __init__(self, members: Sequence[nn.Module], columns: Sequence[tuple[Tensor, Tensor]]) -> None:
         super().__init__()

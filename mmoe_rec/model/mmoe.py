@@ -153,7 +153,8 @@ class RankingModel(nn.Module):
         """Logits and routings of inputs as `side_by_side` gives them; placement is read in training only. events,
         vectors: of each history, where attention has not pooled them yet."""
         of_network = inputs if self.trees is None else inputs[:, : self.width]
-        outputs = self.mixture(of_network, placement, top_k, usable, events, *vectors)
+        looked_up = (events, *vectors) if vectors else ()
+        outputs = self.mixture(of_network, placement, top_k, usable, *looked_up)
         # A regression's output is in the label's own unit; a binary task has mean 0 and deviation 1.
         logits = torch.addcmul(self.mean, outputs.logits.to(self.mean.dtype), self.scale)
         if self.trees is None:
@@ -505,20 +506,16 @@ def build_model(layout: ModelLayout, model: section.Model, tables: nn.Module, se
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         widths = layout.width(placement=False), layout.width(placement=True)
-<<<<<<< HEAD
         if model.members == 1:
-            return RankingModel(tables, layout, build_mixture(widths[0], edges, widths[1], len(layout.tasks), model))
+            mixture = build_mixture(widths[0], edges, widths[1], len(layout.tasks), model)
+            mixture.histories = Histories(layout) if layout.attention else None
+            return RankingModel(tables, layout, mixture)
         columns = [member_columns(layout, placement, model.members) for placement in (False, True)]
         members = [
             build_mixture(len(inputs), edges, len(placement), len(layout.tasks), model)
             for inputs, placement in zip(*columns, strict=True)
         ]
         return RankingModel(tables, layout, Members(members, list(zip(*columns, strict=True))))
-=======
-        mixture = build_mixture(widths[0], edges, widths[1], len(layout.tasks), model)
-        mixture.histories = Histories(layout) if layout.attention else None
-        return RankingModel(tables, layout, mixture)
->>>>>>> 8f5c1511 (A history may look at the candidate (pooling: attention): a small network reads each event with it, its place, its age and further ids; a log of one objective is registered with MLflow)
 
 
 def build_mixture(

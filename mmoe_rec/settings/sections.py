@@ -388,6 +388,12 @@ class Settings(Section):
         self.split.check(self.columns)
         if "model.members" in self.tuning.search:
             raise ValueError("tuning.search names 'model.members', but a trial trains one member: more rank better")
+        looking = [name for name, each in self.features.items() if getattr(each, "pooling", None) == "attention"]
+        if looking and self.model.members > 1:
+            raise ValueError(
+                f"model.members is {self.model.members}, and feature '{looking[0]}' has `pooling: attention`, which "
+                "models of one member have: set one of them back"
+            )
         for name in self.tuning.search:
             section, _, rest = name.partition(".")
             known = getattr(self, section) if section in CHOICES else None

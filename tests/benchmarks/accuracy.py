@@ -8,12 +8,14 @@ of the highest mean on the test rows, which favours it.
 
 DeskDrop is read from ../shared/data/deskdrop, Census-Income as by `tests.benchmarks.census`; beside the latter stands
 LightGBM at its best on the raw columns. `numbers` is drawn: a plain table of numbers whose exact values and narrow
-ranges decide, with the best AUC that its true probabilities allow. A run that was stopped goes on.
+ranges decide, with the best AUC that its true probabilities allow. `sequences` is a log in which the order of a user's
+visits decides: ours has attention, beside it stand the same with their mean (`mean`) and with counters of the user's
+visits to the candidate's group instead (`counters`). A run that was stopped goes on.
 
 The last line is JSON: table -> `ours`, `defaults` (AUC of each task), `others`, `best_other`; `ours_minus_best` with
 `ours_low`, `ours_high`; `defaults_minus_best` alike; `ours_cost` and `defaults_cost` of the first training: rows a
 second, milliseconds of one thread for a request of 500 candidates, bytes of the artifact; of `numbers`
-`best_possible`, and `ours_share`, (AUC - .5) / (best - .5).
+`best_possible`, and `ours_share`, (AUC - .5) / (best - .5); of `sequences` too, with (AUC - mean's) / (best - mean's).
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightgbm
 import numpy as np
@@ -49,13 +51,15 @@ from mmoe_rec.settings.sections import Settings
 from mmoe_rec.training.checkpoint import FinishedTraining
 from pipelines.ingest_census_income import ingest
 from pipelines.quickstart import ingest_log, quickstart_settings
-from tests.benchmarks import census
+from tests.benchmarks import census, sequences
 from tests.benchmarks.serving_models import Bodies
 from tests.log.small_logs import write_log
 
 DESKDROP = Path("../shared/data/deskdrop/deskdrop.yaml")
 NUMBERS, NUMBERS_ROWS = "numbers", 300_000
-TABLES = ("journey", "slice", "deskdrop", *census.PAIRS, NUMBERS)
+SEQUENCES = "sequences"
+BESIDE: tuple[Literal["mean", "counters"], ...] = ("mean", "counters")
+TABLES = ("journey", "slice", "deskdrop", *census.PAIRS, NUMBERS, SEQUENCES)
 TEMPLATE = Path("configs/template.yaml")
 
 
@@ -71,6 +75,10 @@ def settings_of(table: str, work: Path) -> Settings:
         if not (work / "log").is_dir():
             write_log(work / "log", draw_numbers())
         return numbers_settings(work)
+    if table == SEQUENCES:
+        if not (work / "log").is_dir():
+            sequences.write_world(work, users=1_500, seed=0)
+        return sequences.settings_of_world(work, "attention", store[1])
     if table == "deskdrop":
         return load_settings(DESKDROP, ["--data.work", str(work / "work"), "--model.trees", "{}", *store])
     settings = quickstart_settings(table == "slice", work, store)
@@ -246,12 +254,17 @@ def main() -> None:
         both = {"ours": settings}
         if table != NUMBERS:  # whose settings are the defaults
             both["defaults"] = with_defaults(settings, work / "defaults")
+        if table == SEQUENCES:
+            both |= {name: sequences.settings_of_world(work, name, str(settings.tracking.uri)) for name in BESIDE}
         models = {name: trained(each, asked.seeds) for name, each in both.items()}
         result[table] = compare(settings, models, others)
         result[table] |= {f"{name}_cost": measure_cost(each) for name, each in both.items()}
         if table == NUMBERS:
             best, found = best_possible(settings), result[table]["ours"]["label"]
             result[table] |= {"best_possible": best, "ours_share": (found - 0.5) / (best - 0.5)}
+        if table == SEQUENCES:
+            best, (found, mean) = sequences.best_of(work), (result[table][name]["clicked"] for name in ("ours", "mean"))
+            result[table] |= {"best_possible": best, "ours_share": (found - mean) / (best - mean)}
         print(json.dumps({table: result[table]}, indent=1), flush=True)
     print(json.dumps(result))
 

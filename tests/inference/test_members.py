@@ -19,6 +19,7 @@ from mmoe_rec.inference.ranking import Ranking
 from mmoe_rec.inference.writing import seal, write_artifact
 from mmoe_rec.model.utilisation import Utilisation
 from tests.inference.small_model import CONTEXT, ITEMS, USER, SmallModel
+from tests.log.small_logs import ALL_KINDS
 
 MEMBERS, EXPERTS = 3, 2
 STRUCTURE = {
@@ -30,7 +31,8 @@ STRUCTURE = {
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> SmallModel:
-    return SmallModel(tmp_path_factory.mktemp("members"), model={"members": MEMBERS, **STRUCTURE})
+    sections = {"model": {"members": MEMBERS, **STRUCTURE}, "features": ALL_KINDS}
+    return SmallModel(tmp_path_factory.mktemp("members"), **sections)
 
 
 @pytest.fixture(scope="module")
