@@ -154,12 +154,13 @@ def test_what_is_given_has_no_moment_and_needs_no_warning(dated: SmallModel) -> 
         assert json.loads(as_of) == expected
     (told,) = at(ranker, LAST - int(2.5 * DAY), candidates=all_of_brand).warnings
     assert f"before {iso_time(LAST - 2 * DAY)}, from" in told
-    assert at(ranker, LAST - int(2.5 * DAY), candidates=all_of_brand, liked_items=[]).warnings == []
+    empty: dict[str, Any] = {name: [] for name in liked.result_columns()}
+    assert at(ranker, LAST - int(2.5 * DAY), candidates=all_of_brand, **empty).warnings == []
     every = {
         name: [0.5] * len(ITEMS) for each in encoders.values() for name in each.result_columns() if each is not liked
     }
     every.pop("clicked")
-    found = at(ranker, START, candidates=every, liked_items=[], clicked=[])
+    found = at(ranker, START, candidates=every, clicked=[], **empty)
     assert found.warnings == []
     assert {json.dumps(each.as_of) for each in found.explanations} == {"{}"}
 

@@ -16,6 +16,7 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.tracking import client, registry, runs
 from mmoe_rec.tracking.registry import find_model
 from tests.inference.small_model import SmallModel
+from tests.log.small_logs import ALL_KINDS, BASE
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +121,16 @@ def test_a_model_that_cannot_be_loaded_is_not_registered(uri: str, tmp_path: Pat
         registry.register_model(run, tmp_path, "broken", "champion")
     with pytest.raises(UserError, match="broken"):
         registry.fetch_model("models:/broken@champion", uri)
+
+
+def test_a_model_of_one_objective_is_registered_with_an_example_of_its_own(tmp_path: Path) -> None:
+    """MLflow refuses an example that weighs an objective which the signature, and so the model, does not have."""
+    tasks, features = ({key: each[key]} for key, each in (("click", BASE["tasks"]), ("price", ALL_KINDS)))
+    small = SmallModel(tmp_path / "work", tasks=tasks, features=features)
+    told = registry.describe_model(small.folder, tmp_path)
+    assert told["input_example"][1]["task_weights"] == {"engagement": 1.0}
+    names = [each.name for each in told["signature"].params.params[0].dtype.properties]
+    assert names == ["click", "engagement"]
 
 
 def test_looking_up_makes_no_store(tmp_path: Path) -> None:

@@ -260,7 +260,7 @@ class HistoryEncoder(MemoryEncoder[HistoryMemory]):
             lists = {name: ragged(each, self.feature.length, last=True) for name, each in given.items()}
             found = {name: Ragged(each.encode(lists[name][0]), lists[name][1]) for name, each in self.parts.items()}
             if self.ages is not None:
-                found[self.ages] = Ragged(lists[self.ages][0].to_numpy(), lists[self.ages][1])
+                found[self.ages] = Ragged(lists[self.ages][0].cast(pa.int64()).to_numpy(), lists[self.ages][1])
         else:
             found = {name: each.expand() for name, each in self.look_up(rows).items() if isinstance(each, SharedRagged)}
         if self.ages is not None:
