@@ -150,8 +150,10 @@ def test_the_weights_are_learnt_logged_and_left_out_of_the_model(prepared: Featu
         assert steps[-1][f"train/{task.name}.weight"] == pytest.approx(last, rel=1e-5)
     # The smaller its loss, the more a task counts.
     losses = found.result.history[-1][1].loss
-    assert losses["rating"] < losses["click"]
-    assert steps[-1]["train/rating.weight"] / 0.5 > steps[-1]["train/click.weight"]
+    shares = {"click": steps[-1]["train/click.weight"], "rating": steps[-1]["train/rating.weight"] / 0.5}
+    smaller, larger = sorted(shares, key=lambda name: losses[name])
+    assert losses[smaller] < 0.95 * losses[larger]
+    assert shares[smaller] > shares[larger]
 
 
 def test_weight_decay_leaves_them_alone(prepared: FeatureFolder, tmp_path: Path) -> None:
