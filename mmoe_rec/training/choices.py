@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mmoe_rec.batches.batch import KeyedIds
+from mmoe_rec.batches.batch import KeyedIds, by_place
 from mmoe_rec.devices import freed_memory_kept
 from mmoe_rec.features.layout import DenseInput, IdInput
 from mmoe_rec.model.layout import EmbeddingTable, ModelLayout, ModelTask
@@ -302,7 +302,9 @@ def make_trial(way: Way, layout: ModelLayout, ids: KeyedIds, rows_at_most: int) 
     # fbgemm wants inputs that share a table next to each other.
     tables = tuple(replace(each, rows=min(each.rows, rows_at_most)) for each in used_tables(layout))
     names = [table.name for table in tables]
-    inputs = tuple(sorted(layout.ids, key=lambda each: names.index(each.table)))
+    inputs = tuple(sorted(layout.look_ups(), key=lambda each: names.index(each.table)))
+    if layout.attention:
+        ids = by_place(ids, {name: each.length for each in layout.attention for name, _ in layout.parts(each)})
     columns = [ids.column(each.name) for each in inputs]
     own = [tables[names.index(each.table)] for each in inputs]
     values = torch.cat([column % table.rows for (column, _), table in zip(columns, own, strict=True)])
