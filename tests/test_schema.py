@@ -195,22 +195,6 @@ def test_a_table_that_is_not_there_or_not_ones_own():
             "forgets after 60 days, before its window of 91 days is over: set forget_after_days to 91 or more",
         ),
         (_feature("counter", task="click", by=["u"], forget_after_days=0), "greater than 0"),
-        (
-            _feature("counter", task="click", by=["u", "item"], outputs=["share"]),
-            "needs both output share and share_of",
-        ),
-        (_feature("counter", task="click", by=["u", "item"], share_of=["u"]), "needs both output share and share_of"),
-        *(
-            (
-                _feature("counter", task="click", by=["u", "item"], outputs=["share"], share_of=share_of),
-                "which must be some of the columns of by, but not all: [u, item]",
-            )
-            for share_of in (["u", "item"], ["brand"])
-        ),
-        (
-            _feature("counter", task="click", by=["u"], outputs=["rows", "due"], forget_after_days=60),
-            "has forget_after_days, with which it cannot have due, a statistic of all gaps of a key there ever were",
-        ),
         (_feature("counter", task="click", by=["u"], max_keys=9), "max_keys"),
     ],
 )

@@ -268,11 +268,7 @@ def test_an_unknown_missing_or_unfit_key(tmp_path, key, value, message):
         ("features.item.dim", "16", "{} must be a whole number, found '16'; write it without"),
         ("data.skip_bad_files", "true", "{} must be true or false, found 'true'; write it without quotes"),
         ("features.item.kind", "idd", "{} must be one of " + ", ".join(KINDS) + ", found 'idd'; did you mean 'id'?"),
-        (
-            "features.user_brand.outputs",
-            ["rates"],
-            "outputs.0' must be one of positives, rows, rate, recency, mean_gap, gap_deviation, due, share, found",
-        ),
+        ("features.user_brand.outputs", ["rates"], "outputs.0' must be one of positives, rows, rate, recency, found"),
         ("features.user_brand.window_days", ["week"], "'features.user_brand.window_days.0' must be a number, found"),
         ("features.user_brand.window_days", [7, 7], "{} lists 7.0 twice"),
         ("tasks.liked.observed_when.equals", [1], "{} must be a number, text, true or false, found [1]"),

@@ -164,14 +164,12 @@ class MemoryEncoder(Encoder, Generic[MemoryKind]):
     """A feature that looks up, for each row, what was known of earlier events before its request.
 
     source: name of the log of events that it remembers, None for the interaction log itself; task: whose labels;
-    matures_after: microseconds after which a label is known; by: the columns that make the key; whole: those of a
-    coarser key that is remembered and asked for too, if any; label: the task whose labels make rows of the interaction
-    log events, if any: they are sent once, with the label, as look-ups; numbers: results that are standardised; memory:
-    the events, where they are held in this process.
+    matures_after: microseconds after which a label is known; by: the columns that make the key; label: the task whose
+    labels make rows of the interaction log events, if any: they are sent once, with the label, as look-ups; numbers:
+    results that are standardised; memory: the events, where they are held in this process.
     """
 
     label: str | None = None
-    whole: tuple[str, ...] = ()
 
     def __init__(self, name: str, feature: Any, shared: Shared, by: tuple[str, ...]) -> None:
         super().__init__(name, feature, shared)
@@ -248,7 +246,7 @@ class MemoryEncoder(Encoder, Generic[MemoryKind]):
         names = self.result_columns().keys()
         if rows.results.keys() >= names:
             return {name: rows.results[name] for name in names}
-        return self.results(self.memory, rows.look_ups(self.by, self.whole))
+        return self.results(self.memory, rows.look_ups(self.by))
 
     def results(self, memory: MemoryKind, asked: LookUps) -> Results:
         """What a memory of this kind knew at the look-ups of N rows."""

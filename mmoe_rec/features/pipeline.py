@@ -72,7 +72,7 @@ class Live:
                 label = np.ones(len(events), np.int8) if encoder.label is None else events["label"].to_numpy()
                 together.append((events["key"].to_numpy() ^ self._salt(name), events["known"].to_numpy(), label))
             else:
-                new = encoder.extended(replace(encoder.empty(), floor=encoder.memory.floor), events)
+                new = encoder.extended(encoder.empty(), events)
                 own[name] = grown(own.get(name, ()), new, lambda one, two: one.merged(two))
         shared = self.shared
         if together:
@@ -160,9 +160,9 @@ class FeaturePipeline:
     @property
     def key_groups(self) -> dict[str, list[MemoryEncoder[Any]]]:
         """The counters and histories that share a key, under the name of the first of them."""
-        groups: dict[tuple[tuple[str, ...], ...], list[MemoryEncoder[Any]]] = {}
+        groups: dict[tuple[str, ...], list[MemoryEncoder[Any]]] = {}
         for encoder in self.memory_encoders.values():
-            groups.setdefault((encoder.by, encoder.whole), []).append(encoder)
+            groups.setdefault(encoder.by, []).append(encoder)
         return {group[0].name: group for group in groups.values()}
 
     @property

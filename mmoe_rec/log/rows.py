@@ -25,7 +25,7 @@ import pyarrow.types as pt
 from mmoe_rec.errors import UserError
 from mmoe_rec.log.columns import UTC_MICROSECONDS, combine, hash_column, mix
 from mmoe_rec.point_in_time.arrays import SharedRagged, filled, one_array
-from mmoe_rec.point_in_time.join import LookUps, part_of
+from mmoe_rec.point_in_time.join import LookUps
 from mmoe_rec.settings.columns import SplitColumn, Task, outcome_name
 from mmoe_rec.settings.schema import Schema
 
@@ -60,7 +60,7 @@ class LogRows:
         self.schema = schema
         self.results = dict(results or {})
         self._hashes: dict[tuple[str, ...], np.ndarray] = {}
-        self._look_ups: dict[tuple[tuple[str, ...], ...], LookUps] = {}
+        self._look_ups: dict[tuple[str, ...], LookUps] = {}
         self._times: dict[str | None, np.ndarray] = {}
 
     def __len__(self) -> int:
@@ -129,18 +129,11 @@ class LogRows:
             self._hashes[key] = combine(parts)
         return self._hashes[key]
 
-    def keys(self, names: Sequence[str], whole: Sequence[str] = ()) -> dict[str, np.ndarray]:
-        """key: (N,) uint64 of these columns; whole: of some of them, of which that is a part, where asked for."""
-        if not whole:
-            return {"key": self.hashes(names)}
-        return {"key": part_of(self.hashes(whole), self.hashes(names)), "whole": self.hashes(whole)}
-
-    def look_ups(self, names: Sequence[str], whole: Sequence[str] = ()) -> LookUps:
-        """The rows' look-ups by these columns, a part of a `whole` or not."""
-        key = tuple(names), tuple(whole)
+    def look_ups(self, names: Sequence[str]) -> LookUps:
+        """The rows' look-ups by these columns."""
+        key = tuple(names)
         if key not in self._look_ups:
-            keys = self.keys(names, whole)
-            self._look_ups[key] = self._ask(keys["key"], self.times(), keys.get("whole"))
+            self._look_ups[key] = self._ask(self.hashes(names), self.times())
         return self._look_ups[key]
 
     def times(self, name: str | None = None) -> np.ndarray:

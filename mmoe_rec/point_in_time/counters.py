@@ -5,7 +5,7 @@ A window's count is the total at the request's time less the total at the window
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import reduce
@@ -14,12 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from mmoe_rec.point_in_time.exact_sums import ExactSums, append, each_of
-from mmoe_rec.point_in_time.gaps import Gaps, SeenGaps, seen_gaps
 from mmoe_rec.point_in_time.join import KeyGroups, KnownEvents, LookUps, last_known, sorted_order
 from mmoe_rec.point_in_time.memory import NEVER, Memory, SeenEvents, at, grown
 
 _LIMB = "label_sum."
+_BITS = 32
+_MASK = np.uint64(2**_BITS - 1)
+_AT_A_TIME = 8192  # this many numbers stay in the processor's cache
 
 
 @dataclass(eq=False)
@@ -29,32 +30,25 @@ class CounterMemory(Memory):
     rows: (E,) int32, of all events of the key so far; label_sum: of their labels, (E,) float64 where these are whole
     numbers, `ExactSums` where they may be fractions; last_positive: (E,) int64 moment of its last positive one, `NEVER`
     without; None where nobody asks for it. Where each event counts 1, as in a log of events, rows and moments say it
-    all, and both are None. gaps: between positive events, None where nobody asks for them. shared: further levels,
-    which other counters share.
+    all, and both are None. shared: further levels, which other counters share.
     """
 
     rows: np.ndarray
     label_sum: np.ndarray | ExactSums | None
     last_positive: np.ndarray | None
-    gaps: Gaps | None = field(default=None, kw_only=True)
     shared: SharedLevels | None = field(default=None, init=False)
 
     @staticmethod
     def empty(
-        labels: bool = True,
-        recency: bool = True,
-        fractions: bool = False,
-        forget_after: int | None = None,
-        gaps: bool = False,
+        labels: bool = True, recency: bool = True, fractions: bool = False, forget_after: int | None = None
     ) -> CounterMemory:
-        """Nothing remembered. labels: whether events have labels; recency, gaps: whether the last positive and the gaps
-        between positives are asked for; fractions: whether labels may be other than whole numbers."""
+        """Nothing remembered. labels: whether events have labels; recency: whether the last positive is asked for;
+        fractions: whether labels may be other than whole numbers."""
         none = np.empty(0, np.int64)
         sums = ExactSums.zeros(0) if fractions else np.empty(0)
         last_positive = none if labels and recency else None
         events, rows = KnownEvents(np.empty(0, np.uint64), none), none.astype(np.int32)
-        label_sum, own = sums if labels else None, Gaps.empty() if gaps else None
-        return CounterMemory(events, rows, label_sum, last_positive, forget_after=forget_after, gaps=own)
+        return CounterMemory(events, rows, sums if labels else None, last_positive, forget_after=forget_after)
 
     def extended(
         self, key: np.ndarray, known: np.ndarray, label: np.ndarray | None, in_order: bool = False
@@ -71,21 +65,14 @@ class CounterMemory(Memory):
         positive = None
         if label is not None and self.last_positive is not None:
             positive = np.where(label > 0, known, NEVER)
-        gaps = None
-        if self.gaps is not None:
-            counts = np.ones(len(known), bool) if label is None else label > 0
-            if self.floor is not None:
-                counts &= known > self.floor - self.late
-            gaps = Gaps.steps_of(known, counts)
-        return self._with_steps(key, known, np.ones(len(key), np.int32), labels, positive, gaps, in_order)
+        return self._with_steps(key, known, np.ones(len(key), np.int32), labels, positive, in_order)
 
     def merged(self, other: CounterMemory) -> CounterMemory:
         """The events of both, of the same kind; as of this one's `floor`."""
         if not len(other):
             return self
-        rows, labels = other._steps(other.rows), each_of(other._steps, other.label_sum)
-        gaps = None if other.gaps is None else other.gaps.steps(other.events, other._steps)
-        return self._with_steps(other.events.key, other.events.known, rows, labels, other.last_positive, gaps, True)
+        rows, labels = other._steps(other.rows), _map(other._steps, other.label_sum)
+        return self._with_steps(other.events.key, other.events.known, rows, labels, other.last_positive, in_order=True)
 
     def _with_steps(
         self,
@@ -94,23 +81,17 @@ class CounterMemory(Memory):
         rows: np.ndarray,
         labels: np.ndarray | ExactSums | None,
         positive: np.ndarray | None,
-        gaps: Gaps | None,
         in_order: bool,
     ) -> CounterMemory:
-        """These events and (E,) further ones by what each adds: rows, labels, the last positive, and gaps."""
+        """These events and (E,) further ones by what each adds: rows, labels, and the last positive."""
         if len(self):
             key, known = np.append(self.events.key, key), np.append(self.events.known, known)
-            rows, labels = (
-                np.append(self._steps(self.rows), rows),
-                append(each_of(self._steps, self.label_sum), labels),
-            )
-            positive, in_order = append(self.last_positive, positive), False
-            gaps = append(None if self.gaps is None else self.gaps.steps(self.events, self._steps), gaps)
+            rows, labels = np.append(self._steps(self.rows), rows), _append(_map(self._steps, self.label_sum), labels)
+            positive, in_order = _append(self.last_positive, positive), False
         if not in_order:
             order = sorted_order(key, known)
             key, known = key[order], known[order]
-            steps = rows, labels, positive, gaps
-            rows, labels, positive, gaps = (each_of(lambda column: column[order], each) for each in steps)
+            rows, labels, positive = (_map(lambda steps: steps[order], each) for each in (rows, labels, positive))
         groups = KeyGroups(key)
         kept = np.flatnonzero(np.append((key[1:] != key[:-1]) | (known[1:] != known[:-1]), True))
         first = groups.starts[groups.number[kept]]
@@ -120,14 +101,13 @@ class CounterMemory(Memory):
             np.cumsum(steps, dtype=np.int64, out=total[1:])
             return total[1:][kept] - total[first]
 
-        sums = each_of(running, labels)
+        sums = _map(running, labels)
         return replace(
             self,
             events=KnownEvents(key[kept], known[kept]),
             rows=running(rows).astype(np.int32),
             label_sum=sums.astype(np.float64) if isinstance(sums, np.ndarray) else sums,
             last_positive=None if positive is None else _running_latest(groups, positive)[kept],
-            gaps=None if gaps is None else gaps.totals(groups, known, kept, running),
         )
 
     def _steps(self, totals: np.ndarray) -> np.ndarray:
@@ -147,7 +127,7 @@ class CounterMemory(Memory):
             found = at(totals, index, 0)
             return found if before is None else found - at(totals, before, 0)
 
-        rows, labels = difference(self.rows), each_of(difference, self.label_sum)
+        rows, labels = difference(self.rows), _map(difference, self.label_sum)
         return rows, rows if labels is None else labels
 
     def last_positive_at(self, index: np.ndarray) -> np.ndarray:
@@ -167,8 +147,6 @@ class CounterMemory(Memory):
     def compacted(self, moment: int, window: int) -> CounterMemory:
         """What requests at `moment` or later, which look back `window` microseconds, can ask for."""
         memory = self if self.lives is None else self._without(self.lives.ended(moment))
-        if self.gaps is not None:
-            window = max(window, self.late)
         later = memory.events.known > moment - window
         # And the last one before of each key, which carries its totals.
         needed = later | np.append(later[1:], False)
@@ -178,10 +156,9 @@ class CounterMemory(Memory):
         return memory._at_events(np.flatnonzero(needed), self._later_floor(moment))
 
     def _at_events(self, kept: np.ndarray, floor: int | None) -> CounterMemory:
-        totals = self.rows, self.label_sum, self.last_positive, self.gaps
-        rows, labels, positive, gaps = (each_of(lambda column: column[kept], each) for each in totals)
-        events = self.events.take(kept)
-        return replace(self, events=events, rows=rows, label_sum=labels, last_positive=positive, gaps=gaps, floor=floor)
+        labels, positive = (_map(lambda totals: totals[kept], each) for each in (self.label_sum, self.last_positive))
+        events, rows = self.events.take(kept), self.rows[kept]
+        return replace(self, events=events, rows=rows, label_sum=labels, last_positive=positive, floor=floor)
 
     def _without(self, ended: np.ndarray) -> CounterMemory:
         """The memory of the other events alone; of each key, (E,) bool `ended` are all up to one of them."""
@@ -205,11 +182,7 @@ class CounterMemory(Memory):
             columns |= {f"{_LIMB}{unit}": limb for unit, limb in limbs if unit == 0 or limb.any()}
         elif self.label_sum is not None:
             columns["label_sum"] = self.label_sum
-        if self.last_positive is not None:
-            columns["last_positive"] = self.last_positive
-        if self.gaps is not None:
-            columns |= self.gaps.columns
-        return columns
+        return columns if self.last_positive is None else columns | {"last_positive": self.last_positive}
 
     def with_columns(self, columns: Mapping[str, np.ndarray], floor: int | None) -> CounterMemory:
         events, positive = KnownEvents(columns["key"], columns["known"]), columns.get("last_positive")
@@ -217,9 +190,8 @@ class CounterMemory(Memory):
         if isinstance(self.label_sum, ExactSums):
             limbs = {int(name.removeprefix(_LIMB)): each for name, each in columns.items() if name.startswith(_LIMB)}
             labels = ExactSums.from_limbs(limbs, len(events))
-        gaps = None if self.gaps is None else Gaps(*(columns[name] for name in self.gaps.columns))
         rows = columns["rows"]
-        return replace(self, events=events, rows=rows, label_sum=labels, last_positive=positive, gaps=gaps, floor=floor)
+        return replace(self, events=events, rows=rows, label_sum=labels, last_positive=positive, floor=floor)
 
 
 class SeenTotals(SeenEvents[CounterMemory]):
@@ -252,11 +224,6 @@ class SeenTotals(SeenEvents[CounterMemory]):
         if self.forgotten_until is not None:
             moments = _after(moments, self.forgotten_until)
         return moments if self._later is None else np.maximum(moments, self._later[1])
-
-    def gaps(self) -> SeenGaps:
-        """What is seen of the gaps between positive events; of memories that have them, which forget nothing."""
-        parts = [(memory.events.known, memory.gaps) for memory in self.memories if memory.gaps is not None]
-        return seen_gaps(parts, [join.first for join in self._joins], self.last())
 
 
 LaterTotals = tuple[Mapping[int | None, tuple[np.ndarray, np.ndarray]], np.ndarray]
@@ -352,3 +319,140 @@ def _running_latest(groups: KeyGroups, moments: np.ndarray) -> np.ndarray:
     import pandas as pd
 
     return pd.Series(moments).groupby(groups.number).cummax().to_numpy()
+
+
+# Of arrays or exact sums, None where they are missing.
+
+
+def _map(function: Any, values: Any) -> Any:
+    return values.each(function) if isinstance(values, ExactSums) else None if values is None else function(values)
+
+
+def _append(one: Any, other: Any) -> Any:
+    return one.append(other) if isinstance(one, ExactSums) else None if one is None else np.append(one, other)
+
+
+class ExactSums:
+    """N sums of float64 numbers without rounding, so that no order of adding and no difference of two loses anything.
+
+    A number is a whole multiple of 2^-1074, cut into limbs: whole numbers of 2^(32 j), each below 2^32. Limbs are added
+    up as int64, which is exact for 2^31 numbers; a sum is rounded once, when it is asked for, to the nearest float64.
+    (The idea is Kulisch's long accumulator; carries wait until the rounding, as in Neal, "Fast exact summation using
+    small and large superaccumulators", 2015.)
+
+    units: the j of each of L limbs, rising, 0 among them; others are zero. limbs: (L, N) int64.
+    """
+
+    def __init__(self, units: Sequence[int], limbs: np.ndarray) -> None:
+        self.units, self.limbs = tuple(units), limbs
+
+    def __len__(self) -> int:
+        return self.limbs.shape[1]
+
+    @staticmethod
+    def zeros(size: int, units: Collection[int] = ()) -> ExactSums:
+        """Sums of nothing, with room for these units."""
+        units = sorted({0, *units})
+        return ExactSums(units, np.zeros((len(units), size), np.int64))
+
+    @staticmethod
+    def of(values: np.ndarray) -> ExactSums:
+        """(N,) finite float64 numbers."""
+        parts = [_split(values[start : start + _AT_A_TIME]) for start in range(0, len(values), _AT_A_TIME)]
+        sums = ExactSums.zeros(len(values), set().union(*parts))
+        for number, part in enumerate(parts):
+            start = number * _AT_A_TIME
+            for unit, limb in part.items():
+                sums.limbs[sums.units.index(unit), start : start + _AT_A_TIME] = limb
+        return sums
+
+    @staticmethod
+    def from_limbs(limbs: Mapping[int, np.ndarray], size: int) -> ExactSums:
+        """unit -> (N,) int64."""
+        sums = ExactSums.zeros(size, limbs)
+        for unit, limb in zip(sums.units, sums.limbs, strict=True):
+            if unit in limbs:
+                limb[:] = limbs[unit]
+        return sums
+
+    def over(self, units: Collection[int]) -> ExactSums:
+        """The same sums, with limbs for further units."""
+        missing = set(units) - set(self.units)
+        if not missing:
+            return self
+        wider = ExactSums.zeros(len(self), missing | set(self.units))
+        wider.limbs[np.searchsorted(wider.units, self.units)] = self.limbs
+        return wider
+
+    def each(self, of: Callable[[np.ndarray], np.ndarray]) -> ExactSums:
+        """What a linear function, of (N,) int64 to (K,) int64, makes of the sums."""
+        return ExactSums(self.units, np.stack([of(limb) for limb in self.limbs]))
+
+    def append(self, other: ExactSums) -> ExactSums:
+        """These sums and others."""
+        one, two = self.over(other.units), other.over(self.units)
+        return ExactSums(one.units, np.concatenate([one.limbs, two.limbs], axis=1))
+
+    def __add__(self, other: ExactSums) -> ExactSums:
+        """The sums of both, one by one."""
+        one, two = self.over(other.units), other.over(self.units)
+        return ExactSums(one.units, one.limbs + two.limbs)
+
+    def rounded(self) -> np.ndarray:
+        """(N,) float64: the nearest to each sum, of two equally near, the even one; infinite beyond the largest."""
+        limbs = [self.limbs[:, start : start + _AT_A_TIME] for start in range(0, len(self), _AT_A_TIME)]
+        return np.concatenate([self._rounded(each) for each in limbs]) if limbs else np.empty(0)
+
+    def _rounded(self, limbs: np.ndarray) -> np.ndarray:
+        negative = self._digits(limbs)[-1] < 0
+        sizes = _nearest(self._digits(np.where(negative, -limbs, limbs)), self.units[0])
+        return np.where(negative, -sizes, sizes)
+
+    def _digits(self, limbs: np.ndarray) -> np.ndarray:
+        """(P, N) int64 whole numbers of 2^(32 j) from the first unit on, all from 0 to 2^32 - 1 but the last."""
+        digits = np.zeros((self.units[-1] - self.units[0] + 2, limbs.shape[1]), np.int64)
+        digits[np.array(self.units) - self.units[0]] = limbs
+        for place in range(len(digits) - 1):
+            digits[place + 1] += digits[place] >> _BITS
+            digits[place] &= np.int64(_MASK)
+        return digits
+
+
+def _split(values: np.ndarray) -> dict[int, np.ndarray]:
+    """Limbs, (N,) int64 by unit, of finite numbers."""
+    fraction, exponent = np.frexp(values)
+    whole, exponent = (fraction * 2.0**53).astype(np.int64), exponent.astype(np.int64) - 53
+    size = np.abs(whole).view(np.uint64)
+    unit, shift = exponent // _BITS, (exponent & (_BITS - 1)).view(np.uint64)
+    low, high = (size & _MASK) << shift, (size >> np.uint64(_BITS)) << shift
+    middle = (low >> np.uint64(_BITS)) + (high & _MASK)
+    digits = (low & _MASK, middle & _MASK, (high >> np.uint64(_BITS)) + (middle >> np.uint64(_BITS)))
+    signed = [np.where(whole < 0, -digit.view(np.int64), digit.view(np.int64)) for digit in digits]
+    limbs: dict[int, np.ndarray] = {}
+    least = unit.min()
+    firsts = np.flatnonzero(np.bincount(unit - least)) + least
+    for first in firsts.tolist():
+        here = unit == first
+        for j, digit in enumerate(signed, first):
+            limb = digit if len(firsts) == 1 else np.where(here, digit, 0)
+            if limb.any():
+                limbs[j] = limbs[j] + limb if j in limbs else limb
+    return limbs
+
+
+def _nearest(digits: np.ndarray, unit: int) -> np.ndarray:
+    """(N,) float64 nearest to numbers from 0 on, of (P, N) int64 digits, of which the first stand for 2^(32 unit)."""
+    digits = np.concatenate([np.zeros((2, digits.shape[1]), np.int64), digits]).view(np.uint64)
+    leading = len(digits) - 1 - np.argmax(digits[::-1] != 0, axis=0)
+    leading = np.maximum(leading, 2)
+    first, second, third = (np.take_along_axis(digits, (leading - back)[None], 0)[0] for back in range(3))
+    below = np.logical_or.accumulate(digits != 0, axis=0)
+    more = np.take_along_axis(below, np.maximum(leading - 3, 0)[None], 0)[0]
+    # The first 64 bits, and whether there is anything below them, which decides ties when rounding to 53.
+    empty = _BITS - np.frexp(first.astype(np.float64))[1].astype(np.uint64)
+    head = (((first << np.uint64(_BITS)) | second) << empty) | (third >> (np.uint64(_BITS) - empty))
+    more |= (third << empty) & _MASK != 0
+    head = (head >> np.uint64(1)) | (head & np.uint64(1)) | more
+    exponent = 1 - empty.astype(np.int64) + _BITS * (leading - 3 + unit)
+    with np.errstate(over="ignore"):
+        return np.ldexp(head.astype(np.int64).astype(np.float64), exponent)

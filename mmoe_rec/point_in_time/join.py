@@ -78,21 +78,6 @@ def _order_by_bits(bits: np.ndarray, room: int) -> np.ndarray:
     return (numbers & np.uint64(2 ** (64 - room) - 1)).view(np.int64)
 
 
-PREFIX_UNIT = 2**44
-"""The least number that has other first bits: those which say to which partition keys go that are parts of wholes."""
-
-
-def first_bits(keys: np.ndarray) -> np.ndarray:
-    """(N,) uint64 keys with 0 for all but their first 20 bits."""
-    return keys & np.uint64(2**64 - PREFIX_UNIT)
-
-
-def part_of(whole: np.ndarray, key: np.ndarray) -> np.ndarray:
-    """(N,) uint64 keys that begin with the first 20 bits of a coarser key, so that both lie in one partition, and tell
-    keys apart by the other 44."""
-    return first_bits(whole) | (key >> np.uint64(20))
-
-
 _STEPS = 8  # from the first key of a bucket on; among hashes, hardly any bucket has more keys
 
 
@@ -185,8 +170,7 @@ class LookUps:
     """What N rows ask: D look-ups, distinct and sorted by key, then time, or one for each row.
 
     key: (D,) uint64; time: (D,) int64 microseconds; number: (N,) int64 the look-up of each row; later: what
-    `CounterLevels.find` found in levels that counters share, by the counters' memories; whole: (D,) uint64 the coarser
-    key that each key is a part of, None where nobody asks for it.
+    `CounterLevels.find` found in levels that counters share, by the counters' memories.
     """
 
     key: np.ndarray
@@ -194,30 +178,29 @@ class LookUps:
     number: np.ndarray
     is_sorted: bool = True
     later: dict[Any, Any] = field(default_factory=dict)
-    whole: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.time)
 
     @staticmethod
-    def of_each(keys: np.ndarray, times: np.ndarray, whole: np.ndarray | None = None) -> LookUps:
+    def of_each(keys: np.ndarray, times: np.ndarray) -> LookUps:
         """One for each of N rows, which is cheapest for few."""
-        return LookUps(keys, times, np.arange(len(keys)), is_sorted=False, whole=whole)
+        return LookUps(keys, times, np.arange(len(keys)), is_sorted=False)
 
     @staticmethod
-    def sort(keys: np.ndarray, times: np.ndarray, whole: np.ndarray | None = None) -> LookUps:
+    def sort(keys: np.ndarray, times: np.ndarray) -> LookUps:
         """Look-ups of (N,) uint64 keys at (N,) int64 times, in any order."""
         order = sorted_order(keys, times)
-        return LookUps.in_order(keys[order], times[order], order, None if whole is None else whole[order])
+        return LookUps.in_order(keys[order], times[order], order)
 
     @staticmethod
-    def in_order(keys: np.ndarray, times: np.ndarray, order: np.ndarray, whole: np.ndarray | None = None) -> LookUps:
+    def in_order(keys: np.ndarray, times: np.ndarray, order: np.ndarray) -> LookUps:
         """Look-ups that are sorted by key and time already; `order`: (N,) int64 the row of each."""
         first = np.append(len(keys) > 0, (keys[1:] != keys[:-1]) | (times[1:] != times[:-1]))
         number = np.empty(len(keys), np.int64)
         number[order] = np.cumsum(first) - 1
         kept = np.flatnonzero(first)
-        return LookUps(keys[kept], times[kept], number, whole=None if whole is None else whole[kept])
+        return LookUps(keys[kept], times[kept], number)
 
     def where(self, wanted: np.ndarray) -> LookUps:
         """The sorted look-ups of those of the rows, (N,) bool."""
@@ -225,14 +208,7 @@ class LookUps:
         asked = np.zeros(len(self), bool)
         asked[number] = True
         kept = np.flatnonzero(asked)
-        whole = None if self.whole is None else self.whole[kept]
-        return LookUps(self.key[kept], self.time[kept], (np.cumsum(asked) - 1)[number], whole=whole)
-
-    @property
-    def of_wholes(self) -> LookUps:
-        """The same, of the coarser keys."""
-        assert self.whole is not None
-        return (LookUps.sort if self.is_sorted else LookUps.of_each)(self.whole, self.time)
+        return LookUps(self.key[kept], self.time[kept], (np.cumsum(asked) - 1)[number])
 
     def as_of(self, floor: int | None) -> LookUps:
         """The same look-ups, but none of an earlier time than `floor`."""

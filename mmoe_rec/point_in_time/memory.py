@@ -101,11 +101,6 @@ class Memory(ABC):
     def __len__(self) -> int:
         return len(self.events)
 
-    @property
-    def late(self) -> int:
-        """Microseconds that events may come late and count as if they had come on time, where that has a bound."""
-        return _LATE
-
     @cached_property
     def lives(self) -> Lives | None:
         """The lives of the keys, None where nothing is forgotten."""

@@ -26,15 +26,7 @@ from mmoe_rec.log.rows import LogRows
 from mmoe_rec.point_in_time.arrays import join_tables
 from mmoe_rec.point_in_time.join import Window, in_any, in_window
 from mmoe_rec.point_in_time.memory import grown
-from mmoe_rec.preprocessing.exchange import (
-    DUPLICATES,
-    Exchange,
-    events_of,
-    label_of,
-    look_ups_of,
-    partition_keys,
-    partition_of,
-)
+from mmoe_rec.preprocessing.exchange import DUPLICATES, Exchange, events_of, label_of, look_ups_of, partition_of
 from mmoe_rec.settings.schema import Schema
 
 _ROLES: tuple[LatestRole, ...] = get_args(LatestRole)
@@ -178,7 +170,7 @@ class _Sender:
         wanted = np.flatnonzero(in_any(times, self.job.windows.values()))
         of_tasks: dict[str, np.ndarray] = {}
         for name, group in pipeline.key_groups.items():
-            look_ups = {**rows.keys(group[0].by, group[0].whole), "time": times, "row": number}
+            look_ups = {"key": rows.hashes(group[0].by), "time": times, "row": number}
             labelled = {encoder.label: encoder for encoder in group if encoder.label is not None}
             for task, encoder in labelled.items():
                 if task not in of_tasks:
@@ -193,7 +185,7 @@ class _Sender:
         sender = (self.part.start, self._turn)
         for channel, tables in self._waiting.items():
             table = join_tables(tables)
-            receiver = partition_of(partition_keys(table), self.job.exchange.receivers)
+            receiver = partition_of(table["key"].to_numpy(), self.job.exchange.receivers)
             rows = self.job.exchange.send(channel, sender, table, receiver)
             self.sent[channel] = self.sent[channel] + rows if channel in self.sent else rows
         self._waiting.clear()

@@ -22,7 +22,6 @@ import pyarrow.types as pt
 
 from mmoe_rec.features.encoder import Results
 from mmoe_rec.point_in_time.arrays import Ragged, SharedRagged, join_tables, one_array
-from mmoe_rec.point_in_time.join import first_bits
 
 Sender = tuple[int, int]
 DUPLICATES = "duplicates"  # the channel of each row's request and candidate, with its labels
@@ -110,16 +109,9 @@ def partition_of(keys: np.ndarray, partitions: int) -> np.ndarray:
     return (((keys >> np.uint64(32)) * np.uint64(partitions)) >> np.uint64(32)).astype(np.int64)
 
 
-def partition_keys(table: pa.Table) -> np.ndarray:
-    """(N,) uint64 keys by which rows are sent: their own, or the first bits of the whole that they are a part of."""
-    return first_bits(table["whole"].to_numpy()) if "whole" in table.column_names else table["key"].to_numpy()
-
-
-def key_range(partition: int, partitions: int, unit: int = 2**32) -> tuple[int, int]:
-    """Least key of a partition, and of the next one (2^64 after the last). unit: what these are multiples of, the least
-    number that has other ones of the bits by which rows are sent."""
-    edges = ((-(-number * 2**32 // partitions)) << 32 for number in (partition, partition + 1))
-    return tuple(-(-edge // unit) * unit for edge in edges)  # type: ignore
+def key_range(partition: int, partitions: int) -> tuple[int, int]:
+    """Least key of a partition, and of the next one (2^64 after the last)."""
+    return tuple((-(-number * 2**32 // partitions)) << 32 for number in (partition, partition + 1))  # type: ignore
 
 
 ROWS_PER_BLOCK = 131_072

@@ -25,7 +25,7 @@ from mmoe_rec.features.encoder import MemoryEncoder
 from mmoe_rec.features.numbers import NumberHistogram
 from mmoe_rec.features.pipeline import FeaturePipeline, read_memory, write_memory
 from mmoe_rec.point_in_time.arrays import SharedRagged, join_tables, rebatch
-from mmoe_rec.point_in_time.join import PREFIX_UNIT, LookUps, Window, in_any, in_window, known_at, sorted_order
+from mmoe_rec.point_in_time.join import LookUps, Window, in_any, in_window, known_at, sorted_order
 from mmoe_rec.point_in_time.memory import Memory
 from mmoe_rec.preprocessing.exchange import Exchange, ResultExchange, events_of, key_range, label_of, look_ups_of, take
 
@@ -155,14 +155,12 @@ class Chunk:
         found = join_tables(look_ups) if look_ups else None
         columns = {} if found is None else {name: found[name].to_numpy() for name in found.column_names}
         none = np.empty(0, np.int64)
-        no_keys = none.view(np.uint64)
-        key, whole, time = columns.get("key", no_keys), columns.get("whole", no_keys), columns.get("time", none)
+        key, time = columns.get("key", none.view(np.uint64)), columns.get("time", none)
         order = sorted_order(key, time)
         self._key, self._time = key[order], time[order]
-        self._whole = whole[order] if received.group[0].whole else None
         self._labels = {task: columns[label_of(task)][order] for task in labelled} if columns else {}
         wanted = in_any(time, splits) & in_window(time, received.window)
-        self.asked = LookUps.in_order(self._key, self._time, order, self._whole).where(wanted)
+        self.asked = LookUps.in_order(self._key, self._time, order).where(wanted)
         self.rows, self.times = columns.get("row", none)[wanted], time[wanted]
 
     def extended(self, encoder: MemoryEncoder[Any], memory: Any) -> Any:
@@ -173,13 +171,9 @@ class Chunk:
             return encoder.extended(memory, join_tables(tables)) if tables else memory
         if not self._labels:
             return memory
-        for key in (self._key, self._whole):
-            if key is not None:
-                events = encoder.labelled(key, self._time, self._labels[encoder.label])
-                inside = in_window(events["known"].to_numpy(), self._received.window)
-                events = events if inside.all() else events.filter(pa.array(inside))
-                memory = encoder.extended(memory, events, in_order=key is self._key)
-        return memory
+        events = encoder.labelled(self._key, self._time, self._labels[encoder.label])
+        inside = in_window(events["known"].to_numpy(), self._received.window)
+        return encoder.extended(memory, events if inside.all() else events.filter(pa.array(inside)), in_order=True)
 
 
 def chunks(
@@ -323,7 +317,7 @@ def _load_pipeline(state: Path, written: int) -> FeaturePipeline:
 def _memory_before(job: LookUpJob, encoder: MemoryEncoder[Any], partition: Partition) -> Memory:
     if job.before is None:
         return encoder.memory
-    least, end = key_range(partition.number, job.events.receivers, PREFIX_UNIT if encoder.whole else 2**32)
+    least, end = key_range(partition.number, job.events.receivers)
     inside = pc.field("key") >= pa.scalar(least, pa.uint64())
     if end < 2**64:
         inside &= pc.field("key") < pa.scalar(end, pa.uint64())

@@ -22,7 +22,7 @@ from mmoe_rec.log.rows import LogRows
 from mmoe_rec.point_in_time import memory as levels
 from mmoe_rec.preprocessing.extend import extend
 from tests.inference.small_model import ITEMS, USER, SmallModel
-from tests.log.small_logs import DAY, REPEATING, START, log_rows, random_log, write_log
+from tests.log.small_logs import DAY, START, log_rows, random_log, write_log
 
 LATER = 10.5  # days from the log's start on
 NEW_USER, NEW_ITEM = 41, 98
@@ -48,7 +48,7 @@ class Extension:
     """A model, its ranker, and that of the same model over features that were extended by further files."""
 
     def __init__(self, work: Path, further: list[pa.Table]) -> None:
-        self.small, other = (SmallModel(work / each, features=REPEATING) for each in ("before", "after"))
+        self.small, other = SmallModel(work / "before"), SmallModel(work / "after")
         write_log(work / "more", *further)
         for file in (work / "more").glob("*.parquet"):
             shutil.copyfile(file, work / "after" / "log" / f"later-{file.name}")

@@ -27,11 +27,11 @@ from mmoe_rec.log.reader import EventRows, Log
 from mmoe_rec.log.rows import LogRows
 from tests.commands import run
 from tests.inference.small_model import SmallModel
-from tests.log.small_logs import BASE, DAY, REPEATING, START, random_log, times_of, write_log
+from tests.log.small_logs import ALL_KINDS, BASE, DAY, START, random_log, times_of, write_log
 
 FROM, TO = START + 6 * DAY, START + 9 * DAY
 FEATURES: dict[str, Any] = {
-    **REPEATING,
+    **ALL_KINDS,
     "age": {"kind": "id", "column": "age", "min_count": 1},
     "seen": {"kind": "history", "events": "views", "of": "item", "length": 4},
     "viewed": {"kind": "history", "events": "views", "of": "item", "length": 3, "ages": True, "attributes": ["brand"]},
@@ -39,8 +39,7 @@ FEATURES: dict[str, Any] = {
         "kind": "counter",
         "events": "views",
         "by": ["user", "brand"],
-        "outputs": ["mean_gap", "gap_deviation", "positives", "rows", "recency", "share"],
-        "share_of": ["user"],
+        "outputs": ["positives", "rows", "recency"],
         "window_days": [None, 0.5, 2],
     },
     "carts": {"kind": "counter", "events": "carts", "by": ["item"], "window_days": [1]},

@@ -68,15 +68,6 @@ ALL_KINDS: dict[str, Any] = {
     },
     "brand_spent": {"kind": "counter", "task": "spent", "by": ["brand"], "outputs": ["positives", "rate"]},
 }
-REPEATING: dict[str, Any] = {
-    **ALL_KINDS,
-    "user_brand_liked": {
-        **ALL_KINDS["user_brand_liked"],
-        "outputs": ["positives", "rows", "rate", "recency", "mean_gap", "gap_deviation", "due", "share"],
-        "share_of": ["user"],
-    },
-}
-"""The same with all outputs of counters."""
 
 
 def schema_of(features: dict[str, Any], **sections: Any) -> Schema:
@@ -203,7 +194,7 @@ def remember(
 
 def raw_results(encoder: MemoryEncoder, rows: LogRows) -> dict[str, np.ndarray | Ragged]:
     """What a counter or history says of rows, in full precision."""
-    asked = rows.look_ups(encoder.by, encoder.whole)
+    asked = rows.look_ups(encoder.by)
     return {
         name: each.take(asked.number) if isinstance(each, Ragged) else each[asked.number]
         for name, each in encoder.distinct_results(encoder.memory, asked).items()

@@ -226,9 +226,9 @@ class _Comparison(_Rows):
     def _by_name(self, encoder: CounterEncoder, rows: list[dict]) -> dict[str, np.ndarray]:
         """The statistics of N rows under the names of a counter's results."""
         feature = encoder.feature
-        totals = [output for output in feature.outputs if output in ("positives", "rows", "rate", "share")]
+        totals = [output for output in feature.outputs if output != "recency"]
         keys = [(output, days) for days in feature.window_days for output in totals]
-        keys += [(output, None) for output in feature.outputs if output not in totals]
+        keys += [("recency", None)] * ("recency" in feature.outputs)
         return {
             name: np.array([np.nan if row[key] is None else row[key] for row in rows], float)
             for name, key in zip(encoder.result_columns(), keys, strict=True)

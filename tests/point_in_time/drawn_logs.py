@@ -115,8 +115,6 @@ def draw(seed: int) -> DrawnLog:
     events = _events(rng, log)
     events["stage"] = np.minimum(rng.integers(0, stages, len(events)), stages - 1)
     _forget(seed, settings, log, events, first)
-    _ask_for_gaps(seed, settings)
-    _ask_for_shares(seed, settings)
     _ask_for_more_of_events(seed, settings)
     log, events = (_in_files(rng, each) for each in (log, events))
     options = {
@@ -305,25 +303,6 @@ def _ask_for_more_of_events(seed: int, settings: dict[str, Any]) -> None:
         item = settings["features"]["item"]
         settings["features"] = {"brand": item | {"column": "brand", "oov_buckets": 2}, **settings["features"]}
         history["attributes"] = ["brand"]
-
-
-def _ask_for_gaps(seed: int, settings: dict[str, Any]) -> None:
-    """Of some features that do not forget, among their other outputs or alone."""
-    rng = np.random.default_rng([seed, 4])  # the other draws of a seed stay what they were
-    for feature in settings["features"].values():
-        if feature["kind"] == "counter" and "forget_after_days" not in feature and rng.random() < 0.7:
-            asked = [each for each in ("mean_gap", "gap_deviation", "due") if rng.random() < 0.6]
-            if asked:
-                others = feature.get("outputs", ["positives", "recency"])
-                feature["outputs"] = rng.permutation(asked if rng.random() < 0.2 else [*others, *asked]).tolist()
-
-
-def _ask_for_shares(seed: int, settings: dict[str, Any]) -> None:
-    rng = np.random.default_rng([seed, 5])
-    for feature in settings["features"].values():
-        if feature["kind"] == "counter" and len(feature["by"]) > 1 and rng.random() < 0.7:
-            feature["outputs"] = [*feature.get("outputs", ["positives", "recency"]), "share"]
-            feature["share_of"] = [_pick(rng, feature["by"])]
 
 
 def _in_files(rng: np.random.Generator, table: pd.DataFrame) -> pd.DataFrame:

@@ -5,8 +5,8 @@ import pyarrow as pa
 import pytest
 
 from tests.log.small_logs import (
+    ALL_KINDS,
     DAY,
-    REPEATING,
     START,
     assert_same,
     fit,
@@ -19,12 +19,9 @@ from tests.log.small_logs import (
     times_of,
 )
 
-SCHEMA = schema_of(REPEATING)
-_FORGET = {"forget_after_days": 0.25}
-_SHORT = {"counter": {**_FORGET, "window_days": [None, 0.25], "outputs": ["positives", "recency"]}, "history": _FORGET}
-FORGETFUL = {name: {**each, **_SHORT.get(each["kind"], {})} for name, each in REPEATING.items()}
-FORGETFUL["user_brand_liked"] |= {"outputs": ["recency", "share"]}
-FORGETFUL = schema_of(FORGETFUL)
+SCHEMA = schema_of(ALL_KINDS)
+_SHORT = {"counter": {"window_days": [None, 0.25], "forget_after_days": 0.25}, "history": {"forget_after_days": 0.25}}
+FORGETFUL = schema_of({name: {**each, **_SHORT.get(each["kind"], {})} for name, each in ALL_KINDS.items()})
 UNTIL = START + 6 * DAY
 
 
@@ -86,4 +83,4 @@ def test_statistics_come_from_training_rows_alone(seed, tmp_path):
     assert any(not memory_table(one.encoders[n]).equals(memory_table(other.encoders[n])) for n in _LOGGED)
 
 
-_LOGGED = [name for name, feature in REPEATING.items() if feature["kind"] in ("history", "counter")]
+_LOGGED = [name for name, feature in ALL_KINDS.items() if feature["kind"] in ("history", "counter")]

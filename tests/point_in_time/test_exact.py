@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmoe_rec.point_in_time.exact_sums import ExactSums
+from mmoe_rec.point_in_time.counters import ExactSums
 from mmoe_rec.preprocessing.extend import extend
 from mmoe_rec.preprocessing.logs import BuildOptions
 from mmoe_rec.preprocessing.prepare import prepare

@@ -11,7 +11,7 @@ from mmoe_rec.preprocessing.extend import extend
 from mmoe_rec.preprocessing.logs import BuildOptions
 from mmoe_rec.preprocessing.prepare import FeatureFolder, prepare
 from mmoe_rec.settings.schema import Schema
-from tests.log.small_logs import DAY, REPEATING, START, random_log, schema_of, times_of, windows_of, with_column
+from tests.log.small_logs import ALL_KINDS, DAY, START, random_log, schema_of, times_of, windows_of, with_column
 
 OF_PURCHASES = {
     "bought": {"kind": "history", "events": "purchases", "of": "item", "length": 3},
@@ -19,12 +19,11 @@ OF_PURCHASES = {
         "kind": "counter",
         "events": "purchases",
         "by": ["user", "brand"],
-        "outputs": ["positives", "rows", "recency", "due", "gap_deviation", "share"],
-        "share_of": ["brand"],
+        "outputs": ["positives", "rows", "recency"],
         "window_days": [None, 1],
     },
 }
-FEATURES = {**REPEATING, **OF_PURCHASES}
+FEATURES = {**ALL_KINDS, **OF_PURCHASES}
 WINDOWS = windows_of(5, 6)
 
 

@@ -16,7 +16,7 @@ from mmoe_rec.preprocessing.prepare import prepare
 from tests.log.small_logs import DAY, START, files_of, random_log, schema_of, times_of, windows_of, write_log
 
 WINDOWS = windows_of(5, 7)
-COUNTER = {"kind": "counter", "outputs": ["positives", "rate", "recency", "gap_deviation"], "window_days": [None, 1, 5]}
+COUNTER = {"kind": "counter", "outputs": ["positives", "rows", "rate", "recency"], "window_days": [None, 1, 5]}
 # All ask by the same columns: labels known at once and late, a log of events, and histories, which send events.
 GROUP = {
     "item": {"kind": "id", "column": "item", "min_count": 1},

@@ -17,18 +17,10 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.features.kinds.id import IdFeature
 from mmoe_rec.features.vocabulary import Vocabulary
 from mmoe_rec.point_in_time.arrays import Ragged, SharedRagged, consecutive
-from mmoe_rec.point_in_time.join import PREFIX_UNIT, part_of
 from mmoe_rec.preprocessing import engines
 from mmoe_rec.preprocessing import exchange as module
 from mmoe_rec.preprocessing.engines import open_engine
-from mmoe_rec.preprocessing.exchange import (
-    Exchange,
-    ResultExchange,
-    ResultReader,
-    key_range,
-    partition_keys,
-    partition_of,
-)
+from mmoe_rec.preprocessing.exchange import Exchange, ResultExchange, ResultReader, key_range, partition_of
 from tests.processes import is_running, until
 
 
@@ -173,19 +165,6 @@ def test_partitions_are_ranges_of_keys_in_order(keys, partitions):
     for key, number in zip(array.tolist(), partition.tolist(), strict=True):
         least, end = key_range(number, partitions)
         assert least <= key < end
-
-
-@given(partitions=st.integers(1, 5000), edge=st.integers(0, 2**20), places=st.lists(st.integers(-3, 2**44), min_size=1))
-def test_a_key_lies_where_the_whole_lies_that_it_is_a_part_of(partitions, edge, places):
-    """Keys beside the least key of some partition, of which a part begins with other bits."""
-    least, _ = key_range(edge % partitions, partitions)
-    whole = np.array([max(least + place, 0) % 2**64 for place in places], np.uint64)
-    key = part_of(whole, np.random.default_rng(edge).integers(2**64, size=len(whole), dtype=np.uint64))
-    sent = partition_of(partition_keys(pa.table({"key": key, "whole": whole})), partitions)
-    for number, *keys in zip(sent.tolist(), whole.tolist(), key.tolist(), strict=True):
-        least, end = key_range(number, partitions, PREFIX_UNIT)
-        for each in keys:
-            assert least <= each < end
 
 
 def test_no_file_stays_open_nor_takes_room_on_disk_once_it_is_removed(tmp_path):

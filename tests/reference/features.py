@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from itertools import pairwise
-from statistics import pstdev
 from typing import Any
 
 from tests.reference.log import DAY, Log, Row, Window, inside
@@ -14,7 +12,7 @@ from tests.reference.log import DAY, Log, Row, Window, inside
 Event = tuple[Any, int, float]
 """What it is counted for, the moment from which it is known, and its label, or the item of a history."""
 Statistic = tuple[str, float | None]
-"""An output of a counter and the days of its window; a recency and what is known of gaps have no window."""
+"""An output of a counter and the days of its window; a recency has no window."""
 
 
 # Point in time
@@ -44,44 +42,23 @@ def last_positive(events: Iterable[Event], never: Any = None) -> Any:
     return max((known for _, known, label in events if label > 0), default=never)
 
 
-def gaps(events: Iterable[Event], now: int) -> dict[str, float | None]:
-    """Mean and standard deviation of the days between moments at which a positive label became known, and how many such
-    gaps lie between the last of them and `now`. The deviation is that of moments in whole seconds."""
-    moments = sorted({known for _, known, label in events if label > 0})
-    found: dict[str, float | None] = dict.fromkeys(("mean_gap", "gap_deviation", "due"))
-    if len(moments) > 1:
-        mean = (moments[-1] - moments[0]) / (len(moments) - 1)
-        found |= {"mean_gap": mean / DAY, "due": (now - moments[-1]) / mean}
-    if len(moments) > 2:
-        seconds = [moment // 1_000_000 for moment in moments]
-        found["gap_deviation"] = pstdev(b - a for a, b in pairwise(seconds)) / 86_400
-    return found
-
-
 def counter(log: Log, name: str, overall_mean: float, rows: list[Row] | None = None) -> list[dict[Statistic, Any]]:
     """For each row of the log, or of `rows`, the statistics of a feature of the kind `counter`."""
     feature, result = log.features[name], []
-    remembered, whole = _remembered(log, feature), feature.get("share_of")
-    events = [(_key(row, feature["by"]), known, label) for row, known, label in remembered]
-    of_wholes = [(_key(row, whole), known, label) for row, known, label in remembered] if whole else []
+    events = [(_key(row, feature["by"]), known, label) for row, known, label in _remembered(log, feature)]
     forget_after = _microseconds(feature.get("forget_after_days"))
     smoothing = feature.get("smoothing", 20.0)
     for row in log.rows if rows is None else rows:
         now = log.time(row)
         visible = visible_events(events, _key(row, feature["by"]), now, forget_after)
-        of_whole = visible_events(of_wholes, _key(row, whole), now, forget_after) if whole else []
         statistics: dict[Statistic, Any] = {}
         for days in feature.get("window_days", [None]):
             count, labels = totals(visible, now, _microseconds(days))
             statistics["rows", days] = math.log1p(count)
             statistics["positives", days] = math.log1p(max(labels, 0.0))
             statistics["rate", days] = (labels + smoothing * overall_mean) / (count + smoothing)
-            _, in_all = totals(of_whole, now, _microseconds(days))
-            statistics["share", days] = labels / in_all if in_all > 0 else None
         last = last_positive(visible)
         statistics["recency", None] = None if last is None else math.log1p((now - last) / DAY)
-        for output, value in gaps(visible, now).items():
-            statistics[output, None] = None if value is None else math.log1p(value)
         result.append(statistics)
     return result
 

@@ -36,13 +36,7 @@ FEATURES = {
         "window_days": [None, 1.5],
         "forget_after_days": 3,
     },
-    "likes": {
-        "kind": "counter",
-        "task": "liked",
-        "by": ["user", "brand"],
-        "outputs": ["rate", "share"],
-        "share_of": ["user"],
-    },
+    "likes": {"kind": "counter", "task": "liked", "by": ["user", "brand"], "outputs": ["rate"], "smoothing": 2.0},
     "clicked": {"kind": "history", "task": "click", "of": "item", "length": 3},
 }
 SETTINGS = {**BASE, "features": FEATURES}

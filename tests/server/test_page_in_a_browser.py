@@ -225,14 +225,6 @@ def test_what_a_candidate_rests_on(page: Browser, small: SmallModel) -> None:
     assert page.texts("#histories ul:first-of-type li")[: len(clicked)] == [str(each) for each in clicked]
 
 
-def test_what_repeats_is_shown_in_days_and_times(page: Browser) -> None:
-    values = {"a_mean_gap": np.log1p(7.0), "a_gap_deviation": None, "a_due": np.log(2.0), "a_share_0p5d": 0.25}
-    page.run("showCounters(arguments[0])", values | {"mean_share": 0.5, "mean_rows": 0.0})
-    head, *rows = page.run(CELLS, "#counters")
-    assert head == ["counter", "rows", "mean_gap", "gap_deviation", "due", "share", "share 0.5d"]
-    assert [row[1:] for row in rows] == [["", "7", "missing", "1", "", "0.2500"], ["0", "", "", "", "0.5000", ""]]
-
-
 def test_numbers_near_one_are_told_from_it(page: Browser) -> None:
     values = [0.5, 0.9987276, 0.99995, 0.9999849, 0.99999994, 1 - 2**-53, -0.99996, 1.0, 0.0, 123.456, 2e7, 3e-9]
     texts = page.run("return arguments[0].map(number)", values)

@@ -19,9 +19,6 @@ from mmoe_rec.point_in_time.memory import NEVER
 from mmoe_rec.settings.columns import Use
 from mmoe_rec.settings.schema import Days, Meaning, Once, Remembering, Schema
 
-Output = Literal["positives", "rows", "rate", "recency", "mean_gap", "gap_deviation", "due", "share"]
-_OF_GAPS = ("mean_gap", "gap_deviation", "due")
-_ONCE = ("recency", *_OF_GAPS)  # outputs of all of the past, whatever the windows
 _FOREVER = np.iinfo(np.int64).max
 _ROUNDING = 1e-12
 
@@ -29,22 +26,14 @@ _ROUNDING = 1e-12
 class CounterFeature(Remembering):
     """Trailing statistics of a task's label, or of events, over all earlier rows with the same key, point in time."""
 
-    younger = Remembering.younger | {"share_of"}
-
     kind: Literal["counter"]
     by: Annotated[tuple[str, ...], Once] = Field(
         min_length=1, description="columns that form the key, such as [user_id, brand]"
     )
-    outputs: Annotated[tuple[Output, ...], Once] = Field(
+    outputs: Annotated[tuple[Literal["positives", "rows", "rate", "recency"], ...], Once] = Field(
         ("positives", "rate", "recency"),
         description="positives: log(1 + sum of labels); rows: log(1 + rows); rate: smoothed mean label, not of events; "
-        "recency: log(1 + days since the last row with a positive label became known), missing if never; mean_gap, "
-        "gap_deviation: log(1 + days) of the mean and standard deviation of the gaps between these moments, of which "
-        "rows of one count once, missing of fewer than one or two gaps; due: log(1 + days since the last / mean gap); "
-        "share: sum of labels over that of the key `share_of`, missing where that has none",
-    )
-    share_of: Annotated[tuple[str, ...], Once] | None = Field(
-        None, min_length=1, description="some columns of `by`: the coarser key whose sum of labels `share` divides by"
+        "recency: log(1 + days since the last row with a positive label became known), missing if never",
     )
     window_days: Annotated[tuple[Days | None, ...], Once] = Field(
         (None,), min_length=1, description="trailing windows; null is all of the past"
@@ -85,35 +74,6 @@ class CounterFeature(Remembering):
             )
         return self
 
-    @model_validator(mode="after")
-    def _share_is_of_a_whole(self) -> Self:
-        if (self.share_of is not None) != ("share" in self.outputs):
-            raise ValueError(
-                "needs both output share and share_of, or neither: by [user_id, brand], share_of: [user_id] gives what "
-                "part of all that the user did was of this brand"
-            )
-        if self.share_of is not None and not set(self.share_of) < set(self.by):
-            raise ValueError(
-                f"has share_of [{', '.join(self.share_of)}], which must be some of the columns of by, but not all: "
-                f"[{', '.join(self.by)}]"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _gaps_are_of_all_of_the_past(self) -> Self:
-        """Where a key begins anew, its gaps would be those of one life, whose first moment is not kept."""
-        if self.forget_after_days is not None and self.gaps:
-            raise ValueError(
-                f"has forget_after_days, with which it cannot have {self.gaps[0]}, a statistic of all gaps of a key "
-                "there ever were: leave out one of the two, or give each a counter of its own"
-            )
-        return self
-
-    @property
-    def gaps(self) -> list[str]:
-        """The outputs that rest on gaps between events."""
-        return [output for output in self.outputs if output in _OF_GAPS]
-
     def reads(self) -> Mapping[str, Use]:
         return dict.fromkeys(self.by, "key")
 
@@ -131,16 +91,17 @@ class CounterEncoder(MemoryEncoder[CounterMemory]):
 
     def __init__(self, name: str, feature: CounterFeature, shared: Shared) -> None:
         super().__init__(name, feature, shared, feature.by)
-        self.label, self.whole = feature.task, feature.share_of or ()
+        self.label = feature.task
         self.prior = 0.0
         self.counts = Moments()
-        self._totals = [output for output in feature.outputs if output not in _ONCE]
+        self._totals = [output for output in feature.outputs if output != "recency"]
         # The end of an output's name -> microseconds; None is all of the past.
         self._windows = {
             _suffix(days): None if days is None else round(days * MICROSECONDS_PER_DAY) for days in feature.window_days
         }
         names = [f"{name}_{output}{suffix}" for suffix in self._windows for output in self._totals]
-        names += [f"{name}_{output}" for output in feature.outputs if output in _ONCE]
+        if "recency" in feature.outputs:
+            names.append(f"{name}_recency")
         self.numbers = {each: DenseNumber(each) for each in names}
 
     @property
@@ -156,8 +117,7 @@ class CounterEncoder(MemoryEncoder[CounterMemory]):
     @property
     def shares_levels(self) -> bool:
         """Whether events that a server learns lie in one table with those of other counters."""
-        own = self.has_fractions or self.forget_after is not None or self.feature.gaps or self.whole
-        return not own
+        return not self.has_fractions and self.forget_after is None
 
     def learn(self, rows: LogRows, known_by: int) -> None:
         """Adds the training rows' labels to the overall mean."""
@@ -168,18 +128,15 @@ class CounterEncoder(MemoryEncoder[CounterMemory]):
         self.prior = self.counts.mean
 
     def empty(self) -> CounterMemory:
-        recency, gaps = "recency" in self.feature.outputs, bool(self.feature.gaps)
-        return CounterMemory.empty(self.source is None, recency, self.has_fractions, self.forget_after, gaps)
+        recency = "recency" in self.feature.outputs
+        return CounterMemory.empty(self.source is None, recency, self.has_fractions, self.forget_after)
 
     def events(self, rows: LogRows) -> pa.Table:
         """The rows of a log of events. (Those of the interaction log come as look-ups with their labels.)"""
-        keys = rows.keys(self.by, self.whole)
-        # An event of a key is one of the whole that the key is a part of, too.
-        key, times = np.concatenate([*keys.values()]), np.tile(rows.times(), len(keys))
+        key = rows.hashes(self.by)
         if self.source is None:
-            return self.labelled(key, times, np.tile(self.labels(rows), len(keys)))
-        table = {"key": key, "known": known_at(times, self.matures_after)}
-        return pa.table(table | ({"whole": np.tile(keys["whole"], 2)} if self.whole else {}))
+            return self.labelled(key, rows.times(), self.labels(rows))
+        return pa.table({"key": key, "known": known_at(rows.times(), self.matures_after)})
 
     def labels(self, rows: LogRows) -> np.ndarray:
         """(N,) labels: int8 of a binary task, -1 where unobserved, or float64, NaN where unobserved."""
@@ -207,8 +164,6 @@ class CounterEncoder(MemoryEncoder[CounterMemory]):
 
     def distinct_results(self, memory: CounterMemory, asked: LookUps) -> dict[str, np.ndarray]:
         found, result = SeenTotals(memory, asked), dict[str, np.ndarray]()
-        wholes = asked.of_wholes if self.whole else asked
-        of_whole = SeenTotals(memory, wholes) if self.whole else found
         for suffix, window in self._windows.items() if self._totals else ():
             count, label_sum = found.totals(window)
             for output in self._totals:
@@ -217,9 +172,6 @@ class CounterEncoder(MemoryEncoder[CounterMemory]):
                         value = np.log1p(np.maximum(label_sum, 0.0))
                     case "rows":
                         value = np.log1p(count)
-                    case "share":
-                        whole = of_whole.totals(window)[1][wholes.number]
-                        value = np.where(whole > 0, label_sum / np.where(whole > 0, whole, 1), np.nan)
                     case _:
                         value = (label_sum + self.feature.smoothing * self.prior) / (count + self.feature.smoothing)
                 result[f"{self.name}_{output}{suffix}"] = value
@@ -227,13 +179,7 @@ class CounterEncoder(MemoryEncoder[CounterMemory]):
             moment = found.last_positive()
             days = (found.time - moment.astype(np.float64)) / MICROSECONDS_PER_DAY
             result[f"{self.name}_recency"] = np.where(moment == NEVER, np.nan, np.log1p(np.maximum(days, 0.0)))
-        return result | (self._of_gaps(found) if self.feature.gaps else {})
-
-    def _of_gaps(self, found: SeenTotals) -> dict[str, np.ndarray]:
-        gaps = found.gaps()
-        values = {"mean_gap": gaps.mean / MICROSECONDS_PER_DAY, "gap_deviation": gaps.deviation / MICROSECONDS_PER_DAY}
-        values["due"] = (found.time - gaps.last.astype(np.float64)) / gaps.mean
-        return {f"{self.name}_{output}": np.log1p(values[output]) for output in self.feature.gaps}
+        return result
 
     def exchanged(self, name: str, values: np.ndarray) -> np.ndarray:
         """The same as float32; rates of a regression, which it would not tell apart, as distances from the mean."""
@@ -258,7 +204,7 @@ class CounterEncoder(MemoryEncoder[CounterMemory]):
 
     def explain(self, rows: LogRows) -> Mapping[str, np.ndarray]:
         """The statistics before they are standardised. A column with the name of one wins."""
-        asked = rows.look_ups(self.by, self.whole)
+        asked = rows.look_ups(self.by)
         results = self.distinct_results(self.memory, asked)
         return {
             name: rows.numbers(name) if rows.has(name) else each.astype(np.float64)[asked.number]
