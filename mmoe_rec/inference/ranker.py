@@ -36,10 +36,10 @@ from mmoe_rec.inference.artifact import (
 )
 from mmoe_rec.inference.ranking import Freshness, RankedRequest, Ranking, as_of, explain, latest, new_id, scored_table
 from mmoe_rec.inference.reader import Request, RequestReader, as_logged, as_table, fused_weights, read_rows
+from mmoe_rec.inference.request_inputs import RequestInputs
 from mmoe_rec.inference.scorer import ExpertOptions, Scored, Scorer
 from mmoe_rec.log.given import iso_time
 from mmoe_rec.log.rows import ROWS_AT_A_TIME, LogRows, RequestRows
-from mmoe_rec.model.mmoe import RequestInputs
 from mmoe_rec.model.products import Products
 from mmoe_rec.model.score import add_outcomes, scores_from_logs
 from mmoe_rec.model.tables import PlainTables
