@@ -276,6 +276,7 @@ class Kind:
     def __post_init__(self) -> None:
         if added := set(self.settings.model_fields) - set(self.feature.model_fields) - CHOICES["features"]:
             raise TypeError(
-                f"{self.settings.__name__} adds {', '.join(sorted(added))}; only {', '.join(CHOICES['features'])} is a "
-                f"model's choice, so others belong to {self.feature.__name__}"
+                f"{self.settings.__name__} adds {', '.join(sorted(added))}; only "
+                f"{' and '.join(sorted(CHOICES['features']))} are a model's choices, so others belong to "
+                f"{self.feature.__name__}"
             )

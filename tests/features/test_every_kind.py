@@ -168,5 +168,5 @@ def test_what_decides_features_is_no_choice_of_the_model() -> None:
 
         seed: int = 0
 
-    with pytest.raises(TypeError, match="Wider adds seed; only dim is a model's choice"):
+    with pytest.raises(TypeError, match="Wider adds seed; only dim and pooling are a model's choices"):
         Kind(CrossFeature, Wider, CrossEncoder)

@@ -71,7 +71,7 @@ class SmallModel:
             parameter.data.normal_(0.0, 0.5, generator=generator)
         for name, parameter in self.model.mixture.named_parameters():
             if name.startswith("histories."):  # adds nothing at first
-                parameter.data.normal_(0.0, 0.5, generator=generator)
+                parameter.data.normal_(0.0, 0.1, generator=generator)
         self.model.eval()
         if self.settings.model.trees is not None:
             self.model.trees = grow_trees(self.settings, self.prepared, layout, self.model)

@@ -72,8 +72,14 @@ LAYOUTS = {
         ids=tuple(each for each in LAYOUT.ids if not each.placement),
         dense=tuple(each for each in LAYOUT.dense if not each.placement),
     ),
-    "no ids": replace(LAYOUT, ids=(), tables=()),
-    "no dense": replace(LAYOUT, dense=()),
+    "no ids": replace(LAYOUT, ids=(), tables=(), attention=()),
+    "no dense": replace(
+        LAYOUT,
+        dense=(),
+        ids=tuple(each for each in LAYOUT.ids if not each.name.startswith("history_")),
+        tables=tuple(each for each in LAYOUT.tables if each.name != "ages"),
+        attention=(),
+    ),
 }
 
 
