@@ -244,10 +244,14 @@ class RequestReader:
             if role != "placement"
         }
         self._log_columns = list(self._columns)
+        self._together: dict[str, list[str]] = {}  # results that are given with all others of their feature, or not
         # A log's own column comes first: that is what a feature would read.
         for name, memory in pipeline.memory_encoders.items():
-            for column, (use, kind) in memory.result_columns().items():
+            results = memory.result_columns()
+            for column, (use, kind) in results.items():
                 self._columns.setdefault(column, RequestColumn(column, schema.role_of(name), use, kind))
+                if memory.together and len(results) > 1:
+                    self._together[column] = [each for each in results if each != column]
         if (request := names.request) is not None:  # features may not read it, and the server logs it
             self._columns.setdefault(request, RequestColumn(request, "context", "key", types.get(request)))
         self._unread = {n: r for n, r in schema.column_roles.items() if n not in inputs and n not in self._columns}
@@ -267,6 +271,7 @@ class RequestReader:
                 own[name]["type"].remove("null")
             own |= {name: {} for name, each in self._unread.items() if each == role}  # which nobody looks at
             required = [name for name in own if name in (names.user, names.candidate) or name in self._uncompleted]
+            together = {name: others for name, others in self._together.items() if name in own}
             if role == "candidate":
                 most = self.max_candidates
                 own = {
@@ -274,6 +279,7 @@ class RequestReader:
                     for name, each in own.items()
                 }
             parts[part] = {"type": "object", "properties": own, "required": required, "additionalProperties": False}
+            parts[part] |= {"dependentRequired": together} if together else {}
         return parts
 
     def rows(self, requests: Sequence[Request]) -> RequestRows:

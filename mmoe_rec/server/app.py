@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from functools import cache
 from importlib.metadata import version
 from importlib.resources import files
+from itertools import chain
 from typing import TYPE_CHECKING, Annotated, Any
 
 import orjson
@@ -335,7 +336,8 @@ def _describe(
     call["inputs"]["maxItems"] = limits.max_elements
     of_frame = {"top_k": {"type": "null"}, "explain": {"enum": [False, None]}}  # whose reply has a row for each
     params = {"type": ["object", "null"], "properties": options | of_frame}
-    schemas["Row"] = {**_CLOSED, "properties": row, "required": required}
+    together = dict(chain.from_iterable(part.get("dependentRequired", {}).items() for part in parts.values()))
+    schemas["Row"] = {**_CLOSED, "properties": row, "required": required, "dependentRequired": together}
     what = "a row for each candidate, and a row of predictions for each"
     records = {"type": "array", "items": {"$ref": "#/components/schemas/Row"}, "description": what}
     names = {"type": "array", "items": {"enum": [*row]}, "uniqueItems": True}

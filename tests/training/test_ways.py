@@ -96,7 +96,7 @@ def test_a_trial_looks_up_and_updates_once(monkeypatch: pytest.MonkeyPatch, ther
             once()
             once()
         first, second = looked_up[-2:]
-        assert first.shape == (50, sum(LAYOUT.table(each.table).dim for each in LAYOUT.ids))
+        assert first.shape == (50, sum(LAYOUT.table(each.table).dim for each in LAYOUT.look_ups()))
         assert not torch.equal(first, second), "the tables were updated"
     assert len(looked_up) == 2 * len(list_ways())
 
