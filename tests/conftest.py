@@ -68,7 +68,7 @@ def _find_memory() -> str | None:
         return None
     available = dict(line.split()[:2] for line in meminfo.read_text().splitlines())["MemAvailable:"]
     room = os.statvfs(memory)
-    return str(memory) if min(room.f_bavail * room.f_frsize, 1024 * int(available)) >= 10 * 2**30 else None
+    return str(memory) if min(room.f_bavail * room.f_frsize, 1024 * int(available)) >= 6 * 2**30 else None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
