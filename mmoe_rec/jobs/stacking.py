@@ -13,6 +13,7 @@ from scipy.special import expit
 from mmoe_rec.batches.encoded_rows import EncodedRows
 from mmoe_rec.evaluation.calibration import FEWEST, calibration_rows, cross_entropy
 from mmoe_rec.jobs.trees import Inputs, grow_lightgbm
+from mmoe_rec.log.columns import hash_column
 from mmoe_rec.model.trees import Blend, Trees, predict
 from mmoe_rec.progress import bar, say
 
@@ -37,7 +38,9 @@ def grow_trees(settings: Settings, prepared: FeatureFolder, layout: ModelLayout,
     assert section is not None
     weighted = settings.training.sampling_correction == "weights"
     train, validation = (EncodedRows(prepared.split(name), layout) for name in ("train", "validation"))
-    learnt, held_out = (Inputs.read(rows, layout, rows.weighing(weighted)) for rows in (train, validation))
+    learnt = Inputs.read(train, layout, train.weighing(weighted))
+    held_out = Inputs.read(validation, layout, [*validation.weighing(weighted), "user"])
+    users = np.unique(hash_column(held_out.column("user")), return_inverse=True)[1]
     logits, *_ = calibration_rows(model, layout, validation, settings.evaluation.batch_size)
     logits = logits[len(logits) - len(held_out.labels) :]
     shape = section.leaves, settings.training.seed, section.learning_rate, section.number
@@ -47,7 +50,8 @@ def grow_trees(settings: Settings, prepared: FeatureFolder, layout: ModelLayout,
         step = progress.add_task("trees", total=len(layout.tasks))
         for index, task in enumerate(layout.tasks):
             rows, judged = learnt.of_task(index), held_out.of_task(index)
-            network = logits[~np.isnan(held_out.labels[:, index]), index].astype(np.float64)
+            observed = ~np.isnan(held_out.labels[:, index])
+            network = logits[observed, index].astype(np.float64)
             inputs = sorted({rows.numbers, rows.x.shape[1]} - {0})
             if min(len(np.unique(each.labels)) for each in (rows, judged)) < 2:
                 inputs = []
@@ -62,7 +66,7 @@ def grow_trees(settings: Settings, prepared: FeatureFolder, layout: ModelLayout,
                 blend = fit_blend(task.kind, network, trees, judged.labels, judged.weights)
                 blended = blend.network * network + blend.trees * trees + blend.offset
                 losses = [_losses_of(task.kind, each, judged.labels) for each in (blended, network, trees)]
-                if before is not None and not _is_clearly_less(losses[0], before, judged.weights):
+                if before is not None and not is_clearly_less(losses[0], before, judged.weights, users[observed]):
                     continue
                 before, boosters[task.name], blends[task.name] = losses[0], booster, blend
                 together, alone, of_trees = (np.average(each, weights=judged.weights) for each in losses)
@@ -92,11 +96,12 @@ def _losses_of(kind: str, logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return ((logits - labels) / (labels.std() or 1.0)) ** 2
 
 
-def _is_clearly_less(losses: np.ndarray, others: np.ndarray, weights: np.ndarray | None) -> bool:
-    """Whether rows lose less by more than three standard errors: what an id was worth lasts less long than counters do,
-    and rows of a user are no independent witnesses."""
+def is_clearly_less(losses: np.ndarray, others: np.ndarray, weights: np.ndarray | None, users: np.ndarray) -> bool:
+    """Whether rows lose less by more than three standard errors, over users, since rows of a user are no independent
+    witnesses: what an id was worth lasts less long than counters do."""
     gains = (others - losses) * (1 if weights is None else weights)
-    return bool(gains.mean() > 3 * gains.std() / math.sqrt(len(gains)))
+    apart = np.bincount(users, gains - gains.mean())[np.unique(users)]
+    return len(apart) > 1 and bool(gains.sum() > 3 * math.sqrt(len(apart) / (len(apart) - 1) * (apart @ apart)))
 
 
 def fit_blend(

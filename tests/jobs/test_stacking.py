@@ -19,7 +19,7 @@ from mmoe_rec.evaluation.calibration import calibration_rows
 from mmoe_rec.inference.artifact import MANIFEST, write_manifest
 from mmoe_rec.inference.export import draw_requests, inputs_of, load_onnx, save_with_trees, write_onnx
 from mmoe_rec.inference.ranker import Ranker
-from mmoe_rec.jobs.stacking import HALF, fit_blend
+from mmoe_rec.jobs.stacking import HALF, fit_blend, is_clearly_less
 from mmoe_rec.jobs.trees import Inputs, grow_lightgbm
 from mmoe_rec.model.trees import Trees, predict
 from mmoe_rec.tracking import registry
@@ -182,6 +182,18 @@ def test_a_blend_loses_least_on_the_rows(weighted: bool) -> None:
 def test_of_few_labels_half_of_each_is_taken() -> None:
     labels = np.array([0.0] * 500 + [1.0] * 99)
     assert fit_blend("binary", labels - 0.5, labels, labels) == HALF
+
+
+def test_a_users_rows_are_one_witness() -> None:
+    """A gain of five standard errors over independent rows, which are one of 1.6 where each user has ten equal ones."""
+    random = np.random.default_rng(5)
+    gains = random.normal(size=400)
+    gains = np.repeat(gains - gains.mean() + 1.6 * gains.std() / 20, 10)
+    zeros, each, own = np.zeros(4000), np.arange(4000), np.repeat(np.arange(400) * 3, 10)
+    assert is_clearly_less(-gains, zeros, None, each)
+    assert not is_clearly_less(-gains, zeros, None, own)
+    assert is_clearly_less(-2 * gains - 1, zeros, np.full(4000, 0.1), own)
+    assert not is_clearly_less(-gains - 1, zeros, None, np.zeros(4000, int)), "one user says nothing"
 
 
 def test_damage_and_a_lack_are_told(small: SmallModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
