@@ -98,9 +98,9 @@ def _read_schema(schema: Schema, settings: Settings, as_of: AsOf, lacking: Colle
         for name, feature in schema.features.items()
         if name in kept and not feature.reads().keys() & set(lacking)
     }
-    tasks: set[str | None] = set()
+    tasks = set[str | None]()
     if as_of == "log":
-        tasks = {each.task for each in features.values() if isinstance(each, Remembering)}
+        tasks.update(*(each.tasks_read for each in features.values() if isinstance(each, Remembering)))
         tasks |= {task.given for name, task in schema.tasks.items() if name in tasks}
     if labels:
         tasks = set(schema.tasks)

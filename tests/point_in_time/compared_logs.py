@@ -21,6 +21,7 @@ from mmoe_rec.features.kinds.history import HistoryEncoder
 from mmoe_rec.features.layout import Encoded
 from mmoe_rec.features.numbers import CLIP
 from mmoe_rec.features.pipeline import FeaturePipeline, exact_from
+from mmoe_rec.features.vocabulary import Vocabulary
 from mmoe_rec.log import reader as log
 from mmoe_rec.log.columns import event_uses
 from mmoe_rec.log.rows import LogRows
@@ -191,6 +192,8 @@ class _Comparison(_Rows):
     def _table_rows(self, encoder: HistoryEncoder) -> dict[str, dict[Any, int]]:
         found = {}
         for vocabulary in encoder.parts.values():
+            if not isinstance(vocabulary, Vocabulary):
+                continue
             column = vocabulary.feature.column
             every = (row[column] for rows in (self.naive.rows, *self.naive.events.values()) for row in rows)
             values = list(dict.fromkeys(every))

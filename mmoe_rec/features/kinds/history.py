@@ -18,12 +18,12 @@ from mmoe_rec.features.encoder import Inputs, Kind, MemoryEncoder, Outline, Shar
 from mmoe_rec.features.kinds.id import IdFeature
 from mmoe_rec.features.kinds.ids import ragged
 from mmoe_rec.features.layout import Table
-from mmoe_rec.features.vocabulary import check_owner, meaning_of_ids
-from mmoe_rec.log.rows import LogRows
+from mmoe_rec.features.vocabulary import ListedValues, Vocabulary, check_owner, meaning_of_ids
+from mmoe_rec.log.rows import LogRows, maturity
 from mmoe_rec.point_in_time.arrays import Ragged, SharedRagged, consecutive, one_array
 from mmoe_rec.point_in_time.join import KnownEvents, LookUps, known_at, sorted_order
 from mmoe_rec.point_in_time.memory import Memory, SeenEvents
-from mmoe_rec.settings.columns import Use
+from mmoe_rec.settings.columns import Section, Use
 from mmoe_rec.settings.schema import Meaning, Once, Remembering, Schema
 
 _FOREVER = np.iinfo(np.int64).max
@@ -33,11 +33,24 @@ _AGES = np.unique(np.round(2 ** (np.arange(61) / 2)).astype(np.int64))
 """Seconds at which the buckets of ages begin but for the first: each is about 1.4 times as long as the one before."""
 
 
+OUTCOMES = ("unknown", "unobserved", "no", "yes")
+"""What an event says of a task, in the order of table rows; unknown: its label has not matured by the request."""
+
+
+class EventTypes(Section):
+    """What kind of event each row of a further log is."""
+
+    column: str = Field(description="column of the log of events, such as event_type")
+    values: Annotated[tuple[str, ...] | tuple[int, ...], Once] = Field(
+        min_length=1, description="its values that are told apart, such as [view, cart]; all others count as one"
+    )
+
+
 class HistoryFeature(Remembering):
     """The user's last engaged candidates before the request, point in time, embedded and averaged."""
 
     fixed_role = "user"
-    younger = Remembering.younger | {"ages", "attributes"}
+    younger = Remembering.younger | {"ages", "attributes", "outcomes", "event_types"}
 
     kind: Literal["history"]
     of: str = Field(description="name of the candidate's id feature whose vocabulary and table are used")
@@ -47,6 +60,12 @@ class HistoryFeature(Remembering):
     attributes: Annotated[tuple[str, ...], Once] = Field(
         (), description="further id features of the candidate, such as its brand, that each has too"
     )
+    outcomes: Annotated[tuple[str, ...], Once] = Field(
+        (), description="binary tasks whose outcome each has too, as far as it is known at the request"
+    )
+    event_types: EventTypes | None = Field(
+        None, description="column of the log of events, and its values, that say what kind of event each is"
+    )
 
     def reads(self) -> Mapping[str, Use]:
         """None: every row has the user's id."""
@@ -54,10 +73,15 @@ class HistoryFeature(Remembering):
 
     def event_reads(self, schema: Schema) -> Mapping[str, Use]:
         ids = [schema.features[name].reads() for name in (self.of, *self.attributes)]
-        return {schema.columns.user: "key", **reduce(or_, map(dict, ids))}
+        types: dict[str, Use] = {} if self.event_types is None else {self.event_types.column: "key"}
+        return {schema.columns.user: "key", **reduce(or_, map(dict, ids)), **types}
+
+    @property
+    def tasks_read(self) -> tuple[str, ...]:
+        return (*super().tasks_read, *self.outcomes)
 
     def parts(self, name: str) -> dict[str, str]:
-        """Names of what each event of a history of that name holds: the id first -> the id feature that it is of."""
+        """Names of the ids that each event of a history of that name holds, of `of` first -> the id feature of each."""
         return {name: self.of, **{f"{name}_{each}": each for each in self.attributes}}
 
     @property
@@ -75,22 +99,41 @@ class HistoryFeature(Remembering):
                     f"feature '{name}' has '{attribute}' both as `of` and among its `attributes`: leave it out"
                 )
             check_owner(schema, name, "attributes", IdFeature, "candidate", attribute)
+        self._check_outcomes(name, schema)
         histories = {each: other for each, other in schema.features.items() if isinstance(other, HistoryFeature)}
         names = [*schema.features, *(part for each, other in histories.items() for part in other.inputs(each)[1:])]
         for part in self.inputs(name)[1:]:
             if names.count(part) > 1:
                 raise ValueError(f"feature '{name}' has an input '{part}', and so has another feature: rename one")
 
+    def _check_outcomes(self, name: str, schema: Schema) -> None:
+        if self.outcomes and self.events is not None:
+            raise ValueError(f"feature '{name}' has `outcomes`, but events have no labels: give `task` for `events`")
+        if self.event_types is not None and self.events is None:
+            raise ValueError(f"feature '{name}' has `event_types`, which only a history of `events` can have")
+        binary = [each for each, task in schema.tasks.items() if task.kind == "binary"]
+        if others := [each for each in self.outcomes if each not in binary]:
+            raise ValueError(
+                f"feature '{name}': '{others[0]}' of its `outcomes` is not a binary task; such tasks are: "
+                f"{', '.join(binary) or 'none'}"
+            )
+
     def inputs(self, name: str) -> list[str]:
         """Names of the inputs of a history of that name."""
-        return [*self.parts(name), *([f"{name}_ages"] if self.ages else [])]
+        ends = [*self.outcomes, *["types"] * (self.event_types is not None), *["ages"] * self.ages]
+        return [*self.parts(name), *(f"{name}_{each}" for each in ends)]
 
     def meaning(self, schema: Schema) -> Meaning:
         columns = (schema.columns.user, *schema.features[self.of].reads())
         parts = {each: meaning_of_ids(schema, columns, each) for each in self.attributes}
+        name = next(name for name, each in schema.features.items() if each is self)
         if self.ages:
-            name = next(name for name, each in schema.features.items() if each is self)
             parts[f"{name}_ages"] = Meaning(columns, row_name=_name_age, missing=False)
+        for task in self.outcomes:
+            parts[f"{name}_{task}"] = Meaning((*columns, schema.tasks[task].label), row_name=_name_outcome)
+        if (types := self.event_types) is not None:
+            named = ("other", *map(str, types.values))
+            parts[f"{name}_types"] = Meaning((*columns, types.column), row_name=lambda _, row: named[row])
         return replace(meaning_of_ids(schema, columns, self.of), parts=parts)
 
 
@@ -118,9 +161,14 @@ def _name_age(table: str, row: int) -> str:
     return f"under {_AGES[row]:,} s" if row < len(_AGES) else "older"
 
 
+def _name_outcome(table: str, row: int) -> str:
+    return OUTCOMES[row]
+
+
 @dataclass(eq=False)
 class HistoryMemory(Memory):
-    """Candidates per user. items: (E,) int64 rows of the candidates' table; attributes: the same, of each of those."""
+    """Candidates per user. items: (E,) int64 rows of the candidates' table; attributes: the same of further tables, of
+    each of those."""
 
     items: np.ndarray
     attributes: tuple[np.ndarray, ...] = ()
@@ -202,15 +250,27 @@ class HistoryMemory(Memory):
 class HistoryEncoder(MemoryEncoder[HistoryMemory]):
     """Table rows of the last `length` candidates that the user engaged with, oldest first, and what else each holds.
 
-    parts: names of results -> vocabulary, the history's own first; ages: name of that of the seconds since, or None.
+    parts: names of results -> vocabulary, the history's own first, outcomes last; outcomes: of these, microseconds from
+    a request until its label is known; ages: name of the result with the seconds since, or None.
     """
 
     feature: HistoryFeature
     together = True
 
     def __init__(self, name: str, feature: HistoryFeature, shared: Shared) -> None:
-        self.parts = {part: shared.vocabularies[of] for part, of in feature.parts(name).items()}
+        self.parts: dict[str, Vocabulary | ListedValues] = {
+            part: shared.vocabularies[of] for part, of in feature.parts(name).items()
+        }
+        if (types := feature.event_types) is not None:
+            what = f"feature '{name}' has `event_types` of column '{types.column}', which"
+            self.parts[f"{name}_types"] = ListedValues(f"{name}_types", types.values, what, others=True)
+        # Events of one moment are in the order of their parts, in which no label may show before it is known.
+        tasks = {each: max(1, maturity(shared.schema.tasks[each], shared.schema)) for each in feature.outcomes}
+        self.outcomes = {f"{name}_{each}": tasks[each] for each in sorted(tasks, key=lambda each: tasks[each])}
+        for part in self.outcomes:
+            self.parts[part] = ListedValues(part, OUTCOMES, f"'{part}' of history '{name}'")
         self.ages = f"{name}_ages" if feature.ages else None
+        self.schema = shared.schema
         super().__init__(name, feature, shared, (shared.schema.columns.user,))
 
     def empty(self) -> HistoryMemory:
@@ -221,10 +281,20 @@ class HistoryEncoder(MemoryEncoder[HistoryMemory]):
         engaged = np.flatnonzero(rows.labels(self.task, _FOREVER) >= self.feature.at_least)
         known = known_at(rows.times()[engaged], self.matures_after)
         columns = {
-            _column(place): rows.column(each.feature.column).take(pa.array(engaged))
-            for place, each in enumerate(self.parts.values())
+            _column(place): self._column(rows, part).take(pa.array(engaged)) for place, part in enumerate(self.parts)
         }
         return pa.table({"key": rows.hashes(self.by)[engaged], "known": known, **columns})
+
+    def _column(self, rows: LogRows, part: str) -> pa.Array:
+        """What a part encodes of N rows; of outcomes, what they are in the end."""
+        if part in self.outcomes:
+            labels = rows.labels(self.schema.tasks[part.removeprefix(f"{self.name}_")], _FOREVER)
+            return pa.array(OUTCOMES).take(pa.array(np.where(np.isnan(labels), 1, 2 + labels).astype(np.int64)))
+        vocabulary = self.parts[part]
+        if isinstance(vocabulary, Vocabulary):
+            return rows.column(vocabulary.feature.column)
+        assert self.feature.event_types is not None
+        return rows.column(self.feature.event_types.column)
 
     def extended(self, memory: HistoryMemory, events: pa.Table, in_order: bool = False) -> HistoryMemory:
         """The vocabularies must be complete by now."""
@@ -243,17 +313,26 @@ class HistoryEncoder(MemoryEncoder[HistoryMemory]):
     def distinct_results(self, memory: HistoryMemory, asked: LookUps) -> Mapping[str, Ragged]:
         *rows, since = memory.last_events(asked, self.feature.length)
         found = dict(zip(self.parts, rows, strict=True))
-        if self.ages is not None:  # an event became known some time after it happened
-            seconds = known_at(since.values, self.matures_after) // _SECOND
+        age = known_at(since.values, self.matures_after)  # an event became known some time after it happened
+        for part, known in self.outcomes.items():
+            found[part] = replace(found[part], values=np.where(age >= known, found[part].values, 0))
+        if self.ages is not None:
+            seconds = age // _SECOND
             found[self.ages] = Ragged(np.clip(seconds, 0, _LONGEST_AGE), since.lengths)
         return found
 
     def outline(self) -> Outline:
-        ids = tuple((name, each.name, True) for name, each in self.parts.items())
-        if self.ages is None:
-            return Outline(ids=ids)
-        table = Table(self.ages, len(_AGES) + 1, feature=self.feature.of)  # as wide as the ids' own
-        return Outline(tables=(table,), ids=(*ids, (self.ages, self.ages, True)))
+        ids = {name: each.name for name, each in self.parts.items()}
+        rows = {each.name: each.rows for each in self.parts.values() if isinstance(each, ListedValues)}
+        if self.ages is not None:
+            ids[self.ages], rows[self.ages] = self.ages, len(_AGES) + 1
+        tables = tuple(Table(name, each, feature=self.feature.of) for name, each in rows.items())  # as wide as its own
+        return Outline(tables=tables, ids=tuple((name, table, True) for name, table in ids.items()))
+
+    def column_types(self) -> Mapping[str, pa.DataType]:
+        """That of the column of event types, so that a server takes no others."""
+        types = self.feature.event_types
+        return {} if types is None else {types.column: pa.string() if isinstance(types.values[0], str) else pa.int64()}
 
     def encode(self, rows: LogRows) -> Inputs:
         """The last candidates. Columns with the names of the results, lists of ids and seconds, win."""
