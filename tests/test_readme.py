@@ -266,7 +266,7 @@ def test_commands_of_the_first_data_set(said: dict[str, str], folder: Path) -> N
     quick, fast = said["python -m pipelines.quickstart"], said["python -m pipelines.quickstart --fast"]
     assert "gradient boosting" in quick
     assert "mlflow models serve -m models:/complete_journey_fast@champion" in fast
-    for made in ("features", "checkpoints", "model", "evaluation/metrics.json", "evaluation/sums"):
+    for made in ("features", "checkpoints", "model", "evaluation/metrics.json"):
         assert (folder / "data" / "complete_journey" / "work" / made).exists()
 
 

@@ -1,7 +1,7 @@
 """mmoe-rec evaluate --config configs/complete_journey.yaml --model models:/complete_journey@champion
 
-Scores the test rows with a model (its address in MLflow, or its folder) and writes `metrics.json`, the sums it was made
-from, and calibration plots to `data.work`/evaluation; logs them to MLflow, in the run that trained the model.
+Scores the test rows with a model (its address in MLflow, or its folder) and writes a report,
+`metrics.json` and calibration plots to `data.work`/evaluation; logs them to MLflow, in the run that trained the model.
 
 `--split validation` measures the rows that chose the model's state instead, to look at without using up the test rows.
 `--predictions DIR` writes the rows with what the model predicts, as `metrics` reads them, for metrics of your own.

@@ -4,7 +4,7 @@ Metrics of predictions in Parquet files: those of `score --labels`, or of any ot
 for each task a prediction (predicted_TASK) and a label (label_TASK, null where unobserved), and the score by which the
 candidates of its request were ranked (without it, the predictions rank them, by the weights of the tasks); maybe a
 candidate, and a weight by which it counts in metrics of tasks. --columns says where columns are called otherwise, such
-as request=day+basket. Prints a table, and writes `metrics.json` and the sums it was made from to --out.
+as request=day+basket. Prints a table, and writes a report and `metrics.json` to --out.
 
 The tasks are those of the settings, or of --tasks: NAME for a binary one, NAME:regression for another, each maybe with
 its weight in what a row is worth, such as --tasks bought stars:regression=0.2.

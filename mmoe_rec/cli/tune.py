@@ -6,7 +6,7 @@ follow from what was found so far (Optuna's tree-structured Parzen estimator); a
 those before it is cut short, and a combination that is not valid is left out, with the reason.
 
 Each trial is a run in MLflow, within one of the whole search. The search is kept in `data.work`/tuning/study.db: the
-same command, also after a stop or a kill, goes on until there are --trials trials. Test rows play no part.
+same command, also after a stop or a kill, goes on until --trials trials have ended. Test rows play no part.
 """
 
 from __future__ import annotations
@@ -42,9 +42,8 @@ Values = dict[str, Any]
 Outcome = Literal["reached", "cut short", "not valid", "failed"]
 MOST_IN_A_ROW: dict[Outcome, int] = {"failed": 3, "not valid": 20}
 """Trials after which the search ends where they all ended so."""
-KILLS_OF_ONE_TRIAL = 3
-# What trials are marked with: the id of the run, why it was given up, which trial it replaces, how often it was killed.
-_RUN, _REASON, _INSTEAD_OF, _KILLS = "run_id", "reason", "instead_of", "kills"
+# What trials are marked with: the id of the run, and why it was given up.
+_RUN, _REASON = "run_id", "reason"
 
 
 @settings_command(__doc__)
@@ -155,13 +154,13 @@ class Study:
     def run(self, trials: int) -> None:
         """Tries until there are so many trials, those of earlier runs included; writes and prints what is best.
 
-        Raises StoppedError where it was asked to stop, and the current trial will be tried again; UserError where no
-        trial ended well, or several in a row failed or were not valid.
+        Raises StoppedError where it was asked to stop; UserError where no trial ended well, or several in a row failed
+        or were not valid.
         """
         uri, experiment = self.settings.tracking.address, self.settings.experiment
         with runs.open_run(uri, experiment, run_name="tuning", key=f"tuning-{self.key}", unsent=self.unsent) as run:
             assert run.run_id is not None
-            self._take_up_killed()
+            self._give_up_unfinished()
             last, in_a_row = "", 0
             while len(self._find_ended()) < trials:
                 outcome, said = self._try(run.run_id)
@@ -197,38 +196,24 @@ class Study:
         print(f"next: mmoe-rec train --config {file}")
 
     def _find_ended(self) -> list[Any]:
-        """All trials that ended, except those that were or will be tried again."""
-        states, trials = self._states, self._study.get_trials(deepcopy=False)
-        again = {each.user_attrs.get(_INSTEAD_OF) for each in trials}
-        ends = (states.COMPLETE, states.PRUNED, states.FAIL)
-        return [each for each in trials if each.state in ends and each.number not in again]
+        """All trials that ended; a stop or a kill is no end."""
+        ends = (self._states.COMPLETE, self._states.PRUNED)
+        trials = self._study.get_trials(deepcopy=False)
+        return [each for each in trials if each.state in ends or _REASON in each.user_attrs]
 
-    def _take_up_killed(self) -> None:
-        """Trials that a kill left open are tried again under a new number, unless they were killed each time."""
+    def _give_up_unfinished(self) -> None:
+        """Closes the trials that a stop or a kill left open: others are tried in their place."""
         for trial in self._study.get_trials(deepcopy=False, states=(self._states.RUNNING,)):
             if _RUN in trial.user_attrs:
                 runs.mark_killed(self.settings.tracking.address, trial.user_attrs[_RUN])
-            kills = trial.user_attrs.get(_KILLS, 0) + 1
-            if kills < KILLS_OF_ONE_TRIAL:
-                self._put_back(trial, kills)
-            else:
-                said = f"failed: the process was killed {kills} times while it tried these values"
-                say(f"trial {trial.number + 1}: {said}")
-                self._study.tell(trial.number, state=self._states.FAIL)
-
-    def _put_back(self, trial: Any, kills: int) -> None:
-        """Has an open trial's values tried again."""
-        known = {each.user_attrs.get(_INSTEAD_OF) for each in self._study.get_trials(deepcopy=False)}
-        if trial.number not in known:  # else a kill came between the two calls
-            self._study.enqueue_trial(trial.params, user_attrs={_INSTEAD_OF: trial.number, _KILLS: kills})
-        self._study.tell(trial.number, state=self._states.FAIL)
+            self._study.tell(trial.number, state=self._states.FAIL)
 
     def _try(self, parent: str) -> tuple[Outcome, str]:
         """One trial: what became of it, in a word and at length."""
         trial = self._study.ask(self._spaces)
         values, folder, reached = self._read_values(trial), self.folder / f"trial-{trial.number:04d}", None
         shutil.rmtree(folder, ignore_errors=True)
-        again = f"trial {trial.number + 1} will be tried again: go on with the same command"
+        left = f"trial {trial.number + 1} has not ended, and does not count: go on with the same command"
         outcome: Outcome = "cut short"
         told = "it fell behind"
         try:
@@ -238,12 +223,10 @@ class Study:
             if reached is not None:
                 outcome, told = "reached", f"{reached:.4f}"
         except (StoppedError, KeyboardInterrupt) as stopped:
-            self._put_back(trial, trial.user_attrs.get(_KILLS, 0))
             who = str(stopped).partition(";")[0] or "SIGINT came"
-            raise StoppedError(f"{who}; {again}") from None
+            raise StoppedError(f"{who}; {left}") from None
         except UnreachableError as error:
-            self._put_back(trial, trial.user_attrs.get(_KILLS, 0))
-            raise UserError(f"{error}; {again}, once MLflow answers") from None
+            raise UserError(f"{error}; {left}, once MLflow answers") from None
         except UserError as error:
             outcome, told = "not valid" if isinstance(error, NotValidError) else "failed", str(error)
             trial.set_user_attr(_REASON, told)

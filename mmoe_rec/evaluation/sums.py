@@ -13,16 +13,13 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
-from mmoe_rec.atomic import atomic_folder
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.metrics import CUTOFFS, metrics_of
 from mmoe_rec.evaluation.metrics.metric import Metric, TaskRows
@@ -33,8 +30,6 @@ from mmoe_rec.log.columns import combine, hash_column
 MOST_UNITS = 4_096
 """At most so many users, or groups of users, are kept apart; a power of two."""
 NOTED_CUTOFF = 10  # of the NDCG whose least value is kept, for a note
-_FORMAT = 6
-_MANIFEST = "sums.json"
 _KEYS = ("user", "bin")
 
 
@@ -120,24 +115,6 @@ class EvaluationSums:
         """Tells other rows apart: other requests, candidates or weights; not other labels."""
         rows = self.tables["ranking"].select(["user", "rows", "requests", "digest"]).to_pylist()
         return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
-
-    def save(self, folder: Path) -> None:
-        """Writes `sums.json` and a Parquet file a table to a folder of their own, replacing sums saved there before.
-
-        Raises UserError where the folder holds something else.
-        """
-        check_folder(folder)
-        manifest = {"format": _FORMAT, "tasks": [asdict(task) for task in self.tasks], "tables": list(self.tables)}
-        with atomic_folder(folder) as temporary:
-            (temporary / _MANIFEST).write_text(json.dumps(manifest, indent=2))
-            for name, table in self.tables.items():
-                pq.write_table(table, temporary / f"{name}.parquet")
-
-
-def check_folder(folder: Path) -> None:
-    """Raises UserError where a folder for sums holds something else."""
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / _MANIFEST).exists():
-        raise UserError(f"'{folder}' holds other files, and sums need a folder of their own; name another one")
 
 
 @dataclass(frozen=True)

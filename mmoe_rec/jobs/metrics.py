@@ -56,7 +56,7 @@ def measure_predictions(
     placement: Collection[str] = (),
     against_columns: Sequence[str] = (),
 ) -> Results:
-    """Measures rows of Parquet files; writes `metrics.json` and the sums to a folder.
+    """Measures rows of Parquet files; writes `metrics.json` and other files to a folder.
 
     source: a folder of Parquet files, one file or a glob; rules: of intervals and comparisons; options: engine,
     workers and memory; against: further files with other predictions of the same rows, which are compared with these;

@@ -35,7 +35,7 @@ _WRITTEN = (
     "features/counts/x.parquet",
     "features/encoded/train/part-00000.parquet",
     "features/requests/part-00000.parquet",
-    "evaluation/sums/ranking.parquet",
+    "evaluation/metrics.parquet",
     "evaluation/encoded/test/part-00000.parquet",
     "champion/validation/part-00000.parquet",
 )

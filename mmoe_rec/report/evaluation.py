@@ -21,7 +21,6 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.comparison import BETTER, WORSE, Comparison, Results
 from mmoe_rec.evaluation.slices import sort_worst_first
 from mmoe_rec.evaluation.summary import CATALOGUE, SCORE, Summary, rows_of_catalogue, rows_of_metrics
-from mmoe_rec.evaluation.sums import check_folder
 from mmoe_rec.report.findings import Finding, find_all
 from mmoe_rec.report.pages import COLOURS, SERIES, blank, plain, render, svg
 from mmoe_rec.report.sentences import (
@@ -42,11 +41,11 @@ _LOG_SPAN = 20  # axes are logarithmic when the largest mean prediction is more 
 def write_results(results: Results, out: Path) -> None:
     """Writes the files of an evaluation, replacing those of one before; the page last.
 
-    OUT/metrics.json, metrics.parquet, sums/   of the model in question
-    OUT/slices.parquet                         where there are slices
-    OUT/against/1/metrics.json, sums/, ...     of each model that it is compared with
-    OUT/comparison.json                        differences and verdicts, where there are others
-    OUT/report.html                            the page
+    OUT/metrics.json, metrics.parquet   of the model in question
+    OUT/slices.parquet                  where there are slices
+    OUT/against/1/metrics.json, ...     of each model that it is compared with
+    OUT/comparison.json                 differences and verdicts, where there are others
+    OUT/report.html                     the page
 
     Raises UserError, before anything is written, where the rows are not the same, or other files are in the way.
     """
@@ -54,14 +53,12 @@ def write_results(results: Results, out: Path) -> None:
     for each in against.iterdir() if against.is_dir() else ():
         if not (each.name.isdigit() and {path.name for path in each.iterdir()} <= {"sums", "metrics.json"}):
             raise UserError(f"'{each}' lies where results go, and belongs to no evaluation: give another --out")
-    check_folder(out / "sums")
     (out / "report.html").unlink(missing_ok=True)  # it would tell of other numbers than lie beside it
     shutil.rmtree(against, ignore_errors=True)
     for name in ("comparison.json", "slices.parquet", *(f"calibration_{task}.png" for task in results.tasks)):
         (out / name).unlink(missing_ok=True)
     for place, model in enumerate(results.models.values()):
         folder = against / str(place) if place else out
-        model.sums.save(folder / "sums")
         write_text(folder / "metrics.json", json.dumps(summary_tree(model.summary), indent=1))
     if comparison is not None:
         write_text(out / "comparison.json", json.dumps(comparison_tree(comparison, results.first.summary), indent=1))

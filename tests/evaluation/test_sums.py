@@ -1,12 +1,9 @@
 """Sums are those of loops, whatever the form of the columns; parts of users are joined; bad input is named."""
 
-import json
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from simulated_log import BOUGHT, SPENT, Log, simulate
 
@@ -77,28 +74,6 @@ def test_arrow_columns_count_as_their_numpy_equals(log: Log) -> None:
         score=pa.array(log.score),
     )
     assert found == log.measure()
-
-
-def test_a_save_that_is_cut_short_leaves_the_sums_before(log: Log, tmp_path: Path, monkeypatch) -> None:
-    before = simulate(seed=1, decimals=1).measure()
-    before.save(tmp_path / "sums")
-
-    def killed(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("mmoe_rec.evaluation.sums.pq.write_table", killed)
-    with pytest.raises(KeyboardInterrupt):
-        log.measure().save(tmp_path / "sums")
-    assert json.loads((tmp_path / "sums/sums.json").read_text())["tables"] == list(before.tables)
-    for name, table in before.tables.items():
-        assert pq.read_table(tmp_path / f"sums/{name}.parquet").equals(table)
-
-
-def test_saving_never_replaces_files_that_are_not_sums(log: Log, tmp_path: Path) -> None:
-    (tmp_path / "report.html").write_text("mine")
-    with pytest.raises(UserError, match="holds other files"):
-        log.measure().save(tmp_path)
-    assert (tmp_path / "report.html").read_text() == "mine"
 
 
 def _with(values: np.ndarray, row: int, value: float) -> np.ndarray:

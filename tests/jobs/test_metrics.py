@@ -430,7 +430,6 @@ def test_predictions_of_other_rows_are_not_compared(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is given twice, and would be compared with itself; give --against another"):
         measured(TASKS, source, out, against=[source])
     assert not (out / "metrics.json").exists()
-    assert not (out / "sums").exists()
     with pytest.raises(UserError, match=r"evaluation\.decide_by is 'acu'"):  # before anything is read
         measured(TASKS, source, out, rules=Evaluation(decide_by="acu"))
 
@@ -462,9 +461,8 @@ def test_what_can_not_be_written_leaves_all_as_it_was(tmp_path: Path) -> None:
     frame, out = predicted(23, rows=600), tmp_path / "out"
     ours, theirs = (str(written(frame, tmp_path / name)) for name in ("ours", "theirs"))
     measured(TASKS, ours, out, against=[theirs])
-    (out / "sums" / "sums.json").unlink()
-    (out / "sums" / "mine.txt").write_text("mine")
+    (out / "against" / "1" / "mine.txt").write_text("mine")
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
-    with pytest.raises(UserError, match="holds other files"):
+    with pytest.raises(UserError, match="belongs to no evaluation"):
         measured(TASKS, ours, out)
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before

@@ -70,7 +70,7 @@ def test_its_figures_are_in_files_too(results: Results, tmp_path: Path) -> None:
     alone = replace(results, models={"new": replace(results.first, slices={})})
     (tmp_path / "calibration_bought.png").touch()
     write_results(alone, tmp_path)
-    assert {each.name for each in tmp_path.iterdir()} == {"metrics.json", "metrics.parquet", "sums", "report.html"}
+    assert {each.name for each in tmp_path.iterdir()} == {"metrics.json", "metrics.parquet", "report.html"}
 
 
 @pytest.mark.parametrize(("width", "dark"), [(1200, False), (390, True)])
