@@ -2,91 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 
 import numpy as np
 import pyarrow as pa
 
 from mmoe_rec.features.layout import DenseInput
-
-_LOW_BITS = 27  # of 53, so that products of the parts of two numbers fit into 54
-_SCALE = 1088  # 2^-1088 divides every float64 number
-_SMALL = 2.0**20  # squares of the rows read at a time add up within int64
-
-
-class Moments:
-    """Count, sum and sum of squares of numbers without rounding; a mergeable partial fit.
-
-    total: in units of 2^-1088; squares: in units of 2^-2176.
-    """
-
-    def __init__(self) -> None:
-        self.count, self.total, self.squares = 0, 0, 0
-
-    def add(self, values: np.ndarray) -> None:
-        """Takes (N,) float64 numbers; those that are not finite are left out."""
-        finite = np.isfinite(values)
-        if not finite.all():
-            values = values[finite]
-        self.count += len(values)
-        if (np.abs(values) < _SMALL).all() and (values == np.rint(values)).all():
-            whole = values.astype(np.int64)
-            self.total += int(whole.sum()) << _SCALE
-            self.squares += int(np.square(whole).sum()) << 2 * _SCALE
-            return
-        fraction, exponent = np.frexp(values)
-        for each in np.unique(exponent).tolist():
-            whole = (fraction[exponent == each] * 2.0**53).astype(np.int64)
-            high, low = whole >> _LOW_BITS, whole & (2**_LOW_BITS - 1)
-            squares = (_sum(high * high) << 2 * _LOW_BITS) + (_sum(high * low) << _LOW_BITS + 1) + _sum(low * low)
-            self.total += _scaled(_sum(whole), each - 53 + _SCALE)
-            self.squares += _scaled(squares, 2 * (each - 53 + _SCALE))
-
-    def merge(self, other: Moments) -> None:
-        """Adds what another one took."""
-        self.count += other.count
-        self.total += other.total
-        self.squares += other.squares
-
-    def to_table(self) -> pa.Table:
-        """One row: count, total, squares, the latter as decimal digits."""
-        return pa.table({"count": [self.count], "total": [str(self.total)], "squares": [str(self.squares)]})
-
-    @staticmethod
-    def from_table(table: pa.Table) -> Moments:
-        """The moments that `to_table` gave."""
-        moments = Moments()
-        (row,) = table.to_pylist()
-        moments.count, moments.total, moments.squares = row["count"], int(row["total"]), int(row["squares"])
-        return moments
-
-    @property
-    def mean(self) -> float:
-        """The mean; 0 where there are no numbers."""
-        return float(Fraction(self.total, self.count << _SCALE)) if self.count else 0.0
-
-    @property
-    def deviation(self) -> float:
-        """The standard deviation, 1 where numbers are equal but for the last bits of a float64."""
-        spread = self.count * self.squares - self.total**2  # count^2 times the variance
-        if spread * 2**98 <= self.total**2:
-            return 1.0
-        more = max(0, 128 - spread.bit_length())
-        return float(Fraction(math.isqrt(spread << 2 * more), self.count << _SCALE + more))
-
-
-def _sum(whole: np.ndarray) -> int:
-    """The sum of (N,) int64 numbers, which need not fit into int64."""
-    return (int((whole >> 32).sum()) << 32) + int((whole & (2**32 - 1)).sum())
-
-
-def _scaled(whole: int, bits: int) -> int:
-    """A whole number times 2^bits, where that is one too."""
-    return whole << bits if bits >= 0 else whole >> -bits
-
 
 VALUES_KEPT = 2**16
 _MOST_DROPPED = 48  # 16 bits are left, so no more than 2^16 values

@@ -24,7 +24,7 @@ from mmoe_rec.features.encoder import Counts, Encoder, Inputs, MemoryEncoder, Sh
 from mmoe_rec.features.kinds import KINDS, schema_of
 from mmoe_rec.features.kinds.counter import CounterEncoder
 from mmoe_rec.features.layout import DenseInput, Encoded, IdInput, Layout, Table, TaskOutput
-from mmoe_rec.features.numbers import Moments
+from mmoe_rec.features.numbers import NumberHistogram
 from mmoe_rec.features.vocabulary import Vocabulary, VocabularyFeature
 from mmoe_rec.log.columns import column_uses
 from mmoe_rec.log.rows import LogRows, RequestRows
@@ -129,7 +129,7 @@ class FeaturePipeline:
         self.booleans: set[str] | None = set()
         # Regression task -> mean and deviation of its training labels.
         self.label_scales: dict[str, tuple[float, float]] = {}
-        self._labels = {name: Moments() for name, task in schema.tasks.items() if task.kind == "regression"}
+        self._labels = {name: NumberHistogram() for name, task in schema.tasks.items() if task.kind == "regression"}
         self.live = Live(self.memory_encoders)
         """What has been learnt besides the memories."""
         self._check_names()
@@ -169,14 +169,14 @@ class FeaturePipeline:
     def counts(self) -> dict[str, Counts]:
         """What the first pass counts, by `feature.NAME` and `label.TASK`: partial fits, which can be merged."""
         features = {f"feature.{name}": encoder.counts for name, encoder in self.encoders.items()}
-        labels = {f"label.{name}": moments for name, moments in self._labels.items()}
+        labels = {f"label.{name}": histogram for name, histogram in self._labels.items()}
         return {name: counts for name, counts in (features | labels).items() if counts is not None}
 
     def learn(self, rows: LogRows, known_by: int) -> None:
         """Counts training rows. Labels that become known later than `known_by` (microseconds) don't count."""
         self.note_types(rows)
-        for name, moments in self._labels.items():
-            moments.add(rows.labels(self.schema.tasks[name], known_by))
+        for name, histogram in self._labels.items():
+            histogram.add(rows.labels(self.schema.tasks[name], known_by))
         for encoder in self.encoders.values():
             encoder.learn(rows, known_by)
 
@@ -209,8 +209,9 @@ class FeaturePipeline:
 
     def finish(self) -> None:
         """Makes vocabularies and statistics of what was counted."""
-        for name, moments in self._labels.items():
-            self.label_scales[name] = (moments.mean, moments.deviation)
+        for name, histogram in self._labels.items():
+            fitted = histogram.standardiser()
+            self.label_scales[name] = (fitted.mean, fitted.deviation)
         for encoder in self.encoders.values():
             encoder.finish()
 

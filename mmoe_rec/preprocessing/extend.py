@@ -238,8 +238,9 @@ def _extend(before: FeatureFolder, files: NewFiles, windows: dict[str, Window], 
         try:
             for name, counts in pipeline.counts.items():
                 counts.merge(type(counts).from_table(pq.read_table(before.folder / "counts" / f"{name}.parquet")))
-        except (OSError, pa.ArrowException) as error:
-            raise UserError(f"the features in '{before.folder}' are damaged: {first_line(error)}; {ANEW}") from None
+        except (OSError, pa.ArrowException, KeyError) as error:
+            what = f"the features in '{before.folder}' are damaged, or of another version ({first_line(error)})"
+            raise UserError(f"{what}: {ANEW}") from None
         pipeline.merge(counted.counts, counted.key_types)
         new_ids = pipeline.grow()
         counted.add_latest_of(before.serving, logs.schema)

@@ -1,14 +1,13 @@
 """The statistics of numbers, against numpy and `fractions`."""
 
 import math
-from fractions import Fraction
 
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from mmoe_rec.features.numbers import EDGES, Moments, NumberHistogram, Standardiser
+from mmoe_rec.features.numbers import EDGES, NumberHistogram, Standardiser
 
 
 def _histogram(*parts: np.ndarray) -> NumberHistogram:
@@ -148,31 +147,3 @@ def test_there_are_as_many_buckets_as_asked_for_and_none_is_empty(values, bucket
 def test_standardising_clips_and_puts_missing_values_at_the_mean():
     apply = Standardiser(2.0, 0.5, False).apply
     assert apply(np.array([2.0, 3.0, -100.0, 1e300, np.nan, np.inf])).tolist() == [0.0, 2.0, -10.0, 10.0, 0.0, 0.0]
-
-
-def moments_of(*parts: np.ndarray) -> Moments:
-    """Of parts that are taken one by one, and merged as they are after a round trip."""
-    whole = Moments()
-    for part in parts:
-        moments = Moments()
-        moments.add(part)
-        whole.merge(Moments.from_table(moments.to_table()))
-    return whole
-
-
-@given(
-    values=st.lists(st.floats(allow_nan=False, allow_infinity=False) | st.integers(-9, 9).map(float), min_size=1),
-    cuts=st.lists(st.integers(0, 60), max_size=3).map(sorted),
-    seed=st.integers(0, 99),
-)
-def test_mean_and_deviation_are_those_of_fractions(values, cuts, seed):
-    shuffled = np.random.default_rng(seed).permutation(np.array(values))
-    found = moments_of(*np.split(shuffled, cuts))
-    exact = [Fraction(value) for value in values]
-    mean = sum(exact) / len(exact)
-    assert found.mean == float(mean)
-    variance = sum((value - mean) ** 2 for value in exact) / len(exact)
-    if variance * 2**98 <= mean**2:
-        assert found.deviation == 1
-    elif found.deviation > 1e-300:
-        assert abs(Fraction(found.deviation) ** 2 / variance - 1) < Fraction(1, 2**50)

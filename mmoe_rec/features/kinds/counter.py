@@ -11,7 +11,7 @@ import pyarrow as pa
 from pydantic import Field, field_validator, model_validator
 
 from mmoe_rec.features.encoder import Inputs, Kind, MemoryEncoder, Outline, Shared, State
-from mmoe_rec.features.numbers import DenseNumber, Moments, Standardiser
+from mmoe_rec.features.numbers import DenseNumber, NumberHistogram, Standardiser
 from mmoe_rec.log.rows import MICROSECONDS_PER_DAY, LogRows
 from mmoe_rec.point_in_time.counters import CounterMemory, SeenTotals
 from mmoe_rec.point_in_time.join import LookUps, known_at
@@ -93,7 +93,7 @@ class CounterEncoder(MemoryEncoder[CounterMemory]):
         super().__init__(name, feature, shared, feature.by)
         self.label = feature.task
         self.prior = 0.0
-        self.counts = Moments()
+        self.counts = NumberHistogram()
         self._totals = [output for output in feature.outputs if output != "recency"]
         # The end of an output's name -> microseconds; None is all of the past.
         self._windows = {
@@ -125,7 +125,7 @@ class CounterEncoder(MemoryEncoder[CounterMemory]):
             self.counts.add(rows.labels(self.task, known_by))
 
     def finish(self) -> None:
-        self.prior = self.counts.mean
+        self.prior = self.counts.standardiser().mean
 
     def empty(self) -> CounterMemory:
         recency = "recency" in self.feature.outputs
