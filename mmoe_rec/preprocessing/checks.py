@@ -28,24 +28,15 @@ from mmoe_rec.settings.columns import SplitColumn
 from mmoe_rec.settings.schema import Schema
 
 _YEAR = 365 * 86_400_000_000
-# One of each kind of Parquet file that is written to `data.work`.
-_SERVED = ("features/serving", "before_training/features/serving", "model/features", "refreshed/model/features")
-_WRITTEN = (
-    *(f"{folder}/{name}" for folder in _SERVED for name in ("latest.user.parquet", "x.memory/part-00000.parquet")),
-    "features/counts/x.parquet",
-    "features/encoded/train/part-00000.parquet",
-    "features/requests/part-00000.parquet",
-    "evaluation/metrics.parquet",
-    "evaluation/encoded/test/part-00000.parquet",
-    "champion/validation/part-00000.parquet",
-)
+_DEPTHS = range(2, 6)  # of folders in `data.work` to which rows are written
 
 
 def check_apart(log_source: str, schema: Schema, work: Path) -> None:
     """Raises UserError where a log would read what is written to the folder `work`."""
     sources = {"data.log": log_source} | {f"data.events.{name}.path": each.path for name, each in schema.events.items()}
+    written = [work.joinpath(*["folder"] * depth, "part-00000.parquet") for depth in _DEPTHS]
     for setting, source in sources.items():
-        if takes_in(source, [work / each for each in _WRITTEN]):
+        if takes_in(source, written):
             raise UserError(
                 f"`{setting}` '{source}' takes in what is written to `data.work` '{work}': it would be read as rows of "
                 "the log; set `data.work` to a folder that lies outside"
