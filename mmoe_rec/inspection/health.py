@@ -10,7 +10,7 @@ findings    what is suspicious, in words (`findings.py`)
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from mmoe_rec.features.vocabulary import row_names
 from mmoe_rec.inspection.findings import find
 from mmoe_rec.inspection.sums import FeatureInputs, Labels, NumberInput, SplitSums, Sums, collect, psi, psi_noise
 from mmoe_rec.log.checks import format_time
+from mmoe_rec.log.database import MEMORY_GIB
 from mmoe_rec.preprocessing.prepare import FeatureFolder
 from mmoe_rec.settings.schema import Meaning, Schema
 
@@ -34,8 +35,7 @@ def overview(manifest: Mapping[str, Any], sums: Sums, schema: Schema) -> dict[st
     if manifest.get("first_request") is None:
         splits = {name: split | dict.fromkeys(_TIMES) for name, split in splits.items()}
     if schema.split is not None and schema.columns.has_user:  # where times split rows, users are in both by right
-        train, test = (sums.splits[name].who["user"] for name in ("train", "test"))
-        users_in_both = test.share_in(train)
+        users_in_both = sums.users_in_both
     names = ("log", "digest", "files", "rows", "first_request", "last_request", "requests")
     return {name: manifest.get(name) for name in names} | {
         "rows_in_splits": sum(split["rows"] for split in splits.values()),
@@ -65,10 +65,9 @@ def weeks(manifest: Mapping[str, Any], sums: Sums) -> list[dict[str, Any]]:
 
 
 def _split(sums: SplitSums, layout: Layout, told: Mapping[str, Any]) -> dict[str, Any]:
-    who = {f"{name}s": {"count": count.count(), "exact": count.exact} for name, count in sums.who.items()}
     return {
         "rows": sums.labels.rows,
-        **who,
+        **{f"{name}s": count for name, count in sums.who.items()},
         "first_request": format_time(sums.first),
         "last_request": format_time(sums.last),
         "labels_known_by": format_time(told["known_by"]) if told.get("known_by") is not None else None,
@@ -93,12 +92,15 @@ SPLITS = ("train", "test")
 _FLOAT_BYTES = 4  # row-wise Adagrad keeps one more for each row
 
 
-def inspect(name: str, prepared: FeatureFolder, schema: Schema, dims: Mapping[str, int]) -> dict[str, Any]:
-    """The health of the data set of that name, ready for JSON.
+def inspect(
+    name: str, prepared: FeatureFolder, schema: Schema, dims: Mapping[str, int], memory_gib: float = MEMORY_GIB
+) -> dict[str, Any]:
+    """The health of a data set of that name, ready for JSON.
 
-    dims: table -> width that a model gives it. Raises UserError for encoded rows that are missing or can't be read.
+    dims: table -> width that a model gives it; memory_gib: in which rows are counted. Raises UserError for encoded rows
+    that are missing or can't be read.
     """
-    sums, manifest = collect(prepared, schema), prepared.manifest
+    sums, manifest = collect(prepared, schema, memory_gib), prepared.manifest
     health = {
         "name": name,
         "overview": overview(manifest, sums, schema),
@@ -148,17 +150,17 @@ def _id_input(each: IdInput, meaning: Meaning, sums: Sums, prepared: FeatureFold
         "columns": [f"id.{each.name}"],
         "table": each.table,
         "coverage": _coverage(sums, ids.empty) if meaning.missing else dict.fromkeys(SPLITS),
-        "distinct": {"count": ids.distinct(meaning), "exact": True},
+        "distinct": ids.distinct(meaning),
         "constant": int((ids.counts["train"] > 0).sum()) <= 1,
         "unknown": {split: ids.unknown_share(split, meaning) for split in SPLITS},
         **_drift(labels, train, test),
-        "auc": {task.name: ids.auc(place) for place, task in enumerate(sums.layout.tasks)},
+        "auc": _by_task(sums, ids.areas),
     }
 
 
 def _number_input(each: NumberInput, feature: FeatureInputs, sums: Sums) -> dict[str, Any]:
     numbers = sums.numbers[each.name]
-    labels, train, test = numbers.psi_counts(each.edges)
+    labels, train, test = numbers.bins, numbers.counts["train"], numbers.counts["test"]
     missing = {split: int(numbers.counts[split][-1]) for split in SPLITS}
     tells = each.indicator is not None or feature.meaning.zeros_missing
     if not tells:
@@ -169,13 +171,17 @@ def _number_input(each: NumberInput, feature: FeatureInputs, sums: Sums) -> dict
         "table": None,
         # Without an indicator every training row had a value; whether test rows do cannot be seen.
         "coverage": _coverage(sums, missing) if tells else {"train": 1.0, "test": None},
-        "distinct": {"count": numbers.distinct.count(), "exact": numbers.distinct.exact},
+        "distinct": numbers.distinct,
         # All training rows have one value, or all have none.
-        "constant": numbers.distinct.count() + bool(missing["train"]) <= 1,
+        "constant": numbers.distinct + bool(missing["train"]) <= 1,
         "unknown": dict.fromkeys(SPLITS),
         **_drift(labels, train, test),
-        "auc": {task.name: numbers.auc(place) for place, task in enumerate(sums.layout.tasks)},
+        "auc": _by_task(sums, numbers.areas),
     }
+
+
+def _by_task(sums: Sums, values: Sequence[float | None]) -> dict[str, float | None]:
+    return {task.name: value for task, value in zip(sums.layout.tasks, values, strict=True)}
 
 
 def _coverage(sums: Sums, missing: Mapping[str, int]) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Encoded rows -> the mergeable sums that an inspection makes of them: their size follows the tables, not the rows.
+"""Encoded rows -> what an inspection counts of them, by SQL: in bounded memory, however many rows there are.
 
 PSI, the population stability index, between training shares p and test shares q of the same bins:
 
@@ -12,73 +12,29 @@ M rows, `psi_noise`, which matters where a split has few rows.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from glob import escape
 from itertools import pairwise
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
+import pyarrow.parquet as pq
 
-from mmoe_rec.auc import auc_of_counts
-from mmoe_rec.batches.encoded_rows import EncodedRows, Rows
+from mmoe_rec.batches.encoded_rows import ADVICE, EncodedRows
+from mmoe_rec.errors import UserError, first_line
 from mmoe_rec.features.layout import DenseInput, IdInput, Layout
-from mmoe_rec.log.columns import hash_column, mix
-from mmoe_rec.point_in_time.arrays import Ragged
+from mmoe_rec.log.database import MEMORY_GIB, Database, open_database
 from mmoe_rec.preprocessing.prepare import FeatureFolder
 from mmoe_rec.progress import bar
 from mmoe_rec.settings.schema import Meaning, Schema
 
 SPLITS = ("train", "validation", "test")
-COLUMNS = ("user", "candidate", "request", "time")  # read beside the model's inputs
-WHOS = COLUMNS[:3]
+WHOS = ("user", "candidate", "request")  # read beside the model's inputs, as is the time
 RATE_SMOOTHING = 20.0  # rows of the overall rate that the rate of an id is mixed with
 FREQUENT = 50  # most frequent table rows that drift is measured in
-GRID = 1000  # quantiles of the fine histogram of a number
 PSI_BINS = 20
-DISTINCT, DISTINCT_VALUES = 65_536, 4096  # hashes that are kept of ids, and of a number's values
-_LOG_ODDS = np.linspace(-16, 16, 4095)  # edges of the bins of a list's mean rate
-_DAY = 86_400_000_000
-_MONDAY = 3 * _DAY  # 1970-01-01 was a Thursday
-_SAMPLE, _SAMPLED_GROUPS = 65_536, 16
-_BATCH_VALUES = 1 << 24
-
-
-class DistinctCount:
-    """Different 64-bit hashes seen: exact while fewer than `keep`, estimated from the `keep` smallest beyond.
-
-    A mergeable sum of at most 8 x `keep` bytes. The estimate (k - 1) / u, where u in (0, 1] is the k-th smallest hash,
-    is unbiased with a relative standard error of 1 / sqrt(k - 2) (Beyer et al., SIGMOD 2007).
-    """
-
-    def __init__(self, keep: int) -> None:
-        self.keep = keep
-        self.smallest = np.empty(0, np.uint64)
-
-    def add(self, hashes: np.ndarray) -> None:
-        """Counts (N,) uint64 hashes."""
-        if not self.exact:
-            hashes = hashes[hashes < self.smallest[-1]]
-        if len(hashes):
-            self.smallest = np.unique(np.concatenate([self.smallest, pd.unique(hashes)]))[: self.keep]
-
-    @property
-    def exact(self) -> bool:
-        """Whether `count` is the exact number."""
-        return len(self.smallest) < self.keep
-
-    def share_in(self, other: DistinctCount) -> float | None:
-        """The share of the hashes that the other one has seen as well, or its estimate; None without hashes."""
-        # Below this bound both hold all that they have seen: hashes are as good as random, so it is a fair sample.
-        most = np.iinfo(np.uint64).max
-        bound = min(most if each.exact else each.smallest[-1] for each in (self, other))
-        mine = self.smallest[self.smallest <= bound]
-        return float(np.isin(mine, other.smallest).mean()) if len(mine) else None
-
-    def count(self) -> int:
-        """The number of different hashes, or its estimate."""
-        if self.exact:
-            return len(self.smallest)
-        return round((self.keep - 1) / (float(self.smallest[-1]) / 2.0**64))
 
 
 def psi(train: np.ndarray, test: np.ndarray) -> float | None:
@@ -94,12 +50,6 @@ def psi_noise(train: np.ndarray, test: np.ndarray) -> float | None:
     if not train.sum() or not test.sum():
         return None
     return float((len(train) - 1) * (1 / train.sum() + 1 / test.sum()))
-
-
-def auc(positives: np.ndarray, negatives: np.ndarray) -> float | None:
-    """Area under the ROC curve of a score in (B,) rising bins, ties within a bin; None where a class is missing."""
-    area = float(auc_of_counts(positives, negatives))
-    return None if np.isnan(area) else area
 
 
 @dataclass(frozen=True)
@@ -149,68 +99,17 @@ def _numbers(dense: tuple[DenseInput, ...], feature: str) -> tuple[NumberInput, 
     )
 
 
+@dataclass(frozen=True)
 class IdSums:
-    """Mergeable sums of one id input over a table of R rows; training rows come first.
+    """What is counted of one id input over a table of R rows.
 
-    counts: split -> (R,) look-ups; a row of the log without any id counts as a look-up of row 0, as missing.
-    observed, positives: split -> (T, R) look-ups in rows where a task's label is known, and is positive. Of lists,
-    validation rows are counted in bins of the mean rate of their ids instead: scored, (T, 2, bins) by label.
+    counts: split -> (R,) look-ups; a row of the log without any id counts as a look-up of row 0, as missing; empty:
+    split -> rows without any id; areas: for each task, how well the training rates of the ids rank validation rows.
     """
 
-    def __init__(self, rows: int, tasks: int, many: bool) -> None:
-        self.many = many
-        self.counts = {split: np.zeros(rows, np.int64) for split in ("train", "test")}
-        labelled = ("train",) if many else ("train", "validation")
-        self.observed = {split: np.zeros((tasks, rows), np.int64) for split in labelled}
-        self.positives = {split: np.zeros((tasks, rows), np.int64) for split in labelled}
-        self.empty = {"train": 0, "test": 0}
-        self.scored = np.zeros((tasks, 2, len(_LOG_ODDS) + 1), np.int64)
-        self._rates: list[np.ndarray] = []
-
-    def add(self, split: str, ids: np.ndarray | Ragged, labels: np.ndarray) -> None:
-        """Counts the ids of N rows. labels: (2, T, N) bool, which rows are positive, and which are negative."""
-        if isinstance(ids, Ragged):  # an empty list is one of row 0
-            lengths = np.maximum(ids.lengths, 1)
-            values = np.zeros(int(lengths.sum()), np.int64)
-            values[np.repeat(ids.lengths > 0, lengths)] = ids.values
-            ids = Ragged(values, lengths)
-            if split == "validation":
-                self._add_scores(ids, labels)
-        else:
-            ids = Ragged(ids, np.ones(len(ids), np.int32))
-        if split in self.counts:
-            self.empty[split] += int((ids.values[ids.offsets[:-1]][ids.lengths == 1] == 0).sum())
-            np.add.at(self.counts[split], ids.values, 1)
-        if split in self.observed:
-            looked_up = np.repeat(labels, ids.lengths, axis=2)
-            for task, (positive, negative) in enumerate(zip(*looked_up, strict=True)):
-                np.add.at(self.observed[split][task], ids.values[positive | negative], 1)
-                np.add.at(self.positives[split][task], ids.values[positive], 1)
-
-    def rates(self, task: int) -> np.ndarray:
-        """(R,) share of positives of each table row in training, with `RATE_SMOOTHING` rows of the overall share."""
-        positives, observed = self.positives["train"][task], self.observed["train"][task]
-        overall = positives.sum() / max(observed.sum(), 1)
-        return (positives + RATE_SMOOTHING * overall) / (observed + RATE_SMOOTHING)
-
-    def _add_scores(self, ids: Ragged, labels: np.ndarray) -> None:
-        self._rates = self._rates or [self.rates(task) for task in range(len(self.scored))]
-        for task, rates in enumerate(self._rates):
-            mean = np.add.reduceat(rates[ids.values], ids.offsets[:-1]) / ids.lengths
-            with np.errstate(divide="ignore"):
-                bins = np.searchsorted(_LOG_ODDS, np.log(mean) - np.log1p(-mean))
-            for place, rows in enumerate(labels[:, task]):
-                self.scored[task, place] += np.bincount(bins[rows], minlength=len(_LOG_ODDS) + 1)
-
-    def auc(self, task: int) -> float | None:
-        """How well the training rates of the ids rank validation rows; None if there are no labels of both classes."""
-        if not self.observed["train"][task].any():
-            return None
-        if self.many:
-            return auc(*self.scored[task])
-        observed, positives = self.observed["validation"][task], self.positives["validation"][task]
-        _, rank = np.unique(self.rates(task), return_inverse=True)
-        return auc(np.bincount(rank, positives), np.bincount(rank, observed - positives))
+    counts: dict[str, np.ndarray]
+    empty: dict[str, int]
+    areas: Sequence[float | None]
 
     def distinct(self, meaning: Meaning) -> int:
         """Known ids, or buckets, that occur in training rows."""
@@ -239,164 +138,217 @@ class IdSums:
         return [*frequent.tolist(), *names], count(self.counts["train"]), count(self.counts["test"])
 
 
-def grid_edges(sample: np.ndarray, edges: tuple[float, ...]) -> np.ndarray:
-    """Rising float32 edges of the fine histogram: quantiles of an (N,) sample of training values, and given `edges`.
-
-    Bin i holds the values in (edge i-1, edge i], so that a value that many rows share has a bin of its own.
-    """
-    quantiles = np.quantile(sample, np.linspace(0, 1, GRID + 1), method="inverted_cdf") if len(sample) else np.empty(0)
-    return np.unique(np.concatenate([quantiles, np.array(edges)]).astype(np.float32))
-
-
+@dataclass(frozen=True)
 class NumberSums:
-    """Mergeable sums of one dense input. edges: (B - 1,) of `grid_edges`; the last of the B + 1 bins is 'missing'."""
+    """What is counted of one dense input. bins: names of those that drift is measured in, at the input's edges, or else
+    about `PSI_BINS` of equal training mass, then missing values; counts: split -> (bins,) rows; distinct: different
+    values in training rows; areas: for each task, how well the number alone ranks validation rows, whichever way round,
+    missing values at the better end."""
 
-    def __init__(self, edges: np.ndarray, tasks: int) -> None:
-        self.edges = edges
-        bins = len(edges) + 2
-        self.counts = {split: np.zeros(bins, np.int64) for split in ("train", "test")}
-        self.labels = np.zeros((2, tasks, bins), np.int64)  # positive and negative validation rows
-        self.distinct = DistinctCount(DISTINCT_VALUES)
-
-    def add(self, split: str, values: np.ndarray, missing: np.ndarray | None, labels: np.ndarray) -> None:
-        """Counts (N,) float32 values; missing: (N,) bool, None where that is not known; labels: as of `IdSums`."""
-        bins = np.searchsorted(self.edges, values, side="left")
-        if missing is not None:
-            bins[missing] = len(self.edges) + 1
-        if split in self.counts:
-            self.counts[split] += self._count(bins)
-        if split == "train":
-            present = values if missing is None else values[~missing]
-            self.distinct.add(mix((present + np.float32(0)).view(np.uint32).astype(np.uint64)))
-        if split == "validation":
-            for place in np.ndindex(self.labels.shape[:2]):
-                self.labels[place] += self._count(bins[labels[place]])
-
-    def _count(self, bins: np.ndarray) -> np.ndarray:
-        return np.bincount(bins, minlength=len(self.edges) + 2)
-
-    def auc(self, task: int) -> float | None:
-        """How well the number alone ranks validation rows, whichever way round, missing values at the better end."""
-        found = [auc(*np.roll(self.labels[:, task], shift, axis=1)) for shift in (0, 1)]
-        return max((max(each, 1 - each) for each in found if each is not None), default=None)
-
-    def psi_counts(self, edges: tuple[float, ...]) -> tuple[list[str], np.ndarray, np.ndarray]:
-        """Names, training and test counts of the bins that drift is measured in: at `edges`, if there are any, else
-        about `PSI_BINS` of equal training mass; then missing values."""
-        at = np.array(edges, np.float32) if len(edges) > 1 else self._equal_mass()
-        uppers = np.append(self.edges, np.float32(np.inf))
-        bins = np.append(np.searchsorted(at, uppers, side="left"), len(at) + 1)
-        train, test = (np.bincount(bins, self.counts[split], len(at) + 2) for split in ("train", "test"))
-        return [*_names(at), "missing"], train, test
-
-    def _equal_mass(self) -> np.ndarray:
-        mass = np.cumsum(self.counts["train"][:-2])
-        if not len(mass) or not mass[-1]:
-            return self.edges[:1]
-        positions = np.searchsorted(mass, np.arange(1, PSI_BINS + 1) / PSI_BINS * mass[-1])
-        return self.edges[np.unique(np.minimum(positions, len(mass) - 1))]
+    bins: list[str]
+    counts: dict[str, np.ndarray]
+    distinct: int
+    areas: Sequence[float | None]
 
 
-def _names(edges: np.ndarray) -> list[str]:
-    if not len(edges):
+@dataclass(frozen=True)
+class Labels:
+    """Rows, and for each task the observed labels and their sum."""
+
+    rows: int
+    observed: Sequence[int]
+    total: Sequence[float]
+
+
+@dataclass(frozen=True)
+class SplitSums:
+    """Labels, times (microseconds) and numbers of different users, candidates and requests of a split."""
+
+    labels: Labels
+    first: int
+    last: int
+    who: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Sums:
+    """All that is counted. weeks: (start of the week, split) -> labels; users_in_both: the share of the users of test
+    rows that training rows have too; ids, numbers: by the name of the input."""
+
+    layout: Layout
+    features: Sequence[FeatureInputs]
+    splits: dict[str, SplitSums]
+    weeks: dict[tuple[int, str], Labels]
+    users_in_both: float
+    ids: dict[str, IdSums]
+    numbers: dict[str, NumberSums]
+
+
+def collect(prepared: FeatureFolder, schema: Schema, memory_gib: float = MEMORY_GIB) -> Sums:
+    """Sums of all encoded rows. Raises UserError for a split without rows, and for rows that can't be read."""
+    import duckdb
+
+    prepared.require_rows(*SPLITS)
+    layout, features = prepared.layout, feature_inputs(schema, prepared.layout)
+    for split in SPLITS:
+        EncodedRows(prepared.split(split), layout)  # which says what is wrong with the files
+    ids, numbers, tasks = dict[str, IdSums](), dict[str, NumberSums](), range(len(layout.tasks))
+    try:
+        with TemporaryDirectory() as scratch, open_database(Path(scratch) / "database", memory_gib) as database:
+            for split in SPLITS:
+                _view(database, split, prepared)
+            splits, weeks = _count_labels(database, tasks)
+            both = "SELECT avg((w0 IN (SELECT w0 FROM train))::INT) FROM (SELECT DISTINCT w0 FROM test)"
+            (users_in_both,) = database.row(both)
+            with bar() as progress:
+                for feature in progress.track(features, description="inspecting"):
+                    ids |= {each.name: _count_ids(database, layout, each) for each in feature.ids}
+                    numbers |= _count_numbers(database, feature, tasks)
+    except duckdb.Error as error:
+        raise UserError(f"the rows in '{prepared.folder}' can't be read ({first_line(error)}); {ADVICE}") from None
+    return Sums(layout, features, splits, weeks, users_in_both, ids, numbers)
+
+
+def _view(database: Database, split: str, prepared: FeatureFolder) -> None:
+    """Makes a view of the rows of a split: `WHOS` as w0 to w2, the time t; by their place in the layout, ids as i0 and
+    so on, lists all of them, numbers d0; of tasks labels l0, null where unobserved, and p0, whether they are positive.
+    """
+    layout, files = prepared.layout, sorted(prepared.split(split).glob("*.parquet"))
+    places = {name: f"c{place}" for place, name in enumerate(pq.read_schema(files[0]).names)}
+    columns = {f"w{place}": places[name] for place, name in enumerate(WHOS)} | {"t": f"epoch_us({places['time']})"}
+    for place, each in enumerate(layout.ids):
+        column = places[f"id.{each.name}"]
+        columns[f"i{place}"] = f"CASE WHEN len({column}) = 0 THEN [0] ELSE {column} END" if each.many else column
+    columns |= {f"d{place}": places[f"dense.{number.name}"] for place, number in enumerate(layout.dense)}
+    for place, task in enumerate(layout.tasks):
+        label = places[f"label.{task.name}"]
+        columns[f"l{place}"] = label = f"CASE WHEN NOT isnan({label}) THEN {label}::DOUBLE END"
+        # A regression's label above its mean is positive.
+        columns[f"p{place}"] = f"{label} > {0.5 if task.kind == 'binary' else task.mean:.17e}"
+    paths = ", ".join("'" + escape(str(file)).replace("'", "''") + "'" for file in files)
+    source = f"read_parquet([{paths}]) AS file({', '.join(places.values())})"
+    wanted = ", ".join(f"{column} AS {name}" for name, column in columns.items())
+    database.run(f"CREATE VIEW {split} AS SELECT {wanted} FROM {source}")
+
+
+def _count_labels(
+    database: Database, tasks: Sequence[int]
+) -> tuple[dict[str, SplitSums], dict[tuple[int, str], Labels]]:
+    """Of each split, and of each week of a split, from Monday 00:00 UTC."""
+    splits, weeks = dict[str, SplitSums](), dict[tuple[int, str], Labels]()
+    labels = "".join(f", count(l{task}), coalesce(sum(l{task}), 0)" for task in tasks)
+    who = "".join(f", count(DISTINCT w{place})" for place in range(len(WHOS)))
+    week = "epoch_us(date_trunc('week', make_timestamp(t)))"
+    for split in SPLITS:
+        rows, *its = database.row(f"SELECT count(*){labels} FROM {split}")
+        first, last, *different = database.row(f"SELECT min(t), max(t){who} FROM {split}")
+        people = dict(zip(WHOS, different, strict=True))
+        splits[split] = SplitSums(Labels(rows, its[::2], its[1::2]), first, last, people)
+        for start, rows, *its in database.rows(f"SELECT {week} AS week, count(*){labels} FROM {split} GROUP BY week"):
+            weeks[start, split] = Labels(rows, its[::2], its[1::2])
+    return splits, weeks
+
+
+def _count_ids(database: Database, layout: Layout, each: IdInput) -> IdSums:
+    """What is counted of an input. The rate of an id is its share of positives in training, with `RATE_SMOOTHING` rows
+    of the overall share; that of a list is the mean of its ids'."""
+    tasks, column, rows = range(len(layout.tasks)), f"i{layout.ids.index(each)}", layout.table(each.table).rows
+    looked_up, none = (f"unnest({column})", "[0]") if each.many else (column, "0")
+    positive = "".join(f", p{task}" for task in tasks)
+    counts, empty, rates = dict[str, np.ndarray](), dict[str, int](), {"id": np.arange(rows)}
+    for split in ("test", "train"):
+        (empty[split],) = database.row(f"SELECT count(*) FILTER ({column} = {none}) FROM {split}")
+        of_rows = f"SELECT {looked_up} AS id{positive} FROM {split}"
+        found = database.table(f"SELECT id, count(*) AS rows{_labels(tasks)} FROM ({of_rows}) GROUP BY id")
+        named = {name: np.zeros(rows, np.int64) for name in found.column_names}
+        for name, values in named.items():
+            values[found["id"].to_numpy()] = found[name].to_numpy()
+        counts[split] = named["rows"]
+    for task in tasks:
+        positives, observed = named[f"k{task}"], named[f"k{task}"] + named[f"n{task}"]
+        overall = positives.sum() / max(observed.sum(), 1)
+        rates[f"r{task}"] = (positives + RATE_SMOOTHING * overall) / (observed + RATE_SMOOTHING)
+    table = pa.table(rates)
+    database.fill("rates", table.schema, [table])
+    of_rows = f"SELECT row_number() OVER () AS row, {column}{positive} FROM validation"
+    of_rows = f"SELECT row, {looked_up} AS id{positive} FROM ({of_rows})"
+    means = "".join(f", any_value(p{task}) AS p{task}, avg(r{task}) AS r{task}" for task in tasks)
+    database.run(f"CREATE TABLE scored AS SELECT row{means} FROM ({of_rows}) JOIN rates USING (id) GROUP BY row")
+    areas = [
+        _area(database, task, f"SELECT r{task} AS value{_labels([task])} FROM scored GROUP BY value")
+        if named[f"k{task}"].any() or named[f"n{task}"].any()
+        else None
+        for task in tasks
+    ]
+    database.run("DROP TABLE scored", "DROP TABLE rates")
+    return IdSums(counts, empty, areas)
+
+
+def _count_numbers(database: Database, feature: FeatureInputs, tasks: Sequence[int]) -> dict[str, NumberSums]:
+    """What is counted of the numbers of a feature, by name.
+
+    A missing vector is all zeros. Any other number without an indicator was never missing in training rows.
+    """
+    if not feature.numbers:
+        return {}
+    columns, none = [f"p{task}" for task in tasks], "false"
+    if feature.meaning.zeros_missing:
+        none = " AND ".join(f"d{each.place} = 0" for each in feature.numbers)
+    for each in feature.numbers:
+        missing = "none" if each.indicator is None else f"d{each.indicator} > 0.5"
+        columns.append(f"CASE WHEN NOT {missing} THEN d{each.place} END AS d{each.place}")
+    splits = [
+        f"SELECT {number} AS split, {', '.join(columns)} FROM (SELECT *, {none} AS none FROM {split})"
+        for number, split in enumerate(SPLITS)
+    ]
+    database.run(f"CREATE TABLE numbers AS {' UNION ALL '.join(splits)}")
+    sums = {each.name: _count_number(database, each, tasks) for each in feature.numbers}
+    database.run("DROP TABLE numbers")
+    return sums
+
+
+def _count_number(database: Database, number: NumberInput, tasks: Sequence[int]) -> NumberSums:
+    """What is counted of a number in the table `numbers`, null where it is missing."""
+    values = f"SELECT split, d{number.place} AS value, count(*) AS rows{_labels(tasks)} FROM numbers GROUP BY ALL"
+    database.run(f"CREATE TABLE counted AS {values}")
+    (distinct,) = database.row("SELECT count(value) FROM counted WHERE split = 0")
+    edges = number.edges
+    if len(edges) < 2:
+        known = "SELECT value, sum(rows) OVER (ORDER BY value) AS mass, sum(rows) OVER () AS total FROM counted WHERE "
+        ends = [f"min(value) FILTER (mass >= {share} * total / {PSI_BINS})" for share in range(1, PSI_BINS + 1)]
+        found = database.row(f"SELECT {', '.join(ends)} FROM ({known} split = 0 AND value IS NOT NULL)")
+        edges = tuple(sorted({each for each in found if each is not None}))
+    place = " + ".join(["0", *(f"(value > {each:.17e})::INT" for each in edges)])  # with an exponent it is a DOUBLE
+    bins = f"SELECT split, CASE WHEN value IS NULL THEN {len(edges) + 1} ELSE {place} END AS bin, rows FROM counted"
+    counts = {split: np.zeros(len(edges) + 2, np.int64) for split in SPLITS}
+    for split, bin_, rows in database.rows(f"SELECT split, bin, sum(rows) FROM ({bins}) GROUP BY ALL"):
+        counts[SPLITS[split]][bin_] = rows
+    areas = list[float | None]()
+    for task in tasks:
+        rows = f"SELECT value, k{task}, n{task} FROM counted WHERE split = 1"
+        found = [_area(database, task, rows, end) for end in ("FIRST", "LAST")]
+        areas.append(max((max(each, 1 - each) for each in found if each is not None), default=None))
+    database.run("DROP TABLE counted")
+    return NumberSums([*_names(edges), "missing"], counts, distinct, areas)
+
+
+def _labels(tasks: Sequence[int]) -> str:
+    """How many rows have a positive label, and how many another one."""
+    return "".join(f", count(*) FILTER (p{n}) AS k{n}, count(*) FILTER (NOT p{n}) AS n{n}" for n in tasks)
+
+
+def _area(database: Database, task: int, rows: str, nulls: str = "LAST") -> float | None:
+    """The area under the ROC curve from numbers of positive and negative rows by value; None without both."""
+    below = f"sum(n{task}) OVER (ORDER BY value NULLS {nulls} ROWS UNBOUNDED PRECEDING) - n{task} / 2 AS below"
+    pairs = f"sum(k{task})::DOUBLE * sum(n{task})"
+    query = f"SELECT sum(k{task} * below) / nullif({pairs}, 0) FROM (SELECT *, {below} FROM ({rows}))"
+    (area,) = database.row(query)
+    return None if area is None else float(area)
+
+
+def _names(edges: Sequence[float]) -> list[str]:
+    if not edges:
         return ["all values"]
     words = [f"{edge:.3g}" for edge in edges]
     between = [f"{low} to {high}" for low, high in pairwise(words)]
     return [f"up to {words[0]}", *between, f"over {words[-1]}"]
-
-
-class Labels:
-    """Per task: observed labels and their sum."""
-
-    def __init__(self, tasks: int) -> None:
-        self.rows, self.observed, self.total = 0, np.zeros(tasks, np.int64), np.zeros(tasks)
-
-    def add(self, labels: np.ndarray) -> None:
-        """Counts (N, T) labels, NaN is unobserved."""
-        self.rows += len(labels)
-        self.observed += (~np.isnan(labels)).sum(0)
-        self.total += np.nansum(labels, axis=0, dtype=np.float64)
-
-
-@dataclass
-class SplitSums:
-    """Labels, times (microseconds) and different users, candidates and requests of a split."""
-
-    labels: Labels
-    first: int = np.iinfo(np.int64).max
-    last: int = np.iinfo(np.int64).min
-    who: dict[str, DistinctCount] = field(default_factory=lambda: {name: DistinctCount(DISTINCT) for name in WHOS})
-
-
-class Sums:
-    """All sums; training rows come first, in any number of parts."""
-
-    def __init__(self, layout: Layout, features: Sequence[FeatureInputs], grids: Sequence[np.ndarray]) -> None:
-        """grids: edges of each dense input's fine histogram, in the order of the layout."""
-        tasks = len(layout.tasks)
-        self.layout, self.features = layout, features
-        self.splits: dict[str, SplitSums] = {}
-        self.weeks: dict[tuple[int, str], Labels] = {}  # (start of the week, split)
-        self.ids = {each.name: IdSums(layout.table(each.table).rows, tasks, each.many) for each in layout.ids}
-        self.numbers = {
-            each.name: NumberSums(grids[each.place], tasks) for feature in features for each in feature.numbers
-        }
-
-    def add(self, split: str, rows: Rows, columns: pa.Table) -> None:
-        """Counts N rows of a split; columns: their `COLUMNS`. A regression's label above its mean is positive."""
-        tasks, given, dense = self.layout.tasks, rows.labels, rows.encoded.dense
-        times = columns.column("time").cast(pa.timestamp("us", tz="UTC")).cast(pa.int64()).to_numpy()
-        sums = self.splits.setdefault(split, SplitSums(Labels(len(tasks))))
-        sums.labels.add(given)
-        sums.first, sums.last = min(sums.first, int(times.min())), max(sums.last, int(times.max()))
-        for name, count in sums.who.items():
-            count.add(hash_column(columns.column(name).combine_chunks()))
-        weeks = (times + _MONDAY) // (7 * _DAY) * (7 * _DAY) - _MONDAY
-        for week in np.unique(weeks):
-            self.weeks.setdefault((int(week), split), Labels(len(tasks))).add(given[weeks == week])
-        bounds = np.array([0.5 if task.kind == "binary" else task.mean for task in tasks], given.dtype)
-        labels = np.stack([given > bounds, given <= bounds]).transpose(0, 2, 1)  # an unobserved one, NaN, is neither
-        for name, of_ids in self.ids.items():
-            of_ids.add(split, rows.encoded.ids[name], labels)
-        for feature in self.features:
-            for each, missing in zip(feature.numbers, _missing(feature, dense), strict=True):
-                self.numbers[each.name].add(split, np.ascontiguousarray(dense[:, each.place]), missing, labels)
-
-
-def _missing(feature: FeatureInputs, dense: np.ndarray) -> list[np.ndarray | None]:
-    """(N,) bool for each number of a feature: rows in which it is missing; None where the encoded rows don't tell.
-
-    A missing vector is all zeros. Any other number without an indicator was never missing in training rows.
-    """
-    if feature.meaning.zeros_missing:
-        none: np.ndarray = ~np.any(dense[:, [each.place for each in feature.numbers]], axis=1)
-        return [none] * len(feature.numbers)
-    return [None if each.indicator is None else dense[:, each.indicator] > 0.5 for each in feature.numbers]
-
-
-def collect(prepared: FeatureFolder, schema: Schema) -> Sums:
-    """Sums of all encoded rows. Raises UserError for a split without rows, and for rows that can't be read."""
-    prepared.require_rows(*SPLITS)
-    layout = prepared.layout
-    splits = {name: EncodedRows(prepared.split(name), layout) for name in SPLITS}
-    sums = Sums(layout, feature_inputs(schema, layout), _grids(splits["train"], layout))
-    batch_size = max(1024, min(65_536, _BATCH_VALUES // (len(layout.dense) + len(layout.ids))))
-    with bar() as progress:
-        task = progress.add_task("inspecting", total=sum(each.rows for each in splits.values()))
-        for name, encoded in splits.items():
-            for rows, columns in encoded.stream(batch_size, COLUMNS):
-                sums.add(name, rows, columns)
-                progress.advance(task, len(rows))
-    return sums
-
-
-def _grids(train: EncodedRows, layout: Layout) -> list[np.ndarray]:
-    """Edges of each dense input's histogram, from rows spread evenly over the training rows."""
-    chosen = np.unique(np.linspace(0, len(train.groups) - 1, _SAMPLED_GROUPS).round().astype(np.int64))
-    sample = []
-    for group in chosen:
-        rows = int(train.group_rows[group])
-        take = np.unique(np.linspace(0, rows - 1, min(rows, _SAMPLE // len(chosen))).round().astype(np.int64))
-        sample.append(train.read_row_group(train.groups[group], take).encoded.dense)
-    dense = np.concatenate(sample)
-    return [grid_edges(dense[:, place], each.edges) for place, each in enumerate(layout.dense)]

@@ -58,7 +58,15 @@ class Database:
 
     def row(self, query: str) -> Sequence[Any]:
         """The first row of a result that has one."""
-        return self._connection.execute(query).fetchall()[0]
+        return self.rows(query)[0]
+
+    def rows(self, query: str) -> Sequence[Sequence[Any]]:
+        """All rows of a result that has few."""
+        return self._connection.execute(query).fetchall()
+
+    def table(self, query: str) -> pa.Table:
+        """A result that fits into memory."""
+        return self._connection.sql(query).to_arrow_table()
 
     def read(self, query: str, rows: int) -> Iterator[pa.Table]:
         """The result of a query, as tables of at most so many rows."""

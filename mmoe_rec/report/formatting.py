@@ -51,11 +51,6 @@ def describe_labels(task: str, kind: str, label_sum: float, observed: int) -> st
     return f"{task} {observed:,} observed" + (f", mean {rate(label_sum / observed, kind)}" if observed else "")
 
 
-def count(value: Mapping[str, Any] | None) -> str:
-    """How many there are; with a tilde where that is an estimate."""
-    return NONE if value is None else f"{'' if value['exact'] else '~'}{value['count']:,}"
-
-
 def size(value: float) -> str:
     """A number of bytes in its unit."""
     for unit in ("B", "KiB", "MiB", "GiB"):

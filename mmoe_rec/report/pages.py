@@ -21,7 +21,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from mmoe_rec.report.formatting import count, day, fixed, percent, rate, signed, size, thousands
+from mmoe_rec.report.formatting import day, fixed, percent, rate, signed, size, thousands
 
 TEMPLATES = Path(__file__).parent / "templates"
 COLOURS = {
@@ -54,7 +54,7 @@ def _environment() -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    for each in (count, day, fixed, percent, rate, size, thousands):
+    for each in (day, fixed, percent, rate, size, thousands):
         environment.filters[each.__name__] = each
     environment.filters["signed"] = lambda values: signed(*values)
     return environment

@@ -19,7 +19,7 @@ from mmoe_rec.evaluation.off_policy import PolicyEstimate
 from mmoe_rec.evaluation.summary import CATALOGUE, SCORE, Summary, rows_of_catalogue, rows_of_metrics
 from mmoe_rec.inspection.findings import DRIFT, LEAK_AUC, STRONG_DRIFT, flags_of, split_findings
 from mmoe_rec.report.findings import find_all
-from mmoe_rec.report.formatting import count, day, difference, fixed, interval, percent, rate, signed, size
+from mmoe_rec.report.formatting import day, difference, fixed, interval, percent, rate, signed, size
 from mmoe_rec.report.sentences import describe_refusal, describe_results, describe_rows, describe_warnings
 
 if TYPE_CHECKING:
@@ -237,11 +237,9 @@ def show_health(health: dict[str, Any]) -> Iterator[RenderableType]:
     for note in describe_rows(overview):
         yield Text(note, style="yellow")
     who = ("requests", "users", "candidates")
-    estimated = any(not each[name]["exact"] for each in splits.values() for name in who)
-    caption = "~ an estimate, good to 0.4%" if estimated else None
-    table = _plain_table("Splits", ["split"], ["rows", *who], caption)
+    table = _plain_table("Splits", ["split"], ["rows", *who])
     for split, each in splits.items():
-        table.add_row(split, f"{each['rows']:,}", *(count(each[name]) for name in who))
+        table.add_row(split, *(f"{each[name]:,}" for name in ("rows", *who)))
     yield table
     table = _plain_table("Labels", ["task"], list(splits), "rate (or mean) of the observed labels")
     for name in next(iter(splits.values()))["tasks"]:
