@@ -9,6 +9,7 @@ models may share a journal: a log goes on from its own last checkpoint, whicheve
 from __future__ import annotations
 
 import io
+import json
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -34,6 +35,8 @@ from mmoe_rec.settings.schema import Schema
 
 ROWS_OF_A_FILE = 2**20
 _PART_BYTES = 2**26
+_COLUMNS = b"mmoe_rec.columns"
+"""Metadata of files of earlier versions, which hold only the columns that one model reads: a JSON list."""
 
 
 @dataclass
@@ -82,7 +85,7 @@ def write_files(
             of the journal.
 
     Raises:
-        UserError: a place can't take files, or the journal is damaged.
+        UserError: a place can't take files, a file that is there lacks columns, or the journal is damaged.
     """
     written, duplicates, uses = WrittenFiles(), Duplicates(schema), find_uses(schema)
     for cut, new in read_on(journal, duplicates, after, through):
@@ -97,7 +100,9 @@ def write_files(
                 continue
             place = log if source is None else schema.events[source].path
             path = _find_folder(place, "data.log" if source is None else f"data.events.{source}.path", name) / name
-            if not path.exists():
+            if path.exists():
+                _check_columns(path, uses[source])
+            else:
                 _write(path, table, uses[source], _find_pattern(place), schema.columns.time_unit)
             written.files.append(path)
             written.last_files[source] = cut
@@ -226,6 +231,20 @@ def _find_pattern(source: str) -> Mapping[str, pa.DataType]:
         except (pa.ArrowException, OSError):
             continue
     return {}
+
+
+def _check_columns(path: Path, uses: Mapping[str, Use]) -> None:
+    """Raises UserError for a file that an earlier version wrote for a model that reads fewer columns."""
+    try:
+        held = json.loads((pq.read_schema(path).metadata or {})[_COLUMNS])
+    except (pa.ArrowException, OSError, KeyError):  # it holds all columns, or the build tells of it
+        return
+    if missing := sorted(uses.keys() - set(held)):
+        raise UserError(
+            f"'{path}' was written by an earlier version for a model that does not read the column '{missing[0]}', so "
+            "values of it that callers sent are not in this file: run refresh without --journal once, which takes the "
+            "file as it is, with nulls"
+        )
 
 
 def _write(
