@@ -289,10 +289,17 @@ class Server(uvicorn.Server):
 
         tell: is called once it accepts no more, before it hands over connections: the others may take them only then.
         """
+        loop = asyncio.get_running_loop()
+        self._take_no_more()
+        for bound in (each for server in self.servers for each in server.sockets):
+            loop.remove_reader(bound)
+        # Only in its next step does asyncio take up what it has accepted; it resets that if its servers close before.
+        loop.call_soon(self._hand_over, tell)
+
+    def _hand_over(self, tell: Callable[[], None]) -> None:
         if self._is_retiring or self.should_exit:
             return
         self._is_retiring = True
-        self._take_no_more()
         for each in self.servers:
             each.close()
         tell()

@@ -29,8 +29,8 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.inference.artifact import Source
 from mmoe_rec.server.app import Application
 from mmoe_rec.server.models import Models
-from mmoe_rec.server.options import Options, listen, listening_socket
-from mmoe_rec.server.running import protocol
+from mmoe_rec.server.options import MEBIBYTE, Options, listen, listening_socket
+from mmoe_rec.server.running import Server, protocol
 from tests.fork_server import ROOT, run_command
 from tests.inference.other_weights import other_weights
 from tests.inference.running_server import free_port, running_program
@@ -223,6 +223,39 @@ def test_a_connection_that_comes_while_the_server_ends_gets_one_reply(small: Sma
     assert asyncio.run(replies(b"")) == b""
     one = asyncio.run(replies(call()))
     assert one.count(b"HTTP/1.1 ") == one.count(b"HTTP/1.1 200 OK") == one.count(b"connection: close") == 1
+
+
+def test_a_connection_that_was_just_accepted_is_handed_over(small: SmallModel) -> None:
+    """One that comes in the same step of the event loop as the message to retire."""
+    give, take = socket.socketpair()
+    told, tell = os.pipe()
+    bound, caller = listening_socket("127.0.0.1", 0), socket.socket()
+    models = Models(Options(), Source(small.folder, "models:/small/7"))
+    take.setblocking(False)
+    server = Server(Application(models), give, take)
+    messages: list[str] = []
+    tasks: list[asyncio.Task[None]] = []
+
+    def retire() -> None:
+        asyncio.get_running_loop().remove_reader(told)
+        server.retire(lambda: messages.append("retired"))
+
+    async def come_and_go() -> None:
+        asyncio.get_running_loop().add_reader(told, retire)
+        while not server.started:
+            await asyncio.sleep(0)
+        caller.connect(bound.getsockname())
+        caller.sendall(call())
+        os.write(tell, b"x")
+
+    with give, take, bound, caller:
+        server.serve_on(bound, lambda: tasks.append(asyncio.get_running_loop().create_task(come_and_go())))
+        assert messages == ["retired"]
+        _, (handle,), _, _ = socket.recv_fds(take, 1, 1)
+        with socket.socket(fileno=handle) as handed:
+            assert handed.recv(MEBIBYTE) == call()
+    for each in (told, tell):
+        os.close(each)
 
 
 def send_for_ever(connection: socket.socket, data: bytes, pause: float = 0.0) -> None:
