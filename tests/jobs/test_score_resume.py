@@ -13,7 +13,7 @@ from mmoe_rec.errors import StoppedError
 from mmoe_rec.inference.writing import seal
 from mmoe_rec.jobs import score
 from mmoe_rec.jobs.score import score_log
-from mmoe_rec.preprocessing import engines
+from mmoe_rec.preprocessing import engines, steps
 from tests.inference.small_model import SmallModel
 from tests.jobs.scored import killed_run, write_finely
 from tests.log.small_logs import files_of, random_log, with_requests
@@ -27,18 +27,26 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_finely(tmp_path_factory.mktemp("source") / "log", log.slice(0, 170), log.slice(170))
 
 
-@pytest.fixture
-def whole(small: SmallModel, source: Path, tmp_path: Path, fine: None) -> dict[str, bytes]:
+@pytest.fixture(scope="module")
+def written(small: SmallModel, source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What a run on one worker writes that nothing disturbs."""
-    score_log(small.folder, source, tmp_path / "whole", overrides=["--data.workers", "1"])
-    files = files_of(tmp_path / "whole")
+    out = tmp_path_factory.mktemp("written") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(steps, "ROWS_PER_PART", 40)  # as `fine` has it
+        score_log(small.folder, source, out, overrides=["--data.workers", "1"])
+    return out
+
+
+@pytest.fixture
+def whole(written: Path, fine: None) -> dict[str, bytes]:
+    files = files_of(written)
     assert len(files) > 4
     return files
 
 
 def alone(tmp_path: Path) -> bool:
     """Whether nothing but outputs is left in the folder."""
-    return {each.name for each in tmp_path.iterdir()} <= {"whole", "out", "killed.py"}
+    return {each.name for each in tmp_path.iterdir()} <= {"out", "killed.py"}
 
 
 @pytest.mark.parametrize("way", ["threads", "processes", "ray"])
@@ -149,9 +157,9 @@ def test_scores_are_replaced_once_new_ones_are_whole(
 
 @pytest.mark.parametrize("left", ["nothing", "fewer rows"])
 def test_scores_of_which_a_part_is_gone_are_made_again(
-    small: SmallModel, source: Path, tmp_path: Path, whole: dict[str, bytes], left: str
+    small: SmallModel, source: Path, tmp_path: Path, written: Path, whole: dict[str, bytes], left: str
 ) -> None:
-    out = tmp_path / "whole"
+    out = shutil.copytree(written, tmp_path / "out")
     part = sorted(out.glob("part-*.parquet"))[1]
     rows = pq.read_table(part)
     part.unlink()

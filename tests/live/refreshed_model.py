@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
+import sqlite3
+from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import mlflow
 import numpy as np
@@ -28,6 +31,29 @@ class Registered:
 
     name: str
     uri: str
+    folder: Path
+
+    def keep(self) -> Self:
+        """Keeps a copy of the folder for `restore`."""
+        shutil.copytree(self.folder, self._kept)
+        return self
+
+    def restore(self) -> Self:
+        """The folder is what it was when it was kept, at the same place, as MLflow's store holds addresses."""
+        for each in self.folder.iterdir():
+            if each.is_dir():
+                shutil.rmtree(each)
+            elif each.name != "mlflow.db":  # which MLflow keeps open
+                each.unlink()
+        shutil.copytree(self._kept, self.folder, ignore=shutil.ignore_patterns("mlflow.db"), dirs_exist_ok=True)
+        stores = (sqlite3.connect(each / "mlflow.db") for each in (self._kept, self.folder))
+        with closing(next(stores)) as kept, closing(next(stores)) as store:
+            kept.backup(store)
+        return self
+
+    @property
+    def _kept(self) -> Path:
+        return self.folder.with_name(f"{self.folder.name}.kept")
 
     def holder(self, alias: str = "champion") -> Version:
         """The version that holds an alias."""

@@ -71,9 +71,15 @@ def _through(model: RefreshedModel) -> int:
     return int(known["through"])
 
 
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> RefreshedModel:
+    return RefreshedModel(tmp_path_factory.mktemp("model")).keep()
+
+
 @pytest.fixture
-def model(tmp_path: Path) -> RefreshedModel:
-    return RefreshedModel(tmp_path)
+def model(kept: RefreshedModel, tmp_path: Path) -> RefreshedModel:
+    kept.journal = tmp_path / "journal.db"
+    return kept.restore()
 
 
 def test_a_refreshed_model_answers_as_the_one_that_learnt(model: RefreshedModel, capsys: pytest.CaptureFixture) -> None:
@@ -234,7 +240,7 @@ def _sent_returns(journal: Path, first: int, last: int) -> str:
 
 def _other(model: RefreshedModel) -> RefreshedModel:
     """A model that is trained now from the log of another one, and knows returns, too."""
-    folder = model.folder / "other"
+    folder = model.journal.parent / "other"
     (folder / "returns").mkdir(parents=True)
     pq.write_table(_returns(-48, 0), folder / "returns" / "0.parquet")
     events = {"returns": {"path": str(folder / "returns"), "time": "bought_at"}}
@@ -386,9 +392,8 @@ def test_a_row_that_came_by_the_journal_and_in_a_file_counts_once(
 
 
 def test_without_requests_ids_new_files_of_another_program_are_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture
+    model: RefreshedModel, capsys: pytest.CaptureFixture
 ) -> None:
-    model = RefreshedModel(tmp_path)
     app = _refreshed_once(model)
     old = next(path for path in model.log.glob("*.parquet") if "journal" not in path.name)
     old.rename(model.log / "renamed.parquet")

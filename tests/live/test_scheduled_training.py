@@ -87,9 +87,14 @@ def trained_rows(start: float, *tables: pa.Table) -> int:
     return int(((times >= START + np.timedelta64(round(start * 86_400), "s")) & (times < last)).sum())
 
 
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Days:
+    return Days(tmp_path_factory.mktemp("days")).keep()
+
+
 @pytest.fixture
-def days(tmp_path: Path) -> Days:
-    return Days(tmp_path)
+def days(kept: Days) -> Days:
+    return kept.restore()
 
 
 def test_a_training_when_one_is_due(days: Days, capsys: pytest.CaptureFixture) -> None:
