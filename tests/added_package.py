@@ -1,7 +1,5 @@
 """A copy of the package with something added to it, as one adds it: a file, and a line in a list."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 

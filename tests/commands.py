@@ -1,7 +1,5 @@
 """Commands as they are typed, run in this process."""
 
-from __future__ import annotations
-
 import io
 import json
 from contextlib import redirect_stdout

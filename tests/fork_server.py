@@ -5,8 +5,6 @@ pytest, and forks a process for each command. This has the arguments, folder, en
 would have, and can be killed.
 """
 
-from __future__ import annotations
-
 import base64
 import fcntl
 import gc

@@ -1,7 +1,5 @@
 """New MLflow stores as copies of one: MLflow makes one by all migrations that there ever were, which takes a second."""
 
-from __future__ import annotations
-
 import os
 import shutil
 from pathlib import Path

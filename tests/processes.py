@@ -1,7 +1,5 @@
 """Other processes, as tests look at them and wait for them."""
 
-from __future__ import annotations
-
 import subprocess
 import time
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Imports run one way, along a row's way from settings to commands, and never in a circle."""
 
-from __future__ import annotations
-
 import ast
 from collections import Counter
 from functools import cache

@@ -1,7 +1,5 @@
 """Folders that one process writes, or that several read."""
 
-from __future__ import annotations
-
 import os
 import re
 import signal

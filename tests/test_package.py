@@ -3,8 +3,6 @@
 What was imported before the answer is the measure of "at once" that no busy or slow machine changes.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 import subprocess

@@ -17,8 +17,6 @@ other structures of both tasks over all seeds, on the same redrawn rows. A run t
 The last line is JSON: pair -> model -> mean, low and high of the test AUC of income or education.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

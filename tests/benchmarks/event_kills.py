@@ -12,8 +12,6 @@ lost                     acknowledged batches that the journal does not hold as 
 The last line is JSON.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

@@ -23,8 +23,6 @@ events_per_s           of the events that are sent beside these requests as fast
 AUC and predicted / observed by task and week are printed; the last line is JSON.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import sys

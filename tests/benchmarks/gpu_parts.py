@@ -1,7 +1,5 @@
 """The parts of `tests.benchmarks.gpu`: each gives its figures as it finds them."""
 
-from __future__ import annotations
-
 import itertools
 import statistics
 import tempfile

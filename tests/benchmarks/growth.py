@@ -4,8 +4,6 @@ By how much a request's median time grows where ten times as many events are rem
 Both models answer the same requests in turns. The further events have keys of their own, as further users have.
 """
 
-from __future__ import annotations
-
 import sys
 import time
 from pathlib import Path

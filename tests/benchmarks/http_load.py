@@ -1,7 +1,5 @@
 """Requests to a server on this machine, one after the other or by several clients, and the processor time they cost."""
 
-from __future__ import annotations
-
 import http.client
 import threading
 import time

@@ -15,8 +15,6 @@ margin               of the guardrails
 The last line is JSON.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 

@@ -9,8 +9,6 @@ seconds_20m, peak_gib    of the command on 20 million rows; with another number 
 The last line is JSON.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import sys

@@ -5,8 +5,6 @@ last visits were of its group: the last two speak against it, those before speak
 counter, sees half of it, and the AUC of the best ranking follows from the probabilities themselves.
 """
 
-from __future__ import annotations
-
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal

@@ -12,8 +12,6 @@ rechub_mlflow torch-rechub's MMOE in a small pyfunc (`tests/benchmarks/rechub_mo
 growth        the median of a request to a model that remembers ten times as many events, over the same model's.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

@@ -5,8 +5,6 @@ number for each weight; dense products are few, and in bf16 where the processor 
 nothing, and knows of one process.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional

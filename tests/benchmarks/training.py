@@ -23,8 +23,6 @@ precision, library of products, way of tables and threads set by hand, all of wh
 (`by_hand`). To see another processor: ONEDNN_MAX_CPU_ISA=AVX512_CORE takes its bf16 units away.
 """
 
-from __future__ import annotations
-
 import argparse
 import itertools
 import json

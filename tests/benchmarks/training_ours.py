@@ -1,7 +1,5 @@
 """This project's training on the rows of `tests/benchmarks/training.py`, by the trainer that `mmoe-rec train` runs."""
 
-from __future__ import annotations
-
 import json
 import sys
 import tempfile

@@ -4,8 +4,6 @@ Each peer trains with its own loader, model and loop, as its documentation shows
 without (torch-rechub's batch normalisation), it keeps.
 """
 
-from __future__ import annotations
-
 import contextlib
 import io
 import json

@@ -1,7 +1,5 @@
 """The rows and sizes that the benchmark of training gives to every contestant. Needs numpy alone."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass

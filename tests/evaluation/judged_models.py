@@ -1,7 +1,5 @@
 """Pairs of models whose true difference is known: how often is which verdict given?"""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any

@@ -1,7 +1,5 @@
 """Intervals of the bootstrap, and how many equal users say as much, by their influence and by their sizes."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 

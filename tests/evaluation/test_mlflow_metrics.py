@@ -1,7 +1,5 @@
 """Our metrics as MLflow's: through `mlflow.models.evaluate`, beside scikit-learn."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import mlflow

@@ -1,7 +1,5 @@
 """Estimates of another policy on logs of two, side by side, whose truth is known; and refusals where there is none."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import numpy as np

@@ -1,7 +1,5 @@
 """What a model has learnt of placement, beside what placement does to each row's logits."""
 
-from __future__ import annotations
-
 import numpy as np
 import pandas as pd
 import pytest

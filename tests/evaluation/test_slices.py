@@ -1,7 +1,5 @@
 """Slices against the metrics of their own rows, and planted ones that are worse."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import numpy as np

@@ -1,7 +1,5 @@
 """A sweep of weights against the metrics of each ranking, and a choice that a guardrail bounds."""
 
-from __future__ import annotations
-
 from dataclasses import asdict, replace
 from typing import Any
 

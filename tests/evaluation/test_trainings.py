@@ -1,7 +1,5 @@
 """Means over trainings: their interval against a closed form, and how often it holds the truth."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 from scipy.stats import ttest_1samp, ttest_ind

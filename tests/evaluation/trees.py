@@ -1,7 +1,5 @@
 """Results of evaluations as the files have them, which tests read by the documented keys."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

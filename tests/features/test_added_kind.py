@@ -1,7 +1,5 @@
 """A kind of feature is added by one file and one line, and then is everywhere."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """What holds for every kind of feature: a new one is tested here by its line in `EXAMPLES`."""
 
-from __future__ import annotations
-
 from functools import lru_cache
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """What identifies features: what rows mean does, what a model makes of them does not."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The benchmark of a GPU runs, in all its parts, where there is none; without being asked to, it says so."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

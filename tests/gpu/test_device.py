@@ -1,7 +1,5 @@
 """What a GPU should show first: that it computes what a CPU does, and that the host does not wait for it."""
 
-from __future__ import annotations
-
 import math
 import warnings
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Requests before the end of the model's log: what counters and histories answer, and as of when they say they do."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from datetime import datetime, timedelta

@@ -1,7 +1,5 @@
 """A request is answered whatever becomes of an expert: masked, with weights that are not numbers, or raising."""
 
-from __future__ import annotations
-
 import math
 import shutil
 from pathlib import Path

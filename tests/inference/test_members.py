@@ -1,7 +1,5 @@
 """A model of several members against each of them served alone."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A model as an ONNX file, run by onnxruntime, against the ranker that it was made of."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """A model in int8: served like any other, by what its rounded weights say, and refused where rounding would harm."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Folders of random encoded rows over every kind of input, as a build leaves them, and the same as pandas frames."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

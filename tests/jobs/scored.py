@@ -1,7 +1,5 @@
 """What tests of scoring share."""
 
-from __future__ import annotations
-
 import signal
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Baselines for any data set: smoothed rates by hand, trees that learn what they should, and both beside a model."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from importlib.util import find_spec

@@ -1,7 +1,5 @@
 """Estimates of another policy from files: of a part of the log, by columns of any names, and wrong ones."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

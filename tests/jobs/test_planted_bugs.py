@@ -1,7 +1,5 @@
 """Mistakes that are made in practice, planted: each is seen in the report."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Callable

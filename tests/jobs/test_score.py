@@ -1,7 +1,5 @@
 """ScoredRows rows against the offline evaluation, and against the ranker that the server asks."""
 
-from __future__ import annotations
-
 import itertools
 import json
 from collections.abc import Collection

@@ -1,7 +1,5 @@
 """Input that can't be scored ends in one sentence that names file and column, and leaves nothing behind."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The same bytes however rows are scored, and after whatever kill; a run goes on only with what is the same."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 from typing import Any

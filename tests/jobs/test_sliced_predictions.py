@@ -1,7 +1,5 @@
 """Slices of predictions in files, by any column, however the files are cut."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import Any

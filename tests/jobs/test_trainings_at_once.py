@@ -1,7 +1,5 @@
 """Work in processes side by side: signals, failures and deaths."""
 
-from __future__ import annotations
-
 import atexit
 import os
 import signal

@@ -1,7 +1,5 @@
 """Weights of tasks: chosen on validation rows, told of on test rows."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

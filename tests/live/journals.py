@@ -1,7 +1,5 @@
 """Small batches, journals of them, and a PostgreSQL server of a test run's own."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import subprocess

@@ -1,7 +1,5 @@
 """`serve` with a journal, in processes that may be killed, and calls that are sent until they are answered."""
 
-from __future__ import annotations
-
 import http.client
 import json
 import signal

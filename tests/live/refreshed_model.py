@@ -1,7 +1,5 @@
 """A small model with random weights that is registered and holds an alias, and a log of days that grows."""
 
-from __future__ import annotations
-
 import shutil
 import sqlite3
 from contextlib import closing

@@ -1,7 +1,5 @@
 """A journal in SQLite and in PostgreSQL: what is acknowledged is read by all, in one order, whatever is killed."""
 
-from __future__ import annotations
-
 import os
 import resource
 import signal

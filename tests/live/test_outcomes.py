@@ -1,7 +1,5 @@
 """JoinResult rows are those of plain loops, over any number of runs, and each request is written once."""
 
-from __future__ import annotations
-
 import random
 from datetime import datetime, timedelta, timezone
 from decimal import Decimal

@@ -1,7 +1,5 @@
 """The loop as a user closes it: a server logs what it ranks, a simulated user acts, the join's rows are trained on."""
 
-from __future__ import annotations
-
 import time
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta

@@ -1,7 +1,5 @@
 """Whatever does not fit is one sentence, and nothing is written; what is left out is told."""
 
-from __future__ import annotations
-
 import json
 import math
 import shutil

@@ -1,7 +1,5 @@
 """New versions of the model that is served, with tables that know the newest files of the log."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """What a server has accepted goes into the tables of a new version, which a server then serves as the one before."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

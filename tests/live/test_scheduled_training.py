@@ -1,7 +1,5 @@
 """The line of a scheduler: tables move on every day, and a training is begun when one is due."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 

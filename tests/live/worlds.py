@@ -1,7 +1,5 @@
 """Logged requests and events drawn at random, and what an interaction log must hold of them, by plain loops."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """A small random plain table: no users, candidates or times unless asked for."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

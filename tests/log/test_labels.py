@@ -1,7 +1,5 @@
 """Labels of rows against a loop; rules compare a column of any type with a value as exactly as Python does."""
 
-from __future__ import annotations
-
 from decimal import Decimal
 from pathlib import Path
 from typing import Any

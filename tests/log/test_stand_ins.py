@@ -1,7 +1,5 @@
 """What stands in for users, candidates and times of a plain table, and what can't be had of one."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """A routing rule is added by one class and one line: it then trains by the command, serves, and is in the settings."""
 
-from __future__ import annotations
-
 import json
 from typing import Any
 

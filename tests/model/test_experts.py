@@ -1,7 +1,5 @@
 """Experts on the rows sent to them, on a CPU and as a GPU is told to, against all experts on all rows."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """Routing by every rule, one row, gate and expert at a time, and what none may do."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Products by oneDNN against float64, layer by layer and for whole models."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from itertools import product

@@ -1,7 +1,5 @@
 """Experts, towers, the score, calibration, the use of gates and weights in int8, each on its own."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import math

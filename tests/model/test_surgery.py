@@ -1,7 +1,5 @@
 """Adding, removing and masking experts of a model, by what it then predicts."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """Trainings by the command, killed with SIGKILL at random moments and resumed until they end."""
 
-from __future__ import annotations
-
 import json
 import random
 import shutil

@@ -1,7 +1,5 @@
 """features, train and evaluate as a user runs them: what they leave, what they say, and how they refuse."""
 
-from __future__ import annotations
-
 import json
 import shlex
 import shutil

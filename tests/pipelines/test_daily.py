@@ -1,7 +1,5 @@
 """The line of a scheduler, from new files of a log to the model that holds the alias."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

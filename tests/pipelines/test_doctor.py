@@ -1,7 +1,5 @@
 """The doctor's sentences for made-up machines, and one run on this machine."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 import tomllib

@@ -1,7 +1,5 @@
 """The quickstart as a newcomer runs it, then the model server that it tells them to start."""
 
-from __future__ import annotations
-
 import json
 import shlex
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """`evaluate` on validation rows, the rows that it writes, and what the page says of placement."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Experts added, masked and removed, fewer of them measured, and training on from an edited one."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

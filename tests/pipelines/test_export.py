@@ -1,7 +1,5 @@
 """The command that exports a model: what it writes, reports and refuses."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What writes or reads a folder is not disturbed by another command of the same `data.work`."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """A satisfaction that is given an engagement, on a sampled log: trained, evaluated and served by the commands."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

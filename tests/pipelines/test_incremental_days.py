@@ -1,7 +1,5 @@
 """A new day of a log as a user adds it: features, train, a new file, features --extend, train --from."""
 
-from __future__ import annotations
-
 import json
 import shlex
 from dataclasses import dataclass

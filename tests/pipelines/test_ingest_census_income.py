@@ -1,7 +1,5 @@
 """Two small files in the format of Census-Income, and the published ones where they are there."""
 
-from __future__ import annotations
-
 import bz2
 import gzip
 import os

@@ -1,7 +1,5 @@
 """A plain table with weights: trained, evaluated, scored and ranked by the commands, beside independent references."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

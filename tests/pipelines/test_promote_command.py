@@ -1,7 +1,5 @@
 """A version of the registry takes the alias, is refused with a reason, and gives it back."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

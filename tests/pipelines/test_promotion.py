@@ -1,7 +1,5 @@
 """Which model holds the alias after a training: the better one on the same rows."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

@@ -1,7 +1,5 @@
 """The command `train --resume`, stopped by signals at any moment, by itself and under torchrun."""
 
-from __future__ import annotations
-
 import os
 import random
 import signal

@@ -1,7 +1,5 @@
 """`train --resume` goes on with the training that is asked for and with no other one."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What MLflow's pages say of a training, its evaluation and the version that it registered."""
 
-from __future__ import annotations
-
 import json
 import re
 import sys

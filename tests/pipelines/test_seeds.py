@@ -1,7 +1,5 @@
 """Several trainings of one setting: what they are worth together, in MLflow, and after a kill."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Every config that is shipped trains, on rows made to fit it, and gives a model that can be served."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from pathlib import Path

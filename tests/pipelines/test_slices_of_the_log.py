@@ -1,7 +1,5 @@
 """Slices by columns of the log, features or not, beside pandas and scikit-learn."""
 
-from __future__ import annotations
-
 import math
 import re
 from itertools import pairwise

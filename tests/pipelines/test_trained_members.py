@@ -1,7 +1,5 @@
 """Members of a model: each is the training of its own seed, whatever stopped it; training goes on from all of them."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Test rows for a model whose features were made from another log than that of the settings."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

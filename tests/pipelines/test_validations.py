@@ -1,7 +1,5 @@
 """The table of a training's validations: every step and task, the chosen one marked, dashes for what is undefined."""
 
-from __future__ import annotations
-
 import io
 from dataclasses import replace
 from itertools import zip_longest

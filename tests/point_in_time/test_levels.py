@@ -1,7 +1,5 @@
 """Memories with levels of later events against memories that were extended by them, which are the reference's."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What memories answer against the reference: cut at any moments, with late events, in every way of asking."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any

@@ -1,7 +1,5 @@
 """Tables that go on with new files, and tables made anew of all files, are the same to the last byte."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 

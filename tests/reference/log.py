@@ -4,8 +4,6 @@ Settings are the plain `columns`, `tasks`, `features` and `events` of a settings
 whole microseconds, None is a missing value.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -3,8 +3,6 @@
 A metric of a ranking is its mean over all orders of rows with equal scores, here by trying every one of them.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Callable, Sequence

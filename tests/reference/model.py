@@ -3,8 +3,6 @@
 Weights are the entries of a model's `state_dict`, by name. All functions can be differentiated.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """An evaluation of two models with everything that a page can show."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from mmoe_rec.evaluation.comparison import Results

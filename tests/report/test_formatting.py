@@ -1,7 +1,5 @@
 """Numbers as a reader sees them."""
 
-from __future__ import annotations
-
 import pytest
 
 from mmoe_rec.report.formatting import describe_labels, rate

@@ -1,7 +1,5 @@
 """What the figures of a data set's health draw is what was measured, in the colours of the page."""
 
-from __future__ import annotations
-
 import re
 from itertools import pairwise
 from xml.etree import ElementTree

@@ -1,7 +1,5 @@
 """The page and the terminal say what was found; the numbers are JSON by the letter."""
 
-from __future__ import annotations
-
 import io
 import json
 import re

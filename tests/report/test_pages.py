@@ -1,7 +1,5 @@
 """Every page stands alone, is well-formed, and escapes what comes from the data."""
 
-from __future__ import annotations
-
 import re
 from html import unescape
 from typing import Any

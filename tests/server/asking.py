@@ -1,7 +1,5 @@
 """Requests to an application in this process, as the server would hand them over."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping

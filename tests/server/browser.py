@@ -1,7 +1,5 @@
 """Chromium without a window, by chromedriver's own protocol (W3C WebDriver), so that tests need no further package."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -3,8 +3,6 @@
 A pass with a request of user 999 writes the file `started` into FOLDER and waits until there is a file `go_on`.
 """
 
-from __future__ import annotations
-
 import sys
 import time
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Whatever is sent, the reply is rankings or one sentence, and holds nothing of the body but the name in question."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import math

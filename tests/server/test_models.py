@@ -1,7 +1,5 @@
 """Which model is served: attempts to take up another one, looks at an address, and settings that stay with a model."""
 
-from __future__ import annotations
-
 import gc
 import os
 import shutil

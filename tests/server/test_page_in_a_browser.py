@@ -1,7 +1,5 @@
 """The page at `/`: in a browser without a window, where there is one, and what every browser is told about it."""
 
-from __future__ import annotations
-
 import asyncio
 import base64
 import hashlib

@@ -1,7 +1,5 @@
 """Logged requests say what was asked, what features saw and what was replied, and logging never stops a reply."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -1,7 +1,5 @@
 """Workers that share the memory of one model, and the processes around them, each ended at any moment."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -1,7 +1,5 @@
 """Messages that can't be sent wait in files, and are sent later, in order."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from types import SimpleNamespace

@@ -1,7 +1,5 @@
 """Runs, the registry and the ways to address a model in it, and what is said of addresses that lead nowhere."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

@@ -1,7 +1,5 @@
 """Encoded rows from which a model can learn, for any layout, and the shortest way from them to a trained model."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace

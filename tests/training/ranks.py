@@ -1,7 +1,5 @@
 """What each rank of `test_sharding` does. A module of its own so that spawned processes can import it."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import socket

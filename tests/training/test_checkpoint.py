@@ -1,7 +1,5 @@
 """A training that goes on from a checkpoint ends as one that never stopped, on one rank and on several."""
 
-from __future__ import annotations
-
 import os
 import resource
 import signal

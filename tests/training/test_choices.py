@@ -1,7 +1,5 @@
 """What is chosen from which times, what a training keeps of it, and that measuring leaves a model as it was."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace

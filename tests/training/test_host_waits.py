@@ -3,8 +3,6 @@
 What is stated is in `mmoe_rec.training.steps`. On fake tensors of a GPU, also that a step leaves nothing on the CPU.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import replace
 from types import SimpleNamespace

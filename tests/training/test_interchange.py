@@ -1,7 +1,5 @@
 """A checkpoint does not depend on the way of its tables, nor on whether torchrec was there."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """The training loop on rows that can be learnt from, judged by scikit-learn on the plain model that it leaves."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """The masked loss and learnt task weights against the reference, a label at a time; predictions begin at base rates."""
 
-from __future__ import annotations
-
 import math
 import warnings
 from dataclasses import asdict, replace

@@ -1,7 +1,5 @@
 """Plain PyTorch's look-up and update of tables, against a loop in float64 and against fbgemm's kernels."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """One rank, two ranks and the plain model agree, before and after a training step."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Validation sums against scikit-learn on all predictions at once, and what is said of a validation."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import numpy as np

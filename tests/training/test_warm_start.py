@@ -1,7 +1,5 @@
 """A model started from another one, on features that grew, gives at first what that one gave, for all rows."""
 
-from __future__ import annotations
-
 import shutil
 from dataclasses import dataclass
 from pathlib import Path

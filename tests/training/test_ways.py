@@ -1,7 +1,5 @@
 """The ways of tables on a CPU: choosing one, the same steps by each, directly or through torchrec, of any width."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from dataclasses import replace

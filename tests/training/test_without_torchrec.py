@@ -1,7 +1,5 @@
 """Where neither torchrec nor fbgemm is installed, the same commands work, in one process."""
 
-from __future__ import annotations
-
 import importlib.abc
 import json
 import runpy

@@ -13,8 +13,6 @@ It takes the model of the quickstart, or another one's folder (`--model`), and L
 SIGTERM, kills and reloads do is tested in `tests/server`.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import signal

@@ -1,7 +1,5 @@
 """Requests of any kind over connections that are kept, with valid ones between them."""
 
-from __future__ import annotations
-
 import json
 import queue
 import random

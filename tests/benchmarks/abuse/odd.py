@@ -1,7 +1,5 @@
 """HTTP that is wrong or rare. Each case says which statuses its replies must have; none may hang."""
 
-from __future__ import annotations
-
 import gzip
 import json
 from dataclasses import dataclass

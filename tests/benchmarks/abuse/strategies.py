@@ -1,7 +1,5 @@
 """What to send: valid requests with parts replaced, bodies of any bytes, other headers, methods and pages."""
 
-from __future__ import annotations
-
 import json
 import random
 from collections.abc import Mapping

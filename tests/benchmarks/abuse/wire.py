@@ -1,7 +1,5 @@
 """Our server with two workers, connections on which anything can be sent to it, and their replies."""
 
-from __future__ import annotations
-
 import http.client
 import os
 import socket

@@ -1,8 +1,6 @@
 """The multi-gate mixtures of both peers, of the size that is compared. Needs the peers' environment, and not this
 project's."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

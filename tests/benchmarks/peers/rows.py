@@ -5,8 +5,6 @@ FOLDER/{train,validation,test}.NAME.npy  (N,) or, of a list, (N, L) int64 rows o
 FOLDER/{train,validation,test}.numbers.npy, .labels.npy     (N, D) float32, (N, T) float32 with NaN where unobserved
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
