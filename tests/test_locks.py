@@ -50,7 +50,6 @@ def test_a_second_writer_is_told_who_the_first_is(tmp_path: Path) -> None:
 def test_the_lock_of_a_killed_process_is_free(tmp_path: Path) -> None:
     folder = tmp_path / "work" / "model"
     with subprocess.Popen([sys.executable, "-c", HOLD, str(folder)], stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
         assert process.stdout.readline() == "held\n"
         sentence = rf"in use by a training \(process {process.pid} on "
         with pytest.raises(UserError, match=sentence), writing(folder, "another", "wait"):

@@ -81,7 +81,6 @@ def parts(settings: Settings, models: Mapping[str, MeasuredModel]) -> dict[str, 
             pairs[f"model, beside {peer}"] = apart(OURS, with_features)
     found: dict[str, dict[str, dict[str, float]]] = {task: {} for task in settings.tasks}
     for name, results in pairs.items():
-        assert results.comparison is not None
         (against,) = results.comparison.against.values()
         for task in settings.tasks:
             each = asdict(against.groups[task]["auc"])

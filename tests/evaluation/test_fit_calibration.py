@@ -23,7 +23,6 @@ def drawn(true_logit: np.ndarray, seed: int = 0) -> np.ndarray:
 
 
 def calibrated(fit: TaskCalibration | None, x: np.ndarray) -> np.ndarray:
-    assert fit is not None
     return fit.apply(torch.from_numpy(x)).numpy()
 
 

@@ -149,7 +149,6 @@ def test_a_model_that_fails_in_one_slice_is_not_called_better(log: Log, guarded,
     }
     rules = Evaluation(resamples=200, calibration=9, slices=("kind",), guarded_slices=guarded)
     results = Results(models, ("bought",), rules, "", {}, placement)
-    assert results.comparison is not None
     assert results.comparison.verdicts["old"].kind == kind
     told = describe_verdict(results.comparison, "old", results.first.summary)
     assert ("slice kind: 3 (" in told) == (kind != "better")

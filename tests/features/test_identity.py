@@ -106,7 +106,6 @@ def test_a_model_takes_widths_and_weights_from_its_settings(work: Path) -> None:
     sections = changed("tasks", "click", loss_weight=0.25, score_weight=2.0) | changed("features", "when", dim=6)
     settings = settings_of(work, **sections)
     prepared = found(work, settings)
-    assert prepared is not None
     layout = ModelLayout.of(prepared.layout, settings)
     dims = {table.name: table.dim for table in layout.tables}
     others = dict.fromkeys(("item", "brand", "tags", "price_bucket", "user_brand", "slot"), 16)

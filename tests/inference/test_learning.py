@@ -54,7 +54,6 @@ class Extension:
             shutil.copyfile(file, work / "after" / "log" / f"later-{file.name}")
         windows = other.settings.split.windows()
         extended = extend(other.settings.data.log, other.settings.schema_, windows, work / "after")
-        assert extended is not None
         assert not any(extended.new_ids.values())  # else the model would have to be trained again
         write_artifact(
             work / "after" / "model",

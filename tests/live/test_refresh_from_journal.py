@@ -65,7 +65,6 @@ def _sent(app: Application, rows: list[dict[str, Any]]) -> str:
 
 def _through(model: RefreshedModel) -> int:
     known = model.about(model.holder().number).journal
-    assert known is not None
     return int(known["through"])
 
 
@@ -139,7 +138,6 @@ def test_another_journal_than_the_tables_hold_is_refused(
     _check(_answers(_served(model, "3"), position), before)
     model.refresh("--journal", str(other), "--other-journal")
     about = model.about("4")
-    assert about.journal is not None
     assert about.journal["id"] == Journal(other).id
 
 
@@ -160,7 +158,6 @@ def _rolled_back(model: RefreshedModel) -> str:
 
 def _learnt(app: Application) -> int:
     learning = app.models.current.learning
-    assert learning is not None
     return learning.ranker.live_rows
 
 

@@ -48,7 +48,6 @@ def test_stacked_layers_equal_separate_ones(precision: torch.dtype) -> None:
         expected = functional.linear(own, weight, bias)
         expected.backward(gradient[:, group])
         torch.testing.assert_close(outputs[:, group].float(), expected, **tolerance)
-        assert x.grad is not None
         found = (x.grad[:, group], layer.weight.grad[group], layer.bias.grad[group])  # type: ignore[index]
         for one, other in zip(found, (own.grad, weight.grad, bias.grad), strict=True):
             torch.testing.assert_close(one, other, **tolerance)
@@ -226,7 +225,6 @@ def test_only_gates_that_choose_are_noted_and_in_one_line() -> None:
     assert found.note(rule_named("soft")) is None
     for routing in ("top_k", "shared_route", "expert_choice"):
         note = found.note(rule_named(routing))
-        assert note is not None
         assert note.startswith("gates choose 2 of 4 experts, and hardly ever 2, 3:")
     assert used([0.9, 0.1], [0.3, 0.7]).note(rule_named("top_k")) is None
 

@@ -44,7 +44,6 @@ def test_new_days_are_trained_on_and_the_better_model_holds_the_alias(
     last = next(line for line in reversed(printed.splitlines()) if "'champion' of 'learnable'" in line)
     assert printed.rindex(last) > places[-1], "tables are refreshed at the end"
     holder = find_holder("learnable", "champion", uri)
-    assert holder is not None
     assert f"version {holder.number}" in last
 
     with pytest.raises(SystemExit) as end:

@@ -23,7 +23,6 @@ def test_a_terabyte_on_sixteen_cards(capsys: pytest.CaptureFixture) -> None:
     code, said = run(capsys, "--world-size", "16", "--local-world-size", "8", "--hbm-gib", "80")
     assert code == 0, said
     together = re.search(r"together: ([\d.]+) GiB", said)
-    assert together is not None
     assert float(together[1]) * 2**30 > 1e12
     taken = [tuple(map(float, each)) for each in re.findall(r": ([\d.]+) of ([\d.]+) GiB", said)]
     assert all(0 < used <= offered == 64.0 for used, offered in taken)

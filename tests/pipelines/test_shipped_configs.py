@@ -147,7 +147,6 @@ def test_a_shipped_config_trains(config: Path, tmp_path: Path) -> None:
         checkpoints, log = tmp_path / "checkpoints", lambda *_: None
         result = Trainer(prepared, layout, settings.model, settings.training, CPU, checkpoints, log).run()
     assert result.steps >= 5
-    assert result.best is not None
     assert np.isfinite(list(result.best.loss.values())).all()
 
     model = build_model(layout, settings.model, PlainTables(layout))

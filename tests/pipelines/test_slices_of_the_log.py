@@ -98,7 +98,6 @@ def test_columns_of_placement_are_taken_where_nothing_is_asked_for(world: World,
     # One that no feature reads need not be there.
     settings = load_settings(str(world.folder / "first.yaml"), ["--roles.placement", "[slot, nowhere]"])
     columns = LogColumns.of(settings, world.folder / "work" / "model")
-    assert columns is not None
     assert [each.column for each in columns.by] == ["slot"]
 
 
@@ -134,9 +133,7 @@ def test_rows_that_the_log_no_longer_has_are_told(world: World, tmp_path: Path) 
     found = []
     for asked in (settings, other):  # the second has a file that came again, whose rows count once
         columns_of_all = LogColumns.of(asked, model)
-        assert columns_of_all is not None
         sliced = columns_of_all.read(scored)
-        assert sliced is not None
         found.append({name: rows.tolist() for name, rows in sliced.places["device"].items()})
     assert found[0] == found[1]
     (tmp_path / "log" / "again.parquet").unlink()
@@ -146,7 +143,6 @@ def test_rows_that_the_log_no_longer_has_are_told(world: World, tmp_path: Path) 
     # Where nobody has asked for slices, there are none.
     rules = other.evaluation.model_copy(update={"slices": None})
     usual = LogColumns.of(other.model_copy(update={"evaluation": rules}), model)
-    assert usual is not None
     assert usual.read(scored) is None
 
 

@@ -49,7 +49,6 @@ def killed_builds(folder: Path, kills: int) -> int:
         command = [sys.executable, script, source, work, *options]
         environment = {**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
         job = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment, text=True)
-        assert job.stdout is not None
         assert job.stdout.readline() == "begin\n"
         return job
 

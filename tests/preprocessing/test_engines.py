@@ -126,7 +126,6 @@ def test_workers_end_with_the_process_that_started_them(tmp_path):
     parent = subprocess.Popen(
         [sys.executable, tmp_path / "parent.py"], stdout=subprocess.PIPE, text=True, env=environment
     )
-    assert parent.stdout is not None
     workers = [int(parent.stdout.readline()) for _ in range(2)]
     parent.kill()
     parent.wait()

@@ -77,7 +77,6 @@ def _check_at_hand(log: Growing, windows: dict) -> None:
     content = oldest.read_bytes()
     oldest.unlink()
     found = _existing(log, windows)
-    assert found is not None
     assert prepare(log.source, log.schema, windows, log.work).manifest == found.manifest
     assert log.extend(windows) is None
     oldest.write_bytes(content)  # put back, at another time
@@ -89,7 +88,6 @@ def test_features_that_were_not_extended_are_built_anew_unless_a_model_goes_on_f
     before = growing.prepare().manifest
     _remove(growing, 100)
     found = _existing(growing, WINDOWS)
-    assert found is not None
     assert found.manifest == before
     assert prepare(growing.source, growing.schema, WINDOWS, growing.work, going_on=True).manifest == before
     shorter = growing.prepare().manifest

@@ -151,7 +151,6 @@ def test_a_request_of_several_users_is_refused(tmp_path: Path, small_pieces: Non
         r"user if ids are a user's own",
         str(caught.value),
     )
-    assert found is not None
     *rows, count = found.groups()
     assert int(count) == mixed.sum()
     one, other = (pq.read_table(file).slice(int(row), 1).to_pylist()[0] for row, file in (rows[:2], rows[2:]))
@@ -246,7 +245,6 @@ def test_rows_that_came_before_count_once(
     place = str(days.folder / "log"), SCHEMA, WINDOWS, days.folder / "work"
     extended = extend(*place)
     assert f"left out: {repeated:,} rows of new files that came before, such as row " in capsys.readouterr().err
-    assert extended is not None
     assert extended.rows == days.new.num_rows
     found = extended.features
     assert files_of(found.serving) == files_of(expected.serving)

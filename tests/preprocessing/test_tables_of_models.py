@@ -154,7 +154,6 @@ def test_events_alone_move_the_tables_on(tmp_path: Path) -> None:
     late.unlink()
     before, last = served.features, served.last
     made = served.go_on()
-    assert made is not None
     assert (made.rows, served.last) == (0, last)
     assert made.events > 0
     assert not remembered(before / "n.memory").equals(remembered(served.features / "n.memory"))
@@ -189,12 +188,10 @@ def test_files_of_a_journal_are_known_by_their_names(tmp_path: Path) -> None:
     served = ServedModel(FeatureFolder(log.work / "features"), tmp_path / "served", log.source, BuildOptions())
     log.add(8, 9)
     made = served.go_on()
-    assert made is not None
     assert made.journal is None
     for number, day in ((7, 9), (12, 10)):
         log.add(day, day + 1)
         newest = log.folder / "log" / f"{100 - log.count + 1}.parquet"
         newest.rename(newest.with_name(f"journal-{'ab' * 16}-{number:08d}.parquet"))
     made = served.go_on()
-    assert made is not None
     assert made.journal == {"id": "ab" * 16, "through": 12}

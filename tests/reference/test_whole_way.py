@@ -93,7 +93,6 @@ def compare_models(rows_layout, encoded, known) -> torch.Tensor:
     torch.testing.assert_close(total, expected_total, rtol=1e-6, atol=1e-6)
     expected_total.backward()
     for name, each in ours.named_parameters():
-        assert each.grad is not None
         torch.testing.assert_close(each.grad.double(), weights[name].grad, rtol=1e-4, atol=1e-6, msg=name)
     return logits.detach()
 

@@ -510,7 +510,6 @@ def test_a_page_that_is_full_leaves_the_other_one_its_places(
 ) -> None:
     monkeypatch.setattr(options, "GRACE_SECONDS", 1e9)
     app = Application(_models(small, tmp_path, max_waiting=2))
-    assert app.events is not None
     places = {"/invocations": app.calls.places, "/events": app.events.places}
     bodies = {"/invocations": {"inputs": [element()]}, "/events": {"events": as_json(later_log(3, rows=2))}}
 

@@ -29,7 +29,6 @@ def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def folder_of(uri: str) -> Path:
     store = client.read_sqlite_path(uri)
-    assert store is not None
     return store.parent
 
 

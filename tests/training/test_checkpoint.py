@@ -56,7 +56,6 @@ def assert_same(prepared: FeatureFolder, found: TrainingResult, expected: Traini
 def state_in(folder: Path) -> TrainingState:
     """Where the training stands that a folder's last checkpoint holds."""
     found = latest_checkpoint(folder)
-    assert found is not None
     return found.state
 
 
@@ -240,7 +239,6 @@ def test_what_was_written_before_is_read(tmp_path: Path) -> None:
     assert found.choices == Choices("fp32", "fbgemm", "auto", 1)
     assert (ended.before, ended.artifact, ended.compared) == (True, tmp_path / "model", ("it is better",))
     for each in (found.history[0][1], ended.best, ended.started_from):
-        assert each is not None
         assert (each.loss, each.gauc, each.calibration["a"]) == ({"a": 0.6, "b": 2.0}, {"a": 0.65}, float("inf"))
         assert each.experts.weights.dtype == torch.float64
         assert each.experts.loads.isnan().tolist() == [[False, True]]
@@ -376,16 +374,13 @@ def test_starts_are_the_same_by_their_weights() -> None:
     one = origin()
     assert one.difference(replace(one, start=Start("some/folder", "some/folder", "weights"))) is None
     found = one.difference(replace(one, start=Start("models:/shop@champion", "models:/shop/4", "others")))
-    assert found is not None
     assert found.endswith(
         "--from models:/shop@champion (models:/shop/3), now it is --from models:/shop@champion (models:/shop/4); "
         "give --from models:/shop/3"
     )
     found = one.difference(replace(one, start=None))
-    assert found is not None
     assert "now there is none; give --from models:/shop@champion" in found
     found = replace(one, start=None).difference(one)
-    assert found is not None
     assert found.startswith("it was begun without --from, now it is --from models:/shop@champion")
 
 
@@ -396,5 +391,4 @@ def test_starts_are_the_same_by_their_weights() -> None:
 def test_what_is_made_of_the_result_is_known_too(name: str, value: Any) -> None:
     one, other = (replace(origin(), settings=result_settings(each)) for each in (settings(), settings(name, value)))
     found = one.difference(other)
-    assert found is not None
     assert f"begun with {name} " in found

@@ -223,14 +223,12 @@ def test_a_checkpoint_holds_them_and_resuming_measures_nothing(
     with pytest.raises(CrashError):
         train(prepared, tmp_path, crash(60), MODEL, **auto)
     before = latest_checkpoint(tmp_path)
-    assert before is not None
     assert before.state.choices is not None
     choices = before.state.choices
     assert (choices.precision, choices.products, choices.tables) == ("fp32", "onednn", "torch")
     compared = with_times(monkeypatch, {name: 1 / time for name, time in TIMES.items()})
     train(prepared, tmp_path, None, MODEL, **auto)
     after = latest_checkpoint(tmp_path)
-    assert after is not None
     assert after.state.step > before.state.step
     assert after.state.choices == before.state.choices
     assert compared == []

@@ -90,7 +90,6 @@ def grown(tmp_path_factory: pytest.TempPathFactory) -> Grown:
     windows = {"train": (None, end), "validation": (end, end + DAY // 2), "test": (end + DAY // 2, None)}
     schema = small.settings.schema_
     extended = extend(str(work / "log"), schema, windows, work)
-    assert extended is not None
     assert extended.new_ids["item"] > 2
     assert extended.new_ids["brand"] == 1
     tables = [rows.table for rows in Log(str(work / "log"), schema).stream()]
