@@ -104,7 +104,8 @@ class Events(_Tensors):
 
     sizes: how many each history has, which add up to E; rows, places, later: (E,) int64 the row of each event, its
     place in the row's list, and how many come after it; same: (E, K) float32, 1 where an event's part, of at most K
-    with a counterpart in the candidate, has the candidate's id.
+    with a counterpart in the candidate, has the candidate's id. vectors: of each history, (its size, W) float32 what
+    its events hold, once a model has looked them up.
     """
 
     sizes: tuple[int, ...]
@@ -112,6 +113,7 @@ class Events(_Tensors):
     places: Tensor
     later: Tensor
     same: Tensor
+    vectors: tuple[Tensor, ...] = field(default=(), kw_only=True)
 
 
 @dataclass(eq=False)

@@ -62,23 +62,21 @@ class RequestInputs:
         of: np.ndarray,
     ) -> Tensor:
         """Inputs (N, width) with what a history's events say of each candidate; events are read once a request."""
+        lists = ids[name]
         assert self._histories is not None
-        pool, lists = self._histories.pool(name), ids[name]
         assert isinstance(lists, Ragged)
         lengths = lists.lengths[of]
         events, rows = consecutive(lists.offsets[of], lengths), np.arange(len(of)).repeat(lengths)
         values = {part: ids[part].values for part, _ in parts}
-        same = np.empty((len(rows), pool.parts), np.float32)
-        for column, (part, partner) in enumerate((part, partner) for part, partner in parts if partner is not None):
+        pairs = [(part, partner) for part, partner in parts if partner is not None]
+        same = np.empty((len(rows), len(pairs)), np.float32)
+        for column, (part, partner) in enumerate(pairs):
             same[:, column] = same_ids(values[part][events], ids[partner][rows])
         later = lists.offsets[1:].repeat(lists.lengths) - 1 - np.arange(len(lists.values))
         with torch.inference_mode():
             own = [self._tables.rows(self._table_of[part], torch.from_numpy(each)) for part, each in values.items()]
-            vectors = torch.cat(own, dim=1)
-            read = pool.read_events(vectors, torch.from_numpy(later))
-            asked = self._histories.candidates(name, inputs)
-            pairs = (torch.from_numpy(each) for each in (rows, same, events))
-            return self._histories.add(name, inputs, pool(read, vectors, asked, *pairs))
+            of_events = (torch.from_numpy(each) for each in (later, rows, same, events))
+            return self._histories.look(name, inputs, torch.cat(own, dim=1), *of_events)
 
     def _write(self, matrix: np.ndarray, inputs: Inputs) -> None:
         for name, table, columns in self._columns:

@@ -98,27 +98,27 @@ class Histories(nn.ModuleDict):
             self._columns[each.history] = columns[each.history], [columns[name] for name in partners]
 
     def forward(self, inputs: Tensor, events: Events, vectors: Sequence[Tensor]) -> Tensor:
-        """(N, W) inputs of N rows with their own events -> the same, with what these say. vectors: of each history."""
+        """(N, W) inputs of N rows with their own events -> the same, with what these say. vectors: as of the events."""
         first = 0
         for name, size, own in zip(self, events.sizes, vectors, strict=True):
-            pool = self.pool(name)
             rows, later, same = (each[first : first + size] for each in (events.rows, events.later, events.same))
-            asked = self.candidates(name, inputs)
-            inputs = self.add(name, inputs, pool(pool.read_events(own, later), own, asked, rows, same[:, : pool.parts]))
+            inputs = self.look(name, inputs, own, later, rows, same)
             first += size
         return inputs
 
-    def pool(self, name: str) -> TargetAttention:
-        """That of one history."""
-        found = self[name]
-        assert isinstance(found, TargetAttention)
-        return found
-
-    def candidates(self, name: str, inputs: Tensor) -> Tensor:
-        """(N, C) what candidates have in common with the events of a history, of (N, W) inputs."""
-        return torch.cat([inputs[:, columns] for columns in self._columns[name][1]], dim=1)
-
-    def add(self, name: str, inputs: Tensor, said: Tensor) -> Tensor:
-        """(N, W) inputs with (N, D) added to those of a history."""
-        own = self._columns[name][0]
+    def look(
+        self,
+        name: str,
+        inputs: Tensor,
+        vectors: Tensor,
+        later: Tensor,
+        rows: Tensor,
+        same: Tensor,
+        events: Tensor | None = None,
+    ) -> Tensor:
+        """(N, W) inputs of N candidates with what the events of one history say of each; see `TargetAttention`."""
+        pool, (own, partners) = self[name], self._columns[name]
+        assert isinstance(pool, TargetAttention)
+        asked = torch.cat([inputs[:, columns] for columns in partners], dim=1)
+        said = pool(pool.read_events(vectors, later), vectors, asked, rows, same[:, : pool.parts], events)
         return torch.cat([inputs[:, : own.start], inputs[:, own] + said, inputs[:, own.stop :]], dim=1)

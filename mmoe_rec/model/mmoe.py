@@ -30,7 +30,7 @@ from mmoe_rec.model.levels import Gates, Level
 from mmoe_rec.model.members import Members, member_columns
 from mmoe_rec.model.products import Linear, StackedLinear, for_products
 from mmoe_rec.model.routing import Routing
-from mmoe_rec.model.tables import by_name, event_vectors
+from mmoe_rec.model.tables import by_name, look_at_events
 from mmoe_rec.model.trees import Trees
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 # torchrec's pipeline traces the model down to its parts, and these are some.
 torch.fx.wrap("by_name")
-torch.fx.wrap("_with_means")
+torch.fx.wrap("look_at_events")
 
 
 class Outputs(NamedTuple):
@@ -83,9 +83,7 @@ class RankingModel(nn.Module):
         self.dense_columns: Tensor
         self.placement_columns: Tensor
         self.dims = {each.name: layout.table(each.table).dim for each in [*layout.ids, *layout.look_ups()]}
-        self.histories = [
-            (each.history, each.length, [name for name, _ in layout.parts(each)]) for each in layout.attention
-        ]
+        self.histories = [(each.length, [name for name, _ in layout.parts(each)]) for each in layout.attention]
         self.id_names = {placement: layout.id_names(placement) for placement in (False, True)}
         for name, placement in (("dense_columns", False), ("placement_columns", True)):
             columns = [index for index, each in enumerate(layout.dense) if each.placement == placement]
@@ -113,30 +111,31 @@ class RankingModel(nn.Module):
 
     def forward(self, batch: Batch, top_k: int | None = None, usable: Tensor | None = None) -> Outputs:
         """Logits and routings of a batch; the options are those of `Mixture`. Over sharded tables a collective call."""
-        inputs, placement, vectors = self._look_up(batch)
-        return self.of_inputs(inputs, placement, top_k, usable, batch.events, vectors)
+        inputs, placement, events = self._look_up(batch)
+        return self.of_inputs(inputs, placement, top_k, usable, events)
 
     def side_by_side(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """A batch's inputs, (B, W) float32: embeddings, then numbers, in layout order, with trees also single ids; and
         its placement, (B, P)."""
-        inputs, placement, vectors = self._look_up(batch)
-        if self.mixture.histories is not None and batch.events is not None:
-            inputs = self.mixture.histories(inputs, batch.events, vectors)
+        inputs, placement, events = self._look_up(batch)
+        if events is not None:
+            assert self.mixture.histories is not None
+            inputs = self.mixture.histories(inputs, events, events.vectors)
         return inputs, placement
 
-    def _look_up(self, batch: Batch) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """What `side_by_side` gives, with means for what attention pools, and (E, W) of the events of each of these."""
+    def _look_up(self, batch: Batch) -> tuple[Tensor, Tensor, Events | None]:
+        """What `side_by_side` gives, with means for what attention pools, and the events of these."""
         pooled = self.tables(batch.ids)
         embeddings = by_name(pooled, self.dims, batch.ragged, batch.shares)  # of each id input (B, its dim)
-        vectors = list[Tensor]()
+        events = None
         if self.histories:
-            embeddings = _with_means(embeddings, batch.events, self.histories, self.dims, batch.dense)
-            vectors = [embeddings[_vectors(name)] for name, *_ in self.histories]
+            assert batch.events is not None
+            embeddings, events = look_at_events(embeddings, batch.events, self.histories, batch.dense)
         inputs = _side_by_side(embeddings, self.id_names[False], batch.dense, self.dense_columns)
         if self.trees is not None:
             ids = [batch.ids.column(name)[0][:, None] for name in self.trees_ids]
             inputs = torch.cat([inputs, *(each.to(inputs) for each in ids)], dim=1)
-        return inputs, _side_by_side(embeddings, self.id_names[True], batch.dense, self.placement_columns), vectors
+        return inputs, _side_by_side(embeddings, self.id_names[True], batch.dense, self.placement_columns), events
 
     def of_inputs(
         self,
@@ -145,13 +144,13 @@ class RankingModel(nn.Module):
         top_k: int | None = None,
         usable: Tensor | None = None,
         events: Events | None = None,
-        vectors: Sequence[Tensor] = (),
     ) -> Outputs:
-        """Logits and routings of inputs as `side_by_side` gives them; placement is read in training only. events,
-        vectors: of each history, where attention has not pooled them yet."""
+        """Logits and routings of inputs as `side_by_side` gives them; placement is read in training only. events: of
+        histories that attention has not pooled yet."""
         of_network = inputs if self.trees is None else inputs[:, : self.width]
-        looked_up = (events, *vectors) if vectors else ()
-        outputs = self.mixture(of_network, placement, top_k, usable, *looked_up)
+        # Vectors are arguments of their own: where these enter the mixture, training cuts the graph in front of tables.
+        vectors = [] if events is None else [events.vectors[each] for each in range(len(self.histories))]
+        outputs = self.mixture(of_network, placement, top_k, usable, *((events, *vectors) if vectors else ()))
         # A regression's output is in the label's own unit; a binary task has mean 0 and deviation 1.
         logits = torch.addcmul(self.mean, outputs.logits.to(self.mean.dtype), self.scale)
         if self.trees is None:
@@ -163,34 +162,6 @@ class RankingModel(nn.Module):
 
 def _side_by_side(embeddings: dict[str, Tensor], names: list[str], dense: Tensor, columns: Tensor) -> Tensor:
     return torch.cat([*(embeddings[name] for name in names), dense.index_select(1, columns)], dim=1)
-
-
-def _vectors(history: str) -> str:
-    """What `_with_means` calls the vectors of a history's events."""
-    return f"{history} events"
-
-
-def _with_means(
-    embeddings: dict[str, Tensor],
-    events: Events | None,
-    histories: Sequence[tuple[str, int, Sequence[str]]],
-    dims: dict[str, int],
-    dense: Tensor,
-) -> dict[str, Tensor]:
-    """Embeddings with those of all events of histories, (E, W) each, and the mean of those of their first input.
-
-    dense: (B, D) of the same rows.
-    """
-    assert events is not None, "a batch of a model with attention has events"
-    found, first = dict(embeddings), 0
-    for (name, length, names), size in zip(histories, events.sizes, strict=True):
-        row, place, later = (each[first : first + size] for each in (events.rows, events.places, events.later))
-        vectors = event_vectors(embeddings, names, length, row * length + place)
-        own = vectors[:, : dims[name]]
-        means = own / (place + later + 1)[:, None]
-        found |= {_vectors(name): vectors, name: own.new_zeros(len(dense), dims[name]).index_add(0, row, means)}
-        first += size
-    return found
 
 
 class Mixture(nn.Module):
@@ -246,7 +217,8 @@ class Mixture(nn.Module):
         top_k: experts per row and gate, outside training, instead of the model's own number; usable: (E,) bool, the
         only experts that may be run; events, vectors: see `Histories`, where inputs hold no more than means of these.
         """
-        if vectors and self.histories is not None and events is not None:
+        if events is not None:
+            assert self.histories is not None
             inputs = self.histories(inputs, events, vectors)
         hidden = self.bottom(inputs)  # (B, H)
         gate_inputs = [hidden]

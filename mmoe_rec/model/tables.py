@@ -11,13 +11,14 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mmoe_rec.batches.batch import KeyedIds
+from mmoe_rec.batches.batch import Events, KeyedIds
 from mmoe_rec.features.layout import input_of_place
 from mmoe_rec.model.layout import EmbeddingTable, ModelLayout
 
@@ -127,20 +128,30 @@ def by_name(embeddings: Any, dims: dict[str, int], ragged: Sequence[str], shares
     return sums | {name: sums[name] * each[:, None] for name, each in zip(ragged, shares, strict=True)}
 
 
-def event_vectors(embeddings: Mapping[str, Tensor], names: Sequence[str], length: int, at: Tensor) -> Tensor:
-    """What the events of a history hold, side by side: (E, sum of dims) float32.
+def look_at_events(
+    embeddings: Mapping[str, Tensor], events: Events, histories: Sequence[tuple[int, Sequence[str]]], rows: Tensor
+) -> tuple[dict[str, Tensor], Events]:
+    """The embeddings with the mean of each history, which is that of its first input, and the events with what they
+    hold.
 
-    embeddings: as `by_name` gives them; names: of the history's inputs, which have at most `length` ids a row; at: (E,)
-    int64, row * length + place of each event.
+    embeddings: as `by_name` gives them, of each event, or of each place of lists; histories: the most events of a row
+    of each, and its inputs; rows: (B, ...) what else the same rows have.
     """
-    parts = []
-    for name in names:
-        own = embeddings.get(name)
-        if own is None:  # of each place, (B, dim): (B * length, dim), of which some are no events
-            by_row = torch.stack([embeddings[input_of_place(name, place)] for place in range(length)], dim=1)
-            own = by_row.flatten(0, 1).index_select(0, at)
-        parts.append(own)
-    return torch.cat(parts, dim=1)
+    means, vectors, first = dict(embeddings), list[Tensor](), 0
+    for (length, names), size in zip(histories, events.sizes, strict=True):
+        row, place, later = (each[first : first + size] for each in (events.rows, events.places, events.later))
+        parts = []
+        for name in names:
+            own = embeddings.get(name)
+            if own is None:  # of each place, (B, dim): (B * length, dim), of which some are no events
+                by_row = torch.stack([embeddings[input_of_place(name, each)] for each in range(length)], dim=1)
+                own = by_row.flatten(0, 1).index_select(0, row * length + place)
+            parts.append(own)
+        shares = parts[0] / (place + later + 1)[:, None]
+        means[names[0]] = shares.new_zeros(len(rows), shares.shape[1]).index_add(0, row, shares)
+        vectors.append(torch.cat(parts, dim=1))
+        first += size
+    return means, replace(events, vectors=tuple(vectors))
 
 
 # How a table of any width is trained by kernels that take multiples of four columns only.

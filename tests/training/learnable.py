@@ -195,7 +195,7 @@ def trained(
 
 def scores(model: RankingModel, prepared: FeatureFolder, split: str = "validation") -> tuple[np.ndarray, np.ndarray]:
     """Logits and labels (N, T) of a split's rows in file order, without placement."""
-    attention = tuple(Attention(name, length) for name, length, _ in model.histories)
+    attention = tuple(Attention(name, length) for length, (name, *_) in model.histories)
     layout: Any = replace(LAYOUT, **vars(prepared.layout), attention=attention)
     parts: Sequence = list(EncodedRows(prepared.split(split), layout).stream(10_000))
     with torch.inference_mode():
