@@ -12,7 +12,8 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.features.pipeline import FeaturePipeline
+from mmoe_rec.features.kinds.history import HistoryEncoder, HistoryMemory
+from mmoe_rec.features.pipeline import FeaturePipeline, read_memory
 from mmoe_rec.log.checks import format_time
 from mmoe_rec.log.database import open_database
 from mmoe_rec.log.files import takes_in
@@ -151,6 +152,26 @@ def check_classes(schema: Schema, counts: SplitCounts) -> None:
                 f"task '{name}' has one class in training: all {observed} observed labels in column '{task.label}' "
                 f"are {positive / observed:g}; a task needs both 0 and 1, so train on a longer period or remove it"
             )
+
+
+def check_event_types(pipeline: FeaturePipeline, folder: Path) -> None:
+    """Says which types of events that settings list no event has that a history remembers; folder: of the memories.
+    Raises UserError where no event has any of a history."""
+    for name, encoder in pipeline.memory_encoders.items():
+        if not isinstance(encoder, HistoryEncoder) or (types := encoder.feature.event_types) is None:
+            continue
+        memory, place = read_memory(encoder, folder), list(encoder.parts).index(f"{name}_types")
+        assert isinstance(memory, HistoryMemory)
+        known = memory.attributes[place - 1]  # the first part is the items
+        absent = [value for row, value in enumerate(types.values, 1) if not (known == row).any()]
+        if len(known) and absent:
+            told = (
+                f"feature '{name}' lists {absent[0]!r} among its `event_types`, and of the {len(known):,} events "
+                f"that it remembers none has that in column '{types.column}'"
+            )
+            if len(absent) == len(types.values):
+                raise UserError(f"{told}, nor any other value that it lists: list values as the log has them")
+            say(told)
 
 
 def check_duplicates(
