@@ -47,7 +47,7 @@ FEATURES: dict[str, Any] = {
         "kind": "history",
         "task": "click",
         "of": "item",
-        "length": 5,
+        "length": 60,
         "at_least": 0,
         "outcomes": ["liked", "click"],
     },
