@@ -98,5 +98,9 @@ def open_database(folder: Path, memory_gib: float = MEMORY_GIB, workers: int | N
             f"data.memory_gib is {memory_gib:g}, which does not suffice here ({first_line(error)}): set it higher, or "
             f"data.workers lower, and see that the disk of '{folder.parent}' has room"
         ) from None
+    except RuntimeError as error:
+        if str(error) != "Query interrupted":
+            raise
+        raise KeyboardInterrupt from error  # which DuckDB hides
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -1,7 +1,10 @@
 """A log in any number of files, folders and row groups is the same rows, in parts that other processes can read."""
 
+import os
 import pickle
 import shutil
+import signal
+import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -231,6 +234,17 @@ def test_a_copy_of_arrow_files_does_not_need_them(tmp_path):
         shutil.rmtree(tmp_path / "files")
         database.fill("nothing", pa.schema({"item": pa.int64()}), [])
         assert database.row("SELECT count(*), count(nothing.item) FROM log LEFT JOIN nothing USING (item)") == (900, 0)
+
+
+def test_ctrl_c_ends_a_query_as_it_ends_all_else(tmp_path):
+    def compute() -> None:
+        with open_database(tmp_path / "database") as database:
+            threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
+            database.row("SELECT sum(a.range * b.range) FROM range(10000000) AS a, range(10000000) AS b")
+
+    with pytest.raises(KeyboardInterrupt):
+        compute()
+    assert not (tmp_path / "database").exists()
 
 
 def test_bad_files_in_memory_are_named_by_their_address(memory):
