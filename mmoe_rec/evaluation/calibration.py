@@ -25,7 +25,8 @@ from mmoe_rec.batches.batch import make_batch
 from mmoe_rec.batches.encoded_rows import EncodedRows
 from mmoe_rec.devices import device_of, freed_memory_kept
 from mmoe_rec.errors import UserError
-from mmoe_rec.features.layout import Layout, TaskOutput
+from mmoe_rec.features.layout import TaskOutput
+from mmoe_rec.model.layout import ModelLayout
 from mmoe_rec.model.mmoe import RankingModel
 from mmoe_rec.model.score import Calibration, TaskCalibration
 from mmoe_rec.progress import bar
@@ -156,7 +157,7 @@ def _without_single_class(step: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 @torch.inference_mode()
 def calibration_rows(
-    model: RankingModel, layout: Layout, rows: EncodedRows, batch_size: int
+    model: RankingModel, layout: ModelLayout, rows: EncodedRows, batch_size: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, np.ndarray]:
     """Logits (N, T) without placement, labels (N, T), NaN where unobserved, weights (N,), if rows have them, and times
     of requests (N,) int64."""

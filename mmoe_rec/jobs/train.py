@@ -285,8 +285,9 @@ def _calibrate(settings: Settings, prepared: FeatureFolder, model: RankingModel)
         return UNCALIBRATED
     from mmoe_rec.batches.encoded_rows import EncodedRows
     from mmoe_rec.evaluation.calibration import calibration_rows, fit_calibration
+    from mmoe_rec.model.layout import ModelLayout
 
-    layout = prepared.layout
+    layout = ModelLayout.of(prepared.layout, settings)
     # Without the weights that training had, it would undo what they correct.
     weighted = settings.training.sampling_correction == "weights"
     rows = EncodedRows(prepared.split("validation"), layout, weighted=weighted)

@@ -182,7 +182,7 @@ def validate(
 
 
 @torch.no_grad()
-def validate_alone(model: RankingModel, rows: EncodedRows, layout: Layout, batch_size: int) -> Validation:
+def validate_alone(model: RankingModel, rows: EncodedRows, layout: ModelLayout, batch_size: int) -> Validation:
     """Scores all rows with a model over `PlainTables`, on this process. rows: with outcomes and users."""
     sums = ValidationSums(layout, model.experts_in_use, rows.rows, len(model.mixture.each_member()))
     model.eval()

@@ -41,8 +41,10 @@ class World:
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     folder = tmp_path_factory.mktemp("calibrated")
-    training = settings_tree(folder)["training"] | {"epochs": 1, "calibration": "temperature"}
-    config = write_files(folder, training=training)
+    tree = settings_tree(folder)
+    training = tree["training"] | {"epochs": 1, "calibration": "temperature"}
+    features = tree["features"] | {"clicked": tree["features"]["clicked"] | {"pooling": "attention"}}
+    config = write_files(folder, training=training, features=features)
     run("train", "--config", str(config))
     return World(folder, config, Ranker.load(folder / "work" / "model"))
 
