@@ -50,5 +50,4 @@ def read_metrics(folder: Path) -> dict[str, Any]:
     def forbid(constant: str) -> None:
         raise AssertionError(f"{constant} is no JSON")
 
-    metrics: dict[str, Any] = json.loads((folder / "metrics.json").read_text(), parse_constant=forbid)
-    return metrics
+    return json.loads((folder / "metrics.json").read_text(), parse_constant=forbid)

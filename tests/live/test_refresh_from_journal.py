@@ -162,8 +162,7 @@ def _learnt(app: Application) -> int:
 
 
 def _failure(app: Application) -> str | None:
-    told: str | None = ask(app, b"", page="/version", method="GET").tree["events_failure"]
-    return told
+    return ask(app, b"", page="/version", method="GET").tree["events_failure"]
 
 
 def _told(app: Application) -> str:

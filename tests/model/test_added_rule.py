@@ -60,8 +60,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     }
     write_files(folder, training=settings_tree(folder)["training"] | {"epochs": 1}, model=model)
     printed = package.run(SCRIPT)
-    found: dict[str, Any] = json.loads(printed.rpartition("FOUND ")[2])
-    return found
+    return json.loads(printed.rpartition("FOUND ")[2])
 
 
 def test_it_trains_and_serves_as_it_says(found: dict[str, Any]) -> None:

@@ -71,8 +71,7 @@ def test_validation_rows_have_charts_of_their_own(world: World) -> None:
 
 def world_metrics(world: World) -> dict[str, float]:
     holder = world.champion()
-    found: dict[str, float] = world.client.get_run(holder.run_id).data.metrics
-    return found
+    return world.client.get_run(holder.run_id).data.metrics
 
 
 def test_a_folder_of_other_files_is_left_alone(world: World, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

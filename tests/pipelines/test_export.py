@@ -27,8 +27,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> SmallModel:
 def run(small: SmallModel, out: Path, *words: str) -> dict[str, Any]:
     """The report of an export."""
     commands.run("export", "--model", str(small.folder), "--out", str(out), *words)
-    found: dict[str, Any] = json.loads((out / "export.json").read_text(encoding="utf-8"))
-    return found
+    return json.loads((out / "export.json").read_text(encoding="utf-8"))
 
 
 def test_a_model_in_int8_with_its_figures(small: SmallModel, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

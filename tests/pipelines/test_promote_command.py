@@ -48,8 +48,7 @@ def run(world: World, *words: str) -> int:
 
 
 def tags(world: World, version: str) -> dict[str, str]:
-    found: dict[str, str] = world.client.get_model_version(NAME, version).tags
-    return found
+    return world.client.get_model_version(NAME, version).tags
 
 
 def test_a_better_version_takes_the_alias_and_gives_it_back(

@@ -51,8 +51,7 @@ def newest(world: World) -> str:
 
 
 def said(work: Path) -> list[str]:
-    found: list[str] = json.loads((work / "checkpoints" / "finished.json").read_text())["compared"]
-    return found
+    return json.loads((work / "checkpoints" / "finished.json").read_text())["compared"]
 
 
 def area(artifact: Path, work: Path) -> float:

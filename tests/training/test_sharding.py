@@ -33,8 +33,7 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def read(folder: Path, rank: int = 0) -> dict[str, Any]:
-    saved: dict[str, Any] = torch.load(folder / f"rank{rank}.pt")
-    return saved
+    return torch.load(folder / f"rank{rank}.pt")
 
 
 def plain_batch() -> Batch:

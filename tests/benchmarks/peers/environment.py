@@ -65,5 +65,4 @@ def predict(python: str, peer: str, rows: Path, out: Path, epochs: int, seed: in
         told = run([python, "-m", "tests.benchmarks.peers.trained", *words], **env)
         print(peer, out, told, flush=True)
         made.rename(out)
-    predicted: np.ndarray = np.load(out)
-    return predicted
+    return np.load(out)
