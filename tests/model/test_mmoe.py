@@ -89,20 +89,6 @@ def test_logits_and_gradients_are_the_references(training: bool, structure: str)
         torch.testing.assert_close(gradient.double(), wanted, atol=5e-5 * scale, rtol=1e-4, msg=name)
 
 
-def test_placement_counts_in_training_alone() -> None:
-    model = small_model(PlainTables(LAYOUT))
-    encoded, batch = plain_batch(8)
-    changed_dense = encoded.dense.copy()
-    changed_dense[:, 1] += 1.0
-    slot = encoded.ids["slot"]
-    assert not isinstance(slot, Ragged)
-    changed = Encoded({**encoded.ids, "slot": (slot + 1) % 30}, changed_dense)
-    other = make_batch(changed, LAYOUT, torchrec=False)
-    assert not torch.equal(model(batch).logits, model(other).logits)
-    model.eval()
-    assert torch.equal(model(batch).logits, model(other).logits)
-
-
 @pytest.mark.parametrize(
     "layout",
     [
