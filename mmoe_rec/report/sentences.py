@@ -144,7 +144,7 @@ def describe_guard(guard: Guard, other: str, rules: Evaluation) -> str:
     open_ = f"so a {limit} can't be ruled out; the least margin that these rows support is {least}"
     shown = f"which is a {limit}" if guard.is_outside else open_
     end = f"so a {limit} is ruled out" if guard.passed else shown
-    return f"{guard.metric} of {guard.task} changes by {difference(apart)}, {end}"
+    return f"the {guard.metric} of {guard.task} changes by {difference(apart)}, {end}"
 
 
 def _name_other_differences(versus: Versus) -> str:

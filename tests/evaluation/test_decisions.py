@@ -94,7 +94,7 @@ def test_a_model_that_is_held_back_says_why() -> None:
     both = replace(both, judged=("bought", "spent"))
     assert sentence(both) == (
         "'new' is not called better, although mean auc of bought, liked is higher than that of 'old' by 0.0030 (0.0010 "
-        "to 0.0050): r2 of spent changes by -0.0200 (-0.0300 to -0.0100), which is a loss of more than 0.005 "
+        "to 0.0050): the r2 of spent changes by -0.0200 (-0.0300 to -0.0100), which is a loss of more than 0.005 "
         "(evaluation.margin)"
     )
     assert [(guard.task, guard.metric, guard.passed) for guard in verdict(both).guards] == [
