@@ -36,6 +36,7 @@ from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.inference.ranking import Ranking
 from mmoe_rec.inference.reader import Request
 from mmoe_rec.inference.writing import copy_files, seal, write_tensors
+from mmoe_rec.model.forest import Tree, read_ensemble
 from mmoe_rec.model.levels import Experts
 from mmoe_rec.model.mmoe import RankingModel
 from mmoe_rec.model.products import set_products
@@ -131,7 +132,7 @@ def write_onnx(folder: Path, ranker: Ranker, made: Path) -> None:
             "its inputs are pooled already; export in int8, or train with `pooling: mean`"
         )
     dense, trees = DensePart(ranker), ranker.model.trees
-    if trees is not None and not trees.boosters:  # of no task
+    if trees is not None and not trees.texts:  # of no task
         trees = None
     example = inputs_of(ranker, json.loads((folder / EXAMPLE).read_text(encoding="utf-8")))
     first = ranker.model.width - len(ranker.model.dense_columns)  # of what trees read
@@ -176,7 +177,7 @@ def save_with_trees(model: Any, trees: Trees, names: Sequence[str], first: int, 
     """
     import onnx
 
-    grown = [f"grown.{name}" if name in trees.boosters else f"grown.{next(iter(trees.boosters))}" for name in names]
+    grown = [f"grown.{name}" if name in trees.texts else f"grown.{next(iter(trees.texts))}" for name in names]
     nodes = [
         onnx.helper.make_node(
             "TreeEnsembleRegressor",
@@ -184,9 +185,9 @@ def save_with_trees(model: Any, trees: Trees, names: Sequence[str], first: int, 
             [f"grown.{name}"],
             domain="ai.onnx.ml",
             n_targets=1,
-            **_as_attributes([each["tree_structure"] for each in booster.dump_model()["tree_info"]], first),
+            **_as_attributes(read_ensemble(text).trees, first),
         )
-        for name, booster in trees.boosters.items()
+        for name, text in trees.texts.items()
     ]
     nodes.append(onnx.helper.make_node("Concat", grown, ["grown"], axis=1))
     for place, node in enumerate(nodes):
@@ -196,8 +197,8 @@ def save_with_trees(model: Any, trees: Trees, names: Sequence[str], first: int, 
     onnx.save(model, path)
 
 
-def _as_attributes(roots: Sequence[Mapping[str, Any]], first: int) -> dict[str, Any]:
-    """Trees, as LightGBM describes them, as attributes of a TreeEnsembleRegressor."""
+def _as_attributes(trees: Sequence[Tree], first: int) -> dict[str, Any]:
+    """Trees as attributes of a TreeEnsembleRegressor."""
     found: dict[str, list[Any]] = {
         f"{kind}_{name}": []
         for kind, of_kind in (
@@ -211,31 +212,25 @@ def _as_attributes(roots: Sequence[Mapping[str, Any]], first: int) -> dict[str, 
         for name, value in values.items():
             found[f"{kind}_{name}"].append(value)
 
-    for tree, root in enumerate(roots):
-        waiting, count = [(0, root)], 1
-        while waiting:
-            number, node = waiting.pop()
-            own = {"treeids": tree, "nodeids": number}
-            if "leaf_value" in node:
-                add("nodes", **own, featureids=0, values=0.0, modes="LEAF", truenodeids=0, falsenodeids=0)
-                add("target", **own, ids=0, weights=node["leaf_value"])
-                continue
-            left, right = count, count + 1
-            count += 2
-            waiting += [(left, node["left_child"]), (right, node["right_child"])]
-            own |= {"featureids": first + node["split_feature"], "truenodeids": left}
-            if node["decision_type"] == "==":  # a set of ids: a chain of nodes, all of which go on with the same one
-                *others, last = map(float, node["threshold"].split("||"))
+    for number, tree in enumerate(trees):
+        # The root has number 0: splits come first, then leaves, then what sets of ids need.
+        splits, count = len(tree.features), 2 * len(tree.features) + 1
+        left, right = (np.where(each >= 0, each, splits + ~each).tolist() for each in (tree.left, tree.right))
+        for split, feature in enumerate(tree.features.tolist()):
+            own = {"treeids": number, "nodeids": split, "featureids": first + feature, "truenodeids": left[split]}
+            if tree.by_set[split]:  # a chain of nodes, all of which go on with the same one
+                *others, last = map(float, tree.members(split))
                 for value in others:
                     add("nodes", **own, values=value, modes="BRANCH_EQ", falsenodeids=count)
                     own["nodeids"] = count
                     count += 1
-                add("nodes", **own, values=last, modes="BRANCH_EQ", falsenodeids=right)
-                continue
-            # The largest float32 up to the threshold, as inputs are float32.
-            edge = np.float32(node["threshold"])
-            edge = np.nextafter(edge, np.float32(-np.inf)) if float(edge) > node["threshold"] else edge
-            add("nodes", **own, values=float(edge), modes="BRANCH_LEQ", falsenodeids=right)
+                add("nodes", **own, values=last, modes="BRANCH_EQ", falsenodeids=right[split])
+            else:
+                add("nodes", **own, values=float(tree.edges[split]), modes="BRANCH_LEQ", falsenodeids=right[split])
+        for leaf, value in enumerate(tree.values.tolist(), splits):
+            own = {"treeids": number, "nodeids": leaf}
+            add("nodes", **own, featureids=0, values=0.0, modes="LEAF", truenodeids=0, falsenodeids=0)
+            add("target", **own, ids=0, weights=value)
     return found
 
 

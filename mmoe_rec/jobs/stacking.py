@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from scipy.optimize import minimize
 from scipy.special import expit
 
@@ -14,12 +15,11 @@ from mmoe_rec.batches.encoded_rows import EncodedRows
 from mmoe_rec.evaluation.calibration import FEWEST, calibration_rows, cross_entropy
 from mmoe_rec.jobs.trees import Inputs, grow_lightgbm
 from mmoe_rec.log.columns import hash_column
-from mmoe_rec.model.trees import Blend, Trees, predict
+from mmoe_rec.model.forest import Forest, read_ensemble
+from mmoe_rec.model.trees import Blend, Trees
 from mmoe_rec.progress import bar, say
 
 if TYPE_CHECKING:
-    from lightgbm import Booster
-
     from mmoe_rec.model.layout import ModelLayout
     from mmoe_rec.model.mmoe import RankingModel
     from mmoe_rec.preprocessing.prepare import FeatureFolder
@@ -44,7 +44,7 @@ def grow_trees(settings: Settings, prepared: FeatureFolder, layout: ModelLayout,
     logits, *_ = calibration_rows(model, layout, validation, settings.evaluation.batch_size)
     logits = logits[len(logits) - len(held_out.labels) :]
     shape = section.leaves, settings.training.seed, section.learning_rate, section.number
-    boosters: dict[str, Booster] = {}
+    texts: dict[str, str] = {}
     blends: dict[str, Blend] = {}
     with bar() as progress:
         step = progress.add_task("trees", total=len(layout.tasks))
@@ -61,17 +61,20 @@ def grow_trees(settings: Settings, prepared: FeatureFolder, layout: ModelLayout,
                     replace(each, x=each.x[:, :first], labels=(each.labels - task.mean) / task.deviation)
                     for each in (rows, judged)
                 )
-                booster = _without_idle(grow_lightgbm(task.kind, learnt_from, tried_on, *shape))
-                trees = task.mean + task.deviation * predict(booster, judged.x)
+                booster = grow_lightgbm(task.kind, learnt_from, tried_on, *shape)
+                text = booster.model_to_string(num_iteration=booster.best_iteration)  # further ones were too many
+                ensemble = read_ensemble(text)
+                sums = Forest([ensemble]).sums(judged.x, torch.get_num_threads())[:, 0]
+                trees = task.mean + task.deviation * sums
                 blend = fit_blend(task.kind, network, trees, judged.labels, judged.weights)
                 blended = blend.network * network + blend.trees * trees + blend.offset
                 losses = [_losses_of(task.kind, each, judged.labels) for each in (blended, network, trees)]
                 if before is not None and not is_clearly_less(losses[0], before, judged.weights, users[observed]):
                     continue
-                before, boosters[task.name], blends[task.name] = losses[0], booster, blend
+                before, texts[task.name], blends[task.name] = losses[0], text, blend
                 together, alone, of_trees = (np.average(each, weights=judged.weights) for each in losses)
                 told = (
-                    f"{booster.num_trees()} trees {'without' if first == rows.numbers else 'with'} ids; "
+                    f"{len(ensemble.trees)} trees {'without' if first == rows.numbers else 'with'} ids; "
                     f"{blend.network:.3g} x network + {blend.trees:.3g} x trees, loss of validation rows "
                     f"{together:.4g} (network {alone:.4g}, trees {of_trees:.4g})"
                 )
@@ -79,14 +82,7 @@ def grow_trees(settings: Settings, prepared: FeatureFolder, layout: ModelLayout,
                 told = "no trees: training or validation rows lack labels that differ, or there is no input"
             say(f"  {task.name}: {told}")
             progress.advance(step)
-    return Trees(boosters, blends)
-
-
-def _without_idle(booster: Booster) -> Booster:
-    """The trees up to the best one: further ones were too many."""
-    import lightgbm
-
-    return lightgbm.Booster(model_str=booster.model_to_string(num_iteration=booster.best_iteration))
+    return Trees(texts, blends)
 
 
 def _losses_of(kind: str, logits: np.ndarray, labels: np.ndarray) -> np.ndarray:

@@ -406,12 +406,11 @@ def describe_model(artifact_folder: Path, scratch: Path) -> dict[str, Any]:
     code = shutil.copytree(package, scratch / "mmoe_rec", ignore=leave_out)
     example = json.loads((artifact_folder / EXAMPLE).read_text(encoding="utf-8"))
     about = read_artifact(artifact_folder, verify=False)
-    packages = [*SERVED_PACKAGES, *(["lightgbm"] if (artifact_folder / "trees").is_dir() else [])]
     return {
         "python_model": str(code / "inference" / "mlflow_model.py"),
         "artifacts": {"model": str(artifact_folder)},
         "code_paths": [str(code)],
-        "pip_requirements": [f"{package}=={metadata.version(package).split('+')[0]}" for package in packages],
+        "pip_requirements": [f"{package}=={metadata.version(package).split('+')[0]}" for package in SERVED_PACKAGES],
         "signature": _signature(about.tasks),
         "input_example": ([example], {"task_weights": {task.objective: 1.0 for task in about.tasks}, "top_k": 5}),
         # MLflow takes a uv.lock and pyproject.toml of the working folder for the model's, and then builds that project

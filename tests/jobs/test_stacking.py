@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
+import lightgbm
 import numpy as np
 import pytest
 import torch
 from sklearn.linear_model import LinearRegression, LogisticRegression
 
-from mmoe_rec import errors
 from mmoe_rec.batches.encoded_rows import EncodedRows
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.calibration import calibration_rows
@@ -21,7 +22,8 @@ from mmoe_rec.inference.export import draw_requests, inputs_of, load_onnx, save_
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.jobs.stacking import HALF, fit_blend, is_clearly_less
 from mmoe_rec.jobs.trees import Inputs, grow_lightgbm
-from mmoe_rec.model.trees import Trees, predict
+from mmoe_rec.model.forest import Forest, read_ensemble
+from mmoe_rec.model.trees import Trees
 from mmoe_rec.tracking import registry
 from tests.inference.small_model import ITEMS, SmallModel, as_request
 from tests.inference.test_ranker import in_request_order, offline
@@ -39,6 +41,11 @@ MODEL: dict[str, Any] = {
 def small(tmp_path_factory: pytest.TempPathFactory) -> SmallModel:
     """The small log's model with trees, whose steps are large, as its labels are random."""
     return SmallModel(tmp_path_factory.mktemp("trees"), model=MODEL)
+
+
+def roots_of(text: str) -> list[dict[str, Any]]:
+    """Trees as LightGBM describes them."""
+    return [each["tree_structure"] for each in lightgbm.Booster(model_str=text).dump_model()["tree_info"]]
 
 
 def grown(node: dict[str, Any], row: np.ndarray) -> float:
@@ -65,8 +72,7 @@ def test_logits_are_weighted_sums_of_the_networks_and_those_of_trees(small: Smal
     ids = [each.name for each in small.model_layout.ids if not each.many and not each.placement]
     numbers = np.column_stack([part.encoded.dense[:, own], *(part.encoded.ids[name] for name in ids)])
     for index, task in enumerate(small.model_layout.tasks):
-        blend, booster = trees.blends[task.name], trees.boosters[task.name]
-        roots = [each["tree_structure"] for each in booster.dump_model()["tree_info"]]
+        blend, roots = trees.blends[task.name], roots_of(trees.texts[task.name])
         sums = np.array([sum(grown(root, row) for root in roots) for row in numbers])
         assert sums.std() > 1e-3 or task.name == "liked", "of which too few rows are observed for a split"
         sums = task.mean + task.deviation * sums
@@ -118,8 +124,7 @@ def test_an_onnx_file_has_the_trees(tmp_path: Path) -> None:
             for place, task in enumerate(ranker.names):
                 np.testing.assert_allclose(found[task], scored.values[:, place], rtol=1e-5, atol=1e-5)
             # Then numbers at the edges of trees, where rounding would take the other branch.
-            booster = small.model.trees.boosters["click"]  # type: ignore[union-attr]
-            edges = re.findall(r"(?m)^threshold=(.*)$", booster.model_to_string())
+            edges = re.findall(r"(?m)^threshold=(.*)$", small.model.trees.texts["click"])  # type: ignore[union-attr]
             drawn = random.choice(np.array(" ".join(edges).split(), float), inputs.shape).astype(np.float32)
             inputs[:, -drawn.shape[1] // 2 :] = torch.from_numpy(drawn)[:, -drawn.shape[1] // 2 :]
     columns = json.loads((tmp_path / "inputs.json").read_text())["inputs"]["columns"]
@@ -135,25 +140,27 @@ def test_few_ids_are_split_into_any_two_sets(tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     x = np.column_stack([random.normal(size=5000), random.integers(0, 40, 5000)]).astype(np.float32)
     labels = (random.random(5000) < np.where((x[:, 1] % 7 < 3) ^ (x[:, 0] > 0), 0.8, 0.2)).astype(float)
-    booster = grow_lightgbm("binary", Inputs(x, 1, labels, categories=(1,)), None, 8, 0, 0.3, 20)
-    roots = [each["tree_structure"] for each in booster.dump_model()["tree_info"]]
+    text = grow_lightgbm("binary", Inputs(x, 1, labels, categories=(1,)), None, 8, 0, 0.3, 20).model_to_string()
+    roots = roots_of(text)
     assert {"==", "<="} == set(re.findall(r"'decision_type': '(..)'", str(roots)))
     rows = np.column_stack([random.normal(size=400), random.integers(0, 60, 400)]).astype(np.float32)
     expected = [sum(grown(root, row) for root in roots) for row in rows]
-    np.testing.assert_allclose(predict(booster, rows), expected, rtol=1e-9)
+    np.testing.assert_allclose(Forest([read_ensemble(text)]).sums(rows)[:, 0], expected, rtol=1e-9)
     given = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [None, None]) for name in ("inputs", "grown")]
     answer = helper.make_tensor_value_info("answer", TensorProto.FLOAT, [None, 1])
     graph = helper.make_graph([helper.make_node("Identity", ["grown"], ["answer"])], "trees", given, [answer])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
-    save_with_trees(model, Trees({"click": booster}, {}), ["click"], 0, tmp_path / "trees.onnx")
+    save_with_trees(model, Trees({"click": text}, {}), ["click"], 0, tmp_path / "trees.onnx")
     session = onnxruntime.InferenceSession(str(tmp_path / "trees.onnx"), providers=["CPUExecutionProvider"])
     (found,) = session.run(["answer"], {"inputs": rows})
     np.testing.assert_allclose(found[:, 0], expected, rtol=1e-5, atol=1e-6)
 
 
-def test_who_installs_the_served_model_installs_lightgbm(small: SmallModel, tmp_path: Path) -> None:
+def test_a_served_model_needs_no_lightgbm(small: SmallModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     needed = registry.describe_model(small.folder, tmp_path)["pip_requirements"]
-    assert any(each.startswith("lightgbm==") for each in needed)
+    assert not any(each.startswith("lightgbm") for each in needed)
+    monkeypatch.setitem(sys.modules, "lightgbm", None)
+    assert Ranker.load(small.folder).rank({"user": 5}, {}, {"item": ITEMS}, explain=True).explanations
 
 
 @pytest.mark.parametrize("weighted", [False, True])
@@ -196,7 +203,7 @@ def test_a_users_rows_are_one_witness() -> None:
     assert not is_clearly_less(-gains - 1, zeros, None, np.zeros(4000, int)), "one user says nothing"
 
 
-def test_damage_and_a_lack_are_told(small: SmallModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_damage_is_told(small: SmallModel, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     small.write(folder)
     file = folder / "trees" / "click.txt"
@@ -214,6 +221,3 @@ def test_damage_and_a_lack_are_told(small: SmallModel, tmp_path: Path, monkeypat
     blends.write_text(json.dumps({"click": {"network": 1}}))
     with pytest.raises(UserError, match=r"can't be read: .*click\.trees"):
         Trees.read(folder, 3, 1)
-    monkeypatch.setattr(errors, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"which has trees, needs lightgbm, .*pip install 'mmoe-rec\[trees\]'"):
-        Ranker.load(small.folder)
