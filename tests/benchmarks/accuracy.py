@@ -1,10 +1,11 @@
 """python -m tests.benchmarks.accuracy [--table journey slice deskdrop income education numbers] [--seeds 5] [--work F]
 
 Does the model rank above what a user would take instead? On each table it is trained with several seeds, by the
-settings that are shipped for it (`ours`) and by the template's model and training (`defaults`); beside it the boosted
-trees of each library that is installed (extra `baselines`) on our encoded rows, with the same seeds. A difference is
-one of the mean AUC over tasks, over trainings and users (`mmoe_rec.evaluation.trainings`); the best other one is that
-of the highest mean on the test rows, which favours it.
+settings that are shipped for it (`ours`) and by the template's model and training (`defaults`); beside it, on our
+encoded rows and with the same seeds, the boosted trees of each library that is installed (extra `baselines`), and the
+mixtures of torch-rechub and DeepCTR-Torch, in an environment of their own, each of the best of --peer-epochs (0 leaves
+them out) by validation. A difference is one of the mean AUC over tasks, over trainings and users
+(`mmoe_rec.evaluation.trainings`); the best other one is that of the highest mean on the test rows, which favours it.
 
 DeskDrop is read from ../shared/data/deskdrop, Census-Income as by `tests.benchmarks.census`; beside the latter stands
 LightGBM at its best on the raw columns. `numbers` is drawn: a plain table of numbers whose exact values and narrow
@@ -13,9 +14,10 @@ visits decides: ours has attention, beside it stand the same with their mean (`m
 visits to the candidate's group instead (`counters`). A run that was stopped goes on.
 
 The last line is JSON: table -> `ours`, `defaults` (AUC of each task), `others`, `best_other`; `ours_minus_best` with
-`ours_low`, `ours_high`; `defaults_minus_best` alike; `ours_cost` and `defaults_cost` of the first training: rows a
-second, milliseconds of one thread for a request of 500 candidates, bytes of the artifact; of `numbers`
-`best_possible`, and `ours_share`, (AUC - .5) / (best - .5); of `sequences` too, with (AUC - mean's) / (best - mean's).
+`ours_low`, `ours_high`, and `ours_minus`: name of each other one -> these three; `defaults_minus_best` and so on alike;
+`ours_cost` and `defaults_cost` of the first training: rows a second, milliseconds of one thread for a request of 500
+candidates, bytes of the artifact; of `numbers` `best_possible`, and `ours_share`, (AUC - .5) / (best - .5); of
+`sequences` too, with (AUC - mean's) / (best - mean's).
 """
 
 from __future__ import annotations
@@ -42,7 +44,7 @@ from mmoe_rec.inference.artifact import Source
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.inference.reader import Request
 from mmoe_rec.jobs.baselines import POPULARITY, measure_baselines
-from mmoe_rec.jobs.evaluate import measured_on_test_rows
+from mmoe_rec.jobs.evaluate import measured_on_test_rows, scored_rows
 from mmoe_rec.jobs.seeds import train_seeds
 from mmoe_rec.jobs.trees import PATIENCE, Fitted, Inputs, Library, find_libraries
 from mmoe_rec.settings.load import load_settings
@@ -52,6 +54,7 @@ from mmoe_rec.training.checkpoint import FinishedTraining
 from pipelines.ingest_census_income import ingest
 from pipelines.quickstart import ingest_log, quickstart_settings
 from tests.benchmarks import census, sequences
+from tests.benchmarks.peers.environment import PEERS, peers_environment, predict, write_rows_once
 from tests.benchmarks.serving_models import Bodies
 from tests.log.small_logs import write_log
 
@@ -190,6 +193,22 @@ def boosted(
     return found
 
 
+def train_peers(settings: Settings, work: Path, seeds: int, epochs: int) -> dict[str, list[EvaluationSums]]:
+    """Name of each peer -> the test rows as measured by its trainings on our encoded rows. Ours are trained already."""
+    if not epochs:
+        return {}
+    python, first = peers_environment(), settings.training.seed
+    write_rows_once(settings, work / "rows")
+    model = Path(settings.data.work) / "seeds" / str(first) / "model"
+    rows = scored_rows(settings, Source(model, str(model)), "ours")
+    found = {}
+    for name, package in PEERS.items():
+        outs = {seed: work / f"{name}_{epochs}_{seed}.npy" for seed in range(first, first + seeds)}
+        values = [predict(python, name, work / "rows", out, epochs, seed) for seed, out in outs.items()]
+        found[package] = [rows.with_predictions(each.astype(np.float64)).measure() for each in values]
+    return found
+
+
 def measure_cost(settings: Settings) -> dict[str, float]:
     """Of the first training: rows a second (of the network), milliseconds of one thread for a request of 500 candidates
     (median), and bytes of the artifact."""
@@ -232,8 +251,11 @@ def compare(
     found: dict[str, Any] = {name: means[name] for name in models}
     found |= {"others": {name: means[name] for name in others}, "best_other": {"name": best, **(means[best])}}
     for name, sums in models.items():
-        apart = compare_trainings(sums, {best: others[best]}, objective, settings.evaluation.resamples)[best].objective
-        found |= {f"{name}_minus_best": apart.value, f"{name}_low": apart.low, f"{name}_high": apart.high}
+        apart = compare_trainings(sums, others, objective, settings.evaluation.resamples)
+        less = {other: each.objective for other, each in apart.items()}
+        of = less[best]
+        found |= {f"{name}_minus_best": of.value, f"{name}_low": of.low, f"{name}_high": of.high}
+        found[f"{name}_minus"] = {other: (each.value, each.low, each.high) for other, each in less.items()}
     return found
 
 
@@ -243,6 +265,7 @@ def main() -> None:
     parser.add_argument("--table", nargs="+", choices=TABLES, default=TABLES)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir(), "mmoe_rec_accuracy"))
+    parser.add_argument("--peer-epochs", type=int, default=3, help="of the peers (%(default)s)")
     asked, libraries, result = parser.parse_args(), find_libraries(), dict[str, Any]()
     for table in asked.table:
         work = asked.work / table
@@ -257,6 +280,7 @@ def main() -> None:
         if table == SEQUENCES:
             both |= {name: sequences.settings_of_world(work, name, str(settings.tracking.uri)) for name in BESIDE}
         models = {name: trained(each, asked.seeds) for name, each in both.items()}
+        others |= train_peers(settings, work / "peers", asked.seeds, asked.peer_epochs)
         result[table] = compare(settings, models, others)
         result[table] |= {f"{name}_cost": measure_cost(each) for name, each in both.items()}
         if table == NUMBERS:
