@@ -194,7 +194,10 @@ def collect(prepared: FeatureFolder, schema: Schema, memory_gib: float = MEMORY_
         EncodedRows(prepared.split(split), layout)  # which says what is wrong with the files
     ids, numbers, tasks = dict[str, IdSums](), dict[str, NumberSums](), range(len(layout.tasks))
     try:
-        with TemporaryDirectory() as scratch, open_database(Path(scratch) / "database", memory_gib) as database:
+        with (
+            TemporaryDirectory(dir=prepared.folder.parent) as scratch,  # not in /tmp, which may be memory
+            open_database(Path(scratch) / "database", memory_gib) as database,
+        ):
             for split in SPLITS:
                 _view(database, split, prepared)
             splits, weeks = _count_labels(database, tasks)
