@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 HALF = Blend(0.5, 0.5, 0.0)
 """Where validation rows have too few labels to say more."""
+SPREAD = 0.5
+"""Standard deviation that is expected of the difference of both weights, so that few labels leave them about equal."""
 
 
 def grow_trees(settings: Settings, prepared: FeatureFolder, layout: ModelLayout, model: RankingModel) -> Trees:
@@ -103,8 +105,8 @@ def is_clearly_less(losses: np.ndarray, others: np.ndarray, weights: np.ndarray 
 def fit_blend(
     kind: str, network: np.ndarray, trees: np.ndarray, labels: np.ndarray, weights: np.ndarray | None = None
 ) -> Blend:
-    """The blend of the least mean loss on rows that neither learnt from (stacking: Wolpert, 1992), with no weight below
-    0; HALF where there are few.
+    """The blend of the least loss on rows that neither learnt from (stacking: Wolpert, 1992), with no weight below 0,
+    and a normal prior of deviation SPREAD on the difference of the weights; HALF where there are few.
 
     network, trees, labels: (N,), logits of a binary task or values; weights: (N,) positive, None is 1.
     """
@@ -116,13 +118,15 @@ def fit_blend(
     x, y = (np.column_stack([network, trees]) - middle) / scale, (labels - middle) / scale
 
     def objective(at: np.ndarray) -> tuple[float, np.ndarray]:
-        """Mean loss, and its slopes."""
-        logit = x @ at[:2] + at[2]
+        """Mean loss and the prior's share of a row, and their slopes."""
+        logit, apart = x @ at[:2] + at[2], (at[0] - at[1]) / SPREAD
         if kind == "binary":
             losses, slopes = cross_entropy(logit, y), expit(logit) - y
         else:
             losses, slopes = (logit - y) ** 2, 2 * (logit - y)
-        return float(share @ losses), np.append((share * slopes) @ x, share @ slopes)
+        of_prior = apart / SPREAD / len(labels) * np.array([1, -1, 0])
+        loss = float(share @ losses) + apart**2 / 2 / len(labels)
+        return loss, np.append((share * slopes) @ x, share @ slopes) + of_prior
 
     bounds = [(0, None), (0, None), (None, None)]
     a, b, c = minimize(objective, [0.5, 0.5, 0.0], jac=True, method="L-BFGS-B", bounds=bounds).x

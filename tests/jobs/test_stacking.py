@@ -12,7 +12,7 @@ import lightgbm
 import numpy as np
 import pytest
 import torch
-from sklearn.linear_model import LinearRegression, LogisticRegression
+from sklearn.linear_model import LogisticRegression, Ridge
 
 from mmoe_rec.batches.encoded_rows import EncodedRows
 from mmoe_rec.errors import UserError
@@ -163,27 +163,35 @@ def test_a_served_model_needs_no_lightgbm(small: SmallModel, tmp_path: Path, mon
     assert Ranker.load(small.folder).rank({"user": 5}, {}, {"item": ITEMS}, explain=True).explanations
 
 
+@pytest.mark.parametrize("rows", [4000, 400])
 @pytest.mark.parametrize("weighted", [False, True])
-def test_a_blend_loses_least_on_the_rows(weighted: bool) -> None:
-    """By scikit-learn, where no weight would be below 0; where one would, the other side stands alone."""
+def test_a_blend_loses_least_on_the_rows(weighted: bool, rows: int) -> None:
+    """By scikit-learn, where no weight would be below 0; where one would, the other side stands alone. Its penalty
+    is on the difference of the weights alone, as it hardly meets their sum, whose column is large."""
     random = np.random.default_rng(3)
-    truth = random.normal(size=(3, 4000))
-    labels = (random.random(4000) < 1 / (1 + np.exp(-truth[0] - truth[1]))).astype(float)
-    weights = random.choice([0.01, 0.03], 4000) if weighted else None
+    truth = random.normal(size=(3, rows))
+    labels = (random.random(rows) < 1 / (1 + np.exp(-truth[0] - truth[1]))).astype(float)
+    weights = random.choice([0.01, 0.03], rows) if weighted else np.ones(rows)
+    penalised = {"C": 0.5**2, "tol": 1e-12, "max_iter": 10_000}
     network, trees = truth[0] + 0.4, 2 * truth[1] + truth[0]
     for first, second in ((network, trees), (network, network - 3 * truth[2] - 2 * truth[1])):
-        blend = fit_blend("binary", first, second, labels, weights)
+        blend = fit_blend("binary", first, second, labels, weights if weighted else None)
         both = second is trees
-        columns = np.column_stack([first, second] if both else [first])
-        model = LogisticRegression(C=np.inf, tol=1e-10, max_iter=1000).fit(columns, labels, weights)
-        expected = [*model.coef_[0], *([] if both else [0.0]), model.intercept_[0]]
-        np.testing.assert_allclose([blend.network, blend.trees, blend.offset], expected, rtol=2e-3, atol=2e-3)
-    values = 500 + 40 * (truth[0] + truth[1]) + random.normal(size=4000)
-    for_values = 480 + 30 * truth[0], 510 + 20 * truth[1]
-    blend = fit_blend("regression", *for_values, values, weights)
-    line = LinearRegression().fit(np.column_stack(for_values), values, weights)
-    np.testing.assert_allclose([blend.network, blend.trees], line.coef_, rtol=1e-3)
-    np.testing.assert_allclose(blend.offset, line.intercept_, rtol=1e-3, atol=1)
+        columns = np.column_stack([(first - second) / 2, 500 * (first + second)] if both else [first])
+        model = LogisticRegression(**penalised).fit(columns, labels, weights / weights.mean())
+        apart, together = [*model.coef_[0], 0][:2]
+        expected = [500 * together + apart / 2, 500 * together - apart / 2] if both else [apart, 0]
+        np.testing.assert_allclose([blend.network, blend.trees], expected, rtol=2e-3, atol=2e-3)
+        np.testing.assert_allclose(blend.offset, model.intercept_[0], rtol=2e-3, atol=2e-3)
+    values = 500 + 40 * (truth[0] + truth[1]) + random.normal(size=rows)
+    first, second = 480 + 30 * truth[0], 510 + 20 * truth[1]
+    blend = fit_blend("regression", first, second, values, weights if weighted else None)
+    columns = np.column_stack([(first - second) / 2, 500 * (first + second)]) / values.std()
+    line = Ridge(alpha=0.5 / 0.5**2, solver="svd").fit(columns, values / values.std(), weights / weights.mean())
+    apart, together = line.coef_
+    found = [blend.network, blend.trees]
+    np.testing.assert_allclose(found, [500 * together + apart / 2, 500 * together - apart / 2], rtol=1e-3)
+    np.testing.assert_allclose(blend.offset, line.intercept_ * values.std(), rtol=1e-3, atol=1)
 
 
 def test_of_few_labels_half_of_each_is_taken() -> None:
