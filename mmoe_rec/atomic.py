@@ -24,11 +24,11 @@ _RENAME_EXCHANGE = 2
 
 
 @contextmanager
-def atomic_file(path: str | Path) -> Iterator[Path]:
+def atomic_file(path: str | Path, replace: bool = True) -> Iterator[Path]:
     """Yield a temporary path to write one file to; it replaces `path` when the block succeeds.
 
-    Missing parent folders are created, a symbolic link is followed. Raises UserError where `path` is a folder, or its
-    parent cannot be created.
+    Missing parent folders are created, a symbolic link is followed. replace: False leaves a file that another process
+    has put there first. Raises UserError where `path` is a folder, or its parent cannot be created.
     """
     target = _real(path)
     if target.is_dir():
@@ -37,7 +37,10 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
     try:
         yield temporary
         flush(temporary)
-        os.replace(temporary, target)
+        if replace:
+            os.replace(temporary, target)
+        else:
+            _put_new_file(temporary, target)
         flush(target.parent)
     finally:
         temporary.unlink(missing_ok=True)
@@ -101,6 +104,16 @@ def find_leftovers(path: str | Path) -> list[Path]:
     target = _real(path)
     name = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]{{12}}\.tmp")
     return [each for each in target.parent.iterdir() if name.fullmatch(each.name)]
+
+
+def _put_new_file(temporary: Path, target: Path) -> None:
+    try:
+        os.link(temporary, target)
+    except FileExistsError:
+        return
+    except OSError:  # The file system has no links: two processes of one instant may replace each other's file.
+        if not target.exists():
+            os.replace(temporary, target)
 
 
 def _put_folder(temporary: Path, target: Path) -> None:

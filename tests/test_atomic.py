@@ -32,6 +32,20 @@ def test_a_file_appears_only_when_the_block_ends(tmp_path):
     assert _content(tmp_path) == {"deep/state.json": "new"}
 
 
+@pytest.mark.parametrize("can_link", [True, False])
+def test_a_file_that_was_there_first_can_stay(tmp_path, monkeypatch, can_link):
+    if not can_link:
+        monkeypatch.setattr(os, "link", _no_link)
+    for content in ("first", "second"):
+        with atomic_file(tmp_path / "store", replace=False) as temporary:
+            temporary.write_text(content)
+    assert _content(tmp_path) == {"store": "first"}
+
+
+def _no_link(*_: object) -> None:
+    raise OSError("no links here")
+
+
 @pytest.mark.parametrize("can_exchange", [True, False])
 def test_a_folder_replaces_the_old_whole(tmp_path, monkeypatch, can_exchange):
     if not can_exchange:

@@ -24,7 +24,8 @@ def inspect(configuration: Configuration, out: Path | None) -> None:
     out = out or Path(settings.data.work) / "inspection"
     with features_in_use(*log_and_place(settings), "an inspection") as prepared:
         dims = {table.name: table.dim for table in ModelLayout.of(prepared.layout, settings).tables}
-        health = inspection.inspect(settings.name, prepared, settings.schema_, dims, settings.data.memory_gib)
+        out.mkdir(parents=True, exist_ok=True)
+        health = inspection.inspect(settings.name, prepared, settings.schema_, dims, settings.data.memory_gib, out)
     # matplotlib and Jinja2 are for what there is to be shown.
     from mmoe_rec.report.health import write
     from mmoe_rec.report.tables import show_health

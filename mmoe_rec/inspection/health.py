@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -93,14 +94,19 @@ _FLOAT_BYTES = 4  # row-wise Adagrad keeps one more for each row
 
 
 def inspect(
-    name: str, prepared: FeatureFolder, schema: Schema, dims: Mapping[str, int], memory_gib: float = MEMORY_GIB
+    name: str,
+    prepared: FeatureFolder,
+    schema: Schema,
+    dims: Mapping[str, int],
+    memory_gib: float = MEMORY_GIB,
+    scratch: Path | None = None,
 ) -> dict[str, Any]:
     """The health of a data set of that name, ready for JSON.
 
-    dims: table -> width that a model gives it; memory_gib: in which rows are counted. Raises UserError for encoded rows
-    that are missing or can't be read.
+    dims: table -> width that a model gives it; memory_gib: in which rows are counted; scratch: as for `collect`. Raises
+    UserError for encoded rows that are missing or can't be read.
     """
-    sums, manifest = collect(prepared, schema, memory_gib), prepared.manifest
+    sums, manifest = collect(prepared, schema, memory_gib, scratch), prepared.manifest
     health = {
         "name": name,
         "overview": overview(manifest, sums, schema),

@@ -184,8 +184,14 @@ class Sums:
     numbers: dict[str, NumberSums]
 
 
-def collect(prepared: FeatureFolder, schema: Schema, memory_gib: float = MEMORY_GIB) -> Sums:
-    """Sums of all encoded rows. Raises UserError for a split without rows, and for rows that can't be read."""
+def collect(
+    prepared: FeatureFolder, schema: Schema, memory_gib: float = MEMORY_GIB, scratch: Path | None = None
+) -> Sums:
+    """Sums of all encoded rows.
+
+    scratch: folder for what memory does not hold; None is the system's. Raises UserError for a split without rows, and
+    for rows that can't be read.
+    """
     import duckdb
 
     prepared.require_rows(*SPLITS)
@@ -195,8 +201,8 @@ def collect(prepared: FeatureFolder, schema: Schema, memory_gib: float = MEMORY_
     ids, numbers, tasks = dict[str, IdSums](), dict[str, NumberSums](), range(len(layout.tasks))
     try:
         with (
-            TemporaryDirectory(dir=prepared.folder.parent) as scratch,  # not in /tmp, which may be memory
-            open_database(Path(scratch) / "database", memory_gib) as database,
+            TemporaryDirectory(dir=scratch) as folder,
+            open_database(Path(folder) / "database", memory_gib) as database,
         ):
             for split in SPLITS:
                 _view(database, split, prepared)
@@ -229,7 +235,7 @@ def _view(database: Database, split: str, prepared: FeatureFolder) -> None:
         # A regression's label above its mean is positive.
         columns[f"p{place}"] = f"{label} > {0.5 if task.kind == 'binary' else task.mean:.17e}"
     paths = ", ".join("'" + escape(str(file)).replace("'", "''") + "'" for file in files)
-    source = f"read_parquet([{paths}]) AS file({', '.join(places.values())})"
+    source = f"read_parquet([{paths}], hive_partitioning = false) AS file({', '.join(places.values())})"
     wanted = ", ".join(f"{column} AS {name}" for name, column in columns.items())
     database.run(f"CREATE VIEW {split} AS SELECT {wanted} FROM {source}")
 

@@ -83,7 +83,7 @@ class Trees:
             texts = {name: (folder / FOLDER / f"{name}.txt").read_text(encoding="utf-8") for name in blends}
             trees = Trees(texts, blends)
             widths = trees.forest.widths if texts else set[int]()
-        except (OSError, ValueError, LookupError) as error:
+        except (OSError, ValueError, LookupError, OverflowError) as error:
             raise UserError(f"the trees of {what} can't be read: {' '.join(str(error).split())[:200]}") from None
         if not widths <= {numbers, numbers + ids}:
             raise UserError(f"the trees of {what} read other inputs than its layout has")

@@ -12,8 +12,8 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.features.kinds.history import HistoryEncoder, HistoryMemory
-from mmoe_rec.features.pipeline import FeaturePipeline, read_memory
+from mmoe_rec.features.kinds.history import HistoryEncoder
+from mmoe_rec.features.pipeline import FeaturePipeline, memory_parts
 from mmoe_rec.log.checks import format_time
 from mmoe_rec.log.database import open_database
 from mmoe_rec.log.files import takes_in
@@ -29,15 +29,23 @@ from mmoe_rec.settings.columns import SplitColumn
 from mmoe_rec.settings.schema import Schema
 
 _YEAR = 365 * 86_400_000_000
-_DEPTHS = range(2, 6)  # of folders in `data.work` to which rows are written
+# One of each kind of Parquet file that is written to `data.work`.
+_SERVED = ("features/serving", "before_training/features/serving", "model/features", "refreshed/model/features")
+_WRITTEN = (
+    *(f"{folder}/{name}" for folder in _SERVED for name in ("latest.user.parquet", "x.memory/part-00000.parquet")),
+    "features/counts/x.parquet",
+    "features/encoded/train/part-00000.parquet",
+    "features/requests/part-00000.parquet",
+    "evaluation/encoded/test/part-00000.parquet",
+    "champion/validation/part-00000.parquet",
+)
 
 
 def check_apart(log_source: str, schema: Schema, work: Path) -> None:
     """Raises UserError where a log would read what is written to the folder `work`."""
     sources = {"data.log": log_source} | {f"data.events.{name}.path": each.path for name, each in schema.events.items()}
-    written = [work.joinpath(*["folder"] * depth, "part-00000.parquet") for depth in _DEPTHS]
     for setting, source in sources.items():
-        if takes_in(source, written):
+        if takes_in(source, [work / each for each in _WRITTEN]):
             raise UserError(
                 f"`{setting}` '{source}' takes in what is written to `data.work` '{work}': it would be read as rows of "
                 "the log; set `data.work` to a folder that lies outside"
@@ -154,24 +162,21 @@ def check_classes(schema: Schema, counts: SplitCounts) -> None:
             )
 
 
-def check_event_types(pipeline: FeaturePipeline, folder: Path) -> None:
-    """Says which types of events that settings list no event has that a history remembers; folder: of the memories.
-    Raises UserError where no event has any of a history."""
+def tell_absent_types(pipeline: FeaturePipeline, folder: Path) -> None:
+    """Says which types of events that settings list no event has that a history remembers, of which there are fewer
+    than in the log; folder: of the memories."""
     for name, encoder in pipeline.memory_encoders.items():
         if not isinstance(encoder, HistoryEncoder) or (types := encoder.feature.event_types) is None:
             continue
-        memory, place = read_memory(encoder, folder), list(encoder.parts).index(f"{name}_types")
-        assert isinstance(memory, HistoryMemory)
-        known = memory.attributes[place - 1]  # the first part is the items
-        absent = [value for row, value in enumerate(types.values, 1) if not (known == row).any()]
-        if len(known) and absent:
-            told = (
-                f"feature '{name}' lists {absent[0]!r} among its `event_types`, and of the {len(known):,} events "
-                f"that it remembers none has that in column '{types.column}'"
+        column, known = f"attribute{list(encoder.parts).index(f'{name}_types') - 1}", set[int]()  # the items come first
+        for part in memory_parts(folder, name):
+            known.update(pq.read_table(part, columns=[column])[column].unique().to_pylist())
+        absent = ", ".join(repr(value) for row, value in enumerate(types.values, 1) if row not in known)
+        if known and absent:
+            say(
+                f"feature '{name}' lists {absent} among its `event_types`, and none of the events that it remembers, "
+                f"the last {encoder.feature.length} of a user, has that in column '{types.column}'"
             )
-            if len(absent) == len(types.values):
-                raise UserError(f"{told}, nor any other value that it lists: list values as the log has them")
-            say(told)
 
 
 def check_duplicates(

@@ -19,7 +19,6 @@ from urllib.parse import urlparse
 
 from mmoe_rec.atomic import atomic_file
 from mmoe_rec.errors import UserError
-from mmoe_rec.locks import writing
 from mmoe_rec.progress import quiet_loggers
 from mmoe_rec.tracking.outbox import UnreachableError
 
@@ -78,10 +77,8 @@ def make_store(uri: str) -> None:
     store = read_sqlite_path(uri)
     if store is not None and not store.exists():
         mlflow = connect(uri)
-        with writing(store, "a command that makes it", "try again", queue=True), translate_errors(uri):
-            if not store.exists():  # another process may have made it while this one waited
-                with atomic_file(store) as temporary:
-                    mlflow.MlflowClient(f"sqlite:///{temporary}").search_experiments(max_results=1)
+        with translate_errors(uri), atomic_file(store, replace=False) as temporary:
+            mlflow.MlflowClient(f"sqlite:///{temporary}").search_experiments(max_results=1)
 
 
 @contextmanager

@@ -65,7 +65,9 @@ def test_users_of_test_rows_that_training_has_too(tmp_path):
     frames = random_frames(4, {"train": 200, "validation": 100, "test": 100})
     frames["test"]["user"] += 30
     both = set(frames["test"]["user"]) & set(frames["train"]["user"])
-    found = collect(write(tmp_path / "it's [1]", frames), SCHEMA).users_in_both
+    folder = tmp_path / "it's [1]" / "user=1" / "time=2020-01-01"
+    folder.parent.mkdir(parents=True)
+    found = collect(write(folder, frames), SCHEMA).users_in_both
     assert 0 < found < 1
     assert found == pytest.approx(len(both) / frames["test"]["user"].nunique())
 

@@ -130,10 +130,14 @@ class HistoryFeature(Remembering):
         if self.ages:
             parts[f"{name}_ages"] = Meaning(columns, row_name=_name_age, missing=False)
         for task in self.outcomes:
-            parts[f"{name}_{task}"] = Meaning((*columns, schema.tasks[task].label), row_name=_name_outcome)
+            parts[f"{name}_{task}"] = Meaning(
+                (*columns, schema.tasks[task].label), row_name=_name_outcome, missing=False
+            )
         if (types := self.event_types) is not None:
             named = ("other", *map(str, types.values))
-            parts[f"{name}_types"] = Meaning((*columns, types.column), row_name=lambda _, row: named[row])
+            parts[f"{name}_types"] = Meaning(
+                (*columns, types.column), row_name=lambda _, row: named[row], missing=False
+            )
         return replace(meaning_of_ids(schema, columns, self.of), parts=parts)
 
 
