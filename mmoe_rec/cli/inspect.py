@@ -17,20 +17,27 @@ from mmoe_rec.cli.main import Configuration, out_option, settings_command, show
 def inspect(configuration: Configuration, out: Path | None) -> None:
     settings = configuration.settings
     from mmoe_rec.inspection import health as inspection
-    from mmoe_rec.jobs.places import log_and_place
+    from mmoe_rec.jobs.places import check_out, log_and_place
+    from mmoe_rec.locks import writing
     from mmoe_rec.model.layout import ModelLayout
     from mmoe_rec.preprocessing.prepare import features_in_use
 
     out = out or Path(settings.data.work) / "inspection"
-    with features_in_use(*log_and_place(settings), "an inspection") as prepared:
-        dims = {table.name: table.dim for table in ModelLayout.of(prepared.layout, settings).tables}
-        out.mkdir(parents=True, exist_ok=True)
-        health = inspection.inspect(settings.name, prepared, settings.schema_, dims, settings.data.memory_gib, out)
+    check_out(out, settings)
     # matplotlib and Jinja2 are for what there is to be shown.
-    from mmoe_rec.report.health import write
-    from mmoe_rec.report.tables import show_health
+    with (
+        features_in_use(*log_and_place(settings), "an inspection") as prepared,
+        writing(out, "an inspection", "give another --out"),
+    ):
+        dims = {table.name: table.dim for table in ModelLayout.of(prepared.layout, settings).tables}
+        data, scratch = settings.data, out / ".database"
+        health = inspection.inspect(
+            settings.name, prepared, settings.schema_, dims, scratch, data.memory_gib, data.workers
+        )
+        from mmoe_rec.report.health import write
+        from mmoe_rec.report.tables import show_health
 
-    write(health, out)
+        write(health, out)
     show(show_health(health))
     print(f"report: {out / 'health.html'}")
     print(f"numbers: {out / 'health.json'}")

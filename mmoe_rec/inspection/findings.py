@@ -13,14 +13,22 @@ least `LEAST`, since rows of unknown ids are among those that its AUC is measure
 training had less than half as many count. A label rate that changes is in all rows. What only takes space costs 0.
 
 It puts the findings in order; it does not measure what a model would gain.
+
+A finding that can be acted on carries advice: what to change, and where it is a setting the override of the command
+line that changes it, which stands in YAML as `section: {key: value}`.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime, timedelta
 from functools import partial
 from itertools import combinations
 from typing import Any
+
+from mmoe_rec.auc import FEWEST
+from mmoe_rec.inspection.forecast import TRAININGS
 
 LEAST = 0.3
 _SELDOM = 2.0  # times as often as in training
@@ -50,22 +58,31 @@ DRIFT, STRONG_DRIFT = 0.10, 0.25
 LEAST_COVERAGE = 0.05
 RATE_CHANGE = 2.0
 NEVER_SEEN = 0.90
-FEATURE_CHECKS = ("leak", "constant", "coverage", "unknown", "drift")
+SELDOM_ROWS = 5
+"""Training rows below which little is learnt of an id."""
+WITHIN_USERS = 0.5  # GAUC - .5, as a share of AUC - .5, below which a task's AUC says little of ranking
+SAME_SHARE = 0.95  # of the requests, whose share of positives is the same: candidates that were drawn
+FEATURE_CHECKS = ("leak", "constant", "coverage", "unknown", "seldom", "drift")
 _FEWEST = 10  # rows of a class below which a high AUC may be chance
 _NAMED = 5  # names in a list, more are counted
 _ERRORS = 3.0  # how many standard errors rates must differ by
 _SHOWN = 5  # warnings before the rest is folded
+_LEFT_OUT = 0.01  # of training look-ups, which a vocabulary leaves out
+_FEWEST_REQUESTS = 100
+_WINDOWS = (7, 28, 91)  # days
+_PERIODS = 3  # windows that the training rows should hold
 
 Health = Mapping[str, Any]
 Finding = dict[str, Any]
+Advice = list[dict[str, str | None]]
 
 
 def find(health: Health) -> list[Finding]:
     """All findings, problems first, the costliest of each first, with what it is about and which check found it."""
     found = [finding for feature in health["features"] for finding in _leaks(feature, health)]
-    found += [*_files(health), *_labels(health), *_users(health)]
+    found += [*_files(health), *_labels(health), *_users(health), *_rare(health), *_within(health), *_drawn(health)]
     for feature in health["features"]:
-        found += [*_constants(feature), *_coverage(feature), *_unknown(feature)]
+        found += [*_constants(feature), *_coverage(feature), *_unknown(feature, health), *_seldom(feature)]
     found += [*_drifts(health), *_empty_tables(health)]
     return sorted(found, key=lambda each: (str(each["severity"]), -each["cost"]))
 
@@ -89,8 +106,47 @@ def drift_beyond_noise(each: Mapping[str, Any]) -> float:
     return 0.0 if each["psi"] is None else float(each["psi"] - each["psi_noise"])
 
 
-def _finding(severity: str, check: str, about: str, message: str, cost: float = 0.0) -> Finding:
-    return {"severity": severity, "check": check, "about": about, "message": message, "cost": cost}
+def describe(health: Health) -> list[str]:
+    """How many findings there are, and how small a gain the test rows can show."""
+    kinds = Counter(each["severity"] for each in health["findings"])
+    told = [f"{kinds[word]} {word}{'s' * (kinds[word] > 1)}" for word in ("problem", "warning") if kinds[word]]
+    sentences = [f"{' and '.join(told)} found" if told else "nothing suspicious found"]
+    for name, each in health["forecasts"].items():
+        what = f"{'mean ' if ', ' in name else ''}AUC of {name}"
+        if each is None:
+            sentences.append(f"{what}: the rows have too few labels, or users, for an interval")
+        else:
+            sentences.append(
+                f"{what}: a gain below {_size(each['half_width'])} can't be shown with these test rows and "
+                f"{TRAININGS} trainings; nine of ten comparisons would show one of {_size(each['detectable'])}"
+            )
+    return sentences
+
+
+def _size(value: float) -> str:
+    """Two digits of a small number."""
+    return f"{float(f'{value:.2g}'):.6f}".rstrip("0")
+
+
+def _finding(
+    severity: str, check: str, about: str, message: str, cost: float = 0.0, advice: Advice | None = None
+) -> Finding:
+    return {
+        "severity": severity,
+        "check": check,
+        "about": about,
+        "message": message,
+        "cost": cost,
+        "advice": advice or [],
+    }
+
+
+def _change(what: str, key: str | None = None, value: object = None) -> dict[str, str | None]:
+    """Advice, with the override that does it, where there is one. key: of a setting; value: as YAML."""
+    if key is None:
+        return {"do": what, "override": None}
+    text = "null" if value is None else str(value)
+    return {"do": what, "override": f"--{key} " + (f"'{text}'" if set(text) & set(" []{}") else text)}
 
 
 def _files(health: Health) -> Iterator[Finding]:
@@ -107,7 +163,74 @@ def _users(health: Health) -> Iterator[Finding]:
     if share:
         why = f"as column '{column}' splits rows of the same users"
         message = f"{share:.1%} of the users of test rows have training rows as well, {why}"
-        yield _finding("warning", "users", "users in training and test", message, share)
+        advice = [_change(f"give all rows of a user the same value of column '{column}'")]
+        yield _finding("warning", "users", "users in training and test", message, share, advice)
+
+
+def _rare(health: Health) -> Iterator[Finding]:
+    splits = health["overview"]["splits"]
+    for name, task in splits["test"]["tasks"].items():
+        for split in ("test", "validation"):
+            observed, rate = (splits[split]["tasks"][name][key] for key in ("observed", "rate"))
+            if task["kind"] != "binary" or not observed:
+                continue
+            rarer = round(min(rate, 1 - rate) * observed)
+            if rarer < FEWEST:
+                message = f"task '{name}' has {rarer} rows of its rarer label in {split} rows, and {FEWEST} are needed"
+                told = {"test": "no verdict rests on it", "validation": "no state or calibration is chosen well by it"}
+                advice = list(_longer_split(health, split, rarer))
+                yield _finding("warning", "rare", name, f"{message}: {told[split]}", 1 - rarer / FEWEST, advice)
+
+
+def _longer_split(health: Health, split: str, rarer: int) -> Iterator[dict[str, str | None]]:
+    """An earlier start of a split that would have labels enough, if their rate stays the same."""
+    overview = health["overview"]
+    splits = overview["splits"]
+    before, key = {"test": ("validation", "validation_end"), "validation": ("train", "train_end")}[split]
+    what = f"begin the {split} rows earlier, or take a log of more rows"
+    if overview["first_request"] is None or not rarer:
+        yield _change(what)
+        return
+    first, last = (_time(splits[split][name]) for name in ("first_request", "last_request"))
+    start = last - (last - first) * (1.2 * FEWEST / rarer)
+    earliest = _time(splits[before]["first_request"])
+    yield _change(what, f"split.{key}", start.date()) if start > earliest + timedelta(days=1) else _change(what)
+
+
+def _time(text: str) -> datetime:
+    return datetime.fromisoformat(text)
+
+
+def _within(health: Health) -> Iterator[Finding]:
+    for name, each in health["forecasts"].items():
+        if each is None or each["gauc_user"] is None:
+            continue
+        most = 0.5 + WITHIN_USERS * (each["auc"] - 0.5)
+        if each["gauc_user"] + 2 * each["gauc_error"] < most:
+            message = (
+                f"a quick model of '{name}' has an AUC of {each['auc']:.3f}, but one of {each['gauc_user']:.3f} within "
+                "users: it tells users apart, and hardly what to show to one"
+            )
+            advice = [
+                _change("judge by what ranks within users", "evaluation.decide_by", "gauc_user"),
+                _change("add features of the user and the candidate together, such as counters by both"),
+            ]
+            yield _finding("warning", "within users", name, message, most - each["gauc_user"], advice)
+
+
+def _drawn(health: Health) -> Iterator[Finding]:
+    for name, found in health["overview"]["same_share"].items():
+        share, in_share, requests = found or (0.0, 0.0, 0)
+        if 0 < share < 1 and in_share >= SAME_SHARE and requests >= _FEWEST_REQUESTS:
+            message = (
+                f"{share:.3g} of the candidates are positive for '{name}' in {in_share:.0%} of the requests: they look "
+                "as if they had been drawn beside the positive ones, so what the list tells, such as its length, or "
+                "the place in it, would not hold for lists that are served"
+            )
+            advice = [_change("let no feature tell the length of a list, a place in it or a rank within it")]
+            if not health["overview"]["has_sampling_rate"]:
+                advice.append(_change("name the column that holds the rate at which rows were kept: sampling_rate"))
+            yield _finding("warning", "drawn", name, message, 0.0, advice)
 
 
 def _labels(health: Health) -> Iterator[Finding]:
@@ -117,7 +240,8 @@ def _labels(health: Health) -> Iterator[Finding]:
         for split, each in splits.items():
             if not each["tasks"][name]["observed"]:
                 message = f"task '{name}' has no observed label in the {split} split: it can't be judged there"
-                yield _finding("problem", "labels", name, message)
+                advice = [_change("move the ends of the splits back, so that labels have matured by then")]
+                yield _finding("problem", "labels", name, message, advice=advice)
         changed = [
             (a, b)
             for a, b in combinations(splits, 2)
@@ -156,7 +280,8 @@ def _leaks(feature: Health, health: Health) -> Iterator[Finding]:
                     f"feature '{feature['name']}' ({columns}) alone predicts task '{task}' with an AUC of {auc:.3f}"
                     f"{_by(feature, each)}: does it know what happens after the request?"
                 )
-                yield _finding("problem", "leak", feature["name"], message)
+                advice = [_leave_out(feature, ", unless its column is filled before the request")]
+                yield _finding("problem", "leak", feature["name"], message, advice=advice)
 
 
 def _enough(task: Health) -> bool:
@@ -171,7 +296,7 @@ def _constants(feature: Health) -> Iterator[Finding]:
     if constant:
         inputs = "" if constant == [feature["name"]] else f" ({_listed('input', constant)})"
         message = f"feature '{feature['name']}'{inputs} is the same in all training rows: nothing can be learnt from it"
-        yield _finding("warning", "constant", feature["name"], message)
+        yield _finding("warning", "constant", feature["name"], message, advice=[_leave_out(feature)])
 
 
 def _coverage(feature: Health) -> Iterator[Finding]:
@@ -185,11 +310,16 @@ def _coverage(feature: Health) -> Iterator[Finding]:
             message = f"feature '{feature['name']}' has a value in only {' and '.join(low)}{_by(feature, each)}"
             train, test = (each["coverage"][split] for split in ("train", "test"))
             lost = 0.0 if train is None or test is None else max(0.0, train - test)
-            yield _finding("warning", "coverage", feature["name"], message, lost * importance(feature))
+            advice = [_leave_out(feature)]
+            yield _finding("warning", "coverage", feature["name"], message, lost * importance(feature), advice)
             return
 
 
-def _unknown(feature: Health) -> Iterator[Finding]:
+def _leave_out(feature: Health, unless: str = "") -> dict[str, str | None]:
+    return _change(f"take `features.{feature['name']}` out of the settings{unless}")
+
+
+def _unknown(feature: Health, health: Health) -> Iterator[Finding]:
     share = feature["unknown"]["test"]
     if share is not None and share > UNKNOWN:
         before = feature["unknown"]["train"]
@@ -197,7 +327,46 @@ def _unknown(feature: Health) -> Iterator[Finding]:
         message = (
             f"{share:.1%} of the ids of feature '{feature['name']}' in test rows have no table row of their own{known}"
         )
-        yield _finding("warning", "unknown", feature["name"], message, cost_of_unknown(feature))
+        advice = list(_know_more(feature, health))
+        yield _finding("warning", "unknown", feature["name"], message, cost_of_unknown(feature), advice)
+
+
+def _know_more(feature: Health, health: Health) -> Iterator[dict[str, str | None]]:
+    """A larger vocabulary where ids were left out of it, counters that learn of new ids, later rows."""
+    settings, vocabulary = feature["settings"], feature["vocabulary"] or {"distinct": 0, "known": 0}
+    owner = f"features.{settings.get('table') or feature['name']}"
+    if vocabulary["distinct"] > vocabulary["known"] and (feature["unknown"]["train"] or 0.0) > _LEFT_OUT:
+        if settings.get("max_size") is not None and vocabulary["known"] >= settings["max_size"]:
+            yield _change("keep more ids than the most frequent ones", f"{owner}.max_size")
+        elif settings.get("min_count", 1) > 1:
+            least = SELDOM_ROWS if settings["min_count"] > SELDOM_ROWS else 1
+            what = f"give more ids a row of their own, which they have from {settings['min_count']} rows on"
+            yield _change(what, f"{owner}.min_count", least)
+    columns = feature["columns"]
+    tasks = [name for name, task in health["overview"]["splits"]["train"]["tasks"].items() if task["kind"] == "binary"]
+    counted = [each["columns"] for each in health["features"] if each["kind"] == "counter"]
+    if feature["kind"] == "id" and columns not in counted and tasks and health["overview"]["first_request"] is not None:
+        counter = f"{{kind: counter, task: {tasks[0]}, by: [{', '.join(columns)}], outputs: [rate, rows]}}"
+        what = "count what is known of each id: counters go on learning while a model serves"
+        yield _change(what, f"features.{feature['name']}_counts", counter)
+    describe_too = "describe it by other columns too, and " if feature["is_key"] else ""
+    yield _change(f"{describe_too}train on later rows, and more often (`mmoe-rec refresh`)")
+
+
+def _seldom(feature: Health) -> Iterator[Finding]:
+    for each in feature["inputs"]:
+        if each["rows_per_id"] is not None and each["rows_per_id"] < SELDOM_ROWS:
+            message = (
+                f"a known id of feature '{feature['name']}' has {each['rows_per_id']:.1f} training rows on average"
+                f"{_by(feature, each)}: hardly anything is learnt of most"
+            )
+            advice = [_leave_out(feature, ", and count by its column instead")]
+            if "min_count" in feature["settings"] and feature["settings"]["table"] is None:
+                what = "let seldom ids share rows"
+                advice.insert(0, _change(what, f"features.{feature['name']}.min_count", SELDOM_ROWS))
+            cost = (each["seldom"] or 0.0) * max(importance(feature), LEAST)
+            yield _finding("warning", "seldom", feature["name"], message, cost, advice)
+            return
 
 
 def _drifts(health: Health) -> Iterator[Finding]:
@@ -206,9 +375,30 @@ def _drifts(health: Health) -> Iterator[Finding]:
     drifted = [pair for pair in zip(features, worst, strict=True) if drift_beyond_noise(pair[1]) > STRONG_DRIFT]
     for feature, each in sorted(drifted, key=lambda pair: -pair[1]["psi"]):  # of equal cost, the stronger first
         how = f"PSI {each['psi']:.2f}{_by(feature, each)}: {describe_move(each)}"
-        how += "; a count of all of the past grows with any log (`window_days`)" if _is_total(feature, each) else ""
+        how += "; a count of all of the past grows with any log" if _is_total(feature, each) else ""
         message = f"feature '{feature['name']}' drifts strongly, {how}"
-        yield _finding("warning", "drift", feature["name"], message, cost_of_drift(feature, each))
+        advice = list(_steady(feature, each, health))
+        yield _finding("warning", "drift", feature["name"], message, cost_of_drift(feature, each), advice)
+
+
+def _steady(feature: Health, each: Mapping[str, Any], health: Health) -> Iterator[dict[str, str | None]]:
+    """Windows for counts of all of the past; a later start where the past was empty at first."""
+    overview, settings = health["overview"], feature["settings"]
+    train = overview["splits"]["train"]
+    if overview["first_request"] is None or feature["kind"] not in ("counter", "history"):
+        yield _change("see whether its column changed, and train on later rows")
+        return
+    first, last = _time(train["first_request"]), _time(train["last_request"])
+    days = (last - first) / timedelta(days=1)
+    windows = [each for each in _WINDOWS if _PERIODS * each <= days] or [max(1, round(days / _PERIODS))]
+    if _is_total(feature, each):
+        key = f"features.{feature['name']}"
+        yield _change("count over windows", f"{key}.window_days", windows)
+        if settings["task"] is not None and "rate" not in settings["outputs"]:
+            yield _change("or take the rate, which does not grow", f"{key}.outputs", "[rate, recency]")
+    if first - _time(overview["first_request"]) < timedelta(days=1) < last - first:
+        start = (first + timedelta(days=min(windows[-1], days / 2))).date()
+        yield _change("train on rows from when the past has filled", "split.train_start", start)
 
 
 def _order_of_drift(feature: Health, each: Mapping[str, Any]) -> tuple[bool, float]:
@@ -233,12 +423,14 @@ def describe_move(each: Mapping[str, Any]) -> str:
 def _empty_tables(health: Health) -> Iterator[Finding]:
     for table in health["tables"]:
         if table["never_seen"] > NEVER_SEEN:
-            advice = "fewer `buckets` would do" if table["hashed"] else "fewer `oov_buckets` would do"
+            key = "buckets" if table["hashed"] else "oov_buckets"
             message = (
                 f"table '{table['name']}': training looks up {table['rows_seen']:,} of its {table['rows']:,} rows, "
-                f"{table['never_seen']:.1%} are never seen; {advice}"
+                f"{table['never_seen']:.1%} are never seen; fewer `{key}` would do"
             )
-            yield _finding("warning", "empty table", table["name"], message)
+            fewer = max(2, 2 * table["rows_seen"]) if table["hashed"] else 1
+            advice = [_change("take fewer", f"features.{table['name']}.{key}", fewer)]
+            yield _finding("warning", "empty table", table["name"], message, advice=advice)
 
 
 def _by(feature: Health, each: Mapping[str, Any]) -> str:

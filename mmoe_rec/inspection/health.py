@@ -4,13 +4,16 @@ overview    of the log and its splits
 features    each with its inputs: coverage, different values, unknown ids, drift, AUC alone
 tables      rows, bytes, and how many rows training never looks up
 weeks       labels by week
-findings    what is suspicious, in words (`findings.py`)
+forecasts   of each binary task, and of their mean, how small a gain the test rows can show (`forecast.py`)
+findings    what is suspicious, in words, and what to change (`findings.py`)
+sentences   the same in short
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,8 @@ import numpy as np
 
 from mmoe_rec.features.layout import IdInput, Layout
 from mmoe_rec.features.vocabulary import row_names
-from mmoe_rec.inspection.findings import find
+from mmoe_rec.inspection.findings import SELDOM_ROWS, describe, find
+from mmoe_rec.inspection.forecast import forecast
 from mmoe_rec.inspection.sums import FeatureInputs, Labels, NumberInput, SplitSums, Sums, collect, psi, psi_noise
 from mmoe_rec.log.checks import format_time
 from mmoe_rec.log.database import MEMORY_GIB
@@ -43,6 +47,8 @@ def overview(manifest: Mapping[str, Any], sums: Sums, schema: Schema) -> dict[st
         "left_out": [{name: str(each[name]) for name in ("file", "reason")} for each in manifest.get("left_out", [])],
         "split_column": None if schema.split is None else schema.split.column,
         "users_in_both": users_in_both,
+        "has_sampling_rate": schema.columns.sampling_rate is not None,
+        "same_share": dict(zip((task.name for task in sums.layout.tasks), sums.same_share, strict=True)),
         "splits": splits,
     }
 
@@ -98,26 +104,38 @@ def inspect(
     prepared: FeatureFolder,
     schema: Schema,
     dims: Mapping[str, int],
+    scratch: Path,
     memory_gib: float = MEMORY_GIB,
-    scratch: Path | None = None,
+    workers: int | None = None,
 ) -> dict[str, Any]:
     """The health of a data set of that name, ready for JSON.
 
-    dims: table -> width that a model gives it; memory_gib: in which rows are counted; scratch: as for `collect`. Raises
-    UserError for encoded rows that are missing or can't be read.
+    dims: table -> width that a model gives it; scratch, memory_gib, workers: as for `collect`. Raises UserError for
+    encoded rows that are missing or can't be read.
     """
-    sums, manifest = collect(prepared, schema, memory_gib, scratch), prepared.manifest
+    sums, manifest = collect(prepared, schema, scratch, memory_gib, workers), prepared.manifest
     health = {
         "name": name,
         "overview": overview(manifest, sums, schema),
         "features": [_feature(each, schema, sums, prepared, manifest) for each in sums.features],
         "tables": _tables(sums, dims),
         "weeks": weeks(manifest, sums),
+        "forecasts": _forecasts(sums),
     }
     # Python's numbers for NumPy's, and None for what is not finite.
     text = json.dumps({**health, "findings": find(health)}, default=lambda each: each.item())
     found: dict[str, Any] = json.loads(text, parse_constant=lambda _: None)
-    return found
+    return found | {"sentences": describe(found)}
+
+
+def _forecasts(sums: Sums) -> dict[str, Any]:
+    """Task, or several with commas for their mean -> what test rows can tell; None where a label is too rare."""
+    tasks = {task.name: place for place, task in enumerate(sums.layout.tasks) if task.kind == "binary"}
+    found = {name: forecast(sums.drawn, [place]) for name, place in tasks.items()}
+    judged = [name for name, each in found.items() if each is not None]
+    if len(judged) > 1:
+        found[", ".join(judged)] = forecast(sums.drawn, [tasks[name] for name in judged])
+    return {name: None if each is None else asdict(each) for name, each in found.items()}
 
 
 def _feature(
@@ -131,6 +149,7 @@ def _feature(
         "kind": feature.kind,
         "role": feature.role,
         "columns": meaning.columns,
+        "settings": schema.features[feature.name].model_dump(mode="json"),
         "is_key": feature.kind == "id" and meaning.columns in ((keys.user,), (keys.candidate,)),
         "coverage": {split: _best(min, (each["coverage"][split] for each in inputs)) for split in SPLITS},
         "unknown": {split: inputs[0]["unknown"][split] if inputs else None for split in SPLITS},
@@ -159,6 +178,8 @@ def _id_input(each: IdInput, meaning: Meaning, sums: Sums, prepared: FeatureFold
         "distinct": ids.distinct(meaning),
         "constant": int((ids.counts["train"] > 0).sum()) <= 1,
         "unknown": {split: ids.unknown_share(split, meaning) for split in SPLITS},
+        "rows_per_id": ids.rows_per_id(meaning) if meaning.unknown else None,
+        "seldom": ids.seldom_share(meaning, SELDOM_ROWS) if meaning.unknown else None,
         **_drift(labels, train, test),
         "auc": _by_task(sums, ids.areas),
     }
@@ -181,6 +202,8 @@ def _number_input(each: NumberInput, feature: FeatureInputs, sums: Sums) -> dict
         # All training rows have one value, or all have none.
         "constant": numbers.distinct + bool(missing["train"]) <= 1,
         "unknown": dict.fromkeys(SPLITS),
+        "rows_per_id": None,
+        "seldom": None,
         **_drift(labels, train, test),
         "auc": _by_task(sums, numbers.areas),
     }

@@ -11,12 +11,11 @@ M rows, `psi_noise`, which matters where a split has few rows.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from glob import escape
 from itertools import pairwise
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 import pyarrow as pa
@@ -25,6 +24,7 @@ import pyarrow.parquet as pq
 from mmoe_rec.batches.encoded_rows import ADVICE, EncodedRows
 from mmoe_rec.errors import UserError, first_line
 from mmoe_rec.features.layout import DenseInput, IdInput, Layout
+from mmoe_rec.inspection.forecast import LEAST_USERS, MOST_ROWS, Drawn
 from mmoe_rec.log.database import MEMORY_GIB, Database, open_database
 from mmoe_rec.preprocessing.prepare import FeatureFolder
 from mmoe_rec.progress import bar
@@ -115,6 +115,17 @@ class IdSums:
         """Known ids, or buckets, that occur in training rows."""
         return int((self.counts["train"][meaning.first_known :] > 0).sum())
 
+    def rows_per_id(self, meaning: Meaning) -> float | None:
+        """Training look-ups of known ids for each that occurs; None without one."""
+        known = self.counts["train"][meaning.first_known :]
+        return float(known.sum() / (known > 0).sum()) if known.any() else None
+
+    def seldom_share(self, meaning: Meaning, fewest: int) -> float | None:
+        """Share of test look-ups whose id is known from fewer training rows; None without look-ups."""
+        train, test = (self.counts[split][meaning.first_known :] for split in ("train", "test"))
+        total = self.counts["test"].sum()
+        return float(test[train < fewest].sum() / total) if total else None
+
     def unknown_share(self, split: str, meaning: Meaning) -> float | None:
         """Share of the ids given that are out of the vocabulary; None where there is no such thing, or no id."""
         counts = self.counts[split][int(meaning.missing) :]
@@ -173,24 +184,32 @@ class SplitSums:
 @dataclass(frozen=True)
 class Sums:
     """All that is counted. weeks: (start of the week, split) -> labels; users_in_both: the share of the users of test
-    rows that training rows have too; ids, numbers: by the name of the input."""
+    rows that training rows have too; same_share: for each task, the commonest share of positives in a training request
+    of several rows, in which share of these requests it is, and their number; ids, numbers: by the name of the input;
+    drawn: rows that stand for validation and test rows."""
 
     layout: Layout
     features: Sequence[FeatureInputs]
     splits: dict[str, SplitSums]
     weeks: dict[tuple[int, str], Labels]
     users_in_both: float
+    same_share: Sequence[tuple[float, float, int] | None]
     ids: dict[str, IdSums]
     numbers: dict[str, NumberSums]
+    drawn: Drawn
 
 
 def collect(
-    prepared: FeatureFolder, schema: Schema, memory_gib: float = MEMORY_GIB, scratch: Path | None = None
+    prepared: FeatureFolder,
+    schema: Schema,
+    scratch: Path,
+    memory_gib: float = MEMORY_GIB,
+    workers: int | None = None,
 ) -> Sums:
     """Sums of all encoded rows.
 
-    scratch: folder for what memory does not hold; None is the system's. Raises UserError for a split without rows, and
-    for rows that can't be read.
+    scratch: folder for what memory does not hold, which is made and removed; memory_gib, workers: as for
+    `open_database`. Raises UserError for a split without rows, and for rows that can't be read.
     """
     import duckdb
 
@@ -200,22 +219,24 @@ def collect(
         EncodedRows(prepared.split(split), layout)  # which says what is wrong with the files
     ids, numbers, tasks = dict[str, IdSums](), dict[str, NumberSums](), range(len(layout.tasks))
     try:
-        with (
-            TemporaryDirectory(dir=scratch) as folder,
-            open_database(Path(folder) / "database", memory_gib) as database,
-        ):
+        with open_database(scratch, memory_gib, workers) as database:
             for split in SPLITS:
                 _view(database, split, prepared)
             splits, weeks = _count_labels(database, tasks)
             both = "SELECT avg((w0 IN (SELECT w0 FROM train))::INT) FROM (SELECT DISTINCT w0 FROM test)"
             (users_in_both,) = database.row(both)
+            same_share = [_count_same_share(database, task) for task in tasks]
+            share, rates = _draw(database, splits), list[np.ndarray]()
             with bar() as progress:
                 for feature in progress.track(features, description="inspecting"):
-                    ids |= {each.name: _count_ids(database, layout, each) for each in feature.ids}
+                    for each in feature.ids:
+                        ids[each.name], of_rows = _count_ids(database, layout, each)
+                        rates.append(of_rows)
                     numbers |= _count_numbers(database, feature, tasks)
+            drawn = _read_drawn(database, layout, rates, share)
     except duckdb.Error as error:
         raise UserError(f"the rows in '{prepared.folder}' can't be read ({first_line(error)}); {ADVICE}") from None
-    return Sums(layout, features, splits, weeks, users_in_both, ids, numbers)
+    return Sums(layout, features, splits, weeks, users_in_both, same_share, ids, numbers, drawn)
 
 
 def _view(database: Database, split: str, prepared: FeatureFolder) -> None:
@@ -258,9 +279,50 @@ def _count_labels(
     return splits, weeks
 
 
-def _count_ids(database: Database, layout: Layout, each: IdInput) -> IdSums:
-    """What is counted of an input. The rate of an id is its share of positives in training, with `RATE_SMOOTHING` rows
-    of the overall share; that of a list is the mean of its ids'."""
+def _count_same_share(database: Database, task: int) -> tuple[float, float, int] | None:
+    """Of training requests with several observed rows; None where there are none."""
+    shares = f"SELECT avg(p{task}::INT) AS share FROM train GROUP BY w2 HAVING count(p{task}) > 1"
+    counts = f"SELECT share, count(*) AS requests, sum(requests) OVER () AS total FROM ({shares}) GROUP BY share"
+    for share, requests, total in database.rows(f"{counts} ORDER BY requests DESC, share LIMIT 1"):
+        return share, requests / total, total
+    return None
+
+
+def _draw(database: Database, splits: Mapping[str, SplitSums]) -> float:
+    """Makes a table of about `MOST_ROWS` rows of validation, by whole requests, and as many of test, by whole users as
+    long as there are many; gives the share of test rows that was drawn."""
+    parts, apart = list[str](), {"users": 1, "requests": 1}
+    for split in ("validation", "test"):
+        every = -(-splits[split].labels.rows // MOST_ROWS)
+        users = min(every, max(1, splits[split].who["user"] // LEAST_USERS)) if split == "test" else 1
+        apart = {"w0": users, "w2": -(-every // users)}
+        kept = " AND ".join(f"hash({column}) % {number} = 0" for column, number in apart.items())
+        parts.append(f"SELECT {split == 'test'} AS is_test, * FROM {split} WHERE {kept}")
+    database.run(f"CREATE TABLE drawn AS SELECT row_number() OVER () - 1 AS row, * FROM ({' UNION ALL '.join(parts)})")
+    return 1 / (apart["w0"] * apart["w2"])
+
+
+def _read_drawn(database: Database, layout: Layout, rates: Sequence[np.ndarray], share: float) -> Drawn:
+    tasks = range(len(layout.tasks))
+    columns = [*(f"d{place}" for place in range(len(layout.dense))), *(f"p{task}" for task in tasks)]
+    wanted = "".join(f", {column}::FLOAT AS {column}" for column in columns)
+    found = database.table(
+        f"SELECT is_test, dense_rank() OVER (ORDER BY w0) - 1 AS user{wanted} FROM drawn ORDER BY row"
+    )
+    read = {name: found[name].to_numpy() for name in found.column_names}
+    rows = len(found)
+
+    def stack(names: Sequence[str]) -> np.ndarray:
+        return np.column_stack([read[name] for name in names]) if names else np.empty((rows, 0), np.float32)
+
+    of_ids = np.stack(rates, axis=1) if rates else np.empty((rows, 0, len(tasks)), np.float32)
+    numbers = stack(columns[: len(layout.dense)])
+    return Drawn(numbers, of_ids, stack(columns[len(layout.dense) :]), read["user"], read["is_test"], share)
+
+
+def _count_ids(database: Database, layout: Layout, each: IdInput) -> tuple[IdSums, np.ndarray]:
+    """What is counted of an input, and for each drawn row and task its rate. The rate of an id is its share of
+    positives in training, with `RATE_SMOOTHING` rows of the overall share; that of a list is the mean of its ids'."""
     tasks, column, rows = range(len(layout.tasks)), f"i{layout.ids.index(each)}", layout.table(each.table).rows
     looked_up, none = (f"unnest({column})", "[0]") if each.many else (column, "0")
     positive = "".join(f", p{task}" for task in tasks)
@@ -289,8 +351,12 @@ def _count_ids(database: Database, layout: Layout, each: IdInput) -> IdSums:
         else None
         for task in tasks
     ]
+    of_rows = f"SELECT row, {looked_up} AS id FROM drawn"
+    means = "".join(f", avg(r{task})::FLOAT AS r{task}" for task in tasks)
+    found = database.table(f"SELECT row{means} FROM ({of_rows}) JOIN rates USING (id) GROUP BY row ORDER BY row")
+    drawn = np.column_stack([found[f"r{task}"].to_numpy() for task in tasks])
     database.run("DROP TABLE scored", "DROP TABLE rates")
-    return IdSums(counts, empty, areas)
+    return IdSums(counts, empty, areas), drawn
 
 
 def _count_numbers(database: Database, feature: FeatureInputs, tasks: Sequence[int]) -> dict[str, NumberSums]:

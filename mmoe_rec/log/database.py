@@ -77,10 +77,12 @@ class Database:
 @contextmanager
 def open_database(folder: Path, memory_gib: float = MEMORY_GIB, workers: int | None = None) -> Iterator[Database]:
     """A new database that is gone afterwards. It holds `memory_gib` in memory and the rest in `folder`, which it makes
-    and removes. workers: threads; None is one a core. Raises UserError where it needs more memory, or the disk is full.
+    and removes, with what a killed process has left there. workers: threads; None is one a core. Raises UserError where
+    it needs more memory, or the disk is full.
     """
     import duckdb
 
+    shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     config: dict[str, Any] = {
         "memory_limit": f"{memory_gib}GiB",
@@ -98,6 +100,10 @@ def open_database(folder: Path, memory_gib: float = MEMORY_GIB, workers: int | N
             f"data.memory_gib is {memory_gib:g}, which does not suffice here ({first_line(error)}): set it higher, or "
             f"data.workers lower, and see that the disk of '{folder.parent}' has room"
         ) from None
+    except duckdb.IOException as error:
+        if "No space left" not in str(error):
+            raise
+        raise UserError(f"the disk of '{folder.parent}' is full ({first_line(error)}): make room there") from None
     except RuntimeError as error:
         if str(error) != "Query interrupted":
             raise

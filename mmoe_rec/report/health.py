@@ -13,6 +13,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from mmoe_rec.atomic import write_text
 from mmoe_rec.inspection import findings
 from mmoe_rec.inspection.findings import describe_move, drift_beyond_noise, flags_of, split_findings
+from mmoe_rec.inspection.forecast import PAIRED, TRAININGS
 from mmoe_rec.inspection.sums import FREQUENT, RATE_SMOOTHING
 from mmoe_rec.report.pages import COLOURS, blank, plain, render, svg
 from mmoe_rec.report.sentences import describe_rows
@@ -32,13 +33,13 @@ def page(health: dict[str, Any]) -> str:
     overview = health["overview"]
     tasks = next(iter(overview["splits"].values()))["tasks"]
     shown, folded = split_findings(health["findings"])
-    numbers = Counter(each["severity"] for each in health["findings"])
-    said = [f"{numbers[word]} {word}{'s' * (numbers[word] != 1)}" for word in ("problem", "warning") if numbers[word]]
     values = {
         "title": f"Data set health: {health['name']}",
         "overview": overview,
         "tasks": tasks,
-        "found": " and ".join(said),
+        "found": health["sentences"][0],
+        "gains": health["sentences"][1:],
+        "forecasts": {name: each for name, each in health["forecasts"].items() if each is not None},
         "shown": shown,
         "folded": folded,
         "notes": describe_rows(overview),
@@ -50,6 +51,8 @@ def page(health: dict[str, Any]) -> str:
         "limits": findings,
         "frequent": FREQUENT,
         "smoothing": RATE_SMOOTHING,
+        "trainings": TRAININGS,
+        "paired": PAIRED,
     }
     return render("health.html.j2", values)
 

@@ -301,10 +301,17 @@ def _show_findings(health: dict[str, Any]) -> Iterator[Text]:
     if not health["findings"]:
         yield Text("nothing suspicious found", style="bold green")
     shown, folded = split_findings(health["findings"])
+    told = set[str]()
     for each in shown:
         style = "bold red" if each["severity"] == "problem" else "yellow"
         yield Text.assemble((f"{each['severity']}: ", style), each["message"])
+        for advice in each["advice"]:
+            line = f"  {advice['do']}{': ' if advice['override'] else ''}"
+            if advice["override"] not in told:  # which several findings may advise
+                yield Text.assemble(line, (advice["override"] or "", "bold"))
+            told |= {advice["override"]} - {None}
     if folded:
         kinds = Counter(each["check"] for each in folded)
         named = ", ".join(f"{name} ({number})" for name, number in kinds.most_common())
         yield Text(f"{len(folded)} more warnings, which cost less: {named}; the report has them", style="dim")
+    yield from map(Text, health["sentences"][1:])

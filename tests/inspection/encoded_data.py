@@ -122,7 +122,7 @@ def write(folder: Path, frames: Frames, **manifest: object) -> FeatureFolder:
 
 def health_of_frames(folder: Path, frames: Frames, **manifest: object) -> dict:
     """The health of rows that are written to a folder."""
-    return inspect("made up", write(folder, frames, **manifest), SCHEMA, DIMS)
+    return inspect("made up", write(folder, frames, **manifest), SCHEMA, DIMS, folder / "database")
 
 
 def changed(seed: int, change: Change) -> Frames:

@@ -62,12 +62,85 @@ def test_drift_is_found_in_numbers_and_ids(tmp_path):
     assert part(health, "item_click_rate")["psi"] > 1
     counter, rate = feature(health, "item_click"), part(health, "item_click_rate")
     total = {**rate, "name": "item_click_positives", "psi": rate["psi"] + 1}
-    advice = "; a count of all of the past grows with any log (`window_days`)"
+    advice = "; a count of all of the past grows with any log"
     for inputs, name, end in (([rate], "rate", ""), ([total, rate], "rate", ""), ([total], "positives", advice)):
         counter["inputs"] = inputs
         (told,) = (each["message"] for each in find(health) if each["about"] == "item_click")
         assert f"by its input 'item_click_{name}': the share of values" in told
         assert told.endswith(end or "%")
+    assert overrides(health["findings"], "item_click") == ["--split.train_start 2024-01-09"]
+    assert overrides(find(health), "item_click") == [
+        "--features.item_click.window_days '[6]'",
+        "--split.train_start 2024-01-09",
+    ]
+
+
+def overrides(findings: list[dict], about: str) -> list[str]:
+    """What is advised about something, as overrides."""
+    advice = [each for finding in findings if finding["about"] == about for each in finding["advice"]]
+    return [each["override"] for each in advice if each["override"]]
+
+
+def test_ids_that_are_seen_too_seldom_are_found(tmp_path):
+    """Each of the last 60 ids has two rows."""
+
+    def thin(split: str, frame: pd.DataFrame) -> None:
+        frame["id.item"] = 5 + np.arange(len(frame)) % 20
+        frame.loc[:119, "id.item"] = 25 + np.arange(120) % 60
+
+    assert found(health_of_frames(tmp_path / "many", changed(15, thin)), "seldom") == []
+
+    def few(split: str, frame: pd.DataFrame) -> None:
+        thin(split, frame)
+        if split == "train":
+            frame.loc[120:, "id.item"] = 2
+
+    health = health_of_frames(tmp_path / "few", changed(15, few))
+    assert found(health, "seldom") == ["item"]
+    assert "has 2.0 training rows on average" in message(health, "seldom")
+    (finding,) = (each for each in health["findings"] if each["check"] == "seldom")
+    assert overrides([finding], "item") == ["--features.item.min_count 5"]
+    assert finding["cost"] == pytest.approx(max(importance(feature(health, "item")), LEAST))
+
+
+def test_labels_that_are_too_rare_are_found_with_a_split_that_has_more(tmp_path):
+    """40 of 3,000 test rows, which begin on the 27th and take ten days, are positive."""
+
+    def rare(split: str, frame: pd.DataFrame) -> None:
+        if split == "test":
+            frame["label.click"] = (np.arange(len(frame)) < 40).astype(float)
+
+    health = health_of_frames(tmp_path, changed(16, rare))
+    assert found(health, "rare") == ["click"]
+    assert "task 'click' has 40 rows of its rarer label in test rows, and 50 are needed" in message(health, "rare")
+    assert overrides(health["findings"], "click") == ["--split.validation_end 2024-01-22"]
+    assert health["forecasts"] == {"click": None}
+    assert health["sentences"][1] == "AUC of click: the rows have too few labels, or users, for an interval"
+
+
+def test_what_tells_only_users_apart_is_found(tmp_path):
+    def of_users(split: str, frame: pd.DataFrame) -> None:
+        random = np.random.default_rng(len(frame))
+        user = frame["user"].to_numpy()
+        frame["label.click"] = (user % 2 + random.logistic(size=len(frame)) > 1).astype(float)
+        frame["dense.weight"] = (user % 2).astype(float)
+
+    health = health_of_frames(tmp_path, changed(17, of_users))
+    assert found(health, "within users") == ["click"]
+    assert "--evaluation.decide_by gauc_user" in overrides(health["findings"], "click")
+    assert 0.45 < health["forecasts"]["click"]["gauc_user"] < 0.55 < health["forecasts"]["click"]["auc"]
+    assert found(health_of_frames(tmp_path / "plain", random_frames(17)), "within users") == []
+
+
+@pytest.mark.parametrize(("share_of_requests", "is_found"), [(1.0, True), (0.9, False)])
+def test_candidates_that_are_drawn_beside_the_positive_one_are_found(tmp_path, share_of_requests, is_found):
+    def draw(split: str, frame: pd.DataFrame) -> None:
+        click = (np.arange(len(frame)) % 4 == 0).astype(float)
+        frame["label.click"] = np.where(frame["request"] < share_of_requests * len(frame) / 4, click, 0.0)
+
+    health = health_of_frames(tmp_path, changed(18, draw))
+    assert found(health, "drawn") == ["click"] * is_found
+    assert health["overview"]["same_share"]["click"] == [0.25, share_of_requests, 1500]
 
 
 def test_ids_that_training_does_not_know_are_found(tmp_path):

@@ -67,7 +67,7 @@ def test_users_of_test_rows_that_training_has_too(tmp_path):
     both = set(frames["test"]["user"]) & set(frames["train"]["user"])
     folder = tmp_path / "it's [1]" / "user=1" / "time=2020-01-01"
     folder.parent.mkdir(parents=True)
-    found = collect(write(folder, frames), SCHEMA).users_in_both
+    found = collect(write(folder, frames), SCHEMA, folder / "database").users_in_both
     assert 0 < found < 1
     assert found == pytest.approx(len(both) / frames["test"]["user"].nunique())
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import duckdb
 import fsspec
 import numpy as np
 import pyarrow as pa
@@ -234,6 +235,19 @@ def test_a_copy_of_arrow_files_does_not_need_them(tmp_path):
         shutil.rmtree(tmp_path / "files")
         database.fill("nothing", pa.schema({"item": pa.int64()}), [])
         assert database.row("SELECT count(*), count(nothing.item) FROM log LEFT JOIN nothing USING (item)") == (900, 0)
+
+
+def test_a_full_disk_is_told_as_one_and_what_a_killed_process_left_goes(tmp_path):
+    folder = tmp_path / "database"
+    folder.mkdir()
+    (folder / "left").write_text("x")
+    full = f'IO Error: Could not write file "{folder}/duckdb_temp_storage-0.tmp": No space left on device'
+    told = rf"^the disk of '{tmp_path}' is full \(IO Error: Could not write file"
+    with pytest.raises(UserError, match=told), open_database(folder):
+        raise duckdb.IOException(full if not any(folder.iterdir()) else "something was left")
+    with pytest.raises(duckdb.IOException, match="damaged"), open_database(folder):
+        raise duckdb.IOException("damaged")
+    assert not folder.exists()
 
 
 def test_ctrl_c_ends_a_query_as_it_ends_all_else(tmp_path):

@@ -1,6 +1,7 @@
 """The command as a user runs it."""
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from mmoe_rec.settings.load import load_settings
 from tests.commands import run
 from tests.fork_server import ROOT
 from tests.pipelines.learnable_log import ROWS, learnable_log, settings_tree, write_files
@@ -23,6 +25,9 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_it_writes_the_report_and_says_what_to_type_next(config, capsys):
+    left = config.parent / "work" / "inspection" / ".database"  # of a process that was killed
+    left.mkdir(parents=True)
+    (left / "duckdb_temp_storage_DEFAULT-0.tmp").write_text("x")
     run("inspect", "--config", str(config), "--training.epochs", "3")
     out = config.parent / "work" / "inspection"
     printed = capsys.readouterr().out
@@ -39,6 +44,43 @@ def test_it_writes_the_report_and_says_what_to_type_next(config, capsys):
     bins = [each["bin"] for each in features["item"]["inputs"][0]["bins"]]
     assert set(bins[:40]) == set(map(str, range(40))), "bins of ids have the ids' names"
     assert (out / "health.html").read_text().startswith("<!doctype html>")
+    assert sorted(path.name for path in out.iterdir()) == ["health.html", "health.json"]
+    assert f"\n{health['sentences'][1]}\n" in printed
+    assert health["sentences"][1].startswith("AUC of click: a gain below 0.0")
+
+
+def test_what_is_advised_is_a_setting_that_is_taken(tmp_path, capsys):
+    """Half of the candidates are new in test, ids of users are too rare, counts grow, and so on."""
+    log = learnable_log(rows=6_000)
+    late = np.arange(6_000) > 4_900
+    log = log.set_column(2, "item", pa.array(log["item"].to_numpy() + 1000 * (late & (log["item"].to_numpy() % 2 > 0))))
+    log = log.set_column(1, "user", pa.array(log["user"].to_numpy() + 80 * (np.arange(6_000) // 4)))
+    tree = settings_tree(tmp_path)
+    tree["features"]["user"] |= {"min_count": 1, "oov_buckets": 20_000}
+    tree["features"]["item_click"] |= {"by": ["user"]}
+    tree["features"]["all"] = {"kind": "counter", "task": "click", "by": ["slot"], "outputs": ["positives", "rows"]}
+    tree["roles"]["placement"] = []
+    tree["roles"]["context"] = ["slot"]
+    (tmp_path / "log").mkdir()
+    pq.write_table(log, tmp_path / "log" / "a.parquet")
+    config = tmp_path / "settings.yaml"
+    config.write_text(yaml.safe_dump(tree), encoding="utf-8")
+    run("inspect", "--config", str(config))
+    health = json.loads((tmp_path / "work" / "inspection" / "health.json").read_text())
+    lines = {each["override"] for finding in health["findings"] for each in finding["advice"] if each["override"]}
+    keys = {line.split(" ")[0] for line in lines}
+    assert keys >= {
+        "--features.all.window_days",
+        "--features.all.outputs",
+        "--features.item_counts",
+        "--features.user.min_count",
+        "--features.user.oov_buckets",
+        "--split.train_start",
+    }
+    for line in sorted(lines):
+        load_settings(config, shlex.split(line))
+    printed = capsys.readouterr().out
+    assert "train on rows from when the past has filled: --split.train_start " in printed
 
 
 def test_out_says_where_and_features_at_hand_are_taken_without_torch(config, tmp_path):

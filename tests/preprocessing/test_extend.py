@@ -100,13 +100,17 @@ def test_what_is_advised_where_a_split_has_no_rows_helps(growing):
     prepared = growing.extend().features
     assert prepared.manifest["splits"]["train"]["rows"] == 0
     message = r"have no train rows: .* Set `split` around the requests of the next new files .*, or set another `data"
-    for needs_rows in (lambda: prepared.require_rows("train", "validation"), lambda: collect(prepared, growing.schema)):
+    scratch = growing.folder / "scratch"
+    for needs_rows in (
+        lambda: prepared.require_rows("train", "validation"),
+        lambda: collect(prepared, growing.schema, scratch),
+    ):
         with pytest.raises(UserError, match=message):
             needs_rows()
     prepared.require_rows("test")
-    collect(growing.prepare("another"), growing.schema)
+    collect(growing.prepare("another"), growing.schema, scratch)
     growing.add(10, 12.1)
-    collect(growing.extend(windows_of(11, 11.5)).features, growing.schema)
+    collect(growing.extend(windows_of(11, 11.5)).features, growing.schema, scratch)
 
 
 def test_new_files_that_turn_out_to_be_bad_are_left_out_and_recorded(growing):

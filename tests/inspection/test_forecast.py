@@ -1,0 +1,97 @@
+"""How small a gain test rows can show: the error of an AUC over users, and the rows that it is taken from."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from sklearn.metrics import roc_auc_score
+
+from mmoe_rec.auc import FEWEST
+from mmoe_rec.inspection import sums
+from mmoe_rec.inspection.forecast import PAIRED, Drawn, forecast, influence_on_auc
+from mmoe_rec.inspection.sums import RATE_SMOOTHING, collect
+from tests.inspection.encoded_data import SCHEMA, health_of_frames, random_frames, write
+
+
+def drawn_rows(seed: int, users: int, rows_of_each: int, share: float = 1.0) -> Drawn:
+    """Rows of users of one taste each, by which labels of a user are alike; one number that tells most of them."""
+    random = np.random.default_rng(seed)
+    rows = users * rows_of_each
+    user = np.arange(rows) % users
+    number = random.normal(size=rows) + random.normal(size=users)[user]
+    positive = number + random.normal(size=users)[user] + random.logistic(size=rows) > 1
+    values = np.column_stack([number, random.normal(size=rows)]).astype(np.float32)
+    is_test = user < users // 2
+    return Drawn(values, np.empty((rows, 0, 1), np.float32), positive[:, None].astype(np.float32), user, is_test, share)
+
+
+def test_influence_is_that_of_a_plain_loop_and_its_error_that_of_redrawn_users():
+    random = np.random.default_rng(3)
+    user = random.integers(0, 40, 600)
+    prediction = (random.normal(size=600) + random.normal(size=40)[user]).round(1)  # with ties
+    positive = prediction + random.logistic(size=600) > 0.5
+    auc, influence = influence_on_auc(prediction, positive, user, 40)
+    assert auc == pytest.approx(roc_auc_score(positive, prediction))
+    expected = np.zeros(40)
+    pairs = positive.sum() * (~positive).sum()
+    for one in np.flatnonzero(positive):
+        for other in np.flatnonzero(~positive):
+            won = float(prediction[one] > prediction[other]) + 0.5 * float(prediction[one] == prediction[other])
+            expected[user[one]] += (won - auc) / pairs
+            expected[user[other]] += (won - auc) / pairs
+    assert influence == pytest.approx(expected, abs=1e-12)
+    redrawn = []
+    for _ in range(400):
+        rows = np.concatenate([np.flatnonzero(user == each) for each in random.integers(0, 40, 40)])
+        redrawn.append(roc_auc_score(positive[rows], prediction[rows]))
+    error = float(np.sqrt((influence**2).sum() * 40 / 39))
+    assert error == pytest.approx(np.std(redrawn), rel=0.15)
+
+
+def test_a_quick_model_is_near_the_best_and_its_interval_falls_with_the_users():
+    small, large = (forecast(drawn_rows(5, users, 20), [0]) for users in (200, 3200))
+    assert small is not None
+    assert large is not None
+    drawn = drawn_rows(5, 3200, 20)
+    label, number = (each[drawn.is_test] for each in (drawn.positive[:, 0], drawn.values[:, 0]))
+    assert large.auc == pytest.approx(roc_auc_score(label, number), abs=0.002)
+    assert large.error == pytest.approx(small.error / 4, rel=0.25)
+    assert 1.9 * PAIRED * large.error < large.half_width < 2.1 * PAIRED * large.error < large.detectable
+    quarter = forecast(drawn_rows(5, 3200, 20, share=0.25), [0])
+    assert quarter is not None
+    assert quarter.error == pytest.approx(large.error / 2)
+
+
+def test_nothing_is_foretold_from_too_few_labels_or_of_one_user():
+    rows = drawn_rows(6, 100, 20)
+    rare = rows.positive.copy()
+    rare[np.flatnonzero(rows.is_test & (rare[:, 0] == 1))[FEWEST - 1 :]] = 0
+    for few in ({"positive": rare}, {"user": np.zeros_like(rows.user)}, {"values": rows.values[:, :0]}):
+        assert forecast(Drawn(**{**vars(rows), **few}), [0]) is None
+
+
+def test_rows_are_drawn_by_whole_users_with_what_their_ids_say(tmp_path, monkeypatch):
+    frames = random_frames(7)
+    whole = collect(write(tmp_path / "whole", frames), SCHEMA, tmp_path / "scratch").drawn
+    assert (whole.share, len(whole.user)) == (1.0, len(frames["validation"]) + len(frames["test"]))
+    train, rows = frames["train"], pd.concat([frames["validation"], frames["test"]])
+    overall = train["label.click"].mean()
+    means = train.groupby("id.item")["label.click"].agg(["sum", "count"])
+    rate = (means["sum"] + RATE_SMOOTHING * overall) / (means["count"] + RATE_SMOOTHING)
+    expected = pd.DataFrame({"rate": rows["id.item"].map(rate).fillna(overall), "price": rows["dense.price"]})
+    found = pd.DataFrame({"rate": whole.rates[:, 0, 0], "price": whole.values[:, 0]})
+    of_rows, of_frames = (each.round(5).sort_values(["price", "rate"]).to_numpy() for each in (found, expected))
+    assert of_rows == pytest.approx(of_frames, abs=1e-4)
+    monkeypatch.setattr(sums, "MOST_ROWS", 1000)
+    monkeypatch.setattr(sums, "LEAST_USERS", 10)
+    some = collect(write(tmp_path / "some", frames), SCHEMA, tmp_path / "scratch").drawn
+    assert some.share == 1 / 3
+    sizes = np.bincount(some.user[some.is_test])
+    assert set(sizes[sizes > 0]) <= set(frames["test"].groupby("user").size())
+
+
+def test_tasks_and_their_mean_are_told(tmp_path):
+    frames = random_frames(8)
+    health = health_of_frames(tmp_path, frames)
+    assert set(health["forecasts"]) == {"click"}  # the other one is a regression
+    assert health["sentences"][0] == "nothing suspicious found"
+    assert health["sentences"][1].startswith("AUC of click: a gain below 0.0")
