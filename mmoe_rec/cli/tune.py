@@ -42,8 +42,8 @@ Values = dict[str, Any]
 Outcome = Literal["reached", "cut short", "not valid", "failed"]
 MOST_IN_A_ROW: dict[Outcome, int] = {"failed": 3, "not valid": 20}
 """Trials after which the search ends where they all ended so."""
-# What trials are marked with: the id of the run, and why it was given up.
-_RUN, _REASON = "run_id", "reason"
+# What trials are marked with: the id of the run, why it was given up, and that it was asked to stop.
+_RUN, _REASON, _STOPPED = "run_id", "reason", "stopped"
 
 
 @settings_command(__doc__)
@@ -202,10 +202,25 @@ class Study:
         return [each for each in trials if each.state in ends or _REASON in each.user_attrs]
 
     def _give_up_unfinished(self) -> None:
-        """Closes the trials that a stop or a kill left open: others are tried in their place."""
-        for trial in self._study.get_trials(deepcopy=False, states=(self._states.RUNNING,)):
+        """Closes the trials that a stop or a kill left open: others are tried in their place. Where the processes of
+        several in a row were killed, as where memory runs out, they count as failed, or a supervisor that starts the
+        command again would do so without end."""
+        ended, killed = {each.number for each in self._find_ended()}, 0
+        for trial in self._study.get_trials(deepcopy=False):
+            if trial.number in ended:
+                killed = 0
+            elif _STOPPED not in trial.user_attrs:
+                killed += 1
+            if trial.state != self._states.RUNNING:
+                continue
             if _RUN in trial.user_attrs:
                 runs.mark_killed(self.settings.tracking.address, trial.user_attrs[_RUN])
+            if killed >= MOST_IN_A_ROW["failed"]:
+                told = (
+                    f"its process was killed, as {killed - 1} before it were; does it need more memory than there is?"
+                )
+                self._optuna.trial.Trial(self._study, trial._trial_id).set_user_attr(_REASON, told)
+                say(f"trial {trial.number + 1}: failed: {told}")
             self._study.tell(trial.number, state=self._states.FAIL)
 
     def _try(self, parent: str) -> tuple[Outcome, str]:
@@ -223,6 +238,7 @@ class Study:
             if reached is not None:
                 outcome, told = "reached", f"{reached:.4f}"
         except (StoppedError, KeyboardInterrupt) as stopped:
+            trial.set_user_attr(_STOPPED, True)
             who = str(stopped).partition(";")[0] or "SIGINT came"
             raise StoppedError(f"{who}; {left}") from None
         except UnreachableError as error:

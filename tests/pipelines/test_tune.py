@@ -189,15 +189,39 @@ def test_a_bug_in_one_trial_does_not_come_again(
     assert "3 trials: 0 cut short, 0 not valid, 1 failed" in out
 
 
+class Killed(BaseException):
+    """In the place of a signal that nobody can answer."""
+
+
+def killed(*_: Any) -> float:
+    raise Killed
+
+
+def test_trials_that_are_killed_one_after_the_other_count_as_failed(
+    capsys: pytest.CaptureFixture, study: Callable[..., tuple[int, str, str]]
+) -> None:
+    """Else a supervisor would start the command without end."""
+    for _ in range(2):
+        with pytest.raises(Killed):
+            study(capsys, EXPERTS, 3, killed)
+
+    def stopped(*_: Any) -> float:
+        raise StoppedError("SIGTERM came; step 3 of 9 is saved, go on with --resume")
+
+    assert study(capsys, EXPERTS, 3, stopped)[0] == 75, "one that is asked to stop was not killed"
+    for told in (False, True):
+        with pytest.raises(Killed):
+            study(capsys, EXPERTS, 3, killed)
+        said = "trial 4: failed: its process was killed, as 2 before it were" in capsys.readouterr().err
+        assert said == told, "it is the third that was killed"
+    code, out, _ = study(capsys, EXPERTS, 3, trained({"1": 0.1, "2": 0.2, "3": 0.3, "4": 0.4}))
+    assert code == 0
+    assert "3 trials: 0 cut short, 0 not valid, 1 failed" in out
+
+
 def test_a_trial_that_is_killed_does_not_count(
     capsys: pytest.CaptureFixture, study: Callable[..., tuple[int, str, str]]
 ) -> None:
-    class Killed(BaseException):
-        pass
-
-    def killed(*_: Any) -> float:
-        raise Killed
-
     for _ in range(2):
         with pytest.raises(Killed):
             study(capsys, EXPERTS, 4, killed)
