@@ -140,7 +140,7 @@ class UserSums:
         self._place = self.index(self.table["user"])
         self._made: dict[Any, Any] = {}
         self._totals = sorted({name for metric in metrics for name in metric.totals})
-        self._values = np.array([self.column(name) for name in self._totals])
+        self._values = np.array([self.column(name) for name in self._totals]).reshape(-1, len(self.users))
 
     def column(self, name: str) -> np.ndarray:
         """(U,) float64, the sum of each user; 0 for users without a row."""

@@ -1,0 +1,190 @@
+"""What `tune --preset` tries: alternatives to values of a settings file, and groups of features that it may do without.
+
+All are trained on the rows that are encoded for the file. So what would take a build of its own is not tried: other
+windows, and how often an id has to be seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from typing import Any, Literal
+
+from pydantic import ValidationError
+
+from mmoe_rec.settings.sections import Settings
+
+Preset = Literal["small", "medium", "large"]
+MINUTES: dict[Preset, float] = {"small": 20, "medium": 120, "large": 480}
+"""Of each preset, on two cores."""
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """One thing that may be done otherwise than the file does it.
+
+    name: in words; part: of the settings, of which a training takes one alternative at most; values: a setting such as
+    `training.epochs` -> its value; without: features that are left out; simpler: whether it takes less to train or to
+    serve, so that it is taken where nothing is lost; cost: times that a training takes as long, by a guess.
+    """
+
+    name: str
+    part: str
+    values: Mapping[str, Any] = field(default_factory=dict)
+    without: tuple[str, ...] = ()
+    simpler: bool = False
+    cost: float = 1.0
+
+
+def list_alternatives(settings: Settings, rows: int, preset: Preset) -> list[Alternative]:
+    """Those that go with the settings, what gives most on most logs first. rows: for training."""
+    found = []
+    for each in (*_of_training(settings, rows, preset), *_of_features(settings), *_of_model(settings, preset)):
+        try:
+            apply_alternatives(settings, [each])
+        except ValidationError:  # it does not go with the rest of the file
+            continue
+        found.append(each)
+    order = ["epochs", "dropout", "batch", "learning rate", "trees", "ids", "histories"]
+    return sorted(found, key=lambda each: order.index(each.part) if each.part in order else len(order))
+
+
+def _of_training(settings: Settings, rows: int, preset: Preset) -> Iterator[Alternative]:
+    training = settings.training
+    for times in (2, 4) if preset != "small" else (2,):
+        yield _other("epochs", "training.epochs", training.epochs * times, cost=times)
+    if training.epochs > 1:
+        yield _other("epochs", "training.epochs", training.epochs // 2, simpler=True, cost=0.5)
+    batch = training.rows_of_step(rows)
+    for size, cost in ((batch // 2, 1.6), (batch * 2, 0.7)):
+        if 2 <= size <= rows // 4:
+            yield _other("batch", "training.batch_size", size, cost=cost)
+    for factor in (2, 0.5):
+        yield _other("learning rate", "training.learning_rate", _rounded(training.learning_rate * factor))
+    for factor in (0.4, 2):
+        yield _other(
+            "learning rate of tables",
+            "training.table_learning_rate",
+            _rounded(training.table_learning_rate * factor),
+        )
+    yield _other("validations", "training.validations_per_epoch", training.validations_per_epoch * 2, cost=1.1)
+    if preset != "small" and training.weight_decay < 0.01:
+        yield _other("weight decay", "training.weight_decay", 0.01)
+
+
+def _of_model(settings: Settings, preset: Preset) -> Iterator[Alternative]:
+    model = settings.model
+    dropouts = [each for each in (0.1, 0.3, 0.0) if each != model.bottom.dropout]
+    for dropout in dropouts[:2]:
+        yield _other("dropout", "model.bottom.dropout", dropout)
+    if find_spec("lightgbm") is not None:
+        if model.trees is None:
+            yield _other("trees", "model.trees", {}, cost=1.3)
+        else:
+            yield Alternative("no trees", "trees", {"model.trees": None}, simpler=True, cost=0.7)
+            yield _other("trees", "model.trees.leaves", 15 if model.trees.leaves > 15 else 31, simpler=True)
+            yield _other("trees", "model.trees.learning_rate", _rounded(model.trees.learning_rate * 0.6), cost=1.2)
+    if model.experts.count > 1:
+        yield _other("experts", "model.experts.count", 1, simpler=True, cost=0.8)
+    if preset != "small":
+        yield _other("experts", "model.experts.count", max(4, model.experts.count * 2), cost=1.3)
+    if model.bottom.cross_layers:
+        yield _other("crosses", "model.bottom.cross_layers", 0, simpler=True, cost=0.8)
+    else:
+        yield _other("crosses", "model.bottom.cross_layers", 2, cost=1.2)
+    if model.bottom.units and preset != "small":
+        units = [each * 2 for each in model.bottom.units]
+        yield _other("bottom", "model.bottom.units", units, cost=1.3)
+    for times, name in ((0.5, "half"), (2, "twice")):
+        widths = {feature: getattr(each, "dim", 0) for feature, each in settings.features.items() if each.has_dim}
+        dims = {f"features.{feature}.dim": int(dim * times) for feature, dim in widths.items() if dim > 4}
+        if dims:
+            yield Alternative(f"vectors {name} as wide", "dims", dims, simpler=times < 1, cost=times**0.2)
+
+
+def _of_features(settings: Settings) -> Iterator[Alternative]:
+    features, columns = settings.features, settings.columns
+
+    def left_out(part: str, name: str, names: Collection[str]) -> Iterator[Alternative]:
+        """Without features, where others remain and none of those reads them."""
+        rest = {each: feature for each, feature in features.items() if each not in names}
+        if names and rest and not (set(_read_by(rest.values())) & set(names)):
+            yield Alternative(f"without {name} ({', '.join(names)})", part, without=tuple(names), simpler=True)
+
+    def of_kind(kind: str, **equal: Any) -> list[str]:
+        each_of = {name: each for name, each in features.items() if each.kind == kind}
+        return [name for name, each in each_of.items() if all(getattr(each, k) == v for k, v in equal.items())]
+
+    histories = of_kind("history")
+    yield from left_out("histories", "histories", histories)
+    for what, column in (("user", columns.user), ("candidate", columns.candidate)):
+        ids = of_kind("id", column=column)
+        yield from left_out("ids", f"ids of {what}s", ids)
+        readers = [name for name in histories if set(_read_by([features[name]])) & set(ids)]
+        if readers:
+            yield from left_out("histories", f"ids of {what}s and histories of them", [*ids, *readers])
+    yield from left_out("crosses of columns", "crosses", of_kind("cross"))
+    for task in settings.tasks:
+        yield from left_out(f"counters of {task}", f"counters of {task}", of_kind("counter", task=task))
+    for events in settings.data.events:
+        yield from left_out(f"counters of {events}", f"counters of {events}", of_kind("counter", events=events))
+
+
+def _read_by(features: Iterable[Any]) -> Iterator[str]:
+    """Names of the features that others read."""
+    for each in features:
+        yield from filter(None, (getattr(each, "of", None), getattr(each, "table", None)))
+        yield from getattr(each, "attributes", ())
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.3g}")
+
+
+def _other(part: str, setting: str, value: Any, *, simpler: bool = False, cost: float = 1.0) -> Alternative:
+    shown = "with trees" if value == {} else f"{setting} {value}"
+    return Alternative(shown, part, {setting: value}, (), simpler, cost)
+
+
+def apply_alternatives(settings: Settings, taken: Iterable[Alternative]) -> tuple[Settings, tuple[str, ...]]:
+    """Settings with other values, and the features that are left out, which the settings still have.
+
+    Raises pydantic's ValidationError where they don't go together.
+    """
+    tree, without = settings.model_dump(), list[str]()
+    for each in taken:
+        without += each.without
+        for name, value in each.values.items():
+            *path, last = name.split(".")
+            section = tree
+            for key in path:
+                section = section[key]
+            section[last] = value
+    return Settings.model_validate(tree), tuple(without)
+
+
+def keys_of(settings: Settings, without: Collection[str]) -> list[list[str]]:
+    """Where a settings file speaks of features: themselves, and what a search for other settings says of them."""
+    begins = tuple(f"features.{name}." for name in without)
+    searched = [["tuning", "search", name] for name in settings.tuning.search if name.startswith(begins)]
+    return [["features", name] for name in without] + searched
+
+
+def leave_out(settings: Settings, without: Collection[str]) -> Settings:
+    """The settings without features, and without what else they say of them."""
+    tree = settings.model_dump()
+    for *path, last in keys_of(settings, without):
+        section = tree
+        for key in path:
+            section = section[key]
+        del section[last]
+    return Settings.model_validate(tree)
+
+
+def exclusive_parts(alternatives: Sequence[Alternative]) -> list[list[int]]:
+    """The numbers of alternatives, those of a part of the settings together."""
+    parts: dict[str, list[int]] = {}
+    for number, each in enumerate(alternatives):
+        parts.setdefault(each.part, []).append(number)
+    return list(parts.values())

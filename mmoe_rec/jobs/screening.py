@@ -1,0 +1,266 @@
+"""Tries alternatives to a setting within a time: many of them at once, fewer from rung to rung, and the best by itself.
+
+The first trainings are of the setting as it is, and tell how long one takes. In each rung, trainings take a drawn part
+of the alternatives that are left, each with a seed of its own; a regression tells what each gives
+(`mmoe_rec.evaluation.effects`), and the better half goes on (successive halving: Jamieson and Talwalkar, 2016). At last
+the best of each part of the settings are taken together, and compared with the setting as it is by trainings that had
+no say before.
+
+Tried on drawn scores (20 alternatives of +-.0015, trainings apart by .002, 96 trainings): so .0037 of .0046 are found,
+by one alternative after the other, with halving over seeds, .0019; level at 48 trainings.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+from pydantic import ValidationError
+
+from mmoe_rec.evaluation.effects import draw_design, estimate_effects
+from mmoe_rec.evaluation.intervals import Difference, Resampled
+from mmoe_rec.jobs.alternatives import Alternative, apply_alternatives, exclusive_parts
+from mmoe_rec.progress import say
+from mmoe_rec.settings.sections import Settings
+
+RUNGS = (0.4, 0.6)
+"""Shares of the time at which each rung ends; the rest compares the best with the setting as it is."""
+TRAININGS_EACH = 3
+"""Of the first rung, for each alternative: with fewer, its effect can't be told from the others'."""
+LEAST = 12
+"""Trainings in all, with fewer of which nothing is tried."""
+LAST = (2, 16)
+"""Fewest and most trainings of either side in the last comparison."""
+MARGIN = 0.001
+"""Of the metric, that something simpler may lose with its interval."""
+SEEDS = (1000, 2000, 3000)
+"""What is added to the file's seed for the trainings of each rung and of the last comparison."""
+_MADE = 1.3  # times that a training with alternatives takes as long as one without, before any was timed
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A training. made: numbers of the alternatives that it takes; seed: of weights, rows and dropout."""
+
+    made: tuple[int, ...]
+    seed: int
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a training gave. metric: that decides, higher is better, when users are redrawn; seconds: that it took."""
+
+    metric: Resampled
+    seconds: float
+
+
+@dataclass
+class Notes:
+    """What a search has drawn, so that it goes on with it after a kill. save: keeps `values`, which JSON can hold."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+    save: Callable[[dict[str, Any]], None] = lambda values: None
+
+    def keep(self, name: str, make: Callable[[], Any]) -> Any:
+        """What is noted under a name, or else what is made, which is noted."""
+        if name not in self.values:
+            self.values[name] = make()
+            self.save(self.values)
+        return self.values[name]
+
+    def keep_recipes(self, name: str, draw: Callable[[], list[Recipe]]) -> list[Recipe]:
+        """Recipes, see `keep`."""
+        drawn = self.keep(name, lambda: [[list(each.made), each.seed] for each in draw()])
+        return [Recipe(tuple(made), seed) for made, seed in drawn]
+
+
+Train = Callable[[Sequence[Recipe], float], None]
+"""Trains recipes, some at a time, and begins none that would not end by a moment of the clock."""
+
+
+@dataclass
+class Result:
+    """What a search has found.
+
+    alternatives: that were tried; effects: of each, and counts: how many trainings took it; dropped: those that the
+    last rung did not try; best: those that were taken together; compared: the best with the setting as it is; sides:
+    how many trainings of either; taken: whether it is taken; seconds: of a training by either; spent: of all;
+    trainings: in all.
+    """
+
+    alternatives: Sequence[Alternative]
+    effects: list[Difference] = field(default_factory=list)
+    counts: list[int] = field(default_factory=list)
+    dropped: list[int] = field(default_factory=list)
+    best: list[int] = field(default_factory=list)
+    compared: Difference = Difference(None)  # noqa: RUF009 - it is frozen
+    sides: tuple[int, int] = (0, 0)
+    taken: bool = False
+    seconds: tuple[float, float] = (0.0, 0.0)
+    spent: float = 0.0
+    trainings: int = 0
+
+
+class Screening:
+    """Finds better settings. train, read: train recipes, and give what one gave, None where it did not end; clock: in
+    seconds, which begin at what an earlier start has spent; notes: of an earlier start, which is gone on with;
+    effective: number of users by their sizes, once some were measured."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        alternatives: Sequence[Alternative],
+        train: Train,
+        read: Callable[[Recipe], Trained | None],
+        clock: Callable[[], float],
+        at_once: int,
+        notes: Notes | None = None,
+        effective: Callable[[], float] = lambda: math.inf,
+    ) -> None:
+        self.settings, self.train, self.read = settings, train, read
+        self.notes = Notes() if notes is None else notes
+        self.alternatives, self.clock, self.at_once, self.effective = list(alternatives), clock, at_once, effective
+        self.found: dict[Recipe, Trained] = {}
+        self._seed = settings.training.seed
+
+    def run(self, minutes: float) -> Result:
+        """Tries for so many minutes of the clock."""
+        until = 60 * minutes
+        first = [Recipe((), self._seed + number) for number in range(self.at_once)]
+        self._train(first, until)
+        seconds = self._seconds()
+        fits = self.count_trainings(until)
+        most = int(RUNGS[0] * fits / TRAININGS_EACH)
+        if "alternatives" not in self.notes.values and (fits < LEAST or not most):
+            return self._finish([], [])
+        self.alternatives = self.alternatives[: self.notes.keep("alternatives", lambda: most)]
+        names = len(self.alternatives)
+        say(
+            f"a training takes some {seconds:.0f} s, {self.at_once} at a time: about {fits} fit into {minutes:g} "
+            f"minutes. They try {names} alternatives, several at once; then the better half of them; and compare the "
+            "best with the file"
+        )
+        alive = list(range(names))
+        for number, end in enumerate(RUNGS):
+            recipes = self.notes.keep_recipes(f"rung {number + 1}", partial(self._draw, alive, number, end * until))
+            self._train(recipes, end * until)
+            effects = self._effects()
+            kept = keep_better_half(effects, alive)
+            if number < len(RUNGS) - 1:
+                say(f"rung {number + 1}: {len(recipes)} trainings; {len(kept)} of {len(alive)} alternatives go on")
+                alive = kept
+        best = self._valid(join_best(self.alternatives, self._effects(), alive))
+        if not best:
+            return self._finish(alive, [])
+        named = "; ".join(self.alternatives[number].name for number in best)
+        say(f"the best are compared with the file: {named}")
+        self._compare(tuple(best), until)
+        return self._finish(alive, best)
+
+    def count_trainings(self, until: float) -> int:
+        """How many trainings fit into the time, by those that have ended."""
+        return int(until * self.at_once / max(1e-6, self._seconds() * _MADE))
+
+    def _seconds(self, made: bool | None = None) -> float:
+        """What a training takes; made: of those with alternatives, or without."""
+        chosen = [each.seconds for recipe, each in self.found.items() if made in (None, bool(recipe.made))]
+        return float(np.mean(chosen)) if chosen else math.inf
+
+    def _draw(self, alive: Sequence[int], rung: int, until: float) -> list[Recipe]:
+        """As many recipes as end by then, each of which takes a drawn part of the alternatives that are alive."""
+        one = self._seconds(True) if any(recipe.made for recipe in self.found) else self._seconds() * _MADE
+        room = max(0, int((until - self.clock()) * self.at_once / one))
+        size = max(len(alive) + 2, room)
+        groups = [[n for n in group if n in alive] for group in exclusive_parts(self.alternatives)]
+        design = draw_design([each for each in groups if each], len(self.alternatives), size, self._seed + rung)
+        begin = self._seed + SEEDS[rung]
+        made = (self._valid(np.flatnonzero(row).tolist()) for row in design)
+        return [Recipe(tuple(each), begin + number) for number, each in enumerate(made)]
+
+    def _valid(self, made: Sequence[int]) -> list[int]:
+        """The alternatives, without the last ones where they don't go together."""
+        for end in range(len(made), 0, -1):
+            try:
+                apply_alternatives(self.settings, [self.alternatives[number] for number in made[:end]])
+            except ValidationError:
+                continue
+            return list(made[:end])
+        return []
+
+    def _train(self, recipes: Sequence[Recipe], until: float) -> None:
+        self.train(recipes, until)
+        for each in recipes:
+            if (trained := self.read(each)) is not None:
+                self.found[each] = trained
+
+    def _effects(self) -> list[Difference]:
+        recipes = list(self.found)
+        return estimate_effects(self._design(recipes), [self.found[each].metric for each in recipes], self.effective())
+
+    def _design(self, recipes: Iterable[Recipe]) -> np.ndarray:
+        return np.array([[n in each.made for n in range(len(self.alternatives))] for each in recipes])
+
+    def _compare(self, best: tuple[int, ...], until: float) -> None:
+        """Trains both sides in turn, until the time is over, or they have been trained often enough."""
+
+        def draw() -> list[Recipe]:
+            room = int((until - self.clock()) * self.at_once / (2 * self._seconds(True)))
+            each = min(max(room, LAST[0]), LAST[1])
+            return [Recipe(made, self._seed + SEEDS[-1] + number) for number in range(each) for made in (best, ())]
+
+        self._train(self.notes.keep_recipes("last", draw), until)
+
+    def _finish(self, alive: Sequence[int], best: list[int]) -> Result:
+        names = range(len(self.alternatives))
+        result = Result(self.alternatives, best=best, spent=self.clock(), trainings=len(self.found))
+        if alive:
+            result.effects = self._effects()
+            result.counts = [sum(number in each.made for each in self.found) for number in names]
+            result.dropped = [number for number in names if number not in alive]
+        last = self._seed + SEEDS[-1]
+        sides = [
+            [trained for recipe, trained in self.found.items() if recipe.made == made and recipe.seed >= last]
+            for made in (tuple(best), ())
+        ]
+        if best and all(len(each) >= LAST[0] for each in sides):
+            mine, others = sides
+            design = np.array([[True]] * len(mine) + [[False]] * len(others))
+            metrics = [each.metric for each in (*mine, *others)]
+            (result.compared,) = estimate_effects(design, metrics, self.effective())
+            result.sides = len(mine), len(others)
+            result.seconds = tuple(float(np.mean([each.seconds for each in side])) for side in sides)  # type: ignore[assignment]
+            simpler = all(self.alternatives[number].simpler for number in best)
+            result.taken = is_taken(result.compared, simpler)
+        return result
+
+
+def keep_better_half(effects: Sequence[Difference], alive: Sequence[int]) -> list[int]:
+    """Of the alternatives that are alive, the half with the largest effects, at least one; in their order."""
+    known = [number for number in alive if effects[number].value is not None]
+    best = sorted(known, key=lambda number: effects[number].value or 0.0, reverse=True)[: max(1, -(-len(alive) // 2))]
+    return sorted(best)
+
+
+def join_best(alternatives: Sequence[Alternative], effects: Sequence[Difference], alive: Sequence[int]) -> list[int]:
+    """The best alternative of each part of the settings, if it gives more than its standard error, or is simpler and
+    gives no less than nothing: the last comparison says what they are worth together."""
+    chosen: dict[str, int] = {}
+    for number in alive:
+        each, effect = alternatives[number], effects[number]
+        if effect.value is None or effect.value < (0.0 if each.simpler else effect.error or 0.0):
+            continue
+        before = chosen.get(each.part)
+        if before is None or effect.value > (effects[before].value or 0.0):
+            chosen[each.part] = number
+    return sorted(chosen.values())
+
+
+def is_taken(apart: Difference, simpler: bool) -> bool:
+    """Whether the best are taken in the setting's place: they are shown to be better, or simpler and not worse."""
+    if apart.value is None or apart.low is None:
+        return False
+    return apart.low > 0 or (simpler and apart.value >= 0 and apart.low > -MARGIN)

@@ -1,0 +1,174 @@
+"""The search within a time, on drawn scores: what it finds, within its time, and after kills."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mmoe_rec.evaluation.intervals import Difference, Resampled
+from mmoe_rec.jobs.alternatives import Alternative, apply_alternatives, keys_of, leave_out, list_alternatives
+from mmoe_rec.jobs.screening import Notes, Recipe, Result, Screening, Trained, is_taken, join_best, keep_better_half
+from mmoe_rec.settings.editing import edit_settings
+from mmoe_rec.settings.load import load_settings
+from mmoe_rec.settings.sections import Settings
+
+CONFIGS = sorted(Path("configs").glob("*.yaml"))
+SECONDS = 10.0
+
+
+class Killed(BaseException):
+    """In the place of a signal that nobody can answer."""
+
+
+class World:
+    """Scores that alternatives add to, with noise by the seed; each of two trainings at a time takes SECONDS."""
+
+    def __init__(self, effects: Sequence[float], noise: float = 0.001) -> None:
+        self.effects, self.noise, self.time, self.ended = effects, noise, 0.0, dict[Recipe, Trained]()
+        self.kill_after: int | None = None
+
+    def train(self, recipes: Sequence[Recipe], until: float) -> None:
+        for each in recipes:
+            if each in self.ended or self.time + SECONDS / 2 > until:
+                continue
+            if len(self.ended) == self.kill_after:
+                raise Killed
+            random = np.random.default_rng([each.seed, *each.made])
+            value = 0.7 + sum(self.effects[n] for n in each.made) + self.noise * random.normal()
+            users = random.normal(0, 0.001, 50) / 50
+            redrawn = value + 7 * np.random.default_rng(5).normal(size=(100, 50)) @ users
+            self.ended[each] = Trained(Resampled(value, redrawn, users), SECONDS)
+            self.time += SECONDS / 2
+
+    def search(self, minutes: float, notes: Notes | None = None, simpler: bool = False) -> Result:
+        names = [f"a{n}" for n in range(len(self.effects))]
+        tried = [Alternative(each, each, {"training.patience": 9}, simpler=simpler) for each in names]
+        settings = load_settings("configs/synthetic.yaml")
+        return Screening(settings, tried, self.train, self.ended.get, lambda: self.time, 2, notes).run(minutes)
+
+
+def test_it_takes_what_is_better_within_its_time() -> None:
+    for seed in range(3):
+        effects = np.random.default_rng(seed).permutation([0.004, 0.003] + [-0.003] * 5 + [0.0] * 3)
+        world = World(effects.tolist())
+        result = world.search(20)
+        assert world.time <= 20 * 60
+        assert result.trainings == len(world.ended)
+        good = set(np.flatnonzero(effects > 0).tolist())
+        assert result.taken
+        assert good <= set(result.best)
+        assert not any(effects[n] < 0 for n in result.best)
+        assert result.compared.value == pytest.approx(0.007, abs=0.0015)
+        shown = {n for n, each in enumerate(result.effects) if each.is_significant}
+        assert shown == set(np.flatnonzero(effects).tolist())
+
+
+def test_where_nothing_is_better_the_setting_is_kept() -> None:
+    assert not World([-0.002] * 4 + [0.0] * 4).search(15).taken
+
+
+def test_what_is_simpler_is_taken_where_nothing_is_lost() -> None:
+    result = World([0.0002] * 3, noise=0.0003).search(15, simpler=True)
+    assert result.taken
+    assert result.compared.low is not None
+
+
+def test_too_little_time_tries_nothing() -> None:
+    result = World([0.01] * 5).search(0.5)
+    assert not result.taken
+    assert not result.effects
+    assert result.trainings == 2
+
+
+def test_few_trainings_try_the_first_alternatives_alone() -> None:
+    result = World([0.0] * 12).search(4)
+    assert 0 < len(result.alternatives) < 12
+    assert [each.name for each in result.alternatives] == [f"a{n}" for n in range(len(result.alternatives))]
+
+
+@pytest.mark.parametrize("after", [1, 15, 40, 75])
+def test_a_search_that_was_killed_goes_on_to_the_same_end(after: int) -> None:
+    effects = [0.004, -0.003, 0.0, 0.002, -0.001, 0.0]
+    whole = World(effects).search(12)
+    world, kept = World(effects), dict[str, object]()
+    world.kill_after = after
+    notes = Notes({}, kept.update)
+    with pytest.raises(Killed):
+        world.search(12, notes)
+    world.kill_after = None
+    again = world.search(12, Notes(dict(kept), kept.update))
+    assert (again.best, again.taken, again.trainings) == (whole.best, whole.taken, whole.trainings)
+    assert again.compared == whole.compared
+
+
+def effect(value: float | None, error: float = 0.001) -> Difference:
+    return Difference(value, error=error)
+
+
+def test_the_better_half_goes_on() -> None:
+    effects = [effect(0.1), effect(None), effect(-0.1), effect(0.3), effect(0.2)]
+    assert keep_better_half(effects, [0, 1, 2, 3, 4]) == [0, 3, 4]
+    assert keep_better_half(effects, [2]) == [2]
+
+
+def test_of_each_part_the_best_alternative_is_joined() -> None:
+    def of(part: str, simpler: bool = False) -> Alternative:
+        return Alternative(part, part, simpler=simpler)
+
+    tried = [of("a"), of("a"), of("b"), of("c", True), of("d", True), of("e")]
+    effects = [effect(0.002), effect(0.003), effect(0.0005), effect(0.0001), effect(-0.0001), effect(0.005)]
+    assert join_best(tried, effects, [0, 1, 2, 3, 4]) == [1, 3]
+
+
+@pytest.mark.parametrize(
+    ("low", "value", "simpler", "taken"),
+    [
+        (0.001, 0.002, False, True),
+        (-0.0005, 0.001, False, False),
+        (-0.0005, 0.001, True, True),
+        (-0.0005, -0.0001, True, False),
+        (-0.002, 0.001, True, False),
+    ],
+)
+def test_what_is_taken(low: float, value: float, simpler: bool, taken: bool) -> None:
+    assert is_taken(Difference(value, low, 2 * value - low), simpler) == taken
+    assert not is_taken(Difference(value), simpler)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_each_alternative_gives_settings_and_a_file_with_its_comments(config: Path) -> None:
+    settings, text = load_settings(config), config.read_text(encoding="utf-8")
+    tried = list_alternatives(settings, 100_000, "large")
+    assert len({each.name for each in tried}) == len(tried) > 10
+    assert {each.name for each in list_alternatives(settings, 100_000, "small")} < {each.name for each in tried}
+    for each in tried:
+        changed, without = apply_alternatives(settings, [each])
+        target = leave_out(changed, without)
+        assert target != settings
+        edited = edit_settings(text, each.values, keys_of(settings, without), target)
+        assert edited != target.to_yaml(), f"{each.name} loses the comments"
+        assert edited.splitlines()[0] == text.splitlines()[0]
+        assert sum(line not in text for line in edited.splitlines()) <= 4 + len(each.values)
+
+
+def test_a_file_that_can_not_be_edited_is_written_whole() -> None:
+    text = "a: &one {x: 1}\nb: *one\n"
+    target = load_settings("configs/synthetic.yaml")
+    assert edit_settings(text, {"training.epochs": 2}, (), target) == target.to_yaml()
+
+
+def test_ids_that_others_read_stay_or_go_with_them() -> None:
+    settings = load_settings("configs/complete_journey.yaml")
+    for each in list_alternatives(settings, 100_000, "small"):
+        rest = set(settings.features) - set(each.without)
+        reads = {getattr(settings.features[name], "of", None) for name in rest} - {None}
+        assert reads <= rest, each.name
+
+
+def test_placement_is_never_left_out() -> None:
+    settings = load_settings("configs/synthetic.yaml")
+    assert isinstance(settings, Settings)
+    assert all("position" not in each.without for each in list_alternatives(settings, 100_000, "large"))
