@@ -205,7 +205,7 @@ def compare(
     units, differences = len(mine.tables["ranking"]), dict[tuple[str, str, str], Difference]()
     resampled = resample(values_of, units, rules.resamples)
     for other in others:
-        same_truth = _weights(mine) == _weights(sums[other])
+        same_truth = weights_of_tasks(mine) == weights_of_tasks(sums[other])
         few = find_few_changes(groups[model], groups[other], objective)
         left_out = np.unique(np.concatenate([[0], *few.values()]).astype(np.int64))
         rests = values_of(1.0 - (np.arange(units)[:, None] == left_out)) if few else {}
@@ -383,7 +383,8 @@ def correct(
     return found
 
 
-def _weights(sums: EvaluationSums) -> dict[str, float]:
+def weights_of_tasks(sums: EvaluationSums) -> dict[str, float]:
+    """What labels of tasks are worth in the relevance of a row, which rankings are measured by."""
     return {task.name: task.weight for task in sums.tasks if task.weight}
 
 

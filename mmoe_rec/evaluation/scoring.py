@@ -20,7 +20,9 @@ from mmoe_rec.model.layout import ModelLayout
 from mmoe_rec.model.mmoe import RankingModel
 from mmoe_rec.model.score import UNCALIBRATED, Calibration, add_outcomes, fuse, predictions
 from mmoe_rec.model.utilisation import Utilisation, UtilisationSums
+from mmoe_rec.preprocessing.prepare import FeatureFolder
 from mmoe_rec.progress import bar
+from mmoe_rec.settings.sections import Settings
 
 PlacementEffects = dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]
 """What an input of placement adds where it has a value, beside what is added to the mean row: name of the input ->
@@ -56,6 +58,7 @@ class PlacementSums:
 
 
 COLUMNS = ("user", "request", "candidate")
+ROWS_AT_A_TIME = 65_536
 
 
 class NotFiniteError(UserError):
@@ -124,11 +127,42 @@ class ScoredRows:
         taken = {name: each.take(rows) if isinstance(each, pa.Array) else each[rows] for name, each in given.items()}
         return replace(self, **taken, outcomes={name: each[rows] for name, each in self.outcomes.items()})
 
+    def of_tasks(self, layout: ModelLayout) -> ScoredRows:
+        """The same rows as a model with some of the tasks sees them."""
+        places = {task.name: place for place, task in enumerate(self.layout.tasks)}
+        taken = [places[task.name] for task in layout.tasks]
+        outcomes = {name: self.outcomes[name] for name in layout.outcomes}
+        labels, predictions = self.labels[:, taken], self.predictions[:, taken]
+        return replace(self, layout=layout, labels=labels, predictions=predictions, outcomes=outcomes)
+
     def with_predictions(self, values: np.ndarray) -> ScoredRows:
         """The same rows with another model's predictions (N, T), fused by the relevance weights."""
         weights = np.array([self.relevance[task.name] for task in self.layout.tasks])
         score = np.log(np.clip(values, 1e-12, None)) @ weights
         return replace(self, predictions=values, score=score)
+
+
+def read_labels(settings: Settings, prepared: FeatureFolder, split: str) -> ScoredRows:
+    """The rows of a split as they are measured, without their inputs, and with zeros for predictions and score."""
+    weighted, layout = settings.training.sampling_correction == "weights", ModelLayout.of(prepared.layout, settings)
+    rows = EncodedRows(prepared.split(split), replace(layout, tables=(), ids=(), dense=(), attention=()))
+    columns = (*COLUMNS, *(f"label.{name}" for name in layout.outcomes), *rows.weighing(weighted))
+    parts, tables = zip(*rows.stream(ROWS_AT_A_TIME, columns), strict=True)
+    table, labels = pa.concat_tables(tables), np.concatenate([part.labels for part in parts])
+    users, requests, candidates = (table.column(name).combine_chunks() for name in COLUMNS)
+    return ScoredRows(
+        layout,
+        users,
+        requests,
+        candidates if settings.columns.has_candidate else None,
+        predictions=np.zeros(labels.shape),
+        labels=labels,
+        score=np.zeros(len(labels)),
+        experts=None,
+        outcomes={name: table.column(f"label.{name}").to_numpy() for name in layout.outcomes},
+        relevance={name: task.score_weight for name, task in settings.tasks.items()},
+        weights=weights_of(table),
+    )
 
 
 @torch.inference_mode()

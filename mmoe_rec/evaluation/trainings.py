@@ -7,13 +7,21 @@ Satterthwaite. So it is with the difference of two settings' means, whose users 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from scipy.stats import t as student
 
-from mmoe_rec.evaluation.comparison import Objective, Versus, correct, effective_users, evaluate_with
+from mmoe_rec.evaluation.comparison import (
+    OBJECTIVE,
+    Objective,
+    Versus,
+    correct,
+    effective_users,
+    evaluate_with,
+    weights_of_tasks,
+)
 from mmoe_rec.evaluation.intervals import (
     LEAST_FREEDOM,
     LEVEL,
@@ -25,7 +33,7 @@ from mmoe_rec.evaluation.intervals import (
     find_difference,
     resample,
 )
-from mmoe_rec.evaluation.summary import effective_by_metric, nest, sums_by_user
+from mmoe_rec.evaluation.summary import SCORE, effective_by_metric, nest, sums_by_user
 from mmoe_rec.evaluation.sums import EvaluationSums, check_same_rows
 
 
@@ -65,28 +73,56 @@ def compare_trainings(
 ) -> dict[str, SettingsDifference]:
     """Name of each other setting -> the difference of the means over trainings from its own.
 
-    sums, others: of two or more trainings each. Raises UserError where the rows are not the same.
+    sums, others: as for `find_differences`. Raises UserError where the rows are not the same.
     """
-    mine, effective = _resample_mean(sums, resamples, objective), effective_users(sums_by_user(sums[0]), objective)
-    differences = dict[tuple[str, str, str], Difference]()
-    for name, its in others.items():
-        for each in its:
-            check_same_rows("these settings", sums[0], name, each)
-        theirs = _resample_mean(its, resamples, objective)
-        for key in (key for key in mine if key in theirs):
-            (values, redrawn), (its_values, its_redrawn) = mine[key], theirs[key]
-            of_seeds = [(each.var(ddof=1) / len(each), len(each) - 1) for each in (values, its_values)]
-            differences[name, *key] = find_difference(redrawn, its_redrawn, effective[key], besides=of_seeds)
+    differences = find_differences(sums, others, objective, resamples)
     named = (None, None) if objective is None else (objective.name, objective.better)
     corrected = correct(sums[0], differences, others)
     return {name: SettingsDifference(each.objective, each.groups, *named) for name, each in corrected.items()}
 
 
+def find_differences(
+    sums: Sequence[EvaluationSums],
+    others: Mapping[str, Sequence[EvaluationSums]],
+    objective: Objective | None = None,
+    resamples: int = 1000,
+    metrics: Collection[str] | None = None,
+) -> dict[tuple[str, str, str], Difference]:
+    """Name of other settings, task or `score`, and metric -> the difference of the means, not corrected.
+
+    Where one side has a single training, the intervals are over users alone. Tasks that one side lacks are left out,
+    and so is the score of settings by which rows are worth something else.
+
+    sums, others: of trainings; metrics: those that are wanted, the objective's
+    among them; None: all. Raises UserError where the rows are not the
+    same.
+    """
+    mine = _resample_mean(sums, resamples, objective, metrics)
+    effective = effective_users(sums_by_user(sums[0], metrics), objective)
+    differences = dict[tuple[str, str, str], Difference]()
+    for name, its in others.items():
+        for each in its:
+            check_same_rows("these settings", sums[0], name, each)
+        theirs = _resample_mean(its, resamples, objective, metrics)
+        left_out = {SCORE} if weights_of_tasks(sums[0]) != weights_of_tasks(its[0]) else set[str]()
+        if left_out and objective is not None and SCORE in objective.groups:
+            left_out.add(OBJECTIVE[0])
+        for key in (key for key in mine if key in theirs and key[0] not in left_out):
+            (values, redrawn), (its_values, its_redrawn) = mine[key], theirs[key]
+            sides = (values, its_values)
+            of_seeds = [(each.var(ddof=1) / len(each), len(each) - 1) for each in sides if min(map(len, sides)) > 1]
+            differences[name, *key] = find_difference(redrawn, its_redrawn, effective[key], besides=of_seeds)
+    return differences
+
+
 def _resample_mean(
-    sums: Sequence[EvaluationSums], resamples: int, objective: Objective | None = None
+    sums: Sequence[EvaluationSums],
+    resamples: int,
+    objective: Objective | None = None,
+    metrics: Collection[str] | None = None,
 ) -> dict[Key, tuple[np.ndarray, Resampled]]:
     """Task or `score` and metric -> (S,) values of the trainings, and their mean when users are redrawn."""
-    groups, units = [sums_by_user(each) for each in sums], len(sums[0].tables["ranking"])
+    groups, units = [sums_by_user(each, metrics) for each in sums], len(sums[0].tables["ranking"])
 
     def values_of(counts: np.ndarray) -> list[Values]:
         return [evaluate_with(objective, each, counts) for each in groups]

@@ -7,8 +7,8 @@ of it, widths and weights, is not part of it: see `mmoe_rec.model.layout`.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Self
 
@@ -143,6 +143,31 @@ class Layout(_AsJson):
         single = self.single_ids()
         own = [each for each in self.ids if each.feature == attention.history]
         return [(each.name, each.table if each.table in single else None) for each in own]
+
+    def without(self, features: Collection[str] = (), tasks: Collection[str] = ()) -> Self:
+        """The layout of the same rows for a model that never sees these features, or does not learn these tasks.
+
+        A task that is learnt from what follows a `given` one is learnt from its own label where that one is left out.
+        Raises UserError where a feature or task is none of the rows, or no task is left.
+        """
+        known = {"feature": {each.feature for each in (*self.ids, *self.dense)}, "task": {t.name for t in self.tasks}}
+        for (what, names), asked in zip(known.items(), (features, tasks), strict=True):
+            if strange := sorted({*asked} - names):
+                raise UserError(f"there is no {what} '{strange[0]}' to leave out; expected some of {sorted(names)}")
+        if not features and not tasks:
+            return self
+        if known["task"] <= {*tasks}:
+            raise UserError("all tasks are left out; leave one at least")
+        ids = tuple(each for each in self.ids if each.feature not in features)
+        looked_up = {each.table for each in ids}
+        left = [each for each in self.tasks if each.name not in tasks]
+        return replace(
+            self,
+            tables=tuple(each for each in self.tables if each.name in looked_up),
+            ids=ids,
+            dense=tuple(each for each in self.dense if each.feature not in features),
+            tasks=tuple(replace(each, given=None) if each.given in tasks else each for each in left),
+        )
 
     def to_json(self) -> str:
         """JSON that `read` takes."""

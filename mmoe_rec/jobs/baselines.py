@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -69,12 +68,31 @@ def _predict(
 ) -> tuple[dict[str, ScoredRows], dict[str, str]]:
     """The baselines' predictions of the test rows, and what trees of each task validation rows chose; without
     candidates, none is more popular than another."""
-    from mmoe_rec.evaluation.scoring import COLUMNS, ScoredRows
+    from mmoe_rec.evaluation.scoring import read_labels
     from mmoe_rec.model.layout import ModelLayout
 
     layout = ModelLayout.of(prepared.layout, settings)
-    train, validation, test = (EncodedRows(prepared.split(name), layout) for name in ("train", "validation", "test"))
-    weighted, seed = settings.training.sampling_correction == "weights", settings.training.seed
+    learnt, held_out, last = read_inputs(settings, prepared, layout)
+    boosted, facts = boost_tasks(settings, layout, learnt, held_out, libraries, last)
+    test, rows = EncodedRows(prepared.split("test"), layout), read_labels(settings, prepared, "test")
+    scored = {
+        name: rows.with_predictions(predict_calibrated(settings, layout, each, held_out, test))
+        for name, each in boosted.items()
+    }
+    if rows.candidates is not None:
+        rates = [rate_candidates(learnt.column("candidate"), of, learnt.weights) for of in learnt.labels.T]
+        own, rated = (
+            np.stack([rate(each) for rate in rates], 1) for each in (held_out.column("candidate"), rows.candidates)
+        )
+        scored[POPULARITY] = rows.with_predictions(_calibrate(settings, layout, held_out, own, rated))
+    return scored, facts
+
+
+def read_inputs(settings: Settings, prepared: FeatureFolder, layout: Layout) -> tuple[Inputs, Inputs, str]:
+    """What trees learn from, the last training rows; the last validation rows; and how many of all the former are, in
+    words, where not all."""
+    weighted = settings.training.sampling_correction == "weights"
+    train, validation = (EncodedRows(prepared.split(name), layout) for name in ("train", "validation"))
     learnt, held_out = (
         Inputs.read(rows, layout, ("candidate", "time", *rows.weighing(weighted))) for rows in (train, validation)
     )
@@ -82,6 +100,14 @@ def _predict(
     if len(learnt.labels) < train.rows:
         last = f" from the last {len(learnt.labels):,} of {train.rows:,} training rows"
         say(f"the baselines learn{last}")
+    return learnt, held_out, last
+
+
+def boost_tasks(
+    settings: Settings, layout: Layout, learnt: Inputs, held_out: Inputs, libraries: Sequence[Library], last: str
+) -> tuple[dict[str, list[Predict]], dict[str, str]]:
+    """Name of each library -> its trees of all tasks, and what validation rows chose. learnt, held_out, last: as
+    `read_inputs` gives them. Raises UserError where a task can't be learnt."""
     facts = dict[str, str]()
     boosted: dict[str, list[Predict]] = {library.name: [] for library in libraries}
     with bar() as progress:
@@ -90,48 +116,26 @@ def _predict(
             known = learnt.of_task(index), held_out.of_task(index)
             for library in libraries:
                 try:
-                    predict, told = boost_trees(library, task.kind, *known, seed)
+                    predict, told = boost_trees(library, task.kind, *known, settings.training.seed)
                 except UserError as error:
                     raise UserError(f"no baseline can learn task '{task.name}'{last}: {error}") from None
                 boosted[library.name].append(predict)
                 facts[f"{library.name} of {task.name}"] = told
                 say(f"  {library.name} of {task.name}: {told}")
                 progress.advance(step)
+    return boosted, facts
 
-    def predict_tasks(library: str, rows: Inputs) -> np.ndarray:
-        return np.stack([predict(rows) for predict in boosted[library]], axis=1)
 
-    columns = (*COLUMNS, *(f"label.{name}" for name in layout.outcomes), *test.weighing(weighted))
-    parts, values = [], {name: list[np.ndarray]() for name in boosted}
-    for part in Inputs.stream(test, layout, columns):
-        for name, predicted in values.items():
-            predicted.append(predict_tasks(name, part))
-        parts.append(replace(part, x=part.x[:0].copy()))  # a view would keep all
-    tested = Inputs.join(parts)
-    rows = ScoredRows(
-        layout,
-        users=tested.column("user"),
-        requests=tested.column("request"),
-        candidates=tested.column("candidate") if settings.columns.has_candidate else None,
-        predictions=np.zeros(tested.labels.shape),
-        labels=tested.labels,
-        score=np.zeros(len(tested.labels)),
-        experts=None,
-        outcomes={name: tested.column(f"label.{name}").to_numpy() for name in layout.outcomes},
-        relevance={name: task.score_weight for name, task in settings.tasks.items()},
-        weights=tested.weights,
-    )
-    scored = {}
-    for name, predicted in values.items():
-        own = predict_tasks(name, held_out)
-        scored[name] = rows.with_predictions(_calibrate(settings, layout, held_out, own, np.concatenate(predicted)))
-    if rows.candidates is not None:
-        rates = [rate_candidates(learnt.column("candidate"), of, learnt.weights) for of in learnt.labels.T]
-        own, rated = (
-            np.stack([rate(each) for rate in rates], 1) for each in (held_out.column("candidate"), rows.candidates)
-        )
-        scored[POPULARITY] = rows.with_predictions(_calibrate(settings, layout, held_out, own, rated))
-    return scored, facts
+def predict_calibrated(
+    settings: Settings, layout: Layout, trees: Sequence[Predict], held_out: Inputs, rows: EncodedRows
+) -> np.ndarray:
+    """(N, T) what trees of all tasks predict for encoded rows, calibrated by the rows that are held out."""
+
+    def predict(part: Inputs) -> np.ndarray:
+        return np.stack([each(part) for each in trees], axis=1)
+
+    predicted = np.concatenate([predict(part) for part in Inputs.stream(rows, layout, ())])
+    return _calibrate(settings, layout, held_out, predict(held_out), predicted)
 
 
 def _calibrate(settings: Settings, layout: Layout, held_out: Inputs, own: np.ndarray, values: np.ndarray) -> np.ndarray:

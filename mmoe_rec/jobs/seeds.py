@@ -142,21 +142,44 @@ def _with_seed(settings: Settings, seed: int, folder: Path, features: Path) -> S
 
 def _train_all(own: Sequence[Settings], at_once: int, resume: bool, parent: str | None) -> None:
     train = partial(train_model, resume=resume, parent=parent, register=False)
-    if at_once == 1:
-        for number, settings in enumerate(own, 1):
-            say(f"training {number} of {len(own)}, with seed {settings.training.seed}")
-            train(settings)
-        return
-    if own[0].training.threads is None:  # no more threads together than there are cores
-        threads = {"threads": max(1, usable_cores() // at_once)}
-        own = [each.model_copy(update={"training": each.training.model_copy(update=threads)}) for each in own]
+    own = [share_threads(each, at_once) for each in own]
     logs = [Path(each.data.work) / "training.log" for each in own]
-    say(f"{len(own)} trainings, {at_once} at a time; each prints to training.log in '{logs[0].parent.parent}'/SEED")
+    run_each(train, own, [f"seed {each.training.seed}" for each in own], logs, at_once)
+
+
+def share_threads(settings: Settings, at_once: int) -> Settings:
+    """The settings of one of several trainings at a time: no more threads together than there are cores."""
+    if at_once == 1 or settings.training.threads is not None:
+        return settings
+    training = settings.training.model_copy(update={"threads": max(1, usable_cores() // at_once)})
+    return settings.model_copy(update={"training": training})
+
+
+def run_each(
+    train: Callable[[Task], object], tasks: Sequence[Task], names: Sequence[str], logs: Sequence[Path], at_once: int
+) -> None:
+    """Runs trainings one after the other in this process, or several at a time, and says which, and how long the rest
+    will take. As `run_side_by_side`; names: of the trainings."""
+    if at_once == 1:
+        begun = time.monotonic()
+        for number, (task, name) in enumerate(zip(tasks, names, strict=True)):
+            say(f"training {number + 1} of {len(tasks)}: {name}{_time_left(begun, number, len(tasks))}")
+            train(task)
+        return
+    say(f"{len(tasks)} trainings, {at_once} at a time; each prints to a file such as '{logs[0]}'")
     with bar() as progress:
-        task = progress.add_task(f"trainings, {at_once} at a time", total=len(own))
-        for number in run_side_by_side(train, own, logs, at_once):
-            say(f"trained with seed {own[number].training.seed}")
-            progress.advance(task)
+        task_of_bar = progress.add_task(f"trainings, {at_once} at a time", total=len(tasks))
+        for number in run_side_by_side(train, tasks, logs, at_once):
+            say(f"trained: {names[number]}")
+            progress.advance(task_of_bar)
+
+
+def _time_left(begun: float, done: int, number: int) -> str:
+    """What is said of it once a training has ended. begun: on the clock `time.monotonic`."""
+    if not done:
+        return ""
+    seconds = (time.monotonic() - begun) / done * (number - done)
+    return f" (some {seconds:.0f} seconds more for all)" if seconds < 90 else f" (some {seconds / 60:.0f} minutes more)"
 
 
 def run_side_by_side(

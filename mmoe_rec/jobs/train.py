@@ -167,7 +167,7 @@ def _finish(run: Run, workspace: Workspace, results: Sequence[TrainingResult], r
 
     settings, prepared, layout, result = workspace.settings, workspace.prepared, workspace.layout, results[0]
     artifact = workspace.folder / "model"
-    model, best, begun = _join(workspace, results)
+    model, best, begun = join_results(settings, prepared, results, workspace.weights)
     run.log_text(result.plan, "sharding_plan.txt")
     draw_gates(run, layout, best.experts, "plots/gate_weights.png")
     findings = best.experts.findings([task.name for task in layout.tasks])
@@ -176,7 +176,7 @@ def _finish(run: Run, workspace: Workspace, results: Sequence[TrainingResult], r
     run.log_metrics({"train/rows_per_s": result.rows_per_s, "train/waiting_share": result.waiting}, result.steps)
     if settings.model.trees is not None:
         model.trees = grow_trees(settings, prepared, layout, model)
-    calibration = _calibrate(settings, prepared, model)
+    calibration = calibrate(settings, prepared, model)
     if calibration.tasks:
         run.log_text(calibration.to_dict(), "calibration.json")
     write_artifact(
@@ -218,8 +218,8 @@ def _finish(run: Run, workspace: Workspace, results: Sequence[TrainingResult], r
     return trained
 
 
-def _join(
-    workspace: Workspace, results: Sequence[TrainingResult]
+def join_results(
+    settings: Settings, prepared: FeatureFolder, results: Sequence[TrainingResult], start: WarmStart | None = None
 ) -> tuple[RankingModel, Validation, Validation | None]:
     """The model of the best states of all members; its validation, and that of the model that it was started from."""
     from mmoe_rec.batches.encoded_rows import EncodedRows
@@ -230,9 +230,8 @@ def _join(
     from mmoe_rec.training.checkpoint import load_plain
     from mmoe_rec.training.validation import validate_alone
 
-    settings, layout = workspace.settings, workspace.layout
-    one = settings.of_member(0)
-    own, states = ModelLayout.of(workspace.prepared.layout, one), []
+    layout, one = ModelLayout.of(prepared.layout, settings), settings.of_member(0)
+    own, states = ModelLayout.of(prepared.layout, one), []
     for result in results:
         model = build_model(own, one.model, PlainTables(own))
         load_plain(model, result.best_checkpoint)
@@ -242,12 +241,10 @@ def _join(
         return model, result.best, dict(result.history).get(0)
     model, size = build_model(layout, settings.model, PlainTables(layout)), settings.evaluation.batch_size
     weighted = settings.training.sampling_correction == "weights"
-    rows = EncodedRows(
-        workspace.prepared.split("validation"), layout, outcomes=True, weighted=weighted, with_users=True
-    )
+    rows = EncodedRows(prepared.split("validation"), layout, outcomes=True, weighted=weighted, with_users=True)
     begun = None
-    if workspace.weights is not None:
-        workspace.weights.fill(model)
+    if start is not None:
+        start.fill(model)
         begun = validate_alone(model, rows, layout, size)
     model.load_state_dict(join_members(states))
     return model, validate_alone(model, rows, layout, size), begun
@@ -276,7 +273,7 @@ def _describe_rows(manifest: Mapping[str, Any]) -> str:
     return f"{trained}, validated on {rows['validation']:,}."
 
 
-def _calibrate(settings: Settings, prepared: FeatureFolder, model: RankingModel) -> Calibration:
+def calibrate(settings: Settings, prepared: FeatureFolder, model: RankingModel) -> Calibration:
     """The calibration of a trained model on the validation rows; reports the tasks that it leaves as they are."""
     from mmoe_rec.model.score import UNCALIBRATED
 

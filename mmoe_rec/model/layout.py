@@ -65,11 +65,10 @@ class ModelLayout(Layout):
             choices = {name: getattr(chosen, name) for name in CHOICES["tasks"]}
             tasks.append(ModelTask(**vars(task), **choices))
         features: dict[str, Any] = {each.name: settings.features.get(each.name) for each in layout.ids}
-        attention = tuple(
-            Attention(name, each.length)
-            for name, each in features.items()
-            if getattr(each, "pooling", None) == "attention"
-        )
+        asked = {name: each for name, each in features.items() if getattr(each, "pooling", None) == "attention"}
+        pooled = (Attention(name, each.length) for name, each in asked.items())
+        # Where what is looked at is left out, a history is pooled by its mean.
+        attention = tuple(each for each in pooled if any(partner for _, partner in layout.parts(each)))
         return ModelLayout(tuple(tables), layout.ids, layout.dense, tuple(tasks), attention)
 
     def of_rows(self) -> Layout:

@@ -49,14 +49,16 @@ BUILD = ("a build of features", "set `data.work` to another folder")
 
 @dataclass(frozen=True)
 class FeatureFolder:
-    """A folder of fitted features and encoded rows."""
+    """A folder of fitted features and encoded rows. left_out: features and tasks that its readers never see, see
+    `Layout.without`."""
 
     folder: Path
+    left_out: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
 
     @property
     def layout(self) -> Layout:
         """Order of the rows' inputs and labels."""
-        return Layout.read(self.folder / "encoded")
+        return Layout.read(self.folder / "encoded").without(*self.left_out)
 
     @property
     def manifest(self) -> dict[str, Any]:

@@ -71,7 +71,7 @@ def test_evaluation_measures_calibrated_predictions(world: World) -> None:
 
 def test_a_task_with_too_few_rows_is_told_of(world: World, capsys: pytest.CaptureFixture) -> None:
     settings = load_settings(world.config, ["--training.calibration", "isotonic"])
-    calibration = steps._calibrate(settings, FeatureFolder(world.folder / "work" / "features"), world.ranker.model)
+    calibration = steps.calibrate(settings, FeatureFolder(world.folder / "work" / "features"), world.ranker.model)
     assert "liked" not in calibration.tasks
     told = [line for line in capsys.readouterr().err.splitlines() if "is not calibrated" in line]
     assert "task 'liked' is not calibrated" in told[-1]

@@ -14,7 +14,7 @@ from mmoe_rec.batches.batch import make_batch
 from mmoe_rec.batches.encoded_rows import EncodedRows
 from mmoe_rec.evaluation.scoring import score_rows
 from mmoe_rec.inference.ranker import Ranker
-from mmoe_rec.jobs.train import _calibrate
+from mmoe_rec.jobs.train import calibrate
 from mmoe_rec.preprocessing.prepare import FeatureFolder
 from mmoe_rec.settings.load import load_settings
 from tests.commands import read_metrics, run
@@ -116,7 +116,7 @@ def test_calibration_is_that_of_the_log_before_it_was_sampled(folder: Path) -> N
 
     def predicted_by_observed(*options: str, weighted: bool) -> np.ndarray:
         settings = load_settings(folder / "settings.yaml", ["--training.calibration", "temperature", *options])
-        calibration = _calibrate(settings, prepared, ranker.model)
+        calibration = calibrate(settings, prepared, ranker.model)
         scored = score_rows(ranker.model, ranker.layout, rows, 1000, calibration=calibration, weighted=True)
         weight = scored.weights[:, None] if weighted and scored.weights is not None else 1
         known = ~np.isnan(scored.labels)

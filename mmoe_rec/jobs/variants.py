@@ -1,0 +1,283 @@
+"""Trainings of variants of one setting on the same encoded features: other models, or without some features or tasks.
+
+    FOLDER/FINGERPRINT/KEY.parquet    what a variant that was trained with a seed predicts for the rows of a split
+
+No feature is built anew, no model is registered, and weights go once the rows are scored. A training that has ended is
+found again by all that it depends on (KEY), also after a kill.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from mmoe_rec import __version__
+from mmoe_rec.atomic import atomic_file
+from mmoe_rec.errors import StoppedError, UserError
+from mmoe_rec.jobs.places import log_and_place
+from mmoe_rec.jobs.seeds import run_each, share_threads
+from mmoe_rec.locks import writing
+from mmoe_rec.preprocessing.prepare import FeatureFolder, existing, features_in_use
+from mmoe_rec.settings.sections import Settings
+from mmoe_rec.tracking import runs
+from mmoe_rec.tracking.outbox import PATIENCE_SECONDS
+from mmoe_rec.training.origin import fixed_settings
+
+if TYPE_CHECKING:
+    from mmoe_rec.evaluation.scoring import ScoredRows
+    from mmoe_rec.evaluation.sums import EvaluationSums
+
+FORMAT = 1
+_FACTS = b"mmoe_rec"  # in a file's metadata
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What is trained.
+
+    name: of no other variant; settings: those that features exist for, with another `model` or `training`, or other
+    choices of tasks and features that no encoded row depends on; without_features, without_tasks: names of those that
+    are left out (labels of a task still make counters); trees_alone: boosted trees and no network.
+    """
+
+    name: str
+    settings: Settings
+    without_features: tuple[str, ...] = ()
+    without_tasks: tuple[str, ...] = ()
+    trees_alone: bool = False
+
+    def key(self, seed: int, split: str) -> str:
+        """Changes with all that its predictions depend on besides the features."""
+        of_model = [fixed_settings(self.settings), self.settings.training.calibration, self.trees_alone]
+        left_out = [sorted(self.without_features), sorted(self.without_tasks)]
+        tree = [FORMAT, __version__, of_model, left_out, seed, split]
+        return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class TrainedVariant:
+    """A variant's trainings, in the order of the seeds.
+
+    sums: of all metrics on the rows of the split; seconds: that each took; facts: of each, such as `best_step` and
+    `steps` of a network.
+    """
+
+    variant: Variant
+    seeds: tuple[int, ...]
+    sums: tuple[EvaluationSums, ...]
+    seconds: tuple[float, ...]
+    facts: tuple[dict[str, Any], ...]
+
+
+@contextmanager
+def open_variants(settings: Settings, name: str, split: str, at_once: int = 1) -> Iterator[VariantTrainings]:
+    """Makes what variants are trained on ready, and holds it.
+
+    name: of the command, of the folder in `data.work` that it alone writes, and of the run in MLflow; split: whose rows
+    are predicted, `validation` or `test`; at_once: how many run at a time. Raises UserError where features can't be
+    built, a split has no rows, or MLflow can't be used.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(f"{name} trains in one process: start it without torchrun")
+    work, tracking = Path(settings.data.work), settings.tracking.address
+    existing(*log_and_place(settings))  # a wrong log is reported before MLflow and torch are loaded
+    runs.check_server(tracking, settings.experiment, unsent=work / "unsent")
+    needs = ("train", "validation", split)
+    with (
+        features_in_use(*log_and_place(settings), f"the command {name}", needs) as prepared,
+        writing(work / name, f"the command {name}", "set `data.work` to another folder"),
+    ):
+        text = json.dumps([fixed_settings(settings), prepared.manifest["fingerprint"]], sort_keys=True)
+        key = f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+        with runs.open_run(
+            tracking, settings.experiment, run_name=name, key=key, unsent=work / "unsent", patience=PATIENCE_SECONDS
+        ) as run:
+            yield VariantTrainings(settings, prepared, work / name, split, at_once, run)
+
+
+class VariantTrainings:
+    """Trains variants on the features of one setting, and measures them on the rows of one split.
+
+    folder: of the command; run: in MLflow, which holds a run for each training, None for none.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        prepared: FeatureFolder,
+        folder: Path,
+        split: str,
+        at_once: int = 1,
+        run: runs.Run | None = None,
+    ) -> None:
+        self.settings, self.prepared, self.folder, self.split = settings, prepared, folder, split
+        self.at_once, self.run = at_once, run
+        self.trained = folder / "trainings" / str(prepared.manifest["fingerprint"])
+        for other in self.trained.parent.glob("*"):  # of other features; and what killed trainings left
+            if other != self.trained:
+                shutil.rmtree(other, ignore_errors=True)
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        self._rows: ScoredRows | None = None
+
+    def train(self, variants: Sequence[Variant], seeds: Sequence[int]) -> dict[str, TrainedVariant]:
+        """Name of each variant -> its trainings with all seeds, of which those that were trained before stay.
+
+        Raises UserError where one can't be trained, StoppedError where a signal came.
+        """
+        parent = None if self.run is None else self.run.run_id
+        unsent = Path(self.settings.data.work) / "unsent" if self.at_once == 1 else None
+        tasks = dict[Path, _Task]()
+        for seed in seeds:
+            for each in variants:
+                prepared = replace(self.prepared, left_out=(each.without_features, each.without_tasks))
+                file = self.trained / f"{each.key(seed, self.split)}.parquet"
+                if not file.exists():
+                    own = replace(each, settings=share_threads(_with_seed(each.settings, seed), self.at_once))
+                    tasks[file] = _Task(own, prepared, self.split, file, self.folder / "checkpoints", parent, unsent)
+        names = [f"{each.variant.name}, seed {each.variant.settings.training.seed}" for each in tasks.values()]
+        logs = [self.folder / f"training_{number + 1}.log" for number in range(len(tasks))]
+        if self.at_once > 1:
+            for log in logs:
+                log.unlink(missing_ok=True)
+        try:
+            run_each(_train, list(tasks.values()), names, logs, self.at_once)
+        except StoppedError as stopped:
+            who = str(stopped).partition(";")[0]
+            raise StoppedError(f"{who}; trainings that ended stay: go on with the same command") from None
+        finally:
+            shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
+        return {each.name: self._read(each, seeds) for each in variants}
+
+    def _read(self, variant: Variant, seeds: Sequence[int]) -> TrainedVariant:
+        from mmoe_rec.evaluation.scoring import read_labels
+        from mmoe_rec.model.layout import ModelLayout
+
+        if self._rows is None:
+            self._rows = read_labels(self.settings, self.prepared, self.split)
+        layout = ModelLayout.of(self.prepared.layout.without(tasks=variant.without_tasks), variant.settings)
+        rows, sums, facts = self._rows.of_tasks(layout), [], []
+        for seed in seeds:
+            file = self.trained / f"{variant.key(seed, self.split)}.parquet"
+            try:
+                table = pq.read_table(file)
+            except (OSError, pa.ArrowException):
+                raise UserError(f"'{file}' can't be read, it may be damaged: remove it, and go on") from None
+            *predicted, score = (table.column(name).to_numpy() for name in table.column_names)
+            sums.append(replace(rows, predictions=np.column_stack(predicted), score=score).measure())
+            facts.append(json.loads(table.schema.metadata[_FACTS]))
+        seconds = tuple(float(each.pop("seconds")) for each in facts)
+        return TrainedVariant(variant, tuple(seeds), tuple(sums), seconds, tuple(facts))
+
+
+@dataclass(frozen=True)
+class _Task:
+    """One training. variant: with settings that have its seed; file: for what it predicts; checkpoints: a folder that
+    may go; parent: id of the run that it is a part of, None for no run; unsent: as in `runs.open_run`."""
+
+    variant: Variant
+    prepared: FeatureFolder
+    split: str
+    file: Path
+    checkpoints: Path
+    parent: str | None
+    unsent: Path | None
+
+
+def _with_seed(settings: Settings, seed: int) -> Settings:
+    return settings.model_copy(update={"training": settings.training.model_copy(update={"seed": seed})})
+
+
+def _train(task: _Task) -> None:
+    """Trains, predicts the rows of the split, and writes that."""
+    variant, settings = task.variant, task.variant.settings
+    if task.parent is None:
+        _train_within(task, runs.Run(None))
+        return
+    with runs.open_run(
+        settings.tracking.address,
+        settings.experiment,
+        run_name=f"{variant.name}, seed {settings.training.seed}",
+        key=f"{task.parent}-{task.file.stem}",
+        parent=task.parent,
+        unsent=task.unsent,
+        patience=PATIENCE_SECONDS,
+    ) as run:
+        run.log_params({**settings.model_dump(mode="json", include={"model", "training"}), **settings.choices})
+        left_out = {"features": variant.without_features, "tasks": variant.without_tasks}
+        run.set_tags({f"without.{what}": ", ".join(names) for what, names in left_out.items() if names})
+        _train_within(task, run)
+
+
+def _train_within(task: _Task, run: runs.Run) -> None:
+    begun = time.perf_counter()
+    scored, facts = (_grow_trees if task.variant.trees_alone else _train_network)(task, run)
+    columns = {task.name: scored.predictions[:, place] for place, task in enumerate(scored.layout.tasks)}
+    table = pa.table({**columns, "score": scored.score})
+    text = json.dumps({**facts, "seconds": time.perf_counter() - begun})
+    with atomic_file(task.file) as file:
+        pq.write_table(table.replace_schema_metadata({_FACTS: text}), file, compression="zstd")
+    run.log_text(text, "facts.json")
+
+
+def _train_network(task: _Task, run: runs.Run) -> tuple[ScoredRows, dict[str, Any]]:
+    """As `train_model` does, but that nothing is kept."""
+    from mmoe_rec.jobs.evaluate import score_by
+    from mmoe_rec.jobs.stacking import grow_trees
+    from mmoe_rec.jobs.train import calibrate, join_results
+    from mmoe_rec.model.layout import ModelLayout
+    from mmoe_rec.training.loop import Trainer, TrainingResult
+    from mmoe_rec.training.ranks import training_ranks
+
+    settings, prepared = task.variant.settings, task.prepared
+    layout, folder = ModelLayout.of(prepared.layout, settings), task.checkpoints / task.file.stem
+    results, choices = list[TrainingResult](), None
+    try:
+        with training_ranks(settings.training) as (device, _):
+            for member in range(settings.model.members):
+                one = settings.of_member(member)
+                training = one.training.model_copy(update={"checkpoint_steps": 10**9, "checkpoints_kept": 1})
+                own, place = ModelLayout.of(prepared.layout, one), folder / str(member)
+                log = run.log_metrics if member == 0 else lambda metrics, step: None
+                trainer = Trainer(prepared, own, one.model, training, device, place, log, choices=choices)
+                choices = trainer.choices
+                results.append(trainer.run())
+        model, best, _ = join_results(settings, prepared, results)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    run.log_metrics(best.flat("best"), results[0].best_step)
+    if settings.model.trees is not None:
+        model.trees = grow_trees(settings, prepared, layout, model)
+    calibration = calibrate(settings, prepared, model)
+    scored = score_by(settings, model, layout, prepared.split(task.split), calibration, task.variant.name)
+    assert choices is not None, "a model has at least one member"
+    steps = {"best_step": results[0].best_step, "steps": results[0].steps, "precision": choices.precision}
+    return scored, {**steps, "parameters": sum(each.numel() for each in model.parameters())}
+
+
+def _grow_trees(task: _Task, run: runs.Run) -> tuple[ScoredRows, dict[str, Any]]:
+    """Trees as `baselines` has them, of LightGBM where it is installed."""
+    from mmoe_rec.batches.encoded_rows import EncodedRows
+    from mmoe_rec.evaluation.scoring import read_labels
+    from mmoe_rec.jobs.baselines import boost_tasks, predict_calibrated, read_inputs
+    from mmoe_rec.jobs.trees import LIBRARIES, find_libraries
+
+    settings, prepared = task.variant.settings, task.prepared
+    layout = prepared.layout
+    library = max(find_libraries(), key=lambda each: (each.name == "LightGBM", each is LIBRARIES[0]))
+    learnt, held_out, last = read_inputs(settings, prepared, layout)
+    boosted, facts = boost_tasks(settings, layout, learnt, held_out, [library], last)
+    rows = EncodedRows(prepared.split(task.split), layout)
+    predicted = predict_calibrated(settings, layout, boosted[library.name], held_out, rows)
+    return read_labels(settings, prepared, task.split).with_predictions(predicted), {"trees": facts}
