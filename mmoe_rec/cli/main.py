@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from mmoe_rec.settings.sections import Settings
 
 COMMANDS = {
+    "init": "settings for a log, from its Parquet files",
     "train": "features, training, and registration of the model",
     "evaluate": "metrics of a model on the test rows",
     "metrics": "metrics of predictions in Parquet files, of any system",

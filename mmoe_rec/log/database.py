@@ -16,6 +16,7 @@ import pyarrow as pa
 
 from mmoe_rec.devices import usable_cores
 from mmoe_rec.errors import UserError, first_line
+from mmoe_rec.log.files import file_system
 from mmoe_rec.point_in_time.arrays import rebatch
 
 if TYPE_CHECKING:
@@ -31,6 +32,10 @@ class Database:
 
     def __init__(self, connection: DuckDBPyConnection) -> None:
         self._connection = connection
+
+    def reach(self, address: str) -> None:
+        """Lets queries read the files of a remote place."""
+        self._connection.register_filesystem(file_system(address)[0])
 
     def fill(self, table: str, schema: pa.Schema, batches: Iterable[pa.Table]) -> int:
         """Makes a table of Arrow tables whose columns have the names and types of `schema`; gives its rows."""

@@ -194,7 +194,7 @@ def open_file(address: str) -> Iterator[pa.NativeFile]:
         with pa.OSFile(local_path(address), "rb") as file:
             yield file
         return
-    system, path = _file_system(address)
+    system, path = file_system(address)
     options = {"cache_type": "none"} if _protocol(address) in _READ_BY_RANGE else {}
     with _reaching(address):
         handle = system.open(path, "rb", **options)
@@ -230,7 +230,7 @@ def _find_remote(source: str) -> tuple[list[FoundFile], bool]:
     """The files, and whether the source is a folder."""
     if "::" in source:
         raise UserError(f"'{source}' is a chain of addresses; give the address of the log itself")
-    system, path = _file_system(source)
+    system, path = file_system(source)
     names = path.split("/")
     wild = next((number for number, name in enumerate(names) if _MAGIC & set(name)), len(names))
     root, parts = "/".join(names[:wild]), names[wild:]
@@ -274,7 +274,7 @@ def _protocol(address: str) -> str:
     return address.partition("://")[0].lower()
 
 
-def _file_system(address: str) -> tuple[Any, str]:
+def file_system(address: str) -> tuple[Any, str]:
     """fsspec's file system of an address, and the path in it."""
     from fsspec.core import url_to_fs  # type: ignore[import-untyped]
 

@@ -1,0 +1,117 @@
+"""What a log means, by the words of its columns' names and by what goes together in its rows: a user's country does not
+change from one of the user's requests to the next. Of each guess that a person should check, `checks` says why."""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+
+from mmoe_rec.errors import UserError
+from mmoe_rec.profiling.keys import find_keys
+from mmoe_rec.profiling.meaning import Corrections, Meaning, Reading
+from mmoe_rec.profiling.profile import Column, Profile
+from mmoe_rec.profiling.roles import find_roles
+from mmoe_rec.profiling.tasks import find_maturity, find_tasks
+from mmoe_rec.profiling.words import SAMPLING, WEIGHED, WEIGHT, has, words_of
+from mmoe_rec.settings.columns import SPLITS
+
+_SPLITS = {
+    "train": "train",
+    "training": "train",
+    "val": "validation",
+    "valid": "validation",
+    "validation": "validation",
+}
+_SPLITS |= {"dev": "validation", "test": "test", "eval": "test", "holdout": "test"}
+_TEXT = 40
+"""Characters of the mean value from which text is no name of a thing."""
+
+
+def guess(profile: Profile, corrections: Corrections) -> Meaning:
+    """What a log means. Raises UserError where it can't be used, or a correction names no column that fits."""
+    reading = Reading(profile, corrections)
+    _check_corrections(reading)
+    _leave_out(reading)
+    _find_weights(reading)
+    find_keys(reading)
+    _find_split(reading)
+    find_tasks(reading)
+    find_roles(reading)
+    find_maturity(reading)
+    return reading.meaning
+
+
+def _check_corrections(reading: Reading) -> None:
+    said = reading.corrections
+    named = [(f"--{purpose}", name) for purpose, name in said.keys.items()]
+    for what, names in (("--task", said.tasks), ("--leave-out", said.leave_out), ("--placement", said.placement)):
+        named += [(what, name) for name in names]
+    for what, name in named:
+        if name not in reading.columns:
+            near = get_close_matches(name, reading.columns, 1) or list(reading.columns)[:8]
+            log = reading.profile.name
+            raise UserError(f"{what} '{name}' is no column of '{log}'; there are, for example: {', '.join(near)}")
+
+
+def _leave_out(reading: Reading) -> None:
+    """What can't be an input."""
+    for each in reading.columns.values():
+        why = "as you said" if each.name in reading.corrections.leave_out else _why_unusable(each)
+        if why and each.name not in reading.corrections.tasks:
+            reading.meaning.left_out[each.name] = why
+
+
+def _why_unusable(each: Column) -> str | None:
+    why = None
+    if each.kind == "empty":
+        why = "it is null in all rows"
+    elif each.kind == "other":
+        why = f"values of type {each.type} can't be read: write its parts as columns"
+    elif each.kind == "integer" and each.high >= 2**63:
+        why = "some of its integers need more than 63 bits: write it as text"
+    elif each.kind not in ("keys", "vector") and each.distinct <= 1 and not each.nulls:
+        why = "it has one value in all rows"
+    elif each.kind == "vector" and (each.lengths[0] != each.lengths[1] or not each.lengths[1]):
+        why = "its lists of numbers differ in length"
+    elif each.kind == "text" and each.long > _TEXT and each.distinct > 0.5 * (each.rows - each.nulls):
+        why = "it looks like free text: embed it, and write the vectors as lists of numbers"
+    return why
+
+
+def _find_weights(reading: Reading) -> None:
+    meaning = reading.meaning
+    for each in reading.free():
+        number = each.kind in ("number", "integer") and not each.nulls and each.name not in reading.corrections.tasks
+        if not number or each.low <= 0 or each.distinct < 2:
+            continue
+        if has(each.name, SAMPLING) and each.high <= 1 and meaning.sampling_rate is None:
+            meaning.sampling_rate = each.name
+            meaning.checks[each.name] = "by its name taken for the rate at which the row was sampled"
+        elif has(each.name, WEIGHT) and set(words_of(each.name)) <= WEIGHT | WEIGHED and meaning.weight is None:
+            meaning.weight = each.name
+            meaning.checks[each.name] = "by its name taken for the weight of the row"
+
+
+def _find_split(reading: Reading) -> None:
+    """The column that says which rows of a table without times are the test."""
+    meaning = reading.meaning
+    if "time" in meaning.keys:
+        return
+    for each in reading.free():
+        if each.kind != "text" or each.nulls or each.distinct > len(_SPLITS) + 2:
+            continue
+        told = {value: _SPLITS.get(str(value).lower()) for value in reading.profile.values(each.name, 20)}
+        if all(told.values()) and len(set(told.values())) > 1:
+            parts = {name: sorted(value for value, split in told.items() if split == name) for name in SPLITS}
+            for name, values in parts.items():
+                if not values:
+                    raise UserError(
+                        f"column '{each.name}' says which rows are train, validation or test, but of none that it is "
+                        f"{name}: call a part of the rows '{name}'"
+                    )
+            meaning.split = each.name, parts
+            return
+    said = next((f"{each}; or " for each in meaning.warnings if "times as text" in each), "")
+    raise UserError(
+        f"'{reading.profile.name}' has neither a column of times (--time) nor one that says which rows are train, "
+        f"validation and test: {said}add one, say `split`, with these words in it"
+    )

@@ -1,0 +1,215 @@
+"""Which columns say who, what, when and in which list: by their names, and by what goes together in the rows."""
+
+from __future__ import annotations
+
+import math
+import re
+
+from mmoe_rec.errors import UserError
+from mmoe_rec.profiling.meaning import STEADY, Reading
+from mmoe_rec.profiling.profile import Column
+from mmoe_rec.profiling.words import BEFORE, NAMES, STAND_INS, TIME, fits, has
+
+
+def find_keys(reading: Reading) -> None:
+    """Fills in `keys`, what belongs to them, and `list_keys`. Raises UserError for a given column that can't be one."""
+    keys, given = reading.meaning.keys, reading.corrections.keys
+    for purpose in ("user", "candidate", "request", "time"):
+        if purpose in given:
+            _check_key(reading, purpose, reading.columns[given[purpose]])
+            keys[purpose] = given[purpose]
+    _find_by_name(reading, "user")
+    _find_by_name(reading, "candidate")
+    _find_time(reading)
+    _find_request(reading)
+    _find_by_structure(reading)
+    if "user" not in keys and "request" not in keys and "candidate" in keys and "candidate" not in given:
+        column = reading.columns[keys["candidate"]]
+        if column.distinct > 0.9 * column.rows:  # each row its own: says nothing
+            reading.meaning.left_out[keys.pop("candidate")] = "it differs in each row"
+    _check_repeats(reading)
+
+
+def _check_key(reading: Reading, purpose: str, each: Column) -> None:
+    if purpose == "time":
+        if each.kind == "text":
+            raise UserError(
+                f"--time '{each.name}' holds text: parse it, say with pandas.to_datetime, and write it as a timestamp"
+            )
+        if not each.is_time:
+            raise UserError(f"--time '{each.name}' holds values of type {each.type}, which are no times")
+    elif each.kind not in ("integer", "text"):
+        raise UserError(f"--{purpose} '{each.name}' holds values of type {each.type}; ids are integers or text")
+    if each.nulls:
+        raise UserError(
+            f"--{purpose} '{each.name}' is null in {each.nulls:,} of {each.rows:,} rows: leave those rows out"
+        )
+    reading.meaning.left_out.pop(each.name, None)
+
+
+def _find_by_name(reading: Reading, purpose: str) -> None:
+    keys = reading.meaning.keys
+    if purpose in keys:
+        return
+    strong, weak = NAMES[purpose], STAND_INS[purpose]
+    fitting: list[tuple[int, int, str]] = []
+    for each in reading.free():
+        if each.kind not in ("integer", "text") or each.distinct < 2 or each.unit or each.binary:
+            continue
+        rank = 2 if fits(each.name, strong) else 1 if fits(each.name, strong | weak) else 0
+        if purpose == "candidate" and rank == 1:
+            continue  # a brand, a category
+        if rank:
+            fitting.append((rank, min(each.distinct, int(0.9 * each.rows)), each.name))
+    if not fitting:
+        return
+    usable = [each for each in fitting if not reading.columns[each[2]].nulls]
+    if not usable:
+        name = max(fitting)[2]
+        reading.meaning.warnings.append(
+            f"'{name}' looks like the {purpose}, but is null in {reading.columns[name].nulls:,} rows, so it can't be: "
+            "leave those rows out of the log"
+        )
+        return
+    rank, _, name = max(usable, key=lambda each: (each[0], each[1], [-ord(sign) for sign in each[2]]))
+    keys[purpose] = name
+    others = sorted(each[2] for each in usable if each[0] == rank and each[2] != name)
+    if rank == 1:
+        reading.meaning.checks[purpose] = f"'{name}' stands for the {purpose}, as no column has a better name"
+    elif others:
+        reading.meaning.checks[purpose] = f"it could also be {', '.join(others)}"
+
+
+def _find_time(reading: Reading) -> None:
+    keys, meaning = reading.meaning.keys, reading.meaning
+    if "time" in keys:
+        meaning.time_unit = _unit(reading.columns[keys["time"]])
+        return
+    found = [each for each in reading.free() if each.is_time and not each.nulls and each.distinct > 1]
+    found = [each for each in found if each.kind == "time" or has(each.name, TIME)]
+    for purpose in ("user", "candidate"):
+        if found and purpose in keys:  # as the day of a user's birth, or of publication
+            changes = reading.profile.changes([keys[purpose]], [each.name for each in found])
+            found = [each for each in found if not changes[each.name] <= STEADY]
+    if not found:
+        texts = [each.name for each in reading.free() if each.kind == "text" and _looks_like_time(each)]
+        if texts:
+            meaning.warnings.append(
+                f"'{texts[0]}' holds times as text, which can't be read: parse it, say with pandas.to_datetime, and "
+                "write it as a timestamp"
+            )
+        return
+
+    def worth(each: Column) -> tuple[int, int, int, str]:
+        others = [other for other in found if other is not each]
+        before = sum(
+            reading.profile.share(f"{each.microseconds} <= {other.microseconds}", f"{other.sql} IS NOT NULL") > 0.98
+            for other in others
+        )
+        return -before, -has(each.name, TIME), -each.distinct, each.name
+
+    best = min(found, key=worth)
+    keys["time"] = best.name
+    meaning.time_unit = _unit(best)
+    if len(found) > 1:
+        others = ", ".join(sorted(each.name for each in found if each is not best))
+        meaning.checks["time"] = f"it lies before {others} in most rows, so it is taken for the request's time"
+
+
+def _unit(column: Column) -> str | None:
+    return None if column.kind == "time" else column.unit
+
+
+def _find_request(reading: Reading) -> None:
+    keys = reading.meaning.keys
+    if "request" in keys:
+        _find_scope(reading, keys["request"], True)
+        return
+    strong, weak = NAMES["request"], STAND_INS["request"]
+    fitting = []
+    for each in reading.free():
+        rank = 2 if fits(each.name, strong) else 1 if fits(each.name, strong | weak) else 0
+        if each.is_key and each.unit is None and rank and each.distinct > 1:
+            fitting.append((-rank, -each.distinct, each.name))
+    for _, _, name in sorted(fitting):
+        if _find_scope(reading, name, False):
+            keys["request"] = name
+            return
+
+
+def _find_scope(reading: Reading, name: str, given: bool) -> bool:
+    """Whether a column says which rows were one list: rows with its value, or with it and the user's, have one
+    user and, in all but a few, one time."""
+    keys = reading.meaning.keys
+    fixed = [keys[each] for each in ("user", "time") if each in keys and keys[each] != name]
+    if not fixed:
+        return True
+    if reading.profile.rows_per_key([name]) < 1.02:
+        return given  # each row is its own anyway
+    changes = reading.profile.changes([name], fixed)
+    if all(changes[each] <= 0.01 for each in fixed):
+        return True
+    if "user" in keys and "time" in keys:
+        of_user = reading.profile.changes([keys["user"], name], [keys["time"]])[keys["time"]]
+        if of_user <= 0.01 or math.isnan(of_user):
+            reading.meaning.request_scope = "user"
+            reading.meaning.checks["request"] = "its ids are a user's own: several users share some of them"
+            return True
+    if given and "user" in keys and changes[keys["user"]] > 0.01:
+        reading.meaning.request_scope = "user"
+    return given
+
+
+def _find_by_structure(reading: Reading) -> None:
+    """Keys that no name tells: what the request determines may be a user, and what differs in it a candidate."""
+    keys, meaning = reading.meaning.keys, reading.meaning
+    if "time" not in keys or ("user" in keys and "candidate" in keys):
+        return
+    pool = [each for each in reading.free() if each.is_key and each.unit is None and not each.binary]
+    pool = [each for each in pool if 30 <= each.distinct <= 0.5 * each.rows and not _is_measure(each)][:12]
+    if not pool:
+        return
+    steady = {
+        each.name: reading.profile.changes([each.name], [other.name for other in pool if other is not each])
+        for each in pool
+    }
+    told = {name for its in steady.values() for name, change in its.items() if change <= 0.01}
+    finest = [each for each in pool if each.name not in told] or pool
+    group = [keys["request"]] if "request" in keys else [keys[each] for each in ("user", "time") if each in keys]
+    within = reading.profile.changes(group, [each.name for each in finest])
+    users = [each for each in finest if within[each.name] <= 0.01]
+    candidates = [each for each in finest if within[each.name] > 0.01]
+    for purpose, some in (("user", users), ("candidate", candidates)):
+        if purpose not in keys and some and ("request" in keys or len(some) == 1 or purpose == "candidate"):
+            best = max(some, key=lambda each: (each.distinct, each.name))
+            keys[purpose] = best.name
+            meaning.checks[purpose] = "no name says so, but " + (
+                "rows of one list have one value of it" if purpose == "user" else "it differs within lists"
+            )
+
+
+def _check_repeats(reading: Reading) -> None:
+    keys, meaning, profile = reading.meaning.keys, reading.meaning, reading.profile
+    if "request" in keys:
+        group = [keys["request"]] + ([keys["user"]] if meaning.request_scope == "user" else [])
+    else:
+        group = [keys[each] for each in ("user", "time") if each in keys]
+    reading.list_keys = group if "request" in keys or "user" in keys else []
+    meaning.rows_per_request = profile.rows_per_key(reading.list_keys) if reading.list_keys else 1.0
+    if reading.list_keys and "candidate" in keys:
+        repeats = profile.rows_per_key([*reading.list_keys, keys["candidate"]])
+        if repeats > 1.0001:
+            meaning.repeats = True
+            meaning.checks["duplicates"] = f"{1 - 1 / repeats:.1%} of the rows repeat a candidate of their request"
+            meaning.warnings.append(
+                f"{1 - 1 / repeats:.1%} of the rows repeat a candidate of their request: is each of them meant?"
+            )
+
+
+def _is_measure(each: Column) -> bool:
+    """Whether integers are amounts rather than ids, by their name."""
+    return each.kind == "integer" and has(each.name, BEFORE | {"price", "age", "length", "size", "year"})
+
+
+def _looks_like_time(each: Column) -> bool:
+    return all(re.match(r"\d{4}-\d{2}-\d{2}", str(end)) for end in (each.low, each.high))

@@ -1,0 +1,352 @@
+"""What the columns of a log hold, by SQL over its Parquet files.
+
+One pass counts each column; what goes together is looked for in samples of whole users, candidates or requests. All of
+it is the same for the same rows, in whatever order and files they lie: samples are drawn by hashes, sums are of whole
+numbers, and quantiles are exact.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+
+from mmoe_rec.auc import auc_of_counts
+from mmoe_rec.errors import UserError, first_line
+from mmoe_rec.log.database import Database, open_database
+from mmoe_rec.log.files import find_files, is_remote
+from mmoe_rec.log.rows import MICROSECONDS_PER_DAY
+
+Kind = Literal["integer", "number", "text", "boolean", "time", "keys", "vector", "empty", "other"]
+SAMPLE = 300_000
+"""Rows in which one looks for what goes together."""
+IN_MEMORY = 4_000_000
+"""Rows of a log that is read once; of a larger one, the files are read for each sample."""
+HALF = "\0half"
+"""Column of a sample that says to which half of the keys a row belongs."""
+_BINS, _PRIOR = 64, 20.0
+_UNITS = {"s": 1_000_000, "ms": 1000, "us": 1, "ns": 0}  # microseconds; 0: a thousandth
+_EARLIEST, _LATEST = (datetime(year, 1, 1, tzinfo=UTC).timestamp() for year in (1990, 2100))
+_INTEGER = re.compile(r"U?(TINY|SMALL|BIG|HUGE)?INT(EGER)?$")
+
+
+@dataclass(frozen=True)
+class Column:
+    """What a column holds.
+
+    sql: its name in queries; nulls: rows without a value, NaN among them; distinct: about how many values; low, high:
+    the least and the greatest, of numbers and text; binary: it holds 0 and 1 alone; lengths: shortest and longest list;
+    long: characters of the mean text; unit: of integers that may be times.
+    """
+
+    name: str
+    sql: str
+    type: str
+    kind: Kind
+    rows: int
+    nulls: int
+    distinct: int
+    low: Any = None
+    high: Any = None
+    binary: bool = False
+    lengths: tuple[int, int] = (0, 0)
+    long: float = 0.0
+    unit: str | None = None
+
+    @property
+    def is_key(self) -> bool:
+        """Whether rows can be grouped by it."""
+        return self.kind in ("integer", "text") and not self.nulls
+
+    @property
+    def is_time(self) -> bool:
+        """Whether it holds moments, or may."""
+        return self.kind == "time" or self.unit is not None
+
+    @property
+    def microseconds(self) -> str:
+        """SQL of its time, microseconds since 1970 UTC."""
+        if self.kind == "time":
+            return f"epoch_us({self.sql}::TIMESTAMP)" if self.type == "DATE" else f"epoch_us({self.sql})"
+        factor = _UNITS[self.unit or "us"]
+        return f"({self.sql}::BIGINT * {factor})" if factor else f"({self.sql}::BIGINT // 1000)"
+
+
+def _kind_of(kind: str) -> Kind:
+    inner = kind[:-2] if kind.endswith("[]") else kind.partition("[")[0] if re.search(r"\[\d+\]$", kind) else None
+    if inner is not None:
+        element = _kind_of(inner)
+        return "keys" if element in ("integer", "text") else "vector" if element == "number" else "other"
+    if _INTEGER.match(kind):
+        return "integer"
+    if kind in ("DOUBLE", "FLOAT") or kind.startswith("DECIMAL"):
+        return "number"
+    if kind.startswith(("VARCHAR", "ENUM")):
+        return "text"
+    if kind.startswith("TIMESTAMP") or kind == "DATE":
+        return "time"
+    return {"BOOLEAN": "boolean", '"NULL"': "empty", "NULL": "empty"}.get(kind, "other")  # type: ignore[return-value]
+
+
+@contextmanager
+def open_profile(source: str, folder: Path, setting: str = "the log") -> Iterator[Profile]:
+    """Reads a log of Parquet files. folder: of what doesn't fit into memory, made and removed. Raises UserError where
+    there is none, or where it holds no row."""
+    files = find_files(source, setting)
+    empty = [file.address for file in files if not file.bytes]
+    if empty:
+        raise UserError(f"'{empty[0]}' is empty, so it is no Parquet file")
+    with open_database(folder) as database:
+        if is_remote(source):
+            database.reach(source)
+        listed = ", ".join(f"'{file.address.replace(chr(39), chr(39) * 2)}'" for file in files)
+        scan = f"read_parquet([{listed}], hive_partitioning = true, union_by_name = true)"
+        with _told(source):
+            yield Profile(database, scan, source)
+
+
+@contextmanager
+def _told(source: str) -> Iterator[None]:
+    import duckdb
+
+    try:
+        yield
+    except duckdb.OutOfMemoryException:
+        raise
+    except duckdb.Error as error:
+        raise UserError(f"the log '{source}' can't be read as Parquet files: {first_line(error)}") from None
+
+
+class Profile:
+    """A log, and what is asked of it.
+
+    name: source of the log; rows: how many; columns: by their names.
+    """
+
+    def __init__(self, database: Database, scan: str, name: str) -> None:
+        self._database, self.name = database, name
+        described = database.rows(f"DESCRIBE SELECT * FROM {scan}")
+        self._sql = {str(row[0]): f"c{place}" for place, row in enumerate(described)}
+        kinds = {str(row[0]): str(row[1]) for row in described}
+        parts = [f"{_cleaned(each, kinds[each])} AS {sql}" for each, sql in self._sql.items()]
+        view = f"SELECT {', '.join(parts)} FROM {scan}"
+        self.rows = int(database.row(f"SELECT count(*) FROM {scan}")[0])
+        if not self.rows:
+            raise UserError(f"the log '{name}' holds no row")
+        made = "TABLE" if self.rows <= IN_MEMORY else "VIEW"
+        database.run(f"CREATE {made} log AS {view}")
+        self.columns = self._read_columns(kinds)
+        # Lists are compared by their lengths, which suffices to see that they differ.
+        self._row_hash = f"hash({', '.join(self._sql.values())})"
+
+    def _read_columns(self, kinds: Mapping[str, str]) -> dict[str, Column]:
+        parts: list[str] = []
+        for name, sql in self._sql.items():
+            kind = _kind_of(kinds[name])
+            ordered = kind in ("integer", "number", "text", "time")
+            length = {"text": f"length({sql})", "keys": f"len({sql})", "vector": f"len({sql})"}.get(
+                kind, "NULL::INTEGER"
+            )
+            parts += [
+                f"count({sql})",
+                "0" if kind in ("empty", "other") else f"approx_count_distinct({sql})",
+                *((f"min({each})", f"max({each})") if (each := sql) and ordered else ("NULL", "NULL")),
+                f"count({sql}) = count(*) FILTER ({sql} IN (0, 1))" if kind in ("integer", "number") else "false",
+                f"min({length})",
+                f"max({length})",
+                f"sum({length})",
+            ]
+        (values,) = self._database.rows(f"SELECT {', '.join(parts)} FROM log")
+        found = {}
+        for place, (name, sql) in enumerate(self._sql.items()):
+            count, distinct, low, high, binary, shortest, longest, length = values[8 * place : 8 * place + 8]
+            kind = _kind_of(kinds[name]) if count else "empty"
+            found[name] = Column(
+                name,
+                sql,
+                kinds[name],
+                kind,
+                self.rows,
+                self.rows - count,
+                min(int(distinct), count),
+                low,
+                high,
+                kind == "boolean" or (bool(binary) and low == 0 and high == 1),
+                (shortest or 0, longest or 0),
+                (length or 0) / max(count, 1),
+                _unit_of(low, high) if kind == "integer" else None,
+            )
+        return found
+
+    def row_of_times(self, time: str) -> tuple[int, int]:
+        """The first and the last of SQL times, microseconds."""
+        first, last = self._database.row(f"SELECT min({time}), max({time}) FROM log")
+        return int(first), int(last)
+
+    def number(self, query: str) -> Any:
+        """The single value of a query on `log`."""
+        return self._database.row(query)[0]
+
+    def _sample(self, keys: Sequence[str], limit: int = SAMPLE) -> str:
+        """SQL of all rows of some values of keys, about `limit` in all."""
+        every = -(-self.rows // limit)
+        return "log" if every <= 1 else f"(FROM log WHERE hash({', '.join(keys)}) % {every} = 0)"
+
+    def changes(
+        self, keys: Sequence[str], among: Sequence[str], order: str = "0", at_once: bool = False
+    ) -> dict[str, float]:
+        """How often each column changes from one row of the same keys to the next, as a share of how often it differs
+        in two rows of the log: 0 where the keys determine it, about 1 where they say nothing of it.
+
+        keys, among: names of columns; order: SQL of what orders the rows of a key; at_once: rows of the same keys and
+        order are one. A column without two values has 0; all have NaN where no key has two rows.
+        """
+        columns = {each: self._sql[each] for each in among}
+        by = [self._sql[each] for each in keys]
+        hashes = ", ".join(f"hash({sql}) AS {sql}" for sql in columns.values())
+        named = ", ".join(f"{sql} AS k{place}" for place, sql in enumerate(by))
+        rows = f"SELECT {named}, {order} AS o, {self._row_hash} AS r, {hashes} FROM {self._sample(by)}"
+        names = [f"k{place}" for place in range(len(by))]
+        if at_once:
+            least = ", ".join(f"min({sql}) AS {sql}" for sql in columns.values())
+            rows = f"SELECT {', '.join(names)}, o, 0 AS r, {least} FROM ({rows}) GROUP BY ALL"
+        within = self._count_changes(rows, columns, f"PARTITION BY {', '.join(names)} ORDER BY o, r")
+        mixed = f"SELECT {self._row_hash} AS r, {hashes} FROM {self._sample([self._row_hash])}"
+        overall = self._count_changes(mixed, columns, "ORDER BY r")
+        return {
+            each: float("nan") if within[each] is None else within[each] / overall[each] if overall[each] else 0.0
+            for each in columns
+        }
+
+    def _count_changes(self, rows: str, columns: Mapping[str, str], window: str) -> dict[str, Any]:
+        told = ", ".join(f"{sql} <> lag({sql}) OVER w AS {sql}" for sql in columns.values())
+        counts = ", ".join(f"count(*) FILTER ({sql}), count({sql})" for sql in columns.values())
+        (found,) = self._database.rows(f"SELECT {counts} FROM (SELECT {told} FROM ({rows}) WINDOW w AS ({window}))")
+        return {
+            each: changed / of if of else None
+            for each, changed, of in zip(columns, found[::2], found[1::2], strict=True)
+        }
+
+    def falls(self, column: str, order: str) -> float:
+        """How often a number falls from one moment to the next, of how often it changes; 1 where it never does."""
+        sql, before = self._sql[column], "lag(high) OVER (ORDER BY o)"
+        rows = f"SELECT {order} AS o, min({sql}) AS low, max({sql}) AS high FROM log GROUP BY ALL"
+        steps = f"SELECT low < {before} OR low < high AS fell, low <> {before} OR low < high AS moved FROM ({rows})"
+        fallen, moved = self._database.row(f"SELECT count(*) FILTER (fell), count(*) FILTER (moved) FROM ({steps})")
+        return fallen / moved if moved else 1.0
+
+    def rows_per_key(self, keys: Sequence[str]) -> float:
+        """Mean number of rows that have the same keys."""
+        by = ", ".join(self._sql[each] for each in keys)
+        rows = self._sample([self._sql[each] for each in keys])
+        count, groups = self._database.row(
+            f"SELECT sum(n), count(*) FROM (SELECT count(*) n FROM {rows} GROUP BY {by})"
+        )
+        return float(count) / max(groups, 1)
+
+    def numbers_rows(self, keys: Sequence[str], column: str) -> bool:
+        """Whether a column of integers numbers the rows of the same keys: it differs in them, without large gaps."""
+        by, sql = ", ".join(self._sql[each] for each in keys), self._sql[column]
+        rows = self._sample([self._sql[each] for each in keys])
+        told = f"count(*) n, count(DISTINCT {sql}) d, max({sql})::DOUBLE - min({sql}) + 1 w"
+        groups = f"SELECT {told} FROM {rows} GROUP BY {by}"
+        query = f"SELECT count(*) FILTER (d = n AND w <= 2 * n), count(*) FROM ({groups}) WHERE n > 1"
+        fine, some = self._database.row(query)
+        return bool(some) and fine > 0.9 * some
+
+    def share(self, condition: str, of: str = "true") -> float:
+        """Share of the rows of one condition that fulfil another; 0 where there is none."""
+        both, some = self._database.row(
+            f"SELECT count(*) FILTER (({condition}) AND ({of})), count(*) FILTER ({of}) FROM log"
+        )
+        return both / some if some else 0.0
+
+    def count(self, condition: str) -> int:
+        """Rows that fulfil a condition."""
+        return int(self._database.row(f"SELECT count(*) FILTER ({condition}) FROM log")[0])
+
+    def quantile(self, expression: str, share: float, where: str = "true") -> Any:
+        """An exact quantile of SQL, None where there is no row."""
+        query = f"SELECT quantile_disc({expression}, {share}) FROM log WHERE ({where}) AND ({expression}) IS NOT NULL"
+        return self.number(query)
+
+    def sample(self, keys: Sequence[str], columns: Sequence[str]) -> pa.Table:
+        """Columns of all rows of some values of keys, in an order that depends on the rows alone."""
+        by = [self._sql[each] for each in keys] or [self._row_hash]
+        named = ", ".join(f"{self._sql[each]} AS v{place}" for place, each in enumerate(columns))
+        half = f"hash({', '.join(by)}, 1) % 2 = 0 AS half"
+        found = self._database.table(f"SELECT {named}, {half} FROM {self._sample(by)} ORDER BY {self._row_hash}")
+        return found.rename_columns([*columns, HALF])
+
+    def values(self, column: str, limit: int) -> list[Any]:
+        """The most frequent values of a column."""
+        sql = self._sql[column]
+        query = (
+            f"SELECT {sql} FROM log WHERE {sql} IS NOT NULL GROUP BY ALL ORDER BY count(*) DESC, {sql} LIMIT {limit}"
+        )
+        return [row[0] for row in self._database.rows(query)]
+
+
+def _cleaned(name: str, kind: str) -> str:
+    """SQL of a column in which NaN is a null."""
+    quoted = '"' + name.replace('"', '""') + '"'
+    if kind in ("DOUBLE", "FLOAT"):
+        return f"CASE WHEN isfinite({quoted}) THEN {quoted} END"
+    return f"{quoted}::DOUBLE" if kind.startswith("DECIMAL") else quoted
+
+
+def _unit_of(low: int, high: int) -> str | None:
+    """The unit in which integers are moments of these decades, None where they are none."""
+    for unit, per_second in (("s", 1), ("ms", 1000), ("us", 10**6), ("ns", 10**9)):
+        if _EARLIEST * per_second <= low and high <= _LATEST * per_second:
+            return unit
+    return None
+
+
+def auc_alone(values: pa.ChunkedArray, labels: np.ndarray, half: np.ndarray) -> float:
+    """How well a column ranks a binary label by the label's mean at each of its values, or ranges of numbers, without a
+    value among them: the means are of one half of the keys, and the area under the ROC curve is that of the other.
+
+    values: (N,); labels: (N,) 0, 1 or NaN where not observed; half: (N,) bool. NaN where a half lacks a label.
+    """
+    observed = ~np.isnan(labels)
+    codes = _codes(values)[observed]
+    labels, half = labels[observed], half[observed]
+    known, asked = labels[half], labels[~half]
+    if min(known.sum(), len(known) - known.sum(), asked.sum(), len(asked) - asked.sum()) < 1:
+        return float("nan")
+    places = codes.max(initial=0) + 1
+    rows, positives = (np.bincount(codes[half], weights, places) for weights in (None, known))
+    means = (positives + _PRIOR * known.mean()) / (rows + _PRIOR)
+    predicted, place = np.unique(np.round(means, 12)[codes[~half]], return_inverse=True)
+    ones = np.bincount(place, asked, len(predicted))
+    return float(auc_of_counts(ones, np.bincount(place, minlength=len(predicted)) - ones))
+
+
+def _codes(values: pa.ChunkedArray) -> np.ndarray:
+    """(N,) int64 from 0: a value of text, a range of numbers; a missing one has its own."""
+    kind = values.type
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        return np.asarray(values.is_valid()).astype(np.int64)
+    if pa.types.is_temporal(kind):
+        values = values.cast(pa.int64()) if not pa.types.is_date(kind) else values.cast(pa.int32()).cast(pa.int64())
+    if pa.types.is_boolean(values.type) or pa.types.is_integer(values.type) or pa.types.is_floating(values.type):
+        numbers = values.cast(pa.float64(), safe=False).to_numpy().astype(np.float64)
+        known = numbers[~np.isnan(numbers)]
+        edges = np.unique(np.quantile(known, np.linspace(0, 1, _BINS + 1)[1:-1])) if len(known) else known
+        return np.where(np.isnan(numbers), 0, 1 + np.searchsorted(edges, numbers, side="right")).astype(np.int64)
+    codes = values.combine_chunks().dictionary_encode()
+    codes = codes.combine_chunks() if isinstance(codes, pa.ChunkedArray) else codes
+    return codes.indices.fill_null(-1).to_numpy().astype(np.int64) + 1
+
+
+def days(microseconds: float) -> float:
+    """Days of so many microseconds."""
+    return microseconds / MICROSECONDS_PER_DAY

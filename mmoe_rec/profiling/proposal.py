@@ -1,0 +1,412 @@
+"""Which features, split and training a log's meaning suggests, as the tree of a settings file with a note to each part.
+
+Counters and histories carry most: of the user, the candidate, both, and of what describes them, for each task and each
+log of events. How many there are is bounded, so a log of 300 columns trains as well.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+from mmoe_rec.errors import UserError
+from mmoe_rec.log.rows import MICROSECONDS_PER_DAY
+from mmoe_rec.profiling.meaning import Meaning, TaskGuess
+from mmoe_rec.profiling.profile import Column, Profile, days
+from mmoe_rec.profiling.tasks import one_of
+from mmoe_rec.profiling.words import CODES, EVENT_TYPES, TIME, has
+
+_WINDOWS = (28, 7, 1, 0.125)
+_MOST_ATTRIBUTES, _MOST_CONTEXTS, _MOST_GROUPS = 4, 3, 2
+_MOST_SHARED = 5000
+"""Values of a context's column for which it is counted with candidates; a finer one, as a session, with users alone."""
+_TEST, _VALIDATION = 0.2, 0.1
+_FEWEST = 100
+"""Rows of the rarer label that validation and test rows should have of each task."""
+
+
+Key = tuple[str, list[str], bool]
+
+
+@dataclass
+class Entry:
+    """A key of a section, with its value, a comment, why a person should check it, and what stands above it."""
+
+    value: Any
+    note: str = ""
+    check: str = ""
+    heading: str = ""
+
+
+@dataclass
+class Events:
+    """A log of events. name: of it in settings; time, type: its columns."""
+
+    name: str
+    path: str
+    profile: Profile
+    time: str
+    type: str | None = None
+    check: str = ""
+
+
+@dataclass
+class Proposal:
+    """Sections of a settings file; warnings: sentences for the terminal."""
+
+    features: dict[str, Entry] = field(default_factory=dict)
+    split: dict[str, Entry] = field(default_factory=dict)
+    training: dict[str, Entry] = field(default_factory=dict)
+    model: dict[str, Entry] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+
+def propose(profile: Profile, meaning: Meaning, events: Sequence[Events], timezone: str | None) -> Proposal:
+    """Features, split, model and training for a log. Raises UserError where its rows can't be split by time."""
+    return _Proposer(profile, meaning, events, timezone).run()
+
+
+class _Proposer:
+    def __init__(self, profile: Profile, meaning: Meaning, events: Sequence[Events], timezone: str | None) -> None:
+        self.profile, self.meaning, self.events, self.timezone = profile, meaning, events, timezone
+        self.columns, self.keys = profile.columns, meaning.keys
+        self.proposal = Proposal()
+        self._heading = ""  # of the next feature
+        self.plain = "user" not in self.keys and "request" not in self.keys
+        self.train_days = 0.0
+
+    def run(self) -> Proposal:
+        self._propose_split()
+        self._propose_columns()
+        if "time" in self.keys:
+            self._propose_histories()
+            self._propose_counters()
+        self._propose_training()
+        return self.proposal
+
+    def _add(self, name: str, value: Mapping[str, Any], note: str = "", check: str = "") -> str:
+        name = re.sub(r"\W+", "_", name).strip("_") or "feature"
+        taken = {each.casefold() for each in self.proposal.features}
+        unique, number = name, 2
+        while unique.casefold() in taken:
+            unique, number = f"{name}_{number}", number + 1
+        self.proposal.features[unique] = Entry(dict(value), note, check, self._heading)
+        self._heading = ""
+        return unique
+
+    # The split
+
+    def _propose_split(self) -> None:
+        meaning, split = self.meaning, self.proposal.split
+        if meaning.split is not None:
+            column, parts = meaning.split
+            split["column"] = Entry(column)
+            for name, values in parts.items():
+                if values != [name]:
+                    split[name] = Entry(values)
+            return
+        t = self.columns[self.keys["time"]].microseconds
+        first, last = self.profile.row_of_times(t)
+        mature = max((each.matures_after_days for each in meaning.tasks), default=0.0)
+        end = last - round(mature * MICROSECONDS_PER_DAY) if mature else last + 1
+        usable = f"{t} < {end}"
+        if end <= first or self.profile.count(usable) < 0.2 * self.profile.rows:
+            raise UserError(
+                f"labels of '{self.profile.name}' are final after {mature:g} days, and the log spans "
+                f"{days(last - first):.1f}: too little of it is known"
+            )
+        ends = []
+        for share in (1 - _TEST - _VALIDATION, 1 - _TEST):
+            at = int(self.profile.quantile(t, share, usable))
+            ends.append(self._round(at, first, end))
+        if not first < ends[0] < ends[1] < end:
+            raise UserError(f"the times of '{self.profile.name}' are too few to split its rows by them")
+        split["train_end"] = Entry(
+            _as_time(ends[0]), f"the first {self.profile.share(f'{t} < {ends[0]}'):.0%} of the rows"
+        )
+        split["validation_end"] = Entry(_as_time(ends[1]), "these rows choose the best state of the model")
+        if mature:
+            split["test_end"] = Entry(_as_time(end), f"labels are final {mature:g} days later, when the log ends")
+        self.train_days = days(ends[0] - first)
+        self._check_labels(t, first, ends, end)
+
+    def _round(self, at: int, first: int, end: int) -> int:
+        """The nearest midnight UTC of a long log, or hour of a short one."""
+        step = MICROSECONDS_PER_DAY if days(end - first) >= 20 else MICROSECONDS_PER_DAY // 24
+        if days(end - first) < 1:
+            return at
+        return round(at / step) * step
+
+    def _check_labels(self, t: str, first: int, ends: Sequence[int], end: int) -> None:
+        parts = {"training": (first, ends[0]), "validation": (ends[0], ends[1]), "test": (ends[1], end)}
+        for task in self.meaning.tasks:
+            if task.kind != "binary":
+                continue
+            column = self.columns[task.column]
+            seen = "true"
+            if task.observed_when is not None:
+                other = self.columns[task.observed_when[0]]
+                seen = f"{other.sql} = {one_of(other)}"
+            for name, (start, stop) in parts.items():
+                inside = f"{t} >= {start} AND {t} < {stop} AND {seen} AND {column.sql}"
+                ones = self.profile.count(f"{inside} = {one_of(column)}")
+                zeros = self.profile.count(f"{inside} <> {one_of(column)}")
+                if min(ones, zeros) < _FEWEST:
+                    self.proposal.warnings.append(
+                        f"{name} rows have {ones:,} positive and {zeros:,} negative labels of {task.column}: "
+                        + ("nothing can be learnt of it" if not min(ones, zeros) else "its AUC says little")
+                    )
+
+    # Columns as they are
+
+    def _propose_columns(self) -> None:
+        for purpose in ("user", "candidate"):
+            if purpose in self.keys:
+                self._propose_key(purpose)
+        for role in ("user", "candidate", "context", "placement"):
+            self._heading = {"context": "Of the request.", "placement": "Of where a candidate was shown."}.get(role, "")
+            for name in list(self.meaning.roles[role]):
+                if not self._propose_column(self.columns[name], role):
+                    self.meaning.roles[role].remove(name)
+        time = self.keys.get("time")
+        parts = ["hour"] * (time is not None and self._tells_hours(time)) + ["weekday"] * (self.train_days >= 14)
+        if parts:
+            zone = {"timezone": self.timezone} if self.timezone else {}
+            check = "" if zone else "in which time zone do users live? UTC, unless --timezone says, as Europe/Berlin"
+            self._add("request_time", {"kind": "time", "parts": parts, **zone}, check=check)
+
+    def _propose_key(self, purpose: str) -> None:
+        column = self.columns[self.keys[purpose]]
+        rows = self.profile.rows_per_key([column.name])
+        value: dict[str, Any] = {"kind": "id", "column": column.name}
+        note = f"about {column.distinct:,} values, {rows:.3g} rows each"
+        if purpose == "candidate":
+            value |= {"min_count": 5, "oov_buckets": 64} if column.distinct > 500 else {"min_count": 2}
+        if column.distinct > 1_000_000:
+            value |= {"dim": 32, "max_size": 2_000_000}
+        self._add(column.name, value, note)
+
+    def _tells_hours(self, name: str) -> bool:
+        """Whether times are finer than days."""
+        t = self.columns[name].microseconds
+        return self.columns[name].type != "DATE" and self.profile.share(f"{t} % {MICROSECONDS_PER_DAY} <> 0") > 0.5
+
+    def _propose_column(self, each: Column, role: str) -> bool:
+        """Adds the features of a column; False where there is none."""
+        check = self.meaning.checks.get(each.name, "")
+        made = self._kind_of(each)
+        if made is None:
+            self.meaning.left_out[each.name] = "its values are too many and too rare to learn from"
+            return False
+        for suffix, value, note in made:
+            self._add(each.name + suffix, value, note, check)
+        return True
+
+    def _kind_of(self, each: Column) -> list[tuple[str, dict[str, Any], str]] | None:  # noqa: PLR0911 - one line a case reads best
+        """Ends of names, settings and comments of its features; None where it can't be one."""
+        column, values = {"column": each.name}, each.rows - each.nulls
+        if each.kind == "time" or (each.unit is not None and has(each.name, TIME)):
+            value, note = {"kind": "time", **column, "parts": ["age"]}, "days from it to the request"
+            return [("_age", value, note)] if "time" in self.keys else None
+        if each.kind == "keys":
+            longest = {"max_length": each.lengths[1]} if each.lengths[1] < 50 else {}
+            return [("", {"kind": "ids", **column, "dim": 8, **longest}, "")]
+        if each.kind == "vector":
+            return [("", {"kind": "vector", **column, "size": each.lengths[0]}, "")]
+        if each.kind == "number" or (each.kind == "integer" and not self._is_code(each)):
+            return [("", {"kind": "numeric", **column, **self._shape(each)}, "")]
+        if each.distinct > max(1000, 0.5 * values):
+            return None
+        if each.distinct > max(1000, 0.1 * values):
+            return []  # as a session, which counters may read
+        return [("", {"kind": "id", **column, **self._sizes(each)}, f"about {each.distinct:,} values")]
+
+    def _is_code(self, each: Column) -> bool:
+        """Whether integers are names of things rather than amounts: by a word, or as they are few and far apart."""
+        if each.unit is not None and each.distinct > 1000:
+            return False
+        if has(each.name, CODES) or (each.low < 0 and each.high > 2**40):
+            return True
+        return each.distinct >= 20 and each.high - each.low > 10_000 * each.distinct and each.distinct < 100_000
+
+    def _sizes(self, each: Column) -> dict[str, Any]:
+        if self.plain:
+            return {"min_count": 8, "oov_buckets": 1}
+        if each.distinct <= 50:
+            return {"dim": 4, "min_count": 1, "oov_buckets": 1}
+        return {"dim": 8} if each.distinct <= 1000 else {}
+
+    def _shape(self, each: Column) -> dict[str, Any]:
+        """How a number is brought to a common size."""
+        shape: dict[str, Any] = {}
+        middle, high = (self.profile.quantile(f"{each.sql}::DOUBLE", share) for share in (0.5, 0.99))
+        if each.low >= 0 and high is not None and float(high) > 20 * max(float(middle), float(high) / 1e6):
+            shape["transform"] = "log"
+        if each.kind == "integer" or each.distinct <= 1000:
+            shape["values"] = "auto"
+        return shape
+
+    # What was known before the request
+
+    def _groups(self, role: str, most: int, least: int, limit: float) -> list[str]:
+        """Columns of a role whose values many rows share, the finest first."""
+        fitting = []
+        for name in self.meaning.roles[role]:  # type: ignore[index]
+            each = self.columns[name]
+            usable = (
+                each.kind in ("text", "integer", "boolean") and each.unit is None and name not in self.meaning.checks
+            )
+            if usable and each.kind == "integer" and not self._is_code(each) and each.distinct > 100:
+                usable = False
+            if usable and each.nulls < 0.5 * each.rows and least <= each.distinct <= limit:
+                fitting.append((-each.distinct, name))
+        return [name for _, name in sorted(fitting)[:most]]
+
+    def _windows(self, many: bool) -> list[float | None]:
+        """Trailing windows that fit into the training rows several times."""
+        time = self.keys["time"]
+        fine = self._tells_hours(time)
+        usable = [each for each in _WINDOWS if each <= self.train_days / 4 and (fine or each >= 1)]
+        return [None, *usable] if many else [None, *usable[:1]]
+
+    def _counter_keys(self, columns: Mapping[str, Any], few: bool = False) -> list[Key]:
+        """Name, key, and whether many windows are worth it, for a log with these columns.
+
+        few: of the user, the candidate and what describes it alone, for a task with few labels.
+        """
+        user, candidate = self.keys.get("user"), self.keys.get("candidate")
+        things = self.columns[candidate].distinct if candidate else 0
+        of_candidate = self._groups("candidate", _MOST_ATTRIBUTES, 3, 0.5 * things)
+        of_context = self._groups("context", _MOST_CONTEXTS, 2, _MOST_SHARED)
+        finer = self._groups("context", 1, _MOST_SHARED + 1, 0.2 * self.profile.rows)
+        of_user = self._groups("user", _MOST_GROUPS, 2, 200)
+        found: list[Key] = []
+
+        def add(many: bool, *keys: str | None) -> None:
+            if all(keys) and all(key in columns for key in keys):
+                found.append(("_".join(str(key) for key in keys), [str(key) for key in keys], many))
+
+        add(True, user)
+        add(True, candidate)
+        add(False, user, candidate)
+        for each in of_candidate:
+            add(False, each)
+            add(False, user, each)
+        if few:
+            return found
+        for each in finer:
+            add(False, user, each)
+        for each in of_context:
+            add(False, candidate, each)
+            add(False, user, each)
+        for each in of_user:
+            add(False, candidate, each)
+        return found
+
+    def _propose_counters(self) -> None:
+        for task in self.meaning.tasks:
+            if task.kind != "binary" and len(self.meaning.tasks) > 1:
+                continue
+            later = task.observed_when is not None
+            self._heading = f"Of {task.name} before the request."
+            for name, by, many in self._counter_keys(self.columns, later):
+                value: dict[str, Any] = {"kind": "counter", "task": task.name, "by": by}
+                windows = self._windows(many)
+                if later:
+                    value["outputs"] = ["rows", "rate"]
+                    windows = windows[:2] if many else [None]
+                    value["smoothing"] = 5
+                if windows != [None]:
+                    value["window_days"] = windows
+                self._add(f"{name}_{task.name}", value)
+        for log in self.events:
+            self._heading = f"Of {log.name} before the request."
+            for name, by, many in self._counter_keys(log.profile.columns):
+                windows = self._windows(many)
+                value = {"kind": "counter", "events": log.name, "by": by, "outputs": ["positives", "recency"]}
+                if windows != [None]:
+                    value["window_days"] = windows
+                self._add(f"{name}_{log.name}", value)
+
+    def _propose_histories(self) -> None:
+        user, candidate = self.keys.get("user"), self.keys.get("candidate")
+        if user is None or candidate is None:
+            return
+        of = next(name for name, each in self.proposal.features.items() if each.value.get("column") == candidate)
+        self._heading = "The user's last candidates."
+        for task in self.meaning.tasks[:2]:
+            if task.kind == "binary":
+                self._add(f"last_{task.name}", {"kind": "history", "task": task.name, "of": of})
+        for log in self.events:
+            if {user, candidate} <= set(log.profile.columns):
+                value: dict[str, Any] = {"kind": "history", "events": log.name, "of": of, "length": 30}
+                if log.type is not None:
+                    values = log.profile.values(log.type, 20)
+                    value["event_types"] = {"column": log.type, "values": values}
+                self._add(f"last_{log.name}", value)
+
+    # Model and training
+
+    def _propose_training(self) -> None:
+        proposal = self.proposal
+        proposal.model["trees"] = Entry({}, "network and trees together rank above either")
+        if self.plain:
+            proposal.model["bottom"] = Entry({"dropout": 0.3})
+            proposal.model["experts"] = Entry({"units": [64, 32]})
+            proposal.training["epochs"] = Entry(6)
+            proposal.training["learning_rate"] = Entry(0.002)
+            proposal.training["table_learning_rate"] = Entry(0.1)
+        proposal.training["calibration"] = Entry("temperature", "probabilities right on average, not the order alone")
+
+
+def _as_time(microseconds: int) -> datetime:
+    return datetime.fromtimestamp(microseconds / 1e6, UTC)
+
+
+def describe_task(task: TaskGuess) -> dict[str, Any]:
+    """The section of a task."""
+    value: dict[str, Any] = {"label": task.column, "objective": task.objective}
+    if task.kind != "binary":
+        value["kind"] = task.kind
+    if task.observed_when is not None:
+        value["observed_when"] = dict(zip(("column", "equals"), task.observed_when, strict=True))
+    if task.matures_after_days:
+        value["matures_after_days"] = task.matures_after_days
+    if task.score_weight != 1:
+        value["score_weight"] = task.score_weight
+    return value
+
+
+def read_events(path: str, name: str, profile: Profile, log: Profile, meaning: Meaning) -> Events:
+    """What a log of events holds. Raises UserError where it has no time, or none of the log's users and candidates."""
+    times = [each for each in profile.columns.values() if each.is_time and not each.nulls and each.distinct > 1]
+    own = meaning.keys.get("time")
+    if own is None:
+        raise UserError(f"--events '{path}': the log has no times, so nothing is known to come before a request")
+    times = [each for each in times if each.kind == "time" or each.name == own or has(each.name, TIME)]
+    if not times:
+        raise UserError(f"--events '{path}' has no column of times without nulls: each event needs one")
+    time = min(times, key=lambda each: (each.name != own, each.kind != "time", -each.distinct, each.name))
+    if time.kind != "time":
+        if meaning.time_unit not in (None, time.unit):
+            raise UserError(
+                f"--events '{path}': times of '{time.name}' are in {time.unit}, those of the log in "
+                f"{meaning.time_unit}; write both in one"
+            )
+        meaning.time_unit = time.unit
+    keys = [meaning.keys[each] for each in ("user", "candidate") if each in meaning.keys]
+    if not set(keys) & set(profile.columns):
+        raise UserError(
+            f"--events '{path}' has none of the columns {', '.join(keys)}: rename its users and candidates as the log's"
+        )
+    for key in keys:
+        if key in profile.columns and profile.columns[key].kind != log.columns[key].kind:
+            theirs, ours = profile.columns[key].type, log.columns[key].type
+            raise UserError(f"--events '{path}': column '{key}' is {theirs}, but {ours} in the log")
+    others = ", ".join(sorted(each.name for each in times if each is not time))
+    kinds = [each.name for each in profile.columns.values() if each.kind == "text" and 2 <= each.distinct <= 20]
+    kinds = [each for each in kinds if has(each, EVENT_TYPES)]
+    return Events(name, path, profile, time.name, kinds[0] if kinds else None, f"or is it {others}?" if others else "")

@@ -1,0 +1,160 @@
+"""What the other columns describe, and which of them can't have been known at the request."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pyarrow as pa
+
+from mmoe_rec.profiling.meaning import STEADY, Reading
+from mmoe_rec.profiling.profile import HALF, Column, auc_alone
+from mmoe_rec.profiling.words import BEFORE, LABELS, OUTCOMES, PLACEMENT, TIME, begins, has
+from mmoe_rec.settings.columns import Role
+
+LEAK, SUSPECT = 0.93, 0.8
+"""AUC of a column alone from which it is taken for what became known later, or may be."""
+LEAK_OF_TABLE = 0.985
+"""The same in a plain table, whose columns are all that is known."""
+_CONSTANT = 0.001
+
+
+def find_roles(reading: Reading) -> None:
+    """Fills in `roles` and `left_out`."""
+    keys, meaning, profile = reading.meaning.keys, reading.meaning, reading.profile
+    meaning.roles["placement"] += dict.fromkeys(reading.corrections.placement)
+    names = [each.name for each in reading.free()]
+    unknown = dict.fromkeys(names, math.nan)
+    of_request = of_user = of_candidate = unknown
+    if names and meaning.rows_per_request > 1.05:
+        of_request = profile.changes(reading.list_keys, names)
+    if names and "user" in keys:
+        of_user = profile.changes([keys["user"]], names, reading.time, at_once=True)
+    if names and "candidate" in keys:
+        of_candidate = profile.changes([keys["candidate"]], names, reading.time)
+    aucs = Aucs(reading)
+    for each in reading.free():
+        changes = of_request[each.name], of_user[each.name], of_candidate[each.name]
+        role = None
+        if why := _why_later(reading, each) or _why_growing(reading, each):
+            meaning.left_out[each.name] = why
+        elif reading.is_plain:
+            role = _role_in_table(reading, each, changes[2], aucs)
+        else:
+            role = _role_in_log(reading, each, changes) or _role_in_doubt(reading, each, changes, aucs)
+        if role is not None:
+            meaning.roles[role].append(each.name)
+
+
+def _role_in_table(reading: Reading, each: Column, of_candidate: float, aucs: Aucs) -> Role | None:
+    best, task = aucs.best(each)
+    if each.kind == "time" and "time" not in reading.meaning.keys:
+        reading.meaning.left_out[each.name] = "a time in a table that has no time of requests"
+        return None
+    if best > LEAK_OF_TABLE:
+        _leave_out(reading, each, f"it tells {task} too well to be known before it (AUC {best:.3f} alone)")
+        return None
+    is_placement = has(each.name, PLACEMENT) and of_candidate > STEADY
+    return "placement" if is_placement else "candidate"
+
+
+def _role_in_log(reading: Reading, each: Column, changes: tuple[float, float, float]) -> Role | None:  # noqa: PLR0911 - as above
+    """What the column changes with, None where neither user nor candidate nor request determines it, or it may be an
+    outcome."""
+    of_request, of_user, of_candidate = changes
+    if of_request <= _CONSTANT:
+        if of_user <= STEADY and not (each.is_key and of_user > 0 and each.distinct > reading.distinct("user")):
+            return "user"
+        if begins(each.name, OUTCOMES) and not has(each.name, BEFORE):
+            return None
+        if math.isnan(of_user) and "user" in reading.meaning.keys:
+            reading.meaning.checks[each.name] = "users have one request each, so it may describe the user as well"
+        return "context"
+    if math.isnan(of_request) and of_user <= STEADY and not of_candidate < of_user:
+        return "user"
+    if of_candidate <= STEADY:
+        return "candidate"
+    if has(each.name, PLACEMENT) or _is_rank(reading, each):
+        why = "taken for where a candidate was shown: it teaches, and is absent in serving"
+        reading.meaning.checks[each.name] = why
+        return "placement"
+    return None
+
+
+def _role_in_doubt(reading: Reading, each: Column, changes: tuple[float, float, float], aucs: Aucs) -> Role | None:
+    """Of a column that differs from row to row: known before the request, or what happened then?"""
+    best, task = aucs.best(each)
+    if begins(each.name, OUTCOMES) and not has(each.name, BEFORE):
+        _leave_out(reading, each, "by its name it may be known only after the request")
+    elif best > LEAK:
+        _leave_out(reading, each, f"it tells {task} too well to be known before it (AUC {best:.2f} alone)")
+    elif each.binary and begins(each.name, LABELS) and not has(each.name, BEFORE):
+        _leave_out(reading, each, "it looks like a label: --task makes it one")
+    elif math.isnan(changes[0]):
+        reading.meaning.checks[each.name] = "does it describe the request, and is it known before it?"
+        return "context"
+    else:
+        seen = f"; alone it ranks {task} with an AUC of {best:.2f}" if best > SUSPECT else ""
+        why = f"it differs from request to request of a candidate: is it known before?{seen}"
+        reading.meaning.checks[each.name] = why
+        return "candidate"
+    return None
+
+
+def _leave_out(reading: Reading, each: Column, why: str) -> None:
+    reading.meaning.left_out[each.name] = why
+    reading.meaning.checks[each.name] = why
+
+
+def _is_rank(reading: Reading, each: Column) -> bool:
+    """Whether a column numbers the rows of each list."""
+    starts = each.kind == "integer" and each.low in (0, 1) and not each.binary and not each.nulls
+    return starts and bool(reading.list_keys) and reading.profile.numbers_rows(reading.list_keys, each.name)
+
+
+def _why_later(reading: Reading, each: Column) -> str | None:
+    """Why a time is that of an outcome, None where it is not."""
+    time = reading.meaning.keys.get("time")
+    if time is None or not each.is_time or (each.kind != "time" and not has(each.name, TIME)):
+        return None
+    later = reading.profile.share(f"{each.microseconds} > {reading.time}", f"{each.sql} IS NOT NULL")
+    return "it lies after the request" if later > 0.5 else None
+
+
+def _why_growing(reading: Reading, each: Column) -> str | None:
+    """Why a number only tells when the row was made: it never falls, from request to request."""
+    time = reading.meaning.keys.get("time")
+    if time is None or each.kind not in ("integer", "number") or each.nulls or each.distinct < 5 or each.binary:
+        return None
+    if reading.profile.falls(each.name, reading.columns[time].microseconds) > 0.001:
+        return None
+    return "it grows with time, so later rows have values that training has not seen"
+
+
+class Aucs:
+    """How well each column alone tells each binary task; read when it is asked for."""
+
+    def __init__(self, reading: Reading) -> None:
+        self._reading = reading
+        self._found: dict[str, dict[str, float]] | None = None
+
+    def best(self, each: Column) -> tuple[float, str]:
+        """The highest AUC of a column, and its task; 0 where there is none."""
+        if self._found is None:
+            self._found = self._read()
+        known = {task: auc for task, auc in self._found.get(each.name, {}).items() if not math.isnan(auc)}
+        task = max(known, key=lambda name: (known[name], name), default="")
+        return known.get(task, 0.0), task
+
+    def _read(self) -> dict[str, dict[str, float]]:
+        reading = self._reading
+        tasks = [each for each in reading.meaning.tasks if each.kind == "binary"]
+        names = [each.name for each in reading.free() if each.kind != "vector"]
+        rows = reading.profile.sample(reading.list_keys, [*names, *(each.column for each in tasks)])
+        half = rows.column(HALF).to_numpy().astype(bool)
+        labels = {each.column: rows.column(each.column).cast(pa.float64()).to_numpy() for each in tasks}
+        for each in tasks:
+            if each.observed_when is not None:
+                seen = labels[each.observed_when[0]] == 1
+                labels[each.column] = np.where(seen, labels[each.column], np.nan)
+        return {name: {task: auc_alone(rows.column(name), its, half) for task, its in labels.items()} for name in names}

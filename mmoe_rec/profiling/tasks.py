@@ -1,0 +1,178 @@
+"""What happened after a request: the columns of labels, where these are known, and when they are final."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from mmoe_rec.errors import UserError
+from mmoe_rec.profiling.meaning import STEADY, Reading, TaskGuess
+from mmoe_rec.profiling.profile import Column, days
+from mmoe_rec.profiling.words import BEFORE, LABELS, NUMBERS, PLACEMENT, UNWANTED, begins, has
+
+_MOST_TASKS = 5
+
+
+def find_tasks(reading: Reading) -> None:
+    """Fills in `tasks`. Raises UserError where no column looks like a label, or a given one can't be."""
+    meaning, given = reading.meaning, reading.corrections.tasks
+    if given:
+        for name in given:
+            _check_label(reading, reading.columns[name])
+        meaning.tasks = [
+            TaskGuess(name, "binary" if reading.columns[name].binary else "regression") for name in dict.fromkeys(given)
+        ]
+    else:
+        meaning.tasks = _guess_tasks(reading)
+    binary = [each for each in meaning.tasks if each.kind == "binary"]
+    binary.sort(key=lambda each: (-_rate(reading, each.column), each.column))
+    for place, each in enumerate(binary):
+        _find_condition(reading, each, binary[:place])
+    others = [each for each in meaning.tasks if each.kind != "binary"]
+    for each in others:
+        each.score_weight = 0.0 if binary else 1.0
+    meaning.tasks = [*binary, *others]
+    if not meaning.tasks:
+        raise UserError(
+            f"'{reading.profile.name}' has no column that looks like a label, 0 or 1 in each row: name it with --task, "
+            "or join what happened to the rows first (mmoe-rec join-outcomes makes such a log)"
+        )
+
+
+def _check_label(reading: Reading, each: Column) -> None:
+    if each.kind not in ("integer", "number", "boolean"):
+        raise UserError(
+            f"--task '{each.name}' holds values of type {each.type}; a label is a number, 0 or 1, true or false"
+        )
+    if each.distinct < 2:
+        raise UserError(f"--task '{each.name}' has the same value in all rows: there is nothing to learn")
+
+
+def _rate(reading: Reading, column: str) -> float:
+    sql = reading.columns[column].sql
+    return reading.profile.share(f"{sql} = {one_of(reading.columns[column])}")
+
+
+def _guess_tasks(reading: Reading) -> list[TaskGuess]:
+    meaning, labels = reading.meaning, [each for each in reading.free() if each.binary]
+    labels = _that_vary(reading, [each for each in labels if each.name not in reading.corrections.placement])
+    told = [each for each in labels if begins(each.name, LABELS) and not has(each.name, BEFORE | PLACEMENT)]
+    tasks = [TaskGuess(each.name) for each in told]
+    for each in labels:  # 1 only where something else has happened: known after it
+        first = next((other for other in told if _implies(reading, each, other)), None)
+        if each not in told and first is not None and not has(each.name, BEFORE):
+            why = f"it is 1 only where {first.name} is, so it is taken for what happens then"
+            tasks.append(TaskGuess(each.name, checks=[why]))
+    if not told and labels:
+        why = "no name says so, but it is 0 or 1: is it what is to be predicted?"
+        tasks = [TaskGuess(each.name, checks=[why]) for each in labels[: 3 if reading.is_plain else 2]]
+        if reading.is_plain and len(labels) > 1:
+            meaning.warnings.append(
+                f"{', '.join(each.name for each in labels)} hold 0 and 1: name those that are to be predicted with "
+                "--task; --leave-out takes out those that are known only later"
+            )
+    if not tasks:
+        numbers = [each for each in reading.free() if each.kind in ("integer", "number") and each.unit is None]
+        numbers = [each for each in numbers if each.distinct > 2 and begins(each.name, NUMBERS)]
+        why = "a number by whose name it may be what is to be predicted"
+        tasks = [TaskGuess(each.name, "regression", checks=[why]) for each in _that_vary(reading, numbers)[:2]]
+    return tasks[:_MOST_TASKS]
+
+
+def _that_vary(reading: Reading, columns: Sequence[Column]) -> list[Column]:
+    """Columns that neither user nor candidate nor request determines. (A rare label changes seldom, but as often from
+    one row of a user to the next as anywhere.)"""
+    keys, meaning, profile = reading.meaning.keys, reading.meaning, reading.profile
+    names = [each.name for each in columns]
+    lists = meaning.rows_per_request > 1.05
+    for purpose in ("user", "candidate"):
+        if names and purpose in keys and profile.rows_per_key([keys[purpose]]) > 1.5:
+            at_once = purpose == "user" and not lists
+            changes = profile.changes([keys[purpose]], names, reading.time, at_once)
+            names = [name for name in names if not changes[name] <= 2 * STEADY]
+    if names and lists:
+        changes = profile.changes(reading.list_keys, names)
+        names = [name for name in names if not changes[name] <= 0.001]
+    return [each for each in columns if each.name in names]
+
+
+def _implies(reading: Reading, one: Column, other: Column) -> bool:
+    """Whether one is 1 only where the other is, and is rarer."""
+    if one is other:
+        return False
+    ones = f"{one.sql} = {one_of(one)}"
+    rows = reading.profile.count(ones)
+    both = reading.profile.share(f"{other.sql} = {one_of(other)}", ones)
+    return rows >= 20 and both > 0.999 and _rate(reading, one.name) < 0.98 * _rate(reading, other.name)
+
+
+def _find_condition(reading: Reading, task: TaskGuess, earlier: Sequence[TaskGuess]) -> None:
+    """The more frequent task in whose rows alone a label means something."""
+    column = reading.columns[task.column]
+    task.score_weight = 0.0 if begins(task.column, UNWANTED) else 1.0
+    if task.score_weight == 0.0:
+        task.checks.append("by its name a good candidate has none of it: predicted, and not in the score")
+    for each in earlier:
+        other = reading.columns[each.column]
+        known = f"{column.sql} IS NOT NULL"
+        by_null = column.nulls > 0 and reading.profile.share(f"{other.sql} = {one_of(other)}", known) > 0.999
+        if by_null or _implies(reading, column, other):
+            if each.observed_when is not None and not by_null:
+                continue
+            task.observed_when = each.column, (True if other.kind == "boolean" else 1)
+            task.objective = "satisfaction"
+            task.score_weight = 0.5 * task.score_weight
+            if not by_null:
+                task.checks.append(f"it is 1 only where {each.column} is: predicted for those rows")
+            return
+
+
+def find_maturity(reading: Reading) -> None:
+    """After how many days labels are final, by the times of what happened, or by where they end."""
+    keys = reading.meaning.keys
+    if "time" not in keys:
+        return
+    time = reading.columns[keys["time"]]
+    t = time.microseconds
+    last = reading.profile.row_of_times(t)[1]
+    times = [each for each in reading.columns.values() if each.kind == "time" and each.name != time.name and each.nulls]
+    for task in reading.meaning.tasks:
+        label = reading.columns[task.column]
+        happened = f"{label.sql} = {one_of(label)}" if task.kind == "binary" else f"{label.sql} IS NOT NULL"
+        for each in times:
+            there = f"{each.sql} IS NOT NULL"
+            if reading.profile.share(happened, there) > 0.98 and reading.profile.share(there, happened) > 0.98:
+                late = reading.profile.quantile(f"{each.microseconds} - {t}", 0.999, there)
+                if late is not None and late > 0:
+                    task.matures_after_days = _rounded_up(days(late))
+                    task.notes.append(f"{each.name} is at most so much later than the request")
+        if not task.matures_after_days and label.nulls:
+            condition = "true"
+            if task.observed_when is not None:
+                other = reading.columns[task.observed_when[0]]
+                condition = f"{other.sql} = {one_of(other)}"
+            known = reading.profile.number(f"SELECT max({t}) FROM log WHERE {label.sql} IS NOT NULL")
+            since = reading.profile.count(f"({condition}) AND {t} > {known}")
+            unknown = reading.profile.number(f"SELECT min({t}) FROM log WHERE ({condition}) AND {t} > {known}")
+            gap = days(last - known)
+            before = reading.profile.share(f"{label.sql} IS NOT NULL", f"({condition}) AND {t} <= {known}")
+            if since >= 50 and before > 0.5 and gap > 0.01:
+                whole = math.floor(gap + 1e-6)
+                task.matures_after_days = float(whole) if whole >= days(last - unknown) - 0.05 else _rounded_up(gap)
+                task.notes.append("its label is null in all later rows")
+        late = task.objective == "satisfaction" or task.kind == "regression"
+        if late and not task.matures_after_days:
+            task.checks.append("after how many days is it final? at once, as no column says more")
+
+
+def one_of(column: Column) -> str:
+    """SQL of the value of a binary column where something happened."""
+    return "true" if column.kind == "boolean" else "1"
+
+
+def _rounded_up(value: float) -> float:
+    """A number of two digits that is not less; whole days from five on."""
+    if value >= 5:
+        return float(math.ceil(value - 1e-6))
+    digits = 1 - math.floor(math.log10(value))
+    return math.ceil(value * 10**digits - 1e-9) / 10**digits

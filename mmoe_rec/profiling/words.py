@@ -1,0 +1,111 @@
+"""Words in the names of columns, in a few languages, by which one guesses what a column is."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+def _stems(text: str) -> tuple[str, ...]:
+    """Beginnings of words."""
+    return tuple(text.split())
+
+
+_ID = _words("code guid hash id ids idx index key no nr num number pk ref sk uuid")
+NAMES = {
+    "user": _words(
+        "account applicant benutzer buyer candidat client cliente comprador consumer customer guest haushalt "
+        "hogar household kunde kunden lector listener member nutzer passenger patient person player profile "
+        "reader rider searcher shopper socio student subscriber traveler uid user userid usuario utilisateur "
+        "viewer visitor"
+    ),
+    "candidate": _words(
+        "ad annonce anuncio anzeige app article articulo artikel asin book business candidate clip content course "
+        "creative destination doc document episode exercise film game gif hotel iid item itemid job lesson "
+        "listing movie news oferta offer pelicula place podcast poi post product producto produit produkt "
+        "property question recipe restaurant show sku song story titel track venue video"
+    ),
+    "request": _words(
+        "anfrage auction basket batch bid busqueda consulta display exposure feed impression impressionid list "
+        "liste order page pageview pagina peticion query rec reco recommendation render req request search slate "
+        "srch suche view warenkorb"
+    ),
+}
+STAND_INS = {
+    "user": _words("browser cookie device ip sesion session sitzung"),
+    "candidate": _words(""),
+    "request": _words("besuch sesion session sitzung visit visita"),
+}
+"""Of what may stand for it where no column has a better name."""
+TIME = _words(
+    "anzeige at created date datetime datum day dt epoch event exposure fecha gezeigt heure hora impression log "
+    "logged micros momento ms request s served shown since tag time timestamp ts unix utc view viewed visit when "
+    "zeit zeitpunkt"
+)
+PLACEMENT = _words(
+    "carousel column display mailer orden placement platz pos posicion position rang rank row shelf slot"
+)
+SAMPLING = _words("kept sample samplerate sampling samplingrate")
+WEIGHT = _words("gewicht instanceweight peso sampleweight weight weights wgt")
+WEIGHED = _words("instance person row sample survey w")
+BEFORE = _words(
+    "already avg before cnt count ctr days ever frueher hist history last mean num past prev previous previously "
+    "prior rate since total vorher was"
+)
+"""Of what was known already: a count of earlier clicks is no label."""
+CODES = _words("cat category class code group id key kind nr plz segment typ type zip")
+"""Of integers that are names of things."""
+EVENT_TYPES = _words("action art event evento kind typ type")
+LABELS = _stems(
+    "abon accept action again angesehen appl behalten bestellt block book bought bounc buy call cancel cart "
+    "checkout churn clic click clk comment complain complet compr contact contrat conv devuel dislik download "
+    "downvot engag enjoy fav finish follow gef gekauft geöffnet gust happy hid hire hit insta kauf keep kept "
+    "klick label lead lik listen lov match open order outcome pagad paid play pleas posit purchas rated read "
+    "rebought recommend refund reject repeat repl report reserv respon retain retour return satisf sav seen shar "
+    "skip sold spam stay storn subscri succes swip target unfollow unsub upvot view vio visit vist vote watch "
+    "wieder won zufrieden"
+)
+UNWANTED = _stems(
+    "block bounc cancel churn complain devuel dislik downvot hid refund reject report retour return skip spam "
+    "storn unfollow unsub"
+)
+"""Of what a good candidate has none of."""
+OUTCOMES = _stems(
+    "amount answer bestell betrag bezahlt checkout click conver deliver duration dwell engag feedback gasto gmv "
+    "importe listen margin menge minutes paid payment profit purchas qty quantity rating refund return revenue "
+    "review sales scroll seconds shipped spend spent stars survey umsatz verweil watch"
+)
+"""Of what is known after the request alone."""
+NUMBERS = _stems(
+    "bewertung dwell estrellas grade hours label listen minutes note puntu rate rating response revenue review "
+    "score seconds spend stars sterne target watch"
+)
+"""Of numbers that may be predicted."""
+
+
+def words_of(name: str) -> list[str]:
+    """Lower-case words of a name, split at capitals and at all that is no letter."""
+    parts = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", " ", name)
+    return [each for each in re.split(r"[\W_\d]+", parts.lower()) if each]
+
+
+def fits(name: str, hints: Collection[str]) -> bool:
+    """Whether a name holds a word of hints, and nothing else that matters: user_id is a user, user_country none."""
+    words = words_of(name)
+    if len(words) == 1:  # as in kundennr
+        return any(words[0] == each or (len(each) > 3 and words[0] in {each + end for end in _ID}) for each in hints)
+    return any(each in hints for each in words) and all(each in hints or each in _ID for each in words)
+
+
+def has(name: str, hints: frozenset[str]) -> bool:
+    """Whether one of the words of a name is in hints."""
+    return not hints.isdisjoint(words_of(name))
+
+
+def begins(name: str, stems: tuple[str, ...]) -> bool:
+    """Whether one of the words of a name begins with a stem."""
+    return any(each.startswith(stems) for each in words_of(name))

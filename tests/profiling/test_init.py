@@ -1,0 +1,37 @@
+"""mmoe-rec init: how it is corrected, and what it never replaces."""
+
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from tests.commands import refuse, run
+from tests.log.small_logs import random_log
+
+
+@pytest.fixture
+def shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    pq.write_table(random_log(1, rows=2000), "shop.parquet")
+    run("init", "shop.parquet")
+    return tmp_path / "shop.yaml"
+
+
+def test_init_goes_on_from_what_it_was_told(shop: Path) -> None:
+    first = shop.read_text()
+    run("init", "shop.parquet", "--leave-out", "price")
+    run("init", "shop.parquet", "--timezone", "Europe/Berlin")
+    told = yaml.safe_load(shop.read_text())
+    assert "price" not in str(told["roles"])
+    assert told["features"]["request_time"]["timezone"] == "Europe/Berlin"
+    shop.unlink()
+    run("init", "shop.parquet")
+    assert shop.read_text() == first
+
+
+def test_init_replaces_nothing_that_a_person_wrote(shop: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for text in (shop.read_text().replace("trees: {}", "trees: {leaves: 15}"), "name: shop\n"):
+        shop.write_text(text)
+        assert "name another --out" in refuse(capsys, "init", "shop.parquet")
+        assert shop.read_text() == text
