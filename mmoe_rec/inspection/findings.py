@@ -107,11 +107,16 @@ def drift_beyond_noise(each: Mapping[str, Any]) -> float:
 
 
 def describe(health: Health) -> list[str]:
-    """How many findings there are, and how small a gain the test rows can show."""
-    kinds = Counter(each["severity"] for each in health["findings"])
+    """How many findings there are, and which costs most; how small a gain the test rows can show, in the mean first."""
+    findings = health["findings"]
+    kinds = Counter(each["severity"] for each in findings)
     told = [f"{kinds[word]} {word}{'s' * (kinds[word] > 1)}" for word in ("problem", "warning") if kinds[word]]
-    sentences = [f"{' and '.join(told)} found" if told else "nothing suspicious found"]
-    for name, each in health["forecasts"].items():
+    sentences = ["nothing suspicious found"]
+    if told:
+        lines = [each["override"] for each in findings[0]["advice"] if each["override"]]
+        advice = f" (`{lines[0]}`)" if lines else ""
+        sentences = [f"{' and '.join(told)} found; above all: {findings[0]['message']}{advice}"]
+    for name, each in reversed(health["forecasts"].items()):
         what = f"{'mean ' if ', ' in name else ''}AUC of {name}"
         if each is None:
             sentences.append(f"{what}: the rows have too few labels, or users, for an interval")

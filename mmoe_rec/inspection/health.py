@@ -116,6 +116,7 @@ def inspect(
     sums, manifest = collect(prepared, schema, scratch, memory_gib, workers), prepared.manifest
     health = {
         "name": name,
+        "fingerprint": manifest.get("fingerprint"),
         "overview": overview(manifest, sums, schema),
         "features": [_feature(each, schema, sums, prepared, manifest) for each in sums.features],
         "tables": _tables(sums, dims),

@@ -19,7 +19,7 @@ from mmoe_rec.evaluation.comparison import Results, find_objective
 from mmoe_rec.evaluation.summary import MeasuredModel, PlacementRecord, Summary
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.features.vocabulary import row_names
-from mmoe_rec.inference.artifact import Source, read_artifact
+from mmoe_rec.inference.artifact import Source, read_artifact, version_of
 from mmoe_rec.inference.ranking import ROW
 from mmoe_rec.jobs.places import build_options, check_out, log_and_place, logs_for, short_names
 from mmoe_rec.jobs.run_page import as_code, command, data_sets, draw_gates, quoted
@@ -246,7 +246,8 @@ def evaluate_found(
         assert scored_by_first is not None, "there is a model"
         title = f"{'Promotion' if place == PROMOTION else 'Evaluation'} of {settings.name}"
         title += "" if split == "test" else f" on {split} rows"
-        facts, tried = _facts(settings, scored_by_first, split), note_decision(measured[next(iter(models))].sums.digest)
+        facts = _facts(settings, scored_by_first, split) | {"artifact": version_of(first.folder)}
+        tried = note_decision(measured[next(iter(models))].sums.digest)
         results = Results(measured, tuple(settings.tasks), rules, title, facts, placement, tried)
         write_results(results, out)
         for task, group in results.first.summary.tasks.items():

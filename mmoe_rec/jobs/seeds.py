@@ -322,6 +322,7 @@ def _write(folder: Path, report: TrainingsReport, models: Sequence[Path]) -> Non
 
     versions = {str(seed): version_of(model) for seed, model in zip(report.seeds, models, strict=True)}
     tree = {"seeds": report.seeds, "models": versions, "rows": report.rows, **report.summary}
+    tree["sentences"] = [*report.sentences, *report.means]
     tree |= {"against": report.against} if report.against else {}
     tree |= {"warnings": list(report.warnings)} if report.warnings else {}
     (folder / PAGE).unlink(missing_ok=True)

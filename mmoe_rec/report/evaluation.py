@@ -28,6 +28,7 @@ from mmoe_rec.report.sentences import (
     describe_metrics,
     describe_notes,
     describe_verdict,
+    describe_verdicts,
     note_of,
     note_of_group,
 )
@@ -41,7 +42,7 @@ _LOG_SPAN = 20  # axes are logarithmic when the largest mean prediction is more 
 def write_results(results: Results, out: Path) -> None:
     """Writes the files of an evaluation, replacing those of one before; the page last.
 
-    OUT/metrics.json, metrics.parquet   of the model in question
+    OUT/metrics.json, metrics.parquet   of the model in question, with the verdicts as `sentences`, and the facts
     OUT/slices.parquet                  where there are slices
     OUT/against/1/metrics.json, ...     of each model that it is compared with
     OUT/comparison.json                 differences and verdicts, where there are others
@@ -50,6 +51,7 @@ def write_results(results: Results, out: Path) -> None:
     Raises UserError, before anything is written, where the rows are not the same, or other files are in the way.
     """
     text, comparison, against = page(results), results.comparison, out / "against"
+    sentences = [*describe_verdicts(results), *(f"{each.model}: {each.message}" for each in find_all(results))]
     for each in against.iterdir() if against.is_dir() else ():
         if not (each.name.isdigit() and {path.name for path in each.iterdir()} <= {"sums", "metrics.json"}):
             raise UserError(f"'{each}' lies where results go, and belongs to no evaluation: give another --out")
@@ -58,8 +60,9 @@ def write_results(results: Results, out: Path) -> None:
     for name in ("comparison.json", "slices.parquet", *(f"calibration_{task}.png" for task in results.tasks)):
         (out / name).unlink(missing_ok=True)
     for place, model in enumerate(results.models.values()):
-        folder = against / str(place) if place else out
-        write_text(folder / "metrics.json", json.dumps(summary_tree(model.summary), indent=1))
+        tree, folder = summary_tree(model.summary), against / str(place) if place else out
+        tree |= {} if place else {"sentences": sentences, "facts": results.facts}
+        write_text(folder / "metrics.json", json.dumps(tree, indent=1))
     if comparison is not None:
         write_text(out / "comparison.json", json.dumps(comparison_tree(comparison, results.first.summary), indent=1))
     tables = {"metrics": metrics_table(results)}

@@ -9,10 +9,11 @@ from rich.table import Table
 from rich.text import Text
 
 from mmoe_rec.evaluation import metrics as every
+from mmoe_rec.evaluation.intervals import Interval
 from mmoe_rec.evaluation.metrics.metric import Named
 from mmoe_rec.evaluation.summary import SCORE
 from mmoe_rec.evaluation.trainings import SettingsDifference, TrainingsMean
-from mmoe_rec.report.formatting import NONE, difference, signed
+from mmoe_rec.report.formatting import NONE, difference, interval, signed
 from mmoe_rec.report.pages import render
 from mmoe_rec.report.sentences import once_corrected
 
@@ -42,6 +43,16 @@ class TrainingsReport:
     def sentences(self) -> list[str]:
         """Which settings these are better than, and what one training is worth."""
         return [*describe_differences(self.against), *describe_uncertainty(self.summary, self.units)]
+
+    @property
+    def means(self) -> list[str]:
+        """The mean of each group's first metric, which the page shows in a table."""
+        firsts = ((group, *shown[0]) for group, each in self.summary.items() if (shown := _shown_metrics(group, each)))
+        return [
+            f"{group}: {metric.name} {interval(Interval(each.mean, each.low, each.high))} on average of "
+            f"{len(self.seeds)} trainings"
+            for group, metric, each in firsts
+        ]
 
 
 def terminal_parts(report: TrainingsReport) -> Iterator[Table | str]:

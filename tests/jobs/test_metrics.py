@@ -131,7 +131,10 @@ def test_metrics_are_those_of_the_rows_however_these_are_cut(text: bool, tmp_pat
     for name, value, other in intervals(found, expected):
         assert value == pytest.approx(other, rel=1e-9), name
     assert found["catalogue"] == pytest.approx(expected["catalogue"], rel=1e-9)
-    assert json.loads((tmp_path / "out" / "metrics.json").read_text()) == found
+    read = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert {name: read.pop(name) for name in found} == found
+    assert sorted(read) == ["facts", "sentences"]
+    assert read["facts"]["predictions"] == str(tmp_path / "in")
     assert sorted(each.name for each in tmp_path.iterdir() if not each.name.endswith(".lock")) == ["in", "out"]
 
 

@@ -47,6 +47,14 @@ def test_it_writes_the_report_and_says_what_to_type_next(config, capsys):
     assert sorted(path.name for path in out.iterdir()) == ["health.html", "health.json"]
     assert f"\n{health['sentences'][1]}\n" in printed
     assert health["sentences"][1].startswith("AUC of click: a gain below 0.0")
+    run("report", "--config", str(config))
+    printed = capsys.readouterr().out
+    assert printed.startswith("The data\n  " + "\n  ".join(health["sentences"]))
+    assert f"\nThe last training: mmoe-rec train --config {config}\n" in printed
+    assert printed.endswith(f"report: {config.parent / 'work' / 'report' / 'report.html'}\n")
+    run("report", "--config", str(config), "--features.price.transform", "log")
+    features = config.parent / "work" / "features"
+    assert capsys.readouterr().out.startswith(f"warning: the features in '{features}' are of other settings, or files")
 
 
 def test_what_is_advised_is_a_setting_that_is_taken(tmp_path, capsys):

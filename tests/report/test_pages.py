@@ -9,7 +9,7 @@ from jinja2 import UndefinedError
 
 from mmoe_rec.evaluation.intervals import Difference
 from mmoe_rec.evaluation.trainings import SettingsDifference, TrainingsMean
-from mmoe_rec.report import evaluation, health, trainings
+from mmoe_rec.report import evaluation, health, overview, trainings
 from mmoe_rec.report.pages import TEMPLATES, render
 from tests.inspection.encoded_data import LAYOUT, SCHEMA, changed, health_of_frames, spoiling
 from tests.report import evaluations
@@ -40,11 +40,13 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     names |= {each.name for each in (*LAYOUT.tables, *LAYOUT.ids, *LAYOUT.dense)}
     names |= {part["bin"] for feature in found["features"] for each in feature["inputs"] for part in each["bins"]}
     names |= {each["message"] for each in found["findings"]}
+    part = overview.Part("a", f"{EVIL}part", [EVIL] * 4, EVIL, [EVIL], "<main><h1>x</h1><p>y</p></main>")
     judged = evaluation.page(evaluations.evaluation(f"{EVIL}new", f"{EVIL}old"))
     return {
         "health.html.j2": health.page(hostile(found, names - {"missing", "unknown", "all others"})),
         "evaluation.html.j2": judged,
         "trainings.html.j2": trainings.page(of_trainings()),
+        "overview.html.j2": overview.page(f"{EVIL}x", EVIL, [EVIL], [part, overview.Part("b", EVIL, command=EVIL)]),
     }
 
 
@@ -79,11 +81,16 @@ def test_differences_from_other_trainings_are_shown(pages: dict[str, str]) -> No
     assert "+0.1000+0.0500 to +0.1500" in " ".join(Page(pages["trainings.html.j2"]).words.split())
 
 
+def test_means_of_trainings_are_told() -> None:
+    assert of_trainings().means == [f"{EVIL}click: auc 0.7000 (0.6000 to 0.8000) on average of 2 trainings"]
+
+
 def test_names_from_the_data_are_escaped(pages: dict[str, str]) -> None:
     names = {
         "health.html.j2": ("item", "click", "stars", "tags", "item_id", "made up"),
         "evaluation.html.j2": ("new", "old"),
         "trainings.html.j2": ("new", "old", "click", "log"),
+        "overview.html.j2": ("x", "part"),
     }
     for template, text in pages.items():
         page = Page(text)
