@@ -395,7 +395,8 @@ def _steady(feature: Health, each: Mapping[str, Any], health: Health) -> Iterato
         return
     first, last = _time(train["first_request"]), _time(train["last_request"])
     days = (last - first) / timedelta(days=1)
-    windows = [each for each in _WINDOWS if _PERIODS * each <= days] or [max(1, round(days / _PERIODS))]
+    most = min(days / _PERIODS, settings.get("forget_after_days") or days)
+    windows = [each for each in _WINDOWS if each <= most] or [max(1, int(most))]
     if _is_total(feature, each):
         key = f"features.{feature['name']}"
         yield _change("count over windows", f"{key}.window_days", windows)

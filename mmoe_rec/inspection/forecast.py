@@ -8,7 +8,7 @@ each id's training rate says. Of its AUC A on test rows each user u has the infl
 
 and the standard error is the root of sum d_u^2 U / (U - 1) (DeLong et al., 1988; by clusters: Obuchowski, 1997). Two
 good models rank most rows alike, so their difference errs by a share of that, `PAIRED`, as was measured over trainings
-(`tests/benchmarks/LOG.md`).
+(`tests/benchmarks/LOG.md`). Rows count alike, whatever their weight.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from mmoe_rec.auc import FEWEST, grouped_auc
 PAIRED = 0.15
 """Standard error of the difference of two settings, five trainings each, as a share of that of one model's AUC."""
 TRAININGS = 5
-MOST_ROWS = 50_000  # of a split that are read for it
+MOST_ROWS, MOST_VALUES = 50_000, 20_000_000  # of a split that are read for it
 LEAST_USERS = 300  # of test rows that are kept where rows are drawn, rather than fewer with all of their rows
 _LEVEL, _POWER = 0.05, 0.9
 _LEAST_USERS = 2.0  # equal ones, of which an interval tells something
@@ -89,7 +89,7 @@ def _measure(drawn: Drawn, task: int) -> tuple[float, np.ndarray, float | None, 
     from sklearn.preprocessing import StandardScaler
 
     rates = np.clip(drawn.rates[:, :, task], _SMALLEST_RATE, 1 - _SMALLEST_RATE)
-    values = np.hstack([drawn.values, np.log(rates / (1 - rates))])
+    values = np.nan_to_num(np.hstack([drawn.values, np.log(rates / (1 - rates))]), posinf=0.0, neginf=0.0)
     positive = drawn.positive[:, task]
     fit, test = (~np.isnan(positive) & (drawn.is_test == is_test) for is_test in (False, True))
     if not values.shape[1] or any(min(positive[its].sum(), (1 - positive[its]).sum()) < FEWEST for its in (fit, test)):

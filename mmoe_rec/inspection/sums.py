@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from mmoe_rec.batches.encoded_rows import ADVICE, EncodedRows
 from mmoe_rec.errors import UserError, first_line
 from mmoe_rec.features.layout import DenseInput, IdInput, Layout
-from mmoe_rec.inspection.forecast import LEAST_USERS, MOST_ROWS, Drawn
+from mmoe_rec.inspection.forecast import LEAST_USERS, MOST_ROWS, MOST_VALUES, Drawn
 from mmoe_rec.log.database import MEMORY_GIB, Database, open_database
 from mmoe_rec.preprocessing.prepare import FeatureFolder
 from mmoe_rec.progress import bar
@@ -226,7 +226,8 @@ def collect(
             both = "SELECT avg((w0 IN (SELECT w0 FROM train))::INT) FROM (SELECT DISTINCT w0 FROM test)"
             (users_in_both,) = database.row(both)
             same_share = [_count_same_share(database, task) for task in tasks]
-            share, rates = _draw(database, splits), list[np.ndarray]()
+            width = len(layout.dense) + len(layout.ids) * len(tasks)
+            share, rates = _draw(database, splits, min(MOST_ROWS, MOST_VALUES // max(1, width))), list[np.ndarray]()
             with bar() as progress:
                 for feature in progress.track(features, description="inspecting"):
                     for each in feature.ids:
@@ -288,12 +289,12 @@ def _count_same_share(database: Database, task: int) -> tuple[float, float, int]
     return None
 
 
-def _draw(database: Database, splits: Mapping[str, SplitSums]) -> float:
-    """Makes a table of about `MOST_ROWS` rows of validation, by whole requests, and as many of test, by whole users as
-    long as there are many; gives the share of test rows that was drawn."""
+def _draw(database: Database, splits: Mapping[str, SplitSums], most: int) -> float:
+    """Makes a table of about so many rows of validation, by whole requests, and as many of test, by whole users as long
+    as there are many; gives the share of test rows that was drawn."""
     parts, apart = list[str](), {"users": 1, "requests": 1}
     for split in ("validation", "test"):
-        every = -(-splits[split].labels.rows // MOST_ROWS)
+        every = -(-splits[split].labels.rows // most)
         users = min(every, max(1, splits[split].who["user"] // LEAST_USERS)) if split == "test" else 1
         apart = {"w0": users, "w2": -(-every // users)}
         kept = " AND ".join(f"hash({column}) % {number} = 0" for column, number in apart.items())

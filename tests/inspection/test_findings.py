@@ -68,10 +68,10 @@ def test_drift_is_found_in_numbers_and_ids(tmp_path):
         (told,) = (each["message"] for each in find(health) if each["about"] == "item_click")
         assert f"by its input 'item_click_{name}': the share of values" in told
         assert told.endswith(end or "%")
-    assert overrides(health["findings"], "item_click") == ["--split.train_start 2024-01-09"]
+    assert overrides(health["findings"], "item_click") == ["--split.train_start 2024-01-08"]
     assert overrides(find(health), "item_click") == [
-        "--features.item_click.window_days '[6]'",
-        "--split.train_start 2024-01-09",
+        "--features.item_click.window_days '[5]'",
+        "--split.train_start 2024-01-08",
     ]
 
 

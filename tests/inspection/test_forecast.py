@@ -61,6 +61,17 @@ def test_a_quick_model_is_near_the_best_and_its_interval_falls_with_the_users():
     assert quarter.error == pytest.approx(large.error / 2)
 
 
+def test_numbers_that_are_not_finite_and_copies_of_a_feature_do_no_harm():
+    rows = drawn_rows(9, 400, 20)
+    spoilt = np.hstack([rows.values, rows.values, np.full((len(rows.user), 1), 3, np.float32)])
+    spoilt[::500, 1] = np.inf
+    spoilt[1::500, 1] = np.nan
+    plain, found = (forecast(Drawn(**{**vars(rows), "values": each}), [0]) for each in (rows.values, spoilt))
+    assert plain is not None
+    assert found is not None
+    assert found.auc == pytest.approx(plain.auc, abs=0.002)
+
+
 def test_nothing_is_foretold_from_too_few_labels_or_of_one_user():
     rows = drawn_rows(6, 100, 20)
     rare = rows.positive.copy()
