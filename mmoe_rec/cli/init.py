@@ -49,6 +49,7 @@ _NO_NAME = frozenset({"log", "logs", "data", "parquet", "part", "interactions", 
 @click.option("--leave-out", multiple=True, metavar="C...", help="columns that are no inputs")
 @click.option("--timezone", metavar="Z", help="in which users live, such as Europe/Berlin")
 def init(log: str, out: str | None, **given: Any) -> None:
+    from mmoe_rec.preprocessing.checks import check_apart
     from mmoe_rec.profiling.settings_file import CHECK, words_before
 
     path = Path(out or f"{_name_of(log)}.yaml")
@@ -69,7 +70,8 @@ def init(log: str, out: str | None, **given: Any) -> None:
     with tempfile.TemporaryDirectory() as folder:
         draft = Path(folder) / path.name
         draft.write_text(text, encoding="utf-8")
-        load_settings(draft)  # before anything is written, as it would be refused
+        settings = load_settings(draft)  # before anything is written, as it would be refused
+    check_apart(log, settings.schema_, Path(work))
     write_text(path, text)
     show(_describe(meaning, warnings))
     marks = text.count(CHECK) - 1  # one is in the header

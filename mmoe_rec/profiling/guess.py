@@ -56,6 +56,9 @@ def _leave_out(reading: Reading) -> None:
     """What can't be an input."""
     for each in reading.columns.values():
         why = "as you said" if each.name in reading.corrections.leave_out else _why_unusable(each)
+        if each.name in reading.profile.lacking:
+            why = f"'{reading.profile.lacking[each.name]}' has no such column"
+            reading.meaning.warnings.append(f"column '{each.name}' is left out: {why}")
         if why and each.name not in reading.corrections.tasks:
             reading.meaning.left_out[each.name] = why
 

@@ -10,6 +10,8 @@ from mmoe_rec.profiling.meaning import STEADY, Reading
 from mmoe_rec.profiling.profile import Column
 from mmoe_rec.profiling.words import BEFORE, NAMES, STAND_INS, TIME, fits, has
 
+_FEWEST_USERS = 10
+
 
 def find_keys(reading: Reading) -> None:
     """Fills in `keys`, what belongs to them, and `list_keys`. Raises UserError for a given column that can't be one."""
@@ -23,10 +25,11 @@ def find_keys(reading: Reading) -> None:
     _find_time(reading)
     _find_request(reading)
     _find_by_structure(reading)
-    if "user" not in keys and "request" not in keys and "candidate" in keys and "candidate" not in given:
-        column = reading.columns[keys["candidate"]]
-        if column.distinct > 0.9 * column.rows:  # each row its own: says nothing
-            reading.meaning.left_out[keys.pop("candidate")] = "it differs in each row"
+    for purpose in ("user", "candidate"):
+        free = purpose in keys and purpose not in given and "request" not in keys
+        if free and reading.profile.is_unique(keys[purpose]):  # nothing is known of a row by it
+            reading.meaning.checks.pop(purpose, None)
+            reading.meaning.left_out[keys.pop(purpose)] = "it differs in each row"
     _check_repeats(reading)
 
 
@@ -54,7 +57,9 @@ def _find_by_name(reading: Reading, purpose: str) -> None:
     strong, weak = NAMES[purpose], STAND_INS[purpose]
     fitting: list[tuple[int, int, str]] = []
     for each in reading.free():
-        if each.kind not in ("integer", "text") or each.distinct < 2 or each.unit or each.binary:
+        if each.kind not in ("integer", "text") or each.unit or each.binary:
+            continue
+        if each.distinct < (_FEWEST_USERS if purpose == "user" else 2):
             continue
         rank = 2 if fits(each.name, strong) else 1 if fits(each.name, strong | weak) else 0
         if purpose == "candidate" and rank == 1:
@@ -66,10 +71,9 @@ def _find_by_name(reading: Reading, purpose: str) -> None:
     usable = [each for each in fitting if not reading.columns[each[2]].nulls]
     if not usable:
         name = max(fitting)[2]
-        reading.meaning.warnings.append(
-            f"'{name}' looks like the {purpose}, but is null in {reading.columns[name].nulls:,} rows, so it can't be: "
-            "leave those rows out of the log"
-        )
+        why = f"it looks like the {purpose}, but is null in {reading.columns[name].nulls:,} rows, so it can't be"
+        reading.meaning.left_out[name] = reading.meaning.checks[name] = why
+        reading.meaning.warnings.append(f"'{name}' is left out: {why}; leave those rows out of the log")
         return
     rank, _, name = max(usable, key=lambda each: (each[0], each[1], [-ord(sign) for sign in each[2]]))
     keys[purpose] = name
@@ -86,7 +90,10 @@ def _find_time(reading: Reading) -> None:
         meaning.time_unit = _unit(reading.columns[keys["time"]])
         return
     found = [each for each in reading.free() if each.is_time and not each.nulls and each.distinct > 1]
-    found = [each for each in found if each.kind == "time" or has(each.name, TIME)]
+    found = [each for each in found if each.name not in reading.profile.in_path]
+    named = [each for each in found if each.kind == "time" or has(each.name, TIME)]
+    unnamed = [each for each in found if each not in named and each.distinct > 0.01 * each.rows]
+    found = named or unnamed
     for purpose in ("user", "candidate"):
         if found and purpose in keys:  # as the day of a user's birth, or of publication
             changes = reading.profile.changes([keys[purpose]], [each.name for each in found])
@@ -111,6 +118,8 @@ def _find_time(reading: Reading) -> None:
     best = min(found, key=worth)
     keys["time"] = best.name
     meaning.time_unit = _unit(best)
+    if not named:
+        meaning.checks["time"] = f"no name says so, but its integers may count {best.unit} since 1970"
     if len(found) > 1:
         others = ", ".join(sorted(each.name for each in found if each is not best))
         meaning.checks["time"] = f"it lies before {others} in most rows, so it is taken for the request's time"
@@ -134,6 +143,17 @@ def _find_request(reading: Reading) -> None:
     for _, _, name in sorted(fitting):
         if _find_scope(reading, name, False):
             keys["request"] = name
+            return
+    if "time" not in keys:
+        return
+    # Whatever it is called: its rows have one user and one time, so there are as many of it as of the latter, or more.
+    least = 0.9 * reading.columns[keys["time"]].distinct
+    for each in sorted(reading.free(), key=lambda each: (each.distinct, each.name)):
+        if not each.is_key or each.unit is not None or not max(20, least) <= each.distinct <= 0.9 * each.rows:
+            continue
+        if reading.profile.rows_per_key([each.name]) > 1.2 and _find_scope(reading, each.name, False):
+            keys["request"] = each.name
+            reading.meaning.checks["request"] = "no name says so, but its rows have one time"
             return
 
 

@@ -7,8 +7,9 @@ numbers, and quantiles are exact.
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -21,7 +22,7 @@ import pyarrow as pa
 from mmoe_rec.auc import auc_of_counts
 from mmoe_rec.errors import UserError, first_line
 from mmoe_rec.log.database import Database, open_database
-from mmoe_rec.log.files import find_files, is_remote
+from mmoe_rec.log.files import find_files, is_remote, path_values
 from mmoe_rec.log.rows import MICROSECONDS_PER_DAY
 
 Kind = Literal["integer", "number", "text", "boolean", "time", "keys", "vector", "empty", "other"]
@@ -31,6 +32,8 @@ IN_MEMORY = 4_000_000
 """Rows of a log that is read once; of a larger one, the files are read for each sample."""
 HALF = "\0half"
 """Column of a sample that says to which half of the keys a row belongs."""
+_AT_ONCE = 64
+"""Columns that are sorted at a time."""
 _BINS, _PRIOR = 64, 20.0
 _UNITS = {"s": 1_000_000, "ms": 1000, "us": 1, "ns": 0}  # microseconds; 0: a thousandth
 _EARLIEST, _LATEST = (datetime(year, 1, 1, tzinfo=UTC).timestamp() for year in (1990, 2100))
@@ -107,9 +110,12 @@ def open_profile(source: str, folder: Path, setting: str = "the log") -> Iterato
         if is_remote(source):
             database.reach(source)
         listed = ", ".join(f"'{file.address.replace(chr(39), chr(39) * 2)}'" for file in files)
-        scan = f"read_parquet([{listed}], hive_partitioning = true, union_by_name = true)"
+        # Columns of paths are text: what they look like is nobody's type.
+        options = "hive_partitioning = true, hive_types_autocast = false, union_by_name = true"
+        scan = f"read_parquet([{listed}], {options})"
         with _told(source):
-            yield Profile(database, scan, source)
+            in_path = {name for file in files for name in path_values(file.address)}
+            yield Profile(database, scan, source, f"[{listed}]", in_path)
 
 
 @contextmanager
@@ -127,12 +133,14 @@ def _told(source: str) -> Iterator[None]:
 class Profile:
     """A log, and what is asked of it.
 
-    name: source of the log; rows: how many; columns: by their names.
+    name: source of the log; rows: how many; columns: by their names; lacking: column -> a file without it;
+    in_path: columns of the files' paths.
     """
 
-    def __init__(self, database: Database, scan: str, name: str) -> None:
+    def __init__(self, database: Database, scan: str, name: str, files: str, in_path: Collection[str]) -> None:
         self._database, self.name = database, name
         described = database.rows(f"DESCRIBE SELECT * FROM {scan}")
+        self.lacking, self.in_path = _find_lacking(database, files), in_path
         self._sql = {str(row[0]): f"c{place}" for place, row in enumerate(described)}
         kinds = {str(row[0]): str(row[1]) for row in described}
         parts = [f"{_cleaned(each, kinds[each])} AS {sql}" for each, sql in self._sql.items()]
@@ -208,31 +216,32 @@ class Profile:
         keys, among: names of columns; order: SQL of what orders the rows of a key; at_once: rows of the same keys and
         order are one. A column without two values has 0; all have NaN where no key has two rows.
         """
-        columns = {each: self._sql[each] for each in among}
+        if not among:
+            return {}
         by = [self._sql[each] for each in keys]
-        hashes = ", ".join(f"hash({sql}) AS {sql}" for sql in columns.values())
-        named = ", ".join(f"{sql} AS k{place}" for place, sql in enumerate(by))
-        rows = f"SELECT {named}, {order} AS o, {self._row_hash} AS r, {hashes} FROM {self._sample(by)}"
-        names = [f"k{place}" for place in range(len(by))]
-        if at_once:
-            least = ", ".join(f"min({sql}) AS {sql}" for sql in columns.values())
-            rows = f"SELECT {', '.join(names)}, o, 0 AS r, {least} FROM ({rows}) GROUP BY ALL"
-        within = self._count_changes(rows, columns, f"PARTITION BY {', '.join(names)} ORDER BY o, r")
-        mixed = f"SELECT {self._row_hash} AS r, {hashes} FROM {self._sample([self._row_hash])}"
-        overall = self._count_changes(mixed, columns, "ORDER BY r")
-        return {
-            each: float("nan") if within[each] is None else within[each] / overall[each] if overall[each] else 0.0
-            for each in columns
-        }
+        found = {}
+        for begin in range(0, len(among), _AT_ONCE):
+            names = among[begin : begin + _AT_ONCE]
+            hashes = [f"hash({self._sql[each]})" for each in names]
+            row, values, group = self._row_hash, ", ".join(hashes), ""
+            if at_once:
+                row, values, group = "0", ", ".join(f"min({each})" for each in hashes), " GROUP BY ALL"
+            rows = f"SELECT hash({', '.join(by)}), {order}, {row}, {values} FROM {self._sample(by)}{group}"
+            within = self._count_changes(rows, len(names))
+            mixed = f"SELECT 0, 0, {self._row_hash}, {', '.join(hashes)} FROM {self._sample([self._row_hash])}"
+            overall = self._count_changes(mixed, len(names))
+            for name, share, of in zip(names, within, overall, strict=True):
+                found[name] = float(share / of) if of else 0.0
+        return found
 
-    def _count_changes(self, rows: str, columns: Mapping[str, str], window: str) -> dict[str, Any]:
-        told = ", ".join(f"{sql} <> lag({sql}) OVER w AS {sql}" for sql in columns.values())
-        counts = ", ".join(f"count(*) FILTER ({sql}), count({sql})" for sql in columns.values())
-        (found,) = self._database.rows(f"SELECT {counts} FROM (SELECT {told} FROM ({rows}) WINDOW w AS ({window}))")
-        return {
-            each: changed / of if of else None
-            for each, changed, of in zip(columns, found[::2], found[1::2], strict=True)
-        }
+    def _count_changes(self, rows: str, number: int) -> np.ndarray:
+        """(number,) how often each but the first three columns changes between rows of one value of the first, in the
+        order of the next two; NaN where no value has two rows."""
+        table = self._database.table(f"FROM ({rows}) ORDER BY ALL")
+        keys, *values = (table.column(place).to_numpy() for place in (0, *range(3, 3 + number)))
+        same = keys[1:] == keys[:-1]
+        changed = [np.count_nonzero((each[1:] != each[:-1]) & same) for each in values]
+        return np.array(changed, float) / (np.count_nonzero(same) or math.nan)
 
     def falls(self, column: str, order: str) -> float:
         """How often a number falls from one moment to the next, of how often it changes; 1 where it never does."""
@@ -285,6 +294,12 @@ class Profile:
         found = self._database.table(f"SELECT {named}, {half} FROM {self._sample(by)} ORDER BY {self._row_hash}")
         return found.rename_columns([*columns, HALF])
 
+    def is_unique(self, column: str) -> bool:
+        """Whether each row has a value of its own."""
+        each = self.columns[column]
+        likely = not each.nulls and each.distinct > 0.9 * each.rows
+        return likely and self.number(f"SELECT count(DISTINCT {each.sql}) FROM log") == each.rows
+
     def values(self, column: str, limit: int) -> list[Any]:
         """The most frequent values of a column."""
         sql = self._sql[column]
@@ -292,6 +307,18 @@ class Profile:
             f"SELECT {sql} FROM log WHERE {sql} IS NOT NULL GROUP BY ALL ORDER BY count(*) DESC, {sql} LIMIT {limit}"
         )
         return [row[0] for row in self._database.rows(query)]
+
+
+def _find_lacking(database: Database, files: str) -> dict[str, str]:
+    """Columns that some files have and others have not, each with the first of the latter."""
+    database.run(f"CREATE TABLE parts AS SELECT DISTINCT file_name, name FROM parquet_schema({files})")
+    some = "SELECT name FROM parts GROUP BY name HAVING count(*) < (SELECT count(DISTINCT file_name) FROM parts)"
+    pairs = f"(SELECT DISTINCT file_name FROM parts) f, ({some}) s"
+    without = "NOT EXISTS (FROM parts p WHERE p.file_name = f.file_name AND p.name = s.name)"
+    return {
+        str(name): str(file)
+        for name, file in database.rows(f"SELECT s.name, min(f.file_name) FROM {pairs} WHERE {without} GROUP BY s.name")
+    }
 
 
 def _cleaned(name: str, kind: str) -> str:

@@ -171,6 +171,7 @@ class _Proposer:
             for name in list(self.meaning.roles[role]):
                 if not self._propose_column(self.columns[name], role):
                     self.meaning.roles[role].remove(name)
+        self._heading = ""
         time = self.keys.get("time")
         parts = ["hour"] * (time is not None and self._tells_hours(time)) + ["weekday"] * (self.train_days >= 14)
         if parts:
@@ -226,9 +227,11 @@ class _Proposer:
 
     def _is_code(self, each: Column) -> bool:
         """Whether integers are names of things rather than amounts: by a word, or as they are few and far apart."""
-        if each.unit is not None and each.distinct > 1000:
+        if has(each.name, CODES):
+            return True
+        if each.unit is not None:  # moments, rather
             return False
-        if has(each.name, CODES) or (each.low < 0 and each.high > 2**40):
+        if each.low < 0 and each.high > 2**40:
             return True
         return each.distinct >= 20 and each.high - each.low > 10_000 * each.distinct and each.distinct < 100_000
 

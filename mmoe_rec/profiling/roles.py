@@ -38,10 +38,12 @@ def find_roles(reading: Reading) -> None:
         role = None
         if why := _why_later(reading, each) or _why_growing(reading, each):
             meaning.left_out[each.name] = why
+        elif profile.is_unique(each.name):
+            _leave_out(reading, each, "it differs in each row, so nothing is learnt of it")
         elif reading.is_plain:
             role = _role_in_table(reading, each, changes[2], aucs)
         else:
-            role = _role_in_log(reading, each, changes) or _role_in_doubt(reading, each, changes, aucs)
+            role = _role_in_log(reading, each, changes, aucs) or _role_in_doubt(reading, each, changes, aucs)
         if role is not None:
             meaning.roles[role].append(each.name)
 
@@ -58,7 +60,9 @@ def _role_in_table(reading: Reading, each: Column, of_candidate: float, aucs: Au
     return "placement" if is_placement else "candidate"
 
 
-def _role_in_log(reading: Reading, each: Column, changes: tuple[float, float, float]) -> Role | None:  # noqa: PLR0911 - as above
+def _role_in_log(  # noqa: PLR0911 - as above
+    reading: Reading, each: Column, changes: tuple[float, float, float], aucs: Aucs
+) -> Role | None:
     """What the column changes with, None where neither user nor candidate nor request determines it, or it may be an
     outcome."""
     of_request, of_user, of_candidate = changes
@@ -74,7 +78,7 @@ def _role_in_log(reading: Reading, each: Column, changes: tuple[float, float, fl
         return "user"
     if of_candidate <= STEADY:
         return "candidate"
-    if has(each.name, PLACEMENT) or _is_rank(reading, each):
+    if (has(each.name, PLACEMENT) or _is_rank(reading, each)) and aucs.best(each)[0] <= LEAK:
         why = "taken for where a candidate was shown: it teaches, and is absent in serving"
         reading.meaning.checks[each.name] = why
         return "placement"
@@ -122,9 +126,9 @@ def _why_later(reading: Reading, each: Column) -> str | None:
 
 
 def _why_growing(reading: Reading, each: Column) -> str | None:
-    """Why a number only tells when the row was made: it never falls, from request to request."""
+    """Why a number, or a date as text, only tells when the row was made: it never falls, from request to request."""
     time = reading.meaning.keys.get("time")
-    if time is None or each.kind not in ("integer", "number") or each.nulls or each.distinct < 5 or each.binary:
+    if time is None or each.kind not in ("integer", "number", "text") or each.nulls or each.distinct < 5 or each.binary:
         return None
     if reading.profile.falls(each.name, reading.columns[time].microseconds) > 0.001:
         return None

@@ -33,10 +33,24 @@ def find_tasks(reading: Reading) -> None:
         each.score_weight = 0.0 if binary else 1.0
     meaning.tasks = [*binary, *others]
     if not meaning.tasks:
+        near = _near_label(reading)
         raise UserError(
-            f"'{reading.profile.name}' has no column that looks like a label, 0 or 1 in each row: name it with --task, "
-            "or join what happened to the rows first (mmoe-rec join-outcomes makes such a log)"
+            f"'{reading.profile.name}' has no column that looks like a label, 0 or 1 in each row{near}: "
+            "name it with --task, or join what happened to the rows first (mmoe-rec join-outcomes makes such a log)"
         )
+
+
+def _near_label(reading: Reading) -> str:
+    """What a column that is called as labels are holds instead."""
+    for each in reading.columns.values():
+        if not begins(each.name, LABELS) or has(each.name, BEFORE):
+            continue
+        if each.kind == "text" and 1 <= each.distinct <= 3:
+            values = " and ".join(f"'{value}'" for value in reading.profile.values(each.name, 3))
+            return f" ('{each.name}' holds {values}, which must be written as 0 and 1)"
+        if each.kind in ("integer", "number", "boolean") and each.distinct == 1 and not each.nulls:
+            return f" ('{each.name}' has one value in all rows: those that were shown and not taken are missing)"
+    return ""
 
 
 def _check_label(reading: Reading, each: Column) -> None:
@@ -63,6 +77,11 @@ def _guess_tasks(reading: Reading) -> list[TaskGuess]:
         if each not in told and first is not None and not has(each.name, BEFORE):
             why = f"it is 1 only where {first.name} is, so it is taken for what happens then"
             tasks.append(TaskGuess(each.name, checks=[why]))
+        elif each not in told and not has(each.name, BEFORE | PLACEMENT):
+            if (then := next((other for other in told if _implies(reading, other, each)), None)) is not None:
+                tasks.append(TaskGuess(each.name, checks=[f"{then.name} is 1 only where it is, so it comes before"]))
+            elif _null_at_end(reading, each, "true") is not None:
+                tasks.append(TaskGuess(each.name, checks=["it is null in the latest rows, as what is known later"]))
     if not told and labels:
         why = "no name says so, but it is 0 or 1: is it what is to be predicted?"
         tasks = [TaskGuess(each.name, checks=[why]) for each in labels[: 3 if reading.is_plain else 2]]
@@ -134,7 +153,6 @@ def find_maturity(reading: Reading) -> None:
         return
     time = reading.columns[keys["time"]]
     t = time.microseconds
-    last = reading.profile.row_of_times(t)[1]
     times = [each for each in reading.columns.values() if each.kind == "time" and each.name != time.name and each.nulls]
     for task in reading.meaning.tasks:
         label = reading.columns[task.column]
@@ -146,23 +164,35 @@ def find_maturity(reading: Reading) -> None:
                 if late is not None and late > 0:
                     task.matures_after_days = _rounded_up(days(late))
                     task.notes.append(f"{each.name} is at most so much later than the request")
-        if not task.matures_after_days and label.nulls:
+        if not task.matures_after_days:
             condition = "true"
             if task.observed_when is not None:
                 other = reading.columns[task.observed_when[0]]
                 condition = f"{other.sql} = {one_of(other)}"
-            known = reading.profile.number(f"SELECT max({t}) FROM log WHERE {label.sql} IS NOT NULL")
-            since = reading.profile.count(f"({condition}) AND {t} > {known}")
-            unknown = reading.profile.number(f"SELECT min({t}) FROM log WHERE ({condition}) AND {t} > {known}")
-            gap = days(last - known)
-            before = reading.profile.share(f"{label.sql} IS NOT NULL", f"({condition}) AND {t} <= {known}")
-            if since >= 50 and before > 0.5 and gap > 0.01:
-                whole = math.floor(gap + 1e-6)
-                task.matures_after_days = float(whole) if whole >= days(last - unknown) - 0.05 else _rounded_up(gap)
+            if (late_by := _null_at_end(reading, label, condition)) is not None:
+                task.matures_after_days = late_by
                 task.notes.append("its label is null in all later rows")
         late = task.objective == "satisfaction" or task.kind == "regression"
         if late and not task.matures_after_days:
             task.checks.append("after how many days is it final? at once, as no column says more")
+
+
+def _null_at_end(reading: Reading, label: Column, condition: str) -> float | None:
+    """Days before the log's end from which a label is null in all rows of a condition, None where it is not so."""
+    keys, profile = reading.meaning.keys, reading.profile
+    if "time" not in keys or not label.nulls:
+        return None
+    t = reading.columns[keys["time"]].microseconds
+    known = profile.number(f"SELECT max({t}) FROM log WHERE {label.sql} IS NOT NULL")
+    since = profile.count(f"({condition}) AND {t} > {known}")
+    unknown = profile.number(f"SELECT min({t}) FROM log WHERE ({condition}) AND {t} > {known}")
+    last = profile.row_of_times(t)[1]
+    gap = days(last - known)
+    before = profile.share(f"{label.sql} IS NOT NULL", f"({condition}) AND {t} <= {known}")
+    if since < 50 or before <= 0.5 or gap <= 0.01:
+        return None
+    whole = math.floor(gap + 1e-6)
+    return float(whole) if whole >= days(last - unknown) - 0.05 else _rounded_up(gap)
 
 
 def one_of(column: Column) -> str:

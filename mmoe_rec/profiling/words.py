@@ -49,7 +49,7 @@ TIME = _words(
 PLACEMENT = _words(
     "carousel column display mailer orden placement platz pos posicion position rang rank row shelf slot"
 )
-SAMPLING = _words("kept sample samplerate sampling samplingrate")
+SAMPLING = _words("abtastrate kept muestreo sample samplerate sampling samplingrate stichprobe")
 WEIGHT = _words("gewicht instanceweight peso sampleweight weight weights wgt")
 WEIGHED = _words("instance person row sample survey w")
 BEFORE = _words(

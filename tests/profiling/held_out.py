@@ -1,0 +1,686 @@
+"""Logs as different firms would have them, each with the list of what is right to say of it, for `mmoe-rec init`.
+
+They were written before anyone who wrote them had read a line of `mmoe_rec.profiling`. In each, clicks follow from what
+a user likes among categories and from how well an item does at the time, so counters matter; `best` is the AUC of the
+true probabilities over the last fifth of the time, which no model passes by more than chance.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from decimal import Decimal
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from sklearn.metrics import roc_auc_score
+
+DAY = 86_400_000_000  # microseconds
+YEAR_2024 = 1_704_067_200_000_000
+CATEGORIES = 8
+
+
+@dataclass(frozen=True)
+class Label:
+    """What a task is: its kind, by which column its rows are observed (any of these; None: all that have a label), and
+    the least and most days until the label is final."""
+
+    kind: str = "binary"
+    observed: tuple[str | None, ...] = (None,)
+    days: tuple[float, float] = (0, 1)
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What is right. `|` stands between answers that are all right.
+
+    columns: user, candidate, request, time and so on -> column, "-" for none; roles: role -> columns that have it, ""
+    for those that no feature may read without a mark; leaks, outcomes: what no feature may read whatever is marked, the
+    latter may be tasks; kinds: column -> kinds of feature that may read it; settings: path -> value; refused: a word of
+    the sentence that refuses, where no settings can be right.
+    """
+
+    columns: dict[str, str]
+    roles: dict[str, str]
+    tasks: dict[str, Label]
+    leaks: tuple[str, ...] = ()
+    outcomes: tuple[str, ...] = ()
+    kinds: dict[str, str] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+    refused: str = ""
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """A log, with its further logs of events, by the path of each file."""
+
+    files: dict[str, pa.Table]
+    answers: Answers
+    events: dict[str, pa.Table] = field(default_factory=dict)
+    best: float | None = None
+
+    def write(self, folder: Path, rows_in_group: int = 1000) -> list[str]:
+        """Writes `folder`/log and `folder`/events; the words that `init` takes besides its options."""
+        for name, files in {"log": self.files, "events": self.events}.items():
+            for path, table in files.items():
+                (folder / name / path).parent.mkdir(parents=True, exist_ok=True)
+                pq.write_table(table, folder / name / path, row_group_size=rows_in_group)
+        events = ["--events", str(folder / "events")] if self.events else []
+        return [str(folder / "log"), *events]
+
+
+@dataclass(frozen=True)
+class World:
+    """(N,) arrays of a drawn log's rows in the order of time, which is in microseconds; the others are numbers."""
+
+    random: np.random.Generator
+    user: np.ndarray
+    item: np.ndarray
+    request: np.ndarray
+    category: np.ndarray
+    position: np.ndarray
+    time: np.ndarray
+    probability: np.ndarray
+    clicked: np.ndarray
+
+    @property
+    def rows(self) -> int:
+        """How many there are."""
+        return len(self.user)
+
+    def of(self, which: np.ndarray, values: Any) -> np.ndarray:
+        """(N,) values, one of a list drawn for each user, item or request."""
+        return self.random.choice(np.asarray(values), which.max() + 1)[which]
+
+    def some(self, given: np.ndarray, share: float, strength: float = 1.0) -> np.ndarray:
+        """(N,) 0 or 1 where `given`, else 0: likelier where a click was."""
+        pull = strength * (np.log(self.probability / (1 - self.probability)) + 1)
+        return (given & (self.random.random(self.rows) < 1 / (1 + np.exp(-np.log(share / (1 - share)) - pull)))) * 1
+
+    def best(self, labels: np.ndarray) -> float:
+        """AUC of the true probabilities on the last fifth of the time."""
+        late = self.time >= self.time.min() + 0.8 * (self.time.max() - self.time.min())
+        return float(roc_auc_score(labels[late], self.probability[late]))
+
+
+def draw_world(
+    seed: int,
+    rows: int,
+    users: int,
+    items: int,
+    days: float,
+    shown: int = 5,
+    start: int = YEAR_2024,
+    bias: float = -1.6,
+) -> World:
+    """Requests of `shown` different items each, by users and items of unequal frequency."""
+    random, requests = np.random.default_rng(seed), rows // shown
+    popular = np.log(random.pareto(1.5, items) + 0.1)
+    user = random.choice(users, requests, p=(weights := random.pareto(2, users) + 0.1) / weights.sum())
+    time = start + np.sort(random.random(requests) * days * DAY).astype(np.int64)
+    item = np.argsort(-(popular + random.gumbel(size=(requests, items))), axis=1)[:, :shown]
+    category = random.integers(0, CATEGORIES, items)
+    taste, quality = random.normal(0, 1.2, (users, CATEGORIES)), random.normal(0, 0.6, items)
+    turn, moment = random.random(items), (time - start)[:, None] / (days * DAY)
+    logit = bias + taste[user[:, None], category[item]] + quality[item]
+    logit = logit + 0.8 * np.sin(2 * np.pi * (moment * 1.5 + turn[item])) - 0.2 * np.arange(shown)
+    probability = 1 / (1 + np.exp(-logit.ravel()))
+    flat = item.ravel()
+    return World(
+        random,
+        np.repeat(user, shown),
+        flat,
+        np.repeat(np.arange(requests), shown),
+        category[flat],
+        np.tile(np.arange(shown), requests),
+        np.repeat(time, shown),
+        probability,
+        (random.random(len(flat)) < probability) * 1,
+    )
+
+
+def at(times: np.ndarray, unit: str = "us", zone: str | None = None, known: np.ndarray | None = None) -> pa.Array:
+    """Timestamps; null where `known` is not true."""
+    mask = None if known is None else ~known.astype(bool)
+    return pa.array(times, pa.int64(), mask=mask).cast(pa.timestamp("us")).cast(pa.timestamp(unit), safe=False).cast(
+        pa.timestamp(unit, zone)
+    )  # fmt: skip
+
+
+def where(known: np.ndarray, values: Any, kind: pa.DataType | None = None) -> pa.Array:
+    """Values; null where `known` is not true."""
+    return pa.array(values, kind, mask=~known.astype(bool))
+
+
+def uuids(random: np.random.Generator, number: int) -> np.ndarray:
+    """(N,) UUIDs as text."""
+    return np.array([str(uuid.UUID(bytes=random.bytes(16), version=4)) for _ in range(number)])
+
+
+def hashed(values: np.ndarray) -> list[str]:
+    """A digest of each value."""
+    return [hashlib.md5(f"salt {value}".encode()).hexdigest()[:12] for value in values.tolist()]
+
+
+def modehaus(seed: int) -> HeldOut:
+    """A German fashion shop: lists, returns that are known after three weeks, prices in decimals that change."""
+    w = draw_world(seed, 12_000, 600, 300, 120)
+    random, clicked = w.random, w.clicked.astype(bool)
+    bought = w.some(clicked, 0.3).astype(bool)
+    back = w.some(bought, 0.3, -1)
+    brand = w.of(w.item, [f"Marke {n}" for n in range(40)])
+    price = (w.of(w.item, np.arange(900, 20_000, 100)) * np.where((w.time // (20 * DAY)) % 2, 0.8, 1)).astype(int)
+    log = pa.table(
+        {
+            "zeilennummer": random.permutation(w.rows) + 10**9,
+            "kunde": w.of(w.user, random.integers(-(2**62), 2**62, 5000)),
+            "artikel": w.item * 37 + 10_000_019,
+            "seitenaufruf": uuids(random, w.request.max() + 1)[w.request],
+            "gezeigt_am": at(w.time, "ms", "Europe/Berlin"),
+            "platz": pa.array(w.position + 1, pa.int16()),
+            "geraet": pa.array(w.of(w.request, ["handy", "tablet", "rechner"])).dictionary_encode(),
+            "bundesland": w.of(w.user, ["BY", "NW", "BE", "HH", "SN"]),
+            "geburtsjahr": w.of(w.user, np.arange(1940, 2006)),
+            "warengruppe": w.category * 100 + 7,
+            "marke": brand,
+            "preis": pa.array([Decimal(int(each)) / 100 for each in price], pa.decimal128(10, 2)),
+            "beschreibung": w.of(w.item, [f"Ein Stück Nummer {n}, waschbar, aus {n % 7} Teilen" for n in range(5000)]),
+            "angelegt": at(w.of(w.item, YEAR_2024 - random.integers(0, 900 * DAY, 500)), "s"),
+            "geklickt": clicked,
+            "gekauft": pa.array(bought * 1, pa.int8()),
+            "zurueckgeschickt": where(bought, back, pa.int8()),
+            "bezahlt": np.where(bought, price / 100, 0.0),
+            "verweildauer_s": where(clicked, random.gamma(2, 20, w.rows)),
+            "kaufzeit": at(w.time + random.integers(0, DAY // 24, w.rows), "ms", "Europe/Berlin", bought),
+        }
+    )
+    answers = Answers(
+        {"user": "kunde", "candidate": "artikel", "request": "seitenaufruf", "time": "gezeigt_am"},
+        {
+            "": "zeilennummer",
+            "placement": "platz",
+            "context": "geraet",
+            "user": "bundesland geburtsjahr",
+            "candidate": "warengruppe marke preis",
+            "candidate|": "beschreibung angelegt",
+        },
+        {
+            "geklickt": Label(),
+            "gekauft": Label(observed=(None, "geklickt")),
+            "zurueckgeschickt": Label(observed=("gekauft", None), days=(0, 40)),
+        },
+        leaks=("bezahlt", "kaufzeit", "zeilennummer"),
+        outcomes=("verweildauer_s", "bezahlt", "geklickt", "gekauft", "zurueckgeschickt"),
+        kinds={"warengruppe": "id", "preis": "numeric", "geburtsjahr": "numeric|id", "angelegt": "time"},
+    )
+    return HeldOut({"teil.parquet": log}, answers, best=w.best(w.clicked))
+
+
+def terse_news(seed: int) -> HeldOut:
+    """A news feed whose columns have one letter: epoch seconds, sessions, embeddings, lists of tags; three days."""
+    w = draw_world(seed, 9_000, 900, 120, 3, shown=6)
+    random, hit = w.random, w.clicked.astype(bool)
+    vectors = random.normal(size=(120, 16)).astype(np.float32)[w.item]
+    tags = [[f"t{n}" for n in np.unique(random.integers(0, 30, 3))] for _ in range(120)]
+    log = pa.table(
+        {
+            "t": w.time // 10**6,
+            "u": [f"u{n:05d}" for n in w.user],
+            "i": pa.array(w.item + 1, pa.int32()),
+            "s": w.request + 50_000,
+            "p": pa.array(w.position, pa.int8()),
+            "a": pa.array(w.of(w.item, np.arange(60)) * 13 + 1001, pa.int32()),
+            "ag": pa.array((w.time - YEAR_2024) / DAY * 24 + w.of(w.item, np.arange(100)), pa.float32()),
+            "e": pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), 16),
+            "g": pa.array([tags[n] for n in w.item], pa.list_(pa.string())),
+            "c": pa.array(w.clicked, pa.int8()),
+            "d": where(hit, random.gamma(2, 30, w.rows), pa.float32()),
+        }
+    )
+    answers = Answers(
+        {"user": "u", "candidate": "i", "request": "s", "time": "t", "time_unit": "s"},
+        {"placement": "p", "candidate": "a ag e g"},
+        {"c": Label()},
+        leaks=("d",),
+        outcomes=("c", "d"),
+        kinds={"a": "id", "e": "vector", "g": "ids", "ag": "numeric"},
+    )
+    order = random.permutation(w.rows)
+    return HeldOut(
+        {"a.parquet": log.take(order[:4000]), "b.parquet": log.take(order[4000:])}, answers, best=w.best(w.clicked)
+    )
+
+
+def ratings(seed: int) -> HeldOut:
+    """Ratings alone, one a moment: a regression, no lists."""
+    w = draw_world(seed, 8_000, 400, 500, 900, shown=1)
+    stars = np.clip(
+        np.round((3 + np.log(w.probability / (1 - w.probability)) + w.random.normal(0, 0.7, w.rows)) * 2) / 2, 0.5, 5
+    )
+    genres = [[f"genre {n}" for n in np.unique(w.random.integers(0, 18, 2))] for _ in range(500)]
+    log = pa.table(
+        {
+            "userId": w.user + 1,
+            "movieId": w.item * 11 + 3,
+            "rating": stars,
+            "timestamp": w.time // 1000,
+            "title": [f"The film number {n} ({1950 + n % 70})" for n in w.item],
+            "genres": pa.array([genres[n] for n in w.item]),
+            "year": pa.array(1950 + w.item % 70, pa.int16()),
+            "imdb_votes": w.of(w.item, (w.random.pareto(1, 500) * 1000).astype(int)),
+        }
+    )
+    answers = Answers(
+        {"user": "userId", "candidate": "movieId", "time": "timestamp", "time_unit": "ms", "request": "-"},
+        {"candidate|": "title", "candidate": "genres year imdb_votes"},
+        {"rating": Label("regression")},
+        outcomes=("rating",),
+        kinds={"genres": "ids", "year": "numeric|id", "imdb_votes": "numeric"},
+    )
+    return HeldOut({"ratings.parquet": log}, answers)
+
+
+def video_days(seed: int) -> HeldOut:
+    """Videos, a folder a day with an empty file among them, UUIDs, and a log of events of several types."""
+    w = draw_world(seed, 10_000, 500, 200, 30, shown=8)
+    random, played = w.random, w.clicked.astype(bool)
+    viewer, page, day = uuids(random, 500)[w.user], uuids(random, w.request.max() + 1)[w.request], w.time // DAY
+    log = pa.table(
+        {
+            "viewer": viewer,
+            "video": [f"v_{n * 7919 % 10007}" for n in w.item],
+            "page_view": page,
+            "ts": at(w.time, "ns"),
+            "slot": pa.array(w.position, pa.int32()),
+            "channel": [f"ch{n % 23}" for n in w.item],
+            "length_s": pa.array(w.of(w.item, np.arange(30, 3600)), pa.int32()),
+            "published_at": at(w.of(w.item, YEAR_2024 - random.integers(0, 300 * DAY, 200)), "us", "UTC"),
+            "app_version": w.of(w.request, ["4.1.0", "4.1.1", "5.0.0"]),
+            "network": pa.array(w.of(w.request, ["wifi", "4g", None])),
+            "country": w.of(w.user, ["us", "de", "br", "in"]),
+            "played": pa.array(w.clicked, pa.int64()),
+            "watched_s": np.where(played, random.gamma(2, 60, w.rows), 0.0),
+            "thumbs_up": where(played, w.some(played, 0.1), pa.float64()),
+        }
+    )
+    files = {
+        f"day={np.datetime64(n, 'D')}/part.parquet": log.filter(pa.array(day == n)) for n in np.unique(day).tolist()
+    }
+    files["day=2024-02-15/part.parquet"] = log.slice(0, 0)
+    seen = random.random(w.rows) < 0.4
+    events = pa.table(
+        {
+            "occurred": at(w.time - random.integers(1, DAY, w.rows), "us"),
+            "viewer": viewer,
+            "video": log["video"],
+            "channel": log["channel"],
+            "type": random.choice(["search", "play", "share", "subscribe"], w.rows, p=[0.5, 0.4, 0.07, 0.03]),
+        }
+    ).filter(pa.array(seen))
+    answers = Answers(
+        {"user": "viewer", "candidate": "video", "request": "page_view", "time": "ts"},
+        {
+            "placement": "slot",
+            "candidate": "channel length_s published_at",
+            "context": "app_version network",
+            "user": "country",
+            "": "day",
+        },
+        {"played": Label(), "thumbs_up": Label(observed=("played", None))},
+        leaks=("watched_s",),
+        outcomes=("played", "watched_s", "thumbs_up"),
+        kinds={"length_s": "numeric", "published_at": "time", "channel": "id"},
+        settings={"data.events.*.time": "occurred"},
+    )
+    return HeldOut(files, answers, {"e.parquet": events}, best=w.best(w.clicked))
+
+
+def tienda(seed: int) -> HeldOut:
+    """A Spanish shop over three years: a sampled log, users who move, what is known weeks later, uint64, no request."""
+    w = draw_world(seed, 10_000, 300, 250, 1095, start=YEAR_2024 - 1095 * DAY)
+    random, bought = w.random, w.clicked.astype(bool)
+    kept = bought | (w.of(w.request, [True, False]) & (random.random(w.rows) < 0.8))
+    moved = w.time > YEAR_2024 - w.of(w.user, np.arange(0, 3000)) * DAY
+    content = w.some(bought, 0.5)
+    known = w.time + 28 * DAY + random.integers(0, DAY, w.rows)
+    log = pa.table(
+        {
+            "usuario": [f"ES-{n:06d}" for n in w.user],
+            "producto": w.item + 500_000,
+            "fecha": at(w.time, "us"),
+            "posicion": w.position + 1,
+            "provincia": np.where(moved, w.of(w.user, ["M", "B", "V"]), w.of(w.user, ["SE", "Z", "MA"])),
+            "categoria": pa.array(w.category, pa.int32()).cast(pa.string()).dictionary_encode(),
+            "proveedor": pa.array(w.of(w.item, np.arange(30)) * 91 + 4001, pa.uint64()),
+            "huella": pa.array(random.integers(2**63, 2**64 - 1, w.rows, dtype=np.uint64)),
+            "precio": np.round(w.of(w.item, np.arange(5, 200)) * (1 + (w.time - w.time.min()) / DAY / 3000), 2),
+            "descuento": pa.array(random.choice([0.0, 0.1, np.nan], w.rows), pa.float32()),
+            "muestreo": np.where(bought, 1.0, 0.4),
+            "compra": bought * 1,
+            "satisfecho": where(bought & (known < w.time.max()), content, pa.int32()),
+            "satisfecho_en": at(known, "us", None, bought & (known < w.time.max())),
+        }
+    ).filter(pa.array(kept))
+    answers = Answers(
+        {"user": "usuario", "candidate": "producto", "time": "fecha", "request": "-", "sampling_rate": "muestreo"},
+        {
+            "placement": "posicion",
+            "user": "provincia",
+            "candidate": "categoria proveedor precio",
+            "": "huella",
+            "candidate|context": "descuento",
+        },
+        {"compra": Label(), "satisfecho": Label(observed=("compra", None), days=(27, 40))},
+        leaks=("satisfecho_en", "muestreo", "huella"),
+        outcomes=("compra", "satisfecho"),
+        kinds={"proveedor": "id", "precio": "numeric", "categoria": "id"},
+    )
+    return HeldOut(
+        {"2021.parquet": log.slice(0, 3000), "2022.parquet": log.slice(3000)}, answers, best=w.best(w.clicked)
+    )
+
+
+def telco(seed: int) -> HeldOut:
+    """Offers of a telephone company: five outcomes, copies and hashes of labels, nested columns, dates as text."""
+    w = draw_world(seed, 12_000, 1500, 60, 90, shown=4, bias=-0.8)
+    random, opened = w.random, w.clicked.astype(bool)
+    clicked = w.some(opened, 0.4).astype(bool)
+    ordered = w.some(clicked, 0.4).astype(bool)
+    late = w.time > w.time.max() - 14 * DAY
+    joined = YEAR_2024 - w.of(w.user, np.arange(1, 2000)) * DAY
+    log = pa.table(
+        {
+            "msisdn_hash": hashed(w.user),
+            "offer_code": [f"OF{n:04d}" for n in w.item],
+            "campaign_run": w.request + 1,
+            "sent_at": at(w.time, "us", "UTC"),
+            "tariff": w.of(w.user, ["S", "M", "L", "XL"]),
+            "is_business": w.of(w.user, [True, False, False]),
+            "signup_date": np.datetime_as_string(joined.astype("datetime64[us]"), unit="D"),
+            "last_top_up": (joined // 1000 + 10**9).astype(np.int64),
+            "churn_score": pa.array(np.round(w.of(w.user, np.linspace(0, 1, 999)), 3), pa.float32()),
+            "offer_price": w.of(w.item, [0.0, 4.99, 9.99, 14.99, 19.99]),
+            "offer_family": w.category,
+            "channel": w.of(w.request, ["sms", "mail", "app"]),
+            "device": pa.array([{"os": "a", "v": int(n % 5)} for n in w.user]),
+            "extras": pa.array([[("k", "v")] for _ in range(w.rows)], pa.map_(pa.string(), pa.string())),
+            "batch_uuid": uuids(random, w.rows),
+            "reserved": pa.nulls(w.rows),
+            "reserved2": pa.nulls(w.rows, pa.float64()),
+            "source": ["crm"] * w.rows,
+            "opened": opened,
+            "clicked": clicked * 1,
+            "clicked_flag": np.where(clicked, "Y", "N"),
+            "click_digest": hashed(clicked),
+            "ordered": ordered,
+            "complained": pa.array(w.some(opened, 0.03, 0.0), pa.int8()),
+            "still_active_14d": where(~late, w.some(opened | ~opened, 0.8, 0.3), pa.int8()),
+            "model_rank_v2": np.round(opened * 0.3 + clicked * 0.3 + random.random(w.rows) * 0.2, 4),
+        }
+    )
+    answers = Answers(
+        {"user": "msisdn_hash", "candidate": "offer_code", "request": "campaign_run", "time": "sent_at"},
+        {
+            "user": "tariff is_business churn_score",
+            "user|": "signup_date last_top_up",
+            "candidate": "offer_price offer_family",
+            "context": "channel",
+            "": "device extras batch_uuid reserved reserved2 source",
+        },
+        {
+            "opened": Label(),
+            "clicked": Label(observed=(None, "opened")),
+            "ordered": Label(observed=(None, "opened", "clicked")),
+            "complained": Label(observed=(None, "opened")),
+            "still_active_14d": Label(days=(13, 20)),
+        },
+        leaks=("clicked_flag", "click_digest", "model_rank_v2", "batch_uuid"),
+        outcomes=("opened", "clicked", "ordered", "complained", "still_active_14d"),
+        kinds={
+            "churn_score": "numeric",
+            "offer_family": "id",
+            "is_business": "id|numeric",
+            "last_top_up": "time|numeric",
+        },
+    )
+    return HeldOut({"x.parquet": log}, answers, best=w.best(w.clicked))
+
+
+def ads(seed: int) -> HeldOut:
+    """Impressions that have an id each and belong to no list; one ad twice on a page; conversions days later."""
+    w = draw_world(seed, 8_000, 800, 100, 21, shown=2, bias=-2.2)
+    random = w.random
+    twice = np.where(w.of(w.request, [True, False, False]), w.item[w.request * 2], w.item)
+    clicked = w.clicked.astype(bool)
+    converted, later = w.some(clicked, 0.2).astype(bool), random.integers(0, 7 * DAY, w.rows)
+    log = pa.table(
+        {
+            "impression_id": uuids(random, w.rows),
+            "cookie": random.integers(-(2**63), 2**63 - 1, 800)[w.user],
+            "creative_id": twice + 9000,
+            "advertiser_id": twice % 17 + 70,
+            "event_ms": w.time // 1000,
+            "ad_slot": np.where(w.position, "side", "top"),
+            "site": w.of(w.request, [f"site{n}.example" for n in range(40)]),
+            "hour": (w.time // (DAY // 24)) % 24,
+            "bid": np.round(random.gamma(2, 0.5, w.rows), 3),
+            "label": w.clicked,
+            "conversion": converted * 1,
+            "conversion_ms": where(converted, (w.time + later) // 1000, pa.int64()),
+        }
+    )
+    answers = Answers(
+        {"user": "cookie", "candidate": "creative_id", "time": "event_ms", "time_unit": "ms", "request": "-"},
+        {
+            "": "impression_id",
+            "candidate": "advertiser_id",
+            "placement": "ad_slot",
+            "context": "site",
+            "context|": "hour",
+            "candidate|context": "bid",
+        },
+        {"label": Label(), "conversion": Label(observed=(None, "label"), days=(5, 10))},
+        leaks=("conversion_ms", "impression_id"),
+        outcomes=("label", "conversion"),
+        kinds={"advertiser_id": "id", "hour": "id|numeric", "bid": "numeric"},
+        settings={"data.duplicates": "keep"},
+    )
+    return HeldOut({"imp.parquet": log}, answers)
+
+
+def own_numbers(seed: int) -> HeldOut:
+    """An app whose lists are numbered by each user anew; rows in any order."""
+    w = draw_world(seed, 9_000, 300, 150, 60, shown=6)
+    first = np.unique(w.request, return_index=True)[1]
+    of_user = np.zeros(len(first), np.int64)
+    for user in range(300):
+        mine = np.flatnonzero(w.user[first] == user)
+        of_user[mine] = np.arange(1, len(mine) + 1)
+    log = pa.table(
+        {
+            "member_no": w.user + 1,
+            "recipe_no": w.item + 1,
+            "list_no": of_user[w.request],
+            "shown_on": at(w.time, "s"),
+            "rank": w.position,
+            "cuisine": [["thai", "greek", "swiss", None][n % 4] for n in w.category],
+            "course": w.category,
+            "minutes": w.of(w.item, np.arange(5, 180)),
+            "vegan": w.of(w.item, [True, False]),
+            "nutrition": pa.array([[0.5] * (n % 4) for n in w.item], pa.list_(pa.float64())),
+            "similar": pa.array([[int(n) % 150 + 1, int(n) * 7 % 150 + 1] for n in w.item]),
+            "diet": w.of(w.user, ["all", "vegan", "keto"]),
+            "cooked": w.clicked.astype(bool),
+        }
+    ).take(w.random.permutation(w.rows))
+    answers = Answers(
+        {"user": "member_no", "candidate": "recipe_no", "request": "list_no|-", "time": "shown_on"},
+        {"placement": "rank", "candidate": "cuisine course minutes vegan similar", "": "nutrition", "user": "diet"},
+        {"cooked": Label()},
+        outcomes=("cooked",),
+        kinds={"minutes": "numeric", "course": "id", "similar": "ids"},
+    )
+    return HeldOut({"p.parquet": log}, answers, best=w.best(w.clicked))
+
+
+def wide(seed: int) -> HeldOut:
+    """Three hundred columns of three days, most of them numbers that mean nothing."""
+    w = draw_world(seed, 6_000, 400, 80, 3)
+    random = w.random
+    columns: dict[str, Any] = {
+        "session": w.request,
+        "uid": w.user * 3 + 11,
+        "sku": [f"{n:05d}-X" for n in w.item],
+        "created": at(w.time, "us"),
+    }
+    columns |= {f"f{n:03d}": random.normal(size=w.rows).astype(np.float32) for n in range(240)}
+    columns |= {f"u{n:02d}": w.of(w.user, random.normal(size=500).astype(np.float32)) for n in range(30)}
+    columns |= {f"k{n:02d}": w.of(w.item, random.integers(0, 9, 100)) for n in range(20)}
+    columns |= {"always": np.ones(w.rows), "never": pa.nulls(w.rows, pa.string()), "converted": w.clicked}
+    answers = Answers(
+        {"user": "uid", "candidate": "sku", "request": "session", "time": "created"},
+        {"": "always never", "user": "u03", "candidate": "k03", "candidate|context": "f003"},
+        {"converted": Label()},
+        outcomes=("converted",),
+        kinds={"u03": "numeric", "k03": "id|numeric", "f003": "numeric"},
+    )
+    return HeldOut({"w.parquet": pa.table(columns)}, answers, best=w.best(w.clicked))
+
+
+def people(seed: int, split: bool = True) -> HeldOut:
+    """A plain table of one row a person, with a weight, with or without a column that says the split."""
+    random, rows = np.random.default_rng(seed), 5_000
+    age, income = random.integers(18, 90, rows), random.gamma(2, 20_000, rows).round(-2)
+    job = random.integers(0, 50, rows)
+    probability = 1 / (1 + np.exp(-(random.normal(0, 1, 50)[job] + (age - 50) / 20 - 0.5)))
+    parts = random.choice(["train", "validation", "test"], rows, p=[0.7, 0.15, 0.15])
+    columns = {
+        "person": random.permutation(rows) + 1,
+        "age": age,
+        "income": income,
+        "occupation": pa.array(job * 10 + 110, pa.int32()),
+        "sex": random.choice(["f", "m"], rows),
+        "region": random.choice([f"R{n}" for n in range(12)], rows),
+        "weight": random.gamma(4, 0.25, rows) + 0.01,
+        "votes": (random.random(rows) < probability) * 1,
+        "turnout_years": np.round(random.gamma(2, 2, rows) + 3 * probability, 1),
+    }
+    answers = Answers(
+        {"user": "-|person", "candidate": "-|person", "request": "-|person", "time": "-", "weight": "weight"},
+        {"candidate": "age income occupation sex region turnout_years", "": "person"},
+        {"votes": Label()},
+        leaks=("person", "weight"),
+        outcomes=("votes",),
+        kinds={"age": "numeric", "income": "numeric", "occupation": "id", "sex": "id"},
+        settings={"split.column": "split"},
+        refused="" if split else "split",
+    )
+    return HeldOut({"t.parquet": pa.table(columns | ({"split": parts} if split else {}))}, answers)
+
+
+def loans(seed: int) -> HeldOut:
+    """One row an applicant and a date of each: ordered in time, but nobody is seen twice."""
+    random, rows = np.random.default_rng(seed), 6_000
+    day = np.sort(random.integers(0, 700, rows))
+    amount, branch = random.gamma(2, 5_000, rows).round(-1), random.integers(0, 40, rows)
+    probability = 1 / (1 + np.exp(-(random.normal(0, 1, 40)[branch] + amount / 10_000 - 2.5)))
+    failed = random.random(rows) < probability
+    log = pa.table(
+        {
+            "antrag_nr": np.arange(rows) + 700_000,
+            "antrag_am": pa.array(day + 19_000, pa.int32()).cast(pa.date32()),
+            "filiale": branch + 100,
+            "betrag": amount,
+            "laufzeit_monate": random.choice([12, 24, 36, 48, 60], rows),
+            "beruf": random.choice(["angestellt", "beamtet", "selbstständig"], rows),
+            "ausfall": failed * 1,
+            "mahnungen": np.where(failed, random.integers(1, 5, rows), 0),
+        }
+    )
+    answers = Answers(
+        {"user": "-|antrag_nr", "candidate": "-|antrag_nr", "request": "-|antrag_nr", "time": "antrag_am"},
+        {"candidate|context": "filiale betrag laufzeit_monate", "candidate|context|user": "beruf"},
+        {"ausfall": Label(days=(0, 400))},
+        leaks=("mahnungen", "antrag_nr"),
+        outcomes=("ausfall",),
+        kinds={"filiale": "id", "betrag": "numeric"},
+    )
+    return HeldOut({"t.parquet": log}, answers)
+
+
+def odd_names(seed: int) -> HeldOut:
+    """Names that YAML reads as something else, and files whose types and columns differ."""
+    w = draw_world(seed, 6_000, 300, 100, 40)
+    log = pa.table(
+        {
+            "null": w.user + 100,
+            "Artikel-Nr.": w.item + 1,
+            "on": w.request,
+            "Zeit (UTC)": at(w.time),
+            "y": w.position,
+            "größe: cm": w.of(w.item, np.round(np.linspace(20, 190, 300), 1)),
+            "it's": w.of(w.item, ["a # check", "b: c", "yes", "null", "1e3"]),
+            "a.b": w.of(w.user, ["~", "true", "0x1", "{x}"]),
+            "a_b": w.of(w.item, ["p", "q", "r"]),
+            "user": w.of(w.request, ["web", "app"]),
+            "1": w.clicked.astype(np.float64),
+        }
+    )
+    older = log.slice(0, 2000).drop_columns(["größe: cm"])
+    older = older.set_column(0, "null", older["null"].cast(pa.int32()))
+    answers = Answers(
+        {"user": "null", "candidate": "Artikel-Nr.", "request": "on", "time": "Zeit (UTC)"},
+        {"placement": "y", "candidate": "it's a_b", "candidate|": "größe: cm", "user": "a.b", "context": "user"},
+        {"1": Label()},
+        outcomes=("1",),
+        kinds={"größe: cm": "numeric", "it's": "id", "a.b": "id", "user": "id"},
+    )
+    files = {"a.parquet": older, "b.parquet": log.slice(2000)}
+    return HeldOut(files, answers, best=w.best(w.clicked))
+
+
+def spoilt(seed: int, how: str) -> HeldOut:
+    """A log that no settings can be right for, for one reason."""
+    w = draw_world(seed, 5_000, 300, 100, 30)
+    columns: dict[str, Any] = {
+        "user_id": w.user,
+        "item_id": w.item,
+        "shown_at": at(w.time),
+        "category": w.category,
+        "clicked": w.clicked,
+    }
+    columns |= {
+        "clicks alone": {"clicked": np.ones(w.rows, np.int64)},
+        "labels as text": {"clicked": np.where(w.clicked, "yes", "no")},
+        "times as text": {"shown_at": columns["shown_at"].cast(pa.string())},
+        "users that are missing": {"user_id": where(w.random.random(w.rows) < 0.9, w.user)},
+    }[how]
+    named = {"times as text": "shown_at", "users that are missing": "user_id"}
+    return HeldOut({"c.parquet": pa.table(columns)}, Answers({}, {}, {}, refused=named.get(how, "clicked")))
+
+
+LOGS: dict[str, Callable[[int], HeldOut]] = {
+    "modehaus": modehaus,
+    "terse_news": terse_news,
+    "ratings": ratings,
+    "video_days": video_days,
+    "tienda": tienda,
+    "telco": telco,
+    "ads": ads,
+    "own_numbers": own_numbers,
+    "wide": wide,
+    "people": people,
+    "people_without_split": partial(people, split=False),
+    "loans": loans,
+    "odd_names": odd_names,
+    **{
+        how: partial(spoilt, how=how)
+        for how in ("clicks alone", "labels as text", "times as text", "users that are missing")
+    },
+}
