@@ -11,6 +11,10 @@ from mmoe_rec.profiling.profile import Column
 from mmoe_rec.profiling.words import BEFORE, NAMES, STAND_INS, TIME, fits, has
 
 _FEWEST_USERS = 10
+_ALMOST = 0.01
+"""What changes so seldom is the same but for errors."""
+_SPAN = 1800
+"""Seconds in which the rows of a list are shown."""
 
 
 def find_keys(reading: Reading) -> None:
@@ -67,6 +71,11 @@ def _find_by_name(reading: Reading, purpose: str) -> None:
         if rank:
             fitting.append((rank, min(each.distinct, int(0.9 * each.rows)), each.name))
     if not fitting:
+        for each in reading.columns.values():
+            if fits(each.name, strong) and each.kind in ("number", "other") and each.type != "DATE":
+                why = f"it looks like the {purpose}, but ids are integers or text, and these are {each.type}"
+                reading.meaning.left_out[each.name] = reading.meaning.checks[each.name] = why
+                reading.meaning.warnings.append(f"'{each.name}' is left out: {why}; cast them before writing")
         return
     usable = [each for each in fitting if not reading.columns[each[2]].nulls]
     if not usable:
@@ -140,9 +149,13 @@ def _find_request(reading: Reading) -> None:
         rank = 2 if fits(each.name, strong) else 1 if fits(each.name, strong | weak) else 0
         if each.is_key and each.unit is None and rank and each.distinct > 1:
             fitting.append((-rank, -each.distinct, each.name))
-    for _, _, name in sorted(fitting):
+    for rank, _, name in sorted(fitting):
         if _find_scope(reading, name, False):
             keys["request"] = name
+            return
+        if rank == -2 and _spans_minutes(reading, name):
+            keys["request"] = name
+            reading.meaning.checks["request"] = "the times of its rows differ by minutes: they take the first"
             return
     if "time" not in keys:
         return
@@ -151,7 +164,9 @@ def _find_request(reading: Reading) -> None:
     for each in sorted(reading.free(), key=lambda each: (each.distinct, each.name)):
         if not each.is_key or each.unit is not None or not max(20, least) <= each.distinct <= 0.9 * each.rows:
             continue
-        if reading.profile.rows_per_key([each.name]) > 1.2 and _find_scope(reading, each.name, False):
+        of_list = [keys[purpose] for purpose in ("user", "time") if purpose in keys]
+        changes = reading.profile.changes([each.name], of_list)
+        if reading.profile.rows_per_key([each.name]) > 1.2 and all(change <= _ALMOST for change in changes.values()):
             keys["request"] = each.name
             reading.meaning.checks["request"] = "no name says so, but its rows have one time"
             return
@@ -167,17 +182,29 @@ def _find_scope(reading: Reading, name: str, given: bool) -> bool:
     if reading.profile.rows_per_key([name]) < 1.02:
         return given  # each row is its own anyway
     changes = reading.profile.changes([name], fixed)
-    if all(changes[each] <= 0.01 for each in fixed):
+    if all(changes[each] <= _ALMOST for each in fixed):
         return True
     if "user" in keys and "time" in keys:
         of_user = reading.profile.changes([keys["user"], name], [keys["time"]])[keys["time"]]
-        if of_user <= 0.01 or math.isnan(of_user):
+        if of_user <= _ALMOST or math.isnan(of_user):
             reading.meaning.request_scope = "user"
             reading.meaning.checks["request"] = "its ids are a user's own: several users share some of them"
             return True
-    if given and "user" in keys and changes[keys["user"]] > 0.01:
+    if given and "user" in keys and changes[keys["user"]] > _ALMOST:
         reading.meaning.request_scope = "user"
     return given
+
+
+def _spans_minutes(reading: Reading, name: str) -> bool:
+    """Whether rows of a value have one user, and times that lie near each other."""
+    keys, profile = reading.meaning.keys, reading.profile
+    if "time" not in keys or profile.rows_per_key([name]) < 1.2:
+        return False
+    fixed = [keys["user"]] if "user" in keys else []
+    sql, t = reading.columns[name].sql, reading.columns[keys["time"]].microseconds
+    spans = f"SELECT quantile_disc(s, 0.95) FROM (SELECT max({t}) - min({t}) s FROM log GROUP BY {sql})"
+    same = all(change <= _ALMOST for change in profile.changes([name], fixed).values())
+    return same and int(profile.number(spans)) < _SPAN * 1_000_000
 
 
 def _find_by_structure(reading: Reading) -> None:
@@ -193,12 +220,12 @@ def _find_by_structure(reading: Reading) -> None:
         each.name: reading.profile.changes([each.name], [other.name for other in pool if other is not each])
         for each in pool
     }
-    told = {name for its in steady.values() for name, change in its.items() if change <= 0.01}
+    told = {name for its in steady.values() for name, change in its.items() if change <= _ALMOST}
     finest = [each for each in pool if each.name not in told] or pool
     group = [keys["request"]] if "request" in keys else [keys[each] for each in ("user", "time") if each in keys]
     within = reading.profile.changes(group, [each.name for each in finest])
-    users = [each for each in finest if within[each.name] <= 0.01]
-    candidates = [each for each in finest if within[each.name] > 0.01]
+    users = [each for each in finest if within[each.name] <= _ALMOST]
+    candidates = [each for each in finest if within[each.name] > _ALMOST]
     for purpose, some in (("user", users), ("candidate", candidates)):
         if purpose not in keys and some and ("request" in keys or len(some) == 1 or purpose == "candidate"):
             best = max(some, key=lambda each: (each.distinct, each.name))

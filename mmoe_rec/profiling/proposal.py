@@ -246,7 +246,12 @@ class _Proposer:
         """How a number is brought to a common size."""
         shape: dict[str, Any] = {}
         middle, high = (self.profile.quantile(f"{each.sql}::DOUBLE", share) for share in (0.5, 0.99))
-        if each.low >= 0 and high is not None and float(high) > 20 * max(float(middle), float(high) / 1e6):
+        if (
+            each.low >= 0
+            and not each.binary
+            and high is not None
+            and float(high) > 20 * max(float(middle), float(high) / 1e6)
+        ):
             shape["transform"] = "log"
         if each.kind == "integer" or each.distinct <= 1000:
             shape["values"] = "auto"

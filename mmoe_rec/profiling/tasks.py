@@ -45,8 +45,10 @@ def _near_label(reading: Reading) -> str:
     for each in reading.columns.values():
         if not begins(each.name, LABELS) or has(each.name, BEFORE):
             continue
-        if each.kind == "text" and 1 <= each.distinct <= 3:
-            values = " and ".join(f"'{value}'" for value in reading.profile.values(each.name, 3))
+        if each.kind in ("text", "integer", "number") and each.distinct <= 3 and each.distinct > (each.kind != "text"):
+            values = " and ".join(
+                f"'{value}'" if each.kind == "text" else f"{value:g}" for value in reading.profile.values(each.name, 3)
+            )
             return f" ('{each.name}' holds {values}, which must be written as 0 and 1)"
         if each.kind in ("integer", "number", "boolean") and each.distinct == 1 and not each.nulls:
             return f" ('{each.name}' has one value in all rows: those that were shown and not taken are missing)"

@@ -645,6 +645,94 @@ def odd_names(seed: int) -> HeldOut:
     return HeldOut(files, answers, best=w.best(w.clicked))
 
 
+def hotels(seed: int) -> HeldOut:
+    """Searches for hotels, of nobody known: columns of 0 and 1 that are no labels, missing history, sums paid."""
+    w = draw_world(seed, 10_000, 2000, 150, 200, shown=10, bias=-2.5)
+    random, clicked = w.random, w.clicked.astype(bool)
+    booked = w.some(clicked, 0.4).astype(bool)
+    past = w.of(w.request, np.append(np.full(8, np.nan), [3.0, 4.2]))
+    log = pa.table(
+        {
+            "srch_id": w.request + 1,
+            "date_time": at(w.time, "s"),
+            "site_id": w.of(w.request, [2, 5, 14]),
+            "visitor_location_country_id": w.of(w.request, random.integers(1, 230, 40)),
+            "visitor_hist_starrating": past,
+            "visitor_hist_adr_usd": np.where(np.isnan(past), np.nan, w.of(w.request, [99.5, 210.0])),
+            "prop_id": w.item * 31 + 7,
+            "prop_starrating": w.of(w.item, [0, 2, 3, 4, 5]),
+            "prop_review_score": w.of(w.item, [0.0, 3.5, 4.0, 4.5]),
+            "prop_brand_bool": w.of(w.item, [0, 1]),
+            "position": w.position + 1,
+            "price_usd": np.round(w.of(w.item, np.arange(40, 400)) * random.choice([0.9, 1, 1.1], w.rows), 2),
+            "promotion_flag": (random.random(w.rows) < 0.2) * 1,
+            "srch_destination_id": w.of(w.request, random.integers(1, 28_000, 200)),
+            "srch_booking_window": w.of(w.request, np.arange(0, 200)),
+            "srch_saturday_night_bool": w.of(w.request, [0, 1]),
+            "random_bool": w.of(w.request, [0, 0, 1]),
+            "click_bool": w.clicked,
+            "booking_bool": booked * 1,
+            "gross_bookings_usd": where(booked, random.gamma(3, 100, w.rows)),
+        }
+    )
+    of_request = "site_id visitor_location_country_id visitor_hist_starrating visitor_hist_adr_usd srch_destination_id"
+    of_request += " srch_booking_window srch_saturday_night_bool random_bool"
+    answers = Answers(
+        {"request": "srch_id", "candidate": "prop_id", "time": "date_time"},
+        {
+            "context": of_request,
+            "candidate": "prop_starrating prop_review_score prop_brand_bool price_usd promotion_flag",
+            "placement": "position",
+        },
+        {"click_bool": Label(), "booking_bool": Label(observed=(None, "click_bool"))},
+        leaks=("gross_bookings_usd",),
+        outcomes=("click_bool", "booking_bool"),
+        kinds={"srch_destination_id": "id", "prop_review_score": "numeric", "price_usd": "numeric"},
+    )
+    return HeldOut({"h.parquet": log}, answers)
+
+
+def rows_one_by_one(seed: int) -> HeldOut:
+    """Lists whose rows were logged as they were seen, each at its own moment; what was known before."""
+    w = draw_world(seed, 10_000, 500, 200, 45, shown=5)
+    random, seen = w.random, w.clicked.astype(bool)
+    log = pa.table(
+        {
+            "search_id": uuids(random, w.request.max() + 1)[w.request],
+            "member": w.user + 10_000,
+            "song": w.item + 1,
+            "ts": at(w.time + w.position * 2_000_000 + random.integers(0, 10**6, w.rows), "ms"),
+            "artist": w.item % 60 + 1,
+            "pos": w.position,
+            "plays_7d": random.poisson(w.of(w.item, np.arange(1, 40))),
+            "liked_before": (random.random(w.rows) < 0.1) * 1,
+            "is_paid_member": w.of(w.user, [0, 1]),
+            "played": seen * 1,
+            "played_s": where(seen, random.gamma(2, 80, w.rows), pa.float32()),
+        }
+    )
+    answers = Answers(
+        {"user": "member", "candidate": "song", "request": "search_id", "time": "ts"},
+        {
+            "candidate": "artist plays_7d",
+            "placement": "pos",
+            "user": "is_paid_member",
+            "candidate|context": "liked_before",
+        },
+        {"played": Label()},
+        leaks=("played_s",),
+        outcomes=("played", "played_s"),
+        kinds={"plays_7d": "numeric"},
+    )
+    return HeldOut({"r.parquet": log}, answers, best=w.best(w.clicked))
+
+
+SPOILT = (
+    *("clicks alone", "labels as text", "labels of -1 and 1", "times as text"),
+    *("users that are missing", "users as floats", "users as bytes"),
+)
+
+
 def spoilt(seed: int, how: str) -> HeldOut:
     """A log that no settings can be right for, for one reason."""
     w = draw_world(seed, 5_000, 300, 100, 30)
@@ -660,9 +748,12 @@ def spoilt(seed: int, how: str) -> HeldOut:
         "labels as text": {"clicked": np.where(w.clicked, "yes", "no")},
         "times as text": {"shown_at": columns["shown_at"].cast(pa.string())},
         "users that are missing": {"user_id": where(w.random.random(w.rows) < 0.9, w.user)},
+        "users as floats": {"user_id": w.user.astype(np.float64)},
+        "users as bytes": {"user_id": pa.array([str(each).encode() for each in w.user], pa.binary())},
+        "labels of -1 and 1": {"clicked": 2 * w.clicked - 1},
     }[how]
-    named = {"times as text": "shown_at", "users that are missing": "user_id"}
-    return HeldOut({"c.parquet": pa.table(columns)}, Answers({}, {}, {}, refused=named.get(how, "clicked")))
+    named = "shown_at" if how.startswith("times") else "user_id" if how.startswith("users") else "clicked"
+    return HeldOut({"c.parquet": pa.table(columns)}, Answers({}, {}, {}, refused=named))
 
 
 LOGS: dict[str, Callable[[int], HeldOut]] = {
@@ -679,8 +770,7 @@ LOGS: dict[str, Callable[[int], HeldOut]] = {
     "people_without_split": partial(people, split=False),
     "loans": loans,
     "odd_names": odd_names,
-    **{
-        how: partial(spoilt, how=how)
-        for how in ("clicks alone", "labels as text", "times as text", "users that are missing")
-    },
+    "hotels": hotels,
+    "rows_one_by_one": rows_one_by_one,
+    **{how: partial(spoilt, how=how) for how in SPOILT},
 }
