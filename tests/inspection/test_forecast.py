@@ -9,7 +9,7 @@ from mmoe_rec.auc import FEWEST
 from mmoe_rec.inspection import sums
 from mmoe_rec.inspection.forecast import PAIRED, Drawn, forecast, influence_on_auc
 from mmoe_rec.inspection.sums import RATE_SMOOTHING, collect
-from tests.inspection.encoded_data import SCHEMA, health_of_frames, random_frames, write
+from tests.inspection.encoded_data import SCHEMA, random_frames, write
 
 
 def drawn_rows(seed: int, users: int, rows_of_each: int, share: float = 1.0) -> Drawn:
@@ -26,9 +26,9 @@ def drawn_rows(seed: int, users: int, rows_of_each: int, share: float = 1.0) -> 
 
 def test_influence_is_that_of_a_plain_loop_and_its_error_that_of_redrawn_users():
     random = np.random.default_rng(3)
-    user = random.integers(0, 40, 600)
-    prediction = (random.normal(size=600) + random.normal(size=40)[user]).round(1)  # with ties
-    positive = prediction + random.logistic(size=600) > 0.5
+    user = random.integers(0, 40, 400)
+    prediction = (random.normal(size=400) + random.normal(size=40)[user]).round(1)  # with ties
+    positive = prediction + random.logistic(size=400) > 0.5
     auc, influence = influence_on_auc(prediction, positive, user, 40)
     assert auc == pytest.approx(roc_auc_score(positive, prediction))
     expected = np.zeros(40)
@@ -40,11 +40,11 @@ def test_influence_is_that_of_a_plain_loop_and_its_error_that_of_redrawn_users()
             expected[user[other]] += (won - auc) / pairs
     assert influence == pytest.approx(expected, abs=1e-12)
     redrawn = []
-    for _ in range(400):
+    for _ in range(200):
         rows = np.concatenate([np.flatnonzero(user == each) for each in random.integers(0, 40, 40)])
         redrawn.append(roc_auc_score(positive[rows], prediction[rows]))
     error = float(np.sqrt((influence**2).sum() * 40 / 39))
-    assert error == pytest.approx(np.std(redrawn), rel=0.15)
+    assert error == pytest.approx(np.std(redrawn), rel=0.2)
 
 
 def test_a_quick_model_is_near_the_best_and_its_interval_falls_with_the_users():
@@ -98,11 +98,3 @@ def test_rows_are_drawn_by_whole_users_with_what_their_ids_say(tmp_path, monkeyp
     assert some.share == 1 / 3
     sizes = np.bincount(some.user[some.is_test])
     assert set(sizes[sizes > 0]) <= set(frames["test"].groupby("user").size())
-
-
-def test_tasks_and_their_mean_are_told(tmp_path):
-    frames = random_frames(8)
-    health = health_of_frames(tmp_path, frames)
-    assert set(health["forecasts"]) == {"click"}  # the other one is a regression
-    assert health["sentences"][0] == "nothing suspicious found"
-    assert health["sentences"][1].startswith("AUC of click: a gain below 0.0")
