@@ -42,6 +42,9 @@ def atomic_file(path: str | Path, replace: bool = True) -> Iterator[Path]:
         else:
             _put_new_file(temporary, target)
         flush(target.parent)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # which a full disk does not name
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

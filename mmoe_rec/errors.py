@@ -4,6 +4,7 @@ requests to stop, by a cluster's SIGTERM or by Ctrl-C.
 
 from __future__ import annotations
 
+import errno
 import signal
 import sys
 import threading
@@ -68,8 +69,8 @@ def require_packages(purpose: str, extra: str, *modules: str) -> None:
 
 @contextmanager
 def exit_with_message() -> Iterator[None]:
-    """Turn a `UserError` into one line on stderr and exit code 2, `StoppedError` into one and exit code 75; any other
-    exception passes with its traceback. Works as a decorator of a command's `main`, and as a context."""
+    """Turn a `UserError`, or a full disk, into one line on stderr and exit code 2, `StoppedError` into one and code 75;
+    any other exception passes with its traceback. Works as a decorator of a command's `main`, and as a context."""
     try:
         yield
     except UserError as error:
@@ -79,6 +80,12 @@ def exit_with_message() -> Iterator[None]:
     except StoppedError as stopped:
         print(f"stopped: {stopped}", file=sys.stderr)
         raise SystemExit(STOPPED_EXIT_CODE) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = f" where '{error.filename}' is written" if error.filename else ""
+        print(f"error: the disk is full{where}: make room there, and try it again", file=sys.stderr)
+        raise SystemExit(EXIT_CODE) from None
 
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)

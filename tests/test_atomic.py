@@ -1,3 +1,4 @@
+import errno
 import os
 import signal
 import subprocess
@@ -7,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import mmoe_rec.atomic
-from mmoe_rec.atomic import atomic_file, atomic_folder
+from mmoe_rec.atomic import atomic_file, atomic_folder, write_text
 from mmoe_rec.errors import UserError, exit_with_message
 
 
@@ -134,6 +135,21 @@ def test_a_user_error_is_one_line_and_exit_code_2(capsys):
             main()
         assert exit_info.value.code == 2
         assert capsys.readouterr().err == "error: log.parquet has no column 'age': add it\n"
+
+
+def test_a_full_disk_is_one_line_that_names_the_file(tmp_path, monkeypatch, capsys):
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(SystemExit) as exit_info, exit_with_message():
+        write_text(tmp_path / "numbers.json", "{}")
+    assert exit_info.value.code == 2
+    where = f"where '{tmp_path / 'numbers.json'}' is written"
+    assert capsys.readouterr().err == f"error: the disk is full {where}: make room there, and try it again\n"
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(PermissionError), exit_with_message():
+        raise PermissionError(errno.EACCES, "Permission denied")
 
 
 def test_other_errors_keep_their_traceback():
