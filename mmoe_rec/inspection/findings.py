@@ -15,7 +15,7 @@ training had less than half as many count. A label rate that changes is in all r
 It puts the findings in order; it does not measure what a model would gain.
 
 A finding that can be acted on carries advice: what to change, and where it is a setting the override of the command
-line that changes it, which stands in YAML as `section: {key: value}`.
+line that changes it, which stands in YAML as `section: {key: value}`. What it gains, trainings tell: `ADVICE_NOTE`.
 """
 
 from __future__ import annotations
@@ -52,6 +52,7 @@ def cost_of_drift(feature: Mapping[str, Any], each: Mapping[str, Any]) -> float:
     return sum(apart) * importance(feature)
 
 
+ADVICE_NOTE = "what a change gains is told by `mmoe-rec train --seeds 5 --against`, with another `data.work`"
 LEAK_AUC = 0.98
 UNKNOWN = 0.20
 DRIFT, STRONG_DRIFT = 0.10, 0.25
@@ -339,7 +340,17 @@ def _unknown(feature: Health, health: Health) -> Iterator[Finding]:
 def _know_more(feature: Health, health: Health) -> Iterator[dict[str, str | None]]:
     """A larger vocabulary where ids were left out of it, counters that learn of new ids, later rows."""
     settings, vocabulary = feature["settings"], feature["vocabulary"] or {"distinct": 0, "known": 0}
-    owner = f"features.{settings.get('table') or feature['name']}"
+    owner, columns = f"features.{settings.get('table') or feature['name']}", feature["columns"]
+    tasks = [name for name, task in health["overview"]["splits"]["train"]["tasks"].items() if task["kind"] == "binary"]
+    counters = [each["name"] for each in health["features"] if each["kind"] == "counter" and each["columns"] == columns]
+    if feature["kind"] == "id" and counters:
+        yield _leave_out(
+            feature, f": `{counters[0]}` counts by the same column, and goes on learning while a model serves"
+        )
+    elif feature["kind"] == "id" and tasks and health["overview"]["first_request"] is not None:
+        counter = f"{{kind: counter, task: {tasks[0]}, by: [{', '.join(columns)}], outputs: [rate, rows]}}"
+        what = "count what is known of each id: counters go on learning while a model serves"
+        yield _change(what, f"features.{feature['name']}_counts", counter)
     if vocabulary["distinct"] > vocabulary["known"] and (feature["unknown"]["train"] or 0.0) > _LEFT_OUT:
         if settings.get("max_size") is not None and vocabulary["known"] >= settings["max_size"]:
             yield _change("keep more ids than the most frequent ones", f"{owner}.max_size")
@@ -347,13 +358,6 @@ def _know_more(feature: Health, health: Health) -> Iterator[dict[str, str | None
             least = SELDOM_ROWS if settings["min_count"] > SELDOM_ROWS else 1
             what = f"give more ids a row of their own, which they have from {settings['min_count']} rows on"
             yield _change(what, f"{owner}.min_count", least)
-    columns = feature["columns"]
-    tasks = [name for name, task in health["overview"]["splits"]["train"]["tasks"].items() if task["kind"] == "binary"]
-    counted = [each["columns"] for each in health["features"] if each["kind"] == "counter"]
-    if feature["kind"] == "id" and columns not in counted and tasks and health["overview"]["first_request"] is not None:
-        counter = f"{{kind: counter, task: {tasks[0]}, by: [{', '.join(columns)}], outputs: [rate, rows]}}"
-        what = "count what is known of each id: counters go on learning while a model serves"
-        yield _change(what, f"features.{feature['name']}_counts", counter)
     describe_too = "describe it by other columns too, and " if feature["is_key"] else ""
     yield _change(f"{describe_too}train on later rows, and more often (`mmoe-rec refresh`)")
 
@@ -393,18 +397,22 @@ def _steady(feature: Health, each: Mapping[str, Any], health: Health) -> Iterato
     if overview["first_request"] is None or feature["kind"] not in ("counter", "history"):
         yield _change("see whether its column changed, and train on later rows")
         return
+    if _moved_most(each)["bin"] == "unknown":
+        yield _change("its ids are new: train on later rows, and more often (`mmoe-rec refresh`)")
+        return
     first, last = _time(train["first_request"]), _time(train["last_request"])
     days = (last - first) / timedelta(days=1)
     most = min(days / _PERIODS, settings.get("forget_after_days") or days)
-    windows = [each for each in _WINDOWS if each <= most] or [max(1, int(most))]
-    if _is_total(feature, each):
+    windows = [each for each in settings.get("window_days") or () if each is not None]  # its own without the total
+    windows = windows or [each for each in _WINDOWS if each <= most] or [max(1, int(most))]
+    if any(_is_total(feature, part) and drift_beyond_noise(part) > STRONG_DRIFT for part in feature["inputs"]):
         key = f"features.{feature['name']}"
-        yield _change("count over windows", f"{key}.window_days", windows)
+        yield _change("count over windows", f"{key}.window_days", f"[{', '.join(f'{each:g}' for each in windows)}]")
         if settings["task"] is not None and "rate" not in settings["outputs"]:
             yield _change("or take the rate, which does not grow", f"{key}.outputs", "[rate, recency]")
     if first - _time(overview["first_request"]) < timedelta(days=1) < last - first:
-        start = (first + timedelta(days=min(windows[-1], days / 2))).date()
-        yield _change("train on rows from when the past has filled", "split.train_start", start)
+        start = (first + timedelta(days=min(max(windows), days / 2))).date()
+        yield _change("try to train on rows from when the past has filled", "split.train_start", start)
 
 
 def _order_of_drift(feature: Health, each: Mapping[str, Any]) -> tuple[bool, float]:
@@ -420,10 +428,14 @@ def _is_total(feature: Health, each: Mapping[str, Any]) -> bool:
 
 def describe_move(each: Mapping[str, Any]) -> str:
     """The bin of an input whose share of the rows has changed most, in words."""
-    most = max(each["bins"], key=lambda part: abs(part["test"] - part["train"]))
+    most = _moved_most(each)
     words = {"missing": "without a value", "unknown": "of unknown ids", "all others": "of all less frequent ids"}
     what = f"of id '{most['bin']}'" if each["table"] else f"of values {most['bin']} (standardised)"
     return f"the share {words.get(most['bin'], what)} goes from {most['train']:.1%} to {most['test']:.1%}"
+
+
+def _moved_most(each: Mapping[str, Any]) -> Mapping[str, Any]:
+    return max(each["bins"], key=lambda part: abs(part["test"] - part["train"]))
 
 
 def _empty_tables(health: Health) -> Iterator[Finding]:
