@@ -14,20 +14,19 @@ training had less than half as many count. A label rate that changes is in all r
 
 It puts the findings in order; it does not measure what a model would gain.
 
-A finding that can be acted on carries advice: what to change, and where it is a setting the override of the command
-line that changes it, which stands in YAML as `section: {key: value}`. What it gains, trainings tell: `ADVICE_NOTE`.
+A finding that can be acted on carries advice (`advice.py`).
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from datetime import datetime, timedelta
 from functools import partial
 from itertools import combinations
 from typing import Any
 
 from mmoe_rec.auc import FEWEST
+from mmoe_rec.inspection.advice import SELDOM_ROWS, Advice, change, know_more, leave_out, lengthen_split, make_steady
 from mmoe_rec.inspection.forecast import TRAININGS
 
 LEAST = 0.3
@@ -52,15 +51,12 @@ def cost_of_drift(feature: Mapping[str, Any], each: Mapping[str, Any]) -> float:
     return sum(apart) * importance(feature)
 
 
-ADVICE_NOTE = "what a change gains is told by `mmoe-rec train --seeds 5 --against`, with another `data.work`"
 LEAK_AUC = 0.98
 UNKNOWN = 0.20
 DRIFT, STRONG_DRIFT = 0.10, 0.25
 LEAST_COVERAGE = 0.05
 RATE_CHANGE = 2.0
 NEVER_SEEN = 0.90
-SELDOM_ROWS = 5
-"""Training rows below which little is learnt of an id."""
 WITHIN_USERS = 0.5  # GAUC - .5, as a share of AUC - .5, below which a task's AUC says little of ranking
 SAME_SHARE = 0.95  # of the requests, whose share of positives is the same: candidates that were drawn
 FEATURE_CHECKS = ("leak", "constant", "coverage", "unknown", "seldom", "drift")
@@ -68,14 +64,10 @@ _FEWEST = 10  # rows of a class below which a high AUC may be chance
 _NAMED = 5  # names in a list, more are counted
 _ERRORS = 3.0  # how many standard errors rates must differ by
 _SHOWN = 5  # warnings before the rest is folded
-_LEFT_OUT = 0.01  # of training look-ups, which a vocabulary leaves out
 _FEWEST_REQUESTS = 100
-_WINDOWS = (7, 28, 91)  # days
-_PERIODS = 3  # windows that the training rows should hold
 
 Health = Mapping[str, Any]
 Finding = dict[str, Any]
-Advice = list[dict[str, str | None]]
 
 
 def find(health: Health) -> list[Finding]:
@@ -135,7 +127,7 @@ def _size(value: float) -> str:
 
 
 def _finding(
-    severity: str, check: str, about: str, message: str, cost: float = 0.0, advice: Advice | None = None
+    severity: str, check: str, about: str, message: str, cost: float = 0.0, advice: list[Advice] | None = None
 ) -> Finding:
     return {
         "severity": severity,
@@ -145,14 +137,6 @@ def _finding(
         "cost": cost,
         "advice": advice or [],
     }
-
-
-def _change(what: str, key: str | None = None, value: object = None) -> dict[str, str | None]:
-    """Advice, with the override that does it, where there is one. key: of a setting; value: as YAML."""
-    if key is None:
-        return {"do": what, "override": None}
-    text = "null" if value is None else str(value)
-    return {"do": what, "override": f"--{key} " + (f"'{text}'" if set(text) & set(" []{}") else text)}
 
 
 def _files(health: Health) -> Iterator[Finding]:
@@ -169,7 +153,7 @@ def _users(health: Health) -> Iterator[Finding]:
     if share:
         why = f"as column '{column}' splits rows of the same users"
         message = f"{share:.1%} of the users of test rows have training rows as well, {why}"
-        advice = [_change(f"give all rows of a user the same value of column '{column}'")]
+        advice = [change(f"give all rows of a user the same value of column '{column}'")]
         yield _finding("warning", "users", "users in training and test", message, share, advice)
 
 
@@ -184,27 +168,8 @@ def _rare(health: Health) -> Iterator[Finding]:
             if rarer < FEWEST:
                 message = f"task '{name}' has {rarer} rows of its rarer label in {split} rows, and {FEWEST} are needed"
                 told = {"test": "no verdict rests on it", "validation": "no state or calibration is chosen well by it"}
-                advice = list(_longer_split(health, split, rarer))
+                advice = list(lengthen_split(health, split, rarer))
                 yield _finding("warning", "rare", name, f"{message}: {told[split]}", 1 - rarer / FEWEST, advice)
-
-
-def _longer_split(health: Health, split: str, rarer: int) -> Iterator[dict[str, str | None]]:
-    """An earlier start of a split that would have labels enough, if their rate stays the same."""
-    overview = health["overview"]
-    splits = overview["splits"]
-    before, key = {"test": ("validation", "validation_end"), "validation": ("train", "train_end")}[split]
-    what = f"begin the {split} rows earlier, or take a log of more rows"
-    if overview["first_request"] is None or not rarer:
-        yield _change(what)
-        return
-    first, last = (_time(splits[split][name]) for name in ("first_request", "last_request"))
-    start = last - (last - first) * (1.2 * FEWEST / rarer)
-    earliest = _time(splits[before]["first_request"])
-    yield _change(what, f"split.{key}", start.date()) if start > earliest + timedelta(days=1) else _change(what)
-
-
-def _time(text: str) -> datetime:
-    return datetime.fromisoformat(text)
 
 
 def _within(health: Health) -> Iterator[Finding]:
@@ -218,8 +183,8 @@ def _within(health: Health) -> Iterator[Finding]:
                 "users: it tells users apart, and hardly what to show to one"
             )
             advice = [
-                _change("judge by what ranks within users", "evaluation.decide_by", "gauc_user"),
-                _change("add features of the user and the candidate together, such as counters by both"),
+                change("judge by what ranks within users", "evaluation.decide_by", "gauc_user"),
+                change("add features of the user and the candidate together, such as counters by both"),
             ]
             yield _finding("warning", "within users", name, message, most - each["gauc_user"], advice)
 
@@ -233,9 +198,9 @@ def _drawn(health: Health) -> Iterator[Finding]:
                 "as if they had been drawn beside the positive ones, so what the list tells, such as its length, or "
                 "the place in it, would not hold for lists that are served"
             )
-            advice = [_change("let no feature tell the length of a list, a place in it or a rank within it")]
+            advice = [change("let no feature tell the length of a list, a place in it or a rank within it")]
             if not health["overview"]["has_sampling_rate"]:
-                advice.append(_change("name the column that holds the rate at which rows were kept: sampling_rate"))
+                advice.append(change("name the column that holds the rate at which rows were kept: sampling_rate"))
             yield _finding("warning", "drawn", name, message, 0.0, advice)
 
 
@@ -246,7 +211,7 @@ def _labels(health: Health) -> Iterator[Finding]:
         for split, each in splits.items():
             if not each["tasks"][name]["observed"]:
                 message = f"task '{name}' has no observed label in the {split} split: it can't be judged there"
-                advice = [_change("move the ends of the splits back, so that labels have matured by then")]
+                advice = [change("move the ends of the splits back, so that labels have matured by then")]
                 yield _finding("problem", "labels", name, message, advice=advice)
         changed = [
             (a, b)
@@ -286,7 +251,7 @@ def _leaks(feature: Health, health: Health) -> Iterator[Finding]:
                     f"feature '{feature['name']}' ({columns}) alone predicts task '{task}' with an AUC of {auc:.3f}"
                     f"{_by(feature, each)}: does it know what happens after the request?"
                 )
-                advice = [_leave_out(feature, ", unless its column is filled before the request")]
+                advice = [leave_out(feature, ", unless its column is filled before the request")]
                 yield _finding("problem", "leak", feature["name"], message, advice=advice)
 
 
@@ -302,7 +267,7 @@ def _constants(feature: Health) -> Iterator[Finding]:
     if constant:
         inputs = "" if constant == [feature["name"]] else f" ({_listed('input', constant)})"
         message = f"feature '{feature['name']}'{inputs} is the same in all training rows: nothing can be learnt from it"
-        yield _finding("warning", "constant", feature["name"], message, advice=[_leave_out(feature)])
+        yield _finding("warning", "constant", feature["name"], message, advice=[leave_out(feature)])
 
 
 def _coverage(feature: Health) -> Iterator[Finding]:
@@ -316,13 +281,9 @@ def _coverage(feature: Health) -> Iterator[Finding]:
             message = f"feature '{feature['name']}' has a value in only {' and '.join(low)}{_by(feature, each)}"
             train, test = (each["coverage"][split] for split in ("train", "test"))
             lost = 0.0 if train is None or test is None else max(0.0, train - test)
-            advice = [_leave_out(feature)]
+            advice = [leave_out(feature)]
             yield _finding("warning", "coverage", feature["name"], message, lost * importance(feature), advice)
             return
-
-
-def _leave_out(feature: Health, unless: str = "") -> dict[str, str | None]:
-    return _change(f"take `features.{feature['name']}` out of the settings{unless}")
 
 
 def _unknown(feature: Health, health: Health) -> Iterator[Finding]:
@@ -333,33 +294,8 @@ def _unknown(feature: Health, health: Health) -> Iterator[Finding]:
         message = (
             f"{share:.1%} of the ids of feature '{feature['name']}' in test rows have no table row of their own{known}"
         )
-        advice = list(_know_more(feature, health))
+        advice = list(know_more(feature, health))
         yield _finding("warning", "unknown", feature["name"], message, cost_of_unknown(feature), advice)
-
-
-def _know_more(feature: Health, health: Health) -> Iterator[dict[str, str | None]]:
-    """A larger vocabulary where ids were left out of it, counters that learn of new ids, later rows."""
-    settings, vocabulary = feature["settings"], feature["vocabulary"] or {"distinct": 0, "known": 0}
-    owner, columns = f"features.{settings.get('table') or feature['name']}", feature["columns"]
-    tasks = [name for name, task in health["overview"]["splits"]["train"]["tasks"].items() if task["kind"] == "binary"]
-    counters = [each["name"] for each in health["features"] if each["kind"] == "counter" and each["columns"] == columns]
-    if feature["kind"] == "id" and counters:
-        yield _leave_out(
-            feature, f": `{counters[0]}` counts by the same column, and goes on learning while a model serves"
-        )
-    elif feature["kind"] == "id" and tasks and health["overview"]["first_request"] is not None:
-        counter = f"{{kind: counter, task: {tasks[0]}, by: [{', '.join(columns)}], outputs: [rate, rows]}}"
-        what = "count what is known of each id: counters go on learning while a model serves"
-        yield _change(what, f"features.{feature['name']}_counts", counter)
-    if vocabulary["distinct"] > vocabulary["known"] and (feature["unknown"]["train"] or 0.0) > _LEFT_OUT:
-        if settings.get("max_size") is not None and vocabulary["known"] >= settings["max_size"]:
-            yield _change("keep more ids than the most frequent ones", f"{owner}.max_size")
-        elif settings.get("min_count", 1) > 1:
-            least = SELDOM_ROWS if settings["min_count"] > SELDOM_ROWS else 1
-            what = f"give more ids a row of their own, which they have from {settings['min_count']} rows on"
-            yield _change(what, f"{owner}.min_count", least)
-    describe_too = "describe it by other columns too, and " if feature["is_key"] else ""
-    yield _change(f"{describe_too}train on later rows, and more often (`mmoe-rec refresh`)")
 
 
 def _seldom(feature: Health) -> Iterator[Finding]:
@@ -369,10 +305,10 @@ def _seldom(feature: Health) -> Iterator[Finding]:
                 f"a known id of feature '{feature['name']}' has {each['rows_per_id']:.1f} training rows on average"
                 f"{_by(feature, each)}: hardly anything is learnt of most"
             )
-            advice = [_leave_out(feature, ", and count by its column instead")]
+            advice = [leave_out(feature, ", and count by its column instead")]
             if "min_count" in feature["settings"] and feature["settings"]["table"] is None:
                 what = "let seldom ids share rows"
-                advice.insert(0, _change(what, f"features.{feature['name']}.min_count", SELDOM_ROWS))
+                advice.insert(0, change(what, f"features.{feature['name']}.min_count", SELDOM_ROWS))
             cost = (each["seldom"] or 0.0) * max(importance(feature), LEAST)
             yield _finding("warning", "seldom", feature["name"], message, cost, advice)
             return
@@ -386,33 +322,9 @@ def _drifts(health: Health) -> Iterator[Finding]:
         how = f"PSI {each['psi']:.2f}{_by(feature, each)}: {describe_move(each)}"
         how += "; a count of all of the past grows with any log" if _is_total(feature, each) else ""
         message = f"feature '{feature['name']}' drifts strongly, {how}"
-        advice = list(_steady(feature, each, health))
+        grows = any(_is_total(feature, part) and drift_beyond_noise(part) > STRONG_DRIFT for part in feature["inputs"])
+        advice = list(make_steady(feature, health, grows, _moved_most(each)["bin"] == "unknown"))
         yield _finding("warning", "drift", feature["name"], message, cost_of_drift(feature, each), advice)
-
-
-def _steady(feature: Health, each: Mapping[str, Any], health: Health) -> Iterator[dict[str, str | None]]:
-    """Windows for counts of all of the past; a later start where the past was empty at first."""
-    overview, settings = health["overview"], feature["settings"]
-    train = overview["splits"]["train"]
-    if overview["first_request"] is None or feature["kind"] not in ("counter", "history"):
-        yield _change("see whether its column changed, and train on later rows")
-        return
-    if _moved_most(each)["bin"] == "unknown":
-        yield _change("its ids are new: train on later rows, and more often (`mmoe-rec refresh`)")
-        return
-    first, last = _time(train["first_request"]), _time(train["last_request"])
-    days = (last - first) / timedelta(days=1)
-    most = min(days / _PERIODS, settings.get("forget_after_days") or days)
-    windows = [each for each in settings.get("window_days") or () if each is not None]  # its own without the total
-    windows = windows or [each for each in _WINDOWS if each <= most] or [max(1, int(most))]
-    if any(_is_total(feature, part) and drift_beyond_noise(part) > STRONG_DRIFT for part in feature["inputs"]):
-        key = f"features.{feature['name']}"
-        yield _change("count over windows", f"{key}.window_days", f"[{', '.join(f'{each:g}' for each in windows)}]")
-        if settings["task"] is not None and "rate" not in settings["outputs"]:
-            yield _change("or take the rate, which does not grow", f"{key}.outputs", "[rate, recency]")
-    if first - _time(overview["first_request"]) < timedelta(days=1) < last - first:
-        start = (first + timedelta(days=min(max(windows), days / 2))).date()
-        yield _change("try to train on rows from when the past has filled", "split.train_start", start)
 
 
 def _order_of_drift(feature: Health, each: Mapping[str, Any]) -> tuple[bool, float]:
@@ -447,7 +359,7 @@ def _empty_tables(health: Health) -> Iterator[Finding]:
                 f"{table['never_seen']:.1%} are never seen; fewer `{key}` would do"
             )
             fewer = max(2, 2 * table["rows_seen"]) if table["hashed"] else 1
-            advice = [_change("take fewer", f"features.{table['name']}.{key}", fewer)]
+            advice = [change("take fewer", f"features.{table['name']}.{key}", fewer)]
             yield _finding("warning", "empty table", table["name"], message, advice=advice)
 
 

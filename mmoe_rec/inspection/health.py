@@ -21,7 +21,8 @@ import numpy as np
 
 from mmoe_rec.features.layout import IdInput, Layout
 from mmoe_rec.features.vocabulary import row_names
-from mmoe_rec.inspection.findings import SELDOM_ROWS, describe, find
+from mmoe_rec.inspection.advice import SELDOM_ROWS
+from mmoe_rec.inspection.findings import describe, find
 from mmoe_rec.inspection.forecast import forecast
 from mmoe_rec.inspection.sums import FeatureInputs, Labels, NumberInput, SplitSums, Sums, collect, psi, psi_noise
 from mmoe_rec.log.checks import format_time

@@ -83,7 +83,7 @@ def _read_part(job: Job, work: Path) -> Part | None:
     """None where the job has left nothing."""
     folder = work / job.name
     files = [file for file in sorted(folder.glob("*.json")) if not file.name.startswith(".")]
-    trees = {file: tree for file in files if (tree := _read_json(file)) is not None and "sentences" in tree}
+    trees = {file: tree for file in files if isinstance((tree := _read_json(file) or {}).get("sentences"), list)}
     pages = [file for name in ("report.html", "health.html") if (file := folder / name).is_file()]
     if not trees and (best := folder / "best.yaml").is_file():  # of a search without a preset
         told = f"the best settings that it has found are in '{best}'"
@@ -108,9 +108,12 @@ def _read_training(job: Job, work: Path) -> Part | None:
     ended, about = _read_json(file), _read_json(work / "model" / "model.json")
     if ended is None or about is None:
         return None
-    areas = [f"{name} {auc:.4f}" for name, auc in ended["best"]["auc"].items()]
-    sentences = [f"validation AUC, at step {ended['best_step']:,}: {', '.join(areas)}"] if areas else []
-    sentences += ended["compared"]
+    try:
+        areas = [f"{name} {auc:.4f}" for name, auc in ended["best"]["auc"].items() if auc is not None]
+        sentences = [f"validation AUC, at step {ended['best_step']:,}: {', '.join(areas)}"] if areas else []
+        sentences += ended["compared"]
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return Part(job.name, job.title, stale=(_OLD,))
     if about.get("early_end"):
         sentences.append(f"the model {about['early_end']}")
     made = file.stat().st_mtime

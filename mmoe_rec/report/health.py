@@ -12,6 +12,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from mmoe_rec.atomic import write_text
 from mmoe_rec.inspection import findings
+from mmoe_rec.inspection.advice import NOTE
 from mmoe_rec.inspection.findings import describe_move, drift_beyond_noise, flags_of, split_findings
 from mmoe_rec.inspection.forecast import PAIRED, TRAININGS
 from mmoe_rec.inspection.sums import FREQUENT, RATE_SMOOTHING
@@ -48,6 +49,7 @@ def page(health: dict[str, Any]) -> str:
         "tables": sorted(health["tables"], key=lambda each: -each["bytes"]),
         "largest": max((each["bytes"] + each["optimizer_bytes"] for each in health["tables"]), default=1),
         "limits": findings,
+        "note": NOTE,
         "frequent": FREQUENT,
         "smoothing": RATE_SMOOTHING,
         "trainings": TRAININGS,

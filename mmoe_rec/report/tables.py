@@ -17,7 +17,8 @@ from mmoe_rec.evaluation.intervals import LEVEL, UNDEFINED, Difference, Interval
 from mmoe_rec.evaluation.metrics.metric import Named
 from mmoe_rec.evaluation.off_policy import PolicyEstimate
 from mmoe_rec.evaluation.summary import CATALOGUE, SCORE, Summary, rows_of_catalogue, rows_of_metrics
-from mmoe_rec.inspection.findings import ADVICE_NOTE, DRIFT, LEAK_AUC, STRONG_DRIFT, flags_of, split_findings
+from mmoe_rec.inspection.advice import NOTE
+from mmoe_rec.inspection.findings import DRIFT, LEAK_AUC, STRONG_DRIFT, flags_of, split_findings
 from mmoe_rec.report.findings import find_all
 from mmoe_rec.report.formatting import day, difference, fixed, interval, percent, rate, signed, size
 from mmoe_rec.report.sentences import describe_refusal, describe_results, describe_rows, describe_warnings
@@ -311,7 +312,7 @@ def _show_findings(health: dict[str, Any]) -> Iterator[Text]:
                 yield Text.assemble(line, (advice["override"] or "", "bold"))
             told |= {advice["override"]} - {None}
     if told:
-        yield Text(ADVICE_NOTE, style="dim")
+        yield Text(NOTE, style="dim")
     if folded:
         kinds = Counter(each["check"] for each in folded)
         named = ", ".join(f"{name} ({number})" for name, number in kinds.most_common())

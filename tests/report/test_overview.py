@@ -96,6 +96,27 @@ def test_what_no_longer_holds_is_marked(world: Path) -> None:
     damaged.rmdir()
 
 
+def test_the_last_training_is_told(world: Path) -> None:
+    work = world / "work"
+    (work / "checkpoints").mkdir()
+    (work / "model").mkdir()
+    ended = {"best": {"auc": {"click": 0.71234, "liked": None}}, "best_step": 1200, "compared": ["it is 'champion'"]}
+    (work / "checkpoints" / "finished.json").write_text(json.dumps(ended))
+    (work / "model" / "model.json").write_text(json.dumps({"fingerprint": "old", "early_end": "ended early"}))
+    part = parts_of(world)["model"]
+    assert part.sentences == (
+        "validation AUC, at step 1,200: click 0.7123",
+        "it is 'champion'",
+        "the model ended early",
+    )
+    assert part.stale == (f"it is of other features than those in '{work / 'features'}'",)
+    (work / "checkpoints" / "finished.json").write_text("{}")
+    assert "without sentences" in parts_of(world)["model"].stale[0]
+    for file in (work / "checkpoints" / "finished.json", work / "model" / "model.json"):
+        file.unlink()
+        file.parent.rmdir()
+
+
 def test_a_page_stands_inside_of_another_with_names_of_its_own() -> None:
     inner = (
         '<main>\n<h1>A</h1><p id="x">id="y" of</p><a href="#x">x</a><h2 id="z">Z</h2><h3>z</h3>'
