@@ -1,9 +1,18 @@
-"""mmoe-rec tune --config configs/complete_journey.yaml --trials 20
+"""mmoe-rec tune --config configs/complete_journey.yaml --preset small
+mmoe-rec tune --config configs/complete_journey.yaml --trials 20
 
-Tries values for the settings under `tuning.search`, keeps those with the best validation result, and writes them, with
-all other settings, to `data.work`/tuning/best.yaml, which `mmoe-rec train --config` takes. The next values
-follow from what was found so far (Optuna's tree-structured Parzen estimator); a trial that falls behind the median of
-those before it is cut short, and a combination that is not valid is left out, with the reason.
+--preset tries what matters on most logs, and needs nothing in the file: epochs, batch, learning rates, dropout, trees,
+experts, widths, and groups of features left out, such as ids or histories. `small` takes 20 minutes, `medium` 2 hours,
+`large` 8; --minutes says otherwise, --at-once how many trainings run at a time (one a core, or a GPU). Many
+alternatives are tried at once, the better half goes on, and the best together are compared with the file by further
+trainings: they are taken if they are shown to be better, or are simpler and lose nothing. That is written to
+`data.work`/tuning/best.yaml, the file with its comments, and what each alternative gave to report.html and tuning.json
+beside it. The same command, after a stop or a kill, goes on within what is left of its time.
+
+Without --preset, tries values for the settings under `tuning.search`, keeps those with the best validation result, and
+writes them, with all other settings, to `data.work`/tuning/best.yaml, which `mmoe-rec train --config` takes. The next
+values follow from what was found so far (Optuna's tree-structured Parzen estimator); a trial that falls behind the
+median of those before it is cut short, and a combination that is not valid is left out, with the reason.
 
 Each trial is a run in MLflow, within one of the whole search. The search is kept in `data.work`/tuning/study.db: the
 same command, also after a stop or a kill, goes on until --trials trials have ended. Test rows play no part.
@@ -26,15 +35,16 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from mmoe_rec.atomic import write_text
-from mmoe_rec.cli.main import COUNT, Configuration, settings_command
+from mmoe_rec.cli.main import COUNT, Configuration, settings_command, show
 from mmoe_rec.errors import StoppedError, UserError, first_line, require_packages
 from mmoe_rec.progress import say
-from mmoe_rec.settings.load import load_settings
+from mmoe_rec.settings.load import load_settings, parse_overrides
 from mmoe_rec.settings.sections import Search, Settings
 from mmoe_rec.tracking import runs
 from mmoe_rec.tracking.outbox import PATIENCE_SECONDS, UnreachableError
 
 if TYPE_CHECKING:
+    from mmoe_rec.jobs.alternatives import Preset
     from mmoe_rec.preprocessing.prepare import FeatureFolder
 
 COMBINATIONS = 30  # with values of other settings, to try for a value that is not valid by itself
@@ -47,12 +57,30 @@ _RUN, _REASON, _STOPPED = "run_id", "reason", "stopped"
 
 
 @settings_command(__doc__)
-@click.option("--trials", type=COUNT, default=20, metavar="N", help="trials in all (default: 20)")
-def tune(configuration: Configuration, trials: int) -> None:
+@click.option("--preset", type=click.Choice(["small", "medium", "large"]), help="try what matters, within a time")
+@click.option("--minutes", type=click.FloatRange(min=0, min_open=True), metavar="M", help="of --preset, the time")
+@click.option("--at-once", type=COUNT, metavar="N", help="of --preset, trainings at a time (one a core, or a GPU)")
+@click.option("--trials", type=COUNT, metavar="N", help="without --preset, trials in all (default: 20)")
+def tune(
+    configuration: Configuration,
+    preset: Preset | None,
+    minutes: float | None,
+    at_once: int | None,
+    trials: int | None,
+) -> None:
+    if preset is not None:
+        if trials is not None:
+            raise UserError("--trials belongs to a search under tuning.search; of --preset, --minutes says how long")
+        _tune_preset(configuration, preset, minutes, at_once)
+        return
+    if minutes is not None or at_once is not None:
+        raise UserError("--minutes and --at-once belong to --preset")
     settings = configuration.settings
     search = settings.tuning.search
     if not search:
-        raise UserError(f"'{configuration.file}' has nothing to search: list settings under tuning.search")
+        raise UserError(
+            f"'{configuration.file}' has nothing to search: list settings under tuning.search, or give --preset small"
+        )
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("a search is one process: start it without torchrun")
 
@@ -73,7 +101,18 @@ def tune(configuration: Configuration, trials: int) -> None:
         features_in_use(*log_and_place(settings), what, ("train", "validation")) as prepared,
         writing(Path(settings.data.work) / "tuning", what, advice),
     ):
-        Study(settings, prepared, with_values).run(trials)
+        Study(settings, prepared, with_values).run(trials or 20)
+
+
+def _tune_preset(configuration: Configuration, preset: Preset, minutes: float | None, at_once: int | None) -> None:
+    from mmoe_rec.jobs.presets import PAGE, tune_preset
+    from mmoe_rec.report.tuning import terminal_parts
+
+    values = {".".join(keys): value for keys, value in parse_overrides(configuration.overrides)}
+    report = tune_preset(configuration.settings, configuration.file, values, preset, minutes, at_once)
+    show(terminal_parts(report))
+    print(f"report: {Path(report.best).with_name(PAGE)}")
+    print(f"next: mmoe-rec train --config {report.best}")
 
 
 def _check_values(search: dict[str, Search], with_values: Callable[[Values], Settings]) -> None:

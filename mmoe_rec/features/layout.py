@@ -145,12 +145,15 @@ class Layout(_AsJson):
         return [(each.name, each.table if each.table in single else None) for each in own]
 
     def without(self, features: Collection[str] = (), tasks: Collection[str] = ()) -> Self:
-        """The layout of the same rows for a model that never sees these features, or does not learn these tasks.
+        """The layout of the same rows for a model that never sees these features, or single inputs of features, or does
+        not learn these tasks.
 
         A task that is learnt from what follows a `given` one is learnt from its own label where that one is left out.
         Raises UserError where a feature or task is none of the rows, or no task is left.
         """
-        known = {"feature": {each.feature for each in (*self.ids, *self.dense)}, "task": {t.name for t in self.tasks}}
+        inputs = (*self.ids, *self.dense)
+        known = {"feature": {n for each in inputs for n in (each.feature, each.name)}}
+        known["task"] = {each.name for each in self.tasks}
         for (what, names), asked in zip(known.items(), (features, tasks), strict=True):
             if strange := sorted({*asked} - names):
                 raise UserError(f"there is no {what} '{strange[0]}' to leave out; expected some of {sorted(names)}")
@@ -158,14 +161,14 @@ class Layout(_AsJson):
             return self
         if known["task"] <= {*tasks}:
             raise UserError("all tasks are left out; leave one at least")
-        ids = tuple(each for each in self.ids if each.feature not in features)
+        ids = tuple(each for each in self.ids if not {each.feature, each.name} & {*features})
         looked_up = {each.table for each in ids}
         left = [each for each in self.tasks if each.name not in tasks]
         return replace(
             self,
             tables=tuple(each for each in self.tables if each.name in looked_up),
             ids=ids,
-            dense=tuple(each for each in self.dense if each.feature not in features),
+            dense=tuple(each for each in self.dense if not {each.feature, each.name} & {*features}),
             tasks=tuple(replace(each, given=None) if each.given in tasks else each for each in left),
         )
 

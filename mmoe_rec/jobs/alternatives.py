@@ -1,11 +1,12 @@
 """What `tune --preset` tries: alternatives to values of a settings file, and groups of features that it may do without.
 
-All are trained on the rows that are encoded for the file. So what would take a build of its own is not tried: other
-windows, and how often an id has to be seen.
+All are trained on rows that are encoded once: those of the file, or with further inputs (`widen`), which only the
+alternatives see that ask for them.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -13,6 +14,8 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
+from mmoe_rec.features.kinds.counter import CounterFeature, suffix_of
+from mmoe_rec.features.kinds.numeric import NumericFeature
 from mmoe_rec.settings.sections import Settings
 
 Preset = Literal["small", "medium", "large"]
@@ -25,28 +28,31 @@ class Alternative:
     """One thing that may be done otherwise than the file does it.
 
     name: in words; part: of the settings, of which a training takes one alternative at most; values: a setting such as
-    `training.epochs` -> its value; without: features that are left out; simpler: whether it takes less to train or to
-    serve, so that it is taken where nothing is lost; cost: times that a training takes as long, by a guess.
+    `training.epochs` -> its value; without: features, or inputs of features, that a training never sees; adds: inputs
+    that it alone sees; simpler: whether it takes less to train or to serve, so that it is taken where nothing is lost;
+    cost: times that a training takes as long, by a guess.
     """
 
     name: str
     part: str
     values: Mapping[str, Any] = field(default_factory=dict)
     without: tuple[str, ...] = ()
+    adds: tuple[str, ...] = ()
     simpler: bool = False
     cost: float = 1.0
 
 
-def list_alternatives(settings: Settings, rows: int, preset: Preset) -> list[Alternative]:
-    """Those that go with the settings, what gives most on most logs first. rows: for training."""
+def list_alternatives(settings: Settings, rows: int, preset: Preset, inputs: Collection[str] = ()) -> list[Alternative]:
+    """Those that go with the settings, what gives most on most logs first. rows: for training; inputs: names of all."""
     found = []
-    for each in (*_of_training(settings, rows, preset), *_of_features(settings), *_of_model(settings, preset)):
+    of_features = (*_of_features(settings), *_of_inputs(settings, inputs))
+    for each in (*_of_training(settings, rows, preset), *of_features, *_of_model(settings, preset)):
         try:
             apply_alternatives(settings, [each])
         except ValidationError:  # it does not go with the rest of the file
             continue
         found.append(each)
-    order = ["epochs", "dropout", "batch", "learning rate", "trees", "ids", "histories"]
+    order = ["epochs", "dropout", "batch", "learning rate", "trees", "ids", "histories", "values", "windows"]
     return sorted(found, key=lambda each: order.index(each.part) if each.part in order else len(order))
 
 
@@ -131,6 +137,72 @@ def _of_features(settings: Settings) -> Iterator[Alternative]:
         yield from left_out(f"counters of {events}", f"counters of {events}", of_kind("counter", events=events))
 
 
+def _of_inputs(settings: Settings, inputs: Collection[str]) -> Iterator[Alternative]:
+    """Without some inputs of features that otherwise stay."""
+    counters = {name: each for name, each in settings.features.items() if isinstance(each, CounterFeature)}
+    both = {name: each for name, each in counters.items() if {*each.window_days} - {None} and None in each.window_days}
+
+    def left_out(part: str, name: str, values: Mapping[str, Any], names: Iterable[str]) -> Iterator[Alternative]:
+        seen = tuple(each for one in names for each in (one, f"{one}_missing") if each in inputs)
+        if seen:
+            yield Alternative(name, part, values, seen, simpler=True)
+
+    def names_of(name: str, windows: Iterable[float | None]) -> Iterator[str]:
+        outputs = [each for each in counters[name].outputs if each != "recency"]
+        yield from (f"{name}_{output}{suffix_of(days)}" for output in outputs for days in windows)
+
+    recent = {name: each for name, each in counters.items() if "recency" in each.outputs and len(each.outputs) > 1}
+    yield from left_out(
+        "recency",
+        f"no recency of {', '.join(recent)}",
+        {f"features.{n}.outputs": [o for o in each.outputs if o != "recency"] for n, each in recent.items()},
+        (f"{name}_recency" for name in recent),
+    )
+    yield from left_out(
+        "windows",
+        f"all of the past alone, without windows, of {', '.join(both)}",
+        {f"features.{name}.window_days": [None] for name in both},
+        (each for n, counter in both.items() for each in names_of(n, filter(None, counter.window_days))),
+    )
+    yield from left_out(
+        "windows",
+        f"windows alone, without all of the past, of {', '.join(both)}",
+        {f"features.{n}.window_days": [*filter(None, counter.window_days)] for n, counter in both.items()},
+        (each for name in both for each in names_of(name, [None])),
+    )
+    valued = [name for name, each in settings.features.items() if getattr(each, "values", None) is not None]
+    yield from left_out(
+        "values",
+        f"no exact values of {', '.join(valued)}",
+        {f"features.{name}.values": None for name in valued},
+        (f"{name}_value" for name in valued),
+    )
+
+
+WINDOWS = (7, 28)
+"""Days, of counters that have none."""
+
+
+def widen(settings: Settings) -> list[Alternative]:
+    """Alternatives that take further inputs of features, which are not among `adds` as long as these are not built."""
+    numbers, counters = list[str](), list[str]()
+    for name, each in settings.features.items():
+        if isinstance(each, NumericFeature) and each.values is None and each.transform != "buckets":
+            numbers.append(name)
+        lasting = getattr(each, "forget_after_days", None) or math.inf
+        if isinstance(each, CounterFeature) and each.window_days == (None,) and lasting >= WINDOWS[-1]:
+            counters.append(name)
+    found = []
+    if numbers:
+        values = {f"features.{name}.values": "auto" for name in numbers}
+        found.append(Alternative(f"exact values of {', '.join(numbers)}", "values", values))
+    if counters:
+        windows = {f"features.{name}.window_days": [None, *WINDOWS] for name in counters}
+        days = " and ".join(map(str, WINDOWS))
+        found.append(Alternative(f"windows of {days} days too, of {', '.join(counters)}", "windows", windows))
+    return found
+
+
 def _read_by(features: Iterable[Any]) -> Iterator[str]:
     """Names of the features that others read."""
     for each in features:
@@ -144,7 +216,7 @@ def _rounded(value: float) -> float:
 
 def _other(part: str, setting: str, value: Any, *, simpler: bool = False, cost: float = 1.0) -> Alternative:
     shown = "with trees" if value == {} else f"{setting} {value}"
-    return Alternative(shown, part, {setting: value}, (), simpler, cost)
+    return Alternative(shown, part, {setting: value}, simpler=simpler, cost=cost)
 
 
 def apply_alternatives(settings: Settings, taken: Iterable[Alternative]) -> tuple[Settings, tuple[str, ...]]:
@@ -165,7 +237,9 @@ def apply_alternatives(settings: Settings, taken: Iterable[Alternative]) -> tupl
 
 
 def keys_of(settings: Settings, without: Collection[str]) -> list[list[str]]:
-    """Where a settings file speaks of features: themselves, and what a search for other settings says of them."""
+    """Where a settings file speaks of features: themselves, and what a search for other settings says of them. without:
+    features; single inputs of others are of no key."""
+    without = [name for name in without if name in settings.features]
     begins = tuple(f"features.{name}." for name in without)
     searched = [["tuning", "search", name] for name in settings.tuning.search if name.startswith(begins)]
     return [["features", name] for name in without] + searched

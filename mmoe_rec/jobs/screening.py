@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from pydantic import ValidationError
 
-from mmoe_rec.evaluation.effects import draw_design, estimate_effects
+from mmoe_rec.evaluation.effects import draw_design, estimate_effects, mean_of
 from mmoe_rec.evaluation.intervals import Difference, Resampled
 from mmoe_rec.jobs.alternatives import Alternative, apply_alternatives, exclusive_parts
 from mmoe_rec.progress import say
@@ -35,6 +35,8 @@ LEAST = 12
 """Trainings in all, with fewer of which nothing is tried."""
 LAST = (2, 16)
 """Fewest and most trainings of either side in the last comparison."""
+MEMBERS = 3
+"""Trainings that are joined, to see what members of a model give."""
 MARGIN = 0.001
 """Of the metric, that something simpler may lose with its interval."""
 SEEDS = (1000, 2000, 3000)
@@ -88,7 +90,7 @@ class Result:
 
     alternatives: that were tried; effects: of each, and counts: how many trainings took it; dropped: those that the
     last rung did not try; best: those that were taken together; compared: the best with the setting as it is; sides:
-    how many trainings of either; taken: whether it is taken; seconds: of a training by either; spent: of all;
+    how many trainings of either; taken: what goes into the file; seconds: of a training by either; spent: of all;
     trainings: in all.
     """
 
@@ -99,16 +101,20 @@ class Result:
     best: list[int] = field(default_factory=list)
     compared: Difference = Difference(None)  # noqa: RUF009 - it is frozen
     sides: tuple[int, int] = (0, 0)
-    taken: bool = False
+    taken: list[int] = field(default_factory=list)
     seconds: tuple[float, float] = (0.0, 0.0)
     spent: float = 0.0
     trainings: int = 0
 
 
 class Screening:
-    """Finds better settings. train, read: train recipes, and give what one gave, None where it did not end; clock: in
-    seconds, which begin at what an earlier start has spent; notes: of an earlier start, which is gone on with;
-    effective: number of users by their sizes, once some were measured."""
+    """Finds better settings.
+
+    train, read: train recipes, and give what one gave, None where it did not end; clock: in seconds, which begin at
+    what an earlier start has spent; notes: of an earlier start, which is gone on with; effective: number of users by
+    their sizes, once some were measured; join: gives the metric of a model whose members are some trainings, None where
+    the settings have members already.
+    """
 
     def __init__(
         self,
@@ -120,9 +126,10 @@ class Screening:
         at_once: int,
         notes: Notes | None = None,
         effective: Callable[[], float] = lambda: math.inf,
+        join: Callable[[Sequence[Recipe]], Resampled] | None = None,
     ) -> None:
         self.settings, self.train, self.read = settings, train, read
-        self.notes = Notes() if notes is None else notes
+        self.notes, self.join = Notes() if notes is None else notes, join
         self.alternatives, self.clock, self.at_once, self.effective = list(alternatives), clock, at_once, effective
         self.found: dict[Recipe, Trained] = {}
         self._seed = settings.training.seed
@@ -130,10 +137,10 @@ class Screening:
     def run(self, minutes: float) -> Result:
         """Tries for so many minutes of the clock."""
         until = 60 * minutes
-        first = [Recipe((), self._seed + number) for number in range(self.at_once)]
-        self._train(first, until)
-        seconds = self._seconds()
-        fits = self.count_trainings(until)
+        self._train([Recipe((), self._seed + number) for number in range(2 * self.at_once)], until)
+        # The first training of a process takes longer: it loads what the others have.
+        seconds = min((each.seconds for each in self.found.values()), default=math.inf)
+        fits = int((until - self.clock()) * self.at_once / max(1e-6, seconds * _MADE))
         most = int(RUNGS[0] * fits / TRAININGS_EACH)
         if "alternatives" not in self.notes.values and (fits < LEAST or not most):
             return self._finish([], [])
@@ -154,25 +161,16 @@ class Screening:
                 say(f"rung {number + 1}: {len(recipes)} trainings; {len(kept)} of {len(alive)} alternatives go on")
                 alive = kept
         best = self._valid(join_best(self.alternatives, self._effects(), alive))
-        if not best:
-            return self._finish(alive, [])
-        named = "; ".join(self.alternatives[number].name for number in best)
-        say(f"the best are compared with the file: {named}")
-        self._compare(tuple(best), until)
+        if best:
+            say(f"the best are compared with the file: {'; '.join(self.alternatives[n].name for n in best)}")
+        if best or self.join is not None:
+            self._compare(tuple(best), until)
         return self._finish(alive, best)
-
-    def count_trainings(self, until: float) -> int:
-        """How many trainings fit into the time, by those that have ended."""
-        return int(until * self.at_once / max(1e-6, self._seconds() * _MADE))
-
-    def _seconds(self, made: bool | None = None) -> float:
-        """What a training takes; made: of those with alternatives, or without."""
-        chosen = [each.seconds for recipe, each in self.found.items() if made in (None, bool(recipe.made))]
-        return float(np.mean(chosen)) if chosen else math.inf
 
     def _draw(self, alive: Sequence[int], rung: int, until: float) -> list[Recipe]:
         """As many recipes as end by then, each of which takes a drawn part of the alternatives that are alive."""
-        one = self._seconds(True) if any(recipe.made for recipe in self.found) else self._seconds() * _MADE
+        timed = [each.seconds for recipe, each in self.found.items() if recipe.made]
+        one = float(np.mean(timed)) if timed else min(each.seconds for each in self.found.values()) * _MADE
         room = max(0, int((until - self.clock()) * self.at_once / one))
         size = max(len(alive) + 2, room)
         groups = [[n for n in group if n in alive] for group in exclusive_parts(self.alternatives)]
@@ -208,9 +206,10 @@ class Screening:
         """Trains both sides in turn, until the time is over, or they have been trained often enough."""
 
         def draw() -> list[Recipe]:
-            room = int((until - self.clock()) * self.at_once / (2 * self._seconds(True)))
-            each = min(max(room, LAST[0]), LAST[1])
-            return [Recipe(made, self._seed + SEEDS[-1] + number) for number in range(each) for made in (best, ())]
+            one = float(np.mean([each.seconds for each in self.found.values()]))
+            each = min(max(int((until - self.clock()) * self.at_once / (2 * one)), LAST[0]), LAST[1])
+            seeds = range(self._seed + SEEDS[-1], self._seed + SEEDS[-1] + each)
+            return [Recipe(made, seed) for seed in seeds for made in dict.fromkeys([best, ()])]
 
         self._train(self.notes.keep_recipes("last", draw), until)
 
@@ -222,20 +221,43 @@ class Screening:
             result.counts = [sum(number in each.made for each in self.found) for number in names]
             result.dropped = [number for number in names if number not in alive]
         last = self._seed + SEEDS[-1]
-        sides = [
-            [trained for recipe, trained in self.found.items() if recipe.made == made and recipe.seed >= last]
-            for made in (tuple(best), ())
-        ]
-        if best and all(len(each) >= LAST[0] for each in sides):
-            mine, others = sides
+        recipes = {
+            made: [each for each in self.found if each.made == made and each.seed >= last]
+            for made in dict.fromkeys([tuple(best), ()])
+        }
+        if best and all(len(each) >= LAST[0] for each in recipes.values()):
+            mine, others = sides = [[self.found[each] for each in its] for its in recipes.values()]
             design = np.array([[True]] * len(mine) + [[False]] * len(others))
             metrics = [each.metric for each in (*mine, *others)]
             (result.compared,) = estimate_effects(design, metrics, self.effective())
             result.sides = len(mine), len(others)
             result.seconds = tuple(float(np.mean([each.seconds for each in side])) for side in sides)  # type: ignore[assignment]
-            simpler = all(self.alternatives[number].simpler for number in best)
-            result.taken = is_taken(result.compared, simpler)
+            result.taken = choose_taken(self.alternatives, result.effects, best, result.compared)
+        if self.join is not None:
+            self._judge_members(result, recipes.get(tuple(result.taken), []))
         return result
+
+    def _judge_members(self, result: Result, recipes: Sequence[Recipe]) -> None:
+        """Whether trainings of what is taken, joined as members of one model, are better than one: it takes no training
+        more to tell."""
+        assert self.join is not None, "there is something to join with"
+        groups = [recipes[at : at + MEMBERS] for at in range(0, len(recipes) - MEMBERS + 1, MEMBERS)]
+        if len(groups) < LAST[0]:
+            return
+        singles = [mean_of([self.found[each].metric for each in group]) for group in groups]
+        metrics = [*map(self.join, groups), *singles]
+        (effect,) = estimate_effects(np.repeat([[True], [False]], len(groups), 0), metrics, self.effective())
+        members = Alternative(f"model.members {MEMBERS}", "members", {"model.members": MEMBERS}, cost=MEMBERS)
+        made = [self.alternatives[number] for number in result.taken]
+        try:
+            apply_alternatives(self.settings, [*made, members])
+        except ValidationError:
+            return
+        result.alternatives = [*result.alternatives, members]
+        result.effects.append(effect)
+        result.counts.append(MEMBERS * len(groups))
+        if effect.low is not None and effect.low > 0:
+            result.taken = [*result.taken, len(result.alternatives) - 1]
 
 
 def keep_better_half(effects: Sequence[Difference], alive: Sequence[int]) -> list[int]:
@@ -259,8 +281,14 @@ def join_best(alternatives: Sequence[Alternative], effects: Sequence[Difference]
     return sorted(chosen.values())
 
 
-def is_taken(apart: Difference, simpler: bool) -> bool:
-    """Whether the best are taken in the setting's place: they are shown to be better, or simpler and not worse."""
-    if apart.value is None or apart.low is None:
-        return False
-    return apart.low > 0 or (simpler and apart.value >= 0 and apart.low > -MARGIN)
+def choose_taken(
+    alternatives: Sequence[Alternative], effects: Sequence[Difference], best: list[int], compared: Difference
+) -> list[int]:
+    """Of the best, what is taken: all, where together they are shown to be better than the setting as it is, or are
+    simpler and not worse; else those that are shown by themselves, unless all together were worse."""
+    if compared.value is None or compared.low is None or compared.value < 0:
+        return []
+    simpler = all(alternatives[number].simpler for number in best)
+    if compared.low > 0 or (simpler and compared.low > -MARGIN):
+        return best
+    return [number for number in best if effects[number].is_significant]

@@ -182,6 +182,10 @@ def _time_left(begun: float, done: int, number: int) -> str:
     return f" (some {seconds:.0f} seconds more for all)" if seconds < 90 else f" (some {seconds / 60:.0f} minutes more)"
 
 
+class LostProcessError(UserError):
+    """A process that was killed, or failed without a sentence for the user."""
+
+
 def run_side_by_side(
     function: Callable[[Task], object], tasks: Sequence[Task], logs: Sequence[Path], at_once: int
 ) -> Iterator[int]:
@@ -230,7 +234,7 @@ def _check_end(code: int, log: Path) -> None:
     if code:
         killed = f"was killed by signal {-code}, as where memory runs out (a lower --at-once takes less)"
         how = killed if code < 0 else "failed"
-        raise UserError(f"a process {how}; its last words are in '{log}', and --resume goes on")
+        raise LostProcessError(f"a process {how}; its last words are in '{log}', and --resume goes on")
 
 
 def _run(function: Callable[[Task], object], task: Task, slot: int, log: Path) -> None:

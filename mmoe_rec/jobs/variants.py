@@ -22,23 +22,26 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from scipy.special import expit, logit
 
 from mmoe_rec import __version__
-from mmoe_rec.atomic import atomic_file
+from mmoe_rec.atomic import atomic_file, write_text
 from mmoe_rec.errors import StoppedError, UserError
 from mmoe_rec.jobs.places import log_and_place
-from mmoe_rec.jobs.seeds import run_each, share_threads
+from mmoe_rec.jobs.seeds import LostProcessError, run_each, run_side_by_side, share_threads
 from mmoe_rec.locks import writing
 from mmoe_rec.preprocessing.prepare import FeatureFolder, existing, features_in_use
 from mmoe_rec.settings.sections import Settings
 from mmoe_rec.tracking import runs
-from mmoe_rec.tracking.outbox import PATIENCE_SECONDS
+from mmoe_rec.tracking.outbox import PATIENCE_SECONDS, UnreachableError
 from mmoe_rec.training.origin import fixed_settings
 
 if TYPE_CHECKING:
     from mmoe_rec.evaluation.scoring import ScoredRows
     from mmoe_rec.evaluation.sums import EvaluationSums
 
+STARTS = 3
+"""Of a training that is killed each time, until it counts as failed."""
 FORMAT = 1
 _FACTS = b"mmoe_rec"  # in a file's metadata
 
@@ -130,22 +133,15 @@ class VariantTrainings:
                 shutil.rmtree(other, ignore_errors=True)
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         self._rows: ScoredRows | None = None
+        self.failed = dict[str, str]()
 
     def train(self, variants: Sequence[Variant], seeds: Sequence[int]) -> dict[str, TrainedVariant]:
         """Name of each variant -> its trainings with all seeds, of which those that were trained before stay.
 
         Raises UserError where one can't be trained, StoppedError where a signal came.
         """
-        parent = None if self.run is None else self.run.run_id
-        unsent = Path(self.settings.data.work) / "unsent" if self.at_once == 1 else None
-        tasks = dict[Path, _Task]()
-        for seed in seeds:
-            for each in variants:
-                prepared = replace(self.prepared, left_out=(each.without_features, each.without_tasks))
-                file = self.trained / f"{each.key(seed, self.split)}.parquet"
-                if not file.exists():
-                    own = replace(each, settings=share_threads(_with_seed(each.settings, seed), self.at_once))
-                    tasks[file] = _Task(own, prepared, self.split, file, self.folder / "checkpoints", parent, unsent)
+        made = [self._make_task(each, seed) for seed in seeds for each in variants]
+        tasks = {each.file: each for each in made if not each.file.exists()}
         names = [f"{each.variant.name}, seed {each.variant.settings.training.seed}" for each in tasks.values()]
         logs = [self.folder / f"training_{number + 1}.log" for number in range(len(tasks))]
         if self.at_once > 1:
@@ -160,23 +156,90 @@ class VariantTrainings:
             shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
         return {each.name: self._read(each, seeds) for each in variants}
 
-    def _read(self, variant: Variant, seeds: Sequence[int]) -> TrainedVariant:
+    def _make_task(self, variant: Variant, seed: int) -> _Task:
+        parent = None if self.run is None else self.run.run_id
+        unsent = Path(self.settings.data.work) / "unsent" if self.at_once == 1 else None
+        prepared = replace(self.prepared, left_out=(variant.without_features, variant.without_tasks))
+        own = replace(variant, settings=share_threads(_with_seed(variant.settings, seed), self.at_once))
+        file = self.trained / f"{variant.key(seed, self.split)}.parquet"
+        return _Task(own, prepared, self.split, file, self.folder / "checkpoints", parent, unsent)
+
+    def train_until(
+        self, pairs: Sequence[tuple[Variant, int]], seconds: float, costs: Sequence[float], pace: float = 0.0
+    ) -> None:
+        """Trains variants, each with a seed, and begins none that would not end within so many seconds. One that fails,
+        or whose process is killed three times, is left out, and `failed` says why.
+
+        costs: times that each takes as long as others; pace: seconds of one of cost 1, as far as known. Raises
+        StoppedError where a signal came, UserError where MLflow does not answer.
+        """
+        tasks = [(self._make_task(*pair), cost) for pair, cost in zip(pairs, costs, strict=True)]
+        until = time.monotonic() + seconds
+        self.trained.mkdir(parents=True, exist_ok=True)
+        try:
+            while waiting := [each for each in tasks if not (each[0].file.exists() or each[0].failed.exists())]:
+                lots = [waiting[number :: self.at_once] for number in range(min(self.at_once, len(waiting)))]
+                turns = [_Turn(tuple(lot), until, pace) for lot in lots]
+                if len(turns) == 1:
+                    _train_in_turn(turns[0])
+                    break
+                logs = [self.folder / f"training_{number + 1}.log" for number in range(len(turns))]
+                try:
+                    list(run_side_by_side(_train_in_turn, turns, logs, len(turns)))
+                    break
+                except LostProcessError as error:
+                    for task, _ in waiting:
+                        if task.starts() >= STARTS and not task.file.exists():
+                            write_text(task.failed, str(error))
+        except StoppedError as stopped:
+            who = str(stopped).partition(";")[0]
+            raise StoppedError(f"{who}; trainings that ended stay: go on with the same command") from None
+        finally:
+            shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
+            for task, _ in tasks:
+                if task.failed.exists():
+                    name = f"{task.variant.name}, seed {task.variant.settings.training.seed}"
+                    self.failed[name] = task.failed.read_text(encoding="utf-8")
+
+    def read(self, variant: Variant, seed: int) -> TrainedVariant | None:
+        """What a training gave, None where it has not ended."""
+        return self._read(variant, [seed]) if self._make_task(variant, seed).file.exists() else None
+
+    def read_joined(self, variant: Variant, seeds: Sequence[int]) -> EvaluationSums:
+        """What a model would give that has trainings of a variant for its members: the mean of their logits, or of the
+        values of a regression."""
+        rows = self._rows_of(variant)
+        binary = np.array([task.kind == "binary" for task in rows.layout.tasks])
+        each = [self._read_predictions(variant, seed)[0] for seed in seeds]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            joined = expit(np.mean([logit(np.clip(values, 1e-12, 1 - 1e-12)) for values in each], axis=0))
+        return rows.with_predictions(np.where(binary, joined, np.mean(each, axis=0))).measure()
+
+    def _rows_of(self, variant: Variant) -> ScoredRows:
         from mmoe_rec.evaluation.scoring import read_labels
         from mmoe_rec.model.layout import ModelLayout
 
         if self._rows is None:
             self._rows = read_labels(self.settings, self.prepared, self.split)
         layout = ModelLayout.of(self.prepared.layout.without(tasks=variant.without_tasks), variant.settings)
-        rows, sums, facts = self._rows.of_tasks(layout), [], []
+        return self._rows.of_tasks(layout)
+
+    def _read_predictions(self, variant: Variant, seed: int) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
+        """(N, T) predictions, (N,) scores, and facts of a training."""
+        file = self.trained / f"{variant.key(seed, self.split)}.parquet"
+        try:
+            table = pq.read_table(file)
+        except (OSError, pa.ArrowException):
+            raise UserError(f"'{file}' can't be read, it may be damaged: remove it, and go on") from None
+        *predicted, score = (table.column(name).to_numpy() for name in table.column_names)
+        return np.column_stack(predicted), score, json.loads(table.schema.metadata[_FACTS])
+
+    def _read(self, variant: Variant, seeds: Sequence[int]) -> TrainedVariant:
+        rows, sums, facts = self._rows_of(variant), [], []
         for seed in seeds:
-            file = self.trained / f"{variant.key(seed, self.split)}.parquet"
-            try:
-                table = pq.read_table(file)
-            except (OSError, pa.ArrowException):
-                raise UserError(f"'{file}' can't be read, it may be damaged: remove it, and go on") from None
-            *predicted, score = (table.column(name).to_numpy() for name in table.column_names)
-            sums.append(replace(rows, predictions=np.column_stack(predicted), score=score).measure())
-            facts.append(json.loads(table.schema.metadata[_FACTS]))
+            predictions, score, its = self._read_predictions(variant, seed)
+            sums.append(replace(rows, predictions=predictions, score=score).measure())
+            facts.append(its)
         seconds = tuple(float(each.pop("seconds")) for each in facts)
         return TrainedVariant(variant, tuple(seeds), tuple(sums), seconds, tuple(facts))
 
@@ -193,6 +256,52 @@ class _Task:
     checkpoints: Path
     parent: str | None
     unsent: Path | None
+
+    @property
+    def failed(self) -> Path:
+        """The file that says why it failed, if it did."""
+        return self.file.with_suffix(".failed")
+
+    @property
+    def begun(self) -> Path:
+        """The file that has a line for each start of this training that neither ended nor was asked to stop."""
+        return self.file.with_suffix(".begun")
+
+    def starts(self) -> int:
+        """How often it was started without an end."""
+        return len(self.begun.read_text(encoding="utf-8").splitlines()) if self.begun.exists() else 0
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """Trainings, with what each costs, that one process does one after the other. until: of `time.monotonic`; pace: see
+    `VariantTrainings.train_until`."""
+
+    tasks: tuple[tuple[_Task, float], ...]
+    until: float
+    pace: float
+
+
+def _train_in_turn(turn: _Turn) -> None:
+    paces = [turn.pace] if turn.pace else []
+    for task, cost in turn.tasks:
+        begun, pace = time.monotonic(), sum(paces) / max(1, len(paces))
+        if begun + cost * pace > turn.until:
+            continue
+        if task.starts() >= STARTS:
+            write_text(task.failed, f"its process was killed {STARTS} times: does it need more memory than there is?")
+            continue
+        with task.begun.open("a", encoding="utf-8") as file:
+            file.write(f"process {os.getpid()}\n")
+        try:
+            _train(task)
+        except (StoppedError, KeyboardInterrupt, UnreachableError):
+            task.begun.unlink()
+            raise
+        except UserError as error:
+            write_text(task.failed, str(error))
+        task.begun.unlink()
+        paces.append((time.monotonic() - begun) / cost)
 
 
 def _with_seed(settings: Settings, seed: int) -> Settings:

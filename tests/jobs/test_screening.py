@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from mmoe_rec.evaluation.intervals import Difference, Resampled
-from mmoe_rec.jobs.alternatives import Alternative, apply_alternatives, keys_of, leave_out, list_alternatives
-from mmoe_rec.jobs.screening import Notes, Recipe, Result, Screening, Trained, is_taken, join_best, keep_better_half
+from mmoe_rec.jobs.alternatives import Alternative, apply_alternatives, keys_of, leave_out, list_alternatives, widen
+from mmoe_rec.jobs.screening import Notes, Recipe, Result, Screening, Trained, choose_taken, join_best, keep_better_half
 from mmoe_rec.settings.editing import edit_settings
 from mmoe_rec.settings.load import load_settings
 from mmoe_rec.settings.sections import Settings
@@ -43,11 +44,12 @@ class World:
             self.ended[each] = Trained(Resampled(value, redrawn, users), SECONDS)
             self.time += SECONDS / 2
 
-    def search(self, minutes: float, notes: Notes | None = None, simpler: bool = False) -> Result:
+    def search(self, minutes: float, notes: Notes | None = None, simpler: bool = False, join: Any = None) -> Result:
         names = [f"a{n}" for n in range(len(self.effects))]
         tried = [Alternative(each, each, {"training.patience": 9}, simpler=simpler) for each in names]
         settings = load_settings("configs/synthetic.yaml")
-        return Screening(settings, tried, self.train, self.ended.get, lambda: self.time, 2, notes).run(minutes)
+        search = Screening(settings, tried, self.train, self.ended.get, lambda: self.time, 2, notes, lambda: 50.0, join)
+        return search.run(minutes)
 
 
 def test_it_takes_what_is_better_within_its_time() -> None:
@@ -80,7 +82,7 @@ def test_too_little_time_tries_nothing() -> None:
     result = World([0.01] * 5).search(0.5)
     assert not result.taken
     assert not result.effects
-    assert result.trainings == 2
+    assert result.trainings == 4
 
 
 def test_few_trainings_try_the_first_alternatives_alone() -> None:
@@ -102,6 +104,26 @@ def test_a_search_that_was_killed_goes_on_to_the_same_end(after: int) -> None:
     again = world.search(12, Notes(dict(kept), kept.update))
     assert (again.best, again.taken, again.trainings) == (whole.best, whole.taken, whole.trainings)
     assert again.compared == whole.compared
+
+
+@pytest.mark.parametrize(("gain", "taken"), [(0.002, True), (0.0, False)])
+def test_members_are_taken_where_they_are_better_without_a_training_more(gain: float, taken: bool) -> None:
+    world = World([0.004, -0.003, 0.0])
+    joined: list[set[tuple[int, ...]]] = []
+
+    def join(recipes: Sequence[Recipe]) -> Resampled:
+        joined.append({each.made for each in recipes})
+        metrics = [world.ended[each].metric for each in recipes]
+        value = sum(each.value for each in metrics) / len(metrics) + gain
+        return Resampled(value, value + metrics[0].redrawn - metrics[0].value, metrics[0].influence)
+
+    result = world.search(15, join=join)
+    assert result.alternatives[-1].values == {"model.members": 3}
+    assert (len(result.alternatives) - 1 in result.taken) == taken
+    assert result.effects[-1].value == pytest.approx(gain, abs=1e-9)
+    assert joined
+    assert all(each == {tuple(result.best)} for each in joined)
+    assert world.time <= 15 * 60
 
 
 def effect(value: float | None, error: float = 0.001) -> Difference:
@@ -126,22 +148,32 @@ def test_of_each_part_the_best_alternative_is_joined() -> None:
 @pytest.mark.parametrize(
     ("low", "value", "simpler", "taken"),
     [
-        (0.001, 0.002, False, True),
-        (-0.0005, 0.001, False, False),
-        (-0.0005, 0.001, True, True),
-        (-0.0005, -0.0001, True, False),
-        (-0.002, 0.001, True, False),
+        (0.001, 0.002, [False, False], [0, 1]),
+        (-0.0005, 0.001, [True, False], [1]),
+        (-0.0005, 0.001, [True, True], [0, 1]),
+        (-0.0005, -0.0001, [True, True], []),
+        (-0.002, 0.001, [True, True], [1]),
+        (None, 0.001, [True, True], []),
     ],
 )
-def test_what_is_taken(low: float, value: float, simpler: bool, taken: bool) -> None:
-    assert is_taken(Difference(value, low, 2 * value - low), simpler) == taken
-    assert not is_taken(Difference(value), simpler)
+def test_what_is_taken(low: float | None, value: float, simpler: list[bool], taken: list[int]) -> None:
+    """All that is shown together; or what is simpler and not worse; or what is shown by itself, here the second."""
+    tried = [Alternative(str(n), str(n), simpler=each) for n, each in enumerate(simpler)]
+    effects = [Difference(0.001, p_corrected=0.2), Difference(0.002, p_corrected=0.01)]
+    assert choose_taken(tried, effects, [0, 1], Difference(value, low)) == taken
+
+
+class Everything(set[str]):
+    """Holds every name."""
+
+    def __contains__(self, name: object) -> bool:
+        return True
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
 def test_each_alternative_gives_settings_and_a_file_with_its_comments(config: Path) -> None:
     settings, text = load_settings(config), config.read_text(encoding="utf-8")
-    tried = list_alternatives(settings, 100_000, "large")
+    tried = [*list_alternatives(settings, 100_000, "large", Everything()), *widen(settings)]
     assert len({each.name for each in tried}) == len(tried) > 10
     assert {each.name for each in list_alternatives(settings, 100_000, "small")} < {each.name for each in tried}
     for each in tried:

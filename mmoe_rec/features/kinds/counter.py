@@ -97,7 +97,8 @@ class CounterEncoder(MemoryEncoder[CounterMemory]):
         self._totals = [output for output in feature.outputs if output != "recency"]
         # The end of an output's name -> microseconds; None is all of the past.
         self._windows = {
-            _suffix(days): None if days is None else round(days * MICROSECONDS_PER_DAY) for days in feature.window_days
+            suffix_of(days): None if days is None else round(days * MICROSECONDS_PER_DAY)
+            for days in feature.window_days
         }
         names = [f"{name}_{output}{suffix}" for suffix in self._windows for output in self._totals]
         if "recency" in feature.outputs:
@@ -221,7 +222,7 @@ class CounterEncoder(MemoryEncoder[CounterMemory]):
             self.numbers[name].standardiser = Standardiser(**values)
 
 
-def _suffix(window: float | None) -> str:
+def suffix_of(window: float | None) -> str:
     """End of an output's name: nothing for all of the past, `_7d`, `_0p5d`."""
     return "" if window is None else f"_{window:g}d".replace(".", "p")
 
