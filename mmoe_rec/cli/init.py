@@ -125,7 +125,7 @@ def _describe(meaning: Meaning, warnings: Sequence[str]) -> Iterator[Any]:
     table = Table(box=None, show_header=False, pad_edge=False)
     for purpose in ("user", "candidate", "request", "time"):
         if purpose in meaning.keys:
-            table.add_row(purpose, meaning.keys[purpose], meaning.checks.get(purpose, ""))
+            table.add_row(purpose, meaning.keys[purpose], meaning.key_checks.get(purpose, ""))
     for task in meaning.tasks:
         seen = f"where {task.observed_when[0]}" if task.observed_when else ""
         late = f"final after {task.matures_after_days:g} days" if task.matures_after_days else ""

@@ -32,7 +32,7 @@ def find_keys(reading: Reading) -> None:
     for purpose in ("user", "candidate"):
         free = purpose in keys and purpose not in given and "request" not in keys
         if free and reading.profile.is_unique(keys[purpose]):  # nothing is known of a row by it
-            reading.meaning.checks.pop(purpose, None)
+            reading.meaning.key_checks.pop(purpose, None)
             reading.meaning.left_out[keys.pop(purpose)] = "it differs in each row"
     _check_repeats(reading)
 
@@ -88,9 +88,9 @@ def _find_by_name(reading: Reading, purpose: str) -> None:
     keys[purpose] = name
     others = sorted(each[2] for each in usable if each[0] == rank and each[2] != name)
     if rank == 1:
-        reading.meaning.checks[purpose] = f"'{name}' stands for the {purpose}, as no column has a better name"
+        reading.meaning.key_checks[purpose] = f"'{name}' stands for the {purpose}, as no column has a better name"
     elif others:
-        reading.meaning.checks[purpose] = f"it could also be {', '.join(others)}"
+        reading.meaning.key_checks[purpose] = f"it could also be {', '.join(others)}"
 
 
 def _find_time(reading: Reading) -> None:
@@ -128,10 +128,10 @@ def _find_time(reading: Reading) -> None:
     keys["time"] = best.name
     meaning.time_unit = _unit(best)
     if not named:
-        meaning.checks["time"] = f"no name says so, but its integers may count {best.unit} since 1970"
+        meaning.key_checks["time"] = f"no name says so, but its integers may count {best.unit} since 1970"
     if len(found) > 1:
         others = ", ".join(sorted(each.name for each in found if each is not best))
-        meaning.checks["time"] = f"it lies before {others} in most rows, so it is taken for the request's time"
+        meaning.key_checks["time"] = f"it lies before {others} in most rows, so it is taken for the request's time"
 
 
 def _unit(column: Column) -> str | None:
@@ -155,7 +155,7 @@ def _find_request(reading: Reading) -> None:
             return
         if rank == -2 and _spans_minutes(reading, name):
             keys["request"] = name
-            reading.meaning.checks["request"] = "the times of its rows differ by minutes: they take the first"
+            reading.meaning.key_checks["request"] = "the times of its rows differ by minutes: they take the first"
             return
     if "time" not in keys:
         return
@@ -168,7 +168,7 @@ def _find_request(reading: Reading) -> None:
         changes = reading.profile.changes([each.name], of_list)
         if reading.profile.rows_per_key([each.name]) > 1.2 and all(change <= _ALMOST for change in changes.values()):
             keys["request"] = each.name
-            reading.meaning.checks["request"] = "no name says so, but its rows have one time"
+            reading.meaning.key_checks["request"] = "no name says so, but its rows have one time"
             return
 
 
@@ -188,7 +188,7 @@ def _find_scope(reading: Reading, name: str, given: bool) -> bool:
         of_user = reading.profile.changes([keys["user"], name], [keys["time"]])[keys["time"]]
         if of_user <= _ALMOST or math.isnan(of_user):
             reading.meaning.request_scope = "user"
-            reading.meaning.checks["request"] = "its ids are a user's own: several users share some of them"
+            reading.meaning.key_checks["request"] = "its ids are a user's own: several users share some of them"
             return True
     if given and "user" in keys and changes[keys["user"]] > _ALMOST:
         reading.meaning.request_scope = "user"
@@ -230,7 +230,7 @@ def _find_by_structure(reading: Reading) -> None:
         if purpose not in keys and some and ("request" in keys or len(some) == 1 or purpose == "candidate"):
             best = max(some, key=lambda each: (each.distinct, each.name))
             keys[purpose] = best.name
-            meaning.checks[purpose] = "no name says so, but " + (
+            meaning.key_checks[purpose] = "no name says so, but " + (
                 "rows of one list have one value of it" if purpose == "user" else "it differs within lists"
             )
 
@@ -247,7 +247,7 @@ def _check_repeats(reading: Reading) -> None:
         repeats = profile.rows_per_key([*reading.list_keys, keys["candidate"]])
         if repeats > 1.0001:
             meaning.repeats = True
-            meaning.checks["duplicates"] = f"{1 - 1 / repeats:.1%} of the rows repeat a candidate of their request"
+            meaning.key_checks["duplicates"] = f"{1 - 1 / repeats:.1%} of the rows repeat a candidate of their request"
             meaning.warnings.append(
                 f"{1 - 1 / repeats:.1%} of the rows repeat a candidate of their request: is each of them meant?"
             )

@@ -48,8 +48,8 @@ class Corrections:
 
 @dataclass
 class Meaning:
-    """What a log means. keys: purpose -> column; checks: what -> why a person should check it, where `what` is a key's
-    purpose, or a column; left_out: column -> why it is no input; warnings: sentences for the terminal."""
+    """What a log means. keys: purpose -> column; checks: column -> why a person should check it; key_checks: the same
+    of a purpose, or of `duplicates`; left_out: column -> why it is no input; warnings: sentences for the terminal."""
 
     keys: dict[str, str] = field(default_factory=dict)
     request_scope: Literal["log", "user"] = "log"
@@ -63,6 +63,7 @@ class Meaning:
     tasks: list[TaskGuess] = field(default_factory=list)
     left_out: dict[str, str] = field(default_factory=dict)
     checks: dict[str, str] = field(default_factory=dict)
+    key_checks: dict[str, str] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     repeats: bool = False
     rows_per_request: float = 1.0

@@ -89,7 +89,7 @@ def _body(
             yield from _lines(2, each.name, Entry({"path": each.path, "time": each.time}, check=each.check))
     yield f"  work: {_flow(work)}"
     if meaning.repeats:
-        yield from _lines(1, "duplicates", Entry("keep", check=checks["duplicates"]))
+        yield from _lines(1, "duplicates", Entry("keep", check=meaning.key_checks["duplicates"]))
     yield ""
     yield from _section("columns", _columns(meaning))
     roles: dict[str, Entry] = {
@@ -115,7 +115,7 @@ def _body(
 
 def _columns(meaning: Meaning) -> dict[str, Entry]:
     found: dict[str, Entry] = {
-        purpose: Entry(meaning.keys[purpose], check=meaning.checks.get(purpose, ""))
+        purpose: Entry(meaning.keys[purpose], check=meaning.key_checks.get(purpose, ""))
         for purpose in ("request", "user", "candidate", "time")
         if purpose in meaning.keys
     }
