@@ -307,10 +307,10 @@ def _show_findings(health: dict[str, Any]) -> Iterator[Text]:
         style = "bold red" if each["severity"] == "problem" else "yellow"
         yield Text.assemble((f"{each['severity']}: ", style), each["message"])
         for advice in each["advice"]:
-            line = f"  {advice['do']}{': ' if advice['override'] else ''}"
-            if advice["override"] not in told:  # which several findings may advise
+            if (key := advice["override"] or advice["do"]) not in told:  # which several findings may advise
+                line = f"  {advice['do']}{': ' if advice['override'] else ''}"
                 yield Text.assemble(line, (advice["override"] or "", "bold"))
-            told |= {advice["override"]} - {None}
+            told.add(key)
     if told:
         yield Text(NOTE, style="dim")
     if folded:

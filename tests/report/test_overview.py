@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
+from mmoe_rec.inference.artifact import version_of, write_manifest
 from mmoe_rec.jobs.overview import JOBS, read_parts
 from mmoe_rec.report.evaluation import write_results
 from mmoe_rec.report.health import write
@@ -91,9 +93,22 @@ def test_what_no_longer_holds_is_marked(world: Path) -> None:
     assert parts_of(world)["structures"].command == "structures"
     (damaged / "report.html").write_text("<main></main>")
     assert "without sentences" in parts_of(world)["structures"].stale[0]
-    for file in damaged.iterdir():
-        file.unlink()
-    damaged.rmdir()
+    shutil.rmtree(damaged)
+
+
+def test_what_is_of_another_model_is_marked(world: Path) -> None:
+    model, metrics = world / "work" / "model", world / "work" / "evaluation" / "metrics.json"
+    model.mkdir()
+    (model / "weights").write_text("1")
+    write_manifest(model)
+    made, tree = metrics.stat().st_mtime, json.loads(metrics.read_text())
+    touch(model / "manifest.json", made + 60)
+    assert parts_of(world)["evaluation"].stale == (f"it is older than the model in '{model}'",)
+    for version, stale in ((version_of(model), ()), ("0" * 16, (f"it is of another model than that in '{model}'",))):
+        metrics.write_text(json.dumps({**tree, "facts": {"artifact": version}}))
+        assert parts_of(world)["evaluation"].stale == stale
+    metrics.write_text(json.dumps(tree))
+    shutil.rmtree(model)
 
 
 def test_the_last_training_is_told(world: Path) -> None:
@@ -112,9 +127,8 @@ def test_the_last_training_is_told(world: Path) -> None:
     assert part.stale == (f"it is of other features than those in '{work / 'features'}'",)
     (work / "checkpoints" / "finished.json").write_text("{}")
     assert "without sentences" in parts_of(world)["model"].stale[0]
-    for file in (work / "checkpoints" / "finished.json", work / "model" / "model.json"):
-        file.unlink()
-        file.parent.rmdir()
+    shutil.rmtree(work / "checkpoints")
+    shutil.rmtree(work / "model")
 
 
 def test_a_page_stands_inside_of_another_with_names_of_its_own() -> None:
