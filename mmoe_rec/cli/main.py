@@ -39,6 +39,7 @@ COMMANDS = {
     "refresh": "new tables for the model that is served, and a training when one is due",
     "inspect": "the health of the log and its features, and what to change",
     "report": "all that is known of the data and the model, on one page",
+    "structures": "which structure of the network, and which tasks, the log rewards",
     "tune": "searches for better settings",
     "plan": "which rank would hold which part of the tables",
     "edit-experts": "adds, masks or removes experts of a model",

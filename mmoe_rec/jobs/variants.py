@@ -348,6 +348,7 @@ def _train_network(task: _Task, run: runs.Run) -> tuple[ScoredRows, dict[str, An
     from mmoe_rec.model.layout import ModelLayout
     from mmoe_rec.training.loop import Trainer, TrainingResult
     from mmoe_rec.training.ranks import training_ranks
+    from mmoe_rec.training.validation import find_early_end
 
     settings, prepared = task.variant.settings, task.prepared
     layout, folder = ModelLayout.of(prepared.layout, settings), task.checkpoints / task.file.stem
@@ -371,8 +372,14 @@ def _train_network(task: _Task, run: runs.Run) -> tuple[ScoredRows, dict[str, An
     calibration = calibrate(settings, prepared, model)
     scored = score_by(settings, model, layout, prepared.split(task.split), calibration, task.variant.name)
     assert choices is not None, "a model has at least one member"
-    steps = {"best_step": results[0].best_step, "steps": results[0].steps, "precision": choices.precision}
-    return scored, {**steps, "parameters": sum(each.numel() for each in model.parameters())}
+    early = (find_early_end(each.history, each.best_step, layout, settings.training) for each in results)
+    return scored, {
+        "best_step": results[0].best_step,
+        "steps": results[0].steps,
+        "precision": choices.precision,
+        "early_end": next(filter(None, early), None),
+        "parameters": sum(each.numel() for each in model.parameters()),
+    }
 
 
 def _grow_trees(task: _Task, run: runs.Run) -> tuple[ScoredRows, dict[str, Any]]:

@@ -9,7 +9,7 @@ from jinja2 import UndefinedError
 
 from mmoe_rec.evaluation.intervals import Difference
 from mmoe_rec.evaluation.trainings import SettingsDifference, TrainingsMean
-from mmoe_rec.report import evaluation, health, overview, trainings
+from mmoe_rec.report import evaluation, health, overview, structures, trainings
 from mmoe_rec.report.pages import TEMPLATES, render
 from tests.inspection.encoded_data import LAYOUT, SCHEMA, changed, health_of_frames, spoiling
 from tests.report import evaluations
@@ -46,6 +46,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "health.html.j2": health.page(hostile(found, names - {"missing", "unknown", "all others"})),
         "evaluation.html.j2": judged,
         "trainings.html.j2": trainings.page(of_trainings()),
+        "structures.html.j2": structures.page(of_structures()),
         "overview.html.j2": overview.page(f"{EVIL}x", EVIL, [EVIL], [part, overview.Part("b", EVIL, command=EVIL)]),
     }
 
@@ -58,6 +59,23 @@ def of_trainings() -> trainings.TrainingsReport:
     old = SettingsDifference(apart, {task: {"auc": apart}}, "auc", "higher")
     told = {"against": {f"{EVIL}old": old}, "warnings": [EVIL], "facts": {f"{EVIL}log": EVIL}}
     return trainings.TrainingsReport(f"{EVIL}new", (17, 18), 1_000, "users", summary, **told)
+
+
+def of_structures() -> structures.StructuresReport:
+    """A structure beside another one, and a task alone; another task has too few labels."""
+    apart, task = Difference(0.1, 0.05, 0.15, 0.02, None, 0.001, 0.002, 0.1), f"{EVIL}click"
+    change, alone = f"{EVIL}model: {{}}", f"only {task}"
+    rows = [
+        structures.StructureRow("MMoE", {task: structures.Cell(0.7)}, 100, 1.5),
+        structures.StructureRow(alone, {task: structures.Cell(0.6, apart)}, None, 1.5),
+    ]
+    answers = [
+        structures.Answer("structure", "PLE", None, (), "auc", "lower", change, apart),
+        structures.Answer("alone", alone, task, (f"{EVIL}liked",), "auc", "lower", change, apart),
+    ]
+    named = (f"{EVIL}new", "MMoE", (17, 18), 1_000, "users", f"auc of {task}")
+    few, facts = {f"{EVIL}liked": 3}, {f"{EVIL}log": EVIL}
+    return structures.StructuresReport(*named, rows, answers, {task: "auc"}, few, 0.005, False, [EVIL], facts)
 
 
 def test_no_page_is_forgotten(pages: dict[str, str]) -> None:
@@ -90,6 +108,7 @@ def test_names_from_the_data_are_escaped(pages: dict[str, str]) -> None:
         "health.html.j2": ("item", "click", "stars", "tags", "item_id", "made up"),
         "evaluation.html.j2": ("new", "old"),
         "trainings.html.j2": ("new", "old", "click", "log"),
+        "structures.html.j2": ("new", "click", "log"),
         "overview.html.j2": ("x", "part"),
     }
     for template, text in pages.items():

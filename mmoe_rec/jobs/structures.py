@@ -1,0 +1,260 @@
+"""Which structure of the network the log rewards, and which tasks help each other, over several trainings of each.
+
+    <data.work>/structures/structures.json    the verdicts and all numbers, and report.html, which shows them
+    <data.work>/structures/trainings/         what each training predicts for the test rows (see `variants`)
+
+All structures have the same rows, steps and rates, and as many units in the first layer of their experts. Trees beside
+the network and further members are left out: they would hide what the structures are worth.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mmoe_rec.atomic import write_text
+from mmoe_rec.auc import FEWEST
+from mmoe_rec.evaluation.comparison import GUARDED, OBJECTIVE, Objective, find_objective
+from mmoe_rec.evaluation.intervals import Difference, correct_by_holm
+from mmoe_rec.evaluation.summary import evaluate, sums_by_user
+from mmoe_rec.evaluation.sums import EvaluationSums, count_rarer_label
+from mmoe_rec.evaluation.trainings import find_differences
+from mmoe_rec.jobs.run_page import as_code, command, quoted
+from mmoe_rec.jobs.variants import TrainedVariant, Variant, VariantTrainings, open_variants
+from mmoe_rec.report.structures import Answer, Cell, StructureRow, StructuresReport, page
+from mmoe_rec.settings.model import Experts, Gates, Model
+from mmoe_rec.settings.sections import Settings
+
+if TYPE_CHECKING:
+    from mmoe_rec.evaluation.metrics.metric import Metric
+
+FOLDER, FILE, PAGE = "structures", "structures.json", "report.html"
+SHARED_BOTTOM, ONE_GATE, MIXTURE, PLE, OWN, TREES = (
+    "shared bottom",
+    "one gate",
+    "MMoE",
+    "PLE",
+    "these settings",
+    "trees alone",
+)
+
+
+def compare_structures(settings: Settings, seeds: int, at_once: int = 1) -> StructuresReport:
+    """Trains all variants with `training.seed` and those after it, and writes the files.
+
+    at_once: how many trainings run at a time. Raises UserError where there are no test rows, or a variant can't be
+    trained; StoppedError where a signal came: trainings that have ended stay.
+    """
+    find_objective(settings.evaluation.decide_by)
+    with open_variants(settings, FOLDER, "test", at_once) as trainings:
+        report = judge_structures(trainings, seeds)
+        folder, run = trainings.folder, trainings.run
+        (folder / PAGE).unlink(missing_ok=True)
+        fingerprint = trainings.prepared.manifest["fingerprint"]
+        tree = {"sentences": report.sentences, "fingerprint": fingerprint, **asdict(report)}
+        write_text(folder / FILE, json.dumps(tree, indent=1, default=asdict))
+        write_text(folder / PAGE, page(report))
+        assert run is not None, "it was opened with one"
+        for name in (FILE, PAGE):
+            run.log_artifact(folder / name)
+        means = {
+            f"test/{each.name}.{task}": at.mean
+            for each in report.table
+            for task, at in each.cells.items()
+            if at.mean is not None
+        }
+        run.log_metrics(means)
+        run.describe("Structures", "\n\n".join([as_code(command()), quoted(report.sentences)]))
+    return report
+
+
+def judge_structures(
+    trainings: VariantTrainings, seeds: int, variants: Sequence[Variant] | None = None
+) -> StructuresReport:
+    """Trains, and answers each question by the difference of the first variant from another one.
+
+    variants: None for those of `list_variants`.
+    """
+    settings, first = trainings.settings, trainings.settings.training.seed
+    trained = trainings.train(variants or list_variants(settings), range(first, first + seeds))
+    base, *others = trained.values()
+    sums = base.sums[0]
+    objective = Objective.of(settings.evaluation.decide_by, sums, list(settings.tasks))
+    metrics = _metrics_of_tasks(settings, sums)
+    wanted = {metric.name for metric in metrics.values()} | ({objective.metric} if objective is not None else set())
+    differences = find_differences(
+        base.sums,
+        {each.variant.name: each.sums for each in others},
+        objective,
+        settings.evaluation.resamples,
+        wanted,
+    )
+    answers = list(_ask(base, others, objective, metrics, differences))
+    rows = int(sums.tables["ranking"]["rows"].to_numpy().sum())
+    return StructuresReport(
+        title=f"Structures of {settings.name}",
+        name=base.variant.name,
+        seeds=base.seeds,
+        rows=rows,
+        units="rows" if rows == sums.users else "users",
+        objective=None if objective is None else objective.name,
+        table=[_row_of(each, metrics, differences) for each in (base, *others)],
+        answers=_correct(answers),
+        metrics={task: metric.name for task, metric in metrics.items()},
+        few={task: count_rarer_label(sums, task) for task in settings.tasks if task not in metrics},
+        margin=settings.evaluation.margin,
+        has_trees=settings.model.trees is not None,
+        warnings=list(_warn([base, *others])),
+        facts=_facts(settings, [base, *others]),
+    )
+
+
+def list_variants(settings: Settings) -> list[Variant]:
+    """The settings' own structure first, under its name if it has one; the others; each task alone; each left out; and
+    trees."""
+    tasks, own = tuple(settings.tasks), settings.model.model_copy(update={"members": 1, "trees": None})
+    structures = _structures(own, len(tasks))
+    name = next((name for name, model in structures.items() if model == own), OWN)
+    base = _with_model(settings, own)
+    variants = {name: Variant(name, base)}
+    for each, model in structures.items():
+        variants.setdefault(each, Variant(each, _with_model(settings, model)))
+    if len(tasks) > 1:
+        for task in tasks:
+            others = tuple(each for each in tasks if each != task)
+            variants[f"only {task}"] = Variant(f"only {task}", base, without_tasks=others)
+    if len(tasks) > 2:
+        variants |= {f"without {task}": Variant(f"without {task}", base, without_tasks=(task,)) for task in tasks}
+    variants[TREES] = Variant(TREES, base, trees_alone=True)
+    return list(variants.values())
+
+
+def _structures(own: Model, tasks: int) -> dict[str, Model]:
+    """Name -> model with as many units in the first layer of its experts; one task has no use for gates of tasks."""
+    experts, gates = own.experts, own.gates
+    if gates.routing != "soft":
+        gates = Gates(dropout=gates.dropout)
+    total = experts.count + experts.task_count * tasks
+    width, (first, *rest) = total * experts.units[0], experts.units
+    if total == 1:  # a shared bottom, which is taken apart
+        total = max(2, min(Experts().count, first // 8))
+        first = max(1, first // total)
+    one_level = {"task_count": 0, "levels": 1}
+    mixture = experts.model_copy(update={**one_level, "count": total, "units": (first, *rest)})
+    bottom = experts.model_copy(update={**one_level, "count": 1, "units": (width, *rest)})
+    each = max(1, round(total / (tasks + 1)))
+    ple = mixture.model_copy(update={"count": each, "task_count": each, "levels": 2})
+    per_task, shared = (gates.model_copy(update={"per_task": value}) for value in (True, False))
+    found = {SHARED_BOTTOM: (bottom, per_task.model_copy(update={"dropout": 0.0}))}
+    if tasks > 1:
+        found[ONE_GATE] = mixture, shared
+    found[MIXTURE] = mixture, per_task
+    if tasks > 1:
+        found[PLE] = ple, per_task
+    return {
+        name: own.model_copy(update={"experts": experts, "gates": gates}) for name, (experts, gates) in found.items()
+    }
+
+
+def _with_model(settings: Settings, model: Model) -> Settings:
+    return settings.model_copy(update={"model": Model.model_validate(model.model_dump())})
+
+
+def _metrics_of_tasks(settings: Settings, sums: EvaluationSums) -> dict[str, Metric[Any]]:
+    """Task with enough labels -> the metric that judges it: the one that decides, if it is of such tasks."""
+    decides, found = find_objective(settings.evaluation.decide_by), dict[str, "Metric[Any]"]()
+    for task in sums.tasks:
+        if task.name in settings.tasks and count_rarer_label(sums, task.name) >= FEWEST:
+            found[task.name] = decides if task.kind in decides.kinds else find_objective(GUARDED[task.kind])
+    return found
+
+
+def _ask(
+    base: TrainedVariant,
+    others: Sequence[TrainedVariant],
+    objective: Objective | None,
+    metrics: Mapping[str, Metric[Any]],
+    differences: Mapping[tuple[str, str, str], Difference],
+) -> Iterator[Answer]:
+    """The answers, not corrected."""
+    learnt = base.variant.settings.tasks
+    for each in (other.variant for other in others):
+        if each.without_tasks:
+            kind = "without" if len(learnt) > 2 and len(each.without_tasks) == 1 else "alone"
+            for task, metric in metrics.items():
+                if task not in each.without_tasks:
+                    apart = differences.get((each.name, task, metric.name), Difference(None))
+                    change = "; ".join(f"without tasks.{name}" for name in each.without_tasks)
+                    yield Answer(kind, each.name, task, each.without_tasks, metric.name, metric.better, change, apart)
+        elif objective is not None:
+            apart = differences.get((each.name, *OBJECTIVE), Difference(None))
+            kind, change = ("trees", "") if each.trees_alone else ("structure", _describe_change(base.variant, each))
+            yield Answer(kind, each.name, None, (), objective.metric, objective.better, change, apart)
+
+
+def _describe_change(before: Variant, after: Variant) -> str:
+    """The lines of `model` that make another structure, as YAML in one line."""
+    parts = []
+    for section in ("experts", "gates"):
+        old, new = (getattr(each.settings.model, section).model_dump(mode="json") for each in (before, after))
+        changed = {name: value for name, value in new.items() if value != old[name]}
+        if changed:
+            text = ", ".join(f"{name}: {json.dumps(value)}" for name, value in changed.items())
+            parts.append(f"{section}: {{{text}}}")
+    return f"model: {{{', '.join(parts)}}}"
+
+
+def _correct(answers: Sequence[Answer]) -> list[Answer]:
+    """By Holm's method, over all answers that have a p-value."""
+    known = [each.apart.p for each in answers if each.apart.p is not None]
+    corrected = iter(correct_by_holm(known) if known else [])
+    return [
+        each if each.apart.p is None else replace(each, apart=replace(each.apart, p_corrected=next(corrected)))
+        for each in answers
+    ]
+
+
+def _row_of(
+    trained: TrainedVariant,
+    metrics: Mapping[str, Metric[Any]],
+    differences: Mapping[tuple[str, str, str], Difference],
+) -> StructureRow:
+    groups = [sums_by_user(each, {metric.name for metric in metrics.values()}) for each in trained.sums]
+    values = [evaluate(each, np.ones((len(trained.sums[0].tables["ranking"]), 1))) for each in groups]
+    cells = {}
+    for task, metric in metrics.items():
+        if all((task, metric.name) in each for each in values):
+            mean = float(np.mean([each[task, metric.name][0] for each in values]))
+            apart = differences.get((trained.variant.name, task, metric.name))
+            cells[task] = Cell(mean if np.isfinite(mean) else None, apart)
+    return StructureRow(
+        trained.variant.name, cells, trained.facts[0].get("parameters"), float(np.mean(trained.seconds))
+    )
+
+
+def _warn(trained: Sequence[TrainedVariant]) -> Iterator[str]:
+    """Whose trainings seem to have ended too early, each reason but once."""
+    early: dict[str, list[str]] = {}
+    for each in trained:
+        if told := next(filter(None, (facts.get("early_end") for facts in each.facts)), None):
+            early.setdefault(told.partition(";")[2], []).append(each.variant.name)
+    for advice, names in early.items():
+        yield f"networks of {', '.join(names)} had few steps, or were still getting better at the end;{advice}"
+
+
+def _facts(settings: Settings, trained: Sequence[TrainedVariant]) -> dict[str, str]:
+    precisions = {each["precision"] for one in trained for each in one.facts if "precision" in each}
+    facts = {
+        "log": settings.data.log,
+        "trainings": f"{sum(len(each.seeds) for each in trained)}",
+        "precision": " or ".join(sorted(precisions)),
+        "resamples": f"{settings.evaluation.resamples:,}",
+        "command": command(),
+    }
+    if any(each.given is not None for each in settings.tasks.values()):
+        facts["tasks with `given`"] = "where the given task is left out, they are learnt from their own labels alone"
+    return facts
