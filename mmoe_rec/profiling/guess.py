@@ -56,8 +56,10 @@ def _leave_out(reading: Reading) -> None:
     """What can't be an input."""
     for each in reading.columns.values():
         why = "as you said" if each.name in reading.corrections.leave_out else _why_unusable(each)
-        if each.name in reading.profile.lacking:
-            why = f"'{reading.profile.lacking[each.name]}' has no such column"
+        if each.kind == "vector" and why is None and reading.profile.has_gaps(each.name):
+            why = "some of its lists hold null, NaN or infinity: write null instead of the whole list"
+        if each.name in reading.profile.unreadable:
+            why = reading.profile.unreadable[each.name]
             reading.meaning.warnings.append(f"column '{each.name}' is left out: {why}")
         if why and each.name not in reading.corrections.tasks:
             reading.meaning.left_out[each.name] = why
@@ -73,7 +75,9 @@ def _why_unusable(each: Column) -> str | None:
         why = "some of its integers need more than 63 bits: write it as text"
     elif each.kind not in ("keys", "vector") and each.distinct <= 1 and not each.nulls:
         why = "it has one value in all rows"
-    elif each.kind == "vector" and (each.lengths[0] != each.lengths[1] or not each.lengths[1]):
+    elif each.kind in ("keys", "vector") and not each.lengths[1]:
+        why = "its lists are empty"
+    elif each.kind == "vector" and each.lengths[0] != each.lengths[1]:
         why = "its lists of numbers differ in length"
     elif each.kind == "text" and each.long > _TEXT and each.distinct > 0.5 * (each.rows - each.nulls):
         why = "it looks like free text: embed it, and write the vectors as lists of numbers"

@@ -21,9 +21,12 @@ import pyarrow as pa
 
 from mmoe_rec.auc import auc_of_counts
 from mmoe_rec.errors import UserError, first_line
+from mmoe_rec.log.checks import open_parquet
+from mmoe_rec.log.columns import canonical_type
 from mmoe_rec.log.database import Database, open_database
 from mmoe_rec.log.files import find_files, is_remote, path_values
 from mmoe_rec.log.rows import MICROSECONDS_PER_DAY
+from mmoe_rec.settings.columns import Use
 
 Kind = Literal["integer", "number", "text", "boolean", "time", "keys", "vector", "empty", "other"]
 SAMPLE = 300_000
@@ -115,7 +118,9 @@ def open_profile(source: str, folder: Path, setting: str = "the log") -> Iterato
         scan = f"read_parquet([{listed}], {options})"
         with _told(source):
             in_path = {name for file in files for name in path_values(file.address)}
-            yield Profile(database, scan, source, f"[{listed}]", in_path)
+            with open_parquet(files[0].address) as parquet:
+                schema = parquet.schema_arrow
+            yield Profile(database, scan, source, schema, _find_lacking(database, f"[{listed}]"), in_path)
 
 
 @contextmanager
@@ -133,17 +138,30 @@ def _told(source: str) -> Iterator[None]:
 class Profile:
     """A log, and what is asked of it.
 
-    name: source of the log; rows: how many; columns: by their names; lacking: column -> a file without it;
-    in_path: columns of the files' paths.
+    name: source of the log; rows: how many; columns: by their names; unreadable: column -> why it can't be read from
+    all files; in_path: columns of the files' paths.
     """
 
-    def __init__(self, database: Database, scan: str, name: str, files: str, in_path: Collection[str]) -> None:
-        self._database, self.name = database, name
+    def __init__(
+        self,
+        database: Database,
+        scan: str,
+        name: str,
+        schema: pa.Schema,
+        unreadable: Mapping[str, str],
+        in_path: Collection[str],
+    ) -> None:
+        """schema: of the first file, whose columns come first; their names may differ by capitals alone."""
+        self._database, self.name, self.in_path = database, name, in_path
         described = database.rows(f"DESCRIBE SELECT * FROM {scan}")
-        self.lacking, self.in_path = _find_lacking(database, files), in_path
-        self._sql = {str(row[0]): f"c{place}" for place, row in enumerate(described)}
-        kinds = {str(row[0]): str(row[1]) for row in described}
-        parts = [f"{_cleaned(each, kinds[each])} AS {sql}" for each, sql in self._sql.items()]
+        names = [*schema.names, *(str(row[0]) for row in described[len(schema) :])]
+        self.unreadable = {each: "several columns have this name" for each in names if names.count(each) > 1}
+        self.unreadable = {**unreadable, **self.unreadable, **({"": "it has no name"} if "" in names else {})}
+        self._sql = {each: f"c{place}" for place, each in enumerate(names)}
+        kinds = dict(zip(names, (str(row[1]) for row in described), strict=True))
+        kinds |= {each.name: str(each.type) for each in schema if not _is_readable(each, kinds[each.name])}
+        told = {each: str(row[0]) for each, row in zip(names, described, strict=True)}
+        parts = [f"{_cleaned(told[each], kinds[each])} AS {sql}" for each, sql in self._sql.items()]
         view = f"SELECT {', '.join(parts)} FROM {scan}"
         self.rows = int(database.row(f"SELECT count(*) FROM {scan}")[0])
         if not self.rows:
@@ -300,6 +318,11 @@ class Profile:
         likely = not each.nulls and each.distinct > 0.9 * each.rows
         return likely and self.number(f"SELECT count(DISTINCT {each.sql}) FROM log") == each.rows
 
+    def has_gaps(self, column: str) -> bool:
+        """Whether a list of numbers holds one that is missing or not finite."""
+        lists = f"{self._sql[column]}::DOUBLE[]"
+        return self.count(f"len(list_filter({lists}, lambda e: e IS NULL OR NOT isfinite(e))) > 0") > 0
+
     def values(self, column: str, limit: int) -> list[Any]:
         """The most frequent values of a column."""
         sql = self._sql[column]
@@ -309,14 +332,28 @@ class Profile:
         return [row[0] for row in self._database.rows(query)]
 
 
+_USES: dict[Kind, Use] = {"number": "number", "time": "time", "keys": "keys", "vector": "vector"}
+
+
+def _is_readable(field: pa.Field, kind: str) -> bool:
+    """Whether features can read a column of that type as what it is by its type in queries."""
+    if _kind_of(kind) in ("empty", "other"):
+        return True
+    try:
+        canonical_type(field.name, _USES.get(_kind_of(kind), "key"), field.type)
+    except UserError:
+        return False
+    return True
+
+
 def _find_lacking(database: Database, files: str) -> dict[str, str]:
-    """Columns that some files have and others have not, each with the first of the latter."""
+    """Columns that some files have and others have not, each with a sentence that names the first of the latter."""
     database.run(f"CREATE TABLE parts AS SELECT DISTINCT file_name, name FROM parquet_schema({files})")
     some = "SELECT name FROM parts GROUP BY name HAVING count(*) < (SELECT count(DISTINCT file_name) FROM parts)"
     pairs = f"(SELECT DISTINCT file_name FROM parts) f, ({some}) s"
     without = "NOT EXISTS (FROM parts p WHERE p.file_name = f.file_name AND p.name = s.name)"
     return {
-        str(name): str(file)
+        str(name): f"'{file}' has no such column"
         for name, file in database.rows(f"SELECT s.name, min(f.file_name) FROM {pairs} WHERE {without} GROUP BY s.name")
     }
 
@@ -326,6 +363,8 @@ def _cleaned(name: str, kind: str) -> str:
     quoted = '"' + name.replace('"', '""') + '"'
     if kind in ("DOUBLE", "FLOAT"):
         return f"CASE WHEN isfinite({quoted}) THEN {quoted} END"
+    if kind == "TIMESTAMPTZ_NS":
+        return f"{quoted}::TIMESTAMPTZ"
     return f"{quoted}::DOUBLE" if kind.startswith("DECIMAL") else quoted
 
 

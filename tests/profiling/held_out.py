@@ -628,6 +628,10 @@ def odd_names(seed: int) -> HeldOut:
             "it's": w.of(w.item, ["a # check", "b: c", "yes", "null", "1e3"]),
             "a.b": w.of(w.user, ["~", "true", "0x1", "{x}"]),
             "a_b": w.of(w.item, ["p", "q", "r"]),
+            "A_B": w.of(w.user, ["s", "t"]),
+            "vector": pa.array([[0.5, None if n == 7 else 1.0] for n in w.item]),
+            "wait": pa.array(w.item, pa.duration("us")),
+            "none": pa.array([[]] * w.rows, pa.list_(pa.string())),
             "user": w.of(w.request, ["web", "app"]),
             "1": w.clicked.astype(np.float64),
         }
@@ -636,7 +640,14 @@ def odd_names(seed: int) -> HeldOut:
     older = older.set_column(0, "null", older["null"].cast(pa.int32()))
     answers = Answers(
         {"user": "null", "candidate": "Artikel-Nr.", "request": "on", "time": "Zeit (UTC)"},
-        {"placement": "y", "candidate": "it's a_b", "candidate|": "größe: cm", "user": "a.b", "context": "user"},
+        {
+            "placement": "y",
+            "candidate": "it's a_b",
+            "candidate|": "größe: cm",
+            "user": "a.b A_B",
+            "context": "user",
+            "": "vector wait none",
+        },
         {"1": Label()},
         outcomes=("1",),
         kinds={"größe: cm": "numeric", "it's": "id", "a.b": "id", "user": "id"},
