@@ -106,7 +106,7 @@ def test_help(answers: dict[str, tuple[int, str, str]], line: str) -> None:
             assert ("--model.experts.count" in out) == (name not in without)
         case ["mmoe_rec", _]:
             assert all(f"\n  {name} " in out for name in COMMANDS)
-            assert "First steps: adapt a copy of configs/template.yaml" in out
+            assert "First steps: settings for your log" in out
         case [module, _]:
             assert f"python -m {module}" in out
 
@@ -136,4 +136,5 @@ except Exception as error:
 """)
     name, error = printed.splitlines()
     assert name == "template"
-    assert error == f"settings file 'no.yaml' does not exist; start from {tmp_path}/mmoe_rec/settings/template.yaml"
+    template = f"{tmp_path}/mmoe_rec/settings/template.yaml"
+    assert error == f"settings file 'no.yaml' does not exist; mmoe-rec init writes one, or start from {template}"

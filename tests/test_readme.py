@@ -35,7 +35,6 @@ HOUSEHOLDS = "30"
 PIP_COMMAND = doctor.Machine(doctor.read_requirements(), {}, uv=False).install()
 
 ELSEWHERE = {
-    "doctor": "pipelines/test_doctor.py::test_this_machine",
     "train --resume": "pipelines/test_resume.py::test_kills_change_nothing",
     "train --seeds": "pipelines/test_seeds.py::test_trainings_that_were_stopped_go_on_and_their_mean_is_told",
     "train --from": "pipelines/test_incremental_days.py::test_the_started_model_is_registered_beside_the_first_one",
@@ -94,6 +93,7 @@ HERE = {
     "test_mlflow_pages": r"mlflow ui .*",
     "test_served_request": r".*\b5001\b.*",
     "test_commands_of_the_server": r".*\b8000\b.*",
+    "test_a_newcomers_three_commands": r".*\bjourney\b.*",
     "test_commands_of_the_shop": r".*\bshop\b.*",
     "test_commands_of_the_first_data_set": r".*(complete_journey|quickstart|--predictions labelled).*",
 }
@@ -271,6 +271,23 @@ def test_commands_of_the_first_data_set(said: dict[str, str], folder: Path) -> N
 
 
 @pytest.mark.thorough
+def test_a_newcomers_three_commands(said: dict[str, str], folder: Path) -> None:
+    init, train, serve = commands_of("test_a_newcomers_three_commands")
+    printed = run_lines([init, train], folder)
+    shown = re.search("```text\n(.*?)\n\\.\\.\\.\n", README, re.DOTALL)
+    assert shown
+    assert [line.split()[:2] for line in shown[1].splitlines()] == [
+        line.split()[:2] for line in printed[init].splitlines()[: shown[1].count("\n") + 1]
+    ]
+    assert "'champion' is version 1 now, this model" in printed[train]
+    with running(f"{serve} --port 8000", "8000", "/health", folder) as port:
+        inputs = {"user": {"household_id": 46}, "context": {"store_id": 333}, "candidates": {"product_id": [1, 2]}}
+        (folder / "ask.json").write_text(json.dumps({"inputs": [inputs]}))
+        ask = f"curl -s http://127.0.0.1:{port}/invocations -H 'Content-Type: application/json' -d @ask.json"
+        assert json.loads(shell(ask, folder))["predictions"]
+
+
+@pytest.mark.thorough
 def test_metrics_are_those_described(said: dict[str, str], folder: Path) -> None:
     metrics = json.loads((folder / "data/complete_journey/work/evaluation/metrics.json").read_text())
     groups = [metrics["tasks"]["bought"], metrics["score"]]
@@ -442,11 +459,11 @@ def shop_log(rows: int = 6_000) -> pa.Table:
 
 @pytest.mark.thorough
 def test_commands_of_the_shop(folder: Path) -> None:
-    look, copy, *lines = commands_of("test_commands_of_the_shop")
+    init, *lines = commands_of("test_commands_of_the_shop")
     (folder / "data" / "shop" / "log").mkdir(parents=True)
     pq.write_table(shop_log(), folder / "data" / "shop" / "log" / "2024.parquet")
-    assert "customer: string" in shell(look, folder)
-    shell(copy, folder)
+    run_lines([init], folder)
+    assert {"clicked", "ordered", "kept", "pleased"} == set(load_settings(folder / "configs" / "drafted.yaml").tasks)
     (settings,) = (each for each in blocks("yaml") if each.startswith("name: shop\n"))
     (folder / "configs" / "shop.yaml").write_text(settings)
     run_lines(lines, folder)

@@ -375,9 +375,11 @@ def test_yaml_merge_keys_work(tmp_path):
 
 
 def test_a_missing_file_a_folder_and_another_encoding(tmp_path):
-    with pytest.raises(UserError, match=r"does not exist; start from configs/template\.yaml"):
+    with pytest.raises(
+        UserError, match=r"does not exist; mmoe-rec init writes one, or start from configs/template\.yaml"
+    ):
         load_settings(tmp_path / "none.yaml")
-    with pytest.raises(UserError, match=r"is a folder; start from configs/template\.yaml"):
+    with pytest.raises(UserError, match=r"is a folder; mmoe-rec init writes one, or start from configs/template\.yaml"):
         load_settings(tmp_path)
     (tmp_path / "x.yaml").write_bytes(b"name: \xe9\n")
     with pytest.raises(UserError, match="is not valid YAML"):

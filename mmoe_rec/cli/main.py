@@ -191,15 +191,12 @@ class Commands(click.Group):
             formatter.write_dl(list(COMMANDS.items()))
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        from mmoe_rec.settings.load import TEMPLATE
-
-        formatter.write(f"""
-First steps: adapt a copy of {TEMPLATE}
-to your log, then
-  mmoe-rec features --config COPY
-  mmoe-rec inspect --config COPY
-  mmoe-rec train --config COPY
-  mmoe-rec evaluate --config COPY --model models:/NAME@champion
+        formatter.write("""
+First steps: settings for your log, and a model that is served
+  mmoe-rec init LOG --out NAME.yaml
+  mmoe-rec train --config NAME.yaml
+  mmoe-rec evaluate --config NAME.yaml --model models:/NAME@champion
+  mmoe-rec serve --model models:/NAME@champion
 """)
 
 

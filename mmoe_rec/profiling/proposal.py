@@ -19,7 +19,7 @@ from mmoe_rec.profiling.profile import Column, Profile, days
 from mmoe_rec.profiling.tasks import one_of
 from mmoe_rec.profiling.words import CODES, EVENT_TYPES, TIME, has
 
-_WINDOWS = (28, 7, 1, 0.125)
+_WINDOWS = (91, 28, 7, 1, 0.125)
 _MOST_ATTRIBUTES, _MOST_CONTEXTS, _MOST_GROUPS = 4, 3, 2
 _MOST_SHARED = 5000
 """Values of a context's column for which it is counted with candidates; a finer one, as a session, with users alone."""
@@ -273,12 +273,13 @@ class _Proposer:
                 fitting.append((-each.distinct, name))
         return [name for _, name in sorted(fitting)[:most]]
 
-    def _windows(self, many: bool) -> list[float | None]:
-        """Trailing windows that fit into the training rows several times."""
-        time = self.keys["time"]
-        fine = self._tells_hours(time)
-        usable = [each for each in _WINDOWS if each <= self.train_days / 4 and (fine or each >= 1)]
-        return [None, *usable] if many else [None, *usable[:1]]
+    def _windows(self, many: bool, events: bool = False) -> list[float | None]:
+        """Trailing windows that fit into the training rows twice or more; of labels none of a quarter of a year, since
+        these mature and are few."""
+        fine = self._tells_hours(self.keys["time"])
+        usable = [each for each in _WINDOWS if each <= self.train_days / 2 and (fine or each >= 1)]
+        usable = usable if events else [each for each in usable if each <= 28]
+        return [None, *(usable if many else usable[: 1 + events])]
 
     def _counter_keys(self, columns: Mapping[str, Any], few: bool = False) -> list[Key]:
         """Name, key, and whether many windows are worth it, for a log with these columns.
@@ -333,7 +334,7 @@ class _Proposer:
         for log in self.events:
             self._heading = f"Of {log.name} before the request."
             for name, by, many in self._counter_keys(log.profile.columns):
-                windows = self._windows(many)
+                windows = self._windows(many, events=True)
                 value = {"kind": "counter", "events": log.name, "by": by, "outputs": ["positives", "recency"]}
                 if windows != [None]:
                     value["window_days"] = windows

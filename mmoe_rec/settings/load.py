@@ -154,7 +154,7 @@ def load_settings(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
     file = Path(path)
     if not file.is_file():
         what = "is a folder" if file.is_dir() else "does not exist"
-        raise UserError(f"settings file '{path}' {what}; start from {TEMPLATE}")
+        raise UserError(f"settings file '{path}' {what}; mmoe-rec init writes one, or start from {TEMPLATE}")
     try:
         tree = load_yaml(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
