@@ -27,10 +27,12 @@ from pydantic import ValidationError
 
 from mmoe_rec.atomic import atomic_folder, write_text
 from mmoe_rec.devices import usable_cores
-from mmoe_rec.errors import UserError
+from mmoe_rec.errors import UserError, first_line
 from mmoe_rec.evaluation.comparison import OBJECTIVE, Objective, effective_users, evaluate_with, find_objective
 from mmoe_rec.evaluation.intervals import Resampled, resample
-from mmoe_rec.evaluation.summary import sums_by_user
+from mmoe_rec.evaluation.metrics import metrics_of
+from mmoe_rec.evaluation.metrics.metric import UserSums
+from mmoe_rec.evaluation.summary import SCORE
 from mmoe_rec.evaluation.sums import EvaluationSums
 from mmoe_rec.jobs.alternatives import (
     MINUTES,
@@ -58,6 +60,8 @@ TIMED_ROWS = 200_000
 """Training rows, of more of which the first trainings see a part, to tell how long one of all takes."""
 WISHED, FEWEST_ROWS = 2 * LEAST, 20_000
 """Trainings that should fit into the time, else a sample of users is trained on; and rows that it has at least."""
+BUILT_ROWS = 100_000
+"""Of all logs, for each minute of the time, up to which features are built once more."""
 WIDE_PLACE = 7
 """Among the alternatives, of those that take further inputs."""
 NOT_TRIED = ("other `min_count`, counters and histories than the file's, which take features of their own",)
@@ -127,10 +131,16 @@ class Search:
         self._inputs = {each.name for each in (*layout.ids, *layout.dense)}
         self.alternatives = list_alternatives(settings, self.rows, preset, self._inputs)
         # What takes a build of its own is tried where there is time for one.
-        self.wider = widen(settings) if preset != "small" or self.rows <= TIMED_ROWS else []
+        self.wider = widen(settings) if self._has_time_to_build() else []
         self._effective, self._pace = math.inf, 0.0
         self._began = time.monotonic()
         self._notes = self._open_notes(preset)
+
+    def _has_time_to_build(self) -> bool:
+        """Whether features can be built once more: from the whole log, in a small part of the time."""
+        manifest = self.trainings.prepared.manifest
+        rows = manifest["rows"] + sum(each["rows"] for each in manifest["events"].values())
+        return not self.trainings.prepared.is_extended and rows <= BUILT_ROWS * self.minutes
 
     def _open_notes(self, preset: Preset) -> Notes:
         """The notes of a search of the same settings, features and alternatives that was begun before, or new ones."""
@@ -206,9 +216,11 @@ class Search:
                     "validation rows, as no task has 50 of either label: move split.validation_end"
                 )
         objective = self.objective
-        groups = {
-            name: each for name, each in sums_by_user(sums, [objective.metric]).items() if name in objective.groups
-        }
+        kinds = {SCORE: SCORE} | {task.name: task.kind for task in sums.tasks}
+        groups = {}
+        for name in objective.groups:
+            metrics = [each for each in metrics_of(kinds[name]) if each.name == objective.metric]
+            groups[name] = UserSums(metrics, sums.tables, None if name == SCORE else name)
         sign = 1.0 if objective.better == "higher" else -1.0
         self._effective = effective_users(groups, objective)[OBJECTIVE]
 
@@ -221,20 +233,30 @@ class Search:
         """Builds features with further inputs, which alternatives ask for; all of them in one build."""
         if not self.wider or self.sample < 1:
             return
+        folder, whole = self.folder / "wide", self.trainings
+        data = self.settings.data.model_copy(update={"work": str(folder)})
         try:
             wide, _ = apply_alternatives(self.settings, self.wider)
-        except ValidationError:
+            prepared = prepare(*log_and_place(wide.model_copy(update={"data": data})))
+        except (ValidationError, UserError) as error:  # as where files of the log are gone
+            say(f"further windows and exact values are not tried: {first_line(error)}")
             return
-        folder = self.folder / "wide"
-        data = self.settings.data.model_copy(update={"work": str(folder)})
-        prepared = prepare(*log_and_place(wide.model_copy(update={"data": data})))
+        if prepared.manifest["splits"] != whole.prepared.manifest["splits"]:
+            say("further windows and exact values are not tried, as the log has other rows by now")
+            return
         inputs = [each for each in (*prepared.layout.ids, *prepared.layout.dense) if each.name not in self._inputs]
         for each in self.wider:
             features = {name.split(".")[1] for name in each.values}
             if added := tuple(one.name for one in inputs if one.feature in features):
                 self.alternatives.insert(WIDE_PLACE, replace(each, adds=added))
-        whole = self.trainings
         self.trainings = VariantTrainings(self.settings, prepared, folder, whole.split, whole.at_once, whole.run)
+
+    @property
+    def metric(self) -> str:
+        """What decides, in words; more of it is better."""
+        if self.objective is None:
+            return "the metric"
+        return self.objective.name if self.objective.better == "higher" else f"minus {self.objective.name}"
 
     def remove_rows(self) -> None:
         """Removes the rows that the search has made for itself."""
@@ -316,7 +338,7 @@ def _report(settings: Settings, file: str, preset: Preset, search: Search, resul
         title=f"Search for better settings of {settings.name}",
         file=file,
         best=str(search.folder / BEST),
-        metric="the metric" if search.objective is None else search.objective.name,
+        metric=search.metric,
         minutes=(search.minutes, result.spent / 60),
         trainings=result.trainings,
         failed=search.trainings.failed,

@@ -273,7 +273,7 @@ def join_best(alternatives: Sequence[Alternative], effects: Sequence[Difference]
     chosen: dict[str, int] = {}
     for number in alive:
         each, effect = alternatives[number], effects[number]
-        if effect.value is None or effect.value < (0.0 if each.simpler else effect.error or 0.0):
+        if effect.value is None or effect.value < 0 or not (each.simpler or effect.value > (effect.error or 0.0)):
             continue
         before = chosen.get(each.part)
         if before is None or effect.value > (effects[before].value or 0.0):

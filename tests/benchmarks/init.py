@@ -1,10 +1,12 @@
 """python -m tests.benchmarks.init [--table journey slice deskdrop income synthetic rows] [--seeds 5] [--work F]
+python -m tests.benchmarks.init --tune small [--minutes M]
 
 Is what `mmoe-rec init` writes as good as settings that people wrote? On each table `init` is given the log, its further
 logs of events, and nothing else; what it writes is trained with several seeds, unchanged but for the split, which is
 that of the shipped settings, as are the trainings that it is compared with. Each task is measured on the same test rows
 and labels; the difference is that of the mean AUC over tasks, over trainings and users. A run that was stopped goes on,
-and trainings of `tests.benchmarks.accuracy` in the same --work are taken.
+and trainings of `tests.benchmarks.accuracy` in the same --work are taken. With --tune, what `init` wrote goes through
+`mmoe-rec tune --preset` first, and what that says stands in `tuned`.
 
 Of `synthetic`, the columns that hold the truth are taken away. `rows` is 2 million rows of it, `init` alone.
 
@@ -33,7 +35,9 @@ from mmoe_rec.evaluation.scoring import ScoredRows
 from mmoe_rec.evaluation.sums import EvaluationSums
 from mmoe_rec.evaluation.trainings import compare_trainings
 from mmoe_rec.inference.artifact import Source
+from mmoe_rec.jobs.alternatives import Preset
 from mmoe_rec.jobs.evaluate import scored_rows
+from mmoe_rec.jobs.presets import tune_preset
 from mmoe_rec.jobs.seeds import train_seeds
 from mmoe_rec.settings.load import load_settings
 from mmoe_rec.settings.sections import Settings
@@ -66,7 +70,7 @@ def shipped_settings(table: str, work: Path) -> Settings:
     return load_settings("configs/synthetic.yaml", [*trees, *(f"--{name}={each}" for name, each in places.items())])
 
 
-def run_init(log: str, events: list[str], out: Path) -> dict[str, float]:
+def run_init(log: str, events: list[str], out: Path) -> dict[str, Any]:
     """Runs the command in a process of its own; its seconds, and the most memory that it held."""
     out.unlink(missing_ok=True)
     words = [sys.executable, "-m", "mmoe_rec", "init", log, "--out", str(out)]
@@ -85,6 +89,15 @@ def written_settings(out: Path, shipped: Settings, work: Path) -> Settings:
     tree["split"] = shipped.model_dump(mode="json")["split"]
     tree["data"]["work"], tree["tracking"]["uri"] = str(work), f"sqlite:///{work}.db"
     return Settings.model_validate(tree)
+
+
+def tune(settings: Settings, preset: Preset, minutes: float | None) -> tuple[Settings, list[str]]:
+    """What `tune --preset` makes of settings, with a folder of its own, and what it says of it."""
+    file = Path(f"{settings.data.work}.yaml")
+    file.write_text(settings.to_yaml(), encoding="utf-8")
+    report = tune_preset(settings, str(file), {}, preset, minutes)
+    work = f"{settings.data.work}_tuned"
+    return load_settings(report.best, ["--data.work", work, "--tracking.uri", f"sqlite:///{work}.db"]), report.sentences
 
 
 def score_all(settings: Settings, seeds: int) -> list[ScoredRows]:
@@ -131,6 +144,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--table", nargs="+", choices=TABLES, default=TABLES)
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--tune", choices=["small", "medium", "large"], help="tune what init wrote")
+    parser.add_argument("--minutes", type=float, help="of --tune")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir(), "mmoe_rec_accuracy"))
     asked, result = parser.parse_args(), dict[str, Any]()
     for table in asked.table:
@@ -144,7 +159,10 @@ def main() -> None:
             shipped = shipped_settings(table, work)
             events = [each.path for each in shipped.data.events.values()]
             result[table] = run_init(shipped.data.log, events, out)
-            result[table] |= compare(shipped, written_settings(out, shipped, work / "init"), asked.seeds)
+            own = written_settings(out, shipped, work / "init")
+            if asked.tune is not None:
+                own, result[table]["tuned"] = tune(own, asked.tune, asked.minutes)
+            result[table] |= compare(shipped, own, asked.seeds)
         print(json.dumps({table: result[table]}, indent=1), flush=True)
     print(json.dumps(result))
 

@@ -147,6 +147,7 @@ def test_a_better_file_is_found_with_its_comments(
     assert len(trained) == number
 
 
+@pytest.mark.thorough
 def test_further_inputs_are_seen_by_those_that_ask_for_them(
     config: Path, tmp_path: Path, draw: Callable[[Draw], list[Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -196,6 +197,7 @@ def test_trainings_that_fail_count_for_nothing(config: Path, draw: Callable[[Dra
     assert of_epochs["verdict"] == "not shown"
 
 
+@pytest.mark.thorough
 def test_a_training_whose_process_is_killed_three_times_has_failed(
     config: Path, draw: Callable[[Draw], list[Any]]
 ) -> None:
@@ -224,6 +226,16 @@ def test_a_training_whose_process_is_killed_three_times_has_failed(
     assert "its process was killed 3 times" in next(iter(found["failed"].values()))
 
 
+@pytest.mark.thorough
+@pytest.mark.parametrize("decide_by", ["logloss", "map"])
+def test_any_metric_decides_and_more_is_better(config: Path, draw: Callable[[Draw], list[Any]], decide_by: str) -> None:
+    draw(skill_of)
+    found = tune(config, "--minutes", "2", "--evaluation.decide_by", decide_by)
+    (better,) = (each["effect"]["value"] for each in found["tried"] if each["name"] == "training.epochs 4")
+    assert better > 0
+    assert found["metric"].startswith("minus ") == (decide_by == "logloss")
+
+
 def test_too_little_time_keeps_the_file(config: Path, draw: Callable[[Draw], list[Any]]) -> None:
     draw(lambda task: 0.5)
     found = tune(config, "--minutes", "0.5", "--training.weight_decay", "0.004")
@@ -245,6 +257,7 @@ def test_a_sample_holds_all_rows_of_some_users(config: Path, tmp_path: Path) -> 
         assert sampled.manifest["splits"][split]["rows"] == len(taken)
 
 
+@pytest.mark.thorough
 def test_a_log_of_which_too_few_trainings_fit_is_sampled(
     config: Path, draw: Callable[[Draw], list[Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
