@@ -75,7 +75,7 @@ def find(health: Health) -> list[Finding]:
     found = [finding for feature in health["features"] for finding in _leaks(feature, health)]
     found += [*_files(health), *_labels(health), *_users(health), *_rare(health), *_within(health), *_drawn(health)]
     for feature in health["features"]:
-        found += [*_constants(feature), *_coverage(feature), *_unknown(feature, health), *_seldom(feature)]
+        found += [*_constants(feature), *_coverage(feature), *_unknown(feature, health), *_seldom(feature, health)]
     found += [*_drifts(health), *_empty_tables(health)]
     return sorted(found, key=lambda each: (str(each["severity"]), -each["cost"]))
 
@@ -298,14 +298,14 @@ def _unknown(feature: Health, health: Health) -> Iterator[Finding]:
         yield _finding("warning", "unknown", feature["name"], message, cost_of_unknown(feature), advice)
 
 
-def _seldom(feature: Health) -> Iterator[Finding]:
+def _seldom(feature: Health, health: Health) -> Iterator[Finding]:
     for each in feature["inputs"]:
         if each["rows_per_id"] is not None and each["rows_per_id"] < SELDOM_ROWS:
             message = (
                 f"a known id of feature '{feature['name']}' has {each['rows_per_id']:.1f} training rows on average"
                 f"{_by(feature, each)}: hardly anything is learnt of most"
             )
-            advice = [leave_out(feature, ", and count by its column instead")]
+            advice = [leave_out(feature, ", and count by its column instead", health["features"])]
             if "min_count" in feature["settings"] and feature["settings"]["table"] is None:
                 what = "let seldom ids share rows"
                 advice.insert(0, change(what, f"features.{feature['name']}.min_count", SELDOM_ROWS))

@@ -47,7 +47,7 @@ JOBS = (
     Job("baselines", "Beside popularity and trees", ("baselines", "--model", ADDRESS), of_model=True),
     Job("structures", "Whether several tasks and experts help", ("structures",)),
     Job("ablation", "What features are worth", ("ablate", "--model", ADDRESS), of_model=True),
-    Job("tuning", "Search for settings", ("tune",)),
+    Job("tuning", "Search for settings", ("tune", "--preset", "small")),
 )
 """In the order of a report."""
 

@@ -59,7 +59,7 @@ def test_what_is_there_is_told_and_what_is_missing_has_its_command(world: Path) 
         "seeds": "train --seeds 5",
         "baselines": "baselines --model models:/learnable@champion",
         "structures": "structures",
-        "tuning": "tune",
+        "tuning": "tune --preset small",
     }
     assert " warnings found; above all: 60." in parts["inspection"].sentences[0]
     assert parts["evaluation"].sentences[0].startswith("'new' is ")
