@@ -107,6 +107,7 @@ def _find_time(reading: Reading) -> None:
         if found and purpose in keys:  # as the day of a user's birth, or of publication
             changes = reading.profile.changes([keys[purpose]], [each.name for each in found])
             found = [each for each in found if not changes[each.name] <= STEADY]
+    found = _without_attributes(reading, found)
     if not found:
         texts = [each.name for each in reading.free() if each.kind == "text" and _looks_like_time(each)]
         if texts:
@@ -132,6 +133,19 @@ def _find_time(reading: Reading) -> None:
     if len(found) > 1:
         others = ", ".join(sorted(each.name for each in found if each is not best))
         meaning.key_checks["time"] = f"it lies before {others} in most rows, so it is taken for the request's time"
+
+
+def _without_attributes(reading: Reading, times: list[Column]) -> list[Column]:
+    """Times without those of things: what a column determines that does not determine another time of more values, as
+    the start of a session, or the day when an article was new."""
+    pool = [each for each in reading.free() if each.is_key and each.unit is None and 1 < each.distinct < each.rows / 2]
+    for key in sorted(pool, key=lambda each: (-each.distinct, each.name))[:12]:
+        if len(times) < 2:
+            break
+        changes = reading.profile.changes([key.name], [each.name for each in times])
+        most = max((each.distinct for each in times if changes[each.name] > 10 * STEADY), default=0)
+        times = [each for each in times if not (changes[each.name] <= STEADY and each.distinct < most)]
+    return times
 
 
 def _unit(column: Column) -> str | None:

@@ -707,8 +707,13 @@ def rows_one_by_one(seed: int) -> HeldOut:
     """Lists whose rows were logged as they were seen, each at its own moment; what was known before."""
     w = draw_world(seed, 10_000, 500, 200, 45, shown=5)
     random, seen = w.random, w.clicked.astype(bool)
+    _, session = np.unique(w.user * 1000 + (w.time - YEAR_2024) // (7 * DAY), return_inverse=True)
+    started = np.full(session.max() + 1, w.time.max())
+    np.minimum.at(started, session, w.time)
     log = pa.table(
         {
+            "session_id": session + 7000,
+            "session_started": at(started[session] - 60_000_000, "ms"),
             "search_id": uuids(random, w.request.max() + 1)[w.request],
             "member": w.user + 10_000,
             "song": w.item + 1,
@@ -726,6 +731,7 @@ def rows_one_by_one(seed: int) -> HeldOut:
         {"user": "member", "candidate": "song", "request": "search_id", "time": "ts"},
         {
             "candidate": "artist plays_7d",
+            "context|": "session_id session_started",
             "placement": "pos",
             "user": "is_paid_member",
             "candidate|context": "liked_before",
