@@ -53,6 +53,7 @@ def list_alternatives(settings: Settings, rows: int, preset: Preset, inputs: Col
             continue
         found.append(each)
     order = ["epochs", "dropout", "batch", "learning rate", "trees", "ids", "histories", "values", "windows"]
+    order += ["counters of other pairs", "counters of users with something else", "counters of attributes"]
     return sorted(found, key=lambda each: order.index(each.part) if each.part in order else len(order))
 
 
@@ -116,7 +117,7 @@ def _of_features(settings: Settings) -> Iterator[Alternative]:
         """Without features, where others remain and none of those reads them."""
         rest = {each: feature for each, feature in features.items() if each not in names}
         if names and rest and not (set(_read_by(rest.values())) & set(names)):
-            yield Alternative(f"without {name} ({', '.join(names)})", part, without=tuple(names), simpler=True)
+            yield Alternative(f"without {name} ({_some(names)})", part, without=tuple(names), simpler=True)
 
     def of_kind(kind: str, **equal: Any) -> list[str]:
         each_of = {name: each for name, each in features.items() if each.kind == kind}
@@ -131,6 +132,19 @@ def _of_features(settings: Settings) -> Iterator[Alternative]:
         if readers:
             yield from left_out("histories", f"ids of {what}s and histories of them", [*ids, *readers])
     yield from left_out("crosses of columns", "crosses", of_kind("cross"))
+    counters = {name: each.by for name, each in features.items() if isinstance(each, CounterFeature)}
+    kinds = {
+        "counters of users with something else": [
+            n for n, by in counters.items() if columns.user in by and len(by) > 1
+        ],
+        "counters of other pairs": [n for n, by in counters.items() if columns.user not in by and len(by) > 1],
+        "counters of attributes": [
+            n for n, by in counters.items() if len(by) == 1 and not {*by} & {columns.user, columns.candidate}
+        ],
+    }
+    for name, names in kinds.items():
+        if len(names) < len(counters):
+            yield from left_out(name, name, names)
     for task in settings.tasks:
         yield from left_out(f"counters of {task}", f"counters of {task}", of_kind("counter", task=task))
     for events in settings.data.events:
@@ -154,29 +168,43 @@ def _of_inputs(settings: Settings, inputs: Collection[str]) -> Iterator[Alternat
     recent = {name: each for name, each in counters.items() if "recency" in each.outputs and len(each.outputs) > 1}
     yield from left_out(
         "recency",
-        f"no recency of {', '.join(recent)}",
+        f"no recency of {_some(recent)}",
         {f"features.{n}.outputs": [o for o in each.outputs if o != "recency"] for n, each in recent.items()},
         (f"{name}_recency" for name in recent),
     )
     yield from left_out(
         "windows",
-        f"all of the past alone, without windows, of {', '.join(both)}",
+        f"all of the past alone, without windows, of {_some(both)}",
         {f"features.{name}.window_days": [None] for name in both},
         (each for n, counter in both.items() for each in names_of(n, filter(None, counter.window_days))),
     )
     yield from left_out(
         "windows",
-        f"windows alone, without all of the past, of {', '.join(both)}",
+        f"windows alone, without all of the past, of {_some(both)}",
         {f"features.{n}.window_days": [*filter(None, counter.window_days)] for n, counter in both.items()},
         (each for name in both for each in names_of(name, [None])),
+    )
+    short = {n: each for n, each in counters.items() if 0 < len(_up_to_a_day(each)) < len(each.window_days)}
+    yield from left_out(
+        "windows",
+        f"no windows of a day or less, of {_some(short)}",
+        {
+            f"features.{n}.window_days": [days for days in each.window_days if days is None or days > 1]
+            for n, each in short.items()
+        },
+        (each for n, counter in short.items() for each in names_of(n, _up_to_a_day(counter))),
     )
     valued = [name for name, each in settings.features.items() if getattr(each, "values", None) is not None]
     yield from left_out(
         "values",
-        f"no exact values of {', '.join(valued)}",
+        f"no exact values of {_some(valued)}",
         {f"features.{name}.values": None for name in valued},
         (f"{name}_value" for name in valued),
     )
+
+
+def _up_to_a_day(counter: CounterFeature) -> list[float]:
+    return [days for days in counter.window_days if days is not None and days <= 1]
 
 
 WINDOWS = (7, 28)
@@ -195,11 +223,11 @@ def widen(settings: Settings) -> list[Alternative]:
     found = []
     if numbers:
         values = {f"features.{name}.values": "auto" for name in numbers}
-        found.append(Alternative(f"exact values of {', '.join(numbers)}", "values", values))
+        found.append(Alternative(f"exact values of {_some(numbers)}", "values", values))
     if counters:
         windows = {f"features.{name}.window_days": [None, *WINDOWS] for name in counters}
         days = " and ".join(map(str, WINDOWS))
-        found.append(Alternative(f"windows of {days} days too, of {', '.join(counters)}", "windows", windows))
+        found.append(Alternative(f"windows of {days} days too, of {_some(counters)}", "windows", windows))
     return found
 
 
@@ -208,6 +236,12 @@ def _read_by(features: Iterable[Any]) -> Iterator[str]:
     for each in features:
         yield from filter(None, (getattr(each, "of", None), getattr(each, "table", None)))
         yield from getattr(each, "attributes", ())
+
+
+def _some(names: Collection[str]) -> str:
+    """The first of some names, and how many more there are."""
+    first = list(names)[:3]
+    return ", ".join(first) + (f" and {len(names) - len(first)} more" if len(names) > len(first) else "")
 
 
 def _rounded(value: float) -> float:
