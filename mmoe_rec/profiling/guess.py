@@ -120,5 +120,6 @@ def _find_split(reading: Reading) -> None:
     said = next((f"{each}; or " for each in meaning.warnings if "times as text" in each), "")
     raise UserError(
         f"'{reading.profile.name}' has neither a column of times (--time) nor one that says which rows are train, "
-        f"validation and test: {said}add one, say `split`, with these words in it"
+        f"validation and test: {said}add one, as pandas does it: log['split'] = numpy.random.default_rng(1).choice("
+        "['train', 'validation', 'test'], len(log), p=[0.8, 0.1, 0.1])"
     )

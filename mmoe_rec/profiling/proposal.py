@@ -198,9 +198,12 @@ class _Proposer:
     def _propose_column(self, each: Column, role: str) -> bool:
         """Adds the features of a column; False where there is none."""
         check = self.meaning.checks.get(each.name, "")
-        made = self._kind_of(each)
-        if made is None:
-            self.meaning.left_out[each.name] = "its values are too many and too rare to learn from"
+        made, whose = self._kind_of(each), self.columns.get(self.keys.get(role, ""))
+        why = "its values are too many and too rare to learn from" if made is None else None
+        if whose is not None and each.kind == "text" and each.distinct > max(50, 0.9 * whose.distinct):
+            why = f"as a name, it says the same as {whose.name}"
+        if why is not None or made is None:
+            self.meaning.left_out[each.name] = why or ""
             return False
         for suffix, value, note in made:
             self._add(each.name + suffix, value, note, check)

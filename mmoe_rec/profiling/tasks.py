@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from mmoe_rec.errors import UserError
 from mmoe_rec.profiling.meaning import STEADY, Reading, TaskGuess
 from mmoe_rec.profiling.profile import Column, days
-from mmoe_rec.profiling.words import BEFORE, LABELS, NUMBERS, PLACEMENT, UNWANTED, begins, has
+from mmoe_rec.profiling.words import BEFORE, EVENT_TYPES, LABELS, NUMBERS, PLACEMENT, UNWANTED, begins, has
 
-_MOST_TASKS = 5
+_MOST_TASKS, _TYPES = 5, 20
 
 
 def find_tasks(reading: Reading) -> None:
@@ -33,6 +33,12 @@ def find_tasks(reading: Reading) -> None:
         each.score_weight = 0.0 if binary else 1.0
     meaning.tasks = [*binary, *others]
     if not meaning.tasks:
+        types = [each.name for each in reading.columns.values() if each.kind == "text" and each.distinct <= _TYPES]
+        if types := [name for name in types if has(name, EVENT_TYPES)]:
+            raise UserError(
+                f"'{reading.profile.name}' looks like a log of events, by its column '{types[0]}': --events takes it, "
+                "beside a log with a row for each candidate that was shown, taken or not"
+            )
         near = _near_label(reading)
         raise UserError(
             f"'{reading.profile.name}' has no column that looks like a label, 0 or 1 in each row{near}: "

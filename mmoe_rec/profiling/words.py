@@ -27,7 +27,7 @@ NAMES = {
         "ad annonce anuncio anzeige app article articulo artikel asin book business candidate clip content course "
         "creative destination doc document episode exercise film game gif hotel iid item itemid job lesson "
         "listing movie news oferta offer pelicula place podcast poi post product producto produit produkt "
-        "property question recipe restaurant show sku song story titel track venue video"
+        "prop property question recipe restaurant show sku song story titel track venue video"
     ),
     "request": _words(
         "anfrage auction basket batch bid busqueda consulta display exposure feed impression impressionid list "
