@@ -18,9 +18,10 @@ import numpy as np
 
 from mmoe_rec.atomic import write_text
 from mmoe_rec.auc import FEWEST
+from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.comparison import GUARDED, OBJECTIVE, Objective, find_objective
 from mmoe_rec.evaluation.intervals import Difference, correct_by_holm
-from mmoe_rec.evaluation.summary import evaluate, sums_by_user
+from mmoe_rec.evaluation.summary import SCORE, evaluate, sums_by_user
 from mmoe_rec.evaluation.sums import EvaluationSums, count_rarer_label
 from mmoe_rec.evaluation.trainings import find_differences
 from mmoe_rec.jobs.run_page import as_code, command, quoted
@@ -41,6 +42,10 @@ SHARED_BOTTOM, ONE_GATE, MIXTURE, PLE, OWN, TREES = (
     "these settings",
     "trees alone",
 )
+
+
+MOST_UNITS = 4096
+"""Of a shared bottom's first layer."""
 
 
 def compare_structures(settings: Settings, seeds: int, at_once: int = 1) -> StructuresReport:
@@ -80,19 +85,22 @@ def judge_structures(
     variants: None for those of `list_variants`.
     """
     settings, first = trainings.settings, trainings.settings.training.seed
-    trained = trainings.train(variants or list_variants(settings), range(first, first + seeds))
-    base, *others = trained.values()
-    sums = base.sums[0]
+    variants, numbers = variants or list_variants(settings), range(first, first + seeds)
+    base, *others = trainings.train([each for each in variants if not each.trees_alone], numbers).values()
+    warnings = []
+    for each in (each for each in variants if each.trees_alone):
+        try:
+            others += trainings.train([each], numbers).values()
+        except UserError as error:
+            warnings.append(f"{each.name} were left out: {error}")
+    measured = base.sums
+    sums = measured[0]
     objective = Objective.of(settings.evaluation.decide_by, sums, list(settings.tasks))
     metrics = _metrics_of_tasks(settings, sums)
     wanted = {metric.name for metric in metrics.values()} | ({objective.metric} if objective is not None else set())
-    differences = find_differences(
-        base.sums,
-        {each.variant.name: each.sums for each in others},
-        objective,
-        settings.evaluation.resamples,
-        wanted,
-    )
+    resamples, trained = settings.evaluation.resamples, {each.variant.name: each for each in others}
+    differences = find_differences(measured, _OneAtATime(trained), objective, resamples, wanted)
+    means = _average(measured, metrics)
     answers = list(_ask(base, others, objective, metrics, differences))
     rows = int(sums.tables["ranking"]["rows"].to_numpy().sum())
     return StructuresReport(
@@ -102,13 +110,13 @@ def judge_structures(
         rows=rows,
         units="rows" if rows == sums.users else "users",
         objective=None if objective is None else objective.name,
-        table=[_row_of(each, metrics, differences) for each in (base, *others)],
+        table=list(_tabulate(base, others, means, metrics, differences)),
         answers=_correct(answers),
         metrics={task: metric.name for task, metric in metrics.items()},
         few={task: count_rarer_label(sums, task) for task in settings.tasks if task not in metrics},
         margin=settings.evaluation.margin,
         has_trees=settings.model.trees is not None,
-        warnings=list(_warn([base, *others])),
+        warnings=[*warnings, *_warn([base, *others])],
         facts=_facts(settings, [base, *others]),
     )
 
@@ -136,10 +144,13 @@ def list_variants(settings: Settings) -> list[Variant]:
 def _structures(own: Model, tasks: int) -> dict[str, Model]:
     """Name -> model with as many units in the first layer of its experts; one task has no use for gates of tasks."""
     experts, gates = own.experts, own.gates
-    if gates.routing != "soft":
-        gates = Gates(dropout=gates.dropout)
     total = experts.count + experts.task_count * tasks
-    width, (first, *rest) = total * experts.units[0], experts.units
+    if gates.routing != "soft":  # the budget is what a row takes
+        total = min(total, gates.serving_top_k or gates.top_k)
+    gates = (
+        gates.model_copy(update={"serving_top_k": None}) if gates.routing == "soft" else Gates(dropout=gates.dropout)
+    )
+    width, (first, *rest) = min(total * experts.units[0], MOST_UNITS), experts.units
     if total == 1:  # a shared bottom, which is taken apart
         total = max(2, min(Experts().count, first // 8))
         first = max(1, first // total)
@@ -166,11 +177,13 @@ def _with_model(settings: Settings, model: Model) -> Settings:
 
 def _metrics_of_tasks(settings: Settings, sums: EvaluationSums) -> dict[str, Metric[Any]]:
     """Task with enough labels -> the metric that judges it: the one that decides, if it is of such tasks."""
-    decides, found = find_objective(settings.evaluation.decide_by), dict[str, "Metric[Any]"]()
-    for task in sums.tasks:
-        if task.name in settings.tasks and count_rarer_label(sums, task.name) >= FEWEST:
-            found[task.name] = decides if task.kind in decides.kinds else find_objective(GUARDED[task.kind])
-    return found
+    decide_by = settings.evaluation.decide_by
+    decides, of_score = find_objective(decide_by), decide_by.startswith(f"{SCORE}.")
+    return {
+        task.name: decides if task.kind in decides.kinds and not of_score else find_objective(GUARDED[task.kind])
+        for task in sums.tasks
+        if task.name in settings.tasks and count_rarer_label(sums, task.name) >= FEWEST
+    }
 
 
 def _ask(
@@ -218,22 +231,47 @@ def _correct(answers: Sequence[Answer]) -> list[Answer]:
     ]
 
 
-def _row_of(
-    trained: TrainedVariant,
+class _OneAtATime(Mapping[str, tuple[EvaluationSums, ...]]):
+    """Variants' sums by their names, none of which is kept."""
+
+    def __init__(self, trained: Mapping[str, TrainedVariant]) -> None:
+        self._trained = trained
+
+    def __getitem__(self, name: str) -> tuple[EvaluationSums, ...]:
+        return self._trained[name].measure()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._trained)
+
+    def __len__(self) -> int:
+        return len(self._trained)
+
+
+def _average(sums: Sequence[EvaluationSums], metrics: Mapping[str, Metric[Any]]) -> dict[str, float]:
+    """Task -> the mean of its metric over trainings."""
+    groups = [sums_by_user(each, {metric.name for metric in metrics.values()}) for each in sums]
+    values = [evaluate(each, np.ones((len(sums[0].tables["ranking"]), 1))) for each in groups]
+    return {
+        task: float(np.mean([each[task, metric.name][0] for each in values]))
+        for task, metric in metrics.items()
+        if all((task, metric.name) in each for each in values)
+    }
+
+
+def _tabulate(
+    base: TrainedVariant,
+    others: Sequence[TrainedVariant],
+    means: Mapping[str, float],
     metrics: Mapping[str, Metric[Any]],
     differences: Mapping[tuple[str, str, str], Difference],
-) -> StructureRow:
-    groups = [sums_by_user(each, {metric.name for metric in metrics.values()}) for each in trained.sums]
-    values = [evaluate(each, np.ones((len(trained.sums[0].tables["ranking"]), 1))) for each in groups]
-    cells = {}
-    for task, metric in metrics.items():
-        if all((task, metric.name) in each for each in values):
-            mean = float(np.mean([each[task, metric.name][0] for each in values]))
-            apart = differences.get((trained.variant.name, task, metric.name))
-            cells[task] = Cell(mean if np.isfinite(mean) else None, apart)
-    return StructureRow(
-        trained.variant.name, cells, trained.facts[0].get("parameters"), float(np.mean(trained.seconds))
-    )
+) -> Iterator[StructureRow]:
+    """The rows of the table. means: of the first variant, from which the others' differ."""
+    for each in (base, *others):
+        name, cells = each.variant.name, {task: Cell(mean) for task, mean in means.items()}
+        if each is not base:
+            apart = {task: differences.get((name, task, metrics[task].name), Difference(None)) for task in means}
+            cells = {task: Cell(means[task] - its.value, its) for task, its in apart.items() if its.value is not None}
+        yield StructureRow(name, cells, each.facts[0].get("parameters"), float(np.mean(each.seconds)))
 
 
 def _warn(trained: Sequence[TrainedVariant]) -> Iterator[str]:

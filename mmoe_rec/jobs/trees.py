@@ -175,15 +175,19 @@ LIBRARIES = (
 )
 
 
+def can_import(library: Library) -> bool:
+    """Whether it is installed, and the system has what it needs."""
+    try:
+        import_module(library.module)
+    except (ImportError, OSError):
+        return False
+    return True
+
+
 def find_libraries() -> list[Library]:
     """Those that can be imported; of others the output says how they come."""
-    found, missing = [], []
-    for each in LIBRARIES:
-        try:
-            import_module(each.module)
-            found.append(each)
-        except (ImportError, OSError):  # the latter where the system lacks what a library needs
-            missing.append(each.name)
+    found = [each for each in LIBRARIES if can_import(each)]
+    missing = [each.name for each in LIBRARIES if each not in found]
     if missing:
         say(f"{' and '.join(missing)} would be measured too: `pip install 'mmoe-rec[baselines]'`")
     return found

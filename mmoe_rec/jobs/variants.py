@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,15 +74,26 @@ class Variant:
 class TrainedVariant:
     """A variant's trainings, in the order of the seeds.
 
-    sums: of all metrics on the rows of the split; seconds: that each took; facts: of each, such as `best_step` and
-    `steps` of a network.
+    rows: of the split; files: what each predicts for them; seconds: that each took; facts: of each, such as `best_step`
+    and `steps` of a network.
     """
 
     variant: Variant
     seeds: tuple[int, ...]
-    sums: tuple[EvaluationSums, ...]
+    rows: ScoredRows
+    files: tuple[Path, ...]
     seconds: tuple[float, ...]
     facts: tuple[dict[str, Any], ...]
+
+    @cached_property
+    def sums(self) -> tuple[EvaluationSums, ...]:
+        """All metrics of each, on the rows of the split."""
+        return self.measure()
+
+    def measure(self) -> tuple[EvaluationSums, ...]:
+        """The same, but they are not kept: those of many variants would fill the memory."""
+        read = (_read_predictions(file) for file in self.files)
+        return tuple(replace(self.rows, predictions=each, score=score).measure() for each, score, _ in read)
 
 
 @contextmanager
@@ -161,8 +173,9 @@ class VariantTrainings:
         unsent = Path(self.settings.data.work) / "unsent" if self.at_once == 1 else None
         prepared = replace(self.prepared, left_out=(variant.without_features, variant.without_tasks))
         own = replace(variant, settings=share_threads(_with_seed(variant.settings, seed), self.at_once))
-        file = self.trained / f"{variant.key(seed, self.split)}.parquet"
-        return _Task(own, prepared, self.split, file, self.folder / "checkpoints", parent, unsent)
+        return _Task(
+            own, prepared, self.split, self._file_of(variant, seed), self.folder / "checkpoints", parent, unsent
+        )
 
     def train_until(
         self, pairs: Sequence[tuple[Variant, int]], seconds: float, costs: Sequence[float], pace: float = 0.0
@@ -210,7 +223,7 @@ class VariantTrainings:
         values of a regression."""
         rows = self._rows_of(variant)
         binary = np.array([task.kind == "binary" for task in rows.layout.tasks])
-        each = [self._read_predictions(variant, seed)[0] for seed in seeds]
+        each = [_read_predictions(self._file_of(variant, seed))[0] for seed in seeds]
         with np.errstate(divide="ignore", invalid="ignore"):
             joined = expit(np.mean([logit(np.clip(values, 1e-12, 1 - 1e-12)) for values in each], axis=0))
         return rows.with_predictions(np.where(binary, joined, np.mean(each, axis=0))).measure()
@@ -224,24 +237,24 @@ class VariantTrainings:
         layout = ModelLayout.of(self.prepared.layout.without(tasks=variant.without_tasks), variant.settings)
         return self._rows.of_tasks(layout)
 
-    def _read_predictions(self, variant: Variant, seed: int) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
-        """(N, T) predictions, (N,) scores, and facts of a training."""
-        file = self.trained / f"{variant.key(seed, self.split)}.parquet"
-        try:
-            table = pq.read_table(file)
-        except (OSError, pa.ArrowException):
-            raise UserError(f"'{file}' can't be read, it may be damaged: remove it, and go on") from None
-        *predicted, score = (table.column(name).to_numpy() for name in table.column_names)
-        return np.column_stack(predicted), score, json.loads(table.schema.metadata[_FACTS])
+    def _file_of(self, variant: Variant, seed: int) -> Path:
+        return self.trained / f"{variant.key(seed, self.split)}.parquet"
 
     def _read(self, variant: Variant, seeds: Sequence[int]) -> TrainedVariant:
-        rows, sums, facts = self._rows_of(variant), [], []
-        for seed in seeds:
-            predictions, score, its = self._read_predictions(variant, seed)
-            sums.append(replace(rows, predictions=predictions, score=score).measure())
-            facts.append(its)
+        files = tuple(self._file_of(variant, seed) for seed in seeds)
+        facts = tuple(_read_predictions(file)[2] for file in files)
         seconds = tuple(float(each.pop("seconds")) for each in facts)
-        return TrainedVariant(variant, tuple(seeds), tuple(sums), seconds, tuple(facts))
+        return TrainedVariant(variant, tuple(seeds), self._rows_of(variant), files, seconds, facts)
+
+
+def _read_predictions(file: Path) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
+    """(N, T) predictions, (N,) scores, and facts of a training."""
+    try:
+        table = pq.read_table(file)
+    except (OSError, pa.ArrowException):
+        raise UserError(f"'{file}' can't be read, it may be damaged: remove it, and go on") from None
+    *predicted, score = (table.column(name).to_numpy() for name in table.column_names)
+    return np.column_stack(predicted), score, json.loads(table.schema.metadata[_FACTS])
 
 
 @dataclass(frozen=True)
@@ -387,11 +400,11 @@ def _grow_trees(task: _Task, run: runs.Run) -> tuple[ScoredRows, dict[str, Any]]
     from mmoe_rec.batches.encoded_rows import EncodedRows
     from mmoe_rec.evaluation.scoring import read_labels
     from mmoe_rec.jobs.baselines import boost_tasks, predict_calibrated, read_inputs
-    from mmoe_rec.jobs.trees import LIBRARIES, find_libraries
+    from mmoe_rec.jobs.trees import LIBRARIES, can_import
 
     settings, prepared = task.variant.settings, task.prepared
     layout = prepared.layout
-    library = max(find_libraries(), key=lambda each: (each.name == "LightGBM", each is LIBRARIES[0]))
+    library = next(each for each in (*LIBRARIES[1:], LIBRARIES[0]) if each.name != "CatBoost" and can_import(each))
     learnt, held_out, last = read_inputs(settings, prepared, layout)
     boosted, facts = boost_tasks(settings, layout, learnt, held_out, [library], last)
     rows = EncodedRows(prepared.split(task.split), layout)
