@@ -99,8 +99,10 @@ def judge_structures(
     metrics = _metrics_of_tasks(settings, sums)
     wanted = {metric.name for metric in metrics.values()} | ({objective.metric} if objective is not None else set())
     resamples, trained = settings.evaluation.resamples, {each.variant.name: each for each in others}
-    differences = find_differences(measured, _OneAtATime(trained), objective, resamples, wanted)
-    means = _average(measured, metrics)
+    differences, means = {}, dict[str, float]()
+    if wanted:  # else no task has labels enough
+        differences = find_differences(measured, _OneAtATime(trained), objective, resamples, wanted)
+        means = _average(measured, metrics)
     answers = list(_ask(base, others, objective, metrics, differences))
     rows = int(sums.tables["ranking"]["rows"].to_numpy().sum())
     return StructuresReport(
