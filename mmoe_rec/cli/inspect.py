@@ -1,8 +1,10 @@
 """mmoe-rec inspect --config configs/complete_journey.yaml
 
 The health of a data set before one trains on it: rows, labels by split and week, and for each feature its coverage, ids
-that training does not know, drift, and how well it alone predicts each task, which finds leaks. Prepares the features
-as training would, or takes existing ones; writes `health.html` and `health.json` to `data.work`/inspection.
+that training does not know, drift, and how well it alone predicts each task, which finds leaks. What is suspicious has
+advice, with the override that takes it; and how small a gain the test rows can show is told before anything is trained.
+Prepares the features as training would, or takes existing ones; writes `health.html` and `health.json` to
+`data.work`/inspection.
 """
 
 from __future__ import annotations
