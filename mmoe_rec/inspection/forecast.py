@@ -24,7 +24,10 @@ from mmoe_rec.auc import FEWEST, grouped_auc
 PAIRED = 0.15
 """Standard error of the difference of two settings, five trainings each, as a share of that of one model's AUC."""
 TRAININGS = 5
-MOST_ROWS, MOST_VALUES = 50_000, 20_000_000  # of a split that are read for it
+MOST_ROWS = {"validation": 50_000, "test": 250_000}
+"""Rows that are read for it; of test more, as few users may have most of them."""
+MOST_VALUES = 20_000_000
+"""Numbers that are read of a split: fewer rows of wide ones."""
 LEAST_USERS = 300  # of test rows that are kept where rows are drawn, rather than fewer with all of their rows
 _LEVEL, _POWER = 0.05, 0.9
 _LEAST_USERS = 2.0  # equal ones, of which an interval tells something

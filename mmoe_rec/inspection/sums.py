@@ -227,7 +227,8 @@ def collect(
             (users_in_both,) = database.row(both)
             same_share = [_count_same_share(database, task) for task in tasks]
             width = len(layout.dense) + len(layout.ids) * len(tasks)
-            share, rates = _draw(database, splits, min(MOST_ROWS, MOST_VALUES // max(1, width))), list[np.ndarray]()
+            most = {split: min(rows, MOST_VALUES // max(1, width)) for split, rows in MOST_ROWS.items()}
+            share, rates = _draw(database, splits, most), list[np.ndarray]()
             with bar() as progress:
                 for feature in progress.track(features, description="inspecting"):
                     for each in feature.ids:
@@ -289,12 +290,12 @@ def _count_same_share(database: Database, task: int) -> tuple[float, float, int]
     return None
 
 
-def _draw(database: Database, splits: Mapping[str, SplitSums], most: int) -> float:
-    """Makes a table of about so many rows of validation, by whole requests, and as many of test, by whole users as long
-    as there are many; gives the share of test rows that was drawn."""
-    parts, apart = list[str](), {"users": 1, "requests": 1}
-    for split in ("validation", "test"):
-        every = -(-splits[split].labels.rows // most)
+def _draw(database: Database, splits: Mapping[str, SplitSums], most: Mapping[str, int]) -> float:
+    """Makes a table of about so many rows of validation, by whole requests, and of test, by whole users as long as
+    there are many; gives the share of test rows that was drawn."""
+    parts, apart = list[str](), dict[str, int]()
+    for split in most:  # test last
+        every = -(-splits[split].labels.rows // most[split])
         users = min(every, max(1, splits[split].who["user"] // LEAST_USERS)) if split == "test" else 1
         apart = {"w0": users, "w2": -(-every // users)}
         kept = " AND ".join(f"hash({column}) % {number} = 0" for column, number in apart.items())

@@ -92,7 +92,7 @@ def test_rows_are_drawn_by_whole_users_with_what_their_ids_say(tmp_path, monkeyp
     found = pd.DataFrame({"rate": whole.rates[:, 0, 0], "price": whole.values[:, 0]})
     of_rows, of_frames = (each.round(5).sort_values(["price", "rate"]).to_numpy() for each in (found, expected))
     assert of_rows == pytest.approx(of_frames, abs=1e-4)
-    monkeypatch.setattr(sums, "MOST_ROWS", 1000)
+    monkeypatch.setattr(sums, "MOST_ROWS", {"validation": 1000, "test": 1000})
     monkeypatch.setattr(sums, "LEAST_USERS", 10)
     some = collect(write(tmp_path / "some", frames), SCHEMA, tmp_path / "scratch").drawn
     assert some.share == 1 / 3
