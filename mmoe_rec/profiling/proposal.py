@@ -267,9 +267,8 @@ class _Proposer:
         fitting = []
         for name in self.meaning.roles[role]:  # type: ignore[index]
             each = self.columns[name]
-            usable = (
-                each.kind in ("text", "integer", "boolean") and each.unit is None and name not in self.meaning.checks
-            )
+            usable = each.kind in ("text", "integer", "boolean") and each.unit is None
+            usable &= role == "user" or name not in self.meaning.checks
             if usable and each.kind == "integer" and not self._is_code(each) and each.distinct > 100:
                 usable = False
             if usable and each.nulls < 0.5 * each.rows and least <= each.distinct <= limit:

@@ -67,7 +67,10 @@ def _role_in_log(  # noqa: PLR0911 - as above
     outcome."""
     of_request, of_user, of_candidate = changes
     if of_request <= _CONSTANT:
-        if of_user <= STEADY and not (each.is_key and of_user > 0 and each.distinct > reading.distinct("user")):
+        if of_user <= 4 * STEADY and not (each.is_key and of_user > 0 and each.distinct > reading.distinct("user")):
+            if of_user > STEADY:
+                why = "it changes now and then for a user: does it describe the user, or the request?"
+                reading.meaning.checks[each.name] = why
             return "user"
         if begins(each.name, OUTCOMES) and not has(each.name, BEFORE):
             return None
