@@ -27,7 +27,7 @@ from pydantic import ValidationError
 
 from mmoe_rec.atomic import atomic_folder, write_text
 from mmoe_rec.devices import usable_cores
-from mmoe_rec.errors import UserError, first_line
+from mmoe_rec.errors import UserError, first_line, require_packages
 from mmoe_rec.evaluation.comparison import OBJECTIVE, Objective, effective_users, evaluate_with, find_objective
 from mmoe_rec.evaluation.intervals import Resampled, resample
 from mmoe_rec.evaluation.metrics import metrics_of
@@ -79,9 +79,11 @@ def tune_preset(
 
     file, overrides: where the settings come from, and what overrides it, such as `training.epochs` -> 2; minutes: None
     for those of the preset; at_once: trainings at a time, None for one on each core or GPU. Raises UserError where no
-    metric can decide on the validation rows.
+    metric can decide on the validation rows, or no training by the file ends.
     """
     find_objective(settings.evaluation.decide_by)
+    if settings.model.trees is not None:
+        require_packages("model.trees", "trees", "lightgbm")
     budget = MINUTES[preset] if minutes is None else minutes
     number = at_once or count_places(settings)
     work = Path(settings.data.work) / NAME
@@ -89,6 +91,9 @@ def tune_preset(
     with open_variants(settings, NAME, "validation", number) as trainings:
         search = Search(settings, trainings, preset, budget, work)
         result = search.run()
+        if not result.trainings:
+            reason = next(iter(search.trainings.failed.values()), "none ended in time; give more with --minutes")
+            raise UserError(f"no training by '{file}' ended, so nothing can be compared with it: {reason}")
         report = _report(settings, file, preset, search, result)
         _write(report, settings, file, overrides, result, work)
         search.remove_rows()

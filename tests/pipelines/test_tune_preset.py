@@ -236,6 +236,19 @@ def test_any_metric_decides_and_more_is_better(config: Path, draw: Callable[[Dra
     assert found["metric"].startswith("minus ") == (decide_by == "logloss")
 
 
+def test_a_file_that_can_not_be_trained_is_refused_with_the_reason(
+    config: Path, draw: Callable[[Draw], list[Any]], capsys: pytest.CaptureFixture
+) -> None:
+    def fails(task: Any) -> float:
+        raise UserError("the loss is not finite")
+
+    draw(fails)
+    words = ("--preset", "small", "--at-once", "1", "--minutes", "4", "--training.weight_decay", "0.007")
+    said = commands.refuse(capsys, "tune", "--config", config, *words)
+    assert "no training by" in said
+    assert "nothing can be compared with it: the loss is not finite" in said
+
+
 def test_too_little_time_keeps_the_file(config: Path, draw: Callable[[Draw], list[Any]]) -> None:
     draw(lambda task: 0.5)
     found = tune(config, "--minutes", "0.5", "--training.weight_decay", "0.004")
