@@ -293,15 +293,16 @@ def _count_same_share(database: Database, task: int) -> tuple[float, float, int]
 def _draw(database: Database, splits: Mapping[str, SplitSums], most: Mapping[str, int]) -> float:
     """Makes a table of about so many rows of validation, by whole requests, and of test, by whole users as long as
     there are many; gives the share of test rows that was drawn."""
-    parts, apart = list[str](), dict[str, int]()
-    for split in most:  # test last
+    parts, share = list[str](), 1.0
+    for split in most:
         every = -(-splits[split].labels.rows // most[split])
         users = min(every, max(1, splits[split].who["user"] // LEAST_USERS)) if split == "test" else 1
         apart = {"w0": users, "w2": -(-every // users)}
         kept = " AND ".join(f"hash({column}) % {number} = 0" for column, number in apart.items())
         parts.append(f"SELECT {split == 'test'} AS is_test, * FROM {split} WHERE {kept}")
+        share = 1 / (apart["w0"] * apart["w2"]) if split == "test" else share
     database.run(f"CREATE TABLE drawn AS SELECT row_number() OVER () - 1 AS row, * FROM ({' UNION ALL '.join(parts)})")
-    return 1 / (apart["w0"] * apart["w2"])
+    return share
 
 
 def _read_drawn(database: Database, layout: Layout, rates: Sequence[np.ndarray], share: float) -> Drawn:

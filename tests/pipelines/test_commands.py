@@ -160,7 +160,9 @@ def evaluated(world: World) -> Path:
     return out
 
 
-def test_metrics_have_intervals_and_are_those_of_the_test_rows(world: World, evaluated: Path) -> None:
+def test_metrics_have_intervals_and_are_those_of_the_test_rows(
+    world: World, evaluated: Path, capsys: pytest.CaptureFixture
+) -> None:
     found = read_metrics(evaluated)
     split = json.loads((world.folder / "work" / "features" / "manifest.json").read_text())["splits"]["test"]
     assert found["rows"] == split["rows"]
@@ -172,11 +174,20 @@ def test_metrics_have_intervals_and_are_those_of_the_test_rows(world: World, eva
         assert found["tasks"][task]["auc"]["low"] > 0.55
     area = found["tasks"]["click"]["auc"]["value"]
     assert area == pytest.approx(world.best()["best/click.auc"], abs=0.04)
-    run = world.run()
-    assert run.data.metrics["test/click.auc"] == pytest.approx(area)
-    names = {each.path for each in mlflow.MlflowClient().list_artifacts(run.info.run_id, "evaluation")}
+    logged = world.run()
+    assert logged.data.metrics["test/click.auc"] == pytest.approx(area)
+    names = {each.path for each in mlflow.MlflowClient().list_artifacts(logged.info.run_id, "evaluation")}
     expected = {"metrics.json", "comparison.json", "report.html", "gate_weights.png"}
     assert names == {f"evaluation/{name}" for name in expected | {f"calibration_{task}.png" for task in TASKS}}
+    work = world.folder / "work"
+    shutil.copytree(evaluated, work / "evaluation")
+    run("report", "--config", world.config)
+    shutil.rmtree(work / "evaluation")
+    said = capsys.readouterr().out
+    assert "\nThe last training\n  validation AUC, at step " in said
+    assert f"\nThe model on test rows\n  {found['sentences'][0]}\n" in said  # not out of date
+    assert found["sentences"][0].startswith(f"click: auc {area:.4f} (")
+    assert found["sentences"][0] in (work / "report" / "report.html").read_text(encoding="utf-8")
 
 
 def test_rankings_are_measured_by_the_weights_of_the_command(
