@@ -178,6 +178,14 @@ def test_the_last_override_wins_and_a_negative_value_is_a_value(tmp_path):
     assert "'training.seed' must be at least 0, found -1" in _message(tmp_path, "--training.seed", "-1")
 
 
+def test_an_override_leaves_a_feature_out(tmp_path):
+    found = _load(tmp_path, "--features.user_brand.smoothing", "3", "--features.user_brand", "null").features
+    assert set(found) == set(_load(tmp_path).features) - {"user_brand"}
+    told = _message(tmp_path, "--features.user_brands", "null")
+    assert "'--features.user_brands null' leaves out a feature that is not there; did you mean 'user_brand'?" in told
+    assert "of 'item' is not an id feature" in _message(tmp_path, "--features.item", "null")  # a history reads its ids
+
+
 def test_an_override_reaches_into_an_empty_section(tmp_path):
     assert _load(tmp_path, "--model.experts.count", "3", model=None).model.experts.count == 3
 

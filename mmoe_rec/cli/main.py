@@ -27,6 +27,7 @@ COMMANDS = {
     "train": "features, training, and registration of the model",
     "evaluate": "metrics of a model on the test rows",
     "metrics": "metrics of predictions in Parquet files, of any system",
+    "ablate": "what each feature is worth, and what to leave out",
     "baselines": "popularity and gradient-boosted trees on the same rows",
     "promote": "gives the alias to a version that is shown to be better, or back",
     "tune-weights": "weights of the tasks in the score, for a goal and with a guardrail",

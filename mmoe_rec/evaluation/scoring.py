@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 import torch
 
 from mmoe_rec.batches.batch import make_batch
-from mmoe_rec.batches.encoded_rows import EncodedRows, weights_of
+from mmoe_rec.batches.encoded_rows import EncodedRows, Rows, weights_of
 from mmoe_rec.devices import device_of, freed_memory_kept
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.sums import EvaluationSums, MeasuredTask, measure
@@ -165,11 +165,25 @@ def read_labels(settings: Settings, prepared: FeatureFolder, split: str) -> Scor
     )
 
 
+class RowSource(Protocol):
+    """Encoded rows, of a folder (`EncodedRows`) or in memory."""
+
+    @property
+    def rows(self) -> int:
+        """How many there are."""
+
+    def weighing(self, weighted: bool) -> Sequence[str]:
+        """The columns that say what rows count."""
+
+    def stream(self, batch_size: int, columns: Sequence[str] = ()) -> Iterator[tuple[Rows, pa.Table]]:
+        """All rows, so many at a time, with columns beside them."""
+
+
 @torch.inference_mode()
 def score_rows(
     model: RankingModel,
     layout: ModelLayout,
-    rows: EncodedRows,
+    rows: RowSource,
     batch_size: int,
     *,
     calibration: Calibration = UNCALIBRATED,
@@ -177,8 +191,9 @@ def score_rows(
     weighted: bool = False,
     top_k: int | None = None,
     name: str = "the model",
+    shown: bool = True,
 ) -> ScoredRows:
-    """Scores all rows without placement, in fp32, on the model's device, under a progress bar.
+    """Scores all rows without placement, in fp32, on the model's device, under a progress bar, if it is shown.
 
     The score is the one that the model serves, by its own weights. relevance: weight of each task's label in what a row
     is worth, against which rankings are measured, so that models with other weights are measured alike; None takes the
@@ -195,7 +210,7 @@ def score_rows(
     tables: list[pa.Table] = []
     members = len(model.mixture.each_member())
     experts, effects = UtilisationSums(model.experts_in_use, members), PlacementSums(layout)
-    with bar() as progress, freed_memory_kept():
+    with bar(shown=shown) as progress, freed_memory_kept():
         task = progress.add_task("scoring", total=rows.rows)
         for part, table in rows.stream(batch_size, (*COLUMNS, *more)):
             batch = make_batch(part.encoded, layout, torchrec=False).to(device_of(model))

@@ -304,6 +304,14 @@ class FeaturePipeline:
         pipeline.encoders = self.encoders | {name: live.encoder_of(name) for name in self.memory_encoders}
         return pipeline
 
+    def without(self, features: Collection[str]) -> FeaturePipeline:
+        """A pipeline that gives the inputs of all other features."""
+        pipeline = copy(self)
+        for made in ("memory_encoders", "layout"):
+            pipeline.__dict__.pop(made, None)
+        pipeline.encoders = {name: each for name, each in self.encoders.items() if name not in features}
+        return pipeline
+
     def encode(self, rows: LogRows) -> Encoded:
         """Encodes N rows; inputs as in `layout`. Placement columns may be absent, as they are in serving."""
         inputs, layout = self.inputs(rows), self.layout

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from copy import copy
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -39,6 +40,16 @@ class RequestInputs:
         width += len(self._numbers)
         self._ids = list(enumerate(layout.single_ids() if with_ids else [], width))
         self.width = width + len(self._ids)
+
+    def without(self, names: Collection[str]) -> RequestInputs:
+        """The same, as wide, but that what these inputs give is not written."""
+        left = copy(self)
+        left._columns = [each for each in self._columns if each[0] not in names]
+        left._numbers, left._ids = (
+            [each for each in part if each[1] not in names] for part in (self._numbers, self._ids)
+        )
+        left._parts = {name: parts for name, parts in self._parts.items() if name not in names}
+        return left
 
     def matrix(self, shared: Inputs, own: Inputs, of: np.ndarray) -> Tensor:
         """(N, width) float32 of N candidates. shared: inputs of R requests; own: of the candidates; of: (N,) int64 the

@@ -36,7 +36,7 @@ from mmoe_rec.tracking.outbox import UnreachableError
 from mmoe_rec.tracking.registry import describe_version, find_model, get_version
 
 if TYPE_CHECKING:
-    from mmoe_rec.evaluation.scoring import ScoredRows
+    from mmoe_rec.evaluation.scoring import RowSource, ScoredRows
     from mmoe_rec.inference.ranker import Ranker
     from mmoe_rec.model.layout import ModelLayout
     from mmoe_rec.model.mmoe import RankingModel
@@ -71,13 +71,15 @@ def score_by(
     settings: Settings,
     model: RankingModel,
     layout: ModelLayout,
-    rows: Path,
+    rows: Path | RowSource,
     calibration: Calibration,
     name: str = "the model",
+    shown: bool = True,
 ) -> ScoredRows:
     """Encoded rows as a model scores them, to be measured against what the settings say that labels are worth.
 
-    layout: the model's; name: what it is called where it gives predictions that are not finite (NotFiniteError).
+    layout: the model's; rows: or their folder; name: what it is called where it gives predictions that are not finite
+    (NotFiniteError); shown: whether a bar shows how far it is.
     """
     from mmoe_rec.batches.encoded_rows import EncodedRows
     from mmoe_rec.evaluation.scoring import score_rows
@@ -85,12 +87,13 @@ def score_by(
     scored = score_rows(
         model,
         layout,
-        EncodedRows(rows, layout),
+        EncodedRows(rows, layout) if isinstance(rows, Path) else rows,
         settings.evaluation.batch_size,
         calibration=calibration,
         relevance={each: task.score_weight for each, task in settings.tasks.items()},
         weighted=settings.training.sampling_correction == "weights",
         name=name,
+        shown=shown,
     )
     return scored if settings.columns.has_candidate else replace(scored, candidates=None, row=scored.candidates)
 

@@ -147,7 +147,8 @@ def without_none(annotation: Any) -> Any:
 
 
 def load_settings(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
-    """Reads a YAML file, applies overrides such as `--model.experts.count 16`, and checks every key.
+    """Reads a YAML file, applies overrides such as `--model.experts.count 16`, and checks every key. The override
+    `--features.NAME null` leaves a feature out.
 
     Raises UserError with one sentence per wrong key.
     """
@@ -164,7 +165,10 @@ def load_settings(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
     if not isinstance(tree, dict):
         raise UserError(f"settings file '{path}' must hold keys such as name, data, columns, tasks, features, split")
     for key, value in parse_overrides(overrides):
-        _set(tree, key, value)
+        if value is None and len(key) == 2 and key[0] == "features":
+            _leave_out(tree, key[1], path)
+        else:
+            _set(tree, key, value)
     try:
         return Settings.model_validate(tree)
     except ValidationError as error:
@@ -206,6 +210,14 @@ def _set(tree: dict[str, Any], keys: list[str], value: Any) -> None:
         if not isinstance(tree, dict):
             raise UserError(f"'--{'.'.join(keys)}' goes below '{'.'.join(keys[:depth])}', which is a single value")
     tree[keys[-1]] = value
+
+
+def _leave_out(tree: dict[str, Any], name: str, path: str | Path) -> None:
+    features = tree.get("features")
+    if not isinstance(features, dict) or name not in features:
+        hint = _nearest(name, [*features]) if isinstance(features, dict) else ""
+        raise UserError(f"{path}: '--features.{name} null' leaves out a feature that is not there{hint}")
+    del features[name]
 
 
 def describe(section: str | None = None) -> str:

@@ -1,0 +1,257 @@
+"""What features are worth to a model that is trained: what it loses where their inputs come from other rows.
+
+A feature's inputs are exchanged together (permutation importance: Breiman, 2001; of any model: Fisher, Rudin and
+Dominici, 2019), so that it keeps its values and says nothing of its row. Features of user and context are the same for
+all rows of a request, and stay so: whole requests exchange them. Those of candidates are exchanged among all rows. A
+group's features are exchanged by the same permutations, so that they go on fitting each other.
+
+It tells what this model uses. Of two features that say the same, each may seem to be needed, as the model leans on
+both, or neither: what a model that never had one of them would lose, only a training without it tells.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import pyarrow as pa
+
+from mmoe_rec.batches.encoded_rows import EncodedRows, Rows
+from mmoe_rec.evaluation.comparison import GUARDED, OBJECTIVE, Objective
+from mmoe_rec.evaluation.intervals import Difference, correct_by_holm
+from mmoe_rec.evaluation.metrics import METRICS
+from mmoe_rec.evaluation.summary import SCORE
+from mmoe_rec.evaluation.sums import MOST_UNITS, EvaluationSums
+from mmoe_rec.evaluation.trainings import find_differences
+from mmoe_rec.features.layout import Encoded, Layout
+from mmoe_rec.log.columns import hash_column
+from mmoe_rec.point_in_time.arrays import one_array
+from mmoe_rec.settings.schema import Remembering, Schema
+
+RESAMPLES = 200  # standard errors are good to 5%
+_ROWS_AT_A_TIME = 65_536
+FEATURE, GROUP = "feature", "group"
+
+
+@dataclass(frozen=True)
+class HeldRows:
+    """N encoded rows in memory, as `score_rows` reads them from files, of which features may have those of other rows.
+
+    read: the rows; beside: their further columns; weights: the names of those that weigh rows; donors: feature -> (N,)
+    int64, the row from which each row has the feature's inputs.
+    """
+
+    layout: Layout
+    read: Rows
+    beside: pa.Table
+    weights: Sequence[str]
+    donors: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+    @property
+    def rows(self) -> int:
+        """How many rows there are."""
+        return len(self.read)
+
+    def weighing(self, weighted: bool) -> Sequence[str]:
+        """As of `EncodedRows`; `weighted` was decided when the rows were read."""
+        return self.weights
+
+    def stream(self, batch_size: int, columns: Sequence[str] = ()) -> Iterator[tuple[Rows, pa.Table]]:
+        """As of `EncodedRows`."""
+        for start in range(0, self.rows, batch_size):
+            stop = min(start + batch_size, self.rows)
+            part = self.read.slice(start, stop)
+            encoded = self._exchange(part.encoded, slice(start, stop))
+            yield replace(part, encoded=encoded), self.beside.slice(start, stop - start).select(list(columns))
+
+    def _exchange(self, encoded: Encoded, rows: slice) -> Encoded:
+        ids, dense = dict(encoded.ids), encoded.dense.copy() if self.donors else encoded.dense
+        for name, donors in self.donors.items():
+            for each in self.layout.ids:
+                if each.feature == name:
+                    held = self.read.encoded.ids[each.name]
+                    ids[each.name] = held[donors[rows]] if isinstance(held, np.ndarray) else held.take(donors[rows])
+            columns = np.flatnonzero([each.feature == name for each in self.layout.dense])
+            dense[:, columns] = self.read.encoded.dense[np.ix_(donors[rows], columns)]
+        return Encoded(ids, dense)
+
+    def draw_donors(self, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """(N,) int64 each: rows of other requests, for what describes user and context, and other rows."""
+        request = one_array(self.beside["request"]).dictionary_encode().indices.to_numpy().astype(np.int64)
+        first = np.unique(request, return_index=True)[1]
+        return first[generator.permutation(len(first))][request], generator.permutation(self.rows)
+
+    def with_donors(self, schema: Schema, features: Iterable[str], donors: tuple[np.ndarray, np.ndarray]) -> HeldRows:
+        """The same rows, where these features have the inputs of others. donors: as `draw_donors` gives them."""
+        of_requests, of_rows = donors
+        whole = ("user", "context")
+        return replace(
+            self, donors={name: of_requests if schema.role_of(name) in whole else of_rows for name in features}
+        )
+
+
+def hold_rows(rows: EncodedRows, users: EncodedRows, most: int, columns: Sequence[str], weighted: bool) -> HeldRows:
+    """All rows of as many users, drawn by their hashes, as have about so many rows, in memory.
+
+    users: the same rows without inputs, to be counted; columns: to be held beside; weighted: rows weigh 1 / the rate at
+    which they were sampled.
+    """
+
+    def groups_of(table: pa.Table) -> np.ndarray:
+        # By other bits than those by which sums put users together, so that these groups stay as many.
+        return (hash_column(one_array(table["user"])) % np.uint64(MOST_UNITS)).astype(np.int64)
+
+    counts = np.zeros(MOST_UNITS, np.int64)
+    for _, table in users.stream(_ROWS_AT_A_TIME, ("user",)):
+        counts += np.bincount(groups_of(table), minlength=MOST_UNITS)
+    taken = np.cumsum(counts) <= max(most, counts[np.flatnonzero(counts)[0]])
+    weights, parts, tables = rows.weighing(weighted), list[Rows](), list[pa.Table]()
+    for part, table in rows.stream(_ROWS_AT_A_TIME, [*columns, *weights]):
+        places = np.flatnonzero(taken[groups_of(table)])
+        parts.append(part.take(places))
+        tables.append(table.take(pa.array(places)))
+    return HeldRows(rows.layout, Rows.concatenate(parts), pa.concat_tables(tables).combine_chunks(), weights)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Features that are left out together: one, or a group of a kind. kind: `feature` or `group`."""
+
+    name: str
+    features: tuple[str, ...]
+    kind: str = FEATURE
+
+
+def find_sources(schema: Schema) -> list[Part]:
+    """Groups of features, each in one, by what they come from: values of a role, counters or histories of a task or of
+    a log of events."""
+    sources: dict[str, list[str]] = {}
+    for name, feature in schema.features.items():
+        source = f"values of {schema.role_of(name)}"
+        if isinstance(feature, Remembering):
+            what = "histories" if feature.kind == "history" else f"{feature.kind}s"
+            source = f"{what} of {feature.task or feature.events}"
+        sources.setdefault(source, []).append(name)
+    return [Part(name, tuple(its), GROUP) for name, its in sources.items()]
+
+
+def find_parts(schema: Schema, features: Sequence[str] = ()) -> list[Part]:
+    """Each feature that is not of placement, then groups of several, by what they come from and by role.
+
+    features: those that are wanted, without groups; none for all.
+    """
+    roles = {name: schema.role_of(name) for name in schema.features}
+    known = [name for name, role in roles.items() if role != "placement"]
+    alone, groups = [Part(name, (name,)) for name in features or known], dict[tuple[str, ...], Part]()
+    by_role = {role: tuple(name for name in known if roles[name] == role) for role in dict.fromkeys(roles.values())}
+    all_of = [Part(f"all of {role}", its, GROUP) for role, its in by_role.items()]
+    for group in () if features else (*find_sources(schema), *all_of):
+        if 1 < len(group.features) < len(known) and {*group.features} <= {*known}:
+            groups.setdefault(group.features, group)
+    return [*alone, *groups.values()]
+
+
+def find_readers(layout: Layout) -> dict[str, list[str]]:
+    """Feature -> others that look ids up in its tables, and can't be without it."""
+    features = {each.feature for each in layout.ids}
+    readers: dict[str, list[str]] = {each.table: [] for each in layout.ids if each.table in features}
+    for each in layout.ids:
+        if each.feature != each.table and each.feature not in readers.get(each.table, [each.feature]):
+            readers[each.table].append(each.feature)
+    return readers
+
+
+@dataclass(frozen=True)
+class Worth:
+    """What is lost without features. objective: in what decides, positive where it is a loss; tasks: of the metric of
+    each task (`GUARDED`), in the same way."""
+
+    part: Part
+    objective: Difference
+    tasks: Mapping[str, Difference] = field(default_factory=dict)
+
+    @property
+    def is_shown(self) -> bool:
+        """Whether a loss is shown in what decides."""
+        return self.objective.is_significant and (self.objective.value or 0.0) > 0
+
+    def is_harmless(self, margin: float, of_tasks: float) -> bool:
+        """Whether no loss is shown in what decides, one of more than the margin is ruled out, and so is one of more
+        than `of_tasks` for each task. An interval that is wider to either side of its middle tells nothing, as of many
+        features some seem to lose nothing by chance, unless it shows a gain."""
+        low, high = self.objective.low, self.objective.high
+        if self.is_shown or low is None or high is None or high > margin or (high - low > 2 * margin and high > 0):
+            return False
+        return all(each.high is not None and each.high <= of_tasks for each in self.tasks.values())
+
+
+def find_worth(
+    part: Part,
+    whole: Sequence[EvaluationSums],
+    without: Sequence[EvaluationSums],
+    objective: Objective,
+    tasks: Sequence[str],
+    resamples: int,
+) -> Worth:
+    """The mean loss over permutations, or trainings, on the same redrawn users.
+
+    whole: sums of one or more models with the features; without: of permutations, or trainings without; tasks: those
+    that are judged. What comes from the choice of a permutation is in an interval over users, as each user meets other
+    rows, and falls with the number of permutations.
+    """
+    kinds = {task.name: task.kind for task in whole[0].tasks}
+    wanted = {objective.metric, *(GUARDED[kinds[name]] for name in tasks)}
+    plain = {each.name for each in METRICS if each.is_shown(objective.groups == (SCORE,))}
+    metrics = wanted if wanted <= plain else None
+    found = find_differences(whole, {part.name: without}, objective, resamples, metrics)
+    of_tasks = {name: found[part.name, name, GUARDED[kinds[name]]] for name in tasks}
+    apart = found[(part.name, *OBJECTIVE)]
+    return Worth(part, apart if objective.better == "higher" else _negate(apart), of_tasks)
+
+
+def _negate(apart: Difference) -> Difference:
+    value, low, high = (None if each is None else -each for each in (apart.value, apart.high, apart.low))
+    return replace(apart, value=value, low=low, high=high)
+
+
+def correct_worths(worths: Sequence[Worth]) -> list[Worth]:
+    """The same with p-values corrected by Holm's method: of what decides for the number of features, or of groups, and
+    of tasks for the number of all."""
+    found = list(worths)
+    for kind in (FEATURE, GROUP):
+        places = [place for place, each in enumerate(found) if each.part.kind == kind]
+        objectives = _corrected([found[place].objective for place in places])
+        keys = [(place, task) for place in places for task in found[place].tasks]
+        tasks = dict(zip(keys, _corrected([found[place].tasks[task] for place, task in keys]), strict=True))
+        for place, objective in zip(places, objectives, strict=True):
+            own = {task: tasks[place, task] for task in found[place].tasks}
+            found[place] = replace(found[place], objective=objective, tasks=own)
+    return found
+
+
+def _corrected(differences: Sequence[Difference]) -> list[Difference]:
+    corrected = iter(correct_by_holm([each.p for each in differences if each.p is not None]))
+    return [each if each.p is None else replace(each, p_corrected=next(corrected)) for each in differences]
+
+
+def choose_to_leave_out(
+    worths: Sequence[Worth],
+    is_harmless: Callable[[Worth], bool],
+    measure: Callable[[Part], Worth],
+    readers: Mapping[str, Sequence[str]],
+) -> Worth | None:
+    """The features that may be left out together, and what is lost without all of them; None where there are none.
+
+    Of those that are harmless alone, the ones that may lose most stay until all others are harmless together.
+    measure: what features are worth together; readers: feature -> others that can't be without it.
+    """
+    alone = [each for each in worths if each.part.kind == FEATURE and is_harmless(each)]
+    names = [each.part.name for each in sorted(alone, key=lambda each: each.objective.high or 0.0)]
+    while names := [name for name in names if set(readers.get(name, ())) <= set(names)]:
+        joint = measure(Part("what may be left out", tuple(names), GROUP))
+        joint = replace(joint, objective=replace(joint.objective, p_corrected=joint.objective.p))
+        if is_harmless(joint):
+            return joint
+        del names[len(names) - max(1, len(names) // 4) :]
+    return None
