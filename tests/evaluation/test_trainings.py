@@ -8,7 +8,7 @@ from simulated_log import Log, simulate
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.comparison import Objective
 from mmoe_rec.evaluation.sums import EvaluationSums, MeasuredTask, measure
-from mmoe_rec.evaluation.trainings import average_trainings, compare_trainings
+from mmoe_rec.evaluation.trainings import average_trainings, compare_trainings, find_differences
 from mmoe_rec.report.trainings import describe_differences
 
 SPENT = MeasuredTask("spent", "regression")
@@ -136,3 +136,27 @@ def test_what_is_undefined_is_none() -> None:
     assert found["liked"]["auc"].mean is found["liked"]["auc"].low is None
     assert found["liked"]["auc"].values == (None, None)
     assert found["bought"]["auc"].low < found["bought"]["auc"].mean
+
+
+def test_a_task_that_one_side_lacks_and_the_score_are_left_out() -> None:
+    """Without a task a row is worth something else; of single trainings, users alone make the interval."""
+    random, ids = np.random.default_rng(0), np.arange(90) // 3
+    labels = {name: random.normal(5, 1, size=90) for name in ("spent", "liked")}
+
+    def model(*names: str) -> EvaluationSums:
+        predicted = {name: labels[name] + random.normal(size=90) for name in names}
+        tasks = [MeasuredTask(name, "regression") for name in names]
+        return measure(tasks, ids, ids, predicted, labels, score=predicted[names[0]])
+
+    both, one, single = ([model(*names) for _ in range(3)] for names in (("spent", "liked"), ("spent",), ("liked",)))
+    found = find_differences(both, {"one": one, "single": single[:1]}, resamples=50)
+    assert {key[:2] for key in found} == {("one", "spent"), ("single", "liked")}
+    few = find_differences(both, {"one": one, "single": single[:1]}, resamples=50, metrics=["mae"])
+    assert few.keys() == {key for key in found if key[2] == "mae"}
+    for key, each in few.items():
+        ends = (each.value, each.low, each.high)
+        assert ends == pytest.approx((found[key].value, found[key].low, found[key].high), rel=1e-9)
+    alone = find_differences(both[:1], {"single": single[:1]}, resamples=50)["single", "liked", "mae"]
+    assert alone.effective_users <= 30
+    with_score = find_differences(both, {"same": both[::-1]}, resamples=50)
+    assert ("same", "score", "ndcg_at_10") in with_score
