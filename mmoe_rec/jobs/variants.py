@@ -144,6 +144,7 @@ class VariantTrainings:
             if other != self.trained:
                 shutil.rmtree(other, ignore_errors=True)
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        self.trained.mkdir(parents=True, exist_ok=True)
         self._rows: ScoredRows | None = None
         self.failed = dict[str, str]()
 
@@ -188,7 +189,6 @@ class VariantTrainings:
         """
         tasks = [(self._make_task(*pair), cost) for pair, cost in zip(pairs, costs, strict=True)]
         until = time.monotonic() + seconds
-        self.trained.mkdir(parents=True, exist_ok=True)
         try:
             while waiting := [each for each in tasks if not (each[0].file.exists() or each[0].failed.exists())]:
                 lots = [waiting[number :: self.at_once] for number in range(min(self.at_once, len(waiting)))]

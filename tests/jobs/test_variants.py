@@ -141,3 +141,16 @@ def test_a_task_is_learnt_from_its_own_label_where_the_given_one_is_left_out() -
     assert [each.learnt_from for each in layout.without(tasks=["clicked"]).tasks] == ["bought"]
     assert layout.without(tasks=["bought"]).tasks == tasks[:1]
     assert layout.without() is layout
+
+
+@pytest.mark.thorough
+def test_trainings_side_by_side_are_those_one_after_the_other(settings: Settings) -> None:
+    variants = [Variant("as they are", settings), Variant("smaller", settings, ("price",), ("liked",))]
+    found = []
+    for at_once in (2, 1):
+        with open_variants(settings, f"at_once_{at_once}", "validation", at_once) as trainings:
+            trained = trainings.train(variants, [17])
+        files = [file for each in trained.values() for file in each.files]
+        found.append([pq.read_table(file).to_pydict() for file in files])
+        assert len(list(trainings.trained.iterdir())) == 2
+    assert found[0] == found[1]
