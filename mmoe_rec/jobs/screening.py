@@ -142,7 +142,7 @@ class Screening:
         seconds = min((each.seconds for each in self.found.values()), default=math.inf)
         fits = int((until - self.clock()) * self.at_once / max(1e-6, seconds * _MADE))
         most = int(RUNGS[0] * fits / TRAININGS_EACH)
-        if "alternatives" not in self.notes.values and (fits < LEAST or not most):
+        if not self.found or ("alternatives" not in self.notes.values and (fits < LEAST or not most)):
             return self._finish([], [])
         self.alternatives = self.alternatives[: self.notes.keep("alternatives", lambda: most)]
         names = len(self.alternatives)

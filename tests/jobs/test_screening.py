@@ -88,6 +88,13 @@ def test_too_little_time_tries_nothing() -> None:
     assert result.trainings == 4
 
 
+def test_where_no_training_ends_nothing_is_tried() -> None:
+    world = World([0.01] * 5)
+    world.train = lambda recipes, until: None  # type: ignore[method-assign]
+    for notes in ({}, {"alternatives": 3}):
+        assert world.search(10, Notes(dict(notes))).trainings == 0
+
+
 def test_few_trainings_try_the_first_alternatives_alone() -> None:
     result = World([0.0] * 12).search(4)
     assert 0 < len(result.alternatives) < 12
