@@ -23,6 +23,8 @@ _WINDOWS = (91, 28, 7, 1, 0.125)
 _MOST_ATTRIBUTES, _MOST_CONTEXTS, _MOST_GROUPS = 4, 3, 2
 _MOST_SHARED = 5000
 """Values of a context's column for which it is counted with candidates; a finer one, as a session, with users alone."""
+_MOST_PAIRS, _ROWS_OF_CELL = 4, 20
+"""Pairs of what describes users and candidates that are counted together, and rows that each of their values has."""
 _TEST, _VALIDATION = 0.2, 0.1
 _FEWEST = 100
 """Rows of the rarer label that validation and test rows should have of each task."""
@@ -306,6 +308,12 @@ class _Proposer:
         for each in of_candidate:
             add(False, each)
             add(False, user, each)
+        # What users of a country like: all that is known of a user who is new.
+        pairs = [(group, each) for group in of_user for each in of_candidate]
+        cells = {pair: self.columns[pair[0]].distinct * self.columns[pair[1]].distinct for pair in pairs}
+        pairs = [pair for pair in pairs if cells[pair] * _ROWS_OF_CELL <= self.profile.rows]
+        for pair in sorted(pairs, key=lambda pair: (cells[pair], pair))[: 1 if few else _MOST_PAIRS]:
+            add(False, *pair)
         if few:
             return found
         for each in finer:
