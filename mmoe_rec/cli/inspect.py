@@ -32,7 +32,7 @@ def inspect(configuration: Configuration, out: Path | None) -> None:
         writing(out, "an inspection", "give another --out"),
     ):
         dims = {table.name: table.dim for table in ModelLayout.of(prepared.layout, settings).tables}
-        data, scratch = settings.data, out / ".database"
+        data, scratch = settings.data, out / ".inspection_scratch"
         health = inspection.inspect(
             settings.name, prepared, settings.schema_, dims, scratch, data.memory_gib, data.workers
         )

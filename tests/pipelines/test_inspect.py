@@ -25,7 +25,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_it_writes_the_report_and_says_what_to_type_next(config, capsys):
-    left = config.parent / "work" / "inspection" / ".database"  # of a process that was killed
+    left = config.parent / "work" / "inspection" / ".inspection_scratch"  # of a process that was killed
     left.mkdir(parents=True)
     (left / "duckdb_temp_storage_DEFAULT-0.tmp").write_text("x")
     run("inspect", "--config", str(config), "--training.epochs", "3")
