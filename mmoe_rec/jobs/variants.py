@@ -348,8 +348,11 @@ def _train_within(task: _Task, run: runs.Run) -> None:
     columns = {task.name: scored.predictions[:, place] for place, task in enumerate(scored.layout.tasks)}
     table = pa.table({**columns, "score": scored.score})
     text = json.dumps({**facts, "seconds": time.perf_counter() - begun})
-    with atomic_file(task.file) as file:
-        pq.write_table(table.replace_schema_metadata({_FACTS: text}), file, compression="zstd")
+    try:
+        with atomic_file(task.file) as file:
+            pq.write_table(table.replace_schema_metadata({_FACTS: text}), file, compression="zstd")
+    except OSError as error:
+        raise UserError(f"'{task.file}' can't be written: {error.strerror or error}") from None
     run.log_text(text, "facts.json")
 
 

@@ -15,7 +15,7 @@ from sklearn.metrics import roc_auc_score
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.intervals import Difference
 from mmoe_rec.jobs import baselines
-from mmoe_rec.jobs.structures import list_variants
+from mmoe_rec.jobs.structures import _describe_change, list_variants
 from mmoe_rec.report.structures import Answer, StructuresReport
 from mmoe_rec.settings.load import load_settings
 from mmoe_rec.settings.model import Model
@@ -116,6 +116,10 @@ def test_the_settings_own_structure_comes_first_under_its_name(
         its: Model = each.settings.model
         assert its.trees is None
         assert its == Model.model_validate(its.model_dump())
+        changed = variants[0].settings.model.model_dump()
+        for section, values in yaml.safe_load(_describe_change(variants[0], each))["model"].items():
+            changed[section] |= values
+        assert Model.model_validate(changed | {"experts": _tuples(changed["experts"])}) == its, "the change makes it"
         if its.experts.levels == 1:
             units = 16 if its.gates.routing == "soft" and model.get("gates", {}).get("routing") else 24
             assert its.experts.units[0] * its.experts.count == units, "as many units, of which a row takes two experts"
@@ -128,6 +132,10 @@ def test_the_settings_own_structure_comes_first_under_its_name(
             ("liked",),
             ("third",),
         ]
+
+
+def _tuples(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
 
 def report_of(*answers: Answer, **more: Any) -> StructuresReport:
