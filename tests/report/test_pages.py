@@ -7,9 +7,12 @@ from typing import Any
 import pytest
 from jinja2 import UndefinedError
 
+from mmoe_rec.evaluation.ablation import GROUP, Part, Worth
+from mmoe_rec.evaluation.comparison import Objective
 from mmoe_rec.evaluation.intervals import Difference
 from mmoe_rec.evaluation.trainings import SettingsDifference, TrainingsMean
-from mmoe_rec.report import evaluation, health, overview, structures, trainings
+from mmoe_rec.inference.costs import Cost
+from mmoe_rec.report import ablation, evaluation, health, overview, structures, trainings, tuning
 from mmoe_rec.report.pages import TEMPLATES, render
 from tests.inspection.encoded_data import LAYOUT, SCHEMA, changed, health_of_frames, spoiling
 from tests.report import evaluations
@@ -47,6 +50,8 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "evaluation.html.j2": judged,
         "trainings.html.j2": trainings.page(of_trainings()),
         "structures.html.j2": structures.page(of_structures()),
+        "ablation.html.j2": ablation.page(of_ablation()),
+        "tuning.html.j2": tuning.page(of_tuning()),
         "overview.html.j2": overview.page(f"{EVIL}x", EVIL, [EVIL], [part, overview.Part("b", EVIL, command=EVIL)]),
     }
 
@@ -76,6 +81,35 @@ def of_structures() -> structures.StructuresReport:
     named = (f"{EVIL}new", "MMoE", (17, 18), 1_000, "users", f"auc of {task}")
     few, facts = {f"{EVIL}liked": 3}, {f"{EVIL}log": EVIL}
     return structures.StructuresReport(*named, rows, answers, {task: "auc"}, few, 0.005, False, [EVIL], facts)
+
+
+def of_ablation() -> ablation.AblationReport:
+    """A feature and a group, both with costs; another feature reads the first one's table."""
+    apart, feature = Difference(0.1, 0.05, 0.15, 0.02, None, 0.001, 0.002, 0.1), f"{EVIL}item"
+    objective = Objective("auc", (f"{EVIL}click",), "higher")
+    parts = Part(feature, (feature,)), Part(f"{EVIL}group", (feature, f"{EVIL}user"), GROUP)
+    worths = [Worth(each, apart, {f"{EVIL}click": apart}) for each in parts]
+    costs, readers = {each.name: Cost(1.0, 0.1, 100) for each in parts}, {feature: [f"{EVIL}bought"]}
+    told = {
+        "placement": [f"{EVIL}slot"],
+        "facts": {f"{EVIL}log": EVIL, "rows": "3 rows"},
+        "retrained": worths,
+        "seeds": 2,
+    }
+    return ablation.AblationReport(
+        f"{EVIL}new", objective, 0.7, 0.01, worths, worths[0], costs, readers, fingerprint=EVIL, **told
+    )
+
+
+def of_tuning() -> tuning.TuningReport:
+    """One alternative that was taken, one that failed, and one that takes other features."""
+    apart, name = Difference(0.1, 0.05, 0.15, 0.02, None, 0.001, 0.002, 0.1), f"{EVIL}alternative"
+    tried = [tuning.TriedAlternative(name, apart, 3, taken=True)]
+    named = (f"{EVIL}new", f"{EVIL}file", f"{EVIL}best", f"auc of {EVIL}click")
+    told = {"not_tried": [EVIL], "facts": {f"{EVIL}log": EVIL}}
+    return tuning.TuningReport(
+        *named, (20.0, 10.0), 5, {f"{EVIL}failed": EVIL}, tried, [name], apart, (3, 3), [name], (1.0, 1.0), **told
+    )
 
 
 def test_no_page_is_forgotten(pages: dict[str, str]) -> None:
@@ -109,6 +143,8 @@ def test_names_from_the_data_are_escaped(pages: dict[str, str]) -> None:
         "evaluation.html.j2": ("new", "old"),
         "trainings.html.j2": ("new", "old", "click", "log"),
         "structures.html.j2": ("new", "click", "log"),
+        "ablation.html.j2": ("new", "item", "log"),
+        "tuning.html.j2": ("new", "alternative", "log"),
         "overview.html.j2": ("x", "part"),
     }
     for template, text in pages.items():
