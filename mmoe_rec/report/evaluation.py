@@ -51,7 +51,10 @@ def write_results(results: Results, out: Path) -> None:
     Raises UserError, before anything is written, where the rows are not the same, or other files are in the way.
     """
     text, comparison, against = page(results), results.comparison, out / "against"
-    sentences = [*describe_verdicts(results), *(f"{each.model}: {each.message}" for each in find_all(results))]
+    sentences = describe_verdicts(results)
+    for finding in find_all(results):
+        of = f"'{finding.model}': " if len(results.models) > 1 else ""
+        sentences.append(f"{of}{finding.message}")
     for each in against.iterdir() if against.is_dir() else ():
         if not (each.name.isdigit() and {path.name for path in each.iterdir()} <= {"sums", "metrics.json"}):
             raise UserError(f"'{each}' lies where results go, and belongs to no evaluation: give another --out")
