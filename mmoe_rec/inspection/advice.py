@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -34,16 +34,17 @@ def change(what: str, key: str | None = None, value: object = None) -> Advice:
     return {"do": what, "override": f"--{key} {shlex.quote(text)}"}
 
 
-def leave_out(feature: Health, unless: str = "", features: Sequence[Health] = ()) -> Advice:
-    """To go without a feature, and those of `features` that read its table. unless: how the sentence ends."""
+def leave_out(feature: Health, health: Health, unless: str = "") -> Advice:
+    """To go without a feature, and those that read its table. unless: how the sentence ends."""
     name = feature["name"]
     readers = [
         each["name"]
-        for each in features
+        for each in health["features"]
         if each["name"] != name and any(its["table"] == name for its in each["inputs"])
     ]
-    of_table = f", and {', '.join(f'`{each}`' for each in readers)} with it, by its table," if readers else ""
-    return change(f"take `features.{name}`{of_table} out of the settings{unless}")
+    of_table = f", and {', '.join(f'`{each}`' for each in readers)}, which read its table" if readers else ""
+    override = " ".join(f"--features.{each} null" for each in (name, *readers))
+    return {"do": f"leave out `{name}`{of_table}{unless}", "override": override}
 
 
 def lengthen_split(health: Health, split: str, rarer: int) -> Iterator[Advice]:
@@ -68,8 +69,8 @@ def know_more(feature: Health, health: Health) -> Iterator[Advice]:
     tasks = [name for name, task in health["overview"]["splits"]["train"]["tasks"].items() if task["kind"] == "binary"]
     counters = [each["name"] for each in health["features"] if each["kind"] == "counter" and each["columns"] == columns]
     if feature["kind"] == "id" and counters:
-        why = f": `{counters[0]}` counts by the same column, and goes on learning while a model serves"
-        yield leave_out(feature, why, health["features"])
+        why = f", as `{counters[0]}` counts by the same column, and goes on learning while a model serves"
+        yield leave_out(feature, health, why)
     elif feature["kind"] == "id" and tasks and health["overview"]["first_request"] is not None:
         counter = f"{{kind: counter, task: {tasks[0]}, by: {json.dumps(columns)}, outputs: [rate, rows]}}"
         what = "count what is known of each id: counters go on learning while a model serves"

@@ -75,7 +75,12 @@ def find(health: Health) -> list[Finding]:
     found = [finding for feature in health["features"] for finding in _leaks(feature, health)]
     found += [*_files(health), *_labels(health), *_users(health), *_rare(health), *_within(health), *_drawn(health)]
     for feature in health["features"]:
-        found += [*_constants(feature), *_coverage(feature), *_unknown(feature, health), *_seldom(feature, health)]
+        found += [
+            *_constants(feature, health),
+            *_coverage(feature, health),
+            *_unknown(feature, health),
+            *_seldom(feature, health),
+        ]
     found += [*_drifts(health), *_empty_tables(health)]
     return sorted(found, key=lambda each: (str(each["severity"]), -each["cost"]))
 
@@ -251,7 +256,7 @@ def _leaks(feature: Health, health: Health) -> Iterator[Finding]:
                     f"feature '{feature['name']}' ({columns}) alone predicts task '{task}' with an AUC of {auc:.3f}"
                     f"{_by(feature, each)}: does it know what happens after the request?"
                 )
-                advice = [leave_out(feature, ", unless its column is filled before the request")]
+                advice = [leave_out(feature, health, ", unless its column is filled before the request")]
                 yield _finding("problem", "leak", feature["name"], message, advice=advice)
 
 
@@ -262,15 +267,15 @@ def _enough(task: Health) -> bool:
     return bool(min(positives, task["observed"] - positives) >= _FEWEST)
 
 
-def _constants(feature: Health) -> Iterator[Finding]:
+def _constants(feature: Health, health: Health) -> Iterator[Finding]:
     constant = [each["name"] for each in feature["inputs"] if each["constant"]]
     if constant:
         inputs = "" if constant == [feature["name"]] else f" ({_listed('input', constant)})"
         message = f"feature '{feature['name']}'{inputs} is the same in all training rows: nothing can be learnt from it"
-        yield _finding("warning", "constant", feature["name"], message, advice=[leave_out(feature)])
+        yield _finding("warning", "constant", feature["name"], message, advice=[leave_out(feature, health)])
 
 
-def _coverage(feature: Health) -> Iterator[Finding]:
+def _coverage(feature: Health, health: Health) -> Iterator[Finding]:
     for each in feature["inputs"]:
         low = [
             f"{share:.1%} of the {split} rows"
@@ -281,7 +286,7 @@ def _coverage(feature: Health) -> Iterator[Finding]:
             message = f"feature '{feature['name']}' has a value in only {' and '.join(low)}{_by(feature, each)}"
             train, test = (each["coverage"][split] for split in ("train", "test"))
             lost = 0.0 if train is None or test is None else max(0.0, train - test)
-            advice = [leave_out(feature)]
+            advice = [leave_out(feature, health)]
             yield _finding("warning", "coverage", feature["name"], message, lost * importance(feature), advice)
             return
 
@@ -305,7 +310,7 @@ def _seldom(feature: Health, health: Health) -> Iterator[Finding]:
                 f"a known id of feature '{feature['name']}' has {each['rows_per_id']:.1f} training rows on average"
                 f"{_by(feature, each)}: hardly anything is learnt of most"
             )
-            advice = [leave_out(feature, ", and count by its column instead", health["features"])]
+            advice = [leave_out(feature, health, ", and count by its column instead")]
             if "min_count" in feature["settings"] and feature["settings"]["table"] is None:
                 what = "let seldom ids share rows"
                 advice.insert(0, change(what, f"features.{feature['name']}.min_count", SELDOM_ROWS))

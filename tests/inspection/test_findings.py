@@ -4,8 +4,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from mmoe_rec.inspection.findings import LEAST, find, importance
-from tests.inspection.encoded_data import changed, feature, found, health_of_frames, part, random_frames
+from mmoe_rec.inspection.findings import LEAST, cost_of_drift, cost_of_unknown, find, importance, split_findings
+from tests.inspection.encoded_data import changed, drifting, feature, found, health_of_frames, part, random_frames
 
 
 def message(health: dict, check: str) -> str:
@@ -96,7 +96,10 @@ def test_ids_that_are_seen_too_seldom_are_found(tmp_path):
     assert found(health, "seldom") == ["item"]
     assert "has 2.0 training rows on average" in message(health, "seldom")
     (finding,) = (each for each in health["findings"] if each["check"] == "seldom")
-    assert overrides([finding], "item") == ["--features.item.min_count 5"]
+    assert overrides([finding], "item") == [
+        "--features.item.min_count 5",
+        "--features.item null --features.tags null",
+    ]
     assert finding["cost"] == pytest.approx(max(importance(feature(health, "item")), LEAST))
 
 
@@ -139,3 +142,92 @@ def test_candidates_that_are_drawn_beside_the_positive_one_are_found(tmp_path):
     assert same["click"] == [0.25, 0.96, 1500]
     same["click"] = [0.25, 0.94, 1500]
     assert [each for each in find(health) if each["check"] == "drawn"] == []
+
+
+def test_ids_that_training_does_not_know_are_found(tmp_path):
+    def shift(split: str, frame: pd.DataFrame) -> None:
+        if split == "test":
+            frame.loc[::3, "id.item"] = 2
+
+    health = health_of_frames(tmp_path, changed(10, shift))
+    assert found(health, "unknown") == ["item"]
+    assert "of the ids of feature 'item' in test rows" in message(health, "unknown")
+    (finding,) = (each for each in health["findings"] if each["check"] == "unknown")
+    assert finding["advice"][0] == {
+        "do": "leave out `item`, and `tags`, which read its table, as `item_click` counts by the same column, and goes "
+        "on learning while a model serves",
+        "override": "--features.item null --features.tags null",
+    }
+
+
+def test_what_costs_most_comes_first_and_the_rest_is_folded(tmp_path):
+    findings = health_of_frames(tmp_path, changed(14, drifting))["findings"]
+    shown, folded = split_findings(findings)
+    assert (shown[0]["check"], shown[0]["about"]) == ("unknown", "item")
+    assert shown[0]["cost"] == pytest.approx(0.51 + 0.49 * 0.2, abs=0.02)  # a fifth is unknown anyway
+    assert [*shown, *folded] == findings
+    assert [len(shown), len(folded)] == [5, len(findings) - 5]
+    costs = [each["cost"] for each in findings]
+    assert costs == sorted(costs, reverse=True)
+    assert costs[-1] >= 0
+
+
+def test_problems_are_never_folded_nor_is_one_warning_alone():
+    warning, problem = ({"severity": word, "cost": 0.0} for word in ("warning", "problem"))
+    assert split_findings([problem] * 9 + [warning] * 6) == ([problem] * 9 + [warning] * 6, [])
+    assert split_findings([problem] * 9 + [warning] * 7) == ([problem] * 9 + [warning] * 5, [warning] * 2)
+    assert split_findings([]) == ([], [])
+
+
+def test_costs_are_those_of_rows_and_importance():
+    feature = {"auc": {"click": 0.75, "like": None}, "unknown": {"train": 0.0, "test": 0.4}, "is_key": False}
+    assert importance(feature) == 0.5
+    assert cost_of_unknown(feature) == pytest.approx(0.4 * 0.5)
+    assert cost_of_unknown({**feature, "is_key": True}) == pytest.approx(0.4)
+    assert cost_of_unknown({**feature, "auc": {"click": None}}) == pytest.approx(0.4 * LEAST)
+    # Only the last bin has more than twice the share that it had in training.
+    bins = [{"train": 0.6, "test": 0.3}, {"train": 0.3, "test": 0.35}, {"train": 0.1, "test": 0.35}]
+    assert cost_of_drift(feature, {"bins": bins}) == pytest.approx(0.25 * 0.5)
+
+
+def test_constants_rare_values_and_empty_tables_are_found(tmp_path):
+    def empty(split: str, frame: pd.DataFrame) -> None:
+        frame["dense.weight"] = 0.0
+        frame["id.when_weekday"] = 3
+        frame["dense.price_missing"] = np.arange(len(frame)) % 30 > 0
+        frame["id.user_item"] %= 50
+
+    health = health_of_frames(tmp_path, changed(11, empty))
+    assert found(health, "constant") == ["weight", "when"]
+    assert found(health, "coverage") == ["price"]
+    assert "3.3% of the train rows and 3.3% of the test rows" in message(health, "coverage")
+    assert found(health, "empty table") == ["user_item"]
+    assert "50 of its 1,000 rows, 95.0% are never seen" in message(health, "empty table")
+
+
+def test_rates_that_change_and_tasks_without_labels_are_found(tmp_path):
+    def change(split: str, frame: pd.DataFrame) -> None:
+        if split == "validation":
+            frame["label.stars"] = np.nan
+        if split == "test":
+            frame.loc[frame.index % 4 > 0, "label.click"] = 0.0
+
+    health = health_of_frames(tmp_path, changed(12, change))
+    assert found(health, "rate") == ["click"]
+    assert found(health, "labels") == ["stars"]
+    assert part(health, "item")["auc"]["stars"] is None
+
+
+def test_a_rate_that_differs_by_chance_is_not_found(tmp_path):
+    def rare(split: str, frame: pd.DataFrame) -> None:
+        frame["label.click"] = 0.0
+        frame.loc[: {"train": 9, "validation": 1, "test": 10}[split], "label.click"] = 1.0
+
+    assert found(health_of_frames(tmp_path, changed(13, rare)), "rate") == []
+
+
+def test_files_left_out_are_a_problem(tmp_path):
+    left_out = [{"file": "logs/x/7.parquet", "reason": "is truncated"}]
+    health = health_of_frames(tmp_path, random_frames(14), left_out=left_out)
+    assert health["findings"][0]["severity"] == "problem"
+    assert message(health, "files") == "a file of the log could not be used: 'logs/x/7.parquet' (is truncated)"
