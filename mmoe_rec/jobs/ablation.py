@@ -122,8 +122,9 @@ def _exchange_features(settings: Settings, model: Source, ranker: Ranker, option
     candidates = min(options.candidates, ranker.about.max_candidates)
     ids = pc.unique(held.beside["candidate"]).to_pylist() if schema.columns.has_candidate else ()
     costs = measure_costs(ranker, model.folder, {each.name: each.features for each in parts}, candidates, ids)
-    scorer = copy(ranker)  # the server has no GPU
-    scorer.model = deepcopy(ranker.model).to(pick_device(settings.training.device))
+    scorer, device = copy(ranker), pick_device(settings.training.device)
+    if device.type != "cpu":  # while serving is timed without a GPU
+        scorer.model = deepcopy(ranker.model).to(device)
     started = time.perf_counter()
     base = _score(settings, scorer, held)
     seconds = time.perf_counter() - started
@@ -153,7 +154,8 @@ def _exchange_features(settings: Settings, model: Source, ranker: Ranker, option
     if joint is not None:
         together = {joint.part.name: joint.part.features}
         costs |= measure_costs(ranker, model.folder, together, candidates, ids)
-    users, units = pc.count_distinct(held.beside["user"]).as_py(), "users" if settings.columns.has_user else "rows"
+    users = pc.count_distinct(held.beside["user"]).as_py()
+    units = "users" if settings.columns.has_user else "rows" if settings.columns.request is None else "requests"
     facts = {
         "model": model.address,
         "artifact": ranker.version,

@@ -149,10 +149,10 @@ class AblationReport:
 
     def _describe_kept(self, features: Sequence[Worth]) -> Iterator[str]:
         for each in features:
-            if (readers := self.readers.get(each.part.name)) and each.part.name not in self.left_out:
+            readers = [name for name in self.readers.get(each.part.name, ()) if name not in self.left_out]
+            if readers and not each.is_shown:
                 reads = "reads" if len(readers) == 1 else "read"
-                if not each.is_shown:
-                    yield f"`{each.part.name}` stays as long as {_listed(readers)} {reads} its ids"
+                yield f"`{each.part.name}` stays as long as {_listed(readers)} {reads} its ids"
 
     def _describe_placement(self) -> Iterator[str]:
         if self.placement:
