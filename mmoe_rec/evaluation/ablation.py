@@ -177,11 +177,16 @@ class Worth:
         return self.objective.is_significant and (self.objective.value or 0.0) > 0
 
     def is_harmless(self, margin: float, of_tasks: float) -> bool:
-        """Whether no loss is shown in what decides, one of more than the margin is ruled out, and so is one of more
-        than `of_tasks` for each task. An interval that is wider to either side of its middle tells nothing, as of many
-        features some seem to lose nothing by chance, unless it shows a gain."""
+        """Whether a loss of more than the margin is ruled out in what decides, of half of that where a loss is shown,
+        and one of more than `of_tasks` for each task. An interval that is wider to either side of its middle tells
+        nothing, as of many features some seem to lose nothing by chance, unless it shows a gain.
+
+        A loss that is shown and tiny need not be one: what chose a model's state on these rows liked its noise there.
+        """
         low, high = self.objective.low, self.objective.high
-        if self.is_shown or low is None or high is None or high > margin or (high - low > 2 * margin and high > 0):
+        if low is None or high is None or high > (margin / 2 if self.is_shown else margin):
+            return False
+        if high - low > 2 * margin and high > 0:
             return False
         return all(each.high is not None and each.high <= of_tasks for each in self.tasks.values())
 

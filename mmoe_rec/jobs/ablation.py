@@ -191,7 +191,8 @@ def _train_without(settings: Settings, options: Ablation, joint: Sequence[Part])
 
     schema, rules = settings.schema_, settings.evaluation
     alone = [Part(name, (name,)) for name in options.features]
-    parts = [each for each in (*(alone or find_sources(schema)), *joint) if len(each.features) < len(schema.features)]
+    groups = {each.features: each for each in (*joint, *(alone or find_sources(schema)))}
+    parts = [each for each in groups.values() if len(each.features) < len(schema.features)]
     seeds = range(settings.training.seed, settings.training.seed + options.seeds)
     with open_variants(settings, PLACE, options.split, options.at_once) as trainings:
         say(f"{len(seeds)} trainings with all features, then as many without each of {len(parts)} features or groups")

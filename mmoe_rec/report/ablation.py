@@ -107,13 +107,12 @@ class AblationReport:
             trained = f"; {self.seeds} trainings without lose {difference(together.objective)}"
             if together.is_shown:
                 return f"leave nothing out: this model hardly uses {_listed(names)} ({difference(apart)}){trained}"
-        saved = ""
-        if (cost := self.costs.get(self.leave_out.part.name)) is not None:
-            saved = f", and saves {_milliseconds(cost)} of a request and {size(cost.bytes)} of memory"
+        saved = "" if (cost := self.costs.get(self.leave_out.part.name)) is None else _describe_saving(cost)
         most = signed(max(apart.high or 0.0, 0.0), sign=False)[0]
+        loses = "loses" if self.leave_out.is_shown else "is not shown to lose anything,"
         return (
-            f"leave out {_listed(names)}: that loses nothing that is shown, at most {most} of {self.objective.name} "
-            f"({difference(apart)}){saved}{trained}"
+            f"leave out {_listed(names)}: that {loses} at most {most} of {self.objective.name} ({difference(apart)})"
+            f"{saved}{trained}"
         )
 
     def _describe_open(self, features: Sequence[Worth]) -> Iterator[str]:
@@ -273,9 +272,11 @@ def _describe_best(features: Sequence[Worth], name: str) -> Iterator[str]:
         yield f"what matters most is {first}, by what {name} loses without it{then}"
 
 
-def _milliseconds(cost: Cost) -> str:
-    least = max(2 * cost.error_milliseconds, 0.05)
-    return f"{cost.milliseconds:.1f} ms" if cost.milliseconds > least else f"less than {max(least, 0.1):.1f} ms"
+def _describe_saving(cost: Cost) -> str:
+    """What is worth telling: time beyond its noise, and a kibibyte."""
+    saved = [f"{cost.milliseconds:.1f} ms of a request"] * (cost.milliseconds > max(2 * cost.error_milliseconds, 0.05))
+    saved += [f"{size(cost.bytes)} of memory"] * (cost.bytes >= 1024)
+    return f", and saves {' and '.join(saved)}" if saved else ""
 
 
 def _listed(names: Sequence[str], last: str = "and") -> str:

@@ -39,7 +39,8 @@ def make_log(seed: int, folder: Path) -> Settings:
     """A log and its settings: clicks follow a user's trait, an item's quality, and two numbers, more or less."""
     random = np.random.default_rng(seed)
     requests = ROWS // 5
-    user, item = random.integers(0, USERS, requests).repeat(5), random.integers(0, ITEMS, ROWS)
+    user = random.integers(0, USERS, requests).repeat(5)
+    item = random.random((requests, ITEMS)).argsort(1)[:, :5].ravel()
     times = np.sort(random.uniform(0, DAYS * 86_400e6, requests)).astype(np.int64).repeat(5)
     strong, weak = random.normal(size=(2, ROWS))
     trait, quality = random.normal(size=USERS), random.normal(size=ITEMS)
