@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from mmoe_rec.profiling import profile
 from mmoe_rec.settings.load import load_settings
 from mmoe_rec.settings.sections import Settings
 from tests.commands import exit_code, read_metrics, refuse, run
@@ -149,7 +150,7 @@ def test_what_cannot_be_told_is_said(name: str, tmp_path: Path, capsys: pytest.C
 
 
 @pytest.mark.parametrize("name", ["terse_news", pytest.param("tienda", marks=pytest.mark.thorough)])
-def test_files_and_row_groups_change_nothing(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_row_groups_and_memory_change_nothing(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     held_out = LOGS[name](0)
     monkeypatch.chdir(tmp_path)
     texts = []
@@ -158,6 +159,8 @@ def test_files_and_row_groups_change_nothing(name: str, tmp_path: Path, monkeypa
     parts = {f"{9 - n}.parquet": whole.slice(a, b - a) for n, (a, b) in enumerate(pairwise(cuts))}
     for turn, (files, group) in enumerate([(held_out.files, 1000), (held_out.files, 1000), (parts, 333)]):
         monkeypatch.chdir((folder := tmp_path / str(turn)).mkdir() or folder)
+        if turn == 2:
+            monkeypatch.setattr(profile, "IN_MEMORY", 10)  # as of a log that is read again for each question
         run("init", *HeldOut(files, held_out.answers).write(Path(), group), "--out", "settings.yaml")
         texts.append((folder / "settings.yaml").read_text(encoding="utf-8"))
     assert texts[0] == texts[1] == texts[2]
