@@ -46,6 +46,15 @@ def find_roles(reading: Reading) -> None:
             role = _role_in_log(reading, each, changes, aucs) or _role_in_doubt(reading, each, changes, aucs)
         if role is not None:
             meaning.roles[role].append(each.name)
+        is_number = each.kind in ("integer", "number") and not each.binary
+        if (
+            role in ("user", "candidate")
+            and is_number
+            and begins(each.name, LABELS + OUTCOMES)
+            and not reading.is_plain
+        ):
+            why = "if it sums up what happened in these very rows, it tells what comes: as of when is it?"
+            meaning.checks.setdefault(each.name, why)
 
 
 def _role_in_table(reading: Reading, each: Column, of_candidate: float, aucs: Aucs) -> Role | None:

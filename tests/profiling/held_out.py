@@ -720,6 +720,7 @@ def rows_one_by_one(seed: int) -> HeldOut:
             "ts": at(w.time + w.position * 2_000_000 + random.integers(0, 10**6, w.rows), "ms"),
             "artist": w.item % 60 + 1,
             "pos": w.position,
+            "plays_total": np.bincount(w.item, w.clicked)[w.item],
             "plays_7d": random.poisson(w.of(w.item, np.arange(1, 40))),
             "liked_before": (random.random(w.rows) < 0.1) * 1,
             "is_paid_member": w.of(w.user, [0, 1]),
@@ -732,6 +733,7 @@ def rows_one_by_one(seed: int) -> HeldOut:
         {
             "candidate": "artist plays_7d",
             "context|": "session_id session_started",
+            "": "plays_total",
             "placement": "pos",
             "user": "is_paid_member",
             "candidate|context": "liked_before",
