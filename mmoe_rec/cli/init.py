@@ -75,7 +75,8 @@ def init(log: str, out: str | None, **given: Any) -> None:
     write_text(path, text)
     show(_describe(meaning, warnings))
     marks = text.count(CHECK) - 1  # one is in the header
-    print(f"settings: {path}, with {marks} guesses to check" if marks else f"settings: {path}")
+    guesses = f", with {marks} guess{'es' if marks > 1 else ''} to check" if marks else ""
+    print(f"settings: {path}{guesses}")
     print(f"next: mmoe-rec train --config {shlex.quote(str(path))}")
 
 

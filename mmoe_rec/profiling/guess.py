@@ -117,7 +117,7 @@ def _find_split(reading: Reading) -> None:
                     )
             meaning.split = each.name, parts
             return
-    said = next((f"{each}; or " for each in meaning.warnings if "times as text" in each), "")
+    said = next((f"{each}; or " for each in meaning.warnings if "pandas.to_datetime" in each), "")
     raise UserError(
         f"'{reading.profile.name}' has neither a column of times (--time) nor one that says which rows are train, "
         f"validation and test: {said}add one, as pandas does it: log['split'] = numpy.random.default_rng(1).choice("

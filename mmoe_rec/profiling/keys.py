@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import math
 import re
+from typing import Any
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.profiling.meaning import STEADY, Reading
 from mmoe_rec.profiling.profile import Column
-from mmoe_rec.profiling.words import BEFORE, NAMES, STAND_INS, TIME, fits, has
+from mmoe_rec.profiling.words import BEFORE, CLOCK, NAMES, STAND_INS, TIME, fits, has
 
 _FEWEST_USERS = 10
+_FEWEST_CANDIDATES = 20
+"""In a table without users and requests."""
 _ALMOST = 0.01
 """What changes so seldom is the same but for errors."""
+_PARSE = "write them as timestamps, say with pandas.to_datetime, or as whole s, ms, us or ns since 1970"
 _SPAN = 1800
 """Seconds in which the rows of a list are shown."""
 
@@ -29,6 +33,8 @@ def find_keys(reading: Reading) -> None:
     _find_time(reading)
     _find_request(reading)
     _find_by_structure(reading)
+    if reading.is_plain and "candidate" not in given and 0 < reading.distinct("candidate") < _FEWEST_CANDIDATES:
+        del keys["candidate"]  # a column like the others, such as a person's job
     for purpose in ("user", "candidate"):
         free = purpose in keys and purpose not in given and "request" not in keys
         if free and reading.profile.is_unique(keys[purpose]):  # nothing is known of a row by it
@@ -39,12 +45,9 @@ def find_keys(reading: Reading) -> None:
 
 def _check_key(reading: Reading, purpose: str, each: Column) -> None:
     if purpose == "time":
-        if each.kind == "text":
-            raise UserError(
-                f"--time '{each.name}' holds text: parse it, say with pandas.to_datetime, and write it as a timestamp"
-            )
         if not each.is_time:
-            raise UserError(f"--time '{each.name}' holds values of type {each.type}, which are no times")
+            held = f", as {_shown(each.low)}" if each.low is not None else f" of type {each.type}"
+            raise UserError(f"--time '{each.name}' holds values that can't be read as times{held}: {_PARSE}")
     elif each.kind not in ("integer", "text"):
         raise UserError(f"--{purpose} '{each.name}' holds values of type {each.type}; ids are integers or text")
     if each.nulls:
@@ -87,10 +90,10 @@ def _find_by_name(reading: Reading, purpose: str) -> None:
     rank, _, name = max(usable, key=lambda each: (each[0], each[1], [-ord(sign) for sign in each[2]]))
     keys[purpose] = name
     others = sorted(each[2] for each in usable if each[0] == rank and each[2] != name)
-    if rank == 1:
-        reading.meaning.key_checks[purpose] = f"'{name}' stands for the {purpose}, as no column has a better name"
-    elif others:
-        reading.meaning.key_checks[purpose] = f"it could also be {', '.join(others)}"
+    doubts = [f"'{name}' stands for the {purpose}, as no column has a better name"] if rank == 1 else []
+    doubts += [f"it could also be {', '.join(others)}"] if others else []
+    if doubts:
+        reading.meaning.key_checks[purpose] = "; ".join(doubts)
 
 
 def _find_time(reading: Reading) -> None:
@@ -109,11 +112,10 @@ def _find_time(reading: Reading) -> None:
             found = [each for each in found if not changes[each.name] <= STEADY]
     found = _without_attributes(reading, found)
     if not found:
-        texts = [each.name for each in reading.free() if each.kind == "text" and _looks_like_time(each)]
-        if texts:
+        if unread := [each for each in reading.free() if _looks_like_time(each)]:
+            column = max(unread, key=lambda each: (each.distinct, each.name))
             meaning.warnings.append(
-                f"'{texts[0]}' holds times as text, which can't be read: parse it, say with pandas.to_datetime, and "
-                "write it as a timestamp"
+                f"'{column.name}' seems to hold times that can't be read, as {_shown(column.low)}: {_PARSE}"
             )
         return
 
@@ -272,5 +274,13 @@ def _is_measure(each: Column) -> bool:
     return each.kind == "integer" and has(each.name, BEFORE | {"price", "age", "length", "size", "year"})
 
 
+def _shown(value: Any) -> str:
+    return f"{value:.10g}" if isinstance(value, float) else f"'{value:.40}'" if isinstance(value, str) else str(value)
+
+
 def _looks_like_time(each: Column) -> bool:
-    return all(re.match(r"\d{4}-\d{2}-\d{2}", str(end)) for end in (each.low, each.high))
+    """Whether text, or numbers by their name, say a time in another way, such as 14102100 or from 0 on."""
+    if each.kind == "text":
+        return all(re.match(r"\d{1,4}[-/.]\d{1,2}[-/.]\d", str(end)) for end in (each.low, each.high))
+    is_number = each.kind in ("integer", "number") and (each.distinct > 31 or each.low > 100_000)
+    return is_number and has(each.name, CLOCK) and not has(each.name, BEFORE)

@@ -26,6 +26,7 @@ from mmoe_rec.log.columns import canonical_type
 from mmoe_rec.log.database import Database, open_database
 from mmoe_rec.log.files import find_files, is_remote, path_values
 from mmoe_rec.log.rows import MICROSECONDS_PER_DAY
+from mmoe_rec.profiling.words import names_a_thing
 from mmoe_rec.settings.columns import Use
 
 Kind = Literal["integer", "number", "text", "boolean", "time", "keys", "vector", "empty", "other"]
@@ -39,7 +40,8 @@ _AT_ONCE = 64
 """Columns that are sorted at a time."""
 _BINS, _PRIOR = 64, 20.0
 _UNITS = {"s": 1_000_000, "ms": 1000, "us": 1, "ns": 0}  # microseconds; 0: a thousandth
-_EARLIEST, _LATEST = (datetime(year, 1, 1, tzinfo=UTC).timestamp() for year in (1990, 2100))
+_EARLIEST, _LATEST = (datetime(year, 1, 1, tzinfo=UTC).timestamp() for year in (1990, 2033))
+"""As seconds, hours such as 2014102100 would lie after these."""
 _INTEGER = re.compile(r"U?(TINY|SMALL|BIG|HUGE)?INT(EGER)?$")
 
 
@@ -207,7 +209,7 @@ class Profile:
                 kind == "boolean" or (bool(binary) and low == 0 and high == 1),
                 (shortest or 0, longest or 0),
                 (length or 0) / max(count, 1),
-                _unit_of(low, high) if kind == "integer" else None,
+                _unit_of(low, high) if kind == "integer" and not names_a_thing(name) else None,
             )
         return found
 
@@ -396,11 +398,20 @@ def auc_alone(values: pa.ChunkedArray, labels: np.ndarray, half: np.ndarray) -> 
     return float(auc_of_counts(ones, np.bincount(place, minlength=len(predicted)) - ones))
 
 
+def tells_it(values: pa.ChunkedArray, labels: np.ndarray) -> bool:
+    """Whether a column has another value than its most frequent one only in rows of label 1, by more than chance.
+
+    values: (N,); labels: (N,) 0, 1 or NaN.
+    """
+    codes = _values(values)
+    others, ones = codes != np.bincount(codes).argmax(), labels == 1
+    number, rate = int(others.sum()), float(ones.mean())
+    return number >= 20 and 0 < rate < 1 and ones[others].mean() > 0.999 and -number * math.log(rate) > 20
+
+
 def _codes(values: pa.ChunkedArray) -> np.ndarray:
     """(N,) int64 from 0: a value of text, a range of numbers; a missing one has its own."""
     kind = values.type
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
-        return np.asarray(values.is_valid()).astype(np.int64)
     if pa.types.is_temporal(kind):
         values = values.cast(pa.int64()) if not pa.types.is_date(kind) else values.cast(pa.int32()).cast(pa.int64())
     if pa.types.is_boolean(values.type) or pa.types.is_integer(values.type) or pa.types.is_floating(values.type):
@@ -408,6 +419,13 @@ def _codes(values: pa.ChunkedArray) -> np.ndarray:
         known = numbers[~np.isnan(numbers)]
         edges = np.unique(np.quantile(known, np.linspace(0, 1, _BINS + 1)[1:-1])) if len(known) else known
         return np.where(np.isnan(numbers), 0, 1 + np.searchsorted(edges, numbers, side="right")).astype(np.int64)
+    return _values(values)
+
+
+def _values(values: pa.ChunkedArray) -> np.ndarray:
+    """(N,) int64 from 0: a value has one; a missing one its own, and all lists have the same."""
+    if pa.types.is_nested(values.type):
+        return np.asarray(values.is_valid()).astype(np.int64)
     codes = values.combine_chunks().dictionary_encode()
     codes = codes.combine_chunks() if isinstance(codes, pa.ChunkedArray) else codes
     return codes.indices.fill_null(-1).to_numpy().astype(np.int64) + 1

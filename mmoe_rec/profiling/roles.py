@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from mmoe_rec.profiling.meaning import STEADY, Reading
-from mmoe_rec.profiling.profile import HALF, Column, auc_alone
+from mmoe_rec.profiling.profile import HALF, Column, auc_alone, tells_it
 from mmoe_rec.profiling.words import BEFORE, LABELS, OUTCOMES, PLACEMENT, TIME, begins, has
 from mmoe_rec.settings.columns import Role
 
@@ -38,7 +38,9 @@ def find_roles(reading: Reading) -> None:
         role = None
         if why := _why_later(reading, each) or _why_growing(reading, each):
             meaning.left_out[each.name] = why
-        elif profile.is_unique(each.name):
+            if each.is_time and not each.nulls:
+                meaning.checks[each.name] = why  # such as the day of a journey that is searched for
+        elif each.kind != "number" and profile.is_unique(each.name):
             _leave_out(reading, each, "it differs in each row, so nothing is learnt of it")
         elif reading.is_plain:
             role = _role_in_table(reading, each, changes[2], aucs)
@@ -65,6 +67,8 @@ def _role_in_table(reading: Reading, each: Column, of_candidate: float, aucs: Au
     if best > LEAK_OF_TABLE:
         _leave_out(reading, each, f"it tells {task} too well to be known before it (AUC {best:.3f} alone)")
         return None
+    if begins(each.name, OUTCOMES) and not has(each.name, BEFORE):
+        reading.meaning.checks[each.name] = f"by its name it may be known only after {task or 'the label'}"
     is_placement = has(each.name, PLACEMENT) and of_candidate > STEADY
     return "placement" if is_placement else "candidate"
 
@@ -104,6 +108,8 @@ def _role_in_doubt(reading: Reading, each: Column, changes: tuple[float, float, 
         _leave_out(reading, each, "by its name it may be known only after the request")
     elif best > LEAK:
         _leave_out(reading, each, f"it tells {task} too well to be known before it (AUC {best:.2f} alone)")
+    elif after := aucs.comes_after(each):
+        _leave_out(reading, each, f"it says something only where {after} is 1, so it is taken for what is known then")
     elif each.binary and begins(each.name, LABELS) and not has(each.name, BEFORE):
         _leave_out(reading, each, "it looks like a label: --task makes it one")
     elif math.isnan(changes[0]):
@@ -162,6 +168,14 @@ class Aucs:
         task = max(known, key=lambda name: (known[name], name), default="")
         return known.get(task, 0.0), task
 
+    def comes_after(self, each: Column) -> str | None:
+        """The task in whose positive rows alone a column has a value that is not its usual one."""
+        if self._found is None:
+            self._found = self._read()
+        if each.name not in self._found:
+            return None
+        return next((task for task, its in self._labels.items() if tells_it(self._rows.column(each.name), its)), None)
+
     def _read(self) -> dict[str, dict[str, float]]:
         reading = self._reading
         tasks = [each for each in reading.meaning.tasks if each.kind == "binary"]
@@ -173,4 +187,5 @@ class Aucs:
             if each.observed_when is not None:
                 seen = labels[each.observed_when[0]] == 1
                 labels[each.column] = np.where(seen, labels[each.column], np.nan)
+        self._rows, self._labels = rows, labels
         return {name: {task: auc_alone(rows.column(name), its, half) for task, its in labels.items()} for name in names}

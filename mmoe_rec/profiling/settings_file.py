@@ -101,7 +101,7 @@ def _body(
     if meaning.left_out:
         yield "# No inputs:"
         for column, why in meaning.left_out.items():
-            yield f"#   {column}: {why}{f'  {CHECK}' if column in checks else ''}"
+            yield f"#   {_one_line(column)}: {_one_line(why)}{f'  {CHECK}' if column in checks else ''}"
         yield ""
     tasks = {
         each.name: Entry(describe_task(each), "; ".join(each.notes), "; ".join(each.checks)) for each in meaning.tasks
@@ -149,7 +149,7 @@ def _lines(depth: int, key: str, entry: Entry) -> Iterable[str]:
     if entry.heading:
         yield from ("", f"{indent}# {entry.heading}")
     comment = entry.note if not entry.check else f"check: {entry.check}" + (f"; {entry.note}" if entry.note else "")
-    comment = " ".join(comment.split())
+    comment = _one_line(comment)
     line = f"{indent}{_flow(key)}: {_flow(entry.value)}"
     if comment and len(line) + len(comment) + 3 <= _WIDTH:
         yield f"{line} # {comment}"
@@ -159,9 +159,24 @@ def _lines(depth: int, key: str, entry: Entry) -> Iterable[str]:
     yield line
 
 
+def _one_line(text: str) -> str:
+    """Text of a comment, without what would end it."""
+    return " ".join("".join(each if each.isprintable() else " " for each in text).split())
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes names that hold the end of a line in one line."""
+
+
+_Dumper.add_representer(
+    str,
+    lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, None if text.isprintable() else '"'),
+)
+
+
 def _flow(value: Any) -> str:
     """A value in one line of YAML."""
     if isinstance(value, datetime):
         return value.strftime("%Y-%m-%dT%H:%M:%S.%fZ" if value.microsecond else "%Y-%m-%dT%H:%M:%SZ")
-    text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, sort_keys=False, width=10**9)
+    text = yaml.dump(value, None, _Dumper, default_flow_style=True, allow_unicode=True, sort_keys=False, width=10**9)
     return text.removesuffix("\n").removesuffix("\n...").strip()

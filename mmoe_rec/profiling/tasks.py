@@ -24,6 +24,10 @@ def find_tasks(reading: Reading) -> None:
         ]
     else:
         meaning.tasks = _guess_tasks(reading)
+    names = [each.name for each in meaning.tasks]
+    if twins := [each.column for each in meaning.tasks if names.count(each.name) > 1]:
+        both = "' and '".join(twins)
+        raise UserError(f"columns '{both}' would be tasks of one name: rename one, or take it out with --leave-out")
     binary = [each for each in meaning.tasks if each.kind == "binary"]
     binary.sort(key=lambda each: (-_rate(reading, each.column), each.column))
     for place, each in enumerate(binary):
@@ -83,11 +87,11 @@ def _guess_tasks(reading: Reading) -> list[TaskGuess]:
     for each in labels:  # 1 only where something else has happened: known after it
         first = next((other for other in told if _implies(reading, each, other)), None)
         if each not in told and first is not None and not has(each.name, BEFORE):
-            why = f"it is 1 only where {first.name} is, so it is taken for what happens then"
+            why = f"it is 1 only where {first.name} is 1, so it is taken for what happens then"
             tasks.append(TaskGuess(each.name, checks=[why]))
         elif each not in told and not has(each.name, BEFORE | PLACEMENT):
             if (then := next((other for other in told if _implies(reading, other, each)), None)) is not None:
-                tasks.append(TaskGuess(each.name, checks=[f"{then.name} is 1 only where it is, so it comes before"]))
+                tasks.append(TaskGuess(each.name, checks=[f"{then.name} is 1 only where it is 1, so it comes before"]))
             elif _null_at_end(reading, each, "true") is not None:
                 tasks.append(TaskGuess(each.name, checks=["it is null in the latest rows, as what is known later"]))
     if not told and labels:
@@ -103,6 +107,11 @@ def _guess_tasks(reading: Reading) -> list[TaskGuess]:
         numbers = [each for each in numbers if each.distinct > 2 and begins(each.name, NUMBERS)]
         why = "a number by whose name it may be what is to be predicted"
         tasks = [TaskGuess(each.name, "regression", checks=[why]) for each in _that_vary(reading, numbers)[:2]]
+    if len(tasks) > _MOST_TASKS:
+        tasks.sort(key=lambda task: (-_rate(reading, task.column), task.column))
+    for task in tasks[_MOST_TASKS:]:
+        why = f"it looks like a label, rarer than {_MOST_TASKS} others: --task names those that are to be predicted"
+        meaning.left_out[task.column] = meaning.checks[task.column] = why
     return tasks[:_MOST_TASKS]
 
 
@@ -150,7 +159,7 @@ def _find_condition(reading: Reading, task: TaskGuess, earlier: Sequence[TaskGue
             task.objective = "satisfaction"
             task.score_weight = 0.5 * task.score_weight
             if not by_null:
-                task.checks.append(f"it is 1 only where {each.column} is: predicted for those rows")
+                task.checks.append(f"it is 1 only where {each.column} is 1: predicted for those rows")
             return
 
 

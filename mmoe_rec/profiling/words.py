@@ -46,6 +46,10 @@ TIME = _words(
     "logged micros momento ms request s served shown since tag time timestamp ts unix utc view viewed visit when "
     "zeit zeitpunkt"
 )
+CLOCK = _words(
+    "created date datetime datum day dt epoch fecha hour hora stunde time timestamp ts unix utc zeit zeitpunkt"
+)
+"""Of times that may be written as other numbers."""
 PLACEMENT = _words(
     "carousel column display mailer orden placement platz pos posicion position rang rank row shelf slot"
 )
@@ -61,17 +65,17 @@ CODES = _words("cat category class code group id key kind nr plz segment typ typ
 """Of integers that are names of things."""
 EVENT_TYPES = _words("action art event evento kind typ type")
 LABELS = _stems(
-    "abon accept action again angesehen appl behalten bestellt block book bought bounc buy call cancel cart "
+    "abon accept action again angesehen appl attrit behalten bestellt block book bought bounc buy call cancel cart "
     "checkout churn clic click clk comment complain complet compr contact contrat conv devuel dislik download "
-    "downvot engag enjoy fav finish follow gef gekauft geöffnet gust happy hid hire hit insta kauf keep kept "
-    "klick label lead lik listen lov match open order outcome pagad paid play pleas posit purchas rated read "
-    "rebought recommend refund reject repeat repl report reserv respon retain retour return satisf sav seen shar "
-    "skip sold spam stay storn subscri succes swip target unfollow unsub upvot view vio visit vist vote watch "
+    "downvot engag enjoy exit fav finish follow forward fraud gef gekauft geöffnet gust happy hate hid hire hit insta "
+    "kauf keep kept klick label lead lik listen lov match open order outcome pagad paid play pleas posit purchas rated "
+    "read rebought recommend refund reject repeat repl report reserv respon retain retour return satisf sav seen shar "
+    "skip sold spam stay storn subscri succes surviv swip target unfollow unsub upvot view vio visit vist vote watch "
     "wieder won zufrieden"
 )
 UNWANTED = _stems(
-    "block bounc cancel churn complain devuel dislik downvot hid refund reject report retour return skip spam "
-    "storn unfollow unsub"
+    "attrit block bounc cancel churn complain devuel dislik downvot exit fraud hate hid refund reject report retour "
+    "return skip spam storn unfollow unsub"
 )
 """Of what a good candidate has none of."""
 OUTCOMES = _stems(
@@ -99,6 +103,12 @@ def fits(name: str, hints: Collection[str]) -> bool:
     if len(words) == 1:  # as in kundennr
         return any(words[0] == each or (len(each) > 3 and words[0] in {each + end for end in _ID}) for each in hints)
     return any(each in hints for each in words) and all(each in hints or each in _ID for each in words)
+
+
+def names_a_thing(name: str) -> bool:
+    """Whether a name is that of ids, so that its numbers are no times, however large."""
+    things = any(fits(name, hints) for purposes in (NAMES, STAND_INS) for hints in purposes.values())
+    return has(name, _ID) or (things and not has(name, TIME))
 
 
 def has(name: str, hints: frozenset[str]) -> bool:

@@ -746,7 +746,43 @@ def rows_one_by_one(seed: int) -> HeldOut:
     return HeldOut({"r.parquet": log}, answers, best=w.best(w.clicked))
 
 
+def feed(seed: int) -> HeldOut:
+    """Videos with ids as large as seconds since 1970, eight labels, and what a person did after a click."""
+    w = draw_world(seed, 8_000, 400, 200, 30, shown=5)
+    random, clicked = w.random, w.clicked.astype(bool)
+    more = {f"is_{name}": w.some(clicked, 0.3) for name in ("like", "follow", "comment", "share", "forward", "save")}
+    log = pa.table(
+        {
+            "user_id": w.user * 99_991 + 1_300_000_000,
+            "video_id": w.item * 7919 + 1_600_000_000,
+            "request_id": w.request * 3 + 1_700_000_000,
+            "shown_at": at(w.time),
+            "hour": pa.array(((w.time - YEAR_2024) // DAY) + 24_010_100),
+            "seller_id": w.of(w.item, np.arange(50)) * 1_000_003 + 1_400_000_000,
+            "relevance": np.log(w.probability) + random.normal(size=w.rows),
+            "free\nspace": w.of(w.item, random.gamma(2, 20, 200)),
+            "row\nnumber: {": random.permutation(w.rows),
+            "is_click": w.clicked,
+            **more,
+            "is_hate": (random.random(w.rows) < 0.01) * 1,
+            "profile_ms": np.where(w.some(clicked, 0.05), random.integers(100, 9000, w.rows), 0),
+            "note_no": np.where(w.some(clicked, 0.05), random.integers(100, 9000, w.rows), -1),
+        }
+    )
+    outcomes = ("is_click", *more, "is_hate", "profile_ms", "note_no")
+    answers = Answers(
+        {"user": "user_id", "candidate": "video_id", "request": "request_id", "time": "shown_at"},
+        {"candidate": "seller_id relevance", "": "hour"},
+        {"is_click": Label()},
+        leaks=("profile_ms", "note_no"),
+        outcomes=outcomes,
+        kinds={"seller_id": "id", "relevance": "numeric"},
+    )
+    return HeldOut({"f.parquet": log}, answers)
+
+
 SPOILT = (
+    *("times as numbers", "times from zero", "tasks of one name"),
     *("clicks alone", "labels as text", "labels of -1 and 1", "times as text"),
     *("users that are missing", "users as floats", "users as bytes"),
 )
@@ -765,13 +801,19 @@ def spoilt(seed: int, how: str) -> HeldOut:
     columns |= {
         "clicks alone": {"clicked": np.ones(w.rows, np.int64)},
         "labels as text": {"clicked": np.where(w.clicked, "yes", "no")},
+        "times as numbers": {"shown_at": w.time // DAY, "hour": w.time // DAY * 100 + 2_014_000_000},
+        "times from zero": {"shown_at": w.time // DAY, "timestamp": (w.time - YEAR_2024) / 10**6},
+        "tasks of one name": {"clicked?": w.clicked, "clicked!": w.some(w.clicked, 0.5)},
         "times as text": {"shown_at": columns["shown_at"].cast(pa.string())},
         "users that are missing": {"user_id": where(w.random.random(w.rows) < 0.9, w.user)},
         "users as floats": {"user_id": w.user.astype(np.float64)},
         "users as bytes": {"user_id": pa.array([str(each).encode() for each in w.user], pa.binary())},
         "labels of -1 and 1": {"clicked": 2 * w.clicked - 1},
     }[how]
-    named = "shown_at" if how.startswith("times") else "user_id" if how.startswith("users") else "clicked"
+    others = {"times as numbers": "hour", "times from zero": "timestamp", "tasks of one name": "one name"}
+    named = others.get(how) or (
+        "shown_at" if how.startswith("times") else "user_id" if how.startswith("users") else "clicked"
+    )
     return HeldOut({"c.parquet": pa.table(columns)}, Answers({}, {}, {}, refused=named))
 
 
@@ -791,5 +833,6 @@ LOGS: dict[str, Callable[[int], HeldOut]] = {
     "odd_names": odd_names,
     "hotels": hotels,
     "rows_one_by_one": rows_one_by_one,
+    "feed": feed,
     **{how: partial(spoilt, how=how) for how in SPOILT},
 }
