@@ -154,11 +154,11 @@ class Screening:
         alive = list(range(names))
         for number, end in enumerate(RUNGS):
             recipes = self.notes.keep_recipes(f"rung {number + 1}", partial(self._draw, alive, number, end * until))
+            say(f"rung {number + 1}: {len(recipes)} trainings, if time allows, of {len(alive)} alternatives")
             self._train(recipes, end * until)
             effects = self._effects()
             kept = keep_better_half(effects, alive)
             if number < len(RUNGS) - 1:
-                say(f"rung {number + 1}: {len(recipes)} trainings; {len(kept)} of {len(alive)} alternatives go on")
                 alive = kept
         best = self._valid(join_best(self.alternatives, self._effects(), alive))
         if best:

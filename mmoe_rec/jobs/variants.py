@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import shutil
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -32,6 +33,7 @@ from mmoe_rec.jobs.places import log_and_place
 from mmoe_rec.jobs.seeds import LostProcessError, run_each, run_side_by_side, share_threads
 from mmoe_rec.locks import writing
 from mmoe_rec.preprocessing.prepare import FeatureFolder, existing, features_in_use
+from mmoe_rec.progress import bar
 from mmoe_rec.settings.sections import Settings
 from mmoe_rec.tracking import runs
 from mmoe_rec.tracking.outbox import PATIENCE_SECONDS, UnreachableError
@@ -188,7 +190,7 @@ class VariantTrainings:
         StoppedError where a signal came, UserError where MLflow does not answer.
         """
         tasks = [(self._make_task(*pair), cost) for pair, cost in zip(pairs, costs, strict=True)]
-        until = time.monotonic() + seconds
+        until, losses = time.monotonic() + seconds, 0
         try:
             while waiting := [each for each in tasks if not (each[0].file.exists() or each[0].failed.exists())]:
                 lots = [waiting[number :: self.at_once] for number in range(min(self.at_once, len(waiting)))]
@@ -198,9 +200,13 @@ class VariantTrainings:
                     break
                 logs = [self.folder / f"training_{number + 1}.log" for number in range(len(turns))]
                 try:
-                    list(run_side_by_side(_train_in_turn, turns, logs, len(turns)))
+                    with _show_ended([task for task, _ in waiting]):
+                        list(run_side_by_side(_train_in_turn, turns, logs, len(turns)))
                     break
                 except LostProcessError as error:
+                    losses += 1
+                    if losses > STARTS * len(tasks) or not any(task.starts() for task, _ in waiting):
+                        raise  # it was lost before it could train
                     for task, _ in waiting:
                         if task.starts() >= STARTS and not task.file.exists():
                             write_text(task.failed, str(error))
@@ -293,6 +299,26 @@ class _Turn:
     tasks: tuple[tuple[_Task, float], ...]
     until: float
     pace: float
+
+
+@contextmanager
+def _show_ended(tasks: Sequence[_Task]) -> Iterator[None]:
+    """A bar of how many trainings have ended, which other processes run."""
+    over = threading.Event()
+    with bar() as progress:
+        shown = progress.add_task("trainings", total=len(tasks))
+
+        def look() -> None:
+            while not over.wait(1.0):
+                progress.update(shown, completed=sum(each.file.exists() for each in tasks))
+
+        thread = threading.Thread(target=look, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
 
 
 def _train_in_turn(turn: _Turn) -> None:
