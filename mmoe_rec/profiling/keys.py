@@ -107,7 +107,9 @@ def _find_time(reading: Reading) -> None:
     unnamed = [each for each in found if each not in named and each.distinct > 0.01 * each.rows]
     found = named or unnamed
     for purpose in ("user", "candidate"):
-        if found and purpose in keys:  # as the day of a user's birth, or of publication
+        if (
+            found and purpose in keys and not fits(keys[purpose], STAND_INS[purpose])
+        ):  # as the day of a user's birth, or of publication
             changes = reading.profile.changes([keys[purpose]], [each.name for each in found])
             found = [each for each in found if not changes[each.name] <= STEADY]
     found = _without_attributes(reading, found)
@@ -243,6 +245,8 @@ def _find_by_structure(reading: Reading) -> None:
     users = [each for each in finest if within[each.name] <= _ALMOST]
     candidates = [each for each in finest if within[each.name] > _ALMOST]
     for purpose, some in (("user", users), ("candidate", candidates)):
+        if purpose == "candidate" and keys.keys().isdisjoint(("user", "request")):
+            continue  # there are no lists
         if purpose not in keys and some and ("request" in keys or len(some) == 1 or purpose == "candidate"):
             best = max(some, key=lambda each: (each.distinct, each.name))
             keys[purpose] = best.name

@@ -17,7 +17,7 @@ from mmoe_rec.log.rows import MICROSECONDS_PER_DAY
 from mmoe_rec.profiling.meaning import Meaning, TaskGuess
 from mmoe_rec.profiling.profile import Column, Profile, days
 from mmoe_rec.profiling.tasks import one_of
-from mmoe_rec.profiling.words import CODES, EVENT_TYPES, TIME, has
+from mmoe_rec.profiling.words import CODES, EVENT_TYPES, TIME, has, words_of
 
 _WINDOWS = (91, 28, 7, 1, 0.125)
 _MOST_ATTRIBUTES, _MOST_CONTEXTS, _MOST_GROUPS = 4, 3, 2
@@ -120,10 +120,12 @@ class _Proposer:
                 f"labels of '{self.profile.name}' are final after {mature:g} days, and the log spans "
                 f"{days(last - first):.1f}: too little of it is known"
             )
-        ends = []
+        ends: list[int] = []
         for share in (1 - _TEST - _VALIDATION, 1 - _TEST):
-            at = int(self.profile.quantile(t, share, usable))
-            ends.append(self._round(at, first, end))
+            at = self._round(int(self.profile.quantile(t, share, usable)), first, end)
+            if ends and at <= ends[-1]:  # as in a log of ten days whose times are days
+                at = self.profile.number(f"SELECT min({t}) FROM log WHERE {t} > {ends[-1]}") or end
+            ends.append(at)
         if not first < ends[0] < ends[1] < end:
             raise UserError(f"the times of '{self.profile.name}' are too few to split its rows by them")
         split["train_end"] = Entry(
@@ -200,6 +202,10 @@ class _Proposer:
     def _propose_column(self, each: Column, role: str) -> bool:
         """Adds the features of a column; False where there is none."""
         check = self.meaning.checks.get(each.name, "")
+        if each.kind == "number" and {"id", "ids", "code", "zip", "plz"}.intersection(words_of(each.name)):
+            check = f"if they are ids, cast them: values of type {each.type} are read as amounts" + f"; {check}" * bool(
+                check
+            )
         made, whose = self._kind_of(each), self.columns.get(self.keys.get(role, ""))
         why = "its values are too many and too rare to learn from" if made is None else None
         if whose is not None and each.kind == "text" and each.distinct > max(50, 0.9 * whose.distinct):

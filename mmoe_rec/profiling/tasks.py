@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from mmoe_rec.errors import UserError
 from mmoe_rec.profiling.meaning import STEADY, Reading, TaskGuess
 from mmoe_rec.profiling.profile import Column, days
-from mmoe_rec.profiling.words import BEFORE, EVENT_TYPES, LABELS, NUMBERS, PLACEMENT, UNWANTED, begins, has
+from mmoe_rec.profiling.words import BEFORE, EVENT_TYPES, LABELS, NUMBERS, PLACEMENT, begins, has, is_unwanted
 
 _MOST_TASKS, _TYPES = 5, 20
 
@@ -36,6 +36,13 @@ def find_tasks(reading: Reading) -> None:
     for each in others:
         each.score_weight = 0.0 if binary else 1.0
     meaning.tasks = [*binary, *others]
+    scored = any(each.score_weight for each in meaning.tasks)
+    for each in binary:
+        if scored and is_unwanted(each.column):
+            each.checks.append("by its name a good candidate has none of it: predicted, and not in the score")
+        elif not scored:  # or all scores would be the same
+            each.score_weight = 1.0
+            each.checks.append("by its name it is unwanted: the higher the score, the likelier it is")
     if not meaning.tasks:
         types = [each.name for each in reading.columns.values() if each.kind == "text" and each.distinct <= _TYPES]
         if types := [name for name in types if has(name, EVENT_TYPES)]:
@@ -84,6 +91,9 @@ def _guess_tasks(reading: Reading) -> list[TaskGuess]:
     labels = _that_vary(reading, [each for each in labels if each.name not in reading.corrections.placement])
     told = [each for each in labels if begins(each.name, LABELS) and not has(each.name, BEFORE | PLACEMENT)]
     tasks = [TaskGuess(each.name) for each in told]
+    if reading.is_plain and len(tasks) > 1:
+        for task in tasks:
+            task.checks.append("is it to be predicted, or known before?")
     for each in labels:  # 1 only where something else has happened: known after it
         first = next((other for other in told if _implies(reading, each, other)), None)
         if each not in told and first is not None and not has(each.name, BEFORE):
@@ -94,7 +104,9 @@ def _guess_tasks(reading: Reading) -> list[TaskGuess]:
                 tasks.append(TaskGuess(each.name, checks=[f"{then.name} is 1 only where it is 1, so it comes before"]))
             elif _null_at_end(reading, each, "true") is not None:
                 tasks.append(TaskGuess(each.name, checks=["it is null in the latest rows, as what is known later"]))
-    if not told and labels:
+    numbers = [each for each in reading.free() if each.kind in ("integer", "number") and each.unit is None]
+    numbers = _that_vary(reading, [each for each in numbers if each.distinct > 2 and begins(each.name, NUMBERS)])
+    if not told and labels and not (numbers and all(has(each.name, BEFORE | PLACEMENT) for each in labels)):
         why = "no name says so, but it is 0 or 1: is it what is to be predicted?"
         tasks = [TaskGuess(each.name, checks=[why]) for each in labels[: 3 if reading.is_plain else 2]]
         if reading.is_plain and len(labels) > 1:
@@ -103,10 +115,8 @@ def _guess_tasks(reading: Reading) -> list[TaskGuess]:
                 "--task; --leave-out takes out those that are known only later"
             )
     if not tasks:
-        numbers = [each for each in reading.free() if each.kind in ("integer", "number") and each.unit is None]
-        numbers = [each for each in numbers if each.distinct > 2 and begins(each.name, NUMBERS)]
         why = "a number by whose name it may be what is to be predicted"
-        tasks = [TaskGuess(each.name, "regression", checks=[why]) for each in _that_vary(reading, numbers)[:2]]
+        tasks = [TaskGuess(each.name, "regression", checks=[why]) for each in numbers[:2]]
     if len(tasks) > _MOST_TASKS:
         tasks.sort(key=lambda task: (-_rate(reading, task.column), task.column))
     for task in tasks[_MOST_TASKS:]:
@@ -145,22 +155,21 @@ def _implies(reading: Reading, one: Column, other: Column) -> bool:
 def _find_condition(reading: Reading, task: TaskGuess, earlier: Sequence[TaskGuess]) -> None:
     """The more frequent task in whose rows alone a label means something."""
     column = reading.columns[task.column]
-    task.score_weight = 0.0 if begins(task.column, UNWANTED) else 1.0
-    if task.score_weight == 0.0:
-        task.checks.append("by its name a good candidate has none of it: predicted, and not in the score")
-    for each in earlier:
-        other = reading.columns[each.column]
-        known = f"{column.sql} IS NOT NULL"
-        by_null = column.nulls > 0 and reading.profile.share(f"{other.sql} = {one_of(other)}", known) > 0.999
-        if by_null or _implies(reading, column, other):
-            if each.observed_when is not None and not by_null:
-                continue
-            task.observed_when = each.column, (True if other.kind == "boolean" else 1)
-            task.objective = "satisfaction"
-            task.score_weight = 0.5 * task.score_weight
-            if not by_null:
-                task.checks.append(f"it is 1 only where {each.column} is 1: predicted for those rows")
-            return
+    task.score_weight = 0.0 if is_unwanted(task.column) else 1.0
+    ones = {
+        each.column: f"{other.sql} = {one_of(other)}" for each in earlier if (other := reading.columns[each.column])
+    }
+    known, given = f"{column.sql} IS NOT NULL", None
+    if column.nulls:  # of the returns of what was bought, rather than of what was clicked
+        given = next((name for name in reversed(ones) if reading.profile.share(ones[name], known) > 0.999), None)
+    if given is None:
+        first = (each.column for each in earlier if each.observed_when is None)
+        given = next((name for name in first if _implies(reading, column, reading.columns[name])), None)
+        task.checks += [f"it is 1 only where {given} is 1: predicted for those rows"] if given else []
+    if given is not None:
+        task.observed_when = given, (True if reading.columns[given].kind == "boolean" else 1)
+        task.objective = "satisfaction"
+        task.score_weight = 0.5 * task.score_weight
 
 
 def find_maturity(reading: Reading) -> None:

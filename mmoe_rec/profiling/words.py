@@ -58,7 +58,7 @@ WEIGHT = _words("gewicht instanceweight peso sampleweight weight weights wgt")
 WEIGHED = _words("instance person row sample survey w")
 BEFORE = _words(
     "already avg before cnt count ctr days ever frueher hist history last mean num past prev previous previously "
-    "prior rate since total vorher was"
+    "prior rate since total verified vorher was"
 )
 """Of what was known already: a count of earlier clicks is no label."""
 CODES = _words("cat category class code group id key kind nr plz segment typ type zip")
@@ -78,6 +78,7 @@ UNWANTED = _stems(
     "return skip spam storn unfollow unsub"
 )
 """Of what a good candidate has none of."""
+_NOT = _words("kein keine nicht no non not")
 OUTCOMES = _stems(
     "amount answer bestell betrag bezahlt checkout click conver deliver duration dwell engag feedback gasto gmv "
     "importe listen margin menge minutes paid payment profit purchas qty quantity rating refund return revenue "
@@ -103,6 +104,11 @@ def fits(name: str, hints: Collection[str]) -> bool:
     if len(words) == 1:  # as in kundennr
         return any(words[0] == each or (len(each) > 3 and words[0] in {each + end for end in _ID}) for each in hints)
     return any(each in hints for each in words) and all(each in hints or each in _ID for each in words)
+
+
+def is_unwanted(name: str) -> bool:
+    """Whether a label's name is of what a good candidate has none of."""
+    return begins(name, UNWANTED) and not has(name, _NOT)
 
 
 def names_a_thing(name: str) -> bool:

@@ -781,6 +781,64 @@ def feed(seed: int) -> HeldOut:
     return HeldOut({"f.parquet": log}, answers)
 
 
+def returns(seed: int) -> HeldOut:
+    """Ten days of dates: what is bought of what is clicked, and sent back of what is bought, known after two days."""
+    w = draw_world(seed, 12_000, 500, 300, 10)
+    clicked = w.clicked.astype(bool)
+    bought = w.some(clicked, 0.5).astype(bool)
+    old = w.time // DAY < (w.time // DAY).max() - 1
+    log = pa.table(
+        {
+            "member": w.user,
+            "sku": w.item,
+            "search_id": w.request,
+            "day": pa.array((w.time // DAY).astype(np.int32)).cast(pa.date32()),
+            "coupon_id": where(w.random.random(w.rows) < 0.1, w.random.integers(1, 30, w.rows), pa.float64()),
+            "was_cheap": w.of(w.item, [0, 1]),
+            "is_clicked": clicked,
+            "is_bought": bought,
+            "not_returned": where(bought & old, 1 - w.some(bought, 0.3, -1)),
+        }
+    )
+    answers = Answers(
+        {"user": "member", "candidate": "sku", "request": "search_id", "time": "day"},
+        {"candidate": "was_cheap coupon_id"},
+        {
+            "is_clicked": Label(),
+            "is_bought": Label(observed=("is_clicked",)),
+            "not_returned": Label(observed=("is_bought",), days=(1, 3)),
+        },
+        kinds={"coupon_id": "id"},
+        settings={
+            "split.validation_end": "2024-01-07T00:00:00Z",
+            "tasks.not_returned.score_weight": 0.5,
+            "tasks.not_returned.observed_when.column": "is_bought",
+        },
+    )
+    return HeldOut({"r.parquet": log}, answers)
+
+
+def guests(seed: int) -> HeldOut:
+    """Reservations, one a row: a label that is unwanted, and a column that looks like one."""
+    w = draw_world(seed, 5_000, 300, 300, 10, shown=1)
+    log = pa.table(
+        {
+            "fold": w.random.choice(["train", "dev", "test"], w.rows, p=[0.7, 0.1, 0.2]),
+            "job": w.random.choice(["nurse", "clerk", "cook"], w.rows),
+            "lead_days": w.category + w.random.integers(0, 5, w.rows),
+            "duration": w.random.gamma(2, 100, w.rows),
+            "is_canceled": w.clicked,
+        }
+    )
+    answers = Answers(
+        {"candidate": "-"},
+        {"candidate": "job lead_days", "": "duration"},
+        {"is_canceled": Label()},
+        settings={"split.validation": ["dev"]},
+    )
+    return HeldOut({"g.parquet": log}, answers)
+
+
 SPOILT = (
     *("times as numbers", "times from zero", "tasks of one name"),
     *("clicks alone", "labels as text", "labels of -1 and 1", "times as text"),
@@ -834,5 +892,7 @@ LOGS: dict[str, Callable[[int], HeldOut]] = {
     "hotels": hotels,
     "rows_one_by_one": rows_one_by_one,
     "feed": feed,
+    "returns": returns,
+    "guests": guests,
     **{how: partial(spoilt, how=how) for how in SPOILT},
 }

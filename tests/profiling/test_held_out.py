@@ -118,6 +118,11 @@ def test_no_guess_is_wrong_without_a_mark(name: str, tmp_path: Path) -> None:
     assert not wrong, "\n".join([*wrong, text])
 
 
+def test_scores_differ_where_every_label_is_unwanted(tmp_path: Path) -> None:
+    init(tmp_path, LOGS["guests"](0))
+    assert load_settings(tmp_path / "settings.yaml").tasks["is_canceled"].score_weight == 1
+
+
 def test_the_judge_finds_what_is_wrong(tmp_path: Path) -> None:
     held_out = LOGS["own_numbers"](0)
     text = init(tmp_path, held_out)
