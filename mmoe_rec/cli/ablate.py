@@ -33,7 +33,7 @@ from mmoe_rec.errors import UserError
 @click.option("--margin", type=click.FloatRange(0, 1), default=0.001, help="loss of what decides that is none (.001)")
 @click.option("--candidates", type=COUNT, default=500, metavar="N", help="of the request that is timed (500)")
 @click.option("--retrain", is_flag=True, help="train without each group, or each of --features, too")
-@click.option("--seeds", type=COUNT, metavar="N", help="of --retrain, trainings of each (3)")
+@click.option("--seeds", type=click.IntRange(min=2), metavar="N", help="of --retrain, trainings of each (3)")
 @click.option("--at-once", type=COUNT, metavar="N", help="of --retrain, how many run at a time (1)")
 @out_option("data.work/ablation")
 def ablate(

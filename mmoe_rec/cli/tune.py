@@ -5,9 +5,10 @@ mmoe-rec tune --config configs/complete_journey.yaml --trials 20
 experts, widths, and groups of features left out, such as ids or histories. `small` takes 20 minutes, `medium` 2 hours,
 `large` 8; --minutes says otherwise, --at-once how many trainings run at a time (one a core, or a GPU). Many
 alternatives are tried at once, the better half goes on, and the best together are compared with the file by further
-trainings: they are taken if they are shown to be better, or are simpler and lose nothing. That is written to
-`data.work`/tuning/best.yaml, the file with its comments, and what each alternative gave to report.html and tuning.json
-beside it. The same command, after a stop or a kill, goes on within what is left of its time.
+trainings, on validation rows of users who had no say before: they are taken if they are shown to be better, or are
+simpler and lose nothing. That is written to `data.work`/tuning/best.yaml, the file with its comments, and what each
+alternative gave to report.html and tuning.json beside it. The same command, after a stop or a kill, goes on within what
+is left of its time.
 
 Without --preset, tries values for the settings under `tuning.search`, keeps those with the best validation result, and
 writes them, with all other settings, to `data.work`/tuning/best.yaml, which `mmoe-rec train --config` takes. The next

@@ -85,6 +85,11 @@ def ablate_model(settings: Settings, address: str, out: Path, options: Ablation)
     model = find_model(address, settings.tracking.address)
     ranker = Ranker.load(model.folder)
     _check_features(options, ranker.pipeline.schema)
+    if options.seeds and ranker.pipeline.schema.features != settings.schema_.features:
+        raise UserError(
+            f"--retrain trains by these settings, whose features are not those of '{address}': give the settings that "
+            "it was trained with, or leave --retrain out"
+        )
     report = _exchange_features(settings, model, ranker, options)
     if options.seeds:
         joint = () if report.leave_out is None else (report.leave_out.part,)
@@ -191,8 +196,8 @@ def _train_without(settings: Settings, options: Ablation, joint: Sequence[Part])
 
     schema, rules = settings.schema_, settings.evaluation
     alone = [Part(name, (name,)) for name in options.features]
-    groups = {each.features: each for each in (*joint, *(alone or find_sources(schema)))}
-    parts = [each for each in groups.values() if len(each.features) < len(schema.features)]
+    by_features = {frozenset(each.features): each for each in (*joint, *(alone or find_sources(schema)))}
+    parts = [each for each in by_features.values() if schema.can_rank_without(each.features)]
     seeds = range(settings.training.seed, settings.training.seed + options.seeds)
     with open_variants(settings, PLACE, options.split, options.at_once) as trainings:
         say(f"{len(seeds)} trainings with all features, then as many without each of {len(parts)} features or groups")

@@ -13,8 +13,6 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any, Literal
 
-from pydantic import ValidationError
-
 from mmoe_rec.features.kinds.counter import CounterFeature, suffix_of
 from mmoe_rec.features.kinds.numeric import NumericFeature
 from mmoe_rec.settings.sections import Settings
@@ -50,7 +48,7 @@ def list_alternatives(settings: Settings, rows: int, preset: Preset, inputs: Col
     for each in (*_of_training(settings, rows, preset), *of_features, *_of_model(settings, preset)):
         try:
             apply_alternatives(settings, [each])
-        except ValidationError:  # it does not go with the rest of the file
+        except ValueError:  # it does not go with the rest of the file
             continue
         found.append(each)
     order = ["epochs", "dropout", "batch", "learning rate", "trees", "ids", "histories", "values", "windows"]
@@ -256,7 +254,7 @@ def _other(part: str, setting: str, value: Any, *, simpler: bool = False, cost: 
 def apply_alternatives(settings: Settings, taken: Iterable[Alternative]) -> tuple[Settings, tuple[str, ...]]:
     """Settings with other values, and the features that are left out, which the settings still have.
 
-    Raises pydantic's ValidationError where they don't go together.
+    Raises ValueError (pydantic's ValidationError is one) where they don't go together, or leave no input to rank by.
     """
     tree, without = settings.model_dump(), list[str]()
     for each in taken:
@@ -267,7 +265,10 @@ def apply_alternatives(settings: Settings, taken: Iterable[Alternative]) -> tupl
             for key in path:
                 section = section[key]
             section[last] = value
-    return Settings.model_validate(tree), tuple(without)
+    changed = Settings.model_validate(tree)
+    if not changed.schema_.can_rank_without(without):
+        raise ValueError("no feature of user, candidate or context is left")
+    return changed, tuple(without)
 
 
 def keys_of(settings: Settings, without: Collection[str]) -> list[list[str]]:

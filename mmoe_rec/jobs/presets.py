@@ -23,7 +23,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
-from pydantic import ValidationError
 
 from mmoe_rec.atomic import atomic_folder, write_text
 from mmoe_rec.devices import usable_cores
@@ -158,6 +157,9 @@ class Search:
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
             values = values if values["key"] == key else {"key": key}
+            if "spent" in values:  # and what was trained since, until a kill
+                ended = [file.stat().st_mtime for file in self.folder.rglob("trainings/*/*.*")]
+                values["spent"] += max(0.0, max(ended, default=0.0) - path.stat().st_mtime)
         except (OSError, ValueError, LookupError, TypeError):
             values = {"key": key}
         return Notes(values, lambda kept: write_text(path, json.dumps(kept, indent=1)))
@@ -206,13 +208,16 @@ class Search:
         if found is None:
             return None
         self._pace = max(self._pace, found.seconds[0]) if not recipe.made else self._pace
-        return Trained(self._measure(found.sums[0]), found.seconds[0])
+        return Trained(self._measure(found.sums[0], recipe.is_of_last(self.settings)), found.seconds[0])
 
     def _join(self, recipes: Sequence[Recipe]) -> Resampled:
-        return self._measure(self.trainings.read_joined(self._variant(recipes[0]), [each.seed for each in recipes]))
+        return self._measure(
+            self.trainings.read_joined(self._variant(recipes[0]), [each.seed for each in recipes]), True
+        )
 
-    def _measure(self, sums: EvaluationSums) -> Resampled:
-        """What decides, higher is better, when users are redrawn."""
+    def _measure(self, sums: EvaluationSums, is_last: bool) -> Resampled:
+        """What decides, higher is better, when users are redrawn: of half of them in the last comparison, else of the
+        others."""
         if self.objective is None:
             self.objective = Objective.of(self.settings.evaluation.decide_by, sums, list(self.settings.tasks))
             if self.objective is None:
@@ -227,12 +232,20 @@ class Search:
             metrics = [each for each in metrics_of(kinds[name]) if each.name == objective.metric]
             groups[name] = UserSums(metrics, sums.tables, None if name == SCORE else name)
         sign = 1.0 if objective.better == "higher" else -1.0
-        self._effective = effective_users(groups, objective)[OBJECTIVE]
+        self._effective = effective_users(groups, objective)[OBJECTIVE] / 2
+        units = len(sums.tables["ranking"])
+        taken = take_half(units, is_last)[:, None]
 
         def decide(counts: np.ndarray) -> dict[Any, np.ndarray]:
-            return {OBJECTIVE: sign * evaluate_with(objective, groups, counts)[OBJECTIVE]}
+            return {OBJECTIVE: sign * evaluate_with(objective, groups, counts * taken)[OBJECTIVE]}
 
-        return resample(decide, len(sums.tables["ranking"]), RESAMPLES)[OBJECTIVE]
+        found = resample(decide, units, RESAMPLES)[OBJECTIVE]
+        if not np.isfinite(found.value):
+            raise UserError(
+                f"{objective.name} can't be measured on half of the validation users: one half chooses, the other one "
+                "tells what that is worth; move split.validation_end"
+            )
+        return found
 
     def _add_inputs(self) -> None:
         """Builds features with further inputs, which alternatives ask for; all of them in one build."""
@@ -243,7 +256,7 @@ class Search:
         try:
             wide, _ = apply_alternatives(self.settings, self.wider)
             prepared = prepare(*log_and_place(wide.model_copy(update={"data": data})))
-        except (ValidationError, UserError) as error:  # as where files of the log are gone
+        except (ValueError, UserError) as error:  # as where files of the log are gone
             say(f"further windows and exact values are not tried: {first_line(error)}")
             return
         if prepared.manifest["splits"] != whole.prepared.manifest["splits"]:
@@ -295,6 +308,11 @@ class Search:
         whole, folder = self.trainings, self.folder / "sample"
         prepared = sample_users(whole.prepared, share, folder / "features")
         return VariantTrainings(self.settings, prepared, folder, whole.split, whole.at_once, whole.run)
+
+
+def take_half(units: int, is_last: bool) -> np.ndarray:
+    """(units,) bool, the users by whom alternatives are chosen, or those of the last comparison."""
+    return np.random.default_rng(0).permutation(units) % 2 == is_last
 
 
 def sample_users(prepared: FeatureFolder, share: float, folder: Path) -> FeatureFolder:

@@ -193,7 +193,9 @@ class VariantTrainings:
         until, losses = time.monotonic() + seconds, 0
         try:
             while waiting := [each for each in tasks if not (each[0].file.exists() or each[0].failed.exists())]:
-                lots = [waiting[number :: self.at_once] for number in range(min(self.at_once, len(waiting)))]
+                lots: list[list[tuple[_Task, float]]] = [[] for _ in range(min(self.at_once, len(waiting)))]
+                for each in waiting:  # to the process that is done with the others first
+                    min(lots, key=lambda lot: sum(cost for _, cost in lot)).append(each)
                 turns = [_Turn(tuple(lot), until, pace) for lot in lots]
                 if len(turns) == 1:
                     _train_in_turn(turns[0])

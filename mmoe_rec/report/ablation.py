@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from rich.table import Table
@@ -77,7 +78,7 @@ class AblationReport:
     def _trained_together(self) -> Worth | None:
         """What trainings lose without all that permutations say may be left out."""
         left = () if self.leave_out is None else self.leave_out.part.features
-        return next((each for each in self.retrained if each.part.features == left), None)
+        return next((each for each in self.retrained if {*each.part.features} == {*left}), None)
 
     @property
     def overrides(self) -> str:
@@ -133,17 +134,21 @@ class AblationReport:
             return
         ranked = sorted(self.retrained, key=lambda each: -(each.objective.value or 0.0))
         shown = [each for each in ranked if each.is_shown]
-        others = [each.part.name for each in ranked if not each.is_shown and each is not self._trained_together]
+        others = [each for each in ranked if not each.is_shown and each is not self._trained_together]
         if shown:
             told = ", ".join(f"`{each.part.name}` ({difference(each.objective)})" for each in shown)
             yield f"{self.seeds} trainings lose without {told}"
         if others:
-            yield f"{self.seeds} trainings without {_listed(others, 'or')} show no loss"
+            most = max(_largest_loss(each) for each in others)
+            size = "of any size" if np.isinf(most) else f"of up to {signed(most, sign=False)[0]}"
+            names = _listed([each.part.name for each in others], "or")
+            yield f"{self.seeds} trainings without {names} show no loss, but one {size} is not ruled out"
         used = {each.part.name for each in self.worths if each.is_shown}
-        if copies := [name for name in others if name in used]:
+        spared = [each.part.name for each in others if _largest_loss(each) <= self.margin]
+        if copies := [name for name in spared if name in used]:
             yield (
-                f"this model uses {_listed(copies)}, though models that never had it show no loss: other features say "
-                "the same, so leave out one at a time"
+                f"this model uses {_listed(copies)}, though models that never had it lose {self.margin:g} at most: "
+                "other features say the same, so leave out one at a time"
             )
 
     def _describe_kept(self, features: Sequence[Worth]) -> Iterator[str]:
@@ -155,8 +160,9 @@ class AblationReport:
 
     def _describe_placement(self) -> Iterator[str]:
         if self.placement:
+            verb = "describes" if len(self.placement) == 1 else "describe"
             yield (
-                f"{_listed(self.placement)} describe placement, which is absent when the model ranks: only a training "
+                f"{_listed(self.placement)} {verb} placement, which is absent when the model ranks: only a training "
                 "without them tells what they are worth"
             )
 
@@ -270,6 +276,11 @@ def _describe_best(features: Sequence[Worth], name: str) -> Iterator[str]:
         first, *others = (f"`{each.part.name}` ({difference(each.objective)})" for each in shown)
         then = f"; then {' and '.join(others)}" if others else ""
         yield f"what matters most is {first}, by what {name} loses without it{then}"
+
+
+def _largest_loss(worth: Worth) -> float:
+    """By the interval, which is of any size where there is none."""
+    return np.inf if worth.objective.high is None else max(0.0, worth.objective.high)
 
 
 def _describe_saving(cost: Cost) -> str:

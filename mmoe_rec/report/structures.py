@@ -134,12 +134,10 @@ def _advise(report: StructuresReport) -> Iterator[str]:
     structures = [each for each in report.answers if each.kind == "structure" and each.call != UNKNOWN]
     better = [each for each in structures if each.call == HARMS]
     simpler = [each for each in structures if _is_simpler(each.other, report.name)]
-    metric = structures[0].metric if structures else ""
-    bounded = metric in ("auc", "r2", "gauc_user", "gauc_request")  # what the margin is a margin of
     enough = [
         each
         for each in simpler
-        if each.call != HELPS and each.largest_loss is not None and (not bounded or each.largest_loss <= report.margin)
+        if each.call != HELPS and each.largest_loss is not None and each.largest_loss <= report.margin
     ]
     if better:
         best = min(better, key=lambda each: (each.apart.value or 0.0) * (1 if each.better == "higher" else -1))

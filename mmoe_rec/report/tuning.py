@@ -16,8 +16,9 @@ from mmoe_rec.report.pages import render
 
 @dataclass(frozen=True)
 class TriedAlternative:
-    """What was tried. name: in words; effect: what it gives by all trainings, of which so many took it; dropped:
-    whether the last rung did not try it; taken: whether it is in the settings that were found."""
+    """What was tried. name: in words; effect: what it gives on the users that choose, by the trainings of all rungs, of
+    which so many took it; dropped: whether the last rung did not try it; taken: whether it is in the settings that were
+    found."""
 
     name: str
     effect: Difference
@@ -41,9 +42,9 @@ class TuningReport:
 
     metric: that decides, on validation rows; minutes: budget, and spent; trainings: that ended; failed: each training
     that did not, why; tried: all alternatives, in the order of their effects; joined: names of the best, which were
-    compared with the file; compared: their difference from it, after `sides` trainings of each; taken: names of those
-    in `best`, the file that was written; seconds: of a training by the best and by the file; sample: share of the users
-    whose rows were trained on; not_tried: what takes other features; facts: name -> text.
+    compared with the file; compared: their difference from it on the other users, by `sides` trainings of each; taken:
+    names of those in `best`, the file that was written; seconds: of a training by the best and by the file; sample:
+    share of the users whose rows were trained on; not_tried: what takes other features; facts: name -> text.
     """
 
     title: str
@@ -76,6 +77,9 @@ class TuningReport:
         return tree | {"tried": [{**vars(each), "verdict": each.verdict} for each in self.tried]}
 
 
+_ON_OTHERS = "on validation rows of users who had no say in the choice"
+
+
 def _describe(report: TuningReport) -> Iterator[str]:
     both = f"{report.sides[0]} trainings of each" if report.sides[0] == report.sides[1] else ""
     both = both or f"{report.sides[0]} trainings of these and {report.sides[1]} of the file's"
@@ -94,19 +98,19 @@ def _describe(report: TuningReport) -> Iterator[str]:
     elif taken and taken == list(report.joined):
         shown = report.compared.low is not None and report.compared.low > 0
         how = "is better than the file" if shown else "is simpler than the file, and not worse"
-        yield f"'{report.best}' {how}: {report.metric} of the validation rows differs by {apart}, by {both}"
+        yield f"'{report.best}' {how}: {report.metric} differs by {apart}, by {both}, {_ON_OTHERS}"
         yield f"it changes: {joined}"
     elif taken:
         yield (
             f"'{report.best}' takes what is shown by itself to be better than the file, in {report.metric} of the "
-            f"validation rows over all {report.trainings} trainings: "
+            "validation rows of half of the users: "
             f"{'; '.join(f'{name}, {effects[name]}' for name in taken)}"
         )
-        yield f"{joined}: together they differ from the file by {apart}, by {both}"
+        yield f"{joined}: together they differ from the file by {apart}, by {both}, {_ON_OTHERS}"
     elif apart:
         yield (
             f"nothing is shown to be better than '{report.file}': the best alternatives together ({joined}) differ in "
-            f"{report.metric} of the validation rows by {apart}, by {both}"
+            f"{report.metric} by {apart}, by {both}, {_ON_OTHERS}"
         )
     elif report.joined:
         yield f"the time was over before the best alternatives ({joined}) were compared with the file, which is kept"

@@ -60,7 +60,16 @@ def _remove(text: str, keys: Sequence[str]) -> str:
             return text[:start] + rest[1:].lstrip()
         return text[:start].rstrip().removesuffix(",") + text[end:]
     line_end = text.find("\n", end)
-    return text[: text.rfind("\n", 0, start) + 1] + ("" if line_end < 0 else text[line_end + 1 :])
+    above = text[: text.rfind("\n", 0, start) + 1].splitlines(keepends=True)
+    below = "" if line_end < 0 else text[line_end + 1 :]
+    first = len(above)  # of the comments above, which go with it
+    while first and above[first - 1].startswith(" " * key_node.start_mark.column + "#"):
+        first -= 1
+    following = below.partition("\n")[0]
+    goes_on = following.strip() and len(following) - len(following.lstrip()) == key_node.start_mark.column
+    if first and not above[first - 1].strip() and goes_on:
+        first = min(first + 1, len(above))  # but for the heading of a group of which others stay
+    return "".join(above[:first]) + below
 
 
 def _find(node: yaml.MappingNode, key: str) -> tuple[yaml.Node, yaml.Node] | None:

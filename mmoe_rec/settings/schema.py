@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
@@ -257,6 +257,10 @@ class Schema(Section):
         for role, names in self.roles:
             roles.update(dict.fromkeys(names, role))
         return roles
+
+    def can_rank_without(self, names: Collection[str]) -> bool:
+        """Whether a feature of user, candidate or context is left without some features."""
+        return any(name not in names and self.role_of(name) != "placement" for name in self.features)
 
     def role_of(self, name: str) -> Role:
         """Role of a feature: what its columns describe together. Raises ValueError for a column without a role."""

@@ -14,10 +14,12 @@ from sklearn.metrics import r2_score, roc_auc_score
 
 from mmoe_rec.batches.encoded_rows import EncodedRows
 from mmoe_rec.evaluation.ablation import GROUP, Part, Worth, choose_to_leave_out, find_parts, hold_rows
+from mmoe_rec.evaluation.comparison import Objective
 from mmoe_rec.evaluation.intervals import Difference
 from mmoe_rec.jobs import variants
 from mmoe_rec.jobs.evaluate import score_by
 from mmoe_rec.model.score import UNCALIBRATED
+from mmoe_rec.report.ablation import AblationReport
 from tests.batches import encoded_files
 from tests.commands import refuse, run, run_and_read
 from tests.inference.small_model import SmallModel
@@ -110,7 +112,7 @@ def test_losses_are_those_of_a_plain_loop(world: SmallModel, tmp_path: Path) -> 
     page = " ".join(Page((out / "report.html").read_text(encoding="utf-8")).words.split())
     assert tree["sentences"][0] in printed
     assert tree["sentences"][0][1:].replace("`", "") in page
-    assert "`slot` describe placement" in printed
+    assert "`slot` describes placement" in printed
 
 
 def test_what_it_refuses(world: SmallModel, capsys: pytest.CaptureFixture) -> None:
@@ -119,6 +121,9 @@ def test_what_it_refuses(world: SmallModel, capsys: pytest.CaptureFixture) -> No
     assert "'slot', which describes placement" in refuse(capsys, *words_of(world, "--features", "item", "slot"))
     assert "names 'item' twice" in refuse(capsys, *words_of(world, "--features", "item", "item"))
     assert "belong to --retrain" in refuse(capsys, *words_of(world, "--seeds", "2"))
+    assert "1 is not in the range x>=2" in refuse(capsys, *words_of(world, "--retrain", "--seeds", "1"))
+    other = ("--retrain", "--features.price", "null", "--candidates", "4")
+    assert "whose features are not those of" in refuse(capsys, *words_of(world, *other))
     assert "which holds other things" in refuse(capsys, *words_of(world, "--out", world.prepared.folder / "x"))
 
 
@@ -169,6 +174,15 @@ def test_what_may_be_left_out_together() -> None:
     assert asked == [("noise", "other_copy", "copy"), ("noise", "other_copy")]
     assert found.part.features == ("noise", "other_copy")
     assert choose_to_leave_out(worths[4:5], lambda each: each.is_harmless(0.001, 0.005), joint, {}) is None
+
+
+def test_a_loss_that_trainings_do_not_rule_out_is_no_copy() -> None:
+    objective = Objective("auc", ("click",), "higher")
+    for reach, says in ((0.0005, "models that never had it lose 0.001 at most"), (0.01, "one of up to 0.0101 is not")):
+        used, without = worth("price", 0.02, 0.01, p=0.001), worth("price", 0.0001, reach)
+        report = AblationReport("", objective, 0.7, 0.001, [used], None, retrained=[without], seeds=3)
+        assert any(says in each for each in report.sentences)
+        assert any("this model uses `price`" in each for each in report.sentences) == (reach < 0.001)
 
 
 def test_whole_users_are_held(tmp_path: Path) -> None:

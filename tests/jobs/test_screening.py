@@ -11,10 +11,11 @@ import pytest
 
 from mmoe_rec.evaluation.intervals import Difference, Resampled
 from mmoe_rec.jobs.alternatives import Alternative, apply_alternatives, keys_of, leave_out, list_alternatives, widen
+from mmoe_rec.jobs.presets import take_half
 from mmoe_rec.jobs.screening import Notes, Recipe, Result, Screening, Trained, choose_taken, join_best, keep_better_half
 from mmoe_rec.settings.editing import edit_settings
 from mmoe_rec.settings.load import load_settings
-from mmoe_rec.settings.sections import Settings
+from mmoe_rec.settings.sections import Settings, dump_yaml
 
 CONFIGS = [
     pytest.param(path, marks=() if path.stem == "synthetic" else pytest.mark.thorough, id=path.stem)
@@ -56,6 +57,7 @@ class World:
 
 
 def test_it_takes_what_is_better_within_its_time() -> None:
+    wrong = 0
     for seed in range(3):
         effects = np.random.default_rng(seed).permutation([0.004, 0.003] + [-0.003] * 5 + [0.0] * 3)
         world = World(effects.tolist())
@@ -68,11 +70,38 @@ def test_it_takes_what_is_better_within_its_time() -> None:
         assert not any(effects[n] < 0 for n in result.best)
         assert result.compared.value == pytest.approx(0.007, abs=0.0015)
         shown = {n for n, each in enumerate(result.effects) if each.is_significant}
-        assert shown == set(np.flatnonzero(effects).tolist())
+        assert shown >= set(np.flatnonzero(effects).tolist())
+        wrong += len(shown - set(np.flatnonzero(effects).tolist()))
+    assert wrong <= 1
 
 
 def test_where_nothing_is_better_the_setting_is_kept() -> None:
     assert not World([-0.002] * 4 + [0.0] * 4).search(15).taken
+
+
+def test_what_the_choosing_users_like_by_chance_is_seldom_called_better() -> None:
+    """Alternatives that are worth nothing, but something to these users: those that choose can't tell that."""
+    settings, users, count = load_settings("configs/synthetic.yaml"), 200, 14
+    redraws = np.random.default_rng(1).multinomial(users, np.full(users, 1 / users), 100).T - 1
+    tried = [Alternative(f"a{n}", f"a{n}", {"training.patience": 9}) for n in range(count)]
+    half, compared = take_half(users, is_last=True), []
+    for seed in range(6):
+        liked = np.random.default_rng(seed).normal(0, 0.03, (count, users))
+        ended: dict[Recipe, Trained] = {}
+
+        def train(recipes: Sequence[Recipe], until: float, liked: Any = liked, ended: Any = ended) -> None:
+            for each in recipes[: int(until / 10) - len(ended)]:
+                noise = np.random.default_rng(each.seed).normal(0, 0.01, users)
+                of_users, its = liked[list(each.made)].sum(0) + noise, half == each.is_of_last(settings)
+                value = float(of_users[its].mean())
+                influence = np.where(its, of_users - value, 0) / its.sum()
+                ended[each] = Trained(Resampled(value, value + influence @ redraws, influence), 10.0)
+
+        result = Screening(settings, tried, train, ended.get, lambda ended=ended: 10.0 * len(ended), 1).run(20)
+        assert result.best
+        compared.append(result.compared)
+    assert sum(each.low is not None and each.low > 0 for each in compared) <= 1
+    assert sum((each.value or 0.0) > 0 for each in compared) < len(compared)
 
 
 def test_what_is_simpler_is_taken_where_nothing_is_lost() -> None:
@@ -200,6 +229,28 @@ def test_a_file_that_can_not_be_edited_is_written_whole() -> None:
     text = "a: &one {x: 1}\nb: *one\n"
     target = load_settings("configs/synthetic.yaml")
     assert edit_settings(text, {"training.epochs": 2}, (), target) == target.to_yaml()
+
+
+def test_comments_go_with_the_feature_and_headings_stay_with_their_group() -> None:
+    tree = load_settings("configs/template.yaml").model_dump(mode="json") | {"tuning": {}}
+    tree["features"] = {name: {"kind": "id", "column": tree["columns"]["user"]} for name in ("one", "two", "three")}
+    entry = f"{{kind: id, column: {tree['columns']['user']}}}"
+    lines = ["", "  # whom", "  # check: one", f"  one: {entry}", "  # of two", f"  two: {entry}"]
+    lines += ["", "  # check: three", f"  three: {entry}", ""]
+    text = dump_yaml({**tree, "features": 0}).replace("features: 0\n", "\n".join(["features:", *lines]))
+    settings = Settings.model_validate(tree)
+    kept_and_gone = {"one": ("# whom", "# check: one"), "two": ("# check: one", "# of two")}
+    for name, (kept, gone) in {**kept_and_gone, "three": ("# of two", "# check: three")}.items():
+        edited = edit_settings(text, {}, [["features", name]], leave_out(settings, [name]))
+        assert kept in edited
+        assert gone not in edited
+
+
+def test_alternatives_that_leave_no_input_do_not_go_together() -> None:
+    settings = load_settings("configs/template.yaml")
+    names = [name for name in settings.features if settings.schema_.role_of(name) != "placement"]
+    with pytest.raises(ValueError, match="no feature of user, candidate or context is left"):
+        apply_alternatives(settings, [Alternative("all", "some", without=(name,)) for name in names])
 
 
 def test_ids_that_others_read_stay_or_go_with_them() -> None:
