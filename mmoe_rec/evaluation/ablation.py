@@ -3,7 +3,7 @@
 A feature's inputs are exchanged together (permutation importance: Breiman, 2001; of any model: Fisher, Rudin and
 Dominici, 2019), so that it keeps its values and says nothing of its row. Features of user and context are the same for
 all rows of a request, and stay so: whole requests exchange them. Those of candidates are exchanged among all rows. A
-group's features are exchanged by the same permutations, so that they go on fitting each other.
+group's features are exchanged by the same two permutations, so that those of one kind go on fitting each other.
 
 It tells what this model uses. Of two features that say the same, each may seem to be needed, as the model leans on
 both, or neither: what a model that never had one of them would lose, only a training without it tells.
