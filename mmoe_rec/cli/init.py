@@ -57,7 +57,7 @@ def init(log: str, out: str | None, **given: Any) -> None:
         raise UserError(f"--out '{path}' is to be a YAML file, such as {_name_of(log)}.yaml")
     if before := words_before(path):
         told = init.make_context("init", before).params
-        if told["log"] != log:
+        if told["log"].rstrip("/") != log.rstrip("/"):
             raise UserError(f"'{path}' has the settings of '{told['log']}': name another --out for '{log}'")
         given = {key: value or told[key] for key, value in given.items()}
     words = [log, *(() if out is None else ("--out", out))]
@@ -70,7 +70,10 @@ def init(log: str, out: str | None, **given: Any) -> None:
     with tempfile.TemporaryDirectory() as folder:
         draft = Path(folder) / path.name
         draft.write_text(text, encoding="utf-8")
-        settings = load_settings(draft)  # before anything is written, as it would be refused
+        try:
+            settings = load_settings(draft)  # before anything is written, as it would be refused
+        except UserError as error:
+            raise UserError(str(error).replace(str(draft), str(path))) from None
     check_apart(log, settings.schema_, Path(work))
     write_text(path, text)
     show(_describe(meaning, warnings))

@@ -43,6 +43,9 @@ def guess(profile: Profile, corrections: Corrections) -> Meaning:
 def _check_corrections(reading: Reading) -> None:
     said = reading.corrections
     named = [(f"--{purpose}", name) for purpose, name in said.keys.items()]
+    for option, name in named:
+        if twin := next((other for other, same in named if other != option and same == name), None):
+            raise UserError(f"{option} and {twin} both name column '{name}': one column is one of them")
     for what, names in (("--task", said.tasks), ("--leave-out", said.leave_out), ("--placement", said.placement)):
         named += [(what, name) for name in names]
     for what, name in named:
@@ -70,7 +73,7 @@ def _why_unusable(each: Column) -> str | None:
     if each.kind == "empty":
         why = "it is null in all rows"
     elif each.kind == "other":
-        why = f"values of type {each.type} can't be read: write its parts as columns"
+        why = f"values of type {each.type} can't be read: write what they hold as columns of numbers or text"
     elif each.kind == "integer" and each.high >= 2**63:
         why = "some of its integers need more than 63 bits: write it as text"
     elif each.kind not in ("keys", "vector") and each.distinct <= 1 and not each.nulls:
@@ -117,9 +120,9 @@ def _find_split(reading: Reading) -> None:
                     )
             meaning.split = each.name, parts
             return
-    said = next((f"{each}; or " for each in meaning.warnings if "pandas.to_datetime" in each), "")
+    said = next((f"{each}; or " for each in meaning.warnings if "--time" in each or "pandas.to_datetime" in each), "")
     raise UserError(
         f"'{reading.profile.name}' has neither a column of times (--time) nor one that says which rows are train, "
-        f"validation and test: {said}add one, as pandas does it: log['split'] = numpy.random.default_rng(1).choice("
+        f"validation and test: {said}add the latter with pandas: log['split'] = numpy.random.default_rng(1).choice("
         "['train', 'validation', 'test'], len(log), p=[0.8, 0.1, 0.1])"
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import shlex
 from typing import Any
 
 from mmoe_rec.errors import UserError
@@ -90,7 +91,9 @@ def _find_by_name(reading: Reading, purpose: str) -> None:
     rank, _, name = max(usable, key=lambda each: (each[0], each[1], [-ord(sign) for sign in each[2]]))
     keys[purpose] = name
     others = sorted(each[2] for each in usable if each[0] == rank and each[2] != name)
-    doubts = [f"'{name}' stands for the {purpose}, as no column has a better name"] if rank == 1 else []
+    better = next((f"'{each[2]}' is null in some rows" for each in fitting if each[0] > rank), None)
+    why = f"'{name}' stands for the {purpose}, as {better or 'no column has a better name'}"
+    doubts = [why] if rank == 1 else []
     doubts += [f"it could also be {', '.join(others)}"] if others else []
     if doubts:
         reading.meaning.key_checks[purpose] = "; ".join(doubts)
@@ -111,7 +114,13 @@ def _find_time(reading: Reading) -> None:
             found and purpose in keys and not fits(keys[purpose], STAND_INS[purpose])
         ):  # as the day of a user's birth, or of publication
             changes = reading.profile.changes([keys[purpose]], [each.name for each in found])
-            found = [each for each in found if not changes[each.name] <= STEADY]
+            own, found = found, [each for each in found if not changes[each.name] <= STEADY]
+            if not found:
+                name = max(own, key=lambda each: (each.distinct, each.name)).name
+                meaning.warnings.append(
+                    f"'{name}' hardly changes for a {purpose}, so it is not taken for the request's time: if it is "
+                    f"that, say --time {shlex.quote(name)}"
+                )
     found = _without_attributes(reading, found)
     if not found:
         if unread := [each for each in reading.free() if _looks_like_time(each)]:

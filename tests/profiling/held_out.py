@@ -840,7 +840,7 @@ def guests(seed: int) -> HeldOut:
 
 
 SPOILT = (
-    *("times as numbers", "times from zero", "tasks of one name"),
+    *("times as numbers", "times from zero", "times of users", "tasks of one name"),
     *("clicks alone", "labels as text", "labels of -1 and 1", "times as text"),
     *("users that are missing", "users as floats", "users as bytes"),
 )
@@ -862,6 +862,7 @@ def spoilt(seed: int, how: str) -> HeldOut:
         "times as numbers": {"shown_at": w.time // DAY, "hour": w.time // DAY * 100 + 2_014_000_000},
         "times from zero": {"shown_at": w.time // DAY, "timestamp": (w.time - YEAR_2024) / 10**6},
         "tasks of one name": {"clicked?": w.clicked, "clicked!": w.some(w.clicked, 0.5)},
+        "times of users": {"user_id": w.request},
         "times as text": {"shown_at": columns["shown_at"].cast(pa.string())},
         "users that are missing": {"user_id": where(w.random.random(w.rows) < 0.9, w.user)},
         "users as floats": {"user_id": w.user.astype(np.float64)},

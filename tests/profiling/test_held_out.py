@@ -216,6 +216,8 @@ def test_bad_input_ends_in_one_sentence(tmp_path: Path, capsys: pytest.CaptureFi
         ((tmp_path / "rowless",), "row"),
         ((log, "--user", "customer"), "customer"),
         ((log, "--task", "sold"), "sold"),
+        ((log, "--user", "member_no", "--candidate", "member_no"), "both name"),
+        ((log, "--timezone", "Mars/X"), f"{out}: 'features.request_time.timezone'"),
         ((log, "--time", "course_at"), "course_at"),
         ((log, "--events", tmp_path / "empty"), "empty"),
         ((log, "--out", tmp_path / "there.yaml"), "there.yaml"),
