@@ -13,7 +13,8 @@ from mmoe_rec.profiling import profile
 from mmoe_rec.settings.load import load_settings
 from mmoe_rec.settings.sections import Settings
 from tests.commands import exit_code, read_metrics, refuse, run
-from tests.profiling.held_out import LOGS, Answers, HeldOut, Label
+from tests.profiling.held_out import LOGS
+from tests.profiling.worlds import Answers, HeldOut, Label
 
 WORKING = [name for name, make in LOGS.items() if not make(0).answers.refused]
 
