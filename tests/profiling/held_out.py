@@ -1,8 +1,8 @@
 """Logs as different firms would have them, each with the list of what is right to say of it, for `mmoe-rec init`.
 
-They were written by someone who had not read `mmoe_rec.profiling`, but for `hotels` and `rows_one_by_one`. In each, clicks follow from what
-a user likes among categories and from how well an item does at the time, so counters matter; `best` is the AUC of the
-true probabilities over the last fifth of the time, which no model passes by more than chance.
+They were written by someone who had not read `mmoe_rec.profiling`, but for `hotels` and `rows_one_by_one`. In each,
+clicks follow from what a user likes among categories and from how well an item does at the time, so counters matter;
+`best` is the AUC of the true probabilities over the last fifth of the time, which no model passes by more than chance.
 """
 
 from __future__ import annotations
