@@ -19,7 +19,7 @@ import pyarrow as pa
 
 from mmoe_rec.batches.encoded_rows import EncodedRows, Rows
 from mmoe_rec.evaluation.comparison import GUARDED, OBJECTIVE, Objective
-from mmoe_rec.evaluation.intervals import Difference, correct_by_holm
+from mmoe_rec.evaluation.intervals import Difference, correct_all
 from mmoe_rec.evaluation.metrics import METRICS
 from mmoe_rec.evaluation.summary import SCORE
 from mmoe_rec.evaluation.sums import MOST_UNITS, EvaluationSums
@@ -226,18 +226,13 @@ def correct_worths(worths: Sequence[Worth]) -> list[Worth]:
     found = list(worths)
     for kind in (FEATURE, GROUP):
         places = [place for place, each in enumerate(found) if each.part.kind == kind]
-        objectives = _corrected([found[place].objective for place in places])
+        objectives = correct_all([found[place].objective for place in places])
         keys = [(place, task) for place in places for task in found[place].tasks]
-        tasks = dict(zip(keys, _corrected([found[place].tasks[task] for place, task in keys]), strict=True))
+        tasks = dict(zip(keys, correct_all([found[place].tasks[task] for place, task in keys]), strict=True))
         for place, objective in zip(places, objectives, strict=True):
             own = {task: tasks[place, task] for task in found[place].tasks}
             found[place] = replace(found[place], objective=objective, tasks=own)
     return found
-
-
-def _corrected(differences: Sequence[Difference]) -> list[Difference]:
-    corrected = iter(correct_by_holm([each.p for each in differences if each.p is not None]))
-    return [each if each.p is None else replace(each, p_corrected=next(corrected)) for each in differences]
 
 
 def choose_to_leave_out(

@@ -33,7 +33,7 @@ from mmoe_rec.evaluation.intervals import (
     Interval,
     Key,
     Values,
-    correct_by_holm,
+    correct_all,
     find_difference,
     level_after,
     limit_by_changes,
@@ -373,9 +373,8 @@ def correct(
     }
     corrected = dict(differences)
     for family in (shown, {OBJECTIVE}):
-        tested = {key: each.p for key, each in differences.items() if each.p is not None and key[1:] in family}
-        for key, p in zip(tested, correct_by_holm(list(tested.values())), strict=True):
-            corrected[key] = replace(differences[key], p_corrected=p)
+        its = {key: each for key, each in differences.items() if key[1:] in family}
+        corrected |= dict(zip(its, correct_all(list(its.values())), strict=True))
     found = {}
     for other in others:
         flat = {key[1:]: each for key, each in corrected.items() if key[0] == other}

@@ -13,11 +13,10 @@ same weighted sum of trainings over redrawn users. The interval is Student's, as
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 
-from mmoe_rec.evaluation.intervals import Difference, Resampled, correct_by_holm, find_difference
+from mmoe_rec.evaluation.intervals import Difference, Resampled, correct_all, find_difference
 
 DRAWS = 50
 """Designs of which the one is taken that tells most."""
@@ -73,10 +72,7 @@ def estimate_effects(design: np.ndarray, measured: Sequence[Resampled], effectiv
             continue
         besides = [(noise * float(weights @ weights), float(freedom))]
         found.append(find_difference(changed, base, effective, besides=besides))
-    tested = [place for place, each in enumerate(found) if each.p is not None]
-    for place, p in zip(tested, correct_by_holm([found[place].p or 0.0 for place in tested]), strict=True):
-        found[place] = replace(found[place], p_corrected=p)
-    return found
+    return correct_all(found)
 
 
 def _with_mean(design: np.ndarray) -> np.ndarray:

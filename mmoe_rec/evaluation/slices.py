@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
@@ -29,7 +29,7 @@ from mmoe_rec.evaluation.intervals import (
     Key,
     Resampled,
     Values,
-    correct_by_holm,
+    correct_all,
     find_difference,
     resample,
 )
@@ -228,8 +228,7 @@ def compare_slices(
         found = _compare_slice(key, models, model, of_all, resamples, is_cut)
         is_placement = SliceBy.of(key[0]).column in placement
         records += [each for each in found if not (is_placement and each.metric == "calibration")]
-    corrected = iter(correct_by_holm([each.p for each in records if each.p is not None]))
-    return [each if each.p is None else replace(each, p_corrected=next(corrected)) for each in records]
+    return correct_all(records)
 
 
 def sort_worst_first(records: Sequence[SliceRecord]) -> list[SliceRecord]:

@@ -20,7 +20,7 @@ from mmoe_rec.atomic import write_text
 from mmoe_rec.auc import FEWEST
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.comparison import GUARDED, OBJECTIVE, Objective, find_objective
-from mmoe_rec.evaluation.intervals import Difference, correct_by_holm
+from mmoe_rec.evaluation.intervals import Difference, correct_all
 from mmoe_rec.evaluation.summary import SCORE, evaluate, sums_by_user
 from mmoe_rec.evaluation.sums import EvaluationSums, count_rarer_label
 from mmoe_rec.evaluation.trainings import find_differences
@@ -104,6 +104,7 @@ def judge_structures(
         differences = find_differences(measured, _OneAtATime(trained), objective, resamples, wanted)
         means = _average(measured, metrics)
     answers = list(_ask(base, others, objective, metrics, differences))
+    aparts = correct_all([each.apart for each in answers])
     rows = int(sums.tables["ranking"]["rows"].to_numpy().sum())
     return StructuresReport(
         title=f"Structures of {settings.name}",
@@ -113,7 +114,7 @@ def judge_structures(
         units="rows" if rows == sums.users else "users",
         objective=None if objective is None else objective.name,
         table=list(_tabulate(base, others, means, metrics, differences)),
-        answers=_correct(answers),
+        answers=[replace(each, apart=apart) for each, apart in zip(answers, aparts, strict=True)],
         metrics={task: metric.name for task, metric in metrics.items()},
         few={task: count_rarer_label(sums, task) for task in settings.tasks if task not in metrics},
         margin=settings.evaluation.margin,
@@ -221,16 +222,6 @@ def _describe_change(before: Variant, after: Variant) -> str:
             text = ", ".join(f"{name}: {json.dumps(value)}" for name, value in changed.items())
             parts.append(f"{section}: {{{text}}}")
     return f"model: {{{', '.join(parts)}}}"
-
-
-def _correct(answers: Sequence[Answer]) -> list[Answer]:
-    """By Holm's method, over all answers that have a p-value."""
-    known = [each.apart.p for each in answers if each.apart.p is not None]
-    corrected = iter(correct_by_holm(known) if known else [])
-    return [
-        each if each.apart.p is None else replace(each, apart=replace(each.apart, p_corrected=next(corrected)))
-        for each in answers
-    ]
 
 
 class _OneAtATime(Mapping[str, tuple[EvaluationSums, ...]]):
