@@ -1,16 +1,18 @@
 """What the jobs of one `data.work` have found, read from the files that each leaves there, for one report.
 
 A job leaves a folder with a JSON file whose `sentences` say what it found, and a page. It may no longer hold: features
-were built anew since, or another model trained. Where a file names the features or the model that it is of, that tells;
-else whether it is older than they are.
+were built anew since, another model trained, or settings changed. Where a file names the features, the model or the
+settings that it is of, that tells; else whether it is older than they are.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,9 @@ from mmoe_rec.inference.artifact import version_of
 from mmoe_rec.jobs.places import log_and_place
 from mmoe_rec.preprocessing.prepare import existing
 from mmoe_rec.report.overview import Part
-from mmoe_rec.settings.sections import Settings
+from mmoe_rec.settings.load import load_settings
+from mmoe_rec.settings.sections import Settings, differences
+from mmoe_rec.training.origin import fixed_settings
 
 ADDRESS = "ADDRESS"
 """Stands for the address of the model in a job's words."""
@@ -60,7 +64,7 @@ def read_parts(settings: Settings, command: Callable[..., str], commands: Collec
     work, address = Path(settings.data.work), f"models:/{settings.registered_model}@{settings.tracking.alias}"
     for job in JOBS:
         words = [address if word == ADDRESS else word for word in job.words]
-        part = _read_training(job, work) if job is TRAINING else _read_part(job, work)
+        part = _read_training(job, work, settings) if job is TRAINING else _read_part(job, work, settings)
         if part is not None:
             yield part
         elif words and words[0] in commands:
@@ -79,7 +83,7 @@ def find_cautions(settings: Settings) -> Iterator[str]:
         yield f"whether the features in '{features}' are of this log can't be told: {error}"
 
 
-def _read_part(job: Job, work: Path) -> Part | None:
+def _read_part(job: Job, work: Path, settings: Settings) -> Part | None:
     """None where the job has left nothing."""
     folder = work / job.name
     files = [file for file in sorted(folder.glob("*.json")) if not file.name.startswith(".")]
@@ -94,6 +98,9 @@ def _read_part(job: Job, work: Path) -> Part | None:
     made = max(file.stat().st_mtime for file in trees)
     features, model = _identities(job, folder, trees)
     stale = [*_find_stale(job, work, made, features, model)]
+    stale += [
+        told for tree in trees.values() if "settings" in tree for told in _name_change(tree["settings"], settings)
+    ]
     if not pages:
         stale.append("its page is missing: it is being written, or was stopped")
     return Part(job.name, job.title, sentences, _moment(made), tuple(stale), _read_text(pages[0]) if pages else None)
@@ -102,7 +109,13 @@ def _read_part(job: Job, work: Path) -> Part | None:
 _OLD = "an earlier version of this package made it, without sentences: run it again"
 
 
-def _read_training(job: Job, work: Path) -> Part | None:
+def _name_change(before: dict[str, Any], settings: Settings) -> Iterator[str]:
+    """The first of the settings that are others now than before."""
+    for name, was, now in islice(differences(before, fixed_settings(settings)), 1):
+        yield f"it was made with {name} {was}, and now it is {now}"
+
+
+def _read_training(job: Job, work: Path, settings: Settings) -> Part | None:
     """The last training that has ended, by what lies beside its checkpoints and in its model."""
     file = work / "checkpoints" / "finished.json"
     ended, about = _read_json(file), _read_json(work / "model" / "model.json")
@@ -117,8 +130,10 @@ def _read_training(job: Job, work: Path) -> Part | None:
     if about.get("early_end"):
         sentences.append(f"the model {about['early_end']}")
     made = file.stat().st_mtime
-    stale = tuple(_find_stale(job, work, made, about.get("fingerprint"), None))
-    return Part(job.name, job.title, tuple(sentences), _moment(made), stale)
+    stale = [*_find_stale(job, work, made, about.get("fingerprint"), None)]
+    with suppress(UserError):  # of a model that another version wrote
+        stale += _name_change(fixed_settings(load_settings(work / "model" / "settings.yaml")), settings)
+    return Part(job.name, job.title, tuple(sentences), _moment(made), tuple(stale))
 
 
 def _identities(job: Job, folder: Path, trees: Mapping[Path, Mapping[str, Any]]) -> tuple[str | None, str | None]:

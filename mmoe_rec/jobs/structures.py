@@ -29,6 +29,7 @@ from mmoe_rec.jobs.variants import TrainedVariant, Variant, VariantTrainings, op
 from mmoe_rec.report.structures import Answer, Cell, StructureRow, StructuresReport, page
 from mmoe_rec.settings.model import Experts, Gates, Model
 from mmoe_rec.settings.sections import Settings
+from mmoe_rec.training.origin import fixed_settings
 
 if TYPE_CHECKING:
     from mmoe_rec.evaluation.metrics.metric import Metric
@@ -61,6 +62,7 @@ def compare_structures(settings: Settings, seeds: int, at_once: int = 1) -> Stru
         (folder / PAGE).unlink(missing_ok=True)
         fingerprint = trainings.prepared.manifest["fingerprint"]
         tree = {"sentences": report.sentences, "fingerprint": fingerprint, **asdict(report)}
+        tree["settings"] = fixed_settings(settings)  # by which a report knows whether it still holds
         write_text(folder / FILE, json.dumps(tree, indent=1, default=asdict))
         write_text(folder / PAGE, page(report))
         assert run is not None, "it was opened with one"

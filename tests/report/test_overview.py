@@ -17,6 +17,7 @@ from mmoe_rec.report.evaluation import write_results
 from mmoe_rec.report.health import write
 from mmoe_rec.report.overview import Part, embed, page
 from mmoe_rec.settings.load import load_settings
+from mmoe_rec.training.origin import fixed_settings
 from tests.inspection.encoded_data import changed, drifting, health_of_frames
 from tests.pipelines.learnable_log import write_files
 from tests.report.evaluations import evaluation
@@ -93,6 +94,12 @@ def test_what_no_longer_holds_is_marked(world: Path) -> None:
     assert parts_of(world)["structures"].command == "structures"
     (damaged / "report.html").write_text("<main></main>")
     assert "without sentences" in parts_of(world)["structures"].stale[0]
+    settings = fixed_settings(load_settings(world / "settings.yaml"))
+    for epochs, stale in ((2, ()), (7, ("it was made with training.epochs 7, and now it is 2",))):
+        tree = {"sentences": ["none helps"], "fingerprint": "new", "settings": settings}
+        tree["settings"]["training"]["epochs"] = epochs
+        (damaged / "structures.json").write_text(json.dumps(tree))
+        assert parts_of(world)["structures"].stale == stale
     shutil.rmtree(damaged)
 
 
