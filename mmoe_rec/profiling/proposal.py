@@ -202,10 +202,12 @@ class _Proposer:
     def _propose_column(self, each: Column, role: str) -> bool:
         """Adds the features of a column; False where there is none."""
         check = self.meaning.checks.get(each.name, "")
-        if each.kind == "number" and {"id", "ids", "code", "zip", "plz"}.intersection(words_of(each.name)):
-            check = f"if they are ids, cast them: values of type {each.type} are read as amounts" + f"; {check}" * bool(
-                check
-            )
+        doubt = ""
+        if each.kind == "number" and not {"id", "ids", "code", "zip", "plz"}.isdisjoint(words_of(each.name)):
+            doubt = f"if they are ids, cast them: values of type {each.type} are read as amounts"
+        elif each.unit is not None and not has(each.name, TIME):
+            doubt = f"read as amounts: if they are {each.unit} since 1970, write timestamps, and if they are ids, text"
+        check = "; ".join(filter(None, (doubt, check)))
         made, whose = self._kind_of(each), self.columns.get(self.keys.get(role, ""))
         why = "its values are too many and too rare to learn from" if made is None else None
         if whose is not None and each.kind == "text" and each.distinct > max(50, 0.9 * whose.distinct):

@@ -114,7 +114,7 @@ def is_unwanted(name: str) -> bool:
 def names_a_thing(name: str) -> bool:
     """Whether a name is that of ids, so that its numbers are no times, however large."""
     things = any(fits(name, hints) for purposes in (NAMES, STAND_INS) for hints in purposes.values())
-    return has(name, _ID) or (things and not has(name, TIME))
+    return (has(name, _ID) and not has(name, CLOCK)) or (things and not has(name, TIME))
 
 
 def has(name: str, hints: frozenset[str]) -> bool:

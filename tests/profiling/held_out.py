@@ -609,6 +609,7 @@ def feed(seed: int) -> HeldOut:
             "shown_at": at(w.time),
             "hour": pa.array(((w.time - YEAR_2024) // DAY) + 24_010_100),
             "seller_id": w.of(w.item, np.arange(50)) * 1_000_003 + 1_400_000_000,
+            "campaign": w.of(w.item, np.arange(50)) * 1_000_003 + 1_400_000_000,
             "relevance": np.log(w.probability) + random.normal(size=w.rows),
             "free\nspace": w.of(w.item, random.gamma(2, 20, 200)),
             "row\nnumber: {": random.permutation(w.rows),
@@ -622,11 +623,11 @@ def feed(seed: int) -> HeldOut:
     outcomes = ("is_click", *more, "is_hate", "profile_ms", "note_no")
     answers = Answers(
         {"user": "user_id", "candidate": "video_id", "request": "request_id", "time": "shown_at"},
-        {"candidate": "seller_id relevance", "": "hour"},
+        {"candidate": "seller_id relevance campaign", "": "hour"},
         {"is_click": Label()},
         leaks=("profile_ms", "note_no"),
         outcomes=outcomes,
-        kinds={"seller_id": "id", "relevance": "numeric"},
+        kinds={"seller_id": "id", "campaign": "", "relevance": "numeric"},
     )
     return HeldOut({"f.parquet": log}, answers)
 

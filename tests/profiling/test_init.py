@@ -35,3 +35,13 @@ def test_init_replaces_nothing_that_a_person_wrote(shop: Path, capsys: pytest.Ca
         shop.write_text(text)
         assert "name another --out" in refuse(capsys, "init", "shop.parquet")
         assert shop.read_text() == text
+
+
+def test_a_column_that_some_files_lack_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log = random_log(1, rows=2000)
+    (tmp_path / "log").mkdir()
+    pq.write_table(log, tmp_path / "log" / "a.parquet")
+    pq.write_table(log.drop_columns(["price"]), tmp_path / "log" / "b.parquet")
+    run("init", tmp_path / "log", "--out", tmp_path / "shop.yaml")
+    assert "b.parquet' has no such column" in "".join(capsys.readouterr())
+    assert "price" not in str(yaml.safe_load((tmp_path / "shop.yaml").read_text()))
