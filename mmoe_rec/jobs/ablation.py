@@ -200,16 +200,13 @@ def _train_without(settings: Settings, options: Ablation, joint: Sequence[Part])
     parts = [each for each in by_features.values() if schema.can_rank_without(each.features)]
     seeds = range(settings.training.seed, settings.training.seed + options.seeds)
     with open_variants(settings, PLACE, options.split, options.at_once) as trainings:
-        say(f"{len(seeds)} trainings with all features, then as many without each of {len(parts)} features or groups")
-        whole = trainings.train([Variant("all features", settings)], seeds)["all features"]
-        left = sum(whole.seconds) * len(parts) / options.at_once
-        say(f"trainings without take about {max(1, round(left / 60)):,} minutes, but for those that ended before")
+        say(f"{len(seeds)} trainings with all features, and as many without each of {len(parts)} features or groups")
         variants = [Variant(f"without {each.name}", settings, each.features) for each in parts]
-        found = trainings.train(variants, seeds)
+        whole, *found = trainings.train([Variant("all features", settings), *variants], seeds).values()
     objective, judged = _choose_objective(settings, whole.sums[0])
     worths = [
-        find_worth(part, whole.sums, found[each.name].sums, objective, judged, rules.resamples)
-        for part, each in zip(parts, variants, strict=True)
+        find_worth(part, whole.sums, each.measure(), objective, judged, rules.resamples)
+        for part, each in zip(parts, found, strict=True)
     ]
     return correct_worths(worths)
 

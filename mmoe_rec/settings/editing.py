@@ -20,7 +20,9 @@ def edit_settings(text: str, values: Mapping[str, Any], removed: Iterable[Sequen
         for keys in removed:
             text = _remove(text, keys)
         for name, value in values.items():
-            text = _set(text, name.split("."), value)
+            keys = name.split(".")
+            leaves_out = value is None and len(keys) == 2 and keys[0] == "features"  # as on the command line
+            text = _remove(text, keys) if leaves_out else _set(text, keys, value)
         if Settings.model_validate(load_yaml(text)) == target:
             return text
     except (ValueError, LookupError, TypeError, yaml.YAMLError):

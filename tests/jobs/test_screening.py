@@ -243,6 +243,7 @@ def test_comments_go_with_the_feature_and_headings_stay_with_their_group() -> No
     for name, (kept, gone) in {**kept_and_gone, "three": ("# of two", "# check: three")}.items():
         edited = edit_settings(text, {}, [["features", name]], leave_out(settings, [name]))
         assert kept in edited
+        assert edit_settings(text, {f"features.{name}": None}, (), leave_out(settings, [name])) == edited
         assert gone not in edited
 
 
