@@ -7,7 +7,7 @@ from difflib import get_close_matches
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.profiling.keys import find_keys
-from mmoe_rec.profiling.meaning import Corrections, Meaning, Reading
+from mmoe_rec.profiling.meaning import STEADY, Corrections, Meaning, Reading
 from mmoe_rec.profiling.profile import Column, Profile
 from mmoe_rec.profiling.roles import find_roles
 from mmoe_rec.profiling.tasks import find_maturity, find_tasks
@@ -31,8 +31,8 @@ def guess(profile: Profile, corrections: Corrections) -> Meaning:
     reading = Reading(profile, corrections)
     _check_corrections(reading)
     _leave_out(reading)
-    _find_weights(reading)
     find_keys(reading)
+    _find_weights(reading)
     _find_split(reading)
     find_tasks(reading)
     find_roles(reading)
@@ -88,15 +88,18 @@ def _why_unusable(each: Column) -> str | None:
 
 
 def _find_weights(reading: Reading) -> None:
-    meaning = reading.meaning
+    meaning, profile = reading.meaning, reading.profile
     for each in reading.free():
         number = each.kind in ("number", "integer") and not each.nulls and each.name not in reading.corrections.tasks
         if not number or each.low <= 0 or each.distinct < 2:
             continue
+        weighs = has(each.name, WEIGHT) and set(words_of(each.name)) <= WEIGHT | WEIGHED
+        if weighs and "candidate" in meaning.keys:  # as a parcel's, or a row's?
+            weighs = not profile.changes([meaning.keys["candidate"]], [each.name])[each.name] <= STEADY
         if has(each.name, SAMPLING) and each.high <= 1 and meaning.sampling_rate is None:
             meaning.sampling_rate = each.name
             meaning.checks[each.name] = "by its name taken for the rate at which the row was sampled"
-        elif has(each.name, WEIGHT) and set(words_of(each.name)) <= WEIGHT | WEIGHED and meaning.weight is None:
+        elif weighs and meaning.weight is None:
             meaning.weight = each.name
             meaning.checks[each.name] = "by its name taken for the weight of the row"
 

@@ -646,6 +646,7 @@ def returns(seed: int) -> HeldOut:
             "day": pa.array((w.time // DAY).astype(np.int32)).cast(pa.date32()),
             "coupon_id": where(w.random.random(w.rows) < 0.1, w.random.integers(1, 30, w.rows), pa.float64()),
             "was_cheap": w.of(w.item, [0, 1]),
+            "weight": w.of(w.item, np.arange(1, 300)),
             "is_clicked": clicked,
             "is_bought": bought,
             "not_returned": where(bought & old, 1 - w.some(bought, 0.3, -1)),
@@ -653,7 +654,7 @@ def returns(seed: int) -> HeldOut:
     )
     answers = Answers(
         {"user": "member", "candidate": "sku", "request": "search_id", "time": "day"},
-        {"candidate": "was_cheap coupon_id"},
+        {"candidate": "was_cheap coupon_id weight"},
         {
             "is_clicked": Label(),
             "is_bought": Label(observed=("is_clicked",)),

@@ -124,6 +124,13 @@ def test_scores_differ_where_every_label_is_unwanted(tmp_path: Path) -> None:
     assert load_settings(tmp_path / "settings.yaml").tasks["is_canceled"].score_weight == 1
 
 
+def test_the_weight_of_a_thing_is_not_that_of_its_rows(tmp_path: Path) -> None:
+    init(tmp_path, LOGS["returns"](0))
+    settings = load_settings(tmp_path / "settings.yaml")
+    assert settings.columns.weight is None
+    assert "weight" in settings.roles.candidate
+
+
 def test_the_judge_finds_what_is_wrong(tmp_path: Path) -> None:
     held_out = LOGS["own_numbers"](0)
     text = init(tmp_path, held_out)

@@ -34,8 +34,8 @@ class Answers:
 
     columns: user, candidate, request, time and so on -> column, "-" for none; roles: role -> columns that have it, ""
     for those that no feature may read without a mark; leaks, outcomes: what no feature may read whatever is marked, the
-    latter may be tasks; kinds: column -> kinds of feature that may read it; settings: path -> value; refused: a word of
-    the sentence that refuses, where no settings can be right.
+    latter may be tasks; kinds: column -> kinds of feature that may read it, "" for none without a mark; settings: path
+    -> value; refused: a word of the sentence that refuses, where no settings can be right.
     """
 
     columns: dict[str, str]
