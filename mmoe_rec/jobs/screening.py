@@ -220,7 +220,9 @@ class Screening:
 
     def _finish(self, alive: Sequence[int], best: list[int]) -> Result:
         names = range(len(self.alternatives))
-        result = Result(self.alternatives, best=best, spent=self.clock(), trainings=len(self.found))
+        # Where no rung told of any, as where time was over, none was tried.
+        tried_alternatives = self.alternatives if alive else []
+        result = Result(tried_alternatives, best=best, spent=self.clock(), trainings=len(self.found))
         if alive:
             result.effects = self._effects()
             tried = [each for each in self.found if not each.is_of_last(self.settings)]

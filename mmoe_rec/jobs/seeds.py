@@ -234,7 +234,9 @@ def _check_end(code: int, log: Path) -> None:
     if code:
         killed = f"was killed by signal {-code}, as where memory runs out (a lower --at-once takes less)"
         how = killed if code < 0 else "failed"
-        raise LostProcessError(f"a process {how}; its last words are in '{log}', and --resume goes on")
+        raise LostProcessError(
+            f"a process {how}; its last words are in '{log}'; the same command goes on (train: with --resume)"
+        )
 
 
 def _run(function: Callable[[Task], object], task: Task, slot: int, log: Path) -> None:

@@ -147,6 +147,8 @@ class VariantTrainings:
                 shutil.rmtree(other, ignore_errors=True)
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         self.trained.mkdir(parents=True, exist_ok=True)
+        for each in self.trained.glob("*.failed"):  # it may have been for a full disk, which is no longer
+            each.unlink()
         self._rows: ScoredRows | None = None
         self.failed = dict[str, str]()
 

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mmoe_rec.evaluation.intervals import Difference
-from mmoe_rec.report.formatting import difference
+from mmoe_rec.report.formatting import difference, percent
 from mmoe_rec.report.pages import render
 
 
@@ -127,8 +127,8 @@ def _describe(report: TuningReport) -> Iterator[str]:
         yield f"a training of {joined} takes {report.seconds[0]:.0f} s, and {report.seconds[1]:.0f} s by the file"
     if report.sample < 1:
         yield (
-            f"all was tried on the rows of {report.sample:.0%} of the users, since too few trainings on all rows fit "
-            "into the time: what needs many rows, such as wide vectors of ids, may be worth more on all of them"
+            f"all was tried on the rows of {percent(report.sample)} of the users, since too few trainings on all rows "
+            "fit into the time: what needs many rows, such as wide vectors of ids, may be worth more on all of them"
         )
     if report.failed:
         number, reason = len(report.failed), next(iter(report.failed.values()))

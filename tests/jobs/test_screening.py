@@ -165,6 +165,22 @@ def test_members_are_taken_where_they_are_better_without_a_training_more(gain: f
     assert world.time <= 15 * 60
 
 
+def test_members_alone_are_told_where_every_alternative_fails() -> None:
+    world = World([0.0] * 4)
+
+    def train(recipes: Sequence[Recipe], until: float) -> None:
+        World.train(world, [each for each in recipes if not each.made], until)
+
+    def join(recipes: Sequence[Recipe]) -> Resampled:
+        metric = world.ended[recipes[0]].metric
+        return Resampled(0.8, 0.1 + metric.redrawn, metric.influence)
+
+    world.train = train  # type: ignore[method-assign]
+    result = world.search(20, join=join)
+    assert [each.name for each in result.alternatives] == ["model.members 3"]
+    assert (len(result.effects), result.taken) == (1, [0])
+
+
 def effect(value: float | None, error: float = 0.001) -> Difference:
     return Difference(value, error=error)
 

@@ -63,7 +63,7 @@ def test_each_runs_on_a_card_and_prints_to_its_file(tmp_path: Path) -> None:
     ("word", "says"),
     [
         ("wrong", "the word is wrong"),
-        ("broken", r"a process failed; its last words are in '.*1\.log', and --resume goes on"),
+        ("broken", r"a process failed; its last words are in '.*1\.log'; the same command goes on"),
         ("killed", r"a process was killed by signal 9, as where memory runs out \(a lower --at-once takes less\)"),
     ],
 )

@@ -155,6 +155,7 @@ def test_a_better_file_is_found_with_its_comments(
     later = (best.parent / "search.json").stat().st_mtime + 100
     os.utime(trained[-1].file, (later, later))
     again = tune(config, "--minutes", "4", "--evaluation.resamples", "77")
+    os.utime(trained[-1].file)
     assert again["tried"] == found["tried"]
     assert again["minutes"][1] == pytest.approx(found["minutes"][1] + 100 / 60, abs=0.1)
     assert len(trained) == number
@@ -260,6 +261,9 @@ def test_a_file_that_can_not_be_trained_is_refused_with_the_reason(
     said = commands.refuse(capsys, "tune", "--config", config, *words)
     assert "no training by" in said
     assert "nothing can be compared with it: the loss is not finite" in said
+    trained = draw(skill_of)
+    commands.run("tune", "--config", str(config), *words)
+    assert trained, "what has failed is tried again by the next start"
 
 
 def test_too_little_time_keeps_the_file(config: Path, draw: Callable[[Draw], list[Any]]) -> None:
