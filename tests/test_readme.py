@@ -38,6 +38,7 @@ ELSEWHERE = {
     "train --resume": "pipelines/test_resume.py::test_kills_change_nothing",
     "train --seeds": "pipelines/test_seeds.py::test_trainings_that_were_stopped_go_on_and_their_mean_is_told",
     "train --from": "pipelines/test_incremental_days.py::test_the_started_model_is_registered_beside_the_first_one",
+    "tune --preset": "pipelines/test_tune_preset.py::test_a_better_file_is_found_with_its_comments",
     "torchrun train --nproc-per-node": "pipelines/test_commands.py::test_torchrun_says_everything_once",
     "tune --trials": "pipelines/test_tune.py::test_the_best_settings_are_found_and_can_be_trained_with",
     "plan --world-size --local-world-size --hbm-gib": "pipelines/test_plan.py::test_a_terabyte_on_sixteen_cards",
