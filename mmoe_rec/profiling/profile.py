@@ -171,7 +171,7 @@ class Profile:
         made = "TABLE" if self.rows <= IN_MEMORY else "VIEW"
         database.run(f"CREATE {made} log AS {view}")
         self.columns = self._read_columns(kinds)
-        # Lists are compared by their lengths, which suffices to see that they differ.
+        self._differ: dict[str, float] = {}  # column -> how often two rows of the log differ in it
         self._row_hash = f"hash({', '.join(self._sql.values())})"
 
     def _read_columns(self, kinds: Mapping[str, str]) -> dict[str, Column]:
@@ -185,7 +185,7 @@ class Profile:
             parts += [
                 f"count({sql})",
                 "0" if kind in ("empty", "other") else f"approx_count_distinct({sql})",
-                *((f"min({each})", f"max({each})") if (each := sql) and ordered else ("NULL", "NULL")),
+                *((f"min({sql})", f"max({sql})") if ordered else ("NULL", "NULL")),
                 f"count({sql}) = count(*) FILTER ({sql} IN (0, 1))" if kind in ("integer", "number") else "false",
                 f"min({length})",
                 f"max({length})",
@@ -248,10 +248,11 @@ class Profile:
                 row, values, group = "0", ", ".join(f"min({each})" for each in hashes), " GROUP BY ALL"
             rows = f"SELECT hash({', '.join(by)}), {order}, {row}, {values} FROM {self._sample(by)}{group}"
             within = self._count_changes(rows, len(names))
-            mixed = f"SELECT 0, 0, {self._row_hash}, {', '.join(hashes)} FROM {self._sample([self._row_hash])}"
-            overall = self._count_changes(mixed, len(names))
-            for name, share, of in zip(names, within, overall, strict=True):
-                found[name] = float(share / of) if of else 0.0
+            if any(each not in self._differ for each in names):
+                mixed = f"SELECT 0, 0, {self._row_hash}, {', '.join(hashes)} FROM {self._sample([self._row_hash])}"
+                self._differ |= zip(names, self._count_changes(mixed, len(names)), strict=True)
+            for name, share in zip(names, within, strict=True):
+                found[name] = float(share / of) if (of := self._differ[name]) else 0.0
         return found
 
     def _count_changes(self, rows: str, number: int) -> np.ndarray:
