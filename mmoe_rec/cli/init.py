@@ -96,16 +96,17 @@ def _propose(
     name: str, log: str, work: str, words: Sequence[str], given: Mapping[str, Any]
 ) -> tuple[str, Meaning, list[str]]:
     from mmoe_rec.profiling.guess import guess
-    from mmoe_rec.profiling.meaning import Corrections
+    from mmoe_rec.profiling.meaning import PURPOSES
     from mmoe_rec.profiling.profile import open_profile
     from mmoe_rec.profiling.proposal import propose
     from mmoe_rec.profiling.settings_file import settings_text
 
-    keys = {each: given[each] for each in ("user", "candidate", "request", "time") if given[each]}
+    said = {each: (given[each],) for each in PURPOSES if given[each]}
+    said |= {each: given[each.replace("-", "_")] for each in ("task", "leave-out", "placement")}
     with ExitStack() as open_logs:
         folder = Path(open_logs.enter_context(tempfile.TemporaryDirectory()))
         profile = open_logs.enter_context(open_profile(log, folder / "log", "LOG"))
-        meaning = guess(profile, Corrections(keys, given["task"], given["leave_out"], given["placement"]))
+        meaning = guess(profile, said)
         events: list[Events] = []
         for place, path in enumerate(given["events"]):
             other = open_logs.enter_context(open_profile(path, folder / f"events-{place}", "--events"))

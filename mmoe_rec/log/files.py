@@ -116,43 +116,35 @@ def split_glob(source: str) -> tuple[str, Sequence[str]]:
     return str(Path(*parts[: wild[0]])), parts[wild[0] :]
 
 
-def _fits(name: str, is_folder: bool, part: str) -> bool:
-    """Whether a part of a glob matches the name of a file or folder; `**` matches all but what is hidden."""
+def _below(name: str, is_folder: bool, parts: Sequence[str]) -> Iterator[Sequence[str]]:
+    """What a folder has to match that itself matches the parts of a glob; nothing more for a file that does. `**`
+    matches all but what is hidden, and Parquet files alone."""
+    part, rest = parts[0], parts[1:]
+    if part == "**" and rest:
+        yield from _below(name, is_folder, rest)
     hidden = name.startswith(".") or (name == "_temporary" if is_folder else name.startswith("_"))
-    if hidden and not part.startswith(name[0]):
-        return False
-    return part == "**" or fnmatchcase(name, part)
+    if (hidden and not part.startswith(name[0])) or not (part == "**" or fnmatchcase(name, part)):
+        return
+    if is_folder:
+        yield parts if part == "**" else rest or ("**",)
+    elif not rest and (part != "**" or name.endswith(".parquet")):
+        yield ()
 
 
 def _walk(folder: Path, parts: Sequence[str]) -> Iterator[Path]:
     """Files below a folder that the parts of a glob match, and the Parquet files of folders that they match."""
-    part, rest = parts[0], parts[1:]
-    if part == "**" and rest:
-        yield from _walk(folder, rest)
     for entry in list(os.scandir(folder)):
         path, is_folder = folder / entry.name, entry.is_dir()
-        if not _fits(entry.name, is_folder, part):
-            continue
-        if entry.is_symlink():
+        # A link that leads nowhere may have led to a folder.
+        if entry.is_symlink() and any(_below(entry.name, is_folder or not entry.name.startswith("_"), parts)):
             _check_link(folder, path)
-        if is_folder:
-            yield from _walk(path, parts if part == "**" else rest or ("**",))
-        elif not rest and (part != "**" or path.suffix == ".parquet"):
-            yield path
+        for rest in _below(entry.name, is_folder, parts):
+            yield from _walk(path, rest) if is_folder else (path,)
 
 
 def _matches(names: Sequence[str], parts: Sequence[str]) -> bool:
-    """Whether `_walk` would find a file by the names of its path below the folder."""
-    if not names:  # the folder is a file
-        return True
-    part, rest, is_folder = parts[0], parts[1:], len(names) > 1
-    if part == "**" and rest and _matches(names, rest):
-        return True
-    if not _fits(names[0], is_folder, part):
-        return False
-    if is_folder:
-        return _matches(names[1:], parts if part == "**" else rest or ("**",))
-    return not rest and (part != "**" or names[0].endswith(".parquet"))
+    """Whether `_walk` would find a file by the names of its path below the folder; one that is the folder matches."""
+    return not names or any(_matches(names[1:], rest) for rest in _below(names[0], len(names) > 1, parts))
 
 
 def _check_link(folder: Path, link: Path) -> None:

@@ -7,21 +7,15 @@ from difflib import get_close_matches
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.profiling.keys import find_keys
-from mmoe_rec.profiling.meaning import STEADY, Corrections, Meaning, Reading
+from mmoe_rec.profiling.meaning import PURPOSES, STEADY, Corrections, Meaning, Reading
 from mmoe_rec.profiling.profile import Column, Profile
 from mmoe_rec.profiling.roles import find_roles
 from mmoe_rec.profiling.tasks import find_maturity, find_tasks
 from mmoe_rec.profiling.words import SAMPLING, WEIGHED, WEIGHT, has, words_of
 from mmoe_rec.settings.columns import SPLITS
 
-_SPLITS = {
-    "train": "train",
-    "training": "train",
-    "val": "validation",
-    "valid": "validation",
-    "validation": "validation",
-}
-_SPLITS |= {"dev": "validation", "test": "test", "eval": "test", "holdout": "test"}
+_SPLITS = {"train": "train", "training": "train", "test": "test", "eval": "test", "holdout": "test"}
+_SPLITS |= dict.fromkeys(("val", "valid", "validation", "dev"), "validation")
 _TEXT = 40
 """Characters of the mean value from which text is no name of a thing."""
 
@@ -41,30 +35,26 @@ def guess(profile: Profile, corrections: Corrections) -> Meaning:
 
 
 def _check_corrections(reading: Reading) -> None:
-    said = reading.corrections
-    named = [(f"--{purpose}", name) for purpose, name in said.keys.items()]
-    for option, name in named:
-        if twin := next((other for other, same in named if other != option and same == name), None):
-            raise UserError(f"{option} and {twin} both name column '{name}': one column is one of them")
-    for what, names in (("--task", said.tasks), ("--leave-out", said.leave_out), ("--placement", said.placement)):
-        named += [(what, name) for name in names]
-    for what, name in named:
+    named: dict[str, str] = {}  # column -> the option that names it as a key
+    for option, name in ((option, name) for option, names in reading.corrections.items() for name in names):
+        if option in PURPOSES and (twin := named.setdefault(name, option)) != option:
+            raise UserError(f"--{twin} and --{option} both name column '{name}': one column is one of them")
         if name not in reading.columns:
             near = get_close_matches(name, reading.columns, 1) or list(reading.columns)[:8]
             log = reading.profile.name
-            raise UserError(f"{what} '{name}' is no column of '{log}'; there are, for example: {', '.join(near)}")
+            raise UserError(f"--{option} '{name}' is no column of '{log}'; there are, for example: {', '.join(near)}")
 
 
 def _leave_out(reading: Reading) -> None:
     """What can't be an input."""
     for each in reading.columns.values():
-        why = "as you said" if each.name in reading.corrections.leave_out else _why_unusable(each)
+        why = "as you said" if each.name in reading.corrections.get("leave-out", ()) else _why_unusable(each)
         if each.kind == "vector" and why is None and reading.profile.has_gaps(each.name):
             why = "some of its lists hold null, NaN or infinity: write null instead of the whole list"
         if each.name in reading.profile.unreadable:
             why = reading.profile.unreadable[each.name]
             reading.meaning.warnings.append(f"column '{each.name}' is left out: {why}")
-        if why and each.name not in reading.corrections.tasks:
+        if why and each.name not in reading.corrections.get("task", ()):
             reading.meaning.left_out[each.name] = why
 
 
@@ -90,7 +80,8 @@ def _why_unusable(each: Column) -> str | None:
 def _find_weights(reading: Reading) -> None:
     meaning, profile = reading.meaning, reading.profile
     for each in reading.free():
-        number = each.kind in ("number", "integer") and not each.nulls and each.name not in reading.corrections.tasks
+        number = each.kind in ("number", "integer") and not each.nulls
+        number &= each.name not in reading.corrections.get("task", ())
         if not number or each.low <= 0 or each.distinct < 2:
             continue
         weighs = has(each.name, WEIGHT) and set(words_of(each.name)) <= WEIGHT | WEIGHED

@@ -8,9 +8,9 @@ import shlex
 from typing import Any
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.profiling.meaning import STEADY, Reading
+from mmoe_rec.profiling.meaning import PURPOSES, STEADY, Reading
 from mmoe_rec.profiling.profile import Column
-from mmoe_rec.profiling.words import BEFORE, CLOCK, NAMES, STAND_INS, TIME, fits, has
+from mmoe_rec.profiling.words import BEFORE, CLOCK, TIME, has, rank_of
 
 _FEWEST_USERS = 10
 _FEWEST_CANDIDATES = 20
@@ -24,11 +24,11 @@ _SPAN = 1800
 
 def find_keys(reading: Reading) -> None:
     """Fills in `keys`, what belongs to them, and `list_keys`. Raises UserError for a given column that can't be one."""
-    keys, given = reading.meaning.keys, reading.corrections.keys
-    for purpose in ("user", "candidate", "request", "time"):
-        if purpose in given:
-            _check_key(reading, purpose, reading.columns[given[purpose]])
-            keys[purpose] = given[purpose]
+    keys, given = reading.meaning.keys, reading.corrections
+    for purpose in PURPOSES:
+        for name in given.get(purpose, ()):
+            _check_key(reading, purpose, reading.columns[name])
+            keys[purpose] = name
     _find_by_name(reading, "user")
     _find_by_name(reading, "candidate")
     _find_time(reading)
@@ -59,34 +59,30 @@ def _check_key(reading: Reading, purpose: str, each: Column) -> None:
 
 
 def _find_by_name(reading: Reading, purpose: str) -> None:
-    keys = reading.meaning.keys
+    meaning, keys = reading.meaning, reading.meaning.keys
     if purpose in keys:
         return
-    strong, weak = NAMES[purpose], STAND_INS[purpose]
     fitting: list[tuple[int, int, str]] = []
     for each in reading.free():
         if each.kind not in ("integer", "text") or each.unit or each.binary:
             continue
         if each.distinct < (_FEWEST_USERS if purpose == "user" else 2):
             continue
-        rank = 2 if fits(each.name, strong) else 1 if fits(each.name, strong | weak) else 0
-        if purpose == "candidate" and rank == 1:
-            continue  # a brand, a category
-        if rank:
+        if rank := rank_of(each.name, purpose):
             fitting.append((rank, min(each.distinct, int(0.9 * each.rows)), each.name))
     if not fitting:
         for each in reading.columns.values():
-            if fits(each.name, strong) and each.kind in ("number", "other") and each.type != "DATE":
+            if rank_of(each.name, purpose) == 2 and each.kind in ("number", "other"):
                 why = f"it looks like the {purpose}, but ids are integers or text, and these are {each.type}"
-                reading.meaning.left_out[each.name] = reading.meaning.checks[each.name] = why
-                reading.meaning.warnings.append(f"'{each.name}' is left out: {why}; cast them before writing")
+                meaning.leave_out(each.name, why)
+                meaning.warnings.append(f"'{each.name}' is left out: {why}; cast them before writing")
         return
     usable = [each for each in fitting if not reading.columns[each[2]].nulls]
     if not usable:
         name = max(fitting)[2]
         why = f"it looks like the {purpose}, but is null in {reading.columns[name].nulls:,} rows, so it can't be"
-        reading.meaning.left_out[name] = reading.meaning.checks[name] = why
-        reading.meaning.warnings.append(f"'{name}' is left out: {why}; leave those rows out of the log")
+        meaning.leave_out(name, why)
+        meaning.warnings.append(f"'{name}' is left out: {why}; leave those rows out of the log")
         return
     rank, _, name = max(usable, key=lambda each: (each[0], each[1], [-ord(sign) for sign in each[2]]))
     keys[purpose] = name
@@ -96,7 +92,7 @@ def _find_by_name(reading: Reading, purpose: str) -> None:
     doubts = [why] if rank == 1 else []
     doubts += [f"it could also be {', '.join(others)}"] if others else []
     if doubts:
-        reading.meaning.key_checks[purpose] = "; ".join(doubts)
+        meaning.key_checks[purpose] = "; ".join(doubts)
 
 
 def _find_time(reading: Reading) -> None:
@@ -110,9 +106,8 @@ def _find_time(reading: Reading) -> None:
     unnamed = [each for each in found if each not in named and each.distinct > 0.01 * each.rows]
     found = named or unnamed
     for purpose in ("user", "candidate"):
-        if (
-            found and purpose in keys and not fits(keys[purpose], STAND_INS[purpose])
-        ):  # as the day of a user's birth, or of publication
+        # As the day of a user's birth, or of publication.
+        if found and purpose in keys and rank_of(keys[purpose], purpose) != 1:
             changes = reading.profile.changes([keys[purpose]], [each.name for each in found])
             own, found = found, [each for each in found if not changes[each.name] <= STEADY]
             if not found:
@@ -170,12 +165,8 @@ def _find_request(reading: Reading) -> None:
     if "request" in keys:
         _find_scope(reading, keys["request"], True)
         return
-    strong, weak = NAMES["request"], STAND_INS["request"]
-    fitting = []
-    for each in reading.free():
-        rank = 2 if fits(each.name, strong) else 1 if fits(each.name, strong | weak) else 0
-        if each.is_key and each.unit is None and rank and each.distinct > 1:
-            fitting.append((-rank, -each.distinct, each.name))
+    named = [each for each in reading.free() if each.is_key and each.unit is None and each.distinct > 1]
+    fitting = [(-rank, -each.distinct, each.name) for each in named if (rank := rank_of(each.name, "request"))]
     for rank, _, name in sorted(fitting):
         if _find_scope(reading, name, False):
             keys["request"] = name

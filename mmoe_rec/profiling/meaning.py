@@ -11,6 +11,9 @@ from mmoe_rec.profiling.profile import Column, Profile
 from mmoe_rec.settings.columns import Role
 
 Purpose = Literal["user", "candidate", "request", "time"]
+PURPOSES = ("user", "candidate", "request", "time")
+Corrections = Mapping[str, Sequence[str]]
+"""Columns that the user names instead of a guess, by option: one of `PURPOSES`, task, placement, or leave-out"""
 
 STEADY = 0.05
 """A column that changes so seldom (see `Profile.changes`) belongs to the keys; a price may change now and then."""
@@ -37,16 +40,6 @@ class TaskGuess:
 
 
 @dataclass
-class Corrections:
-    """What the user says instead of a guess: columns by purpose, tasks, and columns to leave out or of placement."""
-
-    keys: Mapping[str, str] = field(default_factory=dict)
-    tasks: Sequence[str] = ()
-    leave_out: Sequence[str] = ()
-    placement: Sequence[str] = ()
-
-
-@dataclass
 class Meaning:
     """What a log means. keys: purpose -> column; checks: column -> why a person should check it; key_checks: the same
     of a purpose, or of `duplicates`; left_out: column -> why it is no input; warnings: sentences for the terminal."""
@@ -67,6 +60,10 @@ class Meaning:
     warnings: list[str] = field(default_factory=list)
     repeats: bool = False
     rows_per_request: float = 1.0
+
+    def leave_out(self, column: str, why: str) -> None:
+        """Makes a column no input, which a person should check."""
+        self.left_out[column] = self.checks[column] = why
 
 
 @dataclass

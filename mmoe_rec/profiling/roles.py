@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cached_property
 
 import numpy as np
 import pyarrow as pa
@@ -22,7 +23,7 @@ _CONSTANT = 0.001
 def find_roles(reading: Reading) -> None:
     """Fills in `roles` and `left_out`."""
     keys, meaning, profile = reading.meaning.keys, reading.meaning, reading.profile
-    meaning.roles["placement"] += dict.fromkeys(reading.corrections.placement)
+    meaning.roles["placement"] += dict.fromkeys(reading.corrections.get("placement", ()))
     names = [each.name for each in reading.free()]
     unknown = dict.fromkeys(names, math.nan)
     of_request = of_user = of_candidate = unknown
@@ -41,7 +42,7 @@ def find_roles(reading: Reading) -> None:
             if each.is_time and not each.nulls:
                 meaning.checks[each.name] = why  # such as the day of a journey that is searched for
         elif each.kind != "number" and profile.is_unique(each.name):
-            _leave_out(reading, each, "it differs in each row, so nothing is learnt of it")
+            reading.meaning.leave_out(each.name, "it differs in each row, so nothing is learnt of it")
         elif reading.is_plain:
             role = _role_in_table(reading, each, changes[2], aucs)
         else:
@@ -65,7 +66,7 @@ def _role_in_table(reading: Reading, each: Column, of_candidate: float, aucs: Au
         reading.meaning.left_out[each.name] = "a time in a table that has no time of requests"
         return None
     if best > LEAK_OF_TABLE:
-        _leave_out(reading, each, f"it tells {task} too well to be known before it (AUC {best:.3f} alone)")
+        reading.meaning.leave_out(each.name, f"it tells {task} too well to be known before it (AUC {best:.3f} alone)")
         return None
     if begins(each.name, OUTCOMES) and not has(each.name, BEFORE):
         reading.meaning.checks[each.name] = f"by its name it may be known only after {task or 'the label'}"
@@ -103,29 +104,25 @@ def _role_in_log(  # noqa: PLR0911 - as above
 
 def _role_in_doubt(reading: Reading, each: Column, changes: tuple[float, float, float], aucs: Aucs) -> Role | None:
     """Of a column that differs from row to row: known before the request, or what happened then?"""
-    best, task = aucs.best(each)
+    (best, task), meaning = aucs.best(each), reading.meaning
     if begins(each.name, OUTCOMES) and not has(each.name, BEFORE):
-        _leave_out(reading, each, "by its name it may be known only after the request")
+        meaning.leave_out(each.name, "by its name it may be known only after the request")
     elif best > LEAK:
-        _leave_out(reading, each, f"it tells {task} too well to be known before it (AUC {best:.2f} alone)")
+        meaning.leave_out(each.name, f"it tells {task} too well to be known before it (AUC {best:.2f} alone)")
     elif after := aucs.comes_after(each):
-        _leave_out(reading, each, f"it says something only where {after} is 1, so it is taken for what is known then")
+        why = f"it says something only where {after} is 1, so it is taken for what is known then"
+        meaning.leave_out(each.name, why)
     elif each.binary and begins(each.name, LABELS) and not has(each.name, BEFORE):
-        _leave_out(reading, each, "it looks like a label: --task makes it one")
+        meaning.leave_out(each.name, "it looks like a label: --task makes it one")
     elif math.isnan(changes[0]):
-        reading.meaning.checks[each.name] = "does it describe the request, and is it known before it?"
+        meaning.checks[each.name] = "does it describe the request, and is it known before it?"
         return "context"
     else:
         seen = f"; alone it ranks {task} with an AUC of {best:.2f}" if best > SUSPECT else ""
         why = f"it differs from request to request of a candidate: is it known before?{seen}"
-        reading.meaning.checks[each.name] = why
+        meaning.checks[each.name] = why
         return "candidate"
     return None
-
-
-def _leave_out(reading: Reading, each: Column, why: str) -> None:
-    reading.meaning.left_out[each.name] = why
-    reading.meaning.checks[each.name] = why
 
 
 def _is_rank(reading: Reading, each: Column) -> bool:
@@ -158,34 +155,36 @@ class Aucs:
 
     def __init__(self, reading: Reading) -> None:
         self._reading = reading
-        self._found: dict[str, dict[str, float]] | None = None
 
     def best(self, each: Column) -> tuple[float, str]:
         """The highest AUC of a column, and its task; 0 where there is none."""
-        if self._found is None:
-            self._found = self._read()
         known = {task: auc for task, auc in self._found.get(each.name, {}).items() if not math.isnan(auc)}
         task = max(known, key=lambda name: (known[name], name), default="")
         return known.get(task, 0.0), task
 
     def comes_after(self, each: Column) -> str | None:
         """The task in whose positive rows alone a column has a value that is not its usual one."""
-        if self._found is None:
-            self._found = self._read()
         if each.name not in self._found:
             return None
-        return next((task for task, its in self._labels.items() if tells_it(self._rows.column(each.name), its)), None)
+        rows, labels, _ = self._sample
+        return next((task for task, its in labels.items() if tells_it(rows.column(each.name), its)), None)
 
-    def _read(self) -> dict[str, dict[str, float]]:
+    @cached_property
+    def _sample(self) -> tuple[pa.Table, dict[str, np.ndarray], list[str]]:
+        """Rows, the labels of each task, (N,) NaN where unobserved, and the columns in question."""
         reading = self._reading
         tasks = [each for each in reading.meaning.tasks if each.kind == "binary"]
         names = [each.name for each in reading.free() if each.kind != "vector"]
         rows = reading.profile.sample(reading.list_keys, [*names, *(each.column for each in tasks)])
-        half = rows.column(HALF).to_numpy().astype(bool)
         labels = {each.column: rows.column(each.column).cast(pa.float64()).to_numpy() for each in tasks}
         for each in tasks:
             if each.observed_when is not None:
                 seen = labels[each.observed_when[0]] == 1
                 labels[each.column] = np.where(seen, labels[each.column], np.nan)
-        self._rows, self._labels = rows, labels
+        return rows, labels, names
+
+    @cached_property
+    def _found(self) -> dict[str, dict[str, float]]:
+        rows, labels, names = self._sample
+        half = rows.column(HALF).to_numpy().astype(bool)
         return {name: {task: auc_alone(rows.column(name), its, half) for task, its in labels.items()} for name in names}

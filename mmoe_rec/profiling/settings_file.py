@@ -13,13 +13,12 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from mmoe_rec.errors import UserError
 from mmoe_rec.log.checks import format_time
 from mmoe_rec.profiling.meaning import Meaning
 from mmoe_rec.profiling.profile import Profile
 from mmoe_rec.profiling.proposal import Entry, Events, Proposal, describe_task
+from mmoe_rec.settings.sections import dump_flow
 
 CHECK = "# check"
 _COMMAND, _CHECKSUM = "# made by: mmoe-rec init ", "# checksum: "
@@ -164,19 +163,8 @@ def _one_line(text: str) -> str:
     return " ".join("".join(each if each.isprintable() else " " for each in text).split())
 
 
-class _Dumper(yaml.SafeDumper):
-    """Writes names that hold the end of a line in one line."""
-
-
-_Dumper.add_representer(
-    str,
-    lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, None if text.isprintable() else '"'),
-)
-
-
 def _flow(value: Any) -> str:
     """A value in one line of YAML."""
     if isinstance(value, datetime):
         return value.strftime("%Y-%m-%dT%H:%M:%S.%fZ" if value.microsecond else "%Y-%m-%dT%H:%M:%SZ")
-    text = yaml.dump(value, None, _Dumper, default_flow_style=True, allow_unicode=True, sort_keys=False, width=10**9)
-    return text.removesuffix("\n").removesuffix("\n...").strip()
+    return dump_flow(value, sort_keys=False)

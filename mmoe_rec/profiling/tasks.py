@@ -15,7 +15,7 @@ _MOST_TASKS, _TYPES = 5, 20
 
 def find_tasks(reading: Reading) -> None:
     """Fills in `tasks`. Raises UserError where no column looks like a label, or a given one can't be."""
-    meaning, given = reading.meaning, reading.corrections.tasks
+    meaning, given = reading.meaning, reading.corrections.get("task", ())
     if given:
         for name in given:
             _check_label(reading, reading.columns[name])
@@ -88,7 +88,7 @@ def _rate(reading: Reading, column: str) -> float:
 
 def _guess_tasks(reading: Reading) -> list[TaskGuess]:
     meaning, labels = reading.meaning, [each for each in reading.free() if each.binary]
-    labels = _that_vary(reading, [each for each in labels if each.name not in reading.corrections.placement])
+    labels = _that_vary(reading, [each for each in labels if each.name not in reading.corrections.get("placement", ())])
     told = [each for each in labels if begins(each.name, LABELS) and not has(each.name, BEFORE | PLACEMENT)]
     tasks = [TaskGuess(each.name) for each in told]
     if reading.is_plain and len(tasks) > 1:
@@ -121,7 +121,7 @@ def _guess_tasks(reading: Reading) -> list[TaskGuess]:
         tasks.sort(key=lambda task: (-_rate(reading, task.column), task.column))
     for task in tasks[_MOST_TASKS:]:
         why = f"it looks like a label, rarer than {_MOST_TASKS} others: --task names those that are to be predicted"
-        meaning.left_out[task.column] = meaning.checks[task.column] = why
+        meaning.leave_out(task.column, why)
     return tasks[:_MOST_TASKS]
 
 

@@ -37,7 +37,7 @@ NAMES = {
 }
 STAND_INS = {
     "user": _words("browser cookie device ip sesion session sitzung"),
-    "candidate": _words(""),
+    "candidate": frozenset[str](),
     "request": _words("besuch sesion session sitzung visit visita"),
 }
 """Of what may stand for it where no column has a better name."""
@@ -104,6 +104,12 @@ def fits(name: str, hints: Collection[str]) -> bool:
     if len(words) == 1:  # as in kundennr
         return any(words[0] == each or (len(each) > 3 and words[0] in {each + end for end in _ID}) for each in hints)
     return any(each in hints for each in words) and all(each in hints or each in _ID for each in words)
+
+
+def rank_of(name: str, purpose: str) -> int:
+    """2 where a name is that of a key's column, 1 where such a column may stand for one, else 0."""
+    strong = NAMES[purpose]
+    return 2 if fits(name, strong) else int(fits(name, strong | STAND_INS[purpose]))
 
 
 def is_unwanted(name: str) -> bool:

@@ -497,9 +497,15 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes text that `_Loader` would take for a number."""
+    """Quotes text that `_Loader` would take for a number, and text that holds the end of a line."""
 
     yaml_implicit_resolvers = _with_numbers(yaml.SafeDumper)
+
+
+_Dumper.add_representer(
+    str,
+    lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, None if text.isprintable() else '"'),
+)
 
 
 def load_yaml(text: str) -> Any:
@@ -512,9 +518,11 @@ def dump_yaml(tree: Any) -> str:
     return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
-def dump_flow(value: Any) -> str:
+def dump_flow(value: Any, sort_keys: bool = True) -> str:
     """A value in one line, as it may stand behind a key."""
-    text = yaml.dump(value, Dumper=_Dumper, default_flow_style=True, allow_unicode=True, width=math.inf)
+    text = yaml.dump(
+        value, Dumper=_Dumper, default_flow_style=True, allow_unicode=True, width=math.inf, sort_keys=sort_keys
+    )
     return str(text).strip().removesuffix("...").strip()
 
 
