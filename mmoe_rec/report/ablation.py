@@ -247,10 +247,10 @@ def page(report: AblationReport) -> str:
             return "leave out", "good"
         return ("needed", "") if each.is_shown else ("open", "warning")
 
-    sections = {}
+    tables = {}
     for title, worths in report.sections.items():
         largest = max((each.objective.value or 0.0 for each in worths), default=0.0) or 1.0
-        sections[title] = [
+        tables[title] = [
             {
                 "worth": each,
                 "share": max(each.objective.value or 0.0, 0.0) / largest,
@@ -260,7 +260,7 @@ def page(report: AblationReport) -> str:
             for each in worths
         ]
     tasks = list(report.worths[0].tasks)
-    return render("ablation.html.j2", {"title": report.title, "report": report, "sections": sections, "tasks": tasks})
+    return render("ablation.html.j2", {"title": report.title, "report": report, "tables": tables, "tasks": tasks})
 
 
 def _cells(apart: Difference) -> tuple[str, str]:

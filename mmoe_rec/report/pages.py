@@ -57,6 +57,7 @@ def _environment() -> Environment:
     for each in (day, fixed, percent, rate, size, thousands):
         environment.filters[each.__name__] = each
     environment.filters["signed"] = lambda values: signed(*values)
+    environment.filters["sentence"] = lambda words: words[:1].upper() + words[1:]
     return environment
 
 

@@ -155,4 +155,4 @@ def terminal_parts(report: TuningReport) -> Iterator[Table | str]:
 
 def page(report: TuningReport) -> str:
     """The whole page."""
-    return render("tuning.html.j2", {"title": report.title, "tuning": report, "sentences": report.sentences})
+    return render("tuning.html.j2", {"title": report.title, "tuning": report})
