@@ -209,7 +209,7 @@ def find_worth(
     wanted = {objective.metric, *(GUARDED[kinds[name]] for name in tasks)}
     plain = {each.name for each in METRICS if each.is_shown(objective.groups == (SCORE,))}
     metrics = wanted if wanted <= plain else None
-    found = find_differences(whole, {part.name: without}, objective, resamples, metrics)
+    found = find_differences(whole, [(part.name, without)], objective, resamples, metrics)
     of_tasks = {name: found[part.name, name, GUARDED[kinds[name]]] for name in tasks}
     apart = found[(part.name, *OBJECTIVE)]
     return Worth(part, apart if objective.better == "higher" else _negate(apart), of_tasks)

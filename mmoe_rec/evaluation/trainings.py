@@ -7,7 +7,7 @@ Satterthwaite. So it is with the difference of two settings' means, whose users 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -75,7 +75,7 @@ def compare_trainings(
 
     sums, others: as for `find_differences`. Raises UserError where the rows are not the same.
     """
-    differences = find_differences(sums, others, objective, resamples)
+    differences = find_differences(sums, others.items(), objective, resamples)
     named = (None, None) if objective is None else (objective.name, objective.better)
     corrected = correct(sums[0], differences, others)
     return {name: SettingsDifference(each.objective, each.groups, *named) for name, each in corrected.items()}
@@ -83,7 +83,7 @@ def compare_trainings(
 
 def find_differences(
     sums: Sequence[EvaluationSums],
-    others: Mapping[str, Sequence[EvaluationSums]],
+    others: Iterable[tuple[str, Sequence[EvaluationSums]]],
     objective: Objective | None = None,
     resamples: int = 1000,
     metrics: Collection[str] | None = None,
@@ -93,14 +93,14 @@ def find_differences(
     Where one side has a single training, the intervals are over users alone. Tasks that one side lacks are left out,
     and so is the score of settings by which rows are worth something else.
 
-    sums, others: of trainings; metrics: those that are wanted, the objective's
-    among them; None: all. Raises UserError where the rows are not the
+    sums: of trainings; others: names of settings, with those of their trainings, of which one is held at a time;
+    metrics: those that are wanted, the objective's among them; None: all. Raises UserError where the rows are not the
     same.
     """
     mine = _resample_mean(sums, resamples, objective, metrics)
     effective = effective_users(sums_by_user(sums[0], metrics), objective)
     differences = dict[tuple[str, str, str], Difference]()
-    for name, its in others.items():
+    for name, its in others:
         for each in its:
             check_same_rows("these settings", sums[0], name, each)
         theirs = _resample_mean(its, resamples, objective, metrics)

@@ -8,7 +8,7 @@ better on the rows that choose it.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any, Literal
@@ -152,16 +152,11 @@ def _of_features(settings: Settings) -> Iterator[Alternative]:
 def _of_inputs(settings: Settings, inputs: Collection[str]) -> Iterator[Alternative]:
     """Without some inputs of features that otherwise stay."""
     counters = {name: each for name, each in settings.features.items() if isinstance(each, CounterFeature)}
-    both = {name: each for name, each in counters.items() if {*each.window_days} - {None} and None in each.window_days}
 
     def left_out(part: str, name: str, values: Mapping[str, Any], names: Iterable[str]) -> Iterator[Alternative]:
         seen = tuple(each for one in names for each in (one, f"{one}_missing") if each in inputs)
         if seen:
             yield Alternative(name, part, values, seen, simpler=True)
-
-    def names_of(name: str, windows: Iterable[float | None]) -> Iterator[str]:
-        outputs = [each for each in counters[name].outputs if each != "recency"]
-        yield from (f"{name}_{output}{suffix_of(days)}" for output in outputs for days in windows)
 
     recent = {name: each for name, each in counters.items() if "recency" in each.outputs and len(each.outputs) > 1}
     yield from left_out(
@@ -170,28 +165,23 @@ def _of_inputs(settings: Settings, inputs: Collection[str]) -> Iterator[Alternat
         {f"features.{n}.outputs": [o for o in each.outputs if o != "recency"] for n, each in recent.items()},
         (f"{name}_recency" for name in recent),
     )
-    yield from left_out(
-        "windows",
-        f"all of the past alone, without windows, of {_some(both)}",
-        {f"features.{name}.window_days": [None] for name in both},
-        (each for n, counter in both.items() for each in names_of(n, filter(None, counter.window_days))),
-    )
-    yield from left_out(
-        "windows",
-        f"windows alone, without all of the past, of {_some(both)}",
-        {f"features.{n}.window_days": [*filter(None, counter.window_days)] for n, counter in both.items()},
-        (each for name in both for each in names_of(name, [None])),
-    )
-    short = {n: each for n, each in counters.items() if 0 < len(_up_to_a_day(each)) < len(each.window_days)}
-    yield from left_out(
-        "windows",
-        f"no windows of a day or less, of {_some(short)}",
-        {
-            f"features.{n}.window_days": [days for days in each.window_days if days is None or days > 1]
-            for n, each in short.items()
-        },
-        (each for n, counter in short.items() for each in names_of(n, _up_to_a_day(counter))),
-    )
+    ways: dict[str, Callable[[float | None], bool]] = {
+        "all of the past alone, without windows, of": lambda days: days is None,
+        "windows alone, without all of the past, of": lambda days: days is not None,
+        "no windows of a day or less, of": lambda days: days is None or days > 1,
+    }
+    for name, stays in ways.items():
+        kept = {n: [days for days in each.window_days if stays(days)] for n, each in counters.items()}
+        kept = {n: windows for n, windows in kept.items() if 0 < len(windows) < len(counters[n].window_days)}
+        gone = (
+            f"{n}_{output}{suffix_of(days)}"
+            for n in kept
+            for output in counters[n].outputs
+            for days in counters[n].window_days
+            if output != "recency" and not stays(days)
+        )
+        values = {f"features.{n}.window_days": windows for n, windows in kept.items()}
+        yield from left_out("windows", f"{name} {_some(kept)}", values, gone)
     valued = [name for name, each in settings.features.items() if getattr(each, "values", None) is not None]
     yield from left_out(
         "values",
@@ -199,10 +189,6 @@ def _of_inputs(settings: Settings, inputs: Collection[str]) -> Iterator[Alternat
         {f"features.{name}.values": None for name in valued},
         (f"{name}_value" for name in valued),
     )
-
-
-def _up_to_a_day(counter: CounterFeature) -> list[float]:
-    return [days for days in counter.window_days if days is not None and days <= 1]
 
 
 WINDOWS = (7, 28)

@@ -100,10 +100,10 @@ def judge_structures(
     objective = Objective.of(settings.evaluation.decide_by, sums, list(settings.tasks))
     metrics = _metrics_of_tasks(settings, sums)
     wanted = {metric.name for metric in metrics.values()} | ({objective.metric} if objective is not None else set())
-    resamples, trained = settings.evaluation.resamples, {each.variant.name: each for each in others}
     differences, means = {}, dict[str, float]()
     if wanted:  # else no task has labels enough
-        differences = find_differences(measured, _OneAtATime(trained), objective, resamples, wanted)
+        theirs = ((each.variant.name, each.measure()) for each in others)
+        differences = find_differences(measured, theirs, objective, settings.evaluation.resamples, wanted)
         means = _average(measured, metrics)
     answers = list(_ask(base, others, objective, metrics, differences))
     aparts = correct_all([each.apart for each in answers])
@@ -224,22 +224,6 @@ def _describe_change(before: Variant, after: Variant) -> str:
             text = ", ".join(f"{name}: {json.dumps(value)}" for name, value in changed.items())
             parts.append(f"{section}: {{{text}}}")
     return f"model: {{{', '.join(parts)}}}"
-
-
-class _OneAtATime(Mapping[str, tuple[EvaluationSums, ...]]):
-    """Variants' sums by their names, none of which is kept."""
-
-    def __init__(self, trained: Mapping[str, TrainedVariant]) -> None:
-        self._trained = trained
-
-    def __getitem__(self, name: str) -> tuple[EvaluationSums, ...]:
-        return self._trained[name].measure()
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._trained)
-
-    def __len__(self) -> int:
-        return len(self._trained)
 
 
 def _average(sums: Sequence[EvaluationSums], metrics: Mapping[str, Metric[Any]]) -> dict[str, float]:

@@ -149,14 +149,14 @@ def test_a_task_that_one_side_lacks_and_the_score_are_left_out() -> None:
         return measure(tasks, ids, ids, predicted, labels, score=predicted[names[0]])
 
     both, one, single = ([model(*names) for _ in range(3)] for names in (("spent", "liked"), ("spent",), ("liked",)))
-    found = find_differences(both, {"one": one, "single": single[:1]}, resamples=50)
+    found = find_differences(both, [("one", one), ("single", single[:1])], resamples=50)
     assert {key[:2] for key in found} == {("one", "spent"), ("single", "liked")}
-    few = find_differences(both, {"one": one, "single": single[:1]}, resamples=50, metrics=["mae"])
+    few = find_differences(both, [("one", one), ("single", single[:1])], resamples=50, metrics=["mae"])
     assert few.keys() == {key for key in found if key[2] == "mae"}
     for key, each in few.items():
         ends = (each.value, each.low, each.high)
         assert ends == pytest.approx((found[key].value, found[key].low, found[key].high), rel=1e-9)
-    alone = find_differences(both[:1], {"single": single[:1]}, resamples=50)["single", "liked", "mae"]
+    alone = find_differences(both[:1], [("single", single[:1])], resamples=50)["single", "liked", "mae"]
     assert alone.effective_users <= 30
-    with_score = find_differences(both, {"same": both[::-1]}, resamples=50)
+    with_score = find_differences(both, [("same", both[::-1])], resamples=50)
     assert ("same", "score", "ndcg_at_10") in with_score

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from mmoe_rec.evaluation.intervals import Difference, Resampled
+from mmoe_rec.features.pipeline import largest_layout
 from mmoe_rec.jobs.alternatives import Alternative, apply_alternatives, keys_of, leave_out, list_alternatives, widen
 from mmoe_rec.jobs.presets import take_half
 from mmoe_rec.jobs.screening import Notes, Recipe, Result, Screening, Trained, choose_taken, join_best, keep_better_half
@@ -276,6 +277,22 @@ def test_ids_that_others_read_stay_or_go_with_them() -> None:
         rest = set(settings.features) - set(each.without)
         reads = {getattr(settings.features[name], "of", None) for name in rest} - {None}
         assert reads <= rest, each.name
+
+
+def test_a_training_does_not_see_the_inputs_that_the_changed_file_lacks() -> None:
+    """Of counters with several outputs, all of them."""
+
+    def inputs_of(settings: Settings) -> set[str]:
+        layout = largest_layout(settings.schema_)
+        return {each.name for each in (*layout.ids, *layout.dense)}
+
+    settings = load_settings("configs/cluster.yaml")
+    inputs = inputs_of(settings)
+    tried = [each for each in list_alternatives(settings, 100_000, "large", inputs) if each.values and each.without]
+    assert {each.part for each in tried} == {"recency", "windows"}
+    for each in tried:
+        changed, _ = apply_alternatives(settings, [each])
+        assert inputs - inputs_of(changed) == {*each.without}, each.name
 
 
 def test_placement_is_never_left_out() -> None:

@@ -113,11 +113,11 @@ def test_trainings_that_ended_stay_and_differences_are_of_means(
     mine, other = found["as they are"], found["bottom"]
     assert again["bottom"].sums == other.sums[::-1]
     assert mine.facts[0]["parameters"] > other.facts[0]["parameters"]
-    differences = find_differences(mine.sums, {"bottom": other.sums}, resamples=100)
+    differences = find_differences(mine.sums, [("bottom", other.sums)], resamples=100)
     means = [np.mean([summarise(s, 20).tasks["click"].get("auc").value for s in each.sums]) for each in (mine, other)]
     apart = differences["bottom", "click", "auc"]
     assert apart.value == pytest.approx(means[0] - means[1], abs=1e-9)
-    alone: Difference = find_differences(mine.sums[:1], {"x": other.sums}, resamples=100)["x", "click", "auc"]
+    alone: Difference = find_differences(mine.sums[:1], [("x", other.sums)], resamples=100)["x", "click", "auc"]
     assert alone.error < apart.error, "of a single training the interval is over users alone"
 
 
