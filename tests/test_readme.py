@@ -69,6 +69,12 @@ ELSEWHERE = {
         "pipelines/test_evaluated_rows.py::test_the_rows_of_a_split_with_their_predictions"
     ),
     "evaluate --experts-per-row": "pipelines/test_expert_commands.py::test_fewer_experts_have_a_row_each",
+    "ablate": "jobs/test_ablation.py::test_losses_are_those_of_a_plain_loop",
+    "ablate --retrain --seeds": "jobs/test_ablation.py::test_a_copy_is_needed_by_the_model_and_by_no_training",
+    "structures --seeds": (
+        "jobs/test_structures.py::test_the_command_goes_on_after_a_kill_and_its_numbers_are_plain_ones"
+    ),
+    "quickstart --fast": "pipelines/test_end_to_end.py::test_leaves_everything_in_its_folder_and_says_what_to_type",
     "edit-experts --add": (
         "pipelines/test_expert_commands.py::test_adding_experts_keeps_predictions_and_training_goes_on"
     ),
@@ -106,13 +112,6 @@ labels = np.arange(200) // 5 % 2
 predicted = np.clip(0.3 + 0.4 * labels + np.random.default_rng(1).uniform(-0.25, 0.25, 200), 0, 1)
 columns = {"user": np.arange(200) // 20, "request": np.arange(200) // 10}
 frame = pd.DataFrame({**columns, "label_bought": labels, "predicted_bought": predicted})
-"""
-
-QUICKSTART = f"""
-import sys
-from pipelines import quickstart
-quickstart.FAST_HOUSEHOLDS = {HOUSEHOLDS}
-quickstart.main(sys.argv[1:])
 """
 
 
@@ -179,9 +178,6 @@ def run_lines(lines: list[str], folder: Path) -> dict[str, str]:
     for line in lines:
         words = shlex.split(line)
         module, *arguments = ["mmoe_rec", *words[1:]] if words[0] == "mmoe-rec" else words[2:]
-        if module == "pipelines.quickstart":
-            (folder / "few.py").write_text(QUICKSTART)
-            module = str(folder / "few.py")
         done = run_command(module, *arguments, env=environment(), cwd=folder)
         assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
         outputs[line] = done.stdout
@@ -264,9 +260,7 @@ def test_commands_of_the_first_data_set(said: dict[str, str], folder: Path) -> N
     # The quickstart has trained it before, so this one may do just as well as the model that holds the alias.
     assert re.search("registered as models:/complete_journey@(champion|challenger)", train)
     assert "ndcg_at_10" in evaluate
-    quick, fast = said["python -m pipelines.quickstart"], said["python -m pipelines.quickstart --fast"]
-    assert "gradient boosting" in quick
-    assert "mlflow models serve -m models:/complete_journey_fast@champion" in fast
+    assert "gradient boosting" in said["python -m pipelines.quickstart"]
     for made in ("features", "checkpoints", "model", "evaluation/metrics.json"):
         assert (folder / "data" / "complete_journey" / "work" / made).exists()
 
