@@ -210,6 +210,8 @@ class _Proposer:
         check = "; ".join(filter(None, (doubt, check)))
         made, whose = self._kind_of(each), self.columns.get(self.keys.get(role, ""))
         why = "its values are too many and too rare to learn from" if made is None else None
+        if self.plain:  # whose columns are no candidate's own: a region does not name the job that it stands beside
+            whose = None
         if whose is not None and each.kind == "text" and each.distinct > max(50, 0.9 * whose.distinct):
             why = f"as a name, it says the same as {whose.name}"
         if why is not None or made is None:

@@ -18,6 +18,7 @@ LEAK, SUSPECT = 0.93, 0.8
 LEAK_OF_TABLE = 0.985
 """The same in a plain table, whose columns are all that is known."""
 _CONSTANT = 0.001
+_AFTER = "it says something only where {} is 1, so it is taken for what is known then"
 
 
 def find_roles(reading: Reading) -> None:
@@ -68,6 +69,9 @@ def _role_in_table(reading: Reading, each: Column, of_candidate: float, aucs: Au
     if best > LEAK_OF_TABLE:
         reading.meaning.leave_out(each.name, f"it tells {task} too well to be known before it (AUC {best:.3f} alone)")
         return None
+    if after := aucs.comes_after(each):
+        reading.meaning.leave_out(each.name, _AFTER.format(after))
+        return None
     if begins(each.name, OUTCOMES) and not has(each.name, BEFORE):
         reading.meaning.checks[each.name] = f"by its name it may be known only after {task or 'the label'}"
     is_placement = has(each.name, PLACEMENT) and of_candidate > STEADY
@@ -110,8 +114,7 @@ def _role_in_doubt(reading: Reading, each: Column, changes: tuple[float, float, 
     elif best > LEAK:
         meaning.leave_out(each.name, f"it tells {task} too well to be known before it (AUC {best:.2f} alone)")
     elif after := aucs.comes_after(each):
-        why = f"it says something only where {after} is 1, so it is taken for what is known then"
-        meaning.leave_out(each.name, why)
+        meaning.leave_out(each.name, _AFTER.format(after))
     elif each.binary and begins(each.name, LABELS) and not has(each.name, BEFORE):
         meaning.leave_out(each.name, "it looks like a label: --task makes it one")
     elif math.isnan(changes[0]):

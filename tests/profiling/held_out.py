@@ -409,6 +409,7 @@ def people(seed: int, split: bool = True) -> HeldOut:
     age, income = random.integers(18, 90, rows), random.gamma(2, 20_000, rows).round(-2)
     job = random.integers(0, 50, rows)
     probability = 1 / (1 + np.exp(-(random.normal(0, 1, 50)[job] + (age - 50) / 20 - 0.5)))
+    voted = random.random(rows) < probability
     parts = random.choice(["train", "validation", "test"], rows, p=[0.7, 0.15, 0.15])
     columns = {
         "person": random.permutation(rows) + 1,
@@ -418,14 +419,17 @@ def people(seed: int, split: bool = True) -> HeldOut:
         "sex": random.choice(["f", "m"], rows),
         "region": random.choice([f"R{n}" for n in range(12)], rows),
         "weight": random.gamma(4, 0.25, rows) + 0.01,
-        "votes": (random.random(rows) < probability) * 1,
+        "votes": voted * 1,
         "turnout_years": np.round(random.gamma(2, 2, rows) + 3 * probability, 1),
+        "job_code": random.integers(0, 40, rows),
+        "district": random.choice([f"D{n}" for n in range(200)], rows),
+        "queued": np.where(voted & (random.random(rows) < 0.6), random.integers(1, 90, rows), 0),
     }
     answers = Answers(
-        {"user": "-|person", "candidate": "-|person", "request": "-|person", "time": "-", "weight": "weight"},
-        {"candidate": "age income occupation sex region turnout_years", "": "person"},
+        {"user": "-|person", "candidate": "-|job_code", "request": "-|person", "time": "-", "weight": "weight"},
+        {"candidate": "age income occupation sex region turnout_years district", "": "person"},
         {"votes": Label()},
-        leaks=("person", "weight"),
+        leaks=("person", "weight", "queued"),
         outcomes=("votes",),
         kinds={"age": "numeric", "income": "numeric", "occupation": "id", "sex": "id"},
         settings={"split.column": "split"},
