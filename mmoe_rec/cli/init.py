@@ -77,7 +77,7 @@ def init(log: str, out: str | None, **given: Any) -> None:
     check_apart(log, settings.schema_, Path(work))
     write_text(path, text)
     show(_describe(meaning, warnings))
-    marks = text.count(CHECK) - 1  # one is in the header
+    marks = len(re.findall(rf"{CHECK}\b", text)) - 1  # one is in the header, beside a checksum
     guesses = f", with {marks} guess{'es' if marks > 1 else ''} to check" if marks else ""
     print(f"settings: {path}{guesses}")
     print(f"next: mmoe-rec train --config {shlex.quote(str(path))}")

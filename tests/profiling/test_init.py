@@ -1,5 +1,6 @@
 """mmoe-rec init: how it is corrected, and what it never replaces."""
 
+import re
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -35,6 +36,15 @@ def test_init_replaces_nothing_that_a_person_wrote(shop: Path, capsys: pytest.Ca
         shop.write_text(text)
         assert "name another --out" in refuse(capsys, "init", "shop.parquet")
         assert shop.read_text() == text
+
+
+def test_init_says_how_many_guesses_are_marked(shop: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    run("init", "shop.parquet")
+    told = re.search(r"with (\d+) guess", "".join(capsys.readouterr()))
+    assert told is not None
+    settings = shop.read_text().partition("# checksum: ")[2]
+    assert int(told[1]) == settings.count("# check")
 
 
 def test_a_column_that_some_files_lack_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
