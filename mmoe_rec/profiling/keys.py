@@ -263,14 +263,12 @@ def _check_repeats(reading: Reading) -> None:
         group = [keys[each] for each in ("user", "time") if each in keys]
     reading.list_keys = group if "request" in keys or "user" in keys else []
     meaning.rows_per_request = profile.rows_per_key(reading.list_keys) if reading.list_keys else 1.0
-    if reading.list_keys and "candidate" in keys:
-        repeats = profile.rows_per_key([*reading.list_keys, keys["candidate"]])
-        if repeats > 1.0001:
-            meaning.repeats = True
-            meaning.key_checks["duplicates"] = f"{1 - 1 / repeats:.1%} of the rows repeat a candidate of their request"
-            meaning.warnings.append(
-                f"{1 - 1 / repeats:.1%} of the rows repeat a candidate of their request: is each of them meant?"
-            )
+    by = [*reading.list_keys, keys["candidate"]] if reading.list_keys and "candidate" in keys else []
+    if by and (repeats := profile.count_repeats(by)):  # a single one stops a training
+        meaning.repeats = True
+        why = f"{repeats:,} of {profile.rows:,} rows repeat a candidate of their request"
+        meaning.key_checks["duplicates"] = why
+        meaning.warnings.append(f"{why}: is each of them meant?")
 
 
 def _is_measure(each: Column) -> bool:

@@ -281,6 +281,11 @@ class Profile:
         )
         return float(count) / max(groups, 1)
 
+    def count_repeats(self, keys: Sequence[str]) -> int:
+        """Rows that have the same keys as another one, less one of each."""
+        by = ", ".join(self._sql[each] for each in keys)
+        return self.rows - self.number(f"SELECT count(DISTINCT hash({by})) FROM log")
+
     def numbers_rows(self, keys: Sequence[str], column: str) -> bool:
         """Whether a column of integers numbers the rows of the same keys: it differs in them, without large gaps."""
         by, sql = ", ".join(self._sql[each] for each in keys), self._sql[column]

@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
@@ -45,6 +47,17 @@ def test_init_says_how_many_guesses_are_marked(shop: Path, capsys: pytest.Captur
     assert told is not None
     settings = shop.read_text().partition("# checksum: ")[2]
     assert int(told[1]) == settings.count("# check")
+
+
+def test_one_row_that_repeats_another_stops_no_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    random = np.random.default_rng(0)
+    user, item, clicked = (random.integers(0, most, 12_000) for most in (200, 90, 2))
+    time = pa.array(1_700_000_000 + 60 * np.arange(12_000)).cast(pa.timestamp("s"))
+    log = pa.table({"user_id": user, "item_id": item, "time": time, "clicked": clicked})
+    pq.write_table(pa.concat_tables([log, log.slice(7, 1)]), tmp_path / "shop.parquet")
+    run("init", tmp_path / "shop.parquet", "--out", tmp_path / "shop.yaml")
+    assert "1 of 12,001 rows repeat a candidate of their request" in "".join(capsys.readouterr())
+    assert yaml.safe_load((tmp_path / "shop.yaml").read_text())["data"]["duplicates"] == "keep"
 
 
 def test_a_column_that_some_files_lack_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
