@@ -18,12 +18,10 @@ import numpy as np
 import pyarrow as pa
 
 from mmoe_rec.batches.encoded_rows import EncodedRows, Rows
-from mmoe_rec.evaluation.comparison import GUARDED, OBJECTIVE, Objective
+from mmoe_rec.evaluation.comparison import GUARDED, find_differences
 from mmoe_rec.evaluation.intervals import Difference, correct_all
-from mmoe_rec.evaluation.metrics import METRICS
-from mmoe_rec.evaluation.summary import SCORE
+from mmoe_rec.evaluation.summary import OBJECTIVE, Objective
 from mmoe_rec.evaluation.sums import MOST_UNITS, EvaluationSums
-from mmoe_rec.evaluation.trainings import find_differences
 from mmoe_rec.features.layout import Encoded, Layout
 from mmoe_rec.log.columns import hash_column
 from mmoe_rec.point_in_time.arrays import one_array
@@ -36,17 +34,15 @@ FEATURE, GROUP = "feature", "group"
 
 @dataclass(frozen=True)
 class HeldRows:
-    """N encoded rows in memory, as `score_rows` reads them from files, of which features may have those of other rows.
+    """N encoded rows in memory, as `score_rows` reads them from files.
 
-    read: the rows; beside: their further columns; weights: the names of those that weigh rows; donors: feature -> (N,)
-    int64, the row from which each row has the feature's inputs.
+    read: the rows; beside: their further columns; weights: the names of those that weigh rows.
     """
 
     layout: Layout
     read: Rows
     beside: pa.Table
     weights: Sequence[str]
-    donors: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     @property
     def rows(self) -> int:
@@ -61,20 +57,7 @@ class HeldRows:
         """As of `EncodedRows`."""
         for start in range(0, self.rows, batch_size):
             stop = min(start + batch_size, self.rows)
-            part = self.read.slice(start, stop)
-            encoded = self._exchange(part.encoded, slice(start, stop))
-            yield replace(part, encoded=encoded), self.beside.slice(start, stop - start).select(list(columns))
-
-    def _exchange(self, encoded: Encoded, rows: slice) -> Encoded:
-        ids, dense = dict(encoded.ids), encoded.dense.copy() if self.donors else encoded.dense
-        for name, donors in self.donors.items():
-            for each in self.layout.ids:
-                if each.feature == name:
-                    held = self.read.encoded.ids[each.name]
-                    ids[each.name] = held[donors[rows]] if isinstance(held, np.ndarray) else held.take(donors[rows])
-            columns = np.flatnonzero([each.feature == name for each in self.layout.dense])
-            dense[:, columns] = self.read.encoded.dense[np.ix_(donors[rows], columns)]
-        return Encoded(ids, dense)
+            yield self.read.slice(start, stop), self.beside.slice(start, stop - start).select(list(columns))
 
     def draw_donors(self, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """(N,) int64 each: rows of other requests, for what describes user and context, and other rows."""
@@ -84,11 +67,16 @@ class HeldRows:
 
     def with_donors(self, schema: Schema, features: Iterable[str], donors: tuple[np.ndarray, np.ndarray]) -> HeldRows:
         """The same rows, where these features have the inputs of others. donors: as `draw_donors` gives them."""
-        of_requests, of_rows = donors
-        whole = ("user", "context")
-        return replace(
-            self, donors={name: of_requests if schema.role_of(name) in whole else of_rows for name in features}
-        )
+        (of_requests, of_rows), encoded = donors, self.read.encoded
+        ids, dense = dict(encoded.ids), encoded.dense.copy()
+        for name in features:
+            rows = of_requests if schema.role_of(name) in ("user", "context") else of_rows
+            for each in (each for each in self.layout.ids if each.feature == name):
+                held = ids[each.name]
+                ids[each.name] = held[rows] if isinstance(held, np.ndarray) else held.take(rows)
+            columns = np.flatnonzero([each.feature == name for each in self.layout.dense])
+            dense[:, columns] = encoded.dense[np.ix_(rows, columns)]
+        return replace(self, read=replace(self.read, encoded=Encoded(ids, dense)))
 
 
 def hold_rows(rows: EncodedRows, users: EncodedRows, most: int, columns: Sequence[str], weighted: bool) -> HeldRows:
@@ -206,9 +194,7 @@ def find_worth(
     rows, and falls with the number of permutations.
     """
     kinds = {task.name: task.kind for task in whole[0].tasks}
-    wanted = {objective.metric, *(GUARDED[kinds[name]] for name in tasks)}
-    plain = {each.name for each in METRICS if each.is_shown(objective.groups == (SCORE,))}
-    metrics = wanted if wanted <= plain else None
+    metrics = {GUARDED[kinds[name]] for name in tasks}
     found = find_differences(whole, [(part.name, without)], objective, resamples, metrics)
     of_tasks = {name: found[part.name, name, GUARDED[kinds[name]]] for name in tasks}
     apart = found[(part.name, *OBJECTIVE)]

@@ -16,7 +16,6 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 from scipy.stats import t as student
@@ -32,6 +31,7 @@ from mmoe_rec.evaluation.intervals import (
     Difference,
     Interval,
     Key,
+    Resampled,
     Values,
     correct_all,
     find_difference,
@@ -39,74 +39,25 @@ from mmoe_rec.evaluation.intervals import (
     limit_by_changes,
     resample,
 )
-from mmoe_rec.evaluation.metrics import METRICS, metrics_of
-from mmoe_rec.evaluation.metrics.metric import Metric, UserSums, distance_from_one
+from mmoe_rec.evaluation.metrics import metrics_of
+from mmoe_rec.evaluation.metrics.metric import distance_from_one
 from mmoe_rec.evaluation.slices import SliceBy, SliceRecord, compare_slices
 from mmoe_rec.evaluation.summary import (
+    OBJECTIVE,
     SCORE,
     GroupSummary,
     MeasuredModel,
+    Objective,
     Summary,
-    effective_by_metric,
-    evaluate,
+    UserMetrics,
     nest,
-    sums_by_user,
 )
 from mmoe_rec.evaluation.sums import EvaluationSums, check_same_rows, count_rarer_label
 from mmoe_rec.settings.sections import Evaluation
 
-OBJECTIVE: Key = ("objective", "objective")
 BETTER, HELD_BACK, NOT_SHOWN, WORSE, UNDECIDED = "better", "held back", "not shown", "worse", "undecided"
 GUARDED = {"binary": "auc", "regression": "r2"}
 """Kind of a task -> the metric of which it may not lose more than the margin."""
-
-
-@dataclass(frozen=True)
-class Objective:
-    """What decides: a metric of the score, or the mean of one over tasks.
-
-    groups: `score`, or the tasks; better: which values are, higher or lower.
-    """
-
-    metric: str
-    groups: tuple[str, ...]
-    better: str
-
-    @staticmethod
-    def of(decide_by: str, sums: EvaluationSums, tasks: Collection[str]) -> Objective | None:
-        """The objective of a setting: a metric of tasks, such as `auc`, or of the score, such as `score.ndcg_at_10`.
-
-        A metric of tasks is averaged over those `tasks` that have it and enough labels; where none has, it is R2 of
-        the regressions, and None where there are none either. Raises UserError for what is no such metric.
-        """
-        metric = find_objective(decide_by)
-        if decide_by.startswith(f"{SCORE}."):
-            return Objective(metric.name, (SCORE,), metric.better)
-        for each in (metric, find_objective("r2")):
-            kinds = {task.name: task.kind for task in sums.tasks if task.kind in each.kinds}
-            if judged := tuple(task for task in tasks if task in kinds and count_rarer_label(sums, task) >= FEWEST):
-                return Objective(each.name, judged, each.better)
-        return None
-
-    @property
-    def name(self) -> str:
-        """The metric that decides, in words."""
-        if self.groups == (SCORE,):
-            return f"{self.metric} of the score"
-        return f"{'mean ' if len(self.groups) > 1 else ''}{self.metric} of {', '.join(self.groups)}"
-
-
-def find_objective(decide_by: str) -> Metric[Any]:
-    """The metric of a setting. Raises UserError where models can't be told apart by it."""
-    group, _, name = decide_by.rpartition(".")
-    for metric in METRICS:
-        is_of = SCORE in metric.kinds if group == SCORE else {"binary", "regression"} & set(metric.kinds)
-        if metric.name == name and group in ("", SCORE) and is_of and metric.has_interval and metric.better != "one":
-            return metric
-    raise UserError(
-        f"evaluation.decide_by is '{decide_by}'; expected a metric of tasks, such as auc, gauc_user or logloss, or "
-        "one of the score, such as score.ndcg_at_10"
-    )
 
 
 @dataclass(frozen=True)
@@ -190,40 +141,18 @@ def compare(
     tasks: those that may decide; rules: by which, see `Objective.of`; slices: those that are guarded; tried: see
     `Comparison`. Raises UserError where the rows are not the same, or for a metric that there is not.
     """
-    sums, others = {name: each.sums for name, each in models.items()}, [name for name in models if name != model]
-    mine = sums[model]
-    for other in others:
-        check_same_rows(model, mine, other, sums[other])
+    mine, others = models[model].sums, {name: each.sums for name, each in models.items() if name != model}
     objective = Objective.of(rules.decide_by, mine, tasks)
-    groups = {name: sums_by_user(each) for name, each in sums.items()}
-    effective = effective_users(groups[model], objective)
-
-    def values_of(counts: np.ndarray) -> Values:
-        values = {name: evaluate_with(objective, group, counts) for name, group in groups.items()}
-        return {(name, *key): value for name, each in values.items() for key, value in each.items()}
-
-    units, differences = len(mine.tables["ranking"]), dict[tuple[str, str, str], Difference]()
-    resampled = resample(values_of, units, rules.resamples)
-    for other in others:
-        same_truth = weights_of_tasks(mine) == weights_of_tasks(sums[other])
-        few = find_few_changes(groups[model], groups[other], objective)
-        left_out = np.unique(np.concatenate([[0], *few.values()]).astype(np.int64))
-        rests = values_of(1.0 - (np.arange(units)[:, None] == left_out)) if few else {}
-        for (name, *key), its in resampled.items():
-            of_score = SCORE in (objective.groups if objective is not None and tuple(key) == OBJECTIVE else key)
-            if name == model and (other, *key) in resampled and (same_truth or not of_score):
-                group, metric = key
-                apart = find_difference(its, resampled[other, group, metric], effective[group, metric])
-                if group in few and apart.value is not None and (apart.effective_users or 0.0) < FEW_USERS:
-                    rest = rests[model, group, metric] - rests[other, group, metric]
-                    parts = its.value - resampled[other, group, metric].value - rest
-                    apart = limit_by_changes(apart, parts[np.isin(left_out, few[group])])
-                differences[other, group, metric] = apart
+    alone = ((name, [sums]) for name, sums in others.items())
+    differences = find_differences([mine], alone, objective, rules.resamples, name=model)
+    measured = UserMetrics(mine, objective)
+    for other, its in others.items():
+        differences |= limit_few_changes(other, measured, UserMetrics(its, objective), differences)
     labels = {task: count_rarer_label(mine, task) for task in tasks}
     compared = Comparison(
         model,
-        units,
-        {name: each.effective_rows for name, each in groups[model].items()},
+        measured.units,
+        {name: each.effective_rows for name, each in measured.groups.items()},
         objective,
         correct(mine, differences, others),
         rules,
@@ -236,36 +165,92 @@ def compare(
     return replace(compared, verdicts={other: decide(compared, other, summaries) for other in others})
 
 
-def find_few_changes(
-    mine: Mapping[str, UserSums], other: Mapping[str, UserSums], objective: Objective | None
-) -> dict[str, np.ndarray]:
+Differences = dict[tuple[str, str, str], Difference]
+"""By the name of the other model or settings, task or `score`, and metric; of what decides, the name and `OBJECTIVE`"""
+
+
+def find_differences(
+    sums: Sequence[EvaluationSums],
+    others: Iterable[tuple[str, Sequence[EvaluationSums]]],
+    objective: Objective | None = None,
+    resamples: int = 1000,
+    metrics: Collection[str] | None = None,
+    name: str = "these settings",
+) -> Differences:
+    """The differences of the means over trainings from those of others, not corrected.
+
+    Where one side has a single training, the intervals are over users alone. Tasks that one side lacks are left out,
+    and so is the score of settings by which rows are worth something else.
+
+    sums: of trainings; others: names of settings, with those of their trainings, of which one is held at a time;
+    metrics: those that are wanted besides the objective's; None: all; name: of what is compared. Raises UserError where
+    the rows are not the same.
+    """
+    mine, effective = resample_mean(sums, resamples, objective, metrics)
+    differences: Differences = {}
+    for other, its in others:
+        for each in its:
+            check_same_rows(name, sums[0], other, each)
+        theirs, _ = resample_mean(its, resamples, objective, metrics)
+        left_out = {SCORE} if _weights_of_tasks(sums[0]) != _weights_of_tasks(its[0]) else set[str]()
+        if left_out and objective is not None and SCORE in objective.groups:
+            left_out.add(OBJECTIVE[0])
+        for key in (key for key in mine if key in theirs and key[0] not in left_out):
+            (values, redrawn), (its_values, its_redrawn) = mine[key], theirs[key]
+            sides = (values, its_values)
+            of_seeds = [(each.var(ddof=1) / len(each), len(each) - 1) for each in sides if min(map(len, sides)) > 1]
+            differences[other, *key] = find_difference(redrawn, its_redrawn, effective[key], besides=of_seeds)
+    return differences
+
+
+def resample_mean(
+    sums: Sequence[EvaluationSums],
+    resamples: int,
+    objective: Objective | None = None,
+    metrics: Collection[str] | None = None,
+) -> tuple[dict[Key, tuple[np.ndarray, Resampled]], dict[Key, float]]:
+    """Task or `score` and metric -> (S,) values of the trainings, and their mean when users are redrawn; and the
+    effective number of users by their sizes."""
+    trainings = [UserMetrics(each, objective, metrics) for each in sums]
+
+    def mean_of(counts: np.ndarray) -> Values:
+        values = [each.at(counts) for each in trainings]
+        return {key: np.mean([each[key] for each in values], axis=0) for key in values[0]}
+
+    once, resampled = [each.once for each in trainings], resample(mean_of, trainings[0].units, resamples)
+    means = {key: (np.array([each[key] for each in once]), of) for key, of in resampled.items()}
+    return means, trainings[0].effective
+
+
+def limit_few_changes(other: str, mine: UserMetrics, its: UserMetrics, differences: Differences) -> Differences:
+    """The differences from another model in groups where few users' sums differ, their intervals limited by these."""
+    limited: Differences = {}
+    if not (few := find_few_changes(mine, its)):
+        return limited
+    users = np.unique(np.concatenate([*few.values()]))
+    counts = np.hstack([np.ones((mine.units, 1)), 1.0 - (np.arange(mine.units)[:, None] == users)])
+    one, two = (each.at(counts) for each in (mine, its))
+    for key, apart in differences.items():
+        group, metric = key[1:]
+        is_rare = key[0] == other and group in few and (apart.effective_users or 0.0) < FEW_USERS
+        if is_rare and apart.value is not None:
+            whole, *rest = one[group, metric] - two[group, metric]
+            parts = whole - np.array(rest)
+            limited[key] = limit_by_changes(apart, parts[np.isin(users, few[group])])
+    return limited
+
+
+def find_few_changes(mine: UserMetrics, its: UserMetrics) -> dict[str, np.ndarray]:
     """Task, `score` or `objective` -> (K,) int64 places of users whose sums differ between two models, if few do."""
-    changed = {}
-    for group in mine.keys() & other.keys():
-        names = [name for name in mine[group].table.column_names if name != "user"]
-        one, two = (np.stack([of[group].column(name) for name in names]) for of in (mine, other))
+    changed, objective = {}, mine.objective
+    for group in mine.groups.keys() & its.groups.keys():
+        names = [name for name in mine.groups[group].table.column_names if name != "user"]
+        one, two = (np.stack([of.groups[group].column(name) for name in names]) for of in (mine, its))
         changed[group] = np.flatnonzero(~np.isclose(one, two, rtol=ROUNDING, atol=0).all(axis=0))
     if objective is not None and changed.keys() >= {*objective.groups}:
         changed[OBJECTIVE[0]] = np.unique(np.concatenate([changed[group] for group in objective.groups]))
-    most = min(FEW_CHANGES, len(mine[SCORE].users) // 5)
+    most = min(FEW_CHANGES, mine.units // 5)
     return {group: users for group, users in changed.items() if 0 < len(users) <= most}
-
-
-def evaluate_with(objective: Objective | None, groups: Mapping[str, UserSums], counts: np.ndarray) -> Values:
-    """All metrics in resamples, and the objective, if there is one: see `summary.evaluate`."""
-    values = evaluate(groups, counts)
-    if objective is not None and all((each, objective.metric) in values for each in objective.groups):
-        parts = [values[group, objective.metric] for group in objective.groups]
-        values[OBJECTIVE] = np.asarray(np.mean(parts, axis=0))
-    return values
-
-
-def effective_users(groups: Mapping[str, UserSums], objective: Objective | None) -> dict[Key, float]:
-    """The effective number of users by their sizes, of each metric; of the objective, the least of its parts."""
-    effective = effective_by_metric(groups)
-    if objective is not None:
-        effective[OBJECTIVE] = min(effective[group, objective.metric] for group in objective.groups)
-    return effective
 
 
 def decide(compared: Comparison, other: str, summaries: Mapping[str, Summary]) -> Verdict:
@@ -357,9 +342,7 @@ def find_detectable_gain(compared: Comparison, versus: Versus, summary: Summary)
     return float(max(sizes))
 
 
-def correct(
-    base: EvaluationSums, differences: Mapping[tuple[str, str, str], Difference], others: Iterable[str]
-) -> dict[str, Versus]:
+def correct(base: EvaluationSums, differences: Differences, others: Iterable[str]) -> dict[str, Versus]:
     """Each other model -> differences with corrected p-values: of the metrics that tables show, and of the objectives.
 
     differences: by (other model, task or `score`, metric).
@@ -382,7 +365,7 @@ def correct(
     return found
 
 
-def weights_of_tasks(sums: EvaluationSums) -> dict[str, float]:
+def _weights_of_tasks(sums: EvaluationSums) -> dict[str, float]:
     """What labels of tasks are worth in the relevance of a row, which rankings are measured by."""
     return {task.name: task.weight for task in sums.tasks if task.weight}
 

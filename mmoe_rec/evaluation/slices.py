@@ -34,8 +34,8 @@ from mmoe_rec.evaluation.intervals import (
     resample,
 )
 from mmoe_rec.evaluation.metrics.metric import distance_from_one
-from mmoe_rec.evaluation.summary import SCORE, MeasuredModel, effective_by_metric, evaluate, sums_by_user
-from mmoe_rec.evaluation.sums import EvaluationSums, count_rarer_label, describe_other_rows
+from mmoe_rec.evaluation.summary import SCORE, MeasuredModel, UserMetrics
+from mmoe_rec.evaluation.sums import count_rarer_label, describe_other_rows
 
 _NDCG = "ndcg_at_10"
 METRICS_OF_SLICES = ("auc", "calibration", "r2", _NDCG)
@@ -218,13 +218,13 @@ def compare_slices(
     placement: columns that models leave out: in slices by these, probabilities are off by design and not told.
     """
     slices, whole, requests = models[model].slices, models[model].sums, Counter[str]()
-    groups, records, units = sums_by_user(whole, METRICS_OF_SLICES), list[SliceRecord](), len(whole.tables["ranking"])
+    measured, records = UserMetrics(whole, names=METRICS_OF_SLICES), list[SliceRecord]()
     # The same redraws as in each slice.
-    of_all = resample(lambda counts: evaluate(groups, counts), units, resamples) if slices else {}
+    of_all = resample(measured.at, measured.units, resamples) if slices else {}
     for (by, _), sums in slices.items():
-        requests[by] += _count(sums, "requests")
+        requests[by] += sums.total("requests")
     for key in slices:
-        is_cut = requests[key[0]] > _count(whole, "requests")
+        is_cut = requests[key[0]] > whole.total("requests")
         found = _compare_slice(key, models, model, of_all, resamples, is_cut)
         is_placement = SliceBy.of(key[0]).column in placement
         records += [each for each in found if not (is_placement and each.metric == "calibration")]
@@ -243,11 +243,6 @@ def sort_worst_first(records: Sequence[SliceRecord]) -> list[SliceRecord]:
     ]
 
 
-def _count(sums: EvaluationSums, column: str, group: str = SCORE) -> int:
-    table = "ranking" if group == SCORE else f"{group}.users"
-    return int(sums.tables[table][column].to_numpy().sum())
-
-
 def _compare_slice(
     key: tuple[str, str],
     models: Mapping[str, MeasuredModel],
@@ -260,7 +255,7 @@ def _compare_slice(
     here, units = models[model].slices[key], models[model].sums.tables["ranking"]["user"].combine_chunks()
     others = {name: each.slices[key] for name, each in models.items() if key in each.slices}
     sides = {name: its for name, its in others.items() if describe_other_rows(here, its) is None}
-    groups = {side: sums_by_user(sums, METRICS_OF_SLICES) for side, sums in sides.items()}
+    measured = {side: UserMetrics(sums, names=METRICS_OF_SLICES) for side, sums in sides.items()}
     users = {side: sums.tables["ranking"]["user"] for side, sums in sides.items()}
     places = {side: pc.index_in(each, value_set=units).to_numpy() for side, each in users.items()}
 
@@ -268,16 +263,17 @@ def _compare_slice(
         return {
             (side, *metric): value
             for side, place in places.items()
-            for metric, value in evaluate(groups[side], np.ascontiguousarray(counts[place])).items()
+            for metric, value in measured[side].at(np.ascontiguousarray(counts[place])).items()
         }
 
-    effective = effective_by_metric(groups[model])
+    effective = measured[model].effective
     resampled = {(ALL, *metric): each for metric, each in of_all.items()}
     resampled |= resample(values_of, len(units), resamples)
     for (group, metric), sizes in effective.items():
         its, ranks = resampled[model, group, metric], metric == _NDCG
-        labels = None if group == SCORE else count_rarer_label(here, group)
-        requests = _count(here, "ranked_requests", group) if ranks else None
+        task = None if group == SCORE else group
+        labels = None if task is None else count_rarer_label(here, task)
+        requests = here.total("ranked_requests", task) if ranks else None
         is_judged = min(each for each in (labels, requests, FEWEST) if each is not None) >= FEWEST
         for side in (ALL, *sides):
             if side == model or (side, group, metric) not in resampled:
@@ -289,5 +285,5 @@ def _compare_slice(
             if is_judged and not of_shorter_lists:
                 apart = find_difference(its, resampled[side, group, metric], sizes, len(here.tables["ranking"]))
             value = its.value if is_judged and np.isfinite(its.value) else None
-            told = (*key, group, metric, _count(here, "rows", group), labels, requests, value, side)
+            told = (*key, group, metric, here.total("rows", task), labels, requests, value, side)
             yield SliceRecord(*told, apart.value, apart.low, apart.high, apart.error, apart.effective_users, apart.p)

@@ -1,4 +1,4 @@
-"""Sums -> all metrics of a model with their intervals."""
+"""Sums -> all metrics of a model with their intervals; and which of them decides."""
 
 from __future__ import annotations
 
@@ -8,16 +8,110 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from mmoe_rec.auc import FEWEST
+from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation import metrics as every
 from mmoe_rec.evaluation.intervals import UNDEFINED, Interval, Key, Values, is_small_sample, resample, rounding_of
-from mmoe_rec.evaluation.metrics import metrics_of
 from mmoe_rec.evaluation.metrics.metric import Metric, Named, UserSums
-from mmoe_rec.evaluation.sums import EvaluationSums
+from mmoe_rec.evaluation.sums import EvaluationSums, count_rarer_label
 
 SCORE, CATALOGUE = "score", "catalogue"
 LEFT_OUT = ("requests_of_one_row", "requests_without_relevant_row", "requests_of_equal_relevance")
 """Requests that rank nothing."""
+OBJECTIVE: Key = ("objective", "objective")
 Each = TypeVar("Each")
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What decides: a metric of the score, or the mean of one over tasks.
+
+    groups: `score`, or the tasks; better: which values are, higher or lower.
+    """
+
+    metric: str
+    groups: tuple[str, ...]
+    better: str
+
+    @staticmethod
+    def of(decide_by: str, sums: EvaluationSums, tasks: Collection[str]) -> Objective | None:
+        """The objective of a setting: a metric of tasks, such as `auc`, or of the score, such as `score.ndcg_at_10`.
+
+        A metric of tasks is averaged over those `tasks` that have it and enough labels; where none has, it is R2 of
+        the regressions, and None where there are none either. Raises UserError for what is no such metric.
+        """
+        metric = find_objective(decide_by)
+        if decide_by.startswith(f"{SCORE}."):
+            return Objective(metric.name, (SCORE,), metric.better)
+        for each in (metric, find_objective("r2")):
+            kinds = {task.name: task.kind for task in sums.tasks if task.kind in each.kinds}
+            if judged := tuple(task for task in tasks if task in kinds and count_rarer_label(sums, task) >= FEWEST):
+                return Objective(each.name, judged, each.better)
+        return None
+
+    @property
+    def name(self) -> str:
+        """The metric that decides, in words."""
+        if self.groups == (SCORE,):
+            return f"{self.metric} of the score"
+        return f"{'mean ' if len(self.groups) > 1 else ''}{self.metric} of {', '.join(self.groups)}"
+
+
+def find_objective(decide_by: str) -> Metric[Any]:
+    """The metric of a setting. Raises UserError where models can't be told apart by it."""
+    group, _, name = decide_by.rpartition(".")
+    for metric in every.METRICS:
+        is_of = SCORE in metric.kinds if group == SCORE else {"binary", "regression"} & set(metric.kinds)
+        if metric.name == name and group in ("", SCORE) and is_of and metric.has_interval and metric.better != "one":
+            return metric
+    raise UserError(
+        f"evaluation.decide_by is '{decide_by}'; expected a metric of tasks, such as auc, gauc_user or logloss, or "
+        "one of the score, such as score.ndcg_at_10"
+    )
+
+
+class UserMetrics:
+    """The metrics of a model that have intervals, and what decides, in resamples of users, or groups of them.
+
+    groups: task name -> its sums, and `score` -> those of the score; names: of the metrics that are wanted besides the
+    objective's, not of how tasks rank; None: all.
+    """
+
+    def __init__(
+        self, sums: EvaluationSums, objective: Objective | None = None, names: Collection[str] | None = None
+    ) -> None:
+        self.units, self.objective = len(sums.tables["ranking"]), objective
+        self.groups: dict[str, UserSums] = {}
+        for name, kind in {**{task.name: task.kind for task in sums.tasks}, SCORE: SCORE}.items():
+            decides = "" if objective is None or name not in objective.groups else objective.metric
+            metrics = [
+                each
+                for each in every.metrics_of(kind)
+                if names is None or each.name == decides or (each.name in names and each.is_shown(kind == SCORE))
+            ]
+            if metrics:
+                self.groups[name] = UserSums(metrics, sums.tables, None if name == SCORE else name)
+
+    def at(self, counts: np.ndarray) -> Values:
+        """All in R resamples, which draw the users `counts` (U, R) float64 times; no objective that lacks a part."""
+        values = {(name, key): each for name, group in self.groups.items() for key, each in group.at(counts).items()}
+        parts = [] if self.objective is None else [(each, self.objective.metric) for each in self.objective.groups]
+        if parts and values.keys() >= {*parts}:
+            values[OBJECTIVE] = np.mean([values[part] for part in parts], axis=0)
+        return values
+
+    @property
+    def once(self) -> dict[Key, float]:
+        """All of the users as they are."""
+        return {key: float(each[0]) for key, each in self.at(np.ones((self.units, 1))).items()}
+
+    @property
+    def effective(self) -> dict[Key, float]:
+        """The effective number of users by their sizes, of each metric; of the objective, the least of its parts."""
+        found = {(name, key): of for name, group in self.groups.items() for key, of in group.effective_users.items()}
+        if self.objective is not None:
+            found[OBJECTIVE] = min(found[group, self.objective.metric] for group in self.objective.groups)
+        return found
 
 
 @dataclass(frozen=True)
@@ -111,9 +205,9 @@ def summarise(sums: EvaluationSums, resamples: int = 1000) -> Summary:
 
     resamples: how often users are redrawn, at least 1; 1,000 make ends steady. The same are drawn for all models.
     """
-    groups, ranking = sums_by_user(sums), sums.tables["ranking"]
-    units, effective = len(ranking), effective_by_metric(groups)
-    resampled = resample(lambda counts: evaluate(groups, counts), units, resamples)
+    measured, ranking = UserMetrics(sums), sums.tables["ranking"]
+    groups, units, effective = measured.groups, measured.units, measured.effective
+    resampled = resample(measured.at, units, resamples)
     of_all = {key: each.interval(effective[key], key[1] in groups[key[0]].shares) for key, each in resampled.items()}
     for key, at in of_all.items():  # what is the same for all users does not say how sure it is
         if at.low is not None and at.high is not None and at.high - at.low <= rounding_of(at.low):
@@ -124,25 +218,27 @@ def summarise(sums: EvaluationSums, resamples: int = 1000) -> Summary:
         name: str, kind: str, counts: Sequence[str], least: float | None = None, **details: Any
     ) -> GroupSummary:
         group, its = groups[name], metrics.get(name, {})
-        for metric in metrics_of(kind):
+        for metric in every.metrics_of(kind):
             if not metric.has_interval:
                 value = float(metric.summarise(group.drawn(np.ones((units, 1))))[0])
                 details[metric.name] = value if np.isfinite(value) else None
             details |= metric.details(group, resamples)
         fewest = min((effective[name, each] for each, at in its.items() if at.value is not None), default=np.inf)
         few = fewest if is_small_sample(fewest, units) else None
-        return GroupSummary(kind, {each: _total(group.table[each]) for each in counts}, its, details, few, least)
+        task = None if name == SCORE else name
+        return GroupSummary(kind, {each: sums.total(each, task) for each in counts}, its, details, few, least)
 
     counted = {"binary": ["rows", "positives", "requests"], "regression": ["rows"]}
     tasks = {task.name: summary_of(task.name, task.kind, counted[task.kind]) for task in sums.tasks}
-    score, requests, catalogue = summary_of(SCORE, SCORE, LEFT_OUT), _total(ranking["requests"]), None
-    if ranked := _total(ranking["ranked_requests"]):
-        least, random = (float(np.sum(ranking[f"{name}_ndcg"])) / ranked for name in ("least", "random"))
-        score = summary_of(SCORE, SCORE, LEFT_OUT, least, random_ndcg_at_10=random)
+    least, random, requests, catalogue = None, dict[str, float](), sums.total("requests"), None
+    if ranked := sums.total("ranked_requests"):
+        least, at_random = (float(np.sum(ranking[f"{name}_ndcg"])) / ranked for name in ("least", "random"))
+        random = {"random_ndcg_at_10": at_random}
+    score = summary_of(SCORE, SCORE, LEFT_OUT, least, **random)
     if (table := sums.tables.get(CATALOGUE)) is not None:
         shown = {metric.name: metric.summarise(table, requests) for metric in every.CATALOGUE_METRICS}
         catalogue = {"candidates": len(table), **shown}
-    return Summary(_total(ranking["rows"]), sums.users, requests, resamples, tasks, score, catalogue)
+    return Summary(sums.total("rows"), sums.users, requests, resamples, tasks, score, catalogue)
 
 
 def rows_of_metrics(summaries: Sequence[Summary], group: str) -> dict[Metric[Any], list[Interval]]:
@@ -183,37 +279,9 @@ def flatten(summary: Summary) -> dict[str, float]:
     return {name: float(value) for name, value in numbers.items() if isinstance(value, (int, float))}
 
 
-def sums_by_user(sums: EvaluationSums, names: Collection[str] | None = None) -> dict[str, UserSums]:
-    """Task name -> its sums, and `score` -> those of the score, over the users of `sums.tables["ranking"]`, or groups
-    of them. names: of the metrics in tables, those that are wanted; None: all metrics.
-    """
-    kinds: dict[str, str] = {task.name: task.kind for task in sums.tasks} | {SCORE: SCORE}
-    groups = {}
-    for name, kind in kinds.items():
-        metrics = metrics_of(kind)
-        if names is not None:
-            metrics = [each for each in metrics if each.name in names and each.is_shown(kind == SCORE)]
-        groups[name] = UserSums(metrics, sums.tables, None if name == SCORE else name)
-    return groups
-
-
-def effective_by_metric(groups: Mapping[str, UserSums]) -> dict[Key, float]:
-    """Task or `score` and metric -> the effective number of users by their sizes."""
-    return {(name, metric): users for name, group in groups.items() for metric, users in group.effective_users.items()}
-
-
-def evaluate(groups: Mapping[str, UserSums], counts: np.ndarray) -> Values:
-    """All metrics that have intervals in R resamples, which draw the users `counts` (U, R) float64 times."""
-    return {(name, key): values for name, group in groups.items() for key, values in group.at(counts).items()}
-
-
 def nest(flat: Mapping[Key, Each]) -> dict[str, dict[str, Each]]:
     """(task or `score`, metric) -> something, as task or `score` -> metric -> it."""
     groups: dict[str, dict[str, Each]] = {}
     for (group, metric), each in flat.items():
         groups.setdefault(group, {})[metric] = each
     return groups
-
-
-def _total(column: Any) -> int:
-    return int(column.to_numpy().sum())

@@ -108,7 +108,11 @@ class EvaluationSums:
     @property
     def users(self) -> int:
         """How many users were measured."""
-        return int(self.tables["ranking"]["users"].to_numpy().sum())
+        return self.total("users")
+
+    def total(self, column: str, task: str | None = None) -> int:
+        """The sum of a column of counts over all users, of the table `ranking`, or of that of a task."""
+        return int(self.tables["ranking" if task is None else f"{task}.users"][column].to_numpy().sum())
 
     @property
     def digest(self) -> str:
@@ -206,11 +210,10 @@ def join_sums(parts: Sequence[EvaluationSums]) -> EvaluationSums:
 
 def count_rarer_label(sums: EvaluationSums, task: str) -> int:
     """How many rows have the rarer label of a binary task, or an observed label of a regression."""
-    table = sums.tables[f"{task}.users"]
-    rows = int(table["rows"].to_numpy().sum())
-    if "positives" not in table.column_names:
+    rows = sums.total("rows", task)
+    if "positives" not in sums.tables[f"{task}.users"].column_names:
         return rows
-    positives = int(table["positives"].to_numpy().sum())
+    positives = sums.total("positives", task)
     return min(positives, rows - positives)
 
 

@@ -21,14 +21,8 @@ import pyarrow.compute as pc
 from mmoe_rec.auc import FEWEST
 from mmoe_rec.devices import pick_device
 from mmoe_rec.errors import UserError
-from mmoe_rec.evaluation.comparison import (
-    OBJECTIVE,
-    RESAMPLES_OF_SLICES,
-    Objective,
-    evaluate_with,
-    find_objective,
-)
-from mmoe_rec.evaluation.summary import sums_by_user
+from mmoe_rec.evaluation.comparison import RESAMPLES_OF_SLICES
+from mmoe_rec.evaluation.summary import OBJECTIVE, Objective, UserMetrics, find_objective
 from mmoe_rec.evaluation.sums import EvaluationSums, count_rarer_label
 from mmoe_rec.inference.artifact import Source
 from mmoe_rec.jobs.evaluate import rows_to_measure, score_by
@@ -171,11 +165,10 @@ def _exchange_features(settings: Settings, model: Source, ranker: Ranker, option
         "a request has": f"{candidates:,} candidates",
         "command": command(),
     }
-    (value,) = evaluate_with(objective, sums_by_user(base), np.ones((len(base.tables["ranking"]), 1)))[OBJECTIVE]
     return AblationReport(
         title=f"Ablation of {settings.name}",
         objective=objective,
-        value=float(value),
+        value=UserMetrics(base, objective, ()).once[OBJECTIVE],
         margin=options.margin,
         worths=worths,
         leave_out=joint,

@@ -15,8 +15,8 @@ import pyarrow.parquet as pq
 
 from mmoe_rec.atomic import atomic_file
 from mmoe_rec.errors import UserError
-from mmoe_rec.evaluation.comparison import Results, find_objective
-from mmoe_rec.evaluation.summary import MeasuredModel, PlacementRecord, Summary
+from mmoe_rec.evaluation.comparison import Results
+from mmoe_rec.evaluation.summary import MeasuredModel, PlacementRecord, Summary, find_objective
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.features.vocabulary import row_names
 from mmoe_rec.inference.artifact import Source, read_artifact, version_of

@@ -22,10 +22,10 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.evaluation.comparison import Results, find_objective
+from mmoe_rec.evaluation.comparison import Results
 from mmoe_rec.evaluation.metrics.tasks import bin_edges
 from mmoe_rec.evaluation.slices import MOST_VALUES, SliceBy, Slices
-from mmoe_rec.evaluation.summary import MeasuredModel
+from mmoe_rec.evaluation.summary import MeasuredModel, find_objective
 from mmoe_rec.evaluation.sums import MOST_UNITS, EvaluationSums, MeasuredTask, join_sums, measure
 from mmoe_rec.jobs.places import check_out, short_names
 from mmoe_rec.jobs.prediction_files import JOINED, WEIGHT, Footer, PredictionColumns, find_key_types, read_rows

@@ -27,11 +27,8 @@ import pyarrow.parquet as pq
 from mmoe_rec.atomic import atomic_folder, write_text
 from mmoe_rec.devices import usable_cores
 from mmoe_rec.errors import UserError, first_line, require_packages
-from mmoe_rec.evaluation.comparison import OBJECTIVE, Objective, effective_users, evaluate_with, find_objective
 from mmoe_rec.evaluation.intervals import Resampled, resample
-from mmoe_rec.evaluation.metrics import metrics_of
-from mmoe_rec.evaluation.metrics.metric import UserSums
-from mmoe_rec.evaluation.summary import SCORE
+from mmoe_rec.evaluation.summary import OBJECTIVE, Objective, UserMetrics, find_objective
 from mmoe_rec.evaluation.sums import EvaluationSums
 from mmoe_rec.jobs.alternatives import (
     MINUTES,
@@ -226,20 +223,15 @@ class Search:
                     "validation rows, as no task has 50 of either label: move split.validation_end"
                 )
         objective = self.objective
-        kinds = {SCORE: SCORE} | {task.name: task.kind for task in sums.tasks}
-        groups = {}
-        for name in objective.groups:
-            metrics = [each for each in metrics_of(kinds[name]) if each.name == objective.metric]
-            groups[name] = UserSums(metrics, sums.tables, None if name == SCORE else name)
+        measured = UserMetrics(sums, objective, ())
         sign = 1.0 if objective.better == "higher" else -1.0
-        self._effective = effective_users(groups, objective)[OBJECTIVE] / 2
-        units = len(sums.tables["ranking"])
-        taken = take_half(units, is_last)[:, None]
+        self._effective = measured.effective[OBJECTIVE] / 2
+        taken = take_half(measured.units, is_last)[:, None]
 
         def decide(counts: np.ndarray) -> dict[Any, np.ndarray]:
-            return {OBJECTIVE: sign * evaluate_with(objective, groups, counts * taken)[OBJECTIVE]}
+            return {OBJECTIVE: sign * measured.at(counts * taken)[OBJECTIVE]}
 
-        found = resample(decide, units, RESAMPLES)[OBJECTIVE]
+        found = resample(decide, measured.units, RESAMPLES)[OBJECTIVE]
         if not np.isfinite(found.value):
             raise UserError(
                 f"{objective.name} can't be measured on half of the validation users: one half chooses, the other one "

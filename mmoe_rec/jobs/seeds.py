@@ -272,7 +272,7 @@ def _report(
     others: Mapping[str, Sequence[MeasuredModel]],
 ) -> TrainingsReport:
     """What trainings are worth, and beside others. Raises UserError where they were not measured on the same rows."""
-    from mmoe_rec.evaluation.comparison import Objective
+    from mmoe_rec.evaluation.summary import Objective
     from mmoe_rec.evaluation.trainings import average_trainings, compare_trainings
     from mmoe_rec.report.trainings import TrainingsReport
     from mmoe_rec.training.checkpoint import latest_checkpoint

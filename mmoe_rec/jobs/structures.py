@@ -19,11 +19,10 @@ import numpy as np
 from mmoe_rec.atomic import write_text
 from mmoe_rec.auc import FEWEST
 from mmoe_rec.errors import UserError
-from mmoe_rec.evaluation.comparison import GUARDED, OBJECTIVE, Objective, find_objective
+from mmoe_rec.evaluation.comparison import GUARDED, find_differences
 from mmoe_rec.evaluation.intervals import Difference, correct_all
-from mmoe_rec.evaluation.summary import SCORE, evaluate, sums_by_user
+from mmoe_rec.evaluation.summary import OBJECTIVE, SCORE, Objective, UserMetrics, find_objective
 from mmoe_rec.evaluation.sums import EvaluationSums, count_rarer_label
-from mmoe_rec.evaluation.trainings import find_differences
 from mmoe_rec.jobs.run_page import as_code, command, quoted
 from mmoe_rec.jobs.variants import TrainedVariant, Variant, VariantTrainings, open_variants
 from mmoe_rec.report.structures import Answer, Cell, StructureRow, StructuresReport, page
@@ -99,9 +98,9 @@ def judge_structures(
     sums = measured[0]
     objective = Objective.of(settings.evaluation.decide_by, sums, list(settings.tasks))
     metrics = _metrics_of_tasks(settings, sums)
-    wanted = {metric.name for metric in metrics.values()} | ({objective.metric} if objective is not None else set())
+    wanted = {metric.name for metric in metrics.values()}
     differences, means = {}, dict[str, float]()
-    if wanted:  # else no task has labels enough
+    if wanted or objective is not None:  # else no task has labels enough
         theirs = ((each.variant.name, each.measure()) for each in others)
         differences = find_differences(measured, theirs, objective, settings.evaluation.resamples, wanted)
         means = _average(measured, metrics)
@@ -228,10 +227,9 @@ def _describe_change(before: Variant, after: Variant) -> str:
 
 def _average(sums: Sequence[EvaluationSums], metrics: Mapping[str, Metric[Any]]) -> dict[str, float]:
     """Task -> the mean of its metric over trainings."""
-    groups = [sums_by_user(each, {metric.name for metric in metrics.values()}) for each in sums]
-    values = [evaluate(each, np.ones((len(sums[0].tables["ranking"]), 1))) for each in groups]
+    values = [UserMetrics(each, names={metric.name for metric in metrics.values()}).once for each in sums]
     return {
-        task: float(np.mean([each[task, metric.name][0] for each in values]))
+        task: float(np.mean([each[task, metric.name] for each in values]))
         for task, metric in metrics.items()
         if all((task, metric.name) in each for each in values)
     }

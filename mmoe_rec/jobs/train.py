@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from mmoe_rec.atomic import checksum, write_text
 from mmoe_rec.errors import StoppedError, UserError, require_packages
-from mmoe_rec.evaluation.comparison import find_objective
+from mmoe_rec.evaluation.summary import find_objective
 from mmoe_rec.jobs.places import log_and_place
 from mmoe_rec.jobs.promotion import Decision, promote_trained
 from mmoe_rec.jobs.run_page import MachineMonitor, as_code, command, data_sets, draw_gates, name_training, quoted

@@ -16,8 +16,8 @@ from rich.text import Text
 
 from mmoe_rec.atomic import atomic_file, write_text
 from mmoe_rec.evaluation.ablation import FEATURE, GROUP, Worth
-from mmoe_rec.evaluation.comparison import Objective
 from mmoe_rec.evaluation.intervals import Difference
+from mmoe_rec.evaluation.summary import Objective
 from mmoe_rec.report.formatting import NONE, difference, signed, size
 from mmoe_rec.report.pages import render
 

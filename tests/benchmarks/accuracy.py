@@ -37,7 +37,7 @@ import pyarrow.parquet as pq
 import torch
 from sklearn.metrics import roc_auc_score
 
-from mmoe_rec.evaluation.comparison import Objective
+from mmoe_rec.evaluation.summary import Objective
 from mmoe_rec.evaluation.sums import EvaluationSums
 from mmoe_rec.evaluation.trainings import average_trainings, compare_trainings
 from mmoe_rec.inference.artifact import Source

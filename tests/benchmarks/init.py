@@ -30,8 +30,8 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from mmoe_rec.evaluation.comparison import Objective
 from mmoe_rec.evaluation.scoring import ScoredRows
+from mmoe_rec.evaluation.summary import Objective
 from mmoe_rec.evaluation.sums import EvaluationSums
 from mmoe_rec.evaluation.trainings import compare_trainings
 from mmoe_rec.inference.artifact import Source

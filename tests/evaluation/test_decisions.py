@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from scipy.stats import norm
 
-from mmoe_rec.evaluation.comparison import Comparison, Objective, Verdict, Versus, decide
+from mmoe_rec.evaluation.comparison import Comparison, Verdict, Versus, decide
 from mmoe_rec.evaluation.intervals import LEVEL, Difference, Interval, level_after
 from mmoe_rec.evaluation.slices import SliceRecord
-from mmoe_rec.evaluation.summary import GroupSummary, Summary
+from mmoe_rec.evaluation.summary import GroupSummary, Objective, Summary
 from mmoe_rec.report.formatting import signed
 from mmoe_rec.report.sentences import describe_guard, describe_verdict
 from mmoe_rec.report.tables import differences_table

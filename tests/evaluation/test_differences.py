@@ -10,8 +10,9 @@ from simulated_log import BOUGHT, SPENT, Log, simulate
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation import summary as typed
-from mmoe_rec.evaluation.comparison import Objective, compare
+from mmoe_rec.evaluation.comparison import compare
 from mmoe_rec.evaluation.intervals import Difference, correct_by_holm, limit_by_changes
+from mmoe_rec.evaluation.summary import Objective
 from mmoe_rec.evaluation.sums import MeasuredTask, measure
 from mmoe_rec.report.sentences import describe_comparison
 from mmoe_rec.settings.sections import Evaluation

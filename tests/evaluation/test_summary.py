@@ -18,7 +18,7 @@ from sklearn.metrics import (
 
 from mmoe_rec.evaluation import summary as typed
 from mmoe_rec.evaluation.intervals import draw_users
-from mmoe_rec.evaluation.summary import LEFT_OUT, flatten, sums_by_user
+from mmoe_rec.evaluation.summary import LEFT_OUT, UserMetrics, flatten
 from mmoe_rec.evaluation.sums import MeasuredTask, measure
 from mmoe_rec.report.sentences import describe_notes
 from tests.evaluation.trees import summarise
@@ -197,7 +197,7 @@ def test_r2_is_undefined_in_resamples_that_draw_equal_labels_alone() -> None:
     labels, weight = np.repeat(random.normal(size=30), 5), random.uniform(0.1, 9, 150)
     sums = measure((SPENT,), users, users, {"spent": labels + 1}, {"spent": labels}, score=labels, weight=weight)
     drawn = np.concatenate([30 * np.eye(30), np.ones((30, 1))], axis=1)  # each user alone, then all
-    found = sums_by_user(sums)["spent"].at(drawn)["r2"]
+    found = UserMetrics(sums).groups["spent"].at(drawn)["r2"]
     assert np.isnan(found).tolist() == [True] * 30 + [False]
 
 
@@ -258,7 +258,7 @@ def test_a_resampled_metric_is_that_of_the_redrawn_rows(log: Log, weighted: bool
     sums = log.measure()
     counts = next(draw_users(len(sums.tables["ranking"]), 3, seed=4))
     drawn = dict(zip(sums.tables["ranking"]["user"].to_pylist(), counts, strict=True))
-    groups = sums_by_user(sums)
+    groups = UserMetrics(sums).groups
     for task in ("bought", "liked", "spent"):
         rows, label, prediction = log.observed(task)
         areas = {"auc": roc_auc_score, "average_precision": average_precision_score, "logloss": log_loss}

@@ -6,9 +6,10 @@ from scipy.stats import ttest_1samp, ttest_ind
 from simulated_log import Log, simulate
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.evaluation.comparison import Objective
+from mmoe_rec.evaluation.comparison import find_differences
+from mmoe_rec.evaluation.summary import Objective
 from mmoe_rec.evaluation.sums import EvaluationSums, MeasuredTask, measure
-from mmoe_rec.evaluation.trainings import average_trainings, compare_trainings, find_differences
+from mmoe_rec.evaluation.trainings import average_trainings, compare_trainings
 from mmoe_rec.report.trainings import describe_differences
 
 SPENT = MeasuredTask("spent", "regression")

@@ -14,8 +14,8 @@ from sklearn.metrics import r2_score, roc_auc_score
 
 from mmoe_rec.batches.encoded_rows import EncodedRows
 from mmoe_rec.evaluation.ablation import GROUP, Part, Worth, choose_to_leave_out, find_parts, hold_rows
-from mmoe_rec.evaluation.comparison import Objective
 from mmoe_rec.evaluation.intervals import Difference
+from mmoe_rec.evaluation.summary import Objective
 from mmoe_rec.jobs import variants
 from mmoe_rec.jobs.evaluate import score_by
 from mmoe_rec.model.score import UNCALIBRATED

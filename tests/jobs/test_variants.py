@@ -10,9 +10,9 @@ import pytest
 import yaml
 
 from mmoe_rec.errors import UserError
+from mmoe_rec.evaluation.comparison import find_differences
 from mmoe_rec.evaluation.intervals import Difference
 from mmoe_rec.evaluation.summary import summarise
-from mmoe_rec.evaluation.trainings import find_differences
 from mmoe_rec.features.layout import DenseInput, Layout, TaskOutput
 from mmoe_rec.inference.artifact import Source
 from mmoe_rec.jobs.evaluate import scored_rows

@@ -8,8 +8,8 @@ import pytest
 from jinja2 import UndefinedError
 
 from mmoe_rec.evaluation.ablation import GROUP, Part, Worth
-from mmoe_rec.evaluation.comparison import Objective
 from mmoe_rec.evaluation.intervals import Difference
+from mmoe_rec.evaluation.summary import Objective
 from mmoe_rec.evaluation.trainings import SettingsDifference, TrainingsMean
 from mmoe_rec.inference.costs import Cost
 from mmoe_rec.report import ablation, evaluation, health, overview, structures, trainings, tuning
