@@ -24,7 +24,7 @@ from mmoe_rec.features.vocabulary import row_names
 from mmoe_rec.inspection.advice import SELDOM_ROWS
 from mmoe_rec.inspection.findings import describe, find
 from mmoe_rec.inspection.forecast import forecast
-from mmoe_rec.inspection.sums import FeatureInputs, Labels, NumberInput, SplitSums, Sums, collect, psi, psi_noise
+from mmoe_rec.inspection.sums import FeatureInputs, Labels, NumberInput, SplitSums, Sums, collect, psi
 from mmoe_rec.log.checks import format_time
 from mmoe_rec.log.database import MEMORY_GIB
 from mmoe_rec.preprocessing.prepare import FeatureFolder
@@ -220,10 +220,10 @@ def _coverage(sums: Sums, missing: Mapping[str, int]) -> dict[str, float]:
 
 
 def _drift(labels: list[str], train: np.ndarray, test: np.ndarray) -> dict[str, Any]:
-    totals = max(train.sum(), 1), max(test.sum(), 1)
+    totals, (index, noise) = (max(train.sum(), 1), max(test.sum(), 1)), psi(train, test)
     return {
-        "psi": psi(train, test),
-        "psi_noise": psi_noise(train, test),
+        "psi": index,
+        "psi_noise": noise,
         "bins": [
             {"bin": label, "train": p / totals[0], "test": q / totals[1]}
             for label, p, q in zip(labels, train, test, strict=True)

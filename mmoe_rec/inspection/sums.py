@@ -6,7 +6,7 @@ PSI, the population stability index, between training shares p and test shares q
 
 The half row keeps empty bins finite. It is usually read as: below .1 stable, .1 to .25 some drift, above .25 strong
 drift (Siddiqi, Credit Risk Scorecards, 2006). Without any drift it is still about (bins - 1) (1 / N + 1 / M) for N and
-M rows, `psi_noise`, which matters where a split has few rows.
+M rows, which matters where a split has few rows.
 """
 
 from __future__ import annotations
@@ -37,19 +37,14 @@ FREQUENT = 50  # most frequent table rows that drift is measured in
 PSI_BINS = 20
 
 
-def psi(train: np.ndarray, test: np.ndarray) -> float | None:
-    """Population stability index of (B,) counts; None where a split has no rows."""
+def psi(train: np.ndarray, test: np.ndarray) -> tuple[float | None, float | None]:
+    """Population stability index of (B,) counts, and what it is on average if nothing has drifted; None where a split
+    has no rows."""
     if not train.sum() or not test.sum():
-        return None
+        return None, None
     p, q = ((each + 0.5) / (each.sum() + 0.5 * len(each)) for each in (train, test))
-    return float(((q - p) * np.log(q / p)).sum())
-
-
-def psi_noise(train: np.ndarray, test: np.ndarray) -> float | None:
-    """What `psi` is on average if nothing has drifted; None where a split has no rows."""
-    if not train.sum() or not test.sum():
-        return None
-    return float((len(train) - 1) * (1 / train.sum() + 1 / test.sum()))
+    noise = (len(train) - 1) * (1 / train.sum() + 1 / test.sum())
+    return float(((q - p) * np.log(q / p)).sum()), float(noise)
 
 
 @dataclass(frozen=True)
