@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -79,6 +79,11 @@ class Column:
         return self.kind == "time" or self.unit is not None
 
     @property
+    def is_one(self) -> str:
+        """SQL of the rows where what a binary column tells has happened."""
+        return f"{self.sql} = {'true' if self.kind == 'boolean' else '1'}"
+
+    @property
     def microseconds(self) -> str:
         """SQL of its time, microseconds since 1970 UTC."""
         if self.kind == "time":
@@ -107,34 +112,21 @@ def _kind_of(kind: str) -> Kind:
 def open_profile(source: str, folder: Path, setting: str = "the log") -> Iterator[Profile]:
     """Reads a log of Parquet files. folder: of what doesn't fit into memory, made and removed. Raises UserError where
     there is none, or where it holds no row."""
+    import duckdb
+
     files = find_files(source, setting)
     empty = [file.address for file in files if not file.bytes]
     if empty:
         raise UserError(f"'{empty[0]}' is empty, so it is no Parquet file")
     with open_database(folder) as database:
-        if is_remote(source):
-            database.reach(source)
-        listed = ", ".join(f"'{file.address.replace(chr(39), chr(39) * 2)}'" for file in files)
-        # Columns of paths are text: what they look like is nobody's type.
-        options = "hive_partitioning = true, hive_types_autocast = false, union_by_name = true"
-        scan = f"read_parquet([{listed}], {options})"
-        with _told(source):
-            in_path = {name for file in files for name in path_values(file.address)}
-            with open_parquet(files[0].address) as parquet:
-                schema = parquet.schema_arrow
-            yield Profile(database, scan, source, schema, _find_lacking(database, f"[{listed}]"), in_path)
-
-
-@contextmanager
-def _told(source: str) -> Iterator[None]:
-    import duckdb
-
-    try:
-        yield
-    except duckdb.OutOfMemoryException:
-        raise
-    except duckdb.Error as error:
-        raise UserError(f"the log '{source}' can't be read as Parquet files: {first_line(error)}") from None
+        try:
+            if is_remote(source):
+                database.reach(source)
+            yield Profile(database, [file.address for file in files], source)
+        except duckdb.OutOfMemoryException:
+            raise
+        except duckdb.Error as error:
+            raise UserError(f"the log '{source}' can't be read as Parquet files: {first_line(error)}") from None
 
 
 class Profile:
@@ -144,17 +136,16 @@ class Profile:
     all files; in_path: columns of the files' paths.
     """
 
-    def __init__(
-        self,
-        database: Database,
-        scan: str,
-        name: str,
-        schema: pa.Schema,
-        unreadable: Mapping[str, str],
-        in_path: Collection[str],
-    ) -> None:
-        """schema: of the first file, whose columns come first; their names may differ by capitals alone."""
-        self._database, self.name, self.in_path = database, name, in_path
+    def __init__(self, database: Database, files: Sequence[str], name: str) -> None:
+        self._database, self.name = database, name
+        self.in_path = {each for file in files for each in path_values(file)}
+        listed = ", ".join(f"'{file.replace(chr(39), chr(39) * 2)}'" for file in files)
+        # Columns of paths are text: what they look like is nobody's type.
+        options = "hive_partitioning = true, hive_types_autocast = false, union_by_name = true"
+        scan = f"read_parquet([{listed}], {options})"
+        with open_parquet(files[0]) as parquet:
+            schema = parquet.schema_arrow  # its columns come first; their names may differ by capitals alone
+        unreadable = _find_lacking(database, f"[{listed}]")
         described = database.rows(f"DESCRIBE SELECT * FROM {scan}")
         names = [*schema.names, *(str(row[0]) for row in described[len(schema) :])]
         self.unreadable = {each: "several columns have this name" for each in names if names.count(each) > 1}

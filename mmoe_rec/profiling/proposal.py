@@ -16,7 +16,7 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.log.rows import MICROSECONDS_PER_DAY
 from mmoe_rec.profiling.meaning import Meaning, TaskGuess
 from mmoe_rec.profiling.profile import Column, Profile, days
-from mmoe_rec.profiling.tasks import one_of
+from mmoe_rec.profiling.tasks import find_seen
 from mmoe_rec.profiling.words import CODES, EVENT_TYPES, TIME, has, words_of
 
 _WINDOWS = (91, 28, 7, 1, 0.125)
@@ -28,9 +28,6 @@ _MOST_PAIRS, _ROWS_OF_CELL = 4, 20
 _TEST, _VALIDATION = 0.2, 0.1
 _FEWEST = 100
 """Rows of the rarer label that validation and test rows should have of each task."""
-
-
-Key = tuple[str, list[str], bool]
 
 
 @dataclass
@@ -149,15 +146,11 @@ class _Proposer:
         for task in self.meaning.tasks:
             if task.kind != "binary":
                 continue
-            column = self.columns[task.column]
-            seen = "true"
-            if task.observed_when is not None:
-                other = self.columns[task.observed_when[0]]
-                seen = f"{other.sql} = {one_of(other)}"
+            happened, seen = self.columns[task.column].is_one, find_seen(task, self.columns)
             for name, (start, stop) in parts.items():
-                inside = f"{t} >= {start} AND {t} < {stop} AND {seen} AND {column.sql}"
-                ones = self.profile.count(f"{inside} = {one_of(column)}")
-                zeros = self.profile.count(f"{inside} <> {one_of(column)}")
+                inside = f"{t} >= {start} AND {t} < {stop} AND {seen}"
+                ones = self.profile.count(f"{inside} AND {happened}")
+                zeros = self.profile.count(f"{inside} AND NOT ({happened})")
                 if min(ones, zeros) < _FEWEST:
                     self.proposal.warnings.append(
                         f"{name} rows have {ones:,} positive and {zeros:,} negative labels of {task.column}: "
@@ -295,8 +288,8 @@ class _Proposer:
         usable = usable if events else [each for each in usable if each <= 28]
         return [None, *(usable if many else usable[: 1 + events])]
 
-    def _counter_keys(self, columns: Mapping[str, Any], few: bool = False) -> list[Key]:
-        """Name, key, and whether many windows are worth it, for a log with these columns.
+    def _counter_keys(self, columns: Mapping[str, Any], few: bool = False) -> list[tuple[list[str], bool]]:
+        """Keys, and whether many windows are worth it, for a log with these columns.
 
         few: of the user, the candidate and what describes it alone, for a task with few labels.
         """
@@ -306,11 +299,12 @@ class _Proposer:
         of_context = self._groups("context", _MOST_CONTEXTS, 2, _MOST_SHARED)
         finer = self._groups("context", 1, _MOST_SHARED + 1, 0.2 * self.profile.rows)
         of_user = self._groups("user", _MOST_GROUPS, 2, 200)
-        found: list[Key] = []
+        found: list[tuple[list[str], bool]] = []
 
         def add(many: bool, *keys: str | None) -> None:
-            if all(keys) and all(key in columns for key in keys):
-                found.append(("_".join(str(key) for key in keys), [str(key) for key in keys], many))
+            there = [key for key in keys if key and key in columns]
+            if len(there) == len(keys):
+                found.append((there, many))
 
         add(True, user)
         add(True, candidate)
@@ -341,7 +335,7 @@ class _Proposer:
                 continue
             later = task.observed_when is not None
             self._heading = f"Of {task.name} before the request."
-            for name, by, many in self._counter_keys(self.columns, later):
+            for by, many in self._counter_keys(self.columns, later):
                 value: dict[str, Any] = {"kind": "counter", "task": task.name, "by": by}
                 windows = self._windows(many)
                 if later:
@@ -350,15 +344,15 @@ class _Proposer:
                     value["smoothing"] = 5
                 if windows != [None]:
                     value["window_days"] = windows
-                self._add(f"{name}_{task.name}", value)
+                self._add("_".join((*by, task.name)), value)
         for log in self.events:
             self._heading = f"Of {log.name} before the request."
-            for name, by, many in self._counter_keys(log.profile.columns):
+            for by, many in self._counter_keys(log.profile.columns):
                 windows = self._windows(many, events=True)
                 value = {"kind": "counter", "events": log.name, "by": by, "outputs": ["positives", "recency"]}
                 if windows != [None]:
                     value["window_days"] = windows
-                self._add(f"{name}_{log.name}", value)
+                self._add("_".join((*by, log.name)), value)
 
     def _propose_histories(self) -> None:
         user, candidate = self.keys.get("user"), self.keys.get("candidate")

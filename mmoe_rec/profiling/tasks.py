@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.profiling.meaning import STEADY, Reading, TaskGuess
@@ -82,8 +82,7 @@ def _check_label(reading: Reading, each: Column) -> None:
 
 
 def _rate(reading: Reading, column: str) -> float:
-    sql = reading.columns[column].sql
-    return reading.profile.share(f"{sql} = {one_of(reading.columns[column])}")
+    return reading.profile.share(reading.columns[column].is_one)
 
 
 def _guess_tasks(reading: Reading) -> list[TaskGuess]:
@@ -146,9 +145,7 @@ def _implies(reading: Reading, one: Column, other: Column) -> bool:
     """Whether one is 1 only where the other is, and is rarer."""
     if one is other:
         return False
-    ones = f"{one.sql} = {one_of(one)}"
-    rows = reading.profile.count(ones)
-    both = reading.profile.share(f"{other.sql} = {one_of(other)}", ones)
+    rows, both = reading.profile.count(one.is_one), reading.profile.share(other.is_one, one.is_one)
     return rows >= 20 and both > 0.999 and _rate(reading, one.name) < 0.98 * _rate(reading, other.name)
 
 
@@ -156,9 +153,7 @@ def _find_condition(reading: Reading, task: TaskGuess, earlier: Sequence[TaskGue
     """The more frequent task in whose rows alone a label means something."""
     column = reading.columns[task.column]
     task.score_weight = 0.0 if is_unwanted(task.column) else 1.0
-    ones = {
-        each.column: f"{other.sql} = {one_of(other)}" for each in earlier if (other := reading.columns[each.column])
-    }
+    ones = {each.column: reading.columns[each.column].is_one for each in earlier}
     known, given = f"{column.sql} IS NOT NULL", None
     if column.nulls:  # of the returns of what was bought, rather than of what was clicked
         given = next((name for name in reversed(ones) if reading.profile.share(ones[name], known) > 0.999), None)
@@ -182,7 +177,7 @@ def find_maturity(reading: Reading) -> None:
     times = [each for each in reading.columns.values() if each.kind == "time" and each.name != time.name and each.nulls]
     for task in reading.meaning.tasks:
         label = reading.columns[task.column]
-        happened = f"{label.sql} = {one_of(label)}" if task.kind == "binary" else f"{label.sql} IS NOT NULL"
+        happened = label.is_one if task.kind == "binary" else f"{label.sql} IS NOT NULL"
         for each in times:
             there = f"{each.sql} IS NOT NULL"
             if reading.profile.share(happened, there) > 0.98 and reading.profile.share(there, happened) > 0.98:
@@ -190,14 +185,10 @@ def find_maturity(reading: Reading) -> None:
                 if late is not None and late > 0:
                     task.matures_after_days = _rounded_up(days(late))
                     task.notes.append(f"{each.name} is at most so much later than the request")
-        if not task.matures_after_days:
-            condition = "true"
-            if task.observed_when is not None:
-                other = reading.columns[task.observed_when[0]]
-                condition = f"{other.sql} = {one_of(other)}"
-            if (late_by := _null_at_end(reading, label, condition)) is not None:
-                task.matures_after_days = late_by
-                task.notes.append("its label is null in all later rows")
+        seen = find_seen(task, reading.columns)
+        if not task.matures_after_days and (late_by := _null_at_end(reading, label, seen)) is not None:
+            task.matures_after_days = late_by
+            task.notes.append("its label is null in all later rows")
         late = task.objective == "satisfaction" or task.kind == "regression"
         if late and not task.matures_after_days:
             task.checks.append("after how many days is it final? at once, as no column says more")
@@ -221,9 +212,9 @@ def _null_at_end(reading: Reading, label: Column, condition: str) -> float | Non
     return float(whole) if whole >= days(last - unknown) - 0.05 else _rounded_up(gap)
 
 
-def one_of(column: Column) -> str:
-    """SQL of the value of a binary column where something happened."""
-    return "true" if column.kind == "boolean" else "1"
+def find_seen(task: TaskGuess, columns: Mapping[str, Column]) -> str:
+    """SQL of the rows in which a task's label means something."""
+    return "true" if task.observed_when is None else columns[task.observed_when[0]].is_one
 
 
 def _rounded_up(value: float) -> float:
