@@ -259,7 +259,10 @@ def decide(compared: Comparison, other: str, summaries: Mapping[str, Summary]) -
     mine, its = summaries[compared.model], summaries[other]
     guards = []
     for task in compared.judged:
-        guards.append(guard_loss(task, mine.tasks[task].kind, versus, compared.rules.margin))
+        metric, margin = GUARDED[mine.tasks[task].kind], compared.rules.margin
+        loss = versus.groups.get(task, {}).get(metric, Difference(None))
+        passed = loss.low is not None and loss.low >= -margin  # the interval rules a larger loss out
+        guards.append(Guard(task, metric, passed, loss.high is not None and loss.high < -margin, loss))
         limit = compared.rules.calibration
         if (guard := guard_calibration(task, mine.tasks[task], its.tasks[task], limit)) is not None:
             guards.append(guard)
@@ -277,13 +280,6 @@ def decide(compared: Comparison, other: str, summaries: Mapping[str, Summary]) -
     elif not all(guard.passed for guard in guards):
         kind = HELD_BACK
     return Verdict(kind, tuple(guards), find_detectable_gain(compared, versus, mine))
-
-
-def guard_loss(task: str, kind: str, versus: Versus, margin: float) -> Guard:
-    """Passes where the interval rules out that a task loses more than the margin."""
-    apart = versus.groups.get(task, {}).get(GUARDED[kind], Difference(None))
-    passed = apart.low is not None and apart.low >= -margin
-    return Guard(task, GUARDED[kind], passed, apart.high is not None and apart.high < -margin, apart)
 
 
 def guard_calibration(task: str, model: GroupSummary, other: GroupSummary, limit: float) -> Guard | None:

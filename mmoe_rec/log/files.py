@@ -236,7 +236,10 @@ def _find_remote(source: str) -> tuple[list[FoundFile], bool]:
         else:
             below = {name[len(root.rstrip("/")) + 1 :]: info for name, info in system.find(root, detail=True).items()}
             infos = [info for name, info in below.items() if _matches(name.split("/"), parts or ["**"])]
-        files = [_file_of(system, info) for info in infos]
+        files = []
+        for info in infos:
+            version = next((info[key] for key in _VERSIONS if info.get(key)), None) or system.ukey(info["name"])
+            files.append(FoundFile(system.unstrip_protocol(info["name"]), int(info["size"] or 0), str(version)))
     return files, not parts and top is not None and top["type"] == "directory"
 
 
@@ -255,11 +258,6 @@ def _first_answer(system: Any, path: str) -> dict[str, Any] | None:
         raise UserError(
             f"'{address}' did not answer within {FIRST_ANSWER_SECONDS:g} seconds; check the network and the endpoint"
         ) from None
-
-
-def _file_of(system: Any, info: dict[str, Any]) -> FoundFile:
-    version = next((info[key] for key in _VERSIONS if info.get(key)), None) or system.ukey(info["name"])
-    return FoundFile(system.unstrip_protocol(info["name"]), int(info["size"] or 0), str(version))
 
 
 def _protocol(address: str) -> str:

@@ -18,6 +18,7 @@ _FEWEST_CANDIDATES = 20
 _ALMOST = 0.01
 """What changes so seldom is the same but for errors."""
 _PARSE = "write them as timestamps, say with pandas.to_datetime, or as whole s, ms, us or ns since 1970"
+_AMOUNTS = BEFORE | {"price", "age", "length", "size", "year"}
 _SPAN = 1800
 """Seconds in which the rows of a list are shown."""
 
@@ -98,7 +99,7 @@ def _find_by_name(reading: Reading, purpose: str) -> None:
 def _find_time(reading: Reading) -> None:
     keys, meaning = reading.meaning.keys, reading.meaning
     if "time" in keys:
-        meaning.time_unit = _unit(reading.columns[keys["time"]])
+        meaning.time_unit = reading.columns[keys["time"]].unit
         return
     found = [each for each in reading.free() if each.is_time and not each.nulls and each.distinct > 1]
     found = [each for each in found if each.name not in reading.profile.in_path]
@@ -135,7 +136,7 @@ def _find_time(reading: Reading) -> None:
 
     best = min(found, key=worth)
     keys["time"] = best.name
-    meaning.time_unit = _unit(best)
+    meaning.time_unit = best.unit
     if not named:
         meaning.key_checks["time"] = f"no name says so, but its integers may count {best.unit} since 1970"
     if len(found) > 1:
@@ -154,10 +155,6 @@ def _without_attributes(reading: Reading, times: list[Column]) -> list[Column]:
         most = max((each.distinct for each in times if changes[each.name] > 10 * STEADY), default=0)
         times = [each for each in times if not (changes[each.name] <= STEADY and each.distinct < most)]
     return times
-
-
-def _unit(column: Column) -> str | None:
-    return None if column.kind == "time" else column.unit
 
 
 def _find_request(reading: Reading) -> None:
@@ -231,7 +228,8 @@ def _find_by_structure(reading: Reading) -> None:
     if "time" not in keys or ("user" in keys and "candidate" in keys):
         return
     pool = [each for each in reading.free() if each.is_key and each.unit is None and not each.binary]
-    pool = [each for each in pool if 30 <= each.distinct <= 0.5 * each.rows and not _is_measure(each)][:12]
+    pool = [each for each in pool if 30 <= each.distinct <= 0.5 * each.rows]
+    pool = [each for each in pool if each.kind != "integer" or not has(each.name, _AMOUNTS)][:12]
     if not pool:
         return
     steady = {
@@ -269,11 +267,6 @@ def _check_repeats(reading: Reading) -> None:
         why = f"{repeats:,} of {profile.rows:,} rows repeat a candidate of their request"
         meaning.key_checks["duplicates"] = why
         meaning.warnings.append(f"{why}: is each of them meant?")
-
-
-def _is_measure(each: Column) -> bool:
-    """Whether integers are amounts rather than ids, by their name."""
-    return each.kind == "integer" and has(each.name, BEFORE | {"price", "age", "length", "size", "year"})
 
 
 def _shown(value: Any) -> str:
