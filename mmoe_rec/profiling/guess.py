@@ -49,7 +49,8 @@ def _leave_out(reading: Reading) -> None:
     """What can't be an input."""
     for each in reading.columns.values():
         why = "as you said" if each.name in reading.corrections.get("leave-out", ()) else _why_unusable(each)
-        if each.kind == "vector" and why is None and reading.profile.has_gaps(each.name):
+        gap = f"len(list_filter({each.sql}::DOUBLE[], lambda e: e IS NULL OR NOT isfinite(e))) > 0"
+        if each.kind == "vector" and why is None and reading.profile.count(gap):
             why = "some of its lists hold null, NaN or infinity: write null instead of the whole list"
         if each.name in reading.profile.unreadable:
             why = reading.profile.unreadable[each.name]

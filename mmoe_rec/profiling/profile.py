@@ -209,9 +209,13 @@ class Profile:
         first, last = self._database.row(f"SELECT min({time}), max({time}) FROM log")
         return int(first), int(last)
 
+    def row(self, query: str) -> Sequence[Any]:
+        """The single row that a query on `log` gives."""
+        return self._database.row(query)
+
     def number(self, query: str) -> Any:
         """The single value of a query on `log`."""
-        return self._database.row(query)[0]
+        return self.row(query)[0]
 
     def _sample(self, keys: Sequence[str], limit: int = SAMPLE) -> str:
         """SQL of all rows of some values of keys, about `limit` in all."""
@@ -254,14 +258,6 @@ class Profile:
         same = keys[1:] == keys[:-1]
         changed = [np.count_nonzero((each[1:] != each[:-1]) & same) for each in values]
         return np.array(changed, float) / (np.count_nonzero(same) or math.nan)
-
-    def falls(self, column: str, order: str) -> float:
-        """How often a number falls from one moment to the next, of how often it changes; 1 where it never does."""
-        sql, before = self._sql[column], "lag(high) OVER (ORDER BY o)"
-        rows = f"SELECT {order} AS o, min({sql}) AS low, max({sql}) AS high FROM log GROUP BY ALL"
-        steps = f"SELECT low < {before} OR low < high AS fell, low <> {before} OR low < high AS moved FROM ({rows})"
-        fallen, moved = self._database.row(f"SELECT count(*) FILTER (fell), count(*) FILTER (moved) FROM ({steps})")
-        return fallen / moved if moved else 1.0
 
     def rows_per_key(self, keys: Sequence[str]) -> float:
         """Mean number of rows that have the same keys."""
@@ -316,11 +312,6 @@ class Profile:
         each = self.columns[column]
         likely = not each.nulls and each.distinct > 0.9 * each.rows
         return likely and self.number(f"SELECT count(DISTINCT {each.sql}) FROM log") == each.rows
-
-    def has_gaps(self, column: str) -> bool:
-        """Whether a list of numbers holds one that is missing or not finite."""
-        lists = f"{self._sql[column]}::DOUBLE[]"
-        return self.count(f"len(list_filter({lists}, lambda e: e IS NULL OR NOT isfinite(e))) > 0") > 0
 
     def values(self, column: str, limit: int) -> list[Any]:
         """The most frequent values of a column."""

@@ -145,12 +145,15 @@ def _why_later(reading: Reading, each: Column) -> str | None:
 
 def _why_growing(reading: Reading, each: Column) -> str | None:
     """Why a number, or a date as text, only tells when the row was made: it never falls, from request to request."""
-    time = reading.meaning.keys.get("time")
-    if time is None or each.kind not in ("integer", "number", "text") or each.nulls or each.distinct < 5 or each.binary:
+    ordered = each.kind in ("integer", "number", "text") and "time" in reading.meaning.keys
+    if not ordered or each.nulls or each.distinct < 5 or each.binary:
         return None
-    if reading.profile.falls(each.name, reading.columns[time].microseconds) > 0.001:
-        return None
-    return "it grows with time, so later rows have values that training has not seen"
+    before = "lag(high) OVER (ORDER BY o)"
+    rows = f"SELECT {reading.time} AS o, min({each.sql}) AS low, max({each.sql}) AS high FROM log GROUP BY ALL"
+    steps = f"SELECT low < {before} OR low < high AS fell, low <> {before} OR low < high AS moved FROM ({rows})"
+    fallen, moved = reading.profile.row(f"SELECT count(*) FILTER (fell), count(*) FILTER (moved) FROM ({steps})")
+    grows = moved and fallen <= 0.001 * moved
+    return "it grows with time, so later rows have values that training has not seen" if grows else None
 
 
 class Aucs:

@@ -60,7 +60,8 @@ def settings_text(
     events: Sequence[Events],
 ) -> str:
     """The whole file. words: of the command, after `mmoe-rec init`."""
-    body = "\n".join(_body(name, log, work, meaning, proposal, events)) + "\n"
+    parts = _parts(name, log, work, meaning, proposal, events)
+    body = "\n\n".join("\n".join(lines) for lines in parts if lines) + "\n"
     span = ""
     if "time" in meaning.keys:
         first, last = profile.row_of_times(profile.columns[meaning.keys["time"]].microseconds)
@@ -76,40 +77,38 @@ def settings_text(
     return "\n".join(header) + "\n" + body
 
 
-def _body(
+def _parts(
     name: str, log: str, work: str, meaning: Meaning, proposal: Proposal, events: Sequence[Events]
-) -> Iterable[str]:
-    checks = meaning.checks
-    yield f"name: {_flow(name)}"
-    yield from ("", "data:", f"  log: {_flow(log)}")
-    if events:
-        yield "  events:"
-        for each in events:
-            yield from _lines(2, each.name, Entry({"path": each.path, "time": each.time}, check=each.check))
-    yield f"  work: {_flow(work)}"
+) -> list[list[str]]:
+    """Lines of each section; none where there is no such section."""
+    checks, data = meaning.checks, ["data:", f"  log: {_flow(log)}"]
+    data += ["  events:"] if events else []
+    for each in events:
+        data += _lines(2, each.name, Entry({"path": each.path, "time": each.time}, check=each.check))
+    data.append(f"  work: {_flow(work)}")
     if meaning.repeats:
-        yield from _lines(1, "duplicates", Entry("keep", check=meaning.key_checks["duplicates"]))
-    yield ""
-    yield from _section("columns", _columns(meaning))
+        data += _lines(1, "duplicates", Entry("keep", check=meaning.key_checks["duplicates"]))
     roles: dict[str, Entry] = {
         role: Entry(names, check="see the features" if set(names) & set(checks) else "")
         for role, names in meaning.roles.items()
         if names
     }
-    yield from _section("roles", roles)
-    if meaning.left_out:
-        yield "# No inputs:"
-        for column, why in meaning.left_out.items():
-            yield f"#   {_one_line(column)}: {_one_line(why)}{f'  {CHECK}' if column in checks else ''}"
-        yield ""
+    left_out = [
+        f"#   {_one_line(column)}: {_one_line(why)}{f'  {CHECK}' if column in checks else ''}"
+        for column, why in meaning.left_out.items()
+    ]
     tasks = {
-        each.name: Entry(describe_task(each), "; ".join(each.notes), "; ".join(each.checks)) for each in meaning.tasks
+        task.name: Entry(describe_task(task), "; ".join(task.notes), "; ".join(task.checks)) for task in meaning.tasks
     }
-    yield from _section("tasks", tasks)
-    yield from _section("features", proposal.features)
-    yield from _section("split", proposal.split)
-    yield from _section("model", proposal.model)
-    yield from _section("training", proposal.training, last=True)
+    return [
+        [f"name: {_flow(name)}"],
+        data,
+        _section("columns", _columns(meaning)) or ["columns: {} # each row is a request of its own"],
+        _section("roles", roles),
+        ["# No inputs:", *left_out] if left_out else [],
+        _section("tasks", tasks),
+        *(_section(key, getattr(proposal, key)) for key in ("features", "split", "model", "training")),
+    ]
 
 
 def _columns(meaning: Meaning) -> dict[str, Entry]:
@@ -129,17 +128,9 @@ def _columns(meaning: Meaning) -> dict[str, Entry]:
     return found
 
 
-def _section(name: str, entries: Mapping[str, Entry], last: bool = False) -> Iterable[str]:
-    if entries:
-        yield f"{name}:"
-        for key, entry in entries.items():
-            yield from _lines(1, key, entry)
-    elif name == "columns":
-        yield "columns: {} # each row is a request of its own"
-    else:
-        return
-    if not last:
-        yield ""
+def _section(name: str, entries: Mapping[str, Entry]) -> list[str]:
+    lines = [line for key, entry in entries.items() for line in _lines(1, key, entry)]
+    return [f"{name}:", *lines] if lines else []
 
 
 def _lines(depth: int, key: str, entry: Entry) -> Iterable[str]:
