@@ -143,16 +143,16 @@ def _forecasts(sums: Sums) -> dict[str, Any]:
 def _feature(
     feature: FeatureInputs, schema: Schema, sums: Sums, prepared: FeatureFolder, manifest: Mapping[str, Any]
 ) -> dict[str, Any]:
-    meaning, keys = feature.meaning, schema.columns
+    settings, meaning, keys = schema.features[feature.name], feature.meaning, schema.columns
     inputs = [_id_input(each, meaning.parts.get(each.table, meaning), sums, prepared) for each in feature.ids]
     inputs += [_number_input(each, feature, sums) for each in feature.numbers]
     return {
         "name": feature.name,
-        "kind": feature.kind,
-        "role": feature.role,
+        "kind": settings.kind,
+        "role": schema.role_of(feature.name),
         "columns": meaning.columns,
-        "settings": schema.features[feature.name].model_dump(mode="json"),
-        "is_key": feature.kind == "id" and meaning.columns in ((keys.user,), (keys.candidate,)),
+        "settings": settings.model_dump(mode="json"),
+        "is_key": settings.kind == "id" and meaning.columns in ((keys.user,), (keys.candidate,)),
         "coverage": {split: _best(min, (each["coverage"][split] for each in inputs)) for split in SPLITS},
         "unknown": {split: inputs[0]["unknown"][split] if inputs else None for split in SPLITS},
         "distinct": inputs[0]["distinct"] if len(inputs) == 1 else None,

@@ -62,8 +62,6 @@ class FeatureInputs:
     """A feature with its inputs in the order of the layout."""
 
     name: str
-    kind: str
-    role: str
     meaning: Meaning
     ids: tuple[IdInput, ...]
     numbers: tuple[NumberInput, ...]
@@ -74,8 +72,6 @@ def feature_inputs(schema: Schema, layout: Layout) -> list[FeatureInputs]:
     return [
         FeatureInputs(
             name,
-            feature.kind,
-            schema.role_of(name),
             feature.meaning(schema),
             tuple(each for each in layout.ids if each.feature == name),
             _numbers(layout.dense, name),

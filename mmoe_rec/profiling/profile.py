@@ -145,11 +145,11 @@ class Profile:
         scan = f"read_parquet([{listed}], {options})"
         with open_parquet(files[0]) as parquet:
             schema = parquet.schema_arrow  # its columns come first; their names may differ by capitals alone
-        unreadable = _find_lacking(database, f"[{listed}]")
         described = database.rows(f"DESCRIBE SELECT * FROM {scan}")
         names = [*schema.names, *(str(row[0]) for row in described[len(schema) :])]
-        self.unreadable = {each: "several columns have this name" for each in names if names.count(each) > 1}
-        self.unreadable = {**unreadable, **self.unreadable, **({"": "it has no name"} if "" in names else {})}
+        self.unreadable = _find_lacking(database, f"[{listed}]")
+        self.unreadable |= {each: "several columns have this name" for each in names if names.count(each) > 1}
+        self.unreadable |= {"": "it has no name"} if "" in names else {}
         self._sql = {each: f"c{place}" for place, each in enumerate(names)}
         kinds = dict(zip(names, (str(row[1]) for row in described), strict=True))
         kinds |= {each.name: str(each.type) for each in schema if not _is_readable(each, kinds[each.name])}
@@ -170,9 +170,7 @@ class Profile:
         for name, sql in self._sql.items():
             kind = _kind_of(kinds[name])
             ordered = kind in ("integer", "number", "text", "time")
-            length = {"text": f"length({sql})", "keys": f"len({sql})", "vector": f"len({sql})"}.get(
-                kind, "NULL::INTEGER"
-            )
+            length = f"len({sql})" if kind in ("text", "keys", "vector") else "NULL::INTEGER"
             parts += [
                 f"count({sql})",
                 "0" if kind in ("empty", "other") else f"approx_count_distinct({sql})",
@@ -339,13 +337,9 @@ def _is_readable(field: pa.Field, kind: str) -> bool:
 def _find_lacking(database: Database, files: str) -> dict[str, str]:
     """Columns that some files have and others have not, each with a sentence that names the first of the latter."""
     database.run(f"CREATE TABLE parts AS SELECT DISTINCT file_name, name FROM parquet_schema({files})")
-    some = "SELECT name FROM parts GROUP BY name HAVING count(*) < (SELECT count(DISTINCT file_name) FROM parts)"
-    pairs = f"(SELECT DISTINCT file_name FROM parts) f, ({some}) s"
-    without = "NOT EXISTS (FROM parts p WHERE p.file_name = f.file_name AND p.name = s.name)"
-    return {
-        str(name): f"'{file}' has no such column"
-        for name, file in database.rows(f"SELECT s.name, min(f.file_name) FROM {pairs} WHERE {without} GROUP BY s.name")
-    }
+    pairs = "FROM (SELECT DISTINCT file_name FROM parts), (SELECT DISTINCT name FROM parts) EXCEPT FROM parts"
+    lacking = database.rows(f"SELECT name, min(file_name) FROM ({pairs}) GROUP BY name")
+    return {str(name): f"'{file}' has no such column" for name, file in lacking}
 
 
 def _cleaned(name: str, kind: str) -> str:
