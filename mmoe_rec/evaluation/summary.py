@@ -208,7 +208,8 @@ def summarise(sums: EvaluationSums, resamples: int = 1000) -> Summary:
     measured, ranking = UserMetrics(sums), sums.tables["ranking"]
     groups, units, effective = measured.groups, measured.units, measured.effective
     resampled = resample(measured.at, units, resamples)
-    of_all = {key: each.interval(effective[key], key[1] in groups[key[0]].shares) for key, each in resampled.items()}
+    shares = {metric.name for metric in every.METRICS if metric.is_share}
+    of_all = {key: each.interval(effective[key], key[1] in shares) for key, each in resampled.items()}
     for key, at in of_all.items():  # what is the same for all users does not say how sure it is
         if at.low is not None and at.high is not None and at.high - at.low <= rounding_of(at.low):
             of_all[key] = Interval(at.value)

@@ -175,11 +175,6 @@ class UserSums:
         rows = self.effective_rows
         return {metric.name: min([rows, *map(effective_sample_size, metric.sizes(self))]) for metric in self._metrics}
 
-    @property
-    def shares(self) -> set[str]:
-        """Names of the metrics that are shares."""
-        return {metric.name for metric in self._metrics if metric.is_share}
-
     def at(self, counts: np.ndarray) -> dict[str, np.ndarray]:
         """Name of each metric that has an interval -> (R,) float64."""
         drawn = self.drawn(counts)
