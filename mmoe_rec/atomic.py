@@ -8,6 +8,7 @@ target stays as it was. A job killed outright leaves a `.NAME.*.tmp` beside the 
 
 import ctypes
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -16,6 +17,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from mmoe_rec.errors import UserError
 
@@ -149,6 +151,11 @@ def flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def digest(*values: Any) -> str:
+    """The first 16 digits of the SHA-256 of values that JSON can hold, by which what depends on them is found again."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def checksum(file: Path) -> str:

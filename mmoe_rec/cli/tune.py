@@ -21,10 +21,8 @@ same command, also after a stop or a kill, goes on until --trials trials have en
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
-import os
 import random
 import shutil
 from collections import Counter
@@ -35,7 +33,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from mmoe_rec.atomic import write_text
+from mmoe_rec.atomic import digest, write_text
 from mmoe_rec.cli.main import COUNT, Configuration, settings_command, show
 from mmoe_rec.errors import StoppedError, UserError, first_line, require_packages
 from mmoe_rec.progress import say
@@ -46,7 +44,7 @@ from mmoe_rec.tracking.outbox import PATIENCE_SECONDS, UnreachableError
 
 if TYPE_CHECKING:
     from mmoe_rec.jobs.alternatives import Preset
-    from mmoe_rec.preprocessing.prepare import FeatureFolder
+    from mmoe_rec.jobs.variants import VariantTrainings
 
 COMBINATIONS = 30  # with values of other settings, to try for a value that is not valid by itself
 Values = dict[str, Any]
@@ -82,8 +80,6 @@ def tune(
         raise UserError(
             f"'{configuration.file}' has nothing to search: list settings under tuning.search, or give --preset small"
         )
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("a search is one process: start it without torchrun")
 
     def with_values(values: Values) -> Settings:
         chosen = [f"--{name}={json.dumps(value)}" for name, value in values.items()]
@@ -91,18 +87,11 @@ def tune(
 
     _check_values(search, with_values)
     require_packages("mmoe-rec tune", "tune", "optuna")
-    from mmoe_rec.jobs.places import log_and_place
-    from mmoe_rec.locks import writing
-    from mmoe_rec.preprocessing.prepare import existing, features_in_use
+    from mmoe_rec.jobs.variants import open_variants
 
-    existing(*log_and_place(settings))  # a wrong log is reported before MLflow and optuna are loaded
-    runs.check_server(settings.tracking.address, settings.experiment, unsent=Path(settings.data.work) / "unsent")
-    what, advice = "a search for settings", "set `data.work` to another folder"
-    with (
-        features_in_use(*log_and_place(settings), what, ("train", "validation")) as prepared,
-        writing(Path(settings.data.work) / "tuning", what, advice),
-    ):
-        Study(settings, prepared, with_values).run(trials or 20)
+    depends = [settings.choices, settings.tuning.model_dump(mode="json")]
+    with open_variants(settings, "tuning", "validation", depends=depends) as trainings:
+        Study(trainings, with_values).run(trials or 20)
 
 
 def _tune_preset(configuration: Configuration, preset: Preset, minutes: float | None, at_once: int | None) -> None:
@@ -148,20 +137,22 @@ def _refused_values() -> Iterator[None]:
 
 
 class Study:
-    """Trials for one data set, found again by features, settings and search space. with_values: replaces settings."""
+    """Trials for one data set, found again by features, settings and search space.
 
-    def __init__(self, settings: Settings, prepared: FeatureFolder, with_values: Callable[[Values], Settings]) -> None:
+    trainings: the features, folder and run that they are of; with_values: replaces settings.
+    """
+
+    def __init__(self, trainings: VariantTrainings, with_values: Callable[[Values], Settings]) -> None:
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._optuna, self._states = optuna, optuna.trial.TrialState
-        self.settings, self.prepared, self.with_values = settings, prepared, with_values
-        work = Path(settings.data.work)
-        self.folder, self.unsent = work / "tuning", work / "unsent"
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.settings, self.prepared, self.folder = trainings.settings, trainings.prepared, trainings.folder
+        self.with_values, settings = with_values, trainings.settings
+        assert trainings.run is not None, "it is open"
+        self.record = trainings.run
         depends = settings.model_dump(mode="json", include={"model", "training", "tuning"})
-        text = json.dumps([depends, settings.choices, prepared.manifest["fingerprint"]], sort_keys=True)
-        self.key = hashlib.sha256(text.encode()).hexdigest()[:16]
+        self.key = digest(depends, settings.choices, trainings.prepared.manifest["fingerprint"])
         self._study = self._open(self.folder / "study.db")
         # Another seed when the search goes on, or it would draw the same values again.
         seed = settings.training.seed + len(self._study.get_trials(deepcopy=False))
@@ -197,27 +188,24 @@ class Study:
         Raises StoppedError where it was asked to stop; UserError where no trial ended well, or several in a row failed
         or were not valid.
         """
-        uri, experiment = self.settings.tracking.address, self.settings.experiment
-        with runs.open_run(uri, experiment, run_name="tuning", key=f"tuning-{self.key}", unsent=self.unsent) as run:
-            assert run.run_id is not None
-            self._give_up_unfinished()
-            last, in_a_row = "", 0
-            while len(self._find_ended()) < trials:
-                outcome, said = self._try(run.run_id)
-                last, in_a_row = outcome, in_a_row + 1 if outcome == last else 1
-                if in_a_row == MOST_IN_A_ROW.get(outcome):
-                    raise UserError(
-                        f"{in_a_row} trials in a row ended as {outcome}: narrow tuning.search; the last one: {said}"
-                    )
-            self._finish(run)
+        self._give_up_unfinished()
+        last, in_a_row = "", 0
+        while len(self._find_ended()) < trials:
+            outcome, said = self._try()
+            last, in_a_row = outcome, in_a_row + 1 if outcome == last else 1
+            if in_a_row == MOST_IN_A_ROW.get(outcome):
+                raise UserError(
+                    f"{in_a_row} trials in a row ended as {outcome}: narrow tuning.search; the last one: {said}"
+                )
+        self._finish()
 
-    def _finish(self, run: runs.Run) -> None:
+    def _finish(self) -> None:
         states, ended = self._states, self._find_ended()
         if not any(each.state == states.COMPLETE for each in ended):
             reasons = [each.user_attrs[_REASON] for each in ended if _REASON in each.user_attrs]
             last = f" (the last reason: {reasons[-1]})" if reasons else ""
             raise UserError(f"no trial ended well{last}; raise --trials, or narrow tuning.search")
-        best, file = self._study.best_trial, self.folder / "best.yaml"
+        run, best, file = self.record, self._study.best_trial, self.folder / "best.yaml"
         values = self._read_values(best)
         write_text(file, self.with_values(values).to_yaml())
         run.log_params({f"best.{setting}": value for setting, value in values.items()})
@@ -263,7 +251,7 @@ class Study:
                 say(f"trial {trial.number + 1}: failed: {told}")
             self._study.tell(trial.number, state=self._states.FAIL)
 
-    def _try(self, parent: str) -> tuple[Outcome, str]:
+    def _try(self) -> tuple[Outcome, str]:
         """One trial: what became of it, in a word and at length."""
         trial = self._study.ask(self._spaces)
         values, folder, reached = self._read_values(trial), self.folder / f"trial-{trial.number:04d}", None
@@ -274,7 +262,7 @@ class Study:
         try:
             with _refused_values():
                 settings = self.with_values(values)
-            reached = self._train(trial, settings, values, folder, parent)
+            reached = self._train(trial, settings, values, folder)
             if reached is not None:
                 outcome, told = "reached", f"{reached:.4f}"
         except (StoppedError, KeyboardInterrupt) as stopped:
@@ -306,7 +294,7 @@ class Study:
         kept = {name: trial.params[name] for name in self._spaces}
         return {name: json.loads(each) if isinstance(each, str) else each for name, each in kept.items()}
 
-    def _train(self, trial: Any, settings: Settings, values: Values, folder: Path, parent: str) -> float | None:
+    def _train(self, trial: Any, settings: Settings, values: Values, folder: Path) -> float | None:
         """What the training reached, None where it was cut short. Raises NotValidError for values that don't fit."""
         from mmoe_rec.model.layout import ModelLayout
         from mmoe_rec.training.loop import Trainer
@@ -323,8 +311,8 @@ class Study:
                 settings.tracking.address,
                 settings.experiment,
                 run_name=f"trial {trial.number + 1}",
-                parent=parent,
-                unsent=self.unsent,
+                parent=self.record.run_id,
+                unsent=Path(settings.data.work) / "unsent",
                 patience=PATIENCE_SECONDS,
             ) as run,
         ):

@@ -8,7 +8,7 @@ settings that it is of, that tells; else whether it is older than they are.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -20,7 +20,7 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.inference.artifact import version_of
 from mmoe_rec.jobs.places import log_and_place
 from mmoe_rec.preprocessing.prepare import existing
-from mmoe_rec.report.overview import Part
+from mmoe_rec.report.pages import embed, render
 from mmoe_rec.settings.load import load_settings
 from mmoe_rec.settings.sections import Settings, differences
 from mmoe_rec.training.origin import fixed_settings
@@ -38,6 +38,31 @@ class Job:
     title: str
     words: tuple[str, ...] = ()
     of_model: bool = False
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a job has found. name: tells it from others on the page; sentences: its verdicts; made: when; stale: why it
+    may no longer hold; page: its page as it stands, None without one; command: finds it out, where it is missing."""
+
+    name: str
+    title: str
+    sentences: Sequence[str] = ()
+    made: str = ""
+    stale: Sequence[str] = ()
+    page: str | None = None
+    command: str | None = None
+
+    @property
+    def body(self) -> str | None:
+        """The inside of its page, for the middle of another one."""
+        return None if self.page is None else embed(self.page, self.name)
+
+
+def page(title: str, about: str, cautions: Sequence[str], parts: Sequence[Part]) -> str:
+    """The page of all parts, the verdicts first, then each job's page, folded. about: a sentence on where it is from;
+    cautions: what is to be known of all parts."""
+    return render("overview.html.j2", {"title": title, "about": about, "cautions": cautions, "parts": parts})
 
 
 TRAINING = Job("model", "The last training", ("train",))

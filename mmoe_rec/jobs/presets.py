@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import shutil
@@ -24,7 +23,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from mmoe_rec.atomic import atomic_folder, write_text
+from mmoe_rec.atomic import atomic_folder, digest, write_text
 from mmoe_rec.devices import usable_cores
 from mmoe_rec.errors import UserError, first_line, require_packages
 from mmoe_rec.evaluation.intervals import Resampled, resample
@@ -147,10 +146,8 @@ class Search:
         """The notes of a search of the same settings, features and alternatives that was begun before, or new ones."""
         tree = self.settings.model_dump(mode="json", include={"model", "training", "features", "evaluation"})
         names = [each.name for each in (*self.alternatives, *self.wider)]
-        text = json.dumps(
-            [tree, names, preset, self.minutes, self.trainings.prepared.manifest["fingerprint"]], sort_keys=True
-        )
-        key, path = hashlib.sha256(text.encode()).hexdigest()[:16], self.folder / "search.json"
+        key = digest(tree, names, preset, self.minutes, self.trainings.prepared.manifest["fingerprint"])
+        path = self.folder / "search.json"
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
             values = values if values["key"] == key else {"key": key}

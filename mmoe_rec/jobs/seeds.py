@@ -8,7 +8,6 @@ The trainings are runs within one of MLflow's; none of their models is registere
 
 from __future__ import annotations
 
-import hashlib
 import json
 import multiprocessing
 import os
@@ -25,7 +24,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from mmoe_rec.atomic import write_text
+from mmoe_rec.atomic import digest, write_text
 from mmoe_rec.devices import usable_cores
 from mmoe_rec.errors import EXIT_CODE, STOPPED_EXIT_CODE, StoppedError, StopRequest, UserError, exit_with_message
 from mmoe_rec.inference.artifact import Source, version_of
@@ -74,8 +73,7 @@ def train_seeds(
             except UserError as error:
                 raise UserError(f"--against '{work}': {error}") from None
         depends = settings.model_dump(mode="json", include={"model", "training"})
-        text = json.dumps([depends, settings.choices, seeds, prepared.manifest["fingerprint"]], sort_keys=True)
-        key = f"seeds-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+        key = f"seeds-{digest(depends, settings.choices, seeds, prepared.manifest['fingerprint'])}"
         with runs.open_run(uri, settings.experiment, run_name=f"{number} seeds", key=key) as run:
             own = [_with_seed(settings, seed, folder, prepared.folder) for seed in seeds]
             _train_all(own, at_once, resume, run.run_id)
@@ -187,13 +185,17 @@ class LostProcessError(UserError):
 
 
 def run_side_by_side(
-    function: Callable[[Task], object], tasks: Sequence[Task], logs: Sequence[Path], at_once: int
+    function: Callable[[Task], object],
+    tasks: Sequence[Task],
+    logs: Sequence[Path],
+    at_once: int,
+    look: Callable[[], object] = lambda: None,
 ) -> Iterator[int]:
     """Runs a picklable function on tasks, each in a process and on a card of its own; gives their numbers as they end.
 
-    logs: files to which what each prints is added; at_once: how many run at a time. Where one fails, or a signal comes,
-    the others get signals until they have ended: a function that saves what it has at the first one, by a
-    `StopRequest`, is not disturbed by others.
+    logs: files to which what each prints is added; at_once: how many run at a time; look: is called meanwhile, twice a
+    second. Where one fails, or a signal comes, the others get signals until they have ended: a function that saves what
+    it has at the first one, by a `StopRequest`, is not disturbed by others.
 
     Raises UserError of one that failed, StoppedError where a signal came.
     """
@@ -209,6 +211,7 @@ def run_side_by_side(
                         started.start()
                         running[slot] = number, started
                 wait([process.sentinel for _, process in running.values()], _SECONDS_BETWEEN_LOOKS)
+                look()
                 if stop.signal is not None:
                     raise StoppedError(f"{stop.signal} came; what there was is saved, go on with --resume")
                 for slot, (number, process) in list(running.items()):

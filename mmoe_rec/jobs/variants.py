@@ -8,16 +8,14 @@ found again by all that it depends on (KEY), also after a kill.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
-import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +25,7 @@ import pyarrow.parquet as pq
 from scipy.special import expit, logit
 
 from mmoe_rec import __version__
-from mmoe_rec.atomic import atomic_file, write_text
+from mmoe_rec.atomic import atomic_file, digest, write_text
 from mmoe_rec.errors import StoppedError, UserError
 from mmoe_rec.jobs.places import log_and_place
 from mmoe_rec.jobs.seeds import LostProcessError, run_each, run_side_by_side, share_threads
@@ -68,8 +66,7 @@ class Variant:
         """Changes with all that its predictions depend on besides the features."""
         of_model = [fixed_settings(self.settings), self.settings.training.calibration, self.trees_alone]
         left_out = [sorted(self.without_features), sorted(self.without_tasks)]
-        tree = [FORMAT, __version__, of_model, left_out, seed, split]
-        return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]
+        return digest(FORMAT, __version__, of_model, left_out, seed, split)
 
 
 @dataclass(frozen=True)
@@ -99,12 +96,15 @@ class TrainedVariant:
 
 
 @contextmanager
-def open_variants(settings: Settings, name: str, split: str, at_once: int = 1) -> Iterator[VariantTrainings]:
+def open_variants(
+    settings: Settings, name: str, split: str, at_once: int = 1, depends: Sequence[Any] = ()
+) -> Iterator[VariantTrainings]:
     """Makes what variants are trained on ready, and holds it.
 
     name: of the command, of the folder in `data.work` that it alone writes, and of the run in MLflow; split: whose rows
-    are predicted, `validation` or `test`; at_once: how many run at a time. Raises UserError where features can't be
-    built, a split has no rows, or MLflow can't be used.
+    are predicted, `validation` or `test`; at_once: how many run at a time; depends: what tells the run from others of
+    the same settings and features. Raises UserError where features can't be built, a split has no rows, or MLflow can't
+    be used.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError(f"{name} trains in one process: start it without torchrun")
@@ -116,8 +116,7 @@ def open_variants(settings: Settings, name: str, split: str, at_once: int = 1) -
         features_in_use(*log_and_place(settings), f"the command {name}", needs) as prepared,
         writing(work / name, f"the command {name}", "set `data.work` to another folder"),
     ):
-        text = json.dumps([fixed_settings(settings), prepared.manifest["fingerprint"]], sort_keys=True)
-        key = f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+        key = f"{name}-{digest(fixed_settings(settings), prepared.manifest['fingerprint'], *depends)}"
         with runs.open_run(
             tracking, settings.experiment, run_name=name, key=key, unsent=work / "unsent", patience=PATIENCE_SECONDS
         ) as run:
@@ -195,17 +194,15 @@ class VariantTrainings:
         until, losses = time.monotonic() + seconds, 0
         try:
             while waiting := [each for each in tasks if not (each[0].file.exists() or each[0].failed.exists())]:
-                lots: list[list[tuple[_Task, float]]] = [[] for _ in range(min(self.at_once, len(waiting)))]
+                lots: list[_Lot] = [[] for _ in range(min(self.at_once, len(waiting)))]
                 for each in waiting:  # to the process that is done with the others first
                     min(lots, key=lambda lot: sum(cost for _, cost in lot)).append(each)
-                turns = [_Turn(tuple(lot), until, pace) for lot in lots]
-                if len(turns) == 1:
-                    _train_in_turn(turns[0])
+                train = partial(_train_in_turn, until=until, pace=pace)
+                if len(lots) == 1:
+                    train(lots[0])
                     break
-                logs = [self.folder / f"training_{number + 1}.log" for number in range(len(turns))]
                 try:
-                    with _show_ended([task for task, _ in waiting]):
-                        list(run_side_by_side(_train_in_turn, turns, logs, len(turns)))
+                    self._train_lots(train, lots)
                     break
                 except LostProcessError as error:
                     losses += 1
@@ -223,6 +220,19 @@ class VariantTrainings:
                 if task.failed.exists():
                     name = f"{task.variant.name}, seed {task.variant.settings.training.seed}"
                     self.failed[name] = task.failed.read_text(encoding="utf-8")
+
+    def _train_lots(self, train: Callable[[_Lot], None], lots: Sequence[_Lot]) -> None:
+        """Trains each lot in a process of its own, and shows how many trainings have ended."""
+        logs = [self.folder / f"training_{number + 1}.log" for number in range(len(lots))]
+        files = [task.file for lot in lots for task, _ in lot]
+        with bar() as progress:
+            shown = progress.add_task("trainings", total=len(files))
+
+            def look() -> None:
+                progress.update(shown, completed=sum(file.exists() for file in files))
+
+            for _ in run_side_by_side(train, lots, logs, len(lots), look):
+                pass
 
     def read(self, variant: Variant, seed: int) -> TrainedVariant | None:
         """What a training gave, None where it has not ended."""
@@ -295,41 +305,15 @@ class _Task:
         return len(self.begun.read_text(encoding="utf-8").splitlines()) if self.begun.exists() else 0
 
 
-@dataclass(frozen=True)
-class _Turn:
-    """Trainings, with what each costs, that one process does one after the other. until: of `time.monotonic`; pace: see
-    `VariantTrainings.train_until`."""
-
-    tasks: tuple[tuple[_Task, float], ...]
-    until: float
-    pace: float
+_Lot = list[tuple[_Task, float]]
 
 
-@contextmanager
-def _show_ended(tasks: Sequence[_Task]) -> Iterator[None]:
-    """A bar of how many trainings have ended, which other processes run."""
-    over = threading.Event()
-    with bar() as progress:
-        shown = progress.add_task("trainings", total=len(tasks))
-
-        def look() -> None:
-            while not over.wait(1.0):
-                progress.update(shown, completed=sum(each.file.exists() for each in tasks))
-
-        thread = threading.Thread(target=look, daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            over.set()
-            thread.join()
-
-
-def _train_in_turn(turn: _Turn) -> None:
-    paces = [turn.pace] if turn.pace else []
-    for task, cost in turn.tasks:
-        begun, pace = time.monotonic(), sum(paces) / max(1, len(paces))
-        if begun + cost * pace > turn.until:
+def _train_in_turn(lot: _Lot, until: float, pace: float) -> None:
+    """Trains one after the other, each with what it costs. until: of `time.monotonic`; pace: see `train_until`."""
+    paces = [pace] if pace else []
+    for task, cost in lot:
+        begun = time.monotonic()
+        if begun + cost * sum(paces) / max(1, len(paces)) > until:
             continue
         if task.starts() >= STARTS:
             write_text(task.failed, f"its process was killed {STARTS} times: does it need more memory than there is?")

@@ -37,6 +37,8 @@ COLOURS = {
 SERIES = (COLOURS["test"], "#c2571a", "#2f855a", "#7c3aed", "#b83280")
 """Colours of lines side by side, such as one for each task."""
 _NAMES = {colour: f"var(--{name})" for name, colour in COLOURS.items()}
+_MAIN = re.compile(r"<main>(.*)</main>", re.DOTALL)
+_TITLE = re.compile(r"<h1>.*?</h1>", re.DOTALL)
 
 
 def render(template: str, values: Mapping[str, Any]) -> str:
@@ -59,6 +61,18 @@ def _environment() -> Environment:
     environment.filters["signed"] = lambda values: signed(*values)
     environment.filters["sentence"] = lambda words: words[:1].upper() + words[1:]
     return environment
+
+
+def embed(page: str, name: str) -> str | None:
+    """The inside of one of this package's pages, to stand below a heading of the second level of another one; its ids
+    begin with a name. None for a page of another kind, such as one with a script."""
+    found = _MAIN.search(page)
+    if found is None or "<script" in page:
+        return None
+    body = _TITLE.sub("", found[1], count=1)
+    for level in (3, 2):
+        body = re.sub(rf"<(/?)h{level}\b", rf"<\1h{level + 1}", body)
+    return re.sub(r'( id="| href="#|url\(#)(?=\w)', rf"\g<1>{name}-", body)
 
 
 def blank(width: float, height: float) -> Figure:

@@ -71,9 +71,8 @@ class TuningReport:
 
     def to_tree(self) -> dict[str, Any]:
         """All of it as JSON can hold it, with the sentences."""
-        names = ("title", "file", "best", "metric", "minutes", "trainings", "failed", "joined", "compared", "sides")
-        tree = {"sentences": self.sentences} | {name: getattr(self, name) for name in names}
-        tree |= {"taken": self.taken, "seconds": self.seconds, "sample": self.sample, "facts": self.facts}
+        tree = {"sentences": self.sentences} | vars(self)
+        del tree["not_tried"]
         return tree | {"tried": [{**vars(each), "verdict": each.verdict} for each in self.tried]}
 
 

@@ -132,7 +132,7 @@ def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tupl
         capsys: pytest.CaptureFixture, search: dict[str, Any], trials: int, train: Callable[..., Any], *words: str
     ) -> tuple[int, str, str]:
         config = search_in(tmp_path, search)
-        monkeypatch.setattr("mmoe_rec.preprocessing.prepare.features_in_use", lambda *_: nullcontext(FeatureFolder()))
+        monkeypatch.setattr("mmoe_rec.jobs.variants.features_in_use", lambda *_: nullcontext(FeatureFolder()))
         monkeypatch.setattr(Study, "_train", train)
         capsys.readouterr()
         code, said = commands.exit_code("tune", "--config", config, "--trials", trials, *words), capsys.readouterr()

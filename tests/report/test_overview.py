@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from mmoe_rec.inference.artifact import version_of, write_manifest
-from mmoe_rec.jobs.overview import JOBS, read_parts
+from mmoe_rec.jobs.overview import JOBS, Part, page, read_parts
 from mmoe_rec.report.evaluation import write_results
 from mmoe_rec.report.health import write
-from mmoe_rec.report.overview import Part, embed, page
+from mmoe_rec.report.pages import embed
 from mmoe_rec.settings.load import load_settings
 from mmoe_rec.training.origin import fixed_settings
 from tests.inspection.encoded_data import changed, drifting, health_of_frames

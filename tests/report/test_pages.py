@@ -12,7 +12,8 @@ from mmoe_rec.evaluation.intervals import Difference
 from mmoe_rec.evaluation.summary import Objective
 from mmoe_rec.evaluation.trainings import SettingsDifference, TrainingsMean
 from mmoe_rec.inference.costs import Cost
-from mmoe_rec.report import ablation, evaluation, health, overview, structures, trainings, tuning
+from mmoe_rec.jobs import overview
+from mmoe_rec.report import ablation, evaluation, health, structures, trainings, tuning
 from mmoe_rec.report.pages import TEMPLATES, render
 from tests.inspection.encoded_data import LAYOUT, SCHEMA, changed, health_of_frames, spoiling
 from tests.report import evaluations
