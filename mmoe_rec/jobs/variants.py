@@ -158,18 +158,12 @@ class VariantTrainings:
         """
         made = [self._make_task(each, seed) for seed in seeds for each in variants]
         tasks = {each.file: each for each in made if not each.file.exists()}
-        names = [f"{each.variant.name}, seed {each.variant.settings.training.seed}" for each in tasks.values()]
         logs = [self.folder / f"training_{number + 1}.log" for number in range(len(tasks))]
         if self.at_once > 1:
             for log in logs:
                 log.unlink(missing_ok=True)
-        try:
-            run_each(_train, list(tasks.values()), names, logs, self.at_once)
-        except StoppedError as stopped:
-            who = str(stopped).partition(";")[0]
-            raise StoppedError(f"{who}; trainings that ended stay: go on with the same command") from None
-        finally:
-            shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
+        with self._keep_ended():
+            run_each(_train, list(tasks.values()), [each.name for each in tasks.values()], logs, self.at_once)
         return {each.name: self._read(each, seeds) for each in variants}
 
     def _make_task(self, variant: Variant, seed: int) -> _Task:
@@ -192,7 +186,7 @@ class VariantTrainings:
         """
         tasks = [(self._make_task(*pair), cost) for pair, cost in zip(pairs, costs, strict=True)]
         until, losses = time.monotonic() + seconds, 0
-        try:
+        with self._keep_ended():
             while waiting := [each for each in tasks if not (each[0].file.exists() or each[0].failed.exists())]:
                 lots: list[_Lot] = [[] for _ in range(min(self.at_once, len(waiting)))]
                 for each in waiting:  # to the process that is done with the others first
@@ -211,15 +205,19 @@ class VariantTrainings:
                     for task, _ in waiting:
                         if task.starts() >= STARTS and not task.file.exists():
                             write_text(task.failed, str(error))
+        failed = [task for task, _ in tasks if task.failed.exists()]
+        self.failed |= {task.name: task.failed.read_text(encoding="utf-8") for task in failed}
+
+    @contextmanager
+    def _keep_ended(self) -> Iterator[None]:
+        """Around trainings: leaves no weights behind, and says what stays where a signal came."""
+        try:
+            yield
         except StoppedError as stopped:
             who = str(stopped).partition(";")[0]
             raise StoppedError(f"{who}; trainings that ended stay: go on with the same command") from None
         finally:
             shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
-            for task, _ in tasks:
-                if task.failed.exists():
-                    name = f"{task.variant.name}, seed {task.variant.settings.training.seed}"
-                    self.failed[name] = task.failed.read_text(encoding="utf-8")
 
     def _train_lots(self, train: Callable[[_Lot], None], lots: Sequence[_Lot]) -> None:
         """Trains each lot in a process of its own, and shows how many trainings have ended."""
@@ -291,6 +289,11 @@ class _Task:
     unsent: Path | None
 
     @property
+    def name(self) -> str:
+        """In words."""
+        return f"{self.variant.name}, seed {self.variant.settings.training.seed}"
+
+    @property
     def failed(self) -> Path:
         """The file that says why it failed, if it did."""
         return self.file.with_suffix(".failed")
@@ -344,7 +347,7 @@ def _train(task: _Task) -> None:
     with runs.open_run(
         settings.tracking.address,
         settings.experiment,
-        run_name=f"{variant.name}, seed {settings.training.seed}",
+        run_name=task.name,
         key=f"{task.parent}-{task.file.stem}",
         parent=task.parent,
         unsent=task.unsent,
