@@ -150,7 +150,7 @@ class Study:
         self.settings, self.prepared, self.folder = trainings.settings, trainings.prepared, trainings.folder
         self.with_values, settings = with_values, trainings.settings
         assert trainings.run is not None, "it is open"
-        self.record = trainings.run
+        self.parent = trainings.run
         depends = settings.model_dump(mode="json", include={"model", "training", "tuning"})
         self.key = digest(depends, settings.choices, trainings.prepared.manifest["fingerprint"])
         self._study = self._open(self.folder / "study.db")
@@ -205,7 +205,7 @@ class Study:
             reasons = [each.user_attrs[_REASON] for each in ended if _REASON in each.user_attrs]
             last = f" (the last reason: {reasons[-1]})" if reasons else ""
             raise UserError(f"no trial ended well{last}; raise --trials, or narrow tuning.search")
-        run, best, file = self.record, self._study.best_trial, self.folder / "best.yaml"
+        run, best, file = self.parent, self._study.best_trial, self.folder / "best.yaml"
         values = self._read_values(best)
         write_text(file, self.with_values(values).to_yaml())
         run.log_params({f"best.{setting}": value for setting, value in values.items()})
@@ -311,7 +311,7 @@ class Study:
                 settings.tracking.address,
                 settings.experiment,
                 run_name=f"trial {trial.number + 1}",
-                parent=self.record.run_id,
+                parent=self.parent.run_id,
                 unsent=Path(settings.data.work) / "unsent",
                 patience=PATIENCE_SECONDS,
             ) as run,
