@@ -30,6 +30,9 @@ HALF = Blend(0.5, 0.5, 0.0)
 SPREAD = 0.5
 """Standard deviation that is expected of the difference of both weights, so that few labels leave them about equal."""
 
+CERTAINTY = 3.0
+"""Standard errors by which ids have to help: what an id was worth lasts less long than what counters say."""
+
 
 def grow_trees(settings: Settings, prepared: FeatureFolder, layout: ModelLayout, model: RankingModel) -> Trees:
     """The trees of all tasks that have both labels (or several values) in training and validation rows.
@@ -45,6 +48,8 @@ def grow_trees(settings: Settings, prepared: FeatureFolder, layout: ModelLayout,
     users = np.unique(hash_column(held_out.column("user")), return_inverse=True)[1]
     logits, *_ = calibration_rows(model, layout, validation, settings.evaluation.batch_size)
     logits = logits[len(logits) - len(held_out.labels) :]
+    # In a table without times there is no later, and there are no counters that say what ids do.
+    certainty = CERTAINTY if settings.columns.has_time else 0.0
     shape = section.leaves, settings.training.seed, section.learning_rate, section.number
     texts: dict[str, str] = {}
     blends: dict[str, Blend] = {}
@@ -71,7 +76,8 @@ def grow_trees(settings: Settings, prepared: FeatureFolder, layout: ModelLayout,
                 blend = fit_blend(task.kind, network, trees, judged.labels, judged.weights)
                 blended = blend.network * network + blend.trees * trees + blend.offset
                 losses = [_losses_of(task.kind, each, judged.labels) for each in (blended, network, trees)]
-                if before is not None and not is_clearly_less(losses[0], before, judged.weights, users[observed]):
+                witnesses = judged.weights, users[observed]
+                if before is not None and not is_clearly_less(losses[0], before, *witnesses, certainty):
                     continue
                 before, texts[task.name], blends[task.name] = losses[0], text, blend
                 together, alone, of_trees = (np.average(each, weights=judged.weights) for each in losses)
@@ -94,12 +100,14 @@ def _losses_of(kind: str, logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return ((logits - labels) / (labels.std() or 1.0)) ** 2
 
 
-def is_clearly_less(losses: np.ndarray, others: np.ndarray, weights: np.ndarray | None, users: np.ndarray) -> bool:
-    """Whether rows lose less by more than three standard errors, over users, since rows of a user are no independent
-    witnesses: what an id was worth lasts less long than counters do."""
+def is_clearly_less(
+    losses: np.ndarray, others: np.ndarray, weights: np.ndarray | None, users: np.ndarray, certainty: float = CERTAINTY
+) -> bool:
+    """Whether rows lose less by more than `certainty` standard errors, over users, since rows of a user are no
+    independent witnesses."""
     gains = (others - losses) * (1 if weights is None else weights)
     apart = np.bincount(users, gains - gains.mean())[np.unique(users)]
-    return len(apart) > 1 and bool(gains.sum() > 3 * math.sqrt(len(apart) / (len(apart) - 1) * (apart @ apart)))
+    return len(apart) > 1 and bool(gains.sum() > certainty * math.sqrt(len(apart) / (len(apart) - 1) * (apart @ apart)))
 
 
 def fit_blend(

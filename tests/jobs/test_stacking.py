@@ -20,10 +20,12 @@ from mmoe_rec.evaluation.calibration import calibration_rows
 from mmoe_rec.inference.artifact import MANIFEST, write_manifest
 from mmoe_rec.inference.export import draw_requests, inputs_of, load_onnx, save_with_trees, write_onnx
 from mmoe_rec.inference.ranker import Ranker
+from mmoe_rec.jobs import stacking
 from mmoe_rec.jobs.stacking import HALF, fit_blend, is_clearly_less
 from mmoe_rec.jobs.trees import Inputs, grow_lightgbm
 from mmoe_rec.model.forest import Forest, read_ensemble
 from mmoe_rec.model.trees import Trees
+from mmoe_rec.settings.columns import NO_TIME
 from mmoe_rec.tracking import registry
 from tests.inference.small_model import ITEMS, SmallModel, as_request
 from tests.inference.test_ranker import in_request_order, offline
@@ -207,8 +209,18 @@ def test_a_users_rows_are_one_witness() -> None:
     zeros, each, own = np.zeros(4000), np.arange(4000), np.repeat(np.arange(400) * 3, 10)
     assert is_clearly_less(-gains, zeros, None, each)
     assert not is_clearly_less(-gains, zeros, None, own)
+    assert is_clearly_less(-gains, zeros, None, own, 0.0)
     assert is_clearly_less(-2 * gains - 1, zeros, np.full(4000, 0.1), own)
     assert not is_clearly_less(-gains - 1, zeros, None, np.zeros(4000, int)), "one user says nothing"
+
+
+def test_ids_are_taken_sooner_where_no_later_rows_wait(small: SmallModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(stacking, "is_clearly_less", lambda *given: asked.append(given[-1]))
+    columns = small.settings.columns.model_copy(update={"time": NO_TIME})
+    for settings in (small.settings, small.settings.model_copy(update={"columns": columns})):
+        stacking.grow_trees(settings, small.prepared, small.model_layout, small.model)
+    assert asked == [3.0] * (len(asked) // 2) + [0.0] * (len(asked) // 2) != []
 
 
 def test_damage_is_told(small: SmallModel, tmp_path: Path) -> None:
