@@ -210,13 +210,20 @@ def test_a_training_begins_at_the_rates_and_a_regression_at_its_mean(prepared: F
         trainer.checkpoints.close()
 
 
+def train_with_unit(folder: Path, unit: float) -> SmallTraining:
+    """By weights that are multiples of a unit."""
+    return trained(write_prepared(folder / "data", LAYOUT, unit=unit), folder / "best", epochs=2, **LEARNT)
+
+
+@pytest.fixture(scope="module")
+def weighted(tmp_path_factory: pytest.TempPathFactory) -> SmallTraining:
+    return train_with_unit(tmp_path_factory.mktemp("weighted"), 1.0)
+
+
 @pytest.mark.parametrize("unit", [2.0**20, 1e-20, 7e18])
-def test_weights_times_any_constant_train_the_same(tmp_path: Path, unit: float) -> None:
+def test_weights_times_any_constant_train_the_same(weighted: SmallTraining, tmp_path: Path, unit: float) -> None:
     """To the last bit where the constant is a power of two, which rounds nothing."""
-    found = [
-        trained(write_prepared(tmp_path / f"{each}", LAYOUT, unit=each), tmp_path / f"best {each}", epochs=2, **LEARNT)
-        for each in (1.0, unit)
-    ]
+    found = (weighted, train_with_unit(tmp_path, unit))
     one, other = (each.model().state_dict() for each in found)
     near = 0.0 if math.frexp(unit)[0] == 0.5 else 1e-3
     for key, weight in one.items():
