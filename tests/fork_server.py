@@ -22,7 +22,9 @@ import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from multiprocessing import process
 from pathlib import Path
+from types import SimpleNamespace
 
 from tests.mlflow_stores import copy_new_stores
 
@@ -46,10 +48,13 @@ _PRELOADED = (
 class Command:
     """A command that runs, in a session of its own; what it prints goes to files."""
 
-    def __init__(self, words: Sequence[str], env: Mapping[str, str] | None = None, cwd: Path = ROOT) -> None:
-        """words: `MODULE ARGUMENT ...`, as after `python -m`, or `FILE.py ARGUMENT ...`; env: more variables."""
+    def __init__(
+        self, words: Sequence[str], env: Mapping[str, str] | None = None, cwd: Path = ROOT, log: Path | None = None
+    ) -> None:
+        """words: `MODULE ARGUMENT ...`, as after `python -m`, or `FILE.py ARGUMENT ...`; env: more variables; log: a
+        file that gets all that it prints."""
         self._folder = tempfile.TemporaryDirectory()
-        self._out, self._err = (Path(self._folder.name) / name for name in ("out", "err"))
+        self._out, self._err = (log or Path(self._folder.name) / name for name in ("out", "err"))
         self._socket = _connect(Path(os.environ[FOLDER]))
         request = {
             "words": list(map(str, words)),
@@ -84,6 +89,10 @@ class Command:
         data = self._socket.recv(64)
         self.returncode = int(data) if data else -signal.SIGKILL
 
+    def fileno(self) -> int:
+        """Of what can be read once it has ended."""
+        return self._socket.fileno()
+
     def send_signal(self, number: int) -> None:
         """To the command alone, if it has not ended."""
         if self.poll() is None:
@@ -117,6 +126,41 @@ def call(function: Callable[..., None], *arguments: object, env: Mapping[str, st
     """Calls a function of a module in a process of its own."""
     text = base64.b64encode(pickle.dumps((function, arguments))).decode()
     return Command(["tests.fork_server", "--call", text], env)
+
+
+class _Process:
+    """As one of `multiprocessing` that is spawned, as far as trainings side by side use it."""
+
+    def __init__(self, target: Callable[..., None], args: tuple[object, ...]) -> None:
+        self._arguments = (target, *args)
+
+    def start(self) -> None:
+        self._command = call(_run_with_parent, os.getpid(), *self._arguments)
+        self.sentinel = self._command.fileno()
+
+    @property
+    def exitcode(self) -> int | None:
+        return self._command.poll()
+
+    def is_alive(self) -> bool:
+        return self.exitcode is None
+
+    def terminate(self) -> None:
+        self._command.send_signal(signal.SIGTERM)
+
+    def join(self, timeout: float) -> None:
+        with suppress(TimeoutError):
+            self._command.wait(timeout)
+
+
+MULTIPROCESSING = SimpleNamespace(get_context=lambda _: SimpleNamespace(Process=_Process))
+"""In the place of `multiprocessing` in a module that spawns trainings: each would import everything anew."""
+
+
+def _run_with_parent(parent: int, target: Callable[..., None], *arguments: object) -> None:
+    own = process._ParentProcess("parent", parent, os.pidfd_open(parent))  # type: ignore[attr-defined]
+    process._parent_process = own  # type: ignore[attr-defined]
+    target(*arguments)
 
 
 def _connect(folder: Path) -> socket.socket:
@@ -182,7 +226,7 @@ def _become(words: list[str], env: dict[str, str], cwd: str, files: list[str], p
     os.setsid()
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     for number, file in enumerate(files, start=1):
-        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), number)
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o644), number)
     os.environ.clear()
     os.environ.update(env)
     time.tzset()

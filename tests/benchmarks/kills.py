@@ -7,9 +7,11 @@ kills builds of features; each next build has to give the same bytes and to leav
 
 import argparse
 import json
+import os
 import tempfile
 from pathlib import Path
 
+from tests.fork_server import FOLDER
 from tests.pipelines.killed_trainings import kill_and_compare, whole_training
 from tests.preprocessing.killed_builds import killed_builds
 
@@ -22,6 +24,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the moments of trainings")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
+        os.environ[FOLDER] = folder
         if arguments.of == "builds":
             attempts = killed_builds(Path(folder), arguments.kills)
             ended = attempts - arguments.kills

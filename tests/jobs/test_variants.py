@@ -15,11 +15,13 @@ from mmoe_rec.evaluation.intervals import Difference
 from mmoe_rec.evaluation.summary import summarise
 from mmoe_rec.features.layout import DenseInput, Layout, TaskOutput
 from mmoe_rec.inference.artifact import Source
+from mmoe_rec.jobs import seeds
 from mmoe_rec.jobs.evaluate import scored_rows
 from mmoe_rec.jobs.train import train_model
 from mmoe_rec.jobs.variants import Variant, VariantTrainings, open_variants
 from mmoe_rec.settings.load import load_settings
 from mmoe_rec.settings.sections import Settings
+from tests.fork_server import MULTIPROCESSING
 from tests.pipelines.learnable_log import settings_tree
 from tests.pipelines.short_trainings import FIRST_DAY, LENIENT, RATES, SMALL, World, dying_after
 
@@ -144,7 +146,10 @@ def test_a_task_is_learnt_from_its_own_label_where_the_given_one_is_left_out() -
 
 
 @pytest.mark.thorough
-def test_trainings_side_by_side_are_those_one_after_the_other(settings: Settings) -> None:
+def test_trainings_side_by_side_are_those_one_after_the_other(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(seeds, "multiprocessing", MULTIPROCESSING)
     variants = [Variant("as they are", settings), Variant("smaller", settings, ("price",), ("liked",))]
     found = []
     for at_once in (2, 1):

@@ -9,10 +9,12 @@ import pytest
 import yaml
 
 from mmoe_rec.inference.artifact import Source
+from mmoe_rec.jobs import seeds
 from mmoe_rec.jobs.evaluate import measured_on_test_rows
 from mmoe_rec.report.formatting import signed
 from mmoe_rec.settings.load import load_settings
 from tests.commands import refuse
+from tests.fork_server import MULTIPROCESSING
 from tests.pipelines.short_trainings import World, dying_after, refused
 from tests.report.parsed import Page
 
@@ -62,9 +64,10 @@ def test_trainings_that_were_stopped_go_on_and_their_mean_is_told(world: World, 
 
 
 def test_trainings_side_by_side_are_those_one_after_the_other(
-    world: World, tmp_path: Path, capsys: pytest.CaptureFixture
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same models, and a page that shows each of them. Only the number of threads could differ, and it is given."""
+    monkeypatch.setattr(seeds, "multiprocessing", MULTIPROCESSING)
     together = World.of(tmp_path)
     together.train("--seeds", "2", "--at-once", "2")
     printed = capsys.readouterr().out

@@ -15,9 +15,9 @@ from mmoe_rec.settings.sections import Training
 from mmoe_rec.training.checkpoint import FinishedTraining, latest_checkpoint
 from mmoe_rec.training.choices import Choices, Chooser
 from mmoe_rec.training.validation import validate_alone
-from tests.commands import refuse
-from tests.fork_server import run_command
+from tests.commands import refuse, run
 from tests.pipelines.short_trainings import World, dying_after
+from tests.training.ranks import name_rank, spawn
 
 MEMBERS = ("--model.members", "2")
 
@@ -119,13 +119,17 @@ def test_members_compute_as_the_first_one_does(world: World, tmp_path: Path, mon
     assert [None if each is None else each.state.choices for each in found] == [choose(None, Training())] * 2
 
 
+def train_on_rank(rank: int, ranks: int, port: int, *words: str) -> None:
+    """The command on one of several ranks. It is called in a process of its own."""
+    name_rank(rank, ranks, port)
+    run("train", *words)
+
+
 @pytest.mark.thorough
 def test_two_ranks_train_the_same_members(world: World, tmp_path: Path) -> None:
     work = tmp_path / "work"
     shutil.copytree(world.work / "features", work / "features")
-    ranks = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "mmoe_rec", "train"]
-    made = run_command(*ranks, "--config", str(world.folder / "first.yaml"), *MEMBERS, "--data.work", str(work))
-    assert made.returncode == 0, made.stderr
+    spawn(train_on_rank, "--config", str(world.folder / "first.yaml"), *MEMBERS, "--data.work", str(work))
     found, expected = weights(work), weights(world.work)
     assert found.keys() == expected.keys()
     for name, weight in expected.items():

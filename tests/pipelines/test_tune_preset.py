@@ -6,16 +6,13 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -23,13 +20,15 @@ import yaml
 from sklearn.metrics import roc_auc_score
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.jobs import presets, variants
+from mmoe_rec.jobs import presets, seeds, variants
 from mmoe_rec.jobs.presets import sample_users
 from mmoe_rec.log.columns import hash_column
 from mmoe_rec.preprocessing.prepare import FeatureFolder
 from mmoe_rec.settings.load import load_settings
 from tests import commands
+from tests.fork_server import MULTIPROCESSING, call
 from tests.pipelines.learnable_log import write_files
+from tests.processes import until
 
 COMMENT = "# what our shop knows of its visitors\n"
 SECONDS = 5.0
@@ -316,33 +315,43 @@ def test_what_can_not_be_is_refused(
     assert message in commands.refuse(capsys, "tune", "--config", config, *words)
 
 
+def tune_side_by_side(*words: str) -> None:
+    """The command. It is called in a process of its own."""
+    seeds.multiprocessing = MULTIPROCESSING  # type: ignore[assignment]
+    commands.run("tune", *words)
+
+
 @pytest.mark.thorough
 def test_networks_are_trained_side_by_side_and_kills_lose_little(config: Path, tmp_path: Path) -> None:
     """First a process that trains is killed, and others go on; then the whole command, which is given again."""
     tree = yaml.safe_load(config.read_text())
     tree["training"] |= {"epochs": 1, "batch_size": 1024}
-    quick = tmp_path / "quick.yaml"
+    quick, tuning = tmp_path / "quick.yaml", tmp_path / "work" / "tuning"
     quick.write_text(yaml.safe_dump(tree), encoding="utf-8")
-    words = [sys.executable, "-m", "mmoe_rec", "tune", "--config", str(quick), "--preset", "small"]
-    words += ["--minutes", "60", "--at-once", "2", "--data.work", str(tmp_path / "work")]
+    words = ["--config", str(quick), "--preset", "small", "--minutes", "60", "--at-once", "2"]
+    words += ["--data.work", str(tmp_path / "work")]
 
     def list_trained() -> dict[str, int]:
-        files = (tmp_path / "work" / "tuning").rglob("trainings/*/*.parquet")
-        return {each.name: each.stat().st_mtime_ns for each in files}
+        return {each.name: each.stat().st_mtime_ns for each in tuning.rglob("trainings/*/*.parquet")}
+
+    def find_trainer() -> int:
+        """The id of a process that trains, 0 while there is none."""
+        with suppress(FileNotFoundError):  # it may end meanwhile
+            for each in tuning.rglob("trainings/*/*.begun"):
+                return int(each.read_text().rpartition(" ")[2] or 0)
+        return 0
 
     def run_until(steps: list[tuple[int, str]]) -> tuple[int, str]:
         """Runs the command, and sends each signal once so many trainings have ended; exit code and what it said."""
-        with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
-            for ended, what in steps:
-                while process.poll() is None and len(list_trained()) < ended:
-                    time.sleep(0.05)
-                assert process.poll() is None, process.communicate()[0].decode()
-                target = psutil.Process(process.pid)
-                if what == "kill one":  # of four, one has ended
-                    target = next(each for each in target.children() if "spawn_main" in str(each.cmdline()))
-                target.send_signal(signal.SIGTERM if what == "stop" else signal.SIGKILL)
-            said = process.communicate()[0].decode()
-        return process.returncode, said
+        process = call(tune_side_by_side, *words)
+        for ended, what in steps:
+            until(lambda ended=ended: process.poll() is not None or len(list_trained()) >= ended)
+            assert process.poll() is None, process.stderr
+            if what == "kill one":
+                os.kill(until(find_trainer), signal.SIGKILL)
+            else:
+                process.send_signal(signal.SIGTERM if what == "stop" else signal.SIGKILL)
+        return process.wait(), process.stdout + process.stderr
 
     assert run_until([(1, "kill one"), (3, "kill all")])[0] == -signal.SIGKILL
     before = list_trained()

@@ -1,36 +1,29 @@
 """Builds of features that are killed with SIGKILL at random moments, each followed by a build to the end."""
 
-import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 
+from mmoe_rec.preprocessing import engines, steps
+from mmoe_rec.preprocessing.logs import BuildOptions
+from mmoe_rec.preprocessing.prepare import prepare
+from tests.fork_server import Command, call
 from tests.log.small_logs import ALL_KINDS, files_of, random_log, schema_of, windows_of, write_log
+from tests.processes import until
 
 SCHEMA = schema_of(ALL_KINDS)
 WINDOWS = windows_of(6, 8)
 
-_BUILD = """
-import json, sys
-from pathlib import Path
-from mmoe_rec.preprocessing import engines, steps
-from mmoe_rec.preprocessing.logs import BuildOptions
-from mmoe_rec.preprocessing.prepare import prepare
-from mmoe_rec.features import kinds
-if __name__ == "__main__":
+
+def build(source: str, work: Path, workers: int, threads: int) -> None:
+    """Builds and says when it begins. It is called in a process of its own."""
     steps.ROWS_FOR_PROCESSES = 0
-    log, work, workers, threads, schema, windows = sys.argv[1:]
-    engines.THREADS_AT_MOST = int(threads)
+    engines.THREADS_AT_MOST = threads
     print("begin", flush=True)
-    options = BuildOptions(workers=int(workers), rows_in_memory=2000)
-    prepare(log, kinds.schema_of(json.loads(schema)), json.loads(windows), Path(work), options)
-"""
+    prepare(source, SCHEMA, WINDOWS, work, BuildOptions(workers=workers, rows_in_memory=2000))
 
 
 def killed_builds(folder: Path, kills: int) -> int:
@@ -41,19 +34,14 @@ def killed_builds(folder: Path, kills: int) -> int:
     """
     table = random_log(12, rows=3000)
     source = write_log(folder / "log", *(table.slice(a, b - a) for a, b in pairwise([0, 1000, 2000, 3000])))
-    script = folder / "build.py"
-    script.write_text(_BUILD)
 
-    def start(work: Path, workers: int = 1, threads: int = 1) -> subprocess.Popen:
-        options = [str(workers), str(threads), SCHEMA.model_dump_json(), json.dumps(WINDOWS)]
-        command = [sys.executable, script, source, work, *options]
-        environment = {**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
-        job = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment, text=True)
-        assert job.stdout.readline() == "begin\n"
+    def start(work: Path, workers: int = 1, threads: int = 1) -> Command:
+        job = call(build, str(source), work, workers, threads)
+        until(lambda: job.stdout == "begin\n" or job.poll() is not None, pause=0.005)
         return job
 
-    began = time.monotonic()
-    assert start(folder / "whole").wait() == 0
+    whole, began = start(folder / "whole"), time.monotonic()
+    assert whole.wait() == 0
     took = time.monotonic() - began
     expected = files_of(folder / "whole" / "features")
     random = np.random.default_rng(0)

@@ -26,16 +26,16 @@ SEED = 3
 CPU = torch.device("cpu")
 
 
+def name_rank(rank: int, world: int, port: int) -> None:
+    """Puts into the environment what torchrun does."""
+    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_PORT": port}
+    os.environ.update({name: str(number) for name, number in numbers.items()}, MASTER_ADDR="127.0.0.1")
+
+
 @contextmanager
 def join(rank: int, world: int, port: int) -> Iterator[Ranks]:
-    """The group of ranks, as torchrun would start them: the environment names the rank."""
-    os.environ.update(
-        RANK=str(rank),
-        WORLD_SIZE=str(world),
-        LOCAL_WORLD_SIZE=str(world),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-    )
+    """The group of ranks."""
+    name_rank(rank, world, port)
     torch.set_num_threads(1)
     with process_group(CPU) as ranks:
         yield ranks
