@@ -53,7 +53,9 @@ def edit(config: Path, *arguments: str) -> Path:
     return config.parent / "work" / "edited"
 
 
-def test_adding_experts_keeps_predictions_and_training_goes_on(soft: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_adding_experts_keeps_predictions_and_training_goes_on(
+    soft: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     before = ranked(soft.parent / "work" / "model")
     folder = edit(soft, "--add", "2")
     told = capsys.readouterr().out
@@ -63,11 +65,10 @@ def test_adding_experts_keeps_predictions_and_training_goes_on(soft: Path, capsy
     uri = f"sqlite:///{soft.parent}/mlflow.db"
     client = mlflow.MlflowClient(uri, uri)
     assert client.get_model_version_by_alias("learnable", "challenger")
-    run("train", "--config", str(soft), "--from", str(folder), "--model.experts.count", "6")
-    told = capsys.readouterr().out
-    assert "validation of the model that it was started from" in told
-    # Back to what other tests start from.
-    run("train", "--config", str(soft))
+    shutil.copytree(soft.parent / "work" / "features", tmp_path / "features")
+    own = ("--model.experts.count", "6", "--data.work", str(tmp_path))
+    run("train", "--config", str(soft), "--from", str(folder), *own)
+    assert "validation of the model that it was started from" in capsys.readouterr().out
 
 
 def test_removing_and_masking_agree(soft: Path) -> None:
