@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests.fork_server import Command
 from tests.processes import until
 
 START_WITHIN_S = 600
@@ -70,6 +71,13 @@ def running_program(
     """A program that serves `page`, from when that answers until the block ends; what it prints goes to `log`."""
     with log.open("w") as output:
         process = subprocess.Popen(words, cwd=cwd, env=env, stdout=output, stderr=output, start_new_session=True)
+    with serving(process, page, log):
+        yield process
+
+
+@contextmanager
+def serving(process: subprocess.Popen[bytes] | Command, page: str, log: Path) -> Iterator[None]:
+    """From when the page of a process answers, which leads a session, until the block ends."""
     try:
         until(
             lambda: process.poll() is not None or answers(page),
@@ -78,9 +86,9 @@ def running_program(
             within=START_WITHIN_S,
         )
         assert process.poll() is None, log.read_text()
-        yield process
+        yield
     finally:
-        # It leads a session, so that all it started ends with it; it may have ended by itself.
+        # All that it started ends with it; it may have ended by itself.
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGTERM)
         process.wait(300)

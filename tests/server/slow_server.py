@@ -3,6 +3,7 @@
 A pass with a request of user 999 writes the file `started` into FOLDER and waits until there is a file `go_on`.
 """
 
+import logging
 import sys
 import time
 from collections.abc import Sequence
@@ -30,5 +31,6 @@ def wait_where_told(folder: Path) -> None:
 
 
 if __name__ == "__main__":
+    logging.root.handlers.clear()  # of libraries that `tests.fork_server` has imported, and a server need not have
     wait_where_told(Path(sys.argv[1]))
     run("serve", *sys.argv[2:])

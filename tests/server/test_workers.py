@@ -171,7 +171,7 @@ def test_all_ends_with_the_parent(folder: Path, tmp_path: Path) -> None:
     with served(folder, tmp_path, "--workers", "2", TMPDIR=str(tmp_path / "temporary")) as running:
         until(lambda: model_count(running) == 2)
         rest = running.workers() | running.generations()
-        running.process.kill()
+        running.process.send_signal(signal.SIGKILL)
         running.process.wait(PATIENCE)
         until(lambda: not any(map(is_running, rest)))
         assert not list((tmp_path / "temporary").iterdir())
@@ -283,7 +283,7 @@ def test_what_was_acknowledged_survives_kills_of_workers_and_of_the_server(small
                 workers = _ready(running)
         _check(small, _asked(running, position), table.slice(0, 60))
         whole = running.workers()
-        running.process.kill()
+        running.process.send_signal(signal.SIGKILL)
         running.process.wait()
         for worker in whole:
             with suppress(ProcessLookupError):
