@@ -66,7 +66,7 @@ ELSEWHERE = {
     "curl events": "server/test_events.py::test_replies_know_what_was_acknowledged",
     "evaluate --against": "jobs/test_planted_bugs.py::test_models_are_compared_on_the_test_rows",
     "evaluate --split --predictions": (
-        "pipelines/test_evaluated_rows.py::test_the_rows_of_a_split_with_their_predictions"
+        "pipelines/test_slices_of_the_log.py::test_the_rows_of_a_split_with_their_predictions"
     ),
     "evaluate --experts-per-row": "pipelines/test_expert_commands.py::test_fewer_experts_have_a_row_each",
     "ablate": "jobs/test_ablation.py::test_losses_are_those_of_a_plain_loop",

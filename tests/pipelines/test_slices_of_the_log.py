@@ -1,4 +1,4 @@
-"""Slices by columns of the log, features or not, beside pandas and scikit-learn."""
+"""Slices by columns of the log, features or not, and the rows of a split, beside pandas and scikit-learn."""
 
 import math
 import re
@@ -19,7 +19,7 @@ from mmoe_rec.jobs.evaluate import evaluate_model, scored_rows
 from mmoe_rec.jobs.slicing import LogColumns
 from mmoe_rec.settings.load import load_settings
 from mmoe_rec.tracking.registry import find_model
-from tests.commands import run
+from tests.commands import read_metrics, refuse, run
 from tests.pipelines.learnable_log import learnable_log, settings_tree
 from tests.pipelines.short_trainings import FIRST_DAY, LENIENT, RATES, SMALL, World
 from tests.report.parsed import Page
@@ -176,3 +176,70 @@ def test_a_country_that_is_ranked_worse_than_by_chance_is_named_and_not_promoted
     assert "no In slice country: E" in Page((tmp_path / "work/promotion/report.html").read_text(encoding="utf-8")).words
     run("promote", *words, "--challenger", "2", "--evaluation.guarded_slices", '["user"]')
     assert world.holder() == "2"
+
+
+# The rows of a split
+
+
+def described(world: World, *words: str) -> str:
+    """The words of the page of an evaluation, which lies where the settings say."""
+    out = world.folder / "work" / ("evaluation_validation" if "validation" in words else "evaluation")
+    run("evaluate", "--config", world.folder / "first.yaml", "--model", "models:/learnable@champion", *words)
+    return " ".join(Page((out / "report.html").read_text(encoding="utf-8")).words.split())
+
+
+@pytest.mark.parametrize("split", ["test", "validation"])
+def test_the_rows_of_a_split_with_their_predictions(
+    world: World, split: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Beside scikit-learn, and beside what `metrics` makes of the rows."""
+    described(world, "--split", split, "--predictions", str(tmp_path / "rows"))
+    assert f"predictions: {tmp_path / 'rows' / 'rows.parquet'}" in capsys.readouterr().out
+    mine = read_metrics(world.folder / "work" / ("evaluation" if split == "test" else "evaluation_validation"))
+    rows = pd.read_parquet(tmp_path / "rows")
+    encoded = pd.read_parquet(world.folder / "work" / "features" / "encoded" / split)
+    assert len(rows) == len(encoded) == mine["rows"]
+    for task in ("click", "liked"):
+        np.testing.assert_array_equal(rows[f"label_{task}"], encoded[f"label.{task}"].astype(float))
+        known = rows.dropna(subset=f"label_{task}")
+        area = roc_auc_score(known[f"label_{task}"], known[f"predicted_{task}"])
+        assert mine["tasks"][task]["auc"]["value"] == pytest.approx(area, abs=1e-9)
+    words = ["--config", str(world.folder / "first.yaml"), "--predictions", str(tmp_path / "rows")]
+    run("metrics", *words, "--out", str(tmp_path / "out"))  # though the log calls its candidates otherwise
+    theirs = read_metrics(tmp_path / "out")
+    for task in ("click", "liked"):
+        for name in ("auc", "gauc_request", "logloss", "ndcg_at_5"):
+            assert theirs["tasks"][task][name] == pytest.approx(mine["tasks"][task][name], abs=1e-6)
+    assert theirs["score"]["ndcg_at_5"]["value"] == pytest.approx(mine["score"]["ndcg_at_5"]["value"], abs=1e-6)
+
+
+def test_validation_rows_have_charts_of_their_own(world: World) -> None:
+    words = described(world)
+    assert "What the model has learnt of where candidates are shown" in words
+    assert "odds of click" in words
+    before = world_metrics(world)
+    words = described(world, "--split", "validation")
+    assert "on validation rows" in words
+    assert "from 2024-03-06 00:00 UTC to 2024-03-08 00:00 UTC" in words
+    assert "it looks better on them than on others" in words
+    after = world_metrics(world)
+    assert {name for name in after if name.startswith("test/")} == {name for name in before if name.startswith("test/")}
+    mine = read_metrics(world.folder / "work" / "evaluation_validation")["tasks"]["click"]["auc"]
+    assert after["validation_rows/click.auc"] == pytest.approx(mine["value"])
+    assert after["validation_rows/intervals/click.auc.low"] == pytest.approx(mine["low"])
+
+
+def world_metrics(world: World) -> dict[str, float]:
+    holder = world.champion()
+    return world.client.get_run(holder.run_id).data.metrics
+
+
+def test_a_folder_of_other_files_is_left_alone(world: World, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "mine.parquet").write_text("x")
+    for folder, told in (
+        (tmp_path, "holds other files, such as 'mine.parquet'"),
+        (tmp_path / "mine.parquet", "is a f"),
+    ):
+        words = ["--config", world.folder / "first.yaml", "--model", "models:/learnable@champion"]
+        assert told in refuse(capsys, "evaluate", *words, "--predictions", folder)
+    assert [each.name for each in tmp_path.iterdir()] == ["mine.parquet"]
