@@ -4,7 +4,6 @@ import json
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import mlflow
 import numpy as np
@@ -37,11 +36,6 @@ class Days:
     @property
     def uri(self) -> str:
         return f"sqlite:///{self.folder / 'mlflow.db'}"
-
-    def metrics(self, address: str, *overrides: str) -> dict[str, Any]:
-        out = self.folder / "evaluation"
-        commands.run("evaluate", "--config", self.config, "--model", address, "--out", out, *overrides)
-        return commands.read_metrics(out)
 
 
 def _settings(folder: Path, name: str, split: dict[str, str]) -> Path:
@@ -98,19 +92,6 @@ def test_the_started_model_is_registered_beside_the_first_one(days: Days) -> Non
     example = json.loads((days.folder / "work" / "model" / "example_request.json").read_text())
     ranking = two.rank(example["user"], example["context"], example["candidates"])
     assert len(set(ranking.scores)) == len(ranking.scores)
-
-
-def test_going_on_beats_starting_anew_on_the_new_day(days: Days, tmp_path: Path) -> None:
-    """Both judged on rows later than any that they were trained on."""
-    started = days.metrics("models:/learnable/2")
-    before = days.metrics("models:/learnable/1")
-    assert started["rows"] == before["rows"]
-    commands.run("train", "--config", str(days.config), "--tracking.registered_model", "anew")
-    anew = days.metrics("models:/anew@champion")
-    for task in ("click", "liked"):
-        best = started["tasks"][task]["auc"]["value"]
-        assert best > anew["tasks"][task]["auc"]["value"]
-    assert started["tasks"]["click"]["auc"]["value"] > before["tasks"]["click"]["auc"]["value"]
 
 
 def test_a_model_is_not_started_from_where_it_would_not_fit(days: Days, capsys: pytest.CaptureFixture) -> None:
