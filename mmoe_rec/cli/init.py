@@ -110,17 +110,17 @@ def _propose(
         events: list[Events] = []
         for place, path in enumerate(given["events"]):
             other = open_logs.enter_context(open_profile(path, folder / f"events-{place}", "--events"))
-            events.append(_read_events(path, other, profile, meaning, {each.name for each in events}))
-        proposal: Proposal = propose(profile, meaning, events, given["timezone"])
-        text = settings_text(name, log, work, words, profile, meaning, proposal, events)
+            events.append(_read_events(path, other, meaning, {each.name for each in events}))
+        proposal: Proposal = propose(meaning, events, given["timezone"])
+        text = settings_text(name, log, work, words, meaning, proposal, events)
     return text, meaning, [*meaning.warnings, *proposal.warnings]
 
 
-def _read_events(path: str, profile: Profile, log: Profile, meaning: Meaning, taken: set[str]) -> Events:
+def _read_events(path: str, profile: Profile, meaning: Meaning, taken: set[str]) -> Events:
     from mmoe_rec.profiling.proposal import read_events
 
     name = re.sub(r"\W+", "_", _name_of(path, _NO_NAME - {"events"}))
-    return read_events(path, name if name not in taken else f"{name}_{len(taken) + 1}", profile, log, meaning)
+    return read_events(path, name if name not in taken else f"{name}_{len(taken) + 1}", profile, meaning)
 
 
 def _describe(meaning: Meaning, warnings: Sequence[str]) -> Iterator[Any]:

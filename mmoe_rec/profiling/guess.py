@@ -7,7 +7,7 @@ from difflib import get_close_matches
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.profiling.keys import find_keys
-from mmoe_rec.profiling.meaning import PURPOSES, STEADY, Corrections, Meaning, Reading
+from mmoe_rec.profiling.meaning import PURPOSES, STEADY, Corrections, Meaning
 from mmoe_rec.profiling.profile import Column, Profile
 from mmoe_rec.profiling.roles import find_roles
 from mmoe_rec.profiling.tasks import find_maturity, find_tasks
@@ -22,41 +22,41 @@ _TEXT = 40
 
 def guess(profile: Profile, corrections: Corrections) -> Meaning:
     """What a log means. Raises UserError where it can't be used, or a correction names no column that fits."""
-    reading = Reading(profile, corrections)
-    _check_corrections(reading)
-    _leave_out(reading)
-    find_keys(reading)
-    _find_weights(reading)
-    _find_split(reading)
-    find_tasks(reading)
-    find_roles(reading)
-    find_maturity(reading)
-    return reading.meaning
+    meaning = Meaning(profile, corrections)
+    _check_corrections(meaning)
+    _leave_out(meaning)
+    find_keys(meaning)
+    _find_weights(meaning)
+    _find_split(meaning)
+    find_tasks(meaning)
+    find_roles(meaning)
+    find_maturity(meaning)
+    return meaning
 
 
-def _check_corrections(reading: Reading) -> None:
+def _check_corrections(meaning: Meaning) -> None:
     named: dict[str, str] = {}  # column -> the option that names it as a key
-    for option, name in ((option, name) for option, names in reading.corrections.items() for name in names):
+    for option, name in ((option, name) for option, names in meaning.corrections.items() for name in names):
         if option in PURPOSES and (twin := named.setdefault(name, option)) != option:
             raise UserError(f"--{twin} and --{option} both name column '{name}': one column is one of them")
-        if name not in reading.columns:
-            near = get_close_matches(name, reading.columns, 1) or list(reading.columns)[:8]
-            log = reading.profile.name
+        if name not in meaning.columns:
+            near = get_close_matches(name, meaning.columns, 1) or list(meaning.columns)[:8]
+            log = meaning.profile.name
             raise UserError(f"--{option} '{name}' is no column of '{log}'; there are, for example: {', '.join(near)}")
 
 
-def _leave_out(reading: Reading) -> None:
+def _leave_out(meaning: Meaning) -> None:
     """What can't be an input."""
-    for each in reading.columns.values():
-        why = "as you said" if each.name in reading.corrections.get("leave-out", ()) else _why_unusable(each)
+    for each in meaning.columns.values():
+        why = "as you said" if each.name in meaning.corrections.get("leave-out", ()) else _why_unusable(each)
         gap = f"len(list_filter({each.sql}::DOUBLE[], lambda e: e IS NULL OR NOT isfinite(e))) > 0"
-        if each.kind == "vector" and why is None and reading.profile.count(gap):
+        if each.kind == "vector" and why is None and meaning.profile.count(gap):
             why = "some of its lists hold null, NaN or infinity: write null instead of the whole list"
-        if each.name in reading.profile.unreadable:
-            why = reading.profile.unreadable[each.name]
-            reading.meaning.warnings.append(f"column '{each.name}' is left out: {why}")
-        if why and each.name not in reading.corrections.get("task", ()):
-            reading.meaning.left_out[each.name] = why
+        if each.name in meaning.profile.unreadable:
+            why = meaning.profile.unreadable[each.name]
+            meaning.warnings.append(f"column '{each.name}' is left out: {why}")
+        if why and each.name not in meaning.corrections.get("task", ()):
+            meaning.left_out[each.name] = why
 
 
 def _why_unusable(each: Column) -> str | None:
@@ -78,16 +78,15 @@ def _why_unusable(each: Column) -> str | None:
     return why
 
 
-def _find_weights(reading: Reading) -> None:
-    meaning, profile = reading.meaning, reading.profile
-    for each in reading.free():
+def _find_weights(meaning: Meaning) -> None:
+    for each in meaning.free():
         number = each.kind in ("number", "integer") and not each.nulls
-        number &= each.name not in reading.corrections.get("task", ())
+        number &= each.name not in meaning.corrections.get("task", ())
         if not number or each.low <= 0 or each.distinct < 2:
             continue
         weighs = has(each.name, WEIGHT) and set(words_of(each.name)) <= WEIGHT | WEIGHED
         if weighs and "candidate" in meaning.keys:  # as a parcel's, or a row's?
-            weighs = not profile.changes([meaning.keys["candidate"]], [each.name])[each.name] <= STEADY
+            weighs = not meaning.profile.changes([meaning.keys["candidate"]], [each.name])[each.name] <= STEADY
         if has(each.name, SAMPLING) and each.high <= 1 and meaning.sampling_rate is None:
             meaning.sampling_rate = each.name
             meaning.checks[each.name] = "by its name taken for the rate at which the row was sampled"
@@ -96,15 +95,14 @@ def _find_weights(reading: Reading) -> None:
             meaning.checks[each.name] = "by its name taken for the weight of the row"
 
 
-def _find_split(reading: Reading) -> None:
+def _find_split(meaning: Meaning) -> None:
     """The column that says which rows of a table without times are the test."""
-    meaning = reading.meaning
     if "time" in meaning.keys:
         return
-    for each in reading.free():
+    for each in meaning.free():
         if each.kind != "text" or each.nulls or each.distinct > len(_SPLITS) + 2:
             continue
-        told = {value: _SPLITS.get(str(value).lower()) for value in reading.profile.values(each.name, 20)}
+        told = {value: _SPLITS.get(str(value).lower()) for value in meaning.profile.values(each.name, 20)}
         if all(told.values()) and len(set(told.values())) > 1:
             parts = {name: sorted(value for value, split in told.items() if split == name) for name in SPLITS}
             for name, values in parts.items():
@@ -117,7 +115,7 @@ def _find_split(reading: Reading) -> None:
             return
     said = next((f"{each}; or " for each in meaning.warnings if "--time" in each or "pandas.to_datetime" in each), "")
     raise UserError(
-        f"'{reading.profile.name}' has neither a column of times (--time) nor one that says which rows are train, "
+        f"'{meaning.profile.name}' has neither a column of times (--time) nor one that says which rows are train, "
         f"validation and test: {said}add the latter with pandas: log['split'] = numpy.random.default_rng(1).choice("
         "['train', 'validation', 'test'], len(log), p=[0.8, 0.1, 0.1])"
     )

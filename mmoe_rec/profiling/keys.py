@@ -8,7 +8,7 @@ import shlex
 from typing import Any
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.profiling.meaning import PURPOSES, STEADY, Reading
+from mmoe_rec.profiling.meaning import PURPOSES, STEADY, Meaning
 from mmoe_rec.profiling.profile import Column
 from mmoe_rec.profiling.words import BEFORE, CLOCK, TIME, has, rank_of
 
@@ -23,29 +23,29 @@ _SPAN = 1800
 """Seconds in which the rows of a list are shown."""
 
 
-def find_keys(reading: Reading) -> None:
+def find_keys(meaning: Meaning) -> None:
     """Fills in `keys`, what belongs to them, and `list_keys`. Raises UserError for a given column that can't be one."""
-    keys, given = reading.meaning.keys, reading.corrections
+    keys, given = meaning.keys, meaning.corrections
     for purpose in PURPOSES:
         for name in given.get(purpose, ()):
-            _check_key(reading, purpose, reading.columns[name])
+            _check_key(meaning, purpose, meaning.columns[name])
             keys[purpose] = name
-    _find_by_name(reading, "user")
-    _find_by_name(reading, "candidate")
-    _find_time(reading)
-    _find_request(reading)
-    _find_by_structure(reading)
-    if reading.is_plain and "candidate" not in given and 0 < reading.distinct("candidate") < _FEWEST_CANDIDATES:
+    _find_by_name(meaning, "user")
+    _find_by_name(meaning, "candidate")
+    _find_time(meaning)
+    _find_request(meaning)
+    _find_by_structure(meaning)
+    if meaning.is_plain and "candidate" not in given and 0 < meaning.distinct("candidate") < _FEWEST_CANDIDATES:
         del keys["candidate"]  # a column like the others, such as a person's job
     for purpose in ("user", "candidate"):
         free = purpose in keys and purpose not in given and "request" not in keys
-        if free and reading.profile.is_unique(keys[purpose]):  # nothing is known of a row by it
-            reading.meaning.key_checks.pop(purpose, None)
-            reading.meaning.left_out[keys.pop(purpose)] = "it differs in each row"
-    _check_repeats(reading)
+        if free and meaning.profile.is_unique(keys[purpose]):  # nothing is known of a row by it
+            meaning.key_checks.pop(purpose, None)
+            meaning.left_out[keys.pop(purpose)] = "it differs in each row"
+    _check_repeats(meaning)
 
 
-def _check_key(reading: Reading, purpose: str, each: Column) -> None:
+def _check_key(meaning: Meaning, purpose: str, each: Column) -> None:
     if purpose == "time":
         if not each.is_time:
             held = f", as {_shown(each.low)}" if each.low is not None else f" of type {each.type}"
@@ -56,15 +56,15 @@ def _check_key(reading: Reading, purpose: str, each: Column) -> None:
         raise UserError(
             f"--{purpose} '{each.name}' is null in {each.nulls:,} of {each.rows:,} rows: leave those rows out"
         )
-    reading.meaning.left_out.pop(each.name, None)
+    meaning.left_out.pop(each.name, None)
 
 
-def _find_by_name(reading: Reading, purpose: str) -> None:
-    meaning, keys = reading.meaning, reading.meaning.keys
+def _find_by_name(meaning: Meaning, purpose: str) -> None:
+    keys = meaning.keys
     if purpose in keys:
         return
     fitting: list[tuple[int, int, str]] = []
-    for each in reading.free():
+    for each in meaning.free():
         if each.kind not in ("integer", "text") or each.unit or each.binary:
             continue
         if each.distinct < (_FEWEST_USERS if purpose == "user" else 2):
@@ -72,16 +72,16 @@ def _find_by_name(reading: Reading, purpose: str) -> None:
         if rank := rank_of(each.name, purpose):
             fitting.append((rank, min(each.distinct, int(0.9 * each.rows)), each.name))
     if not fitting:
-        for each in reading.columns.values():
+        for each in meaning.columns.values():
             if rank_of(each.name, purpose) == 2 and each.kind in ("number", "other"):
                 why = f"it looks like the {purpose}, but ids are integers or text, and these are {each.type}"
                 meaning.leave_out(each.name, why)
                 meaning.warnings.append(f"'{each.name}' is left out: {why}; cast them before writing")
         return
-    usable = [each for each in fitting if not reading.columns[each[2]].nulls]
+    usable = [each for each in fitting if not meaning.columns[each[2]].nulls]
     if not usable:
         name = max(fitting)[2]
-        why = f"it looks like the {purpose}, but is null in {reading.columns[name].nulls:,} rows, so it can't be"
+        why = f"it looks like the {purpose}, but is null in {meaning.columns[name].nulls:,} rows, so it can't be"
         meaning.leave_out(name, why)
         meaning.warnings.append(f"'{name}' is left out: {why}; leave those rows out of the log")
         return
@@ -96,20 +96,20 @@ def _find_by_name(reading: Reading, purpose: str) -> None:
         meaning.key_checks[purpose] = "; ".join(doubts)
 
 
-def _find_time(reading: Reading) -> None:
-    keys, meaning = reading.meaning.keys, reading.meaning
+def _find_time(meaning: Meaning) -> None:
+    keys = meaning.keys
     if "time" in keys:
-        meaning.time_unit = reading.columns[keys["time"]].unit
+        meaning.time_unit = meaning.columns[keys["time"]].unit
         return
-    found = [each for each in reading.free() if each.is_time and not each.nulls and each.distinct > 1]
-    found = [each for each in found if each.name not in reading.profile.in_path]
+    found = [each for each in meaning.free() if each.is_time and not each.nulls and each.distinct > 1]
+    found = [each for each in found if each.name not in meaning.profile.in_path]
     named = [each for each in found if each.kind == "time" or has(each.name, TIME)]
     unnamed = [each for each in found if each not in named and each.distinct > 0.01 * each.rows]
     found = named or unnamed
     for purpose in ("user", "candidate"):
         # As the day of a user's birth, or of publication.
         if found and purpose in keys and rank_of(keys[purpose], purpose) != 1:
-            changes = reading.profile.changes([keys[purpose]], [each.name for each in found])
+            changes = meaning.profile.changes([keys[purpose]], [each.name for each in found])
             own, found = found, [each for each in found if not changes[each.name] <= STEADY]
             if not found:
                 name = max(own, key=lambda each: (each.distinct, each.name)).name
@@ -117,9 +117,9 @@ def _find_time(reading: Reading) -> None:
                     f"'{name}' hardly changes for a {purpose}, so it is not taken for the request's time: if it is "
                     f"that, say --time {shlex.quote(name)}"
                 )
-    found = _without_attributes(reading, found)
+    found = _without_attributes(meaning, found)
     if not found:
-        if unread := [each for each in reading.free() if _looks_like_time(each)]:
+        if unread := [each for each in meaning.free() if _looks_like_time(each)]:
             column = max(unread, key=lambda each: (each.distinct, each.name))
             meaning.warnings.append(
                 f"'{column.name}' seems to hold times that can't be read, as {_shown(column.low)}: {_PARSE}"
@@ -129,7 +129,7 @@ def _find_time(reading: Reading) -> None:
     def worth(each: Column) -> tuple[int, int, int, str]:
         others = [other for other in found if other is not each]
         before = sum(
-            reading.profile.share(f"{each.microseconds} <= {other.microseconds}", f"{other.sql} IS NOT NULL") > 0.98
+            meaning.profile.share(f"{each.microseconds} <= {other.microseconds}", f"{other.sql} IS NOT NULL") > 0.98
             for other in others
         )
         return -before, -has(each.name, TIME), -each.distinct, each.name
@@ -144,102 +144,102 @@ def _find_time(reading: Reading) -> None:
         meaning.key_checks["time"] = f"it lies before {others} in most rows, so it is taken for the request's time"
 
 
-def _without_attributes(reading: Reading, times: list[Column]) -> list[Column]:
+def _without_attributes(meaning: Meaning, times: list[Column]) -> list[Column]:
     """Times without those of things: what a column determines that does not determine another time of more values, as
     the start of a session, or the day when an article was new."""
-    pool = [each for each in reading.free() if each.is_key and each.unit is None and 1 < each.distinct < each.rows / 2]
+    pool = [each for each in meaning.free() if each.is_key and each.unit is None and 1 < each.distinct < each.rows / 2]
     for key in sorted(pool, key=lambda each: (-each.distinct, each.name))[:12]:
         if len(times) < 2:
             break
-        changes = reading.profile.changes([key.name], [each.name for each in times])
+        changes = meaning.profile.changes([key.name], [each.name for each in times])
         most = max((each.distinct for each in times if changes[each.name] > 10 * STEADY), default=0)
         times = [each for each in times if not (changes[each.name] <= STEADY and each.distinct < most)]
     return times
 
 
-def _find_request(reading: Reading) -> None:
-    keys = reading.meaning.keys
+def _find_request(meaning: Meaning) -> None:
+    keys = meaning.keys
     if "request" in keys:
-        _find_scope(reading, keys["request"], True)
+        _find_scope(meaning, keys["request"], True)
         return
-    named = [each for each in reading.free() if each.is_key and each.unit is None and each.distinct > 1]
+    named = [each for each in meaning.free() if each.is_key and each.unit is None and each.distinct > 1]
     fitting = [(-rank, -each.distinct, each.name) for each in named if (rank := rank_of(each.name, "request"))]
     for rank, _, name in sorted(fitting):
-        if _find_scope(reading, name, False):
+        if _find_scope(meaning, name, False):
             keys["request"] = name
             return
-        if rank == -2 and _spans_minutes(reading, name):
+        if rank == -2 and _spans_minutes(meaning, name):
             keys["request"] = name
-            reading.meaning.key_checks["request"] = "the times of its rows differ by minutes: they take the first"
+            meaning.key_checks["request"] = "the times of its rows differ by minutes: they take the first"
             return
     if "time" not in keys:
         return
     # Whatever it is called: its rows have one user and one time, so there are as many of it as of the latter, or more.
-    least = 0.9 * reading.columns[keys["time"]].distinct
-    for each in sorted(reading.free(), key=lambda each: (each.distinct, each.name)):
+    least = 0.9 * meaning.columns[keys["time"]].distinct
+    for each in sorted(meaning.free(), key=lambda each: (each.distinct, each.name)):
         if not each.is_key or each.unit is not None or not max(20, least) <= each.distinct <= 0.9 * each.rows:
             continue
         of_list = [keys[purpose] for purpose in ("user", "time") if purpose in keys]
-        changes = reading.profile.changes([each.name], of_list)
-        if reading.profile.rows_per_key([each.name]) > 1.2 and all(change <= _ALMOST for change in changes.values()):
+        changes = meaning.profile.changes([each.name], of_list)
+        if meaning.profile.rows_per_key([each.name]) > 1.2 and all(change <= _ALMOST for change in changes.values()):
             keys["request"] = each.name
-            reading.meaning.key_checks["request"] = "no name says so, but its rows have one time"
+            meaning.key_checks["request"] = "no name says so, but its rows have one time"
             return
 
 
-def _find_scope(reading: Reading, name: str, given: bool) -> bool:
+def _find_scope(meaning: Meaning, name: str, given: bool) -> bool:
     """Whether a column says which rows were one list: rows with its value, or with it and the user's, have one
     user and, in all but a few, one time."""
-    keys = reading.meaning.keys
+    keys = meaning.keys
     fixed = [keys[each] for each in ("user", "time") if each in keys and keys[each] != name]
     if not fixed:
         return True
-    if reading.profile.rows_per_key([name]) < 1.02:
+    if meaning.profile.rows_per_key([name]) < 1.02:
         return given  # each row is its own anyway
-    changes = reading.profile.changes([name], fixed)
+    changes = meaning.profile.changes([name], fixed)
     if all(changes[each] <= _ALMOST for each in fixed):
         return True
     if "user" in keys and "time" in keys:
-        of_user = reading.profile.changes([keys["user"], name], [keys["time"]])[keys["time"]]
+        of_user = meaning.profile.changes([keys["user"], name], [keys["time"]])[keys["time"]]
         if of_user <= _ALMOST or math.isnan(of_user):
-            reading.meaning.request_scope = "user"
-            reading.meaning.key_checks["request"] = "its ids are a user's own: several users share some of them"
+            meaning.request_scope = "user"
+            meaning.key_checks["request"] = "its ids are a user's own: several users share some of them"
             return True
     if given and "user" in keys and changes[keys["user"]] > _ALMOST:
-        reading.meaning.request_scope = "user"
+        meaning.request_scope = "user"
     return given
 
 
-def _spans_minutes(reading: Reading, name: str) -> bool:
+def _spans_minutes(meaning: Meaning, name: str) -> bool:
     """Whether rows of a value have one user, and times that lie near each other."""
-    keys, profile = reading.meaning.keys, reading.profile
+    keys, profile = meaning.keys, meaning.profile
     if "time" not in keys or profile.rows_per_key([name]) < 1.2:
         return False
     fixed = [keys["user"]] if "user" in keys else []
-    sql, t = reading.columns[name].sql, reading.columns[keys["time"]].microseconds
+    sql, t = meaning.columns[name].sql, meaning.columns[keys["time"]].microseconds
     spans = f"SELECT quantile_disc(s, 0.95) FROM (SELECT max({t}) - min({t}) s FROM log GROUP BY {sql})"
     same = all(change <= _ALMOST for change in profile.changes([name], fixed).values())
     return same and int(profile.number(spans)) < _SPAN * 1_000_000
 
 
-def _find_by_structure(reading: Reading) -> None:
+def _find_by_structure(meaning: Meaning) -> None:
     """Keys that no name tells: what the request determines may be a user, and what differs in it a candidate."""
-    keys, meaning = reading.meaning.keys, reading.meaning
+    keys = meaning.keys
     if "time" not in keys or ("user" in keys and "candidate" in keys):
         return
-    pool = [each for each in reading.free() if each.is_key and each.unit is None and not each.binary]
+    pool = [each for each in meaning.free() if each.is_key and each.unit is None and not each.binary]
     pool = [each for each in pool if 30 <= each.distinct <= 0.5 * each.rows]
     pool = [each for each in pool if each.kind != "integer" or not has(each.name, _AMOUNTS)][:12]
     if not pool:
         return
     steady = {
-        each.name: reading.profile.changes([each.name], [other.name for other in pool if other is not each])
+        each.name: meaning.profile.changes([each.name], [other.name for other in pool if other is not each])
         for each in pool
     }
     told = {name for its in steady.values() for name, change in its.items() if change <= _ALMOST}
     finest = [each for each in pool if each.name not in told] or pool
     group = [keys["request"]] if "request" in keys else [keys[each] for each in ("user", "time") if each in keys]
-    within = reading.profile.changes(group, [each.name for each in finest])
+    within = meaning.profile.changes(group, [each.name for each in finest])
     users = [each for each in finest if within[each.name] <= _ALMOST]
     candidates = [each for each in finest if within[each.name] > _ALMOST]
     for purpose, some in (("user", users), ("candidate", candidates)):
@@ -253,17 +253,16 @@ def _find_by_structure(reading: Reading) -> None:
             )
 
 
-def _check_repeats(reading: Reading) -> None:
-    keys, meaning, profile = reading.meaning.keys, reading.meaning, reading.profile
+def _check_repeats(meaning: Meaning) -> None:
+    keys, profile = meaning.keys, meaning.profile
     if "request" in keys:
         group = [keys["request"]] + ([keys["user"]] if meaning.request_scope == "user" else [])
     else:
         group = [keys[each] for each in ("user", "time") if each in keys]
-    reading.list_keys = group if "request" in keys or "user" in keys else []
-    meaning.rows_per_request = profile.rows_per_key(reading.list_keys) if reading.list_keys else 1.0
-    by = [*reading.list_keys, keys["candidate"]] if reading.list_keys and "candidate" in keys else []
+    meaning.list_keys = group if "request" in keys or "user" in keys else []
+    meaning.rows_per_request = profile.rows_per_key(meaning.list_keys) if meaning.list_keys else 1.0
+    by = [*meaning.list_keys, keys["candidate"]] if meaning.list_keys and "candidate" in keys else []
     if by and (repeats := profile.count_repeats(by)):  # a single one stops a training
-        meaning.repeats = True
         why = f"{repeats:,} of {profile.rows:,} rows repeat a candidate of their request"
         meaning.key_checks["duplicates"] = why
         meaning.warnings.append(f"{why}: is each of them meant?")

@@ -41,9 +41,13 @@ class TaskGuess:
 
 @dataclass
 class Meaning:
-    """What a log means. keys: purpose -> column; checks: column -> why a person should check it; key_checks: the same
-    of a purpose, or of `duplicates`; left_out: column -> why it is no input; warnings: sentences for the terminal."""
+    """What a log means, as far as it is understood. keys: purpose -> column; list_keys: columns whose values say which
+    rows were one list, none where each row is its own; checks: column -> why a person should check it; key_checks: the
+    same of a purpose, or of `duplicates`; left_out: column -> why it is no input; warnings: sentences for the terminal.
+    """
 
+    profile: Profile
+    corrections: Corrections
     keys: dict[str, str] = field(default_factory=dict)
     request_scope: Literal["log", "user"] = "log"
     time_unit: str | None = None
@@ -58,23 +62,12 @@ class Meaning:
     checks: dict[str, str] = field(default_factory=dict)
     key_checks: dict[str, str] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
-    repeats: bool = False
+    list_keys: list[str] = field(default_factory=list)
     rows_per_request: float = 1.0
 
     def leave_out(self, column: str, why: str) -> None:
         """Makes a column no input, which a person should check."""
         self.left_out[column] = self.checks[column] = why
-
-
-@dataclass
-class Reading:
-    """A log that is being understood. list_keys: columns whose values say which rows were one list, none where each
-    row is its own."""
-
-    profile: Profile
-    corrections: Corrections
-    meaning: Meaning = field(default_factory=Meaning)
-    list_keys: list[str] = field(default_factory=list)
 
     @property
     def columns(self) -> Mapping[str, Column]:
@@ -84,23 +77,22 @@ class Reading:
     @property
     def is_plain(self) -> bool:
         """Whether each row is its own: there are neither users nor requests."""
-        return "user" not in self.meaning.keys and "request" not in self.meaning.keys
+        return "user" not in self.keys and "request" not in self.keys
 
     @property
     def time(self) -> str:
         """SQL of the request's time, by which rows are put in order."""
-        time = self.meaning.keys.get("time")
+        time = self.keys.get("time")
         return self.columns[time].microseconds if time else "0"
 
     def distinct(self, purpose: Purpose) -> int:
         """About how many users, or candidates, there are."""
-        name = self.meaning.keys.get(purpose)
+        name = self.keys.get(purpose)
         return self.columns[name].distinct if name else 0
 
     def free(self) -> list[Column]:
         """Columns without a meaning so far."""
-        meaning = self.meaning
-        taken = {*meaning.keys.values(), *meaning.left_out, meaning.sampling_rate, meaning.weight}
-        taken |= {each.column for each in meaning.tasks} | {name for its in meaning.roles.values() for name in its}
-        taken |= {meaning.split[0]} if meaning.split else set()
+        taken = {*self.keys.values(), *self.left_out, self.sampling_rate, self.weight}
+        taken |= {each.column for each in self.tasks} | {name for its in self.roles.values() for name in its}
+        taken |= {self.split[0]} if self.split else set()
         return [each for each in self.columns.values() if each.name not in taken]

@@ -63,18 +63,17 @@ class Proposal:
     warnings: list[str] = field(default_factory=list)
 
 
-def propose(profile: Profile, meaning: Meaning, events: Sequence[Events], timezone: str | None) -> Proposal:
+def propose(meaning: Meaning, events: Sequence[Events], timezone: str | None) -> Proposal:
     """Features, split, model and training for a log. Raises UserError where its rows can't be split by time."""
-    return _Proposer(profile, meaning, events, timezone).run()
+    return _Proposer(meaning, events, timezone).run()
 
 
 class _Proposer:
-    def __init__(self, profile: Profile, meaning: Meaning, events: Sequence[Events], timezone: str | None) -> None:
-        self.profile, self.meaning, self.events, self.timezone = profile, meaning, events, timezone
-        self.columns, self.keys = profile.columns, meaning.keys
+    def __init__(self, meaning: Meaning, events: Sequence[Events], timezone: str | None) -> None:
+        self.profile, self.meaning, self.events, self.timezone = meaning.profile, meaning, events, timezone
+        self.columns, self.keys = meaning.columns, meaning.keys
         self.proposal = Proposal()
         self._heading = ""  # of the next feature
-        self.plain = "user" not in self.keys and "request" not in self.keys
         self.train_days = 0.0
 
     def run(self) -> Proposal:
@@ -203,9 +202,9 @@ class _Proposer:
         check = "; ".join(filter(None, (doubt, check)))
         made, whose = self._kind_of(each), self.columns.get(self.keys.get(role, ""))
         why = "its values are too many and too rare to learn from" if made is None else None
-        if self.plain:  # whose columns are no candidate's own: a region does not name the job that it stands beside
-            whose = None
-        if whose is not None and each.kind == "text" and each.distinct > max(50, 0.9 * whose.distinct):
+        # A plain table's columns are no candidate's own: a region does not name the job that it stands beside.
+        many = whose is not None and each.distinct > max(50, 0.9 * whose.distinct)
+        if whose is not None and many and each.kind == "text" and not self.meaning.is_plain:
             why = f"as a name, it says the same as {whose.name}"
         if why is not None or made is None:
             self.meaning.left_out[each.name] = why or ""
@@ -244,7 +243,7 @@ class _Proposer:
         return each.distinct >= 20 and each.high - each.low > 10_000 * each.distinct and each.distinct < 100_000
 
     def _sizes(self, each: Column) -> dict[str, Any]:
-        if self.plain:
+        if self.meaning.is_plain:
             return {"min_count": 8, "oov_buckets": 1}
         if each.distinct <= 50:
             return {"dim": 4, "min_count": 1, "oov_buckets": 1}
@@ -376,7 +375,7 @@ class _Proposer:
     def _propose_training(self) -> None:
         proposal = self.proposal
         proposal.model["trees"] = Entry({}, "network and trees together rank above either")
-        if self.plain:
+        if self.meaning.is_plain:
             proposal.model["bottom"] = Entry({"dropout": 0.3})
             proposal.model["experts"] = Entry({"units": [64, 32]})
             proposal.training["epochs"] = Entry(6)
@@ -403,7 +402,7 @@ def describe_task(task: TaskGuess) -> dict[str, Any]:
     return value
 
 
-def read_events(path: str, name: str, profile: Profile, log: Profile, meaning: Meaning) -> Events:
+def read_events(path: str, name: str, profile: Profile, meaning: Meaning) -> Events:
     """What a log of events holds. Raises UserError where it has no time, or none of the log's users and candidates."""
     times = [each for each in profile.columns.values() if each.is_time and not each.nulls and each.distinct > 1]
     own = meaning.keys.get("time")
@@ -426,8 +425,8 @@ def read_events(path: str, name: str, profile: Profile, log: Profile, meaning: M
             f"--events '{path}' has none of the columns {', '.join(keys)}: rename its users and candidates as the log's"
         )
     for key in keys:
-        if key in profile.columns and profile.columns[key].kind != log.columns[key].kind:
-            theirs, ours = profile.columns[key].type, log.columns[key].type
+        if key in profile.columns and profile.columns[key].kind != meaning.columns[key].kind:
+            theirs, ours = profile.columns[key].type, meaning.columns[key].type
             raise UserError(f"--events '{path}': column '{key}' is {theirs}, but {ours} in the log")
     others = ", ".join(sorted(each.name for each in times if each is not time))
     kinds = [each.name for each in profile.columns.values() if each.kind == "text" and 2 <= each.distinct <= 20]

@@ -8,7 +8,7 @@ from functools import cached_property
 import numpy as np
 import pyarrow as pa
 
-from mmoe_rec.profiling.meaning import STEADY, Reading
+from mmoe_rec.profiling.meaning import STEADY, Meaning
 from mmoe_rec.profiling.profile import HALF, Column, auc_alone, tells_it
 from mmoe_rec.profiling.words import BEFORE, LABELS, OUTCOMES, PLACEMENT, TIME, begins, has
 from mmoe_rec.settings.columns import Role
@@ -21,33 +21,33 @@ _CONSTANT = 0.001
 _AFTER = "it says something only where {} is 1, so it is taken for what is known then"
 
 
-def find_roles(reading: Reading) -> None:
+def find_roles(meaning: Meaning) -> None:
     """Fills in `roles` and `left_out`."""
-    keys, meaning, profile = reading.meaning.keys, reading.meaning, reading.profile
-    meaning.roles["placement"] += dict.fromkeys(reading.corrections.get("placement", ()))
-    names = [each.name for each in reading.free()]
+    keys, profile = meaning.keys, meaning.profile
+    meaning.roles["placement"] += dict.fromkeys(meaning.corrections.get("placement", ()))
+    names = [each.name for each in meaning.free()]
     unknown = dict.fromkeys(names, math.nan)
     of_request = of_user = of_candidate = unknown
     if names and meaning.rows_per_request > 1.05:
-        of_request = profile.changes(reading.list_keys, names)
+        of_request = profile.changes(meaning.list_keys, names)
     if names and "user" in keys:
-        of_user = profile.changes([keys["user"]], names, reading.time, at_once=True)
+        of_user = profile.changes([keys["user"]], names, meaning.time, at_once=True)
     if names and "candidate" in keys:
-        of_candidate = profile.changes([keys["candidate"]], names, reading.time)
-    aucs = Aucs(reading)
-    for each in reading.free():
+        of_candidate = profile.changes([keys["candidate"]], names, meaning.time)
+    aucs = Aucs(meaning)
+    for each in meaning.free():
         changes = of_request[each.name], of_user[each.name], of_candidate[each.name]
         role = None
-        if why := _why_later(reading, each) or _why_growing(reading, each):
+        if why := _why_later(meaning, each) or _why_growing(meaning, each):
             meaning.left_out[each.name] = why
             if each.is_time and not each.nulls:
                 meaning.checks[each.name] = why  # such as the day of a journey that is searched for
         elif each.kind != "number" and profile.is_unique(each.name):
-            reading.meaning.leave_out(each.name, "it differs in each row, so nothing is learnt of it")
-        elif reading.is_plain:
-            role = _role_in_table(reading, each, changes[2], aucs)
+            meaning.leave_out(each.name, "it differs in each row, so nothing is learnt of it")
+        elif meaning.is_plain:
+            role = _role_in_table(meaning, each, changes[2], aucs)
         else:
-            role = _role_in_log(reading, each, changes, aucs) or _role_in_doubt(reading, each, changes, aucs)
+            role = _role_in_log(meaning, each, changes, aucs) or _role_in_doubt(meaning, each, changes, aucs)
         if role is not None:
             meaning.roles[role].append(each.name)
         is_number = each.kind in ("integer", "number") and not each.binary
@@ -55,60 +55,60 @@ def find_roles(reading: Reading) -> None:
             role in ("user", "candidate")
             and is_number
             and begins(each.name, LABELS + OUTCOMES)
-            and not reading.is_plain
+            and not meaning.is_plain
         ):
             why = "if it sums up what happened in these very rows, it tells what comes: as of when is it?"
             meaning.checks.setdefault(each.name, why)
 
 
-def _role_in_table(reading: Reading, each: Column, of_candidate: float, aucs: Aucs) -> Role | None:
+def _role_in_table(meaning: Meaning, each: Column, of_candidate: float, aucs: Aucs) -> Role | None:
     best, task = aucs.best(each)
-    if each.kind == "time" and "time" not in reading.meaning.keys:
-        reading.meaning.left_out[each.name] = "a time in a table that has no time of requests"
+    if each.kind == "time" and "time" not in meaning.keys:
+        meaning.left_out[each.name] = "a time in a table that has no time of requests"
         return None
     if best > LEAK_OF_TABLE:
-        reading.meaning.leave_out(each.name, f"it tells {task} too well to be known before it (AUC {best:.3f} alone)")
+        meaning.leave_out(each.name, f"it tells {task} too well to be known before it (AUC {best:.3f} alone)")
         return None
     if after := aucs.comes_after(each):
-        reading.meaning.leave_out(each.name, _AFTER.format(after))
+        meaning.leave_out(each.name, _AFTER.format(after))
         return None
     if begins(each.name, OUTCOMES) and not has(each.name, BEFORE):
-        reading.meaning.checks[each.name] = f"by its name it may be known only after {task or 'the label'}"
+        meaning.checks[each.name] = f"by its name it may be known only after {task or 'the label'}"
     is_placement = has(each.name, PLACEMENT) and of_candidate > STEADY
     return "placement" if is_placement else "candidate"
 
 
 def _role_in_log(  # noqa: PLR0911 - as above
-    reading: Reading, each: Column, changes: tuple[float, float, float], aucs: Aucs
+    meaning: Meaning, each: Column, changes: tuple[float, float, float], aucs: Aucs
 ) -> Role | None:
     """What the column changes with, None where neither user nor candidate nor request determines it, or it may be an
     outcome."""
     of_request, of_user, of_candidate = changes
     if of_request <= _CONSTANT:
-        if of_user <= 4 * STEADY and not (each.is_key and of_user > 0 and each.distinct > reading.distinct("user")):
+        if of_user <= 4 * STEADY and not (each.is_key and of_user > 0 and each.distinct > meaning.distinct("user")):
             if of_user > STEADY:
                 why = "it changes now and then for a user: does it describe the user, or the request?"
-                reading.meaning.checks[each.name] = why
+                meaning.checks[each.name] = why
             return "user"
         if begins(each.name, OUTCOMES) and not has(each.name, BEFORE):
             return None
-        if math.isnan(of_user) and "user" in reading.meaning.keys:
-            reading.meaning.checks[each.name] = "users have one request each, so it may describe the user as well"
+        if math.isnan(of_user) and "user" in meaning.keys:
+            meaning.checks[each.name] = "users have one request each, so it may describe the user as well"
         return "context"
     if math.isnan(of_request) and of_user <= STEADY and not of_candidate < of_user:
         return "user"
     if of_candidate <= STEADY:
         return "candidate"
-    if (has(each.name, PLACEMENT) or _is_rank(reading, each)) and aucs.best(each)[0] <= LEAK:
+    if (has(each.name, PLACEMENT) or _is_rank(meaning, each)) and aucs.best(each)[0] <= LEAK:
         why = "taken for where a candidate was shown: it teaches, and is absent in serving"
-        reading.meaning.checks[each.name] = why
+        meaning.checks[each.name] = why
         return "placement"
     return None
 
 
-def _role_in_doubt(reading: Reading, each: Column, changes: tuple[float, float, float], aucs: Aucs) -> Role | None:
+def _role_in_doubt(meaning: Meaning, each: Column, changes: tuple[float, float, float], aucs: Aucs) -> Role | None:
     """Of a column that differs from row to row: known before the request, or what happened then?"""
-    (best, task), meaning = aucs.best(each), reading.meaning
+    best, task = aucs.best(each)
     if begins(each.name, OUTCOMES) and not has(each.name, BEFORE):
         meaning.leave_out(each.name, "by its name it may be known only after the request")
     elif best > LEAK:
@@ -128,30 +128,30 @@ def _role_in_doubt(reading: Reading, each: Column, changes: tuple[float, float, 
     return None
 
 
-def _is_rank(reading: Reading, each: Column) -> bool:
+def _is_rank(meaning: Meaning, each: Column) -> bool:
     """Whether a column numbers the rows of each list."""
     starts = each.kind == "integer" and each.low in (0, 1) and not each.binary and not each.nulls
-    return starts and bool(reading.list_keys) and reading.profile.numbers_rows(reading.list_keys, each.name)
+    return starts and bool(meaning.list_keys) and meaning.profile.numbers_rows(meaning.list_keys, each.name)
 
 
-def _why_later(reading: Reading, each: Column) -> str | None:
+def _why_later(meaning: Meaning, each: Column) -> str | None:
     """Why a time is that of an outcome, None where it is not."""
-    time = reading.meaning.keys.get("time")
+    time = meaning.keys.get("time")
     if time is None or not each.is_time or (each.kind != "time" and not has(each.name, TIME)):
         return None
-    later = reading.profile.share(f"{each.microseconds} > {reading.time}", f"{each.sql} IS NOT NULL")
+    later = meaning.profile.share(f"{each.microseconds} > {meaning.time}", f"{each.sql} IS NOT NULL")
     return "it lies after the request" if later > 0.5 else None
 
 
-def _why_growing(reading: Reading, each: Column) -> str | None:
+def _why_growing(meaning: Meaning, each: Column) -> str | None:
     """Why a number, or a date as text, only tells when the row was made: it never falls, from request to request."""
-    ordered = each.kind in ("integer", "number", "text") and "time" in reading.meaning.keys
+    ordered = each.kind in ("integer", "number", "text") and "time" in meaning.keys
     if not ordered or each.nulls or each.distinct < 5 or each.binary:
         return None
     before = "lag(high) OVER (ORDER BY o)"
-    rows = f"SELECT {reading.time} AS o, min({each.sql}) AS low, max({each.sql}) AS high FROM log GROUP BY ALL"
+    rows = f"SELECT {meaning.time} AS o, min({each.sql}) AS low, max({each.sql}) AS high FROM log GROUP BY ALL"
     steps = f"SELECT low < {before} OR low < high AS fell, low <> {before} OR low < high AS moved FROM ({rows})"
-    fallen, moved = reading.profile.row(f"SELECT count(*) FILTER (fell), count(*) FILTER (moved) FROM ({steps})")
+    fallen, moved = meaning.profile.row(f"SELECT count(*) FILTER (fell), count(*) FILTER (moved) FROM ({steps})")
     grows = moved and fallen <= 0.001 * moved
     return "it grows with time, so later rows have values that training has not seen" if grows else None
 
@@ -159,8 +159,8 @@ def _why_growing(reading: Reading, each: Column) -> str | None:
 class Aucs:
     """How well each column alone tells each binary task; read when it is asked for."""
 
-    def __init__(self, reading: Reading) -> None:
-        self._reading = reading
+    def __init__(self, meaning: Meaning) -> None:
+        self._meaning = meaning
 
     def best(self, each: Column) -> tuple[float, str]:
         """The highest AUC of a column, and its task; 0 where there is none."""
@@ -178,10 +178,10 @@ class Aucs:
     @cached_property
     def _sample(self) -> tuple[pa.Table, dict[str, np.ndarray], list[str]]:
         """Rows, the labels of each task, (N,) NaN where unobserved, and the columns in question."""
-        reading = self._reading
-        tasks = [each for each in reading.meaning.tasks if each.kind == "binary"]
-        names = [each.name for each in reading.free() if each.kind != "vector"]
-        rows = reading.profile.sample(reading.list_keys, [*names, *(each.column for each in tasks)])
+        meaning = self._meaning
+        tasks = [each for each in meaning.tasks if each.kind == "binary"]
+        names = [each.name for each in meaning.free() if each.kind != "vector"]
+        rows = meaning.profile.sample(meaning.list_keys, [*names, *(each.column for each in tasks)])
         labels = {each.column: rows.column(each.column).cast(pa.float64()).to_numpy() for each in tasks}
         for each in tasks:
             if each.observed_when is not None:

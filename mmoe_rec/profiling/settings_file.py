@@ -16,7 +16,6 @@ from typing import Any
 from mmoe_rec.errors import UserError
 from mmoe_rec.log.checks import format_time
 from mmoe_rec.profiling.meaning import Meaning
-from mmoe_rec.profiling.profile import Profile
 from mmoe_rec.profiling.proposal import Entry, Events, Proposal, describe_task
 from mmoe_rec.settings.sections import dump_flow
 
@@ -54,7 +53,6 @@ def settings_text(
     log: str,
     work: str,
     words: Sequence[str],
-    profile: Profile,
     meaning: Meaning,
     proposal: Proposal,
     events: Sequence[Events],
@@ -64,10 +62,10 @@ def settings_text(
     body = "\n\n".join("\n".join(lines) for lines in parts if lines) + "\n"
     span = ""
     if "time" in meaning.keys:
-        first, last = profile.row_of_times(profile.columns[meaning.keys["time"]].microseconds)
+        first, last = meaning.profile.row_of_times(meaning.time)
         span = f", {format_time(first)} to {format_time(last)}"
     header = [
-        f"# Settings for '{name}', as they were read from its log: {profile.rows:,} rows{span}.",
+        f"# Settings for '{name}', as they were read from its log: {meaning.profile.rows:,} rows{span}.",
         f'# What a person should check is marked "{CHECK}". To correct a guess, type the command again with what is',
         "# right (--user, --candidate, --request, --time, --task, --leave-out, --placement), or edit this file: after",
         "# that, the command leaves it as it is. configs/template.yaml explains every setting.",
@@ -86,7 +84,7 @@ def _parts(
     for each in events:
         data += _lines(2, each.name, Entry({"path": each.path, "time": each.time}, check=each.check))
     data.append(f"  work: {_flow(work)}")
-    if meaning.repeats:
+    if "duplicates" in meaning.key_checks:
         data += _lines(1, "duplicates", Entry("keep", check=meaning.key_checks["duplicates"]))
     roles: dict[str, Entry] = {
         role: Entry(names, check="see the features" if set(names) & set(checks) else "")

@@ -6,32 +6,32 @@ import math
 from collections.abc import Mapping, Sequence
 
 from mmoe_rec.errors import UserError
-from mmoe_rec.profiling.meaning import STEADY, Reading, TaskGuess
+from mmoe_rec.profiling.meaning import STEADY, Meaning, TaskGuess
 from mmoe_rec.profiling.profile import Column, days
 from mmoe_rec.profiling.words import BEFORE, EVENT_TYPES, LABELS, NUMBERS, PLACEMENT, begins, has, is_unwanted
 
 _MOST_TASKS, _TYPES = 5, 20
 
 
-def find_tasks(reading: Reading) -> None:
+def find_tasks(meaning: Meaning) -> None:
     """Fills in `tasks`. Raises UserError where no column looks like a label, or a given one can't be."""
-    meaning, given = reading.meaning, reading.corrections.get("task", ())
+    given = meaning.corrections.get("task", ())
     if given:
         for name in given:
-            _check_label(reading, reading.columns[name])
+            _check_label(meaning, meaning.columns[name])
         meaning.tasks = [
-            TaskGuess(name, "binary" if reading.columns[name].binary else "regression") for name in dict.fromkeys(given)
+            TaskGuess(name, "binary" if meaning.columns[name].binary else "regression") for name in dict.fromkeys(given)
         ]
     else:
-        meaning.tasks = _guess_tasks(reading)
+        meaning.tasks = _guess_tasks(meaning)
     names = [each.name for each in meaning.tasks]
     if twins := [each.column for each in meaning.tasks if names.count(each.name) > 1]:
         both = "' and '".join(twins)
         raise UserError(f"columns '{both}' would be tasks of one name: rename one, or take it out with --leave-out")
     binary = [each for each in meaning.tasks if each.kind == "binary"]
-    binary.sort(key=lambda each: (-_rate(reading, each.column), each.column))
+    binary.sort(key=lambda each: (-_rate(meaning, each.column), each.column))
     for place, each in enumerate(binary):
-        _find_condition(reading, each, binary[:place])
+        _find_condition(meaning, each, binary[:place])
     others = [each for each in meaning.tasks if each.kind != "binary"]
     for each in others:
         each.score_weight = 0.0 if binary else 1.0
@@ -44,27 +44,27 @@ def find_tasks(reading: Reading) -> None:
             each.score_weight = 1.0
             each.checks.append("by its name it is unwanted: the higher the score, the likelier it is")
     if not meaning.tasks:
-        types = [each.name for each in reading.columns.values() if each.kind == "text" and each.distinct <= _TYPES]
+        types = [each.name for each in meaning.columns.values() if each.kind == "text" and each.distinct <= _TYPES]
         if types := [name for name in types if has(name, EVENT_TYPES)]:
             raise UserError(
-                f"'{reading.profile.name}' looks like a log of events, by its column '{types[0]}': --events takes it, "
+                f"'{meaning.profile.name}' looks like a log of events, by its column '{types[0]}': --events takes it, "
                 "beside a log with a row for each candidate that was shown, taken or not"
             )
-        near = _near_label(reading)
+        near = _near_label(meaning)
         raise UserError(
-            f"'{reading.profile.name}' has no column that looks like a label, 0 or 1 in each row{near}: "
+            f"'{meaning.profile.name}' has no column that looks like a label, 0 or 1 in each row{near}: "
             "name it with --task, or join what happened to the rows first (mmoe-rec join-outcomes makes such a log)"
         )
 
 
-def _near_label(reading: Reading) -> str:
+def _near_label(meaning: Meaning) -> str:
     """What a column that is called as labels are holds instead."""
-    for each in reading.columns.values():
+    for each in meaning.columns.values():
         if not begins(each.name, LABELS) or has(each.name, BEFORE):
             continue
         if each.kind in ("text", "integer", "number") and each.distinct <= 3 and each.distinct > (each.kind != "text"):
             values = " and ".join(
-                f"'{value}'" if each.kind == "text" else f"{value:g}" for value in reading.profile.values(each.name, 3)
+                f"'{value}'" if each.kind == "text" else f"{value:g}" for value in meaning.profile.values(each.name, 3)
             )
             return f" ('{each.name}' holds {values}, which must be written as 0 and 1)"
         if each.kind in ("integer", "number", "boolean") and each.distinct == 1 and not each.nulls:
@@ -72,7 +72,7 @@ def _near_label(reading: Reading) -> str:
     return ""
 
 
-def _check_label(reading: Reading, each: Column) -> None:
+def _check_label(meaning: Meaning, each: Column) -> None:
     if each.kind not in ("integer", "number", "boolean"):
         raise UserError(
             f"--task '{each.name}' holds values of type {each.type}; a label is a number, 0 or 1, true or false"
@@ -81,34 +81,34 @@ def _check_label(reading: Reading, each: Column) -> None:
         raise UserError(f"--task '{each.name}' has the same value in all rows: there is nothing to learn")
 
 
-def _rate(reading: Reading, column: str) -> float:
-    return reading.profile.share(reading.columns[column].is_one)
+def _rate(meaning: Meaning, column: str) -> float:
+    return meaning.profile.share(meaning.columns[column].is_one)
 
 
-def _guess_tasks(reading: Reading) -> list[TaskGuess]:
-    meaning, labels = reading.meaning, [each for each in reading.free() if each.binary]
-    labels = _that_vary(reading, [each for each in labels if each.name not in reading.corrections.get("placement", ())])
+def _guess_tasks(meaning: Meaning) -> list[TaskGuess]:
+    labels = [each for each in meaning.free() if each.binary]
+    labels = _that_vary(meaning, [each for each in labels if each.name not in meaning.corrections.get("placement", ())])
     told = [each for each in labels if begins(each.name, LABELS) and not has(each.name, BEFORE | PLACEMENT)]
     tasks = [TaskGuess(each.name) for each in told]
-    if reading.is_plain and len(tasks) > 1:
+    if meaning.is_plain and len(tasks) > 1:
         for task in tasks:
             task.checks.append("is it to be predicted, or known before?")
     for each in labels:  # 1 only where something else has happened: known after it
-        first = next((other for other in told if _implies(reading, each, other)), None)
+        first = next((other for other in told if _implies(meaning, each, other)), None)
         if each not in told and first is not None and not has(each.name, BEFORE):
             why = f"it is 1 only where {first.name} is 1, so it is taken for what happens then"
             tasks.append(TaskGuess(each.name, checks=[why]))
         elif each not in told and not has(each.name, BEFORE | PLACEMENT):
-            if (then := next((other for other in told if _implies(reading, other, each)), None)) is not None:
+            if (then := next((other for other in told if _implies(meaning, other, each)), None)) is not None:
                 tasks.append(TaskGuess(each.name, checks=[f"{then.name} is 1 only where it is 1, so it comes before"]))
-            elif _null_at_end(reading, each, "true") is not None:
+            elif _null_at_end(meaning, each, "true") is not None:
                 tasks.append(TaskGuess(each.name, checks=["it is null in the latest rows, as what is known later"]))
-    numbers = [each for each in reading.free() if each.kind in ("integer", "number") and each.unit is None]
-    numbers = _that_vary(reading, [each for each in numbers if each.distinct > 2 and begins(each.name, NUMBERS)])
+    numbers = [each for each in meaning.free() if each.kind in ("integer", "number") and each.unit is None]
+    numbers = _that_vary(meaning, [each for each in numbers if each.distinct > 2 and begins(each.name, NUMBERS)])
     if not told and labels and not (numbers and all(has(each.name, BEFORE | PLACEMENT) for each in labels)):
         why = "no name says so, but it is 0 or 1: is it what is to be predicted?"
-        tasks = [TaskGuess(each.name, checks=[why]) for each in labels[: 3 if reading.is_plain else 2]]
-        if reading.is_plain and len(labels) > 1:
+        tasks = [TaskGuess(each.name, checks=[why]) for each in labels[: 3 if meaning.is_plain else 2]]
+        if meaning.is_plain and len(labels) > 1:
             meaning.warnings.append(
                 f"{', '.join(each.name for each in labels)} hold 0 and 1: name those that are to be predicted with "
                 "--task; --leave-out takes out those that are known only later"
@@ -117,76 +117,76 @@ def _guess_tasks(reading: Reading) -> list[TaskGuess]:
         why = "a number by whose name it may be what is to be predicted"
         tasks = [TaskGuess(each.name, "regression", checks=[why]) for each in numbers[:2]]
     if len(tasks) > _MOST_TASKS:
-        tasks.sort(key=lambda task: (-_rate(reading, task.column), task.column))
+        tasks.sort(key=lambda task: (-_rate(meaning, task.column), task.column))
     for task in tasks[_MOST_TASKS:]:
         why = f"it looks like a label, rarer than {_MOST_TASKS} others: --task names those that are to be predicted"
         meaning.leave_out(task.column, why)
     return tasks[:_MOST_TASKS]
 
 
-def _that_vary(reading: Reading, columns: Sequence[Column]) -> list[Column]:
+def _that_vary(meaning: Meaning, columns: Sequence[Column]) -> list[Column]:
     """Columns that neither user nor candidate nor request determines. (A rare label changes seldom, but as often from
     one row of a user to the next as anywhere.)"""
-    keys, meaning, profile = reading.meaning.keys, reading.meaning, reading.profile
+    keys, profile = meaning.keys, meaning.profile
     names = [each.name for each in columns]
     lists = meaning.rows_per_request > 1.05
     for purpose in ("user", "candidate"):
         if names and purpose in keys and profile.rows_per_key([keys[purpose]]) > 1.5:
             at_once = purpose == "user" and not lists
-            changes = profile.changes([keys[purpose]], names, reading.time, at_once)
+            changes = profile.changes([keys[purpose]], names, meaning.time, at_once)
             names = [name for name in names if not changes[name] <= 2 * STEADY]
     if names and lists:
-        changes = profile.changes(reading.list_keys, names)
+        changes = profile.changes(meaning.list_keys, names)
         names = [name for name in names if not changes[name] <= 0.001]
     return [each for each in columns if each.name in names]
 
 
-def _implies(reading: Reading, one: Column, other: Column) -> bool:
+def _implies(meaning: Meaning, one: Column, other: Column) -> bool:
     """Whether one is 1 only where the other is, and is rarer."""
     if one is other:
         return False
-    rows, both = reading.profile.count(one.is_one), reading.profile.share(other.is_one, one.is_one)
-    return rows >= 20 and both > 0.999 and _rate(reading, one.name) < 0.98 * _rate(reading, other.name)
+    rows, both = meaning.profile.count(one.is_one), meaning.profile.share(other.is_one, one.is_one)
+    return rows >= 20 and both > 0.999 and _rate(meaning, one.name) < 0.98 * _rate(meaning, other.name)
 
 
-def _find_condition(reading: Reading, task: TaskGuess, earlier: Sequence[TaskGuess]) -> None:
+def _find_condition(meaning: Meaning, task: TaskGuess, earlier: Sequence[TaskGuess]) -> None:
     """The more frequent task in whose rows alone a label means something."""
-    column = reading.columns[task.column]
+    column = meaning.columns[task.column]
     task.score_weight = 0.0 if is_unwanted(task.column) else 1.0
-    ones = {each.column: reading.columns[each.column].is_one for each in earlier}
+    ones = {each.column: meaning.columns[each.column].is_one for each in earlier}
     known, given = f"{column.sql} IS NOT NULL", None
     if column.nulls:  # of the returns of what was bought, rather than of what was clicked
-        given = next((name for name in reversed(ones) if reading.profile.share(ones[name], known) > 0.999), None)
+        given = next((name for name in reversed(ones) if meaning.profile.share(ones[name], known) > 0.999), None)
     if given is None:
         first = (each.column for each in earlier if each.observed_when is None)
-        given = next((name for name in first if _implies(reading, column, reading.columns[name])), None)
+        given = next((name for name in first if _implies(meaning, column, meaning.columns[name])), None)
         task.checks += [f"it is 1 only where {given} is 1: predicted for those rows"] if given else []
     if given is not None:
-        task.observed_when = given, (True if reading.columns[given].kind == "boolean" else 1)
+        task.observed_when = given, (True if meaning.columns[given].kind == "boolean" else 1)
         task.objective = "satisfaction"
         task.score_weight = 0.5 * task.score_weight
 
 
-def find_maturity(reading: Reading) -> None:
+def find_maturity(meaning: Meaning) -> None:
     """After how many days labels are final, by the times of what happened, or by where they end."""
-    keys = reading.meaning.keys
+    keys = meaning.keys
     if "time" not in keys:
         return
-    time = reading.columns[keys["time"]]
+    time = meaning.columns[keys["time"]]
     t = time.microseconds
-    times = [each for each in reading.columns.values() if each.kind == "time" and each.name != time.name and each.nulls]
-    for task in reading.meaning.tasks:
-        label = reading.columns[task.column]
+    times = [each for each in meaning.columns.values() if each.kind == "time" and each.name != time.name and each.nulls]
+    for task in meaning.tasks:
+        label = meaning.columns[task.column]
         happened = label.is_one if task.kind == "binary" else f"{label.sql} IS NOT NULL"
         for each in times:
             there = f"{each.sql} IS NOT NULL"
-            if reading.profile.share(happened, there) > 0.98 and reading.profile.share(there, happened) > 0.98:
-                late = reading.profile.quantile(f"{each.microseconds} - {t}", 0.999, there)
+            if meaning.profile.share(happened, there) > 0.98 and meaning.profile.share(there, happened) > 0.98:
+                late = meaning.profile.quantile(f"{each.microseconds} - {t}", 0.999, there)
                 if late is not None and late > 0:
                     task.matures_after_days = _rounded_up(days(late))
                     task.notes.append(f"{each.name} is at most so much later than the request")
-        seen = find_seen(task, reading.columns)
-        if not task.matures_after_days and (late_by := _null_at_end(reading, label, seen)) is not None:
+        seen = find_seen(task, meaning.columns)
+        if not task.matures_after_days and (late_by := _null_at_end(meaning, label, seen)) is not None:
             task.matures_after_days = late_by
             task.notes.append("its label is null in all later rows")
         late = task.objective == "satisfaction" or task.kind == "regression"
@@ -194,12 +194,12 @@ def find_maturity(reading: Reading) -> None:
             task.checks.append("after how many days is it final? at once, as no column says more")
 
 
-def _null_at_end(reading: Reading, label: Column, condition: str) -> float | None:
+def _null_at_end(meaning: Meaning, label: Column, condition: str) -> float | None:
     """Days before the log's end from which a label is null in all rows of a condition, None where it is not so."""
-    keys, profile = reading.meaning.keys, reading.profile
+    keys, profile = meaning.keys, meaning.profile
     if "time" not in keys or not label.nulls:
         return None
-    t = reading.columns[keys["time"]].microseconds
+    t = meaning.columns[keys["time"]].microseconds
     known = profile.number(f"SELECT max({t}) FROM log WHERE {label.sql} IS NOT NULL")
     since = profile.count(f"({condition}) AND {t} > {known}")
     unknown = profile.number(f"SELECT min({t}) FROM log WHERE ({condition}) AND {t} > {known}")
