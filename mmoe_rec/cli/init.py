@@ -30,7 +30,7 @@ from mmoe_rec.settings.load import load_settings
 if TYPE_CHECKING:
     from mmoe_rec.profiling.meaning import Meaning
     from mmoe_rec.profiling.profile import Profile
-    from mmoe_rec.profiling.proposal import Events, Proposal
+    from mmoe_rec.profiling.proposal import Events
 
 _NO_NAME = frozenset({"log", "logs", "data", "parquet", "part", "interactions", "events"})
 
@@ -98,7 +98,7 @@ def _propose(
     from mmoe_rec.profiling.guess import guess
     from mmoe_rec.profiling.meaning import PURPOSES
     from mmoe_rec.profiling.profile import open_profile
-    from mmoe_rec.profiling.proposal import propose
+    from mmoe_rec.profiling.proposal import Proposal
     from mmoe_rec.profiling.settings_file import settings_text
 
     said = {each: (given[each],) for each in PURPOSES if given[each]}
@@ -111,7 +111,7 @@ def _propose(
         for place, path in enumerate(given["events"]):
             other = open_logs.enter_context(open_profile(path, folder / f"events-{place}", "--events"))
             events.append(_read_events(path, other, meaning, {each.name for each in events}))
-        proposal: Proposal = propose(meaning, events, given["timezone"])
+        proposal = Proposal(meaning, events, given["timezone"])
         text = settings_text(name, log, work, words, meaning, proposal, events)
     return text, meaning, [*meaning.warnings, *proposal.warnings]
 

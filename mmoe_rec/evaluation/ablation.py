@@ -209,16 +209,13 @@ def _negate(apart: Difference) -> Difference:
 def correct_worths(worths: Sequence[Worth]) -> list[Worth]:
     """The same with p-values corrected by Holm's method: of what decides for the number of features, or of groups, and
     of tasks for the number of all."""
-    found = list(worths)
+    found: dict[Part, Worth] = {}
     for kind in (FEATURE, GROUP):
-        places = [place for place, each in enumerate(found) if each.part.kind == kind]
-        objectives = correct_all([found[place].objective for place in places])
-        keys = [(place, task) for place in places for task in found[place].tasks]
-        tasks = dict(zip(keys, correct_all([found[place].tasks[task] for place, task in keys]), strict=True))
-        for place, objective in zip(places, objectives, strict=True):
-            own = {task: tasks[place, task] for task in found[place].tasks}
-            found[place] = replace(found[place], objective=objective, tasks=own)
-    return found
+        its = [each for each in worths if each.part.kind == kind]
+        tasks = iter(correct_all([apart for each in its for apart in each.tasks.values()]))
+        for each, objective in zip(its, correct_all([each.objective for each in its]), strict=True):
+            found[each.part] = replace(each, objective=objective, tasks={task: next(tasks) for task in each.tasks})
+    return [found[each.part] for each in worths]
 
 
 def choose_to_leave_out(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
@@ -52,53 +52,40 @@ class Events:
     check: str = ""
 
 
-@dataclass
 class Proposal:
-    """Sections of a settings file; warnings: sentences for the terminal."""
+    """Features, split, model and training for a log: sections of a settings file. Raises UserError where its rows can't
+    be split by time.
 
-    features: dict[str, Entry] = field(default_factory=dict)
-    split: dict[str, Entry] = field(default_factory=dict)
-    training: dict[str, Entry] = field(default_factory=dict)
-    model: dict[str, Entry] = field(default_factory=dict)
-    warnings: list[str] = field(default_factory=list)
+    train_days: between the first and the last training row; warnings: sentences for the terminal.
+    """
 
-
-def propose(meaning: Meaning, events: Sequence[Events], timezone: str | None) -> Proposal:
-    """Features, split, model and training for a log. Raises UserError where its rows can't be split by time."""
-    return _Proposer(meaning, events, timezone).run()
-
-
-class _Proposer:
     def __init__(self, meaning: Meaning, events: Sequence[Events], timezone: str | None) -> None:
         self.profile, self.meaning, self.events, self.timezone = meaning.profile, meaning, events, timezone
         self.columns, self.keys = meaning.columns, meaning.keys
-        self.proposal = Proposal()
-        self._heading = ""  # of the next feature
+        self.features, self.split, self.training, self.model = (dict[str, Entry]() for _ in range(4))
+        self.warnings: list[str] = []
         self.train_days = 0.0
-
-    def run(self) -> Proposal:
+        self._heading = ""  # of the next feature
         self._propose_split()
         self._propose_columns()
         if "time" in self.keys:
             self._propose_histories()
             self._propose_counters()
         self._propose_training()
-        return self.proposal
 
-    def _add(self, name: str, value: Mapping[str, Any], note: str = "", check: str = "") -> str:
+    def _add(self, name: str, value: Mapping[str, Any], note: str = "", check: str = "") -> None:
         name = re.sub(r"\W+", "_", name).strip("_") or "feature"
-        taken = {each.casefold() for each in self.proposal.features}
+        taken = {each.casefold() for each in self.features}
         unique, number = name, 2
         while unique.casefold() in taken:
             unique, number = f"{name}_{number}", number + 1
-        self.proposal.features[unique] = Entry(dict(value), note, check, self._heading)
+        self.features[unique] = Entry(dict(value), note, check, self._heading)
         self._heading = ""
-        return unique
 
     # The split
 
     def _propose_split(self) -> None:
-        meaning, split = self.meaning, self.proposal.split
+        meaning, split = self.meaning, self.split
         if meaning.split is not None:
             column, parts = meaning.split
             split["column"] = Entry(column)
@@ -151,7 +138,7 @@ class _Proposer:
                 ones = self.profile.count(f"{inside} AND {happened}")
                 zeros = self.profile.count(f"{inside} AND NOT ({happened})")
                 if min(ones, zeros) < _FEWEST:
-                    self.proposal.warnings.append(
+                    self.warnings.append(
                         f"{name} rows have {ones:,} positive and {zeros:,} negative labels of {task.column}: "
                         + ("nothing can be learnt of it" if not min(ones, zeros) else "its AUC says little")
                     )
@@ -357,7 +344,7 @@ class _Proposer:
         user, candidate = self.keys.get("user"), self.keys.get("candidate")
         if user is None or candidate is None:
             return
-        of = next(name for name, each in self.proposal.features.items() if each.value.get("column") == candidate)
+        of = next(name for name, each in self.features.items() if each.value.get("column") == candidate)
         self._heading = "The user's last candidates."
         for task in self.meaning.tasks[:2]:
             if task.kind == "binary":
@@ -373,15 +360,14 @@ class _Proposer:
     # Model and training
 
     def _propose_training(self) -> None:
-        proposal = self.proposal
-        proposal.model["trees"] = Entry({}, "network and trees together rank above either")
+        self.model["trees"] = Entry({}, "network and trees together rank above either")
         if self.meaning.is_plain:
-            proposal.model["bottom"] = Entry({"dropout": 0.3})
-            proposal.model["experts"] = Entry({"units": [64, 32]})
-            proposal.training["epochs"] = Entry(6)
-            proposal.training["learning_rate"] = Entry(0.002)
-            proposal.training["table_learning_rate"] = Entry(0.1)
-        proposal.training["calibration"] = Entry("temperature", "probabilities right on average, not the order alone")
+            self.model["bottom"] = Entry({"dropout": 0.3})
+            self.model["experts"] = Entry({"units": [64, 32]})
+            self.training["epochs"] = Entry(6)
+            self.training["learning_rate"] = Entry(0.002)
+            self.training["table_learning_rate"] = Entry(0.1)
+        self.training["calibration"] = Entry("temperature", "probabilities right on average, not the order alone")
 
 
 def _as_time(microseconds: int) -> datetime:
