@@ -148,21 +148,20 @@ def read_labels(settings: Settings, prepared: FeatureFolder, split: str) -> Scor
     rows = EncodedRows(prepared.split(split), replace(layout, tables=(), ids=(), dense=(), attention=()))
     columns = (*COLUMNS, *(f"label.{name}" for name in layout.outcomes), *rows.weighing(weighted))
     parts, tables = zip(*rows.stream(ROWS_AT_A_TIME, columns), strict=True)
-    table, labels = pa.concat_tables(tables), np.concatenate([part.labels for part in parts])
-    users, requests, candidates = (table.column(name).combine_chunks() for name in COLUMNS)
-    return ScoredRows(
-        layout,
-        users,
-        requests,
-        candidates if settings.columns.has_candidate else None,
-        predictions=np.zeros(labels.shape),
-        labels=labels,
-        score=np.zeros(len(labels)),
-        experts=None,
-        outcomes={name: table.column(f"label.{name}").to_numpy() for name in layout.outcomes},
-        relevance={name: task.score_weight for name, task in settings.tasks.items()},
-        weights=weights_of(table),
-    )
+    labels = np.concatenate([part.labels for part in parts])
+    unknown = {"predictions": np.zeros(labels.shape), "score": np.zeros(len(labels)), "experts": None}
+    relevance = {name: task.score_weight for name, task in settings.tasks.items()}
+    scored = _put_together(layout, tables, labels=labels, relevance=relevance, **unknown)
+    return scored if settings.columns.has_candidate else replace(scored, candidates=None)
+
+
+def _put_together(layout: ModelLayout, tables: Sequence[pa.Table], **of_rows: Any) -> ScoredRows:
+    """Rows with the columns that were read beside them; of_rows: what else they have."""
+    beside = pa.concat_tables(tables)
+    users, requests, candidates = (beside.column(name).combine_chunks() for name in COLUMNS)
+    outcomes = {name: beside.column(f"label.{name}").to_numpy() for name in layout.outcomes}
+    weights = weights_of(beside)
+    return ScoredRows(layout, users, requests, candidates, outcomes=outcomes, weights=weights, **of_rows)
 
 
 class RowSource(Protocol):
@@ -226,19 +225,13 @@ def score_rows(
             tables.append(table)
             progress.advance(task, len(part))
     predicted, labels, score = (np.concatenate(each) for each in zip(*parts, strict=True))
-    ids = pa.concat_tables(tables)
-    users, requests, candidates = (ids.column(name).combine_chunks() for name in COLUMNS)
-    return ScoredRows(
+    return _put_together(
         layout,
-        users,
-        requests,
-        candidates,
-        predicted,
-        labels,
-        score,
-        experts.result(),
-        {name: ids.column(f"label.{name}").to_numpy() for name in layout.outcomes},
-        relevance,
-        weights_of(ids),
-        None if model.mixture.each_member()[0].placement is None else effects.effects(),
+        tables,
+        predictions=predicted,
+        labels=labels,
+        score=score,
+        experts=experts.result(),
+        relevance=relevance,
+        placement=None if model.mixture.each_member()[0].placement is None else effects.effects(),
     )
