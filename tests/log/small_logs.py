@@ -75,6 +75,14 @@ def schema_of(features: dict[str, Any], **sections: Any) -> Schema:
     return kinds.schema_of({**BASE, **sections, "features": features})
 
 
+CLICKS = {"click": {"label": "click", "objective": "engagement"}}
+
+
+def two_ids(**sections: Any) -> Schema:
+    """A schema of two features, and of one task unless `sections` say otherwise."""
+    return schema_of({"item": ALL_KINDS["item"], "brand": ALL_KINDS["brand"]}, **{"tasks": CLICKS, **sections})
+
+
 def windows_of(first: float, second: float, start: float = 0) -> dict[str, tuple[int, int | None]]:
     """Training from day `start` to day `first`, validation to day `second`, test afterwards."""
     zero, one, two = (START + int(day * DAY) for day in (start, first, second))

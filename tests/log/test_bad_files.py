@@ -23,26 +23,21 @@ from mmoe_rec.settings.schema import Schema
 from tests.log.small_logs import (
     ALL_KINDS,
     BASE,
+    CLICKS,
     DAY,
     START,
     log_rows,
     random_log,
     schema_of,
+    two_ids,
     windows_of,
     with_column,
     with_values,
     write_log,
 )
 
-TASKS = {"click": {"label": "click", "objective": "engagement"}}
 TABLE = random_log(0)
-
-
-def _schema(**sections: Any) -> Schema:
-    return schema_of({"item": ALL_KINDS["item"], "brand": ALL_KINDS["brand"]}, **{"tasks": TASKS, **sections})
-
-
-SCHEMA = _schema()
+SCHEMA = two_ids()
 
 
 def _opening(log: Path | str, schema: Schema = SCHEMA) -> BadFile:
@@ -213,12 +208,12 @@ NO_LABEL = "neither 0 nor 1; fix the data or set the task's kind to regression"
 )
 def test_the_first_wrong_value_is_told_in_any_part(tmp_path, monkeypatch, column, changes, row, message, rows_per_part):
     monkeypatch.setattr(log_module, "ROWS_AT_A_TIME", 30)
-    tasks = {**TASKS, "spent": {"label": "spent", "kind": "regression", "objective": "engagement"}}
+    tasks = {**CLICKS, "spent": {"label": "spent", "kind": "regression", "objective": "engagement"}}
     columns = {"user": "user", "candidate": "item", "time": "time", "sampling_rate": "price"}
     table = with_column(TABLE, "price", pa.array(np.full(300, 0.5)))
     folder = write_log(tmp_path, table, table)
     pq.write_table(with_values(table, column, changes), folder / "1.parquet", row_group_size=40)
-    error = _reading(folder, _schema(tasks=tasks, columns=columns), rows_per_part)
+    error = _reading(folder, two_ids(tasks=tasks, columns=columns), rows_per_part)
     end = f"(the first is row {row} of the file, counted from 0)"
     what = "label column" if "task" in message else "column"
     assert str(error) == f"'{folder}/1.parquet': {what} '{column}' {message} {end}"
@@ -267,7 +262,7 @@ def test_times_that_no_microsecond_counts(tmp_path, kind, integers, unit):
     values = pa.array([0] * 33 + [integers] + [0] * 266, storage).cast(kind)
     pq.write_table(with_column(TABLE, "time", values), tmp_path / "0.parquet", row_group_size=20)
     columns = {"user": "user", "candidate": "item", "time": "time", "time_unit": unit}
-    error = _reading(tmp_path, _schema(columns=columns), rows_per_part=10)
+    error = _reading(tmp_path, two_ids(columns=columns), rows_per_part=10)
     assert str(error).startswith(f"'{tmp_path}/0.parquet': column 'time' cannot be read as timestamp[us, tz=UTC]: ")
     assert str(error).endswith("(the first is row 33 of the file, counted from 0)")
 
@@ -278,7 +273,7 @@ def test_times_that_no_microsecond_counts(tmp_path, kind, integers, unit):
 def _events(path: Path | str) -> Schema:
     history = {"kind": "history", "events": "purchases", "of": "item", "length": 3}
     events = {"purchases": {"path": str(path), "time": "born"}}
-    return schema_of({"item": ALL_KINDS["item"], "bought": history}, tasks=TASKS, events=events)
+    return schema_of({"item": ALL_KINDS["item"], "bought": history}, tasks=CLICKS, events=events)
 
 
 def test_bad_files_of_events(tmp_path):
@@ -331,7 +326,7 @@ def _other_type(path: Path) -> None:
 def test_a_file_that_turns_bad_while_features_are_built(tmp_path, monkeypatch, change, step, skip):
     """Found by what reads it next, or at the end; no rows are encoded with what was counted of others."""
     folder = _five(tmp_path / "log")
-    schema = schema_of({"item": ALL_KINDS["item"], "n": ALL_KINDS["item_click"]}, tasks=TASKS)
+    schema = schema_of({"item": ALL_KINDS["item"], "n": ALL_KINDS["item_click"]}, tasks=CLICKS)
     run = getattr(steps.Steps, step)
 
     def changing(*args: Any, **named: Any) -> Any:
@@ -360,7 +355,7 @@ ROLES = {**BASE["roles"], "candidate": ["brand", "price", "tags", "x"]}
 VECTOR = {"kind": "vector", "column": "x", "size": 2}
 
 
-def _with_vectors(tasks: dict[str, Any] = TASKS, **features: Any) -> Schema:
+def _with_vectors(tasks: dict[str, Any] = CLICKS, **features: Any) -> Schema:
     return schema_of({"item": ALL_KINDS["item"], **features}, tasks=tasks, roles=ROLES)
 
 
@@ -431,7 +426,7 @@ def test_a_time_that_stands_for_never_has_an_hour(tmp_path, zone):
 
 
 def _observed(value: Any) -> dict[str, Any]:
-    return {"click": {**TASKS["click"], "observed_when": {"column": "x", "equals": value}}}
+    return {"click": {**CLICKS["click"], "observed_when": {"column": "x", "equals": value}}}
 
 
 @pytest.mark.parametrize(

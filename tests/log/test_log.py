@@ -8,7 +8,6 @@ import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import duckdb
 import fsspec
@@ -30,18 +29,10 @@ from mmoe_rec.log.reader import EventRows, Log
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.preprocessing.logs import DEFAULTS, HeldFiles, Logs
 from mmoe_rec.settings.columns import EVENT
-from mmoe_rec.settings.schema import Schema
-from tests.log.small_logs import ALL_KINDS, log_rows, random_log, schema_of, with_column, write_log
+from tests.log.small_logs import ALL_KINDS, CLICKS, log_rows, random_log, schema_of, two_ids, with_column, write_log
 
-TASKS = {"click": {"label": "click", "objective": "engagement"}}
 TABLE = random_log(0)
-
-
-def _schema(**sections: Any) -> Schema:
-    return schema_of({"item": ALL_KINDS["item"], "brand": ALL_KINDS["brand"]}, **{"tasks": TASKS, **sections})
-
-
-SCHEMA = _schema()
+SCHEMA = two_ids()
 
 
 def _table(batches: Iterable[LogRows]) -> pa.Table:
@@ -152,7 +143,7 @@ def test_times_of_any_unit_and_zone_are_one(tmp_path):
     for unit, integers in (("s", seconds // 10**6), ("ms", seconds // 10**3), ("us", seconds), ("ns", seconds * 1000)):
         folder = write_log(tmp_path / unit, with_column(TABLE, "time", integers))
         columns = {"user": "user", "candidate": "item", "time": "time", "time_unit": unit}
-        (rows,) = Log(str(folder), _schema(columns=columns)).stream()
+        (rows,) = Log(str(folder), two_ids(columns=columns)).stream()
         np.testing.assert_array_equal(rows.times(), seconds)
 
 
@@ -167,7 +158,7 @@ def _partitioned(folder: Path, column: str, values: dict[str, pa.Table]) -> str:
 
 def test_columns_in_paths(tmp_path):
     halves = {"7": TABLE.slice(0, 100), "-08": TABLE.slice(100, 100), "__HIVE_DEFAULT_PARTITION__": TABLE.slice(200)}
-    schema = schema_of({"item": ALL_KINDS["item"], "slot": ALL_KINDS["slot"]}, tasks=TASKS)
+    schema = schema_of({"item": ALL_KINDS["item"], "slot": ALL_KINDS["slot"]}, tasks=CLICKS)
     log = Log(_partitioned(tmp_path, "slot", halves), schema)
     assert log.types["slot"] == pa.int64()
     assert "year" not in log.types
@@ -210,7 +201,7 @@ def test_events_are_read_in_parts_too(tmp_path):
     events = {"purchases": {"path": str(path), "time": "born"}}
     table = with_column(TABLE, "born", TABLE["time"])
     write_log(path, table.slice(0, 100), table.slice(0, 0), table.slice(100))
-    log = Log(str(write_log(tmp_path / "log", TABLE)), schema_of(features, tasks=TASKS, events=events))
+    log = Log(str(write_log(tmp_path / "log", TABLE)), schema_of(features, tasks=CLICKS, events=events))
     purchases = EventRows("purchases", log)
     assert [file.rows for file in purchases.files] == [100, 0, 200]
     reader, parts = pickle.loads(pickle.dumps((purchases.reader, purchases.parts(50))))
