@@ -64,6 +64,7 @@ class Proposal:
         self.columns, self.keys = meaning.columns, meaning.keys
         self.features, self.split, self.training, self.model = (dict[str, Entry]() for _ in range(4))
         self.warnings: list[str] = []
+        self.lists = meaning.rows_per_request > 1.05
         self.train_days = 0.0
         self._heading = ""  # of the next feature
         self._propose_split()
@@ -259,7 +260,9 @@ class Proposal:
         for name in self.meaning.roles[role]:  # type: ignore[index]
             each = self.columns[name]
             usable = each.kind in ("text", "integer", "boolean") and each.unit is None
-            usable &= role == "user" or name not in self.meaning.checks
+            # Without lists the whole context is in doubt, and an input nevertheless.
+            doubts = role == "candidate" or (role == "context" and self.lists)
+            usable &= not doubts or name not in self.meaning.checks
             if usable and each.kind == "integer" and not self._is_code(each) and each.distinct > 100:
                 usable = False
             if usable and each.nulls < 0.5 * each.rows and least <= each.distinct <= limit:
@@ -309,6 +312,8 @@ class Proposal:
         for each in finer:
             add(False, user, each)
         for each in of_context:
+            if not self.lists:  # within one it is the same for all
+                add(False, each)
             add(False, candidate, each)
             add(False, user, each)
         for each in of_user:
