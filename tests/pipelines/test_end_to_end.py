@@ -1,17 +1,17 @@
-"""The quickstart as a newcomer runs it, then the model server that it tells them to start."""
+"""The quickstart as a newcomer runs it, and the model that it registers."""
 
 import json
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
+import mlflow
 import numpy as np
 import pytest
 
 from mmoe_rec.inference.ranker import Ranker
 from pipelines import quickstart
 from tests.fork_server import run_command
-from tests.inference.running_server import running_server
 
 
 @dataclass(frozen=True)
@@ -62,21 +62,20 @@ def test_leaves_everything_in_its_folder_and_says_what_to_type(done: Done) -> No
     assert f"--backend-store-uri {done.uri}" in after
 
 
-def test_the_registered_model_answers_as_the_ranker(done: Done, tmp_path: Path) -> None:
+def test_the_registered_model_answers_as_the_ranker(done: Done) -> None:
     ranker = Ranker.load(done.folder / "work" / "model")
     example = json.loads((done.folder / "work" / "model" / "example_request.json").read_text())
     expected = ranker.rank(example["user"], example["context"], example["candidates"])
+    mlflow.set_tracking_uri(done.uri)
+    model = mlflow.pyfunc.load_model("models:/complete_journey_fast@champion")
+    (answer,) = model.predict([example])
+    assert answer["candidates"] == expected.candidates
+    np.testing.assert_allclose(answer["scores"], expected.scores, rtol=1e-5)
+    assert len(set(answer["scores"])) == len(answer["scores"])
     (body,) = [word.removeprefix("@") for word in done.printed.split() if word.startswith("@")]
-    with running_server("models:/complete_journey_fast@champion", done.uri, tmp_path) as server:
-        status, reply = server.post({"inputs": [example]})
-        assert status == 200
-        (answer,) = reply["predictions"]
-        assert answer["candidates"] == expected.candidates
-        np.testing.assert_allclose(answer["scores"], expected.scores, rtol=1e-5)
-        assert len(set(answer["scores"])) == len(answer["scores"])
-        status, reply = server.post(Path(body).read_bytes())
-        assert status == 200
-        assert reply["predictions"][0]["candidates"] == expected.candidates[:5]
+    printed = json.loads(Path(body).read_text())
+    (answer,) = model.predict(printed["inputs"], params=printed["params"])
+    assert answer["candidates"] == expected.candidates[:5]
 
 
 @pytest.mark.parametrize(
