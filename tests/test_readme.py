@@ -21,8 +21,8 @@ import pytest
 
 from mmoe_rec.cli import doctor
 from mmoe_rec.settings.load import load_settings
-from tests.fork_server import run_command
-from tests.inference.running_server import free_port, running_program
+from tests.fork_server import Command, run_command
+from tests.inference.running_server import free_port, running_program, serving
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -184,6 +184,14 @@ def run_lines(lines: list[str], folder: Path) -> dict[str, str]:
     return outputs
 
 
+def run_code(code: str, folder: Path) -> str:
+    """What Python code prints; an exit code other than 0 fails the test."""
+    (folder / "example.py").write_text(code)
+    done = run_command(str(folder / "example.py"), env=environment(), cwd=folder)
+    assert done.returncode == 0, f"{code}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the project's folder as the commands need it: its configs."""
@@ -209,9 +217,13 @@ def running(command: str, port: str, page: str, folder: Path) -> Iterator[int]:
     """A server's command, at a free port instead of `port`, from when `page` answers until the block ends."""
     number = free_port()
     assert port in command
-    words = shlex.split(command.replace(port, str(number)))
+    words, page = shlex.split(command.replace(port, str(number))), f"http://127.0.0.1:{number}{page}"
     log = folder / f"{words[1]}.log"
-    with running_program(words, f"http://127.0.0.1:{number}{page}", log, cwd=folder, env=environment()):
+    if words[0] == "mmoe-rec":
+        server = serving(Command(["mmoe_rec", *words[1:]], environment(), folder, log), page, log)
+    else:
+        server = running_program(words, page, log, cwd=folder, env=environment())
+    with server:
         yield number
 
 
@@ -308,14 +320,14 @@ def test_what_was_scored_has_the_metrics_of_the_evaluation(said: dict[str, str],
 @pytest.mark.thorough
 def test_python_examples(said: dict[str, str], folder: Path) -> None:
     trained, measured, scored, _, encoded = blocks("python")
-    rows, auc, candidates = shell(shlex.join(["python", "-c", trained]), folder).splitlines()[-3:]
+    rows, auc, candidates = run_code(trained, folder).splitlines()[-3:]
     assert re.fullmatch(r"\d+ rows", rows)
     assert "Interval(value=0." in auc
     assert sorted(json.loads(candidates)) == [29789, 826249]
-    area = shell(shlex.join(["python", "-c", FRAME + measured]), folder).splitlines()[-1]
+    area = run_code(FRAME + measured, folder).splitlines()[-1]
     assert 0.9 < float(area) <= 1
-    shell(shlex.join(["python", "-c", scored]), folder)
-    assert int(shell(shlex.join(["python", "-c", f"{encoded}print(trees.n_iter_)"]), folder)) > 10
+    run_code(scored, folder)
+    assert int(run_code(f"{encoded}print(trees.n_iter_)", folder)) > 10
     log, found = (pq.read_table(folder / path) for path in ("data/complete_journey/log", "scored.parquet"))
     assert found["product_id"].to_pylist() == log["product_id"].to_pylist()[: len(found)]
     _check_scores(found, log)

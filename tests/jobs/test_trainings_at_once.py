@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 
 from mmoe_rec.errors import StoppedError, StopRequest, UserError
+from mmoe_rec.jobs import seeds
 from mmoe_rec.jobs.seeds import run_side_by_side
+from tests.fork_server import MULTIPROCESSING
 
 pytestmark = pytest.mark.thorough
 
@@ -71,6 +73,7 @@ def test_one_that_fails_ends_the_others_who_save(
     tmp_path: Path, word: str, says: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TMP_OF_TEST", str(tmp_path))
+    monkeypatch.setattr(seeds, "multiprocessing", MULTIPROCESSING)
     with pytest.raises(UserError, match=says):
         run([f"{tmp_path}/", word, "never begun"], tmp_path)
     assert len(list(tmp_path.glob("*.saved"))) == 1
