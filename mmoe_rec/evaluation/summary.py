@@ -95,9 +95,8 @@ class UserMetrics:
     def at(self, counts: np.ndarray) -> Values:
         """All in R resamples, which draw the users `counts` (U, R) float64 times; no objective that lacks a part."""
         values = {(name, key): each for name, group in self.groups.items() for key, each in group.at(counts).items()}
-        parts = [] if self.objective is None else [(each, self.objective.metric) for each in self.objective.groups]
-        if parts and values.keys() >= {*parts}:
-            values[OBJECTIVE] = np.mean([values[part] for part in parts], axis=0)
+        if parts := self._parts_in(values):
+            values[OBJECTIVE] = np.mean(parts, axis=0)
         return values
 
     @property
@@ -109,9 +108,14 @@ class UserMetrics:
     def effective(self) -> dict[Key, float]:
         """The effective number of users by their sizes, of each metric; of the objective, the least of its parts."""
         found = {(name, key): of for name, group in self.groups.items() for key, of in group.effective_users.items()}
-        if self.objective is not None:
-            found[OBJECTIVE] = min(found[group, self.objective.metric] for group in self.objective.groups)
+        if parts := self._parts_in(found):
+            found[OBJECTIVE] = min(parts)
         return found
+
+    def _parts_in(self, values: Mapping[Key, Each]) -> list[Each]:
+        """What the objective is made of; nothing where a part is not there, as where a model lacks a task."""
+        parts = [] if self.objective is None else [(each, self.objective.metric) for each in self.objective.groups]
+        return [values[part] for part in parts] if values.keys() >= {*parts} else []
 
 
 @dataclass(frozen=True)
