@@ -109,7 +109,7 @@ class _Parent:
         for each in (signal.SIGTERM, signal.SIGINT):
             signal.signal(each, lambda *_: self._ends.put(None))
         threading.Thread(target=self._start, args=(source, state), daemon=True).start()
-        error = self._ends.get()
+        error = self._wait_for_end()
         with self._starting:
             self._is_ending = True
         self.sockets.close()
@@ -128,6 +128,12 @@ class _Parent:
         if error is not None:
             raise error
         return code
+
+    def _wait_for_end(self) -> UserError | None:
+        """Looks up now and then: a signal that comes just before a wait does not end it."""
+        while True:
+            with suppress(queue.Empty):
+                return self._ends.get(timeout=_TICK_SECONDS)
 
     def _start(self, source: Source, state: str) -> None:
         try:
