@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -31,7 +33,8 @@ SPREAD = 0.5
 """Standard deviation that is expected of the difference of both weights, so that few labels leave them about equal."""
 
 CERTAINTY = 3.0
-"""Standard errors by which ids have to help: what an id was worth lasts less long than what counters say."""
+"""Standard errors by which ids have to help before trees with them stand alone: what an id was worth lasts less long
+than what counters say. Where they help less, the mean of both sets stands."""
 
 
 def grow_trees(settings: Settings, prepared: FeatureFolder, layout: ModelLayout, model: RankingModel) -> Trees:
@@ -62,14 +65,22 @@ def grow_trees(settings: Settings, prepared: FeatureFolder, layout: ModelLayout,
             inputs = sorted({rows.numbers, rows.x.shape[1]} - {0})
             if min(len(np.unique(each.labels)) for each in (rows, judged)) < 2:
                 inputs = []
-            before: np.ndarray | None = None
+            grown = {}
             for first in inputs:
                 learnt_from, tried_on = (
                     replace(each, x=each.x[:, :first], labels=(each.labels - task.mean) / task.deviation)
                     for each in (rows, judged)
                 )
                 booster = grow_lightgbm(task.kind, learnt_from, tried_on, *shape)
-                text = booster.model_to_string(num_iteration=booster.best_iteration)  # further ones were too many
+                most = booster.best_iteration  # further ones were too many
+                grown["without ids" if first == rows.numbers else "with ids"] = booster.model_to_string(
+                    num_iteration=most
+                )
+            ways = [(name, text, certainty) for name, text in grown.items()]
+            if len(ways) > 1:
+                ways.append(("in all, without ids and with them", join_trees([*grown.values()]), 0.0))
+            before: np.ndarray | None = None
+            for name, text, needed in ways:
                 ensemble = read_ensemble(text)
                 sums = Forest([ensemble]).sums(judged.x, torch.get_num_threads())[:, 0]
                 trees = task.mean + task.deviation * sums
@@ -77,20 +88,36 @@ def grow_trees(settings: Settings, prepared: FeatureFolder, layout: ModelLayout,
                 blended = blend.network * network + blend.trees * trees + blend.offset
                 losses = [_losses_of(task.kind, each, judged.labels) for each in (blended, network, trees)]
                 witnesses = judged.weights, users[observed]
-                if before is not None and not is_clearly_less(losses[0], before, *witnesses, certainty):
+                if before is not None and not is_clearly_less(losses[0], before, *witnesses, needed):
                     continue
                 before, texts[task.name], blends[task.name] = losses[0], text, blend
                 together, alone, of_trees = (np.average(each, weights=judged.weights) for each in losses)
                 told = (
-                    f"{len(ensemble.trees)} trees {'without' if first == rows.numbers else 'with'} ids; "
-                    f"{blend.network:.3g} x network + {blend.trees:.3g} x trees, loss of validation rows "
-                    f"{together:.4g} (network {alone:.4g}, trees {of_trees:.4g})"
+                    f"{len(ensemble.trees)} trees {name}; {blend.network:.3g} x network + {blend.trees:.3g} x trees, "
+                    f"loss of validation rows {together:.4g} (network {alone:.4g}, trees {of_trees:.4g})"
                 )
+                if name == "with ids":
+                    break
             if not inputs:
                 told = "no trees: training or validation rows lack labels that differ, or there is no input"
             say(f"  {task.name}: {told}")
             progress.advance(step)
     return Trees(texts, blends)
+
+
+def join_trees(texts: Sequence[str]) -> str:
+    """The mean of several sets of trees as one, in LightGBM's text. texts: the last reads the inputs of all others."""
+
+    def divide(line: re.Match[str]) -> str:
+        return f"{line[1]}={' '.join(repr(float(each) / len(texts)) for each in line[2].split())}"
+
+    head, blocks = texts[-1].partition("\nTree=")[0], list[str]()
+    for text in texts:
+        for block in text.partition("\nend of trees")[0].split("\nTree=")[1:]:
+            numbered = f"Tree={re.sub('^[0-9]+', str(len(blocks)), block.rstrip())}\n\n\n"
+            blocks.append(re.sub(r"(?m)^(leaf_value|internal_value)=(.*)$", divide, numbered))
+    head = re.sub(r"(?m)^tree_sizes=.*", f"tree_sizes={' '.join(str(len(each)) for each in blocks)}", head).rstrip()
+    return f"{head}\n\n{''.join(blocks)}end of trees\n"
 
 
 def _losses_of(kind: str, logits: np.ndarray, labels: np.ndarray) -> np.ndarray:

@@ -21,7 +21,7 @@ from mmoe_rec.inference.artifact import MANIFEST, write_manifest
 from mmoe_rec.inference.export import draw_requests, inputs_of, load_onnx, save_with_trees, write_onnx
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.jobs import stacking
-from mmoe_rec.jobs.stacking import HALF, fit_blend, is_clearly_less
+from mmoe_rec.jobs.stacking import HALF, fit_blend, is_clearly_less, join_trees
 from mmoe_rec.jobs.trees import Inputs, grow_lightgbm
 from mmoe_rec.model.forest import Forest, read_ensemble
 from mmoe_rec.model.trees import Trees
@@ -220,7 +220,24 @@ def test_ids_are_taken_sooner_where_no_later_rows_wait(small: SmallModel, monkey
     columns = small.settings.columns.model_copy(update={"time": NO_TIME})
     for settings in (small.settings, small.settings.model_copy(update={"columns": columns})):
         stacking.grow_trees(settings, small.prepared, small.model_layout, small.model)
-    assert asked == [3.0] * (len(asked) // 2) + [0.0] * (len(asked) // 2) != []
+    pairs = len(asked) // 4  # trees with ids, and the mean of both, of each task
+    assert asked == [3.0, 0.0] * pairs + [0.0, 0.0] * pairs != []
+
+
+def test_sets_of_trees_are_joined_to_their_mean() -> None:
+    """Of a log where both numbers and ids decide; as LightGBM and we read them."""
+    random, texts, sums = np.random.default_rng(0), [], []
+    x = np.column_stack([random.normal(size=(2000, 3)), random.integers(0, 40, (2000, 2))]).astype(np.float32)
+    labels = x[:, 0] + x[:, 3] % 3 + random.normal(size=2000) > 1
+    for width, number in ((3, 9), (5, 12)):
+        own = {"objective": "binary", "num_leaves": 7, "use_missing": False, "verbosity": -1, "num_threads": 1}
+        data = lightgbm.Dataset(x[:, :width], labels, categorical_feature=[4] if width > 4 else [])
+        texts.append(lightgbm.train(own, data, number).model_to_string())
+        sums.append(lightgbm.Booster(model_str=texts[-1]).predict(x[:, :width], raw_score=True))
+    joined, mean = join_trees(texts), np.mean(sums, axis=0)
+    assert len(read_ensemble(joined).trees) == 21
+    np.testing.assert_allclose(Forest([read_ensemble(joined)]).sums(x)[:, 0], mean, atol=1e-12)
+    np.testing.assert_allclose(lightgbm.Booster(model_str=joined).predict(x, raw_score=True), mean, atol=1e-12)
 
 
 def test_damage_is_told(small: SmallModel, tmp_path: Path) -> None:
