@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from mmoe_rec.errors import RequestError
 from mmoe_rec.inference.artifact import Artifact
+from mmoe_rec.model.fused import fused_logits
 from mmoe_rec.model.mmoe import Mixture, Outputs, RankingModel
 from mmoe_rec.model.products import Products, has_onednn, set_products
 from mmoe_rec.model.score import Calibration, log_predictions, predictions
@@ -79,7 +80,11 @@ class Scored:
 
 
 class Scorer:
-    """A `RankingModel` over `PlainTables` with its calibration. broken: experts with weights that are no numbers."""
+    """A `RankingModel` over `PlainTables` with its calibration.
+
+    broken: experts with weights that are no numbers; fused: gives the network's logits where the model and a request
+    allow it, None where no request does.
+    """
 
     def __init__(self, about: Artifact, model: RankingModel, calibration: Calibration) -> None:
         self.about, self.model, self.calibration = about, model.eval(), calibration
@@ -88,6 +93,8 @@ class Scorer:
         self.of_gate = self.experts // len(model.mixture.each_member())
         self.broken = _take_out_broken(model)
         self.products: Products = "blas"
+        self.fused = fused_logits(model)
+        self._lost = self._warn([], None)
 
     def options(self, top_k: int | None, masked: Sequence[Any] | None) -> ExpertOptions:
         """A request's `gate_top_k` and `mask_experts`, checked. Raises RequestError."""
@@ -113,14 +120,14 @@ class Scorer:
         seconds: dict[Products, float] = {}
         for products in ("blas", "onednn"):
             set_products(self.model, products)
-            seconds[products] = min(self._seconds(rows) for _ in range(_TIMES))
+            seconds[products] = min(self._seconds(rows, products) for _ in range(_TIMES))
         set_products(self.model, before)
         return "onednn" if seconds["onednn"] * _MARGIN < seconds["blas"] else "blas"
 
-    def _seconds(self, inputs: Tensor) -> float:
+    def _seconds(self, inputs: Tensor, products: Products) -> float:
         start = time.perf_counter()
-        with torch.inference_mode():
-            self.model.mixture(inputs, None)  # trees take as long either way
+        with torch.inference_mode():  # trees take as long either way
+            self.model.mixture(inputs, None) if self.fused is None else self.fused(inputs, products)
         return time.perf_counter() - start
 
     def score(self, inputs: Tensor, options: ExpertOptions = _MODELS_OWN, explain: bool = False) -> Scored:
@@ -135,7 +142,11 @@ class Scorer:
         rows = len(inputs)
         if self.products == "onednn":
             inputs = _filled_up(inputs)
-        outputs, warnings, failed = self._run(inputs, options)
+        fused, warnings, failed = self._run_fused(inputs, options), self._lost, False
+        if fused is None or explain:
+            outputs, warnings, failed = self._run(inputs, options)
+        if fused is not None and not failed:  # the same answer whether it is to be explained or not
+            outputs = fused if not explain else outputs._replace(logits=fused.logits, alone=fused.alone)
         with torch.inference_mode():
             plain = outputs.logits[:rows]
             logits = self.calibration.apply(plain, self.names)
@@ -154,28 +165,43 @@ class Scorer:
 
     def _run(self, inputs: Tensor, options: ExpertOptions) -> tuple[Outputs, tuple[LostExpert, ...], bool]:
         """The model's outputs of inputs (B, W) without experts that fail, what went wrong, and whether one failed."""
-        warnings = [
-            f"expert {expert} has weights that are not finite numbers and is out of use" for expert in self.broken
-        ]
         usable = self._all_but(options.masked) if options.masked else None
         try:
             outputs = self._forward(inputs, options.top_k, usable)
             failing = not _is_finite(outputs)
         except Exception:
             failing = True
+        failed = self._find_failed(inputs, options) if failing else {}
         if failing:
-            failed = self._find_failed(inputs, options)
-            warnings += [f"expert {expert} failed and was left out: {reason}" for expert, reason in failed.items()]
             usable = self._all_but([*options.masked, *failed])
             outputs = self._forward(inputs, options.top_k, usable)
+        sentences = [f"expert {expert} failed and was left out: {reason}" for expert, reason in failed.items()]
+        return outputs, self._lost if usable is None else self._warn(sentences, usable), failing
+
+    def _warn(self, failed: Sequence[str], usable: Tensor | None) -> tuple[LostExpert, ...]:
+        """Sentences on all experts that are lost, where (E,) bool may be used. failed: those on experts that failed."""
         left, whose = self.model.experts_in_use, "network's " if self.model.trees is not None else ""
         some = (left if usable is None else left & usable).any(1).tolist()
-        warnings += [
-            f"no expert is left for '{task}': its {whose}prediction is the same for every candidate"
-            for task, any_left in zip(self.names, some, strict=True)
-            if not any_left
+        warnings = [
+            *(f"expert {expert} has weights that are not finite numbers and is out of use" for expert in self.broken),
+            *failed,
+            *(
+                f"no expert is left for '{task}': its {whose}prediction is the same for every candidate"
+                for task, any_left in zip(self.names, some, strict=True)
+                if not any_left
+            ),
         ]
-        return outputs, tuple(map(LostExpert, warnings)), failing
+        return tuple(map(LostExpert, warnings))
+
+    def _run_fused(self, inputs: Tensor, options: ExpertOptions) -> Outputs | None:
+        """The same without routings, by `fused`; None where it can't do what is asked, or fails."""
+        if self.fused is None or options != _MODELS_OWN:
+            return None
+        with torch.inference_mode():
+            logits = self.fused(inputs[:, : self.model.width], self.products)
+            if not bool(logits.isfinite().all()):
+                return None
+            return self.model.finish(inputs, Outputs(logits, ()))
 
     def _forward(self, inputs: Tensor, top_k: int | None = None, usable: Tensor | None = None) -> Outputs:
         with torch.inference_mode():

@@ -190,21 +190,24 @@ class Forest:
         return np.concatenate([np.empty((0, len(self._ends) - 1)), *parts])
 
     def _sums(self, x: np.ndarray) -> np.ndarray:
-        trees, words = len(self._values), -(-len(x) // 64)  # 64 rows a word
-        columns = x.take(np.minimum(np.arange(64 * words), len(x) - 1), axis=0).T.copy()
-        goes_left = np.empty((self._bits, 64 * words), np.bool_)
-        for feature, rows, edges in self._numbers:
-            np.less_equal(columns[feature], edges, out=goes_left[rows])
-        for feature, rows, table in self._sets:
+        # The narrowest words that hold all rows, of 8 to 64 bits: few rows touch less memory so.
+        word = np.dtype(f"u{min(8, max(1, 1 << (-(-len(x) // 8) - 1).bit_length()))}")
+        trees, words = len(self._values), -(-len(x) // (8 * word.itemsize))
+        rows = 8 * word.itemsize * words
+        columns = x.take(np.minimum(np.arange(rows), len(x) - 1), axis=0).T.copy()
+        goes_left = np.empty((self._bits, rows), np.bool_)
+        for feature, splits, edges in self._numbers:
+            np.less_equal(columns[feature], edges, out=goes_left[splits])
+        for feature, splits, table in self._sets:
             last = table.shape[1] - 1  # of numbers that are in no set
             numbers = np.where((columns[feature] >= 0) & (columns[feature] < last), columns[feature], last)
             if (numbers == numbers[0]).all():  # such as the user's
-                goes_left[rows] = table[:, [int(numbers[0])]]
+                goes_left[splits] = table[:, [int(numbers[0])]]
             else:
-                np.take(table, numbers.astype(np.int64), axis=1, out=goes_left[rows], mode="clip")
-        bits = np.packbits(goes_left, bitorder="little").view(np.uint64).reshape(self._bits, words)
-        reached = np.empty((self._nodes, words), np.uint64)
-        reached[:trees], reached[-1] = np.uint64(0xFFFFFFFFFFFFFFFF), 0
+                np.take(table, numbers.astype(np.int64), axis=1, out=goes_left[splits], mode="clip")
+        bits = np.packbits(goes_left, bitorder="little").view(word).reshape(self._bits, words)
+        reached = np.empty((self._nodes, words), word)
+        reached[:trees], reached[-1] = ~word.type(0), 0
         for nodes, splits, first in self._levels:
             middle, end = first + len(nodes), first + 2 * len(nodes)
             here = reached.take(nodes, axis=0)
@@ -212,7 +215,7 @@ class Forest:
             np.bitwise_xor(here, left, out=reached[middle:end])
         # The digits of each row's leaf, one row of bits a tree: those of leaves whose number has the digit.
         of_leaves = reached.take(self._leaves, axis=0).reshape(-1, trees * words)
-        leaf = np.zeros((trees, 64 * words), np.min_scalar_type(len(of_leaves) - 1))
+        leaf = np.zeros((trees, rows), np.min_scalar_type(len(of_leaves) - 1))
         for digit in reversed(range(self._digits)):
             half = 1 << digit
             one = np.bitwise_or.reduce(of_leaves[half:], axis=0)

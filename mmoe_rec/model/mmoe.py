@@ -151,6 +151,10 @@ class RankingModel(nn.Module):
         # Vectors are arguments of their own: where these enter the mixture, training cuts the graph in front of tables.
         vectors = [] if events is None else [events.vectors[each] for each in range(len(self.histories))]
         outputs = self.mixture(of_network, placement, top_k, usable, *((events, *vectors) if vectors else ()))
+        return self.finish(inputs, outputs)
+
+    def finish(self, inputs: Tensor, outputs: Outputs) -> Outputs:
+        """The model's outputs from its inputs, see `side_by_side`, and those of its mixture."""
         # A regression's output is in the label's own unit; a binary task has mean 0 and deviation 1.
         logits = torch.addcmul(self.mean, outputs.logits.to(self.mean.dtype), self.scale)
         if self.trees is None:

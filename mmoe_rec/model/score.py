@@ -6,7 +6,7 @@ The score multiplies weighted predictions (Zhao et al., RecSys 2019): exp(sum ov
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -26,7 +26,7 @@ _LARGEST_LOG = float(np.log(np.finfo(np.float64).max))
 
 def predictions(logits: Tensor, kinds: Sequence[str]) -> Tensor:
     """(B, T) logits -> (B, T) predictions: a probability for a binary task, the value itself for a regression."""
-    return torch.where(_is_binary(logits, kinds), logits.sigmoid(), logits)
+    return _by_kind(logits, kinds, logits.sigmoid(), lambda: logits)
 
 
 def log_predictions(logits: Tensor, kinds: Sequence[str]) -> Tensor:
@@ -34,8 +34,7 @@ def log_predictions(logits: Tensor, kinds: Sequence[str]) -> Tensor:
 
     Binary: log sigmoid, exact for any logit. Regression: the log of the value, or of SMALLEST_VALUE if that is larger.
     """
-    regression = logits.clamp(min=SMALLEST_VALUE).log()
-    return torch.where(_is_binary(logits, kinds), functional.logsigmoid(logits), regression)
+    return _by_kind(logits, kinds, functional.logsigmoid(logits), lambda: logits.clamp(min=SMALLEST_VALUE).log())
 
 
 def joint_logit(given: Tensor, conditional: Tensor) -> Tensor:
@@ -62,10 +61,11 @@ def fuse(logits: Tensor, kinds: Sequence[str], score_weights: Sequence[float]) -
     return log_predictions(logits, kinds) @ weights
 
 
-def _is_binary(logits: Tensor, kinds: Sequence[str]) -> Tensor:
+def _by_kind(logits: Tensor, kinds: Sequence[str], binary: Tensor, regression: Callable[[], Tensor]) -> Tensor:
     if len(kinds) != logits.shape[-1]:
         raise ValueError(f"expected one logit for each of {len(kinds)} tasks, found {logits.shape[-1]}")
-    return torch.tensor([kind == "binary" for kind in kinds], device=logits.device)
+    is_binary = [kind == "binary" for kind in kinds]
+    return binary if all(is_binary) else torch.where(logits.new_tensor(is_binary).bool(), binary, regression())
 
 
 def scores_from_logs(log_scores: np.ndarray) -> np.ndarray:
@@ -112,6 +112,8 @@ class TaskCalibration:
     def apply(self, logits: Tensor) -> Tensor:
         """(B,) logits -> (B,) calibrated logits, of the same type, computed in float64."""
         x = logits.double()
+        if len(self.logits) == 1:
+            return (self.calibrated[0] + self.slope * (x - self.logits[0])).to(logits.dtype)
         knots, values = (x.new_tensor(each) for each in (self.logits, self.calibrated))
         outer = values.new_tensor([self.slope])
         slopes = torch.cat([outer, values.diff() / knots.diff(), outer])

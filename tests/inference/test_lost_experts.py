@@ -15,7 +15,7 @@ from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.inference.ranking import Ranking
 from mmoe_rec.inference.writing import seal
 from mmoe_rec.model.levels import Experts
-from mmoe_rec.model.products import Dispatch
+from mmoe_rec.model.products import Dispatch, Products
 from tests.inference.small_model import CONTEXT, ITEMS, USER, SmallModel
 
 EXPERTS = 3
@@ -64,7 +64,10 @@ def test_each_expert_may_be_masked(small: SmallModel, ranker: Ranker) -> None:
     np.testing.assert_array_equal(values(rank(ranker)), whole)
 
 
-def test_masking_renormalises_the_other_weights(small: SmallModel, ranker: Ranker) -> None:
+def test_masking_renormalises_the_other_weights(
+    small: SmallModel, ranker: Ranker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ranker.scorer, "fused", None)  # which keeps the weights that were loaded
     for gates in ranker.model.mixture.gates:
         gates.masked[0] = True
     permanent = values(rank(ranker))
@@ -110,6 +113,7 @@ def test_each_expert_may_fail_while_it_runs(small: SmallModel, monkeypatch: pyte
         experts = levels[-1].experts[group]
         expected = values(rank(ranker, mask_experts=[expert]))
         with monkeypatch.context() as patch:
+            patch.setattr(ranker.scorer, "fused", ranker.scorer.fused and _gives_nan)
             patch.setattr(experts, "forward", _faulty_forward(experts, place, fault))
             patch.setattr(experts, "run", _faulty_run(experts, place, fault))
             ranking = rank(ranker)
@@ -123,9 +127,14 @@ def test_each_expert_may_fail_while_it_runs(small: SmallModel, monkeypatch: pyte
 def test_what_fails_before_the_experts_is_not_put_on_them(small: SmallModel, monkeypatch: pytest.MonkeyPatch) -> None:
     ranker = Ranker.load(small.folder)
     bottom = ranker.model.mixture.bottom
+    monkeypatch.setattr(ranker.scorer, "fused", None)
     monkeypatch.setattr(bottom, "forward", lambda inputs: type(bottom).forward(bottom, inputs) * math.nan)
     with pytest.raises(RuntimeError, match="what experts and gates read has values that are not finite numbers"):
         rank(ranker)
+
+
+def _gives_nan(inputs: Tensor, products: Products) -> Tensor:
+    return torch.full((len(inputs), 2), math.nan)
 
 
 def _faulty_forward(experts: Experts, place: int, fault: str) -> Any:
@@ -164,6 +173,7 @@ def test_what_fails_without_experts_is_an_error(ranker: Ranker, monkeypatch: pyt
     def broken(*_: Any) -> Tensor:
         raise RuntimeError("no towers")
 
+    monkeypatch.setattr(ranker.scorer, "fused", None)
     monkeypatch.setattr(ranker.model.mixture.towers, "forward", broken)
     with pytest.raises(RuntimeError, match="no towers"):
         rank(ranker)

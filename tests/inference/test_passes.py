@@ -131,6 +131,7 @@ def test_a_failing_expert_is_left_out_for_the_request_that_makes_it_fail(
             return outputs._replace(logits=outputs.logits * torch.nan)
         return outputs
 
+    monkeypatch.setattr(ranker.scorer, "fused", None)
     monkeypatch.setattr(ranker.model, "of_inputs", fails)
     *others, last = ranker.rank_many([*alike, poisoned])
     for answer, expected in zip(others, alone, strict=True):

@@ -15,8 +15,10 @@ from mmoe_rec.batches.batch import Batch, make_batch
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.layout import Attention, Encoded
 from mmoe_rec.model import tables as tables_module
+from mmoe_rec.model.fused import fused_logits
 from mmoe_rec.model.layout import EmbeddingTable, ModelLayout
-from mmoe_rec.model.mmoe import RankingModel, build_model
+from mmoe_rec.model.mmoe import Outputs, RankingModel, build_model
+from mmoe_rec.model.products import has_onednn
 from mmoe_rec.model.tables import INITIAL_DEVIATION, PlainTables, initial_rows, torchrec_tables
 from mmoe_rec.point_in_time.arrays import Ragged
 from mmoe_rec.settings.model import Model
@@ -62,6 +64,9 @@ STRUCTURES: dict[str, dict[str, Any]] = {
     "two members": {"members": 2, "bottom": {"piecewise": True, "cross_layers": 1, "cross_rank": 2}},
     "four members, PLE, top-k": {"members": 4, "experts": PLE, "gates": {"routing": "top_k", "top_k": 2}},
 }
+BY_MODULES = {
+    name for name in STRUCTURES if any(word in name for word in ("PLE", "top-k", "route", "one of", "raw", "no shared"))
+}
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -79,6 +84,14 @@ def test_logits_and_gradients_are_the_references(training: bool, structure: str)
     weights = reference_weights(model)
     expected = reference_logits(weights, encoded, layout, small_settings(**changes), placement=training)
     torch.testing.assert_close(logits, expected, atol=2e-5, rtol=2e-5)
+    fused = fused_logits(model)
+    assert (fused is None) == (structure in BY_MODULES)
+    if fused is not None and not training:
+        with torch.inference_mode():
+            inputs, _ = model.side_by_side(batch)
+            for products in ("blas", "onednn") if has_onednn() else ("blas",):
+                found = model.finish(inputs, Outputs(fused(inputs, products), ())).logits
+                torch.testing.assert_close(found, logits, atol=2e-6, rtol=2e-6)
     upstream = torch.linspace(-1, 2, logits.numel(), dtype=torch.float64).view(logits.shape)
     for each in (logits, expected):
         (each * upstream).sum().backward()
