@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -191,7 +191,7 @@ class Forest:
 
     def _sums(self, x: np.ndarray) -> np.ndarray:
         # The narrowest words that hold all rows, of 8 to 64 bits: few rows touch less memory so.
-        word = np.dtype(f"u{min(8, max(1, 1 << (-(-len(x) // 8) - 1).bit_length()))}")
+        word: np.dtype[Any] = np.dtype(f"u{min(8, max(1, 1 << (-(-len(x) // 8) - 1).bit_length()))}")
         trees, words = len(self._values), -(-len(x) // (8 * word.itemsize))
         rows = 8 * word.itemsize * words
         columns = x.take(np.minimum(np.arange(rows), len(x) - 1), axis=0).T.copy()
@@ -208,10 +208,10 @@ class Forest:
         bits = np.packbits(goes_left, bitorder="little").view(word).reshape(self._bits, words)
         reached = np.empty((self._nodes, words), word)
         reached[:trees], reached[-1] = ~word.type(0), 0
-        for nodes, splits, first in self._levels:
+        for nodes, of_nodes, first in self._levels:
             middle, end = first + len(nodes), first + 2 * len(nodes)
             here = reached.take(nodes, axis=0)
-            left = np.bitwise_and(here, bits.take(splits, axis=0), out=reached[first:middle])
+            left = np.bitwise_and(here, bits.take(of_nodes, axis=0), out=reached[first:middle])
             np.bitwise_xor(here, left, out=reached[middle:end])
         # The digits of each row's leaf, one row of bits a tree: those of leaves whose number has the digit.
         of_leaves = reached.take(self._leaves, axis=0).reshape(-1, trees * words)

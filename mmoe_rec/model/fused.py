@@ -110,7 +110,7 @@ def fused_logits(model: RankingModel) -> Callable[[Tensor, Products], Tensor] | 
     """What gives the logits of a model's mixture, or the mean logits of its members, by the model's inputs (B, W) and
     a library of products; None where one of them does not fit into a `FusedMixture`."""
     mixture = model.mixture
-    columns = [None]
+    columns: list[Tensor | None] = [None]
     if isinstance(mixture, Members):
         columns = [mixture.get_buffer(f"inputs_{number}") for number in range(len(mixture.members))]
     found = [FusedMixture.of(*each) for each in zip(mixture.each_member(), columns, strict=True)]
