@@ -31,11 +31,11 @@ import torch
 from torch import Tensor, nn
 
 from mmoe_rec.errors import UserError, one_line
-from mmoe_rec.inference.artifact import EXAMPLE, read_manifest, read_stored
+from mmoe_rec.inference.artifact import EXAMPLE, read_manifest, read_stored, write_tensors
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.inference.ranking import Ranking
 from mmoe_rec.inference.reader import Request
-from mmoe_rec.inference.writing import copy_files, seal, write_tensors
+from mmoe_rec.inference.writing import copy_files, seal
 from mmoe_rec.model.forest import Tree, read_ensemble
 from mmoe_rec.model.levels import Experts
 from mmoe_rec.model.mmoe import RankingModel

@@ -28,12 +28,14 @@ from mmoe_rec.features.pipeline import FeaturePipeline, Live
 from mmoe_rec.inference.artifact import (
     EXAMPLE,
     Artifact,
+    Delta,
     ExampleScores,
     read_artifact,
     read_calibration,
     read_model,
     version_of,
 )
+from mmoe_rec.inference.delta import Parts, apply_delta
 from mmoe_rec.inference.ranking import Freshness, RankedRequest, Ranking, as_of, explain, latest, new_id, scored_table
 from mmoe_rec.inference.reader import Request, RequestReader, as_logged, as_table, fused_weights, read_rows
 from mmoe_rec.inference.request_inputs import RequestInputs
@@ -90,14 +92,17 @@ class Ranker:
     find_folder: ClassVar[Callable[[str | Path, str | None], Path]] = staticmethod(_refuse_addresses)
     """The folder at an address; `mmoe_rec.Ranker` also takes addresses of MLflow, which a model server has not."""
 
-    def __init__(self, folder: Path, about: Artifact, version: str = "") -> None:
-        """Opens an artifact folder as it is; `load` also checks it."""
-        pipeline, features = FeaturePipeline.load(folder / "features"), folder / "features"
+    def __init__(self, folder: Path, about: Artifact, version: str = "", parts: Parts | None = None) -> None:
+        """Opens an artifact folder as it is; `load` also checks it. parts: that a delta in the folder leads to."""
+        features = folder / "features"
+        pipeline = FeaturePipeline.load(features) if parts is None else parts.pipeline
         if pipeline.layout != about.layout.of_rows():
             raise UserError(f"'{folder}' is damaged: its features do not give the inputs that the model was trained on")
         self.about, self.version, self.layout = about, version, about.layout
-        self.model, self.calibration = read_model(about, folder), read_calibration(folder)
-        self.scorer = Scorer(about, self.model, self.calibration)
+        self.scorer = (
+            Scorer(about, read_model(about, folder), read_calibration(folder)) if parts is None else parts.scorer
+        )
+        self.model, self.calibration = self.scorer.model, self.scorer.calibration
         self.names = self.scorer.names
         tables = self.model.tables
         assert isinstance(tables, PlainTables)
@@ -137,14 +142,38 @@ class Ranker:
             ranker = Ranker(folder, about, version)
             if (version_of(folder), read_artifact(folder, verify=False)) != (version, about):
                 raise UserError(f"another model took the place of '{folder}' while it was loaded: load it again")
-            # This also builds the indexes that encoders make at their first use, so that no request waits for them.
-            now, before = ranker.example_scores(folder), ExampleScores.read(folder)
+            ranker._check_example(folder)
         except (FileNotFoundError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise UserError(
                 f"the model in '{folder}' can't be loaded ({one_line(error)}): train it again, or use the version of "
                 "mmoe_rec that wrote it"
             ) from error
-        if difference := before.difference(now, ranker.about.tasks, ranker.calibration):
+        return ranker
+
+    def with_delta(self, folder: Path) -> Ranker:
+        """The ranker of the version to which a delta's folder leads, beside this one; both share what is equal. It has
+        learnt nothing.
+
+        Raises UserError for a delta that does not follow this version, is damaged or leads to something else.
+        """
+        delta = Delta.read(folder)
+        delta.check_base(self.version)
+        about = read_artifact(folder, verify=False)
+        ranker = Ranker(folder, about, delta.version, apply_delta(delta, folder, about, self.pipeline, self.scorer))
+        if Delta.read(folder, verify=False) != delta:
+            raise UserError(f"another delta took the place of '{folder}' while it was applied")
+        ranker._check_example(folder)
+        if ranker.scorer is not self.scorer:
+            ranker.scorer.multiply_by(self.scorer.products)
+        return ranker
+
+    def _check_example(self, folder: Path) -> None:
+        """Raises OtherScoresError unless the example in a folder gets the scores that stand beside it.
+
+        This also builds the indexes that encoders make at their first use, so that no request waits for them.
+        """
+        now, before = self.example_scores(folder), ExampleScores.read(folder)
+        if difference := before.difference(now, self.about.tasks, self.calibration):
             others = ", ".join(before.other_versions(now))
             raise OtherScoresError(
                 f"the model in '{folder}' gives other predictions here than where it was written: for {EXAMPLE}, "
@@ -152,7 +181,6 @@ class Ranker:
                 + ("install the versions that it was written with" if others else "use the code that wrote it")
                 + ", or train again here"
             )
-        return ranker
 
     def example_scores(self, folder: Path) -> ExampleScores:
         """What the model gives for the example in an artifact folder."""

@@ -20,7 +20,16 @@ from mmoe_rec.atomic import atomic_folder
 from mmoe_rec.errors import UserError
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.features.vocabulary import VocabularyFeature
-from mmoe_rec.inference.artifact import EXAMPLE, FORMAT, SCORES, Artifact, read_artifact, read_manifest, write_manifest
+from mmoe_rec.inference.artifact import (
+    EXAMPLE,
+    FORMAT,
+    SCORES,
+    Artifact,
+    read_artifact,
+    read_manifest,
+    write_manifest,
+    write_tensors,
+)
 from mmoe_rec.log.columns import column_uses
 from mmoe_rec.log.given import iso_time
 from mmoe_rec.model.layout import ModelLayout
@@ -47,6 +56,7 @@ def write_artifact(
     trees: Trees | None = None,
     calibration: Calibration | None = None,
     early_end: str | None = None,
+    before: Path | None = None,
 ) -> None:
     """Writes an artifact folder; an existing one is replaced.
 
@@ -56,6 +66,7 @@ def write_artifact(
         trees: of a model that has some beside the network.
         calibration: of the model's tasks; None leaves their logits as they are.
         early_end: as in `Artifact`.
+        before: the artifact folder that the training started from, which may be this one; a delta from it is added.
 
     Raises:
         UserError: a weight, or a prediction for the example, is not a finite number.
@@ -91,6 +102,10 @@ def write_artifact(
             _write_json(target / "calibration.json", calibration.to_dict())
         _write_json(target / EXAMPLE, example_request(target / "features", about.tables_as_of))
         seal(target)
+        if before is not None:
+            from mmoe_rec.inference.delta import write_delta
+
+            write_delta(before, target)
 
 
 def rewrite_artifact(folder: Path, target: Path, model: Model, state_dict: Mapping[str, Tensor]) -> None:
@@ -186,18 +201,6 @@ def _write_weights(folder: Path, state_dict: Mapping[str, Tensor]) -> None:
         if not weight.isfinite().all():
             raise UserError(f"weight '{name}' holds NaN or infinity: training diverged; lower the learning rates")
     write_tensors({name: weight.float() for name, weight in state_dict.items()}, folder / "weights.safetensors")
-
-
-def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Writes a file of tensors that everyone may read who may read other new files: safetensors leaves it to its owner
-    alone, and a server may run as someone else."""
-    from safetensors.torch import save_file
-
-    path.touch()
-    mode = path.stat().st_mode
-    # Copies, as safetensors refuses tensors that share memory.
-    save_file({name: each.detach().cpu().contiguous().clone() for name, each in tensors.items()}, path)
-    path.chmod(mode)
 
 
 # The example: a realistic request made from what a model knows, to try the server with and to document it

@@ -190,6 +190,7 @@ def _finish(run: Run, workspace: Workspace, results: Sequence[TrainingResult], r
             filter(None, (find_early_end(each.history, each.best_step, layout, settings.training) for each in results)),
             None,
         ),
+        before=None if workspace.weights is None else workspace.weights.folder,
     )
     decision = Decision(str(artifact), False, ())
     values = [f"{name.removeprefix('best/')} {value:.4f}" for name, value in best.flat("best").items()]

@@ -1,7 +1,8 @@
 """The model that is served, when another one is to take its place, and how it does.
 
 A new model is loaded and answers its own example beside the old one, which goes on serving until then, and from then on
-only where a pass is under way. A model that can't be loaded changes nothing but `Models.failure`.
+only where a pass is under way. A model that can't be loaded changes nothing but `Models.failure`. Where a delta leads
+from the old model to the new one, only the delta is read, unless it turns out to be damaged.
 """
 
 from __future__ import annotations
@@ -37,6 +38,9 @@ class Finder(Protocol):
 
     def find(self) -> Source:
         """The model that lies there now. Raises UserError."""
+
+    def find_delta(self, served: str) -> Source | None:
+        """The delta to that model from the version of an artifact; None where there is none. Raises UserError."""
 
 
 class NotFoundError(UserError):
@@ -109,9 +113,13 @@ class Models:
         from mmoe_rec.inference.ranker import Ranker
 
         try:
-            ranker = Ranker.load(source.folder)
-            ranker.take_settings(self.options.instead)
-            ranker.serve_faster()
+            if source.is_delta:
+                ranker = self.current.ranker.with_delta(source.folder)
+                ranker.take_settings(self.options.instead)
+            else:
+                ranker = Ranker.load(source.folder)
+                ranker.take_settings(self.options.instead)
+                ranker.serve_faster()
             if ranker.pipeline.booleans is None:
                 _log.warning(
                     "the model's features were built by an earlier version, which did not note the columns that hold "
@@ -146,10 +154,13 @@ class Reloads:
 
     An attempt looks for a model only once the one before has ended, so that a slow download never puts an older model
     in the place of a newer one. take_up: loads a model and serves it; raises UserError for one that can't be loaded.
+    served: the version of the artifact that is served, None where deltas from it are not looked for.
     """
 
-    def __init__(self, finder: Finder, take_up: Callable[[Source], None]) -> None:
-        self._finder, self._take_up = finder, take_up
+    def __init__(
+        self, finder: Finder, take_up: Callable[[Source], None], served: Callable[[], str | None] = lambda: None
+    ) -> None:
+        self._finder, self._take_up, self._served = finder, take_up, served
         self._lock = threading.Lock()
         self._next: Future[None] | None = None
         self._thread = ThreadPoolExecutor(1, "reloads")
@@ -170,6 +181,8 @@ class Reloads:
     def _reload(self) -> None:
         with self._lock:
             self._next = None
+        if self._take_up_delta():
+            return
         try:
             source = self._finder.find()
         except Exception as error:
@@ -179,6 +192,18 @@ class Reloads:
         except Exception as error:
             _log.warning("the previous model goes on serving: %s", sentence_of(error))
             raise
+
+    def _take_up_delta(self) -> bool:
+        """Whether a delta from the served model has made it the one at the address."""
+        try:
+            served = self._served()
+            source = None if served is None else self._finder.find_delta(served)
+            if source is not None:
+                self._take_up(source)
+            return source is not None
+        except Exception as error:
+            _log.warning("no delta is taken up, and the whole model is loaded instead: %s", sentence_of(error))
+            return False
 
     def watch(self, state: str, seconds: float) -> None:
         """Looks every so many seconds from now on, in a thread of its own; 0: never. state: before the model was found

@@ -374,7 +374,7 @@ def serve(source: Source, state: str, finder: Finder, bound: socket.socket, opti
         metrics.show_model(served.about())
         _log.info("serving %s", source.address)
 
-    reloads = Reloads(finder, take_up)
+    reloads = Reloads(finder, take_up, lambda: models.current.ranker.version)
 
     async def reload() -> dict[str, str | None]:
         await asyncio.shield(asyncio.wrap_future(reloads.ask()))  # others may wait for it, too

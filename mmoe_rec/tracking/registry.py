@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from mmoe_rec.atomic import checksum
 from mmoe_rec.errors import UserError
-from mmoe_rec.inference.artifact import EXAMPLE, Source, read_artifact
+from mmoe_rec.inference.artifact import DELTA, EXAMPLE, Delta, Source, read_artifact
 from mmoe_rec.progress import say
 from mmoe_rec.tracking.client import (
     FOR_MODELS,
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from mmoe_rec.model.layout import ModelTask
 
 CHALLENGER = "challenger"  # alias of a model that is no better than the one that holds the alias
-_FILES_TAG = "files"  # of a version
+_FILES_TAG, _DELTA_TAG = "files", "delta"  # of a version
 _REPLACED_TAG = "replaced"  # of a version: which one held an alias before it
 _TRIED_TAG = "tried"  # of a version, by rows and holder: see `note_decision`
 _LONGEST_DESCRIPTION, _LONGEST_TAG = 4900, 4000  # what databases behind MLflow take is 5,000
@@ -103,14 +103,30 @@ def fetch_model(address: str, uri: str) -> Path:
         if folder is None:
             raise UserError(f"'{address}' holds no model (model.json); give an artifact folder or models:/NAME@ALIAS")
         return folder
-    _require_store(address, uri)
-    mlflow = connect(uri)
-    with limit_waiting(FOR_MODELS), translate_errors(uri, address, anything=True):
-        downloaded = Path(mlflow.artifacts.download_artifacts(artifact_uri=address))
-    artifact = _find_artifact(downloaded)
+    artifact = _find_artifact(_download(address, uri))
     if artifact is None:
         raise UserError(f"'{address}' is not a ranking model: it holds no model.json")
     return artifact
+
+
+def _download(address: str, uri: str) -> Path:
+    _require_store(address, uri)
+    mlflow = connect(uri)
+    with limit_waiting(FOR_MODELS), translate_errors(uri, address, anything=True):
+        return Path(mlflow.artifacts.download_artifacts(artifact_uri=address))
+
+
+def find_delta(address: str, base: str, uri: str) -> Source | None:
+    """The delta from the artifact of a version to the model at an address, with its files on this machine; None where
+    there is none. Raises UserError as `find_model`."""
+    pinned, folder = pin_address(address, uri), None
+    if Path(pinned).exists():
+        whole = _find_artifact(Path(pinned))
+        folder = None if whole is None else Delta.find(whole, base)
+    elif version := re.fullmatch(r"models:/([^/]+)/(\d+)", pinned):
+        its_base, _, path = get_version(version[1], version[2], uri).tags.get(_DELTA_TAG, "").partition(" ")
+        folder = _download(f"{pinned}/{path}", uri) if its_base == base else None
+    return None if folder is None else Source(folder, pinned, find_run(pinned, uri), is_delta=True)
 
 
 def find_run(address: str, uri: str) -> str | None:
@@ -390,6 +406,9 @@ def register_model(
         logged = mlflow.pyfunc.log_model(name="ranking_model", **arguments)
         torch.set_num_threads(threads)  # the served model, which MLflow has just tried out, sets it for its server
         tags = {**(tags or {}), _FILES_TAG: _sum_files(artifact_folder)}
+        if (artifact_folder / DELTA).is_dir():
+            base = Delta.read(artifact_folder / DELTA).base
+            tags[_DELTA_TAG] = f"{base} artifacts/{artifact_folder.name}/{DELTA}"
         registered = mlflow.register_model(logged.model_uri, name, tags=tags)
         if alias is not None:
             mlflow.MlflowClient().set_registered_model_alias(name, alias, registered.version)
