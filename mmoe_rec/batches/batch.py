@@ -280,7 +280,7 @@ def _key_major(columns: Sequence[np.ndarray | Ragged], rows: int) -> tuple[Tenso
             assert int(each.lengths.sum()) == totals[index], "ids do not fit their lengths"
             lengths[index * rows : (index + 1) * rows] = each.lengths
         assert isinstance(each, Ragged) or totals[index] == rows, "ids do not fit the rows"
-    values = np.concatenate(flat).astype(np.int64, copy=False) if flat else np.empty(0, np.int64)
+    values = np.concatenate(flat, dtype=np.int64) if flat else np.empty(0, np.int64)
     return torch.from_numpy(values), torch.from_numpy(lengths), totals
 
 

@@ -225,8 +225,8 @@ def arrow_columns(
 class Encoded:
     """N rows as a fitted pipeline encodes them.
 
-    ids: name -> (N,) int64 for one id a row, `Ragged` for any number; dense: (N, D) float32, columns as in
-    `layout.dense`.
+    ids: name -> (N,) int64, or int32 from files, for one id a row, `Ragged` for any number; dense: (N, D) float32,
+    columns as in `layout.dense`.
     """
 
     ids: dict[str, np.ndarray | Ragged]
@@ -245,8 +245,7 @@ class Encoded:
 
     def take(self, rows: np.ndarray) -> Encoded:
         """The given rows, in the given order."""
-        ids = {name: each.take(rows) if isinstance(each, Ragged) else each[rows] for name, each in self.ids.items()}
-        return Encoded(ids, self.dense[rows])
+        return Encoded({name: each.take(rows) for name, each in self.ids.items()}, self.dense.take(rows, axis=0))
 
     def to_arrow(self, layout: Layout) -> dict[str, pa.Array]:
         """Columns as `arrow_columns` gives them."""
@@ -254,15 +253,15 @@ class Encoded:
 
     @staticmethod
     def from_arrow(table: pa.Table, layout: Layout) -> Encoded:
-        """Reads the columns that `to_arrow` made."""
+        """Reads the columns that `to_arrow` made. Ids stay int32, as rows are copied several times until in a batch."""
         ids: dict[str, np.ndarray | Ragged] = {}
         for each in layout.ids:
             column = one_array(table.column(f"id.{each.name}"))
             if each.many:
                 lengths = column.value_lengths().to_numpy(zero_copy_only=False).astype(np.int32)
-                ids[each.name] = Ragged(column.flatten().to_numpy().astype(np.int64), lengths)
+                ids[each.name] = Ragged(column.flatten().to_numpy(), lengths)
             else:
-                ids[each.name] = column.to_numpy().astype(np.int64)
+                ids[each.name] = column.to_numpy()
         dense = np.empty((table.num_rows, len(layout.dense)), np.float32)
         for index, each_dense in enumerate(layout.dense):
             dense[:, index] = table.column(f"dense.{each_dense.name}").to_numpy()

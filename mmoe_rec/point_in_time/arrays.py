@@ -57,8 +57,8 @@ class Ragged:
 
     def take(self, rows: np.ndarray) -> Ragged:
         """The given rows, in the given order."""
-        lengths = self.lengths[rows]
-        return Ragged(self.values[consecutive(self.offsets[rows], lengths)], lengths)
+        lengths = self.lengths.take(rows)
+        return Ragged(self.values.take(consecutive(self.offsets.take(rows), lengths)), lengths)
 
 
 def consecutive(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:

@@ -95,7 +95,7 @@ def assert_values(rows: Rows) -> None:
         assert copy or rows.labels[i, 0] == row
         np.testing.assert_equal(rows.labels[i, 1], np.nan if copy or stars(row) is None else stars(row))
     assert begin == len(ragged.values)
-    assert ragged.values.dtype == slot.dtype == np.int64
+    assert ragged.values.dtype == slot.dtype == np.int32
     assert rows.encoded.dense.dtype == np.float32
     assert rows.labels.dtype == np.float64  # stars are a regression
 
