@@ -282,14 +282,28 @@ class DenseNumber:
         return (number, DenseInput(f"{self.name}_missing")) if self.standardiser.has_missing else (number,)
 
 
+class DenseNumbers:
+    """Several numbers, standardised together."""
+
+    def __init__(self, numbers: Sequence[DenseNumber]) -> None:
+        self._names = [each.name for each in numbers]
+        scales = [each.standardiser for each in numbers]
+        self._mean, self._deviation = (
+            np.array([[getattr(each, name)] for each in scales]) for name in ("mean", "deviation")
+        )
+        self._missing = [
+            (place, f"{each.name}_missing") for place, each in enumerate(numbers) if each.standardiser.has_missing
+        ]
+
+    def inputs(self, values: np.ndarray) -> dict[str, np.ndarray]:
+        """Dense inputs of (numbers, N) float64 values, all in one matrix."""
+        finite = np.isfinite(values)
+        scaled = _standardise(values, self._mean, self._deviation, finite)
+        inputs = dict(zip(self._names, scaled, strict=True))
+        missing = (~finite).astype(np.float32)
+        return inputs | {name: missing[place] for place, name in self._missing}
+
+
 def encode_numbers(numbers: Sequence[tuple[np.ndarray, DenseNumber]]) -> dict[str, np.ndarray]:
-    """Dense inputs of (N,) values of each number (at least one), all in one matrix."""
-    matrix = np.array([values for values, _ in numbers], np.float64)
-    scales = np.array([(each.standardiser.mean, each.standardiser.deviation) for _, each in numbers])
-    finite = np.isfinite(matrix)
-    scaled = _standardise(matrix, scales[:, :1], scales[:, 1:], finite)
-    inputs = {each.name: values for (_, each), values in zip(numbers, scaled, strict=True)}
-    for (_, each), there in zip(numbers, finite, strict=True):
-        if each.standardiser.has_missing:
-            inputs[f"{each.name}_missing"] = (~there).astype(np.float32)
-    return inputs
+    """Dense inputs of (N,) values of each number (at least one)."""
+    return DenseNumbers([each for _, each in numbers]).inputs(np.array([values for values, _ in numbers], np.float64))

@@ -22,14 +22,14 @@ import pyarrow.parquet as pq
 from mmoe_rec.errors import UserError, first_line
 from mmoe_rec.features.encoder import Counts, Encoder, Inputs, MemoryEncoder, Shared, State
 from mmoe_rec.features.kinds import KINDS, schema_of
-from mmoe_rec.features.kinds.counter import CounterEncoder
+from mmoe_rec.features.kinds.counter import CounterEncoder, CounterGroup
 from mmoe_rec.features.layout import DenseInput, Encoded, IdInput, Layout, Table, TaskOutput
 from mmoe_rec.features.numbers import NumberHistogram
 from mmoe_rec.features.vocabulary import Vocabulary, VocabularyFeature
 from mmoe_rec.log.columns import column_uses
 from mmoe_rec.log.rows import LogRows, RequestRows
 from mmoe_rec.point_in_time.arrays import Ragged
-from mmoe_rec.point_in_time.counters import CounterLevels, CounterMemory, salt_of
+from mmoe_rec.point_in_time.counters import CounterLevels, salt_of
 from mmoe_rec.point_in_time.memory import Memory, grown
 from mmoe_rec.settings.columns import NO_CANDIDATE, NO_USER
 from mmoe_rec.settings.schema import Schema
@@ -88,20 +88,15 @@ class Live:
             encoder.memory = encoder.memory.with_shared(self.shared, self._salt(name), encoder.windows)
         return encoder
 
-    def find(self, encoders: Mapping[str, MemoryEncoder[Any]], rows: RequestRows, of_requests: Collection[str]) -> None:
-        """Notes in the look-ups of rows what the shared levels know, in one pass for all counters.
-
-        encoders: those that `encoder_of` gave; of_requests: names of those that ask once a request.
-        """
-        asked = []
-        for name, encoder in encoders.items():
-            memory = encoder.memory
-            if isinstance(memory, CounterMemory) and memory.shared is not None:
-                asking = rows.shared if name in of_requests else rows
-                asked.append((memory, asking.look_ups(encoder.by)))
-        if asked:
-            for (memory, look_ups), later in zip(asked, self.shared.find(asked), strict=True):
-                look_ups.later[memory] = later
+    def groups(self, of_requests: Collection[str], left_out: Collection[str]) -> dict[bool, CounterGroup]:
+        """The counters that share levels, but for those that are left out: those that ask once a request (True), and
+        those that ask for each candidate."""
+        groups: dict[bool, dict[str, CounterEncoder]] = {}
+        for name, each in self.encoders.items():
+            if isinstance(each, CounterEncoder) and each.shares_levels and name not in left_out:
+                groups.setdefault(name in of_requests, {})[name] = each
+        salts = {name: self._salt(name) for name in self.encoders}
+        return {once: CounterGroup(own, salts) for once, own in groups.items()}
 
 
 class FeaturePipeline:
@@ -258,11 +253,17 @@ class FeaturePipeline:
 
         Columns of candidates stay as they are: what has none of them is the same for all candidates of a request.
         """
-        self.live.find(self.memory_encoders, rows, self._of_requests)
-        shared, own = Inputs(), Inputs()
+        shared, own, done = Inputs(), Inputs(), set[str]()
+        for once, group in self._groups.items():
+            part, asked = (shared, rows.shared) if once else (own, rows)
+            given = asked.among(group.names)
+            its = group.without([name for name, each in group.encoders.items() if given & each.numbers.keys()])
+            part.dense.update(its.dense(asked, self.live.shared))
+            done |= its.encoders.keys()
         for name, encoder in self.encoders.items():
-            part, asked = (shared, rows.shared) if name in self._of_requests else (own, rows)
-            part.add(self._encode(encoder, asked))
+            if name not in done:
+                part, asked = (shared, rows.shared) if name in self._of_requests else (own, rows)
+                part.add(self._encode(encoder, asked))
         return shared.standardised(), own.standardised()
 
     def _encode(self, encoder: Encoder, rows: LogRows) -> Inputs:
@@ -310,6 +311,7 @@ class FeaturePipeline:
         for made in ("memory_encoders", "layout"):
             pipeline.__dict__.pop(made, None)
         pipeline.encoders = {name: each for name, each in self.encoders.items() if name not in features}
+        pipeline._groups = {once: each.without(features) for once, each in self._groups.items()}
         return pipeline
 
     def encode(self, rows: LogRows) -> Encoded:
@@ -319,6 +321,10 @@ class FeaturePipeline:
         for index, each in enumerate(layout.dense):
             matrix[:, index] = inputs.dense[each.name]
         return Encoded({each.name: inputs.ids[each.name] for each in layout.ids}, matrix)
+
+    @cached_property
+    def _groups(self) -> dict[bool, CounterGroup]:
+        return self.live.groups(self._of_requests, self._placement)
 
     @cached_property
     def _of_requests(self) -> frozenset[str]:

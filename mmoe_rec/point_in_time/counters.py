@@ -5,7 +5,7 @@ A window's count is the total at the request's time less the total at the window
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence, Sized
 from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import reduce
@@ -200,9 +200,7 @@ class SeenTotals(SeenEvents[CounterMemory]):
     def __init__(self, memory: CounterMemory, asked: LookUps) -> None:
         super().__init__(memory, asked)
         self.time = self.asked.time
-        self._later: LaterTotals | None = asked.later.get(memory)
-        if self._later is None and memory.shared is not None:
-            (self._later,) = memory.shared.levels.find([(memory, asked)])
+        self._later = None if memory.shared is None else memory.shared.find(self.asked)
 
     def totals(self, window: int | None) -> tuple[np.ndarray, np.ndarray]:
         """(N,) numbers of rows and sums of labels within so many microseconds, None for all of the past."""
@@ -239,6 +237,17 @@ class SharedLevels:
     salt: np.uint64
     windows: Sequence[int]
 
+    def find(self, asked: LookUps) -> LaterTotals:
+        """What look-ups of the counter find in them."""
+        earlier = np.array([0, *self.windows])
+        keys = np.tile(asked.key ^ self.salt, len(earlier))
+        found = self.levels.totals(keys, (asked.time - earlier[:, None]).ravel())
+        rows, labels, positive = (each.reshape(len(earlier), -1) for each in found)
+        totals: dict[int | None, tuple[np.ndarray, np.ndarray]] = {None: (rows[0], labels[0])}
+        for place, window in enumerate(self.windows, 1):
+            totals[window] = rows[0] - rows[place], labels[0] - labels[place]
+        return totals, positive[0]
+
 
 @dataclass(frozen=True)
 class CounterLevels:
@@ -265,15 +274,9 @@ class CounterLevels:
         _ = [level.events.index for level in levels]  # for which no request has to wait
         return CounterLevels(levels, some)
 
-    def find(self, asked: Sequence[tuple[CounterMemory, LookUps]]) -> list[LaterTotals]:
-        """What look-ups of counters, which share these levels, find in them; in one pass, as a request asks many."""
-        keys, times = [], []
-        for memory, each in asked:
-            assert memory.shared is not None
-            earlier = np.array([0, *memory.shared.windows])
-            keys.append(np.tile(each.key ^ memory.shared.salt, len(earlier)))
-            times.append((each.as_of(memory.floor).time - earlier[:, None]).ravel())
-        key, time = np.concatenate(keys), np.concatenate(times)
+    def totals(self, key: np.ndarray, time: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of (N,) uint64 salted keys and (N,) int64 moments, what is known then: numbers of rows and sums of labels,
+        (N,) int32, and (N,) int64 moments of the last positive event, `NEVER` for none."""
         rows, labels, positive = np.zeros(len(key), np.int32), np.zeros(len(key), np.int32), np.full(len(key), NEVER)
         likely = np.flatnonzero(self.some.take(_first_bits(key, len(self.some))))
         for level in self.levels:
@@ -286,17 +289,100 @@ class CounterLevels:
             rows[place] += level.rows[last]
             labels[place] += level.label_sum[last].astype(np.int32)
             positive[place] = np.maximum(positive[place], level.last_positive[last])
-        result, ends = list[LaterTotals](), np.cumsum([0, *map(len, keys)])
-        for (memory, each), start, end in zip(asked, ends[:-1], ends[1:], strict=True):
-            assert memory.shared is not None
-            windows = memory.shared.windows
-            shape = 1 + len(windows), len(each)
-            counted, summed, latest = (values[start:end].reshape(shape) for values in (rows, labels, positive))
-            totals: dict[int | None, tuple[np.ndarray, np.ndarray]] = {None: (counted[0], summed[0])}
-            for place, window in enumerate(windows, 1):
-                totals[window] = counted[0] - counted[place], summed[0] - summed[place]
-            result.append((totals, latest[0]))
-        return result
+        return rows, labels, positive
+
+
+class CounterTable:
+    """What C counters remember, none of which forgets or has fractional labels, as one table: a request asks many
+    counters about few keys, so one pass through all of them costs little more than one of a single counter.
+
+    Keys and events of a counter follow those of the one before. Where each event counts 1, its labels are its rows, and
+    its last positive moment is its own. Arrays of the memories become views, so that little is kept twice.
+    """
+
+    def __init__(self, memories: Sequence[CounterMemory]) -> None:
+        events = [each.events for each in memories]
+        indexes = [each.index for each in events]
+        keys, first = _offsets([each.distinct for each in events]), _offsets([each.known for each in events])
+        self._floors = np.array([[NEVER if each.floor is None else each.floor] for each in memories])
+        self._shifts = np.array([[each.shift] for each in indexes])
+        self._bucket, self._ends = _offsets([each.starts for each in indexes])[:-1, None], keys[1:, None]
+        self._buckets = np.concatenate([each.starts + keys[place] for place, each in enumerate(indexes)])
+        # Nothing is taken from an empty array, hence one more.
+        self._distinct = np.concatenate([*(each.distinct for each in events), np.zeros(1, np.uint64)])
+        starts = [each.starts[:-1] + first[place] for place, each in enumerate(events)]
+        self._starts = np.concatenate([*starts, first[-1:]])
+        labels = [np.empty(0) if each.label_sum is None else each.label_sum for each in memories]
+        positive = [np.empty(0, np.int64) if each.last_positive is None else each.last_positive for each in memories]
+        more = [each.astype(np.int32) for each in labels if isinstance(each, np.ndarray)]
+        self._counts = np.concatenate([*(each.rows for each in memories), *more, np.zeros(1, np.int32)])
+        self._moments = np.concatenate([*(each.known for each in events), *positive, np.zeros(1, np.int64)])
+        # What leads from an event's place to those of its labels and of its last positive moment.
+        self._to_labels, self._to_positive = (
+            np.where([[len(each)] for each in parts], (first[-1] + _offsets(parts) - first)[:-1, None], 0)
+            for parts in (more, positive)
+        )
+        for place, each in enumerate(memories):
+            own = slice(first[place], first[place + 1])
+            each.rows, each.events.known = self._counts[own], self._moments[own]
+            each.events.distinct = each.events.index.keys = self._distinct[keys[place] : keys[place + 1]]
+            if each.last_positive is not None:
+                to = int(self._to_positive[place, 0])
+                each.last_positive = self._moments[own.start + to : own.stop + to]
+
+    def find(self, asked: Asked, levels: CounterLevels) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """What counters and levels that they share know: numbers of rows and sums of labels, (L, M) int32; of the C
+        counters, moments of the last positive event, `NEVER` for none, and the moments as of which they say so, (C, M)
+        int64."""
+        counters, number = asked.counters, asked.keys >> self._shifts[asked.counters]
+        key, rows = asked.keys.ravel(), asked.keys.shape[1]
+        number = self._buckets.take((number.view(np.int64) + self._bucket[counters]).ravel())
+        ends, there = self._ends[counters].repeat(rows), self._distinct.take(number)
+        less = ((there < key) & (number < ends)).nonzero()[0]
+        while len(less):  # keys that come before in the bucket
+            number[less] += 1
+            there[less] = self._distinct.take(number[less])
+            less = less[(there[less] < key[less]) & (number[less] < ends[less])]
+        has = ((there == key) & (number < ends)).reshape(asked.keys.shape)[asked.of].ravel()
+        times = np.maximum(asked.times, self._floors[counters])
+        moments = (times[asked.of] - asked.earlier[:, None]).ravel()
+        places, group = has.nonzero()[0], number.reshape(asked.keys.shape)[asked.of].ravel()[has]
+        event = np.full(len(has), -1)
+        event[places] = last_known(self._moments, self._starts[group], self._starts[group + 1], moments[places])
+        shape = len(asked.of), rows
+        known, event = (event >= 0).reshape(shape), np.maximum(event, 0).reshape(shape)
+        counted = self._counts.take(event) * known
+        labels = self._counts.take(event + self._to_labels[counters][asked.of]) * known
+        latest = slice(len(counters))
+        positive = self._moments.take(event[latest] + self._to_positive[counters])
+        positive = np.where(known[latest], positive, NEVER)
+        if levels.levels:
+            later = levels.totals((asked.keys ^ asked.salts)[asked.of].ravel(), moments)
+            counted, labels = (each + more.reshape(shape) for each, more in zip((counted, labels), later, strict=False))
+            positive = np.maximum(positive, later[2].reshape(shape)[latest])
+        return counted, labels, positive, times
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What M rows ask of C counters of a table, L times.
+
+    counters: (C,) int64 their places in the table; keys: (C, M) uint64; salts: (C, 1) uint64 of `salt_of`; times: (M,)
+    int64 microseconds; of, earlier: (L,) int64 which of the C counters, and how many microseconds before the times; all
+    counters at the times come first.
+    """
+
+    counters: np.ndarray
+    keys: np.ndarray
+    salts: np.ndarray
+    times: np.ndarray
+    of: np.ndarray
+    earlier: np.ndarray
+
+
+def _offsets(parts: Sequence[Sized]) -> np.ndarray:
+    """(C + 1,) int64: where each of C parts begins when they follow each other, and where the last one ends."""
+    return np.cumsum([0, *map(len, parts)])
 
 
 def salt_of(place: int) -> np.uint64:

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 
@@ -85,22 +84,22 @@ class KeyIndex:
     """Finds keys among (G,) distinct rising uint64 ones.
 
     These are hashes, so their first bits spread them over as many buckets, of which few hold more than a few keys.
+    shift: what leaves of a key its bucket's number; starts: (B + 1,) where each bucket begins, and the last one ends.
     """
 
     def __init__(self, keys: np.ndarray) -> None:
         self.keys = keys
         bits = max(1, (len(keys) - 1).bit_length())
-        self._shift = np.uint64(64 - bits)
-        counts = np.bincount((keys >> self._shift).view(np.int64), minlength=2**bits)
-        # (2^bits + 1,) where each bucket begins, and the last one ends.
-        self._starts = np.zeros(len(counts) + 1, np.int32 if len(keys) < 2**31 else np.int64)
-        np.cumsum(counts, out=self._starts[1:])
+        self.shift = np.uint64(64 - bits)
+        counts = np.bincount((keys >> self.shift).view(np.int64), minlength=2**bits)
+        self.starts = np.zeros(len(counts) + 1, np.int32 if len(keys) < 2**31 else np.int64)
+        np.cumsum(counts, out=self.starts[1:])
 
     def find(self, asked: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(K,) int64 rising places of those among (N,) uint64 keys that are there, and the number of each key."""
         if not len(self.keys):
             return np.empty(0, np.int64), np.empty(0, np.int64)
-        number: np.ndarray = self._starts.take((asked >> self._shift).view(np.int64))
+        number: np.ndarray = self.starts.take((asked >> self.shift).view(np.int64))
         there = self.keys.take(number, mode="clip")
         less = (there < asked).nonzero()[0]  # keys that come before in the bucket; of few, one step takes the next one
         for _ in range(_STEPS):
@@ -169,15 +168,13 @@ class KnownEvents(KeyGroups):
 class LookUps:
     """What N rows ask: D look-ups, distinct and sorted by key, then time, or one for each row.
 
-    key: (D,) uint64; time: (D,) int64 microseconds; number: (N,) int64 the look-up of each row; later: what
-    `CounterLevels.find` found in levels that counters share, by the counters' memories.
+    key: (D,) uint64; time: (D,) int64 microseconds; number: (N,) int64 the look-up of each row.
     """
 
     key: np.ndarray
     time: np.ndarray
     number: np.ndarray
     is_sorted: bool = True
-    later: dict[Any, Any] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.time)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from mmoe_rec.features.kinds.history import HistoryMemory
 from mmoe_rec.point_in_time import memory as module
-from mmoe_rec.point_in_time.counters import CounterLevels, CounterMemory, SeenTotals, salt_of
+from mmoe_rec.point_in_time.counters import Asked, CounterLevels, CounterMemory, CounterTable, SeenTotals, salt_of
 from mmoe_rec.point_in_time.join import LookUps
 from mmoe_rec.point_in_time.memory import LEVELS, grown
 from tests.point_in_time.test_memories import (
@@ -148,11 +148,28 @@ def test_levels_that_counters_share_are_as_memories_that_were_extended(seed: int
     knowing = [memory.with_shared(levels, *of) for memory, *of in zip(memories, salts, windows, strict=True)]
     rows = [int(random.choice([0, 1, 30])) for _ in kinds]
     look_ups = [LookUps.of_each(random.choice(KEYS, each), random.integers(-5, 90, each)) for each in rows]
-    together = levels.find(list(zip(knowing, look_ups, strict=True)))
-    for memory, asked, later, one, own in zip(knowing, look_ups, together, expected, windows, strict=True):
+    for memory, asked, one, own in zip(knowing, look_ups, expected, windows, strict=True):
         assert_agree(SeenTotals(one, asked), SeenTotals(memory, asked), (None, *own))
-        asked.later[memory] = later
-        assert_agree(SeenTotals(one, asked), SeenTotals(memory, asked), (None, *own))
+    before = [{name: column.copy() for name, column in memory.to_columns().items()} for memory in memories]
+    table, some = CounterTable(memories), random.permutation(4)[: random.integers(1, 5)]
+    keys, times = random.choice(KEYS, (len(some), 30)), random.integers(-5, 90, 30)
+    later = [(number, window) for number, place in enumerate(some) for window in windows[place]]
+    of, earlier = np.array([*((number, 0) for number in range(len(some))), *later]).T
+    asked = Asked(some, keys, np.array(salts)[some][:, None], times, of, earlier)
+    rows, sums, positive, moments = table.find(asked, levels)
+    for number, place in enumerate(some):
+        seen = SeenTotals(expected[place], LookUps.of_each(keys[number], times))
+        assert moments[number].tolist() == seen.time.tolist()
+        assert positive[number].tolist() == seen.last_positive().tolist()
+        assert [rows[number].tolist(), sums[number].tolist()] == [each.tolist() for each in seen.totals(None)]
+    for look, (number, window) in enumerate(later, len(some)):
+        seen = SeenTotals(expected[some[number]], LookUps.of_each(keys[number], times))
+        found = [(each[number] - each[look]).tolist() for each in (rows, sums)]
+        assert found == [each.tolist() for each in seen.totals(window)]
+    for memory, columns in zip(memories, before, strict=True):  # whose arrays are views by now
+        assert {name: column.tolist() for name, column in memory.to_columns().items()} == {
+            name: column.tolist() for name, column in columns.items()
+        }
 
 
 def test_shared_levels_still_find_their_first_keys_once_they_have_many() -> None:

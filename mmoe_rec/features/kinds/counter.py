@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from copy import copy
 from dataclasses import asdict
 from typing import Annotated, Any, Literal, Self
 
@@ -11,9 +12,9 @@ import pyarrow as pa
 from pydantic import Field, field_validator, model_validator
 
 from mmoe_rec.features.encoder import Inputs, Kind, MemoryEncoder, Outline, Shared, State
-from mmoe_rec.features.numbers import DenseNumber, NumberHistogram, Standardiser
+from mmoe_rec.features.numbers import DenseNumber, DenseNumbers, NumberHistogram, Standardiser
 from mmoe_rec.log.rows import MICROSECONDS_PER_DAY, LogRows
-from mmoe_rec.point_in_time.counters import CounterMemory, SeenTotals
+from mmoe_rec.point_in_time.counters import Asked, CounterLevels, CounterMemory, CounterTable, SeenTotals
 from mmoe_rec.point_in_time.join import LookUps, known_at
 from mmoe_rec.point_in_time.memory import NEVER
 from mmoe_rec.settings.columns import Use
@@ -177,9 +178,7 @@ class CounterEncoder(MemoryEncoder[CounterMemory]):
                         value = (label_sum + self.feature.smoothing * self.prior) / (count + self.feature.smoothing)
                 result[f"{self.name}_{output}{suffix}"] = value
         if "recency" in self.feature.outputs:
-            moment = found.last_positive()
-            days = (found.time - moment.astype(np.float64)) / MICROSECONDS_PER_DAY
-            result[f"{self.name}_recency"] = np.where(moment == NEVER, np.nan, np.log1p(np.maximum(days, 0.0)))
+            result[f"{self.name}_recency"] = _recency(found.time, found.last_positive())
         return result
 
     def exchanged(self, name: str, values: np.ndarray) -> np.ndarray:
@@ -220,6 +219,82 @@ class CounterEncoder(MemoryEncoder[CounterMemory]):
         self.prior = state.values["prior"]
         for name, values in state.values["numbers"].items():
             self.numbers[name].standardiser = Standardiser(**values)
+
+
+class CounterGroup:
+    """Counters, none of which forgets or has fractional labels, that requests ask together: what they give is, to the
+    bit, what each of them encodes."""
+
+    def __init__(self, encoders: Mapping[str, CounterEncoder], salts: Mapping[str, np.uint64]) -> None:
+        """salts: of the counters in levels that they share."""
+        self._table = CounterTable([each.memory for each in encoders.values()])
+        self._salts, self._every = salts, list(encoders)
+        self._plan(encoders)
+
+    def without(self, features: Collection[str]) -> CounterGroup:
+        """The other counters, with the same table."""
+        if not features:
+            return self
+        group = copy(self)
+        group._plan({name: each for name, each in self.encoders.items() if name not in features})
+        return group
+
+    def _plan(self, encoders: Mapping[str, CounterEncoder]) -> None:
+        self.encoders = encoders
+        self.names = frozenset(name for each in encoders.values() for name in each.numbers)
+        """Of the results."""
+        self._counters = np.array([self._every.index(name) for name in encoders], np.int64)
+        self._own_salts = np.array([[self._salts[name]] for name in encoders], np.uint64)
+        of, earlier, row = [*range(len(encoders))], [0] * len(encoders), 0
+        # For each output, which rows of the matrix of results it gives, the look-ups of its totals at the request and
+        # at its window's start, and its counter.
+        plan: dict[str, list[tuple[int, int, int, int]]] = {}
+        for place, encoder in enumerate(encoders.values()):
+            for window in encoder._windows.values() if encoder._totals else ():
+                start = -1 if window is None else len(of)
+                if window is not None:
+                    of.append(place)
+                    earlier.append(window)
+                for output in encoder._totals:
+                    plan.setdefault(output, []).append((row, place, start, place))
+                    row += 1
+            if "recency" in encoder.feature.outputs:
+                plan.setdefault("recency", []).append((row, place, -1, place))
+                row += 1
+        self._of, self._earlier, self._rows = np.array(of), np.array(earlier), row
+        self._outputs = {output: np.array(each).T for output, each in plan.items()}
+        self._smoothing = np.array([[each.feature.smoothing] for each in encoders.values()])
+        self._added = self._smoothing * np.array([[each.prior] for each in encoders.values()])
+        self._numbers = DenseNumbers([each for encoder in encoders.values() for each in encoder.numbers.values()])
+
+    def dense(self, rows: LogRows, levels: CounterLevels) -> dict[str, np.ndarray]:
+        """The dense inputs of N rows, (N,) float32 each. levels: of what was learnt."""
+        if not self.names:
+            return {}
+        keys = np.array([rows.hashes(each.by) for each in self.encoders.values()])
+        asked = Asked(self._counters, keys, self._own_salts, rows.times(), self._of, self._earlier)
+        counted, labels, positive, times = self._table.find(asked, levels)
+        nothing = np.zeros_like(counted[:1])  # is subtracted from all of the past
+        counted, labels = np.concatenate([counted, nothing]), np.concatenate([labels, nothing])
+        values = np.empty((self._rows, len(rows)))
+        for output, (row, now, start, counter) in self._outputs.items():
+            match output:
+                case "positives":
+                    values[row] = np.log1p(np.maximum(labels[now] - labels[start], 0.0))
+                case "rows":
+                    values[row] = np.log1p(counted[now] - counted[start])
+                case "rate":
+                    added, smoothing = self._added[counter], self._smoothing[counter]
+                    values[row] = (labels[now] - labels[start] + added) / (counted[now] - counted[start] + smoothing)
+                case _:
+                    values[row] = _recency(times[counter], positive[counter])
+        return self._numbers.inputs(values.astype(np.float32).astype(np.float64))
+
+
+def _recency(times: np.ndarray, moments: np.ndarray) -> np.ndarray:
+    """log(1 + days) from moments of the last positive events to times, NaN where there is none."""
+    days = (times - moments.astype(np.float64)) / MICROSECONDS_PER_DAY
+    return np.where(moments == NEVER, np.nan, np.log1p(np.maximum(days, 0.0)))
 
 
 def suffix_of(window: float | None) -> str:
