@@ -56,7 +56,7 @@ def plan(
     from mmoe_rec.model.layout import ModelLayout
     from mmoe_rec.model.mmoe import build_model
     from mmoe_rec.model.tables import torchrec_tables, used_tables
-    from mmoe_rec.training.sharding import Machines, merge_neighbours, plan_on_paper, table_bytes
+    from mmoe_rec.training.planning import Machines, Sharding, merge_neighbours, plan_on_paper, table_bytes
 
     built = Path(settings.data.work) / "features" / "encoded"
     if (built / "layout.json").is_file():
@@ -64,12 +64,13 @@ def plan(
     else:
         layout = largest_layout(settings.schema_)
         where = "the largest that the settings allow; features are not built yet"
-    layout = ModelLayout.of(layout, settings)
+    layout, sharding = ModelLayout.of(layout, settings), Sharding.of(settings.training)
+    sharding.check(device)
     hbm = int(hbm_gib * GIB) if device == "cuda" else 0
     machines = Machines(world_size, local_world_size, device, hbm, int(host_gib * GIB))
     rows = -(-settings.training.rows_of_step(MANY_ROWS) // world_size)
     model = build_model(layout, settings.model, torchrec_tables(layout, torch.device("meta")))
-    (text, ranks), tables = plan_on_paper(model, layout, machines, rows), used_tables(layout)
+    (text, ranks), tables = plan_on_paper(model, layout, machines, rows, sharding), used_tables(layout)
     print(f"table sizes: {where}")
     for table in sorted(tables, key=table_bytes, reverse=True):
         print(f"  {table.name}: {table.rows:,} rows of {table.dim}, {table_bytes(table) / GIB:,.2f} GiB")

@@ -30,7 +30,7 @@ from mmoe_rec.model.mmoe import Mixture, build_mixture
 from mmoe_rec.model.products import Products, choose_products, has_onednn, set_products
 from mmoe_rec.model.tables import stored_width, used_tables
 from mmoe_rec.settings.model import Model
-from mmoe_rec.settings.sections import Training
+from mmoe_rec.settings.training import Training
 from mmoe_rec.training.fbgemm import torchrec_installed
 from mmoe_rec.training.tables import EPS, OneProcessTables, Way, choose_way, list_ways, set_way
 

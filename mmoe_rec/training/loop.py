@@ -30,12 +30,13 @@ from mmoe_rec.model.products import set_products
 from mmoe_rec.preprocessing.prepare import FeatureFolder
 from mmoe_rec.progress import bar, say
 from mmoe_rec.settings.model import Model
-from mmoe_rec.settings.sections import STEPS, Training
+from mmoe_rec.settings.training import STEPS, Training
 from mmoe_rec.training.checkpoint import Checkpoint, CheckpointWriter, TrainingState, restore, step_folder
 from mmoe_rec.training.choices import SOME_ROWS, Choices, Chooser, keep_choices, set_compute
 from mmoe_rec.training.fbgemm import torchrec_installed
 from mmoe_rec.training.losses import add_log_variances, log_variances, loss_factors
 from mmoe_rec.training.origin import Origin
+from mmoe_rec.training.planning import Sharding
 from mmoe_rec.training.sharding import Optimizers, ShardedModel, shard, training_tables
 from mmoe_rec.training.steps import BadBatches, Steps, learning_rate_share, validation_steps
 from mmoe_rec.training.validation import Validation, validate
@@ -165,6 +166,7 @@ class Trainer:
             seed=self.settings.seed,
             first_rows=None if warm_start is None else warm_start.rows,
             way=choices.tables,
+            sharding=Sharding.of(self.settings),
         )
         if self.rank == 0:
             say(f"computing in {choices}")

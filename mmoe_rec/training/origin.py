@@ -100,6 +100,11 @@ def fixed_settings(settings: Settings) -> dict[str, Any]:
             split[name] = list(each) if isinstance(each, tuple) else each
     events = {name: each.model_dump(mode="json") for name, each in settings.data.events.items()}
     training = {name: value for name, value in tree["training"].items() if name not in _FREE}
+    # Left out where they are as in checkpoints of versions without them, or change no result.
+    if settings.training.sharding not in ("column_wise", "grid_shard"):
+        del training["sharding"], training["shard_columns"]
+    if settings.training.communication == "fp32":
+        del training["communication"]
     return {**tree, "training": training, "split": split, "data": {"events": events}}
 
 

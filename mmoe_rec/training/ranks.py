@@ -19,7 +19,7 @@ import torch.distributed as dist
 from mmoe_rec.devices import pick_device
 from mmoe_rec.errors import UserError, first_line
 from mmoe_rec.progress import quiet_loggers
-from mmoe_rec.settings.sections import Training
+from mmoe_rec.settings.training import Training
 
 # Loggers that write of the planner's estimates and of tracing, on which a user cannot act. The plan is given as text.
 NOISY_LOGGERS = ("torchrec.distributed.planner", "torch.fx._symbolic_trace")
@@ -73,10 +73,13 @@ class Ranks:
 def training_ranks(settings: Training) -> Iterator[tuple[torch.device, Ranks]]:
     """The device and the process group of a training. Raises UserError for what this machine does not offer."""
     device, ranks = pick_device(settings.device), int(os.environ.get("WORLD_SIZE", "1"))
-    if ranks > 1 or {settings.tables, settings.products} != {"auto"}:
+    sharding = settings.sharding, settings.communication, settings.tables, settings.products
+    if ranks > 1 or sharding != ("auto", "fp32", "auto", "auto"):
         from mmoe_rec.model.products import choose_products
+        from mmoe_rec.training.planning import Sharding
         from mmoe_rec.training.tables import choose_way
 
+        Sharding.of(settings).check(device.type)
         choose_way(settings.tables, device.type, ranks)
         choose_products(settings.products, device.type)
     with process_group(device, settings.timeout_minutes) as group:

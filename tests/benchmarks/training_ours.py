@@ -20,7 +20,7 @@ from mmoe_rec.model.layout import EmbeddingTable, ModelLayout, ModelTask
 from mmoe_rec.preprocessing.prepare import FeatureFolder
 from mmoe_rec.preprocessing.splits import SplitCounts
 from mmoe_rec.settings.model import Model
-from mmoe_rec.settings.sections import Training
+from mmoe_rec.settings.training import Training
 from mmoe_rec.training.loop import STEPS_BETWEEN_LOGS, Trainer
 from mmoe_rec.training.ranks import process_group
 from tests.benchmarks.training_rows import (

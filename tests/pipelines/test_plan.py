@@ -35,6 +35,21 @@ def test_a_terabyte_on_sixteen_cards(capsys: pytest.CaptureFixture) -> None:
     assert "torchrun --nnodes 2 --nproc-per-node 8" in said
 
 
+def test_tables_are_spread_as_the_settings_say(capsys: pytest.CaptureFixture) -> None:
+    sixteen = ["--world-size", "16", "--local-world-size", "8"]
+    code, said = run(capsys, *sixteen, "--training.sharding", "grid_shard")
+    assert code == 0, said
+    assert re.search(r"\nvideo: grid_shard \(each of ranks 0-6: [\d,]+ rows of 32 columns, rank 7: .* of 32 col", said)
+    code, said = run(capsys, *sixteen, "--training.sharding", "column_wise")
+    assert code == 2
+    advice = re.search(r"set `max_size` .* of 'viewer' to ([\d,]+) at most$", said.strip())
+    assert advice is not None, said
+    sizes = [f"--features.{name}.max_size={advice[1].replace(',', '')}" for name in ("viewer", "video", "channel")]
+    code, said = run(capsys, *sixteen, "--training.sharding", "column_wise", *sizes, "--features.viewer_channel.dim=4")
+    assert code == 0, said
+    assert re.search(r"\nviewer: column_wise \(each of ranks 0, 8: [\d,]+ rows of 32 columns\)\n", said)
+
+
 def test_each_advice_makes_it_fit(capsys: pytest.CaptureFixture) -> None:
     code, said = run(capsys, "--world-size", "8", "--local-world-size", "8")
     assert code == 2
@@ -75,6 +90,10 @@ def test_the_sizes_of_built_features_are_taken(tmp_path: Path, capsys: pytest.Ca
         (["--world-size", "16", "--features.video.max_size=null"], "nothing bounds the number of ids of video: give"),
         (["--world-size", "12"], "--world-size 12 is not a multiple of --local-world-size 8"),
         (["--world-size", "16", "--device", "cpu", "--host-gib", "512"], "do not fit into 16 rank"),
+        (
+            ["--world-size", "16", "--device", "cpu", "--training.sharding", "row_wise"],
+            "training.sharding is row_wise, which torchrec has on GPUs alone: on CPUs set it to auto, table_wise or",
+        ),
         (["--world-size", "0"], "invalid value for '--world-size': 0 is not in the range x>=1; --help lists"),
         (["--world-size", "8.5"], "'--world-size': '8.5' is not a valid integer"),
         (["--world-size", "8192"], "--world-size 8192 is more than a plan is made for, 4,096"),

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from mmoe_rec.batches.encoded_rows import EncodedRows
 from mmoe_rec.inference.artifact import read_artifact, read_model
 from mmoe_rec.preprocessing.prepare import FeatureFolder
-from mmoe_rec.settings.sections import Training
+from mmoe_rec.settings.training import Training
 from mmoe_rec.training.checkpoint import FinishedTraining, latest_checkpoint
 from mmoe_rec.training.choices import Choices, Chooser
 from mmoe_rec.training.validation import validate_alone

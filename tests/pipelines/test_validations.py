@@ -11,7 +11,7 @@ from rich.console import Console
 
 from mmoe_rec.model.utilisation import Utilisation
 from mmoe_rec.report.tables import describe_training, validations_table
-from mmoe_rec.settings.sections import Training
+from mmoe_rec.settings.training import Training
 from mmoe_rec.training.checkpoint import FinishedTraining
 from mmoe_rec.training.origin import Origin
 from mmoe_rec.training.validation import Validation, find_early_end

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -12,6 +15,7 @@ from mmoe_rec.settings.model import Model
 from mmoe_rec.training.checkpoint import latest_checkpoint
 from mmoe_rec.training.loop import Trainer, TrainingResult
 from mmoe_rec.training.ranks import process_group
+from mmoe_rec.training.steps import Step
 from tests.training.learnable import CPU, MODEL, ROWS, TRAINING, layout_of, plain_model
 from tests.training.ranks import join
 
@@ -37,6 +41,7 @@ BALANCED = DRAWS.model_copy(
     update={"gates": DRAWS.gates.model_copy(update={"balance": "loss", "balance_weight": 2, "z_loss": 0.1})}
 )
 CHANGES = {"epochs": 2, "validations_per_epoch": 3, "checkpoint_steps": 40, "batch_size": 100}
+ONE_EPOCH = {"epochs": 1, "validations_per_epoch": 1, "checkpoint_steps": 100, "batch_size": 60}  # 200 steps
 STEPS = 2 * ROWS["train"] // 100
 Watch = Callable[[Trainer], None]
 
@@ -92,6 +97,40 @@ def train_on_rank(
             except CrashError:
                 assert last is not None
             torch.distributed.barrier()
+
+
+def record_losses(
+    rank: int, world: int, port: int, prepared: FeatureFolder, jobs: list[tuple[Path, int | None, dict[str, object]]]
+) -> None:
+    """Does the jobs one after the other on each of the ranks: in a folder, until it crashes at a step, with changed
+    settings; adds step -> loss of each task over all ranks to the folder's `losses.json`.
+    """
+    with join(rank, world, port):
+        for folder, last, changes in jobs:
+            file = folder / "losses.json"
+            found = json.loads(file.read_text()) if file.exists() else {}
+            one = trainer(prepared, folder, None if last is None else crash(last), DRAWS, **ONE_EPOCH | changes)
+            record(one, found)
+            with suppress(CrashError):
+                one.run()
+            torch.distributed.barrier()
+            if rank == 0:
+                file.write_text(json.dumps(found))
+
+
+def record(trainer: Trainer, found: dict[str, list[float]]) -> None:
+    """Has a trainer note its losses."""
+    step = trainer.steps.next
+
+    def noted(*arguments: Any) -> Step | None:
+        one = step(*arguments)
+        if one is not None:
+            sums = torch.stack([one.losses.detach(), one.observed])
+            torch.distributed.all_reduce(sums)
+            found[str(trainer.result.steps + 1)] = (sums[0] / sums[1].clamp(min=1)).tolist()
+        return one
+
+    trainer.steps.next = noted  # type: ignore[method-assign]
 
 
 def weights(prepared: FeatureFolder, folder: Path, model: Model) -> dict[str, torch.Tensor]:

@@ -21,7 +21,7 @@ from mmoe_rec.model.tables import PlainTables
 from mmoe_rec.preprocessing.prepare import FeatureFolder
 from mmoe_rec.settings.load import load_settings
 from mmoe_rec.settings.model import Model
-from mmoe_rec.settings.sections import Training
+from mmoe_rec.settings.training import Training
 from mmoe_rec.training import choices as choices_module
 from mmoe_rec.training.checkpoint import latest_checkpoint
 from mmoe_rec.training.choices import GIVE_UP, Choices, Chooser, faster, keep_choices, time_options

@@ -1,6 +1,8 @@
 """One rank, two ranks and the plain model agree, before and after a training step."""
 
+import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,9 @@ from mmoe_rec.model.tables import PlainTables
 from mmoe_rec.training.checkpoint import load_plain
 from mmoe_rec.training.ranks import process_group
 from tests.model.examples import LAYOUT, is_weight, random_rows, small_model
+from tests.training.learnable import write_prepared
 from tests.training.ranks import CPU, ROWS, SEED, join, join_and_train, spawn, train_one_step
+from tests.training.resuming import record_losses
 
 
 @pytest.fixture(scope="module")
@@ -110,3 +114,52 @@ def test_a_lost_rank_is_named(tmp_path: Path) -> None:
 def test_the_others_are_told_why_the_first_has_failed(tmp_path: Path) -> None:
     spawn(_fail_at_first, tmp_path)
     assert [(tmp_path / f"said{rank}").read_text() for rank in (0, 1)] == ["no log", "no log"]
+
+
+# Trainings of 200 steps on one, two and four ranks, stopped after 100 and gone on with on as many or another number.
+
+
+COLUMNS = {"sharding": "column_wise", "shard_columns": 4}
+RANKS = (1, 2, 4)
+
+
+@pytest.fixture(scope="module")
+def losses(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    """(steps, T) losses of all ranks together, by the numbers of ranks before and after, and of two ranks by what they
+    send each other. Another number of ranks goes on for 40 steps.
+
+    The columns of wider tables are split, so that these are on several ranks, and row-wise Adagrad has several numbers
+    for a row.
+    """
+    folder = tmp_path_factory.mktemp("losses")
+    prepared = write_prepared(folder / "prepared", LAYOUT)
+    for ranks in RANKS:
+        spawn(record_losses, prepared, [(folder / f"{ranks}", 101, COLUMNS)], ranks=ranks)
+    for ranks in RANKS:
+        for before in RANKS:
+            shutil.copytree(folder / f"{before}", folder / f"{before}-{ranks}")
+        jobs = [(folder / f"{before}-{ranks}", None if before == ranks else 140, COLUMNS) for before in RANKS]
+        if ranks == 2:
+            jobs += [(folder / kind, None, COLUMNS | {"communication": kind}) for kind in ("fp16", "bf16")]
+        spawn(record_losses, prepared, jobs, ranks=ranks)
+    found = {}
+    for file in folder.glob("*/losses.json"):
+        by_step = json.loads(file.read_text())
+        found[file.parent.name] = torch.tensor([by_step[f"{step + 1}"] for step in range(len(by_step))])
+    return found
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("after", RANKS)
+@pytest.mark.parametrize("before", RANKS)
+def test_any_number_of_ranks_has_the_same_losses(losses: dict[str, torch.Tensor], before: int, after: int) -> None:
+    found = losses[f"{before}-{after}"]
+    assert len(found) == (200 if before == after else 140)
+    torch.testing.assert_close(found, losses["1-1"][: len(found)], atol=1e-5, rtol=0)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize(("kind", "most"), [("fp16", 1e-3), ("bf16", 5e-3)])
+def test_half_of_the_bits_change_losses_by_little(losses: dict[str, torch.Tensor], kind: str, most: float) -> None:
+    error = (losses[kind] - losses["1-1"]).abs().max()
+    assert 1e-5 < error < most, error

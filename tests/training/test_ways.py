@@ -14,7 +14,7 @@ from mmoe_rec.batches.batch import Batch, make_batch
 from mmoe_rec.errors import UserError
 from mmoe_rec.model.layout import ModelLayout
 from mmoe_rec.model.tables import PlainTables, by_name, initial_rows, torchrec_tables
-from mmoe_rec.settings.sections import Training
+from mmoe_rec.settings.training import Training
 from mmoe_rec.training import choices as choices_module
 from mmoe_rec.training import fbgemm
 from mmoe_rec.training import tables as tables_module

@@ -1,0 +1,271 @@
+"""Which rank holds which part of which table: torchrec's planner, for the running ranks or for any, on paper."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from operator import itemgetter
+from types import SimpleNamespace
+from typing import Any, Literal, NamedTuple
+
+from torch import Tensor, nn
+
+from mmoe_rec.errors import UserError
+from mmoe_rec.model.layout import EmbeddingTable, ModelLayout
+from mmoe_rec.model.tables import COLUMNS, stored_width, used_tables
+from mmoe_rec.settings.training import Training
+from mmoe_rec.training.fbgemm import require_torchrec
+
+# The planner tries every combination of ways to spread the tables if there are at most this many, by ranks; beyond that
+# it starts from the best way of each table and goes on to the next.
+_COMBINATIONS_BY_RANKS = 64_000
+_MOST_COMBINATIONS = 10_000
+RESERVED_SHARE = 0.2  # of a rank's memory, for all but tables and their activations
+GIB = 2**30
+_FLOAT = 4
+
+
+WHOLE_ROWS = ("table_wise", "row_wise", "table_row_wise")
+ON_CPUS = ("auto", "table_wise", "column_wise")  # torchrec's own limit
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """How tables are spread, as the settings of `training` of the same names say it."""
+
+    kind: str = "auto"
+    columns: int = 32
+    communication: Literal["fp32", "fp16", "bf16"] = "fp32"
+
+    @staticmethod
+    def of(settings: Training) -> Sharding:
+        """Of these settings."""
+        return Sharding(settings.sharding, settings.shard_columns, settings.communication)
+
+    @property
+    def splits_columns(self) -> bool:
+        """Whether each part of a row has a number of row-wise Adagrad of its own."""
+        return self.kind in ("column_wise", "grid_shard")
+
+    def check(self, device: str) -> None:
+        """Raises UserError for what can't work on "cpu" or "cuda"."""
+        if self.kind != "auto":
+            require_torchrec(f"training.sharding {self.kind}", "set it to auto")
+        if device == "cpu" and self.kind not in ON_CPUS:
+            raise UserError(
+                f"training.sharding is {self.kind}, which torchrec has on GPUs alone: on CPUs set it to "
+                f"{', '.join(ON_CPUS[:-1])} or {ON_CPUS[-1]}"
+            )
+
+    def types(self, device: str) -> list[str]:
+        """What the planner may choose among, for each table."""
+        if self.kind != "auto":
+            return [self.kind]
+        # Data parallel is left out: its optimizer state has other keys, so a table could not be resharded.
+        return list(WHOLE_ROWS) if device == "cuda" else ["table_wise"]
+
+
+BY_DEFAULT = Sharding()
+
+
+@dataclass(frozen=True)
+class Machines:
+    """Ranks that train together, `local_world_size` of them on each machine.
+
+    card_bytes: memory of a rank's GPU, 0 on CPUs; host_bytes: main memory of a machine.
+    """
+
+    world_size: int
+    local_world_size: int
+    device: Literal["cpu", "cuda"]
+    card_bytes: int
+    host_bytes: int
+
+    @property
+    def rank_bytes(self) -> int:
+        """Memory of a rank that tables and their activations may take."""
+        whole = self.card_bytes if self.device == "cuda" else self.host_bytes // self.local_world_size
+        return int(whole * (1 - RESERVED_SHARE))
+
+
+class RankPlan(NamedTuple):
+    """What the planner expects of a rank: bytes of tables, optimizer and activations, and milliseconds a step."""
+
+    rank: int
+    bytes: int
+    milliseconds: float
+
+
+def update_in_backward(model: nn.Module, learning_rate: float) -> None:
+    """Has tables updated by row-wise Adagrad within the backward pass, once they are sharded."""
+    from torch.distributed.optim import _apply_optimizer_in_backward
+    from torchrec.optim import RowWiseAdagrad
+
+    _apply_optimizer_in_backward(RowWiseAdagrad, model.get_submodule("tables").parameters(), {"lr": learning_rate})
+
+
+def sharders(sharding: Sharding, batch_size: int) -> list[Any]:
+    """What knows how to spread tables. batch_size: rows a rank and step."""
+    from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
+
+    if sharding.communication == "fp32":
+        return [EmbeddingBagCollectionSharder()]
+    from fbgemm_gpu.quantize_comm import QuantizedCommCodec
+    from torchrec.distributed.fbgemm_qcomm_codec import CommType, QCommsConfig, get_qcomm_codecs
+    from torchrec.distributed.types import CommOp
+
+    # A gradient is that of a mean over the rows, so small that fp16 would round it to few bits, or to 0. fbgemm's own
+    # scale does not help, as it is taken off while numbers are still in fp16.
+    scale = 2 ** batch_size.bit_length()
+
+    class Scaled(QuantizedCommCodec):
+        def encode(self, numbers: Tensor, ctx: Any = None) -> Tensor:
+            encoded: Tensor = super().encode(numbers * scale, ctx)
+            return encoded
+
+        def decode(self, numbers: Tensor, ctx: Any = None) -> Tensor:
+            decoded: Tensor = super().decode(numbers, ctx)
+            return decoded / scale
+
+    kind = CommType(sharding.communication)
+    codecs = get_qcomm_codecs(QCommsConfig(kind, kind))
+    codecs.backward = Scaled(codecs.backward._comm_precision)
+    # Not `get_qcomm_codecs_registry`, which takes fp16 instead of bf16 on CPUs, although gloo sends both.
+    return [EmbeddingBagCollectionSharder(qcomm_codecs_registry={each.name: codecs for each in CommOp})]
+
+
+def planner(
+    layout: ModelLayout, machines: Machines, batch_size: int, sharding: Sharding = BY_DEFAULT, stats: Any = None
+) -> Any:
+    """torchrec's planner. batch_size: rows a rank and step; stats: receives the plan."""
+    from torchrec.distributed.embedding_types import EmbeddingComputeKernel
+    from torchrec.distributed.planner import EmbeddingShardingPlanner
+    from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
+    from torchrec.distributed.planner.proposers import GreedyProposer, GridSearchProposer, UniformProposer
+    from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
+    from torchrec.distributed.planner.types import KernelConfig, ParameterConstraints, TopologyFactory, TrainerConfig
+
+    # With `min_partition`, the number of parts of a row is that of the settings on any number of ranks, as is then the
+    # state of row-wise Adagrad, which has a number for each part: so a table can be resharded.
+    allowed = ParameterConstraints(
+        sharding_types=sharding.types(machines.device),
+        compute_kernels=[EmbeddingComputeKernel.FUSED.value],
+        min_partition=sharding.columns,
+    )
+    topology = TopologyFactory.create_topology(
+        TrainerConfig(
+            world_size=machines.world_size,
+            local_world_size=machines.local_world_size,
+            hbm_cap_bytes=machines.card_bytes,
+            ddr_cap_bytes=machines.host_bytes // machines.local_world_size,
+        ),
+        kernel_config=KernelConfig(compute_device=machines.device),
+    )
+    constraints = {table.name: allowed for table in used_tables(layout)}
+    return EmbeddingShardingPlanner(
+        topology=topology,
+        batch_size=batch_size,
+        enumerator=EmbeddingEnumerator(topology, batch_size, constraints),
+        storage_reservation=FixedPercentageStorageReservation(RESERVED_SHARE),
+        proposer=[
+            GridSearchProposer(min(_MOST_COMBINATIONS, _COMBINATIONS_BY_RANKS // machines.world_size)),
+            GreedyProposer(),
+            GreedyProposer(use_depth=False),
+            UniformProposer(),
+        ],
+        constraints=constraints,
+        stats=stats,
+        debug=False,
+    )
+
+
+def plan_on_paper(
+    model: nn.Module, layout: ModelLayout, machines: Machines, batch_size: int, sharding: Sharding = BY_DEFAULT
+) -> tuple[str, list[RankPlan]]:
+    """The plan for machines that need not be there, as `describe_plan` tells it, and what each rank bears.
+
+    model: over `torchrec_tables` on the device "meta".
+
+    Raises UserError, with the reason and what would help, when the tables don't fit.
+    """
+    from torchrec.distributed.planner.types import PlannerError
+
+    options: list[Any] = []
+    listener = SimpleNamespace(log=lambda *, best_plan, **_: options.extend(best_plan))
+    update_in_backward(model, learning_rate=1.0)  # what it keeps takes memory
+    try:
+        plan = planner(layout, machines, batch_size, sharding, listener).plan(model, sharders(sharding, batch_size))
+    except PlannerError:
+        try:
+            planner(layout, machines, 1, sharding).plan(model, sharders(sharding, 1))
+        except PlannerError:
+            raise explain_misfit(layout, machines, sharding) from None
+        raise UserError(
+            f"the embedding tables fit, but not beside what a step of {batch_size:,} rows a rank takes: set "
+            "`training.batch_size` lower, or use more ranks"
+        ) from None
+    taken, times = [0] * machines.world_size, [0.0] * machines.world_size
+    for part in (part for option in options for part in option.shards):
+        taken[part.rank] += part.storage.hbm + part.storage.ddr
+        times[part.rank] += part.perf.total
+    return describe_plan(plan), [RankPlan(*each) for each in zip(itertools.count(), taken, times)]
+
+
+def describe_plan(plan: Any) -> str:
+    """One line per table."""
+    lines = []
+    for module in plan.plan.values():
+        for table, parameter in module.items():
+            shards = getattr(parameter.sharding_spec, "shards", None) or []
+            split = len({each.shard_offsets[1] for each in shards}) > 1
+            sizes = (f"{each.shard_sizes[0]:,} rows" + f" of {each.shard_sizes[1]} columns" * split for each in shards)
+            places = list(zip((each.placement.rank() for each in shards), sizes, strict=True))
+            lines.append(f"{table}: {parameter.sharding_type} ({', '.join(merge_neighbours(places))})")
+    return "\n".join(lines)
+
+
+def merge_neighbours(ranks: Sequence[tuple[int, str]]) -> list[str]:
+    """The text on each rank, once for neighbours with the same text."""
+    lines = []
+    for text, group in itertools.groupby(ranks, key=itemgetter(1)):
+        numbers = sorted({rank for rank, _ in group})  # one may have several parts of a row
+        first, last = numbers[0], numbers[-1]
+        together = f"{first}-{last}" if len(numbers) == last - first + 1 else ", ".join(map(str, numbers))
+        who = f"rank {first}" if len(numbers) == 1 else f"each of ranks {together}"
+        lines.append(f"{who}: {text}")
+    return lines
+
+
+def table_bytes(table: EmbeddingTable) -> int:
+    """Bytes of a table's weights as they are stored, and of row-wise Adagrad's one number a row."""
+    return table.rows * (stored_width(table.dim) + 1) * _FLOAT
+
+
+def explain_misfit(layout: ModelLayout, machines: Machines, sharding: Sharding) -> UserError:
+    """Why the tables don't fit, and which setting would make them."""
+    tables = sorted(used_tables(layout), key=table_bytes, reverse=True)
+    needed, offered = sum(map(table_bytes, tables)), machines.world_size * machines.rank_bytes
+    largest = tables[0]
+    where = f"{machines.world_size} rank(s), each with {machines.rank_bytes / GIB:.2f} GiB for them"
+    what = f"the embedding tables take {needed / GIB:.1f} GiB with their optimizer and do not fit into {where}"
+    most = f"the largest, '{largest.name}', has {largest.rows:,} rows of {largest.dim} numbers"
+    by_rows = bool(set(sharding.types(machines.device)) - {"table_wise", "column_wise"})
+    width = stored_width(largest.dim)
+    if sharding.kind == "column_wise":
+        width = min(width, sharding.columns)
+    part = largest.rows * (width + 1) * _FLOAT  # the most of it that one rank has to take
+    room = offered - (needed - table_bytes(largest)) if by_rows else machines.rank_bytes
+    ways = []
+    if by_rows or part <= machines.rank_bytes:
+        machines_needed = math.ceil(needed * 1.1 / machines.rank_bytes / machines.local_world_size)
+        ranks = max(machines_needed * machines.local_world_size, machines.world_size + machines.local_world_size)
+        ways.append(f"use {ranks} ranks")
+    if room > 0 and (rows := int(room * 0.9) // ((width + 1) * _FLOAT)) < largest.rows:
+        ways.append(f"set `max_size` (or `buckets`) of '{largest.name}' to {rows:,} at most")
+    share = offered / needed if by_rows else min(offered / needed, machines.rank_bytes / part)
+    narrower = int(largest.dim * 0.9 * share) // COLUMNS * COLUMNS  # other widths take no less
+    if 0 < narrower < largest.dim and sharding.kind != "column_wise":
+        ways.append(f"make `dim` smaller everywhere, {narrower} instead of {largest.dim}")
+    return UserError(f"{what}; {most}: {', or '.join(ways) or 'give each rank more memory'}")
