@@ -277,10 +277,11 @@ class FeaturePipeline:
     def memories_read(self, rows: RequestRows) -> dict[str, int | None]:
         """The counters and histories that are read from a memory, as the rows do not give all of their results, each
         with the memory's `floor`: the moment (microseconds) from which on it is exact, None for any."""
+        given = rows.among(self._results)
         return {
             name: encoder.memory.floor
             for name, encoder in self.memory_encoders.items()
-            if not all(map(rows.has, encoder.result_columns()))
+            if not given or not encoder.result_columns().keys() <= given
         }
 
     def explain(self, rows: RequestRows) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
@@ -325,6 +326,10 @@ class FeaturePipeline:
     @cached_property
     def _groups(self) -> dict[bool, CounterGroup]:
         return self.live.groups(self._of_requests, self._placement)
+
+    @cached_property
+    def _results(self) -> frozenset[str]:
+        return frozenset(each for encoder in self.memory_encoders.values() for each in encoder.result_columns())
 
     @cached_property
     def _of_requests(self) -> frozenset[str]:

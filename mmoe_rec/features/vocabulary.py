@@ -28,6 +28,8 @@ from mmoe_rec.settings.schema import MAX_TABLE_ROWS, Feature, Meaning, Schema
 if TYPE_CHECKING:
     import pandas as pd
 
+_FEW = 32  # ids that are found one by one, as a call for any number of them takes as long as 70
+
 
 class IdCounts:
     """How often each id occurs; a mergeable partial fit."""
@@ -217,16 +219,29 @@ class Vocabulary:
         return self.ids.take(pa.array(known, mask=known < 0)).to_pylist()
 
     def _encode_known_or_hashed(self, values: pa.Array) -> np.ndarray:
-        import pandas as pd
-
-        buckets = self.feature.oov_buckets
-        found = self._index.get_indexer(pd.Index(_as_numpy(values))) if len(self.ids) else np.full(len(values), -1)
+        buckets, found = self.feature.oov_buckets, self._find(values)
         rows = found.astype(np.int64) + 1 + buckets
         unknown = found < 0
         if unknown.any():
             hashes = hash_column(values.filter(pa.array(unknown)))
             rows[unknown] = 1 + (hashes % np.uint64(buckets)).astype(np.int64)
         return rows
+
+    def _find(self, values: pa.Array) -> np.ndarray:
+        """(N,) integer place of each id among the known ones, -1 for an unknown one."""
+        if not len(self.ids):
+            return np.full(len(values), -1)
+        if len(values) <= _FEW:
+            return np.array([self._place(each) for each in values.to_pylist()], np.int64)
+        import pandas as pd
+
+        return self._index.get_indexer(pd.Index(_as_numpy(values)))
+
+    def _place(self, value: int | str) -> int:
+        try:
+            return self._index.get_loc(value)
+        except KeyError:
+            return -1
 
 
 class ListedValues:

@@ -29,6 +29,8 @@ class RequestInputs:
         """with_ids: for a model with trees; histories: those that attention pools."""
         self._tables, self._histories = tables, histories
         self._parts = {each.history: layout.parts(each) for each in layout.attention}
+        bags: Mapping[str, Any] = dict(tables.embedding_bags.items())
+        self._weights = {name: b.weight.detach().numpy() for name, b in bags.items() if not isinstance(b, Int8Bag)}
         self._table_of = {each.name: each.table for each in layout.ids}
         self._columns: list[tuple[str, str, slice]] = []  # input, table, columns of the matrix
         width = 0
@@ -101,11 +103,11 @@ class RequestInputs:
                 matrix[:, column] = ids
 
     def _embed(self, table: str, ids: np.ndarray | Ragged) -> np.ndarray:
+        if not isinstance(ids, Ragged) and table in self._weights:
+            return self._weights[table].take(ids, axis=0)
         bag: Any = self._tables.embedding_bags[table]
         if isinstance(ids, Ragged):
-            embedded = bag(torch.from_numpy(ids.values), torch.from_numpy(ids.offsets)).detach().numpy()
-        elif isinstance(bag, Int8Bag):
-            embedded = bag.rows(torch.from_numpy(ids)).numpy()
+            embedded = bag(torch.from_numpy(ids.values), torch.from_numpy(ids.offsets)).detach()
         else:
-            embedded = bag.weight.detach().numpy().take(ids, axis=0)
+            embedded = bag.rows(torch.from_numpy(ids))
         return np.asarray(embedded)
