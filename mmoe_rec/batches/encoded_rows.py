@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -113,6 +114,14 @@ class EncodedRows:
         self._starts = dict(zip(self.groups, np.cumsum(self.group_rows) - self.group_rows, strict=True))
         if not self.rows:
             raise UserError(f"the files of '{folder}' hold no rows; check the split's times, then {ADVICE}")
+
+    def head(self, rows: int) -> EncodedRows:
+        """The first row groups that hold so many rows together, or all."""
+        few = copy.copy(self)
+        few.groups = self.groups[: int(np.searchsorted(np.cumsum(self.group_rows), rows)) + 1]
+        few.group_rows = self.group_rows[: len(few.groups)]
+        few.rows = int(few.group_rows.sum())
+        return few
 
     def _schemas(self, columns: Sequence[str]) -> Iterator[tuple[Path, pa.Schema]]:
         """The schema of every file. Raises UserError where one of the columns is missing."""

@@ -2,28 +2,42 @@
 
 Prints which rank would hold which part of the embedding tables, how much memory that takes, and about how long a step
 would take, for machines that need not exist: it needs no GPU, no log and no other process. What does not fit is
-refused, with the reason and with the settings that would make it fit.
+refused, with the reason and with the settings that would make it fit. Where features are built, some of their rows are
+read, to say how many cores of a machine its GPUs would keep busy with reading.
 
 The sizes of tables are those of the features in `data.work`, if they are built; else the largest that the settings
 allow, by `max_size` and `buckets`. Times are torchrec's estimate for looking tables up and exchanging what was found,
-and the operations of the dense part at 100 TFLOP/s (CPU: 0.4): good for comparing settings, no promise.
+and the operations of the dense part at 100 TFLOP/s (CPU: 0.4): good for comparing settings, no promise. --measure
+trains so many steps in this process, on the features in `data.work`, keeps nothing, and tells from them the rows a
+second and the time of the whole training here; a hundred steps are enough.
 """
 
 from __future__ import annotations
 
+import logging
+import tempfile
+import time
+from datetime import timedelta
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import click
 
 from mmoe_rec.cli.main import COUNT, Configuration, NumberBetween, settings_command
 from mmoe_rec.errors import UserError
 
+if TYPE_CHECKING:
+    from mmoe_rec.features.layout import Layout
+    from mmoe_rec.model.layout import ModelLayout
+    from mmoe_rec.settings.sections import Settings
+
 GIB = 2**30
 MANY_ROWS = 10**9  # to train on, where `training.batch_size` depends on them: what asks for a plan is large
 MOST_RANKS = 4_096  # the planner's time grows with them; a plan for so many takes about half a minute
 # Floating-point operations a second of a rank in products of bf16 matrices, as training reaches them.
 TFLOPS = {"cuda": 100.0, "cpu": 0.4}
+ROWS_READ = 2**18  # to measure how fast they are read
+ROWS_OF_GPU = 150_000  # a second, of eight that train TorchRec's DLRM at 1.2 million in batches of 131,072
 MEMORY = NumberBetween(0.01, 1e6)  # both ends are far beyond any machine
 
 
@@ -33,6 +47,7 @@ MEMORY = NumberBetween(0.01, 1e6)  # both ends are far beyond any machine
 @click.option("--device", type=click.Choice(list(TFLOPS)), default="cuda", help="default: cuda")
 @click.option("--hbm-gib", type=MEMORY, default=80, metavar="X", help="memory of a GPU (default: 80)")
 @click.option("--host-gib", type=MEMORY, default=512, metavar="X", help="main memory of a machine (default: 512)")
+@click.option("--measure", type=COUNT, metavar="N", help="steps to train here, to tell the time of the training")
 def plan(
     configuration: Configuration,
     world_size: int,
@@ -40,6 +55,7 @@ def plan(
     device: Literal["cuda", "cpu"],
     hbm_gib: float,
     host_gib: float,
+    measure: int | None,
 ) -> None:
     settings = configuration.settings.of_member(0)  # members are trained one after the other
     if world_size % local_world_size:
@@ -59,6 +75,10 @@ def plan(
     from mmoe_rec.training.planning import Machines, Sharding, merge_neighbours, plan_on_paper, table_bytes
 
     built = Path(settings.data.work) / "features" / "encoded"
+    if measure and not (built.parent / "manifest.json").is_file():
+        raise UserError(
+            f"--measure trains on the features in '{built.parent}', which are not built: run mmoe-rec features"
+        )
     if (built / "layout.json").is_file():
         layout, where = Layout.read(built), f"of the features in '{built.parent}'"
     else:
@@ -79,11 +99,55 @@ def plan(
     lines, most = [], machines.rank_bytes
     for each in ranks:
         share = f"{each.bytes / GIB:.2f} of {most / GIB:.2f} GiB ({each.bytes / most:.0%})"
-        lines.append((each.rank, f"{share} for tables and their activations, {each.milliseconds:.2f} ms a step"))
+        what = f"for tables ({each.tables / GIB:.2f}) and their activations"
+        lines.append((each.rank, f"{share} {what}, {each.milliseconds:.2f} ms a step"))
     print("\n".join(merge_neighbours(lines)))
     slowest = max((rank.milliseconds for rank in ranks), default=0.0)
     weights = sum(each.numel() for each in model.mixture.parameters())
     dense = 1e3 * 6 * weights * rows / (TFLOPS[device] * 1e12)
     print(f"estimated step: {slowest + dense:.1f} ms, of which tables {slowest:.1f} and the dense part {dense:.1f}")
+    if (built / "train").is_dir():
+        rate, taken = measure_reading(built / "train", layout, rows), ROWS_OF_GPU * local_world_size
+        cores = f": {taken / rate:.1f} cores a machine for {taken:,} rows/s, as GPUs take in TorchRec's DLRM"
+        print(f"reading: {rate:,.0f} rows/s of a core here{cores if device == 'cuda' else ''}")
+    if measure:
+        print_forecast(settings, layout, measure, configuration.settings.model.members)
     start = f"torchrun --nnodes {world_size // local_world_size} --nproc-per-node {local_world_size}"
     print(f"next: {start} ... -m mmoe_rec train {configuration.options()}")
+
+
+def measure_reading(folder: Path, layout: Layout, rows: int) -> float:
+    """Rows a second of a core, from files to batches of so many rows: in the second pass over some row groups."""
+    from mmoe_rec.batches.batch import make_batch
+    from mmoe_rec.batches.encoded_rows import EncodedRows
+    from mmoe_rec.batches.reader import TrainingReader
+    from mmoe_rec.devices import freed_memory_kept
+    from mmoe_rec.progress import quiet_loggers
+    from mmoe_rec.training.ranks import NOISY_LOGGERS
+
+    some, rate = EncodedRows(folder, layout, outcomes=True).head(ROWS_READ), 0.0
+    reader = TrainingReader(some, batch_size=min(rows, some.rows), shuffle_window=ROWS_READ, seed=0)
+    with freed_memory_kept(), quiet_loggers(dict.fromkeys(NOISY_LOGGERS, logging.CRITICAL)):
+        for epoch in range(2):
+            start = time.process_time()
+            for read, position in reader.resume(reader.position(epoch), epoch + 1):
+                make_batch(read.encoded, layout, read.labels, position, numbers=read.numbers, torchrec=True)
+            rate = some.rows / (time.process_time() - start)
+    return rate
+
+
+def print_forecast(settings: Settings, layout: ModelLayout, steps: int, members: int) -> None:
+    """Trains so many steps on the features in `data.work`, and prints what the whole training would take."""
+    from mmoe_rec.preprocessing.prepare import FeatureFolder
+    from mmoe_rec.training.loop import Trainer
+    from mmoe_rec.training.ranks import training_ranks
+
+    features = FeatureFolder(Path(settings.data.work) / "features")
+    with tempfile.TemporaryDirectory() as folder, training_ranks(settings.training) as (device, _):
+        trainer = Trainer(features, layout, settings.model, settings.training, device, Path(folder), lambda *_: None)
+        found = trainer.measure(steps)
+    seconds, validation = (
+        timedelta(seconds=round(members * each)) for each in (found.seconds, found.validation_seconds)
+    )
+    print(f"measured here: {found.rows_per_s:,.0f} rows/s on {device.type}")
+    print(f"training here: {seconds} (hours:minutes:seconds) at most, of which validations {validation}")

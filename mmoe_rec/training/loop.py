@@ -43,6 +43,10 @@ from mmoe_rec.training.validation import Validation, validate
 from mmoe_rec.training.warm_start import WarmStart, base_rates, set_base_rates
 
 STEPS_BETWEEN_LOGS = 25
+WARM_UP = 10
+"""Steps before those that a forecast is made from."""
+BATCHES_SCORED = 4
+"""Of the validation rows, for a forecast."""
 LogMetrics = Callable[[dict[str, float], int], None]
 
 
@@ -68,6 +72,15 @@ class TrainingResult:
     def best(self) -> Validation | None:
         """The validation of the best step, None before the first."""
         return dict(self.history).get(self.best_step)
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a training will take. rows_per_s as in `TrainingResult`; seconds: of all epochs, validations among them."""
+
+    rows_per_s: float
+    seconds: float
+    validation_seconds: float
 
 
 class Trainer:
@@ -228,6 +241,29 @@ class Trainer:
         result.skipped = self.bad_batches.skipped
         result.best_checkpoint = step_folder(self.checkpoints.folder, result.best_step)
         return result
+
+    def measure(self, steps: int) -> Forecast:
+        """Trains so many steps, scores some validation rows, and says from that what `run` of a new trainer would take.
+
+        A collective call.
+        """
+        rows_per_s, reader = 0.0, self.validation_reader
+        source = self._batches(self.reader, self.position, 2 + (WARM_UP + steps) // self.reader.batches_per_epoch)
+        with freed_memory_kept(), limit_threads(self.choices.threads):
+            with contextlib.closing(iter(source)) as batches:
+                for count in (WARM_UP, steps):
+                    meter, part = Meter(self.layout, self.world_size), itertools.islice(batches, count)
+                    while self._step(part, meter) is not None:
+                        pass
+                    rows_per_s = meter.rows_per_s
+            self.steps.release()
+            start, rows = time.perf_counter(), min(reader.rows.rows, BATCHES_SCORED * reader.batch_size)
+            with contextlib.closing(iter(self._batches(reader, reader.position(0), 1))) as batches:
+                some = itertools.islice(batches, BATCHES_SCORED)
+                validate(self.sharded.model.module, some, self.layout, self.device, rows)
+            validation = len(self.validate_at) * (time.perf_counter() - start) * reader.rows.rows / rows
+        seconds = self.settings.epochs * self.reader.rows.rows / rows_per_s
+        return Forecast(rows_per_s, seconds + validation, validation)
 
     def _train(self, meter: Meter, show: Callable[[], None]) -> None:
         last = self.result.history[-1][0] if self.result.history else -1

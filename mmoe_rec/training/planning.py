@@ -91,9 +91,12 @@ class Machines:
 
 
 class RankPlan(NamedTuple):
-    """What the planner expects of a rank: bytes of tables, optimizer and activations, and milliseconds a step."""
+    """What is expected of a rank. tables: bytes of their weights and optimizer; bytes: of these and of activations, as
+    torchrec estimates them; milliseconds: of a step, likewise.
+    """
 
     rank: int
+    tables: int
     bytes: int
     milliseconds: float
 
@@ -206,11 +209,12 @@ def plan_on_paper(
             f"the embedding tables fit, but not beside what a step of {batch_size:,} rows a rank takes: set "
             "`training.batch_size` lower, or use more ranks"
         ) from None
-    taken, times = [0] * machines.world_size, [0.0] * machines.world_size
+    held, taken, times = [0] * machines.world_size, [0] * machines.world_size, [0.0] * machines.world_size
     for part in (part for option in options for part in option.shards):
+        held[part.rank] += part.size[0] * (part.size[1] + 1) * _FLOAT
         taken[part.rank] += part.storage.hbm + part.storage.ddr
         times[part.rank] += part.perf.total
-    return describe_plan(plan), [RankPlan(*each) for each in zip(itertools.count(), taken, times)]
+    return describe_plan(plan), [RankPlan(*each) for each in zip(itertools.count(), held, taken, times)]
 
 
 def describe_plan(plan: Any) -> str:

@@ -1,6 +1,7 @@
 """features, train and evaluate as a user runs them: what they leave, what they say, and how they refuse."""
 
 import json
+import re
 import shlex
 import shutil
 from dataclasses import dataclass
@@ -147,6 +148,19 @@ def test_features_are_built_once(world: World) -> None:
 
 
 # Evaluation
+
+
+def test_a_plan_reads_and_trains_on_built_features_and_leaves_them_as_they_are(world: World) -> None:
+    before = files(world.folder)
+    words = ["--config", world.config, "--world-size", 8, "--local-world-size", 8, "--measure", 3]
+    said = run_and_read("plan", *words)
+    assert re.search(
+        r"reading: [\d,]+ rows/s of a core here: [\d.]+ cores a machine for 1,200,000 rows/s, as GPUs", said
+    )
+    assert re.search(
+        r"measured here: [\d,]+ rows/s on cpu\ntraining here: [\d:]+ .* of which validations [\d:]+\n", said
+    )
+    assert files(world.folder) == before
 
 
 @pytest.fixture(scope="module")

@@ -88,6 +88,7 @@ def test_the_sizes_of_built_features_are_taken(tmp_path: Path, capsys: pytest.Ca
     ("arguments", "message"),
     [
         (["--world-size", "16", "--features.video.max_size=null"], "nothing bounds the number of ids of video: give"),
+        (["--world-size", "8", "--measure", "5"], "--measure trains on the features in '"),
         (["--world-size", "12"], "--world-size 12 is not a multiple of --local-world-size 8"),
         (["--world-size", "16", "--device", "cpu", "--host-gib", "512"], "do not fit into 16 rank"),
         (

@@ -15,7 +15,7 @@ from mmoe_rec.batches.batch import make_batch
 from mmoe_rec.model.tables import by_name, torchrec_tables
 from mmoe_rec.training.losses import masked_loss
 from mmoe_rec.training.ranks import Ranks, process_group
-from mmoe_rec.training.sharding import shard
+from mmoe_rec.training.sharding import ShardedModel, shard
 from mmoe_rec.training.tables import Way
 from tests.fork_server import call
 from tests.model.examples import LAYOUT, random_rows, small_model
@@ -101,7 +101,20 @@ def train_one_step(folder: Path, way: Way = "fbgemm") -> None:
     dense.step()
     sharded.table_optimizer.step()
     save_weights(sharded.model, folder / "after")
-    torch.save({"logits": logits, "order": order, "plan": sharded.plan}, folder / f"rank{rank}.pt")
+    read = {"logits": logits, "order": order, "plan": sharded.plan, "bytes": held_bytes(sharded)}
+    torch.save(read, folder / f"rank{rank}.pt")
+
+
+def held_bytes(sharded: ShardedModel) -> int:
+    """What this rank holds of the tables and of their optimizer."""
+    tables = [each for name, each in sharded.model.state_dict().items() if name.startswith("tables.")]
+    states = [each for state in sharded.table_optimizer.state_dict()["state"].values() for each in state.values()]
+    local = [
+        shard.tensor if hasattr(shard, "tensor") else shard
+        for each in [*tables, *states]
+        for shard in (each.local_shards() if hasattr(each, "local_shards") else [each])
+    ]
+    return sum(each.numel() * each.element_size() for each in local)
 
 
 def save_weights(model: nn.Module, folder: Path) -> None:

@@ -5,12 +5,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from sklearn.metrics import log_loss, mean_squared_error, roc_auc_score
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmoe_rec.batches.batch import Batch, make_batch
 from mmoe_rec.model.layout import ModelLayout
@@ -86,6 +87,33 @@ def test_an_automatic_batch_is_that_of_the_training_rows_and_few_steps_are_told(
         assert told in capsys.readouterr().err
     with trainer(prepared, tmp_path / "enough", batch_size=128, epochs=6):
         assert "564 steps of 128 rows\n" in capsys.readouterr().err
+
+
+def test_a_forecast_is_made_of_the_times_of_steps_and_of_validation_rows(
+    prepared: FeatureFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clock that only steps and scored batches advance, the first steps by much more."""
+    now, seconds = 0.0, iter([*[100.0] * loop.WARM_UP, *[0.5] * 20])
+
+    def step(one: Trainer, batches: Iterator[Batch], own: Meter) -> bool | None:
+        nonlocal now
+        stopping = take_step(one, batches, own)
+        now += 0 if stopping is None else next(seconds)
+        return stopping
+
+    def validate(model: nn.Module, batches: Iterator[Batch], *_: object) -> None:
+        nonlocal now
+        now += sum(3.0 for _ in batches)
+
+    take_step = Trainer._step
+    with trainer(prepared, tmp_path, epochs=2, batch_size=600, validations_per_epoch=2) as one:
+        monkeypatch.setattr(Trainer, "_step", step)
+        monkeypatch.setattr(loop, "validate", validate)
+        monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: now))
+        found = one.measure(20)
+    assert found == loop.Forecast(1200.0, 2 * ROWS["train"] / 1200 + 4 * 3, 4 * 3)
+    assert next(seconds, None) is None
+    assert not list(tmp_path.iterdir())
 
 
 # Learning rates

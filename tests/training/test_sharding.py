@@ -12,8 +12,9 @@ import torch.distributed as dist
 
 from mmoe_rec.batches.batch import Batch, make_batch
 from mmoe_rec.errors import UserError
-from mmoe_rec.model.tables import PlainTables
+from mmoe_rec.model.tables import PlainTables, torchrec_tables
 from mmoe_rec.training.checkpoint import load_plain
+from mmoe_rec.training.planning import Machines, plan_on_paper, table_bytes
 from mmoe_rec.training.ranks import process_group
 from tests.model.examples import LAYOUT, is_weight, random_rows, small_model
 from tests.training.learnable import write_prepared
@@ -61,6 +62,16 @@ def test_the_order_of_sharded_outputs_follows_the_plan(one_rank: Path, two_ranks
     assert "rank 0" in plan
     assert "rank 1" in plan
     assert len(plan.splitlines()) == len(LAYOUT.tables)
+
+
+def test_ranks_hold_as_many_bytes_as_their_plan_says(one_rank: Path, two_ranks: Path) -> None:
+    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for folder, ranks in ((one_rank, 1), (two_ranks, 2)):
+        model = small_model(torchrec_tables(LAYOUT))
+        _, planned = plan_on_paper(model, LAYOUT, Machines(ranks, ranks, "cpu", 0, host), ROWS // ranks)
+        held = [read(folder, rank)["bytes"] for rank in range(ranks)]
+        assert [each.tables for each in planned] == held
+        assert sum(held) == sum(table_bytes(each) for each in LAYOUT.tables)
 
 
 def test_one_step_gives_the_same_weights(one_rank: Path, two_ranks: Path) -> None:
