@@ -9,7 +9,10 @@ candidates by their ids; `given` also gives their attributes.
 
 rechub_mlflow torch-rechub's MMOE in a small pyfunc (`tests/benchmarks/rechub_model.py`) on MLflow's server, with ids of
               the same columns and random weights; its package comes from an environment of its own (`--peers`);
-growth        the median of a request to a model that remembers ten times as many events, over the same model's.
+growth        the median of a request to a model that remembers ten times as many events, over the same model's;
+dense         what each engine takes for the dense part (`tests/benchmarks/dense.py`).
+
+`ours_over_floor`: a request on our server over the sum of the no-op there and of the fastest of these engines.
 """
 
 import argparse
@@ -131,6 +134,13 @@ def grown(model: Path, times: int) -> float:
     return float(subprocess.run(words, check=True, capture_output=True, text=True).stdout)
 
 
+def dense_parts(model: Path, *counts: int) -> dict[str, dict[str, float]]:
+    """Milliseconds of each engine for the dense part, by numbers of candidates."""
+    words = [sys.executable, "-m", "tests.benchmarks.dense", str(model), *map(str, counts)]
+    found: dict[str, dict[str, float]] = json.loads(subprocess.run(words, check=True, capture_output=True).stdout)
+    return found
+
+
 def benchmark(model: Path, peers: Path | None, seconds: float) -> dict[str, Any]:
     """All figures."""
     with ExitStack() as stack:
@@ -150,14 +160,16 @@ def benchmark(model: Path, peers: Path | None, seconds: float) -> dict[str, Any]
         servers = {name: stack.enter_context(server) for name, server in found.items()}
         run = Benchmark(Bodies(model), servers, seconds)
         run.measure()
-    p50 = run.figures["p50_ms"]
+    p50, dense = run.figures["p50_ms"], dense_parts(model, 5, 500)
+    floors = {count: p50[f"noop_{count}"] + min(each.values()) for count, each in dense.items()}
     ratios = {
         "ours_over_noop_p50": p50["ours_500"] / p50["noop_500"],
-        "ours_over_noop_p50_mlflow": p50["mlflow_500"] / p50["noop_mlflow_500"],
         "ours_over_noop_100x5": p50["ours_100x5"] / p50["noop_100x5"],
         "growth_memory_10x": grown(model, 10),
+        **{f"ours_over_floor_{count}": p50[f"ours_{count}"] / floor for count, floor in floors.items()},
+        **{f"mlflow_ours_over_noop_{count}": p50[f"mlflow_{count}"] / p50[f"noop_mlflow_{count}"] for count in dense},
     }
-    return {**run.figures, **{name: round(value, 3) for name, value in ratios.items()}}
+    return {**run.figures, "dense_ms": dense, **{name: round(value, 3) for name, value in ratios.items()}}
 
 
 def main() -> None:
