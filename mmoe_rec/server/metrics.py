@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from functools import partial
 from time import perf_counter
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest, values
 from prometheus_client.multiprocess import MultiProcessCollector
 
 FOLDER_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
@@ -21,9 +21,15 @@ _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 
 
 
 class Metrics:
-    """The counters of one worker."""
+    """The counters of one worker.
 
-    def __init__(self) -> None:
+    name: under which its numbers lie in files, where there are several workers; one that another one had goes on with
+    that one's numbers.
+    """
+
+    def __init__(self, name: str | None = None) -> None:
+        if name is not None:
+            values.ValueClass = values.MultiProcessValue(lambda: name)
         self._own = CollectorRegistry()
         counter = partial(Counter, namespace="mmoe_rec", registry=self._own)
         gauge = partial(Gauge, namespace="mmoe_rec", registry=self._own, multiprocess_mode="livesum")

@@ -77,17 +77,17 @@ class Models:
     """The current model. failure: why the last other one did not take its place, None if it did."""
 
     def __init__(self, options: Options, source: Source) -> None:
-        """Loads the first model. Raises UserError as `load` does."""
+        """Opens the first model. Raises UserError as `open` does."""
         self.options = options
         self.failure: str | None = None
         self._loading = threading.Lock()
-        self.current = self._load(source)
+        self.current = self.open(source)
 
     def load(self, source: Source) -> ServedModel:
-        """Loads a model and makes it the current one. Raises UserError for one that can't be loaded or can't answer."""
+        """Opens a model and makes it the current one. Raises UserError for one that can't be loaded or can't answer."""
         with self._loading:
             try:
-                served = self._load(source)
+                served = self.open(source)
                 self._replace(served)
             except UserError as error:
                 self.failure = str(error)
@@ -109,7 +109,8 @@ class Models:
                     self.current = served
                     before.close()
 
-    def _load(self, source: Source) -> ServedModel:
+    def open(self, source: Source) -> ServedModel:
+        """A model, loaded or made by a delta from the current one, which goes on. Raises UserError as `load` does."""
         from mmoe_rec.inference.ranker import Ranker
 
         try:
