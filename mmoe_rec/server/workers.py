@@ -189,11 +189,14 @@ class _Child:
 
     def update(self, source: Source) -> None:
         """Serves the model that a delta leads to. Raises UserError where it does not fit, or no worker gets ready."""
-        self.send("update", source)
-        try:
-            error = self._updated.get(timeout=_UPDATE_SECONDS)
-        except queue.Empty:
-            error = UserError(f"no workers that serve {source.address} got ready in {_UPDATE_SECONDS:.0f} seconds")
+        self._updated = queue.SimpleQueue()  # the one before may still be told something
+        error: UserError | None = UserError("the process that holds the model has ended")
+        if not self.has_ended.is_set():
+            self.send("update", source)
+            try:
+                error = self._updated.get(timeout=_UPDATE_SECONDS)
+            except queue.Empty:
+                error = UserError(f"no workers that serve {source.address} got ready in {_UPDATE_SECONDS:.0f} seconds")
         if error is not None:
             self.send("failed", str(error))
             raise error
