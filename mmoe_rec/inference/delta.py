@@ -19,7 +19,6 @@ import hashlib
 import json
 import shutil
 from collections.abc import Mapping
-from copy import copy
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,7 +31,7 @@ import torch
 from mmoe_rec.atomic import atomic_folder
 from mmoe_rec.errors import UserError, one_line
 from mmoe_rec.features.encoder import MemoryEncoder
-from mmoe_rec.features.pipeline import FeaturePipeline, Live, read_memory
+from mmoe_rec.features.pipeline import FeaturePipeline, read_memory
 from mmoe_rec.inference.artifact import (
     DELTA,
     DELTA_FORMAT,
@@ -237,18 +236,13 @@ def apply_delta(delta: Delta, folder: Path, about: Artifact, pipeline: FeaturePi
 
 
 def _changed_features(delta: Delta, features: Path, before: FeaturePipeline) -> FeaturePipeline:
-    known = before.live.encoders  # their memories are those of the tables, without what was learnt since
-    if (features / _FITTED).is_file():
-        pipeline = FeaturePipeline.load(features, memories=False)
-    else:
-        pipeline = copy(before)
-        pipeline.__dict__.pop("memory_encoders", None)
-        pipeline.encoders = before.encoders | {name: copy(each) for name, each in known.items()}
-    for name, encoder in pipeline.memory_encoders.items():
-        memory = known[name].memory
-        encoder.memory = _changed_memory(delta, features, encoder, memory) if name in delta.memories else memory
-    pipeline.live = Live(pipeline.memory_encoders)
-    return pipeline
+    is_fitted = (features / _FITTED).is_file()
+    pipeline, memories = FeaturePipeline.load(features, memories=False) if is_fitted else before, dict[str, Memory]()
+    for name, encoder in before.live.encoders.items():  # their memories are without what was learnt since
+        memories[name] = encoder.memory
+        if name in delta.memories:
+            memories[name] = _changed_memory(delta, features, pipeline.memory_encoders[name], encoder.memory)
+    return pipeline.with_memories(memories)
 
 
 def _changed_memory(delta: Delta, features: Path, encoder: MemoryEncoder[Any], before: Memory) -> Memory:

@@ -230,9 +230,6 @@ def size(folder: Path) -> int:
 def measure_sizes(model: Path, config: str, scratch: Path) -> dict[str, Any]:
     """Bytes and seconds of the whole model and of deltas of a day."""
     settings = load_settings(Path(config), [])
-    settings = settings.model_copy(
-        update={"data": settings.data.model_copy(update={"log": str(model.parents[1] / "log")})}
-    )
     end = as_of(read_artifact(model))
     before, after, trained = (scratch / name for name in ("before", "after", "trained"))
     print("making tables as of the day before, and as of the end", flush=True)
