@@ -5,8 +5,8 @@ Makes another form of a trained model, and tells how near it is to the model its
 --int8 writes a model folder with int8 tables, about .28 of their bytes, in memory too; it is loaded and served like any
 other, and `mmoe-rec evaluate --model small --against models:/shop@champion` measures both on the test rows.
 
---onnx writes what comes after the features as an ONNX file for other servers, and the tables beside it; its README.md
-says how to use them. It needs the extra `onnx`.
+--onnx writes all that comes after the features, tables and trees included, as one ONNX file for other servers, in the
+folder that NVIDIA Triton takes; its README.md says how to use it. It needs the extra `onnx`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ REPORT = "export.json"
 @tracking_option
 @click.option("--out", required=True, type=FOLDER, metavar="DIR", help="what is written; an export is replaced")
 @click.option("--int8", is_flag=True, help="a small model, with int8 tables")
-@click.option("--onnx", is_flag=True, help="the dense part as an ONNX file")
+@click.option("--onnx", is_flag=True, help="what comes after the features, as an ONNX file")
 @click.option("--dense", type=click.Choice(["bfloat16", "int8", "float32"]), help="of --int8's matrices (bfloat16)")
 def export(
     model: str,
@@ -61,7 +61,7 @@ def export(
             report = {"made": "onnx" if onnx else "int8", "of": found.address, **report}
             (made / REPORT).write_text(json.dumps(report, indent=1), encoding="utf-8")
     show([_make_table(report)])
-    files = f"{out / 'model.onnx'}, described in {out / 'README.md'};" if onnx else f"{out},"
+    files = f"{out / '1' / 'model.onnx'}, described in {out / 'README.md'};" if onnx else f"{out},"
     print(f"model: {files} report: {out / REPORT}")
 
 
@@ -79,7 +79,7 @@ def _write_int8(folder: Path, made: Path, dense: Any) -> dict[str, Any]:
 
 
 def _write_onnx(folder: Path, made: Path) -> dict[str, Any]:
-    """Writes the dense part, see `inference.export`. Raises UserError where a package is missing, or results differ."""
+    """Writes the ONNX file, see `inference.export`. Raises UserError where a package is missing, or results differ."""
     require_packages("ONNX", "onnx", "onnx", "onnxscript", "onnxruntime")
     from mmoe_rec.inference import export as forms
     from mmoe_rec.inference.ranker import Ranker
@@ -87,7 +87,7 @@ def _write_onnx(folder: Path, made: Path) -> dict[str, Any]:
     ranker = Ranker.load(folder)
     forms.write_onnx(folder, ranker, made)
     onnx = forms.load_onnx(made)
-    pairs = forms.answer_both(folder, ranker, lambda each: onnx(forms.inputs_of(ranker, each)))
+    pairs = forms.answer_both(folder, ranker, lambda each: onnx(forms.encode(ranker, each)))
     forms.check_equal(pairs, any(gates.experts_a_row() is not None for gates in ranker.model.mixture.gates))
     return {"requests": forms.agreement(pairs)}
 

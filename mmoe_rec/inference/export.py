@@ -2,17 +2,19 @@
 
 In int8 it is an artifact folder like any other: tables stay int8 in memory, matrices are computed with in float32.
 
-In ONNX it is the dense part as a file, its tables beside it, and what a stranger needs to use both:
+In ONNX it is all that comes after the features as one graph, in the folder that Triton takes, and what a stranger needs
+to use it:
 
     <folder>/
-        model.onnx              inputs (N, W) -> predictions (N, P), log_score (N,), score (N,), with trees, if any
-        tables.safetensors      embedding tables by name, float32
-        inputs.json             what stands in which column of inputs and predictions
-        example.safetensors     the inputs of the model's example request, and what it gives for them
-        README.md               how to use these
+        1/model.onnx    table rows and numbers of N candidates -> predictions (N, P), log_score (N,), score (N,);
+                        weights of more than 1.5 GB lie beside it, in model.onnx.data
+        config.pbtxt    its inputs and outputs, as Triton asks for them
+        inputs.json     what stands in which column of these
+        example.npz     the inputs of the model's example request, and what the model gives for them
+        README.md       how to use these
 
 torch's own exporter makes the graph from the code that serves, so that it holds whatever a model's settings ask for:
-levels of experts, routing rules, crosses, calibration, regressions.
+levels of experts, routing rules, crosses, calibration, regressions, int8 tables.
 """
 
 from __future__ import annotations
@@ -31,17 +33,19 @@ import torch
 from torch import Tensor, nn
 
 from mmoe_rec.errors import UserError, one_line
+from mmoe_rec.features.encoder import Inputs
 from mmoe_rec.inference.artifact import EXAMPLE, read_manifest, read_stored, write_tensors
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.inference.ranking import Ranking
 from mmoe_rec.inference.reader import Request
 from mmoe_rec.inference.writing import copy_files, seal
 from mmoe_rec.model.forest import Tree, read_ensemble
+from mmoe_rec.model.layout import ModelLayout
 from mmoe_rec.model.levels import Experts
 from mmoe_rec.model.mmoe import RankingModel
 from mmoe_rec.model.products import set_products
 from mmoe_rec.model.score import log_predictions, predictions
-from mmoe_rec.model.tables import SCALES, quantised, some_in_int8
+from mmoe_rec.model.tables import SCALES, PlainTables, quantised, some_in_int8
 from mmoe_rec.model.trees import Trees
 
 WEIGHTS = "weights.safetensors"
@@ -50,7 +54,7 @@ Dense = Literal["bfloat16", "int8", "float32"]
 REQUESTS, CANDIDATES, BEST = 50, 200, 10
 Answers = Mapping[str, np.ndarray]
 """What a model answers for the N candidates of a request, in its order: prediction or `score` -> (N,) float64."""
-MODEL, INPUTS = "model.onnx", "inputs.json"
+MODEL, INPUTS = "1/model.onnx", "inputs.json"
 OUTPUTS = ("predictions", "log_score", "score")
 TOLERANCE = 1e-5
 _LARGEST = float(np.log(np.finfo(np.float64).max))
@@ -123,81 +127,134 @@ class DensePart(nn.Module):
         return torch.cat([values, *both], dim=1), log_score, log_score.clamp(max=_LARGEST).exp()
 
 
+class WholeModel(nn.Module):
+    """A ranker's tables and dense part in one module, which takes what `encode` gives."""
+
+    def __init__(self, ranker: Ranker) -> None:
+        super().__init__()
+        self.dense, self.tables, self._layout = DensePart(ranker), ranker.model.tables, ranker.layout
+
+    def forward(self, inputs: Mapping[str, Tensor], grown: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """What the dense part gives, and with trees takes."""
+        tables, layout, embedded = self.tables, self._layout, dict[str, Tensor]()
+        assert isinstance(tables, PlainTables)
+        ids = {name.removeprefix("ids."): each for name, each in inputs.items() if name.startswith("ids.")}
+        if "ids" in inputs:
+            ids |= dict(zip(single_names(layout), inputs["ids"].unbind(1), strict=True))
+        rows = {name: tables.rows(tables.table_of[name], each.clamp(min=0)) for name, each in ids.items()}
+        for name in layout.id_names(placement=False):
+            if rows[name].dim() == 2:
+                embedded[name] = rows[name]
+            else:
+                there = (ids[name] >= 0).unsqueeze(2)
+                embedded[name] = (rows[name] * there).sum(1) / there.sum(1).clamp(min=1)
+        for each in layout.attention:
+            pool: Any = self.dense.model.mixture.histories[each.history]  # type: ignore[index]
+            parts = layout.parts(each)
+            pairs = [(name, partner) for name, partner in parts if partner is not None]
+            same = [(ids[name] == ids[partner][:, None]) & (ids[name] != 0) for name, partner in pairs]
+            said = pool.of_lists(
+                torch.cat([rows[name] for name, _ in parts], dim=2),
+                ids[each.history] >= 0,
+                torch.cat([rows[partner] for _, partner in pairs], dim=1),
+                torch.stack(same, dim=2).float(),
+            )
+            embedded[each.history] = embedded[each.history] + said
+        numbers = [inputs["numbers"]] if "numbers" in inputs else []
+        found: tuple[Tensor, Tensor, Tensor] = self.dense(torch.cat([*embedded.values(), *numbers], dim=1), grown)
+        return found
+
+
 def write_onnx(folder: Path, ranker: Ranker, made: Path) -> None:
     """Writes the model of an artifact folder, loaded as `ranker`, to an empty folder. Raises UserError for one that the
     exporter can't follow."""
-    if ranker.layout.attention:
-        raise UserError(
-            f"feature '{ranker.layout.attention[0].history}' is pooled by attention, which an ONNX file does not hold: "
-            "its inputs are pooled already; export in int8, or train with `pooling: mean`"
-        )
-    dense, trees = DensePart(ranker), ranker.model.trees
+    whole, trees, given, sizes = WholeModel(ranker), ranker.model.trees, dict[str, Tensor](), dict[str, Any]()
     if trees is not None and not trees.texts:  # of no task
         trees = None
-    example = inputs_of(ranker, json.loads((folder / EXAMPLE).read_text(encoding="utf-8")))
-    first = ranker.model.width - len(ranker.model.dense_columns)  # of what trees read
-    given = (example,) if trees is None else (example, trees.logits(example[:, first:], ranker.names).float())
+    request = json.loads((folder / EXAMPLE).read_text(encoding="utf-8"))
+    example, candidates = encode(ranker, request), torch.export.Dim("candidates")
+    for name, each in example.items():
+        any_number = {1: torch.export.Dim.DYNAMIC} if name.startswith("ids.") else {}
+        # The exporter would take a size of 1 for fixed.
+        given[name] = torch.from_numpy(np.resize(each, (7, 3 if any_number else each.shape[1])))
+        sizes[name] = {0: candidates, **any_number}
+    grown = {} if trees is None else {"grown": torch.zeros(7, len(ranker.names))}
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # the exporter tells of libraries that no model here uses
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             program = torch.onnx.export(
-                dense,
-                given,
+                whole,
+                kwargs={"inputs": given, **grown},
                 dynamo=True,
                 verbose=False,
                 opset_version=18,
-                input_names=["inputs", "grown"][: len(given)],
+                input_names=[*given, *grown],
                 output_names=list(OUTPUTS),
-                dynamic_shapes=tuple([{0: torch.export.Dim("candidates")}] * len(given)),
+                dynamic_shapes={"inputs": sizes, **{name: {0: candidates} for name in grown}},
             )
         except Exception as error:  # the exporter's, which has causes of many kinds
             raise UserError(f"torch's exporter can't turn this model into ONNX: {one_line(error)[:200]}") from error
     assert program is not None
-    if trees is None:
-        program.save(made / MODEL)
-    else:
-        save_with_trees(program.model_proto, trees, ranker.names, first, made / MODEL)
-    bags: Any = ranker.model.tables.embedding_bags
-    used = {each.table for each in ranker.layout.ids if not each.placement}
-    tables = {table.name: bags[table.name].weight for table in ranker.layout.tables if table.name in used}
-    write_tensors(tables, made / "tables.safetensors")
-    with torch.inference_mode():
-        values = dict(zip(OUTPUTS, dense(*given), strict=True))
-    write_tensors({"inputs": example, **values}, made / "example.safetensors")
-    about = _describe(ranker, {name: list(each.shape) for name, each in tables.items()})
+    (made / MODEL).parent.mkdir()
+    program.save(made / MODEL)
+    if trees is not None:
+        add_trees(made / MODEL, trees, ranker.names)
+    layout, answers = ranker.layout, answers_of(ranker.rank(**request))
+    arrays: dict[str, Any] = {name: each for name, each in answers.items() if name != "score"}
+    arrays = {**example, "predictions": np.stack([*arrays.values()], axis=1), "score": answers["score"]}
+    np.savez(made / "example.npz", **arrays)
+    used = [each for each in layout.ids if not each.placement]
+    about = {
+        "format": 2,
+        "model": ranker.about.name,
+        "fingerprint": ranker.about.fingerprint,
+        "ids": single_names(layout),
+        "numbers": layout.dense_names(placement=False),
+        "predictions": [name for name in answers if name != "score"],
+        "weights": {task.name: task.score_weight for task in layout.tasks},
+        "tables": {each.name: each.table for each in used},
+        "rows": {each.table: layout.table(each.table).rows for each in used},
+    }
     (made / INPUTS).write_text(json.dumps(about, indent=1, ensure_ascii=False), encoding="utf-8")
+    (made / "config.pbtxt").write_text(_configure(made / MODEL, ranker.about.max_candidates), encoding="utf-8")
     (made / "README.md").write_text(_README, encoding="utf-8")
 
 
-def save_with_trees(model: Any, trees: Trees, names: Sequence[str], first: int, path: Path) -> None:
-    """Writes a graph with the trees of its tasks in the place of its input `grown`. first: input that trees read first.
+def add_trees(path: Path, trees: Trees, names: Sequence[str]) -> None:
+    """Puts the trees of a model's tasks into its file, in the place of its input `grown`.
 
-    A task without trees gets another one's, which its blend does not read.
+    They read numbers and then ids, the first of which are those that they know. A task without trees gets another
+    one's, which its blend does not read.
     """
     import onnx
 
-    grown = [f"grown.{name}" if name in trees.texts else f"grown.{next(iter(trees.texts))}" for name in names]
-    nodes = [
+    model = onnx.load(path, load_external_data=False)
+    read = [each.name for each in model.graph.input if each.name in ("numbers", "ids")]
+    nodes = [onnx.helper.make_node("Cast", [name], [f"read.{name}"], to=onnx.TensorProto.FLOAT) for name in read]
+    read = [f"read.{name}" for name in sorted(read, reverse=True)]
+    nodes.append(onnx.helper.make_node("Concat", read, ["read"], axis=1))
+    nodes += [
         onnx.helper.make_node(
             "TreeEnsembleRegressor",
-            ["inputs"],
+            ["read"],
             [f"grown.{name}"],
             domain="ai.onnx.ml",
             n_targets=1,
-            **_as_attributes(read_ensemble(text).trees, first),
+            **_as_attributes(read_ensemble(text).trees),
         )
         for name, text in trees.texts.items()
     ]
+    grown = [f"grown.{name}" if name in trees.texts else f"grown.{next(iter(trees.texts))}" for name in names]
     nodes.append(onnx.helper.make_node("Concat", grown, ["grown"], axis=1))
     for place, node in enumerate(nodes):
         model.graph.node.insert(place, node)
-    del model.graph.input[1]
+    del model.graph.input[-1]
     model.opset_import.append(onnx.helper.make_opsetid("ai.onnx.ml", 3))
     onnx.save(model, path)
 
 
-def _as_attributes(trees: Sequence[Tree], first: int) -> dict[str, Any]:
+def _as_attributes(trees: Sequence[Tree]) -> dict[str, Any]:
     """Trees as attributes of a TreeEnsembleRegressor."""
     found: dict[str, list[Any]] = {
         f"{kind}_{name}": []
@@ -217,7 +274,7 @@ def _as_attributes(trees: Sequence[Tree], first: int) -> dict[str, Any]:
         splits, count = len(tree.features), 2 * len(tree.features) + 1
         left, right = (np.where(each >= 0, each, splits + ~each).tolist() for each in (tree.left, tree.right))
         for split, feature in enumerate(tree.features.tolist()):
-            own = {"treeids": number, "nodeids": split, "featureids": first + feature, "truenodeids": left[split]}
+            own = {"treeids": number, "nodeids": split, "featureids": feature, "truenodeids": left[split]}
             if tree.by_set[split]:  # a chain of nodes, all of which go on with the same one
                 *others, last = map(float, tree.members(split))
                 for value in others:
@@ -234,21 +291,58 @@ def _as_attributes(trees: Sequence[Tree], first: int) -> dict[str, Any]:
     return found
 
 
-def inputs_of(ranker: Ranker, request: Mapping[str, Any]) -> Tensor:
-    """(N, W) float32: the model's inputs for the candidates of a request, given as arguments of `rank`."""
+def single_names(layout: ModelLayout) -> list[str]:
+    """The columns of the input `ids`: inputs with one id a row, those that trees read first."""
+    first = layout.single_ids()
+    single = [each.name for each in layout.ids if not each.many and not each.placement]
+    return [*first, *(name for name in single if name not in first)]
+
+
+def encode(ranker: Ranker, request: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """What the graph takes for the N candidates of a request, given as arguments of `rank`, see `as_arrays`.
+
+    Raises RequestError as `rank` does.
+    """
     rows = ranker.reader.rows([Request.of(request)])
-    return ranker.request_inputs.matrix(*ranker.pipeline.request_inputs(rows), rows.of)
+    return as_arrays(ranker.layout, *ranker.pipeline.request_inputs(rows), rows.of)
 
 
-def load_onnx(folder: Path) -> Callable[[Tensor], Answers]:
-    """What the written file answers for inputs (N, W), run by onnxruntime as another server would."""
+def as_arrays(layout: ModelLayout, shared: Inputs, own: Inputs, of: np.ndarray) -> dict[str, np.ndarray]:
+    """The inputs of N candidates by name; none without columns.
+
+    `ids` (N, S) int64: table rows of inputs with one id; `ids.NAME` (N, L) int64: of an input with any number of ids,
+    with -1 after a candidate's last one; `numbers` (N, D) float32. shared: inputs of R requests; own: of the
+    candidates; of: (N,) int64 the request of each.
+    """
+    ids: dict[str, Any] = {name: each.take(of) for name, each in shared.ids.items()} | own.ids
+    dense = {name: each.take(of) for name, each in shared.dense.items()} | own.dense
+    single, numbers, arrays = single_names(layout), layout.dense_names(placement=False), dict[str, np.ndarray]()
+    if single:
+        arrays["ids"] = np.stack([ids[name] for name in single], axis=1)
+    for each in (each for each in layout.ids if each.many and not each.placement):
+        lists = ids[each.name]
+        there = np.arange(lists.lengths.max(initial=1)) < lists.lengths[:, None]
+        arrays[f"ids.{each.name}"] = np.full(there.shape, -1)
+        arrays[f"ids.{each.name}"][there] = lists.values
+    if numbers:
+        arrays["numbers"] = np.stack([dense[name] for name in numbers], axis=1)
+    return arrays
+
+
+def open_onnx(file: Path) -> Any:
+    """A written file as onnxruntime runs it."""
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(str(folder / MODEL), providers=["CPUExecutionProvider"])
-    names = json.loads((folder / INPUTS).read_text(encoding="utf-8"))["outputs"]["predictions"]["columns"]
+    return onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
 
-    def answer(inputs: Tensor) -> Answers:
-        values, _, scores = session.run(list(OUTPUTS), {"inputs": inputs.numpy()})
+
+def load_onnx(folder: Path) -> Callable[[Mapping[str, np.ndarray]], Answers]:
+    """What the written file answers for what `encode` gives, run as another server would."""
+    session = open_onnx(folder / MODEL)
+    names = json.loads((folder / INPUTS).read_text(encoding="utf-8"))["predictions"]
+
+    def answer(inputs: Mapping[str, np.ndarray]) -> Answers:
+        values, _, scores = session.run(list(OUTPUTS), inputs)
         return {**dict(zip(names, values.T.astype(np.float64), strict=True)), "score": scores}
 
     return answer
@@ -275,62 +369,63 @@ def check_equal(pairs: Sequence[tuple[Answers, Answers]], chooses: bool) -> None
         )
 
 
-def _describe(ranker: Ranker, tables: dict[str, list[int]]) -> dict[str, Any]:
-    """What `inputs.json` holds. tables: shapes by name."""
-    layout, columns, start = ranker.layout, list[dict[str, Any]](), 0
-    for each in (each for each in layout.ids if not each.placement):
-        end = start + layout.table(each.table).dim
-        columns.append({"name": each.name, "first": start, "end": end, "table": each.table, "many": each.many})
-        start = end
-    for name in layout.dense_names(False):
-        columns.append({"name": name, "first": start, "end": start + 1})
-        start += 1
-    of_tables = {each.name: each.table for each in layout.ids}
-    for name in layout.single_ids() if ranker.model.trees is not None else ():
-        columns.append({"name": name, "first": start, "end": start + 1, "row_of": of_tables[name]})
-        start += 1
-    values = "float64" if any(task.kind == "regression" for task in layout.tasks) else "float32"
-    return {
-        "format": 1,
-        "model": ranker.about.name,
-        "fingerprint": ranker.about.fingerprint,
-        "inputs": {"dtype": "float32", "width": start, "columns": columns},
-        "outputs": {
-            "predictions": {"dtype": values, "columns": [*ranker.names, *layout.outcomes]},
-            "log_score": {"dtype": "float64", "weights": {task.name: task.score_weight for task in layout.tasks}},
-            "score": {"dtype": "float64"},
-        },
-        "tables": tables,
-    }
+def _configure(file: Path, candidates: int) -> str:
+    """Triton's `config.pbtxt` of a written file, for so many candidates at a time."""
+    session, lines = (
+        open_onnx(file),
+        ['backend: "onnxruntime"', f"max_batch_size: {candidates}", "dynamic_batching { }"],
+    )
+    types = {"tensor(int64)": "TYPE_INT64", "tensor(float)": "TYPE_FP32", "tensor(double)": "TYPE_FP64"}
+    for kind, parts in (("input", session.get_inputs()), ("output", session.get_outputs())):
+        for each in parts:
+            sizes = [size if isinstance(size, int) else -1 for size in each.shape[1:]]
+            dims = f"dims: {sizes}" if sizes else "dims: [1] reshape: { shape: [] }"  # which has to say something
+            lines.append(f"{kind} {{ name: {json.dumps(each.name)} data_type: {types[each.type]} {dims} }}")
+    return "\n".join([*lines, ""])
 
 
 _README = """# A model of mmoe_rec in ONNX
 
-`model.onnx` takes a matrix with a row for each candidate; mmoe_rec has checked it against the model. It runs wherever
-ONNX does, such as in onnxruntime (the packages `onnxruntime` and `safetensors`):
+`1/model.onnx` holds tables, network, trees and calibration: it takes table rows and numbers of any number of
+candidates. mmoe_rec has checked it against the model. It runs wherever ONNX does, such as in onnxruntime (the packages
+`onnxruntime` and `numpy`):
 
 ```python
+import numpy
 import onnxruntime
-from safetensors.numpy import load_file
 
-example = load_file("example.safetensors")
-session = onnxruntime.InferenceSession("model.onnx")
-predictions, log_score, score = session.run(None, {"inputs": example["inputs"]})
+example = numpy.load("example.npz")
+session = onnxruntime.InferenceSession("1/model.onnx")
+predictions, log_score, score = session.run(None, {each.name: example[each.name] for each in session.get_inputs()})
 assert abs(predictions - example["predictions"]).max() < 1e-5
 ```
 
-`inputs.json` lists the columns of inputs and predictions, and their types.
+Each input has a row for each candidate; `inputs.json` names the columns, the table of each id and its number of rows.
 
-- `inputs`: a column of the list goes from `first` up to but without `end`. With a `table` it is an embedding: the row
-  of an id in that table of `tables.safetensors`, with `many` the mean of the rows of several ids, zeros without any.
-  Without one it is a number, as features give it, or with `row_of` the number of an id's row in that table.
+- `ids`: an id's row in its table, from 0 on, of each feature with one id. `ids.NAME`: the same of a feature with any
+  number of ids, of a history the oldest first, with -1 after the last one; the parts of a history are equally long.
+- `numbers`: as features give them, standardised.
 - `predictions`: of each task, and then of two tasks together, their product. `log_score`: the sum of each task's weight
   times the log of its prediction; `score`: its exponential. Rank by `log_score`, which is exact where `score` is too
   small or too large for a number.
 
-Which row an id has, and what a number is, follows from the folder `features` of the model, which
-`mmoe_rec.features.pipeline.FeaturePipeline` reads. Inputs made with other features than those of the `fingerprint` in
-`inputs.json`, even of the same names, mean something else.
+NVIDIA Triton takes this folder as a model of its ONNX Runtime backend, under any name in its model repository. It puts
+calls together whose lists of ids are equally long, so many small calls are best padded to one length, with -1.
+
+What stays with mmoe_rec is the way from a request to rows and numbers: vocabularies, counters and histories as of now,
+standardisation. In Python:
+
+```text
+import mmoe_rec
+from mmoe_rec.inference.export import encode
+
+ranker = mmoe_rec.Ranker.load("models:/shop@champion")
+inputs = encode(ranker, {"user": {"user_id": 5}, "context": {}, "candidates": {"item_id": [1, 2, 3]}})
+session.run(None, inputs)
+```
+
+The rows that training reads hold the same in Parquet, as `id.NAME` and `dense.NAME`. Inputs made with other features
+than those of the `fingerprint` in `inputs.json`, even of the same names, mean something else.
 """
 
 

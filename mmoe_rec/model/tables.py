@@ -76,7 +76,7 @@ class PlainTables(nn.Module):
         }
 
     def rows(self, table: str, ids: Tensor) -> Tensor:
-        """(S,) int64 -> (S, dim) float32 of a table."""
+        """(...) int64 -> (..., dim) float32 of a table."""
         bag: Any = self.embedding_bags[table]
         return bag.rows(ids) if isinstance(bag, Int8Bag) else functional.embedding(ids, bag.weight)
 
@@ -255,9 +255,11 @@ class Int8Bag(nn.Module):
         return dequantised(self.codes, self.scales)
 
     def rows(self, ids: Tensor) -> Tensor:
-        """(S,) int64 -> (S, D) float32."""
-        places = ids if self._together == 1 else ids // self._together
-        return self.codes.index_select(0, ids).float() * self.scales.index_select(0, places).float().unsqueeze(1)
+        """(...) int64 -> (..., D) float32."""
+        flat = ids.flatten()
+        scales = self.scales.index_select(0, flat if self._together == 1 else flat // self._together)
+        rows = self.codes.index_select(0, flat).float() * scales.float().unsqueeze(1)
+        return rows.view(*ids.shape, self.embedding_dim)
 
     def forward(self, ids: Tensor, offsets: Tensor) -> Tensor:
         """Ids (S,) and where each of B lists begins and ends (B + 1,) -> (B, D) float32, their means; 0 without ids."""

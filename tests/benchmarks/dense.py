@@ -23,8 +23,9 @@ import numpy as np
 import onnxruntime
 import torch
 
-from mmoe_rec.inference.export import DensePart, inputs_of
+from mmoe_rec.inference.export import DensePart
 from mmoe_rec.inference.ranker import Ranker
+from mmoe_rec.inference.reader import Request
 from mmoe_rec.model.products import Products, has_onednn
 from tests.benchmarks.serving_models import Bodies
 
@@ -73,6 +74,12 @@ def by_onnx(model: Path, example: torch.Tensor) -> Engine:
         return values[:, : len(ranker.names)]
 
     return run
+
+
+def inputs_of(ranker: Ranker, request: dict[str, Any]) -> torch.Tensor:
+    """(N, W) float32: the inputs of the dense part for the candidates of a request."""
+    rows = ranker.reader.rows([Request.of(request)])
+    return ranker.request_inputs.matrix(*ranker.pipeline.request_inputs(rows), rows.of)
 
 
 def main() -> None:

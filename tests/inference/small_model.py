@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from mmoe_rec.features.encoder import Inputs
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.inference.writing import write_artifact
 from mmoe_rec.jobs.places import build_options
@@ -18,6 +19,7 @@ from mmoe_rec.model.layout import ModelLayout
 from mmoe_rec.model.mmoe import RankingModel, build_model
 from mmoe_rec.model.score import Calibration
 from mmoe_rec.model.tables import PlainTables
+from mmoe_rec.point_in_time.arrays import Ragged
 from mmoe_rec.preprocessing.prepare import FeatureFolder, prepare
 from mmoe_rec.settings.sections import Settings
 from tests.log.small_logs import ALL_KINDS, BASE, DAY, START, log_rows, random_log, remember, write_log
@@ -110,6 +112,17 @@ class SmallModel:
         for name, values in columns.items():
             table = table.set_column(table.column_names.index(name), name, values)
         return table, log_rows(table, self.settings.schema_)
+
+
+def random_inputs(layout: ModelLayout, rows: int, random: np.random.Generator) -> Inputs:
+    """Any table rows and numbers; lists of up to two, the parts of a history equally long."""
+    inputs = Inputs(dense={name: random.normal(size=rows).astype(np.float32) for name in layout.dense_names(False)})
+    lengths = {each.feature: random.integers(0, 3, rows).astype(np.int32) for each in layout.ids}
+    for each in layout.ids:
+        length = lengths[each.feature] if each.many else np.ones(rows, np.int32)
+        drawn = random.integers(0, layout.table(each.table).rows, length.sum())
+        inputs.ids[each.name] = Ragged(drawn, length) if each.many else drawn
+    return inputs
 
 
 def as_request(table: pa.Table) -> dict[str, Any]:

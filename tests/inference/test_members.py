@@ -1,6 +1,5 @@
 """A model of several members against each of them served alone."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mmoe_rec.errors import RequestError
-from mmoe_rec.inference.export import answers_of, draw_requests, inputs_of, load_onnx, write_int8, write_onnx
+from mmoe_rec.inference.export import answers_of, draw_requests, encode, load_onnx, write_int8, write_onnx
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.inference.ranking import Ranking
 from mmoe_rec.inference.writing import seal, write_artifact
@@ -136,8 +135,7 @@ def test_other_forms_of_a_model_hold_all_members(small: SmallModel, ranker: Rank
         np.testing.assert_allclose(found, whole[name], atol=0.1 * max(1.0, np.abs(whole[name]).max()))
     write_onnx(small.folder, ranker, tmp_path / "onnx")
     answer = load_onnx(tmp_path / "onnx")
-    assert json.loads((tmp_path / "onnx" / "inputs.json").read_text())["inputs"]["width"] == ranker.request_inputs.width
     for request in draw_requests(small.folder, ranker, 4):
-        one, other = answers_of(ranker.rank(**request)), answer(inputs_of(ranker, request))
+        one, other = answers_of(ranker.rank(**request)), answer(encode(ranker, request))
         for name, values in one.items():
             np.testing.assert_allclose(other[name], values, rtol=1e-5, atol=1e-5)

@@ -7,16 +7,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.numpy import load_file
 
 from mmoe_rec.errors import UserError
+from mmoe_rec.features.encoder import Inputs
 from mmoe_rec.inference import export
 from mmoe_rec.inference.export import (
     Answers,
     answers_of,
+    as_arrays,
     check_equal,
     draw_requests,
-    inputs_of,
+    encode,
     load_onnx,
     write_int8,
     write_onnx,
@@ -26,7 +27,7 @@ from mmoe_rec.inference.reader import Request
 from mmoe_rec.inference.writing import rewrite_artifact, seal
 from mmoe_rec.model.score import Calibration, TaskCalibration
 from mmoe_rec.settings.model import Model
-from tests.inference.small_model import SmallModel
+from tests.inference.small_model import SmallModel, random_inputs
 from tests.log.small_logs import ALL_KINDS
 
 pytestmark = pytest.mark.thorough
@@ -93,20 +94,32 @@ def pairs(folder: Path, ranker: Ranker, made: Path) -> list[tuple[Answers, Answe
     """What the ranker and the file give for requests that the ranker knows."""
     answer = load_onnx(made)
     return [
-        (answers_of(ranker.rank(**request)), answer(inputs_of(ranker, request)))
+        (answers_of(ranker.rank(**request)), answer(encode(ranker, request)))
         for request in draw_requests(folder, ranker, 8)
     ]
 
 
 @pytest.fixture(scope="module")
 def means(tmp_path_factory: pytest.TempPathFactory) -> SmallModel:
-    """Without attention, which ONNX files do not hold."""
+    """Without attention, whose graphs take long to make."""
     return SmallModel(tmp_path_factory.mktemp("means"), features=ALL_KINDS)
 
 
-def test_attention_is_refused_by_name(ranker: Ranker, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="feature 'clicked' is pooled by attention, which an ONNX file does not hold"):
-        write_onnx(tmp_path, ranker, tmp_path)
+def assert_computes_the_same(ranker: Ranker, made: Path) -> None:
+    """For any table rows and numbers."""
+    random, answer = np.random.default_rng(0), load_onnx(made)
+    for rows in (1, 2, 700):
+        inputs, of = random_inputs(ranker.layout, rows, random), np.arange(rows)
+        scored = ranker.scorer.score(ranker.request_inputs.matrix(Inputs(), inputs, of))
+        found = answer(as_arrays(ranker.layout, Inputs(), inputs, of))
+        for place, task in enumerate(ranker.names):
+            np.testing.assert_allclose(found[task], scored.values[:, place], rtol=1e-5, atol=1e-5)
+
+
+def test_attention_looks_at_candidates(ranker: Ranker, small: SmallModel, tmp_path: Path) -> None:
+    assert {each.history for each in ranker.layout.attention} == {"clicked", "liked_items"}
+    write_onnx(small.folder, ranker, tmp_path)
+    assert_computes_the_same(ranker, tmp_path)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -120,13 +133,7 @@ def test_computes_what_the_ranker_does(means: SmallModel, tmp_path: Path, name: 
         for task, values in one.items():
             assert task == "score" or np.std(values) > 1e-4
             np.testing.assert_allclose(other[task], values, rtol=1e-5, atol=1e-5)
-    random = np.random.default_rng(0)
-    for rows in (1, 2, 700):
-        inputs = torch.from_numpy(random.normal(size=(rows, ranker.request_inputs.width)).astype(np.float32))
-        scored = ranker.scorer.score(inputs)
-        found = load_onnx(made)(inputs)
-        for place, task in enumerate(ranker.names):
-            np.testing.assert_allclose(found[task], scored.values[:, place], rtol=1e-5, atol=1e-5)
+    assert_computes_the_same(ranker, made)
 
 
 @pytest.fixture(scope="module")
@@ -156,27 +163,44 @@ def test_gives_both_of_two_tasks(given: tuple[Path, Ranker, Path]) -> None:
 
 
 def test_a_stranger_finds_the_inputs(given: tuple[Path, Ranker, Path]) -> None:
-    """Inputs put together by `inputs.json` and the tables alone, from rows of ids and numbers."""
+    """Inputs put together by `inputs.json` alone, from rows of ids and numbers, with lists padded to more places."""
     folder, ranker, made = given
-    tables, about = load_file(made / "tables.safetensors"), json.loads((made / "inputs.json").read_text())
+    about = json.loads((made / "inputs.json").read_text())
     (request,) = draw_requests(folder, ranker, 1)
-    rows = ranker.reader.rows([Request.of(request)])
-    shared, own = ranker.pipeline.request_inputs(rows)
+    shared, own = ranker.pipeline.request_inputs(ranker.reader.rows([Request.of(request)]))
     count = len(request["candidates"]["item"])
-    inputs = np.full((count, about["inputs"]["width"]), np.nan, np.float32)
-    for column in about["inputs"]["columns"]:
-        place = slice(column["first"], column["end"])
-        of = own if column["name"] in {**own.ids, **own.dense} else shared
-        if "table" not in column:
-            inputs[:, place] = np.broadcast_to(of.dense[column["name"]], count)[:, None]
-            continue
-        table = tables[column["table"]]
-        assert list(table.shape) == about["tables"][column["table"]]
-        ids = of.ids[column["name"]]
-        lists = np.split(ids.values, ids.offsets[1:-1]) if column["many"] else [[each] for each in ids]
-        means = [table[each].mean(0) if len(each) else np.zeros(table.shape[1]) for each in lists]
-        inputs[:, place] = np.broadcast_to(np.array(means), (count, table.shape[1]))
-    np.testing.assert_allclose(inputs, inputs_of(ranker, request).numpy(), rtol=1e-6, atol=1e-6)
+    ids, dense = {**shared.ids, **own.ids}, {**shared.dense, **own.dense}
+    inputs = {"ids": np.empty((count, len(about["ids"])), np.int64)}
+    inputs["numbers"] = np.array([np.broadcast_to(dense[name], count) for name in about["numbers"]]).T
+    for name, table in about["tables"].items():
+        assert about["rows"][table] == ranker.layout.table(table).rows
+        if name in about["ids"]:
+            inputs["ids"][:, about["ids"].index(name)] = ids[name]
+        else:
+            lists = np.split(ids[name].values, ids[name].offsets[1:-1])
+            padded = np.array([[*each, *[-1] * (9 - len(each))] for each in lists])
+            inputs[f"ids.{name}"] = np.broadcast_to(padded, (count, 9))
+    found, expected = load_onnx(made)(inputs), answers_of(ranker.rank(**request))
+    for task, values in expected.items():
+        np.testing.assert_allclose(found[task], values, rtol=1e-5)
+
+
+def test_triton_is_told_of_inputs_and_outputs(given: tuple[Path, Ranker, Path]) -> None:
+    _, ranker, made = given
+    numbers = len(ranker.layout.dense_names(placement=False))
+    assert (made / "config.pbtxt").read_text(encoding="utf-8").splitlines() == [
+        'backend: "onnxruntime"',
+        "max_batch_size: 50",
+        "dynamic_batching { }",
+        'input { name: "ids" data_type: TYPE_INT64 dims: [7] }',
+        'input { name: "ids.tags" data_type: TYPE_INT64 dims: [-1] }',
+        'input { name: "ids.clicked" data_type: TYPE_INT64 dims: [-1] }',
+        'input { name: "ids.liked_items" data_type: TYPE_INT64 dims: [-1] }',
+        f'input {{ name: "numbers" data_type: TYPE_FP32 dims: [{numbers}] }}',
+        'output { name: "predictions" data_type: TYPE_FP32 dims: [3] }',
+        'output { name: "log_score" data_type: TYPE_FP64 dims: [1] reshape: { shape: [] } }',
+        'output { name: "score" data_type: TYPE_FP64 dims: [1] reshape: { shape: [] } }',
+    ]
 
 
 def test_the_readme_runs(given: tuple[Path, Ranker, Path], monkeypatch: pytest.MonkeyPatch) -> None:

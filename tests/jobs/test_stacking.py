@@ -11,14 +11,14 @@ from typing import Any
 import lightgbm
 import numpy as np
 import pytest
-import torch
 from sklearn.linear_model import LogisticRegression, Ridge
 
 from mmoe_rec.batches.encoded_rows import EncodedRows
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.calibration import calibration_rows
+from mmoe_rec.features.encoder import Inputs as ModelInputs
 from mmoe_rec.inference.artifact import MANIFEST, write_manifest
-from mmoe_rec.inference.export import draw_requests, inputs_of, load_onnx, save_with_trees, write_onnx
+from mmoe_rec.inference.export import add_trees, answers_of, as_arrays, draw_requests, encode, load_onnx, write_onnx
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.jobs import stacking
 from mmoe_rec.jobs.stacking import HALF, fit_blend, is_clearly_less, join_trees
@@ -27,7 +27,7 @@ from mmoe_rec.model.forest import Forest, read_ensemble
 from mmoe_rec.model.trees import Trees
 from mmoe_rec.settings.columns import NO_TIME
 from mmoe_rec.tracking import registry
-from tests.inference.small_model import ITEMS, SmallModel, as_request
+from tests.inference.small_model import ITEMS, SmallModel, as_request, random_inputs
 from tests.inference.test_ranker import in_request_order, offline
 from tests.log.small_logs import ALL_KINDS
 
@@ -114,28 +114,34 @@ def test_an_explanation_says_what_network_and_trees_predict_alone(small: SmallMo
             assert both == pytest.approx(blend.network * one + blend.trees * other + blend.offset, rel=1e-4, abs=1e-5)
 
 
-def test_an_onnx_file_has_the_trees(tmp_path: Path) -> None:
+def test_an_onnx_file_has_the_trees(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Weights lie in a file of their own, as large ones do.
+    monkeypatch.setattr("torch.onnx._internal.exporter._onnx_program._LARGE_MODEL_THRESHOLD", 0)
     small = SmallModel(tmp_path / "work", model=MODEL, features=ALL_KINDS)  # without attention
     ranker = Ranker.load(small.folder)
     write_onnx(small.folder, ranker, tmp_path)
     onnx, random = load_onnx(tmp_path), np.random.default_rng(0)
+    assert (tmp_path / "1" / "model.onnx.data").stat().st_size > (tmp_path / "1" / "model.onnx").stat().st_size / 10
     for request in draw_requests(small.folder, ranker, 5):
-        inputs = inputs_of(ranker, request)
-        for _ in range(2):
-            scored, found = ranker.scorer.score(inputs), onnx(inputs)
-            for place, task in enumerate(ranker.names):
-                np.testing.assert_allclose(found[task], scored.values[:, place], rtol=1e-5, atol=1e-5)
-            # Then numbers at the edges of trees, where rounding would take the other branch.
-            edges = re.findall(r"(?m)^threshold=(.*)$", small.model.trees.texts["click"])  # type: ignore[union-attr]
-            drawn = random.choice(np.array(" ".join(edges).split(), float), inputs.shape).astype(np.float32)
-            inputs[:, -drawn.shape[1] // 2 :] = torch.from_numpy(drawn)[:, -drawn.shape[1] // 2 :]
-    columns = json.loads((tmp_path / "inputs.json").read_text())["inputs"]["columns"]
-    assert columns[-1]["end"] == inputs.shape[1]
-    assert [each["name"] for each in columns if "row_of" in each] == small.model_layout.single_ids()
+        found = onnx(encode(ranker, request))
+        for task, values in answers_of(ranker.rank(**request)).items():
+            np.testing.assert_allclose(found[task], values, rtol=1e-5, atol=1e-5)
+    # Then numbers at the edges of trees, where rounding would take the other branch.
+    edges = re.findall(r"(?m)^threshold=(.*)$", small.model.trees.texts["click"])  # type: ignore[union-attr]
+    thresholds, of = np.array(" ".join(edges).split(), float), np.arange(200)
+    inputs = random_inputs(ranker.layout, len(of), random)
+    for name in inputs.dense:
+        inputs.dense[name] = random.choice(thresholds, len(of)).astype(np.float32)
+    scored = ranker.scorer.score(ranker.request_inputs.matrix(ModelInputs(), inputs, of))
+    found = onnx(as_arrays(ranker.layout, ModelInputs(), inputs, of))
+    for place, task in enumerate(ranker.names):
+        np.testing.assert_allclose(found[task], scored.values[:, place], rtol=1e-5, atol=1e-5)
+    assert json.loads((tmp_path / "inputs.json").read_text())["ids"] == small.model_layout.single_ids()
 
 
 def test_few_ids_are_split_into_any_two_sets(tmp_path: Path) -> None:
     """By a loop over trees, as they are and as ONNX, also of ids that no training row has."""
+    import onnx
     import onnxruntime
     from onnx import TensorProto, helper
 
@@ -148,13 +154,15 @@ def test_few_ids_are_split_into_any_two_sets(tmp_path: Path) -> None:
     rows = np.column_stack([random.normal(size=400), random.integers(0, 60, 400)]).astype(np.float32)
     expected = [sum(grown(root, row) for root in roots) for row in rows]
     np.testing.assert_allclose(Forest([read_ensemble(text)]).sums(rows)[:, 0], expected, rtol=1e-9)
-    given = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [None, None]) for name in ("inputs", "grown")]
+    kinds = {"ids": TensorProto.INT64, "numbers": TensorProto.FLOAT, "grown": TensorProto.FLOAT}
+    given = [helper.make_tensor_value_info(name, kind, [None, 1]) for name, kind in kinds.items()]
     answer = helper.make_tensor_value_info("answer", TensorProto.FLOAT, [None, 1])
     graph = helper.make_graph([helper.make_node("Identity", ["grown"], ["answer"])], "trees", given, [answer])
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
-    save_with_trees(model, Trees({"click": text}, {}), ["click"], 0, tmp_path / "trees.onnx")
+    opsets = [helper.make_opsetid("", 18)]
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=9), tmp_path / "trees.onnx")
+    add_trees(tmp_path / "trees.onnx", Trees({"click": text}, {}), ["click"])
     session = onnxruntime.InferenceSession(str(tmp_path / "trees.onnx"), providers=["CPUExecutionProvider"])
-    (found,) = session.run(["answer"], {"inputs": rows})
+    (found,) = session.run(["answer"], {"numbers": rows[:, :1], "ids": rows[:, 1:].astype(np.int64)})
     np.testing.assert_allclose(found[:, 0], expected, rtol=1e-5, atol=1e-6)
 
 

@@ -58,8 +58,8 @@ def test_an_export_is_replaced_and_nothing_else_is(
     out = tmp_path / "out"
     assert run(small, out, "--int8", "--dense", "int8")["dense"] == "int8"
     assert run(small, out, "--onnx")["made"] == "onnx"
-    names = {"model.onnx", "tables.safetensors", "inputs.json", "example.safetensors", "README.md", "export.json"}
-    assert {file.name for file in out.iterdir()} == names
+    names = {"1/model.onnx", "config.pbtxt", "inputs.json", "example.npz", "README.md", "export.json"}
+    assert {str(file.relative_to(out)) for file in out.rglob("*") if file.is_file()} == names
     assert f"described in {out / 'README.md'}" in capsys.readouterr().out
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("mine")
