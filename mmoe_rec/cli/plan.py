@@ -9,12 +9,13 @@ The sizes of tables are those of the features in `data.work`, if they are built;
 allow, by `max_size` and `buckets`. Times are torchrec's estimate for looking tables up and exchanging what was found,
 and the operations of the dense part at 100 TFLOP/s (CPU: 0.4): good for comparing settings, no promise. --measure
 trains so many steps in this process, on the features in `data.work`, keeps nothing, and tells from them the rows a
-second and the time of the whole training here; a hundred steps are enough.
+second, the memory and the time of the whole training here; a hundred steps are enough.
 """
 
 from __future__ import annotations
 
 import logging
+import resource
 import tempfile
 import time
 from datetime import timedelta
@@ -143,11 +144,15 @@ def print_forecast(settings: Settings, layout: ModelLayout, steps: int, members:
     from mmoe_rec.training.ranks import training_ranks
 
     features = FeatureFolder(Path(settings.data.work) / "features")
-    with tempfile.TemporaryDirectory() as folder, training_ranks(settings.training) as (device, _):
+    with (
+        tempfile.TemporaryDirectory(dir=settings.data.work) as folder,
+        training_ranks(settings.training) as (device, _),
+    ):
         trainer = Trainer(features, layout, settings.model, settings.training, device, Path(folder), lambda *_: None)
         found = trainer.measure(steps)
     seconds, validation = (
         timedelta(seconds=round(members * each)) for each in (found.seconds, found.validation_seconds)
     )
-    print(f"measured here: {found.rows_per_s:,.0f} rows/s on {device.type}")
+    memory = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print(f"measured here: {found.rows_per_s:,.0f} rows/s on {device.type}, {memory / GIB:.2f} GiB of main memory")
     print(f"training here: {seconds} (hours:minutes:seconds) at most, of which validations {validation}")

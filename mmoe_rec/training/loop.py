@@ -76,7 +76,9 @@ class TrainingResult:
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a training will take. rows_per_s as in `TrainingResult`; seconds: of all epochs, validations among them."""
+    """What a training will take. rows_per_s as in `TrainingResult`; seconds: of all epochs, with checkpoints and
+    validations.
+    """
 
     rows_per_s: float
     seconds: float
@@ -243,11 +245,10 @@ class Trainer:
         return result
 
     def measure(self, steps: int) -> Forecast:
-        """Trains so many steps, scores some validation rows, and says from that what `run` of a new trainer would take.
-
-        A collective call.
+        """Trains so many steps, saves a checkpoint, scores some validation rows, and says from that what `run` of a new
+        trainer would take. A collective call.
         """
-        rows_per_s, reader = 0.0, self.validation_reader
+        rows_per_s, reader, settings = 0.0, self.validation_reader, self.settings
         source = self._batches(self.reader, self.position, 2 + (WARM_UP + steps) // self.reader.batches_per_epoch)
         with freed_memory_kept(), limit_threads(self.choices.threads):
             with contextlib.closing(iter(source)) as batches:
@@ -257,13 +258,20 @@ class Trainer:
                         pass
                     rows_per_s = meter.rows_per_s
             self.steps.release()
-            start, rows = time.perf_counter(), min(reader.rows.rows, BATCHES_SCORED * reader.batch_size)
+            begun, rows = time.perf_counter(), min(reader.rows.rows, BATCHES_SCORED * reader.batch_size)
             with contextlib.closing(iter(self._batches(reader, reader.position(0), 1))) as batches:
                 some = itertools.islice(batches, BATCHES_SCORED)
                 validate(self.sharded.model.module, some, self.layout, self.device, rows)
-            validation = len(self.validate_at) * (time.perf_counter() - start) * reader.rows.rows / rows
-        seconds = self.settings.epochs * self.reader.rows.rows / rows_per_s
-        return Forecast(rows_per_s, seconds + validation, validation)
+            scored = time.perf_counter()
+            self._save()
+            self.checkpoints.wait()
+            saved = time.perf_counter()
+            self.checkpoints.close()
+        validation = len(self.validate_at) * (scored - begun) * reader.rows.rows / rows
+        saves = self.validate_at.union(range(settings.checkpoint_steps, self.total_steps, settings.checkpoint_steps))
+        all_rows = settings.epochs * self.reader.rows.rows
+        seconds = all_rows / rows_per_s + len(saves) * (saved - scored)
+        return Forecast(all_rows / seconds, seconds + validation, validation)
 
     def _train(self, meter: Meter, show: Callable[[], None]) -> None:
         last = self.result.history[-1][0] if self.result.history else -1

@@ -92,7 +92,7 @@ def test_an_automatic_batch_is_that_of_the_training_rows_and_few_steps_are_told(
 def test_a_forecast_is_made_of_the_times_of_steps_and_of_validation_rows(
     prepared: FeatureFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By a clock that only steps and scored batches advance, the first steps by much more."""
+    """By a clock that only steps, scored batches and a checkpoint advance, the first steps by much more."""
     now, seconds = 0.0, iter([*[100.0] * loop.WARM_UP, *[0.5] * 20])
 
     def step(one: Trainer, batches: Iterator[Batch], own: Meter) -> bool | None:
@@ -105,15 +105,20 @@ def test_a_forecast_is_made_of_the_times_of_steps_and_of_validation_rows(
         nonlocal now
         now += sum(3.0 for _ in batches)
 
-    take_step = Trainer._step
-    with trainer(prepared, tmp_path, epochs=2, batch_size=600, validations_per_epoch=2) as one:
+    def save(one: Trainer) -> None:
+        nonlocal now
+        now += 7
+
+    take_step, changes = Trainer._step, {"epochs": 2, "batch_size": 600, "validations_per_epoch": 2}
+    with trainer(prepared, tmp_path, **changes, checkpoint_steps=5) as one:
+        monkeypatch.setattr(Trainer, "_save", save)
         monkeypatch.setattr(Trainer, "_step", step)
         monkeypatch.setattr(loop, "validate", validate)
         monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: now))
         found = one.measure(20)
-    assert found == loop.Forecast(1200.0, 2 * ROWS["train"] / 1200 + 4 * 3, 4 * 3)
+    training = 40 * 0.5 + 8 * 7
+    assert found == loop.Forecast(40 * 600 / training, training + 4 * 3, 4 * 3)
     assert next(seconds, None) is None
-    assert not list(tmp_path.iterdir())
 
 
 # Learning rates

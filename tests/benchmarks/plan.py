@@ -1,0 +1,139 @@
+"""python -m tests.benchmarks.plan --encoded WORK/features/encoded
+
+Does `mmoe-rec plan --measure` say what then is? Trainings on the rows of `tests.benchmarks.training`, each foretold
+from a hundred steps in a process of its own, and then run, in turns: rows a second and seconds (the best of `--repeats`
+counts, of either), bytes of tables and optimizer that each rank holds, and the most memory of the first process.
+
+`--encoded` reads the encoded training rows of a folder besides, as `plan` does: rows a second of a core (the processor
+time of all threads counts), by rows of a batch, and the cores that 1.2 million rows a second would keep busy.
+"""
+
+import argparse
+import json
+import os
+import resource
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tests.benchmarks.peers.environment import run
+
+ROWS = 100 * 4096
+STEPS = 100
+NODE = 1_200_000
+"""Rows a second of eight GPUs that train TorchRec's DLRM in batches of 131,072."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A training of five. model, training: settings other than those of `tests.benchmarks.training_ours`."""
+
+    table_rows: int = 50_000
+    ranks: int = 1
+    model: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+
+
+CASES = {
+    "as in `training`": Case(),
+    "batches of 512": Case(training={"batch_size": 512}),
+    "tables of 500,000 rows": Case(500_000),
+    "16 experts, two of them a row": Case(
+        model={"experts": {"count": 16, "units": [128, 64]}, "gates": {"routing": "top_k", "top_k": 2}}
+    ),
+    "two ranks": Case(ranks=2),
+}
+
+
+def stage(kind: str, name: str, folder: Path) -> dict[str, Any] | None:
+    """What is foretold of a case, or what it took, on the first rank."""
+    import torch
+    import torch.distributed as dist
+
+    from mmoe_rec.model.layout import ModelLayout
+    from mmoe_rec.model.mmoe import build_model
+    from mmoe_rec.model.tables import torchrec_tables
+    from mmoe_rec.preprocessing.prepare import FeatureFolder
+    from mmoe_rec.training.loop import Trainer
+    from mmoe_rec.training.planning import Machines, plan_on_paper
+    from mmoe_rec.training.ranks import process_group
+    from tests.benchmarks.training_ours import MODEL, TRAINING
+    from tests.training.ranks import held_bytes
+
+    case, device, layout = CASES[name], torch.device("cpu"), ModelLayout.read(folder)
+    model = MODEL.model_validate(MODEL.model_dump() | case.model)
+    training = TRAINING.model_validate(TRAINING.model_dump() | case.training)
+    with tempfile.TemporaryDirectory() as scratch, process_group(device) as ranks:
+        trainer = Trainer(FeatureFolder(folder), layout, model, training, device, Path(scratch), lambda *_: None)
+        if kind == "foretell":
+            forecast = trainer.measure(STEPS)
+            rows_per_s, seconds = forecast.rows_per_s, forecast.seconds
+            machines = Machines(
+                case.ranks, case.ranks, "cpu", 0, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+            )
+            paper = build_model(layout, model, torchrec_tables(layout, torch.device("meta")))
+            tables = [each.tables for each in plan_on_paper(paper, layout, machines, trainer.reader.rank_rows)[1]]
+        else:
+            start = time.perf_counter()
+            rows_per_s, seconds = trainer.run().rows_per_s, time.perf_counter() - start
+            tables = [0] * case.ranks
+            dist.all_gather_object(tables, held_bytes(trainer.sharded))
+        memory = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    found = {"rows_per_s": rows_per_s, "seconds": seconds, "tables": tables, "memory": memory}
+    return found if ranks.first else None
+
+
+def compare(name: str, folder: Path, repeats: int) -> dict[str, Any]:
+    """What was foretold of a case / what then was, and the latter."""
+    case = CASES[name]
+    start = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"] if case.ranks > 1 else []
+    words = [sys.executable, "-m", *start, "tests.benchmarks.plan", "--stage"]
+    turns = [[run([*words, kind, name, str(folder)]) for kind in ("foretell", "train")] for _ in range(repeats)]
+    told, then = (min(each, key=lambda one: one["seconds"]) for each in zip(*turns, strict=True))
+    ratios = {each: round(told[each] / then[each], 3) for each in ("rows_per_s", "seconds", "memory")}
+    ratios |= {"tables": [round(each / other, 3) for each, other in zip(told["tables"], then["tables"], strict=True)]}
+    print(f"{name:30} {ratios}", flush=True)
+    return {"predicted_over_observed": ratios, "observed": then}
+
+
+def read(encoded: Path) -> dict[str, Any]:
+    """Rows a second of a core by rows of a batch, and the cores of a node."""
+    from mmoe_rec.cli.plan import measure_reading
+    from mmoe_rec.features.layout import Layout
+
+    rates = {rows: measure_reading(encoded / "train", Layout.read(encoded), rows) for rows in (4096, 16_384, 131_072)}
+    return {
+        "rows_per_s_of_a_core": {rows: round(rate) for rows, rate in rates.items()},
+        "cores_of_a_node": {rows: round(NODE / rate, 2) for rows, rate in rates.items()},
+    }
+
+
+def main() -> None:
+    """Run the command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--encoded", type=Path, help="encoded rows of built features")
+    parser.add_argument("--repeats", type=int, default=2, help="turns of each case (default: %(default)s)")
+    parser.add_argument("--cases", nargs="*", choices=CASES, default=list(CASES), help="default: all")
+    parser.add_argument("--stage", nargs=3, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.stage:
+        if found := stage(options.stage[0], options.stage[1], Path(options.stage[2])):
+            print(json.dumps(found))
+        return
+    found = {} if options.encoded is None else {"reading": read(options.encoded)}
+    with tempfile.TemporaryDirectory() as scratch:
+        for name in options.cases:
+            folder = Path(scratch, str(CASES[name].table_rows))
+            if not folder.exists():
+                from tests.benchmarks.training import write_rows
+
+                write_rows(ROWS, CASES[name].table_rows, folder)
+            found[name] = compare(name, folder, options.repeats)
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
