@@ -48,13 +48,14 @@ class Live:
 
     encoders: `memory_encoders` of a pipeline; rows: of all logs that were learnt; shared: levels of all counters whose
     labels are whole numbers and that forget nothing; own: levels of each other counter and of each history, by its
-    name.
+    name; groups: of the same counters, see `FeaturePipeline.request_inputs`, once a request has asked.
     """
 
     encoders: Mapping[str, MemoryEncoder[Any]]
     rows: int = 0
     shared: CounterLevels = field(default_factory=CounterLevels)
     own: Mapping[str, tuple[Memory, ...]] = field(default_factory=dict)
+    groups: dict[bool, CounterGroup] = field(default_factory=dict)
 
     def _salt(self, name: str) -> np.uint64:
         return salt_of(list(self.encoders).index(name))
@@ -77,7 +78,7 @@ class Live:
         shared = self.shared
         if together:
             shared = shared.extended(*map(np.concatenate, zip(*together, strict=True)))
-        return Live(self.encoders, self.rows + sum(map(len, rows.values())), shared, own)
+        return replace(self, rows=self.rows + sum(map(len, rows.values())), shared=shared, own=own)
 
     def encoder_of(self, name: str) -> MemoryEncoder[Any]:
         """A counter or history that knows these events besides those in its memory."""
@@ -88,7 +89,7 @@ class Live:
             encoder.memory = encoder.memory.with_shared(self.shared, self._salt(name), encoder.windows)
         return encoder
 
-    def groups(self, of_requests: Collection[str], left_out: Collection[str]) -> dict[bool, CounterGroup]:
+    def make_groups(self, of_requests: Collection[str], left_out: Collection[str]) -> dict[bool, CounterGroup]:
         """The counters that share levels, but for those that are left out: those that ask once a request (True), and
         those that ask for each candidate."""
         groups: dict[bool, dict[str, CounterEncoder]] = {}
@@ -254,7 +255,7 @@ class FeaturePipeline:
         Columns of candidates stay as they are: what has none of them is the same for all candidates of a request.
         """
         shared, own, done = Inputs(), Inputs(), set[str]()
-        for once, group in self._groups.items():
+        for once, group in self._groups().items():
             part, asked = (shared, rows.shared) if once else (own, rows)
             given = asked.among(group.names)
             its = group.without([name for name, each in group.encoders.items() if given & each.numbers.keys()])
@@ -328,7 +329,8 @@ class FeaturePipeline:
         for made in ("memory_encoders", "layout"):
             pipeline.__dict__.pop(made, None)
         pipeline.encoders = {name: each for name, each in self.encoders.items() if name not in features}
-        pipeline._groups = {once: each.without(features) for once, each in self._groups.items()}
+        groups = {once: each.without(features) for once, each in self._groups().items()}
+        pipeline.live = replace(self.live, groups=groups)
         return pipeline
 
     def encode(self, rows: LogRows) -> Encoded:
@@ -339,9 +341,10 @@ class FeaturePipeline:
             matrix[:, index] = inputs.dense[each.name]
         return Encoded({each.name: inputs.ids[each.name] for each in layout.ids}, matrix)
 
-    @cached_property
     def _groups(self) -> dict[bool, CounterGroup]:
-        return self.live.groups(self._of_requests, self._placement)
+        if not self.live.groups:
+            self.live.groups.update(self.live.make_groups(self._of_requests, self._placement))
+        return self.live.groups
 
     @cached_property
     def _results(self) -> frozenset[str]:

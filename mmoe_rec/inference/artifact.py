@@ -65,6 +65,21 @@ class Source:
 
 
 @dataclass(frozen=True)
+class Rounding:
+    """What validation rows say of a network whose products are rounded to bf16: the largest change of a task's AUC,
+    the change of the score's NDCG@10, and the share of the ten best of each list that stay among them."""
+
+    auc: float
+    ndcg: float
+    top_10: float
+
+    @property
+    def ranks_alike(self) -> bool:
+        """Whether nobody would see it."""
+        return max(abs(self.auc), abs(self.ndcg)) <= 0.0002 and self.top_10 >= 0.99
+
+
+@dataclass(frozen=True)
 class Artifact:
     """What `model.json` says, and the layout of the model.
 
@@ -75,7 +90,8 @@ class Artifact:
     artifacts of before there was one); trained_as_of: as tables_as_of, of the features that the model was trained on,
     None where the tables are still these; files: digest of the files of the log that the tables hold, None where it is
     unknown; journal: what of the journal of live events the tables hold, {"id": ..., "through": number of the last
-    segment}, None for nothing; early_end: what `mmoe_rec.training.validation.find_early_end` says of its training.
+    segment}, None for nothing; early_end: what `mmoe_rec.training.validation.find_early_end` says of its training;
+    precision, in_bf16: the setting `serving.precision`, and what was measured for it, None where it was not.
     """
 
     name: str
@@ -90,6 +106,8 @@ class Artifact:
     files: str | None = None
     journal: dict[str, Any] | None = None
     early_end: str | None = None
+    precision: str = "fp32"
+    in_bf16: Rounding | None = None
 
     @property
     def tasks(self) -> tuple[ModelTask, ...]:
@@ -113,6 +131,8 @@ def read_artifact(folder: Path, verify: bool = True) -> Artifact:
     if tree is None:
         raise UserError(f"'{folder}' holds no model (model.json)")
     del tree["format"]
+    if tree.get("in_bf16") is not None:
+        tree["in_bf16"] = Rounding(**tree["in_bf16"])
     return Artifact(layout=ModelLayout.read(folder), **tree)
 
 

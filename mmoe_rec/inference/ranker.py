@@ -42,7 +42,7 @@ from mmoe_rec.inference.request_inputs import RequestInputs
 from mmoe_rec.inference.scorer import ExpertOptions, Scored, Scorer
 from mmoe_rec.log.given import iso_time
 from mmoe_rec.log.rows import ROWS_AT_A_TIME, LogRows, RequestRows
-from mmoe_rec.model.products import Products
+from mmoe_rec.model.fused import Way
 from mmoe_rec.model.score import add_outcomes, scores_from_logs
 from mmoe_rec.model.tables import PlainTables
 
@@ -164,7 +164,7 @@ class Ranker:
             raise UserError(f"another delta took the place of '{folder}' while it was applied")
         ranker._check_example(folder)
         if ranker.scorer is not self.scorer:
-            ranker.scorer.multiply_by(self.scorer.products)
+            ranker.scorer.multiply_by(self.scorer.way)
         return ranker
 
     def _check_example(self, folder: Path) -> None:
@@ -189,21 +189,24 @@ class Ranker:
             return ExampleScores.of(self.rank(**example), self.about.tasks)
 
     def take_settings(self, serving: Mapping[str, Any]) -> None:
-        """Serves by these of max_candidates, stale_after_days and products (which `serve_faster` looks at)."""
+        """Serves by these of max_candidates, stale_after_days, products and precision (which `serve_faster` looks
+        at)."""
         self.about = replace(self.about, **serving)
         self.reader.max_candidates = self.about.max_candidates
         self._knowledge = replace(self._knowledge, freshness=Freshness.of(self.about))
 
     def serve_faster(self) -> None:
-        """Multiplies as `best_products` says from now on."""
-        self.scorer.multiply_by(self.best_products())
+        """Multiplies as `best_way` says from now on."""
+        self.scorer.multiply_by(self.best_way())
 
-    def best_products(self) -> Products:
-        """What the setting `serving.products` asks for; for `auto`, what is faster on this processor."""
+    def best_way(self) -> Way:
+        """What the settings `serving.products` and `serving.precision` ask for; for `auto`, what is faster on this
+        processor, in bf16 only if that ranked validation rows alike."""
         wanted = self.about.products
-        if wanted == "auto":
-            return self.scorer.faster_products()
-        return "onednn" if wanted == "onednn" else "blas"
+        ways: list[Way] = ["blas", "onednn"] if wanted == "auto" else ["onednn" if wanted == "onednn" else "blas"]
+        if self.about.precision == "auto" and self.about.in_bf16 is not None and self.about.in_bf16.ranks_alike:
+            ways.append("bf16")
+        return self.scorer.fastest_way(ways) if len(ways) > 1 else ways[0]
 
     # Learning what happened since
 

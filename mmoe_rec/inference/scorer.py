@@ -20,9 +20,9 @@ from torch.nn import functional
 
 from mmoe_rec.errors import RequestError
 from mmoe_rec.inference.artifact import Artifact
-from mmoe_rec.model.fused import fused_logits
+from mmoe_rec.model.fused import Way, fused_logits
 from mmoe_rec.model.mmoe import Mixture, Outputs, RankingModel
-from mmoe_rec.model.products import Products, has_onednn, set_products
+from mmoe_rec.model.products import has_onednn, set_products
 from mmoe_rec.model.score import Calibration, log_predictions, predictions
 
 # What the model computes of so many rows stays in a processor's cache: 16,384 rows at a time take 1.7 times as long.
@@ -92,8 +92,8 @@ class Scorer:
         self.experts = model.visible_experts.shape[1]
         self.of_gate = self.experts // len(model.mixture.each_member())
         self.broken = _take_out_broken(model)
-        self.products: Products = "blas"
-        self.fused = fused_logits(model)
+        self.way: Way = "blas"
+        self.fused = fused_logits(model, self.way)
         self._lost = self._warn([], None)
 
     def options(self, top_k: int | None, masked: Sequence[Any] | None) -> ExpertOptions:
@@ -107,27 +107,29 @@ class Scorer:
                 raise RequestError(f"mask_experts names expert {expert}; the model has 0 to {self.experts - 1}")
         return ExpertOptions(top_k, tuple(sorted(set(masked or ()))))
 
-    def multiply_by(self, products: Products) -> None:
-        """From now on multiplies by this library, where torch has it; results are equal but for rounding."""
-        self.products = products if has_onednn() else "blas"
-        set_products(self.model, self.products)
+    def multiply_by(self, way: Way) -> None:
+        """From now on multiplies in this way, where torch has it and the model takes it; results in fp32 are equal but
+        for rounding."""
+        self.way = "blas" if way == "onednn" and not has_onednn() else way
+        self.fused = fused_logits(self.model, self.way)
+        set_products(self.model, "onednn" if self.way == "onednn" else "blas")
 
-    def faster_products(self) -> Products:
-        """oneDNN if it is clearly faster here. Takes some 50 ms."""
-        if not has_onednn():
-            return "blas"
-        rows, before = torch.zeros(_ROWS_TIMED, self.model.width), self.products
-        seconds: dict[Products, float] = {}
-        for products in ("blas", "onednn"):
-            set_products(self.model, products)
-            seconds[products] = min(self._seconds(rows, products) for _ in range(_TIMES))
-        set_products(self.model, before)
-        return "onednn" if seconds["onednn"] * _MARGIN < seconds["blas"] else "blas"
+    def fastest_way(self, ways: Sequence[Way]) -> Way:
+        """The first of these, which the model takes, or another one that is clearly faster here. Takes some 50 ms."""
+        rows, before = torch.zeros(_ROWS_TIMED, self.model.width), self.way
+        seconds: dict[Way, float] = {}
+        for way in ways if self.fused is not None else [each for each in ways if each != "bf16"]:
+            self.multiply_by(way)
+            if self.way == way:
+                seconds[way] = min(self._seconds(rows) for _ in range(_TIMES))
+        self.multiply_by(before)
+        best = min(seconds, key=lambda way: seconds[way])
+        return best if best == ways[0] or seconds[best] * _MARGIN < seconds[ways[0]] else ways[0]
 
-    def _seconds(self, inputs: Tensor, products: Products) -> float:
+    def _seconds(self, inputs: Tensor) -> float:
         start = time.perf_counter()
         with torch.inference_mode():  # trees take as long either way
-            self.model.mixture(inputs, None) if self.fused is None else self.fused(inputs, products)
+            self.model.mixture(inputs, None) if self.fused is None else self.fused(inputs)
         return time.perf_counter() - start
 
     def score(self, inputs: Tensor, options: ExpertOptions = _MODELS_OWN, explain: bool = False) -> Scored:
@@ -140,7 +142,7 @@ class Scorer:
 
     def _score(self, inputs: Tensor, options: ExpertOptions, explain: bool) -> Scored:
         rows = len(inputs)
-        if self.products == "onednn":
+        if self.way == "onednn":
             inputs = _filled_up(inputs)
         fused, warnings, failed = self._run_fused(inputs, options), self._lost, False
         if fused is None or explain:
@@ -198,7 +200,7 @@ class Scorer:
         if self.fused is None or options != _MODELS_OWN:
             return None
         with torch.inference_mode():
-            logits = self.fused(inputs[:, : self.model.width], self.products)
+            logits = self.fused(inputs[:, : self.model.width])
             if not bool(logits.isfinite().all()):
                 return None
             return self.model.finish(inputs, Outputs(logits, ()))

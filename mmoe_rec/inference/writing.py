@@ -25,6 +25,7 @@ from mmoe_rec.inference.artifact import (
     FORMAT,
     SCORES,
     Artifact,
+    Rounding,
     read_artifact,
     read_manifest,
     write_manifest,
@@ -56,6 +57,7 @@ def write_artifact(
     trees: Trees | None = None,
     calibration: Calibration | None = None,
     early_end: str | None = None,
+    in_bf16: Rounding | None = None,
     before: Path | None = None,
 ) -> None:
     """Writes an artifact folder; an existing one is replaced.
@@ -65,7 +67,7 @@ def write_artifact(
         state_dict: `RankingModel.state_dict()` of the whole model with plain tables.
         trees: of a model that has some beside the network.
         calibration: of the model's tasks; None leaves their logits as they are.
-        early_end: as in `Artifact`.
+        early_end, in_bf16: as in `Artifact`.
         before: the artifact folder that the training started from, which may be this one; a delta from it is added.
 
     Raises:
@@ -80,6 +82,8 @@ def write_artifact(
         layout=ModelLayout.of(prepared.layout, settings),
         max_candidates=settings.serving.max_candidates,
         products=settings.serving.products,
+        precision=settings.serving.precision,
+        in_bf16=in_bf16,
         stale_after_days=settings.serving.stale_after_days,
         fingerprint=prepared.manifest["fingerprint"],
         tables_as_of=iso_time(prepared.manifest["request_microseconds"][1]) if settings.columns.has_time else None,

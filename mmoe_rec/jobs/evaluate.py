@@ -6,11 +6,13 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from mmoe_rec.atomic import atomic_file
@@ -19,7 +21,7 @@ from mmoe_rec.evaluation.comparison import Results
 from mmoe_rec.evaluation.summary import MeasuredModel, PlacementRecord, Summary, find_objective
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.features.vocabulary import row_names
-from mmoe_rec.inference.artifact import Source, read_artifact, version_of
+from mmoe_rec.inference.artifact import Rounding, Source, read_artifact, version_of
 from mmoe_rec.inference.ranking import ROW
 from mmoe_rec.jobs.places import build_options, check_out, log_and_place, logs_for, short_names
 from mmoe_rec.jobs.run_page import as_code, command, data_sets, draw_gates, quoted
@@ -39,7 +41,7 @@ if TYPE_CHECKING:
     from mmoe_rec.evaluation.scoring import RowSource, ScoredRows
     from mmoe_rec.inference.ranker import Ranker
     from mmoe_rec.model.layout import ModelLayout
-    from mmoe_rec.model.mmoe import RankingModel
+    from mmoe_rec.model.mmoe import Outputs, RankingModel
     from mmoe_rec.model.score import Calibration
 
 
@@ -96,6 +98,52 @@ def score_by(
         shown=shown,
     )
     return scored if settings.columns.has_candidate else replace(scored, candidates=None, row=scored.candidates)
+
+
+def measure_bf16(
+    settings: Settings, prepared: FeatureFolder, model: RankingModel, calibration: Calibration
+) -> Rounding | None:
+    """What rounding to bf16 does to the ranking of validation rows; None for a model that is not served in bf16."""
+    from mmoe_rec.evaluation.summary import UserMetrics
+    from mmoe_rec.model.fused import fused_logits
+    from mmoe_rec.model.layout import ModelLayout
+
+    if fused_logits(model, "bf16") is None:
+        return None
+
+    @cache
+    def rounded() -> Any:  # on the device where the rows are scored
+        return fused_logits(model, "bf16")
+
+    def round_logits(mixture: Any, given: tuple[Any, ...], outputs: Outputs) -> Outputs:
+        inputs, _, _, _, *attended = given
+        if attended:
+            inputs = mixture.histories(inputs, attended[0], attended[1:])
+        return outputs._replace(logits=rounded()(inputs))
+
+    layout, rows = ModelLayout.of(prepared.layout, settings), prepared.split("validation")
+    before = score_by(settings, model, layout, rows, calibration)
+    hook = model.mixture.register_forward_hook(round_logits)
+    try:
+        after = score_by(settings, model, layout, rows, calibration)
+    finally:
+        hook.remove()
+    values = [UserMetrics(each.measure(), names=("auc", "ndcg_at_10")).once for each in (before, after)]
+    moved = {key: values[1][key] - values[0][key] for key in values[0]}
+    of_auc, of_ndcg = ([each for (_, its), each in moved.items() if its == name] for name in ("auc", "ndcg_at_10"))
+    number = pc.dictionary_encode(before.requests).indices.to_numpy()
+    best = [_first_of_lists(number, each.score, 10) for each in (before, after)]
+    stay = float((best[0] & best[1]).sum() / best[0].sum())
+    return Rounding(max(of_auc, key=abs, default=0.0), max(of_ndcg, key=abs, default=0.0), stay)
+
+
+def _first_of_lists(number: np.ndarray, score: np.ndarray, count: int) -> np.ndarray:
+    """(N,) bool whether a row is among the best of its list, which `number` names."""
+    order = np.lexsort((-score, number))
+    starts = np.searchsorted(number[order], np.arange(number.max() + 1))
+    found = np.empty(len(number), bool)
+    found[order] = np.arange(len(number)) - starts[number[order]] < count
+    return found
 
 
 def check_tasks(settings: Settings, schema: Schema) -> None:

@@ -50,7 +50,7 @@ from mmoe_rec.tracking.registry import find_model
 
 if TYPE_CHECKING:
     from mmoe_rec.inference.ranker import Ranker
-    from mmoe_rec.model.products import Products
+    from mmoe_rec.model.fused import Way
 
 
 ALL: Window = (None, None)
@@ -96,10 +96,10 @@ def score_log(
     model, source = str(model), str(source)
     given = list(parse_overrides(overrides))
     for key, _ in given:
-        if key[0] != "data" and key not in (["serving", "products"], ["tracking", "uri"]):
+        if key[0] != "data" and key not in (["serving", "products"], ["serving", "precision"], ["tracking", "uri"]):
             raise UserError(
-                f"--{'.'.join(key)} changes nothing here: scoring takes settings of section data, serving.products and "
-                "tracking.uri; all others are those that the model was trained with"
+                f"--{'.'.join(key)} changes nothing here: scoring takes settings of section data, serving.products, "
+                "serving.precision and tracking.uri; all others are those that the model was trained with"
             )
     uri = next((value for key, value in reversed(given) if key == ["tracking", "uri"]), None)
     start, end = window
@@ -203,10 +203,13 @@ class _Scoring:
                 steps.look_up(self.pipeline, memories, end=counted.last[0] + 1, training=None)
                 facts = {"first": counted.first[0], "last": counted.last[0]}
             steps.keep(folder)
-        facts["products"] = self.settings.serving.products
-        if facts["products"] == "auto":  # measured once: a run that goes on computes as it began
+        asked = {name: getattr(self.settings.serving, name) for name in ("products", "precision")}
+        facts["products"] = asked["products"]
+        if "auto" in asked.values():  # measured once: a run that goes on computes as it began
             with limit_threads(1):
-                facts["products"] = load_ranker(self.artifact, self.constants["model_version"]).best_products()
+                ranker = load_ranker(self.artifact, self.constants["model_version"])
+                ranker.take_settings(asked)
+                facts["products"] = ranker.best_way()
         write_text(ready, json.dumps(facts))
         return steps.parts, facts
 
@@ -328,7 +331,7 @@ class ScoreJob:
 
     model: Path
     version: str
-    products: Products
+    products: Way
     reader: LogReader
     results: ResultExchange | None
     window: Window

@@ -161,6 +161,7 @@ def _log_start(run: Run, workspace: Workspace) -> None:
 def _finish(run: Run, workspace: Workspace, results: Sequence[TrainingResult], register: bool) -> FinishedTraining:
     """Best states -> artifact -> registry -> result on disk."""
     from mmoe_rec.inference.writing import write_artifact
+    from mmoe_rec.jobs.evaluate import measure_bf16
     from mmoe_rec.jobs.stacking import grow_trees
     from mmoe_rec.training.checkpoint import FinishedTraining
     from mmoe_rec.training.validation import find_early_end
@@ -179,6 +180,13 @@ def _finish(run: Run, workspace: Workspace, results: Sequence[TrainingResult], r
     calibration = calibrate(settings, prepared, model)
     if calibration.tasks:
         run.log_text(calibration.to_dict(), "calibration.json")
+    in_bf16 = None
+    if settings.serving.precision == "auto" and (in_bf16 := measure_bf16(settings, prepared, model, calibration)):
+        say(
+            f"in bf16, AUC of validation rows moves by {in_bf16.auc:+.5f}, NDCG@10 by {in_bf16.ndcg:+.5f}, and "
+            f"{in_bf16.top_10:.2%} of the ten best of each list stay: "
+            + ("servers may use it" if in_bf16.ranks_alike else "servers stay with fp32")
+        )
     write_artifact(
         artifact,
         settings=settings,
@@ -190,6 +198,7 @@ def _finish(run: Run, workspace: Workspace, results: Sequence[TrainingResult], r
             filter(None, (find_early_end(each.history, each.best_step, layout, settings.training) for each in results)),
             None,
         ),
+        in_bf16=in_bf16,
         before=None if workspace.weights is None else workspace.weights.folder,
     )
     decision = Decision(str(artifact), False, ())

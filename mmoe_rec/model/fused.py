@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,25 +23,25 @@ from mmoe_rec.model.routing import Soft
 Weights = tuple[Tensor, Tensor | None]
 """Of a linear layer: (outputs, inputs) and (outputs,); of G layers on inputs of their own: (G, inputs, outputs) and
 (G, 1, outputs)."""
-Multiply = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+Way = Products | Literal["bf16"]
+"""What multiplies: a library, in fp32; or torch's choice for bf16, to which rows and weights of the bottom and of
+experts, and what these give, are rounded: not gates, which would choose other experts, nor towers and crosses."""
 
 
 def _by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return by_onednn(x, weight.t(), bias)
 
 
-_LINEAR: dict[Products, Multiply] = {"blas": functional.linear, "onednn": _by_onednn}
-
-
 @dataclass(frozen=True)
 class FusedMixture:
     """One mixture of experts on one level, each gate of which mixes all experts that it may use.
 
-    columns: of the model's inputs, those that it reads, None for all of them; crosses: down and up; hidden: the layers
-    of the bottom; experts: the first layer, which all read together, then one weight a layer; gates: (G * E, H), with
-    a bias of minus infinity for experts that a gate may not use; towers: one weight a layer.
+    linear: multiplies; columns: of the model's inputs, those that it reads, None for all of them; crosses: down and up;
+    hidden: the layers of the bottom; experts: the first layer, which all read together, then one weight a layer; gates:
+    (G * E, H), with a bias of minus infinity for experts that a gate may not use; towers: one weight a layer.
     """
 
+    linear: Callable[[Tensor, Tensor, Tensor | None], Tensor]
     columns: Tensor | None
     crosses: list[tuple[Weights, Weights]]
     bottom: Bottom
@@ -53,7 +54,7 @@ class FusedMixture:
     towers: list[Weights]
 
     @staticmethod
-    def of(mixture: Mixture, columns: Tensor | None = None) -> FusedMixture | None:
+    def of(mixture: Mixture, way: Way, columns: Tensor | None = None) -> FusedMixture | None:
         """The mixture with its weights as they are now; None for one of several levels, whose gates choose some of the
         experts, or a gate of which has none that it may use."""
         level, *others = mixture.each_level()
@@ -67,22 +68,27 @@ class FusedMixture:
         crosses = mixture.bottom.crosses
         pairs = [] if crosses is None else zip(crosses.down, crosses.up, strict=True)
         first, *deeper = experts.layers
+        hidden = [_weights(layer) for layer in mixture.bottom.layers if isinstance(layer, Linear)]
+        of_experts = [_together(first), *map(_apart, deeper)]
+        if way == "bf16":
+            hidden, of_experts = ([_rounded(each) for each in part] for part in (hidden, of_experts))
         return FusedMixture(
+            _by_onednn if way == "onednn" else functional.linear,
             columns,
             [(_weights(down), _weights(up)) for down, up in pairs],
             mixture.bottom,
-            [_weights(layer) for layer in mixture.bottom.layers if isinstance(layer, Linear)],
+            hidden,
             experts.activate,
             experts.normalise,
-            [_together(first), *map(_apart, deeper)],
+            of_experts,
             (weight, bias.masked_fill(~usable.flatten(), float("-inf"))),
             (len(gates.visible), experts.count),
             [_apart(layer) for layer in mixture.towers.layers],
         )
 
-    def logits(self, inputs: Tensor, products: Products) -> Tensor:
+    def logits(self, inputs: Tensor) -> Tensor:
         """(B, W) float32 -> (B, T) float32, as `Mixture` gives them."""
-        linear, bottom = _LINEAR[products], self.bottom
+        linear, bottom, kind = self.linear, self.bottom, self.experts[0][0].dtype
         x = crossed = inputs if self.columns is None else inputs.index_select(1, self.columns)
         for (down, _), (up, bias) in self.crosses:
             crossed = torch.addcmul(crossed, x, linear(linear(crossed, down, None), up, bias))
@@ -90,36 +96,42 @@ class FusedMixture:
             crossed = torch.cat([crossed, bottom.bends(x[:, -bottom.dense :])], dim=1)
         hidden = crossed  # (B, H)
         for weight, bias in self.hidden:
-            hidden = functional.silu(linear(hidden, weight, bias), inplace=True)
+            hidden = functional.silu(linear(hidden.to(kind), weight, bias), inplace=True)
         gates, experts = self.shape
         (weight, bias), *deeper = self.experts
-        outputs = self.activate(linear(hidden, weight, bias)).view(len(x), experts, -1).transpose(0, 1)  # (E, B, U)
+        outputs = (
+            self.activate(linear(hidden.to(kind), weight, bias)).view(len(x), experts, -1).transpose(0, 1)
+        )  # (E, B, U)
         for weights in deeper:
             outputs = self.activate(_each(outputs, weights))
         if self.normalise:
             outputs = functional.layer_norm(outputs, outputs.shape[-1:])
-        mixed = linear(hidden, *self.gates).view(len(x), gates, experts).softmax(2) @ outputs.transpose(0, 1)
-        of_tasks = mixed.transpose(0, 1)  # (G, B, U)
+        shares = linear(hidden.float(), *self.gates).view(len(x), gates, experts).softmax(2)
+        of_tasks = (shares.to(kind) @ outputs.transpose(0, 1)).float().transpose(0, 1)  # (G, B, U)
         *layers, last = self.towers
         for weights in layers:
             of_tasks = functional.silu(_each(of_tasks, weights), inplace=True)
         return _each(of_tasks, last).squeeze(2).t()
 
 
-def fused_logits(model: RankingModel) -> Callable[[Tensor, Products], Tensor] | None:
-    """What gives the logits of a model's mixture, or the mean logits of its members, by the model's inputs (B, W) and
-    a library of products; None where one of them does not fit into a `FusedMixture`."""
-    mixture = model.mixture
-    columns: list[Tensor | None] = [None]
+def fused_logits(model: RankingModel, way: Way) -> Callable[[Tensor], Tensor] | None:
+    """What gives the logits of a model's mixture, or the mean logits of its members, (B, T) float32, by the model's
+    inputs (B, W); None where one of them does not fit into a `FusedMixture`."""
+    mixture, columns = model.mixture, list[Tensor | None]([None])
     if isinstance(mixture, Members):
         columns = [mixture.get_buffer(f"inputs_{number}") for number in range(len(mixture.members))]
-    found = [FusedMixture.of(*each) for each in zip(mixture.each_member(), columns, strict=True)]
+    found = [FusedMixture.of(each, way, its) for each, its in zip(mixture.each_member(), columns, strict=True)]
     fused = [each for each in found if each is not None]
     if len(fused) < len(found):
         return None
     if len(fused) == 1:
         return fused[0].logits
-    return lambda inputs, products: torch.stack([each.logits(inputs, products) for each in fused]).mean(0)
+    return lambda inputs: torch.stack([each.logits(inputs) for each in fused]).mean(0)
+
+
+def _rounded(weights: Weights) -> Weights:
+    weight, bias = weights
+    return weight.bfloat16(), None if bias is None else bias.bfloat16()
 
 
 def _each(x: Tensor, weights: Weights) -> Tensor:

@@ -35,7 +35,7 @@ def grow(ranker: Ranker, times: int) -> None:
         else:
             labels = None if memory.label_sum is None else random.integers(0, 2, more).astype(np.float64)
             encoder.memory = memory.extended(keys, known, labels)
-    del vars(ranker.pipeline)["_groups"]  # the table of what these remembered
+    ranker.pipeline.live.groups.clear()  # which hold what they remembered
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.inference.ranking import Ranking
 from mmoe_rec.inference.writing import seal
 from mmoe_rec.model.levels import Experts
-from mmoe_rec.model.products import Dispatch, Products
+from mmoe_rec.model.products import Dispatch
 from tests.inference.small_model import CONTEXT, ITEMS, USER, SmallModel
 
 EXPERTS = 3
@@ -133,7 +133,7 @@ def test_what_fails_before_the_experts_is_not_put_on_them(small: SmallModel, mon
         rank(ranker)
 
 
-def _gives_nan(inputs: Tensor, products: Products) -> Tensor:
+def _gives_nan(inputs: Tensor) -> Tensor:
     return torch.full((len(inputs), 2), math.nan)
 
 
