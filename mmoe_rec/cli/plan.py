@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from mmoe_rec.features.layout import Layout
     from mmoe_rec.model.layout import ModelLayout
     from mmoe_rec.settings.sections import Settings
+    from mmoe_rec.training.planning import RankPlan
 
 GIB = 2**30
 MANY_ROWS = 10**9  # to train on, where `training.batch_size` depends on them: what asks for a plan is large
@@ -91,18 +92,13 @@ def plan(
     machines = Machines(world_size, local_world_size, device, hbm, int(host_gib * GIB))
     rows = -(-settings.training.rows_of_step(MANY_ROWS) // world_size)
     model = build_model(layout, settings.model, torchrec_tables(layout, torch.device("meta")))
-    (text, ranks), tables = plan_on_paper(model, layout, machines, rows, sharding), used_tables(layout)
+    (text, ranks), tables = plan_on_paper(model, layout, machines, rows, sharding, built.parent), used_tables(layout)
     print(f"table sizes: {where}")
     for table in sorted(tables, key=table_bytes, reverse=True):
         print(f"  {table.name}: {table.rows:,} rows of {table.dim}, {table_bytes(table) / GIB:,.2f} GiB")
     print(f"  together: {sum(map(table_bytes, tables)) / GIB:,.1f} GiB with the optimizer")
     print(text)
-    lines, most = [], machines.rank_bytes
-    for each in ranks:
-        share = f"{each.bytes / GIB:.2f} of {most / GIB:.2f} GiB ({each.bytes / most:.0%})"
-        what = f"for tables ({each.tables / GIB:.2f}) and their activations"
-        lines.append((each.rank, f"{share} {what}, {each.milliseconds:.2f} ms a step"))
-    print("\n".join(merge_neighbours(lines)))
+    print("\n".join(merge_neighbours([(each.rank, describe_rank(each, machines.rank_bytes)) for each in ranks])))
     slowest = max((rank.milliseconds for rank in ranks), default=0.0)
     weights = sum(each.numel() for each in model.mixture.parameters())
     dense = 1e3 * 6 * weights * rows / (TFLOPS[device] * 1e12)
@@ -115,6 +111,14 @@ def plan(
         print_forecast(settings, layout, measure, configuration.settings.model.members)
     start = f"torchrun --nnodes {world_size // local_world_size} --nproc-per-node {local_world_size}"
     print(f"next: {start} ... -m mmoe_rec train {configuration.options()}")
+
+
+def describe_rank(rank: RankPlan, most: int) -> str:
+    """What a rank takes of so many bytes, and of a step's time."""
+    share = f"{rank.bytes / GIB:.2f} of {most / GIB:.2f} GiB ({rank.bytes / most:.0%})"
+    host = f" and {rank.host_bytes / GIB:.2f} GiB of main memory" if rank.host_bytes else ""
+    what = f"for tables ({rank.tables / GIB:.2f}) and their activations"
+    return f"{share}{host} {what}, {rank.milliseconds:.2f} ms a step"
 
 
 def measure_reading(folder: Path, layout: Layout, rows: int) -> float:

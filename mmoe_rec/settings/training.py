@@ -50,6 +50,13 @@ class Training(Section):
     communication: Literal["fp32", "fp16", "bf16"] = Field(
         "fp32", description="numbers in which processes send each other embeddings and their gradients"
     )
+    cache_hit_rate: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="null: tables lie in the memory of GPUs. Else those that don't fit lie in main memory, beside a "
+        "cache on each GPU that is made to answer this share of look-ups",
+    )
     threads: int | None = Field(None, ge=1, description="CPU threads of a process; null: OMP_NUM_THREADS or one a core")
     epochs: int = Field(1, ge=1, description="passes over the training rows")
     batch_size: Annotated[int | Literal["auto"], BeforeValidator(_as_batch)] = Field(

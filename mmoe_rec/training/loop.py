@@ -182,6 +182,7 @@ class Trainer:
             first_rows=None if warm_start is None else warm_start.rows,
             way=choices.tables,
             sharding=Sharding.of(self.settings),
+            features=prepared.folder,
         )
         if self.rank == 0:
             say(f"computing in {choices}")

@@ -13,6 +13,7 @@ from mmoe_rec.settings.sections import Settings, differences
 
 # Where and how safely a training runs, and what is done after it, not what comes of its steps.
 _FREE = {
+    "cache_hit_rate",
     "calibration",
     "checkpoint_steps",
     "checkpoints_kept",

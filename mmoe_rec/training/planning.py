@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import itemgetter
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal, NamedTuple
 
@@ -16,6 +17,7 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.model.layout import EmbeddingTable, ModelLayout
 from mmoe_rec.model.tables import COLUMNS, stored_width, used_tables
 from mmoe_rec.settings.training import Training
+from mmoe_rec.training.caches import read_look_ups
 from mmoe_rec.training.fbgemm import require_torchrec
 
 # The planner tries every combination of ways to spread the tables if there are at most this many, by ranks; beyond that
@@ -25,6 +27,7 @@ _MOST_COMBINATIONS = 10_000
 RESERVED_SHARE = 0.2  # of a rank's memory, for all but tables and their activations
 GIB = 2**30
 _FLOAT = 4
+_CACHED = "fused_uvm_caching"
 
 
 WHOLE_ROWS = ("table_wise", "row_wise", "table_row_wise")
@@ -38,11 +41,12 @@ class Sharding:
     kind: str = "auto"
     columns: int = 32
     communication: Literal["fp32", "fp16", "bf16"] = "fp32"
+    cache_hit_rate: float | None = None
 
     @staticmethod
     def of(settings: Training) -> Sharding:
         """Of these settings."""
-        return Sharding(settings.sharding, settings.shard_columns, settings.communication)
+        return Sharding(settings.sharding, settings.shard_columns, settings.communication, settings.cache_hit_rate)
 
     @property
     def splits_columns(self) -> bool:
@@ -57,6 +61,11 @@ class Sharding:
             raise UserError(
                 f"training.sharding is {self.kind}, which torchrec has on GPUs alone: on CPUs set it to "
                 f"{', '.join(ON_CPUS[:-1])} or {ON_CPUS[-1]}"
+            )
+        if device == "cpu" and self.cache_hit_rate is not None:
+            raise UserError(
+                f"training.cache_hit_rate is {self.cache_hit_rate:g}, but without a GPU tables lie in main memory "
+                "anyway: set it to null"
             )
 
     def types(self, device: str) -> list[str]:
@@ -91,14 +100,16 @@ class Machines:
 
 
 class RankPlan(NamedTuple):
-    """What is expected of a rank. tables: bytes of their weights and optimizer; bytes: of these and of activations, as
-    torchrec estimates them; milliseconds: of a step, likewise.
+    """What is expected of a rank. tables: bytes of their weights and optimizer, of tables in main memory beside a GPU's
+    those of the cache; bytes: of these and of activations, as torchrec estimates them; milliseconds: of a step,
+    likewise; host_bytes: of main memory beside a GPU's.
     """
 
     rank: int
     tables: int
     bytes: int
     milliseconds: float
+    host_bytes: int
 
 
 def update_in_backward(model: nn.Module, learning_rate: float) -> None:
@@ -140,23 +151,45 @@ def sharders(sharding: Sharding, batch_size: int) -> list[Any]:
 
 
 def planner(
-    layout: ModelLayout, machines: Machines, batch_size: int, sharding: Sharding = BY_DEFAULT, stats: Any = None
+    layout: ModelLayout,
+    machines: Machines,
+    batch_size: int,
+    sharding: Sharding = BY_DEFAULT,
+    features: Path | None = None,
+    stats: Any = None,
 ) -> Any:
-    """torchrec's planner. batch_size: rows a rank and step; stats: receives the plan."""
+    """torchrec's planner.
+
+    batch_size: rows a rank and step; features: folder with the counts of ids, for caches; stats: receives the plan.
+    """
     from torchrec.distributed.embedding_types import EmbeddingComputeKernel
     from torchrec.distributed.planner import EmbeddingShardingPlanner
     from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
     from torchrec.distributed.planner.proposers import GreedyProposer, GridSearchProposer, UniformProposer
+    from torchrec.distributed.planner.shard_estimators import EmbeddingPerfEstimator, EmbeddingStorageEstimator
     from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
     from torchrec.distributed.planner.types import KernelConfig, ParameterConstraints, TopologyFactory, TrainerConfig
+    from torchrec.distributed.types import CacheParams, PipelineType
 
     # With `min_partition`, the number of parts of a row is that of the settings on any number of ranks, as is then the
     # state of row-wise Adagrad, which has a number for each part: so a table can be resharded.
-    allowed = ParameterConstraints(
-        sharding_types=sharding.types(machines.device),
-        compute_kernels=[EmbeddingComputeKernel.FUSED.value],
-        min_partition=sharding.columns,
-    )
+    kernels, caches = [EmbeddingComputeKernel.FUSED.value], dict[str, CacheParams]()
+    if sharding.cache_hit_rate is not None:
+        kernels.append(_CACHED)
+        found = read_look_ups(features or Path(), layout, batch_size * machines.world_size)
+        caches = {
+            name: CacheParams(load_factor=each.load_factor(sharding.cache_hit_rate), prefetch_pipeline=True, stats=each)
+            for name, each in found.items()
+        }
+    constraints = {
+        table.name: ParameterConstraints(
+            sharding_types=sharding.types(machines.device),
+            compute_kernels=kernels,
+            min_partition=sharding.columns,
+            cache_params=caches.get(table.name),
+        )
+        for table in used_tables(layout)
+    }
     topology = TopologyFactory.create_topology(
         TrainerConfig(
             world_size=machines.world_size,
@@ -166,11 +199,15 @@ def planner(
         ),
         kernel_config=KernelConfig(compute_device=machines.device),
     )
-    constraints = {table.name: allowed for table in used_tables(layout)}
+    pipeline = PipelineType.TRAIN_PREFETCH_SPARSE_DIST if caches else PipelineType.NONE
+    estimators = [
+        EmbeddingPerfEstimator(topology, constraints),
+        EmbeddingStorageEstimator(topology, constraints, pipeline),
+    ]
     return EmbeddingShardingPlanner(
         topology=topology,
         batch_size=batch_size,
-        enumerator=EmbeddingEnumerator(topology, batch_size, constraints),
+        enumerator=EmbeddingEnumerator(topology, batch_size, constraints, estimators),
         storage_reservation=FixedPercentageStorageReservation(RESERVED_SHARE),
         proposer=[
             GridSearchProposer(min(_MOST_COMBINATIONS, _COMBINATIONS_BY_RANKS // machines.world_size)),
@@ -185,7 +222,12 @@ def planner(
 
 
 def plan_on_paper(
-    model: nn.Module, layout: ModelLayout, machines: Machines, batch_size: int, sharding: Sharding = BY_DEFAULT
+    model: nn.Module,
+    layout: ModelLayout,
+    machines: Machines,
+    batch_size: int,
+    sharding: Sharding = BY_DEFAULT,
+    features: Path | None = None,
 ) -> tuple[str, list[RankPlan]]:
     """The plan for machines that need not be there, as `describe_plan` tells it, and what each rank bears.
 
@@ -199,22 +241,38 @@ def plan_on_paper(
     listener = SimpleNamespace(log=lambda *, best_plan, **_: options.extend(best_plan))
     update_in_backward(model, learning_rate=1.0)  # what it keeps takes memory
     try:
-        plan = planner(layout, machines, batch_size, sharding, listener).plan(model, sharders(sharding, batch_size))
+        plan = planner(layout, machines, batch_size, sharding, features, listener).plan(
+            model, sharders(sharding, batch_size)
+        )
     except PlannerError:
         try:
-            planner(layout, machines, 1, sharding).plan(model, sharders(sharding, 1))
+            planner(layout, machines, 1, sharding, features).plan(model, sharders(sharding, 1))
         except PlannerError:
             raise explain_misfit(layout, machines, sharding) from None
         raise UserError(
             f"the embedding tables fit, but not beside what a step of {batch_size:,} rows a rank takes: set "
             "`training.batch_size` lower, or use more ranks"
         ) from None
-    held, taken, times = [0] * machines.world_size, [0] * machines.world_size, [0.0] * machines.world_size
-    for part in (part for option in options for part in option.shards):
-        held[part.rank] += part.size[0] * (part.size[1] + 1) * _FLOAT
-        taken[part.rank] += part.storage.hbm + part.storage.ddr
-        times[part.rank] += part.perf.total
-    return describe_plan(plan), [RankPlan(*each) for each in zip(itertools.count(), held, taken, times)]
+    ranks = [RankPlan(rank, 0, 0, 0.0, 0) for rank in range(machines.world_size)]
+    for option, part in ((each, part) for each in options for part in each.shards):
+        rank, tables, taken, time, host = ranks[part.rank]
+        share = option.cache_load_factor if _is_cached(option) else 1
+        tables += round(share * part.size[0] * (part.size[1] + 1) * _FLOAT)
+        own, beside = part.storage.hbm, part.storage.ddr
+        if machines.device == "cpu":
+            own, beside = own + beside, 0
+        ranks[rank] = RankPlan(rank, tables, taken + own, time + part.perf.total, host + beside)
+    return describe_plan(plan), ranks
+
+
+def _is_cached(option: Any) -> bool:
+    """Whether a table lies in main memory, beside caches on GPUs."""
+    return bool(option.compute_kernel == _CACHED)
+
+
+def caches_tables(plan: Any) -> bool:
+    """Whether some tables do."""
+    return any(_is_cached(each) for module in plan.plan.values() for each in module.values())
 
 
 def describe_plan(plan: Any) -> str:
@@ -226,7 +284,12 @@ def describe_plan(plan: Any) -> str:
             split = len({each.shard_offsets[1] for each in shards}) > 1
             sizes = (f"{each.shard_sizes[0]:,} rows" + f" of {each.shard_sizes[1]} columns" * split for each in shards)
             places = list(zip((each.placement.rank() for each in shards), sizes, strict=True))
-            lines.append(f"{table}: {parameter.sharding_type} ({', '.join(merge_neighbours(places))})")
+            line = f"{table}: {parameter.sharding_type} ({', '.join(merge_neighbours(places))})"
+            if _is_cached(parameter):
+                cache = parameter.cache_params
+                found = 1 - cache.stats.expected_miss_rate(cache.load_factor)
+                line += f", in main memory; {cache.load_factor:.2%} of it cached for {found:.1%} of look-ups"
+            lines.append(line)
     return "\n".join(lines)
 
 
@@ -252,7 +315,12 @@ def explain_misfit(layout: ModelLayout, machines: Machines, sharding: Sharding) 
     tables = sorted(used_tables(layout), key=table_bytes, reverse=True)
     needed, offered = sum(map(table_bytes, tables)), machines.world_size * machines.rank_bytes
     largest = tables[0]
-    where = f"{machines.world_size} rank(s), each with {machines.rank_bytes / GIB:.2f} GiB for them"
+    where, ways = f"{machines.world_size} rank(s), each with {machines.rank_bytes / GIB:.2f} GiB for them", list[str]()
+    if sharding.cache_hit_rate is not None:
+        host = machines.host_bytes / machines.local_world_size * (1 - RESERVED_SHARE)
+        where += f" and {host / GIB:.2f} GiB of main memory"
+        if needed < machines.world_size * host:
+            ways.append("set `training.cache_hit_rate` lower")
     what = f"the embedding tables take {needed / GIB:.1f} GiB with their optimizer and do not fit into {where}"
     most = f"the largest, '{largest.name}', has {largest.rows:,} rows of {largest.dim} numbers"
     by_rows = bool(set(sharding.types(machines.device)) - {"table_wise", "column_wise"})
@@ -261,7 +329,6 @@ def explain_misfit(layout: ModelLayout, machines: Machines, sharding: Sharding) 
         width = min(width, sharding.columns)
     part = largest.rows * (width + 1) * _FLOAT  # the most of it that one rank has to take
     room = offered - (needed - table_bytes(largest)) if by_rows else machines.rank_bytes
-    ways = []
     if by_rows or part <= machines.rank_bytes:
         machines_needed = math.ceil(needed * 1.1 / machines.rank_bytes / machines.local_world_size)
         ranks = max(machines_needed * machines.local_world_size, machines.world_size + machines.local_world_size)

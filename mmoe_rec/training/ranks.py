@@ -73,8 +73,8 @@ class Ranks:
 def training_ranks(settings: Training) -> Iterator[tuple[torch.device, Ranks]]:
     """The device and the process group of a training. Raises UserError for what this machine does not offer."""
     device, ranks = pick_device(settings.device), int(os.environ.get("WORLD_SIZE", "1"))
-    sharding = settings.sharding, settings.communication, settings.tables, settings.products
-    if ranks > 1 or sharding != ("auto", "fp32", "auto", "auto"):
+    chosen = settings.sharding, settings.tables, settings.products, settings.cache_hit_rate
+    if ranks > 1 or chosen != ("auto", "auto", "auto", None):
         from mmoe_rec.model.products import choose_products
         from mmoe_rec.training.planning import Sharding
         from mmoe_rec.training.tables import choose_way

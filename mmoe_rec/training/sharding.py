@@ -10,6 +10,7 @@ import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
@@ -26,6 +27,7 @@ from mmoe_rec.training.planning import (
     BY_DEFAULT,
     Machines,
     Sharding,
+    caches_tables,
     describe_plan,
     explain_misfit,
     planner,
@@ -52,12 +54,14 @@ class ShardedModel:
 
     model: torchrec's DistributedModelParallel, or `OneProcess`, called with a `Batch`; table_optimizer: its fused
     row-wise Adagrad, which updates the tables within the backward pass and takes its learning rate from `param_groups`
-    at `zero_grad()` and `step()`; plan: a line for each table, how and where it is stored.
+    at `zero_grad()` and `step()`; plan: a line for each table, how and where it is stored; cached: whether some lie in
+    main memory, beside caches on GPUs.
     """
 
     model: Any
     table_optimizer: Any
     plan: str
+    cached: bool = False
 
     @property
     def pipelined(self) -> bool:
@@ -89,12 +93,13 @@ def shard(
     first_rows: FirstRows | None = None,
     way: Literal["auto"] | Way = "auto",
     sharding: Sharding = BY_DEFAULT,
+    features: Path | None = None,
 ) -> ShardedModel:
     """Spreads a model over `training_tables` over the ranks of the current process group.
 
-    batch_size: rows a rank and step. Tables start from `first_rows`, by default `initial_rows(table, seed, ...)`. A
-    layout without tables gives plain data parallelism. Raises UserError when the tables do not fit into memory, or the
-    way is not on offer.
+    batch_size: rows a rank and step; features: folder with the counts of ids, for caches. Tables start from
+    `first_rows`, by default `initial_rows(table, seed, ...)`. A layout without tables gives plain data parallelism.
+    Raises UserError when the tables do not fit into memory, or the way or sharding is not on offer.
     """
     first_rows = first_rows or (lambda table, first, last: initial_rows(table, seed, first, last))
     way = choose_way(way, device.type, dist.get_world_size())
@@ -115,7 +120,7 @@ def shard(
     plan = ShardingPlan({})
     if used_tables(layout):
         update_in_backward(model, table_learning_rate)
-        plan = _plan(model, layout, device, batch_size, sharding)
+        plan = _plan(model, layout, device, batch_size, sharding, features)
     with warnings.catch_warnings():
         # An argument that torchrec hands to torch, deprecated there.
         warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
@@ -129,10 +134,17 @@ def shard(
     if alone and plan.plan and not sharding.splits_columns:
         look_up_directly(parallel)
     _fill_tables(parallel, layout, first_rows)
-    return ShardedModel(parallel, parallel.fused_optimizer, describe_plan(plan))
+    return ShardedModel(parallel, parallel.fused_optimizer, describe_plan(plan), caches_tables(plan))
 
 
-def _plan(model: nn.Module, layout: ModelLayout, device: torch.device, batch_size: int, sharding: Sharding) -> Any:
+def _plan(
+    model: nn.Module,
+    layout: ModelLayout,
+    device: torch.device,
+    batch_size: int,
+    sharding: Sharding,
+    features: Path | None,
+) -> Any:
     from torchrec.distributed.planner.types import PlannerError
 
     local, kind = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), cast("Literal['cpu', 'cuda']", device.type)
@@ -140,7 +152,7 @@ def _plan(model: nn.Module, layout: ModelLayout, device: torch.device, batch_siz
     card = torch.cuda.get_device_properties(device).total_memory if kind == "cuda" else 0
     machines = Machines(dist.get_world_size(), local, kind, card, host)
     try:
-        made = planner(layout, machines, batch_size, sharding)
+        made = planner(layout, machines, batch_size, sharding, features)
         return made.collective_plan(model, sharders(sharding, batch_size), dist.group.WORLD)
     except PlannerError:
         raise explain_misfit(layout, machines, sharding) from None

@@ -89,16 +89,18 @@ class Steps:
         self._now: Step | None = None
         self._pipeline: Any = None
         if sharded.pipelined:
-            from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
+            from torchrec.distributed.train_pipeline import PrefetchTrainPipelineSparseDist, TrainPipelineSparseDist
 
-            self._pipeline = TrainPipelineSparseDist(
+            # The former also brings the rows of the next batch into the caches, while a batch is trained on.
+            pipeline = PrefetchTrainPipelineSparseDist if sharded.cached else TrainPipelineSparseDist
+            self._pipeline = pipeline(
                 sharded.model, self, device, execute_all_batches=True, custom_model_fwd=self._forward
             )
 
     def next(self, batches: Iterator[Batch], share: float) -> Step | None:
         """Trains on the next batch, at a share of the peak learning rates; None after the last one.
 
-        It looks two batches ahead. A collective call.
+        It looks two batches ahead, with caches three. A collective call.
         """
         self._share = share
         for group, peak in zip(self._optimizer.param_groups, self._peaks, strict=True):

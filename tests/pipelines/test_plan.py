@@ -4,10 +4,14 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from mmoe_rec.features.pipeline import largest_layout
 from mmoe_rec.settings.load import load_settings
+from mmoe_rec.training.caches import LookUps
 from tests.commands import exit_code
 
 CONFIG = "configs/cluster.yaml"
@@ -84,6 +88,63 @@ def test_the_sizes_of_built_features_are_taken(tmp_path: Path, capsys: pytest.Ca
     assert re.search(r"video: table_wise \(rank [01]: 200 rows\)", said)
 
 
+def write_features(folder: Path) -> None:
+    """The sizes and counts of built features: of videos, one is as frequent as all others together."""
+    built = largest_layout(load_settings(CONFIG).schema_)
+    built = replace(built, tables=tuple(replace(table, rows=20_000_000) for table in built.tables))
+    for name in ("encoded", "counts", "serving"):
+        (folder / name).mkdir(parents=True)
+    (folder / "encoded" / "layout.json").write_text(built.to_json())
+    counts = np.array([900_000, *[1] * 900_000])
+    pq.write_table(pa.table({"count": counts}), folder / "counts" / "feature.video.parquet")
+    pq.write_table(pa.table({"id": np.arange(len(counts))}), folder / "serving" / "video.vocabulary.parquet")
+
+
+def test_tables_that_do_not_fit_are_cached(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    write_features(tmp_path / "features")
+    small = ["--world-size", "4", "--local-world-size", "4", "--hbm-gib", "4", f"--data.work={tmp_path}"]
+    code, said = run(capsys, *small)
+    assert code == 2
+    assert "do not fit into 4 rank(s), each with 3.20 GiB for them; the largest" in said
+    code, said = run(capsys, *small, "--training.cache_hit_rate", "0.5", "--host-gib", "64")
+    assert code == 0, said
+    # Half of the look-ups are of one row. Nothing is known of channels, so half of the rows are taken to be needed.
+    assert re.search(r"\nvideo: .*\), in main memory; 0\.0\d% of it cached for 50\.0% of look-ups\n", said)
+    assert re.search(r"\nviewer: .*\), in main memory; 50\.00% of it cached for 50\.0% of look-ups\n", said)
+    for own, beside in re.findall(r": ([\d.]+) of 3\.20 GiB \(\d+%\) and ([\d.]+) GiB of main memory for tables", said):
+        assert 0 < float(own) <= 3.2
+        assert float(beside) > 1
+    code, said = run(capsys, *small, "--training.cache_hit_rate", "0.9", "--host-gib", "64")
+    assert code == 2
+    assert re.search(
+        r"3\.20 GiB for them and 12\.80 GiB of main memory; .*: set `training.cache_hit_rate` lower, or", said
+    )
+
+
+def test_a_terabyte_beside_eight_cards(capsys: pytest.CaptureFixture) -> None:
+    eight = ["--world-size", "8", "--local-world-size", "8", "--host-gib", "2000"]
+    code, said = run(capsys, *eight, "--training.cache_hit_rate", "0.2")
+    assert code == 0, said
+    assert re.search(r"\nviewer: .*\), in main memory; 20\.00% of it cached for 20\.0% of look-ups\n", said)
+
+
+@pytest.mark.parametrize("hit_rate", [0.5, 0.8, 0.95])
+def test_a_cache_answers_as_much_as_expected(hit_rate: float) -> None:
+    """Beside a cache that drops what was asked for longest ago, as those of fbgemm do."""
+    counts = 1 / np.arange(1, 2_001)  # Zipf's law
+    look_ups = LookUps(counts, np.ones(len(counts), int), 4096)
+    load_factor = look_ups.load_factor(hit_rate)
+    assert look_ups.hit_rate(load_factor) == pytest.approx(hit_rate, abs=2e-3)
+    cache, hits = dict[int, None](), list[bool]()
+    for row in np.random.default_rng(7).choice(len(counts), 60_000, p=counts / counts.sum()).tolist():
+        hits.append(row in cache)
+        cache.pop(row, None)
+        cache[row] = None
+        if len(cache) > load_factor * len(counts):
+            del cache[next(iter(cache))]
+    assert np.mean(hits[20_000:]) == pytest.approx(hit_rate, abs=0.02)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -94,6 +155,10 @@ def test_the_sizes_of_built_features_are_taken(tmp_path: Path, capsys: pytest.Ca
         (
             ["--world-size", "16", "--device", "cpu", "--training.sharding", "row_wise"],
             "training.sharding is row_wise, which torchrec has on GPUs alone: on CPUs set it to auto, table_wise or",
+        ),
+        (
+            ["--world-size", "16", "--device", "cpu", "--training.cache_hit_rate", "0.9"],
+            "training.cache_hit_rate is 0.9, but without a GPU tables lie in main memory anyway: set it to null",
         ),
         (["--world-size", "0"], "invalid value for '--world-size': 0 is not in the range x>=1; --help lists"),
         (["--world-size", "8.5"], "'--world-size': '8.5' is not a valid integer"),

@@ -3,19 +3,24 @@
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from torchrec.distributed.train_pipeline import PrefetchTrainPipelineSparseDist, TrainPipelineSparseDist
 
 from mmoe_rec.batches.batch import Batch, make_batch
-from mmoe_rec.errors import UserError
+from mmoe_rec.errors import StopRequest, UserError
 from mmoe_rec.model.tables import PlainTables, torchrec_tables
+from mmoe_rec.settings.training import Training
 from mmoe_rec.training.checkpoint import load_plain
 from mmoe_rec.training.planning import Machines, plan_on_paper, table_bytes
 from mmoe_rec.training.ranks import process_group
+from mmoe_rec.training.sharding import Optimizers, ShardedModel, shard
+from mmoe_rec.training.steps import Steps
 from tests.model.examples import LAYOUT, is_weight, random_rows, small_model
 from tests.training.learnable import write_prepared
 from tests.training.ranks import CPU, ROWS, SEED, join, join_and_train, spawn, train_one_step
@@ -125,6 +130,18 @@ def test_a_lost_rank_is_named(tmp_path: Path) -> None:
 def test_the_others_are_told_why_the_first_has_failed(tmp_path: Path) -> None:
     spawn(_fail_at_first, tmp_path)
     assert [(tmp_path / f"said{rank}").read_text() for rank in (0, 1)] == ["no log", "no log"]
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_rows_are_brought_into_caches_ahead(monkeypatch: pytest.MonkeyPatch, cached: bool) -> None:
+    """By the pipeline that is made where there is a GPU; on CPUs torchrec's does nothing."""
+    monkeypatch.setattr(ShardedModel, "pipelined", True)
+    with process_group(CPU):
+        sharded = shard(small_model(torchrec_tables(LAYOUT)), LAYOUT, CPU, batch_size=8, table_learning_rate=0.1)
+        sharded = replace(sharded, cached=cached)
+        optimizer = Optimizers(sharded, Training())
+        steps = Steps(sharded, optimizer, LAYOUT, CPU, bf16=False, clip_gradient=1.0, stop=StopRequest())
+        assert type(steps._pipeline) is (PrefetchTrainPipelineSparseDist if cached else TrainPipelineSparseDist)
 
 
 # Trainings of 200 steps on one, two and four ranks, stopped after 100 and gone on with on as many or another number.
