@@ -49,6 +49,7 @@ from mmoe_rec.inference.artifact import (
 from mmoe_rec.inference.scorer import Scorer
 from mmoe_rec.log.columns import combine, mix
 from mmoe_rec.model.tables import ROWS, PlainTables, name_weight, some_in_int8
+from mmoe_rec.point_in_time.join import sorted_order
 from mmoe_rec.point_in_time.memory import Memory
 
 _WEIGHTS, _FITTED, _TREES = "weights.safetensors", "pipeline.json", "trees/"
@@ -162,7 +163,7 @@ class _Changes(NamedTuple):
 def _find_changes(before: Columns, now: Columns) -> _Changes:
     """Which rows of one table are no rows of another one, in order. Rows that are equal and in another order count."""
     one, other = _hash_rows(before), _hash_rows(now)
-    orders = [np.argsort(each, kind="stable") for each in (one, other)]
+    orders = [sorted_order(each, np.zeros(len(each), np.int64)) for each in (one, other)]
     old, new = one[orders[0]], other[orders[1]]
     # Of several equal rows, the first is found for the first, the second for the second.
     begins = np.append(True, new[1:] != new[:-1])[: len(new)]
