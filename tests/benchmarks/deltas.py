@@ -7,8 +7,9 @@ dense weights and other rows of tables, every tenth by a refresh with a new file
 the folder that the server watches. Every reply has to give the scores of the whole model of the version that it names:
 up to the last bits where calls share a pass, and to the bit where one comes alone, which is tried after each delta.
 
---sizes: of one model, bytes and seconds of the whole and of two deltas: a refresh with the log's last day, and a
-training that has touched the rows of the ids in that day. Tables are made as of the day before, and as of its end.
+--sizes: of one model, megabytes and seconds of processor time of the whole and of two deltas: a refresh with the log's
+last day, and a training that has touched the rows of the ids in that day and kept the trees. Tables are made as of the
+day before, and as of its end.
 
 The last line is JSON.
 """
@@ -228,7 +229,7 @@ def size(folder: Path) -> int:
 
 
 def measure_sizes(model: Path, config: str, scratch: Path) -> dict[str, Any]:
-    """Bytes and seconds of the whole model and of deltas of a day."""
+    """Megabytes, and seconds of processor time, of the whole model and of deltas of a day."""
     settings = load_settings(Path(config), [])
     end = as_of(read_artifact(model))
     before, after, trained = (scratch / name for name in ("before", "after", "trained"))
@@ -237,18 +238,18 @@ def measure_sizes(model: Path, config: str, scratch: Path) -> dict[str, Any]:
     renew_tables(model, settings, after, until=end + 1)
     found: dict[str, Any] = {"whole_mb": round(sum(each.bytes for each in read_manifest(after).values()) / 1e6, 1)}
     for name, one, other in (("refresh", before, after), ("training", after, touch(after, settings, end, trained))):
-        start = time.perf_counter()
+        start = time.process_time()
         write_delta(one, other)
-        wrote = time.perf_counter() - start
+        wrote = time.process_time() - start
         rankers, seconds = Ranker.load(one), dict[str, list[float]](whole=[], delta=[])
         for _ in range(5):
             for what, take_up in (
                 ("whole", lambda: Ranker.load(other)),  # noqa: B023
                 ("delta", lambda: rankers.with_delta(other / DELTA)),  # noqa: B023
             ):
-                start = time.perf_counter()
+                start = time.process_time()
                 made = take_up()
-                seconds[what].append(time.perf_counter() - start)
+                seconds[what].append(time.process_time() - start)
         assert made.version == version_of(other)
         example = json.loads((other / "example_request.json").read_text())
         assert made.rank(**example).scores == Ranker.load(other).rank(**example).scores

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mmoe_rec.inference.artifact import Source
+from mmoe_rec.inference.artifact import DELTA, Source
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.live.journal import Batch, Journal
 from mmoe_rec.live.journal_files import cut_journal
@@ -77,6 +77,19 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> RefreshedModel:
 def model(kept: RefreshedModel, tmp_path: Path) -> RefreshedModel:
     kept.journal = tmp_path / "journal.db"
     return kept.restore()
+
+
+def test_a_server_goes_on_by_deltas_with_the_journal(model: RefreshedModel) -> None:
+    app, days = _served(model, "1"), [(9, 10), (10, 12), (12, 14)]
+    position = _sent(app, as_json(model._days(*days[0])))
+    for number, more in zip("23", days[1:], strict=True):
+        model.take_in()
+        app.models.load(Source(model.folder_of(number) / DELTA, f"models:/small/{number}", is_delta=True))
+        whole = _served(model, number)
+        assert app.models.current.about() == whole.models.current.about()
+        assert _answers(app, position) == _answers(whole, position)
+        position = _sent(app, as_json(model._days(*more)))  # is learnt beside tables that hold what came before
+        assert _answers(app, position) == _answers(whole, position)
 
 
 def test_a_refreshed_model_answers_as_the_one_that_learnt(model: RefreshedModel, capsys: pytest.CaptureFixture) -> None:
