@@ -49,10 +49,11 @@ from mmoe_rec.inference.artifact import (
 from mmoe_rec.inference.scorer import Scorer
 from mmoe_rec.log.columns import combine, mix
 from mmoe_rec.model.tables import ROWS, PlainTables, name_weight, some_in_int8
+from mmoe_rec.model.trees import FOLDER
 from mmoe_rec.point_in_time.join import sorted_order
 from mmoe_rec.point_in_time.memory import Memory
 
-_WEIGHTS, _FITTED, _TREES = "weights.safetensors", "pipeline.json", "trees/"
+_WEIGHTS, _FITTED = "weights.safetensors", "pipeline.json"
 Columns = Mapping[str, np.ndarray]
 
 
@@ -74,7 +75,7 @@ def _write_delta(base: Path, folder: Path, target: Path) -> Delta:
         parts = name.split("/")
         is_whole = (
             (len(parts) == 1 and name != _WEIGHTS)
-            or (name.startswith(_TREES) and any(each.startswith(_TREES) for each in changed))
+            or (_is_of_trees(name) and any(map(_is_of_trees, changed)))
             or (_is_fitted(name) and was_fitted)
             or (parts[0] == "features" and len(parts) == 2 and not _is_fitted(name))
         )
@@ -103,14 +104,15 @@ def _is_fitted(name: str) -> bool:
     return folder == "features" and not file.startswith("latest.") and file != "files.json"
 
 
+def _is_of_trees(name: str) -> bool:
+    return name.startswith(f"{FOLDER}/")
+
+
 def _is_another_model(before: Artifact, now: Artifact, changed: set[str]) -> bool:
-    """Whether anything differs from which logits, and what is made of them, come."""
-    files = {_WEIGHTS, "layout.json", "calibration.json"}
-    return (
-        bool(changed & files)
-        or any(name.startswith(_TREES) for name in changed)
-        or (before.model, before.name) != (now.model, now.name)
-    )
+    """Whether anything differs from which logits, and what is made of them, come, or how they are computed."""
+    is_other = changed & {_WEIGHTS, "layout.json", "calibration.json"} or any(map(_is_of_trees, changed))
+    said = [(each.model, each.name, each.products, each.precision, each.in_bf16) for each in (before, now)]
+    return bool(is_other) or said[0] != said[1]
 
 
 def _write_weights(base: Path, folder: Path, target: Path) -> dict[str, str]:

@@ -163,8 +163,6 @@ class Ranker:
         if Delta.read(folder, verify=False) != delta:
             raise UserError(f"another delta took the place of '{folder}' while it was applied")
         ranker._check_example(folder)
-        if ranker.scorer is not self.scorer:
-            ranker.scorer.multiply_by(self.scorer.way)
         return ranker
 
     def _check_example(self, folder: Path) -> None:
@@ -172,7 +170,11 @@ class Ranker:
 
         This also builds the indexes that encoders make at their first use, so that no request waits for them.
         """
-        now, before = self.example_scores(folder), ExampleScores.read(folder)
+        checked = self
+        if self.scorer.way == "bf16":  # is that of a model which serves, and what was written down is of fp32
+            checked = copy(self)
+            checked.scorer = Scorer(self.about, self.model, self.calibration)
+        now, before = checked.example_scores(folder), ExampleScores.read(folder)
         if difference := before.difference(now, self.about.tasks, self.calibration):
             others = ", ".join(before.other_versions(now))
             raise OtherScoresError(
@@ -195,18 +197,26 @@ class Ranker:
         self.reader.max_candidates = self.about.max_candidates
         self._knowledge = replace(self._knowledge, freshness=Freshness.of(self.about))
 
-    def serve_faster(self) -> None:
-        """Multiplies as `best_way` says from now on."""
-        self.scorer.multiply_by(self.best_way())
+    def serve_faster(self, known: Way | None = None) -> None:
+        """Multiplies as `best_way` says from now on. known: what was faster for the version before, which is not
+        measured again where the settings still allow it."""
+        way = known if known in self._ways else self.best_way()
+        if way is not None and way != self.scorer.way:
+            self.scorer.multiply_by(way)
 
     def best_way(self) -> Way:
         """What the settings `serving.products` and `serving.precision` ask for; for `auto`, what is faster on this
         processor, in bf16 only if that ranked validation rows alike."""
+        ways = self._ways
+        return self.scorer.fastest_way(ways) if len(ways) > 1 else ways[0]
+
+    @property
+    def _ways(self) -> list[Way]:
         wanted = self.about.products
         ways: list[Way] = ["blas", "onednn"] if wanted == "auto" else ["onednn" if wanted == "onednn" else "blas"]
         if self.about.precision == "auto" and self.about.in_bf16 is not None and self.about.in_bf16.ranks_alike:
             ways.append("bf16")
-        return self.scorer.fastest_way(ways) if len(ways) > 1 else ways[0]
+        return ways
 
     # Learning what happened since
 

@@ -114,13 +114,10 @@ class Models:
         from mmoe_rec.inference.ranker import Ranker
 
         try:
-            if source.is_delta:
-                ranker = self.current.ranker.with_delta(source.folder)
-                ranker.take_settings(self.options.instead)
-            else:
-                ranker = Ranker.load(source.folder)
-                ranker.take_settings(self.options.instead)
-                ranker.serve_faster()
+            before = self.current.ranker if source.is_delta else None
+            ranker = Ranker.load(source.folder) if before is None else before.with_delta(source.folder)
+            ranker.take_settings(self.options.instead)
+            ranker.serve_faster(None if before is None else before.scorer.way)
             if ranker.pipeline.booleans is None:
                 _log.warning(
                     "the model's features were built by an earlier version, which did not note the columns that hold "
