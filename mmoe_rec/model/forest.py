@@ -132,11 +132,11 @@ class Forest:
         for tree, row in zip(trees, self._values, strict=True):
             row[: len(tree.values)] = tree.values
         self._numbers: list[tuple[int, slice, np.ndarray]] = []  # input, rows of bits, edges (E, 1)
-        self._sets: list[tuple[int, slice, np.ndarray]] = []  # input, rows of bits, (S, most + 2) who is in which set
+        self._sets: list[tuple[int, slice, np.ndarray]] = []  # input, which sets, (most + 2, S) who is in which
         self._levels: list[_Level] = []
         sizes = [len(tree.features) for tree in trees]
         firsts = np.cumsum([0, *sizes])
-        self._bits = 0
+        self._bits = self._edges = 0  # rows of bits, and those that are of edges
         bits = self._find_bits(trees, firsts)
         # Leaf l of tree t is ~(l x trees + t), so that leaves of one number lie side by side.
         of_tree, count = np.arange(len(trees)).repeat(sizes), len(trees)
@@ -162,7 +162,7 @@ class Forest:
         bits = np.empty(len(features), np.int64)
         keys = features[~by_set] << 32 | edges[~by_set].view(np.uint32)
         keys, bits[~by_set] = np.unique(keys, return_inverse=True)
-        self._bits = len(keys)
+        self._bits = self._edges = len(keys)
         for feature, first, count in zip(*np.unique(keys >> 32, return_index=True, return_counts=True), strict=True):
             rows = slice(first, first + count)
             own = (keys[rows] & 0xFFFFFFFF).astype(np.uint32).view(np.float32)
@@ -172,11 +172,12 @@ class Forest:
             for split in np.flatnonzero(tree.by_set).tolist():
                 sets.setdefault(int(tree.features[split]), []).append((first + split, tree.members(split)))
         for feature, splits in sets.items():
-            table = np.zeros((len(splits), 2 + max(max(members) for _, members in splits)), np.bool_)
-            for row, (split, members) in zip(table, splits, strict=True):
-                row[members], bits[split] = True, self._bits
+            table = np.zeros((2 + max(max(members) for _, members in splits), len(splits)), np.bool_)
+            for place, (split, members) in enumerate(splits):
+                table[members, place], bits[split] = True, self._bits
                 self._bits += 1
-            self._sets.append((feature, slice(self._bits - len(splits), self._bits), table))
+            end = self._bits - self._edges
+            self._sets.append((feature, slice(end - len(splits), end), table))
         return bits
 
     def sums(self, x: np.ndarray, threads: int = 1) -> np.ndarray:
@@ -195,17 +196,25 @@ class Forest:
         trees, words = len(self._values), -(-len(x) // (8 * word.itemsize))
         rows = 8 * word.itemsize * words
         columns = x.take(np.minimum(np.arange(rows), len(x) - 1), axis=0).T.copy()
-        goes_left = np.empty((self._bits, rows), np.bool_)
+        bits = np.empty((self._bits, rows // 8), np.uint8)
+        goes_left = np.empty((self._edges, rows), np.bool_)
         for feature, splits, edges in self._numbers:
             np.less_equal(columns[feature], edges, out=goes_left[splits])
+        bits[: self._edges] = np.packbits(goes_left, bitorder="little").reshape(self._edges, -1)
+        sets = self._bits - self._edges
+        is_member = np.empty((rows, -(-sets // 8) * 8), np.bool_)
         for feature, splits, table in self._sets:
-            last = table.shape[1] - 1  # of numbers that are in no set
+            last = len(table) - 1  # of numbers that are in no set
             numbers = np.where((columns[feature] >= 0) & (columns[feature] < last), columns[feature], last)
-            if (numbers == numbers[0]).all():  # such as the user's
-                goes_left[splits] = table[:, [int(numbers[0])]]
-            else:
-                np.take(table, numbers.astype(np.int64), axis=1, out=goes_left[splits], mode="clip")
-        bits = np.packbits(goes_left, bitorder="little").view(word).reshape(self._bits, words)
+            is_member[:, splits] = table.take(numbers.astype(np.int64), axis=0)
+        # Eight rows become the bits of a byte, of eight splits at a time: numbers whose bytes are 0 or 1.
+        eight = is_member.view(np.uint64).reshape(rows // 8, 8, -1)
+        packed = eight[:, 7].copy()
+        for row in range(6, -1, -1):
+            packed <<= np.uint64(1)
+            packed |= eight[:, row]
+        bits[self._edges :] = packed.view(np.uint8).T[:sets]
+        bits = bits.view(word)
         reached = np.empty((self._nodes, words), word)
         reached[:trees], reached[-1] = ~word.type(0), 0
         for nodes, of_nodes, first in self._levels:
@@ -220,7 +229,10 @@ class Forest:
             half = 1 << digit
             one = np.bitwise_or.reduce(of_leaves[half:], axis=0)
             of_leaves = of_leaves[:half] | of_leaves[half:]
-            leaf |= np.unpackbits(one.view(np.uint8), bitorder="little").reshape(leaf.shape).astype(leaf.dtype) << digit
+            ones = (
+                np.unpackbits(one.view(np.uint8), bitorder="little").reshape(leaf.shape).astype(leaf.dtype, copy=False)
+            )
+            leaf |= np.left_shift(ones, digit, out=ones)
         slots = self._values.shape[1]
         values = self._values.take(leaf + slots * np.arange(trees)[:, None])
         sums = [values[first:end].sum(0) for first, end in pairwise(self._ends)]
