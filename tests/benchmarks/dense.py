@@ -1,7 +1,8 @@
 """python -m tests.benchmarks.dense MODEL 5 500
 
 What engines take for the dense part of a request of so many candidates, from its inputs to calibrated predictions, in
-one thread: milliseconds of each, as JSON, by number of candidates. All give the same predictions to 1e-5.
+one thread: milliseconds of each, as JSON, by number of candidates; and by how much the predictions of any two differ at
+most on 10,000 logged rows, the first ones of validation.
 
 modules_blas, modules_onednn  the modules that are trained, by either library of products;
 fused_blas, fused_onednn      `mmoe_rec.model.fused`, which serves;
@@ -11,11 +12,12 @@ Trees take as long in each: they are read by `mmoe_rec.model.forest`, which is f
 LightGBM's own from some ten candidates on.
 """
 
+import itertools
 import json
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +25,16 @@ import numpy as np
 import onnxruntime
 import torch
 
+from mmoe_rec.batches.batch import make_batch
+from mmoe_rec.batches.encoded_rows import EncodedRows
 from mmoe_rec.inference.export import DensePart
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.inference.reader import Request
 from mmoe_rec.model.products import Products, has_onednn
+from mmoe_rec.preprocessing.prepare import FeatureFolder
 from tests.benchmarks.serving_models import Bodies
 
-TURNS = 60
+TURNS, ROWS = 60, 10_000
 Engine = Callable[[torch.Tensor], np.ndarray]
 """Inputs (N, W) -> predictions (N, T)."""
 
@@ -82,6 +87,20 @@ def inputs_of(ranker: Ranker, request: dict[str, Any]) -> torch.Tensor:
     return ranker.request_inputs.matrix(*ranker.pipeline.request_inputs(rows), rows.of)
 
 
+def largest_difference(model: Path, engines: Mapping[str, Engine], ranker: Ranker) -> float:
+    """Of any prediction by two engines."""
+    rows = EncodedRows(FeatureFolder(model.parent / "features").split("validation"), ranker.layout)
+    batches = itertools.islice(rows.stream(ROWS // 10), 10)
+    found = []
+    for batch, _ in batches:
+        with torch.inference_mode():
+            given = make_batch(batch.encoded, ranker.layout, batch.labels, torchrec=False)
+            inputs = ranker.model.side_by_side(given)[0]
+        values = np.stack([engine(inputs) for engine in engines.values()])
+        found.append(float(np.ptp(values, axis=0).max()))
+    return max(found)
+
+
 def main() -> None:
     """Prints the figures."""
     torch.set_num_threads(1)
@@ -103,7 +122,7 @@ def main() -> None:
                     taken[name].append(time.perf_counter() - start)
                 np.testing.assert_allclose(values, expected, atol=1e-5)
         found[str(count)] = {name: round(1e3 * float(np.median(each)), 3) for name, each in taken.items()}
-    print(json.dumps(found))
+    print(json.dumps({"milliseconds": found, "largest_difference": largest_difference(model, engines, ranker)}))
 
 
 if __name__ == "__main__":
