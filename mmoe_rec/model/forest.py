@@ -200,7 +200,7 @@ class Forest:
         goes_left = np.empty((self._edges, rows), np.bool_)
         for feature, splits, edges in self._numbers:
             np.less_equal(columns[feature], edges, out=goes_left[splits])
-        bits[: self._edges] = np.packbits(goes_left, bitorder="little").reshape(self._edges, -1)
+        bits[: self._edges] = np.packbits(goes_left, bitorder="little").reshape(self._edges, rows // 8)
         sets = self._bits - self._edges
         is_member = np.empty((rows, -(-sets // 8) * 8), np.bool_)
         for feature, splits, table in self._sets:
