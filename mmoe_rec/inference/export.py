@@ -168,41 +168,20 @@ class WholeModel(nn.Module):
 def write_onnx(folder: Path, ranker: Ranker, made: Path) -> None:
     """Writes the model of an artifact folder, loaded as `ranker`, to an empty folder. Raises UserError for one that the
     exporter can't follow."""
-    whole, trees, given, sizes = WholeModel(ranker), ranker.model.trees, dict[str, Tensor](), dict[str, Any]()
-    if trees is not None and not trees.texts:  # of no task
-        trees = None
-    request = json.loads((folder / EXAMPLE).read_text(encoding="utf-8"))
-    example, candidates = encode(ranker, request), torch.export.Dim("candidates")
-    for name, each in example.items():
-        any_number = {1: torch.export.Dim.DYNAMIC} if name.startswith("ids.") else {}
-        # The exporter would take a size of 1 for fixed.
-        given[name] = torch.from_numpy(np.resize(each, (7, 3 if any_number else each.shape[1])))
-        sizes[name] = {0: candidates, **any_number}
-    grown = {} if trees is None else {"grown": torch.zeros(7, len(ranker.names))}
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # the exporter tells of libraries that no model here uses
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            program = torch.onnx.export(
-                whole,
-                kwargs={"inputs": given, **grown},
-                dynamo=True,
-                verbose=False,
-                opset_version=18,
-                input_names=[*given, *grown],
-                output_names=list(OUTPUTS),
-                dynamic_shapes={"inputs": sizes, **{name: {0: candidates} for name in grown}},
-            )
-        except Exception as error:  # the exporter's, which has causes of many kinds
-            raise UserError(f"torch's exporter can't turn this model into ONNX: {one_line(error)[:200]}") from error
-    assert program is not None
+    request, layout, trees = (
+        json.loads((folder / EXAMPLE).read_text(encoding="utf-8")),
+        ranker.layout,
+        ranker.model.trees,
+    )
+    example, answers = encode(ranker, request), answers_of(ranker.rank(**request))
+    grows = trees is not None and bool(trees.texts)  # or of no task
     (made / MODEL).parent.mkdir()
-    program.save(made / MODEL)
-    if trees is not None:
+    _export(WholeModel(ranker), example, len(ranker.names) if grows else 0).save(made / MODEL)
+    if trees is not None and grows:
         add_trees(made / MODEL, trees, ranker.names)
-    layout, answers = ranker.layout, answers_of(ranker.rank(**request))
-    arrays: dict[str, Any] = {name: each for name, each in answers.items() if name != "score"}
-    arrays = {**example, "predictions": np.stack([*arrays.values()], axis=1), "score": answers["score"]}
+    names = [name for name in answers if name != "score"]
+    values = np.stack([answers[name] for name in names], axis=1)
+    arrays: dict[str, Any] = {**example, "predictions": values, "score": answers["score"]}
     np.savez(made / "example.npz", **arrays)
     used = [each for each in layout.ids if not each.placement]
     about = {
@@ -211,7 +190,7 @@ def write_onnx(folder: Path, ranker: Ranker, made: Path) -> None:
         "fingerprint": ranker.about.fingerprint,
         "ids": single_names(layout),
         "numbers": layout.dense_names(placement=False),
-        "predictions": [name for name in answers if name != "score"],
+        "predictions": names,
         "weights": {task.name: task.score_weight for task in layout.tasks},
         "tables": {each.name: each.table for each in used},
         "rows": {each.table: layout.table(each.table).rows for each in used},
@@ -219,6 +198,35 @@ def write_onnx(folder: Path, ranker: Ranker, made: Path) -> None:
     (made / INPUTS).write_text(json.dumps(about, indent=1, ensure_ascii=False), encoding="utf-8")
     (made / "config.pbtxt").write_text(_configure(made / MODEL, ranker.about.max_candidates), encoding="utf-8")
     (made / "README.md").write_text(_README, encoding="utf-8")
+
+
+def _export(whole: WholeModel, example: Mapping[str, np.ndarray], grown: int) -> torch.onnx.ONNXProgram:
+    """The graph of a module for inputs like an example. grown: tasks, of a model with trees."""
+    given, sizes, candidates = dict[str, Tensor](), dict[str, Any](), torch.export.Dim("candidates")
+    for name, each in example.items():
+        any_number = {1: torch.export.Dim.DYNAMIC} if name.startswith("ids.") else {}
+        # The exporter would take a size of 1 for fixed.
+        given[name] = torch.from_numpy(np.resize(each, (7, 3 if any_number else each.shape[1])))
+        sizes[name] = {0: candidates, **any_number}
+    more = {"grown": torch.zeros(7, grown)} if grown else {}
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # the exporter tells of libraries that no model here uses
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            program = torch.onnx.export(
+                whole,
+                kwargs={"inputs": given, **more},
+                dynamo=True,
+                verbose=False,
+                opset_version=18,
+                input_names=[*given, *more],
+                output_names=list(OUTPUTS),
+                dynamic_shapes={"inputs": sizes, **{name: {0: candidates} for name in more}},
+            )
+        except Exception as error:  # the exporter's, which has causes of many kinds
+            raise UserError(f"torch's exporter can't turn this model into ONNX: {one_line(error)[:200]}") from error
+    assert program is not None
+    return program
 
 
 def add_trees(path: Path, trees: Trees, names: Sequence[str]) -> None:
