@@ -116,9 +116,9 @@ class EncodedRows:
             raise UserError(f"the files of '{folder}' hold no rows; check the split's times, then {ADVICE}")
 
     def head(self, rows: int) -> EncodedRows:
-        """The first row groups that hold so many rows together, or all."""
+        """The first row groups, of so many rows together at most, but at least one."""
         few = copy.copy(self)
-        few.groups = self.groups[: int(np.searchsorted(np.cumsum(self.group_rows), rows)) + 1]
+        few.groups = self.groups[: max(1, int(np.searchsorted(np.cumsum(self.group_rows), rows, side="right")))]
         few.group_rows = self.group_rows[: len(few.groups)]
         few.rows = int(few.group_rows.sum())
         return few

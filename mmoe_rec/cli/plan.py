@@ -31,14 +31,15 @@ if TYPE_CHECKING:
     from mmoe_rec.features.layout import Layout
     from mmoe_rec.model.layout import ModelLayout
     from mmoe_rec.settings.sections import Settings
-    from mmoe_rec.training.planning import RankPlan
+    from mmoe_rec.training.planning import Machines, RankPlan
 
 GIB = 2**30
 MANY_ROWS = 10**9  # to train on, where `training.batch_size` depends on them: what asks for a plan is large
 MOST_RANKS = 4_096  # the planner's time grows with them; a plan for so many takes about half a minute
 # Floating-point operations a second of a rank in products of bf16 matrices, as training reaches them.
 TFLOPS = {"cuda": 100.0, "cpu": 0.4}
-ROWS_READ = 2**18  # to measure how fast they are read
+ROWS_READ = 2**20  # at most, to measure how fast they are read
+RANKS_READ = 8  # likewise
 ROWS_OF_GPU = 150_000  # a second, of eight that train TorchRec's DLRM at 1.2 million in batches of 131,072
 MEMORY = NumberBetween(0.01, 1e6)  # both ends are far beyond any machine
 
@@ -104,7 +105,8 @@ def plan(
     dense = 1e3 * 6 * weights * rows / (TFLOPS[device] * 1e12)
     print(f"estimated step: {slowest + dense:.1f} ms, of which tables {slowest:.1f} and the dense part {dense:.1f}")
     if (built / "train").is_dir():
-        rate, taken = measure_reading(built / "train", layout, rows), ROWS_OF_GPU * local_world_size
+        rate = measure_reading(built / "train", layout, rows, settings.training.shuffle_window, machines)
+        taken = ROWS_OF_GPU * local_world_size
         cores = f": {taken / rate:.1f} cores a machine for {taken:,} rows/s, as GPUs take in TorchRec's DLRM"
         print(f"reading: {rate:,.0f} rows/s of a core here{cores if device == 'cuda' else ''}")
     if measure:
@@ -121,8 +123,10 @@ def describe_rank(rank: RankPlan, most: int) -> str:
     return f"{share}{host} {what}, {rank.milliseconds:.2f} ms a step"
 
 
-def measure_reading(folder: Path, layout: Layout, rows: int) -> float:
-    """Rows a second of a core, from files to batches of so many rows: in the second pass over some row groups."""
+def measure_reading(folder: Path, layout: Layout, rows: int, window: int, machines: Machines) -> float:
+    """Rows a second of a core, from files to batches of so many rows for each of the ranks of a machine, one after the
+    other: in the second pass over a window of the order. Ranks that need rows of the same row group each decode it.
+    """
     from mmoe_rec.batches.batch import make_batch
     from mmoe_rec.batches.encoded_rows import EncodedRows
     from mmoe_rec.batches.reader import TrainingReader
@@ -130,14 +134,20 @@ def measure_reading(folder: Path, layout: Layout, rows: int) -> float:
     from mmoe_rec.progress import quiet_loggers
     from mmoe_rec.training.ranks import NOISY_LOGGERS
 
-    some, rate = EncodedRows(folder, layout, outcomes=True).head(ROWS_READ), 0.0
-    reader = TrainingReader(some, batch_size=min(rows, some.rows), shuffle_window=ROWS_READ, seed=0)
+    window = min(window, ROWS_READ)
+    some, rate = EncodedRows(folder, layout, outcomes=True).head(window), 0.0
+    ranks, size = machines.world_size, min(rows * machines.world_size, some.rows)
     with freed_memory_kept(), quiet_loggers(dict.fromkeys(NOISY_LOGGERS, logging.CRITICAL)):
         for epoch in range(2):
-            start = time.process_time()
-            for read, position in reader.resume(reader.position(epoch), epoch + 1):
-                make_batch(read.encoded, layout, read.labels, position, numbers=read.numbers, torchrec=True)
-            rate = some.rows / (time.process_time() - start)
+            start, count = time.process_time(), 0
+            for rank in range(min(machines.local_world_size, RANKS_READ)):
+                reader = TrainingReader(
+                    some, batch_size=size, shuffle_window=window, seed=0, rank=rank, world_size=ranks
+                )
+                for read, position in reader.resume(reader.position(epoch), epoch + 1):
+                    batch = make_batch(read.encoded, layout, read.labels, position, numbers=read.numbers, torchrec=True)
+                    count += len(batch)
+            rate = count / (time.process_time() - start)
     return rate
 
 

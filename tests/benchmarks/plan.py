@@ -1,14 +1,16 @@
 """python -m tests.benchmarks.plan --encoded WORK/features/encoded
 
 Does `mmoe-rec plan --measure` say what then is? Trainings on the rows of `tests.benchmarks.training`, each foretold
-from a hundred steps in a process of its own, and then run, in turns: rows a second and seconds (the best of `--repeats`
+from fifty steps in a process of its own, and then run, in turns: rows a second and seconds (the best of `--repeats`
 counts, of either), bytes of tables and optimizer that each rank holds, and the most memory of the first process.
+`--processor-time` counts the processor's seconds, which say more where other programs come and go.
 
 `--encoded` reads the encoded training rows of a folder besides, as `plan` does: rows a second of a core (the processor
-time of all threads counts), by rows of a batch, and the cores that 1.2 million rows a second would keep busy.
+time of all threads counts), by ranks and rows of a batch, and the cores that 1.2 million rows a second would keep busy.
 """
 
 import argparse
+import itertools
 import json
 import os
 import resource
@@ -17,12 +19,13 @@ import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from tests.benchmarks.peers.environment import run
 
-ROWS = 100 * 4096
-STEPS = 100
+ROWS = 60 * 4096
+STEPS = 50
 NODE = 1_200_000
 """Rows a second of eight GPUs that train TorchRec's DLRM in batches of 131,072."""
 
@@ -48,7 +51,7 @@ CASES = {
 }
 
 
-def stage(kind: str, name: str, folder: Path) -> dict[str, Any] | None:
+def stage(kind: str, name: str, folder: Path, clock: str) -> dict[str, Any] | None:
     """What is foretold of a case, or what it took, on the first rank."""
     import torch
     import torch.distributed as dist
@@ -57,17 +60,19 @@ def stage(kind: str, name: str, folder: Path) -> dict[str, Any] | None:
     from mmoe_rec.model.mmoe import build_model
     from mmoe_rec.model.tables import torchrec_tables
     from mmoe_rec.preprocessing.prepare import FeatureFolder
-    from mmoe_rec.training.loop import Trainer
+    from mmoe_rec.training import loop
     from mmoe_rec.training.planning import Machines, plan_on_paper
     from mmoe_rec.training.ranks import process_group
     from tests.benchmarks.training_ours import MODEL, TRAINING
     from tests.training.ranks import held_bytes
 
+    seconds_now = getattr(time, clock)
+    loop.time = SimpleNamespace(perf_counter=seconds_now)  # type: ignore[attr-defined]
     case, device, layout = CASES[name], torch.device("cpu"), ModelLayout.read(folder)
     model = MODEL.model_validate(MODEL.model_dump() | case.model)
     training = TRAINING.model_validate(TRAINING.model_dump() | case.training)
     with tempfile.TemporaryDirectory() as scratch, process_group(device) as ranks:
-        trainer = Trainer(FeatureFolder(folder), layout, model, training, device, Path(scratch), lambda *_: None)
+        trainer = loop.Trainer(FeatureFolder(folder), layout, model, training, device, Path(scratch), lambda *_: None)
         if kind == "foretell":
             forecast = trainer.measure(STEPS)
             rows_per_s, seconds = forecast.rows_per_s, forecast.seconds
@@ -77,8 +82,8 @@ def stage(kind: str, name: str, folder: Path) -> dict[str, Any] | None:
             paper = build_model(layout, model, torchrec_tables(layout, torch.device("meta")))
             tables = [each.tables for each in plan_on_paper(paper, layout, machines, trainer.reader.rank_rows)[1]]
         else:
-            start = time.perf_counter()
-            rows_per_s, seconds = trainer.run().rows_per_s, time.perf_counter() - start
+            start = seconds_now()
+            rows_per_s, seconds = trainer.run().rows_per_s, seconds_now() - start
             tables = [0] * case.ranks
             dist.all_gather_object(tables, held_bytes(trainer.sharded))
         memory = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -86,12 +91,12 @@ def stage(kind: str, name: str, folder: Path) -> dict[str, Any] | None:
     return found if ranks.first else None
 
 
-def compare(name: str, folder: Path, repeats: int) -> dict[str, Any]:
+def compare(name: str, folder: Path, repeats: int, clock: str) -> dict[str, Any]:
     """What was foretold of a case / what then was, and the latter."""
     case = CASES[name]
     start = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"] if case.ranks > 1 else []
     words = [sys.executable, "-m", *start, "tests.benchmarks.plan", "--stage"]
-    turns = [[run([*words, kind, name, str(folder)]) for kind in ("foretell", "train")] for _ in range(repeats)]
+    turns = [[run([*words, kind, name, str(folder), clock]) for kind in ("foretell", "train")] for _ in range(repeats)]
     told, then = (min(each, key=lambda one: one["seconds"]) for each in zip(*turns, strict=True))
     ratios = {each: round(told[each] / then[each], 3) for each in ("rows_per_s", "seconds", "memory")}
     ratios |= {"tables": [round(each / other, 3) for each, other in zip(told["tables"], then["tables"], strict=True)]}
@@ -100,29 +105,33 @@ def compare(name: str, folder: Path, repeats: int) -> dict[str, Any]:
 
 
 def read(encoded: Path) -> dict[str, Any]:
-    """Rows a second of a core by rows of a batch, and the cores of a node."""
+    """Rows a second of a core, and the cores of a node, by ranks of a machine and rows of a batch of all."""
     from mmoe_rec.cli.plan import measure_reading
     from mmoe_rec.features.layout import Layout
+    from mmoe_rec.training.planning import Machines
 
-    rates = {rows: measure_reading(encoded / "train", Layout.read(encoded), rows) for rows in (4096, 16_384, 131_072)}
-    return {
-        "rows_per_s_of_a_core": {rows: round(rate) for rows, rate in rates.items()},
-        "cores_of_a_node": {rows: round(NODE / rate, 2) for rows, rate in rates.items()},
-    }
+    rates = {}
+    for ranks, rows in itertools.product((1, 2, 4, 8), (4096, 131_072)):
+        machines = Machines(ranks, ranks, "cpu", 0, 0)
+        rate = measure_reading(encoded / "train", Layout.read(encoded), rows // ranks, 2**18, machines)
+        rates[f"{ranks} ranks, {rows:,} rows"] = rate
+    return {name: {"rows_per_s": round(rate), "cores_of_a_node": round(NODE / rate, 2)} for name, rate in rates.items()}
 
 
 def main() -> None:
     """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--encoded", type=Path, help="encoded rows of built features")
+    parser.add_argument("--processor-time", action="store_true", help="count the processor's seconds")
     parser.add_argument("--repeats", type=int, default=2, help="turns of each case (default: %(default)s)")
     parser.add_argument("--cases", nargs="*", choices=CASES, default=list(CASES), help="default: all")
-    parser.add_argument("--stage", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--stage", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.stage:
-        if found := stage(options.stage[0], options.stage[1], Path(options.stage[2])):
+        if found := stage(*options.stage[:2], Path(options.stage[2]), options.stage[3]):
             print(json.dumps(found))
         return
+    clock = "process_time" if options.processor_time else "perf_counter"
     found = {} if options.encoded is None else {"reading": read(options.encoded)}
     with tempfile.TemporaryDirectory() as scratch:
         for name in options.cases:
@@ -131,7 +140,7 @@ def main() -> None:
                 from tests.benchmarks.training import write_rows
 
                 write_rows(ROWS, CASES[name].table_rows, folder)
-            found[name] = compare(name, folder, options.repeats)
+            found[name] = compare(name, folder, options.repeats, clock)
     print(json.dumps(found))
 
 
