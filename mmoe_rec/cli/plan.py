@@ -88,9 +88,9 @@ def plan(
         layout = largest_layout(settings.schema_)
         where = "the largest that the settings allow; features are not built yet"
     layout, sharding = ModelLayout.of(layout, settings), Sharding.of(settings.training)
-    sharding.check(device)
+    sharding.check(device, local_world_size)
     hbm = int(hbm_gib * GIB) if device == "cuda" else 0
-    machines = Machines(world_size, local_world_size, device, hbm, int(host_gib * GIB))
+    machines = Machines(world_size, local_world_size, device, hbm, int(host_gib * GIB)).of_replica(sharding.replicas)
     rows = -(-settings.training.rows_of_step(MANY_ROWS) // world_size)
     model = build_model(layout, settings.model, torchrec_tables(layout, torch.device("meta")))
     (text, ranks), tables = plan_on_paper(model, layout, machines, rows, sharding, built.parent), used_tables(layout)
@@ -98,6 +98,8 @@ def plan(
     for table in sorted(tables, key=table_bytes, reverse=True):
         print(f"  {table.name}: {table.rows:,} rows of {table.dim}, {table_bytes(table) / GIB:,.2f} GiB")
     print(f"  together: {sum(map(table_bytes, tables)) / GIB:,.1f} GiB with the optimizer")
+    if sharding.replicas > 1:
+        print(f"{sharding.replicas} replicas, each on {machines.world_size} ranks, one of which is:")
     print(text)
     print("\n".join(merge_neighbours([(each.rank, describe_rank(each, machines.rank_bytes)) for each in ranks])))
     slowest = max((rank.milliseconds for rank in ranks), default=0.0)

@@ -50,6 +50,9 @@ class Training(Section):
     communication: Literal["fp32", "fp16", "bf16"] = Field(
         "fp32", description="numbers in which processes send each other embeddings and their gradients"
     )
+    replicas: int = Field(
+        1, ge=1, description="copies of all tables, each on its part of the GPUs; they are averaged after each step"
+    )
     cache_hit_rate: float | None = Field(
         None,
         gt=0,

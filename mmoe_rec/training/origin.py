@@ -106,6 +106,8 @@ def fixed_settings(settings: Settings) -> dict[str, Any]:
         del training["sharding"], training["shard_columns"]
     if settings.training.communication == "fp32":
         del training["communication"]
+    if settings.training.replicas == 1:
+        del training["replicas"]
     return {**tree, "training": training, "split": split, "data": {"events": events}}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import itemgetter
 from pathlib import Path
 from types import SimpleNamespace
@@ -42,19 +42,26 @@ class Sharding:
     columns: int = 32
     communication: Literal["fp32", "fp16", "bf16"] = "fp32"
     cache_hit_rate: float | None = None
+    replicas: int = 1
 
     @staticmethod
     def of(settings: Training) -> Sharding:
         """Of these settings."""
-        return Sharding(settings.sharding, settings.shard_columns, settings.communication, settings.cache_hit_rate)
+        return Sharding(
+            settings.sharding,
+            settings.shard_columns,
+            settings.communication,
+            settings.cache_hit_rate,
+            settings.replicas,
+        )
 
     @property
     def splits_columns(self) -> bool:
         """Whether each part of a row has a number of row-wise Adagrad of its own."""
         return self.kind in ("column_wise", "grid_shard")
 
-    def check(self, device: str) -> None:
-        """Raises UserError for what can't work on "cpu" or "cuda"."""
+    def check(self, device: str, ranks_of_machine: int) -> None:
+        """Raises UserError for what can't work on "cpu" or "cuda", with so many ranks on each machine."""
         if self.kind != "auto":
             require_torchrec(f"training.sharding {self.kind}", "set it to auto")
         if device == "cpu" and self.kind not in ON_CPUS:
@@ -66,6 +73,17 @@ class Sharding:
             raise UserError(
                 f"training.cache_hit_rate is {self.cache_hit_rate:g}, but without a GPU tables lie in main memory "
                 "anyway: set it to null"
+            )
+        if self.replicas == 1:
+            return
+        if device == "cpu":
+            raise UserError(
+                f"training.replicas is {self.replicas}, which torchrec has on GPUs alone: on CPUs set it to 1"
+            )
+        if ranks_of_machine % self.replicas:
+            raise UserError(
+                f"training.replicas is {self.replicas}, but each replica takes an equal part of a machine's processes, "
+                f"and there are {ranks_of_machine:,}: set it to a number that divides them"
             )
 
     def types(self, device: str) -> list[str]:
@@ -91,6 +109,11 @@ class Machines:
     device: Literal["cpu", "cuda"]
     card_bytes: int
     host_bytes: int
+
+    def of_replica(self, replicas: int) -> Machines:
+        """What one of so many replicas has of them: of each machine an equal part."""
+        world, local = self.world_size // replicas, self.local_world_size // replicas
+        return replace(self, world_size=world, local_world_size=local, host_bytes=self.host_bytes // replicas)
 
     @property
     def rank_bytes(self) -> int:
@@ -315,7 +338,11 @@ def explain_misfit(layout: ModelLayout, machines: Machines, sharding: Sharding) 
     tables = sorted(used_tables(layout), key=table_bytes, reverse=True)
     needed, offered = sum(map(table_bytes, tables)), machines.world_size * machines.rank_bytes
     largest = tables[0]
-    where, ways = f"{machines.world_size} rank(s), each with {machines.rank_bytes / GIB:.2f} GiB for them", list[str]()
+    of = f" of each of {sharding.replicas} replicas" if sharding.replicas > 1 else ""
+    where, ways = (
+        f"{machines.world_size} rank(s){of}, each with {machines.rank_bytes / GIB:.2f} GiB for them",
+        list[str](),
+    )
     if sharding.cache_hit_rate is not None:
         host = machines.host_bytes / machines.local_world_size * (1 - RESERVED_SHARE)
         where += f" and {host / GIB:.2f} GiB of main memory"
@@ -332,7 +359,9 @@ def explain_misfit(layout: ModelLayout, machines: Machines, sharding: Sharding) 
     if by_rows or part <= machines.rank_bytes:
         machines_needed = math.ceil(needed * 1.1 / machines.rank_bytes / machines.local_world_size)
         ranks = max(machines_needed * machines.local_world_size, machines.world_size + machines.local_world_size)
-        ways.append(f"use {ranks} ranks")
+        ways.append(f"use {ranks * sharding.replicas} ranks")
+        if sharding.replicas > 1:
+            ways.append("set `training.replicas` lower")
     if room > 0 and (rows := int(room * 0.9) // ((width + 1) * _FLOAT)) < largest.rows:
         ways.append(f"set `max_size` (or `buckets`) of '{largest.name}' to {rows:,} at most")
     share = offered / needed if by_rows else min(offered / needed, machines.rank_bytes / part)

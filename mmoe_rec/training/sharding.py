@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -16,6 +16,7 @@ from typing import Any, Literal, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from mmoe_rec.batches.batch import Batch
 from mmoe_rec.model.layout import EmbeddingTable, ModelLayout
@@ -55,13 +56,14 @@ class ShardedModel:
     model: torchrec's DistributedModelParallel, or `OneProcess`, called with a `Batch`; table_optimizer: its fused
     row-wise Adagrad, which updates the tables within the backward pass and takes its learning rate from `param_groups`
     at `zero_grad()` and `step()`; plan: a line for each table, how and where it is stored; cached: whether some lie in
-    main memory, beside caches on GPUs.
+    main memory, beside caches on GPUs; replicas: how many copies there are of all tables, on parts of the ranks.
     """
 
     model: Any
     table_optimizer: Any
     plan: str
     cached: bool = False
+    replicas: int = 1
 
     @property
     def pipelined(self) -> bool:
@@ -103,7 +105,7 @@ def shard(
     """
     first_rows = first_rows or (lambda table, first, last: initial_rows(table, seed, first, last))
     way = choose_way(way, device.type, dist.get_world_size())
-    sharding.check(device.type)
+    sharding.check(device.type, ranks_of_machine())
     if not torchrec_installed():
         tables = model.get_submodule("tables")
         assert isinstance(tables, OneProcessTables), "a model over `training_tables`"
@@ -112,7 +114,7 @@ def shard(
         lines = [f"{table.name}: one process ({table.rows:,} rows)" for table in used_tables(layout)]
         return ShardedModel(one, RowWiseAdagrad(tables, table_learning_rate), "\n".join(lines))
 
-    from torchrec.distributed.model_parallel import DistributedModelParallel
+    from torchrec.distributed.model_parallel import DistributedModelParallel, DMPCollection
     from torchrec.distributed.types import ShardingPlan
     from torchrec.streamable import Pipelineable
 
@@ -126,15 +128,21 @@ def shard(
         warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
         # Wrapping the dense part also moves it; on a CPU alone there is neither to do.
         alone = device.type == "cpu" and dist.get_world_size() == 1
-        parallel = DistributedModelParallel(
-            model, device=device, plan=plan, sharders=sharders(sharding, batch_size), init_data_parallel=not alone
-        )
+        arguments = {"sharders": sharders(sharding, batch_size), "init_data_parallel": not alone}
+        replicas, ranks = sharding.replicas if plan.plan else 1, dist.get_world_size()
+        if replicas == 1:
+            parallel = DistributedModelParallel(model, device=device, plan=plan, **arguments)
+        else:
+            group, node = ranks // replicas, ranks_of_machine() // replicas
+            parallel = DMPCollection(
+                model, device, plan, ranks, group, dist.group.WORLD, node_group_size=node, **arguments
+            )
     if device.type == "cpu":
         use_way(parallel, way)
     if alone and plan.plan and not sharding.splits_columns:
         look_up_directly(parallel)
     _fill_tables(parallel, layout, first_rows)
-    return ShardedModel(parallel, parallel.fused_optimizer, describe_plan(plan), caches_tables(plan))
+    return ShardedModel(parallel, parallel.fused_optimizer, describe_plan(plan), caches_tables(plan), replicas)
 
 
 def _plan(
@@ -147,10 +155,10 @@ def _plan(
 ) -> Any:
     from torchrec.distributed.planner.types import PlannerError
 
-    local, kind = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), cast("Literal['cpu', 'cuda']", device.type)
+    local, kind = ranks_of_machine(), cast("Literal['cpu', 'cuda']", device.type)
     host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     card = torch.cuda.get_device_properties(device).total_memory if kind == "cuda" else 0
-    machines = Machines(dist.get_world_size(), local, kind, card, host)
+    machines = Machines(dist.get_world_size(), local, kind, card, host).of_replica(sharding.replicas)
     try:
         made = planner(layout, machines, batch_size, sharding, features)
         return made.collective_plan(model, sharders(sharding, batch_size), dist.group.WORLD)
@@ -158,18 +166,29 @@ def _plan(
         raise explain_misfit(layout, machines, sharding) from None
 
 
+def ranks_of_machine() -> int:
+    """How many ranks torchrun has started on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 @torch.no_grad()
 def _fill_tables(parallel: Any, layout: ModelLayout, first_rows: FirstRows) -> None:
     state = parallel.state_dict()
     for table in used_tables(layout):
-        stored = state[f"tables.embedding_bags.{table.name}.weight"]
-        shards = stored.local_shards() if hasattr(stored, "local_shards") else None
-        parts = (
-            [((0, 0), stored)] if shards is None else [(each.metadata.shard_offsets, each.tensor) for each in shards]
-        )
-        for (first, column), weights in parts:  # the tensor is the storage itself
+        for (first, column), weights in _local_parts(state[f"tables.embedding_bags.{table.name}.weight"]):
             rows = to_stored(first_rows(table, first, first + len(weights)))
             weights.copy_(rows[:, column : column + weights.shape[1]])
+
+
+def _local_parts(stored: Any) -> list[tuple[Sequence[int], Tensor]]:
+    """First row and column, and the storage itself, of each part of a table that this rank has."""
+    if isinstance(stored, DTensor):  # of replicas
+        wrapper: Any = stored.to_local()
+        # A rank without a part has an offset all the same.
+        return list(zip(wrapper.local_offsets(), wrapper.local_shards(), strict=False))
+    if hasattr(stored, "local_shards"):
+        return [(each.metadata.shard_offsets, each.tensor) for each in stored.local_shards()]
+    return [((0, 0), stored)]
 
 
 class Optimizers:
@@ -180,6 +199,7 @@ class Optimizers:
 
     def __init__(self, sharded: ShardedModel, settings: Training) -> None:
         self._tables = sharded.table_optimizer
+        self._average = sharded.model.sync if sharded.replicas > 1 else None
         self._named = sharded.dense_parameters()
         groups: list[dict[str, Any]] = [
             {"params": [each for name, each in self._named.items() if name != LOG_VARIANCES]}
@@ -205,6 +225,8 @@ class Optimizers:
         """Steps both optimizers, after a backward pass."""
         self._tables.step()
         self.dense.step()
+        if self._average is not None:
+            self._average()  # over the replicas of the tables, which their own rows have updated
 
     def init_state(self) -> None:
         """Makes the state that AdamW would make at its first step, as only what is there can be filled.

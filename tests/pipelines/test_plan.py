@@ -121,6 +121,27 @@ def test_tables_that_do_not_fit_are_cached(tmp_path: Path, capsys: pytest.Captur
     )
 
 
+def test_a_plan_of_replicas_is_that_of_one(capsys: pytest.CaptureFixture) -> None:
+    replicas = ["--world-size", "32", "--local-world-size", "8", "--training.replicas", "2"]
+    one = ["--world-size", "16", "--local-world-size", "4", "--host-gib", "256", "--training.batch_size", "32768"]
+    plans, times = [], []
+    for arguments in (replicas, one, [*one, "--training.communication", "bf16"]):
+        code, said = run(capsys, *arguments)
+        assert code == 0, said
+        plans.append(said[said.index("\nviewer: ") : said.index("\nestimated step")])
+        times.append(float(re.search(r"of which tables ([\d.]+)", said)[1]))
+    assert plans[0] == plans[1]
+    assert times[2] < 0.6 * times[1], "half as much is sent"
+    code, said = run(capsys, "--world-size", "16", *replicas[2:])
+    assert code == 2
+    assert "do not fit into 8 rank(s) of each of 2 replicas, each with 64.00 GiB" in said
+    ranks = re.search(r": use (\d+) ranks, or set `training.replicas` lower, or", said)
+    assert ranks is not None, said
+    code, said = run(capsys, "--world-size", ranks[1], *replicas[2:])
+    assert code == 0, said
+    assert f"2 replicas, each on {int(ranks[1]) // 2} ranks, one of which is:\n" in said
+
+
 def test_a_terabyte_beside_eight_cards(capsys: pytest.CaptureFixture) -> None:
     eight = ["--world-size", "8", "--local-world-size", "8", "--host-gib", "2000"]
     code, said = run(capsys, *eight, "--training.cache_hit_rate", "0.2")
@@ -159,6 +180,14 @@ def test_a_cache_answers_as_much_as_expected(hit_rate: float) -> None:
         (
             ["--world-size", "16", "--device", "cpu", "--training.cache_hit_rate", "0.9"],
             "training.cache_hit_rate is 0.9, but without a GPU tables lie in main memory anyway: set it to null",
+        ),
+        (
+            ["--world-size", "16", "--training.replicas", "3"],
+            "is 3, but each replica takes an equal part of a machine's processes, and there are 8: set it to a",
+        ),
+        (
+            ["--world-size", "16", "--training.replicas", "2", "--device", "cpu"],
+            "training.replicas is 2, which torchrec has on GPUs alone: on CPUs set it to 1",
         ),
         (["--world-size", "0"], "invalid value for '--world-size': 0 is not in the range x>=1; --help lists"),
         (["--world-size", "8.5"], "'--world-size': '8.5' is not a valid integer"),
