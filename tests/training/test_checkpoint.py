@@ -330,6 +330,8 @@ def origin(path: str = "", value: Any = None) -> Origin:
     [
         ("training.device", "cuda"),
         ("training.tables", "torch"),  # trainings begun by a version without this setting have none
+        ("training.sharding", "row_wise"),
+        ("training.cache_hit_rate", 0.9),
         ("training.calibration", "isotonic"),
         ("evaluation.resamples", 60),
         ("split.validation_end", "2024-03-09T14:00:00+02:00"),  # the same instant
@@ -337,7 +339,8 @@ def origin(path: str = "", value: Any = None) -> Origin:
 )
 def test_what_does_not_matter_to_the_steps_may_change(name: str, value: Any, tmp_path: Path) -> None:
     origin().check(origin(name, value), tmp_path)
-    assert "tables" not in {**fixed_settings(settings()), **result_settings(settings())}["training"]
+    known = {**fixed_settings(settings()), **result_settings(settings())}["training"]
+    assert not known.keys() & {"tables", "sharding", "shard_columns", "communication", "replicas", "cache_hit_rate"}
 
 
 @pytest.mark.parametrize(
@@ -345,6 +348,11 @@ def test_what_does_not_matter_to_the_steps_may_change(name: str, value: Any, tmp
     [
         ("training.learning_rate", 0.5, "it was begun with training.learning_rate 0.01, now it is 0.5; set it back"),
         ("tasks.liked.objective", "engagement", 'objective "satisfaction", now it is "engagement"'),
+        (
+            "training.sharding",
+            "column_wise",
+            'begun with training.sharding missing, now it is "column_wise"; set it back',
+        ),
         ("features.user.dim", 16, "begun with features.user.dim 8, now it is 16"),
         ("split.train_end", "2024-03-07", 'split.train_end "2024-03-08T00:00:00.00:00", now it is "2024-03-07T'),
         ("columns.sampling_rate", "rate", 'columns.sampling_rate missing, now it is "rate"'),
