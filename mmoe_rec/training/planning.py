@@ -28,8 +28,6 @@ RESERVED_SHARE = 0.2  # of a rank's memory, for all but tables and their activat
 GIB = 2**30
 _FLOAT = 4
 _CACHED = "fused_uvm_caching"
-
-
 WHOLE_ROWS = ("table_wise", "row_wise", "table_row_wise")
 ON_CPUS = ("auto", "table_wise", "column_wise")  # torchrec's own limit
 
@@ -339,10 +337,8 @@ def explain_misfit(layout: ModelLayout, machines: Machines, sharding: Sharding) 
     needed, offered = sum(map(table_bytes, tables)), machines.world_size * machines.rank_bytes
     largest = tables[0]
     of = f" of each of {sharding.replicas} replicas" if sharding.replicas > 1 else ""
-    where, ways = (
-        f"{machines.world_size} rank(s){of}, each with {machines.rank_bytes / GIB:.2f} GiB for them",
-        list[str](),
-    )
+    where = f"{machines.world_size} rank(s){of}, each with {machines.rank_bytes / GIB:.2f} GiB for them"
+    ways = []
     if sharding.cache_hit_rate is not None:
         host = machines.host_bytes / machines.local_world_size * (1 - RESERVED_SHARE)
         where += f" and {host / GIB:.2f} GiB of main memory"
@@ -352,8 +348,8 @@ def explain_misfit(layout: ModelLayout, machines: Machines, sharding: Sharding) 
     most = f"the largest, '{largest.name}', has {largest.rows:,} rows of {largest.dim} numbers"
     by_rows = bool(set(sharding.types(machines.device)) - {"table_wise", "column_wise"})
     width = stored_width(largest.dim)
-    if sharding.kind == "column_wise":
-        width = min(width, sharding.columns)
+    if sharding.kind == "column_wise":  # torchrec takes the narrowest parts that are equally wide
+        width = next((each for each in range(sharding.columns, width, COLUMNS) if width % each == 0), width)
     part = largest.rows * (width + 1) * _FLOAT  # the most of it that one rank has to take
     room = offered - (needed - table_bytes(largest)) if by_rows else machines.rank_bytes
     if by_rows or part <= machines.rank_bytes:
