@@ -155,13 +155,18 @@ class RankingModel(nn.Module):
 
     def finish(self, inputs: Tensor, outputs: Outputs) -> Outputs:
         """The model's outputs from its inputs, see `side_by_side`, and those of its mixture."""
-        # A regression's output is in the label's own unit; a binary task has mean 0 and deviation 1.
-        logits = torch.addcmul(self.mean, outputs.logits.to(self.mean.dtype), self.scale)
+        logits = self._in_units(outputs.logits)
         if self.trees is None:
             return outputs._replace(logits=logits)
-        grown = self.trees.logits(inputs[:, self.width - len(self.dense_columns) :], self.names).to(logits)
-        grown = torch.addcmul(self.mean, grown, self.scale)
+        grown = self.trees.logits(inputs[:, self.width - len(self.dense_columns) :], self.names)
+        grown = self._in_units(grown.to(logits))
         return outputs._replace(logits=self.trees.blend(logits, grown, self.names), alone=(logits, grown))
+
+    def _in_units(self, logits: Tensor) -> Tensor:
+        """(B, T) with those of a regression in the label's own unit, in float64; of binary tasks alone as they are."""
+        if self.mean.dtype == torch.float32:
+            return logits
+        return torch.addcmul(self.mean, logits.to(self.mean.dtype), self.scale)
 
 
 def _side_by_side(embeddings: dict[str, Tensor], names: list[str], dense: Tensor, columns: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -59,11 +59,10 @@ class Trees:
 
     def blend(self, network: Tensor, trees: Tensor, names: Sequence[str]) -> Tensor:
         """(B, T) logits of both -> (B, T) of the same type; a task without trees keeps the network's."""
-        columns = []
-        for name, one, other in zip(names, network.double().unbind(1), trees.double().unbind(1), strict=True):
-            at = self.blends.get(name)
-            columns.append(one if at is None else at.network * one + at.trees * other + at.offset)
-        return torch.stack(columns, dim=1).to(network)
+        found = [self.blends.get(name, Blend(1.0, 0.0, 0.0)) for name in names]
+        one, other, offset = network.new_tensor([astuple(each) for each in found], dtype=torch.float64).unbind(1)
+        blended = one * network.double() + other * trees.double() + offset
+        return torch.where(trees.isnan(), network.double(), blended).to(network)
 
     def write(self, folder: Path) -> None:
         """Writes them to an artifact folder."""
