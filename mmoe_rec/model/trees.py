@@ -48,6 +48,11 @@ class Trees:
         """Trees of all tasks, in the order of `texts`. Raises ValueError or LookupError where a text is damaged."""
         return Forest([read_ensemble(text) for text in self.texts.values()])
 
+    @cached_property
+    def _weights(self) -> dict[tuple[str, ...], Tensor]:
+        """Names of T tasks -> (3, T) float64 weights of network and trees, and offsets."""
+        return {}
+
     def logits(self, inputs: Tensor, names: Sequence[str]) -> Tensor:
         """(B, F) float32, numbers and then ids -> (B, T) float64 what the trees of T tasks say, NaN for one without
         them: logits, or a regression's values in deviations from its mean."""
@@ -59,8 +64,12 @@ class Trees:
 
     def blend(self, network: Tensor, trees: Tensor, names: Sequence[str]) -> Tensor:
         """(B, T) logits of both -> (B, T) of the same type; a task without trees keeps the network's."""
-        found = [self.blends.get(name, Blend(1.0, 0.0, 0.0)) for name in names]
-        one, other, offset = network.new_tensor([astuple(each) for each in found], dtype=torch.float64).unbind(1)
+        if (weights := self._weights.get(tuple(names))) is None:
+            found = [self.blends.get(name, Blend(1.0, 0.0, 0.0)) for name in names]
+            weights = self._weights[tuple(names)] = torch.tensor(
+                [astuple(each) for each in found], dtype=torch.float64
+            ).T
+        one, other, offset = weights.to(network.device)
         blended = one * network.double() + other * trees.double() + offset
         return torch.where(trees.isnan(), network.double(), blended).to(network)
 
