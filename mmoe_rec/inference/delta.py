@@ -28,7 +28,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from mmoe_rec.atomic import atomic_folder
 from mmoe_rec.errors import UserError, one_line
 from mmoe_rec.features.encoder import MemoryEncoder
 from mmoe_rec.features.pipeline import FeaturePipeline, read_memory
@@ -62,6 +61,8 @@ Columns = Mapping[str, np.ndarray]
 
 def write_delta(base: Path, folder: Path) -> Delta:
     """Writes the delta of a sealed artifact folder from another one into it. Raises UserError as `read_artifact`."""
+    from mmoe_rec.atomic import atomic_folder  # which no server needs
+
     with atomic_folder(folder / DELTA) as target:
         return _write_delta(base, folder, target)
 

@@ -168,7 +168,7 @@ def test_a_model_whose_predictions_are_not_finite_takes_no_alias(world: World, m
     def scored(settings: Any, model: Any, *rest: Any) -> Any:
         calls.append(model)
         if len(calls) == 2:  # after the holder
-            model.scale.fill_(float("inf"))
+            model.mixture.towers.output_bias.data.fill_(float("inf"))
         return score(settings, model, *rest)
 
     monkeypatch.setattr(promotion, "score_by", scored)
