@@ -65,11 +65,6 @@ class LookUps:
         """Different rows of a step."""
         return self._rows_cached(self._a_step)
 
-    @property
-    def cacheability(self) -> float:
-        """Misses, the mean over caches of all sizes."""
-        return float(np.mean([self.expected_miss_rate(tenth / 10) for tenth in range(11)]))
-
     def stable_fingerprint(self) -> tuple[object, ...]:
         """What distinguishes it from others, for torchrec's keys of plans."""
         return "mmoe_rec", self.rows, self._a_step, self._shares.tobytes(), self._rows.tobytes()

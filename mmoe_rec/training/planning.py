@@ -78,6 +78,12 @@ class Sharding:
             raise UserError(
                 f"training.replicas is {self.replicas}, which torchrec has on GPUs alone: on CPUs set it to 1"
             )
+        if self.cache_hit_rate is not None:
+            raise UserError(
+                f"training.replicas is {self.replicas} and training.cache_hit_rate {self.cache_hit_rate:g}, but "
+                "replicas would be averaged in main memory, without what is newer in caches: set the former to 1, or "
+                "the latter to null"
+            )
         if ranks_of_machine % self.replicas:
             raise UserError(
                 f"training.replicas is {self.replicas}, but each replica takes an equal part of a machine's processes, "

@@ -56,14 +56,13 @@ class ShardedModel:
     model: torchrec's DistributedModelParallel, or `OneProcess`, called with a `Batch`; table_optimizer: its fused
     row-wise Adagrad, which updates the tables within the backward pass and takes its learning rate from `param_groups`
     at `zero_grad()` and `step()`; plan: a line for each table, how and where it is stored; cached: whether some lie in
-    main memory, beside caches on GPUs; replicas: how many copies there are of all tables, on parts of the ranks.
+    main memory, beside caches on GPUs.
     """
 
     model: Any
     table_optimizer: Any
     plan: str
     cached: bool = False
-    replicas: int = 1
 
     @property
     def pipelined(self) -> bool:
@@ -142,7 +141,7 @@ def shard(
     if alone and plan.plan and not sharding.splits_columns:
         look_up_directly(parallel)
     _fill_tables(parallel, layout, first_rows)
-    return ShardedModel(parallel, parallel.fused_optimizer, describe_plan(plan), caches_tables(plan), replicas)
+    return ShardedModel(parallel, parallel.fused_optimizer, describe_plan(plan), caches_tables(plan))
 
 
 def _plan(
@@ -199,7 +198,6 @@ class Optimizers:
 
     def __init__(self, sharded: ShardedModel, settings: Training) -> None:
         self._tables = sharded.table_optimizer
-        self._average = sharded.model.sync if sharded.replicas > 1 else None
         self._named = sharded.dense_parameters()
         groups: list[dict[str, Any]] = [
             {"params": [each for name, each in self._named.items() if name != LOG_VARIANCES]}
@@ -225,8 +223,6 @@ class Optimizers:
         """Steps both optimizers, after a backward pass."""
         self._tables.step()
         self.dense.step()
-        if self._average is not None:
-            self._average()  # over the replicas of the tables, which their own rows have updated
 
     def init_state(self) -> None:
         """Makes the state that AdamW would make at its first step, as only what is there can be filled.

@@ -189,6 +189,10 @@ def test_a_cache_answers_as_much_as_expected(hit_rate: float) -> None:
             ["--world-size", "16", "--training.replicas", "2", "--device", "cpu"],
             "training.replicas is 2, which torchrec has on GPUs alone: on CPUs set it to 1",
         ),
+        (
+            ["--world-size", "16", "--training.replicas", "2", "--training.cache_hit_rate", "0.9"],
+            "training.replicas is 2 and training.cache_hit_rate 0.9, but replicas would be averaged in main memory, w",
+        ),
         (["--world-size", "0"], "invalid value for '--world-size': 0 is not in the range x>=1; --help lists"),
         (["--world-size", "8.5"], "'--world-size': '8.5' is not a valid integer"),
         (["--world-size", "8192"], "--world-size 8192 is more than a plan is made for, 4,096"),
