@@ -68,7 +68,8 @@ def write_artifact(
         trees: of a model that has some beside the network.
         calibration: of the model's tasks; None leaves their logits as they are.
         early_end, in_bf16: as in `Artifact`.
-        before: the artifact folder that the training started from, which may be this one; a delta from it is added.
+        before: the artifact folder that the training started from, which may be this one; a delta from it is added,
+            unless it can't be read any more.
 
     Raises:
         UserError: a weight, or a prediction for the example, is not a finite number.
@@ -108,8 +109,12 @@ def write_artifact(
         seal(target)
         if before is not None:
             from mmoe_rec.inference.delta import write_delta
+            from mmoe_rec.progress import say
 
-            write_delta(before, target)
+            try:
+                write_delta(before, target)
+            except (UserError, OSError) as error:  # it may be gone after hours of training, which has to be kept
+                say(f"no delta is written, so servers load the whole model: {error}")
 
 
 def rewrite_artifact(folder: Path, target: Path, model: Model, state_dict: Mapping[str, Tensor]) -> None:

@@ -123,6 +123,16 @@ def test_what_does_not_change_is_in_no_delta_and_shared(versions: Versions) -> N
     assert not (versions.trained / DELTA / "features" / "requests").exists()
 
 
+def test_a_training_whose_start_is_gone_keeps_its_model(
+    small: SmallModel, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    parts = {"prepared": small.prepared, "state_dict": small.model.state_dict()}
+    write_artifact(tmp_path / "m", settings=small.settings, before=tmp_path / "gone", **parts)
+    assert "no delta is written" in capsys.readouterr().err
+    assert [*tmp_path.glob("m/*delta*")] == []
+    Ranker.load(tmp_path / "m")
+
+
 def test_a_scorer_in_bf16_goes_on(versions: Versions) -> None:
     """Though what was written down of the example is fp32."""
     write_delta(versions.first, versions.refreshed)
