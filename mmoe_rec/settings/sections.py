@@ -254,6 +254,8 @@ class Serving(Section):
     """How a model is served: limits of a request (max_candidates) and of calls to the command `serve` (the others),
     when it says that it is out of date (stale_after_days), and what multiplies (products, precision)."""
 
+    younger = frozenset({"precision"})
+
     products: Literal["auto", "blas", "onednn"] = Field(
         "auto",
         description="library of fp32 products when serving and scoring; auto measures, and takes onednn where it is "

@@ -18,10 +18,14 @@ def _as_batch(value: Any) -> Any:
 
 STEPS = 1000
 """Of a training, which a network needs, and which `training.batch_size: auto` aims at."""
+SPLIT_COLUMNS = ("column_wise", "grid_shard")
+"""Values of `training.sharding` under which each part of a row has a number of row-wise Adagrad of its own."""
 
 
 class Training(Section):
     """How the model is trained."""
+
+    younger = frozenset({"sharding", "shard_columns", "communication", "replicas", "cache_hit_rate"})
 
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes CUDA where there is a GPU")
     precision: Literal["auto", "bf16", "fp32"] = Field(
@@ -42,7 +46,8 @@ class Training(Section):
     sharding: Literal["auto", "table_wise", "row_wise", "table_row_wise", "column_wise", "grid_shard"] = Field(
         "auto",
         description="how several processes share a table, in torchrec's words; auto: whole on CPUs, on GPUs also by "
-        "rows. column_wise and grid_shard split columns, and train otherwise: each part has an Adagrad of its own",
+        "rows. column_wise and grid_shard split columns, and train a slightly different model, as each part of a row "
+        "has an Adagrad of its own",
     )
     shard_columns: int = Field(
         32, ge=4, multiple_of=4, description="fewest columns of a part under column_wise and grid_shard"

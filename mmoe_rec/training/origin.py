@@ -10,6 +10,7 @@ from typing import Any
 from mmoe_rec.errors import UserError
 from mmoe_rec.settings.columns import SPLITS
 from mmoe_rec.settings.sections import Settings, differences
+from mmoe_rec.settings.training import SPLIT_COLUMNS
 
 # Where and how safely a training runs, and what is done after it, not what comes of its steps.
 _FREE = {
@@ -101,13 +102,8 @@ def fixed_settings(settings: Settings) -> dict[str, Any]:
             split[name] = list(each) if isinstance(each, tuple) else each
     events = {name: each.model_dump(mode="json") for name, each in settings.data.events.items()}
     training = {name: value for name, value in tree["training"].items() if name not in _FREE}
-    # Left out where they are as in checkpoints of versions without them, or change no result.
-    if settings.training.sharding not in ("column_wise", "grid_shard"):
-        del training["sharding"], training["shard_columns"]
-    if settings.training.communication == "fp32":
-        del training["communication"]
-    if settings.training.replicas == 1:
-        del training["replicas"]
+    if settings.training.sharding not in SPLIT_COLUMNS:  # others change no result
+        training = {name: value for name, value in training.items() if name not in ("sharding", "shard_columns")}
     return {**tree, "training": training, "split": split, "data": {"events": events}}
 
 

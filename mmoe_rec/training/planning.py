@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from mmoe_rec.errors import UserError
 from mmoe_rec.model.layout import EmbeddingTable, ModelLayout
 from mmoe_rec.model.tables import COLUMNS, stored_width, used_tables
-from mmoe_rec.settings.training import Training
+from mmoe_rec.settings.training import SPLIT_COLUMNS, Training
 from mmoe_rec.training.caches import read_look_ups
 from mmoe_rec.training.fbgemm import require_torchrec
 
@@ -56,7 +56,7 @@ class Sharding:
     @property
     def splits_columns(self) -> bool:
         """Whether each part of a row has a number of row-wise Adagrad of its own."""
-        return self.kind in ("column_wise", "grid_shard")
+        return self.kind in SPLIT_COLUMNS
 
     def check(self, device: str, ranks_of_machine: int) -> None:
         """Raises UserError for what can't work on "cpu" or "cuda", with so many ranks on each machine."""

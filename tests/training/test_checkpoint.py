@@ -339,8 +339,12 @@ def origin(path: str = "", value: Any = None) -> Origin:
 )
 def test_what_does_not_matter_to_the_steps_may_change(name: str, value: Any, tmp_path: Path) -> None:
     origin().check(origin(name, value), tmp_path)
-    known = {**fixed_settings(settings()), **result_settings(settings())}["training"]
-    assert not known.keys() & {"tables", "sharding", "shard_columns", "communication", "replicas", "cache_hit_rate"}
+    known = result_settings(settings())
+    unknown = {"tables", "sharding", "shard_columns", "communication", "replicas", "cache_hit_rate"}
+    assert not known["training"].keys() & unknown
+    assert "precision" not in known["serving"]
+    # Nor are they in what other commands identify a training by.
+    assert not settings().training.model_dump().keys() & (unknown - {"tables"})
 
 
 @pytest.mark.parametrize(
