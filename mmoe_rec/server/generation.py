@@ -22,6 +22,7 @@ import shutil
 import signal
 import socket
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from mmap import mmap
@@ -34,7 +35,7 @@ from prometheus_client.multiprocess import mark_process_dead
 from mmoe_rec.errors import UserError
 from mmoe_rec.inference.artifact import Source
 from mmoe_rec.server.metrics import FOLDER_VARIABLE, Metrics
-from mmoe_rec.server.models import Models
+from mmoe_rec.server.models import Models, ServedModel
 from mmoe_rec.server.options import Options, end_process, log_to_stderr
 from mmoe_rec.server.ranking_queue import Passes
 
@@ -123,12 +124,17 @@ class _Generation:
         self._free = list(range(_SETS * workers))
         self._was_ready = self._accepts = self._is_retiring = self._is_ending = self._is_orphan = False
         self._is_updating = False
-        self._end, self._next_start, self._code = float("inf"), 0.0, 0
+        self._thread: ThreadPoolExecutor | None = None
+        self._opening: Future[ServedModel] | None = None
+        self._end = self._accept_by = float("inf")
+        self._next_start, self._code = 0.0, 0
 
     def run(self) -> int:
         """Gives the exit code: 0 if all workers answered what they had accepted."""
         while self._workers or not self._is_ending:
-            while self._lacks_workers and self._free and time.monotonic() >= self._next_start:
+            # A fork would hold for ever what the thread that opens a model has locked at that moment.
+            can_fork = self._opening is None and time.monotonic() >= self._next_start
+            while can_fork and self._lacks_workers and self._free:
                 self._fork()
             workers = {worker.pipe: worker for worker in self._workers}
             for ready in wait([*workers] if self._is_orphan else [self._parent, *workers], TICK_SECONDS):
@@ -139,7 +145,10 @@ class _Generation:
             if self._is_retiring and all(each.is_retired for each in self._workers):
                 self._is_retiring = False
                 self._tell("retired")
-            if self._is_updating and all(each.is_retired for each in self._others) and self._are_ready:
+            if self._opening is not None and self._opening.done() and not self._is_ending:
+                self._begin_update(self._opening)
+            have_retired = all(each.is_retired for each in self._others) or time.monotonic() > self._accept_by
+            if self._is_updating and have_retired and self._are_ready:
                 self._end_update()
             if time.monotonic() > self._end:
                 self._end = float("inf")
@@ -170,18 +179,32 @@ class _Generation:
         return not self._lacks_workers and all(each.is_ready for each in self._own)
 
     def _update(self, source: Source) -> None:
-        """Makes the model that a delta leads to the current one; those before go on until its workers are ready."""
+        """Opens the model that a delta leads to, in a thread, as the parent may say meanwhile that all is to stop."""
+        if self._opening is not None or self._is_updating:  # by one for which the parent waits no more
+            self._tell("updated", UserError("another delta is being applied"), self._models.current.about())
+            return
+        import torch
+
+        self._thread = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,))
+        self._opening = self._thread.submit(self._models.open, source)
+
+    def _begin_update(self, opened: Future[ServedModel]) -> None:
+        """Makes the opened model the current one; workers of those before go on until its own are ready."""
+        assert self._thread is not None
+        self._thread.shutdown()
+        self._opening = None
         try:
-            self._models.current = self._models.open(source)
+            self._models.current = opened.result()
         except UserError as error:
             self._tell("updated", error, self._models.current.about())
             return
         self._models.failure = None
         _prepare_forks(self._models)
-        self._is_updating, self._accepts = True, False
+        self._is_updating, self._accepts, self._accept_by = True, False, float("inf")
 
     def _end_update(self) -> None:
-        """Those before have taken their last calls, so that no caller meets their model once more."""
+        """Those before have taken their last calls, so that no caller meets their model once more; or one hangs, for
+        which callers wait no longer."""
         self._is_updating, self._accepts = False, True
         for worker in self._own:
             worker.send("accept", True)
@@ -235,6 +258,7 @@ class _Generation:
                 self._was_ready = True
                 self._tell("ready", self._models.current.about())
             elif self._are_ready and self._is_updating:
+                self._accept_by = min(self._accept_by, time.monotonic() + self._models.options.grace)
                 for other in self._others:
                     other.send("retire")
         elif message == ("retired",):
@@ -300,10 +324,12 @@ def _run_worker(
         server = Server(Application(models, metrics, talk.reload, passes), sockets.give, sockets.take)
         talk.send("ready")
         if not accepts:
-            what, *is_another = talk.receive()
-            if what != "accept":
+            message = talk.receive()
+            while message[0] in ("failed", "reloaded"):  # is for those that serve
+                message = talk.receive()
+            if message[0] != "accept":
                 end_process(0)
-            if any(is_another) and counts:
+            if any(message[1:]) and counts:
                 metrics.reloads.labels("done").inc()
         server.serve_on(sockets.bound, lambda: asyncio.get_running_loop().add_reader(pipe.fileno(), talk.obey, server))
     except UserError as error:
@@ -350,6 +376,7 @@ class _Talk:
             if self._counts:
                 self._metrics.reloads.labels("failed").inc()
         elif what == "retire":
+            self._counts = False  # another worker does, while this one answers its last calls
             server.retire(lambda: self.send("retired"))
         elif what == "reloaded":
             process, *result = rest

@@ -368,7 +368,8 @@ def serve(source: Source, state: str, finder: Finder, bound: socket.socket, opti
         try:
             served = models.load(source)
         except UserError:
-            metrics.reloads.labels("failed").inc()
+            if not source.is_delta:  # for which the whole model makes good
+                metrics.reloads.labels("failed").inc()
             raise
         metrics.reloads.labels("done").inc()
         metrics.show_model(served.about())

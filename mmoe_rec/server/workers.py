@@ -33,7 +33,7 @@ from mmoe_rec.server.models import Finder, Reloads, sentence_of
 from mmoe_rec.server.options import Options, address_of, listen
 
 LONGEST_PAUSE_SECONDS = 30.0
-_UPDATE_SECONDS = 120.0  # for new workers to be ready: beyond, something keeps them from it, which logs say
+_UPDATE_SECONDS = 120.0  # for new workers to be ready, besides the time that those before have to retire
 _SHARE_OF_GENERATIONS = 0.95  # of the time to stop: who has not ended by then is killed
 
 _log = logging.getLogger(__name__)
@@ -193,12 +193,12 @@ class _Child:
         error: UserError | None = UserError("the process that holds the model has ended")
         if not self.has_ended.is_set():
             self.send("update", source)
+            seconds = _UPDATE_SECONDS + self._parent.options.grace
             try:
-                error = self._updated.get(timeout=_UPDATE_SECONDS)
+                error = self._updated.get(timeout=seconds)
             except queue.Empty:
-                error = UserError(f"no workers that serve {source.address} got ready in {_UPDATE_SECONDS:.0f} seconds")
+                error = UserError(f"no workers that serve {source.address} got ready in {seconds:.0f} seconds")
         if error is not None:
-            self.send("failed", str(error))
             raise error
         self.source = source
 

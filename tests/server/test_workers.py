@@ -146,6 +146,45 @@ def test_workers_go_on_by_deltas(folder: Path, tmp_path: Path) -> None:
         assert running.process.wait(PATIENCE) == 0
 
 
+@pytest.mark.thorough
+def test_a_worker_that_hangs_holds_up_no_delta(folder: Path, tmp_path: Path) -> None:
+    with served(folder, tmp_path, "--workers", "2", "--grace", "2") as running:
+        until(lambda: model_count(running) == 2)
+        generations = running.generations()
+        os.kill(min(running.workers()), signal.SIGSTOP)
+        publish_next(folder, tmp_path / "next")
+        assert running.send(None, "/reload")[0] == 200
+        assert running.generations() == generations, "which did not wait until the whole model was loaded"
+        assert {version(running) for _ in range(9)} == {version_of(folder)}
+        running.process.send_signal(signal.SIGTERM)
+        assert running.process.wait(PATIENCE) == 1, "it is killed, and may have had a call"
+
+
+@pytest.mark.thorough
+def test_sigterm_while_a_delta_is_applied(folder: Path, tmp_path: Path) -> None:
+    with served(folder, tmp_path, "--workers", "2", "--grace", "200", "--poll", "0.1") as running:
+        until(lambda: model_count(running) == 2)
+        before, all_of_it = version(running), running.workers() | running.generations()
+        made = other_weights(folder, tmp_path / "next", 0.9, 1.1)
+        write_delta(folder, made)
+        hang_at_loading(made / DELTA)
+        folder.rename(tmp_path / "before")
+        made.rename(folder)
+        until(lambda: is_read(folder / DELTA / EXAMPLE))
+        assert version(running) == before
+        running.process.send_signal(signal.SIGTERM)
+        assert running.process.wait(PATIENCE) == 0
+        assert not any(map(is_running, all_of_it))
+
+
+def is_read(pipe: Path) -> bool:
+    """Whether somebody reads a named pipe, who waits then for what is never written."""
+    with suppress(OSError):
+        os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)  # and stays open
+        return True
+    return False
+
+
 def publish_next(folder: Path, scratch: Path, weights: bytes | None = None) -> None:
     """Puts another model into the folder, with a delta from the one that is there; weights: what stands in that."""
     made = other_weights(folder, scratch, 0.9, 1.1)
