@@ -56,12 +56,14 @@ _NOTHING, _LARGEST = 1e-30, 1e300  # probabilities and scores beyond are 0 or al
 @dataclass(frozen=True)
 class Source:
     """Where a model lies. address: permanent, unlike one with an alias, or the folder's path; run_id: of the run that
-    made it, where that is known and was not deleted; is_delta: the folder holds the delta from what is served to it."""
+    made it, where that is known and was not deleted; is_delta: the folder holds a delta, by which the model that is
+    served becomes this one; scratch: a folder to remove once the model is taken up or refused."""
 
     folder: Path
     address: str
     run_id: str | None = None
     is_delta: bool = False
+    scratch: Path | None = None
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -196,9 +197,14 @@ class Reloads:
         try:
             served = self._served()
             source = None if served is None else self._finder.find_delta(served)
-            if source is not None:
+            if source is None:
+                return False
+            try:
                 self._take_up(source)
-            return source is not None
+            finally:
+                if source.scratch is not None:
+                    shutil.rmtree(source.scratch, ignore_errors=True)
+            return True
         except Exception as error:
             _log.warning("no delta is taken up, and the whole model is loaded instead: %s", sentence_of(error))
             return False

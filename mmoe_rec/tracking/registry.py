@@ -109,24 +109,34 @@ def fetch_model(address: str, uri: str) -> Path:
     return artifact
 
 
-def _download(address: str, uri: str) -> Path:
+def _download(address: str, uri: str, into: Path | None = None) -> Path:
+    """into: a folder for a copy; None leaves it to MLflow, which copies nothing that lies on this machine."""
     _require_store(address, uri)
     mlflow = connect(uri)
     with limit_waiting(FOR_MODELS), translate_errors(uri, address, anything=True):
-        return Path(mlflow.artifacts.download_artifacts(artifact_uri=address))
+        return Path(mlflow.artifacts.download_artifacts(artifact_uri=address, dst_path=into))
 
 
 def find_delta(address: str, base: str, uri: str) -> Source | None:
     """The delta from the artifact of a version to the model at an address, with its files on this machine; None where
     there is none. Raises UserError as `find_model`."""
-    pinned, folder = pin_address(address, uri), None
+    pinned = pin_address(address, uri)
     if Path(pinned).exists():
         whole = _find_artifact(Path(pinned))
         folder = None if whole is None else Delta.find(whole, base)
-    elif version := re.fullmatch(r"models:/([^/]+)/(\d+)", pinned):
-        its_base, _, path = get_version(version[1], version[2], uri).tags.get(_DELTA_TAG, "").partition(" ")
-        folder = _download(f"{pinned}/{path}", uri) if its_base == base else None
-    return None if folder is None else Source(folder, pinned, find_run(pinned, uri), is_delta=True)
+        return None if folder is None else Source(folder, pinned, is_delta=True)
+    version = re.fullmatch(r"models:/([^/]+)/(\d+)", pinned)
+    tag = "" if version is None else get_version(version[1], version[2], uri).tags.get(_DELTA_TAG, "")
+    its_base, _, path = tag.partition(" ")
+    if its_base != base:
+        return None
+    run_id, scratch = find_run(pinned, uri), Path(tempfile.mkdtemp(prefix="mmoe-rec-delta-"))
+    try:
+        folder = _download(f"{pinned}/{path}", uri, scratch)
+        return Source(folder, pinned, run_id, is_delta=True, scratch=scratch)
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
 
 
 def find_run(address: str, uri: str) -> str | None:

@@ -1,6 +1,7 @@
 """A server goes on to the next version of its model by a delta, and by the whole model where the delta does not do."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,19 @@ def test_one_for_another_model_changes_nothing(watched: Watched, made: list[Path
     assert "which is served" in str(watched.models.failure)
 
 
+def test_what_was_fetched_is_removed(
+    watched: Watched, made: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for model, delta, scratch in ((made[1], made[1], tmp_path / "taken"), (made[2], made[3], tmp_path / "refused")):
+        shutil.copytree(delta / DELTA, scratch / DELTA)
+        found = Source(scratch / DELTA, "small", is_delta=True, scratch=scratch)
+        monkeypatch.setattr(AtAddress, "find_delta", lambda *_, found=found: found)
+        watched.publish(model)
+        watched.reloads.ask().result()
+        assert not scratch.exists()
+    assert watched.taken == [True, False]
+
+
 def test_settings_of_the_command_line_stay(small: SmallModel, made: list[Path]) -> None:
     models = Models(Options(instead={"max_candidates": 9}), Source(small.folder, "small"))
     models.load(Source(made[1] / DELTA, "small", is_delta=True))
@@ -122,9 +136,15 @@ def test_a_refresh_publishes_one(tmp_path: Path) -> None:
         found = finder.find_delta(served)
         assert found is not None
         assert found.is_delta
+        assert found.scratch is not None
+        assert found.scratch in found.folder.parents
         assert not (found.folder / "weights.safetensors").exists()
         reloads.ask().result()
-        assert models.current.source == found
+        source = models.current.source
+        assert source == replace(found, folder=source.folder, scratch=source.scratch)
+        assert source.scratch not in (None, found.scratch)
+        assert not source.scratch.exists(), "each is fetched once, and removed"
+        shutil.rmtree(found.scratch)
         about, whole = models.current.about(), model.folder_of(number)
         assert (about["version"], about["artifact"]) == (number, version_of(whole))
         assert about["run_id"] == model.holder().run_id
