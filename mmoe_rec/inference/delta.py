@@ -10,7 +10,8 @@
             NAME.memory/       of what a counter or history remembers, the rows that are gone and those that have come
 
 A delta that does not follow what is served, is damaged or leads to something else than the artifact is refused; what is
-served stays as it is whatever happens, since a delta makes a ranker beside it. Both share all that is equal.
+served stays as it is whatever happens, since a delta makes a ranker beside it. Both share all that is equal, but
+for the table of counters that requests ask, which each ranker makes for itself.
 """
 
 from __future__ import annotations

@@ -276,7 +276,8 @@ def name_weight(table: str) -> str:
 
 
 def take_rows(stored: dict[str, Tensor], name: str, before: Tensor | None) -> None:
-    """Makes a table whole of which a file holds only the rows that are others than `before`, or no row."""
+    """Completes a table of a delta, whose file holds the rows that differ from `before`, or nothing where none does. A
+    table that the file holds whole stays as it is."""
     rows, weight = stored.pop(name + ROWS, None), stored.get(name)
     if before is not None and weight is None:
         stored[name] = before.detach()

@@ -6,7 +6,7 @@ those of the generation before take no more connections, hand over those that ar
 have, and end. Only then the new ones accept, so that no caller meets the model before once more; callers wait in the
 socket's queue meanwhile. A model that can't be loaded leaves the one before as it is, whatever happens to the process
 that tries. A delta is taken up by the generation that serves: it makes the next model beside its own, shares with it
-what is equal, and goes on with new workers in the same way.
+what is equal but for the table of counters, and goes on with new workers in the same way.
 """
 
 from __future__ import annotations
