@@ -90,7 +90,7 @@ class Live:
         return encoder
 
     def make_groups(self, of_requests: Collection[str], left_out: Collection[str]) -> dict[bool, CounterGroup]:
-        """The counters that share levels, but for those that are left out: those that ask once a request (True), and
+        """The counters that share levels, but for `left_out`. Under True lie those that ask once a request, under False
         those that ask for each candidate."""
         groups: dict[bool, dict[str, CounterEncoder]] = {}
         for name, each in self.encoders.items():

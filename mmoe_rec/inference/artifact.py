@@ -68,17 +68,25 @@ class Source:
 
 @dataclass(frozen=True)
 class Rounding:
-    """What validation rows say of a network whose products are rounded to bf16: the largest change of a task's AUC,
-    the change of the score's NDCG@10, and the share of the ten best of each list that stay among them."""
+    """What validation rows say of a network whose products are rounded to bf16: the largest change of a task's AUC;
+    the change of the score's NDCG@10, None where no request ranks anything; and the share of the ten best of each list
+    that stay among them, None without a list of more than ten."""
 
     auc: float
-    ndcg: float
-    top_10: float
+    ndcg: float | None
+    top_10: float | None
 
     @property
     def ranks_alike(self) -> bool:
-        """Whether nobody would see it."""
-        return max(abs(self.auc), abs(self.ndcg)) <= 0.0002 and self.top_10 >= 0.99
+        """Whether rankings are the same but for what few people would see."""
+        moved = max(abs(self.auc), abs(self.ndcg or 0.0))
+        return moved <= 0.0002 and (self.top_10 is None or self.top_10 >= 0.99)
+
+    def __str__(self) -> str:
+        parts = [f"AUC of validation rows moves by {self.auc:+.5f}"]
+        parts += [] if self.ndcg is None else [f"NDCG@10 by {self.ndcg:+.5f}"]
+        parts += [] if self.top_10 is None else [f"{self.top_10:.2%} of the ten best of each list stay"]
+        return f"in bf16, {', '.join(parts)}"
 
 
 @dataclass(frozen=True)

@@ -102,7 +102,7 @@ def write_artifact(
             shutil.copytree(prepared.folder / "requests", target / "features" / "requests")
         (target / "layout.json").write_text(about.layout.to_json(), encoding="utf-8")
         (target / "settings.yaml").write_text(settings.to_yaml(), encoding="utf-8")
-        _write_about(target, about)
+        write_about(target, about)
         if calibration is not None and calibration.tasks:
             _write_json(target / "calibration.json", calibration.to_dict())
         _write_json(target / EXAMPLE, example_request(target / "features", about.tables_as_of))
@@ -125,13 +125,13 @@ def rewrite_artifact(folder: Path, target: Path, model: Model, state_dict: Mappi
     """
     from mmoe_rec.settings.load import load_settings
 
-    about = replace(read_artifact(folder), model=model.model_dump(mode="json"))
+    about = replace(read_artifact(folder), model=model.model_dump(mode="json"), in_bf16=None)
     settings = load_settings(folder / "settings.yaml").model_copy(update={"model": model})
     with atomic_folder(target) as made:
         copy_files(folder, made)
         _write_weights(made, state_dict)
         (made / "settings.yaml").write_text(settings.to_yaml(), encoding="utf-8")
-        _write_about(made, about)
+        write_about(made, about)
         seal(made)
 
 
@@ -163,7 +163,7 @@ def write_with_tables(
     with atomic_folder(target) as made:
         copy_files(folder, made, but="features/")
         shutil.copytree(features, made / "features")
-        _write_about(made, about)
+        write_about(made, about)
         _write_json(made / EXAMPLE, example_request(made / "features", about.tables_as_of))
         seal(made)
 
@@ -195,7 +195,8 @@ def seal(folder: Path) -> None:
     write_manifest(folder)
 
 
-def _write_about(folder: Path, about: Artifact) -> None:
+def write_about(folder: Path, about: Artifact) -> None:
+    """Writes what an artifact says of itself, but for its layout."""
     tree = asdict(about)
     del tree["layout"]  # which is a file of its own
     _write_json(folder / "model.json", {"format": FORMAT, **tree})

@@ -6,7 +6,6 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -100,28 +99,30 @@ def score_by(
     return scored if settings.columns.has_candidate else replace(scored, candidates=None, row=scored.candidates)
 
 
+BEST = 10
+"""Rows of a list that people see."""
+
+
 def measure_bf16(
     settings: Settings, prepared: FeatureFolder, model: RankingModel, calibration: Calibration
 ) -> Rounding | None:
-    """What rounding to bf16 does to the ranking of validation rows; None for a model that is not served in bf16."""
+    """What rounding to bf16 does to the ranking of validation rows; None where it can't be told, as regressions have no
+    AUC, or where a model is not served in bf16."""
     from mmoe_rec.evaluation.summary import UserMetrics
     from mmoe_rec.model.fused import fused_logits
     from mmoe_rec.model.layout import ModelLayout
 
-    if fused_logits(model, "bf16") is None:
+    layout, rows = ModelLayout.of(prepared.layout, settings), prepared.split("validation")
+    rounded = fused_logits(model, "bf16")
+    if rounded is None or any(task.kind == "regression" for task in layout.tasks):
         return None
-
-    @cache
-    def rounded() -> Any:  # on the device where the rows are scored
-        return fused_logits(model, "bf16")
 
     def round_logits(mixture: Any, given: tuple[Any, ...], outputs: Outputs) -> Outputs:
         inputs, _, _, _, *attended = given
         if attended:
             inputs = mixture.histories(inputs, attended[0], attended[1:])
-        return outputs._replace(logits=rounded()(inputs))
+        return outputs._replace(logits=rounded(inputs))
 
-    layout, rows = ModelLayout.of(prepared.layout, settings), prepared.split("validation")
     before = score_by(settings, model, layout, rows, calibration)
     hook = model.mixture.register_forward_hook(round_logits)
     try:
@@ -129,20 +130,24 @@ def measure_bf16(
     finally:
         hook.remove()
     values = [UserMetrics(each.measure(), names=("auc", "ndcg_at_10")).once for each in (before, after)]
-    moved = {key: values[1][key] - values[0][key] for key in values[0]}
-    of_auc, of_ndcg = ([each for (_, its), each in moved.items() if its == name] for name in ("auc", "ndcg_at_10"))
+    moved: dict[str, list[float]] = {"auc": [], "ndcg_at_10": []}
+    for (group, name), value in values[0].items():
+        if name in moved and np.isfinite(change := values[1][group, name] - value):
+            moved[name].append(change)
+    auc, ndcg = (max(each, key=abs, default=None) for each in moved.values())
     number = pc.dictionary_encode(before.requests).indices.to_numpy()
-    best = [_first_of_lists(number, each.score, 10) for each in (before, after)]
-    stay = float((best[0] & best[1]).sum() / best[0].sum())
-    return Rounding(max(of_auc, key=abs, default=0.0), max(of_ndcg, key=abs, default=0.0), stay)
+    first, second = (_best_of_lists(number, each.score) for each in (before, after))
+    is_long = np.bincount(number)[number] > BEST
+    top_10 = float((first & second)[is_long].sum() / first[is_long].sum()) if is_long.any() else None
+    return None if auc is None else Rounding(auc, ndcg, top_10)
 
 
-def _first_of_lists(number: np.ndarray, score: np.ndarray, count: int) -> np.ndarray:
-    """(N,) bool whether a row is among the best of its list, which `number` names."""
+def _best_of_lists(number: np.ndarray, score: np.ndarray) -> np.ndarray:
+    """(N,) bool whether a row is among the BEST ones of its list, which `number` names."""
     order = np.lexsort((-score, number))
     starts = np.searchsorted(number[order], np.arange(number.max() + 1))
     found = np.empty(len(number), bool)
-    found[order] = np.arange(len(number)) - starts[number[order]] < count
+    found[order] = np.arange(len(number)) - starts[number[order]] < BEST
     return found
 
 

@@ -136,10 +136,12 @@ class _Scoring:
         self.tables_as_of, self.freshness = about.tables_as_of, Freshness.of(about)
         self.exact_from = exact_from(model.folder / "features")
         self.constants = {"model": model.address, "model_version": version_of(model.folder)}
-        tables, how = (self.tables_as_of, self.exact_from), self.logs.options
-        options = [how.duplicates, how.several_times, how.rows_in_memory]
+        tables, built = (self.tables_as_of, self.exact_from), self.logs.options
+        options = [built.duplicates, built.several_times, built.rows_in_memory]
         split = settings.split.model_dump(mode="json") if labels else None
-        self.fingerprint = fingerprint_of(self.logs, [FORMAT, self.constants, tables, as_of, window, options, split])
+        self.asked = {name: getattr(settings.serving, name) for name in ("products", "precision")}
+        how = [options, split, self.asked]
+        self.fingerprint = fingerprint_of(self.logs, [FORMAT, self.constants, tables, as_of, window, *how])
 
     def run(self) -> ScoredLog:
         """Scores, or goes on."""
@@ -203,13 +205,12 @@ class _Scoring:
                 steps.look_up(self.pipeline, memories, end=counted.last[0] + 1, training=None)
                 facts = {"first": counted.first[0], "last": counted.last[0]}
             steps.keep(folder)
-        asked = {name: getattr(self.settings.serving, name) for name in ("products", "precision")}
-        facts["products"] = asked["products"]
-        if "auto" in asked.values():  # measured once: a run that goes on computes as it began
+        facts["way"] = self.asked["products"]
+        if "auto" in self.asked.values():  # measured once: a run that goes on computes as it began
             with limit_threads(1):
                 ranker = load_ranker(self.artifact, self.constants["model_version"])
-                ranker.take_settings(asked)
-                facts["products"] = ranker.best_way()
+                ranker.take_settings(self.asked)
+                facts["way"] = ranker.best_way()
         write_text(ready, json.dumps(facts))
         return steps.parts, facts
 
@@ -227,7 +228,7 @@ class _Scoring:
         job = ScoreJob(
             model=self.artifact,
             version=self.constants["model_version"],
-            products=facts["products"],
+            way=facts["way"],
             reader=kept_reader(self.out.known, self.logs.log),
             results=kept_results(self.out.known, self.logs.log) if self.as_of == "log" else None,
             window=self.window,
@@ -270,6 +271,7 @@ class _Scoring:
             "tables_as_of": self.tables_as_of,
             "exact_from": None if self.exact_from is None else iso_time(self.exact_from),
             "as_of": self.as_of,
+            "products": facts["way"],
             "known_from": format_time(facts["first"]) if self.has_time and facts["first"] is not None else None,
             "labels_known_by": format_time(facts["last"]) if self.has_time and self.labels else None,
             "meaning": self._describe_past(facts),
@@ -331,7 +333,7 @@ class ScoreJob:
 
     model: Path
     version: str
-    products: Way
+    way: Way
     reader: LogReader
     results: ResultExchange | None
     window: Window
@@ -387,7 +389,7 @@ def score_part(job: ScoreJob, task: tuple[int, LogPart]) -> None:
     number, part = task
     torch.set_num_threads(1)
     ranker = load_ranker(job.model, job.version)
-    ranker.scorer.multiply_by(job.products)
+    ranker.scorer.multiply_by(job.way)
     results = None if job.results is None else ResultReader(job.results, list(ranker.pipeline.key_groups))
     writer, ranked = None, [_RANKED.empty_table()]
     with atomic_file(job.out.part(number, "arrow")) as path, pa.OSFile(str(path), "wb") as file:

@@ -182,11 +182,7 @@ def _finish(run: Run, workspace: Workspace, results: Sequence[TrainingResult], r
         run.log_text(calibration.to_dict(), "calibration.json")
     in_bf16 = None
     if settings.serving.precision == "auto" and (in_bf16 := measure_bf16(settings, prepared, model, calibration)):
-        say(
-            f"in bf16, AUC of validation rows moves by {in_bf16.auc:+.5f}, NDCG@10 by {in_bf16.ndcg:+.5f}, and "
-            f"{in_bf16.top_10:.2%} of the ten best of each list stay: "
-            + ("servers may use it" if in_bf16.ranks_alike else "servers stay with fp32")
-        )
+        say(f"{in_bf16}: {'servers may use it' if in_bf16.ranks_alike else 'servers stay with fp32'}")
     write_artifact(
         artifact,
         settings=settings,

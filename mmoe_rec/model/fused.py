@@ -1,8 +1,8 @@
 """The dense part in inference: fixed weights, all experts on all rows, in a few large operators.
 
 `mmoe_rec.model.mmoe` computes the same for training and for all that a request may ask of experts: with a module for
-each layer, and a product for each expert. Of five rows, most of its time goes into calling a hundred operators: this
-takes a third of it, and nine tenths for five hundred. It holds what most models are, see `FusedMixture.of`.
+each layer, and a product for each expert. For five rows it spends most of its time calling a hundred operators. The
+operators here take a third of that time, and nine tenths for five hundred rows. Most models fit: see `FusedMixture.of`.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ class FusedMixture:
 
     @staticmethod
     def of(mixture: Mixture, way: Way, columns: Tensor | None = None) -> FusedMixture | None:
-        """The mixture with its weights as they are now; None for one of several levels, whose gates choose some of the
-        experts, or a gate of which has none that it may use."""
+        """The mixture with its weights as they are now. None where there are several levels, gates that choose some of
+        the experts or may use none, experts that read raw inputs, or experts that are still being let in."""
         level, *others = mixture.each_level()
         gates, (experts, *groups) = level.gates, level.each_group()
         chooses = not isinstance(gates.rule, Soft) or gates.settings.serving_top_k is not None

@@ -49,7 +49,7 @@ class Trees:
         return Forest([read_ensemble(text) for text in self.texts.values()])
 
     @cached_property
-    def _weights(self) -> dict[tuple[str, ...], Tensor]:
+    def _weights(self) -> dict[tuple[str, ...], np.ndarray]:
         """Names of T tasks -> (3, T) float64 weights of network and trees, and offsets."""
         return {}
 
@@ -66,10 +66,8 @@ class Trees:
         """(B, T) logits of both -> (B, T) of the same type; a task without trees keeps the network's."""
         if (weights := self._weights.get(tuple(names))) is None:
             found = [self.blends.get(name, Blend(1.0, 0.0, 0.0)) for name in names]
-            weights = self._weights[tuple(names)] = torch.tensor(
-                [astuple(each) for each in found], dtype=torch.float64
-            ).T
-        one, other, offset = weights.to(network.device)
+            weights = self._weights[tuple(names)] = np.array([astuple(each) for each in found]).T
+        one, other, offset = torch.from_numpy(weights).to(network.device)
         blended = one * network.double() + other * trees.double() + offset
         return torch.where(trees.isnan(), network.double(), blended).to(network)
 

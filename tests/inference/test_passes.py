@@ -224,6 +224,8 @@ ALIKE, UNLIKE = Rounding(0.0001, -0.0002, 0.995), Rounding(0.0001, -0.0003, 1.0)
         ("fp32", ALIKE, (0.5, 1.0, 0.1), "blas"),
         ("auto", ALIKE, (1.0, 0.5, 0.3), "bf16"),
         ("auto", ALIKE, (1.0, 0.9, 0.9), "blas"),
+        ("auto", ALIKE, (1.0, 0.6, 0.59), "onednn"),
+        ("auto", Rounding(0.0, None, None), (1.0, 0.9, 0.5), "bf16"),
         ("auto", UNLIKE, (1.0, 0.9, 0.1), "blas"),
         ("auto", None, (1.0, 0.5, 0.1), "onednn"),
     ],

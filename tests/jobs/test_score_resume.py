@@ -109,7 +109,7 @@ def test_ctrl_c_keeps_what_was_scored(
     assert files_of(tmp_path / "out") == whole
 
 
-@pytest.mark.parametrize("changed", ["input", "model", "settings"])
+@pytest.mark.parametrize("changed", ["input", "model", "option", "setting"])
 def test_with_something_else_a_killed_run_starts_anew(
     small: SmallModel, source: Path, tmp_path: Path, changed: str, fine: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -118,17 +118,18 @@ def test_with_something_else_a_killed_run_starts_anew(
     shutil.copytree(small.folder, model)
     killed_run(tmp_path, model, log, tmp_path / "out", "score", 2)
     as_of: Any = "log"
+    overrides = ["--serving.precision", "auto"] if changed == "setting" else []
     if changed == "input":
         shutil.rmtree(log)
         write_finely(log, with_requests(random_log(9, rows=200), seed=9))
     elif changed == "model":
         (model / "calibration.json").unlink()
         seal(model)
-    else:
+    elif changed == "option":
         as_of = "tables"
-    score_log(model, log, tmp_path / "out", as_of)
+    score_log(model, log, tmp_path / "out", as_of, overrides=overrides)
     assert "scoring starts anew" in capsys.readouterr().err.replace("\n", " ")
-    score_log(model, log, tmp_path / "expected", as_of)
+    score_log(model, log, tmp_path / "expected", as_of, overrides=overrides)
     assert files_of(tmp_path / "out") == files_of(tmp_path / "expected")
 
 

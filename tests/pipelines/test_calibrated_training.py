@@ -16,6 +16,7 @@ from mmoe_rec.batches.batch import make_batch
 from mmoe_rec.batches.encoded_rows import EncodedRows
 from mmoe_rec.evaluation.scoring import score_rows
 from mmoe_rec.inference.ranker import Ranker
+from mmoe_rec.jobs import evaluate
 from mmoe_rec.jobs import train as steps
 from mmoe_rec.model.score import UNCALIBRATED, Calibration
 from mmoe_rec.preprocessing.prepare import FeatureFolder
@@ -25,6 +26,7 @@ from tests.commands import run
 from tests.pipelines.learnable_log import settings_tree, write_files
 
 pytestmark = pytest.mark.thorough
+BEST = 3  # of lists that are shorter than ten
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     features = tree["features"] | {"clicked": tree["features"]["clicked"] | {"pooling": "attention"}}
     serving = {"precision": "auto"}
     config = write_files(folder, training=training, features=features, serving=serving)
-    run("train", "--config", str(config))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "BEST", BEST)
+        run("train", "--config", str(config))
     return World(folder, config, Ranker.load(folder / "work" / "model"))
 
 
@@ -90,13 +94,15 @@ def test_what_bf16_does_to_the_ranking_is_measured(world: World) -> None:
         areas = [roc_auc_score(every.labels[known[:, t], t], scored.values[known[:, t], t]) for t in (0, 1)]
         weights = [task.score_weight for task in ranker.about.tasks]
         frame = pd.DataFrame({"request": rows["request"].to_numpy(), "score": scored.logs @ weights})
-        order = frame.sort_values("score", ascending=False, kind="stable").groupby("request").cumcount()
-        found.append((areas, set(order.index[order < 10])))
+        lists = frame[frame.groupby("request")["score"].transform("size") > BEST]
+        order = lists.sort_values("score", ascending=False, kind="stable").groupby("request").cumcount()
+        found.append((areas, set(order.index[order < BEST])))
     ranker.scorer.multiply_by("blas")
     (before, first), (after, second) = found
     measured = ranker.about.in_bf16
     assert measured is not None
     assert measured.auc == pytest.approx(max(np.subtract(after, before), key=abs), abs=1e-5)
+    assert len(first) > 100
     assert measured.top_10 == pytest.approx(len(first & second) / len(first), abs=1e-3)
     assert 0 < abs(measured.ndcg) < 0.01
     assert ranker.about.precision == "auto"

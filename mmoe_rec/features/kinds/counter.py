@@ -169,13 +169,7 @@ class CounterEncoder(MemoryEncoder[CounterMemory]):
         for suffix, window in self._windows.items() if self._totals else ():
             count, label_sum = found.totals(window)
             for output in self._totals:
-                match output:
-                    case "positives":
-                        value = np.log1p(np.maximum(label_sum, 0.0))
-                    case "rows":
-                        value = np.log1p(count)
-                    case _:
-                        value = (label_sum + self.feature.smoothing * self.prior) / (count + self.feature.smoothing)
+                value = _statistic(output, count, label_sum, self.feature.smoothing, self.prior)
                 result[f"{self.name}_{output}{suffix}"] = value
         if "recency" in self.feature.outputs:
             result[f"{self.name}_recency"] = _recency(found.time, found.last_positive())
@@ -264,7 +258,7 @@ class CounterGroup:
         self._of, self._earlier, self._rows = np.array(of), np.array(earlier), row
         self._outputs = {output: np.array(each).T for output, each in plan.items()}
         self._smoothing = np.array([[each.feature.smoothing] for each in encoders.values()])
-        self._added = self._smoothing * np.array([[each.prior] for each in encoders.values()])
+        self._prior = np.array([[each.prior] for each in encoders.values()])
         self._numbers = DenseNumbers([each for encoder in encoders.values() for each in encoder.numbers.values()])
 
     def dense(self, rows: LogRows, levels: CounterLevels) -> dict[str, np.ndarray]:
@@ -278,17 +272,23 @@ class CounterGroup:
         counted, labels = np.concatenate([counted, nothing]), np.concatenate([labels, nothing])
         values = np.empty((self._rows, len(rows)))
         for output, (row, now, start, counter) in self._outputs.items():
-            match output:
-                case "positives":
-                    values[row] = np.log1p(np.maximum(labels[now] - labels[start], 0.0))
-                case "rows":
-                    values[row] = np.log1p(counted[now] - counted[start])
-                case "rate":
-                    added, smoothing = self._added[counter], self._smoothing[counter]
-                    values[row] = (labels[now] - labels[start] + added) / (counted[now] - counted[start] + smoothing)
-                case _:
-                    values[row] = _recency(times[counter], positive[counter])
+            if output == "recency":
+                values[row] = _recency(times[counter], positive[counter])
+            else:
+                totals = counted[now] - counted[start], labels[now] - labels[start]
+                values[row] = _statistic(output, *totals, self._smoothing[counter], self._prior[counter])
         return self._numbers.inputs(values.astype(np.float32).astype(np.float64))
+
+
+def _statistic(output: str, rows: np.ndarray, labels: np.ndarray, smoothing: Any, prior: Any) -> np.ndarray:
+    """An output of totals: numbers of rows and sums of labels."""
+    match output:
+        case "positives":
+            return np.log1p(np.maximum(labels, 0.0))
+        case "rows":
+            return np.log1p(rows)
+        case _:
+            return (labels + smoothing * prior) / (rows + smoothing)
 
 
 def _recency(times: np.ndarray, moments: np.ndarray) -> np.ndarray:
