@@ -9,7 +9,8 @@ The sizes of tables are those of the features in `data.work`, if they are built;
 allow, by `max_size` and `buckets`. Times are torchrec's estimate for looking tables up and exchanging what was found,
 and the operations of the dense part at 100 TFLOP/s (CPU: 0.4): good for comparing settings, no promise. --measure
 trains so many steps in this process, on the features in `data.work`, keeps nothing, and tells from them the rows a
-second, the memory and the time of the whole training here; a hundred steps are enough.
+second, the memory and the time of the network's training here, with tables whole and not cached; trees and judging come
+on top. A hundred steps are enough.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import click
 
 from mmoe_rec.cli.main import COUNT, Configuration, NumberBetween, settings_command
 from mmoe_rec.errors import UserError
+from mmoe_rec.locks import reading
 
 if TYPE_CHECKING:
     from mmoe_rec.features.layout import Layout
@@ -50,7 +52,9 @@ MEMORY = NumberBetween(0.01, 1e6)  # both ends are far beyond any machine
 @click.option("--device", type=click.Choice(list(TFLOPS)), default="cuda", help="default: cuda")
 @click.option("--hbm-gib", type=MEMORY, default=80, metavar="X", help="memory of a GPU (default: 80)")
 @click.option("--host-gib", type=MEMORY, default=512, metavar="X", help="main memory of a machine (default: 512)")
-@click.option("--measure", type=COUNT, metavar="N", help="steps to train here, to tell the time of the training")
+@click.option(
+    "--measure", type=COUNT, metavar="N", help="steps to train here, to tell the time of the network's training"
+)
 def plan(
     configuration: Configuration,
     world_size: int,
@@ -90,29 +94,28 @@ def plan(
     layout, sharding = ModelLayout.of(layout, settings), Sharding.of(settings.training)
     sharding.check(device, local_world_size)
     hbm = int(hbm_gib * GIB) if device == "cuda" else 0
-    machines = Machines(world_size, local_world_size, device, hbm, int(host_gib * GIB)).of_replica(sharding.replicas)
+    machines = Machines(world_size, local_world_size, device, hbm, int(host_gib * GIB))
+    own = machines.of_replica(sharding.replicas)
     rows = -(-settings.training.rows_of_step(MANY_ROWS) // world_size)
     model = build_model(layout, settings.model, torchrec_tables(layout, torch.device("meta")))
-    (text, ranks), tables = plan_on_paper(model, layout, machines, rows, sharding, built.parent), used_tables(layout)
+    (text, ranks), tables = plan_on_paper(model, layout, own, rows, sharding, built.parent), used_tables(layout)
     print(f"table sizes: {where}")
     for table in sorted(tables, key=table_bytes, reverse=True):
         print(f"  {table.name}: {table.rows:,} rows of {table.dim}, {table_bytes(table) / GIB:,.2f} GiB")
     print(f"  together: {sum(map(table_bytes, tables)) / GIB:,.1f} GiB with the optimizer")
     if sharding.replicas > 1:
-        print(f"{sharding.replicas} replicas, each on {machines.world_size} ranks, one of which is:")
+        print(f"{sharding.replicas} replicas, each on {own.world_size} ranks. One replica:")
     print(text)
-    print("\n".join(merge_neighbours([(each.rank, describe_rank(each, machines.rank_bytes)) for each in ranks])))
+    print("\n".join(merge_neighbours([(each.rank, describe_rank(each, own.rank_bytes)) for each in ranks])))
     slowest = max((rank.milliseconds for rank in ranks), default=0.0)
     weights = sum(each.numel() for each in model.mixture.parameters())
     dense = 1e3 * 6 * weights * rows / (TFLOPS[device] * 1e12)
     print(f"estimated step: {slowest + dense:.1f} ms, of which tables {slowest:.1f} and the dense part {dense:.1f}")
-    if (built / "train").is_dir():
-        rate = measure_reading(built / "train", layout, rows, settings.training.shuffle_window, machines)
-        taken = ROWS_OF_GPU * local_world_size
-        cores = f": {taken / rate:.1f} cores a machine for {taken:,} rows/s, as GPUs take in TorchRec's DLRM"
-        print(f"reading: {rate:,.0f} rows/s of a core here{cores if device == 'cuda' else ''}")
-    if measure:
-        print_forecast(settings, layout, measure, configuration.settings.model.members)
+    if measure or (built / "train").is_dir():
+        with reading(built.parent, "a plan"):
+            print_reading(built / "train", layout, rows, settings.training.shuffle_window, machines)
+            if measure:
+                print_forecast(settings, layout, measure, configuration.settings.model.members)
     start = f"torchrun --nnodes {world_size // local_world_size} --nproc-per-node {local_world_size}"
     print(f"next: {start} ... -m mmoe_rec train {configuration.options()}")
 
@@ -123,6 +126,18 @@ def describe_rank(rank: RankPlan, most: int) -> str:
     host = f" and {rank.host_bytes / GIB:.2f} GiB of main memory" if rank.host_bytes else ""
     what = f"for tables ({rank.tables / GIB:.2f}) and their activations"
     return f"{share}{host} {what}, {rank.milliseconds:.2f} ms a step"
+
+
+def print_reading(folder: Path, layout: Layout, rows: int, window: int, machines: Machines) -> None:
+    """Prints what `measure_reading` finds, and the cores that read for a machine's GPUs."""
+    try:
+        rate = measure_reading(folder, layout, rows, window, machines)
+    except UserError as error:  # the plan holds without
+        print(f"reading was not measured: {error}")
+        return
+    taken = ROWS_OF_GPU * machines.local_world_size
+    cores = f": {taken / rate:.1f} cores a machine for {taken:,} rows/s, as GPUs take in TorchRec's DLRM"
+    print(f"reading: {rate:,.0f} rows/s of a core here{cores if machines.device == 'cuda' else ''}")
 
 
 def measure_reading(folder: Path, layout: Layout, rows: int, window: int, machines: Machines) -> float:
@@ -141,14 +156,16 @@ def measure_reading(folder: Path, layout: Layout, rows: int, window: int, machin
     ranks, size = machines.world_size, min(rows * machines.world_size, some.rows)
     with freed_memory_kept(), quiet_loggers(dict.fromkeys(NOISY_LOGGERS, logging.CRITICAL)):
         for epoch in range(2):
-            start, count = time.process_time(), 0
+            start, count = time.process_time(), 0.0
             for rank in range(min(machines.local_world_size, RANKS_READ)):
                 reader = TrainingReader(
                     some, batch_size=size, shuffle_window=window, seed=0, rank=rank, world_size=ranks
                 )
+                before = 0
                 for read, position in reader.resume(reader.position(epoch), epoch + 1):
-                    batch = make_batch(read.encoded, layout, read.labels, position, numbers=read.numbers, torchrec=True)
-                    count += len(batch)
+                    make_batch(read.encoded, layout, read.labels, position, numbers=read.numbers, torchrec=True)
+                    count += (position.row - before) / ranks  # without the copies that stretch a batch
+                    before = position.row
             rate = count / (time.process_time() - start)
     return rate
 
@@ -160,15 +177,20 @@ def print_forecast(settings: Settings, layout: ModelLayout, steps: int, members:
     from mmoe_rec.training.ranks import training_ranks
 
     features = FeatureFolder(Path(settings.data.work) / "features")
+    # One process spreads nothing, and this machine may not have what the settings are for.
+    alone = settings.training.model_copy(update={"sharding": "auto", "replicas": 1, "cache_hit_rate": None})
     with (
         tempfile.TemporaryDirectory(dir=settings.data.work) as folder,
-        training_ranks(settings.training) as (device, _),
+        training_ranks(alone) as (device, _),
     ):
-        trainer = Trainer(features, layout, settings.model, settings.training, device, Path(folder), lambda *_: None)
+        trainer = Trainer(features, layout, settings.model, alone, device, Path(folder), lambda *_: None)
         found = trainer.measure(steps)
     seconds, validation = (
         timedelta(seconds=round(members * each)) for each in (found.seconds, found.validation_seconds)
     )
     memory = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     print(f"measured here: {found.rows_per_s:,.0f} rows/s on {device.type}, {memory / GIB:.2f} GiB of main memory")
-    print(f"training here: {seconds} (hours:minutes:seconds) at most, of which validations {validation}")
+    print(
+        f"the network's training here: {seconds} (hours:minutes:seconds) at most, of which validations {validation}; "
+        "trees and judging come on top"
+    )

@@ -272,14 +272,7 @@ def plan_on_paper(
             model, sharders(sharding, batch_size)
         )
     except PlannerError:
-        try:
-            planner(layout, machines, 1, sharding, features).plan(model, sharders(sharding, 1))
-        except PlannerError:
-            raise explain_misfit(layout, machines, sharding) from None
-        raise UserError(
-            f"the embedding tables fit, but not beside what a step of {batch_size:,} rows a rank takes: set "
-            "`training.batch_size` lower, or use more ranks"
-        ) from None
+        raise explain_misfit(model, layout, machines, batch_size, sharding, features) from None
     ranks = [RankPlan(rank, 0, 0, 0.0, 0) for rank in range(machines.world_size)]
     for option, part in ((each, part) for each in options for part in each.shards):
         rank, tables, taken, time, host = ranks[part.rank]
@@ -337,8 +330,28 @@ def table_bytes(table: EmbeddingTable) -> int:
     return table.rows * (stored_width(table.dim) + 1) * _FLOAT
 
 
-def explain_misfit(layout: ModelLayout, machines: Machines, sharding: Sharding) -> UserError:
-    """Why the tables don't fit, and which setting would make them."""
+def explain_misfit(
+    model: nn.Module,
+    layout: ModelLayout,
+    machines: Machines,
+    batch_size: int,
+    sharding: Sharding,
+    features: Path | None,
+) -> UserError:
+    """Why the tables, or what a step takes beside them, don't fit, and which setting would make them."""
+    from torchrec.distributed.planner.types import PlannerError
+
+    try:
+        planner(layout, machines, 1, sharding, features).plan(model, sharders(sharding, 1))
+    except PlannerError:
+        return _explain_tables(layout, machines, sharding)
+    return UserError(
+        f"the embedding tables fit, but not beside what a step of {batch_size:,} rows a rank takes: set "
+        "`training.batch_size` lower, or use more ranks"
+    )
+
+
+def _explain_tables(layout: ModelLayout, machines: Machines, sharding: Sharding) -> UserError:
     tables = sorted(used_tables(layout), key=table_bytes, reverse=True)
     needed, offered = sum(map(table_bytes, tables)), machines.world_size * machines.rank_bytes
     largest = tables[0]

@@ -162,7 +162,7 @@ def _plan(
         made = planner(layout, machines, batch_size, sharding, features)
         return made.collective_plan(model, sharders(sharding, batch_size), dist.group.WORLD)
     except PlannerError:
-        raise explain_misfit(layout, machines, sharding) from None
+        raise explain_misfit(model, layout, machines, batch_size, sharding, features) from None
 
 
 def ranks_of_machine() -> int:

@@ -154,7 +154,7 @@ def test_a_plan_reads_and_trains_on_built_features_and_leaves_them_as_they_are(w
     for line in (
         r"reading: [\d,]+ rows/s of a core here: [\d.]+ cores a machine for 1,200,000 rows/s",
         r"measured here: [\d,]+ rows/s on cpu, [\d.]+ GiB of main memory",
-        r"training here: [\d:]+ \(hours:minutes:seconds\) at most, of which validations [\d:]+\n",
+        r"training here: [\d:]+ \(hours:minutes:seconds\) at most, of which validations [\d:]+; trees and",
     ):
         assert re.search(line, said), said
     assert files(world.folder) == before

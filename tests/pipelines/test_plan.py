@@ -86,6 +86,10 @@ def test_the_sizes_of_built_features_are_taken(tmp_path: Path, capsys: pytest.Ca
     assert code == 0, said
     assert f"of the features in '{tmp_path / 'features'}'" in said
     assert re.search(r"video: table_wise \(rank [01]: 200 rows\)", said)
+    (tmp_path / "features" / "encoded" / "train").mkdir()
+    code, said = run(capsys, "--world-size", "2", "--local-world-size", "2", "--device", "cpu", *work)
+    assert code == 0, said
+    assert "\nreading was not measured: there is no .parquet file of encoded rows in '" in said
 
 
 def write_features(folder: Path) -> None:
@@ -139,7 +143,7 @@ def test_a_plan_of_replicas_is_that_of_one(capsys: pytest.CaptureFixture) -> Non
     assert ranks is not None, said
     code, said = run(capsys, "--world-size", ranks[1], *replicas[2:])
     assert code == 0, said
-    assert f"2 replicas, each on {int(ranks[1]) // 2} ranks, one of which is:\n" in said
+    assert f"2 replicas, each on {int(ranks[1]) // 2} ranks. One replica:\n" in said
 
 
 def test_a_terabyte_beside_eight_cards(capsys: pytest.CaptureFixture) -> None:
