@@ -107,10 +107,14 @@ def plan(
         print(f"{sharding.replicas} replicas, each on {own.world_size} ranks. One replica:")
     print(text)
     print("\n".join(merge_neighbours([(each.rank, describe_rank(each, own.rank_bytes)) for each in ranks])))
-    slowest = max((rank.milliseconds for rank in ranks), default=0.0)
+    slowest, most = (max(getattr(rank, name) for rank in ranks) for name in ("milliseconds", "tables"))
     weights = sum(each.numel() for each in model.mixture.parameters())
     dense = 1e3 * 6 * weights * rows / (TFLOPS[device] * 1e12)
     print(f"estimated step: {slowest + dense:.1f} ms, of which tables {slowest:.1f} and the dense part {dense:.1f}")
+    if sharding.replicas > 1:
+        print(
+            f"  and a rank sends {2 * (1 - 1 / sharding.replicas) * most / GIB:.2f} GiB a step to average the replicas"
+        )
     if measure or (built / "train").is_dir():
         with reading(built.parent, "a plan"):
             print_reading(built / "train", layout, rows, settings.training.shuffle_window, machines)

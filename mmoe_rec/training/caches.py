@@ -3,7 +3,7 @@
 Tables that don't fit into GPUs lie in main memory, and each GPU holds the rows that were looked up last (torchrec's
 `fused_uvm_caching`). Which share of the look-ups such a cache answers follows from how often each row is asked for, by
 the approximation of Che, Tung and Wang (2002): a row stays for a time T since it was last asked for, the same for all
-rows, so that with probability p of being the next one asked for it is there with probability 1 - exp(-p T).
+rows of a cache, so that with probability p of being the next one asked for it is there with probability 1 - exp(-p T).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.model.layout import EmbeddingTable, ModelLayout
 from mmoe_rec.model.tables import used_tables
 
-_HALVINGS = 100
+_HALVINGS = 60
 _LONGEST = 1e18  # T, in look-ups
 
 
@@ -28,33 +28,48 @@ class LookUps:
     """Look-ups of a table.
 
     counts: (n,) how often a row is looked up, in any unit; rows: (n,) how many rows are so frequent; a_step: look-ups
-    of a step of all ranks. Has what torchrec's planner asks of its `CacheStatistics`.
+    of a step of all ranks; parts: with a cache each, which the rows are split into, the most frequent ones first, as
+    vocabularies have them. Has what torchrec's planner asks of its `CacheStatistics`.
     """
 
-    def __init__(self, counts: np.ndarray, rows: np.ndarray, a_step: int) -> None:
-        self.rows, seen = int(rows.sum()), counts > 0
-        self._rows = rows[seen]
-        self._shares = counts[seen] / max(float(counts @ rows), 1.0)  # of all look-ups, of one row
+    def __init__(self, counts: np.ndarray, rows: np.ndarray, a_step: int, parts: int = 1) -> None:
+        self.rows, order = int(rows.sum()), np.argsort(-counts, kind="stable")
+        shares = counts[order] / max(float(counts @ rows), 1.0)  # of all look-ups, of one row
+        ends = np.cumsum(rows[order])
+        self._part_rows = -(-self.rows // parts)
+        cuts = np.unique([*ends, *range(self._part_rows, self.rows, self._part_rows)])
+        cuts = cuts[cuts > 0]
+        seen = (found := shares[np.searchsorted(ends, cuts)]) > 0
+        self._rows = np.diff(cuts, prepend=0)[seen]
+        self._shares = found[seen]
+        self._part = ((cuts - 1) // self._part_rows)[seen]
         self._a_step = a_step
 
-    def _cached(self, time: float) -> np.ndarray:
+    def _cached(self, time: float | np.ndarray) -> np.ndarray:
         return -np.expm1(-self._shares * time)
 
     def _rows_cached(self, time: float) -> float:
         return float(self._rows @ self._cached(time))
 
-    def _found(self, time: float) -> float:
-        return float((self._rows * self._shares) @ self._cached(time))
-
     def load_factor(self, hit_rate: float) -> float:
         """The smallest share of the rows in a cache that answers a share of the look-ups."""
-        rows = self._rows_cached(_solve(self._found, hit_rate)) if len(self._shares) else 0.0
-        # torchrec takes no cache of no row, or of all.
-        return min(max(math.ceil(rows), 1) / self.rows, 1 - 1e-6)
+        low, high = 0, self._part_rows  # of a part
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if self.hit_rate(middle / self._part_rows) < hit_rate else (low, middle)
+        return min(high / self._part_rows, 1 - 1e-6)  # torchrec takes no cache of all
 
     def hit_rate(self, load_factor: float) -> float:
         """The share of the look-ups that a cache with a share of the rows answers."""
-        return self._found(_solve(self._rows_cached, load_factor * self.rows)) if len(self._shares) else 1.0
+        if not len(self._shares):
+            return 1.0
+        low, high = np.zeros(self._part[-1] + 1), np.full(self._part[-1] + 1, math.log1p(_LONGEST))
+        for _ in range(_HALVINGS):
+            middle = (low + high) / 2
+            cached = self._cached(np.expm1(middle)[self._part])
+            few = np.bincount(self._part, self._rows * cached) < load_factor * self._part_rows
+            low, high = np.where(few, middle, low), np.where(few, high, middle)
+        return float((self._rows * self._shares) @ self._cached(np.expm1(high)[self._part]))
 
     def expected_miss_rate(self, clf: float) -> float:
         """That it does not answer. clf: torchrec's word for the load factor."""
@@ -67,29 +82,21 @@ class LookUps:
 
     def stable_fingerprint(self) -> tuple[object, ...]:
         """What distinguishes it from others, for torchrec's keys of plans."""
-        return "mmoe_rec", self.rows, self._a_step, self._shares.tobytes(), self._rows.tobytes()
+        return "mmoe_rec", self.rows, self._part_rows, self._a_step, self._shares.tobytes(), self._rows.tobytes()
 
     def __deepcopy__(self, memo: Any) -> LookUps:
         return self  # the planner copies what it tries, and this never changes
 
 
-def _solve(rising: Any, value: float) -> float:
-    """Where a rising function of times has a value."""
-    low, high = 0.0, math.log1p(_LONGEST)
-    for _ in range(_HALVINGS):
-        middle = (low + high) / 2
-        low, high = (middle, high) if rising(math.expm1(middle)) < value else (low, middle)
-    return math.expm1(high)
-
-
-def read_look_ups(features: Path, layout: ModelLayout, rows_of_step: int) -> dict[str, LookUps]:
+def read_look_ups(features: Path, layout: ModelLayout, rows_of_step: int, parts: int = 1) -> dict[str, LookUps]:
     """Table -> its look-ups, by the counts of ids that the features in a folder were fitted with.
 
+    parts: that the rows of each table are split into.
     Where there are none, as of hashed crosses or before features are built, each row is taken to be as frequent.
     """
     inputs = {table.name: sum(each.table == table.name for each in layout.ids) for table in layout.tables}
     return {
-        table.name: LookUps(*_count_rows(features, table), rows_of_step * inputs[table.name])
+        table.name: LookUps(*_count_rows(features, table), rows_of_step * inputs[table.name], parts)
         for table in used_tables(layout)
     }
 

@@ -29,6 +29,7 @@ GIB = 2**30
 _FLOAT = 4
 _CACHED = "fused_uvm_caching"
 WHOLE_ROWS = ("table_wise", "row_wise", "table_row_wise")
+SPLIT_ROWS = ("row_wise", "table_row_wise", "grid_shard")
 ON_CPUS = ("auto", "table_wise", "column_wise")  # torchrec's own limit
 
 
@@ -94,8 +95,9 @@ class Sharding:
         """What the planner may choose among, for each table."""
         if self.kind != "auto":
             return [self.kind]
-        # Data parallel is left out: its optimizer state has other keys, so a table could not be resharded.
-        return list(WHOLE_ROWS) if device == "cuda" else ["table_wise"]
+        # Data parallel is left out: its optimizer state has other keys, so a table could not be resharded. Parts of a
+        # table by rows are other caches: the first one has all frequent ids.
+        return list(WHOLE_ROWS) if device == "cuda" and self.cache_hit_rate is None else ["table_wise"]
 
 
 BY_DEFAULT = Sharding()
@@ -195,15 +197,36 @@ def planner(
     from torchrec.distributed.planner.proposers import GreedyProposer, GridSearchProposer, UniformProposer
     from torchrec.distributed.planner.shard_estimators import EmbeddingPerfEstimator, EmbeddingStorageEstimator
     from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
-    from torchrec.distributed.planner.types import KernelConfig, ParameterConstraints, TopologyFactory, TrainerConfig
+    from torchrec.distributed.planner.types import (
+        KernelConfig,
+        ParameterConstraints,
+        Storage,
+        TopologyFactory,
+        TrainerConfig,
+    )
     from torchrec.distributed.types import CacheParams, PipelineType
+
+    class StorageEstimator(EmbeddingStorageEstimator):
+        # torchrec counts one number of row-wise Adagrad for a whole row, and each part of a row has one.
+        def estimate(self, sharding_options: Any, sharder_data_map: Any) -> None:
+            super().estimate(sharding_options, sharder_data_map)
+            for option, part in ((each, part) for each in sharding_options for part in each.shards):
+                missing = math.ceil(_FLOAT * part.size[0] * (1 - part.size[1] / option.tensor.shape[1]))
+                if machines.device == "cpu":
+                    part.storage += Storage(hbm=0, ddr=missing)
+                elif _is_cached(option):
+                    part.storage += Storage(hbm=math.ceil(option.cache_load_factor * missing), ddr=missing)
+                else:
+                    part.storage += Storage(hbm=missing, ddr=0)
 
     # With `min_partition`, the number of parts of a row is that of the settings on any number of ranks, as is then the
     # state of row-wise Adagrad, which has a number for each part: so a table can be resharded.
     kernels, caches = [EmbeddingComputeKernel.FUSED.value], dict[str, CacheParams]()
     if sharding.cache_hit_rate is not None:
         kernels.append(_CACHED)
-        found = read_look_ups(features or Path(), layout, batch_size * machines.world_size)
+        ranks = {"row_wise": machines.world_size}.get(sharding.kind, machines.local_world_size)
+        parts = ranks if sharding.kind in SPLIT_ROWS else 1
+        found = read_look_ups(features or Path(), layout, batch_size * machines.world_size, parts)
         caches = {
             name: CacheParams(load_factor=each.load_factor(sharding.cache_hit_rate), prefetch_pipeline=True, stats=each)
             for name, each in found.items()
@@ -229,7 +252,7 @@ def planner(
     pipeline = PipelineType.TRAIN_PREFETCH_SPARSE_DIST if caches else PipelineType.NONE
     estimators = [
         EmbeddingPerfEstimator(topology, constraints),
-        EmbeddingStorageEstimator(topology, constraints, pipeline),
+        StorageEstimator(topology, constraints, pipeline),
     ]
     return EmbeddingShardingPlanner(
         topology=topology,
@@ -363,6 +386,8 @@ def _explain_tables(layout: ModelLayout, machines: Machines, sharding: Sharding)
         where += f" and {host / GIB:.2f} GiB of main memory"
         if needed < machines.world_size * host:
             ways.append("set `training.cache_hit_rate` lower")
+            if sharding.kind == "auto":
+                ways.append("set `training.sharding` to row_wise")
     what = f"the embedding tables take {needed / GIB:.1f} GiB with their optimizer and do not fit into {where}"
     most = f"the largest, '{largest.name}', has {largest.rows:,} rows of {largest.dim} numbers"
     by_rows = bool(set(sharding.types(machines.device)) - {"table_wise", "column_wise"})

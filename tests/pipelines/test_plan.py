@@ -41,7 +41,7 @@ def test_a_terabyte_on_sixteen_cards(capsys: pytest.CaptureFixture) -> None:
 
 def test_tables_are_spread_as_the_settings_say(capsys: pytest.CaptureFixture) -> None:
     sixteen = ["--world-size", "16", "--local-world-size", "8"]
-    code, said = run(capsys, *sixteen, "--training.sharding", "grid_shard")
+    code, said = run(capsys, *sixteen, "--training.sharding", "grid_shard", "--hbm-gib", "84")
     assert code == 0, said
     assert re.search(r"\nvideo: grid_shard \(each of ranks 0-6: [\d,]+ rows of 32 columns, rank 7: .* of 32 col", said)
     code, said = run(capsys, *sixteen, "--training.sharding", "column_wise")
@@ -51,6 +51,9 @@ def test_tables_are_spread_as_the_settings_say(capsys: pytest.CaptureFixture) ->
     sizes = [f"--features.{name}.max_size={advice[1].replace(',', '')}" for name in ("viewer", "video", "channel")]
     code, said = run(capsys, *sixteen, "--training.sharding", "column_wise", *sizes, "--features.viewer_channel.dim=4")
     assert code == 0, said
+    # torchrec's estimate holds each part's own number of row-wise Adagrad.
+    for all_of, tables in re.findall(r": ([\d.]+) of 64.00 GiB \(\d+%\) for tables \(([\d.]+)\)", said):
+        assert float(all_of) >= float(tables)
     assert re.search(r"\nviewer: column_wise \(each of ranks 0, 8: [\d,]+ rows of 32 columns\)\n", said)
 
 
@@ -136,6 +139,10 @@ def test_a_plan_of_replicas_is_that_of_one(capsys: pytest.CaptureFixture) -> Non
         times.append(float(re.search(r"of which tables ([\d.]+)", said)[1]))
     assert plans[0] == plans[1]
     assert times[2] < 0.6 * times[1], "half as much is sent"
+    # All that a rank holds of tables, as one of two replicas.
+    code, said = run(capsys, *replicas)
+    held = max(float(each) for each in re.findall(r" for tables \(([\d.]+)\)", said))
+    assert f"  and a rank sends {held:.2f} GiB a step to average the replicas\n" in said
     code, said = run(capsys, "--world-size", "16", *replicas[2:])
     assert code == 2
     assert "do not fit into 8 rank(s) of each of 2 replicas, each with 64.00 GiB" in said
@@ -147,25 +154,31 @@ def test_a_plan_of_replicas_is_that_of_one(capsys: pytest.CaptureFixture) -> Non
 
 
 def test_a_terabyte_beside_eight_cards(capsys: pytest.CaptureFixture) -> None:
-    eight = ["--world-size", "8", "--local-world-size", "8", "--host-gib", "2000"]
-    code, said = run(capsys, *eight, "--training.cache_hit_rate", "0.2")
+    eight = ["--world-size", "8", "--local-world-size", "8", "--host-gib", "2000", "--training.cache_hit_rate", "0.2"]
+    code, said = run(capsys, *eight)
+    assert code == 2
+    assert "set `training.sharding` to row_wise, or" in said
+    code, said = run(capsys, *eight, "--training.sharding", "row_wise")
     assert code == 0, said
-    assert re.search(r"\nviewer: .*\), in main memory; 20\.00% of it cached for 20\.0% of look-ups\n", said)
+    assert re.search(r"\nviewer: row_wise .*\), in main memory; 20\.00% of it cached for 20\.0% of look-ups\n", said)
 
 
+@pytest.mark.parametrize("parts", [1, 4])
 @pytest.mark.parametrize("hit_rate", [0.5, 0.8, 0.95])
-def test_a_cache_answers_as_much_as_expected(hit_rate: float) -> None:
-    """Beside a cache that drops what was asked for longest ago, as those of fbgemm do."""
+def test_a_cache_answers_as_much_as_expected(hit_rate: float, parts: int) -> None:
+    """Beside caches that drop what was asked for longest ago, as those of fbgemm do, one for each part of the rows."""
     counts = 1 / np.arange(1, 2_001)  # Zipf's law
-    look_ups = LookUps(counts, np.ones(len(counts), int), 4096)
+    look_ups = LookUps(counts, np.ones(len(counts), int), 4096, parts)
     load_factor = look_ups.load_factor(hit_rate)
     assert look_ups.hit_rate(load_factor) == pytest.approx(hit_rate, abs=2e-3)
-    cache, hits = dict[int, None](), list[bool]()
+    assert (load_factor > LookUps(counts, np.ones(len(counts), int), 4096).load_factor(hit_rate)) == (parts > 1)
+    caches, hits, size = [dict[int, None]() for _ in range(parts)], list[bool](), len(counts) // parts
     for row in np.random.default_rng(7).choice(len(counts), 60_000, p=counts / counts.sum()).tolist():
+        cache = caches[row // size]
         hits.append(row in cache)
         cache.pop(row, None)
         cache[row] = None
-        if len(cache) > load_factor * len(counts):
+        if len(cache) > load_factor * size:
             del cache[next(iter(cache))]
     assert np.mean(hits[20_000:]) == pytest.approx(hit_rate, abs=0.02)
 
