@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -95,6 +96,7 @@ def test_the_started_model_is_registered_beside_the_first_one(days: Days) -> Non
     delta = registry.find_delta("models:/learnable/2", one.version, days.uri)
     assert delta is not None
     again = one.with_delta(delta.folder).rank(example["user"], example["context"], example["candidates"])
+    shutil.rmtree(delta.scratch)
     assert again.scores == ranking.scores
 
 

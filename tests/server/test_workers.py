@@ -142,6 +142,7 @@ def test_workers_go_on_by_deltas(folder: Path, tmp_path: Path) -> None:
         assert version(running) == version_of(folder)
         assert running.generations() != generations
         assert "has 0 bytes instead of" in running.log.read_text()
+        assert 'outcome="failed"' not in running.send(None, "/metrics", "GET")[1], "as the whole model is served"
         running.process.send_signal(signal.SIGTERM)
         assert running.process.wait(PATIENCE) == 0
 
