@@ -114,7 +114,7 @@ def _download(address: str, uri: str, into: Path | None = None) -> Path:
     _require_store(address, uri)
     mlflow = connect(uri)
     with limit_waiting(FOR_MODELS), translate_errors(uri, address, anything=True):
-        return Path(mlflow.artifacts.download_artifacts(artifact_uri=address, dst_path=into))
+        return Path(mlflow.artifacts.download_artifacts(artifact_uri=address, dst_path=into and str(into)))
 
 
 def find_delta(address: str, base: str, uri: str) -> Source | None:
