@@ -66,7 +66,7 @@ def main() -> None:
     served = ServedModel(ranker, Source(folder, "noop", None), example)
 
     class Noop(Models):
-        def _load(self, source: Source) -> ServedModel:
+        def open(self, source: Source) -> ServedModel:
             return served
 
     models = Noop(Options(load_settings(folder / "settings.yaml").serving), served.source)
