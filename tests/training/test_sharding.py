@@ -107,6 +107,7 @@ def test_a_folder_without_a_checkpoint_is_named(tmp_path: Path) -> None:
 def _leave_rank_0_alone(rank: int, world: int, port: int, folder: Path) -> None:
     try:
         with join(rank, world, port):
+            dist.all_reduce(torch.ones(1))  # both have joined
             if rank == 1:
                 os._exit(0)
             dist.all_reduce(torch.ones(1))
