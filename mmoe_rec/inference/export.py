@@ -119,8 +119,7 @@ class DensePart(nn.Module):
         model = self.model
         logits = model.of_inputs(inputs[:, : model.width], None).logits
         if self._trees is not None and grown is not None:
-            grown = torch.addcmul(model.mean, grown.to(logits), model.scale)
-            logits = self._trees.blend(logits, grown, self._names)
+            logits = self._trees.blend(logits, model.in_units(grown.to(logits)), self._names)
         logits = self._calibration.apply(logits, self._names)
         values = predictions(logits, self._kinds)
         both = [(values[:, given] * values[:, task]).unsqueeze(1) for given, task in self._products]

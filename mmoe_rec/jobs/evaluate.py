@@ -108,6 +108,8 @@ def measure_bf16(
 ) -> Rounding | None:
     """What rounding to bf16 does to the ranking of validation rows; None where it can't be told, as regressions have no
     AUC, or where a model is not served in bf16."""
+    import pandas as pd
+
     from mmoe_rec.evaluation.summary import UserMetrics
     from mmoe_rec.model.fused import fused_logits
     from mmoe_rec.model.layout import ModelLayout
@@ -136,19 +138,11 @@ def measure_bf16(
             moved[name].append(change)
     auc, ndcg = (max(each, key=abs, default=None) for each in moved.values())
     number = pc.dictionary_encode(before.requests).indices.to_numpy()
-    first, second = (_best_of_lists(number, each.score) for each in (before, after))
+    ranks = (pd.Series(-each.score).groupby(number).rank(method="first").to_numpy() for each in (before, after))
+    first, second = (each <= BEST for each in ranks)
     is_long = np.bincount(number)[number] > BEST
     top_10 = float((first & second)[is_long].sum() / first[is_long].sum()) if is_long.any() else None
     return None if auc is None else Rounding(auc, ndcg, top_10)
-
-
-def _best_of_lists(number: np.ndarray, score: np.ndarray) -> np.ndarray:
-    """(N,) bool whether a row is among the BEST ones of its list, which `number` names."""
-    order = np.lexsort((-score, number))
-    starts = np.searchsorted(number[order], np.arange(number.max() + 1))
-    found = np.empty(len(number), bool)
-    found[order] = np.arange(len(number)) - starts[number[order]] < BEST
-    return found
 
 
 def check_tasks(settings: Settings, schema: Schema) -> None:

@@ -155,14 +155,14 @@ class RankingModel(nn.Module):
 
     def finish(self, inputs: Tensor, outputs: Outputs) -> Outputs:
         """The model's outputs from its inputs, see `side_by_side`, and those of its mixture."""
-        logits = self._in_units(outputs.logits)
+        logits = self.in_units(outputs.logits)
         if self.trees is None:
             return outputs._replace(logits=logits)
         grown = self.trees.logits(inputs[:, self.width - len(self.dense_columns) :], self.names)
-        grown = self._in_units(grown.to(logits))
+        grown = self.in_units(grown.to(logits))
         return outputs._replace(logits=self.trees.blend(logits, grown, self.names), alone=(logits, grown))
 
-    def _in_units(self, logits: Tensor) -> Tensor:
+    def in_units(self, logits: Tensor) -> Tensor:
         """(B, T) with those of a regression in the label's own unit, in float64; of binary tasks alone as they are."""
         if self.mean.dtype == torch.float32:
             return logits
