@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from mmoe_rec.point_in_time.join import KeyGroups, KnownEvents, LookUps, last_known, sorted_order
+from mmoe_rec.point_in_time.join import KeyGroups, KnownEvents, LookUps, key_at, last_known, sorted_order
 from mmoe_rec.point_in_time.memory import NEVER, Memory, SeenEvents, at, grown
 
 _LIMB = "label_sum."
@@ -337,12 +337,8 @@ class CounterTable:
         counters, number = asked.counters, asked.keys >> self._shifts[asked.counters]
         key, rows = asked.keys.ravel(), asked.keys.shape[1]
         number = self._buckets.take((number.view(np.int64) + self._bucket[counters]).ravel())
-        ends, there = self._ends[counters].repeat(rows), self._distinct.take(number)
-        less = ((there < key) & (number < ends)).nonzero()[0]
-        while len(less):  # keys that come before in the bucket
-            number[less] += 1
-            there[less] = self._distinct.take(number[less])
-            less = less[(there[less] < key[less]) & (number[less] < ends[less])]
+        ends = self._ends[counters].repeat(rows)
+        there = key_at(self._distinct, key, number, ends)
         has = ((there == key) & (number < ends)).reshape(asked.keys.shape)[asked.of].ravel()
         times = np.maximum(asked.times, self._floors[counters])
         moments = (times[asked.of] - asked.earlier[:, None]).ravel()

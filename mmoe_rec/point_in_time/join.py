@@ -77,7 +77,16 @@ def _order_by_bits(bits: np.ndarray, room: int) -> np.ndarray:
     return (numbers & np.uint64(2 ** (64 - room) - 1)).view(np.int64)
 
 
-_STEPS = 8  # from the first key of a bucket on; among hashes, hardly any bucket has more keys
+def key_at(keys: np.ndarray, asked: np.ndarray, number: np.ndarray, ends: np.ndarray | int) -> np.ndarray:
+    """Moves (N,) `number` on, from the first of a bucket's `keys` to one that is not less than what is asked for, or to
+    the end of the keys of an index; gives the keys that are there, (N,) uint64."""
+    there, ends = keys.take(number, mode="clip"), np.broadcast_to(ends, number.shape)
+    less = ((there < asked) & (number < ends)).nonzero()[0]
+    while len(less):  # a few times, as keys are hashes
+        number[less] += 1
+        there[less] = keys.take(number[less], mode="clip")
+        less = less[(there[less] < asked[less]) & (number[less] < ends[less])]
+    return there
 
 
 class KeyIndex:
@@ -100,17 +109,7 @@ class KeyIndex:
         if not len(self.keys):
             return np.empty(0, np.int64), np.empty(0, np.int64)
         number: np.ndarray = self.starts.take((asked >> self.shift).view(np.int64))
-        there = self.keys.take(number, mode="clip")
-        less = (there < asked).nonzero()[0]  # keys that come before in the bucket; of few, one step takes the next one
-        for _ in range(_STEPS):
-            if not len(less):
-                break
-            number[less] += 1
-            there[less] = self.keys.take(number[less], mode="clip")
-            less = less[(there[less] < asked[less]) & (number[less] < len(self.keys))]
-        else:
-            number[less] = np.searchsorted(self.keys, asked[less])
-            there[less] = self.keys.take(number[less], mode="clip")
+        there = key_at(self.keys, asked, number, len(self.keys))
         found = (there == asked).nonzero()[0]
         return found, number[found].astype(np.int64, copy=False)
 

@@ -24,8 +24,8 @@ _HALVINGS = 60
 _LONGEST = 1e18  # T, in look-ups
 
 
-class LookUps:
-    """Look-ups of a table.
+class RowFrequencies:
+    """How often the rows of a table are looked up.
 
     counts: (n,) how often a row is looked up, in any unit; rows: (n,) how many rows are so frequent; a_step: look-ups
     of a step of all ranks; parts: with a cache each, which the rows are split into, the most frequent ones first, as
@@ -84,19 +84,21 @@ class LookUps:
         """What distinguishes it from others, for torchrec's keys of plans."""
         return "mmoe_rec", self.rows, self._part_rows, self._a_step, self._shares.tobytes(), self._rows.tobytes()
 
-    def __deepcopy__(self, memo: Any) -> LookUps:
+    def __deepcopy__(self, memo: Any) -> RowFrequencies:
         return self  # the planner copies what it tries, and this never changes
 
 
-def read_look_ups(features: Path, layout: ModelLayout, rows_of_step: int, parts: int = 1) -> dict[str, LookUps]:
-    """Table -> its look-ups, by the counts of ids that the features in a folder were fitted with.
+def read_row_frequencies(
+    features: Path, layout: ModelLayout, rows_of_step: int, parts: int = 1
+) -> dict[str, RowFrequencies]:
+    """Table -> how often its rows are looked up, by the counts of ids that the features in a folder were fitted with.
 
     parts: that the rows of each table are split into.
     Where there are none, as of hashed crosses or before features are built, each row is taken to be as frequent.
     """
     inputs = {table.name: sum(each.table == table.name for each in layout.ids) for table in layout.tables}
     return {
-        table.name: LookUps(*_count_rows(features, table), rows_of_step * inputs[table.name], parts)
+        table.name: RowFrequencies(*_count_rows(features, table), rows_of_step * inputs[table.name], parts)
         for table in used_tables(layout)
     }
 

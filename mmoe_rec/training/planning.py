@@ -17,7 +17,7 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.model.layout import EmbeddingTable, ModelLayout
 from mmoe_rec.model.tables import COLUMNS, stored_width, used_tables
 from mmoe_rec.settings.training import SPLIT_COLUMNS, Training
-from mmoe_rec.training.caches import read_look_ups
+from mmoe_rec.training.caches import read_row_frequencies
 from mmoe_rec.training.fbgemm import require_torchrec
 
 # The planner tries every combination of ways to spread the tables if there are at most this many, by ranks; beyond that
@@ -226,7 +226,7 @@ def planner(
         kernels.append(_CACHED)
         ranks = {"row_wise": machines.world_size}.get(sharding.kind, machines.local_world_size)
         parts = ranks if sharding.kind in SPLIT_ROWS else 1
-        found = read_look_ups(features or Path(), layout, batch_size * machines.world_size, parts)
+        found = read_row_frequencies(features or Path(), layout, batch_size * machines.world_size, parts)
         caches = {
             name: CacheParams(load_factor=each.load_factor(sharding.cache_hit_rate), prefetch_pipeline=True, stats=each)
             for name, each in found.items()
