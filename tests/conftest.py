@@ -26,6 +26,7 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
 _LONG = [
     "pipelines/test_resume",
     "test_readme",
+    "server/test_workers",
     "pipelines/test_end_to_end",
     "pipelines/test_mlflow_away",
     "pipelines/test_commands",
@@ -44,6 +45,11 @@ _LONG = [
     "training/test_without_torchrec",
 ]
 _ORDER = {f"tests/{name}.py": place for place, name in enumerate(_LONG)}
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """Half as many again as cores: a third of the time, tests wait for processes that start, sleep or write."""
+    return max(1, len(os.sched_getaffinity(0)) * 3 // 2)
 
 
 def pytest_configure(config: pytest.Config) -> None:

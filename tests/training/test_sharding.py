@@ -121,6 +121,7 @@ def _fail_at_first(rank: int, world: int, port: int, folder: Path) -> None:
 
     try:
         with join(rank, world, port) as ranks:
+            dist.all_reduce(torch.ones(1))  # both have joined
             ranks.after_first(work)
     except UserError as error:
         (folder / f"said{rank}").write_text(str(error))
