@@ -79,7 +79,7 @@ def plan(
     from mmoe_rec.model.layout import ModelLayout
     from mmoe_rec.model.mmoe import build_model
     from mmoe_rec.model.tables import torchrec_tables, used_tables
-    from mmoe_rec.training.planning import Machines, Sharding, merge_neighbours, plan_on_paper, table_bytes
+    from mmoe_rec.training.planning import Machines, Planning, Sharding, merge_neighbours, table_bytes
 
     built = Path(settings.data.work) / "features" / "encoded"
     if measure and not (built.parent / "manifest.json").is_file():
@@ -98,7 +98,7 @@ def plan(
     own = machines.of_replica(sharding.replicas)
     rows = -(-settings.training.rows_of_step(MANY_ROWS) // world_size)
     model = build_model(layout, settings.model, torchrec_tables(layout, torch.device("meta")))
-    (text, ranks), tables = plan_on_paper(model, layout, own, rows, sharding, built.parent), used_tables(layout)
+    (text, ranks), tables = Planning(layout, own, rows, sharding, built.parent).on_paper(model), used_tables(layout)
     print(f"table sizes: {where}")
     for table in sorted(tables, key=table_bytes, reverse=True):
         print(f"  {table.name}: {table.rows:,} rows of {table.dim}, {table_bytes(table) / GIB:,.2f} GiB")

@@ -86,7 +86,6 @@ class FinishedTraining:
         return _read(FinishedTraining, file, artifact=work / "model", before=True) if file.exists() else None
 
     def write(self) -> None:
-        """Writes the file."""
         tree = {name: each for name, each in asdict(self).items() if name not in ("artifact", "before")}
         with atomic_file(self.artifact.parent / "checkpoints" / _FINISHED) as file:
             _write(tree, file)

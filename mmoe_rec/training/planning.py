@@ -45,7 +45,6 @@ class Sharding:
 
     @staticmethod
     def of(settings: Training) -> Sharding:
-        """Of these settings."""
         return Sharding(
             settings.sharding,
             settings.shard_columns,
@@ -149,163 +148,164 @@ def update_in_backward(model: nn.Module, learning_rate: float) -> None:
     _apply_optimizer_in_backward(RowWiseAdagrad, model.get_submodule("tables").parameters(), {"lr": learning_rate})
 
 
-def sharders(sharding: Sharding, batch_size: int) -> list[Any]:
-    """What knows how to spread tables. batch_size: rows a rank and step."""
-    from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
-
-    if sharding.communication == "fp32":
-        return [EmbeddingBagCollectionSharder()]
-    from fbgemm_gpu.quantize_comm import QuantizedCommCodec
-    from torchrec.distributed.fbgemm_qcomm_codec import CommType, QCommsConfig, get_qcomm_codecs
-    from torchrec.distributed.types import CommOp
-
-    # A gradient is that of a mean over the rows, so small that fp16 would round it to few bits, or to 0. fbgemm's own
-    # scale does not help, as it is taken off while numbers are still in fp16.
-    scale = 2 ** batch_size.bit_length()
-
-    class Scaled(QuantizedCommCodec):
-        def encode(self, numbers: Tensor, ctx: Any = None) -> Tensor:
-            encoded: Tensor = super().encode(numbers * scale, ctx)
-            return encoded
-
-        def decode(self, numbers: Tensor, ctx: Any = None) -> Tensor:
-            decoded: Tensor = super().decode(numbers, ctx)
-            return decoded / scale
-
-    kind = CommType(sharding.communication)
-    codecs = get_qcomm_codecs(QCommsConfig(kind, kind))
-    codecs.backward = Scaled(codecs.backward._comm_precision)
-    # Not `get_qcomm_codecs_registry`, which takes fp16 instead of bf16 on CPUs, although gloo sends both.
-    return [EmbeddingBagCollectionSharder(qcomm_codecs_registry={each.name: codecs for each in CommOp})]
-
-
-def planner(
-    layout: ModelLayout,
-    machines: Machines,
-    batch_size: int,
-    sharding: Sharding = BY_DEFAULT,
-    features: Path | None = None,
-    stats: Any = None,
-) -> Any:
-    """torchrec's planner.
-
-    batch_size: rows a rank and step; features: folder with the counts of ids, for caches; stats: receives the plan.
+@dataclass(frozen=True)
+class Planning:
+    """What a plan of the tables follows from. batch_size: rows a rank and step; features: folder with the counts of
+    ids, for caches.
     """
-    from torchrec.distributed.embedding_types import EmbeddingComputeKernel
-    from torchrec.distributed.planner import EmbeddingShardingPlanner
-    from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
-    from torchrec.distributed.planner.proposers import GreedyProposer, GridSearchProposer, UniformProposer
-    from torchrec.distributed.planner.shard_estimators import EmbeddingPerfEstimator, EmbeddingStorageEstimator
-    from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
-    from torchrec.distributed.planner.types import (
-        KernelConfig,
-        ParameterConstraints,
-        Storage,
-        TopologyFactory,
-        TrainerConfig,
-    )
-    from torchrec.distributed.types import CacheParams, PipelineType
 
-    class StorageEstimator(EmbeddingStorageEstimator):
-        # torchrec counts one number of row-wise Adagrad for a whole row, and each part of a row has one.
-        def estimate(self, sharding_options: Any, sharder_data_map: Any) -> None:
-            super().estimate(sharding_options, sharder_data_map)
-            for option, part in ((each, part) for each in sharding_options for part in each.shards):
-                missing = math.ceil(_FLOAT * part.size[0] * (1 - part.size[1] / option.tensor.shape[1]))
-                if machines.device == "cpu":
-                    part.storage += Storage(hbm=0, ddr=missing)
-                elif _is_cached(option):
-                    part.storage += Storage(hbm=math.ceil(option.cache_load_factor * missing), ddr=missing)
-                else:
-                    part.storage += Storage(hbm=missing, ddr=0)
+    layout: ModelLayout
+    machines: Machines
+    batch_size: int
+    sharding: Sharding = BY_DEFAULT
+    features: Path | None = None
 
-    # With `min_partition`, the number of parts of a row is that of the settings on any number of ranks, as is then the
-    # state of row-wise Adagrad, which has a number for each part: so a table can be resharded.
-    kernels, caches = [EmbeddingComputeKernel.FUSED.value], dict[str, CacheParams]()
-    if sharding.cache_hit_rate is not None:
-        kernels.append(_CACHED)
-        ranks = {"row_wise": machines.world_size}.get(sharding.kind, machines.local_world_size)
-        parts = ranks if sharding.kind in SPLIT_ROWS else 1
-        found = read_row_frequencies(features or Path(), layout, batch_size * machines.world_size, parts)
-        caches = {
-            name: CacheParams(load_factor=each.load_factor(sharding.cache_hit_rate), prefetch_pipeline=True, stats=each)
-            for name, each in found.items()
+    def sharders(self) -> list[Any]:
+        """What knows how to spread tables."""
+        from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
+
+        if self.sharding.communication == "fp32":
+            return [EmbeddingBagCollectionSharder()]
+        from fbgemm_gpu.quantize_comm import QuantizedCommCodec
+        from torchrec.distributed.fbgemm_qcomm_codec import CommType, QCommsConfig, get_qcomm_codecs
+        from torchrec.distributed.types import CommOp
+
+        # A gradient is that of a mean over the rows, so small that fp16 would round it to few bits, or to 0. fbgemm's
+        # own scale does not help, as it is taken off while numbers are still in fp16.
+        scale = 2 ** self.batch_size.bit_length()
+
+        class Scaled(QuantizedCommCodec):
+            def encode(self, numbers: Tensor, ctx: Any = None) -> Tensor:
+                encoded: Tensor = super().encode(numbers * scale, ctx)
+                return encoded
+
+            def decode(self, numbers: Tensor, ctx: Any = None) -> Tensor:
+                decoded: Tensor = super().decode(numbers, ctx)
+                return decoded / scale
+
+        kind = CommType(self.sharding.communication)
+        codecs = get_qcomm_codecs(QCommsConfig(kind, kind))
+        codecs.backward = Scaled(codecs.backward._comm_precision)
+        # Not `get_qcomm_codecs_registry`, which takes fp16 instead of bf16 on CPUs, although gloo sends both.
+        return [EmbeddingBagCollectionSharder(qcomm_codecs_registry={each.name: codecs for each in CommOp})]
+
+    def _planner(self, stats: Any) -> Any:
+        """torchrec's planner. stats: receives the plan."""
+        from torchrec.distributed.embedding_types import EmbeddingComputeKernel
+        from torchrec.distributed.planner import EmbeddingShardingPlanner
+        from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
+        from torchrec.distributed.planner.proposers import GreedyProposer, GridSearchProposer, UniformProposer
+        from torchrec.distributed.planner.shard_estimators import EmbeddingPerfEstimator, EmbeddingStorageEstimator
+        from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
+        from torchrec.distributed.planner.types import (
+            KernelConfig,
+            ParameterConstraints,
+            Storage,
+            TopologyFactory,
+            TrainerConfig,
+        )
+        from torchrec.distributed.types import CacheParams, PipelineType
+
+        machines, sharding = self.machines, self.sharding
+
+        class StorageEstimator(EmbeddingStorageEstimator):
+            # torchrec counts one number of row-wise Adagrad for a whole row, and each part of a row has one.
+            def estimate(self, sharding_options: Any, sharder_data_map: Any) -> None:
+                super().estimate(sharding_options, sharder_data_map)
+                for option, part in ((each, part) for each in sharding_options for part in each.shards):
+                    missing = math.ceil(_FLOAT * part.size[0] * (1 - part.size[1] / option.tensor.shape[1]))
+                    if machines.device == "cpu":
+                        part.storage += Storage(hbm=0, ddr=missing)
+                    elif _is_cached(option):
+                        part.storage += Storage(hbm=math.ceil(option.cache_load_factor * missing), ddr=missing)
+                    else:
+                        part.storage += Storage(hbm=missing, ddr=0)
+
+        # With `min_partition`, the number of parts of a row is that of the settings on any number of ranks, as is then
+        # the state of row-wise Adagrad, which has a number for each part: so a table can be resharded.
+        kernels, caches = [EmbeddingComputeKernel.FUSED.value], dict[str, CacheParams]()
+        if sharding.cache_hit_rate is not None:
+            kernels.append(_CACHED)
+            ranks = {"row_wise": machines.world_size}.get(sharding.kind, machines.local_world_size)
+            parts = ranks if sharding.kind in SPLIT_ROWS else 1
+            rows, rate = self.batch_size * machines.world_size, sharding.cache_hit_rate
+            caches = {
+                name: CacheParams(load_factor=each.load_factor(rate), prefetch_pipeline=True, stats=each)
+                for name, each in read_row_frequencies(self.features or Path(), self.layout, rows, parts).items()
+            }
+        constraints = {
+            table.name: ParameterConstraints(
+                sharding_types=sharding.types(machines.device),
+                compute_kernels=kernels,
+                min_partition=sharding.columns,
+                cache_params=caches.get(table.name),
+            )
+            for table in used_tables(self.layout)
         }
-    constraints = {
-        table.name: ParameterConstraints(
-            sharding_types=sharding.types(machines.device),
-            compute_kernels=kernels,
-            min_partition=sharding.columns,
-            cache_params=caches.get(table.name),
+        topology = TopologyFactory.create_topology(
+            TrainerConfig(
+                world_size=machines.world_size,
+                local_world_size=machines.local_world_size,
+                hbm_cap_bytes=machines.card_bytes,
+                ddr_cap_bytes=machines.host_bytes // machines.local_world_size,
+            ),
+            kernel_config=KernelConfig(compute_device=machines.device),
         )
-        for table in used_tables(layout)
-    }
-    topology = TopologyFactory.create_topology(
-        TrainerConfig(
-            world_size=machines.world_size,
-            local_world_size=machines.local_world_size,
-            hbm_cap_bytes=machines.card_bytes,
-            ddr_cap_bytes=machines.host_bytes // machines.local_world_size,
-        ),
-        kernel_config=KernelConfig(compute_device=machines.device),
-    )
-    pipeline = PipelineType.TRAIN_PREFETCH_SPARSE_DIST if caches else PipelineType.NONE
-    estimators = [
-        EmbeddingPerfEstimator(topology, constraints),
-        StorageEstimator(topology, constraints, pipeline),
-    ]
-    return EmbeddingShardingPlanner(
-        topology=topology,
-        batch_size=batch_size,
-        enumerator=EmbeddingEnumerator(topology, batch_size, constraints, estimators),
-        storage_reservation=FixedPercentageStorageReservation(RESERVED_SHARE),
-        proposer=[
-            GridSearchProposer(min(_MOST_COMBINATIONS, _COMBINATIONS_BY_RANKS // machines.world_size)),
-            GreedyProposer(),
-            GreedyProposer(use_depth=False),
-            UniformProposer(),
-        ],
-        constraints=constraints,
-        stats=stats,
-        debug=False,
-    )
-
-
-def plan_on_paper(
-    model: nn.Module,
-    layout: ModelLayout,
-    machines: Machines,
-    batch_size: int,
-    sharding: Sharding = BY_DEFAULT,
-    features: Path | None = None,
-) -> tuple[str, list[RankPlan]]:
-    """The plan for machines that need not be there, as `describe_plan` tells it, and what each rank bears.
-
-    model: over `torchrec_tables` on the device "meta".
-
-    Raises UserError, with the reason and what would help, when the tables don't fit.
-    """
-    from torchrec.distributed.planner.types import PlannerError
-
-    options: list[Any] = []
-    listener = SimpleNamespace(log=lambda *, best_plan, **_: options.extend(best_plan))
-    update_in_backward(model, learning_rate=1.0)  # what it keeps takes memory
-    try:
-        plan = planner(layout, machines, batch_size, sharding, features, listener).plan(
-            model, sharders(sharding, batch_size)
+        pipeline = PipelineType.TRAIN_PREFETCH_SPARSE_DIST if caches else PipelineType.NONE
+        estimators = [EmbeddingPerfEstimator(topology, constraints), StorageEstimator(topology, constraints, pipeline)]
+        return EmbeddingShardingPlanner(
+            topology=topology,
+            batch_size=self.batch_size,
+            enumerator=EmbeddingEnumerator(topology, self.batch_size, constraints, estimators),
+            storage_reservation=FixedPercentageStorageReservation(RESERVED_SHARE),
+            proposer=[
+                GridSearchProposer(min(_MOST_COMBINATIONS, _COMBINATIONS_BY_RANKS // machines.world_size)),
+                GreedyProposer(),
+                GreedyProposer(use_depth=False),
+                UniformProposer(),
+            ],
+            constraints=constraints,
+            stats=stats,
+            debug=False,
         )
-    except PlannerError:
-        raise explain_misfit(model, layout, machines, batch_size, sharding, features) from None
-    ranks = [RankPlan(rank, 0, 0, 0.0, 0) for rank in range(machines.world_size)]
-    for option, part in ((each, part) for each in options for part in each.shards):
-        rank, tables, taken, time, host = ranks[part.rank]
-        share = option.cache_load_factor if _is_cached(option) else 1
-        tables += round(share * part.size[0] * (part.size[1] + 1) * _FLOAT)
-        own, beside = part.storage.hbm, part.storage.ddr
-        if machines.device == "cpu":
-            own, beside = own + beside, 0
-        ranks[rank] = RankPlan(rank, tables, taken + own, time + part.perf.total, host + beside)
-    return describe_plan(plan), ranks
+
+    def make(self, model: nn.Module, group: Any = None, stats: Any = None) -> Any:
+        """torchrec's plan for a model over `torchrec_tables`, which the ranks of a process group make together.
+
+        Raises UserError, with the reason and what would help, when the tables don't fit.
+        """
+        from torchrec.distributed.planner.types import PlannerError
+
+        planner, sharders = self._planner(stats), self.sharders()
+        try:
+            return planner.plan(model, sharders) if group is None else planner.collective_plan(model, sharders, group)
+        except PlannerError:
+            if self.batch_size == 1:
+                raise _explain_tables(self.layout, self.machines, self.sharding) from None
+        replace(self, batch_size=1).make(model)  # raises where even the tables don't fit
+        raise UserError(
+            f"the embedding tables fit, but not beside what a step of {self.batch_size:,} rows a rank takes: set "
+            "`training.batch_size` lower, or use more ranks"
+        )
+
+    def on_paper(self, model: nn.Module) -> tuple[str, list[RankPlan]]:
+        """The plan for machines that need not be there, as `describe_plan` tells it, and what each rank bears.
+
+        model: over `torchrec_tables` on the device "meta". Raises UserError as `make`.
+        """
+        options: list[Any] = []
+        update_in_backward(model, learning_rate=1.0)  # what it keeps takes memory
+        plan = self.make(model, stats=SimpleNamespace(log=lambda *, best_plan, **_: options.extend(best_plan)))
+        ranks = [RankPlan(rank, 0, 0, 0.0, 0) for rank in range(self.machines.world_size)]
+        for option, part in ((each, part) for each in options for part in each.shards):
+            rank, tables, taken, time, host = ranks[part.rank]
+            share = option.cache_load_factor if _is_cached(option) else 1
+            tables += round(share * part.size[0] * (part.size[1] + 1) * _FLOAT)
+            own, beside = part.storage.hbm, part.storage.ddr
+            if self.machines.device == "cpu":
+                own, beside = own + beside, 0
+            ranks[rank] = RankPlan(rank, tables, taken + own, time + part.perf.total, host + beside)
+        return describe_plan(plan), ranks
 
 
 def _is_cached(option: Any) -> bool:
@@ -351,27 +351,6 @@ def merge_neighbours(ranks: Sequence[tuple[int, str]]) -> list[str]:
 def table_bytes(table: EmbeddingTable) -> int:
     """Bytes of a table's weights as they are stored, and of row-wise Adagrad's one number a row."""
     return table.rows * (stored_width(table.dim) + 1) * _FLOAT
-
-
-def explain_misfit(
-    model: nn.Module,
-    layout: ModelLayout,
-    machines: Machines,
-    batch_size: int,
-    sharding: Sharding,
-    features: Path | None,
-) -> UserError:
-    """Why the tables, or what a step takes beside them, don't fit, and which setting would make them."""
-    from torchrec.distributed.planner.types import PlannerError
-
-    try:
-        planner(layout, machines, 1, sharding, features).plan(model, sharders(sharding, 1))
-    except PlannerError:
-        return _explain_tables(layout, machines, sharding)
-    return UserError(
-        f"the embedding tables fit, but not beside what a step of {batch_size:,} rows a rank takes: set "
-        "`training.batch_size` lower, or use more ranks"
-    )
 
 
 def _explain_tables(layout: ModelLayout, machines: Machines, sharding: Sharding) -> UserError:

@@ -105,7 +105,10 @@ def process_group(device: torch.device, timeout_minutes: float = 10) -> Iterator
     timeout = timedelta(minutes=timeout_minutes)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     try:
-        with _silenced(), _naming_lost(ranks):
+        quiet = quiet_loggers(dict.fromkeys(NOISY_LOGGERS, logging.CRITICAL))
+        with quiet, warnings.catch_warnings(), _naming_lost(ranks):
+            for start in NOISY_WARNINGS:
+                warnings.filterwarnings("ignore", message=start, category=UserWarning)
             yield ranks
     finally:
         # Without both, a rank can abort at exit: a thread of gloo that still has to release the last tensors needs the
@@ -143,11 +146,3 @@ def _lost(ranks: Ranks) -> str:
         return f"the {ranks.world_size} ranks have lost their connections to each other"
     names = ", ".join(map(str, lost))
     return f"rank{'s' * (len(lost) > 1)} {names} of {ranks.world_size} ended or gave no answer"
-
-
-@contextlib.contextmanager
-def _silenced() -> Iterator[None]:
-    with quiet_loggers(dict.fromkeys(NOISY_LOGGERS, logging.CRITICAL)), warnings.catch_warnings():
-        for start in NOISY_WARNINGS:
-            warnings.filterwarnings("ignore", message=start, category=UserWarning)
-        yield

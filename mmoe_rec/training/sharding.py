@@ -27,12 +27,10 @@ from mmoe_rec.training.losses import LOG_VARIANCES
 from mmoe_rec.training.planning import (
     BY_DEFAULT,
     Machines,
+    Planning,
     Sharding,
     caches_tables,
     describe_plan,
-    explain_misfit,
-    planner,
-    sharders,
     update_in_backward,
 )
 from mmoe_rec.training.tables import (
@@ -119,15 +117,16 @@ def shard(
 
     Pipelineable.register(Batch)  # torchrec's pipelines accept only what they know as one
     plan = ShardingPlan({})
+    planning = Planning(layout, _machines(device, sharding.replicas), batch_size, sharding, features)
     if used_tables(layout):
         update_in_backward(model, table_learning_rate)
-        plan = _plan(model, layout, device, batch_size, sharding, features)
+        plan = planning.make(model, dist.group.WORLD)
     with warnings.catch_warnings():
         # An argument that torchrec hands to torch, deprecated there.
         warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
         # Wrapping the dense part also moves it; on a CPU alone there is neither to do.
         alone = device.type == "cpu" and dist.get_world_size() == 1
-        arguments = {"sharders": sharders(sharding, batch_size), "init_data_parallel": not alone}
+        arguments = {"sharders": planning.sharders(), "init_data_parallel": not alone}
         replicas, ranks = sharding.replicas if plan.plan else 1, dist.get_world_size()
         if replicas == 1:
             parallel = DistributedModelParallel(model, device=device, plan=plan, **arguments)
@@ -144,25 +143,12 @@ def shard(
     return ShardedModel(parallel, parallel.fused_optimizer, describe_plan(plan), caches_tables(plan))
 
 
-def _plan(
-    model: nn.Module,
-    layout: ModelLayout,
-    device: torch.device,
-    batch_size: int,
-    sharding: Sharding,
-    features: Path | None,
-) -> Any:
-    from torchrec.distributed.planner.types import PlannerError
-
-    local, kind = ranks_of_machine(), cast("Literal['cpu', 'cuda']", device.type)
+def _machines(device: torch.device, replicas: int) -> Machines:
+    """What a replica has of the machines that train."""
+    kind = cast("Literal['cpu', 'cuda']", device.type)
     host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     card = torch.cuda.get_device_properties(device).total_memory if kind == "cuda" else 0
-    machines = Machines(dist.get_world_size(), local, kind, card, host).of_replica(sharding.replicas)
-    try:
-        made = planner(layout, machines, batch_size, sharding, features)
-        return made.collective_plan(model, sharders(sharding, batch_size), dist.group.WORLD)
-    except PlannerError:
-        raise explain_misfit(model, layout, machines, batch_size, sharding, features) from None
+    return Machines(dist.get_world_size(), ranks_of_machine(), kind, card, host).of_replica(replicas)
 
 
 def ranks_of_machine() -> int:
@@ -215,12 +201,10 @@ class Optimizers:
         return [*self._tables.param_groups, *self.dense.param_groups]
 
     def zero_grad(self) -> None:
-        """Clears all gradients, before a forward pass."""
         self._tables.zero_grad()
         self.dense.zero_grad(set_to_none=True)
 
     def step(self) -> None:
-        """Steps both optimizers, after a backward pass."""
         self._tables.step()
         self.dense.step()
 

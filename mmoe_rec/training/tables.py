@@ -258,7 +258,6 @@ class OneProcess:
         self.state_dict, self.load_state_dict, self.modules = module.state_dict, module.load_state_dict, module.modules
 
     def __call__(self, batch: Any) -> Any:
-        """The model's forward pass."""
         return self.module(batch)
 
 

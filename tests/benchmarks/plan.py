@@ -61,7 +61,7 @@ def stage(kind: str, name: str, folder: Path, clock: str) -> dict[str, Any] | No
     from mmoe_rec.model.tables import torchrec_tables
     from mmoe_rec.preprocessing.prepare import FeatureFolder
     from mmoe_rec.training import loop
-    from mmoe_rec.training.planning import Machines, plan_on_paper
+    from mmoe_rec.training.planning import Machines, Planning
     from mmoe_rec.training.ranks import process_group
     from tests.benchmarks.training_ours import MODEL, TRAINING
     from tests.training.ranks import held_bytes
@@ -80,7 +80,8 @@ def stage(kind: str, name: str, folder: Path, clock: str) -> dict[str, Any] | No
                 case.ranks, case.ranks, "cpu", 0, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
             )
             paper = build_model(layout, model, torchrec_tables(layout, torch.device("meta")))
-            tables = [each.tables for each in plan_on_paper(paper, layout, machines, trainer.reader.rank_rows)[1]]
+            planning = Planning(layout, machines, trainer.reader.rank_rows)
+            tables = [each.tables for each in planning.on_paper(paper)[1]]
         else:
             start = seconds_now()
             rows_per_s, seconds = trainer.run().rows_per_s, seconds_now() - start

@@ -20,7 +20,7 @@ from mmoe_rec.errors import StopRequest, UserError
 from mmoe_rec.model.tables import PlainTables, torchrec_tables
 from mmoe_rec.settings.training import Training
 from mmoe_rec.training.checkpoint import load_plain
-from mmoe_rec.training.planning import Machines, Sharding, plan_on_paper, table_bytes
+from mmoe_rec.training.planning import Machines, Planning, Sharding, table_bytes
 from mmoe_rec.training.ranks import process_group
 from mmoe_rec.training.sharding import Optimizers, ShardedModel, shard
 from mmoe_rec.training.steps import Steps
@@ -77,7 +77,7 @@ def test_ranks_hold_as_many_bytes_as_their_plan_says(one_rank: Path, two_ranks: 
     host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for folder, ranks in ((one_rank, 1), (two_ranks, 2)):
         model = small_model(torchrec_tables(LAYOUT))
-        _, planned = plan_on_paper(model, LAYOUT, Machines(ranks, ranks, "cpu", 0, host), ROWS // ranks)
+        _, planned = Planning(LAYOUT, Machines(ranks, ranks, "cpu", 0, host), ROWS // ranks).on_paper(model)
         held = [read(folder, rank)["bytes"] for rank in range(ranks)]
         assert [each.tables for each in planned] == held
         assert sum(held) == sum(table_bytes(each) for each in LAYOUT.tables)
