@@ -11,7 +11,7 @@ import pytest
 
 from mmoe_rec.features.pipeline import largest_layout
 from mmoe_rec.settings.load import load_settings
-from mmoe_rec.training.caches import LookUps
+from mmoe_rec.training.caches import RowFrequencies
 from tests.commands import exit_code
 
 CONFIG = "configs/cluster.yaml"
@@ -168,10 +168,10 @@ def test_a_terabyte_beside_eight_cards(capsys: pytest.CaptureFixture) -> None:
 def test_a_cache_answers_as_much_as_expected(hit_rate: float, parts: int) -> None:
     """Beside caches that drop what was asked for longest ago, as those of fbgemm do, one for each part of the rows."""
     counts = 1 / np.arange(1, 2_001)  # Zipf's law
-    look_ups = LookUps(counts, np.ones(len(counts), int), 4096, parts)
+    look_ups = RowFrequencies(counts, np.ones(len(counts), int), 4096, parts)
     load_factor = look_ups.load_factor(hit_rate)
     assert look_ups.hit_rate(load_factor) == pytest.approx(hit_rate, abs=2e-3)
-    assert (load_factor > LookUps(counts, np.ones(len(counts), int), 4096).load_factor(hit_rate)) == (parts > 1)
+    assert (load_factor > RowFrequencies(counts, np.ones(len(counts), int), 4096).load_factor(hit_rate)) == (parts > 1)
     caches, hits, size = [dict[int, None]() for _ in range(parts)], list[bool](), len(counts) // parts
     for row in np.random.default_rng(7).choice(len(counts), 60_000, p=counts / counts.sum()).tolist():
         cache = caches[row // size]
