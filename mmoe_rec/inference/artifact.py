@@ -95,13 +95,13 @@ class Artifact:
 
     model: the settings' `model` section as JSON values; fingerprint: of the features that the model was trained on;
     tables_as_of: ISO time of the last logged request that counters, histories and latest values know, None where the
-    log has no times; stale_after_days:
-    how much later a request may lie before replies warn, None is any time (the default is that of the settings, for
-    artifacts of before there was one); trained_as_of: as tables_as_of, of the features that the model was trained on,
-    None where the tables are still these; files: digest of the files of the log that the tables hold, None where it is
-    unknown; journal: what of the journal of live events the tables hold, {"id": ..., "through": number of the last
-    segment}, None for nothing; early_end: what `mmoe_rec.training.validation.find_early_end` says of its training;
-    precision, in_bf16: the setting `serving.precision`, and what was measured for it, None where it was not.
+    log has no times; stale_after_days: how much later a request may lie before replies warn, None is any time (the
+    default is that of the settings, for artifacts of before there was one); trained_as_of: as tables_as_of, of the
+    features that the model was trained on, None where the tables are still these; files: digest of the files of the log
+    that the tables hold, None where it is unknown; journal: what of the journal of live events the tables hold, {"id":
+    ..., "through": number of the last segment}, None for nothing; early_end: what
+    `mmoe_rec.training.validation.find_early_end` says of its training; precision, in_bf16: the setting
+    `serving.precision`, and what was measured for it, None where it was not.
     """
 
     name: str
@@ -121,7 +121,6 @@ class Artifact:
 
     @property
     def tasks(self) -> tuple[ModelTask, ...]:
-        """The tasks that the model predicts."""
         return self.layout.tasks
 
 
@@ -246,7 +245,6 @@ class ExampleScores:
 
     @staticmethod
     def read(folder: Path) -> ExampleScores:
-        """The scores in an artifact folder."""
         return ExampleScores(**json.loads((folder / SCORES).read_text(encoding="utf-8")))
 
     def difference(self, now: ExampleScores, tasks: Sequence[ModelTask], calibration: Calibration) -> str | None:
@@ -282,11 +280,8 @@ class ExampleScores:
     def other_versions(self, now: ExampleScores) -> list[str]:
         """What has another version in `now`, such as "torch 2.13.0 instead of 2.14.1"."""
         versions = now.computed_with
-        return [
-            f"{name} {versions.get(name)} instead of {each}"
-            for name, each in self.computed_with.items()
-            if versions.get(name) != each
-        ]
+        others = {name: each for name, each in self.computed_with.items() if versions.get(name) != each}
+        return [f"{name} {versions.get(name)} instead of {each}" for name, each in others.items()]
 
 
 # A delta: what an artifact has other than the one that it was made from (`mmoe_rec.inference.delta`)
@@ -320,14 +315,6 @@ class Delta:
             return folder / DELTA if (delta.base, delta.version) == (base, version_of(folder)) else None
         except UserError:
             return None
-
-    def check_base(self, version: str) -> None:
-        """Raises UserError unless the delta follows the artifact of that version."""
-        if self.base != version:
-            raise UserError(
-                f"the delta to version {self.version} follows version {self.base}, not version {version}, which is "
-                "served: it does not fit"
-            )
 
 
 # The manifest. SHA-256, as everyone can compute it (`sha256sum`) and processors have instructions for it: the 132 MB of

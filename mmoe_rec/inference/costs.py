@@ -51,11 +51,8 @@ def measure_costs(
                 features = parts.get(name, ())  # at first none, which takes its time too
                 others = [each for each in pipeline.encoders if each not in features]
                 inputs = {each.name for each in (*layout.ids, *layout.dense) if each.feature not in features}
-                own, matrix, rows = (
-                    pipeline.without(others),
-                    ranker.request_inputs.without(inputs),
-                    reader.rows([request]),
-                )
+                own, matrix = pipeline.without(others), ranker.request_inputs.without(inputs)
+                rows = reader.rows([request])
                 pipeline.without(features).request_inputs(rows)
                 started = time.thread_time()  # in which other processes do not count
                 own.request_inputs(rows)

@@ -64,39 +64,35 @@ def write_delta(base: Path, folder: Path) -> Delta:
     """Writes the delta of a sealed artifact folder from another one into it. Raises UserError as `read_artifact`."""
     from mmoe_rec.atomic import atomic_folder  # which no server needs
 
-    with atomic_folder(folder / DELTA) as target:
-        return _write_delta(base, folder, target)
-
-
-def _write_delta(base: Path, folder: Path, target: Path) -> Delta:
     before, now = read_manifest(base), read_manifest(folder)
     changed = {name for name in before.keys() | now.keys() if before.get(name) != now.get(name)}
-    (target / "features").mkdir()
-    was_fitted = any(map(_is_fitted, changed))
-    for name in now:
-        parts = name.split("/")
-        is_whole = (
-            (len(parts) == 1 and name != _WEIGHTS)
-            or (_is_of_trees(name) and any(map(_is_of_trees, changed)))
-            or (_is_fitted(name) and was_fitted)
-            or (parts[0] == "features" and len(parts) == 2 and not _is_fitted(name))
-        )
-        if is_whole:
-            (target / name).parent.mkdir(exist_ok=True)
-            shutil.copyfile(folder / name, target / name)
-    tables: dict[str, str] = {}
-    if _is_another_model(read_artifact(base, False), read_artifact(folder, False), changed):
-        tables = _write_weights(base, folder, target)
-    memories = {}
-    pipelines = [FeaturePipeline.load(each / "features", memories=False) for each in (base, folder)]
-    for name, encoder in pipelines[1].memory_encoders.items():
-        if any(each.startswith(f"features/{name}.memory/") for each in changed):
-            old = read_memory(pipelines[0].memory_encoders[name], base / "features")
-            memories[name] = _write_rows(old, read_memory(encoder, folder / "features"), target / "features", name)
-    delta = Delta(version_of(base), version_of(folder), tables, memories)
-    text = json.dumps({"format": DELTA_FORMAT, **asdict(delta)}, indent=1)
-    (target / "delta.json").write_text(text, encoding="utf-8")
-    write_manifest(target)
+    with atomic_folder(folder / DELTA) as target:
+        (target / "features").mkdir()
+        was_fitted = any(map(_is_fitted, changed))
+        for name in now:
+            parts = name.split("/")
+            is_whole = (
+                (len(parts) == 1 and name != _WEIGHTS)
+                or (_is_of_trees(name) and any(map(_is_of_trees, changed)))
+                or (_is_fitted(name) and was_fitted)
+                or (parts[0] == "features" and len(parts) == 2 and not _is_fitted(name))
+            )
+            if is_whole:
+                (target / name).parent.mkdir(exist_ok=True)
+                shutil.copyfile(folder / name, target / name)
+        tables: dict[str, str] = {}
+        if _is_another_model(read_artifact(base, False), read_artifact(folder, False), changed):
+            tables = _write_weights(base, folder, target)
+        memories = {}
+        pipelines = [FeaturePipeline.load(each / "features", memories=False) for each in (base, folder)]
+        for name, encoder in pipelines[1].memory_encoders.items():
+            if any(each.startswith(f"features/{name}.memory/") for each in changed):
+                old = read_memory(pipelines[0].memory_encoders[name], base / "features")
+                memories[name] = _write_rows(old, read_memory(encoder, folder / "features"), target / "features", name)
+        delta = Delta(version_of(base), version_of(folder), tables, memories)
+        text = json.dumps({"format": DELTA_FORMAT, **asdict(delta)}, indent=1)
+        (target / "delta.json").write_text(text, encoding="utf-8")
+        write_manifest(target)
     return delta
 
 
@@ -203,9 +199,8 @@ def _like(before: Columns, columns: Columns) -> dict[str, np.ndarray]:
 
 
 def _sum_columns(columns: Columns) -> str:
-    return hashlib.sha256(
-        "\n".join(f"{name} {_sum_bytes(columns[name])}" for name in sorted(columns)).encode()
-    ).hexdigest()
+    lines = "\n".join(f"{name} {_sum_bytes(columns[name])}" for name in sorted(columns))
+    return hashlib.sha256(lines.encode()).hexdigest()
 
 
 def _sum_bytes(values: np.ndarray) -> str:

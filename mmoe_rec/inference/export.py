@@ -169,11 +169,8 @@ class WholeModel(nn.Module):
 def write_onnx(folder: Path, ranker: Ranker, made: Path) -> None:
     """Writes the model of an artifact folder, loaded as `ranker`, to an empty folder. Raises UserError for one that the
     exporter can't follow."""
-    request, layout, trees = (
-        json.loads((folder / EXAMPLE).read_text(encoding="utf-8")),
-        ranker.layout,
-        ranker.model.trees,
-    )
+    request = json.loads((folder / EXAMPLE).read_text(encoding="utf-8"))
+    layout, trees = ranker.layout, ranker.model.trees
     example, answers = encode(ranker, request), answers_of(ranker.rank(**request))
     grows = trees is not None and bool(trees.texts)  # or of no task
     (made / MODEL).parent.mkdir()
@@ -265,18 +262,11 @@ def add_trees(path: Path, trees: Trees, names: Sequence[str]) -> None:
 
 def _as_attributes(trees: Sequence[Tree]) -> dict[str, Any]:
     """Trees as attributes of a TreeEnsembleRegressor."""
-    found: dict[str, list[Any]] = {
-        f"{kind}_{name}": []
-        for kind, of_kind in (
-            ("nodes", ("treeids", "nodeids", "featureids", "values", "modes", "truenodeids", "falsenodeids")),
-            ("target", ("treeids", "nodeids", "ids", "weights")),
-        )
-        for name in of_kind
-    }
+    found: dict[str, list[Any]] = {}
 
     def add(kind: str, **values: Any) -> None:
         for name, value in values.items():
-            found[f"{kind}_{name}"].append(value)
+            found.setdefault(f"{kind}_{name}", []).append(value)
 
     for number, tree in enumerate(trees):
         # The root has number 0: splits come first, then leaves, then what sets of ids need.
@@ -364,12 +354,10 @@ def check_equal(pairs: Sequence[tuple[Answers, Answers]], chooses: bool) -> None
     chooses: gates choose some of the experts. Where two are equally good but for rounding, the forms may choose
     differently, so one row in a thousand may be off.
     """
-    off = np.concatenate(
-        [
-            np.max([np.abs(other[name] - one[name]) / np.maximum(1.0, np.abs(one[name])) for name in one], axis=0)
-            for one, other in pairs
-        ]
-    )
+    shares = [
+        [np.abs(other[name] - one[name]) / np.maximum(1.0, np.abs(one[name])) for name in one] for one, other in pairs
+    ]
+    off = np.concatenate([np.max(each, axis=0) for each in shares])
     off = np.where(np.isnan(off), np.inf, off)
     if (wrong := int((off > TOLERANCE).sum())) > len(off) * chooses / 1000:
         raise UserError(
@@ -380,10 +368,8 @@ def check_equal(pairs: Sequence[tuple[Answers, Answers]], chooses: bool) -> None
 
 def _configure(file: Path, candidates: int) -> str:
     """Triton's `config.pbtxt` of a written file, for so many candidates at a time."""
-    session, lines = (
-        open_onnx(file),
-        ['backend: "onnxruntime"', f"max_batch_size: {candidates}", "dynamic_batching { }"],
-    )
+    session = open_onnx(file)
+    lines = ['backend: "onnxruntime"', f"max_batch_size: {candidates}", "dynamic_batching { }"]
     types = {"tensor(int64)": "TYPE_INT64", "tensor(float)": "TYPE_FP32", "tensor(double)": "TYPE_FP64"}
     for kind, parts in (("input", session.get_inputs()), ("output", session.get_outputs())):
         for each in parts:

@@ -95,13 +95,11 @@ class Ranker:
     def __init__(self, folder: Path, about: Artifact, version: str = "", parts: Parts | None = None) -> None:
         """Opens an artifact folder as it is; `load` also checks it. parts: that a delta in the folder leads to."""
         features = folder / "features"
-        pipeline = FeaturePipeline.load(features) if parts is None else parts.pipeline
+        pipeline = parts.pipeline if parts else FeaturePipeline.load(features)
         if pipeline.layout != about.layout.of_rows():
             raise UserError(f"'{folder}' is damaged: its features do not give the inputs that the model was trained on")
         self.about, self.version, self.layout = about, version, about.layout
-        self.scorer = (
-            Scorer(about, read_model(about, folder), read_calibration(folder)) if parts is None else parts.scorer
-        )
+        self.scorer = parts.scorer if parts else Scorer(about, read_model(about, folder), read_calibration(folder))
         self.model, self.calibration = self.scorer.model, self.scorer.calibration
         self.names = self.scorer.names
         tables = self.model.tables
@@ -157,7 +155,11 @@ class Ranker:
         Raises UserError for a delta that does not follow this version, is damaged or leads to something else.
         """
         delta = Delta.read(folder)
-        delta.check_base(self.version)
+        if delta.base != self.version:
+            raise UserError(
+                f"the delta to version {delta.version} follows version {delta.base}, not version {self.version}, "
+                "which is served: it does not fit"
+            )
         about = read_artifact(folder, verify=False)
         ranker = Ranker(folder, about, delta.version, apply_delta(delta, folder, about, self.pipeline, self.scorer))
         if Delta.read(folder, verify=False) != delta:

@@ -74,7 +74,6 @@ class RankedRequest:
 
     @property
     def user(self) -> int | str:
-        """The user's id."""
         return self.rows.shared.column(self.rows.schema.columns.user)[self.number].as_py()
 
 
@@ -190,7 +189,6 @@ class Freshness:
 
     @staticmethod
     def of(about: Artifact) -> Freshness:
-        """What an artifact says."""
         if about.tables_as_of is None:
             return Freshness(0, None)
         return Freshness(microseconds("tables_as_of", about.tables_as_of), about.stale_after_days)

@@ -47,9 +47,8 @@ class RequestInputs:
         """The same, as wide, but that what these inputs give is not written."""
         left = copy(self)
         left._columns = [each for each in self._columns if each[0] not in names]
-        left._numbers, left._ids = (
-            [each for each in part if each[1] not in names] for part in (self._numbers, self._ids)
-        )
+        left._numbers = [each for each in self._numbers if each[1] not in names]
+        left._ids = [each for each in self._ids if each[1] not in names]
         left._parts = {name: parts for name, parts in self._parts.items() if name not in names}
         return left
 

@@ -229,9 +229,8 @@ class Forest:
             half = 1 << digit
             one = np.bitwise_or.reduce(of_leaves[half:], axis=0)
             of_leaves = of_leaves[:half] | of_leaves[half:]
-            ones = (
-                np.unpackbits(one.view(np.uint8), bitorder="little").reshape(leaf.shape).astype(leaf.dtype, copy=False)
-            )
+            ones = np.unpackbits(one.view(np.uint8), bitorder="little").reshape(leaf.shape)
+            ones = ones.astype(leaf.dtype, copy=False)
             leaf |= np.left_shift(ones, digit, out=ones)
         slots = self._values.shape[1]
         values = self._values.take(leaf + slots * np.arange(trees)[:, None])

@@ -28,10 +28,6 @@ Way = Products | Literal["bf16"]
 experts, and what these give, are rounded: not gates, which would choose other experts, nor towers and crosses."""
 
 
-def _by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return by_onednn(x, weight.t(), bias)
-
-
 @dataclass(frozen=True)
 class FusedMixture:
     """One mixture of experts on one level, each gate of which mixes all experts that it may use.
@@ -73,7 +69,7 @@ class FusedMixture:
         if way == "bf16":
             hidden, of_experts = ([_rounded(each) for each in part] for part in (hidden, of_experts))
         return FusedMixture(
-            _by_onednn if way == "onednn" else functional.linear,
+            (lambda x, weight, bias: by_onednn(x, weight.t(), bias)) if way == "onednn" else functional.linear,
             columns,
             [(_weights(down), _weights(up)) for down, up in pairs],
             mixture.bottom,
@@ -99,9 +95,8 @@ class FusedMixture:
             hidden = functional.silu(linear(hidden.to(kind), weight, bias), inplace=True)
         gates, experts = self.shape
         (weight, bias), *deeper = self.experts
-        outputs = (
-            self.activate(linear(hidden.to(kind), weight, bias)).view(len(x), experts, -1).transpose(0, 1)
-        )  # (E, B, U)
+        outputs = self.activate(linear(hidden.to(kind), weight, bias))
+        outputs = outputs.view(len(x), experts, -1).transpose(0, 1)  # (E, B, U)
         for weights in deeper:
             outputs = self.activate(_each(outputs, weights))
         if self.normalise:

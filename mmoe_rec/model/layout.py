@@ -81,7 +81,6 @@ class ModelLayout(Layout):
         return Layout(tuple(tables), self.ids, self.dense, tuple(tasks))
 
     def table(self, name: str) -> EmbeddingTable:
-        """The table of that name."""
         return next(table for table in self.tables if table.name == name)
 
     def width(self, placement: bool) -> int:

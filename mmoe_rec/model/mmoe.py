@@ -204,7 +204,6 @@ class Mixture(nn.Module):
         return None if self.placement is None else self.placement(placement)
 
     def each_level(self) -> list[Level]:
-        """The levels, first to last."""
         return [module for module in self.levels if isinstance(module, Level)]
 
     @property

@@ -25,14 +25,10 @@ Products = Literal["blas", "onednn"]
 """blas: the library behind `torch.mm`; onednn: oneDNN, for fp32 on a CPU; the rest stays where torch has it."""
 
 
-class Multiplying(nn.Module):
-    """A layer that multiplies by the library that `products` names."""
+class Linear(nn.Linear):
+    """`nn.Linear`, with its weights and its state, of (B, inputs) alone, by the library that `products` names."""
 
     products: Products = "blas"
-
-
-class Linear(nn.Linear, Multiplying):
-    """`nn.Linear`, with its weights and its state, of (B, inputs) alone."""
 
     def forward(self, input: Tensor, data: Tensor | None = None) -> Tensor:
         """(B, inputs) -> (B, outputs). data: (B, D) the last D of the inputs, which get no gradient."""
@@ -42,7 +38,7 @@ class Linear(nn.Linear, Multiplying):
 def set_products(model: nn.Module, products: Products) -> None:
     """Makes all layers multiply by this library."""
     for each in model.modules():
-        if isinstance(each, Multiplying):
+        if isinstance(each, Linear | StackedLinear):
             each.products = products
 
 
@@ -140,12 +136,14 @@ class _Linear(torch.autograd.Function):
         )
 
 
-class StackedLinear(Multiplying):
+class StackedLinear(nn.Module):
     """G independent linear layers from `inputs` to `outputs`, each initialised as `nn.Linear` would be.
 
     Inputs that all groups share go through one large product; groups with inputs of their own through one each, which
     beats a strided batched product on a CPU. State: weight (G, outputs, inputs), bias (G, outputs).
     """
+
+    products: Products = "blas"
 
     def __init__(self, groups: int, inputs: int, outputs: int) -> None:
         super().__init__()

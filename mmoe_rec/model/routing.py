@@ -61,6 +61,10 @@ class Routing(NamedTuple):
 class RoutingRule(ABC):
     """How gates choose experts and weigh them. It has no state: what is set, and learnt, is in the gates."""
 
+    name: str
+    """What settings call it."""
+    summary: str
+    """What the help says of it after "mix"."""
     mixes_all = False
     """A row goes to all experts in training: a copy of an expert can share its weight, and none can starve."""
     takes_k = True
@@ -73,16 +77,6 @@ class RoutingRule(ABC):
     """A router selects at most `Gated.k` experts for a row, so that a GPU can make room for them beforehand."""
     one_router = False
     """One router chooses for all tasks, which then see the same experts."""
-
-    @property
-    @abstractmethod
-    def name(self) -> str:
-        """What settings call it."""
-
-    @property
-    @abstractmethod
-    def summary(self) -> str:
-        """What the help says of it after "mix"."""
 
     @abstractmethod
     def select(self, gated: Gated) -> Tensor | None:
@@ -187,7 +181,6 @@ class TopK(RoutingRule):
     k_a_row = True
 
     def select(self, gated: Gated) -> Tensor:
-        """Selects the k largest of each router."""
         return largest(gated)
 
 
@@ -201,7 +194,6 @@ class ExpertChoice(RoutingRule):
     rows_compete = True
 
     def select(self, gated: Gated) -> Tensor:
-        """Selects the rows of each expert."""
         import torch
 
         assert gated.k is not None

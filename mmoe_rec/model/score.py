@@ -105,7 +105,6 @@ class TaskCalibration:
 
     @property
     def steepest(self) -> float:
-        """The largest slope."""
         knots = zip(pairwise(self.logits), pairwise(self.calibrated), strict=True)
         return max([self.slope, *((high - low) / (right - left) for (left, right), (low, high) in knots)])
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import asdict, astuple, dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -42,16 +42,13 @@ class Trees:
 
     texts: Mapping[str, str]
     blends: Mapping[str, Blend]
+    _weights: dict[tuple[str, ...], np.ndarray] = field(default_factory=dict, init=False, compare=False, repr=False)
+    """Names of T tasks -> (3, T) float64 weights of network and trees, and offsets."""
 
     @cached_property
     def forest(self) -> Forest:
         """Trees of all tasks, in the order of `texts`. Raises ValueError or LookupError where a text is damaged."""
         return Forest([read_ensemble(text) for text in self.texts.values()])
-
-    @cached_property
-    def _weights(self) -> dict[tuple[str, ...], np.ndarray]:
-        """Names of T tasks -> (3, T) float64 weights of network and trees, and offsets."""
-        return {}
 
     def logits(self, inputs: Tensor, names: Sequence[str]) -> Tensor:
         """(B, F) float32, numbers and then ids -> (B, T) float64 what the trees of T tasks say, NaN for one without
@@ -72,7 +69,6 @@ class Trees:
         return torch.where(trees.isnan(), network.double(), blended).to(network)
 
     def write(self, folder: Path) -> None:
-        """Writes them to an artifact folder."""
         (folder / FOLDER).mkdir()
         for name, text in self.texts.items():
             (folder / FOLDER / f"{name}.txt").write_text(text, encoding="utf-8")

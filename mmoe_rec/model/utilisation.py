@@ -63,7 +63,6 @@ class Utilisation:
         ]
 
     def flat(self, tasks: list[str]) -> dict[str, float]:
-        """Metrics by name, for tracking."""
         metrics = {
             "gates/load_entropy": self.entropy,
             "gates/load_max_over_mean": self.max_over_mean,

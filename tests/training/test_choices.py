@@ -16,7 +16,7 @@ from mmoe_rec.jobs.train import train_model
 from mmoe_rec.model import products as products_module
 from mmoe_rec.model.levels import Experts
 from mmoe_rec.model.mmoe import RankingModel, build_model
-from mmoe_rec.model.products import Multiplying, has_onednn
+from mmoe_rec.model.products import Linear, StackedLinear, has_onednn
 from mmoe_rec.model.tables import PlainTables
 from mmoe_rec.preprocessing.prepare import FeatureFolder
 from mmoe_rec.settings.load import load_settings
@@ -167,7 +167,7 @@ def test_measuring_leaves_model_and_random_states_alone(structure: Model) -> Non
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.get_num_threads() == threads
     assert [each.compute for each in model.modules() if isinstance(each, Experts)] == way
-    assert {each.products for each in model.modules() if isinstance(each, Multiplying)} == {"blas"}
+    assert {each.products for each in model.modules() if isinstance(each, Linear | StackedLinear)} == {"blas"}
 
 
 class Clock:
