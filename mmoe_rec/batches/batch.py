@@ -74,7 +74,6 @@ class KeyedIds(_Tensors):
 
     @property
     def rows(self) -> int:
-        """Number of rows B."""
         return len(self.lengths) // len(self.keys) if self.keys else 0
 
     @property

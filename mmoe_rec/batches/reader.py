@@ -292,7 +292,6 @@ class TrainingReader:
                 yield window
 
     def order(self, epoch: int) -> EpochOrder:
-        """The order of an epoch's rows."""
         return EpochOrder(self.rows.group_rows, shuffle_window=self.shuffle_window, seed=self.seed, epoch=epoch)
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import pyarrow as pa
 
 from mmoe_rec.features.layout import DenseInput, Table
-from mmoe_rec.features.numbers import DenseNumber, Standardiser, encode_numbers
+from mmoe_rec.features.numbers import DenseNumber, DenseNumbers, Standardiser
 from mmoe_rec.features.vocabulary import Vocabulary
 from mmoe_rec.log.rows import MICROSECONDS_PER_DAY, LogRows, maturity
 from mmoe_rec.point_in_time.arrays import Ragged, SharedRagged
@@ -38,14 +38,16 @@ class Inputs:
     numbers: list[tuple[np.ndarray, DenseNumber]] = field(default_factory=list)
 
     def add(self, other: Inputs) -> None:
-        """Takes another feature's inputs."""
         self.ids.update(other.ids)
         self.dense.update(other.dense)
         self.numbers.extend(other.numbers)
 
     def standardised(self) -> Inputs:
         """The same with all numbers among the dense inputs."""
-        return Inputs(self.ids, self.dense | encode_numbers(self.numbers)) if self.numbers else self
+        if not self.numbers:
+            return self
+        values = np.array([each for each, _ in self.numbers], np.float64)
+        return Inputs(self.ids, self.dense | DenseNumbers([number for _, number in self.numbers]).inputs(values))
 
 
 @dataclass(frozen=True)
@@ -66,20 +68,6 @@ class Outline:
     dense: tuple[DenseInput, ...] = ()
 
 
-class Counts(Protocol):
-    """A partial fit. Partial fits of parts of a log, merged in any order, are the partial fit of the whole."""
-
-    def merge(self, other: Any) -> None:
-        """Adds what another one of the same kind counted."""
-
-    def to_table(self) -> pa.Table:
-        """The counts as Arrow."""
-
-    @staticmethod
-    def from_table(table: pa.Table) -> Any:
-        """The counts that `to_table` gave."""
-
-
 @dataclass(frozen=True)
 class Shared:
     """What the encoders of a pipeline have in common. vocabularies: by the names of the id features that own them."""
@@ -91,7 +79,8 @@ class Shared:
 class Encoder(ABC):
     """A feature that is fitted to a log and then encodes rows of any origin.
 
-    counts: what it is fitted from, None where it shares another feature's vocabulary or learns nothing.
+    counts: what it is fitted from, such as `IdCounts`, a partial fit: those of parts of a log, merged in any order, are
+    that of the whole; None where it shares another feature's vocabulary or learns nothing.
     """
 
     counts: Any = None

@@ -57,7 +57,6 @@ class LatestValues:
         return LatestValues(key, table, times)._latest()
 
     def merged(self, other: LatestValues) -> LatestValues:
-        """What both say."""
         tables = pa.concat_tables([self.table, other.table], promote_options="permissive").combine_chunks()
         times, changed = np.append(self.times, other.times), np.append(self.changed, other.changed)
         return LatestValues(self.key, tables, times, changed)._latest()
@@ -69,7 +68,6 @@ class LatestValues:
         return whole.take(pc.sort_indices(whole.table[whole.key]).to_numpy())
 
     def take(self, rows: np.ndarray) -> LatestValues:
-        """The given rows, in the given order."""
         return LatestValues(self.key, self.table.take(pa.array(rows)), self.times[rows], self.changed[rows])
 
     def _latest(self) -> LatestValues:
@@ -113,7 +111,6 @@ class LatestValues:
 
     @cached_property
     def columns(self) -> dict[str, StoredColumn]:
-        """The columns by name."""
         return {name: StoredColumn(one_array(self.table.column(name))) for name in self.table.column_names}
 
     @cached_property

@@ -109,7 +109,6 @@ class Layout(_AsJson):
     tasks: tuple[TaskOutput, ...]
 
     def table(self, name: str) -> Table:
-        """The table of that name."""
         return next(table for table in self.tables if table.name == name)
 
     @property
@@ -244,7 +243,6 @@ class Encoded:
         return Encoded(ids, self.dense[start:stop])
 
     def take(self, rows: np.ndarray) -> Encoded:
-        """The given rows, in the given order."""
         return Encoded({name: each.take(rows) for name, each in self.ids.items()}, self.dense.take(rows, axis=0))
 
     def to_arrow(self, layout: Layout) -> dict[str, pa.Array]:

@@ -82,7 +82,6 @@ class NumberHistogram:
         self._add(_Counted(bits, np.diff(first, append=len(values)), 0))
 
     def merge(self, other: NumberHistogram) -> None:
-        """Adds what another histogram counted."""
         self.missing += other.missing
         self._add(other._counted)
 
@@ -113,7 +112,6 @@ class NumberHistogram:
 
     @staticmethod
     def from_table(table: pa.Table) -> NumberHistogram:
-        """The histogram that `to_table` gave."""
         histogram = NumberHistogram()
         counts, keys = table["count"].to_numpy(), table["key"].combine_chunks().drop_null().to_numpy()
         histogram._counted = _Counted(keys, counts[:-1], int(table.schema.metadata[_DROPPED]))
@@ -277,7 +275,6 @@ class DenseNumber:
         self.standardiser = self.histogram.standardiser()
 
     def inputs(self) -> tuple[DenseInput, ...]:
-        """The dense inputs."""
         number = DenseInput(self.name, edges=tuple(self.standardiser.edges))
         return (number, DenseInput(f"{self.name}_missing")) if self.standardiser.has_missing else (number,)
 
@@ -288,11 +285,10 @@ class DenseNumbers:
     def __init__(self, numbers: Sequence[DenseNumber]) -> None:
         self._names = [each.name for each in numbers]
         scales = [each.standardiser for each in numbers]
-        self._mean, self._deviation = (
-            np.array([[getattr(each, name)] for each in scales]) for name in ("mean", "deviation")
-        )
+        self._mean = np.array([[each.mean] for each in scales])
+        self._deviation = np.array([[each.deviation] for each in scales])
         self._missing = [
-            (place, f"{each.name}_missing") for place, each in enumerate(numbers) if each.standardiser.has_missing
+            (place, f"{name}_missing") for place, name in enumerate(self._names) if scales[place].has_missing
         ]
 
     def inputs(self, values: np.ndarray) -> dict[str, np.ndarray]:
@@ -302,8 +298,3 @@ class DenseNumbers:
         inputs = dict(zip(self._names, scaled, strict=True))
         missing = (~finite).astype(np.float32)
         return inputs | {name: missing[place] for place, name in self._missing}
-
-
-def encode_numbers(numbers: Sequence[tuple[np.ndarray, DenseNumber]]) -> dict[str, np.ndarray]:
-    """Dense inputs of (N,) values of each number (at least one)."""
-    return DenseNumbers([each for _, each in numbers]).inputs(np.array([values for values, _ in numbers], np.float64))

@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from mmoe_rec.errors import UserError, first_line
-from mmoe_rec.features.encoder import Counts, Encoder, Inputs, MemoryEncoder, Shared, State
+from mmoe_rec.features.encoder import Encoder, Inputs, MemoryEncoder, Shared, State
 from mmoe_rec.features.kinds import KINDS, schema_of
 from mmoe_rec.features.kinds.counter import CounterEncoder, CounterGroup
 from mmoe_rec.features.layout import DenseInput, Encoded, IdInput, Layout, Table, TaskOutput
@@ -119,6 +119,9 @@ class FeaturePipeline:
         self.encoders: dict[str, Encoder] = {
             name: KINDS[feature.kind].encoder(name, feature, shared) for name, feature in schema.features.items()
         }
+        roles = {name: schema.role_of(name) for name in self.encoders}
+        self._of_requests = {name for name, role in roles.items() if role in ("user", "context")}
+        self._placement = {name for name, role in roles.items() if role == "placement"}
         # Column -> "int64" or "string", of the log's key columns: a request must give the same.
         self.key_types: dict[str, str] = {}
         # Columns in which the logs hold true and false; None where an earlier version has not noted them.
@@ -162,7 +165,7 @@ class FeaturePipeline:
         return {group[0].name: group for group in groups.values()}
 
     @property
-    def counts(self) -> dict[str, Counts]:
+    def counts(self) -> dict[str, Any]:
         """What the first pass counts, by `feature.NAME` and `label.TASK`: partial fits, which can be merged."""
         features = {f"feature.{name}": encoder.counts for name, encoder in self.encoders.items()}
         labels = {f"label.{name}": histogram for name, histogram in self._labels.items()}
@@ -197,7 +200,7 @@ class FeaturePipeline:
             types |= encoder.column_types()
         return types
 
-    def merge(self, counts: Mapping[str, Counts], key_types: Mapping[str, str]) -> None:
+    def merge(self, counts: Mapping[str, Any], key_types: Mapping[str, str]) -> None:
         """Adds what another pipeline of the same schema counted and noted."""
         for name, mine in self.counts.items():
             mine.merge(counts[name])
@@ -349,14 +352,6 @@ class FeaturePipeline:
     @cached_property
     def _results(self) -> frozenset[str]:
         return frozenset(each for encoder in self.memory_encoders.values() for each in encoder.result_columns())
-
-    @cached_property
-    def _of_requests(self) -> frozenset[str]:
-        return frozenset(name for name in self.encoders if self.schema.role_of(name) in ("user", "context"))
-
-    @cached_property
-    def _placement(self) -> frozenset[str]:
-        return frozenset(name for name in self.encoders if self.schema.role_of(name) == "placement")
 
     def save(self, folder: Path) -> None:
         """Writes what was fitted into an existing folder; memories are written by `write_memory`."""

@@ -45,7 +45,6 @@ class IdCounts:
             self._take([pa.table({"id": coded.dictionary.take(pa.array(there)), "count": counts[there]})])
 
     def merge(self, other: IdCounts) -> None:
-        """Adds what another one counted."""
         self._take(other._parts)
 
     def _take(self, parts: list[pa.Table]) -> None:
@@ -64,7 +63,6 @@ class IdCounts:
 
     @staticmethod
     def from_table(table: pa.Table) -> IdCounts:
-        """The counts that `to_table` gave."""
         return IdCounts(table) if table.num_rows else IdCounts()
 
     def _summed(self) -> pa.Table:
@@ -94,7 +92,6 @@ class VocabularyFeature(Feature):
 
     @property
     def shares(self) -> str | None:
-        """The feature named by `table`."""
         return self.table
 
     def check(self, name: str, schema: Schema) -> None:

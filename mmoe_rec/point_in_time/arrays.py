@@ -56,7 +56,6 @@ class Ragged:
         return Ragged(self.values[self.offsets[start] : self.offsets[stop]], self.lengths[start:stop])
 
     def take(self, rows: np.ndarray) -> Ragged:
-        """The given rows, in the given order."""
         lengths = self.lengths.take(rows)
         return Ragged(self.values.take(consecutive(self.offsets.take(rows), lengths)), lengths)
 
@@ -81,7 +80,6 @@ class SharedRagged:
     number: np.ndarray
 
     def take(self, rows: np.ndarray | slice) -> SharedRagged:
-        """The given rows, in the given order."""
         return SharedRagged(self.lists, self.number[rows])
 
     def expand(self) -> Ragged:
@@ -90,7 +88,6 @@ class SharedRagged:
 
     @staticmethod
     def join(parts: Sequence[SharedRagged]) -> SharedRagged:
-        """The rows of all parts, in order."""
         firsts = np.cumsum([0, *(len(part.lists.lengths) for part in parts)])[:-1]
         lists = join([part.lists for part in parts])
         return SharedRagged(lists, np.concatenate([p.number + first for p, first in zip(parts, firsts, strict=True)]))

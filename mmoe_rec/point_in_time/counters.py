@@ -101,13 +101,18 @@ class CounterMemory(Memory):
             np.cumsum(steps, dtype=np.int64, out=total[1:])
             return total[1:][kept] - total[first]
 
+        if positive is not None:
+            import pandas as pd
+
+            # An event that came late may be earlier than what came before.
+            positive = pd.Series(positive).groupby(groups.number).cummax().to_numpy()[kept]
         sums = _map(running, labels)
         return replace(
             self,
             events=KnownEvents(key[kept], known[kept]),
             rows=running(rows).astype(np.int32),
             label_sum=sums.astype(np.float64) if isinstance(sums, np.ndarray) else sums,
-            last_positive=None if positive is None else _running_latest(groups, positive)[kept],
+            last_positive=positive,
         )
 
     def _steps(self, totals: np.ndarray) -> np.ndarray:
@@ -396,13 +401,6 @@ def _after(moments: np.ndarray, forgotten: np.ndarray) -> np.ndarray:
     return np.where(moments > forgotten, moments, NEVER)
 
 
-def _running_latest(groups: KeyGroups, moments: np.ndarray) -> np.ndarray:
-    """(E,) latest of the `moments` so far of each key: an event that came late may be earlier than what came before."""
-    import pandas as pd
-
-    return pd.Series(moments).groupby(groups.number).cummax().to_numpy()
-
-
 # Of arrays or exact sums, None where they are missing.
 
 
@@ -471,12 +469,10 @@ class ExactSums:
         return ExactSums(self.units, np.stack([of(limb) for limb in self.limbs]))
 
     def append(self, other: ExactSums) -> ExactSums:
-        """These sums and others."""
         one, two = self.over(other.units), other.over(self.units)
         return ExactSums(one.units, np.concatenate([one.limbs, two.limbs], axis=1))
 
     def __add__(self, other: ExactSums) -> ExactSums:
-        """The sums of both, one by one."""
         one, two = self.over(other.units), other.over(self.units)
         return ExactSums(one.units, one.limbs + two.limbs)
 

@@ -11,12 +11,11 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import pyarrow as pa
 
-from mmoe_rec.features.encoder import Counts
 from mmoe_rec.features.latest import LatestRole, LatestValues
 from mmoe_rec.features.pipeline import FeaturePipeline
 from mmoe_rec.log.checks import BadFile
@@ -60,7 +59,7 @@ class LogCounts:
     else is counted of the part.
     """
 
-    counts: dict[str, Counts] = field(default_factory=dict)
+    counts: dict[str, Any] = field(default_factory=dict)
     key_types: dict[str, str] = field(default_factory=dict)
     first: tuple[int, int] = (np.iinfo(np.int64).max, 0)
     last: tuple[int, int] = (np.iinfo(np.int64).min, 0)

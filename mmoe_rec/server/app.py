@@ -58,7 +58,10 @@ class Application:
         options = models.options
         self.models, self.token = models, options.token
         self.metrics = metrics or Metrics()
-        self._log = None if options.log is None else RequestLog(options.log, self.metrics.count_logged)
+        count = self.metrics.logged.labels
+        self._log = None
+        if options.log is not None:
+            self._log = RequestLog(options.log, lambda outcome, many: count(outcome).inc(many))
         self.calls = Calls(models, self.metrics, passes or Passes(), self._log)
         self.events: Accepting | None = None
         if options.journal is not None and (following := self.calls.following) is not None:

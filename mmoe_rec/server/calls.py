@@ -168,7 +168,6 @@ async def _gone(request: HttpRequest) -> None:
 
 
 def refusal(refused: Refused) -> Response:
-    """A refusal as a reply."""
     headers = {} if refused.retry_after is None else {"Retry-After": str(refused.retry_after)}
     if refused.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
@@ -190,12 +189,10 @@ def _query(query: Mapping[str, str]) -> tuple[bool, str | None]:
 
 
 def is_json(kind: str) -> bool:
-    """Whether a body of this type is JSON."""
     return kind == "application/json" or kind.endswith("+json")
 
 
 def type_of(request: HttpRequest) -> str:
-    """The type of a request's body."""
     return request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
 
 

@@ -72,7 +72,9 @@ class Accepting:
     async def _accept(self, request: Request) -> bytes:
         loop = asyncio.get_running_loop()
         await loop.run_in_executor(self._threads, self._let_passes_end)  # before more is done for the call
-        kind, log = type_of(request), _log_in(request.query_params)
+        kind, log = type_of(request), request.query_params.get("log")
+        if strange := request.query_params.keys() - {"log"}:
+            raise Refused(400, f"/events has no query parameter {quoted(min(strange))}; there is 'log'", "body")
         if not is_json(kind) and kind != ARROW:
             raise Refused(415, f"the body must be JSON, or an Arrow stream (Content-Type: {ARROW})", "no_json")
         body = await read_body(request, self._limits, self.places)
@@ -130,13 +132,6 @@ class Accepting:
         order = {"late": late, "out_of_order": int(np.sum(times < before[:-1]))}
         ignored = learning.count_known(times)
         return order | ({"ignored": ignored} if ignored else {})
-
-
-def _log_in(query: Mapping[str, str]) -> str | None:
-    for name in query:
-        if name != "log":
-            raise Refused(400, f"/events has no query parameter {quoted(name)}; there is 'log'", "body")
-    return query.get("log")
 
 
 def _rows_in(tree: Any, log: str | None) -> tuple[str | None, Any]:

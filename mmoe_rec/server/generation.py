@@ -68,6 +68,12 @@ def describe_end(process: BaseProcess) -> str:
     return signal.Signals(-code).name if code < 0 else f"exit code {code}"
 
 
+def tell(pipe: Connection, *message: Any) -> None:
+    """Says something to another process, unless it has ended."""
+    with suppress(OSError):
+        pipe.send(message)
+
+
 def run_generation(source: Source, sockets: Sockets, options: Options, workers: int, parent: Connection) -> None:
     """Loads a model, which answers its example and learns the journal, and keeps workers that serve it."""
     for each in (signal.SIGINT, signal.SIGTERM):  # either may reach all processes of a service; the parent tells
@@ -81,8 +87,7 @@ def run_generation(source: Source, sockets: Sockets, options: Options, workers: 
     try:
         models = Models(options, source)
     except UserError as error:
-        with suppress(OSError):
-            parent.send(("failed", error))
+        tell(parent, "failed", error)
         end_process(1)
     _prepare_forks(models)
     end_process(_Generation(models, sockets, workers, parent).run())
@@ -107,11 +112,6 @@ class _Worker:
     counts: bool
     is_ready: bool = False
     is_retired: bool = False
-
-    def send(self, *message: Any) -> None:
-        """Says something, unless it has ended."""
-        with suppress(OSError):
-            self.pipe.send(message)
 
 
 class _Generation:
@@ -144,7 +144,7 @@ class _Generation:
                     self._hear(workers[ready])  # type: ignore[index]
             if self._is_retiring and all(each.is_retired for each in self._workers):
                 self._is_retiring = False
-                self._tell("retired")
+                tell(self._parent, "retired")
             if self._opening is not None and self._opening.done() and not self._is_ending:
                 self._begin_update(self._opening)
             have_retired = all(each.is_retired for each in self._others) or time.monotonic() > self._accept_by
@@ -181,7 +181,7 @@ class _Generation:
     def _update(self, source: Source) -> None:
         """Opens the model that a delta leads to, in a thread, as the parent may say meanwhile that all is to stop."""
         if self._opening is not None or self._is_updating:  # by one for which the parent waits no more
-            self._tell("updated", UserError("another delta is being applied"), self._models.current.about())
+            tell(self._parent, "updated", UserError("another delta is being applied"), self._models.current.about())
             return
         import torch
 
@@ -196,7 +196,7 @@ class _Generation:
         try:
             self._models.current = opened.result()
         except UserError as error:
-            self._tell("updated", error, self._models.current.about())
+            tell(self._parent, "updated", error, self._models.current.about())
             return
         self._models.failure = None
         _prepare_forks(self._models)
@@ -207,8 +207,8 @@ class _Generation:
         which callers wait no longer."""
         self._is_updating, self._accepts = False, True
         for worker in self._own:
-            worker.send("accept", True)
-        self._tell("updated", None, self._models.current.about())
+            tell(worker.pipe, "accept", True)
+        tell(self._parent, "updated", None, self._models.current.about())
 
     def _fork(self) -> None:
         ours, theirs = multiprocessing.Pipe()
@@ -220,10 +220,6 @@ class _Generation:
         process.start()
         theirs.close()
         self._workers.append(_Worker(process, ours, number, self._models.current.ranker.version, counts))
-
-    def _tell(self, *message: Any) -> None:
-        with suppress(OSError):  # it has ended
-            self._parent.send(message)
 
     def _obey(self) -> None:
         try:
@@ -244,7 +240,7 @@ class _Generation:
             self._is_ending = True
             self._sockets.close()
         for worker in self._workers:
-            worker.send(*message)
+            tell(worker.pipe, *message)
 
     def _hear(self, worker: _Worker) -> None:
         try:
@@ -256,15 +252,15 @@ class _Generation:
             worker.is_ready = True
             if self._are_ready and not self._was_ready:
                 self._was_ready = True
-                self._tell("ready", self._models.current.about())
+                tell(self._parent, "ready", self._models.current.about())
             elif self._are_ready and self._is_updating:
                 self._accept_by = min(self._accept_by, time.monotonic() + self._models.options.grace)
                 for other in self._others:
-                    other.send("retire")
+                    tell(other.pipe, "retire")
         elif message == ("retired",):
             worker.is_retired = True
         else:
-            self._tell(*message)
+            tell(self._parent, *message)
 
     def _bury(self, worker: _Worker) -> None:
         worker.process.join()
@@ -272,9 +268,8 @@ class _Generation:
         self._workers.remove(worker)
         self._marks[worker.number] = 0  # it may have ended in a pass
         self._free.append(worker.number)
-        mark_process_dead(
-            _name_in_metrics(os.getpid(), worker.number)
-        )  # what it had under way; what it has counted stays
+        # What it had under way; what it has counted stays.
+        mark_process_dead(_name_in_metrics(os.getpid(), worker.number))
         how = describe_end(worker.process)
         if self._is_ending or worker.is_retired:
             self._code = max(self._code, int(worker.is_ready and worker.process.exitcode != 0))
@@ -282,7 +277,11 @@ class _Generation:
             self._next_start = time.monotonic() + (0.0 if worker.is_ready else 2.0)
             _log.warning("worker %s ended by %s; another one takes its place", worker.process.pid, how)
         else:
-            self._tell("failed", UserError(f"a worker ended by {how} before it could serve; what it printed says why"))
+            tell(
+                self._parent,
+                "failed",
+                UserError(f"a worker ended by {how} before it could serve; what it printed says why"),
+            )
             self._is_ending = True
             for other in self._workers:
                 other.process.kill()
@@ -322,7 +321,7 @@ def _run_worker(
             served.learning.catch_up()
         metrics.show_model(served.about())
         server = Server(Application(models, metrics, talk.reload, passes), sockets.give, sockets.take)
-        talk.send("ready")
+        tell(pipe, "ready")
         if not accepts:
             message = talk.receive()
             while message[0] in ("failed", "reloaded"):  # is for those that serve
@@ -346,11 +345,6 @@ class _Talk:
         self._pipe, self._models, self._metrics, self._counts = pipe, models, metrics, counts
         self._reloads: list[asyncio.Future[Any]] = []  # replies come in this order
 
-    def send(self, *message: Any) -> None:
-        """Says something, unless the parent has ended."""
-        with suppress(OSError):
-            self._pipe.send(message)
-
     def receive(self) -> Any:
         try:
             return self._pipe.recv()
@@ -362,7 +356,7 @@ class _Talk:
         """Asks for the model that the address names now; once it is served, gives what it is. Raises UserError."""
         done = asyncio.get_running_loop().create_future()
         self._reloads.append(done)
-        self.send("reload", os.getpid())
+        tell(self._pipe, "reload", os.getpid())
         failure, about = await done
         if failure is not None:
             raise UserError(failure)
@@ -377,7 +371,7 @@ class _Talk:
                 self._metrics.reloads.labels("failed").inc()
         elif what == "retire":
             self._counts = False  # another worker does, while this one answers its last calls
-            server.retire(lambda: self.send("retired"))
+            server.retire(lambda: tell(self._pipe, "retired"))
         elif what == "reloaded":
             process, *result = rest
             if process == os.getpid() and not (done := self._reloads.pop(0)).done():

@@ -78,10 +78,6 @@ class Metrics:
         finally:
             self.stages.labels(stage).observe(perf_counter() - started)
 
-    def count_logged(self, outcome: str, many: int) -> None:
-        """Counts replies by what became of their log."""
-        self.logged.labels(outcome).inc(many)
-
     def show_model(self, about: Mapping[str, str | None]) -> None:
         """Says which model this worker serves from now on."""
         if self._shown is not None:

@@ -161,7 +161,6 @@ def _taken(address: str, error: OSError) -> UserError:
 
 
 def address_of(bound: socket.socket) -> str:
-    """The http:// address of a socket."""
     host, port = bound.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 

@@ -97,7 +97,6 @@ class RankingQueue:
 
     @property
     def is_busy(self) -> bool:
-        """Whether a pass is under way."""
         return self._busy_since is not None
 
     async def queue(

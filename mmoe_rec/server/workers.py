@@ -27,7 +27,7 @@ from typing import Any
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.inference.artifact import Source
-from mmoe_rec.server.generation import TICK_SECONDS, Sockets, describe_end, run_generation
+from mmoe_rec.server.generation import TICK_SECONDS, Sockets, describe_end, run_generation, tell
 from mmoe_rec.server.metrics import FOLDER_VARIABLE
 from mmoe_rec.server.models import Finder, Reloads, sentence_of
 from mmoe_rec.server.options import Options, address_of, listen
@@ -184,8 +184,8 @@ class _Child:
 
     def send(self, *message: Any) -> None:
         """Says something, unless it has ended."""
-        with self._lock, suppress(OSError):
-            self._pipe.send(message)
+        with self._lock:
+            tell(self._pipe, *message)
 
     def update(self, source: Source) -> None:
         """Serves the model that a delta leads to. Raises UserError where it does not fit, or no worker gets ready."""

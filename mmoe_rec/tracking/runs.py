@@ -88,7 +88,6 @@ class Run:
         self._put("metrics", {"time": _now(), "step": 0, "metrics": dict.fromkeys(gone, math.nan)} if gone else {})
 
     def set_tags(self, tags: Mapping[str, Any]) -> None:
-        """Names and values that describe the run."""
         self._put("tags", {name: str(value) for name, value in tags.items()})
 
     def describe(self, heading: str, text: str) -> None:
@@ -112,12 +111,10 @@ class Run:
         self._put_file(name, lambda file: file.write_text(text, encoding="utf-8"))
 
     def log_figure(self, figure: Any, name: str) -> None:
-        """Logs a matplotlib figure."""
         if self.outbox is not None:
             self._put_file(name, figure.savefig)
 
     def log_artifact(self, path: str | Path, folder: str | None = None) -> None:
-        """Logs a file."""
         self._put("file", {"folder": folder}, Path(path))
 
     def end(self, status: str) -> None:

@@ -226,7 +226,6 @@ class CounterGroup:
         self._plan(encoders)
 
     def without(self, features: Collection[str]) -> CounterGroup:
-        """The other counters, with the same table."""
         if not features:
             return self
         group = copy(self)

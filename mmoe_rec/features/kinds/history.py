@@ -130,14 +130,12 @@ class HistoryFeature(Remembering):
         if self.ages:
             parts[f"{name}_ages"] = Meaning(columns, row_name=_name_age, missing=False)
         for task in self.outcomes:
-            parts[f"{name}_{task}"] = Meaning(
-                (*columns, schema.tasks[task].label), row_name=_name_outcome, missing=False
-            )
+            read = (*columns, schema.tasks[task].label)
+            parts[f"{name}_{task}"] = Meaning(read, row_name=lambda _, row: OUTCOMES[row], missing=False)
         if (types := self.event_types) is not None:
             named = ("other", *map(str, types.values))
-            parts[f"{name}_types"] = Meaning(
-                (*columns, types.column), row_name=lambda _, row: named[row], missing=False
-            )
+            read = (*columns, types.column)
+            parts[f"{name}_types"] = Meaning(read, row_name=lambda _, row: named[row], missing=False)
         return replace(meaning_of_ids(schema, columns, self.of), parts=parts)
 
 
@@ -165,10 +163,6 @@ def _name_age(table: str, row: int) -> str:
     return f"under {_AGES[row]:,} s" if row < len(_AGES) else "older"
 
 
-def _name_outcome(table: str, row: int) -> str:
-    return OUTCOMES[row]
-
-
 @dataclass(eq=False)
 class HistoryMemory(Memory):
     """Candidates per user. items: (E,) int64 rows of the candidates' table; attributes: the same of further tables, of
@@ -179,7 +173,6 @@ class HistoryMemory(Memory):
 
     @staticmethod
     def empty(forget_after: int | None = None, attributes: int = 0) -> HistoryMemory:
-        """Nothing remembered."""
         none = np.empty(0, np.int64)
         events = KnownEvents(np.empty(0, np.uint64), none)
         return HistoryMemory(events, none, (none,) * attributes, forget_after=forget_after)
@@ -200,12 +193,9 @@ class HistoryMemory(Memory):
     def merged(self, other: HistoryMemory) -> HistoryMemory:
         return self.extended(other.events.key, other.events.known, other.items, *other.attributes)
 
-    def last(self, asked: LookUps, length: int) -> Ragged:
-        """The last `length` items that were known at N look-ups, oldest first; of one moment, in the items' order."""
-        return self.last_events(asked, length)[0]
-
     def last_events(self, asked: LookUps, length: int) -> list[Ragged]:
-        """The same, then each attribute, and how many microseconds before the look-up each became known."""
+        """The last `length` items that were known at N look-ups, oldest first; of one moment, in the items' order; then
+        each attribute, and how many microseconds before the look-up each became known."""
         seen = SeenEvents(self, asked)
         parts = list(zip(seen.memories, seen.last_events(length), strict=True))
         each_part = [
