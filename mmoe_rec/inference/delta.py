@@ -262,8 +262,7 @@ def _changed_memory(delta: Delta, features: Path, encoder: MemoryEncoder[Any], b
         column[is_new] = values
     if _sum_columns(columns) != delta.memories[encoder.name]:
         raise _other_result(delta, f"what '{encoder.name}' remembers")
-    memory: Memory = encoder.empty().with_columns(columns, None if floor is None else int(floor))
-    return memory
+    return encoder.empty().with_columns(columns, None if floor is None else int(floor))
 
 
 def _other_result(delta: Delta, what: str) -> UserError:

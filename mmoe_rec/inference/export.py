@@ -162,8 +162,7 @@ class WholeModel(nn.Module):
             )
             embedded[each.history] = embedded[each.history] + said
         numbers = [inputs["numbers"]] if "numbers" in inputs else []
-        found: tuple[Tensor, Tensor, Tensor] = self.dense(torch.cat([*embedded.values(), *numbers], dim=1), grown)
-        return found
+        return self.dense(torch.cat([*embedded.values(), *numbers], dim=1), grown)
 
 
 def write_onnx(folder: Path, ranker: Ranker, made: Path) -> None:

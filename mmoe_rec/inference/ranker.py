@@ -223,11 +223,6 @@ class Ranker:
     # Learning what happened since
 
     @property
-    def live_rows(self) -> int:
-        """Rows of events that it has learnt beside its tables."""
-        return self.pipeline.live.rows
-
-    @property
     def tables_known(self) -> int:
         """The time of the last request that its tables know, microseconds."""
         return Freshness.of(self.about).known

@@ -62,17 +62,11 @@ def write_artifact(
 ) -> None:
     """Writes an artifact folder; an existing one is replaced.
 
-    Args:
-        prepared: the features that the model was trained on.
-        state_dict: `RankingModel.state_dict()` of the whole model with plain tables.
-        trees: of a model that has some beside the network.
-        calibration: of the model's tasks; None leaves their logits as they are.
-        early_end, in_bf16: as in `Artifact`.
-        before: the artifact folder that the training started from, which may be this one; a delta from it is added,
-            unless it can't be read any more.
-
-    Raises:
-        UserError: a weight, or a prediction for the example, is not a finite number.
+    prepared: the features that the model was trained on; state_dict: `RankingModel.state_dict()` of the whole model
+    with plain tables; trees: of a model that has some beside the network; calibration: of the model's tasks, None
+    leaves their logits as they are; early_end, in_bf16: as in `Artifact`; before: the artifact folder that the training
+    started from, which may be this one: a delta from it is added, unless it can't be read any more. Raises UserError
+    where a weight, or a prediction for the example, is not a finite number.
     """
     from mmoe_rec.preprocessing.logs import HeldFiles  # which no server needs
 
@@ -218,11 +212,7 @@ def _write_weights(folder: Path, state_dict: Mapping[str, Tensor]) -> None:
 
 def example_request(features: Path, tables_as_of: str | None) -> dict[str, Any]:
     """Arguments of `Ranker.rank`: a frequent user, frequent candidates, a usual context, a minute after the log's end;
-    of a plain table, what is frequent in its columns.
-
-    Args:
-        features: serving state, `<work>/features/serving` or an artifact's `features`.
-        tables_as_of: ISO time of the log's last request, None where it has no times.
+    of a plain table, what is frequent in its columns. features: serving state; tables_as_of: as in `Artifact`.
     """
     pipeline = FeaturePipeline.load(features, memories=False)
     names = pipeline.schema.columns

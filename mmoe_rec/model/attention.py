@@ -75,8 +75,7 @@ class TargetAttention(nn.Module):
             product = self.product(event[:, : self._shared] * candidates.index_select(0, row))
             hidden = hidden + product + asked.index_select(0, row) + self.same(same[pairs])
             added = added.index_add(0, row, functional.silu(hidden))
-        found: Tensor = self.output(added * self._scale)
-        return found.float()
+        return self.output(added * self._scale).float()
 
     def of_lists(self, vectors: Tensor, there: Tensor, candidates: Tensor, same: Tensor) -> Tensor:
         """The same of N candidates with lists of L places, without a shape that depends on values, for exporters.
@@ -88,8 +87,7 @@ class TargetAttention(nn.Module):
         hidden = self.event(vectors) + functional.embedding(later.clamp(min=0), self.later) + self.same(same)
         hidden = hidden + self.product(vectors[..., : self._shared] * candidates[:, None])
         said = functional.silu(hidden + self.candidate(candidates)[:, None]) * there[..., None]
-        found: Tensor = self.output(said.sum(1) * self._scale)
-        return found
+        return self.output(said.sum(1) * self._scale)
 
 
 class Histories(nn.ModuleDict):

@@ -135,15 +135,11 @@ class Gates(nn.Module):
         self.settings, self.rule = settings, rule_named(settings.routing)
         self.linear = StackedLinear(gates, inputs, experts)
         self.route = StackedLinear(1, inputs, experts) if self.rule.one_router else None
-        self.visible: Tensor
-        self.masked: Tensor
-        self.ramp: Tensor
-        self.selection_bias: Tensor
-        self.register_buffer("visible", visible.clone(), persistent=False)
+        self.visible = nn.Buffer(visible.clone(), persistent=False)
         self._sees_all = not visible.is_meta and bool(visible.all())
-        self.register_buffer("masked", torch.zeros(experts, dtype=torch.bool))
-        self.register_buffer("ramp", torch.zeros(experts))
-        self.register_buffer("selection_bias", torch.zeros(experts))
+        self.masked = nn.Buffer(torch.zeros(experts, dtype=torch.bool))
+        self.ramp = nn.Buffer(torch.zeros(experts))
+        self.selection_bias = nn.Buffer(torch.zeros(experts))
 
     def forward(self, inputs: Tensor | list[Tensor], top_k: int | None = None, usable: Tensor | None = None) -> Routing:
         """One input (B, H) for all gates, or one for each -> where the rows go.

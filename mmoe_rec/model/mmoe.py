@@ -80,19 +80,16 @@ class RankingModel(nn.Module):
     def __init__(self, tables: nn.Module, layout: ModelLayout, mixture: Mixture | Members) -> None:
         super().__init__()
         self.tables = tables
-        self.dense_columns: Tensor
-        self.placement_columns: Tensor
         self.dims = {each.name: layout.table(each.table).dim for each in [*layout.ids, *layout.look_ups()]}
         self.histories = [(each.length, [name for name, _ in layout.parts(each)]) for each in layout.attention]
         self.id_names = {placement: layout.id_names(placement) for placement in (False, True)}
-        for name, placement in (("dense_columns", False), ("placement_columns", True)):
-            columns = [index for index, each in enumerate(layout.dense) if each.placement == placement]
-            self.register_buffer(name, torch.tensor(columns, dtype=torch.int64), persistent=False)
-        self.scale: Tensor
-        self.mean: Tensor
+        is_placement = torch.tensor([each.placement for each in layout.dense], dtype=torch.bool)
+        self.dense_columns = nn.Buffer((~is_placement).nonzero()[:, 0], persistent=False)
+        self.placement_columns = nn.Buffer(is_placement.nonzero()[:, 0], persistent=False)
         units = torch.float64 if any(task.kind == "regression" for task in layout.tasks) else torch.float32
-        self.register_buffer("scale", torch.tensor([task.deviation for task in layout.tasks], dtype=units), False)
-        self.register_buffer("mean", torch.tensor([task.mean for task in layout.tasks], dtype=units), False)
+        deviations, means = zip(*((task.deviation, task.mean) for task in layout.tasks), strict=True)
+        self.scale = nn.Buffer(torch.tensor(deviations, dtype=units), persistent=False)
+        self.mean = nn.Buffer(torch.tensor(means, dtype=units), persistent=False)
         self.mixture = mixture
         self.names = [task.name for task in layout.tasks]
         self.width = layout.width(placement=False)
@@ -256,7 +253,7 @@ class Bottom(nn.Module):
         self.crosses = Crosses(inputs, settings.cross_layers, settings.cross_rank) if settings.cross_layers else None
         bends = settings.piecewise and any(len(each) > 1 for each in edges)
         self.bends = PiecewiseLinear(edges) if bends else None
-        width = inputs + (self.bends.outputs if self.bends else 0)
+        width = inputs + (len(self.bends.column) if self.bends else 0)
         self.layers = mlp(width, settings.units, settings.dropout)
         self.outputs = settings.units[-1] if settings.units else width
 
@@ -303,21 +300,12 @@ class PiecewiseLinear(nn.Module):
         super().__init__()
         intervals = [(index, *ends) for index, each in enumerate(edges) for ends in pairwise(each)]
         column, low, high = zip(*intervals, strict=True) if intervals else ((), (), ())
-        slope = 1.0 / (torch.tensor(high) - torch.tensor(low))
-        self.column: Tensor
-        self.slope: Tensor
-        self.low: Tensor
-        self.register_buffer("column", torch.tensor(column, dtype=torch.int64), persistent=False)
-        self.register_buffer("slope", slope, persistent=False)
-        self.register_buffer("low", torch.tensor(low), persistent=False)
-
-    @property
-    def outputs(self) -> int:
-        """Parts of all numbers together."""
-        return len(self.column)
+        self.column = nn.Buffer(torch.tensor(column, dtype=torch.int64), persistent=False)
+        self.slope = nn.Buffer(1.0 / (torch.tensor(high) - torch.tensor(low)), persistent=False)
+        self.low = nn.Buffer(torch.tensor(low), persistent=False)
 
     def forward(self, numbers: Tensor) -> Tensor:
-        """(B, D) float32 -> (B, outputs) float32. Numbers are data: no gradient flows back to them."""
+        """(B, D) float32 -> (B, number of all intervals) float32. Numbers are data: no gradient flows back to them."""
         # The difference first: it is exact where the edges lie so near that their distance is small beside themselves.
         parts = numbers.detach().index_select(1, self.column).sub_(self.low)
         return parts.mul_(self.slope).clamp_(0.0, 1.0)
@@ -364,8 +352,7 @@ class Towers(nn.Module):
         hidden = gated
         for layer in self.layers[:-1]:
             hidden = functional.silu(layer(hidden))
-        logits: Tensor = self.layers[-1](hidden)
-        return logits.squeeze(-1)
+        return self.layers[-1](hidden).squeeze(-1)
 
 
 class PlacementTower(nn.Module):

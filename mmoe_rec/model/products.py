@@ -77,8 +77,7 @@ def by_onednn(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor
     left, right = (
         each if each.is_contiguous() or each.t().is_contiguous() else each.contiguous() for each in (left, right)
     )
-    out: Tensor = torch.ops.mkldnn._linear_pointwise(left, right.t(), bias, "none", [], "")
-    return out
+    return torch.ops.mkldnn._linear_pointwise(left, right.t(), bias, "none", [], "")
 
 
 def for_products(tensor: Tensor) -> Tensor:
@@ -91,8 +90,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, products: Products, d
     """`functional.linear`: (B, I), (O, I), (O,) -> (B, O). data: (B, D) the last D of I, which get no gradient."""
     if data is None and (products == "blas" or not _takes_onednn(for_products(x))):
         return functional.linear(for_products(x), weight, bias)
-    out: Tensor = _Linear.apply(for_products(x), None if data is None else for_products(data), weight, bias, products)
-    return out
+    return _Linear.apply(for_products(x), None if data is None else for_products(data), weight, bias, products)
 
 
 def _takes_onednn(x: Tensor) -> bool:

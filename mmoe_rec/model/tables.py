@@ -103,8 +103,7 @@ def torchrec_tables(layout: ModelLayout, device: torch.device | str = "meta") ->
         )
         for table in tables
     ]
-    collection: nn.Module = EmbeddingBagCollection(tables=configs, device=torch.device(device))
-    return collection
+    return EmbeddingBagCollection(tables=configs, device=torch.device(device))
 
 
 def by_name(embeddings: Any, dims: dict[str, int], ragged: Sequence[str], shares: Tensor | None) -> dict[str, Tensor]:
@@ -244,10 +243,7 @@ class Int8Bag(nn.Module):
         self._together = rows_a_scale(codes.shape[1])
         if scales.shape != (-(-len(codes) // self._together),):
             raise ValueError(f"{len(codes)} rows of {codes.shape[1]} numbers don't have {tuple(scales.shape)} scales")
-        self.codes: Tensor
-        self.scales: Tensor
-        self.register_buffer("codes", codes)
-        self.register_buffer("scales", scales)
+        self.codes, self.scales = nn.Buffer(codes), nn.Buffer(scales)
 
     @property
     def weight(self) -> Tensor:

@@ -50,11 +50,6 @@ class Utilisation:
         return _entropy(_numbers(self.total_loads))
 
     @property
-    def task_entropies(self) -> list[float]:
-        """The same of each task's mean weights, over the experts that it sees."""
-        return [_entropy(_numbers(weights)) for weights in self.weights]
-
-    @property
     def polarised(self) -> list[bool]:
         """Whether one of several experts has more than POLARISED of a task's weight in its network, by task."""
         return [
@@ -69,7 +64,7 @@ class Utilisation:
             "gates/polarised_share": sum(self.polarised) / len(tasks),
         }
         for task, name in enumerate(tasks):
-            metrics[f"gates/{name}.entropy"] = self.task_entropies[task]
+            metrics[f"gates/{name}.entropy"] = _entropy(_numbers(self.weights[task]))
             for expert in (~self.weights[task].isnan()).nonzero().flatten().tolist():
                 metrics[f"gates/{name}/expert_{expert}.weight"] = float(self.weights[task, expert])
                 metrics[f"gates/{name}/expert_{expert}.load"] = float(self.loads[task, expert])

@@ -386,11 +386,8 @@ def register_model(
 ) -> str:
     """Logs an artifact folder as the run's model, registers it and points an alias at it; gives the new version.
 
-    tags: of the version, besides ours.
-
-    Raises:
-        UnreachableError: MLflow does not answer.
-        UserError: the artifact can't be loaded, the run records nothing, or the registry refuses name or alias.
+    tags: of the version, besides ours. Raises UnreachableError where MLflow does not answer, and UserError where the
+    artifact can't be loaded, the run records nothing, or the registry refuses name or alias.
     """
     if run.outbox is None:
         raise UserError("a model can be registered from a recorded run only")

@@ -158,9 +158,7 @@ def open_run(
     that this one is a part of. active: False, on every rank but the first, gives a run that records nothing. unsent:
     folder in which messages wait while MLflow does not answer; those left there by any run are sent first. Without one,
     a message that can't be sent raises UserError. patience: seconds to wait for MLflow to answer at the beginning.
-
-    Raises:
-        UserError: the address can't be used, the experiment was deleted, or there is no such run.
+    Raises UserError where the address can't be used, the experiment was deleted, or there is no such run.
     """
     if not active:
         yield Run(run_id)
@@ -220,14 +218,12 @@ def _open_experiment(mlflow: Any, uri: str, name: str) -> str:
     if experiment is None:
         store = read_sqlite_path(uri)
         place = None if store is None else (store.resolve().parent / "mlartifacts").as_uri()
-        created: str = mlflow.create_experiment(name, artifact_location=place, tags=dict([_KIND]))
-        return created
+        return mlflow.create_experiment(name, artifact_location=place, tags=dict([_KIND]))
     if experiment.lifecycle_stage != "active":
         raise UserError(f"MLflow experiment '{name}' was deleted: restore it, or set another tracking.experiment")
     if _KIND[0] not in experiment.tags:  # of before there were kinds, or made by hand
         mlflow.MlflowClient().set_experiment_tag(experiment.experiment_id, *_KIND)
-    number: str = experiment.experiment_id
-    return number
+    return experiment.experiment_id
 
 
 def _read_run(mlflow: Any, run_id: str) -> tuple[dict[str, str], dict[str, int], str]:

@@ -256,18 +256,10 @@ def load_plain(model: nn.Module, folder: Path) -> None:
         raise UserError(f"'{folder}' holds no complete checkpoint")
     expected = model.state_dict()
     # Tables are read as wide as they are stored.
-    stored = {
-        name: torch.empty(len(weight), stored_width(weight.shape[1])) if name.startswith("tables.") else weight
-        for name, weight in expected.items()
-    }
-    state = {"model": stored}
+    tables = {name: each.shape for name, each in expected.items() if name.startswith("tables.")}
+    weights = expected | {name: torch.empty(rows, stored_width(dim)) for name, (rows, dim) in tables.items()}
     with warnings.catch_warnings():
         # That is intended here.
         warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
-        dcp.load(state, checkpoint_id=folder, no_dist=True)
-    model.load_state_dict(
-        {
-            name: from_stored(weight, expected[name].shape[1]) if name.startswith("tables.") else weight
-            for name, weight in state["model"].items()
-        }
-    )
+        dcp.load({"model": weights}, checkpoint_id=folder, no_dist=True)
+    model.load_state_dict(weights | {name: from_stored(weights[name], dim) for name, (_, dim) in tables.items()})

@@ -18,7 +18,7 @@ from typing import NoReturn
 import torch
 import torch.distributed as dist
 
-from mmoe_rec.batches.batch import Batch, KeyedIds, make_batch
+from mmoe_rec.batches.batch import Batch, make_batch
 from mmoe_rec.batches.encoded_rows import EncodedRows
 from mmoe_rec.batches.reader import Position, Prefetch, TrainingReader
 from mmoe_rec.devices import freed_memory_kept, limit_threads
@@ -213,7 +213,7 @@ class Trainer:
         first = self.reader.rows.read_row_group(self.reader.rows.groups[0])
         rows = min(math.ceil(self.batch_size / self.world_size), self.reader.rows.rows)
         some = first.slice(0, min(rows, SOME_ROWS, len(first)))
-        ids: KeyedIds = make_batch(some.encoded, self.layout, torchrec=False).ids
+        ids = make_batch(some.encoded, self.layout, torchrec=False).ids
         return Chooser(mixture, self.layout, self.device, rows, ids).choose(self.settings)
 
     def _resume(self, checkpoint: Checkpoint) -> None:
@@ -356,10 +356,8 @@ class Trainer:
 
     def _save(self) -> None:
         result, skipped = self.result, self.bad_batches.skipped
-        history = tuple(result.history)
-        state = TrainingState(
-            result.steps, self.position, history, result.best_step, skipped, self.origin, self.choices
-        )
+        known = result.steps, self.position, tuple(result.history), result.best_step
+        state = TrainingState(*known, skipped, self.origin, self.choices)
         tensors = {"model": self.sharded.model.state_dict(), "optimizer": self.optimizer.state_dict()}
         self.checkpoints.save(tensors, state)
 

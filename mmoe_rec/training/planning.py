@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from mmoe_rec.errors import UserError
 from mmoe_rec.model.layout import EmbeddingTable, ModelLayout
 from mmoe_rec.model.tables import COLUMNS, stored_width, used_tables
-from mmoe_rec.settings.training import SPLIT_COLUMNS, Training
+from mmoe_rec.settings.training import Training
 from mmoe_rec.training.caches import read_row_frequencies
 from mmoe_rec.training.fbgemm import require_torchrec
 
@@ -52,11 +52,6 @@ class Sharding:
             settings.cache_hit_rate,
             settings.replicas,
         )
-
-    @property
-    def splits_columns(self) -> bool:
-        """Whether each part of a row has a number of row-wise Adagrad of its own."""
-        return self.kind in SPLIT_COLUMNS
 
     def check(self, device: str, ranks_of_machine: int) -> None:
         """Raises UserError for what can't work on "cpu" or "cuda", with so many ranks on each machine."""
@@ -176,12 +171,10 @@ class Planning:
 
         class Scaled(QuantizedCommCodec):
             def encode(self, numbers: Tensor, ctx: Any = None) -> Tensor:
-                encoded: Tensor = super().encode(numbers * scale, ctx)
-                return encoded
+                return super().encode(numbers * scale, ctx)
 
             def decode(self, numbers: Tensor, ctx: Any = None) -> Tensor:
-                decoded: Tensor = super().decode(numbers, ctx)
-                return decoded / scale
+                return super().decode(numbers, ctx) / scale
 
         kind = CommType(self.sharding.communication)
         codecs = get_qcomm_codecs(QCommsConfig(kind, kind))

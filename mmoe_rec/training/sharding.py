@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from mmoe_rec.batches.batch import Batch
 from mmoe_rec.model.layout import EmbeddingTable, ModelLayout
 from mmoe_rec.model.tables import initial_rows, to_stored, torchrec_tables, used_tables
-from mmoe_rec.settings.training import Training
+from mmoe_rec.settings.training import SPLIT_COLUMNS, Training
 from mmoe_rec.training.fbgemm import torchrec_installed
 from mmoe_rec.training.losses import LOG_VARIANCES
 from mmoe_rec.training.planning import (
@@ -137,7 +137,7 @@ def shard(
             )
     if device.type == "cpu":
         use_way(parallel, way)
-    if alone and plan.plan and not sharding.splits_columns:
+    if alone and plan.plan and sharding.kind not in SPLIT_COLUMNS:
         look_up_directly(parallel)
     _fill_tables(parallel, layout, first_rows)
     return ShardedModel(parallel, parallel.fused_optimizer, describe_plan(plan), caches_tables(plan))

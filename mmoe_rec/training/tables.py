@@ -62,19 +62,12 @@ class RowWise:
         self._groups = [_Group(places, numbers) for numbers in alike.values()]
 
     def look_up(self, storage: Storage, ids: Tensor, offsets: Tensor, graph: Tensor) -> Tensor:
-        """(B, sum of widths) float32: the sums of each input's rows.
+        """(B, sum of widths) float32: the sums of each input's rows. Raises UserError where a table has no such row.
 
-        Args:
-            storage: is updated in the backward pass of what is returned.
-            ids: (n,) integers, key-major.
-            offsets: (F * B + 1,) where each row's ids of each input begin.
-            graph: a tensor that takes a gradient, but will not get one.
-
-        Raises:
-            UserError: a table has no such row.
+        storage: is updated in the backward pass of what is returned; ids: (n,) integers, key-major; offsets:
+        (F * B + 1,) where each row's ids of each input begin; graph: a tensor that takes a gradient, but gets none.
         """
-        pooled: Tensor = _LookUp.apply(graph, self, storage, ids, offsets)
-        return pooled
+        return _LookUp.apply(graph, self, storage, ids, offsets)
 
     def forward(self, storage: Storage, ids: Tensor, offsets: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
         """What `look_up` returns; and, for `update`, each group's rows that were looked up and the bag of each."""
@@ -200,7 +193,7 @@ class OneProcessTables(nn.Module):
             places[table.name] = Place(table.name, table.rows, width, first, row)
             weight = weights[first : first + table.rows * width].view(table.rows, width)
             bag = nn.Module()
-            bag.register_buffer("weight", weight)
+            bag.weight = nn.Buffer(weight)
             self.embedding_bags[table.name] = bag
             self.momentum[table.name] = momentum[row : row + table.rows]
             first, row = first + weight.numel(), row + table.rows

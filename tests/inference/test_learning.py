@@ -108,7 +108,7 @@ def test_a_ranker_that_learns_answers_as_one_over_extended_features(
     mixed = table.take(pa.array(random.permutation(len(table))))
     for start in range(0, len(mixed), size):
         ranker.learn(mixed.slice(start, size))
-    assert ranker.live_rows == len(table)
+    assert ranker.pipeline.live.rows == len(table)
     assert answers(ranker) == answers(extended.expected)
     assert scores(ranker, extended.small) == scores(extended.expected, extended.small)
     table, rows = extended.small.later_rows()
@@ -144,9 +144,9 @@ def test_what_was_prepared_beside_something_else_is_not_taken(extended: Extensio
     known = answers(ranker)
     with pytest.raises(ValueError, match="something else was learnt since this was prepared"):
         ranker.take(other)
-    assert (ranker.live_rows, answers(ranker)) == (len(rows), known)
+    assert (ranker.pipeline.live.rows, answers(ranker)) == (len(rows), known)
     ranker.take(ranker.prepare({None: rows}))
-    assert ranker.live_rows == 2 * len(rows)
+    assert ranker.pipeline.live.rows == 2 * len(rows)
 
 
 def test_scored_rows_do_not_keep_what_was_known_when_they_were_scored_first(extended: Extension) -> None:
@@ -192,7 +192,7 @@ def test_rows_that_a_build_would_refuse_are_not_learnt(extended: Extension, row:
     ranker = extended.ranker()
     with pytest.raises(UserError, match=told):
         ranker.learn(pa.concat_tables([row]))
-    assert ranker.live_rows == 0
+    assert ranker.pipeline.live.rows == 0
     with pytest.raises(UserError, match="there is no log of events 'views'; there are: none"):
         ranker.learn(one_row(), log="views")
 
@@ -281,7 +281,7 @@ def test_threads_that_learn_at_once_lose_nothing(small: SmallModel, monkeypatch:
     ranker.learn(table.slice(0, 60))
     others[0].join()
     monkeypatch.undo()
-    assert ranker.live_rows == len(table)
+    assert ranker.pipeline.live.rows == len(table)
     one_after_the_other = Ranker.load(small.folder)
     one_after_the_other.learn(table.slice(0, 60))
     one_after_the_other.learn(table.slice(60))
