@@ -227,11 +227,6 @@ class MemoryEncoder(Encoder, Generic[MemoryKind]):
             assert isinstance(values, np.ndarray)
             number.histogram.add(values)
 
-    def finish_results(self) -> None:
-        """Makes statistics of what `learn_results` took."""
-        for number in self.numbers.values():
-            number.finish()
-
     def look_up(self, rows: LogRows) -> Results:
         """The rows' results: those that came with them, or from this process's memory."""
         names = self.result_columns().keys()

@@ -89,15 +89,17 @@ class Live:
             encoder.memory = encoder.memory.with_shared(self.shared, self._salt(name), encoder.windows)
         return encoder
 
-    def make_groups(self, of_requests: Collection[str], left_out: Collection[str]) -> dict[bool, CounterGroup]:
+    def group(self, of_requests: Collection[str], left_out: Collection[str]) -> dict[bool, CounterGroup]:
         """The counters that share levels, but for `left_out`. Under True lie those that ask once a request, under False
-        those that ask for each candidate."""
-        groups: dict[bool, dict[str, CounterEncoder]] = {}
-        for name, each in self.encoders.items():
-            if isinstance(each, CounterEncoder) and each.shares_levels and name not in left_out:
-                groups.setdefault(name in of_requests, {})[name] = each
-        salts = {name: self._salt(name) for name in self.encoders}
-        return {once: CounterGroup(own, salts) for once, own in groups.items()}
+        those that ask for each candidate. Made once."""
+        if not self.groups:
+            own: dict[bool, dict[str, CounterEncoder]] = {}
+            for name, each in self.encoders.items():
+                if isinstance(each, CounterEncoder) and each.shares_levels and name not in left_out:
+                    own.setdefault(name in of_requests, {})[name] = each
+            salts = {name: self._salt(name) for name in self.encoders}
+            self.groups.update({once: CounterGroup(each, salts) for once, each in own.items()})
+        return self.groups
 
 
 class FeaturePipeline:
@@ -225,7 +227,8 @@ class FeaturePipeline:
     def finish_results(self) -> None:
         """Makes statistics of the results that were counted."""
         for encoder in self.memory_encoders.values():
-            encoder.finish_results()
+            for number in encoder.numbers.values():
+                number.finish()
 
     @cached_property
     def layout(self) -> Layout:
@@ -258,7 +261,7 @@ class FeaturePipeline:
         Columns of candidates stay as they are: what has none of them is the same for all candidates of a request.
         """
         shared, own, done = Inputs(), Inputs(), set[str]()
-        for once, group in self._groups().items():
+        for once, group in self.live.group(self._of_requests, self._placement).items():
             part, asked = (shared, rows.shared) if once else (own, rows)
             given = asked.among(group.names)
             its = group.without([name for name, each in group.encoders.items() if given & each.numbers.keys()])
@@ -332,8 +335,8 @@ class FeaturePipeline:
         for made in ("memory_encoders", "layout"):
             pipeline.__dict__.pop(made, None)
         pipeline.encoders = {name: each for name, each in self.encoders.items() if name not in features}
-        groups = {once: each.without(features) for once, each in self._groups().items()}
-        pipeline.live = replace(self.live, groups=groups)
+        groups = self.live.group(self._of_requests, self._placement)
+        pipeline.live = replace(self.live, groups={once: each.without(features) for once, each in groups.items()})
         return pipeline
 
     def encode(self, rows: LogRows) -> Encoded:
@@ -343,11 +346,6 @@ class FeaturePipeline:
         for index, each in enumerate(layout.dense):
             matrix[:, index] = inputs.dense[each.name]
         return Encoded({each.name: inputs.ids[each.name] for each in layout.ids}, matrix)
-
-    def _groups(self) -> dict[bool, CounterGroup]:
-        if not self.live.groups:
-            self.live.groups.update(self.live.make_groups(self._of_requests, self._placement))
-        return self.live.groups
 
     @cached_property
     def _results(self) -> frozenset[str]:

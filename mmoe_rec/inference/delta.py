@@ -22,7 +22,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -138,12 +138,12 @@ def _write_weights(base: Path, folder: Path, target: Path) -> dict[str, str]:
 def _write_rows(before: Memory, now: Memory, features: Path, name: str) -> str:
     """Writes how a memory has changed; gives the checksum of what it is now."""
     columns = now.to_columns()
-    changes = _find_changes(_like(before.to_columns(), columns), columns)
+    gone, places = _find_changes(_like(before.to_columns(), columns), columns)
     folder = features / f"{name}.memory"
     folder.mkdir()
-    come = {"place": changes.come, **{each: values[changes.come] for each, values in columns.items()}}
+    come = {"place": places, **{each: values[places] for each, values in columns.items()}}
     metadata = None if now.floor is None else {"floor": str(now.floor)}
-    for file, rows in (("gone", {"place": changes.gone}), ("come", come)):
+    for file, rows in (("gone", {"place": gone}), ("come", come)):
         table = pa.table({each: pa.array(values) for each, values in rows.items()}).replace_schema_metadata(metadata)
         whole = [each.name for each in table.schema if each.type in (pa.int32(), pa.int64())]
         encoding = dict.fromkeys(whole, "DELTA_BINARY_PACKED")
@@ -152,16 +152,9 @@ def _write_rows(before: Memory, now: Memory, features: Path, name: str) -> str:
     return _sum_columns(columns)
 
 
-class _Changes(NamedTuple):
-    """gone: (G,) int64 rising places of rows that are there no more; come: (C,) int64 those, in the result, of rows
-    that were not there."""
-
-    gone: np.ndarray
-    come: np.ndarray
-
-
-def _find_changes(before: Columns, now: Columns) -> _Changes:
-    """Which rows of one table are no rows of another one, in order. Rows that are equal and in another order count."""
+def _find_changes(before: Columns, now: Columns) -> tuple[np.ndarray, np.ndarray]:
+    """Which rows of two tables, in order, are in one alone: (G,) int64 rising places of those that are there no more,
+    and (C,) int64 of those, in the result, that were not there. Rows that are equal and in another order count."""
     one, other = _hash_rows(before), _hash_rows(now)
     orders = [sorted_order(each, np.zeros(len(each), np.int64)) for each in (one, other)]
     old, new = one[orders[0]], other[orders[1]]
@@ -180,7 +173,7 @@ def _find_changes(before: Columns, now: Columns) -> _Changes:
     rows, kept = rows[in_order], kept[in_order]
     gone, come = np.ones(len(one), bool), np.ones(len(other), bool)
     gone[kept], come[rows] = False, False
-    return _Changes(np.flatnonzero(gone), np.flatnonzero(come))
+    return np.flatnonzero(gone), np.flatnonzero(come)
 
 
 def _hash_rows(columns: Columns) -> np.ndarray:
@@ -210,11 +203,8 @@ def _sum_bytes(values: np.ndarray) -> str:
 # Taking up
 
 
-class Parts(NamedTuple):
-    """What a ranker is made of."""
-
-    pipeline: FeaturePipeline
-    scorer: Scorer
+Parts = tuple[FeaturePipeline, Scorer]
+"""What a ranker is made of."""
 
 
 def apply_delta(delta: Delta, folder: Path, about: Artifact, pipeline: FeaturePipeline, scorer: Scorer) -> Parts:
@@ -223,14 +213,14 @@ def apply_delta(delta: Delta, folder: Path, about: Artifact, pipeline: FeaturePi
     try:
         changed = _changed_features(delta, folder / "features", pipeline)
         if not (folder / _WEIGHTS).is_file():
-            return Parts(changed, scorer)
+            return changed, scorer
         model = read_model(about, folder, scorer.model)
         assert isinstance(model.tables, PlainTables)
         for name, expected in delta.tables.items():
             weight: Any = model.tables.embedding_bags[name].weight
             if _sum_bytes(weight.detach().numpy()) != expected:
                 raise _other_result(delta, f"table '{name}'")
-        return Parts(changed, Scorer(about, model, read_calibration(folder)))
+        return changed, Scorer(about, model, read_calibration(folder))
     except (OSError, pa.ArrowException, LookupError, ValueError) as error:
         raise UserError(f"the delta in '{folder}' can't be applied ({one_line(error)})") from error
 

@@ -24,8 +24,7 @@ if TYPE_CHECKING:
     from mmoe_rec.inference.scorer import Scored
     from mmoe_rec.log.rows import RequestRows
 
-_JAVASCRIPT_BITS = 53
-"""Integers beyond lose digits in JavaScript, and events with such ids would belong to no request."""
+_JAVASCRIPT_BITS = 53  # integers beyond lose digits in JavaScript, and events with such ids would belong to no request
 
 
 @dataclass(frozen=True)
@@ -222,8 +221,7 @@ def latest(floors: Iterable[int | None]) -> int | None:
     return max((each for each in floors if each is not None), default=None)
 
 
-ROW = "row"
-"""The column of a scored row's number in its log, from 0, where nothing else tells it from others."""
+ROW = "row"  # the column of a scored row's number in its log, from 0, where nothing else tells it from others
 
 
 def prediction_columns(layout: Layout) -> list[str]:

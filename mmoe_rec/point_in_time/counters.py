@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence, Sized
 from copy import copy
 from dataclasses import dataclass, field, replace
-from functools import reduce
+from functools import partial, reduce
 from operator import add
 from typing import Any
 
@@ -30,13 +30,13 @@ class CounterMemory(Memory):
     rows: (E,) int32, of all events of the key so far; label_sum: of their labels, (E,) float64 where these are whole
     numbers, `ExactSums` where they may be fractions; last_positive: (E,) int64 moment of its last positive one, `NEVER`
     without; None where nobody asks for it. Where each event counts 1, as in a log of events, rows and moments say it
-    all, and both are None. shared: further levels, which other counters share.
+    all, and both are None. shared: what look-ups find in further levels, which other counters share.
     """
 
     rows: np.ndarray
     label_sum: np.ndarray | ExactSums | None
     last_positive: np.ndarray | None
-    shared: SharedLevels | None = field(default=None, init=False)
+    shared: Callable[[LookUps], LaterTotals] | None = field(default=None, init=False)
 
     @staticmethod
     def empty(
@@ -146,7 +146,7 @@ class CounterMemory(Memory):
         that are asked for."""
         _ = self.events.index  # for which no request has to wait
         memory = copy(self)
-        memory.shared = SharedLevels(levels, salt, windows)
+        memory.shared = partial(levels.find, salt, windows)
         return memory
 
     def compacted(self, moment: int, window: int) -> CounterMemory:
@@ -205,7 +205,7 @@ class SeenTotals(SeenEvents[CounterMemory]):
     def __init__(self, memory: CounterMemory, asked: LookUps) -> None:
         super().__init__(memory, asked)
         self.time = self.asked.time
-        self._later = None if memory.shared is None else memory.shared.find(self.asked)
+        self._later = None if memory.shared is None else memory.shared(self.asked)
 
     def totals(self, window: int | None) -> tuple[np.ndarray, np.ndarray]:
         """(N,) numbers of rows and sums of labels within so many microseconds, None for all of the past."""
@@ -235,26 +235,6 @@ labels, (N,) int32 each, and (N,) int64 moments of the last positive event, `NEV
 
 
 @dataclass(frozen=True)
-class SharedLevels:
-    """Levels that several counters share, as one of them sees them: see `CounterMemory.with_shared`."""
-
-    levels: CounterLevels
-    salt: np.uint64
-    windows: Sequence[int]
-
-    def find(self, asked: LookUps) -> LaterTotals:
-        """What look-ups of the counter find in them."""
-        earlier = np.array([0, *self.windows])
-        keys = np.tile(asked.key ^ self.salt, len(earlier))
-        found = self.levels.totals(keys, (asked.time - earlier[:, None]).ravel())
-        rows, labels, positive = (each.reshape(len(earlier), -1) for each in found)
-        totals: dict[int | None, tuple[np.ndarray, np.ndarray]] = {None: (rows[0], labels[0])}
-        for place, window in enumerate(self.windows, 1):
-            totals[window] = rows[0] - rows[place], labels[0] - labels[place]
-        return totals, positive[0]
-
-
-@dataclass(frozen=True)
 class CounterLevels:
     """Levels of the events of several counters, none of which forgets or has fractional labels, the largest first.
 
@@ -278,6 +258,16 @@ class CounterLevels:
             some[_first_bits(level.events.distinct, len(some))] = True
         _ = [level.events.index for level in levels]  # for which no request has to wait
         return CounterLevels(levels, some)
+
+    def find(self, salt: np.uint64, windows: Sequence[int], asked: LookUps) -> LaterTotals:
+        """What look-ups of one of the counters find: see `CounterMemory.with_shared`."""
+        earlier = np.array([0, *windows])
+        found = self.totals(np.tile(asked.key ^ salt, len(earlier)), (asked.time - earlier[:, None]).ravel())
+        rows, labels, positive = (each.reshape(len(earlier), -1) for each in found)
+        totals: dict[int | None, tuple[np.ndarray, np.ndarray]] = {None: (rows[0], labels[0])}
+        for place, window in enumerate(windows, 1):
+            totals[window] = rows[0] - rows[place], labels[0] - labels[place]
+        return totals, positive[0]
 
     def totals(self, key: np.ndarray, time: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Of (N,) uint64 salted keys and (N,) int64 moments, what is known then: numbers of rows and sums of labels,

@@ -14,8 +14,7 @@ from functools import cached_property
 
 import numpy as np
 
-Window = tuple[int | None, int | None]
-"""start <= time < end, microseconds since 1970 UTC; either may be open."""
+Window = tuple[int | None, int | None]  # start <= time < end, microseconds since 1970 UTC; either may be open
 
 
 def in_window(times: np.ndarray, window: Window) -> np.ndarray:

@@ -223,8 +223,7 @@ class SeenEvents(Generic[_Memory]):
 
 
 LEVELS = 3
-SMALLEST = 32_768
-"""Events up to which a level grows, whatever the size of the next larger one."""
+SMALLEST = 32_768  # events up to which a level grows, whatever the size of the next larger one
 _GROWTH = 16
 _MANY = 32 * SMALLEST  # from which on a level takes in more than `SMALLEST` events at a time
 _Level = TypeVar("_Level", bound=Sized)

@@ -43,8 +43,7 @@ from mmoe_rec.settings.sections import Serving
 if TYPE_CHECKING:
     from mmoe_rec.inference.ranker import Ranker
 
-PARSED_AT_ONCE = 256 * 2**10
-"""Larger bodies are parsed in a thread, so that the event loop answers others in between."""
+PARSED_AT_ONCE = 256 * 2**10  # larger bodies are parsed in a thread, so that the event loop answers others in between
 SHAPE = '{"inputs": [{"user": {...}, "context": {...}, "candidates": {...}}], "params": {...}}'
 _KEYS = ("inputs", "params", "dataframe_split", "dataframe_records")
 LONGEST_KEY = 256

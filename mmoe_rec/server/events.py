@@ -36,8 +36,7 @@ if TYPE_CHECKING:
     from mmoe_rec.live.learning import Learning
 
 SHAPE = '{"events": [{column: value, ...}, ...], "log": NAME}'
-_THREADS = 4
-"""Batches that wait for the disk at a time; they share a flush."""
+_THREADS = 4  # batches that wait for the disk at a time; they share a flush
 _PAUSE_PER_WAIT = 6
 """After a call has waited for passes, calls do not wait for so many times as long: where many workers rank there is
 hardly a moment without a pass. So a caller who sends one call after the other loses a seventh of the time at most."""

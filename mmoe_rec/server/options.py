@@ -17,8 +17,7 @@ from mmoe_rec.live.request_log import LogOptions
 from mmoe_rec.settings.sections import Serving
 
 MOST_CHARACTERS = 400
-LEAST_RATE = 64 * 2**10
-"""Bytes a second. A call whose body comes more slowly may lose its place."""
+LEAST_RATE = 64 * 2**10  # bytes a second. A call whose body comes more slowly may lose its place
 GRACE_SECONDS, PAUSE_SECONDS = 0.25, 1.0
 """In which nothing need have come: at first, and at most, however much came before."""
 MEBIBYTE = 2**20

@@ -48,10 +48,8 @@ Answers = list[Ranking | RequestError]
 JOINT_CANDIDATES = 4_096
 """Calls share a pass up to so many candidates: beyond, a call would wait longer for the others than it saves."""
 
-LONGEST_WAIT_SECONDS = 0.03
-"""Where one pass follows the other, work on events waits no longer than this."""
-_LOOK_SECONDS = 0.003
-"""Between looks at whether passes have ended; a pass takes several times as long."""
+LONGEST_WAIT_SECONDS = 0.03  # where one pass follows the other, work on events waits no longer than this
+_LOOK_SECONDS = 0.003  # between looks at whether passes have ended; a pass takes several times as long
 
 PAUSE_SECONDS = 0.05
 """Between looks at a journal in which other processes write; what this process has accepted is looked for at once."""

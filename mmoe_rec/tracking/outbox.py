@@ -25,8 +25,7 @@ from mmoe_rec.atomic import atomic_file, write_text
 from mmoe_rec.errors import UserError
 from mmoe_rec.progress import say
 
-PATIENCE_SECONDS = 120.0
-"""How long a command that has nothing else to do waits for an answer."""
+PATIENCE_SECONDS = 120.0  # how long a command that has nothing else to do waits for an answer
 _FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 60.0
 _SHARE = 9  # pauses are so many times as long as the try before them took
 _SECONDS_AT_ONCE = 2.0

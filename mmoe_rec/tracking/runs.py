@@ -29,8 +29,7 @@ from mmoe_rec.tracking.client import (
 from mmoe_rec.tracking.outbox import Message, Outbox, UnreachableError, list_waiting_runs
 
 _KEY_TAG = "training_key"
-_NOTE = "mlflow.note.content"
-"""The tag that MLflow shows as a run's description, in Markdown."""
+_NOTE = "mlflow.note.content"  # the tag that MLflow shows as a run's description, in Markdown
 _LONGEST_SECTION = 1900  # MLflow cuts a description at 8,000 characters, from the end
 # By this tag MLflow knows an experiment as one of model trainings, and not of applications of LLMs.
 _KIND = ("mlflow.experimentKind", "custom_model_development")

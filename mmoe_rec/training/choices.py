@@ -34,22 +34,15 @@ from mmoe_rec.settings.training import Training
 from mmoe_rec.training.fbgemm import torchrec_installed
 from mmoe_rec.training.tables import EPS, OneProcessTables, Way, choose_way, list_ways, set_way
 
-SECONDS = 0.025
-"""How long each choice is timed, besides runs that are not counted."""
-CLEARLY = 1.2
-"""How many times as long as the best the default has to take to be left."""
-BY_ROUNDING = 1.05
-"""The same where results are equal but for rounding and what is timed is a whole step."""
-_OPERATIONS = 1.6e9
-"""Operations of a step that is timed: some milliseconds in fp32 on two cores."""
-SOME_ROWS = 1024
-"""Rows of a batch by which ways of tables are timed."""
+SECONDS = 0.025  # how long each choice is timed, besides runs that are not counted
+CLEARLY = 1.2  # how many times as long as the best the default has to take to be left
+BY_ROUNDING = 1.05  # the same where results are equal but for rounding and what is timed is a whole step
+_OPERATIONS = 1.6e9  # operations of a step that is timed: some milliseconds in fp32 on two cores
+SOME_ROWS = 1024  # rows of a batch by which ways of tables are timed
 _TABLE_ROWS = 20_000
-_TABLE_WEIGHTS = 16_000_000
-"""The tables of each way have at most so many weights together: 64 MB."""
+_TABLE_WEIGHTS = 16_000_000  # the tables of each way have at most so many weights together: 64 MB
 _FIRST_ROWS = 64
-_HOPELESS = 4.0
-"""bf16 that takes so many times as long as fp32 for a few rows is not tried on more."""
+_HOPELESS = 4.0  # bf16 that takes so many times as long as fp32 for a few rows is not tried on more
 
 Precision = Literal["fp32", "bf16"]
 Compute = Literal["auto", "dense", "grouped"]
@@ -254,8 +247,7 @@ class Chooser:
 
 
 RUNS_AT_LEAST = 3
-GIVE_UP = 3.0
-"""An option that takes so many times as long as the fastest is not run again."""
+GIVE_UP = 3.0  # an option that takes so many times as long as the fastest is not run again
 
 
 def time_options(

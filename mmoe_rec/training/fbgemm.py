@@ -54,8 +54,7 @@ def require_torchrec(what: str, instead: str = "") -> None:
 # can go when pyproject.toml asks for a torch whose CUDA build has one copy: then `share_cpuinfo` finds nothing to copy.
 
 
-TRIED = {"torch": "2.14.", "fbgemm": "1.9."}
-"""How the versions that the copy was tried with begin."""
+TRIED = {"torch": "2.14.", "fbgemm": "1.9."}  # how the versions that the copy was tried with begin
 
 _ANSWER = "cpuinfo_isa"
 

@@ -43,10 +43,8 @@ from mmoe_rec.training.validation import Validation, validate
 from mmoe_rec.training.warm_start import WarmStart, base_rates, set_base_rates
 
 STEPS_BETWEEN_LOGS = 25
-WARM_UP = 10
-"""Steps before those that a forecast is made from."""
-BATCHES_SCORED = 4
-"""Of the validation rows, for a forecast."""
+WARM_UP = 10  # steps before those that a forecast is made from
+BATCHES_SCORED = 4  # of the validation rows, for a forecast
 LogMetrics = Callable[[dict[str, float], int], None]
 
 

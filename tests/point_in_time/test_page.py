@@ -100,7 +100,8 @@ def test_requests_get_what_the_page_says(encoder, cuts):
 
     encoder.memory = memory
     encoder.learn_results(encoder.look_up(requests))
-    encoder.finish_results()
+    for number in encoder.numbers.values():
+        number.finish()
     results, inputs = encoder.look_up(requests), encoder.encode(requests).standardised().dense
     for found, name in ((results, "log(1 + clicks)"), (inputs, "standardised")):
         np.testing.assert_allclose(found["clicks_positives_7d"], [float(row[name]) for row in REQUESTS], atol=5e-5)
