@@ -5,25 +5,21 @@ and single-process use carry them in `KeyedIds`, which needs torch alone; traini
 KeyedJaggedTensor. Shapes: B rows, F id inputs, D dense inputs, T tasks.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Self
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from mmoe_rec.batches.reader import Position
 from mmoe_rec.features.layout import Encoded, Layout, input_of_place
 from mmoe_rec.point_in_time.arrays import Ragged
-
-if TYPE_CHECKING:
-    from mmoe_rec.batches.reader import Position
 
 
 class _Tensors:
@@ -43,8 +39,9 @@ class _Tensors:
             part.record_stream(stream)
 
     def _map(self, change: Callable[[Any], Any]) -> Self:
-        given = {name: part for name, part in self._parts().items() if not name.startswith("_")}
-        return replace(self, **{name: change(part) for name, part in given.items()})  # type: ignore[type-var]
+        given = {each.name for each in fields(self) if each.init}  # type: ignore[arg-type]
+        parts = {name: change(part) for name, part in self._parts().items() if name in given}
+        return replace(self, **parts)  # type: ignore[type-var]
 
     def _parts(self) -> dict[str, Any]:
         return {name: part for name, part in vars(self).items() if hasattr(part, "record_stream")}
@@ -56,19 +53,19 @@ class KeyedIds(_Tensors):
 
     keys: F names; values: (sum of lengths,) int64; lengths: (F * B,) int32. Both tensors are key-major. starts: F + 1
     places in `values` where inputs begin and the last one ends; read from the lengths where not given, for which the
-    host waits if they are on a GPU.
+    host waits if they are on a GPU. offsets: (F * B + 1,) int64, where the ids of each row of each input begin.
     """
 
     keys: tuple[str, ...]
     values: Tensor
     lengths: Tensor
     starts: tuple[int, ...] | None = field(default=None, repr=False)
-    _ends: Tensor = field(init=False, repr=False)
+    offsets: Tensor = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         starts_at_zero = torch.zeros(1, dtype=torch.int64, device=self.lengths.device)
         ends = torch.cat([starts_at_zero, self.lengths.cumsum(0, dtype=torch.int64)])
-        object.__setattr__(self, "_ends", ends)  # frozen: set once, so that each column is a slice
+        object.__setattr__(self, "offsets", ends)  # frozen: set once, so that each column is a slice
         if self.starts is None:
             object.__setattr__(self, "starts", tuple(ends[:: max(1, self.rows)].tolist()))
 
@@ -82,16 +79,11 @@ class KeyedIds(_Tensors):
         assert self.starts is not None
         return [end - start for start, end in itertools.pairwise(self.starts)] if self.rows else [0] * len(self.keys)
 
-    @property
-    def offsets(self) -> Tensor:
-        """(F * B + 1,) int64: where the ids of each row of each input begin."""
-        return self._ends
-
     def column(self, name: str) -> tuple[Tensor, Tensor]:
         """The ids of one input: values (n,) int64 and offsets (B + 1,) int64 into them."""
         assert self.starts is not None
         index = self.keys.index(name)
-        ends = self._ends[index * self.rows : (index + 1) * self.rows + 1]
+        ends = self.offsets[index * self.rows : (index + 1) * self.rows + 1]
         start, end = self.starts[index : index + 2] if self.rows else (0, 0)
         return self.values[start:end], ends - start
 

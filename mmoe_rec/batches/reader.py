@@ -13,15 +13,13 @@ border between two of them.
 Batches are made ahead of their consumer, in a background thread.
 """
 
-from __future__ import annotations
-
 import time
 from collections import deque
 from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import KW_ONLY, dataclass
 from itertools import chain, groupby
-from typing import Generic, TypeVar, cast
+from typing import Generic, Self, TypeVar, cast
 
 import numpy as np
 
@@ -197,7 +195,7 @@ class Position:
     rows: int
     fingerprint: str
 
-    def check(self, own: Position) -> None:
+    def check(self, own: Self) -> None:
         """Raises UserError unless this position lies in the same order of rows as `own`, and inside its epoch."""
         cannot = f"cannot resume at row {self.row} of epoch {self.epoch}"
         for name in ("rows", "fingerprint", "seed", "shuffle_window"):

@@ -1,11 +1,9 @@
 """What every kind of feature has in common: it learns from a log, then turns rows into model inputs."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -37,12 +35,12 @@ class Inputs:
     dense: dict[str, np.ndarray] = field(default_factory=dict)
     numbers: list[tuple[np.ndarray, DenseNumber]] = field(default_factory=list)
 
-    def add(self, other: Inputs) -> None:
+    def add(self, other: Self) -> None:
         self.ids.update(other.ids)
         self.dense.update(other.dense)
         self.numbers.extend(other.numbers)
 
-    def standardised(self) -> Inputs:
+    def standardised(self) -> "Inputs":
         """The same with all numbers among the dense inputs."""
         if not self.numbers:
             return self

@@ -245,13 +245,9 @@ class Encoded:
     def take(self, rows: np.ndarray) -> Encoded:
         return Encoded({name: each.take(rows) for name, each in self.ids.items()}, self.dense.take(rows, axis=0))
 
-    def to_arrow(self, layout: Layout) -> dict[str, pa.Array]:
-        """Columns as `arrow_columns` gives them."""
-        return arrow_columns(self.ids, {each.name: self.dense[:, i] for i, each in enumerate(layout.dense)}, layout)
-
     @staticmethod
     def from_arrow(table: pa.Table, layout: Layout) -> Encoded:
-        """Reads the columns that `to_arrow` made. Ids stay int32, as rows are copied several times until in a batch."""
+        """Reads columns of `arrow_columns`. Ids stay int32, as rows are copied several times until in a batch."""
         ids: dict[str, np.ndarray | Ragged] = {}
         for each in layout.ids:
             column = one_array(table.column(f"id.{each.name}"))

@@ -134,8 +134,6 @@ class FeaturePipeline:
         self.live = Live(self.memory_encoders)
         """What has been learnt besides the memories."""
         self._check_names()
-        for name, encoder in self.memory_encoders.items():
-            assert encoder.memory.forget_after == encoder.forget_after, f"'{name}' does not forget as its settings say"
 
     def _check_names(self) -> None:
         """Raises UserError where two features give inputs of the same name, or an input has the name of a column."""

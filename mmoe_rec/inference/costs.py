@@ -1,7 +1,5 @@
 """What features cost in serving: milliseconds of a request, and bytes in memory."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import time

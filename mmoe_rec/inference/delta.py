@@ -14,8 +14,6 @@ served stays as it is whatever happens, since a delta makes a ranker beside it. 
 for the table of counters that requests ask, which each ranker makes for itself.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import shutil

@@ -22,6 +22,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -42,7 +43,7 @@ from mmoe_rec.inference.reader import Request
 from mmoe_rec.inference.writing import copy_files, seal, write_about
 from mmoe_rec.model.forest import Tree, read_ensemble
 from mmoe_rec.model.layout import ModelLayout
-from mmoe_rec.model.levels import Experts
+from mmoe_rec.model.levels import set_compute
 from mmoe_rec.model.mmoe import RankingModel
 from mmoe_rec.model.products import set_products
 from mmoe_rec.model.score import log_predictions, predictions
@@ -104,9 +105,7 @@ class DensePart(nn.Module):
         for member in self.model.mixture.each_member():
             member.placement = None
         set_products(self.model, "blas")
-        for module in self.model.modules():
-            if isinstance(module, Experts):
-                module.compute = "dense"
+        set_compute(self.model, "dense")
         self._calibration, self._names = ranker.calibration, ranker.names
         self._kinds = [task.kind for task in layout.tasks]
         self._weights = [task.score_weight for task in layout.tasks]
@@ -194,7 +193,7 @@ def write_onnx(folder: Path, ranker: Ranker, made: Path) -> None:
     }
     (made / INPUTS).write_text(json.dumps(about, indent=1, ensure_ascii=False), encoding="utf-8")
     (made / "config.pbtxt").write_text(_configure(made / MODEL, ranker.about.max_candidates), encoding="utf-8")
-    (made / "README.md").write_text(_README, encoding="utf-8")
+    shutil.copyfile(Path(__file__).with_name("onnx.md"), made / "README.md")
 
 
 def _export(whole: WholeModel, example: Mapping[str, np.ndarray], grown: int) -> torch.onnx.ONNXProgram:
@@ -376,51 +375,6 @@ def _configure(file: Path, candidates: int) -> str:
             dims = f"dims: {sizes}" if sizes else "dims: [1] reshape: { shape: [] }"  # which has to say something
             lines.append(f"{kind} {{ name: {json.dumps(each.name)} data_type: {types[each.type]} {dims} }}")
     return "\n".join([*lines, ""])
-
-
-_README = """# A model of mmoe_rec in ONNX
-
-`1/model.onnx` holds tables, network, trees and calibration: it takes table rows and numbers of any number of
-candidates. mmoe_rec has checked it against the model. It runs wherever ONNX does, such as in onnxruntime (the packages
-`onnxruntime` and `numpy`):
-
-```python
-import numpy
-import onnxruntime
-
-example = numpy.load("example.npz")
-session = onnxruntime.InferenceSession("1/model.onnx")
-predictions, log_score, score = session.run(None, {each.name: example[each.name] for each in session.get_inputs()})
-assert abs(predictions - example["predictions"]).max() < 1e-5
-```
-
-Each input has a row for each candidate; `inputs.json` names the columns, the table of each id and its number of rows.
-
-- `ids`: an id's row in its table, from 0 on, of each feature with one id. `ids.NAME`: the same of a feature with any
-  number of ids, of a history the oldest first, with -1 after the last one; the parts of a history are equally long.
-- `numbers`: as features give them, standardised.
-- `predictions`: of each task, and then of two tasks together, their product. `log_score`: the sum of each task's weight
-  times the log of its prediction; `score`: its exponential. Rank by `log_score`, which is exact where `score` is too
-  small or too large for a number.
-
-NVIDIA Triton takes this folder as a model of its ONNX Runtime backend, under any name in its model repository. It puts
-calls together whose lists of ids are equally long, so many small calls are best padded to one length, with -1.
-
-What stays with mmoe_rec is the way from a request to rows and numbers: vocabularies, counters and histories as of now,
-standardisation. In Python:
-
-```text
-import mmoe_rec
-from mmoe_rec.inference.export import encode
-
-ranker = mmoe_rec.Ranker.load("models:/shop@champion")
-inputs = encode(ranker, {"user": {"user_id": 5}, "context": {}, "candidates": {"item_id": [1, 2, 3]}})
-session.run(None, inputs)
-```
-
-The rows that training reads hold the same in Parquet, as `id.NAME` and `dense.NAME`. Inputs made with other features
-than those of the `fingerprint` in `inputs.json`, even of the same names, mean something else.
-"""
 
 
 # How near the forms are to each other

@@ -6,8 +6,6 @@ or, for all elements, in `params`; the element's own win. MLflow drops unknown k
 them; in an element they are an error. A data frame has a row for each candidate (`split_rows`), and so has the reply.
 """
 
-from __future__ import annotations
-
 import json
 from typing import Any
 

@@ -1,23 +1,19 @@
 """From the features of requests to the matrix that the model's dense part reads."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping, Sequence
 from copy import copy
-from typing import TYPE_CHECKING, Any
+from typing import Any, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from mmoe_rec.batches.batch import same_ids
+from mmoe_rec.features.encoder import Inputs
 from mmoe_rec.model.attention import Histories
 from mmoe_rec.model.layout import ModelLayout
 from mmoe_rec.model.tables import Int8Bag, PlainTables
 from mmoe_rec.point_in_time.arrays import Ragged, consecutive
-
-if TYPE_CHECKING:
-    from mmoe_rec.features.encoder import Inputs
 
 
 class RequestInputs:
@@ -43,7 +39,7 @@ class RequestInputs:
         self._ids = list(enumerate(layout.single_ids() if with_ids else [], width))
         self.width = width + len(self._ids)
 
-    def without(self, names: Collection[str]) -> RequestInputs:
+    def without(self, names: Collection[str]) -> Self:
         """The same, as wide, but that what these inputs give is not written."""
         left = copy(self)
         left._columns = [each for each in self._columns if each[0] not in names]

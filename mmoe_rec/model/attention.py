@@ -10,8 +10,6 @@ Shapes: E events, N candidates, P pairs of them, W width of all that an event ho
 U hidden units.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

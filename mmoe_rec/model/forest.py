@@ -7,8 +7,6 @@ round: a string of leaves for each row.) At the end each row's leaf is put toget
 exact, and the sum over trees is taken in their order, so that a row's does not depend on the rows beside it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass

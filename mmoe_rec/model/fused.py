@@ -5,8 +5,6 @@ each layer, and a product for each expert. For five rows it spends most of its t
 operators here take a third of that time, and nine tenths for five hundred rows. Most models fit: see `_fuse`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Literal
 

@@ -9,12 +9,10 @@ Shapes: B rows, T tasks, G gates (T, and the shared one), E experts, R routers (
 of an expert's output.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,9 +22,7 @@ from mmoe_rec.batches.batch import draw_uniform, draw_whole
 from mmoe_rec.devices import fp32_products
 from mmoe_rec.model.products import BLOCK, Dispatch, StackedLinear, for_products, multiplies_by_expert
 from mmoe_rec.model.routing import Gated, Routing, largest, masked_softmax, rule_named
-
-if TYPE_CHECKING:
-    from mmoe_rec.settings import model as section
+from mmoe_rec.settings import model as section
 
 # Grouped products are worth it while rows are sent to at most this share of the experts, and always if an expert has
 # this many weights (measured, see tests/benchmarks/LOG.md).
@@ -37,6 +33,9 @@ GROUPED_FROM_WEIGHTS = 100_000
 ONE_PRODUCT_BELOW = 0.5
 # An added expert's logits begin this far below their own value, then rise to it.
 RAMP = 10.0
+
+
+Compute = Literal["auto", "dense", "grouped"]
 
 
 class Level(nn.Module):
@@ -95,7 +94,7 @@ class Level(nn.Module):
             routing = routing._replace(weights=routing.weights.expand(-1, self.tasks, -1))
         return total, routing
 
-    def each_group(self) -> list[Experts]:
+    def each_group(self) -> "list[Experts]":
         """The experts that read the same input, group by group."""
         return [module for module in self.experts if isinstance(module, Experts)]
 
@@ -303,3 +302,10 @@ class Experts(nn.Module):
 
     def _normalised(self, outputs: Tensor) -> Tensor:
         return functional.layer_norm(outputs, outputs.shape[-1:]) if self.normalise else outputs
+
+
+def set_compute(model: nn.Module, compute: Compute) -> None:
+    """Makes all levels compute their experts in this way."""
+    for each in model.modules():
+        if isinstance(each, Experts):
+            each.compute = compute

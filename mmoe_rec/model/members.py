@@ -5,17 +5,14 @@ Networks that saw the rows in different orders err differently, so their mean ra
 model holds the members' own tables side by side: a row of `members` x `dim` numbers, so ids are looked up once.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from mmoe_rec.model.layout import ModelLayout
-    from mmoe_rec.model.levels import Gates
+from mmoe_rec.model.layout import ModelLayout
+from mmoe_rec.model.levels import Gates
 
 
 class Members(nn.Module):

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,9 +32,7 @@ from mmoe_rec.model.products import Linear, StackedLinear, for_products
 from mmoe_rec.model.routing import Routing
 from mmoe_rec.model.tables import by_name, look_at_events
 from mmoe_rec.model.trees import Trees
-
-if TYPE_CHECKING:
-    from mmoe_rec.settings import model as section
+from mmoe_rec.settings import model as section
 
 # torchrec's pipeline traces the model down to its parts, and these are some.
 torch.fx.wrap("by_name")
@@ -284,7 +282,6 @@ class Crosses(nn.Module):
         self.up = nn.ModuleList(Linear(rank, inputs) for _ in range(layers))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, W) -> (B, W)."""
         crossed = x
         for down, up in zip(self.down, self.up, strict=True):
             crossed = x * up(down(crossed)) + crossed
@@ -326,7 +323,6 @@ class RowDropout(nn.Dropout):
     """Dropout of (B, W) that draws for rows, see `mmoe_rec.batches.batch.draws_of`."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """(B, W) -> (B, W)."""
         if not self.training:
             return input
         return input * ((draw_uniform(input.shape, input.device) >= self.p) / (1 - self.p)).to(input.dtype)

@@ -8,8 +8,6 @@ x86 bring Intel's MKL, which takes twice as long as oneDNN on some processors of
 oneDNN is the one that torch's compiler puts in the place of linear layers; results are equal but for rounding.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from functools import lru_cache
@@ -203,7 +201,7 @@ class Dispatch:
     filled: Tensor
 
     @staticmethod
-    def of(used: Tensor, block: int = 1, most: int | None = None) -> Dispatch:
+    def of(used: Tensor, block: int = 1, most: int | None = None) -> "Dispatch":
         """The dispatch of rows to the experts that they use, (B, E) bool.
 
         block: each expert gets a multiple of so many places; most: experts of a row, at most, with which no number is

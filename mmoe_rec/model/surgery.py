@@ -8,8 +8,6 @@ added to the weights of one and subtracted from those of the other. Where gates 
 not be chosen, so an added expert begins out of use (its ramp is 1), and training lets it in.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Callable, Iterable

@@ -6,8 +6,6 @@
 `stored_width`; and it adds ids up, as kernels that average them are slow on some processors: `by_name` divides.
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence

@@ -8,8 +8,6 @@ In an artifact they are a folder `trees`: the trees of each task as LightGBM wri
 `mmoe_rec.model.forest` and every version of LightGBM read, and `blends.json`, the weights.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass, field
@@ -76,7 +74,7 @@ class Trees:
         (folder / FOLDER / BLENDS).write_text(json.dumps(tree, indent=1), encoding="utf-8")
 
     @staticmethod
-    def read(folder: Path, numbers: int, ids: int) -> Trees:
+    def read(folder: Path, numbers: int, ids: int) -> "Trees":
         """Those of an artifact folder, which read so many numbers, and so many ids or none. Raises UserError where they
         are damaged."""
         path, what = folder / FOLDER / BLENDS, f"the model in '{folder}'"

@@ -1,7 +1,5 @@
 """How much each task uses each expert: what the gates of the last level did over many rows, in words too."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Annotated

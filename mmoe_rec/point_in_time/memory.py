@@ -9,8 +9,6 @@ These lie in levels beside it (the idea is that of log-structured merge trees, O
 of all of them is, to the bit, what they would see of a memory that was extended by these events. The README says how.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence, Sized
 from copy import copy

@@ -11,8 +11,6 @@ Messages, each a tuple that goes through a pipe:
                                            updated, error or None, about the model
 """
 
-from __future__ import annotations
-
 import asyncio
 import gc
 import logging
@@ -362,7 +360,7 @@ class _Talk:
             raise UserError(failure)
         return about
 
-    def obey(self, server: Server) -> None:
+    def obey(self, server: "Server") -> None:
         """Does what a message says; in the event loop."""
         what, *rest = self.receive()
         if what == "failed":

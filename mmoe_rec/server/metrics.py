@@ -4,8 +4,6 @@ With several workers the numbers of each lie in files of one folder, which prome
 PROMETHEUS_MULTIPROC_DIR when it is imported; whichever worker is asked then adds them all up.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """How to serve, and how a call is refused: what is common to a server of one process and of several."""
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import os

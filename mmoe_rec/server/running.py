@@ -7,8 +7,6 @@ in plain text, and before the reply to the request ahead of it. A request that a
 and everything that follows it on the connection.
 """
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import socket

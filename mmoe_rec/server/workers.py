@@ -1,15 +1,9 @@
 """Serving by several processes that share one listening socket and the memory of one model.
 
 The parent looks for models. A generation, which is a process of its own, loads one, and forks workers from itself, so
-that they share its memory; it replaces those that end. Another model is another generation. Once its workers are ready,
-those of the generation before take no more connections, hand over those that are between two requests, answer what they
-have, and end. Only then the new ones accept, so that no caller meets the model before once more; callers wait in the
-socket's queue meanwhile. A model that can't be loaded leaves the one before as it is, whatever happens to the process
-that tries. A delta is taken up by the generation that serves: it makes the next model beside its own, shares with it
-what is equal but for the table of counters, and goes on with new workers in the same way.
+that they share its memory; it replaces those that end. Another model is another generation, one that a delta leads to
+other workers of the same. The README says what callers see of it.
 """
-
-from __future__ import annotations
 
 import logging
 import multiprocessing
@@ -145,7 +139,7 @@ class _Parent:
                 before.has_retired.wait(self.options.grace)
             child.send("accept", before is not None)
 
-    def replace(self, ended: _Child) -> None:
+    def replace(self, ended: "_Child") -> None:
         """Serves the same model again, unless the generation that has ended has another one in its place already."""
         failures = 0
         while not self._is_ending:

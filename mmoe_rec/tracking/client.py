@@ -5,8 +5,6 @@ registry in the file itself, files of runs and models in `mlartifacts/` in the s
 be `mlruns/` in whatever folder the command was started from). Any other address is a server's, which has its own place.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import re

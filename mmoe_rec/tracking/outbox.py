@@ -9,8 +9,6 @@ A message is sent at once where none is waiting. Otherwise it joins those that w
 again from time to time, so rarely that at most a tenth of the time goes into it.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import shutil

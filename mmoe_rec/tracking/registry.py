@@ -1,7 +1,5 @@
 """The model registry: models by their address, versions and aliases, and how a model gets there."""
 
-from __future__ import annotations
-
 import hashlib
 import io
 import json
@@ -15,11 +13,12 @@ from dataclasses import dataclass, field
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mmoe_rec.atomic import checksum
 from mmoe_rec.errors import UserError
 from mmoe_rec.inference.artifact import DELTA, EXAMPLE, Delta, Source, read_artifact
+from mmoe_rec.model.layout import ModelTask
 from mmoe_rec.progress import say
 from mmoe_rec.tracking.client import (
     FOR_MODELS,
@@ -34,9 +33,6 @@ from mmoe_rec.tracking.client import (
     translate_errors,
 )
 from mmoe_rec.tracking.runs import Run
-
-if TYPE_CHECKING:
-    from mmoe_rec.model.layout import ModelTask
 
 CHALLENGER = "challenger"  # alias of a model that is no better than the one that holds the alias
 _FILES_TAG, _DELTA_TAG = "files", "delta"  # of a version

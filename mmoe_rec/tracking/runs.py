@@ -1,7 +1,5 @@
 """A run: what it logs becomes messages, which MLflow gets now or once it answers again."""
 
-from __future__ import annotations
-
 import json
 import math
 import re

@@ -8,8 +8,6 @@
 They are written while training goes on, from a copy of its state, and appear once they are whole.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 import warnings
@@ -80,7 +78,7 @@ class FinishedTraining:
     before: bool = False
 
     @staticmethod
-    def read(work: Path) -> FinishedTraining | None:
+    def read(work: Path) -> "FinishedTraining | None":
         """The ended training in `data.work`; None where none has ended. Raises UserError where it can't be read."""
         file = work / "checkpoints" / _FINISHED
         return _read(FinishedTraining, file, artifact=work / "model", before=True) if file.exists() else None

@@ -1,12 +1,7 @@
-"""What a training computes with: precision, ways of tables and products, threads; chosen by timing steps.
-
-What is timed are steps of the model's own shapes on drawn inputs. Three rules keep noise from making choices. Options
-run in turns, and the fastest run of each counts. The default, which is fp32 and fbgemm's kernels, gives way only to
-what is a fifth faster (torch's BLAS library to what is a twentieth faster, as the two differ by rounding alone). And
-ranks decide together, each option by the time of the slowest of them.
+"""What a training computes with: precision, ways of tables and products, threads; chosen by timing steps of the model's
+own shapes on drawn inputs. So that noise makes no choices, options run in turns, the fastest run of each counts, the
+default gives way only to what is clearly faster, and ranks decide together, by the time of the slowest of them.
 """
-
-from __future__ import annotations
 
 import copy
 import math
@@ -18,14 +13,14 @@ from typing import Any, Literal, cast, get_args
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from mmoe_rec.batches.batch import KeyedIds, by_place
 from mmoe_rec.devices import freed_memory_kept
 from mmoe_rec.features.layout import DenseInput, IdInput
 from mmoe_rec.model.layout import EmbeddingTable, ModelLayout, ModelTask
-from mmoe_rec.model.levels import Experts
+from mmoe_rec.model.levels import Compute, Experts, set_compute
 from mmoe_rec.model.mmoe import Mixture, build_mixture
 from mmoe_rec.model.products import Products, choose_products, has_onednn, set_products
 from mmoe_rec.model.tables import stored_width, used_tables
@@ -45,7 +40,6 @@ _FIRST_ROWS = 64
 _HOPELESS = 4.0  # bf16 that takes so many times as long as fp32 for a few rows is not tried on more
 
 Precision = Literal["fp32", "bf16"]
-Compute = Literal["auto", "dense", "grouped"]
 
 
 @dataclass(frozen=True)
@@ -103,29 +97,16 @@ def keep_choices(before: Choices, settings: Training, device: torch.device) -> C
     count = settings.threads or min(before.threads, torch.get_num_threads()) if device.type == "cpu" else 0
     products = choose_products(settings.products, device.type)
     if settings.products == "auto" and device.type == "cpu" and before.products == "onednn":
-        products = "onednn" if _on_all_ranks(has_onednn()) else "blas"
+        on_all_ranks = torch.tensor(int(has_onednn()))
+        if ranks() > 1:
+            dist.all_reduce(on_all_ranks, op=dist.ReduceOp.MIN)
+        products = "onednn" if on_all_ranks else "blas"
     return replace(before, products=products, tables=choose_way(wanted, device.type, ranks()), threads=count)
-
-
-def set_compute(mixture: nn.Module, compute: Compute) -> None:
-    """Makes all levels compute their experts in this way."""
-    for each in mixture.modules():
-        if isinstance(each, Experts):
-            each.compute = compute
 
 
 def ranks() -> int:
     """Processes that train together."""
     return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def _on_all_ranks(here: bool) -> bool:
-    """Whether it holds on every rank, on CPUs."""
-    if ranks() == 1:
-        return here
-    flag = torch.tensor(int(here))
-    dist.all_reduce(flag, op=dist.ReduceOp.MIN)
-    return bool(flag)
 
 
 class Chooser:

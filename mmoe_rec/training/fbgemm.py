@@ -3,8 +3,6 @@
 Without them, one process trains on plain PyTorch tables.
 """
 
-from __future__ import annotations
-
 import ctypes
 import functools
 import importlib

@@ -4,8 +4,6 @@ Every rank runs a `Trainer` with the same arguments. Steps see the same global b
 are updated by fused row-wise Adagrad within the backward pass, the dense part by AdamW.
 """
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import math
@@ -25,6 +23,7 @@ from mmoe_rec.devices import freed_memory_kept, limit_threads
 from mmoe_rec.errors import StoppedError, StopRequest
 from mmoe_rec.features.layout import Layout
 from mmoe_rec.model.layout import ModelLayout
+from mmoe_rec.model.levels import set_compute
 from mmoe_rec.model.mmoe import Mixture, build_model
 from mmoe_rec.model.products import set_products
 from mmoe_rec.preprocessing.prepare import FeatureFolder
@@ -32,7 +31,7 @@ from mmoe_rec.progress import bar, say
 from mmoe_rec.settings.model import Model
 from mmoe_rec.settings.training import STEPS, Training
 from mmoe_rec.training.checkpoint import Checkpoint, CheckpointWriter, TrainingState, restore, step_folder
-from mmoe_rec.training.choices import SOME_ROWS, Choices, Chooser, keep_choices, set_compute
+from mmoe_rec.training.choices import SOME_ROWS, Choices, Chooser, keep_choices
 from mmoe_rec.training.fbgemm import torchrec_installed
 from mmoe_rec.training.losses import add_log_variances, log_variances, loss_factors
 from mmoe_rec.training.origin import Origin
@@ -81,6 +80,53 @@ class Forecast:
     rows_per_s: float
     seconds: float
     validation_seconds: float
+
+
+class Meter:
+    """Rows a second of all ranks, the share of time spent waiting for data, and the mean loss per task since the last
+    reading.
+
+    waited, left_out: seconds, the latter spent on something other than training; note: all of it for a progress bar.
+    """
+
+    def __init__(self, layout: Layout, world_size: int) -> None:
+        self._names = [task.learnt_from for task in layout.tasks]
+        self._world_size, self.note = world_size, ""
+        self._start = time.perf_counter()
+        self._rows, self.waited, self.left_out = 0, 0.0, 0.0
+        # Sums stay on the device until they are read: fetching them every step would make a GPU wait.
+        self._sums: torch.Tensor | int = 0
+
+    def add(self, rows: int, losses: torch.Tensor, counts: torch.Tensor) -> None:
+        """A step of this rank: its rows, and per task the sum of its losses and the observed labels."""
+        self._rows += rows * self._world_size
+        self._sums = self._sums + torch.stack([losses.double(), counts.double()])
+
+    @property
+    def rows_per_s(self) -> float:
+        """Rows per second so far, of all ranks together."""
+        return self._rows / self._seconds
+
+    @property
+    def waiting(self) -> float:
+        """Share of the time so far."""
+        return self.waited / self._seconds
+
+    @property
+    def _seconds(self) -> float:
+        return max(1e-9, time.perf_counter() - self._start - self.left_out)
+
+    def read(self) -> dict[str, float]:
+        """Metrics since the last reading; losses are those of this rank's rows."""
+        means = {}
+        if isinstance(self._sums, torch.Tensor):
+            sums = zip(self._names, *self._sums.tolist(), strict=True)
+            means = {name: total / count for name, total, count in sums if count > 0}
+        self._sums = 0
+        losses = "  ".join(f"{name} {mean:.4f}" for name, mean in means.items())
+        self.note = f"{self.rows_per_s:,.0f} rows/s  {losses}  waiting {self.waiting:.0%}"
+        metrics = {f"train/{name}.loss": mean for name, mean in means.items()}
+        return metrics | {"train/rows_per_s": self.rows_per_s, "train/waiting_share": self.waiting}
 
 
 class Trainer:
@@ -365,50 +411,3 @@ class Trainer:
         signal = self.stop.signal or "another rank's signal"
         steps = f"step {self.result.steps} of {self.total_steps}"
         raise StoppedError(f"{signal} came; {steps} is saved, go on with --resume")
-
-
-class Meter:
-    """Rows a second of all ranks, the share of time spent waiting for data, and the mean loss per task since the last
-    reading.
-
-    waited, left_out: seconds, the latter spent on something other than training; note: all of it for a progress bar.
-    """
-
-    def __init__(self, layout: Layout, world_size: int) -> None:
-        self._names = [task.learnt_from for task in layout.tasks]
-        self._world_size, self.note = world_size, ""
-        self._start = time.perf_counter()
-        self._rows, self.waited, self.left_out = 0, 0.0, 0.0
-        # Sums stay on the device until they are read: fetching them every step would make a GPU wait.
-        self._sums: torch.Tensor | int = 0
-
-    def add(self, rows: int, losses: torch.Tensor, counts: torch.Tensor) -> None:
-        """A step of this rank: its rows, and per task the sum of its losses and the observed labels."""
-        self._rows += rows * self._world_size
-        self._sums = self._sums + torch.stack([losses.double(), counts.double()])
-
-    @property
-    def rows_per_s(self) -> float:
-        """Rows per second so far, of all ranks together."""
-        return self._rows / self._seconds
-
-    @property
-    def waiting(self) -> float:
-        """Share of the time so far."""
-        return self.waited / self._seconds
-
-    @property
-    def _seconds(self) -> float:
-        return max(1e-9, time.perf_counter() - self._start - self.left_out)
-
-    def read(self) -> dict[str, float]:
-        """Metrics since the last reading; losses are those of this rank's rows."""
-        means = {}
-        if isinstance(self._sums, torch.Tensor):
-            sums = zip(self._names, *self._sums.tolist(), strict=True)
-            means = {name: total / count for name, total, count in sums if count > 0}
-        self._sums = 0
-        losses = "  ".join(f"{name} {mean:.4f}" for name, mean in means.items())
-        self.note = f"{self.rows_per_s:,.0f} rows/s  {losses}  waiting {self.waiting:.0%}"
-        metrics = {f"train/{name}.loss": mean for name, mean in means.items()}
-        return metrics | {"train/rows_per_s": self.rows_per_s, "train/waiting_share": self.waiting}

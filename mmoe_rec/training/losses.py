@@ -1,7 +1,5 @@
 """The training loss: masked per task, normalised by the rows observed over all ranks."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -1,11 +1,9 @@
 """What a training was begun with: its settings, features and start, by which a command recognises it."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.settings.columns import SPLITS
@@ -63,7 +61,7 @@ class Origin:
     run_id: str | None = None
     start: Start | None = None
 
-    def difference(self, now: Origin) -> str | None:
+    def difference(self, now: Self) -> str | None:
         """What is different now, as the end of a sentence on the training; None where all is the same."""
         for where, before, found in differences(self.settings, now.settings):
             return f"it was begun with {where} {before}, now it is {found}; set it back"
@@ -78,7 +76,7 @@ class Origin:
             return f"it was begun with --from {one}, now it is --from {other}; give --from {one.exact}"
         return None
 
-    def check(self, now: Origin, folder: Path) -> None:
+    def check(self, now: Self, folder: Path) -> None:
         """Raises UserError where anything differs from the checkpoint in a folder."""
         if (found := self.difference(now)) is not None:
             raise UserError(

@@ -185,18 +185,11 @@ class Planning:
     def _planner(self, stats: Any) -> Any:
         """torchrec's planner. stats: receives the plan."""
         from torchrec.distributed.embedding_types import EmbeddingComputeKernel
-        from torchrec.distributed.planner import EmbeddingShardingPlanner
+        from torchrec.distributed.planner import EmbeddingShardingPlanner, types
         from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
         from torchrec.distributed.planner.proposers import GreedyProposer, GridSearchProposer, UniformProposer
         from torchrec.distributed.planner.shard_estimators import EmbeddingPerfEstimator, EmbeddingStorageEstimator
         from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
-        from torchrec.distributed.planner.types import (
-            KernelConfig,
-            ParameterConstraints,
-            Storage,
-            TopologyFactory,
-            TrainerConfig,
-        )
         from torchrec.distributed.types import CacheParams, PipelineType
 
         machines, sharding = self.machines, self.sharding
@@ -208,11 +201,11 @@ class Planning:
                 for option, part in ((each, part) for each in sharding_options for part in each.shards):
                     missing = math.ceil(_FLOAT * part.size[0] * (1 - part.size[1] / option.tensor.shape[1]))
                     if machines.device == "cpu":
-                        part.storage += Storage(hbm=0, ddr=missing)
+                        part.storage += types.Storage(hbm=0, ddr=missing)
                     elif _is_cached(option):
-                        part.storage += Storage(hbm=math.ceil(option.cache_load_factor * missing), ddr=missing)
+                        part.storage += types.Storage(hbm=math.ceil(option.cache_load_factor * missing), ddr=missing)
                     else:
-                        part.storage += Storage(hbm=missing, ddr=0)
+                        part.storage += types.Storage(hbm=missing, ddr=0)
 
         # With `min_partition`, the number of parts of a row is that of the settings on any number of ranks, as is then
         # the state of row-wise Adagrad, which has a number for each part: so a table can be resharded.
@@ -227,7 +220,7 @@ class Planning:
                 for name, each in read_row_frequencies(self.features or Path(), self.layout, rows, parts).items()
             }
         constraints = {
-            table.name: ParameterConstraints(
+            table.name: types.ParameterConstraints(
                 sharding_types=sharding.types(machines.device),
                 compute_kernels=kernels,
                 min_partition=sharding.columns,
@@ -235,14 +228,14 @@ class Planning:
             )
             for table in used_tables(self.layout)
         }
-        topology = TopologyFactory.create_topology(
-            TrainerConfig(
+        topology = types.TopologyFactory.create_topology(
+            types.TrainerConfig(
                 world_size=machines.world_size,
                 local_world_size=machines.local_world_size,
                 hbm_cap_bytes=machines.card_bytes,
                 ddr_cap_bytes=machines.host_bytes // machines.local_world_size,
             ),
-            kernel_config=KernelConfig(compute_device=machines.device),
+            kernel_config=types.KernelConfig(compute_device=machines.device),
         )
         pipeline = PipelineType.TRAIN_PREFETCH_SPARSE_DIST if caches else PipelineType.NONE
         estimators = [EmbeddingPerfEstimator(topology, constraints), StorageEstimator(topology, constraints, pipeline)]

@@ -1,7 +1,5 @@
 """The process group that all ranks of a training form, and what becomes of it when one of them is lost."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import logging

@@ -4,8 +4,6 @@ One path for a laptop and a cluster: world size 1 on a CPU shards as 64 GPUs do,
 embeddings to other ranks (`look_up_directly`). Without torchrec, one process trains on tables in plain PyTorch.
 """
 
-from __future__ import annotations
-
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -40,7 +38,8 @@ from mmoe_rec.training.tables import (
     Way,
     choose_way,
     look_up_directly,
-    use_way,
+    set_way,
+    table_batches,
 )
 
 FirstRows = Callable[[EmbeddingTable, int, int], Tensor]
@@ -136,7 +135,8 @@ def shard(
                 model, device, plan, ranks, group, dist.group.WORLD, node_group_size=node, **arguments
             )
     if device.type == "cpu":
-        use_way(parallel, way)
+        for module in table_batches(parallel):
+            set_way(module, way)
     if alone and plan.plan and sharding.kind not in SPLIT_COLUMNS:
         look_up_directly(parallel)
     _fill_tables(parallel, layout, first_rows)

@@ -16,8 +16,6 @@ next. So the host waits for the device in these places only:
 `tests/training/test_host_waits.py` counts them on a device that need not be there.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass

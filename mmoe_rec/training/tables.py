@@ -9,8 +9,6 @@ Row-wise Adagrad (as in fbgemm; Duchi et al. 2011, with one sum of squares for a
     momentum += mean(g^2);  w -= rate * g / (sqrt(momentum) + eps)
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -314,14 +312,9 @@ def choose_way(choice: Literal["auto"] | Way, device: str, ranks: int = 1) -> Wa
     return choice
 
 
-def use_way(model: nn.Module, way: Way) -> None:
-    """Has the tables of a sharded model on CPUs looked up and updated in this way from its next forward pass on."""
-    for module in table_batches(model):
-        set_way(module, way)
-
-
 def set_way(module: Any, way: Way) -> None:
-    """The same for one of fbgemm's modules, which must have row-wise Adagrad and add ids up."""
+    """Has the tables of one of fbgemm's modules on CPUs, which must have row-wise Adagrad and add ids up, looked up and
+    updated in this way from the next forward pass on."""
     if way == "torch":
         module.forward = partial(_look_up_row_wise, module, RowWise(_places(module)))
     else:

@@ -1,7 +1,5 @@
 """Validation during training: sums that every rank adds to, so that no rank ever holds all predictions."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field

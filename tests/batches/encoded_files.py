@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from mmoe_rec.batches.encoded_rows import EncodedRows, Rows
 from mmoe_rec.batches.reader import GOLDEN, EpochOrder, Position, TrainingReader, Window
-from mmoe_rec.features.layout import DenseInput, Encoded, IdInput, Layout, Table, TaskOutput
+from mmoe_rec.features.layout import DenseInput, Encoded, IdInput, Layout, Table, TaskOutput, arrow_columns
 from mmoe_rec.point_in_time.arrays import Ragged
 
 LAYOUT = Layout(
@@ -22,6 +22,12 @@ LAYOUT = Layout(
     dense=(DenseInput("price"), DenseInput("age")),
     tasks=(TaskOutput("click", "binary"), TaskOutput("stars", "regression")),
 )
+
+
+def columns_of(encoded: Encoded, layout: Layout) -> dict[str, pa.Array]:
+    """Encoded rows as the columns of a file."""
+    dense = {each.name: encoded.dense[:, place] for place, each in enumerate(layout.dense)}
+    return arrow_columns(encoded.ids, dense, layout)
 
 
 def history(row: int) -> list[int]:
@@ -46,7 +52,7 @@ def table(rows: range) -> pa.Table:
         },
         np.stack([np.array(rows, np.float32) / 2, -np.array(rows, np.float32)], axis=1),
     )
-    columns = encoded.to_arrow(LAYOUT)
+    columns = columns_of(encoded, LAYOUT)
     columns["label.click"] = pa.array([float(row) for row in rows], pa.float32())
     columns["label.stars"] = pa.array([stars(row) for row in rows], pa.float64())
     columns["sampling_rate"] = pa.array([1 / (1 + row % 4) for row in rows], pa.float32())

@@ -23,6 +23,7 @@ from mmoe_rec.settings.model import Model
 from mmoe_rec.settings.training import Training
 from mmoe_rec.training.loop import STEPS_BETWEEN_LOGS, Trainer
 from mmoe_rec.training.ranks import process_group
+from tests.batches.encoded_files import columns_of
 from tests.benchmarks.training_rows import (
     BATCH,
     DIM,
@@ -59,7 +60,7 @@ def layout(table_rows: int) -> ModelLayout:
 def write(folder: Path, rows: TrainingRows, table_rows: int) -> None:
     """What a build of features would leave: encoded rows, of which a few are for validation too."""
     encoded = Encoded(dict(zip(ID_NAMES, np.ascontiguousarray(rows.ids.T), strict=True)), rows.numbers)
-    columns = encoded.to_arrow(layout(table_rows))
+    columns = columns_of(encoded, layout(table_rows))
     for index, labels in enumerate(rows.labels.T):
         columns[f"label.task{index}"] = pa.array(labels, pa.float32())
     columns["user"] = pa.array(np.arange(len(rows.labels)) // 20)

@@ -20,6 +20,7 @@ from mmoe_rec.log.columns import UTC_MICROSECONDS
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.model.score import Calibration, TaskCalibration, fuse, predictions
 from mmoe_rec.point_in_time.arrays import SharedRagged
+from tests.batches.encoded_files import columns_of
 from tests.inference.small_model import CONTEXT, ITEMS, USER, SmallModel, as_request
 
 KINDS = ["binary", "binary", "regression"]
@@ -160,7 +161,7 @@ def _times(text: str, rows: int) -> pa.Array:
 def encoded_inputs(ranker: Ranker, **request: object) -> dict[str, list]:
     """What the model is given, by name of the input, for the first candidate."""
     rows = ranker.reader.rows([Request(**request)])  # type: ignore[arg-type]
-    table = ranker.pipeline.encode(rows).to_arrow(ranker.layout)
+    table = columns_of(ranker.pipeline.encode(rows), ranker.layout)
     return {name: values.to_pylist() for name, values in table.items()}
 
 

@@ -25,6 +25,7 @@ from mmoe_rec.settings.training import Training
 from mmoe_rec.training.checkpoint import load_plain
 from mmoe_rec.training.loop import Trainer, TrainingResult
 from mmoe_rec.training.ranks import process_group
+from tests.batches.encoded_files import columns_of
 from tests.model.examples import LAYOUT, random_rows
 
 CPU = torch.device("cpu")
@@ -127,7 +128,7 @@ def write_prepared(
     for seed, (split, rows) in enumerate(ROWS.items()):
         encoded, drawn = learnable_rows(layout, rows, seed)
         values = (labels or {}).get(split, drawn)
-        columns = encoded.to_arrow(layout)
+        columns = columns_of(encoded, layout)
         known = {task.name: values[:, index] for index, task in enumerate(layout.tasks)}
         for name, (given, task) in layout.outcomes.items():
             known[name] = np.where(values[:, given] == 0, 0.0, np.where(values[:, given] == 1, values[:, task], np.nan))

@@ -21,7 +21,7 @@ from mmoe_rec.training import tables as tables_module
 from mmoe_rec.training.checkpoint import load_plain
 from mmoe_rec.training.ranks import process_group
 from mmoe_rec.training.sharding import shard
-from mmoe_rec.training.tables import Way, choose_way, list_ways, look_up_directly, table_batches, use_way
+from mmoe_rec.training.tables import Way, choose_way, list_ways, look_up_directly, set_way, table_batches
 from tests.model.examples import LAYOUT, random_rows, small_model
 from tests.reference.model import adagrad
 from tests.training.ranks import CPU, save_weights
@@ -170,7 +170,8 @@ def test_tables_that_lie_apart_are_left_to_torchrec(monkeypatch: pytest.MonkeyPa
         monkeypatch.setattr(tables, "_lookups", [*tables._lookups] * 2)
         look_up_directly(sharded.model)
         assert "forward" not in vars(tables)
-        use_way(sharded.model, "fbgemm")
+        for module in table_batches(sharded.model):
+            set_way(module, "fbgemm")
 
 
 RATE = 0.05

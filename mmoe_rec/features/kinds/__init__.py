@@ -1,7 +1,5 @@
 """The kinds of features, one file each: a new kind is its file, and its line in `NAMES`."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from functools import reduce
 from importlib import import_module

@@ -1,7 +1,5 @@
 """The kind `counter`: trailing counts and smoothed rates of a task's label per key, point in time."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping
 from copy import copy
 from dataclasses import asdict
@@ -225,7 +223,7 @@ class CounterGroup:
         self._salts, self._every = salts, list(encoders)
         self._plan(encoders)
 
-    def without(self, features: Collection[str]) -> CounterGroup:
+    def without(self, features: Collection[str]) -> Self:
         if not features:
             return self
         group = copy(self)

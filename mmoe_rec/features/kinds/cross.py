@@ -1,7 +1,5 @@
 """The kind `cross`: the hashed combination of columns, looked up in an embedding table."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Annotated, Literal
 

@@ -1,7 +1,5 @@
 """The kind `id`: one id a row, looked up in an embedding table."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Literal

@@ -1,7 +1,5 @@
 """The kind `ids`: a list of ids a row, whose embeddings are averaged."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any, Literal
 

@@ -1,10 +1,8 @@
 """The kind `numeric`: a number, standardised or as its quantile bucket, and its frequent values as ids besides."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Literal
+from typing import Literal, Self
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -36,7 +34,7 @@ class NumericFeature(Feature):
     )
 
     @model_validator(mode="after")
-    def _check_values(self) -> NumericFeature:
+    def _check_values(self) -> Self:
         if self.values is not None and self.transform == "buckets":
             raise ValueError("`values: auto` stands beside a number: take transform standard or log, or leave it out")
         return self

@@ -1,11 +1,9 @@
 """The kind `time`: hour and weekday of a time, and its age at the request."""
 
-from __future__ import annotations
-
 import calendar
 from collections.abc import Mapping
 from datetime import datetime
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 from zoneinfo import ZoneInfo
 
 import numpy as np
@@ -43,7 +41,7 @@ class TimeFeature(Feature):
         return timezone
 
     @model_validator(mode="after")
-    def _age_needs_column(self) -> TimeFeature:
+    def _age_needs_column(self) -> Self:
         if "age" in self.parts and self.column is None:
             raise ValueError("part 'age' needs a `column`: the request's own time has no age")
         return self

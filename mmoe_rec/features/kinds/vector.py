@@ -1,7 +1,5 @@
 """The kind `vector`: a list of numbers a row, standardised."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Literal
 
