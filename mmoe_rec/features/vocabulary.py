@@ -166,7 +166,6 @@ class Vocabulary:
 
     @property
     def rows(self) -> int:
-        """Rows of the embedding table."""
         return 1 + self.feature.oov_buckets + len(self.ids)
 
     @property

@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from pydantic import TypeAdapter
 
 from mmoe_rec.devices import usable_cores
 from mmoe_rec.errors import UserError
@@ -208,14 +209,14 @@ def read_model(about: Artifact, folder: Path, before: RankingModel | None = None
 
 def read_calibration(folder: Path) -> Calibration:
     """The calibration in an artifact folder, `UNCALIBRATED` where it has none. Raises UserError for a damaged file."""
-    from mmoe_rec.model.score import UNCALIBRATED, Calibration
+    from mmoe_rec.model.score import UNCALIBRATED, Calibration, TaskCalibration
 
     path = folder / "calibration.json"
     try:
-        return Calibration.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        return Calibration(TypeAdapter(dict[str, TaskCalibration]).validate_json(path.read_bytes()))
     except FileNotFoundError:
         return UNCALIBRATED
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+    except (OSError, ValueError):
         raise UserError(f"'{path}' is damaged: it does not hold the calibration of tasks") from None
 
 

@@ -297,7 +297,7 @@ class Ranker:
                 where the log has such.
             candidates: column -> list, numpy array, pandas Series or Arrow array of N values, or a pandas DataFrame;
                 the candidates' ids are required.
-            task_weights: task or objective -> weight, see `mmoe_rec.inference.reader`.
+            task_weights: task or objective -> weight, see `mmoe_rec.inference.reader.fused_weights`.
             top_k: give only this many best candidates.
             gate_top_k: experts per candidate and gate, instead of the model's own number.
             mask_experts: numbers of experts to score without.

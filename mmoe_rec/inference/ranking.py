@@ -13,16 +13,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
+from mmoe_rec.features.encoder import Inputs
 from mmoe_rec.features.layout import Layout
 from mmoe_rec.inference.artifact import Artifact
 from mmoe_rec.log.given import iso_time, microseconds
-from mmoe_rec.log.rows import MICROSECONDS_PER_DAY, LogRows
+from mmoe_rec.log.rows import MICROSECONDS_PER_DAY, LogRows, RequestRows
 from mmoe_rec.settings.columns import NO_CANDIDATE
 
 if TYPE_CHECKING:
-    from mmoe_rec.features.encoder import Inputs
     from mmoe_rec.inference.scorer import Scored
-    from mmoe_rec.log.rows import RequestRows
 
 _JAVASCRIPT_BITS = 53  # integers beyond lose digits in JavaScript, and events with such ids would belong to no request
 

@@ -1,10 +1,5 @@
 """`Request`: one candidate list, for one user in one context, with what to make of it; from the wire to rows that the
 feature pipeline encodes, as tables and data frames are.
-
-A task's weight in the score is its own weight times its objective's: the own weight is the one given under the task's
-name, else the settings' `score_weight`; the objective's is the one given under its name, else 1. So
-`{"satisfaction": 0.5}` halves the weight of every satisfaction task, and `{"bought": 2}` sets one task's weight.
-A name that is both a task's and an objective's means the task.
 """
 
 from __future__ import annotations
@@ -176,7 +171,8 @@ def rows_of_candidates(replies: Sequence[Mapping[str, Any]], rows: Sequence[Sequ
 
 
 def fused_weights(tasks: Sequence[ModelTask], given: Mapping[str, Any] | None) -> np.ndarray:
-    """(T,) float64 weights of the tasks in the score.
+    """(T,) float64 weights of the tasks in the score: each one's own, which replaces its `score_weight`, times that of
+    its objective, else 1. A name that is both a task's and an objective's means the task.
 
     Raises RequestError for an unknown name, a weight that is negative or not finite, or weights that leave every task
     out.

@@ -1,9 +1,7 @@
 """From a model's inputs to predictions: experts that fail are left out, logits are calibrated, results are checked.
 
 An expert whose weights are not finite numbers is taken out when the model is loaded. One that raises an error, or whose
-values are not finite, is found by running each on its own, and left out of that request: the gates share its weight
-among the others. Where a task has no expert left, its prediction is the tower's for no input, the same for every
-candidate. The reply's warnings report all of it.
+values are not finite, is found by running each on its own, and left out of that request, as the README says.
 """
 
 from __future__ import annotations
@@ -65,7 +63,6 @@ class Scored:
 
     @staticmethod
     def join(parts: Sequence[Scored], tasks: int) -> Scored:
-        """The rows of all parts, in order."""
         if len(parts) == 1:
             return parts[0]
         if not parts:
@@ -257,8 +254,9 @@ def _take_out_of(mixture: Mixture) -> set[int]:
                 weight.zero_()  # a weight of 0 times NaN would still be NaN
 
     for level in mixture.each_level():
-        for expert, weights in level.weights_by_expert():
-            clear(expert, weights)
+        places = ((experts, place) for experts in level.each_group() for place in range(experts.count))
+        for expert, (experts, place) in enumerate(places):
+            clear(expert, [weight[place] for weight in experts.parameters()])
     for gates in mixture.gates:
         for expert in range(gates.visible.shape[1]):
             clear(expert, gates.rows_of(expert))

@@ -72,7 +72,6 @@ class ModelLayout(Layout):
         return ModelLayout(tuple(tables), layout.ids, layout.dense, tuple(tasks), attention)
 
     def of_rows(self) -> Layout:
-        """The layout of the rows alone."""
 
         def plain(kind: type[T], of: T) -> T:
             return kind(**{each.name: getattr(of, each.name) for each in fields(kind)})

@@ -10,7 +10,7 @@ of an expert's output.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Literal
 
@@ -97,12 +97,6 @@ class Level(nn.Module):
     def each_group(self) -> "list[Experts]":
         """The experts that read the same input, group by group."""
         return [module for module in self.experts if isinstance(module, Experts)]
-
-    def weights_by_expert(self) -> Iterator[tuple[int, list[Tensor]]]:
-        """Number of each expert, and its own part of every weight and bias, as views."""
-        places = ((experts, place) for experts in self.each_group() for place in range(experts.count))
-        for number, (experts, place) in enumerate(places):
-            yield number, [weight[place] for weight in experts.parameters()]
 
 
 def visible_experts(tasks: int, shared: int, own: int, shared_gate: bool) -> Tensor:

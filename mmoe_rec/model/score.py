@@ -3,8 +3,6 @@
 The score multiplies weighted predictions (Zhao et al., RecSys 2019): exp(sum over tasks of weight x log prediction).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -13,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from pydantic import TypeAdapter
 from torch import Tensor
 from torch.nn import functional
 
@@ -99,7 +96,7 @@ class TaskCalibration:
             raise ValueError("knots and slope must rise")
 
     @staticmethod
-    def line(slope: float, offset: float) -> TaskCalibration:
+    def line(slope: float, offset: float) -> "TaskCalibration":
         """slope x logit + offset."""
         return TaskCalibration((0.0,), (offset,), slope)
 
@@ -139,11 +136,6 @@ class Calibration:
     def to_dict(self) -> dict[str, Any]:
         """The fields, as JSON can hold them without loss."""
         return {name: asdict(each) for name, each in self.tasks.items()}
-
-    @staticmethod
-    def from_dict(tree: Mapping[str, Any]) -> Calibration:
-        """The calibration that `to_dict` gave. Raises ValueError for anything else."""
-        return Calibration(TypeAdapter(dict[str, TaskCalibration]).validate_python(tree))
 
 
 UNCALIBRATED = Calibration()

@@ -1,7 +1,5 @@
 """`POST /events`: read within limits, checked as a build checks a log, on disk before it is acknowledged."""
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import threading
@@ -9,7 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import orjson
@@ -20,9 +18,11 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from mmoe_rec.errors import RequestError, UserError, quoted
+from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.live.duplicates import NewRows
 from mmoe_rec.live.event_rows import RowChecks
 from mmoe_rec.live.journal import Batch, Journal
+from mmoe_rec.live.learning import Learning
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.point_in_time.memory import NEVER
 from mmoe_rec.server.calls import ARROW, is_json, parse_json, read_body, reply_to, type_of
@@ -30,10 +30,6 @@ from mmoe_rec.server.metrics import Metrics
 from mmoe_rec.server.options import INTERNAL, Places, Refused
 from mmoe_rec.server.ranking_queue import Following, Passes, step_back
 from mmoe_rec.settings.sections import Serving
-
-if TYPE_CHECKING:
-    from mmoe_rec.inference.ranker import Ranker
-    from mmoe_rec.live.learning import Learning
 
 SHAPE = '{"events": [{column: value, ...}, ...], "log": NAME}'
 _THREADS = 4  # batches that wait for the disk at a time; they share a flush

@@ -69,7 +69,6 @@ class Reading:
     is_slow: bool = False
 
     def take(self, size: int) -> None:
-        """Notes that so many bytes have come."""
         self.until = min(self.until + size / LEAST_RATE, asyncio.get_running_loop().time() + PAUSE_SECONDS)
 
 

@@ -1,7 +1,5 @@
 """Which rank holds which part of which table: torchrec's planner, for the running ranks or for any, on paper."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Sequence
@@ -9,7 +7,7 @@ from dataclasses import dataclass, replace
 from operator import itemgetter
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Self
 
 from torch import Tensor, nn
 
@@ -44,7 +42,7 @@ class Sharding:
     replicas: int = 1
 
     @staticmethod
-    def of(settings: Training) -> Sharding:
+    def of(settings: Training) -> "Sharding":
         return Sharding(
             settings.sharding,
             settings.shard_columns,
@@ -110,7 +108,7 @@ class Machines:
     card_bytes: int
     host_bytes: int
 
-    def of_replica(self, replicas: int) -> Machines:
+    def of_replica(self, replicas: int) -> Self:
         """What one of so many replicas has of them: of each machine an equal part."""
         world, local = self.world_size // replicas, self.local_world_size // replicas
         return replace(self, world_size=world, local_world_size=local, host_bytes=self.host_bytes // replicas)

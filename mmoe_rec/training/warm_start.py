@@ -5,8 +5,6 @@ as a copy of the hashed bucket in which the other model looked it up. So the fir
 the other model. Optimizers start afresh, so the first steps are as large as in any training.
 """
 
-from __future__ import annotations
-
 import copy
 import itertools
 import math
@@ -14,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -73,7 +71,7 @@ class WarmStart:
             name: known.encode(new.vocabularies[name].ids[len(known.ids) :]) for name, known in old.vocabularies.items()
         }
 
-    def of_member(self, number: int) -> WarmStart:
+    def of_member(self, number: int) -> Self:
         """The same for one of the model's members, which is trained alone."""
         own = copy.copy(self)
         own._member = number if self._members > 1 else None

@@ -1,12 +1,10 @@
 """The kind `history`: the user's last engaged candidates before the request, point in time."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import reduce
 from operator import or_
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 import pyarrow as pa
@@ -151,7 +149,7 @@ class PooledHistory(HistoryFeature):
     )
 
     @model_validator(mode="after")
-    def _not_too_long(self) -> PooledHistory:
+    def _not_too_long(self) -> Self:
         if self.pooling == "attention" and self.length > LONGEST:
             raise ValueError(
                 f"attention looks at no more than {LONGEST} events: set `length` lower, or `pooling` to mean"
@@ -172,12 +170,12 @@ class HistoryMemory(Memory):
     attributes: tuple[np.ndarray, ...] = ()
 
     @staticmethod
-    def empty(forget_after: int | None = None, attributes: int = 0) -> HistoryMemory:
+    def empty(forget_after: int | None = None, attributes: int = 0) -> "HistoryMemory":
         none = np.empty(0, np.int64)
         events = KnownEvents(np.empty(0, np.uint64), none)
         return HistoryMemory(events, none, (none,) * attributes, forget_after=forget_after)
 
-    def extended(self, key: np.ndarray, known: np.ndarray, *rows: np.ndarray) -> HistoryMemory:
+    def extended(self, key: np.ndarray, known: np.ndarray, *rows: np.ndarray) -> Self:
         """These events and further ones, (E,) uint64 and int64, and rows of items and attributes, in any order."""
         if not len(key):
             return self
@@ -190,7 +188,7 @@ class HistoryMemory(Memory):
         key, known, items, *attributes = (each[order] for each in columns)
         return replace(self, events=KnownEvents(key, known), items=items, attributes=tuple(attributes))
 
-    def merged(self, other: HistoryMemory) -> HistoryMemory:
+    def merged(self, other: Self) -> Self:
         return self.extended(other.events.key, other.events.known, other.items, *other.attributes)
 
     def last_events(self, asked: LookUps, length: int) -> list[Ragged]:
@@ -214,7 +212,7 @@ class HistoryMemory(Memory):
         since = seen.asked.time.repeat(lengths) - known
         return [Ragged(each, lengths.astype(np.int32)) for each in (*rows, since)]
 
-    def compacted(self, moment: int, length: int) -> HistoryMemory:
+    def compacted(self, moment: int, length: int) -> Self:
         """What requests at `moment` or later, which ask for `length` items, can ask for."""
         # The last `length` that are known by then; later events keep these in reach until they become known themselves.
         events = self.events
@@ -235,7 +233,7 @@ class HistoryMemory(Memory):
         columns = {"key": self.events.key, "known": self.events.known, "item": self.items}
         return columns | {f"attribute{place}": each for place, each in enumerate(self.attributes)}
 
-    def with_columns(self, columns: Mapping[str, np.ndarray], floor: int | None) -> HistoryMemory:
+    def with_columns(self, columns: Mapping[str, np.ndarray], floor: int | None) -> Self:
         attributes = tuple(columns[f"attribute{place}"] for place in range(len(self.attributes)))
         events = KnownEvents(columns["key"], columns["known"])
         return replace(self, events=events, items=columns["item"], attributes=attributes, floor=floor)
