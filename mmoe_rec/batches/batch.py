@@ -73,12 +73,6 @@ class KeyedIds(_Tensors):
     def rows(self) -> int:
         return len(self.lengths) // len(self.keys) if self.keys else 0
 
-    @property
-    def totals(self) -> list[int]:
-        """F numbers of ids of the inputs."""
-        assert self.starts is not None
-        return [end - start for start, end in itertools.pairwise(self.starts)] if self.rows else [0] * len(self.keys)
-
     def column(self, name: str) -> tuple[Tensor, Tensor]:
         """The ids of one input: values (n,) int64 and offsets (B + 1,) int64 into them."""
         assert self.starts is not None
@@ -197,7 +191,8 @@ def make_batch(
         names = list(inputs)
         if looked_at:
             apart = by_place(ids, looked_at)
-            names, values, lengths, totals = list(apart.keys), apart.values, apart.lengths, apart.totals
+            names, values, lengths = list(apart.keys), apart.values, apart.lengths
+            totals = lengths.view(len(names), rows).sum(1).tolist()
         # The totals are known on the host; without them torchrec would read them back from the device.
         ids = KeyedJaggedTensor(names, values, lengths=lengths, stride=rows, length_per_key=totals)
     known = given.masked_fill(~observed, 0.0)

@@ -4,8 +4,6 @@ Features write rows in this layout and batches carry them; it is saved as JSON b
 of it, widths and weights, is not part of it: see `mmoe_rec.model.layout`.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -234,7 +232,7 @@ class Encoded:
     def __len__(self) -> int:
         return len(self.dense)
 
-    def slice(self, start: int, stop: int) -> Encoded:
+    def slice(self, start: int, stop: int) -> "Encoded":
         """Rows start to stop (exclusive, at most N), as views."""
         ids = {
             name: each.slice(start, stop) if isinstance(each, Ragged) else each[start:stop]
@@ -242,11 +240,11 @@ class Encoded:
         }
         return Encoded(ids, self.dense[start:stop])
 
-    def take(self, rows: np.ndarray) -> Encoded:
+    def take(self, rows: np.ndarray) -> "Encoded":
         return Encoded({name: each.take(rows) for name, each in self.ids.items()}, self.dense.take(rows, axis=0))
 
     @staticmethod
-    def from_arrow(table: pa.Table, layout: Layout) -> Encoded:
+    def from_arrow(table: pa.Table, layout: Layout) -> "Encoded":
         """Reads columns of `arrow_columns`. Ids stay int32, as rows are copied several times until in a batch."""
         ids: dict[str, np.ndarray | Ragged] = {}
         for each in layout.ids:

@@ -4,8 +4,6 @@ An expert whose weights are not finite numbers is taken out when the model is lo
 values are not finite, is found by running each on its own, and left out of that request, as the README says.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -62,7 +60,7 @@ class Scored:
     alone: np.ndarray | None = None
 
     @staticmethod
-    def join(parts: Sequence[Scored], tasks: int) -> Scored:
+    def join(parts: "Sequence[Scored]", tasks: int) -> "Scored":
         if len(parts) == 1:
             return parts[0]
         if not parts:

@@ -4,8 +4,6 @@ The rows are the same whatever is chosen here, so these values come from the set
 saved as JSON inside a served model. Code that only reads rows takes the plain `Layout` and never sees them.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -46,7 +44,7 @@ class ModelLayout(Layout):
     attention: tuple[Attention, ...] = ()
 
     @staticmethod
-    def of(layout: Layout, settings: Settings) -> ModelLayout:
+    def of(layout: Layout, settings: "Settings") -> "ModelLayout":
         """The layout of rows with what the settings make of it.
 
         Raises UserError where the settings lack a feature or task of the rows.

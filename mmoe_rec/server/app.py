@@ -119,7 +119,8 @@ def _pages(calls: Calls, events: Accepting | None, reload: Reload | None) -> Fas
     def versions(about: dict[str, str | None]) -> Response:
         tree: dict[str, Any] = {**about, "mmoe_rec": VERSION, "reload_failure": calls.models.failure}
         if calls.following is not None:
-            tree |= {"position": calls.following.position, "events_failure": calls.following.gap}
+            position = str(calls.following.learning.position)
+            tree |= {"position": position, "events_failure": calls.following.gap}
         return _json(tree)
 
     @app.get("/model", response_model=None)

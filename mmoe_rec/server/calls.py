@@ -5,8 +5,6 @@ nesting beyond 1,024. It lets through a key that is given twice, of which one va
 here.
 """
 
-from __future__ import annotations
-
 import asyncio
 import json
 import re
@@ -245,7 +243,7 @@ def parse_json(body: bytes, limits: Serving) -> Any:
     return tree
 
 
-def parse(body: bytes, limits: Serving, ranker: Ranker) -> Call:
+def parse(body: bytes, limits: Serving, ranker: "Ranker") -> Call:
     """The call in a body. Raises Refused for one of another shape, or beyond the limits."""
     tree = parse_json(body, limits)
     if not isinstance(tree, dict):
@@ -284,7 +282,7 @@ def _check_candidates(count: int, limits: Serving, hint: str = "") -> None:
 
 
 def _elements_in(
-    tree: Mapping[str, Any], params: Mapping[str, Any], limits: Serving, ranker: Ranker
+    tree: Mapping[str, Any], params: Mapping[str, Any], limits: Serving, ranker: "Ranker"
 ) -> tuple[Any, list[list[int]]]:
     """The elements of a call, which may come in one of MLflow's forms of a data frame: then also the rows of each."""
     if len(forms := [name for name in _KEYS if name in tree and name != "params"]) > 1:

@@ -5,8 +5,6 @@ only where a pass is under way. A model that can't be loaded changes nothing but
 from the old model to the new one, only the delta is read, unless it turns out to be damaged.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import re
@@ -53,10 +51,10 @@ class ServedModel:
     """A loaded model, ready to answer. example: a request that can be sent as it is; learning: how it learns events,
     None without a journal."""
 
-    ranker: Ranker
+    ranker: "Ranker"
     source: Source
     example: dict[str, Any]
-    learning: Learning | None = None
+    learning: "Learning | None" = None
 
     def about(self) -> dict[str, str | None]:
         """What tells this model from others; name and version are those of the registry, where it comes from there, and

@@ -250,11 +250,6 @@ class Following:
         return "; ".join(filter(None, [self.failure, self.learning.gap])) or None
 
     @property
-    def position(self) -> str:
-        """Up to where the current model knows the journal, as text."""
-        return str(self.learning.position)
-
-    @property
     def learning(self) -> Learning:
         """What the current model has learnt."""
         learning = self._models.current.learning

@@ -43,11 +43,7 @@ _NO_VERSION, _MISSING = "2147483647", "RESOURCE_DOES_NOT_EXIST"
 
 
 def find_folder(address: str | Path, uri: str | None) -> Path:
-    """The folder of a model at an address as `fetch_model` takes it, for `mmoe_rec.Ranker.load`.
-
-    uri: where MLflow looks the address up; None is what `mlflow.set_tracking_uri` was told, or else what settings
-    without `tracking.uri` have. Raises UserError for an address without a model.
-    """
+    """The folder of a model at an address as `fetch_model` takes it, for `mmoe_rec.Ranker.load`, which has the rest."""
     if Path(address).exists() or _read_scheme(str(address)) is None:
         return _find_artifact(Path(address)) or Path(address)
     from mmoe_rec.settings.sections import Tracking

@@ -183,7 +183,12 @@ class Trainer:
         self.bad_batches = BadBatches(checkpoints, settings.on_bad_loss)
         self.checkpoints = CheckpointWriter(checkpoints, settings.checkpoints_kept, resume)
         if resume is not None:
-            self._resume(resume)
+            self.optimizer.init_state()
+            restore(resume.folder, self.sharded.model, self.optimizer)
+            state, result = resume.state, self.result
+            self.position, self.bad_batches.skipped = state.position, state.skipped
+            result.steps, result.best_step, result.history = state.step, state.best_step, list(state.history)
+            result.stopped_early = self._out_of_patience()
 
     def _reader(self, prepared: FeatureFolder, split: str, batch_size: int) -> TrainingReader:
         weighted = self.settings.sampling_correction == "weights"
@@ -259,14 +264,6 @@ class Trainer:
         some = first.slice(0, min(rows, SOME_ROWS, len(first)))
         ids = make_batch(some.encoded, self.layout, torchrec=False).ids
         return Chooser(mixture, self.layout, self.device, rows, ids).choose(self.settings)
-
-    def _resume(self, checkpoint: Checkpoint) -> None:
-        self.optimizer.init_state()
-        state, result = checkpoint.state, self.result
-        restore(checkpoint.folder, self.sharded.model, self.optimizer)
-        self.position, self.bad_batches.skipped = state.position, state.skipped
-        result.steps, result.best_step, result.history = state.step, state.best_step, list(state.history)
-        result.stopped_early = self._out_of_patience()
 
     def run(self) -> TrainingResult:
         """Trains until the last step, or until patience runs out. A collective call.

@@ -200,7 +200,7 @@ class Planning:
                     missing = math.ceil(_FLOAT * part.size[0] * (1 - part.size[1] / option.tensor.shape[1]))
                     if machines.device == "cpu":
                         part.storage += types.Storage(hbm=0, ddr=missing)
-                    elif _is_cached(option):
+                    elif is_cached(option):
                         part.storage += types.Storage(hbm=math.ceil(option.cache_load_factor * missing), ddr=missing)
                     else:
                         part.storage += types.Storage(hbm=missing, ddr=0)
@@ -283,7 +283,7 @@ class Planning:
         ranks = [RankPlan(rank, 0, 0, 0.0, 0) for rank in range(self.machines.world_size)]
         for option, part in ((each, part) for each in options for part in each.shards):
             rank, tables, taken, time, host = ranks[part.rank]
-            share = option.cache_load_factor if _is_cached(option) else 1
+            share = option.cache_load_factor if is_cached(option) else 1
             tables += round(share * part.size[0] * (part.size[1] + 1) * _FLOAT)
             own, beside = part.storage.hbm, part.storage.ddr
             if self.machines.device == "cpu":
@@ -292,14 +292,9 @@ class Planning:
         return describe_plan(plan), ranks
 
 
-def _is_cached(option: Any) -> bool:
+def is_cached(option: Any) -> bool:
     """Whether a table lies in main memory, beside caches on GPUs."""
     return bool(option.compute_kernel == _CACHED)
-
-
-def caches_tables(plan: Any) -> bool:
-    """Whether some tables do."""
-    return any(_is_cached(each) for module in plan.plan.values() for each in module.values())
 
 
 def describe_plan(plan: Any) -> str:
@@ -312,7 +307,7 @@ def describe_plan(plan: Any) -> str:
             sizes = (f"{each.shard_sizes[0]:,} rows" + f" of {each.shard_sizes[1]} columns" * split for each in shards)
             places = list(zip((each.placement.rank() for each in shards), sizes, strict=True))
             line = f"{table}: {parameter.sharding_type} ({', '.join(merge_neighbours(places))})"
-            if _is_cached(parameter):
+            if is_cached(parameter):
                 cache = parameter.cache_params
                 found = 1 - cache.stats.expected_miss_rate(cache.load_factor)
                 line += f", in main memory; {cache.load_factor:.2%} of it cached for {found:.1%} of look-ups"

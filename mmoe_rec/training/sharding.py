@@ -27,8 +27,8 @@ from mmoe_rec.training.planning import (
     Machines,
     Planning,
     Sharding,
-    caches_tables,
     describe_plan,
+    is_cached,
     update_in_backward,
 )
 from mmoe_rec.training.tables import (
@@ -140,7 +140,8 @@ def shard(
     if alone and plan.plan and sharding.kind not in SPLIT_COLUMNS:
         look_up_directly(parallel)
     _fill_tables(parallel, layout, first_rows)
-    return ShardedModel(parallel, parallel.fused_optimizer, describe_plan(plan), caches_tables(plan))
+    cached = any(is_cached(each) for module in plan.plan.values() for each in module.values())
+    return ShardedModel(parallel, parallel.fused_optimizer, describe_plan(plan), cached)
 
 
 def _machines(device: torch.device, replicas: int) -> Machines:
