@@ -150,9 +150,6 @@ def settings_command(doc: str | None) -> Callable[[Callable[..., None]], click.C
 class NumberBetween(click.FloatRange):
     """A number between two others, the ends included, for an option's `type`."""
 
-    def __init__(self, low: float, high: float) -> None:
-        super().__init__(low, high)
-
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         number = super().convert(value, param, ctx)
         if math.isnan(number):

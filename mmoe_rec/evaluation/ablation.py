@@ -27,7 +27,6 @@ from mmoe_rec.log.columns import hash_column
 from mmoe_rec.point_in_time.arrays import one_array
 from mmoe_rec.settings.schema import Remembering, Schema
 
-RESAMPLES = 200  # standard errors are good to 5%
 _ROWS_AT_A_TIME = 65_536
 FEATURE, GROUP = "feature", "group"
 
@@ -198,12 +197,10 @@ def find_worth(
     found = find_differences(whole, [(part.name, without)], objective, resamples, metrics)
     of_tasks = {name: found[part.name, name, GUARDED[kinds[name]]] for name in tasks}
     apart = found[(part.name, *OBJECTIVE)]
-    return Worth(part, apart if objective.better == "higher" else _negate(apart), of_tasks)
-
-
-def _negate(apart: Difference) -> Difference:
-    value, low, high = (None if each is None else -each for each in (apart.value, apart.high, apart.low))
-    return replace(apart, value=value, low=low, high=high)
+    if objective.better != "higher":
+        value, low, high = (None if each is None else -each for each in (apart.value, apart.high, apart.low))
+        apart = replace(apart, value=value, low=low, high=high)
+    return Worth(part, apart, of_tasks)
 
 
 def correct_worths(worths: Sequence[Worth]) -> list[Worth]:

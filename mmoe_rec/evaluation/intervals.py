@@ -109,10 +109,6 @@ class Resampled:
     redrawn: np.ndarray
     influence: np.ndarray
 
-    def subtract(self, other: Resampled) -> Resampled:
-        """The difference from another one in the same resamples."""
-        return Resampled(self.value - other.value, self.redrawn - other.redrawn, self.influence - other.influence)
-
     @cached_property
     def defined(self) -> np.ndarray:
         """(D,) of the resamples, those in which it is defined."""
@@ -223,7 +219,8 @@ def find_difference(
 
     effective, units: see `Resampled.error`; besides: what it errs by besides the choice of users, see `add_errors`.
     """
-    apart, rounding = mine.subtract(other), rounding_of(mine.value, other.value)
+    rounding = rounding_of(mine.value, other.value)
+    apart = Resampled(mine.value - other.value, mine.redrawn - other.redrawn, mine.influence - other.influence)
     if not np.isfinite(apart.value):
         return Difference(None)
     value = 0.0 if abs(apart.value) <= rounding else apart.value

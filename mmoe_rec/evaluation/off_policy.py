@@ -80,11 +80,6 @@ class PolicyEstimate:
     apart: Interval = UNDEFINED
     estimates: tuple[CappedEstimate, ...] = ()
 
-    @property
-    def is_contradictory(self) -> bool:
-        """Whether the doubly robust estimate differs from SNIPS by more than chance explains."""
-        return _is_far(self.apart, 0.0)
-
 
 def estimate(choices: LoggedChoices, resamples: int) -> PolicyEstimate:
     """Estimates the mean label under the target policy, or says why that is not possible."""
@@ -134,10 +129,10 @@ def find_refusal(rows: int, effective: float, mean: Interval) -> str | None:
         return FEW_EFFECTIVE_ROWS
     if mean.low is None:
         return ONE_USER
-    return NO_SUPPORT if _is_far(mean, 1.0) else None
+    return NO_SUPPORT if is_far(mean, 1.0) else None
 
 
-def _is_far(interval: Interval, value: float) -> bool:
+def is_far(interval: Interval, value: float) -> bool:
     """Whether a value lies so far outside that chance hardly explains it."""
     if interval.value is None or interval.low is None or interval.high is None:
         return False

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 import torch
 
 from mmoe_rec.batches.batch import make_batch
-from mmoe_rec.batches.encoded_rows import EncodedRows, Rows, weights_of
+from mmoe_rec.batches.encoded_rows import EncodedRows, weights_of
 from mmoe_rec.devices import device_of, freed_memory_kept
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.sums import EvaluationSums, MeasuredTask, measure
@@ -23,6 +23,9 @@ from mmoe_rec.model.utilisation import Utilisation, UtilisationSums
 from mmoe_rec.preprocessing.prepare import FeatureFolder
 from mmoe_rec.progress import bar
 from mmoe_rec.settings.sections import Settings
+
+if TYPE_CHECKING:
+    from mmoe_rec.evaluation.ablation import HeldRows
 
 PlacementEffects = dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]
 """What an input of placement adds where it has a value, beside what is added to the mean row: name of the input ->
@@ -164,25 +167,11 @@ def _put_together(layout: ModelLayout, tables: Sequence[pa.Table], **of_rows: An
     return ScoredRows(layout, users, requests, candidates, outcomes=outcomes, weights=weights, **of_rows)
 
 
-class RowSource(Protocol):
-    """Encoded rows, of a folder (`EncodedRows`) or in memory."""
-
-    @property
-    def rows(self) -> int:
-        """How many there are."""
-
-    def weighing(self, weighted: bool) -> Sequence[str]:
-        """The columns that say what rows count."""
-
-    def stream(self, batch_size: int, columns: Sequence[str] = ()) -> Iterator[tuple[Rows, pa.Table]]:
-        """All rows, so many at a time, with columns beside them."""
-
-
 @torch.inference_mode()
 def score_rows(
     model: RankingModel,
     layout: ModelLayout,
-    rows: RowSource,
+    rows: EncodedRows | HeldRows,
     batch_size: int,
     *,
     calibration: Calibration = UNCALIBRATED,

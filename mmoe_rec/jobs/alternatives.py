@@ -8,7 +8,7 @@ better on the rows that choose it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any, Literal
@@ -275,11 +275,3 @@ def leave_out(settings: Settings, without: Collection[str]) -> Settings:
             section = section[key]
         del section[last]
     return Settings.model_validate(tree)
-
-
-def exclusive_parts(alternatives: Sequence[Alternative]) -> list[list[int]]:
-    """The numbers of alternatives, those of a part of the settings together."""
-    parts: dict[str, list[int]] = {}
-    for number, each in enumerate(alternatives):
-        parts.setdefault(each.part, []).append(number)
-    return list(parts.values())

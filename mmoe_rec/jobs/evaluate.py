@@ -37,7 +37,8 @@ from mmoe_rec.tracking.outbox import UnreachableError
 from mmoe_rec.tracking.registry import describe_version, find_model, get_version
 
 if TYPE_CHECKING:
-    from mmoe_rec.evaluation.scoring import RowSource, ScoredRows
+    from mmoe_rec.evaluation.ablation import HeldRows
+    from mmoe_rec.evaluation.scoring import ScoredRows
     from mmoe_rec.inference.ranker import Ranker
     from mmoe_rec.model.layout import ModelLayout
     from mmoe_rec.model.mmoe import Outputs, RankingModel
@@ -72,7 +73,7 @@ def score_by(
     settings: Settings,
     model: RankingModel,
     layout: ModelLayout,
-    rows: Path | RowSource,
+    rows: Path | HeldRows,
     calibration: Calibration,
     name: str = "the model",
     shown: bool = True,

@@ -130,17 +130,14 @@ class Search:
         layout = trainings.prepared.layout
         self._inputs = {each.name for each in (*layout.ids, *layout.dense)}
         self.alternatives = list_alternatives(settings, self.rows, preset, self._inputs)
-        # What takes a build of its own is tried where there is time for one.
-        self.wider = widen(settings) if self._has_time_to_build() else []
+        # What takes a build of its own is tried where one, from the whole log, takes a small part of the time.
+        manifest = trainings.prepared.manifest
+        rows = manifest["rows"] + sum(each["rows"] for each in manifest["events"].values())
+        has_time = not trainings.prepared.is_extended and rows <= BUILT_ROWS * minutes
+        self.wider = widen(settings) if has_time else []
         self._effective, self._pace = math.inf, 0.0
         self._began = time.monotonic()
         self._notes = self._open_notes(preset)
-
-    def _has_time_to_build(self) -> bool:
-        """Whether features can be built once more: from the whole log, in a small part of the time."""
-        manifest = self.trainings.prepared.manifest
-        rows = manifest["rows"] + sum(each["rows"] for each in manifest["events"].values())
-        return not self.trainings.prepared.is_extended and rows <= BUILT_ROWS * self.minutes
 
     def _open_notes(self, preset: Preset) -> Notes:
         """The notes of a search of the same settings, features and alternatives that was begun before, or new ones."""

@@ -175,7 +175,7 @@ class _Scoring:
             try:
                 rows = self._score_parts(engine, parts, facts)
             finally:
-                forget_ranker()
+                _load.cache_clear()  # which frees the memory of the model
             for log in self.logs.all:
                 log.check_unchanged()
             facts |= self._rank(engine, list(rows))
@@ -346,10 +346,7 @@ _LOADING = threading.Lock()
 
 
 def load_ranker(folder: Path, version: str) -> Ranker:
-    """The model of a folder, loaded once by this process, which keeps it until `forget_ranker`.
-
-    Raises UserError where another one lies there by now.
-    """
+    """The model of a folder, loaded once by this process. Raises UserError where another one lies there by now."""
     with _LOADING:
         return _load(folder, version)
 
@@ -365,11 +362,6 @@ def _load(folder: Path, version: str) -> Ranker:
             "while rows were scored: start the command again, which scores with the new one"
         )
     return ranker
-
-
-def forget_ranker() -> None:
-    """Frees the memory of the model."""
-    _load.cache_clear()
 
 
 _RANKED = pa.schema(

@@ -13,7 +13,7 @@ by one alternative after the other, with halving over seeds, .0019; level at 48 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -22,7 +22,7 @@ import numpy as np
 
 from mmoe_rec.evaluation.effects import draw_design, estimate_effects, mean_of
 from mmoe_rec.evaluation.intervals import Difference, Resampled
-from mmoe_rec.jobs.alternatives import Alternative, apply_alternatives, exclusive_parts
+from mmoe_rec.jobs.alternatives import Alternative, apply_alternatives
 from mmoe_rec.progress import say
 from mmoe_rec.settings.sections import Settings
 
@@ -85,10 +85,6 @@ class Notes:
         return [Recipe(tuple(made), seed) for made, seed in drawn]
 
 
-Train = Callable[[Sequence[Recipe], float], None]
-"""Trains recipes, some at a time, and begins none that would not end by a moment of the clock."""
-
-
 @dataclass
 class Result:
     """What a search has found.
@@ -115,17 +111,17 @@ class Result:
 class Screening:
     """Finds better settings.
 
-    train, read: train recipes, and give what one gave, None where it did not end; clock: in seconds, which begin at
-    what an earlier start has spent; notes: of an earlier start, which is gone on with; effective: number of users by
-    their sizes, once some were measured; join: gives the metric of a model whose members are some trainings, None where
-    the settings have members already.
+    train: trains recipes, some at a time, and begins none that would not end by a moment of the clock; read: gives what
+    one gave, None where it did not end; clock: in seconds, which begin at what an earlier start has spent; notes: of an
+    earlier start, which is gone on with; effective: number of users by their sizes, once some were measured; join:
+    gives the metric of a model whose members are some trainings, None where the settings have members already.
     """
 
     def __init__(
         self,
         settings: Settings,
         alternatives: Sequence[Alternative],
-        train: Train,
+        train: Callable[[Sequence[Recipe], float], None],
         read: Callable[[Recipe], Trained | None],
         clock: Callable[[], float],
         at_once: int,
@@ -178,8 +174,11 @@ class Screening:
         one = float(np.mean(timed)) if timed else min(each.seconds for each in self.found.values()) * _MADE
         room = max(0, int((until - self.clock()) * self.at_once / one))
         size = min(max(len(alive) + 2, room), _MOST)
-        groups = [[n for n in group if n in alive] for group in exclusive_parts(self.alternatives)]
-        design = draw_design([each for each in groups if each], len(self.alternatives), size, self._seed + rung)
+        parts: dict[str, list[int]] = {each.part: [] for each in self.alternatives}  # of which one excludes the others
+        for number in alive:
+            parts[self.alternatives[number].part].append(number)
+        groups = [each for each in parts.values() if each]
+        design = draw_design(groups, len(self.alternatives), size, self._seed + rung)
         begin = self._seed + SEEDS[rung]
         made = (self._valid(np.flatnonzero(row).tolist()) for row in design)
         return [Recipe(tuple(each), begin + number) for number, each in enumerate(made)]
@@ -202,10 +201,8 @@ class Screening:
 
     def _effects(self) -> list[Difference]:
         recipes = [each for each in self.found if not each.is_of_last(self.settings)]
-        return estimate_effects(self._design(recipes), [self.found[each].metric for each in recipes], self.effective())
-
-    def _design(self, recipes: Iterable[Recipe]) -> np.ndarray:
-        return np.array([[n in each.made for n in range(len(self.alternatives))] for each in recipes])
+        design = np.array([[n in each.made for n in range(len(self.alternatives))] for each in recipes])
+        return estimate_effects(design, [self.found[each].metric for each in recipes], self.effective())
 
     def _compare(self, best: tuple[int, ...], until: float) -> None:
         """Trains both sides in turn, until the time is over, or they have been trained often enough."""

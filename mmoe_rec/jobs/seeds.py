@@ -75,8 +75,10 @@ def train_seeds(
         depends = settings.model_dump(mode="json", include={"model", "training"})
         key = f"seeds-{digest(depends, settings.choices, seeds, prepared.manifest['fingerprint'])}"
         with runs.open_run(uri, settings.experiment, run_name=f"{number} seeds", key=key) as run:
-            own = [_with_seed(settings, seed, folder, prepared.folder) for seed in seeds]
-            _train_all(own, at_once, resume, run.run_id)
+            own = [share_threads(_with_seed(settings, seed, folder, prepared.folder), at_once) for seed in seeds]
+            train = partial(train_model, resume=resume, parent=run.run_id, register=False)
+            logs = [Path(each.data.work) / "training.log" for each in own]
+            run_each(train, own, [f"seed {seed}" for seed in seeds], logs, at_once)
             models = [Path(each.data.work) / "model" for each in own]
             report = _report(settings, own, _measure(settings, models), theirs)
             _write(folder, report, models)
@@ -136,13 +138,6 @@ def _with_seed(settings: Settings, seed: int, folder: Path, features: Path) -> S
     training = settings.training.model_copy(update={"seed": seed})
     data = settings.data.model_copy(update={"work": str(own)})
     return settings.model_copy(update={"training": training, "data": data})
-
-
-def _train_all(own: Sequence[Settings], at_once: int, resume: bool, parent: str | None) -> None:
-    train = partial(train_model, resume=resume, parent=parent, register=False)
-    own = [share_threads(each, at_once) for each in own]
-    logs = [Path(each.data.work) / "training.log" for each in own]
-    run_each(train, own, [f"seed {each.training.seed}" for each in own], logs, at_once)
 
 
 def share_threads(settings: Settings, at_once: int) -> Settings:

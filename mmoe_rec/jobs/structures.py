@@ -25,7 +25,19 @@ from mmoe_rec.evaluation.summary import OBJECTIVE, SCORE, Objective, UserMetrics
 from mmoe_rec.evaluation.sums import EvaluationSums, count_rarer_label
 from mmoe_rec.jobs.run_page import as_code, command, quoted
 from mmoe_rec.jobs.variants import TrainedVariant, Variant, VariantTrainings, open_variants
-from mmoe_rec.report.structures import Answer, Cell, StructureRow, StructuresReport, page
+from mmoe_rec.report.structures import (
+    MIXTURE,
+    ONE_GATE,
+    OWN,
+    PLE,
+    SHARED_BOTTOM,
+    TREES,
+    Answer,
+    Cell,
+    StructureRow,
+    StructuresReport,
+    page,
+)
 from mmoe_rec.settings.model import Experts, Gates, Model
 from mmoe_rec.settings.sections import Settings
 from mmoe_rec.training.origin import fixed_settings
@@ -34,16 +46,6 @@ if TYPE_CHECKING:
     from mmoe_rec.evaluation.metrics.metric import Metric
 
 FOLDER, FILE, PAGE = "structures", "structures.json", "report.html"
-SHARED_BOTTOM, ONE_GATE, MIXTURE, PLE, OWN, TREES = (
-    "shared bottom",
-    "one gate",
-    "MMoE",
-    "PLE",
-    "these settings",
-    "trees alone",
-)
-
-
 MOST_UNITS = 4096
 """Of a shared bottom's first layer."""
 
@@ -103,7 +105,12 @@ def judge_structures(
     if wanted or objective is not None:  # else no task has labels enough
         theirs = ((each.variant.name, each.measure()) for each in others)
         differences = find_differences(measured, theirs, objective, settings.evaluation.resamples, wanted)
-        means = _average(measured, metrics)
+        values = [UserMetrics(each, names=wanted).once for each in measured]
+        means = {
+            task: float(np.mean([each[task, metric.name] for each in values]))
+            for task, metric in metrics.items()
+            if all((task, metric.name) in each for each in values)
+        }
     answers = list(_ask(base, others, objective, metrics, differences))
     aparts = correct_all([each.apart for each in answers])
     rows = int(sums.tables["ranking"]["rows"].to_numpy().sum())
@@ -223,16 +230,6 @@ def _describe_change(before: Variant, after: Variant) -> str:
             text = ", ".join(f"{name}: {json.dumps(value)}" for name, value in changed.items())
             parts.append(f"{section}: {{{text}}}")
     return f"model: {{{', '.join(parts)}}}"
-
-
-def _average(sums: Sequence[EvaluationSums], metrics: Mapping[str, Metric[Any]]) -> dict[str, float]:
-    """Task -> the mean of its metric over trainings."""
-    values = [UserMetrics(each, names={metric.name for metric in metrics.values()}).once for each in sums]
-    return {
-        task: float(np.mean([each[task, metric.name] for each in values]))
-        for task, metric in metrics.items()
-        if all((task, metric.name) in each for each in values)
-    }
 
 
 def _tabulate(

@@ -344,20 +344,16 @@ class Inputs:
             yield Inputs(x, len(dense), part.labels[first:], weights_of(table.slice(first)), table=table.slice(first))
 
     @staticmethod
-    def join(parts: Sequence[Inputs]) -> Inputs:
-        """All rows of parts."""
-        table = pa.concat_tables([each.table for each in parts])
-        x, labels = (np.concatenate([getattr(each, name) for each in parts]) for name in ("x", "labels"))
-        return Inputs(x, parts[0].numbers, labels, weights_of(table), table=table)
-
-    @staticmethod
     def read(rows: EncodedRows, layout: Layout, columns: Sequence[str]) -> Inputs:
         """The last rows, as many as memory is meant to hold."""
         most = min(MOST_ROWS, MOST_VALUES // max(1, len(layout.dense) + len(layout.ids)))
         left_out = max(0, rows.rows - most)
-        whole = Inputs.join(list(Inputs.stream(rows, layout, (*columns, "request"), left_out)))
-        folds = (hash_column(whole.column("request")) % FOLDS).astype(np.int8)
+        parts = list(Inputs.stream(rows, layout, (*columns, "request"), left_out))
+        table = pa.concat_tables([each.table for each in parts])
+        x, labels = (np.concatenate([getattr(each, name) for each in parts]) for name in ("x", "labels"))
+        folds = (hash_column(table["request"].combine_chunks()) % FOLDS).astype(np.int8)
         tables = {each.name: layout.table(each.table).rows for each in layout.ids}
         few = [tables[name] <= MOST_CATEGORIES for name in layout.single_ids()]
-        categories = tuple(whole.numbers + place for place in np.flatnonzero(few).tolist())
-        return replace(whole, folds=folds, categories=categories, table=whole.table.drop_columns("request"))
+        categories = tuple(parts[0].numbers + place for place in np.flatnonzero(few).tolist())
+        held = weights_of(table), folds, categories, table.drop_columns("request")
+        return Inputs(x, parts[0].numbers, labels, *held)

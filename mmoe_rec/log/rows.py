@@ -272,16 +272,13 @@ class FewRows(LogRows):
         return self._rows
 
     def has(self, name: str) -> bool:
-        """Whether the rows have this column."""
         return name in self._columns
 
     def coded(self, name: str) -> pa.Array:
-        """A column as one array, with strings as they are held."""
         column = self._columns[name]
         return column.array() if isinstance(column, Stored) else column
 
     def each(self, name: str, function: Function) -> np.ndarray:
-        """(N,) what a function makes of a column's values."""
         column = self._columns[name]
         return column.each(function) if isinstance(column, Stored) else function(column)
 
@@ -296,7 +293,6 @@ class RequestRows(FewRows):
         self._spread: dict[str, pa.Array] = {}
 
     def among(self, names: Collection[str]) -> set[str]:
-        """Which of these columns the candidates or the requests have."""
         return super().among(names) | self.shared.among(names)
 
     @cached_property
@@ -305,11 +301,9 @@ class RequestRows(FewRows):
         return pa.table({name: self.coded(name) for name in (*self._columns, *self.shared._columns)})
 
     def has(self, name: str) -> bool:
-        """Whether the candidates or the requests have this column."""
         return name in self._columns or self.shared.has(name)
 
     def coded(self, name: str) -> pa.Array:
-        """A column as one array, with strings as they are held."""
         if name in self._columns:
             return super().coded(name)
         if name not in self._spread:
@@ -323,18 +317,15 @@ class RequestRows(FewRows):
         return column.take(places).array() if isinstance(column, Stored) else column.take(pa.array(places))
 
     def each(self, name: str, function: Function) -> np.ndarray:
-        """(N,) what a function makes of a column's values."""
         return super().each(name, function) if name in self._columns else self.shared.each(name, function)[self.of]
 
     def times(self, name: str | None = None) -> np.ndarray:
-        """(N,) int64, as of `LogRows`."""
         name = name or self.schema.columns.time
         if name not in self._columns and name not in self._times:
             self._times[name] = self.shared.times(name)[self.of]
         return super().times(name)
 
     def hashes(self, names: Sequence[str]) -> np.ndarray:
-        """(N,) uint64 hash of one column or of the combination of several."""
         key = tuple(names)
         if key not in self._hashes and not any(name in self._columns for name in key):
             self._hashes[key] = self.shared.hashes(key)[self.of]

@@ -311,7 +311,7 @@ def describe_warnings(estimate: PolicyEstimate) -> Iterator[str]:
         yield f"{what}, below 1: {most}, and the estimates say nothing of it"
     if low > 1:
         yield f"{what}, above 1: these may not be the probabilities of the two policies' choices"
-    if estimate.is_contradictory and apart.value is not None:
+    if apart.value is not None and off_policy.is_far(apart, 0.0):
         yield (
             f"the doubly robust estimate is {abs(apart.value):.4f} {'above' if apart.value > 0 else 'below'} SNIPS, by "
             "more than chance explains: what the model expects may be of another policy than the target, or of other "

@@ -14,6 +14,9 @@ from mmoe_rec.report.pages import render
 from mmoe_rec.report.sentences import once_corrected
 
 HELPS, HARMS, NOT_SHOWN, UNKNOWN = "helps", "harms", "not shown", "unknown"
+STRUCTURES = SHARED_BOTTOM, ONE_GATE, MIXTURE, PLE = "shared bottom", "one gate", "MMoE", "PLE"
+"""From simple to less so."""
+OWN, TREES = "these settings", "trees alone"
 
 
 @dataclass(frozen=True)
@@ -143,7 +146,7 @@ def _advise(report: StructuresReport) -> Iterator[str]:
         best = min(better, key=lambda each: (each.apart.value or 0.0) * (1 if each.better == "higher" else -1))
         yield f"what to write: `{best.change}`, since {_name(best.other)} is better here"
     elif enough:
-        first = min(enough, key=lambda each: _ORDER.index(each.other))
+        first = min(enough, key=lambda each: STRUCTURES.index(each.other))
         (loss,) = signed(first.largest_loss or 0.0, sign=False)
         yield (
             f"what to write: `{first.change}`, since {_name(first.other)} is simpler and loses no more than {loss} "
@@ -174,22 +177,14 @@ def _describe_power(report: StructuresReport) -> Iterator[str]:
         )
 
 
-_ORDER = ("shared bottom", "one gate", "MMoE", "PLE")
-"""From simple to less so."""
-
-
 def _is_simpler(name: str, than: str) -> bool:
-    return than not in _ORDER or _ORDER.index(name) < _ORDER.index(than)
+    return than not in STRUCTURES or STRUCTURES.index(name) < STRUCTURES.index(than)
 
 
 def _name(variant: str) -> str:
     """A variant in a sentence."""
-    names = {
-        "shared bottom": "a shared bottom",
-        "one gate": "one gate for all tasks",
-        "trees alone": "boosted trees alone",
-    }
-    return names.get(variant, f"{variant}' own structure" if variant == "these settings" else variant)
+    names = {SHARED_BOTTOM: "a shared bottom", ONE_GATE: "one gate for all tasks", TREES: "boosted trees alone"}
+    return names.get(variant, f"{variant}' own structure" if variant == OWN else variant)
 
 
 def terminal_parts(report: StructuresReport) -> Iterator[Table | str]:

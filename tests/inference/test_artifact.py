@@ -469,7 +469,7 @@ def test_rows_are_not_scored_by_a_model_that_came_later(
     def replaced(self: score._Scoring, *arguments: Any) -> dict[int, int]:
         shutil.rmtree(folder)
         shutil.copytree(other, folder)
-        score.forget_ranker()
+        score._load.cache_clear()
         return score_parts(self, *arguments)
 
     monkeypatch.setattr(score._Scoring, "_score_parts", replaced)

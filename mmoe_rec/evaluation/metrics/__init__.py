@@ -29,8 +29,8 @@ METRICS: tuple[Metric[Any], ...] = (
 """All metrics of tasks and of the score, in the order in which tables show them."""
 
 CATALOGUE_METRICS = tuple(
-    metric(cutoff, is_headline=cutoff == max(CUTOFFS))
-    for metric in (ranking.Coverage, ranking.Gini, ranking.Novelty)
+    ranking.CatalogueMetric(metric, better, cutoff, is_headline=cutoff == max(CUTOFFS))
+    for metric, better in ((ranking.coverage, "higher"), (ranking.gini, "lower"), (ranking.novelty, "higher"))
     for cutoff in CUTOFFS
 )
 """Metrics of all requests together, where candidates are known."""

@@ -7,11 +7,10 @@ have no order of their own, so each metric is its expected value over a random o
 What is computed of ranked lists is (Q,) float64 in [0, 1], and NaN for a request without a relevant row.
 """
 
-from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -218,51 +217,39 @@ class CatalogueMetric(Named):
     them, by the probability of that in a random order.
     """
 
-    what: str
+    def __init__(
+        self,
+        of_catalogue: Callable[[np.ndarray, np.ndarray, np.ndarray], float],
+        better: Literal["higher", "lower"],
+        cutoff: int,
+        is_headline: bool,
+    ) -> None:
+        self._of_catalogue, self.cutoff = of_catalogue, cutoff
+        self.name, self.better, self.is_headline = f"{of_catalogue.__name__}_at_{cutoff}", better, is_headline
 
-    def __init__(self, cutoff: int, is_headline: bool) -> None:
-        self.name, self.cutoff, self.is_headline = f"{self.what}_at_{cutoff}", cutoff, is_headline
-
-    @abstractmethod
     def summarise(self, catalogue: pa.Table, requests: int) -> float:
         """The value. catalogue: of `EvaluationSums`; requests: how many there are."""
-
-    def _shown(self, catalogue: pa.Table) -> np.ndarray:
-        """(C,) how often each candidate is shown; their sum is positive."""
-        found: np.ndarray = catalogue[f"shown_at_{self.cutoff}"].to_numpy()
-        return found
+        shown, log_missed = (catalogue[f"{name}_at_{self.cutoff}"].to_numpy() for name in ("shown", "log_missed"))
+        return float(self._of_catalogue(shown, log_missed, catalogue["rows"].to_numpy() / requests))
 
 
-class Coverage(CatalogueMetric):
+# Of C candidates, (C,) each: how often it is shown, the logarithm of the probability that it never is, and the share of
+# requests that have it in their list.
+def coverage(shown: np.ndarray, log_missed: np.ndarray, listed: np.ndarray) -> float:
     """Share of the catalogue that is shown at all (Ge, Delgado-Battenfeld and Jannach, 2010)."""
-
-    what, better = "coverage", "higher"
-
-    def summarise(self, catalogue: pa.Table, requests: int) -> float:
-        log_missed = catalogue[f"log_missed_at_{self.cutoff}"].to_numpy()
-        return float(np.mean(-np.expm1(log_missed)))
+    return np.mean(-np.expm1(log_missed))
 
 
-class Gini(CatalogueMetric):
+def gini(shown: np.ndarray, log_missed: np.ndarray, listed: np.ndarray) -> float:
     """Gini coefficient of how often candidates are shown: 0 where all are equally often, near 1 where one alone is."""
-
-    what, better = "gini", "lower"
-
-    def summarise(self, catalogue: pa.Table, requests: int) -> float:
-        shown = np.sort(self._shown(catalogue))
-        count = len(shown)
-        return float((2 * np.arange(1, count + 1) - count - 1) @ shown / (count * shown.sum()))
+    shown, count = np.sort(shown), len(shown)
+    return (2 * np.arange(1, count + 1) - count - 1) @ shown / (count * shown.sum())
 
 
-class Novelty(CatalogueMetric):
+def novelty(shown: np.ndarray, log_missed: np.ndarray, listed: np.ndarray) -> float:
     """Mean information, in bits, of what is shown: -log2 of the share of requests that have the candidate in their list
     (Zhou et al., 2010)."""
-
-    what, better = "novelty", "higher"
-
-    def summarise(self, catalogue: pa.Table, requests: int) -> float:
-        shown, listed = self._shown(catalogue), np.minimum(catalogue["rows"].to_numpy() / requests, 1.0)
-        return float(shown @ -np.log2(listed) / shown.sum())
+    return shown @ -np.log2(np.minimum(listed, 1.0)) / shown.sum()
 
 
 def shown_rows(lists: RankedLists, cutoffs: Sequence[int]) -> dict[str, np.ndarray]:
