@@ -50,16 +50,10 @@ def fit_calibration(
 ) -> tuple[Calibration, list[str]]:
     """The calibration of all binary tasks, and a sentence for each that is left as it is.
 
-    Args:
-        tasks: T tasks; regressions are passed over.
-        logits: (N, T) of the model.
-        labels: (N, T), 0 or 1, NaN where unobserved.
-        weights: (N,) positive, how many rows each stands for; None is 1 each.
-        times: (N,) of requests. Where the function fitted on the earlier half of a task's rows makes the later half
-            worse, the task drifts, and is left as it is. None: no such trial.
-
-    Raises:
-        UserError: a logit is not a finite number.
+    tasks: T tasks; regressions are passed over; logits: (N, T) of the model; labels: (N, T), 0 or 1, NaN where
+    unobserved; weights: (N,) positive, how many rows each stands for; None is 1 each; times: (N,) of requests. Where
+    the function fitted on the earlier half of a task's rows makes the later half worse, the task drifts, and is left as
+    it is. None: no such trial. Raises UserError where a logit is not a finite number.
     """
     if not np.isfinite(logits).all():
         raise UserError("validation predictions hold NaN or infinity: training diverged; lower the learning rates")
@@ -133,7 +127,10 @@ def isotonic(x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> TaskCalibrati
     x = x.clip(-_LARGEST_LOGIT, _LARGEST_LOGIT)
     rates = IsotonicRegression().fit(x, y, weights).predict(x)
     step = np.unique(rates, return_inverse=True)[1]
-    step = _without_single_class(step, y)
+    positives, rows = np.bincount(step, y), np.bincount(step)
+    first, last = int(positives[0] == 0), len(rows) - 1 - int(positives[-1] == rows[-1])
+    step = step.clip(min(first, last), last)  # the outer ones joined to their neighbours where they have one label
+    step -= step.min()
     high, low, positive, negative = (np.bincount(step, weights * each) for each in (expit(x), expit(-x), y, 1 - y))
     before, after = np.log(high / low), np.log(positive / negative)
     after = np.maximum.accumulate(after - FLATTEST * before) + FLATTEST * before
@@ -145,14 +142,6 @@ _FITS: dict[Method, Callable[[np.ndarray, np.ndarray, np.ndarray], TaskCalibrati
     "temperature": temperature,
     "isotonic": isotonic,
 }
-
-
-def _without_single_class(step: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """(N,) numbers of steps from 0 on, the outer ones joined to their neighbours where they have one label only."""
-    positives, rows = np.bincount(step, y), np.bincount(step)
-    first, last = int(positives[0] == 0), len(rows) - 1 - int(positives[-1] == rows[-1])
-    joined: np.ndarray = step.clip(min(first, last), last)
-    return joined - joined.min()
 
 
 @torch.inference_mode()

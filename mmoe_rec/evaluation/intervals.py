@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from scipy.optimize import brentq
@@ -304,21 +304,13 @@ def level_after(tried: int) -> float:
     return LEVEL * 2 / ((tried + 1) * (tried + 2))
 
 
-class Tested(Protocol):
-    """A frozen dataclass with a p-value, which is corrected later."""
-
-    @property
-    def p(self) -> float | None:
-        """None where nothing was tested."""
+Tested = TypeVar("Tested", bound=Any)  # a frozen dataclass with `p`, None where nothing was tested, and `p_corrected`
 
 
-T = TypeVar("T", bound=Tested)
-
-
-def correct_all(tested: Sequence[T]) -> list[T]:
+def correct_all(tested: Sequence[Tested]) -> list[Tested]:
     """The same with `p_corrected` by Holm's method, for as many as have a p-value."""
     corrected = iter(correct_by_holm([each.p for each in tested if each.p is not None]))
-    return [each if each.p is None else replace(each, p_corrected=next(corrected)) for each in tested]  # type: ignore[type-var]
+    return [each if each.p is None else replace(each, p_corrected=next(corrected)) for each in tested]
 
 
 def correct_by_holm(p: Sequence[float]) -> list[float]:

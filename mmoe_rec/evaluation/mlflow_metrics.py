@@ -32,13 +32,9 @@ def metrics_of_task(
 ) -> list[EvaluationMetric]:
     """All metrics of one task's predictions.
 
-    Args:
-        users, requests: (N,) integers or strings of the rows, in the order of the data that MLflow is given.
-        kind: of the task.
-        weight: (N,) above 0, what each row counts; None is 1 each.
-        resamples: of users, for the intervals; at least 1.
-
-    Calling one raises UserError for rows of another number, or values that are no predictions or labels.
+    users, requests: (N,) integers or strings of the rows, in the order of the data that MLflow is given; weight: (N,)
+    above 0, what each row counts; None is 1 each; resamples: of users, for the intervals; at least 1. Calling one
+    raises UserError for rows of another number, or values that are no predictions or labels.
     """
     from mlflow.metrics import MetricValue
     from mlflow.models import make_metric

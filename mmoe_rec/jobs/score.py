@@ -79,19 +79,13 @@ def score_log(
 
     A run that was cut short goes on where the same one is started again, with any engine and number of workers.
 
-    Args:
-        model: an address as `find_model` takes it.
-        source: a folder of Parquet files, one file or a glob.
-        output: a folder, new or empty, or with scores that are replaced once the new ones are whole.
-        as_of: `log` gives each row what the log, and the logs of events, knew before its request; `tables` what the
-            model itself remembers.
-        window: request times to score, microseconds; other rows of the log are only its past.
-        overrides: of the settings that the model was trained with, such as `--data.workers 2`.
-        labels: whether to write the labels as well, as they are known at the log's last request.
-
-    Raises:
-        UserError: bad input, model or settings, or a folder that holds something else.
-        StoppedError: Ctrl-C; what was scored is kept.
+    model: an address as `find_model` takes it; source: a folder of Parquet files, one file or a glob; output: a folder,
+    new or empty, or with scores that are replaced once the new ones are whole; as_of: `log` gives each row what the
+    log, and the logs of events, knew before its request; `tables` what the model itself remembers; window: request
+    times to score, microseconds; other rows of the log are only its past; overrides: of the settings that the model was
+    trained with, such as `--data.workers 2`; labels: whether to write the labels as well, as they are known at the
+    log's last request. Raises UserError for bad input, model or settings, or a folder that holds something else;
+    StoppedError at Ctrl-C, where what was scored is kept.
     """
     model, source = str(model), str(source)
     given = list(parse_overrides(overrides))

@@ -115,12 +115,8 @@ class RowChecks:
     def read_json(self, source: str | None, rows: Any, now: int | None = None) -> pa.Table:
         """A canonical table of rows as JSON gives them, a list of objects of columns and values.
 
-        Args:
-            source: name of a log of events, None for the interaction log.
-            now: microseconds since 1970 UTC; later times are refused. By default the clock's.
-
-        Raises:
-            RequestError: naming the row and the column.
+        source: name of a log of events, None for the interaction log; now: microseconds since 1970 UTC; later times are
+        refused. By default the clock's. Raises RequestError naming the row and the column.
         """
         columns = self._of(source)
         if not isinstance(rows, list) or not rows:

@@ -77,15 +77,11 @@ def write_files(
 ) -> WrittenFiles:
     """Writes the files of the cuts later than `after` up to `through`, and keeps a checkpoint there.
 
-    Args:
-        after: the last position whose rows the logs hold, 0 for none; files of logs of which no checkpoint is kept
-            there are written of earlier cuts, too.
-        log: where the interaction log is (`data.log`); other logs are where the schema has them (`events.NAME.path`).
-        later_than: leave out rows of this time (microseconds) and before, as a server does whose tables know nothing
-            of the journal.
-
-    Raises:
-        UserError: a place can't take files, a file that is there lacks columns, or the journal is damaged.
+    log: where the interaction log is (`data.log`); other logs are where the schema has them (`events.NAME.path`);
+    after: the last position whose rows the logs hold, 0 for none; files of logs of which no checkpoint is kept there
+    are written of earlier cuts, too; later_than: leave out rows of this time (microseconds) and before, as a server
+    does whose tables know nothing of the journal. Raises UserError where a place can't take files, a file that is there
+    lacks columns, or the journal is damaged.
     """
     written, duplicates, uses = WrittenFiles(), Duplicates(schema), find_uses(schema)
     for cut, new in read_on(journal, duplicates, after, through):

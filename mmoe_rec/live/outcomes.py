@@ -67,15 +67,10 @@ def join_outcomes(
 ) -> JoinResult:
     """Adds the requests whose outcomes are known to an interaction log.
 
-    Args:
-        requests: folder that `serve --log-requests` writes.
-        events: folder with a folder for each of `outcomes.events`; others are at `data.events.NAME.path`.
-        out: folder of the log; new, empty, or of runs before.
-        until: time up to which all events are there, microseconds; None: the last event's of each log.
-        now: later events are mistakes; None is the clock's time.
-
-    Raises:
-        UserError: settings, files or the output folder don't fit each other; nothing is added then.
+    requests: folder that `serve --log-requests` writes; events: folder with a folder for each of `outcomes.events`;
+    others are at `data.events.NAME.path`; out: folder of the log; new, empty, or of runs before; until: time up to
+    which all events are there, microseconds; None: the last event's of each log; now: later events are mistakes; None
+    is the clock's time. Raises UserError where these don't fit each other; nothing is added then.
     """
     require_all(settings.schema_, "joining outcomes")
     sources = {"--requests": requests} | ({} if events is None else {"--events": events})

@@ -256,16 +256,11 @@ def renew_tables(
     """Writes the artifact of a folder to `out` with tables that go on with new files of the settings' log; gives None,
     and writes nothing, where there are none.
 
-    Args:
-        anew: make the tables of all rows of the log instead.
-        until: make them anew as of this moment (microseconds): requests and events then or later don't count. Such
-            tables don't know their files, so they can't go on.
-        journal: what of a journal the files of the log hold, see `Artifact`; None for what their names say, or what
-            the model knew before, as segments without a row that counts leave no file.
-
-    Raises:
-        UserError: as `extend_tables` or `remake_tables`, the model's features are not those of the settings, or it is
-            not known which files its tables hold.
+    anew: make the tables of all rows of the log instead; until: make them anew as of this moment (microseconds):
+    requests and events then or later don't count. Such tables don't know their files, so they can't go on; journal:
+    what of a journal the files of the log hold, see `Artifact`; None for what their names say, or what the model knew
+    before, as segments without a row that counts leave no file. Raises UserError as `extend_tables` or `remake_tables`,
+    and where the features are not those of the settings, or it is not known which files the tables hold.
     """
     about, features = read_artifact(artifact), artifact / "features"
     taken, anew = read_held_files(features), anew or until is not None

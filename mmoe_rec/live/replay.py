@@ -71,17 +71,11 @@ def replay(
 ) -> dict[str, Any]:
     """Replays a period; gives what `replay.json` says.
 
-    Args:
-        start, end: request times of the period, microseconds, the end exclusive.
-        address: of the model, or its folder.
-        requests: folder in which a server has logged them; None to feed the period to the model in this process.
-        ids_only: whether that one is sent ids and context alone.
-        values: whether to show the values on both sides.
-        keep: a folder for the report.
-
-    Raises:
-        UserError: the log, the model, the period or the logged requests can't be used.
-        StoppedError: Ctrl-C.
+    start, end: request times of the period, microseconds, the end exclusive; address: of the model, or its folder;
+    requests: folder in which a server has logged them; None to feed the period to the model in this process; ids_only:
+    whether that one is sent ids and context alone; values: whether to show the values on both sides; keep: a folder for
+    the report. Raises UserError where the log, the model, the period or the logged requests can't be used, and
+    StoppedError at Ctrl-C.
     """
     if start >= end:
         raise UserError(f"--from {format_time(start)} is not before --to {format_time(end)}")

@@ -77,13 +77,6 @@ class Noticed:
     bad: list[BadFile] = field(default_factory=list)
     spans: dict[str, tuple[int, int]] = field(default_factory=dict)
 
-    def add_times(self, address: str, times: np.ndarray) -> None:
-        """Takes note of the times of (N,) rows of a file."""
-        if len(times):
-            first, last = int(times.min()), int(times.max())
-            before = self.spans.get(address, (first, last))
-            self.spans[address] = min(first, before[0]), max(last, before[1])
-
 
 ROWS_AT_A_TIME = 131_072
 ROWS_PER_PART = 262_144
@@ -128,8 +121,11 @@ class LogReader:
 
         Raises BadFile for a damaged, changed or invalid file, and UserError where a remote place can't be reached.
         """
-        row, (moved, time) = part.start, _read_first_times(self.first_times, part)
-        (repeats,) = _read_columns(self.repeats, part, "row")
+        row, (repeats,) = part.start, _read_columns(self.repeats, part, "row")
+        # Rows of the part, rising, and the time that each has instead of its own.
+        start, count, time = _read_columns(self.first_times, part, "row", "rows", "time")
+        moved = np.repeat(start, count) + np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
+        time = np.repeat(time, count)
         # Those of small files are joined, so that a batch is worth its overhead.
         for table in rebatch(self._tables(part, noticed), ROWS_AT_A_TIME):
             if self.events is not None:
@@ -169,16 +165,11 @@ class LogReader:
                     row, what = wrong
                     raise BadFile(f"'{piece.address}': {what}{first_row(start + row)}", piece.address)
             timed = with_times(table, self.schema)
-            if noticed is not None:
-                noticed.add_times(piece.address, LogRows(timed, self.schema).times(self.time))
+            if noticed is not None and len(times := LogRows(timed, self.schema).times(self.time)):
+                first, last = int(times.min()), int(times.max())
+                before = noticed.spans.get(piece.address, (first, last))
+                noticed.spans[piece.address] = min(first, before[0]), max(last, before[1])
             yield timed
-
-
-def _read_first_times(path: Path | None, part: LogPart) -> tuple[np.ndarray, np.ndarray]:
-    """Numbers of rows of a part, rising, and the time that each has instead of its own, (N,) int64 each."""
-    start, count, time = _read_columns(path, part, "row", "rows", "time")
-    rows = np.repeat(start, count) + np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
-    return rows, np.repeat(time, count)
 
 
 def _read_columns(path: Path | None, part: LogPart, *names: str) -> list[np.ndarray]:

@@ -459,18 +459,15 @@ def places_of(column: pa.ChunkedArray | pa.Array, split: SplitColumn) -> np.ndar
     the settings list values of another type than the column's."""
     values = one_array(column) if isinstance(column, pa.ChunkedArray) else column
     values = values.dictionary_decode() if pt.is_dictionary(values.type) else values
-    places = np.full(len(values), -1)
+    places, is_text = np.full(len(values), -1), pt.is_string(values.type)
     for place, (name, listed) in enumerate(split.values.items()):
-        for each in listed:
-            _check_type(split.column, name, each, values.type)
-        if not pt.is_null(values.type):
-            wanted = pa.array([each if isinstance(each, str) else int(each) for each in listed], values.type)
-            places[filled(pc.is_in(values, value_set=wanted), False).to_numpy(zero_copy_only=False)] = place
+        if pt.is_null(values.type):
+            continue
+        if (other := next((each for each in listed if isinstance(each, str) != is_text), None)) is not None:
+            holds, write = ("text", "in quotes") if is_text else ("whole numbers", "without quotes")
+            raise UserError(
+                f"column '{split.column}' holds {holds}, but split.{name} lists {other!r}: write its values {write}"
+            )
+        wanted = pa.array([each if isinstance(each, str) else int(each) for each in listed], values.type)
+        places[filled(pc.is_in(values, value_set=wanted), False).to_numpy(zero_copy_only=False)] = place
     return places
-
-
-def _check_type(column: str, split: str, value: object, kind: pa.DataType) -> None:
-    if pt.is_null(kind) or isinstance(value, str) == pt.is_string(kind):
-        return
-    holds, write = ("text", "in quotes") if pt.is_string(kind) else ("whole numbers", "without quotes")
-    raise UserError(f"column '{column}' holds {holds}, but split.{split} lists {value!r}: write its values {write}")

@@ -185,7 +185,7 @@ class Steps:
             memories=folder,
             end=end,
             events=self._events,
-            results=self._results,
+            results=kept_results(self.scratch, self.logs.log),
             rows_in_memory=options.rows_in_memory,
             scratch=self.scratch / "pieces",
         )
@@ -209,10 +209,6 @@ class Steps:
     def _events(self) -> Exchange:
         return Exchange(self.scratch / "events", self._partitions)
 
-    @property
-    def _results(self) -> ResultExchange:
-        return kept_results(self.scratch, self.logs.log)
-
     def _count_sent(self, group: Sequence[MemoryEncoder[Any]], partition: int) -> int:
         """Rows of a partition that are held at a time: look-ups, and the events of one counter or history."""
         sent = self._counted.sent
@@ -231,7 +227,8 @@ class Steps:
         """
         tasks = list(enumerate(self.parts))
         counts = {name: SplitCounts(known_by=known_by[name]) for name in self.windows}
-        function = partial(encode_part, state, self.windows, known_by, self._results, folder, self._reader)
+        results = kept_results(self.scratch, self.logs.log)
+        function = partial(encode_part, state, self.windows, known_by, results, folder, self._reader)
         sizes = [part.rows for _, part in tasks]
         for part in self._run(function, tasks, sizes, "encoding"):
             for name, each in part.items():

@@ -99,9 +99,8 @@ def plain(axes: Axes) -> Axes:
 def svg(drawn: Figure, label: str) -> str:
     """The figure as an `svg` element for the middle of a page, without a background; the same for the same figure.
 
-    Args:
-        drawn: a figure whose texts and sizes are in points, which become the units of the element.
-        label: what it shows, for readers who cannot see it; no other figure of the page has the same.
+    drawn: with texts and sizes in points, which become the units of the element; label: what it shows, for readers who
+    cannot see it; no other figure of the page has the same.
     """
     drawn.patch.set_visible(False)
     stream = io.StringIO()
@@ -113,12 +112,8 @@ def svg(drawn: Figure, label: str) -> str:
     text = re.sub(r"<metadata>.*?</metadata>|<defs>\s*<style.*?</defs>|<!--.*?-->", "", text, flags=re.DOTALL)
     used = set(re.findall(r'(?:href="|url\()#(\w+)', text))  # matplotlib's own names are the same in every figure
     text = re.sub(r' id="([^"]+)"', lambda found: found[0] if found[1] in used else "", text)
-    text = re.sub(r'(?<= )(?:d|x|y|transform)="[^"]*"', lambda found: _round(found[0]), text)
+    places = re.compile(r'(?<= )(?:d|x|y|transform)="[^"]*"')  # for which a hundredth of a point is enough
+    text = places.sub(lambda found: re.sub(r"(\.\d\d)\d+", r"\1", " ".join(found[0].split())), text)
     text = re.sub(r"#[0-9a-f]{6}", lambda found: _NAMES.get(found[0], found[0]), text)
     text = re.sub(r">\s+<", "><", re.sub(r" ?font-family: [^;\"]+;?", "", text))
     return f'<svg viewBox="{box}" role="img" aria-label="{escape(label)}">{text.strip()}'
-
-
-def _round(places: str) -> str:
-    """An attribute of places, for which a hundredth of a point is enough."""
-    return re.sub(r"(\.\d\d)\d+", r"\1", " ".join(places.split()))

@@ -136,12 +136,9 @@ def _advise(report: StructuresReport) -> Iterator[str]:
     """What to write into the settings, if anything."""
     structures = [each for each in report.answers if each.kind == "structure" and each.call != UNKNOWN]
     better = [each for each in structures if each.call == HARMS]
-    simpler = [each for each in structures if _is_simpler(each.other, report.name)]
-    enough = [
-        each
-        for each in simpler
-        if each.call != HELPS and each.largest_loss is not None and each.largest_loss <= report.margin
-    ]
+    own = STRUCTURES.index(report.name) if report.name in STRUCTURES else len(STRUCTURES)
+    simpler = [each for each in structures if STRUCTURES.index(each.other) < own and each.call != HELPS]
+    enough = [each for each in simpler if each.largest_loss is not None and each.largest_loss <= report.margin]
     if better:
         best = min(better, key=lambda each: (each.apart.value or 0.0) * (1 if each.better == "higher" else -1))
         yield f"what to write: `{best.change}`, since {_name(best.other)} is better here"
@@ -175,10 +172,6 @@ def _describe_power(report: StructuresReport) -> Iterator[str]:
             f"with these test rows and {len(report.seeds)} trainings of each, nine of ten comparisons alone would show "
             f"a difference of {', or '.join(told)}; smaller ones may be there"
         )
-
-
-def _is_simpler(name: str, than: str) -> bool:
-    return than not in STRUCTURES or STRUCTURES.index(name) < STRUCTURES.index(than)
 
 
 def _name(variant: str) -> str:
