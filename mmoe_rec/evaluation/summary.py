@@ -140,10 +140,6 @@ class GroupSummary:
         value = self.details.get(metric)
         return self.metrics.get(metric) or (Interval(value) if isinstance(value, (int, float)) else UNDEFINED)
 
-    def has(self, metric: Metric[Any]) -> bool:
-        """True if the metric was measured."""
-        return metric.name in self.metrics or metric.name in self.details
-
 
 @dataclass(frozen=True)
 class Summary:
@@ -253,7 +249,8 @@ def rows_of_metrics(summaries: Sequence[Summary], group: str) -> dict[Metric[Any
     return {
         metric: [UNDEFINED if each is None else each.get(metric.name) for each in groups]
         for metric in every.METRICS
-        if any(each is not None and each.has(metric) for each in groups) and not (alone and metric.ranks_within)
+        if any(metric.name in {**each.metrics, **each.details} for each in groups if each is not None)
+        and not (alone and metric.ranks_within)
     }
 
 

@@ -153,24 +153,18 @@ def measure(
     negative label of a regression count as 0. A request of one row, or whose rows are all of one relevance, ranks
     nothing, as every order of it is as good: it is left out of NDCG and MRR, and counted.
 
-    Args:
-        tasks: one or more, with distinct names.
-        users: (N,) integers or strings, NumPy or Arrow.
-        requests: (N,) integers or strings; a request belongs to one user.
-        predictions: task name -> (N,) probabilities (binary; near 0 and 1 see `Logloss`) or values (regression).
-        labels: task name -> (N,) 0 or 1 (binary) or values (regression); NaN or null where unobserved.
-        score: (N,) fused ranking score, higher is better.
-        weight: (N,) positive importance weights, such as 1 / the rate a row was sampled at: a row counts by them in all
-            metrics of a task, but not in a request's ranking, such as NDCG, where requests count alike.
-        candidates: (N,) integers or strings, for what is shown of the catalogue; None leaves it out.
-        edges: binary task -> first value of each bin but the first; None makes them of the predictions.
-        grouped: whether units are groups of users; None: where there are more than `MOST_UNITS`.
+    users, requests, candidates: (N,) integers or strings, NumPy or Arrow; a request belongs to one user; candidates are
+    for what is shown of the catalogue, which None leaves out; predictions: task name -> (N,) probabilities (binary;
+    near 0 and 1 see `Logloss`) or values (regression); labels: task name -> (N,) 0 or 1 (binary) or values
+    (regression); NaN or null where unobserved; score: (N,) fused ranking score, higher is better; weight: (N,) positive
+    importance weights, such as 1 / the rate a row was sampled at: a row counts by them in all metrics of a task, but
+    not in a request's ranking, such as NDCG, where requests count alike; edges: binary task -> first value of each bin
+    but the first; None makes them of the predictions; grouped: whether units are groups of users; None: where there are
+    more than `MOST_UNITS`.
 
-    Raises:
-        UserError: no row, a missing user, request, prediction or score, ids that are neither integers nor strings, a
-            request with rows of two users, a probability outside [0, 1], a binary label other than 0 and 1, an infinite
-            label, or a weight that is not a positive number. The message names the column and the first such row.
-        ValueError: tasks without distinct names, a task without predictions or labels, a column of another length.
+    Raises UserError for no row, for a missing or wrong value, or one of a wrong type, of which it names the column and
+    the first row; and ValueError for tasks without distinct names, without predictions or labels, or a column of
+    another length.
     """
     if not (rows := len(users)):
         raise UserError("there is no row to evaluate; expected at least one")
@@ -361,13 +355,6 @@ def _sum_by(columns: Mapping[str, Any] | pa.Table, keys: Sequence[str] = ()) -> 
     return grouped.sort_by([(key, "ascending") for key in keys]).combine_chunks()
 
 
-def plain(ids: Any) -> pa.Array:
-    """Ids, NumPy or Arrow, as one array of their own type."""
-    array = ids if isinstance(ids, (pa.Array, pa.ChunkedArray)) else pa.array(ids)
-    array = array.combine_chunks() if isinstance(array, pa.ChunkedArray) else array
-    return array.dictionary_decode() if pa.types.is_dictionary(array.type) else array
-
-
 def _check_tasks(
     tasks: Sequence[MeasuredTask], predictions: Mapping[str, Any], labels: Mapping[str, Any], rows: int
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -401,7 +388,9 @@ def _check_requests(user: np.ndarray, request: np.ndarray, requests: pa.Array) -
 
 def _index(name: str, ids: Any, rows: int) -> tuple[pa.Array, np.ndarray]:
     """The distinct ids, and for each row an index into them."""
-    array = plain(ids)
+    array = ids if isinstance(ids, (pa.Array, pa.ChunkedArray)) else pa.array(ids)
+    array = array.combine_chunks() if isinstance(array, pa.ChunkedArray) else array
+    array = array.dictionary_decode() if pa.types.is_dictionary(array.type) else array
     if not (pa.types.is_integer(array.type) or pa.types.is_string(array.type) or pa.types.is_large_string(array.type)):
         raise UserError(f"column {name!r} has type {array.type}; expected integers or strings")
     if array.null_count:

@@ -120,11 +120,6 @@ class WeightsChoice:
     apart: dict[str, Difference]
     records: list[WeightsRecord]
 
-    @property
-    def changes(self) -> bool:
-        """Whether other weights were chosen than those that the model has."""
-        return self.before != self.weights
-
 
 def find_front(sweep: Sweep) -> list[WeightsRecord]:
     """A record for each weights, in their order."""

@@ -1,9 +1,8 @@
 """What a journal holds as files of the logs: what counts of its rows, for `build`, `--extend` and training to read.
 
-A refresh cuts the journal: it notes the position of the last batch. The rows between two cuts give at most one file a
-log, `journal-ID-POSITION.parquet`, with the columns and types of the log's other files; a file that is there stays.
-With the files it keeps, for each log, which rows came so far (a checkpoint), so that batches can be removed. Several
-models may share a journal: a log goes on from its own last checkpoint, whichever model's refresh kept it.
+The rows between two cuts give at most one file a log, `journal-ID-POSITION.parquet` (see README.md). With the files a
+refresh keeps, for each log, which rows came so far (a checkpoint). Several models may share a journal: a log goes on
+from its own last checkpoint, whichever model's refresh kept it.
 """
 
 from __future__ import annotations

@@ -6,9 +6,6 @@ appears whole or not at all:
     OUT/run-000001/part-00000.parquet      rows, by time
     OUT/run-000001/_state.json             up to when requests are written, and from what
     OUT/.database/, OUT/.run-000002.*.tmp/ of a run that has not ended, or was killed; removed by the next one
-
-A run goes on where the last one stands: its requests are later than all that are written. So each request is written
-once, and files that are new are later than those before, as `features --extend` needs them.
 """
 
 from __future__ import annotations

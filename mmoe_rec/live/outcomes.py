@@ -4,12 +4,7 @@
     events_N    the events of each log, each once  -> the candidate that each belongs to
     labelled    candidates with their labels       -> Parquet files, by time
 
-An event belongs to the last row of its key at or before its time. Where events carry the request's id, a key is a
-request's candidate, and there is one row; else it is a user's candidate, and of several requests that could claim the
-event the last one before it does. Then the window decides whether it counts.
-
-A request is written once all its windows have ended and what happened in them is known: its time is at most that of
-the last event of each log, less the log's longest window, less `outcomes.wait_days`.
+README.md says which event belongs to which candidate, and when a request is written.
 """
 
 from __future__ import annotations

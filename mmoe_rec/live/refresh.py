@@ -1,10 +1,9 @@
 """A new version of the model that holds an alias, with tables that know the newest files of the log; and a training
 when one is due, for a scheduler.
 
-The order of steps is such that a kill between any two leaves something whole: the artifact is written beside the
-features, registered (which is when a version exists), and only then the alias moves, if the version that was refreshed
-still holds it. The run in MLflow is found again by the version and the files that it is made of, so the same command,
-started again, ends what was begun, and registers nothing twice.
+A kill between any two steps leaves something whole: the artifact is written beside the features, registered, and only
+then the alias moves, if the version that was refreshed still holds it. The run in MLflow is found again by the version
+and the files that it is made of, so the same command, started again, registers nothing twice.
 
 A training is due by the log's own time: the features in `data.work` end where the newest training ended, and the tables
 of the model that holds the alias end where the log does. The settings' split is that of the first training; here the

@@ -1,10 +1,6 @@
 """Adds new files of a log to existing features: the state of the days before and the new rows give the next state.
 
-Only rows of the new files are read and encoded, into the splits of the settings; no old file is needed. What a trained
-model relies on stays: rows of known ids, statistics, scales of labels; ids that have become frequent get rows at the
-end of their tables. Counters and histories go on from what they remember. Requests, rows of an earlier request, and
-events of other logs may come late: counters and histories take them, as a build of all files would, but such rows are
-not encoded, as what they could have known is no longer remembered.
+README.md says what stays as it was, and what becomes of rows that come late or again.
 
 The tables of a model (`<artifact>/features`) move on by themselves, by the model's own features: `extend_tables` adds
 new files to them; `remake_tables` makes them of all files, or of all rows before a moment. From the same rows both give

@@ -1,9 +1,7 @@
 """The logs that a build reads, and which files features hold, `files.json`: so that days can be added.
 
-Counters, histories and vocabularies hold what was counted of a file for good, and no file is read again. So a file that
-is gone, as old ones are where a log is kept for some weeks only, changes nothing. One with other bytes does: its old
-rows were counted. A file is told by its bytes, not by its name or time: it stays the same one where it was moved or
-touched, and counts once where it lies twice. A file that was left out counts as new once it has been mended.
+No file is read again once its rows were counted, so one that is gone changes nothing, and one with other bytes does. A
+file is told by its bytes, not by its name or time. One that was left out counts as new once it has been mended.
 """
 
 from __future__ import annotations

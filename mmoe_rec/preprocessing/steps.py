@@ -5,9 +5,7 @@
     look up  partitions of keys    -> results, to blocks of rows through files; memories, kept
     encode   parts of the log      -> encoded rows
 
-Arrow tables are exchanged. On the way there: (key, time, row, labels) of each look-up, once for all counters
-and histories that ask by the same columns, and (key, known, value) of each event that is not a look-up by its label. On
-the way back: (row, results). Everything else stays with the worker that read it.
+README.md says what is exchanged between them.
 """
 
 from __future__ import annotations

@@ -144,7 +144,7 @@ def show_choice(choice: WeightsChoice) -> Iterator[Table | str]:
     table.caption = f"{dominated} of {len(choice.records)} are dominated: others serve a task better, and none worse"
     yield table
     kept = ", ".join(f"{name} by {margin:g}" for name, margin in choice.margins.items())
-    if not choice.changes:
+    if choice.before == choice.weights:
         yield f"no weights serve {choice.goal} better without a loss of {kept} or more: keep those of the model"
         return
     yield f"chosen on the validation rows for {choice.goal}, with a loss of at most {kept}"
