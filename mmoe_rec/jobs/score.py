@@ -319,7 +319,7 @@ class _Scoring:
 class ScoreJob:
     """What the tasks of scoring share.
 
-    model: artifact folder, and version, its checksum; products: what multiplies; reader: of the log; results: what
+    model: artifact folder, and version, its checksum; way: what multiplies; reader: of the log; results: what
     counters and histories knew of the rows, None where the model's own tables are asked; window: request times to
     score; labels_known_by: the moment as of which labels are written, microseconds, None for no labels; learnt: how
     rows are told that the model has learnt from, None where nobody asks; out: where the files go.
