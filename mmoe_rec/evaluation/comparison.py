@@ -1,13 +1,8 @@
 """Compares a model with others on the same rows, and decides which one is better.
 
-The objective, one number named before anything is measured (`evaluation.decide_by`), decides, in `decide`.
-A model is better where the 95% interval of the difference lies on the better side of 0 and no guardrail holds it back:
-for no task may the interval of its loss reach beyond a margin, no slice may be shown to lose more than that, and its
-probabilities may not be far off where those of the other model are less so.
-
-All models see the same redrawn users (`mmoe_rec.evaluation.intervals`). p-values of the metrics in tables are corrected
-for how many they are by Holm's method (1979); the objective's for the number of models alone, as it was chosen before.
-The level at which a model is better falls with the decisions that its rows have made in vain (`level_after`).
+README.md has the rule (Is a model better?), which `decide` is in code. p-values of the metrics in tables are corrected
+for how many they are by Holm's method (1979); those of what decides, `evaluation.decide_by`, for the number of models
+alone, as it was named before anything was measured.
 """
 
 from __future__ import annotations

@@ -1,11 +1,7 @@
 """Slices of rows, and how well a model does on each: what it gives some users while the mean hides it.
 
-Rows are sliced by the values of a column, or by buckets of a number that hold about equally many rows.
-
-A slice is compared with all rows, by the same redraws of users, or with another model on the rows of the slice, where
-these are the same for it. Slices with fewer than FEWEST rows of either label, or requests that rank anything, are
-counted, not judged; p-values are corrected for all that are. Where slices cut requests, their lists are shorter than
-those of all rows, whose NDCG is no measure for theirs: they are compared between models alone.
+A slice is compared with all rows, by the same redraws of users, or with another model on the rows of the slice. See
+README.md for which are judged (Slices and findings).
 """
 
 from __future__ import annotations

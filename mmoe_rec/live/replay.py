@@ -1,10 +1,8 @@
 """A replay: what a server read of each feature for a request, compared with what the log says of that request.
 
-A server that logs requests keeps a digest for each feature of what the model read of each row. The same digests are
-computed here from the log and its events, by the steps of a feature build and with the model's own encoders: counters
-and histories are what was known before the request, point in time, as training and evaluation see them. Nothing of a
-server or of a model's memories takes part. Predictions and scores are compared too, and whether replies rank all
-candidates that they were asked for.
+A server logs a digest for each feature of what the model read of each row. The same digests are computed here from the
+log, by the steps of a feature build and the model's own encoders; nothing of a server or of a model's memories takes
+part. mmoe_rec/server/README.md says what else is compared.
 """
 
 from __future__ import annotations

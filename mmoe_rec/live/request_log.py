@@ -1,15 +1,9 @@
 """The log of requests: a thread of its own makes files of what replies hand over, and no reply waits for it.
 
-What waits is bounded by its candidates, as it holds all rows of its passes; beyond, records are dropped and counted. A
-file's rows are in memory until it is written, so a process that is killed loses them; SIGTERM writes them. A disk that
-is full or gone is told once, what could not be written is counted, and serving goes on.
-
-Files are called `requests-TIME-HOST-PROCESS-RANDOM.parquet` by the time at which they were written, UTC, so that names
-in order are times in order, and any number of processes and machines write into one folder. Nothing else in the folder
-is touched, and other programs may move or remove files at any time.
-
-A row has the columns of user, candidate, context and time, as features saw them, and those that begin with `served_`,
-which mmoe_rec/server/README.md lists; files of earlier versions lack some of them.
+mmoe_rec/server/README.md says what is logged, and what is dropped; files of earlier versions lack some columns. What
+waits is bounded by its candidates, as it holds all rows of its passes. Files are called by the time at which they were
+written, UTC, `requests-TIME-HOST-PROCESS-RANDOM.parquet`, so that names in order are times in order. Other programs may
+move or remove them at any time.
 """
 
 from __future__ import annotations
