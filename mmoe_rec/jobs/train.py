@@ -258,10 +258,8 @@ def join_results(
 
 @contextmanager
 def _wait_to_register(run: Run, artifact: Path) -> Iterator[None]:
-    """Around the registration of a trained model: first waits for MLflow, if it is away, and sends what waits.
-
-    Raises:
-        StoppedError, UserError: it does not answer, or refuses; says that the model is not registered and how to do it.
+    """Around the registration of a trained model: first waits for MLflow, if it is away, and sends what waits. Raises
+    StoppedError where it does not answer, and UserError where it refuses, which say how to register the model later.
     """
     run.flush(PATIENCE_SECONDS)
     what = f"the trained model in '{artifact}' is whole but not registered: the same command with --resume does it"

@@ -128,11 +128,9 @@ class Journal:
     def append(self, *batches: Batch) -> int:
         """Appends batches, all or none; returns the position of the last one once they are durable.
 
-        Threads that append meanwhile share a transaction. Batches without rows are left out.
-
-        Raises:
-            RequestError: a column is of another type than in earlier rows, or a batch is too large.
-            UserError: nothing was appended, or it is not known: the disk is full, fails, or a server is away.
+        Threads that append meanwhile share a transaction. Batches without rows are left out. Raises RequestError where
+        a column is of another type than in earlier rows, or a batch is too large, and UserError where nothing was
+        appended, or it is not known: the disk is full, fails, or a server is away.
         """
         encoded, position = [(batch, _encode(batch.table)) for batch in batches if len(batch)], Future[int]()
         for _, payload in encoded:
