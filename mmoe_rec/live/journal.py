@@ -398,7 +398,12 @@ def _create_engine(url: URL) -> Engine:
 _journals: weakref.WeakSet[Journal] = weakref.WeakSet()
 
 
-os.register_at_fork(after_in_child=lambda: [journal._start() for journal in list(_journals)])
+def _begin_in_child() -> None:
+    for journal in list(_journals):
+        journal._start()
+
+
+os.register_at_fork(after_in_child=_begin_in_child)
 
 
 def _encode(table: pa.Table) -> bytes:

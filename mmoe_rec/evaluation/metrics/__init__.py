@@ -29,8 +29,8 @@ METRICS: tuple[Metric[Any], ...] = (
 """All metrics of tasks and of the score, in the order in which tables show them."""
 
 CATALOGUE_METRICS = tuple(
-    ranking.CatalogueMetric(metric, better, cutoff, is_headline=cutoff == max(CUTOFFS))
-    for metric, better in ((ranking.coverage, "higher"), (ranking.gini, "lower"), (ranking.novelty, "higher"))
+    ranking.CatalogueMetric(metric, "lower" if metric is ranking.gini else "higher", cutoff, cutoff == max(CUTOFFS))
+    for metric in (ranking.coverage, ranking.gini, ranking.novelty)
     for cutoff in CUTOFFS
 )
 """Metrics of all requests together, where candidates are known."""
