@@ -153,12 +153,9 @@ class WholeModel(nn.Module):
             parts = layout.parts(each)
             pairs = [(name, partner) for name, partner in parts if partner is not None]
             same = [(ids[name] == ids[partner][:, None]) & (ids[name] != 0) for name, partner in pairs]
-            said = pool.of_lists(
-                torch.cat([rows[name] for name, _ in parts], dim=2),
-                ids[each.history] >= 0,
-                torch.cat([rows[partner] for _, partner in pairs], dim=1),
-                torch.stack(same, dim=2).float(),
-            )
+            vectors = torch.cat([rows[name] for name, _ in parts], dim=2)
+            candidates = torch.cat([rows[partner] for _, partner in pairs], dim=1)
+            said = pool.of_lists(vectors, ids[each.history] >= 0, candidates, torch.stack(same, dim=2).float())
             embedded[each.history] = embedded[each.history] + said
         numbers = [inputs["numbers"]] if "numbers" in inputs else []
         return self.dense(torch.cat([*embedded.values(), *numbers], dim=1), grown)
@@ -238,23 +235,16 @@ def add_trees(path: Path, trees: Trees, names: Sequence[str]) -> None:
     nodes = [onnx.helper.make_node("Cast", [name], [f"read.{name}"], to=onnx.TensorProto.FLOAT) for name in read]
     read = [f"read.{name}" for name in sorted(read, reverse=True)]
     nodes.append(onnx.helper.make_node("Concat", read, ["read"], axis=1))
-    nodes += [
-        onnx.helper.make_node(
-            "TreeEnsembleRegressor",
-            ["read"],
-            [f"grown.{name}"],
-            domain="ai.onnx.ml",
-            n_targets=1,
-            **_as_attributes(read_ensemble(text).trees),
-        )
-        for name, text in trees.texts.items()
-    ]
+    kind, domain = "TreeEnsembleRegressor", "ai.onnx.ml"
+    for name, text in trees.texts.items():
+        own = {"domain": domain, "n_targets": 1, **_as_attributes(read_ensemble(text).trees)}
+        nodes.append(onnx.helper.make_node(kind, ["read"], [f"grown.{name}"], **own))
     grown = [f"grown.{name}" if name in trees.texts else f"grown.{next(iter(trees.texts))}" for name in names]
     nodes.append(onnx.helper.make_node("Concat", grown, ["grown"], axis=1))
     for place, node in enumerate(nodes):
         model.graph.node.insert(place, node)
     del model.graph.input[-1]
-    model.opset_import.append(onnx.helper.make_opsetid("ai.onnx.ml", 3))
+    model.opset_import.append(onnx.helper.make_opsetid(domain, 3))
     onnx.save(model, path)
 
 

@@ -237,15 +237,10 @@ class Ranker:
     def learn(self, events: pa.Table | pd.DataFrame, log: str | None = None) -> None:
         """Learns what has happened since: counters, histories and latest values count it in requests from now on.
 
-        Args:
-            events: rows with the log's columns, labels among them; attributes of users and candidates that they have
-                no column for stay as they are. Nothing looks for rows that come twice.
-            log: name of the log of events that they are of; None is the interaction log.
-
-        Requests that other threads rank meanwhile are answered as before, or with all that is learnt.
-
-        Raises:
-            UserError: for a row that can't be one of the log, or a column that is missing.
+        events: rows with the log's columns, labels among them; attributes of users and candidates that they have no
+        column for stay as they are. Nothing looks for rows that come twice. log: name of the log of events that they
+        are of; None is the interaction log. Requests that other threads rank meanwhile are answered as before, or with
+        all that is learnt. Raises UserError for a row that can't be one of the log, or a column that is missing.
         """
         from mmoe_rec.live.event_rows import RowChecks
 

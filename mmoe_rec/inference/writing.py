@@ -147,13 +147,8 @@ def write_with_tables(
     """
     about, moment = read_artifact(folder), iso_time(tables_as_of)
     trained = about.trained_as_of or about.tables_as_of
-    about = replace(
-        about,
-        tables_as_of=moment,
-        trained_as_of=None if trained == moment else trained,
-        files=files,
-        journal=None if journal is None else dict(journal),
-    )
+    about = replace(about, tables_as_of=moment, trained_as_of=None if trained == moment else trained)
+    about = replace(about, files=files, journal=None if journal is None else dict(journal))
     with atomic_folder(target) as made:
         copy_files(folder, made, but="features/")
         shutil.copytree(features, made / "features")

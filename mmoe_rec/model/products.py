@@ -123,13 +123,8 @@ class _Linear(torch.autograd.Function):
             weights = by_onednn(inputs.t(), gradient).t().contiguous()
         elif to_weight:
             weights = multiply(gradient.t(), inputs).to(ctx.dtype)
-        return (
-            multiply(gradient, weight[:, : ctx.own]) if to_x else None,
-            None,
-            weights,
-            gradient.sum(0).to(ctx.dtype) if to_bias else None,
-            None,
-        )
+        of_x = multiply(gradient, weight[:, : ctx.own]) if to_x else None
+        return of_x, None, weights, gradient.sum(0).to(ctx.dtype) if to_bias else None, None
 
 
 class StackedLinear(nn.Module):

@@ -107,13 +107,9 @@ class CounterMemory(Memory):
             # An event that came late may be earlier than what came before.
             positive = pd.Series(positive).groupby(groups.number).cummax().to_numpy()[kept]
         sums = _map(running, labels)
-        return replace(
-            self,
-            events=KnownEvents(key[kept], known[kept]),
-            rows=running(rows).astype(np.int32),
-            label_sum=sums.astype(np.float64) if isinstance(sums, np.ndarray) else sums,
-            last_positive=positive,
-        )
+        sums = sums.astype(np.float64) if isinstance(sums, np.ndarray) else sums
+        events, totals = KnownEvents(key[kept], known[kept]), running(rows).astype(np.int32)
+        return replace(self, events=events, rows=totals, label_sum=sums, last_positive=positive)
 
     def _steps(self, totals: np.ndarray) -> np.ndarray:
         """(E,) what each event added to the running totals of its key."""

@@ -201,13 +201,8 @@ async def read_body(request: HttpRequest, limits: Serving, places: Places) -> by
             raise Refused(415, f"the body must not be compressed: leave the header {name} out", "no_json")
     if "upgrade" in request.headers:
         raise Refused(400, "this server speaks HTTP/1.1 alone: leave the header Upgrade out", "no_json")
-    too_large = Refused(
-        413,
-        f"the body is larger than {limits.max_body_mib} MiB, which this server takes at most (setting "
-        "`serving.max_body_mib`)",
-        "too_large",
-        "REQUEST_TOO_LARGE",
-    )
+    sentence = f"the body is larger than {limits.max_body_mib} MiB, which this server takes at most"
+    too_large = Refused(413, f"{sentence} (setting `serving.max_body_mib`)", "too_large", "REQUEST_TOO_LARGE")
     length, most = request.headers.get("content-length", ""), limits.max_body_mib * MEBIBYTE
     if length.isdecimal() and int(length[:20]) > most:
         raise too_large

@@ -58,11 +58,8 @@ class Accepting:
     async def answer(self, request: Request) -> Response:
         """The reply to a call, whatever is wrong with it: an acknowledgement once its rows are on disk."""
         with self._metrics.timed("events"):
-            return await reply_to(
-                lambda: self._accept(request),
-                self.places,
-                lambda reason: self._metrics.events_refused.labels(reason).inc(),
-            )
+            refused = self._metrics.events_refused.labels
+            return await reply_to(lambda: self._accept(request), self.places, lambda reason: refused(reason).inc())
 
     async def _accept(self, request: Request) -> bytes:
         loop = asyncio.get_running_loop()

@@ -275,11 +275,8 @@ class _Generation:
             self._next_start = time.monotonic() + (0.0 if worker.is_ready else 2.0)
             _log.warning("worker %s ended by %s; another one takes its place", worker.process.pid, how)
         else:
-            tell(
-                self._parent,
-                "failed",
-                UserError(f"a worker ended by {how} before it could serve; what it printed says why"),
-            )
+            error = UserError(f"a worker ended by {how} before it could serve; what it printed says why")
+            tell(self._parent, "failed", error)
             self._is_ending = True
             for other in self._workers:
                 other.process.kill()

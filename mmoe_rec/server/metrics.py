@@ -32,11 +32,8 @@ class Metrics:
         counter = partial(Counter, namespace="mmoe_rec", registry=self._own)
         gauge = partial(Gauge, namespace="mmoe_rec", registry=self._own, multiprocess_mode="livesum")
         histogram = partial(Histogram, namespace="mmoe_rec", registry=self._own, buckets=_SECONDS)
-        self.stages = histogram(
-            "stage_seconds",
-            "Time of a call by stage: read, parse, wait, score, write, and total; of a call of /events: events",
-            ["stage"],
-        )
+        stages = "Time of a call by stage: read, parse, wait, score, write, and total; of a call of /events: events"
+        self.stages = histogram("stage_seconds", stages, ["stage"])
         self.replies = counter("replies", "Replies to /invocations by status", ["status"])
         self.elements = counter("elements", "Elements of calls that were parsed")
         self.candidates = counter("candidates", "Candidates of calls that were parsed")

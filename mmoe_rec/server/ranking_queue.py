@@ -117,12 +117,8 @@ class RankingQueue:
             async with asyncio.timeout(self._limits.answer_seconds):
                 return await call.answers
         except TimeoutError:
-            raise Refused(
-                504,
-                f"no answer within {self._limits.answer_seconds:g} seconds (setting `serving.answer_seconds`)",
-                "too_long",
-                "DEADLINE_EXCEEDED",
-            ) from None
+            sentence = f"no answer within {self._limits.answer_seconds:g} seconds (setting `serving.answer_seconds`)"
+            raise Refused(504, sentence, "too_long", "DEADLINE_EXCEEDED") from None
 
     def _start_pass(self) -> None:
         """Gives the thread the calls that wait, unless it has some."""

@@ -171,15 +171,8 @@ class Trainer:
         if warm_start is not None or (resume is not None and resume.state.step == 0):
             self.validate_at.add(0)  # the model that is started from, to be compared with
         self.stop = StopRequest()
-        self.steps = Steps(
-            self.sharded,
-            self.optimizer,
-            self.layout,
-            device,
-            bf16=self.choices.precision == "bf16",
-            clip_gradient=settings.clip_gradient,
-            stop=self.stop,
-        )
+        bf16, clip = self.choices.precision == "bf16", settings.clip_gradient
+        self.steps = Steps(self.sharded, self.optimizer, self.layout, device, bf16, clip, self.stop)
         self.bad_batches = BadBatches(checkpoints, settings.on_bad_loss)
         self.checkpoints = CheckpointWriter(checkpoints, settings.checkpoints_kept, resume)
         if resume is not None:

@@ -64,11 +64,10 @@ def row_losses(logits: Tensor, labels: Tensor, tasks: Sequence[TaskOutput]) -> T
         logit, label = logits[:, index], labels[:, index]
         if task.given is not None:
             logit = joint_logit(logits[:, places[task.given]], logit)
-        columns.append(
-            functional.binary_cross_entropy_with_logits(logit, label, reduction="none")
-            if task.kind == "binary"
-            else ((logit - label) / task.deviation).square()
-        )
+        if task.kind == "binary":
+            columns.append(functional.binary_cross_entropy_with_logits(logit, label, reduction="none"))
+        else:
+            columns.append(((logit - label) / task.deviation).square())
     return torch.stack(columns, dim=1)
 
 

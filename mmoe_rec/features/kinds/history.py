@@ -221,13 +221,8 @@ class HistoryMemory(Memory):
         needed = within_key >= (known_by_then - length)[events.number]
         if self.lives is not None:
             needed &= ~self.lives.ended(moment)
-        return replace(
-            self,
-            events=events.take(needed),
-            items=self.items[needed],
-            attributes=tuple(each[needed] for each in self.attributes),
-            floor=self._later_floor(moment),
-        )
+        attributes, floor = tuple(each[needed] for each in self.attributes), self._later_floor(moment)
+        return replace(self, events=events.take(needed), items=self.items[needed], attributes=attributes, floor=floor)
 
     def to_columns(self) -> dict[str, np.ndarray]:
         columns = {"key": self.events.key, "known": self.events.known, "item": self.items}
