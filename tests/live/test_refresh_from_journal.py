@@ -171,7 +171,7 @@ def _rolled_back(model: RefreshedModel) -> str:
 
 def _learnt(app: Application) -> int:
     learning = app.models.current.learning
-    return learning.ranker.live_rows
+    return learning.ranker.pipeline.live.rows
 
 
 def _failure(app: Application) -> str | None:
