@@ -38,9 +38,6 @@ def _fuse(mixture: Mixture, way: Way, columns: Tensor | None) -> Callable[[Tenso
     usable = gates.visible & gates.in_use
     if others or groups or chooses or mixture.raw_inputs or bool(gates.ramp.any()) or not bool(usable.any(1).all()):
         return None
-    linear: Callable[[Tensor, Tensor, Tensor | None], Tensor] = functional.linear
-    if way == "onednn":
-        linear = lambda x, weight, bias: by_onednn(x, weight.t(), bias)  # noqa: E731
     bottom, crosses = mixture.bottom, mixture.bottom.crosses
     pairs = [] if crosses is None else zip(crosses.down, crosses.up, strict=True)
     of_crosses = [(_weights(down), _weights(up)) for down, up in pairs]
@@ -54,6 +51,9 @@ def _fuse(mixture: Mixture, way: Way, columns: Tensor | None) -> Callable[[Tenso
     assert bias_of_gates is not None
     bias_of_gates = bias_of_gates.masked_fill(~usable.flatten(), float("-inf"))
     of_towers = [_apart(layer) for layer in mixture.towers.layers]
+
+    def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return by_onednn(x, weight.t(), bias) if way == "onednn" else functional.linear(x, weight, bias)
 
     def logits(inputs: Tensor) -> Tensor:
         """(B, W) float32 -> (B, T) float32, as `Mixture` gives them."""
