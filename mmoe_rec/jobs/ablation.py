@@ -196,9 +196,10 @@ def _train_without(settings: Settings, options: Ablation, joint: Sequence[Part])
         say(f"{len(seeds)} trainings with all features, and as many without each of {len(parts)} features or groups")
         variants = [Variant(f"without {each.name}", settings, each.features) for each in parts]
         whole, *found = trainings.train([Variant("all features", settings), *variants], seeds).values()
-    objective, judged = _choose_objective(settings, whole.sums[0])
+    before = whole.measure()
+    objective, judged = _choose_objective(settings, before[0])
     worths = [
-        find_worth(part, whole.sums, each.measure(), objective, judged, rules.resamples)
+        find_worth(part, before, each.measure(), objective, judged, rules.resamples)
         for part, each in zip(parts, found, strict=True)
     ]
     return correct_worths(worths)

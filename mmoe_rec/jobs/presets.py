@@ -199,7 +199,7 @@ class Search:
         if found is None:
             return None
         self._pace = max(self._pace, found.seconds[0]) if not recipe.made else self._pace
-        return Trained(self._measure(found.sums[0], recipe.is_of_last(self.settings)), found.seconds[0])
+        return Trained(self._measure(found.measure()[0], recipe.is_of_last(self.settings)), found.seconds[0])
 
     def _join(self, recipes: Sequence[Recipe]) -> Resampled:
         return self._measure(

@@ -96,7 +96,7 @@ def judge_structures(
             others += trainings.train([each], numbers).values()
         except UserError as error:
             warnings.append(f"{each.name} were left out: {error}")
-    measured = base.sums
+    measured = base.measure()
     sums = measured[0]
     objective = Objective.of(settings.evaluation.decide_by, sums, list(settings.tasks))
     metrics = _metrics_of_tasks(settings, sums)

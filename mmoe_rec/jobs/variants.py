@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -84,13 +84,8 @@ class TrainedVariant:
     seconds: tuple[float, ...]
     facts: tuple[dict[str, Any], ...]
 
-    @cached_property
-    def sums(self) -> tuple[EvaluationSums, ...]:
-        """All metrics of each, on the rows of the split."""
-        return self.measure()
-
     def measure(self) -> tuple[EvaluationSums, ...]:
-        """The same, but they are not kept: those of many variants would fill the memory."""
+        """All metrics of each, on the rows of the split. They are not kept: those of many would fill memory."""
         read = (_read_predictions(file) for file in self.files)
         return tuple(replace(self.rows, predictions=each, score=score).measure() for each, score, _ in read)
 

@@ -113,13 +113,14 @@ def test_trainings_that_ended_stay_and_differences_are_of_means(
     assert "steps of" not in capsys.readouterr().err
     assert sorted(each.name for each in trainings.folder.iterdir()) == ["trainings"]
     mine, other = found["as they are"], found["bottom"]
-    assert again["bottom"].sums == other.sums[::-1]
+    sums, others = mine.measure(), other.measure()
+    assert again["bottom"].measure() == others[::-1]
     assert mine.facts[0]["parameters"] > other.facts[0]["parameters"]
-    differences = find_differences(mine.sums, [("bottom", other.sums)], resamples=100)
-    means = [np.mean([summarise(s, 20).tasks["click"].get("auc").value for s in each.sums]) for each in (mine, other)]
+    differences = find_differences(sums, [("bottom", others)], resamples=100)
+    means = [np.mean([summarise(s, 20).tasks["click"].get("auc").value for s in each]) for each in (sums, others)]
     apart = differences["bottom", "click", "auc"]
     assert apart.value == pytest.approx(means[0] - means[1], abs=1e-9)
-    alone: Difference = find_differences(mine.sums[:1], [("x", other.sums)], resamples=100)["x", "click", "auc"]
+    alone: Difference = find_differences(sums[:1], [("x", others)], resamples=100)["x", "click", "auc"]
     assert alone.error < apart.error, "of a single training the interval is over users alone"
 
 
