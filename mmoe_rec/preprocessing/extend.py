@@ -127,9 +127,12 @@ class NewFiles:
             there, spans = {file.address: file for file in whole.files}, counted.spans
             known: dict[LogFile, tuple[np.ndarray, np.ndarray]] = {}  # events of new files, and which are old ones
             for old in before.files.values():
-                near = [file for file in log.files if old.overlaps(*spans.get((log.name, file.address), (0, -1)))]
+                if old.first is None or old.last is None:
+                    continue
+                found = ((file, spans.get((log.name, file.address))) for file in log.files)  # None without rows
+                near = [file for file, span in found if span and span[0] <= old.last and span[1] >= old.first]
                 what = f"of events '{log.name}' are of the time of '{old.address}'"
-                if near and old.address not in whole.found and old.first is not None and old.last is not None:
+                if near and old.address not in whole.found:
                     inside = {file.address: len(log.find_events(file, old.first, old.last)) for file in near}
                     if sum(inside.values()) >= old.rows:
                         raise UserError(

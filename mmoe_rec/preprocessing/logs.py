@@ -168,10 +168,6 @@ class HeldFile(FoundFile):
     last: int | None
     checksum: str | None = None
 
-    def overlaps(self, first: int, last: int) -> bool:
-        """Whether its rows may be of a time from `first` to `last`."""
-        return self.first is not None and self.last is not None and first <= self.last and last >= self.first
-
 
 @dataclass
 class HeldLog:

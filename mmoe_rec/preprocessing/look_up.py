@@ -58,20 +58,16 @@ class ReceivedRows:
         """Those of the group whose events are not look-ups too."""
         return [encoder for encoder in self.group if encoder.label is None]
 
-    @property
-    def is_a_moment(self) -> bool:
-        """Whether the window is so short that it cannot be divided."""
-        start, end = self.window
-        return start is not None and end is not None and end - start <= 1
-
     def divide(self, rows_in_memory: int, scratch: Path) -> Iterator[ReceivedRows]:
         """Pieces in the order of time, each of at most `rows_in_memory` rows or of one moment, in files in `scratch`,
         which last until the next one is asked for."""
-        if self.rows <= rows_in_memory or self.is_a_moment:
+        start, end = self.window
+        is_a_moment = start is not None and end is not None and end - start <= 1
+        if self.rows <= rows_in_memory or is_a_moment:
             yield self
             return
         edges = self._edges(rows_in_memory)
-        windows = list(pairwise([self.window[0], *edges, self.window[1]]))
+        windows = list(pairwise([start, *edges, end]))
         exchange = Exchange(scratch / "pieces", len(windows))
         try:
             rows = self._send(exchange, np.array(edges), rows_in_memory)
