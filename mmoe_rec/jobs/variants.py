@@ -165,7 +165,9 @@ class VariantTrainings:
         parent = None if self.run is None else self.run.run_id
         unsent = Path(self.settings.data.work) / "unsent" if self.at_once == 1 else None
         prepared = replace(self.prepared, left_out=(variant.without_features, variant.without_tasks))
-        own = replace(variant, settings=share_threads(_with_seed(variant.settings, seed), self.at_once))
+        training = variant.settings.training.model_copy(update={"seed": seed})
+        settings = share_threads(variant.settings.model_copy(update={"training": training}), self.at_once)
+        own = replace(variant, settings=settings)
         return _Task(
             own, prepared, self.split, self._file_of(variant, seed), self.folder / "checkpoints", parent, unsent
         )
@@ -327,10 +329,6 @@ def _train_in_turn(lot: _Lot, until: float, pace: float) -> None:
             write_text(task.failed, str(error))
         task.begun.unlink()
         paces.append((time.monotonic() - begun) / cost)
-
-
-def _with_seed(settings: Settings, seed: int) -> Settings:
-    return settings.model_copy(update={"training": settings.training.model_copy(update={"seed": seed})})
 
 
 def _train(task: _Task) -> None:

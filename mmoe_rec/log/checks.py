@@ -7,7 +7,7 @@ is read, in `mmoe_rec.log.values`.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -132,7 +132,10 @@ def check_files(
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    integers = _integers_in_paths(footers) - {column for column, word in fitted.items() if word == "string"}
+    # Of a column in paths, where its values are 64-bit integers in all files.
+    values = [(column, value) for each in footers for column, value in each.in_path.items() if value is not None]
+    integers = {column for column, _ in values} - {column for column, value in values if not _is_integer(value)}
+    integers -= {column for column, word in fitted.items() if word == "string"}
     integers |= {column for column, word in fitted.items() if word == "int64"}
     for each in footers:
         for column, value in each.in_path.items() if each.file.rows else ():
@@ -192,12 +195,6 @@ def _read_footer(found: FoundFile, uses: dict[str, Use], time_unit: str | None) 
     elements = {column: element_type(arrow.field(column).type) for column in kinds}
     booleans = frozenset(column for column, kind in elements.items() if pa.types.is_boolean(kind))
     return _Footer(LogFile(address, found.bytes, found.version, group_rows, (), booleans), kinds, in_path)
-
-
-def _integers_in_paths(footers: Iterable[_Footer]) -> set[str]:
-    """Columns in paths whose values are 64-bit integers in all files."""
-    values = [(column, value) for each in footers for column, value in each.in_path.items() if value is not None]
-    return {column for column, _ in values} - {column for column, value in values if not _is_integer(value)}
 
 
 def _is_integer(text: str) -> bool:
