@@ -26,7 +26,7 @@ import json
 import platform
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -304,7 +304,7 @@ class Delta:
         if verify:
             check_files(folder)
         tree = _read_object(folder / "delta.json") or {}
-        if tree.pop("format", None) != DELTA_FORMAT:
+        if tree.pop("format", None) != DELTA_FORMAT or tree.keys() != {each.name for each in fields(Delta)}:
             raise UserError(f"'{folder}' holds no delta of a format that this version reads ({DELTA_FORMAT})")
         return Delta(**tree)
 

@@ -196,11 +196,12 @@ def test_rows_of_another_table_lead_to_nothing(versions: Versions, tmp_path: Pat
         ranker.with_delta(versions.trained / DELTA)
 
 
-def test_a_delta_of_another_format_can_not_be_read(versions: Versions) -> None:
+@pytest.mark.parametrize("more", [{"format": 0}, {"parts": {}}])
+def test_a_delta_of_another_format_can_not_be_read(versions: Versions, more: dict[str, object]) -> None:
     write_delta(versions.first, versions.refreshed)
     file = versions.refreshed / DELTA / "delta.json"
     tree = json.loads(file.read_text())
-    file.write_text(json.dumps({**tree, "format": 0}))
+    file.write_text(json.dumps(tree | more))
     with pytest.raises(UserError, match="holds no delta of a format"):
         Delta.read(versions.refreshed / DELTA, verify=False)
 
