@@ -5,7 +5,7 @@ Dominici, 2019), so that it keeps its values and says nothing of its row. Featur
 all rows of a request, and stay so: whole requests exchange them. Those of candidates are exchanged among all rows. A
 group's features are exchanged by the same two permutations, so that those of one kind go on fitting each other.
 
-It tells what this model uses: what one that never had a feature would lose, only a training without it tells.
+It tells what this model uses. What a model without a feature would lose, only a training without it tells.
 """
 
 from __future__ import annotations

@@ -162,9 +162,10 @@ def measure(
     but the first; None makes them of the predictions; grouped: whether units are groups of users; None: where there are
     more than `MOST_UNITS`.
 
-    Raises UserError for no row, for a missing or wrong value, or one of a wrong type, of which it names the column and
-    the first row; and ValueError for tasks without distinct names, without predictions or labels, or a column of
-    another length.
+    Raises UserError for no row, a missing user, request, prediction or score, ids that are neither integers nor
+    strings, a request with rows of two users, a probability outside [0, 1], a binary label other than 0 and 1, an
+    infinite label, or a weight that is not a positive number, of which it names the column and the first row; and
+    ValueError for tasks without distinct names, without predictions or labels, or a column of another length.
     """
     if not (rows := len(users)):
         raise UserError("there is no row to evaluate; expected at least one")

@@ -91,7 +91,7 @@ class Live:
 
     def group(self, of_requests: Collection[str], left_out: Collection[str]) -> dict[bool, CounterGroup]:
         """The counters that share levels, but for `left_out`. Under True lie those that ask once a request, under False
-        those that ask for each candidate. Made once."""
+        those that ask for each candidate. Made once, for whom asks first."""
         if not self.groups:
             own: dict[bool, dict[str, CounterEncoder]] = {}
             for name, each in self.encoders.items():
@@ -134,6 +134,8 @@ class FeaturePipeline:
         self.live = Live(self.memory_encoders)
         """What has been learnt besides the memories."""
         self._check_names()
+        for name, encoder in self.memory_encoders.items():
+            assert encoder.memory.forget_after == encoder.forget_after, f"'{name}' does not forget as its settings say"
 
     def _check_names(self) -> None:
         """Raises UserError where two features give inputs of the same name, or an input has the name of a column."""

@@ -20,7 +20,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -201,8 +201,11 @@ def _sum_bytes(values: np.ndarray) -> str:
 # Taking up
 
 
-Parts = tuple[FeaturePipeline, Scorer]
-"""What a ranker is made of."""
+class Parts(NamedTuple):
+    """What a ranker is made of."""
+
+    pipeline: FeaturePipeline
+    scorer: Scorer
 
 
 def apply_delta(delta: Delta, folder: Path, about: Artifact, pipeline: FeaturePipeline, scorer: Scorer) -> Parts:
@@ -211,14 +214,14 @@ def apply_delta(delta: Delta, folder: Path, about: Artifact, pipeline: FeaturePi
     try:
         changed = _changed_features(delta, folder / "features", pipeline)
         if not (folder / _WEIGHTS).is_file():
-            return changed, scorer
+            return Parts(changed, scorer)
         model = read_model(about, folder, scorer.model)
         assert isinstance(model.tables, PlainTables)
         for name, expected in delta.tables.items():
             weight: Any = model.tables.embedding_bags[name].weight
             if _sum_bytes(weight.detach().numpy()) != expected:
                 raise _other_result(delta, f"table '{name}'")
-        return changed, Scorer(about, model, read_calibration(folder))
+        return Parts(changed, Scorer(about, model, read_calibration(folder)))
     except (OSError, pa.ArrowException, LookupError, ValueError) as error:
         raise UserError(f"the delta in '{folder}' can't be applied ({one_line(error)})") from error
 

@@ -342,10 +342,10 @@ def check_equal(pairs: Sequence[tuple[Answers, Answers]], chooses: bool) -> None
     chooses: gates choose some of the experts. Where two are equally good but for rounding, the forms may choose
     differently, so one row in a thousand may be off.
     """
-    shares = [
+    apart = [
         [np.abs(other[name] - one[name]) / np.maximum(1.0, np.abs(one[name])) for name in one] for one, other in pairs
     ]
-    off = np.concatenate([np.max(each, axis=0) for each in shares])
+    off = np.concatenate([np.max(each, axis=0) for each in apart])
     off = np.where(np.isnan(off), np.inf, off)
     if (wrong := int((off > TOLERANCE).sum())) > len(off) * chooses / 1000:
         raise UserError(

@@ -95,11 +95,11 @@ class Ranker:
     def __init__(self, folder: Path, about: Artifact, version: str = "", parts: Parts | None = None) -> None:
         """Opens an artifact folder as it is; `load` also checks it. parts: that a delta in the folder leads to."""
         features = folder / "features"
-        pipeline = parts[0] if parts else FeaturePipeline.load(features)
+        pipeline = parts.pipeline if parts else FeaturePipeline.load(features)
         if pipeline.layout != about.layout.of_rows():
             raise UserError(f"'{folder}' is damaged: its features do not give the inputs that the model was trained on")
         self.about, self.version, self.layout = about, version, about.layout
-        self.scorer = parts[1] if parts else Scorer(about, read_model(about, folder), read_calibration(folder))
+        self.scorer = parts.scorer if parts else Scorer(about, read_model(about, folder), read_calibration(folder))
         self.model, self.calibration = self.scorer.model, self.scorer.calibration
         self.names = self.scorer.names
         tables = self.model.tables

@@ -76,15 +76,24 @@ def _order_by_bits(bits: np.ndarray, room: int) -> np.ndarray:
     return (numbers & np.uint64(2 ** (64 - room) - 1)).view(np.int64)
 
 
+_STEPS = 8  # from the first key of a bucket on; among hashes, hardly any bucket has more keys
+
+
 def key_at(keys: np.ndarray, asked: np.ndarray, number: np.ndarray, ends: np.ndarray | int) -> np.ndarray:
-    """Moves (N,) `number` on, from the first of a bucket's `keys` to one that is not less than what is asked for, or to
-    the end of the keys of an index; gives the keys that are there, (N,) uint64."""
-    there, ends = keys.take(number, mode="clip"), np.broadcast_to(ends, number.shape)
+    """Moves (N,) `number` on in place, from the first of a bucket's rising `keys` to one that is not less than what is
+    asked for, or to `ends`; gives the keys that are there, (N,) uint64."""
+    there = keys.take(number, mode="clip")
     less = ((there < asked) & (number < ends)).nonzero()[0]
-    while len(less):  # a few times, as keys are hashes
+    for _ in range(_STEPS):
+        if not len(less):
+            return there
         number[less] += 1
         there[less] = keys.take(number[less], mode="clip")
-        less = less[(there[less] < asked[less]) & (number[less] < ends[less])]
+        less = less[(there[less] < asked[less]) & (number[less] < (ends if isinstance(ends, int) else ends[less]))]
+    for place in less.tolist():  # of ids that somebody chose to meet in a bucket
+        until = ends if isinstance(ends, int) else ends[place]
+        number[place] += np.searchsorted(keys[number[place] : until], asked[place])
+        there[place] = keys.take(number[place], mode="clip")
     return there
 
 

@@ -301,9 +301,8 @@ class Following:
                 is_bug = not isinstance(error, UserError)
                 _log.error("the model learns no further events: %s", failure, exc_info=is_bug)
             self.failure, rest = failure, _PAUSE_AFTER_FAILURE_SECONDS
-        self._metrics.live_rows.set(
-            self.learning.ranker.pipeline.live.rows
-        )  # also of one that has learnt before it served
+        live = self.learning.ranker.pipeline.live  # also of one that has learnt before it served
+        self._metrics.live_rows.set(live.rows)
         return rest
 
     def _step(self) -> bool:

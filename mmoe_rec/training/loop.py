@@ -171,8 +171,15 @@ class Trainer:
         if warm_start is not None or (resume is not None and resume.state.step == 0):
             self.validate_at.add(0)  # the model that is started from, to be compared with
         self.stop = StopRequest()
-        bf16, clip = self.choices.precision == "bf16", settings.clip_gradient
-        self.steps = Steps(self.sharded, self.optimizer, self.layout, device, bf16, clip, self.stop)
+        self.steps = Steps(
+            self.sharded,
+            self.optimizer,
+            self.layout,
+            device,
+            bf16=self.choices.precision == "bf16",
+            clip_gradient=settings.clip_gradient,
+            stop=self.stop,
+        )
         self.bad_batches = BadBatches(checkpoints, settings.on_bad_loss)
         self.checkpoints = CheckpointWriter(checkpoints, settings.checkpoints_kept, resume)
         if resume is not None:
@@ -390,8 +397,10 @@ class Trainer:
 
     def _save(self) -> None:
         result, skipped = self.result, self.bad_batches.skipped
-        known = result.steps, self.position, tuple(result.history), result.best_step
-        state = TrainingState(*known, skipped, self.origin, self.choices)
+        history = tuple(result.history)
+        state = TrainingState(
+            result.steps, self.position, history, result.best_step, skipped, self.origin, self.choices
+        )
         tensors = {"model": self.sharded.model.state_dict(), "optimizer": self.optimizer.state_dict()}
         self.checkpoints.save(tensors, state)
 

@@ -43,8 +43,13 @@ class Sharding:
 
     @staticmethod
     def of(settings: Training) -> "Sharding":
-        of_tables = settings.sharding, settings.shard_columns, settings.communication
-        return Sharding(*of_tables, settings.cache_hit_rate, settings.replicas)
+        return Sharding(
+            settings.sharding,
+            settings.shard_columns,
+            settings.communication,
+            settings.cache_hit_rate,
+            settings.replicas,
+        )
 
     def check(self, device: str, ranks_of_machine: int) -> None:
         """Raises UserError for what can't work on "cpu" or "cuda", with so many ranks on each machine."""

@@ -69,6 +69,7 @@ class Steps:
         optimizer: Any,
         layout: ModelLayout,
         device: torch.device,
+        *,
         bf16: bool,
         clip_gradient: float,
         stop: StopRequest,

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmoe_rec.point_in_time.join import Join, KeyIndex, KnownEvents, LookUps, Search, sorted_order
+from mmoe_rec.point_in_time.join import Join, KeyIndex, KnownEvents, LookUps, Search, key_at, sorted_order
 
 WAYS = ((Join, LookUps.sort), (Search, LookUps.sort), (Search, LookUps.of_each))
 # Few keys and moments, so that ties are met; keys alike in their last bits and in all but these.
@@ -76,6 +76,9 @@ def test_an_index_finds_each_key(data, size, crowded):
     known = keys.tolist() if size else []
     assert found.tolist() == [place for place, each in enumerate(asked.tolist()) if each in known]
     assert number.tolist() == [known.index(each) for each in asked.tolist() if each in known]
+    first = np.repeat([0, len(keys)], len(asked))  # and in the first and the second of two tables
+    key_at(np.tile(keys, 2), np.tile(asked, 2), place := first.copy(), first + len(keys))
+    assert (place - first).tolist() == 2 * np.searchsorted(keys, asked).tolist()
 
 
 @given(data=st.data(), rows=st.integers(0, 60))
