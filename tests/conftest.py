@@ -47,11 +47,6 @@ _LONG = [
 _ORDER = {f"tests/{name}.py": place for place, name in enumerate(_LONG)}
 
 
-def pytest_xdist_auto_num_workers() -> int:
-    """Half as many again as cores: a third of the time, tests wait for processes that start, sleep or write."""
-    return max(1, len(os.sched_getaffinity(0)) * 3 // 2)
-
-
 def pytest_configure(config: pytest.Config) -> None:
     """The folder that all processes of this run share; it goes with the first of them."""
     if not hasattr(config, "workerinput"):
