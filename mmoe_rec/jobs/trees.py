@@ -355,5 +355,5 @@ class Inputs:
         tables = {each.name: layout.table(each.table).rows for each in layout.ids}
         few = [tables[name] <= MOST_CATEGORIES for name in layout.single_ids()]
         categories = tuple(parts[0].numbers + place for place in np.flatnonzero(few).tolist())
-        held = weights_of(table), folds, categories, table.drop_columns("request")
-        return Inputs(x, parts[0].numbers, labels, *held)
+        own = table.drop_columns("request")
+        return Inputs(x, parts[0].numbers, labels, weights_of(table), folds, categories, own)
