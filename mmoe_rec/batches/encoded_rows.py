@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,21 @@ from mmoe_rec.log.columns import hash_column
 from mmoe_rec.point_in_time.arrays import Ragged, join, one_array
 
 ADVICE = "run mmoe-rec features again"
+
+
+class Part(StrEnum):
+    """A part of the validation users. One part selects a model and the other judges it, so that no row does both."""
+
+    SELECTING = "selecting"
+    JUDGING = "judging"
+
+    def holds(self, users: pa.Array) -> np.ndarray:
+        """Return whether each user belongs to this part, as an array of bool, shape (N,).
+
+        A bit of the user's hash decides, so a user stays in the same part from day to day and for every model.
+        """
+        is_judging = hash_column(users) >= np.uint64(1 << 63)
+        return is_judging if self is Part.JUDGING else ~is_judging
 
 
 @dataclass(frozen=True)
@@ -72,8 +88,10 @@ class EncodedRows:
     """The encoded rows of a folder, files in order of their names. Only the footers are read at first.
 
     outcomes: labels of tasks with `given` are those that they are learnt from, over all rows, and not their own;
-    weighted: rows weigh 1 / the rate at which they were sampled; with_users: rows have the hashes of their users.
+    weighted: rows weigh 1 / the rate at which they were sampled; with_users: rows have the hashes of their users; part:
+    keep only the rows of these users, or all rows if one of the two parts would be empty, see `is_divided`.
 
+    `is_divided`: whether `part` was given and both parts have rows;
     `weighs`: whether the log has a column of weights, which rows count by besides; `rows`: number of rows; `groups`:
     (file index, row group index) of every row group that has rows, in file order; `group_rows`: (len(groups),) int64,
     the rows of each; `fingerprint`: of all footers, so of the values' statistics too. Raises UserError where there are
@@ -81,7 +99,14 @@ class EncodedRows:
     """
 
     def __init__(
-        self, folder: Path, layout: Layout, *, outcomes: bool = False, weighted: bool = False, with_users: bool = False
+        self,
+        folder: Path,
+        layout: Layout,
+        *,
+        outcomes: bool = False,
+        weighted: bool = False,
+        with_users: bool = False,
+        part: Part | None = None,
     ) -> None:
         self.layout = layout
         self._weighted, self._with_users = weighted, with_users
@@ -101,13 +126,19 @@ class EncodedRows:
         types |= dict.fromkeys([f"dense.{each.name}" for each in layout.dense], pa.float32())
         self.weighs = "weight" in self._metadata[0].schema.to_arrow_schema().names
         types |= {name: _WEIGHTS[name] for name in self.weighing(weighted)}
-        self._columns = [*types, *(["user"] if with_users else [])]
+        self._columns = [*types, *(["user"] if with_users or part is not None else [])]
         for file, schema in self._schemas(self._columns):
             for name, expected in types.items():
                 if (found := schema.field(name).type) != expected:
                     raise UserError(f"'{file}' has the column '{name}' as {found}, expected {expected}; {ADVICE}")
         groups = [(each, group) for each, file in enumerate(self._metadata) for group in range(file.num_row_groups)]
         counts = {(file, group): self._metadata[file].row_group(group).num_rows for file, group in groups}
+        self._part = part
+        if part is not None:
+            kept = {group: int(self._is_kept(self._read(group, ["user"])).sum()) for group in groups}
+            self._part = part if 0 < sum(kept.values()) < sum(counts.values()) else None
+            counts = counts if self._part is None else kept
+        self.is_divided = self._part is not None
         self.groups = [group for group, rows in counts.items() if rows]
         self.group_rows = np.array([counts[group] for group in self.groups], np.int64)
         self.rows = int(self.group_rows.sum())
@@ -141,11 +172,10 @@ class EncodedRows:
         take: (n,) int64, which of these rows to return, in which order; None returns all. Raises UserError for a file
         that cannot be read.
         """
-        file, number = group
-        with _naming(self._files[file]), self._open(file) as parquet:
-            # One thread: the reader decodes several groups at a time, beside a training step that needs the rest.
-            table = parquet.read_row_group(number, columns=self._columns, use_threads=False)
-        self._forbid_nulls(table, self._files[file])
+        table = self._read(group, self._columns)
+        self._forbid_nulls(table, self._files[group[0]])
+        if self._part is not None:
+            table = table.filter(pa.array(self._is_kept(table)))
         rows = self._convert(table, self._starts[group] + np.arange(len(table)))
         return rows if take is None else rows.take(take)
 
@@ -165,7 +195,17 @@ class EncodedRows:
                 for batch in parquet.iter_batches(batch_size, columns=columns):
                     table = pa.Table.from_batches([batch])
                     self._forbid_nulls(table, file)
-                    yield table
+                    yield table if self._part is None else table.filter(pa.array(self._is_kept(table)))
+
+    def _read(self, group: tuple[int, int], columns: list[str]) -> pa.Table:
+        file, number = group
+        with _naming(self._files[file]), self._open(file) as parquet:
+            # One thread: the reader decodes several groups at a time, beside a training step that needs the rest.
+            return parquet.read_row_group(number, columns=columns, use_threads=False)
+
+    def _is_kept(self, table: pa.Table) -> np.ndarray:
+        assert self._part is not None
+        return self._part.holds(one_array(table.column("user")))
 
     def _open(self, file: int) -> pq.ParquetFile:
         return pq.ParquetFile(self._files[file], metadata=self._metadata[file])

@@ -296,7 +296,9 @@ class Study:
 
     def _train(self, trial: Any, settings: Settings, values: Values, folder: Path) -> float | None:
         """What the training reached, None where it was cut short. Raises NotValidError for values that don't fit."""
+        from mmoe_rec.jobs.seeds import CHOICES
         from mmoe_rec.model.layout import ModelLayout
+        from mmoe_rec.training.choices import read_choices, write_choices
         from mmoe_rec.training.loop import Trainer
         from mmoe_rec.training.ranks import training_ranks
         from mmoe_rec.training.validation import Validation
@@ -337,7 +339,10 @@ class Study:
                         folder,
                         run.log_metrics,
                         watch=watch,
+                        choices=read_choices(self.folder / CHOICES),
                     )
+                if not (shared := self.folder / CHOICES).exists():  # the first trial's, for all others
+                    write_choices(shared, trainer.choices)
                 result = trainer.run()
             except NotValidError as error:
                 run.set_tags({"not_valid": error})
@@ -346,5 +351,5 @@ class Study:
                 run.set_tags({"cut_short": "it fell behind"})
                 return None
             assert result.best is not None
-            run.log_metrics(result.best.flat("best"), result.best_step)
+            run.log_metrics(result.best.flat("network"), result.best_step)  # trials grow no trees
             return result.best.objective(select_by, judge)

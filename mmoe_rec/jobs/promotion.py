@@ -1,8 +1,8 @@
 """Whether a version of a registered model takes an alias from the one that holds it, and the way back.
 
-After a training the two are compared on its validation rows, which the trained model has at hand; `promote` measures
-two versions on the settings' test rows. Both decide by the rule of every comparison, with an interval over users and
-guardrails for each task. What was decided, and why, is kept with the version.
+After a training the two are compared on the validation rows of users that chose nothing about the trained model;
+`promote` measures two versions on the settings' test rows. Both decide by the rule of every comparison, with an
+interval over users and guardrails for each task. What was decided, and why, is kept with the version.
 
 A holder that can't be served any more (of an earlier version, damaged, with predictions that are not finite) gives way.
 One that can't be compared here (tasks or labels that mean something else, files that can't be fetched, other scores
@@ -34,6 +34,7 @@ from mmoe_rec.tracking.registry import CHALLENGER, Version
 from mmoe_rec.tracking.runs import Run
 
 if TYPE_CHECKING:
+    from mmoe_rec.batches.encoded_rows import EncodedRows
     from mmoe_rec.evaluation.scoring import ScoredRows
     from mmoe_rec.inference.ranker import Ranker
     from mmoe_rec.model.layout import ModelLayout
@@ -119,9 +120,10 @@ def compare_with_holder(
         if isinstance(ranker, Exception):
             return _judge_trouble(ranker, holder, alias)
         its_name = f"version {holder.number}"
-        its = _score_by_holder(settings, prepared, ranker, folder, its_name)
         layout, calibration = ModelLayout.of(prepared.layout, settings), read_calibration(artifact)
-        mine = score_by(settings, model, layout, prepared.split("validation"), calibration, mine_name)
+        rows = _open_judging_rows(prepared.split("validation"), layout)  # too few users are found before any is scored
+        its = _score_by_holder(settings, prepared, ranker, folder, its_name)
+        mine = score_by(settings, model, layout, rows, calibration, mine_name)
         return _judge_rows(settings, {mine_name: mine, its_name: its}, artifact, version, holder)
     except UnreachableError:
         raise  # an outage decides nothing
@@ -160,7 +162,7 @@ def _judge_rows(
     tried = registry.note_decision(version, holder, models[name].sums.digest, settings.tracking.address)
     results = Results(models, tuple(settings.tasks), rules, "", {}, settings.roles.placement, tried)
     better, sentence = _read_verdict(results)
-    return better, f"{sentence} ({len(scored[name].score):,} validation rows)"
+    return better, f"{sentence} ({len(scored[name].score):,} validation rows that chose nothing)"
 
 
 def _read_verdict(results: Results) -> tuple[bool, str]:
@@ -175,17 +177,34 @@ def _read_verdict(results: Results) -> tuple[bool, str]:
 def _score_by_holder(
     settings: Settings, prepared: FeatureFolder, ranker: Ranker, folder: Path, name: str
 ) -> ScoredRows:
-    """The validation rows as the holder scores them: the training's, where its features are the same or were extended
+    """The judging rows as the holder scores them: the training's, where its features are the same or were extended
     from its own; else encoded anew. Raises UserError where its tasks mean something else."""
+
+    def score(model: RankingModel, layout: ModelLayout, folder: Path) -> ScoredRows:
+        return score_by(settings, model, layout, _open_judging_rows(folder, layout), ranker.calibration, name)
+
     check_tasks(settings, ranker.pipeline.schema)
     manifest, validation = prepared.manifest, prepared.split("validation")
     if manifest["fingerprint"] == ranker.about.fingerprint:
-        return score_by(settings, ranker.model, ranker.layout, validation, ranker.calibration, name)
+        return score(ranker.model, ranker.layout, validation)
     if "extends" in manifest and (grown := _grow(prepared, ranker, folder)) is not None:
-        return score_by(settings, *grown, validation, ranker.calibration, name)
+        return score(*grown, validation)
     say(f"encoding the validation rows for {name}, which has other features")
     with rows_to_measure(settings, folder, ranker, "validation") as rows:
-        return score_by(settings, ranker.model, ranker.layout, rows, ranker.calibration, name)
+        return score(ranker.model, ranker.layout, rows)
+
+
+def _open_judging_rows(folder: Path, layout: ModelLayout) -> EncodedRows:
+    """Open the validation rows of users that chose nothing. Raises UserError where there are too few users for that."""
+    from mmoe_rec.batches.encoded_rows import EncodedRows, Part
+
+    rows = EncodedRows(folder, layout, part=Part.JUDGING)
+    if not rows.is_divided:
+        raise UserError(
+            "the validation rows have too few users: one part of them chooses the model, and another has to judge it. "
+            "Move split.train_end to an earlier time"
+        )
+    return rows
 
 
 def _grow(prepared: FeatureFolder, ranker: Ranker, folder: Path) -> tuple[RankingModel, ModelLayout] | None:

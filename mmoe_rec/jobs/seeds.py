@@ -40,9 +40,11 @@ from mmoe_rec.tracking import runs
 
 if TYPE_CHECKING:
     from mmoe_rec.evaluation.summary import MeasuredModel
+    from mmoe_rec.preprocessing.prepare import FeatureFolder
     from mmoe_rec.report.trainings import TrainingsReport
+    from mmoe_rec.training.choices import Choices
 
-FILE, PAGE = "seeds.json", "report.html"
+FILE, PAGE, CHOICES = "seeds.json", "report.html", "choices.json"
 Task = TypeVar("Task")
 _SECONDS_BETWEEN_LOOKS = 0.5
 
@@ -76,7 +78,8 @@ def train_seeds(
         key = f"seeds-{digest(depends, settings.choices, seeds, prepared.manifest['fingerprint'])}"
         with runs.open_run(uri, settings.experiment, run_name=f"{number} seeds", key=key) as run:
             own = [share_threads(_with_seed(settings, seed, folder, prepared.folder), at_once) for seed in seeds]
-            train = partial(train_model, resume=resume, parent=run.run_id, register=False)
+            choices = _share_choices(own[0], prepared, folder, resume, against)
+            train = partial(train_model, resume=resume, parent=run.run_id, register=False, choices=choices)
             logs = [Path(each.data.work) / "training.log" for each in own]
             run_each(train, own, [f"seed {seed}" for seed in seeds], logs, at_once)
             models = [Path(each.data.work) / "model" for each in own]
@@ -95,6 +98,33 @@ def train_seeds(
             )
             run.describe("Trainings", "\n\n".join([as_code(command()), *report.sentences]))
     return report
+
+
+def _share_choices(
+    settings: Settings, prepared: FeatureFolder, folder: Path, resume: bool, against: Sequence[str]
+) -> Choices:
+    """Return what all runs compute in: as those that they are compared with or continue, else as measured now."""
+    from mmoe_rec.training.choices import read_choices, write_choices
+
+    places = [*([folder] if resume else []), *(Path(work) / "seeds" for work in against)]
+    found = filter(None, (read_choices(place / CHOICES) for place in places))
+    choices = next(found, None) or measure_choices(settings, prepared, folder)
+    write_choices(folder / CHOICES, choices)
+    return choices
+
+
+def measure_choices(settings: Settings, prepared: FeatureFolder, folder: Path) -> Choices:
+    """Measure what a run would compute in, once for all runs of a comparison. folder: where it could write."""
+    from mmoe_rec.model.layout import ModelLayout
+    from mmoe_rec.training.loop import Trainer
+    from mmoe_rec.training.ranks import training_ranks
+
+    one = settings.of_member(0)
+    layout = ModelLayout.of(prepared.layout, one)
+    with training_ranks(one.training) as (device, _):
+        trainer = Trainer(prepared, layout, one.model, one.training, device, folder / "checkpoints", lambda *_: None)
+        trainer.checkpoints.close()
+        return trainer.choices
 
 
 def _find_others(against: Sequence[str], settings: Settings, mine: Path) -> dict[str, list[Path]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,8 +13,9 @@ import torch
 from scipy.optimize import minimize
 from scipy.special import expit
 
-from mmoe_rec.batches.encoded_rows import EncodedRows
+from mmoe_rec.batches.encoded_rows import EncodedRows, Part
 from mmoe_rec.evaluation.calibration import FEWEST, calibration_rows, cross_entropy
+from mmoe_rec.features.layout import TaskOutput
 from mmoe_rec.jobs.trees import Inputs, grow_lightgbm
 from mmoe_rec.log.columns import hash_column
 from mmoe_rec.model.forest import Forest, read_ensemble
@@ -25,84 +26,130 @@ if TYPE_CHECKING:
     from mmoe_rec.model.layout import ModelLayout
     from mmoe_rec.model.mmoe import RankingModel
     from mmoe_rec.preprocessing.prepare import FeatureFolder
+    from mmoe_rec.settings.model import Trees as TreesSection
     from mmoe_rec.settings.sections import Settings
 
-HALF = Blend(0.5, 0.5, 0.0)
-"""Where validation rows have too few labels to say more."""
-SPREAD = 0.5
-"""Standard deviation that is expected of the difference of both weights, so that few labels leave them about equal."""
-
+SPREAD = 0.25
+"""Standard deviation that is expected of the difference of both weights, as a fraction of their sum."""
+SCALE_SPREAD, LEAST_SCALE = 0.5, 0.1
+"""Standard deviation that is expected of the scale around 1; and the least scale, as 0 would make all rows alike."""
+LEVEL_SPREAD = 0.03
+"""Standard deviation that is expected of the mean prediction's error: of its logarithm, or in those of a regression."""
 CERTAINTY = 3.0
-"""Standard errors by which ids have to help before trees with them stand alone: what an id was worth lasts less long
-than what counters say. Where they help less, the mean of both sets stands."""
+"""Standard errors by which trees with ids must be better to stand alone, since an id's worth lasts less long than a
+counter's. Where they help less, the mean of both sets stands."""
 
 
 def grow_trees(settings: Settings, prepared: FeatureFolder, layout: ModelLayout, model: RankingModel) -> Trees:
-    """The trees of all tasks that have both labels (or several values) in training and validation rows.
+    """Grow trees beside a trained network, for every task, by the validation rows that select.
 
-    model: the trained network. Says what each task takes.
+    Prints for each task the trees that were taken, and their weights. A task keeps the network alone where trees have
+    nothing to learn from, or where the network alone is clearly better.
     """
     section = settings.model.trees
     assert section is not None
     weighted = settings.training.sampling_correction == "weights"
-    train, validation = (EncodedRows(prepared.split(name), layout) for name in ("train", "validation"))
+    train = EncodedRows(prepared.split("train"), layout)
+    selecting = EncodedRows(prepared.split("validation"), layout, part=Part.SELECTING)
     learnt = Inputs.read(train, layout, train.weighing(weighted))
-    held_out = Inputs.read(validation, layout, [*validation.weighing(weighted), "user"])
+    held_out = Inputs.read(selecting, layout, [*selecting.weighing(weighted), "user"])
     users = np.unique(hash_column(held_out.column("user")), return_inverse=True)[1]
-    logits, *_ = calibration_rows(model, layout, validation, settings.evaluation.batch_size)
+    logits, *_ = calibration_rows(model, layout, selecting, settings.evaluation.batch_size)
     logits = logits[len(logits) - len(held_out.labels) :]
     # In a table without times there is no later, and there are no counters that say what ids do.
     certainty = CERTAINTY if settings.columns.has_time else 0.0
-    shape = section.leaves, settings.training.seed, section.learning_rate, section.number
     texts: dict[str, str] = {}
     blends: dict[str, Blend] = {}
     with bar() as progress:
         step = progress.add_task("trees", total=len(layout.tasks))
         for index, task in enumerate(layout.tasks):
-            rows, judged = learnt.of_task(index), held_out.of_task(index)
             observed = ~np.isnan(held_out.labels[:, index])
+            rows = learnt.of_task(index), held_out.of_task(index)
             network = logits[observed, index].astype(np.float64)
-            inputs = sorted({rows.numbers, rows.x.shape[1]} - {0})
-            if min(len(np.unique(each.labels)) for each in (rows, judged)) < 2:
-                inputs = []
-            grown = {}
-            for first in inputs:
-                learnt_from, tried_on = (
-                    replace(each, x=each.x[:, :first], labels=(each.labels - task.mean) / task.deviation)
-                    for each in (rows, judged)
-                )
-                booster = grow_lightgbm(task.kind, learnt_from, tried_on, *shape)
-                most = booster.best_iteration  # further ones were too many
-                grown["without ids" if first == rows.numbers else "with ids"] = booster.model_to_string(
-                    num_iteration=most
-                )
-            ways = [(name, text, certainty) for name, text in grown.items()]
-            if len(ways) > 1:
-                ways.append(("in all, without ids and with them", join_trees([*grown.values()]), 0.0))
-            before: np.ndarray | None = None
-            for name, text, needed in ways:
-                ensemble = read_ensemble(text)
-                sums = Forest([ensemble]).sums(judged.x, torch.get_num_threads())[:, 0]
-                trees = task.mean + task.deviation * sums
-                blend = fit_blend(task.kind, network, trees, judged.labels, judged.weights)
-                blended = blend.network * network + blend.trees * trees + blend.offset
-                losses = [_losses_of(task.kind, each, judged.labels) for each in (blended, network, trees)]
-                witnesses = judged.weights, users[observed]
-                if before is not None and not is_clearly_less(losses[0], before, *witnesses, needed):
-                    continue
-                before, texts[task.name], blends[task.name] = losses[0], text, blend
-                together, alone, of_trees = (np.average(each, weights=judged.weights) for each in losses)
-                told = (
-                    f"{len(ensemble.trees)} trees {name}; {blend.network:.3g} x network + {blend.trees:.3g} x trees, "
-                    f"loss of validation rows {together:.4g} (network {alone:.4g}, trees {of_trees:.4g})"
-                )
-                if name == "with ids":
-                    break
-            if not inputs:
-                told = "no trees: training or validation rows lack labels that differ, or there is no input"
+            found, told = fit_task(task, section, settings.training.seed, *rows, network, users[observed], certainty)
+            if found is not None:
+                texts[task.name], blends[task.name] = found
             say(f"  {task.name}: {told}")
             progress.advance(step)
     return Trees(texts, blends)
+
+
+def fit_task(
+    task: TaskOutput,
+    section: TreesSection,
+    seed: int,
+    learnt: Inputs,
+    held_out: Inputs,
+    network: np.ndarray,
+    users: np.ndarray,
+    certainty: float = CERTAINTY,
+) -> tuple[tuple[str, Blend] | None, str]:
+    """Grow the trees of one task and fit how much they and the network count.
+
+    Args:
+        task: The task, for its kind and the mean and deviation of a regression.
+        section: Settings of the trees.
+        seed: Seed of the columns that each tree looks at.
+        learnt: Training rows with an observed label.
+        held_out: Selecting rows with an observed label, N of them.
+        network: The network's logits, or values of a regression, of the N rows. Shape (N,).
+        users: Number of each row's user. Shape (N,) int64.
+        certainty: Standard errors by which trees with ids must be better than trees without.
+
+    Returns:
+        The trees as LightGBM's text with their blend, or None for the network alone; and a sentence about the choice.
+    """
+    inputs = sorted({learnt.numbers, learnt.x.shape[1]} - {0})
+    if not inputs or min(len(np.unique(each.labels)) for each in (learnt, held_out)) < 2:
+        return None, "no trees: training or validation rows lack labels that differ, or there is no input"
+    texts, halves = dict[str, str](), list[str]()
+    for width in inputs:
+        train, selecting = (
+            replace(each, x=each.x[:, :width], labels=(each.labels - task.mean) / task.deviation)
+            for each in (learnt, held_out)
+        )
+        shape = section.leaves, seed, section.learning_rate, section.number
+        booster = grow_lightgbm(task.kind, train, selecting, *shape)
+        most = booster.best_iteration  # further trees lost more on the selecting rows
+        texts["without ids" if width == learnt.numbers else "with ids"] = booster.model_to_string(num_iteration=most)
+        # Both sets together have no more trees than one may have.
+        halves.append(booster.model_to_string(num_iteration=min(most, max(1, section.number // 2))))
+    ways = [(name, text, certainty) for name, text in texts.items()]
+    if 1 < len(ways) <= section.number:
+        ways.append(("in all, without ids and with them", join_trees(halves), 0.0))
+    labels, weights, taken = held_out.labels, held_out.weights, None
+    for name, text, needed in ways:
+        ensemble = read_ensemble(text)
+        trees = task.mean + task.deviation * Forest([ensemble]).sums(held_out.x, torch.get_num_threads())[:, 0]
+        blend = fit_blend(task.kind, network, trees, labels, weights)
+        losses = _losses_of(task.kind, blend.apply(network, trees), labels)
+        if taken is not None and not is_clearly_less(losses, taken.losses, weights, users, needed):
+            continue
+        taken = _Taken(text, f"{len(ensemble.trees)} trees {name}", trees, blend, losses)
+        if name == "with ids":
+            break
+    assert taken is not None, "the first way is taken where no other one is"
+    if taken.blend.trees == 0:
+        return None, "no trees: the network alone loses least on the selecting rows"
+    blended, *alone = (
+        np.average(each, weights=weights)
+        for each in (taken.losses, *(_losses_of(task.kind, side, labels) for side in (network, taken.trees)))
+    )
+    return (taken.text, taken.blend), (
+        f"{taken.name}; {taken.blend.network:.3g} x network + {taken.blend.trees:.3g} x trees, loss of selecting rows "
+        f"{blended:.4g} (network {alone[0]:.4g}, trees {alone[1]:.4g})"
+    )
+
+
+@dataclass(frozen=True)
+class _Taken:
+    """A set of trees, and what it gives the selecting rows."""
+
+    text: str
+    name: str
+    trees: np.ndarray
+    blend: Blend
+    losses: np.ndarray
 
 
 def join_trees(texts: Sequence[str]) -> str:
@@ -138,31 +185,57 @@ def is_clearly_less(
 
 
 def fit_blend(
-    kind: str, network: np.ndarray, trees: np.ndarray, labels: np.ndarray, weights: np.ndarray | None = None
+    kind: str,
+    network: np.ndarray,
+    trees: np.ndarray,
+    labels: np.ndarray,
+    weights: np.ndarray | None = None,
 ) -> Blend:
-    """The blend of the least loss on rows that neither learnt from (stacking: Wolpert, 1992), with no weight below 0,
-    and a normal prior of deviation SPREAD on the difference of the weights; HALF where there are few.
+    """Fit the weights of network and trees on rows that neither learnt from (stacking: Wolpert, 1992).
 
-    network, trees, labels: (N,), logits of a binary task or values; weights: (N,) positive, None is 1.
+    The blend is scale x (w x network + (1 - w) x trees) + offset, of logits or of a regression's values, with the least
+    mean loss. Either side may stand alone, with w at 1 or 0. Normal priors hold w near 1/2, the scale near 1, and the
+    mean prediction near that of the sides, so that few labels, or labels of an unusual month, move none of them far.
+
+    Args:
+        kind: Kind of the task, `binary` or `regression`.
+        network: Logits or values of the network. Shape (N,).
+        trees: Logits or values of the trees. Shape (N,).
+        labels: Labels. Shape (N,).
+        weights: Positive weights of the rows, None for equal ones. Shape (N,).
+
+    Returns:
+        The blend, half of each without enough labels.
     """
     if (min(labels.sum(), (1 - labels).sum()) if kind == "binary" else len(labels)) < FEWEST["temperature"]:
-        return HALF
-    share = np.full(len(labels), 1 / len(labels)) if weights is None else weights / weights.sum()
-    # A regression is fitted in deviations from its labels' mean.
-    middle, scale = (0.0, 1.0) if kind == "binary" else (labels.mean(), labels.std())
-    x, y = (np.column_stack([network, trees]) - middle) / scale, (labels - middle) / scale
+        return Blend(0.5, 0.5, 0.0)
+    weight = np.full(len(labels), 1 / len(labels)) if weights is None else weights / weights.sum()
+    # A regression is fitted in standard deviations from its labels' mean.
+    middle, unit = (0.0, 1.0) if kind == "binary" else (labels.mean(), labels.std() or 1.0)
+    one, other, y = ((each - middle) / unit for each in (network, trees, labels))
+    levels = [float(weight @ (expit(each) if kind == "binary" else each)) + 1e-300 for each in (one, other)]
 
     def objective(at: np.ndarray) -> tuple[float, np.ndarray]:
-        """Mean loss and the prior's share of a row, and their slopes."""
-        logit, apart = x @ at[:2] + at[2], (at[0] - at[1]) / SPREAD
+        """Return the mean loss and the priors' part in it for a scale, w and an offset, and the slopes of both."""
+        scale, w, offset = at
+        mean = w * one + (1 - w) * other
+        logit, expected = scale * mean + offset, w * levels[0] + (1 - w) * levels[1]
+        inputs = np.column_stack([mean, scale * (one - other), np.ones(len(y))])
+        slope_of_expected = np.array([0.0, levels[0] - levels[1], 0.0])
         if kind == "binary":
-            losses, slopes = cross_entropy(logit, y), expit(logit) - y
+            predicted = expit(logit)
+            losses, slopes, level = cross_entropy(logit, y), predicted - y, float(weight @ predicted) + 1e-300
+            far = np.log(level / expected)
+            slope_of_far = (weight * predicted * (1 - predicted)) @ inputs / level - slope_of_expected / expected
         else:
             losses, slopes = (logit - y) ** 2, 2 * (logit - y)
-        of_prior = apart / SPREAD / len(labels) * np.array([1, -1, 0])
-        loss = float(share @ losses) + apart**2 / 2 / len(labels)
-        return loss, np.append((share * slopes) @ x, share @ slopes) + of_prior
+            far, slope_of_far = float(weight @ logit) - expected, weight @ inputs - slope_of_expected
+        uneven, steep = (2 * w - 1) / SPREAD, (scale - 1) / SCALE_SPREAD
+        priors = (uneven**2 + steep**2 + (far / LEVEL_SPREAD) ** 2) / 2
+        of_priors = far / LEVEL_SPREAD**2 * slope_of_far
+        of_priors += np.array([steep / SCALE_SPREAD, 2 * uneven / SPREAD, 0.0])
+        return float(weight @ losses) + priors / len(y), (weight * slopes) @ inputs + of_priors / len(y)
 
-    bounds = [(0, None), (0, None), (None, None)]
-    a, b, c = minimize(objective, [0.5, 0.5, 0.0], jac=True, method="L-BFGS-B", bounds=bounds).x
-    return Blend(float(a), float(b), float(scale * c + middle * (1 - a - b)))
+    bounds, most = [(LEAST_SCALE, None), (0, 1), (None, None)], {"ftol": 1e-15, "gtol": 1e-9, "maxiter": 1000}
+    scale, w, offset = minimize(objective, [1.0, 0.5, 0.0], jac=True, method="L-BFGS-B", bounds=bounds, options=most).x
+    return Blend(float(scale * w), float(scale * (1 - w)), float(unit * offset + middle * (1 - scale)))

@@ -37,6 +37,7 @@ from mmoe_rec.training.origin import Origin, Start, fixed_settings, result_setti
 if TYPE_CHECKING:
     import torch
 
+    from mmoe_rec.batches.encoded_rows import Part
     from mmoe_rec.model.layout import ModelLayout
     from mmoe_rec.model.mmoe import RankingModel
     from mmoe_rec.model.score import Calibration
@@ -54,13 +55,15 @@ def train_model(
     *,
     parent: str | None = None,
     register: bool = True,
+    choices: Choices | None = None,
 ) -> FinishedTraining | None:
     """Features -> training on all ranks -> artifact -> registry. Gives None on ranks other than the first.
 
     start: address of a model to start from, which needs existing features that were extended from that model's. resume:
     go on from the last checkpoint, where there is one; a training that has ended is not begun again, unless the
     features go on to a later day. parent: id of the open run that this one is a part of; register: whether the model
-    goes into the registry. Raises UserError where another process trains in `data.work`.
+    goes into the registry; choices: of the runs that this one is compared with. Raises UserError where another process
+    trains in `data.work`.
     """
     with open_workspace(settings, start, resume) as workspace:
         if workspace.course == "has ended":
@@ -68,7 +71,6 @@ def train_model(
         with _open_run(workspace, parent) as run:
             _log_start(run, workspace)
             results: list[TrainingResult] = []
-            choices: Choices | None = None
             for member in range(settings.model.members):
                 trainer = _make_trainer(run, workspace, member, choices)
                 choices = trainer.choices
@@ -160,26 +162,32 @@ def _log_start(run: Run, workspace: Workspace) -> None:
 
 def _finish(run: Run, workspace: Workspace, results: Sequence[TrainingResult], register: bool) -> FinishedTraining:
     """Best states -> artifact -> registry -> result on disk."""
+    from mmoe_rec.batches.encoded_rows import Part
     from mmoe_rec.inference.writing import write_artifact
     from mmoe_rec.jobs.evaluate import measure_bf16
     from mmoe_rec.jobs.stacking import grow_trees
+    from mmoe_rec.model.score import UNCALIBRATED
     from mmoe_rec.training.checkpoint import FinishedTraining
     from mmoe_rec.training.validation import find_early_end
 
     settings, prepared, layout, result = workspace.settings, workspace.prepared, workspace.layout, results[0]
     artifact = workspace.folder / "model"
-    model, best, begun = join_results(settings, prepared, results, workspace.weights)
+    model, begun = join_results(settings, prepared, results, workspace.weights)
     run.log_text(result.plan, "sharding_plan.txt")
-    draw_gates(run, layout, best.experts, "plots/gate_weights.png")
-    findings = best.experts.findings([task.name for task in layout.tasks])
-    run.log_text("\n".join(findings or ["all experts are used, and no gate settles on one"]) + "\n", "experts.txt")
-    run.log_metrics(best.flat("best"), result.best_step)
     run.log_metrics({"train/rows_per_s": result.rows_per_s, "train/waiting_share": result.waiting}, result.steps)
+    network = None
     if settings.model.trees is not None:
+        network = measure_served(settings, prepared, model, UNCALIBRATED, Part.JUDGING)
+        run.log_metrics(network.flat("network"), result.best_step)
         model.trees = grow_trees(settings, prepared, layout, model)
     calibration = calibrate(settings, prepared, model)
     if calibration.tasks:
         run.log_text(calibration.to_dict(), "calibration.json")
+    served = measure_served(settings, prepared, model, calibration, Part.JUDGING)
+    run.log_metrics(served.flat("best"), result.best_step)
+    draw_gates(run, layout, served.experts, "plots/gate_weights.png")
+    findings = served.experts.findings([task.name for task in layout.tasks])
+    run.log_text("\n".join(findings or ["all experts are used, and no gate settles on one"]) + "\n", "experts.txt")
     in_bf16 = None
     if settings.serving.precision == "auto" and (in_bf16 := measure_bf16(settings, prepared, model, calibration)):
         say(f"{in_bf16}: {'servers may use it' if in_bf16.ranks_alike else 'servers stay with fp32'}")
@@ -198,11 +206,12 @@ def _finish(run: Run, workspace: Workspace, results: Sequence[TrainingResult], r
         before=None if workspace.weights is None else workspace.weights.folder,
     )
     decision = Decision(str(artifact), False, ())
-    values = [f"{name.removeprefix('best/')} {value:.4f}" for name, value in best.flat("best").items()]
-    chosen = f"The state of step {result.best_step:,} was chosen, by its validation:\n\n{quoted(values)}"
-    if len(results) > 1:
-        steps = " and ".join(f"{each.best_step:,}" for each in results)
-        chosen = f"The mean of the members' states of steps {steps}, which their validations chose:\n\n{quoted(values)}"
+    values = [f"{name.removeprefix('best/')} {value:.4f}" for name, value in served.flat("best").items()]
+    steps = " and ".join(f"{each.best_step:,}" for each in results)
+    chosen = (
+        f"Some of the validation users chose the network's state of step {steps}, the trees and the calibration. "
+        f"The model as it is served, on the rows of the other validation users:\n\n{quoted(values)}"
+    )
     if register:
         about = f"{as_code(command())}\n\n{_describe_rows(workspace.manifest)}\n\n{chosen}"
         with _wait_to_register(run, artifact):
@@ -211,7 +220,7 @@ def _finish(run: Run, workspace: Workspace, results: Sequence[TrainingResult], r
     trained = FinishedTraining(
         artifact,
         decision.address,
-        best,
+        served,
         result.best_step,
         max(each.rows_per_s for each in results),
         result.waiting,
@@ -219,6 +228,7 @@ def _finish(run: Run, workspace: Workspace, results: Sequence[TrainingResult], r
         replace(workspace.origin, run_id=run.run_id, settings=result_settings(settings)),
         checksum(artifact / "weights.safetensors"),
         begun,
+        network,
     )
     trained.write()
     return trained
@@ -226,15 +236,15 @@ def _finish(run: Run, workspace: Workspace, results: Sequence[TrainingResult], r
 
 def join_results(
     settings: Settings, prepared: FeatureFolder, results: Sequence[TrainingResult], start: WarmStart | None = None
-) -> tuple[RankingModel, Validation, Validation | None]:
-    """The model of the best states of all members; its validation, and that of the model that it was started from."""
-    from mmoe_rec.batches.encoded_rows import EncodedRows
+) -> tuple[RankingModel, Validation | None]:
+    """The network of the best states of all members, and the validation of the one that it was started from."""
+    from mmoe_rec.batches.encoded_rows import Part
     from mmoe_rec.model.layout import ModelLayout
     from mmoe_rec.model.members import join_members
     from mmoe_rec.model.mmoe import build_model
+    from mmoe_rec.model.score import UNCALIBRATED
     from mmoe_rec.model.tables import PlainTables
     from mmoe_rec.training.checkpoint import load_plain
-    from mmoe_rec.training.validation import validate_alone
 
     layout, one = ModelLayout.of(prepared.layout, settings), settings.of_member(0)
     own, states = ModelLayout.of(prepared.layout, one), []
@@ -243,17 +253,32 @@ def join_results(
         load_plain(model, result.best_checkpoint)
         states.append(model.state_dict())
     if len(results) == 1:
-        assert result.best is not None, "every training validates at least once"
-        return model, result.best, dict(result.history).get(0)
-    model, size = build_model(layout, settings.model, PlainTables(layout)), settings.evaluation.batch_size
-    weighted = settings.training.sampling_correction == "weights"
-    rows = EncodedRows(prepared.split("validation"), layout, outcomes=True, weighted=weighted, with_users=True)
-    begun = None
+        return model, dict(results[0].history).get(0)
+    model, begun = build_model(layout, settings.model, PlainTables(layout)), None
     if start is not None:
         start.fill(model)
-        begun = validate_alone(model, rows, layout, size)
+        begun = measure_served(settings, prepared, model, UNCALIBRATED, Part.SELECTING)
     model.load_state_dict(join_members(states))
-    return model, validate_alone(model, rows, layout, size), begun
+    return model, begun
+
+
+def measure_served(
+    settings: Settings, prepared: FeatureFolder, model: RankingModel, calibration: Calibration, part: Part
+) -> Validation:
+    """Measure a model as it is served, with its trees and calibration, on the validation rows of one part of the users.
+
+    Prints a note where there are too few users for two parts, so that all rows are in both.
+    """
+    from mmoe_rec.batches.encoded_rows import EncodedRows
+    from mmoe_rec.model.layout import ModelLayout
+    from mmoe_rec.training.validation import validate_alone
+
+    layout, weighted = ModelLayout.of(prepared.layout, settings), settings.training.sampling_correction == "weights"
+    validation = prepared.split("validation")
+    rows = EncodedRows(validation, layout, outcomes=True, weighted=weighted, with_users=True, part=part)
+    if not rows.is_divided:
+        say("note: the validation rows have too few users to hold some out: all choose the model and measure it")
+    return validate_alone(model, rows, layout, settings.evaluation.batch_size, calibration)
 
 
 @contextmanager
@@ -278,20 +303,20 @@ def _describe_rows(manifest: Mapping[str, Any]) -> str:
 
 
 def calibrate(settings: Settings, prepared: FeatureFolder, model: RankingModel) -> Calibration:
-    """The calibration of a trained model on the validation rows; reports the tasks that it leaves as they are."""
+    """Fit the calibration of a trained model on the validation rows that select, and print the tasks without one."""
     from mmoe_rec.model.score import UNCALIBRATED
 
     method = settings.training.calibration
     if method == "none":
         return UNCALIBRATED
-    from mmoe_rec.batches.encoded_rows import EncodedRows
+    from mmoe_rec.batches.encoded_rows import EncodedRows, Part
     from mmoe_rec.evaluation.calibration import calibration_rows, fit_calibration
     from mmoe_rec.model.layout import ModelLayout
 
     layout = ModelLayout.of(prepared.layout, settings)
     # Without the weights that training had, it would undo what they correct.
     weighted = settings.training.sampling_correction == "weights"
-    rows = EncodedRows(prepared.split("validation"), layout, weighted=weighted)
+    rows = EncodedRows(prepared.split("validation"), layout, weighted=weighted, part=Part.SELECTING)
     fitted_on = calibration_rows(model, layout, rows, settings.evaluation.batch_size)
     calibration, left = fit_calibration(method, layout.tasks, *fitted_on)
     for sentence in left:

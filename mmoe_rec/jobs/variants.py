@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -28,7 +28,7 @@ from mmoe_rec import __version__
 from mmoe_rec.atomic import atomic_file, digest, write_text
 from mmoe_rec.errors import StoppedError, UserError
 from mmoe_rec.jobs.places import log_and_place
-from mmoe_rec.jobs.seeds import LostProcessError, run_each, run_side_by_side, share_threads
+from mmoe_rec.jobs.seeds import CHOICES, LostProcessError, measure_choices, run_each, run_side_by_side, share_threads
 from mmoe_rec.locks import writing
 from mmoe_rec.preprocessing.prepare import FeatureFolder, existing, features_in_use
 from mmoe_rec.progress import bar
@@ -158,6 +158,7 @@ class VariantTrainings:
             for log in logs:
                 log.unlink(missing_ok=True)
         with self._keep_ended():
+            self._share_choices(tasks.values())
             run_each(_train, list(tasks.values()), [each.name for each in tasks.values()], logs, self.at_once)
         return {each.name: self._read(each, seeds) for each in variants}
 
@@ -184,6 +185,7 @@ class VariantTrainings:
         tasks = [(self._make_task(*pair), cost) for pair, cost in zip(pairs, costs, strict=True)]
         until, losses = time.monotonic() + seconds, 0
         with self._keep_ended():
+            self._share_choices(task for task, _ in tasks)
             while waiting := [each for each in tasks if not (each[0].file.exists() or each[0].failed.exists())]:
                 lots: list[_Lot] = [[] for _ in range(min(self.at_once, len(waiting)))]
                 for each in waiting:  # to the process that is done with the others first
@@ -204,6 +206,15 @@ class VariantTrainings:
                             write_text(task.failed, str(error))
         failed = [task for task, _ in tasks if task.failed.exists()]
         self.failed |= {task.name: task.failed.read_text(encoding="utf-8") for task in failed}
+
+    def _share_choices(self, tasks: Iterable[_Task]) -> None:
+        """Measure what all networks compute in by the first one, unless an earlier one did."""
+        from mmoe_rec.training.choices import write_choices
+
+        first = next((each for each in tasks if not each.variant.trees_alone), None)
+        if first is not None and not first.choices.exists():
+            measured = measure_choices(first.variant.settings, first.prepared, self.folder)
+            write_choices(first.choices, measured)
 
     @contextmanager
     def _keep_ended(self) -> Iterator[None]:
@@ -284,6 +295,11 @@ class _Task:
     checkpoints: Path
     parent: str | None
     unsent: Path | None
+
+    @property
+    def choices(self) -> Path:
+        """The file of what all networks of the comparison compute in."""
+        return self.file.with_name(CHOICES)
 
     @property
     def name(self) -> str:
@@ -368,17 +384,19 @@ def _train_within(task: _Task, run: runs.Run) -> None:
 
 def _train_network(task: _Task, run: runs.Run) -> tuple[ScoredRows, dict[str, Any]]:
     """As `train_model` does, but that nothing is kept."""
+    from mmoe_rec.batches.encoded_rows import Part
     from mmoe_rec.jobs.evaluate import score_by
     from mmoe_rec.jobs.stacking import grow_trees
-    from mmoe_rec.jobs.train import calibrate, join_results
+    from mmoe_rec.jobs.train import calibrate, join_results, measure_served
     from mmoe_rec.model.layout import ModelLayout
+    from mmoe_rec.training.choices import read_choices
     from mmoe_rec.training.loop import Trainer, TrainingResult
     from mmoe_rec.training.ranks import training_ranks
     from mmoe_rec.training.validation import find_early_end
 
     settings, prepared = task.variant.settings, task.prepared
     layout, folder = ModelLayout.of(prepared.layout, settings), task.checkpoints / task.file.stem
-    results, choices = list[TrainingResult](), None
+    results, choices = list[TrainingResult](), read_choices(task.choices)
     try:
         with training_ranks(settings.training) as (device, _):
             for member in range(settings.model.members):
@@ -389,13 +407,14 @@ def _train_network(task: _Task, run: runs.Run) -> tuple[ScoredRows, dict[str, An
                 trainer = Trainer(prepared, own, one.model, training, device, place, log, choices=choices)
                 choices = trainer.choices
                 results.append(trainer.run())
-        model, best, _ = join_results(settings, prepared, results)
+        model, _ = join_results(settings, prepared, results)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    run.log_metrics(best.flat("best"), results[0].best_step)
     if settings.model.trees is not None:
         model.trees = grow_trees(settings, prepared, layout, model)
     calibration = calibrate(settings, prepared, model)
+    served = measure_served(settings, prepared, model, calibration, Part.SELECTING)
+    run.log_metrics(served.flat("best"), results[0].best_step)
     scored = score_by(settings, model, layout, prepared.split(task.split), calibration, task.variant.name)
     assert choices is not None, "a model has at least one member"
     early = (find_early_end(each.history, each.best_step, layout, settings.training) for each in results)

@@ -33,6 +33,10 @@ class Blend:
     trees: float
     offset: float
 
+    def apply(self, network: np.ndarray, trees: np.ndarray) -> np.ndarray:
+        """Blend logits, or values, of both, of any shape."""
+        return self.network * network + self.trees * trees + self.offset
+
 
 @dataclass(frozen=True)
 class Trees:

@@ -180,16 +180,26 @@ def show_estimates(estimates: Mapping[str, PolicyEstimate]) -> Iterator[Table | 
 
 
 def validations_table(
-    history: Sequence[tuple[int, Validation]], best_step: int, together: Mapping[str, Validation] | None = None
+    history: Sequence[tuple[int, Validation]], best_step: int, served: Validation, network: Validation | None = None
 ) -> Table:
-    """A row for each step and task; what is undefined is a dash. history: (step, validation) of each; together: further
-    rows by name."""
-    caption = "without placement and calibration, if any; gauc: by user; calibration: predicted / observed"
+    """Build a table with a row for each step and task, and the model below. What is undefined is a dash.
+
+    Args:
+        history: Step and validation of the network alone, in order.
+        best_step: Step whose state was chosen.
+        served: The model as it is served, on validation rows that chose nothing.
+        network: The network alone on the same rows, if the model has trees.
+    """
+    caption = (
+        "steps: the network alone, on the validation users that choose its state; below: on the other users, the "
+        "network alone and the model as it is served; gauc: by user; calibration: predicted / observed"
+    )
     table = _plain_table("Validations", ["step", "task"], list(_VALIDATIONS), caption)
     rows = {f"{step:,}{' chosen' if step == best_step else ''}": found for step, found in history}
-    for label, found in {**rows, **(together or {})}.items():
+    judged = {"served": served} if network is None else {"network": network, "served": served}
+    for label, found in {**rows, **judged}.items():
         names = dict.fromkeys([*found.loss, *found.auc])
-        style = "bold" if label.endswith("chosen") else ""
+        style = "bold" if label == "served" else ""
         for place, name in enumerate(names):
             values = [getattr(found, metric).get(name) for metric in _VALIDATIONS.values()]
             cells = ["-" if value is None else f"{value:.4f}" for value in values]
@@ -200,7 +210,7 @@ def validations_table(
 
 def describe_training(trained: FinishedTraining, settings: Settings) -> Iterator[Table | str]:
     """What people are told of a training that has ended: all validations, why a state was chosen, warnings, speed."""
-    from mmoe_rec.inference.artifact import read_artifact, read_calibration
+    from mmoe_rec.inference.artifact import read_artifact
     from mmoe_rec.training.checkpoint import latest_checkpoint
     from mmoe_rec.training.validation import explain_choice, warnings_of
 
@@ -209,16 +219,14 @@ def describe_training(trained: FinishedTraining, settings: Settings) -> Iterator
     if trained.started_from is not None:
         values = trained.started_from.flat().items()
         text = ", ".join(f"{name.removeprefix('validation/')} {value:.4f}" for name, value in values)
-        yield f"validation of the model that it was started from: {text}"
-    checkpoint = latest_checkpoint(trained.artifact.parent / "checkpoints")
-    if checkpoint is not None:
-        members = settings.model.members  # the first one's validations, and then that of all
-        together = {f"all {members}": trained.best} if members > 1 else {}
-        yield validations_table(checkpoint.state.history, trained.best_step, together)
+        yield f"validation of the network that it was started from: {text}"
+    if (checkpoint := latest_checkpoint(trained.artifact.parent / "checkpoints")) is not None:
+        history = checkpoint.state.history  # of the first member
+        yield validations_table(history, trained.best_step, trained.best, trained.network)
+        yield from explain_choice(dict(history)[trained.best_step], trained.best_step, settings.training.select_by)
     if early_end := read_artifact(trained.artifact, verify=False).early_end:
         yield f"warning: the model {early_end}"
-    yield from explain_choice(trained.best, trained.best_step, settings.training.select_by)
-    for warning in warnings_of(trained.best, read_calibration(trained.artifact).tasks):
+    for warning in warnings_of(trained.best, settings.training.calibration):
         yield f"warning: {warning}"
     if note := trained.best.experts.note(settings.model.gates.rule):
         yield f"note: {note}"

@@ -58,10 +58,11 @@ class TrainingState:
 class FinishedTraining:
     """A training that has ended.
 
-    artifact: the model's folder; address: its place in the registry; compared: sentences on how it did beside the model
-    that held the alias, and on which model holds it now; origin: what it was begun with, its settings as
-    `result_settings` gives them; weights: checksum of the model's weights; started_from: validation of the model that
-    it was started from; before: whether it had ended before this command.
+    artifact: the model's folder; address: its place in the registry; best: validation of the model as it is served, on
+    the judging rows; network: the same without its trees and calibration, if it has trees; compared: sentences on how
+    it did beside the model that held the alias, and on which model holds it now; origin: what it was begun with, its
+    settings as `result_settings` gives them; weights: checksum of the model's weights; started_from: validation of the
+    network that it was started from; before: whether it had ended before this command.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -75,6 +76,7 @@ class FinishedTraining:
     origin: Origin
     weights: str
     started_from: Validation | None = None
+    network: Validation | None = None
     before: bool = False
 
     @staticmethod

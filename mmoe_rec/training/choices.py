@@ -4,18 +4,22 @@ default gives way only to what is clearly faster, and ranks decide together, by 
 """
 
 import copy
+import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 import torch
 import torch.distributed as dist
+from pydantic import TypeAdapter
 from torch import Tensor
 from torch.nn import functional
 
+from mmoe_rec.atomic import write_text
 from mmoe_rec.batches.batch import KeyedIds, by_place
 from mmoe_rec.devices import freed_memory_kept
 from mmoe_rec.features.layout import DenseInput, IdInput
@@ -86,12 +90,25 @@ def faster(times: Mapping[str, float], by_default: str, margin: float) -> str:
     return best if by_default not in times or times[by_default] >= margin * times[best] else by_default
 
 
-def keep_choices(before: Choices, settings: Training, device: torch.device) -> Choices:
-    """The choices of a training that goes on here: what changes more than time stays, or it would not be the same.
+def read_choices(file: Path) -> Choices | None:
+    """Read the choices that the runs of a comparison share. Returns None if no run has made them."""
+    return TypeAdapter(Choices).validate_json(file.read_bytes()) if file.exists() else None
 
-    A way of tables or a library of products that this machine does not have gives way to one that it has, threads to
-    as many as there are. Raises UserError where what is set is not on offer. A collective call.
+
+def write_choices(file: Path, choices: Choices) -> None:
+    """Keep choices for further runs of a comparison."""
+    write_text(file, json.dumps(asdict(choices), indent=1))
+
+
+def keep_choices(before: Choices, settings: Training, device: torch.device) -> Choices:
+    """The choices of a training that goes on here, or is compared with another one: what changes more than time stays.
+
+    What is set is taken as it is set. A way of tables or a library of products that this machine does not have gives
+    way to one that it has, threads to as many as there are. Raises UserError where what is set is not on offer. A
+    collective call.
     """
+    if settings.precision != "auto":
+        before = replace(before, precision=settings.precision)
     here = device.type == "cpu" and before.tables in list_ways()
     wanted = before.tables if settings.tables == "auto" and here else settings.tables
     count = settings.threads or min(before.threads, torch.get_num_threads()) if device.type == "cpu" else 0

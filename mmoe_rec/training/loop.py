@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from mmoe_rec.batches.batch import Batch, make_batch
-from mmoe_rec.batches.encoded_rows import EncodedRows
+from mmoe_rec.batches.encoded_rows import EncodedRows, Part
 from mmoe_rec.batches.reader import Position, Prefetch, TrainingReader
 from mmoe_rec.devices import freed_memory_kept, limit_threads
 from mmoe_rec.errors import StoppedError, StopRequest
@@ -192,10 +192,11 @@ class Trainer:
 
     def _reader(self, prepared: FeatureFolder, split: str, batch_size: int) -> TrainingReader:
         weighted = self.settings.sampling_correction == "weights"
+        validates = split == "validation"
+        part = Part.SELECTING if validates else None  # the other part judges the model that these rows select
+        folder, options = prepared.split(split), {"weighted": weighted, "with_users": validates}
         return TrainingReader(
-            EncodedRows(
-                prepared.split(split), self.layout, outcomes=True, weighted=weighted, with_users=split == "validation"
-            ),
+            EncodedRows(folder, self.layout, outcomes=True, part=part, **options),
             batch_size=batch_size,
             shuffle_window=self.settings.shuffle_window,
             seed=self.settings.seed,
@@ -218,7 +219,7 @@ class Trainer:
         if self.settings.task_weighting == "uncertainty":
             add_log_variances(model, self.layout.tasks)
         choices = self._choices(mixture, before)
-        if choices.experts != "auto":
+        if choices.experts != "auto" and model_settings.experts.compute == "auto":
             set_compute(mixture, choices.experts)
         set_products(model, choices.products)
         sharded = shard(
@@ -233,16 +234,18 @@ class Trainer:
             sharding=Sharding.of(self.settings),
             features=prepared.folder,
         )
-        if self.rank == 0:
-            say(f"computing in {choices}")
-            steps = self.settings.epochs * self.reader.batches_per_epoch
-            say(f"{steps:,} step{'s' * (steps != 1)} of {self.batch_size:,} rows{self._advise_more(steps)}")
-            if not torchrec_installed():
-                say(
-                    "tables are trained by plain PyTorch in one process, since torchrec (fbgemm) is not installed: "
-                    "`mmoe-rec doctor` says what to type for sharded tables"
-                )
         return sharded, choices
+
+    def announce(self) -> None:
+        """Print what the training computes in and how many steps it takes."""
+        steps = self.total_steps
+        say(f"computing in {self.choices}")
+        say(f"{steps:,} step{'s' * (steps != 1)} of {self.batch_size:,} rows{self._advise_more(steps)}")
+        if not torchrec_installed():
+            say(
+                "tables are trained by plain PyTorch in one process, since torchrec (fbgemm) is not installed: "
+                "`mmoe-rec doctor` says what to type for sharded tables"
+            )
 
     def _advise_more(self, steps: int) -> str:
         """What follows the number of steps, where a smaller batch, or more epochs, would make more of too few."""
@@ -271,6 +274,8 @@ class Trainer:
         Raises StoppedError where SIGTERM or SIGINT came; all is in a checkpoint. Raises UserError where a checkpoint
         can't be written, or the loss is not finite.
         """
+        if self.rank == 0:
+            self.announce()
         result, meter = self.result, Meter(self.layout, self.world_size)
         progress = bar("{task.fields[note]}", shown=self.rank == 0)
         try:

@@ -1,7 +1,7 @@
 """Validation during training: sums that every rank adds to, so that no rank ever holds all predictions."""
 
 import math
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,7 @@ from mmoe_rec.errors import StopRequest, UserError
 from mmoe_rec.features.layout import Layout
 from mmoe_rec.model.layout import ModelLayout
 from mmoe_rec.model.mmoe import Outputs, RankingModel
+from mmoe_rec.model.score import Calibration
 from mmoe_rec.model.utilisation import Utilisation, UtilisationSums
 from mmoe_rec.settings.training import Training
 from mmoe_rec.training.losses import row_losses
@@ -180,13 +181,18 @@ def validate(
 
 
 @torch.no_grad()
-def validate_alone(model: RankingModel, rows: EncodedRows, layout: ModelLayout, batch_size: int) -> Validation:
+def validate_alone(
+    model: RankingModel, rows: EncodedRows, layout: ModelLayout, batch_size: int, calibration: Calibration
+) -> Validation:
     """Scores all rows with a model over `PlainTables`, on this process. rows: with outcomes and users."""
     sums = ValidationSums(layout, model.experts_in_use, rows.rows, len(model.mixture.each_member()))
+    names = [task.name for task in layout.tasks]
     model.eval()
     for part, _ in rows.stream(batch_size):
         batch = make_batch(part.encoded, layout, part.labels, None, part.weights, part.users, torchrec=False)
-        sums.add(model(batch), batch, batch.observed.any(1))
+        outputs = model(batch)
+        calibrated = outputs._replace(logits=calibration.apply(outputs.logits.cpu(), names))
+        sums.add(calibrated, batch, batch.observed.any(1))
     return sums.result()
 
 
@@ -265,13 +271,16 @@ def find_early_end(
     )
 
 
-def warnings_of(best: Validation, calibrated: Collection[str] = ()) -> list[str]:
+def warnings_of(best: Validation, calibration: str) -> list[str]:
     """A sentence for each task that ranks worse than chance, or too well to be true, and for each whose probabilities
     are far off.
 
-    calibrated: tasks whose probabilities are corrected after training.
+    best: of the model as it is served; calibration: the setting `training.calibration`.
     """
     found = []
+    advice = "train longer (training.epochs, a smaller batch_size), or set training.calibration to temperature"
+    if calibration != "none":
+        advice = f"the {calibration} calibration was left out or does not hold: look for drift with `mmoe-rec inspect`"
     for task, auc in best.auc.items():
         rows = best.rarer.get(task, FEWEST)
         # Random scores have an AUC of variance (m + n + 1) / (12 m n), for m and n rows of the labels (Mann and
@@ -290,10 +299,8 @@ def warnings_of(best: Validation, calibrated: Collection[str] = ()) -> list[str]
         # Beyond FURTHEST, and the 95% interval for so many rows of the rarer label does not hold 1.
         apart = abs(math.log(ratio)) if ratio > 0 else math.inf
         error = _ERRORS / math.sqrt(max(best.rarer.get(task, 0), 1))
-        if task not in calibrated and apart > max(math.log(FURTHEST), error):
+        if apart > max(math.log(FURTHEST), error):
             too = "high" if ratio > 1 else "low"
-            found.append(
-                f"the probabilities of '{task}' are too {too}: {ratio:.2f} times what was observed on validation rows; "
-                "train longer (training.epochs, a smaller batch_size), or correct them by training.calibration"
-            )
+            off = f"the probabilities of '{task}' are too {too}: {ratio:.2f} times what was observed on validation rows"
+            found.append(f"{off}; {advice}")
     return found

@@ -5,27 +5,30 @@ from __future__ import annotations
 import json
 import re
 import sys
+from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
 
 import lightgbm
 import numpy as np
 import pytest
-from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.metrics import roc_auc_score
 
 from mmoe_rec.batches.encoded_rows import EncodedRows
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.calibration import calibration_rows
 from mmoe_rec.features.encoder import Inputs as ModelInputs
+from mmoe_rec.features.layout import TaskOutput
 from mmoe_rec.inference.artifact import MANIFEST, write_manifest
 from mmoe_rec.inference.export import add_trees, answers_of, as_arrays, draw_requests, encode, load_onnx, write_onnx
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.jobs import stacking
-from mmoe_rec.jobs.stacking import HALF, fit_blend, is_clearly_less, join_trees
+from mmoe_rec.jobs.stacking import fit_blend, fit_task, is_clearly_less, join_trees
 from mmoe_rec.jobs.trees import Inputs, grow_lightgbm
 from mmoe_rec.model.forest import Forest, read_ensemble
-from mmoe_rec.model.trees import Trees
+from mmoe_rec.model.trees import Blend, Trees
 from mmoe_rec.settings.columns import NO_TIME
+from mmoe_rec.settings.model import Trees as Settings
 from mmoe_rec.tracking import registry
 from tests.inference.small_model import ITEMS, SmallModel, as_request, random_inputs
 from tests.inference.test_ranker import in_request_order, offline
@@ -173,40 +176,125 @@ def test_a_served_model_needs_no_lightgbm(small: SmallModel, tmp_path: Path, mon
     assert Ranker.load(small.folder).rank({"user": 5}, {}, {"item": ITEMS}, explain=True).explanations
 
 
-@pytest.mark.parametrize("rows", [4000, 400])
-@pytest.mark.parametrize("weighted", [False, True])
-def test_a_blend_loses_least_on_the_rows(weighted: bool, rows: int) -> None:
-    """By scikit-learn, where no weight would be below 0; where one would, the other side stands alone. Its penalty
-    is on the difference of the weights alone, as it hardly meets their sum, whose column is large."""
+def penalized_loss(kind: str, network: np.ndarray, trees: np.ndarray, labels: np.ndarray, *at: float) -> float:
+    """The mean loss of a blend of rows that all count alike, with its priors, by plain formulas."""
+    one, other, offset = at
+    unit = 1.0 if kind == "binary" else labels.std()
+    logits = one * network + other * trees + offset
+    level, losses = logits.mean() / unit, ((logits - labels) / unit) ** 2
+    share, levels = one / (one + other), [network.mean() / unit, trees.mean() / unit]
+    expected = share * levels[0] + (1 - share) * levels[1]
+    if kind == "binary":
+        losses = np.log(1 + np.exp(np.where(labels == 1, -logits, logits)))
+        level, *means = (np.mean(1 / (1 + np.exp(-each))) for each in (logits, network, trees))
+        level, expected = np.log(level), np.log(share * means[0] + (1 - share) * means[1])
+    priors = ((2 * share - 1) / 0.25) ** 2 + ((one + other - 1) / 0.5) ** 2 + ((level - expected) / 0.03) ** 2
+    return float(losses.mean() + priors / 2 / len(labels))
+
+
+@pytest.mark.parametrize("kind", ["binary", "regression"])
+@pytest.mark.parametrize("rows", [4000, 300])
+def test_a_blend_loses_least_on_the_rows(kind: str, rows: int) -> None:
+    """No step away from it loses less, by formulas of our own; and trees that only add noise hardly count."""
     random = np.random.default_rng(3)
     truth = random.normal(size=(3, rows))
     labels = (random.random(rows) < 1 / (1 + np.exp(-truth[0] - truth[1]))).astype(float)
-    weights = random.choice([0.01, 0.03], rows) if weighted else np.ones(rows)
-    penalised = {"C": 0.5**2, "tol": 1e-12, "max_iter": 10_000}
-    network, trees = truth[0] + 0.4, 2 * truth[1] + truth[0]
-    for first, second in ((network, trees), (network, network - 3 * truth[2] - 2 * truth[1])):
-        blend = fit_blend("binary", first, second, labels, weights if weighted else None)
-        both = second is trees
-        columns = np.column_stack([(first - second) / 2, 500 * (first + second)] if both else [first])
-        model = LogisticRegression(**penalised).fit(columns, labels, weights / weights.mean())
-        apart, together = [*model.coef_[0], 0][:2]
-        expected = [500 * together + apart / 2, 500 * together - apart / 2] if both else [apart, 0]
-        np.testing.assert_allclose([blend.network, blend.trees], expected, rtol=2e-3, atol=2e-3)
-        np.testing.assert_allclose(blend.offset, model.intercept_[0], rtol=2e-3, atol=2e-3)
-    values = 500 + 40 * (truth[0] + truth[1]) + random.normal(size=rows)
-    first, second = 480 + 30 * truth[0], 510 + 20 * truth[1]
-    blend = fit_blend("regression", first, second, values, weights if weighted else None)
-    columns = np.column_stack([(first - second) / 2, 500 * (first + second)]) / values.std()
-    line = Ridge(alpha=0.5 / 0.5**2, solver="svd").fit(columns, values / values.std(), weights / weights.mean())
-    apart, together = line.coef_
-    found = [blend.network, blend.trees]
-    np.testing.assert_allclose(found, [500 * together + apart / 2, 500 * together - apart / 2], rtol=1e-3)
-    np.testing.assert_allclose(blend.offset, line.intercept_ * values.std(), rtol=1e-3, atol=1)
+    network, trees, unit = truth[0] + 0.4, 2 * truth[1] + truth[0], 1.0
+    if kind == "regression":
+        labels = 500 + 40 * (truth[0] + truth[1]) + random.normal(size=rows)
+        network, trees, unit = 480 + 30 * truth[0], 510 + 20 * truth[1], labels.std()
+    blend = fit_blend(kind, network, trees, labels)
+    middle = 0.0 if kind == "binary" else labels.mean()
+    own = [network - middle, trees - middle, labels - middle]
+    found = np.array([blend.network, blend.trees, blend.offset - middle * (1 - blend.network - blend.trees)])
+    least = penalized_loss(kind, *own, *found)
+    for step in 1e-3 * random.normal(size=(100, 3)) * [1, 1, unit]:
+        assert penalized_loss(kind, *own, *(found + step)) > least
+    noise = network + 3 * unit * truth[2]
+    assert fit_blend(kind, network, noise, labels).trees < (0.05 if rows == 4000 else 0.2)
+
+
+def test_regressions_are_fitted_to_the_optimum() -> None:
+    """Two of 4,000 drawn ones stopped early: the slope of the loss is zero at all of them."""
+    random = np.random.default_rng(8)
+    for _ in range(300):
+        truth, scale = random.normal(size=(3, 120)), 10 ** random.uniform(-3, 5)
+        labels = scale * (random.normal() * 10 + truth[0] + random.uniform(0, 2) * truth[2])
+        slopes = random.uniform(0.2, 2, 2)
+        network, trees = (labels.mean() + scale * (slopes[i] * truth[0] + truth[i + 1]) for i in (0, 1))
+        blend = fit_blend("regression", network, trees, labels)
+        own = [(each - labels.mean()) / labels.std() for each in (network, trees, labels)]
+        offset = (blend.offset - labels.mean() * (1 - blend.network - blend.trees)) / labels.std()
+        found = np.array([blend.network, blend.trees, offset])
+        if min(found[:2]) < 1e-9 or sum(found[:2]) < 0.1001:
+            continue  # at a bound
+        slopes = [
+            penalized_loss("regression", *own, *(found + step)) - penalized_loss("regression", *own, *(found - step))
+            for step in 1e-5 * np.eye(3)
+        ]
+        np.testing.assert_allclose(np.array(slopes) / 2e-5, 0, atol=2e-6)
+
+
+def test_weights_of_rows_count_as_copies() -> None:
+    random = np.random.default_rng(4)
+    network, trees = random.normal(size=(2, 5000))
+    labels = (random.random(5000) < 1 / (1 + np.exp(-network - trees))).astype(float)
+    copies = random.integers(1, 4, 5000)
+    weighted = fit_blend("binary", network, trees, labels, 0.1 * copies)
+    copied = fit_blend("binary", *(np.repeat(each, copies) for each in (network, trees, labels)))
+    for one, other in zip(astuple(weighted), astuple(copied), strict=True):  # the priors weigh less beside more rows
+        assert one == pytest.approx(other, abs=0.02)
 
 
 def test_of_few_labels_half_of_each_is_taken() -> None:
     labels = np.array([0.0] * 500 + [1.0] * 99)
-    assert fit_blend("binary", labels - 0.5, labels, labels) == HALF
+    assert fit_blend("binary", labels - 0.5, labels, labels) == Blend(0.5, 0.5, 0.0)
+
+
+def test_a_blend_of_weak_signal_ranks_no_worse_than_the_network_alone() -> None:
+    """Validation rows that show hardly anything must not choose a blend without the side that knows something."""
+    lost = []
+    for seed in range(40):
+        random = np.random.default_rng(seed)
+        signal, *noise = random.normal(size=(3, 41_500))
+        labels = (random.random(41_500) < 1 / (1 + np.exp(1.5 - 0.1 * signal))).astype(float)
+        network, trees = -1.5 + 0.1 * signal + 0.2 * noise[0], -1.5 + 0.03 * signal + 0.12 * noise[1]
+        blend = fit_blend("binary", network[:1500], trees[:1500], labels[:1500])
+        areas = [roc_auc_score(labels[1500:], each[1500:]) for each in (network, blend.apply(network, trees))]
+        lost.append(areas[0] - areas[1])
+    assert np.mean(lost) < 0.0015
+
+
+def test_an_unusual_month_moves_the_level_of_a_blend_little() -> None:
+    """With some 600 positives: labels choose weights, and it is calibration that corrects the level."""
+    random = np.random.default_rng(2)
+    truth = random.normal(size=(2, 9000))
+    network, trees = (-2.8 + 0.6 * each for each in truth)
+    labels = (random.random(9000) < 1 / (1 + np.exp(-0.6 * (network + trees) - 0.9))).astype(float)
+    blend = fit_blend("binary", network, trees, labels)
+    predicted, *sides = (1 / (1 + np.exp(-each)) for each in (blend.apply(network, trees), network, trees))
+    too_high, taken_over = labels.mean() / np.mean(sides), predicted.mean() / np.mean(sides)
+    assert too_high > 1.3
+    assert 1 < taken_over < 1 + 0.6 * (too_high - 1)
+
+
+@pytest.mark.parametrize(("ids", "most"), [(1, 10), (0, 20)])
+def test_no_task_has_more_trees_than_the_settings_allow(ids: int, most: int) -> None:
+    """Sets with and without ids are joined from halves; and beside trees that only do harm the network stands alone."""
+    random = np.random.default_rng(1)
+    x = np.column_stack([random.normal(size=(4000, 2)), random.integers(0, 30, (4000, ids))]).astype(np.float32)
+    truth = x[:, 0] + (x[:, -1] % 3 if ids else 0)
+    labels = (truth + random.normal(size=4000) > 1).astype(float)
+    rows, section = Inputs(x, 2, labels), Settings().model_copy(update={"number": most})
+    task = TaskOutput("click", "binary")
+    users = np.arange(4000)
+    (found, told) = fit_task(task, section, 0, rows, rows, np.full(4000, labels.mean()), users, 1e9)
+    assert found is not None
+    assert len(read_ensemble(found[0]).trees) == most
+    assert ("in all" in told) == bool(ids)
+    opposite = replace(rows, labels=1 - labels)
+    harmful = section.model_copy(update={"learning_rate": 1.0})
+    assert fit_task(task, harmful, 0, opposite, rows, 1.7 * (truth - 1), users)[0] is None
 
 
 def test_a_users_rows_are_one_witness() -> None:

@@ -8,8 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mmoe_rec.batches.encoded_rows import EncodedRows
+from mmoe_rec.batches.encoded_rows import EncodedRows, Part
 from mmoe_rec.inference.artifact import read_artifact, read_model
+from mmoe_rec.model.score import UNCALIBRATED
 from mmoe_rec.preprocessing.prepare import FeatureFolder
 from mmoe_rec.settings.training import Training
 from mmoe_rec.training.checkpoint import FinishedTraining, latest_checkpoint
@@ -57,8 +58,8 @@ def test_each_member_is_the_training_of_its_own_seed(world: World, tmp_path: Pat
         ended, about = FinishedTraining.read(work), read_artifact(work / "model")
         assert ended is not None
         validation = FeatureFolder(work / "features").split("validation")
-        rows = EncodedRows(validation, about.layout, outcomes=True, with_users=True)
-        again = validate_alone(read_model(about, work / "model"), rows, about.layout, 512)
+        rows = EncodedRows(validation, about.layout, outcomes=True, with_users=True, part=Part.JUDGING)
+        again = validate_alone(read_model(about, work / "model"), rows, about.layout, 512, UNCALIBRATED)
         for name in ("loss", "auc", "gauc", "calibration", "rarer"):
             assert getattr(again, name) == pytest.approx(getattr(ended.best, name), rel=1e-5), name
 

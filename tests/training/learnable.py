@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import torch
 
 from mmoe_rec.batches.batch import make_batch
-from mmoe_rec.batches.encoded_rows import EncodedRows
+from mmoe_rec.batches.encoded_rows import EncodedRows, Part
 from mmoe_rec.features.layout import Attention, Encoded, label_types
 from mmoe_rec.model.layout import ModelLayout, ModelTask
 from mmoe_rec.model.mmoe import RankingModel, build_model
@@ -195,10 +195,11 @@ def trained(
 
 
 def scores(model: RankingModel, prepared: FeatureFolder, split: str = "validation") -> tuple[np.ndarray, np.ndarray]:
-    """Logits and labels (N, T) of a split's rows in file order, without placement."""
+    """Logits and labels (N, T) of a split's rows in file order, without placement; of validation those that select."""
     attention = tuple(Attention(name, length) for length, (name, *_) in model.histories)
     layout: Any = replace(LAYOUT, **vars(prepared.layout), attention=attention)
-    parts: Sequence = list(EncodedRows(prepared.split(split), layout).stream(10_000))
+    part = Part.SELECTING if split == "validation" else None
+    parts: Sequence = list(EncodedRows(prepared.split(split), layout, part=part).stream(10_000))
     with torch.inference_mode():
         logits = [model(make_batch(rows.encoded, layout, torchrec=False)).logits.numpy() for rows, _ in parts]
     return np.concatenate(logits), np.concatenate([rows.labels for rows, _ in parts])

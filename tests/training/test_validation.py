@@ -220,12 +220,12 @@ def test_the_rule_that_chose_is_named() -> None:
 
 
 def test_an_auc_below_chance_is_told_of() -> None:
-    (good,) = warnings_of(found(auc={"click": 0.998, "like": 0.8}, rarer={"click": 500, "like": 500}))
+    (good,) = warnings_of(found(auc={"click": 0.998, "like": 0.8}, rarer={"click": 500, "like": 500}), "none")
     assert "the validation AUC of 'click' is 0.9980, too good to be true" in good
-    assert warnings_of(found(auc={"click": 0.998}, rarer={"click": 13})) == []
-    (few,) = warnings_of(found(auc={"click": 0.478, "like": 0.8}, rarer={"click": 13, "like": 500}))
+    assert warnings_of(found(auc={"click": 0.998}, rarer={"click": 13}), "none") == []
+    (few,) = warnings_of(found(auc={"click": 0.478, "like": 0.8}, rarer={"click": 13, "like": 500}), "none")
     assert few.startswith("the validation AUC of 'click' is 0.478, below .5; with 13 rows of its rarer label")
-    (many,) = warnings_of(found(auc={"click": 0.478, "like": 0.8}, rarer={"click": 9000, "like": 500}))
+    (many,) = warnings_of(found(auc={"click": 0.478, "like": 0.8}, rarer={"click": 9000, "like": 500}), "none")
     assert "worse than chance" in many
 
 
@@ -236,7 +236,11 @@ def test_an_auc_below_chance_is_told_of() -> None:
 def test_probabilities_far_from_what_was_observed_are_told_of(ratio: float, rows: int, told: bool) -> None:
     """2.5 times 3 rows may be chance."""
     validation = found(calibration={"click": ratio}, rarer={"click": rows})
-    warnings = warnings_of(validation)
-    assert bool(warnings) == told
-    assert all("probabilities of 'click'" in each and f"{ratio:.2f} times" in each for each in warnings)
-    assert warnings_of(validation, calibrated={"click"}) == []
+    for calibration, advice in (
+        ("none", "or set training.calibration to"),
+        ("isotonic", "the isotonic calibration was"),
+    ):
+        warnings = warnings_of(validation, calibration)
+        assert bool(warnings) == told
+        assert all("probabilities of 'click'" in each and f"{ratio:.2f} times" in each for each in warnings)
+        assert all(advice in each for each in warnings)
