@@ -6,7 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mmoe_rec.batches.encoded_rows import EncodedRows, Rows
+from mmoe_rec.batches.encoded_rows import EncodedRows, Part, Rows
 from mmoe_rec.errors import UserError
 from tests.batches.encoded_files import LAYOUT, assert_values, numbers, table, write
 
@@ -36,6 +36,34 @@ def test_stream_gives_all_rows_in_file_order(tmp_path: Path, batch_size: int) ->
         assert_values(rows)
         assert extra.column_names == ["user", "id.item"]
         assert extra.column("user").to_pylist() == [f"user {row}" for row in numbers(rows)]
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 100])
+def test_parts_have_each_row_once_by_its_user(tmp_path: Path, batch_size: int) -> None:
+    """In streams and in row groups, and a user is in the same part of any folder."""
+    total = write(tmp_path / "rows", [[15, 0, 4], [], [1], [19, 5]])
+    parts = {part: EncodedRows(tmp_path / "rows", LAYOUT, part=part) for part in Part}
+    found = {}
+    for part, rows in parts.items():
+        assert rows.is_divided
+        read = [numbers(rows.read_row_group(group)) for group in rows.groups]
+        assert [len(each) for each in read] == rows.group_rows.tolist()
+        streamed = np.concatenate([numbers(each) for each, _ in rows.stream(batch_size, ["user"])])
+        assert streamed.tolist() == np.concatenate(read).tolist()
+        assert len(streamed) == rows.rows
+        for group, each in zip(rows.groups, read, strict=True):
+            assert numbers(rows.read_row_group(group, np.arange(len(each))[::-1])).tolist() == each[::-1].tolist()
+        users = pa.array([f"user {row}" for row in streamed])
+        assert part.holds(users).all()
+        assert part.holds(users.dictionary_encode()).all()
+        found[part] = set(streamed.tolist())
+    assert found[Part.SELECTING] | found[Part.JUDGING] == set(range(total))
+    assert not found[Part.SELECTING] & found[Part.JUDGING]
+
+
+@pytest.mark.parametrize("users", [np.arange(20_000), np.arange(20_000).astype(str)])
+def test_half_of_the_users_judge(users: np.ndarray) -> None:
+    assert abs(Part.JUDGING.holds(pa.array(users)).mean() - 0.5) < 0.015  # four standard errors
 
 
 def test_slices_and_their_concatenation(tmp_path: Path) -> None:

@@ -1,14 +1,25 @@
-"""python -m tests.benchmarks.judge [--comparisons 200]
+"""python -m tests.benchmarks.judge [--comparisons 200] [--logs 40] [--only compared selected trained]
 
-How often does the judge err? Each comparison is of two models on the rows of 250 users of its own, some 3,000 of two
-tasks, in 20 slices of a fifth of the users each, by the rule that promotes: of `equal` models; of those of which one
-is truly better by the size that the reports of the former call detectable (the mean over them), its `gain`; and of
-models of which one is far better, but for a slice that it ranks at random, on 500 users, `broken`, or but for the last
-task, in which it differs for 1, 2 or 5 users alone (`few_1` ...). What is true is measured on 48,000 other users.
+How often does the judge err?
 
-promoted_...         share of the comparisons in which the first model is better, and nothing holds it back
+`compared`: each comparison is of two models on the rows of 250 users of its own, some 3,000 of two tasks, in 20 slices
+of a fifth of the users each, by the rule that promotes: of `equal` models; of those of which one is truly better by the
+size that the reports of the former call detectable (the mean over them), its `gain`; and of models of which one is far
+better, but for a slice that it ranks at random, on 500 users, `broken`, or but for the last task, in which it differs
+for 1, 2 or 5 users alone (`few_1` ...). What is true is measured on 48,000 other users.
+
+`selected`: labels without signal and a network that has learned noise, on 500 validation users. Trees, blend and
+calibration are selected on half of the users, and the other half compares "network + trees" with "network alone"
+(`selected`). For contrast, all users do both (`selected_and_judged_alike`).
+
+`trained`: the whole command `train` on small logs, for an earlier day and then for a later one. `later_day` has labels
+without signal and promotes whatever it promotes in error. In `later_gain` the second model sees one more column, whose
+strength is set so that the true gain (`gain`, on 20,000 test rows a log) is about the size that these judging rows can
+detect (`detectable`), so nine of ten should be promoted.
+
+promoted_...         fraction of the comparisons in which the first model is better, and nothing holds it back
 shown_...            the same without guardrails
-by_slices_alone_...  share in which nothing but a slice holds it back
+by_slices_alone_...  fraction in which nothing but a slice holds it back
 detectable           that size, of the mean AUC of both tasks
 margin               of the guardrails
 
@@ -17,20 +28,71 @@ The last line is JSON.
 
 import argparse
 import json
+import logging
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
-from mmoe_rec.settings.sections import Evaluation
-from tests.evaluation.judged_models import NOISE, noise_of_gain, verdicts
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from scipy.special import expit
+from sklearn.metrics import roc_auc_score
 
-USERS, RESAMPLES = 250, 200
+from mmoe_rec.batches.encoded_rows import Part
+from mmoe_rec.evaluation.calibration import fit_calibration
+from mmoe_rec.evaluation.comparison import BETTER, Verdict, compare
+from mmoe_rec.evaluation.summary import MeasuredModel, summarise
+from mmoe_rec.evaluation.sums import measure
+from mmoe_rec.features.layout import TaskOutput
+from mmoe_rec.inference.artifact import Source
+from mmoe_rec.jobs import promotion
+from mmoe_rec.jobs.evaluate import scored_rows
+from mmoe_rec.jobs.stacking import fit_task
+from mmoe_rec.jobs.train import train_model
+from mmoe_rec.jobs.trees import Inputs
+from mmoe_rec.model.forest import Forest, read_ensemble
+from mmoe_rec.model.trees import Blend
+from mmoe_rec.settings.load import load_settings
+from mmoe_rec.settings.model import Trees
+from mmoe_rec.settings.sections import Evaluation, Settings
+from mmoe_rec.tracking.registry import find_model
+from tests.evaluation.judged_models import NAMES, NOISE, TASKS, World, noise_of_gain, verdicts
+
+USERS, RESAMPLES, COLUMNS = 250, 200, 12
+START, DAYS = np.datetime64("2024-01-01", "us"), 24
+FIRST = {"train_end": "2024-01-15", "validation_end": "2024-01-18", "test_end": "2024-01-21"}
+SECOND = {"train_end": "2024-01-18", "validation_end": "2024-01-21"}
+STRENGTH = 0.45
+"""Of the column that the second model alone sees: the true gain is then about what the judging rows can detect."""
 
 
 def main() -> None:
     """Runs the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--comparisons", type=int, default=200)
-    number = parser.parse_args().comparisons
+    parser.add_argument("--logs", type=int, default=40)
+    parts: dict[str, Callable[[argparse.Namespace], dict[str, float]]] = {
+        "compared": lambda options: judge_compared(options.comparisons),
+        "selected": lambda options: judge_selected(options.comparisons),
+        "trained": lambda options: judge_trained(options.logs),
+    }
+    parser.add_argument("--only", nargs="+", choices=parts, default=list(parts))
+    options = parser.parse_args()
+    found: dict[str, float] = {"margin": Evaluation().margin}
+    for part in options.only:
+        found |= parts[part](options)
+    print(json.dumps(found))
+
+
+def judge_compared(number: int) -> dict[str, float]:
+    """Models whose true difference is known."""
     equal, size = verdicts(NOISE, number, USERS, RESAMPLES, slices=True)
-    found, counts = {"detectable": round(size, 5), "margin": Evaluation().margin}, {"equal": equal}
+    found, counts = {"detectable": round(size, 5)}, {"equal": equal}
     counts["gain"], _ = verdicts(noise_of_gain(size), number, USERS, RESAMPLES, slices=True)
     counts["broken"], _ = verdicts(0.0, number, 2 * USERS, RESAMPLES, slices=True, broken=True)
     for few in (1, 2, 5):
@@ -40,8 +102,174 @@ def main() -> None:
         found[f"promoted_{name}"] = each["better"] / number
         found[f"shown_{name}"] = (each["better"] + each["held back"]) / number
         found[f"by_slices_alone_{name}"] = each["only slices"] / number
-    print(json.dumps(found))
+    return found
+
+
+def judge_selected(number: int) -> dict[str, float]:
+    """Trees of labels without signal, selected on some users and judged on others, or on the same."""
+    found = {}
+    for name, divided in (("selected", True), ("selected_and_judged_alike", False)):
+        promoted = sum(select(seed, divided).kind == BETTER for seed in range(number))
+        print(f"{name}: {promoted} of {number} promoted", flush=True)
+        found[f"promoted_{name}"] = promoted / number
+    return found
+
+
+def select(seed: int, divided: bool) -> Verdict:
+    """Compare a network that has learned noise with the same beside trees that were grown on noise.
+
+    Args:
+        seed: Of all that is drawn.
+        divided: Whether the users who judge select nothing.
+    """
+    random = np.random.default_rng([13, seed])
+    train, validation = World(random, 2 * USERS), World(random, 2 * USERS)
+    judging = Part.JUDGING.holds(pa.array(validation.user))
+    judges, selects = (judging, ~judging) if divided else (np.ones(len(judging), bool),) * 2
+    x = [random.normal(size=(len(world.user), COLUMNS)).astype(np.float32) for world in (train, validation)]
+    labels = [(random.random(world.labels.shape) < 0.25).astype(float) for world in (train, validation)]
+    network = np.log(0.25 / 0.75) + 0.3 * random.normal(size=labels[1].shape)
+    both = np.empty_like(network)
+    for place, name in enumerate(NAMES):
+        rows = Inputs(x[0], COLUMNS, labels[0][place]), Inputs(x[1][selects], COLUMNS, labels[1][place][selects])
+        own = network[place][selects], validation.user[selects]
+        grown, _ = fit_task(TaskOutput(name, "binary"), Trees(number=200), 17, *rows, *own)
+        text, blend = grown or ("", Blend(1.0, 0.0, 0.0))
+        trees = Forest([read_ensemble(text)]).sums(x[1])[:, 0] if text else np.zeros(len(judging))
+        both[place] = blend.apply(network[place], trees)
+    models = {}
+    for model, logits in (("new", both), ("old", network)):
+        tasks = [TaskOutput(name, "binary") for name in NAMES]
+        fitted, _ = fit_calibration("temperature", tasks, logits[:, selects].T, labels[1][:, selects].T)
+        tensor = fitted.apply(_tensor(logits[:, judges].T), NAMES)
+        given = [dict(zip(NAMES, each, strict=True)) for each in (expit(tensor.numpy().T), labels[1][:, judges])]
+        sums = measure(TASKS, validation.user[judges], validation.request[judges], *given, score=sum(given[0].values()))
+        models[model] = MeasuredModel(sums, summarise(sums, 20))
+    return compare(models, "new", NAMES, Evaluation(resamples=RESAMPLES)).verdicts["old"]
+
+
+def _tensor(values: np.ndarray) -> Any:
+    import torch
+
+    return torch.from_numpy(np.ascontiguousarray(values))
+
+
+def judge_trained(number: int) -> dict[str, float]:
+    """The command `train` for a later day, beside the champion of an earlier one."""
+    found: dict[str, float] = {}
+    for name, strength in (("later_day", 0.0), ("later_gain", STRENGTH)):
+        results = []
+        for seed in range(number):
+            with tempfile.TemporaryDirectory() as folder:
+                results.append(train_twice(seed, strength, Path(folder)))
+            print(f"{name} {seed}: promoted {results[-1][0]}, {results[-1][1]}, gain {results[-1][2]:.4f}", flush=True)
+        promoted, judged, gains = zip(*results, strict=True)
+        sizes = [each.detectable for each in judged if each is not None and each.detectable is not None]
+        print(f"{name}: {sum(promoted)} of {number} promoted, {sum(map(_is_shown, judged))} shown better", flush=True)
+        found |= {f"promoted_{name}": sum(promoted) / number, f"gain_{name}": float(np.mean(gains))}
+        found[f"detectable_{name}"] = float(np.mean(sizes))
+    return found
+
+
+def _is_shown(verdict: Verdict | None) -> bool:
+    return verdict is not None and verdict.kind in ("better", "held back")
+
+
+def train_twice(seed: int, strength: float, folder: Path) -> tuple[bool, Verdict | None, float]:
+    """Train for an earlier day and then for a later one, each time from the settings of that day.
+
+    Args:
+        seed: Of the log and of both trainings.
+        strength: How much the labels follow a column that the second model alone sees. 0 leaves labels without signal.
+        folder: Where everything lies.
+
+    Returns:
+        Whether the second model became the champion, the verdict on it, and its true gain in the mean AUC.
+    """
+    write_log(seed, strength, folder)
+    first, second = (settings_of(folder, seed, day, strength) for day in ("first", "second"))
+    with recorded_verdicts() as verdicts:
+        champion, challenger = train_model(first), train_model(second)
+    assert champion is not None
+    assert challenger is not None
+    areas = []
+    for trained, settings in ((champion, first), (challenger, second)):
+        model = find_model(str(trained.artifact), settings.tracking.address)
+        scored = scored_rows(second, Source(trained.artifact, model.address, None), "model", "test")
+        columns = zip(scored.labels.T, scored.predictions.T, strict=True)
+        areas.append(np.mean([roc_auc_score(label, predicted) for label, predicted in columns]))
+    promoted = challenger.address.endswith("@champion")
+    return promoted, verdicts[-1] if verdicts else None, float(areas[1] - areas[0])
+
+
+@contextmanager
+def recorded_verdicts() -> Iterator[list[Verdict]]:
+    """The verdicts that trainings come to."""
+    read, found = promotion._read_verdict, list[Verdict]()
+
+    def record(results: Any) -> tuple[bool, str]:
+        found.extend(results.comparison.verdicts.values())
+        return read(results)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(promotion, "_read_verdict", record)
+        yield found
+
+
+def write_log(seed: int, strength: float, folder: Path) -> None:
+    """Write a log of 40,000 rows, half of them on the last days, which test."""
+    random = np.random.default_rng([17, seed])
+    users, items, requests = 400, 60, 8000
+    days = np.concatenate([random.uniform(0, 20, requests // 2), random.uniform(20, DAYS, requests // 2)])
+    times = np.sort(days * 86_400e6).astype(np.int64).repeat(5)
+    rows = len(times)
+    numbers, extra, quality = random.normal(size=(6, rows)), random.normal(size=rows), random.normal(size=items)
+    item = random.random((requests, items)).argsort(1)[:, :5].ravel()
+    signal = strength * extra + (0.5 * numbers[0] + 0.5 * quality[item] if strength else 0.0)
+    labels = random.random((2, rows)) < expit(signal - 1)
+    columns: dict[str, Any] = {f"number_{place}": each for place, each in enumerate(numbers)}
+    columns |= {"request": np.arange(requests).repeat(5), "user": random.integers(0, users, requests).repeat(5)}
+    columns |= {"item": item, "extra": extra, **dict(zip(NAMES, labels.astype(np.int8), strict=True))}
+    columns["time"] = pa.array(START + times.astype("timedelta64[us]"), pa.timestamp("us", tz="UTC"))
+    (folder / "log").mkdir()
+    pq.write_table(pa.table(columns), folder / "log" / "part.parquet")
+
+
+def settings_of(folder: Path, seed: int, day: str, strength: float) -> Settings:
+    """Settings for the first or the second day. With a strength, only the second day's model sees column `extra`."""
+    numbers = [f"number_{place}" for place in range(6)] + (["extra"] if strength and day == "second" else [])
+    features: dict[str, Any] = {name: {"kind": "numeric", "column": name} for name in numbers}
+    features |= {"item": {"kind": "id", "column": "item", "dim": 4}}
+    features |= {f"item_{task}": {"kind": "counter", "task": task, "by": ["item"]} for task in NAMES}
+    tree = {
+        "name": "judged",
+        "data": {"log": str(folder / "log"), "work": str(folder / day)},
+        "columns": {"request": "request", "user": "user", "candidate": "item", "time": "time"},
+        "roles": {"user": ["user"], "candidate": ["item", *numbers]},
+        "tasks": {
+            name: {"label": name, "objective": objective}
+            for name, objective in zip(NAMES, ("engagement", "satisfaction"), strict=True)
+        },
+        "features": features,
+        "split": FIRST if day == "first" else SECOND,
+        "model": {
+            "bottom": {"units": [16]},
+            "experts": {"count": 2, "units": [8]},
+            "towers": {"units": [4]},
+            "trees": {"number": 60, "leaves": 15, "learning_rate": 0.1},
+        },
+        "training": {
+            **{"device": "cpu", "precision": "fp32", "products": "blas", "tables": "fbgemm", "threads": 1},
+            **{"batch_size": 256, "epochs": 2, "learning_rate": 0.01, "calibration": "temperature", "seed": seed},
+        },
+        "evaluation": {"resamples": RESAMPLES, "margin": 0.05},
+        "tracking": {"uri": f"sqlite:///{folder / 'mlflow.db'}"},
+    }
+    path = folder / f"{day}.yaml"
+    path.write_text(yaml.safe_dump(tree), encoding="utf-8")
+    return load_settings(str(path))
 
 
 if __name__ == "__main__":
+    logging.disable(logging.WARNING)
     main()

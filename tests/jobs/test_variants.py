@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,8 @@ from mmoe_rec.jobs.train import train_model
 from mmoe_rec.jobs.variants import Variant, VariantTrainings, open_variants
 from mmoe_rec.settings.load import load_settings
 from mmoe_rec.settings.sections import Settings
+from mmoe_rec.settings.training import Training
+from mmoe_rec.training.choices import Choices, Chooser
 from tests.fork_server import MULTIPROCESSING
 from tests.pipelines.learnable_log import settings_tree
 from tests.pipelines.short_trainings import FIRST_DAY, LENIENT, RATES, SMALL, World, dying_after
@@ -124,6 +127,27 @@ def test_trainings_that_ended_stay_and_differences_are_of_means(
     assert alone.error < apart.error, "of a single training the interval is over users alone"
 
 
+def test_all_variants_compute_in_what_the_first_one_chose(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also in a later command, whatever a busy machine would choose by then."""
+    tree = settings.model_dump()
+    tree["training"]["precision"] = "auto"
+    tree["data"]["work"] = str(tmp_path)
+    settings, chosen, choose = Settings.model_validate(tree), list[Training](), Chooser.choose
+
+    def busy(chooser: Chooser, training: Training) -> Choices:
+        chosen.append(training)
+        return replace(choose(chooser, training), precision="fp32" if len(chosen) == 1 else "bf16")
+
+    monkeypatch.setattr(Chooser, "choose", busy)
+    for without in ((), ("price",)):
+        with open_variants(settings, "structures", "test") as trainings:
+            found = trainings.train([Variant("x", settings, without)], [17, 18])
+        assert [each["precision"] for each in found["x"].facts] == ["fp32", "fp32"]
+    assert len(chosen) == 1
+
+
 def test_a_task_or_feature_that_there_is_not_is_refused(settings: Settings) -> None:
     with open_variants(settings, "ablate", "validation") as trainings:
         for variant, told in (
@@ -158,5 +182,5 @@ def test_trainings_side_by_side_are_those_one_after_the_other(
             trained = trainings.train(variants, [17])
         files = [file for each in trained.values() for file in each.files]
         found.append([pq.read_table(file).to_pydict() for file in files])
-        assert len(list(trainings.trained.iterdir())) == 2
+        assert len(list(trainings.trained.glob("*.parquet"))) == 2
     assert found[0] == found[1]

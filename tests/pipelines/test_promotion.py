@@ -11,7 +11,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 from sklearn.metrics import roc_auc_score
 
-from mmoe_rec.batches.encoded_rows import EncodedRows
+from mmoe_rec.batches.encoded_rows import EncodedRows, Part
 from mmoe_rec.evaluation.scoring import score_rows
 from mmoe_rec.inference.artifact import write_manifest
 from mmoe_rec.inference.ranker import Ranker
@@ -55,9 +55,9 @@ def said(work: Path) -> list[str]:
 
 
 def area(artifact: Path, work: Path) -> float:
-    """The mean AUC of a model on the validation rows of the features in a folder, which are its own."""
+    """The mean AUC of a model on the judging rows of the features in a folder, which are its own."""
     ranker = Ranker.load(artifact)
-    rows = EncodedRows(work / "features" / "encoded" / "validation", ranker.layout)
+    rows = EncodedRows(work / "features" / "encoded" / "validation", ranker.layout, part=Part.JUDGING)
     scored = score_rows(ranker.model, ranker.layout, rows, 512)
     found = []
     for label, predicted in zip(scored.labels.T, scored.predictions.T, strict=True):
@@ -75,9 +75,12 @@ def test_the_first_takes_the_alias_and_a_better_one_after_it(template: World) ->
     assert template.holder() == "2"
     reason, now = said(template.work)
     assert now == "'champion' is version 2 now, this model"
-    rows = json.loads((template.folder / "work" / "features" / "manifest.json").read_text())["splits"]["validation"]
+    layout = Ranker.load(template.work / "model").layout
+    rows = EncodedRows(template.work / "features" / "encoded" / "validation", layout, part=Part.JUDGING).rows
     better = r"'this model' is better than 'version 1': mean auc of click, liked is higher by "
-    found = re.fullmatch(rf"{better}([.\d]+) \(([.\d]+) to [.\d]+\) \({rows['rows']:,} validation rows\)", reason)
+    found = re.fullmatch(
+        rf"{better}([.\d]+) \(([.\d]+) to [.\d]+\) \({rows:,} validation rows that chose nothing\)", reason
+    )
     assert found
     assert float(found[1]) == pytest.approx(area_of(template, "2") - area_of(template, "1"), abs=1e-4)
     assert 0 < float(found[2]) < float(found[1])
@@ -203,7 +206,7 @@ def test_an_outage_during_the_comparison_decides_nothing(
     assert world.holder() == "1"
     assert capsys.readouterr().err.splitlines()[-1].startswith("stopped: MLflow does not answer; the trained model in ")
     world.train("--resume")
-    assert world.holder() == newest(world)
+    assert world.holder("challenger") == newest(world), "it is decided: after so many comparisons, not to promote"
     assert " rows/s in training" not in capsys.readouterr().out, "no step was left to do"
 
 

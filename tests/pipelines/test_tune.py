@@ -47,7 +47,7 @@ def runs_in(folder: Path) -> list[Any]:
 
 def objective(run: Any) -> float:
     """What a trial reached."""
-    return sum(run.data.metrics[f"best/{task}.auc"] for task in ("click", "liked")) / 2
+    return sum(run.data.metrics[f"network/{task}.auc"] for task in ("click", "liked")) / 2
 
 
 def test_the_best_settings_are_found_and_can_be_trained_with(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -89,7 +89,7 @@ def test_the_best_settings_are_found_and_can_be_trained_with(tmp_path: Path, cap
 
     best = tmp_path / "work" / "tuning" / "best.yaml"
     settings = load_settings(best)
-    whole = [each for each in trials if "best/click.auc" in each.data.metrics]
+    whole = [each for each in trials if "network/click.auc" in each.data.metrics]
     winner = max(whole, key=objective)
     assert parent.data.metrics["best/objective"] == pytest.approx(objective(winner))
     assert settings.training.learning_rate == float(winner.data.params["training.learning_rate"])
@@ -262,7 +262,7 @@ def test_trials_of_other_loss_weights_are_told_apart_by_one_measure(tmp_path: Pa
     options = ["--training.select_by", "loss", "--tasks.liked.loss_weight", "3", "--training.epochs", "1"]
     commands.run("tune", "--config", str(config), "--trials", "1", *options)
     parent, trial = runs_in(tmp_path)
-    losses = {task: trial.data.metrics[f"best/{task}.loss"] for task in ("click", "liked")}
+    losses = {task: trial.data.metrics[f"network/{task}.loss"] for task in ("click", "liked")}
     assert parent.data.metrics["best/objective"] == pytest.approx(-(losses["click"] + 3 * losses["liked"]))
 
 

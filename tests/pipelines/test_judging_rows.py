@@ -1,0 +1,103 @@
+"""Validation users of one half select a model, and the other half judges it: what depends on which labels."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import pytest
+from scipy.special import logit
+from sklearn.metrics import log_loss, roc_auc_score
+
+from mmoe_rec.atomic import checksum
+from mmoe_rec.batches.encoded_rows import EncodedRows, Part
+from mmoe_rec.errors import UserError
+from mmoe_rec.inference.ranker import Ranker
+from mmoe_rec.jobs.evaluate import score_by
+from mmoe_rec.jobs.promotion import _open_judging_rows
+from mmoe_rec.jobs.train import train_model
+from mmoe_rec.settings.load import load_settings
+from mmoe_rec.settings.sections import Settings
+from mmoe_rec.training.checkpoint import FinishedTraining
+from tests.pipelines.learnable_log import write_files
+
+OPTIONS = ("--training.calibration", "temperature", "--model.trees.number", "20", "--model.trees.leaves", "8")
+SPLIT = {"train_end": "2024-03-06", "validation_end": "2024-03-10"}
+NAMES = ("click", "liked")
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    """Settings with trees and calibration, beside a log whose features and model were made by them."""
+    settings = load_settings(write_files(tmp_path_factory.mktemp("judging"), split=SPLIT), OPTIONS)
+    train_model(settings, register=False)
+    return settings
+
+
+def parts_of(settings: Settings) -> dict[str, str]:
+    """Checksums of what validation rows select: the network's state, the trees, the blends and the calibration."""
+    artifact = Path(settings.data.work) / "model"
+    files = [artifact / "weights.safetensors", artifact / "calibration.json", *artifact.glob("trees/*")]
+    return {file.name: checksum(file) for file in files if file.exists()}
+
+
+def flip_labels(settings: Settings, part: Part) -> None:
+    """Turn each label of one half of the validation users into its opposite."""
+    (file,) = (Path(settings.data.work) / "features" / "encoded" / "validation").glob("*.parquet")
+    table = pq.read_table(file)
+    its = pa.array(part.holds(table["user"].combine_chunks()))
+    for name in (f"label.{task}" for task in NAMES):
+        flipped = pc.if_else(its, pc.subtract(pa.scalar(1, table[name].type), table[name]), table[name])
+        table = table.set_column(table.column_names.index(name), name, flipped)
+    pq.write_table(table, file)
+
+
+def test_the_reported_figures_are_of_the_served_model_on_the_judging_rows(settings: Settings) -> None:
+    """By scikit-learn; the network alone, which has a row of its own, has others."""
+    ended, artifact = FinishedTraining.read(Path(settings.data.work)), Path(settings.data.work) / "model"
+    ranker = Ranker.load(artifact)
+    rows = EncodedRows(Path(settings.data.work) / "features/encoded/validation", ranker.layout, part=Part.JUDGING)
+    scored = score_by(settings, ranker.model, ranker.layout, rows, ranker.calibration)
+    assert ended is not None
+    assert ended.network is not None
+    assert "click" in json.loads((artifact / "calibration.json").read_text())
+    for place, name in enumerate(NAMES):
+        known = ~np.isnan(scored.labels[:, place])
+        label, predicted = scored.labels[known, place], scored.predictions[known, place]
+        assert ended.best.auc[name] == pytest.approx(roc_auc_score(label, predicted), abs=3e-4)
+        assert ended.best.loss[name] == pytest.approx(log_loss(label, predicted), rel=1e-4)
+        assert ended.best.calibration[name] == pytest.approx(predicted.sum() / label.sum(), rel=1e-4)
+        assert ended.network.loss[name] != pytest.approx(ended.best.loss[name], rel=1e-3)
+
+
+def test_labels_of_judging_users_select_nothing(settings: Settings) -> None:
+    before, figures = parts_of(settings), FinishedTraining.read(Path(settings.data.work))
+    flip_labels(settings, Part.JUDGING)
+    train_model(settings, register=False)
+    assert parts_of(settings) == before
+    assert len(before) == 5
+    judged = FinishedTraining.read(Path(settings.data.work))
+    assert figures is not None
+    assert judged is not None
+    for name in NAMES:
+        assert logit(judged.best.auc[name]) == pytest.approx(-logit(figures.best.auc[name]), abs=0.02)
+    flip_labels(settings, Part.SELECTING)
+    train_model(settings, register=False)
+    assert parts_of(settings)["blends.json"] != before["blends.json"]
+
+
+def test_a_user_of_one_half_alone_judges_nothing(settings: Settings, tmp_path: Path) -> None:
+    """All rows select, and a comparison with the champion is refused."""
+    (file,) = (Path(settings.data.work) / "features" / "encoded" / "validation").glob("*.parquet")
+    table = pq.read_table(file)
+    pq.write_table(table.filter(pc.equal(table["user"], table["user"][0])), tmp_path / "part-00000.parquet")
+    layout = Ranker.load(Path(settings.data.work) / "model").layout
+    selecting = EncodedRows(tmp_path, layout, part=Part.SELECTING)
+    assert not selecting.is_divided
+    assert selecting.rows == pq.read_metadata(tmp_path / "part-00000.parquet").num_rows
+    with pytest.raises(UserError, match="the validation rows have too few users"):
+        _open_judging_rows(tmp_path, layout)
