@@ -39,6 +39,8 @@ HALF = "\0half"
 _AT_ONCE = 64
 """Columns that are sorted at a time."""
 _BINS, _PRIOR = 64, 20.0
+_FEWEST_ROWS = 20
+"""Rows below which a column may rank a label well by chance."""
 _UNITS = {"s": 1_000_000, "ms": 1000, "us": 1, "ns": 0}  # microseconds; 0: a thousandth
 _EARLIEST, _LATEST = (datetime(year, 1, 1, tzinfo=UTC).timestamp() for year in (1990, 2033))
 """As seconds, hours such as 2014102100 would lie after these."""
@@ -298,9 +300,11 @@ class Profile:
         return self.number(query)
 
     def sample(self, keys: Sequence[str], columns: Sequence[str]) -> pa.Table:
-        """Columns of all rows of some values of keys, in an order that depends on the rows alone."""
+        """Columns of all rows of some values of keys, lists by their lengths, in an order of the rows alone."""
         by = [self._sql[each] for each in keys] or [self._row_hash]
-        named = ", ".join(f"{self._sql[each]} AS v{place}" for place, each in enumerate(columns))
+        lengths = ["len" if self.columns[each].kind in ("keys", "vector") else "" for each in columns]
+        read = (f"{length}({self._sql[each]})" for length, each in zip(lengths, columns, strict=True))
+        named = ", ".join(f"{sql} AS v{place}" for place, sql in enumerate(read))
         half = f"hash({', '.join(by)}, 1) % 2 = 0 AS half"
         found = self._database.table(f"SELECT {named}, {half} FROM {self._sample(by)} ORDER BY {self._row_hash}")
         return found.rename_columns([*columns, HALF])
@@ -360,54 +364,71 @@ def _unit_of(low: int, high: int) -> str | None:
     return None
 
 
-def auc_alone(values: pa.ChunkedArray, labels: np.ndarray, half: np.ndarray) -> float:
-    """How well a column ranks a binary label by the label's mean at each of its values, or ranges of numbers, without a
-    value among them: the means are of one half of the keys, and the area under the ROC curve is that of the other.
+def auc_alone(codes: np.ndarray, labels: np.ndarray, half: np.ndarray, fewest: int = 3) -> tuple[float, float]:
+    """Rank rows by the mean label of their value, learned from one half of the keys, and judge the other half.
 
-    values: (N,); labels: (N,) 0, 1 or NaN where not observed; half: (N,) bool. NaN where a half lacks a label.
+    Args:
+        codes: (N,) int64 from 0, the value of each row, see `codes_of`.
+        labels: (N,) between 0 and 1, NaN where not observed.
+        half: (N,) bool, whether the mean label is learned from the row.
+        fewest: Number of rows of either label, in whole or in part, that each half needs.
+
+    Returns:
+        The area under the ROC curve, and the fraction of the rarer label among as many top rows as there are rows of
+        it. A condition of a rare label, such as the page that has the button, has a high area and a low fraction. Both
+        are NaN if there are too few rows to tell.
     """
     observed = ~np.isnan(labels)
-    codes = _codes(values)[observed]
-    labels, half = labels[observed], half[observed]
+    codes, labels, half = codes[observed], labels[observed], half[observed]
+    labels = 1 - labels if labels.sum() > 0.5 * len(labels) else labels
     known, asked = labels[half], labels[~half]
-    if min(known.sum(), len(known) - known.sum(), asked.sum(), len(asked) - asked.sum()) < 1:
-        return float("nan")
+    least = min((rows > 0).sum() for part in (known, asked) for rows in (part, 1 - part))
+    if least < fewest or len(asked) < _FEWEST_ROWS:
+        return math.nan, math.nan
     places = codes.max(initial=0) + 1
     rows, positives = (np.bincount(codes[half], weights, places) for weights in (None, known))
     means = (positives + _PRIOR * known.mean()) / (rows + _PRIOR)
     predicted, place = np.unique(np.round(means, 12)[codes[~half]], return_inverse=True)
-    ones = np.bincount(place, asked, len(predicted))
-    return float(auc_of_counts(ones, np.bincount(place, minlength=len(predicted)) - ones))
+    ones, every = np.bincount(place, asked, len(predicted)), np.bincount(place, minlength=len(predicted))
+    top = np.interp(ones.sum(), [0, *np.cumsum(every[::-1])], [0, *np.cumsum(ones[::-1])])
+    return float(auc_of_counts(ones, every - ones)), float(top / ones.sum())
 
 
-def tells_it(values: pa.ChunkedArray, labels: np.ndarray) -> bool:
+def tells_it(codes: np.ndarray, labels: np.ndarray, chance: np.ndarray | float) -> bool:
     """Whether a column has another value than its most frequent one only in rows of label 1, by more than chance.
 
-    values: (N,); labels: (N,) 0, 1 or NaN.
+    Args:
+        codes: (N,) int64 from 0, the value of each row.
+        labels: (N,) 0, 1 or NaN.
+        chance: Probability that a label is 1 whatever the value, (N,) or the same for all rows.
     """
-    codes = _values(values)
-    others, ones = codes != np.bincount(codes).argmax(), labels == 1
-    number, rate = int(others.sum()), float(ones.mean())
-    return number >= 20 and 0 < rate < 1 and ones[others].mean() > 0.999 and -number * math.log(rate) > 20
+    others = codes != np.bincount(codes, minlength=1).argmax()
+    if others.sum() < 20 or (labels[others] == 1).mean() <= 0.999:
+        return False
+    return bool(-np.log(np.broadcast_to(chance, len(codes))[others]).sum() > 20)
 
 
-def _codes(values: pa.ChunkedArray) -> np.ndarray:
-    """(N,) int64 from 0: a value of text, a range of numbers; a missing one has its own."""
+def codes_of(values: pa.ChunkedArray) -> np.ndarray:
+    """Number the values of a column. Returns (N,) int64 from 0: one for each text, range of numbers, and for null."""
     kind = values.type
     if pa.types.is_temporal(kind):
         values = values.cast(pa.int64()) if not pa.types.is_date(kind) else values.cast(pa.int32()).cast(pa.int64())
     if pa.types.is_boolean(values.type) or pa.types.is_integer(values.type) or pa.types.is_floating(values.type):
         numbers = values.cast(pa.float64(), safe=False).to_numpy().astype(np.float64)
         known = numbers[~np.isnan(numbers)]
-        edges = np.unique(np.quantile(known, np.linspace(0, 1, _BINS + 1)[1:-1])) if len(known) else known
-        return np.where(np.isnan(numbers), 0, 1 + np.searchsorted(edges, numbers, side="right")).astype(np.int64)
-    return _values(values)
+        if not len(known):
+            return np.zeros(len(numbers), np.int64)
+        # Ranges of equally many rows and of equally many values. The most frequent value, such as a sum of 0, has its
+        # own range, or the few rows with another value would share one with it.
+        held, rows = np.unique(known, return_counts=True)
+        usual, parts = held[rows.argmax()], np.linspace(0, 1, _BINS + 1)[1:-1]
+        edges = [*np.quantile(known, parts), *np.quantile(held, parts), usual, np.nextafter(usual, np.inf)]
+        return np.where(np.isnan(numbers), 0, 1 + np.searchsorted(np.unique(edges), numbers, side="right"))
+    return keys_of(values)
 
 
-def _values(values: pa.ChunkedArray) -> np.ndarray:
-    """(N,) int64 from 0: a value has one; a missing one its own, and all lists have the same."""
-    if pa.types.is_nested(values.type):
-        return np.asarray(values.is_valid()).astype(np.int64)
+def keys_of(values: pa.ChunkedArray) -> np.ndarray:
+    """Number the different values of a column. Returns (N,) int64 from 0, null has its own."""
     codes = values.combine_chunks().dictionary_encode()
     codes = codes.combine_chunks() if isinstance(codes, pa.ChunkedArray) else codes
     return codes.indices.fill_null(-1).to_numpy().astype(np.int64) + 1

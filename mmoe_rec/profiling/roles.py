@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import cached_property
+from itertools import product
 
 import numpy as np
 import pyarrow as pa
 
-from mmoe_rec.profiling.meaning import STEADY, Meaning
-from mmoe_rec.profiling.profile import HALF, Column, auc_alone, tells_it
+from mmoe_rec.profiling.meaning import STEADY, Meaning, Purpose
+from mmoe_rec.profiling.profile import HALF, Column, auc_alone, codes_of, keys_of, tells_it
 from mmoe_rec.profiling.words import BEFORE, LABELS, OUTCOMES, PLACEMENT, TIME, begins, has
 from mmoe_rec.settings.columns import Role
 
@@ -18,6 +20,8 @@ LEAK, SUSPECT = 0.93, 0.8
 LEAK_OF_TABLE = 0.985
 """The same in a plain table, whose columns are all that is known."""
 _CONSTANT = 0.001
+_MANY_USERS, _FEWEST_KEYS = 50, 10
+_TOO_WELL = "it predicts {} too well to be known beforehand (AUC {:.3f} alone)"
 _AFTER = "it says something only where {} is 1, so it is taken for what is known then"
 
 
@@ -47,7 +51,7 @@ def find_roles(meaning: Meaning) -> None:
         elif meaning.is_plain:
             role = _role_in_table(meaning, each, changes[2], aucs)
         else:
-            role = _role_in_log(meaning, each, changes, aucs) or _role_in_doubt(meaning, each, changes, aucs)
+            role = _role_of(meaning, each, changes, aucs)
         if role is not None:
             meaning.roles[role].append(each.name)
         is_number = each.kind in ("integer", "number") and not each.binary
@@ -61,13 +65,24 @@ def find_roles(meaning: Meaning) -> None:
             meaning.checks.setdefault(each.name, why)
 
 
+def _role_of(meaning: Meaning, each: Column, changes: tuple[float, float, float], aucs: Aucs) -> Role | None:
+    """Find the role of a column of a log with users or requests. Leaves the column out if it is nearly a label."""
+    role = _role_in_log(meaning, each, changes, aucs)
+    if role is None:
+        return _role_in_doubt(meaning, each, changes, aucs)
+    whole: list[Purpose] = ["user"] if changes[1] <= 4 * STEADY else ["request"] if changes[0] <= _CONSTANT else []
+    if why := aucs.find_leak(each, [*whole, "candidate"] if changes[2] <= STEADY else whole):
+        meaning.leave_out(each.name, why)
+    return None if why else role
+
+
 def _role_in_table(meaning: Meaning, each: Column, of_candidate: float, aucs: Aucs) -> Role | None:
     best, task = aucs.best(each)
     if each.kind == "time" and "time" not in meaning.keys:
         meaning.left_out[each.name] = "a time in a table that has no time of requests"
         return None
     if best > LEAK_OF_TABLE:
-        meaning.leave_out(each.name, f"it tells {task} too well to be known before it (AUC {best:.3f} alone)")
+        meaning.leave_out(each.name, _TOO_WELL.format(task, best))
         return None
     if after := aucs.comes_after(each):
         meaning.leave_out(each.name, _AFTER.format(after))
@@ -112,7 +127,7 @@ def _role_in_doubt(meaning: Meaning, each: Column, changes: tuple[float, float, 
     if begins(each.name, OUTCOMES) and not has(each.name, BEFORE):
         meaning.leave_out(each.name, "by its name it may be known only after the request")
     elif best > LEAK:
-        meaning.leave_out(each.name, f"it tells {task} too well to be known before it (AUC {best:.2f} alone)")
+        meaning.leave_out(each.name, _TOO_WELL.format(task, best))
     elif after := aucs.comes_after(each):
         meaning.leave_out(each.name, _AFTER.format(after))
     elif each.binary and begins(each.name, LABELS) and not has(each.name, BEFORE):
@@ -157,40 +172,102 @@ def _why_growing(meaning: Meaning, each: Column) -> str | None:
 
 
 class Aucs:
-    """How well each column alone tells each binary task; read when it is asked for."""
+    """How well each column alone tells each task: a binary label, or whether a number lies above its median."""
 
     def __init__(self, meaning: Meaning) -> None:
         self._meaning = meaning
 
     def best(self, each: Column) -> tuple[float, str]:
-        """The highest AUC of a column, and its task; 0 where there is none."""
-        known = {task: auc for task, auc in self._found.get(each.name, {}).items() if not math.isnan(auc)}
-        task = max(known, key=lambda name: (known[name], name), default="")
-        return known.get(task, 0.0), task
+        """Return the highest AUC of a column and its task, 0 if there is none."""
+        rows, tasks = self._sample
+        codes, half = codes_of(rows.column(each.name)), rows.column(HALF).to_numpy().astype(bool)
+        found = {task: float(np.nan_to_num(auc_alone(codes, its, half)[0])) for task, its in tasks.items()}
+        task = max(found, key=lambda name: (found[name], name), default="")
+        return found.get(task, 0.0), task
 
     def comes_after(self, each: Column) -> str | None:
-        """The task in whose positive rows alone a column has a value that is not its usual one."""
-        if each.name not in self._found:
-            return None
-        rows, labels, _ = self._sample
-        return next((task for task, its in labels.items() if tells_it(rows.column(each.name), its)), None)
+        """Return the task in whose positive rows alone a column has a value that is not its usual one."""
+        rows, tasks = self._sample
+        codes = codes_of(rows.column(each.name))
+        return next((task for task, its in tasks.items() if tells_it(codes, its, (its == 1).mean())), None)
+
+    def find_leak(self, each: Column, purposes: Sequence[Purpose]) -> str | None:
+        """Look for labels in a column that is constant within a request, a user or a candidate.
+
+        Among single rows such a leak is weak: a request's order total is positive beside all its candidates, although
+        only one was ordered. So the rows of a key are one, with their mean label, and with whether any of them has the
+        label. Keys of many rows have it more often, so a column has to predict that better than their number does.
+
+        Returns:
+            Why the column is nearly a label. Otherwise None, and a column that predicts a label well gets a check.
+        """
+        rows, tasks = self._sample
+        codes = codes_of(rows.column(each.name))
+        for purpose, (task, labels) in product(purposes, tasks.items()):
+            value, learned, number, mean, rate = _merge_rows(*self._keys[purpose], codes, labels)
+            found, only = [(task, *auc_alone(value, mean, learned), LEAK, SUSPECT)], ""
+            for label, some_of, chance in ((1, mean > 0, rate), (0, mean < 1, 1 - rate)):
+                some, what = some_of.astype(float), f"{purpose}s with {task} = {label}"
+                by_number, _ = auc_alone(codes_of(pa.chunked_array([number])), some, learned)
+                auc, precision = auc_alone(value, some, learned, _FEWEST_KEYS)
+                if 1 - auc < 0.5 * (1 - np.fmax(by_number, 0.5)):
+                    found.append((what, auc, precision, LEAK_OF_TABLE, LEAK))
+                by_chance = np.fmax(1 - (1 - chance) ** number, some.mean())
+                if tells_it(value, some, np.where(by_chance < 0.5, by_chance, 1)):
+                    only = f"it has an unusual value only for {what}, so it may be known only after them"
+            for what, auc, precision, sure, likely in found:
+                if auc > sure and precision > 0.5:
+                    return _TOO_WELL.format(what, auc)
+                if auc > likely:
+                    why = f"is it known before? alone it predicts {what} with an AUC of {auc:.3f}"
+                    self._meaning.checks.setdefault(each.name, why)
+            if only:
+                return only
+        return None
 
     @cached_property
-    def _sample(self) -> tuple[pa.Table, dict[str, np.ndarray], list[str]]:
-        """Rows, the labels of each task, (N,) NaN where unobserved, and the columns in question."""
+    def _sample(self) -> tuple[pa.Table, dict[str, np.ndarray]]:
+        """Rows, and the labels of each task, (N,) 0 or 1, NaN where unobserved."""
         meaning = self._meaning
-        tasks = [each for each in meaning.tasks if each.kind == "binary"]
-        names = [each.name for each in meaning.free() if each.kind != "vector"]
-        rows = meaning.profile.sample(meaning.list_keys, [*names, *(each.column for each in tasks)])
-        labels = {each.column: rows.column(each.column).cast(pa.float64()).to_numpy() for each in tasks}
-        for each in tasks:
-            if each.observed_when is not None:
-                seen = labels[each.observed_when[0]] == 1
-                labels[each.column] = np.where(seen, labels[each.column], np.nan)
-        return rows, labels, names
+        names = [each.name for each in meaning.free()] + [each.column for each in meaning.tasks]
+        rows = meaning.profile.sample(meaning.list_keys, list(dict.fromkeys([*names, *meaning.keys.values()])))
+        found: dict[str, np.ndarray] = {}
+        for task in meaning.tasks:
+            labels = rows.column(task.column).cast(pa.float64(), safe=False).to_numpy()
+            if task.kind != "binary":
+                labels = np.where(np.isnan(labels), np.nan, labels > np.nanmedian(labels))
+            if task.observed_when is not None:
+                seen = rows.column(task.observed_when[0]).cast(pa.float64()).to_numpy() == 1
+                labels = np.where(seen, labels, np.nan)
+            if not np.isnan(labels).all():
+                found[task.column if task.kind == "binary" else f"{task.column} above its median"] = labels
+        return rows, found
 
     @cached_property
-    def _found(self) -> dict[str, dict[str, float]]:
-        rows, labels, names = self._sample
-        half = rows.column(HALF).to_numpy().astype(bool)
-        return {name: {task: auc_alone(rows.column(name), its, half) for task, its in labels.items()} for name in names}
+    def _keys(self) -> dict[Purpose, tuple[np.ndarray, np.ndarray]]:
+        """(N,) int64 the key of each row, and (N,) bool its half of the keys. Requests of many users are halved by
+        user, so that a name of a user or of a session is no label."""
+        meaning, (rows, _) = self._meaning, self._sample
+        found: dict[Purpose, np.ndarray] = {}
+        for purpose in ("user", "candidate", "request"):
+            codes, own = np.zeros(rows.num_rows, np.int64), meaning.keys.get(purpose)
+            for name in meaning.list_keys if purpose == "request" else filter(None, [own]):
+                column = keys_of(rows.column(name))
+                codes = np.unique(codes * (column.max(initial=0) + 1) + column, return_inverse=True)[1]
+            found[purpose] = codes
+        of_request = found["user"] if meaning.distinct("user") >= _MANY_USERS else found["request"]
+        return {key: (codes, (of_request if key == "request" else codes) % 2 == 0) for key, codes in found.items()}
+
+
+def _merge_rows(keys: np.ndarray, half: np.ndarray, codes: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Make one row of the labelled rows of one key and one code.
+
+    Returns:
+        For each, its code, its half, the number of rows and their mean label. Then the mean label of all rows.
+    """
+    seen = ~np.isnan(labels)
+    keys, codes, half, labels = keys[seen], codes[seen], half[seen], labels[seen]
+    pairs = keys * (codes.max(initial=0) + 1) + codes
+    _, first, of_pair = np.unique(pairs, return_index=True, return_inverse=True)
+    number = np.bincount(of_pair)
+    return codes[first], half[first], number, np.bincount(of_pair, labels) / number, labels.mean()
