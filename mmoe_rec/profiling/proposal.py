@@ -26,6 +26,7 @@ _MOST_SHARED = 5000
 _MOST_PAIRS, _ROWS_OF_CELL = 4, 20
 """Pairs of what describes users and candidates that are counted together, and rows that each of their values has."""
 _TEST, _VALIDATION = 0.2, 0.1
+_HOUR = MICROSECONDS_PER_DAY // 24
 _FEWEST = 100
 """Rows of the rarer label that validation and test rows should have of each task."""
 
@@ -104,14 +105,7 @@ class Proposal:
                 f"labels of '{self.profile.name}' are final after {mature:g} days, and the log spans "
                 f"{days(last - first):.1f}: too little of it is known"
             )
-        ends: list[int] = []
-        for share in (1 - _TEST - _VALIDATION, 1 - _TEST):
-            at = self._round(int(self.profile.quantile(t, share, usable)), first, end)
-            if ends and at <= ends[-1]:  # as in a log of ten days whose times are days
-                at = self.profile.number(f"SELECT min({t}) FROM log WHERE {t} > {ends[-1]}") or end
-            ends.append(at)
-        if not first < ends[0] < ends[1] < end:
-            raise UserError(f"the times of '{self.profile.name}' are too few to split its rows by them")
+        ends = self._cut(t, first, end)
         split["train_end"] = Entry(
             _as_time(ends[0]), f"the first {self.profile.share(f'{t} < {ends[0]}'):.0%} of the rows"
         )
@@ -121,12 +115,37 @@ class Proposal:
         self.train_days = days(ends[0] - first)
         self._check_labels(t, first, ends, end)
 
-    def _round(self, at: int, first: int, end: int) -> int:
-        """The nearest midnight UTC of a long log, or hour of a short one."""
-        step = MICROSECONDS_PER_DAY if days(end - first) >= 20 else MICROSECONDS_PER_DAY // 24
-        if days(end - first) < 1:
-            return at
-        return round(at / step) * step
+    def _cut(self, t: str, first: int, end: int) -> tuple[int, int]:
+        """Return the first times of validation and test rows: midnights, hours or minutes (UTC) if these cut the rows
+        about as they should be, else times of rows."""
+        usable, goals = f"{t} < {end}", (1 - _TEST - _VALIDATION, 1 - _TEST)
+        at = [int(self.profile.quantile(t, goal, usable)) for goal in goals]
+        for step, least in ((24 * _HOUR, 20), (_HOUR, 24), (_HOUR // 60, 60)):
+            cuts = round(at[0] / step) * step, round(at[1] / step) * step
+            if end - first >= least * step and not self._find_unfair(t, cuts, usable):
+                return cuts
+        groups = f"SELECT {t} AS t, count(*) AS n FROM log WHERE {usable} GROUP BY 1"
+        times = (
+            f"SELECT t, sum(n) OVER w - n before, row_number() OVER w place FROM ({groups}) WINDOW w AS (ORDER BY t)"
+        )
+        number, found = goals[1] * self.profile.count(usable), [end]
+        for place, kept in ((3, 1.0), (2, goals[0] / goals[1])):  # first where the test rows begin
+            best = f"WHERE place >= {place} AND t < {found[0]} ORDER BY abs(before - {number * kept}), t LIMIT 1"
+            cut, number = self.profile.row(f"SELECT min(t), min(before) FROM (SELECT * FROM ({times}) {best})")
+            if cut is None:
+                raise UserError(f"'{self.profile.name}' has fewer than three different times. Split it by finer times")
+            number, found = float(number), [int(cut), *found]
+        if parts := self._find_unfair(t, found, usable):
+            why = f"{parts} of the rows are for training, validation and test, because many have the same time"
+            self.warnings.append(f"{why}. Write finer times.")
+        return found[0], found[1]
+
+    def _find_unfair(self, t: str, cuts: Sequence[int], usable: str) -> str:
+        """Return the fractions of training, validation and test rows, "" if each is between half and twice its goal."""
+        train, both = (self.profile.share(f"{t} < {cut}", usable) for cut in cuts[:2])
+        parts, goals = (train, both - train, 1 - both), (1 - _TEST - _VALIDATION, _VALIDATION, _TEST)
+        is_fair = all(0.5 < part / goal < 2 for part, goal in zip(parts, goals, strict=True))
+        return "" if is_fair else ", ".join(f"{part:.0%}" for part in parts)
 
     def _check_labels(self, t: str, first: int, ends: Sequence[int], end: int) -> None:
         parts = {"training": (first, ends[0]), "validation": (ends[0], ends[1]), "test": (ends[1], end)}
