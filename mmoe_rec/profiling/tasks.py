@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from mmoe_rec.errors import UserError
 from mmoe_rec.profiling.meaning import STEADY, Meaning, TaskGuess
 from mmoe_rec.profiling.profile import Column, days
-from mmoe_rec.profiling.words import BEFORE, EVENT_TYPES, LABELS, NUMBERS, PLACEMENT, begins, has, is_unwanted
+from mmoe_rec.profiling.words import BEFORE, CODES, EVENT_TYPES, LABELS, NUMBERS, PLACEMENT, begins, has, is_unwanted
 
 _MOST_TASKS, _TYPES = 5, 20
+_YES_NO = {"0", "1", "f", "false", "ja", "n", "nein", "no", "non", "oui", "si", "sí", "t", "true", "y", "yes"}
 
 
 def find_tasks(meaning: Meaning) -> None:
@@ -24,6 +26,7 @@ def find_tasks(meaning: Meaning) -> None:
         ]
     else:
         meaning.tasks = _guess_tasks(meaning)
+    near_labels = _explain_near_labels(meaning)
     names = [each.name for each in meaning.tasks]
     if twins := [each.column for each in meaning.tasks if names.count(each.name) > 1]:
         both = "' and '".join(twins)
@@ -50,26 +53,65 @@ def find_tasks(meaning: Meaning) -> None:
                 f"'{meaning.profile.name}' looks like a log of events, by its column '{types[0]}': --events takes it, "
                 "beside a log with a row for each candidate that was shown, taken or not"
             )
-        near = _near_label(meaning)
+        near = "".join(f" '{name}' {why}." for name, why in list(near_labels.items())[:3])
         raise UserError(
-            f"'{meaning.profile.name}' has no column that looks like a label, 0 or 1 in each row{near}: "
-            "name it with --task, or join what happened to the rows first (mmoe-rec join-outcomes makes such a log)"
+            f"'{meaning.profile.name}' has no column that looks like a label, 0 or 1 in each row.{near} Name a label "
+            "with --task, or join what happened to the rows first (mmoe-rec join-outcomes makes such a log)"
         )
 
 
-def _near_label(meaning: Meaning) -> str:
-    """What a column that is called as labels are holds instead."""
-    for each in meaning.columns.values():
-        if not begins(each.name, LABELS) or has(each.name, BEFORE):
+def _explain_near_labels(meaning: Meaning) -> dict[str, str]:
+    """Leave out columns that have a label's name and few values, but are no label.
+
+    If no guessed task has a label's name, such a column is the label, and the guesses are dropped.
+
+    Returns:
+        What is wrong with each such column, and how to make it a label.
+    """
+    found, free = dict[str, str](), {each.name for each in meaning.free()} - {*meaning.corrections.get("placement", ())}
+    named = [each for each in meaning.columns.values() if each.name in free | meaning.left_out.keys()]
+    named = [each for each in named if begins(each.name, LABELS) and not has(each.name, BEFORE | PLACEMENT | CODES)]
+    named = [each for each in named if each.kind in ("text", "integer", "number", "boolean") and each.distinct <= 4]
+    constant = _find_constant(meaning, [each for each in named if each.name in free])
+    for each in named:
+        purpose = constant.get(each.name)
+        wrong = _explain_near_label(each, meaning.profile.values(each.name, 4), purpose)
+        is_text = each.kind == "text" and not {str(each.low).lower(), str(each.high).lower()} <= _YES_NO
+        if wrong is not None:
+            found[each.name] = wrong
+        is_attribute = purpose is not None and not each.binary
+        if wrong is None or is_text or is_attribute or each.name not in free or meaning.is_plain:
             continue
-        if each.kind in ("text", "integer", "number") and each.distinct <= 3 and each.distinct > (each.kind != "text"):
-            values = " and ".join(
-                f"'{value}'" if each.kind == "text" else f"{value:g}" for value in meaning.profile.values(each.name, 3)
-            )
-            return f" ('{each.name}' holds {values}, which must be written as 0 and 1)"
-        if each.kind in ("integer", "number", "boolean") and each.distinct == 1 and not each.nulls:
-            return f" ('{each.name}' has one value in all rows: those that were shown and not taken are missing)"
-    return ""
+        why = f"it has a label's name, but {wrong.partition('. ')[0]}"
+        if purpose in ("user", "candidate"):
+            meaning.checks[each.name] = f"{why}: is it known before the request?"
+            continue
+        meaning.leave_out(each.name, why)
+        meaning.warnings.append(f"'{each.name}' is left out: it has a label's name, but {wrong}.")
+        is_guess = not any(begins(task.column, LABELS + NUMBERS) for task in meaning.tasks)
+        if purpose is None and is_guess and not meaning.corrections.get("task"):
+            meaning.tasks = []
+    return found
+
+
+def _explain_near_label(each: Column, values: Sequence[Any], purpose: str | None) -> str | None:
+    """Say what is wrong with a column that has a label's name, None if its values are too many.
+
+    Args:
+        each: The column.
+        values: Its most frequent values.
+        purpose: The key that determines it.
+    """
+    shown = [f"'{value}'" if each.kind == "text" else f"{value:g}" for value in sorted(values)]
+    if each.binary:
+        return purpose and f"is the same in all rows of a {purpose}. Write 1 only in the rows that it is about"
+    if len(values) == 1 and each.nulls:
+        return f"holds {shown[0]} and null instead of 0 and 1. Write 0 in the other rows"
+    if len(values) == 1:
+        return "has one value in all rows. Add the candidates that were shown and not taken"
+    fix = "" if each.kind == "text" else f", or predict the number with --task {each.name}"
+    wrong = f"holds {', '.join(shown[:-1])} and {shown[-1]} instead of 0 and 1"
+    return f"{wrong}. Write a column of 0 and 1 for each behavior{fix}" if len(values) <= 3 else None
 
 
 def _check_label(meaning: Meaning, each: Column) -> None:
@@ -125,20 +167,23 @@ def _guess_tasks(meaning: Meaning) -> list[TaskGuess]:
 
 
 def _that_vary(meaning: Meaning, columns: Sequence[Column]) -> list[Column]:
-    """Columns that neither user nor candidate nor request determines. (A rare label changes seldom, but as often from
-    one row of a user to the next as anywhere.)"""
-    keys, profile = meaning.keys, meaning.profile
-    names = [each.name for each in columns]
-    lists = meaning.rows_per_request > 1.05
-    for purpose in ("user", "candidate"):
-        if names and purpose in keys and profile.rows_per_key([keys[purpose]]) > 1.5:
-            at_once = purpose == "user" and not lists
-            changes = profile.changes([keys[purpose]], names, meaning.time, at_once)
-            names = [name for name in names if not changes[name] <= 2 * STEADY]
-    if names and lists:
-        changes = profile.changes(meaning.list_keys, names)
-        names = [name for name in names if not changes[name] <= 0.001]
-    return [each for each in columns if each.name in names]
+    """Return the columns that neither user nor candidate nor request determines."""
+    constant = _find_constant(meaning, columns)
+    return [each for each in columns if each.name not in constant]
+
+
+def _find_constant(meaning: Meaning, columns: Sequence[Column]) -> dict[str, str]:
+    """Return the columns that a user, a candidate or a request determines, each with what does. (A rare label changes
+    seldom, but as often from one row of a user to the next as anywhere.)"""
+    found, keys = dict[str, str](), meaning.keys
+    for purpose, most, fewest in (("user", 2 * STEADY, 1.5), ("candidate", 2 * STEADY, 1.5), ("request", 0.001, 1.05)):
+        by = meaning.list_keys if purpose == "request" else [keys[purpose]] if purpose in keys else []
+        names = [each.name for each in columns if each.name not in found]
+        if by and names and meaning.profile.rows_per_key(by) > fewest:
+            at_once = purpose == "user" and meaning.rows_per_request <= 1.05
+            changes = meaning.profile.changes(by, names, meaning.time, at_once)
+            found |= {name: purpose for name in names if changes[name] <= most}
+    return found
 
 
 def _implies(meaning: Meaning, one: Column, other: Column) -> bool:
