@@ -125,8 +125,11 @@ def _read_events(path: str, profile: Profile, meaning: Meaning, taken: set[str])
 
 def _describe(meaning: Meaning, warnings: Sequence[str]) -> Iterator[Any]:
     """What was guessed, for the terminal."""
+    from rich.markup import escape
     from rich.table import Table
 
+    if "user" not in meaning.keys:
+        yield f"warning: {meaning.key_checks['user']}"
     table = Table(box=None, show_header=False, pad_edge=False)
     for purpose in ("user", "candidate", "request", "time"):
         if purpose in meaning.keys:
@@ -138,8 +141,9 @@ def _describe(meaning: Meaning, warnings: Sequence[str]) -> Iterator[Any]:
     for role, names in meaning.roles.items():
         if names:
             table.add_row(f"describe {role}s" if role in ("user", "candidate") else role, ", ".join(names), "")
-    if meaning.left_out:
-        table.add_row("left out", ", ".join(meaning.left_out), "")
+    for why in dict.fromkeys(meaning.left_out.values()):
+        names = [name for name, reason in meaning.left_out.items() if reason == why]
+        table.add_row("left out", ", ".join(names), escape(why))
     yield table
     for each in warnings:
         yield f"warning: {each}"

@@ -10,7 +10,7 @@ from typing import Any
 from mmoe_rec.errors import UserError
 from mmoe_rec.profiling.meaning import PURPOSES, STEADY, Meaning
 from mmoe_rec.profiling.profile import Column
-from mmoe_rec.profiling.words import BEFORE, CLOCK, TIME, has, rank_of
+from mmoe_rec.profiling.words import BEFORE, CLOCK, NUMBERS, OUTCOMES, SHARED, TIME, begins, has, rank_of
 
 _FEWEST_USERS = 10
 _FEWEST_CANDIDATES = 20
@@ -43,6 +43,10 @@ def find_keys(meaning: Meaning) -> None:
             meaning.key_checks.pop(purpose, None)
             meaning.left_out[keys.pop(purpose)] = "it differs in each row"
     _check_repeats(meaning)
+    if "user" not in keys:
+        names = ", ".join([each.name for each in _shared_ids(meaning) if _may_be_user(each)][:3])
+        why = "no user column was found, so no feature follows a user"
+        meaning.key_checks["user"] = f"{why}. If there is one{names and f' (perhaps {names})'}, name it with --user"
 
 
 def _check_key(meaning: Meaning, purpose: str, each: Column) -> None:
@@ -227,9 +231,7 @@ def _find_by_structure(meaning: Meaning) -> None:
     keys = meaning.keys
     if "time" not in keys or ("user" in keys and "candidate" in keys):
         return
-    pool = [each for each in meaning.free() if each.is_key and each.unit is None and not each.binary]
-    pool = [each for each in pool if 30 <= each.distinct <= 0.5 * each.rows]
-    pool = [each for each in pool if each.kind != "integer" or not has(each.name, _AMOUNTS)][:12]
+    pool = _shared_ids(meaning)[:12]
     if not pool:
         return
     steady = {
@@ -240,17 +242,35 @@ def _find_by_structure(meaning: Meaning) -> None:
     finest = [each for each in pool if each.name not in told] or pool
     group = [keys["request"]] if "request" in keys else [keys[each] for each in ("user", "time") if each in keys]
     within = meaning.profile.changes(group, [each.name for each in finest])
-    users = [each for each in finest if within[each.name] <= _ALMOST]
+    users = [each for each in finest if within[each.name] <= _ALMOST and _may_be_user(each)]
     candidates = [each for each in finest if within[each.name] > _ALMOST]
+    why = {"user": "rows of one list have one value of it", "candidate": "it differs within lists"}
+    if not users and "candidate" in keys:  # each row is a list
+        candidate = keys["candidate"]
+        of_candidate = meaning.profile.changes([candidate], [each.name for each in finest])
+        users = [each for each in finest if _may_be_user(each) and of_candidate[each.name] > 0.5]
+        users = [each for each in users if meaning.profile.changes([each.name], [candidate])[candidate] > 0.5]
+        why["user"] = "each of its values has several rows and candidates"
     for purpose, some in (("user", users), ("candidate", candidates)):
         if purpose == "candidate" and keys.keys().isdisjoint(("user", "request")):
             continue  # there are no lists
-        if purpose not in keys and some and ("request" in keys or len(some) == 1 or purpose == "candidate"):
-            best = max(some, key=lambda each: (each.distinct, each.name))
+        if purpose not in keys and some:
+            best = max(some, key=lambda each: (purpose == "user" and each.kind == "text", each.distinct, each.name))
             keys[purpose] = best.name
-            meaning.key_checks[purpose] = "no name says so, but " + (
-                "rows of one list have one value of it" if purpose == "user" else "it differs within lists"
-            )
+            meaning.key_checks[purpose] = f"no name says so, but {why[purpose]}"
+
+
+def _shared_ids(meaning: Meaning) -> list[Column]:
+    """Return the columns of a log with times that may hold ids of what occurs in several rows, the finest first."""
+    pool = [each for each in meaning.free() if each.is_key and each.unit is None and not each.binary]
+    pool = [each for each in pool if 30 <= each.distinct <= 0.5 * each.rows]
+    pool = [each for each in pool if each.kind != "integer" or not has(each.name, _AMOUNTS)]
+    return sorted(pool, key=lambda each: (-each.distinct, each.name)) if "time" in meaning.keys else []
+
+
+def _may_be_user(each: Column) -> bool:
+    """Whether nothing in a column's name says that it holds amounts, times, or places of many users."""
+    return not has(each.name, SHARED | TIME) and (each.kind == "text" or not begins(each.name, OUTCOMES + NUMBERS))
 
 
 def _check_repeats(meaning: Meaning) -> None:

@@ -91,6 +91,9 @@ def _parts(
         for role, names in meaning.roles.items()
         if names
     }
+    columns = _section("columns", _columns(meaning)) or ["columns: {} # each row is a request of its own"]
+    if "user" not in meaning.keys:
+        columns.insert(1, f"  {CHECK}: {_one_line(meaning.key_checks['user'])}")
     left_out = [
         f"#   {_one_line(column)}: {_one_line(why)}{f'  {CHECK}' if column in checks else ''}"
         for column, why in meaning.left_out.items()
@@ -101,7 +104,7 @@ def _parts(
     return [
         [f"name: {_flow(name)}"],
         data,
-        _section("columns", _columns(meaning)) or ["columns: {} # each row is a request of its own"],
+        columns,
         _section("roles", roles),
         ["# No inputs:", *left_out] if left_out else [],
         _section("tasks", tasks),

@@ -16,12 +16,16 @@ def _stems(text: str) -> tuple[str, ...]:
 
 
 _ID = _words("code guid hash id ids idx index key no nr num number pk ref sk uuid")
+_QUALIFIERS = _words("anon anonymous encrypted external full hashed internal masked pseudo unique")
+"""Words that do not change whom an id names."""
 NAMES = {
     "user": _words(
-        "account applicant benutzer buyer candidat client cliente comprador consumer customer guest haushalt "
-        "hogar household kunde kunden lector listener member nutzer passenger patient person player profile "
-        "reader rider searcher shopper socio student subscriber traveler uid user userid usuario utilisateur "
-        "viewer visitor"
+        "account acct applicant benutzer borrower buyer candidat cardholder client cliente comprador consumer cust "
+        "customer donor email employee gamer guest haushalt hh hogar household kunde kunden learner lector listener "
+        "login member msisdn nutzer panelist participant passenger patient payer person player policyholder profile "
+        "purchaser rater reader recipient renter requester respondent reviewer rider searcher shopper socio student "
+        "subscriber tenant tourist traveler traveller uid user userid username usr usuario utilisateur viewer visitor "
+        "visitorid voter wallet worker"
     ),
     "candidate": _words(
         "ad annonce anuncio anzeige app article articulo artikel asin book business candidate clip content course "
@@ -46,6 +50,12 @@ TIME = _words(
     "logged micros momento ms request s served shown since tag time timestamp ts unix utc view viewed visit when "
     "zeit zeitpunkt"
 )
+SHARED = _words(
+    "area browser campaign carrier channel city class country county currency device district grid group hour language "
+    "locale location month os page platform plz postal region segment shop site source state store street type version "
+    "warehouse week year zip zone"
+)
+"""Words for places, groups and times that many users share."""
 CLOCK = _words(
     "created date datetime datum day dt epoch fecha hour hora stunde time timestamp ts unix utc zeit zeitpunkt"
 )
@@ -86,7 +96,7 @@ OUTCOMES = _stems(
 )
 """Of what is known after the request alone."""
 NUMBERS = _stems(
-    "bewertung dwell estrellas grade hours label listen minutes note puntu rate rating response revenue review "
+    "bewertung dwell estrellas grade hours label listen minutes note overall puntu rate rating response revenue review "
     "score seconds spend stars sterne target watch"
 )
 """Of numbers that may be predicted."""
@@ -103,7 +113,7 @@ def fits(name: str, hints: Collection[str]) -> bool:
     words = words_of(name)
     if len(words) == 1:  # as in kundennr
         return any(words[0] == each or (len(each) > 3 and words[0] in {each + end for end in _ID}) for each in hints)
-    return any(each in hints for each in words) and all(each in hints or each in _ID for each in words)
+    return any(each in hints for each in words) and all(each in hints or each in _ID | _QUALIFIERS for each in words)
 
 
 def rank_of(name: str, purpose: str) -> int:
