@@ -264,6 +264,13 @@ def test_a_smaller_install_names_what_there_is() -> None:
 
 def test_pip_command_is_that_of_the_doctor() -> None:
     assert commands_of("test_pip_command_is_that_of_the_doctor") == [PIP_COMMAND]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    (parts,) = (re.fullmatch(r"mmoe-rec\[(.+)\]", each) for each in extras["cpu"])
+    assert parts
+    needed = [*project["dependencies"], *(each for part in parts[1].split(",") for each in extras[part])]
+    installed = {re.split("[=<>]", word)[0] for word in shlex.split(PIP_COMMAND)}
+    assert {re.split("[=<>]", each)[0] for each in needed} <= installed, "pip installs all that uv does"
 
 
 @pytest.mark.thorough

@@ -461,7 +461,7 @@ def test_the_template_mentions_every_key():
 
 
 def test_the_templates_defaults_are_the_defaults():
-    """Sections that may be left out stand in the template with their defaults; trees, which need an extra, are on."""
+    """Sections that may be left out stand in the template with their defaults; trees are on."""
     template = load_settings("configs/template.yaml")
     assert template.model.trees == Trees()
     template = template.model_copy(update={"model": template.model.model_copy(update={"trees": None})})

@@ -50,7 +50,7 @@ PLAIN = "plain PyTorch tables, one process"
 REMEDIES = {
     "SIGILL": "use another machine: this processor lacks instructions of the wheels (AVX2 on x86-64)",
     "^no answer": "mmoe-rec doctor  # once more: a first import from a slow disk takes long",
-    r"lib(stdc\+\+|gcc_s|z)\.so": "apt-get install -y libstdc++6 libgcc-s1 zlib1g",
+    r"lib(stdc\+\+|gcc_s|z|gomp)\.so": "apt-get install -y libstdc++6 libgcc-s1 zlib1g libgomp1",
 }
 """What to do about errors of `probe` that hold a pattern."""
 
@@ -270,6 +270,9 @@ def probe() -> None:
 
             report(stage="import torchrec")
             import torchrec  # noqa: F401
+
+        report(stage="import lightgbm")
+        import lightgbm  # noqa: F401
 
         report(stage="train a model for a few steps")
         from mmoe_rec.training.choices import sample_choices

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from typing import Any, Literal
 
 from mmoe_rec.features.kinds.counter import CounterFeature, suffix_of
@@ -83,13 +82,12 @@ def _of_model(settings: Settings, preset: Preset) -> Iterator[Alternative]:
     dropouts = [each for each in (0.1, 0.3, 0.0) if each != model.bottom.dropout]
     for dropout in dropouts[:2]:
         yield _other("dropout", "model.bottom.dropout", dropout)
-    if find_spec("lightgbm") is not None:
-        if model.trees is None:
-            yield _other("trees", "model.trees", {}, cost=1.3)
-        else:
-            yield Alternative("no trees", "trees", {"model.trees": None}, simpler=True, cost=0.7)
-            yield _other("trees", "model.trees.leaves", 15 if model.trees.leaves > 15 else 31, simpler=True)
-            yield _other("trees", "model.trees.learning_rate", _rounded(model.trees.learning_rate * 0.6), cost=1.2)
+    if model.trees is None:
+        yield _other("trees", "model.trees", {}, cost=1.3)
+    else:
+        yield Alternative("no trees", "trees", {"model.trees": None}, simpler=True, cost=0.7)
+        yield _other("trees", "model.trees.leaves", 15 if model.trees.leaves > 15 else 31, simpler=True)
+        yield _other("trees", "model.trees.learning_rate", _rounded(model.trees.learning_rate * 0.6), cost=1.2)
     if model.experts.count > 1:
         yield _other("experts", "model.experts.count", 1, simpler=True, cost=0.8)
     if preset != "small":

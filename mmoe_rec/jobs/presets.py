@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 
 from mmoe_rec.atomic import atomic_folder, digest, write_text
 from mmoe_rec.devices import usable_cores
-from mmoe_rec.errors import UserError, first_line, require_packages
+from mmoe_rec.errors import UserError, first_line
 from mmoe_rec.evaluation.intervals import Resampled, resample
 from mmoe_rec.evaluation.summary import OBJECTIVE, Objective, UserMetrics, find_objective
 from mmoe_rec.evaluation.sums import EvaluationSums
@@ -77,8 +77,6 @@ def tune_preset(
     metric can decide on the validation rows, or no training by the file ends.
     """
     find_objective(settings.evaluation.decide_by)
-    if settings.model.trees is not None:
-        require_packages("model.trees", "trees", "lightgbm")
     budget = MINUTES[preset] if minutes is None else minutes
     number = at_once or count_places(settings)
     work = Path(settings.data.work) / NAME

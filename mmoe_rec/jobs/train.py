@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from mmoe_rec.atomic import checksum, write_text
-from mmoe_rec.errors import StoppedError, UserError, require_packages
+from mmoe_rec.errors import StoppedError, UserError
 from mmoe_rec.evaluation.summary import find_objective
 from mmoe_rec.jobs.places import log_and_place
 from mmoe_rec.jobs.promotion import Decision, promote_trained
@@ -380,8 +380,6 @@ class Workspace:
     def check(self) -> None:
         """Raises UserError for a wrong setting, log or address, and where MLflow is away or would refuse a name."""
         find_objective(self.settings.evaluation.decide_by)
-        if self.settings.model.trees is not None:
-            require_packages("model.trees", "trees", "lightgbm")
         self._has_features = existing(*self._place) is not None
         ended = self.resume and (self.checkpoints / "finished.json").is_file()
         if not ended and not (self.resume and (self.checkpoints / "latest.json").is_file()):

@@ -168,9 +168,10 @@ def _fit_catboost(kind: str, train: Inputs, held_out: Inputs | None, depth: int,
     return lambda x: estimator.predict(pool(x)), estimator.tree_count_
 
 
+LIGHTGBM = Library("LightGBM", "lightgbm", _fit_lightgbm, {"31 leaves": 31, "63 leaves": 63, "127 leaves": 127})
 LIBRARIES = (
     Library("gradient boosting", "sklearn", _fit_scikit, {"31 leaves": 31}),
-    Library("LightGBM", "lightgbm", _fit_lightgbm, {"31 leaves": 31, "63 leaves": 63, "127 leaves": 127}),
+    LIGHTGBM,
     Library("CatBoost", "catboost", _fit_catboost, {"depth 6": 6, "depth 8": 8}, encodes_ids=True),
 )
 

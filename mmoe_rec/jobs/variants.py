@@ -428,17 +428,16 @@ def _train_network(task: _Task, run: runs.Run) -> tuple[ScoredRows, dict[str, An
 
 
 def _grow_trees(task: _Task, run: runs.Run) -> tuple[ScoredRows, dict[str, Any]]:
-    """Trees as `baselines` has them, of LightGBM where it is installed."""
+    """Grow the LightGBM trees of `baselines` in place of a network."""
     from mmoe_rec.batches.encoded_rows import EncodedRows
     from mmoe_rec.evaluation.scoring import read_labels
     from mmoe_rec.jobs.baselines import boost_tasks, predict_calibrated, read_inputs
-    from mmoe_rec.jobs.trees import LIBRARIES, can_import
+    from mmoe_rec.jobs.trees import LIGHTGBM
 
     settings, prepared = task.variant.settings, task.prepared
     layout = prepared.layout
-    library = next(each for each in (*LIBRARIES[1:], LIBRARIES[0]) if each.name != "CatBoost" and can_import(each))
     learnt, held_out, last = read_inputs(settings, prepared, layout)
-    boosted, facts = boost_tasks(settings, layout, learnt, held_out, [library], last)
+    boosted, facts = boost_tasks(settings, layout, learnt, held_out, [LIGHTGBM], last)
     rows = EncodedRows(prepared.split(task.split), layout)
-    predicted = predict_calibrated(settings, layout, boosted[library.name], held_out, rows)
+    predicted = predict_calibrated(settings, layout, boosted[LIGHTGBM.name], held_out, rows)
     return read_labels(settings, prepared, task.split).with_predictions(predicted), {"trees": facts}

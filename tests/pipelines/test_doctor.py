@@ -137,6 +137,7 @@ def test_fbgemm_build_that_does_not_suit_the_machine(
         ("import fbgemm_gpu", "OSError: libnvidia-ml.so.1: cannot open", "--reinstall-package fbgemm-gpu-cpu"),
         ("import fbgemm_gpu", "OSError: libcudart.so.13: cannot open", "# torch is built for CUDA 12.8"),
         ("import torch", "ImportError: libstdc++.so.6: cannot open", "apt-get install -y libstdc++6"),
+        ("import lightgbm", "OSError: libgomp.so.1: cannot open", "zlib1g libgomp1"),
         ("train a model for a few steps", "died of SIGILL", "use another machine"),
         ("import torch", "no answer after 300 seconds", "mmoe-rec doctor  # once more"),
     ],
