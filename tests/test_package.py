@@ -29,7 +29,15 @@ MISTAKES = {
         "--ids-only is for requests of the log, and --requests were sent: leave one of them out"
     ),
     "train --config no.yaml": "settings file 'no.yaml' does not exist",
-    "train --config C --model.expert.count 3": "model.expert",
+    "train --config C --model.expert.count 3": "'--model.expert.count'. Did you mean '--model.experts.count'?",
+    "train --config C --sedes 5": "command line: there is no option or setting '--sedes'. Did you mean '--seeds'?",
+    "train --config C --resum": "command line: there is no option or setting '--resum'. Did you mean '--resume'?",
+    "train --cofnig C": "command line: there is no option or setting '--cofnig'. Did you mean '--config'?",
+    "evaluate --config C --model M --device cpu": "setting '--device'. Did you mean '--training.device'?",
+    "serve --model M --prot 80": "command line: there is no option or setting '--prot'. Did you mean '--port'?",
+    "score --model M --asof log": "command line: there is no option or setting '--asof'. Did you mean '--as-of'?",
+    "metrics --predictions P --tassk x": "there is no option or setting '--tassk'. Did you mean '--tasks'?",
+    "doctor --verbose": "no such option '--verbose'; --help lists all options and settings",
     "trian": "there is no command 'trian'; did you mean 'train'?",
 }
 """What is typed wrongly (C: the template) -> a part of the sentence that tells so."""

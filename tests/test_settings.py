@@ -1,5 +1,6 @@
 import datetime
 import math
+import re
 import subprocess
 import sys
 import typing
@@ -15,7 +16,7 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.features.kinds import KINDS
 from mmoe_rec.features.kinds.counter import CounterFeature
 from mmoe_rec.settings.columns import Section
-from mmoe_rec.settings.load import describe, load_settings, parse_overrides
+from mmoe_rec.settings.load import check_names, describe, load_settings, parse_overrides
 from mmoe_rec.settings.model import Trees
 from mmoe_rec.settings.sections import Settings, dump_yaml
 from mmoe_rec.settings.training import Training
@@ -65,14 +66,15 @@ def _load(tmp_path, *overrides: str, **changes) -> Settings:
 
 
 def _message(tmp_path, *overrides: str, **changes) -> str:
+    source = "command line" if overrides else f"{tmp_path}/small.yaml: "
     with pytest.raises(UserError) as caught:
         _load(tmp_path, *overrides, **changes)
     message = str(caught.value)
-    assert message.startswith(f"{tmp_path}/small.yaml: ")
+    assert message.startswith(source)
     assert "\n" not in message
     assert "pydantic" not in message
     assert "Input should" not in message
-    return message.removeprefix(f"{tmp_path}/small.yaml: ")
+    return message.removeprefix(source)
 
 
 # Loading
@@ -187,6 +189,70 @@ def test_an_override_leaves_a_feature_out(tmp_path):
     assert "of 'item' is not an id feature" in _message(tmp_path, "--features.item", "null")  # a history reads its ids
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--training.epochs", "0"], "(--training.epochs): 'training.epochs' must be at least 1, found 0"),
+        (["--training", "{epochs: 0}"], "(--training): 'training.epochs' must be at least 1, found 0"),
+        (
+            ["--model.experts.count", "2", "--training.seed", "x"],
+            "(--training.seed): 'training.seed' must be a whole number, found 'x'",
+        ),
+        (["--features.item.pooling", "mean"], "(--features.item.pooling): unknown key 'features.item.pooling' (valid"),
+        (
+            ["--columns.user", "null", "--training.epochs", "2"],
+            "(--columns.user, --training.epochs): feature 'last' needs columns.user",
+        ),
+        (["--split.train_end", "2030-01-01"], "(--split.train_end): 'split': train_start, train_end, validation_end"),
+        (["--features.items", "null"], ": '--features.items null' leaves out a feature that is not there; did you"),
+    ],
+)
+def test_a_wrong_override_is_blamed_on_the_command_line(tmp_path, words, message):
+    assert _message(tmp_path, *words).lstrip().startswith(message)
+
+
+def test_a_wrong_file_is_blamed_whatever_is_overridden(tmp_path):
+    path, epochs = tmp_path / "small.yaml", "'training.epochs' must be at least 1, found"
+    path.write_text(dump_yaml(_tree(training={"epochs": 0})), encoding="utf-8")
+    for words, message in (
+        (["--training.seed", "2"], f"{path}: {epochs} 0"),
+        (["--training.epochs", "-1"], f"command line (--training.epochs): {epochs} -1"),
+        (["--training.seed", "x"], f"{path}: {epochs} 0; command line (--training.seed): 'training.seed' must be a "),
+    ):
+        with pytest.raises(UserError) as caught:
+            load_settings(path, words)
+        assert str(caught.value).startswith(message)
+    assert load_settings(path, ["--training.epochs", "1"]).training.epochs == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "near"),
+    [
+        ("--device cpu", "--training.device"),
+        ("--epoch 5", "--training.epochs"),
+        ("--sedes 5", "--seeds"),
+        ("--resum", "--resume"),
+        ("--cofnig", "--config"),
+        ("--trees null", "--model.trees"),
+        ("--tracking.url x", "--tracking.uri"),
+        ("--features.item.mincount=3", "--features.item.min_count"),
+        ("--tasks.click.lable x", "--tasks.click.label"),
+        ("--features.item.kind id --model {} --seeds 3 --split.train_end 2024-01-01 --data.lgo x", "--data.log"),
+    ],
+)
+def test_an_option_that_there_is_not_is_named_with_the_nearest(words, near):
+    wrong = words.split()[-2] if words.endswith(" x") else words.replace("=", " ").split()[0]
+    with pytest.raises(UserError) as caught:
+        check_names(words.split(), ["--seeds", "--resume", "--config"])
+    assert str(caught.value) == f"command line: there is no option or setting '{wrong}'. Did you mean '{near}'?"
+
+
+def test_an_option_like_no_other_leads_to_the_help():
+    with pytest.raises(UserError, match=r"setting '--qqq'\. Run the command with --help to list all options and"):
+        check_names(["--qqq"])
+    check_names([*re.findall(r"^  (--\S+)", describe(), re.MULTILINE), "-h", "--", "x", "-1"])
+
+
 def test_an_override_reaches_into_an_empty_section(tmp_path):
     assert _load(tmp_path, "--model.experts.count", "3", model=None).model.experts.count == 3
 
@@ -197,7 +263,9 @@ def test_an_override_reaches_into_an_empty_section(tmp_path):
         (["model.experts.count", "16"], "'model.experts.count' is not a setting; write --section.key value"),
         (["--model.experts.count"], "'--model.experts.count' needs a value"),
         (["--", "5"], "'--' is not a setting"),
-        (["--a..b", "5"], "'--a..b' is not a setting"),
+        (["--a..b", "5"], "there is no option or setting '--a..b'"),
+        (["--model..b", "5"], "there is no option or setting '--model..b'"),
+        (["--training.epochs", "--training.seed", "5"], "'--training.epochs' needs a value"),
         (["--model.experts.units", "[1"], "the value '[1' of '--model.experts.units' is not valid YAML"),
         (["--name.x", "1"], "'--name.x' goes below 'name', which is a single value"),
     ],

@@ -1,9 +1,9 @@
 """mmoe-rec baselines --config configs/shop.yaml --model models:/shop@champion
 
 Trains what a model has to beat on the same encoded rows, popularity and gradient-boosted trees for each task, and
-measures them on the test rows. The trees are those of scikit-learn and LightGBM, and with the extra `baselines`
-those of CatBoost as well. With `--model` the model stands beside them, with the differences of all metrics and a verdict. Writes
-`report.html`, `metrics.json` and others to `data.work`/baselines.
+measures them on the test rows. The trees are those of scikit-learn and LightGBM, and with the extra `baselines` those
+of CatBoost as well. With `--model` the model stands beside them, with the differences of all metrics and a verdict.
+Writes `report.html`, `metrics.json` and others to `data.work`/baselines.
 
 Trees get all inputs but placement and lists of ids (histories). For each library validation rows choose how many trees
 there are, at most 1,000, how large they are, where training rows are at most 500,000, and what stands: trees without

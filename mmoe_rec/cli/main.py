@@ -69,6 +69,10 @@ class Command(click.Command):
         self.section = section
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if self.section is not None:  # click checks the options of a command without settings
+            from mmoe_rec.settings.load import check_names
+
+            check_names(args, [name for each in self.get_params(ctx) for name in each.opts])
         return super().parse_args(ctx, list(self._repeat_options(args)))
 
     def _repeat_options(self, words: Iterable[str]) -> Iterator[str]:

@@ -83,7 +83,7 @@ def tune(
 
     def with_values(values: Values) -> Settings:
         chosen = [f"--{name}={json.dumps(value)}" for name, value in values.items()]
-        return load_settings(configuration.file, [*configuration.overrides, *chosen])
+        return load_settings(configuration.file, [*configuration.overrides, *chosen], given_by="tuning.search")
 
     _check_values(search, with_values)
     require_packages("mmoe-rec tune", "tune", "optuna")

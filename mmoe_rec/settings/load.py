@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import builtins
 import json
+import re
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime
-from difflib import get_close_matches
+from difflib import SequenceMatcher, get_close_matches
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -43,22 +45,27 @@ _EXPECTED = {
 _UNQUOTED = {"int_type": (int,), "float_type": (int, float), "bool_type": (bool,)}
 
 
-def explain(error: ValidationError, where: str) -> Iterator[str]:
-    """One sentence per problem: where it is, what was expected, what was found, the nearest valid key."""
+def explain(error: ValidationError, where: str | Callable[[Any], str]) -> Iterator[str]:
+    """Explain each problem in one sentence: where it is, what was expected, what was found, the nearest valid key.
+
+    Args:
+        error: The error that pydantic raised.
+        where: The source of all values, or a function that returns the source of a problem.
+    """
     sentences: dict[str, None] = {}
     for problem in error.errors():
         if problem["type"] == "too_short" and len(problem["input"]) >= problem["ctx"]["min_length"]:
             continue  # It is long enough; an invalid entry, which has its own sentence, was not counted.
-        sentences[_sentence(problem)] = None  # once: of a union, each member reports
-    yield from (f"{where}: {each}" for each in sentences)
+        source = where if isinstance(where, str) else where(problem)
+        sentences[f"{source}: {_sentence(problem)}"] = None  # once: of a union, each member reports
+    yield from sentences
 
 
 def _sentence(problem: Any) -> str:
     kind, place, value, context = problem["type"], problem["loc"], problem["input"], problem.get("ctx", {})
     if place[-1:] == ("[key]",):
         return f"'{'.'.join(map(str, place[:-2]))}' has the key {place[-2]}, which is not text; put it in quotes"
-    # pydantic names the kind of a feature, and members of a union, as if they were keys of the file.
-    location = [str(part) for part in (place[:2] + place[3:] if place[:1] == ("features",) else place)]
+    location = _location(problem)
     of_union = kind in _EXPECTED and len(location) > 1 and location[-1] in ("bool", "int", "float", "str")
     name, found = ".".join(location[:-1] if of_union else location), _found(value)
     if of_union:
@@ -88,6 +95,12 @@ def _sentence(problem: Any) -> str:
         joint = " " if message.startswith(("must", "lists")) else ": "
         text = f"'{name}'{joint}{message}{found}" if name else message
     return text
+
+
+def _location(problem: Any) -> list[str]:
+    """Return the keys that lead to a problem. pydantic adds members of a union, and a feature's kind, which goes."""
+    place = problem["loc"]
+    return [str(part) for part in (place[:2] + place[3:] if place[:1] == ("features",) else place)]
 
 
 def _found(value: Any) -> str:
@@ -146,33 +159,68 @@ def without_none(annotation: Any) -> Any:
     return annotation
 
 
-def load_settings(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
-    """Reads a YAML file, applies overrides such as `--model.experts.count 16`, and checks every key. The override
-    `--features.NAME null` leaves a feature out.
+def load_settings(path: str | Path, overrides: Sequence[str] = (), given_by: str = "command line") -> Settings:
+    """Read a settings file, apply overrides and check every key.
 
-    Raises UserError with one sentence per wrong key.
+    Args:
+        path: A YAML file.
+        overrides: Words such as `--model.experts.count 16`. `--features.NAME null` leaves a feature out.
+        given_by: The source of the overrides, for error messages.
+
+    Returns:
+        The checked settings.
+
+    Raises:
+        UserError: A key or value is wrong. The message has one sentence for each and names the file or the override.
     """
     file = Path(path)
     if not file.is_file():
         what = "is a folder" if file.is_dir() else "does not exist"
         raise UserError(f"settings file '{path}' {what}; mmoe-rec init writes one, or start from {TEMPLATE}")
     try:
-        tree = load_yaml(file.read_text(encoding="utf-8"))
+        text = file.read_text(encoding="utf-8")
+        tree = load_yaml(text)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"settings file '{path}' is not valid YAML: {_yaml_problem(error)}") from None
     except OSError as error:
         raise UserError(f"settings file '{path}' cannot be read: {error.strerror}") from None
     if not isinstance(tree, dict):
         raise UserError(f"settings file '{path}' must hold keys such as name, data, columns, tasks, features, split")
-    for key, value in parse_overrides(overrides):
+    check_names(overrides, given_by=given_by)
+    given = list(parse_overrides(overrides))
+    for key, value in given:
         if value is None and len(key) == 2 and key[0] == "features":
-            _leave_out(tree, key[1], path)
+            _leave_out(tree, key[1], given_by)
         else:
             _set(tree, key, value)
     try:
         return Settings.model_validate(tree)
     except ValidationError as error:
-        raise UserError("; ".join(explain(error, str(path)))) from None
+        of_file = _find_problems(load_yaml(text)) if given else []
+
+        def find_source(problem: Any) -> str:
+            if not given or _identity(problem) in of_file:
+                return str(path)
+            location, keys = _location(problem), [key for key, _ in given]
+            related = [key for key in keys if all(map(str.__eq__, key, location))] or keys
+            return f"{given_by} ({', '.join(dict.fromkeys(f'--{each}' for each in map('.'.join, related)))})"
+
+        raise UserError("; ".join(explain(error, find_source))) from None
+
+
+def _find_problems(tree: Any) -> list[Any]:
+    """Return the identity of each problem that a file has without overrides."""
+    try:
+        Settings.model_validate(tree)
+    except ValidationError as error:
+        return [_identity(problem) for problem in error.errors()]
+    return []
+
+
+def _identity(problem: Any) -> tuple[Any, ...]:
+    """Return location, message and, unless it is a section, the value of a problem."""
+    value = problem["input"]
+    return problem["loc"], problem["msg"], None if isinstance(value, dict) else repr(value)
 
 
 def _yaml_problem(error: Exception) -> str:
@@ -193,7 +241,7 @@ def parse_overrides(arguments: Sequence[str]) -> Iterator[tuple[list[str], Any]]
         if not all(key.split(".")):
             raise UserError(f"'{argument}' is not a setting; write --section.key value")
         if not equals:
-            if not rest:
+            if not rest or rest[0].startswith("--"):
                 raise UserError(f"'--{key}' needs a value")
             text = rest.pop(0)
         try:
@@ -212,12 +260,44 @@ def _set(tree: dict[str, Any], keys: list[str], value: Any) -> None:
     tree[keys[-1]] = value
 
 
-def _leave_out(tree: dict[str, Any], name: str, path: str | Path) -> None:
+def _leave_out(tree: dict[str, Any], name: str, given_by: str) -> None:
     features = tree.get("features")
     if not isinstance(features, dict) or name not in features:
         hint = _nearest(name, [*features]) if isinstance(features, dict) else ""
-        raise UserError(f"{path}: '--features.{name} null' leaves out a feature that is not there{hint}")
+        raise UserError(f"{given_by}: '--features.{name} null' leaves out a feature that is not there{hint}")
     del features[name]
+
+
+def check_names(words: Iterable[str], options: Sequence[str] = (), given_by: str = "command line") -> None:
+    """Raise UserError for an option that neither the command nor the settings have, and suggest the nearest one.
+
+    Args:
+        words: Options, overrides and their values, as they were typed. A value never begins with two dashes.
+        options: The command's own options, such as `--seeds`.
+        given_by: The source of the words, for the error message.
+    """
+    names = [word.partition("=")[0] for word in words if word.startswith("--") and word != "--"]
+    listed = re.findall(r"^  --(\S+)", describe(), re.MULTILINE) if names else []
+    settings = [each.split(".") for each in [*listed, "features.NAME.kind"]]
+    for name in (name for name in names if name not in options):
+        typed, likely = name[2:].split("."), [*options]
+        if any(all(key in ("NAME", own) for key, own in zip(each, typed, strict=False)) for each in settings):
+            continue
+        for each in settings:  # the file chooses names of features and tasks, so a suggestion keeps the typed one
+            chosen = typed if each[0] == typed[0] else []
+            keys = [own if key == "NAME" and own else key for key, own in zip_longest(each, chosen[: len(each)])]
+            likely += [f"--{'.'.join(keys[:depth])}" for depth in range(1, len(keys) + 1)]
+        near = max(likely, key=lambda each: _likeness(name, each))
+        hint = "Run the command with --help to list all options and settings."
+        hint = f"Did you mean '{near}'?" if _likeness(name, near) >= 0.6 else hint
+        raise UserError(f"{given_by}: there is no option or setting '{name}'. {hint}")
+
+
+def _likeness(name: str, other: str) -> float:
+    """Return how alike two options are, 0 to 1: as a whole, or without their sections."""
+    one, two = name[2:].rpartition(".")[2], other[2:].rpartition(".")[2]
+    last = 0.95 if one == two else 0.85 * SequenceMatcher(None, one, two).ratio()
+    return max(SequenceMatcher(None, name, other).ratio(), last)
 
 
 def describe(section: str | None = None) -> str:

@@ -291,7 +291,10 @@ def test_rows_that_are_encoded_anew_give_the_same_metrics(
 
 
 MISTAKES = [
-    (["--model.expert", "3"], "'model.expert'; did you mean 'experts'?"),
+    (
+        ["--model.expert", "3"],
+        "command line: there is no option or setting '--model.expert'. Did you mean '--model.experts'?",
+    ),
     (["--training.batch_size", "many"], "training.batch_size"),
     (["extra"], "'extra' is not a setting"),
     (["--config", "none.yaml"], "none.yaml' does not exist"),
