@@ -7,14 +7,12 @@ candidate list. `--fast` does it on a slice of the households, as a smoke test.
 
 from __future__ import annotations
 
-import json
 import shlex
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from mmoe_rec.atomic import atomic_file
 from mmoe_rec.errors import exit_with_message
 from pipelines.data_sets.sampled_log import command_parser
 
@@ -44,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     out = Path(options.out or ("data/complete_journey_fast" if options.fast else "data/complete_journey"))
     settings = quickstart_settings(options.fast, out, overrides)
     from mmoe_rec.cli.main import show
+    from mmoe_rec.inference.artifact import EXAMPLE, read_example
     from mmoe_rec.inference.ranker import Ranker
     from mmoe_rec.jobs.baselines import measure_baselines
     from mmoe_rec.jobs.evaluate import evaluate_model
@@ -66,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         console.rule("4/5  two baselines on the same rows and features")
         results = measure_baselines(settings, Path(settings.data.work) / "baselines", evaluated, "MMoE")
     console.rule("5/5  one candidate list")
-    request = json.loads((trained.artifact / "example_request.json").read_text(encoding="utf-8"))
+    request, example = read_example(trained.artifact), trained.artifact / EXAMPLE
     ranking = Ranker.load(trained.artifact).rank(**request)
     console.print(f"household {request['user']}, {request['context']}")
     for position, (candidate, score) in enumerate(zip(ranking.candidates, ranking.scores, strict=True), start=1):
@@ -74,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     show(show_results(results))
     print(f"report: {Path(settings.data.work) / 'baselines' / 'report.html'}")
     print(f"{time.perf_counter() - started:.0f} s in all")
-    _next_commands(settings, trained.address, request)
+    _next_commands(settings, trained.address, example)
 
 
 def ingest_log(out: Path, fast: bool) -> None:
@@ -87,14 +86,11 @@ def ingest_log(out: Path, fast: bool) -> None:
     ingest(packaged_folder(), out, Selection(households=FAST_HOUSEHOLDS if fast else None))
 
 
-def _next_commands(settings: Settings, address: str, request: dict[str, Any]) -> None:
-    body = Path(settings.data.work) / "request.json"
-    with atomic_file(body) as file:
-        file.write_text(json.dumps({"inputs": [request], "params": {"top_k": 5}}), encoding="utf-8")
+def _next_commands(settings: Settings, address: str, example: Path) -> None:
     print("\nnext:")
     uri = settings.tracking.address
     print(f"  MLFLOW_TRACKING_URI={shlex.quote(uri)} mlflow models serve -m {address} --env-manager local -p 5001")
-    print(f"  curl -s localhost:5001/invocations -H 'Content-Type: application/json' -d @{shlex.quote(str(body))}")
+    print(f"  curl -s localhost:5001/invocations -H 'Content-Type: application/json' -d @{shlex.quote(str(example))}")
     served = uri.startswith(("http://", "https://"))
     print(f"  see the runs at {uri}" if served else f"  mlflow ui --backend-store-uri {shlex.quote(uri)}")
 

@@ -8,7 +8,7 @@
         trees/                 where the model has trees: these, and how much they count (`mmoe_rec.model.trees`)
         calibration.json       what turns the model's logits into probabilities, where it was calibrated
         settings.yaml          the resolved settings that the model was trained with
-        example_request.json   a request that can be sent as it is
+        example_request.json   the body of a call to /invocations, which `predict` of the MLflow model takes as well
         example_scores.json    what the model gave for it when the folder was written, and the versions that computed it
         features/              what encoders have learnt, and tables: what counters and histories remember, latest
                                values, and which files of the log these hold (see `mmoe_rec.preprocessing.logs`)
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from mmoe_rec.model.mmoe import RankingModel
     from mmoe_rec.model.score import Calibration
 
-FORMAT, DELTA_FORMAT = 5, 1
+FORMAT, DELTA_FORMAT = 6, 1
 MANIFEST = "manifest.json"
 EXAMPLE = "example_request.json"
 SCORES = "example_scores.json"
@@ -144,6 +144,12 @@ def read_artifact(folder: Path, verify: bool = True) -> Artifact:
     if tree.get("in_bf16") is not None:
         tree["in_bf16"] = Rounding(**tree["in_bf16"])
     return Artifact(layout=ModelLayout.read(folder), **tree)
+
+
+def read_example(folder: Path) -> dict[str, Any]:
+    """Return the request in the example of an artifact folder, as arguments of `Ranker.rank`."""
+    (request,) = json.loads((folder / EXAMPLE).read_text(encoding="utf-8"))["inputs"]
+    return request
 
 
 def read_stored(path: Path) -> dict[str, Tensor]:

@@ -1,7 +1,6 @@
 """What features cost in serving: milliseconds of a request, and bytes in memory."""
 
 import itertools
-import json
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ import torch
 
 from mmoe_rec.devices import limit_threads
 from mmoe_rec.features.pipeline import remembered_bytes
-from mmoe_rec.inference.artifact import EXAMPLE
+from mmoe_rec.inference.artifact import read_example
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.inference.reader import Request
 from mmoe_rec.model.tables import PlainTables
@@ -78,7 +77,7 @@ def measure_costs(
 
 def _longer_example(ranker: Ranker, folder: Path, candidates: int, ids: Iterable[object]) -> Request:
     """The artifact's example with so many candidates, whose values come again and again, but for ids that are given."""
-    example = json.loads((folder / EXAMPLE).read_text(encoding="utf-8"))
+    example = read_example(folder)
     columns = dict(example["candidates"])
     if (own := list(ids)) and ranker.pipeline.schema.columns.candidate in columns:
         columns[ranker.pipeline.schema.columns.candidate] = own

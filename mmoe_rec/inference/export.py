@@ -36,7 +36,7 @@ from torch import Tensor, nn
 
 from mmoe_rec.errors import UserError, one_line
 from mmoe_rec.features.encoder import Inputs
-from mmoe_rec.inference.artifact import EXAMPLE, read_artifact, read_manifest, read_stored, write_tensors
+from mmoe_rec.inference.artifact import read_artifact, read_example, read_manifest, read_stored, write_tensors
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.inference.ranking import Ranking
 from mmoe_rec.inference.reader import Request
@@ -164,7 +164,7 @@ class WholeModel(nn.Module):
 def write_onnx(folder: Path, ranker: Ranker, made: Path) -> None:
     """Writes the model of an artifact folder, loaded as `ranker`, to an empty folder. Raises UserError for one that the
     exporter can't follow."""
-    request = json.loads((folder / EXAMPLE).read_text(encoding="utf-8"))
+    request = read_example(folder)
     layout, trees = ranker.layout, ranker.model.trees
     example, answers = encode(ranker, request), answers_of(ranker.rank(**request))
     grows = trees is not None and bool(trees.texts)  # or of no task
@@ -374,7 +374,7 @@ def draw_requests(folder: Path, ranker: Ranker, requests: int = REQUESTS) -> Ite
     """Arguments of `Ranker.rank`, the same ones at every call: users and candidates that the model knows, in the
     context of its folder's example; of a model that knows none only the example."""
     random = np.random.default_rng(0)
-    example = json.loads((folder / EXAMPLE).read_text(encoding="utf-8"))
+    example = read_example(folder)
     names = ranker.pipeline.schema.columns
     users, candidates = (
         pq.read_table(folder / "features" / f"latest.{role}.parquet", columns=[key]).column(key).combine_chunks()

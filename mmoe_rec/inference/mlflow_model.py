@@ -4,6 +4,8 @@ A request is `{"inputs": [{"user": {...}, "context": {...}, "candidates": {...}}
 `inputs` gets one ranking. `task_weights`, `top_k`, `gate_top_k`, `mask_experts` and `explain` may stand in an element
 or, for all elements, in `params`; the element's own win. MLflow drops unknown keys of `params` before the model sees
 them; in an element they are an error. A data frame has a row for each candidate (`split_rows`), and so has the reply.
+
+`predict` takes a request, a list of requests or, as in the model's `example_request.json`, `{"inputs": [...]}`.
 """
 
 import json
@@ -15,7 +17,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import INTERNAL_ERROR, INVALID_PARAMETER_VALUE
 from mlflow.pyfunc import PythonModel, PythonModelContext
 
-from mmoe_rec.errors import RequestError
+from mmoe_rec.errors import RequestError, quoted
 from mmoe_rec.inference.ranking import Ranking
 from mmoe_rec.inference.reader import EMPTY, Request, name_element, read_requests, rows_of_candidates, split_rows
 from mmoe_rec.log.given import plain
@@ -65,6 +67,10 @@ class RankingPythonModel(PythonModel):
                 return pd.DataFrame(rows_of_candidates(replies, rows), model_input.index)
             if isinstance(model_input, pd.DataFrame):
                 model_input = model_input.to_dict("records")  # requests, a row each
+            if isinstance(model_input, dict) and "inputs" in model_input:  # the body of a call
+                if other := next((name for name in model_input if name != "inputs"), None):
+                    raise RequestError(f"predict: {quoted(other)} stands beside 'inputs'. Give the argument params.")
+                model_input = model_input["inputs"]
             elements = [model_input] if isinstance(model_input, dict) else plain(model_input)
             if not isinstance(elements, list):
                 raise RequestError("'inputs' must be a list of requests")

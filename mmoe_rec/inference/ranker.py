@@ -7,7 +7,6 @@ alone: no torchrec, torch.distributed or mlflow.
 
 from __future__ import annotations
 
-import json
 import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,6 +31,7 @@ from mmoe_rec.inference.artifact import (
     ExampleScores,
     read_artifact,
     read_calibration,
+    read_example,
     read_model,
     version_of,
 )
@@ -188,9 +188,8 @@ class Ranker:
 
     def example_scores(self, folder: Path) -> ExampleScores:
         """What the model gives for the example in an artifact folder."""
-        example = json.loads((folder / EXAMPLE).read_text(encoding="utf-8"))
         with _products_in_fp32():
-            return ExampleScores.of(self.rank(**example), self.about.tasks)
+            return ExampleScores.of(self.rank(**read_example(folder)), self.about.tasks)
 
     def take_settings(self, serving: Mapping[str, Any]) -> None:
         """Serves by these of max_candidates, stale_after_days, products and precision (which `serve_faster` looks

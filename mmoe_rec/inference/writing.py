@@ -99,7 +99,7 @@ def write_artifact(
         write_about(target, about)
         if calibration is not None and calibration.tasks:
             _write_json(target / "calibration.json", calibration.to_dict())
-        _write_json(target / EXAMPLE, example_request(target / "features", about.tables_as_of))
+        _write_json(target / EXAMPLE, {"inputs": [example_request(target / "features", about.tables_as_of)]})
         seal(target)
         if before is not None:
             from mmoe_rec.inference.delta import write_delta
@@ -153,7 +153,7 @@ def write_with_tables(
         copy_files(folder, made, but="features/")
         shutil.copytree(features, made / "features")
         write_about(made, about)
-        _write_json(made / EXAMPLE, example_request(made / "features", about.tables_as_of))
+        _write_json(made / EXAMPLE, {"inputs": [example_request(made / "features", about.tables_as_of)]})
         seal(made)
 
 

@@ -11,7 +11,6 @@ than where it was written) keeps the alias. An outage of MLflow decides nothing.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -22,7 +21,7 @@ from typing import TYPE_CHECKING
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.comparison import BETTER, Results
 from mmoe_rec.evaluation.summary import SCORE
-from mmoe_rec.inference.artifact import Source
+from mmoe_rec.inference.artifact import Source, read_example
 from mmoe_rec.jobs.evaluate import PROMOTION, check_tasks, evaluate_found, rows_to_measure, score_by
 from mmoe_rec.jobs.slicing import Slicing, TrainingRows
 from mmoe_rec.preprocessing.prepare import FeatureFolder
@@ -302,7 +301,7 @@ def _find_objections(results: Results, name: str, its_name: str) -> list[str]:
 
 def _slower(mine: Ranker, its: Ranker, artifact: Path) -> float:
     """How many times as long the first takes to answer an example as the second, the fastest of many calls of each."""
-    example = json.loads((artifact / "example_request.json").read_text(encoding="utf-8"))
+    example = read_example(artifact)
     # As many candidates as lists have in practice, of which the example has few.
     times = max(1, _CANDIDATES // len(next(iter(example["candidates"].values()))))
     candidates = {name: values * times for name, values in example["candidates"].items()}

@@ -5,7 +5,6 @@ only where a pass is under way. A model that can't be loaded changes nothing but
 from the old model to the new one, only the delta is read, unless it turns out to be damaged.
 """
 
-import json
 import logging
 import re
 import shutil
@@ -17,7 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from mmoe_rec.errors import RequestError, UserError, one_line
-from mmoe_rec.inference.artifact import Source
+from mmoe_rec.inference.artifact import Source, read_example
 from mmoe_rec.server.options import Options
 
 if TYPE_CHECKING:
@@ -124,7 +123,7 @@ class Models:
                     "true and false: these are taken as 1 and 0 in any column but ids; train on features built anew"
                 )
             ranker.keeps_seen = self.options.log is not None
-            example = json.loads((source.folder / "example_request.json").read_text(encoding="utf-8"))
+            example = read_example(source.folder)
             learning = None
             if self.options.journal is not None:
                 from mmoe_rec.live.learning import Learning

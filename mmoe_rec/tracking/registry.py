@@ -2,7 +2,6 @@
 
 import hashlib
 import io
-import json
 import re
 import shutil
 import sys
@@ -17,7 +16,7 @@ from typing import Any
 
 from mmoe_rec.atomic import checksum
 from mmoe_rec.errors import UserError
-from mmoe_rec.inference.artifact import DELTA, EXAMPLE, Delta, Source, read_artifact
+from mmoe_rec.inference.artifact import DELTA, Delta, Source, read_artifact, read_example
 from mmoe_rec.model.layout import ModelTask
 from mmoe_rec.progress import say
 from mmoe_rec.tracking.client import (
@@ -422,8 +421,7 @@ def describe_model(artifact_folder: Path, scratch: Path) -> dict[str, Any]:
         return {*names} - {*SERVED_CODE} if Path(folder) == package else {"__pycache__"}
 
     code = shutil.copytree(package, scratch / "mmoe_rec", ignore=leave_out)
-    example = json.loads((artifact_folder / EXAMPLE).read_text(encoding="utf-8"))
-    about = read_artifact(artifact_folder, verify=False)
+    example, about = read_example(artifact_folder), read_artifact(artifact_folder, verify=False)
     return {
         "python_model": str(code / "inference" / "mlflow_model.py"),
         "artifacts": {"model": str(artifact_folder)},

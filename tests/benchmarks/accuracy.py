@@ -216,7 +216,7 @@ def measure_cost(settings: Settings) -> dict[str, float]:
     finished, model = FinishedTraining.read(folder), folder / "model"
     assert finished is not None
     ranker, torch_threads = Ranker.load(model), torch.get_num_threads()
-    example = json.loads((model / "example_request.json").read_text(encoding="utf-8"))
+    example = json.loads((model / "example_request.json").read_text(encoding="utf-8"))["inputs"][0]
     if example["user"]:
         elements = Bodies(model).elements(500, 20)
     else:  # of a plain table, whose requests give all columns

@@ -251,7 +251,7 @@ def measure_sizes(model: Path, config: str, scratch: Path) -> dict[str, Any]:
                 made = take_up()
                 seconds[what].append(time.process_time() - start)
         assert made.version == version_of(other)
-        example = json.loads((other / "example_request.json").read_text())
+        example = json.loads((other / "example_request.json").read_text())["inputs"][0]
         assert made.rank(**example).scores == Ranker.load(other).rank(**example).scores
         found[name] = {
             "delta_mb": round(size(other / DELTA) / 1e6, 2),

@@ -35,7 +35,7 @@ class NoopRanker:
     def like(artifact: Path) -> NoopRanker:
         """Replies as the model of an artifact does."""
         about = read_artifact(artifact)
-        example = json.loads((artifact / "example_request.json").read_text(encoding="utf-8"))
+        example = json.loads((artifact / "example_request.json").read_text(encoding="utf-8"))["inputs"][0]
         names = [*(task.name for task in about.tasks), *about.layout.outcomes]
         return NoopRanker(names, next(iter(example["candidates"])), about.tables_as_of)
 
@@ -62,7 +62,7 @@ def main() -> None:
     port, folder = int(sys.argv[1]), Path(sys.argv[2])
     ranker: Any = NoopRanker.like(folder)
     ranker.about = SimpleNamespace(name="noop", tables_as_of=ranker.tables_as_of)
-    example = json.loads((folder / "example_request.json").read_text(encoding="utf-8"))
+    example = json.loads((folder / "example_request.json").read_text(encoding="utf-8"))["inputs"][0]
     served = ServedModel(ranker, Source(folder, "noop", None), example)
 
     class Noop(Models):

@@ -67,7 +67,7 @@ class Bodies:
     """Requests drawn from the users and candidates that a model knows."""
 
     def __init__(self, model: Path) -> None:
-        self._example = json.loads((model / "example_request.json").read_text(encoding="utf-8"))
+        self._example = json.loads((model / "example_request.json").read_text(encoding="utf-8"))["inputs"][0]
         self._random = np.random.default_rng(0)
         latest = {role: pq.read_table(model / "features" / f"latest.{role}.parquet") for role in ("user", "candidate")}
         self._users, self._candidates = latest["user"], latest["candidate"]

@@ -48,6 +48,17 @@ def test_logged_rows_score_as_offline(server: Server, small: SmallModel, ranker:
         np.testing.assert_allclose(reply["predictions"][task], values[reply["order"], index], atol=1e-5)
 
 
+def test_the_example_in_the_artifact_is_taken_as_it_is(server: Server, small: SmallModel) -> None:
+    """By the model server, and by the model in Python."""
+    body = (small.folder / "example_request.json").read_bytes()
+    status, reply = server.post(body)
+    assert status == 200
+    mlflow.set_tracking_uri(f"sqlite:///{server.log.parent / 'mlflow.db'}")
+    model = mlflow.pyfunc.load_model("models:/small@champion")
+    assert model.predict(json.loads(body)) == reply["predictions"]
+    assert len(reply["predictions"][0]["candidates"]) > 1
+
+
 def test_params_for_all_and_options_of_one(server: Server, ranker: Ranker) -> None:
     plain = request_of()
     own = request_of(task_weights={"liked": 3}, top_k=1)
@@ -138,7 +149,7 @@ from mmoe_rec.inference.reader import read_requests
 from mmoe_rec.inference.ranker import Ranker
 
 ranker = Ranker.load(sys.argv[1])
-example = json.load(open(sys.argv[1] + "/example_request.json"))
+example = json.load(open(sys.argv[1] + "/example_request.json"))["inputs"][0]
 options = {"top_k": 2, "gate_top_k": 1, "mask_experts": [0], "task_weights": {"click": 2.0}, "explain": True}
 (ranking,) = ranker.rank_many(read_requests([example], options))
 assert len(ranking.scores) == 2, ranking

@@ -38,7 +38,8 @@ ranker, inputs = Ranker.load(Path("work/model")), []
 mixture = ranker.model.mixture
 mixture.register_forward_pre_hook(lambda _, given: inputs.append(given[0]))
 with open("work/model/example_request.json", encoding="utf-8") as file:
-    ranking = ranker.rank(**json.load(file))
+    (request,) = json.load(file)["inputs"]
+ranking = ranker.rank(**request)
 with torch.no_grad():
     routing = mixture(inputs[-1], None).routings[0]
 found = {name: getattr(routing, name).tolist() for name in ("probabilities", "selected", "weights")}

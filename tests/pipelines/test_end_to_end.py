@@ -64,7 +64,7 @@ def test_leaves_everything_in_its_folder_and_says_what_to_type(done: Done) -> No
 
 def test_the_registered_model_answers_as_the_ranker(done: Done) -> None:
     ranker = Ranker.load(done.folder / "work" / "model")
-    example = json.loads((done.folder / "work" / "model" / "example_request.json").read_text())
+    example = json.loads((done.folder / "work" / "model" / "example_request.json").read_text())["inputs"][0]
     expected = ranker.rank(example["user"], example["context"], example["candidates"])
     mlflow.set_tracking_uri(done.uri)
     model = mlflow.pyfunc.load_model("models:/complete_journey_fast@champion")
@@ -74,7 +74,7 @@ def test_the_registered_model_answers_as_the_ranker(done: Done) -> None:
     assert len(set(answer["scores"])) == len(answer["scores"])
     (body,) = [word.removeprefix("@") for word in done.printed.split() if word.startswith("@")]
     printed = json.loads(Path(body).read_text())
-    (answer,) = model.predict(printed["inputs"], params=printed["params"])
+    (answer,) = model.predict(printed, params={"top_k": 5})
     assert answer["candidates"] == expected.candidates[:5]
 
 
@@ -92,8 +92,8 @@ def test_commands_fit_the_address(
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri if by_variable else "http://another")
     settings = quickstart.quickstart_settings(True, tmp_path, [] if by_variable else ["--tracking.uri", uri])
-    quickstart._next_commands(settings, "models:/shop@champion", {})
+    quickstart._next_commands(settings, "models:/shop@champion", tmp_path / "a b.json")
     _, _, serve, curl, see = capsys.readouterr().out.splitlines()
     assert shlex.split(serve)[:5] == [f"MLFLOW_TRACKING_URI={uri}", "mlflow", "models", "serve", "-m"]
-    assert Path(shlex.split(curl)[-1].removeprefix("@")).is_file()
+    assert shlex.split(curl)[-1] == f"@{tmp_path}/a b.json"
     assert see.strip().startswith(ui)

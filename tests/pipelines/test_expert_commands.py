@@ -43,7 +43,7 @@ def chosen(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def ranked(folder: Path) -> np.ndarray:
     ranker = Ranker.load(folder)
-    request = json.loads((folder / "example_request.json").read_text())
+    request = json.loads((folder / "example_request.json").read_text())["inputs"][0]
     ranking = ranker.rank(**request)
     return np.array(list(ranking.predictions.values())).T[np.argsort(ranking.order)]
 

@@ -42,7 +42,7 @@ def test_a_model_in_int8_with_its_figures(small: SmallModel, tmp_path: Path, cap
     off = report["requests"]["max_difference"]
     assert 0 < off["click"] < 0.05
     assert f"{off['click']:.2g}" in told
-    request = json.loads((small.folder / "example_request.json").read_text(encoding="utf-8"))
+    request = json.loads((small.folder / "example_request.json").read_text(encoding="utf-8"))["inputs"][0]
     one, other = (np.array(each.rank(**request).predictions["click"]) for each in (before, now))
     assert 0 < np.abs(np.sort(one) - np.sort(other)).max() < 0.05
     stored = [load_file(folder / "weights.safetensors") for folder in (small.folder, out)]

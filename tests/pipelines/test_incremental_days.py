@@ -90,7 +90,7 @@ def test_the_started_model_is_registered_beside_the_first_one(days: Days) -> Non
     assert two.layout.table("item").rows == one.layout.table("item").rows + 8
     first = json.loads(days.first["manifest.json"])
     assert one.about.fingerprint == first["fingerprint"] != two.about.fingerprint
-    example = json.loads((days.folder / "work" / "model" / "example_request.json").read_text())
+    example = json.loads((days.folder / "work" / "model" / "example_request.json").read_text())["inputs"][0]
     ranking = two.rank(example["user"], example["context"], example["candidates"])
     assert len(set(ranking.scores)) == len(ranking.scores)
     delta = registry.find_delta("models:/learnable/2", one.version, days.uri)

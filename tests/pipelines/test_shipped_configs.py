@@ -155,7 +155,7 @@ def test_a_shipped_config_trains(config: Path, tmp_path: Path) -> None:
         model.trees = grow_trees(settings, prepared, layout, model)
     parts = {"state_dict": model.state_dict(), "trees": model.trees}
     write_artifact(tmp_path / "model", settings=settings, prepared=prepared, **parts)
-    example = json.loads((tmp_path / "model" / "example_request.json").read_text(encoding="utf-8"))
+    example = json.loads((tmp_path / "model" / "example_request.json").read_text(encoding="utf-8"))["inputs"][0]
     ranking = Ranker.load(tmp_path / "model").rank(**example)
     assert set(settings.tasks) <= set(ranking.predictions)
     assert np.isfinite(ranking.scores).all()

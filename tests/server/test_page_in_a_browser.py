@@ -149,7 +149,7 @@ ITEMS = [10**17 * number for number in range(-4, 8)]
 
 def test_the_example_is_there_and_is_ranked_at_once(page: Browser, small: SmallModel) -> None:
     assert page.texts("h1") == ["small, version 7"]
-    example = {"inputs": [json.loads((small.folder / "example_request.json").read_text())]}
+    example = json.loads((small.folder / "example_request.json").read_text())
     assert json.loads(page.run("return document.querySelector('#text').value")) == example
     ranking = expected(small, example)
     found = columns(page)

@@ -66,6 +66,17 @@ def test_replies_to_good_requests(app: Application, mlflow_model: RankingPythonM
         assert found[0] == 200
 
 
+def test_the_example_in_the_artifact_is_taken_as_it_is(
+    app: Application, mlflow_model: RankingPythonModel, small: SmallModel
+) -> None:
+    body = (small.folder / "example_request.json").read_bytes()
+    answer = ask(app, body)
+    assert answer.status == 200
+    assert answer.tree == {"predictions": mlflow_model.predict(None, json.loads(body))}
+    with pytest.raises(MlflowException, match=r"predict: 'params' stands beside 'inputs'\. Give the argument params\."):
+        mlflow_model.predict(None, {**json.loads(body), "params": {"top_k": 1}})
+
+
 def test_explained_replies(app: Application, mlflow_model: RankingPythonModel, small: SmallModel) -> None:
     made = as_request(small.later_rows(5)[0])
     found, expected = both(app, mlflow_model, [made, made | {"explain": False}], {"explain": True, "top_k": 3})

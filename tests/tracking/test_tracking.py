@@ -429,7 +429,7 @@ def test_a_ranker_is_loaded_from_an_address_which_is_looked_up_where_mlflow_was_
 ) -> None:
     import mlflow
 
-    example = json.loads((small.folder / "example_request.json").read_text())
+    example = json.loads((small.folder / "example_request.json").read_text())["inputs"][0]
     expected = mmoe_rec.Ranker.load(small.folder).rank(**example)
     for address in ("models:/small@champion", store["files"].removeprefix("file://")):
         assert mmoe_rec.Ranker.load(address, store["uri"]).rank(**example) == expected

@@ -90,7 +90,7 @@ def cases(body: bytes) -> list[Case]:
 
 def odd(model: Path, folder: Path) -> dict[str, Any]:
     """The part's counts."""
-    example = json.loads((model / "example_request.json").read_text(encoding="utf-8"))
+    example = json.loads((model / "example_request.json").read_text(encoding="utf-8"))["inputs"][0]
     wrong = []
     todo = cases(json.dumps({"inputs": [example]}).encode())
     with served(model, folder) as running:

@@ -44,7 +44,7 @@ class Requests:
     """Strategies for a model."""
 
     def __init__(self, model: Path) -> None:
-        self._example = json.loads((model / "example_request.json").read_text(encoding="utf-8"))
+        self._example = json.loads((model / "example_request.json").read_text(encoding="utf-8"))["inputs"][0]
         self._columns = {
             part: pq.read_schema(model / "features" / f"latest.{role}.parquet").names
             for part, role in {"user": "user", "candidates": "candidate"}.items()
@@ -153,7 +153,7 @@ def largest(model: Path) -> list[bytes]:
     """Calls that take as much memory as the limits let them."""
     from tests.benchmarks.serving_models import Bodies
 
-    example = json.loads((model / "example_request.json").read_text(encoding="utf-8"))
+    example = json.loads((model / "example_request.json").read_text(encoding="utf-8"))["inputs"][0]
     return [Bodies(model).ids(9_999, 10), _text({"inputs": [example], "params": {"other": [[1]] * 1_600_000}})]
 
 
