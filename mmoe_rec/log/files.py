@@ -9,14 +9,17 @@ Local folders are walked here, through links, so that no file is left out silent
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import os
+import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 from urllib.parse import unquote
@@ -60,14 +63,18 @@ def find_files(source: str, setting: str = "data.log") -> list[FoundFile]:
     What writers leave behind is left out: `_temporary/...`, `.log.1a2b.tmp/...`, `_metadata.parquet`; a part of a glob
     that begins with a dot or underscore matches it. setting: that holds `source`, for messages.
 
-    Raises UserError where nothing is there, a folder can't be read, a link leads in a circle, or the place can't be
-    reached.
+    Raises UserError where nothing is there, a file is CSV, a folder can't be read, a link leads in a circle, or the
+    place can't be reached.
     """
     if is_remote(source):
         files, is_folder = _find_remote(source)
     else:
         path = local_path(source)
-        files, is_folder = [_stat(file) for file in find_local(path)], os.path.isdir(path)
+        found, is_folder = find_local(path), os.path.isdir(path)
+        tables = [file for file in found or find_local(f"{path}/**/*.csv") if file.suffix.lower() == ".csv"]
+        if tables:
+            raise UserError(_advise_on_csv(tables, setting))
+        files = [_stat(file) for file in found]
     if not files:
         what = "holds no *.parquet file" if is_folder else "does not exist"
         raise UserError(f"the log '{source}' {what}; set `{setting}` to a folder, file or glob of Parquet files")
@@ -92,6 +99,23 @@ def find_local(source: str) -> list[Path]:
         if (other := seen.setdefault(os.path.realpath(file), file)) != file:
             raise UserError(f"'{other}' and '{file}' are the same file, by a link: its rows count twice; remove one")
     return files
+
+
+def _advise_on_csv(tables: Sequence[Path], setting: str) -> str:
+    """Return the sentences about CSV files: the first one's conversion reads columns with dates as times."""
+    first, dated = tables[0], dict[str, None]()
+    try:
+        with first.open(encoding="utf-8", newline="") as file:
+            for row in csv.DictReader(islice(file, 100)):
+                dated |= {name: None for name, text in row.items() if re.match(r"\d{4}-\d\d-\d\d", str(text))}
+    except (OSError, ValueError, csv.Error):
+        pass  # pandas says what is wrong with it
+    times, made = f", parse_dates={[*dated]}" if dated else "", first.with_suffix(".parquet")
+    others = f" Convert the others ({len(tables) - 1}) the same way." if len(tables) > 1 else ""
+    return (
+        f"'{first}' is a CSV file, and `{setting}` takes Parquet files. Convert it in Python by "
+        f"`import pandas; pandas.read_csv({str(first)!r}{times}).to_parquet({str(made)!r})`.{others}"
+    )
 
 
 def takes_in(source: str, files: Sequence[Path]) -> bool:
