@@ -4,7 +4,7 @@
     features = mmoe_rec.build_features(settings)
     trained = mmoe_rec.train(settings)
     evaluated = mmoe_rec.evaluate(settings, trained.address, "metrics")
-    ranker = mmoe_rec.Ranker.load(trained.artifact)
+    ranker = mmoe_rec.load_ranker(trained.address)
     mmoe_rec.score(trained.address, "data/complete_journey/log", "scores")
 
 Each is imported when it is first used, so that importing the package is quick.
@@ -22,13 +22,15 @@ if TYPE_CHECKING:
     from mmoe_rec.jobs.score import score_log as score
     from mmoe_rec.jobs.train import train_model as train
     from mmoe_rec.settings.load import load_settings
+    from mmoe_rec.tracking.registry import load_ranker
 
-__all__ = ["Ranker", "__version__", "build_features", "evaluate", "load_settings", "score", "train"]
+__all__ = ["Ranker", "__version__", "build_features", "evaluate", "load_ranker", "load_settings", "score", "train"]
 
 _PLACES = {
     "Ranker": ("mmoe_rec.inference.ranker", "Ranker"),
     "build_features": ("mmoe_rec.jobs.places", "build_features"),
     "evaluate": ("mmoe_rec.jobs.evaluate", "evaluate_model"),
+    "load_ranker": ("mmoe_rec.tracking.registry", "load_ranker"),
     "load_settings": ("mmoe_rec.settings.load", "load_settings"),
     "score": ("mmoe_rec.jobs.score", "score_log"),
     "train": ("mmoe_rec.jobs.train", "train_model"),
@@ -43,10 +45,7 @@ def __getattr__(name: str) -> Any:
     if name not in _PLACES:
         raise AttributeError(f"module 'mmoe_rec' has no attribute '{name}'")
     module, attribute = _PLACES[name]
-    value = getattr(import_module(module), attribute)
-    if name == "Ranker":  # a model server, which has a folder, imports it from its module, without MLflow
-        value.find_folder = import_module("mmoe_rec.tracking.registry").find_folder
-    return value
+    return getattr(import_module(module), attribute)
 
 
 def __dir__() -> list[str]:

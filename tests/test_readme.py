@@ -389,10 +389,11 @@ def test_mlflow_pages(said: dict[str, str], folder: Path) -> None:
 
 @pytest.mark.thorough
 def test_served_request(said: dict[str, str], folder: Path) -> None:
-    serve, ask = commands_of("test_served_request")
+    serve, example, ask = commands_of("test_served_request")
     request, reply = blocks("json")
     (folder / "request.json").write_text(request)
     with running(serve, "5001", "/ping", folder) as port:
+        assert len(json.loads(shell(example.replace("5001", str(port)), folder))["predictions"]) == 1
         answer = json.loads(shell(ask.replace("5001", str(port)), folder))
         printed = next(line for line in said["python -m pipelines.quickstart"].splitlines() if "curl" in line)
         assert json.loads(shell(printed.replace("5001", str(port)), folder))["predictions"]

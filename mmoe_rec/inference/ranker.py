@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -76,21 +76,12 @@ class _Checked(NamedTuple):
     experts: ExpertOptions
 
 
-def _refuse_addresses(address: str | Path, uri: str | None) -> Path:
-    if re.match(r"(models|runs):/", str(address)) and not Path(address).exists():
-        raise UserError(f"'{address}' is an address of MLflow, and this takes folders: use mmoe_rec.Ranker.load")
-    return Path(address)
-
-
 class Ranker:
     """A loaded model with its features and calibration. version: of its artifact, as `version_of` gives it.
 
     Threads may rank, score and learn with one ranker. What it knows of events is one object that never changes, which
     each call reads once: so each answer is that of one moment.
     """
-
-    find_folder: ClassVar[Callable[[str | Path, str | None], Path]] = staticmethod(_refuse_addresses)
-    """The folder at an address; `mmoe_rec.Ranker` also takes addresses of MLflow, which a model server has not."""
 
     def __init__(self, folder: Path, about: Artifact, version: str = "", parts: Parts | None = None) -> None:
         """Opens an artifact folder as it is; `load` also checks it. parts: that a delta in the folder leads to."""
@@ -125,16 +116,18 @@ class Ranker:
     # Loading
 
     @staticmethod
-    def load(address: str | Path, uri: str | None = None) -> Ranker:
-        """Reads an artifact folder, and checks that it is as it was written.
+    def load(folder: str | Path) -> Ranker:
+        """Read an artifact folder and check that it is as it was written.
 
-        address: a folder's path; `mmoe_rec.Ranker.load` also takes an address that MLflow accepts, such as
-        `models:/NAME@ALIAS`. uri: where MLflow looks it up; None is what `mlflow.set_tracking_uri` was told, or else
-        what settings without `tracking.uri` have.
+        `mmoe_rec.load_ranker` also takes URIs such as `models:/NAME@ALIAS`, which need MLflow.
 
-        Raises UserError for one that is incomplete, changed or of another format, or that gives other predictions here.
+        Raises:
+            UserError: The folder is incomplete, changed or of another format.
+            OtherScoresError: The model gives other predictions here than where it was written.
         """
-        folder = Ranker.find_folder(address, uri)
+        if re.match(r"(models|runs):/", str(folder)) and not Path(folder).exists():
+            raise UserError(f"'{folder}' is a URI, and Ranker.load takes a folder. Use mmoe_rec.load_ranker.")
+        folder = Path(folder)
         try:
             about, version = read_artifact(folder), version_of(folder)
             ranker = Ranker(folder, about, version)

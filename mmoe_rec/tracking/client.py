@@ -42,6 +42,9 @@ FOR_MODELS = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "300", "MLFLOW_HTTP_REQUEST_MAX_RET
 _ALWAYS = {"MLFLOW_HTTP_RESPECT_RETRY_AFTER_HEADER": "false", "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true"}
 
 
+_MOST_LISTED = 50  # registered models
+
+
 def read_sqlite_path(uri: str) -> Path | None:
     """The database file of a SQLite address; None for any other address."""
     parsed = urlparse(uri)
@@ -100,7 +103,7 @@ def translate_errors(uri: str, address: str | None = None, anything: bool = Fals
         # 500 is also MLflow's code for whatever has no other one.
         if status == 503 or (status >= 500 and "API request to" in str(error)):
             raise UnreachableError(f"{place} does not answer ({summarise(error)})") from None
-        raise UserError(f"{refusal}: {summarise(error)}") from None
+        raise UserError(f"{refusal}: {summarise(error).rstrip('.')}{list_known(address or '')}") from None
     except (sqlalchemy.exc.OperationalError, OSError) as error:
         raise UnreachableError(f"{place} can't be used: {summarise(error)}") from None
     except sqlalchemy.exc.SQLAlchemyError as error:
@@ -118,6 +121,23 @@ def open_client(uri: str, address: str | None = None, limits: dict[str, str] = B
     mlflow = connect(uri)
     with limit_waiting(limits), translate_errors(uri, address):
         yield mlflow.MlflowClient()
+
+
+def list_known(address: str) -> str:
+    """Return the aliases of the model that an address names, or all registered models, as the end of a sentence."""
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    if (named := re.match(r"models:/+([^/@?#]+)", address, re.IGNORECASE)) is None:
+        return ""
+    store = mlflow.MlflowClient()
+    try:
+        aliases = store.get_registered_model(named[1]).aliases
+        listed = ", ".join(f"{alias} (version {number})" for alias, number in sorted(aliases.items()))
+        return f". Aliases of '{named[1]}': {listed or 'none'}"
+    except MlflowException:  # no model has this name
+        names = [each.name for each in store.search_registered_models(max_results=_MOST_LISTED)]
+        return f". Registered models: {', '.join(names) or 'none'}{', ...' * (len(names) == _MOST_LISTED)}"
 
 
 # What matters in the long errors of requests, urllib3 and SQLAlchemy.

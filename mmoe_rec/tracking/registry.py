@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mmoe_rec.atomic import checksum
 from mmoe_rec.errors import UserError
@@ -24,6 +24,7 @@ from mmoe_rec.tracking.client import (
     connect,
     hide_password,
     limit_waiting,
+    list_known,
     make_store,
     open_client,
     read_sqlite_path,
@@ -33,6 +34,9 @@ from mmoe_rec.tracking.client import (
 )
 from mmoe_rec.tracking.runs import Run
 
+if TYPE_CHECKING:
+    from mmoe_rec.inference.ranker import Ranker
+
 CHALLENGER = "challenger"  # alias of a model that is no better than the one that holds the alias
 _FILES_TAG, _DELTA_TAG = "files", "delta"  # of a version
 _REPLACED_TAG = "replaced"  # of a version: which one held an alias before it
@@ -41,15 +45,28 @@ _LONGEST_DESCRIPTION, _LONGEST_TAG = 4900, 4000  # what databases behind MLflow 
 _NO_VERSION, _MISSING = "2147483647", "RESOURCE_DOES_NOT_EXIST"
 
 
-def find_folder(address: str | Path, uri: str | None) -> Path:
-    """The folder of a model at an address as `fetch_model` takes it, for `mmoe_rec.Ranker.load`, which has the rest."""
-    if Path(address).exists() or _read_scheme(str(address)) is None:
-        return _find_artifact(Path(address)) or Path(address)
+def load_ranker(model: str | Path, tracking_uri: str | None = None) -> "Ranker":
+    """Load the ranker of a model, wherever the model is.
+
+    Args:
+        model: The model's folder, or a URI that `fetch_model` takes, such as `models:/NAME@ALIAS`.
+        tracking_uri: URI of the MLflow server or store. By default the URI that `mlflow.set_tracking_uri` was given,
+            or else the default of the setting `tracking.uri`.
+
+    Returns:
+        The ranker. Loading has checked that its files and its predictions are those that were written.
+
+    Raises:
+        UserError: The URI leads to no model, or the model can't be loaded here.
+    """
+    from mmoe_rec.inference.ranker import Ranker
     from mmoe_rec.settings.sections import Tracking
 
+    if Path(model).exists() or _read_scheme(str(model)) is None:
+        return Ranker.load(_find_artifact(Path(model)) or Path(model))
     mlflow = sys.modules.get("mlflow")
     own = mlflow.get_tracking_uri() if mlflow is not None and mlflow.is_tracking_uri_set() else None
-    return fetch_model(str(address), uri or own or Tracking().address)
+    return Ranker.load(fetch_model(str(model), tracking_uri or own or Tracking().address))
 
 
 # The packages whose installed versions the served model asks for; scoring needs neither torchrec nor fbgemm. tzdata is
@@ -173,7 +190,8 @@ def _resolve(client: Any, address: str) -> tuple[str, str | None, str]:
     if version == "latest":
         versions = client.search_model_versions(f"name = '{name}'")
         if not versions:
-            raise UserError(f"'{address}' can't be loaded: there is no registered model '{name}' with a version")
+            why = f"there is no registered model '{name}' with a version{list_known(address)}"
+            raise UserError(f"'{address}' can't be loaded: {why}")
         return name, str(max(int(each.version) for each in versions)), path
     return name, version, path
 

@@ -319,6 +319,9 @@ def test_an_address_is_told_with_its_source_and_without_its_password(
 # Every way to address a model leads to it, or to one sentence.
 
 
+ALIASES = r"Aliases of 'small': champion \(version 2\)"
+
+
 @pytest.fixture(scope="module")
 def store(uri: str, small: SmallModel) -> dict[str, str]:
     """Of a model that was registered twice: the store's address, and what identifies its last version."""
@@ -330,6 +333,7 @@ def store(uri: str, small: SmallModel) -> dict[str, str]:
             registry.register_model(run, small.folder, "small", "champion")
     assert run.run_id is not None
     assert torch.get_num_threads() == threads
+    mlflow.MlflowClient().create_registered_model("another")
     version = mlflow.MlflowClient().get_model_version("small", "2")
     logged = mlflow.MlflowClient().get_logged_model(version.source.removeprefix("models:/"))
     return {"uri": uri, "run": run.run_id, "id": logged.model_id, "files": logged.artifact_location}
@@ -378,9 +382,15 @@ def test_an_address_leads_to_the_model(
 @pytest.mark.parametrize(
     ("address", "message"),
     [
-        ("models:/small/3", "'models:/small/3' can't be loaded"),
-        ("models:/small@nobody", "can't be loaded .*nobody"),
-        ("models:/other/latest", "can't be loaded: there is no registered model 'other'"),
+        ("models:/small/3", rf"'models:/small/3' can't be loaded .*\. {ALIASES}"),
+        ("models:/small@nobody", rf"can't be loaded .*nobody not found\. {ALIASES}"),
+        ("models:/smal@champion", r"can't be loaded .*smal.* not found\. Registered models: .*another, .*small$"),
+        ("models:/smal/1", r"can't be loaded .*\. Registered models: .*another, .*small$"),
+        (
+            "models:/smal/latest",
+            r"is no registered model 'smal' with a version\. Registered models: .*another, .*small$",
+        ),
+        ("models:/another@champion", r"\. Aliases of 'another': none$"),
         ("models:/small/Production", "can't be loaded: it names no version"),
         ("models:/m-0123", "can't be loaded .*m-0123"),
         ("models:/small", "can't be loaded"),
@@ -424,26 +434,37 @@ def test_a_run_that_was_deleted_made_nothing(store: dict[str, str]) -> None:
     assert find_model("models:/small/1", store["uri"]).run_id is None
 
 
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [("models:/small@nobody", ALIASES), ("models:/smal@champion", "Registered models: .*another, .*small$")],
+)
+def test_a_ranker_that_is_not_there_is_told_with_those_that_are(
+    store: dict[str, str], address: str, message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        mmoe_rec.load_ranker(address, store["uri"])
+
+
 def test_a_ranker_is_loaded_from_an_address_which_is_looked_up_where_mlflow_was_told(
     small: SmallModel, store: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import mlflow
 
     example = json.loads((small.folder / "example_request.json").read_text())["inputs"][0]
-    expected = mmoe_rec.Ranker.load(small.folder).rank(**example)
+    expected = mmoe_rec.load_ranker(small.folder).rank(**example)
     for address in ("models:/small@champion", store["files"].removeprefix("file://")):
-        assert mmoe_rec.Ranker.load(address, store["uri"]).rank(**example) == expected
+        assert mmoe_rec.load_ranker(address, store["uri"]).rank(**example) == expected
     monkeypatch.chdir(tmp_path)
     mlflow.set_tracking_uri(store["uri"])
-    assert mmoe_rec.Ranker.load("models:/small@champion").about.name == "small"
+    assert mmoe_rec.load_ranker("models:/small@champion").about.name == "small"
     mlflow.set_tracking_uri(None)
     with pytest.raises(
         UserError, match=r"there is no MLflow store 'mlflow\.db' to look up 'models:/small@champion' in"
     ):
-        mmoe_rec.Ranker.load("models:/small@champion")
+        mmoe_rec.load_ranker("models:/small@champion")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", store["uri"])
     mlflow.set_tracking_uri(None)
-    assert mmoe_rec.Ranker.load("models:/small@champion").about.name == "small"
+    assert mmoe_rec.load_ranker("models:/small@champion").about.name == "small"
 
 
 WITHOUT_MLFLOW = """
@@ -454,29 +475,32 @@ from mmoe_rec.errors import UserError
 from mmoe_rec.inference.ranker import Ranker
 
 
-def refuse() -> None:
+def refuse(load) -> None:
     try:
-        Ranker.load("models:/small@champion")
+        load("models:/small@champion")
     except UserError as error:
         print(error)
 
 
-refuse()
-assert mmoe_rec.Ranker is Ranker
-refuse()
-print(Ranker.load(sys.argv[1]).about.name)
+refuse(Ranker.load)
+refuse(mmoe_rec.load_ranker)
+refuse(mmoe_rec.Ranker.load)
+print(Ranker.load(sys.argv[1]).about.name, mmoe_rec.load_ranker(sys.argv[1]).about.name)
 """
 
 
 def test_folders_need_no_mlflow_and_addresses_say_that_they_do(
     small: SmallModel, store: dict[str, str], tmp_path: Path
 ) -> None:
+    """Whatever was called before."""
     (tmp_path / "mlflow.db").touch()
     words = [sys.executable, "-c", WITHOUT_MLFLOW, str(small.folder)]
     env = {"PYTHONPATH": str(Path.cwd())}
     done = subprocess.run(words, capture_output=True, text=True, check=False, cwd=tmp_path, env=env)
+    folders_alone = "'models:/small@champion' is a URI, and Ranker.load takes a folder. Use mmoe_rec.load_ranker."
     assert done.stdout.splitlines() == [
-        "'models:/small@champion' is an address of MLflow, and this takes folders: use mmoe_rec.Ranker.load",
+        folders_alone,
         "'models:/small@champion' is looked up by mlflow, which is not installed: install it, or give a folder",
-        "small",
+        folders_alone,
+        "small small",
     ], done.stderr
