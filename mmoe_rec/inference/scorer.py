@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from mmoe_rec.errors import RequestError
 from mmoe_rec.inference.artifact import Artifact
-from mmoe_rec.model.fused import Way, fused_logits
+from mmoe_rec.model.fused import Way, check_fused, fused_logits
 from mmoe_rec.model.mmoe import Mixture, Outputs, RankingModel
 from mmoe_rec.model.products import has_onednn, set_products
 from mmoe_rec.model.score import Calibration, log_predictions, predictions
@@ -75,7 +75,7 @@ class Scored:
 
 
 class Scorer:
-    """A `RankingModel` over `PlainTables` with its calibration.
+    """A `RankingModel` over `PlainTables` with its calibration. Raises UserError where `check_fused` does.
 
     broken: experts with weights that are no numbers; fused: gives the network's logits where the model and a request
     allow it, None where no request does.
@@ -89,6 +89,8 @@ class Scorer:
         self.broken = _take_out_broken(model)
         self.way: Way = "blas"
         self.fused = fused_logits(model, self.way)
+        if self.fused is not None:
+            check_fused(model)
         self._lost = self._warn([], None)
 
     def options(self, top_k: int | None, masked: Sequence[Any] | None) -> ExpertOptions:

@@ -6,12 +6,15 @@ operators here take a third of that time, and nine tenths for five hundred rows.
 """
 
 from collections.abc import Callable
+from contextlib import suppress
+from copy import deepcopy
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from mmoe_rec.errors import UserError
 from mmoe_rec.model.members import Members
 from mmoe_rec.model.mmoe import Mixture, RankingModel
 from mmoe_rec.model.products import Linear, Products, StackedLinear, by_onednn
@@ -23,6 +26,9 @@ Weights = tuple[Tensor, Tensor | None]
 Way = Products | Literal["bf16"]
 """What multiplies: a library, in fp32; or torch's choice for bf16, to which rows and weights of the bottom and of
 experts, and what these give, are rounded: not gates, which would choose other experts, nor towers and crosses."""
+# `check_fused` compares so many random rows, and accepts differences up to this fraction of the largest logit. Rounding
+# in float32 may exceed that on some processors, so float64 decides, where it stays below a hundredth of that.
+_ROWS, _TOLERANCE = 16, 1e-4
 
 
 def _fuse(mixture: Mixture, way: Way, columns: Tensor | None) -> Callable[[Tensor], Tensor] | None:
@@ -73,8 +79,8 @@ def _fuse(mixture: Mixture, way: Way, columns: Tensor | None) -> Callable[[Tenso
             outputs = experts.activate(_each(outputs, weights))
         if experts.normalise:
             outputs = functional.layer_norm(outputs, outputs.shape[-1:])
-        shares = linear(hidden.float(), of_gates, bias_of_gates).view(len(x), *usable.shape).softmax(2)
-        of_tasks = (shares.to(kind) @ outputs.transpose(0, 1)).float().transpose(0, 1)  # (G, B, U)
+        shares = linear(hidden.to(of_gates.dtype), of_gates, bias_of_gates).view(len(x), *usable.shape).softmax(2)
+        of_tasks = (shares.to(kind) @ outputs.transpose(0, 1)).to(of_gates.dtype).transpose(0, 1)  # (G, B, U)
         *layers, last = of_towers
         for weights in layers:
             of_tasks = functional.silu(_each(of_tasks, weights), inplace=True)
@@ -86,7 +92,40 @@ def _fuse(mixture: Mixture, way: Way, columns: Tensor | None) -> Callable[[Tenso
 def fused_logits(model: RankingModel, way: Way) -> Callable[[Tensor], Tensor] | None:
     """What gives the logits of a model's mixture, or the mean logits of its members, (B, T) float32, by the model's
     inputs (B, W); None where one of them does not fit, see `_fuse`."""
-    mixture, columns = model.mixture, list[Tensor | None]([None])
+    return _fuse_members(model.mixture, way)
+
+
+def check_fused(model: RankingModel) -> None:
+    """Raise UserError if the fused pass gives other logits than the model's own forward pass.
+
+    An added type of expert, gate or tower may compute something that `_fuse` does not know.
+    """
+    inputs = torch.randn(_ROWS, model.width, generator=torch.Generator().manual_seed(0))
+    off = _find_difference(model.mixture, inputs)
+    if not off <= _TOLERANCE:
+        with suppress(RuntimeError):  # an added part may take float32 alone
+            off = _find_difference(deepcopy(model.mixture).double(), inputs.double())
+    if not off <= _TOLERANCE:
+        raise UserError(
+            "mmoe_rec/model/fused.py: the fused pass gives other logits than the model's forward pass, off by "
+            f"{off:.2g} of the largest. Make `_fuse` return None for the added expert, or other part, that it does "
+            "not know."
+        )
+
+
+def _find_difference(mixture: Mixture | Members, inputs: Tensor) -> float:
+    """Return the largest difference between logits of both passes, as a fraction of the largest logit."""
+    with torch.inference_mode(), torch.autocast("cpu", enabled=False):
+        plain, fused = mixture(inputs, None).logits, _fuse_members(mixture, "blas")
+        finite = plain.isfinite().all(1)  # scoring refuses other rows
+        if fused is None or not finite.any():
+            return 0.0
+        off = (fused(inputs) - plain)[finite].abs().max() / plain[finite].abs().max().clamp(min=1e-6)
+    return float(off)
+
+
+def _fuse_members(mixture: Mixture | Members, way: Way) -> Callable[[Tensor], Tensor] | None:
+    columns = list[Tensor | None]([None])
     if isinstance(mixture, Members):
         columns = [mixture.get_buffer(f"inputs_{number}") for number in range(len(mixture.members))]
     found = [_fuse(each, way, its) for each, its in zip(mixture.each_member(), columns, strict=True)]

@@ -161,7 +161,7 @@ class Gates(nn.Module):
     def _logits(self, inputs: Tensor | list[Tensor]) -> Tensor:
         """(B, G, E) float32, minus infinity for what a gate does not see."""
         if isinstance(inputs, Tensor):
-            logits = self.linear.shared(inputs.float()).unflatten(1, self.visible.shape)
+            logits = self.linear.shared(inputs.to(self.linear.weight.dtype)).unflatten(1, self.visible.shape)
         else:
             logits = self.linear(torch.stack([each.float() for each in inputs], dim=1))
         return logits if self._sees_all else logits.masked_fill(~self.visible, float("-inf"))
