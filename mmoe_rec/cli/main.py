@@ -72,7 +72,7 @@ class Command(click.Command):
         if self.section is not None:  # click checks the options of a command without settings
             from mmoe_rec.settings.load import check_names
 
-            check_names(args, [name for each in self.get_params(ctx) for name in each.opts])
+            check_names(args, [name.lstrip("-") for each in self.get_params(ctx) for name in each.opts])
         return super().parse_args(ctx, list(self._repeat_options(args)))
 
     def _repeat_options(self, words: Iterable[str]) -> Iterator[str]:

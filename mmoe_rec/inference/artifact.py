@@ -148,8 +148,7 @@ def read_artifact(folder: Path, verify: bool = True) -> Artifact:
 
 def read_example(folder: Path) -> dict[str, Any]:
     """Return the request in the example of an artifact folder, as arguments of `Ranker.rank`."""
-    (request,) = json.loads((folder / EXAMPLE).read_text(encoding="utf-8"))["inputs"]
-    return request
+    return json.loads((folder / EXAMPLE).read_text(encoding="utf-8"))["inputs"][0]
 
 
 def read_stored(path: Path) -> dict[str, Tensor]:

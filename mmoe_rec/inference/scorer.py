@@ -88,7 +88,7 @@ class Scorer:
         self.of_gate = self.experts // len(model.mixture.each_member())
         self.broken = _take_out_broken(model)
         self.way: Way = "blas"
-        self.fused = fused_logits(model, self.way)
+        self.fused = fused_logits(model.mixture, self.way)
         if self.fused is not None:
             check_fused(model)
         self._lost = self._warn([], None)
@@ -108,7 +108,7 @@ class Scorer:
         """From now on multiplies in this way, where torch has it and the model takes it; results in fp32 are equal but
         for rounding."""
         self.way = "blas" if way == "onednn" and not has_onednn() else way
-        self.fused = fused_logits(self.model, self.way)
+        self.fused = fused_logits(self.model.mixture, self.way)
         set_products(self.model, "onednn" if self.way == "onednn" else "blas")
 
     def fastest_way(self, ways: Sequence[Way]) -> Way:

@@ -117,7 +117,7 @@ def measure_bf16(
     from mmoe_rec.model.layout import ModelLayout
 
     layout, rows = ModelLayout.of(prepared.layout, settings), prepared.split("validation")
-    rounded = fused_logits(model, "bf16")
+    rounded = fused_logits(model.mixture, "bf16")
     if rounded is None or any(task.kind == "regression" for task in layout.tasks):
         return None
 

@@ -15,7 +15,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import lru_cache
@@ -71,8 +71,7 @@ def find_files(source: str, setting: str = "data.log") -> list[FoundFile]:
     else:
         path = local_path(source)
         found, is_folder = find_local(path), os.path.isdir(path)
-        tables = [file for file in found or find_local(f"{path}/**/*.csv") if file.suffix.lower() == ".csv"]
-        if tables:
+        if tables := [each for each in found or find_local(f"{path}/**/*.csv") if each.suffix.lower() == ".csv"]:
             raise UserError(_advise_on_csv(tables, setting))
         files = [_stat(file) for file in found]
     if not files:
@@ -104,18 +103,13 @@ def find_local(source: str) -> list[Path]:
 def _advise_on_csv(tables: Sequence[Path], setting: str) -> str:
     """Return the sentences about CSV files: the first one's conversion reads columns with dates as times."""
     first, dated = tables[0], dict[str, None]()
-    try:
-        with first.open(encoding="utf-8", newline="") as file:
-            for row in csv.DictReader(islice(file, 100)):
-                dated |= {name: None for name, text in row.items() if re.match(r"\d{4}-\d\d-\d\d", str(text))}
-    except (OSError, ValueError, csv.Error):
-        pass  # pandas says what is wrong with it
-    times, made = f", parse_dates={[*dated]}" if dated else "", first.with_suffix(".parquet")
+    with suppress(OSError, ValueError, csv.Error), first.open(encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(islice(file, 100)):
+            dated |= {name: None for name, text in row.items() if re.match(r"\d{4}-\d\d-\d\d", str(text))}
+    times = f", parse_dates={[*dated]}" if dated else ""
+    line = f"pandas.read_csv({str(first)!r}{times}).to_parquet({str(first.with_suffix('.parquet'))!r})"
     others = f" Convert the others ({len(tables) - 1}) the same way." if len(tables) > 1 else ""
-    return (
-        f"'{first}' is a CSV file, and `{setting}` takes Parquet files. Convert it in Python by "
-        f"`import pandas; pandas.read_csv({str(first)!r}{times}).to_parquet({str(made)!r})`.{others}"
-    )
+    return f"'{first}' is CSV, and `{setting}` takes Parquet. Convert it in Python by `import pandas; {line}`.{others}"
 
 
 def takes_in(source: str, files: Sequence[Path]) -> bool:

@@ -26,8 +26,7 @@ Weights = tuple[Tensor, Tensor | None]
 Way = Products | Literal["bf16"]
 """What multiplies: a library, in fp32; or torch's choice for bf16, to which rows and weights of the bottom and of
 experts, and what these give, are rounded: not gates, which would choose other experts, nor towers and crosses."""
-# `check_fused` compares so many random rows, and accepts differences up to this fraction of the largest logit. Rounding
-# in float32 may exceed that on some processors, so float64 decides, where it stays below a hundredth of that.
+# Random rows to compare, and differences to accept, as a fraction of the largest logit: float64 rounds by 1e-7 at most.
 _ROWS, _TOLERANCE = 16, 1e-4
 
 
@@ -89,42 +88,9 @@ def _fuse(mixture: Mixture, way: Way, columns: Tensor | None) -> Callable[[Tenso
     return logits
 
 
-def fused_logits(model: RankingModel, way: Way) -> Callable[[Tensor], Tensor] | None:
+def fused_logits(mixture: Mixture | Members, way: Way) -> Callable[[Tensor], Tensor] | None:
     """What gives the logits of a model's mixture, or the mean logits of its members, (B, T) float32, by the model's
     inputs (B, W); None where one of them does not fit, see `_fuse`."""
-    return _fuse_members(model.mixture, way)
-
-
-def check_fused(model: RankingModel) -> None:
-    """Raise UserError if the fused pass gives other logits than the model's own forward pass.
-
-    An added type of expert, gate or tower may compute something that `_fuse` does not know.
-    """
-    inputs = torch.randn(_ROWS, model.width, generator=torch.Generator().manual_seed(0))
-    off = _find_difference(model.mixture, inputs)
-    if not off <= _TOLERANCE:
-        with suppress(RuntimeError):  # an added part may take float32 alone
-            off = _find_difference(deepcopy(model.mixture).double(), inputs.double())
-    if not off <= _TOLERANCE:
-        raise UserError(
-            "mmoe_rec/model/fused.py: the fused pass gives other logits than the model's forward pass, off by "
-            f"{off:.2g} of the largest. Make `_fuse` return None for the added expert, or other part, that it does "
-            "not know."
-        )
-
-
-def _find_difference(mixture: Mixture | Members, inputs: Tensor) -> float:
-    """Return the largest difference between logits of both passes, as a fraction of the largest logit."""
-    with torch.inference_mode(), torch.autocast("cpu", enabled=False):
-        plain, fused = mixture(inputs, None).logits, _fuse_members(mixture, "blas")
-        finite = plain.isfinite().all(1)  # scoring refuses other rows
-        if fused is None or not finite.any():
-            return 0.0
-        off = (fused(inputs) - plain)[finite].abs().max() / plain[finite].abs().max().clamp(min=1e-6)
-    return float(off)
-
-
-def _fuse_members(mixture: Mixture | Members, way: Way) -> Callable[[Tensor], Tensor] | None:
     columns = list[Tensor | None]([None])
     if isinstance(mixture, Members):
         columns = [mixture.get_buffer(f"inputs_{number}") for number in range(len(mixture.members))]
@@ -135,6 +101,35 @@ def _fuse_members(mixture: Mixture | Members, way: Way) -> Callable[[Tensor], Te
     if len(fused) == 1:
         return fused[0]
     return lambda inputs: torch.stack([each(inputs) for each in fused]).mean(0)
+
+
+def check_fused(model: RankingModel) -> None:
+    """Raise UserError if the fused pass gives other logits than the model's own forward pass.
+
+    An added type of expert, gate or tower may compute something that `_fuse` does not know. Where float32 differs,
+    float64 decides, because a processor may round products of float32 to bf16.
+    """
+    inputs = torch.randn(_ROWS, model.width, generator=torch.Generator().manual_seed(0))
+    off = _find_difference(model.mixture, inputs)
+    if not off <= _TOLERANCE:
+        with suppress(RuntimeError):  # an added part may take float32 alone
+            off = _find_difference(deepcopy(model.mixture).double(), inputs.double())
+    if not off <= _TOLERANCE:
+        raise UserError(
+            "mmoe_rec/model/fused.py: the fused pass gives other logits than the model's forward pass, off by "
+            f"{off:.2g} of the largest. Make `_fuse` return None for the part that it does not know, such as an expert."
+        )
+
+
+def _find_difference(mixture: Mixture | Members, inputs: Tensor) -> float:
+    """Return the largest difference between logits of both passes, as a fraction of the largest logit."""
+    with torch.inference_mode(), torch.autocast("cpu", enabled=False):
+        plain, fused = mixture(inputs, None).logits, fused_logits(mixture, "blas")
+        finite = plain.isfinite().all(1)  # scoring refuses other rows
+        if fused is None or not finite.any():
+            return 0.0
+        off = (fused(inputs) - plain)[finite].abs().max() / plain[finite].abs().max().clamp(min=1e-6)
+    return float(off)
 
 
 def _rounded(weights: Weights) -> Weights:

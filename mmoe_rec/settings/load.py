@@ -10,8 +10,7 @@ import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime
-from difflib import SequenceMatcher, get_close_matches
-from itertools import zip_longest
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -45,19 +44,18 @@ _EXPECTED = {
 _UNQUOTED = {"int_type": (int,), "float_type": (int, float), "bool_type": (bool,)}
 
 
-def explain(error: ValidationError, where: str | Callable[[Any], str]) -> Iterator[str]:
+def explain(error: ValidationError, where: Callable[[Any], str]) -> Iterator[str]:
     """Explain each problem in one sentence: where it is, what was expected, what was found, the nearest valid key.
 
     Args:
         error: The error that pydantic raised.
-        where: The source of all values, or a function that returns the source of a problem.
+        where: Returns the source of a problem: a file, or an option.
     """
     sentences: dict[str, None] = {}
     for problem in error.errors():
         if problem["type"] == "too_short" and len(problem["input"]) >= problem["ctx"]["min_length"]:
             continue  # It is long enough; an invalid entry, which has its own sentence, was not counted.
-        source = where if isinstance(where, str) else where(problem)
-        sentences[f"{source}: {_sentence(problem)}"] = None  # once: of a union, each member reports
+        sentences[f"{where(problem)}: {_sentence(problem)}"] = None  # once: of a union, each member reports
     yield from sentences
 
 
@@ -178,8 +176,7 @@ def load_settings(path: str | Path, overrides: Sequence[str] = (), given_by: str
         what = "is a folder" if file.is_dir() else "does not exist"
         raise UserError(f"settings file '{path}' {what}; mmoe-rec init writes one, or start from {TEMPLATE}")
     try:
-        text = file.read_text(encoding="utf-8")
-        tree = load_yaml(text)
+        tree = load_yaml(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"settings file '{path}' is not valid YAML: {_yaml_problem(error)}") from None
     except OSError as error:
@@ -193,34 +190,27 @@ def load_settings(path: str | Path, overrides: Sequence[str] = (), given_by: str
             _leave_out(tree, key[1], given_by)
         else:
             _set(tree, key, value)
+    if isinstance(found := _validate(tree), Settings):
+        return found
+    alone, keys = _validate(load_yaml(file.read_text(encoding="utf-8"))), [key for key, _ in given]
+    of_file = [] if isinstance(alone, Settings) else [(each["loc"], each["msg"]) for each in alone.errors()]
+
+    def find_source(problem: Any) -> str:
+        location = _location(problem)
+        blamed = [key for key in keys if key == location[: len(key)]]  # the file has no part in such a value
+        if not blamed and (problem["loc"], problem["msg"]) in of_file:
+            return str(path)
+        blamed = blamed or [key for key in keys if location == key[: len(location)]] or keys
+        return f"{given_by} ({', '.join(dict.fromkeys(f'--{each}' for each in map('.'.join, blamed)))})"
+
+    raise UserError("; ".join(explain(found, find_source)))
+
+
+def _validate(tree: Any) -> Settings | ValidationError:
     try:
         return Settings.model_validate(tree)
     except ValidationError as error:
-        of_file = _find_problems(load_yaml(text)) if given else []
-
-        def find_source(problem: Any) -> str:
-            if not given or _identity(problem) in of_file:
-                return str(path)
-            location, keys = _location(problem), [key for key, _ in given]
-            related = [key for key in keys if all(map(str.__eq__, key, location))] or keys
-            return f"{given_by} ({', '.join(dict.fromkeys(f'--{each}' for each in map('.'.join, related)))})"
-
-        raise UserError("; ".join(explain(error, find_source))) from None
-
-
-def _find_problems(tree: Any) -> list[Any]:
-    """Return the identity of each problem that a file has without overrides."""
-    try:
-        Settings.model_validate(tree)
-    except ValidationError as error:
-        return [_identity(problem) for problem in error.errors()]
-    return []
-
-
-def _identity(problem: Any) -> tuple[Any, ...]:
-    """Return location, message and, unless it is a section, the value of a problem."""
-    value = problem["input"]
-    return problem["loc"], problem["msg"], None if isinstance(value, dict) else repr(value)
+        return error
 
 
 def _yaml_problem(error: Exception) -> str:
@@ -235,11 +225,9 @@ def parse_overrides(arguments: Sequence[str]) -> Iterator[tuple[list[str], Any]]
     rest = list(arguments)
     while rest:
         argument = rest.pop(0)
-        if not argument.startswith("--"):
+        if not argument.startswith("--") or argument == "--":
             raise UserError(f"'{argument}' is not a setting; write --section.key value")
         key, equals, text = argument[2:].partition("=")
-        if not all(key.split(".")):
-            raise UserError(f"'{argument}' is not a setting; write --section.key value")
         if not equals:
             if not rest or rest[0].startswith("--"):
                 raise UserError(f"'--{key}' needs a value")
@@ -273,31 +261,22 @@ def check_names(words: Iterable[str], options: Sequence[str] = (), given_by: str
 
     Args:
         words: Options, overrides and their values, as they were typed. A value never begins with two dashes.
-        options: The command's own options, such as `--seeds`.
+        options: Names of the command's own options, such as `seeds`.
         given_by: The source of the words, for the error message.
     """
-    names = [word.partition("=")[0] for word in words if word.startswith("--") and word != "--"]
-    listed = re.findall(r"^  --(\S+)", describe(), re.MULTILINE) if names else []
-    settings = [each.split(".") for each in [*listed, "features.NAME.kind"]]
-    for name in (name for name in names if name not in options):
-        typed, likely = name[2:].split("."), [*options]
-        if any(all(key in ("NAME", own) for key, own in zip(each, typed, strict=False)) for each in settings):
+    listed = re.findall(r"^  --(\S+)", describe(), re.MULTILINE)
+    settings = [name.split(".") for name in (*listed, "features.NAME.kind")]
+    valid = [*options, *(".".join(each[:depth]) for each in settings for depth in range(1, len(each) + 1))]
+    by_last = {each.rpartition(".")[2]: each for each in reversed(valid)}
+    for name in (word[2:].partition("=")[0] for word in words if word.startswith("--")):
+        typed = name.split(".")
+        known = any(all(key in ("NAME", own) for key, own in zip(each, typed, strict=False)) for each in settings)
+        if known or name in ("", *options):
             continue
-        for each in settings:  # the file chooses names of features and tasks, so a suggestion keeps the typed one
-            chosen = typed if each[0] == typed[0] else []
-            keys = [own if key == "NAME" and own else key for key, own in zip_longest(each, chosen[: len(each)])]
-            likely += [f"--{'.'.join(keys[:depth])}" for depth in range(1, len(keys) + 1)]
-        near = max(likely, key=lambda each: _likeness(name, each))
-        hint = "Run the command with --help to list all options and settings."
-        hint = f"Did you mean '{near}'?" if _likeness(name, near) >= 0.6 else hint
-        raise UserError(f"{given_by}: there is no option or setting '{name}'. {hint}")
-
-
-def _likeness(name: str, other: str) -> float:
-    """Return how alike two options are, 0 to 1: as a whole, or without their sections."""
-    one, two = name[2:].rpartition(".")[2], other[2:].rpartition(".")[2]
-    last = 0.95 if one == two else 0.85 * SequenceMatcher(None, one, two).ratio()
-    return max(SequenceMatcher(None, name, other).ratio(), last)
+        last = [by_last[each] for each in get_close_matches(typed[-1], by_last, 1)]
+        near = (last if typed[-1] in by_last else get_close_matches(name, valid, 1)) or last
+        hint = f"Did you mean '--{near[0]}'?" if near else "Run the command with --help to list options and settings."
+        raise UserError(f"{given_by}: there is no option or setting '--{name}'. {hint}")
 
 
 def describe(section: str | None = None) -> str:

@@ -10,7 +10,7 @@ import os
 import re
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -40,9 +40,6 @@ BRIEF = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "10", "MLFLOW_HTTP_REQUEST_MAX_RETRIES":
 FOR_MODELS = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "300", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
 # A server's request to retry in minutes would stop the command for that long; and we print the run's address ourselves.
 _ALWAYS = {"MLFLOW_HTTP_RESPECT_RETRY_AFTER_HEADER": "false", "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true"}
-
-
-_MOST_LISTED = 50  # registered models
 
 
 def read_sqlite_path(uri: str) -> Path | None:
@@ -125,19 +122,18 @@ def open_client(uri: str, address: str | None = None, limits: dict[str, str] = B
 
 def list_known(address: str) -> str:
     """Return the aliases of the model that an address names, or all registered models, as the end of a sentence."""
-    import mlflow
-    from mlflow.exceptions import MlflowException
+    from mlflow import MlflowClient, MlflowException
 
     if (named := re.match(r"models:/+([^/@?#]+)", address, re.IGNORECASE)) is None:
         return ""
-    store = mlflow.MlflowClient()
-    try:
-        aliases = store.get_registered_model(named[1]).aliases
+    with suppress(MlflowException):  # no model has this name
+        aliases = MlflowClient().get_registered_model(named[1]).aliases
         listed = ", ".join(f"{alias} (version {number})" for alias, number in sorted(aliases.items()))
         return f". Aliases of '{named[1]}': {listed or 'none'}"
-    except MlflowException:  # no model has this name
-        names = [each.name for each in store.search_registered_models(max_results=_MOST_LISTED)]
-        return f". Registered models: {', '.join(names) or 'none'}{', ...' * (len(names) == _MOST_LISTED)}"
+    with suppress(MlflowException):
+        names = [each.name for each in MlflowClient().search_registered_models()]
+        return f". Registered models: {', '.join(names) or 'none'}"
+    return ""
 
 
 # What matters in the long errors of requests, urllib3 and SQLAlchemy.

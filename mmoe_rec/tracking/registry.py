@@ -62,8 +62,6 @@ def load_ranker(model: str | Path, tracking_uri: str | None = None) -> "Ranker":
     from mmoe_rec.inference.ranker import Ranker
     from mmoe_rec.settings.sections import Tracking
 
-    if Path(model).exists() or _read_scheme(str(model)) is None:
-        return Ranker.load(_find_artifact(Path(model)) or Path(model))
     mlflow = sys.modules.get("mlflow")
     own = mlflow.get_tracking_uri() if mlflow is not None and mlflow.is_tracking_uri_set() else None
     return Ranker.load(fetch_model(str(model), tracking_uri or own or Tracking().address))

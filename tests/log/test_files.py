@@ -136,7 +136,7 @@ def test_csv_files_get_the_line_that_converts_them(tmp_path, given):
         find_files(f"{tmp_path}/{given}", "--input")
     message = str(caught.value)
     first = f"{tmp_path}/log/a 'b.csv"
-    assert message.startswith(f"'{first}' is a CSV file, and `--input` takes Parquet files. Convert it in Python by ")
+    assert message.startswith(f"'{first}' is CSV, and `--input` takes Parquet. Convert it in Python by ")
     assert ("Convert the others (1) the same way." in message) == (given != "log/a 'b.csv")
     exec(message.split("`")[3], {})
     table = pq.read_table(first.replace(".csv", ".parquet"))

@@ -84,12 +84,12 @@ def test_logits_and_gradients_are_the_references(training: bool, structure: str)
     weights = reference_weights(model)
     expected = reference_logits(weights, encoded, layout, small_settings(**changes), placement=training)
     torch.testing.assert_close(logits, expected, atol=2e-5, rtol=2e-5)
-    assert (fused_logits(model, "blas") is None) == (structure in BY_MODULES)
+    assert (fused_logits(model.mixture, "blas") is None) == (structure in BY_MODULES)
     if structure not in BY_MODULES and not training:
         with torch.inference_mode():
             inputs, _ = model.side_by_side(batch)
             for way, off in {"blas": 2e-6, "onednn": 2e-6, "bf16": 0.1}.items():
-                if (way != "onednn" or has_onednn()) and (fused := fused_logits(model, way)):
+                if (way != "onednn" or has_onednn()) and (fused := fused_logits(model.mixture, way)):
                     found = model.finish(inputs, Outputs(fused(inputs), ())).logits
                     torch.testing.assert_close(found, logits, atol=off, rtol=off)
     upstream = torch.linspace(-1, 2, logits.numel(), dtype=torch.float64).view(logits.shape)
