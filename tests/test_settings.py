@@ -247,6 +247,17 @@ def test_an_option_that_there_is_not_is_named_with_the_nearest(words, near):
     assert str(caught.value) == f"command line: there is no option or setting '{wrong}'. Did you mean '{near}'?"
 
 
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_key_of_a_settings_file_is_an_option(path):
+    def names(tree, begin="--"):
+        for key, value in tree.items():
+            yield f"{begin}{key}"
+            if isinstance(value, dict) and key != "search":  # whose keys have dots themselves
+                yield from names(value, f"{begin}{key}.")
+
+    check_names(names(load_settings(path).model_dump(mode="json")))
+
+
 def test_an_option_like_no_other_leads_to_the_help():
     with pytest.raises(UserError, match=r"setting '--qqq'\. Run the command with --help to list options and set"):
         check_names(["--qqq"])
