@@ -1,5 +1,5 @@
 """Ends of a command that are not the program's fault: one clear sentence and an exit code, never a traceback; and
-requests to stop, by a cluster's SIGTERM or by Ctrl-C.
+requests to stop, by a cluster's SIGTERM, by Ctrl-C or by a terminal that closes.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ import errno
 import signal
 import sys
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
 from importlib.util import find_spec
@@ -88,13 +88,38 @@ def exit_with_message() -> Iterator[None]:
         raise SystemExit(EXIT_CODE) from None
 
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+"""Signals that ask a command to stop."""
+
+Handler = Callable[[int, FrameType | None], object]
+
+
+def catch_stop_signals(handle: Handler) -> dict[signal.Signals, Any]:
+    """Call a function at each signal that asks to stop. Only the main thread can catch signals; others catch none.
+
+    SIGHUP stays ignored if it was, as under `nohup`. After the first signal it is ignored, because the kernel and the
+    shell each send it when a terminal closes.
+
+    Returns:
+        The handlers that were replaced.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+
+    def catch(number: int, frame: FrameType | None) -> None:
+        handle(number, frame)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+    is_ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    caught = [each for each in STOP_SIGNALS if each != signal.SIGHUP or not is_ignored]
+    return {each: signal.signal(each, catch) for each in caught}
 
 
 class StopRequest:
-    """Notes the first SIGTERM or SIGINT within its context, so that a loop can end cleanly; a second one acts at once.
+    """A note of the first signal that asks to stop, so that a loop can end cleanly. A second signal acts at once.
 
-    signal: name of the signal that came, None before. Outside the main thread, which alone gets signals, none comes.
+    Attributes:
+        signal: Name of the signal, None before it came. Outside the main thread none comes.
     """
 
     def __init__(self) -> None:
@@ -102,8 +127,7 @@ class StopRequest:
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopRequest:
-        if threading.current_thread() is threading.main_thread():
-            self._before = {each: signal.signal(each, self._note) for each in _SIGNALS}
+        self._before = catch_stop_signals(self._note)
         return self
 
     def __exit__(self, *_: object) -> None:

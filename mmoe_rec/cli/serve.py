@@ -1,8 +1,9 @@
 """mmoe-rec serve --model models:/complete_journey@champion
 
 Serves a model over HTTP: POST /invocations ranks, as MLflow's server does; GET /health, /version, /metrics and
-/openapi.json tell about it; mmoe_rec/server/README.md is its guide. It ends with SIGTERM or Ctrl-C, once what was
-accepted is answered.
+/openapi.json tell about it; mmoe_rec/server/README.md is its guide. It ends with SIGTERM, SIGHUP or Ctrl-C, once what
+was accepted is answered. A second signal ends it at once. --drain-seconds S makes /health answer 503 for S seconds
+before that, in which callers are still served, so that a load balancer can send them elsewhere.
 
 --log-requests writes a share of requests and replies into a folder, as Parquet, from which `mmoe-rec join-outcomes`
 makes a log to train on. --poll S looks every S seconds whether the alias has moved, and takes the new model up.
@@ -16,9 +17,11 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import socket
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,8 +48,10 @@ _READ = (".json", ".parquet", ".safetensors", ".yaml")  # what an artifact consi
 @click.option("--workers", type=COUNT, default=1, metavar="N", help="processes that share the model (default: 1)")
 @click.option("--poll", type=NumberBetween(0, 86_400), default=0.0, metavar="S", help="seconds between looks (0: none)")
 @click.option("--grace", type=NumberBetween(1, 3_600), default=10.0, metavar="S", help="seconds after SIGTERM (10)")
+@click.option("--drain-seconds", type=NumberBetween(0, 3_600), default=0.0, metavar="S", help="seconds before that (0)")
 @click.option("--journal", metavar="A", help="take events into a journal, such as sqlite:///journal.db")
 @click.option("--token-file", metavar="F", help="file with the token that callers must send (default: MMOE_REC_TOKEN)")
+@click.option("--allow-host", multiple=True, metavar="NAME", help="further name in header Host, such as a proxy's")
 @click.option("--log-requests", type=FOLDER, metavar="DIR", help="log requests and replies there (default: not)")
 @click.option("--log-share", type=NumberBetween(0, 1), metavar="S", help="share of requests that are logged (0.1)")
 @click.option("--log-seconds", type=NumberBetween(1, 86_400), metavar="S", help="seconds between files (default: 300)")
@@ -60,8 +65,10 @@ def serve(
     workers: int,
     poll: float,
     grace: float,
+    drain_seconds: float,
     journal: str | None,
     token_file: str | None,
+    allow_host: tuple[str, ...],
     log_requests: Path | None,
     log_share: float | None,
     log_seconds: float | None,
@@ -91,12 +98,20 @@ def serve(
     # Before the model is fetched and loaded, which may take minutes.
     bound = listening_socket(host, port)
     log_to_stderr()
+    hosts = find_hosts(bound, host, allow_host)
+    if token is None and not _is_loopback(bound):
+        logging.getLogger(__name__).warning(
+            "--host %s: whoever reaches this machine may rank, send events and reload, as there is no token. Set %s.",
+            host,
+            TOKEN_VARIABLE,
+        )
     if journal is not None:
         _open_journal(journal)
     if log is not None:
         check_folder(log.folder)
     known, source = finder.state(), finder.find()
-    options = Options(*read_limits(source.folder, list(overrides)), grace, token, journal, log)
+    limits, instead = read_limits(source.folder, list(overrides))
+    options = Options(limits, instead, grace, token, journal, log, hosts, drain_seconds)
     if workers == 1:
         from mmoe_rec.server.running import serve as serve_alone
 
@@ -147,6 +162,19 @@ class AtAddress:
 
         found = find_delta(self.address, served, self.uri)
         return None if found is None else replace(found, folder=found.folder.resolve())
+
+
+def find_hosts(bound: socket.socket, host: str, allowed: Sequence[str]) -> frozenset[str] | None:
+    """Return the names of the server in the header Host, or None if any name may stand there.
+
+    A server on loopback has no other names than these, so that a web page can't call it by a name of its own.
+    """
+    names = {"localhost", "127.0.0.1", "::1", host.lower(), *map(str.lower, allowed)}
+    return frozenset(names) if allowed or _is_loopback(bound) else None
+
+
+def _is_loopback(bound: socket.socket) -> bool:
+    return ip_address(bound.getsockname()[0]).is_loopback
 
 
 def _open_journal(address: str) -> None:

@@ -26,7 +26,15 @@ from typing import TYPE_CHECKING, TypeVar
 
 from mmoe_rec.atomic import digest, write_text
 from mmoe_rec.devices import usable_cores
-from mmoe_rec.errors import EXIT_CODE, STOPPED_EXIT_CODE, StoppedError, StopRequest, UserError, exit_with_message
+from mmoe_rec.errors import (
+    EXIT_CODE,
+    STOP_SIGNALS,
+    STOPPED_EXIT_CODE,
+    StoppedError,
+    StopRequest,
+    UserError,
+    exit_with_message,
+)
 from mmoe_rec.inference.artifact import Source, version_of
 from mmoe_rec.jobs.evaluate import check_tasks, measured_on_test_rows
 from mmoe_rec.jobs.places import log_and_place, short_names
@@ -269,7 +277,7 @@ def _check_end(code: int, log: Path) -> None:
 
 def _run(function: Callable[[Task], object], task: Task, slot: int, log: Path) -> None:
     """Runs a task in a process of its own, which ends as a command does."""
-    for each in (signal.SIGTERM, signal.SIGINT):
+    for each in STOP_SIGNALS:
         # A `StopRequest` notes the first one, and then puts back what was before: a second one, as where both the
         # parent and a cluster send it, would else end the saving.
         signal.signal(each, signal.SIG_IGN)

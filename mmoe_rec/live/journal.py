@@ -18,7 +18,6 @@ import threading
 import uuid
 import weakref
 import zlib
-from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -87,10 +86,6 @@ class Batch:
         return self.table.num_rows
 
 
-Call = tuple[list[tuple[Batch, bytes]], Future[int]]
-"""Batches, encoded, and the position that the caller of `append` waits for."""
-
-
 def parse_position(text: object) -> int:
     """The position in a text. Raises RequestError for anything else."""
     if isinstance(text, str) and text.isascii() and text.isdigit() and len(text) <= 18:
@@ -125,21 +120,33 @@ class Journal:
             if create:
                 self._note_end(self._find_end(connection))
 
-    def append(self, *batches: Batch) -> int:
-        """Appends batches, all or none; returns the position of the last one once they are durable.
+    def append(self, *batches: Batch, position: Future[int] | None = None) -> int:
+        """Append batches, all or none, and return the position of the last one once they are durable.
 
-        Threads that append meanwhile share a transaction. Batches without rows are left out. Raises RequestError where
-        a column is of another type than in earlier rows, or a batch is too large, and UserError where nothing was
-        appended, or it is not known: the disk is full, fails, or a server is away.
+        Threads that append meanwhile share a transaction. Batches without rows are left out.
+
+        Args:
+            batches: Rows to append.
+            position: A new future that gets the result. Cancel it to give up. If `cancel` returns True, nothing is
+                appended. It returns False once the batches are being written.
+
+        Raises:
+            RequestError: A column is of another type than in earlier rows, or a batch is too large.
+            UserError: Nothing was appended, or it is not known: the disk is full, fails, or a server is away.
+            CancelledError: The position was cancelled.
         """
-        encoded, position = [(batch, _encode(batch.table)) for batch in batches if len(batch)], Future[int]()
+        position = Future() if position is None else position
+        encoded = [(batch, _encode(batch.table)) for batch in batches if len(batch)]
         for _, payload in encoded:
             if len(payload) > MOST_BATCH_BYTES:
                 raise RequestError(f"the rows take {len(payload):,} bytes; a batch has at most {MOST_BATCH_BYTES:,}")
-        self._waiting.append((encoded, position))
-        with self._writer:
-            if not position.done():
-                self._append_together([self._waiting.popleft() for _ in range(len(self._waiting))])
+        self._waiting[position] = encoded
+        try:
+            with self._writer:
+                if not position.done():
+                    self._append_together()
+        finally:
+            self._waiting.pop(position, None)
         return position.result(0)  # whoever had the lock before has set it
 
     def end(self) -> int:
@@ -233,7 +240,7 @@ class Journal:
     def _start(self) -> None:
         """Begins without connections and threads: those that a forked child finds are its parent's."""
         self._engine = _create_engine(self._url)
-        self._waiting, self._writer = deque[Call](), threading.Lock()
+        self._waiting, self._writer = dict[Future[int], list[tuple[Batch, bytes]]](), threading.Lock()
         _journals.add(self)
 
     @contextmanager
@@ -264,12 +271,17 @@ class Journal:
             f"its files from a copy{files}"
         )
 
-    def _append_together(self, calls: list[Call]) -> None:
-        ends = list[tuple[Future[int], int]]()
+    def _append_together(self) -> None:
+        """Append the batches of all calls that still wait when the journal is free."""
+        ends, calls = list[tuple[Future[int], int]](), list[Future[int]]()
         try:
             with self.appending() as connection:
                 end, types = self._find_end(connection), _read_types(connection)
-                for batches, position in calls:
+                for position in list(self._waiting):
+                    batches = self._waiting.pop(position)
+                    if not position.set_running_or_notify_cancel():
+                        continue  # The caller has given up, and from here on no caller can.
+                    calls.append(position)
                     try:
                         end = self._insert(connection, batches, end, types)
                         ends.append((position, end[0]))
@@ -279,9 +291,10 @@ class Journal:
             for position, last in ends:
                 position.set_result(last)
         except BaseException as error:
-            for _, position in calls:
+            for position in calls:
                 if not position.done():
                     position.set_exception(error)
+            raise
 
     def _insert(
         self, connection: Connection, batches: list[tuple[Batch, bytes]], end: tuple[int, int], types: Types

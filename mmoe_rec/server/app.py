@@ -21,14 +21,15 @@ from fastapi import Request as HttpRequest
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import PlainTextResponse, Response
 from pydantic import BaseModel, ConfigDict, Field
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from mmoe_rec.errors import UserError
+from mmoe_rec.errors import UserError, quoted
 from mmoe_rec.inference.ranking import UNSENT, Ranking
 from mmoe_rec.inference.reader import Request
 from mmoe_rec.live.request_log import RequestLog
-from mmoe_rec.server.calls import ARROW, Calls, refusal
+from mmoe_rec.server.calls import ARROW, Calls, refusal, require_json
 from mmoe_rec.server.metrics import CONTENT_TYPE, Metrics
 from mmoe_rec.server.models import Models, ServedModel
 from mmoe_rec.server.options import INTERNAL, MOST_HEADER_BYTES, Refused, large_headers
@@ -41,7 +42,8 @@ if TYPE_CHECKING:
 Reload = Callable[[], Awaitable[dict[str, str | None]]]
 """Takes up the model that the server's address names now, and gives what it is. Raises UserError for one that can't."""
 
-OPEN_PATHS = ("/health", "/ping")
+ALIVE = "/ping"  # Stays 200 while the server drains, so that no liveness probe ends it early.
+OPEN_PATHS = ("/health", ALIVE)
 PAGE = "/"  # which asks a person for the token
 
 VERSION = version("mmoe-rec")
@@ -85,8 +87,11 @@ class Application:
         await page(scope, receive, send)
 
     def _refuse(self, scope: Scope) -> Refused | None:
+        is_open = scope["path"] in (*OPEN_PATHS, PAGE)
+        if self.token is None and not is_open and (foreign := _find_foreign(scope, self.models.options.hosts)):
+            return Refused(403, foreign, "foreign", "PERMISSION_DENIED")
         given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
-        if self.token is not None and scope["path"] not in (*OPEN_PATHS, PAGE):
+        if self.token is not None and not is_open:
             scheme, _, token = given.partition(b" ")
             # Takes the same time whatever is given, so that the token can't be found letter by letter.
             if not hmac.compare_digest(token.strip(), self.token.encode()) or scheme.lower() != b"bearer":
@@ -97,14 +102,37 @@ class Application:
         return None
 
 
+def _find_foreign(scope: Scope, hosts: frozenset[str] | None) -> str | None:
+    """Return why a request may come from a web page of another origin, or None if it does not.
+
+    Browsers say where a request comes from, and other programs send no such headers. By DNS rebinding a page gives this
+    server a name of its own, so that only the name in the header Host is foreign.
+    """
+    headers, is_read = Headers(scope=scope), scope["method"] in ("GET", "HEAD")
+    for host in headers.getlist("host"):
+        if hosts is not None and re.sub(r":\d*$", "", host).strip("[]").lower() not in hosts:
+            return f"header Host: {quoted(host)} is no name of this server. Start it with --allow-host NAME."
+    fix = "Call this server from its own page, or give it a token (MMOE_REC_TOKEN)."
+    for origin in headers.getlist("origin"):
+        if origin.partition("://")[2].lower() != headers.get("host", "").lower():
+            return f"header Origin: {quoted(origin)} is another origin. {fix}"
+    is_link = is_read and headers.get("sec-fetch-mode") == "navigate"  # which shows the reply to nobody but the person
+    for site in headers.getlist("sec-fetch-site"):
+        if site not in ("same-origin", "none") and not is_link:
+            return f"header Sec-Fetch-Site: the request comes from another origin ({quoted(site)}). {fix}"
+    return None
+
+
 def _pages(calls: Calls, events: Accepting | None, reload: Reload | None) -> FastAPI:
     # Without redirects, as those have the caller's own header Host for an address.
     app = FastAPI(title="mmoe-rec serve", version=VERSION, redoc_url=None, redirect_slashes=False)
 
-    async def health() -> Response:
-        """200 once the model has answered its own example, and as long as it answers at all."""
+    async def health(request: HttpRequest) -> Response:
+        """200 once the model has answered its own example. 503 if it does not answer; /health also while it drains."""
         if calls.queue.is_stuck:
             return _json({"status": "stuck"}, 503)
+        if calls.is_draining and request.url.path != ALIVE:
+            return _json({"status": "draining"}, 503)
         return _json({"status": "ok"})
 
     for path in OPEN_PATHS:
@@ -154,10 +182,13 @@ def _pages(calls: Calls, events: Accepting | None, reload: Reload | None) -> Fas
     if reload is not None:
 
         @app.post("/reload", response_model=None)
-        async def take_up() -> Response:
-            """Loads the model that the server's address names now, and serves it once it answers its own example."""
+        async def take_up(request: HttpRequest) -> Response:
+            """Load the model that the server's address names now, if it is another one, and serve it."""
             try:
+                require_json(request)
                 return versions(await reload())
+            except Refused as refused:
+                return refusal(refused)
             except UserError as error:
                 return refusal(Refused(503, f"the previous model goes on serving: {error}", "reload", INTERNAL))
 

@@ -81,6 +81,7 @@ class Calls:
         # One thread, as Python's own work would only slow that of others, and each body takes memory meanwhile.
         self._parsing = ThreadPoolExecutor(1, "parsing")
         self.places = Places(self.limits, "calls", metrics.calls.set)
+        self.is_draining = False  # Whether the server is about to end, which /health reports.
 
     async def answer(self, request: HttpRequest) -> Response:
         """The reply to a call, whatever is wrong with it."""
@@ -96,8 +97,7 @@ class Calls:
 
     async def _answer(self, request: HttpRequest) -> bytes:
         partial, after = _query(request.query_params)
-        if not is_json(type_of(request)):
-            raise Refused(415, "the body must be JSON: send the header Content-Type: application/json", "no_json")
+        require_json(request)
         with self.metrics.timed("read"):
             body = await read_body(request, self.limits, self.places)
         ranker = self.models.current.ranker
@@ -109,7 +109,7 @@ class Calls:
                 call = await loop.run_in_executor(self._parsing, parse, body, self.limits, ranker)
         self.metrics.elements.inc(len(call.requests))
         self.metrics.candidates.inc(call.candidates)
-        gone = asyncio.ensure_future(_gone(request))
+        gone = asyncio.ensure_future(wait_until_gone(request))
         try:
             if after is not None:
                 if self.following is None:
@@ -158,8 +158,8 @@ async def reply_to(answer: Callable[[], Awaitable[bytes]], places: Places, count
         return Response(status_code=499)  # which nobody reads
 
 
-async def _gone(request: HttpRequest) -> None:
-    """Ends once the caller of a request that was read has left."""
+async def wait_until_gone(request: HttpRequest) -> None:
+    """Wait until the caller of a request that was read has left."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
 
@@ -190,7 +190,13 @@ def is_json(kind: str) -> bool:
 
 
 def type_of(request: HttpRequest) -> str:
-    return request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
+    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
+
+
+def require_json(request: HttpRequest) -> None:
+    """Raise Refused unless the request says that its body is JSON, which a page of another origin can't say unasked."""
+    if not is_json(type_of(request)):
+        raise Refused(415, "the body must be JSON: send the header Content-Type: application/json", "no_json")
 
 
 async def read_body(request: HttpRequest, limits: Serving, places: Places) -> bytes:

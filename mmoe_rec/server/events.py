@@ -6,7 +6,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ import orjson
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.types as pt
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from mmoe_rec.errors import RequestError, UserError, quoted
@@ -25,7 +25,7 @@ from mmoe_rec.live.journal import Batch, Journal
 from mmoe_rec.live.learning import Learning
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.point_in_time.memory import NEVER
-from mmoe_rec.server.calls import ARROW, is_json, parse_json, read_body, reply_to, type_of
+from mmoe_rec.server.calls import ARROW, is_json, parse_json, read_body, reply_to, type_of, wait_until_gone
 from mmoe_rec.server.metrics import Metrics
 from mmoe_rec.server.options import INTERNAL, Places, Refused
 from mmoe_rec.server.ranking_queue import Following, Passes, step_back
@@ -62,6 +62,32 @@ class Accepting:
             return await reply_to(lambda: self._accept(request), self.places, lambda reason: refused(reason).inc())
 
     async def _accept(self, request: Request) -> bytes:
+        """Append the rows of a call, unless its time is over or its caller leaves before they are being written."""
+        loop, limit, position = asyncio.get_running_loop(), self._limits.answer_seconds, Future[int]()
+        sentence = f"/events: no row was appended within {limit:g} seconds (setting `serving.answer_seconds`)"
+        late = Refused(503, f"{sentence}. Send the call again.", "too_long", "TEMPORARILY_UNAVAILABLE", 1)
+        try:
+            async with asyncio.timeout(limit) as scope:
+                rows = await self._read(request, scope)
+        except TimeoutError:
+            raise late from None
+        gone = asyncio.ensure_future(wait_until_gone(request))
+        appending = loop.run_in_executor(self._threads, self._append, *rows, position)
+        ends: list[asyncio.Future[Any]] = [appending, gone]
+        try:
+            left = max(scope.when() - loop.time(), 0.0)  # type: ignore[operator]
+            await asyncio.wait(ends, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+        finally:  # Rows that are being written are waited for.
+            if not appending.done() and position.cancel():
+                appending.cancel()
+            is_late = not gone.done()
+            gone.cancel()
+        if appending.cancelled():
+            raise late if is_late else ClientDisconnect
+        return orjson.dumps(await appending)
+
+    async def _read(self, request: Request, scope: asyncio.Timeout) -> tuple[str | None, pa.Table, Lacking]:
+        """Read and check a call. Its scope stands still while the body comes, which has a limit of its own."""
         loop = asyncio.get_running_loop()
         await loop.run_in_executor(self._threads, self._let_passes_end)  # before more is done for the call
         kind, log = type_of(request), request.query_params.get("log")
@@ -69,11 +95,14 @@ class Accepting:
             raise Refused(400, f"/events has no query parameter {quoted(min(strange))}; there is 'log'", "body")
         if not is_json(kind) and kind != ARROW:
             raise Refused(415, f"the body must be JSON, or an Arrow stream (Content-Type: {ARROW})", "no_json")
+        left = scope.when() - loop.time()  # type: ignore[operator]
+        scope.reschedule(None)
         body = await read_body(request, self._limits, self.places)
+        scope.reschedule(loop.time() + left)
         source, table, lacking = await loop.run_in_executor(self._threads, self._check, body, kind == ARROW, log)
         if lacking:
             await self._following.reach_end()  # what was acknowledged before may say what it lacks
-        return orjson.dumps(await loop.run_in_executor(self._threads, self._append, source, table, lacking))
+        return source, table, lacking
 
     def _let_passes_end(self) -> None:
         if (begin := time.monotonic()) >= self._next_wait:
@@ -95,13 +124,13 @@ class Accepting:
             raise Refused(400, str(error), "body") from None
         return log, table, _lacking(log, checks, table, rows)
 
-    def _append(self, source: str | None, table: pa.Table, lacking: Lacking) -> dict[str, Any]:
+    def _append(self, source: str | None, table: pa.Table, lacking: Lacking, appended: Future[int]) -> dict[str, Any]:
         learning = self._following.learning
         try:
             if lacking:
                 table = _completed(learning.ranker, table, lacking)
             order = self._order(learning, source, table)
-            position = self._journal.append(Batch(source, time.time_ns() // 1_000, table))
+            position = self._journal.append(Batch(source, time.time_ns() // 1_000, table), position=appended)
         except RequestError as error:
             raise Refused(400, str(error), "body") from None
         except UserError as error:  # such as a full disk

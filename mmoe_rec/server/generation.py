@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from prometheus_client.multiprocess import mark_process_dead
 
-from mmoe_rec.errors import UserError
+from mmoe_rec.errors import STOP_SIGNALS, UserError
 from mmoe_rec.inference.artifact import Source
 from mmoe_rec.server.metrics import FOLDER_VARIABLE, Metrics
 from mmoe_rec.server.models import Models, ServedModel
@@ -48,11 +48,13 @@ _log = logging.getLogger(__name__)
 
 
 class Sockets(NamedTuple):
-    """bound: on which all workers listen; give, take: ends of a pipe on which connections are handed over."""
+    """bound: on which all workers listen; give, take: ends of a pipe on which connections are handed over; ending: can
+    be read once the parent drains or has ended."""
 
     bound: socket.socket
     give: socket.socket
     take: socket.socket
+    ending: socket.socket
 
     def close(self) -> None:
         """Closes this process's own handles."""
@@ -72,9 +74,27 @@ def tell(pipe: Connection, *message: Any) -> None:
         pipe.send(message)
 
 
-def run_generation(source: Source, sockets: Sockets, options: Options, workers: int, parent: Connection) -> None:
-    """Loads a model, which answers its example and learns the journal, and keeps workers that serve it."""
-    for each in (signal.SIGINT, signal.SIGTERM):  # either may reach all processes of a service; the parent tells
+def run_generation(
+    source: Source,
+    sockets: Sockets,
+    options: Options,
+    workers: int,
+    parent: Connection,
+    number: int,
+    alive: Connection,
+) -> None:
+    """Load a model, which answers its example and learns the journal, and keep workers that serve it.
+
+    Args:
+        source: The model.
+        sockets: Sockets that all processes share.
+        options: How to serve.
+        workers: Number of workers.
+        parent: Pipe to the parent.
+        number: Number that no other running generation has, for the names of metric files.
+        alive: End of a pipe that this process and its workers hold open until the last of them has ended.
+    """
+    for each in STOP_SIGNALS:  # Any may reach all processes of a service. The parent passes it on.
         signal.signal(each, signal.SIG_IGN)
     log_to_stderr()
     import torch
@@ -88,7 +108,7 @@ def run_generation(source: Source, sockets: Sockets, options: Options, workers: 
         tell(parent, "failed", error)
         end_process(1)
     _prepare_forks(models)
-    end_process(_Generation(models, sockets, workers, parent).run())
+    end_process(_Generation(models, sockets, workers, parent, number).run())
 
 
 def _prepare_forks(models: Models) -> None:
@@ -115,8 +135,9 @@ class _Worker:
 class _Generation:
     """Keeps workers until the parent says otherwise, or has ended."""
 
-    def __init__(self, models: Models, sockets: Sockets, workers: int, parent: Connection) -> None:
+    def __init__(self, models: Models, sockets: Sockets, workers: int, parent: Connection, number: int) -> None:
         self._models, self._sockets, self._parent, self._count = models, sockets, parent, workers
+        self._number = number
         self._workers: list[_Worker] = []
         self._marks = memoryview(mmap(-1, _SETS * workers))  # forks share it
         self._free = list(range(_SETS * workers))
@@ -212,8 +233,8 @@ class _Generation:
         ours, theirs = multiprocessing.Pipe()
         number, counts = self._free.pop(), not any(each.counts for each in self._own)
         not_its_own = [self._parent, ours, *(each.pipe for each in self._workers)]
-        passes = Passes(self._marks, number)
-        arguments = (self._models, self._sockets, passes, theirs, not_its_own, self._accepts, counts)
+        passes, name = Passes(self._marks, number), f"{self._number}.{number}"
+        arguments = (self._models, self._sockets, passes, name, theirs, not_its_own, self._accepts, counts)
         process = multiprocessing.get_context("fork").Process(target=_run_worker, args=arguments)
         process.start()
         theirs.close()
@@ -267,7 +288,7 @@ class _Generation:
         self._marks[worker.number] = 0  # it may have ended in a pass
         self._free.append(worker.number)
         # What it had under way; what it has counted stays.
-        mark_process_dead(_name_in_metrics(os.getpid(), worker.number))
+        mark_process_dead(f"{self._number}.{worker.number}")
         how = describe_end(worker.process)
         if self._is_ending or worker.is_retired:
             self._code = max(self._code, int(worker.is_ready and worker.process.exitcode != 0))
@@ -285,15 +306,11 @@ class _Generation:
 # A worker
 
 
-def _name_in_metrics(generation: int, number: int) -> str:
-    """Under which a worker's numbers lie in files, and go on when it has ended: there are as many files as workers."""
-    return f"{generation}.{number}"
-
-
 def _run_worker(
     models: Models,
     sockets: Sockets,
     passes: Passes,
+    name: str,
     pipe: Connection,
     not_its_own: list[Connection],
     accepts: bool,
@@ -301,6 +318,7 @@ def _run_worker(
 ) -> None:
     """Serves the model that was loaded before the fork, until it is to stop or retire, or its parent ends.
 
+    name: of its metric files, with which a later worker goes on, so that there are as many files as workers;
     not_its_own: ends of pipes that a fork copies, and that say that a process has ended once nobody holds them;
     accepts: whether it accepts connections at once, else when it is told to; counts: what happens to all workers.
     """
@@ -309,13 +327,24 @@ def _run_worker(
     from mmoe_rec.server.app import Application
     from mmoe_rec.server.running import Server
 
-    served, metrics = models.current, Metrics(_name_in_metrics(os.getppid(), passes.number))
+    served, metrics = models.current, Metrics(name)
     talk = _Talk(pipe, models, metrics, counts)
     try:
         if served.learning is not None:
             served.learning.catch_up()
         metrics.show_model(served.about())
-        server = Server(Application(models, metrics, talk.reload, passes), sockets.give, sockets.take)
+        app = Application(models, metrics, talk.reload, passes)
+        server = Server(app, sockets.give, sockets.take)
+
+        def listen_to_parent() -> None:
+            loop = asyncio.get_running_loop()
+            loop.add_reader(pipe.fileno(), talk.obey, server)
+            loop.add_reader(sockets.ending, drain, loop)
+
+        def drain(loop: asyncio.AbstractEventLoop) -> None:
+            loop.remove_reader(sockets.ending)
+            app.calls.is_draining = True
+
         tell(pipe, "ready")
         if not accepts:
             message = talk.receive()
@@ -325,7 +354,7 @@ def _run_worker(
                 end_process(0)
             if any(message[1:]) and counts:
                 metrics.reloads.labels("done").inc()
-        server.serve_on(sockets.bound, lambda: asyncio.get_running_loop().add_reader(pipe.fileno(), talk.obey, server))
+        server.serve_on(sockets.bound, listen_to_parent)
     except UserError as error:
         _log.error("a worker can't serve: %s", error)
         end_process(1)

@@ -162,6 +162,7 @@ class Reloads:
         self._next: Future[None] | None = None
         self._thread = ThreadPoolExecutor(1, "reloads")
         self._state: str | None = None
+        self._served_state: str | None = None  # of the finder, before it found the model that is served
         self._reported: str | None = None
 
     def ask(self) -> Future[None]:
@@ -178,17 +179,20 @@ class Reloads:
     def _reload(self) -> None:
         with self._lock:
             self._next = None
-        if self._take_up_delta():
-            return
         try:
-            source = self._finder.find()
+            if (state := self._finder.state()) == self._served_state:
+                return
+            source = None if self._take_up_delta() else self._finder.find()
         except Exception as error:
             raise NotFoundError(sentence_of(error)) from error
+        self._served_state = None  # A failure is on record until a model is loaded.
         try:
-            self._take_up(source)
+            if source is not None:
+                self._take_up(source)
         except Exception as error:
             _log.warning("the previous model goes on serving: %s", sentence_of(error))
             raise
+        self._served_state = state
 
     def _take_up_delta(self) -> bool:
         """Whether a delta from the served model has made it the one at the address."""
@@ -210,7 +214,7 @@ class Reloads:
     def watch(self, state: str, seconds: float) -> None:
         """Looks every so many seconds from now on, in a thread of its own; 0: never. state: before the model was found
         that is served now."""
-        self._state = state
+        self._state = self._served_state = state
 
         def look() -> None:
             while True:

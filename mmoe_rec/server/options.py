@@ -6,7 +6,7 @@ import os
 import socket
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -29,8 +29,10 @@ class Options:
     """How to serve.
 
     limits: of calls; instead: settings that go for every model that is served instead of its own; grace: seconds from
-    SIGTERM to the end; token: which callers have to show, None lets all in; journal: address of the journal of events,
-    None takes none; log: how requests are logged, None does not log them.
+    SIGTERM, or from the end of the drain, to the end; token: which callers have to show, None lets all in; journal:
+    address of the journal of events, None takes none; log: how requests are logged, None does not log them; hosts:
+    names of the server in the header Host, None allows any; drain: seconds from SIGTERM until the port closes, in which
+    health checks fail.
     """
 
     limits: Serving = field(default_factory=Serving)
@@ -39,6 +41,8 @@ class Options:
     token: str | None = None
     journal: str | None = None
     log: LogOptions | None = None
+    hosts: frozenset[str] | None = None
+    drain: float = 0.0
 
 
 @dataclass(eq=False)
@@ -172,6 +176,7 @@ def log_to_stderr() -> None:
 def end_process(code: int) -> NoReturn:
     """Ends at once. Python would first take models apart, which for a large one takes seconds."""
     logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with suppress(OSError):  # The terminal may have gone.
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(code)

@@ -12,7 +12,8 @@ import logging
 import socket
 import struct
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from http import HTTPStatus
 from types import FrameType
@@ -22,7 +23,7 @@ import orjson
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from mmoe_rec.errors import UserError
+from mmoe_rec.errors import UserError, catch_stop_signals
 from mmoe_rec.inference.artifact import Source
 from mmoe_rec.server.app import Application
 from mmoe_rec.server.metrics import Metrics
@@ -268,19 +269,34 @@ class Server(uvicorn.Server):
             )
         )
 
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Answers what was accepted, takes no more, and ends; a worker does so when its parent says so."""
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Catch the signals that ask to stop, which uvicorn does without SIGHUP. A worker's parent catches them."""
         if self._take is None:
-            self.stop()
+            catch_stop_signals(self.handle_exit)
+        yield
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Drain, and then stop. A second signal ends the process at once."""
+        if self._app.calls.is_draining:
+            threading.Thread(target=self._give_up, daemon=True).start()  # The main thread may hold a lock.
+        else:
+            self._app.calls.is_draining = True
+            self._call_later(self._options.drain, self.stop)
 
     def stop(self) -> None:
-        """Does what a signal to end does."""
+        """Answer what was accepted, take no more, and end. A second call ends at once."""
         if not self.should_exit:
             self.should_exit = True
             self._take_no_more()
-            self._last = threading.Timer(self._options.grace, self._end_now)
-            self._last.daemon = True
-            self._last.start()
+            self._call_later(self._options.grace, self._end_now)
+        elif not self._is_retiring:
+            threading.Thread(target=self._give_up, daemon=True).start()
+
+    def _call_later(self, seconds: float, function: Callable[[], None]) -> None:
+        self._last = threading.Timer(seconds, function)
+        self._last.daemon = True
+        self._last.start()
 
     def retire(self, tell: Callable[[], None]) -> None:
         """Leaves all new requests to workers of another model, answers what it has, and ends. In the event loop.
@@ -348,6 +364,10 @@ class Server(uvicorn.Server):
         if self._app.calls.queue.is_busy:
             self._end_now()
 
+    def _give_up(self) -> None:
+        self._app.close()
+        end_process(int(bool(self.server_state.tasks)))
+
     @staticmethod
     def _end_now() -> None:
         _log.warning("ended while a call or the log of requests was under way: it took longer than --grace")
@@ -355,7 +375,7 @@ class Server(uvicorn.Server):
 
 
 def serve(source: Source, state: str, finder: Finder, bound: socket.socket, options: Options, poll: float) -> None:
-    """Serves a model until SIGTERM or SIGINT. Raises UserError for one that can't be loaded.
+    """Serves a model until a signal asks to stop. Raises UserError for one that can't be loaded.
 
     state: the finder's before it found the model; poll: seconds between looks for another one, 0 for none.
     """

@@ -9,7 +9,6 @@ import logging
 import multiprocessing
 import os
 import queue
-import signal
 import socket
 import sys
 import tempfile
@@ -17,9 +16,13 @@ import threading
 import time
 from concurrent.futures import Future
 from contextlib import suppress
+from itertools import count
+from multiprocessing.connection import Connection
 from typing import Any
 
-from mmoe_rec.errors import UserError
+from prometheus_client.multiprocess import mark_process_dead
+
+from mmoe_rec.errors import UserError, catch_stop_signals
 from mmoe_rec.inference.artifact import Source
 from mmoe_rec.server.generation import TICK_SECONDS, Sockets, describe_end, run_generation, tell
 from mmoe_rec.server.metrics import FOLDER_VARIABLE
@@ -36,7 +39,7 @@ _log = logging.getLogger(__name__)
 def serve_by_workers(
     source: Source, state: str, finder: Finder, bound: socket.socket, options: Options, poll: float, workers: int
 ) -> int:
-    """Serves a model by several processes until SIGTERM or SIGINT; the rest as in `running.serve`.
+    """Serves a model by several processes until a signal asks to stop; the rest as in `running.serve`.
 
     Gives the exit code: 0 if all that was accepted was answered. Raises UserError for a model that can't be loaded.
     """
@@ -51,14 +54,19 @@ def serve_by_workers(
         os.environ.update({FOLDER_VARIABLE: folder, "OPENBLAS_NUM_THREADS": "1"})
         give, take = socket.socketpair()
         take.setblocking(False)
-        return _Parent(finder, Sockets(bound, give, take), options, poll, workers).run(source, state)
+        serving, ending = socket.socketpair()
+        return _Parent(finder, Sockets(bound, give, take, ending), serving, options, poll, workers).run(source, state)
 
 
 class _Parent:
     """Keeps one generation that serves; those before end by themselves. Its main thread waits for a signal."""
 
-    def __init__(self, finder: Finder, sockets: Sockets, options: Options, poll: float, workers: int) -> None:
+    def __init__(
+        self, finder: Finder, sockets: Sockets, serving: socket.socket, options: Options, poll: float, workers: int
+    ) -> None:
+        """serving: the other end of `sockets.ending`, open until the server drains."""
         self.sockets, self.options, self.workers, self._poll = sockets, options, workers, poll
+        self._serving = serving
         self.current: _Child | None = None
         self._finder, self.reloads = finder, Reloads(finder, self._exchange, self._find_version)
         self._ends: queue.SimpleQueue[UserError | None] = queue.SimpleQueue()  # why it ends; None for a signal
@@ -68,10 +76,13 @@ class _Parent:
 
     def run(self, source: Source, state: str) -> int:
         """Serves until a signal; gives the exit code."""
-        for each in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(each, lambda *_: self._ends.put(None))
+        catch_stop_signals(lambda *_: self._ends.put(None))
         threading.Thread(target=self._start, args=(source, state), daemon=True).start()
         error = self._wait_for_end()
+        self._serving.close()
+        drained = time.monotonic() + (0.0 if self.current is None else self.options.drain)
+        while time.monotonic() < drained and self._ends.empty():
+            time.sleep(TICK_SECONDS)
         with self._starting:
             self._is_ending = True
         self.sockets.close()
@@ -82,10 +93,14 @@ class _Parent:
                 child.process.kill()
             else:
                 child.send("stop")
-        for child in children:
-            if not child.has_ended.wait(max(until - time.monotonic(), 0.0)):
-                child.process.kill()
-            child.has_ended.wait()
+        while alive := [child for child in children if not child.has_ended.is_set()]:
+            is_hurried = not self._ends.empty() and self._ends.get() is None
+            for child in alive:
+                if time.monotonic() > until:
+                    child.process.kill()
+                elif is_hurried:  # by a second signal
+                    child.send("stop")
+            alive[0].has_ended.wait(TICK_SECONDS)
         code = int(any(child.about is not None and child.process.exitcode for child in children))
         if error is not None:
             raise error
@@ -123,8 +138,10 @@ class _Parent:
             with self._starting:  # none that the end does not know of
                 if self._is_ending:
                     raise UserError("the server is ending")
-                child = _Child(self, source)
-                self._children = [*(each for each in self._children if not each.has_ended.is_set()), child]
+                before_it = [each for each in self._children if not each.is_gone.is_set()]
+                number = next(each for each in count() if each not in {other.number for other in before_it})
+                child = _Child(self, source, number)
+                self._children = [*before_it, child]
             child.has_started.wait()
             if child.error is not None:
                 if before is not None:
@@ -159,22 +176,27 @@ class _Parent:
 class _Child:
     """A generation as the parent sees it, in a thread that listens to it.
 
-    has_...: events, all set at its end; error: why it could not serve; about: its model, once it serves.
+    has_...: events, all set at its end; is_gone: set once its workers have ended, too; error: why it could not serve;
+    about: its model, once it serves; number: of its metric files, which the next generation of this number continues.
     """
 
-    def __init__(self, parent: _Parent, source: Source) -> None:
-        self.source, self._parent = source, parent
+    def __init__(self, parent: _Parent, source: Source, number: int) -> None:
+        self.source, self._parent, self.number = source, parent, number
         self.error: UserError | None = None
         self.about: dict[str, str | None] | None = None
         self.has_started, self.has_retired, self.has_ended = threading.Event(), threading.Event(), threading.Event()
+        self.is_gone = threading.Event()
         self._updated: queue.SimpleQueue[UserError | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._pipe, theirs = multiprocessing.Pipe()
-        arguments = (source, parent.sockets, parent.options, parent.workers, theirs)
+        ours, alive = multiprocessing.Pipe()
+        arguments = (source, parent.sockets, parent.options, parent.workers, theirs, number, alive)
         self.process = multiprocessing.get_context("spawn").Process(target=run_generation, args=arguments)
         self.process.start()
         theirs.close()
+        alive.close()
         threading.Thread(target=self._listen, daemon=True).start()
+        threading.Thread(target=self._wait_until_gone, args=(ours,), daemon=True).start()
 
     def send(self, *message: Any) -> None:
         """Says something, unless it has ended."""
@@ -223,6 +245,14 @@ class _Child:
             each.set()
         self._updated.put(UserError("the process that holds the model has ended"))
         self._parent.replace(self)
+
+    def _wait_until_gone(self, alive: Connection) -> None:
+        """Remove the gauges of workers that nobody has counted out, as the generation was killed before them."""
+        with suppress(EOFError, OSError):
+            alive.recv()
+        with suppress(OSError):  # The server has ended, and its folder is gone.
+            mark_process_dead(f"{self.number}.*")
+        self.is_gone.set()
 
     def _reload(self, worker: int) -> None:
         """Looks for a model, and tells the worker that wants it what came of it."""

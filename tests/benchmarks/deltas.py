@@ -171,7 +171,7 @@ def publish_all(deltas: int, workers: int, scratch: Path) -> dict[str, Any]:
             with atomic_folder(watched) as folder:
                 shutil.copytree(made, folder, dirs_exist_ok=True)
             start = time.perf_counter()
-            control.request("POST", "/reload")
+            control.request("POST", "/reload", headers={"Content-Type": "application/json"})
             reply = control.getresponse()
             told = json.loads(reply.read())
             seconds["take_up"].append(time.perf_counter() - start)

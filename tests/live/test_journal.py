@@ -4,9 +4,8 @@ import os
 import resource
 import signal
 import sqlite3
-import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
@@ -109,32 +108,57 @@ def test_a_position_beyond_the_end_is_told(address: str) -> None:
 def test_threads_share_a_transaction_and_one_threads_error_is_its_own(
     address: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    journal = Journal(address)
+    journal, other = Journal(address), Journal(address)
     journal.append(batch(0))
-    together, gate, counts = Journal._append_together, threading.Event(), list[int]()
-
-    def slow(self: Journal, calls: list[module.Call]) -> None:
-        counts.append(len(calls))
-        if len(counts) == 1:
-            gate.wait()
-        together(self, calls)
-
-    monkeypatch.setattr(Journal, "_append_together", slow)
+    together, counts = Journal._append_together, list[int]()
+    monkeypatch.setattr(Journal, "_append_together", lambda self: (counts.append(1), together(self)))
     wrong = Batch(None, 0, pa.table({"number": [None, "not a number"]}))
     with ThreadPoolExecutor(16) as pool:
-        waiting = [pool.submit(journal.append, wrong if number % 4 == 0 else batch(number)) for number in range(16)]
-        until(lambda: len(journal._waiting) + sum(counts) == 16)
-        gate.set()
+        with other.appending():
+            waiting = [pool.submit(journal.append, wrong if number % 4 == 0 else batch(number)) for number in range(16)]
+            until(lambda: len(journal._waiting) == 16)
         errors = {number: str(each.exception()) for number, each in enumerate(waiting) if each.exception() is not None}
     assert set(errors) == set(range(0, 16, 4))
     assert all(
         each.startswith("row 1: column 'number' holds string, but int64 in earlier rows") for each in errors.values()
     )
-    assert (len(counts), sum(counts)) == (2, 16)
+    assert counts == [1], "also those that came while the first one waited"
     positions = {number: each.result() for number, each in enumerate(waiting) if number not in errors}
     assert {each.position: each.table["number"][0].as_py() for each in every_batch(journal, 1)} == {
         position: number for number, position in positions.items()
     }
+
+
+def test_nothing_is_appended_for_a_caller_who_gives_up(address: str) -> None:
+    """Whether it waits for the database, for another thread, or has not begun to wait."""
+    journal, other = Journal(address), Journal(address)
+    positions = [Future[int]() for _ in range(6)]
+    with ThreadPoolExecutor(6) as pool:
+        with other.appending():
+            calls = [pool.submit(journal.append, batch(n), position=each) for n, each in enumerate(positions[:5])]
+            until(lambda: len(journal._waiting) == 5)
+            assert all(each.cancel() for each in (*positions[:3], positions[5]))
+        assert sorted(each.result() for each in calls[3:]) == [1, 2]
+        assert all(isinstance(each.exception(), CancelledError) for each in calls[:3])
+    with pytest.raises(CancelledError):
+        journal.append(batch(5), position=positions[5])
+    assert not any(each.cancel() for each in positions[3:5]), "as it is too late"
+    assert journal.append(batch(6)) == 3
+    assert sorted(all_numbers(journal)) == [3, 4, 6]
+
+
+def test_a_failure_of_one_transaction_leaves_nothing_to_the_next(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    journal = Journal(address)
+
+    def fails(*_: object) -> None:
+        raise UserError("the disk is gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "appending", fails)
+        with pytest.raises(UserError, match="the disk is gone"):
+            journal.append(batch(0))
+    assert journal.append(batch(1)) == 1
+    assert all_numbers(journal) == [1]
 
 
 def test_columns_keep_their_types(address: str) -> None:

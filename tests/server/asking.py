@@ -71,11 +71,14 @@ async def reply(
     """The answer to one request.
 
     body: bytes, or JSON values; parts: the body in pieces, without its length;
+    headers: also the type of the body, JSON unless it says another, "" for none;
     left: the caller leaves when it is set.
     """
     path, _, query = page.partition("?")
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
     given = {"content-type": "application/json"} | {name.lower(): value for name, value in headers.items()}
+    if not given["content-type"]:
+        del given["content-type"]
     if parts is None:
         given.setdefault("content-length", str(len(data)))
     scope = {
@@ -120,10 +123,12 @@ async def _pieces(parts: Iterable[bytes] | AsyncIterator[bytes], left: asyncio.E
     yield {"type": "http.disconnect"}
 
 
-def application(models: Models, token: str | None = None, **limits: Any) -> Application:
+def application(
+    models: Models, token: str | None = None, hosts: frozenset[str] | None = None, **limits: Any
+) -> Application:
     """An application around the current model, with limits of its own."""
     own = copy(models)
-    own.options = Options(Serving(**limits), token=token)
+    own.options = Options(Serving(**limits), token=token, hosts=hosts)
     return Application(own)
 
 

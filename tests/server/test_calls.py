@@ -208,6 +208,8 @@ def test_a_body_without_a_length_is_read_to_the_limit(app: Application) -> None:
 def test_what_headers_say_of_a_body(app: Application) -> None:
     for name, value, status in [
         ("Content-Type", "text/csv", 415),
+        ("Content-Type", "text/plain", 415),
+        ("Content-Type", "", 415),
         ("Content-Type", "application/json; charset=utf-8", 200),
         ("Content-Encoding", "gzip", 415),
         ("Transfer-Encoding", "gzip, chunked", 415),
@@ -288,6 +290,89 @@ def test_nothing_is_ranked_for_a_caller_who_has_left(models: Models) -> None:
     assert [each.status for each in asyncio.run(together())] == [200, 499, 200]
     found = numbers(app)
     assert (found["calls_per_pass_sum"], found['refusals_total{reason="caller_gone"}'], found["calls"]) == (2, 1, 0)
+
+
+# Pages of other origins
+
+
+PAGE = "http://localhost:8000"
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({}, 200),  # no browser
+        ({"Host": "localhost:8000"}, 200),
+        ({"Host": "localhost:8000", "Origin": PAGE}, 200),
+        ({"Host": "LOCALHOST:8000", "Origin": PAGE, "Sec-Fetch-Site": "same-origin"}, 200),
+        ({"Host": "localhost:8000", "Sec-Fetch-Site": "none"}, 200),
+        ({"Host": "127.0.0.1"}, 200),
+        ({"Host": "[::1]:8000", "Origin": "http://[::1]:8000"}, 200),
+        ({"Host": "[::1]"}, 200),
+        ({"Host": "shop.example", "Origin": "https://shop.example"}, 200),  # through a proxy, with --allow-host
+        ({"Host": "localhost:8000", "Origin": "null"}, 403),
+        ({"Host": "localhost:8000", "Origin": "http://localhost:8001"}, 403),
+        ({"Host": "localhost:8000", "Origin": "http://127.0.0.1:8000"}, 403),
+        ({"Host": "localhost:8000", "Origin": "https://elsewhere.example"}, 403),
+        ({"Host": "localhost:8000", "Origin": "http://localhost:8000.elsewhere.example"}, 403),
+        ({"Host": "localhost:8000", "Sec-Fetch-Site": "cross-site"}, 403),
+        ({"Host": "localhost:8000", "Origin": PAGE, "Sec-Fetch-Site": "same-site"}, 403),
+        ({"Host": "elsewhere.example:8000"}, 403),  # as after DNS rebinding
+        ({"Host": "elsewhere.example:8000", "Origin": "http://elsewhere.example:8000"}, 403),
+        ({"Host": "localhost.elsewhere.example"}, 403),
+        ({"Host": "[::2]:8000"}, 403),
+        ({"Host": ""}, 403),
+        ({"Host": "192.0.2.7:8000"}, 403),
+    ],
+    ids=str,
+)
+def test_calls_of_other_origins_are_refused(models: Models, headers: dict[str, str], status: int) -> None:
+    app = application(models, hosts=frozenset({"localhost", "127.0.0.1", "::1", "shop.example"}))
+    assert ask(app, GOOD, headers=headers).status == status
+    for page, method in (
+        ("/version", "GET"),
+        ("/metrics", "GET"),
+        ("/invocations", "OPTIONS"),
+        ("/openapi.json", "HEAD"),
+    ):
+        answer = ask(app, b"", page=page, method=method, headers=headers)
+        assert (answer.status == 403) == (status == 403)
+    if status == 403:
+        assert ask(app, GOOD, headers=headers).tree["error_code"] == "PERMISSION_DENIED"
+        assert numbers(app)['refusals_total{reason="foreign"}'] == 6
+        guarded, token = application(models, token="sesame"), {"Authorization": "Bearer sesame"}
+        assert ask(guarded, GOOD, headers=headers).status == 401
+        assert ask(guarded, GOOD, headers=headers | token).status == 200, "who knows it may"
+    for page in ("/", "/health", "/ping"):
+        assert ask(app, b"", page=page, method="GET", headers=headers).status == 200, "which hold nothing"
+
+
+def test_a_link_from_another_site_may_be_followed(app: Application) -> None:
+    headers = {"Host": "localhost", "Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate"}
+    assert ask(app, b"", page="/docs", method="GET", headers=headers).status == 200
+    assert ask(app, GOOD, headers=headers).status == 403, "a form is none"
+    assert ask(app, b"", page="/model", method="GET", headers={**headers, "Sec-Fetch-Mode": "no-cors"}).status == 403
+
+
+def test_a_server_that_all_may_reach_has_any_name(app: Application) -> None:
+    assert ask(app, GOOD, headers={"Host": "shop.example", "Origin": "http://shop.example"}).status == 200
+    assert ask(app, GOOD, headers={"Host": "shop.example", "Origin": "http://elsewhere.example"}).status == 403
+
+
+def test_a_reload_says_that_it_is_json(models: Models) -> None:
+    reloads = list[int]()
+
+    async def reload() -> dict[str, str | None]:
+        reloads.append(1)
+        return {}
+
+    app = Application(models, reload=reload)
+    for kind in ("", "text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x"):
+        answer = ask(app, b"", page="/reload", headers={"Content-Type": kind})
+        assert (answer.status, "Content-Type: application/json" in answer.message) == (415, True)
+    assert not reloads
+    assert ask(app, b"", page="/reload").status == 200
+    assert reloads == [1]
 
 
 # Other pages

@@ -32,7 +32,7 @@ class Address:
     """
 
     def __init__(self, *states: str | Exception) -> None:
-        self.states, self.finds = list(states), list[str]()
+        self.states, self.finds, self.told = list(states), list[str](), ""
         self.go_on = threading.Event()
         self.go_on.set()
 
@@ -40,10 +40,11 @@ class Address:
         state = self.states.pop(0) if len(self.states) > 1 else self.states[0]
         if isinstance(state, Exception):
             raise state
+        self.told = state
         return state
 
     def find(self) -> Source:
-        found = Source(Path("unused"), self.state())
+        found = Source(Path("unused"), self.told)
         self.finds.append(found.address)
         assert self.go_on.wait(PATIENCE)
         return found
@@ -88,8 +89,28 @@ def test_those_who_ask_meanwhile_share_one_further_attempt() -> None:
     for each in (first, *others):
         each.result(PATIENCE)
     assert address.finds == taken == ["1", "2"]
+    address.states = ["3"]
     reloads.ask().result(PATIENCE)
-    assert taken == ["1", "2", "2"], "and it goes on afterwards"
+    assert taken == ["1", "2", "3"], "and it goes on afterwards"
+
+
+def test_the_model_that_is_served_is_not_loaded_again_unless_another_one_failed() -> None:
+    address, taken = Address("1"), HeldFiles()
+    reloads = Reloads(address, taken)
+    reloads.watch("1", 0)
+    for state, expected in (
+        ("1", []),
+        ("2", ["2"]),
+        ("2", ["2"]),
+        ("broken", ["2", "broken"]),
+        ("broken", ["2", "broken", "broken"]),
+        ("2", ["2", "broken", "broken", "2"]),
+        ("2", ["2", "broken", "broken", "2"]),
+    ):
+        address.states = [state]
+        asked = reloads.ask()
+        assert isinstance(asked.exception(PATIENCE), UserError) == (state == "broken")
+        assert taken == expected
 
 
 def test_an_attempt_that_fails_tells_why() -> None:

@@ -34,12 +34,13 @@ from tests.inference.other_weights import other_weights
 from tests.inference.running_server import free_port, serving
 from tests.inference.small_model import SmallModel
 from tests.processes import PATIENCE, children, is_running, until, workers
-from tests.server.asking import element
+from tests.server.asking import element, logged
 from tests.server.slow_server import SLOW_USER
 
 GOOD = {"inputs": [element()]}
 BODY = json.dumps(GOOD).encode()
 SLOW = {"inputs": [element(user={"user": SLOW_USER})]}
+START = b"POST /invocations HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 
 
 @dataclass
@@ -61,6 +62,10 @@ class Running:
             return reply.status, found.decode() if page == "/metrics" else json.loads(found)
         finally:
             connection.close()
+
+    def health(self) -> int:
+        """The status of `/health`."""
+        return self.send(None, "/health", "GET")[0]
 
     def connect(self) -> socket.socket:
         """A connection on which anything can be sent."""
@@ -86,10 +91,12 @@ class Running:
 
 
 @contextmanager
-def served(folder: Path, scratch: Path, *arguments: str, **variables: str) -> Iterator[Running]:
+def served(
+    folder: Path, scratch: Path, *arguments: str, program: str = "tests.server.slow_server", **variables: str
+) -> Iterator[Running]:
     """A slow server of the model in a folder, with further variables in its environment."""
     port = free_port()
-    words = ["tests.server.slow_server", str(scratch), "--model", str(folder), "--port", str(port), *arguments]
+    words = [program, str(scratch), "--model", str(folder), "--port", str(port), *arguments]
     log = scratch / "server.log"
     process = Command(words, variables, log=log)
     with serving(process, f"http://127.0.0.1:{port}/health", log):
@@ -106,7 +113,9 @@ def test_sigterm_answers_what_was_accepted_and_refuses_what_comes(small: SmallMo
         behind = threads.submit(running.send, GOOD)
         until(lambda: "mmoe_rec_waiting 1.0" in running.send(None, "/metrics", "GET")[1])
         with running.connect() as idle, running.connect() as refused:
-            refused.sendall(b"POST /elsewhere HTTP/1.1\r\nConnection: close\r\nHost: x\r\nContent-Length: 900\r\n\r\n")
+            refused.sendall(
+                START.replace(b"invocations", b"elsewhere") + b"Connection: close\r\nContent-Length: 900\r\n\r\n"
+            )
             assert everything(refused).startswith(b"HTTP/1.1 404 "), "the server waits for no rest of its body"
             running.process.send_signal(signal.SIGTERM)
             until(running.refuses)
@@ -127,7 +136,7 @@ def test_sigterm_ends_a_server_whose_call_hangs(small: SmallModel, tmp_path: Pat
         tmp_path.mkdir()
     words = ("--grace", "1", "--workers", workers)
     with ThreadPoolExecutor() as threads, served(small.folder, tmp_path, *words) as running, running.connect() as half:
-        half.sendall(b"POST /invocations HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n{")
+        half.sendall(START + b"Content-Length: 9\r\n\r\n{")
         if workers == "1":
             threads.submit(running.send, SLOW)
             until((tmp_path / "started").exists)
@@ -138,11 +147,102 @@ def test_sigterm_ends_a_server_whose_call_hangs(small: SmallModel, tmp_path: Pat
         assert not any(map(is_running, started))
 
 
+# Signals
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_health_fails_before_the_port_closes(small: SmallModel, tmp_path: Path, workers: str) -> None:
+    words = ("--grace", "200", "--drain-seconds", "900", "--workers", workers)
+    with served(small.folder, tmp_path, *words) as running:
+        first = running.workers()
+        assert running.health() == 200
+        running.process.send_signal(signal.SIGTERM)
+        until(lambda: running.health() == 503)
+        if workers == "2":
+            os.kill(min(first), signal.SIGKILL)
+            until(lambda: len(running.workers()) == 2 and min(first) not in running.workers())
+        for _ in range(5):
+            assert running.send(GOOD)[0] == 200, "on a new connection"
+            assert running.health() == 503, "also of a new worker"
+            assert running.send(None, "/ping", "GET")[0] == 200, "the process is well"
+        running.process.send_signal(signal.SIGTERM)
+        assert running.process.wait(PATIENCE) == 0
+
+
+@pytest.mark.parametrize("workers", ["1", pytest.param("2", marks=pytest.mark.thorough)])
+def test_a_drain_ends_by_itself(small: SmallModel, tmp_path: Path, workers: str) -> None:
+    with served(small.folder, tmp_path, "--drain-seconds", "0.5", "--workers", workers) as running:
+        running.process.send_signal(signal.SIGTERM)
+        assert running.process.wait(PATIENCE) == 0
+
+
+@contextmanager
+def half_sent(running: Running) -> Iterator[socket.socket]:
+    """A call under way, whose last byte is to come."""
+    with running.connect() as connection:
+        connection.sendall(call()[:-1])
+        # Its worker answers others meanwhile, and has read what came before them.
+        until(lambda: "mmoe_rec_calls 1.0" in running.send(None, "/metrics", "GET")[1])
+        yield connection
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_closing_terminal_loses_nothing(small: SmallModel, tmp_path: Path, workers: str) -> None:
+    """It sends SIGHUP to all processes, more than once, while a call is under way."""
+    temporary, log = tmp_path / "temporary", tmp_path / "requests"
+    temporary.mkdir()
+    logging = ("--log-requests", str(log), "--log-share", "1", "--log-seconds", "80000")
+    words = ("--workers", workers, "--grace", "200", "--serving.read_seconds", "200", *logging)
+    with served(small.folder, tmp_path, *words, TMPDIR=str(temporary)) as running:
+        for _ in range(4):
+            assert running.send(GOOD)[0] == 200
+        processes = running.workers() | running.generations()
+        with half_sent(running) as caller:
+            os.killpg(running.process.pid, signal.SIGHUP)
+            until(running.refuses)
+            os.killpg(running.process.pid, signal.SIGHUP)
+            caller.sendall(BODY[-1:])
+            assert everything(caller).startswith(b"HTTP/1.1 200 ")
+        assert running.process.wait(PATIENCE) == 0
+        assert not any(map(is_running, processes))
+    assert len(set(logged(log)["served_request"].to_pylist())) == 5
+    assert not list(temporary.iterdir())
+
+
+@pytest.mark.parametrize("workers", ["1", pytest.param("2", marks=pytest.mark.thorough)])
+def test_sighup_stays_ignored_if_it_was(small: SmallModel, tmp_path: Path, workers: str) -> None:
+    with served(small.folder, tmp_path, "--workers", workers, program="tests.server.without_hangup") as running:
+        os.killpg(running.process.pid, signal.SIGHUP)
+        for _ in range(9):
+            assert running.send(GOOD)[0] == 200
+        running.process.send_signal(signal.SIGTERM)
+        assert running.process.wait(PATIENCE) == 0
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_second_signal_ends_at_once(small: SmallModel, tmp_path: Path, workers: str) -> None:
+    """It gives up the call under way, and keeps the log of those that were answered."""
+    log = tmp_path / "requests"
+    words = ("--workers", workers, "--grace", "3000", "--drain-seconds", "900", "--serving.read_seconds", "3000")
+    with served(small.folder, tmp_path, *words, "--log-requests", str(log), "--log-share", "1") as running:
+        assert running.send(GOOD)[0] == 200
+        processes = running.workers() | running.generations()
+        with half_sent(running) as caller:
+            running.process.send_signal(signal.SIGINT)
+            until(lambda: running.health() == 503)
+            running.process.send_signal(signal.SIGINT)
+            assert running.process.wait(PATIENCE) == 1
+            assert not any(map(is_running, processes))
+            assert everything(caller) == b""
+    assert len(set(logged(log)["served_request"].to_pylist())) == 1
+
+
 @pytest.fixture(scope="module")
 def impatient(small: SmallModel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     """A server that waits for nobody, and takes small bodies; a test leaves it as it was."""
     folder = tmp_path_factory.mktemp("impatient")
-    with served(small.folder, folder, "--serving.read_seconds", "3", "--serving.max_body_mib", "1") as running:
+    words = ("--serving.read_seconds", "3", "--serving.max_body_mib", "1", "--allow-host", "shop.example")
+    with served(small.folder, folder, *words) as running:
         yield running
 
 
@@ -155,13 +255,13 @@ def sender(impatient: Running) -> Iterator[socket.socket]:
 
 
 def test_connections_that_stay_unfinished_are_closed(impatient: Running, sender: socket.socket) -> None:
-    health = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
+    health = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
     starts = [b"", b"POST /invo", health[:-2] + b"X-Name: ", health + health[:-2]]
     with ExitStack() as connections:
         halves = [connections.enter_context(impatient.connect()) for _ in starts]
         for half, start in zip(halves, starts, strict=True):
             half.sendall(start)
-        sender.sendall(b"POST /invocations HTTP/1.1\r\nHost: x\r\nContent-Length: 900\r\n\r\n" + b"{" * 10)
+        sender.sendall(START + b"Content-Length: 900\r\n\r\n" + b"{" * 10)
         assert impatient.send(None, "/health", "GET")[0] == 200
         replies = [everything(half) for half in halves]
         assert replies[:3] == [b""] * 3
@@ -173,8 +273,7 @@ def test_connections_that_stay_unfinished_are_closed(impatient: Running, sender:
 
 def call(*headers: str, body: bytes = BODY) -> bytes:
     """The bytes of a request."""
-    start = "POST /invocations HTTP/1.1"
-    return "\r\n".join([start, "Host: x", *headers, f"Content-Length: {len(body)}", "\r\n"]).encode() + body
+    return START + "\r\n".join([*headers, f"Content-Length: {len(body)}", "\r\n"]).encode() + body
 
 
 @pytest.mark.parametrize(
@@ -265,14 +364,14 @@ def everything(connection: socket.socket) -> bytes:
     return b"".join(iter(lambda: connection.recv(4096), b""))
 
 
-ENDLESS = b"POST /invocations HTTP/1.1\r\nConnection: close\r\nHost: x\r\nContent-Length: 1000000000\r\n\r\n"
+ENDLESS = START + b"Connection: close\r\nContent-Length: 1000000000\r\n\r\n"
 
 
 @pytest.mark.parametrize(
     ("start", "data", "pause"),
     [
-        (b"", b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n" * 20, 0.005),
-        (b"", b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n" * 10_000, 0.0),
+        (b"", b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n" * 20, 0.005),
+        (b"", b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n" * 10_000, 0.0),
         (b"GET /health HTTP/1.1\r\nX: ", b"x" * 2**16, 0.0),
         (ENDLESS, b" " * 2**16, 0.0),
         (ENDLESS, b" ", 0.05),
@@ -287,7 +386,7 @@ def test_a_caller_is_cut_off(sender: socket.socket, start: bytes, data: bytes, p
 
 
 def test_a_large_body_is_refused_before_it_has_come(sender: socket.socket) -> None:
-    sender.sendall(b"POST /invocations HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
+    sender.sendall(START + b"Transfer-Encoding: chunked\r\n\r\n")
     for _ in range(18):
         sender.sendall(b"10000\r\n" + b" " * 2**16 + b"\r\n")
     assert sender.recv(4096).startswith(b"HTTP/1.1 413 ")
@@ -297,10 +396,30 @@ def test_a_large_body_is_refused_before_it_has_come(sender: socket.socket) -> No
 @pytest.mark.parametrize("page", ["invocations", "elsewhere"])
 def test_a_caller_who_sends_all_before_it_reads_gets_the_refusal(sender: socket.socket, how: str, page: str) -> None:
     size = 2 * 2**20 - 2**10
-    sender.sendall(f"POST /{page} {how}\r\nHost: x\r\nContent-Length: {size}\r\n\r\n".encode())
+    start = START.decode().replace("invocations HTTP/1.1", f"{page} {how}")
+    sender.sendall(f"{start}Content-Length: {size}\r\n\r\n".encode())
     for _ in range(size // 2**10):
         sender.sendall(b" " * 2**10)
     assert everything(sender).startswith(b"HTTP/1.1 413 " if page == "invocations" else b"HTTP/1.1 404 ")
+
+
+def test_only_names_of_this_machine_and_allowed_ones_are_answered(impatient: Running) -> None:
+    own = (f"127.0.0.1:{impatient.port}", "localhost", "Shop.Example", "shop.example:443")
+    for name, status in (*((name, 200) for name in own), ("elsewhere.example", 403), ("10.0.0.1", 403)):
+        assert impatient.send(GOOD, Host=name)[0] == status
+        assert impatient.send(None, "/version", "GET", Host=name)[0] == status
+        assert impatient.send(None, "/health", "GET", Host=name)[0] == 200, "as probes have any"
+    with impatient.connect() as connection:
+        connection.sendall(b"GET /version HTTP/1.0\r\n\r\n")
+        assert everything(connection).startswith(b"HTTP/1.1 200 ")
+
+
+def test_whoever_lets_all_in_is_warned() -> None:
+    words = ["mmoe_rec", "serve", "--model", "no/model", "--port", str(free_port()), "--host"]
+    for host, token, warnings in (("0.0.0.0", {}, 1), ("0.0.0.0", {"MMOE_REC_TOKEN": "x"}, 0), ("127.0.0.1", {}, 0)):
+        told = run_command(*words, host, env=token).stderr
+        assert "'no/model' holds no model" in told
+        assert told.count("as there is no token. Set MMOE_REC_TOKEN.") == warnings
 
 
 @pytest.mark.thorough

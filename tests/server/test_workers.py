@@ -64,6 +64,11 @@ def test_workers_are_replaced_reloaded_and_counted_together(folder: Path, tmp_pa
         text = running.send(None, "/metrics", "GET")[1]
         assert 'mmoe_rec_replies_total{status="200"} 10.0' in text, "of all workers, ended ones among them"
 
+        second = running.workers()
+        assert running.send(None, "/reload")[0] == 200, "of the model that is served"
+        assert (running.workers(), running.generations()) == (second, generation)
+        assert "mmoe_rec_reloads_total{" not in running.send(None, "/metrics", "GET")[1]
+
         callers = [Calling(running, keeps, pause) for keeps in (False, True) for pause in (0.005, 0.4)]
         changed(folder, folder)
         status, told = running.send(None, "/reload")
@@ -82,9 +87,9 @@ def test_workers_are_replaced_reloaded_and_counted_together(folder: Path, tmp_pa
         text = running.send(None, "/metrics", "GET")[1]
         assert 'mmoe_rec_reloads_total{outcome="done"} 1.0' in text, "of all workers"
 
-        second = running.workers()
-        os.kill(max(second), signal.SIGKILL)
-        until(lambda: len(running.workers() - second) == 1)
+        third = running.workers()
+        os.kill(max(third), signal.SIGKILL)
+        until(lambda: len(running.workers() - third) == 1)
         until(lambda: model_count(running) == 2)
         assert {version(running) for _ in range(9)} == {after}, "a replacement has the new model as well"
         shutil.rmtree(folder / "features")
@@ -264,6 +269,29 @@ def test_who_holds_the_model_is_replaced_with_all_workers(folder: Path, tmp_path
         until(lambda: len(running.workers()) == 2)
         assert version(running) == expected
         assert "the process that holds the model ended by SIGKILL" in running.log.read_text()
+
+
+@pytest.mark.thorough
+def test_metrics_count_who_is_there_and_keep_what_was_counted(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "temporary").mkdir()
+    calls, generations = 0, set[int]()
+    with served(folder, tmp_path, "--workers", "2", TMPDIR=str(tmp_path / "temporary")) as running:
+        for turn in range(5):
+            until(lambda: len(running.workers()) == model_count(running) == 2)
+            for _ in range(3):
+                version(running)
+            calls += 3
+            assert f'replies_total{{status="200"}} {calls}.0' in running.send(None, "/metrics", "GET")[1]
+            generations = running.generations()
+            if turn % 2:
+                changed(folder, folder)
+                assert running.send(None, "/reload")[0] == 200
+            else:
+                os.kill(min(generations), signal.SIGKILL)
+            until(lambda: running.generations() - generations)  # noqa: B023
+        until(lambda: len(running.workers()) == model_count(running) == 2)
+        files = list((tmp_path / "temporary").rglob("*.db"))
+        assert len(files) <= 3 * 2 * 3, "of each kind, of two workers of at most three generations at a time"
 
 
 @pytest.mark.thorough

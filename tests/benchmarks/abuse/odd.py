@@ -22,7 +22,10 @@ class Case:
 
 def _post(body: bytes, *headers: str, first: str = "POST /invocations HTTP/1.1", own_length: bool = False) -> bytes:
     length = [] if own_length else [f"Content-Length: {len(body)}"]
-    return "\r\n".join([first, "Host: x", *length, *headers, "\r\n"]).encode("latin-1") + body
+    kind = (
+        [] if any(each.lower().startswith("content-type") for each in headers) else ["Content-Type: application/json"]
+    )
+    return "\r\n".join([first, "Host: localhost", *kind, *length, *headers, "\r\n"]).encode("latin-1") + body
 
 
 def cases(body: bytes) -> list[Case]:
@@ -66,7 +69,7 @@ def cases(body: bytes) -> list[Case]:
         Case("CONNECT", _post(b"", close, first="CONNECT /invocations HTTP/1.1"), (405,)),
         Case("no method", _post(b"", close, first="BREW / HTTP/1.1"), (400,)),
         Case("a page's name and a slash", _post(body, close, first="POST /invocations/ HTTP/1.1"), (404,)),
-        Case("bytes in the path", b"GET /\xff\x00 HTTP/1.1\r\nHost: x\r\n\r\n", (400,)),
+        Case("bytes in the path", b"GET /\xff\x00 HTTP/1.1\r\nHost: localhost\r\n\r\n", (400,)),
         Case("2,000 headers", _post(body, close, *(f"X-{number}: y" for number in range(2_000))), (200,)),
         Case("10,000 headers", _post(b"", *(f"X-{number}: yyyy" for number in range(10_000))), (431,)),
         Case("odd case", _post(body, "cOnTeNt-TyPe: APPLICATION/JSON", "CONNECTION: Close"), (200,)),

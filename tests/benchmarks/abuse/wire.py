@@ -32,7 +32,7 @@ class Sent:
     def data(self) -> bytes:
         """The bytes to send, with the body's length."""
         length = {} if self.method in ("GET", "HEAD") and not self.body else {"Content-Length": str(len(self.body))}
-        lines = [f"{name}: {value}\r\n" for name, value in {"Host": "x", **length, **self.headers}.items()]
+        lines = [f"{name}: {value}\r\n" for name, value in {"Host": "localhost", **length, **self.headers}.items()]
         return f"{self.method} {self.target} HTTP/1.1\r\n{''.join(lines)}\r\n".encode("latin-1") + self.body
 
 
