@@ -80,7 +80,8 @@ def browser(folder: Path) -> Iterator[Browser]:
     words = [DRIVER, f"--port={port}"]
     address = f"http://127.0.0.1:{port}"
     with running_program(words, f"{address}/status", folder / "driver.log", cwd=folder, env=dict(os.environ)):
-        options = {"binary": CHROMIUM, "args": ["--headless=new", "--disable-gpu", "--disable-dev-shm-usage"]}
+        names = "--host-resolver-rules=MAP *.example 127.0.0.1"  # as DNS that an attacker has says
+        options = {"binary": CHROMIUM, "args": ["--headless=new", "--disable-gpu", "--disable-dev-shm-usage", names]}
         if os.name == "posix" and os.geteuid() == 0:
             options["args"].append("--no-sandbox")  # type: ignore[union-attr]
         wanted = {"goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}}

@@ -6,7 +6,7 @@ import io
 import os
 import sys
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
@@ -35,6 +35,7 @@ from mmoe_rec.server.options import Options
 from mmoe_rec.server.ranking_queue import Passes, step_back
 from mmoe_rec.settings.sections import Serving
 from tests.inference.small_model import ITEMS, SmallModel
+from tests.live.journals import postgresql
 from tests.log.small_logs import DAY, START, log_rows, random_log
 from tests.processes import PATIENCE, until
 from tests.server.asking import Answer, ask, element, numbers, reply
@@ -49,9 +50,10 @@ def models(small: SmallModel, tmp_path: Path) -> Models:
     return _models(small, tmp_path)
 
 
-def _models(small: SmallModel, work: Path, **limits: Any) -> Models:
-    Journal(work / "journal.db").close()
-    options = Options(Serving(**limits), journal=str(work / "journal.db"))
+def _models(small: SmallModel, work: Path, address: str | None = None, **limits: Any) -> Models:
+    address = address or str(work / "journal.db")
+    Journal(address).close()
+    options = Options(Serving(**limits), journal=address)
     return Models(options, Source(small.folder, "models:/small/7", "a_run"))
 
 
@@ -231,6 +233,80 @@ def test_a_server_without_a_journal_says_so(small):
     answer = ask(app, {"inputs": [asked(START + 20 * DAY, 5)]}, page="/invocations?after=1")
     assert answer.status == 400
     assert "takes no events" in answer.message
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def address(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """Of a journal that is not there yet."""
+    if request.param == "sqlite":
+        yield str(tmp_path / "journal.db")
+        return
+    with postgresql() as server:
+        yield server.new_address()
+
+
+@pytest.mark.parametrize("why", ["the time is over", "the caller leaves"])
+def test_only_rows_of_acknowledged_calls_are_appended(
+    small: SmallModel, tmp_path: Path, address: str, why: str
+) -> None:
+    """More calls come than threads wait for a journal that another program has locked."""
+    limits = {"answer_seconds": 0.5} if why == "the time is over" else {}
+    app, rows = Application(_models(small, tmp_path, address, **limits)), as_json(later_log(20, rows=9))
+    accepting = app.events
+    assert accepting is not None
+
+    async def scenario() -> list[Answer]:
+        left = asyncio.Event()
+        with Journal(address).appending():
+            calls = [asyncio.ensure_future(reply(app, {"events": [row]}, "/events", left=left)) for row in rows[:8]]
+            if why == "the caller leaves":
+                while accepting.places.taken < 8 or not accepting._journal._waiting:
+                    await asyncio.sleep(0.01)
+                left.set()
+            refused = await asyncio.gather(*calls)
+        while (last := await reply(app, {"events": rows[8:]}, "/events")).status == 503:
+            assert "no row was appended" in last.message, "as on a slow machine"
+        return [*refused, last]
+
+    *refused, last = asyncio.run(scenario())
+    assert (last.status, last.tree["position"]) == (200, "1")
+    assert [len(each) for each in Journal(address).read(0)] == [1]
+    if why == "the time is over":
+        assert {(each.status, each.headers["retry-after"]) for each in refused} == {(503, "1")}
+        assert {"no row was appended within 0.5 seconds" in each.message for each in refused} == {True}
+        assert numbers(app)['events_refused_total{reason="too_long"}'] >= 8
+    else:
+        assert {each.status for each in refused} == {499}
+    ranked = ask(app, {"inputs": [asked(START + 20 * DAY, 5)]}, page="/invocations?after=1")
+    assert ranked.status == 200
+
+
+def test_rows_that_are_being_written_are_acknowledged(
+    small: SmallModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is too late to give them up, whoever leaves."""
+    app, left = Application(_models(small, tmp_path)), asyncio.Event()
+    insert, go_on = Journal._insert, threading.Event()
+
+    def slow(*arguments: Any) -> Any:
+        left.set()
+        assert go_on.wait(PATIENCE)
+        return insert(*arguments)
+
+    monkeypatch.setattr(Journal, "_insert", slow)
+
+    async def scenario() -> Answer:
+        body = {"events": as_json(later_log(20, rows=2))}
+        call = asyncio.ensure_future(reply(app, body, "/events", left=left))
+        while not left.is_set():
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.1)
+        assert not call.done()
+        go_on.set()
+        return await call
+
+    answer = asyncio.run(scenario())
+    assert (answer.status, answer.tree["position"]) == (200, "1")
 
 
 def test_calls_at_the_same_time_are_each_taken_once(small, app):
