@@ -9,7 +9,10 @@ before that, in which callers are still served, so that a load balancer can send
 makes a log to train on. --poll S looks every S seconds whether the alias has moved, and takes the new model up.
 
 Where MMOE_REC_TOKEN stands in the environment, or --token-file is given, callers must send
-`Authorization: Bearer TOKEN`. Settings of section serving are the model's own; overrides may follow.
+`Authorization: Bearer TOKEN`. Without a token, requests of web pages from other origins are refused. A server on
+127.0.0.1 then also refuses unknown names in the header Host. --allow-host adds names.
+
+Settings of section serving are the model's own; overrides may follow.
 """
 
 from __future__ import annotations
@@ -17,7 +20,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import socket
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -47,8 +49,16 @@ _READ = (".json", ".parquet", ".safetensors", ".yaml")  # what an artifact consi
 @click.option("--port", type=click.IntRange(0, 65_535), default=8000, metavar="P", help="default: 8000; 0: a free one")
 @click.option("--workers", type=COUNT, default=1, metavar="N", help="processes that share the model (default: 1)")
 @click.option("--poll", type=NumberBetween(0, 86_400), default=0.0, metavar="S", help="seconds between looks (0: none)")
-@click.option("--grace", type=NumberBetween(1, 3_600), default=10.0, metavar="S", help="seconds after SIGTERM (10)")
-@click.option("--drain-seconds", type=NumberBetween(0, 3_600), default=0.0, metavar="S", help="seconds before that (0)")
+@click.option(
+    "--grace", type=NumberBetween(1, 3_600), default=10.0, metavar="S", help="seconds to end in, after the drain (10)"
+)
+@click.option(
+    "--drain-seconds",
+    type=NumberBetween(0, 3_600),
+    default=0.0,
+    metavar="S",
+    help="seconds of failing /health before the port closes (default: 0)",
+)
 @click.option("--journal", metavar="A", help="take events into a journal, such as sqlite:///journal.db")
 @click.option("--token-file", metavar="F", help="file with the token that callers must send (default: MMOE_REC_TOKEN)")
 @click.option("--allow-host", multiple=True, metavar="NAME", help="further name in header Host, such as a proxy's")
@@ -98,13 +108,13 @@ def serve(
     # Before the model is fetched and loaded, which may take minutes.
     bound = listening_socket(host, port)
     log_to_stderr()
-    hosts = find_hosts(bound, host, allow_host)
-    if token is None and not _is_loopback(bound):
-        logging.getLogger(__name__).warning(
-            "--host %s: whoever reaches this machine may rank, send events and reload, as there is no token. Set %s.",
-            host,
-            TOKEN_VARIABLE,
-        )
+    is_local = ip_address(bound.getsockname()[0]).is_loopback
+    if token is None and not is_local:
+        sentence = "whoever reaches this machine may rank, send events and reload, as there is no token"
+        logging.getLogger(__name__).warning("--host %s: %s. Set %s.", host, sentence, TOKEN_VARIABLE)
+    # A web page may give this machine a name of the page's own, but not one of these.
+    names = frozenset(name.lower() for name in ("localhost", "127.0.0.1", "::1", host, *allow_host))
+    hosts = names if is_local or allow_host else None
     if journal is not None:
         _open_journal(journal)
     if log is not None:
@@ -162,19 +172,6 @@ class AtAddress:
 
         found = find_delta(self.address, served, self.uri)
         return None if found is None else replace(found, folder=found.folder.resolve())
-
-
-def find_hosts(bound: socket.socket, host: str, allowed: Sequence[str]) -> frozenset[str] | None:
-    """Return the names of the server in the header Host, or None if any name may stand there.
-
-    A server on loopback has no other names than these, so that a web page can't call it by a name of its own.
-    """
-    names = {"localhost", "127.0.0.1", "::1", host.lower(), *map(str.lower, allowed)}
-    return frozenset(names) if allowed or _is_loopback(bound) else None
-
-
-def _is_loopback(bound: socket.socket) -> bool:
-    return ip_address(bound.getsockname()[0]).is_loopback
 
 
 def _open_journal(address: str) -> None:

@@ -9,9 +9,9 @@ it to `data.work`/model and registers it in MLflow. One process or many, CPU or 
 
 --resume goes on from the last checkpoint, in the same MLflow run, and begins where there is none, so that it may stand
 in every command that a cluster repeats. Settings, features and start must be those of the checkpoint, or of the
-training that has ended; features of a later day begin a new one. SIGTERM and Ctrl-C write a checkpoint and
-end with exit code 75. So does a training whose model could not be registered because MLflow's server was away:
---resume registers it.
+training that has ended; features of a later day begin a new one. SIGTERM, SIGHUP and Ctrl-C write a
+checkpoint and end with exit code 75. So does a training whose model could not be registered because MLflow's server was
+away: --resume registers it.
 
 --from starts from the weights of a trained model instead of random ones, on features that were extended since (see
 `mmoe-rec features --extend`); optimizers start afresh.

@@ -131,9 +131,8 @@ def _pages(calls: Calls, events: Accepting | None, reload: Reload | None) -> Fas
         """200 once the model has answered its own example. 503 if it does not answer; /health also while it drains."""
         if calls.queue.is_stuck:
             return _json({"status": "stuck"}, 503)
-        if calls.is_draining and request.url.path != ALIVE:
-            return _json({"status": "draining"}, 503)
-        return _json({"status": "ok"})
+        is_draining = calls.is_draining and request.scope["path"] != ALIVE
+        return _json({"status": "draining"}, 503) if is_draining else _json({"status": "ok"})
 
     for path in OPEN_PATHS:
         app.get(path, response_model=None)(health)

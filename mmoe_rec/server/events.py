@@ -129,30 +129,31 @@ class Accepting:
         try:
             if lacking:
                 table = _completed(learning.ranker, table, lacking)
-            order = self._order(learning, source, table)
+            order, newest = self._order(learning, source, table)
             position = self._journal.append(Batch(source, time.time_ns() // 1_000, table), position=appended)
         except RequestError as error:
             raise Refused(400, str(error), "body") from None
         except UserError as error:  # such as a full disk
             _log.error("%s", error)
             raise Refused(503, "events can't be kept; the log says why", "disk", INTERNAL, 5) from None
+        with self._lock:
+            self._newest[source] = max(newest, self._newest.get(source, NEVER))
         self._metrics.events.labels(source or "").inc(len(table))
         self._following.look_at_once()
         return {"accepted": len(table), **order, "position": str(position)}
 
-    def _order(self, learning: Learning, source: str | None, table: pa.Table) -> dict[str, int]:
+    def _order(self, learning: Learning, source: str | None, table: pa.Table) -> tuple[dict[str, int], int]:
         """How many rows come late: known before the model's tables were; and out of order: earlier than one before, as
-        far as this process has accepted or learnt any."""
+        far as this process has accepted or learnt any; and the latest time."""
         rows = NewRows(source, table, Counter())
         times = rows.rows(learning.schema).times()
         with self._lock:
             newest = max(learning.duplicates.newest[source], self._newest.get(source, NEVER))
-            before = np.maximum.accumulate(np.append(newest, times))
-            self._newest[source] = int(before[-1])
+        before = np.maximum.accumulate(np.append(newest, times))
         late = rows.count_late(learning.schema, learning.ranker.tables_known)
         order = {"late": late, "out_of_order": int(np.sum(times < before[:-1]))}
         ignored = learning.count_known(times)
-        return order | ({"ignored": ignored} if ignored else {})
+        return order | ({"ignored": ignored} if ignored else {}), int(before[-1])
 
 
 def _rows_in(tree: Any, log: str | None) -> tuple[str | None, Any]:

@@ -75,13 +75,7 @@ def tell(pipe: Connection, *message: Any) -> None:
 
 
 def run_generation(
-    source: Source,
-    sockets: Sockets,
-    options: Options,
-    workers: int,
-    parent: Connection,
-    number: int,
-    alive: Connection,
+    source: Source, sockets: Sockets, options: Options, workers: int, parent: Connection, number: int, alive: Connection
 ) -> None:
     """Load a model, which answers its example and learns the journal, and keep workers that serve it.
 

@@ -64,9 +64,10 @@ class _Parent:
     def __init__(
         self, finder: Finder, sockets: Sockets, serving: socket.socket, options: Options, poll: float, workers: int
     ) -> None:
-        """serving: the other end of `sockets.ending`, open until the server drains."""
+        """serving: the other end of `sockets.ending`, open until the server drains. numbers: of children that have
+        processes."""
         self.sockets, self.options, self.workers, self._poll = sockets, options, workers, poll
-        self._serving = serving
+        self._serving, self.numbers = serving, set[int]()
         self.current: _Child | None = None
         self._finder, self.reloads = finder, Reloads(finder, self._exchange, self._find_version)
         self._ends: queue.SimpleQueue[UserError | None] = queue.SimpleQueue()  # why it ends; None for a signal
@@ -138,10 +139,8 @@ class _Parent:
             with self._starting:  # none that the end does not know of
                 if self._is_ending:
                     raise UserError("the server is ending")
-                before_it = [each for each in self._children if not each.is_gone.is_set()]
-                number = next(each for each in count() if each not in {other.number for other in before_it})
-                child = _Child(self, source, number)
-                self._children = [*before_it, child]
+                child = _Child(self, source, next(number for number in count() if number not in self.numbers))
+                self._children = [*(each for each in self._children if not each.has_ended.is_set()), child]
             child.has_started.wait()
             if child.error is not None:
                 if before is not None:
@@ -176,8 +175,8 @@ class _Parent:
 class _Child:
     """A generation as the parent sees it, in a thread that listens to it.
 
-    has_...: events, all set at its end; is_gone: set once its workers have ended, too; error: why it could not serve;
-    about: its model, once it serves; number: of its metric files, which the next generation of this number continues.
+    has_...: events, all set at its end; error: why it could not serve; about: its model, once it serves; number: of its
+    metric files, which the next child of this number continues.
     """
 
     def __init__(self, parent: _Parent, source: Source, number: int) -> None:
@@ -185,7 +184,7 @@ class _Child:
         self.error: UserError | None = None
         self.about: dict[str, str | None] | None = None
         self.has_started, self.has_retired, self.has_ended = threading.Event(), threading.Event(), threading.Event()
-        self.is_gone = threading.Event()
+        parent.numbers.add(number)
         self._updated: queue.SimpleQueue[UserError | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._pipe, theirs = multiprocessing.Pipe()
@@ -252,7 +251,7 @@ class _Child:
             alive.recv()
         with suppress(OSError):  # The server has ended, and its folder is gone.
             mark_process_dead(f"{self.number}.*")
-        self.is_gone.set()
+        self._parent.numbers.discard(self.number)
 
     def _reload(self, worker: int) -> None:
         """Looks for a model, and tells the worker that wants it what came of it."""

@@ -271,7 +271,7 @@ class Trainer:
     def run(self) -> TrainingResult:
         """Trains until the last step, or until patience runs out. A collective call.
 
-        Raises StoppedError where SIGTERM or SIGINT came; all is in a checkpoint. Raises UserError where a checkpoint
+        Raises StoppedError where a signal asks to stop; all is in a checkpoint. Raises UserError where a checkpoint
         can't be written, or the loss is not finite.
         """
         if self.rank == 0:
