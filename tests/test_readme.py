@@ -18,8 +18,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
 
 from mmoe_rec.cli import doctor
+from mmoe_rec.cli.serve import serve
+from mmoe_rec.server.app import ALIVE
 from mmoe_rec.settings.load import load_settings
 from tests.fork_server import Command, run_command
 from tests.inference.running_server import free_port, running_program, serving
@@ -438,6 +441,22 @@ def test_the_request_and_its_reply_agree(said: dict[str, str], folder: Path) -> 
 
     ranker = Ranker.load(folder / "data" / "complete_journey" / "work" / "model")
     assert set(ranker.rank(**given, **request["params"]).candidates) <= set(ids)
+
+
+def test_the_settings_of_kubernetes_fit_the_server() -> None:
+    (pod,) = (yaml.safe_load(block)["spec"] for block in blocks("yml"))
+    (container,) = pod["containers"]
+    program, name, *words = container["command"]
+    assert (program, name) == ("mmoe-rec", "serve")
+    options = serve.make_context(name, words).params
+    assert pod["terminationGracePeriodSeconds"] > options["drain_seconds"] + options["grace"]
+    probes = {each: container[f"{each}Probe"]["httpGet"] for each in ("startup", "readiness", "liveness")}
+    assert {each: probe["path"] for each, probe in probes.items()} == {
+        "startup": ALIVE,
+        "readiness": "/health",
+        "liveness": ALIVE,
+    }
+    assert {probe["port"] for probe in probes.values()} == {options["port"]}
 
 
 def test_every_settings_file_loads(tmp_path: Path) -> None:

@@ -186,7 +186,7 @@ def half_sent(running: Running) -> Iterator[socket.socket]:
         yield connection
 
 
-@pytest.mark.parametrize("workers", ["1", "2"])
+@pytest.mark.parametrize("workers", ["1", pytest.param("2", marks=pytest.mark.thorough)])
 def test_a_closing_terminal_loses_nothing(small: SmallModel, tmp_path: Path, workers: str) -> None:
     """It sends SIGHUP to all processes, more than once, while a call is under way."""
     temporary, log = tmp_path / "temporary", tmp_path / "requests"
@@ -219,7 +219,7 @@ def test_sighup_stays_ignored_if_it_was(small: SmallModel, tmp_path: Path, worke
         assert running.process.wait(PATIENCE) == 0
 
 
-@pytest.mark.parametrize("workers", ["1", "2"])
+@pytest.mark.parametrize("workers", ["1", pytest.param("2", marks=pytest.mark.thorough)])
 def test_a_second_signal_ends_at_once(small: SmallModel, tmp_path: Path, workers: str) -> None:
     """It gives up the call under way, and keeps the log of those that were answered."""
     log = tmp_path / "requests"
