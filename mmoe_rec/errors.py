@@ -111,8 +111,8 @@ def catch_stop_signals(handle: Handler) -> dict[signal.Signals, Any]:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
     is_ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-    caught = [each for each in STOP_SIGNALS if each != signal.SIGHUP or not is_ignored]
-    return {each: signal.signal(each, catch) for each in caught}
+    caught = [kind for kind in STOP_SIGNALS if kind != signal.SIGHUP or not is_ignored]
+    return {kind: signal.signal(kind, catch) for kind in caught}
 
 
 class StopRequest:

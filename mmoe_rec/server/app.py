@@ -116,7 +116,8 @@ def _find_foreign(scope: Scope, hosts: frozenset[str] | None) -> str | None:
     for origin in headers.getlist("origin"):
         if origin.partition("://")[2].lower() != headers.get("host", "").lower():
             return f"header Origin: {quoted(origin)} is another origin. {fix}"
-    is_link = is_read and headers.get("sec-fetch-mode") == "navigate"  # which shows the reply to nobody but the person
+    # The reply to a link is shown to the person, and no page can read it.
+    is_link = is_read and headers.get("sec-fetch-mode") == "navigate"
     for site in headers.getlist("sec-fetch-site"):
         if site not in ("same-origin", "none") and not is_link:
             return f"header Sec-Fetch-Site: the request comes from another origin ({quoted(site)}). {fix}"
