@@ -67,7 +67,7 @@ USERS, RESAMPLES, COLUMNS = 250, 200, 12
 START, DAYS = np.datetime64("2024-01-01", "us"), 24
 FIRST = {"train_end": "2024-01-15", "validation_end": "2024-01-18", "test_end": "2024-01-21"}
 SECOND = {"train_end": "2024-01-18", "validation_end": "2024-01-21"}
-STRENGTH = 0.45
+STRENGTH = 0.365
 """Of the column that the second model alone sees: the true gain is then about what the judging rows can detect."""
 
 
