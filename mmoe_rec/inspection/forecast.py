@@ -1,7 +1,8 @@
 """How small a gain test rows can show, told before anything is trained.
 
 A quick model stands for the one to come: a logistic regression, fitted on validation rows, of the numbers and of what
-each id's training rate says. Of its AUC A on test rows each user u has the influence
+each id's training rate says. It leaves out placement features because they are absent in serving. Of its AUC A on test
+rows each user u has the influence
 
     d_u = sum over u's positive rows of (share of negative rows below - A) / P
         + sum over u's negative rows of (share of positive rows above - A) / N
@@ -40,8 +41,8 @@ class Drawn:
     """Rows that stand for validation and test rows.
 
     values: (N, F) float32, numbers of the rows; rates: (N, I, T) float32, for each id input and task the mean training
-    rate; positive: (N, T), 1 or 0, NaN where unobserved; user: (N,) int64 from 0; is_test: (N,) bool; share: of the
-    test rows' users, times that of their requests.
+    rate, both without placement; positive: (N, T), 1 or 0, NaN where unobserved; user: (N,) int64 from 0; is_test: (N,)
+    bool; share: of the test rows' users, times that of their requests.
     """
 
     values: np.ndarray

@@ -224,7 +224,8 @@ def collect(
                 for feature in progress.track(features, description="inspecting"):
                     for each in feature.ids:
                         ids[each.name], of_rows = _count_ids(database, layout, each)
-                        rates.append(of_rows)
+                        if not each.placement:
+                            rates.append(of_rows)
                     numbers |= _count_numbers(database, feature, tasks)
             drawn = _read_drawn(database, layout, rates, share)
     except duckdb.Error as error:
@@ -298,7 +299,8 @@ def _draw(database: Database, splits: Mapping[str, SplitSums], most: Mapping[str
 
 def _read_drawn(database: Database, layout: Layout, rates: Sequence[np.ndarray], share: float) -> Drawn:
     tasks = range(len(layout.tasks))
-    columns = [*(f"d{place}" for place in range(len(layout.dense))), *(f"p{task}" for task in tasks)]
+    dense = [f"d{place}" for place, number in enumerate(layout.dense) if not number.placement]
+    columns = [*dense, *(f"p{task}" for task in tasks)]
     wanted = "".join(f", {column}::FLOAT AS {column}" for column in columns)
     found = database.table(
         f"SELECT is_test, dense_rank() OVER (ORDER BY w0) - 1 AS user{wanted} FROM drawn ORDER BY row"
@@ -310,8 +312,8 @@ def _read_drawn(database: Database, layout: Layout, rates: Sequence[np.ndarray],
         return np.column_stack([read[name] for name in names]) if names else np.empty((rows, 0), np.float32)
 
     of_ids = np.stack(rates, axis=1) if rates else np.empty((rows, 0, len(tasks)), np.float32)
-    numbers = stack(columns[: len(layout.dense)])
-    return Drawn(numbers, of_ids, stack(columns[len(layout.dense) :]), read["user"], read["is_test"], share)
+    labels = stack(columns[len(dense) :])
+    return Drawn(stack(dense), of_ids, labels, read["user"], read["is_test"], share)
 
 
 def _count_ids(database: Database, layout: Layout, each: IdInput) -> tuple[IdSums, np.ndarray]:

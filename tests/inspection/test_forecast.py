@@ -1,14 +1,18 @@
 """How small a gain test rows can show: the error of an AUC over users, and the rows that it is taken from."""
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
+from scipy.stats import norm
 from sklearn.metrics import roc_auc_score
 
 from mmoe_rec.auc import FEWEST
 from mmoe_rec.inspection import sums
 from mmoe_rec.inspection.forecast import PAIRED, Drawn, forecast, influence_on_auc
 from mmoe_rec.inspection.sums import RATE_SMOOTHING, collect
+from tests.inspection import encoded_data
 from tests.inspection.encoded_data import SCHEMA, random_frames, write
 
 
@@ -78,6 +82,26 @@ def test_nothing_is_foretold_from_too_few_labels_or_of_one_user():
     rare[np.flatnonzero(rows.is_test & (rare[:, 0] == 1))[FEWEST - 1 :]] = 0
     for few in ({"positive": rare}, {"user": np.zeros_like(rows.user)}, {"values": rows.values[:, :0]}):
         assert forecast(Drawn(**{**vars(rows), **few}), [0]) is None
+
+
+def test_placement_features_are_left_out_because_serving_lacks_them(tmp_path, monkeypatch):
+    """Placement nearly gives the label away. Of the others, the counter's rate alone says more than chance."""
+    frames, random = random_frames(7), np.random.default_rng(1)
+    for frame in frames.values():
+        shown = (frame["label.click"] == 1) ^ (random.random(len(frame)) < 0.05)
+        frame["dense.price"], frame["id.item"] = shown.astype(float), shown.astype(int)
+        frame["dense.item_click_rate"] = frame["label.click"] + 2 * random.normal(size=len(frame))
+        frame[["id.tags", "id.user_item"]] = frame[["id.tags", "id.user_item"]].to_numpy()[::-1]
+    placement = {"price", "price_missing", "item"}
+    parts = {
+        name: tuple(replace(each, placement=each.name in placement) for each in getattr(encoded_data.LAYOUT, name))
+        for name in ("ids", "dense")
+    }
+    monkeypatch.setattr(encoded_data, "LAYOUT", replace(encoded_data.LAYOUT, **parts))
+    drawn = collect(write(tmp_path / "data", frames), SCHEMA, tmp_path / "scratch").drawn
+    found = forecast(drawn, [0])
+    assert found is not None
+    assert found.auc == pytest.approx(norm.cdf(0.5 / np.sqrt(2)), abs=0.03)  # of normal scores, half a deviation apart
 
 
 def test_rows_are_drawn_by_whole_users_with_what_their_ids_say(tmp_path, monkeypatch):
