@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from scipy.stats import entropy as entropy_of
 from simulated_log import SPENT, Log, simulate
 from sklearn.metrics import (
     average_precision_score,
@@ -18,6 +19,8 @@ from sklearn.metrics import (
 
 from mmoe_rec.evaluation import summary as typed
 from mmoe_rec.evaluation.intervals import draw_users
+from mmoe_rec.evaluation.metrics.metric import Resamples
+from mmoe_rec.evaluation.metrics.tasks import NormalisedEntropy
 from mmoe_rec.evaluation.summary import LEFT_OUT, UserMetrics, flatten
 from mmoe_rec.evaluation.sums import MeasuredTask, measure
 from mmoe_rec.report.sentences import describe_notes
@@ -326,6 +329,20 @@ def test_what_is_undefined_has_a_note(log: Log, what: str) -> None:
         assert note in groups[group]["note"]
     if what == "no positive label":
         assert groups["liked"]["auc"]["value"] is not None
+
+
+@pytest.mark.parametrize(("positives", "label"), [(0, 1e-17), (1, 0.25), (3, 0.75), (4, 1 - 1e-16)])
+def test_counts_decide_whether_normalised_entropy_is_defined(positives: int, label: float) -> None:
+    """Of a single class, the sums of labels and weights differ by rounding because processors add in other orders."""
+    sums = simulate(seed=1, users=1, requests=3).measure()
+    totals = {"logloss": 0.6, "label": label, "weight": 1.0, "positives": float(positives), "rows": 4.0}
+    drawn = Resamples(
+        typed.UserMetrics(sums).groups["bought"],
+        np.ones((1, 1)),
+        {name: np.array([total]) for name, total in totals.items()},
+    )
+    expected = np.nan if positives in (0, 4) else 0.6 / entropy_of([label, 1 - label])
+    np.testing.assert_allclose(NormalisedEntropy().summarise(drawn), [expected], rtol=1e-12)
 
 
 def test_what_has_no_interval_is_said_and_why() -> None:

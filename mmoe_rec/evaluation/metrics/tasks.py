@@ -193,14 +193,21 @@ class Logloss(Ratio[TaskRows]):
 class NormalisedEntropy(Metric[TaskRows]):
     """The logloss over the entropy of the base rate (He et al., 2014)."""
 
-    name, kinds, better, totals = "normalised_entropy", ("binary",), "lower", ("logloss", "label", "weight")
+    name, kinds, better, totals = (
+        "normalised_entropy",
+        ("binary",),
+        "lower",
+        ("logloss", "label", "weight", "positives", "rows"),
+    )
     why_undefined = one_class
 
     def summarise(self, drawn: Resamples) -> np.ndarray:
         rate = ratio(drawn["label"], drawn["weight"])
-        inside = np.where((rate > 0) & (rate < 1), rate, 0.5)
+        # Counts decide whether both labels are there. Two sums of the same weights differ by rounding.
+        both = (drawn["positives"] > 0) & (drawn["positives"] < drawn["rows"]) & (rate > 0) & (rate < 1)
+        inside = np.where(both, rate, 0.5)
         entropy = -inside * np.log(inside) - (1 - inside) * np.log1p(-inside)
-        return ratio(ratio(drawn["logloss"], drawn["weight"]), np.where(inside == rate, entropy, 0.0))
+        return ratio(ratio(drawn["logloss"], drawn["weight"]), np.where(both, entropy, 0.0))
 
 
 class CalibrationRatio(Ratio[TaskRows]):
