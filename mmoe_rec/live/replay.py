@@ -97,9 +97,10 @@ def replay(
                 live = LiveModel(folder / "model", folder)
                 explanations, wrong = feed(period, live, ids_only, values)
                 live.write()
-                logged = read_logged(live.requests, period)
+                logged, counts = read_logged(live.requests, period)
             else:
-                explanations, wrong, logged = {}, None, read_logged(requests, period, version_of(model))
+                explanations, wrong = {}, None
+                logged, counts = read_logged(requests, period, version_of(model))
             compared = compare(period, logged, pipeline, explanations if values else None, wrong, rounded)
         except RequestError as error:
             raise UserError(f"the model refuses what the log holds: {error}") from None
@@ -115,7 +116,7 @@ def replay(
         "ids_only": ids_only,
         "requests": len(period.times),
         "rows": len(period.rows),
-        "logged_rows": len(logged),
+        **counts,
         "events": {log.name: len(log.times) for log in period.logs[1:]},
         "seconds": round(time.monotonic() - began, 3),
         "compared": sum(each.compared for each in compared),
@@ -171,7 +172,7 @@ def read_period(logs: Logs, model: Path, window: tuple[int, int], scratch: Path)
     for log in logs.all:
         log.check_unchanged()
     weights = {task.name: task.score_weight for task in ranker.layout.tasks if task.kind != "binary"}
-    return Period(rows, starts, times[starts[:-1]], happened, weights)
+    return Period(rows, starts, times[starts[:-1]], happened, weights, window)
 
 
 def _check(rows: int, first: int, last: int, window: tuple[int, int]) -> None:

@@ -44,6 +44,7 @@ REQUEST = "served_request"
 AT = "served_at"
 RANK = "served_rank"
 CANDIDATES = "served_candidates"
+REPLIED = "served_replied"
 SCORE = "served_score"
 PREDICTED = "served_predicted_"
 WEIGHTS = "served_weights"
@@ -296,6 +297,7 @@ class Record:
             AT: pa.repeat(pa.scalar(self.served_at, UTC_MICROSECONDS), count),
             RANK: pa.array(np.arange(1, count + 1, dtype=np.int32)),
             CANDIDATES: pa.repeat(pa.scalar(seen.end - seen.first, pa.int32()), count),
+            REPLIED: pa.repeat(pa.scalar(count, pa.int32()), count),
             SCORE: pa.array(reply.scores, pa.float64()),
         }
         for name, values in reply.predictions.items():

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from mmoe_rec.errors import UserError, first_line
 from mmoe_rec.features.kinds.history import HistoryEncoder
@@ -23,14 +22,15 @@ from mmoe_rec.log.given import iso_time
 from mmoe_rec.log.rows import LogRows
 from mmoe_rec.model.score import SMALLEST_VALUE
 from mmoe_rec.point_in_time.arrays import SharedRagged
-from mmoe_rec.progress import say
+from mmoe_rec.point_in_time.join import in_window
 
 TOLERANCE = 1e-5
 """Predictions and scores may differ by this, times their size above 1: libraries sum products in different orders."""
 RELATIVE_TOLERANCE = 1e-3
 """Probabilities and scores may differ by this share of themselves at most, as small ones are never far apart."""
 EXAMPLES = 3
-_WHOLE = "whole"  # column of logged requests: whether all replies to the request are there, with all candidates
+_WHOLE = "whole"  # column of logged requests: whether all replies to the request rank all of its candidates
+_LOST = "lost"  # column of logged requests: whether the request log lacks rows of the reply
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,8 @@ class Period:
     rows: with what counters and histories say of them, in the order of request time, request and place in the log, and
     with digests, predictions and scores under the names of the log of requests; starts: (R + 1,) where each request's
     rows begin; times: (R,) microseconds; logs: events of the interaction log, which are the same rows, and of each
-    named log; weights: of regressions in the score.
+    named log; weights: of regressions in the score; window: start and end of the period, microseconds, the end
+    exclusive.
     """
 
     rows: LogRows
@@ -60,13 +61,15 @@ class Period:
     times: np.ndarray
     logs: tuple[LogEvents, ...]
     weights: Mapping[str, float]
+    window: tuple[int, int]
 
 
 @dataclass(frozen=True)
 class ValueComparison:
     """One thing that is compared in all rows.
 
-    kind: feature, prediction, score or reply; largest: greatest difference of numbers; examples: the first mismatches.
+    kind: feature, prediction, score, column or reply; largest: greatest difference of numbers; examples: the first
+    mismatches.
     """
 
     name: str
@@ -77,13 +80,20 @@ class ValueComparison:
     examples: list[dict[str, Any]]
 
 
-def read_logged(folder: Path, period: Period, version: str | None = None) -> pa.Table:
-    """Requests of a period that a server has logged in a folder, with a column `row`, the number of the log's row, and
-    one that says whether all replies to the request are there, with all candidates.
+def read_logged(folder: Path, period: Period, version: str | None = None) -> tuple[pa.Table, dict[str, Any]]:
+    """Match the rows that a server has logged in a folder with the rows of a period of the log.
 
-    version: of the artifact that answered them, None for any. Notes say how many rows are left out, and why.
+    Args:
+        folder: Folder of the request log.
+        period: Period of the log.
+        version: Version of the artifact whose replies are compared, None for any.
 
-    Raises UserError where nothing is left.
+    Returns:
+        The matched rows, with the number of the log's row in the column `row`; and counts for the report. Each logged
+        row is either matched or counted in `not_compared`.
+
+    Raises:
+        UserError: The files can't be read, or no row is matched.
     """
     schema, tables = period.rows.schema, []
     try:
@@ -93,34 +103,51 @@ def read_logged(folder: Path, period: Period, version: str | None = None) -> pa.
         table = pa.concat_tables(tables, promote_options="permissive").combine_chunks()
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"the files in '{folder}' can't be read together: {first_line(error)}") from None
-    of_reply = [names.AT, names.CANDIDATES, names.ARTIFACT]
+    of_reply = [names.AT, names.CANDIDATES, names.REPLIED, names.ARTIFACT]
     read = [names.REQUEST, *of_reply, names.RANK, names.SCORE]
     read += [schema.columns.user, schema.columns.candidate, schema.columns.time]
     if lacking := [name for name in read if name not in table.column_names]:
         raise UserError(f"'{folder}' holds no requests that a server logged: column '{lacking[0]}' is missing")
-    time, request = table[schema.columns.time].cast(pa.int64()).to_numpy(), schema.columns.request
-    table = table.filter(pa.array((time >= period.times[0]) & (time <= period.times[-1])))
-    if request is not None:
-        table = table.append_column(request, table[names.REQUEST])
-    replies = table.select(of_reply).to_pandas()
-    replies["request"] = LogRows(table, schema).request_hashes()
+    if schema.columns.request is not None:
+        table = table.append_column(schema.columns.request, table[names.REQUEST])
+    logged, replies = LogRows(table, schema), table.select(of_reply).to_pandas()
+    replies["request"] = logged.request_hashes()
     count = replies.groupby(["request", names.AT])[names.AT].transform("size")
-    is_part = (count != replies[names.CANDIDATES]) | (replies[names.ARTIFACT] != (version or replies[names.ARTIFACT]))
+    is_other = replies[names.ARTIFACT] != (version or replies[names.ARTIFACT])
+    is_part = (replies[names.REPLIED] != replies[names.CANDIDATES]) | is_other
     is_part = is_part.groupby(replies["request"]).transform("any")
-    table = table.append_column(_WHOLE, pa.array(~is_part))
-    if version is not None:
-        mine = table.filter(pc.equal(table[names.ARTIFACT], version))
-        if others := len(table) - len(mine):
-            say(f"note: {others:,} logged rows were answered by other versions of the model, and are left out")
-        table = mine
     rows = pd.Index(period.rows.row_hashes())
     first = np.flatnonzero(~rows.duplicated())
-    row = np.append(first, -1)[rows[first].get_indexer(LogRows(table, schema).row_hashes())]
-    if unknown := int((row < 0).sum()):
-        say(f"note: the log does not have {unknown:,} of {len(row):,} logged rows of the period, which are left out")
-    if not (row >= 0).any():
-        raise UserError(f"the log has none of the requests of the period that are logged in '{folder}'")
-    return table.append_column("row", pa.array(row)).filter(pa.array(row >= 0))
+    row = np.append(first, -1)[rows[first].get_indexer(logged.row_hashes())]
+    # A request id may match a row of the period although the logged time lies outside of it.
+    outside = (row < 0) & ~in_window(logged.times(), period.window)
+    of_others = is_other.to_numpy() & ~outside
+    reasons = {
+        "outside --from and --to": outside,
+        "answered by other versions of the model": of_others,
+        "not in the log": (row < 0) & ~outside & ~of_others,
+    }
+    not_compared = {why: int(each.sum()) for why, each in reasons.items() if each.any()}
+    kept = (row >= 0) & ~of_others
+    if not kept.any():
+        raise UserError(
+            f"--requests {folder}: none of {len(row):,} logged rows can be compared ({_list_reasons(not_compared)}). "
+            "Give the period, the model and the log of these requests."
+        )
+    columns = {"row": row, _WHOLE: ~is_part, _LOST: count < replies[names.REPLIED]}
+    for name, values in columns.items():
+        table = table.append_column(name, pa.array(values))
+    counts = {
+        "logged_rows": len(row),
+        "compared_rows": int(kept.sum()),
+        "not_compared": not_compared,
+        "rows_with_reply": len(np.unique(row[kept])),
+    }
+    return table.filter(pa.array(kept)), counts
+
+
+def _list_reasons(not_compared: Mapping[str, int]) -> str:
+    return ", ".join(f"{rows:,} {why}" for why, rows in not_compared.items())
 
 
 def compare(
@@ -147,7 +174,7 @@ def compare(
     if lacking := {names.WEIGHTS, *(column for column, *_ in values)} - {*logged.column_names}:
         told = f"the logged requests have no column '{min(lacking)}': another version of the server logged them"
         raise UserError(told)
-    compared = [_compare_candidates(period, logged, wrong_replies)]
+    compared = [_compare_candidates(period, logged, wrong_replies), *_compare_requests(period, logged)]
     for column, kind, name in values:
         if rounded and kind != "feature":
             continue
@@ -196,9 +223,27 @@ def _compare_candidates(period: Period, logged: pa.Table, wrong_replies: Mapping
     must = np.isin(request, request[row[logged[_WHOLE].to_numpy()]]) | (wrong_replies is not None)
     must &= ~pd.Index(period.rows.row_hashes()).duplicated()
     lacking = rows[must & ~np.isin(rows, row)].tolist()
-    why = {**dict.fromkeys(lacking, "no reply with it is logged"), **(wrong_replies or {})}
+    # Where the log does not say which row a reply lost, the reply is named by one of its other rows.
+    lost = np.unique(row[logged[_LOST].to_numpy()])
+    lost = lost[~np.isin(request[lost], request[lacking])]
+    lost = lost[np.unique(request[lost], return_index=True)[1]].tolist()
+    why = dict.fromkeys(lost, "the request log lacks rows of its reply")
+    why |= {**dict.fromkeys(lacking, "no reply with it is logged"), **(wrong_replies or {})}
     examples = [_describe_row(period, number) | {"why": why[number]} for number in sorted(why)[:EXAMPLES]]
     return ValueComparison("candidates", "reply", int((must | np.isin(rows, row)).sum()), len(why), None, examples)
+
+
+def _compare_requests(period: Period, logged: pa.Table) -> list[ValueComparison]:
+    """Compare the user and the time of rows that request ids matched. Without ids, rows are matched by both."""
+    columns, row, compared = period.rows.schema.columns, logged["row"].to_numpy(), []
+    served = LogRows(logged, period.rows.schema)
+    for name in () if columns.request is None else (columns.user, columns.time):
+        sides = [each.times() if name == columns.time else each.hashes([name]) for each in (served, period.rows)]
+        wrong = np.flatnonzero(sides[0] != sides[1][row])
+        told = [(int(row[place]), logged[name][place].as_py()) for place in wrong[:EXAMPLES].tolist()]
+        examples = [_describe_row(period, number) | {"why": f"the request log has {value}"} for number, value in told]
+        compared.append(ValueComparison(name, "column", len(row), len(wrong), None, examples))
+    return compared
 
 
 def _describe_row(period: Period, number: int) -> dict[str, Any]:
@@ -254,7 +299,10 @@ def describe(report: Mapping[str, Any]) -> Iterator[str]:
             yield f"  request {example['request']}, candidate {example['candidate']}, at {example['time']}{sides}"
     if not report["mismatches"]:
         yield f"replies are whole, features are equal to the last bit, predictions and scores within {TOLERANCE:g}"
+    reasons = f". Not compared: {_list_reasons(report['not_compared'])}" if report["not_compared"] else ""
+    yield f"{report['compared_rows']:,} of {report['logged_rows']:,} logged rows are compared{reasons}"
+    requests, rows, replied = report["requests"], report["rows"], report["rows_with_reply"]
     yield (
-        f"{report['requests']:,} requests with {report['rows']:,} rows, {report['logged_rows']:,} of them logged, in "
-        f"{report['seconds']:,.0f} s: {report['compared']:,} values compared, {report['mismatches']:,} mismatches"
+        f"{requests:,} requests with {rows:,} rows, {replied:,} of them logged, in {report['seconds']:,.0f} s: "
+        f"{report['compared']:,} values compared, {report['mismatches']:,} mismatches"
     )

@@ -72,15 +72,20 @@ def drawn_events(log: pa.Table, seed: int, rows: int, time: str) -> pa.Table:
     return pa.table({**columns, "brand": brand, time: pa.array(times_of(table) + shift).cast(table["time"].type)})
 
 
-def model_of(work: Path) -> SmallModel:
+def model_of(work: Path, ids: bool) -> SmallModel:
     """A model of a random log with late labels and ties in time, in several files in no order, and of two logs of
-    events. Rows of one user and time, which are a request, agree in what describes user and context."""
+    events. Rows of one user and time, which are a request, agree in what describes user and context. ids: whether the
+    log has ids of requests."""
     log = random_log(1, 700)
     users, times = log["user"].to_numpy(), times_of(log)
     age = (users % 7 + times // (2 * DAY)) % 3
     born = START - np.abs(users % 11) * 31 * DAY
     for name, values in (("age", pa.array(age)), ("born", pa.array(born).cast(log["born"].type))):
         log = log.set_column(log.column_names.index(name), name, values)
+    sections = dict(BASE)
+    if ids:
+        log = log.append_column("page", pa.array([f"{user} {time}" for user, time in zip(users, times, strict=True)]))
+        sections["columns"] = BASE["columns"] | {"request": "page"}
     write_log(work / "views", drawn_events(log, 1, 900, "viewed_at"), drawn_events(log, 2, 30, "viewed_at"))
     write_log(work / "carts", drawn_events(log, 3, 200, "time"))
     times = {"views": "viewed_at", "carts": "time"}
@@ -92,7 +97,7 @@ def model_of(work: Path) -> SmallModel:
     return SmallModel(
         work,
         log=[shuffled.slice(0, 300), shuffled.slice(300)],
-        **{**BASE, "data": data, "features": FEATURES, "tasks": tasks},
+        **{**sections, "data": data, "features": FEATURES, "tasks": tasks},
     )
 
 
@@ -121,8 +126,8 @@ Plant = Callable[[Recorded], None]
 class World:
     """A model, a day of its log, and what a replay of it says."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.small = folder, model_of(folder / "small")
+    def __init__(self, folder: Path, ids: bool = False) -> None:
+        self.folder, self.small = folder, model_of(folder / "small", ids)
         self.pipeline = FeaturePipeline.load(self.small.folder / "features", memories=False)
         renew_tables(self.small.folder, self.small.settings, folder / "frozen", until=FROM)
         self.period, self.short = self.read_period(FROM, FROM + DAY), self.read_period(FROM, FROM + DAY // 3)
@@ -139,7 +144,8 @@ class World:
         plant(live)
         explanations, replies = feed(period, live, **options)
         live.write()
-        compared = compare(period, read_logged(live.requests, period), self.pipeline, explanations or None, replies)
+        logged, _ = read_logged(live.requests, period)
+        compared = compare(period, logged, self.pipeline, explanations or None, replies)
         return {each.name: each for each in compared}, live
 
 
@@ -322,7 +328,7 @@ def test_the_logs_own_columns_of_such_names_are_not_compared(world: World, tmp_p
     assert {*PREDICTED, *FEATURES} - {"slot"} <= compared.keys()
     assert not [name for name in compared if "before" in name or "old" in name]
     assert wrong(compared) == {}
-    own = [name for name in read_logged(live.requests, period).column_names if name.startswith("served_")]
+    own = [name for name in read_logged(live.requests, period)[0].column_names if name.startswith("served_")]
     with pytest.raises(UserError, match="column 'served_score' has a name that logged requests use for their own"):
         names.refuse_own(["item", "served_score"], own)
 
@@ -359,7 +365,7 @@ def test_what_cannot_be_replayed(world: World, tmp_path: Path) -> None:
     assert "holds no model" in refused(FROM, TO, "no/model")
     pq.write_table(pa.table({"user": [1]}), tmp_path / "x.parquet")
     assert "column 'served_request' is missing" in refused(FROM, TO, requests=tmp_path)
-    own = ("request", "at", "rank", "score", "candidates", "artifact")
+    own = ("request", "at", "rank", "score", "candidates", "replied", "artifact")
     pq.write_table(pa.table({f"served_{name}": [1] for name in own}), tmp_path / "y.parquet")
     assert "column 'item' is missing" in refused(FROM, TO, requests=tmp_path)
     pq.write_table(pa.table({"user": ["of another model"]}), tmp_path / "z.parquet")
@@ -368,16 +374,17 @@ def test_what_cannot_be_replayed(world: World, tmp_path: Path) -> None:
     assert "z.parquet' is not a readable Parquet file" in refused(FROM, TO, requests=tmp_path)
 
 
-def test_logged_requests_of_a_server_are_compared_with_the_log(
-    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_logged_requests_of_a_server_are_compared_with_the_log(world: World, tmp_path: Path) -> None:
     """Those of other versions, and those that the log does not hold, are counted."""
     small, requests = world.small, tmp_path / "requests"
     world.replayed(tmp_path)
     (file,) = requests.iterdir()
     table = pq.read_table(file)
     given = small.settings, FROM, FROM + DAY, str(small.folder), requests
-    with pytest.raises(UserError, match="the log has none of the requests"):
+    told = (
+        f"none of {len(table)} logged rows can be compared \\({len(table)} answered by other versions of the model\\)"
+    )
+    with pytest.raises(UserError, match=told):
         replay(*given)
     version = table["served_artifact"].to_pylist()
     assert version
@@ -390,22 +397,136 @@ def test_logged_requests_of_a_server_are_compared_with_the_log(
     for name, values in columns.items():
         table = table.set_column(table.column_names.index(name), name, values)
     pq.write_table(table, file)
-    capsys.readouterr()
     report = replay(*given, keep=tmp_path / "kept", values=True)
-    assert report["logged_rows"] == len(table) - 4
+    assert (report["logged_rows"], report["compared_rows"]) == (len(table), len(table) - 4)
+    assert report["not_compared"] == {"answered by other versions of the model": 3, "not in the log": 1}
     mismatches = {each["name"]: each["mismatches"] for each in report["values"] if each["mismatches"]}
     assert mismatches == {"item_click": 1, "candidates": 1}
-    said = " ".join(capsys.readouterr().err.split())
-    assert "3 logged rows were answered by other versions" in said
-    assert f"does not have 1 of {len(table) - 3:,} logged rows" in said
     assert json.loads((tmp_path / "kept" / "replay.json").read_text())["mismatches"] == 2
-    lacking, why, first, example, last = describe(report)
+    lacking, why, first, example, not_compared, last = describe(report)
     assert lacking.startswith("reply 'candidates' differs in 1 of ")
     assert why.endswith(": no reply with it is logged")
     assert first == f"feature 'item_click' differs in 1 of {len(table) - 4:,} rows"
     assert f"candidate {table['item'][wrong_one].as_py()}, at 2023-11-2" in example
     assert "served None, offline {'item_click" in example
+    assert not_compared == (
+        f"{len(table) - 4} of {len(table)} logged rows are compared. Not compared: "
+        "3 answered by other versions of the model, 1 not in the log"
+    )
     assert last.endswith(", 2 mismatches")
+
+
+@pytest.fixture(scope="module")
+def request_logs(world: World, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[World, pa.Table]]:
+    """A log of events with and without ids of requests -> its world, and the request log of a third of a day."""
+    found = {}
+    for name, each in (("ids", World(tmp_path_factory.mktemp("ids"), ids=True)), ("no ids", world)):
+        _, server = each.replayed(tmp_path_factory.mktemp("requests"), period=each.short)
+        (file,) = server.requests.iterdir()
+        found[name] = each, pq.read_table(file)
+    return found
+
+
+def changed(table: pa.Table, column: str, change: Callable[[np.ndarray], Any]) -> pa.Table:
+    place, integers = table.column_names.index(column), table[column].cast(pa.int64()).to_numpy()
+    return table.set_column(place, column, pa.array(change(integers)).cast(table[column].type))
+
+
+def rows_of_a_reply(table: pa.Table) -> np.ndarray:
+    """Numbers of the rows of a reply with two or more."""
+    at = table["served_at"].to_pylist()
+    return next(rows for each in at if len(rows := np.flatnonzero([other == each for other in at])) > 1)
+
+
+def with_user(table: pa.Table, rows: np.ndarray) -> pa.Table:
+    return changed(table, "user", lambda users: np.where(np.isin(np.arange(len(users)), rows), 12345, users))
+
+
+def without(table: pa.Table, row: int) -> pa.Table:
+    return table.take(pa.array(np.delete(np.arange(len(table)), row)))
+
+
+def cut(table: pa.Table) -> pa.Table:
+    """As if `top_k` had left one candidate out of each reply."""
+    return changed(table, "served_candidates", lambda candidates: candidates + 1)
+
+
+PLANTS: dict[str, Callable[[pa.Table, np.ndarray], pa.Table]] = {
+    "nothing": lambda table, rows: table,
+    "an hour": lambda table, rows: changed(table, "time", lambda times: times + 3_600_000_000),
+    "a user": with_user,
+    "the user of a row": lambda table, rows: with_user(table, rows[1:2]),
+    "no first row": lambda table, rows: without(table, rows[0]),
+    "no last row": lambda table, rows: without(table, rows[-1]),
+    "a whole reply": lambda table, rows: table.take(pa.array(np.delete(np.arange(len(table)), rows))),
+    "top_k": lambda table, rows: cut(table),
+    "top_k and no row": lambda table, rows: cut(without(table, rows[-1])),
+}
+"""What happens to a request log. rows: of one of its replies."""
+
+
+@pytest.mark.parametrize(
+    ("log", "plant", "differ", "not_compared"),
+    [
+        ("ids", "nothing", {}, 0),
+        ("ids", "an hour", {"time": "all"}, 0),
+        ("ids", "a user", {"user": "reply"}, 0),
+        ("ids", "the user of a row", {"user": 1}, 0),
+        ("ids", "no first row", {"candidates": 1}, 0),
+        ("ids", "no last row", {"candidates": 1}, 0),
+        ("ids", "a whole reply", {}, 0),  # `rows_with_reply` says so: the server may not have logged it
+        ("ids", "top_k", {}, 0),
+        ("ids", "top_k and no row", {"candidates": 1}, 0),
+        ("no ids", "an hour", None, "all"),
+        ("no ids", "a user", {}, "reply"),
+        ("no ids", "the user of a row", {"candidates": 1}, 1),
+        ("no ids", "no last row", {"candidates": 1}, 0),
+    ],
+)
+def test_what_is_wrong_with_a_request_log_differs_or_is_not_compared(
+    request_logs: dict[str, tuple[World, pa.Table]],
+    tmp_path: Path,
+    log: str,
+    plant: str,
+    differ: Any,
+    not_compared: Any,
+) -> None:
+    world, table = request_logs[log]
+    rows = rows_of_a_reply(table)
+    planted = PLANTS[plant](table, rows)
+    sizes = {"all": len(table), "reply": len(rows)}
+    pq.write_table(planted, tmp_path / "requests.parquet")
+    if differ is None:
+        with pytest.raises(UserError, match=f"none of {len(table)} logged rows can be compared"):
+            read_logged(tmp_path, world.short)
+        return
+    logged, counts = read_logged(tmp_path, world.short)
+    found = wrong({each.name: each for each in compare(world.short, logged, world.pipeline)})
+    assert found == {name: sizes.get(number, number) for name, number in differ.items()}
+    assert sum(counts["not_compared"].values()) == sizes.get(not_compared, not_compared)
+    assert counts["logged_rows"] == len(planted) == len(logged) + sizes.get(not_compared, not_compared)
+    assert counts["compared_rows"] == counts["rows_with_reply"] == len(logged)
+
+
+def test_a_row_that_the_log_lost_is_not_compared_and_later_features_differ(
+    request_logs: dict[str, tuple[World, pa.Table]], tmp_path: Path
+) -> None:
+    world, table = request_logs["no ids"]
+    settings, (row, *_) = world.small.settings, rows_of_a_reply(table)
+    files = pa.concat_tables([pq.read_table(each) for each in sorted(Path(settings.data.log).iterdir())])
+    is_lost = [
+        all(files[name][place] == table[name][row] for name in ("user", "item", "time")) for place in range(len(files))
+    ]
+    assert sum(is_lost) == 1
+    write_log(tmp_path / "log", files.filter(pa.array(~np.array(is_lost))))
+    pq.write_table(table, tmp_path / "requests.parquet")
+    data = settings.data.model_copy(update={"log": str(tmp_path / "log"), "work": str(tmp_path)})
+    settings = settings.model_copy(update={"data": data})
+    report = replay(settings, FROM, FROM + DAY // 3, str(world.folder / "frozen"), tmp_path / "requests.parquet")
+    assert report["not_compared"] == {"not in the log": 1}
+    assert report["compared_rows"] == len(table) - 1
+    differ = {each["name"] for each in report["values"] if each["mismatches"]}
+    assert "item_click" in differ
 
 
 def test_the_command_by_itself(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -415,7 +536,7 @@ def test_the_command_by_itself(world: World, tmp_path: Path, capsys: pytest.Capt
     run("replay", *words, "--from", "2023-11-20T22:13:20", "--to", "2023-11-21T22:13:20")
     report = json.loads((tmp_path / "replay.json").read_text())
     assert report["mismatches"] == 0
-    assert report["logged_rows"] == report["rows"] > 20
+    assert report["logged_rows"] == report["compared_rows"] == report["rows_with_reply"] == report["rows"] > 20
     assert "features are equal to the last bit" in capsys.readouterr().out
     assert not (Path(small.settings.data.work) / "replay").exists()
     # Attributes that the model takes from its tables are not those of each row.

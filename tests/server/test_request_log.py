@@ -54,7 +54,7 @@ def test_a_row_holds_what_was_asked_seen_and_replied(small: SmallModel, tmp_path
     assert mine["item"].to_pylist() == one["candidates"]
     assert mine["served_score"].to_pylist() == one["scores"]
     assert mine["served_rank"].to_pylist() == [*range(1, 16)]
-    assert set(mine["served_candidates"].to_pylist()) == {20}
+    assert (set(mine["served_candidates"].to_pylist()), set(mine["served_replied"].to_pylist())) == ({20}, {15})
     for name, values in one["predictions"].items():
         np.testing.assert_allclose(mine[f"served_predicted_{name}"].to_numpy(), values, rtol=1e-6)
     place = one["order"]
