@@ -6,13 +6,17 @@ import re
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 from scipy.stats import norm
+from scipy.stats import t as student
+from simulated_log import simulate
 
-from mmoe_rec.evaluation.comparison import Comparison, Verdict, Versus, decide
+from mmoe_rec.evaluation.comparison import Comparison, Guard, Results, Verdict, Versus, decide, guard_slices
 from mmoe_rec.evaluation.intervals import LEVEL, Difference, Interval, level_after
 from mmoe_rec.evaluation.slices import SliceRecord
-from mmoe_rec.evaluation.summary import GroupSummary, Objective, Summary
+from mmoe_rec.evaluation.summary import GroupSummary, MeasuredModel, Objective, Summary, summarise
+from mmoe_rec.jobs.promotion import _find_objections, _read_verdict
 from mmoe_rec.report.formatting import signed
 from mmoe_rec.report.sentences import describe_guard, describe_verdict
 from mmoe_rec.report.tables import differences_table
@@ -44,6 +48,7 @@ def summary(calibration: float = 1.0, reach: float | None = 0.1) -> Summary:
 
 
 SAME = {"new": summary(), "old": summary()}
+ENDS = ("low", "high")
 
 
 def verdict(found: Comparison, summaries: dict[str, Summary] = SAME) -> Verdict:
@@ -71,6 +76,42 @@ def test_an_interval_without_0_decides(sign: int, value: float | None, reach: fl
     objective = apart(None if value is None else sign * value, reach, p)
     found = compared(objective, "higher" if sign > 0 else "lower", bought={"auc": apart(0.001, 0.002)})
     assert verdict(found).kind == kind
+
+
+@pytest.mark.parametrize(
+    ("changes", "tried", "kind"),
+    [
+        ({"low": -0.0001}, 0, "not shown"),  # few users' changes limit the interval, and not the p-value
+        ({"low": 0.0}, 0, "not shown"),
+        ({"p_corrected": 0.049}, 0, "better"),
+        ({"p_corrected": 0.05}, 0, "not shown"),
+        ({"p_corrected": 0.02}, 0, "better"),
+        ({"p_corrected": 0.02}, 1, "not shown"),  # 5% x 2 / (2 x 3) are 1.67%
+        ({"p_corrected": LEVEL * 2 / (2 * 3)}, 1, "not shown"),
+        ({"p": 0.001, "p_corrected": 0.03}, 1, "not shown"),
+        ({"p": None}, 0, "undecided"),
+        ({"value": -0.003, "low": -0.005, "high": -0.001, "p_corrected": 0.03}, 1, "worse"),
+    ],
+)
+def test_both_interval_and_level_decide(changes: dict[str, Any], tried: int, kind: str) -> None:
+    found = compared(replace(apart(0.003, 0.002), **changes), bought={"auc": apart(0.001, 0.002)})
+    assert verdict(replace(found, tried=tried)).kind == kind
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "passed", "is_outside"),
+    [
+        (-0.005, 0.01, True, False),
+        (-0.0051, 0.01, False, False),
+        (-0.02, -0.005, False, False),
+        (-0.02, -0.0051, False, True),
+        (None, None, False, False),
+    ],
+)
+def test_a_loss_is_shown_or_can_not_be_ruled_out(low: Any, high: Any, passed: bool, is_outside: bool) -> None:
+    loss = Difference(None if low is None else (low + high) / 2, low, high)
+    (guard, _) = verdict(compared(apart(0.003, 0.002), bought={"auc": loss})).guards
+    assert (guard.passed, guard.is_outside, guard.difference) == (passed, is_outside, loss)
 
 
 @pytest.mark.parametrize(
@@ -132,7 +173,9 @@ def test_a_slice_that_is_shown_to_lose_more_than_the_margin_holds_back(number: i
     same = SliceRecord("country", "A", "bought", "auc", 99, 60, None, 0.7, "old", 0.0, 0.0, 0.0, 0.0, 1e9, 1.0)
     lost = replace(same, **({"slice": "E", "apart": -0.05, "value": 0.48} | ends | changes))
     found = compared(apart(0.003, 0.002), bought={"auc": apart(0.001, 0.002)})
-    found = replace(found, slices=[lost, *(replace(same, slice=f"{each}") for each in range(number - 1))])
+    # Slices that can't be judged are none of those that the correction counts.
+    unknown = [replace(same, slice=f"{each} unknown", effective_users=None) for each in range(50)]
+    found = replace(found, slices=[lost, *(replace(same, slice=f"{each}") for each in range(number - 1)), *unknown])
     assert verdict(found).kind == kind
     (guard,) = (each for each in verdict(found).guards if each.metric == "slices")
     told = describe_guard(guard, "old", Evaluation())
@@ -146,6 +189,19 @@ def test_a_slice_that_is_shown_to_lose_more_than_the_margin_holds_back(number: i
         assert re.fullmatch(r"of \d+ slices by country none is shown to have a loss .*\(evaluation.margin\)", told)
 
 
+def test_slices_that_lose_come_worst_first_and_slices_of_several_tasks_count_once() -> None:
+    same = SliceRecord("country", "A", "bought", "auc", 99, 60, None, 0.7, "old", 0.0, 0.0, 0.0, 0.01, 40.0, 1.0)
+    lost, worse = replace(same, slice="B", apart=-0.06), replace(same, slice="C", apart=-0.09)
+    records = [same, replace(same, group="liked"), lost, replace(worse, group="liked")]
+    found = replace(compared(apart(0.003, 0.002), judged=("bought", "liked")), slices=records)
+    guard = guard_slices(found, "old")
+    assert guard == Guard(None, "slices", False, True, looked_at={"country": 3}, losing=(records[3], lost))
+    lenient = guard_slices(replace(found, rules=Evaluation(margin=0.2)), "old")
+    assert lenient == Guard(None, "slices", True, False, looked_at={"country": 3})
+    assert guard_slices(replace(found, judged=()), "old") is None
+    assert guard_slices(found, "another") is None
+
+
 @pytest.mark.parametrize(
     ("mine", "its", "kind"),
     [
@@ -156,6 +212,10 @@ def test_a_slice_that_is_shown_to_lose_more_than_the_margin_holds_back(number: i
         (summary(1.3), summary(1.0), "better"),  # its interval reaches 1.2
         (summary(1.5, None), summary(1.0), "held back"),  # by the value, without an interval
         (summary(1.2, None), summary(1.0), "better"),
+        (summary(1.25, None), summary(1.0), "better"),  # as far off as is allowed
+        (summary(0.79, None), summary(1.0), "held back"),  # 1 / 1.25 is 0.8
+        (summary(0.85), summary(1.0), "better"),  # its interval reaches 0.75 and 0.95
+        (summary(1.5), summary(1.5), "better"),  # as far as the other
     ],
 )
 def test_probabilities_may_not_be_far_off_where_they_were_not(mine: Summary, its: Summary, kind: str) -> None:
@@ -163,8 +223,18 @@ def test_probabilities_may_not_be_far_off_where_they_were_not(mine: Summary, its
     of_both = verdict(found, {"new": mine, "old": its})
     assert of_both.kind == kind
     (guard,) = (each for each in of_both.guards if each.metric == "calibration")
+    low, high = (getattr(mine.tasks["bought"].get("calibration"), end) or guard.calibrations[0].value for end in ENDS)
+    assert guard.is_outside == (low > 1.25 or high < 0.8)
     told = describe_guard(guard, "old", Evaluation())
     assert ("observed (" in told) == (mine.tasks["bought"].get("calibration").low is not None), "none has no width"
+
+
+@pytest.mark.parametrize("undefined", ["new", "old"])
+def test_probabilities_that_either_model_lacks_are_not_guarded(undefined: str) -> None:
+    lacking = replace(summary(), tasks={"bought": GroupSummary("binary", {}, {}, {})})
+    found = compared(apart(0.003, 0.002), bought={"auc": apart(0.003, 0.002)})
+    guards = verdict(found, {"new": summary(1.5), "old": summary()} | {undefined: lacking}).guards
+    assert [guard.metric for guard in guards] == ["auc"]
 
 
 def test_a_guardrail_of_probabilities_says_what_it_found() -> None:
@@ -197,6 +267,26 @@ def test_what_is_not_shown_says_what_would_have_been() -> None:
     assert sentence(replace(compared(apart(None)), objective=None)) == (
         "'new' and 'old' can't be told apart: no task has labels enough (50 rows of either)"
     )
+
+
+@pytest.mark.parametrize(("users", "of_guard"), [(5.0, 9.0), (9.0, 4.0)])
+def test_the_detectable_gain_is_by_student_and_by_the_hardest_part(users: float, of_guard: float) -> None:
+    """Each of three parts may fail in a third of one case in ten. A guardrail allows for the margin."""
+    own, task = (replace(apart(0.001, 0.002), error=0.01, effective_users=of) for of in (users, of_guard))
+    groups = {"bought": {"auc": task}, "liked": {"auc": replace(task, error=0.004)}}
+    found = replace(compared(own, judged=("bought", "liked"), **groups), tried=1)
+    tasks = SAME["new"].tasks | {"liked": SAME["new"].tasks["bought"]}
+    both = dict.fromkeys(SAME, replace(SAME["new"], tasks=tasks))
+    gains = [
+        0.01 * (student.ppf(1 - 0.05 / 3 / 2, users - 1) + student.ppf(1 - 0.1 / 3, users - 1)),
+        0.01 * (student.ppf(0.975, of_guard - 1) + student.ppf(1 - 0.1 / 3, of_guard - 1)) - 0.005,
+    ]
+    assert verdict(found, both).detectable == pytest.approx(max(gains), rel=1e-9)
+    assert (gains[0] > gains[1]) == (users < of_guard)
+    # Where few users' changes limit all intervals, no error says how large a gain has to be.
+    unknown = replace(own, error=None)
+    assert verdict(compared(unknown, judged=("bought",), bought={"auc": replace(task, error=1e-4)})).detectable == 0
+    assert verdict(compared(unknown, judged=("bought",), bought={"auc": unknown})).detectable == 0
 
 
 def test_decisions_on_the_same_rows_share_one_level() -> None:
@@ -236,3 +326,49 @@ def test_a_difference_of_calibration_says_which_way(mine: float, its: float, tol
 def test_numbers_that_stand_together_have_as_many_decimals(values: tuple[float, ...], shown: list[str]) -> None:
     assert signed(*values) == shown
     assert signed(*values, sign=False) == [each.removeprefix("+") for each in shown]
+
+
+LOW, RANKS = (
+    "the probabilities of 'bought' are too low: 0.47 times ",
+    "the score ranks the rows of requests worse than chance ",
+)
+BOTH, SEEN = ("bought", "liked"), "old has seen these rows"
+
+
+@pytest.mark.parametrize(
+    ("scale", "tasks", "changes", "against"),
+    [
+        (1.0, BOTH, {}, []),  # although both models rank likes by chance
+        (1.0, ("liked",), {}, ["'new' and 'old' do not differ "]),
+        (1.0, BOTH, {"margin": 0.0}, ["'new' is not called better, although "]),
+        (0.45, BOTH, {}, [LOW]),
+        (0.45, ("liked",), {}, ["'new' and 'old' do not differ "]),  # where purchases are not judged
+        (0.85, BOTH, {}, []),  # is for the guardrail of calibration
+        (1.0, BOTH, {"reversed": True}, [RANKS]),
+        (1.0, BOTH, {"seen": True}, [SEEN]),
+    ],
+)
+def test_what_speaks_against_a_version(
+    scale: float, tasks: tuple[str, ...], changes: dict[str, Any], against: list[str]
+) -> None:
+    """Beside a model that knows nothing of half of the users; of both, nothing is known of likes."""
+    log = simulate(seed=7, users=400, requests=1500)
+    chance = log.predictions["bought"]
+    mine = replace(
+        log.with_predictions(bought=scale * chance), score=-log.score if "reversed" in changes else log.score
+    )
+    its = log.with_predictions(bought=np.where(log.users % 2 == 0, chance, chance.mean()))
+    models = {
+        name: MeasuredModel(sums, summarise(sums, 100))
+        for name, sums in (("new", mine.measure()), ("old", its.measure()))
+    }
+    if "seen" in changes:
+        models["old"] = replace(models["old"], seen=["has seen these rows"])
+    rules = Evaluation(resamples=100, margin=changes.get("margin", 0.05), calibration=9)
+    results = Results(models, tasks, rules, "", {})
+    found = _find_objections(results, "new", "old")
+    assert len(found) == len(against)
+    assert all(told.startswith(expected) for told, expected in zip(found, against, strict=True))
+    better, told = _read_verdict(results)
+    assert better == (told.startswith("'new' is better than 'old': "))
+    assert better == (not any(each.startswith("'new' ") for each in against))

@@ -2,15 +2,20 @@
 
 import numpy as np
 import pytest
+from scipy.stats import t as student
 
 from mmoe_rec.evaluation.intervals import (
+    Difference,
     Interval,
     Resampled,
+    add_errors,
     correct_by_holm,
     draw_users,
     effective_sample_size,
+    find_difference,
     is_small_sample,
     resample,
+    rounding_of,
 )
 
 KEY = ("it", "mean")
@@ -21,7 +26,7 @@ def resampled_mean(values: np.ndarray, resamples: int, seed: int) -> Resampled:
 
 
 @pytest.mark.parametrize(
-    ("effective", "users", "small"), [(29.0, 200, True), (31.0, 200, False), (12.0, 20, False), (9.0, 20, True)]
+    ("effective", "users", "small"), [(29.0, 200, True), (30.0, 200, False), (10.0, 20, False), (9.0, 20, True)]
 )
 def test_few_users_are_warned_of_where_most_say_little(effective: float, users: int, small: bool) -> None:
     assert is_small_sample(effective, users) == small
@@ -89,11 +94,98 @@ def test_every_draw_is_of_as_many_users_as_there_are() -> None:
 def test_no_interval_when_a_metric_is_often_undefined() -> None:
     mostly_undefined = np.where(np.arange(100) < 10, np.nan, 1.0)
     assert Resampled(1.0, mostly_undefined, np.zeros(5)).interval() == Interval(1.0)
-    rarely_undefined = np.where(np.arange(100) < 4, np.nan, 1.0)
+    rarely_undefined = np.where(np.arange(100) < 5, np.nan, 1.0)
     assert Resampled(1.0, rarely_undefined, np.zeros(5)).interval() == Interval(1.0, 1.0, 1.0)
+    assert Resampled(1.0, np.where(np.arange(100) < 6, np.nan, 1.0), np.zeros(5)).interval() == Interval(1.0)
 
 
 def test_holm_by_hand() -> None:
     assert correct_by_holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert correct_by_holm([0.5, 0.9]) == [1.0, 1.0]
     assert correct_by_holm([]) == []
+
+
+def number(value: float, spread: float, users: int) -> Resampled:
+    """A number whose standard deviation over resamples is `spread`, and which no user influences more than others."""
+    return Resampled(value, value + spread * np.tile([1.0, -1.0], 50), np.zeros(users))
+
+
+@pytest.mark.parametrize(("users", "sizes", "freedom"), [(8, np.inf, 7), (8, 5.0, 4), (2, np.inf, 1), (400, 29.0, 28)])
+def test_an_interval_of_few_users_is_that_of_student(users: int, sizes: float, freedom: int) -> None:
+    error = 0.2 * np.sqrt((freedom + 1) / freedom)
+    low, high = student.interval(0.95, freedom, 0.7, error)
+    found = number(0.7, 0.2, users).interval(sizes)
+    assert (found.low, found.high) == pytest.approx((low, high), rel=1e-9)
+    # A difference has the same interval, with its p-value and what nine of ten evaluations would show.
+    mine, other = number(0.7, 0.2, users), number(1.4, 0.4, users)
+    found = find_difference(mine, other, sizes)
+    assert (found.value, found.error, found.effective_users) == pytest.approx((-0.7, error, freedom + 1))
+    assert (found.low, found.high) == pytest.approx(student.interval(0.95, freedom, -0.7, error), rel=1e-9)
+    assert found.p == pytest.approx(2 * student.cdf(-0.7 / error, freedom), rel=1e-9)
+    assert found.detectable == pytest.approx(
+        error * (student.ppf(0.975, freedom) + student.ppf(0.9, freedom)), rel=1e-9
+    )
+    swapped = find_difference(other, mine, sizes)
+    assert (swapped.value, swapped.p) == (-found.value, found.p)
+
+
+def test_trainings_add_to_the_error_by_welch_and_satterthwaite() -> None:
+    """Users: a variance of 0.04 x 8 / 7 of 7 degrees of freedom; trainings: 0.09 of 4, and 0 of 2."""
+    parts = [(0.04 * 8 / 7, 7), (0.09, 4)]
+    error = np.sqrt(sum(variance for variance, _ in parts))
+    freedom = error**4 / sum(variance**2 / free for variance, free in parts)
+    found = find_difference(number(1.0, 0.4, 8), number(0.5, 0.2, 8), np.inf, besides=[(0.09, 4), (0.0, 2)])
+    assert (found.value, found.error, found.effective_users) == pytest.approx((0.5, error, freedom + 1))
+    assert found.p == pytest.approx(2 * student.sf(0.5 / error, freedom), rel=1e-9)
+    assert add_errors([(0.0, 3), (0.0, 0)]) == (0.0, np.inf)
+
+
+def test_what_does_not_vary_is_equal_or_not_told_apart() -> None:
+    """Also where too few users have rows for a standard error: equal models are equal in any sample."""
+    same, users = number(0.5, 0.1, 8), 8
+    equal = Difference(0.0, 0.0, 0.0, 0.0, None, 1.0, None, 0.0)
+    assert find_difference(same, same, np.inf) == equal
+    assert find_difference(same, same, 1.2) == equal
+    assert find_difference(same, number(0.4, 0.1, users), np.inf) == Difference(pytest.approx(0.1))
+    assert find_difference(same, number(0.4, 0.3, users), 1.4) == Difference(pytest.approx(0.1))
+    assert find_difference(same, number(0.4, 0.3, users), np.inf, units=1) == Difference(pytest.approx(0.1))
+    assert find_difference(same, number(np.nan, 0.3, users), np.inf) == Difference(None)
+    assert rounding_of(1.0, -3.0) == pytest.approx(3e-9)
+
+
+def test_an_interval_of_many_users_is_that_of_percentiles() -> None:
+    found = Resampled(0.5, np.linspace(0, 1, 1001), np.zeros(400))
+    assert found.interval(30.0) == Interval(0.5, pytest.approx(0.025), pytest.approx(0.975))
+    assert found.interval(1.4) == Interval(0.5)
+
+
+@pytest.mark.parametrize("users", [4, 5, 12, 300])
+def test_the_number_of_equal_normal_users_follows_from_their_influences(users: int) -> None:
+    """By the mean of sum d^4 / (sum d^2)^2 over draws of such users; so many resamples add hardly any noise."""
+    influence = np.zeros(users + 100)
+    influence[:users] = (3 * (users - 1) / (users * (users + 1)) / users) ** 0.25
+    found = Resampled(0.0, np.tile([1.0, -1.0], 10**6), influence)
+    assert found.effective_users == pytest.approx(users, rel=2e-3)
+    assert found.error(users + 9)[1] == found.effective_users
+    assert found.error(3.5)[1] == 3.5
+
+
+def test_one_or_two_users_who_have_all_of_the_influence_count_as_so_many() -> None:
+    for share, users in ((0.5, 2.0), (1.0, 1.0), (2.0, 1.0)):
+        influence = np.r_[share**0.25, np.zeros(50)]
+        assert Resampled(0.0, np.tile([1.0, -1.0], 10**6), influence).effective_users == pytest.approx(users, abs=1e-3)
+
+
+def test_influences_are_those_of_each_number_and_of_defined_resamples() -> None:
+    values = np.random.default_rng(0).normal(size=(2, 40))
+
+    def at(counts: np.ndarray) -> dict[str, np.ndarray]:
+        undefined = np.where(counts[0] > 3, np.nan, 0.0)  # where the first user is drawn four times or more
+        return {"one": values[0] @ counts / 40, "two": values[1] @ counts / 40 + undefined}
+
+    found = resample(at, 40, 4000)
+    for name, each in zip(("one", "two"), values, strict=True):
+        expected = (each - each.mean()) / 40
+        assert np.corrcoef(found[name].influence[1:], expected[1:])[0, 1] > 0.9
+        assert found[name].influence[1:].std() == pytest.approx(expected[1:].std(), rel=0.15)
+    assert len(found["two"].defined) < 4000

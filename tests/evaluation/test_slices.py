@@ -5,12 +5,14 @@ from dataclasses import replace
 import numpy as np
 import pyarrow as pa
 import pytest
+from scipy.stats import ttest_1samp
 from simulated_log import Log, simulate
 from sklearn.metrics import roc_auc_score
 
+from mmoe_rec.auc import FEWEST
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.comparison import Results
-from mmoe_rec.evaluation.slices import ALL, MISSING, SliceBy, compare_slices, sort_worst_first
+from mmoe_rec.evaluation.slices import ALL, MISSING, SliceBy, SliceRecord, compare_slices, sort_worst_first
 from mmoe_rec.evaluation.summary import MeasuredModel, summarise
 from mmoe_rec.report.sentences import describe_slices, describe_verdict
 from mmoe_rec.settings.sections import Evaluation
@@ -76,6 +78,81 @@ def test_models_are_compared_within_slices(log: Log) -> None:
     assert apart["0"].p_corrected == 1
     assert apart["1"].apart < -0.1
     assert apart["1"].p_corrected < 0.01
+
+
+@pytest.mark.parametrize("margin", [0.0, 0.1, 0.4])
+def test_a_loss_beyond_the_margin_is_tested_as_by_scipy(margin: float) -> None:
+    """By both tails, so it is twice the p-value of a test against the margin."""
+    values = np.random.default_rng(0).normal(-0.2, 0.3, size=7)
+    error = float(values.std(ddof=1) / np.sqrt(7))
+    record = SliceRecord("a", "b", "it", "auc", 9, 99, None, 0.5, "old", values.mean(), 0.0, 0.0, error, 7.0, 0.1)
+    expected = 2 * ttest_1samp(values, -margin, alternative="less").pvalue
+    assert record.test_loss(margin) == pytest.approx(expected, rel=1e-9)
+    for unknown in ("apart", "error", "effective_users"):
+        assert replace(record, **{unknown: None}).test_loss(margin) == 1
+    assert replace(record, error=0.0).test_loss(margin) == 1
+
+
+@pytest.mark.parametrize(
+    ("metric", "value", "apart", "p", "is_worse"),
+    [
+        ("auc", 0.7, -0.1, 0.049, True),
+        ("auc", 0.7, -0.1, 0.05, False),
+        ("auc", 0.7, 0.1, 0.01, False),
+        ("calibration", 1.5, 0.2, 0.01, True),  # from 1.3
+        ("calibration", 0.6, -0.2, 0.01, True),  # from 0.8
+        ("calibration", 0.6, -1.0, 0.01, True),  # from 1.6, which is 1 / 0.625
+        ("calibration", 0.65, -0.95, 0.01, False),
+        ("calibration", 0.9, 0.2, 0.01, False),  # from 0.7
+    ],
+)
+def test_what_is_worse_is_lower_or_further_off(
+    metric: str, value: float, apart: float, p: float, is_worse: bool
+) -> None:
+    record = SliceRecord("a", "b", "it", metric, 9, 99, None, value, "old", apart, 0.0, 0.0, 0.1, 7.0, 0.001, p)
+    assert record.is_worse == is_worse
+
+
+def test_the_worst_come_first() -> None:
+    """Beside other models before all rows, and probabilities by how far they are off."""
+    lost = SliceRecord("a", "b", "it", "auc", 9, 99, None, 0.6, ALL, -0.1, 0.0, 0.0, 0.1, 7.0, 0.001, 0.001)
+    off = replace(lost, metric="calibration", value=1.5, apart=0.3)
+    expected = [
+        replace(lost, beside="old", apart=-0.02),
+        replace(lost, beside="old", apart=-0.01),
+        replace(lost, apart=-0.2),
+        lost,
+        replace(off, value=0.5, apart=-0.4),
+        off,
+        replace(lost, apart=0.1),
+        replace(lost, apart=0.3),
+    ]
+    assert sort_worst_first([expected[each] for each in (5, 3, 6, 1, 4, 2, 7, 0)]) == expected
+
+
+def test_slices_of_other_rows_and_of_one_user_are_not_compared(log: Log) -> None:
+    """Beside a model whose slices hold other rows; and a user alone says nothing of others."""
+    rows = np.repeat(np.arange(len(log.score)), np.where(log.users == log.users[0], 9, 1))
+    log = log.with_labels(bought=np.arange(len(log.score)) % 2.0).take(rows)
+    mine = np.where(log.users == log.users[0], "one", np.where(log.users % 2 == 0, "even", "odd"))
+    its = np.where((mine == "odd") & (log.users == log.users[mine == "odd"][0]), "even", mine)
+    records = compare_slices({"new": model(log, mine), "old": model(log, its)}, "new", 100)
+    found = {(each.slice, each.beside): each for each in records if (each.group, each.metric) == ("bought", "auc")}
+    assert found.keys() == {(name, ALL) for name in ("one", "even", "odd")} | {("one", "old")}
+    for beside in (ALL, "old"):
+        assert found["one", beside].labels >= 50
+        assert found["one", beside].apart is not None
+        assert found["one", beside].error is found["one", beside].p is None
+    assert found["even", ALL].error > 0
+
+
+@pytest.mark.parametrize("rarer", [FEWEST - 1, FEWEST])
+def test_slices_with_fifty_rows_of_the_rarer_label_are_judged(log: Log, rarer: int) -> None:
+    given = np.where(np.cumsum(log.users % 2 == 0) <= rarer, 1.0, 0.0) * (log.users % 2 == 0)
+    records = compare_slices({"ours": model(log.with_labels(bought=given), log.users % 2)}, "ours", 20)
+    (found,) = (each for each in records if (each.slice, each.group, each.metric) == ("0", "bought", "auc"))
+    assert found.labels == rarer
+    assert (found.value is None) == (rarer < FEWEST)
 
 
 def test_few_labels_or_requests_are_counted_and_not_judged(log: Log) -> None:

@@ -504,3 +504,29 @@ def test_folders_need_no_mlflow_and_addresses_say_that_they_do(
         folders_alone,
         "small small",
     ], done.stderr
+
+
+def test_decisions_on_the_same_rows_count_those_before_that_promoted_none(uri: str, tmp_path: Path) -> None:
+    """By hand. A decision that is taken again has its place, and one that promoted its version has none."""
+    with client.open_client(uri) as store:
+        for name in ("shop", "other shop"):
+            store.create_registered_model(name)
+            for _ in range(6):
+                store.create_model_version(name, str(tmp_path))
+
+        def decide(number: str, holder: str, rows: str, name: str = "shop") -> int:
+            tried = registry.note_decision(
+                *(registry.get_version(name, each, uri) for each in (number, holder)), rows, uri
+            )
+            assert store.get_model_version(name, number).tags[f"tried.{rows}.{holder}"] == str(tried)
+            return tried
+
+        assert [decide(number, "1", "a") for number in ("2", "3", "4", "2")] == [0, 1, 2, 0]
+        assert [decide("4", "1", "b"), decide("6", "1", "a", "other shop")] == [0, 0]
+        assert decide("5", "1", "a") == 3
+        registry.move_alias("shop", "champion", "5", uri, registry.get_version("shop", "1", uri))
+        assert decide("2", "5", "a") == 3, "also of a version that has lost against another holder"
+        store.delete_model_version("shop", "2")
+        assert decide("3", "5", "a") == 3, "the place of the fourth tells of the versions that are gone"
+        store.set_model_version_tag("shop", "4", "tried.a.5", "")  # another process has just begun
+        assert decide("6", "5", "a") == 4
