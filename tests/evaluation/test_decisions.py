@@ -91,6 +91,7 @@ def test_an_interval_without_0_decides(sign: int, value: float | None, reach: fl
         ({"p": 0.001, "p_corrected": 0.03}, 1, "not shown"),
         ({"p": None}, 0, "undecided"),
         ({"value": -0.003, "low": -0.005, "high": -0.001, "p_corrected": 0.03}, 1, "worse"),
+        ({"value": -0.003, "low": -0.005, "high": -0.001, "p": 0.001, "p_corrected": 0.05}, 0, "not shown"),
     ],
 )
 def test_both_interval_and_level_decide(changes: dict[str, Any], tried: int, kind: str) -> None:

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from scipy.stats import beta, norm
 from scipy.stats import t as student
 
 from mmoe_rec.evaluation.intervals import (
@@ -9,6 +10,7 @@ from mmoe_rec.evaluation.intervals import (
     Interval,
     Resampled,
     add_errors,
+    correct_all,
     correct_by_holm,
     draw_users,
     effective_sample_size,
@@ -103,6 +105,9 @@ def test_holm_by_hand() -> None:
     assert correct_by_holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert correct_by_holm([0.5, 0.9]) == [1.0, 1.0]
     assert correct_by_holm([]) == []
+    # What has no p-value is no test.
+    tested = correct_all([Difference(1.0, p=each) for each in (None, 0.04, None, 0.01)])
+    assert [each.p_corrected for each in tested] == [None, 0.04, None, 0.02]
 
 
 def number(value: float, spread: float, users: int) -> Resampled:
@@ -129,6 +134,16 @@ def test_an_interval_of_few_users_is_that_of_student(users: int, sizes: float, f
     assert (swapped.value, swapped.p) == (-found.value, found.p)
 
 
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_an_interval_of_a_share_is_that_of_jeffreys(share: float) -> None:
+    """Of 40 users with a list each; by Korn and Graubard as many trials as have the variance, by Student's quantile."""
+    spread = np.sqrt(share * (1 - share) / 40 * 39 / 40)
+    trials = 40 * (norm.ppf(0.975) / student.ppf(0.975, 39)) ** 2 if spread else 40
+    low, high = beta.interval(0.95, trials * share + 0.5, trials * (1 - share) + 0.5)
+    found = number(share, spread, 40).interval(is_share=True)
+    assert (found.low, found.high) == pytest.approx((low if share else 0.0, high if share < 1 else 1.0), rel=1e-9)
+
+
 def test_trainings_add_to_the_error_by_welch_and_satterthwaite() -> None:
     """Users: a variance of 0.04 x 8 / 7 of 7 degrees of freedom; trainings: 0.09 of 4, and 0 of 2."""
     parts = [(0.04 * 8 / 7, 7), (0.09, 4)]
@@ -138,6 +153,7 @@ def test_trainings_add_to_the_error_by_welch_and_satterthwaite() -> None:
     assert (found.value, found.error, found.effective_users) == pytest.approx((0.5, error, freedom + 1))
     assert found.p == pytest.approx(2 * student.sf(0.5 / error, freedom), rel=1e-9)
     assert add_errors([(0.0, 3), (0.0, 0)]) == (0.0, np.inf)
+    assert add_errors([(0.09, 4), (0.0, 0)]) == pytest.approx((0.3, 4))
 
 
 def test_what_does_not_vary_is_equal_or_not_told_apart() -> None:
@@ -150,6 +166,8 @@ def test_what_does_not_vary_is_equal_or_not_told_apart() -> None:
     assert find_difference(same, number(0.4, 0.3, users), 1.4) == Difference(pytest.approx(0.1))
     assert find_difference(same, number(0.4, 0.3, users), np.inf, units=1) == Difference(pytest.approx(0.1))
     assert find_difference(same, number(np.nan, 0.3, users), np.inf) == Difference(None)
+    assert Resampled(0.5, np.full(9, 0.5), np.zeros(users)).effective_users == users
+    assert effective_sample_size(np.zeros(users)) == 1
     assert rounding_of(1.0, -3.0) == pytest.approx(3e-9)
 
 

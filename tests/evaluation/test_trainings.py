@@ -95,9 +95,10 @@ def test_equal_settings_are_told_apart_as_rarely_as_it_says() -> None:
 
 def test_settings_that_were_measured_on_other_rows_are_refused() -> None:
     labels = np.random.default_rng(0).normal(5, 1, size=40)
-    sums = [[trained(each, 0.0)] * 2 for each in (labels, labels + 1)]
-    with pytest.raises(UserError, match="'these settings' and 'it' were not measured on the same rows"):
-        compare_trainings(sums[0], {"it": sums[1]}, resamples=20)
+    mine, other = trained(labels, 0.0), trained(labels + 1, 0.0)
+    for its in ([other, mine], [mine, other]):
+        with pytest.raises(UserError, match="'these settings' and 'it' were not measured on the same rows"):
+            compare_trainings([mine, mine], {"it": its}, resamples=20)
 
 
 def test_users_who_decide_nearly_alone_give_no_interval() -> None:
