@@ -90,6 +90,11 @@ def test_the_objective_is_the_mean_over_tasks(log: Log) -> None:
     result = found(other(log), log, 100, objective.groups)
     areas = [result["groups"][task]["auc"]["value"] for task in ("bought", "liked")]
     assert result["objective"]["value"] == pytest.approx(np.mean(areas))
+    effective = typed.UserMetrics(sums, objective).effective
+    assert effective[OBJECTIVE] == min(effective[task, "auc"] for task in ("bought", "liked"))
+    assert effective["bought", "auc"] != effective["liked", "auc"]
+    lacking = typed.UserMetrics(replace(log, tasks=(BOUGHT, SPENT)).measure(), objective)
+    assert OBJECTIVE not in {*lacking.once, *lacking.effective}
     assert Objective.of("auc", sums, ["spent"]) == Objective("r2", ("spent",), "higher")
     assert Objective.of("score.mrr", sums, []) == Objective("mrr", ("score",), "higher")
     assert Objective.of("logloss", sums, ["bought"]) == Objective("logloss", ("bought",), "lower")
