@@ -12,6 +12,7 @@ from sklearn.metrics import roc_auc_score
 from mmoe_rec.auc import FEWEST
 from mmoe_rec.errors import UserError
 from mmoe_rec.evaluation.comparison import Results
+from mmoe_rec.evaluation.intervals import effective_sample_size
 from mmoe_rec.evaluation.slices import ALL, MISSING, SliceBy, SliceRecord, compare_slices, sort_worst_first
 from mmoe_rec.evaluation.summary import MeasuredModel, summarise
 from mmoe_rec.report.sentences import describe_slices, describe_verdict
@@ -144,6 +145,28 @@ def test_slices_of_other_rows_and_of_one_user_are_not_compared(log: Log) -> None
         assert found["one", beside].apart is not None
         assert found["one", beside].error is found["one", beside].p is None
     assert found["even", ALL].error > 0
+
+
+def test_slices_redraw_the_same_users_as_all_rows(log: Log) -> None:
+    """By the error of a plain bootstrap. A user with most rows, and the mean ratio, counts by Kish's number."""
+    place = np.unique(log.users, return_inverse=True)[1]
+    rows = np.repeat(np.arange(len(place)), np.where(place == place.max(), 90, 1))
+    log, place = log.take(rows), place[rows]
+    heavy, labels = place == place.max(), log.labels["bought"]
+    others = log.predictions["bought"] * labels[~heavy].sum() / log.predictions["bought"][~heavy].sum()
+    log = log.with_predictions(bought=np.where(heavy, labels[heavy].mean(), np.minimum(others, 1)))
+    records = compare_slices({"ours": model(log, np.where(place < 100, "early", "late"))}, "ours", 200)
+    record = next(each for each in records if (each.slice, each.metric) == ("late", "calibration"))
+    sums = [np.bincount(place, each) for each in (log.predictions["bought"], labels)]
+    random, redrawn, parts = np.random.default_rng(1), [], (slice(None), slice(100, None))
+    for _ in range(400):
+        counts = np.bincount(random.integers(len(sums[0]), size=len(sums[0])), minlength=len(sums[0]))
+        of_all, of_late = ((counts[users] @ sums[0][users]) / (counts[users] @ sums[1][users]) for users in parts)
+        redrawn.append(of_late - of_all)
+    effective = min(effective_sample_size(np.bincount(place, each)[100:]) for each in (labels, np.ones(len(labels))))
+    assert record.effective_users == pytest.approx(effective)
+    expected = np.std(redrawn) * np.sqrt(effective / (effective - 1))
+    assert record.error == pytest.approx(expected, rel=0.25)
 
 
 @pytest.mark.parametrize("rarer", [FEWEST - 1, FEWEST])
