@@ -523,10 +523,13 @@ def test_decisions_on_the_same_rows_count_those_before_that_promoted_none(uri: s
 
         assert [decide(number, "1", "a") for number in ("2", "3", "4", "2")] == [0, 1, 2, 0]
         assert [decide("4", "1", "b"), decide("6", "1", "a", "other shop")] == [0, 0]
-        assert decide("5", "1", "a") == 3
+        assert [decide("5", "3", "b"), decide("5", "1", "a")] == [1, 3]
         registry.move_alias("shop", "champion", "5", uri, registry.get_version("shop", "1", uri))
-        assert decide("2", "5", "a") == 3, "also of a version that has lost against another holder"
+        noted = {tag for tag in store.get_model_version("shop", "5").tags if tag.startswith("tried.")}
+        assert noted == {"tried.b.3"}, "the decision that promoted it is gone"
+        assert decide("4", "5", "a") == 3, "also of a version that has lost against another holder"
         store.delete_model_version("shop", "2")
-        assert decide("3", "5", "a") == 3, "the place of the fourth tells of the versions that are gone"
-        store.set_model_version_tag("shop", "4", "tried.a.5", "")  # another process has just begun
-        assert decide("6", "5", "a") == 4
+        assert decide("3", "5", "a") == 4, "the place of the fourth tells of the versions that are gone"
+        for number in ("3", "4"):  # two other processes have just begun
+            store.set_model_version_tag("shop", number, "tried.c.5", "")
+        assert decide("6", "5", "c") == 2
