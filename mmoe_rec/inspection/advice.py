@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping
 from datetime import datetime, timedelta
 from typing import Any
 
-from mmoe_rec.auc import FEWEST
 
 NOTE = "what a change gains is told by `mmoe-rec train --seeds 5 --against`, with another `data.work`"
 SELDOM_ROWS = 5
@@ -47,8 +46,8 @@ def leave_out(feature: Health, health: Health, unless: str = "") -> Advice:
     return {"do": f"leave out `{name}`{of_table}{unless}", "override": override}
 
 
-def lengthen_split(health: Health, split: str, rarer: int) -> Iterator[Advice]:
-    """An earlier start of a split that would have labels enough, if their rate stays the same."""
+def lengthen_split(health: Health, split: str, rarer: int, needed: int) -> Iterator[Advice]:
+    """An earlier start of a split that would have as many labels as needed, if their rate stays the same."""
     overview = health["overview"]
     splits = overview["splits"]
     before, key = {"test": ("validation", "validation_end"), "validation": ("train", "train_end")}[split]
@@ -57,7 +56,7 @@ def lengthen_split(health: Health, split: str, rarer: int) -> Iterator[Advice]:
         yield change(what)
         return
     first, last = (_time(splits[split][name]) for name in ("first_request", "last_request"))
-    start = last - (last - first) * (1.2 * FEWEST / rarer)
+    start = last - (last - first) * (1.2 * needed / rarer)
     earliest = _time(splits[before]["first_request"])
     yield change(what, f"split.{key}", start.date()) if start > earliest + timedelta(days=1) else change(what)
 

@@ -170,11 +170,12 @@ def _rare(health: Health) -> Iterator[Finding]:
             if task["kind"] != "binary" or not observed:
                 continue
             rarer = round(min(rate, 1 - rate) * observed)
-            if rarer < FEWEST:
-                message = f"task '{name}' has {rarer} rows of its rarer label in {split} rows, and {FEWEST} are needed"
+            needed = FEWEST if split == "test" else 2 * FEWEST  # half of the validation users select, half judge
+            if rarer < needed:
+                message = f"task '{name}' has {rarer} rows of its rarer label in {split} rows, and {needed} are needed"
                 told = {"test": "no verdict rests on it", "validation": "no state or calibration is chosen well by it"}
-                advice = list(lengthen_split(health, split, rarer))
-                yield _finding("warning", "rare", name, f"{message}: {told[split]}", 1 - rarer / FEWEST, advice)
+                advice = list(lengthen_split(health, split, rarer, needed))
+                yield _finding("warning", "rare", name, f"{message}: {told[split]}", 1 - rarer / needed, advice)
 
 
 def _within(health: Health) -> Iterator[Finding]:

@@ -118,6 +118,17 @@ def test_labels_that_are_too_rare_are_found_with_a_split_that_has_more(tmp_path)
     assert health["sentences"][1] == "AUC of click: the rows have too few labels, or users, for an interval"
 
 
+def test_half_of_the_validation_users_must_have_labels_enough(tmp_path):
+    def rare(split: str, frame: pd.DataFrame) -> None:
+        if split == "validation":
+            frame["label.click"] = (np.arange(len(frame)) < 80).astype(float)
+
+    health = health_of_frames(tmp_path, changed(18, rare))
+    assert found(health, "rare") == ["click"]
+    expected = "task 'click' has 80 rows of its rarer label in validation rows, and 100 are needed"
+    assert expected in message(health, "rare")
+
+
 def test_what_tells_only_users_apart_is_found(tmp_path):
     def of_users(split: str, frame: pd.DataFrame) -> None:
         random = np.random.default_rng(len(frame))
