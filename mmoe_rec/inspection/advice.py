@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping
 from datetime import datetime, timedelta
 from typing import Any
 
-
 NOTE = "what a change gains is told by `mmoe-rec train --seeds 5 --against`, with another `data.work`"
 SELDOM_ROWS = 5
 """Training rows below which little is learnt of an id."""

@@ -11,7 +11,7 @@ import yaml
 from sklearn.metrics import log_loss, roc_auc_score
 
 from mmoe_rec.batches.batch import make_batch
-from mmoe_rec.batches.encoded_rows import EncodedRows
+from mmoe_rec.batches.encoded_rows import EncodedRows, Part
 from mmoe_rec.evaluation.scoring import score_rows
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.jobs.train import calibrate
@@ -112,7 +112,7 @@ def test_replies_hold_what_both_are_and_the_score_multiplies_once(folder: Path) 
 def test_calibration_is_that_of_the_log_before_it_was_sampled(folder: Path) -> None:
     """A satisfaction's is that of its own label, which engaged rows have."""
     ranker, prepared = Ranker.load(folder / "work" / "model"), FeatureFolder(folder / "work" / "features")
-    rows = EncodedRows(prepared.split("validation"), ranker.layout)
+    rows = EncodedRows(prepared.split("validation"), ranker.layout, part=Part.SELECTING)
 
     def predicted_by_observed(*options: str, weighted: bool) -> np.ndarray:
         settings = load_settings(folder / "settings.yaml", ["--training.calibration", "temperature", *options])

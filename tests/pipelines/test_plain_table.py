@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from sklearn.metrics import log_loss, roc_auc_score
 
+from mmoe_rec.batches.encoded_rows import Part
 from mmoe_rec.errors import RequestError, UserError
 from mmoe_rec.inference.ranker import Ranker
 from mmoe_rec.jobs.places import build_features
@@ -79,9 +80,13 @@ def scored(world: World) -> pd.DataFrame:
     return pq.read_table(out).to_pandas().sort_values("row", ignore_index=True)
 
 
-def by_the_table(world: World, scored: pd.DataFrame, folds: list[int], task: str) -> tuple[np.ndarray, ...]:
-    """Labels, predictions and weights of rows that are observed, joined by their number alone."""
+def by_the_table(
+    world: World, scored: pd.DataFrame, folds: list[int], task: str, part: Part | None = None
+) -> tuple[np.ndarray, ...]:
+    """Labels, predictions and weights of rows that are observed, joined by their number alone, which is the user's."""
     inside = world.table["fold"].isin(folds) & world.table[task].notna()
+    if part is not None:
+        inside &= part.holds(pa.array(world.table.index))
     found = world.table[inside], scored[inside.to_numpy()]
     return found[0][task].to_numpy(), found[1][f"predicted_{task}"].to_numpy(float), found[0]["weight"].to_numpy()
 
@@ -120,10 +125,10 @@ def test_metrics_are_weighted_and_of_the_test_rows(
     assert "catalogue" not in words.lower()
 
 
-def test_the_best_state_is_chosen_by_weighted_losses_and_areas(world: World, scored: pd.DataFrame) -> None:
+def test_a_model_is_judged_by_weighted_losses_and_areas(world: World, scored: pd.DataFrame) -> None:
     best = FinishedTraining.read(world.folder / "work").best  # type: ignore[union-attr]
     for task in ("label", "other"):
-        labels, predicted, weights = by_the_table(world, scored, [3], task)
+        labels, predicted, weights = by_the_table(world, scored, [3], task, Part.JUDGING)
         expected = log_loss(labels, predicted, sample_weight=weights)
         assert best.loss[task] == pytest.approx(expected, rel=1e-4)
         assert abs(expected - log_loss(labels, predicted)) > 1e-3 * expected, "weights say nothing"

@@ -15,7 +15,7 @@ from mmoe_rec.preprocessing.prepare import FeatureFolder
 from mmoe_rec.settings.training import Training
 from mmoe_rec.training.checkpoint import FinishedTraining, latest_checkpoint
 from mmoe_rec.training.choices import Choices, Chooser
-from mmoe_rec.training.validation import validate_alone
+from mmoe_rec.training.validation import Validation, validate_alone
 from tests.commands import refuse, run
 from tests.pipelines.short_trainings import World, dying_after
 from tests.training.ranks import name_rank, spawn
@@ -33,6 +33,13 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 def weights(work: Path) -> dict[str, torch.Tensor]:
     return load_file(work / "model" / "weights.safetensors")
+
+
+def validate_by(part: Part, work: Path) -> Validation:
+    """The validation of a folder's model on the rows of a part."""
+    about, folder = read_artifact(work / "model"), FeatureFolder(work / "features").split("validation")
+    rows = EncodedRows(folder, about.layout, outcomes=True, with_users=True, part=part)
+    return validate_alone(read_model(about, work / "model"), rows, about.layout, 512, UNCALIBRATED)
 
 
 def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
@@ -55,11 +62,9 @@ def test_each_member_is_the_training_of_its_own_seed(world: World, tmp_path: Pat
                 found[name.replace(f"members.{member}.", "")] = weight
         assert_equal(found, weights(work))
         # Scored whole and in one process, a model has the validation that its training had.
-        ended, about = FinishedTraining.read(work), read_artifact(work / "model")
+        ended = FinishedTraining.read(work)
         assert ended is not None
-        validation = FeatureFolder(work / "features").split("validation")
-        rows = EncodedRows(validation, about.layout, outcomes=True, with_users=True, part=Part.JUDGING)
-        again = validate_alone(read_model(about, work / "model"), rows, about.layout, 512, UNCALIBRATED)
+        again = validate_by(Part.JUDGING, work)
         for name in ("loss", "auc", "gauc", "calibration", "rarer"):
             assert getattr(again, name) == pytest.approx(getattr(ended.best, name), rel=1e-5), name
 
@@ -95,10 +100,9 @@ def test_training_goes_on_from_all_members(world: World, tmp_path: Path, capsys:
     with dying_after(12):
         world.train(*MEMBERS, *own)
     world.train(*MEMBERS, *own, "--resume")
-    found, before = FinishedTraining.read(work), FinishedTraining.read(world.work)
+    found = FinishedTraining.read(work)
     assert found is not None
-    assert before is not None
-    assert found.started_from.auc == pytest.approx(before.best.auc, abs=1e-6)
+    assert found.started_from.auc == pytest.approx(validate_by(Part.SELECTING, world.work).auc, abs=1e-6)
     first = weights(world.work)
     assert all(not torch.equal(weight, first[name]) for name, weight in weights(work).items() if "towers" in name)
 
@@ -114,7 +118,7 @@ def test_members_compute_as_the_first_one_does(world: World, tmp_path: Path, mon
     monkeypatch.setattr(Chooser, "choose", choose)
     work = tmp_path / "work"
     shutil.copytree(world.work / "features", work / "features")
-    world.train(*MEMBERS, "--data.work", str(work))
+    world.train(*MEMBERS, "--training.precision", "auto", "--data.work", str(work))
     assert measured == [17]
     found = [latest_checkpoint(work / "checkpoints" / name) for name in ("", "member_1")]
     assert [None if each is None else each.state.choices for each in found] == [choose(None, Training())] * 2
