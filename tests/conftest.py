@@ -92,3 +92,9 @@ def _own_path() -> Iterator[None]:
     path = sys.path[:]
     yield
     sys.path[:] = path
+
+
+@pytest.fixture(autouse=True)
+def _no_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    """MLflow keeps the address of its last store in the environment, where the next test would find it."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)

@@ -162,7 +162,9 @@ def judge_trained(number: int) -> dict[str, float]:
         for seed in range(number):
             with tempfile.TemporaryDirectory() as folder:
                 results.append(train_twice(seed, strength, Path(folder)))
-            print(f"{name} {seed}: promoted {results[-1][0]}, {results[-1][1]}, gain {results[-1][2]:.4f}", flush=True)
+            is_promoted, verdict, gain = results[-1]
+            kind = "not compared" if verdict is None else verdict.kind
+            print(f"{name} {seed}: promoted {is_promoted}, {kind}, gain {gain:.4f}", flush=True)
         promoted, judged, gains = zip(*results, strict=True)
         sizes = [each.detectable for each in judged if each is not None and each.detectable is not None]
         print(f"{name}: {sum(promoted)} of {number} promoted, {sum(map(_is_shown, judged))} shown better", flush=True)
