@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from mmoe_rec.errors import UserError, first_line
 from mmoe_rec.features.layout import IDS, Encoded, Layout, label_types
-from mmoe_rec.log.columns import hash_column
+from mmoe_rec.log.columns import hash_column, mix
 from mmoe_rec.point_in_time.arrays import Ragged, join, one_array
 
 ADVICE = "run mmoe-rec features again"
@@ -33,9 +33,10 @@ class Part(StrEnum):
     def holds(self, users: pa.Array) -> np.ndarray:
         """Return whether each user belongs to this part, as an array of bool, shape (N,).
 
-        A bit of the user's hash decides, so a user stays in the same part from day to day and for every model.
+        A bit of the user's hash decides, so a user stays in the same part from day to day and for every model. The hash
+        is mixed once more, because samples of users are taken by the hash itself.
         """
-        is_judging = hash_column(users) >= np.uint64(1 << 63)
+        is_judging = mix(hash_column(users)) >= np.uint64(1 << 63)
         return is_judging if self is Part.JUDGING else ~is_judging
 
 
@@ -89,9 +90,9 @@ class EncodedRows:
 
     outcomes: labels of tasks with `given` are those that they are learnt from, over all rows, and not their own;
     weighted: rows weigh 1 / the rate at which they were sampled; with_users: rows have the hashes of their users; part:
-    keep only the rows of these users, or all rows if one of the two parts would be empty, see `is_divided`.
+    keep only the rows of these users, or all rows if one of the two parts would have no label, see `is_divided`.
 
-    `is_divided`: whether `part` was given and both parts have rows;
+    `is_divided`: whether `part` was given and both parts have observed labels;
     `weighs`: whether the log has a column of weights, which rows count by besides; `rows`: number of rows; `groups`:
     (file index, row group index) of every row group that has rows, in file order; `group_rows`: (len(groups),) int64,
     the rows of each; `fingerprint`: of all footers, so of the values' statistics too. Raises UserError where there are
@@ -135,8 +136,14 @@ class EncodedRows:
         counts = {(file, group): self._metadata[file].row_group(group).num_rows for file, group in groups}
         self._part = part
         if part is not None:
-            kept = {group: int(self._is_kept(self._read(group, ["user"])).sum()) for group in groups}
-            self._part = part if 0 < sum(kept.values()) < sum(counts.values()) else None
+            kept, labelled = dict[tuple[int, int], int](), np.zeros(2, np.int64)
+            for group in groups:
+                table = self._read(group, ["user", *self._labels])
+                is_kept = self._is_kept(table)
+                kept[group] = int(is_kept.sum())
+                is_observed = ~np.all([np.isnan(table.column(name).to_numpy()) for name in self._labels], axis=0)
+                labelled += np.bincount(is_kept[is_observed], minlength=2)
+            self._part = part if labelled.all() else None
             counts = counts if self._part is None else kept
         self.is_divided = self._part is not None
         self.groups = [group for group, rows in counts.items() if rows]

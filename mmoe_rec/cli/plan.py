@@ -188,6 +188,7 @@ def print_forecast(settings: Settings, layout: ModelLayout, steps: int, members:
         training_ranks(alone) as (device, _),
     ):
         trainer = Trainer(features, layout, settings.model, alone, device, Path(folder), lambda *_: None)
+        trainer.announce()
         found = trainer.measure(steps)
     seconds, validation = (
         timedelta(seconds=round(members * each)) for each in (found.seconds, found.validation_seconds)

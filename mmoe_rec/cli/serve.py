@@ -2,8 +2,8 @@
 
 Serves a model over HTTP: POST /invocations ranks, as MLflow's server does; GET /health, /version, /metrics and
 /openapi.json tell about it; mmoe_rec/server/README.md is its guide. It ends with SIGTERM, SIGHUP or Ctrl-C, once what
-was accepted is answered. A second signal ends it at once. --drain-seconds S makes /health answer 503 for S seconds
-before that, in which callers are still served, so that a load balancer can send them elsewhere.
+was accepted is answered. --drain-seconds S makes /health answer 503 for S seconds before that, in which callers are
+still served, so that a load balancer can send them elsewhere.
 
 --log-requests writes a share of requests and replies into a folder, as Parquet, from which `mmoe-rec join-outcomes`
 makes a log to train on. --poll S looks every S seconds whether the alias has moved, and takes the new model up.
@@ -139,8 +139,9 @@ class AtAddress:
     address: str
     uri: str
 
-    def state(self) -> str:
-        """Name and version that an alias stands for; of a folder, its manifest, and size and time of all its files.
+    def state(self) -> str | None:
+        """Name and version that an alias stands for; of a folder, its manifest, and size and time of all its files; of
+        other addresses, None.
 
         Of all, as a copy that is under way may be looked at: its last file changes the state once more.
         """
@@ -149,7 +150,7 @@ class AtAddress:
 
         permanent = pin_address(self.address, self.uri)
         if not Path(permanent).exists():
-            return permanent
+            return permanent if permanent.startswith("models:/") else None
         folder, state = fetch_model(permanent, self.uri), hashlib.sha256()
         with suppress(OSError):
             state.update((folder / MANIFEST).read_bytes())  # files of two models may have the same sizes and times

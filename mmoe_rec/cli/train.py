@@ -21,8 +21,8 @@ test rows, with an interval over trainings and users, and how far trainings are 
 registered. --at-once runs several of them at a time: on cores that one leaves idle, or a GPU each. --against compares
 them with those that other settings have given in their `data.work`, on the same test rows.
 
-The model takes over the alias if it is shown to be better on the validation rows than the one that holds it; otherwise
-it is registered as challenger. One process trains in a `data.work` at a time.
+The model takes over the alias if it is shown to be better than the one that holds it, on validation rows of users that
+chose nothing about it; otherwise it is registered as challenger. One process trains in a `data.work` at a time.
 """
 
 from __future__ import annotations

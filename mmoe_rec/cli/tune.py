@@ -296,14 +296,13 @@ class Study:
 
     def _train(self, trial: Any, settings: Settings, values: Values, folder: Path) -> float | None:
         """What the training reached, None where it was cut short. Raises NotValidError for values that don't fit."""
-        from mmoe_rec.jobs.seeds import CHOICES
         from mmoe_rec.model.layout import ModelLayout
         from mmoe_rec.training.choices import read_choices, write_choices
         from mmoe_rec.training.loop import Trainer
         from mmoe_rec.training.ranks import training_ranks
         from mmoe_rec.training.validation import Validation
 
-        settings = settings.of_member(0)
+        settings, shared = settings.of_member(0), self.folder / f"choices-{self.key}.json"
         layout = ModelLayout.of(self.prepared.layout, settings)
         # Trials are compared by one measure, whatever loss weights they try.
         judge, select_by = ModelLayout.of(self.prepared.layout, self.settings), self.settings.training.select_by
@@ -339,9 +338,9 @@ class Study:
                         folder,
                         run.log_metrics,
                         watch=watch,
-                        choices=read_choices(self.folder / CHOICES),
+                        choices=read_choices(shared),
                     )
-                if not (shared := self.folder / CHOICES).exists():  # the first trial's, for all others
+                if not shared.exists():  # the first trial's, for all others
                     write_choices(shared, trainer.choices)
                 result = trainer.run()
             except NotValidError as error:

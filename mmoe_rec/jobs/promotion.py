@@ -161,7 +161,7 @@ def _judge_rows(
     tried = registry.note_decision(version, holder, models[name].sums.digest, settings.tracking.address)
     results = Results(models, tuple(settings.tasks), rules, "", {}, settings.roles.placement, tried)
     better, sentence = _read_verdict(results)
-    return better, f"{sentence} ({len(scored[name].score):,} validation rows that chose nothing)"
+    return better, f"{sentence} ({len(scored[name].score):,} judging rows of the validation split)"
 
 
 def _read_verdict(results: Results) -> tuple[bool, str]:
@@ -200,8 +200,8 @@ def _open_judging_rows(folder: Path, layout: ModelLayout) -> EncodedRows:
     rows = EncodedRows(folder, layout, part=Part.JUDGING)
     if not rows.is_divided:
         raise UserError(
-            "the validation rows have too few users: one part of them chooses the model, and another has to judge it. "
-            "Move split.train_end to an earlier time"
+            "the validation rows have too few users with labels: one half of them chooses the model, and the other has "
+            "to judge it. Give the validation split rows of more users"
         )
     return rows
 

@@ -115,8 +115,10 @@ def _share_choices(
     from mmoe_rec.training.choices import read_choices, write_choices
 
     places = [*([folder] if resume else []), *(Path(work) / "seeds" for work in against)]
-    found = filter(None, (read_choices(place / CHOICES) for place in places))
-    choices = next(found, None) or measure_choices(settings, prepared, folder)
+    found = [each for place in places if (each := read_choices(place / CHOICES)) is not None]
+    if len(computed := {each.precision for each in found}) > 1:
+        say(f"warning: the other trainings compute in {' and '.join(sorted(computed))}; set training.precision in all")
+    choices = found[0] if found else measure_choices(settings, prepared, folder)
     write_choices(folder / CHOICES, choices)
     return choices
 
@@ -129,10 +131,15 @@ def measure_choices(settings: Settings, prepared: FeatureFolder, folder: Path) -
 
     one = settings.of_member(0)
     layout = ModelLayout.of(prepared.layout, one)
+    import torch
+
     with training_ranks(one.training) as (device, _):
         trainer = Trainer(prepared, layout, one.model, one.training, device, folder / "checkpoints", lambda *_: None)
         trainer.checkpoints.close()
-        return trainer.choices
+        choices = trainer.choices
+    del trainer
+    torch.cuda.empty_cache()  # A run may need all of the GPU's memory.
+    return choices
 
 
 def _find_others(against: Sequence[str], settings: Settings, mine: Path) -> dict[str, list[Path]]:

@@ -38,13 +38,15 @@ LEVEL_SPREAD = 0.03
 CERTAINTY = 3.0
 """Standard errors by which trees with ids must be better to stand alone, since an id's worth lasts less long than a
 counter's. Where they help less, the mean of both sets stands."""
+LEAD = 1.0
+"""Standard errors by which a blend must be better than the network alone, and trees alone better than a blend."""
 
 
 def grow_trees(settings: Settings, prepared: FeatureFolder, layout: ModelLayout, model: RankingModel) -> Trees:
     """Grow trees beside a trained network, for every task, by the validation rows that select.
 
-    Prints for each task the trees that were taken, and their weights. A task keeps the network alone where trees have
-    nothing to learn from, or where the network alone is clearly better.
+    Prints for each task the trees that were taken, and their weights. A task keeps the network alone if trees have
+    nothing to learn from, or if a blend with them is not clearly better.
     """
     section = settings.model.trees
     assert section is not None
@@ -129,16 +131,15 @@ def fit_task(
         if name == "with ids":
             break
     assert taken is not None, "the first way is taken where no other one is"
-    if taken.blend.trees == 0:
-        return None, "no trees: the network alone loses least on the selecting rows"
-    blended, *alone = (
-        np.average(each, weights=weights)
-        for each in (taken.losses, *(_losses_of(task.kind, side, labels) for side in (network, taken.trees)))
-    )
-    return (taken.text, taken.blend), (
-        f"{taken.name}; {taken.blend.network:.3g} x network + {taken.blend.trees:.3g} x trees, loss of selecting rows "
-        f"{blended:.4g} (network {alone[0]:.4g}, trees {alone[1]:.4g})"
-    )
+    of_network, of_trees = (_losses_of(task.kind, side, labels) for side in (network, taken.trees))
+    blended, *alone = (np.average(each, weights=weights) for each in (taken.losses, of_network, of_trees))
+    told = f"loss of selecting rows {blended:.4g} (network {alone[0]:.4g}, trees {alone[1]:.4g})"
+    is_better = is_clearly_less(taken.losses, of_network, weights, users, LEAD)
+    if taken.blend.trees == 0 or (alone[0] <= alone[1] and not is_better):
+        return None, f"no trees: a blend with them is not clearly better than the network alone, {told}"
+    blend, is_alone = taken.blend, is_clearly_less(of_trees, taken.losses, weights, users, LEAD)
+    blend = Blend(0.0, 1.0, 0.0) if is_alone else blend
+    return (taken.text, blend), f"{taken.name}; {blend.network:.3g} x network + {blend.trees:.3g} x trees, {told}"
 
 
 @dataclass(frozen=True)

@@ -209,8 +209,8 @@ def _finish(run: Run, workspace: Workspace, results: Sequence[TrainingResult], r
     values = [f"{name.removeprefix('best/')} {value:.4f}" for name, value in served.flat("best").items()]
     steps = " and ".join(f"{each.best_step:,}" for each in results)
     chosen = (
-        f"Some of the validation users chose the network's state of step {steps}, the trees and the calibration. "
-        f"The model as it is served, on the rows of the other validation users:\n\n{quoted(values)}"
+        f"The selecting rows of the validation split chose the network's state of step {steps}. The model as it is "
+        f"served, on the judging rows:\n\n{quoted(values)}"
     )
     if register:
         about = f"{as_code(command())}\n\n{_describe_rows(workspace.manifest)}\n\n{chosen}"
@@ -267,7 +267,7 @@ def measure_served(
 ) -> Validation:
     """Measure a model as it is served, with its trees and calibration, on the validation rows of one part of the users.
 
-    Prints a note where there are too few users for two parts, so that all rows are in both.
+    Prints a note where too few users have labels for two parts, so that all rows are in both.
     """
     from mmoe_rec.batches.encoded_rows import EncodedRows
     from mmoe_rec.model.layout import ModelLayout
@@ -277,7 +277,7 @@ def measure_served(
     validation = prepared.split("validation")
     rows = EncodedRows(validation, layout, outcomes=True, weighted=weighted, with_users=True, part=part)
     if not rows.is_divided:
-        say("note: the validation rows have too few users to hold some out: all choose the model and measure it")
+        say("note: too few validation users have labels to hold some out: all rows select the model and judge it")
     return validate_alone(model, rows, layout, settings.evaluation.batch_size, calibration)
 
 

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 STARTS = 3
 """Of a training that is killed each time, until it counts as failed."""
-FORMAT = 1
+FORMAT = 2
 _FACTS = b"mmoe_rec"  # in a file's metadata
 
 

@@ -107,7 +107,9 @@ def read_logged(folder: Path, period: Period, version: str | None = None) -> tup
     read = [names.REQUEST, *of_reply, names.RANK, names.SCORE]
     read += [schema.columns.user, schema.columns.candidate, schema.columns.time]
     if lacking := [name for name in read if name not in table.column_names]:
-        raise UserError(f"'{folder}' holds no requests that a server logged: column '{lacking[0]}' is missing")
+        raise UserError(
+            f"'{folder}' has no column '{lacking[0]}', which `mmoe-rec serve --log-requests` of this version writes"
+        )
     if schema.columns.request is not None:
         table = table.append_column(schema.columns.request, table[names.REQUEST])
     logged, replies = LogRows(table, schema), table.select(of_reply).to_pandas()

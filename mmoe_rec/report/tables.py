@@ -191,8 +191,8 @@ def validations_table(
         network: The network alone on the same rows, if the model has trees.
     """
     caption = (
-        "steps: the network alone, on the validation users that choose its state; below: on the other users, the "
-        "network alone and the model as it is served; gauc: by user; calibration: predicted / observed"
+        "steps: the network alone, on the selecting rows; below: the network alone and the model as it is served, on "
+        "the judging rows, those of the other validation users; gauc: by user; calibration: predicted / observed"
     )
     table = _plain_table("Validations", ["step", "task"], list(_VALIDATIONS), caption)
     rows = {f"{step:,}{' chosen' if step == best_step else ''}": found for step, found in history}
@@ -219,7 +219,7 @@ def describe_training(trained: FinishedTraining, settings: Settings) -> Iterator
     if trained.started_from is not None:
         values = trained.started_from.flat().items()
         text = ", ".join(f"{name.removeprefix('validation/')} {value:.4f}" for name, value in values)
-        yield f"validation of the network that it was started from: {text}"
+        yield f"validation of the network that it was started from, on the selecting rows: {text}"
     if (checkpoint := latest_checkpoint(trained.artifact.parent / "checkpoints")) is not None:
         history = checkpoint.state.history  # of the first member
         yield validations_table(history, trained.best_step, trained.best, trained.network)

@@ -31,8 +31,9 @@ _log = logging.getLogger(__name__)
 class Finder(Protocol):
     """Finds the model at the server's address. It can be sent to another process."""
 
-    def state(self) -> str:
-        """What changes whenever another model lies at the address, found at little cost. Raises UserError."""
+    def state(self) -> str | None:
+        """What changes whenever another model lies at the address, found at little cost. None if that can't be told
+        without fetching the model. Raises UserError."""
 
     def find(self) -> Source:
         """The model that lies there now. Raises UserError."""
@@ -180,7 +181,7 @@ class Reloads:
         with self._lock:
             self._next = None
         try:
-            if (state := self._finder.state()) == self._served_state:
+            if (state := self._finder.state()) is not None and state == self._served_state:
                 return
             source = None if self._take_up_delta() else self._finder.find()
         except Exception as error:
@@ -211,7 +212,7 @@ class Reloads:
             _log.warning("no delta is taken up, and the whole model is loaded instead: %s", sentence_of(error))
             return False
 
-    def watch(self, state: str, seconds: float) -> None:
+    def watch(self, state: str | None, seconds: float) -> None:
         """Looks every so many seconds from now on, in a thread of its own; 0: never. state: before the model was found
         that is served now."""
         self._state = self._served_state = state

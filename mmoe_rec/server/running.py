@@ -277,21 +277,17 @@ class Server(uvicorn.Server):
         yield
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Drain, and then stop. A second signal ends the process at once."""
-        if self._app.calls.is_draining:
-            threading.Thread(target=self._give_up, daemon=True).start()  # The main thread may hold a lock.
-        else:
+        """Drain, and then stop. A signal may come twice, to the process and to its group, so later ones do nothing."""
+        if not self._app.calls.is_draining:
             self._app.calls.is_draining = True
             self._call_later(self._options.drain, self.stop)
 
     def stop(self) -> None:
-        """Answer what was accepted, take no more, and end. A second call ends at once."""
+        """Answer what was accepted, take no more, and end."""
         if not self.should_exit:
             self.should_exit = True
             self._take_no_more()
             self._call_later(self._options.grace, self._end_now)
-        elif not self._is_retiring:
-            threading.Thread(target=self._give_up, daemon=True).start()
 
     def _call_later(self, seconds: float, function: Callable[[], None]) -> None:
         self._last = threading.Timer(seconds, function)
@@ -364,17 +360,15 @@ class Server(uvicorn.Server):
         if self._app.calls.queue.is_busy:
             self._end_now()
 
-    def _give_up(self) -> None:
-        self._app.close()
-        end_process(int(bool(self.server_state.tasks)))
-
     @staticmethod
     def _end_now() -> None:
         _log.warning("ended while a call or the log of requests was under way: it took longer than --grace")
         end_process(1)
 
 
-def serve(source: Source, state: str, finder: Finder, bound: socket.socket, options: Options, poll: float) -> None:
+def serve(
+    source: Source, state: str | None, finder: Finder, bound: socket.socket, options: Options, poll: float
+) -> None:
     """Serves a model until a signal asks to stop. Raises UserError for one that can't be loaded.
 
     state: the finder's before it found the model; poll: seconds between looks for another one, 0 for none.

@@ -37,7 +37,7 @@ _log = logging.getLogger(__name__)
 
 
 def serve_by_workers(
-    source: Source, state: str, finder: Finder, bound: socket.socket, options: Options, poll: float, workers: int
+    source: Source, state: str | None, finder: Finder, bound: socket.socket, options: Options, poll: float, workers: int
 ) -> int:
     """Serves a model by several processes until a signal asks to stop; the rest as in `running.serve`.
 
@@ -75,15 +75,14 @@ class _Parent:
         self._exchanging, self._starting = threading.RLock(), threading.Lock()
         self._children: list[_Child] = []
 
-    def run(self, source: Source, state: str) -> int:
+    def run(self, source: Source, state: str | None) -> int:
         """Serves until a signal; gives the exit code."""
         catch_stop_signals(lambda *_: self._ends.put(None))
         threading.Thread(target=self._start, args=(source, state), daemon=True).start()
         error = self._wait_for_end()
         self._serving.close()
-        drained = time.monotonic() + (0.0 if self.current is None else self.options.drain)
-        while time.monotonic() < drained and self._ends.empty():
-            time.sleep(TICK_SECONDS)
+        if self.current is not None:
+            time.sleep(self.options.drain)
         with self._starting:
             self._is_ending = True
         self.sockets.close()
@@ -94,14 +93,10 @@ class _Parent:
                 child.process.kill()
             else:
                 child.send("stop")
-        while alive := [child for child in children if not child.has_ended.is_set()]:
-            is_hurried = not self._ends.empty() and self._ends.get() is None
-            for child in alive:
-                if time.monotonic() > until:
-                    child.process.kill()
-                elif is_hurried:  # by a second signal
-                    child.send("stop")
-            alive[0].has_ended.wait(TICK_SECONDS)
+        for child in children:
+            if not child.has_ended.wait(max(until - time.monotonic(), 0.0)):
+                child.process.kill()
+            child.has_ended.wait()
         code = int(any(child.about is not None and child.process.exitcode for child in children))
         if error is not None:
             raise error
@@ -113,7 +108,7 @@ class _Parent:
             with suppress(queue.Empty):
                 return self._ends.get(timeout=TICK_SECONDS)
 
-    def _start(self, source: Source, state: str) -> None:
+    def _start(self, source: Source, state: str | None) -> None:
         try:
             self._exchange(source)
         except UserError as error:

@@ -15,13 +15,14 @@ from typing import Any, Literal, cast, get_args
 
 import torch
 import torch.distributed as dist
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 from torch.nn import functional
 
 from mmoe_rec.atomic import write_text
 from mmoe_rec.batches.batch import KeyedIds, by_place
 from mmoe_rec.devices import freed_memory_kept
+from mmoe_rec.errors import UserError
 from mmoe_rec.features.layout import DenseInput, IdInput
 from mmoe_rec.model.layout import EmbeddingTable, ModelLayout, ModelTask
 from mmoe_rec.model.levels import Compute, Experts, set_compute
@@ -91,8 +92,15 @@ def faster(times: Mapping[str, float], by_default: str, margin: float) -> str:
 
 
 def read_choices(file: Path) -> Choices | None:
-    """Read the choices that the runs of a comparison share. Returns None if no run has made them."""
-    return TypeAdapter(Choices).validate_json(file.read_bytes()) if file.exists() else None
+    """Read the choices that the runs of a comparison share. Returns None if no run has made them.
+
+    Raises:
+        UserError: The file is damaged.
+    """
+    try:
+        return TypeAdapter(Choices).validate_json(file.read_bytes()) if file.exists() else None
+    except ValidationError:
+        raise UserError(f"'{file}' is damaged: remove it, and the choices are measured again") from None
 
 
 def write_choices(file: Path, choices: Choices) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import lightgbm
 import numpy as np
 import pytest
+from scipy.special import expit
 from sklearn.metrics import roc_auc_score
 
 from mmoe_rec.batches.encoded_rows import EncodedRows
@@ -297,6 +298,22 @@ def test_no_task_has_more_trees_than_the_settings_allow(ids: int, most: int) -> 
     assert fit_task(task, harmful, 0, opposite, rows, 1.7 * (truth - 1), users)[0] is None
 
 
+@pytest.mark.parametrize(("of_network", "of_trees"), [(1.0, 0.0), (0.0, 1.0), (1.0, 1.0)])
+def test_each_side_may_stand_alone(of_network: float, of_trees: float) -> None:
+    """Trees that know nothing beside a network that knows all, the reverse, and two that know different things."""
+    random, selecting = np.random.default_rng(7), 3000 if of_network else 150  # of which the blend would be even
+    known, noise = random.normal(size=(2, 6000)), random.normal(size=(2, 6000))
+    labels = (random.random(6000) < expit(of_network * known[0] + of_trees * known[1])).astype(float)
+    halves = slice(0, 3000), slice(3000, 3000 + selecting)
+    learnt, held_out = (Inputs(np.float32([known[1, half], noise[1, half]]).T, 2, labels[half]) for half in halves)
+    network = (of_network * known[0] if of_network else 2 * noise[0])[halves[1]]
+    found, told = fit_task(
+        TaskOutput("click", "binary"), Settings(), 0, learnt, held_out, network, np.arange(selecting)
+    )
+    blend = Blend(1.0, 0.0, 0.0) if found is None else found[1]
+    assert (blend.network > 0, blend.trees > 0) == (of_network > 0, of_trees > 0), told
+
+
 def test_a_users_rows_are_one_witness() -> None:
     """A gain of five standard errors over independent rows, which are one of 1.6 where each user has ten equal ones."""
     random = np.random.default_rng(5)
@@ -316,8 +333,8 @@ def test_ids_are_taken_sooner_where_no_later_rows_wait(small: SmallModel, monkey
     columns = small.settings.columns.model_copy(update={"time": NO_TIME})
     for settings in (small.settings, small.settings.model_copy(update={"columns": columns})):
         stacking.grow_trees(settings, small.prepared, small.model_layout, small.model)
-    pairs = len(asked) // 4  # trees with ids, and the mean of both, of each task
-    assert asked == [3.0, 0.0] * pairs + [0.0, 0.0] * pairs != []
+    of_ids = [each for each in asked if each != stacking.LEAD]  # trees with ids, and the mean of both, of each task
+    assert of_ids == [3.0, 0.0] * (len(of_ids) // 4) + [0.0, 0.0] * (len(of_ids) // 4) != []
 
 
 def test_sets_of_trees_are_joined_to_their_mean() -> None:

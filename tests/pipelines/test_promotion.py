@@ -79,7 +79,7 @@ def test_the_first_takes_the_alias_and_a_better_one_after_it(template: World) ->
     rows = EncodedRows(template.work / "features" / "encoded" / "validation", layout, part=Part.JUDGING).rows
     better = r"'this model' is better than 'version 1': mean auc of click, liked is higher by "
     found = re.fullmatch(
-        rf"{better}([.\d]+) \(([.\d]+) to [.\d]+\) \({rows:,} validation rows that chose nothing\)", reason
+        rf"{better}([.\d]+) \(([.\d]+) to [.\d]+\) \({rows:,} judging rows of the validation split\)", reason
     )
     assert found
     assert float(found[1]) == pytest.approx(area_of(template, "2") - area_of(template, "1"), abs=1e-4)

@@ -31,16 +31,16 @@ class Address:
     go_on: a find takes as long as it is not set, once the model is known.
     """
 
-    def __init__(self, *states: str | Exception) -> None:
+    def __init__(self, *states: str | Exception | None) -> None:
         self.states, self.finds, self.told = list(states), list[str](), ""
         self.go_on = threading.Event()
         self.go_on.set()
 
-    def state(self) -> str:
+    def state(self) -> str | None:
         state = self.states.pop(0) if len(self.states) > 1 else self.states[0]
         if isinstance(state, Exception):
             raise state
-        self.told = state
+        self.told = str(state)
         return state
 
     def find(self) -> Source:
@@ -111,6 +111,17 @@ def test_the_model_that_is_served_is_not_loaded_again_unless_another_one_failed(
         asked = reloads.ask()
         assert isinstance(asked.exception(PATIENCE), UserError) == (state == "broken")
         assert taken == expected
+
+
+def test_a_model_of_unknown_state_is_always_loaded_again() -> None:
+    """As at an address of object storage."""
+    assert AtAddress("file:///nowhere", "unused").state() is None
+    address, taken = Address(None), HeldFiles()
+    reloads = Reloads(address, taken)
+    reloads.watch(None, 0)
+    for _ in range(2):
+        reloads.ask().result(PATIENCE)
+    assert len(taken) == 2
 
 
 def test_an_attempt_that_fails_tells_why() -> None:
