@@ -87,14 +87,10 @@ def pytest_runtest_setup() -> None:
 
 
 @pytest.fixture(autouse=True)
-def _own_path() -> Iterator[None]:
-    """MLflow puts the code of a model that it loads, a part of this package, before all else that can be imported."""
+def _undo_mlflow() -> Iterator[None]:
+    """MLflow puts the code of a model that it loads, a part of this package, before all else that can be imported, and
+    keeps the address of its last store in the environment."""
     path = sys.path[:]
+    os.environ.pop("MLFLOW_TRACKING_URI", None)
     yield
     sys.path[:] = path
-
-
-@pytest.fixture(autouse=True)
-def _no_address(monkeypatch: pytest.MonkeyPatch) -> None:
-    """MLflow keeps the address of its last store in the environment, where the next test would find it."""
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)

@@ -264,6 +264,12 @@ def test_an_option_like_no_other_leads_to_the_help():
     check_names([*re.findall(r"^  (--\S+)", describe(), re.MULTILINE), "-h", "--", "x", "-1"])
 
 
+def test_an_override_of_an_unknown_name_suggests_the_nearest(tmp_path):
+    name = next(iter(_tree()["tasks"]))
+    message = _message(tmp_path, f"--tasks.{name}x.label", "clicked")
+    assert f"has no 'tasks.{name}x'; did you mean '{name}'?" in message
+
+
 def test_an_override_reaches_into_an_empty_section(tmp_path):
     assert _load(tmp_path, "--model.experts.count", "3", model=None).model.experts.count == 3
 

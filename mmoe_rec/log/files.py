@@ -102,12 +102,14 @@ def find_local(source: str) -> list[Path]:
 
 def _advise_on_csv(tables: Sequence[Path], setting: str) -> str:
     """Return the sentences about CSV files: the first one's conversion reads columns with dates as times."""
-    first, dated = tables[0], dict[str, None]()
+    first, dated, sign = tables[0], dict[str, None](), ","
     with suppress(OSError, ValueError, csv.Error), first.open(encoding="utf-8", newline="") as file:
-        for row in csv.DictReader(islice(file, 100)):
+        lines = list(islice(file, 100))
+        sign = max(",;\t|", key="".join(lines[:1]).count)
+        for row in csv.DictReader(lines, delimiter=sign):
             dated |= {name: None for name, text in row.items() if re.match(r"\d{4}-\d\d-\d\d", str(text))}
-    times = f", parse_dates={[*dated]}" if dated else ""
-    line = f"pandas.read_csv({str(first)!r}{times}).to_parquet({str(first.with_suffix('.parquet'))!r})"
+    options = f", sep={sign!r}" * (sign != ",") + f", parse_dates={[*dated]}" * bool(dated)
+    line = f"pandas.read_csv({str(first)!r}{options}).to_parquet({str(first.with_suffix('.parquet'))!r})"
     others = f" Convert the others ({len(tables) - 1}) the same way." if len(tables) > 1 else ""
     return f"'{first}' is CSV, and `{setting}` takes Parquet. Convert it in Python by `import pandas; {line}`.{others}"
 

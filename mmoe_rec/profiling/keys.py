@@ -10,7 +10,7 @@ from typing import Any
 from mmoe_rec.errors import UserError
 from mmoe_rec.profiling.meaning import PURPOSES, STEADY, Meaning
 from mmoe_rec.profiling.profile import Column
-from mmoe_rec.profiling.words import BEFORE, CLOCK, NUMBERS, OUTCOMES, SHARED, TIME, begins, has, rank_of
+from mmoe_rec.profiling.words import BEFORE, CLOCK, IDS, NUMBERS, OUTCOMES, SHARED, TIME, begins, has, rank_of
 
 _FEWEST_USERS = 10
 _FEWEST_CANDIDATES = 20
@@ -89,7 +89,8 @@ def _find_by_name(meaning: Meaning, purpose: str) -> None:
         meaning.leave_out(name, why)
         meaning.warnings.append(f"'{name}' is left out: {why}; leave those rows out of the log")
         return
-    rank, _, name = max(usable, key=lambda each: (each[0], each[1], [-ord(sign) for sign in each[2]]))
+    unique = int(0.9 * meaning.profile.rows)  # as of a message that the user was sent
+    rank, _, name = max(usable, key=lambda each: (each[0], each[1] < unique, each[1], [-ord(sign) for sign in each[2]]))
     keys[purpose] = name
     others = sorted(each[2] for each in usable if each[0] == rank and each[2] != name)
     better = next((f"'{each[2]}' is null in some rows" for each in fitting if each[0] > rank), None)
@@ -255,8 +256,9 @@ def _find_by_structure(meaning: Meaning) -> None:
         if purpose == "candidate" and keys.keys().isdisjoint(("user", "request")):
             continue  # there are no lists
         if purpose not in keys and some:
-            best = max(some, key=lambda each: (purpose == "user" and each.kind == "text", each.distinct, each.name))
-            keys[purpose] = best.name
+            of_user = [(has(each.name, IDS), each.kind == "text") if purpose == "user" else () for each in some]
+            *_, name = max((of, each.distinct, each.name) for of, each in zip(of_user, some, strict=True))
+            keys[purpose] = name
             meaning.key_checks[purpose] = f"no name says so, but {why[purpose]}"
 
 

@@ -208,10 +208,11 @@ class Aucs:
             found, only = [(task, *auc_alone(value, mean, learned), LEAK, SUSPECT)], ""
             for label, some_of, chance in ((1, mean > 0, rate), (0, mean < 1, 1 - rate)):
                 some, what = some_of.astype(float), f"{purpose}s with {task} = {label}"
-                by_number, _ = auc_alone(codes_of(pa.chunked_array([number])), some, learned)
                 auc, precision = auc_alone(value, some, learned, _FEWEST_KEYS)
-                if 1 - auc < 0.5 * (1 - np.fmax(by_number, 0.5)):
-                    found.append((what, auc, precision, LEAK_OF_TABLE, LEAK))
+                if auc > LEAK:
+                    by_number, _ = auc_alone(codes_of(pa.chunked_array([number])), some, learned)
+                    if 1 - auc < 0.5 * (1 - np.fmax(by_number, 0.5)):
+                        found.append((what, auc, precision, LEAK_OF_TABLE, LEAK))
                 by_chance = np.fmax(1 - (1 - chance) ** number, some.mean())
                 if tells_it(value, some, np.where(by_chance < 0.5, by_chance, 1)):
                     only = f"it has an unusual value only for {what}, so it may be known only after them"

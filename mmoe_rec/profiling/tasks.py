@@ -73,6 +73,7 @@ def _explain_near_labels(meaning: Meaning) -> dict[str, str]:
     named = [each for each in named if begins(each.name, LABELS) and not has(each.name, BEFORE | PLACEMENT | CODES)]
     named = [each for each in named if each.kind in ("text", "integer", "number", "boolean") and each.distinct <= 4]
     constant = _find_constant(meaning, [each for each in named if each.name in free])
+    is_guess = not any(begins(task.column, LABELS + NUMBERS) for task in meaning.tasks)
     for each in named:
         purpose = constant.get(each.name)
         wrong = _explain_near_label(each, meaning.profile.values(each.name, 4), purpose)
@@ -80,7 +81,7 @@ def _explain_near_labels(meaning: Meaning) -> dict[str, str]:
         if wrong is not None:
             found[each.name] = wrong
         is_attribute = purpose is not None and not each.binary
-        if wrong is None or is_text or is_attribute or each.name not in free or meaning.is_plain:
+        if wrong is None or is_text or is_attribute or each.name not in free or (meaning.is_plain and not is_guess):
             continue
         why = f"it has a label's name, but {wrong.partition('. ')[0]}"
         if purpose in ("user", "candidate"):
@@ -88,7 +89,6 @@ def _explain_near_labels(meaning: Meaning) -> dict[str, str]:
             continue
         meaning.leave_out(each.name, why)
         meaning.warnings.append(f"'{each.name}' is left out: it has a label's name, but {wrong}.")
-        is_guess = not any(begins(task.column, LABELS + NUMBERS) for task in meaning.tasks)
         if purpose is None and is_guess and not meaning.corrections.get("task"):
             meaning.tasks = []
     return found

@@ -15,17 +15,16 @@ def _stems(text: str) -> tuple[str, ...]:
     return tuple(text.split())
 
 
-_ID = _words("code guid hash id ids idx index key no nr num number pk ref sk uuid")
+IDS = _words("code guid hash id ids idx index key no nr num number pk ref sk uuid")
 _QUALIFIERS = _words("anon anonymous encrypted external full hashed internal masked pseudo unique")
 """Words that do not change whom an id names."""
 NAMES = {
     "user": _words(
         "account acct applicant benutzer borrower buyer candidat cardholder client cliente comprador consumer cust "
-        "customer donor email employee gamer guest haushalt hh hogar household kunde kunden learner lector listener "
-        "login member msisdn nutzer panelist participant passenger patient payer person player policyholder profile "
-        "purchaser rater reader recipient renter requester respondent reviewer rider searcher shopper socio student "
-        "subscriber tenant tourist traveler traveller uid user userid username usr usuario utilisateur viewer visitor "
-        "visitorid voter wallet worker"
+        "customer donor employee gamer guest haushalt hogar household kunde kunden learner lector listener member "
+        "nutzer panelist participant passenger patient payer person player policyholder profile purchaser rater reader "
+        "recipient renter requester respondent reviewer rider searcher shopper socio student subscriber tourist "
+        "traveler traveller uid user userid username usr usuario utilisateur viewer visitor visitorid voter"
     ),
     "candidate": _words(
         "ad annonce anuncio anzeige app article articulo artikel asin book business candidate clip content course "
@@ -40,7 +39,7 @@ NAMES = {
     ),
 }
 STAND_INS = {
-    "user": _words("browser cookie device ip sesion session sitzung"),
+    "user": _words("browser cookie device email hh ip login msisdn sesion session sitzung tenant wallet worker"),
     "candidate": frozenset[str](),
     "request": _words("besuch sesion session sitzung visit visita"),
 }
@@ -51,9 +50,9 @@ TIME = _words(
     "zeit zeitpunkt"
 )
 SHARED = _words(
-    "area browser campaign carrier channel city class country county currency device district grid group hour language "
-    "locale location month os page platform plz postal region segment shop site source state store street type version "
-    "warehouse week year zip zone"
+    "agent area browser campaign carrier channel city class country county currency device district grid group hour "
+    "keyword language locale location month os page platform plz postal query referrer region search segment shop site "
+    "source state store street term text type ua url version warehouse week year zip zipcode zone"
 )
 """Words for places, groups and times that many users share."""
 CLOCK = _words(
@@ -112,8 +111,8 @@ def fits(name: str, hints: Collection[str]) -> bool:
     """Whether a name holds a word of hints, and nothing else that matters: user_id is a user, user_country none."""
     words = words_of(name)
     if len(words) == 1:  # as in kundennr
-        return any(words[0] == each or (len(each) > 3 and words[0] in {each + end for end in _ID}) for each in hints)
-    return any(each in hints for each in words) and all(each in hints or each in _ID | _QUALIFIERS for each in words)
+        return any(words[0] == each or (len(each) > 3 and words[0] in {each + end for end in IDS}) for each in hints)
+    return any(each in hints for each in words) and all(each in hints or each in IDS | _QUALIFIERS for each in words)
 
 
 def rank_of(name: str, purpose: str) -> int:
@@ -130,7 +129,7 @@ def is_unwanted(name: str) -> bool:
 def names_a_thing(name: str) -> bool:
     """Whether a name is that of ids, so that its numbers are no times, however large."""
     things = any(fits(name, hints) for purposes in (NAMES, STAND_INS) for hints in purposes.values())
-    return (has(name, _ID) and not has(name, CLOCK)) or (things and not has(name, TIME))
+    return (has(name, IDS) and not has(name, CLOCK)) or (things and not has(name, TIME))
 
 
 def has(name: str, hints: frozenset[str]) -> bool:

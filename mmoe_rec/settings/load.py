@@ -203,7 +203,14 @@ def load_settings(path: str | Path, overrides: Sequence[str] = (), given_by: str
         blamed = blamed or [key for key in keys if location == key[: len(location)]] or keys
         return f"{given_by} ({', '.join(dict.fromkeys(f'--{each}' for each in map('.'.join, blamed)))})"
 
-    raise UserError("; ".join(explain(found, find_source)))
+    own = load_yaml(file.read_text(encoding="utf-8"))
+    sections = [(key[:2], own[key[0]]) for key in keys if len(key) > 2 and isinstance(own.get(key[0]), dict)]
+    new = {
+        f" '{path}' has no '{'.'.join(key)}'{_nearest(key[1], [*names])}"
+        for key, names in sections
+        if key[1] not in names
+    }
+    raise UserError("; ".join(explain(found, find_source)) + "".join(sorted(new)))
 
 
 def _validate(tree: Any) -> Settings | ValidationError:

@@ -125,13 +125,14 @@ def test_nothing_there(place):
             find_files(f"{place}/{missing}", "data.events.x.path")
 
 
+@pytest.mark.parametrize("sign", [",", ";"])
 @pytest.mark.parametrize("given", ["log", "log/*.csv", "log/a 'b.csv", "log/**/*.csv"])
-def test_csv_files_get_the_line_that_converts_them(tmp_path, given):
+def test_csv_files_get_the_line_that_converts_them(tmp_path, given, sign):
     """As it stands there, and once for each file."""
     (tmp_path / "log").mkdir()
     text = 'user,time,seen,note\n1,2024-01-31 10:00:00,,"x, 2024-01-31"\n2,2024-02-01 11:00:00,2024-02-02,y\n'
     for name in ("a 'b", "c"):
-        (tmp_path / "log" / f"{name}.csv").write_text(text)
+        (tmp_path / "log" / f"{name}.csv").write_text(text.replace(",", sign))
     with pytest.raises(UserError) as caught:
         find_files(f"{tmp_path}/{given}", "--input")
     message = str(caught.value)

@@ -298,6 +298,10 @@ def test_an_unnamed_flag_does_not_replace_a_label_of_three_values(
     assert "--task bought" in said
     _, _, settings = draft(tmp_path, columns, "--task", "bought")
     assert settings.tasks["bought"].kind == "regression"
+    plain = {name: columns[name] for name in ("item_id", "shown_at", "bought", "on_offer")}
+    pq.write_table(pa.table(plain), tmp_path / "plain.parquet")
+    said = refuse(capsys, "init", tmp_path / "plain.parquet", "--out", tmp_path / "plain.yaml")
+    assert "'bought' holds 0, 1 and 2" in said
 
 
 def test_reasons_for_columns_that_are_left_out_are_printed(tmp_path: Path) -> None:
@@ -310,13 +314,31 @@ def test_reasons_for_columns_that_are_left_out_are_printed(tmp_path: Path) -> No
 
 
 def test_users_have_many_names(tmp_path: Path) -> None:
-    names = "reviewerID buyer account_no member cust_id customer_unique_id user_pseudo_id rater borrowerId hh_key usr"
+    names = "reviewerID buyer account_no member cust_id customer_unique_id user_pseudo_id rater borrowerId usr"
     assert [name for name in names.split() if rank_of(name, "user") != 2] == []
     assert [name for name in ("user_country", "member_city", "reviewer_score") if rank_of(name, "user")] == []
     world = draw_world(15, 3_000, 300, 100, 60, shown=1)
     printed, _, settings = draft(tmp_path, {**keys_of(world, "reviewerID"), "clicked": world.clicked})
     assert settings.columns.user == "reviewerID"
     assert "no user column" not in printed
+
+
+def test_ids_that_differ_in_each_row_or_may_be_another_things_stand_back(tmp_path: Path) -> None:
+    world = draw_world(18, 3_000, 300, 100, 60, shown=1)
+    columns = keys_of(world, "customer_id") | {"account_id": np.arange(world.rows), "clicked": world.clicked}
+    columns["login_id"] = world.user * 1_000 + world.random.integers(0, 9, world.rows)
+    _, _, settings = draft(tmp_path, columns)
+    assert settings.columns.user == "customer_id"
+
+
+def test_texts_that_people_type_are_no_user(tmp_path: Path) -> None:
+    world = draw_world(19, 6_000, 400, 150, 60, shown=5)
+    queries = world.of(world.request, [f"q{number}" for number in range(500)])
+    _, _, settings = draft(
+        tmp_path, {**keys_of(world, "pid"), "pid": world.user, "query": queries, "clicked": world.clicked}
+    )
+    assert settings.columns.user == "pid"
+    assert "query" in settings.roles.context
 
 
 @pytest.mark.parametrize("shown", [1, 5])
