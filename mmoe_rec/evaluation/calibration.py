@@ -66,7 +66,7 @@ def fit_calibration(
         w = np.ones(len(y)) if weights is None else weights[observed].astype(np.float64)
         rarer = int(min(y.sum(), (1 - y).sum()))
         if rarer < FEWEST[method]:
-            why = f"{rarer:,} observed validation rows have its rarer label, {method} needs {FEWEST[method]:,}"
+            why = f"{rarer:,} observed selecting rows have its rarer label, {method} needs {FEWEST[method]:,}"
         elif (fitted := _FITS[method](x, y, w)) is None:
             why = "its logits do not rise with the label on validation rows, or tell the labels apart without an error"
         elif times is not None and (drift := _find_drift(method, x, y, w, times[observed])):

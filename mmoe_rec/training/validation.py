@@ -232,7 +232,7 @@ def explain_choice(best: Validation, step: int, select_by: str) -> list[str]:
     """One sentence, then one for each binary task whose AUC had no say although it was asked for."""
     how = f"{_name_objective(best, select_by)} is the {'highest' if best.tasks_judged_by_auc(select_by) else 'lowest'}"
     without = [
-        f"the AUC of '{task}' had no say: {rows} validation rows have its rarer label, and it takes {FEWEST}"
+        f"the AUC of '{task}' had no say: {rows} selecting rows have its rarer label, and it takes {FEWEST}"
         for task, rows in best.rarer.items()
         if select_by == "auc" and rows < FEWEST
     ]

@@ -8,6 +8,7 @@ import pytest
 
 from mmoe_rec.batches.encoded_rows import EncodedRows, Part, Rows
 from mmoe_rec.errors import UserError
+from mmoe_rec.log.columns import hash_column
 from tests.batches.encoded_files import LAYOUT, assert_values, numbers, table, write
 
 
@@ -63,7 +64,22 @@ def test_parts_have_each_row_once_by_its_user(tmp_path: Path, batch_size: int) -
 
 @pytest.mark.parametrize("users", [np.arange(20_000), np.arange(20_000).astype(str)])
 def test_half_of_the_users_judge(users: np.ndarray) -> None:
-    assert abs(Part.JUDGING.holds(pa.array(users)).mean() - 0.5) < 0.015  # four standard errors
+    """Also among users of a sample, which the same hash draws."""
+    is_judging, is_drawn = Part.JUDGING.holds(pa.array(users)), hash_column(pa.array(users)) < 1 << 63
+    for some in (is_judging, is_judging[is_drawn], is_judging[~is_drawn]):
+        assert abs(some.mean() - 0.5) < 0.02  # four standard errors
+
+
+@pytest.mark.parametrize("part", Part)
+def test_rows_are_not_divided_if_a_part_has_no_label(tmp_path: Path, part: Part) -> None:
+    rows = table(range(40))
+    for name in [each for each in rows.column_names if each.startswith("label.")]:
+        labels = pa.array(rows.column(name).to_numpy(), mask=Part.JUDGING.holds(rows.column("user").combine_chunks()))
+        rows = rows.set_column(rows.column_names.index(name), name, labels)
+    (tmp_path / "rows").mkdir()
+    pq.write_table(rows, tmp_path / "rows" / "0.parquet")
+    found = EncodedRows(tmp_path / "rows", LAYOUT, part=part)
+    assert (found.rows, found.is_divided) == (40, False)
 
 
 def test_slices_and_their_concatenation(tmp_path: Path) -> None:

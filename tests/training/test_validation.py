@@ -215,7 +215,7 @@ def test_the_rule_that_chose_is_named() -> None:
     few = found(rarer={"click": 13, "like": 500})
     assert explain_choice(few, 7, "auc") == [
         f"{start}the AUC of like is the highest",
-        f"the AUC of 'click' had no say: 13 validation rows have its rarer label, and it takes {FEWEST}",
+        f"the AUC of 'click' had no say: 13 selecting rows have its rarer label, and it takes {FEWEST}",
     ]
 
 
