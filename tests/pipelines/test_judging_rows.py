@@ -79,7 +79,7 @@ def test_labels_of_judging_users_select_nothing(settings: Settings) -> None:
     flip_labels(settings, Part.JUDGING)
     train_model(settings, register=False)
     assert parts_of(settings) == before
-    assert len(before) == 5
+    assert {"weights.safetensors", "calibration.json", "blends.json", "click.txt"} <= before.keys()
     judged = FinishedTraining.read(Path(settings.data.work))
     assert figures is not None
     assert judged is not None
