@@ -23,7 +23,7 @@ from mmoe_rec.evaluation.comparison import BETTER, Results
 from mmoe_rec.evaluation.summary import SCORE
 from mmoe_rec.inference.artifact import Source, read_example
 from mmoe_rec.jobs.evaluate import PROMOTION, check_tasks, evaluate_found, rows_to_measure, score_by
-from mmoe_rec.jobs.slicing import Slicing, TrainingRows
+from mmoe_rec.jobs.slicing import Slicing, TrainingRows, overlap
 from mmoe_rec.preprocessing.prepare import FeatureFolder
 from mmoe_rec.progress import say
 from mmoe_rec.settings.sections import Settings
@@ -118,6 +118,8 @@ def compare_with_holder(
         ranker = _load(folder)
         if isinstance(ranker, Exception):
             return _judge_trouble(ranker, holder, alias)
+        if seen := overlap(settings, folder, "validation"):
+            raise UserError(f"it {seen[0]}")
         its_name = f"version {holder.number}"
         layout, calibration = ModelLayout.of(prepared.layout, settings), read_calibration(artifact)
         rows = _open_judging_rows(prepared.split("validation"), layout)  # too few users are found before any is scored

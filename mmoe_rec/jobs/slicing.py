@@ -273,11 +273,18 @@ def _group_by_size(rows: np.ndarray) -> dict[str, np.ndarray]:
     return groups
 
 
-def overlap(settings: Settings, artifact: Path) -> list[str]:
-    """What the training of a model made of requests of the settings' test rows, if anything, to be read after its name.
+def overlap(settings: Settings, artifact: Path, split: str = "test") -> list[str]:
+    """Say what the training of a model had to do with the rows that it is measured on.
 
-    artifact: its folder, whose settings say what it was trained on.
+    Args:
+        settings: Settings whose rows measure it.
+        artifact: Its folder, whose own settings say on which rows it was trained.
+        split: Split of the rows, `test` or `validation`. Of the latter, judging rows have chosen no state of a model.
+
+    Returns:
+        Sentences without their subject, none if it has not seen these rows.
     """
+    of_test = split == "test"
     try:
         tree = yaml.safe_load((artifact / "settings.yaml").read_text(encoding="utf-8"))
         its, now = Split.model_validate(tree["split"]), settings.split
@@ -287,10 +294,10 @@ def overlap(settings: Settings, artifact: Path) -> list[str]:
         ways = ["times" if each is None else f"column '{each}'" for each in (its.column, now.column)]
         rows = f"rows that {ways[0]} split, and those that it is measured on {ways[1]}"
         return [f"was trained on {rows}: it may have seen labels that it is measured by"]
-    rows, end, begin = "", its.validation_end, now.validation_end
+    rows, (end, begin) = "", ((each.validation_end if of_test else each.train_end) for each in (its, now))
     if now.column is not None:
-        seen = {text_of(each) for each in (*its.train, *its.validation)}
-        if both := ", ".join(repr(each) for each in now.test if text_of(each) in seen):
+        seen = {text_of(each) for each in (*its.train, *(its.validation if of_test else ()))}
+        if both := ", ".join(repr(each) for each in getattr(now, split) if text_of(each) in seen):
             rows = f"on rows with {both} in column '{now.column}', which are those that it is measured on"
     elif begin is not None and end is not None and end > begin:
         rows = f"on requests before {end:%Y-%m-%d %H:%M}, and is measured on those from {begin:%Y-%m-%d %H:%M} UTC on"

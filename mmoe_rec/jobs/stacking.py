@@ -133,13 +133,15 @@ def fit_task(
     assert taken is not None, "the first way is taken where no other one is"
     of_network, of_trees = (_losses_of(task.kind, side, labels) for side in (network, taken.trees))
     blended, *alone = (np.average(each, weights=weights) for each in (taken.losses, of_network, of_trees))
-    told = f"loss of selecting rows {blended:.4g} (network {alone[0]:.4g}, trees {alone[1]:.4g})"
+    told = f"loss of selecting rows {alone[0]:.4g} by the network, {alone[1]:.4g} by the trees, {blended:.4g} by both"
     is_better = is_clearly_less(taken.losses, of_network, weights, users, LEAD)
     if taken.blend.trees == 0 or (alone[0] <= alone[1] and not is_better):
-        return None, f"no trees: a blend with them is not clearly better than the network alone, {told}"
+        return None, f"no trees: both together are not clearly better than the network alone; {told}"
     blend, is_alone = taken.blend, is_clearly_less(of_trees, taken.losses, weights, users, LEAD)
     blend = Blend(0.0, 1.0, 0.0) if is_alone else blend
-    return (taken.text, blend), f"{taken.name}; {blend.network:.3g} x network + {blend.trees:.3g} x trees, {told}"
+    few = ", half of each as few labels are there" if blend == Blend(0.5, 0.5, 0.0) else ""
+    weights_of_both = f"{blend.network:.3g} x network + {blend.trees:.3g} x trees{few}"
+    return (taken.text, blend), f"{taken.name}; {weights_of_both}; {told}"
 
 
 @dataclass(frozen=True)

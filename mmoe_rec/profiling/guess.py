@@ -114,8 +114,9 @@ def _find_split(meaning: Meaning) -> None:
             meaning.split = each.name, parts
             return
     said = next((f"{each}; or " for each in meaning.warnings if "--time" in each or "pandas.to_datetime" in each), "")
+    of_request = f"[log['{meaning.keys['request']}'].factorize()[0]]" if "request" in meaning.keys else ""
     raise UserError(
         f"'{meaning.profile.name}' has neither a column of times (--time) nor one that says which rows are train, "
         f"validation and test: {said}add the latter with pandas: log['split'] = numpy.random.default_rng(1).choice("
-        "['train', 'validation', 'test'], len(log), p=[0.8, 0.1, 0.1])"
+        f"['train', 'validation', 'test'], len(log), p=[0.8, 0.1, 0.1]){of_request}"
     )

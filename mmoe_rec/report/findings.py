@@ -51,7 +51,7 @@ def find_all(results: Results) -> list[Finding]:
 
 def find_in_summary(summary: Summary, model: str = "") -> list[Finding]:
     """What is suspicious of a model's metrics, task by task."""
-    mends = "training.calibration corrects them, and so may longer training"
+    mends = "set training.calibration if it is none, else look for drift with `mmoe-rec inspect`"
     if "predictions" in summary.facts:  # in files, by any system
         mends = "calibrate them on other rows than these"
     found = [

@@ -210,7 +210,7 @@ def load_settings(path: str | Path, overrides: Sequence[str] = (), given_by: str
         for key, names in sections
         if key[1] not in names
     }
-    raise UserError("; ".join(explain(found, find_source)) + "".join(sorted(new)))
+    raise UserError(".".join(["; ".join(explain(found, find_source)), *sorted(new)]))
 
 
 def _validate(tree: Any) -> Settings | ValidationError:

@@ -164,6 +164,16 @@ def test_a_holder_that_computes_something_else_here_keeps_the_alias(
     assert "gives other predictions here" in said(world.work)[0]
 
 
+def test_a_holder_that_was_trained_on_the_judging_rows_is_not_compared(world: World, tmp_path: Path) -> None:
+    """It has seen their labels, so it would look better than it is."""
+    earlier = ("--split.train_end", "2024-03-04", "--split.validation_end", "2024-03-06")
+    world.train(*SLOW, *earlier, "--data.work", str(tmp_path))
+    assert world.holder() == "2"
+    reason = said(tmp_path)[0]
+    assert reason.startswith("version 2, which holds 'champion', can't be compared here: it was trained, or")
+    assert "on requests before 2024-03-06 00:00, and is measured on those from 2024-03-04 00:00 UTC on" in reason
+
+
 def test_a_model_whose_predictions_are_not_finite_takes_no_alias(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     registry.move_alias(NAME, "champion", "1", world.uri)
     score, calls = promotion.score_by, []
