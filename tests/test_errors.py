@@ -8,8 +8,7 @@ import pytest
 LOOP = """
 import os, signal, sys
 from mmoe_rec.errors import StopRequest
-if sys.argv[1] == "nohup":
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+signal.signal(signal.SIGHUP, signal.SIG_IGN if sys.argv[1] == "nohup" else signal.SIG_DFL)
 with StopRequest() as stop:
     for name in sys.argv[2:]:
         os.kill(os.getpid(), getattr(signal, name))
