@@ -200,6 +200,7 @@ def _serve(folder: Path) -> None:
             connection, _ = listener.accept()
             if os.fork() == 0:
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which the test process may ignore
                 listener.close()
                 _keep(connection)
                 return
